@@ -82,7 +82,7 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
     import jax
     import training
 
-    import nalora_jax.load  # noqa: F401  which registers the CPU's implementations where they are, as a run does
+    import nalora_jax.loading.adapted  # noqa: F401  which registers the CPU's implementations where they are, as a run does
     from nalora_jax import config as c
     from nalora_jax import distributed
     from nalora_jax.models.config import ModelConfig

@@ -18,13 +18,7 @@ def with_method(config: RunConfig, method: str, *, warmup: int | None = 0) -> Ru
     ``warmup`` is the number of steps before the mechanisms act: 0 for timed steps, which are few;
     None for the library's default.
     """
-    from nalora_jax.config import MaskConfig, StepScaleConfig
-
-    if method == "lora":
-        return config.without_mechanisms()
-    settings = {} if warmup is None else {"warmup": warmup}
-    mask, scale = {
-        "nalora": (MaskConfig("soft", **settings), StepScaleConfig("homogeneity", **settings)),
-        "default": (MaskConfig(**settings), StepScaleConfig(**settings)),
-    }[method]
-    return dataclasses.replace(config, mask=mask, step_scale=scale)
+    rules = {"lora": (), "nalora": ("soft:power=2", "homogeneity"), "default": type(config).mechanisms}[method]
+    if warmup is not None:
+        rules = tuple(f"{rule}{',' if ':' in rule else ':'}warmup={warmup}" for rule in rules)
+    return dataclasses.replace(config, mechanisms=rules)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nalora_jax.config import MaskConfig, RunConfig, StepScaleConfig, TrainConfig
+from nalora_jax.config import RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
@@ -98,7 +98,7 @@ class Pair:
     def config(self) -> RunConfig:
         """Returns the run, with the paper's two mechanisms, as in `benchmarks/pods.py`."""
         train = TrainConfig(batch_size=self.rows)
-        return RunConfig(train=train, mask=MaskConfig("soft"), step_scale=StepScaleConfig("homogeneity"))
+        return RunConfig(train=train, mechanisms=("soft:power=2", "homogeneity"))
 
 
 # Pairs for which earlier estimates accepted a layout that did not fit.

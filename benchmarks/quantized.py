@@ -48,9 +48,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from nalora_jax.data.pipeline import train_data
     from nalora_jax.data.questions import eval_examples
     from nalora_jax.evaluate.heldout import Evaluator
+    from nalora_jax.loading.base import load_model
     from nalora_jax.train.assembly import assemble
     from nalora_jax.train.compilation import compile_ahead
-    from nalora_jax.weights import load_model
 
     kind = None if options.measure == "bfloat16" else options.measure
     start, floor = time.perf_counter(), peak_rss_mb()

@@ -25,8 +25,8 @@ from nalora_jax.data.chat import Rendered, render
 from nalora_jax.data.source import RecordsSource
 from nalora_jax.data.store import open_store
 from nalora_jax.data.tokenize import tokenize
+from nalora_jax.loading.base import read_config, read_tokenizer_of
 from nalora_jax.weights.hub import resolve
-from nalora_jax.weights.model import read_config, read_tokenizer_of
 
 CHUNK = 2048
 

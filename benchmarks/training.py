@@ -74,9 +74,9 @@ def base_model(options: argparse.Namespace, mesh: Any) -> tuple[Any, Any]:
     """Returns architecture and weights."""
     import jax
 
+    from nalora_jax.loading.base import load_model
     from nalora_jax.models.config import ModelConfig
     from nalora_jax.models.decoder import init_params
-    from nalora_jax.weights import load_model
 
     if options.model:
         loaded = load_model(options.model, dtype=options.dtype, mesh=mesh)

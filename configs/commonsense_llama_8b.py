@@ -4,8 +4,8 @@ The data are the 170,000 training examples of eight tasks that LLM-Adapters (arX
 combined, in Alpaca's fields, trained for three epochs as there. Model and data need access to the
 Hugging Face hub; the model's terms must be accepted.
 
-Expected result: unknown; compare it with plain LoRA (--mask.kind off --step-scale.kind off) and
-with the abstract's mechanisms (--mask.kind soft --step-scale.kind homogeneity).
+Expected result: unknown; compare it with plain LoRA (--mechanisms none) and
+with the abstract's mechanisms (--mechanisms soft:power=2 homogeneity).
 Cost: by data sheets 20 GB and at least 0.043 s a step on each of eight H100 (nalora plan --model
 llama-3.1-8b --topology 8xh100 --batch 16 --seq 512 --estimate); one H100 takes eight times as long.
 Command: python train.py --config configs/commonsense_llama_8b.py

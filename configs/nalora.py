@@ -8,12 +8,10 @@ Command: python train.py --config configs/nalora.py
 
 from __future__ import annotations
 
-from nalora_jax.config import DataConfig, MaskConfig, RunConfig, StepScaleConfig
+from nalora_jax.config import DataConfig, RunConfig
 
 
 def config() -> RunConfig:
     """Returns the main job with a soft squared slope mask and the step scale by homogeneity."""
     data = DataConfig(max_length=128)
-    return RunConfig(
-        output="runs/nalora", data=data, mask=MaskConfig("soft"), step_scale=StepScaleConfig("homogeneity")
-    )
+    return RunConfig(output="runs/nalora", data=data, mechanisms=("soft:power=2", "homogeneity"))

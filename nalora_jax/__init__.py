@@ -6,9 +6,7 @@ nalora_jax`` is instant.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,20 +17,18 @@ if TYPE_CHECKING:
         DebugConfig,
         LoRAConfig,
         LoRARule,
-        MaskConfig,
         MeshConfig,
         OptimizerConfig,
         PreferenceConfig,
         RunConfig,
-        StepScaleConfig,
         TrainConfig,
         VisionConfig,
     )
     from nalora_jax.errors import NaloraError
     from nalora_jax.generate import Generator
-    from nalora_jax.load import AdaptedModel, load
-    from nalora_jax.run import RunResult, run
-    from nalora_jax.weights import LoadedModel, load_model
+    from nalora_jax.job import RunResult, run
+    from nalora_jax.loading.adapted import AdaptedModel, load
+    from nalora_jax.loading.base import LoadedModel, load_model
     from nalora_jax.weights.peft import export_adapter, import_adapter
 
 __all__ = [
@@ -45,14 +41,12 @@ __all__ = [
     "LoRAConfig",
     "LoRARule",
     "LoadedModel",
-    "MaskConfig",
     "MeshConfig",
     "NaloraError",
     "OptimizerConfig",
     "PreferenceConfig",
     "RunConfig",
     "RunResult",
-    "StepScaleConfig",
     "TrainConfig",
     "VisionConfig",
     "export_adapter",
@@ -64,45 +58,28 @@ __all__ = [
 
 _HOMES = {
     "AdaLoRAConfig": "config",
-    "AdaptedModel": "load",
+    "AdaptedModel": "loading.adapted",
     "ComputeConfig": "config",
     "DataConfig": "config",
     "DebugConfig": "config",
     "Generator": "generate",
     "LoRAConfig": "config",
     "LoRARule": "config",
-    "LoadedModel": "weights",
-    "MaskConfig": "config",
+    "LoadedModel": "loading.base",
     "MeshConfig": "config",
     "NaloraError": "errors",
     "OptimizerConfig": "config",
     "PreferenceConfig": "config",
     "RunConfig": "config",
-    "RunResult": "run",
-    "StepScaleConfig": "config",
+    "RunResult": "job",
     "TrainConfig": "config",
     "VisionConfig": "config",
     "export_adapter": "weights.peft",
     "import_adapter": "weights.peft",
-    "load": "load",
-    "load_model": "weights",
-    "run": "run",
+    "load": "loading.adapted",
+    "load_model": "loading.base",
+    "run": "job",
 }
-
-
-class _FrontDoor(ModuleType):
-    """The package, in which `run` and `load` are functions although submodules have these names.
-
-    Importing such a submodule, which other imports do, sets the attribute of its name to the module.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and _HOMES.get(name) == name:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _FrontDoor
 
 
 def __getattr__(name: str) -> Any:

@@ -22,8 +22,8 @@ class NaloraError(ValueError):
       remedy: advice.
 
     Example:
-      >>> raise NaloraError("--mask.keep", expected="a share in (0, 1]", found=0, remedy="use e.g. 0.5")
-      NaloraError: --mask.keep: expected a share in (0, 1], found 0; use e.g. 0.5
+      >>> raise NaloraError("--lora.dropout", expected="a number in [0, 1)", found=1, remedy="use e.g. 0.5")
+      NaloraError: --lora.dropout: expected a number in [0, 1), found 1; use e.g. 0.5
 
     A message has at most 2 kB: longer parts lose their middle. Control characters are escaped. The command line prints
     it without a traceback and exits with status 2.

@@ -122,6 +122,7 @@ def _gate(z: Array, activation: Activation, tolerance: float) -> Array:
     smooth = jnp.ones_like(z)
     if not activation.self_gated:  # an activation with a jump at 0 has no derivative there
         smooth = (jnp.abs(z) > 2 * _STEP).astype(jnp.float32)
+    smooth = smooth * (jnp.abs(z - activation.flat_above) > 2 * _STEP)  # rho has a kink there
     difference = (activation.rho(z + _STEP) - activation.rho(z - _STEP)) / (2 * _STEP)
     errors = (
         _worst(rho - exact, tolerance * jnp.abs(exact) + 16 * _EPS),

@@ -69,6 +69,11 @@ class Mechanism:
 
     # Name in the registry.
     name: ClassVar[str] = ""
+    # Name of its memory in checkpoints and of its metrics in logs, for the first rule of a run with
+    # this label; other rules have their name in the registry.
+    label: ClassVar[str] = ""
+    # False for a rule that never reads the run's seed: studies compile it once for all seeds.
+    draws: ClassVar[bool] = True
     # Names of its statistics.
     statistics: ClassVar[tuple[str, ...]] = ()
     # Edges of the histogram of its factors in the log; by default from 1/8 to 8, four per doubling.
@@ -80,7 +85,8 @@ class Mechanism:
     def __post_init__(self) -> None:
         self._require("decay", 0 <= self.decay < 1, "a number in [0, 1)")
         for name in ("warmup", "frozen_after"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
+            self._require(name, 0 <= getattr(self, name) < 2**31, "a whole number in [0, 2147483647]")
+        self._require("permute", -1 <= self.permute < 2**32, "a seed in [0, 4294967295], or -1")
 
     @property
     def places(self) -> tuple[str, ...]:

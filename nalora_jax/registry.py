@@ -10,11 +10,12 @@ decorator.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from nalora_jax.errors import NaloraError
 
@@ -70,6 +71,35 @@ class Registry(Generic[T]):
             raise NaloraError(self._flag or self._kind, expected=expected, found=repr(name), remedy=remedy)
         return self._values[name]
 
+    def make(self, text: str) -> Any:
+        """Returns an instance of a registered class with the settings in a text.
+
+        The settings are the fields of its dataclass, with the types of their defaults. Tuples are
+        written with slashes.
+
+        Args:
+          text: ``"soft"``, ``"soft:power=2,high=3"`` or ``"homogeneity:gains=0.5/0.75/1/1"``.
+
+        Raises:
+          NaloraError: an unknown name or setting, or a value of another type.
+        """
+        name, _, options = text.partition(":")
+        kind: Any = self.get(name)
+        known = {one.name: one for one in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+        settings: dict[str, Any] = {}
+        for option in filter(None, options.split(",")):
+            key, equals, value = option.partition("=")
+            if key not in known or not equals:
+                expected = f"NAME:setting=value, with a setting of {', '.join(known) or 'none'}"
+                raise NaloraError(f"{self._flag} {text}", expected=expected, found=option)
+            default = known[key].default
+            try:
+                settings[key] = _typed(value, default)
+            except (KeyError, ValueError):
+                expected = f"{key} of type {type(default).__name__}"
+                raise NaloraError(f"{self._flag} {text}", expected=expected, found=repr(value)) from None
+        return kind(**settings)
+
     def names(self) -> list[str]:
         """Returns all known names, entry points included, sorted."""
         return sorted({*self._values, *self._modules, *entry_points(group=self._group).names})
@@ -94,6 +124,15 @@ class Registry(Generic[T]):
                     where, expected=f"to register a {self._kind} of that name", found="no such registration"
                 )
         return name in self._values
+
+
+def _typed(text: str, default: Any) -> Any:
+    """Returns ``text`` with the type of ``default``."""
+    if isinstance(default, bool):
+        return {"true": True, "false": False}[text.lower()]
+    if isinstance(default, tuple):
+        return tuple(type(default[0])(item) for item in text.split("/"))
+    return type(default)(text)
 
 
 def _again(known: object, value: object) -> bool:

@@ -7,8 +7,7 @@ padding and stop tokens) and renders chat templates as transformers does.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 
 from nalora_jax import bounded
-from nalora_jax.bounded.expressions import check_expressions
-from nalora_jax.bounded.growth import check_growth
 from nalora_jax.chat_templates import PROCESSOR_FILE, read_templates
 from nalora_jax.errors import NaloraError
 from nalora_jax.image_tokens import ImageTokens, as_parts
+from nalora_jax.tokenizer_backend import is_unicode, read_backend, tokenizer_errors
 
 if TYPE_CHECKING:
     from nalora_jax.config import DataConfig
@@ -104,7 +102,7 @@ class Tokenizer:
           NaloraError: the text is not valid Unicode, the tokenizer fails, or an id has no row in
             the embedding.
         """
-        with _complaints("text", text):
+        with tokenizer_errors("text", text):
             ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         ids = [self.bos_id, *ids] if special and self.add_bos and self.bos_id is not None else ids
         self._check_rows(ids)
@@ -112,7 +110,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns ``encode(text, special=False)`` for each text, computed on all cores."""
-        with _complaints("texts", *texts):
+        with tokenizer_errors("texts", *texts):
             found = [one.ids for one in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         for ids in found:
             self._check_rows(ids)
@@ -120,7 +118,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Returns the text of ``ids``."""
-        with _complaints("token ids"):
+        with tokenizer_errors("token ids"):
             text: str = self.backend.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special)
         return text
 
@@ -137,7 +135,7 @@ class Tokenizer:
             return self
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         own = {token.content for token in backend.get_added_tokens_decoder().values()}
-        with _complaints("added tokens", *added.texts):
+        with tokenizer_errors("added tokens", *added.texts):
             for texts, add in ((added.special, backend.add_special_tokens), (added.plain, backend.add_tokens)):
                 # normalized=False: otherwise matching would depend on how a normalizer changes the
                 # surrounding text.
@@ -327,72 +325,6 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
     if not isinstance(value, dict):
         raise NaloraError(str(path), expected="a JSON object", found=type(value).__name__)
     return value
-
-
-def read_backend(path: Path) -> tokenizers.Tokenizer:
-    """Reads a ``tokenizer.json`` and turns truncation and padding off.
-
-    Raises:
-      NaloraError: the file is missing or damaged.
-    """
-    if not path.is_file():
-        raise NaloraError(
-            str(path),
-            expected="the file",
-            found="nothing of that name",
-            remedy="save it with transformers: AutoTokenizer.from_pretrained(model).save_pretrained(folder)",
-        )
-    try:
-        content = path.read_bytes()
-        raw = json.loads(content)
-        check_growth(raw, str(path))
-        check_expressions(raw, str(path))
-        backend = tokenizers.Tokenizer.from_buffer(content)
-    except NaloraError:
-        raise
-    except BaseException as error:  # the binding raises Exceptions, and panics (BaseException)
-        if is_foreign(error):
-            raise NaloraError(
-                str(path), expected="a tokenizer", found=error, remedy="download the file again"
-            ) from error
-        raise
-    backend.no_truncation()  # stored by the program that saved the file last; not part of the model
-    backend.no_padding()
-    return backend
-
-
-def is_foreign(error: BaseException) -> bool:
-    """Returns True if ``error`` was raised by a library: any error except an interrupt.
-
-    A panic in Rust is a ``PanicException``, which is not an `Exception`.
-    """
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
-
-
-@contextmanager
-def _complaints(what: str, *texts: str) -> Iterator[None]:
-    """Converts errors of the tokenizers library to a `NaloraError` that names the text."""
-    try:
-        yield
-    except BaseException as error:
-        if not is_foreign(error):
-            raise
-        broken = next((text for text in texts if not is_unicode(text)), None)
-        raise NaloraError(
-            what,
-            expected="Unicode text" if broken is not None else "what the model's tokenizer can take",
-            found=f"half a character in {broken[:80]!r}" if broken is not None else error,
-            remedy="write the text anew: half of a surrogate pair is no character" if broken is not None else "",
-        ) from error
-
-
-def is_unicode(text: str) -> bool:
-    """Returns True if ``text`` can be encoded: JSON may contain half of a surrogate pair."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _token_text(value: object) -> str:

@@ -25,7 +25,8 @@ from nalora_jax.config import DataConfig, MeshConfig
 from nalora_jax.data.sources import open_pair, open_source, prepared
 from nalora_jax.distributed import make_mesh
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights import load_model, streamed
+from nalora_jax.loading.base import load_model
+from nalora_jax.weights import streamed
 from nalora_jax.weights.hub import resolve
 from nalora_jax.weights.vision.hub import resolve_folder
 from tests import emulator, tiny

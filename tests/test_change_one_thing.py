@@ -24,11 +24,9 @@ from nalora_jax.config import (
     DataConfig,
     LoRAConfig,
     LoRARule,
-    MaskConfig,
     MeshConfig,
     OptimizerConfig,
     RunConfig,
-    StepScaleConfig,
 )
 from nalora_jax.data import sources
 from nalora_jax.errors import NaloraError
@@ -81,8 +79,6 @@ def train(base: ModelConfig, *mechanisms: str, steps: int = 3) -> tuple[Any, dic
     config = RunConfig(
         steps=10,
         lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up)_proj", 2),)),
-        mask=MaskConfig(kind="off"),
-        step_scale=StepScaleConfig(kind="off"),
         mechanisms=mechanisms,
         optimizer=OptimizerConfig(learning_rate=1e-2),
         compute=ComputeConfig(dtype="float32", stats_stride=1, probe_stride=1),

@@ -15,7 +15,6 @@ from nalora_jax.config import (
     LoRARule,
     OptimizerConfig,
     RunConfig,
-    StepScaleConfig,
     check,
     config_from_dict,
 )
@@ -41,17 +40,6 @@ RANGES = [
     ("compute.probe_stride", [0], [1]),
     ("compute.loss_chunk", [-1], [0]),
     ("data.select_limit", [0], [1]),
-    ("mask.keep", [0.0, -0.1, 1.01, math.nan], [1.0, 1e-6]),
-    ("mask.low", [-0.1, 1.0, math.nan], [0.0, 0.99]),
-    ("mask.high", [1.0, 0.0, math.nan], [1.01]),
-    ("mask.power", [0.0, -1.0, math.nan], [0.5]),
-    ("mask.decay", [-0.1, 1.0, math.nan], [0.0, 0.999]),
-    ("mask.warmup", [-1], [0]),
-    ("step_scale.tau", [0.0, -1.0, math.nan], [1e-6, 10.0]),
-    ("step_scale.decay", [-0.1, 1.0], [0.0]),
-    ("step_scale.warmup", [-1], [0]),
-    ("step_scale.min_occupancy", [-0.1, 0.5], [0.0, 0.49]),
-    ("step_scale.gains", [(-1.0, 1, 1, 1), (0.0, 0, 0, 0)], [(0.0, 0, 0, 1)]),
     ("optimizer.learning_rate", [-1.0, math.nan, math.inf], [0.0, 1e-9]),
     ("optimizer.b1", [-0.1, 1.0], [0.0]),
     ("optimizer.b2", [-0.1, 1.0], [0.0]),
@@ -123,21 +111,19 @@ def test_lora_ga_has_no_weights():
 def test_to_dict_is_nested_plain_data_that_json_takes():
     config = RunConfig()
     plain = json.loads(json.dumps(config.to_dict()))
-    assert plain["mask"]["keep"] == config.mask.keep
+    assert plain["mechanisms"] == list(config.mechanisms)
     assert plain["lora"]["rules"][0] == {"pattern": config.lora.rules[0].pattern, "rank": 8, "alpha": None}
 
 
 def test_a_config_comes_back_from_json():
     rules = (LoRARule("a", 4, 2.0), LoRARule("b", 0))
-    config = RunConfig(
-        steps=7, lora=LoRAConfig(rules=rules), step_scale=StepScaleConfig("homogeneity", gains=(0.1, 0.2, 0.3, 0.4))
-    )
+    config = RunConfig(steps=7, lora=LoRAConfig(rules=rules), mechanisms=("homogeneity:gains=0.1/0.2/0.3/0.4",))
     assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_logs_of_other_versions_can_be_read():
-    assert config_from_dict({"steps": 7, "gone": 1, "mask": {"keep": 0.25, "gone": 1}}) == RunConfig(
-        steps=7, mask=dataclasses.replace(RunConfig().mask, keep=0.25)
+    assert config_from_dict({"steps": 7, "gone": 1, "lora": {"dora": True, "gone": 1}}) == RunConfig(
+        steps=7, lora=LoRAConfig(dora=True)
     )
     assert config_from_dict({}) == RunConfig()
 

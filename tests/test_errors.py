@@ -13,9 +13,9 @@ from nalora_jax.errors import NaloraError, TrainingDivergedError, bounded_text, 
 
 
 def test_a_short_message_is_whole() -> None:
-    error = NaloraError("--mask.keep", expected="a share in (0, 1]", found=0, remedy="use e.g. 0.5")
-    assert str(error) == "--mask.keep: expected a share in (0, 1], found 0; use e.g. 0.5"
-    assert (error.where, error.found, error.remedy) == ("--mask.keep", 0, "use e.g. 0.5")
+    error = NaloraError("--lora.dropout", expected="a number in [0, 1)", found=1, remedy="use e.g. 0.5")
+    assert str(error) == "--lora.dropout: expected a number in [0, 1), found 1; use e.g. 0.5"
+    assert (error.where, error.found, error.remedy) == ("--lora.dropout", 1, "use e.g. 0.5")
 
 
 LONG = {

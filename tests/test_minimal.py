@@ -19,23 +19,20 @@ from nalora_jax.config import (
     ComputeConfig,
     LoRAConfig,
     LoRARule,
-    MaskConfig,
     MeshConfig,
     OptimizerConfig,
     RunConfig,
-    StepScaleConfig,
     TrainConfig,
 )
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.assembly import assemble
 
 STEPS, ROWS, TOKENS, RATE, WARMUP = 12, 4, 17, 4e-3, 3
-OFF = {"mask": MaskConfig(kind="off"), "step_scale": StepScaleConfig(kind="off")}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "none": OFF,
-    "mask": OFF | {"mask": MaskConfig(kind="soft", power=2.0, warmup=WARMUP)},
-    "step_scale": OFF | {"step_scale": StepScaleConfig(kind="homogeneity", warmup=WARMUP)},
-    "curvature_cap": OFF | {"step_scale": StepScaleConfig(kind="curvature", warmup=WARMUP)},
+RULES: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "mask": (f"soft:power=2,warmup={WARMUP}",),
+    "step_scale": (f"homogeneity:warmup={WARMUP}",),
+    "curvature_cap": (f"curvature_cap:warmup={WARMUP}",),
 }
 
 
@@ -58,7 +55,7 @@ def library_adapters(page: Any, rule: str, params: Any, lora: Any, batches: list
         train=TrainConfig(batch_size=ROWS),
         steps=STEPS,
         compute=ComputeConfig(dtype="float32", implementation="xla", stats_stride=1, probe_stride=1),
-        **SETTINGS[rule],
+        mechanisms=RULES[rule],
     )
     fields = {
         "model_type": "llama",
@@ -89,7 +86,7 @@ def library_adapters(page: Any, rule: str, params: Any, lora: Any, batches: list
     return state.lora
 
 
-@pytest.mark.parametrize("rule", SETTINGS)
+@pytest.mark.parametrize("rule", RULES)
 def test_the_page_makes_the_updates_of_the_library(minimal: ModuleType, rule: str) -> None:
     page = minimal.Config(rule=rule, warmup=WARMUP)
     params, lora = minimal.init(jax.random.key(0), page)

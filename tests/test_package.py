@@ -22,9 +22,9 @@ def _python(code: str) -> str:
 @pytest.mark.parametrize(
     "first",
     [
-        "from nalora_jax import RunResult, run, load",  # `RunResult` lives in the module `run`, which imports `load`
-        "import nalora_jax.load, nalora_jax.run; from nalora_jax import run, load",
-        "from nalora_jax.load import AdaptedModel; from nalora_jax import run, load",
+        "from nalora_jax import RunResult, run, load",
+        "import nalora_jax.loading.adapted, nalora_jax.job; from nalora_jax import run, load",
+        "from nalora_jax.loading.adapted import AdaptedModel; from nalora_jax import run, load",
     ],
 )
 def test_run_and_load_are_functions_whatever_was_imported_before(first):

@@ -20,7 +20,7 @@ from nalora_jax.data.items import ChoiceItem
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.evaluate.likelihood import Score
 from nalora_jax.evaluate.multiple_choice import predict, score_choices
-from nalora_jax.load import load
+from nalora_jax.loading.adapted import load
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights import hub
 from nalora_jax.weights.merge import write_merged

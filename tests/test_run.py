@@ -28,16 +28,14 @@ from nalora_jax.config import (
     DebugConfig,
     LoRAConfig,
     LoRARule,
-    MaskConfig,
     MeshConfig,
     OptimizerConfig,
     RunConfig,
-    StepScaleConfig,
     TrainConfig,
 )
 from nalora_jax.data.sources import RecordsSource
 from nalora_jax.errors import NaloraError, TrainingDivergedError
-from nalora_jax.load import load
+from nalora_jax.loading.adapted import load
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.models.targets import AdapterSpec
@@ -47,7 +45,7 @@ from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import import_adapter
 from tests import tiny
 
-nalora_run = importlib.import_module("nalora_jax.run")  # the package's attribute of this name is the function
+nalora_run = importlib.import_module("nalora_jax.job")
 
 WORDS = ["<end>", "<unk>", *string.ascii_lowercase]
 HF = {
@@ -116,8 +114,7 @@ def settings(base: Path, questions: Path) -> RunConfig:
         model=str(base),
         steps=40,
         lora=LoRAConfig(rules=(LoRARule("ffn", 8), LoRARule("attn", 4))),
-        mask=MaskConfig("soft", warmup=3),
-        step_scale=StepScaleConfig("homogeneity", warmup=3),
+        mechanisms=("soft:power=2,warmup=3", "homogeneity:warmup=3"),
         optimizer=OptimizerConfig(learning_rate=2e-2),
         data=DataConfig(
             dataset=str(questions),
@@ -445,7 +442,7 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
     [
         (["--lora.rules", "nothing:4"], "'nothing', which matches nothing"),
         (["--lora.rules", "ffn:17"], "rank"),
-        (["--mask.keep", "0"], "--mask.keep: expected a share in (0, 1], found 0"),
+        (["--mechanisms", "hard:keep=0"], "mechanism hard: keep: expected a share in (0, 1], found 0"),
         (["--data.dataset", "missing.jsonl"], "missing.jsonl"),
         (["--model", "missing-folder/model.gguf"], "missing-folder/model.gguf"),
         (["--mesh.data", "3"], "--mesh"),

@@ -20,8 +20,8 @@ from nalora_jax.cli.parser import load_config
 from nalora_jax.config import ComputeConfig, DataConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.config.vision import VisionConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.load.dual import load_adapted_dual
-from nalora_jax.run import run
+from nalora_jax.job import run
+from nalora_jax.loading.dual import load_adapted_dual
 from nalora_jax.train import loop
 from nalora_jax.train.metrics import read_metrics
 from nalora_jax.weights.vision.peft import import_dual_adapter

@@ -22,8 +22,8 @@ from nalora_jax.config import ComputeConfig, DataConfig, LoRAConfig, LoRARule, M
 from nalora_jax.config.vision import VisionConfig
 from nalora_jax.data.images.chat import asked
 from nalora_jax.errors import NaloraError
-from nalora_jax.load import Located, load
-from nalora_jax.run import run
+from nalora_jax.job import run
+from nalora_jax.loading.adapted import Located, load
 from nalora_jax.train.metrics import read_metrics
 
 torch = pytest.importorskip("torch")
@@ -211,7 +211,7 @@ def test_a_language_model_is_shown_nothing(seeing_folder, chats, monkeypatch, ca
     model = seeing_folder("llava")
     assert chat._sees(chat.ChatArgs(str(model)))
     textual = Located(str(model), None, {"vision": {"task": ""}})
-    monkeypatch.setattr(importlib.import_module("nalora_jax.load"), "locate", lambda *_: textual)
+    monkeypatch.setattr(importlib.import_module("nalora_jax.loading.adapted"), "locate", lambda *_: textual)
     assert not chat._sees(chat.ChatArgs(str(model)))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {chats.parent / '1.png'}\n"))
     assert main(["chat", str(model), "--dtype", "float32"]) == 0

@@ -23,7 +23,7 @@ from nalora_jax.train.metrics import to_json
 from nalora_jax.train.progress import Progress
 from tests import tiny
 
-nalora_run = import_module("nalora_jax.run")  # the package's attribute of this name is the function
+nalora_run = import_module("nalora_jax.job")
 
 
 @pytest.fixture(scope="module", autouse=True)

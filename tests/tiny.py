@@ -28,11 +28,9 @@ from nalora_jax.config import (
     DataConfig,
     LoRAConfig,
     LoRARule,
-    MaskConfig,
     MeshConfig,
     OptimizerConfig,
     RunConfig,
-    StepScaleConfig,
     TrainConfig,
 )
 from nalora_jax.downloads import cache_dir
@@ -148,8 +146,7 @@ def make_config(folder: Path, **changes: Any) -> RunConfig:
         "output": str(folder / "run"),
         "steps": 6,
         "lora": LoRAConfig(rules=(LoRARule("ffn", 4),)),
-        "mask": MaskConfig("soft", warmup=2),
-        "step_scale": StepScaleConfig("homogeneity", warmup=2),
+        "mechanisms": ("soft:power=2,warmup=2", "homogeneity:warmup=2"),
         "optimizer": OptimizerConfig(learning_rate=2e-2),
         "data": DataConfig(
             dataset=str(questions),

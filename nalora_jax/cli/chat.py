@@ -20,7 +20,7 @@ from nalora_jax.errors import NaloraError, visible
 if TYPE_CHECKING:
     from nalora_jax.generate.conversation import Conversation
     from nalora_jax.generate.generator import Generator
-    from nalora_jax.load import AdaptedModel
+    from nalora_jax.loading.adapted import AdaptedModel
     from nalora_jax.weights.adapter_slot import AdapterSlot
 
 HELP = """\
@@ -61,7 +61,7 @@ class ChatArgs:
     # Dtype of the base weights. By default the run's, else bfloat16.
     dtype: Literal["bfloat16", "float32"] | None = None
     # Quantize the adapted model's projections. By default as in the run, else not.
-    quantize: Literal["none", "int8", "nf4"] | None = None
+    quantize: Literal["none", "int8", "nf4", "mxfp4"] | None = None
     # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1))
 
@@ -79,7 +79,7 @@ RANGES = {
 def chat(args: ChatArgs) -> None:
     """Reads lines until end of input; streams responses to stdout and messages to stderr."""
     from nalora_jax.generate.conversation import Conversation
-    from nalora_jax.load import load
+    from nalora_jax.loading.adapted import load
 
     mesh = mesh_of(args.mesh)
     options: dict[str, Any] = {"dtype": args.dtype, "quantize": args.quantize or "run", "mesh": mesh}
@@ -104,9 +104,9 @@ def _sees(args: ChatArgs) -> bool:
     It is if the model has one, unless the adapter's run did not use it.
     """
     from nalora_jax.config.vision import VisionConfig
-    from nalora_jax.load import locate
+    from nalora_jax.loading.adapted import locate
+    from nalora_jax.loading.base import read_config
     from nalora_jax.weights.hub import resolve
-    from nalora_jax.weights.model import read_config
 
     located = locate(args.model, args.adapter)
     if located.run:
@@ -132,7 +132,7 @@ class _Adapters:
         Raises:
           NaloraError: it is not an adapter of this base.
         """
-        from nalora_jax.load import adapter_folder, adapter_for
+        from nalora_jax.loading.adapted import adapter_folder, adapter_for
         from nalora_jax.models.targets import AdapterSpec
 
         base = self._model.base
@@ -251,7 +251,7 @@ class _Talk:
 
 def _warn_without_turns(adapter: Path | None) -> None:
     """Warns if an adapter was trained without the chat template that a conversation uses."""
-    from nalora_jax.load import trained_in_turns
+    from nalora_jax.loading.adapted import trained_in_turns
 
     if adapter is not None and trained_in_turns(adapter) is False:
         _say(f"warning: {adapter} was trained on prompts without a chat template; nalora generate --prompt uses none")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nalora_jax.cli import chat, doctor, evaluate, from_peft, images, parser, plan, push, usage, verbs
+from nalora_jax.cli import chat, doctor, evaluate, former, from_peft, images, parser, plan, push, usage, verbs
 from nalora_jax.config.documented import summaries_only
 from nalora_jax.config.ranges import check_path, check_ranges
 from nalora_jax.errors import NaloraError
@@ -38,8 +38,7 @@ _TRAIN = (
     "--data.max-length",
     "--data.chat",
     "--lora.rules",
-    "--mask.kind",
-    "--step-scale.kind",
+    "--mechanisms",
     "--optimizer.learning-rate",
     "--train.batch-size",
     "--compute.quantize",
@@ -65,7 +64,7 @@ VERBS = {
 
 
 _RESUME = ("yes", "no", "auto")
-_ASSIGNED = ("--mesh=", "--data.max-length=", "--optimizer.learning-rate=", "--resume=")
+_ASSIGNED = ("--mesh=", "--data.max-length=", "--optimizer.learning-rate=", "--resume=", "--mechanisms=")
 
 # Ranges of the numeric flags of each subcommand.
 RANGES = {**parser.RANGES, plan.PlanArgs: plan.RANGES, chat.ChatArgs: chat.RANGES, evaluate.EvalArgs: evaluate.RANGES}
@@ -109,6 +108,7 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
     if asked is None:
         names = import_files(files)
         words = [*words, "--imports", *names] if names and verb.arguments is parser.TrainArgs else words
+        _check_former(verb.arguments, words)
         usage.check(name, verb.arguments, words)
     start = parser.defaults(words) if verb.arguments is parser.TrainArgs else None
     args = _parsed(name, verb.arguments, ["--help"] if asked else words, start, quiet=asked is None)
@@ -124,17 +124,31 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
     return args
 
 
+def _check_former(kind: type, words: list[str]) -> None:
+    """Raises an error for flags of an earlier version; the rules of a config file count."""
+    if not any(word.startswith(("--mask", "--step-scale", "--step_scale")) for word in words):
+        return
+    if kind is parser.TrainArgs:
+        start = parser.defaults(words).run.mechanisms
+    elif kind is plan.PlanArgs:
+        start = plan.PlanArgs.mechanisms
+    else:
+        return
+    former.check_flags(words, start, parser.values_of(words, "--mechanisms"))
+
+
 # Accepted spellings, and the flags that replace them.
 _SHORT = {
     ("--mesh", "auto"): tuple(f"--mesh.{axis}=0" for axis in ("data", "fsdp", "tensor")),
     ("--data.max-length", "auto"): ("--data.max-length=0",),
     ("--optimizer.learning-rate", "auto"): ("--optimizer.learning-rate=0",),
+    ("--mechanisms", "none"): ("--mechanisms",),
 }
 _IMPORT = "--import"
 
 
 def _spelled_out(words: list[str]) -> list[str]:
-    """Replaces ``--mesh auto``, other ``auto`` and ``--resume FOLDER`` by flags of the parser."""
+    """Replaces ``auto``, ``--mechanisms none`` and ``--resume FOLDER`` by flags of the parser."""
     found: list[str] = []
     rest = [part for word in words for part in (word.split("=", 1) if word.startswith(_ASSIGNED) else (word,))]
     while rest:

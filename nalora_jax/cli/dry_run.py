@@ -15,6 +15,7 @@ from nalora_jax.config.vision import DUAL
 from nalora_jax.data.pipeline import TrainData, stream_text, train_data
 from nalora_jax.data.questions import held_out
 from nalora_jax.distributed import platform_of
+from nalora_jax.loading.base import read_tokenizer_of
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.remat import chosen_remat
@@ -30,7 +31,6 @@ from nalora_jax.train.mechanisms import make
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
 from nalora_jax.weights.hub import resolve as find_model
-from nalora_jax.weights.model import read_tokenizer_of
 
 
 def dry_run(config: RunConfig) -> None:

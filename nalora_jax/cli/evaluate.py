@@ -18,7 +18,7 @@ from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
     from nalora_jax.evaluate.items import Answers
-    from nalora_jax.load import AdaptedModel
+    from nalora_jax.loading.adapted import AdaptedModel
     from nalora_jax.models.decoder import Decoder
 
 
@@ -58,7 +58,7 @@ class EvalArgs:
     # Dtype of the base weights. By default the run's, else bfloat16.
     dtype: Literal["bfloat16", "float32"] | None = None
     # Quantize the adapted model's projections. By default as in the run, else not.
-    quantize: Literal["none", "int8", "nf4"] | None = None
+    quantize: Literal["none", "int8", "nf4", "mxfp4"] | None = None
     # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1))
 
@@ -73,7 +73,7 @@ def evaluate(args: EvalArgs) -> None:
     number of devices. With PiSSA or LoRA-GA it is equal up to rounding, because the adapter is
     exported to another base than it was trained on.
     """
-    from nalora_jax.load import holds_adapter, load, locate
+    from nalora_jax.loading.adapted import holds_adapter, load, locate
     from nalora_jax.weights import hub
 
     for flag, path in (("--output", args.output), ("--records", args.records)):
@@ -152,7 +152,7 @@ def _task(text: str, args: EvalArgs, like: DataConfig) -> DataConfig:
 
 def _other(args: EvalArgs, model: AdaptedModel, mesh: Any) -> tuple[AdaptedModel, Decoder, dict[str, Any]]:
     """Returns the model to compare with, on the same base weights if it is an adapter or "base"."""
-    from nalora_jax.load import load, put_on
+    from nalora_jax.loading.adapted import load, put_on
     from nalora_jax.models.targets import AdapterSpec
 
     against = str(args.against)
@@ -260,7 +260,7 @@ def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
     from nalora_jax.data.preference import held_out_pairs
     from nalora_jax.evaluate.heldout import describe
     from nalora_jax.evaluate.preference import PreferenceEvaluator
-    from nalora_jax.load import load
+    from nalora_jax.loading.adapted import load
 
     if args.against is not None or args.records is not None:
         flag = "--against" if args.against is not None else "--records"

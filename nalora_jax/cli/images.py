@@ -58,7 +58,7 @@ class RetrieveArgs:
 
 def classify(args: ClassifyArgs) -> None:
     """Prints every image's likeliest classes with their probabilities, tab-separated."""
-    from nalora_jax.load.dual import load_adapted_dual
+    from nalora_jax.loading.dual import load_adapted_dual
 
     names = [name.strip() for name in args.labels.split(",") if name.strip()]
     if len(names) < 2:
@@ -84,7 +84,7 @@ def retrieve(args: RetrieveArgs) -> None:
     import numpy as np
 
     from nalora_jax.data.images.files import ENDINGS
-    from nalora_jax.load.dual import load_adapted_dual
+    from nalora_jax.loading.dual import load_adapted_dual
 
     if not args.images.is_dir():
         raise NaloraError("--images", expected="a folder", found=str(args.images))
@@ -102,7 +102,7 @@ def retrieve(args: RetrieveArgs) -> None:
 
 def is_dual(model: str | Path, adapter: str | Path | None = None) -> bool:
     """Returns True if the model or adapter is from a run that trained a dual encoder."""
-    from nalora_jax.load import locate
+    from nalora_jax.loading.adapted import locate
 
     return locate(model, adapter).run.get("vision", {}).get("task", "") in DUAL
 
@@ -111,7 +111,7 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
     """Returns the held-out metric of a run on images, by default on the run's reported images."""
     from nalora_jax.data.images.sources import open_images
     from nalora_jax.evaluate.heldout import describe
-    from nalora_jax.load.dual import load_adapted_dual
+    from nalora_jax.loading.dual import load_adapted_dual
     from nalora_jax.train.dual_pieces import held_out_images
 
     if args.quantize not in (None, "none"):
@@ -132,7 +132,7 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
 def export(args: ExportArgs, card: Callable[[Any, Literal["adapter", "merged"]], str]) -> None:
     """Writes an adapter of a dual encoder for PEFT, and verifies it by reloading."""
     from nalora_jax.files import write_atomically
-    from nalora_jax.load.dual import load_adapted_dual
+    from nalora_jax.loading.dual import load_adapted_dual
     from nalora_jax.weights.vision.peft import export_dual_adapter, verify_dual_export
 
     if args.target != "peft":
@@ -150,7 +150,7 @@ def export(args: ExportArgs, card: Callable[[Any, Literal["adapter", "merged"]],
 
 def merge(args: MergeArgs, card: Callable[[Any, Literal["adapter", "merged"]], str]) -> None:
     """Writes a dual encoder merged with its adapter as one Hugging Face folder."""
-    from nalora_jax.load.dual import load_adapted_dual
+    from nalora_jax.loading.dual import load_adapted_dual
     from nalora_jax.weights.shards import parse_size
     from nalora_jax.weights.vision.hub import resolve_folder
     from nalora_jax.weights.vision.merge import write_merged_dual

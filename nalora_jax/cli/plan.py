@@ -14,11 +14,9 @@ from nalora_jax.config import (
     ComputeConfig,
     LoRAConfig,
     LoRARule,
-    MaskConfig,
     MeshConfig,
     Remat,
     RunConfig,
-    StepScaleConfig,
     TrainConfig,
     check,
 )
@@ -54,7 +52,7 @@ class PlanArgs:
     # Rematerialization; "auto" chooses it together with the mesh.
     remat: Remat = "auto"
     # Quantize the adapted model's projections.
-    quantize: Literal["none", "int8", "nf4"] = "none"
+    quantize: Literal["none", "int8", "nf4", "mxfp4"] = "none"
     # Price of one chip per hour: shows the cost of a million tokens.
     price: float | None = None
     # Also write the figures to this file, one JSON line per topology.
@@ -63,11 +61,7 @@ class PlanArgs:
     estimate: bool = False
     # Axes of the mesh; axes without a size are chosen automatically.
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    # The mask on the gates' updates: --mask.kind of nalora train.
-    mask: Literal["off", "hard", "soft"] = MaskConfig().kind
-    # The step scale: --step-scale.kind of nalora train.
-    step_scale: Literal["off", "curvature", "homogeneity"] = StepScaleConfig().kind
-    # Additional mechanisms, as for nalora train.
+    # Rules that weigh the gates' gradients and updates, as for nalora train.
     mechanisms: tuple[str, ...] = RunConfig().mechanisms
 
 
@@ -132,8 +126,6 @@ def _config(args: PlanArgs, rows: int) -> RunConfig:
             lora=LoRAConfig(rules=args.rules, modules_to_save=args.modules_to_save),
             mesh=args.mesh,
             mechanisms=args.mechanisms,
-            mask=MaskConfig(args.mask),
-            step_scale=StepScaleConfig(args.step_scale),
             train=TrainConfig(batch_size=rows, accumulate=args.accumulate),
             compute=ComputeConfig(remat=args.remat, quantize=args.quantize),
         )

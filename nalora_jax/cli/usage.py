@@ -90,7 +90,7 @@ def check(verb: str, kind: type, argv: Sequence[str]) -> None:
         name, assigned, value = word.partition("=")
         name = name.replace("_", "-")
         if name in known:
-            values = [value] if assigned else _until_flag(argv[index + 1 :])
+            values = [value] if assigned else until_flag(argv[index + 1 :])
             _check_numbers(known[name], values)
             if known[name].type is bool and values and not assigned and not _has_positional(kind):
                 raise NaloraError(name, expected="no value: it is a switch", found=repr(values[0][:40]))
@@ -104,7 +104,7 @@ def _has_positional(kind: type) -> bool:
     return any("Positional" in str(extra) for hint in hints.values() for extra in getattr(hint, "__metadata__", ()))
 
 
-def _until_flag(words: Sequence[str]) -> list[str]:
+def until_flag(words: Sequence[str]) -> list[str]:
     """Returns the words up to the next flag; a negative number is not a flag."""
     end = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
     return list(words[:end])

@@ -20,22 +20,22 @@ from nalora_jax.config.ranges import SAMPLING
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
-    from nalora_jax.load import AdaptedModel, Located
-    from nalora_jax.load.dual import AdaptedDual
+    from nalora_jax.loading.adapted import AdaptedModel, Located
+    from nalora_jax.loading.base import LoadedModel
+    from nalora_jax.loading.dual import AdaptedDual
     from nalora_jax.tokenizer import Tokenizer
-    from nalora_jax.weights import LoadedModel
     from nalora_jax.weights.hub import ResolvedSource
 
 
 def train(args: cli.TrainArgs) -> None:
-    """Fine-tunes a model by its config; `nalora_jax.run.run` prints the progress."""
+    """Fine-tunes a model by its config; `nalora_jax.job.run` prints the progress."""
     check(args.run)  # before heavy imports
     check_new_path("--output", Path(args.run.output))
     if args.dry_run:
         from nalora_jax.cli.dry_run import dry_run
 
         return dry_run(args.run)
-    from nalora_jax.run import run
+    from nalora_jax.job import run
 
     run(args.run)
 
@@ -46,7 +46,7 @@ def generate(args: cli.GenerateArgs) -> None:
     from nalora_jax.data.images.files import open_image
     from nalora_jax.generate import Generator
     from nalora_jax.generate.conversation import chat_tokens, read_messages
-    from nalora_jax.load import load, trained_in_turns
+    from nalora_jax.loading.adapted import load, trained_in_turns
 
     if (args.prompt is None) == (args.messages is None):
         found = "neither" if args.prompt is None else "both"
@@ -80,7 +80,7 @@ def generate(args: cli.GenerateArgs) -> None:
 def export(args: cli.ExportArgs) -> None:
     """Writes an adapter for another tool, and verifies it by reloading."""
     from nalora_jax.files import write_atomically
-    from nalora_jax.load import load, locate
+    from nalora_jax.loading.adapted import load, locate
     from nalora_jax.weights.new_tokens import tokenizer_writer
     from nalora_jax.weights.peft import export_adapter, verify_export
 
@@ -119,7 +119,7 @@ def export(args: cli.ExportArgs) -> None:
 
 def merge(args: cli.MergeArgs) -> None:
     """Writes base and adapter as one Hugging Face folder, or as one GGUF file."""
-    from nalora_jax.load import load, locate
+    from nalora_jax.loading.adapted import load, locate
     from nalora_jax.weights import hub
     from nalora_jax.weights.merge import write_merged
     from nalora_jax.weights.saved_modules import fold_saved
@@ -172,7 +172,7 @@ def merge(args: cli.MergeArgs) -> None:
 
 def import_(args: cli.ImportArgs) -> None:
     """Reads a PEFT adapter, checks it against its base, and writes it in this library's format."""
-    from nalora_jax.load import adapter_folder
+    from nalora_jax.loading.adapted import adapter_folder
 
     source = adapter_folder(args.adapter)
     export(cli.ExportArgs(run=source, output=args.output, model=args.model))
@@ -183,7 +183,7 @@ def inspect(args: cli.InspectArgs) -> None:
     from rich.console import Console
 
     from nalora_jax.data.sources import open_held_out
-    from nalora_jax.load import load, locate
+    from nalora_jax.loading.adapted import load, locate
     from nalora_jax.report.inspect import check_picture, layer_table, save_picture
     from nalora_jax.report.inspection import TEXTS, inspect_texts
 
@@ -285,9 +285,9 @@ def _require_template(model: str, adapter: Path | None, messages: Sequence[dict[
     A base without a template is refused too.
     """
     from nalora_jax.generate.conversation import chat_tokens
-    from nalora_jax.load import locate
+    from nalora_jax.loading.adapted import locate
+    from nalora_jax.loading.base import read_config, read_tokenizer_of
     from nalora_jax.weights import hub
-    from nalora_jax.weights.model import read_config, read_tokenizer_of
 
     located = locate(model, adapter)
     if located.adapter is None:  # an adapter with added tokens has its tokenizer

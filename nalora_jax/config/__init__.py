@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 from nalora_jax.config.adalora import AdaLoRAConfig, check_adalora
 from nalora_jax.config.documented import documented
+from nalora_jax.config.former import translated
 from nalora_jax.config.machine import ComputeConfig, MeshConfig, Remat
-from nalora_jax.config.method import LoRAConfig, LoRARule, MaskConfig, OptimizerConfig, StepScaleConfig
+from nalora_jax.config.method import LoRAConfig, LoRARule, OptimizerConfig
 from nalora_jax.config.preference import PreferenceConfig, check_preference
 from nalora_jax.config.ranges import (
     ALPHA,
@@ -28,7 +29,6 @@ from nalora_jax.config.ranges import (
     GAIN,
     INTERVAL,
     LENGTH,
-    PERMUTATION,
     RANK,
     ROWS,
     SEED,
@@ -51,13 +51,11 @@ __all__ = [
     "DebugConfig",
     "LoRAConfig",
     "LoRARule",
-    "MaskConfig",
     "MeshConfig",
     "OptimizerConfig",
     "PreferenceConfig",
     "Remat",
     "RunConfig",
-    "StepScaleConfig",
     "TrainConfig",
     "VisionConfig",
     "check",
@@ -185,9 +183,10 @@ class RunConfig:
     # Further outputs of the log: NAME or NAME:setting=value,... of tensorboard, wandb, mlflow
     # (docs/callbacks.md).
     callbacks: tuple[str, ...] = ()
-    # Mechanisms in addition to the mask and the step scale: NAME or NAME:setting=value,...
-    # (docs/method.md lists them).
-    mechanisms: tuple[str, ...] = ()
+    # Rules that weigh the gates' gradients and updates, in this order: NAME or
+    # NAME:setting=value,... (docs/method.md lists them); "none" on the command line: plain LoRA.
+    # "soft:power=2 homogeneity" are the mask and the step scale of the paper's abstract.
+    mechanisms: tuple[str, ...] = ("curvature_cap",)
     # Python files that are executed first, to register your rules, activations, families or
     # sources; recorded with their digests. Use only files that you trust. On the command line
     # --import FILE ..., with any command.
@@ -195,8 +194,6 @@ class RunConfig:
 
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     adalora: AdaLoRAConfig = field(default_factory=AdaLoRAConfig)
-    mask: MaskConfig = field(default_factory=MaskConfig)
-    step_scale: StepScaleConfig = field(default_factory=StepScaleConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -212,15 +209,19 @@ class RunConfig:
 
     def without_mechanisms(self) -> RunConfig:
         """Returns the same run as plain LoRA."""
-        return dataclasses.replace(self, mask=MaskConfig("off"), step_scale=StepScaleConfig("off"), mechanisms=())
+        return dataclasses.replace(self, mechanisms=())
 
 
 def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     """Returns the config whose `RunConfig.to_dict` is ``values``; lists become tuples.
 
-    Unknown fields are ignored and missing fields have their defaults, so that logs of other
-    versions can be read.
+    Unknown fields are ignored, missing fields have their defaults, and former groups of mechanisms
+    become rules, so that logs of other versions can be read.
+
+    Raises:
+      AttributeError, TypeError, ValueError: the values have another structure.
     """
+    values = translated(values)
     groups: dict[str, Any] = {}
     for one in dataclasses.fields(RunConfig):
         if one.name not in values:
@@ -239,7 +240,7 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     return RunConfig(**groups)
 
 
-# Range of every numeric setting; rules and gains are checked in `check`.
+# Range of every numeric setting; adapter rules are checked in `check`.
 RANGES = {
     "steps": SIZE,
     "epochs": Range("a number", "[0, 1e6]"),
@@ -254,20 +255,6 @@ RANGES = {
     "adalora.sensitivity_decay": BELOW_ONE,
     "adalora.uncertainty_decay": BELOW_ONE,
     "adalora.orthogonality": Range("a number", "[0, 1000]"),
-    "mask.keep": Range("a share", "(0, 1]"),
-    "mask.power": Range("a number", "(0, 100]"),
-    "mask.low": BELOW_ONE,
-    "mask.high": Range("a number", "(1, 1e6]"),
-    "mask.decay": BELOW_ONE,
-    "mask.warmup": COUNT,
-    "mask.frozen_after": COUNT,
-    "mask.permute": PERMUTATION,
-    "step_scale.min_occupancy": Range("a share", "[0, 0.5)"),
-    "step_scale.decay": BELOW_ONE,
-    "step_scale.tau": Range("a number", "(0, 1e6]"),
-    "step_scale.warmup": COUNT,
-    "step_scale.frozen_after": COUNT,
-    "step_scale.permute": PERMUTATION,
     "optimizer.learning_rate": Range("a number", "[0, 1000]"),
     "optimizer.warmup_share": SHARE,
     "optimizer.warmup_steps": COUNT,
@@ -326,9 +313,6 @@ def check(config: RunConfig) -> RunConfig:
     require("--debug.profile", not profile or re.fullmatch(form, profile) is not None, "START:STEPS, as 10:5", profile)
     late = bool(profile) and not config.epochs and config.debug.profiled.start > config.steps
     require("--debug.profile", not late, f"a step of the run, which has {config.steps}", profile)
-    gains = config.step_scale.gains
-    fits = len(gains) == 4 and all(map(GAIN.holds, gains)) and max(gains) > 0
-    require("--step-scale.gains", fits, f"four, each {GAIN}, not all 0", gains)
     batch, accumulate = config.train.batch_size, config.train.accumulate
     require("--train.batch-size", batch % accumulate == 0, f"a multiple of --train.accumulate ({accumulate})", batch)
     quantized, init, weights = config.compute.quantize, config.lora.init, config.lora.gradient_weights

@@ -39,8 +39,9 @@ class ComputeConfig:
 
     # Dtype of base weights and matmul operands; adapters, sums and norms stay float32.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    # Store the adapted model's projections quantized (QLoRA): "int8", "nf4" (4 bits), or "none".
-    quantize: Literal["none", "int8", "nf4"] = "none"
+    # Store the adapted model's projections quantized (QLoRA): "int8", "nf4" (4 bits), "mxfp4" (4 bits, feed-forward
+    # projections only), or "none".
+    quantize: Literal["none", "int8", "nf4", "mxfp4"] = "none"
     # Implementation of the operations: "auto" (the fastest on the platform), "xla" (plain JAX), or
     # an implementation by name, such as "cpu".
     implementation: str = "auto"

@@ -1,4 +1,4 @@
-"""Settings of the adapters, the two mechanisms, and the inner optimizer."""
+"""Settings of the adapters and the inner optimizer."""
 
 from __future__ import annotations
 
@@ -57,63 +57,6 @@ class LoRAConfig:
     dropout: float = 0.0
     # LoRA+ (arXiv 2402.12354): ratio of the learning rates of B and A.
     plus_ratio: float = 1.0
-
-
-@documented
-@dataclass(frozen=True)
-class MaskConfig:
-    """Mechanism 1: the derivative-based temporal-importance mask of the gate channels."""
-
-    # "off", "hard" (keep the top share of channels) or "soft" (importance over its mean, to a power, clipped).
-    kind: Literal["off", "hard", "soft"] = "off"
-    # hard: share of channels kept in each layer, in (0, 1].
-    keep: float = 0.5
-    # soft: exponent on importance / mean(importance).
-    power: float = 2.0
-    # soft: lower clip of the mask.
-    low: float = 0.0
-    # soft: upper clip of the mask.
-    high: float = 4.0
-    # Decay beta of the EMA of the importance.
-    decay: float = 0.95
-    # Steps before the mask acts.
-    warmup: int = 10
-    # Also mask the gradient of A through the gate's branch (the update of B's columns is always masked).
-    mask_gradient: bool = True
-    # Measured steps after which the importance is frozen (1: after one calibration batch); 0:
-    # never.
-    frozen_after: int = 0
-    # Permutation control: seed of a permutation of the mask over each layer's channels, fixed in a
-    # run; -1: none.
-    permute: int = -1
-
-
-@documented
-@dataclass(frozen=True)
-class StepScaleConfig:
-    """Mechanism 2: the activation-specific step scale on the gate channels' updates."""
-
-    # "off"; "curvature": shorter steps for channels whose adapter has left the linear range; or
-    # "homogeneity": the mean over occupied regions of a gain that is smaller at a low coarse
-    # degree.
-    kind: Literal["off", "curvature", "homogeneity"] = "curvature"
-    # curvature: tau, the largest nonlinear share of a channel's response to its adapter that keeps full steps.
-    tau: float = 0.1
-    # homogeneity: gain of the regions inverted, contracting, expanding, linear; only their ratios
-    # matter.
-    gains: tuple[float, float, float, float] = (0.5, 0.75, 1.0, 1.0)
-    # homogeneity: smallest share of tokens that two regions of different degree must each have for
-    # the partition to be used.
-    min_occupancy: float = 0.02
-    # Decay of the EMAs from which the scale is computed.
-    decay: float = 0.95
-    # Steps before the scale acts.
-    warmup: int = 10
-    # Measured steps after which these EMAs are frozen; 0: never.
-    frozen_after: int = 0
-    # Permutation control: seed of a permutation of the scale over each layer's channels, fixed in
-    # a run; -1: none.
-    permute: int = -1
 
 
 @documented

@@ -41,7 +41,6 @@ SEED, TOKENS = Range("a whole number", f"[0, {2**32 - 1}]"), Range("a whole numb
 LENGTH = Range("a whole number", f"[0, {2**24}]")  # 0: the library chooses
 INTERVAL = Range("a whole number", f"[0, {INDEX}]", also=-1)  # -1: the library chooses
 ROWS, AXIS = Range("a whole number", "[1, 1000000]"), Range("a whole number", "[0, 1000000]", also=-1)
-PERMUTATION = Range("a whole number", f"[0, {2**32 - 1}]", also=-1)  # a seed; -1: none
 BELOW_ONE, SHARE = Range("a number", "[0, 1)"), Range("a share", "[0, 1]")
 # Ranges of the generation settings, in Python and on the command line.
 SAMPLING = {

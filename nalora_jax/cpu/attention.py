@@ -16,7 +16,7 @@ from nalora_jax.cpu import native
 from nalora_jax.cpu.implementation import CPU, usable
 from nalora_jax.ops import attention as ops
 from nalora_jax.ops.attention import CachedKeys, Keys, drops
-from nalora_jax.ops.blockwise_attention import AttentionConfig
+from nalora_jax.ops.blockwise_attention import AttentionConfig, with_sinks
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.full_attention import full_attention as whole_rows
 from nalora_jax.ops.storage import read_residual, rounded, save_residual
@@ -33,6 +33,7 @@ def attention(
     cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
     starts: jax.Array | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes attention without dropout; with a cache only if it is read in place."""
     if drops(config, dropout_rng) or starts is not None:
@@ -41,10 +42,10 @@ def attention(
         assert isinstance(cached.v, native.Slice)
         heads = native.Heads(q, *keys, window)
         stack = native.Cached(cached.k, cached.v, cached.positions, cached.segments)
-        return native.cached_attention(heads, stack, config.scale, config.softcap).astype(numerics.result)
+        return native.cached_attention(heads, stack, config.scale, config.softcap, sinks).astype(numerics.result)
     empty = cached is None or cached.positions.shape[1] == 0
     if empty and numerics.operand == numerics.residual == "bfloat16" and usable(numerics):
-        return _attention(q, *keys, window, config, numerics)
+        return _attention(q, *keys, window, sinks, config, numerics)
     return NotImplemented
 
 
@@ -68,11 +69,11 @@ def full_attention(
         return NotImplemented
     seq = q.shape[1]
     positions = np.arange(seq, dtype=np.int32) if causal else np.zeros(seq, np.int32)
-    places = jnp.asarray(positions[None]), jnp.ones((1, seq), jnp.int32), seq
+    places = jnp.asarray(positions[None]), jnp.ones((1, seq), jnp.int32), seq, None
     return _attention(q, k, v, *places, AttentionConfig(scale), numerics, causal).astype(jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
 def _attention(
     q: jax.Array,
     k: jax.Array,
@@ -80,11 +81,12 @@ def _attention(
     positions: jax.Array,
     segments: jax.Array,
     window: jax.Array | int,
+    sinks: jax.Array | None,
     config: AttentionConfig,
     numerics: Numerics,
     ordered: bool = True,
 ) -> jax.Array:
-    return _fwd(q, k, v, positions, segments, window, config, numerics, ordered)[0]
+    return _fwd(q, k, v, positions, segments, window, sinks, config, numerics, ordered)[0]
 
 
 def _fwd(
@@ -94,6 +96,7 @@ def _fwd(
     positions: jax.Array,
     segments: jax.Array,
     window: jax.Array | int,
+    sinks: jax.Array | None,
     config: AttentionConfig,
     numerics: Numerics,
     ordered: bool,
@@ -102,6 +105,10 @@ def _fwd(
     arrays = [save(x) for x in (q * config.scale, k, v)]
     rest = (positions, segments, window)
     out, logsumexp = native.attention(_heads(arrays, rest, ordered), config.softcap)
+    if sinks is not None:
+        # [batch, heads, seq] as out is: [batch, seq, heads, 1]
+        out, total = with_sinks(out, logsumexp.swapaxes(1, 2)[..., None], sinks[None, None, :, None])
+        logsumexp = total[..., 0].swapaxes(1, 2)
     saved, total = save(out), save_residual(logsumexp, "float32", numerics)
     like = tuple(jnp.zeros((0,), x.dtype) for x in (q, k, v))
     needed = saved if native.needs_result(q.shape[1], config.softcap) else None
@@ -114,7 +121,7 @@ def _bwd(config: AttentionConfig, numerics: Numerics, ordered: bool, residuals: 
     g = rounded(g, "bfloat16", numerics)
     dq, dk, dv = native.attention_gradient(_heads(arrays, rest, ordered), out, logsumexp, g, config.softcap)
     grads = (rounded(x, y.dtype, numerics) for x, y in zip((dq * config.scale, dk, dv), like, strict=True))
-    return *grads, None, None, None
+    return *grads, None, None, None, None
 
 
 def _heads(arrays: Any, rest: Any, ordered: bool) -> native.Heads:

@@ -183,11 +183,11 @@ def _logistic(z: jax.Array, activation: Activation, numerics: Numerics) -> Logis
 
 @CPU.implements(ops.gated_product)
 def gated_product(
-    z: jax.Array, u: jax.Array | None, activation: Activation, numerics: Numerics
+    z: jax.Array, u: jax.Array | None, activation: Activation, numerics: Numerics, up_limit: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
     """Computes ``phi(z) u`` in one pass."""
     logistic = _logistic(z, activation, numerics)
-    if logistic is None or numerics.residual != "bfloat16":
+    if logistic is None or numerics.residual != "bfloat16" or up_limit:
         return NotImplemented
     return _gated_product(z, u, logistic, numerics), activation.phi(z.astype(numerics.result))
 

@@ -10,7 +10,7 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data.forms import Parts, canonical, message_of, tools_of
 from nalora_jax.data.source import TableRecord
 from nalora_jax.errors import NaloraError
-from nalora_jax.tokenizer import is_unicode
+from nalora_jax.tokenizer_backend import is_unicode
 
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer

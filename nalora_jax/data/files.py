@@ -13,19 +13,16 @@ import hashlib
 import io
 import json
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
-import numpy as np
-
 from nalora_jax import buckets
 from nalora_jax.data.array_records import ArrayRecords, is_array_record
+from nalora_jax.data.digests import readable
 from nalora_jax.data.jsonl import JsonLines
-from nalora_jax.data.source import Record, TableRecord, foreign_errors
+from nalora_jax.data.source import Record
+from nalora_jax.data.table_rows import TableRows
 from nalora_jax.errors import NaloraError
 from nalora_jax.paths import expand_user
 
@@ -45,7 +42,6 @@ ENDINGS = (
 # Prefixes of file and folder names, and the splits that they mean.
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 _SPLITS |= {"dev": "validation", "test": "test"}
-_OPEN_GROUPS = 2  # decoded row groups of a Parquet file that stay in memory
 # JSON files that describe a folder of data, as datasets and TFDS write them.
 _DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "features.json")
 
@@ -271,133 +267,14 @@ class DelimitedRows:
         return f"{self._path}:{self._lines[index]}"
 
 
-class TableRows:
-    """Rows of a Parquet file, decoded by row group on demand, or of a memory-mapped Arrow file.
-
-    Args:
-      path: path of the file, or the URL of a Parquet file in a bucket.
-      name: name of the file in messages.
-    """
-
-    def __init__(self, path: Path | str, name: str = "") -> None:
-        self._name = name or str(path)
-        self.sha256 = _digest(path)
-        self._open: OrderedDict[int, Any] = OrderedDict()
-        with self._errors():
-            sizes, self._groups = _parquet(path) if self._kind == ".parquet" else _arrow(Path(path))
-        self._ends = np.cumsum([0, *sizes])
-
-    @property
-    def _kind(self) -> str:
-        return PurePath(self._name).suffix.lower()
-
-    def _errors(self) -> Any:
-        return foreign_errors(self._name, f"a readable {self._kind[1:]} file", "write it anew")
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def read(self, indices: Sequence[int]) -> list[Record]:
-        """Returns the rows at ``indices``; each row group is decoded once per call."""
-        import pyarrow as pa
-
-        wanted = np.asarray(indices, np.int64)
-        groups = np.searchsorted(self._ends, wanted, side="right") - 1
-        found: list[Record] = [{}] * len(wanted)
-        for group in np.unique(groups).tolist():
-            at = np.flatnonzero(groups == group)
-            with self._errors():
-                rows = self._group(group).take(pa.array(wanted[at] - self._ends[group])).to_pylist()
-            for position, row in zip(at.tolist(), rows, strict=True):
-                found[position] = TableRecord(row)
-        return found
-
-    def _group(self, number: int) -> Any:
-        if number not in self._open:
-            rows = self._groups[number]()
-            # Arrow trusts a file's offsets: without validation, a damaged file causes reads outside
-            # its memory.
-            rows.validate(full=True)
-            self._open[number] = rows
-            if len(self._open) > _OPEN_GROUPS:
-                self._open.popitem(last=False)
-        return self._open[number]
-
-    def where(self, index: int) -> str:
-        """Returns ``path, row n``, counted from 1."""
-        return f"{self._name}, row {range(len(self))[index] + 1}"
-
-
-Groups = tuple[list[int], list[Callable[[], Any]]]
-
-
-def _parquet(path: Path | str) -> Groups:
-    """Returns the sizes of a Parquet file's row groups, and the functions that decode them."""
-    import pyarrow.parquet as pq
-
-    source = buckets.opened(path) if isinstance(path, str) else path
-    about = pq.read_metadata(source, memory_map=True)
-    file = pq.ParquetFile(source, metadata=about, memory_map=True, read_dictionary=_coded_texts(about))
-    count = file.num_row_groups
-    return [about.row_group(i).num_rows for i in range(count)], [partial(file.read_row_group, i) for i in range(count)]
-
-
-def _coded_texts(about: Any) -> list[str]:
-    """Returns the paths of the dictionary-encoded text columns, which stay encoded in memory.
-
-    Decoding would repeat a text for every row that has it: a file of 2 kB can expand to gigabytes.
-    """
-    groups = [about.row_group(i) for i in range(about.num_row_groups)]
-    columns = [(number, about.schema.column(number)) for number in range(len(about.schema))]
-    return [
-        column.path
-        for number, column in columns
-        if column.physical_type == "BYTE_ARRAY"
-        and column.logical_type.type in ("STRING", "NONE")
-        and any(group.column(number).has_dictionary_page for group in groups)
-    ]
-
-
-def _arrow(path: Path) -> Groups:
-    """Returns the record batches of an Arrow file or a stream written by datasets, as `Groups`."""
-    import pyarrow as pa
-
-    mapped = pa.memory_map(str(path))
-    try:
-        reader: Any = pa.ipc.open_file(mapped)
-        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-    except pa.ArrowInvalid:
-        mapped.seek(0)
-        batches = list(pa.ipc.open_stream(mapped))
-    return [batch.num_rows for batch in batches], [partial(pa.Table.from_batches, [batch]) for batch in batches]
-
-
 def _bytes(path: Path) -> bytes:
-    with _readable(path):
+    with readable(path):
         data = path.read_bytes()
     return data
 
 
-def _digest(path: Path | str) -> str:
-    if isinstance(path, str):
-        return hashlib.sha256(buckets.version(path).encode()).hexdigest()
-    with _readable(path), path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return digest
-
-
 def _begins_with(path: Path, mark: bytes) -> bool:
     """Returns True if a file starts with ``mark`` after white space and a byte-order mark."""
-    with _readable(path), path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         begins = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == mark
     return begins
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Raises file system errors about a path as errors of this library."""
-    try:
-        yield
-    except OSError as error:
-        found = error.strerror or error
-        raise NaloraError(str(path), expected="a readable file", found=found, remedy="check the path") from error

@@ -74,7 +74,7 @@ PARAM_RULES: Rules = (
     (r"(^|/)tokens/embedding$", P("tensor", "fsdp")),
     (r"(^|/)(positions|types)/embedding$", P()),
     (r"(^|/)(patches|pooler|projection)/(kernel|bias)$", P()),
-    (r"(^|/)(class_token|probe|attn_scale|ffn_scale|logit_scale|logit_bias)$", P()),
+    (r"(^|/)(class_token|probe|sinks|attn_scale|ffn_scale|logit_scale|logit_bias)$", P()),
 )
 
 # The train state between steps: adapters, optimizer, gate EMAs, counters. Both mesh axes that split

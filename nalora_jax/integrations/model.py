@@ -110,7 +110,7 @@ class Foreign(ABC):
         *args: Any,
         gate_mask: Mapping[str, jax.Array] | None = None,
         token_weights: jax.Array | None = None,
-        sinks: Mapping[str, Any] | None = None,
+        taps: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Any:
         """Calls the user's model with its adapters.
@@ -122,7 +122,7 @@ class Foreign(ABC):
           gate_mask: masks by block for the gated gradient of A; they never change the result.
           token_weights: weights of the tokens in the statistics, shaped like the gates' input
             without its last axis.
-          sinks: zeros whose gradient is the statistics; see `gradients`.
+          taps: zeros whose gradient is the statistics; see `gradients`.
           options: passed to the model.
         """
         flat = trees.flatten(lora)
@@ -132,8 +132,8 @@ class Foreign(ABC):
             block = target.path.rpartition("/")[0]
             if target.gate and gate_mask is not None:
                 found["mask"] = gate_mask[block]
-            if target.gate and sinks is not None:
-                found["sink"] = sinks[block]
+            if target.gate and taps is not None:
+                found["taps"] = taps[block]
                 if token_weights is not None:
                     lead = target.projection.lead
                     found["weights"] = jnp.broadcast_to(token_weights, (*lead, *token_weights.shape))
@@ -165,15 +165,15 @@ class Foreign(ABC):
           The value, the gradients, and by block the sums that ``update_gate_state`` takes.
         """
 
-        def run(lora: Any, sinks: Any) -> Any:
-            call = partial(self.apply, variables, lora, gate_mask=gate_mask, token_weights=token_weights, sinks=sinks)
+        def run(lora: Any, taps: Any) -> Any:
+            call = partial(self.apply, variables, lora, gate_mask=gate_mask, token_weights=token_weights, taps=taps)
             return loss(call)
 
-        value, (grads, stats) = jax.value_and_grad(run, argnums=(0, 1), has_aux=has_aux)(lora, self._sinks())
+        value, (grads, stats) = jax.value_and_grad(run, argnums=(0, 1), has_aux=has_aux)(lora, self._taps())
         return value, grads, stats
 
-    def _sinks(self) -> dict[str, dict[str, jax.Array]]:
-        """Returns zeros in the shapes of every block's statistics."""
+    def _taps(self) -> dict[str, dict[str, jax.Array]]:
+        """Returns taps, zeros in the shapes of every block's statistics."""
 
         def zeros(target: Target) -> dict[str, jax.Array]:
             z = jax.ShapeDtypeStruct((1, math.prod(target.projection.outputs)), jnp.float32)
@@ -196,14 +196,14 @@ class Foreign(ABC):
           target: the projection.
           x: ``[..., *inputs]``, the layer's input.
           base: ``[..., *outputs]``, the layer's output.
-          leaves: ``a [d_in, r]``, ``b [r, d_out]`` and, for a gate, optionally ``mask``, ``sink``,
+          leaves: ``a [d_in, r]``, ``b [r, d_out]`` and, for a gate, optionally ``mask``, ``taps``,
             ``weights``.
         """
         _, d_in, d_out = flat_shape(target.projection)
         rows = base.reshape(-1, d_out)
         delta = residual(x.reshape(-1, d_in), leaves["a"], leaves["b"], target.scale, leaves.get("mask"))
         delta = delta.astype(base.dtype)
-        if "sink" not in leaves:
+        if "taps" not in leaves:
             return (rows + delta).reshape(base.shape)
         weights = leaves.get("weights")
         tokens = base.shape[: base.ndim - len(target.projection.outputs)]
@@ -213,16 +213,16 @@ class Foreign(ABC):
             )
         flat = jnp.ones(rows.shape[:1], bool) if weights is None else weights.reshape(-1)
         observe = partial(self._statistics, target.gate)
-        return _observed(rows, delta, flat, dict(leaves["sink"]), observe).reshape(base.shape)
+        return _observed(rows, delta, flat, dict(leaves["taps"]), observe).reshape(base.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _observed(base: jax.Array, delta: jax.Array, weights: jax.Array, sink: Any, statistics: Any) -> jax.Array:
-    """Returns ``base + delta``; the gradient of ``sink`` is the statistics of the forward pass."""
+def _observed(base: jax.Array, delta: jax.Array, weights: jax.Array, taps: Any, statistics: Any) -> jax.Array:
+    """Returns ``base + delta``; the gradient of ``taps`` is the statistics of the forward pass."""
     return base + delta
 
 
-def _observed_fwd(base: jax.Array, delta: jax.Array, weights: jax.Array, sink: Any, statistics: Any) -> Any:
+def _observed_fwd(base: jax.Array, delta: jax.Array, weights: jax.Array, taps: Any, statistics: Any) -> Any:
     return base + delta, statistics(base, delta, weights)
 
 

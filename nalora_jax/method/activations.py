@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -48,6 +49,7 @@ class Activation:
     self_gated: bool
     # (a, b) if rho(z) = sigmoid(a z + b z^3), else None.
     logistic: tuple[float, float] | None = None
+    flat_above: float = math.inf  # phi is constant above it
 
 
 class Partition(NamedTuple):
@@ -64,6 +66,7 @@ class Partition(NamedTuple):
     # Mean of h over each region for z ~ N(0, 1).
     degrees: tuple[float, float, float, float]
     meaningful: bool
+    flat_above: float = math.inf  # phi is constant above it: h is 0, so the region is contracting
 
 
 class Regions(NamedTuple):
@@ -79,7 +82,8 @@ def regions(z: Array, partition: Partition) -> Regions:
     """Returns the region of each element of z; NaN counts as linear."""
     z = _at_least_float32(z)
     below0, below, below1 = z < partition.z0, z < 0, z < partition.z1
-    return Regions(below0, below & ~below0, below1 & ~below, ~below1)
+    flat = z > partition.flat_above
+    return Regions(below0, (below & ~below0) | flat, below1 & ~below & ~flat, ~below1 & ~flat)
 
 
 def partition(name: str, tol: float = 0.05) -> Partition:
@@ -107,7 +111,7 @@ def partition_of(name: str, tol: float) -> Partition:
         degrees = (formulas.SINGLE_DEGREE[name],) * 4
         return Partition(name, -math.inf, 0.0, degrees, meaningful=False)
     z0, z1, degrees = formulas.cuts(name, tol, registered=name in REGISTERED)
-    return Partition(name, z0, z1, degrees, meaningful=True)
+    return Partition(name, z0, z1, degrees, meaningful=True, flat_above=get(name).flat_above)
 
 
 # ---------------------------------------------------------------- registry
@@ -123,7 +127,11 @@ def get(name: str) -> Activation:
         return _ACTIVATIONS[ALIASES[name]]
     if isinstance(name, str) and name in REGISTERED:
         return REGISTERED.get(name)
-    known = ", ".join(sorted({*ALIASES, *REGISTERED.names()}))
+    clamped = _CLAMPED.fullmatch(name) if isinstance(name, str) else None
+    if clamped is not None:
+        slope, limit = clamped.groups()
+        return clamped_swish(float(slope or formulas.QUICK_SLOPE), float(limit or 7.0))
+    known = ", ".join(sorted({*ALIASES, *REGISTERED.names(), "clamped_swish(slope,limit)"}))
     raise NaloraError("activation", expected=f"one of {known}", found=repr(name))
 
 
@@ -159,6 +167,7 @@ def activation_of(
     precise: Selection | None = None,
     self_gated: bool = True,
     logistic: tuple[float, float] | None = None,
+    flat_above: float = math.inf,
 ) -> Activation:
     """Returns an activation; ``precise`` is a slower ``gate`` for derivatives outside of the model."""
     reference = precise or gate
@@ -180,7 +189,24 @@ def activation_of(
         gate=gate_in_float32,
         self_gated=self_gated,
         logistic=logistic,
+        flat_above=flat_above,
     )
+
+
+_NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+_CLAMPED = re.compile(rf"clamped_swish(?:\({_NUMBER},{_NUMBER}\))?")  # without numbers: gpt-oss's 1.702 and 7
+
+
+@functools.lru_cache(maxsize=16)
+def clamped_swish(slope: float, limit: float) -> Activation:
+    """Returns ``y sigmoid(slope y)`` with ``y = min(z, limit)``, the gate of gpt-oss.
+
+    Its name, e.g. "clamped_swish(1.702,7.0)", contains both numbers; they are above 0.
+    """
+    name = f"clamped_swish({slope!r},{limit!r})"
+    formulas.EXCESS64[name] = formulas.clamped_swish_excess64(slope, limit)
+    gate, excess = formulas.clamped_swish(slope, limit), formulas.clamped_swish_excess(slope, limit)
+    return activation_of(name, gate, excess, flat_above=limit)
 
 
 _TANH = (formulas.TANH_SLOPE, formulas.TANH_CUBIC)

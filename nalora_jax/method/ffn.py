@@ -78,9 +78,9 @@ def gated_mlp(
 
 @operation
 def gated_product(
-    z: jax.Array, u: jax.Array | None, activation: Activation, numerics: Numerics
+    z: jax.Array, u: jax.Array | None, activation: Activation, numerics: Numerics, up_limit: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns ``(a * u, a)`` with ``a = phi(z)``; u is 1 if it is None.
+    """Returns ``(a * factor, a)`` with ``a = phi(z)``; the factor is `up_factor` of u, 1 if u is None.
 
     Only z and u are saved for the backward pass, rounded to ``numerics.residual``; autodiff would also
     save the sigmoid and phi(z).
@@ -90,37 +90,52 @@ def gated_product(
       u: the same, or None.
       activation: phi.
       numerics: the computation is in ``numerics.result``.
+      up_limit: of `up_factor`.
 
     Returns:
-      ``a * u`` in z's dtype, and ``a`` in ``numerics.result`` without a gradient.
+      ``a * factor`` in z's dtype, and ``a`` in ``numerics.result`` without a gradient.
     """
     if u is not None:
         chex.assert_equal_shape([z, u])
-    return _gated_product(z, u, activation, numerics)
+    return _gated_product(z, u, activation, numerics, up_limit)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _gated_product(z: jax.Array, u: jax.Array | None, activation: Activation, numerics: Numerics) -> Any:
-    return _gated_product_fwd(z, u, activation, numerics)[0]
+def up_factor(u: jax.Array, up_limit: float) -> jax.Array:
+    """Returns the factor of phi(z): u; with a limit, ``1 + clip(u, -up_limit, up_limit)`` (gpt-oss)."""
+    return 1 + jnp.clip(u, -up_limit, up_limit) if up_limit else u
 
 
-def _gated_product_fwd(z: jax.Array, u: jax.Array | None, activation: Activation, numerics: Numerics) -> Any:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _gated_product(
+    z: jax.Array, u: jax.Array | None, activation: Activation, numerics: Numerics, up_limit: float
+) -> Any:
+    return _gated_product_fwd(z, u, activation, numerics, up_limit)[0]
+
+
+def _gated_product_fwd(
+    z: jax.Array, u: jax.Array | None, activation: Activation, numerics: Numerics, up_limit: float
+) -> Any:
     save = partial(save_residual, dtype=numerics.residual, numerics=numerics, name=SAVED_WIDE)
     saved = save(z), None if u is None else save(u)
     # Computed from the saved arrays, so that a rematerialized layer needs no matmul for the value.
     a = activation.phi(read_residual(saved[0], numerics.result))
-    product = a if saved[1] is None else a * read_residual(saved[1], numerics.result)
+    product = a if saved[1] is None else a * up_factor(read_residual(saved[1], numerics.result), up_limit)
     return (rounded(product, z.dtype, numerics), a), (*saved, jnp.zeros((0,), z.dtype))
 
 
-def _gated_product_bwd(activation: Activation, numerics: Numerics, residuals: Any, cotangents: Any) -> Any:
+def _gated_product_bwd(
+    activation: Activation, numerics: Numerics, up_limit: float, residuals: Any, cotangents: Any
+) -> Any:
     z, u, like_z = residuals
     z, g = read_residual(z, numerics.result), cotangents[0].astype(numerics.result)
     rho, drho = activation.gate(z)
     slope = rho + z * drho  # phi'(z)
     if u is None:
         return rounded(g * slope, like_z.dtype, numerics), None
-    dz, du = g * read_residual(u, numerics.result) * slope, g * (z * rho)
+    u = read_residual(u, numerics.result)
+    dz, du = g * up_factor(u, up_limit) * slope, g * (z * rho)
+    if up_limit:
+        du = jnp.where(jnp.abs(u) <= up_limit, du, 0.0)
     return rounded(dz, like_z.dtype, numerics), rounded(du, like_z.dtype, numerics)
 
 

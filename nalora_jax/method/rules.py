@@ -61,6 +61,8 @@ class _Mask(Mechanism):
     # Also weigh the gradient of A through the gate.
     mask_gradient: bool = True
 
+    label: ClassVar[str] = "mask"
+    draws: ClassVar[bool] = False
     statistics: ClassVar[tuple[str, ...]] = ("slope",)
 
     @property
@@ -104,9 +106,9 @@ class SoftMask(_Mask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("power", self.power > 0, "a number above 0")
+        self._require("power", 0 < self.power <= 100, "a number in (0, 100]")
         self._require("low", 0 <= self.low < 1, "a number in [0, 1)")
-        self._require("high", self.high > 1, "a number above 1")
+        self._require("high", 1 < self.high <= 1e6, "a number in (1, 1e6]")
 
     def factor(self, memory: Mapping[str, Array], context: Context) -> Array:
         """Returns factors from ``low`` to ``high``."""
@@ -149,14 +151,16 @@ class HomogeneityStep(Mechanism):
     # Share of tokens at which a region counts as occupied.
     min_occupancy: float = 0.02
 
+    label: ClassVar[str] = "step_scale"
+    draws: ClassVar[bool] = False
     statistics: ClassVar[tuple[str, ...]] = ("occupancy",)
     # From 1/2 to 2, eight per doubling: the default gains are within a factor of 2.
     bins: ClassVar[tuple[float, ...]] = tuple(2.0 ** (k / 8) for k in range(-8, 9))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        valid = len(self.gains) == 4 and min(self.gains) >= 0 and max(self.gains) > 0
-        self._require("gains", valid, "four gains, none below 0, not all 0")
+        valid = len(self.gains) == 4 and all(0 <= gain <= 1e6 for gain in self.gains) and any(self.gains)
+        self._require("gains", valid, "four numbers in [0, 1e6], not all 0")
         self._require("min_occupancy", 0 <= self.min_occupancy < 0.5, "a share in [0, 0.5)")
 
     def factor(self, memory: Mapping[str, Array], context: Context) -> Array:
@@ -207,12 +211,14 @@ class CurvatureCap(Mechanism):
     # Largest chi with a full step.
     tau: float = 0.1
 
+    label: ClassVar[str] = "step_scale"
+    draws: ClassVar[bool] = False
     statistics: ClassVar[tuple[str, ...]] = ("excess", "response")
     reallocates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("tau", self.tau > 0, "a number above 0")
+        self._require("tau", 0 < self.tau <= 1e6, "a number in (0, 1e6]")
 
     def factor(self, memory: Mapping[str, Array], context: Context) -> Array:
         """Returns factors of at most 1."""

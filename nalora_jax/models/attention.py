@@ -12,7 +12,7 @@ from nalora_jax.dense import LoRADense
 from nalora_jax.method.low_rank import Dense, adapted_dense, parallel_dense
 from nalora_jax.models.cache import KeyValues
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
-from nalora_jax.models.layers import RMSNorm, apply_rope
+from nalora_jax.models.layers import RMSNorm, apply_rope, query_scales
 from nalora_jax.models.parts import LayerInputs, PartOptions, SharedInputs
 from nalora_jax.ops.attention import CachedKeys, Keys, attention
 from nalora_jax.ops.blockwise_attention import AttentionConfig
@@ -49,6 +49,8 @@ class Attention(nn.Module):
             q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
         table = shared.tables[self.options.prefix][0 if layer.rope is None else layer.rope]
         q, k = apply_rope(q, table), apply_rope(k, table)
+        if c.query_growth:
+            q = q * query_scales(shared.positions, c.query_growth, c.growth_length)[..., None, None]
         out = self._attend(q, k, v, layer, shared).reshape(*x.shape[:-1], -1)
         if c.attn_gate:
             out = out * jax.nn.sigmoid(round_and_save(gate, self.options.numerics)).astype(out.dtype)
@@ -84,5 +86,8 @@ class Attention(nn.Module):
         config = AttentionConfig(c.score_scale, c.attn_softcap, c.attn_dropout, windows, self.options.sharding)
         window = GLOBAL_WINDOW if layer.window is None else layer.window
         rest: dict[str, Any] = {"cached": cached, "dropout_rng": rng, "starts": shared.starts}
+        if c.attn_sinks:
+            sinks = self.param("sinks", nn.initializers.zeros_init(), (c.n_heads,))
+            rest["sinks"] = sinks.astype(jnp.float32)
         out: jax.Array = attention(q, keys, window, config, self.options.numerics.within(), **rest)
         return out

@@ -100,6 +100,8 @@ class Block(nn.Module):
             "n_experts": c.n_experts,
             "top_k": c.experts_per_token,
             "norm_topk": c.norm_topk,
+            "router_bias": c.router_bias,
+            "up_limit": c.up_limit,
             "sharding": options.routing,
         }
         return kind(

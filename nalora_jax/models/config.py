@@ -7,8 +7,9 @@ set and does not import them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from nalora_jax.models.layers import RopeSpec
@@ -42,6 +43,7 @@ class ModelConfig:
     windows: tuple[int, ...] = ()
     tie_embeddings: bool = False  # the head is the transposed embedding
     gated: bool = True  # phi(x W_gate) * (x W_up); False: phi(x W_in)
+    up_limit: float = 0.0  # experts: phi is multiplied by 1 + clip(x W_up, -limit, limit); 0: by x W_up
     qkv_bias: bool = False
     o_bias: bool = False
     ffn_bias: bool = False
@@ -50,8 +52,12 @@ class ModelConfig:
     post_norm: bool = False  # norms of their outputs, before the residual sum
     norm_offset: float = 0.0  # 1 if the checkpoint stores w of the norm scale 1 + w
     query_scale: float = 0.0  # multiplies the scores; 0 means head_dim ** -0.5
+    # Queries are multiplied by 1 + query_growth * log(1 + position // growth_length); 0 means never.
+    query_growth: float = 0.0
+    growth_length: int = 0
     attn_softcap: float = 0.0  # scores become cap * tanh(scores / cap); 0 means none
     attn_gate: bool = False  # q_proj also computes gates: each head's output is multiplied by sigmoid(gate)
+    attn_sinks: bool = False  # a learned score per head that every query sees and that has no value
     attn_dropout: float = 0.0  # rate on attention probabilities, in training only
     embed_scale: float = 1.0  # multiplies the embeddings
     residual_scale: float = 1.0  # multiplies the outputs of attention and FFN
@@ -59,6 +65,7 @@ class ModelConfig:
     final_softcap: float = 0.0  # logits become cap * tanh(logits / cap); 0 means none
     n_experts: int = 0  # 0: a dense FFN
     experts_per_token: int = 0
+    router_bias: bool = False
     norm_topk: bool = True  # scale the chosen experts' weights to sum to 1
     sight: Sight | None = None  # image tower and projector of a vision-language model
     mixer: Mixer | None = None  # in place of attention
@@ -106,21 +113,10 @@ class ModelConfig:
           NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is
             not implemented.
         """
-        return _READERS[0](raw, where, images)
+        families = import_module("nalora_jax.models.families")  # which imports this module
+        config: ModelConfig = families.read(raw, where, images)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, for JSON and fingerprints."""
         return dataclasses.asdict(self)
-
-
-Reader = Callable[[Mapping[str, Any], str, bool], ModelConfig]
-_READERS: list[Reader] = []
-
-
-def reads_configs(reader: Reader) -> Reader:
-    """Registers the function that `ModelConfig.from_hf` calls.
-
-    `nalora_jax.models.families` imports this module, so this module cannot import the reader.
-    """
-    _READERS[:] = [reader]
-    return reader

@@ -19,7 +19,7 @@ from jax import lax
 from nalora_jax.gate_checks import NAMES, GateChecks, Live
 from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method import activations, statistics
-from nalora_jax.method.ffn import gated_product
+from nalora_jax.method.ffn import gated_product, up_factor
 from nalora_jax.method.low_rank import Adapter, column_norm, moved_from
 from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, grouped_residual
 from nalora_jax.ops.dispatch import Numerics
@@ -156,12 +156,14 @@ class Experts(NamedTuple):
 
     kernel: Kernel  # [experts, d_in, d_out]
     adapter: Adapter | None = None
+    bias: jax.Array | None = None  # [experts, d_out]
 
 
 class Layer(NamedTuple):
     """The arrays of a block."""
 
     router: jax.Array  # [d_model, experts]
+    router_bias: jax.Array | None  # [experts]
     gate: Experts
     up: Experts
     down: Experts
@@ -179,6 +181,7 @@ class RoutedConfig:
     stats: GateStatsConfig
     measure: bool = False  # compute statistics
     dropout: float = 0.0  # on the adapters' inputs
+    up_limit: float = 0.0  # see `nalora_jax.method.ffn.up_factor`
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -213,6 +216,8 @@ def routed_ffn(
     # Float32 for any model dtype: a rounding error here would choose another expert.
     frozen = lax.stop_gradient(layer.router).astype(jnp.float32)
     logits = lax.dot_general(flat.astype(jnp.float32), frozen, (((1,), (0,)), ((), ())))
+    if layer.router_bias is not None:
+        logits = logits + lax.stop_gradient(layer.router_bias).astype(jnp.float32)[None]
     routing = route(logits, config.top_k, normalize=config.normalize)
     drop = [partial(_dropped, keys, routing, config, place) for place in range(3)]
     rows = jnp.take(flat, routing.token, axis=0)
@@ -222,14 +227,14 @@ def routed_ffn(
     if layer.taps:
         z = statistics.tap(z, layer.taps, sampled, expert_cotangent_statistics)
     u = combine(*_projected(layer.up, rows, drop[1](rows), routing, numerics))
-    hidden, _ = gated_product(z, u, activation, numerics)
+    hidden, _ = gated_product(z, u, activation, numerics, config.up_limit)
     measured: dict[str, jax.Array] = {}
     if config.measure:
         samples = sampled, sample(routing, token_weights, config.stats.probe_stride)
         start, moved = _probed(layer.gate, rows, inner, z, delta, routing, samples[1], numerics)
         measured = expert_statistics(sampled.take(z), start, moved, samples, activation, config.stats)
         if config.stats.checks is not None:
-            live = Live(z, base, delta, u, hidden)
+            live = Live(z, base, delta, up_factor(u.astype(numerics.residual), config.up_limit), hidden)
             assert isinstance(config.stats.checks, GateChecks)
             found = config.stats.checks.arrays(live, activation, numerics.residual)
             measured |= found if axis is None else {name: lax.pmax(worst, axis) for name, worst in found.items()}
@@ -241,8 +246,8 @@ def routed_ffn(
 
 
 def combine(base: jax.Array, delta: jax.Array | None) -> jax.Array:
-    """Returns the sum of base and adapter; the base if there is no adapter."""
-    return base if delta is None else base + delta
+    """Returns ``base + delta`` in the base's dtype; the base if ``delta`` is None."""
+    return base if delta is None else base + delta.astype(base.dtype)
 
 
 def _projected(
@@ -254,8 +259,9 @@ def _projected(
     ``axis`` the inputs are split over it, so that the results are partial sums.
     """
     base, adapter = frozen_grouped_matmul(x, experts.kernel, routing.sizes, numerics), experts.adapter
+    bias = _bias_rows(experts, routing, axis)
     if adapter is None:
-        return base, None
+        return combine(base, bias), None
     delta = grouped_residual(inner, *adapter[:3], routing.groups, numerics, adapter.mask)
     if adapter.magnitude is not None:
         kernel = lax.stop_gradient(expand(experts.kernel)).astype(jnp.float32)
@@ -266,7 +272,17 @@ def _projected(
         # Rank 0: the magnitude has no effect and no gradient.
         ratio = jnp.where(jnp.asarray(adapter.scale) == 0, 1.0, ratio)
         delta = (ratio - 1.0) * base.astype(jnp.float32) + ratio * delta
-    return base, delta.astype(base.dtype)
+    return combine(base, bias), delta.astype(base.dtype)
+
+
+def _bias_rows(experts: Experts, routing: Routing, axis: str | None) -> jax.Array | None:
+    """Returns the bias of every row, or None; of partial sums over ``axis`` only the first has it."""
+    if experts.bias is None:
+        return None
+    bias = lax.stop_gradient(experts.bias)
+    if axis is not None:
+        bias = jnp.where(lax.axis_index(axis) == 0, bias, 0)
+    return jnp.take(bias, routing.expert, axis=0)
 
 
 def _probed(

@@ -182,6 +182,20 @@ def identity_table(spec: RopeSpec, positions: jax.Array) -> jax.Array:
     return jnp.stack([jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)])
 
 
+def query_scales(positions: jax.Array, growth: float, length: int) -> jax.Array:
+    """Returns factors of queries beyond the original context (Llama 4, Ministral 3).
+
+    Args:
+      positions: int ``[batch, seq]``.
+      growth: the factor's increase per unit of the logarithm.
+      length: the original context.
+
+    Returns:
+      float32 ``[batch, seq]``, ``1 + growth * log(1 + positions // length)``.
+    """
+    return 1.0 + growth * jnp.log1p((positions // length).astype(jnp.float32))
+
+
 @jax.custom_vjp
 def apply_rope(x: jax.Array, table: jax.Array) -> jax.Array:
     """Rotates the first ``dim`` dimensions of every head.

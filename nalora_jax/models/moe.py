@@ -39,14 +39,18 @@ class ExpertDense(nn.Module):
     features: int
     rank: int = 0
     dora: bool = False
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, d_in: int, scale: jax.Array | float = 1.0, mask: jax.Array | None = None) -> Experts:
         """Returns the projection's arrays; see `nalora_jax.dense.LoRADense.dense`; mask ``[experts, d_out]``."""
         shape = (self.n_experts, d_in, self.features)
         kernel = frozen_kernel(self, shape, nn.initializers.lecun_normal(batch_axis=(0,)))
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.n_experts, self.features))
         if not self.rank or not (self.is_initializing() or self.has_variable("lora", "a")):
-            return Experts(kernel)
+            return Experts(kernel, bias=bias)
         a = self.variable("lora", "a", lambda: init_a(self.make_rng("params"), (*shape[:2], self.rank))).value
         b = self.variable("lora", "b", lambda: jnp.zeros((self.n_experts, self.rank, self.features), jnp.float32)).value
         if self.has_variable("lora", "singular"):  # AdaLoRA, in training
@@ -55,7 +59,7 @@ class ExpertDense(nn.Module):
             raise NaloraError("adapters", expected="one adapter on expert projections", found="a stack of adapters")
         magnitude = magnitude_of(self, kernel, axis=1) if self.dora else None
         start = initial_factors(self)
-        return Experts(kernel, Adapter(a, b, jnp.asarray(scale, jnp.float32), mask, magnitude, start=start))
+        return Experts(kernel, Adapter(a, b, jnp.asarray(scale, jnp.float32), mask, magnitude, start=start), bias)
 
 
 class MoEFFN(nn.Module):
@@ -69,6 +73,8 @@ class MoEFFN(nn.Module):
     activation: str = "silu"
     adapters: Adapters = Adapters()
     use_bias: bool = False
+    router_bias: bool = False
+    up_limit: float = 0.0  # see `nalora_jax.method.ffn.up_factor`
     numerics: Numerics = Numerics()
     stats: GateStatsConfig = GateStatsConfig()
     sharding: NamedSharding | None = None  # of [batch, seq, d_model] on a mesh
@@ -89,7 +95,7 @@ class MoEFFN(nn.Module):
         mask = self.get_variable("gate_mask", "mask") if self.has_variable("gate_mask", "mask") else None
         taps = {} if self.is_initializing() else self.variables.get("gate_taps", {})
         layer = Layer(
-            Router(self.n_experts, name="router")(self.d_model),
+            *Router(self.n_experts, self.router_bias, name="router")(self.d_model),
             self._experts("gate_proj", self.d_model, self.d_ff, scales, mask),
             self._experts("up_proj", self.d_model, self.d_ff, scales),
             self._experts("down_proj", self.d_ff, self.d_model, scales),
@@ -104,6 +110,7 @@ class MoEFFN(nn.Module):
             self.stats.of_rows(x.shape[1]),
             measure=not self.is_initializing() and self.is_mutable_collection("gate_stats"),
             dropout=self.adapters.dropout,
+            up_limit=self.up_limit,
         )
         weights = jnp.ones(x.shape[:2], jnp.float32) if token_weights is None else token_weights
         weights = jnp.broadcast_to(weights, x.shape[:2])
@@ -116,21 +123,25 @@ class MoEFFN(nn.Module):
     def _experts(
         self, name: str, d_in: int, d_out: int, scales: Mapping[str, Any], mask: jax.Array | None = None
     ) -> Experts:
-        module = ExpertDense(self.n_experts, d_out, self.adapters.rank(name), self.adapters.dora, name=name)
+        rank, dora = self.adapters.rank(name), self.adapters.dora
+        module = ExpertDense(self.n_experts, d_out, rank, dora, self.use_bias, name=name)
         experts: Experts = module(d_in, scales.get(name, 1.0), mask)
         return experts
 
 
 class Router(nn.Module):
-    """The frozen kernel that computes the expert logits."""
+    """The frozen kernel and bias that compute the expert logits."""
 
     n_experts: int
+    use_bias: bool = False
 
     @nn.compact
-    def __call__(self, d_model: int) -> jax.Array:
-        """Returns the kernel ``[d_model, experts]``."""
+    def __call__(self, d_model: int) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the kernel ``[d_model, experts]`` and the bias ``[experts]`` or None."""
         kernel: jax.Array = self.param("kernel", nn.initializers.lecun_normal(), (d_model, self.n_experts))
-        return kernel
+        if not self.use_bias:
+            return kernel, None
+        return kernel, self.param("bias", nn.initializers.zeros_init(), (self.n_experts,))
 
 
 def on_mesh(
@@ -213,15 +224,17 @@ def _specs(layer: Layer, axis: str | None, rows: Any) -> Any:
             return P(*(None if size == 1 else name for size, name in zip(leaf.shape, kernel, strict=True)))
 
         made = jax.tree.map(stored, experts.kernel)
+        bias = None if experts.bias is None else of_outputs
         if experts.adapter is None:
-            return Experts(made)
+            return Experts(made, bias=bias)
         places: Any = (a, b, P(), of_outputs, of_outputs, None, (a, b))
         # An array that the adapter does not have must have no spec either.
         kept: Any = [None if leaf is None else at for at, leaf in zip(places, experts.adapter, strict=True)]
-        return Experts(made, Adapter(*kept))
+        return Experts(made, Adapter(*kept), bias)
 
     places: Any = (
         P(),
+        None if layer.router_bias is None else P(),
         projection(layer.gate, channels, P(), channels, P(None, axis)),
         projection(layer.up, channels, P(), channels, P(None, axis)),
         projection(layer.down, P(None, axis, None), P(None, axis, None), P(), P()),

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.registry import Registry
-
-# Names of the built-in families (`nalora_jax.models.families`).
-RESERVED: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,8 @@ def register_family(
     """
 
     def register(reader: Callable[[Fields, str], ModelConfig]) -> Callable[[Fields, str], ModelConfig]:
-        if model_type in RESERVED:
+        families = import_module("nalora_jax.models.families")  # which imports this module
+        if model_type in families.built_in():
             raise NaloraError(f"family {model_type!r}", expected="a name that is free", found="one of this library's")
         FAMILIES.add(model_type, Family(reader, dict(defaults or {}), tensors), replace=True)
         return reader

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from nalora_jax.fields import Fields
@@ -16,8 +16,6 @@ from nalora_jax.models.layers import ROPE_KINDS, RopeSpec
 
 _LAYER_KINDS = ("full_attention", "sliding_attention")
 _ALWAYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "original_max_position_embeddings"}
-# Sections of MRoPE have no effect on text, whose three positions are equal.
-_ALWAYS |= {"mrope_section", "mrope_interleaved"}
 _KEYS = {
     "default": set(),
     "linear": {"factor"},
@@ -29,7 +27,11 @@ _KEYS = {
 
 
 def read_ropes(
-    f: Fields, head_dim: int, kinds: list[str] | None, defaults: Mapping[str, Mapping[str, Any]] | None = None
+    f: Fields,
+    head_dim: int,
+    kinds: list[str] | None,
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+    further: Collection[str] = (),
 ) -> tuple[tuple[RopeSpec, ...], tuple[int, ...]]:
     """Returns a model's distinct rotary embeddings and each layer's index into them.
 
@@ -39,6 +41,7 @@ def read_ropes(
       kinds: the kind of every layer, or None if all are the same.
       defaults: parameters by kind of layer, for a family whose kinds differ; scaling then applies
         to full attention only.
+      further: names of other parameters, which the caller reads.
 
     Returns:
       The specs, and indices into them (empty if there is one spec).
@@ -48,7 +51,7 @@ def read_ropes(
     if kinds is None and nested:
         raise f.error("rope_parameters", "one rotary embedding", f"one per kind of layer ({', '.join(nested)})")
     if kinds is None or (defaults is None and not nested):
-        return (_spec(f, "rope_parameters", flat, head_dim),), ()
+        return (_spec(f, "rope_parameters", flat, head_dim, further),), ()
     specs = []
     for kind in sorted(set(kinds)):
         own = nested.get(kind, {}) if nested or kind != "full_attention" else flat
@@ -56,7 +59,7 @@ def read_ropes(
             raise f.error(f"rope_parameters: {kind}", "a JSON object", repr(own)[:60])
         theta = {"rope_theta": f.get("rope_theta")} if f.get("rope_theta") and kind == "full_attention" else {}
         own = {**(defaults or {}).get(kind, {}), **theta, **{k: v for k, v in own.items() if v is not None}}
-        specs.append(_spec(f, f"rope_parameters: {kind}", own, head_dim))
+        specs.append(_spec(f, f"rope_parameters: {kind}", own, head_dim, further))
     order = {kind: i for i, kind in enumerate(sorted(set(kinds)))}
     return tuple(specs), tuple(order[kind] for kind in kinds)
 
@@ -70,7 +73,7 @@ def switch_length(ropes: Sequence[RopeSpec]) -> int | None:
     return min((spec.max_positions for spec in ropes if spec.kind == "longrope"), default=None)
 
 
-def _spec(f: Fields, name: str, own: Mapping[str, Any], head_dim: int) -> RopeSpec:
+def _spec(f: Fields, name: str, own: Mapping[str, Any], head_dim: int, further: Collection[str]) -> RopeSpec:
     rope = Fields(own, {"rope_theta": f.get("rope_theta") or 10_000.0}, f"{f.where}: {name}")
     kind = own.get("rope_type") or own.get("type") or "default"
     phi3 = f.raw.get("model_type") == "phi3"
@@ -78,7 +81,7 @@ def _spec(f: Fields, name: str, own: Mapping[str, Any], head_dim: int) -> RopeSp
         kind = "longrope"
     if kind not in ROPE_KINDS or (phi3 and kind not in ("default", "longrope")):
         raise rope.error("rope_type", f"one of {', '.join(ROPE_KINDS)}", repr(kind), "this scaling is not implemented")
-    for key in sorted(own.keys() - _ALWAYS - _KEYS[kind]):
+    for key in sorted(own.keys() - _ALWAYS - _KEYS[kind] - set(further)):
         rope.refuse(key, f"rope_type {kind!r} has no such parameter here")
     partial = rope.number("partial_rotary_factor", default=f.number("partial_rotary_factor", default=1.0))
     if partial != 1.0 and not phi3 and "partial_rotary_factor" not in f.defaults:

@@ -168,12 +168,14 @@ def _layer_shapes(config: ModelConfig) -> Shapes:
             shapes |= {f"{part.name}/{path}": shape for path, shape in part.param_shapes(config).items()}
     if config.mixer is None:
         shapes |= _qk_norm_shapes(config)
+        shapes |= {"attn/sinks": (config.n_heads,)} if config.attn_sinks else {}
     if config.n_experts and config.ffn is None:
         shapes["ffn/router/kernel"] = (config.d_model, config.n_experts)
+        shapes |= {"ffn/router/bias": (config.n_experts,)} if config.router_bias else {}
     for path, shape in (_attention(config) | _feed_forward(config)).items():
         shapes[f"{path}/kernel"] = shape
         if _has_bias(config, path):
-            shapes[f"{path}/bias"] = shape[-1:]
+            shapes[f"{path}/bias"] = (*shape[:-2], shape[-1])
     return shapes
 
 

@@ -47,6 +47,30 @@ def quick_gelu_excess(z: Array) -> Array:
     return silu_excess(QUICK_SLOPE * z)
 
 
+def clamped_swish(slope: float, limit: float) -> Callable[[Array], tuple[Array, Array]]:
+    """Returns the function (rho, rho') of ``y sigmoid(slope y)`` with ``y = min(z, limit)``.
+
+    Above the limit phi is constant, so that ``rho = phi(limit) / z``.
+    """
+    top = limit * _sigmoid64(slope * limit)
+
+    def gate(z: Array) -> tuple[Array, Array]:
+        s, flat, high = lax.logistic(slope * z), z > limit, jnp.maximum(z, limit)
+        return jnp.where(flat, top / high, s), jnp.where(flat, -top / (high * high), slope * (s * (1 - s)))
+
+    return gate
+
+
+def clamped_swish_excess(slope: float, limit: float) -> Callable[[Array], Array]:
+    """Returns the function h - 1 of the clamped swish; -1 above the limit."""
+    return lambda z: jnp.where(z > limit, -1.0, silu_excess(slope * z))
+
+
+def clamped_swish_excess64(slope: float, limit: float) -> Callable[[float], float]:
+    """Returns `clamped_swish_excess` for a Python float, in float64."""
+    return lambda z: -1.0 if z > limit else slope * z * _sigmoid64(-slope * z)
+
+
 def gelu_tanh(z: Array) -> tuple[Array, Array]:
     """Returns (rho, rho\') of the tanh form of GELU."""
     square = z * z

@@ -65,6 +65,7 @@ def attention(
     cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
     starts: jax.Array | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes softmax attention of every token over the tokens that it sees.
 
@@ -78,6 +79,8 @@ def attention(
       dropout_rng: key for ``config.dropout``; None for no dropout.
       starts: int ``[batch or 1, keys]``, the first position that sees a key, if not the key's own:
         tokens of one image that see each other all have the position of the image's first token.
+      sinks: float32 ``[heads]``, a score of each head that every query sees and that has no value
+        (`nalora_jax.ops.blockwise_attention.with_sinks`); frozen, not scaled, not capped. None: none.
 
     Returns:
       ``[batch, seq, heads, head_dim]`` in ``numerics.result``.
@@ -88,8 +91,9 @@ def attention(
     if cached is not None and cached.positions.shape[1] == 0:
         cached = None
     if cached is None and starts is None and not drops(config, dropout_rng):
-        return blockwise_attention(q, *keys, window, config, numerics)
-    return _attend_in_blocks(q, keys, window, config, numerics, cached, dropout_rng, starts).astype(numerics.result)
+        return blockwise_attention(q, *keys, window, sinks, config, numerics)
+    others = cached, dropout_rng, starts, sinks
+    return _attend_in_blocks(q, keys, window, config, numerics, *others).astype(numerics.result)
 
 
 def drops(config: AttentionConfig, dropout_rng: jax.Array | None) -> bool:
@@ -106,6 +110,7 @@ def _attend_in_blocks(
     cached: CachedKeys | None,
     dropout_rng: jax.Array | None,
     starts: jax.Array | None,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """Computes attention with cached keys or dropout, one block of queries at a time.
 
@@ -118,7 +123,7 @@ def _attend_in_blocks(
         seen = keys if starts is not None else Keys(*(x[:, :end] for x in keys))
         rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, start)
         here = (keys.positions[:, start:end], keys.segments[:, start:end])
-        outputs.append(attend(q[:, start:end], here, seen, window, config, numerics, cached, rng, starts))
+        outputs.append(attend(q[:, start:end], here, seen, window, config, numerics, cached, rng, starts, sinks))
     return jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
 
 
@@ -132,6 +137,7 @@ def _attend(
     cached: CachedKeys | None,
     rng: jax.Array | None,
     starts: jax.Array | None,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """Computes one block of queries against given keys; its scores are not stored outside of it."""
     batch, seq, heads, dim = q.shape
@@ -142,10 +148,16 @@ def _attend(
     scores = [_scores(q, here, source, window, config, numerics, groups, starts) for source in sources]
     # [batch, kv_heads, groups, seq, all keys]
     scored = jnp.concatenate(scores, axis=-1) if len(scores) > 1 else scores[0]
-    weights = jnp.exp(scored - jax.lax.stop_gradient(jnp.max(scored, axis=-1, keepdims=True)))
+    top = jax.lax.stop_gradient(jnp.max(scored, axis=-1, keepdims=True))
+    if sinks is not None:
+        sink = jax.lax.stop_gradient(sinks).reshape(1, -1, groups, 1, 1)
+        top = jnp.maximum(top, sink)
+    weights = jnp.exp(scored - top)
     # The softmax's division follows the matmul with the values: a pass over [seq, head_dim] instead
     # of [seq, keys].
-    total = jnp.sum(weights, axis=-1)[..., None]
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sink - top)
     if rng is not None and config.dropout > 0:
         remaining = jax.random.bernoulli(rng, 1.0 - config.dropout, weights.shape)
         weights = jnp.where(remaining, weights / (1.0 - config.dropout), 0.0)

@@ -70,7 +70,7 @@ def visibility(
     return same & (since >= 0) & (ahead < window)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def blockwise_attention(
     q: jax.Array,
     k: jax.Array,
@@ -78,6 +78,7 @@ def blockwise_attention(
     positions: jax.Array,
     segments: jax.Array,
     window: jax.Array | int,
+    sinks: jax.Array | None,
     config: AttentionConfig,
     numerics: Numerics,
 ) -> jax.Array:
@@ -90,13 +91,14 @@ def blockwise_attention(
       positions: int ``[batch or 1, seq]``, in order along each segment.
       segments: int ``[batch or 1, seq]``.
       window: scalar.
+      sinks: float32 ``[heads]``, see `with_sinks`, or None; they receive no gradient.
       config: scale and soft cap; its dropout is not applied.
       numerics: dtypes.
 
     Returns:
       ``[batch, seq, heads, head_dim]`` in ``numerics.result``.
     """
-    return _fwd(q, k, v, positions, segments, window, config, numerics)[0]
+    return _fwd(q, k, v, positions, segments, window, sinks, config, numerics)[0]
 
 
 def _fwd(
@@ -106,6 +108,7 @@ def _fwd(
     positions: jax.Array,
     segments: jax.Array,
     window: jax.Array | int,
+    sinks: jax.Array | None,
     config: AttentionConfig,
     numerics: Numerics,
 ) -> tuple[jax.Array, Any]:
@@ -119,6 +122,8 @@ def _fwd(
         outs.append(out)
         totals.append(total)
     out, logsumexp = _joined(outs), _joined(totals)  # [batch, kv_heads, groups, seq, head_dim or 1]
+    if sinks is not None:
+        out, logsumexp = with_sinks(out, logsumexp, sinks.reshape(1, k.shape[2], -1, 1, 1))
     like = tuple(jnp.zeros((0,), x.dtype) for x in (q, k, v))
     saved = save(out)
     total = save_residual(logsumexp, "float32", numerics)
@@ -162,7 +167,7 @@ def _bwd(config: AttentionConfig, numerics: Numerics, residuals: Any, g: jax.Arr
     # bf16.
     dk, dv = (x.swapaxes(2, 3)[:, :, None] for x in lax.optimization_barrier((dk, dv)))
     grads = (by_token(_joined(dq[::-1])) * config.scale, by_token(dk), by_token(dv))
-    return (*(x.astype(y.dtype) for x, y in zip(grads, like, strict=True)), None, None, None)
+    return (*(x.astype(y.dtype) for x, y in zip(grads, like, strict=True)), None, None, None, None)
 
 
 def _gradients(
@@ -282,6 +287,21 @@ def _scores(
     scores = capped(product("bkgqd,bktd->bkgqt", floats, seen.key, numerics), config)
     visible = visibility(positions[..., 0], segments[..., 0], seen.positions, seen.segments, seen.window)
     return scores, jnp.where(visible[:, None, None], 0.0, UNSEEN)
+
+
+def with_sinks(out: jax.Array, logsumexp: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the result and the log-sum-exps of a softmax with one more score per head, the sink.
+
+    A sink has no value: its probability is lost. Gradients need no other change, since they follow
+    from the probabilities ``exp(score - logsumexp)``.
+
+    Args:
+      out: results without sinks.
+      logsumexp: float32, of the rank of ``out``.
+      sinks: float32, of the same rank.
+    """
+    total = jnp.logaddexp(logsumexp, lax.stop_gradient(sinks))
+    return (out * jnp.exp(logsumexp - total)).astype(out.dtype), total
 
 
 def capped(scores: jax.Array, config: AttentionConfig) -> jax.Array:

@@ -1,7 +1,7 @@
 """cuDNN's flash attention on a GPU, through `jax.nn.dot_product_attention`.
 
 It stores no ``[seq, seq]`` probabilities, but visibility is passed as a mask of that size. Long
-rows therefore use `nalora_jax.ops.triton_attention`. Cached keys, dropout, soft caps, and shapes
+rows therefore use `nalora_jax.ops.triton_attention`. Cached keys, dropout, soft caps, sinks, and shapes
 that cuDNN rejects use the plain function.
 """
 
@@ -39,9 +39,10 @@ def cudnn_attention(
     cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
     starts: jax.Array | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `attention` if cuDNN supports the arguments."""
-    fits = numerics.operand == "bfloat16" and takes(q.shape[1], q.shape[-1], config.softcap)
+    fits = numerics.operand == "bfloat16" and takes(q.shape[1], q.shape[-1], config.softcap) and sinks is None
     if not fits or cached is not None or drops(config, dropout_rng) or starts is not None:
         return NotImplemented
     if numerics.implementation == AUTO and not fits_as_bias(_rows(q, config), q.shape[1]):

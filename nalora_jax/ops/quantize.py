@@ -3,11 +3,13 @@
     kernel [d_in, d_out]   int8: codes int8 [d_in, d_out], one scale per output channel
                            nf4:  codes uint8 [d_in / 2, d_out], two codes per byte;
                                  one scale per 64 inputs and output channel
+                           mxfp4: the same with one scale uint8 per 32 inputs and output channel;
+                                 feed-forward kernels only, as gpt-oss's files store experts
 
 A quantized kernel replaces the array in the ``params`` tree. Operations expand it one layer at a
 time, in the forward pass and again in the backward pass, so that the float kernel is never saved.
 Adapters and their gradients stay float32. Norms, biases, embeddings and routers are not quantized.
-`nalora_jax.weights.load` quantizes a model one tensor at a time while it reads it.
+`nalora_jax.weights.tensors` quantizes a model one tensor at a time while it reads it.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
+from nalora_jax.ops import mxfp4
 from nalora_jax.ops.storage import Stored
 
-Kind = Literal["int8", "nf4"]
-_BLOCK = 64
-KERNELS = r"layers/.*_proj(_[a-z]+)?/kernel$"  # the leaves that are quantized in a quantized model
+Kind = Literal["int8", "nf4", "mxfp4"]
+_BLOCKS = {"nf4": 64, "mxfp4": mxfp4.BLOCK}  # inputs that share a scale
+_KERNELS, _FFN_KERNELS = r"layers/.*_proj(_[a-z]+)?/kernel$", r"layers/ffn/.*_proj/kernel$"
 # The 16 levels of NormalFloat4: quantiles of N(0, 1) with an exact zero, scaled to [-1, 1] (QLoRA, appendix E).
 NF4_LEVELS = (
     -1.0,
@@ -56,7 +59,7 @@ class Quantized(Stored):
     """Codes and scales of one kernel, or of a stack of them."""
 
     codes: jax.Array  # int8 [..., d_in, d_out], or uint8 [..., d_in / 2, d_out]
-    scales: jax.Array  # float32 [..., blocks, d_out]
+    scales: jax.Array  # float32 (mxfp4: uint8) [..., blocks, d_out]
     kind: Kind = field(metadata={"static": True})
     # Shardings of one layer's codes and scales for matmuls, if a mesh splits the stored ones
     # further (`gathered`).
@@ -66,7 +69,7 @@ class Quantized(Stored):
     def shape(self) -> tuple[int, ...]:
         """Shape of the float kernel."""
         *lead, rows, d_out = self.codes.shape
-        return (*lead, rows * (2 if self.kind == "nf4" else 1), d_out)
+        return (*lead, rows * (1 if self.kind == "int8" else 2), d_out)
 
     def expand(self) -> jax.Array:
         """Returns the float32 kernel; codes are gathered before they are expanded."""
@@ -82,22 +85,31 @@ def _at(part: jax.Array, place: NamedSharding) -> jax.Array:
     return jax.lax.with_sharding_constraint(part, whole)
 
 
+def kernels(kind: Kind) -> str:
+    """Returns the pattern of the leaves that are quantized in a model of that kind."""
+    return _FFN_KERNELS if kind == "mxfp4" else _KERNELS
+
+
 def quantize(kernel: jax.Array, kind: Kind) -> Quantized:
     """Returns the nearest codes of ``kernel``.
 
     Args:
       kernel: float ``[..., d_in, d_out]``.
-      kind: "int8" (error at most half a step of the channel's largest weight / 127) or "nf4".
+      kind: "int8" (error at most half a step of the channel's largest weight / 127), "nf4" or
+        "mxfp4".
 
     Raises:
-      NaloraError: d_in is not a multiple of 64, for nf4.
+      NaloraError: d_in is not a multiple of 64, for nf4, or of 32, for mxfp4.
     """
     *lead, d_in, d_out = kernel.shape
-    if kind == "nf4" and d_in % _BLOCK:
-        raise NaloraError("compute.quantize", expected=f"inputs in multiples of {_BLOCK} for nf4", found=d_in)
-    block = d_in if kind == "int8" else _BLOCK
+    block = _BLOCKS.get(kind, d_in)
+    if d_in % block:
+        raise NaloraError("compute.quantize", expected=f"inputs in multiples of {block} for {kind}", found=d_in)
     w = kernel.astype(jnp.float32).reshape(*lead, d_in // block, block, d_out)
     largest = jnp.max(jnp.abs(w), axis=-2)
+    if kind == "mxfp4":
+        scales = mxfp4.exponents(largest)
+        return Quantized(_packed(mxfp4.codes(w / mxfp4.powers(scales)[..., None, :]), kernel.shape), scales, kind)
     unit = w / jnp.where(largest > 0, largest, 1.0)[..., None, :]
     if kind == "int8":
         codes = jnp.round(unit * 127).astype(jnp.int8).reshape(kernel.shape)
@@ -105,8 +117,14 @@ def quantize(kernel: jax.Array, kind: Kind) -> Quantized:
     # Compared with all midpoints at once, which XLA fuses; a search would store several integer
     # copies of the kernel.
     middle = jnp.asarray(_midpoints())
-    nearest = jnp.searchsorted(middle, unit.reshape(kernel.shape), method="compare_all").astype(jnp.uint8)
-    return Quantized(nearest[..., 0::2, :] | (nearest[..., 1::2, :] << 4), largest, kind)
+    nearest = jnp.searchsorted(middle, unit, method="compare_all").astype(jnp.uint8)
+    return Quantized(_packed(nearest, kernel.shape), largest, kind)
+
+
+def _packed(codes: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns 4-bit codes of a kernel of ``shape``, two inputs per byte."""
+    codes = codes.reshape(shape)
+    return codes[..., 0::2, :] | (codes[..., 1::2, :] << 4)
 
 
 def _midpoints() -> np.ndarray:
@@ -122,9 +140,13 @@ def dequantize(kernel: Quantized) -> jax.Array:
     low, high = kernel.codes & 15, kernel.codes >> 4
     # [..., d_in / 2, 2, d_out]: the two codes of a byte are neighbours along the inputs
     codes = jnp.stack([low, high], axis=-2).reshape(*lead, d_in, d_out)
-    unit = jnp.take(jnp.asarray(NF4_LEVELS, jnp.float32), codes.astype(jnp.int32))
-    blocks = unit.reshape(*lead, d_in // _BLOCK, _BLOCK, d_out)
-    return (blocks * kernel.scales[..., None, :]).reshape(*lead, d_in, d_out)
+    levels, scales = (
+        (mxfp4.LEVELS, mxfp4.powers(kernel.scales)) if kernel.kind == "mxfp4" else (NF4_LEVELS, kernel.scales)
+    )
+    unit = jnp.take(jnp.asarray(levels, jnp.float32), codes.astype(jnp.int32))
+    block = _BLOCKS[kernel.kind]
+    blocks = unit.reshape(*lead, d_in // block, block, d_out)
+    return (blocks * scales[..., None, :]).reshape(*lead, d_in, d_out)
 
 
 def gathered(params: Any, axis: str) -> Any:
@@ -158,15 +180,15 @@ def _without(sharding: Any, ndim: int, axis: str) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, P(*kept))
 
 
-def quantize_params(params: Any, kind: Kind, pattern: str = KERNELS) -> dict[str, Any]:
-    """Returns in-memory ``params`` with every kernel that ``pattern`` matches quantized.
+def quantize_params(params: Any, kind: Kind, pattern: str | None = None) -> dict[str, Any]:
+    """Returns in-memory ``params`` with every kernel that ``pattern`` (default: `kernels`) matches quantized.
 
     Kernels are quantized one layer at a time.
     """
     one = jax.jit(quantize, static_argnums=1)
 
     def replace(path: str, leaf: jax.Array) -> Any:
-        if not re.search(pattern, path):
+        if not re.search(pattern or kernels(kind), path):
             return leaf
         layers = [one(leaf[i], kind) for i in range(leaf.shape[0])]
         return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)

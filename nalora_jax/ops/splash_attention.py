@@ -43,6 +43,7 @@ def splash_attention(
     cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
     starts: jax.Array | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `attention` of every example.
 
@@ -67,9 +68,9 @@ def splash_attention(
     if config.sharding is not None:
         mesh, (rows, *_) = config.sharding.mesh, (*config.sharding.spec, None)
         heads = P(rows, "tensor" if "tensor" in mesh.shape else None)
-        specs = (heads, heads, heads, P(rows), P())
+        specs = (heads, heads, heads, P(rows), P(), P(heads[1]))
         attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
-    return attend(*arrays, segments, choice).swapaxes(1, 2).astype(jnp.float32).astype(numerics.result)
+    return attend(*arrays, segments, choice, sinks).swapaxes(1, 2).astype(jnp.float32).astype(numerics.result)
 
 
 def takes(seq: int, head_dim: int) -> bool:
@@ -78,7 +79,14 @@ def takes(seq: int, head_dim: int) -> bool:
 
 
 def _one_device(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, choice: jax.Array, *, config: AttentionConfig
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    choice: jax.Array,
+    sinks: jax.Array | None,
+    *,
+    config: AttentionConfig,
 ) -> jax.Array:
     """Computes one device's part: ``[batch, heads, seq, head_dim]``."""
     # Imported here, because Pallas costs every process 5 MB and a tenth of a second.
@@ -89,7 +97,8 @@ def _one_device(
         for window in config.windows or (q.shape[2],)
     ]
     ids = SegmentIds(segments, segments)
-    return jax.lax.switch(choice, [jax.vmap(branch) for branch in branches], q, k, v, ids)
+    mapped = [jax.vmap(branch, in_axes=(0, 0, 0, 0, None)) for branch in branches]
+    return jax.lax.switch(choice, mapped, q, k, v, ids, sinks)
 
 
 def _for_window(heads: int, seq: int, window: int, softcap: float, interpret: bool) -> Callable[..., jax.Array]:

@@ -2,7 +2,7 @@
 
 The kernel compares segments while it computes scores. cuDNN, which has priority, takes visibility
 as a bf16 array ``[rows, 1, seq, seq]``: 2 GB for a row of 32,768 tokens. If that array is larger
-than 256 MB, this kernel is used. Windows, soft caps, cached keys, dropout, and lengths that the
+than 256 MB, this kernel is used. Windows, soft caps, sinks, cached keys, dropout, and lengths that the
 kernel does not support use the plain function, which stores no such array either.
 """
 
@@ -37,6 +37,7 @@ def triton_attention(
     cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
     starts: jax.Array | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `attention` of every example.
 
@@ -45,7 +46,7 @@ def triton_attention(
     Positions must grow by one along each segment, and no window of ``config.windows`` may be
     shorter than the row.
     """
-    fits = takes(q.shape[1], q.shape[-1], config.windows, config.softcap)
+    fits = takes(q.shape[1], q.shape[-1], config.windows, config.softcap) and sinks is None
     # The compiler does not partition a Pallas call: on several devices it is mapped over the
     # sharding.
     mapped = config.sharding is not None or numerics.platform.devices == 1

@@ -6,6 +6,7 @@ The constants are fitted to compiled programs (docs/pods.md).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 from nalora_jax.models.config import ModelConfig
@@ -35,15 +36,20 @@ _GATHERED = 3  # kernels that are gathered at once, each as large as the largest
 _OF_EXPERTS, _OF_EXPERTS_ON_V5E = 8, 10
 # Bytes of HBM traffic for each number of an expert's row, d_model or d_ff wide.
 _READ_NARROW, _READ_WIDE = 130, 170
+# Bytes of a quantized weight, scales included.
+WIDTHS = {"int8": 1.0, "nf4": 0.55, "mxfp4": 0.53125}
 _WIDE = 4  # float32 arrays as wide as the FFN that are live within a layer
 
 
-def weight_bytes(base: ModelConfig, of_projections: float, of_others: float) -> tuple[float, float]:
-    """Returns the bytes of one layer, and the bytes outside of layers."""
-    projections = {f"{path}/kernel" for path in projection_shapes(base)}
+def weight_bytes(base: ModelConfig, narrow: float, wide: float, pattern: str) -> tuple[float, float]:
+    """Returns the mean bytes of a layer, and the bytes outside of layers.
+
+    Projections whose paths ``pattern`` matches have ``narrow`` bytes per weight, other weights ``wide``.
+    """
+    projections = {f"{path}/kernel" for path in projection_shapes(base) if re.search(pattern, f"{path}/kernel")}
     layer = ends = 0.0
     for path, shape in param_shapes(base).items():
-        size = math.prod(shape) * (of_projections if path in projections else of_others)
+        size = math.prod(shape) * (narrow if path in projections else wide)
         if path.startswith("layers/"):
             layer += size / base.n_layers
         else:
@@ -65,6 +71,8 @@ def attention_kernel(where: Topology, base: ModelConfig, rows: float, seq: int) 
     """Returns attention's implementation for rows of a shard; "" for the plain function."""
     if where.chip.platform == SPLASH.platform and takes(seq, base.head_dim):
         return SPLASH.name
+    if base.attn_sinks:  # no kernel of a GPU has them
+        return ""
     by_cudnn = cudnn_takes(seq, base.head_dim, base.attn_softcap) and fits_as_bias(rows, seq)
     if where.chip.platform == CUDNN.platform and by_cudnn:
         return CUDNN.name

@@ -21,7 +21,9 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.remat import OFFLOAD
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.ops.quantize import kernels
 from nalora_jax.plan.estimates import (
+    WIDTHS,
     attention_kernel,
     executed_flops,
     hidden_share,
@@ -178,9 +180,10 @@ def estimate(
     micro = config.train.batch_size // config.train.accumulate
     rows = micro / (data * fsdp)
     tokens = rows * seq
-    width = {"int8": 1.0, "nf4": 0.55}.get(config.compute.quantize, 0.0)
+    quantize = config.compute.quantize
     wide = 4.0 if config.compute.dtype == "float32" else 2.0
-    layer, ends = weight_bytes(base, width or wide, wide)
+    narrow = WIDTHS.get(quantize, wide)
+    layer, ends = weight_bytes(base, narrow, wide, "" if quantize == "none" else kernels(quantize))
     adapters = 4.0 * sum(sum(projection_shapes(base)[path][-2:]) * sum(target.ranks) for path, target in spec.targets)
     tables = 4.0 * base.d_model * base.vocab_size * len(spec.saved)
     tables /= tensor if base.vocab_size % tensor == 0 else 1  # an axis that does not divide their rows is dropped
@@ -195,7 +198,7 @@ def estimate(
         state=adapters * 4 / max(1, fsdp) ** 0.5 / tensor + tables * 4 / fsdp,
         activations=kept * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
         working=working_bytes(where, base, tokens, (fsdp, tensor), wide=wide, offloads=offloads)
-        + (2 * tables + transposed_bytes(where, base, width or wide) / (fsdp * tensor) if fsdp > 1 else 0.0),
+        + (2 * tables + transposed_bytes(where, base, narrow) / (fsdp * tensor) if fsdp > 1 else 0.0),
         host=kept * base.n_layers if offloads else 0.0,
         gathers=0.0,
         transfers=0.0,

@@ -82,9 +82,7 @@ def group_runs(runs: Sequence[History]) -> list[Group]:
     labels = []
     for name, identity in zip(names, identities, strict=True):
         # Settings in the method's name are not repeated, unless two groups have the same name.
-        own = [
-            one for one in apart if names.count(name) > 1 or not one.startswith(("mask.", "step_scale.", "mechanisms"))
-        ]
+        own = [one for one in apart if names.count(name) > 1 or not one.startswith("mechanisms")]
         labels.append(", ".join([name, *(f"{one} {identity.get(one, 'unknown')}" for one in own[:4])]))
     return [
         Group(label, colour, tuple(ones))
@@ -104,9 +102,8 @@ def _apart(identities: Sequence[Mapping[str, str]]) -> list[str]:
 
 def _method(config: Mapping[str, Any]) -> str:
     """Returns "LoRA" ("AdaLoRA" with its ranks) if no mechanism is on, else "NA-LoRA"."""
-    kinds = [config.get(name, {}).get("kind", "off") for name in ("mask", "step_scale")]
     plain = "AdaLoRA" if config.get("adalora", {}).get("target_rank") else "LoRA"
-    return plain if kinds == ["off", "off"] and not config.get("mechanisms") else "NA-LoRA"
+    return "NA-LoRA" if config.get("mechanisms") else plain
 
 
 def _metric(groups: Sequence[Group]) -> str:

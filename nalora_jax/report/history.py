@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax.config.former import translated
 from nalora_jax.errors import NaloraError
 from nalora_jax.redaction import redacted
 from nalora_jax.seals import unseal
@@ -66,7 +67,7 @@ class History:
     @property
     def config(self) -> Mapping[str, Any]:
         """Returns the run's config as nested dicts, without passwords (earlier logs have them)."""
-        settings: Mapping[str, Any] = redacted(self.header.get("run", {}))
+        settings: Mapping[str, Any] = translated(redacted(self.header.get("run", {})))
         return settings
 
     @property

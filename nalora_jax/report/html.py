@@ -283,7 +283,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def plain_text(value: Any) -> str:
     """Returns a value as a user would type it; adapter rules as on the command line."""
     if isinstance(value, list):
-        return "  ".join(map(plain_text, value))
+        return "  ".join(map(plain_text, value)) or "none"
     if isinstance(value, Mapping) and {"pattern", "rank"} <= set(value):
         alpha = value.get("alpha")
         return f"{value['pattern']}:{value['rank']}" + ("" if alpha is None else f":{_number_text(alpha)}")

@@ -13,7 +13,7 @@ import numpy as np
 
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
-from nalora_jax.load import AdaptedModel
+from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.decoder import Decoder

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from nalora_jax.config import RunConfig
+from nalora_jax.config.former import FormerGroups
 from nalora_jax.config.vision import DUAL
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.protocol import Protocol
@@ -65,7 +66,7 @@ class Run:
     @cached_property
     def config_hash(self) -> str:
         """Returns the digest of the settings and of the names of the measured items."""
-        settings = _as_first_recorded(self.config.to_dict())
+        settings = _as_first_recorded(self.config.to_dict(), self.protocol.former_groups(self.cell.method))
         protocol, task = self.protocol, self.protocol.tasks[self.cell.task]
         measured: dict[str, Any] = {"evaluate_every": protocol.evaluate_every}
         if self.stage == "test":
@@ -192,9 +193,14 @@ def _mean_loss(protocol: Protocol, cell: Cell, rate: float, records: Mapping[str
     return sum(costs) / len(costs)
 
 
-def _as_first_recorded(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns ``settings`` without settings of `_LATER` and `_LATER_GROUPS` that have their default."""
-    usual = RunConfig().to_dict()
+def _as_first_recorded(settings: dict[str, Any], former: FormerGroups) -> dict[str, Any]:
+    """Returns ``settings`` without settings of `_LATER` and `_LATER_GROUPS` that have their default.
+
+    Mechanisms that the protocol sets in the former groups are there, not in the list of rules.
+    """
+    usual = RunConfig().to_dict() | asdict(FormerGroups())
+    others = settings["mechanisms"][len(former.rules) :]
+    settings = settings | asdict(former) | {"mechanisms": others}
     settings = {name: v for name, v in settings.items() if name not in _LATER_GROUPS or v != usual[name]}
     if settings["vision"]["task"] in DUAL and not settings["data"]["max_length"]:
         settings["data"] = settings["data"] | {"max_length": _FIRST_LENGTH}

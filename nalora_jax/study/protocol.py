@@ -34,9 +34,11 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from nalora_jax.config import DataConfig, RunConfig, check
+from nalora_jax.config.former import GROUPS, FormerGroups, FormerMask, FormerStepScale, without_groups
 from nalora_jax.errors import NaloraError
 from nalora_jax.imports import import_files
 from nalora_jax.study.overrides import checked, override, whole_as_float
+from nalora_jax.train.mechanisms import make
 
 FILE = "protocol.toml"
 # Settings that methods must share, because their runs are paired, and settings of a run's files.
@@ -157,7 +159,7 @@ class Protocol:
 
     def _of_method(self, task: str, method: str) -> RunConfig:
         chosen = self.tasks[task]
-        common = override(RunConfig().without_mechanisms(), self.run, "[run]")
+        common = override(RunConfig().without_mechanisms(), without_groups(self.run), "[run]")
         data = override(replace(common.data, dataset=chosen.dataset), chosen.data, f"[tasks.{task}] data")
         data = replace(data, train_split=chosen.train, eval_split=chosen.validation, eval_limit=chosen.validation_items)
         vision = override(common.vision, chosen.vision, f"[tasks.{task}] vision")
@@ -165,8 +167,25 @@ class Protocol:
             where = f"[tasks.{task}] vision task"
             raise NaloraError(where, expected='"classify", "contrast", or none for text', found='"chat"')
         common = replace(common, data=data, vision=vision)
-        config = override(common, self.methods[method].settings, f"[methods.{method}] settings")
-        return check(replace(config, output=RunConfig().output, resume=False))  # runs of a study have no folder
+        settings = without_groups(self.methods[method].settings)
+        config = override(common, settings, f"[methods.{method}] settings")
+        mechanisms = (*self.former_groups(method).rules, *config.mechanisms)
+        for rule in mechanisms:
+            make(rule)  # raises for an unknown name or setting
+        config = replace(config, mechanisms=mechanisms, output=RunConfig().output, resume=False)
+        return check(config)  # runs of a study have no folder
+
+    def former_groups(self, method: str) -> FormerGroups:
+        """Returns the mechanisms that the protocol sets as an earlier version did; off by default.
+
+        Raises:
+          NaloraError: a setting is unknown or of another type.
+        """
+        groups = FormerGroups(FormerMask("off"), FormerStepScale("off"))
+        for settings, where in ((self.run, "[run]"), (self.methods[method].settings, f"[methods.{method}] settings")):
+            former = {name: value for name, value in settings.items() if name in GROUPS}
+            groups = override(groups, former, where)
+        return groups
 
 
 def read_protocol(path: str | Path) -> Protocol:

@@ -21,6 +21,7 @@ from nalora_jax.study.plan import Run
 from nalora_jax.study.protocol import Protocol, data_of
 from nalora_jax.study.subject import Items, StudyRows, Subject
 from nalora_jax.train.assembly import Assembly
+from nalora_jax.train.mechanisms import make
 
 _RATE = "step_size"  # the factor of the optimizer's last stage, a traced value in its state
 
@@ -63,7 +64,7 @@ class Resources:
         Mechanisms that draw at random do so when the step is built, so these are compiled once per seed.
         """
         config, subject = run.config, self.subject(run.config)
-        draws = bool(config.mechanisms) or max(config.mask.permute, config.step_scale.permute) >= 0
+        draws = any(rule.draws or rule.permute >= 0 for rule in map(make, config.mechanisms))
         optimizer = replace(config.optimizer, learning_rate=1.0)
         program, facts = subject.program(config)
         general = replace(program, seed=config.seed if draws else 0, optimizer=optimizer)

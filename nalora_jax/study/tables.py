@@ -126,8 +126,8 @@ def _settings(settings: Mapping[str, Any]) -> str:
     """Returns settings as text for a table cell.
 
     Example:
-      >>> _settings({"mask": {"kind": "soft", "permute": 0}})
-      '`mask.kind = "soft"`, `mask.permute = 0`'
+      >>> _settings({"lora": {"dora": True, "init": "pissa"}})
+      '`lora.dora = true`, `lora.init = "pissa"`'
     """
     return ", ".join(f"`{name} = {value}`".replace("|", "\\|") for name, value in _flat(settings))
 

@@ -216,8 +216,6 @@ def build_model(
 def build_mechanisms(config: RunConfig, base: ModelConfig, spec: AdapterSpec) -> Mechanisms:
     """Returns the mechanisms of a run; none, with a warning, if no adapter is on a gate."""
     found = make_mechanisms(
-        config.mask,
-        config.step_scale,
         config.mechanisms,
         activation=base.activation,
         total_steps=config.steps,

@@ -13,7 +13,6 @@ it is called first, except at the start of a run.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -183,28 +182,4 @@ def make_callbacks(texts: Sequence[str]) -> list[Callback]:
             remedy = "name --callbacks again: passwords and tokens are not recorded"
             raise NaloraError("--callbacks", expected="the callback with its password", found=text, remedy=remedy)
     importlib.import_module("nalora_jax.train.trackers")  # registers the built-in callbacks
-    return [_make(text) for text in texts]
-
-
-def _make(text: str) -> Callback:
-    name, _, options = text.partition(":")
-    kind: Any = _CALLBACKS.get(name)
-    known = {one.name: one for one in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
-    settings: dict[str, Any] = {}
-    for option in filter(None, options.split(",")):
-        key, equals, value = option.partition("=")
-        if key not in known or not equals:
-            expected = f"NAME:setting=value, with a setting of {', '.join(known) or 'none'}"
-            raise NaloraError(f"--callbacks {text}", expected=expected, found=option)
-        settings[key] = _typed(text, key, value, known[key].default)
-    callback: Callback = kind(**settings)
-    return callback
-
-
-def _typed(text: str, key: str, value: str, default: Any) -> Any:
-    """Returns ``value`` converted to the type of the setting's default."""
-    try:
-        return {"true": True, "false": False}[value.lower()] if isinstance(default, bool) else type(default)(value)
-    except (KeyError, ValueError):
-        expected = f"{key} of type {type(default).__name__}"
-        raise NaloraError(f"--callbacks {text}", expected=expected, found=repr(value)) from None
+    return [_CALLBACKS.make(text) for text in texts]

@@ -38,6 +38,7 @@ from nalora_jax import buckets, files, trees
 from nalora_jax.distributed import check_lost_peer, on_first_process, tell_all
 from nalora_jax.errors import NaloraError
 from nalora_jax.train import snapshot
+from nalora_jax.train.mechanisms import former_labels
 
 log = logging.getLogger(__name__)
 _ITEMS = ("state", "data", "run")
@@ -250,12 +251,14 @@ class Checkpointer:
             meta = self._manager.restore(step, args=small)
             saved = trees.flatten(self._manager.item_metadata(step).state.tree)
         snapshot.check_run(where, meta.run, self._run)
-        wanted = snapshot.abstract(like)
+        labels = former_labels(meta.run["config"])
+        wanted = snapshot.with_labels(snapshot.abstract(like), labels)
         snapshot.check_arrays(where, saved, trees.flatten(wanted))
         with _io_errors(where, "a readable checkpoint"):
             placed = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
             restored = self._manager.restore(step, args=ocp.args.Composite(state=placed))
-        return snapshot.from_arrays(restored.state, like), meta.data
+        arrays = snapshot.with_labels(restored.state, {before: now for now, before in labels.items()})
+        return snapshot.from_arrays(arrays, like), meta.data
 
     def latest_step(self) -> int | None:
         """Returns the newest checkpoint's step; None without checkpoints."""

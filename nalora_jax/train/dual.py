@@ -193,8 +193,6 @@ def _mechanisms(config: RunConfig, base: DualConfig, adapted: tuple[str, ...], g
     """Returns the mechanisms of a run; none, with a warning, if no adapter is on a gate."""
     first = base.towers[adapted[0] if adapted else "image"].activation
     found = make_mechanisms(
-        config.mask,
-        config.step_scale,
         config.mechanisms,
         activation=first,
         total_steps=config.steps,

@@ -14,12 +14,12 @@ from nalora_jax import distributed
 from nalora_jax.config import RunConfig
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.errors import NaloraError
+from nalora_jax.loading.base import LoadedModel
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.train.assembly import Assembly, exportable_adapter
 from nalora_jax.train.machine import describe_device, versions
 from nalora_jax.train.pieces import RunBase
-from nalora_jax.weights import LoadedModel
 from nalora_jax.weights.card import Card
 from nalora_jax.weights.hub import alias_of
 from nalora_jax.weights.new_tokens import tokenizer_writer

@@ -15,12 +15,12 @@ from nalora_jax.data.mixture import MixedSource
 from nalora_jax.data.selected import SelectedSource
 from nalora_jax.data.sources import Source, have_same_records, open_pair
 from nalora_jax.errors import NaloraError
+from nalora_jax.loading.base import added_ids, read_config, read_tokenizer_of
 from nalora_jax.models.adapters import adapter_spec, check_token_indices
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.weights.hub import ResolvedSource
-from nalora_jax.weights.model import added_ids, read_config, read_tokenizer_of
 
 log = logging.getLogger(__name__)
 

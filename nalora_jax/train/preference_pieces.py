@@ -14,11 +14,11 @@ from nalora_jax.data.preference import Pair, held_out_pairs, pair_data
 from nalora_jax.data.sources import Source, open_pair
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.preference import PreferenceEvaluator
+from nalora_jax.loading.base import LoadedModel
 from nalora_jax.method.step import TrainState
 from nalora_jax.train.assembly import assemble
 from nalora_jax.train.export import export
 from nalora_jax.train.pieces import Pieces
-from nalora_jax.weights import LoadedModel
 
 
 def preference_pieces(

@@ -16,7 +16,7 @@ from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO, open_train
 from nalora_jax.errors import NaloraError
 from nalora_jax.image_tokens import ImageTokens
-from nalora_jax.weights import LoadedModel
+from nalora_jax.loading.base import LoadedModel
 
 
 def seen_sources(

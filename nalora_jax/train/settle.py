@@ -14,11 +14,11 @@ from nalora_jax.data.lengths import with_length
 from nalora_jax.data.pipeline import train_data
 from nalora_jax.data.preference import pair_data, pair_sizes
 from nalora_jax.data.sources import Source, open_train
+from nalora_jax.loading.base import read_tokenizer_of
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.inputs import described
 from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.weights.hub import ResolvedSource
-from nalora_jax.weights.model import read_tokenizer_of
 
 log = logging.getLogger(__name__)
 

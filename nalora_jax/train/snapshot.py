@@ -15,7 +15,9 @@ from jax.sharding import SingleDeviceSharding
 
 from nalora_jax import trees
 from nalora_jax.config import RunConfig
+from nalora_jax.config.former import translated
 from nalora_jax.errors import NaloraError
+from nalora_jax.train.mechanisms import make
 from nalora_jax.weights.origin import is_comparable
 
 # Settings that may change on resume: they affect location, length, speed and output of the run, but
@@ -114,6 +116,9 @@ def check_settings(where: str, saved: Mapping[str, Any], now: Mapping[str, Any])
     A setting that is newer than the saved run counts as its default there, which is how the run was
     computed.
     """
+    saved = translated(saved)
+    if _equal_rules(saved.get("mechanisms"), now.get("mechanisms")):
+        saved = saved | {"mechanisms": now["mechanisms"]}
     before, after = _settings(saved), _settings(now)
     defaults, absent = _settings(RunConfig().to_dict()), "(absent)"
     before = {name: defaults[name] for name in after.keys() & defaults.keys()} | before
@@ -127,6 +132,29 @@ def check_settings(where: str, saved: Mapping[str, Any], now: Mapping[str, Any])
             found=", ".join(f"{name} = {value!r}" for name, (_, value) in differing.items()),
             remedy="restore these settings, or start a new run in another --output",
         )
+
+
+def _equal_rules(before: Any, after: Any) -> bool:
+    """Returns True if both lists name equal rules, perhaps one of them with settings at their default."""
+    if not isinstance(before, list | tuple) or not isinstance(after, list | tuple):
+        return False
+    return list(map(make, before)) == list(map(make, after))
+
+
+def with_labels(arrays: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the result of `to_arrays` with other labels of the mechanisms' memory.
+
+    Args:
+      arrays: nested dicts.
+      labels: new label by present label; others stay.
+    """
+    memory = "gate/memory/"
+
+    def renamed(path: str) -> str:
+        label, _, block = path.removeprefix(memory).partition("/")
+        return f"{memory}{labels.get(label, label)}/{block}" if path.startswith(memory) else path
+
+    return trees.unflatten({renamed(path): leaf for path, leaf in trees.flatten(arrays).items()})
 
 
 def check_arrays(where: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from nalora_jax.data.questions import held_out
 from nalora_jax.data.sources import Source
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.seeing import evaluator_of
+from nalora_jax.loading.base import LoadedModel, load_model
 from nalora_jax.method.step import TrainState
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.assembly import assemble
@@ -29,7 +30,6 @@ from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.preference_pieces import preference_pieces
 from nalora_jax.train.seeing import with_images
 from nalora_jax.train.start import GRADIENT, gradient_start
-from nalora_jax.weights import LoadedModel, load_model
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.new_tokens import with_added
 

@@ -120,18 +120,28 @@ def _summary(card: Card) -> str:
 
 
 def _method(run: RunConfig) -> str:
-    mask, step, mean = run.mask.kind, run.step_scale.kind, run.adalora.target_rank
+    mean = run.adalora.target_rank
     allocated = f"AdaLoRA (arXiv 2303.10512) has left a mean rank of {mean} to every adapter."
-    if mask == step == "off" and not run.mechanisms:
+    if not run.mechanisms:
         return f"Trained as plain LoRA, of whose ranks {allocated}" if mean else "Trained with plain LoRA."
-    used = [f"a {mask} temporal-importance mask on the gate's updates"] if mask != "off" else []
-    used += [f"a step scale by {step}"] if step != "off" else []
-    used += [f"the mechanism {markdown(published(name, 'mechanisms'))}" for name in run.mechanisms]
+    used = [f"{_RULES.get(rule.partition(':')[0], 'the mechanism')} ({_shown(rule)})" for rule in run.mechanisms]
     return (
         f"Trained with NA-LoRA (nonlinearity-aware LoRA, arXiv 2606.31717, as nalora_jax instantiates it): "
         f"{' and '.join(used)}. They act in training only: the result is a plain adapter."
         + (f" Of its ranks {allocated}" if mean else "")
     )
+
+
+_RULES = {
+    "hard": "a hard temporal-importance mask on the gate's updates",
+    "soft": "a soft temporal-importance mask on the gate's updates",
+    "curvature_cap": "a step scale by curvature",
+    "homogeneity": "a step scale by homogeneity",
+}
+
+
+def _shown(rule: str) -> str:
+    return markdown(str(published(rule, "mechanisms")))
 
 
 def _results(card: Card) -> str:

@@ -31,6 +31,7 @@ class Field:
     note: str = ""  # for the table
     value: Callable[[Any], Any] = lambda value: value  # our value of theirs; may be `Refused`
     ignored: bool = False  # no effect on the result
+    in_files: bool = False  # read from the files of an adapter, although a run has no setting for it
 
 
 def only(*accepted: Any, because: str) -> Callable[[Any], Any]:

@@ -28,6 +28,7 @@ _FAMILIES = {
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
     "phi3": ("phi3", "Phi3ForCausalLM"),
     "olmo2": ("olmo2", "Olmo2ForCausalLM"),
+    "mistral3": ("ministral3", "Ministral3ForCausalLM"),
     "smollm3": ("smollm3", "SmolLM3ForCausalLM"),
     "granite": ("granite", "GraniteForCausalLM"),
 }
@@ -82,6 +83,15 @@ class _Reader:
                 remedy="models whose layers differ in shape are not supported",
             )
         return kind(value[0].item())
+
+    def flags(self, key: str, length: int) -> list[bool]:
+        """Returns a list of ``length`` booleans."""
+        name = f"{self.architecture}.{key}"
+        value = self.file.metadata.get(name)
+        if not isinstance(value, np.ndarray) or value.dtype != bool or value.shape != (length,):
+            found = "no such key" if value is None else str(value)[:60]
+            raise NaloraError(f"{self.file.path}: {name}", expected=f"{length} booleans", found=found)
+        return value.tolist()
 
     def tensor(self, name: str) -> np.ndarray | None:
         """Returns a small tensor as float64, or None."""
@@ -144,6 +154,11 @@ def _named_scaling(r: _Reader) -> dict[str, Any] | None:
     scaling = {"rope_type": kind, "factor": r.number("rope.scaling.factor", float)}
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = r.number("rope.scaling.original_context_length", int)
+        for key in ("beta_fast", "beta_slow"):
+            if r.has(f"rope.scaling.yarn_{key}"):
+                scaling[key] = r.number(f"rope.scaling.yarn_{key}", float)
+        if r.has("rope.scaling.yarn_log_multiplier"):  # llama.cpp assumes mscale 1
+            scaling |= {"mscale": 1.0, "mscale_all_dim": r.number("rope.scaling.yarn_log_multiplier", float)}
     return scaling
 
 
@@ -253,6 +268,32 @@ def _phi3(r: _Reader) -> dict[str, Any]:
     return {"sliding_window": r.number("attention.sliding_window", int, 0) or None}
 
 
+def _olmo2(r: _Reader) -> dict[str, Any]:
+    """Returns OLMo 3's settings if the file has windows."""
+    if not r.has("attention.sliding_window"):
+        return {}
+    slides = r.flags("attention.sliding_window_pattern", r.number("block_count", int))
+    theta = {"rope_theta": r.number("rope.freq_base", float, 10_000.0)}
+    return {
+        "architectures": ["Olmo3ForCausalLM"],
+        "model_type": "olmo3",
+        "sliding_window": r.number("attention.sliding_window", int),
+        "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
+        "rope_scaling": None,  # not for sliding layers, as in llama.cpp
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default"} | theta,
+            "full_attention": (_named_scaling(r) or {"rope_type": "default"}) | theta,
+        },
+    }
+
+
+def _mistral3(r: _Reader) -> dict[str, Any]:
+    scaling = _named_scaling(r)
+    if scaling is None:
+        return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+    return {"rope_scaling": scaling | {"llama_4_scaling_beta": r.number("attention.temperature_scale", float, 0.0)}}
+
+
 def _granite(r: _Reader) -> dict[str, Any]:
     names = {
         "embedding_multiplier": "embedding_scale",
@@ -269,5 +310,7 @@ _EXTRAS: dict[str, Callable[[_Reader], dict[str, Any]]] = {
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "phi3": _phi3,
+    "olmo2": _olmo2,
+    "mistral3": _mistral3,
     "granite": _granite,
 }

@@ -57,6 +57,8 @@ ARCHITECTURES = {
     "mixtral": "llama",
     "gemma3_text": "gemma3",
     "qwen3_moe": "qwen3moe",
+    "olmo3": "olmo2",
+    "ministral3": "mistral3",
 } | {name: name for name in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "smollm3", "granite")}
 # Metadata that describes the file, not the model in it.
 _OWN_FIELDS = ("GGUF.", "split.", "quantize.")

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from nalora_jax import tokenizer as ours
 from nalora_jax.errors import NaloraError
+from nalora_jax.tokenizer_backend import is_foreign
 from nalora_jax.weights.gguf import GGUFFile
 
 _CONTROL, _USER_DEFINED = 3, 4
@@ -70,7 +71,7 @@ def read_tokenizer(file: GGUFFile) -> ours.Tokenizer:
     except NaloraError:
         raise
     except BaseException as error:  # the binding raises Exceptions, and panics (BaseException)
-        if ours.is_foreign(error):
+        if is_foreign(error):
             raise _error(file, "tokens", "a vocabulary and merges that fit together", error) from error
         raise
     return _wrapped(file, backend, tokens, adds_bos=kind == "llama")

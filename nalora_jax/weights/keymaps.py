@@ -8,6 +8,8 @@ tensors that a file must contain::
             -> layers/ffn/gate_proj/kernel [3]  (transposed)
     HF    model.layers.3.mlp.gate_up_proj.weight [2 d_ff, d]
             -> layers/ffn/gate_proj/kernel [3], layers/ffn/up_proj/kernel [3]
+    HF    model.layers.3.mlp.experts.gate_up_proj [E, d, 2 d_ff]
+            -> layers/ffn/gate_proj/kernel [3], layers/ffn/up_proj/kernel [3]  (columns alternate)
     GGUF  blk.3.attn_q.weight [heads * head_dim, d]
             -> layers/attn/q_proj/kernel [3]  (row pairs regrouped)
 """
@@ -52,6 +54,7 @@ class Transform:
     back: Callable[[Array], Array]
     swaps: bool = False  # exchanges the last two axes
     mixes_rows: bool = False  # a slice of the result needs more than the same slice of the tensor
+    alternates: bool = False  # the slots' columns alternate along the last axis
 
 
 @dataclass(frozen=True)
@@ -61,19 +64,23 @@ class SourceTensor:
     name: str  # canonical name, see `KeyMap.canonical`
     shape: tuple[int, ...]
     slots: tuple[Slot, ...]
-    rows: tuple[int, ...]  # of each slot along axis 0; one entry if the tensor is not fused
+    rows: tuple[int, ...]  # of each slot along axis 0, which all share if columns alternate
     transform: Transform
 
     def split(self, array: Array) -> tuple[Array, ...]:
         """Splits the tensor into its slots, in order, each in our layout."""
         if len(self.slots) == 1:
             return (self.transform.into(array),)
+        if self.transform.alternates:
+            return tuple(array[..., i :: len(self.slots)] for i in range(len(self.slots)))
         ends = np.cumsum(self.rows).tolist()
         return tuple(self.transform.into(array[end - size : end]) for end, size in zip(ends, self.rows, strict=True))
 
     def join(self, parts: Sequence[Array]) -> np.ndarray:
         """Builds the file's tensor from its slots: the inverse of `split`."""
         arrays = [np.asarray(self.transform.back(part)) for part in parts]
+        if self.transform.alternates:
+            return np.stack(arrays, axis=-1).reshape(self.shape)
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=0)
 
 
@@ -223,6 +230,8 @@ def _of_stack(
     ours = [shapes[path][lead:] for path in paths]
     theirs = [(*s[:-2], s[-1], s[-2]) if transform.swaps else s for s in ours]
     shape = (sum(s[0] for s in theirs), *theirs[0][1:])
+    if transform.alternates:
+        shape = (*theirs[0][:-1], sum(s[-1] for s in theirs))
     for index, number in layers:
         for expert in experts:
             slots = tuple(Slot(path, index, expert) for path in paths)
@@ -233,6 +242,8 @@ def _of_stack(
 def _transform(row: TensorRow, config: ModelConfig) -> Transform:
     if row.change == "transpose":
         return Transform(_swap, _swap, swaps=True)
+    if row.change == "columns":
+        return Transform(_same, _same, alternates=True)
     if row.change == "minus_one":
         return Transform(lambda array: array - 1, lambda array: array + 1)
     if row.change in ("pairs", "pairs_transpose"):

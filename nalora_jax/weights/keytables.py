@@ -15,7 +15,7 @@ from nalora_jax.models import registered
 from nalora_jax.models.config import ModelConfig
 
 Source = Literal["hf", "gguf"]
-Change = Literal["", "transpose", "minus_one", "pairs", "pairs_transpose"]
+Change = Literal["", "transpose", "minus_one", "pairs", "pairs_transpose", "columns"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class TensorRow:
 
     name: str
     paths: tuple[str, ...]  # several if the file fuses them along its first axis
-    # "transpose": kernels; "minus_one": norms stored as 1 + w; "pairs...": llama.cpp's order of rotated rows.
+    # "transpose": kernels; "minus_one": norms stored as 1 + w; "pairs...": llama.cpp's order of rotated rows;
+    # "columns": the last axis of the paths' arrays alternates: first, second, first, ...
     change: Change = ""
     experts: bool | None = None  # True: only in layers with a mixture of experts; False: only in the others
 
@@ -108,6 +109,7 @@ _HF_PRE_NORMS = _hf_norms(attn_norm="input_layernorm", ffn_norm="post_attention_
 _HF_POST_NORMS = _hf_norms(attn_post_norm="post_attention_layernorm", ffn_post_norm="post_feedforward_layernorm")
 _HF_FOUR_NORMS = _HF_POST_NORMS + _hf_norms(attn_norm="input_layernorm", ffn_norm="pre_feedforward_layernorm")
 _HF_LLAMA = (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_FFN)
+_HF_OLMO2 = (*_HF_ENDS, *_HF_POST_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN)
 _HF_PHI3 = (
     *_HF_ENDS,
     *_HF_PRE_NORMS,
@@ -156,6 +158,22 @@ _HF_QWEN3_5 = (
 _HF_MIXTRAL = _hf_experts("block_sparse_moe", "w1", "w3", "w2")
 _HF_QWEN_EXPERTS = _hf_experts("mlp", "gate_proj", "up_proj", "down_proj")
 
+_HF_GPT_OSS = (
+    TensorRow("model.layers.{layer}.self_attn.sinks", ("layers/attn/sinks",)),
+    TensorRow("model.layers.{layer}.mlp.router.weight", ("layers/ffn/router/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.mlp.router.bias", ("layers/ffn/router/bias",)),
+    *(
+        TensorRow(
+            f"model.layers.{{layer}}.mlp.experts.gate_up_proj{theirs}",
+            (f"layers/ffn/gate_proj/{ours}", f"layers/ffn/up_proj/{ours}"),
+            "columns",
+        )
+        for ours, theirs in {"kernel": "", "bias": "_bias"}.items()
+    ),
+    TensorRow("model.layers.{layer}.mlp.experts.down_proj", ("layers/ffn/down_proj/kernel",)),
+    TensorRow("model.layers.{layer}.mlp.experts.down_proj_bias", ("layers/ffn/down_proj/bias",)),
+)
+
 HF: dict[str, tuple[TensorRow, ...]] = {
     "llama": _HF_LLAMA,
     "mistral": _HF_LLAMA,
@@ -165,12 +183,15 @@ HF: dict[str, tuple[TensorRow, ...]] = {
     "gemma2": (*_HF_ENDS, *_HF_FOUR_NORMS, *_HF_ATTENTION, *_HF_FFN),
     "gemma3_text": (*_HF_ENDS, *_HF_FOUR_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN),
     "phi3": _HF_PHI3,
-    "olmo2": (*_HF_ENDS, *_HF_POST_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN),
+    "olmo2": _HF_OLMO2,
+    "olmo3": _HF_OLMO2,
+    "ministral3": _HF_LLAMA,
     "qwen3_5_text": (*_HF_QWEN3_5, *_HF_FFN),
     "smollm3": _HF_LLAMA,
     "granite": _HF_LLAMA,
     "mixtral": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_MIXTRAL),
     "qwen3_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_QWEN_EXPERTS),
+    "gpt_oss": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_GPT_OSS),
 }
 
 # ---------------------------------------------------------------- llama.cpp
@@ -232,6 +253,7 @@ def _gguf_gemma(norms: dict[str, str]) -> tuple[TensorRow, ...]:
     return (*_gguf_ends("minus_one"), *_gguf_norms(norms, "minus_one"), *_GGUF_ATTENTION, *_GGUF_FFN)
 
 
+_GGUF_OLMO2 = (*_gguf_ends(), *_gguf_norms(_GGUF_POST | _GGUF_QK), *_GGUF_ATTENTION, *_GGUF_FFN)
 _GGUF_PHI3 = (
     *_gguf_ends(),
     *_gguf_norms(_GGUF_PRE),
@@ -250,7 +272,9 @@ GGUF: dict[str, tuple[TensorRow, ...]] = {
     "gemma2": _gguf_gemma(_GGUF_PRE | _GGUF_POST),
     "gemma3_text": _gguf_gemma(_GGUF_PRE | _GGUF_POST | _GGUF_QK),
     "phi3": _GGUF_PHI3,
-    "olmo2": (*_gguf_ends(), *_gguf_norms(_GGUF_POST | _GGUF_QK), *_GGUF_ATTENTION, *_GGUF_FFN),
+    "olmo2": _GGUF_OLMO2,
+    "olmo3": _GGUF_OLMO2,
+    "ministral3": _GGUF_LLAMA,
     "smollm3": _GGUF_LLAMA,
     "granite": _GGUF_LLAMA,
     "mixtral": (*_gguf_ends(), *_gguf_norms(_GGUF_PRE), *_GGUF_PAIRED, *_GGUF_EXPERTS),

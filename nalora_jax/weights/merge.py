@@ -36,7 +36,8 @@ from nalora_jax.weights.vision.sight import file_name, model_keymap
 
 # Class names of the text models of multimodal models.
 _TEXT_CLASSES = {"gemma3_text": "Gemma3ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-_TEXT_CLASSES |= {"qwen2": "Qwen2ForCausalLM", "qwen3_5_text": "Qwen3_5ForCausalLM"}
+_TEXT_CLASSES |= {"qwen2": "Qwen2ForCausalLM", "ministral3": "Ministral3ForCausalLM"}
+_TEXT_CLASSES |= {"qwen3_5_text": "Qwen3_5ForCausalLM"}
 DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -208,5 +209,6 @@ def _settings(raw: Mapping[str, Any], config: ModelConfig, infos: list[TensorInf
             remedy="pass the config.json of the model whose parameters these are",
         )
     largest = max(infos, key=lambda info: info.nbytes)
+    settings.pop("quantization_config", None)  # floats are written
     settings["dtype"] = settings["torch_dtype"] = largest.dtype.name  # transformers 5 and 4 read one each
     return settings

@@ -30,9 +30,10 @@ from jax.sharding import Mesh
 
 from nalora_jax import distributed
 from nalora_jax.errors import NaloraError
+from nalora_jax.loading.base import LoadedModel
 from nalora_jax.models.targets import TABLES
-from nalora_jax.tokenizer import AddedTokens, Tokenizer, read_backend
-from nalora_jax.weights.model import LoadedModel
+from nalora_jax.tokenizer import AddedTokens, Tokenizer
+from nalora_jax.tokenizer_backend import read_backend
 from nalora_jax.weights.peft_config import CONFIG_NAME
 from nalora_jax.weights.peft_read import TENSORS_NAME
 from nalora_jax.weights.saved_modules import rows_of_indices, table_rows

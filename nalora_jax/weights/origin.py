@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.hub import ResolvedSource
-from nalora_jax.weights.load import WORKERS, TensorSource
+from nalora_jax.weights.tensors import WORKERS, TensorSource
 
 # Prefix of the current fingerprints. Earlier fingerprints were bare hexadecimal and covered a few
 # rows of each tensor.

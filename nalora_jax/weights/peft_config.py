@@ -13,6 +13,7 @@ from nalora_jax import bounded
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.targets import ROWS
 from nalora_jax.weights import peft_adalora
+from nalora_jax.weights.peft_settings import PEFT
 
 CONFIG_NAME = "adapter_config.json"
 _MAX_CONFIG_BYTES = 4 << 20
@@ -26,44 +27,9 @@ _MAX_PATTERNS = 4096
 # with the original base.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
-# Fields that do not change the adapter's function. `init_lora_weights` and its settings matter
-# only through `_PLAIN_INITS`; `fan_in_fan_out` is ignored by PEFT for Linear layers.
-_INERT = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "eva_config",
-    "fan_in_fan_out",
-    "inference_mode",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-}
-_READ = {
-    "alpha_pattern",
-    "bias",
-    "ensure_weight_tying",
-    "exclude_modules",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "modules_to_save",
-    "peft_type",
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "target_parameters",
-    "task_type",
-    "trainable_token_indices",
-    "use_dora",
-    "use_rslora",
-}
+# Fields that this module reads or that do not change the adapter's function: `init_lora_weights` and
+# its settings matter only through `_PLAIN_INITS`; PEFT ignores `fan_in_fan_out` for Linear layers.
+_SUPPORTED = {name for name, field in PEFT.items() if field.ours or field.ignored or field.in_files}
 
 
 @dataclass(frozen=True)
@@ -254,7 +220,7 @@ def _refuse_unsupported(fields: _Fields) -> None:
         )
     for key, value in fields.raw.items():
         # A field of a newer PEFT is harmless if it is off; if it is on it may change the function.
-        if key not in _INERT | _READ and value not in (None, False, "none") and value != [] and value != {}:
+        if key not in _SUPPORTED and value not in (None, False, "none") and value != [] and value != {}:
             raise NaloraError(
                 f"{fields.where}: {key}",
                 expected="null or false (the feature is not supported)",

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.paths import uniform_path
 from nalora_jax.models.stacks import locate, projection_shapes
 from nalora_jax.weights import keytables
 from nalora_jax.weights.vision.sight import sight_modules
@@ -32,6 +33,7 @@ class HostModule:
     name: str  # within the layer: "mlp.gate_up_proj"
     parts: tuple[str, ...]  # stacked paths: ("layers/ffn/gate_proj", "layers/ffn/up_proj")
     whole: bool = False  # the name is the full one, with {layer} in it if there are several
+    alternates: bool = False  # the parts' outputs alternate instead of following each other
 
 
 @dataclass(frozen=True)
@@ -63,22 +65,25 @@ def module_layout(config: ModelConfig) -> ModuleLayout:
     Example: the row ``model.layers.{layer}.mlp.gate_up_proj.weight`` of Phi-3's table is the
     module ``mlp.gate_up_proj`` with the parts ``layers/ffn/gate_proj`` and ``layers/ffn/up_proj``.
     """
-    paths_of_model = {path for path, _ in locate(config)}
+    ranks = {uniform_path(path): len(shape) for path, shape in projection_shapes(config).items()}
     modules: list[HostModule] = [
         HostModule(name, (path,), whole=True) for path, name in sight_modules(config.sight).items()
     ]
     experts: dict[str, str] = {}
+    stacks: list[HostModule] = []
     for row in keytables.table(config, "hf").rows:
         paths = tuple(path.removesuffix("/kernel") for path in row.paths)
-        if paths[0] not in paths_of_model or not row.paths[0].endswith("/kernel"):
+        if paths[0] not in ranks or not row.paths[0].endswith("/kernel"):
             continue
         name = row.name.partition(_LAYER)[2].removesuffix(".weight")
         if _EXPERT in name:
             experts[paths[0]] = name.replace(_EXPERT, "{}")
+        elif ranks[paths[0]] == 3:
+            stacks.append(HostModule(name, paths, alternates=row.change == "columns"))
         else:
             modules.append(HostModule(name, paths))
     prefix = "model.layers" if config.sight is None else "model.language_model.layers"
-    return ModuleLayout(tuple(modules), _STACKS if experts else (), experts, prefix)
+    return ModuleLayout(tuple(modules), _STACKS if experts else tuple(stacks), experts, prefix)
 
 
 # Prefixes of module names in multimodal models: a prefix of transformers 5, mapped to its form in
@@ -150,12 +155,15 @@ class ModuleAdapter:
         return int(self.a.shape[-1])
 
 
-def fuse(parts: Sequence[ModuleAdapter | None], widths: Sequence[int]) -> ModuleAdapter | None:
+def fuse(
+    parts: Sequence[ModuleAdapter | None], widths: Sequence[int], *, alternates: bool = False
+) -> ModuleAdapter | None:
     """Combines the adapters of a fused module's parts into one; None if no part has an adapter.
 
     Args:
       parts: the adapter of each part, or None (its outputs get zeros).
       widths: ``d_out`` of every part.
+      alternates: the parts' outputs alternate; they are equally wide and have no magnitudes.
 
     Scales that differ are folded into B, relative to the first part's.
     """
@@ -172,13 +180,15 @@ def fuse(parts: Sequence[ModuleAdapter | None], widths: Sequence[int]) -> Module
             b[..., row : row + part.rank, column : column + width] = block
             row += part.rank
         column += width
+    if alternates:
+        b = b.reshape(*lead, rank, len(parts), -1).swapaxes(-1, -2).reshape(b.shape)
     magnitude = None
     if present[0].magnitude is not None and len(present) == len(parts):
         magnitude = np.concatenate([part.magnitude for part in present if part.magnitude is not None])
     return ModuleAdapter(np.concatenate([part.a for part in present], axis=-1), b, scale, magnitude)
 
 
-def split(adapter: ModuleAdapter, widths: Sequence[int]) -> list[ModuleAdapter | None]:
+def split(adapter: ModuleAdapter, widths: Sequence[int], *, alternates: bool = False) -> list[ModuleAdapter | None]:
     """Splits a fused module's adapter into its parts: inverts `fuse` up to folded scales.
 
     A part keeps the ranks that reach its outputs; a part that no rank reaches gets no adapter. A
@@ -188,8 +198,9 @@ def split(adapter: ModuleAdapter, widths: Sequence[int]) -> list[ModuleAdapter |
         return [adapter]
     fresh = not adapter.b.any()
     parts: list[ModuleAdapter | None] = []
-    for start, width in zip(np.cumsum([0, *widths[:-1]]), widths, strict=True):
-        block = adapter.b[..., start : start + width]
+    for number, (start, width) in enumerate(zip(np.cumsum([0, *widths[:-1]]), widths, strict=True)):
+        taken = slice(number, None, len(widths)) if alternates else slice(start, start + width)
+        block = adapter.b[..., taken]
         magnitude = None if adapter.magnitude is None else adapter.magnitude[start : start + width]
         # A part needs its magnitude to keep its column norms, so with DoRA every part stays.
         keep = _live_ranks(block) | (fresh or (magnitude is not None and not block.any()))

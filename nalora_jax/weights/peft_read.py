@@ -249,8 +249,8 @@ def _pieces(
         if slot.expert is not None:
             experts.setdefault((slot.module.parts[0], slot.layer), {})[slot.expert] = adapter
             continue
-        widths = part_widths(config, slot.module, slot.layer)
-        for part, piece in zip(slot.module.parts, split(adapter, widths), strict=True):
+        widths, alternates = part_widths(config, slot.module, slot.layer), slot.module.alternates
+        for part, piece in zip(slot.module.parts, split(adapter, widths, alternates=alternates), strict=True):
             if piece is not None:
                 stacked, index = places[part, slot.layer]
                 pieces.setdefault(stacked, {})[index] = piece

@@ -1,6 +1,7 @@
 """Converts PEFT's `LoraConfig` to the settings of a run.
 
-`PEFT` has every field of `LoraConfig`, so that none is dropped silently; docs/from_peft.md shows the table.
+`PEFT` is the only list of the fields of `LoraConfig` and has all of them, so that none is dropped
+silently; docs/from_peft.md shows the table.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ PEFT: dict[str, Field] = {
     "target_modules": Field("lora.rules", 'patterns, first match wins; names and "all-linear", not an expression'),
     "exclude_modules": Field("lora.rules", "left out of the patterns"),
     "layers_to_transform": Field("lora.rules", "layer numbers in the patterns"),
-    "layers_pattern": Field("", "layers are found by number", only(because="layers are found by their number alone")),
+    "layers_pattern": Field(
+        "", "layers are found by number", only(because="layers are found by their number alone"), in_files=True
+    ),
     "rank_pattern": Field("lora.rules", "rules of their own, in front"),
     "alpha_pattern": Field("lora.rules", "rules of their own, in front"),
     "lora_dropout": Field("lora.dropout"),
@@ -72,13 +75,14 @@ PEFT: dict[str, Field] = {
     "use_dora": Field("lora.dora"),
     "init_lora_weights": Field("lora.init", "True and PiSSA (an exact decomposition instead of its iterations)", _init),
     "base_model_name_or_path": Field("model"),
-    "bias": Field("", "biases stay as they are", only("none", because="biases stay as they are here")),
+    "bias": Field("", "biases stay as they are", only("none", because="biases stay as they are here"), in_files=True),
     "task_type": Field(
         "",
         "language models",
         only("CAUSAL_LM", because="language models are trained here (images: --vision.task)"),
+        in_files=True,
     ),
-    "peft_type": Field("", "LORA, ADALORA", only("LORA", because=_OTHER_METHOD)),
+    "peft_type": Field("", "LORA, ADALORA", only("LORA", because=_OTHER_METHOD), in_files=True),
     "modules_to_save": Field(
         "lora.modules_to_save", f"{' and '.join(TABLES)}; new tokens of the tokenizer: `data.add_tokens`", _saved
     ),
@@ -89,7 +93,10 @@ PEFT: dict[str, Field] = {
         _indices,
     ),
     "target_parameters": Field(
-        "", "experts are projections here", only(because="name experts by patterns such as ffn/gate_proj instead")
+        "",
+        "experts are projections here",
+        only(because="name experts by patterns such as ffn/gate_proj instead"),
+        in_files=True,
     ),
     "layer_replication": Field("", "", only(because="layers are not repeated here")),
     "lora_bias": Field("", "", only(False, because="adapters have no bias here")),
@@ -113,7 +120,9 @@ PEFT: dict[str, Field] = {
     "revision": Field("", "name a snapshot's folder as --model instead", ignored=True),
     "megatron_core": Field("", "a name of a module", ignored=True),
     "runtime_config": Field("", "of PEFT's own memory", ignored=True),
-    "ensure_weight_tying": Field("", "", only(False, because="a trained embedding and its head are apart here")),
+    "ensure_weight_tying": Field(
+        "", "", only(False, because="a trained embedding and its head are apart here"), in_files=True
+    ),
 }
 
 

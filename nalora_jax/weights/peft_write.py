@@ -59,7 +59,8 @@ def export_adapter(
     are written to rank_pattern and alpha_pattern. vLLM ignores these fields, so for vLLM ranks are
     zero-padded to the largest and scales are folded into B, under one r and alpha. Projections
     that the family fuses get one exact adapter of the fused module. Experts are written as PEFT's
-    target_parameters for transformers 5, and expert by expert for vLLM.
+    target_parameters for transformers 5, and expert by expert for vLLM, unless the family's own
+    files stack them (gpt-oss), whose target_parameters vLLM reads.
 
     Args:
       lora: stacked tree, e.g. ``layers/ffn/gate_proj/{a, b}``.
@@ -148,10 +149,10 @@ def _entries(
                 continue
             parts = [layer_adapter(leaves, spec, *places[path, layer]) for path in module.parts]
             stacked = module in layout.parameters
-            if stacked and per_expert:
+            if stacked and per_expert and layout.experts:
                 yield from _expert_entries(layout, config, module, layer, parts)
                 continue
-            adapter = fuse(parts, part_widths(config, module, layer))
+            adapter = fuse(parts, part_widths(config, module, layer), alternates=module.alternates)
             if adapter is None:
                 continue
             name = layout.full_name(layer, module)
@@ -236,12 +237,21 @@ def _one_rank(entries: list[_Entry], config: ModelConfig, layout: ModuleLayout, 
     scale = _common(entry.adapter.scale for entry in entries)
     given = {entry.name: _fold(entry.adapter, rank, scale) for entry in entries}
     adapted = {entry.module.name: entry.module for entry in entries}
+    stacks = {module.name for module in layout.parameters}
     # vLLM requires all three projections of the experts or none.
     if any(module.parts[0] in layout.experts for module in adapted.values()):
         adapted |= {name: HostModule(name, (path,)) for path, name in layout.experts.items()}
+    if stacks.intersection(adapted):  # and all stacks of experts or none
+        adapted |= {module.name: module for module in layout.parameters}
+
+    def entry(name: str, layer: int, module: HostModule) -> _Entry:
+        stacked = module.name in stacks
+        adapter = given.get(name) or _zeros(config, module, layer, rank, scale, stacked=stacked)
+        return _Entry(name, layer, module, adapter, stacked)
+
     places = locate(config)
     return [
-        _Entry(name, layer, module, given[name] if name in given else _zeros(config, module, layer, rank, scale))
+        entry(name, layer, module)
         for layer in range(config.n_layers)
         for module in adapted.values()
         if (module.parts[0], layer) in places
@@ -263,9 +273,11 @@ def _fold(adapter: ModuleAdapter, rank: int, scale: float) -> ModuleAdapter:
     return ModuleAdapter(np.pad(adapter.a, [*still, (0, 0), (0, pad)]), np.pad(b, [*still, (0, pad), (0, 0)]), scale)
 
 
-def _zeros(config: ModelConfig, module: HostModule, layer: int, rank: int, scale: float) -> ModuleAdapter:
-    d_in, d_out = module_shape(config, module, layer)[-2:]
-    return ModuleAdapter(np.zeros((d_in, rank), np.float32), np.zeros((rank, d_out), np.float32), scale)
+def _zeros(
+    config: ModelConfig, module: HostModule, layer: int, rank: int, scale: float, *, stacked: bool
+) -> ModuleAdapter:
+    *lead, d_in, d_out = module_shape(config, module, layer)[0 if stacked else -2 :]
+    return ModuleAdapter(np.zeros((*lead, d_in, rank), np.float32), np.zeros((*lead, rank, d_out), np.float32), scale)
 
 
 # ---------------------------------------------------------------- the two files

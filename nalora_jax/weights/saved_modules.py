@@ -127,7 +127,7 @@ def take_saved(
                 f"{where}: {key}",
                 expected=f"shape {shape}, as the base has it",
                 found=f"shape {table.shape}",
-                remedy="an adapter with new tokens needs a base that is resized for them, as nalora_jax.load does",
+                remedy="an adapter with new tokens needs a base that is resized for them, as `nalora_jax.load` does",
             )
         leaves[TABLES[name]] = table if name == "embed_tokens" else np.ascontiguousarray(table.T)
     if tied and config.tie_embeddings and _EMBEDDING in leaves and _HEAD not in leaves:

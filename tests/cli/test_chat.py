@@ -16,7 +16,7 @@ from tokenizers import models, pre_tokenizers
 from nalora_jax.__main__ import main
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.generate import Generator, programs
-from nalora_jax.load import load
+from nalora_jax.loading.adapted import load
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params

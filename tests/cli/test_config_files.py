@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {
     "resume": "auto",
     "lora": {"rules": ["ffn:16:32", {"pattern": "attn/(q|v)_proj", "rank": 4, "alpha": 8}]},
     "optimizer": {"learning_rate": "2e-3", "rates": [["gate", 2]]},
-    "step_scale": {"gains": [1, 1, 1, 2]},
+    "mechanisms": ["soft:power=2", "homogeneity:gains=1/1/1/2"],
     "data": {"dataset": "chat.jsonl", "max_length": "auto"},
 }
 EXPECTED = RunConfig(
@@ -35,7 +35,7 @@ EXPECTED = RunConfig(
     lora=LoRAConfig(rules=(LoRARule("ffn", 16, 32.0), LoRARule("attn/(q|v)_proj", 4, 8.0))),
     optimizer=OptimizerConfig(learning_rate=2e-3, rates=(("gate", 2.0),)),
     data=DataConfig(dataset="chat.jsonl", max_length=0),
-    step_scale=replace(RunConfig().step_scale, gains=(1.0, 1.0, 1.0, 2.0)),
+    mechanisms=("soft:power=2", "homogeneity:gains=1/1/1/2"),
 )
 
 
@@ -45,8 +45,6 @@ def test_yaml_and_json_hold_what_differs_from_the_defaults(tmp_path: Path) -> No
     (tmp_path / "empty.yml").write_text("# nothing\n")
     for name in ("a.json", "a.yaml"):
         assert load_config(tmp_path / name) == EXPECTED
-        types = [type(value) for value in load_config(tmp_path / name).step_scale.gains]
-        assert types == [float] * 4
     assert load_config(tmp_path / "empty.yml") == RunConfig()
     _, args = command.parse(["train", "--config", str(tmp_path / "a.yaml"), "--seed", "3"])
     assert args.run == replace(EXPECTED, seed=3)
@@ -69,9 +67,14 @@ def test_settings_survive_yaml(tmp_path: Path, config: RunConfig, changed_only: 
         ("data: {dataste: x}", r"found data.dataste; did you mean dataset\?"),
         ("steps: many", "expected steps of type int, found 'many'"),
         ("optimizer: {learning_rate: fast}", "expected a number in optimizer.learning_rate, found 'fast'"),
-        ("step_scale: {gains: [1, 2]}", "expected 4 values in step_scale.gains, found 2"),
+        ("mechanisms: soft", "expected a list in mechanisms, found 'soft'"),
         ("lora: {rules: [ffn]}", "expected rules PATTERN:RANK"),
-        ("mask: {kind: none}", "expected mask.kind of type"),
+        ("mask: {kind: none}", "mask: expected mechanisms: a list of rules, found the spelling of an earlier"),
+        (
+            "mask: {kind: soft, power: 1.5}\nmechanisms: [delta]",
+            r'mask: expected mechanisms: \["soft:power=1.5", "curvature_cap", "delta"\]',
+        ),
+        ("step_scale: {kind: 'off'}", r"step_scale: expected mechanisms: \[\], found the spelling"),
         ("!!python/object/apply:os.system ['false']", "expected a YAML file"),
     ],
 )

@@ -156,7 +156,7 @@ def test_the_short_help_shows_what_most_need_and_where_the_rest_is(capsys, monke
     assert f"All {len(list(flags(cli.TrainArgs)))} flags: nalora train --help-all" in text
     assert "Optimizer steps. (default: 100)" in text
     assert "use only files that you trust." in " ".join(text.split())
-    for group in ("lora", "mask", "step-scale", "optimizer", "data", "mesh", "train", "compute", "debug"):
+    for group in ("lora", "optimizer", "data", "mesh", "train", "compute", "debug"):
         assert re.search(rf"^  --{group}\.\* +[A-Z]", text, flags=re.MULTILINE)
 
 
@@ -178,10 +178,11 @@ def test_the_version_is_the_distributions(capsys):
 
 def test_flags_override_nested_settings():
     verb, args = command.parse(
-        ["train", "--steps", "7", "--mask.kind", "hard", "--data.no-pack", "--optimizer.b1", "0.5"]
+        ["train", "--steps", "7", "--mechanisms", "hard", "delta", "--data.no-pack", "--optimizer.b1", "0.5"]
     )
     assert verb == "train"
-    assert (args.run.steps, args.run.mask.kind, args.run.data.pack, args.run.optimizer.b1) == (7, "hard", False, 0.5)
+    assert (args.run.steps, args.run.data.pack, args.run.optimizer.b1) == (7, False, 0.5)
+    assert args.run.mechanisms == ("hard", "delta")
     assert args.run.lora == RunConfig().lora
 
 
@@ -201,7 +202,7 @@ OF_TRAIN = "expected a flag of nalora train, found none of that name"
         (["train", "--stepz", "3"], f"--stepz: {OF_TRAIN}; did you mean --steps?"),
         (["train", "--step", "3"], f"--step: {OF_TRAIN}; did you mean --steps?"),
         (["train", "--step=3"], f"--step: {OF_TRAIN}; did you mean --steps?"),
-        (["train", "--mask.kept", "1"], f"--mask.kept: {OF_TRAIN}; did you mean --mask.keep?"),
+        (["train", "--mechanism", "soft"], f"--mechanism: {OF_TRAIN}; did you mean --mechanisms?"),
         (["train", "--batch_size", "1"], f"--batch-size: {OF_TRAIN}; did you mean --train.batch-size?"),
         (["train", "--learning-rate", "1"], f"--learning-rate: {OF_TRAIN}; did you mean --optimizer.learning-rate?"),
         (["train", "--xyzzy"], f"--xyzzy: {OF_TRAIN}; see nalora train --help-all"),
@@ -210,9 +211,10 @@ OF_TRAIN = "expected a flag of nalora train, found none of that name"
         (["train", "--steps"], "--steps: expected a whole number, found none"),
         (["eval", "m", "--limit", "x"], "--limit: expected a whole number, found 'x'"),
         (["train", "--optimizer.learning-rate=fast"], "--optimizer.learning-rate: expected a number, found 'fast'"),
-        (["train", "--mask.kind", "medium"], "--mask.kind: expected one of off, hard, soft, found 'medium'"),
-        (["train", "--step-scale.gains", "1", "2"], "--step-scale.gains: expected 4 numbers, found 2 values"),
-        (["train", "--step-scale.gains", "1", "2", "x", "4"], "--step-scale.gains: expected 4 numbers, found 'x'"),
+        (
+            ["train", "--lora.init", "pisa"],
+            "--lora.init: expected one of default, pissa, lora_ga, gradient, found 'pisa'",
+        ),
         (
             ["train", "--lora.rules", "ffn"],
             "--lora.rules: expected PATTERN:RANK[:ALPHA], e.g. 'ffn/gate_proj:16', found",
@@ -272,19 +274,17 @@ def numbers():
 BAD = ("-1", "0", "nan", "inf", "1" + 20 * "0", "three")
 # What of these a flag may be, where it is not out of range.
 ZERO = {
-    "--seed", "--lora.dropout", "--mask.low", "--mask.decay", "--mask.warmup", "--step-scale.min-occupancy",
-    "--step-scale.decay", "--step-scale.warmup", "--optimizer.warmup-share", "--optimizer.final-ratio",
+    "--seed", "--lora.dropout", "--optimizer.warmup-share", "--optimizer.final-ratio",
     "--optimizer.weight-decay", "--optimizer.b1", "--optimizer.b2", "--optimizer.clip-norm", "--data.eval-limit",
     "--data.train-limit", "--data.workers", "--train.eval-every", "--train.save-every", "--train.keep",
-    "--train.patience", "--mask.frozen-after", "--mask.permute", "--step-scale.frozen-after", "--step-scale.permute",
-    "--mesh.data", "--mesh.fsdp", "--mesh.tensor", "--compute.loss-chunk", "--limit", "--temperature", "--top-k",
-    "--batch", "--price", "--epochs", "--data.max-length", "--optimizer.learning-rate",
+    "--train.patience", "--mesh.data", "--mesh.fsdp", "--mesh.tensor", "--compute.loss-chunk", "--limit",
+    "--temperature", "--top-k", "--batch", "--price", "--epochs", "--data.max-length", "--optimizer.learning-rate",
 }  # fmt: skip
 ZERO = {*ZERO, "--vision.shots", "--vision.caption-length", "--vision.features", "--vision.image-size"}
 ZERO |= {f"--adalora.{name}" for name in ("target-rank", "warmup-share", "final-share", "orthogonality")}
 ZERO |= {"--compute.stats-positions", "--adalora.sensitivity-decay", "--adalora.uncertainty-decay"}
 ZERO |= {"--min-p", "--optimizer.warmup-steps", "--shots", "--images", "--preference.label-smoothing", "--added-tokens"}
-ALLOWED = {"0": ZERO, "-1": {"--mesh.data", "--mesh.fsdp", "--mesh.tensor", "--mask.permute", "--step-scale.permute"}}
+ALLOWED = {"0": ZERO, "-1": {"--mesh.data", "--mesh.fsdp", "--mesh.tensor"}}
 ALLOWED["-1"].add("--train.eval-every")
 POSITIONAL = {"eval": ["m"], "chat": ["m"], "generate": ["m", "--prompt", "x"], "inspect": ["m"]}
 POSITIONAL |= {"export": ["r", "--output", "o"]}
@@ -384,14 +384,14 @@ def test_a_config_file_gives_the_defaults_of_all_flags(tmp_path, capsys, monkeyp
         ("def config():\n    return 3", r"config\(\) to return a RunConfig, found int"),
         ("def config():\n    return RunConfig(step=3)", r"config\(\) to return a RunConfig, found TypeError.*'step'"),
         ("def config():\n    return RunConfig(steps='3')", "steps of type int, found '3'"),
-        ("def config():\n    return RunConfig(mask=MaskConfig(kind='Soft'))", r"mask\.kind of type Literal.*'Soft'"),
-        ("def config():\n    return RunConfig(mask=None)", r"mask of type MaskConfig, found None"),
+        ("def config():\n    return RunConfig(lora=LoRAConfig(init='Pissa'))", r"lora\.init of type Literal.*'Pissa'"),
+        ("def config():\n    return RunConfig(data=None)", r"data of type DataConfig, found None"),
+        ("def config():\n    return RunConfig(mechanisms='soft')", r"mechanisms of type tuple.*, found 'soft'"),
         (
             "def config():\n    return RunConfig(lora=LoRAConfig(rules=(LoRARule('a'), LoRARule('b', rank=1.5))))",
             r"lora\.rules\[1\]\.rank of type int, found 1\.5",
         ),
         ("def config():\n    return RunConfig(lora=LoRAConfig(rules=[('a', 8)]))", r"lora\.rules of type tuple"),
-        ("def config():\n    return RunConfig(step_scale=StepScaleConfig(gains=(1.0, 1.0)))", r"step_scale\.gains"),
     ],
 )
 def test_a_broken_config_file_is_one_error(tmp_path, capsys, body, said):
@@ -546,15 +546,19 @@ def test_the_librarys_notes_reach_standard_error_as_plain_lines(capsys):
 
 def test_train_py_takes_the_same_flags():
     done = subprocess.run(
-        [sys.executable, "train.py", "--mask.keep", "x"], capture_output=True, text=True, cwd=ROOT, check=False
+        [sys.executable, "train.py", "--mechanisms", "hard:keep=x"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == "error: --mask.keep: expected a number, found 'x'\n"
+    assert done.stderr == "error: --mechanisms hard:keep=x: expected keep of type float, found 'x'\n"
     assert "Traceback" not in done.stderr
 
 
 def test_settings_out_of_range_end_the_run_before_anything_is_written(tmp_path):
-    argv = ["-m", "nalora_jax", "train", "--mask.keep", "0", "--output", str(tmp_path / "run")]
+    argv = ["-m", "nalora_jax", "train", "--mechanisms", "hard:keep=0", "--output", str(tmp_path / "run")]
     done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert (done.returncode, done.stderr) == (2, "error: --mask.keep: expected a share in (0, 1], found 0.0\n")
+    assert (done.returncode, done.stderr) == (2, "error: mechanism hard: keep: expected a share in (0, 1], found 0.0\n")
     assert list(tmp_path.iterdir()) == []

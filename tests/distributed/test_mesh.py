@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax import distributed, trees
-from nalora_jax.config import MaskConfig, MeshConfig, StepScaleConfig
+from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.state import init_gate_state
 from nalora_jax.train.mechanisms import make_mechanisms
@@ -161,7 +161,7 @@ def test_factored_moments_have_another_shape_and_are_replicated(mesh):
 
 def test_gate_state_follows_the_gates_channels(mesh):
     shapes = {"layers/ffn": (L, F), "layers/moe": (L, EXPERTS, F)}
-    mechanisms = make_mechanisms(MaskConfig("soft"), StepScaleConfig("homogeneity"), activation="silu")
+    mechanisms = make_mechanisms(("soft:power=2", "homogeneity"), activation="silu")
     state = {
         "gate": jax.eval_shape(lambda: init_gate_state(shapes, mechanisms)),
         "gate_taps": {"layers": {"ffn": {"delta": struct(L, F)}}},

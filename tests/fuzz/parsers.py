@@ -17,7 +17,7 @@ from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.chat import render
 from nalora_jax.data.jsonl import JsonLines
 from nalora_jax.data.tokenize import tokenize
-from nalora_jax.load import locate, run_config
+from nalora_jax.loading.adapted import locate, run_config
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.report.compare import write_comparison
 from nalora_jax.report.history import read_evaluation
@@ -29,8 +29,8 @@ from nalora_jax.weights.gguf_config import hf_config
 from nalora_jax.weights.gguf_tokenizer import read_tokenizer
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
-from nalora_jax.weights.load import check_tensors
 from nalora_jax.weights.peft import import_adapter
+from nalora_jax.weights.tensors import check_tensors
 from tests.fuzz import harness, people, studies
 
 SHAPE: dict[str, Any] = {

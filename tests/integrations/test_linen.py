@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from nalora_jax import trees
-from nalora_jax.config import LoRAConfig, LoRARule, MaskConfig, StepScaleConfig
+from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
 from nalora_jax.integrations import adapt_linen
 from nalora_jax.measurement import GateStatsConfig
@@ -173,9 +173,7 @@ def test_training_moves_the_adapters_alone_and_uses_both_mechanisms() -> None:
     before = jax.tree.map(np.asarray, variables)
     adapted = adapt_linen(module, variables, (TOKENS,), keymap=SCANNED, lora=RULES)
     lora = adapted.init(jax.random.key(1))
-    mechanisms = make_mechanisms(
-        MaskConfig("hard", keep=0.25, warmup=1), StepScaleConfig("homogeneity"), activation="silu"
-    )
+    mechanisms = make_mechanisms(("hard:keep=0.25,warmup=1", "homogeneity"), activation="silu")
     optimizer = nalora(optax.adamw(1e-2), adapted.gates, mechanisms)
     state, gates = optimizer.init(lora), init_gate_state(adapted.gate_shapes, mechanisms)
 

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from nalora_jax import trees
-from nalora_jax.config import LoRAConfig, LoRARule, MaskConfig, StepScaleConfig
+from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
 from nalora_jax.integrations import adapt_nnx
 from nalora_jax.measurement import GateStatsConfig, Probe, gate_statistics
@@ -104,9 +104,7 @@ def test_training_moves_the_adapters_alone_and_uses_both_mechanisms() -> None:
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(state))
     adapted = adapt_nnx(graph, state, keymap=KEYMAP, lora=RULES)
     lora = adapted.init(jax.random.key(1))
-    mechanisms = make_mechanisms(
-        MaskConfig("hard", keep=0.25, warmup=1), StepScaleConfig("homogeneity"), activation="silu"
-    )
+    mechanisms = make_mechanisms(("hard:keep=0.25,warmup=1", "homogeneity"), activation="silu")
     np.testing.assert_array_equal(adapted.apply(state, lora, X), model(X))
     optimizer = nalora(optax.adamw(1e-2), adapted.gates, mechanisms)
     opt_state, gates = optimizer.init(lora), init_gate_state(adapted.gate_shapes, mechanisms)

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 from flax import nnx
 
-from nalora_jax.config import MaskConfig, StepScaleConfig
 from nalora_jax.dense import init_a
 from nalora_jax.method import activations, statistics
 from nalora_jax.method.low_rank import residual
@@ -19,8 +18,7 @@ from nalora_jax.method.state import channel_factors, init_gate_state, update_gat
 from nalora_jax.train.mechanisms import make_mechanisms
 
 SILU, REGIONS = activations.get("silu"), activations.partition("silu")
-MASK = MaskConfig(kind="hard", keep=0.25, warmup=1)
-MECHANISMS = make_mechanisms(MASK, StepScaleConfig("homogeneity", warmup=1), activation="silu")
+MECHANISMS = make_mechanisms(("hard:keep=0.25,warmup=1", "homogeneity:warmup=1"), activation="silu")
 D, F, R = 16, 40, 4
 
 

@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import nnx
 
-from nalora_jax.config import LoRAConfig, MaskConfig, StepScaleConfig
+from nalora_jax.config import LoRAConfig
 from nalora_jax.integrations import adapt_nnx
 from nalora_jax.method.optimizer import nalora
 from nalora_jax.method.state import channel_factors, init_gate_state, own_factors, update_gate_state
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.tunix, pytest.mark.filterwarnings("ignore::Deprecation
 KEYMAP = [(r"layers/(\d+)/mlp/(\w+)", r"layers/\1/ffn/\2")]
 LAYERS, F, VOCAB = 2, 64, 50
 TOKENS = jax.random.randint(jax.random.key(3), (4, 16), 0, VOCAB)
-MASK, SCALE = MaskConfig("hard", keep=0.25, warmup=1), StepScaleConfig("homogeneity", warmup=1)
+RULES = ("hard:keep=0.25,warmup=1", "homogeneity:warmup=1")
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def test_a_tunix_model_trains_with_both_mechanisms(family: Any) -> None:
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(params))
     adapted = adapt_nnx(graph, params, keymap=KEYMAP, lora=LoRAConfig(), activation=activation)
     assert sorted(adapted.gates) == [f"layers/{i}/ffn/gate_proj" for i in range(LAYERS)]
-    lora, mechanisms = adapted.init(jax.random.key(1)), make_mechanisms(MASK, SCALE, activation=activation)
+    lora, mechanisms = adapted.init(jax.random.key(1)), make_mechanisms(RULES, activation=activation)
     np.testing.assert_allclose(loss(lambda *args: adapted.apply(params, lora, *args)), loss(model), rtol=1e-6)
     optimizer = nalora(optax.adamw(1e-2), adapted.gates, mechanisms)
     state, gates = optimizer.init(lora), init_gate_state(adapted.gate_shapes, mechanisms)

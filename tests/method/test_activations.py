@@ -14,7 +14,8 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.method import activations
 
 pytestmark = pytest.mark.optimised  # bounds are those of fused multiply-adds
-SELF_GATED = ("silu", "gelu", "gelu_tanh", "quick_gelu", "mish")
+CLAMPED = "clamped_swish(1.3,6.0)"
+SELF_GATED = ("silu", "gelu", "gelu_tanh", "quick_gelu", "mish", CLAMPED)
 SINGLE = ("relu", "relu2", "identity")
 # transformers' name -> this library's canonical name
 ECOSYSTEM = {
@@ -40,6 +41,12 @@ def sigmoid_terms(inner, slope, z):
     return special.expit(inner), z * special.expit(-inner) * slope
 
 
+def clamped_terms(slope, limit, z):
+    below = sigmoid_terms(slope * z, slope, z)
+    top = limit * special.expit(slope * limit)
+    return np.where(z > limit, top / np.maximum(z, limit), below[0]), np.where(z > limit, -1.0, below[1])
+
+
 def mish_terms(z):
     e = np.exp(np.minimum(z, 40.0))
     return e * (e + 2) / (e * (e + 2) + 2), z * 4 * (e + 1) / ((e + 2) * (e * (e + 2) + 2))
@@ -60,6 +67,7 @@ def reference(name, z):
         "gelu_tanh": lambda: sigmoid_terms(2 * c * (z + 0.044715 * z**3), 2 * c * (1 + 3 * 0.044715 * z * z), z),
         "gelu": lambda: gelu_terms(z),
         "mish": lambda: mish_terms(z),
+        CLAMPED: lambda: clamped_terms(1.3, 6.0, z),
     }[name]()
 
 
@@ -181,6 +189,27 @@ def test_gradients_are_those_of_the_function(name):
     np.testing.assert_allclose(second, curvature64(z64), rtol=1e-4, atol=2e-5)
 
 
+def test_a_clamp_is_flat_and_contracting():
+    clamped = activations.get("clamped_swish")
+    assert clamped.name == "clamped_swish(1.702,7.0)"
+    assert activations.get(clamped.name) is clamped
+    z = np.array([2.7, 6.999, 7.001, 9.0, 1e4])
+    step = 1e-6 * z
+
+    def rho64(z):
+        below = np.minimum(z, 7.0)
+        return below * special.expit(1.702 * below) / z
+
+    rho, drho = clamped.gate(jnp.float32(z))
+    np.testing.assert_allclose(rho, rho64(z), rtol=1e-6)
+    np.testing.assert_allclose(drho, (rho64(z + step) - rho64(z - step)) / (2 * step), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(clamped.dphi(jnp.float32(z))[2:], 0, atol=1e-7)
+    np.testing.assert_array_equal(clamped.homogeneity(jnp.float32(z))[2:], 0)
+    regions = activations.regions(jnp.float32(z), activations.partition("clamped_swish"))
+    np.testing.assert_array_equal(regions.linear, [1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(regions.contracting, [0, 0, 1, 1, 1])
+
+
 def test_homogeneity_without_a_smooth_gate():
     z = jnp.array([-2.0, 0.0, 3.0])
     np.testing.assert_array_equal(activations.get("relu").homogeneity(z), [1, 1, 1])
@@ -196,6 +225,7 @@ def test_homogeneity_without_a_smooth_gate():
         ("gelu_tanh", -0.7525, 0.840, 1.2943, 2.442),
         ("quick_gelu", -0.7512, 0.751, 1.2785, 2.635),
         ("mish", -1.1925, 0.877, 1.2154, 2.545),
+        ("clamped_swish", -0.7512, 0.751, 1.2785, 2.635),
     ],
 )
 def test_constants_of_the_design(name, zero, peak_at, peak, linear_from):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from nalora_jax.config import MaskConfig, StepScaleConfig
 from nalora_jax.method import activations
-from nalora_jax.method.rules import curvature_cap
+from nalora_jax.method.rules import CurvatureCap, curvature_cap
 from nalora_jax.method.state import GateState, own_factors
 from nalora_jax.train.mechanisms import make_mechanisms
 
@@ -34,6 +33,5 @@ def test_all_gates_of_mish_take_their_second_step_without_warm_up() -> None:
     assert (noise > 0).any()
     memory = {"step_scale": {PATH: {"excess": noise[None], "response": jnp.zeros((1, 64))}}}
     state = GateState(memory, {PATH: jnp.array([1], jnp.int32)}, jnp.int32(1))
-    scale = StepScaleConfig("curvature", warmup=0)
-    factors = own_factors(state, make_mechanisms(MaskConfig(kind="off"), scale, activation="mish"))
+    factors = own_factors(state, make_mechanisms((CurvatureCap(warmup=0),), activation="mish"))
     np.testing.assert_array_equal(factors["step_scale"][PATH], np.ones((1, 64)))

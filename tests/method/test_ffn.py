@@ -166,12 +166,16 @@ def test_the_mask_shapes_the_gradient_of_the_gates_a_only(numerics: Any) -> None
             assert same == ((name, key) != ("gate_proj", "a"))
 
 
-@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "relu", "relu2", "identity"])
-def test_gated_product_has_autodiffs_gradient(name: str, numerics: Any) -> None:
+ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "relu", "relu2", "identity"]
+
+
+@pytest.mark.parametrize(("name", "limit"), [*((name, 0.0) for name in ACTIVATIONS), ("clamped_swish", 2.0)])
+def test_gated_product_has_autodiffs_gradient(name: str, limit: float, numerics: Any) -> None:
     activation = activations.get(name)
     z, u, g = (jax.random.normal(k, (4, 30)) * 3 for k in jax.random.split(jax.random.key(0), 3))
-    ours = jax.vjp(lambda z, u: gated_product(z, u, activation, numerics())[0], z, u)[1](g)
-    plain = jax.vjp(lambda z, u: activation.phi(z) * u, z, u)[1](g)
+    ours = jax.vjp(lambda z, u: gated_product(z, u, activation, numerics(), limit)[0], z, u)[1](g)
+    factor = (lambda u: 1 + jnp.clip(u, -limit, limit)) if limit else (lambda u: u)
+    plain = jax.vjp(lambda z, u: activation.phi(z) * factor(u), z, u)[1](g)
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 

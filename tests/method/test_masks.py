@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nalora_jax.config import MaskConfig, StepScaleConfig
 from nalora_jax.method.rules import hard_mask, soft_mask
 from nalora_jax.method.state import GateState, channel_factors, init_gate_state, mask_collection, own_factors
 from nalora_jax.train.mechanisms import make_mechanisms
@@ -15,8 +14,8 @@ from nalora_jax.train.mechanisms import make_mechanisms
 PATH = "layers/ffn"
 
 
-def alone(config):
-    return make_mechanisms(config, StepScaleConfig(kind="off"), activation="silu")
+def alone(rule):
+    return make_mechanisms((rule,), activation="silu")
 
 
 def state_with(importance, count=100, updates=None):
@@ -24,8 +23,8 @@ def state_with(importance, count=100, updates=None):
     return GateState({"mask": {PATH: {"slope": importance}}}, {PATH: updates}, jnp.int32(count))
 
 
-def gate_masks(state, config):
-    return own_factors(state, alone(config))["mask"]
+def gate_masks(state, rule):
+    return own_factors(state, alone(rule))["mask"]
 
 
 @settings(max_examples=40, deadline=None)
@@ -66,8 +65,8 @@ def test_soft_mask_is_the_clipped_power_of_the_ratio_to_the_mean():
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_no_mask_during_warmup(kind):
     importance = jnp.asarray(np.random.default_rng(2).uniform(size=(2, 8)), jnp.float32)
-    config = MaskConfig(kind=kind, warmup=3)
-    masks = jax.jit(lambda state: gate_masks(state, config))  # the count is traced
+    rule = f"{kind}:warmup=3"
+    masks = jax.jit(lambda state: gate_masks(state, rule))  # the count is traced
     for count in range(5):
         mask = masks(state_with(importance, count))[PATH]
         assert (mask == 1).all() == (count < 3)
@@ -77,31 +76,31 @@ def test_no_mask_during_warmup(kind):
 def test_rule_and_its_settings_are_the_config_s():
     importance = jnp.asarray(np.random.default_rng(3).uniform(size=(2, 8)), jnp.float32)
     state = state_with(importance)
-    hard, soft = MaskConfig(kind="hard", keep=0.25), MaskConfig(kind="soft", power=0.5, low=0.9, high=1.1)
+    hard, soft = "hard:keep=0.25", "soft:power=0.5,low=0.9,high=1.1"
     np.testing.assert_array_equal(gate_masks(state, hard)[PATH], hard_mask(importance, 0.25))
     np.testing.assert_array_equal(gate_masks(state, soft)[PATH], soft_mask(importance, 0.5, 0.9, 1.1))
 
 
 def test_off_and_unseen_layers_are_not_masked():
     importance = jnp.asarray(np.random.default_rng(4).uniform(size=(2, 8)), jnp.float32)
-    off = alone(MaskConfig(kind="off"))
+    off = make_mechanisms((), activation="silu")
     assert off.entries == ()
     assert channel_factors(init_gate_state({PATH: (2, 8)}, off), off) == {}
-    mask = gate_masks(state_with(importance, updates=[0, 5]), MaskConfig(kind="hard"))[PATH]
+    mask = gate_masks(state_with(importance, updates=[0, 5]), "hard")[PATH]
     np.testing.assert_array_equal(mask.sum(-1), [8, 4])
-    soft = MaskConfig(kind="soft", warmup=0)
+    soft = "soft:power=2,warmup=0"
     fresh = gate_masks(init_gate_state({PATH: (2, 8)}, alone(soft)), soft)
     assert (fresh[PATH] == 1).all()
 
 
 def test_where_the_mask_acts_and_how_long_it_is():
     importance = jnp.asarray(np.random.default_rng(5).uniform(size=(2, 8)), jnp.float32)
-    for config in (MaskConfig("soft"), MaskConfig(kind="hard", keep=0.3)):
-        factors = channel_factors(state_with(importance), alone(config))
+    for rule in ("soft:power=2", "hard:keep=0.3"):
+        factors = channel_factors(state_with(importance), alone(rule))
         assert set(factors) == {"gradient_a", "update_b"}
         for place in factors.values():
             np.testing.assert_allclose(jnp.mean(place[PATH] ** 2, axis=-1), np.ones(2), rtol=1e-6)
-    assert set(channel_factors(state_with(importance), alone(MaskConfig("soft", mask_gradient=False)))) == {"update_b"}
+    assert set(channel_factors(state_with(importance), alone("soft:mask_gradient=false"))) == {"update_b"}
 
 
 def test_collection_of_masks():

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax.config import MaskConfig, StepScaleConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.experimental_rules import delta_importance, keep_probability
 from nalora_jax.mechanism import MECHANISMS, Mechanism, register_mechanism
@@ -28,11 +27,10 @@ from nalora_jax.method.step import idle
 from nalora_jax.train.mechanisms import make, make_mechanisms, mechanism_names
 
 PATH, L, F = "layers/ffn", 3, 40
-OFF = MaskConfig(kind="off"), StepScaleConfig(kind="off")
 
 
 def only(*names: str, **options: Any) -> Mechanisms:
-    return make_mechanisms(*OFF, names, activation="silu", **options)
+    return make_mechanisms(names, activation="silu", **options)
 
 
 def stats_like(seed: int, tokens: float = 20.0) -> dict[str, dict[str, jax.Array]]:
@@ -55,7 +53,7 @@ def state_after(mechanisms: Mechanisms, steps: int = 12, tokens: float = 20.0) -
 def test_every_entry_keeps_the_contract(name: str) -> None:
     mechanisms = only(f"{name}:warmup=3", total_steps=100, seed=5)
     (label, one), *_ = mechanisms.entries
-    assert label == one.name == name
+    assert (label, one.name) == (one.label or name, name)
     state = state_after(mechanisms)
     factor = jax.jit(lambda state: own_factors(state, mechanisms))(state)[label][PATH]
     assert factor.shape == (L, F)
@@ -75,12 +73,8 @@ def test_every_entry_keeps_the_contract(name: str) -> None:
 
 
 def test_factors_that_reallocate_are_normalised_together_and_the_others_are_not() -> None:
-    mechanisms = make_mechanisms(
-        MaskConfig("soft", warmup=0),
-        StepScaleConfig("homogeneity", warmup=0),
-        ("curvature_cap:tau=0.5,warmup=0",),
-        activation="silu",
-    )
+    rules = ("soft:power=2,warmup=0", "homogeneity:warmup=0", "curvature_cap:tau=0.5,warmup=0")
+    mechanisms = only(*rules)
     state = state_after(mechanisms)
     own = {label: np.asarray(blocks[PATH], np.float64) for label, blocks in own_factors(state, mechanisms).items()}
     product = own["mask"] * own["step_scale"]
@@ -116,17 +110,15 @@ def test_a_placebo_has_the_same_factors_on_other_channels() -> None:
 
 
 def test_a_frozen_mask_is_that_of_its_calibration_batch() -> None:
-    frozen = make_mechanisms(MaskConfig("soft", frozen_after=1), StepScaleConfig(kind="off"), activation="silu")
+    frozen = make_mechanisms(("soft:power=2,frozen_after=1",), activation="silu")
     one, many = state_after(frozen, 1), state_after(frozen, 9)
     np.testing.assert_array_equal(many.memory["mask"][PATH]["slope"], one.memory["mask"][PATH]["slope"])
-    moving = make_mechanisms(MaskConfig("soft"), StepScaleConfig(kind="off"), activation="silu")
+    moving = make_mechanisms(("soft:power=2",), activation="silu")
     assert (state_after(moving, 9).memory["mask"][PATH]["slope"] != one.memory["mask"][PATH]["slope"]).any()
 
 
 def test_a_mechanism_that_has_measured_nothing_is_idle() -> None:
-    mechanisms = make_mechanisms(
-        MaskConfig("soft", warmup=2), StepScaleConfig("homogeneity", warmup=30), activation="silu"
-    )
+    mechanisms = make_mechanisms(("soft:power=2,warmup=2", "homogeneity:warmup=30"), activation="silu")
     for count, expected in ((11, [False, False]), (12, [True, False]), (40, [True, True])):
         state = init_gate_state({PATH: (L, F)}, mechanisms)._replace(count=jnp.int32(count))
         assert [bool(x) for x in idle(state, mechanisms).values()] == expected
@@ -190,8 +182,8 @@ def test_settings_are_read_by_type_and_refused_by_name() -> None:
     }.items():
         with pytest.raises(NaloraError, match=message):
             make(text)
-    labels = [label for label, _ in make_mechanisms(*OFF, ("delta:q=1", "delta:q=-1"), activation="silu").entries]
-    assert labels == ["delta", "delta_2"]
+    labels = [label for label, _ in only("curvature_cap", "delta:q=1", "delta:q=-1", "homogeneity", "soft").entries]
+    assert labels == ["step_scale", "delta", "delta_2", "homogeneity", "mask"]
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax.config import MaskConfig, StepScaleConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.method.rules import HomogeneityStep, SoftMask
 from nalora_jax.method.state import gate_shapes, init_gate_state, update_gate_state
 from nalora_jax.train.mechanisms import make_mechanisms
 
-BOTH = make_mechanisms(MaskConfig("soft", decay=0.9), StepScaleConfig("homogeneity", decay=0.6), activation="silu")
+BOTH = make_mechanisms(("soft:power=2,decay=0.9", "homogeneity:decay=0.6"), activation="silu")
 
 
 def start(shapes, mechanisms=BOTH):
@@ -57,9 +57,7 @@ def test_averages_are_bias_corrected(shape):
 
 @pytest.mark.parametrize("decay", [0.0, 0.999999])
 def test_extreme_decays(decay):
-    both = make_mechanisms(
-        MaskConfig("soft", decay=decay), StepScaleConfig("homogeneity", decay=decay), activation="silu"
-    )
+    both = make_mechanisms((SoftMask(decay=decay), HomogeneityStep(decay=decay)), activation="silu")
     rng, state = np.random.default_rng(1), start({"ffn": (2, 3)}, both)
     means = []
     for _ in range(3):

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nalora_jax.config import MaskConfig, RunConfig, StepScaleConfig
+from nalora_jax.config import RunConfig
 from nalora_jax.method import activations, rules
-from nalora_jax.method.rules import CurvatureCap, homogeneity_scale
+from nalora_jax.method.rules import CurvatureCap, HomogeneityStep, homogeneity_scale
 from nalora_jax.method.state import GateState, own_factors
-from nalora_jax.train.mechanisms import make_mechanisms
+from nalora_jax.train.mechanisms import make, make_mechanisms
 
 PATH, SILU = "layers/ffn", activations.partition("silu")
-CONFIG = StepScaleConfig("homogeneity", warmup=0)
+RULE = HomogeneityStep(warmup=0)
 
 
 def shares(seed, *shape):
@@ -29,23 +29,22 @@ def state_with(occupancy, count=100):
     return GateState({"step_scale": {PATH: {"occupancy": occupancy}}}, {PATH: updates}, jnp.int32(count))
 
 
-def step_scales(state, config, activation="silu"):
-    return own_factors(state, make_mechanisms(MaskConfig(kind="off"), config, activation=activation))["step_scale"]
+def step_scales(state, rule, activation="silu"):
+    return own_factors(state, make_mechanisms((rule,), activation=activation))["step_scale"]
 
 
 def test_the_rule_by_curvature_is_the_cap_with_the_scales_settings():
-    config = StepScaleConfig("curvature", tau=0.25, decay=0.5, warmup=3, frozen_after=7, permute=2)
-    cap = make_mechanisms(MaskConfig(kind="off"), config, activation="silu").entries[0][1]
+    cap = make("curvature_cap:tau=0.25,decay=0.5,warmup=3,frozen_after=7,permute=2")
     assert cap == CurvatureCap(tau=0.25, decay=0.5, warmup=3, frozen_after=7, permute=2)
     excess, response = jnp.array([[0.0, 1.0, 4.0]]), jnp.array([[1.0, 8.0, 4.0]])
     memory = {"step_scale": {PATH: {"excess": excess, "response": response}}}
     state = GateState(memory, {PATH: jnp.array([9], jnp.int32)}, jnp.int32(9))
-    own = step_scales(state, StepScaleConfig("curvature", tau=0.25, warmup=3))
+    own = step_scales(state, CurvatureCap(tau=0.25, warmup=3))
     np.testing.assert_allclose(own[PATH], [[1.0, 1.0, 0.25]])
 
 
 def test_by_default_it_is_the_rule_by_curvature_and_no_mask_is_on():
-    (entry,) = make_mechanisms(RunConfig().mask, RunConfig().step_scale, activation="silu").entries
+    (entry,) = make_mechanisms(RunConfig().mechanisms, activation="silu").entries
     assert entry == ("step_scale", CurvatureCap(tau=0.1))
 
 
@@ -61,26 +60,26 @@ def test_scale_is_the_normalised_mean_gain(seed, gains):
 
 def test_default_gains_fall_with_the_degree():
     order = np.argsort(SILU.degrees)
-    assert (np.diff(np.array(CONFIG.gains)[order]) >= 0).all()
+    assert (np.diff(np.array(RULE.gains)[order]) >= 0).all()
     occupancy = np.zeros((1, 4, 3))
     occupancy[0, 0, 0] = occupancy[0, 1, 1] = occupancy[0, 2, 2] = 1  # inverted, contracting, expanding
-    inverted, contracting, expanding = homogeneity_scale(jnp.asarray(occupancy, jnp.float32), CONFIG.gains)[0]
+    inverted, contracting, expanding = homogeneity_scale(jnp.asarray(occupancy, jnp.float32), RULE.gains)[0]
     assert inverted < contracting < expanding
 
 
 def test_an_empty_layer_is_not_scaled():
-    np.testing.assert_array_equal(homogeneity_scale(jnp.zeros((2, 4, 3)), CONFIG.gains), jnp.ones((2, 3)))
+    np.testing.assert_array_equal(homogeneity_scale(jnp.zeros((2, 4, 3)), RULE.gains), jnp.ones((2, 3)))
 
 
 def test_scales_of_a_state_and_warmup():
     occupancy = shares(0, 2, 6)
-    expected = homogeneity_scale(jnp.asarray(occupancy, jnp.float32), CONFIG.gains)
-    config = StepScaleConfig("homogeneity", warmup=2)
-    scales = jax.jit(lambda state: step_scales(state, config))  # the count is traced
+    expected = homogeneity_scale(jnp.asarray(occupancy, jnp.float32), RULE.gains)
+    rule = HomogeneityStep(warmup=2)
+    scales = jax.jit(lambda state: step_scales(state, rule))  # the count is traced
     for count in range(4):
         scale = scales(state_with(occupancy, count))[PATH]
         np.testing.assert_allclose(scale, expected if count >= 2 else np.ones((2, 6)), rtol=1e-6)
-    off = make_mechanisms(MaskConfig(kind="off"), StepScaleConfig(kind="off"), activation="silu")
+    off = make_mechanisms((), activation="silu")
     assert off.entries == ()
 
 
@@ -88,13 +87,13 @@ def test_only_layers_whose_tokens_occupy_two_regions_are_scaled():
     occupancy = np.zeros((2, 4, 5))
     occupancy[0, 2] = 1  # the first layer lies wholly in the expanding region
     occupancy[1] = shares(1, 5)
-    scale = step_scales(state_with(occupancy), CONFIG)[PATH]
+    scale = step_scales(state_with(occupancy), RULE)[PATH]
     np.testing.assert_array_equal(scale[0], np.ones(5))
     assert (scale[1] != 1).all()
     barely = np.zeros((1, 4, 5))
     barely[:, 2], barely[:, 1, 0] = 1, 0.05  # 0.05 of one channel in five is 0.01 of the layer
-    assert (step_scales(state_with(barely), CONFIG)[PATH] == 1).all()
-    fine = StepScaleConfig("homogeneity", warmup=0, min_occupancy=0.005)
+    assert (step_scales(state_with(barely), RULE)[PATH] == 1).all()
+    fine = HomogeneityStep(warmup=0, min_occupancy=0.005)
     assert (step_scales(state_with(barely), fine)[PATH] != 1).all()
 
 
@@ -104,7 +103,7 @@ def test_constant_without_a_meaningful_partition_and_said_once(name, caplog):
     state = state_with(shares(2, 2, 6))
     with caplog.at_level(logging.INFO, logger="nalora_jax"):
         for _ in range(3):
-            assert (step_scales(state, CONFIG, name)[PATH] == 1).all()
+            assert (step_scales(state, RULE, name)[PATH] == 1).all()
     assert [record.getMessage() for record in caplog.records] == [
         f"step scale: {name} has no meaningful effective-homogeneity partition, so the scale is 1"
     ]

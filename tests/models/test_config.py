@@ -70,9 +70,36 @@ OLD_FORMS = {
         "original_max_position_embeddings": 16,
         "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3},
     },
+    "OLMo 3": {
+        **LLAMA,
+        "model_type": "olmo3",
+        "rope_theta": 500000,
+        "rope_scaling": {
+            "attention_factor": 1.2,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+            "rope_type": "yarn",
+        },
+        "sliding_window": 8,
+    },
+    "Ministral 3": {**LLAMA, "model_type": "ministral3", "head_dim": 8},
     "SmolLM3": {**LLAMA, "model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0], "rope_theta": 5e6},
     "Mixtral": {**LLAMA, "model_type": "mixtral", "sliding_window": None, "rope_theta": 1e6},
     "Qwen3-MoE": {**LLAMA, "model_type": "qwen3_moe", "num_experts": 8, "head_dim": 16, "rope_theta": 1e6},
+    "gpt-oss": {
+        **LLAMA,
+        "model_type": "gpt_oss",
+        "rope_theta": 150_000,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+        "num_local_experts": 4,
+        "sliding_window": 8,
+        "swiglu_limit": 7.0,
+    },
 }  # fmt: skip
 
 
@@ -91,6 +118,13 @@ def test_multimodal_gemma3_is_its_text_model():
     assert config.layer_windows == (8, 8, 8, 8, 8, GLOBAL_WINDOW, 8)
     assert [config.ropes[i].theta for i in config.layer_ropes] == [1e4] * 5 + [1e6, 1e4]
     assert config.tie_embeddings
+
+
+def test_images_of_mistral3_are_refused_by_name():
+    raw = {"model_type": "mistral3", "text_config": {**LLAMA, "model_type": "ministral3"}, "vision_config": {}}
+    assert ModelConfig.from_hf(raw).model_type == "ministral3"
+    with pytest.raises(NaloraError, match=r"model_type: expected one of llava, gemma3, found 'mistral3'"):
+        ModelConfig.from_hf(raw, images=True)
 
 
 def test_unknown_family_names_the_supported_ones():
@@ -131,6 +165,25 @@ REFUSED = {
     ),
     "attention to the future": ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "bidirectional"),
     "capped scores in Gemma 3": ({"model_type": "gemma3_text", "attn_logit_softcapping": 5.0}, "logit_softcapping"),
+    "one rotation for both kinds of OLMo 3's layers": (
+        {"model_type": "olmo3", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        "rope_parameters: expected parameters for 'full_attention' and 'sliding_attention', found rope_theta, rope_typ",
+    ),
+    "a base that transformers reads for full layers only": ({"model_type": "olmo3", "rope_theta": 1e4}, "rope_theta"),
+    "growing queries without an original context": (
+        {"model_type": "ministral3", "rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
+        "llama_4_scaling_beta: expected 0 without",
+    ),
+    "growing queries in another family": (
+        {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
+        "llama_4_scaling_beta",
+    ),
+    "another gate in gpt-oss": ({"model_type": "gpt_oss", "hidden_act": "gelu"}, "hidden_act: expected 'silu'"),
+    "no clamp in gpt-oss": ({"model_type": "gpt_oss", "swiglu_limit": 0}, "swiglu_limit: expected a finite number"),
+    "another quantization of gpt-oss": (
+        {"model_type": "gpt_oss", "quantization_config": {"quant_method": "awq"}},
+        "quant_method: expected 'mxfp4'.* found 'awq'",
+    ),
     "residual dropout": ({"model_type": "phi3", "resid_pdrop": 0.1}, "resid_pdrop"),
     "a list": ([1, 2], "a JSON object"),
 }  # fmt: skip
@@ -156,7 +209,9 @@ FIELDS = sorted(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from([*supported(), "gemma3"]), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3))
+@given(
+    st.sampled_from([*supported(), "gemma3", "mistral3"]), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3)
+)
 def test_only_this_librarys_error_comes_out(family, changes):
     try:
         config = ModelConfig.from_hf({**LLAMA, "head_dim": 8, **changes, "model_type": family})

@@ -23,8 +23,11 @@ import transformers
 from nalora_jax.models.cache import init_cache
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.stacks import param_shapes
+from nalora_jax.models.stacks import param_shapes, projection_shapes
+from nalora_jax.models.targets import AdapterSpec, TargetSpec
+from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.keymaps import keymap_for, params_from_tensors, tensors_from_params
+from nalora_jax.weights.merge import merged_tensors
 
 TOLERANCE = 1e-5  # largest logit difference over the largest logit
 SIZES = {
@@ -155,6 +158,29 @@ CASES = (
     ),
     Case("olmo2", "post-norms only, qk-norm over projections, biases", {"attention_bias": True}),
     Case(
+        "olmo3",
+        "windows and full layers, YaRN in full layers, post-norms only, qk-norm over projections, biases, one KV head",
+        {
+            "num_key_value_heads": 1,
+            "attention_bias": True,
+            "sliding_window": WINDOW,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+    ),
+    Case(
+        "ministral3",
+        "YaRN with mscale, query scale by position, sliding window, MHA",
+        {
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.8, "llama_4_scaling_beta": 0.6},
+        },
+    ),
+    Case(
         "smollm3",
         "layers without RoPE, sliding there, biases",
         {
@@ -224,6 +250,35 @@ CASES = (
             "attention_bias": True,
             "use_sliding_window": True,
             "sliding_window": WINDOW,
+        },
+    ),
+    Case(
+        "gpt_oss",
+        "attention sinks, 8 experts with biases, top-3, clamped gate, alternating windows, YaRN",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "swiglu_alpha": 1.3,
+            "swiglu_limit": 0.8,  # some gates and many up projections are clamped
+            "rope_parameters": {**YARN, "truncate": False, "beta_fast": 16.0},
+        },
+    ),
+    Case(
+        "gpt_oss",
+        "no biases of attention, one key head, tied, windows in other layers, default RoPE",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "sliding_window": WINDOW,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"],
+            "rms_norm_eps": 1e-2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
         },
     ),
     Case(
@@ -385,6 +440,69 @@ def measure_greedy(case: Case, steps: int = 64) -> int:
     return int(np.cumprod(ours == theirs, axis=1).sum(axis=1).min())
 
 
+def random_adapters(config: ModelConfig) -> tuple[dict, AdapterSpec]:
+    """Adapters of rank 2 on every projection, B not zero."""
+    shapes = projection_shapes(config)
+    spec = AdapterSpec(tuple((path, TargetSpec((2,) * config.n_layers, (3.0,) * config.n_layers)) for path in shapes))
+    rng, leaves = np.random.default_rng(3), {}
+    for path, (*lead, d_in, d_out) in shapes.items():
+        for name, shape in {"a": (d_in, 2), "b": (2, d_out)}.items():
+            leaves[f"{path}/{name}"] = rng.normal(0, 0.1, (config.n_layers, *lead, *shape)).astype(np.float32)
+    return unflatten(leaves), spec
+
+
+def kernel_gradients(pair: Pair, merged: dict, tokens: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+    """transformers' gradients of the mean loss with the weights ``merged``, by our paths."""
+    with tempfile.TemporaryDirectory() as folder:
+        pair.theirs.config.save_pretrained(folder)
+        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in merged.items()}
+        safetensors.numpy.save_file(tensors, Path(folder) / "model.safetensors", {"format": "pt"})
+        model = type(pair.theirs).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+        mask = torch.tensor(real.astype(np.int64))
+        logits = model(torch.tensor(tokens), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+        targets = torch.tensor(np.where(real, tokens, -100))[:, 1:]
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten()).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        model.save_pretrained(folder)
+        gradients = safetensors.numpy.load_file(Path(folder) / "model.safetensors")
+    return flatten(params_from_tensors(pair.config, gradients.__getitem__))
+
+
+def measure_gradients(case: Case) -> float:
+    """Largest difference of the adapters' gradients over the largest entry of their leaf, right padding.
+
+    The reference is the chain rule on transformers' gradients of the merged weights W + s A B.
+    """
+    pair, tokens = build(case), random_tokens(2, SEQ)
+    real = np.arange(SEQ)[None] < np.array([SEQ - 3, SEQ - 3 if case.one_length else SHORT])[:, None]
+    tokens = np.where(real, tokens, 0)
+    lora, spec = random_adapters(pair.config)
+    reset_rope(pair)
+    theirs = kernel_gradients(pair, dict(merged_tensors(pair.config, pair.params, lora, spec)), tokens, real)
+    model = Decoder(pair.config, spec)
+
+    @jax.jit
+    @jax.grad
+    def ours(lora):
+        variables = {"params": pair.params, "lora": lora}
+        hidden = model.apply(variables, tokens, segment_ids=real.astype(np.int32))
+        logits = model.apply(variables, hidden, method="unembed")
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1)[..., 0]
+        return jnp.sum(losses * real[:, 1:]) / real[:, 1:].sum()
+
+    gradients, leaves, worst = flatten(ours(lora)), flatten(lora), 0.0
+    for path, _ in spec.targets:
+        kernel, scale = theirs[f"{path}/kernel"], spec.scales(path)[0]
+        a, b = leaves[f"{path}/a"], leaves[f"{path}/b"]
+        expected = {"a": scale * kernel @ b.swapaxes(-1, -2), "b": scale * a.swapaxes(-1, -2) @ kernel}
+        for name, gradient in expected.items():
+            error = np.abs(gradients[f"{path}/{name}"] - gradient).max()
+            worst = max(worst, float(error / np.abs(gradient).max()))
+    return worst
+
+
 # The continuation needs a program of its own to compile: one case per family, and RoPE that changes as it grows.
 GREEDY = tuple({case.family: case for case in reversed(CASES)}.values()) + tuple(
     case for case in CASES if case.family == "llama" and case.one_length
@@ -427,6 +545,11 @@ class TestFamily:
 @pytest.mark.parametrize("case", GREEDY, ids=by_name)
 def test_greedy_continuation_with_cache_is_identical(case):
     assert measure_greedy(case) == 64
+
+
+@pytest.mark.parametrize("case", GREEDY, ids=by_name)
+def test_adapters_get_the_gradients_of_transformers(case):
+    assert measure_gradients(case) <= 1e-4
 
 
 def test_every_family_has_a_case():

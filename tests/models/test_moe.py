@@ -110,6 +110,60 @@ def test_statistics_are_those_of_the_tokens_that_reached_each_expert():
             np.testing.assert_allclose(out["gate_stats"][name][e], value, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+def test_gpt_oss_experts_against_float64():
+    """Biases of router and experts, the clamped gate, ``1 + clip(u)``: output and statistics of every expert."""
+    stats, limit, slope = GateStatsConfig(stride=1, probe_stride=1, extra=("excess",)), 0.9, 1.3
+    name = f"clamped_swish({slope!r},{limit!r})"
+    module = block(stats=stats, use_bias=True, router_bias=True, up_limit=limit, activation=name)
+    x, variables = normal(2, 9, D), variables_of(module)
+    params = {
+        n: {k: normal(*v.shape, seed=i) for i, (k, v) in enumerate(p.items())} for n, p in variables["params"].items()
+    }
+    y, out = jax.jit(lambda v: module.apply(v, x, mutable=["gate_stats"]))(variables | {"params": params})
+
+    def projected(name, rows, e):
+        p, a = params[name], variables["lora"][name]
+        base = rows @ p["kernel"][e].astype(np.float64) + p["bias"][e]
+        return base, rows @ np.asarray(a["a"][e], np.float64) @ np.asarray(a["b"][e], np.float64)
+
+    def rho(z):
+        low = np.minimum(z, limit)
+        return low / (1 + np.exp(-slope * low)) / z
+
+    flat, step = x.reshape(-1, D).astype(np.float64), 1e-6
+    logits = flat @ params["router"]["kernel"] + params["router"]["bias"]
+    chosen = np.argsort(-logits, axis=1)[:, :2]
+    weight = np.exp(np.take_along_axis(logits, chosen, 1))
+    weight /= weight.sum(axis=1, keepdims=True)
+    want, cuts = np.zeros_like(flat), activations.partition(name)
+    for e in range(EXPERTS):
+        tokens, place = np.nonzero(chosen == e)
+        z, dz = projected("gate_proj", flat[tokens], e)
+        full = z + dz
+        u = sum(projected("up_proj", flat[tokens], e))
+        hidden = full * rho(full) * (1 + np.clip(u, -limit, limit))
+        want[tokens] += weight[tokens, place][:, None] * sum(projected("down_proj", hidden, e))
+        phi_slope = ((full + step) * rho(full + step) - (full - step) * rho(full - step)) / (2 * step)
+        above = full > limit
+        regions = (full < cuts.z0, ((full >= cuts.z0) & (full < 0)) | above, (full >= 0) & (full < cuts.z1) & ~above)
+        drho, moved = (rho(z + step) - rho(z - step)) / (2 * step), (rho(full) - rho(z)) * full
+        sums = {
+            "slope": np.abs(phi_slope),
+            "feature": np.abs(rho(z) * dz),
+            "selection": np.abs(moved),
+            "linear": np.abs(z * drho * dz),
+            "excess": np.abs(moved - z * drho * dz),
+        }
+        found = {key: value[e] for key, value in out["gate_stats"].items()}
+        assert found["tokens"] == len(tokens)
+        for key, value in sums.items():
+            np.testing.assert_allclose(found[key], value.sum(axis=0), rtol=1e-4, atol=1e-5, err_msg=key)
+        counts = [region.sum(axis=0) for region in regions]
+        np.testing.assert_array_equal(found["occupancy"], [*counts, len(tokens) - sum(counts)])
+        assert above.any()
+    np.testing.assert_allclose(y.reshape(-1, D), want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_statistics_are_the_same_where_adapters_lie_side_by_side(stride):
     x, stats = normal(2, 8, D), GateStatsConfig(stride=stride, probe_stride=2 * stride)

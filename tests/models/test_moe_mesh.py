@@ -19,7 +19,7 @@ from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig
 from nalora_jax.evaluate.perplexity import _batch_log_probs
 from nalora_jax.gate_checks import GateChecks
 from nalora_jax.generate.shapes import place_batch
-from nalora_jax.load import load
+from nalora_jax.loading.adapted import load
 from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method import statistics
 from nalora_jax.method.ffn import Adapters
@@ -38,11 +38,15 @@ EXPERTS, D, F, RANK, ROWS, SEQ = 4, 64, 128, 3, 8, 12
 STATS = GateStatsConfig(stride=2, probe_stride=3, checks=GateChecks(1e-5), extra=("excess",))
 
 
+GPT_OSS = {"use_bias": True, "router_bias": True, "up_limit": 1.0, "activation": "clamped_swish(1.702,1.0)"}
+
+
 def block(sharding: NamedSharding | None = None, *, by_shard: bool = False, **options: Any) -> MoEFFN:
     names = ("gate_proj", "up_proj", "down_proj")
+    variant = GPT_OSS if options.pop("gpt_oss", False) else {}
     adapters = Adapters(tuple((name, RANK) for name in names), **options)
     stats = replace(STATS, sharding=sharding) if by_shard else STATS
-    return MoEFFN(D, F, EXPERTS, 2, adapters=adapters, stats=stats, sharding=sharding)
+    return MoEFFN(D, F, EXPERTS, 2, adapters=adapters, stats=stats, sharding=sharding, **variant)
 
 
 def over_shards(sums: Any, axis: int) -> Any:
@@ -57,8 +61,11 @@ def variables_of(module: MoEFFN, kind: str = "") -> dict[str, Any]:
     made = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2, D)))
     lora = {name: {**leaf, "b": rng.normal(size=leaf["b"].shape) * 0.2} for name, leaf in made["lora"].items()}
     params = dict(made["params"])
+    for name in params:
+        if "bias" in params[name]:
+            params[name] = {**params[name], "bias": rng.normal(size=params[name]["bias"].shape)}
     for name in lora if kind else ():
-        params[name] = {"kernel": quantize(params[name]["kernel"], kind)}
+        params[name] = {**params[name], "kernel": quantize(params[name]["kernel"], kind)}
     if not kind:  # as PiSSA leaves them
         gate = {"start_a": made["lora"]["gate_proj"]["a"], "start_b": 0.1 * rng.normal(size=(EXPERTS, RANK, F))}
         params["gate_proj"] = {**params["gate_proj"], **gate}
@@ -130,6 +137,8 @@ def assert_close(spread: Any, single: Any) -> None:
         (MeshConfig(2, 2, 2), "", {"dropout": 0.3}),
         (MeshConfig(1, 2, 4), "", {"dora": True}),
         (MeshConfig(1, 4, 2), "int8", {}),
+        (MeshConfig(1, 2, 4), "mxfp4", {"gpt_oss": True}),
+        (MeshConfig(2, 2, 2), "", {"gpt_oss": True, "dora": True}),
         (MeshConfig(1, 2, 4), "nf4", {}),  # F holds two blocks of 64: no four parts of it, so every device has all
     ],
     ids=str,
@@ -138,7 +147,7 @@ def test_eight_devices_are_one(mesh, kind, options):
     single = block(**options)
     variables = variables_of(single, kind)
     dropout = "dropout" in options
-    by_shard = kind in ("", "nf4")  # as a step has them; else as whoever calls a model on a mesh
+    by_shard = kind in ("", "nf4", "mxfp4")  # as a step has them; else as whoever calls a model on a mesh
     spread = results(block(sharding_of(mesh), by_shard=by_shard, **options), variables, dropout=dropout)
     assert_close(spread, results(single, variables, dropout=dropout))
 
@@ -177,11 +186,13 @@ MIXTRAL = {
 }
 
 
-def test_a_decoder_s_loss_gradients_and_statistics():
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_decoder_s_loss_gradients_and_statistics(family):
     """Through the scan over layers and rematerialisation."""
-    base = ModelConfig.from_hf(MIXTRAL)
+    base = ModelConfig.from_hf(MIXTRAL | {"model_type": family, "head_dim": 4, "sliding_window": 8})
     spec = resolve(LoRAConfig(rules=(LoRARule("ffn/", RANK),)), projection_shapes(base), base.n_layers)
     params, lora = init_params(base, jax.random.key(0)), init_lora(base, spec, jax.random.key(1))
+    params = trees.map_named(lambda path, x: x + 0.3 if path.endswith(("bias", "sinks")) else x, params)
     lora = jax.tree.map(lambda x: x + 0.1, lora)
     tokens = np.random.default_rng(0).integers(0, 64, (ROWS, SEQ)).astype(np.int32)
 
@@ -233,7 +244,7 @@ def test_evaluation_routes_by_shard_as_training_does(monkeypatch):
         made = SimpleNamespace(model=build_model(base, spec, ComputeConfig(dtype="float32"), one))
         model = Assembly.eval_model.fget(made)
         loaded = SimpleNamespace(config=base, params=placed)
-        monkeypatch.setattr(import_module("nalora_jax.load"), "load_model", lambda *_, **__: loaded)
+        monkeypatch.setattr(import_module("nalora_jax.loading.adapted"), "load_model", lambda *_, **__: loaded)
         assert load("some", mesh=one).module.routing_sharding == model.routing_sharding
         arguments = {"params": placed, "lora": lora}, place_batch(batch, one)
         program = _batch_log_probs.lower(model, *arguments).compile()

@@ -25,7 +25,7 @@ def test_rules_decide_in_order_and_per_layer() -> None:
     config = LoRAConfig(
         rules=(LoRARule(r"layers/1/ffn/gate", 2, 3.0), LoRARule("gate_proj", 8), LoRARule("q_proj", 4, 4.0))
     )
-    spec = resolve(config, SHAPES, n_layers=3)
+    spec = resolve(config, SHAPES, 3)
     assert spec.target("layers/ffn/gate_proj") == TargetSpec((8, 2, 8), (16.0, 3.0, 16.0))
     assert spec.target("layers/attn/q_proj") == TargetSpec((4, 4, 4), (4.0, 4.0, 4.0))
     assert spec.target("layers/ffn/up_proj") is None
@@ -44,13 +44,13 @@ def test_rules_decide_in_order_and_per_layer() -> None:
 )
 def test_bad_rules_are_refused_by_name(rules: tuple[LoRARule, ...], message: str) -> None:
     with pytest.raises(NaloraError, match=message):
-        resolve(LoRAConfig(rules=rules), SHAPES, n_layers=2)
+        resolve(LoRAConfig(rules=rules), SHAPES, 2)
 
 
 def test_lora_ga_takes_twice_as_many_singular_vectors_as_its_rank() -> None:
-    resolve(LoRAConfig(rules=(LoRARule("gate_proj", 8),), init="lora_ga"), SHAPES, n_layers=2)
+    resolve(LoRAConfig(rules=(LoRARule("gate_proj", 8),), init="lora_ga"), SHAPES, 2)
     with pytest.raises(NaloraError, match="0 to 8 \\(half the smaller side, for LoRA-GA.*found 9"):
-        resolve(LoRAConfig(rules=(LoRARule("gate_proj", 9),), init="lora_ga"), SHAPES, n_layers=2)
+        resolve(LoRAConfig(rules=(LoRARule("gate_proj", 9),), init="lora_ga"), SHAPES, 2)
 
 
 def test_init_a_has_pefts_bound() -> None:

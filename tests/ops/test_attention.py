@@ -27,7 +27,7 @@ def draw(seq: int, seed: int = 0):
     return q.astype(np.float32), k.astype(np.float32), v.astype(np.float32)
 
 
-def plain(q, k, v, positions, segments, window, scale, softcap=0.0):
+def plain(q, k, v, positions, segments, window, scale, softcap=0.0, sinks=None):
     """Every query on its own, in float64."""
     out = np.zeros(q.shape)
     for b, s, h in np.ndindex(*q.shape[:3]):
@@ -38,7 +38,8 @@ def plain(q, k, v, positions, segments, window, scale, softcap=0.0):
         if softcap:
             scores = softcap * np.tanh(scores / softcap)
         weights = np.exp(scores - scores.max())
-        out[b, s, h] = weights @ v[b, seen, kv].astype(np.float64) / weights.sum()
+        lost = 0.0 if sinks is None else np.exp(sinks[h] - scores.max())
+        out[b, s, h] = weights @ v[b, seen, kv].astype(np.float64) / (weights.sum() + lost)
     return out
 
 
@@ -77,17 +78,19 @@ def test_cached_keys_equal_one_run(window):
     q, k, v = draw(30)
     positions = np.tile(np.arange(30, dtype=np.int32), (BATCH, 1))
     segments = np.ones_like(positions)
-    whole = attention(q, Keys(k, v, positions, segments), window, AttentionConfig(0.4), PLAIN)
+    sinks = jnp.asarray(SINKS)
+    whole = attention(q, Keys(k, v, positions, segments), window, AttentionConfig(0.4), PLAIN, sinks=sinks)
     # The cache has room to spare: slots of segment 0 that hold anything.
     spare = [np.concatenate([x[:, :20], np.full_like(x[:, :4], 7)], axis=1) for x in (k, v, positions)]
     empty = np.concatenate([segments[:, :20], np.zeros_like(segments[:, :4])], axis=1)
     new = Keys(*(x[:, 20:] for x in (k, v, positions, segments)))
     k, v = spare[0].transpose(0, 2, 3, 1), spare[1].transpose(0, 2, 1, 3)
-    ours = attention(q[:, 20:], new, window, AttentionConfig(0.4), PLAIN, cached=CachedKeys(k, v, spare[2], empty))
+    cached = CachedKeys(k, v, spare[2], empty)
+    ours = attention(q[:, 20:], new, window, AttentionConfig(0.4), PLAIN, cached=cached, sinks=sinks)
     np.testing.assert_allclose(ours, whole[:, 20:], atol=2e-6)
 
 
-def dense(q, k, v, positions, segments, window, config):
+def dense(q, k, v, positions, segments, window, config, sinks=None):
     """All scores at once, for autodiff."""
     k, v = (jnp.repeat(x, HEADS // KV_HEADS, axis=2) for x in (k, v))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * config.scale
@@ -95,7 +98,11 @@ def dense(q, k, v, positions, segments, window, config):
         scores = config.softcap * jnp.tanh(scores / config.softcap)
     ahead = positions[:, :, None] - positions[:, None, :]
     seen = (segments[:, :, None] == segments[:, None, :]) & (ahead >= 0) & (ahead < window)
-    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30)), v)
+    scores = jnp.where(seen[:, None], scores, -1e30)
+    if sinks is not None:
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))], axis=-1)
+    weights = jax.nn.softmax(scores)[..., : k.shape[1]]
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
@@ -115,6 +122,46 @@ def test_gradients_are_autodiffs(seq, softcap):
     want = gradients(lambda q, k, v: dense(q, k, v, positions, segments, 40, config))
     for a, b in zip(ours, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+SINKS = np.array([-2.0, 0.5, 3.0, -1e4, 20.0, 1.0], np.float32)  # one that loses little, one that takes all
+
+
+@pytest.mark.parametrize("seq", [24, 150])
+def test_a_sink_takes_its_share_of_every_query(seq, numerics):
+    q, k, v = draw(seq)
+    positions, segments = layout(seq)
+    keys, config = Keys(k, v, positions, segments), AttentionConfig(0.4, 1.5)
+    want = plain(q, k, v, positions, segments, 7, 0.4, 1.5, SINKS)
+    attend = jax.jit(lambda q, of: attention(q, keys, 7, config, of, sinks=jnp.asarray(SINKS)), static_argnums=1)
+    np.testing.assert_allclose(attend(q, numerics()), want, atol=2e-6)
+    rounded = attend(q, numerics("bfloat16", result="float32"))
+    np.testing.assert_allclose(rounded[segments > 0], want[segments > 0], atol=0.05)
+
+
+@pytest.mark.parametrize("seq", [40, 150])  # a native kernel keeps no result of rows of 40
+def test_gradients_with_sinks_are_autodiffs(seq, numerics):
+    q, k, v = draw(seq)
+    positions, segments = layout(seq)
+    sinks = jnp.asarray(SINKS)
+
+    def gradients(attend):
+        def loss(q, k, v, sinks):
+            return jnp.sum(jnp.where(segments[..., None, None] > 0, jnp.sin(attend(q, k, v, sinks)), 0.0))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(q, k, v, sinks)
+
+    def ours(of):
+        config = AttentionConfig(0.4)
+        attend = lambda q, k, v, s: attention(q, Keys(k, v, positions, segments), 40, config, of, sinks=s)  # noqa: E731
+        return gradients(attend)
+
+    want = gradients(lambda q, k, v, s: dense(q, k, v, positions, segments, 40, AttentionConfig(0.4), s))
+    for precision, tolerance in (("float32", 1e-5), ("bfloat16", 0.03)):
+        got = ours(numerics(precision))
+        for a, b in zip(got[:3], want[:3], strict=True):
+            assert np.abs(np.asarray(a, np.float32) - b).max() <= tolerance * np.abs(b).max()
+        assert not np.any(got[3])  # sinks are frozen
 
 
 @pytest.mark.parametrize("softcap", [0.0, 1.5])

@@ -37,14 +37,17 @@ def operands(batch: int):
     return q, k, v, g, *layout
 
 
-def values_and_gradients(implementation: str, window: int, config: AttentionConfig, batch: int = 2, **dtypes: str):
+def values_and_gradients(
+    implementation: str, window: int, config: AttentionConfig, batch: int = 2, sinks=None, **dtypes: str
+):
     q, k, v, g, positions, segments = operands(batch)
     numerics = Numerics(**dtypes, implementation=implementation)
 
     @jax.jit
     def run(q, k, v, window):
         out, back = jax.vjp(
-            lambda q, k, v: attention(q, Keys(k, v, positions, segments), window, config, numerics), q, k, v
+            lambda q, k, v: attention(q, Keys(k, v, positions, segments), window, config, numerics, sinks=sinks),
+            *(q, k, v),
         )
         return out, *back(g.astype(out.dtype))
 
@@ -56,7 +59,8 @@ def values_and_gradients(implementation: str, window: int, config: AttentionConf
 )
 def test_splash_equals_the_plain_function(window, windows, softcap):
     config = AttentionConfig(0.125, softcap, windows=windows, interpret=True)
-    ours, plain = (values_and_gradients(name, window, config) for name in ("splash", "xla"))
+    sinks = jnp.linspace(-2.0, 3.0, HEADS) if softcap else None
+    ours, plain = (values_and_gradients(name, window, config, sinks=sinks) for name in ("splash", "xla"))
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
@@ -65,7 +69,8 @@ def test_splash_on_a_mesh_equals_the_plain_function():
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     sharding = NamedSharding(mesh, P(("data", "fsdp"), None, None))
     config = AttentionConfig(0.125, windows=(40, FAR), sharding=sharding, interpret=True)
-    ours, plain = (values_and_gradients(name, 40, config, batch=4) for name in ("splash", "xla"))
+    sinks = jnp.linspace(-2.0, 3.0, HEADS)
+    ours, plain = (values_and_gradients(name, 40, config, 4, sinks) for name in ("splash", "xla"))
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 

@@ -25,7 +25,7 @@ from nalora_jax.plan.machines import CHIPS, Topology
 from nalora_jax.plan.models import architecture
 from tests import tiny
 
-nalora_run = importlib.import_module("nalora_jax.run")  # the package's attribute of this name is the function
+nalora_run = importlib.import_module("nalora_jax.job")
 V6E = Topology("eight simulated chips", CHIPS["v6e"], "v6e", (2, 4))
 EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nalora_jax.__main__ import main
-from nalora_jax.config import MaskConfig, OptimizerConfig, RunConfig, StepScaleConfig
+from nalora_jax.config import OptimizerConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.report.compare import group_runs, render_comparison, write_comparison
 from nalora_jax.report.history import read_history
@@ -17,8 +17,7 @@ from tests.report.conftest import fake_records, write_run
 
 NALORA = RunConfig(
     steps=40,
-    mask=MaskConfig("soft"),
-    step_scale=StepScaleConfig("homogeneity"),
+    mechanisms=("soft:power=2", "homogeneity"),
     optimizer=OptimizerConfig(learning_rate=1e-3),
 )
 LORA = NALORA.without_mechanisms()
@@ -44,7 +43,7 @@ def test_seeds_are_one_group_and_methods_have_their_names(folders: list[Path]) -
     other = write_run(folders[0].parent / "faster", list(fake_records(40, layers=4)), faster)
     labels = [group.label for group in group_runs([*runs, read_history(other)])]
     assert labels[0] == "NA-LoRA, optimizer.learning_rate 0.001"
-    assert labels[2] == "LoRA, mask.kind off, step_scale.kind off, optimizer.learning_rate 0.002"
+    assert labels[2] == "LoRA, mechanisms none, optimizer.learning_rate 0.002"
 
 
 def test_the_page_holds_every_group_and_loads_nothing(folders: list[Path]) -> None:
@@ -53,7 +52,7 @@ def test_the_page_holds_every_group_and_loads_nothing(folders: list[Path]) -> No
     assert not re.search(r'(src|href)="(?!#|data:)|https?://(?!www\.w3\.org)', page)
     cells = dict(re.findall(r'<td data-head="(\w+)">([^<]*)</td>', page))
     assert (cells["before"], cells["after"], cells["difference"]) == ("0.401", "0.523", "+0.122")  # of both seeds
-    assert re.search(r"<th scope=\"row\">mask.kind</th><td>soft</td><td>off</td>", page)
+    assert re.search(r"<th scope=\"row\">mechanisms</th><td>soft:power=2  homogeneity</td><td>none</td>", page)
     last = [read_history(folder).column("misalignment")[1][-1] for folder in folders[:2]]
     assert f"{sum(last) / 2:.3f} ({min(last):.3f} to {max(last):.3f})" in page
     assert len(re.findall(r"fill-opacity: 0.2|opacity: 0.2", page)) >= 2 * 4  # bands

@@ -56,8 +56,6 @@ extend = 1
 [run]
 steps = 8
 lora.rules = [{pattern = "ffn/gate_proj", rank = 2}]
-mask.kind = "off"
-step_scale.kind = "off"
 train = {batch_size = 4, log_every = 4}
 compute = {dtype = "float32", compilation_cache = false}
 mesh = {data = 1}

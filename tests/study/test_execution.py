@@ -76,7 +76,7 @@ def test_what_a_placebo_draws_at_random_is_another_draw_for_another_seed(
     resources: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     protocol = resources.protocol
-    shuffled = Method(settings={"mask": {"kind": "soft", "permute": 0}})
+    shuffled = Method(settings={"mechanisms": ["soft:power=2,permute=0"]})
     changed = replace(protocol, methods=dict(protocol.methods) | {"shuffled": shuffled})
     run = Run(changed, "tune", Cell(protocol.models[0], "z", "shuffled"), 1e-2, 0)
     monkeypatch.setattr(resources, "protocol", changed)

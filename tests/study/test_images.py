@@ -39,8 +39,6 @@ METRIC
 [run]
 steps = 4
 lora.rules = [{pattern = "ffn", rank = 2}]
-mask.kind = "off"
-step_scale.kind = "off"
 train = {batch_size = 8, log_every = 2}
 compute = {dtype = "float32", compilation_cache = false}
 mesh = {data = 1}

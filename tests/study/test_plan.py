@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nalora_jax.errors import NaloraError
 from nalora_jax.study.plan import Cell, Run, canonical, cells, pending, tuning, wanted
 from nalora_jax.study.protocol import Method, Protocol, Task
 from nalora_jax.study.records import Record
@@ -44,6 +45,20 @@ def test_all_methods_are_tuned_level_before_the_next_seed_begins() -> None:
     ]
     assert len({run.id for run in runs}) == len(runs) == 12
     assert {run.stage for run in runs} == {"tune"}  # nothing is tested before its rate is chosen
+
+
+def test_former_groups_of_mechanisms_are_rules_and_part_of_the_run_s_id() -> None:
+    soft = Method(settings={"mask": {"kind": "soft", "warmup": 5}, "mechanisms": ["delta"]})
+    off = {"mask": {"kind": "off"}, "step_scale": {"kind": "homogeneity"}}
+    protocol = replace(PROTOCOL, methods=dict(PROTOCOL.methods) | {"soft": soft}, run=off)
+    run = Run(protocol, "tune", CELL._replace(method="soft"), 1e-3, 0)
+    assert run.config.mechanisms == ("soft:power=2.0,warmup=5", "homogeneity", "delta")
+    rules = Method(settings={"mechanisms": list(run.config.mechanisms)})
+    other = replace(PROTOCOL, methods=dict(PROTOCOL.methods) | {"soft": rules})
+    assert run.config == replace(run, protocol=other).config
+    assert run.id != replace(run, protocol=other).id
+    with pytest.raises(NaloraError, match=r"\[methods.soft\] settings mask keep: expected a value of type float"):
+        replace(protocol, methods={"soft": Method(settings={"mask": {"keep": "x"}})}).former_groups("soft")
 
 
 def test_the_mean_over_seeds_chooses_and_the_tests_run_there() -> None:

@@ -19,7 +19,7 @@ import pytest
 from orbax.checkpoint import path as ocp_path
 
 from nalora_jax import trees
-from nalora_jax.config import LoRAConfig, LoRARule, MaskConfig, MeshConfig, RunConfig, TrainConfig
+from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.distributed import STATE_RULES, bytes_per_device, make_mesh, shardings
 from nalora_jax.errors import LostPeerError, NaloraError
 from nalora_jax.train.checkpoint import Checkpointer, _reason
@@ -213,12 +213,12 @@ def test_settings_that_change_the_result_are_refused_with_both_values(tmp_path):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, {"x": jnp.ones(3)}, {})
     rules = (LoRARule("ffn/gate_proj", rank=4, alpha=8.0), LoRARule("attn"))
-    changed = RunConfig(mask=MaskConfig("soft", keep=0.25), lora=LoRAConfig(rules=rules, dropout=0.1), seed=1)
+    changed = RunConfig(mechanisms=("soft:power=2", "curvature_cap"), lora=LoRAConfig(rules=rules, dropout=0.1), seed=1)
     with opened(tmp_path, changed) as checkpoints, pytest.raises(NaloraError) as caught:
         checkpoints.restore("latest", {"x": jnp.ones(3)})
     before, after = str(caught.value).split("found ")
     for part in (
-        "mask.keep = 0.5",
+        "mechanisms.0 = 'curvature_cap'",
         "lora.dropout = 0.0",
         "seed = 0",
         "lora.rules.0.rank = 8",
@@ -226,7 +226,7 @@ def test_settings_that_change_the_result_are_refused_with_both_values(tmp_path):
     ):
         assert part in before
     for part in (
-        "mask.keep = 0.25",
+        "mechanisms.0 = 'soft:power=2'",
         "lora.dropout = 0.1",
         "seed = 1",
         "lora.rules.0.rank = 4",
@@ -235,7 +235,7 @@ def test_settings_that_change_the_result_are_refused_with_both_values(tmp_path):
         assert part in after
     assert "lora.rules.0.alpha = None" in before
     assert "lora.rules.0.alpha = 8.0" in after
-    assert "mask.power" not in str(caught.value)
+    assert "lora.dora" not in str(caught.value)
 
 
 def test_settings_that_do_not_may_change(tmp_path):
@@ -509,8 +509,25 @@ def test_a_checkpoint_of_an_older_layout_is_refused_by_name_and_newer_settings_h
     with pytest.raises(NaloraError, match=r"gate/memory/mask.*\[2, 8\], found .*absent.*written by another version"):
         check_arrays("checkpoint 3", saved, wanted)
     settings = RunConfig().to_dict()
-    older = {**settings, "mask": {name: x for name, x in settings["mask"].items() if name != "permute"}}
+    older = {**settings, "lora": {name: x for name, x in settings["lora"].items() if name != "dora"}}
     check_run("checkpoint 3", {"base": "b", "config": older}, {"base": "b", "config": settings})
-    changed = {**settings, "mask": {**settings["mask"], "permute": 3}}
-    with pytest.raises(NaloraError, match=r"mask\.permute = -1, found mask\.permute = 3; restore these"):
+    changed = {**settings, "lora": {**settings["lora"], "dora": True}}
+    with pytest.raises(NaloraError, match=r"lora\.dora = False, found lora\.dora = True; restore these"):
         check_run("checkpoint 3", {"base": "b", "config": older}, {"base": "b", "config": changed})
+
+
+def test_checkpoints_of_versions_with_other_labels_and_groups_of_mechanisms_are_restored(tmp_path):
+    off = {"mask": {"kind": "off"}, "step_scale": {"kind": "off"}, "mechanisms": ["curvature_cap:tau=0.1", "soft"]}
+    rules = ("curvature_cap", "soft:power=1.0")  # equal to those
+    arrays = {"ffn": {"slope": jnp.arange(4.0)}}, {"ffn": {"slope": jnp.ones(4)}}
+
+    def state(*labels):
+        return {"gate": {"memory": dict(zip(labels, arrays, strict=True)), "count": jnp.int32(1)}}
+
+    with Checkpointer(tmp_path, fingerprint="a", config={**RunConfig().to_dict(), **off}) as checkpoints:
+        checkpoints.save(1, state("curvature_cap", "soft"), {})
+    with opened(tmp_path, RunConfig(mechanisms=rules), fingerprint="a") as checkpoints:
+        restored, _ = checkpoints.restore("latest", jax.eval_shape(lambda: state("step_scale", "mask")))
+    assert_same_bits(restored, state("step_scale", "mask"))
+    with opened(tmp_path, fingerprint="a") as checkpoints, pytest.raises(NaloraError, match="mechanisms.1 = 'soft'"):
+        checkpoints.restore("latest", state("step_scale", "mask"))

@@ -16,10 +16,8 @@ from nalora_jax.config import (
     DebugConfig,
     LoRAConfig,
     LoRARule,
-    MaskConfig,
     MeshConfig,
     RunConfig,
-    StepScaleConfig,
     TrainConfig,
     check,
 )
@@ -47,8 +45,7 @@ def config(model: Path | str, data: Path, **changes: object) -> RunConfig:
         train=TrainConfig(batch_size=8),
         compute=ComputeConfig("float32", stats_stride=1, probe_stride=1),
         vision=VisionConfig("classify", shots=4, templates=("a photo of a {}.",)),
-        mask=MaskConfig("soft", warmup=1),
-        step_scale=StepScaleConfig("homogeneity", warmup=1),
+        mechanisms=("soft:power=2,warmup=1", "homogeneity:warmup=1"),
         mesh=MeshConfig(data=1),
     )
     return replace(base, **changes)

@@ -14,10 +14,8 @@ from nalora_jax.config import (
     ComputeConfig,
     LoRAConfig,
     LoRARule,
-    MaskConfig,
     MeshConfig,
     RunConfig,
-    StepScaleConfig,
     check,
 )
 from nalora_jax.errors import NaloraError
@@ -42,8 +40,7 @@ RULES = (LoRARule("layers/1/ffn/gate_proj", 2), LoRARule("ffn", 3), LoRARule("q_
 def assembly(**lora: object) -> Assembly:
     config = RunConfig(
         lora=LoRAConfig(rules=RULES, init="gradient", **lora),  # type: ignore[arg-type]
-        mask=MaskConfig(kind="off"),
-        step_scale=StepScaleConfig(kind="off"),
+        mechanisms=(),
         compute=ComputeConfig(dtype="float32", stats_stride=1),
     )
     return assemble(config, BASE, PARAMS, distributed.make_mesh(MeshConfig(data=1), jax.devices()[:1]))

@@ -17,11 +17,9 @@ from nalora_jax.config import (
     ComputeConfig,
     LoRAConfig,
     LoRARule,
-    MaskConfig,
     MeshConfig,
     OptimizerConfig,
     RunConfig,
-    StepScaleConfig,
 )
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
@@ -97,8 +95,7 @@ def our_start(base: tuple[Any, ModelConfig, Any], first: dict[str, jax.Array], m
     rules = (LoRARule("ffn/(gate|up|down)_proj|q_proj", RANK, ALPHA),)
     config = RunConfig(
         lora=LoRAConfig(rules=rules, **METHODS.get(method, ({}, {}))[0]),
-        mask=MaskConfig(kind="off"),
-        step_scale=StepScaleConfig(kind="off"),
+        mechanisms=(),
         optimizer=OPTIMIZER,
         compute=ComputeConfig(dtype="float32"),
         **more,

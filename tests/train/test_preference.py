@@ -19,11 +19,9 @@ from nalora_jax.config import (
     DataConfig,
     LoRAConfig,
     LoRARule,
-    MaskConfig,
     MeshConfig,
     OptimizerConfig,
     RunConfig,
-    StepScaleConfig,
     TrainConfig,
     check,
 )
@@ -31,12 +29,12 @@ from nalora_jax.config.preference import PreferenceConfig
 from nalora_jax.data.preference import pair_data
 from nalora_jax.data.sources import RecordsSource
 from nalora_jax.errors import NaloraError
+from nalora_jax.job import run
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.ops.cross_entropy import Head, cross_entropy
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.target_losses import target_losses
-from nalora_jax.run import run
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.train.assembly import assemble
 from nalora_jax.train.preference import dpo
@@ -78,8 +76,7 @@ def settings(preference, **changes):
     return RunConfig(
         steps=8,
         lora=LoRAConfig(rules=(LoRARule("ffn", 4), LoRARule("q_proj", 2))),
-        mask=MaskConfig("soft", warmup=1),
-        step_scale=StepScaleConfig("homogeneity", warmup=1),
+        mechanisms=("soft:power=2,warmup=1", "homogeneity:warmup=1"),
         optimizer=OptimizerConfig(learning_rate=1e-2),
         compute=ComputeConfig(dtype="float32", stats_stride=1),
         preference=preference,

@@ -10,7 +10,7 @@ from nalora_jax.config import DataConfig, LoRAConfig, LoRARule
 from nalora_jax.config.preference import PreferenceConfig
 from nalora_jax.data.preference import pair_data
 from nalora_jax.data.sources import RecordsSource
-from nalora_jax.load import load
+from nalora_jax.loading.adapted import load
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve

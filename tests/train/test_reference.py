@@ -15,11 +15,11 @@ import numpy as np
 import optax
 import pytest
 
-from nalora_jax.config import MaskConfig, StepScaleConfig
 from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method import activations
 from nalora_jax.method.ffn import Adapters, GatedFFN
 from nalora_jax.method.optimizer import find_gates, nalora
+from nalora_jax.method.rules import HomogeneityStep, SoftMask
 from nalora_jax.method.step import StepConfig, init_state, make_train_step
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.dispatch import Numerics
@@ -30,8 +30,8 @@ from nalora_jax.train.objectives import NextToken
 LAYERS, D, F, R, V = 2, 6, 10, 3, 17
 SCALES = {"gate_proj": 1.5, "up_proj": 0.5, "down_proj": 2.0}
 LR, DECAY, B1, B2, EPS = 0.05, 0.1, 0.9, 0.95, 1e-8
-MASK = MaskConfig(kind="soft", power=2.0, low=0.2, high=1.8, decay=0.7, warmup=0)
-STEP = StepScaleConfig(kind="homogeneity", gains=(0.3, 0.6, 1.0, 0.9), min_occupancy=0.01, decay=0.6, warmup=0)
+MASK = SoftMask(power=2.0, low=0.2, high=1.8, decay=0.7, warmup=0)
+STEP = HomogeneityStep(gains=(0.3, 0.6, 1.0, 0.9), min_occupancy=0.01, decay=0.6, warmup=0)
 
 
 class Tower(nn.Module):
@@ -199,12 +199,10 @@ def test_twelve_steps_agree_with_numpy(mechanisms: bool) -> None:
     )
     params, lora = _random_like(rng, variables["params"], 0.4), _random_like(rng, variables["lora"], 0.3)
     assert set(lora["layers"]) == set(SCALES)
-    mask = MASK if mechanisms else MaskConfig(kind="off")
-    scale = STEP if mechanisms else StepScaleConfig(kind="off")
     inner = optax.adamw(LR, b1=B1, b2=B2, eps=EPS, weight_decay=DECAY)
     # One with a statistic of the backward pass rides along, with an exponent of 0: it measures, and changes nothing.
-    names = ("delta:q=0,decay=0",) if mechanisms else ()
-    chosen = make_mechanisms(mask, scale, names, activation="silu")
+    rules = (MASK, STEP, "delta:q=0,decay=0") if mechanisms else ()
+    chosen = make_mechanisms(rules, activation="silu")
     optimizer = nalora(inner, find_gates(lora), chosen)
     objective = NextToken(model, Head(transposed=True), Numerics())
     step = jax.jit(make_train_step(optimizer, StepConfig(chosen, metrics=layer_metrics(chosen)), objective))

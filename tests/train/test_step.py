@@ -19,11 +19,9 @@ from nalora_jax.config import (
     DebugConfig,
     LoRAConfig,
     LoRARule,
-    MaskConfig,
     MeshConfig,
     OptimizerConfig,
     RunConfig,
-    StepScaleConfig,
 )
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import activations, ffn, low_rank
@@ -57,8 +55,7 @@ BASE = ModelConfig.from_hf(
 CONFIG = RunConfig(
     steps=8,
     lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4), LoRARule("attn/(q|v)_proj", 2))),
-    mask=MaskConfig("soft", warmup=1),
-    step_scale=StepScaleConfig("homogeneity", warmup=1),
+    mechanisms=("soft:power=2,warmup=1", "homogeneity:warmup=1"),
     optimizer=OptimizerConfig(learning_rate=1e-2),
     compute=ComputeConfig(dtype="float32", probe_stride=1),
 )
@@ -219,7 +216,7 @@ def test_base_weights_stay_and_every_adapter_moves() -> None:
 
 
 def test_with_both_mechanisms_off_it_is_plain_lora_to_the_bit() -> None:
-    off = replace(CONFIG, mask=MaskConfig(kind="off"), step_scale=StepScaleConfig(kind="off"))
+    off = replace(CONFIG, mechanisms=())
     ours, _ = _run(off)
     assembly, params = _assemble(off)
     optimizer = make_optimizer(off.optimizer, off.steps)
@@ -358,7 +355,7 @@ def test_short_rows_count() -> None:
     layers = metrics["layers"]["layers/ffn"]
     assert np.all(layers["importance"] > 0.1)
     assert np.all(layers["misalignment"] > 0)
-    own = own_factors(state.gate, make_mechanisms(config.mask, config.step_scale, activation="silu"))
+    own = own_factors(state.gate, make_mechanisms(config.mechanisms, activation="silu"))
     assert all(float(jnp.std(blocks["layers/ffn"])) > 1e-3 for blocks in own.values())
 
 

@@ -39,6 +39,18 @@ FEATURES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 4},
     "phi3": {"resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "olmo2": {},
+    "olmo3": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 4,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
     "smollm3": {"no_rope_layer_interval": 2},
     "granite": {
         "embedding_multiplier": 3.0,
@@ -47,6 +59,13 @@ FEATURES: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
     },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 4,
+        "swiglu_limit": 1.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
     "qwen3_moe": {
         "num_experts": 4,
         "num_experts_per_tok": 2,

@@ -6,7 +6,7 @@ import re
 import huggingface_hub
 import pytest
 
-from nalora_jax.config import ComputeConfig, DataConfig, MaskConfig, OptimizerConfig, RunConfig, StepScaleConfig
+from nalora_jax.config import ComputeConfig, DataConfig, OptimizerConfig, RunConfig
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.weights.card import Card, hub_license, render_card, write_card
 from nalora_jax.weights.origin import Origin
@@ -21,8 +21,7 @@ CARD = Card(
     run=RunConfig(
         steps=123,
         seed=7,
-        mask=MaskConfig("soft"),
-        step_scale=StepScaleConfig("homogeneity"),
+        mechanisms=("soft:power=2", "homogeneity"),
         optimizer=OptimizerConfig(learning_rate=1e-3),
     ),
     command="python train.py --steps 123",
@@ -103,7 +102,7 @@ def test_an_interval_of_the_loss_does_not_stand_beside_an_empty_accuracy():
 
 
 def test_plain_lora_is_not_called_nalora():
-    run = RunConfig(mask=MaskConfig(kind="off"), step_scale=StepScaleConfig(kind="off"))
+    run = RunConfig(mechanisms=())
     text = render_card(dataclasses.replace(CARD, run=run))
     assert "Trained with plain LoRA." in text
     assert "NA-LoRA" not in text

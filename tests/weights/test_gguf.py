@@ -19,13 +19,14 @@ from safetensors.numpy import load_file
 from nalora_jax.config import MeshConfig
 from nalora_jax.distributed import make_mesh
 from nalora_jax.errors import NaloraError
+from nalora_jax.loading.base import load_model
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.trees import flatten
-from nalora_jax.weights import load, load_model
+from nalora_jax.weights import tensors
 from nalora_jax.weights.gguf import READABLE, GGUFFile
 from nalora_jax.weights.gguf_config import hf_config
 from nalora_jax.weights.keymaps import keymap_for, params_from_tensors, tensors_from_params
-from nalora_jax.weights.load import load_params
+from nalora_jax.weights.tensors import load_params
 
 TOKENS = ["<unk>", "<s>", "</s>", "a", "b", "c", "ab", "abc", "Ġ", "Ġa", *(f"<extra{i}>" for i in range(38))]
 KINDS = [2, 3, 3, *[1] * 7, *[5] * 38]
@@ -179,6 +180,15 @@ def test_every_number_format_is_read_whole_and_in_slices(tmp_path: Path, name: s
 
 # ---------------------------------------------------------------- models
 
+YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 8}
+
+
+def add_yarn(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+    writer.add_rope_scaling_orig_ctx_len(8)
+
+
 FAMILIES: dict[str, tuple[str, dict[str, Any], Write]] = {
     "llama": ("llama", {}, lambda w: w.add_rope_freq_base(10_000.0)),
     "qwen2": ("qwen2", {"use_sliding_window": False, "sliding_window": None}, lambda w: w.add_rope_freq_base(1e4)),
@@ -192,6 +202,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Write]] = {
     "gemma3_text": ("gemma3", {}, lambda w: (w.add_sliding_window(4), w.add_rope_freq_base(1e6))),
     "phi3": ("phi3", {"sliding_window": 4}, lambda w: (w.add_sliding_window(4), w.add_rope_dimension_count(8))),
     "olmo2": ("olmo2", {}, lambda w: w.add_rope_freq_base(1e4)),
+    "olmo3": (
+        "olmo2",
+        {"rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}}},
+        lambda w: (
+            w.add_sliding_window(4),
+            w.add_sliding_window_pattern([True, False, True]),
+            w.add_rope_freq_base(5e5),
+            add_yarn(w),
+        ),
+    ),
+    "ministral3": (
+        "mistral3",
+        {
+            "rope_parameters": YARN
+            | {"beta_fast": 16.0, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.25}
+        },
+        lambda w: (
+            w.add_rope_freq_base(5e5),
+            add_yarn(w),
+            w.add_rope_scaling_yarn_beta_fast(16.0),
+            w.add_rope_scaling_yarn_log_mul(0.5),
+            w.add_attn_temperature_scale(0.25),
+        ),
+    ),
     "smollm3": (
         "smollm3",
         {"no_rope_layer_interval": 4, "no_rope_layers": None, "num_hidden_layers": 5},
@@ -293,7 +327,7 @@ def test_rows_that_llama_cpp_regroups_are_right_on_a_mesh_and_in_blocks(
 ) -> None:
     path = str(write_llama(tmp_path / "m.gguf"))
     alone = flatten(load_model(path, dtype="float32").params)
-    monkeypatch.setattr(load, "BLOCK", 40)
+    monkeypatch.setattr(tensors, "BLOCK", 40)
     for sizes in ((8, 1, 1), (1, 4, 2), (2, 2, 2)):
         spread = load_model(path, dtype="float32", mesh=make_mesh(MeshConfig(*sizes)))
         for name, leaf in flatten(spread.params).items():

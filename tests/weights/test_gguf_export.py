@@ -11,12 +11,12 @@ from gguf.quants import dequantize
 
 from nalora_jax.__main__ import main
 from nalora_jax.errors import NaloraError
+from nalora_jax.loading.base import load_model
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.trees import flatten, unflatten
-from nalora_jax.weights import load_model
 from nalora_jax.weights.gguf_export import (
     ARCHITECTURES,
     KINDS,

@@ -17,7 +17,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from nalora_jax.__main__ import main
 from nalora_jax.config import LoRAConfig, LoRARule
-from nalora_jax.load import load
+from nalora_jax.loading.adapted import load
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes, projection_shapes
@@ -43,18 +43,20 @@ HF: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
 }
-IDS = [3, 4, 5, 6, 7, 8, 9, 10]
+IDS = list(range(3, 23))
 QUANTIZED = ("Q2_K", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS")
 
 
 def write_base(path: Path, kind: GGMLQuantizationType | None = None) -> Path:
     """A tiny Llama as llama.cpp's converter would write it; its feed-forward blocks in a format of random blocks."""
-    config = ModelConfig.from_hf(HF)
-    rng = np.random.default_rng(0)
-    leaves = {path: rng.standard_normal(shape, np.float32) for path, shape in param_shapes(config).items()}
-    scales = {path: 0.1 if path.endswith("/scale") else 0.2 if "embed" in path else 0.08 for path in leaves}
-    params = unflatten({path: scales[path] * leaf + path.endswith("/scale") for path, leaf in leaves.items()})
     writer = gguf.GGUFWriter(path, "llama")
+    add_metadata(writer)
+    add_tensors(writer, ModelConfig.from_hf(HF), kind)
+    return finish(writer, path)
+
+
+def add_metadata(writer: gguf.GGUFWriter) -> None:
+    """The sizes of `HF` and a tokenizer."""
     writer.add_block_count(2)
     writer.add_context_length(64)
     writer.add_embedding_length(WIDTH)
@@ -76,11 +78,22 @@ def write_base(path: Path, kind: GGMLQuantizationType | None = None) -> Path:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(False)
+
+
+def add_tensors(writer: gguf.GGUFWriter, config: ModelConfig, kind: GGMLQuantizationType | None = None) -> None:
+    """Random tensors of a model; its feed-forward blocks as random blocks of ``kind``."""
+    rng = np.random.default_rng(0)
+    leaves = {path: rng.standard_normal(shape, np.float32) for path, shape in param_shapes(config).items()}
+    scales = {path: 0.1 if path.endswith("/scale") else 0.2 if "embed" in path else 0.08 for path in leaves}
+    params = unflatten({path: scales[path] * leaf + path.endswith("/scale") for path, leaf in leaves.items()})
     for name, tensor in tensors_from_params(config, params, "gguf"):
         if kind is not None and "ffn" in name and tensor.ndim == 2:
             writer.add_tensor(name, random_blocks(kind, len(tensor), rng), raw_dtype=kind)
         else:
             writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
+
+
+def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -161,3 +174,47 @@ def test_a_quantized_base_is_read_as_llama_cpp_reads_it(tmp_path, name):
     # llama.cpp rounds activations to 8 bits for these formats, of weights that are larger than a model's here. A code
     # that is read wrongly changes logits by about their range.
     np.testing.assert_allclose(llama_cpp(base), expected, atol=0.05 * np.ptp(expected))
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 8}
+OLMO3 = {
+    "model_type": "olmo3",
+    "sliding_window": 3,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_theta": 1e4}},
+}
+MINISTRAL3 = {
+    "model_type": "ministral3",
+    "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.7},
+}
+
+
+def add_olmo3(writer: gguf.GGUFWriter) -> None:
+    writer.add_sliding_window(3)
+    writer.add_sliding_window_pattern([True, False])
+
+
+def add_ministral3(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_yarn_log_mul(1.0)
+    writer.add_attn_temperature_scale(0.7)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "raw", "more"),
+    [("olmo2", OLMO3, add_olmo3), ("mistral3", MINISTRAL3, add_ministral3)],
+    ids=["olmo3", "ministral3"],
+)
+def test_windows_and_rotations_of_newer_families_are_llama_cpps(tmp_path, architecture, raw, more):
+    """A text longer than the window and the original context."""
+    path = tmp_path / "base.gguf"
+    writer = gguf.GGUFWriter(path, architecture)
+    add_metadata(writer)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(16.0)
+    writer.add_rope_scaling_orig_ctx_len(8)
+    more(writer)
+    # OLMo's embedding is never tied in llama.cpp.
+    config = ModelConfig.from_hf(HF | raw | {"tie_word_embeddings": False})
+    add_tensors(writer, config)
+    assert load(str(finish(writer, path)), dtype="float32").base.config == config
+    np.testing.assert_allclose(llama_cpp(path), ours(load(str(path), dtype="float32")), atol=2e-3)

@@ -20,13 +20,14 @@ from safetensors.numpy import load_file, save_file
 from nalora_jax.config import MeshConfig
 from nalora_jax.distributed import PARAM_RULES, bytes_per_device, make_mesh, shardings
 from nalora_jax.errors import NaloraError
+from nalora_jax.loading.base import load_model
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.trees import flatten, size_bytes
-from nalora_jax.weights import load, load_model
+from nalora_jax.weights import tensors
 from nalora_jax.weights.hf import INDEX, SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for, params_from_tensors
-from nalora_jax.weights.load import Index, load_params
 from nalora_jax.weights.origin import fingerprint
+from nalora_jax.weights.tensors import Index, load_params
 
 RAW: dict[str, Any] = {
     "model_type": "llama",
@@ -120,8 +121,8 @@ def test_fused_expert_and_norm_layouts(
 @pytest.mark.parametrize(("block", "workers"), [(1, 2), (40, 1), (100, 7)])
 def test_tensors_larger_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, workers: int) -> None:
     expected = flatten(params_from_tensors(ModelConfig.from_hf(RAW), write_folder(tmp_path).__getitem__))
-    monkeypatch.setattr(load, "BLOCK", block)
-    monkeypatch.setattr(load, "WORKERS", workers)
+    monkeypatch.setattr(tensors, "BLOCK", block)
+    monkeypatch.setattr(tensors, "WORKERS", workers)
     for path, leaf in flatten(load_model(str(tmp_path), dtype="float32").params).items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
@@ -196,7 +197,7 @@ def test_peak_memory_is_the_parameters_and_a_block(tmp_path: Path) -> None:
         import re, sys
         import jax
         from nalora_jax.trees import size_bytes
-        from nalora_jax.weights import load_model
+        from nalora_jax.loading.base import load_model
         # not getrusage, whose peak a child process inherits from its parent
         peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1e3
         jax.block_until_ready(jax.numpy.ones(3) + 1)
@@ -417,3 +418,21 @@ def test_mutated_configs_give_only_our_error(tmp_path: Path) -> None:
     ]
     changed += [flipped(rng, text, len(text)) for _ in range(200)]
     assert outcomes(tmp_path, "config.json", changed) > 300
+
+
+def test_a_multimodal_folder_loads_as_its_text_model_and_says_so(tmp_path, caplog):
+    transformers = pytest.importorskip("transformers")
+    text = {**RAW, "model_type": "ministral3", "head_dim": 8, "pad_token_id": 0, "rms_norm_eps": 1e-5}
+    tower = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    tower |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.Mistral3Config(text_config=text, vision_config=tower, tie_word_embeddings=False)
+    theirs = transformers.AutoModelForImageTextToText.from_config(config)
+    theirs.save_pretrained(tmp_path)
+    tokenizer_files(tmp_path)
+    with caplog.at_level("INFO"):
+        model = load_model(str(tmp_path), dtype="float32")
+    assert f"{tmp_path}: the text model of mistral3, without its image tower" in caplog.messages
+    assert (model.config.model_type, model.config.query_growth) == ("ministral3", 0.1)
+    expected = theirs.model.language_model.layers[2].mlp.up_proj.weight.detach().numpy().T
+    np.testing.assert_array_equal(flatten(model.params)["layers/ffn/up_proj/kernel"][2], expected)
+    np.testing.assert_array_equal(model.params["lm_head"]["kernel"], theirs.lm_head.weight.detach().numpy().T)

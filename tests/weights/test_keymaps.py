@@ -37,12 +37,14 @@ ARCHITECTURES = {
     "mixtral": "llama",
     "gemma3_text": "gemma3",
     "qwen3_moe": "qwen3moe",
+    "olmo3": "olmo2",
+    "ministral3": "mistral3",
 }
 
 
 def config_of(family: str, **changes) -> ModelConfig:
     raw = {**SIZES, "model_type": family, **changes}
-    if family in ("gemma2", "gemma3_text"):
+    if family in ("gemma2", "gemma3_text", "olmo3"):
         raw["sliding_window"] = 8
     return ModelConfig.from_hf(raw)
 

@@ -138,12 +138,21 @@ FAMILIES = {
     "gemma3_text": (TARGETS, {"dora": True}),
     "phi3": (ALL, {"dora": True}),
     "olmo2": (TARGETS, {}),
+    "olmo3": (ALL, {"rslora": True}),
+    "ministral3": (TARGETS, {"dora": True}),
     "smollm3": (ALL, {}),
     "granite": (ALL, {"rslora": True}),
     "mixtral": (TARGETS, {}),
     "qwen3_moe": (ALL, {"rslora": True}),
+    "gpt_oss": (ALL, {}),
 }
-WITH_DECODER = ("llama", "gemma3_text", "phi3", "mixtral")  # the others would only repeat it, at a compilation each
+WITH_DECODER = (
+    "llama",
+    "gemma3_text",
+    "phi3",
+    "mixtral",
+    "gpt_oss",
+)  # the others would only repeat it, at a compilation each
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -265,13 +274,17 @@ def test_tokenizer_files_of_the_base_are_copied(small, tmp_path):
         write(tmp_path / "n", config, params, lora, spec, raw, tokenizer=tmp_path / "empty")
 
 
-def test_multimodal_base_becomes_its_text_model(tiny_model, tmp_path):
-    model, config = tiny_model("gemma3_text")
-    raw = {"model_type": "gemma3", "text_config": model.config.to_dict(), "tie_word_embeddings": True}
+@pytest.mark.parametrize(
+    ("family", "text", "name"),
+    [("gemma3", "gemma3_text", "Gemma3ForCausalLM"), ("mistral3", "ministral3", "Ministral3ForCausalLM")],
+)
+def test_multimodal_base_becomes_its_text_model(family, text, name, tiny_model, tmp_path):
+    model, config = tiny_model(text, tie_word_embeddings=True)
+    raw = {"model_type": family, "text_config": model.config.to_dict(), "tie_word_embeddings": True}
     params = random_params(config)
     write(tmp_path / "m", config, params, None, NO_ADAPTERS, raw)
     loaded = load(tmp_path / "m")
-    assert type(loaded).__name__ == "Gemma3ForCausalLM"
+    assert type(loaded).__name__ == name
     np.testing.assert_array_equal(loaded.model.embed_tokens.weight.detach(), params["embed"]["embedding"])
 
 

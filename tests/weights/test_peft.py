@@ -72,11 +72,13 @@ def peft_deltas(wrapped: Any, layout: Any, config: Any) -> dict[tuple[str, int],
                     module = module.base_layer
             if not hasattr(module, "get_delta_weight"):
                 continue
-            delta = module.get_delta_weight("default").detach().double().numpy().swapaxes(-1, -2)
-            for part, ours in zip(
-                host.parts, np.split(delta, np.cumsum([shapes[p][-1] for p in host.parts])[:-1], -1), strict=True
-            ):
-                found[part, layer] = ours
+            delta = module.get_delta_weight("default").detach().double().numpy()
+            if host not in layout.parameters or module._did_swap_in_out_features:  # stored as [d_out, d_in]
+                delta = delta.swapaxes(-1, -2)
+            parts = np.split(delta, np.cumsum([shapes[p][-1] for p in host.parts])[:-1], -1)
+            if host.alternates:
+                parts = [delta[..., i :: len(host.parts)] for i in range(len(host.parts))]
+            found |= {(part, layer): ours for part, ours in zip(host.parts, parts, strict=True)}
     return found
 
 
@@ -244,6 +246,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2": ("qwen2", FFN | ATTENTION, {}),
     "gemma2": ("gemma2", FFN, {}),
     "olmo2": ("olmo2", FFN | ATTENTION, {}),
+    "olmo3": ("olmo3", MIXED, {}),
+    "ministral3": ("ministral3", FFN | ATTENTION, {}),
     "phi3": ("phi3", FFN | ATTENTION, {}),
     "phi3 mixed": ("phi3", MIXED, {}),
     "phi3 rslora": ("phi3", MIXED, {"rslora": True}),
@@ -251,6 +255,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mixtral": ("mixtral", FFN | ATTENTION, {}),
     "mixtral mixed": ("mixtral", MIXED, {"rslora": True}),
     "qwen3_moe": ("qwen3_moe", FFN, {}),
+    "gpt_oss": ("gpt_oss", FFN | ATTENTION, {}),
+    "gpt_oss mixed": ("gpt_oss", MIXED, {"rslora": True}),
     "qwen3_moe gate": ("qwen3_moe", {"ffn/gate_proj": FFN["ffn/gate_proj"]}, {"dropout": 0.5}),
     "qwen3_moe mixed": ("qwen3_moe", MIXED, {}),
 }
@@ -272,7 +278,7 @@ def test_export_loads_in_peft(case, tiny_model, random_lora, deltas, tmp_path):
     # And back: what was exported is what is imported, bit for bit where no scale was folded.
     again, spec_again = import_adapter(folder, config)
     assert_same(deltas(lora, spec), deltas(again, spec_again), 1e-6)
-    if config.model_type not in ("phi3", "mixtral", "qwen3_moe"):
+    if config.model_type not in ("phi3", "mixtral", "qwen3_moe", "gpt_oss"):
         assert spec_again == spec
         for path, _target in spec.targets:
             for name in ("a", "b"):
@@ -340,11 +346,13 @@ def test_verify_export_notices_any_change(tiny_model, random_lora, tmp_path):
 # ---------------------------------------------------------------- mixtures of experts, as PEFT itself writes them
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("style", ["parameters", "one parameter", "modules"])
 def test_import_experts_from_peft(family, style, tiny_model, deltas, tmp_path):
     model, config = tiny_model(family)
-    old_names = ["w1", "w2", "w3"] if family == "mixtral" else ["gate_proj", "up_proj", "down_proj"]
+    old_names = {"mixtral": ["w1", "w2", "w3"], "gpt_oss": ["q_proj"]}.get(
+        family, ["gate_proj", "up_proj", "down_proj"]
+    )
     targets = {
         "parameters": {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
         "one parameter": {"target_parameters": ["mlp.experts.down_proj"], "target_modules": ["q_proj"]},
@@ -472,6 +480,24 @@ def test_vllm_export(family, tiny_model, random_lora, deltas, tmp_path):
     if config.n_experts:  # vLLM packs gate, up and down of every expert: all or none
         names = {key.rpartition(".lora_")[0] for key in load_file(tmp_path / "a/adapter_model.safetensors")}
         assert sum(".experts." in name for name in names) == 3 * config.n_layers * config.n_experts
+
+
+def test_vllm_export_of_stacked_experts(tiny_model, random_lora, deltas, tmp_path):
+    """vLLM reads gpt-oss's experts as PEFT writes them, if both parameters of every layer are there."""
+    model, config = tiny_model("gpt_oss")
+    targets = {"ffn/up_proj": ((0, 4, 2), (1.0, 8.0, 6.0)), "attn/q_proj": ((3, 0, 3), (3.0, 1.0, 3.0))}
+    lora, spec = random_lora(config, targets)
+
+    export_adapter(lora, spec, config, tmp_path / "a", base_model_name="org/base", target="vllm")
+
+    settings_ = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert (settings_["r"], settings_["rank_pattern"], settings_["alpha_pattern"]) == (4, {}, {})
+    shapes = {key: tensor.shape for key, tensor in load_file(tmp_path / "a/adapter_model.safetensors").items()}
+    for layer in range(config.n_layers):
+        stem = f"base_model.model.model.layers.{layer}.mlp.experts"
+        assert shapes[f"{stem}.base_layer.lora_A.weight"] == (4 * config.n_experts, config.d_model)
+        assert shapes[f"{stem}.lora_A.weight"] == (4 * config.n_experts, config.d_ff)
+    assert_same(deltas(lora, spec), peft_deltas(load(model, tmp_path / "a"), module_layout(config), config))
 
 
 def test_vllm_refusals_name_the_rule(tiny_model, random_lora, tmp_path):

@@ -11,8 +11,9 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from nalora_jax import downloads
+from nalora_jax.loading.base import LoadedModel, load_model
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.weights import LoadedModel, hub, load_model
+from nalora_jax.weights import hub
 
 pytestmark = [pytest.mark.network, pytest.mark.optimised]
 

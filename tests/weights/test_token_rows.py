@@ -20,7 +20,8 @@ from nalora_jax.__main__ import main
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, PreferenceConfig, RunConfig, check
 from nalora_jax.errors import NaloraError
 from nalora_jax.generate.programs import view_weights
-from nalora_jax.load import load, put_on
+from nalora_jax.job import run
+from nalora_jax.loading.adapted import load, put_on
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import projection_shapes
@@ -28,7 +29,6 @@ from nalora_jax.models.targets import resolve
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.trained_head import HeadRows, trained_cross_entropy
-from nalora_jax.run import run
 from nalora_jax.train import snapshot
 from nalora_jax.train.assembly import assemble
 from nalora_jax.weights.adapter_bank import AdapterBank

@@ -193,7 +193,9 @@ class Cached(NamedTuple):
     segments: jax.Array  # int [batch or 1, slots]; 0: empty
 
 
-def cached_attention(heads: Heads, cached: Cached, scale: float, softcap: float = 0.0) -> jax.Array:
+def cached_attention(
+    heads: Heads, cached: Cached, scale: float, softcap: float = 0.0, sinks: jax.Array | None = None
+) -> jax.Array:
     """Returns attention of one new token per row to cached keys and to itself.
 
     Args:
@@ -201,6 +203,7 @@ def cached_attention(heads: Heads, cached: Cached, scale: float, softcap: float 
       cached: earlier tokens, seen under the same rule.
       scale: multiplies q . k.
       softcap: ``c tanh(s / c)`` of the scores; 0: none.
+      sinks: float32 ``[heads]``, one more score of each head, without a value; None: none.
 
     Returns:
       float32 ``[batch, 1, heads, head_dim]``.
@@ -213,8 +216,13 @@ def cached_attention(heads: Heads, cached: Cached, scale: float, softcap: float 
     own = (jnp.broadcast_to(jnp.asarray(x, jnp.int32)[:, 0], (batch,)) for x in (heads.positions, heads.segments))
     others = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, slots)) for x in (cached.positions, cached.segments))
     arguments = *new, cached.k.stack, cached.v.stack, jnp.asarray(cached.k.at, jnp.int32), *own, *others
+    sinks = jnp.full(n, -1e30) if sinks is None else sinks
     result: jax.Array = _call("cached_attention", [jax.ShapeDtypeStruct((batch, n, dim), jnp.float32)])(
-        *arguments, jnp.asarray(heads.window, jnp.int32), scale=np.float32(scale), cap=np.float32(softcap)
+        *arguments,
+        jnp.asarray(heads.window, jnp.int32),
+        sinks.astype(jnp.float32),
+        scale=np.float32(scale),
+        cap=np.float32(softcap),
     )[0]
     return result[:, None]
 

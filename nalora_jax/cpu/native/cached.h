@@ -1,6 +1,8 @@
 // Attention of one new token a row to the cached keys of that row and to itself:
 //
-//   s = cap(scale q k), unseen keys left out,   out = softmax(s) v
+//   s = cap(scale q k), unseen keys left out,   out = softmax(s, sink) v
+//
+// The sink of a head is one more score, which has no value.
 //
 // Keys are [dim, slots] and values [slots, dim], of a layer of the cache, read where they lie, up to the last slot that
 // holds anything. Which slots a query sees is decided by integers, as in attention.h.
@@ -15,6 +17,7 @@ struct Cached {
   const float *q, *k, *v;  // of the new tokens: [batch, heads, dim], [batch, kv_heads, dim]
   const Bits *keys, *values;  // [batch, kv_heads, dim, slots], [batch, kv_heads, slots, dim]
   const int32_t *positions, *segments, *key_positions, *key_segments;  // [batch], [batch, slots]
+  const float* sinks;  // [heads]
   float* out;  // [batch, heads, dim]
   int64_t heads, kv_heads, dim, slots;
   int32_t window;
@@ -67,7 +70,7 @@ void attend_cached(const Cached& of, int64_t row, int64_t head, int64_t first, i
     for (int64_t t = 0; t < wide; t += kSide) {
       for (int64_t j = 0; j < kSide; j += kLanes) put(parts + j, larger(lanes(parts + j), lanes(scores + t + j)));
     }
-    const float most = most_of(parts);
+    const float sink = of.sinks[first + r], most = std::max(most_of(parts), sink);
     std::fill_n(parts, kSide, 0.0f);
     for (int64_t t = 0; t < wide; t += kSide) {
       for (int64_t j = 0; j < kSide; j += kLanes) {
@@ -77,7 +80,7 @@ void attend_cached(const Cached& of, int64_t row, int64_t head, int64_t first, i
       }
     }
     own[r] = exponential(own[r] - most);
-    total[r] = own[r] + sum_of(parts);
+    total[r] = own[r] + sum_of(parts) + exponential(sink - most);
   }
   add_few<kRows>(weights, wide, of.values + at * of.slots * of.dim, of.dim, used, of.dim, out);
   for (int64_t r = 0; r < kRows; r++) {
@@ -89,8 +92,8 @@ void attend_cached(const Cached& of, int64_t row, int64_t head, int64_t first, i
 
 inline ffi::Error cached_attention(ffi::ThreadPool pool, Totals q, Totals k, Totals v, Stack keys, Stack values,
                                    Integer layer, Indices positions, Indices segments, Integers key_positions,
-                                   Integers key_segments, Integer window, ffi::Result<Totals> out, float scale,
-                                   float cap) {
+                                   Integers key_segments, Integer window, Row sinks, ffi::Result<Totals> out,
+                                   float scale, float cap) {
   const auto shape = q.dimensions(), stack = keys.dimensions(), other = values.dimensions();
   const int64_t batch = shape[0], heads = shape[1], dim = shape[2], kv_heads = stack[2], slots = stack[4];
   const auto is = [](auto found, std::initializer_list<int64_t> wanted) {
@@ -99,7 +102,7 @@ inline ffi::Error cached_attention(ffi::ThreadPool pool, Totals q, Totals k, Tot
   if (kv_heads == 0 || heads % kv_heads != 0 || !is(stack, {stack[0], batch, kv_heads, dim, slots}) ||
       !is(other, {stack[0], batch, kv_heads, slots, dim}) || !is(k.dimensions(), {batch, kv_heads, dim}) ||
       !is(v.dimensions(), {batch, kv_heads, dim}) || !is(out->dimensions(), {batch, heads, dim}) ||
-      !is(positions.dimensions(), {batch}) || !is(segments.dimensions(), {batch}) ||
+      !is(sinks.dimensions(), {heads}) || !is(positions.dimensions(), {batch}) || !is(segments.dimensions(), {batch}) ||
       !is(key_positions.dimensions(), {batch, slots}) || !is(key_segments.dimensions(), {batch, slots})) {
     return ffi::Error::InvalidArgument("nalora_cached_attention: shapes do not fit");
   }
@@ -107,8 +110,8 @@ inline ffi::Error cached_attention(ffi::ThreadPool pool, Totals q, Totals k, Tot
   if (at < 0 || at >= stack[0]) return ffi::Error::InvalidArgument("nalora_cached_attention: no such layer");
   const Cached of{q.typed_data(), k.typed_data(), v.typed_data(), keys.typed_data() + at * size,
                   values.typed_data() + at * size, positions.typed_data(), segments.typed_data(),
-                  key_positions.typed_data(), key_segments.typed_data(), out->typed_data(), heads, kv_heads, dim, slots,
-                  *window.typed_data(), scale, cap};
+                  key_positions.typed_data(), key_segments.typed_data(), sinks.typed_data(), out->typed_data(), heads,
+                  kv_heads, dim, slots, *window.typed_data(), scale, cap};
   const bool done = share(pool, batch * kv_heads, [of](int64_t i, Block&, Scratch& scratch) {
     const int64_t row = i / of.kv_heads, head = i % of.kv_heads, groups = of.heads / of.kv_heads;
     int64_t used = of.slots;

@@ -137,6 +137,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_cached_attention, nalora::cached_attention,
                                   .Arg<nalora::Integers>()
                                   .Arg<nalora::Integers>()
                                   .Arg<nalora::Integer>()
+                                  .Arg<nalora::Row>()
                                   .Ret<nalora::Totals>()
                                   .Attr<float>("scale")
                                   .Attr<float>("cap"));

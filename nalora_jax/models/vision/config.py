@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal
 
 # How one feature vector is computed from a tower's sequence.
@@ -190,21 +191,10 @@ class DualConfig:
           NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is
             not implemented.
         """
-        return _READERS[0](raw, where)
+        families = import_module("nalora_jax.models.vision.families")  # which imports this module
+        config: DualConfig = families.read_dual(raw, where)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, for JSON and fingerprints."""
         return dataclasses.asdict(self)
-
-
-Reader = Callable[[Mapping[str, Any], str], DualConfig]
-_READERS: list[Reader] = []
-
-
-def reads_dual_configs(reader: Reader) -> Reader:
-    """Registers the function that `DualConfig.from_hf` calls.
-
-    ``families.py`` imports this module, so this module cannot import the reader.
-    """
-    _READERS[:] = [reader]
-    return reader

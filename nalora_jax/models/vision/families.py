@@ -10,12 +10,11 @@ from typing import Any
 from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
 from nalora_jax.method import activations
-from nalora_jax.models.vision.config import DualConfig, EncoderConfig, reads_dual_configs
+from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 
 _CLIP_LEGACY_EOS = 2
 
 
-@reads_dual_configs
 def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
     """Returns the config of a dual encoder; see `DualConfig.from_hf`."""
     if not isinstance(raw, Mapping):

@@ -20,8 +20,8 @@ from nalora_jax.models.vision.families import compose, read_encoder
 from nalora_jax.tokenizer import read_json
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.hub import ResolvedSource
-from nalora_jax.weights.load import DTYPES, TensorSource, load_leaves
 from nalora_jax.weights.origin import Origin, fingerprint, origin
+from nalora_jax.weights.tensors import DTYPES, TensorSource, load_leaves
 from nalora_jax.weights.vision import hub
 from nalora_jax.weights.vision.keymaps import dual_keymap, encoder_keymap
 from nalora_jax.weights.vision.onnx import OnnxFile

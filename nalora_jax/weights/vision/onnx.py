@@ -13,14 +13,14 @@ import numpy as np
 
 from nalora_jax.downloads import file_sha256
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.load import FileTensor, Index
 from nalora_jax.weights.origin import FINGERPRINT_PREFIX
+from nalora_jax.weights.tensors import FileTensor, Index
 
 _WEIGHT = ("MatMul", "Gemm")
 
 
 class OnnxFile:
-    """The initializers of an ONNX file, as a `nalora_jax.weights.load.TensorSource`.
+    """The initializers of an ONNX file, as a `nalora_jax.weights.tensors.TensorSource`.
 
     PyTorch's exporter keeps a tensor's name unless it folds a transposition or a constant into it.
     In that case the name is derived from the node that reads it: the weight of

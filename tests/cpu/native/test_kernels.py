@@ -322,7 +322,8 @@ def test_attention_of_a_token_to_a_cache(
         first, last = rng.integers(0, slots // 3), rng.integers(slots // 2, slots)
         segments[row, :first] = segments[row, last:slots] = 0
     positions = np.cumsum(segments, axis=1) - 1
-    want = attention64(Heads(0.3 * exact(q), k, v, positions, segments, window), softcap, np.zeros(q.shape))[0][:, -1:]
+    want = attention64(Heads(0.3 * exact(q), k, v, positions, segments, window), softcap, np.zeros(q.shape))
+    want, logsumexp = want[0][:, -1:], want[1][..., -1]
 
     def stack(x: jax.Array, *order: int) -> Slice:
         bits = jax.lax.bitcast_convert_type(x[:, :slots].transpose(0, *order), jnp.uint16)
@@ -332,6 +333,12 @@ def test_attention_of_a_token_to_a_cache(
     new = (x[:, slots:].astype(jnp.float32) for x in (q, k, v))
     heads_of_token = Heads(*new, positions[:, slots:], segments[:, slots:], window)
     assert worst(compiled(native.cached_attention, heads_of_token, cached, 0.3, softcap), want) < 1e-5
+    sinks = np.linspace(-3, 9, heads)  # of the last token's score sums, some are above and some below
+    share = np.exp(logsumexp - np.logaddexp(logsumexp, sinks))
+    lost = compiled(
+        lambda *x: native.cached_attention(*x[:2], 0.3, softcap, x[2]), heads_of_token, cached, jnp.asarray(sinks)
+    )
+    assert worst(lost, want * share[:, None, :, None]) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,9 @@ from nalora_jax.config import (
     DebugConfig,
     LoRAConfig,
     LoRARule,
-    MaskConfig,
     MeshConfig,
     OptimizerConfig,
     RunConfig,
-    StepScaleConfig,
 )
 from nalora_jax.cpu import native
 from nalora_jax.errors import NaloraError
@@ -364,8 +362,7 @@ BASE = ModelConfig.from_hf(
 CONFIG = RunConfig(
     steps=8,
     lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4), LoRARule("attn/(q|v)_proj", 2))),
-    mask=MaskConfig("soft", warmup=1),
-    step_scale=StepScaleConfig("homogeneity", warmup=1),
+    mechanisms=("soft:power=2,warmup=1", "homogeneity:warmup=1"),
     optimizer=OptimizerConfig(name="sgd", learning_rate=0.5, clip_norm=0.0, schedule="constant"),
     compute=ComputeConfig(dtype="bfloat16", probe_stride=1),
 )

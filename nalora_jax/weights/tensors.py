@@ -30,7 +30,7 @@ from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
-from nalora_jax.ops.quantize import KERNELS, Kind, Quantized, quantize
+from nalora_jax.ops.quantize import Kind, Quantized, kernels, quantize
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -40,7 +40,7 @@ _QUANTIZED = 1 << 18  # elements quantized at once
 WORKERS = min(8, os.cpu_count() or 1)  # more do not read memory faster
 _ALIGNMENT = 64  # bytes; XLA's requirement for a host buffer that it uses without a copy
 
-Index = tuple[slice, ...]  # start and stop are set, no step
+Index = tuple[slice, ...]  # start and stop are set; a step only where columns of several leaves alternate
 Key = tuple[tuple[int, int], ...]  # the same, hashable
 
 
@@ -133,7 +133,7 @@ def load_leaves(
     with ThreadPoolExecutor(WORKERS) as pool:
         for path, shape in shapes.items():
             reader = _Reader(fills[path], source, pool)
-            if quantized and re.search(KERNELS, path):
+            if quantized and re.search(kernels(quantized), path):
                 leaves[path] = _quantized_leaf(shape, quantized, where[path], reader)
             else:
                 leaves[path] = _leaf(shape, DTYPES[dtype], where[path], reader)
@@ -185,7 +185,8 @@ class _Fill:
         self.name = name  # in the file
         self.tensor = tensor
         self.lead = lead  # the leaf's leading indices: layer, expert
-        self.first_row = sum(tensor.rows[:number])
+        self.number = number  # of the part
+        self.first_row = 0 if tensor.transform.alternates else sum(tensor.rows[:number])
         self.rows = tensor.rows[number]
 
     def places(self, index: Index) -> Iterator[tuple[tuple[Any, ...], Index]]:
@@ -217,6 +218,9 @@ class _Fill:
             target[place] = self.tensor.transform.into(read)
 
     def _shifted(self, index: Index) -> Index:
+        if self.tensor.transform.alternates:
+            step, last = len(self.tensor.slots), index[-1]
+            return (*index[:-1], slice(last.start * step + self.number, last.stop * step, step))
         first, *rest = index
         return (slice(first.start + self.first_row, first.stop + self.first_row), *rest)
 

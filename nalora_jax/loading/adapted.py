@@ -16,13 +16,13 @@ from nalora_jax.config import config_from_dict
 from nalora_jax.config.recorded import recorded_config
 from nalora_jax.distributed import platform_of
 from nalora_jax.errors import NaloraError
+from nalora_jax.loading.base import LoadedModel, load_model
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.seals import unseal
 from nalora_jax.train.metrics import FILE as METRICS
-from nalora_jax.weights import LoadedModel, load_model
 from nalora_jax.weights.folders import can_exist
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.new_tokens import check_adapter, for_adapter
@@ -100,7 +100,7 @@ def load(
     *,
     adapter: str | Path | None = None,
     dtype: str | None = None,
-    quantize: Literal["none", "int8", "nf4", "run"] = "none",
+    quantize: Literal["none", "int8", "nf4", "mxfp4", "run"] = "none",
     mesh: Mesh | None = None,
     resolved: ResolvedSource | None = None,
     implementation: str = "auto",

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.load import Located, adapter_folder, locate, run_config
+from nalora_jax.loading.adapted import Located, adapter_folder, locate, run_config
 
 
 def make_adapter(folder, **settings):

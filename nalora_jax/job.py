@@ -29,7 +29,8 @@ from nalora_jax.evaluate.heldout import describe
 from nalora_jax.evaluate.statistics import compare
 from nalora_jax.files import write_atomically
 from nalora_jax.imports import import_files
-from nalora_jax.load import ADAPTER
+from nalora_jax.loading.adapted import ADAPTER
+from nalora_jax.loading.base import read_config, read_tokenizer_of
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.remat import check_remat
 from nalora_jax.ops.numerics import check_implementation
@@ -61,7 +62,6 @@ from nalora_jax.train.snapshot import check_settings
 from nalora_jax.train.text_pieces import text_pieces
 from nalora_jax.weights.card import write_card
 from nalora_jax.weights.hub import ResolvedSource, resolve
-from nalora_jax.weights.model import read_config, read_tokenizer_of
 
 log = logging.getLogger(__name__)
 

@@ -26,9 +26,10 @@ from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.gguf_config import hf_config
 from nalora_jax.weights.gguf_tokenizer import read_tokenizer
 from nalora_jax.weights.hf import SafetensorsFolder
-from nalora_jax.weights.load import DTYPES, TensorSource, load_params
+from nalora_jax.weights.mxfp4 import with_floats
 from nalora_jax.weights.origin import Origin, origin
 from nalora_jax.weights.streamed import StreamedFolder
+from nalora_jax.weights.tensors import DTYPES, TensorSource, load_params
 from nalora_jax.weights.vision.sight import model_keymap
 
 log = logging.getLogger(__name__)
@@ -124,8 +125,8 @@ def load_model(
       mesh: devices that share the parameters, by the rules of `nalora_jax.distributed`; the first
         device by default.
       cache: folder for downloaded packages.
-      quantized: store the projections' kernels as "int8" or "nf4" (`nalora_jax.ops.quantize`)
-        instead of ``dtype``.
+      quantized: store the projections' kernels as "int8", "nf4" or "mxfp4"
+        (`nalora_jax.ops.quantize`) instead of ``dtype``.
       images: load a multimodal model with its vision tower and projector; by default its text
         model alone.
 
@@ -144,10 +145,12 @@ def load_model(
         processor = _processor(found.path, config.sight)
     keymap = model_keymap(config, found.kind)
     shardings = None if mesh is None else _shardings(config, mesh)
-    params = load_params(config, tensors, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
+    params = load_params(config, with_floats(tensors), keymap, dtype=dtype, shardings=shardings, quantized=quantized)
     params = gathered(params, "fsdp")
     known = origin(config, found, tensors, together=mesh is not None)
     log.info("base model: %s", known.describe())
+    if config.sight is None and contains_text_model(raw.get("model_type"), images=False):
+        log.info("%s: the text model of %s, without its image tower", found.path, raw["model_type"])
     folder = found.path if found.kind == "hf" else None
     return LoadedModel(
         config,
@@ -171,8 +174,6 @@ def _opened(found: hub.ResolvedSource, images: bool) -> tuple[dict[str, Any], Mo
     where = found.path / "config.json"
     raw = read_json(where)
     config = ModelConfig.from_hf(raw, str(where), images=images)
-    if config.sight is None and contains_text_model(raw["model_type"], images=False):
-        log.info("%s: the text model (%s) of %s is read", found.path, config.model_type, raw["model_type"])
     tensors = StreamedFolder(found.path, found.streamed) if found.streamed else SafetensorsFolder(found.path)
     return raw, config, tensors, Tokenizer.from_folder(found.path)
 

@@ -1,4 +1,4 @@
-"""Loads a dual encoder by name with its adapter; the counterpart of `nalora_jax.load`."""
+"""Loads a dual encoder by name with its adapter; the counterpart of `nalora_jax.loading.adapted`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from nalora_jax.config import config_from_dict
 from nalora_jax.distributed import platform_of
 from nalora_jax.evaluate.images import Encoders
-from nalora_jax.load import Located, locate
+from nalora_jax.loading.adapted import Located, locate
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.ops.numerics import numerics_for
@@ -43,7 +43,7 @@ def load_adapted_dual(model: str, *, adapter: str | Path | None = None, dtype: s
       dtype: of the base weights; by default the run's, otherwise float32.
 
     Raises:
-      NaloraError: see `nalora_jax.load.locate` and `load_dual`.
+      NaloraError: see `nalora_jax.loading.adapted.locate` and `load_dual`.
     """
     located = locate(model, adapter)
     run = config_from_dict(located.run)

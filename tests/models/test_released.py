@@ -1,0 +1,99 @@
+"""Configurations of released checkpoints (`released/README.md`): read as transformers reads them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
+from nalora_jax.models.families import supported
+from nalora_jax.models.stacks import param_shapes
+from tests.models.test_families import SIZES, TOLERANCE, Case, measure_plain
+
+SMALL = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 16}
+FOLDER = Path(__file__).parent / "released"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def read(name: str) -> dict:
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def family(name: str) -> str:
+    raw = read(name)
+    return raw.get("text_config", raw)["model_type"]
+
+
+SUPPORTED = [name for name in NAMES if family(name) in supported()]
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_parameters_are_counted_as_in_transformers(name):
+    raw = read(name)
+    ours = ModelConfig.from_hf(raw)
+    raw.pop("quantization_config", None)
+    text = transformers.AutoConfig.for_model(**raw).get_text_config()
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(text)
+    count = sum(math.prod(shape) for shape in param_shapes(ours).values())
+    assert count == sum(parameter.numel() for parameter in theirs.parameters())
+    stated = re.search(rf"\| {re.escape(name)} \| ([\d,]+) \|", (FOLDER / "README.md").read_text())
+    assert stated is not None
+    assert count == int(stated[1].replace(",", ""))
+
+
+@pytest.mark.parametrize("name", ["Llama-3.3-70B-Instruct", "Qwen3-Coder-30B-A3B-Instruct", "SmolLM3-3B", "phi-4"])
+def test_logits_agree_at_small_sizes(name):
+    """Models of families that existed before them, with every other field as released."""
+    raw = {key: value[:4] if isinstance(value, list) else value for key, value in read(name).items()}
+    sizes = set(SIZES) | {"model_type", "architectures", "dtype", "torch_dtype"} | SMALL.keys()
+    config = {key: value for key, value in raw.items() if key not in sizes} | {
+        k: v for k, v in SMALL.items() if k in raw
+    }
+    assert measure_plain(Case(raw["model_type"], name, config)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in SUPPORTED])
+def test_a_family_that_is_not_there_is_refused_by_name(name):
+    with pytest.raises(NaloraError, match=r"model_type: expected one of .*qwen3_moe"):
+        ModelConfig.from_hf(read(name))
+
+
+def test_olmo3_scales_the_rotation_of_full_layers_only():
+    config = ModelConfig.from_hf(read("Olmo-3.1-32B-Instruct"))
+    assert config.layer_windows == (4096, 4096, 4096, GLOBAL_WINDOW) * 16
+    kinds = [config.ropes[i].kind for i in config.layer_ropes]
+    assert kinds == ["default", "default", "default", "yarn"] * 16
+    full = config.ropes[config.layer_ropes[3]]
+    assert (full.factor, full.max_positions, full.theta) == (8.0, 8192, 5e5)
+    assert full.attention_factor == pytest.approx(0.1 * math.log(8) + 1)
+
+
+def test_ministral3_grows_queries_beyond_the_original_context():
+    config = ModelConfig.from_hf(read("Ministral-3-8B-Base-2512"))
+    assert (config.query_growth, config.growth_length) == (0.1, 16_384)
+    assert (config.ropes[0].kind, config.ropes[0].attention_factor) == ("yarn", 1.0)
+    assert not config.tie_embeddings
+
+
+def test_smollm3_has_no_rotation_in_every_fourth_layer():
+    config = ModelConfig.from_hf(read("SmolLM3-3B"))
+    assert config.rope_index == (0, 0, 0, -1) * 9
+    assert config.windows == ()
+
+
+def test_phi4_rotates_all_dimensions_without_scaling():
+    config = ModelConfig.from_hf(read("phi-4"))
+    assert (config.ropes[0].kind, config.ropes[0].dim, config.head_dim) == ("default", 128, 128)
+
+
+def test_qwen3_coder_has_128_experts_in_every_layer():
+    config = ModelConfig.from_hf(read("Qwen3-Coder-30B-A3B-Instruct"))
+    assert (config.n_experts, config.experts_per_token, config.d_ff, config.norm_topk) == (128, 8, 768, True)
