@@ -70,6 +70,7 @@ PARAM_RULES: Rules = (
     *_TABLE_RULES,
     (r"norm/(scale|bias)$", P()),
     (r"(^|/)(conv/weight|a_log|dt_bias)$", P()),
+    (r"(^|/)(router/correction|shared_gate/kernel)$", P()),
     # Encoders: weights that are small compared with their layers.
     (r"(^|/)tokens/embedding$", P("tensor", "fsdp")),
     (r"(^|/)(positions|types)/embedding$", P()),

@@ -25,6 +25,7 @@ from nalora_jax.models.cache import Cache, KeyValues, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.layers import RMSNorm, identity_table, rope_table, sequence_lengths
 from nalora_jax.models.parts import LayerInputs, SharedInputs, constrain
+from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.remat import rematerialized, scanned, stacked
 from nalora_jax.models.stacks import Stack, groups, param_shapes, stacks
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
@@ -388,10 +389,10 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -
             # Norms of encoders and of linear attention have no offset.
             plain = path.startswith(("image/", "unused/")) or path.endswith("linear_attn/norm/scale")
             leaf = 1.0 - (0.0 if plain else config.norm_offset) + 0.1 * noise
-        elif path.endswith("/bias"):
+        elif path.endswith(("/bias", "/correction")):
             leaf = 0.02 * noise
         else:
             small = path.endswith(("/embedding", "/class_token", "/probe"))
             leaf = noise * (0.02 if small else 1.0 / math.sqrt(shape[-2]))
-        leaves[path] = leaf.astype(dtype)
+        leaves[path] = leaf.astype(leaf_dtype(path, dtype))
     return unflatten(leaves)

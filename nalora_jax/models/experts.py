@@ -22,6 +22,7 @@ from nalora_jax.method import activations, statistics
 from nalora_jax.method.ffn import gated_product, up_factor
 from nalora_jax.method.low_rank import Adapter, column_norm, moved_from
 from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, grouped_residual
+from nalora_jax.models.router import RouterSpec, choose
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.reductions import sampled as sampled_positions
 from nalora_jax.ops.storage import Kernel, expand
@@ -44,18 +45,17 @@ class Routing(NamedTuple):
         return Groups(self.sizes, self.expert)
 
 
-def route(logits: jax.Array, top_k: int, *, normalize: bool) -> Routing:
+def route(logits: jax.Array, top_k: int, spec: RouterSpec, correction: jax.Array | None = None) -> Routing:
     """Returns the ``top_k`` experts of every token and their weights.
 
     Args:
       logits: float32 ``[tokens, experts]``.
       top_k: experts per token.
-      normalize: scale the chosen experts' probabilities to sum to 1.
+      spec: the choice of experts and their weights.
+      correction: float32 ``[experts]``, see `RouterSpec`.
     """
     n_experts = logits.shape[-1]
-    weights, chosen = lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
-    if normalize:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    weights, chosen = choose(logits, top_k, spec, correction)
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     return Routing(
@@ -168,6 +168,7 @@ class Layer(NamedTuple):
     up: Experts
     down: Experts
     taps: Mapping[str, jax.Array]  # zeros whose gradients are statistics of z's cotangent
+    correction: jax.Array | None = None  # [experts], of the router's scores
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class RoutedConfig:
     """The static options of a block."""
 
     top_k: int
-    normalize: bool  # scale the chosen experts' probabilities to sum to 1
+    routing: RouterSpec
     activation: str
     numerics: Numerics
     stats: GateStatsConfig
@@ -218,7 +219,8 @@ def routed_ffn(
     logits = lax.dot_general(flat.astype(jnp.float32), frozen, (((1,), (0,)), ((), ())))
     if layer.router_bias is not None:
         logits = logits + lax.stop_gradient(layer.router_bias).astype(jnp.float32)[None]
-    routing = route(logits, config.top_k, normalize=config.normalize)
+    correction = None if layer.correction is None else lax.stop_gradient(layer.correction).astype(jnp.float32)
+    routing = route(logits, config.top_k, config.routing, correction)
     drop = [partial(_dropped, keys, routing, config, place) for place in range(3)]
     rows = jnp.take(flat, routing.token, axis=0)
     inner = drop[0](rows)

@@ -20,7 +20,6 @@ from nalora_jax.models.family_fields import (
     activation_name,
     alternating,
     attention_bias,
-    first_present,
     head_dim_of,
     layer_types,
     optional_windows,
@@ -30,6 +29,14 @@ from nalora_jax.models.family_fields import (
 from nalora_jax.models.family_fields import base_config as base_config
 from nalora_jax.models.gpt_oss import DEFAULTS as GPT_OSS
 from nalora_jax.models.gpt_oss import read_gpt_oss
+from nalora_jax.models.mixture_families import (
+    GLM4_MOE,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    read_glm4_moe,
+    read_qwen2_moe,
+    read_qwen3_moe,
+)
 from nalora_jax.models.registered import register_family as register_family
 from nalora_jax.models.ropes import read_ropes
 from nalora_jax.models.vision.sight import MULTIMODAL, contains_text_model, read_sight, text_part
@@ -227,24 +234,6 @@ def _mixtral(f: Fields, name: str) -> ModelConfig:
     )
 
 
-def _qwen3_moe(f: Fields, name: str) -> ModelConfig:
-    f.refuse("mlp_only_layers", "blocks of different shapes cannot be stacked")
-    step = f.integer("decoder_sparse_step")
-    if step != 1:
-        raise f.error("decoder_sparse_step", "1: a mixture in every layer", step)
-    return base_config(
-        f,
-        name,
-        d_ff=f.integer("moe_intermediate_size"),
-        windows=optional_windows(f, lambda _: True),
-        qk_norm="head",
-        n_experts=f.integer(first_present(f, "num_experts", "num_local_experts"), high=2**12),
-        experts_per_token=f.integer("num_experts_per_tok", high=2**12),
-        norm_topk=f.flag("norm_topk_prob"),
-        **attention_bias(f),
-    )
-
-
 _GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "sliding_window": 4096}
 _QWEN = {"sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32_768}
@@ -292,16 +281,9 @@ _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]]
         },
     ),
     "gpt_oss": (read_gpt_oss, GPT_OSS),
-    "qwen3_moe": (
-        _qwen3_moe,
-        _QWEN
-        | {
-            "num_key_value_heads": 4,
-            "moe_intermediate_size": 768,
-            "num_experts_per_tok": 8,
-            "decoder_sparse_step": 1,
-        },
-    ),
+    "qwen3_moe": (read_qwen3_moe, _QWEN | QWEN3_MOE),
+    "qwen2_moe": (read_qwen2_moe, _QWEN | QWEN2_MOE),
+    "glm4_moe": (read_glm4_moe, GLM4_MOE),
 }
 
 _READERS |= recent_families.READERS | qwen_hybrid.READERS

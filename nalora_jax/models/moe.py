@@ -24,6 +24,7 @@ from nalora_jax.method import statistics
 from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.low_rank import Adapter
 from nalora_jax.models.experts import Experts, Layer, RoutedConfig, routed_ffn
+from nalora_jax.models.router import RouterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.quantize import Quantized
 from nalora_jax.ops.reductions import count, first_alone
@@ -69,7 +70,7 @@ class MoEFFN(nn.Module):
     d_ff: int
     n_experts: int
     top_k: int
-    norm_topk: bool = True
+    routing: RouterSpec = RouterSpec()
     activation: str = "silu"
     adapters: Adapters = Adapters()
     use_bias: bool = False
@@ -94,17 +95,21 @@ class MoEFFN(nn.Module):
         scales = scales or {}
         mask = self.get_variable("gate_mask", "mask") if self.has_variable("gate_mask", "mask") else None
         taps = {} if self.is_initializing() else self.variables.get("gate_taps", {})
+        router = Router(self.n_experts, self.router_bias, self.routing.correction, name="router")
+        kernel, bias, correction = router(self.d_model)
         layer = Layer(
-            *Router(self.n_experts, self.router_bias, name="router")(self.d_model),
+            kernel,
+            bias,
             self._experts("gate_proj", self.d_model, self.d_ff, scales, mask),
             self._experts("up_proj", self.d_model, self.d_ff, scales),
             self._experts("down_proj", self.d_ff, self.d_model, scales),
             {name: self.get_variable("gate_taps", name) for name in taps},
+            correction,
         )
         drops = self.adapters.dropout > 0 and not deterministic
         config = RoutedConfig(
             self.top_k,
-            self.norm_topk,
+            self.routing,
             self.activation,
             self.numerics,
             self.stats.of_rows(x.shape[1]),
@@ -130,18 +135,19 @@ class MoEFFN(nn.Module):
 
 
 class Router(nn.Module):
-    """The frozen kernel and bias that compute the expert logits."""
+    """The frozen kernel and bias that compute the expert logits, and the correction of their scores."""
 
     n_experts: int
     use_bias: bool = False
+    correction: bool = False
 
     @nn.compact
-    def __call__(self, d_model: int) -> tuple[jax.Array, jax.Array | None]:
-        """Returns the kernel ``[d_model, experts]`` and the bias ``[experts]`` or None."""
+    def __call__(self, d_model: int) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Returns the kernel ``[d_model, experts]``, bias and correction ``[experts]`` or None."""
         kernel: jax.Array = self.param("kernel", nn.initializers.lecun_normal(), (d_model, self.n_experts))
-        if not self.use_bias:
-            return kernel, None
-        return kernel, self.param("bias", nn.initializers.zeros_init(), (self.n_experts,))
+        zeros, shape = nn.initializers.zeros_init(), (self.n_experts,)
+        bias = self.param("bias", zeros, shape) if self.use_bias else None
+        return kernel, bias, self.param("correction", zeros, shape) if self.correction else None
 
 
 def on_mesh(
@@ -239,6 +245,7 @@ def _specs(layer: Layer, axis: str | None, rows: Any) -> Any:
         projection(layer.up, channels, P(), channels, P(None, axis)),
         projection(layer.down, P(None, axis, None), P(None, axis, None), P(), P()),
         {name: P(*([rows] if rows else []), *_by_channel(name, axis)) for name in layer.taps},
+        None if layer.correction is None else P(),
     )
     return Layer(*places)
 

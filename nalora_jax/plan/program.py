@@ -24,6 +24,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.method.step import init_state
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import gathered, kernels, quantize
 from nalora_jax.plan.machines import Topology
@@ -125,7 +126,7 @@ def step_and_arguments(
 def _weight(path: str, shape: tuple[int, ...], compute: ComputeConfig) -> Any:
     """Returns the shape of a frozen array in its storage form."""
     if compute.quantize == "none" or not re.search(kernels(compute.quantize), path):
-        return jax.ShapeDtypeStruct(shape, compute.dtype)
+        return jax.ShapeDtypeStruct(shape, leaf_dtype(path, compute.dtype))
     return jax.eval_shape(partial(quantize, kind=compute.quantize), jax.ShapeDtypeStruct(shape, "float32"))
 
 

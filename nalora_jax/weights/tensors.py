@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import Kind, Quantized, kernels, quantize
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor
@@ -136,7 +137,7 @@ def load_leaves(
             if quantized and re.search(kernels(quantized), path):
                 leaves[path] = _quantized_leaf(shape, quantized, where[path], reader)
             else:
-                leaves[path] = _leaf(shape, DTYPES[dtype], where[path], reader)
+                leaves[path] = _leaf(shape, DTYPES[leaf_dtype(path, dtype)], where[path], reader)
     return trees.unflatten(leaves)
 
 

@@ -27,7 +27,7 @@ from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.models.moe import MoEFFN
-from nalora_jax.models.stacks import projection_shapes
+from nalora_jax.models.stacks import layer_numbers, projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.quantize import quantize
@@ -186,11 +186,19 @@ MIXTRAL = {
 }
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+FAMILIES = {
+    "mixtral": {},
+    "gpt_oss": {"head_dim": 4, "sliding_window": 8},
+    # A dense layer, and one with experts and a shared expert.
+    "glm4_moe": {"n_routed_experts": 4, "moe_intermediate_size": 24, "n_shared_experts": 2},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_decoder_s_loss_gradients_and_statistics(family):
     """Through the scan over layers and rematerialisation."""
-    base = ModelConfig.from_hf(MIXTRAL | {"model_type": family, "head_dim": 4, "sliding_window": 8})
-    spec = resolve(LoRAConfig(rules=(LoRARule("ffn/", RANK),)), projection_shapes(base), base.n_layers)
+    base = ModelConfig.from_hf(MIXTRAL | {"model_type": family} | FAMILIES[family])
+    spec = resolve(LoRAConfig(rules=(LoRARule("ffn/", RANK),)), projection_shapes(base), layer_numbers(base))
     params, lora = init_params(base, jax.random.key(0)), init_lora(base, spec, jax.random.key(1))
     params = trees.map_named(lambda path, x: x + 0.3 if path.endswith(("bias", "sinks")) else x, params)
     lora = jax.tree.map(lambda x: x + 0.1, lora)

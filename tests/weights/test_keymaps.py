@@ -54,8 +54,9 @@ def draw(shapes):
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("family", sorted(supported()))
-@pytest.mark.parametrize("source", ["hf", "gguf"])
+@pytest.mark.parametrize(
+    ("family", "source"), [(family, "hf") for family in sorted(supported())] + [(family, "gguf") for family in GGUF]
+)
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_leaf_is_filled_and_goes_back(family, source, tied):
     config = config_of(family, tie_word_embeddings=tied)
@@ -119,6 +120,13 @@ def test_text_model_of_a_multimodal_file(prefix):
     names = keymap.check(found, "folder")
     assert names["model.norm.weight"] == f"{prefix}norm.weight"
     assert len(names) == len(keymap.tensors)
+
+
+def test_the_layer_that_predicts_further_tokens_is_left_out():
+    keymap = keymap_for(config_of("glm4_moe"), "hf")
+    assert keymap.is_ignored("model.layers.2.eh_proj.weight")
+    assert not keymap.is_ignored("model.layers.1.mlp.gate.weight")
+    assert not keymap.is_ignored("model.layers.20.mlp.gate.weight")
 
 
 WRONG = {
