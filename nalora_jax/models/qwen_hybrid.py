@@ -9,17 +9,44 @@ from nalora_jax.fields import Fields
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family_fields import FULL, attention_bias, base_config, head_dim_of
 from nalora_jax.models.gated_delta_net import GatedDeltaNet
+from nalora_jax.models.mixture_families import qwen_experts
 from nalora_jax.models.ropes import read_ropes
+from nalora_jax.models.router import RouterSpec
+from nalora_jax.models.shared_experts import SharedExperts
 
 _LINEAR = "linear_attention"
 
 
 def _qwen3_5(f: Fields, name: str) -> ModelConfig:
-    return base_config(f, name, **_traits(f))
+    return base_config(f, name, **_mixers(f))
 
 
-def _traits(f: Fields) -> dict[str, Any]:
-    """Returns the fields of both kinds of layers."""
+def _qwen3_5_moe(f: Fields, name: str) -> ModelConfig:
+    f.refuse("mlp_only_layers", "every layer of this family has experts")
+    for field in ("decoder_sparse_step", "norm_topk_prob"):
+        if f.get(field) not in (None, 1):
+            raise f.error(field, "1: the only choice of this family", f.get(field))
+    return _with_experts(f, name, _mixers(f), normalize=True)
+
+
+def _qwen3_next(f: Fields, name: str) -> ModelConfig:
+    return _with_experts(f, name, _mixers(f, fused=True), normalize=f.flag("norm_topk_prob"))
+
+
+def _with_experts(f: Fields, name: str, mixers: dict[str, Any], *, normalize: bool) -> ModelConfig:
+    """Returns the config of a model with experts and a gated shared expert; some layers may be dense."""
+    experts = qwen_experts(f)
+    shared = SharedExperts(f.integer("shared_expert_intermediate_size"), RouterSpec(normalize=normalize), gated=True)
+    if "kinds" in experts:
+        dense = experts["kinds"][1]
+        mixers["kinds"] += tuple(kind + dense for kind in mixers["kinds"])
+        kinds = zip(mixers["layer_kinds"], experts["layer_kinds"], strict=True)
+        mixers["layer_kinds"] = tuple(mixer + 2 * ffn for mixer, ffn in kinds)
+    return base_config(f, name, ffn=shared, **(experts | mixers))
+
+
+def _mixers(f: Fields, *, fused: bool = False) -> dict[str, Any]:
+    """Returns the fields of attention and of linear attention, and the layers of both kinds."""
     if f.get("attn_output_gate") is False:
         raise f.error("attn_output_gate", "true: attention of this family has output gates", False)
     n_layers = f.integer("num_hidden_layers", high=2**10)
@@ -36,13 +63,13 @@ def _traits(f: Fields) -> dict[str, Any]:
         "qk_norm": "head",
         "norm_offset": 1.0,
         "attn_gate": True,
-        "kinds": ((), (("mixer", _delta_net(f)),)),
+        "kinds": ((), (("mixer", _delta_net(f, fused)),)),
         "layer_kinds": tuple(int(kind == _LINEAR) for kind in kinds),
         **attention_bias(f),
     }
 
 
-def _delta_net(f: Fields, *, fused: bool = False) -> GatedDeltaNet:
+def _delta_net(f: Fields, fused: bool) -> GatedDeltaNet:
     keys, values = (f.integer(f"linear_num_{name}_heads", high=2**16) for name in ("key", "value"))
     if values % keys:
         raise f.error("linear_num_value_heads", f"a multiple of linear_num_key_heads ({keys})", values)
@@ -76,7 +103,19 @@ _QWEN3_5 = _HYBRID | {
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
 }
+_MOE = {"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "decoder_sparse_step": 1}
+_QWEN3_5_MOE = _QWEN3_5 | _MOE
+_QWEN3_5_MOE |= {
+    "hidden_size": 2048,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+}
+_QWEN3_NEXT = _HYBRID | _MOE | {"num_key_value_heads": 2, "num_experts_per_tok": 10, "norm_topk_prob": True}
 
 READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]] = {
     "qwen3_5_text": (_qwen3_5, _QWEN3_5),
+    "qwen3_5_moe_text": (_qwen3_5_moe, _QWEN3_5_MOE),
+    "qwen3_next": (_qwen3_next, _QWEN3_NEXT),
 }

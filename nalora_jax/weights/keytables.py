@@ -168,13 +168,9 @@ _HF_GLM_EXPERTS = (
     *_hf_dense("mlp.shared_experts", "ffn/shared", _GATED),
     *_HF_DENSE_LAYERS,
 )
-_HF_QWEN3_5 = (
-    *_HF_ENDS,
-    *_HF_PRE_NORMS,
-    *_HF_ATTENTION,
-    *_HF_QK_NORMS,
-    *_hf_delta_net("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
-)
+_HF_HYBRID = (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS)
+_HF_QWEN3_5 = (*_HF_HYBRID, *_hf_delta_net("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
+_HF_QWEN3_NEXT = (*_HF_HYBRID, *_hf_delta_net("in_proj_qkvz", "in_proj_ba"))
 
 _HF_GPT_OSS = (
     TensorRow("model.layers.{layer}.self_attn.sinks", ("layers/attn/sinks",)),
@@ -205,6 +201,8 @@ HF: dict[str, tuple[TensorRow, ...]] = {
     "olmo3": _HF_OLMO2,
     "ministral3": _HF_LLAMA,
     "qwen3_5_text": (*_HF_QWEN3_5, *_HF_FFN),
+    "qwen3_5_moe_text": (*_HF_QWEN3_5, *_HF_QWEN2_EXPERTS),
+    "qwen3_next": (*_HF_QWEN3_NEXT, *_HF_QWEN2_EXPERTS),
     "smollm3": _HF_LLAMA,
     "granite": _HF_LLAMA,
     "mixtral": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_MIXTRAL),

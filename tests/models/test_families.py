@@ -60,6 +60,13 @@ LONGROPE = {
     "short_factor": [1.0, 1.5],
     "long_factor": [2.0, 3.5],
 }
+DELTA_NET = {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 
 
 @dataclass(frozen=True)
@@ -222,14 +229,34 @@ CASES = (
     ),
     Case(
         "qwen3_5_text",
-        "defaults: attention in layer 3, a quarter of a head rotates; tied",
+        "attention in layer 3, a quarter of a head rotates; tied",
+        {**DELTA_NET, "linear_num_value_heads": 2, "tie_word_embeddings": True},
+        tolerance=5e-5,
+    ),
+    Case(
+        "qwen3_5_moe_text",
+        "Gated DeltaNet, top-3 of 8 experts, gated shared expert",
         {
-            "head_dim": 16,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "tie_word_embeddings": True,
+            **DELTA_NET,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "attention_bias": True,
+        },
+        tolerance=5e-5,
+    ),
+    Case(
+        "qwen3_next",
+        "fused DeltaNet, top-3 of 8 experts, not normalised, gated shared expert, two dense layers",
+        {
+            **DELTA_NET,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": False,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "mlp_only_layers": [1, 3],
         },
         tolerance=5e-5,
     ),

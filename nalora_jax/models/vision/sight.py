@@ -251,6 +251,7 @@ MULTIMODAL: dict[str, tuple[Reader, dict[str, Any], dict[str, Any]]] = {
 # Multimodal models of which only the text model is supported, with its defaults.
 TEXT_ONLY: dict[str, dict[str, Any]] = {
     "qwen3_5": {"model_type": "qwen3_5_text", "tie_word_embeddings": False},
+    "qwen3_5_moe": {"model_type": "qwen3_5_moe_text", "tie_word_embeddings": False},
 }
 
 
