@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -141,11 +141,24 @@ def local_folder(names: Sequence[str]) -> Path:
       NaloraError: there is no such file, the bucket refuses or cannot be reached, or the disk is
         full.
     """
-    versions = [f"{name}\n{version(name)}" for name in names]
+    return _copies({name.rpartition("/")[2]: name for name in names})
+
+
+def local_tree(folder: str, names: Sequence[str]) -> Path:
+    """Returns a cache folder with copies of the files ``names`` of a bucket's folder.
+
+    ``names`` are relative to ``folder`` and may contain slashes. Raises as `local_folder` does.
+    """
+    return _copies({name: f"{folder.rstrip('/')}/{name}" for name in names})
+
+
+def _copies(sources: Mapping[str, str]) -> Path:
+    """Returns a cache folder with a copy of each URL under its relative name."""
+    versions = [f"{name}\n{version(name)}" for name in sources.values()]
     folder = downloads.cache_dir() / "buckets" / hashlib.sha256("\n".join(versions).encode()).hexdigest()[:24]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        target = folder / name.rpartition("/")[2]
+    for relative, name in sources.items():
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             _copy(name, target)
     return folder

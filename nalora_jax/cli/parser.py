@@ -224,7 +224,7 @@ def registry() -> ConstructorRegistry:
             metavar="[yes|no|auto]",
             instance_from_str=parse_resume,
             is_instance=lambda value: isinstance(value, bool) or value == "auto",
-            str_from_instance=lambda value: ["auto" if value == "auto" else "yes" if value else "no"],
+            str_from_instance=lambda value: [{True: "yes", False: "no"}.get(value, "auto")],
         )
 
     return rules

@@ -66,8 +66,10 @@ def store(x: jax.Array) -> jax.Array | Stored:
 @CPU.implements(storage.take_rows)
 def take_rows(table: Kernel, rows: jax.Array, numerics: Numerics, axis: int = 0) -> jax.Array:
     """Reads rows of the bits."""
-    bits = table.bits if isinstance(table, Bits) else table if isinstance(table, Stored) else bf16_bits(table)
-    return NotImplemented if isinstance(bits, Stored) else from_bits(jnp.take(bits, rows, axis=axis))
+    if isinstance(table, Stored) and not isinstance(table, Bits):
+        return NotImplemented
+    bits = table.bits if isinstance(table, Bits) else bf16_bits(table)
+    return from_bits(jnp.take(bits, rows, axis=axis))
 
 
 def slice_rows(table: Kernel, start: jax.Array, size: int, axis: int) -> jax.Array:

@@ -16,10 +16,12 @@ from nalora_jax.models import qwen_hybrid, recent_families, registered
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family_fields import (
     FULL,
+    GRANITE,
     SLIDING,
     activation_name,
     alternating,
     attention_bias,
+    granite_scales,
     head_dim_of,
     layer_types,
     optional_windows,
@@ -212,16 +214,7 @@ def _smollm3(f: Fields, name: str) -> ModelConfig:
 
 
 def _granite(f: Fields, name: str) -> ModelConfig:
-    return base_config(
-        f,
-        name,
-        ffn_bias=f.flag("mlp_bias"),
-        embed_scale=f.number("embedding_multiplier"),
-        residual_scale=f.number("residual_multiplier"),
-        query_scale=f.number("attention_multiplier"),
-        logit_scale=1.0 / f.number("logits_scaling"),
-        **attention_bias(f),
-    )
+    return base_config(f, name, **granite_scales(f), **attention_bias(f))
 
 
 def _mixtral(f: Fields, name: str) -> ModelConfig:
@@ -265,10 +258,7 @@ _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]]
             "max_position_embeddings": 32_768,
         },
     ),
-    "granite": (
-        _granite,
-        {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0, "logits_scaling": 1.0},
-    ),
+    "granite": (_granite, GRANITE),
     "mixtral": (
         _mixtral,
         {

@@ -172,8 +172,9 @@ _HF_HYBRID = (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS)
 _HF_QWEN3_5 = (*_HF_HYBRID, *_hf_delta_net("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
 _HF_QWEN3_NEXT = (*_HF_HYBRID, *_hf_delta_net("in_proj_qkvz", "in_proj_ba"))
 
+_HF_SINKS = TensorRow("model.layers.{layer}.self_attn.sinks", ("layers/attn/sinks",))
 _HF_GPT_OSS = (
-    TensorRow("model.layers.{layer}.self_attn.sinks", ("layers/attn/sinks",)),
+    _HF_SINKS,
     TensorRow("model.layers.{layer}.mlp.router.weight", ("layers/ffn/router/kernel",), "transpose"),
     TensorRow("model.layers.{layer}.mlp.router.bias", ("layers/ffn/router/bias",)),
     *(
@@ -186,6 +187,38 @@ _HF_GPT_OSS = (
     ),
     TensorRow("model.layers.{layer}.mlp.experts.down_proj", ("layers/ffn/down_proj/kernel",)),
     TensorRow("model.layers.{layer}.mlp.experts.down_proj_bias", ("layers/ffn/down_proj/bias",)),
+)
+
+_HF_LFM2_NAMES = {
+    "attn/q_proj": "self_attn.q_proj",
+    "attn/k_proj": "self_attn.k_proj",
+    "attn/v_proj": "self_attn.v_proj",
+    "attn/o_proj": "self_attn.out_proj",
+    "conv/bcx_proj": "conv.in_proj",
+    "conv/o_proj": "conv.out_proj",
+    "ffn/gate_proj": "feed_forward.w1",
+    "ffn/up_proj": "feed_forward.w3",
+    "ffn/down_proj": "feed_forward.w2",
+}
+_HF_LFM2 = (
+    _HF_ENDS[0],
+    TensorRow("model.embedding_norm.weight", ("final_norm/scale",)),
+    _HF_ENDS[2],
+    *_hf_norms(attn_norm="operator_norm", ffn_norm="ffn_norm"),
+    *(
+        TensorRow(f"model.layers.{{layer}}.self_attn.{n}_layernorm.weight", (f"layers/attn/{n}_norm/scale",))
+        for n in ("q", "k")
+    ),
+    *(
+        TensorRow(f"model.layers.{{layer}}.{theirs}.weight", (f"layers/{ours}/kernel",), "transpose")
+        for ours, theirs in _HF_LFM2_NAMES.items()
+    ),
+    *(
+        TensorRow(f"model.layers.{{layer}}.{theirs}.bias", (f"layers/{ours}/bias",))
+        for ours, theirs in _HF_LFM2_NAMES.items()
+    ),
+    TensorRow("model.layers.{layer}.conv.conv.weight", ("layers/conv/taps",)),
+    TensorRow("model.layers.{layer}.conv.conv.bias", ("layers/conv/taps_bias",)),
 )
 
 HF: dict[str, tuple[TensorRow, ...]] = {
@@ -205,6 +238,8 @@ HF: dict[str, tuple[TensorRow, ...]] = {
     "qwen3_next": (*_HF_QWEN3_NEXT, *_HF_QWEN2_EXPERTS),
     "smollm3": _HF_LLAMA,
     "granite": _HF_LLAMA,
+    "granite_swa": (*_HF_LLAMA, _HF_SINKS),
+    "lfm2": _HF_LFM2,
     "mixtral": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_MIXTRAL),
     "qwen3_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_QWEN_EXPERTS),
     "qwen2_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QWEN2_EXPERTS),
