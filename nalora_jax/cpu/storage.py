@@ -50,12 +50,16 @@ class Bits(LayerStack):
 
 def bf16_bits(x: jax.Array) -> jax.Array:
     """Returns the bits of bf16 ``x``; other dtypes are unchanged."""
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+    if x.dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type(x, jnp.uint16)
+    return x
 
 
 def from_bits(x: jax.Array) -> jax.Array:
     """Computes the inverse of `bf16_bits`."""
-    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+    if x.dtype == jnp.uint16:
+        return lax.bitcast_convert_type(x, jnp.bfloat16)
+    return x
 
 
 def store(x: jax.Array) -> jax.Array | Stored:

@@ -48,7 +48,12 @@ def cut_store(store: TokenStore, source: Source, config: DataConfig, bos_id: int
         )
     folder = store.folder.with_name(f"{store.folder.name}-{config.max_length}-{config.too_long}")
     if not is_whole(folder):
-        examples = _examples(store, np.flatnonzero(~long) if drop else np.arange(len(sizes)), config.max_length, bos_id)
+        examples = _examples(
+            store,
+            np.flatnonzero(~long) if drop else np.arange(len(sizes)),
+            config.max_length,
+            bos_id,
+        )
         write_store(folder, examples, dropped=count if drop else 0, truncated=0 if drop else count)
     cut = load_store(folder)
     cut = replace(cut, counts=replace(cut.counts, longest=longest))

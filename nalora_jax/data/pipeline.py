@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from nalora_jax.data.images.rows import RowImages
     from nalora_jax.tokenizer import Tokenizer
 
-# Arrays [accumulate, rows of this process, max_length]: tokens, targets, loss_weights, segment_ids, positions.
+# Arrays [accumulate, rows of this process, max_length]: tokens, targets, loss_weights,
+# segment_ids, positions.
 HostBatch = dict[str, np.ndarray]
 
 
@@ -238,7 +239,9 @@ def train_data(
     """
     if batch_size % accumulate:
         raise NaloraError(
-            "--train.batch-size", expected=f"a multiple of the {accumulate} micro-batches", found=batch_size
+            "--train.batch-size",
+            expected=f"a multiple of the {accumulate} micro-batches",
+            found=batch_size,
         )
     if rows is None:
         rows = range(batch_size // accumulate)

@@ -42,19 +42,22 @@ _WAIT_SECONDS = 5.0  # until another process may have finished a run that this p
 def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()) -> int:
     """Performs runs until all are done, the budget is spent, or ``limit`` (0: none) were done here.
 
-    Any number of processes may do this at once, on one machine or on several that share the folder's file system.
+    Any number of processes may do this at once, on one machine or on several that share the
+    folder's file system.
 
     Args:
       protocol: the study.
       limit: maximum number of runs.
-      methods: methods whose runs are done; by default all. The result of a run does not depend on other runs.
+      methods: methods whose runs are done; by default all. The result of a run does not
+        depend on other runs.
 
     Returns:
       The number of runs that this process did.
 
     Raises:
-      NaloraError: data or a model is missing, settings do not fit the model, a method is not in the study, the
-        protocol is not committed before a test, or records, protocol, base, data or rules changed since earlier runs.
+      NaloraError: data or a model is missing, settings do not fit the model, a method is not in the
+        study, the protocol is not committed before a test, or records, protocol, base, data or
+        rules changed since earlier runs.
     """
     for name in methods:
         if name not in protocol.methods:
@@ -68,12 +71,21 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
         records = checked_records(protocol, store)
         spent = hours(records)
         if protocol.budget_hours and spent >= protocol.budget_hours:
-            log.info("the budget of %g hours is spent (%.1f): no further run starts", protocol.budget_hours, spent)
+            log.info(
+                "the budget of %g hours is spent (%.1f): no further run starts",
+                protocol.budget_hours,
+                spent,
+            )
             break
         left = [run for run in pending(protocol, records) if not methods or run.cell.method in methods]
         if not left:
             which = f"of {', '.join(methods)} " if methods else ""
-            log.info("%s: all runs %sare done; the study has %d records", protocol.folder, which, len(records))
+            log.info(
+                "%s: all runs %sare done; the study has %d records",
+                protocol.folder,
+                which,
+                len(records),
+            )
             break
         if not _do_one(protocol, store, resources, left):
             # Other processes do the remaining runs, whose results may add further runs.
@@ -117,8 +129,10 @@ def perform(run: Run, resources: Resources, snapshot: Path, records: Mapping[str
     Args:
       run: the run.
       resources: models, data and programs of this process.
-      snapshot: file with the state at the last evaluation of an interrupted run; it is written at each evaluation.
-      records: finished runs of the study, which the run has to agree with in base, data, items and rules.
+      snapshot: file with the state at the last evaluation of an interrupted run; it is
+        written at each evaluation.
+      records: finished runs of the study, which the run has to agree with in base,
+        data, items and rules.
 
     Raises:
       NaloraError: it does not agree with them; the run was not trained.
@@ -127,7 +141,13 @@ def perform(run: Run, resources: Resources, snapshot: Path, records: Mapping[str
         use_compilation_cache()
     began, compiled = time.perf_counter(), _compilations.count
     progress = _RunInProgress(run, resources, snapshot)
-    described = {"id": run.id, "stage": run.stage, **run.cell._asdict(), "seed": run.seed, **progress.identity}
+    described = {
+        "id": run.id,
+        "stage": run.stage,
+        **run.cell._asdict(),
+        "seed": run.seed,
+        **progress.identity,
+    }
     check_records({**(records or {}), run.id: described})
     try:
         state = progress.train()
@@ -202,7 +222,16 @@ class _RunInProgress:
         began = time.perf_counter()
         try:
             rows = on_mesh(batches, assembly)
-            result = fit(assembly.step, self.prepared.step_params, state, rows, self, schedule, rate, start=start)
+            result = fit(
+                assembly.step,
+                self.prepared.step_params,
+                state,
+                rows,
+                self,
+                schedule,
+                rate,
+                start=start,
+            )
         finally:
             batches.close()
             self.training_seconds += time.perf_counter() - began
@@ -218,7 +247,11 @@ class _RunInProgress:
             if name == "test":
                 final["test"] = values
             else:
-                probes[name] = {"loss": values["loss"], "n": len(items), "before": self._base(items)["loss"]}
+                probes[name] = {
+                    "loss": values["loss"],
+                    "n": len(items),
+                    "before": self._base(items)["loss"],
+                }
         return final | ({"probes": probes} if probes else {})
 
     # ------------------------------------------------------------ hooks of the loop
@@ -267,7 +300,11 @@ class _RunInProgress:
             log.info("  its snapshot is of other %s: the run starts from scratch", ", ".join(changed))
             return state, 0
         state = trees.map_named(lambda path, leaf: jax.device_put(saved.arrays[path], leaf.sharding), state)
-        self.curve, self.training, self.seconds_before = notes["curve"], notes["training"], notes["seconds"]
+        self.curve, self.training, self.seconds_before = (
+            notes["curve"],
+            notes["training"],
+            notes["seconds"],
+        )
         log.info("  resumes at step %d", notes["step"])
         return state, int(notes["step"])
 

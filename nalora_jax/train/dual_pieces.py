@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from nalora_jax import distributed
 from nalora_jax.config import RunConfig
 from nalora_jax.config.vision import VisionConfig
+from nalora_jax.data.images.opened import open_images
 from nalora_jax.data.images.pipeline import ImageData, caption_tokens, draw_shots, readable
-from nalora_jax.data.images.sources import ImageSource, open_images
+from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.sources import AUTO, check_disjoint
 from nalora_jax.distributed import platform_of

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nalora_jax import trees
-from nalora_jax.data.images.sources import open_images
+from nalora_jax.data.images.opened import open_images
 from nalora_jax.distributed import make_global_batch, make_mesh
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images

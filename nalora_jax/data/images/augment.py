@@ -22,8 +22,8 @@ def generator(*key: int) -> np.random.Generator:
 def augmented(image: Any, vision: VisionConfig, rng: np.random.Generator) -> Any:
     """Returns ``image`` (RGB), cropped and mirrored at random as ``vision.augment`` allows.
 
-    A crop has at least ``vision.crop_area`` of the image's area and an aspect ratio between 3/4 and 4/3, as in
-    torchvision's RandomResizedCrop; the processor resizes it later.
+    A crop has at least ``vision.crop_area`` of the image's area and an aspect ratio between 3/4 and
+    4/3, as in torchvision's RandomResizedCrop; the processor resizes it later.
     """
     if vision.augment == "none":
         return image

@@ -10,8 +10,8 @@ from nalora_jax.config import DataConfig
 from nalora_jax.config.vision import VisionConfig
 from nalora_jax.data.images import ImageProcessor
 from nalora_jax.data.images.augment import augmented, crop_box, generator
+from nalora_jax.data.images.opened import open_images
 from nalora_jax.data.images.pipeline import ImageData, draw_shots, readable
-from nalora_jax.data.images.sources import open_images
 from nalora_jax.errors import NaloraError
 
 PROCESSOR = ImageProcessor(resize=(12, 12))

@@ -15,7 +15,7 @@ from nalora_jax.config import DataConfig
 from nalora_jax.config.vision import VisionConfig
 from nalora_jax.data.builders.fashion_mnist import fashion_mnist_dataset_builder
 from nalora_jax.data.images import open_image
-from nalora_jax.data.images.sources import open_images, usable
+from nalora_jax.data.images.opened import open_images, usable
 from nalora_jax.errors import NaloraError
 
 PLAIN = VisionConfig()
@@ -125,7 +125,7 @@ READ = """
 import sys
 from nalora_jax.config import DataConfig
 from nalora_jax.data.images import open_image
-from nalora_jax.data.images.sources import open_images
+from nalora_jax.data.images.opened import open_images
 from nalora_jax.config.vision import VisionConfig
 
 config = DataConfig(dataset="tfds:pond_life", data_dir=sys.argv[1])
