@@ -20,6 +20,7 @@ from nalora_jax.ops.blockwise_attention import AttentionConfig
 from nalora_jax.ops.storage import round_and_save
 
 NewKeys = tuple[jax.Array, jax.Array]
+Heads = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
 class Attention(nn.Module):
@@ -32,16 +33,21 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, NewKeys]:
         """Returns ``[batch, seq, d_model]``, and this call's keys and values."""
         c = self.config
-        q, k, v = self._heads(x, layer, shared)
+        q, k, v, gate = self._heads(x, layer, shared)
         out = self._attend(q, k, v, layer, shared).reshape(*x.shape[:-1], -1)
+        if gate is not None:
+            out = out * jax.nn.sigmoid(round_and_save(gate, self.options.numerics)).astype(out.dtype)
         o_proj = self._dense("o_proj", c.n_heads * c.head_dim, c.d_model, c.o_bias, layer, shared)
         return adapted_dense(out, o_proj, self.options.numerics).y, (k, v)
 
-    def _heads(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, ...]:
-        """Returns rotated queries and keys, and values: ``[batch, seq, heads, head_dim]``."""
+    def _heads(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> Heads:
+        """Returns rotated queries and keys, and values: ``[batch, seq, heads, head_dim]``; and the gate's input."""
         c = self.config
-        widths = {"q_proj": c.n_heads, "k_proj": c.n_kv_heads, "v_proj": c.n_kv_heads}
+        widths = {"q_proj": c.n_heads * (1 + c.attn_gate), "k_proj": c.n_kv_heads, "v_proj": c.n_kv_heads}
         q, k, v = self._projected(x, widths, layer, shared)
+        gate = None
+        if c.attn_gate:  # every head has its query, then its gate
+            q, gate = (y.reshape(*x.shape[:-1], -1) for y in jnp.split(q.reshape(*x.shape[:-1], c.n_heads, -1), 2, -1))
         if c.qk_norm:
             q, k = round_and_save(q, self.options.numerics), round_and_save(k, self.options.numerics)
         if c.qk_norm == "projection":
@@ -54,7 +60,7 @@ class Attention(nn.Module):
         q, k = apply_rope(q, table), apply_rope(k, table)
         if c.query_growth:
             q = q * query_scales(shared.positions, c.query_growth, c.growth_length)[..., None, None]
-        return q, k, v
+        return q, k, v, gate
 
     def _projected(
         self, x: jax.Array, widths: Mapping[str, int], layer: LayerInputs, shared: SharedInputs

@@ -327,8 +327,9 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -
     for i, (path, shape) in enumerate(param_shapes(config).items()):
         noise = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
         if path.endswith("/scale"):
-            of_encoder = path.startswith(("image/", "unused/"))  # their norms have no offset
-            leaf = 1.0 - (0.0 if of_encoder else config.norm_offset) + 0.1 * noise
+            # Norms of encoders and of linear attention have no offset.
+            plain = path.startswith(("image/", "unused/")) or path.endswith("linear_attn/norm/scale")
+            leaf = 1.0 - (0.0 if plain else config.norm_offset) + 0.1 * noise
         elif path.endswith(("/bias", "/correction")):
             leaf = 0.02 * noise
         else:

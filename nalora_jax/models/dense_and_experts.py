@@ -86,7 +86,12 @@ class DenseAndExpertsFFN(nn.Module):
     ) -> jax.Array:
         """Returns ``[batch, seq, d_model]`` of ``x``, the layer's norm of ``stream``."""
         c, options = self.config, self.options
-        common = {"d_model": c.d_model, "activation": c.activation, "numerics": options.numerics, "stats": options.stats}
+        common = {
+            "d_model": c.d_model,
+            "activation": c.activation,
+            "numerics": options.numerics,
+            "stats": options.stats,
+        }
         dense = GatedFFN(
             d_ff=self.part.d_dense, adapters=adapters_below(options.adapters, _DENSE), name="dense", **common
         )

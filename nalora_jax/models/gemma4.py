@@ -195,7 +195,9 @@ def _ropes(f: Fields, kind: str, head_dim: int) -> tuple[RopeSpec, ...]:
     given = f.mapping("rope_parameters")
     unknown = given.keys() - _ROPES.keys()
     if unknown:
-        raise f.error("rope_parameters", f"one JSON object for {SLIDING} and one for {FULL}", ", ".join(sorted(unknown)))
+        raise f.error(
+            "rope_parameters", f"one JSON object for {SLIDING} and one for {FULL}", ", ".join(sorted(unknown))
+        )
     if given and kind not in given:
         raise f.error("rope_parameters", f"an entry for {kind}", ", ".join(given))
     specs, _ = read_ropes(f, head_dim, [kind], {} if given else _ROPES)

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nalora_jax.models.attention import Attention, cached_keys
+from nalora_jax.models.attention import Attention, Heads, cached_keys
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.layers import apply_rope
 from nalora_jax.models.parts import AttentionMixer, LayerInputs, PartOptions, Shapes, SharedInputs
@@ -70,7 +70,7 @@ class NormedAttention(AttentionMixer):
 class _NormedHeads(Attention):
     part: NormedAttention
 
-    def _heads(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, ...]:
+    def _heads(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> Heads:
         c, numerics = self.config, self.options.numerics
         projected = self._projected(x, self.part.heads(c), layer, shared)
         # [batch, seq, heads, head_dim]
@@ -78,18 +78,18 @@ class _NormedHeads(Attention):
         values = rms_norm(split[-1], jnp.ones((c.head_dim,), jnp.float32), c.norm_eps)
         q, k = self._norm("q_norm")(split[0]), self._norm("k_norm")(split[1])
         table = self._rope_table(layer, shared)
-        return apply_rope(q, table), apply_rope(k, table), values
+        return apply_rope(q, table), apply_rope(k, table), values, None
 
 
 class _ReadingHeads(Attention):
     part: NormedAttention
 
-    def _heads(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, ...]:
+    def _heads(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> Heads:
         c = self.config
         (q,) = self._projected(x, self.part.heads(c), layer, shared)
         q = round_and_save(q, self.options.numerics).reshape(*q.shape[:-1], -1, c.head_dim)
         keys = shared.handed[self.part.reads]
-        return apply_rope(self._norm("q_norm")(q), self._rope_table(layer, shared)), keys.k, keys.v
+        return apply_rope(self._norm("q_norm")(q), self._rope_table(layer, shared)), keys.k, keys.v, None
 
     def _cached_keys(self, layer: LayerInputs, shared: SharedInputs) -> CachedKeys | None:
         keys = shared.handed[self.part.reads]

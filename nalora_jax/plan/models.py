@@ -31,9 +31,19 @@ _LLAMA3 = {
 # As published in the models' repositories.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": _LLAMA3
-    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
     "llama-3.1-70b": _LLAMA3
-    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
     "gemma-3-27b": {
         "model_type": "gemma3_text",
         "vocab_size": 262208,

@@ -49,7 +49,7 @@ def table(config: ModelConfig, source: Source) -> Table:
     """
     if source == "hf":
         aliases = (("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_embeddings else ()
-        ignored = (*_ROTARY, *SIGHT, *_SENSES, *_unread_keys(config))
+        ignored = (*_ROTARY, *SIGHT, *UNUSED, *_unread_keys(config))
         if config.model_type == "glm4_moe":  # the layer that predicts further tokens
             ignored += (rf"^model\.layers\.{config.n_layers}\.",)
         return Table(_rows(HF, config.model_type) or (), ignored, aliases, HF_RENAMES)
@@ -81,8 +81,8 @@ def _unread_keys(config: ModelConfig) -> tuple[str, ...]:
 _ROTARY = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$")
 # Vision tensors that a multimodal model has next to the text model.
 SIGHT = (r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")
-# The same of Gemma 4, with audio.
-_SENSES = (r"^model\.(audio_tower|embed_vision|embed_audio|vision_embedder)\.",)
+# Tensors of parts that the text model does not use: towers of Qwen3.5 and Gemma 4, and heads for several tokens.
+UNUSED = (r"^(model\.)?visual\.", r"^mtp\.", r"^model\.(audio_tower|embed_vision|embed_audio|vision_embedder)\.")
 HF_RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^(model\.)?language_model\.(model\.)?(?=(embed_tokens|layers|norm)\.)", "model."),
@@ -150,6 +150,16 @@ def _hf_experts(module: str, names: tuple[str, ...], folder: str = "ffn") -> tup
     return (TensorRow(f"{stem}.gate.weight", (f"{leaf}/router/kernel",), "transpose"), *experts)
 
 
+def _hf_delta_net(*inputs: str) -> tuple[TensorRow, ...]:
+    """Returns the tensors of Gated DeltaNet, with the names of the projections of its input."""
+    names = {"conv1d.weight": "conv/weight", "A_log": "a_log", "dt_bias": "dt_bias", "norm.weight": "norm/scale"}
+    rows = (
+        TensorRow(f"model.layers.{{layer}}.linear_attn.{theirs}", (f"layers/linear_attn/{ours}",))
+        for theirs, ours in names.items()
+    )
+    return (*_hf_dense("linear_attn", "linear_attn", (*inputs, "out_proj")), *rows)
+
+
 _HF_MIXTRAL = _hf_experts("block_sparse_moe", ("w1", "w3", "w2"))
 _HF_DENSE_LAYERS = _hf_dense("mlp", "ffn", _GATED, experts=False)
 _HF_QWEN_EXPERTS = (*_hf_experts("mlp", _GATED), *_HF_DENSE_LAYERS)
@@ -165,6 +175,9 @@ _HF_GLM_EXPERTS = (
     *_hf_dense("mlp.shared_experts", "ffn/shared", _GATED),
     *_HF_DENSE_LAYERS,
 )
+_HF_HYBRID = (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS)
+_HF_QWEN3_5 = (*_HF_HYBRID, *_hf_delta_net("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
+_HF_QWEN3_NEXT = (*_HF_HYBRID, *_hf_delta_net("in_proj_qkvz", "in_proj_ba"))
 
 _HF_GEMMA4 = (
     *_HF_ENDS,
@@ -198,8 +211,9 @@ _HF_GEMMA4 = (
     TensorRow("model.per_layer_projection_norm.weight", ("layer_embeddings/norm/scale",)),
 )
 
+_HF_SINKS = TensorRow("model.layers.{layer}.self_attn.sinks", ("layers/attn/sinks",))
 _HF_GPT_OSS = (
-    TensorRow("model.layers.{layer}.self_attn.sinks", ("layers/attn/sinks",)),
+    _HF_SINKS,
     TensorRow("model.layers.{layer}.mlp.router.weight", ("layers/ffn/router/kernel",), "transpose"),
     TensorRow("model.layers.{layer}.mlp.router.bias", ("layers/ffn/router/bias",)),
     *(
@@ -212,6 +226,38 @@ _HF_GPT_OSS = (
     ),
     TensorRow("model.layers.{layer}.mlp.experts.down_proj", ("layers/ffn/down_proj/kernel",)),
     TensorRow("model.layers.{layer}.mlp.experts.down_proj_bias", ("layers/ffn/down_proj/bias",)),
+)
+
+_HF_LFM2_NAMES = {
+    "attn/q_proj": "self_attn.q_proj",
+    "attn/k_proj": "self_attn.k_proj",
+    "attn/v_proj": "self_attn.v_proj",
+    "attn/o_proj": "self_attn.out_proj",
+    "conv/bcx_proj": "conv.in_proj",
+    "conv/o_proj": "conv.out_proj",
+    "ffn/gate_proj": "feed_forward.w1",
+    "ffn/up_proj": "feed_forward.w3",
+    "ffn/down_proj": "feed_forward.w2",
+}
+_HF_LFM2 = (
+    _HF_ENDS[0],
+    TensorRow("model.embedding_norm.weight", ("final_norm/scale",)),
+    _HF_ENDS[2],
+    *_hf_norms(attn_norm="operator_norm", ffn_norm="ffn_norm"),
+    *(
+        TensorRow(f"model.layers.{{layer}}.self_attn.{n}_layernorm.weight", (f"layers/attn/{n}_norm/scale",))
+        for n in ("q", "k")
+    ),
+    *(
+        TensorRow(f"model.layers.{{layer}}.{theirs}.weight", (f"layers/{ours}/kernel",), "transpose")
+        for ours, theirs in _HF_LFM2_NAMES.items()
+    ),
+    *(
+        TensorRow(f"model.layers.{{layer}}.{theirs}.bias", (f"layers/{ours}/bias",))
+        for ours, theirs in _HF_LFM2_NAMES.items()
+    ),
+    TensorRow("model.layers.{layer}.conv.conv.weight", ("layers/conv/taps",)),
+    TensorRow("model.layers.{layer}.conv.conv.bias", ("layers/conv/taps_bias",)),
 )
 
 HF: dict[str, tuple[TensorRow, ...]] = {
@@ -228,8 +274,13 @@ HF: dict[str, tuple[TensorRow, ...]] = {
     "olmo2": _HF_OLMO2,
     "olmo3": _HF_OLMO2,
     "ministral3": _HF_LLAMA,
+    "qwen3_5_text": (*_HF_QWEN3_5, *_HF_FFN),
+    "qwen3_5_moe_text": (*_HF_QWEN3_5, *_HF_QWEN2_EXPERTS),
+    "qwen3_next": (*_HF_QWEN3_NEXT, *_HF_QWEN2_EXPERTS),
     "smollm3": _HF_LLAMA,
     "granite": _HF_LLAMA,
+    "granite_swa": (*_HF_LLAMA, _HF_SINKS),
+    "lfm2": _HF_LFM2,
     "mixtral": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_MIXTRAL),
     "qwen3_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_QWEN_EXPERTS),
     "qwen2_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QWEN2_EXPERTS),

@@ -85,6 +85,16 @@ OLD_FORMS = {
         "sliding_window": 8,
     },
     "Ministral 3": {**LLAMA, "model_type": "ministral3", "head_dim": 8},
+    "Granite SWA": {**LLAMA, "model_type": "granite_swa", "sliding_window": 8, "layer_rope_theta": [1e4, 0, 1e6, 1e4]},
+    "LFM2": {
+        **LLAMA,
+        "model_type": "lfm2",
+        "block_ff_dim": 96,
+        "block_multiple_of": 8,
+        "full_attn_idxs": [1, 3],
+        "norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    },
     "SmolLM3": {**LLAMA, "model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0], "rope_theta": 5e6},
     "Mixtral": {**LLAMA, "model_type": "mixtral", "sliding_window": None, "rope_theta": 1e6},
     "Gemma 4": {
@@ -211,6 +221,17 @@ REFUSED = {
         {"model_type": "gpt_oss", "quantization_config": {"quant_method": "awq"}},
         "quant_method: expected 'mxfp4'.* found 'awq'",
     ),
+    "a rotary base below 1": (
+        {"model_type": "granite_swa", "layer_rope_theta": [1e4, 1e4, 1e4, 0.5]},
+        "layer_rope_theta: expected numbers above 1",
+    ),
+    "a linear layer in LFM2": (
+        {"model_type": "lfm2", "layer_types": ["conv", "linear_attention"] * 2},
+        "layer_types: expected 'full_attention' or 'conv', found 'linear_attention'",
+    ),
+    "a layer beyond the last": ({"model_type": "lfm2", "full_attn_idxs": [1, 4]}, "full_attn_idxs"),
+    "an ungated block in LFM2": ({"model_type": "lfm2", "block_use_swiglu": False}, "block_use_swiglu"),
+    "another width of LFM2's convolution": ({"model_type": "lfm2", "conv_dim": 48}, r"hidden_size \(32\)"),
     "attention of all tokens to the future": (
         {"model_type": "gemma4_text", "use_bidirectional_attention": "all"},
         "bidirectional",
@@ -348,7 +369,7 @@ def test_null_fields_mean_what_they_mean_in_transformers(family: str) -> None:
         assert ours.head_dim == (getattr(of_layer, "head_dim", None) or 8), name
         assert ours.attn_softcap == (getattr(theirs, "attn_logit_softcapping", None) or 0), name
         assert ours.final_softcap == (getattr(theirs, "final_logit_softcapping", None) or 0), name
-        assert ours.attn_dropout == (theirs.attention_dropout or 0), name
+        assert ours.attn_dropout == (getattr(theirs, "attention_dropout", None) or 0), name
         assert ours.tie_embeddings == theirs.tie_word_embeddings, name
 
 

@@ -174,7 +174,8 @@ def test_eight_devices_are_one() -> None:
     (value, statistics), gradients = measured(MeshConfig(2, 2, 2))
     (want_value, want_statistics), want_gradients = measured()
     assert float(value) == pytest.approx(float(want_value), rel=1e-5)
-    for found, wanted in ((gradients, want_gradients), (jax.tree.map(lambda x: x.sum(axis=1), statistics), want_statistics)):
+    over_shards = jax.tree.map(lambda x: x.sum(axis=1), statistics)
+    for found, wanted in ((gradients, want_gradients), (over_shards, want_statistics)):
         found, wanted = flatten(found), flatten(wanted)
         assert found.keys() == wanted.keys()
         for path, want in wanted.items():

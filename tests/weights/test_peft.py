@@ -40,6 +40,13 @@ GLM = {
     "group1/block0/ffn/experts/down_proj": ((3, 3), (8.0, 8.0)),
     "group1/block0/ffn/shared/up_proj": ((2, 3), (5.0, 2.0)),
 }
+# LFM2 with a convolution, attention and a convolution.
+LFM2 = {
+    "group0/block0/conv/bcx_proj": ((3,), (8.0,)),
+    "group0/block1/attn/o_proj": ((2,), (5.0,)),
+    "group0/block1/ffn/up_proj": ((2,), (3.0,)),
+    "group0/block2/conv/o_proj": ((4,), (3.0,)),
+}
 DENSE_BETWEEN = {
     "group0/block0/ffn/gate_proj": ((4,), (8.0,)),
     "group0/block1/ffn/gate_proj": ((2,), (3.0,)),
@@ -265,6 +272,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "olmo2": ("olmo2", FFN | ATTENTION, {}),
     "olmo3": ("olmo3", MIXED, {}),
     "ministral3": ("ministral3", FFN | ATTENTION, {}),
+    "lfm2": ("lfm2", LFM2, {}),
     "phi3": ("phi3", FFN | ATTENTION, {}),
     "phi3 mixed": ("phi3", MIXED, {}),
     "phi3 rslora": ("phi3", MIXED, {"rslora": True}),
