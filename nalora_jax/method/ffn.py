@@ -27,7 +27,7 @@ from nalora_jax.dense import LoRADense
 from nalora_jax.measurement import GateStatsConfig, Measurement, block_statistics, tapped
 from nalora_jax.method import activations
 from nalora_jax.method.activations import Activation
-from nalora_jax.method.low_rank import Dense, adapted_dense, parallel_dense
+from nalora_jax.method.low_rank import Dense, LowRankHidden, adapted_dense, parallel_dense
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.storage import SAVED_WIDE, read_residual, rounded, save_residual
 
@@ -77,7 +77,7 @@ def factored_mlp(
 ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
     """Returns ``(phi(x W_gate) * factor) W_down`` for a given ``factor [batch, seq, d_ff]``.
 
-    Other arguments and results are those of `gated_mlp`.
+    For the other arguments and the results see `gated_mlp`.
     """
     z, delta = adapted_dense(x, gate, numerics.within())
     return _output(x, gate, z, delta, factor.astype(z.dtype), down, activation, numerics, measurement)
@@ -87,7 +87,7 @@ def _output(
     x: jax.Array,
     gate: Dense,
     z: jax.Array,
-    delta: jax.Array | None,
+    delta: jax.Array | LowRankHidden | None,
     u: jax.Array | None,
     down: Dense,
     activation: Activation,
