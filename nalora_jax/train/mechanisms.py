@@ -25,9 +25,10 @@ def make_mechanisms(
     Raises:
       NaloraError: an unknown name, setting or factor location.
     """
-    made = [make(rule) for rule in rules]
-    labels = _labels([(rule.label, rule.name) for rule in made])
-    return Mechanisms(tuple(zip(labels, made, strict=True)), activation, total_steps=total_steps, seed=seed)
+    mechanisms = [make(rule) for rule in rules]
+    labels = _labels([(mechanism.label, mechanism.name) for mechanism in mechanisms])
+    entries = tuple(zip(labels, mechanisms, strict=True))
+    return Mechanisms(entries, activation, total_steps=total_steps, seed=seed)
 
 
 def mechanism_names() -> list[str]:
