@@ -49,8 +49,6 @@ class Attention(nn.Module):
         q, k = apply_rope(q, table), apply_rope(k, table)
         if c.query_growth:
             q = q * query_scales(shared.positions, c.query_growth, c.growth_length)[..., None, None]
-        if c.query_growth:
-            q = q * query_scales(shared.positions, c.query_growth, c.growth_length)[..., None, None]
         out = self._attend(q, k, v, layer, shared).reshape(*x.shape[:-1], -1)
         o_proj = self._dense("o_proj", c.n_heads * c.head_dim, c.d_model, c.o_bias, layer, shared)
         return adapted_dense(out, o_proj, self.options.numerics).y, (k, v)

@@ -17,6 +17,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.layers import ResidualNorm, RMSNorm
 from nalora_jax.models.moe import MoEFFN
 from nalora_jax.models.parts import LayerInputs, PartOptions, SharedInputs, constrain, part_adapters
+from nalora_jax.models.router import RouterSpec
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import LAYER_INPUT, round_and_save
@@ -99,7 +100,7 @@ class Block(nn.Module):
         extra = {
             "n_experts": c.n_experts,
             "top_k": c.experts_per_token,
-            "norm_topk": c.norm_topk,
+            "routing": RouterSpec(normalize=c.norm_topk),
             "router_bias": c.router_bias,
             "up_limit": c.up_limit,
             "sharding": options.routing,

@@ -16,11 +16,12 @@ from nalora_jax.models import recent_families, registered
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family_fields import (
     FULL,
+    GRANITE,
     SLIDING,
     activation_name,
     alternating,
     attention_bias,
-    first_present,
+    granite_scales,
     head_dim_of,
     layer_types,
     optional_windows,
@@ -30,6 +31,14 @@ from nalora_jax.models.family_fields import (
 from nalora_jax.models.family_fields import base_config as base_config
 from nalora_jax.models.gpt_oss import DEFAULTS as GPT_OSS
 from nalora_jax.models.gpt_oss import read_gpt_oss
+from nalora_jax.models.mixture_families import (
+    GLM4_MOE,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    read_glm4_moe,
+    read_qwen2_moe,
+    read_qwen3_moe,
+)
 from nalora_jax.models.registered import register_family as register_family
 from nalora_jax.models.ropes import read_ropes
 from nalora_jax.models.vision.sight import MULTIMODAL, read_sight, text_part
@@ -205,16 +214,7 @@ def _smollm3(f: Fields, name: str) -> ModelConfig:
 
 
 def _granite(f: Fields, name: str) -> ModelConfig:
-    return base_config(
-        f,
-        name,
-        ffn_bias=f.flag("mlp_bias"),
-        embed_scale=f.number("embedding_multiplier"),
-        residual_scale=f.number("residual_multiplier"),
-        query_scale=f.number("attention_multiplier"),
-        logit_scale=1.0 / f.number("logits_scaling"),
-        **attention_bias(f),
-    )
+    return base_config(f, name, **granite_scales(f), **attention_bias(f))
 
 
 def _mixtral(f: Fields, name: str) -> ModelConfig:
@@ -224,24 +224,6 @@ def _mixtral(f: Fields, name: str) -> ModelConfig:
         windows=same_window(f),
         n_experts=f.integer("num_local_experts", high=2**12),
         experts_per_token=f.integer("num_experts_per_tok", high=2**12),
-    )
-
-
-def _qwen3_moe(f: Fields, name: str) -> ModelConfig:
-    f.refuse("mlp_only_layers", "blocks of different shapes cannot be stacked")
-    step = f.integer("decoder_sparse_step")
-    if step != 1:
-        raise f.error("decoder_sparse_step", "1: a mixture in every layer", step)
-    return base_config(
-        f,
-        name,
-        d_ff=f.integer("moe_intermediate_size"),
-        windows=optional_windows(f, lambda _: True),
-        qk_norm="head",
-        n_experts=f.integer(first_present(f, "num_experts", "num_local_experts"), high=2**12),
-        experts_per_token=f.integer("num_experts_per_tok", high=2**12),
-        norm_topk=f.flag("norm_topk_prob"),
-        **attention_bias(f),
     )
 
 
@@ -276,10 +258,7 @@ _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]]
             "max_position_embeddings": 32_768,
         },
     ),
-    "granite": (
-        _granite,
-        {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0, "logits_scaling": 1.0},
-    ),
+    "granite": (_granite, GRANITE),
     "mixtral": (
         _mixtral,
         {
@@ -292,16 +271,9 @@ _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]]
         },
     ),
     "gpt_oss": (read_gpt_oss, GPT_OSS),
-    "qwen3_moe": (
-        _qwen3_moe,
-        _QWEN
-        | {
-            "num_key_value_heads": 4,
-            "moe_intermediate_size": 768,
-            "num_experts_per_tok": 8,
-            "decoder_sparse_step": 1,
-        },
-    ),
+    "qwen3_moe": (read_qwen3_moe, _QWEN | QWEN3_MOE),
+    "qwen2_moe": (read_qwen2_moe, _QWEN | QWEN2_MOE),
+    "glm4_moe": (read_glm4_moe, GLM4_MOE),
 }
 
 _READERS |= recent_families.READERS

@@ -84,8 +84,8 @@ def _spec(f: Fields, name: str, own: Mapping[str, Any], head_dim: int, further: 
     for key in sorted(own.keys() - _ALWAYS - _KEYS[kind] - set(further)):
         rope.refuse(key, f"rope_type {kind!r} has no such parameter here")
     partial = rope.number("partial_rotary_factor", default=f.number("partial_rotary_factor", default=1.0))
-    if partial != 1.0 and not phi3:
-        raise rope.error("partial_rotary_factor", "1: partial rotation is Phi-3's only", partial)
+    if partial != 1.0 and not (phi3 or "partial_rotary_factor" in f.defaults):
+        raise rope.error("partial_rotary_factor", "1: this family rotates all dimensions", partial)
     dim = int(head_dim * partial)
     if dim % 2 or not 2 <= dim <= head_dim:
         raise rope.error("partial_rotary_factor", f"an even share of head_dim ({head_dim})", f"{dim} dimensions")

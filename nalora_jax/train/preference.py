@@ -104,6 +104,7 @@ class Preference:
             policy.head,
             policy.numerics,
             chunk=policy.loss_chunk,
+            compact=policy.is_compact,
             shards=policy.batch_shards,
         )
 

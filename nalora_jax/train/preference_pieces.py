@@ -28,10 +28,12 @@ def preference_pieces(
     mesh: Mesh,
     source: Mapping[str, Source] | None,
     share: Callable[[str], None],
+    like: Pieces | None = None,
 ) -> Pieces:
     """Builds adapters, step, pairs and evaluators of a run with ``preference.loss``.
 
-    ``share`` is passed to `nalora_jax.train.export.export`.
+    ``share`` is passed to `nalora_jax.train.export.export`; ``like`` are pieces of a run with the same
+    program.
 
     Raises:
       NaloraError: bad records, pairs that do not fit, or too few held out.
@@ -58,12 +60,15 @@ def preference_pieces(
             found=f"one of {longest}",
             remedy=f"set --data.max-length to {2 * context} or less",
         )
-    assembly = assemble(config, loaded.config, loaded.params, mesh)
+    assembly = assemble(config, loaded.config, loaded.params, mesh, like=None if like is None else like.assembly)
     one = mesh if mesh.size > 1 else None
-    evaluator, selector = (
-        PreferenceEvaluator(assembly.eval_model, loaded.tokenizer, part, preference, mesh=one)
-        for part in (reported, selecting)
-    )
+    if like is not None and like.assembly.spec == assembly.spec:
+        evaluator, selector = like.evaluator, like.selector
+    else:
+        evaluator, selector = (
+            PreferenceEvaluator(assembly.eval_model, loaded.tokenizer, part, preference, mesh=one)
+            for part in (reported, selecting)
+        )
 
     def write(folder: Path, state: TrainState) -> Path:
         return export(config, folder, loaded, assembly, state, rows.batches(), share)

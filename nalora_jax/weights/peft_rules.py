@@ -15,6 +15,8 @@ MODULES |= {name: f"ffn/{name}" for name in ("gate_proj", "up_proj", "down_proj"
 # Fused projections, and the projections of Mixtral's experts.
 MODULES |= {"qkv_proj": "attn/(q|k|v)_proj", "gate_up_proj": "ffn/(gate|up)_proj"}
 MODULES |= {"w1": "ffn/gate_proj", "w3": "ffn/up_proj", "w2": "ffn/down_proj"}
+# The convolution and the attention of LFM2.
+MODULES |= {"in_proj": "conv/bcx_proj", "out_proj": "(attn|conv)/o_proj"}
 _NAME = re.compile(r"[\w.]+")
 
 
@@ -53,9 +55,8 @@ def rules_of(
                 found=f"the expression {targets!r}",
                 remedy="write it as --lora.rules: patterns are searched in paths such as layers/3/ffn/gate_proj",
             )
-        targets = [
-            name for name in MODULES if name.endswith("_proj") and "_up" not in name and not name.startswith("qkv")
-        ]
+        others = ("qkv_proj", "gate_up_proj", "in_proj", "out_proj")
+        targets = [name for name in MODULES if name.endswith("_proj") and name not in others]
     if isinstance(excluded, str):
         raise NaloraError("exclude_modules", expected="names", found=f"the expression {excluded!r}")
     out = {_path(name, "exclude_modules") for name in excluded or ()}

@@ -25,6 +25,7 @@ from nalora_jax.weights.peft_modules import (
     ModuleLayout,
     alpha_for,
     fuse,
+    layers_with,
     module_layout,
     module_shape,
     part_widths,
@@ -88,10 +89,10 @@ def export_adapter(
     entries = list(_entries(lora, spec, config, layout, per_expert=target == "vllm"))
     entries = _one_rank(entries, config, layout, max_lora_rank) if target == "vllm" else _even_stacks(entries)
     rslora = spec.rslora and target == "peft"
-    if any(entry.stacked or entry.module.parts[0] in layout.experts for entry in entries):
+    if any(entry.parameter or _is_expert(entry.module) for entry in entries):
         # Dropout acts in training only, and PEFT refuses to load it for experts.
         spec = replace(spec, dropout=0.0)
-    settings = _settings(entries, config, spec, rslora=rslora) | {"base_model_name_or_path": base_model_name}
+    settings = _settings(entries, config, layout, spec, rslora=rslora) | {"base_model_name_or_path": base_model_name}
     tensors = dict(_tensors(entries, layout))
     if spec.saved or spec.token_indices:
         tensors |= saved_tensors(lora, spec, config) | token_row_tensors(lora, spec, config)
@@ -133,7 +134,8 @@ class _Entry:
     layer: int
     module: HostModule
     adapter: ModuleAdapter
-    stacked: bool = False
+    stacked: bool = False  # of all experts
+    parameter: bool = False  # named in target_parameters
 
 
 def _entries(
@@ -145,10 +147,11 @@ def _entries(
     places = locate(config)
     for layer in range(1 + max(layer for _, layer in places)):
         for module in (*layout.modules, *layout.parameters):
-            if (module.parts[0], layer) not in places:
+            stacked = module in layout.parameters
+            parameter = stacked or (layout.weight_only(module) and not per_expert)
+            if layer not in layers_with(config, module.parts[0], experts=stacked):
                 continue
             parts = [layer_adapter(leaves, spec, *places[path, layer]) for path in module.parts]
-            stacked = module in layout.parameters
             if stacked and per_expert and layout.experts:
                 yield from _expert_entries(layout, config, module, layer, parts)
                 continue
@@ -156,22 +159,22 @@ def _entries(
             if adapter is None:
                 continue
             name = layout.full_name(layer, module)
-            _check_dora(spec, name, adapter, stacked=stacked)
-            yield _Entry(name, layer, module, adapter, stacked)
+            _check_dora(spec, name, adapter, parameter=parameter)
+            yield _Entry(name, layer, module, adapter, stacked, parameter)
 
 
 def _even_stacks(entries: list[_Entry]) -> list[_Entry]:
-    """Returns the same adapters, with one rank and one scale in all stacks of experts.
+    """Returns the same adapters, with one rank and one scale in all parameters.
 
     PEFT applies rank_pattern to parameters too, but warns that the keys "were ignored". With equal
     ranks no pattern is needed.
     """
-    stacks = [entry.adapter for entry in entries if entry.stacked]
-    if not stacks:
+    adapters = [entry.adapter for entry in entries if entry.parameter]
+    if not adapters:
         return entries
-    rank = max(adapter.rank for adapter in stacks)
-    scale = _common(adapter.scale for adapter in stacks)
-    return [replace(entry, adapter=_fold(entry.adapter, rank, scale)) if entry.stacked else entry for entry in entries]
+    rank = max(adapter.rank for adapter in adapters)
+    scale = _common(adapter.scale for adapter in adapters)
+    return [replace(e, adapter=_fold(e.adapter, rank, scale)) if e.parameter else e for e in entries]
 
 
 def _common(values: Iterable[Any]) -> Any:
@@ -197,14 +200,14 @@ def _check_known(spec: AdapterSpec, layout: ModuleLayout) -> None:
             raise NaloraError(f"adapter at {path}", expected=f"one of {', '.join(sorted(known))}", found=path)
 
 
-def _check_dora(spec: AdapterSpec, name: str, adapter: ModuleAdapter, *, stacked: bool) -> None:
-    if spec.dora and (stacked or adapter.magnitude is None):
+def _check_dora(spec: AdapterSpec, name: str, adapter: ModuleAdapter, *, parameter: bool) -> None:
+    if spec.dora and (parameter or adapter.magnitude is None):
         raise NaloraError(
             f"DoRA at {name}",
             expected="a Linear module (PEFT has no DoRA for experts)"
-            if stacked
+            if parameter
             else "an adapter on every projection that the family fuses into this module, for its column norms",
-            found="experts" if stacked else "some without",
+            found="experts" if parameter else "some without",
             remedy="merge the adapter instead",
         )
 
@@ -236,10 +239,12 @@ def _one_rank(entries: list[_Entry], config: ModelConfig, layout: ModuleLayout, 
         )
     scale = _common(entry.adapter.scale for entry in entries)
     given = {entry.name: _fold(entry.adapter, rank, scale) for entry in entries}
-    adapted = {entry.module.name: entry.module for entry in entries}
+    lasts = {_last(entry.module.name) for entry in entries}
+    adapted = {module.name: module for module in layout.modules if _last(module.name) in lasts and not module.whole}
+    adapted |= {entry.module.name: entry.module for entry in entries}
     stacks = {module.name for module in layout.parameters}
     # vLLM requires all three projections of the experts or none.
-    if any(module.parts[0] in layout.experts for module in adapted.values()):
+    if any(_is_expert(module) for module in adapted.values()):
         adapted |= {name: HostModule(name, (path,)) for path, name in layout.experts.items()}
     if stacks.intersection(adapted):  # and all stacks of experts or none
         adapted |= {module.name: module for module in layout.parameters}
@@ -247,22 +252,26 @@ def _one_rank(entries: list[_Entry], config: ModelConfig, layout: ModuleLayout, 
     def entry(name: str, layer: int, module: HostModule) -> _Entry:
         stacked = module.name in stacks
         adapter = given.get(name) or _zeros(config, module, layer, rank, scale, stacked=stacked)
-        return _Entry(name, layer, module, adapter, stacked)
+        return _Entry(name, layer, module, adapter, stacked, stacked)
 
-    places = locate(config)
     return [
         entry(name, layer, module)
         for layer in range(config.n_layers)
         for module in adapted.values()
-        if (module.parts[0], layer) in places
+        if layer in layers_with(config, module.parts[0], experts=_is_expert(module) or module.name in stacks)
         for name in _names(config, layout, layer, module)
     ]
 
 
 def _names(config: ModelConfig, layout: ModuleLayout, layer: int, module: HostModule) -> list[str]:
     """Returns the full names of ``module`` in a layer: one, or one per expert."""
-    count = config.n_experts if module.parts[0] in layout.experts else 1
+    count = config.n_experts if _is_expert(module) else 1
     return [layout.full_name(layer, module.name.format(expert)) for expert in range(count)]
+
+
+def _is_expert(module: HostModule) -> bool:
+    """Returns True for the pattern of one expert's modules, "experts.{}.w1"."""
+    return "{}" in module.name
 
 
 def _fold(adapter: ModuleAdapter, rank: int, scale: float) -> ModuleAdapter:
@@ -302,7 +311,9 @@ def _tensors(entries: list[_Entry], layout: ModuleLayout) -> Iterator[tuple[str,
             yield f"base_model.model.{key}.lora_magnitude_vector", np.ascontiguousarray(entry.adapter.magnitude)
 
 
-def _settings(entries: list[_Entry], config: ModelConfig, spec: AdapterSpec, *, rslora: bool) -> dict[str, Any]:
+def _settings(
+    entries: list[_Entry], config: ModelConfig, layout: ModuleLayout, spec: AdapterSpec, *, rslora: bool
+) -> dict[str, Any]:
     """Returns ``adapter_config.json`` without the base model's name."""
     ranks = {entry.name: entry.adapter.rank for entry in entries}
     alphas = {
@@ -310,7 +321,8 @@ def _settings(entries: list[_Entry], config: ModelConfig, spec: AdapterSpec, *, 
     }
     rank, rank_pattern = _pattern(ranks, entries)
     alpha, alpha_pattern = _pattern(alphas, entries)
-    stacks = [entry for entry in entries if entry.stacked]
+    modules = [entry for entry in entries if not entry.parameter]
+    parameters = [entry for entry in entries if entry.parameter]
     settings = {
         "alpha_pattern": alpha_pattern,
         "bias": "none",
@@ -323,14 +335,14 @@ def _settings(entries: list[_Entry], config: ModelConfig, spec: AdapterSpec, *, 
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": rank_pattern,
-        "target_modules": _target_names([entry for entry in entries if not entry.stacked], config),
+        "target_modules": _target_modules(modules, config, layout),
         "task_type": "CAUSAL_LM",
         "use_dora": spec.dora,
         "use_rslora": rslora,
     }
     settings |= token_settings(spec)
-    if stacks:
-        settings["target_parameters"] = _target_names(stacks, config)
+    if parameters:
+        settings["target_parameters"] = _target_parameters(parameters, config)
     return settings
 
 
@@ -341,11 +353,11 @@ def _number(value: float) -> int | float:
 def _pattern(values: Mapping[str, Any], entries: list[_Entry]) -> tuple[Any, dict[str, Any]]:
     """Returns a default value and a pattern for the modules with another value.
 
-    The default is the experts' most frequent value, otherwise the most frequent of all. Keys
+    The default is the parameters' most frequent value, otherwise the most frequent of all. Keys
     are ``mlp.up_proj`` if all layers agree, full names otherwise.
     """
-    stacks = [values[entry.name] for entry in entries if entry.stacked]
-    common = _common(stacks or values.values())
+    parameters = [values[entry.name] for entry in entries if entry.parameter]
+    common = _common(parameters or values.values())
     modules: dict[str, list[str]] = {}
     for entry in entries:
         modules.setdefault(entry.module.name, []).append(entry.name)
@@ -361,16 +373,33 @@ def _pattern(values: Mapping[str, Any], entries: list[_Entry]) -> tuple[Any, dic
     return common, dict(sorted(pattern.items()))
 
 
-def _target_names(entries: list[_Entry], config: ModelConfig) -> list[str]:
-    """Returns short names of modules adapted in every layer, full names of the others."""
-    modules: dict[str, list[_Entry]] = {}
+def _target_modules(entries: list[_Entry], config: ModelConfig, layout: ModuleLayout) -> list[str]:
+    """Returns short names of modules that are adapted in all layers, full names of the others."""
+    adapted: dict[str, set[str]] = {}
     for entry in entries:
-        modules.setdefault(entry.module.name, []).append(entry)
+        adapted.setdefault(_last(entry.name), set()).add(entry.name)
+    known: dict[str, set[str]] = {}
+    for module in layout.modules:
+        for layer in layers_with(config, module.parts[0], experts=False):
+            known.setdefault(_last(module.name), set()).add(layout.full_name(layer, module))
     names: set[str] = set()
-    for module, members in modules.items():
+    for last, members in adapted.items():
         # A vision tower has modules with the same short names as the decoder.
-        layers = {layer for path, layer in locate(config) if path == members[0].module.parts[0]}
-        everywhere = config.sight is None and {member.layer for member in members} == layers
-        short = module if members[0].stacked else module.rpartition(".")[2]
-        names |= {short} if everywhere else {member.name for member in members}
+        names |= {last} if config.sight is None and members >= known.get(last, set()) else members
+    return sorted(names)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _target_parameters(entries: list[_Entry], config: ModelConfig) -> list[str]:
+    """Returns names within the layer of parameters adapted in all layers, full names of the others."""
+    names: set[str] = set()
+    for module in {entry.module for entry in entries}:
+        members = [entry for entry in entries if entry.module == module]
+        stacked = members[0].stacked
+        everywhere = {entry.layer for entry in members} == layers_with(config, module.parts[0], experts=stacked)
+        weight = "" if stacked else ".weight"
+        names |= {f"{name}{weight}" for name in ([module.name] if everywhere else [m.name for m in members])}
     return sorted(names)

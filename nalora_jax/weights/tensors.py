@@ -28,6 +28,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import Kind, kernels
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor
@@ -132,7 +133,7 @@ def load_leaves(
             if quantized and re.search(kernels(quantized), path):
                 leaves[path] = quantized_leaf(shape, quantized, where[path], reader.read)
             else:
-                leaves[path] = _leaf(shape, DTYPES[dtype], where[path], reader)
+                leaves[path] = _leaf(shape, DTYPES[leaf_dtype(path, dtype)], where[path], reader)
     return trees.unflatten(leaves)
 
 
@@ -178,10 +179,8 @@ class _Fill:
     """The position of a tensor, or of one part of a fused tensor, in a leaf."""
 
     def __init__(self, name: str, tensor: SourceTensor, number: int, lead: tuple[int, ...]) -> None:
-        self.name = name  # in the file
-        self.tensor = tensor
-        self.lead = lead  # the leaf's leading indices: layer, expert
-        self.number = number  # of the part
+        self.name, self.tensor = name, tensor  # its name in the file
+        self.lead, self.number = lead, number  # the leaf's leading indices: layer, expert; number of the part
         self.first_row = 0 if tensor.transform.alternates else sum(tensor.rows[:number])
         self.rows = tensor.rows[number]
 
@@ -231,8 +230,7 @@ class _Reader:
 
     def read(self, index: Index, dtype: Any) -> np.ndarray:
         """Returns a slice of the leaf."""
-        (buffer,) = self.read_all([index], dtype)
-        return buffer
+        return self.read_all([index], dtype)[0]
 
     def read_all(self, indices: Sequence[Index], dtype: Any) -> list[np.ndarray]:
         """Returns slices of the leaf, filled tensor by tensor.

@@ -37,6 +37,9 @@ VALUES: dict[str, Any] = {
     "hidden_act": "relu",
     "hidden_activation": "relu",
     "rms_norm_eps": 0.3,
+    "norm_eps": 0.3,
+    "full_attn_idxs": None,  # layer_types takes precedence
+    "block_multiple_of": 40,
     "layer_types": ["full_attention", "sliding_attention"] * 2,
     "layer_rope_theta": [1e4, 0.0, 1e3, 1e2],
     "no_rope_layers": [0, 1, 1, 0],
@@ -124,4 +127,4 @@ def test_a_field_changes_our_model_if_it_changes_theirs(family: str) -> None:
         same = before.shape == after.shape and torch.equal(before, after)
         assert same == (changed == plain), f"{name}: {value!r}"
         acting |= set() if same else {name}
-    assert acting >= {"hidden_size", "rms_norm_eps"}
+    assert acting >= {"hidden_size", "norm_eps" if family == "lfm2" else "rms_norm_eps"}

@@ -23,7 +23,7 @@ import transformers
 from nalora_jax.models.cache import init_cache
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.stacks import param_shapes, projection_shapes
+from nalora_jax.models.stacks import depths, param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.keymaps import keymap_for, params_from_tensors, tensors_from_params
@@ -202,6 +202,35 @@ CASES = (
         },
     ),
     Case(
+        "granite_swa",
+        "attention sinks, a rotary base per layer and none in one, windows, multipliers, biases, MHA",
+        {
+            "num_key_value_heads": 4,
+            "sliding_window": WINDOW,
+            "layer_rope_theta": [1e4, 0.0, 1e2, 1e4],
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 4.0,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    Case(
+        "lfm2",
+        "gated short convolutions of width 4 and attention layers, qk-norm, tied",
+        {
+            "num_hidden_layers": 5,
+            "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
+            "conv_L_cache": 4,
+            "norm_eps": 1e-3,
+            "block_multiple_of": 20,
+            "block_ffn_dim_multiplier": 1.3,
+        },
+    ),
+    Case(
         "mixtral",
         "4 experts, top-2, sliding window",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW, "head_dim": 16},
@@ -251,13 +280,59 @@ CASES = (
     ),
     Case(
         "qwen3_moe",
-        "8 experts, top-2, not normalised",
+        "8 experts in every second layer, top-2, not normalised",
         {
             "num_experts": 8,
             "num_experts_per_tok": 2,
             "norm_topk_prob": False,
             "moe_intermediate_size": 24,
             "head_dim": 16,
+            "decoder_sparse_step": 2,
+        },
+    ),
+    Case(
+        "qwen2_moe",
+        "8 experts, top-3, not normalised, gated shared expert, a dense layer, sliding window",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": False,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 2,
+        },
+    ),
+    Case(
+        "glm4_moe",
+        "top-3 of 8 experts in 2 of 4 groups, scores corrected, scaled, 2 shared experts, "
+        "a dense layer, qk-norm, biases, partial YaRN",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.7,
+            "n_shared_experts": 2,
+            "moe_intermediate_size": 24,
+            "head_dim": 16,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "rope_parameters": {**YARN, "partial_rotary_factor": 0.25},
+        },
+    ),
+    Case(
+        "glm4_moe",
+        "experts in all layers, weights not normalised, default RoPE",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": False,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 0,
+            "rms_norm_eps": 1e-2,
         },
     ),
 )
@@ -300,6 +375,9 @@ def build(case: Case) -> Pair:
             spread = (0.05 if tied else 1.0) if "embed_tokens" in name else 0.2
             centre = float("norm" in name and "gemma" not in case.family)  # Gemma's files hold w of 1 + w
             parameter.copy_(torch.randn_like(parameter) * spread + centre)
+        for name, buffer in theirs.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.1)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         raw = json.loads((Path(folder) / "config.json").read_text())
@@ -410,12 +488,12 @@ def measure_greedy(case: Case, steps: int = 64) -> int:
 
 def random_adapters(config: ModelConfig) -> tuple[dict, AdapterSpec]:
     """Adapters of rank 2 on every projection, B not zero."""
-    shapes = projection_shapes(config)
-    spec = AdapterSpec(tuple((path, TargetSpec((2,) * config.n_layers, (3.0,) * config.n_layers)) for path in shapes))
+    shapes, layers = projection_shapes(config), depths(config)
+    spec = AdapterSpec(tuple((path, TargetSpec((2,) * layers[path], (3.0,) * layers[path])) for path in shapes))
     rng, leaves = np.random.default_rng(3), {}
     for path, (*lead, d_in, d_out) in shapes.items():
         for name, shape in {"a": (d_in, 2), "b": (2, d_out)}.items():
-            leaves[f"{path}/{name}"] = rng.normal(0, 0.1, (config.n_layers, *lead, *shape)).astype(np.float32)
+            leaves[f"{path}/{name}"] = rng.normal(0, 0.1, (layers[path], *lead, *shape)).astype(np.float32)
     return unflatten(leaves), spec
 
 
@@ -542,6 +620,19 @@ NO_CAPS = Case(
 def test_null_soft_caps_mean_off():
     assert measure_plain(NO_CAPS) <= TOLERANCE
     assert build(NO_CAPS).config.final_softcap == build(NO_CAPS).config.attn_softcap == 0
+
+
+BIASED = Case(
+    "lfm2",
+    "biases of the convolution",
+    {"layer_types": ["conv", "full_attention"] * 2, "conv_bias": True, "conv_L_cache": 2, "tie_word_embeddings": False},
+)
+
+
+def test_packed_rows_start_a_biased_convolution_anew():
+    """In transformers left padding feeds the bias of B times that of u to a row's first tokens."""
+    assert measure_plain(BIASED) <= TOLERANCE
+    assert measure_packing(BIASED) <= TOLERANCE
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.one_length], ids=by_name)

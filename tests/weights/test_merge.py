@@ -40,6 +40,20 @@ TARGETS = {
 ALL = {f"attn/{n}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for n in "qkvo"} | {
     f"ffn/{n}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for n in ("gate", "up", "down")
 }
+SHARED = {f"ffn/{part}/{n}_proj": ALL["ffn/up_proj"] for part in ("experts", "shared") for n in ("gate", "down")}
+# LFM2 with a convolution, attention and a convolution.
+LFM2 = {
+    "group0/block0/conv/bcx_proj": ((3,), (8.0,)),
+    "group0/block1/attn/o_proj": ((2,), (5.0,)),
+    "group0/block2/conv/o_proj": ((4,), (3.0,)),
+    "group0/block2/ffn/gate_proj": ((2,), (2.0,)),
+}
+# GLM-4.5 with a dense layer and two with experts.
+GLM = {
+    f"{stack}/{name}_proj": (ranks, tuple(map(float, ranks)))
+    for stack, ranks in {"group0/block0": (3,), "group1/block0": (4, 2)}.items()
+    for name in ("attn/v", *(("ffn/up",) if len(ranks) == 1 else ("ffn/experts/gate", "ffn/shared/down")))
+}
 NO_ADAPTERS = AdapterSpec()
 TOKENS = np.array([[1, 5, 9, 30, 7, 11, 2, 40], [3, 3, 8, 21, 44, 6, 17, 9]])
 
@@ -142,8 +156,12 @@ FAMILIES = {
     "ministral3": (TARGETS, {"dora": True}),
     "smollm3": (ALL, {}),
     "granite": (ALL, {"rslora": True}),
+    "granite_swa": (TARGETS, {"dora": True}),
+    "lfm2": (LFM2, {"dora": True}),
     "mixtral": (TARGETS, {}),
     "qwen3_moe": (ALL, {"rslora": True}),
+    "qwen2_moe": (SHARED, {}),
+    "glm4_moe": (GLM, {"rslora": True}),
     "gpt_oss": (ALL, {}),
 }
 WITH_DECODER = (
@@ -151,6 +169,8 @@ WITH_DECODER = (
     "gemma3_text",
     "phi3",
     "mixtral",
+    "glm4_moe",
+    "lfm2",
     "gpt_oss",
 )  # the others would only repeat it, at a compilation each
 

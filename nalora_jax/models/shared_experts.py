@@ -1,0 +1,124 @@
+"""A mixture of experts with a shared expert: a gated block that every token passes.
+
+    y = experts(x) + shared(x)                       GLM-4.5, DeepSeek-V3
+    y = experts(x) + sigmoid(x w) * shared(x)        Qwen2-MoE, Qwen3-Next
+
+A layer has two gates, ``ffn/experts`` (channels ``[experts, d_ff]``) and ``ffn/shared``
+(``[d_shared]``), each with its own adapters, masks and statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nalora_jax.method.ffn import Adapters, GatedFFN
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.moe import MoEFFN
+from nalora_jax.models.parts import FeedForward, PartOptions, Shapes
+from nalora_jax.models.router import RouterSpec
+
+_EXPERTS, _SHARED = "experts/", "shared/"
+
+
+@dataclass(frozen=True)
+class SharedExperts(FeedForward):
+    """Sizes of the part; number and width of the experts are fields of the config."""
+
+    d_shared: int
+    router: RouterSpec
+    gated: bool = False  # sigmoid(x w) multiplies the shared expert's output
+    name: ClassVar[str] = "ffn"
+
+    def param_shapes(self, config: ModelConfig) -> Shapes:
+        """See `Part`."""
+        shapes: Shapes = {"experts/router/kernel": (config.d_model, config.n_experts)}
+        if self.router.correction:
+            shapes["experts/router/correction"] = (config.n_experts,)
+        if self.gated:
+            shapes["shared_gate/kernel"] = (config.d_model, 1)
+        return shapes | {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
+
+    def projections(self, config: ModelConfig) -> Shapes:
+        """See `Part`."""
+        experts = {_EXPERTS + name: (config.n_experts, *s) for name, s in _gated(config.d_model, config.d_ff).items()}
+        return experts | {_SHARED + name: s for name, s in _gated(config.d_model, self.d_shared).items()}
+
+    def flops(self, config: ModelConfig, seq: int) -> float:
+        """Returns 0: routers are counted with the weights."""
+        return 0.0
+
+    def saved(self, config: ModelConfig) -> float:
+        """See `Part`."""
+        return 2.0 * (config.experts_per_token * config.d_ff + self.d_shared)
+
+    def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+        """See `FeedForward`."""
+        experts = (config.n_experts, config.d_ff)
+        return {"experts": (experts, config.activation), "shared": ((self.d_shared,), config.activation)}
+
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """See `FeedForward`."""
+        return SharedExpertsFFN(config, self, options, name=self.name)
+
+
+def _gated(d_model: int, d_ff: int) -> Shapes:
+    return {"gate_proj": (d_model, d_ff), "up_proj": (d_model, d_ff), "down_proj": (d_ff, d_model)}
+
+
+class SharedExpertsFFN(nn.Module):
+    """The mixture and the shared expert, with the call signature of `GatedFFN`."""
+
+    config: ModelConfig
+    part: SharedExperts
+    options: PartOptions
+
+    @nn.compact
+    def __call__(self, x: jax.Array, scales: Mapping[str, jax.Array | float] | None = None, **inputs: Any) -> jax.Array:
+        """Returns ``[batch, seq, d_model]`` as ``x``; for ``inputs`` see `GatedFFN`."""
+        c, numerics = self.config, self.options.numerics
+        common = {"d_model": c.d_model, "activation": c.activation, "numerics": numerics, "stats": self.options.stats}
+        experts = MoEFFN(
+            d_ff=c.d_ff,
+            n_experts=c.n_experts,
+            top_k=c.experts_per_token,
+            routing=self.part.router,
+            sharding=self.options.routing,
+            adapters=_adapters(self.options.adapters, _EXPERTS),
+            name="experts",
+            **common,
+        )
+        shared = GatedFFN(
+            d_ff=self.part.d_shared, adapters=_adapters(self.options.adapters, _SHARED), name="shared", **common
+        )
+        y = shared(x, _scales(scales, _SHARED), **inputs)
+        if self.part.gated:
+            y = y * Gate(name="shared_gate")(x).astype(y.dtype)
+        return experts(x, _scales(scales, _EXPERTS), **inputs) + y
+
+
+class Gate(nn.Module):
+    """A frozen gate per token."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[..., d]`` -> float32 ``[..., 1]``, ``sigmoid(x w)``."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], 1))
+        frozen = lax.stop_gradient(kernel).astype(jnp.float32)
+        return jax.nn.sigmoid(jnp.dot(x.astype(jnp.float32), frozen, precision=lax.Precision.HIGHEST))
+
+
+def _adapters(adapters: Adapters, prefix: str) -> Adapters:
+    """Returns the adapters whose projections are below ``prefix``."""
+    ranks = ((name.removeprefix(prefix), rank) for name, rank in adapters.ranks if name.startswith(prefix))
+    return replace(adapters, ranks=tuple(ranks))
+
+
+def _scales(scales: Mapping[str, Any] | None, prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): s for name, s in (scales or {}).items() if name.startswith(prefix)}
