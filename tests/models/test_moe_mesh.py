@@ -34,7 +34,8 @@ from nalora_jax.models.targets import resolve
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.quantize import quantize
 from nalora_jax.ops.reductions import count
-from nalora_jax.train.assembly import Assembly, build_model
+from nalora_jax.train.assembly import Assembly
+from nalora_jax.train.decoder_program import build_model
 
 EXPERTS, D, F, RANK, ROWS, SEQ = 4, 64, 128, 3, 8, 12
 STATS = GateStatsConfig(stride=2, probe_stride=3, checks=GateChecks(1e-5), extra=("excess",))
