@@ -97,7 +97,7 @@ def train_ours(options: argparse.Namespace) -> dict[str, Any]:
 
     from nalora_jax import config as c
     from nalora_jax import distributed
-    from nalora_jax.config.vision import VisionConfig
+    from nalora_jax.config import VisionConfig
     from nalora_jax.data.images.processor import ImageProcessor
     from nalora_jax.models.vision.config import DualConfig
     from nalora_jax.models.vision.dual import init_params

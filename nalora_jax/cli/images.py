@@ -169,7 +169,7 @@ def merge(args: MergeArgs, card: Callable[[Any, Literal["adapter", "merged"]], s
 def _opened(paths: Sequence[Path], *, skip: bool) -> Iterator[tuple[Path, Any]]:
     import sys
 
-    from nalora_jax.data.images import open_image
+    from nalora_jax.data.images.files import open_image
 
     for path in paths:
         try:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.sources import Source
+from nalora_jax.data.source import Source
 from nalora_jax.data.store import TokenStore, is_whole, load_store, write_store
 from nalora_jax.data.tokenize import Example, fit
 from nalora_jax.data.too_long import report_dropped, too_long

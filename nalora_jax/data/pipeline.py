@@ -16,7 +16,8 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data.cut import cut_store
 from nalora_jax.data.lengths import with_length
 from nalora_jax.data.packing import PackingPlan, Pattern, assemble, pack, plan
-from nalora_jax.data.sources import Source, open_train
+from nalora_jax.data.source import Source
+from nalora_jax.data.sources import open_train
 from nalora_jax.data.store import Counts, TokenStore, open_store
 from nalora_jax.errors import NaloraError
 

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nalora_jax.config import DataConfig
-from nalora_jax.config.preference import PreferenceConfig
+from nalora_jax.config import DataConfig, PreferenceConfig
 from nalora_jax.data.chat import (
     Message,
     Rendered,
@@ -30,7 +29,8 @@ from nalora_jax.data.chat import (
 from nalora_jax.data.lengths import drawn
 from nalora_jax.data.packing import PackingPlan, Pattern, assemble, pack, permutation, plan
 from nalora_jax.data.pipeline import BatchIterator, HostBatch, stream_figures
-from nalora_jax.data.sources import Source, open_held_out
+from nalora_jax.data.source import Source
+from nalora_jax.data.sources import open_held_out
 from nalora_jax.data.store import Counts
 from nalora_jax.data.tokenize import Example, fit, tokenize
 from nalora_jax.data.too_long import report_dropped

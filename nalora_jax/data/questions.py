@@ -23,7 +23,8 @@ from nalora_jax.data.chat import (
 from nalora_jax.data.forms import IMAGES, Parts, canonical, tools_of
 from nalora_jax.data.items import ChoiceItem, CompletionItem, Item, SeenItem
 from nalora_jax.data.packing import permutation
-from nalora_jax.data.sources import Source, open_held_out, open_pair, require_some
+from nalora_jax.data.source import Source, require_some
+from nalora_jax.data.sources import open_held_out, open_pair
 from nalora_jax.data.tokenize import tokenize
 from nalora_jax.errors import NaloraError
 

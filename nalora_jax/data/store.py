@@ -22,7 +22,7 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import render
 from nalora_jax.data.forms import IMAGES
 from nalora_jax.data.packing import permutation
-from nalora_jax.data.sources import Source, require_some
+from nalora_jax.data.source import Source, require_some
 from nalora_jax.data.tokenize import Example, tokenize
 from nalora_jax.data.too_long import mostly_too_long, too_long
 from nalora_jax.downloads import cache_dir

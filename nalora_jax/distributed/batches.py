@@ -24,8 +24,10 @@ def rows_of_processes(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
       >>> rows_of_processes(mesh, 256)[0]
       array([ 0,  1, 16, 17])
     """
-    processes = np.vectorize(process_of, otypes=[int])(mesh.devices)  # [data, fsdp, tensor]
-    data, fsdp, _ = processes.shape
+    processes = np.vectorize(process_of, otypes=[int])(mesh.devices)
+    data, fsdp, tensor = processes.shape[-3:]
+    # [run, data, fsdp, tensor] -> [data, fsdp, tensor x run]: a process reads the same rows of all its runs.
+    processes = np.moveaxis(processes.reshape(-1, data, fsdp, tensor), 0, -1).reshape(data, fsdp, -1)
     _check_rows(rows, data * fsdp)
     # [data x fsdp, rows of one part]: parts of a batch are in the order of the axes that split it.
     parts = np.arange(rows).reshape(data * fsdp, -1)

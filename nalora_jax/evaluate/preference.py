@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from jax.sharding import Mesh
 
-from nalora_jax.config.preference import PreferenceConfig
+from nalora_jax.config import PreferenceConfig
 from nalora_jax.data.preference import Pair
 from nalora_jax.data.tokenize import Example
 from nalora_jax.errors import NaloraError

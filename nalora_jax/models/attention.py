@@ -31,12 +31,14 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, NewKeys]:
         """Returns ``[batch, seq, d_model]``, and this call's keys and values."""
         c = self.config
-        widths = {"q_proj": c.n_heads, "k_proj": c.n_kv_heads, "v_proj": c.n_kv_heads}
+        widths = {"q_proj": c.n_heads * (1 + c.attn_gate), "k_proj": c.n_kv_heads, "v_proj": c.n_kv_heads}
         layers = [
             self._dense(name, c.d_model, heads * c.head_dim, c.qkv_bias, layer, shared)
             for name, heads in widths.items()
         ]
         q, k, v = (made.y for made in parallel_dense(x, layers, self.options.numerics))
+        if c.attn_gate:  # every head has its query, then its gate
+            q, gate = (y.reshape(*x.shape[:-1], -1) for y in jnp.split(q.reshape(*x.shape[:-1], c.n_heads, -1), 2, -1))
         if c.qk_norm:
             q, k = round_and_save(q, self.options.numerics), round_and_save(k, self.options.numerics)
         if c.qk_norm == "projection":
@@ -50,6 +52,8 @@ class Attention(nn.Module):
         if c.query_growth:
             q = q * query_scales(shared.positions, c.query_growth, c.growth_length)[..., None, None]
         out = self._attend(q, k, v, layer, shared).reshape(*x.shape[:-1], -1)
+        if c.attn_gate:
+            out = out * jax.nn.sigmoid(round_and_save(gate, self.options.numerics)).astype(out.dtype)
         o_proj = self._dense("o_proj", c.n_heads * c.head_dim, c.d_model, c.o_bias, layer, shared)
         return adapted_dense(out, o_proj, self.options.numerics).y, (k, v)
 

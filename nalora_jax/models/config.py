@@ -56,6 +56,7 @@ class ModelConfig:
     query_growth: float = 0.0
     growth_length: int = 0
     attn_softcap: float = 0.0  # scores become cap * tanh(scores / cap); 0 means none
+    attn_gate: bool = False  # q_proj also computes gates: each head's output is multiplied by sigmoid(gate)
     attn_sinks: bool = False  # a learned score per head that every query sees and that has no value
     attn_dropout: float = 0.0  # rate on attention probabilities, in training only
     embed_scale: float = 1.0  # multiplies the embeddings

@@ -241,7 +241,8 @@ class Embedding(nn.Module):
             trained: jax.Array = jnp.take(self.get_variable("lora", "embedding"), tokens, axis=0)
             return trained
         of_tokens, by_columns = column_layouts(self.sharding)
-        rows: jax.Array = take_rows(self.table(), constrain(tokens, of_tokens), numerics)
+        placed = constrain(constrain(tokens, self.sharding), of_tokens) if of_tokens else tokens
+        rows: jax.Array = take_rows(self.table(), placed, numerics)
         rows = constrain(constrain(rows, by_columns), self.sharding)
         if self.has_variable("lora", "rows"):
             return _with_rows(rows, tokens, self.get_variable("lora", "rows"), self.trained)
@@ -275,9 +276,12 @@ def column_layouts(sharding: NamedSharding | None) -> tuple[NamedSharding | None
     If the mesh splits the batch further by "fsdp", a device holds some columns of the table. It
     looks up those columns for the tokens of all devices that hold the other columns, and then the
     devices exchange the results. Without these constraints the compiler computes the full result on
-    every device of a mesh that also splits the table's rows (by "tensor").
+    every device of a mesh that also splits the table's rows (by "tensor"). The axis "run" of a sweep
+    splits the tokens like "data".
     """
-    if sharding is None or min(sharding.mesh.shape.values()) == 1:
+    sizes = {} if sharding is None else dict(sharding.mesh.shape)
+    batch = sizes.pop("data", 1) * sizes.pop("run", 1)
+    if sharding is None or min(batch, *sizes.values()) == 1:
         return None, None
     data, *fsdp = sharding.spec[0]
     return NamedSharding(sharding.mesh, P(data)), NamedSharding(sharding.mesh, P(data, None, tuple(fsdp)))
@@ -386,8 +390,9 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -
     for i, (path, shape) in enumerate(param_shapes(config).items()):
         noise = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
         if path.endswith("/scale"):
-            of_encoder = path.startswith(("image/", "unused/"))  # their norms have no offset
-            leaf = 1.0 - (0.0 if of_encoder else config.norm_offset) + 0.1 * noise
+            # Norms of encoders and of linear attention have no offset.
+            plain = path.startswith(("image/", "unused/")) or path.endswith("linear_attn/norm/scale")
+            leaf = 1.0 - (0.0 if plain else config.norm_offset) + 0.1 * noise
         elif path.endswith(("/bias", "/correction")):
             leaf = 0.02 * noise
         else:

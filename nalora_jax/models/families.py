@@ -12,7 +12,7 @@ from typing import Any
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
-from nalora_jax.models import recent_families, registered
+from nalora_jax.models import qwen_hybrid, recent_families, registered
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family_fields import (
     FULL,
@@ -41,7 +41,7 @@ from nalora_jax.models.mixture_families import (
 )
 from nalora_jax.models.registered import register_family as register_family
 from nalora_jax.models.ropes import read_ropes
-from nalora_jax.models.vision.sight import MULTIMODAL, read_sight, text_part
+from nalora_jax.models.vision.sight import MULTIMODAL, contains_text_model, read_sight, text_part
 
 _COMMON: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
 # Nested text configs list only the differences from these defaults.
@@ -61,7 +61,7 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfi
     if not isinstance(raw, Mapping):
         raise NaloraError(where, expected="a JSON object", found=type(raw).__name__)
     name = raw.get("model_type")
-    if isinstance(name, str) and name in MULTIMODAL:  # the text model is one of its parts
+    if contains_text_model(name, images=images):  # the text model is one of its parts
         text = read(text_part(raw, where), f"{where}: text_config", False)
         return replace(text, sight=read_sight(raw, text, where)) if images else text
     if images:
@@ -276,4 +276,4 @@ _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]]
     "glm4_moe": (read_glm4_moe, GLM4_MOE),
 }
 
-_READERS |= recent_families.READERS
+_READERS |= recent_families.READERS | qwen_hybrid.READERS

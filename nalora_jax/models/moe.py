@@ -1,8 +1,9 @@
 """A mixture of gated experts as a Linen module: router, top-k and gated FFNs.
 
-On a mesh every device routes its own tokens, in training and in evaluation; no tokens are
-exchanged. The axis "tensor" splits the channels of every expert, so that all devices have the same
-work for any routing. Weights that "fsdp" splits are gathered for the layer. The arithmetic is in
+On a mesh every device routes its own tokens, in training and in evaluation. The axis "tensor"
+splits the channels of every expert, so that all devices have the same work for any routing. "fsdp"
+splits the experts: they are gathered for the layer, or rows are sent to them
+(`nalora_jax.models.expert_exchange`), whichever moves fewer bytes. The arithmetic is in
 `nalora_jax.models.experts`.
 """
 
@@ -23,6 +24,7 @@ from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method import statistics
 from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.low_rank import Adapter
+from nalora_jax.models.expert_exchange import exchanged_ffn, exchanges_less
 from nalora_jax.models.experts import Experts, Layer, RoutedConfig, routed_ffn
 from nalora_jax.models.router import RouterSpec
 from nalora_jax.ops.dispatch import Numerics
@@ -31,6 +33,7 @@ from nalora_jax.ops.reductions import count, first_alone
 from nalora_jax.ops.storage import Kernel
 
 _AXIS = "tensor"  # the mesh axis that splits the experts' channels
+_OVER = "fsdp"  # the mesh axis that splits the experts
 
 
 class ExpertDense(nn.Module):
@@ -79,6 +82,7 @@ class MoEFFN(nn.Module):
     numerics: Numerics = Numerics()
     stats: GateStatsConfig = GateStatsConfig()
     sharding: NamedSharding | None = None  # of [batch, seq, d_model] on a mesh
+    exchange: bool | None = None  # send rows to experts; None: if it moves fewer bytes than gathering them
 
     @nn.compact
     def __call__(
@@ -120,7 +124,7 @@ class MoEFFN(nn.Module):
         weights = jnp.ones(x.shape[:2], jnp.float32) if token_weights is None else token_weights
         weights = jnp.broadcast_to(weights, x.shape[:2])
         keys = jax.random.split(self.make_rng("dropout"), x.shape[0]) if drops else None
-        y, measured = on_mesh(self.sharding, x, weights, keys, layer, config)
+        y, measured = on_mesh(self.sharding, x, weights, keys, layer, config, exchange=self.exchange)
         for name, value in measured.items():
             self.sow("gate_stats", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         return y
@@ -157,6 +161,8 @@ def on_mesh(
     keys: jax.Array | None,
     layer: Layer,
     config: RoutedConfig,
+    *,
+    exchange: bool | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Runs `routed_ffn` on every device's own tokens.
 
@@ -167,6 +173,7 @@ def on_mesh(
         of it.
       x, weights, keys, layer, config: as for `routed_ffn`; if ``config.stats`` has a sharding, taps
         have a leading axis ``[shards]``.
+      exchange: see `MoEFFN`; with dropout, experts are gathered.
 
     Returns:
       As `routed_ffn`; the statistics are by shard if ``config.stats`` has a sharding.
@@ -177,18 +184,23 @@ def on_mesh(
         return y, {name: first_alone(value, config.stats.sharding) for name, value in measured.items()}
     rows, mesh = sharding.spec[0], sharding.mesh
     axis = _AXIS if _splits(layer, mesh.shape.get(_AXIS, 1)) else None
+    over = _over(sharding, x, layer, config, exchange) if keys is None else None
 
     def local(
         x: jax.Array, weights: jax.Array, keys: jax.Array | None, layer: Layer
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        y, measured = routed_ffn(x, weights, keys, _with_first_taps(layer) if by_shard else layer, config, axis)
+        own = _with_first_taps(layer) if by_shard else layer
+        if over is None:
+            y, measured = routed_ffn(x, weights, keys, own, config, axis)
+        else:
+            y, measured = exchanged_ffn(x, weights, own, config, over, axis)
         return y, {name: value[None] for name, value in measured.items()}
 
     names = config.measured if config.measure else ()
     y, parts = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(rows), P(rows), P(rows), _specs(layer, axis, rows if by_shard else None)),
+        in_specs=(P(rows), P(rows), P(rows), _specs(layer, axis, rows if by_shard else None, over)),
         out_specs=(P(rows), {name: P(rows, *_by_channel(name, axis)) for name in names}),
         # An axis that splits no array is left to the compiler: mapping it would split cotangents
         # into partial sums, and their statistics are not linear.
@@ -199,6 +211,21 @@ def on_mesh(
         return y, parts
     merge = {name: jnp.max if name.startswith(statistics.CHECK) else jnp.sum for name in names}
     return y, {name: merge[name](part, axis=0) for name, part in parts.items()}
+
+
+def _over(
+    sharding: NamedSharding, x: jax.Array, layer: Layer, config: RoutedConfig, exchange: bool | None
+) -> str | None:
+    """Returns the mesh axis over which rows are sent to experts; None if experts are gathered."""
+    devices, n_experts = sharding.mesh.shape.get(_OVER, 1), layer.gate.kernel.shape[0]
+    if devices == 1 or n_experts % devices or _OVER not in sharding.spec[0]:
+        return None
+    if exchange is None:
+        rows = x.shape[0] // count(sharding) * x.shape[1] * config.top_k
+        kernels = sum(leaf.nbytes for e in (layer.gate, layer.up, layer.down) for leaf in jax.tree.leaves(e.kernel))
+        kernels /= sharding.mesh.shape.get(_AXIS, 1)
+        exchange = exchanges_less(rows, x.shape[-1], kernels, x.dtype.itemsize, devices)
+    return _OVER if exchange else None
 
 
 def _with_first_taps(layer: Layer) -> Layer:
@@ -218,12 +245,13 @@ def _splits(layer: Layer, parts: int) -> bool:
     return parts > 1 and divides(layer.gate.kernel, 2) and divides(layer.up.kernel, 2) and divides(layer.down.kernel, 1)
 
 
-def _specs(layer: Layer, axis: str | None, rows: Any) -> Any:
+def _specs(layer: Layer, axis: str | None, rows: Any, over: str | None) -> Any:
     """Returns the partition specs of a layer's arrays.
 
-    Channels are split over ``axis`` and taps by shard over ``rows``; the rest is replicated.
+    Channels are split over ``axis``, experts over ``over`` and taps by shard over ``rows``; the
+    rest is replicated.
     """
-    channels = P(None, None, axis)
+    channels, inputs = P(over, None, axis), P(over, axis, None)
 
     def projection(experts: Experts, kernel: P, a: P, b: P, of_outputs: P) -> Any:
         def stored(leaf: jax.Array) -> P:  # int8 has one scale for all inputs, which is not split
@@ -241,9 +269,9 @@ def _specs(layer: Layer, axis: str | None, rows: Any) -> Any:
     places: Any = (
         P(),
         None if layer.router_bias is None else P(),
-        projection(layer.gate, channels, P(), channels, P(None, axis)),
-        projection(layer.up, channels, P(), channels, P(None, axis)),
-        projection(layer.down, P(None, axis, None), P(None, axis, None), P(), P()),
+        projection(layer.gate, channels, P(over), channels, P(over, axis)),
+        projection(layer.up, channels, P(over), channels, P(over, axis)),
+        projection(layer.down, inputs, inputs, P(over), P(over)),
         {name: P(*([rows] if rows else []), *_by_channel(name, axis)) for name in layer.taps},
         None if layer.correction is None else P(),
     )

@@ -91,7 +91,7 @@ class Part(ABC):
 
     @abstractmethod
     def param_shapes(self, config: ModelConfig) -> Shapes:
-        """Returns the shapes of one layer's parameters, without `projections` and their kernels."""
+        """Returns the shapes of one layer's parameters, kernels of `projections` included."""
 
     @abstractmethod
     def projections(self, config: ModelConfig) -> Shapes:

@@ -203,7 +203,8 @@ def _attention(config: ModelConfig) -> Shapes:
     if config.mixer is not None:
         return {}
     d, q, kv = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    shapes = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
+    gated = 1 + config.attn_gate
+    shapes = {"q_proj": (d, gated * q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
     return {f"attn/{name}": shape for name, shape in shapes.items()}
 
 

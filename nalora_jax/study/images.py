@@ -14,8 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from nalora_jax import distributed
-from nalora_jax.config import DataConfig, RunConfig
-from nalora_jax.config.vision import VisionConfig
+from nalora_jax.config import DataConfig, RunConfig, VisionConfig
 from nalora_jax.data.images.opened import open_images
 from nalora_jax.data.images.pipeline import ImageData
 from nalora_jax.data.images.sources import ImageSource

@@ -34,6 +34,7 @@ _LATER = {
     "step_scale": ("tau",),
     "optimizer": ("warmup_steps", "warmup_from_zero"),
     "debug": ("profile",),
+    "mesh": ("run", "runs_per_device"),
 }
 _LATER_GROUPS = ("adalora", "imports")  # groups and single settings that are newer
 _FIRST_LENGTH = 128  # the default row length of the first records, which image tasks ignore

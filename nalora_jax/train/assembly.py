@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -21,7 +20,7 @@ from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.distributed import platform_of
 from nalora_jax.errors import NaloraError
-from nalora_jax.gate_checks import BROKEN, GateChecks, require_compensated
+from nalora_jax.gate_checks import GateChecks, require_compensated
 from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method import statistics
 from nalora_jax.method.optimizer import find_gates, nalora
@@ -39,6 +38,7 @@ from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.ops.storage import prepare
 from nalora_jax.train.adalora import adalora
 from nalora_jax.train.gate_metrics import layer_metrics
+from nalora_jax.train.jitted import PureStep, jit_step
 from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.train.mechanisms import make_mechanisms
 from nalora_jax.train.objectives import NextToken, SeenNextToken
@@ -49,8 +49,6 @@ from nalora_jax.weights.nonzero_start import difference_as_lora, lower_kernels
 from nalora_jax.weights.pissa import pissa_split
 
 log = logging.getLogger(__name__)
-
-_STEPS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,7 @@ class Assembly:
     begin: Callable[[Any, int], TrainState]  # initial state for an adapter and a seed
     state_metrics: StateMetrics  # compiled on first use
     initial: Any = None  # adapters before the first step in host memory, if B != 0
+    pure: PureStep | None = None  # builds the step that is not compiled
 
     @property
     def eval_model(self) -> Decoder:
@@ -95,6 +94,7 @@ def assemble(
     *,
     last: optax.GradientTransformation | None = None,
     processor: ImageProcessor | None = None,
+    like: Assembly | None = None,
 ) -> Assembly:
     """Builds adapters, optimizer and step of a run.
 
@@ -105,6 +105,7 @@ def assemble(
       mesh: the run's devices.
       last: transform applied to the updates after all transforms of the config.
       processor: image processor of a vision-language model.
+      like: an assembly with the same program. With the same adapters, its compiled functions are shared.
 
     Raises:
       NaloraError: rules that match nothing or ask for impossible ranks, rows that the tables do not
@@ -117,6 +118,10 @@ def assemble(
         distributed.check_heads(mesh, n_heads=base.sight.tower.n_heads, n_kv_heads=base.sight.tower.n_heads)
     spec = adapter_spec(config, base)
     mechanisms = build_mechanisms(config, base, spec)
+    if like is not None and like.spec == spec and config.lora.init != "pissa":
+        lora = init_lora(base, spec, jax.random.key(config.seed), params if spec.starts_from_base else None)
+        state, pure = like.begin(lora, config.seed), _pure_step(config, base, like.model, mesh, processor, last)
+        return replace(like, config=config, mechanisms=mechanisms, state=state, params=params, initial=None, pure=pure)
     model = build_model(base, spec, config.compute, mesh, checks=gate_checks_of(config), measured=mechanisms.statistics)
     optimizer = build_optimizer(config, base, spec, mechanisms, last)
 
@@ -137,10 +142,31 @@ def assemble(
 
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     placed = distributed.shardings(jax.eval_shape(fresh, lora, key), mesh, distributed.STATE_RULES)
+
+    pure = _pure_step(config, base, model, mesh, processor, last)
     compiled = jax.jit(fresh, out_shardings=placed)
-    step = compile_step(config, base, model, optimizer, mechanisms, mesh, placed, processor)
+    step = jit_step(config, pure(spec, mechanisms, {}), mesh, placed)
     state, metrics = begin(lora, config.seed), StateMetrics(mechanisms, spec, mesh)
-    return Assembly(config, model, spec, mesh, mechanisms, optimizer, state, params, step, begin, metrics, initial)
+    return Assembly(
+        config, model, spec, mesh, mechanisms, optimizer, state, params, step, begin, metrics, initial, pure
+    )
+
+
+def _pure_step(
+    config: RunConfig,
+    base: ModelConfig,
+    model: Decoder,
+    mesh: Mesh,
+    processor: ImageProcessor | None,
+    last: optax.GradientTransformation | None,
+) -> PureStep:
+    """Returns the builder of a decoder's step."""
+
+    def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
+        trained = build_optimizer(config, base, model.adapters, mechanisms, last, numbers)
+        return make_step(config, base, model.clone(adapters=adapters), trained, mechanisms, mesh, processor)
+
+    return pure
 
 
 def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:
@@ -236,10 +262,11 @@ def build_optimizer(
     spec: AdapterSpec,
     mechanisms: Mechanisms,
     last: optax.GradientTransformation | None = None,
+    numbers: Mapping[str, Any] = MappingProxyType({}),
 ) -> optax.GradientTransformationExtraArgs:
     """Chains inner optimizer, mechanisms on gates, ``last``, and AdaLoRA's rank allocation."""
     settings = with_learning_rate(config, base.d_model).optimizer
-    inner = make_optimizer(settings, config.steps, config.lora.plus_ratio)
+    inner = make_optimizer(settings, config.steps, config.lora.plus_ratio, numbers)
     optimizer = nalora(inner, _gates(base, spec), mechanisms)
     if last is not None:
         optimizer = optax.with_extra_args_support(optax.chain(optimizer, last))
@@ -276,7 +303,7 @@ def head_sharding(base: ModelConfig, mesh: Mesh) -> NamedSharding | None:
     The kernel is split over "tensor" along the vocabulary only. The loss processes the batch in
     chunks, and a kernel that is split over "fsdp" would be gathered in each of them.
     """
-    if mesh.size == 1:
+    if distributed.devices_per_run(mesh) == 1:
         return None
     by_vocabulary = P("tensor", None) if base.tie_embeddings else P(None, "tensor")
     shape = (base.vocab_size, base.d_model) if base.tie_embeddings else (base.d_model, base.vocab_size)
@@ -285,7 +312,7 @@ def head_sharding(base: ModelConfig, mesh: Mesh) -> NamedSharding | None:
 
 def _step_shardings(base: ModelConfig, spec: AdapterSpec, mesh: Mesh) -> dict[str, Any]:
     """Returns the layouts of adapters and masks within a step; empty on one device."""
-    if mesh.size == 1:
+    if distributed.devices_per_run(mesh) == 1:
         return {}
     shapes = trees.flatten(jax.eval_shape(lambda key: init_lora(base, spec.linear, key), jax.random.key(0)))
     for name in spec.saved:
@@ -318,7 +345,20 @@ def compile_step(
     placed: Any,
     processor: ImageProcessor | None = None,
 ) -> Step:
-    """Jits the step: one trace per run, state donated, chexified if gates are checked."""
+    """Jits the step of `make_step`; see `jit_step`."""
+    return jit_step(config, make_step(config, base, model, optimizer, mechanisms, mesh, processor), mesh, placed)
+
+
+def make_step(
+    config: RunConfig,
+    base: ModelConfig,
+    model: Decoder,
+    optimizer: optax.GradientTransformationExtraArgs,
+    mechanisms: Mechanisms,
+    mesh: Mesh,
+    processor: ImageProcessor | None = None,
+) -> Step:
+    """Builds the step of a decoder, not compiled."""
     settings = StepConfig(
         mechanisms=mechanisms,
         stats_sharding=distributed.row_sharding(mesh),
@@ -327,7 +367,7 @@ def compile_step(
         verify=require_compensated if config.debug.check_gates else None,
     )
     objective = text_objective(config, base, model, mesh, processor)
-    return jit_step(config, make_train_step(optimizer, settings, objective), mesh, placed)
+    return make_train_step(optimizer, settings, objective)
 
 
 def next_token(base: ModelConfig, model: Decoder, compute: ComputeConfig, mesh: Mesh) -> NextToken:
@@ -339,6 +379,7 @@ def next_token(base: ModelConfig, model: Decoder, compute: ComputeConfig, mesh: 
         compute.loss_chunk,
         distributed.batch_shards(mesh),
         head_sharding(base, mesh),
+        distributed.RUN in mesh.shape and distributed.devices_per_run(mesh) > 1,
     )
 
 
@@ -360,43 +401,3 @@ def text_objective(
     blocks = tuple(measured_blocks(base, model.adapters))
     fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
     return SeenNextToken(**fields, processor=processor, measured=blocks)
-
-
-def jit_step(config: RunConfig, step: Step, mesh: Mesh, placed: Any) -> Step:
-    """Jits a pure step like `compile_step`; ``placed`` is the sharding of the state."""
-    step.__name__ = f"train_step_{next(_STEPS)}"  # chex counts traces by name and call site; a process may run twice
-    step = chex.assert_max_traces(step, n=1)
-    step.__name__ = "train_step"  # the name is part of the compilation cache's key
-    compiled = jax.jit(
-        step,
-        donate_argnums=(1,),
-        out_shardings=(placed, NamedSharding(mesh, P())),
-        compiler_options=distributed.compiler_options(mesh),
-    )
-    return compiled if not config.debug.check_gates else _checked(compiled)
-
-
-def _is_no_reminder(record: logging.LogRecord) -> bool:
-    """Returns False for Chex's reminder at exit of unawaited checks; here all are awaited."""
-    return "chexify assertion statuses were not inspected" not in str(record.msg)
-
-
-def _checked(step: Step) -> Step:
-    """Returns the step with value checks; a failed check raises this library's error."""
-    armed = chex.chexify(step, async_check=False)
-    logging.getLogger("absl").addFilter(_is_no_reminder)
-
-    def run(params: Any, state: TrainState, batch: Any) -> Any:
-        try:
-            return armed(params, state, batch)
-        except AssertionError as error:
-            if BROKEN not in str(error):
-                raise
-            raise NaloraError(
-                "--debug.check-gates",
-                expected="phi(z + dz) - phi(z) = F + S in every layer",
-                found=str(error).split("[failed at")[0].strip(),
-                remedy="a gate computes something else than its activation says; report this with the model's name",
-            ) from error
-
-    return run

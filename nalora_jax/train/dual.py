@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,9 +28,10 @@ from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.config import TOWERS, DualConfig
 from nalora_jax.models.vision.dual import DualEncoder, init_lora
 from nalora_jax.ops.numerics import numerics_for
-from nalora_jax.train.assembly import Assembly, gate_checks_of, jit_step
+from nalora_jax.train.assembly import Assembly, gate_checks_of
 from nalora_jax.train.dual_objectives import Classify, Contrast, Towers
 from nalora_jax.train.gate_metrics import layer_metrics
+from nalora_jax.train.jitted import PureStep, jit_step
 from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.train.mechanisms import make_mechanisms
 from nalora_jax.train.optimizers import make_optimizer
@@ -82,6 +83,7 @@ def assemble_dual(
         made.step,
         begin,
         StateMetrics(made.mechanisms, spec, mesh),
+        pure=made.pure,
     )
 
 
@@ -95,6 +97,7 @@ class DualProgram:
     fresh: Callable[[Any, jax.Array], TrainState]  # initial state for adapters and a key's data
     places: Any  # shardings of the state
     step: Step
+    pure: PureStep
 
 
 def dual_program(
@@ -125,10 +128,13 @@ def dual_program(
     gates = find_gates(lora)
     mechanisms = _mechanisms(config, base, adapted, gates)
     model = _model(config, base, spec, mechanisms, mesh)
-    inner = make_optimizer(with_learning_rate(config).optimizer, config.steps, config.lora.plus_ratio)
-    optimizer = nalora(inner, gates, mechanisms)
-    if last is not None:
-        optimizer = optax.with_extra_args_support(optax.chain(optimizer, last))
+
+    def optimizer_of(mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
+        inner = make_optimizer(with_learning_rate(config).optimizer, config.steps, config.lora.plus_ratio, numbers)
+        optimizer = nalora(inner, gates, mechanisms)
+        return optimizer if last is None else optax.with_extra_args_support(optax.chain(optimizer, last))
+
+    optimizer = optimizer_of(mechanisms, {})
     parts = {tower: base.towers[tower] for tower in adapted}
     shapes: dict[str, tuple[int, ...]] = {f"{t}/layers/ffn": (c.n_layers, c.d_ff) for t, c in parts.items()}
 
@@ -137,17 +143,22 @@ def dual_program(
 
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     places = distributed.shardings(jax.eval_shape(fresh, lora, key), mesh, distributed.STATE_RULES)
-    towers = Towers(model, processor, adapted, mesh if mesh.size > 1 else None)
-    objective = Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
-    settings = StepConfig(
-        mechanisms,
-        stats_sharding=distributed.row_sharding(mesh),
-        **_shardings(lora, mesh),
-        metrics=layer_metrics(mechanisms),
-        verify=require_compensated if config.debug.check_gates else None,
-    )
-    step = jit_step(config, make_train_step(optimizer, settings, objective), mesh, places)
-    return DualProgram(model, mechanisms, optimizer, fresh, places, step)
+
+    def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
+        shared = mesh if distributed.devices_per_run(mesh) > 1 else None
+        towers = Towers(model.clone(adapters=adapters), processor, adapted, shared)
+        objective = Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
+        settings = StepConfig(
+            mechanisms,
+            stats_sharding=distributed.row_sharding(mesh),
+            **_shardings(lora, mesh),
+            metrics=layer_metrics(mechanisms),
+            verify=require_compensated if config.debug.check_gates else None,
+        )
+        return make_train_step(optimizer_of(mechanisms, numbers), settings, objective)
+
+    step = jit_step(config, pure(spec, mechanisms, {}), mesh, places)
+    return DualProgram(model, mechanisms, optimizer, fresh, places, step, pure)
 
 
 def _model(config: RunConfig, base: DualConfig, spec: AdapterSpec, mechanisms: Mechanisms, mesh: Mesh) -> DualEncoder:
@@ -208,7 +219,7 @@ def _mechanisms(config: RunConfig, base: DualConfig, adapted: tuple[str, ...], g
 
 def _shardings(lora: Any, mesh: Mesh) -> dict[str, Any]:
     """Returns the layouts of adapters and masks within a step; empty on one device."""
-    if mesh.size == 1:
+    if distributed.devices_per_run(mesh) == 1:
         return {}
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lora)
     return {

@@ -13,7 +13,8 @@ from nalora_jax.data.chat import render
 from nalora_jax.data.forms import form_of
 from nalora_jax.data.mixture import MixedSource
 from nalora_jax.data.selected import SelectedSource
-from nalora_jax.data.sources import Source, have_same_records, open_pair
+from nalora_jax.data.source import Source
+from nalora_jax.data.sources import have_same_records, open_pair
 from nalora_jax.errors import NaloraError
 from nalora_jax.loading.base import added_ids, read_config, read_tokenizer_of
 from nalora_jax.models.adapters import adapter_spec, check_token_indices

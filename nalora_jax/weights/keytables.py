@@ -48,7 +48,7 @@ def table(config: ModelConfig, source: Source) -> Table:
     """
     if source == "hf":
         aliases = (("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_embeddings else ()
-        ignored = (*_ROTARY, *SIGHT)
+        ignored = (*_ROTARY, *SIGHT, *UNUSED)
         if config.model_type == "glm4_moe":  # the layer that predicts further tokens
             ignored += (rf"^model\.layers\.{config.n_layers}\.",)
         return Table(_rows(HF, config.model_type) or (), ignored, aliases, HF_RENAMES)
@@ -74,6 +74,8 @@ def _rows(tables: dict[str, tuple[TensorRow, ...]], model_type: str) -> tuple[Te
 _ROTARY = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$")
 # Vision tensors that a multimodal model has next to the text model.
 SIGHT = (r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")
+# Tensors of parts that the text model does not use: Qwen3.5's tower, and heads for several tokens.
+UNUSED = (r"^(model\.)?visual\.", r"^mtp\.")
 HF_RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^(model\.)?language_model\.(model\.)?(?=(embed_tokens|layers|norm)\.)", "model."),
@@ -141,6 +143,16 @@ def _hf_experts(module: str, names: tuple[str, ...], folder: str = "ffn") -> tup
     return (TensorRow(f"{stem}.gate.weight", (f"{leaf}/router/kernel",), "transpose"), *experts)
 
 
+def _hf_delta_net(*inputs: str) -> tuple[TensorRow, ...]:
+    """Returns the tensors of Gated DeltaNet, with the names of the projections of its input."""
+    names = {"conv1d.weight": "conv/weight", "A_log": "a_log", "dt_bias": "dt_bias", "norm.weight": "norm/scale"}
+    rows = (
+        TensorRow(f"model.layers.{{layer}}.linear_attn.{theirs}", (f"layers/linear_attn/{ours}",))
+        for theirs, ours in names.items()
+    )
+    return (*_hf_dense("linear_attn", "linear_attn", (*inputs, "out_proj")), *rows)
+
+
 _HF_MIXTRAL = _hf_experts("block_sparse_moe", ("w1", "w3", "w2"))
 _HF_DENSE_LAYERS = _hf_dense("mlp", "ffn", _GATED, experts=False)
 _HF_QWEN_EXPERTS = (*_hf_experts("mlp", _GATED), *_HF_DENSE_LAYERS)
@@ -156,6 +168,9 @@ _HF_GLM_EXPERTS = (
     *_hf_dense("mlp.shared_experts", "ffn/shared", _GATED),
     *_HF_DENSE_LAYERS,
 )
+_HF_HYBRID = (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS)
+_HF_QWEN3_5 = (*_HF_HYBRID, *_hf_delta_net("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
+_HF_QWEN3_NEXT = (*_HF_HYBRID, *_hf_delta_net("in_proj_qkvz", "in_proj_ba"))
 
 _HF_SINKS = TensorRow("model.layers.{layer}.self_attn.sinks", ("layers/attn/sinks",))
 _HF_GPT_OSS = (
@@ -218,6 +233,9 @@ HF: dict[str, tuple[TensorRow, ...]] = {
     "olmo2": _HF_OLMO2,
     "olmo3": _HF_OLMO2,
     "ministral3": _HF_LLAMA,
+    "qwen3_5_text": (*_HF_QWEN3_5, *_HF_FFN),
+    "qwen3_5_moe_text": (*_HF_QWEN3_5, *_HF_QWEN2_EXPERTS),
+    "qwen3_next": (*_HF_QWEN3_NEXT, *_HF_QWEN2_EXPERTS),
     "smollm3": _HF_LLAMA,
     "granite": _HF_LLAMA,
     "granite_swa": (*_HF_LLAMA, _HF_SINKS),

@@ -53,7 +53,7 @@ def quantized_parts(
     Args:
       shape: of the float leaf.
       kind: of the codes.
-      codes: parts of its codes, as starts and stops; leading axes are not split.
+      codes: parts of its codes, as starts and stops.
       scales: parts of its scales, in the same form.
       read: returns a slice of the float leaf.
 
@@ -62,21 +62,23 @@ def quantized_parts(
     """
     like = jax.eval_shape(partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32))
     made: tuple[dict[Key, np.ndarray], dict[Key, np.ndarray]] = ({}, {})
-    by_columns: dict[tuple[int, int], list[_Target]] = defaultdict(list)
+    # by leading axes (layers, experts) and columns
+    parts_of: dict[tuple[Key, tuple[int, int]], list[_Target]] = defaultdict(list)
     for keys, whole, parts in ((codes, like.codes, made[0]), (scales, like.scales, made[1])):
         for key in keys:
             parts[key] = aligned(tuple(stop - start for start, stop in key), whole.dtype)
             rows = shape[-2] // whole.shape[-2]
-            by_columns[key[-1]].append(_Target(parts[key], key[-2], rows, whole is like.codes))
+            parts_of[key[:-2], key[-1]].append(_Target(parts[key], key[-2], rows, whole is like.codes))
     block = shape[-2] // like.scales.shape[-2]
-    for (first, last), targets in by_columns.items():
+    for (leads, (first, last)), targets in parts_of.items():
         spans = _joined(sorted(target.blocks(block) for target in targets))
-        for lead in np.ndindex(*shape[:-2]):
+        for lead in np.ndindex(*(stop - start for start, stop in leads)):
+            index = tuple(slice(start + i, start + i + 1) for (start, _), i in zip(leads, lead, strict=True))
             for begin, end in spans:
                 columns = max(1, _QUANTIZED // (end - begin))
                 for start in range(first, last, columns):
                     channels = slice(start, min(start + columns, last))
-                    floats = read((*(slice(i, i + 1) for i in lead), slice(begin, end), channels), np.float32)
+                    floats = read((*index, slice(begin, end), channels), np.float32)
                     one = _quantize(floats, kind)
                     for target in targets:
                         target.take(one, lead, begin, slice(channels.start - first, channels.stop - first))

@@ -29,6 +29,10 @@ SIZES: dict[str, Any] = {
     "num_experts": 4,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
     "pad_token_id": 0,
 }
 # Values of fields for which another number, flag or list of the same type would have no effect or no meaning.
@@ -65,6 +69,8 @@ TOKENS = torch.tensor(np.random.default_rng(0).integers(1, 32, (1, 14)))
 
 def other_value(name: str, value: Any) -> Any:
     """Returns a value that differs from a field's default."""
+    if name == "layer_types" and "linear_attention" in value:
+        return value[::-1]
     if name in VALUES:
         return VALUES[name]
     if isinstance(value, bool):

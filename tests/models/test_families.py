@@ -60,6 +60,13 @@ LONGROPE = {
     "short_factor": [1.0, 1.5],
     "long_factor": [2.0, 3.5],
 }
+DELTA_NET = {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,8 @@ class Case:
     config: dict = field(hash=False)
     # transformers takes the longest row of a batch for everybody's RoPE length: compare rows of one length there.
     one_length: bool = False
+    # Norms of small values amplify the float32 rounding of a recurrence, in both libraries.
+    tolerance: float = TOLERANCE
 
 
 CASES = (
@@ -200,6 +209,56 @@ CASES = (
             "attention_bias": True,
             "mlp_bias": True,
         },
+    ),
+    Case(
+        "qwen3_5_text",
+        "Gated DeltaNet and gated attention in given order, YaRN of half a head, width 3, biases",
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 4,
+            "linear_conv_kernel_dim": 3,
+            "hidden_act": "gelu_pytorch_tanh",
+            "rope_parameters": {**YARN, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+        },
+        tolerance=5e-5,
+    ),
+    Case(
+        "qwen3_5_text",
+        "attention in layer 3, a quarter of a head rotates; tied",
+        {**DELTA_NET, "linear_num_value_heads": 2, "tie_word_embeddings": True},
+        tolerance=5e-5,
+    ),
+    Case(
+        "qwen3_5_moe_text",
+        "Gated DeltaNet, top-3 of 8 experts, gated shared expert",
+        {
+            **DELTA_NET,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "attention_bias": True,
+        },
+        tolerance=5e-5,
+    ),
+    Case(
+        "qwen3_next",
+        "fused DeltaNet, top-3 of 8 experts, not normalised, gated shared expert, two dense layers",
+        {
+            **DELTA_NET,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": False,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "mlp_only_layers": [1, 3],
+        },
+        tolerance=5e-5,
     ),
     Case(
         "granite_swa",
@@ -562,14 +621,14 @@ def by_name(case: Case) -> str:
 @pytest.mark.parametrize("case", CASES, ids=by_name)
 class TestFamily:
     def test_logits_agree_beyond_the_window(self, case):
-        assert measure_plain(case) <= TOLERANCE
+        assert measure_plain(case) <= case.tolerance
 
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_logits_agree_with_padding(self, case, side):
-        assert measure_padding(case, side) <= TOLERANCE
+        assert measure_padding(case, side) <= case.tolerance
 
     def test_packing_equals_separate_runs(self, case):
-        assert measure_packing(case) <= TOLERANCE
+        assert measure_packing(case) <= case.tolerance
 
     def test_tensors_go_back_to_the_files_form(self, case):
         pair = build(case)

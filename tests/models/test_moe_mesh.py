@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from nalora_jax.loading.adapted import load
 from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method import statistics
 from nalora_jax.method.ffn import Adapters
+from nalora_jax.models import expert_exchange
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_params
@@ -41,12 +43,14 @@ STATS = GateStatsConfig(stride=2, probe_stride=3, checks=GateChecks(1e-5), extra
 GPT_OSS = {"use_bias": True, "router_bias": True, "up_limit": 1.0, "activation": "clamped_swish(1.702,1.0)"}
 
 
-def block(sharding: NamedSharding | None = None, *, by_shard: bool = False, **options: Any) -> MoEFFN:
+def block(
+    sharding: NamedSharding | None = None, *, by_shard: bool = False, exchange: bool = False, **options: Any
+) -> MoEFFN:
     names = ("gate_proj", "up_proj", "down_proj")
     variant = GPT_OSS if options.pop("gpt_oss", False) else {}
     adapters = Adapters(tuple((name, RANK) for name in names), **options)
     stats = replace(STATS, sharding=sharding) if by_shard else STATS
-    return MoEFFN(D, F, EXPERTS, 2, adapters=adapters, stats=stats, sharding=sharding, **variant)
+    return MoEFFN(D, F, EXPERTS, 2, adapters=adapters, stats=stats, sharding=sharding, exchange=exchange, **variant)
 
 
 def over_shards(sums: Any, axis: int) -> Any:
@@ -150,6 +154,32 @@ def test_eight_devices_are_one(mesh, kind, options):
     by_shard = kind in ("", "nf4", "mxfp4")  # as a step has them; else as whoever calls a model on a mesh
     spread = results(block(sharding_of(mesh), by_shard=by_shard, **options), variables, dropout=dropout)
     assert_close(spread, results(single, variables, dropout=dropout))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "kind", "slack", "options"),
+    [
+        (MeshConfig(2, 4, 1), "", 4.0, {"gpt_oss": True, "dora": True}),
+        (MeshConfig(1, 4, 2), "int8", 4.0, {}),
+        (MeshConfig(2, 2, 2), "", 0.5, {}),  # blocks are too small, so that all devices gather the experts
+    ],
+    ids=str,
+)
+def test_experts_that_rows_are_sent_to_are_those_of_one_device(mesh, kind, slack, options, monkeypatch):
+    monkeypatch.setattr(expert_exchange, "SLACK", slack)
+    single = block(**options)
+    variables = variables_of(single, kind)
+    spread = results(block(sharding_of(mesh), by_shard=not kind, exchange=True, **options), variables, dropout=False)
+    assert_close(spread, results(single, variables, dropout=False))
+
+
+def test_fewer_bytes_decide_between_rows_and_experts():
+    """Qwen3-30B-A3B over 16 devices: 1.2 GB of experts a layer, rows of 4,096 tokens, of 16 times as many, of one."""
+    kernels, least = 128 * 3 * 2048 * 768 * 2.0, partial(expert_exchange.exchanges_less, d_model=2048, wide=2.0)
+    assert least(8 * 4096, kernel_bytes=kernels, devices=16)
+    assert not least(8 * 16 * 4096, kernel_bytes=kernels, devices=16)
+    assert least(8, kernel_bytes=kernels, devices=16)
+    assert not least(8, kernel_bytes=kernels, devices=1)
 
 
 def test_every_device_routes_its_own_tokens():

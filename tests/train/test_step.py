@@ -31,6 +31,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.ops import gated_products
 from nalora_jax.train import assembly as assembly_module
+from nalora_jax.train import jitted
 from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.loop import _Meter
 from nalora_jax.train.mechanisms import make_mechanisms
@@ -330,7 +331,7 @@ def test_other_assertions_stay_what_they_are(caplog: pytest.LogCaptureFixture) -
         raise AssertionError("something else")
 
     with pytest.raises(AssertionError, match="something else") as caught:
-        assembly_module._checked(step)({}, {}, {})
+        jitted._checked(step)({}, {}, {})
     assert not isinstance(caught.value, NaloraError)
     logging.getLogger("absl").warning("[Chex] Some of chexify assertion statuses were not inspected due to async exec")
     assert not caplog.records

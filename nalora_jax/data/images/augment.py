@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax.config.vision import VisionConfig
+from nalora_jax.config import VisionConfig
 from nalora_jax.data.images.files import pillow
 
 _RATIO = (3 / 4, 4 / 3)  # aspect ratios of a crop, width over height

@@ -27,8 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nalora_jax.config import DataConfig
-from nalora_jax.config.vision import VisionConfig
+from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.chat import text_field
 from nalora_jax.data.forms import IMAGES, ROLES, Parts, canonical
 from nalora_jax.data.images.files import Limits, open_image

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax.config import DataConfig
-from nalora_jax.config.vision import VisionConfig
+from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.images.files import Limits, open_image
 from nalora_jax.data.images.sources import ImageSource, ListedImages, TfdsImages
-from nalora_jax.data.sources import prepared
+from nalora_jax.data.tfds_source import prepared
 from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
 from nalora_jax.paths import expand_user

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax.config.vision import VisionConfig
+from nalora_jax.config import VisionConfig
 from nalora_jax.data.images.augment import augmented, generator
 from nalora_jax.data.images.files import Limits, open_image
 from nalora_jax.data.images.opened import usable

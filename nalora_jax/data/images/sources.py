@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax.config.vision import VisionConfig
+from nalora_jax.config import VisionConfig
 from nalora_jax.data.images.files import ENDINGS
 from nalora_jax.data.jsonl import JsonLines
-from nalora_jax.data.sources import Span, absolute, tfds_errors
+from nalora_jax.data.source import Span
+from nalora_jax.data.tfds_source import absolute, tfds_errors
 from nalora_jax.errors import NaloraError
 
 # Files that list a folder's images, by precedence; metadata.* are from Hugging Face's ImageFolder.
