@@ -34,6 +34,8 @@ _PROJECTIONS: tuple[tuple[str, str, str | None], ...] = (
     ("(q|k|v|gate|up|in)_proj", "fsdp", "tensor"),  # outputs are split over tensor
     ("(o|down|out)_proj", "tensor", "fsdp"),  # outputs are summed over tensor
     ("(router|bcx_proj)", "fsdp", None),
+    ("in_proj_(qkvz?|z)", "fsdp", "tensor"),
+    ("in_proj_(a|b|ba)", "fsdp", None),
 )
 _KERNEL = re.compile(r"_proj/kernel(/codes|/scales)?$")
 _WHOLE = ("tensor", "fsdp")  # for axes that the train state splits over both
@@ -69,13 +71,17 @@ _TABLE_RULES: Rules = (
 PARAM_RULES: Rules = (
     *_kernel_rules(),
     *_TABLE_RULES,
+    (r"(^|/)layer_embeddings/embedding$", P("tensor", "fsdp")),
+    (r"(^|/)layer_embeddings/projection/kernel$", P("fsdp", None)),
     (r"norm/(scale|bias)$", P()),
-    (r"(^|/)(router/correction|shared_gate/kernel)$", P()),
+    (r"(^|/)(conv/weight|a_log|dt_bias)$", P()),
+    (r"(^|/)(router/(correction|scale)|shared_gate/kernel)$", P()),
     # Encoders: weights that are small compared with their layers.
     (r"(^|/)tokens/embedding$", P("tensor", "fsdp")),
     (r"(^|/)(positions|types)/embedding$", P()),
     (r"(^|/)(patches|pooler|projection)/(kernel|bias)$", P()),
     (r"(^|/)(class_token|probe|sinks|taps|taps_bias|attn_scale|ffn_scale|logit_scale|logit_bias)$", P()),
+    (r"(^|/)tail/scale$", P()),
 )
 
 # The train state between steps: adapters, optimizer, gate EMAs, counters. Both mesh axes that split

@@ -27,7 +27,7 @@ from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.remat import chosen_remat
-from nalora_jax.models.stacks import gate_blocks
+from nalora_jax.models.stacks import gate_blocks, key_heads
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.ops.cross_entropy import Head
@@ -44,7 +44,7 @@ from nalora_jax.train.program import Program, gate_checks_of
 
 def check_decoder(config: RunConfig, base: ModelConfig, mesh: Mesh) -> None:
     """Raises an error if a tensor axis splits a head, or for another start of a model that sees."""
-    distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
+    distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=key_heads(base))
     if base.sight is None:
         return
     if config.lora.init != "default":
