@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ class Program:
     mesh: Mesh
     mechanisms: Mechanisms
     optimizer: optax.GradientTransformationExtraArgs
-    blocks: Mapping[str, tuple[int, ...]]  # channel shape of each measured block
+    blocks: dict[str, tuple[int, ...]]  # channel shape of each measured block
     pure: PureStep  # builds the step that is not compiled
 
     def fresh(self, lora: Any, key: jax.Array) -> TrainState:
