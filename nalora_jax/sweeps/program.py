@@ -126,7 +126,7 @@ def step_of_runs(step: Callable[..., Any], mesh: Mesh, params_axes: Any = None) 
         return jax.vmap(one, in_axes)
     if distributed.devices_per_run(mesh) > 1:
         return jax.vmap(one, in_axes, spmd_axis_name=RUN)
-    # Every device runs the program of one device, so that nothing can cross the axis.
+    # Every device runs the program of one device, so no collective crosses the axis.
     specs = {None: P(), 0: P(RUN)}
     of_params = jax.tree.map(lambda axis: specs[axis], params_axes, is_leaf=lambda axis: axis is None)
     in_specs = (of_params, P(RUN), P(RUN), P(RUN), P(RUN))
