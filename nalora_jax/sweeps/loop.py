@@ -146,7 +146,7 @@ class _StateMetricsOfRun:
         self._shared, self._index = shared, index
 
     def compile_ahead(self, state: TrainState) -> None:
-        """Compiles nothing: the program of all runs compiles at the first log step."""
+        """Returns at once: the program of all runs compiles at the first log step."""
 
     def measure(self, state: TrainState) -> dict[str, Any]:
         """Returns the metrics of the run's current state."""

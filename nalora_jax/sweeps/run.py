@@ -254,7 +254,7 @@ def _placed(config: RunConfig, fits: Fitting) -> RunConfig:
 
 
 class _Named(Console):
-    """A console whose lines begin with a run's name."""
+    """A console that prints a run's name before each line."""
 
     def __init__(self, name: str) -> None:
         super().__init__(highlight=False, force_terminal=False)

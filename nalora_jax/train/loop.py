@@ -121,7 +121,7 @@ def fit(
 
 
 class Follower:
-    """The actions after each step of one run: logging, evaluation, saving, and the decision to go on.
+    """The actions after each step of one run: logging, evaluation, saving and the end.
 
     Args:
       hooks, schedule, learning_rate: see `fit`.
