@@ -53,7 +53,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise NaloraError("--mesh.run", expected=expected, found=groups)
     data, *others = resolve_sizes(config, len(available) // groups)
     check_slices(groups * data, slice_count(available))
-    placed, axes = _placed(available, (groups * data, *others)), AXES
+    axes: tuple[str, ...] = AXES
+    placed = _placed(available, (groups * data, *others))
     if groups > 1:
         placed, axes = placed.reshape(groups, data, *others), (RUN, *AXES)
     return Mesh(placed, axes, axis_types=(AxisType.Auto,) * len(axes))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -115,9 +116,13 @@ def fit(
         with profile.step(step, state):
             state, metrics = step_fn(params, state, batch)
         profile.end(step, metrics)
-        if not follower.after(step, metrics, lambda state=state: state):
+        if not follower.after(step, metrics, partial(_same, state)):
             break
     return follower.result
+
+
+def _same(state: TrainState) -> TrainState:
+    return state
 
 
 class Follower:
