@@ -14,7 +14,6 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families import supported
 from nalora_jax.models.stacks import param_shapes
 
-
 # Defaults of transformers that no model has: 96 heads do not divide the width.
 SIZES = {"glm4_moe": {"head_dim": 128}}
 
