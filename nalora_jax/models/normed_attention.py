@@ -49,8 +49,8 @@ class NormedAttention(AttentionMixer):
     def projections(self, config: ModelConfig) -> Shapes:
         """Returns the kernel shapes of the projections."""
         d, q = config.d_model, config.n_heads * config.head_dim
-        shapes: Shapes = {name: (d, n * config.head_dim) for name, n in self.heads(config).items()}
-        return shapes | {"o_proj": (q, d)}
+        heads: Shapes = {name: (d, n * config.head_dim) for name, n in self.heads(config).items()}
+        return heads | {"o_proj": (q, d)}
 
     def heads(self, config: ModelConfig) -> dict[str, int]:
         """Returns the number of heads of every projection of the input."""

@@ -28,8 +28,7 @@ class ScaledTail(Tail):
     def param_shapes(self, config: ModelConfig) -> Shapes:
         """Returns the shapes of one layer's parameters."""
         shapes: Shapes = {"scale": (1,)}
-        if self.width:
-            shapes["norm/scale"] = (config.d_model,)
+        shapes |= {"norm/scale": (config.d_model,)} if self.width else {}
         return shapes | {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
 
     def projections(self, config: ModelConfig) -> Shapes:
