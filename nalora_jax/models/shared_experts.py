@@ -90,6 +90,7 @@ class SharedExpertsFFN(nn.Module):
             top_k=c.experts_per_token,
             routing=self.part.router,
             sharding=self.options.routing,
+            experts=self.options.experts,
             adapters=_adapters(self.options.adapters, _EXPERTS),
             name="experts",
             **common,
