@@ -188,11 +188,11 @@ def on_mesh(
     def local(
         x: jax.Array, weights: jax.Array, keys: jax.Array | None, layer: Layer
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        own = _with_first_taps(layer) if by_shard else layer
+        of_shard = _with_first_taps(layer) if by_shard else layer
         if over is None:
-            y, measured = routed_ffn(x, weights, keys, own, config, axis)
+            y, measured = routed_ffn(x, weights, keys, of_shard, config, axis)
         else:
-            y, measured = exchanged_ffn(x, weights, own, config, over, axis)
+            y, measured = exchanged_ffn(x, weights, of_shard, config, over, axis)
         return y, {name: value[None] for name, value in measured.items()}
 
     names = config.measured if config.measure else ()

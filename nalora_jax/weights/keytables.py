@@ -145,15 +145,15 @@ _HF_MIXTRAL = _hf_experts("block_sparse_moe", ("w1", "w3", "w2"))
 _HF_DENSE_LAYERS = _hf_dense("mlp", "ffn", _GATED, experts=False)
 _HF_QWEN_EXPERTS = (*_hf_experts("mlp", _GATED), *_HF_DENSE_LAYERS)
 _HF_QWEN2_EXPERTS = (
-    *_hf_experts("mlp", _GATED, "ffn/experts"),
-    *_hf_dense("mlp.shared_expert", "ffn/shared", _GATED),
+    *_hf_experts("mlp", _GATED, "ffn/experts_ffn"),
+    *_hf_dense("mlp.shared_expert", "ffn/shared_ffn", _GATED),
     TensorRow("model.layers.{layer}.mlp.shared_expert_gate.weight", ("layers/ffn/shared_gate/kernel",), "transpose"),
     *_HF_DENSE_LAYERS,
 )
 _HF_GLM_EXPERTS = (
-    *_hf_experts("mlp", _GATED, "ffn/experts"),
-    TensorRow("model.layers.{layer}.mlp.gate.e_score_correction_bias", ("layers/ffn/experts/router/correction",)),
-    *_hf_dense("mlp.shared_experts", "ffn/shared", _GATED),
+    *_hf_experts("mlp", _GATED, "ffn/experts_ffn"),
+    TensorRow("model.layers.{layer}.mlp.gate.e_score_correction_bias", ("layers/ffn/experts_ffn/router/correction",)),
+    *_hf_dense("mlp.shared_experts", "ffn/shared_ffn", _GATED),
     *_HF_DENSE_LAYERS,
 )
 

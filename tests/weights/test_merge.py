@@ -40,12 +40,14 @@ TARGETS = {
 ALL = {f"attn/{n}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for n in "qkvo"} | {
     f"ffn/{n}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for n in ("gate", "up", "down")
 }
-SHARED = {f"ffn/{part}/{n}_proj": ALL["ffn/up_proj"] for part in ("experts", "shared") for n in ("gate", "down")}
+SHARED = {
+    f"ffn/{part}/{n}_proj": ALL["ffn/up_proj"] for part in ("experts_ffn", "shared_ffn") for n in ("gate", "down")
+}
 # GLM-4.5 with a dense layer and two with experts.
 GLM = {
     f"{stack}/{name}_proj": (ranks, tuple(map(float, ranks)))
     for stack, ranks in {"group0/block0": (3,), "group1/block0": (4, 2)}.items()
-    for name in ("attn/v", *(("ffn/up",) if len(ranks) == 1 else ("ffn/experts/gate", "ffn/shared/down")))
+    for name in ("attn/v", *(("ffn/up",) if len(ranks) == 1 else ("ffn/experts_ffn/gate", "ffn/shared_ffn/down")))
 }
 NO_ADAPTERS = AdapterSpec()
 TOKENS = np.array([[1, 5, 9, 30, 7, 11, 2, 40], [3, 3, 8, 21, 44, 6, 17, 9]])
