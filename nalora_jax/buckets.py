@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,8 @@ from typing import Any
 from nalora_jax import downloads
 from nalora_jax.errors import NaloraError
 
-# By scheme: the package that reads it, the extra that has the package, and the command that logs in.
+# By scheme: the package that reads it, the extra that has the package, and the
+# command that logs in.
 _STORES = {
     "gs": ("gcsfs", "gcs", "gcloud auth application-default login"),
     "s3": ("s3fs", "s3", "aws configure"),
@@ -40,7 +41,9 @@ def url(name: str) -> str | None:
     It repairs ``Path("gs://bucket")``, which has lost a slash.
     """
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])", name)
-    return f"{match[1]}://{name[match.end() :]}" if match else None
+    if match:
+        return f"{match[1]}://{name[match.end() :]}"
+    return None
 
 
 def is_url(name: object) -> bool:
@@ -141,11 +144,24 @@ def local_folder(names: Sequence[str]) -> Path:
       NaloraError: there is no such file, the bucket refuses or cannot be reached, or the disk is
         full.
     """
-    versions = [f"{name}\n{version(name)}" for name in names]
+    return _copies({name.rpartition("/")[2]: name for name in names})
+
+
+def local_tree(folder: str, names: Sequence[str]) -> Path:
+    """Returns a cache folder with copies of the files ``names`` of a bucket's folder.
+
+    ``names`` are relative to ``folder`` and may contain slashes. Raises as `local_folder` does.
+    """
+    return _copies({name: f"{folder.rstrip('/')}/{name}" for name in names})
+
+
+def _copies(sources: Mapping[str, str]) -> Path:
+    """Returns a cache folder with a copy of each URL under its relative name."""
+    versions = [f"{name}\n{version(name)}" for name in sources.values()]
     folder = downloads.cache_dir() / "buckets" / hashlib.sha256("\n".join(versions).encode()).hexdigest()[:24]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        target = folder / name.rpartition("/")[2]
+    for relative, name in sources.items():
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             _copy(name, target)
     return folder

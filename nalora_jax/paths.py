@@ -39,8 +39,33 @@ def open_descriptor(path: str | Path, flags: int) -> int:
     except OSError as error:
         if error.errno not in _LINKED or not Path(path).is_symlink():
             raise
-        remedy = "links in an output folder are not followed: remove it, or choose another folder"
-        raise NaloraError(str(path), expected="a file", found="a symbolic link", remedy=remedy) from error
+        raise _refusal(path, "a file") from error
+
+
+def refuse_linked_folders(folder: Path) -> None:
+    """Raises an error if an entry of an output folder is a symbolic link, unless it leads to a file.
+
+    Example: through a planted link ``checkpoints``, we would delete old checkpoints of another run.
+
+    Raises:
+      NaloraError: it names the link.
+    """
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if entry.is_symlink() and not entry.is_file():
+            raise _refusal(entry, "a folder")
+
+
+def make_unlinked_folder(folder: Path) -> Path:
+    """Creates a folder in an output folder, unless it exists; raises as `refuse_linked_folders`."""
+    if folder.is_symlink():
+        raise _refusal(folder, "a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _refusal(path: str | Path, expected: str) -> NaloraError:
+    remedy = "links in an output folder are not followed: remove it, or choose another folder"
+    return NaloraError(str(path), expected=expected, found="a symbolic link", remedy=remedy)
 
 
 def expand_user(path: str | Path) -> Path:

@@ -22,9 +22,11 @@ from gcp_storage_emulator.storage import Storage
 
 from nalora_jax import buckets
 from nalora_jax.config import DataConfig, MeshConfig
-from nalora_jax.data.sources import open_pair, open_source, prepared
+from nalora_jax.data.sources import open_pair, open_source
+from nalora_jax.data.tfds_source import prepared
 from nalora_jax.distributed import make_mesh
 from nalora_jax.errors import NaloraError
+from nalora_jax.loading.adapted import locate
 from nalora_jax.loading.base import load_model
 from nalora_jax.weights import streamed
 from nalora_jax.weights.hub import resolve
@@ -175,6 +177,22 @@ def test_a_gguf_file_in_a_bucket_is_copied_to_the_cache(google: Any, cache: Path
     found = resolve(put("m.gguf", b"GGUF"))
     assert (found.kind, found.name, found.path.read_bytes()) == ("gguf", "gs://bucket/m.gguf", b"GGUF")
     assert found.path.is_relative_to(cache)
+
+
+@pytest.mark.parametrize("of_run", [False, True])
+def test_an_adapter_in_a_bucket_is_copied_with_its_run(google: Any, tmp_path: Path, of_run: bool) -> None:
+    name, folder = f"adapted-{of_run}", "adapter/" if of_run else ""
+    for file, content in {"adapter_config.json": b'{"base_model_name_or_path": "base"}', "a.safetensors": b"A"}.items():
+        put(f"{name}/{folder}{file}", content)
+    put(f"{name}/metrics.jsonl", b'{"run": {"model": "gs://bucket/base"}}\n')
+    put(f"{name}/checkpoints/1/state", b"large")
+    located = locate(f"gs://bucket/{name}")
+    assert located.adapter is not None
+    assert sorted(path.name for path in located.adapter.iterdir() if path.suffix) >= ["a.safetensors"]
+    assert located.base == ("gs://bucket/base" if of_run else "base")
+    assert not list(located.adapter.parent.rglob("checkpoints"))
+    assert locate("base", f"gs://bucket/{name}").adapter == located.adapter
+    assert locate(put("only/m.gguf", b"GGUF")).adapter is None
 
 
 def test_an_encoder_s_folder_in_a_bucket_is_copied_to_the_cache(google: Any, model: Path) -> None:

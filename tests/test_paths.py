@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_atomically
 from nalora_jax.paths import expand_user, naming, open_unlinked, scratch_folder
-from nalora_jax.study.records import Records
+from nalora_jax.study.records import CLAIMS, Records
+from nalora_jax.study.snapshots import write_snapshot
 from nalora_jax.train.lock import Lock
 from nalora_jax.train.metrics import MetricsLog
 from nalora_jax.train.output import open_output
@@ -28,7 +30,7 @@ def planted(tmp_path: Path) -> Path:
     victim.write_text("precious\nhalf a line")
     folder = tmp_path / "out"
     (folder / "wandb").mkdir(parents=True)
-    for name in ("run.lock", "metrics.jsonl", "records.jsonl", "before.json", "report.html", "wandb/run_id"):
+    for name in ("run.lock", "metrics.jsonl", "records.jsonl", "before.json", "report.html", "wandb/run_id", "run.new"):
         (folder / name).symlink_to(victim)
     return folder
 
@@ -49,12 +51,16 @@ def note_tracker(folder: Path) -> None:
     _write_id(folder / "wandb" / "run_id", "x")
 
 
+def save_snapshot(folder: Path) -> None:
+    write_snapshot(folder / "run.npz", {"a": np.zeros(2)}, {})
+
+
 def create(folder: Path) -> None:
     (folder / "new").symlink_to(folder.parent / "not there yet")
     open_unlinked(folder / "new", "w").close()
 
 
-@pytest.mark.parametrize("write", [acquire, append_record, note_tracker, create])
+@pytest.mark.parametrize("write", [acquire, append_record, note_tracker, save_snapshot, create])
 def test_a_planted_link_is_refused_and_what_it_points_to_stays(planted: Path, write: Callable[[Path], None]) -> None:
     with pytest.raises(NaloraError):
         write(planted)
@@ -91,6 +97,39 @@ def test_a_run_that_starts_again_removes_a_link_to_a_folder_and_not_the_folder(t
         assert not output.resumes
     assert (tmp_path / "data" / "file").read_text() == "precious"
     assert not (tmp_path / "out" / "start").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/4", "checkpoints.damaged", "adapter"])
+def test_a_run_with_a_linked_folder_is_not_resumed(tmp_path: Path, name: str) -> None:
+    linked = tmp_path / "out" / name
+    (tmp_path / "another run" / "3").mkdir(parents=True)
+    (tmp_path / "out" if name == "checkpoints" else tmp_path / "out" / "checkpoints" / "3").mkdir(parents=True)
+    linked.symlink_to(tmp_path / "another run")
+    with pytest.raises(NaloraError, match=f"{name}: expected a folder, found a symbolic link; links in an output"):
+        open_output(tmp_path / "out", True).__enter__()
+    linked.unlink()
+    if name != "checkpoints":
+        linked.symlink_to(tmp_path / "missing")
+        with pytest.raises(NaloraError, match="found a symbolic link"):
+            open_output(tmp_path / "out", "auto").__enter__()
+    assert [path.name for path in tmp_path.iterdir() if path.name != "out"] == ["another run"]
+
+
+def test_the_output_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "disk" / "report.html").symlink_to(tmp_path / "disk" / "old.html")
+    (tmp_path / "disk" / "old.html").touch()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with open_output(tmp_path / "out", "auto") as output:
+        assert output.resumes
+
+
+def test_a_folder_of_a_study_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / CLAIMS).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(NaloraError, match="found a symbolic link"), Records(tmp_path).claim("x"):
+        pass
+    assert not any((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_full_disk_is_reported_with_the_file() -> None:

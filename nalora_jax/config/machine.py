@@ -23,6 +23,10 @@ class MeshConfig:
     fsdp: int = 0
     # Splits heads and FFN channels.
     tensor: int = 0
+    # Sweeps: groups of devices that train different runs; 0 lets the library choose.
+    run: int = 0
+    # Sweeps: runs that share one group of devices and its copy of the base; 0: as many as fit.
+    runs_per_device: int = 0
 
 
 # Activations stored for the backward pass: `nalora_jax.models.remat.REMAT`, or "auto" for the

@@ -33,7 +33,9 @@ Rules = Sequence[tuple[str, P]]
 _PROJECTIONS: tuple[tuple[str, str, str | None], ...] = (
     ("(q|k|v|gate|up|in)_proj", "fsdp", "tensor"),  # outputs are split over tensor
     ("(o|down|out)_proj", "tensor", "fsdp"),  # outputs are summed over tensor
-    ("router", "fsdp", None),
+    ("(router|bcx_proj)", "fsdp", None),
+    ("in_proj_(qkvz?|z)", "fsdp", "tensor"),
+    ("in_proj_(a|b|ba)", "fsdp", None),
 )
 _KERNEL = re.compile(r"_proj/kernel(/codes|/scales)?$")
 _WHOLE = ("tensor", "fsdp")  # for axes that the train state splits over both
@@ -69,20 +71,24 @@ _TABLE_RULES: Rules = (
 PARAM_RULES: Rules = (
     *_kernel_rules(),
     *_TABLE_RULES,
+    (r"(^|/)layer_embeddings/embedding$", P("tensor", "fsdp")),
+    (r"(^|/)layer_embeddings/projection/kernel$", P("fsdp", None)),
     (r"norm/(scale|bias)$", P()),
-    (r"(^|/)(router/correction|shared_gate/kernel)$", P()),
+    (r"(^|/)(conv/weight|a_log|dt_bias)$", P()),
+    (r"(^|/)(router/(correction|scale)|shared_gate/kernel)$", P()),
     # Encoders: weights that are small compared with their layers.
     (r"(^|/)tokens/embedding$", P("tensor", "fsdp")),
     (r"(^|/)(positions|types)/embedding$", P()),
     (r"(^|/)(patches|pooler|projection)/(kernel|bias)$", P()),
-    (r"(^|/)(class_token|probe|sinks|attn_scale|ffn_scale|logit_scale|logit_bias)$", P()),
+    (r"(^|/)(class_token|probe|sinks|taps|taps_bias|attn_scale|ffn_scale|logit_scale|logit_bias)$", P()),
+    (r"(^|/)tail/scale$", P()),
 )
 
 # The train state between steps: adapters, optimizer, gate EMAs, counters. Both mesh axes that split
 # weights split one axis of each leaf, because moments of large ranks take gigabytes.
 STATE_RULES: Rules = (
     (r"(^|/)v_(row|col)/", P()),  # factored second moments (Adafactor) are small and no longer shaped like a weight
-    *_adapter_rules(lambda axis: "fsdp" if axis == "fsdp" else _WHOLE if axis == "tensor" else None),
+    *_adapter_rules(lambda axis: {"fsdp": "fsdp", "tensor": _WHOLE}.get(axis or "")),
     *_TABLE_RULES,  # fully trained tables and their moments
     # Memories of mechanisms and statistics of blocks end in an axis of channels, except counts and
     # checks.
@@ -160,7 +166,9 @@ def fit_spec(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
 
 def _fit_axis(axis: Any, size: int, mesh: Mesh) -> Any:
     """Returns the longest prefix of one or several axes that divides ``size``, or None."""
-    names = () if axis is None else (axis,) if isinstance(axis, str) else axis
+    if axis is None:
+        return None
+    names = (axis,) if isinstance(axis, str) else axis
     for count in range(len(names), 0, -1):
         if size % math.prod(mesh.shape[name] for name in names[:count]) == 0:
             return next(iter(names)) if count == 1 else tuple(names[:count])

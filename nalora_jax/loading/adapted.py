@@ -11,13 +11,14 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from nalora_jax import distributed
+from nalora_jax import buckets, distributed
 from nalora_jax.config import config_from_dict
 from nalora_jax.config.recorded import recorded_config
 from nalora_jax.distributed import platform_of
 from nalora_jax.errors import NaloraError
 from nalora_jax.loading.base import LoadedModel, load_model
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.stacks import key_heads
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.ops.numerics import numerics_for
@@ -66,7 +67,7 @@ def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
 
     Args:
       model: an alias, hub id, folder or .gguf file; or the folder of a run or of a PEFT adapter,
-        which means the adapter together with the base that it names.
+        which means the adapter together with the base that it names. Folders may be in a bucket.
       adapter: folder of a run or of a PEFT adapter; allowed only if ``model`` is a base.
 
     Raises:
@@ -134,7 +135,7 @@ def load(
         base = for_adapter(base, located.adapter, mesh)
         lora, spec = import_adapter(located.adapter, base.config, fingerprint=base.fingerprint)
     if mesh is not None:
-        distributed.check_heads(mesh, n_heads=base.config.n_heads, n_kv_heads=base.config.n_kv_heads)
+        distributed.check_heads(mesh, n_heads=base.config.n_heads, n_kv_heads=key_heads(base.config))
         lora = jax.device_put(lora, distributed.shardings(lora, mesh, distributed.STATE_RULES))
     numerics = numerics_for(dtype, platform_of(mesh), implementation)
     routing = distributed.row_sharding(mesh) if base.config.n_experts else None
@@ -257,9 +258,24 @@ def trained_in_turns(adapter: Path) -> bool | None:
 
 
 def _adapter_folder(path: Path) -> Path | None:
+    """Returns the folder of an adapter, or of a run's adapter, copied if it is in a bucket."""
+    url = buckets.url(str(path))
+    if url is not None and buckets.is_url(url):
+        return None if url.endswith(".gguf") else _copied_adapter(url)
     if not can_exist(path / ADAPTER / CONFIG_NAME):
         return None
     return next((folder for folder in (path, path / ADAPTER) if (folder / CONFIG_NAME).is_file()), None)
+
+
+def _copied_adapter(url: str) -> Path | None:
+    """Returns the cached copy of an adapter in a bucket; None if the bucket's folder has none."""
+    names = buckets.names(url)
+    if CONFIG_NAME in names:
+        return buckets.local_tree(url, names)
+    if not buckets.exists(f"{url}/{ADAPTER}/{CONFIG_NAME}"):
+        return None
+    of_adapter = [f"{ADAPTER}/{name}" for name in buckets.names(f"{url}/{ADAPTER}")]
+    return buckets.local_tree(url, [*of_adapter, *(name for name in names if name == METRICS)]) / ADAPTER
 
 
 def _no_adapter(path: Path) -> NaloraError:

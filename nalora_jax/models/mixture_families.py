@@ -52,7 +52,7 @@ def read_qwen3_moe(f: Fields, name: str) -> ModelConfig:
         windows=optional_windows(f, lambda _: True),
         qk_norm="head",
         norm_topk=f.flag("norm_topk_prob"),
-        **_qwen_experts(f),
+        **qwen_experts(f),
         **attention_bias(f),
     )
 
@@ -67,11 +67,12 @@ def read_qwen2_moe(f: Fields, name: str) -> ModelConfig:
         windows=optional_windows(f, lambda i: i % 2 == 0 and i < first),
         qkv_bias=f.flag("qkv_bias"),
         ffn=SharedExperts(f.integer("shared_expert_intermediate_size"), router, gated=True),
-        **_qwen_experts(f),
+        **qwen_experts(f),
     )
 
 
-def _qwen_experts(f: Fields) -> dict[str, Any]:
+def qwen_experts(f: Fields) -> dict[str, Any]:
+    """Returns the fields of Qwen's experts, and the layers that have none."""
     n_layers, step = f.integer("num_hidden_layers", high=2**10), f.integer("decoder_sparse_step")
     listed = f.get("mlp_only_layers") or []
     if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < n_layers for i in listed):

@@ -130,7 +130,7 @@ def rows_for_experts(base: ModelConfig, tokens: float, fsdp: int, narrow: float,
 
 def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> float:
     """Returns the values per token and layer that are saved for the backward pass."""
-    if base.mixer is not None:
+    if base.mixer is not None and not base.mixer.attends:
         heads = base.mixer.saved(base) / tensor
         return _saved_with(base, remat, tensor, heads)
     # With splash attention and cuDNN the result is saved with the projections; the plain function

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.paths import open_unlinked
+from nalora_jax.paths import make_unlinked_folder, open_unlinked
 from nalora_jax.study.fields import check_fields
 from nalora_jax.train.metrics import read_metrics
 
@@ -139,9 +139,7 @@ class Records:
             return free is None
 
     def _claims(self) -> Path:
-        folder = self.folder / CLAIMS
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return make_unlinked_folder(self.folder / CLAIMS)
 
 
 def plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_atomically
+from nalora_jax.paths import make_unlinked_folder
 from nalora_jax.study.identity import describe_old
 from nalora_jax.study.pictures import draw
 from nalora_jax.study.protocol import Protocol
@@ -38,8 +39,7 @@ def write_report(protocol: Protocol) -> list[Path]:
     if drawn:
         links = "\n\n".join(f"![{name.removesuffix('.svg').replace('_', ' ')}]({PICTURES}/{name})" for name in drawn)
         text += f"\n## Pictures\n\n{links}\n"
-    folder = protocol.folder / PICTURES
-    folder.mkdir(exist_ok=True)
+    folder = make_unlinked_folder(protocol.folder / PICTURES)
     written = [protocol.folder / TABLES, *(folder / name for name in drawn)]
     for path, content in zip(written, [text, *drawn.values()], strict=True):
         write_atomically(path, content)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.paths import open_unlinked
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def write_snapshot(path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[
     np.savez(buffer, notes=np.array(json.dumps(notes)), **entries)
     content, scratch = buffer.getvalue(), path.with_suffix(".new")
     try:
-        with scratch.open("wb") as file:
+        with open_unlinked(scratch, "wb") as file:
             file.write(hashlib.sha256(content).hexdigest().encode() + content)
             file.flush()
             os.fsync(file.fileno())

@@ -32,6 +32,7 @@ from orbax.checkpoint import path as ocp_path
 from nalora_jax import buckets, files
 from nalora_jax.distributed import on_first_process
 from nalora_jax.errors import NaloraError
+from nalora_jax.paths import refuse_linked_folders
 from nalora_jax.train import remote
 from nalora_jax.train.lock import FILE as LOCK
 from nalora_jax.train.lock import Lock
@@ -87,8 +88,8 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
 
     Raises:
       NaloraError: the folder contains files and ``resume`` is off; ``resume`` is on and there is no
-        checkpoint; another process writes to it; it cannot be written; or a process does not see
-        it.
+        checkpoint; another process writes to it; it cannot be written; a process does not see it;
+        or a folder in it is a symbolic link.
     """
     where = buckets.url(str(folder))
     if where is None:
@@ -187,6 +188,8 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[Lock]) -> bo
     if resume is True:
         # Again: another process may have removed it while it held the lock.
         _require_checkpoint(path, checkpoints)
+    for folder in (path, path / CHECKPOINTS) if resumes else ():
+        refuse_linked_folders(folder)
     if resume == "auto" and not resumes and set(_files(path)) <= _BEGINNING:
         _clear(path)
         if checkpoints.exists():  # in a bucket

@@ -13,6 +13,7 @@ from typing import Literal
 from nalora_jax.errors import NaloraError
 from nalora_jax.models import registered
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import stacks
 
 Source = Literal["hf", "gguf"]
 Change = Literal["", "transpose", "minus_one", "pairs", "pairs_transpose", "columns"]
@@ -48,7 +49,7 @@ def table(config: ModelConfig, source: Source) -> Table:
     """
     if source == "hf":
         aliases = (("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_embeddings else ()
-        ignored = (*_ROTARY, *SIGHT)
+        ignored = (*_ROTARY, *SIGHT, *UNUSED, *_unread_keys(config))
         if config.model_type == "glm4_moe":  # the layer that predicts further tokens
             ignored += (rf"^model\.layers\.{config.n_layers}\.",)
         return Table(_rows(HF, config.model_type) or (), ignored, aliases, HF_RENAMES)
@@ -69,11 +70,19 @@ def _rows(tables: dict[str, tuple[TensorRow, ...]], model_type: str) -> tuple[Te
     return own if tables is HF else None
 
 
+def _unread_keys(config: ModelConfig) -> tuple[str, ...]:
+    """Returns the pattern of keys and values of layers that read an earlier layer's."""
+    layers = [str(layer) for stack in stacks(config) if stack.config.reads for layer in stack.layers]
+    return (rf"^model\.layers\.({'|'.join(layers)})\.self_attn\.[kv]_(proj|norm)\.",) if layers else ()
+
+
 # ---------------------------------------------------------------- transformers
 
 _ROTARY = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$")
 # Vision tensors that a multimodal model has next to the text model.
 SIGHT = (r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")
+# Tensors of parts that the text model does not use: towers of Qwen3.5 and Gemma 4, and heads for several tokens.
+UNUSED = (r"^(model\.)?visual\.", r"^mtp\.", r"^model\.(audio_tower|embed_vision|embed_audio|vision_embedder)\.")
 HF_RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^(model\.)?language_model\.(model\.)?(?=(embed_tokens|layers|norm)\.)", "model."),
@@ -141,6 +150,16 @@ def _hf_experts(module: str, names: tuple[str, ...], folder: str = "ffn") -> tup
     return (TensorRow(f"{stem}.gate.weight", (f"{leaf}/router/kernel",), "transpose"), *experts)
 
 
+def _hf_delta_net(*inputs: str) -> tuple[TensorRow, ...]:
+    """Returns the tensors of Gated DeltaNet, with the names of the projections of its input."""
+    names = {"conv1d.weight": "conv/weight", "A_log": "a_log", "dt_bias": "dt_bias", "norm.weight": "norm/scale"}
+    rows = (
+        TensorRow(f"model.layers.{{layer}}.linear_attn.{theirs}", (f"layers/linear_attn/{ours}",))
+        for theirs, ours in names.items()
+    )
+    return (*_hf_dense("linear_attn", "linear_attn", (*inputs, "out_proj")), *rows)
+
+
 _HF_MIXTRAL = _hf_experts("block_sparse_moe", ("w1", "w3", "w2"))
 _HF_DENSE_LAYERS = _hf_dense("mlp", "ffn", _GATED, experts=False)
 _HF_QWEN_EXPERTS = (*_hf_experts("mlp", _GATED), *_HF_DENSE_LAYERS)
@@ -156,9 +175,45 @@ _HF_GLM_EXPERTS = (
     *_hf_dense("mlp.shared_experts", "ffn/shared_ffn", _GATED),
     *_HF_DENSE_LAYERS,
 )
+_HF_HYBRID = (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS)
+_HF_QWEN3_5 = (*_HF_HYBRID, *_hf_delta_net("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
+_HF_QWEN3_NEXT = (*_HF_HYBRID, *_hf_delta_net("in_proj_qkvz", "in_proj_ba"))
 
+_HF_GEMMA4 = (
+    *_HF_ENDS,
+    *_HF_FOUR_NORMS,
+    *_HF_ATTENTION,
+    *_HF_QK_NORMS,
+    *_HF_FFN,
+    *_hf_dense("mlp", "ffn/dense_ffn", _GATED),
+    TensorRow(
+        "model.layers.{layer}.experts.gate_up_proj",
+        ("layers/ffn/experts_ffn/gate_proj/kernel", "layers/ffn/experts_ffn/up_proj/kernel"),
+        "transpose",
+    ),
+    TensorRow("model.layers.{layer}.experts.down_proj", ("layers/ffn/experts_ffn/down_proj/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.router.proj.weight", ("layers/ffn/experts_ffn/router/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.router.scale", ("layers/ffn/router_norm/scale",)),
+    TensorRow("model.layers.{layer}.router.per_expert_scale", ("layers/ffn/experts_ffn/router/scale",)),
+    *_hf_norms(
+        **{
+            "ffn/dense_norm": "post_feedforward_layernorm_1",
+            "ffn/experts_norm": "pre_feedforward_layernorm_2",
+            "ffn/experts_post_norm": "post_feedforward_layernorm_2",
+            "tail/norm": "post_per_layer_input_norm",
+        }
+    ),
+    TensorRow("model.layers.{layer}.per_layer_input_gate.weight", ("layers/tail/gate_proj/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.per_layer_projection.weight", ("layers/tail/down_proj/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.layer_scalar", ("layers/tail/scale",)),
+    TensorRow("model.embed_tokens_per_layer.weight", ("layer_embeddings/embedding",)),
+    TensorRow("model.per_layer_model_projection.weight", ("layer_embeddings/projection/kernel",), "transpose"),
+    TensorRow("model.per_layer_projection_norm.weight", ("layer_embeddings/norm/scale",)),
+)
+
+_HF_SINKS = TensorRow("model.layers.{layer}.self_attn.sinks", ("layers/attn/sinks",))
 _HF_GPT_OSS = (
-    TensorRow("model.layers.{layer}.self_attn.sinks", ("layers/attn/sinks",)),
+    _HF_SINKS,
     TensorRow("model.layers.{layer}.mlp.router.weight", ("layers/ffn/router/kernel",), "transpose"),
     TensorRow("model.layers.{layer}.mlp.router.bias", ("layers/ffn/router/bias",)),
     *(
@@ -173,6 +228,38 @@ _HF_GPT_OSS = (
     TensorRow("model.layers.{layer}.mlp.experts.down_proj_bias", ("layers/ffn/down_proj/bias",)),
 )
 
+_HF_LFM2_NAMES = {
+    "attn/q_proj": "self_attn.q_proj",
+    "attn/k_proj": "self_attn.k_proj",
+    "attn/v_proj": "self_attn.v_proj",
+    "attn/o_proj": "self_attn.out_proj",
+    "conv/bcx_proj": "conv.in_proj",
+    "conv/o_proj": "conv.out_proj",
+    "ffn/gate_proj": "feed_forward.w1",
+    "ffn/up_proj": "feed_forward.w3",
+    "ffn/down_proj": "feed_forward.w2",
+}
+_HF_LFM2 = (
+    _HF_ENDS[0],
+    TensorRow("model.embedding_norm.weight", ("final_norm/scale",)),
+    _HF_ENDS[2],
+    *_hf_norms(attn_norm="operator_norm", ffn_norm="ffn_norm"),
+    *(
+        TensorRow(f"model.layers.{{layer}}.self_attn.{n}_layernorm.weight", (f"layers/attn/{n}_norm/scale",))
+        for n in ("q", "k")
+    ),
+    *(
+        TensorRow(f"model.layers.{{layer}}.{theirs}.weight", (f"layers/{ours}/kernel",), "transpose")
+        for ours, theirs in _HF_LFM2_NAMES.items()
+    ),
+    *(
+        TensorRow(f"model.layers.{{layer}}.{theirs}.bias", (f"layers/{ours}/bias",))
+        for ours, theirs in _HF_LFM2_NAMES.items()
+    ),
+    TensorRow("model.layers.{layer}.conv.conv.weight", ("layers/conv/taps",)),
+    TensorRow("model.layers.{layer}.conv.conv.bias", ("layers/conv/taps_bias",)),
+)
+
 HF: dict[str, tuple[TensorRow, ...]] = {
     "llama": _HF_LLAMA,
     "mistral": _HF_LLAMA,
@@ -181,12 +268,19 @@ HF: dict[str, tuple[TensorRow, ...]] = {
     "gemma": _HF_LLAMA,
     "gemma2": (*_HF_ENDS, *_HF_FOUR_NORMS, *_HF_ATTENTION, *_HF_FFN),
     "gemma3_text": (*_HF_ENDS, *_HF_FOUR_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN),
+    "gemma4_text": _HF_GEMMA4,
+    "gemma4_unified_text": _HF_GEMMA4,
     "phi3": _HF_PHI3,
     "olmo2": _HF_OLMO2,
     "olmo3": _HF_OLMO2,
     "ministral3": _HF_LLAMA,
+    "qwen3_5_text": (*_HF_QWEN3_5, *_HF_FFN),
+    "qwen3_5_moe_text": (*_HF_QWEN3_5, *_HF_QWEN2_EXPERTS),
+    "qwen3_next": (*_HF_QWEN3_NEXT, *_HF_QWEN2_EXPERTS),
     "smollm3": _HF_LLAMA,
     "granite": _HF_LLAMA,
+    "granite_swa": (*_HF_LLAMA, _HF_SINKS),
+    "lfm2": _HF_LFM2,
     "mixtral": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_MIXTRAL),
     "qwen3_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_QWEN_EXPERTS),
     "qwen2_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QWEN2_EXPERTS),

@@ -23,7 +23,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.models.vision.sight import MULTIMODAL, text_part
+from nalora_jax.models.vision.sight import contains_text_model, text_part
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.folders import new_folder, write_json
@@ -38,6 +38,8 @@ from nalora_jax.weights.vision.sight import file_name, model_keymap
 # Class names of the text models of multimodal models.
 _TEXT_CLASSES = {"gemma3_text": "Gemma3ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 _TEXT_CLASSES |= {"qwen2": "Qwen2ForCausalLM", "ministral3": "Ministral3ForCausalLM"}
+_TEXT_CLASSES |= {"qwen3_5_text": "Qwen3_5ForCausalLM", "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"}
+_TEXT_CLASSES |= {"gemma4_text": "Gemma4ForCausalLM", "gemma4_unified_text": "Gemma4UnifiedForCausalLM"}
 DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -195,7 +197,7 @@ def _file_dtype(leaves: Mapping[str, Any], slot: Slot, chosen: np.dtype | None) 
 def _settings(raw: Mapping[str, Any], config: ModelConfig, infos: list[TensorInfo]) -> dict[str, Any]:
     """Returns the merged model's ``config.json``, in the written dtype."""
     settings = dict(raw)
-    if raw.get("model_type") in MULTIMODAL and config.sight is None:  # only the text model is here
+    if config.sight is None and contains_text_model(raw.get("model_type"), images=False):  # only the text model is here
         settings = text_part(raw, "config.json")
         named = _TEXT_CLASSES.get(settings["model_type"])
         settings["architectures"] = [named] if named else []

@@ -1,4 +1,4 @@
-"""A run that moves: 1 -> 2 -> 4 -> 1 processes, then 1 -> 8 -> 2 devices, and is the run that stayed where it was."""
+"""A run that moves from 1 process to 2, to 8 devices of one process and to 2, and equals the run that stayed."""
 
 from __future__ import annotations
 
@@ -32,15 +32,13 @@ def test_a_run_that_moves_between_processes_and_devices_goes_on_as_if_it_had_sta
 ) -> None:
     monkeypatch.setenv("NALORA_CACHE", tiny.new_cache(tmp_path / "cache"))
     alone = tiny.make_config(tmp_path, steps=12)
-    stayed = advance(replace(alone, output=str(tmp_path / "stayed")), 12, 1)
-    moved = advance(alone, 2, 1)
-    moved += in_processes(2, tmp_path, 2)
-    moved += in_processes(4, tmp_path, 2)
-    moved += advance(alone, 2, 1)
+    stayed = advance(replace(alone, output=str(tmp_path / "stayed")), 10, 1)
+    moved = advance(alone, 3, 1)
+    moved += in_processes(2, tmp_path, 3)
     moved += advance(replace(alone, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), 2, 8)
     moved += advance(replace(alone, mesh=MeshConfig(1, 2, 1)), 2, 2)
     assert [(step, tokens) for step, tokens, _ in moved] == [(step, tokens) for step, tokens, _ in stayed]
-    assert len({tokens for _, tokens, _ in moved}) > 10
+    assert len({tokens for _, tokens, _ in moved}) > 8
     np.testing.assert_allclose([loss for *_, loss in moved], [loss for *_, loss in stayed], rtol=2e-4)
 
     other = replace(alone, train=TrainConfig(batch_size=4))

@@ -1,8 +1,7 @@
-"""Two real processes that lose one of them, or are told to stop."""
+"""Two real processes whose terminal goes away, and which lose one of them."""
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from dataclasses import replace
@@ -12,15 +11,20 @@ from nalora_jax.config import MeshConfig, TrainConfig
 from tests import tiny
 
 
-def test_a_lost_process_ends_the_other_with_one_line_and_sigterm_to_one_saves_in_both(tmp_path: Path) -> None:
+def test_a_lost_terminal_ends_no_process_and_a_lost_process_ends_the_other_with_one_line(tmp_path: Path) -> None:
+    """tests/deploy/test_resume.py sends SIGTERM to one of two processes, and resumes."""
     train = TrainConfig(batch_size=8, log_every=1, eval_every=0, save_every=2)
     config = replace(tiny.make_config(tmp_path), steps=10**6, mesh=MeshConfig(-1, 1, 1), train=train, resume="auto")
     settings = tiny.write_settings(config, tmp_path / "settings.py")
     command = ["-m", "nalora_jax", "train", "--config", str(settings)]
     variables = {"NALORA_CACHE": tiny.new_cache(tmp_path / "cache"), "NALORA_HEARTBEAT_TIMEOUT": "10"}
-    saved = tmp_path / "run" / "checkpoints"
 
     first, second = tiny.start(command, count=2, **variables)
+    tiny.wait_for_line(first, "step 2/")
+    for process in (first, second):  # a dropped connection
+        process.send_signal(signal.SIGHUP)
+    second.stdout.close()
+    second.stderr.close()
     tiny.wait_for_line(first, "step 6/")
     second.send_signal(signal.SIGKILL)
     began = time.monotonic()
@@ -33,20 +37,5 @@ def test_a_lost_process_ends_the_other_with_one_line_and_sigterm_to_one_saves_in
     assert "--resume" in said[0]
     assert "Traceback" not in error
     assert "stack trace" not in error
-    kept = max(int(path.name) for path in saved.iterdir() if path.name.isdecimal())
-
-    first, second = tiny.start(command, count=2, **variables)
-    tiny.wait_for_line(first, f"step {kept + 3}/")
-    for process in (first, second):  # a dropped connection
-        process.send_signal(signal.SIGHUP)
-    second.stdout.close()
-    second.stderr.close()
-    tiny.wait_for_line(first, f"step {kept + 5}/")
-    second.send_signal(signal.SIGTERM)
-    (status, _, error), (other, _, _) = tiny.finish([first, second])
-    assert (status, other) == (143, 143), error
-    assert f"resumed from step {kept}" in error
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    last = max(line["step"] for line in lines if "loss" in line)
-    assert f"interrupted by SIGTERM; saved step {last}; continue with --output {config.output} --resume" in error
-    assert max(int(path.name) for path in saved.iterdir()) == last
+    steps = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdecimal()]
+    assert max(steps) >= 4

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,13 +15,18 @@ from nalora_jax.cli.plan import PlanArgs, plan
 from nalora_jax.config import ComputeConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
-from nalora_jax.models.stacks import projection_shapes
+from nalora_jax.models.stacks import param_shapes, projection_shapes
 from nalora_jax.models.targets import resolve
+from nalora_jax.ops.quantize import kernels
+from nalora_jax.plan.estimates import WIDTHS, weight_bytes
 from nalora_jax.plan.figures import Figures
 from nalora_jax.plan.layouts import candidates, choose, estimate
 from nalora_jax.plan.machines import Topology, topology
 from nalora_jax.plan.models import CONFIGS, architecture
+from nalora_jax.plan.program import _weight
 from nalora_jax.plan.roofline import active_parameters, attention_flops, kernel_flops, splash_flops
+
+RELEASED = Path(__file__).parents[1] / "models" / "released"
 
 
 def chosen(model: str, where: str, *, seq: int = 4096, rows: int = 0, **options):
@@ -147,6 +153,19 @@ def test_parameters_and_attention_are_counted_as_the_models_are():
     windowed = replace(base, windows=(16,))
     mask = np.tril(np.ones((64, 64))) - np.tril(np.ones((64, 64)), -16)
     assert attention_flops(windowed, 64) == 4 * mask.sum() * 4096
+
+
+@pytest.mark.parametrize(("name", "released", "active"), [("20b", 13.76e9, 3.6e9), ("120b", 65.25e9, 5.1e9)])
+def test_gpt_oss_takes_the_memory_of_its_released_files(name, released, active):
+    """Experts of 4.25 bits a weight, biases and sinks included; as many active parameters as its model card states."""
+    base = architecture(str(RELEASED / f"gpt-oss-{name}.json"))
+    layer, ends = weight_bytes(base, WIDTHS["mxfp4"], 2.0, kernels("mxfp4"))
+    shapes = param_shapes(base).items()
+    stored = [_weight(path, shape, ComputeConfig(dtype="bfloat16", quantize="mxfp4")) for path, shape in shapes]
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
+    assert layer * base.n_layers + ends == pytest.approx(held, rel=1e-9)
+    assert held == pytest.approx(released, rel=5e-3)
+    assert active_parameters(base) == pytest.approx(active, rel=0.02)
 
 
 def test_links_of_the_torus_dimensions_that_a_collective_spans():

@@ -29,6 +29,13 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+DELTA_NET = {
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+}
 FEATURES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
     "mistral": {"sliding_window": 4},
@@ -58,6 +65,8 @@ FEATURES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.3,
         "logits_scaling": 2.0,
     },
+    "granite_swa": {"sliding_window": 4, "layer_rope_theta": [1e4, 0.0, 1e3], "attention_multiplier": 0.3},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {
         "num_local_experts": 4,
@@ -74,6 +83,14 @@ FEATURES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 12,
+    },
+    "qwen3_5_text": DELTA_NET,
+    "qwen3_next": {
+        **DELTA_NET,
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 20,

@@ -44,7 +44,7 @@ ARCHITECTURES = {
 
 def config_of(family: str, **changes) -> ModelConfig:
     raw = {**SIZES, "model_type": family, **changes}
-    if family in ("gemma2", "gemma3_text", "olmo3"):
+    if family in ("gemma2", "gemma3_text", "olmo3", "gpt_oss", "granite_swa"):
         raw["sliding_window"] = 8
     return ModelConfig.from_hf(raw)
 
@@ -91,6 +91,12 @@ def test_gguf_names_are_llama_cpps(family):
         if "exps" in tensor.name:  # the converter stacks the experts before it renames them
             hf_name = hf_name.replace("experts.0.", "experts.")
         assert theirs.get_name(hf_name, try_suffixes=(".weight", ".bias")) == tensor.name
+
+
+@pytest.mark.parametrize("family", sorted(set(supported()) - set(GGUF)))
+def test_a_family_without_gguf_names_is_refused_by_name(family):
+    with pytest.raises(NaloraError, match=f"GGUF: expected one of llama, .*found {family}"):
+        keymap_for(config_of(family, sliding_window=8), "gguf")
 
 
 def test_rotated_rows_come_back_in_transformers_order():

@@ -13,14 +13,16 @@ from nalora_jax.cpu import native
 from nalora_jax.cpu.native import library
 
 EMULATED = Path(__file__).with_name("emulated_tiles.h")
+QUICK = "-O1"  # -O3 takes 10 s more
 KINDS = [*library.kinds(), *(["emulated"] if "vectors" in library.kinds() and not library.has_tiles() else [])]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Callers know numbers, not kinds: what this machine's users get, and the last, serve where no module wants all."""
-    if "kernels" in metafunc.fixturenames:
+    """Numbers are tested in every kind; their callers in the kind that this machine's users get, or as parametrized."""
+    chosen = [mark for mark in metafunc.definition.iter_markers("parametrize") if mark.args[0] == "kernels"]
+    if "kernels" in metafunc.fixturenames and not chosen:
         every = getattr(metafunc.module, "EVERY_KIND", False)
-        metafunc.parametrize("kernels", KINDS if every else (KINDS[0], KINDS[-1]), indirect=True)
+        metafunc.parametrize("kernels", KINDS if every else KINDS[:1], indirect=True)
 
 
 @pytest.fixture
@@ -28,8 +30,10 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Makes `nalora_jax.cpu.native` available for a test, whatever the machine."""
     monkeypatch.setenv("NALORA_NATIVE", request.param)
     if request.param == "emulated":
-        flags = ("-DNALORA_TILES", "-include", str(EMULATED), *library._VECTORS, "-O1")  # -O3 takes 10 s more
+        flags = ("-DNALORA_TILES", "-include", str(EMULATED), *library._VECTORS, QUICK)
         monkeypatch.setitem(library._FLAGS, "emulated", flags)
         monkeypatch.setattr(library, "kinds", lambda: ("emulated",))
+    elif request.param != KINDS[0]:  # users of this machine get the first one
+        monkeypatch.setitem(library._FLAGS, request.param, (*library._FLAGS[request.param], QUICK))
     assert native.available()
     return str(request.param)

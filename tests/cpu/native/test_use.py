@@ -44,6 +44,7 @@ from nalora_jax.ops.reductions import sampled
 from nalora_jax.ops.storage import STACKS, prepare
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.train.assembly import assemble
+from tests.cpu.native.conftest import KINDS
 
 pytestmark = pytest.mark.usefixtures("kernels")
 CPU = Numerics("bfloat16", "float32", "bfloat16", "bfloat16", platform=Platform("cpu"))
@@ -214,9 +215,10 @@ def test_attention(softcap: float, both: Any) -> None:
     close(*both(run))
 
 
-@pytest.mark.parametrize("compact", [True, False])
-@pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("viewed", [True, False])
+@pytest.mark.parametrize(
+    ("compact", "transposed", "viewed"),  # every pair of two values
+    [(True, True, True), (True, False, False), (False, True, False), (False, False, True)],
+)
 def test_cross_entropy(compact: bool, transposed: bool, viewed: bool, both: Any) -> None:
     """Rows along the sequence are for meshes that split the batch, and stay XLA's."""
     (hidden,) = draw(2, (2, 30, 32))
@@ -422,6 +424,7 @@ def steps(config: RunConfig, count: int = 3) -> Any:
     return jax.device_get((state.lora, losses))
 
 
+@pytest.mark.parametrize("kernels", dict.fromkeys((KINDS[0], KINDS[-1])), indirect=True)
 def test_three_steps_of_a_model_and_the_same_bits_twice(both: Any) -> None:
     assert numerics_for("bfloat16", "cpu").inner == "bfloat16"
     (lora, losses), (lora_xla, losses_xla) = both(lambda: steps(CONFIG))
@@ -446,6 +449,7 @@ def test_rematerialisation_changes_roundings_at_most() -> None:
             np.testing.assert_allclose(one, same, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kernels", dict.fromkeys((KINDS[0], KINDS[-1])), indirect=True)
 @pytest.mark.parametrize("rows", [1, 5])
 def test_generated_text(rows: int, kernels: str, both: Any, called: list[str]) -> None:
     """Products of few rows and attention to the cache, where they are native; the widest margins leave no tie."""
