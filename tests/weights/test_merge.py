@@ -42,6 +42,7 @@ ALL = {f"attn/{n}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for n in "qkvo"} | {
 }
 SHARED = {
     f"ffn/{part}/{n}_proj": ALL["ffn/up_proj"] for part in ("experts_ffn", "shared_ffn") for n in ("gate", "down")
+}
 # LFM2 with a convolution, attention and a convolution.
 LFM2 = {
     "group0/block0/conv/bcx_proj": ((3,), (8.0,)),
