@@ -36,6 +36,7 @@ class Block(nn.Module):
     activation_sharding: NamedSharding | None = None
     # For tokens routed to experts; default: as between layers.
     routing_sharding: NamedSharding | None = None
+    experts: str = "auto"  # see `nalora_jax.config.ComputeConfig`
     prefix: str = "layers"  # of the stack
 
     @nn.compact
@@ -86,7 +87,8 @@ class Block(nn.Module):
     def _options(self, name: str) -> PartOptions:
         adapters = part_adapters(self.adapters, f"{self.prefix}/{name}")
         routing = self.routing_sharding or self.activation_sharding
-        return PartOptions(self.prefix, adapters, self.numerics, self.stats, self.activation_sharding, routing)
+        shardings = self.activation_sharding, routing
+        return PartOptions(self.prefix, adapters, self.numerics, self.stats, *shardings, self.experts)
 
     def _mixer(self) -> Any:
         mixer = self.config.mixer
@@ -107,6 +109,7 @@ class Block(nn.Module):
             "router_bias": c.router_bias,
             "up_limit": c.up_limit,
             "sharding": options.routing,
+            "experts": options.experts,
         }
         return kind(
             d_model=c.d_model,

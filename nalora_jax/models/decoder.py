@@ -48,6 +48,7 @@ class Decoder(nn.Module):
       routing_sharding: sharding of the same arrays when tokens are routed to experts: every device
         routes its own tokens. Default: as between layers. Evaluation sets only this one and leaves
         the rest to the compiler.
+      experts: "gather", "send" or "auto", see `nalora_jax.config.ComputeConfig`.
     """
 
     config: ModelConfig
@@ -57,6 +58,7 @@ class Decoder(nn.Module):
     stats: GateStatsConfig | None = None
     activation_sharding: NamedSharding | None = None
     routing_sharding: NamedSharding | None = None
+    experts: str = "auto"
 
     def setup(self) -> None:  # noqa: D102
         c = self.config
@@ -65,7 +67,7 @@ class Decoder(nn.Module):
         if c.layer_embeddings is not None:
             self.layer_embeddings = c.layer_embeddings.module(c, self.activation_sharding)
         shardings = self.activation_sharding, self.routing_sharding
-        options = (self.adapters, self.numerics, self.stats or GateStatsConfig(), *shardings)
+        options = (self.adapters, self.numerics, self.stats or GateStatsConfig(), *shardings, self.experts)
         if c.layer_kinds:
             self.layers = Groups(c, self.remat, options)
         else:

@@ -2,7 +2,7 @@
 
     y = norm(dense(n(x))) + norm(experts(norm(x)))        n: the layer's norm of the residual stream x
 
-The router reads a third norm of x. A layer has two gates, ``ffn/dense`` and ``ffn/experts``.
+The router reads a third norm of x. A layer has two gates, ``ffn/dense_ffn`` and ``ffn/experts_ffn``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nalora_jax.models.parts import FeedForward, PartOptions, Shapes, adapters_b
 from nalora_jax.models.router import RouterSpec
 from nalora_jax.ops.storage import round_and_save
 
-_DENSE, _EXPERTS = "dense/", "experts/"
+_DENSE, _EXPERTS = "dense_ffn/", "experts_ffn/"
 _NORMS = ("dense_norm", "experts_norm", "experts_post_norm", "router_norm")
 
 
@@ -37,8 +37,8 @@ class DenseAndExperts(FeedForward):
     def param_shapes(self, config: ModelConfig) -> Shapes:
         """See `Part`."""
         shapes: Shapes = {f"{name}/scale": (config.d_model,) for name in _NORMS}
-        shapes["experts/router/kernel"] = (config.d_model, config.n_experts)
-        shapes["experts/router/scale"] = (config.n_experts,)
+        shapes["experts_ffn/router/kernel"] = (config.d_model, config.n_experts)
+        shapes["experts_ffn/router/scale"] = (config.n_experts,)
         return shapes | {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
 
     def projections(self, config: ModelConfig) -> Shapes:
@@ -57,7 +57,7 @@ class DenseAndExperts(FeedForward):
     def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
         """See `FeedForward`."""
         experts = (config.n_experts, config.d_ff)
-        return {"dense": ((self.d_dense,), config.activation), "experts": (experts, config.activation)}
+        return {"dense_ffn": ((self.d_dense,), config.activation), "experts_ffn": (experts, config.activation)}
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
         """See `FeedForward`."""
@@ -93,7 +93,7 @@ class DenseAndExpertsFFN(nn.Module):
             "stats": options.stats,
         }
         dense = GatedFFN(
-            d_ff=self.part.d_dense, adapters=adapters_below(options.adapters, _DENSE), name="dense", **common
+            d_ff=self.part.d_dense, adapters=adapters_below(options.adapters, _DENSE), name="dense_ffn", **common
         )
         experts = MoEFFN(
             d_ff=c.d_ff,
@@ -101,8 +101,9 @@ class DenseAndExpertsFFN(nn.Module):
             top_k=c.experts_per_token,
             routing=RouterSpec(expert_scale=True),
             sharding=options.routing,
+            experts=options.experts,
             adapters=adapters_below(options.adapters, _EXPERTS),
-            name="experts",
+            name="experts_ffn",
             **common,
         )
         stream = round_and_save(stream, options.numerics)

@@ -4,8 +4,9 @@ Every device of the mesh axis holds the same number of consecutive experts, with
 device sorts the rows of its tokens by expert, sends each block of rows to its device, and receives
 the experts' outputs in the same places. Statistics of an expert are computed on its device.
 
-The blocks have a fixed size, `SLACK` times an even share. If a device has more rows for another,
-all devices of the axis gather the experts instead (`lax.cond`), so that no token is dropped.
+The blocks have a fixed size, `SLACK` times an even share and at least `LEAST` rows. If a device has
+more rows for another, all devices of the axis gather the experts instead (`lax.cond`), so that no
+token is dropped.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from nalora_jax.models.experts import (
 )
 
 SLACK = 1.5  # rows of a block over the rows of an even distribution
+LEAST = 64  # rows of a block, if there are as many: few rows, in generation, are never evenly distributed
 # Collectives of a step move a kernel, or the rows there and back, once per pass.
 _WAYS = 2
 
@@ -52,7 +54,7 @@ def exchanges_less(rows: int, d_model: int, kernel_bytes: float, wide: float, de
 
 def block_rows(rows: int, devices: int) -> int:
     """Returns the rows of the block that a device sends to each device."""
-    return min(rows, math.ceil(SLACK * rows / devices))
+    return min(rows, max(LEAST, math.ceil(SLACK * rows / devices)))
 
 
 def exchanged_ffn(
@@ -72,7 +74,7 @@ def exchanged_ffn(
       over: the mapped mesh axis that splits the experts.
 
     Returns:
-      As `routed_ffn`; statistics are of all experts, zeros for those of other devices.
+      As `routed_ffn`; statistics have all experts, with zeros for the experts of other devices.
     """
     routing = routed(x if routed_by is None else routed_by, layer, config)
     devices, local = lax.axis_size(over), layer.gate.kernel.shape[0]
@@ -135,8 +137,8 @@ def _exchanged(
     of_gate, of_probe = (SampledRows(None, jnp.where(reached, w[order][None], 0.0)) for w in weights)
     first = lax.axis_index(over) * local
     taps = {name: lax.dynamic_slice_in_dim(tap, first, local) for name, tap in layer.taps.items()}
-    own = layer._replace(taps=taps)
-    y, measured = expert_rows(jnp.take(received, order, axis=0), own, groups, (of_gate, of_probe), config, axis)
+    layer = layer._replace(taps=taps)
+    y, measured = expert_rows(jnp.take(received, order, axis=0), layer, groups, (of_gate, of_probe), config, axis)
     y = _to_devices(jnp.take(y, jnp.argsort(order), axis=0), over)
     target = routing.expert // local
     index = target * block + jnp.arange(target.shape[0]) - (ends - counts)[target]

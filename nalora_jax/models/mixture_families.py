@@ -1,6 +1,6 @@
 """Readers of mixtures whose experts are narrower than dense layers: Qwen2-MoE, Qwen3-MoE, GLM-4.5.
 
-Some layers may be dense; they are a kind of their own in the list of layers.
+Dense layers are a second kind in the list of layers.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def qwen_experts(f: Fields) -> dict[str, Any]:
 
 
 def _experts(f: Fields, n_experts: int, dense: Sequence[bool]) -> dict[str, Any]:
-    """Returns the fields of mixtures in all layers but those that ``dense`` marks."""
+    """Returns the fields of mixtures in all layers that ``dense`` does not mark."""
     fields = {
         "d_ff": f.integer("moe_intermediate_size"),
         "n_experts": n_experts,

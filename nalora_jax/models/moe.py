@@ -82,7 +82,7 @@ class MoEFFN(nn.Module):
     numerics: Numerics = Numerics()
     stats: GateStatsConfig = GateStatsConfig()
     sharding: NamedSharding | None = None  # of [batch, seq, d_model] on a mesh
-    exchange: bool | None = None  # send rows to experts; None: if it moves fewer bytes than gathering them
+    experts: str = "auto"  # "gather" or "send", see `nalora_jax.config.ComputeConfig`
 
     @nn.compact
     def __call__(
@@ -128,7 +128,7 @@ class MoEFFN(nn.Module):
         weights = jnp.ones(x.shape[:2], jnp.float32) if token_weights is None else token_weights
         weights = jnp.broadcast_to(weights, x.shape[:2])
         keys = jax.random.split(self.make_rng("dropout"), x.shape[0]) if drops else None
-        y, measured = on_mesh(self.sharding, x, weights, keys, layer, config, routed_by, exchange=self.exchange)
+        y, measured = on_mesh(self.sharding, x, weights, keys, layer, config, routed_by, experts=self.experts)
         for name, value in measured.items():
             self.sow("gate_stats", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         return y
@@ -169,7 +169,7 @@ def on_mesh(
     config: RoutedConfig,
     routed_by: jax.Array | None = None,
     *,
-    exchange: bool | None = None,
+    experts: str = "auto",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Runs `routed_ffn` on every device's own tokens.
 
@@ -180,7 +180,7 @@ def on_mesh(
         of it.
       x, weights, keys, layer, config, routed_by: as for `routed_ffn`; if ``config.stats`` has a
         sharding, taps have a leading axis ``[shards]``.
-      exchange: see `MoEFFN`; with dropout, experts are gathered.
+      experts: see `MoEFFN`; with dropout, experts are gathered.
 
     Returns:
       As `routed_ffn`; the statistics are by shard if ``config.stats`` has a sharding.
@@ -192,16 +192,16 @@ def on_mesh(
         return y, {name: first_alone(value, config.stats.sharding) for name, value in measured.items()}
     rows, mesh = sharding.spec[0], sharding.mesh
     axis = _AXIS if _splits(layer, mesh.shape.get(_AXIS, 1)) else None
-    over = _over(sharding, x, layer, config, exchange) if keys is None else None
+    over = _over(sharding, x, layer, config, experts) if keys is None else None
 
     def local(
         x: jax.Array, weights: jax.Array, keys: jax.Array | None, layer: Layer, routed_by: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        own = _with_first_taps(layer) if by_shard else layer
+        of_shard = _with_first_taps(layer) if by_shard else layer
         if over is None:
-            y, measured = routed_ffn(x, weights, keys, own, config, axis, routed_by)
+            y, measured = routed_ffn(x, weights, keys, of_shard, config, axis, routed_by)
         else:
-            y, measured = exchanged_ffn(x, weights, own, config, over, axis, routed_by)
+            y, measured = exchanged_ffn(x, weights, of_shard, config, over, axis, routed_by)
         return y, {name: value[None] for name, value in measured.items()}
 
     names = config.measured if config.measure else ()
@@ -221,19 +221,18 @@ def on_mesh(
     return y, {name: merge[name](part, axis=0) for name, part in parts.items()}
 
 
-def _over(
-    sharding: NamedSharding, x: jax.Array, layer: Layer, config: RoutedConfig, exchange: bool | None
-) -> str | None:
+def _over(sharding: NamedSharding, x: jax.Array, layer: Layer, config: RoutedConfig, experts: str) -> str | None:
     """Returns the mesh axis over which rows are sent to experts; None if experts are gathered."""
     devices, n_experts = sharding.mesh.shape.get(_OVER, 1), layer.gate.kernel.shape[0]
     if devices == 1 or n_experts % devices or _OVER not in sharding.spec[0]:
         return None
-    if exchange is None:
+    sends = experts == "send"
+    if experts == "auto":
         rows = x.shape[0] // count(sharding) * x.shape[1] * config.top_k
         kernels = sum(leaf.nbytes for e in (layer.gate, layer.up, layer.down) for leaf in jax.tree.leaves(e.kernel))
         kernels /= sharding.mesh.shape.get(_AXIS, 1)
-        exchange = exchanges_less(rows, x.shape[-1], kernels, x.dtype.itemsize, devices)
-    return _OVER if exchange else None
+        sends = exchanges_less(rows, x.shape[-1], kernels, x.dtype.itemsize, devices)
+    return _OVER if sends else None
 
 
 def _with_first_taps(layer: Layer) -> Layer:

@@ -107,6 +107,7 @@ class PartOptions:
     stats: GateStatsConfig
     sharding: NamedSharding | None  # of [batch, seq, d_model] between layers
     routing: NamedSharding | None  # the same for tokens that are routed to experts
+    experts: str = "auto"  # see `nalora_jax.config.ComputeConfig`
 
 
 class Part(ABC):

@@ -14,7 +14,7 @@ _GROUP_TOP = 2  # a group's score is the sum of its highest expert scores (DeepS
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """How a router scores and chooses experts."""
+    """Scores of a router and its choice of experts."""
 
     scores: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = True  # scale the chosen experts' scores to sum to 1
@@ -61,5 +61,5 @@ def _within_groups(ranked: jax.Array, spec: RouterSpec) -> jax.Array:
         return ranked
     grouped = ranked.reshape(ranked.shape[0], spec.groups, -1)
     of_groups = jnp.sum(lax.top_k(grouped, _GROUP_TOP)[0], axis=-1)
-    kept = jax.nn.one_hot(lax.top_k(of_groups, spec.groups_kept)[1], spec.groups, dtype=bool)
-    return jnp.where(jnp.any(kept, axis=1)[..., None], grouped, -jnp.inf).reshape(ranked.shape)
+    inside = jax.nn.one_hot(lax.top_k(of_groups, spec.groups_kept)[1], spec.groups, dtype=bool)
+    return jnp.where(jnp.any(inside, axis=1)[..., None], grouped, -jnp.inf).reshape(ranked.shape)

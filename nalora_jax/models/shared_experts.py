@@ -3,8 +3,9 @@
     y = experts(x) + shared(x)                       GLM-4.5, DeepSeek-V3
     y = experts(x) + sigmoid(x w) * shared(x)        Qwen2-MoE, Qwen3-Next
 
-A layer has two gates, ``ffn/experts`` (channels ``[experts, d_ff]``) and ``ffn/shared``
-(``[d_shared]``), each with its own adapters, masks and statistics.
+A layer has two gates, ``ffn/experts_ffn`` (channels ``[experts, d_ff]``) and ``ffn/shared_ffn``
+(``[d_shared]``), each with separate adapters, masks and statistics. Both names end in "ffn", so that
+the rule ``ffn/gate_proj`` matches both, and the gates of dense layers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from nalora_jax.models.moe import MoEFFN
 from nalora_jax.models.parts import FeedForward, PartOptions, Shapes, adapters_below, scales_below
 from nalora_jax.models.router import RouterSpec
 
-_EXPERTS, _SHARED = "experts/", "shared/"
+_EXPERTS, _SHARED = "experts_ffn/", "shared_ffn/"
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class SharedExperts(FeedForward):
 
     def param_shapes(self, config: ModelConfig) -> Shapes:
         """See `Part`."""
-        shapes: Shapes = {"experts/router/kernel": (config.d_model, config.n_experts)}
+        shapes: Shapes = {"experts_ffn/router/kernel": (config.d_model, config.n_experts)}
         if self.router.correction:
-            shapes["experts/router/correction"] = (config.n_experts,)
+            shapes["experts_ffn/router/correction"] = (config.n_experts,)
         if self.gated:
             shapes["shared_gate/kernel"] = (config.d_model, 1)
         return shapes | {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
@@ -61,7 +62,7 @@ class SharedExperts(FeedForward):
     def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
         """See `FeedForward`."""
         experts = (config.n_experts, config.d_ff)
-        return {"experts": (experts, config.activation), "shared": ((self.d_shared,), config.activation)}
+        return {"experts_ffn": (experts, config.activation), "shared_ffn": ((self.d_shared,), config.activation)}
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
         """See `FeedForward`."""
@@ -90,13 +91,13 @@ class SharedExpertsFFN(nn.Module):
             top_k=c.experts_per_token,
             routing=self.part.router,
             sharding=self.options.routing,
+            experts=self.options.experts,
             adapters=adapters_below(self.options.adapters, _EXPERTS),
-            name="experts",
+            name="experts_ffn",
             **common,
         )
-        shared = GatedFFN(
-            d_ff=self.part.d_shared, adapters=adapters_below(self.options.adapters, _SHARED), name="shared", **common
-        )
+        shared_adapters = adapters_below(self.options.adapters, _SHARED)
+        shared = GatedFFN(d_ff=self.part.d_shared, adapters=shared_adapters, name="shared_ffn", **common)
         y = shared(x, scales_below(scales, _SHARED), **inputs)
         if self.part.gated:
             y = y * Gate(name="shared_gate")(x).astype(y.dtype)

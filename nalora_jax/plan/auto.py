@@ -139,5 +139,5 @@ def _candidates(config: RunConfig, base: ModelConfig, where: Topology) -> list[L
 def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
     """Returns ``config`` with the mesh and the rematerialization policy of ``layout``."""
     mesh = MeshConfig(layout.data, layout.fsdp, layout.tensor)
-    compute: Any = replace(config.compute, remat=cast(Any, layout.remat))
+    compute: Any = replace(config.compute, remat=cast(Any, layout.remat), experts=cast(Any, layout.experts))
     return replace(config, mesh=mesh, compute=compute)

@@ -52,7 +52,7 @@ def by_layer(summaries: Mapping[str, LayerSummary], layers: Mapping[str, Sequenc
     """Returns one summary of several blocks, in the order of the model's layers.
 
     Args:
-      summaries: by path of the block, ``layers/ffn`` or ``layers/group0/block1/ffn/shared``.
+      summaries: by path of the block, ``layers/ffn`` or ``layers/group0/block1/ffn/shared_ffn``.
       layers: the numbers of the layers of every stack, by prefix.
     """
     rows = []

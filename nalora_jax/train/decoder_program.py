@@ -131,6 +131,7 @@ def build_model(
         ),
         activation_sharding=distributed.row_sharding(mesh),
         routing_sharding=distributed.row_sharding(mesh) if base.n_experts else None,
+        experts=compute.experts,
     )
 
 

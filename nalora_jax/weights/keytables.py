@@ -164,15 +164,15 @@ _HF_MIXTRAL = _hf_experts("block_sparse_moe", ("w1", "w3", "w2"))
 _HF_DENSE_LAYERS = _hf_dense("mlp", "ffn", _GATED, experts=False)
 _HF_QWEN_EXPERTS = (*_hf_experts("mlp", _GATED), *_HF_DENSE_LAYERS)
 _HF_QWEN2_EXPERTS = (
-    *_hf_experts("mlp", _GATED, "ffn/experts"),
-    *_hf_dense("mlp.shared_expert", "ffn/shared", _GATED),
+    *_hf_experts("mlp", _GATED, "ffn/experts_ffn"),
+    *_hf_dense("mlp.shared_expert", "ffn/shared_ffn", _GATED),
     TensorRow("model.layers.{layer}.mlp.shared_expert_gate.weight", ("layers/ffn/shared_gate/kernel",), "transpose"),
     *_HF_DENSE_LAYERS,
 )
 _HF_GLM_EXPERTS = (
-    *_hf_experts("mlp", _GATED, "ffn/experts"),
-    TensorRow("model.layers.{layer}.mlp.gate.e_score_correction_bias", ("layers/ffn/experts/router/correction",)),
-    *_hf_dense("mlp.shared_experts", "ffn/shared", _GATED),
+    *_hf_experts("mlp", _GATED, "ffn/experts_ffn"),
+    TensorRow("model.layers.{layer}.mlp.gate.e_score_correction_bias", ("layers/ffn/experts_ffn/router/correction",)),
+    *_hf_dense("mlp.shared_experts", "ffn/shared_ffn", _GATED),
     *_HF_DENSE_LAYERS,
 )
 _HF_HYBRID = (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS)
@@ -185,16 +185,16 @@ _HF_GEMMA4 = (
     *_HF_ATTENTION,
     *_HF_QK_NORMS,
     *_HF_FFN,
-    *_hf_dense("mlp", "ffn/dense", _GATED),
+    *_hf_dense("mlp", "ffn/dense_ffn", _GATED),
     TensorRow(
         "model.layers.{layer}.experts.gate_up_proj",
-        ("layers/ffn/experts/gate_proj/kernel", "layers/ffn/experts/up_proj/kernel"),
+        ("layers/ffn/experts_ffn/gate_proj/kernel", "layers/ffn/experts_ffn/up_proj/kernel"),
         "transpose",
     ),
-    TensorRow("model.layers.{layer}.experts.down_proj", ("layers/ffn/experts/down_proj/kernel",), "transpose"),
-    TensorRow("model.layers.{layer}.router.proj.weight", ("layers/ffn/experts/router/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.experts.down_proj", ("layers/ffn/experts_ffn/down_proj/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.router.proj.weight", ("layers/ffn/experts_ffn/router/kernel",), "transpose"),
     TensorRow("model.layers.{layer}.router.scale", ("layers/ffn/router_norm/scale",)),
-    TensorRow("model.layers.{layer}.router.per_expert_scale", ("layers/ffn/experts/router/scale",)),
+    TensorRow("model.layers.{layer}.router.per_expert_scale", ("layers/ffn/experts_ffn/router/scale",)),
     *_hf_norms(
         **{
             "ffn/dense_norm": "post_feedforward_layernorm_1",

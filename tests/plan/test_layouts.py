@@ -262,6 +262,23 @@ def test_rows_of_the_table_keep_their_layouts(model, where, mesh, remat):
     assert (layout.mesh, layout.remat) == (mesh, remat)
 
 
+RELEASED = Path(__file__).parents[1] / "models" / "released"
+
+
+def test_few_tokens_are_sent_to_experts_and_many_gather_them():
+    """Of 128 experts a token meets 8: with 64 tokens a chip, rows are a thirtieth of the experts' bytes."""
+    model, where = str(RELEASED / "Qwen3-Coder-30B-A3B-Instruct.json"), "v6e:4x4"
+    few, gathered = (
+        chosen(model, where, seq=64, mesh=MeshConfig(1, 16, 1), compute=ComputeConfig(experts=way))
+        for way in ("auto", "gather")
+    )
+    assert few.experts == "send"
+    assert few.gathers < 0.1 * gathered.gathers
+    assert few.seconds < 0.5 * gathered.seconds
+    assert chosen(model, where, seq=8192, mesh=MeshConfig(1, 16, 1)).experts == "gather"
+    assert chosen(model, where, seq=64, lora=LoRAConfig(dropout=0.1)).experts == "gather"
+
+
 def test_more_than_the_host_has_is_an_error_that_says_so():
     with pytest.raises(NaloraError, match=r"to fit in 24 GB of the host's memory for each chip, found .* the host's"):
         chosen("llama-3.1-8b", "v5e:16x16", seq=32768, compute=ComputeConfig(remat="dots_offload"))

@@ -40,7 +40,9 @@ TARGETS = {
 ALL = {f"attn/{n}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for n in "qkvo"} | {
     f"ffn/{n}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for n in ("gate", "up", "down")
 }
-SHARED = {f"ffn/{part}/{n}_proj": ALL["ffn/up_proj"] for part in ("experts", "shared") for n in ("gate", "down")}
+SHARED = {
+    f"ffn/{part}/{n}_proj": ALL["ffn/up_proj"] for part in ("experts_ffn", "shared_ffn") for n in ("gate", "down")
+}
 # LFM2 with a convolution, attention and a convolution.
 LFM2 = {
     "group0/block0/conv/bcx_proj": ((3,), (8.0,)),
@@ -52,7 +54,7 @@ LFM2 = {
 GLM = {
     f"{stack}/{name}_proj": (ranks, tuple(map(float, ranks)))
     for stack, ranks in {"group0/block0": (3,), "group1/block0": (4, 2)}.items()
-    for name in ("attn/v", *(("ffn/up",) if len(ranks) == 1 else ("ffn/experts/gate", "ffn/shared/down")))
+    for name in ("attn/v", *(("ffn/up",) if len(ranks) == 1 else ("ffn/experts_ffn/gate", "ffn/shared_ffn/down")))
 }
 # Qwen3.5 with two layers of linear attention and one of attention.
 HYBRID = {
@@ -64,7 +66,7 @@ HYBRID = {
 NEXT = {
     "group0/block0/linear_attn/in_proj_qkvz": ((4, 2), (8.0, 3.0)),
     "group0/block0/linear_attn/in_proj_ba": ((2, 2), (4.0, 4.0)),
-    "group0/block0/ffn/experts/up_proj": ((4, 4), (8.0, 8.0)),
+    "group0/block0/ffn/experts_ffn/up_proj": ((4, 4), (8.0, 8.0)),
     "group1/block0/attn/q_proj": ((3,), (6.0,)),
 }
 NO_ADAPTERS = AdapterSpec()

@@ -36,9 +36,9 @@ MIXED = {
 GLM = {
     "group0/block0/ffn/gate_proj": ((2,), (3.0,)),
     "group1/block0/attn/q_proj": ((4, 0), (8.0, 1.0)),
-    "group1/block0/ffn/experts/gate_proj": ((4, 2), (8.0, 3.0)),
-    "group1/block0/ffn/experts/down_proj": ((3, 3), (8.0, 8.0)),
-    "group1/block0/ffn/shared/up_proj": ((2, 3), (5.0, 2.0)),
+    "group1/block0/ffn/experts_ffn/gate_proj": ((4, 2), (8.0, 3.0)),
+    "group1/block0/ffn/experts_ffn/down_proj": ((3, 3), (8.0, 8.0)),
+    "group1/block0/ffn/shared_ffn/up_proj": ((2, 3), (5.0, 2.0)),
 }
 # LFM2 with a convolution, attention and a convolution.
 LFM2 = {
@@ -60,7 +60,9 @@ DENSE_BETWEEN = {
     "group0/block1/ffn/gate_proj": ((2,), (3.0,)),
     "group0/block1/ffn/down_proj": ((2,), (4.0,)),
 }
-SHARED = {f"ffn/{part}/{n}": FFN[f"ffn/{n}"] for part in ("experts", "shared") for n in ("up_proj", "down_proj")}
+SHARED = {
+    f"ffn/{part}/{n}": FFN[f"ffn/{n}"] for part in ("experts_ffn", "shared_ffn") for n in ("up_proj", "down_proj")
+}
 TOKENS = np.array([[1, 5, 9, 30, 7, 11, 2, 40], [3, 3, 8, 21, 44, 6, 17, 9]])
 
 
