@@ -77,7 +77,7 @@ def factored_mlp(
 ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
     """Returns ``(phi(x W_gate) * factor) W_down`` for a given ``factor [batch, seq, d_ff]``.
 
-    Other arguments and results are those of `gated_mlp`.
+    For the other arguments and the results see `gated_mlp`.
     """
     z, delta = adapted_dense(x, gate, numerics.within())
     return _output(x, gate, z, delta, factor.astype(z.dtype), down, activation, numerics, measurement)
