@@ -27,7 +27,7 @@ from nalora_jax.dense import LoRADense
 from nalora_jax.measurement import GateStatsConfig, Measurement, block_statistics, tapped
 from nalora_jax.method import activations
 from nalora_jax.method.activations import Activation
-from nalora_jax.method.low_rank import Dense, adapted_dense, parallel_dense
+from nalora_jax.method.low_rank import Dense, LowRankHidden, adapted_dense, parallel_dense
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.storage import SAVED_WIDE, read_residual, rounded, save_residual
 
@@ -87,7 +87,7 @@ def _output(
     x: jax.Array,
     gate: Dense,
     z: jax.Array,
-    delta: jax.Array | None,
+    delta: jax.Array | LowRankHidden | None,
     u: jax.Array | None,
     down: Dense,
     activation: Activation,

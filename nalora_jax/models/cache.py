@@ -172,8 +172,8 @@ def _repeated(x: Any, count: int) -> Any:
 
 def _written(stack: Kernel, new: jax.Array, axis: int, index: jax.Array, numerics: Numerics) -> Kernel:
     """Returns ``stack`` with ``new`` at ``index`` along ``axis``."""
-    stored = isinstance(stack, Stored)
-    same = numerics.hooks.store(new.astype(numerics.operand)) if stored else new.astype(stack.dtype)
+    store = numerics.hooks.store
+    same = store(new.astype(numerics.operand)) if isinstance(stack, Stored) else new.astype(stack.dtype)
     start = [jnp.zeros((), jnp.int32)] * stack.ndim
     start[axis] = index
     written: Kernel = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, start), stack, same)

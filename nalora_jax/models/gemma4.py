@@ -175,7 +175,8 @@ def _heads(f: Fields, kind: str, types: Sequence[str]) -> tuple[int, int]:
 
 
 def _listed_heads(f: Fields, kind: str, types: Sequence[str], head_dim: int, kv_heads: int) -> tuple[int, int]:
-    listed = f.mapping("per_layer_config")
+    # transformers writes "05" for layer 5 of ten and more
+    listed = {name.lstrip("0") or "0": entry for name, entry in f.mapping("per_layer_config").items()}
     unknown = listed.keys() - {str(layer) for layer in range(len(types))}
     if unknown:
         raise f.error("per_layer_config", f"layers from 0 to {len(types) - 1}", ", ".join(sorted(unknown)))

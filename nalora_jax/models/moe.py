@@ -266,7 +266,7 @@ def _specs(layer: Layer, axis: str | None, rows: Any, over: str | None) -> Any:
             return P(*(None if size == 1 else name for size, name in zip(leaf.shape, kernel, strict=True)))
 
         made = jax.tree.map(stored, experts.kernel)
-        bias = None if experts.bias is None else of_outputs
+        bias: Any = None if experts.bias is None else of_outputs
         if experts.adapter is None:
             return Experts(made, bias=bias)
         places: Any = (a, b, P(), of_outputs, of_outputs, None, (a, b))

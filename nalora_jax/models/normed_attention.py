@@ -49,7 +49,7 @@ class NormedAttention(AttentionMixer):
     def projections(self, config: ModelConfig) -> Shapes:
         """Returns the kernel shapes of the projections."""
         d, q = config.d_model, config.n_heads * config.head_dim
-        heads = {name: (d, n * config.head_dim) for name, n in self.heads(config).items()}
+        heads: Shapes = {name: (d, n * config.head_dim) for name, n in self.heads(config).items()}
         return heads | {"o_proj": (q, d)}
 
     def heads(self, config: ModelConfig) -> dict[str, int]:

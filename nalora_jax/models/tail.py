@@ -27,7 +27,8 @@ class ScaledTail(Tail):
 
     def param_shapes(self, config: ModelConfig) -> Shapes:
         """Returns the shapes of one layer's parameters."""
-        shapes: Shapes = {"scale": (1,)} | ({"norm/scale": (config.d_model,)} if self.width else {})
+        shapes: Shapes = {"scale": (1,)}
+        shapes |= {"norm/scale": (config.d_model,)} if self.width else {}
         return shapes | {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
 
     def projections(self, config: ModelConfig) -> Shapes:
@@ -65,7 +66,7 @@ class _ScaledTail(FactoredFFN):
     eps: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> jax.Array:  # type: ignore[override]
+    def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
         if self.d_ff:
             assert layer.embedded is not None
             y = super().__call__(

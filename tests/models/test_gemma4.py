@@ -22,13 +22,15 @@ from nalora_jax.config import MeshConfig
 from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.stacks import depths, gate_blocks, locate, projection_shapes
+from nalora_jax.models.stacks import depths, gate_blocks, locate, param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.trees import flatten, unflatten
-from nalora_jax.weights.keymaps import params_from_tensors
-from nalora_jax.weights.merge import write_merged
+from nalora_jax.weights.hf import SafetensorsFolder
+from nalora_jax.weights.keymaps import keymap_for, params_from_tensors
+from nalora_jax.weights.merge import merge, write_merged
 from nalora_jax.weights.peft import export_adapter, import_adapter
 from nalora_jax.weights.peft_modules import module_layout
+from nalora_jax.weights.tensors import load_params
 
 # Every feature of the released sizes at once.
 CONFIG: dict[str, Any] = {
@@ -93,6 +95,13 @@ def adapters(config: ModelConfig) -> tuple[dict[str, Any], AdapterSpec]:
         leaves[f"{path}/b"] = rng.normal(0, 0.15, (layers[path], *lead, RANK, d_out)).astype(np.float32)
     targets = ((path, TargetSpec((RANK,) * n, (ALPHA,) * n)) for path, n in sorted(layers.items()))
     return unflatten(leaves), AdapterSpec(tuple(targets))
+
+
+def loaded(folder: Any, config: ModelConfig, mesh: MeshConfig) -> Any:
+    """The parameters of a folder, read into the shards of a mesh."""
+    shapes = unflatten({path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(config).items()})
+    places = flatten(distributed.shardings(shapes, distributed.make_mesh(mesh), distributed.PARAM_RULES))
+    return load_params(config, SafetensorsFolder(folder), keymap_for(config, "hf"), dtype="float32", shardings=places)
 
 
 @functools.cache
@@ -168,6 +177,9 @@ def test_gradients_are_pefts_and_adapter_files_go_both_ways(tmp_path: Any) -> No
     with torch.no_grad():
         logits = merged(torch.tensor(TOKENS, dtype=torch.long)).logits
     assert (logits - output.logits).abs().max() <= 1e-4 * output.logits.abs().max()
+    wanted = flatten(merge(params, lora, spec))
+    for path, leaf in flatten(loaded(tmp_path / "merged", config, MeshConfig(2, 2, 2))).items():
+        np.testing.assert_allclose(leaf, wanted[path], rtol=1e-6, atol=1e-6, err_msg=path)
 
 
 def test_eight_devices_are_one() -> None:

@@ -207,12 +207,6 @@ def _gemma3(f: Fields, text: ModelConfig) -> Sight:
     )
 
 
-def _text_only(f: Fields, text: ModelConfig) -> Sight:
-    expected = f"one of {', '.join(name for name, (reader, *_) in MULTIMODAL.items() if reader is not _text_only)}"
-    remedy = "leave --vision.task (or --image) out to use its text model"
-    raise f.error("model_type", expected, repr(f.raw["model_type"]), remedy)
-
-
 _CLIP_LARGE: dict[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
@@ -245,13 +239,12 @@ Reader = Callable[[Fields, "ModelConfig"], Sight]
 MULTIMODAL: dict[str, tuple[Reader, dict[str, Any], dict[str, Any]]] = {
     "llava": (_llava, _LLAVA, _LLAMA),
     "gemma3": (_gemma3, {"mm_tokens_per_image": 256, "image_token_index": 262_144}, {"tie_word_embeddings": True}),
-    # Without images: the text model alone is implemented.
-    "mistral3": (_text_only, {}, {"model_type": "mistral", "tie_word_embeddings": False}),
-    "gemma4": (_text_only, {}, {"model_type": "gemma4_text", "tie_word_embeddings": True}),
-    "gemma4_unified": (_text_only, {}, {"model_type": "gemma4_unified_text", "tie_word_embeddings": True}),
 }
 # Multimodal models of which only the text model is supported, with its defaults.
 TEXT_ONLY: dict[str, dict[str, Any]] = {
+    "mistral3": {"model_type": "mistral", "tie_word_embeddings": False},
+    "gemma4": {"model_type": "gemma4_text", "tie_word_embeddings": True},
+    "gemma4_unified": {"model_type": "gemma4_unified_text", "tie_word_embeddings": True},
     "qwen3_5": {"model_type": "qwen3_5_text", "tie_word_embeddings": False},
     "qwen3_5_moe": {"model_type": "qwen3_5_moe_text", "tie_word_embeddings": False},
 }
