@@ -77,6 +77,7 @@ def run(
       Interrupted: Ctrl-C or SIGTERM; the last completed step, if any, is saved.
     """
     check(config)
+    _refuse_runs(config)
     config = replace(config, imports=import_files(config.imports))
     own, source = given_sources(config.data, data=data, source=source, format=format)
     config = replace(config, data=own)
@@ -167,6 +168,13 @@ def inputs_of(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
     records = _on_images().image_records(config) if files is None else ()
     settings = settled(config, files, source, images=len(records[0].indices) if records else 0)
     return Inputs(settings, files, source, records)
+
+
+def _refuse_runs(config: RunConfig) -> None:
+    """Raises a NaloraError for axes of a sweep, which a single run does not have."""
+    for flag, size in (("run", config.mesh.run), ("runs-per-device", config.mesh.runs_per_device)):
+        if size > 1:
+            raise NaloraError(f"--mesh.{flag}", expected="0 or 1 without --sweep", found=size)
 
 
 def _seen(config: RunConfig, files: ResolvedSource, source: Mapping[str, Source] | None) -> Mapping[str, Source] | None:

@@ -39,6 +39,7 @@ os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/nalora-tests-{os.getppid()}")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
+import hypothesis
 import jax
 import pytest
 from jax._src import compiler
@@ -51,6 +52,9 @@ HAS_CPU = importlib.util.find_spec("nalora_jax.cpu") is not None
 if HAS_CPU:
     importlib.import_module("nalora_jax.cpu.register")
 
+# By default an example of 200 ms fails, which any does on a machine that others use as well.
+hypothesis.settings.register_profile("shared machine", deadline=None)
+hypothesis.settings.load_profile("shared machine")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 

@@ -178,9 +178,15 @@ def make_pictures(folder: Path, colours: Mapping[str, Sequence[int]], count: int
 
 
 def write_settings(config: RunConfig, path: Path) -> Path:
-    """``config`` as a file for ``--config``."""
-    text = "from nalora_jax.config import config_from_dict\n\n\ndef config():\n    return config_from_dict({!r})\n"
-    path.write_text(text.format(config.to_dict()))
+    """``config`` as a file for ``--config``; reports of other processes have no pictures, which take seconds."""
+    path.write_text(
+        "import sys\n\n"
+        "from nalora_jax.config import config_from_dict\n"
+        "from nalora_jax.report import html\n\n"
+        "assert html._draw\n"
+        "if 'pytest' not in sys.modules:\n    html._draw = lambda pictures, history: []\n\n\n"
+        f"def config():\n    return config_from_dict({config.to_dict()!r})\n"
+    )
     return path
 
 

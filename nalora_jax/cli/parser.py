@@ -230,7 +230,7 @@ def registry() -> ConstructorRegistry:
             metavar="[yes|no|auto]",
             instance_from_str=parse_resume,
             is_instance=lambda value: isinstance(value, bool) or value == "auto",
-            str_from_instance=lambda value: [{True: "yes", False: "no"}.get(value, "auto")],
+            str_from_instance=lambda value: [{"True": "yes", "False": "no"}.get(str(value), "auto")],
         )
 
     return rules

@@ -8,7 +8,7 @@ from typing import Literal
 from nalora_jax.config.documented import documented
 from nalora_jax.errors import NaloraError
 
-# Values of --lora.init that neither read batches nor change the base's weights.
+# Values of --lora.init that read no batches and keep the base's weights.
 UNCHANGED = ("default", "zero_a")
 
 

@@ -39,7 +39,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     TPU slices, joined by a data-centre network, split the axis "data" and no other: only gradients of the adapters
     travel between them. Axis types are Auto; JAX's default may be Explicit, which these programs do not support.
 
-    With ``config.run`` above 1 the other axes are those of one group of devices.
+    With ``config.run`` above 1 the other axes describe one group of devices.
 
     Raises:
       NaloraError: more than one axis is -1, an axis is below -1, the product is not the number of devices, the
@@ -53,7 +53,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise NaloraError("--mesh.run", expected=expected, found=groups)
     data, *others = resolve_sizes(config, len(available) // groups)
     check_slices(groups * data, slice_count(available))
-    placed, axes = _placed(available, (groups * data, *others)), AXES
+    axes: tuple[str, ...] = AXES
+    placed = _placed(available, (groups * data, *others))
     if groups > 1:
         placed, axes = placed.reshape(groups, data, *others), (RUN, *AXES)
     return Mesh(placed, axes, axis_types=(AxisType.Auto,) * len(axes))

@@ -71,21 +71,24 @@ _TABLE_RULES: Rules = (
 PARAM_RULES: Rules = (
     *_kernel_rules(),
     *_TABLE_RULES,
+    (r"(^|/)layer_embeddings/embedding$", P("tensor", "fsdp")),
+    (r"(^|/)layer_embeddings/projection/kernel$", P("fsdp", None)),
     (r"norm/(scale|bias)$", P()),
     (r"(^|/)(conv/weight|a_log|dt_bias)$", P()),
-    (r"(^|/)(router/correction|shared_gate/kernel)$", P()),
+    (r"(^|/)(router/(correction|scale)|shared_gate/kernel)$", P()),
     # Encoders: weights that are small compared with their layers.
     (r"(^|/)tokens/embedding$", P("tensor", "fsdp")),
     (r"(^|/)(positions|types)/embedding$", P()),
     (r"(^|/)(patches|pooler|projection)/(kernel|bias)$", P()),
     (r"(^|/)(class_token|probe|sinks|taps|taps_bias|attn_scale|ffn_scale|logit_scale|logit_bias)$", P()),
+    (r"(^|/)tail/scale$", P()),
 )
 
 # The train state between steps: adapters, optimizer, gate EMAs, counters. Both mesh axes that split
 # weights split one axis of each leaf, because moments of large ranks take gigabytes.
 STATE_RULES: Rules = (
     (r"(^|/)v_(row|col)/", P()),  # factored second moments (Adafactor) are small and no longer shaped like a weight
-    *_adapter_rules(lambda axis: {"fsdp": "fsdp", "tensor": _WHOLE}.get(axis)),
+    *_adapter_rules(lambda axis: {"fsdp": "fsdp", "tensor": _WHOLE}.get(axis or "")),
     *_TABLE_RULES,  # fully trained tables and their moments
     # Memories of mechanisms and statistics of blocks end in an axis of channels, except counts and
     # checks.

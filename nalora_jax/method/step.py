@@ -105,7 +105,7 @@ Step = Callable[[Any, TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 def init_state(
     lora: Any,
     optimizer: optax.GradientTransformation,
-    gate_shapes: dict[str, tuple[int, ...]],
+    gate_shapes: Mapping[str, tuple[int, ...]],
     mechanisms: Mechanisms,
     seed: int,
 ) -> TrainState:

@@ -55,11 +55,14 @@ class Block(nn.Module):
             token_weights=shared.token_weights,
             deterministic=shared.deterministic,
             adapter_ids=shared.adapter_ids,
+            **({"stream": x} if c.ffn is not None and c.ffn.reads_stream else {}),
         )
         if c.post_norm:
             y = self._norm("ffn_post_norm", y)
         x = self._add(x, y)
-        return constrain(x, self.activation_sharding), None if layer.cached is None else update
+        if c.tail is not None:
+            x = c.tail.module(c, self._options(c.tail.name))(x, layer, shared)
+        return constrain(x, self.activation_sharding), update if layer.cached is not None or c.hands else None
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, self.numerics.result, name=name)(x)

@@ -56,32 +56,38 @@ def block_rows(rows: int, devices: int) -> int:
 
 
 def exchanged_ffn(
-    x: jax.Array, token_weights: jax.Array, layer: Layer, config: RoutedConfig, over: str, axis: str | None = None
+    x: jax.Array,
+    token_weights: jax.Array,
+    layer: Layer,
+    config: RoutedConfig,
+    over: str,
+    axis: str | None = None,
+    routed_by: jax.Array | None = None,
 ) -> tuple[jax.Array, Measured]:
     """Computes `routed_ffn` without dropout, with experts that are split over a mapped mesh axis.
 
     Args:
-      x, token_weights, config, axis: as for `routed_ffn`.
+      x, token_weights, config, axis, routed_by: as for `routed_ffn`.
       layer: the device's experts; taps are of all experts.
       over: the mapped mesh axis that splits the experts.
 
     Returns:
       As `routed_ffn`; statistics are of all experts, zeros for those of other devices.
     """
-    routing = routed(x, layer, config)
+    routing = routed(x if routed_by is None else routed_by, layer, config)
     devices, local = lax.axis_size(over), layer.gate.kernel.shape[0]
     counts = jnp.sum(routing.sizes.reshape(devices, local), axis=1)
     block = block_rows(routing.token.shape[0], devices)
     fits = lax.pmax(jnp.max(counts), over) <= block
 
-    def exchanged(x: jax.Array, layer: Layer) -> tuple[jax.Array, Measured]:
+    def exchanged(x: jax.Array, layer: Layer, _: jax.Array | None) -> tuple[jax.Array, Measured]:
         return _exchanged(x, token_weights, layer, routing, counts, block, config, over, axis)
 
     @jax.checkpoint  # saves no gathered kernel
-    def gathered(x: jax.Array, layer: Layer) -> tuple[jax.Array, Measured]:
-        return routed_ffn(x, token_weights, None, _gathered(layer, over), config, axis)
+    def gathered(x: jax.Array, layer: Layer, routed_by: jax.Array | None) -> tuple[jax.Array, Measured]:
+        return routed_ffn(x, token_weights, None, _gathered(layer, over), config, axis, routed_by)
 
-    y, measured = lax.cond(fits, exchanged, gathered, x, layer)
+    y, measured = lax.cond(fits, exchanged, gathered, x, layer, routed_by)
     return y, measured
 
 

@@ -45,17 +45,17 @@ class Routing(NamedTuple):
         return Groups(self.sizes, self.expert)
 
 
-def route(logits: jax.Array, top_k: int, spec: RouterSpec, correction: jax.Array | None = None) -> Routing:
+def route(logits: jax.Array, top_k: int, spec: RouterSpec, *of_experts: jax.Array | None) -> Routing:
     """Returns the ``top_k`` experts of every token and their weights.
 
     Args:
       logits: float32 ``[tokens, experts]``.
       top_k: experts per token.
       spec: the choice of experts and their weights.
-      correction: float32 ``[experts]``, see `RouterSpec`.
+      of_experts: correction and scale, float32 ``[experts]`` or None, see `RouterSpec`.
     """
     n_experts = logits.shape[-1]
-    weights, chosen = choose(logits, top_k, spec, correction)
+    weights, chosen = choose(logits, top_k, spec, *of_experts)
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     return Routing(
@@ -169,6 +169,7 @@ class Layer(NamedTuple):
     down: Experts
     taps: Mapping[str, jax.Array]  # zeros whose gradients are statistics of z's cotangent
     correction: jax.Array | None = None  # [experts], of the router's scores
+    expert_scale: jax.Array | None = None  # [experts], of the router's weights
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,7 @@ def routed_ffn(
     layer: Layer,
     config: RoutedConfig,
     axis: str | None = None,
+    routed_by: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Passes every token through its ``top_k`` experts.
 
@@ -212,11 +214,12 @@ def routed_ffn(
       layer: arrays of the block.
       config: static options.
       axis: a mapped mesh axis whose devices each hold a part of every expert's channels, in order.
+      routed_by: input of the router; default: ``x``.
 
     Returns:
       ``[batch, seq, d_model]``, and the statistics (``{}`` if none are computed).
     """
-    routing = routed(x, layer, config)
+    routing = routed(x if routed_by is None else routed_by, layer, config)
     drop = [partial(_dropped, keys, routing, config, place) for place in range(3)]
     rows = jnp.take(x.reshape(-1, x.shape[-1]), routing.token, axis=0)
     samples = sample(routing, token_weights, config.stats.stride)
@@ -233,8 +236,11 @@ def routed(x: jax.Array, layer: Layer, config: RoutedConfig) -> Routing:
     logits = lax.dot_general(flat.astype(jnp.float32), frozen, (((1,), (0,)), ((), ())))
     if layer.router_bias is not None:
         logits = logits + lax.stop_gradient(layer.router_bias).astype(jnp.float32)[None]
-    correction = None if layer.correction is None else lax.stop_gradient(layer.correction).astype(jnp.float32)
-    return route(logits, config.top_k, config.routing, correction)
+    of_experts = (
+        None if array is None else lax.stop_gradient(array).astype(jnp.float32)
+        for array in (layer.correction, layer.expert_scale)
+    )
+    return route(logits, config.top_k, config.routing, *of_experts)
 
 
 def summed(y: jax.Array, routing: Routing, config: RoutedConfig, shape: tuple[int, ...], axis: str | None) -> jax.Array:

@@ -29,6 +29,8 @@ from nalora_jax.models.family_fields import (
     windows_of,
 )
 from nalora_jax.models.family_fields import base_config as base_config
+from nalora_jax.models.gemma4 import DEFAULTS as GEMMA4
+from nalora_jax.models.gemma4 import read_gemma4
 from nalora_jax.models.gpt_oss import DEFAULTS as GPT_OSS
 from nalora_jax.models.gpt_oss import read_gpt_oss
 from nalora_jax.models.mixture_families import (
@@ -79,7 +81,9 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfi
         family = registered.FAMILIES.get(name)
         reader, defaults = family.reader, dict(family.defaults)
     fields = Fields(raw, _COMMON | defaults, where)
-    for feature in ("use_bidirectional_attention", "output_router_logits", "router_jitter_noise"):
+    if name not in GEMMA4 or fields.get("use_bidirectional_attention") != "vision":  # of image tokens only
+        fields.refuse("use_bidirectional_attention")
+    for feature in ("output_router_logits", "router_jitter_noise"):
         fields.refuse(feature)
     if name != "gpt_oss":  # whose reader accepts the released form
         fields.refuse("quantization_config", "load the unquantized model")
@@ -247,6 +251,7 @@ _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]]
         | {"max_position_embeddings": 8192, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
     ),
     "gemma3_text": (_gemma3, _GEMMA | _GELU | _GEMMA3),
+    **{name: (read_gemma4, defaults) for name, defaults in GEMMA4.items()},
     "phi3": (_phi3, {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}),
     "olmo2": (_olmo2, {"rms_norm_eps": 1e-5}),
     "smollm3": (

@@ -93,14 +93,18 @@ class MoEFFN(nn.Module):
         token_weights: jax.Array | None = None,
         deterministic: bool = True,
         adapter_ids: jax.Array | None = None,
+        routed_by: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns ``[batch, seq, d_model]`` as ``x``; ``adapter_ids`` is ignored."""
+        """Returns ``[batch, seq, d_model]`` as ``x``; ``adapter_ids`` is ignored.
+
+        ``routed_by`` is the input of the router, ``x`` by default.
+        """
         del adapter_ids
         scales = scales or {}
         mask = self.get_variable("gate_mask", "mask") if self.has_variable("gate_mask", "mask") else None
         taps = {} if self.is_initializing() else self.variables.get("gate_taps", {})
-        router = Router(self.n_experts, self.router_bias, self.routing.correction, name="router")
-        kernel, bias, correction = router(self.d_model)
+        router = Router(self.n_experts, self.router_bias, self.routing, name="router")
+        kernel, bias, *of_experts = router(self.d_model)
         layer = Layer(
             kernel,
             bias,
@@ -108,7 +112,7 @@ class MoEFFN(nn.Module):
             self._experts("up_proj", self.d_model, self.d_ff, scales),
             self._experts("down_proj", self.d_ff, self.d_model, scales),
             {name: self.get_variable("gate_taps", name) for name in taps},
-            correction,
+            *of_experts,
         )
         drops = self.adapters.dropout > 0 and not deterministic
         config = RoutedConfig(
@@ -124,7 +128,7 @@ class MoEFFN(nn.Module):
         weights = jnp.ones(x.shape[:2], jnp.float32) if token_weights is None else token_weights
         weights = jnp.broadcast_to(weights, x.shape[:2])
         keys = jax.random.split(self.make_rng("dropout"), x.shape[0]) if drops else None
-        y, measured = on_mesh(self.sharding, x, weights, keys, layer, config, exchange=self.exchange)
+        y, measured = on_mesh(self.sharding, x, weights, keys, layer, config, routed_by, exchange=self.exchange)
         for name, value in measured.items():
             self.sow("gate_stats", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         return y
@@ -139,19 +143,21 @@ class MoEFFN(nn.Module):
 
 
 class Router(nn.Module):
-    """The frozen kernel and bias that compute the expert logits, and the correction of their scores."""
+    """The frozen arrays of a router."""
 
     n_experts: int
     use_bias: bool = False
-    correction: bool = False
+    spec: RouterSpec = RouterSpec()
 
     @nn.compact
-    def __call__(self, d_model: int) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-        """Returns the kernel ``[d_model, experts]``, bias and correction ``[experts]`` or None."""
+    def __call__(self, d_model: int) -> tuple[jax.Array, *tuple[jax.Array | None, ...]]:
+        """Returns the kernel ``[d_model, experts]``; bias, correction and scale ``[experts]`` or None."""
         kernel: jax.Array = self.param("kernel", nn.initializers.lecun_normal(), (d_model, self.n_experts))
         zeros, shape = nn.initializers.zeros_init(), (self.n_experts,)
         bias = self.param("bias", zeros, shape) if self.use_bias else None
-        return kernel, bias, self.param("correction", zeros, shape) if self.correction else None
+        correction = self.param("correction", zeros, shape) if self.spec.correction else None
+        ones = nn.initializers.ones_init()
+        return kernel, bias, correction, self.param("scale", ones, shape) if self.spec.expert_scale else None
 
 
 def on_mesh(
@@ -161,6 +167,7 @@ def on_mesh(
     keys: jax.Array | None,
     layer: Layer,
     config: RoutedConfig,
+    routed_by: jax.Array | None = None,
     *,
     exchange: bool | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -171,8 +178,8 @@ def on_mesh(
     Args:
       sharding: of x; None on one device. If it does not divide the batch, every device computes all
         of it.
-      x, weights, keys, layer, config: as for `routed_ffn`; if ``config.stats`` has a sharding, taps
-        have a leading axis ``[shards]``.
+      x, weights, keys, layer, config, routed_by: as for `routed_ffn`; if ``config.stats`` has a
+        sharding, taps have a leading axis ``[shards]``.
       exchange: see `MoEFFN`; with dropout, experts are gathered.
 
     Returns:
@@ -180,33 +187,34 @@ def on_mesh(
     """
     by_shard = count(config.stats.sharding) > 1
     if sharding is None or sharding.mesh.size == 1 or x.shape[0] % count(sharding):
-        y, measured = routed_ffn(x, weights, keys, _with_first_taps(layer) if by_shard else layer, config)
+        own = _with_first_taps(layer) if by_shard else layer
+        y, measured = routed_ffn(x, weights, keys, own, config, routed_by=routed_by)
         return y, {name: first_alone(value, config.stats.sharding) for name, value in measured.items()}
     rows, mesh = sharding.spec[0], sharding.mesh
     axis = _AXIS if _splits(layer, mesh.shape.get(_AXIS, 1)) else None
     over = _over(sharding, x, layer, config, exchange) if keys is None else None
 
     def local(
-        x: jax.Array, weights: jax.Array, keys: jax.Array | None, layer: Layer
+        x: jax.Array, weights: jax.Array, keys: jax.Array | None, layer: Layer, routed_by: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         own = _with_first_taps(layer) if by_shard else layer
         if over is None:
-            y, measured = routed_ffn(x, weights, keys, own, config, axis)
+            y, measured = routed_ffn(x, weights, keys, own, config, axis, routed_by)
         else:
-            y, measured = exchanged_ffn(x, weights, own, config, over, axis)
+            y, measured = exchanged_ffn(x, weights, own, config, over, axis, routed_by)
         return y, {name: value[None] for name, value in measured.items()}
 
     names = config.measured if config.measure else ()
     y, parts = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(rows), P(rows), P(rows), _specs(layer, axis, rows if by_shard else None, over)),
+        in_specs=(P(rows), P(rows), P(rows), _specs(layer, axis, rows if by_shard else None, over), P(rows)),
         out_specs=(P(rows), {name: P(rows, *_by_channel(name, axis)) for name in names}),
         # An axis that splits no array is left to the compiler: mapping it would split cotangents
         # into partial sums, and their statistics are not linear.
         axis_names={*rows, *([axis] if axis else [])},
         check_vma=False,
-    )(x, weights, keys, layer)
+    )(x, weights, keys, layer, routed_by)
     if by_shard:
         return y, parts
     merge = {name: jnp.max if name.startswith(statistics.CHECK) else jnp.sum for name in names}
@@ -258,7 +266,7 @@ def _specs(layer: Layer, axis: str | None, rows: Any, over: str | None) -> Any:
             return P(*(None if size == 1 else name for size, name in zip(leaf.shape, kernel, strict=True)))
 
         made = jax.tree.map(stored, experts.kernel)
-        bias = None if experts.bias is None else of_outputs
+        bias: Any = None if experts.bias is None else of_outputs
         if experts.adapter is None:
             return Experts(made, bias=bias)
         places: Any = (a, b, P(), of_outputs, of_outputs, None, (a, b))
@@ -274,6 +282,7 @@ def _specs(layer: Layer, axis: str | None, rows: Any, over: str | None) -> Any:
         projection(layer.down, inputs, inputs, P(over), P(over)),
         {name: P(*([rows] if rows else []), *_by_channel(name, axis)) for name in layer.taps},
         None if layer.correction is None else P(),
+        None if layer.expert_scale is None else P(),
     )
     return Layer(*places)
 

@@ -22,10 +22,15 @@ class RouterSpec:
     groups: int = 1  # groups of consecutive experts
     groups_kept: int = 1  # experts are chosen from the groups with the highest scores
     scale: float = 1.0  # multiplies the weights
+    expert_scale: bool = False  # the model has a factor of each expert's weights
 
 
 def choose(
-    logits: jax.Array, top_k: int, spec: RouterSpec, correction: jax.Array | None = None
+    logits: jax.Array,
+    top_k: int,
+    spec: RouterSpec,
+    correction: jax.Array | None = None,
+    expert_scale: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns weights and indices of every token's experts, ``[tokens, top_k]``.
 
@@ -34,6 +39,7 @@ def choose(
       top_k: experts per token.
       spec: scores, groups and scale.
       correction: float32 ``[experts]``, if ``spec.correction``.
+      expert_scale: float32 ``[experts]``, if ``spec.expert_scale``.
     """
     scores = jax.nn.softmax(logits, axis=-1) if spec.scores == "softmax" else jax.nn.sigmoid(logits)
     if correction is None and spec.groups == spec.groups_kept:
@@ -44,6 +50,8 @@ def choose(
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if spec.normalize:  # sigmoids may underflow
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    if expert_scale is not None:
+        weights = weights * expert_scale[chosen]
     return weights if spec.scale == 1.0 else weights * spec.scale, chosen
 
 

@@ -10,7 +10,7 @@ A layer has two gates, ``ffn/experts`` (channels ``[experts, d_ff]``) and ``ffn/
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.method.ffn import Adapters, GatedFFN
+from nalora_jax.method.ffn import GatedFFN
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.moe import MoEFFN
-from nalora_jax.models.parts import FeedForward, PartOptions, Shapes
+from nalora_jax.models.parts import FeedForward, PartOptions, Shapes, adapters_below, scales_below
 from nalora_jax.models.router import RouterSpec
 
 _EXPERTS, _SHARED = "experts/", "shared/"
@@ -90,17 +90,17 @@ class SharedExpertsFFN(nn.Module):
             top_k=c.experts_per_token,
             routing=self.part.router,
             sharding=self.options.routing,
-            adapters=_adapters(self.options.adapters, _EXPERTS),
+            adapters=adapters_below(self.options.adapters, _EXPERTS),
             name="experts",
             **common,
         )
         shared = GatedFFN(
-            d_ff=self.part.d_shared, adapters=_adapters(self.options.adapters, _SHARED), name="shared", **common
+            d_ff=self.part.d_shared, adapters=adapters_below(self.options.adapters, _SHARED), name="shared", **common
         )
-        y = shared(x, _scales(scales, _SHARED), **inputs)
+        y = shared(x, scales_below(scales, _SHARED), **inputs)
         if self.part.gated:
             y = y * Gate(name="shared_gate")(x).astype(y.dtype)
-        return experts(x, _scales(scales, _EXPERTS), **inputs) + y
+        return experts(x, scales_below(scales, _EXPERTS), **inputs) + y
 
 
 class Gate(nn.Module):
@@ -112,13 +112,3 @@ class Gate(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], 1))
         frozen = lax.stop_gradient(kernel).astype(jnp.float32)
         return jax.nn.sigmoid(jnp.dot(x.astype(jnp.float32), frozen, precision=lax.Precision.HIGHEST))
-
-
-def _adapters(adapters: Adapters, prefix: str) -> Adapters:
-    """Returns the adapters whose projections are below ``prefix``."""
-    ranks = ((name.removeprefix(prefix), rank) for name, rank in adapters.ranks if name.startswith(prefix))
-    return replace(adapters, ranks=tuple(ranks))
-
-
-def _scales(scales: Mapping[str, Any] | None, prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): s for name, s in (scales or {}).items() if name.startswith(prefix)}

@@ -53,16 +53,16 @@ def gated_delta_rule(
     segments = jnp.broadcast_to(segments, (batch, seq))
     real = (segments > 0)[..., None, None]
     inputs = inputs._replace(decay=jnp.where(real, inputs.decay, 0.0), beta=jnp.where(real, inputs.beta, 0.0))
-    axes = DeltaInputs(q=-2, k=-2, v=-2, decay=-1, beta=-1)
+    axes = (-2, -2, -2, -1, -1)  # of the tokens in q, k, v, decay and beta
     chunks = [_chunks(x, size, axis) for x, axis in zip(inputs, axes, strict=True)]
     if state is None:
         state = jnp.zeros((batch, groups, n, inputs.k.shape[-1], d_v), jnp.float32)
     start = state.astype(jnp.float32), jnp.ones((batch,), segments.dtype)
     # Under `checkpoint` the scan saves its carry, and recomputes the chunk in the backward pass.
-    (state, _), out = lax.scan(jax.checkpoint(_chunk), start, (*chunks, _chunks(segment_runs(segments), size, -1)))
+    (last, _), out = lax.scan(jax.checkpoint(_chunk), start, (*chunks, _chunks(segment_runs(segments), size, -1)))
     # [chunks, batch, groups, n, size, d_v] -> [batch, chunks, size, groups, n, d_v]
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, groups, n, d_v)
-    return out[:, :seq], state
+    return out[:, :seq], last
 
 
 def segment_runs(segments: jax.Array) -> jax.Array:

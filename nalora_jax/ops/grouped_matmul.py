@@ -43,8 +43,8 @@ def grouped_matmul(
 def ragged(x: jax.Array, kernels: jax.Array, sizes: jax.Array, operand: str) -> jax.Array:
     """Computes `lax.ragged_dot` with operands of a dtype, float32 ``[rows, d_out]``; has no gradient.
 
-    With an axis of runs (`jax.vmap`) it is one grouped matmul over the rows of all runs. Their kernels
-    are then groups of their own, and of kernels that all runs share each is read once.
+    With an axis of runs (`jax.vmap`) it is one grouped matmul over the rows of all runs. Kernels that
+    differ by run are separate groups; kernels that all runs share are read once.
     """
     product: jax.Array = _ragged(x.astype(operand), kernels.astype(operand), sizes)
     return product

@@ -113,7 +113,7 @@ def sorted_row_bytes(base: ModelConfig, tokens: float, tensor: int) -> float:
 
 def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> float:
     """Returns the values per token and layer that are saved for the backward pass."""
-    if base.mixer is not None:
+    if base.mixer is not None and not base.mixer.attends:
         heads = base.mixer.saved(base) / tensor
         return _saved_with(base, remat, tensor, heads)
     # With splash attention and cuDNN the result is saved with the projections; the plain function

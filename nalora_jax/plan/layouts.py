@@ -19,7 +19,7 @@ from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.remat import OFFLOAD
-from nalora_jax.models.stacks import projection_shapes
+from nalora_jax.models.stacks import key_heads, projection_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.quantize import kernels
 from nalora_jax.plan.estimates import (
@@ -150,9 +150,9 @@ def candidates(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: T
     if -1 in (mesh.data, mesh.fsdp, mesh.tensor):  # with an axis of -1 no axis is left to choose
         mesh = MeshConfig(*distributed.resolve_sizes(mesh, where.size))
     distributed.check_axes(mesh, where.size, where.slices)
-    distributed.check_tensor(max(mesh.tensor, 1), n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
+    distributed.check_tensor(max(mesh.tensor, 1), n_heads=base.n_heads, n_kv_heads=key_heads(base))
     for tensor in _divisors(where.size):
-        if mesh.tensor == 0 and (tensor > _MOST_TENSOR or base.n_heads % tensor or base.n_kv_heads % tensor):
+        if mesh.tensor == 0 and (tensor > _MOST_TENSOR or base.n_heads % tensor or key_heads(base) % tensor):
             continue
         if where.chip.platform == "gpu" and mesh.tensor == 0 and where.dims[-1] % tensor:
             continue

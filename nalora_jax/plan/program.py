@@ -30,14 +30,7 @@ from nalora_jax.ops.quantize import gathered, kernels, quantize
 from nalora_jax.plan.machines import Topology
 from nalora_jax.sweeps.program import step_of_runs
 from nalora_jax.sweeps.stack import stacked_sharding
-from nalora_jax.train.assembly import (
-    build_mechanisms,
-    build_model,
-    build_optimizer,
-    compile_step,
-    make_step,
-    measured_blocks,
-)
+from nalora_jax.train.decoder_program import build_optimizer, decoder_program, make_step
 
 _BATCH = {
     "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32",
@@ -108,14 +101,11 @@ def step_and_arguments(
       runs: of a sweep, which differ in their learning rates; 0: the step of one run.
     """
     spec = adapter_spec(config, base)
-    mechanisms = build_mechanisms(config, base, spec)
-    model = build_model(base, spec, config.compute, mesh, measured=mechanisms.statistics)
-    optimizer = build_optimizer(config, base, spec, mechanisms)
-    gates = measured_blocks(base, spec)
+    program = decoder_program(config, base, spec, mesh, processor=ImageProcessor())
 
     def fresh(params: Any) -> Any:
         lora = init_lora(base, spec, jax.random.key(0), params)
-        return init_state(lora, optimizer, gates, mechanisms, 0)
+        return init_state(lora, program.optimizer, program.blocks, program.mechanisms, 0)
 
     weights = {path: _weight(path, shape, config.compute) for path, shape in param_shapes(base).items()}
     params = gathered(placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], "fsdp")
@@ -130,12 +120,13 @@ def step_and_arguments(
         batch["pixels"] = jax.ShapeDtypeStruct(seen, jnp.uint8, sharding=by_rows)
         batch["images"] = jax.ShapeDtypeStruct(lead, jnp.int32, sharding=by_rows)
     if not runs:
-        step = compile_step(config, base, model, optimizer, mechanisms, mesh, places, ImageProcessor())
-        return step, (params, state, batch)
+        return program.step(places), (params, state, batch)
 
     def one(params: Any, state: Any, batch: Any, rates: jax.Array) -> Any:
+        mechanisms = program.mechanisms
         trained = build_optimizer(config, base, spec, mechanisms, numbers={"rate_of_step": rates})
-        return make_step(config, base, model, trained, mechanisms, mesh)(params, state, batch)
+        step = make_step(config, base, program.model, trained, mechanisms, mesh)
+        return step(params, state, batch)
 
     def of_runs(leaf: Any) -> Any:
         place = stacked_sharding(mesh, leaf.sharding)

@@ -58,7 +58,7 @@ def by_layer(summaries: Mapping[str, LayerSummary], layers: Mapping[str, Sequenc
     rows = []
     for path, summary in summaries.items():
         prefix = next(prefix for prefix in layers if path.startswith(f"{prefix}/"))
-        part = path.removeprefix(f"{prefix}/ffn").removeprefix("/")
+        part = path.removeprefix(f"{prefix}/").removeprefix("ffn").removeprefix("/")
         rows += [(number, part, summary, index) for index, number in enumerate(layers[prefix])]
     rows.sort(key=lambda row: row[:2])
     columns = ("slope", "responsive", "occupancy", "misalignment", "limit")

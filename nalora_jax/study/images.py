@@ -22,8 +22,7 @@ from nalora_jax.data.sources import check_disjoint
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.models.vision.dual import init_lora
 from nalora_jax.study.plan import MEASURES
-from nalora_jax.train.assembly import Assembly
-from nalora_jax.train.dual import assemble_dual
+from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.dual_objectives import CLASSES
 from nalora_jax.train.dual_pieces import (
     drawn_images,
@@ -131,7 +130,8 @@ class DualEncoders:
     def assemble(self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation) -> Assembly:
         """Assembles the run as ``nalora train`` does."""
         loaded = self.model(config)
-        return assemble_dual(general, loaded.config, self.params(config), _mesh(config), loaded.processor, last=last)
+        params, mesh = self.params(config), _mesh(config)
+        return assemble(general, loaded.config, params, mesh, processor=loaded.processor, last=last)
 
     def params(self, config: RunConfig, assembly: Assembly | None = None) -> Any:
         """Returns both towers and the prompts of the task's classes."""

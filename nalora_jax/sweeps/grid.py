@@ -64,7 +64,7 @@ def grid(config: RunConfig, axes: Sequence[Axis]) -> list[RunConfig]:
 
 
 def check_names(configs: Sequence[RunConfig]) -> None:
-    """Raises a NaloraError unless there are runs, each with a folder of its own."""
+    """Raises a NaloraError unless there are runs, all with different folders."""
     if not configs:
         raise NaloraError("sweep", expected="at least one run", found="none")
     outputs = [config.output for config in configs]

@@ -7,7 +7,7 @@ keeps its state while the others train.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from signal import Signals
 from typing import Any
 
@@ -42,7 +42,8 @@ class RunLoop:
     ) -> None:
         self.follower, self.step, self.active = follower, start, start < steps
         self.error: TrainingDivergedError | None = None
-        self._batches, self._batch = batches, None
+        self._batches = batches
+        self._batch: Mapping[str, np.ndarray] | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -115,7 +116,7 @@ def fit_all(
         fetched = _Fetched(metrics)
         measured.of(program, states)
         for index, run in enumerate(runs):
-            run.after(_OfRun(fetched, index), lambda i=index, s=states: program.state_of(s, i))
+            run.after(_OfRun(fetched, index), partial(program.state_of, states, index))
     return [run.follower.result for run in runs]
 
 
@@ -146,7 +147,7 @@ class _StateMetricsOfRun:
         self._shared, self._index = shared, index
 
     def compile_ahead(self, state: TrainState) -> None:
-        """Compiles nothing: the program of all runs compiles at the first log step."""
+        """Returns at once: the program of all runs compiles at the first log step."""
 
     def measure(self, state: TrainState) -> dict[str, Any]:
         """Returns the metrics of the run's current state."""

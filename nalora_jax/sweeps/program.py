@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -53,6 +54,7 @@ class SweepProgram:
             out_shardings=(self._places, self._by_run),
             compiler_options=distributed.compiler_options(self.mesh),
         )
+        self._trains = lru_cache(maxsize=2)(self._trained)  # changes when a run ends
         self._take = jax.jit(take, out_shardings=self._solo)
         self._measure: Any = jax.jit(jax.vmap(self._metrics_of_one), out_shardings=self._by_run)
 
@@ -95,9 +97,13 @@ class SweepProgram:
         return StateMetrics(mechanisms, spec_with(self._spec, values["scales"]), self.mesh).compute(state)
 
     def _arguments(self, states: TrainState, batch: Batch, active: Sequence[bool]) -> tuple[Any, ...]:
+        return self.params, states, batch, self.values, self._trains(tuple(active))
+
+    def _trained(self, active: tuple[bool, ...]) -> jax.Array:
+        """Returns ``active`` of all slots on the mesh."""
         trains = np.zeros(len(self.runs), bool)
         trains[: len(active)] = active
-        return self.params, states, batch, self.values, jax.device_put(trains, self._by_run)
+        return jax.make_array_from_callback(trains.shape, self._by_run, trains.__getitem__)
 
     def _one(self, params: Any, state: TrainState, batch: Batch, values: Mapping[str, Any]) -> Any:
         """Returns the step of one run."""
@@ -126,7 +132,7 @@ def step_of_runs(step: Callable[..., Any], mesh: Mesh, params_axes: Any = None) 
         return jax.vmap(one, in_axes)
     if distributed.devices_per_run(mesh) > 1:
         return jax.vmap(one, in_axes, spmd_axis_name=RUN)
-    # Every device runs the program of one device, so that nothing can cross the axis.
+    # Every device runs the program of one device, so no collective crosses the axis.
     specs = {None: P(), 0: P(RUN)}
     of_params = jax.tree.map(lambda axis: specs[axis], params_axes, is_leaf=lambda axis: axis is None)
     in_specs = (of_params, P(RUN), P(RUN), P(RUN), P(RUN))

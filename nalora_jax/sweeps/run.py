@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 from rich.console import Console
@@ -142,7 +142,7 @@ def _opened(config: RunConfig, data: Data | None, format: Format | None, stack: 
     """Locks the folder of a run and reads its settings, files and data."""
     config = replace(config, imports=import_files(config.imports))
     settings, source = given_sources(config.data, data=data, format=format)
-    resume = "auto" if config.resume else False
+    resume: bool | Literal["auto"] = "auto" if config.resume else False
     output = stack.enter_context(open_output(config.output, resume))
     inputs = inputs_of(replace(config, data=settings), source)
     return _Run(inputs, output, continued(inputs.config, output), make_callbacks(config.callbacks))
@@ -227,7 +227,8 @@ class _Group:
         program = SweepProgram(assemblies, self._fits.width, slots=self._fits.slots(len(started)))
         loops = []
         for index, running in enumerate(started):
-            running.hooks = replace(running.hooks, state_metrics=measured.run(index), stop=stop)
+            metrics: Any = measured.run(index)
+            running.hooks = replace(running.hooks, state_metrics=metrics, stop=stop)
             loops.append(RunLoop(running.follower(), running.batches, start=running.start, steps=running.config.steps))
         log.info("%s", self._fits.describe(len(started)))
         with self._stop.between_steps():
@@ -254,7 +255,7 @@ def _placed(config: RunConfig, fits: Fitting) -> RunConfig:
 
 
 class _Named(Console):
-    """A console whose lines begin with a run's name."""
+    """A console that prints a run's name before each line."""
 
     def __init__(self, name: str) -> None:
         super().__init__(highlight=False, force_terminal=False)

@@ -98,7 +98,8 @@ def shared(runs: Sequence[Any], mesh: Mesh) -> tuple[Any, Any]:
         arrays = [jnp.asarray(tree[path]) for tree in flat]
         pads = [[(0, w - s) for s, w in zip(a.shape, shapes[path], strict=True)] for a in arrays]
         whole = jnp.stack([jnp.pad(a, pad) if any(map(sum, pad)) else a for a, pad in zip(arrays, pads, strict=True)])
-        return jax.device_put(whole, stacked_sharding(mesh, leaf.sharding))
+        sharding: Any = leaf.sharding
+        return jax.device_put(whole, stacked_sharding(mesh, sharding))
 
     axes = trees.map_named(lambda path, leaf: 0 if path in differing else None, runs[0])
     return trees.map_named(join, runs[0]), axes

@@ -24,8 +24,8 @@ from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, Retriev
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.ops.numerics import numerics_for
-from nalora_jax.train.assembly import Assembly
-from nalora_jax.train.dual import assemble_dual, resolve_dual, trains_text
+from nalora_jax.train.assembly import Assembly, assemble
+from nalora_jax.train.dual import resolve_dual, trains_text
 from nalora_jax.train.dual_objectives import CLASSES
 from nalora_jax.train.pieces import Pieces
 from nalora_jax.weights.vision.model import JOIN, LoadedDual, load_dual
@@ -97,7 +97,7 @@ def dual_pieces(
         params = with_classes(config, loaded, records.classes, mesh)
     else:
         loaded, params = cast(LoadedDual, like.loaded), like.assembly.params
-    assembly = assemble_dual(config, loaded.config, params, mesh, loaded.processor)
+    assembly = assemble(config, loaded.config, params, mesh, processor=loaded.processor)
     data = image_data(config, loaded, records, mesh)
     encoders = Encoders(assembly.eval_model, loaded.processor, loaded.tokenizer)
     reported, selecting = held_out_images(config, held, encoders, records.classes)

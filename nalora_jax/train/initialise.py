@@ -51,7 +51,8 @@ from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.train.assembly import Assembly, next_token
+from nalora_jax.train.assembly import Assembly
+from nalora_jax.train.decoder_program import next_token
 
 _ITERATIONS = 2
 # Mean length of A's columns in default LoRA: d_in entries, uniform in +-1/sqrt(d_in).

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -115,13 +116,17 @@ def fit(
         with profile.step(step, state):
             state, metrics = step_fn(params, state, batch)
         profile.end(step, metrics)
-        if not follower.after(step, metrics, lambda state=state: state):
+        if not follower.after(step, metrics, partial(_same, state)):
             break
     return follower.result
 
 
+def _same(state: TrainState) -> TrainState:
+    return state
+
+
 class Follower:
-    """The actions after each step of one run: logging, evaluation, saving, and the decision to go on.
+    """The actions after each step of one run: logging, evaluation, saving and the end.
 
     Args:
       hooks, schedule, learning_rate: see `fit`.

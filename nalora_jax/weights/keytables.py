@@ -13,6 +13,7 @@ from typing import Literal
 from nalora_jax.errors import NaloraError
 from nalora_jax.models import registered
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import stacks
 
 Source = Literal["hf", "gguf"]
 Change = Literal["", "transpose", "minus_one", "pairs", "pairs_transpose", "columns"]
@@ -48,7 +49,7 @@ def table(config: ModelConfig, source: Source) -> Table:
     """
     if source == "hf":
         aliases = (("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_embeddings else ()
-        ignored = (*_ROTARY, *SIGHT, *UNUSED)
+        ignored = (*_ROTARY, *SIGHT, *UNUSED, *_unread_keys(config))
         if config.model_type == "glm4_moe":  # the layer that predicts further tokens
             ignored += (rf"^model\.layers\.{config.n_layers}\.",)
         return Table(_rows(HF, config.model_type) or (), ignored, aliases, HF_RENAMES)
@@ -69,13 +70,19 @@ def _rows(tables: dict[str, tuple[TensorRow, ...]], model_type: str) -> tuple[Te
     return own if tables is HF else None
 
 
+def _unread_keys(config: ModelConfig) -> tuple[str, ...]:
+    """Returns the pattern of keys and values of layers that read an earlier layer's."""
+    layers = [str(layer) for stack in stacks(config) if stack.config.reads for layer in stack.layers]
+    return (rf"^model\.layers\.({'|'.join(layers)})\.self_attn\.[kv]_(proj|norm)\.",) if layers else ()
+
+
 # ---------------------------------------------------------------- transformers
 
 _ROTARY = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$")
 # Vision tensors that a multimodal model has next to the text model.
 SIGHT = (r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")
-# Tensors of parts that the text model does not use: Qwen3.5's tower, and heads for several tokens.
-UNUSED = (r"^(model\.)?visual\.", r"^mtp\.")
+# Tensors of parts that the text model does not use: towers of Qwen3.5 and Gemma 4, and heads for several tokens.
+UNUSED = (r"^(model\.)?visual\.", r"^mtp\.", r"^model\.(audio_tower|embed_vision|embed_audio|vision_embedder)\.")
 HF_RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^(model\.)?language_model\.(model\.)?(?=(embed_tokens|layers|norm)\.)", "model."),
@@ -172,6 +179,38 @@ _HF_HYBRID = (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS)
 _HF_QWEN3_5 = (*_HF_HYBRID, *_hf_delta_net("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
 _HF_QWEN3_NEXT = (*_HF_HYBRID, *_hf_delta_net("in_proj_qkvz", "in_proj_ba"))
 
+_HF_GEMMA4 = (
+    *_HF_ENDS,
+    *_HF_FOUR_NORMS,
+    *_HF_ATTENTION,
+    *_HF_QK_NORMS,
+    *_HF_FFN,
+    *_hf_dense("mlp", "ffn/dense", _GATED),
+    TensorRow(
+        "model.layers.{layer}.experts.gate_up_proj",
+        ("layers/ffn/experts/gate_proj/kernel", "layers/ffn/experts/up_proj/kernel"),
+        "transpose",
+    ),
+    TensorRow("model.layers.{layer}.experts.down_proj", ("layers/ffn/experts/down_proj/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.router.proj.weight", ("layers/ffn/experts/router/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.router.scale", ("layers/ffn/router_norm/scale",)),
+    TensorRow("model.layers.{layer}.router.per_expert_scale", ("layers/ffn/experts/router/scale",)),
+    *_hf_norms(
+        **{
+            "ffn/dense_norm": "post_feedforward_layernorm_1",
+            "ffn/experts_norm": "pre_feedforward_layernorm_2",
+            "ffn/experts_post_norm": "post_feedforward_layernorm_2",
+            "tail/norm": "post_per_layer_input_norm",
+        }
+    ),
+    TensorRow("model.layers.{layer}.per_layer_input_gate.weight", ("layers/tail/gate_proj/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.per_layer_projection.weight", ("layers/tail/down_proj/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.layer_scalar", ("layers/tail/scale",)),
+    TensorRow("model.embed_tokens_per_layer.weight", ("layer_embeddings/embedding",)),
+    TensorRow("model.per_layer_model_projection.weight", ("layer_embeddings/projection/kernel",), "transpose"),
+    TensorRow("model.per_layer_projection_norm.weight", ("layer_embeddings/norm/scale",)),
+)
+
 _HF_SINKS = TensorRow("model.layers.{layer}.self_attn.sinks", ("layers/attn/sinks",))
 _HF_GPT_OSS = (
     _HF_SINKS,
@@ -229,6 +268,8 @@ HF: dict[str, tuple[TensorRow, ...]] = {
     "gemma": _HF_LLAMA,
     "gemma2": (*_HF_ENDS, *_HF_FOUR_NORMS, *_HF_ATTENTION, *_HF_FFN),
     "gemma3_text": (*_HF_ENDS, *_HF_FOUR_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN),
+    "gemma4_text": _HF_GEMMA4,
+    "gemma4_unified_text": _HF_GEMMA4,
     "phi3": _HF_PHI3,
     "olmo2": _HF_OLMO2,
     "olmo3": _HF_OLMO2,

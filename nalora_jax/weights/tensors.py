@@ -216,8 +216,9 @@ class _Fill:
         if self.tensor.transform.alternates:
             step, last = len(self.tensor.slots), index[-1]
             return (*index[:-1], slice(last.start * step + self.number, last.stop * step, step))
-        first, *rest = index
-        return (slice(first.start + self.first_row, first.stop + self.first_row), *rest)
+        axis, rows = self.tensor.axis, index[self.tensor.axis]
+        shifted = slice(rows.start + self.first_row, rows.stop + self.first_row)
+        return (*index[:axis], shifted, *index[axis + 1 :])
 
 
 @dataclasses.dataclass(frozen=True)

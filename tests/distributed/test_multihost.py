@@ -4,13 +4,14 @@ from __future__ import annotations
 
 WORKER = """
 import sys, time
+from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, Mesh
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax import distributed
 from nalora_jax.train.checkpoint import Checkpointer
-from nalora_jax.train.output import CHECKPOINTS, open_output
+from nalora_jax.train.output import CHECKPOINTS, check_shared, open_output
 
 assert distributed.initialize_distributed() and jax.process_count() == 2
 mesh = distributed.make_mesh(MeshConfig(data=-1, fsdp=2))
@@ -56,11 +57,23 @@ try:
         pass
 except NaloraError as error:
     print("DONE", error)
+
+for name in ("shared", f"own-{jax.process_index()}"):
+    folder = Path(sys.argv[1]).parent / name
+    folder.mkdir(exist_ok=True)
+    try:
+        check_shared(folder, within=1.0)
+        print(name, "seen", list(folder.iterdir()))
+    except NaloraError as error:
+        print(name, error, list(folder.iterdir()))
 """
 
 
-def test_two_processes_share_a_batch_and_a_checkpoint(tmp_path, two_processes):
+def test_two_processes_share_a_batch_a_checkpoint_and_a_verdict_on_folders(tmp_path, two_processes):
     finished = two_processes(["-c", WORKER, str(tmp_path / "run")], devices=2)
     for (status, out, error), said in zip(finished, ("--output", "process 0"), strict=True):
         assert status == 0, error
         assert f"DONE {said}" in out
+        assert "shared seen []" in out
+        assert "a folder that all 2 processes share, found one that process 1 does not see; name a folder on" in out
+        assert out.rstrip().endswith("[]")

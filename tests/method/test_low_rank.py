@@ -100,9 +100,17 @@ def _exact(x: Any, kernel: Any, a: Any, b: Any, mask: Any, bias: Any, g: Any, sc
     return x @ kernel + scale * (x @ a) @ b + bias, dx.reshape(x.shape), da, db
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("widths", [(64, 128), (128, 64), (64, 64)])
+@pytest.mark.parametrize(
+    ("widths", "masked", "dtype"),  # every pair of two values
+    [
+        ((64, 128), True, "float32"),
+        ((64, 128), False, "bfloat16"),
+        ((128, 64), False, "float32"),
+        ((128, 64), True, "bfloat16"),
+        ((64, 64), True, "float32"),
+        ((64, 64), False, "bfloat16"),
+    ],
+)
 def test_value_and_gradients_are_the_formulas(widths: tuple[int, int], masked: bool, dtype: str, numerics: Any) -> None:
     x, kernel, a, b, mask, bias, g = _draw(*widths)
     chosen = numerics(dtype, result="float32")

@@ -97,6 +97,17 @@ OLD_FORMS = {
     },
     "SmolLM3": {**LLAMA, "model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0], "rope_theta": 5e6},
     "Mixtral": {**LLAMA, "model_type": "mixtral", "sliding_window": None, "rope_theta": 1e6},
+    "Gemma 4": {
+        **LLAMA,
+        "model_type": "gemma4_text",
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "num_kv_shared_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "use_bidirectional_attention": "vision",
+    },
     "Qwen3-MoE": {**LLAMA, "model_type": "qwen3_moe", "num_experts": 8, "head_dim": 16, "rope_theta": 1e6},
     "Qwen1.5-MoE": {**LLAMA, "model_type": "qwen2_moe", "num_experts": 8, "rope_theta": 1e6, "sliding_window": 8},
     "GLM-4.5": {**LLAMA, "model_type": "glm4_moe", "n_routed_experts": 8, "rope_theta": 1e6, "head_dim": 16},
@@ -135,7 +146,17 @@ def test_multimodal_gemma3_is_its_text_model():
 def test_images_of_mistral3_are_refused_by_name():
     raw = {"model_type": "mistral3", "text_config": {**LLAMA, "model_type": "ministral3"}, "vision_config": {}}
     assert ModelConfig.from_hf(raw).model_type == "ministral3"
-    with pytest.raises(NaloraError, match=r"sees images: one of llava, gemma3, found 'mistral3'"):
+    with pytest.raises(
+        NaloraError, match=r"model_type: expected a model that sees images: one of llava, gemma3, found .mistral3."
+    ):
+        ModelConfig.from_hf(raw, images=True)
+
+
+def test_multimodal_gemma4_is_its_text_model():
+    raw = {"model_type": "gemma4", "text_config": {**LLAMA, "model_type": "gemma4_text"}, "vision_config": {}}
+    config = ModelConfig.from_hf(raw)
+    assert (config.model_type, config.tie_embeddings, config.sight) == ("gemma4_text", True, None)
+    with pytest.raises(NaloraError, match=r"sees images: one of llava, gemma3, found 'gemma4'"):
         ModelConfig.from_hf(raw, images=True)
 
 
@@ -213,6 +234,49 @@ REFUSED = {
     "a layer beyond the last": ({"model_type": "lfm2", "full_attn_idxs": [1, 4]}, "full_attn_idxs"),
     "an ungated block in LFM2": ({"model_type": "lfm2", "block_use_swiglu": False}, "block_use_swiglu"),
     "another width of LFM2's convolution": ({"model_type": "lfm2", "conv_dim": 48}, r"hidden_size \(32\)"),
+    "attention of all tokens to the future": (
+        {"model_type": "gemma4_text", "use_bidirectional_attention": "all"},
+        "bidirectional",
+    ),
+    "Gemma 4 that ends in a window": (
+        {"model_type": "gemma4_text", "layer_types": ["full_attention", "sliding_attention"] * 2},
+        "layer_types: expected 'full_attention' in the last layer",
+    ),
+    "one rotation for all layers of Gemma 4": (
+        {"model_type": "gemma4_text", "rope_parameters": {"rope_type": "default"}},
+        "rope_parameters: expected one JSON object for sliding_attention",
+    ),
+    "another rotation in Gemma 4": (
+        {"model_type": "gemma4_text", "rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}},
+        "rope_parameters",
+    ),
+    "the wavelength outside of rope_parameters": ({"model_type": "gemma4_text", "rope_theta": 1e6}, "rope_theta"),
+    "no layer of a type before the layers without keys": (
+        {"model_type": "gemma4_text", "num_kv_shared_layers": 3},
+        "num_kv_shared_layers: expected a layer of every type",
+    ),
+    "layers of one type that differ": (
+        {"model_type": "gemma4_text", "per_layer_config": {"0": {"head_dim": 4}}},
+        "per_layer_config: expected one JSON object for all layers of type sliding_attention",
+    ),
+    "an unknown field of a layer": (
+        {"model_type": "gemma4_text", "per_layer_config": {"3": {"sliding_window": 4}}},
+        "per_layer_config: sliding_window",
+    ),
+    "more experts chosen than Gemma 4 has": (
+        {
+            "model_type": "gemma4_text",
+            "enable_moe_block": True,
+            "num_experts": 2,
+            "top_k_experts": 3,
+            "moe_intermediate_size": 8,
+        },
+        "top_k_experts: expected at most 2",
+    ),
+    "fewer embeddings of layers than tokens": (
+        {"model_type": "gemma4_text", "vocab_size_per_layer_input": 100},
+        "vocab_size_per_layer_input: expected vocab_size",
+    ),
     "residual dropout": ({"model_type": "phi3", "resid_pdrop": 0.1}, "resid_pdrop"),
     "a list": ([1, 2], "a JSON object"),
 }  # fmt: skip
@@ -302,8 +366,9 @@ def test_null_fields_mean_what_they_mean_in_transformers(family: str) -> None:
         else:
             expected = tuple(window if kind == "sliding_attention" else GLOBAL_WINDOW for kind in kinds)
         assert ours.layer_windows == expected, name
-        assert ours.n_kv_heads == (theirs.num_key_value_heads or theirs.num_attention_heads), name
-        assert ours.head_dim == (getattr(theirs, "head_dim", None) or 8), name
+        of_layer = theirs.per_layer_config["sliding_attention"] if "gemma4" in family else theirs
+        assert ours.n_kv_heads == (of_layer.num_key_value_heads or theirs.num_attention_heads), name
+        assert ours.head_dim == (getattr(of_layer, "head_dim", None) or 8), name
         assert ours.attn_softcap == (getattr(theirs, "attn_logit_softcapping", None) or 0), name
         assert ours.final_softcap == (getattr(theirs, "final_logit_softcapping", None) or 0), name
         assert ours.attn_dropout == (getattr(theirs, "attention_dropout", None) or 0), name

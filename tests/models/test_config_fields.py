@@ -35,6 +35,11 @@ SIZES: dict[str, Any] = {
     "linear_value_head_dim": 4,
     "pad_token_id": 0,
 }
+# Sizes of one family only.
+FURTHER: dict[str, Any] = {
+    "gemma4_text": {"global_head_dim": 16, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 32},
+    "gemma4_unified_text": {"global_head_dim": 16},
+}
 # Values of fields for which another number, flag or list of the same type would have no effect or no meaning.
 VALUES: dict[str, Any] = {
     "hidden_size": 32,
@@ -82,7 +87,7 @@ def other_value(name: str, value: Any) -> Any:
 
 def small(family: str) -> dict[str, Any]:
     """Returns a family's defaults at tiny sizes, with windows shorter than the text."""
-    raw = CONFIG_MAPPING[family](**SIZES).to_dict() | {"model_type": family}
+    raw = CONFIG_MAPPING[family](**SIZES, **FURTHER.get(family, {})).to_dict() | {"model_type": family}
     return raw | ({} if raw.get("sliding_window") is None else {"sliding_window": 5})
 
 

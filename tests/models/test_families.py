@@ -60,6 +60,23 @@ LONGROPE = {
     "short_factor": [1.0, 1.5],
     "long_factor": [2.0, 3.5],
 }
+GEMMA4 = {
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "num_hidden_layers": 6,
+    "final_logit_softcapping": 2.0,
+    "attention_bias": True,
+    "hidden_size_per_layer_input": 0,
+    "use_bidirectional_attention": "vision",
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1e5, "partial_rotary_factor": 0.5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+    },
+}
 DELTA_NET = {
     "head_dim": 16,
     "linear_num_key_heads": 2,
@@ -155,6 +172,39 @@ CASES = (
                 "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
             },
+        },
+    ),
+    Case(
+        "gemma4_text",
+        "sliding and full layers, K = V, proportional RoPE, layer scalars, biases, experts added to the FFN",
+        {**GEMMA4, "enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 12},
+    ),
+    Case(
+        "gemma4_unified_text",
+        "values of projections, linear RoPE, untied head",
+        {
+            **GEMMA4,
+            "attention_k_eq_v": False,
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+            "final_logit_softcapping": None,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "proportional", "rope_theta": 1e5, "partial_rotary_factor": 0.25},
+                "sliding_attention": {"rope_type": "linear", "rope_theta": 1e3, "factor": 4.0},
+            },
+        },
+    ),
+    Case(
+        "gemma4_text",
+        "per-layer embeddings, keys of earlier layers, double-wide FFN",
+        {
+            **GEMMA4,
+            "attention_k_eq_v": False,
+            "num_global_key_value_heads": None,
+            "hidden_size_per_layer_input": 6,
+            "vocab_size_per_layer_input": 130,
+            "num_kv_shared_layers": 3,
+            "use_double_wide_mlp": True,
         },
     ),
     Case(
@@ -428,11 +478,14 @@ def build(case: Case) -> Pair:
     config = transformers.AutoConfig.for_model(case.family, **(SIZES | case.config))
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
+        scalars = [(name, x) for name, x in theirs.named_buffers() if name.endswith("layer_scalar")]
+        for name, parameter in [*theirs.named_parameters(), *scalars]:
             # Spread such that logits depend on the tokens and continuations do not run into one token at once.
             tied = config.tie_word_embeddings  # a large tied embedding makes every token predict itself
-            spread = (0.05 if tied else 1.0) if "embed_tokens" in name else 0.2
-            centre = float("norm" in name and "gemma" not in case.family)  # Gemma's files hold w of 1 + w
+            spread = (0.05 if tied else 1.0) if "embed_tokens.weight" in name else 0.2
+            of_scale = "norm" in name or "scal" in name
+            offset = "gemma" in case.family and "gemma4" not in case.family  # files hold w of 1 + w
+            centre = float(of_scale and not offset)
             parameter.copy_(torch.randn_like(parameter) * spread + centre)
         for name, buffer in theirs.named_buffers():
             if name.endswith("e_score_correction_bias"):

@@ -34,7 +34,8 @@ from nalora_jax.models.targets import resolve
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.quantize import quantize
 from nalora_jax.ops.reductions import count
-from nalora_jax.train.assembly import Assembly, build_model
+from nalora_jax.train.assembly import Assembly
+from nalora_jax.train.decoder_program import build_model
 
 EXPERTS, D, F, RANK, ROWS, SEQ = 4, 64, 128, 3, 8, 12
 STATS = GateStatsConfig(stride=2, probe_stride=3, checks=GateChecks(1e-5), extra=("excess",))
@@ -221,6 +222,17 @@ FAMILIES = {
     "gpt_oss": {"head_dim": 4, "sliding_window": 8},
     # A dense layer, and one with experts and a shared expert.
     "glm4_moe": {"n_routed_experts": 4, "moe_intermediate_size": 24, "n_shared_experts": 2},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 16,
+    },
 }
 
 
@@ -228,7 +240,8 @@ FAMILIES = {
 def test_a_decoder_s_loss_gradients_and_statistics(family):
     """Through the scan over layers and rematerialisation."""
     base = ModelConfig.from_hf(MIXTRAL | {"model_type": family} | FAMILIES[family])
-    spec = resolve(LoRAConfig(rules=(LoRARule("ffn/", RANK),)), projection_shapes(base), layer_numbers(base))
+    rules = LoRARule("ffn/|linear_attn/", RANK), LoRARule("", 0)
+    spec = resolve(LoRAConfig(rules=rules), projection_shapes(base), layer_numbers(base))
     params, lora = init_params(base, jax.random.key(0)), init_lora(base, spec, jax.random.key(1))
     params = trees.map_named(lambda path, x: x + 0.3 if path.endswith(("bias", "sinks")) else x, params)
     lora = jax.tree.map(lambda x: x + 0.1, lora)

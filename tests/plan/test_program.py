@@ -73,16 +73,12 @@ def test_a_step_receives_its_weights_twice_and_little_else(tmp_path):
     )
 
 
-def test_replicated_weights_are_never_moved(tmp_path):
+def test_replicated_weights_are_never_moved_and_a_program_is_compiled_once(tmp_path, monkeypatch):
     found = compiled(tmp_path, mesh=MeshConfig(8, 1, 1))
     assert {c.kind for c in found.collectives} == {"all-reduce"}
     assert found.moved() < LAYERS * (D * D_FF) * 4
-
-
-def test_a_program_is_compiled_once(tmp_path, monkeypatch):
-    first = compiled(tmp_path, mesh=MeshConfig(8, 1, 1))
     monkeypatch.setattr("nalora_jax.plan.figures.of_compiled", lambda _: pytest.fail("compiled again"))
-    assert compiled(tmp_path, mesh=MeshConfig(8, 1, 1)) == first
+    assert compiled(tmp_path, mesh=MeshConfig(8, 1, 1)) == found
 
 
 def test_lora_is_the_same_step_without_what_measures_gates(tmp_path, monkeypatch):

@@ -126,6 +126,8 @@ def test_bad_sweeps_are_refused_before_the_weights_are_read(
         sweep([])
     with pytest.raises(NaloraError, match="expected runs with different names, found rate-0.02"):
         sweep([configs[0], configs[0]])
+    with pytest.raises(NaloraError, match="--mesh.run: expected 0 or 1 without --sweep, found 8"):
+        nalora_run.run(replace(configs[0], mesh=MeshConfig(run=8)))
     many = replace(base.mesh, runs_per_device=10**9)
     with pytest.raises(NaloraError, match=r"--mesh.runs-per-device: expected at most \d+ runs, which fit"):
         sweep([replace(config, mesh=many) for config in configs])

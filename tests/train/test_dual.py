@@ -84,28 +84,20 @@ def test_both_towers_learn_with_the_mechanisms_on(dual_folder, colours, task) ->
     assert min(moved.values()) > 0, moved
 
 
-def test_a_frozen_text_tower_is_encoded_once(dual_folder, colours) -> None:
-    """With adapters on images only, class features are constants of the step: its program has no text tower."""
-    folder = dual_folder("clip", vision={"num_hidden_layers": 3})
-    rules = LoRAConfig(rules=(LoRARule("image/.*ffn", 2),))
-    settings = config(folder, colours, lora=rules)
-    pieces, _, metrics, _ = steps(settings, one_device(), 1)
-    assert set(metrics["layers"]) == {"image/layers/ffn"}
-    assert set(pieces.assembly.params["classes"]) == {"features"}
-    text = config(folder, colours, lora=LoRAConfig(rules=(LoRARule("text/.*ffn", 2),)))
-    pieces, _, metrics, _ = steps(text, one_device(), 1)
-    assert set(metrics["layers"]) == {"text/layers/ffn"}
-    assert set(pieces.assembly.params["classes"]) == {"tokens", "token_weights"}
+def test_a_frozen_text_tower_is_encoded_once_and_gives_the_loss_of_an_adapted_one(dual_folder, colours) -> None:
+    """With adapters on images only, class features are constants of the step: its program has no text tower.
 
-
-def test_cached_and_encoded_class_prompts_give_one_loss(dual_folder, colours) -> None:
-    """Before any step an adapter changes nothing, so the loss must not depend on who encodes the prompts."""
-    folder = dual_folder("clip")
-    losses = []
-    for rule in ("image/.*ffn", "text/.*ffn"):
-        vision = VisionConfig("classify", shots=4, augment="none", templates=("a photo of a {}.", "the {} square"))
-        settings = config(folder, colours, lora=LoRAConfig(rules=(LoRARule(rule, 2),)), vision=vision)
-        losses.append(steps(settings, one_device(), 1)[3][0])
+    Before any step an adapter changes nothing, so the loss must not depend on who encodes the prompts.
+    """
+    folder, losses = dual_folder("clip", vision={"num_hidden_layers": 3}), []
+    vision = VisionConfig("classify", shots=4, augment="none", templates=("a photo of a {}.", "the {} square"))
+    for tower, inputs in (("image", {"features"}), ("text", {"tokens", "token_weights"})):
+        rules = LoRAConfig(rules=(LoRARule(f"{tower}/.*ffn", 2),))
+        settings = config(folder, colours, lora=rules, vision=vision)
+        pieces, _, metrics, measured = steps(settings, one_device(), 1)
+        assert set(metrics["layers"]) == {f"{tower}/layers/ffn"}
+        assert set(pieces.assembly.params["classes"]) == inputs
+        losses.append(measured[0])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 

@@ -145,29 +145,3 @@ def test_a_holder_on_another_host_is_believed_while_it_touches_the_file(
         done.set()
         thread.join()
     assert not opened(tmp_path, "auto")  # nobody touches it any more
-
-
-SHARED = """
-import sys, jax
-from pathlib import Path
-from nalora_jax import distributed
-from nalora_jax.errors import NaloraError
-from nalora_jax.train.output import check_shared
-assert distributed.initialize_distributed()
-for name in ("shared", f"own-{jax.process_index()}"):
-    folder = Path(sys.argv[1]) / name
-    folder.mkdir(exist_ok=True)
-    try:
-        check_shared(folder, within=1.0)
-        print(name, "seen", list(folder.iterdir()))
-    except NaloraError as error:
-        print(name, error, list(folder.iterdir()))
-"""
-
-
-def test_a_folder_that_another_host_does_not_see_is_found_at_the_start(tmp_path: Path) -> None:
-    for status, out, error in tiny.finish(tiny.start(["-c", SHARED, str(tmp_path)], count=2)):
-        assert status == 0, error
-        assert "shared seen []" in out
-        assert "a folder that all 2 processes share, found one that process 1 does not see; name a folder on" in out
-        assert out.rstrip().endswith("[]")

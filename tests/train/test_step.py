@@ -30,8 +30,7 @@ from nalora_jax.method.step import StepConfig, make_train_step
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.ops import gated_products
-from nalora_jax.train import assembly as assembly_module
-from nalora_jax.train import jitted
+from nalora_jax.train import decoder_program, jitted
 from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.loop import _Meter
 from nalora_jax.train.mechanisms import make_mechanisms
@@ -147,10 +146,10 @@ def test_a_step_holds_one_forward_and_backward_pass_however_many_micro_batches_i
     assert products(1) == products(2) == products(4) > 0
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
-def test_any_split_into_micro_batches_is_the_same_step(accumulate: int) -> None:
+def test_a_split_into_micro_batches_is_the_same_step() -> None:
+    """In four; `test_a_mesh_is_one_device` splits in two."""
     whole, metrics = _alone(SGD)
-    split, split_metrics = _run(SGD, accumulate=accumulate)
+    split, split_metrics = _run(SGD, accumulate=4)
     _assert_close(whole.lora, split.lora, atol=2e-6)
     _assert_close(whole.gate, split.gate, atol=1e-6)
     for one, other in zip(metrics, split_metrics, strict=True):
@@ -272,14 +271,12 @@ def _checked(**compute: str) -> RunConfig:
     return replace(CONFIG, compute=replace(CONFIG.compute, **compute), debug=DebugConfig(check_gates=True))
 
 
-@pytest.mark.parametrize("compute", [{}, {"implementation": "xla"}, {"dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("compute", [{"implementation": "xla"}, {"dtype": "bfloat16"}], ids=str)
 def test_the_debug_check_passes_the_sound_model(compute: dict[str, str]) -> None:
     _run(_checked(**compute), steps=1)
 
 
-@pytest.mark.parametrize(
-    ("fault", "implementation"), [("activation", "xla"), ("activation", "auto"), ("scale", "auto"), ("sign", "xla")]
-)
+@pytest.mark.parametrize(("fault", "implementation"), [("activation", "xla"), ("scale", "auto"), ("sign", "xla")])
 def test_the_debug_check_catches_injected_faults(
     fault: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,9 +307,7 @@ WRONG: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("wrong", "dtype"), [("rho", "bfloat16"), ("value", "float32"), ("derivative", "bfloat16"), ("rho", "float32")]
-)
+@pytest.mark.parametrize(("wrong", "dtype"), [("rho", "bfloat16"), ("value", "float32"), ("derivative", "bfloat16")])
 def test_the_debug_check_catches_a_wrong_rho_and_a_wrong_gate(
     wrong: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,10 +380,9 @@ def test_without_an_adapter_on_a_gate_no_mechanism_acts(caplog: pytest.LogCaptur
     assert np.all(shown["importance"] > 0)
 
 
-@pytest.mark.parametrize("probe_stride", [1, 4])
-def test_pissa_starts_without_movement(probe_stride: int) -> None:
+def test_pissa_starts_without_movement() -> None:
     """Principal components that the adapter starts with are no movement: misalignment is 0 before the first update."""
-    compute = replace(CONFIG.compute, probe_stride=probe_stride)
+    compute = replace(CONFIG.compute, probe_stride=4)
     config = replace(CONFIG, lora=replace(CONFIG.lora, init="pissa"), compute=compute)
     made = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
     assembly = assemble(config, BASE, init_params(BASE, jax.random.key(1)), made)
@@ -408,7 +402,7 @@ def test_without_a_cotangent_statistic_the_program_is_the_same(monkeypatch: pyte
     def program(config: RunConfig) -> str:
         made, _ = _assemble(config)
         mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
-        objective = assembly_module.next_token(BASE, made.model, config.compute, mesh)
+        objective = decoder_program.next_token(BASE, made.model, config.compute, mesh)
         step = make_train_step(made.optimizer, StepConfig(made.mechanisms), objective)
         return str(jax.make_jaxpr(step)(params, made.state, _batch(0)))
 

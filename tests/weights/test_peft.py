@@ -47,6 +47,14 @@ LFM2 = {
     "group0/block1/ffn/up_proj": ((2,), (3.0,)),
     "group0/block2/conv/o_proj": ((4,), (3.0,)),
 }
+# Qwen3.5 with two layers of linear attention and one of attention.
+DELTA_NET = {
+    "group0/block0/linear_attn/in_proj_qkv": ((4, 2), (8.0, 3.0)),
+    "group0/block0/linear_attn/in_proj_a": ((0, 2), (1.0, 3.0)),
+    "group0/block0/linear_attn/out_proj": ((3, 3), (8.0, 8.0)),
+    "group1/block0/attn/q_proj": ((4,), (8.0,)),
+    "group1/block0/ffn/gate_proj": ((2,), (3.0,)),
+}
 DENSE_BETWEEN = {
     "group0/block0/ffn/gate_proj": ((4,), (8.0,)),
     "group0/block1/ffn/gate_proj": ((2,), (3.0,)),
@@ -198,6 +206,20 @@ def test_import_equals_peft(variant, tiny_model, deltas, tmp_path):
             )
 
 
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next"])
+def test_import_adapters_of_linear_attention(family, tiny_model, deltas, tmp_path):
+    model, config = tiny_model(family)
+    named = {"qwen3_5_text": "all-linear", "qwen3_next": ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"]}
+    wrapped = wrap(model, r=2, lora_alpha=6, target_modules=named[family])
+    wrapped.save_pretrained(tmp_path)
+
+    lora, spec = import_adapter(tmp_path, config)
+
+    theirs = peft_deltas(wrapped, module_layout(config), config)
+    assert len(theirs) == {"qwen3_5_text": 2 * 8 + 7, "qwen3_next": 2 * 3 + 1}[family]
+    assert_same(deltas(lora, spec), theirs, 1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_import_low_precision(dtype, tiny_model, deltas, tmp_path):
     model, config = tiny_model("llama")
@@ -287,6 +309,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3_moe dense layer": ("qwen3_moe", DENSE_BETWEEN, {}),
     "qwen2_moe": ("qwen2_moe", SHARED, {}),
     "glm4_moe": ("glm4_moe", GLM, {}),
+    "qwen3_5_text": ("qwen3_5_text", DELTA_NET, {}),
+    "qwen3_5_text dora": ("qwen3_5_text", DELTA_NET, {"dora": True}),
 }
 CHANGES = {"qwen3_moe dense layer": {"mlp_only_layers": [1]}}
 

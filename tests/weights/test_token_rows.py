@@ -60,7 +60,6 @@ def wrap(model: Any, trainable_token_indices: Any, **config: Any) -> Any:
 
 # Settings of PEFT, and the rows that are in the tree.
 MODES: dict[str, tuple[bool, Any, dict[str, Any], set[str]]] = {
-    "list, untied": (False, IDS, {}, {"embed/rows"}),
     "list, tied": (True, IDS, {}, {"embed/rows"}),
     "both, untied": (False, {"model.embed_tokens": IDS, "lm_head": [7, 9]}, {}, {"embed/rows", "lm_head/rows"}),
     "both, tied, parted": (True, {"embed_tokens": IDS, "lm_head": [7, 9]}, {}, {"embed/rows", "lm_head/rows"}),

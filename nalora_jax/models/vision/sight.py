@@ -243,6 +243,8 @@ MULTIMODAL: dict[str, tuple[Reader, dict[str, Any], dict[str, Any]]] = {
 # Multimodal models of which only the text model is supported, with its defaults.
 TEXT_ONLY: dict[str, dict[str, Any]] = {
     "mistral3": {"model_type": "mistral", "tie_word_embeddings": False},
+    "gemma4": {"model_type": "gemma4_text", "tie_word_embeddings": True},
+    "gemma4_unified": {"model_type": "gemma4_unified_text", "tie_word_embeddings": True},
     "qwen3_5": {"model_type": "qwen3_5_text", "tie_word_embeddings": False},
     "qwen3_5_moe": {"model_type": "qwen3_5_moe_text", "tie_word_embeddings": False},
 }
