@@ -55,6 +55,23 @@ SMOLLM2 = {
     "hidden_act": "silu",
     "tie_word_embeddings": True,
 }
+# A small Qwen3.5: three layers of linear attention for one of attention.
+_QWEN35 = {
+    "model_type": "qwen3_5_text",
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "tie_word_embeddings": True,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {"smollm2": {"model_type": "llama", **SMOLLM2}, "qwen3.5": _QWEN35}
 
 # CLIP ViT-B/16, the model of the image figures, with transformers' names; other values are CLIP's
 # defaults.
@@ -72,6 +89,18 @@ CLIP_B16: dict[str, Any] = {
 
 
 RESULTS = (QUICK if os.environ.get("NALORA_BENCH_QUICK") else OWN) / machine_name(processor())
+
+
+def architecture(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the ``config.json`` of ``options``, of `add_architecture`."""
+    raw = ARCHITECTURES[options.architecture]
+    return {**raw, "num_hidden_layers": options.layers or raw["num_hidden_layers"]}
+
+
+def add_architecture(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a model with random weights."""
+    parser.add_argument("--architecture", choices=tuple(ARCHITECTURES), default="smollm2")
+    parser.add_argument("--layers", type=int, help="default: the architecture's")
 
 
 def random_tokens(steps: int, batch: int, seq: int, vocab: int, seed: int = 0) -> np.ndarray:

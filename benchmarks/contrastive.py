@@ -31,7 +31,7 @@ def compiled(name: str) -> dict[str, Any]:
     """Returns the bytes that a chip receives per step, by kind of collective and its use."""
     from nalora_jax import config as c
     from nalora_jax import distributed
-    from nalora_jax.config.vision import VisionConfig
+    from nalora_jax.config import VisionConfig
     from nalora_jax.models.vision.config import DualConfig
     from nalora_jax.plan.dual import contrastive_step
     from nalora_jax.plan.figures import figures

@@ -97,12 +97,12 @@ def train_ours(options: argparse.Namespace) -> dict[str, Any]:
 
     from nalora_jax import config as c
     from nalora_jax import distributed
-    from nalora_jax.config.vision import VisionConfig
+    from nalora_jax.config import VisionConfig
     from nalora_jax.data.images.processor import ImageProcessor
     from nalora_jax.models.vision.config import DualConfig
     from nalora_jax.models.vision.dual import init_params
+    from nalora_jax.train.assembly import assemble
     from nalora_jax.train.compilation import use_compilation_cache
-    from nalora_jax.train.dual import assemble_dual
     from nalora_jax.train.dual_objectives import CLASSES as PROMPTS
 
     use_compilation_cache()
@@ -119,7 +119,7 @@ def train_ours(options: argparse.Namespace) -> dict[str, Any]:
     )
     config = with_method(config, "nalora")
     processor = ImageProcessor(resize=(options.image_size,) * 2, mean=MEAN, std=STD)
-    assembly = assemble_dual(config, base, params, mesh, processor)
+    assembly = assemble(config, base, params, mesh, processor=processor)
     state, params = assembly.state, assembly.view(params)
     losses, seconds = [], []
     for pixels, labels in batches(options):

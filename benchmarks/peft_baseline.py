@@ -25,7 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import SMOLLM2, alternate_processes, load_batches, peak_rss_mb, random_tokens, save, summary, values
+from common import (
+    add_architecture,
+    alternate_processes,
+    architecture,
+    load_batches,
+    peak_rss_mb,
+    random_tokens,
+    save,
+    summary,
+    values,
+)
 
 # Modes of bfloat16: "pure" stores base and adapters in bfloat16; "mixed" is PEFT's default for a
 # bfloat16 base (float32 adapters, casts around them); "autocast" adds torch.autocast to it;
@@ -43,7 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--layers", type=int, default=SMOLLM2["num_hidden_layers"])
+    add_architecture(parser)
     parser.add_argument("--attention", choices=("sdpa", "eager"), help="default: sdpa for float32, eager for bfloat16")
     parser.add_argument("--optimizer", choices=("fused", "foreach", "plain"), default="fused")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
@@ -67,15 +77,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def load_base(options: argparse.Namespace) -> Any:
     """Returns the frozen causal language model, in its training mode's dtype."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     full = options.dtype == "float32" or options.bf16_mode == "autocast32"
     choices = {"dtype": torch.float32 if full else torch.bfloat16, "attn_implementation": options.attention}
     if options.model:
         return AutoModelForCausalLM.from_pretrained(options.model, **choices)
     torch.manual_seed(options.seed)
-    shape = dict(SMOLLM2, num_hidden_layers=options.layers)
-    return AutoModelForCausalLM.from_config(LlamaConfig(**shape), **choices)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture(options)), **choices)
 
 
 def adapt(base: Any, options: argparse.Namespace) -> Any:
@@ -106,7 +115,7 @@ def inputs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.batches:
         return [_given(batch, options) for batch in load_batches(options.batches)]
     shape = (options.warmup + options.steps, options.batch, options.seq)
-    random = torch.from_numpy(random_tokens(*shape, SMOLLM2["vocab_size"], options.seed))
+    random = torch.from_numpy(random_tokens(*shape, architecture(options)["vocab_size"], options.seed))
     return [{"input_ids": tokens, "labels": tokens} for tokens in random]
 
 
@@ -192,7 +201,8 @@ def search(options: argparse.Namespace) -> dict[str, Any]:
     if options.dtype == "bfloat16":
         variants |= {mode: ["--bf16-mode", mode] for mode in BF16_MODES[1:]}
     shared = ["--dtype", options.dtype, "--batch", str(options.batch), "--seq", str(options.seq)]
-    shared += ["--steps", str(options.steps), "--layers", str(options.layers)]
+    shared += ["--steps", str(options.steps), "--architecture", options.architecture]
+    shared += ["--layers", str(options.layers)] if options.layers else []
     shared += ["--checkpointing"] if options.checkpointing else []
     commands = {name: [sys.executable, __file__, *shared, *extra] for name, extra in variants.items()}
     found = alternate_processes(commands, rounds=options.rounds)

@@ -100,12 +100,11 @@ def _step(method: str, layers: int, mesh: Any, rows: int, seq: int, *, chunk: in
 
     from nalora_jax import config as c
     from nalora_jax import distributed, trees
-    from nalora_jax.method.step import init_state
     from nalora_jax.models.adapters import init_lora
     from nalora_jax.models.config import ModelConfig
     from nalora_jax.models.stacks import param_shapes, projection_shapes
     from nalora_jax.models.targets import resolve
-    from nalora_jax.train.assembly import build_mechanisms, build_model, build_optimizer, compile_step
+    from nalora_jax.train.decoder_program import decoder_program
 
     config = c.RunConfig(
         steps=1000,
@@ -115,13 +114,11 @@ def _step(method: str, layers: int, mesh: Any, rows: int, seq: int, *, chunk: in
     config = with_method(config, method)
     base = replace(ModelConfig.from_hf({**LLAMA, "num_hidden_layers": layers}))
     spec = resolve(config.lora, projection_shapes(base), base.n_layers)
-    mechanisms = build_mechanisms(config, base, spec)
-    model = build_model(base, spec, config.compute, mesh)
-    optimizer = build_optimizer(config, base, spec, mechanisms)
+    program = decoder_program(config, base, spec, mesh)
 
     def fresh() -> Any:
-        lora = init_lora(base, spec, jax.random.key(0))
-        return init_state(lora, optimizer, {"layers/ffn": (base.n_layers, base.d_ff)}, mechanisms, 0)
+        key = jax.random.key(0)
+        return program.fresh(init_lora(base, spec, key), jax.random.key_data(key))
 
     def described(tree: Any, rules: Any) -> tuple[Any, Any]:
         places = distributed.shardings(tree, mesh, rules)
@@ -142,7 +139,7 @@ def _step(method: str, layers: int, mesh: Any, rows: int, seq: int, *, chunk: in
             "positions": "int32",
         }.items()
     }
-    compiled = compile_step(config, base, model, optimizer, mechanisms, mesh, places)
+    compiled = program.step(places)
     return without_statistics(compiled) if method == "lora" else compiled, (params, state, batch)
 
 

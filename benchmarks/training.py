@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import SMOLLM2, load_batches, peak_rss_mb, random_tokens, summary
+from common import add_architecture, architecture, load_batches, peak_rss_mb, random_tokens, summary
 from methods import METHODS, with_method
 
 
@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--layers", type=int, default=SMOLLM2["num_hidden_layers"])
+    add_architecture(parser)
     parser.add_argument("--remat", choices=("auto", "none", "full", "attention", "dots"), default="auto")
     parser.add_argument("--model", help="real weights by name; default: random ones of the same shape")
     parser.add_argument("--batches", type=Path, help="file of `common.save_batches`; default: random tokens")
@@ -81,7 +81,7 @@ def base_model(options: argparse.Namespace, mesh: Any) -> tuple[Any, Any]:
     if options.model:
         loaded = load_model(options.model, dtype=options.dtype, mesh=mesh)
         return loaded.config, loaded.params
-    base = ModelConfig.from_hf({"model_type": "llama", **SMOLLM2, "num_hidden_layers": options.layers})
+    base = ModelConfig.from_hf(architecture(options))
     return base, jax.jit(init_params, static_argnums=(0, 2))(base, jax.random.key(options.seed), options.dtype)
 
 

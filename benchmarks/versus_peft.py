@@ -4,6 +4,7 @@
     python benchmarks/versus_peft.py --dtype float32 --shape 8x128 --add            # additional rounds
     python benchmarks/versus_peft.py --dtype bfloat16 --shape 8x256 --checkpointing
     python benchmarks/versus_peft.py --dtype float32 --peft-compile                # the faster way on a CPU with AMX
+    python benchmarks/versus_peft.py --dtype float32 --architecture qwen3.5 --method lora
 
 Processes alternate in random order; each runs --steps timed steps. PEFT runs at the best settings
 that peft_baseline.py knows for the dtype; with --checkpointing both rematerialize whole layers, for
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from common import add_rounds, alternate_processes, compare, script
+from common import ARCHITECTURES, add_rounds, alternate_processes, compare, script
 from tables import Limit, Row, at_least, at_most, compared_runs, has_amx, requirements
 
 TITLE = "Training against transformers + PEFT"
@@ -38,6 +39,8 @@ def rows(record: dict[str, Any]) -> list[Row]:
 
 
 def _speed_limit(found: dict[str, Any]) -> Limit:
+    if found["settings"].get("architecture", "smollm2") != "smollm2":
+        return at_least(0.8)
     if not has_amx(found):
         return at_least(1.2)
     small = found["settings"]["shape"] == "8x128"
@@ -48,6 +51,8 @@ def _speed_limit(found: dict[str, Any]) -> Limit:
 
 def _memory_limit(found: dict[str, Any]) -> Limit | None:
     settings = found["settings"]
+    if settings.get("architecture", "smollm2") != "smollm2":
+        return None
     if settings["checkpointing"]:
         return at_most(0.75) if settings["dtype"] == "bfloat16" else None
     if has_amx(found):
@@ -74,9 +79,10 @@ def main() -> None:
         "--peft-compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: peft_baseline.py's"
     )
     add_rounds(parser, 2)
+    parser.add_argument("--architecture", choices=tuple(ARCHITECTURES), default="smollm2")
     options = parser.parse_args()
     batch, seq = options.shape.split("x")
-    work = ["--dtype", options.dtype, "--batch", batch, "--seq", seq]
+    work = ["--dtype", options.dtype, "--batch", batch, "--seq", seq, "--architecture", options.architecture]
     extra = ["--bf16-mode", options.bf16_mode, *(["--checkpointing"] if options.checkpointing else [])]
     if options.peft_compile is not None:
         extra.append("--compile" if options.peft_compile else "--no-compile")
@@ -91,6 +97,7 @@ def main() -> None:
 
     kind = ", PEFT checkpointing" if options.checkpointing else ""
     kind += ", PEFT's float32 adapters" if options.bf16_mode == "mixed" else ""
+    kind += "" if options.architecture == "smollm2" else f", {options.architecture}"
     case = f"{options.dtype} {options.shape}{kind}"
     alternate_processes(commands(1), rounds=1)
     print(table(compare("versus_peft", case, commands(options.steps), options)))

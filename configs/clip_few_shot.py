@@ -14,8 +14,7 @@ Needs `pip install 'nalora_jax[vision]'`. To train both towers: --lora.rules "ff
 
 from __future__ import annotations
 
-from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, OptimizerConfig, RunConfig, TrainConfig
-from nalora_jax.config.vision import VisionConfig
+from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, OptimizerConfig, RunConfig, TrainConfig, VisionConfig
 
 
 def config() -> RunConfig:

@@ -24,8 +24,8 @@ from nalora_jax.config import (
     OptimizerConfig,
     RunConfig,
     TrainConfig,
+    VisionConfig,
 )
-from nalora_jax.config.vision import VisionConfig
 
 
 def config() -> RunConfig:

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     )
     from nalora_jax.errors import NaloraError
     from nalora_jax.generate import Generator
-    from nalora_jax.job import RunResult, run
+    from nalora_jax.job import run
     from nalora_jax.loading.adapted import AdaptedModel, load
     from nalora_jax.loading.base import LoadedModel, load_model
+    from nalora_jax.running import RunResult
+    from nalora_jax.sweeps.run import SweepResult, sweep
     from nalora_jax.weights.peft import export_adapter, import_adapter
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "PreferenceConfig",
     "RunConfig",
     "RunResult",
+    "SweepResult",
     "TrainConfig",
     "VisionConfig",
     "export_adapter",
@@ -54,6 +57,7 @@ __all__ = [
     "load",
     "load_model",
     "run",
+    "sweep",
 ]
 
 _HOMES = {
@@ -71,7 +75,8 @@ _HOMES = {
     "OptimizerConfig": "config",
     "PreferenceConfig": "config",
     "RunConfig": "config",
-    "RunResult": "job",
+    "RunResult": "running",
+    "SweepResult": "sweeps.run",
     "TrainConfig": "config",
     "VisionConfig": "config",
     "export_adapter": "weights.peft",
@@ -79,6 +84,7 @@ _HOMES = {
     "load": "loading.adapted",
     "load_model": "loading.base",
     "run": "job",
+    "sweep": "sweeps.run",
 }
 
 

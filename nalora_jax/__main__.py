@@ -19,7 +19,16 @@ from nalora_jax import notes, terminal
 from nalora_jax.errors import Interrupted, LostPeerError, NaloraError, visible
 
 # Error codes that are caused by the machine or a path, not by the library.
-_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.EMFILE)
+_MACHINE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EFBIG,
+    errno.EMFILE,
+)
 _PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 # Subcommands that run for hours, and must continue if the reader of their output ends.
 _LASTING = ("train", "study")
@@ -109,7 +118,10 @@ def _jax_complaint(error: Exception) -> str | None:
 
 def _fail(message: str) -> int:
     line = visible(" ".join(message.split()))
-    print(json.dumps({"level": "ERROR", "message": line}) if notes.as_json() else f"error: {line}", file=sys.stderr)
+    print(
+        json.dumps({"level": "ERROR", "message": line}) if notes.as_json() else f"error: {line}",
+        file=sys.stderr,
+    )
     return 2
 
 

@@ -21,7 +21,8 @@ from typing import Any
 from nalora_jax import downloads
 from nalora_jax.errors import NaloraError
 
-# By scheme: the package that reads it, the extra that has the package, and the command that logs in.
+# By scheme: the package that reads it, the extra that has the package, and the
+# command that logs in.
 _STORES = {
     "gs": ("gcsfs", "gcs", "gcloud auth application-default login"),
     "s3": ("s3fs", "s3", "aws configure"),
@@ -40,7 +41,9 @@ def url(name: str) -> str | None:
     It repairs ``Path("gs://bucket")``, which has lost a slash.
     """
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])", name)
-    return f"{match[1]}://{name[match.end() :]}" if match else None
+    if match:
+        return f"{match[1]}://{name[match.end() :]}"
+    return None
 
 
 def is_url(name: object) -> bool:

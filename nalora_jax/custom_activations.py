@@ -32,7 +32,11 @@ def register_activation(
 
     def register(gate: activations.Selection) -> activations.Selection:
         if name in activations.ALIASES:
-            raise NaloraError(f"activation {name!r}", expected="a name that is free", found="a built-in activation")
+            raise NaloraError(
+                f"activation {name!r}",
+                expected="a name that is free",
+                found="a built-in activation",
+            )
 
         def excess(z: Array) -> Array:
             rho, slope = gate(z)

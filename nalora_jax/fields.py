@@ -45,10 +45,17 @@ class Fields:
         if value is not None or name not in self.defaults:
             return value
         if name in self.raw and name in _NULL_MEANS:
-            return self.defaults[name] if name == "rope_theta" else None
+            if name == "rope_theta":
+                return self.defaults[name]
+            return None
         if name in self.raw:
             default = self.defaults[name]
-            raise self.error(name, "a value", "null", f"leave the field out for the family's default, {default!r}")
+            raise self.error(
+                name,
+                "a value",
+                "null",
+                f"leave the field out for the family's default, {default!r}",
+            )
         return self.defaults[name]
 
     def error(self, name: str, expected: object, found: object, remedy: str = "") -> NaloraError:
@@ -62,7 +69,11 @@ class Fields:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.error(name, f"a whole number from {low} to {high}", "nothing" if value is None else repr(value))
+            raise self.error(
+                name,
+                f"a whole number from {low} to {high}",
+                "nothing" if value is None else repr(value),
+            )
         return value
 
     def number(self, name: str, *, default: float | None = None, zero: bool = False) -> float:

@@ -45,7 +45,9 @@ def as_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
 
     def parts(content: Any) -> list[Any]:
-        return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        if isinstance(content, str):
+            return [{"type": "text", "text": content}]
+        return list(content)
 
     return [
         {**message, "content": parts(message["content"])} if "content" in message else dict(message)

@@ -66,7 +66,10 @@ def import_file(name: str, folder: str | Path = ".") -> ImportedFile:
     if not digest.startswith(expected):
         remedy = "restore the file, or start a new run"
         raise NaloraError(
-            where, expected=f"content with SHA-256 {expected[:_DIGITS]}", found=digest[:_DIGITS], remedy=remedy
+            where,
+            expected=f"content with SHA-256 {expected[:_DIGITS]}",
+            found=digest[:_DIGITS],
+            remedy=remedy,
         )
     if known is None:
         known = ImportedFile(path_text, digest)
@@ -86,7 +89,10 @@ def _execute(path: Path, name: str, where: str) -> None:
         raise NaloraError(where, expected="a Python file, with a name that ends in .py", found=path.name)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
-    write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave no cache next to the user's file
+    write_bytecode, sys.dont_write_bytecode = (
+        sys.dont_write_bytecode,
+        True,
+    )  # leave no cache next to the user's file
     try:
         spec.loader.exec_module(module)
     except BaseException as error:

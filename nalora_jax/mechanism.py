@@ -124,15 +124,24 @@ class Mechanism:
         mean, low, high = (f(factor, axis=1) for f in (jnp.mean, jnp.min, jnp.max))
         return {"mean": mean, "min": low, "max": high}
 
-    def permuted(self, factor: Array, context: Context) -> Array:
-        """Returns ``factor`` with permuted channels if the rule is its permutation control."""
+    def permuted(self, factor: Array, context: Context, order: Array | None = None) -> Array:
+        """Returns ``factor`` with permuted channels if the rule is its permutation control.
+
+        ``order`` replaces `permutation`: a sweep has one for each run.
+        """
+        if order is None:
+            if self.permute < 0:
+                return factor
+            order = jnp.asarray(self.permutation(factor.shape, context.block, context.seed))
+        return jnp.take_along_axis(factor, order, axis=-1)
+
+    def permutation(self, shape: tuple[int, ...], block: str, seed: int) -> np.ndarray:
+        """Returns the order of the channels in a run of ``seed``, int32 ``[..., d_ff]``."""
+        channels = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
         if self.permute < 0:
-            return factor
-        block = zlib.crc32(context.block.encode())
-        rng = np.random.default_rng([self.permute, context.seed, block])
-        channels = np.arange(factor.shape[-1], dtype=np.int32)
-        order = rng.permuted(np.broadcast_to(channels, factor.shape), axis=-1)
-        return jnp.take_along_axis(factor, jnp.asarray(order), axis=-1)
+            return channels
+        rng = np.random.default_rng([self.permute, seed, zlib.crc32(block.encode())])
+        return rng.permuted(channels, axis=-1)
 
     def _average(self, name: str, average: Array, sums: Mapping[str, Array], updates: Array) -> Array:
         """Returns the next average of a statistic; unchanged without a token, and once frozen.
@@ -140,11 +149,16 @@ class Mechanism:
         With n updates the corrected average moves by (1 - decay) / (1 - decay^n) of the difference.
         """
         count, value = sums[statistics.get(name).count], sums[name]
-        log_decay = math.log(self.decay) if self.decay > 0 else -math.inf
         n = jnp.maximum(updates, 1).astype(jnp.float32)
-        rate = math.expm1(log_decay) / jnp.expm1(log_decay * n)
+        if isinstance(self.decay, Array):  # of a sweep; 0 has the logarithm -inf too
+            log_decay, exact = jnp.log(self.decay), jnp.expm1
+        else:
+            log_decay, exact = math.log(self.decay) if self.decay > 0 else -math.inf, math.expm1
+        rate = exact(log_decay) / jnp.expm1(log_decay * n)
         moves = count > 0
-        if self.frozen_after:
+        if isinstance(self.frozen_after, Array):
+            moves &= (updates <= self.frozen_after) | (self.frozen_after == 0)
+        elif self.frozen_after:
             moves &= updates <= self.frozen_after
         pad = lambda x: x.reshape(x.shape + (1,) * (average.ndim - x.ndim))  # noqa: E731
         rate, count, moves = pad(rate), pad(count), pad(moves)

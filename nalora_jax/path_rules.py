@@ -24,8 +24,9 @@ def match_rules(rules: Sequence[tuple[str, T]], paths: Iterable[str], *, where: 
     """The value of each path by the first rule that matches it; paths without a rule are left out.
 
     Raises:
-      NaloraError: a pattern is not a regular expression, takes too long (it may be from a file of somebody else), or
-        matched no path at all (a rule shadowed by earlier ones, but matching, is fine). The message lists what exists.
+      NaloraError: a pattern is not a regular expression, takes too long (it may be from a file of
+        somebody else), or matched no path at all (a rule shadowed by earlier ones, but matching, is
+        fine). The message lists what exists.
     """
     names = list(paths)
     for pattern, _ in rules:

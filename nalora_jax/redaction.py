@@ -21,14 +21,22 @@ _ASSIGNED = re.compile(rf"(?i)({_SECRET}=)[^\s,;&\"']+")
 _USER = re.compile(r"(?<=://)[^/\s\"',]*@")  # scheme://user:password@host; the user may be a token
 # Tokens by their form: Hugging Face, GitHub, AWS, OpenAI, Slack.
 _TOKEN = re.compile(r"\b(?:hf_\w{20,}|gh[pousr]_\w{20,}|A[KS]IA[0-9A-Z]{16}|sk-[\w-]{20,}|xox[a-z]-[\w-]{10,})")
-# The folders of an absolute path, or of one in the home or working folder, also as a URL (file:///, sqlite:///).
+# The folders of an absolute path, or of one in the home or working folder, also as a URL
+# (file:///, sqlite:///).
 _PART = r"[^\s/\\,;:*\"'<>|]"
 _FOLDERS = re.compile(
     rf"(?<![\w:/\\.)])(?:[a-z+]{{1,20}}:/{{2,3}}(?=/)|~[\w.-]*|\.{{1,2}}|[A-Z]:(?=\\))?(?:[/\\]{_PART}+)*[/\\](?={_PART})"
 )
 _QUOTED = re.compile(r"(?<=[\"'])(?:~[\w.-]*|\.{1,2})?[/\\][^\"']*[/\\](?=[^\"'/\\]+[\"'])")  # folders with spaces
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_PATHS = ("model", "output", "dataset", "data_dir", "train_split", "eval_split")  # settings that may be paths
+_PATHS = (
+    "model",
+    "output",
+    "dataset",
+    "data_dir",
+    "train_split",
+    "eval_split",
+)  # settings that may be paths
 _PATTERNS = ("rules", "rates", "mechanisms")  # settings with slashes that are not paths
 _SPECIAL = re.compile(r"([\\`*\[\]<>#~&]|(?<![^\W_])_|_(?![^\W_]))")  # not the underscore in a word
 
@@ -50,7 +58,9 @@ def redacted(value: Any) -> Any:
 
 
 def _redacted_setting(name: str, value: Any) -> Any:
-    return MARK if isinstance(value, str) and value and _NAMED.search(name) else redacted(value)
+    if isinstance(value, str) and value and _NAMED.search(name):
+        return MARK
+    return redacted(value)
 
 
 def published(value: Any, name: str = "") -> Any:

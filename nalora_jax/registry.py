@@ -85,14 +85,16 @@ class Registry(Generic[T]):
         """
         name, _, options = text.partition(":")
         kind: Any = self.get(name)
-        known = {one.name: one for one in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+        fields: dict[str, Any] = {}
+        if dataclasses.is_dataclass(kind):
+            fields = {field.name: field for field in dataclasses.fields(kind)}
         settings: dict[str, Any] = {}
         for option in filter(None, options.split(",")):
             key, equals, value = option.partition("=")
-            if key not in known or not equals:
-                expected = f"NAME:setting=value, with a setting of {', '.join(known) or 'none'}"
+            if key not in fields or not equals:
+                expected = f"NAME:setting=value, with a setting of {', '.join(fields) or 'none'}"
                 raise NaloraError(f"{self._flag} {text}", expected=expected, found=option)
-            default = known[key].default
+            default = fields[key].default
             try:
                 settings[key] = _typed(value, default)
             except (KeyError, ValueError):

@@ -17,7 +17,15 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 # Errors of a write to a stream whose other end is closed for good.
-_GONE = (errno.EPIPE, errno.EBADF, errno.EIO, errno.ENXIO, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
+_GONE = (
+    errno.EPIPE,
+    errno.EBADF,
+    errno.EIO,
+    errno.ENXIO,
+    errno.ECONNRESET,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+)
 
 
 def open_closed_streams() -> None:
@@ -98,7 +106,9 @@ def lasting(*names: str) -> Iterator[None]:
 
 
 def _lasting(stream: Any) -> Any:
-    return stream if stream is None or isinstance(stream, LastingStream) else LastingStream(stream)
+    if stream is None or isinstance(stream, LastingStream):
+        return stream
+    return LastingStream(stream)
 
 
 @contextmanager

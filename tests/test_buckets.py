@@ -22,7 +22,8 @@ from gcp_storage_emulator.storage import Storage
 
 from nalora_jax import buckets
 from nalora_jax.config import DataConfig, MeshConfig
-from nalora_jax.data.sources import open_pair, open_source, prepared
+from nalora_jax.data.sources import open_pair, open_source
+from nalora_jax.data.tfds_source import prepared
 from nalora_jax.distributed import make_mesh
 from nalora_jax.errors import NaloraError
 from nalora_jax.loading.adapted import locate

@@ -19,7 +19,8 @@ WORDS = {
     r"default_backend": (),
     r"jax\.device_count\(\)": (),
     r"\bnative\b": ("cpu", "cli/doctor.py"),
-    r"bitcast_convert_type": ("cpu", "generate/sampling.py"),  # sampling bisects over the bits of probabilities
+    # Sampling bisects over the bits of probabilities; a scale of MXFP4 is the exponent of a float32.
+    r"bitcast_convert_type": ("cpu", "generate/sampling.py", "ops/mxfp4.py"),
     r"\buint16\b": ("cpu", "weights"),  # files hold bf16 as well
 }
 

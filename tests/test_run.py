@@ -19,7 +19,7 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 from tokenizers import models, pre_tokenizers
 
-from nalora_jax import trees
+from nalora_jax import running, trees
 from nalora_jax.__main__ import main
 from nalora_jax.config import (
     AdaLoRAConfig,
@@ -33,7 +33,7 @@ from nalora_jax.config import (
     RunConfig,
     TrainConfig,
 )
-from nalora_jax.data.sources import RecordsSource
+from nalora_jax.data.source import RecordsSource
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.loading.adapted import load
 from nalora_jax.models.config import ModelConfig
@@ -288,7 +288,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(finished: tuple[RunCo
     class Interrupt(Exception):
         pass
 
-    fit = nalora_run.fit
+    fit = running.fit
 
     def interrupted(step_fn: Any, *args: Any, **options: Any) -> Any:
         done = 0
@@ -303,7 +303,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(finished: tuple[RunCo
         return fit(step, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nalora_run, "fit", interrupted)
+        patch.setattr(running, "fit", interrupted)
         with pytest.raises(Interrupt):
             nalora_run.run(parts)
     nalora_run.run(replace(parts, resume=True))
@@ -408,7 +408,7 @@ def test_adalora_leaves_the_ranks_that_were_asked_for(config: RunConfig) -> None
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
     config: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fit = nalora_run.fit
+    fit = running.fit
 
     def poisoned(step_fn: Any, *args: Any, **options: Any) -> Any:
         done = 0
@@ -422,7 +422,7 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
         return fit(step, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nalora_run, "fit", poisoned)
+        patch.setattr(running, "fit", poisoned)
         with pytest.raises(
             TrainingDivergedError,
             match=r"step 17: loss.*nan.*earlier steps are kept; start anew",

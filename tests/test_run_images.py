@@ -15,10 +15,17 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from nalora_jax.__main__ import main
-from nalora_jax.cli.config_files import as_yaml
-from nalora_jax.cli.parser import load_config
-from nalora_jax.config import ComputeConfig, DataConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig
-from nalora_jax.config.vision import VisionConfig
+from nalora_jax.cli.config_files import as_yaml, load_config
+from nalora_jax.config import (
+    ComputeConfig,
+    DataConfig,
+    LoRAConfig,
+    LoRARule,
+    MeshConfig,
+    RunConfig,
+    TrainConfig,
+    VisionConfig,
+)
 from nalora_jax.errors import NaloraError
 from nalora_jax.job import run
 from nalora_jax.loading.dual import load_adapted_dual

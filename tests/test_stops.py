@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import pytest
 
+from nalora_jax import running
 from nalora_jax.__main__ import main
 from nalora_jax.cli.command import parse
 from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
@@ -125,7 +126,7 @@ def test_a_run_that_is_stopped_after_its_steps_says_how_to_go_on(
     def measure(*_: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(nalora_run, "_measure_after", measure)
+    monkeypatch.setattr(running, "_measure_after", measure)
     output = str(folder / "whole")
     with pytest.raises(Interrupted) as caught:
         nalora_run.run(replace(stopped, output=output, steps=8, resume=True))

@@ -33,8 +33,8 @@ _MAX_TEXT = 4_000_000  # characters of a rendered text: a million tokens
 _SHORT_TEXT, _LONGER = 65_536, 32  # limit of short texts, and limit per character of variables
 _START_SECONDS = 60.0  # for the helper process to start on a busy machine
 _MAX_ANSWER = 256 << 20  # bytes
-# Expressions that match in time proportional to the text: names, dots, escapes and anchors without repetition, and at
-# most one group of alternatives; also after ".*\\.".
+# Expressions that match in time proportional to the text: names, dots, escapes and anchors without
+# repetition, and at most one group of alternatives; also after ".*\\.".
 _PLAIN = r"(?:[\w./|\-]|\\[.\-_])*"
 _HARMLESS = re.compile(rf"(\(\.\*\\\.\)\?\()?\^?{_PLAIN}(?:\((?:\?:)?{_PLAIN}\){_PLAIN})?\$?(?(1)\)\$)", re.ASCII)
 _FEW = 1_000_000  # pairs of an expression and a name that are matched in this process: at most a second
@@ -49,12 +49,12 @@ def render(template: str, variables: Sequence[Mapping[str, Any]]) -> list[str]:
 
     Args:
       template: jinja2 source.
-      variables: variables of the template for each text: JSON values, and NumPy's numbers and arrays. One call for
-        several texts saves most of the overhead.
+      variables: variables of the template for each text: JSON values, and NumPy's numbers and
+        arrays. One call for several texts saves most of the overhead.
 
     Raises:
-      BoundedError: the template does not compile, fails, or exceeds a limit (time of the call, length of a text, time
-        of all its texts); or a variable is not a JSON value.
+      BoundedError: the template does not compile, fails, or exceeds a limit (time of the call,
+        length of a text, time of all its texts); or a variable is not a JSON value.
     """
     try:
         plain = [json.dumps(one, default=_plain) for one in variables]
@@ -64,7 +64,10 @@ def render(template: str, variables: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def matches(
-    patterns: Sequence[str], names: Sequence[str], *, how: Literal["match", "fullmatch", "search"] = "match"
+    patterns: Sequence[str],
+    names: Sequence[str],
+    *,
+    how: Literal["match", "fullmatch", "search"] = "match",
 ) -> list[list[str | None]]:
     """Returns, for every pattern and name, the match's group ``idx`` ("" without such a group), or None.
 
@@ -175,12 +178,17 @@ class _Helper:
             return
         self.stop()
         worker = Path(__file__).with_name("worker.py")
-        # The module search path of this process, so that it finds the same jinja2; -P leaves this folder out.
+        # The module search path of this process, so that it finds the same jinja2; -P
+        # leaves this folder out.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command = [sys.executable, "-P", "-W", "ignore", str(worker), str(SECONDS)]
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
             )
         except OSError as error:
             raise BoundedError(f"no helper process ({error})") from error
@@ -209,7 +217,12 @@ class _Helper:
         """Returns the next line of the process, or ends the process if none comes in time."""
         assert self._process is not None
         assert self._process.stdout is not None
-        pipe, deadline, parts, size = self._process.stdout.fileno(), time.monotonic() + seconds, [], 0
+        pipe, deadline, parts, size = (
+            self._process.stdout.fileno(),
+            time.monotonic() + seconds,
+            [],
+            0,
+        )
         while True:
             ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
             part = os.read(pipe, 1 << 20) if ready else b""

@@ -62,7 +62,10 @@ def _expressions(raw: Any) -> list[str]:
     left = [raw.get(part) for part in parts] if isinstance(raw, dict) else []
     while left:
         one = left.pop()
-        if isinstance(one, dict) and isinstance(one.get("Regex"), str):
-            found[one["Regex"]] = None
-        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+        if isinstance(one, list):
+            left += one
+        elif isinstance(one, dict):
+            left += one.values()
+            if isinstance(one.get("Regex"), str):
+                found[one["Regex"]] = None
     return list(found)

@@ -45,7 +45,9 @@ def check_growth(raw: Any, where: str) -> None:
     added = _added(raw.get("post_processor"))
     if added > TOKENS:
         raise NaloraError(
-            f"{where}: post_processor", expected=f"at most {TOKENS} tokens added to a text", found=f"{added}"
+            f"{where}: post_processor",
+            expected=f"at most {TOKENS} tokens added to a text",
+            found=f"{added}",
         )
 
 

@@ -85,8 +85,8 @@ def match_all(patterns: list[str], names: list[str], how: str) -> list[list[str 
             raise ValueError(f"{pattern[:100]!r}: {error}") from error
         match = getattr(compiled, how)
         rows = [match(name) for name in names]
-        grouped = "idx" in compiled.groupindex
-        found.append([None if row is None else (row["idx"] or "") if grouped else "" for row in rows])
+        group = (lambda row: row["idx"] or "") if "idx" in compiled.groupindex else (lambda row: "")
+        found.append([None if row is None else group(row) for row in rows])
     return found
 
 

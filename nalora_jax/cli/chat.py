@@ -18,8 +18,8 @@ from nalora_jax.config.ranges import AXIS, SAMPLING, SEED, Range
 from nalora_jax.errors import NaloraError, visible
 
 if TYPE_CHECKING:
+    from nalora_jax.generate import Generator
     from nalora_jax.generate.conversation import Conversation
-    from nalora_jax.generate.generator import Generator
     from nalora_jax.loading.adapted import AdaptedModel
     from nalora_jax.weights.adapter_slot import AdapterSlot
 
@@ -103,7 +103,7 @@ def _sees(args: ChatArgs) -> bool:
 
     It is if the model has one, unless the adapter's run did not use it.
     """
-    from nalora_jax.config.vision import VisionConfig
+    from nalora_jax.config import VisionConfig
     from nalora_jax.loading.adapted import locate
     from nalora_jax.loading.base import read_config
     from nalora_jax.weights.hub import resolve
@@ -152,7 +152,7 @@ class _Adapters:
         import jax
 
         from nalora_jax import distributed
-        from nalora_jax.generate.generator import Generator
+        from nalora_jax.generate import Generator
         from nalora_jax.weights.adapter_slot import AdapterSlot
 
         model, rank = self._model, AdapterSlot.rank_of(spec)

@@ -100,7 +100,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
 
 
 def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
-    files, words = _imports(_spelled_out(words))
+    files, words = _imports(_joined(_spelled_out(words), "--sweep"))
     asked = next((word for word in words if word in ("-h", "--help", "--help-all")), None)
     if asked in ("-h", "--help") and verb.shown:
         print(usage.short_help(name, verb.arguments, verb.shown, parser.typed))
@@ -162,6 +162,22 @@ def _spelled_out(words: list[str]) -> list[str]:
             pair = pair[:1]
         rest = rest[len(pair) :]
     return found
+
+
+def _joined(words: list[str], flag: str) -> list[str]:
+    """Returns the words with all values of a repeated flag after one flag."""
+    values, others, taking = [], [], False
+    for word in words:
+        name, assigned, value = word.partition("=")
+        if name == flag and (assigned or word == flag):
+            taking = not assigned
+            values += [value] if assigned else []
+        elif taking and not word.startswith("--"):
+            values.append(word)
+        else:
+            taking = False
+            others.append(word)
+    return [*others, flag, *values] if flag in words or values else others
 
 
 def _imports(words: list[str]) -> tuple[list[str], list[str]]:

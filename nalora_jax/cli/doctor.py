@@ -18,9 +18,34 @@ from nalora_jax.cli import pod
 from nalora_jax.downloads import cache_dir, private_dir
 from nalora_jax.errors import NaloraError
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "huggingface_hub")
-COMPARED = ("nalora_jax", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")  # between processes
-OPTIONAL = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "transformers", "peft", "lm_eval")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "tokenizers",
+    "huggingface_hub",
+)
+COMPARED = (
+    "nalora_jax",
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+)  # between processes
+OPTIONAL = (
+    "libtpu",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "torch",
+    "transformers",
+    "peft",
+    "lm_eval",
+)
 CACHES = {
     "native": "compiled CPU kernels",
     "compiled": "compiled programs",
@@ -37,13 +62,21 @@ def doctor(args: Any) -> None:
     del args
     kernels, kernel_problems = _kernels()
     caches, cache_problems = _caches()
-    problems = [*_installation_problems(), *kernel_problems, *cache_problems, *environment_problems(os.environ)]
+    problems = [
+        *_installation_problems(),
+        *kernel_problems,
+        *cache_problems,
+        *environment_problems(os.environ),
+    ]
     reports, devices = _reports(problems)
     wrong = list(pod.differences(reports))
     if pod.Group().index:
         print("process 0 prints the report")
     else:
-        versions = {"python": platform.python_version(), "nalora_jax": version("nalora_jax")} | _versions()
+        versions = {
+            "python": platform.python_version(),
+            "nalora_jax": version("nalora_jax"),
+        } | _versions()
         sections = {"Versions": versions, "Devices": devices, "CPU": kernels, "Caches": caches}
         for title, shown in sections.items():
             _section(title, shown)
@@ -84,7 +117,10 @@ def _join(problems: list[str]) -> list[str]:
     about = ", ".join(f"{name} {number}" for name, number in _compared().items())
     print("\n  ! ".join([f"{socket.gethostname()}: {about}", *problems]), flush=True)
     filter_stderr()
-    print(f"waiting up to {pod.WAIT} s for the other processes: start nalora doctor on every host", file=sys.stderr)
+    print(
+        f"waiting up to {pod.WAIT} s for the other processes: start nalora doctor on every host",
+        file=sys.stderr,
+    )
     try:
         initialize_distributed(within=pod.WAIT)
     except (NaloraError, RuntimeError) as error:
@@ -180,7 +216,11 @@ def _kernels() -> tuple[dict[str, str], list[str]]:
     from nalora_jax.cpu import hugepages, processor
     from nalora_jax.cpu.native import library
 
-    shown = {"name": processor.name(), "cores": str(os.cpu_count()), "kernels": ", ".join(library.kinds())}
+    shown = {
+        "name": processor.name(),
+        "cores": str(os.cpu_count()),
+        "kernels": ", ".join(library.kinds()),
+    }
     problems = []
     try:
         shown["in use"] = library.kind(os.environ.get("NALORA_NATIVE", "")) or "none: products are XLA's"
@@ -221,7 +261,9 @@ def _caches() -> tuple[dict[str, str], list[str]]:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.1f} MB"
 
 
 def _section(title: str, rows: Mapping[str, str]) -> None:

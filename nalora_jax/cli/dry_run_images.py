@@ -47,7 +47,9 @@ def _trained(base: DualConfig, spec: AdapterSpec) -> int:
     """Returns the number of trained parameters."""
     shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in base.param_shapes().items()}
     lora: Any = jax.eval_shape(
-        lambda key, params: init_lora(base, spec, key, params), jax.random.key(0), trees.unflatten(shapes)
+        lambda key, params: init_lora(base, spec, key, params),
+        jax.random.key(0),
+        trees.unflatten(shapes),
     )
     return trees.count(lora)
 

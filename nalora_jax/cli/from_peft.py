@@ -45,7 +45,11 @@ def from_peft(args: FromPeftArgs) -> None:
     values = config_files.read_values(path)
     known = set(values) if isinstance(values, Mapping) else set()
     if not known & {*PEFT, *TRL}:
-        raise NaloraError(str(path), expected="settings of PEFT or TRL", found=", ".join(map(str, known)) or "none")
+        raise NaloraError(
+            str(path),
+            expected="settings of PEFT or TRL",
+            found=", ".join(map(str, known)) or "none",
+        )
     of_trl = args.trainer or known & (set(TRL) - set(PEFT))
     settings, notes = from_trl(values, args.trainer) if of_trl else convert_peft(values)
     config = check(config_files.settings_of(settings, path))

@@ -109,7 +109,7 @@ def is_dual(model: str | Path, adapter: str | Path | None = None) -> bool:
 
 def evaluate(args: EvalArgs) -> dict[str, Any]:
     """Returns the held-out metric of a run on images, by default on the run's reported images."""
-    from nalora_jax.data.images.sources import open_images
+    from nalora_jax.data.images.opened import open_images
     from nalora_jax.evaluate.heldout import describe
     from nalora_jax.loading.dual import load_adapted_dual
     from nalora_jax.train.dual_pieces import held_out_images
@@ -169,7 +169,7 @@ def merge(args: MergeArgs, card: Callable[[Any, Literal["adapter", "merged"]], s
 def _opened(paths: Sequence[Path], *, skip: bool) -> Iterator[tuple[Path, Any]]:
     import sys
 
-    from nalora_jax.data.images import open_image
+    from nalora_jax.data.images.files import open_image
 
     for path in paths:
         try:

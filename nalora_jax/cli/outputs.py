@@ -27,7 +27,10 @@ def mesh_of(config: MeshConfig) -> Mesh | None:
 
 def data_of(run: Mapping[str, Any], changes: dict[str, Any]) -> DataConfig:
     """Returns the data settings of the adapter's run, else defaults, with the user's changes."""
-    return replace(config_from_dict(run).data, **{name: value for name, value in changes.items() if value is not None})
+    return replace(
+        config_from_dict(run).data,
+        **{name: value for name, value in changes.items() if value is not None},
+    )
 
 
 def refuse_existing(folder: Path) -> None:
@@ -76,7 +79,11 @@ def flags_of_verb(dataset: str) -> Iterator[None]:
 
     ``dataset`` is the flag of the data set.
     """
-    names = {"--data.dataset": dataset, "--data.eval-split": "--split", "--data.eval-limit": "--limit"}
+    names = {
+        "--data.dataset": dataset,
+        "--data.eval-split": "--split",
+        "--data.eval-limit": "--limit",
+    }
     try:
         yield
     except NaloraError as error:

@@ -19,6 +19,7 @@ from nalora_jax.cli.images import ClassifyArgs, RetrieveArgs
 from nalora_jax.config import LoRARule, MeshConfig, RunConfig, config_from_dict
 from nalora_jax.config.ranges import AXIS, COUNT, SAMPLING, SEED, SIZE, TOKENS, Range, check_path
 from nalora_jax.errors import NaloraError
+from nalora_jax.sweeps.grid import recorded_sweep
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -38,6 +39,9 @@ class TrainArgs:
     # Print the run's plan (the settings as YAML, parameters, rows, steps, an estimate of memory)
     # and stop; no weights are loaded and only the data's cache is written.
     dry_run: bool = False
+    # Train one run for each of these values, in as few programs as possible: SETTING=VALUE,VALUE,...; the
+    # option may be repeated, for all combinations. Each run gets a folder below --output.
+    sweep: tuple[str, ...] = ()
     run: Annotated[RunConfig, arg(name="")] = field(default_factory=RunConfig)
 
 
@@ -173,6 +177,8 @@ class StudyArgs:
     study: Positional[Path]
     # run, verify: maximum number of runs that this process executes (0: all; verify: three).
     limit: int = 0
+    # run: runs of a method that train in one program; 0: one on a CPU, 16 elsewhere.
+    together: int = 0
     # run: methods whose runs this process executes (none: all), to get the most urgent results
     # first.
     methods: tuple[str, ...] = ()
@@ -193,7 +199,7 @@ RANGES: dict[type, dict[str, Range]] = {
     },
     ExportArgs: {"max_lora_rank": Range("a whole number", "[1, 65536]")},
     InspectArgs: {"limit": COUNT, "max_length": TOKENS, "seed": SEED},
-    StudyArgs: {"limit": COUNT},
+    StudyArgs: {"limit": COUNT, "together": COUNT},
     ClassifyArgs: {"top": SIZE},
     RetrieveArgs: {"top": SIZE},
 }
@@ -224,7 +230,7 @@ def registry() -> ConstructorRegistry:
             metavar="[yes|no|auto]",
             instance_from_str=parse_resume,
             is_instance=lambda value: isinstance(value, bool) or value == "auto",
-            str_from_instance=lambda value: ["auto" if value == "auto" else "yes" if value else "no"],
+            str_from_instance=lambda value: [{"True": "yes", "False": "no"}.get(str(value), "auto")],
         )
 
     return rules
@@ -262,6 +268,9 @@ def defaults(argv: Sequence[str]) -> TrainArgs:
             return TrainArgs()
         folder = (output or [RunConfig.output])[0]
         check_path("--output", folder)
+        swept = recorded_sweep(folder)
+        if swept is not None:
+            return TrainArgs(sweep=swept[0], run=replace(swept[1], output=folder, imports=()))
         return TrainArgs(run=_recorded(folder))
     if not config:
         raise NaloraError("--config", expected="a YAML, JSON or Python file", found="nothing")

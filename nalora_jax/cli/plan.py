@@ -6,9 +6,10 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nalora_jax.config import (
     ComputeConfig,
@@ -23,16 +24,22 @@ from nalora_jax.config import (
 from nalora_jax.config.ranges import AXIS, COUNT, ROWS, TOKENS, Range
 from nalora_jax.errors import NaloraError
 
+if TYPE_CHECKING:
+    from nalora_jax.models.config import ModelConfig
+    from nalora_jax.plan.machines import Topology
+
 
 @dataclass(frozen=True)
 class PlanArgs:
     """Compile a training step for TPUs or GPUs that are not attached: memory and maximum speed."""
 
-    # llama-3.1-8b, llama-3.1-70b, gemma-3-27b, qwen3-32b, mixtral-8x7b; or a config.json, or its
+    # llama-3.1-8b, llama-3.1-70b, gemma-3-27b, gemma-4-31b, qwen3-32b, mixtral-8x7b; or a config.json, or its
     # folder.
-    model: str
+    model: str = ""
     # One or more: v5e:16x16, v6e:16x16, v5p:8x8x16, 2xv6e:16x16 (two slices), 8xh100, 64xh100.
-    topology: tuple[str, ...]
+    topology: tuple[str, ...] = ()
+    # Plan all runs of a study, a folder with protocol.toml, with its first model and its settings.
+    study: Path | None = None
     # Rows per step over all chips (0: one per chip).
     batch: int = 0
     # Tokens per row.
@@ -59,6 +66,10 @@ class PlanArgs:
     json: Path | None = None
     # Print the layout that would be chosen, without compiling.
     estimate: bool = False
+    # Plan a sweep of this number of runs, each with --batch rows a step; 0: one run.
+    sweep: int = 0
+    # Steps of each run of the sweep: shows hours and, with --price, the price of all runs.
+    steps: int = 0
     # Axes of the mesh; axes without a size are chosen automatically.
     mesh: MeshConfig = field(default_factory=MeshConfig)
     # Rules that weigh the gates' gradients and updates, as for nalora train.
@@ -71,6 +82,8 @@ RANGES = {
     "images": COUNT,
     "accumulate": ROWS,
     "added_tokens": COUNT,
+    "sweep": COUNT,
+    "steps": COUNT,
     "price": Range("a number", "[0, 1e6]"),
     "mesh.data": AXIS,
     "mesh.fsdp": AXIS,
@@ -92,9 +105,17 @@ def plan(args: PlanArgs) -> None:
     from nalora_jax.plan.report import describe, describe_cost, estimate_record
     from nalora_jax.plan.report import plan as compiled
 
+    if args.study is not None:
+        _plan_study(args, machines)
+        return
+    if not args.model:
+        raise NaloraError("--model", expected="a model", found="none")
     base = architecture(args.model, images=args.images > 0)
     base = replace(base, vocab_size=base.vocab_size + args.added_tokens)
     _check_length(args.seq, base.max_positions)
+    if args.sweep:
+        _plan_sweep(args, base, machines)
+        return
     for machine in machines:
         config = _config(args, args.batch or machine.size * args.accumulate)
         if args.estimate:
@@ -110,6 +131,31 @@ def plan(args: PlanArgs) -> None:
         if args.json is not None:
             with args.json.open("a") as file:
                 file.write(json.dumps(record) + "\n")
+
+
+def _plan_sweep(args: PlanArgs, base: ModelConfig, machines: Sequence[Topology]) -> None:
+    """Prints the plan of a sweep on each topology."""
+    from nalora_jax.plan.sweep import describe_sweep, plan_sweep
+
+    for machine in machines:
+        planned = plan_sweep(_config(args, args.batch or args.accumulate), base, machine, args.seq, args.sweep)
+        print("\n".join(describe_sweep(planned, steps=args.steps, price=args.price)), flush=True)
+        if args.json is not None:
+            with args.json.open("a") as file:
+                file.write(json.dumps(planned.to_dict()) + "\n")
+
+
+def _plan_study(args: PlanArgs, machines: Sequence[Topology]) -> None:
+    """Prints the plan of a study on each topology."""
+    from nalora_jax.plan.models import architecture
+    from nalora_jax.plan.sweep import describe_study, plan_study
+    from nalora_jax.study.protocol import read_protocol
+
+    assert args.study is not None
+    protocol = read_protocol(args.study)
+    base = architecture(args.model or protocol.models[0].rpartition("/")[2])
+    for machine in machines:
+        print("\n".join(describe_study(plan_study(protocol, base, machine), args.price)), flush=True)
 
 
 def _check_length(seq: int, positions: int) -> None:

@@ -88,7 +88,15 @@ def report(group: Group, versions: Mapping[str, str], problems: Sequence[str]) -
     free, total = host_memory()
     problems = [*problems, *memory_problems(free, total)]
     group.together("clock")
-    return Report(group.index, socket.gethostname(), dict(versions), free, total, time.time(), problems=problems)
+    return Report(
+        group.index,
+        socket.gethostname(),
+        dict(versions),
+        free,
+        total,
+        time.time(),
+        problems=problems,
+    )
 
 
 def rows(reports: Sequence[Report | None]) -> dict[str, str]:
@@ -116,7 +124,11 @@ def differences(reports: Sequence[Report | None]) -> Iterator[str]:
         where = "every process" if len(names) == len(reports) else ", ".join(names)
         yield f"{where}: {problem}" if len(reports) > 1 else problem
     for package in sorted({name for one in present for name in one.versions}):
-        yield from _odd(present, {one.process: one.versions.get(package, "not installed") for one in present}, package)
+        yield from _odd(
+            present,
+            {one.process: one.versions.get(package, "not installed") for one in present},
+            package,
+        )
     yield from _odd(present, {one.process: one.devices or "none" for one in present}, "devices")
     middle = _middle(reports)
     for one in present:

@@ -31,4 +31,12 @@ def push(args: PushArgs) -> None:
 
     inner = args.folder / "adapter"
     folder = inner if inner.is_dir() and not (args.folder / "config.json").is_file() else args.folder
-    print(push_folder(folder, args.repo, base_model=args.base_model, private=args.private, message=args.message))
+    print(
+        push_folder(
+            folder,
+            args.repo,
+            base_model=args.base_model,
+            private=args.private,
+            message=args.message,
+        )
+    )

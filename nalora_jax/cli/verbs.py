@@ -33,8 +33,14 @@ def train(args: cli.TrainArgs) -> None:
     check_new_path("--output", Path(args.run.output))
     if args.dry_run:
         from nalora_jax.cli.dry_run import dry_run
+        from nalora_jax.sweeps.grid import axes_of, grid
 
-        return dry_run(args.run)
+        return dry_run(grid(args.run, axes_of(args.sweep))[0] if args.sweep else args.run)
+    if args.sweep:
+        from nalora_jax.sweeps.run import sweep_grid
+
+        sweep_grid(args.run, args.sweep)
+        return None
     from nalora_jax.job import run
 
     run(args.run)
@@ -228,7 +234,7 @@ def study(args: cli.StudyArgs) -> None:
     if args.action == "run":
         from nalora_jax.study.execution import run_study
 
-        run_study(protocol, limit=args.limit, methods=args.methods)
+        run_study(protocol, limit=args.limit, methods=args.methods, together=args.together)
     elif args.action == "verify":
         from nalora_jax.study.verification import verify
 

@@ -20,7 +20,7 @@ from nalora_jax.config.documented import documented
 from nalora_jax.config.former import translated
 from nalora_jax.config.machine import ComputeConfig, MeshConfig, Remat
 from nalora_jax.config.method import LoRAConfig, LoRARule, OptimizerConfig
-from nalora_jax.config.preference import PreferenceConfig, check_preference
+from nalora_jax.config.preference import UNCHANGED, PreferenceConfig, check_preference
 from nalora_jax.config.ranges import (
     ALPHA,
     AXIS,
@@ -272,6 +272,8 @@ RANGES = {
     "mesh.data": AXIS,
     "mesh.fsdp": AXIS,
     "mesh.tensor": AXIS,
+    "mesh.run": COUNT,
+    "mesh.runs_per_device": COUNT,
     "train.batch_size": ROWS,
     "train.accumulate": ROWS,
     "train.log_every": SIZE,
@@ -356,8 +358,9 @@ def _check_saved(config: RunConfig) -> None:
     if not (lora.modules_to_save or ids):
         return
     setting = "modules-to-save" if lora.modules_to_save else "trainable-token-indices"
+    init = config.lora.init
+    require("--lora.init", init in UNCHANGED, f"{' or '.join(UNCHANGED)} with --lora.{setting}", init)
     for flag, found, fits in (
-        ("--lora.init", config.lora.init, "default"),
         ("--vision.task", config.vision.task, ""),
         ("--preference.loss", config.preference.loss, "none"),
     ):

@@ -56,7 +56,12 @@ class _Docstring:
             return self.summary
         if not self._text:
             lines = [
-                fill(f"{name}: {text or _summary(owner, name)}", 100, initial_indent="  ", subsequent_indent="    ")
+                fill(
+                    f"{name}: {text or _summary(owner, name)}",
+                    100,
+                    initial_indent="  ",
+                    subsequent_indent="    ",
+                )
                 for name, text in field_comments(owner).items()
             ]
             self._text = "\n".join([self.summary, "", "Attributes:", *lines])
@@ -67,4 +72,6 @@ def _summary(owner: type, name: str) -> str:
     """Returns the docstring of the settings in a field, without their own fields."""
     kind = next(field.default_factory for field in fields(owner) if field.name == name)
     docstring = vars(kind).get("__doc__")
-    return " ".join(docstring.summary.split()) if isinstance(docstring, _Docstring) else ""
+    if isinstance(docstring, _Docstring):
+        return " ".join(docstring.summary.split())
+    return ""

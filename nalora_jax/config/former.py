@@ -75,15 +75,24 @@ class FormerGroups:
 def _rule(name: str, group: FormerMask | FormerStepScale) -> str:
     """Returns a rule with the settings that differ from its defaults."""
     rule, names = RULES[name, group.kind]
-    usual = {one.name: one.default for one in fields(group)} | {"power": 1.0}  # the default of the rule `soft`
+    defaults = {setting.name: setting.default for setting in fields(group)}
+    defaults |= {"power": 1.0}  # of the rule `soft`
     settings = {setting: getattr(group, setting) for setting in names}
-    changed = [f"{key}={_text(value)}" for key, value in settings.items() if value != usual[key]]
-    return ":".join([rule, *([",".join(changed)] if changed else [])])
+    changed = ",".join(f"{key}={_text(value)}" for key, value in settings.items() if value != defaults[key])
+    return ":".join(filter(None, (rule, changed)))
 
 
 def _text(value: Any) -> str:
     """Returns the value of a setting as `nalora_jax.registry.Registry.make` reads it."""
-    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return "/".join(map(str, value))
+    return str(value)
+
+
+def _tuple(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return value
 
 
 def groups_of(settings: Mapping[str, Any]) -> FormerGroups:
@@ -93,12 +102,11 @@ def groups_of(settings: Mapping[str, Any]) -> FormerGroups:
       TypeError: a value has another type.
       AttributeError: a group is not a mapping.
     """
-    groups = {}
-    for kind in fields(FormerGroups):
-        known = {one.name for one in fields(kind.default_factory)}  # type: ignore[arg-type]
-        values = settings.get(kind.name, {})
-        inner = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in known}
-        groups[kind.name] = kind.default_factory(**inner)  # type: ignore[misc]
+    groups: dict[str, Any] = {}
+    for group, kind in {"mask": FormerMask, "step_scale": FormerStepScale}.items():
+        names = {setting.name for setting in fields(kind)}
+        values = {name: _tuple(value) for name, value in settings.get(group, {}).items() if name in names}
+        groups[group] = kind(**values)
     former = FormerGroups(**groups)
     if (wrong := first_wrong(former)) is not None:
         raise TypeError(f"{wrong.field} = {reprlib.repr(wrong.value)}, which is no {type_name(wrong.hint)}")

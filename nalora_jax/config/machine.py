@@ -23,6 +23,10 @@ class MeshConfig:
     fsdp: int = 0
     # Splits heads and FFN channels.
     tensor: int = 0
+    # Sweeps: groups of devices that train different runs; 0 lets the library choose.
+    run: int = 0
+    # Sweeps: runs that share one group of devices and its copy of the base; 0: as many as fit.
+    runs_per_device: int = 0
 
 
 # Activations stored for the backward pass: `nalora_jax.models.remat.REMAT`, or "auto" for the
@@ -30,6 +34,7 @@ class MeshConfig:
 Remat = Literal[
     "auto", "none", "full", "attention", "dots", "full_offload", "attention_offload", "dots_offload"
 ]  # fmt: skip
+Experts = Literal["auto", "gather", "send"]
 
 
 @documented
@@ -49,6 +54,9 @@ class ComputeConfig:
     # results of matmuls), or "attention" (the same without results of width d_ff). With _offload,
     # they are stored in the host's memory (TPU, GPU).
     remat: Remat = "auto"
+    # Experts that "fsdp" splits: "gather" them for each layer, "send" each token to its experts, or "auto" (the faster
+    # by the estimates of --mesh auto; elsewhere the way that moves fewer bytes).
+    experts: Experts = "auto"
     # Compute the channel statistics on one in n positions of each packed sequence (1: on all).
     stats_stride: int = 4
     # Largest number of these positions per packed sequence: longer sequences get larger strides,

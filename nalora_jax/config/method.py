@@ -27,16 +27,16 @@ class LoRAConfig:
     """The projections that get adapters, and the kind of adapter."""
 
     # Ordered rules; the first match wins, an unmatched projection stays frozen, an unused rule is an error.
-    rules: tuple[LoRARule, ...] = (LoRARule("ffn/(gate|up|down|in|out)_proj"),)
+    rules: tuple[LoRARule, ...] = (LoRARule("ffn/(.*/)?(gate|up|down|in|out)_proj"),)
     # Scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732) instead of alpha / rank.
     rslora: bool = False
     # Weight-decomposed adapters (DoRA, arXiv 2402.09353): a trained magnitude per output channel.
     dora: bool = False
     # Initialization: "default" (A uniform as in PEFT, B zero), "pissa" (principal components,
     # arXiv 2404.02948), "lora_ga" (singular vectors of the kernel's gradient on the first batches
-    # in A and B, arXiv 2407.05000), or "gradient" (A the directions in which that gradient is
-    # largest, B zero).
-    init: Literal["default", "pissa", "lora_ga", "gradient"] = "default"
+    # in A and B, arXiv 2407.05000), "gradient" (A the directions in which that gradient is largest, B
+    # zero), or "zero_a" (A zero, B Gaussian with the standard deviation of the default's A).
+    init: Literal["default", "pissa", "lora_ga", "gradient", "zero_a"] = "default"
     # lora_ga, gradient: batches on which the gradient is computed, each read five times: with 4,
     # the time of 20 steps.
     gradient_batches: int = 4

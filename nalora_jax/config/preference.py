@@ -8,6 +8,9 @@ from typing import Literal
 from nalora_jax.config.documented import documented
 from nalora_jax.errors import NaloraError
 
+# Values of --lora.init that read no batches and keep the base's weights.
+UNCHANGED = ("default", "zero_a")
+
 
 @documented
 @dataclass(frozen=True)
@@ -47,8 +50,9 @@ def check_preference(preference: PreferenceConfig, *, init: str, task: str) -> N
     """
     if preference.loss == "none":
         return
-    if init != "default":
+    if init not in UNCHANGED:
         remedy = "the reference is the base with the adapter off, which these adapters change"
-        raise NaloraError("--lora.init", expected="default with --preference.loss", found=init, remedy=remedy)
+        expected = f"{' or '.join(UNCHANGED)} with --preference.loss"
+        raise NaloraError("--lora.init", expected=expected, found=init, remedy=remedy)
     if task:
         raise NaloraError("--preference.loss", expected="none for image and text encoders", found=preference.loss)

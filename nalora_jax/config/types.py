@@ -49,7 +49,9 @@ def _plain(value: Any) -> Any:
         return tuple(map(_plain, value))
     if isinstance(value, PurePath):
         return str(value)
-    return value.item() if getattr(value, "ndim", None) == 0 else value
+    if getattr(value, "ndim", None) == 0:
+        return value.item()
+    return value
 
 
 def has_type(value: Any, hint: Any) -> bool:
@@ -63,4 +65,6 @@ def has_type(value: Any, hint: Any) -> bool:
 
 def type_name(hint: Any) -> str:
     """Returns the name of a type for messages."""
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    if isinstance(hint, type):
+        return hint.__name__
+    return str(hint).replace("typing.", "")

@@ -62,7 +62,12 @@ def check_vision(vision: VisionConfig, *, accumulate: int, quantize: str) -> Non
     """
     _require("templates", bool(vision.templates), "at least one prompt", "none")
     for template in vision.templates:
-        _require("templates", template.count("{}") == 1, "one {} for the class's name in each prompt", repr(template))
+        _require(
+            "templates",
+            template.count("{}") == 1,
+            "one {} for the class's name in each prompt",
+            repr(template),
+        )
     if vision.task == "contrast" and accumulate > 1:
         raise NaloraError(
             "--train.accumulate",
@@ -71,7 +76,12 @@ def check_vision(vision: VisionConfig, *, accumulate: int, quantize: str) -> Non
             remedy="use a smaller batch, more devices, or --compute.remat full",
         )
     if vision.image_size and vision.task not in DUAL:
-        _require("image-size", False, f"0 with any --vision.task but {' and '.join(DUAL)}", vision.image_size)
+        _require(
+            "image-size",
+            False,
+            f"0 with any --vision.task but {' and '.join(DUAL)}",
+            vision.image_size,
+        )
     if vision.task in DUAL and quantize != "none":
         raise NaloraError("--compute.quantize", expected="none for image and text encoders", found=quantize)
 

@@ -35,7 +35,9 @@ def adapted_dense(x: jax.Array, dense: Dense, numerics: Numerics) -> Adapted:
         return NotImplemented
     if is_native(_rows(x), numerics.operand, numerics):
         return together(NativeProducts(numerics), x, [dense])[0]
-    return together(FusedProducts(numerics), x, [dense])[0] if worthwhile(x, dense.kernel) else NotImplemented
+    if worthwhile(x, dense.kernel):
+        return together(FusedProducts(numerics), x, [dense])[0]
+    return NotImplemented
 
 
 @CPU.implements(ops.parallel_dense)
@@ -69,7 +71,10 @@ def together(products: Products, x: jax.Array, layers: Sequence[Dense]) -> list[
     ys, hidden = gated(products, x.reshape(-1, x.shape[-1]), factors)
     ys, hidden = jax.tree.map(lambda y: y.reshape(*x.shape[:-1], -1), (ys, hidden))
     return [
-        Adapted(add_bias(y, layer.bias), None if layer.adapter is None else LowRankHidden(h, layer.adapter.b))
+        Adapted(
+            add_bias(y, layer.bias),
+            None if layer.adapter is None else LowRankHidden(h, layer.adapter.b),
+        )
         for layer, y, h in zip(layers, ys, hidden, strict=True)
     ]
 
@@ -98,7 +103,11 @@ class FusedProducts(Products):
         # matmul over x.
         if d_out > d_in:
             hidden: Any = save_residual(scale * dot(x, a, n), "float32", n)
-            y = dot(self._joined(x, hidden, 1, multiple), self._joined(expand(kernel), b, 0, multiple), n)
+            y = dot(
+                self._joined(x, hidden, 1, multiple),
+                self._joined(expand(kernel), b, 0, multiple),
+                n,
+            )
         else:
             both = dot(x, self._joined(expand(kernel), a, 1), n)
             hidden = save_residual(scale * both[:, d_out:], "float32", n)
@@ -132,7 +141,10 @@ class FusedProducts(Products):
             dx = extra + dot(exact[0], a, n, dims=(1, 1))
         else:
             multiple = contraction_multiple(n)
-            sides = self._joined(g, exact[0], 1, multiple), self._joined(expand(kernel), a, 1, multiple)
+            sides = (
+                self._joined(g, exact[0], 1, multiple),
+                self._joined(expand(kernel), a, 1, multiple),
+            )
             dx = dot(*sides, n, dims=(1, 1))
         da, db = self._narrow(masked[0], x).T, self._narrow(hidden[0], g)
         return rounded(dx, x.dtype, n), [da], [db]
@@ -162,7 +174,9 @@ def contraction_multiple(numerics: Numerics) -> int:
     AMX tiles take 32 bf16 values: 608 columns, the last 24 of them zeros, are a fifth faster than
     584.
     """
-    return 32 if numerics.operand == "bfloat16" and native.has_tiles() else 1
+    if numerics.operand == "bfloat16" and native.has_tiles():
+        return 32
+    return 1
 
 
 @jax.tree_util.register_dataclass
@@ -213,7 +227,10 @@ class NativeProducts(Products):
         adapted = [i for i, layer in enumerate(layers) if layer.a is not None]
         sums = [Sum(self.input_terms(gs, layers, exact), x.dtype)]
         for i in adapted:
-            sums += [Sum([Term(masked[i].T, x)]), Sum([Term(read_residual(hidden[i], "float32").T, gs[i])])]
+            sums += [
+                Sum([Term(masked[i].T, x)]),
+                Sum([Term(read_residual(hidden[i], "float32").T, gs[i])]),
+            ]
         dx, *found = native_sums(self.numerics, *sums)
         das: list[Any] = [None] * len(layers)
         dbs: list[Any] = [None] * len(layers)

@@ -107,8 +107,8 @@ def _fwd(
     out, logsumexp = native.attention(_heads(arrays, rest, ordered), config.softcap)
     if sinks is not None:
         # [batch, heads, seq] as out is: [batch, seq, heads, 1]
-        out, total = with_sinks(out, logsumexp.swapaxes(1, 2)[..., None], sinks[None, None, :, None])
-        logsumexp = total[..., 0].swapaxes(1, 2)
+        out, summed = with_sinks(out, logsumexp.swapaxes(1, 2)[..., None], sinks[None, None, :, None])
+        logsumexp = summed[..., 0].swapaxes(1, 2)
     saved, total = save(out), save_residual(logsumexp, "float32", numerics)
     like = tuple(jnp.zeros((0,), x.dtype) for x in (q, k, v))
     needed = saved if native.needs_result(q.shape[1], config.softcap) else None

@@ -199,5 +199,9 @@ def over_vocabulary(
         return higher, fade * total + jnp.sum(exps, axis=-1), attended
 
     lowest = jnp.full((rows,), jnp.finfo(jnp.float32).min)
-    carry = (lowest, jnp.zeros((rows,), jnp.float32), jnp.zeros((rows, d_model if grad else 0), jnp.float32))
+    carry = (
+        lowest,
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros((rows, d_model if grad else 0), jnp.float32),
+    )
     return lax.fori_loop(0, -(-vocab // block), add, carry)

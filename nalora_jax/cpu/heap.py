@@ -38,4 +38,6 @@ _TRIM_THRESHOLD, _MMAP_MAX, _NEVER = -1, -4, 2**31 - 1
 
 def _function(name: str) -> Any:
     """Returns a function of glibc; None with other libraries."""
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if sys.platform == "linux":
+        return getattr(ctypes.CDLL(None), name, None)
+    return None

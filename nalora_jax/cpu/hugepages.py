@@ -41,7 +41,11 @@ def restart() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, VARIABLE: value, MARK: "1"})
+        os.execve(
+            sys.executable,
+            [sys.executable, *sys.orig_argv[1:]],
+            {**os.environ, VARIABLE: value, MARK: "1"},
+        )
     except OSError:
         # The interpreter was replaced meanwhile, or the environment is too long: no restart.
         return

@@ -31,7 +31,9 @@ def native_sums(numerics: Numerics, *sums: native.Sum) -> list[jax.Array]:
     def operand(y: Any) -> Any:
         if isinstance(y, native.Slice):
             return y
-        return y.bits if isinstance(y, Bits) else rounded(expand(y), "bfloat16", numerics)
+        if isinstance(y, Bits):
+            return y.bits
+        return rounded(expand(y), "bfloat16", numerics)
 
     terms = ([native.Term(operand(x), operand(y), transposed) for x, y, transposed in s.terms] for s in sums)
     return native.products(*(native.Sum(t, s.dtype) for t, s in zip(terms, sums, strict=True)))

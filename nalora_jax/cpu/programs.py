@@ -37,17 +37,21 @@ class CPUHooks(PlatformHooks):
         XLA's matmuls would need a second pass over the result.
         """
         bf16 = numerics.operand == "bfloat16" and usable(numerics)
-        return replace(numerics, inner="bfloat16") if bf16 else numerics
+        if bf16:
+            return replace(numerics, inner="bfloat16")
+        return numerics
 
     def best_remat(self, d_model: int, numerics: Numerics, *, gated: bool = True) -> str:
         """Returns "attention" for narrow gated models on AMX tiles, else "dots".
 
-        The time of a matmul per byte of its result grows with d_model, the time to save a byte does not.
-        A block with one wide matmul has half as much to save: CLIP ViT-B/16 is 6% faster with "dots"
-        (benchmarks/few_shot.py).
+        The time of a matmul per byte of its result grows with d_model, the time to save a byte does
+        not. A block with one wide matmul has half as much to save: CLIP ViT-B/16 is 6% faster with
+        "dots" (benchmarks/few_shot.py).
         """
         tiles = numerics.operand == "bfloat16" and usable(numerics) and native.multiplies_on_tiles()
-        return "attention" if tiles and gated and d_model <= _WIDEST_RECOMPUTED else "dots"
+        if tiles and gated and d_model <= _WIDEST_RECOMPUTED:
+            return "attention"
+        return "dots"
 
     def after_compilation(self) -> None:
         """Returns the compiler's memory to the system and lets the heap keep freed memory."""

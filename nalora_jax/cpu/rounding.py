@@ -23,7 +23,9 @@ from nalora_jax.ops.storage import SAVED, Stored
 @CPU.implements(storage.rounded)
 def rounded(x: jax.Array, dtype: Any, numerics: Numerics) -> jax.Array:
     """Rounds float32 to bf16."""
-    return _rounded(x) if (jnp.dtype(dtype), x.dtype) == (jnp.bfloat16, jnp.float32) else x.astype(dtype)
+    if (jnp.dtype(dtype), x.dtype) == (jnp.bfloat16, jnp.float32):
+        return _rounded(x)
+    return x.astype(dtype)
 
 
 @jax.custom_vjp

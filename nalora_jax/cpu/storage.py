@@ -50,12 +50,16 @@ class Bits(LayerStack):
 
 def bf16_bits(x: jax.Array) -> jax.Array:
     """Returns the bits of bf16 ``x``; other dtypes are unchanged."""
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+    if x.dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type(x, jnp.uint16)
+    return x
 
 
 def from_bits(x: jax.Array) -> jax.Array:
     """Computes the inverse of `bf16_bits`."""
-    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+    if x.dtype == jnp.uint16:
+        return lax.bitcast_convert_type(x, jnp.bfloat16)
+    return x
 
 
 def store(x: jax.Array) -> jax.Array | Stored:
@@ -66,8 +70,10 @@ def store(x: jax.Array) -> jax.Array | Stored:
 @CPU.implements(storage.take_rows)
 def take_rows(table: Kernel, rows: jax.Array, numerics: Numerics, axis: int = 0) -> jax.Array:
     """Reads rows of the bits."""
-    bits = table.bits if isinstance(table, Bits) else table if isinstance(table, Stored) else bf16_bits(table)
-    return NotImplemented if isinstance(bits, Stored) else from_bits(jnp.take(bits, rows, axis=axis))
+    if isinstance(table, Stored) and not isinstance(table, Bits):
+        return NotImplemented
+    bits = table.bits if isinstance(table, Bits) else bf16_bits(table)
+    return from_bits(jnp.take(bits, rows, axis=axis))
 
 
 def slice_rows(table: Kernel, start: jax.Array, size: int, axis: int) -> jax.Array:

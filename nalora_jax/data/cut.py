@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.sources import Source
+from nalora_jax.data.source import Source
 from nalora_jax.data.store import TokenStore, is_whole, load_store, write_store
 from nalora_jax.data.tokenize import Example, fit
 from nalora_jax.data.too_long import report_dropped, too_long
@@ -48,7 +48,12 @@ def cut_store(store: TokenStore, source: Source, config: DataConfig, bos_id: int
         )
     folder = store.folder.with_name(f"{store.folder.name}-{config.max_length}-{config.too_long}")
     if not is_whole(folder):
-        examples = _examples(store, np.flatnonzero(~long) if drop else np.arange(len(sizes)), config.max_length, bos_id)
+        examples = _examples(
+            store,
+            np.flatnonzero(~long) if drop else np.arange(len(sizes)),
+            config.max_length,
+            bos_id,
+        )
         write_store(folder, examples, dropped=count if drop else 0, truncated=0 if drop else count)
     cut = load_store(folder)
     cut = replace(cut, counts=replace(cut.counts, longest=longest))

@@ -24,8 +24,19 @@ CONVERSATIONS = "conversations"
 # Field with the images of a record (encoded, or paths of files), for vision-language models.
 IMAGES = "__images__"
 # ShareGPT's names of speakers, and the roles of chat templates.
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "bing": "assistant"}
-ROLES |= {"bard": "assistant", "model": "assistant", "observation": "tool", "function_response": "tool"}
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "bing": "assistant",
+}
+ROLES |= {
+    "bard": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
 ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
 _CALL = "function_call"
 # Roles of chat templates and their synonyms, which templates would render unchanged.
@@ -236,7 +247,9 @@ def _without_null(value: Any) -> Any:
     """Removes the nulls with which an Arrow column fills fields that only other rows have."""
     if isinstance(value, dict):
         return {name: _without_null(part) for name, part in value.items() if part is not None}
-    return [_without_null(part) for part in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_without_null(part) for part in value]
+    return value
 
 
 def _part(part: Any, where: str) -> str:

@@ -57,7 +57,9 @@ class FormattedSource(Source):
             found = type(example).__name__
             raise NaloraError(f"format, {self._base.where(index)}", expected="a dict, or None", found=found)
         # Nulls of a table's record may mean absent fields, also in the example.
-        return TableRecord(example) if example is not None and isinstance(record, TableRecord) else example
+        if example is not None and isinstance(record, TableRecord):
+            return TableRecord(example)
+        return example
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -82,7 +84,11 @@ class FormattedSource(Source):
 
 
 def given_sources(
-    config: DataConfig, *, data: Data | None = None, source: Mapping[str, Source] | None = None, format: Format | None
+    config: DataConfig,
+    *,
+    data: Data | None = None,
+    source: Mapping[str, Source] | None = None,
+    format: Format | None,
 ) -> tuple[DataConfig, Mapping[str, Source] | None]:
     """Returns in-memory data as sources by split, with the matching data settings.
 
@@ -115,7 +121,9 @@ def given_sources(
 
 
 def _by_split(data: Data) -> Mapping[str, Iterable[Mapping[str, Any]]]:
-    return data if isinstance(data, Mapping) else {"train": data}
+    if isinstance(data, Mapping):
+        return data
+    return {"train": data}
 
 
 def _records(split: str, records: Iterable[Mapping[str, Any]]) -> Source:

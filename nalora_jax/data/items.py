@@ -27,7 +27,8 @@ class ChoiceItem:
 
     # Prompt shared by all choices; if each choice has its own, the prompt of the gold choice.
     prompt_ids: list[int]
-    # Tokens to score after the prompt, one list per choice, never empty; without the end-of-turn token.
+    # Tokens to score after the prompt, one list per choice, never empty; without the
+    # end-of-turn token.
     choice_ids: list[list[int]]
     # Index of the correct choice.
     gold: int

@@ -59,11 +59,19 @@ class JsonLines:
             value = json.loads(self._bytes[start : len(self._bytes) if end < 0 else end])
         except (ValueError, RecursionError) as error:  # ValueError: bad JSON or bad UTF-8
             raise NaloraError(
-                self.where(index), expected="a JSON object", found=error, remedy="fix or remove this line"
+                self.where(index),
+                expected="a JSON object",
+                found=error,
+                remedy="fix or remove this line",
             ) from error
         if not isinstance(value, dict):
             kind = type(value).__name__
-            raise NaloraError(self.where(index), expected="a JSON object", found=f"a {kind}", remedy="fix this line")
+            raise NaloraError(
+                self.where(index),
+                expected="a JSON object",
+                found=f"a {kind}",
+                remedy="fix this line",
+            )
         return value
 
     def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:

@@ -117,7 +117,11 @@ def permutation(n: int, *key: int) -> np.ndarray:
 
 
 def assemble(
-    rows: Sequence[np.ndarray], tokens: np.ndarray, answer: np.ndarray, offsets: np.ndarray, capacity: int
+    rows: Sequence[np.ndarray],
+    tokens: np.ndarray,
+    answer: np.ndarray,
+    offsets: np.ndarray,
+    capacity: int,
 ) -> dict[str, np.ndarray]:
     """Puts examples into rows.
 

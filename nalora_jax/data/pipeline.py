@@ -16,7 +16,8 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data.cut import cut_store
 from nalora_jax.data.lengths import with_length
 from nalora_jax.data.packing import PackingPlan, Pattern, assemble, pack, plan
-from nalora_jax.data.sources import Source, open_train
+from nalora_jax.data.source import Source
+from nalora_jax.data.sources import open_train
 from nalora_jax.data.store import Counts, TokenStore, open_store
 from nalora_jax.errors import NaloraError
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from nalora_jax.data.images.rows import RowImages
     from nalora_jax.tokenizer import Tokenizer
 
-# Arrays [accumulate, rows of this process, max_length]: tokens, targets, loss_weights, segment_ids, positions.
+# Arrays [accumulate, rows of this process, max_length]: tokens, targets, loss_weights,
+# segment_ids, positions.
 HostBatch = dict[str, np.ndarray]
 
 
@@ -238,7 +240,9 @@ def train_data(
     """
     if batch_size % accumulate:
         raise NaloraError(
-            "--train.batch-size", expected=f"a multiple of the {accumulate} micro-batches", found=batch_size
+            "--train.batch-size",
+            expected=f"a multiple of the {accumulate} micro-batches",
+            found=batch_size,
         )
     if rows is None:
         rows = range(batch_size // accumulate)

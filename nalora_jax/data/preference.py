@@ -17,13 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nalora_jax.config import DataConfig
-from nalora_jax.config.preference import PreferenceConfig
-from nalora_jax.data.chat import Message, Rendered, as_messages, messages_of, render_chat, text_field
+from nalora_jax.config import DataConfig, PreferenceConfig
+from nalora_jax.data.chat import (
+    Message,
+    Rendered,
+    as_messages,
+    messages_of,
+    render_chat,
+    text_field,
+)
 from nalora_jax.data.lengths import drawn
 from nalora_jax.data.packing import PackingPlan, Pattern, assemble, pack, permutation, plan
 from nalora_jax.data.pipeline import BatchIterator, HostBatch, stream_figures
-from nalora_jax.data.sources import Source, open_held_out
+from nalora_jax.data.source import Source
+from nalora_jax.data.sources import open_held_out
 from nalora_jax.data.store import Counts
 from nalora_jax.data.tokenize import Example, fit, tokenize
 from nalora_jax.data.too_long import report_dropped
@@ -53,7 +60,11 @@ class Pair:
 
 
 def render_pair(
-    record: dict[str, Any], config: DataConfig, preference: PreferenceConfig, tokenizer: Tokenizer, where: str
+    record: dict[str, Any],
+    config: DataConfig,
+    preference: PreferenceConfig,
+    tokenizer: Tokenizer,
+    where: str,
 ) -> tuple[Rendered, Rendered]:
     """Returns the texts of both completions, each after the prompt; only completions count.
 
@@ -80,7 +91,11 @@ def render_pair(
 def _of_choices(record: dict[str, Any], where: str) -> tuple[str, str]:
     choices, gold = record["choices"], record.get("gold")
     if not isinstance(gold, int) or len(choices) < 2 or not 0 <= gold < len(choices):
-        raise NaloraError(f"{where}: gold", expected=f"the index of one of {len(choices)} choices", found=repr(gold))
+        raise NaloraError(
+            f"{where}: gold",
+            expected=f"the index of one of {len(choices)} choices",
+            found=repr(gold),
+        )
     return f" {choices[gold]}", f" {choices[(gold + 1) % len(choices)]}"
 
 
@@ -138,7 +153,12 @@ def _pair(texts: tuple[Rendered, Rendered], chosen: Example, rejected: Example, 
         if not example.has_target:
             raise NaloraError(f"{where}: {name}", expected="a token after the first", found="none")
     if np.array_equal(chosen.ids, rejected.ids):
-        raise NaloraError(where, expected="two answers that differ", found="the same one twice", remedy="remove it")
+        raise NaloraError(
+            where,
+            expected="two answers that differ",
+            found="the same one twice",
+            remedy="remove it",
+        )
     ((start, _),) = texts[0].answers
     answers = [text.text[slice(*text.answers[0])] for text in texts]
     return Pair(chosen, rejected, texts[0].text[:start], (answers[0], answers[1]))
@@ -273,7 +293,11 @@ def pair_data(
 
 
 def _fitting(
-    source: Source, indices: list[int], config: DataConfig, preference: PreferenceConfig, tokenizer: Tokenizer
+    source: Source,
+    indices: list[int],
+    config: DataConfig,
+    preference: PreferenceConfig,
+    tokenizer: Tokenizer,
 ) -> tuple[list[Example], int, int, int]:
     """Returns both segments of each pair that fits a row.
 
@@ -299,7 +323,10 @@ def _fitting(
         found = f"{dropped} pairs, all of them longer"
         remedy = f"--data.max-length {longest} keeps all"
         raise NaloraError(
-            source.name, expected=f"pairs of at most {config.max_length} tokens", found=found, remedy=remedy
+            source.name,
+            expected=f"pairs of at most {config.max_length} tokens",
+            found=found,
+            remedy=remedy,
         )
     return kept, dropped, truncated, longest
 

@@ -11,11 +11,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.chat import Message, Rendered, as_messages, messages_of, render_chat, require_unicode, text_field
+from nalora_jax.data.chat import (
+    Message,
+    Rendered,
+    as_messages,
+    messages_of,
+    render_chat,
+    require_unicode,
+    text_field,
+)
 from nalora_jax.data.forms import IMAGES, Parts, canonical, tools_of
 from nalora_jax.data.items import ChoiceItem, CompletionItem, Item, SeenItem
 from nalora_jax.data.packing import permutation
-from nalora_jax.data.sources import Source, open_held_out, open_pair, require_some
+from nalora_jax.data.source import Source, require_some
+from nalora_jax.data.sources import open_held_out, open_pair
 from nalora_jax.data.tokenize import tokenize
 from nalora_jax.errors import NaloraError
 
@@ -133,10 +142,19 @@ def _choices(record: dict[str, Any], config: DataConfig, where: str) -> tuple[li
     """
     prompt = text_field(record, config.prompt_field, where, "--data.prompt-field", others=config.messages_field)
     if not record.get("choices"):
-        return [prompt], [text_field(record, config.completion_field, where, "--data.completion-field")], [], 0
+        return (
+            [prompt],
+            [text_field(record, config.completion_field, where, "--data.completion-field")],
+            [],
+            0,
+        )
     choices, gold = _texts(record, "choices", where), record.get("gold")
     if not isinstance(gold, int) or not 0 <= gold < len(choices):
-        raise NaloraError(f"{where}: gold", expected=f"the index of one of {len(choices)} choices", found=repr(gold))
+        raise NaloraError(
+            f"{where}: gold",
+            expected=f"the index of one of {len(choices)} choices",
+            found=repr(gold),
+        )
     if not record.get("choice_prompts"):
         return [prompt] * len(choices), [f" {choice}" for choice in choices], choices, gold
     prompts = _texts(record, "choice_prompts", where)
@@ -165,7 +183,10 @@ def _text(prompt: str, completion: str, config: DataConfig, tokenizer: Tokenizer
 
 
 def _chat_text(
-    messages: Sequence[Message], tokenizer: Tokenizer, where: str, tools: Sequence[Message] | None = None
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    where: str,
+    tools: Sequence[Message] | None = None,
 ) -> Rendered:
     """Returns a conversation up to its last completion's end, without the end-of-turn token."""
     text = render_chat(messages, "answer", tokenizer, where, tools)
@@ -181,7 +202,9 @@ def _chat_text(
         found = text.text.find(answer, start)
         if not answer or found < 0:
             raise NaloraError(
-                where, expected="an answer that the chat template writes as it is", found=repr(answer[:80])
+                where,
+                expected="an answer that the chat template writes as it is",
+                found=repr(answer[:80]),
             )
         end = found + len(answer)
     return Rendered(text.text[:end], ((start, end),), special=False)

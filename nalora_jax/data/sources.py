@@ -75,7 +75,11 @@ def register_source(name: str) -> Callable[[Opener], Opener]:
 
 
 def open_source(
-    config: DataConfig, split: str, *, cache: Path | None = None, source: Mapping[str, Source] | None = None
+    config: DataConfig,
+    split: str,
+    *,
+    cache: Path | None = None,
+    source: Mapping[str, Source] | None = None,
 ) -> Source:
     """Returns the records of ``split`` of ``config.dataset``; a mixture's sets are concatenated.
 
@@ -177,7 +181,11 @@ def open_train(config: DataConfig, *, cache: Path | None = None, source: Mapping
 
 
 def open_held_out(
-    config: DataConfig, split: str, *, cache: Path | None = None, source: Mapping[str, Source] | None = None
+    config: DataConfig,
+    split: str,
+    *,
+    cache: Path | None = None,
+    source: Mapping[str, Source] | None = None,
 ) -> Source:
     """Returns the records of an evaluation split, which may be "auto"."""
     if split != AUTO:
@@ -188,14 +196,18 @@ def open_held_out(
 def split_to_measure(config: DataConfig) -> str:
     """Returns the split to evaluate of data not trained on: "validation", else all of "train"."""
     ones = [_open_one(replace(config, dataset=name), "train", None) for name, _ in components(config.dataset)]
-    return "validation" if all("validation" in one.siblings for one in ones) else "train"
+    if all("validation" in one.siblings for one in ones):
+        return "validation"
+    return "train"
 
 
 def _divided(config: DataConfig, cache: Path | None, source: Mapping[str, Source] | None) -> tuple[Source, Source]:
     """Divides one data set into training and held-out records if no evaluation split is set."""
     train = open_source(config, config.train_split, cache=cache, source=source)
     own = _own_validation(config, train, cache, source)
-    return draw_held_out(train) if own is None else (train, own)
+    if own is None:
+        return draw_held_out(train)
+    return (train, own)
 
 
 def _own_validation(
@@ -206,7 +218,9 @@ def _own_validation(
     if source is not None:
         return source.get(name)
     if config.dataset.partition(":")[0] not in _OPENERS:
-        return open_source(config, name, cache=cache) if name in train.siblings else None
+        if name in train.siblings:
+            return open_source(config, name, cache=cache)
+        return None
     try:  # a registered source may refuse a split, or return the same records for all
         own = open_source(config, name, cache=cache)
         check_disjoint(train, own)

@@ -22,7 +22,7 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import render
 from nalora_jax.data.forms import IMAGES
 from nalora_jax.data.packing import permutation
-from nalora_jax.data.sources import Source, require_some
+from nalora_jax.data.source import Source, require_some
 from nalora_jax.data.tokenize import Example, tokenize
 from nalora_jax.data.too_long import mostly_too_long, too_long
 from nalora_jax.downloads import cache_dir
@@ -145,7 +145,9 @@ def _judge(source: Source, indices: np.ndarray, config: DataConfig, tokenizer: T
 
 def _selection(size: int, limit: int, seed: int) -> np.ndarray:
     """Returns the indices of the records to use, in the source's order."""
-    return np.arange(size) if not 0 < limit < size else np.sort(permutation(size, seed)[:limit])
+    if not 0 < limit < size:
+        return np.arange(size)
+    return np.sort(permutation(size, seed)[:limit])
 
 
 def _examples(
@@ -225,11 +227,17 @@ def _write(scratch: Path, examples: Iterator[tuple[int, Example]], dropped: int,
     """Streams examples into the files of a store; memory grows by only 16 bytes per example."""
     offsets, records, digest = [0], [], hashlib.sha256()
     targets = longest = 0
-    with (scratch / "tokens.bin").open("wb") as tokens, (scratch / "answer.bin").open("wb") as answer:
+    with (
+        (scratch / "tokens.bin").open("wb") as tokens,
+        (scratch / "answer.bin").open("wb") as answer,
+    ):
         for record, example in examples:
             size = len(example.ids)
             longest = max(longest, size)
-            ids, mask = example.ids.astype("<i4").tobytes(), example.answer.astype(np.uint8).tobytes()
+            ids, mask = (
+                example.ids.astype("<i4").tobytes(),
+                example.answer.astype(np.uint8).tobytes(),
+            )
             tokens.write(ids)
             answer.write(mask)
             digest.update(size.to_bytes(8, "little") + ids + mask)

@@ -212,7 +212,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items()}
     if isinstance(value, np.ndarray) and value.dtype != object:
-        return value.item() if value.ndim == 0 else value.tolist()
+        if value.ndim == 0:
+            return value.item()
+        return value.tolist()
     if isinstance(value, list | tuple | np.ndarray):
         return [_plain(part) for part in value]
-    return value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, np.generic):
+        return value.item()
+    return value

@@ -27,7 +27,10 @@ def report_dropped(name: str, counts: Counts, config: DataConfig) -> None:
     if 2 * counts.dropped > total:
         raise mostly_too_long(name, counts.dropped, f"{total} records", counts.longest, config)
     log.warning(
-        "%s: left out %s; --data.max-length %d keeps all, --data.too-long truncate shortens them", name, found, enough
+        "%s: left out %s; --data.max-length %d keeps all, --data.too-long truncate shortens them",
+        name,
+        found,
+        enough,
     )
 
 

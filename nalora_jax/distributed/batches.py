@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.distributed.devices import process_of
-from nalora_jax.distributed.mesh import BATCH_AXES
+from nalora_jax.distributed.mesh import BATCH_AXES, RUN
 from nalora_jax.errors import NaloraError
 
 
@@ -24,8 +24,10 @@ def rows_of_processes(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
       >>> rows_of_processes(mesh, 256)[0]
       array([ 0,  1, 16, 17])
     """
-    processes = np.vectorize(process_of, otypes=[int])(mesh.devices)  # [data, fsdp, tensor]
-    data, fsdp, _ = processes.shape
+    processes = np.vectorize(process_of, otypes=[int])(mesh.devices)
+    data, fsdp, tensor = processes.shape[-3:]
+    # [run, data, fsdp, tensor] -> [data, fsdp, tensor x run]: a process reads the same rows of all its runs.
+    processes = np.moveaxis(processes.reshape(-1, data, fsdp, tensor), 0, -1).reshape(data, fsdp, -1)
     _check_rows(rows, data * fsdp)
     # [data x fsdp, rows of one part]: parts of a batch are in the order of the axes that split it.
     parts = np.arange(rows).reshape(data * fsdp, -1)
@@ -50,14 +52,18 @@ def make_global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, *, rows_axis:
 
     Args:
       batch: numpy arrays whose axis ``rows_axis`` has the rows of `process_rows`, in that order.
-      rows_axis: 0 for ``[rows, seq]``, 1 for micro-batches ``[accumulate, rows, seq]``.
+      rows_axis: 0 for ``[rows, seq]``, 1 for micro-batches ``[accumulate, rows, seq]``, 2 for a sweep's
+        ``[runs, accumulate, rows, seq]``, whose first axis is split over the mesh's axis "run".
 
     Raises:
       NaloraError: the rows cannot be split evenly.
     """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     local_parts = len(process_rows(mesh, parts))
-    sharding = NamedSharding(mesh, P(*[None] * rows_axis, BATCH_AXES))
+    lead: list[str | None] = [None] * rows_axis
+    if rows_axis == 2 and RUN in mesh.shape:
+        lead[0] = RUN
+    sharding = NamedSharding(mesh, P(*lead, BATCH_AXES))
 
     def whole(value: np.ndarray) -> jax.Array:
         rows = value.shape[rows_axis] * parts // local_parts

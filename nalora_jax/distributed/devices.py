@@ -8,7 +8,8 @@
 - ``memory_stats()``: available for devices of this process; None on CPUs.
 
 Sources: XLA (`pjrt/gpu/se_gpu_pjrt_client.cc`, `pjrt/gpu/se_gpu_topology_description.cc`,
-`pjrt/distributed/topology_util.cc`) and libtpu's topology descriptions. `tests/doubles` has a double of every machine.
+`pjrt/distributed/topology_util.cc`) and libtpu's topology descriptions. `tests/doubles` has a
+double of every machine.
 """
 
 from __future__ import annotations
@@ -43,12 +44,13 @@ def memory_statistics(device: jax.Device) -> Mapping[str, int]:
 def domains(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
     """Returns the devices grouped by the fast network that joins them.
 
-    A domain is a TPU slice (ICI), or the GPUs of one node or NVL72 rack (NVLink), with any number of processes. If the
-    client gives no domain, GPUs are grouped by process. CPU devices are one domain.
+    A domain is a TPU slice (ICI), or the GPUs of one node or NVL72 rack (NVLink), with any
+    number of processes. If the client gives no domain, GPUs are grouped by process. CPU
+    devices are one domain.
 
     Returns:
-      Groups in ascending order of their index. GPUs within a group are in ascending order of their id, TPU chips in the
-      given order.
+      Groups in ascending order of their index. GPUs within a group are in ascending order of their
+      id, TPU chips in the given order.
     """
     groups: dict[int, list[jax.Device]] = defaultdict(list)
     for device in devices:
@@ -60,7 +62,9 @@ def domains(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
 
 def slice_count(devices: Sequence[jax.Device]) -> int:
     """Returns the number of TPU slices, joined by a data-centre network; 1 on any other platform."""
-    return len(domains(devices)) if platform_name(devices[0]) == "tpu" else 1
+    if platform_name(devices[0]) == "tpu":
+        return len(domains(devices))
+    return 1
 
 
 def torus(devices: Sequence[jax.Device]) -> tuple[int, ...] | None:

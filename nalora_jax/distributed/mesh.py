@@ -1,4 +1,7 @@
-"""The mesh of a run: the axes ("data", "fsdp", "tensor") over the devices of all processes."""
+"""The mesh of a run: the axes ("data", "fsdp", "tensor") over the devices of all processes.
+
+A sweep's mesh has an outermost axis "run": its groups of devices train different adapters.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.ops.dispatch import Platform
 
 AXES = ("data", "fsdp", "tensor")
+RUN = "run"
 BATCH_AXES = ("data", "fsdp")  # both split the rows of a batch; fsdp also splits weights
 
 
@@ -35,14 +39,25 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     TPU slices, joined by a data-centre network, split the axis "data" and no other: only gradients of the adapters
     travel between them. Axis types are Auto; JAX's default may be Explicit, which these programs do not support.
 
+    With ``config.run`` above 1 the other axes describe one group of devices.
+
     Raises:
-      NaloraError: more than one axis is -1, an axis is below -1, the product is not the number of devices, or the
-        slices do not divide the axis "data".
+      NaloraError: more than one axis is -1, an axis is below -1, the product is not the number of devices, the
+        groups of "run" are not equal, or the slices do not divide the axis "data".
     """
     available = list(jax.devices() if devices is None else devices)
-    sizes = resolve_sizes(config, len(available))
-    check_slices(sizes[0], slice_count(available))
-    return Mesh(_placed(available, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    groups = max(config.run, 1)
+    if len(available) % groups:
+        fits = [n for n in range(1, len(available) + 1) if len(available) % n == 0]
+        expected = f"a divisor of the {len(available)} device(s): {', '.join(map(str, fits))}"
+        raise NaloraError("--mesh.run", expected=expected, found=groups)
+    data, *others = resolve_sizes(config, len(available) // groups)
+    check_slices(groups * data, slice_count(available))
+    axes: tuple[str, ...] = AXES
+    placed = _placed(available, (groups * data, *others))
+    if groups > 1:
+        placed, axes = placed.reshape(groups, data, *others), (RUN, *AXES)
+    return Mesh(placed, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def _placed(available: list[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
@@ -136,8 +151,13 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def row_sharding(mesh: Mesh | None) -> NamedSharding | None:
-    """Returns the sharding of ``[batch, seq, d_model]`` by rows; None on one device."""
-    return NamedSharding(mesh, P(BATCH_AXES)) if mesh is not None and mesh.size > 1 else None
+    """Returns the sharding of ``[batch, seq, d_model]`` by rows; None if each run has one device."""
+    return NamedSharding(mesh, P(BATCH_AXES)) if mesh is not None and devices_per_run(mesh) > 1 else None
+
+
+def devices_per_run(mesh: Mesh) -> int:
+    """Returns the number of devices that train a run together."""
+    return mesh.size // mesh.shape.get(RUN, 1)
 
 
 def check_heads(mesh: Mesh, *, n_heads: int, n_kv_heads: int) -> None:

@@ -47,7 +47,8 @@ def initialize_distributed(within: int = 300) -> bool:
       within: timeout in seconds for the other processes.
 
     Raises:
-      NaloraError: the environment names a coordinator, but not the number or the index of processes.
+      NaloraError: the environment names a coordinator, but not the number or
+        the index of processes.
     """
     if jax.distributed.is_initialized():
         return True

@@ -1,7 +1,8 @@
 """Shardings of all arrays: ordered (path regex, PartitionSpec) rules for every tree of a run.
 
 A spec names the *trailing* axes of a leaf, so one rule covers a kernel ``[in, out]``, its layer
-stack ``[L, in, out]`` and a stack of experts ``[L, E, in, out]``; leading axes are never split.
+stack ``[L, in, out]`` and a stack of experts ``[L, E, in, out]``. Leading axes are not split, except
+the experts of a kernel, which "fsdp" splits if it divides their number.
 
     layers/ffn/gate_proj/kernel [L, in, out]   P("fsdp", "tensor")  ->  P(None, "fsdp", "tensor")
     layers/ffn/gate_proj/a      [L, in, r]     P("fsdp", None)      ->  P(None, "fsdp")            in as the kernel's in
@@ -13,6 +14,7 @@ The path of an optimizer's moment ends in the path of its parameter, so the same
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,8 +33,11 @@ Rules = Sequence[tuple[str, P]]
 _PROJECTIONS: tuple[tuple[str, str, str | None], ...] = (
     ("(q|k|v|gate|up|in)_proj", "fsdp", "tensor"),  # outputs are split over tensor
     ("(o|down|out)_proj", "tensor", "fsdp"),  # outputs are summed over tensor
-    ("router", "fsdp", None),
+    ("(router|bcx_proj)", "fsdp", None),
+    ("in_proj_(qkvz?|z)", "fsdp", "tensor"),
+    ("in_proj_(a|b|ba)", "fsdp", None),
 )
+_KERNEL = re.compile(r"_proj/kernel(/codes|/scales)?$")
 _WHOLE = ("tensor", "fsdp")  # for axes that the train state splits over both
 
 
@@ -66,19 +71,24 @@ _TABLE_RULES: Rules = (
 PARAM_RULES: Rules = (
     *_kernel_rules(),
     *_TABLE_RULES,
+    (r"(^|/)layer_embeddings/embedding$", P("tensor", "fsdp")),
+    (r"(^|/)layer_embeddings/projection/kernel$", P("fsdp", None)),
     (r"norm/(scale|bias)$", P()),
+    (r"(^|/)(conv/weight|a_log|dt_bias)$", P()),
+    (r"(^|/)(router/(correction|scale)|shared_gate/kernel)$", P()),
     # Encoders: weights that are small compared with their layers.
     (r"(^|/)tokens/embedding$", P("tensor", "fsdp")),
     (r"(^|/)(positions|types)/embedding$", P()),
     (r"(^|/)(patches|pooler|projection)/(kernel|bias)$", P()),
-    (r"(^|/)(class_token|probe|sinks|attn_scale|ffn_scale|logit_scale|logit_bias)$", P()),
+    (r"(^|/)(class_token|probe|sinks|taps|taps_bias|attn_scale|ffn_scale|logit_scale|logit_bias)$", P()),
+    (r"(^|/)tail/scale$", P()),
 )
 
 # The train state between steps: adapters, optimizer, gate EMAs, counters. Both mesh axes that split
 # weights split one axis of each leaf, because moments of large ranks take gigabytes.
 STATE_RULES: Rules = (
     (r"(^|/)v_(row|col)/", P()),  # factored second moments (Adafactor) are small and no longer shaped like a weight
-    *_adapter_rules(lambda axis: "fsdp" if axis == "fsdp" else _WHOLE if axis == "tensor" else None),
+    *_adapter_rules(lambda axis: {"fsdp": "fsdp", "tensor": _WHOLE}.get(axis or "")),
     *_TABLE_RULES,  # fully trained tables and their moments
     # Memories of mechanisms and statistics of blocks end in an axis of channels, except counts and
     # checks.
@@ -123,9 +133,17 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     def place(path: str, leaf: Any) -> NamedSharding:
         match = path_rules.first_match(rules, path)
         assert match is not None
-        return NamedSharding(mesh, fit_spec(match[1], leaf.shape, mesh))
+        spec = _by_expert(path, match[1], leaf.shape, mesh)
+        return NamedSharding(mesh, fit_spec(spec, leaf.shape, mesh))
 
     return trees.map_named(place, tree)
+
+
+def _by_expert(path: str, spec: P, shape: Sequence[int], mesh: Mesh) -> P:
+    """Returns the spec of a leaf; "fsdp" splits the experts of a kernel ``[L, E, in, out]``, if it divides them."""
+    if len(shape) != 4 or not _KERNEL.search(path) or shape[1] % mesh.shape["fsdp"]:
+        return spec
+    return P("fsdp", *(None if axis == "fsdp" else axis for axis in spec))
 
 
 def fit_spec(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
@@ -148,7 +166,9 @@ def fit_spec(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
 
 def _fit_axis(axis: Any, size: int, mesh: Mesh) -> Any:
     """Returns the longest prefix of one or several axes that divides ``size``, or None."""
-    names = () if axis is None else (axis,) if isinstance(axis, str) else axis
+    if axis is None:
+        return None
+    names = (axis,) if isinstance(axis, str) else axis
     for count in range(len(names), 0, -1):
         if size % math.prod(mesh.shape[name] for name in names[:count]) == 0:
             return next(iter(names)) if count == 1 else tuple(names[:count])

@@ -59,7 +59,10 @@ def require_harness() -> None:
         import lm_eval.api.model  # noqa: F401
     except ImportError as error:
         raise NaloraError(
-            "lm-eval", expected="the package", found="not installed", remedy="pip install 'nalora_jax[eval]'"
+            "lm-eval",
+            expected="the package",
+            found="not installed",
+            remedy="pip install 'nalora_jax[eval]'",
         ) from error
 
 
@@ -94,7 +97,11 @@ class Requests:
             options = generation_settings(batch[0][1].args[1])
             room = self._longest - options["max_new_tokens"]
             if room < 1:
-                raise NaloraError("max_gen_toks", expected=f"below {self._longest}", found=options["max_new_tokens"])
+                raise NaloraError(
+                    "max_gen_toks",
+                    expected=f"below {self._longest}",
+                    found=options["max_new_tokens"],
+                )
             prompts = [self._encode(request.args[0])[-room:] or [self._start] for _, request in batch]
             made = self._generator.generate(prompts, batch_size=self._batch_size, **options)
             texts |= {index: text for (index, _), text in zip(batch, made, strict=True)}
@@ -113,7 +120,9 @@ class Requests:
     def _start(self) -> int:
         """Returns the context of texts without one: begin-of-text, or else end-of-text."""
         tokenizer = self._generator.tokenizer
-        return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        if tokenizer.bos_id is None:
+            return tokenizer.eos_id
+        return tokenizer.bos_id
 
     @property
     def _longest(self) -> int:
@@ -137,7 +146,9 @@ class Requests:
         if not context:
             ids = self._generator.tokenizer.encode(continuation, special=False)[-self._longest :]
             # A text that starts with the start token has its context already.
-            return (ids[:1], ids[1:]) if ids[:1] == [self._start] and len(ids) > 1 else ([self._start], ids)
+            if ids[:1] == [self._start] and len(ids) > 1:
+                return (ids[:1], ids[1:])
+            return ([self._start], ids)
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
         whole, before = self._encode(bare + continuation), self._encode(bare)

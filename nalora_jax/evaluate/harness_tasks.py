@@ -68,7 +68,11 @@ def run_harness(
         ) from error
     assert found is not None, "the harness returns None on other processes only"
     samples = {task: [_record(sample) for sample in rows] for task, rows in found["samples"].items()}
-    return {"results": _plain(found["results"]), "versions": _plain(found.get("versions", {})), "samples": samples}
+    return {
+        "results": _plain(found["results"]),
+        "versions": _plain(found.get("versions", {})),
+        "samples": samples,
+    }
 
 
 def _manager(tasks: Sequence[str], folder: Path | None) -> Any:
@@ -112,7 +116,11 @@ def compare_samples(other: Sequence[Mapping[str, Any]], model: Sequence[Mapping[
         else:
             ones = np.ones_like(before)
             low, high = paired_bootstrap(before, ones, after, ones)
-            found[metric] = {"difference": float(after.mean() - before.mean()), "low": low, "high": high}
+            found[metric] = {
+                "difference": float(after.mean() - before.mean()),
+                "low": low,
+                "high": high,
+            }
     return found
 
 

@@ -35,7 +35,13 @@ class Evaluator:
     """
 
     def __init__(
-        self, model: Decoder, tokenizer: Tokenizer, items: Sequence[Item], *, mesh: Mesh | None = None, samples: int = 4
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        items: Sequence[Item],
+        *,
+        mesh: Mesh | None = None,
+        samples: int = 4,
     ) -> None:
         self.choices = [item for item in items if isinstance(item, ChoiceItem)]
         self.completions = [item for item in items if isinstance(item, CompletionItem)]
@@ -69,7 +75,10 @@ class Evaluator:
         names = ("accuracy", "low", "high", "accuracy_per_choice", "loss", "n")
         values = {name: getattr(result, name) for name in names}
         if samples:
-            values |= {"samples": [vars(sample) for sample in result.samples], "right": result.correct.tolist()}
+            values |= {
+                "samples": [vars(sample) for sample in result.samples],
+                "right": result.correct.tolist(),
+            }
         return values
 
     def _complete(self, variables: Mapping[str, Any], samples: bool) -> dict[str, Any]:

@@ -201,7 +201,12 @@ class RetrievalEvaluator:
     mode: Literal["max"] = "max"
 
     def __init__(self, encoders: Encoders, images: Images, captions: Sequence[str], *, samples: int = 8) -> None:
-        self._encoders, self._images, self._captions, self._samples = encoders, images, list(captions), samples
+        self._encoders, self._images, self._captions, self._samples = (
+            encoders,
+            images,
+            list(captions),
+            samples,
+        )
         self.digest = images.digest
 
     def measure(self, params: Any, lora: Any | None, *, samples: bool = False) -> dict[str, Any]:

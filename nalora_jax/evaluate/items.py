@@ -82,7 +82,12 @@ def _choice_records(items: Sequence[ChoiceItem], scores: Sequence[Sequence[Score
 
 def _completion_records(items: Sequence[CompletionItem], scores: Sequence[Sequence[Score]]) -> list[dict[str, Any]]:
     return [
-        {"prompt": item.prompt, "completion": item.completion, "loss": -row[0].log_prob, "tokens": row[0].tokens}
+        {
+            "prompt": item.prompt,
+            "completion": item.completion,
+            "loss": -row[0].log_prob,
+            "tokens": row[0].tokens,
+        }
         for item, row in zip(items, scores, strict=True)
     ]
 
@@ -95,7 +100,13 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         low, high = wilson(right, count)
         return {"accuracy": right / count, "low": low, "high": high, "loss": loss, "n": count}
     low, high = bootstrap(losses, tokens)
-    return {"loss": loss, "low": low, "high": high, "perplexity": math.exp(min(loss, 700.0)), "n": count}
+    return {
+        "loss": loss,
+        "low": low,
+        "high": high,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "n": count,
+    }
 
 
 def compare_answers(other: Answers, model: Answers) -> dict[str, Any]:

@@ -17,8 +17,10 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.plan import Pair, ScoringBatch, Split, choose_layout, make_batches, split_group
 from nalora_jax.generate.shapes import batch_shards, place_batch
 from nalora_jax.models.cache import Cache, grow, init_cache, repeat
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import switch_length
+from nalora_jax.models.stacks import stacks
 from nalora_jax.notes import counting
 from nalora_jax.ops.storage import prepare
 
@@ -63,7 +65,7 @@ def score_groups(
     """
     if not groups:
         return []
-    switch = switch_length(model.config.ropes)
+    switch = _longest_sharing(model.config)
     splits = [split_group(index, pairs, switch) for index, pairs in enumerate(groups)]
     _check_lengths(splits, model.config.max_positions)
     layout = choose_layout(splits, tokens=batch_tokens, shards=batch_shards(mesh))
@@ -76,6 +78,13 @@ def score_groups(
                 scores[group][pair] = score
             done(len(pairs))
     return scores
+
+
+def _longest_sharing(config: ModelConfig) -> int | None:
+    """Returns the length up to which texts can share a computed prefix, or None without a limit."""
+    if any(stack.config.mixer is not None for stack in stacks(config)):
+        return 0  # a packed row of prefixes has one state, after its last prefix
+    return switch_length(config.ropes)
 
 
 def _check_lengths(splits: Sequence[Split], context: int) -> None:

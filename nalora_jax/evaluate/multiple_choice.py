@@ -129,5 +129,8 @@ def _size(text: str, score: Score, per: Per) -> int:
 
 def _sample(item: ChoiceItem, answer: int) -> AnsweredQuestion:
     return AnsweredQuestion(
-        item.prompt, item.choices[answer].strip(), item.choices[item.gold].strip(), answer == item.gold
+        item.prompt,
+        item.choices[answer].strip(),
+        item.choices[item.gold].strip(),
+        answer == item.gold,
     )

@@ -35,7 +35,11 @@ class PerplexityResult:
 
 
 def perplexity(
-    model: Decoder, variables: Mapping[str, Any], batches: Iterable[Mapping[str, Any]], *, mesh: Mesh | None = None
+    model: Decoder,
+    variables: Mapping[str, Any],
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    mesh: Mesh | None = None,
 ) -> PerplexityResult:
     """Computes the loss over packed batches; a document is a segment of a row.
 
@@ -71,7 +75,10 @@ def completion_loss(
     """Computes the loss of the reference completions after their prompts; an item is a document."""
     groups = [[(item.prompt_ids, item.completion_ids)] for item in items]
     scores = [row[0] for row in score_groups(model, variables, groups, batch_tokens=batch_tokens, mesh=mesh)]
-    return result(np.array([-score.log_prob for score in scores]), np.array([score.tokens for score in scores]))
+    return result(
+        np.array([-score.log_prob for score in scores]),
+        np.array([score.tokens for score in scores]),
+    )
 
 
 @partial(jax.jit, static_argnames=("model",))

@@ -93,7 +93,7 @@ def split_group(index: int, pairs: Sequence[Pair], switch: int | None = None) ->
     Args:
       index: number of the group.
       pairs: contexts and continuations.
-      switch: from `switch_length`; a group with a longer text cannot share keys, so it has no stem.
+      switch: length beyond which a text cannot share a prefix: a group with a longer text has no stem.
 
     Raises:
       NaloraError: there is no pair, or a context or a continuation is empty.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from jax.sharding import Mesh
 
-from nalora_jax.config.preference import PreferenceConfig
+from nalora_jax.config import PreferenceConfig
 from nalora_jax.data.preference import Pair
 from nalora_jax.data.tokenize import Example
 from nalora_jax.errors import NaloraError
@@ -77,9 +77,20 @@ class PreferenceEvaluator:
         smoothing = self._config.label_smoothing
         losses = (1 - smoothing) * np.logaddexp(0.0, -margin) + smoothing * np.logaddexp(0.0, margin)
         low, high = bootstrap(losses)
-        values: dict[str, Any] = {"loss": float(losses.mean()), "low": low, "high": high, "n": len(losses)}
-        values |= {"rewards_chosen": float(rewards[:, 0].mean()), "rewards_rejected": float(rewards[:, 1].mean())}
-        values |= {"rewards_margin": float(margin.mean()), "rewards_accuracy": float((margin > 0).mean())}
+        values: dict[str, Any] = {
+            "loss": float(losses.mean()),
+            "low": low,
+            "high": high,
+            "n": len(losses),
+        }
+        values |= {
+            "rewards_chosen": float(rewards[:, 0].mean()),
+            "rewards_rejected": float(rewards[:, 1].mean()),
+        }
+        values |= {
+            "rewards_margin": float(margin.mean()),
+            "rewards_accuracy": float((margin > 0).mean()),
+        }
         return values | ({"samples": self._answers(variables)} if samples else {})
 
     def _scores(self, model: Decoder, variables: Mapping[str, Any]) -> np.ndarray:

@@ -138,7 +138,10 @@ def _batch(
 ) -> dict[str, np.ndarray]:
     assert processor.output is not None
     tokens, targets, segments = (np.zeros((rows, seq), np.int32) for _ in range(3))
-    scored, seen = np.zeros((rows, seq), bool), np.zeros((rows, places, *processor.output, 3), np.uint8)
+    scored, seen = (
+        np.zeros((rows, seq), bool),
+        np.zeros((rows, places, *processor.output, 3), np.uint8),
+    )
     for row, (item, images) in enumerate(zip(items, pixels, strict=True)):
         ids = np.array([*item.prompt_ids, *item.completion_ids], np.int32)
         last = len(ids) - 1
@@ -146,7 +149,13 @@ def _batch(
         scored[row, len(item.prompt_ids) - 1 : last] = True
         for place, image in enumerate(images):
             seen[row, place] = image
-    return {"tokens": tokens, "targets": targets, "segments": segments, "scored": scored, "pixels": seen}
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "segments": segments,
+        "scored": scored,
+        "pixels": seen,
+    }
 
 
 @partial(jax.jit, static_argnames=("model", "processor"))

@@ -77,7 +77,10 @@ def examine(layer: Callable[[Any], Any], params: Mapping[str, Any], x: Any) -> C
     found = arrangements({name: leaf.shape for name, leaf in params.items() if _is_real(leaf)}, x.shape, out.shape)
     if not found:
         return Unfit(no_product({name: leaf.shape for name, leaf in params.items()}, x.shape, out.shape))
-    return next((one for one in found if _is_product(one, params, x, out)), _misfit(found[0], params, x, out))
+    return next(
+        (one for one in found if _is_product(one, params, x, out)),
+        _misfit(found[0], params, x, out),
+    )
 
 
 def no_product(shapes: Mapping[str, tuple[int, ...]], x: tuple[int, ...], out: tuple[int, ...]) -> str:
@@ -136,7 +139,9 @@ def _random(leaf: Any, key: jax.Array) -> Any:
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.key(0) if leaf.shape == () else jax.random.split(jax.random.key(0), leaf.shape)
+        if leaf.shape == ():
+            return jax.random.key(0)
+        return jax.random.split(jax.random.key(0), leaf.shape)
     return jnp.zeros(leaf.shape, leaf.dtype)
 
 
@@ -154,7 +159,10 @@ def _misfit(one: Contraction, params: Mapping[str, Any], x: Any, out: Any) -> Un
     formula = f"x @ {one.parameter}{'.T' if one.transposed else ''} + bias"
     factor = float(np.vdot(product, found) / max(np.vdot(product, product), 1e-30))
     if _near(found - factor * product, product, out):
-        return Unfit(f"it computes {factor:.4g} * x @ {one.parameter}, so that a merged adapter would not be it", True)
+        return Unfit(
+            f"it computes {factor:.4g} * x @ {one.parameter}, so that a merged adapter would not be it",
+            True,
+        )
     largest = float(np.abs(found - product).max())
     scale = float(np.abs(product).max())
     reason = f"it does not compute {formula}: on random numbers up to {scale:.3g} the two differ by {largest:.3g}"

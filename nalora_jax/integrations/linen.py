@@ -14,7 +14,15 @@ from flax.core import unfreeze
 from nalora_jax import trees
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.integrations.layers import ROWS, Contraction, Unfit, arrangements, examine, no_product, randomised
+from nalora_jax.integrations.layers import (
+    ROWS,
+    Contraction,
+    Unfit,
+    arrangements,
+    examine,
+    no_product,
+    randomised,
+)
 from nalora_jax.integrations.model import Foreign, folded
 from nalora_jax.integrations.targets import Keymap, Projection, choose_targets
 from nalora_jax.measurement import GateStatsConfig
@@ -46,7 +54,11 @@ class ForeignLinen(Foreign):
             out = self.module.apply(variables, *args, **options)
         missed = sorted(set(by_own) - reached)
         if missed:
-            raise NaloraError(missed[0], expected="a call, as with the example", found="none: its adapter did nothing")
+            raise NaloraError(
+                missed[0],
+                expected="a call, as with the example",
+                found="none: its adapter did nothing",
+            )
         return out
 
     def _plain(self, variables: Any, args: Any, options: Any) -> Any:
@@ -194,7 +206,8 @@ def _examined(seen: _Seen, known: dict[Any, Contraction | Unfit]) -> Contraction
 def _shapes(tree: Any) -> Any:
     """Returns ``tree`` with arrays replaced by their shapes."""
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf, tree
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf,
+        tree,
     )
 
 

@@ -29,7 +29,12 @@ class _Adapted(nnx.Module):
     """A linear layer of the user with the adapter of its kernel."""
 
     def __init__(
-        self, foreign: ForeignNNX, target: Target, layer: nnx.Module, leaves: Mapping[str, Any], reached: set[str]
+        self,
+        foreign: ForeignNNX,
+        target: Target,
+        layer: nnx.Module,
+        leaves: Mapping[str, Any],
+        reached: set[str],
     ) -> None:
         self.layer = layer
         self.leaves = nnx.data({name: _Leaf(value) for name, value in trees.flatten(dict(leaves)).items()})
@@ -236,4 +241,6 @@ def _parent(model: Any, own: str) -> tuple[Any, str]:
 def _child(parent: Any, name: str) -> Any:
     if name.isdigit():
         return parent[int(name)]
-    return getattr(parent, name) if hasattr(parent, name) else parent[name]
+    if hasattr(parent, name):
+        return getattr(parent, name)
+    return parent[name]

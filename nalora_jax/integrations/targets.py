@@ -168,7 +168,9 @@ def _check_variant(lora: LoRAConfig) -> None:
         if on:
             found = f"{name}={getattr(lora, name)!r}"
             raise NaloraError(
-                "lora", expected="LoRA or rsLoRA, which need a layer's input and output alone", found=found
+                "lora",
+                expected="LoRA or rsLoRA, which need a layer's input and output alone",
+                found=found,
             )
 
 

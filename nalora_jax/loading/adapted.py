@@ -18,6 +18,7 @@ from nalora_jax.distributed import platform_of
 from nalora_jax.errors import NaloraError
 from nalora_jax.loading.base import LoadedModel, load_model
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.stacks import key_heads
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.ops.numerics import numerics_for
@@ -134,7 +135,7 @@ def load(
         base = for_adapter(base, located.adapter, mesh)
         lora, spec = import_adapter(located.adapter, base.config, fingerprint=base.fingerprint)
     if mesh is not None:
-        distributed.check_heads(mesh, n_heads=base.config.n_heads, n_kv_heads=base.config.n_kv_heads)
+        distributed.check_heads(mesh, n_heads=base.config.n_heads, n_kv_heads=key_heads(base.config))
         lora = jax.device_put(lora, distributed.shardings(lora, mesh, distributed.STATE_RULES))
     numerics = numerics_for(dtype, platform_of(mesh), implementation)
     routing = distributed.row_sharding(mesh) if base.config.n_experts else None

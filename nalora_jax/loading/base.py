@@ -18,7 +18,7 @@ from nalora_jax.fields import Fields
 from nalora_jax.image_tokens import ImageTokens
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
-from nalora_jax.models.vision.sight import MULTIMODAL, Sight
+from nalora_jax.models.vision.sight import Sight, contains_text_model
 from nalora_jax.ops.quantize import Kind, gathered
 from nalora_jax.tokenizer import NO_TOKENS, AddedTokens, Tokenizer, read_json
 from nalora_jax.weights import hub
@@ -149,7 +149,7 @@ def load_model(
     params = gathered(params, "fsdp")
     known = origin(config, found, tensors, together=mesh is not None)
     log.info("base model: %s", known.describe())
-    if raw.get("model_type") in MULTIMODAL and config.sight is None:
+    if config.sight is None and contains_text_model(raw.get("model_type"), images=False):
         log.info("%s: the text model of %s, without its image tower", found.path, raw["model_type"])
     folder = found.path if found.kind == "hf" else None
     return LoadedModel(

@@ -1,6 +1,7 @@
-"""Self-gated feed-forward blocks with adapters: `GatedFFN` and `SelfGatedFFN`.
+"""Self-gated feed-forward blocks with adapters: `GatedFFN`, `SelfGatedFFN` and `FactoredFFN`.
 
     gated       z = x W_gate,  u = x W_up,  y = (phi(z) * u) W_down        (SwiGLU, GeGLU, ...)
+    factored    z = x W_gate,  u is given,  y = (phi(z) * u) W_down        (per-layer embeddings of Gemma 4)
     self-gated  z = x W_in,                 y = phi(z) W_out               (MLPs of CLIP, ViT, BERT)
 
 Every matmul may have an adapter. An adapter on the gate changes the selection weight rho(z), not only
@@ -26,7 +27,7 @@ from nalora_jax.dense import LoRADense
 from nalora_jax.measurement import GateStatsConfig, Measurement, block_statistics, tapped
 from nalora_jax.method import activations
 from nalora_jax.method.activations import Activation
-from nalora_jax.method.low_rank import Dense, adapted_dense, parallel_dense
+from nalora_jax.method.low_rank import Dense, LowRankHidden, adapted_dense, parallel_dense
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.storage import SAVED_WIDE, read_residual, rounded, save_residual
 
@@ -62,6 +63,38 @@ def gated_mlp(
         u = None
     else:
         (z, delta), (u, _) = parallel_dense(x, [gate, up], numerics.within())
+    return _output(x, gate, z, delta, u, down, activation, numerics, measurement)
+
+
+def factored_mlp(
+    x: jax.Array,
+    gate: Dense,
+    factor: jax.Array,
+    down: Dense,
+    activation: Activation,
+    numerics: Numerics,
+    measurement: Measurement | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+    """Returns ``(phi(x W_gate) * factor) W_down`` for a given ``factor [batch, seq, d_ff]``.
+
+    For the other arguments and the results see `gated_mlp`.
+    """
+    z, delta = adapted_dense(x, gate, numerics.within())
+    return _output(x, gate, z, delta, factor.astype(z.dtype), down, activation, numerics, measurement)
+
+
+def _output(
+    x: jax.Array,
+    gate: Dense,
+    z: jax.Array,
+    delta: jax.Array | LowRankHidden | None,
+    u: jax.Array | None,
+    down: Dense,
+    activation: Activation,
+    numerics: Numerics,
+    measurement: Measurement | None,
+) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+    """Returns a block's output and statistics for the pre-activation z, of which delta is the adapter's part."""
     z = tapped(z, measurement)
     h, _ = gated_product(z, u, activation, numerics)
     measured = None
@@ -188,6 +221,7 @@ class _Block(nn.Module):
         up: Dense | None,
         down: Dense,
         token_weights: jax.Array | None,
+        factor: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the block's output; writes its statistics if ``gate_stats`` is mutable."""
         measurement, taps = None, self.variables.get("gate_taps")
@@ -195,7 +229,10 @@ class _Block(nn.Module):
             weights = jnp.ones(x.shape[:-1], bool) if token_weights is None else token_weights
             measurement = Measurement(weights, self.stats.of_rows(weights.shape[-1]), taps)
         phi = activations.get(self.activation)
-        y, measured = gated_mlp(x, gate, up, down, phi, self.numerics, measurement)
+        if factor is None:
+            y, measured = gated_mlp(x, gate, up, down, phi, self.numerics, measurement)
+        else:
+            y, measured = factored_mlp(x, gate, factor, down, phi, self.numerics, measurement)
         for name, value in (measured or {}).items():
             self.sow("gate_stats", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         return y
@@ -248,3 +285,24 @@ class SelfGatedFFN(_Block):
         gate = self._dense("in_proj", x.shape[-1], self.d_ff, scales, mask=self._mask(), **options)
         down = self._dense("out_proj", self.d_ff, self.d_model, scales, **options)
         return self._output(x, gate, None, down, token_weights)
+
+
+class FactoredFFN(_Block):
+    """``(phi(x W_gate) * factor) W_down`` with adapters on gate_proj and down_proj."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        factor: jax.Array,
+        scales: Scales | None = None,
+        *,
+        token_weights: jax.Array | None = None,
+        deterministic: bool = True,
+        adapter_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns ``[batch, seq, d_model]`` for ``factor [batch, seq, d_ff]``; see `GatedFFN`."""
+        options: dict[str, Any] = {"deterministic": deterministic, "adapter_ids": adapter_ids}
+        gate = self._dense("gate_proj", self.d_model, self.d_ff, scales, mask=self._mask(), **options)
+        down = self._dense("down_proj", self.d_ff, self.d_model, scales, **options)
+        return self._output(x, gate, None, down, token_weights, factor)

@@ -2,7 +2,8 @@
 
     [factors on gradients] -> inner (clip, preconditioner, weight decay, learning rate) -> [on updates]
 
-A factor on an update acts after the preconditioner, because Adam undoes a constant factor before it.
+A factor on an update acts after the preconditioner, because Adam undoes a
+constant factor before it.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def nalora(
         updates are bit-identical to those of ``inner``.
 
     Returns:
-      A transform whose ``update`` takes ``gate_factors`` (`channel_factors`) and ignores other keyword
-      arguments.
+      A transform whose ``update`` takes ``gate_factors`` (`channel_factors`) and ignores
+      other keyword arguments.
 
     Example:
       >>> optimizer = nalora(optax.adamw(1e-3), find_gates(lora), mechanisms)

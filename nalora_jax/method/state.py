@@ -7,7 +7,7 @@ before, and updates the averages once with its statistics (`update_gate_state`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ class Mechanisms:
     seed: int = 0  # of the run
     # Blocks with another activation: (path, its name).
     others: tuple[tuple[str, str], ...] = ()
+    # Orders of the channels by (label, path), in place of the mechanisms' own permutations.
+    orders: Mapping[tuple[str, str], Array] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         for _, mechanism in self.entries:
@@ -145,7 +147,7 @@ def own_factors(state: GateState, mechanisms: Mechanisms) -> dict[str, dict[str,
         for path, updates in state.updates.items():
             context = mechanisms.context(state.count, path)
             factor = mechanism.factor(state.memory[label][path], context)
-            factor = mechanism.permuted(factor, context)
+            factor = mechanism.permuted(factor, context, mechanisms.orders.get((label, path)))
             active = (state.count >= mechanism.warmup) & (updates > 0)
             factors[label][path] = jnp.where(active[..., None], factor, 1).astype(jnp.float32)
     return factors

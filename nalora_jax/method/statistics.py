@@ -2,8 +2,9 @@
 
     phi(z + dz) - phi(z) = F + S,   F = rho(z) dz,   S = (rho(z + dz) - rho(z)) (z + dz)
 
-z is the pre-activation of the frozen gate and dz the adapter's output. A low-rank update promises the
-feature term F; it also changes the selection weight, which gives S. Misalignment is E|S| / E|F|.
+z is the pre-activation of the frozen gate and dz the adapter's output. A low-rank update
+promises the feature term F; it also changes the selection weight, which gives S.
+Misalignment is E|S| / E|F|.
 
 A statistic is a function of a token and a channel, summed over real tokens with their weights in
 float32, without gradients. Its entry in the table determines gate state, sharding, log and report:
@@ -135,7 +136,8 @@ for _entry in (
     Statistic("feature", "probe", lambda m: jnp.abs(m.rho * m.dz), metric="feature"),
     Statistic("selection", "probe", lambda m: jnp.abs(m.selection)),
     Statistic("linear", "probe", lambda m: jnp.abs(m.z * m.drho * m.dz)),
-    # X = phi(z + dz) - phi(z) - phi'(z) dz, the part of the response that the gradient does not see.
+    # X = phi(z + dz) - phi(z) - phi'(z) dz, the part of the response that the
+    # gradient does not see.
     Statistic("excess", "probe", lambda m: jnp.abs(m.selection - m.z * m.drho * m.dz)),
     Statistic("response", "probe", lambda m: jnp.abs((m.rho + m.z * m.drho) * m.dz)),
     Statistic("delta", "cotangent", jnp.abs, degree=1, metric="delta"),
@@ -175,7 +177,11 @@ def extra(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def channel_statistics(
-    z: Array, weights: Array, activation: Activation, partition: Partition, names: Iterable[str] = ()
+    z: Array,
+    weights: Array,
+    activation: Activation,
+    partition: Partition,
+    names: Iterable[str] = (),
 ) -> Sums:
     """Returns ``tokens`` and the sums of the gate statistics in `STANDARD` and in ``names``.
 
@@ -242,8 +248,8 @@ def _tokens(weights: Array) -> Array:
 
 def total(values: Array, weights: Array) -> Array:
     """Returns the weighted sum over tokens: [..., tokens, d_ff] -> [d_ff] float32."""
-    # A matmul: XLA's CPU reductions of several weighted sums at once are up to ten times slower, and
-    # a mask broadcast over channels would be materialized once for all layers.
+    # A matmul: XLA's CPU reductions of several weighted sums at once are up to ten times slower,
+    # and a mask broadcast over channels would be materialized once for all layers.
     weights = lax.stop_gradient(weights).astype(jnp.float32).reshape(1, -1)
     values = values.reshape(weights.shape[1], -1)
     contract = (((1,), (0,)), ((), ()))

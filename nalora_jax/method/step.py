@@ -49,8 +49,8 @@ class TrainState(NamedTuple):
       lora: the adapters, float32.
       opt_state: the optimizer's state.
       gate: the mechanisms' memory.
-      key: uint32 key data; a step's dropout key is this key folded with ``step``, so that a resumed run
-        continues exactly.
+      key: uint32 key data; a step's dropout key is this key folded with ``step``, so that a resumed
+        run continues exactly.
     """
 
     step: Array
@@ -105,7 +105,7 @@ Step = Callable[[Any, TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 def init_state(
     lora: Any,
     optimizer: optax.GradientTransformation,
-    gate_shapes: dict[str, tuple[int, ...]],
+    gate_shapes: Mapping[str, tuple[int, ...]],
     mechanisms: Mechanisms,
     seed: int,
 ) -> TrainState:
@@ -134,8 +134,8 @@ def make_train_step(optimizer: optax.GradientTransformationExtraArgs, config: St
       A function of params (frozen, in any storage form), a `TrainState` and a batch of arrays
       ``[micro_batches, rows, ...]``. Metrics are ``loss`` (mean per target token), ``grad_norm``,
       ``tokens`` (real), ``target_tokens``, ``measured`` (the objective's metrics, also means),
-      ``layers`` (from ``config.metrics``), and ``idle``: by mechanism, True if it should have acted for
-      10 steps and has no measured token.
+      ``layers`` (from ``config.metrics``), and ``idle``: by mechanism, True if it should have acted
+      for 10 steps and has no measured token.
     """
     mechanisms, evaluate = config.mechanisms, micro_gradients(objective, config)
 

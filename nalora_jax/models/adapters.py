@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -31,7 +32,7 @@ def adapter_spec(config: RunConfig, base: ModelConfig) -> AdapterSpec:
       NaloraError: a rule has no match, or asks for an impossible rank.
     """
     spec = resolve(config.lora, projection_shapes(base), layer_numbers(base))
-    return replace(spec, adalora=config.adalora.target_rank > 0)
+    return replace(spec, adalora=config.adalora.target_rank > 0, zero_a=config.lora.init == "zero_a")
 
 
 def init_lora(
@@ -39,7 +40,7 @@ def init_lora(
 ) -> dict[str, Any]:
     """Returns fresh adapters that leave the base model's output unchanged.
 
-    A is random and B is zero; for AdaLoRA the diagonal is zero instead of B.
+    A is random and B is zero, or B is Gaussian and A is zero; for AdaLoRA the diagonal is zero.
 
     Args:
       config: the model.
@@ -51,7 +52,7 @@ def init_lora(
       NaloraError: a token id without a row in the tables; see `check_token_indices`.
     """
     check_token_indices(spec, config)
-    leaves = _fresh(config, spec.targets, key, spec.adalora)
+    leaves = _fresh(config, spec.targets, key, spec.adalora, spec.zero_a)
     base = flatten(params) if spec.starts_from_base else {}
     for name in spec.saved:
         table = base[TABLES[name]] if TABLES[name] in base else base[TABLES["embed_tokens"]].T
@@ -98,9 +99,9 @@ def check_token_indices(
         )
 
 
-@partial(jax.jit, static_argnums=(0, 1, 3))
+@partial(jax.jit, static_argnums=(0, 1, 3, 4))
 def _fresh(
-    config: ModelConfig, targets: tuple[tuple[str, TargetSpec], ...], key: jax.Array, adalora: bool
+    config: ModelConfig, targets: tuple[tuple[str, TargetSpec], ...], key: jax.Array, adalora: bool, zero_a: bool
 ) -> dict[str, jax.Array]:
     leaves = {}
     for i, (path, target) in enumerate(targets):
@@ -113,6 +114,11 @@ def _fresh(
             leaves[f"{path}/a"] = jnp.where(used[..., None, :], _ADALORA_STD * a, 0.0)
             leaves[f"{path}/b"] = jnp.where(used[..., None], _ADALORA_STD * b, 0.0)
             leaves[f"{path}/singular"] = jnp.zeros((*lead, target.rank), jnp.float32)
+            continue
+        if zero_a:  # the standard deviation of `init_a`, which is uniform in +-1/sqrt(d_in)
+            b = jax.random.normal(key_a, (*lead, target.rank, d_out)) / math.sqrt(3 * d_in)
+            leaves[f"{path}/a"] = jnp.zeros(shape, jnp.float32)
+            leaves[f"{path}/b"] = jnp.where(used[..., None], b, 0.0)
             continue
         leaves[f"{path}/a"] = jnp.where(used[..., None, :], init_a(key_a, shape), 0.0)
         leaves[f"{path}/b"] = jnp.zeros((*lead, target.rank, d_out), jnp.float32)

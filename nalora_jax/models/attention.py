@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from nalora_jax.ops.blockwise_attention import AttentionConfig
 from nalora_jax.ops.storage import round_and_save
 
 NewKeys = tuple[jax.Array, jax.Array]
+Heads = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
 class Attention(nn.Module):
@@ -31,12 +33,21 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, NewKeys]:
         """Returns ``[batch, seq, d_model]``, and this call's keys and values."""
         c = self.config
-        widths = {"q_proj": c.n_heads, "k_proj": c.n_kv_heads, "v_proj": c.n_kv_heads}
-        layers = [
-            self._dense(name, c.d_model, heads * c.head_dim, c.qkv_bias, layer, shared)
-            for name, heads in widths.items()
-        ]
-        q, k, v = (made.y for made in parallel_dense(x, layers, self.options.numerics))
+        q, k, v, gate = self._heads(x, layer, shared)
+        out = self._attend(q, k, v, layer, shared).reshape(*x.shape[:-1], -1)
+        if gate is not None:
+            out = out * jax.nn.sigmoid(round_and_save(gate, self.options.numerics)).astype(out.dtype)
+        o_proj = self._dense("o_proj", c.n_heads * c.head_dim, c.d_model, c.o_bias, layer, shared)
+        return adapted_dense(out, o_proj, self.options.numerics).y, (k, v)
+
+    def _heads(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> Heads:
+        """Returns rotated queries and keys, and values: ``[batch, seq, heads, head_dim]``; and the gate's input."""
+        c = self.config
+        widths = {"q_proj": c.n_heads * (1 + c.attn_gate), "k_proj": c.n_kv_heads, "v_proj": c.n_kv_heads}
+        q, k, v = self._projected(x, widths, layer, shared)
+        gate = None
+        if c.attn_gate:  # every head has its query, then its gate
+            q, gate = (y.reshape(*x.shape[:-1], -1) for y in jnp.split(q.reshape(*x.shape[:-1], c.n_heads, -1), 2, -1))
         if c.qk_norm:
             q, k = round_and_save(q, self.options.numerics), round_and_save(k, self.options.numerics)
         if c.qk_norm == "projection":
@@ -45,15 +56,25 @@ class Attention(nn.Module):
         q, k, v = (y.reshape(*y.shape[:-1], -1, c.head_dim) for y in (q, k, v))
         if c.qk_norm == "head":
             q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
-        table = shared.tables[self.options.prefix][0 if layer.rope is None else layer.rope]
+        table = self._rope_table(layer, shared)
         q, k = apply_rope(q, table), apply_rope(k, table)
         if c.query_growth:
             q = q * query_scales(shared.positions, c.query_growth, c.growth_length)[..., None, None]
-        if c.query_growth:
-            q = q * query_scales(shared.positions, c.query_growth, c.growth_length)[..., None, None]
-        out = self._attend(q, k, v, layer, shared).reshape(*x.shape[:-1], -1)
-        o_proj = self._dense("o_proj", c.n_heads * c.head_dim, c.d_model, c.o_bias, layer, shared)
-        return adapted_dense(out, o_proj, self.options.numerics).y, (k, v)
+        return q, k, v, gate
+
+    def _projected(
+        self, x: jax.Array, widths: Mapping[str, int], layer: LayerInputs, shared: SharedInputs
+    ) -> list[jax.Array]:
+        """Returns ``[batch, seq, heads * head_dim]`` of projections, for heads by name."""
+        c = self.config
+        layers = [
+            self._dense(name, c.d_model, heads * c.head_dim, c.qkv_bias, layer, shared)
+            for name, heads in widths.items()
+        ]
+        return [made.y for made in parallel_dense(x, layers, self.options.numerics)]
+
+    def _rope_table(self, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
+        return shared.tables[self.options.prefix][0 if layer.rope is None else layer.rope]
 
     def _dense(self, name: str, d_in: int, d_out: int, bias: bool, layer: LayerInputs, shared: SharedInputs) -> Dense:
         adapters, scale = self.options.adapters, layer.scales.get("attn", {}).get(name, 1.0)
@@ -68,17 +89,7 @@ class Attention(nn.Module):
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
         c = self.config
         keys = Keys(k, v, shared.positions, shared.segments)
-        cached: CachedKeys | None = None
-        if layer.cached is not None:
-            assert shared.cached_positions is not None
-            assert shared.cached_segments is not None
-            integers = shared.cached_positions, shared.cached_segments
-            if isinstance(layer.cached, KeyValues):
-                k_then, v_then = layer.cached.k, layer.cached.v
-            else:
-                assert shared.cache is not None
-                k_then, v_then = (stack.layer(layer.cached) for stack in shared.cache[self.options.prefix])
-            cached = CachedKeys(k_then, v_then, *integers)
+        cached = self._cached_keys(layer, shared)
         rng = None if shared.deterministic or not c.attn_dropout else self.make_rng("dropout")
         windows = tuple(sorted(set(c.layer_windows)))
         config = AttentionConfig(c.score_scale, c.attn_softcap, c.attn_dropout, windows, self.options.sharding)
@@ -89,3 +100,20 @@ class Attention(nn.Module):
             rest["sinks"] = sinks.astype(jnp.float32)
         out: jax.Array = attention(q, keys, window, config, self.options.numerics.within(), **rest)
         return out
+
+    def _cached_keys(self, layer: LayerInputs, shared: SharedInputs) -> CachedKeys | None:
+        if layer.cached is None:
+            return None
+        return cached_keys(layer.cached, self.options.prefix, shared)
+
+
+def cached_keys(cached: Any, prefix: str, shared: SharedInputs) -> CachedKeys:
+    """Returns keys and values of earlier calls: `LayerInputs.cached` of a layer of the stack ``prefix``."""
+    assert shared.cached_positions is not None
+    assert shared.cached_segments is not None
+    integers = shared.cached_positions, shared.cached_segments
+    if isinstance(cached, KeyValues):
+        return CachedKeys(cached.k, cached.v, *integers)
+    assert shared.cache is not None
+    k, v = (stack.layer(cached) for stack in shared.cache[prefix])
+    return CachedKeys(k, v, *integers)

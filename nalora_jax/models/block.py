@@ -17,6 +17,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.layers import ResidualNorm, RMSNorm
 from nalora_jax.models.moe import MoEFFN
 from nalora_jax.models.parts import LayerInputs, PartOptions, SharedInputs, constrain, part_adapters
+from nalora_jax.models.router import RouterSpec
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import LAYER_INPUT, round_and_save
@@ -35,6 +36,7 @@ class Block(nn.Module):
     activation_sharding: NamedSharding | None = None
     # For tokens routed to experts; default: as between layers.
     routing_sharding: NamedSharding | None = None
+    experts: str = "auto"  # see `nalora_jax.config.ComputeConfig`
     prefix: str = "layers"  # of the stack
 
     @nn.compact
@@ -54,11 +56,14 @@ class Block(nn.Module):
             token_weights=shared.token_weights,
             deterministic=shared.deterministic,
             adapter_ids=shared.adapter_ids,
+            **({"stream": x} if c.ffn is not None and c.ffn.reads_stream else {}),
         )
         if c.post_norm:
             y = self._norm("ffn_post_norm", y)
         x = self._add(x, y)
-        return constrain(x, self.activation_sharding), None if layer.cached is None else update
+        if c.tail is not None:
+            x = c.tail.module(c, self._options(c.tail.name))(x, layer, shared)
+        return constrain(x, self.activation_sharding), update if layer.cached is not None or c.hands else None
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, self.numerics.result, name=name)(x)
@@ -82,7 +87,8 @@ class Block(nn.Module):
     def _options(self, name: str) -> PartOptions:
         adapters = part_adapters(self.adapters, f"{self.prefix}/{name}")
         routing = self.routing_sharding or self.activation_sharding
-        return PartOptions(self.prefix, adapters, self.numerics, self.stats, self.activation_sharding, routing)
+        shardings = self.activation_sharding, routing
+        return PartOptions(self.prefix, adapters, self.numerics, self.stats, *shardings, self.experts)
 
     def _mixer(self) -> Any:
         mixer = self.config.mixer
@@ -99,10 +105,11 @@ class Block(nn.Module):
         extra = {
             "n_experts": c.n_experts,
             "top_k": c.experts_per_token,
-            "norm_topk": c.norm_topk,
+            "routing": RouterSpec(normalize=c.norm_topk),
             "router_bias": c.router_bias,
             "up_limit": c.up_limit,
             "sharding": options.routing,
+            "experts": options.experts,
         }
         return kind(
             d_model=c.d_model,

@@ -76,7 +76,9 @@ class Recurrent:
 class Cache:
     """The states of all layers, with the position and segment of every slot of cached keys."""
 
-    states: dict[str, Any]  # by stack: `KeyValues`, `Recurrent`, or another class with their methods
+    # By stack: `KeyValues`, `Recurrent`, or another class with their methods. Layers that read other
+    # layers' keys have none.
+    states: dict[str, Any]
     positions: jax.Array  # int32 [batch, slots]
     segments: jax.Array  # int32 [batch, slots]; 0: an empty or a padding slot
     lengths: jax.Array  # int32 [batch]: real tokens so far, the position of the next one
@@ -94,7 +96,11 @@ def init_cache(config: ModelConfig, batch: int, length: int, numerics: Numerics 
     """
     slots = jnp.zeros((batch, length), jnp.int32)
     return Cache(
-        states={stack.prefix: _init_state(stack.config, batch, length, numerics) for stack in stacks(config)},
+        states={
+            stack.prefix: _init_state(stack.config, batch, length, numerics)
+            for stack in stacks(config)
+            if not stack.config.reads
+        },
         positions=slots,
         segments=slots,
         lengths=jnp.zeros((batch,), jnp.int32),
@@ -103,8 +109,9 @@ def init_cache(config: ModelConfig, batch: int, length: int, numerics: Numerics 
 
 
 def _init_state(config: ModelConfig, batch: int, length: int, numerics: Numerics) -> Any:
-    if config.mixer is not None:
-        return config.mixer.init_state(config, batch, numerics)
+    state = None if config.mixer is None else config.mixer.init_state(config, batch, numerics)
+    if state is not None:
+        return state
     lead, store = (config.n_layers, batch, config.n_kv_heads), numerics.hooks.store
     return KeyValues(
         store(jnp.zeros((*lead, config.head_dim, length), numerics.operand)),
@@ -165,8 +172,8 @@ def _repeated(x: Any, count: int) -> Any:
 
 def _written(stack: Kernel, new: jax.Array, axis: int, index: jax.Array, numerics: Numerics) -> Kernel:
     """Returns ``stack`` with ``new`` at ``index`` along ``axis``."""
-    stored = isinstance(stack, Stored)
-    same = numerics.hooks.store(new.astype(numerics.operand)) if stored else new.astype(stack.dtype)
+    store = numerics.hooks.store
+    same = store(new.astype(numerics.operand)) if isinstance(stack, Stored) else new.astype(stack.dtype)
     start = [jnp.zeros((), jnp.int32)] * stack.ndim
     start[axis] = index
     written: Kernel = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, start), stack, same)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from nalora_jax.models.layers import RopeSpec
 
 if TYPE_CHECKING:
-    from nalora_jax.models.parts import FeedForward, Mixer
+    from nalora_jax.models.embedding import LayerEmbeddings
+    from nalora_jax.models.parts import FeedForward, Mixer, Tail
     from nalora_jax.models.vision.sight import Sight
 
 # A window longer than any sequence: global attention as an integer that can be scanned over layers.
@@ -56,6 +57,7 @@ class ModelConfig:
     query_growth: float = 0.0
     growth_length: int = 0
     attn_softcap: float = 0.0  # scores become cap * tanh(scores / cap); 0 means none
+    attn_gate: bool = False  # q_proj also computes gates: each head's output is multiplied by sigmoid(gate)
     attn_sinks: bool = False  # a learned score per head that every query sees and that has no value
     attn_dropout: float = 0.0  # rate on attention probabilities, in training only
     embed_scale: float = 1.0  # multiplies the embeddings
@@ -69,6 +71,8 @@ class ModelConfig:
     sight: Sight | None = None  # image tower and projector of a vision-language model
     mixer: Mixer | None = None  # in place of attention
     ffn: FeedForward | None = None  # in place of the feed-forward block that the fields above describe
+    layer_embeddings: LayerEmbeddings | None = None  # vectors of tokens that every layer receives
+    tail: Tail | None = None  # after the feed-forward block, on the residual stream
     # Kinds of layers: the fields that differ from this config's. `models.stacks` gives each kind's
     # config; `windows` and `rope_index` list all layers of the model in order.
     kinds: tuple[tuple[tuple[str, Any], ...], ...] = ()
@@ -78,6 +82,21 @@ class ModelConfig:
     def rope_theta(self) -> float:
         """The base wavelength of the first rotary embedding."""
         return self.ropes[0].theta
+
+    @property
+    def attends(self) -> bool:
+        """True for layers of softmax attention."""
+        return self.mixer is None or self.mixer.attends
+
+    @property
+    def hands(self) -> str:
+        """See `Mixer.hands`."""
+        return "" if self.mixer is None else self.mixer.hands
+
+    @property
+    def reads(self) -> str:
+        """See `Mixer.reads`; such layers have no cache."""
+        return "" if self.mixer is None else self.mixer.reads
 
     @property
     def score_scale(self) -> float:

@@ -16,21 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from nalora_jax.dense import frozen_kernel
 from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.models.block import Block
 from nalora_jax.models.cache import Cache, KeyValues, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
+from nalora_jax.models.embedding import Embedding, LMHead
 from nalora_jax.models.layers import RMSNorm, identity_table, rope_table, sequence_lengths
-from nalora_jax.models.parts import LayerInputs, SharedInputs, constrain
+from nalora_jax.models.parts import HandedKeys, LayerInputs, SharedInputs, constrain
+from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.remat import rematerialized, scanned, stacked
 from nalora_jax.models.stacks import Stack, groups, param_shapes, stacks
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import dot
-from nalora_jax.ops.storage import Kernel, LayerStack, take_rows
+from nalora_jax.ops.storage import LayerStack
 from nalora_jax.trees import flatten, unflatten
 
 
@@ -48,6 +48,7 @@ class Decoder(nn.Module):
       routing_sharding: sharding of the same arrays when tokens are routed to experts: every device
         routes its own tokens. Default: as between layers. Evaluation sets only this one and leaves
         the rest to the compiler.
+      experts: "gather", "send" or "auto", see `nalora_jax.config.ComputeConfig`.
     """
 
     config: ModelConfig
@@ -57,13 +58,16 @@ class Decoder(nn.Module):
     stats: GateStatsConfig | None = None
     activation_sharding: NamedSharding | None = None
     routing_sharding: NamedSharding | None = None
+    experts: str = "auto"
 
     def setup(self) -> None:  # noqa: D102
         c = self.config
         trained = dict(self.adapters.token_indices).get("embed_tokens", ())
         self.embed = Embedding(c.vocab_size, c.d_model, self.activation_sharding, trained)
+        if c.layer_embeddings is not None:
+            self.layer_embeddings = c.layer_embeddings.module(c, self.activation_sharding)
         shardings = self.activation_sharding, self.routing_sharding
-        options = (self.adapters, self.numerics, self.stats or GateStatsConfig(), *shardings)
+        options = (self.adapters, self.numerics, self.stats or GateStatsConfig(), *shardings, self.experts)
         if c.layer_kinds:
             self.layers = Groups(c, self.remat, options)
         else:
@@ -110,6 +114,9 @@ class Decoder(nn.Module):
         if cache is not None:
             shared = replace(shared, cache=_read_in_place(cache, tokens.shape[1], self.numerics))
         x = self.embed(tokens, self.numerics).astype(jnp.float32) * self.config.embed_scale
+        embedded = None
+        if self.config.layer_embeddings is not None:
+            embedded = self.layer_embeddings(tokens, x, self.numerics)
         if features is not None:
             sight = self.config.sight
             assert sight is not None
@@ -118,7 +125,9 @@ class Decoder(nn.Module):
             if sight.mutual:
                 shared = replace(shared, starts=run_starts(places, shared.positions, shared.segments))
         x = constrain(x, self.activation_sharding)
-        inputs = {stack.prefix: _layer_inputs(stack, self.adapters, cache, shared) for stack in stacks(self.config)}
+        inputs = {
+            stack.prefix: _layer_inputs(stack, self.adapters, cache, shared, embedded) for stack in stacks(self.config)
+        }
         uniform = not self.config.layer_kinds
         x, updates = self.layers(x.astype(self.numerics.result), inputs["layers"] if uniform else inputs, shared)
         hidden = self.final_norm(x)
@@ -190,6 +199,8 @@ class Period(nn.Module):
         for number, (stack, layer) in enumerate(zip(self.stacks, layers, strict=True)):
             x, update = block(stack.config, *self.options, stack.prefix, name=f"block{number}")(x, layer, shared)
             updates.append(update)
+            if stack.config.hands:
+                shared = _with_keys(shared, stack, update, layer.cached)
         return x, tuple(updates)
 
 
@@ -211,90 +222,22 @@ class Groups(nn.Module):
             prefixes = [stack.prefix for stack in group]
             x, of_group = period(x, tuple(inputs[prefix] for prefix in prefixes), shared)
             updates |= zip(prefixes, of_group, strict=True)
+            for stack in group:
+                if stack.config.hands:
+                    update, cached = jax.tree.map(lambda y: y[0], (updates[stack.prefix], inputs[stack.prefix].cached))
+                    shared = _with_keys(shared, stack, update, cached)
         return x, updates
 
 
-class Embedding(nn.Module):
-    """An embedding table: frozen, or trained entirely or by rows if the collection ``lora`` has it.
-
-    Attributes:
-      vocab_size: rows of the table.
-      d_model: columns of the table.
-      sharding: sharding of the result ``[batch, seq, d_model]`` on a mesh; None leaves it to the
-        compiler.
-      trained: token ids of the rows that ``lora`` may have, in their order.
-    """
-
-    vocab_size: int
-    d_model: int
-    sharding: NamedSharding | None = None
-    trained: tuple[int, ...] = ()
-
-    def setup(self) -> None:  # noqa: D102
-        shape = (self.vocab_size, self.d_model)
-        self.embedding = frozen_kernel(self, shape, nn.initializers.normal(0.02), "embedding")
-
-    def __call__(self, tokens: jax.Array, numerics: Numerics) -> jax.Array:
-        """Returns ``[..., d_model]`` in the table's dtype for int tokens ``[...]``."""
-        if self.has_variable("lora", "embedding"):
-            trained: jax.Array = jnp.take(self.get_variable("lora", "embedding"), tokens, axis=0)
-            return trained
-        of_tokens, by_columns = column_layouts(self.sharding)
-        rows: jax.Array = take_rows(self.table(), constrain(tokens, of_tokens), numerics)
-        rows = constrain(constrain(rows, by_columns), self.sharding)
-        if self.has_variable("lora", "rows"):
-            return _with_rows(rows, tokens, self.get_variable("lora", "rows"), self.trained)
-        return rows
-
-    def table(self) -> Kernel:
-        """Returns the frozen ``[vocab, d_model]`` as it is stored, without a gradient."""
-        return lax.stop_gradient(self.embedding)
+def _with_keys(shared: SharedInputs, stack: Stack, keys: tuple[jax.Array, jax.Array], cached: Any) -> SharedInputs:
+    """Returns the inputs of layers after the layer of ``stack``, whose keys and values they may read."""
+    handed = HandedKeys(*keys, cached, stack.prefix)
+    return replace(shared, handed=shared.handed | {stack.config.hands: handed})
 
 
-def _with_rows(x: jax.Array, tokens: jax.Array, rows: jax.Array, ids: tuple[int, ...]) -> jax.Array:
-    """Replaces the embeddings of the tokens ``ids`` by trained rows.
-
-    Args:
-      x: ``[..., d_model]``, embeddings of ``tokens``.
-      tokens: int ``[...]``.
-      rows: ``[ids, d_model]``.
-      ids: token ids of the rows.
-    """
-    order = np.argsort(ids).astype(np.int32)
-    ascending = np.array(ids, np.int32)[order]
-    place = jnp.searchsorted(ascending, tokens, method="scan_unrolled")  # len(ids) beyond the last
-    found = jnp.take(ascending, place, mode="clip") == tokens
-    trained = jnp.take(rows, jnp.take(order, place, mode="clip"), axis=0)
-    return jnp.where(found[..., None], trained, x.astype(trained.dtype))
-
-
-def column_layouts(sharding: NamedSharding | None) -> tuple[NamedSharding | None, NamedSharding | None]:
-    """Returns the shardings of tokens ``[batch, seq]`` and of their embeddings before ``sharding``.
-
-    If the mesh splits the batch further by "fsdp", a device holds some columns of the table. It
-    looks up those columns for the tokens of all devices that hold the other columns, and then the
-    devices exchange the results. Without these constraints the compiler computes the full result on
-    every device of a mesh that also splits the table's rows (by "tensor").
-    """
-    if sharding is None or min(sharding.mesh.shape.values()) == 1:
-        return None, None
-    data, *fsdp = sharding.spec[0]
-    return NamedSharding(sharding.mesh, P(data)), NamedSharding(sharding.mesh, P(data, None, tuple(fsdp)))
-
-
-class LMHead(nn.Module):
-    """The untied output projection."""
-
-    vocab_size: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, numerics: Numerics) -> jax.Array:
-        """``[tokens, d_model]`` -> float32 ``[tokens, vocab]``."""
-        logits: jax.Array = dot(x, lax.stop_gradient(frozen_kernel(self, (x.shape[-1], self.vocab_size))), numerics)
-        return logits
-
-
-def _layer_inputs(stack: Stack, adapters: AdapterSpec, cache: Cache | None, shared: SharedInputs) -> LayerInputs:
+def _layer_inputs(
+    stack: Stack, adapters: AdapterSpec, cache: Cache | None, shared: SharedInputs, embedded: jax.Array | None
+) -> LayerInputs:
     """Returns the inputs that are scanned over the layers of a stack."""
     scales: dict[str, dict[str, jax.Array]] = {}
     for path, _ in adapters.targets:
@@ -302,13 +245,14 @@ def _layer_inputs(stack: Stack, adapters: AdapterSpec, cache: Cache | None, shar
             part, _, name = path.removeprefix(f"{stack.prefix}/").partition("/")
             scales.setdefault(part, {})[name] = jnp.asarray(adapters.scales(path))
     windows, ropes = stack.config.layer_windows, stack.config.layer_ropes
-    cached = None if cache is None else cache.states[stack.prefix]
+    cached = None if cache is None else cache.states.get(stack.prefix)
     if stack.prefix in (shared.cache or {}):
         cached = jnp.arange(len(stack.layers))
     return LayerInputs(
         window=None if set(windows) == {GLOBAL_WINDOW} else jnp.asarray(windows, jnp.int32),
         rope=None if set(ropes) == {0} else jnp.asarray(ropes, jnp.int32),
         scales=scales,
+        embedded=None if embedded is None else embedded[np.array(stack.layers)],
         cached=cached,
     )
 
@@ -385,12 +329,13 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -
     for i, (path, shape) in enumerate(param_shapes(config).items()):
         noise = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
         if path.endswith("/scale"):
-            of_encoder = path.startswith(("image/", "unused/"))  # their norms have no offset
-            leaf = 1.0 - (0.0 if of_encoder else config.norm_offset) + 0.1 * noise
-        elif path.endswith("/bias"):
+            # Norms of encoders and of linear attention have no offset.
+            plain = path.startswith(("image/", "unused/")) or path.endswith("linear_attn/norm/scale")
+            leaf = 1.0 - (0.0 if plain else config.norm_offset) + 0.1 * noise
+        elif path.endswith(("/bias", "/correction")):
             leaf = 0.02 * noise
         else:
             small = path.endswith(("/embedding", "/class_token", "/probe"))
             leaf = noise * (0.02 if small else 1.0 / math.sqrt(shape[-2]))
-        leaves[path] = leaf.astype(dtype)
+        leaves[path] = leaf.astype(leaf_dtype(path, dtype))
     return unflatten(leaves)

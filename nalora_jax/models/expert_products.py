@@ -20,6 +20,7 @@ from nalora_jax.ops.grouped_matmul import (
     outer_of_all,
     own_of_all,
     ragged,
+    ragged_outer,
 )
 from nalora_jax.ops.storage import Kernel, expand
 
@@ -124,9 +125,7 @@ class GroupedProducts(Products):
         """Returns ``x_e^T g_e`` of all experts, the transpose of the grouped matmul."""
         if self.joined:
             return outer_of_all(x, g, self.groups.expert, like.shape[0], self.operand)
-        product = partial(ragged, x, sizes=self.groups.sizes, operand=self.operand)
-        made: jax.Array = jax.linear_transpose(product, like)(g)[0]
-        return made
+        return ragged_outer(x, g, self.groups.sizes, self.operand)
 
     def forward(self, x: jax.Array, layers: Sequence[Factors]) -> tuple[list[jax.Array], list[jax.Array]]:
         """See `Products`."""

@@ -7,7 +7,7 @@ mechanisms work per expert channel. `nalora_jax.models.moe` runs these functions
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from nalora_jax.method import activations, statistics
 from nalora_jax.method.ffn import gated_product, up_factor
 from nalora_jax.method.low_rank import Adapter, column_norm, moved_from
 from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, grouped_residual
+from nalora_jax.models.router import RouterSpec, choose
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.reductions import sampled as sampled_positions
 from nalora_jax.ops.storage import Kernel, expand
@@ -44,18 +45,17 @@ class Routing(NamedTuple):
         return Groups(self.sizes, self.expert)
 
 
-def route(logits: jax.Array, top_k: int, *, normalize: bool) -> Routing:
+def route(logits: jax.Array, top_k: int, spec: RouterSpec, *of_experts: jax.Array | None) -> Routing:
     """Returns the ``top_k`` experts of every token and their weights.
 
     Args:
       logits: float32 ``[tokens, experts]``.
       top_k: experts per token.
-      normalize: scale the chosen experts' probabilities to sum to 1.
+      spec: the choice of experts and their weights.
+      of_experts: correction and scale, float32 ``[experts]`` or None, see `RouterSpec`.
     """
     n_experts = logits.shape[-1]
-    weights, chosen = lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
-    if normalize:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    weights, chosen = choose(logits, top_k, spec, *of_experts)
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     return Routing(
@@ -168,6 +168,8 @@ class Layer(NamedTuple):
     up: Experts
     down: Experts
     taps: Mapping[str, jax.Array]  # zeros whose gradients are statistics of z's cotangent
+    correction: jax.Array | None = None  # [experts], of the router's scores
+    expert_scale: jax.Array | None = None  # [experts], of the router's weights
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ class RoutedConfig:
     """The static options of a block."""
 
     top_k: int
-    normalize: bool  # scale the chosen experts' probabilities to sum to 1
+    routing: RouterSpec
     activation: str
     numerics: Numerics
     stats: GateStatsConfig
@@ -190,6 +192,10 @@ class RoutedConfig:
         return (*names, *NAMES) if self.stats.checks else names
 
 
+def _unchanged(x: jax.Array, axis: str | None = None) -> jax.Array:
+    return x
+
+
 def routed_ffn(
     x: jax.Array,
     token_weights: jax.Array,
@@ -197,6 +203,7 @@ def routed_ffn(
     layer: Layer,
     config: RoutedConfig,
     axis: str | None = None,
+    routed_by: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Passes every token through its ``top_k`` experts.
 
@@ -207,42 +214,83 @@ def routed_ffn(
       layer: arrays of the block.
       config: static options.
       axis: a mapped mesh axis whose devices each hold a part of every expert's channels, in order.
+      routed_by: input of the router; default: ``x``.
 
     Returns:
       ``[batch, seq, d_model]``, and the statistics (``{}`` if none are computed).
     """
-    numerics, activation = config.numerics, activations.get(config.activation)
+    routing = routed(x if routed_by is None else routed_by, layer, config)
+    drop = [partial(_dropped, keys, routing, config, place) for place in range(3)]
+    rows = jnp.take(x.reshape(-1, x.shape[-1]), routing.token, axis=0)
+    samples = sample(routing, token_weights, config.stats.stride)
+    probe = sample(routing, token_weights, config.stats.probe_stride) if config.measure else samples
+    y, measured = expert_rows(rows, layer, routing.groups, (samples, probe), config, axis, drop)
+    return summed(y, routing, config, x.shape, axis), measured
+
+
+def routed(x: jax.Array, layer: Layer, config: RoutedConfig) -> Routing:
+    """Returns the experts of the tokens ``x [batch, seq, d_model]``."""
     flat = x.reshape(-1, x.shape[-1])
     # Float32 for any model dtype: a rounding error here would choose another expert.
     frozen = lax.stop_gradient(layer.router).astype(jnp.float32)
     logits = lax.dot_general(flat.astype(jnp.float32), frozen, (((1,), (0,)), ((), ())))
     if layer.router_bias is not None:
         logits = logits + lax.stop_gradient(layer.router_bias).astype(jnp.float32)[None]
-    routing = route(logits, config.top_k, normalize=config.normalize)
-    drop = [partial(_dropped, keys, routing, config, place) for place in range(3)]
-    rows = jnp.take(flat, routing.token, axis=0)
+    of_experts = (
+        None if array is None else lax.stop_gradient(array).astype(jnp.float32)
+        for array in (layer.correction, layer.expert_scale)
+    )
+    return route(logits, config.top_k, config.routing, *of_experts)
+
+
+def summed(y: jax.Array, routing: Routing, config: RoutedConfig, shape: tuple[int, ...], axis: str | None) -> jax.Array:
+    """Returns the weighted sums ``[batch, seq, d_model]`` of sorted rows ``y [rows, d_model]``."""
+    y = y * routing.weight[:, None].astype(y.dtype)
+    # [tokens, top_k, d_model] in the tokens' own order
+    y = jnp.sum(y[routing.back].reshape(-1, config.top_k, shape[-1]), axis=1).reshape(shape)
+    return y if axis is None else lax.psum(y, axis)
+
+
+def expert_rows(
+    rows: jax.Array,
+    layer: Layer,
+    groups: Groups,
+    samples: tuple[SampledRows, SampledRows],
+    config: RoutedConfig,
+    axis: str | None,
+    drop: Sequence[Callable[..., jax.Array]] = (_unchanged,) * 3,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Passes rows that are sorted by expert through their experts.
+
+    Args:
+      rows: ``[rows, d_model]``.
+      layer: arrays of the block.
+      groups: the rows' experts.
+      samples: rows for the gate's statistics and rows for the probe.
+      config, axis: as for `routed_ffn`.
+      drop: dropout of the adapters' inputs of gate, up and down.
+
+    Returns:
+      ``[rows, d_model]``, partial sums over ``axis``; and the statistics.
+    """
+    numerics, activation = config.numerics, activations.get(config.activation)
     inner = drop[0](rows)
-    base, delta = _projected(layer.gate, rows, inner, routing, numerics)
-    z, sampled = combine(base, delta), sample(routing, token_weights, config.stats.stride)
+    base, delta = _projected(layer.gate, rows, inner, groups, numerics)
+    z = combine(base, delta)
     if layer.taps:
-        z = statistics.tap(z, layer.taps, sampled, expert_cotangent_statistics)
-    u = combine(*_projected(layer.up, rows, drop[1](rows), routing, numerics))
+        z = statistics.tap(z, layer.taps, samples[0], expert_cotangent_statistics)
+    u = combine(*_projected(layer.up, rows, drop[1](rows), groups, numerics))
     hidden, _ = gated_product(z, u, activation, numerics, config.up_limit)
     measured: dict[str, jax.Array] = {}
     if config.measure:
-        samples = sampled, sample(routing, token_weights, config.stats.probe_stride)
-        start, moved = _probed(layer.gate, rows, inner, z, delta, routing, samples[1], numerics)
-        measured = expert_statistics(sampled.take(z), start, moved, samples, activation, config.stats)
+        start, moved = _probed(layer.gate, rows, inner, z, delta, groups, samples[1], numerics)
+        measured = expert_statistics(samples[0].take(z), start, moved, samples, activation, config.stats)
         if config.stats.checks is not None:
             live = Live(z, base, delta, up_factor(u.astype(numerics.residual), config.up_limit), hidden)
             assert isinstance(config.stats.checks, GateChecks)
             found = config.stats.checks.arrays(live, activation, numerics.residual)
             measured |= found if axis is None else {name: lax.pmax(worst, axis) for name, worst in found.items()}
-    y = combine(*_projected(layer.down, hidden, drop[2](hidden, axis), routing, numerics, axis))
-    y = y * routing.weight[:, None].astype(y.dtype)
-    # [tokens, top_k, d_model] in the tokens' own order
-    y = jnp.sum(y[routing.back].reshape(-1, config.top_k, x.shape[-1]), axis=1).reshape(x.shape)
-    return y if axis is None else lax.psum(y, axis), measured
+    return combine(*_projected(layer.down, hidden, drop[2](hidden, axis), groups, numerics, axis)), measured
 
 
 def combine(base: jax.Array, delta: jax.Array | None) -> jax.Array:
@@ -251,38 +299,38 @@ def combine(base: jax.Array, delta: jax.Array | None) -> jax.Array:
 
 
 def _projected(
-    experts: Experts, x: jax.Array, inner: jax.Array, routing: Routing, numerics: Numerics, axis: str | None = None
+    experts: Experts, x: jax.Array, inner: jax.Array, groups: Groups, numerics: Numerics, axis: str | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns the base and the adapter's output ``[rows, d_out]`` of a projection.
 
     This is `nalora_jax.method.low_rank` over grouped rows; the adapter reads ``inner``. With
     ``axis`` the inputs are split over it, so that the results are partial sums.
     """
-    base, adapter = frozen_grouped_matmul(x, experts.kernel, routing.sizes, numerics), experts.adapter
-    bias = _bias_rows(experts, routing, axis)
+    base, adapter = frozen_grouped_matmul(x, experts.kernel, groups.sizes, numerics), experts.adapter
+    bias = _bias_rows(experts, groups, axis)
     if adapter is None:
         return combine(base, bias), None
-    delta = grouped_residual(inner, *adapter[:3], routing.groups, numerics, adapter.mask)
+    delta = grouped_residual(inner, *adapter[:3], groups, numerics, adapter.mask)
     if adapter.magnitude is not None:
         kernel = lax.stop_gradient(expand(experts.kernel)).astype(jnp.float32)
         norm = jax.vmap(column_norm, in_axes=(0, 0, 0, None))(kernel, *adapter[:3])
         norm = lax.stop_gradient(norm)
         norm = norm if axis is None else jnp.sqrt(lax.psum(jnp.square(norm), axis))
-        ratio = (adapter.magnitude / norm)[routing.expert]
+        ratio = (adapter.magnitude / norm)[groups.expert]
         # Rank 0: the magnitude has no effect and no gradient.
         ratio = jnp.where(jnp.asarray(adapter.scale) == 0, 1.0, ratio)
         delta = (ratio - 1.0) * base.astype(jnp.float32) + ratio * delta
     return combine(base, bias), delta.astype(base.dtype)
 
 
-def _bias_rows(experts: Experts, routing: Routing, axis: str | None) -> jax.Array | None:
+def _bias_rows(experts: Experts, groups: Groups, axis: str | None) -> jax.Array | None:
     """Returns the bias of every row, or None; of partial sums over ``axis`` only the first has it."""
     if experts.bias is None:
         return None
     bias = lax.stop_gradient(experts.bias)
     if axis is not None:
         bias = jnp.where(lax.axis_index(axis) == 0, bias, 0)
-    return jnp.take(bias, routing.expert, axis=0)
+    return jnp.take(bias, groups.expert, axis=0)
 
 
 def _probed(
@@ -291,7 +339,7 @@ def _probed(
     inner: jax.Array,
     z: jax.Array,
     delta: jax.Array | None,
-    routing: Routing,
+    groups: Groups,
     probe: SampledRows,
     numerics: Numerics,
 ) -> tuple[jax.Array, jax.Array]:
@@ -309,18 +357,18 @@ def _probed(
     plain = adapter.magnitude is None and adapter.start is None
     if plain and numerics.hooks.recomputes_expert_probe(*adapter.a.shape[::2]):
         # Joined factors do not read the sizes.
-        few = Groups(routing.sizes, probe.take(routing.expert))
+        few = Groups(groups.sizes, probe.take(groups.expert))
         moved = grouped_residual(probe.take(inner), *adapter[:3], few, numerics).astype(delta.dtype)
     else:
-        moved = probe.take(_moved(adapter, x, routing, delta, numerics))
+        moved = probe.take(_moved(adapter, x, groups, delta, numerics))
     return seen - moved.astype(jnp.float32), moved
 
 
-def _moved(adapter: Adapter, x: jax.Array, routing: Routing, delta: jax.Array, numerics: Numerics) -> jax.Array:
+def _moved(adapter: Adapter, x: jax.Array, groups: Groups, delta: jax.Array, numerics: Numerics) -> jax.Array:
     """Returns the difference between the residual ``delta`` and the adapter's initial residual."""
     if adapter.start is None:
         return delta
-    started = grouped_residual(x, *adapter.start, adapter.scale, routing.groups, numerics)
+    started = grouped_residual(x, *adapter.start, adapter.scale, groups, numerics)
     return lax.stop_gradient(moved_from(delta, started.astype(delta.dtype)))
 
 

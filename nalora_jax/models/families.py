@@ -12,15 +12,16 @@ from typing import Any
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
-from nalora_jax.models import recent_families, registered
+from nalora_jax.models import qwen_hybrid, recent_families, registered
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family_fields import (
     FULL,
+    GRANITE,
     SLIDING,
     activation_name,
     alternating,
     attention_bias,
-    first_present,
+    granite_scales,
     head_dim_of,
     layer_types,
     optional_windows,
@@ -28,11 +29,21 @@ from nalora_jax.models.family_fields import (
     windows_of,
 )
 from nalora_jax.models.family_fields import base_config as base_config
+from nalora_jax.models.gemma4 import DEFAULTS as GEMMA4
+from nalora_jax.models.gemma4 import read_gemma4
 from nalora_jax.models.gpt_oss import DEFAULTS as GPT_OSS
 from nalora_jax.models.gpt_oss import read_gpt_oss
+from nalora_jax.models.mixture_families import (
+    GLM4_MOE,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    read_glm4_moe,
+    read_qwen2_moe,
+    read_qwen3_moe,
+)
 from nalora_jax.models.registered import register_family as register_family
 from nalora_jax.models.ropes import read_ropes
-from nalora_jax.models.vision.sight import MULTIMODAL, read_sight, text_part
+from nalora_jax.models.vision.sight import MULTIMODAL, contains_text_model, read_sight, text_part
 
 _COMMON: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
 # Nested text configs list only the differences from these defaults.
@@ -52,7 +63,7 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfi
     if not isinstance(raw, Mapping):
         raise NaloraError(where, expected="a JSON object", found=type(raw).__name__)
     name = raw.get("model_type")
-    if isinstance(name, str) and name in MULTIMODAL:  # the text model is one of its parts
+    if contains_text_model(name, images=images):  # the text model is one of its parts
         text = read(text_part(raw, where), f"{where}: text_config", False)
         return replace(text, sight=read_sight(raw, text, where)) if images else text
     if images:
@@ -70,7 +81,9 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfi
         family = registered.FAMILIES.get(name)
         reader, defaults = family.reader, dict(family.defaults)
     fields = Fields(raw, _COMMON | defaults, where)
-    for feature in ("use_bidirectional_attention", "output_router_logits", "router_jitter_noise"):
+    if name not in GEMMA4 or fields.get("use_bidirectional_attention") != "vision":  # of image tokens only
+        fields.refuse("use_bidirectional_attention")
+    for feature in ("output_router_logits", "router_jitter_noise"):
         fields.refuse(feature)
     if name != "gpt_oss":  # whose reader accepts the released form
         fields.refuse("quantization_config", "load the unquantized model")
@@ -205,16 +218,7 @@ def _smollm3(f: Fields, name: str) -> ModelConfig:
 
 
 def _granite(f: Fields, name: str) -> ModelConfig:
-    return base_config(
-        f,
-        name,
-        ffn_bias=f.flag("mlp_bias"),
-        embed_scale=f.number("embedding_multiplier"),
-        residual_scale=f.number("residual_multiplier"),
-        query_scale=f.number("attention_multiplier"),
-        logit_scale=1.0 / f.number("logits_scaling"),
-        **attention_bias(f),
-    )
+    return base_config(f, name, **granite_scales(f), **attention_bias(f))
 
 
 def _mixtral(f: Fields, name: str) -> ModelConfig:
@@ -224,24 +228,6 @@ def _mixtral(f: Fields, name: str) -> ModelConfig:
         windows=same_window(f),
         n_experts=f.integer("num_local_experts", high=2**12),
         experts_per_token=f.integer("num_experts_per_tok", high=2**12),
-    )
-
-
-def _qwen3_moe(f: Fields, name: str) -> ModelConfig:
-    f.refuse("mlp_only_layers", "blocks of different shapes cannot be stacked")
-    step = f.integer("decoder_sparse_step")
-    if step != 1:
-        raise f.error("decoder_sparse_step", "1: a mixture in every layer", step)
-    return base_config(
-        f,
-        name,
-        d_ff=f.integer("moe_intermediate_size"),
-        windows=optional_windows(f, lambda _: True),
-        qk_norm="head",
-        n_experts=f.integer(first_present(f, "num_experts", "num_local_experts"), high=2**12),
-        experts_per_token=f.integer("num_experts_per_tok", high=2**12),
-        norm_topk=f.flag("norm_topk_prob"),
-        **attention_bias(f),
     )
 
 
@@ -265,6 +251,7 @@ _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]]
         | {"max_position_embeddings": 8192, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
     ),
     "gemma3_text": (_gemma3, _GEMMA | _GELU | _GEMMA3),
+    **{name: (read_gemma4, defaults) for name, defaults in GEMMA4.items()},
     "phi3": (_phi3, {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}),
     "olmo2": (_olmo2, {"rms_norm_eps": 1e-5}),
     "smollm3": (
@@ -276,10 +263,7 @@ _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]]
             "max_position_embeddings": 32_768,
         },
     ),
-    "granite": (
-        _granite,
-        {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0, "logits_scaling": 1.0},
-    ),
+    "granite": (_granite, GRANITE),
     "mixtral": (
         _mixtral,
         {
@@ -292,16 +276,9 @@ _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]]
         },
     ),
     "gpt_oss": (read_gpt_oss, GPT_OSS),
-    "qwen3_moe": (
-        _qwen3_moe,
-        _QWEN
-        | {
-            "num_key_value_heads": 4,
-            "moe_intermediate_size": 768,
-            "num_experts_per_tok": 8,
-            "decoder_sparse_step": 1,
-        },
-    ),
+    "qwen3_moe": (read_qwen3_moe, _QWEN | QWEN3_MOE),
+    "qwen2_moe": (read_qwen2_moe, _QWEN | QWEN2_MOE),
+    "glm4_moe": (read_glm4_moe, GLM4_MOE),
 }
 
-_READERS |= recent_families.READERS
+_READERS |= recent_families.READERS | qwen_hybrid.READERS

@@ -12,6 +12,10 @@ from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.ropes import read_ropes
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+# Granite's multipliers.
+GRANITE: dict[str, Any] = dict.fromkeys(
+    ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.0
+)
 
 
 def base_config(f: Fields, name: str, **features: Any) -> ModelConfig:
@@ -120,3 +124,14 @@ def head_dim_of(f: Fields) -> int:
 def first_present(f: Fields, *names: str) -> str:
     """Returns the first of a field's names in the file; transformers 5 renamed some fields."""
     return next((name for name in names if f.get(name) is not None), names[0])
+
+
+def granite_scales(f: Fields) -> dict[str, Any]:
+    """Returns the multipliers and the bias of the feed-forward block of Granite's families."""
+    return {
+        "ffn_bias": f.flag("mlp_bias"),
+        "embed_scale": f.number("embedding_multiplier"),
+        "residual_scale": f.number("residual_multiplier"),
+        "query_scale": f.number("attention_multiplier"),
+        "logit_scale": 1.0 / f.number("logits_scaling"),
+    }

@@ -19,7 +19,7 @@ import numpy as np
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.residual_norm import residual_norm, rms_norm
 
-ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 
 class RMSNorm(nn.Module):
@@ -75,7 +75,7 @@ class RopeSpec:
     dim: int  # rotated dimensions of a head, even; the rest pass through
     theta: float = 10_000.0  # base wavelength
     kind: str = "default"  # one of ROPE_KINDS
-    factor: float = 1.0  # linear, dynamic, yarn, llama3: the scaling factor
+    factor: float = 1.0  # linear, dynamic, yarn, llama3, proportional: the scaling factor
     max_positions: int = 0  # dynamic, yarn, longrope, llama3: the original context length
     attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
     low_freq_factor: float = 1.0  # llama3
@@ -85,6 +85,7 @@ class RopeSpec:
     truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
     short_factor: tuple[float, ...] = ()  # longrope: one divisor per frequency, up to max_positions
     long_factor: tuple[float, ...] = ()  # longrope: the same, for longer sequences
+    pairs: int = 0  # proportional: the first pairs rotate, the others pass through
 
     @property
     def depends_on_length(self) -> bool:
@@ -106,6 +107,8 @@ def inverse_frequencies(spec: RopeSpec) -> np.ndarray:
         return _yarn_frequencies(plain, spec)
     if spec.kind == "longrope":
         return plain / np.asarray(spec.short_factor)
+    if spec.kind == "proportional":
+        return np.where(np.arange(len(plain)) < spec.pairs, plain / spec.factor, 0.0)
     return plain
 
 

@@ -1,8 +1,9 @@
 """A mixture of gated experts as a Linen module: router, top-k and gated FFNs.
 
-On a mesh every device routes its own tokens, in training and in evaluation; no tokens are
-exchanged. The axis "tensor" splits the channels of every expert, so that all devices have the same
-work for any routing. Weights that "fsdp" splits are gathered for the layer. The arithmetic is in
+On a mesh every device routes its own tokens, in training and in evaluation. The axis "tensor"
+splits the channels of every expert, so that all devices have the same work for any routing. "fsdp"
+splits the experts: they are gathered for the layer, or rows are sent to them
+(`nalora_jax.models.expert_exchange`), whichever moves fewer bytes. The arithmetic is in
 `nalora_jax.models.experts`.
 """
 
@@ -23,13 +24,16 @@ from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method import statistics
 from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.low_rank import Adapter
+from nalora_jax.models.expert_exchange import exchanged_ffn, exchanges_less
 from nalora_jax.models.experts import Experts, Layer, RoutedConfig, routed_ffn
+from nalora_jax.models.router import RouterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.quantize import Quantized
 from nalora_jax.ops.reductions import count, first_alone
 from nalora_jax.ops.storage import Kernel
 
 _AXIS = "tensor"  # the mesh axis that splits the experts' channels
+_OVER = "fsdp"  # the mesh axis that splits the experts
 
 
 class ExpertDense(nn.Module):
@@ -69,7 +73,7 @@ class MoEFFN(nn.Module):
     d_ff: int
     n_experts: int
     top_k: int
-    norm_topk: bool = True
+    routing: RouterSpec = RouterSpec()
     activation: str = "silu"
     adapters: Adapters = Adapters()
     use_bias: bool = False
@@ -78,6 +82,7 @@ class MoEFFN(nn.Module):
     numerics: Numerics = Numerics()
     stats: GateStatsConfig = GateStatsConfig()
     sharding: NamedSharding | None = None  # of [batch, seq, d_model] on a mesh
+    experts: str = "auto"  # "gather" or "send", see `nalora_jax.config.ComputeConfig`
 
     @nn.compact
     def __call__(
@@ -88,23 +93,31 @@ class MoEFFN(nn.Module):
         token_weights: jax.Array | None = None,
         deterministic: bool = True,
         adapter_ids: jax.Array | None = None,
+        routed_by: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns ``[batch, seq, d_model]`` as ``x``; ``adapter_ids`` is ignored."""
+        """Returns ``[batch, seq, d_model]`` as ``x``; ``adapter_ids`` is ignored.
+
+        ``routed_by`` is the input of the router, ``x`` by default.
+        """
         del adapter_ids
         scales = scales or {}
         mask = self.get_variable("gate_mask", "mask") if self.has_variable("gate_mask", "mask") else None
         taps = {} if self.is_initializing() else self.variables.get("gate_taps", {})
+        router = Router(self.n_experts, self.router_bias, self.routing, name="router")
+        kernel, bias, *of_experts = router(self.d_model)
         layer = Layer(
-            *Router(self.n_experts, self.router_bias, name="router")(self.d_model),
+            kernel,
+            bias,
             self._experts("gate_proj", self.d_model, self.d_ff, scales, mask),
             self._experts("up_proj", self.d_model, self.d_ff, scales),
             self._experts("down_proj", self.d_ff, self.d_model, scales),
             {name: self.get_variable("gate_taps", name) for name in taps},
+            *of_experts,
         )
         drops = self.adapters.dropout > 0 and not deterministic
         config = RoutedConfig(
             self.top_k,
-            self.norm_topk,
+            self.routing,
             self.activation,
             self.numerics,
             self.stats.of_rows(x.shape[1]),
@@ -115,7 +128,7 @@ class MoEFFN(nn.Module):
         weights = jnp.ones(x.shape[:2], jnp.float32) if token_weights is None else token_weights
         weights = jnp.broadcast_to(weights, x.shape[:2])
         keys = jax.random.split(self.make_rng("dropout"), x.shape[0]) if drops else None
-        y, measured = on_mesh(self.sharding, x, weights, keys, layer, config)
+        y, measured = on_mesh(self.sharding, x, weights, keys, layer, config, routed_by, experts=self.experts)
         for name, value in measured.items():
             self.sow("gate_stats", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         return y
@@ -130,18 +143,21 @@ class MoEFFN(nn.Module):
 
 
 class Router(nn.Module):
-    """The frozen kernel and bias that compute the expert logits."""
+    """The frozen arrays of a router."""
 
     n_experts: int
     use_bias: bool = False
+    spec: RouterSpec = RouterSpec()
 
     @nn.compact
-    def __call__(self, d_model: int) -> tuple[jax.Array, jax.Array | None]:
-        """Returns the kernel ``[d_model, experts]`` and the bias ``[experts]`` or None."""
+    def __call__(self, d_model: int) -> tuple[jax.Array, *tuple[jax.Array | None, ...]]:
+        """Returns the kernel ``[d_model, experts]``; bias, correction and scale ``[experts]`` or None."""
         kernel: jax.Array = self.param("kernel", nn.initializers.lecun_normal(), (d_model, self.n_experts))
-        if not self.use_bias:
-            return kernel, None
-        return kernel, self.param("bias", nn.initializers.zeros_init(), (self.n_experts,))
+        zeros, shape = nn.initializers.zeros_init(), (self.n_experts,)
+        bias = self.param("bias", zeros, shape) if self.use_bias else None
+        correction = self.param("correction", zeros, shape) if self.spec.correction else None
+        ones = nn.initializers.ones_init()
+        return kernel, bias, correction, self.param("scale", ones, shape) if self.spec.expert_scale else None
 
 
 def on_mesh(
@@ -151,6 +167,9 @@ def on_mesh(
     keys: jax.Array | None,
     layer: Layer,
     config: RoutedConfig,
+    routed_by: jax.Array | None = None,
+    *,
+    experts: str = "auto",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Runs `routed_ffn` on every device's own tokens.
 
@@ -159,40 +178,61 @@ def on_mesh(
     Args:
       sharding: of x; None on one device. If it does not divide the batch, every device computes all
         of it.
-      x, weights, keys, layer, config: as for `routed_ffn`; if ``config.stats`` has a sharding, taps
-        have a leading axis ``[shards]``.
+      x, weights, keys, layer, config, routed_by: as for `routed_ffn`; if ``config.stats`` has a
+        sharding, taps have a leading axis ``[shards]``.
+      experts: see `MoEFFN`; with dropout, experts are gathered.
 
     Returns:
       As `routed_ffn`; the statistics are by shard if ``config.stats`` has a sharding.
     """
     by_shard = count(config.stats.sharding) > 1
     if sharding is None or sharding.mesh.size == 1 or x.shape[0] % count(sharding):
-        y, measured = routed_ffn(x, weights, keys, _with_first_taps(layer) if by_shard else layer, config)
+        own = _with_first_taps(layer) if by_shard else layer
+        y, measured = routed_ffn(x, weights, keys, own, config, routed_by=routed_by)
         return y, {name: first_alone(value, config.stats.sharding) for name, value in measured.items()}
     rows, mesh = sharding.spec[0], sharding.mesh
     axis = _AXIS if _splits(layer, mesh.shape.get(_AXIS, 1)) else None
+    over = _over(sharding, x, layer, config, experts) if keys is None else None
 
     def local(
-        x: jax.Array, weights: jax.Array, keys: jax.Array | None, layer: Layer
+        x: jax.Array, weights: jax.Array, keys: jax.Array | None, layer: Layer, routed_by: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        y, measured = routed_ffn(x, weights, keys, _with_first_taps(layer) if by_shard else layer, config, axis)
+        of_shard = _with_first_taps(layer) if by_shard else layer
+        if over is None:
+            y, measured = routed_ffn(x, weights, keys, of_shard, config, axis, routed_by)
+        else:
+            y, measured = exchanged_ffn(x, weights, of_shard, config, over, axis, routed_by)
         return y, {name: value[None] for name, value in measured.items()}
 
     names = config.measured if config.measure else ()
     y, parts = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(rows), P(rows), P(rows), _specs(layer, axis, rows if by_shard else None)),
+        in_specs=(P(rows), P(rows), P(rows), _specs(layer, axis, rows if by_shard else None, over), P(rows)),
         out_specs=(P(rows), {name: P(rows, *_by_channel(name, axis)) for name in names}),
         # An axis that splits no array is left to the compiler: mapping it would split cotangents
         # into partial sums, and their statistics are not linear.
         axis_names={*rows, *([axis] if axis else [])},
         check_vma=False,
-    )(x, weights, keys, layer)
+    )(x, weights, keys, layer, routed_by)
     if by_shard:
         return y, parts
     merge = {name: jnp.max if name.startswith(statistics.CHECK) else jnp.sum for name in names}
     return y, {name: merge[name](part, axis=0) for name, part in parts.items()}
+
+
+def _over(sharding: NamedSharding, x: jax.Array, layer: Layer, config: RoutedConfig, experts: str) -> str | None:
+    """Returns the mesh axis over which rows are sent to experts; None if experts are gathered."""
+    devices, n_experts = sharding.mesh.shape.get(_OVER, 1), layer.gate.kernel.shape[0]
+    if devices == 1 or n_experts % devices or _OVER not in sharding.spec[0]:
+        return None
+    sends = experts == "send"
+    if experts == "auto":
+        rows = x.shape[0] // count(sharding) * x.shape[1] * config.top_k
+        kernels = sum(leaf.nbytes for e in (layer.gate, layer.up, layer.down) for leaf in jax.tree.leaves(e.kernel))
+        kernels /= sharding.mesh.shape.get(_AXIS, 1)
+        sends = exchanges_less(rows, x.shape[-1], kernels, x.dtype.itemsize, devices)
+    return _OVER if sends else None
 
 
 def _with_first_taps(layer: Layer) -> Layer:
@@ -212,19 +252,20 @@ def _splits(layer: Layer, parts: int) -> bool:
     return parts > 1 and divides(layer.gate.kernel, 2) and divides(layer.up.kernel, 2) and divides(layer.down.kernel, 1)
 
 
-def _specs(layer: Layer, axis: str | None, rows: Any) -> Any:
+def _specs(layer: Layer, axis: str | None, rows: Any, over: str | None) -> Any:
     """Returns the partition specs of a layer's arrays.
 
-    Channels are split over ``axis`` and taps by shard over ``rows``; the rest is replicated.
+    Channels are split over ``axis``, experts over ``over`` and taps by shard over ``rows``; the
+    rest is replicated.
     """
-    channels = P(None, None, axis)
+    channels, inputs = P(over, None, axis), P(over, axis, None)
 
     def projection(experts: Experts, kernel: P, a: P, b: P, of_outputs: P) -> Any:
         def stored(leaf: jax.Array) -> P:  # int8 has one scale for all inputs, which is not split
             return P(*(None if size == 1 else name for size, name in zip(leaf.shape, kernel, strict=True)))
 
         made = jax.tree.map(stored, experts.kernel)
-        bias = None if experts.bias is None else of_outputs
+        bias: Any = None if experts.bias is None else of_outputs
         if experts.adapter is None:
             return Experts(made, bias=bias)
         places: Any = (a, b, P(), of_outputs, of_outputs, None, (a, b))
@@ -235,10 +276,12 @@ def _specs(layer: Layer, axis: str | None, rows: Any) -> Any:
     places: Any = (
         P(),
         None if layer.router_bias is None else P(),
-        projection(layer.gate, channels, P(), channels, P(None, axis)),
-        projection(layer.up, channels, P(), channels, P(None, axis)),
-        projection(layer.down, P(None, axis, None), P(None, axis, None), P(), P()),
+        projection(layer.gate, channels, P(over), channels, P(over, axis)),
+        projection(layer.up, channels, P(over), channels, P(over, axis)),
+        projection(layer.down, inputs, inputs, P(over), P(over)),
         {name: P(*([rows] if rows else []), *_by_channel(name, axis)) for name in layer.taps},
+        None if layer.correction is None else P(),
+        None if layer.expert_scale is None else P(),
     )
     return Layer(*places)
 

@@ -8,7 +8,8 @@ other part is a frozen dataclass of its sizes, in a module of its own, that `Mod
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import flax.linen as nn
@@ -35,9 +36,21 @@ class LayerInputs:
     window: jax.Array | None  # int []; None if every layer attends globally
     rope: jax.Array | None  # int [], index into the rotary tables; None if there is only one
     scales: dict[str, dict[str, jax.Array]]  # adapters' scales by part ("attn", "ffn") and projection
+    embedded: jax.Array | None  # [batch, seq, width], `ModelConfig.layer_embeddings` of the layer
     # The layer's state of earlier calls; or the layer's index if it reads cached keys in place from
     # `SharedInputs.cache`.
     cached: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HandedKeys:
+    """Keys and values of a layer that later layers read."""
+
+    k: jax.Array  # [batch, seq, kv_heads, head_dim], rotated
+    v: jax.Array
+    cached: Any  # `LayerInputs.cached` of the layer
+    prefix: str = field(metadata={"static": True})  # of its stack
 
 
 @jax.tree_util.register_dataclass
@@ -55,6 +68,7 @@ class SharedInputs:
     cache: dict[str, tuple[LayerStack, LayerStack]] | None = None  # by stack: all layers' keys and values
     # int [batch or 1, seq], position from which a token is seen, if not its own
     starts: jax.Array | None = None
+    handed: dict[str, HandedKeys] = field(default_factory=dict)  # by name (`Mixer.hands`)
     deterministic: bool = field(default=True, metadata={"static": True})
 
 
@@ -62,6 +76,17 @@ def part_adapters(spec: AdapterSpec, path: str) -> Adapters:
     """Returns the adapters of the part at a stacked path (``layers/attn``) by projection name."""
     ranks = ((p.removeprefix(f"{path}/"), t.rank) for p, t in spec.targets if p.startswith(f"{path}/"))
     return Adapters(tuple(ranks), dora=spec.dora, dropout=spec.dropout)
+
+
+def adapters_below(adapters: Adapters, prefix: str) -> Adapters:
+    """Returns the adapters of a part's projections below ``prefix``."""
+    ranks = ((name.removeprefix(prefix), rank) for name, rank in adapters.ranks if name.startswith(prefix))
+    return replace(adapters, ranks=tuple(ranks))
+
+
+def scales_below(scales: Mapping[str, Any] | None, prefix: str) -> dict[str, Any]:
+    """Returns the scales of a part's projections below ``prefix``."""
+    return {name.removeprefix(prefix): s for name, s in (scales or {}).items() if name.startswith(prefix)}
 
 
 def constrain(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
@@ -82,6 +107,7 @@ class PartOptions:
     stats: GateStatsConfig
     sharding: NamedSharding | None  # of [batch, seq, d_model] between layers
     routing: NamedSharding | None  # the same for tokens that are routed to experts
+    experts: str = "auto"  # see `nalora_jax.config.ComputeConfig`
 
 
 class Part(ABC):
@@ -91,7 +117,7 @@ class Part(ABC):
 
     @abstractmethod
     def param_shapes(self, config: ModelConfig) -> Shapes:
-        """Returns the shapes of one layer's parameters, without `projections` and their kernels."""
+        """Returns the shapes of one layer's parameters, kernels and biases of `projections` included."""
 
     @abstractmethod
     def projections(self, config: ModelConfig) -> Shapes:
@@ -109,6 +135,10 @@ class Part(ABC):
 class Mixer(Part):
     """A part that mixes the tokens of a row, in place of attention."""
 
+    attends: ClassVar[bool] = False  # True: softmax attention with the config's heads and windows
+    hands: str = ""  # name under which later layers read this layer's keys and values
+    reads: str = ""  # name of an earlier layer's keys and values that this layer reads
+
     @abstractmethod
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
         """Returns the module: ``(x, LayerInputs, SharedInputs) -> (y, update of its state)``."""
@@ -118,8 +148,32 @@ class Mixer(Part):
         """Returns the state of ``config.n_layers`` layers before the first token (`models.cache`)."""
 
 
+class AttentionMixer(Mixer):
+    """A form of softmax attention.
+
+    Cache and costs follow from the config's heads and windows, as for `models.attention.Attention`.
+    """
+
+    name = "attn"
+    attends = True
+
+    def flops(self, config: ModelConfig, seq: int) -> float:
+        """Returns 0: scores and weighted sums are counted by the config's heads."""
+        return 0.0
+
+    def saved(self, config: ModelConfig) -> float:
+        """Returns 0: saved heads are counted by the config."""
+        return 0.0
+
+    def init_state(self, config: ModelConfig, batch: int, numerics: Numerics) -> Any:
+        """Returns None: the layers cache keys and values."""
+        return None
+
+
 class FeedForward(Part):
     """A part that transforms each token, in place of the gated block."""
+
+    reads_stream: ClassVar[bool] = False  # True: the module also gets ``stream``, the norm's input
 
     @abstractmethod
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
@@ -128,3 +182,15 @@ class FeedForward(Part):
     @abstractmethod
     def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns channel shape and activation of each gated block, by its path within the part."""
+
+
+class Tail(Part):
+    """A part that ends a layer: it receives and returns the residual stream."""
+
+    @abstractmethod
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """Returns the module: ``(x, LayerInputs, SharedInputs) -> x``."""
+
+    @abstractmethod
+    def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns the part's gated blocks, as `FeedForward.gates`."""

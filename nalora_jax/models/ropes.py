@@ -23,6 +23,7 @@ _KEYS = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
     "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
     "longrope": {"factor", "attention_factor", "short_factor", "long_factor"},
+    "proportional": {"factor"},
 }
 
 
@@ -84,9 +85,10 @@ def _spec(f: Fields, name: str, own: Mapping[str, Any], head_dim: int, further: 
     for key in sorted(own.keys() - _ALWAYS - _KEYS[kind] - set(further)):
         rope.refuse(key, f"rope_type {kind!r} has no such parameter here")
     partial = rope.number("partial_rotary_factor", default=f.number("partial_rotary_factor", default=1.0))
-    if partial != 1.0 and not phi3:
-        raise rope.error("partial_rotary_factor", "1: partial rotation is Phi-3's only", partial)
-    dim = int(head_dim * partial)
+    allowed = phi3 or kind == "proportional" or "partial_rotary_factor" in f.defaults
+    if partial != 1.0 and not allowed:
+        raise rope.error("partial_rotary_factor", "1: this family rotates all dimensions", partial)
+    dim = head_dim if kind == "proportional" else int(head_dim * partial)
     if dim % 2 or not 2 <= dim <= head_dim:
         raise rope.error("partial_rotary_factor", f"an even share of head_dim ({head_dim})", f"{dim} dimensions")
     theta = rope.number("rope_theta")
@@ -164,6 +166,13 @@ def _longrope(f: Fields, rope: Fields, dim: int) -> dict[str, Any]:
     return {"factor": factor, "max_positions": original, "attention_factor": attention_factor, **factors}
 
 
+def _proportional(f: Fields, rope: Fields, dim: int) -> dict[str, Any]:
+    share = rope.number("partial_rotary_factor", default=1.0, zero=True)
+    if share > 1:
+        raise rope.error("partial_rotary_factor", "a share from 0 to 1", share)
+    return {"factor": rope.number("factor", default=1.0), "pairs": int(share * dim // 2)}
+
+
 def _factors(rope: Fields, key: str, length: int) -> tuple[float, ...]:
     values = rope.items(key, length, (int, float)) or []
     if len(values) != length or not all(0 < value < 1e30 for value in values):
@@ -178,4 +187,5 @@ _SCALINGS = {
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
+    "proportional": _proportional,
 }

@@ -16,10 +16,12 @@ Paths of a uniform model name an array of any model together with a layer's numb
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.parts import Part
 from nalora_jax.models.paths import uniform_path
 
 Shapes = dict[str, tuple[int, ...]]
@@ -52,6 +54,11 @@ def groups(config: ModelConfig) -> tuple[tuple[Stack, ...], ...]:
 def stacks(config: ModelConfig) -> tuple[Stack, ...]:
     """Returns all stacks of a decoder."""
     return tuple(stack for group in groups(config) for stack in group)
+
+
+def key_heads(config: ModelConfig) -> int:
+    """Returns the largest number that divides the key/value heads of every attention layer."""
+    return math.gcd(*(stack.config.n_kv_heads for stack in stacks(config) if stack.config.attends))
 
 
 def _of_kind(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
@@ -110,6 +117,8 @@ def param_shapes(config: ModelConfig) -> Shapes:
     for stack in stacks(config):
         of_layer = _layer_shapes(stack.config).items()
         shapes |= {f"{stack.prefix}/{path}": (len(stack.layers), *shape) for path, shape in of_layer}
+    if config.layer_embeddings is not None:
+        shapes |= config.layer_embeddings.param_shapes(config)
     shapes["final_norm/scale"] = (d,)
     if not config.tie_embeddings:
         shapes["lm_head/kernel"] = (d, v)
@@ -163,9 +172,8 @@ def _layer_shapes(config: ModelConfig) -> Shapes:
     norms = ["attn_norm", "ffn_norm"] if config.pre_norm else []
     norms += ["attn_post_norm", "ffn_post_norm"] if config.post_norm else []
     shapes: Shapes = {f"{name}/scale": (config.d_model,) for name in norms}
-    for part in (config.mixer, config.ffn):
-        if part is not None:
-            shapes |= {f"{part.name}/{path}": shape for path, shape in part.param_shapes(config).items()}
+    for part in _parts(config):
+        shapes |= {f"{part.name}/{path}": shape for path, shape in part.param_shapes(config).items()}
     if config.mixer is None:
         shapes |= _qk_norm_shapes(config)
         shapes |= {"attn/sinks": (config.n_heads,)} if config.attn_sinks else {}
@@ -193,17 +201,21 @@ def _has_bias(config: ModelConfig, path: str) -> bool:
 
 def _projections(config: ModelConfig) -> Shapes:
     shapes = _attention(config) | _feed_forward(config)
-    for part in (config.mixer, config.ffn):
-        if part is not None:
-            shapes |= {f"{part.name}/{name}": shape for name, shape in part.projections(config).items()}
+    for part in _parts(config):
+        shapes |= {f"{part.name}/{name}": shape for name, shape in part.projections(config).items()}
     return shapes
+
+
+def _parts(config: ModelConfig) -> list[Part]:
+    return [part for part in (config.mixer, config.ffn, config.tail) if part is not None]
 
 
 def _attention(config: ModelConfig) -> Shapes:
     if config.mixer is not None:
         return {}
     d, q, kv = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    shapes = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
+    gated = 1 + config.attn_gate
+    shapes = {"q_proj": (d, gated * q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
     return {f"attn/{name}": shape for name, shape in shapes.items()}
 
 
@@ -220,8 +232,9 @@ def _feed_forward(config: ModelConfig) -> Shapes:
 
 def _gates(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
     """Returns channel shape and activation of each gated block of a layer, by path."""
-    if config.ffn is not None:
-        of_part = config.ffn.gates(config).items()
-        return {f"{config.ffn.name}/{name}".removesuffix("/"): gate for name, gate in of_part}
     experts = (config.n_experts,) if config.n_experts else ()
-    return {"ffn": ((*experts, config.d_ff), config.activation)}
+    gates = {} if config.ffn is not None else {"ffn": ((*experts, config.d_ff), config.activation)}
+    for part in (config.ffn, config.tail):
+        if part is not None:
+            gates |= {f"{part.name}/{name}".removesuffix("/"): gate for name, gate in part.gates(config).items()}
+    return gates

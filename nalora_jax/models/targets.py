@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,23 @@ class TargetSpec:
         used = np.arange(shape[-1]) < np.array(self.ranks)[:, None]
         return np.broadcast_to(used.reshape(len(used), *(1,) * (len(shape) - 2), shape[-1]), shape)
 
+    def scales(self, *, rslora: bool) -> Any:
+        """Returns ``s`` of each layer: float32 ``[layers]``, 0 without an adapter."""
+        pairs = zip(self.alphas, self.ranks, strict=True)
+        return np.array([adapter_scale(alpha, rank, rslora=rslora) for alpha, rank in pairs], np.float32)
+
+
+@dataclass(frozen=True)
+class ScaledTarget(TargetSpec):
+    """A target whose scales are given: those of a run in a sweep."""
+
+    values: Any = field(default=None, compare=False)  # float32 [layers]
+
+    def scales(self, *, rslora: bool) -> Any:
+        """Returns the given scales."""
+        del rslora
+        return self.values
+
 
 @dataclass(frozen=True)
 class AdapterSpec:
@@ -63,6 +81,8 @@ class AdapterSpec:
     # AdaLoRA: a diagonal between A and B during training; adapter files store plain A and B.
     adalora: bool = False
     dropout: float = 0.0
+    # A starts at zero instead of B; the trained adapter does not depend on it in any other way.
+    zero_a: bool = field(default=False, compare=False)
     # Names in `TABLES` that are trained entirely (PEFT's modules_to_save).
     saved: tuple[str, ...] = ()
     # By table in `ROWS`: token ids whose rows are trained (PEFT's trainable_token_indices), in the
@@ -111,18 +131,9 @@ class AdapterSpec:
         """Returns the spec of ``path``, or None if the projection is not adapted."""
         return dict(self.targets).get(path)
 
-    def scales(self, path: str) -> np.ndarray:
+    def scales(self, path: str) -> Any:
         """Returns ``s`` of each layer at ``path``: float32 ``[layers]``, 0 without an adapter."""
-        spec = self.target(path)
-        if spec is None:
-            raise KeyError(path)
-        return np.array(
-            [
-                adapter_scale(alpha, rank, rslora=self.rslora)
-                for alpha, rank in zip(spec.alphas, spec.ranks, strict=True)
-            ],
-            np.float32,
-        )
+        return dict(self.targets)[path].scales(rslora=self.rslora)
 
 
 def adapter_scale(alpha: float, rank: int, *, rslora: bool = False) -> float:

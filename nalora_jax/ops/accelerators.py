@@ -17,8 +17,8 @@ class TPUHooks(PlatformHooks):
     def joins_expert_factors(self, experts: int, rank: int) -> bool:
         """Returns True if the factors of all experts fit into one tile.
 
-        One matmul then replaces one per expert, and its result is not written in full. Mixtral-8x7B on
-        v6e, four layers compiled: 22% less HBM traffic.
+        One matmul then replaces one per expert, and its result is not written in full. Mixtral-8x7B
+        on v6e, four layers compiled: 22% less HBM traffic.
         """
         return experts * rank <= _LANES
 

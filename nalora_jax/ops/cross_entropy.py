@@ -179,7 +179,13 @@ _in_chunks.defvjp(partial(_sums, True), _bwd)
 
 
 def _compacted(
-    grad: bool, hidden: jax.Array, kernel: Kernel, targets: Any, weights: jax.Array, tiles: Tiles, chunk: Chunk
+    grad: bool,
+    hidden: jax.Array,
+    kernel: Kernel,
+    targets: Any,
+    weights: jax.Array,
+    tiles: Tiles,
+    chunk: Chunk,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs chunks over the rows that have a target, in as many iterations as those need."""
     shape, n = hidden.shape, weights.size
@@ -203,7 +209,10 @@ def _compacted(
 
         return lax.fori_loop(0, count, body, carry)
 
-    carry = (jnp.zeros((), jnp.float32), jnp.zeros_like(flat) if grad else jnp.zeros((0,), flat.dtype))
+    carry = (
+        jnp.zeros((), jnp.float32),
+        jnp.zeros_like(flat) if grad else jnp.zeros((0,), flat.dtype),
+    )
     start, left = jnp.zeros((), jnp.int32), jnp.sum(weights != 0, dtype=jnp.int32)
     for rows in sizes:
         count = -(-left // rows)
@@ -246,7 +255,13 @@ class Columns:
 
 
 def _along_sequence(
-    grad: bool, hidden: jax.Array, kernel: Kernel, targets: Any, weights: jax.Array, tiles: Tiles, chunk: Chunk
+    grad: bool,
+    hidden: jax.Array,
+    kernel: Kernel,
+    targets: Any,
+    weights: jax.Array,
+    tiles: Tiles,
+    chunk: Chunk,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs chunks of whole columns of the batch, so that every shard processes its own rows."""
     batch, seq, _ = hidden.shape

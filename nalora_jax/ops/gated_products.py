@@ -1,8 +1,8 @@
 """The gated gradient of A for implementations that compute several matmuls at once.
 
 The plain function is `nalora_jax.method.low_rank`. An implementation that fuses the frozen matmul
-with the adapter's (CPU), or multiplies rows by the adapters of several experts, provides its matmuls
-as `Products`; `gated` puts them together with the same gradients.
+with the adapter's (CPU), or multiplies rows by the adapters of several experts, provides its
+matmuls as `Products`; `gated` puts them together with the same gradients.
 """
 
 from __future__ import annotations
@@ -95,7 +95,11 @@ def _gated_bwd(saved: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[Non
     masked = [None if s is None else s[:, -rank:] for s, rank in zip(scaled, ranks, strict=True)]
     dx, das, dbs = products.gradients(x, gs, layers, hidden, exact, masked, extra)
     zero = [jax.tree.map(jnp.zeros_like, (layer.scale, layer.mask)) for layer in layers]
-    return None, dx, tuple(Factors(da, db, *zeros) for da, db, zeros in zip(das, dbs, zero, strict=True))
+    return (
+        None,
+        dx,
+        tuple(Factors(da, db, *zeros) for da, db, zeros in zip(das, dbs, zero, strict=True)),
+    )
 
 
 gated.defvjp(_gated_fwd, _gated_bwd)

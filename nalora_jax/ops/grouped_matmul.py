@@ -7,9 +7,13 @@ then replaces a grouped one with a few columns, which fills no matrix unit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 from nalora_jax.ops.dispatch import Numerics, operation
 
@@ -37,8 +41,69 @@ def grouped_matmul(
 
 
 def ragged(x: jax.Array, kernels: jax.Array, sizes: jax.Array, operand: str) -> jax.Array:
-    """Computes `lax.ragged_dot` with operands of a dtype, float32 ``[rows, d_out]``."""
-    return lax.ragged_dot(x.astype(operand), kernels.astype(operand), sizes, preferred_element_type=jnp.float32)
+    """Computes `lax.ragged_dot` with operands of a dtype, float32 ``[rows, d_out]``; has no gradient.
+
+    With an axis of runs (`jax.vmap`) it is one grouped matmul over the rows of all runs. Kernels that
+    differ by run are separate groups; kernels that all runs share are read once.
+    """
+    product: jax.Array = _ragged(x.astype(operand), kernels.astype(operand), sizes)
+    return product
+
+
+def ragged_outer(x: jax.Array, y: jax.Array, sizes: jax.Array, operand: str) -> jax.Array:
+    """Computes ``x_g^T y_g`` over the rows of every group, float32 ``[groups, d, n]``; has no gradient.
+
+    Args:
+      x: ``[rows, d]``, sorted by group.
+      y: ``[rows, n]``, the same.
+      sizes: int ``[groups]``.
+      operand: dtype of x.
+    """
+    product: jax.Array = _ragged_outer(x.astype(operand), y.astype(jnp.float32), sizes)
+    return product
+
+
+@custom_vmap
+def _ragged(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
+    return lax.ragged_dot(x, kernels, sizes, preferred_element_type=jnp.float32)
+
+
+@_ragged.def_vmap
+def _ragged_of_runs(
+    runs: int, batched: Sequence[bool], x: jax.Array, kernels: jax.Array, sizes: jax.Array
+) -> tuple[jax.Array, bool]:
+    x, sizes = (_with_runs(*array, runs) for array in zip((x, sizes), batched[::2], strict=True))
+    rows = x.reshape(-1, x.shape[-1])
+    if batched[1]:
+        y = _ragged(rows, kernels.reshape(-1, *kernels.shape[2:]), sizes.reshape(-1))
+        return y.reshape(*x.shape[:2], -1), True
+    ends, places = jnp.cumsum(sizes, axis=1), jnp.arange(x.shape[1])
+    group = jax.vmap(lambda of_run: jnp.searchsorted(of_run, places, side="right"))(ends)
+    order = jnp.argsort(group.reshape(-1), stable=True)
+    y = _ragged(jnp.take(rows, order, axis=0), kernels, jnp.sum(sizes, axis=0, dtype=sizes.dtype))
+    return jnp.take(y, jnp.argsort(order), axis=0).reshape(*x.shape[:2], -1), True
+
+
+@custom_vmap
+def _ragged_outer(x: jax.Array, y: jax.Array, sizes: jax.Array) -> jax.Array:
+    like = jax.ShapeDtypeStruct((sizes.shape[0], x.shape[1], y.shape[1]), x.dtype)
+    product = partial(lax.ragged_dot, x, group_sizes=sizes, preferred_element_type=jnp.float32)
+    outer: jax.Array = jax.linear_transpose(product, like)(y)[0]
+    return outer.astype(jnp.float32)
+
+
+@_ragged_outer.def_vmap
+def _ragged_outer_of_runs(
+    runs: int, batched: Sequence[bool], x: jax.Array, y: jax.Array, sizes: jax.Array
+) -> tuple[jax.Array, bool]:
+    x, y, sizes = (_with_runs(*array, runs) for array in zip((x, y, sizes), batched, strict=True))
+    outer = _ragged_outer(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), sizes.reshape(-1))
+    return outer.reshape(runs, -1, *outer.shape[1:]), True
+
+
+def _with_runs(array: jax.Array, is_batched: bool, runs: int) -> jax.Array:
+    """Returns ``[runs, ...]``."""
+    return array if is_batched else jnp.broadcast_to(array, (runs, *array.shape))
 
 
 def own_of_all(x: jax.Array, factors: jax.Array, group: jax.Array, operand: str) -> jax.Array:

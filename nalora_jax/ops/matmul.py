@@ -65,7 +65,8 @@ def _matmul_fwd(x: jax.Array, kernel: Any, numerics: Numerics) -> tuple[jax.Arra
 
 
 def _matmul_bwd(numerics: Numerics, residuals: tuple[Any, ...], g: jax.Array) -> tuple[jax.Array, None]:
-    # Autodiff would mix a float32 cotangent with a bf16 kernel; here both are rounded to the operands' dtype.
+    # Autodiff would mix a float32 cotangent with a bf16 kernel; here both are rounded to
+    # the operands' dtype.
     kernel, like_x = residuals
     return dot(g, kernel, numerics, dims=(1, 1), result=like_x.dtype), None
 

@@ -31,7 +31,7 @@ from nalora_jax.ops.storage import Stored
 
 Kind = Literal["int8", "nf4", "mxfp4"]
 _BLOCKS = {"nf4": 64, "mxfp4": mxfp4.BLOCK}  # inputs that share a scale
-_KERNELS, _FFN_KERNELS = r"layers/.*_proj/kernel$", r"layers/ffn/.*_proj/kernel$"
+_KERNELS, _FFN_KERNELS = r"layers/.*_proj(_[a-z]+)?/kernel$", r"layers/(.*/)?ffn/.*_proj/kernel$"
 # The 16 levels of NormalFloat4: quantiles of N(0, 1) with an exact zero, scaled to [-1, 1] (QLoRA, appendix E).
 NF4_LEVELS = (
     -1.0,

@@ -1,8 +1,8 @@
 """Sums over a batch: which positions of a row are sampled, and which shards add up their rows.
 
-A sum over a batch that the mesh splits needs a reduction over devices, and inside a loop over layers
-it needs one per layer. Sums by shard need none there: they leave the loops with an axis ``[shards]``
-and are summed once after the last layer.
+A sum over a batch that the mesh splits needs a reduction over devices, and inside a loop over
+layers it needs one per layer. Sums by shard need none there: they leave the loops with an axis
+``[shards]`` and are summed once after the last layer.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def by_shard(sums: Callable[..., Any], rows: NamedSharding | None, *arrays: Any)
 
     Args:
       sums: maps arrays ``[rows, ...]`` to sums over rows; rows of zeros must give zeros.
-      rows: sharding of arrays ``[batch, ...]``. If the shards do not divide the batch, rows of zeros
-        are appended.
+      rows: sharding of arrays ``[batch, ...]``. If the shards do not divide the batch, rows
+        of zeros are appended.
       arrays: trees of arrays ``[batch, ...]``.
 
     Returns:
@@ -89,10 +89,10 @@ def _parted(x: Array, rows: NamedSharding | None) -> Array:
 def sampled(x: Array, weights: Array, stride: int, run: int = _RUN) -> Array:
     """Returns one in ``stride`` positions of every row, with real tokens preferred to padding.
 
-    Positions are taken in runs of 8, one of every ``stride`` runs: the run with most real tokens, or
-    the middle one in a full row. If groups of ``8 stride`` do not divide the length, single positions
-    are taken: the first real one of every ``stride``. The choice depends on the row alone, so a row
-    counts the same in any batch.
+    Positions are taken in runs of 8, one of every ``stride`` runs: the run with most real tokens,
+    or the middle one in a full row. If groups of ``8 stride`` do not divide the length, single
+    positions are taken: the first real one of every ``stride``. The choice depends on the row
+    alone, so a row counts the same in any batch.
 
     A TPU tile has 8 positions, so a run is read without its neighbours. Single positions would read
     the whole array and write a copy: for two strides 3% of the HBM traffic of a LoRA step.

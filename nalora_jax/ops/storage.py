@@ -23,8 +23,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nalora_jax.ops.dispatch import Numerics, operation
 
-# The collection of kernels that stay in the stack of all layers while layers are scanned. A kernel's
-# leaf in ``params`` then holds the number of the layer, and `LayerStack.layer` of both is the kernel.
+# The collection of kernels that stay in the stack of all layers while layers are scanned. A
+# kernel's leaf in ``params`` then holds the number of the layer, and `LayerStack.layer` of
+# both is the kernel.
 STACKS = "stacks"
 SAVED, SAVED_WIDE, LAYER_INPUT = "saved", "saved_wide", "layer_input"
 

@@ -28,6 +28,7 @@ def target_losses(
     numerics: Numerics = Numerics(),  # noqa: B008
     *,
     chunk: int = 0,
+    compact: bool = True,
     shards: int = 1,
 ) -> jax.Array:
     """Returns ``weights * -log p(target)`` of every position, float32 ``[batch, seq]``.
@@ -42,8 +43,8 @@ def target_losses(
       head: static options.
       numerics: dtype of the operands.
       chunk: rows of logits at a time, on each device; 0 derives it from the size of the vocabulary.
-      shards: parts that a mesh splits the batch into; with 1, only positions with a target are
-        computed.
+      compact: with one shard, compute positions with a target only; see `cross_entropy`.
+      shards: parts that a mesh splits the batch into.
     """
     hidden, kernel, weights = lax.stop_gradient((hidden, kernel, weights.astype(jnp.float32)))
     rows = chunk or max(_CHUNK_FLOATS // kernel.shape[head.axis] // 128 * 128, 128)
@@ -51,7 +52,7 @@ def target_losses(
     def losses(h: Any, t: Any, w: Any) -> jax.Array:
         return chunk_of_rows(h, kernel, t, w, False, head=head, numerics=numerics)[0]
 
-    if shards == 1:
+    if compact and shards == 1:
         return _of_targets(hidden, targets, weights, losses, rows)
     return _along_sequence(hidden, targets, weights, losses, rows * shards)
 

@@ -25,7 +25,12 @@ _WARPS, _STAGES = 8, 3
 
 @TRITON.implements(grouped_matmul)
 def triton_grouped_matmul(
-    x: jax.Array, kernels: jax.Array, sizes: jax.Array, numerics: Numerics, *, transposed: bool = False
+    x: jax.Array,
+    kernels: jax.Array,
+    sizes: jax.Array,
+    numerics: Numerics,
+    *,
+    transposed: bool = False,
 ) -> jax.Array:
     """Computes `grouped_matmul` for bf16 operands whose widths are multiples of the tile sizes."""
     d_out, d_in = kernels.shape[1:] if transposed else kernels.shape[:0:-1]

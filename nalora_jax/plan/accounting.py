@@ -16,19 +16,19 @@ from functools import cached_property
 from nalora_jax.plan.collectives import group_size, received
 from nalora_jax.plan.hlo import Computation, Instruction, first_count, parse
 from nalora_jax.plan.products import flops_of, kernel_name
-
-_COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
+from nalora_jax.plan.traffic import (
+    COLLECTIVES,
+    STARTS,
+    changed,
+    is_between_slices,
+    is_continued,
+    origin,
+    used,
 )
+
 _BETWEEN = " between slices"  # suffix of the kind of a collective between slices
 # "fusion-start" runs overlapped with later instructions, until its "fusion-done".
 _FUSIONS = ("fusion", "fusion-start")
-_STARTS = 'custom_call_target="AsyncCollectiveStart"'  # ends the first part of a collective
 # Custom calls that are not kernels: markers of the TPU compiler.
 _MARKS = re.compile(r'custom_call_target="(AsyncCollective\w+|PrepareAsyncCall\w+|AllocateBuffer)"')
 # Instructions without direct memory traffic.
@@ -115,7 +115,11 @@ class Program:
         while names:
             for instruction in self.computations[names.pop()].instructions.values():
                 names += [name for name in instruction.calls if name in self.computations]
-                if instruction.opcode == "constant" and instruction.shapes[0].dtype in ("s32", "s64", "u32"):
+                if instruction.opcode == "constant" and instruction.shapes[0].dtype in (
+                    "s32",
+                    "s64",
+                    "u32",
+                ):
                     limits += [int(value) for value in re.findall(r"^(-?\d+)\)", instruction.attributes)]
         return max([limit for limit in limits if limit > 0], default=1) - first_count(loop, holder)
 
@@ -160,7 +164,9 @@ class Program:
     @staticmethod
     def _inner(instruction: Instruction) -> tuple[str, ...]:
         """Returns the computations whose instructions are part of this one."""
-        return () if instruction.opcode in ("while", "conditional", "call") else instruction.calls
+        if instruction.opcode in ("while", "conditional", "call"):
+            return ()
+        return instruction.calls
 
     # ------------------------------------------------------------ collectives
 
@@ -169,19 +175,23 @@ class Program:
             groups: dict[str, list[tuple[str, Instruction, Computation]]] = {}
             for caller in scheduled.instructions.values():
                 for instruction, holder in self._inside(caller, scheduled):
-                    if instruction.opcode.removesuffix("-start") in _COLLECTIVES:
+                    if instruction.opcode.removesuffix("-start") in COLLECTIVES:
                         # The TPU compiler splits a collective into parts that share its channel.
                         channel = re.search(r"channel_id=(\d+)", instruction.attributes)
                         key = channel.group(1) if channel and holder is not scheduled else instruction.name
                         groups.setdefault(key, []).append((caller.name, instruction, holder))
-                    elif instruction.opcode == "send" and holder is scheduled and _of_slices(instruction):
+                    elif instruction.opcode == "send" and holder is scheduled and is_between_slices(instruction):
                         yield self._between(instruction, scheduled)
             for parts in groups.values():
                 callers = [caller for caller, _, _ in parts]
                 yield self._collective(parts[0][1], parts[0][2], scheduled, callers)
 
     def _collective(
-        self, instruction: Instruction, holder: Computation, scheduled: Computation, callers: list[str]
+        self,
+        instruction: Instruction,
+        holder: Computation,
+        scheduled: Computation,
+        callers: list[str],
     ) -> Collective:
         kind = instruction.opcode.removesuffix("-start")
         devices = group_size(instruction.attributes)
@@ -280,18 +290,20 @@ class Program:
             held = sum(shape.size for shape in operand.shapes if shape.in_hbm)
             if not held:
                 continue
-            total += min(held, self._read(inner, index)) if inner is not None else _used(instruction, index, held)
+            total += min(held, self._read(inner, index)) if inner is not None else used(instruction, index, held)
         written = sum(shape.size for shape in instruction.shapes if shape.in_hbm)
         if opcode.endswith("-start") and inner is None:  # its result lists the operand again
             return total + sum(shape.size for shape in instruction.shapes[1:2] if shape.in_hbm)
         return total + (
-            min(written, self._written(inner)) if inner is not None else _changed(instruction, computation, written)
+            min(written, self._written(inner)) if inner is not None else changed(instruction, computation, written)
         )
 
     def _read(self, computation: Computation, index: int) -> float:
         """Returns the bytes of its operand that a fusion reads."""
         parameter = computation.parameter(index)
-        return math.inf if parameter is None else self._read_of(computation, parameter)
+        if parameter is None:
+            return math.inf
+        return self._read_of(computation, parameter)
 
     def _read_of(self, computation: Computation, source: Instruction) -> float:
         total = 0.0
@@ -320,7 +332,7 @@ class Program:
         inner, total = self.computations[user.calls[0]], 0.0
         for index in (i for i, name in enumerate(user.operands) if name == source.name):
             total += self._read(inner, index)
-            if not user.is_root and _origin(inner.root, inner) is inner.parameter(index):
+            if not user.is_root and origin(inner.root, inner) is inner.parameter(index):
                 total += self._read_of(computation, user)
         return total
 
@@ -331,9 +343,9 @@ class Program:
         The operand may be modified.
         """
         updated = user.opcode == "dynamic-update-slice" and user.operands[0] == source.name
-        unchanged = _origin(source, computation).opcode == "parameter"
+        unchanged = origin(source, computation).opcode == "parameter"
         returned = user.opcode in ("tuple", "bitcast") and user.is_root and unchanged
-        return updated or returned or _is_continued(user, computation)
+        return updated or returned or is_continued(user, computation)
 
     def _written(self, computation: Computation) -> float:
         return self._written_by(computation, computation.root)
@@ -348,47 +360,11 @@ class Program:
         if result.opcode == "tuple":
             parts = (computation.instructions[name] for name in result.operands if name in computation.instructions)
             return sum(self._written_by(computation, part) for part in parts if part.shapes[0].in_hbm)
-        if result.opcode == "parameter" or _is_continued(result, computation):  # returned in place
+        if result.opcode == "parameter" or is_continued(result, computation):  # returned in place
             return 0.0
         # The gathered array, without the operand, which is returned in place.
-        if _STARTS in result.attributes:
+        if STARTS in result.attributes:
             return sum(shape.size for name in result.operands for shape in computation.instructions[name].shapes)
         if result.opcode == "fusion" and result.calls[0] in self.computations:
             return self._written(self.computations[result.calls[0]])
         return sum(shape.size for shape in result.shapes)
-
-
-def _origin(instruction: Instruction, computation: Computation) -> Instruction:
-    """Returns the instruction that a value comes from, without bitcasts."""
-    while instruction.opcode == "bitcast" and instruction.operands[0] in computation.instructions:
-        instruction = computation.instructions[instruction.operands[0]]
-    return instruction
-
-
-def _of_slices(instruction: Instruction) -> bool:
-    return "megascale" in instruction.attributes
-
-
-def _is_continued(instruction: Instruction, computation: Computation) -> bool:
-    """Returns True if a fusion has a later part of a collective that the TPU compiler has split.
-
-    Every part lists the entire gathered array. Its bytes are counted once, in the first part.
-    """
-    if 'custom_call_target="AsyncCollectiveDone"' in instruction.attributes:
-        return True
-    return instruction.opcode in _COLLECTIVES and _STARTS not in computation.root.attributes
-
-
-def _used(instruction: Instruction, index: int, held: float) -> float:
-    if instruction.opcode in ("dynamic-slice", "slice", "gather", "slice-start") and index == 0:
-        return min(held, instruction.shapes[-1 if instruction.opcode != "slice-start" else 1].size)
-    if instruction.opcode == "dynamic-update-slice" and index == 0:
-        return 0.0
-    return held
-
-
-def _changed(instruction: Instruction, computation: Computation, written: float) -> float:
-    if instruction.opcode == "dynamic-update-slice":
-        update = computation.instructions.get(instruction.operands[1])
-        return written if update is None else sum(shape.size for shape in update.shapes)
-    return written

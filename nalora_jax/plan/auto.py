@@ -89,7 +89,11 @@ class _Attempt:
     """Builds, compiles and tries a run in several layouts; keeps the last arrays only."""
 
     def __init__(
-        self, config: RunConfig, base: ModelConfig, where: Topology, build: Callable[[RunConfig], Pieces]
+        self,
+        config: RunConfig,
+        base: ModelConfig,
+        where: Topology,
+        build: Callable[[RunConfig], Pieces],
     ) -> None:
         self.pieces: Pieces | None = None
         self._config, self._base, self._where, self._build = config, base, where, build
@@ -120,7 +124,10 @@ class _Attempt:
         return result
 
     def _judged(self, program: Any, config: RunConfig) -> Compiled:
-        figures, decoder = of_compiled(program), decoder_alone(self._base, adapter_spec(config, self._base))
+        figures, decoder = (
+            of_compiled(program),
+            decoder_alone(self._base, adapter_spec(config, self._base)),
+        )
         bound = bound_of(figures, self._where, *decoder, config, config.data.max_length)
         return Compiled(figures.memory, figures.fits(self._where.chip), bound.seconds)
 
@@ -132,5 +139,5 @@ def _candidates(config: RunConfig, base: ModelConfig, where: Topology) -> list[L
 def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
     """Returns ``config`` with the mesh and the rematerialization policy of ``layout``."""
     mesh = MeshConfig(layout.data, layout.fsdp, layout.tensor)
-    compute: Any = replace(config.compute, remat=cast(Any, layout.remat))
+    compute: Any = replace(config.compute, remat=cast(Any, layout.remat), experts=cast(Any, layout.experts))
     return replace(config, mesh=mesh, compute=compute)

@@ -22,7 +22,9 @@ def received(kind: str, instruction: Instruction, computation: Computation, devi
         return 2 * size * share
     if kind == "reduce-scatter":
         return size * (devices - 1)
-    return size if kind.startswith("collective") else size * share
+    if kind.startswith("collective"):
+        return size
+    return size * share
 
 
 def group_size(attributes: str) -> int:

@@ -41,7 +41,9 @@ class Compiled:
 
     def __str__(self) -> str:
         """Returns the text for messages."""
-        return "out of memory" if self.memory is None else f"compiled: {self.memory / 1e9:.1f} GB, {self.seconds:.3g} s"
+        if self.memory is None:
+            return "out of memory"
+        return f"compiled: {self.memory / 1e9:.1f} GB, {self.seconds:.3g} s"
 
 
 EXHAUSTED = Compiled(None, False, float("inf"))
@@ -76,7 +78,9 @@ class Search:
         fitting = [one for one in left if self._memory(one) <= self.limit and self._seconds(one) < best]
         if fitting:
             return preferred(fitting, self._seconds)
-        return min(left, key=self._memory, default=None) if best == float("inf") else None
+        if best == float("inf"):
+            return min(left, key=self._memory, default=None)
+        return None
 
     def best(self) -> tuple[Layout, Compiled]:
         """Returns the fastest compiled layout that fits; the smallest if none fits."""

@@ -15,7 +15,7 @@ from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.models.vision.dual import init_lora
 from nalora_jax.plan.program import placed
-from nalora_jax.train.dual import dual_program, resolve_dual
+from nalora_jax.train.dual import check_dual, dual_program, resolve_dual
 
 
 def contrastive_step(config: RunConfig, base: DualConfig, mesh: Mesh, *, seq: int) -> tuple[Any, tuple[Any, ...]]:
@@ -30,14 +30,15 @@ def contrastive_step(config: RunConfig, base: DualConfig, mesh: Mesh, *, seq: in
       mesh: real or abstract devices.
       seq: tokens of a caption.
     """
+    check_dual(config, base, mesh)
     spec = resolve_dual(config, base)
     shapes = base.param_shapes().items()
     weights = trees.unflatten({path: jax.ShapeDtypeStruct(shape, config.compute.dtype) for path, shape in shapes})
     lora = jax.eval_shape(lambda params: init_lora(base, spec, jax.random.key(0), params), weights)
     # The scale and the offset of grey levels do not affect the program, so the defaults are used.
-    made = dual_program(config, base, spec, lora, mesh, ImageProcessor())
+    program = dual_program(config, base, spec, lora, mesh, ImageProcessor())
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    state, _ = placed(jax.eval_shape(made.fresh, lora, key), mesh, distributed.STATE_RULES)
+    state, places = placed(jax.eval_shape(program.fresh, lora, key), mesh, distributed.STATE_RULES)
     params, _ = placed(weights, mesh, distributed.PARAM_RULES)
     by_rows = NamedSharding(mesh, P(None, distributed.BATCH_AXES))
     rows, side = (1, config.train.batch_size), base.image.image_size
@@ -46,4 +47,4 @@ def contrastive_step(config: RunConfig, base: DualConfig, mesh: Mesh, *, seq: in
         "tokens": jax.ShapeDtypeStruct((*rows, seq), jnp.int32, sharding=by_rows),
         "token_weights": jax.ShapeDtypeStruct((*rows, seq), jnp.float32, sharding=by_rows),
     }
-    return made.step, (params, state, batch)
+    return program.step(places), (params, state, batch)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.expert_exchange import block_rows
 from nalora_jax.models.stacks import param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.cudnn_attention import CUDNN, fits_as_bias
@@ -36,6 +37,8 @@ _GATHERED = 3  # kernels that are gathered at once, each as large as the largest
 _OF_EXPERTS, _OF_EXPERTS_ON_V5E = 8, 10
 # Bytes of HBM traffic for each number of an expert's row, d_model or d_ff wide.
 _READ_NARROW, _READ_WIDE = 130, 170
+# Times that rows are sent to experts or back: in the forward pass, in it again, in the backward pass.
+_SENT = 6
 # Bytes of a quantized weight, scales included.
 WIDTHS = {"int8": 1.0, "nf4": 0.55, "mxfp4": 0.53125}
 _WIDE = 4  # float32 arrays as wide as the FFN that are live within a layer
@@ -111,9 +114,23 @@ def sorted_row_bytes(base: ModelConfig, tokens: float, tensor: int) -> float:
     return base.n_layers * tokens * base.experts_per_token * each
 
 
+def rows_for_experts(base: ModelConfig, tokens: float, fsdp: int, narrow: float, wide: float) -> tuple[float, float]:
+    """Returns the bytes of experts that are not gathered, and the bytes of rows that reach a chip in a step.
+
+    All rows are sent to their experts (`nalora_jax.models.expert_exchange`).
+    """
+    stay = sent = 0.0
+    for config in uniform(base):
+        experts = sum(math.prod(shape) for shape in projection_shapes(config).values() if len(shape) == 3)
+        stay += config.n_layers * experts * narrow
+        blocks = block_rows(int(tokens * config.experts_per_token), fsdp) * (fsdp - 1)
+        sent += config.n_layers * _SENT * blocks * config.d_model * wide
+    return stay, sent
+
+
 def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> float:
     """Returns the values per token and layer that are saved for the backward pass."""
-    if base.mixer is not None:
+    if base.mixer is not None and not base.mixer.attends:
         heads = base.mixer.saved(base) / tensor
         return _saved_with(base, remat, tensor, heads)
     # With splash attention and cuDNN the result is saved with the projections; the plain function
@@ -121,7 +138,7 @@ def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> flo
     queries, keys = {SPLASH.name: (2, 2), CUDNN.name: (2, 2), TRITON.name: (1, 2)}.get(kernel, (3, 4))
     # Query and key norms save their inputs, and so do norms after attention.
     normed = bool(base.qk_norm)
-    heads = ((queries + normed) * base.n_heads + (keys + normed) * base.n_kv_heads) * base.head_dim / tensor
+    heads = ((queries + normed + base.attn_gate) * base.n_heads + (keys + normed) * base.n_kv_heads) * base.head_dim / tensor
     return _saved_with(base, remat, tensor, heads)
 
 

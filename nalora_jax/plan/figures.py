@@ -65,7 +65,12 @@ def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None)
     lowered = step.lower(*arguments)
     device = jax.tree.leaves(arguments)[0].sharding.mesh.devices.flat[0]
     text = "\n".join(
-        [_ACCOUNTING, lowered.as_text(), kind_of(device), *(_version(name) for name in ("jaxlib", "libtpu"))]
+        [
+            _ACCOUNTING,
+            lowered.as_text(),
+            kind_of(device),
+            *(_version(name) for name in ("jaxlib", "libtpu")),
+        ]
     )
     text += repr(sorted((lowered._lowering.compile_args or {}).get("compiler_options_kvs", ())))
     file = (cache or downloads.cache_dir()) / "plans" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"

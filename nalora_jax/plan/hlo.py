@@ -165,14 +165,24 @@ def _instruction(named: re.Match[str], line: str) -> Instruction | None:
         f"{inside}){rest[closing + 1 :]}" if opcode.group(1) in ("parameter", "constant") else rest[closing + 1 :]
     )
     return Instruction(
-        named.group(2), opcode.group(1), shapes, tuple(_OPERAND.findall(inside)), attributes, bool(named.group(1))
+        named.group(2),
+        opcode.group(1),
+        shapes,
+        tuple(_OPERAND.findall(inside)),
+        attributes,
+        bool(named.group(1)),
     )
 
 
 def _shape(dtype: str, dims: str, layout: str) -> Shape:
     space = re.search(r"S\((\d+)\)", layout or "")
     on_host = space is not None and int(space.group(1)) == _HOST
-    return Shape(dtype, tuple(int(n) for n in dims.split(",") if n), space is not None and not on_host, on_host)
+    return Shape(
+        dtype,
+        tuple(int(n) for n in dims.split(",") if n),
+        space is not None and not on_host,
+        on_host,
+    )
 
 
 def _closing(text: str, opening: int) -> int:

@@ -11,6 +11,7 @@ are.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,8 +19,9 @@ from nalora_jax import distributed
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.expert_exchange import SLACK
 from nalora_jax.models.remat import OFFLOAD
-from nalora_jax.models.stacks import projection_shapes
+from nalora_jax.models.stacks import key_heads, projection_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.quantize import kernels
 from nalora_jax.plan.estimates import (
@@ -28,6 +30,7 @@ from nalora_jax.plan.estimates import (
     executed_flops,
     hidden_share,
     mean_over_layers,
+    rows_for_experts,
     saved_values,
     sorted_row_bytes,
     summed_bytes,
@@ -59,6 +62,7 @@ class Layout:
     fsdp: int
     tensor: int
     remat: str
+    experts: str  # "gather" or "send" (`nalora_jax.config.ComputeConfig`)
     weights: float  # bytes of the frozen base
     state: float  # bytes of adapters and optimizer
     activations: float  # bytes saved for the backward pass
@@ -84,7 +88,8 @@ class Layout:
     @property
     def short(self) -> str:
         """The layout without its estimates."""
-        return f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}, remat {self.remat}"
+        sends = ", rows sent to experts" if self.experts == "send" else ""
+        return f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}, remat {self.remat}{sends}"
 
     def __str__(self) -> str:
         """Returns one line for the log and for `nalora plan`."""
@@ -150,9 +155,9 @@ def candidates(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: T
     if -1 in (mesh.data, mesh.fsdp, mesh.tensor):  # with an axis of -1 no axis is left to choose
         mesh = MeshConfig(*distributed.resolve_sizes(mesh, where.size))
     distributed.check_axes(mesh, where.size, where.slices)
-    distributed.check_tensor(max(mesh.tensor, 1), n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
+    distributed.check_tensor(max(mesh.tensor, 1), n_heads=base.n_heads, n_kv_heads=key_heads(base))
     for tensor in _divisors(where.size):
-        if mesh.tensor == 0 and (tensor > _MOST_TENSOR or base.n_heads % tensor or base.n_kv_heads % tensor):
+        if mesh.tensor == 0 and (tensor > _MOST_TENSOR or base.n_heads % tensor or key_heads(base) % tensor):
             continue
         if where.chip.platform == "gpu" and mesh.tensor == 0 and where.dims[-1] % tensor:
             continue
@@ -162,8 +167,18 @@ def candidates(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: T
                 wanted in (0, size) for wanted, size in ((mesh.data, data), (mesh.fsdp, fsdp), (mesh.tensor, tensor))
             )
             if fits and micro % (data * fsdp) == 0 and data % where.slices == 0:
-                for remat in policies:
-                    yield estimate(config, base, spec, where, seq, (data, fsdp, tensor), remat)
+                for remat, experts in itertools.product(policies, _ways(config, base, where, fsdp)):
+                    yield estimate(config, base, spec, where, seq, (data, fsdp, tensor), remat, experts)
+
+
+def _ways(config: RunConfig, base: ModelConfig, where: Topology, fsdp: int) -> tuple[str, ...]:
+    """Returns the values of ``--compute.experts`` to choose from."""
+    if fsdp == 1 or not base.n_experts or base.n_experts % fsdp or config.lora.dropout:
+        return ("gather",)
+    if config.compute.experts != "auto":
+        return (config.compute.experts,)
+    # On GPUs the estimates are fitted to programs that gather experts or split their channels.
+    return ("gather", "send") if where.chip.platform == "tpu" else ("gather",)
 
 
 def estimate(
@@ -174,6 +189,7 @@ def estimate(
     seq: int,
     sizes: tuple[int, int, int],
     remat: str,
+    experts: str = "gather",
 ) -> Layout:
     """Returns the memory and time of one layout."""
     data, fsdp, tensor = sizes
@@ -191,7 +207,7 @@ def estimate(
     saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
     kept = mean_over_layers(base, lambda of_stack: saved_values(of_stack, saves, tensor, kernel)) * wide * tokens
     layout = Layout(
-        data, fsdp, tensor, remat,
+        data, fsdp, tensor, remat, experts,
         weights=(layer * base.n_layers + ends) / (fsdp * tensor),
         # A or B is split over fsdp. Tables are, too; in a step they and their gradients are
         # gathered.
@@ -217,15 +233,18 @@ def estimate(
     if where.chip.platform == "gpu":
         products = matrix + 2 * out
     passes = 2.3 if saves == "full" else 2.0
-    gathered = passes * (layer * base.n_layers + ends / 2) / tensor * (fsdp - 1) / fsdp / where.inbound(fsdp * tensor)
+    weights = layer * base.n_layers
+    stay, sent = rows_for_experts(base, tokens, fsdp, narrow, wide) if experts == "send" else (0.0, 0.0)
+    gathered = passes * (weights - stay + ends / 2) / tensor * (fsdp - 1) / fsdp / where.inbound(fsdp * tensor)
     traffic = 8 * kept * base.n_layers
     if base.n_experts:
         traffic = sum(sorted_row_bytes(of_stack, tokens, tensor) for of_stack in uniform(base))
-    hbm = (passes * (layer * base.n_layers + ends) / tensor + traffic) / where.chip.bandwidth
+        traffic *= SLACK if stay else 1.0
+    hbm = (passes * (weights - stay * (1 - 1 / fsdp) + ends) / tensor + traffic) / where.chip.bandwidth
     gradients = 2 * (adapters + tables) / where.inbound(data * fsdp) if data * fsdp > 1 else 0.0
     hidden = hidden_share(where, base)
     behind, beside = hidden * gathered, (1 - hidden) * gathered
-    beside += summed_bytes(base, tokens, tensor, saves, wide) / where.inbound(tensor)
+    beside += summed_bytes(base, tokens, tensor, saves, wide) / where.inbound(tensor) + sent / where.inbound(fsdp)
     seconds = times * (max(products, hbm, behind) + beside) + gradients
     mfu = times * useful / (where.chip.flops * seconds)
     return replace(layout, gathers=times * gathered, transfers=2 * times * out, seconds=seconds, mfu=mfu)

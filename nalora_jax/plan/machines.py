@@ -124,7 +124,9 @@ class Topology:
         if self.chip.platform == "gpu":
             a_node = self.dims[-1]
             between = min(self.chip.interconnect, a_node * self.chip.network)
-            return between if devices > a_node else self.chip.interconnect
+            if devices > a_node:
+                return between
+            return self.chip.interconnect
         if devices > math.prod(self.dims):
             return self.chip.network
         spanned, reached = 0, 1

@@ -31,9 +31,19 @@ _LLAMA3 = {
 # As published in the models' repositories.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": _LLAMA3
-    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
     "llama-3.1-70b": _LLAMA3
-    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
     "gemma-3-27b": {
         "model_type": "gemma3_text",
         "vocab_size": 262208,
@@ -51,6 +61,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         "sliding_window": 1024,
         "sliding_window_pattern": 6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    },
+    "gemma-4-31b": {
+        "model_type": "gemma4_text",
+        "vocab_size": 262144,
+        "hidden_size": 5376,
+        "intermediate_size": 21504,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "num_global_key_value_heads": 4,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 1024,
+        "final_logit_softcapping": 30.0,
         "hidden_activation": "gelu_pytorch_tanh",
         "tie_word_embeddings": True,
     },

@@ -16,7 +16,9 @@ def flops_of(instruction: Instruction, computation: Computation) -> float:
     """Returns the flops of an instruction; 0 unless it is a matmul or a known kernel."""
     if instruction.opcode in ("convolution", "dot"):
         return _product_flops(instruction, computation)
-    return _grouped_flops(instruction, computation) if _is_grouped(instruction) else 0.0
+    if _is_grouped(instruction):
+        return _grouped_flops(instruction, computation)
+    return 0.0
 
 
 def kernel_name(instruction: Instruction) -> str:
@@ -27,10 +29,14 @@ def kernel_name(instruction: Instruction) -> str:
     """
     attention = re.search(r'custom_call_target="__cudnn\$fmha(\w*)"', instruction.attributes)
     if attention:
-        return "cudnn_attention_backward" if "Backward" in attention[1] else "cudnn_attention_forward"
+        if "Backward" in attention[1]:
+            return "cudnn_attention_backward"
+        return "cudnn_attention_forward"
     name = re.sub(r"[.\d]+$", "", instruction.name)
     own = re.search(r'op_name="(?:[^"]*/)?(\w+)/pallas_call"', instruction.attributes)
-    return own[1] if own and name.startswith("pallas_call") else name
+    if own and name.startswith("pallas_call"):
+        return own[1]
+    return name
 
 
 def _is_grouped(instruction: Instruction) -> bool:

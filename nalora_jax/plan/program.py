@@ -24,10 +24,13 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.method.step import init_state
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import gathered, kernels, quantize
 from nalora_jax.plan.machines import Topology
-from nalora_jax.train.assembly import build_mechanisms, build_model, build_optimizer, compile_step, measured_blocks
+from nalora_jax.sweeps.program import step_of_runs
+from nalora_jax.sweeps.stack import stacked_sharding
+from nalora_jax.train.decoder_program import build_optimizer, decoder_program, make_step
 
 _BATCH = {
     "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32",
@@ -85,7 +88,7 @@ def _quiet_tpu() -> Iterator[None]:
 
 
 def step_and_arguments(
-    config: RunConfig, base: ModelConfig, mesh: Mesh, *, seq: int, images: int = 0
+    config: RunConfig, base: ModelConfig, mesh: Mesh, *, seq: int, images: int = 0, runs: int = 0
 ) -> tuple[Any, tuple[Any, ...]]:
     """Returns the jitted training step of ``config`` and the shapes of its arguments on ``mesh``.
 
@@ -95,16 +98,14 @@ def step_and_arguments(
       mesh: real or abstract devices.
       seq: tokens of a row.
       images: images per row, for a vision-language model.
+      runs: of a sweep, which differ in their learning rates; 0: the step of one run.
     """
     spec = adapter_spec(config, base)
-    mechanisms = build_mechanisms(config, base, spec)
-    model = build_model(base, spec, config.compute, mesh, measured=mechanisms.statistics)
-    optimizer = build_optimizer(config, base, spec, mechanisms)
-    gates = measured_blocks(base, spec)
+    program = decoder_program(config, base, spec, mesh, processor=ImageProcessor())
 
     def fresh(params: Any) -> Any:
         lora = init_lora(base, spec, jax.random.key(0), params)
-        return init_state(lora, optimizer, gates, mechanisms, 0)
+        return init_state(lora, program.optimizer, program.blocks, program.mechanisms, 0)
 
     weights = {path: _weight(path, shape, config.compute) for path, shape in param_shapes(base).items()}
     params = gathered(placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], "fsdp")
@@ -118,14 +119,33 @@ def step_and_arguments(
         seen = (*lead, images, tower.image_size, tower.image_size, tower.channels)
         batch["pixels"] = jax.ShapeDtypeStruct(seen, jnp.uint8, sharding=by_rows)
         batch["images"] = jax.ShapeDtypeStruct(lead, jnp.int32, sharding=by_rows)
-    step = compile_step(config, base, model, optimizer, mechanisms, mesh, places, ImageProcessor())
-    return step, (params, state, batch)
+    if not runs:
+        return program.step(places), (params, state, batch)
+
+    def one(params: Any, state: Any, batch: Any, rates: jax.Array) -> Any:
+        mechanisms = program.mechanisms
+        trained = build_optimizer(config, base, spec, mechanisms, numbers={"rate_of_step": rates})
+        step = make_step(config, base, program.model, trained, mechanisms, mesh)
+        return step(params, state, batch)
+
+    def of_runs(leaf: Any) -> Any:
+        place = stacked_sharding(mesh, leaf.sharding)
+        return jax.ShapeDtypeStruct((runs, *leaf.shape), leaf.dtype, sharding=place)
+
+    states, batches = jax.tree.map(of_runs, (state, batch))
+    out = (jax.tree.map(lambda leaf: leaf.sharding, states), stacked_sharding(mesh, NamedSharding(mesh, P())))
+    whole = NamedSharding(mesh, P())
+    rates = of_runs(jax.ShapeDtypeStruct((config.steps,), jnp.float32, sharding=whole))
+    active = of_runs(jax.ShapeDtypeStruct((), jnp.bool_, sharding=whole))
+    options = distributed.compiler_options(mesh)
+    compiled = jax.jit(step_of_runs(one, mesh), donate_argnums=1, out_shardings=out, compiler_options=options)
+    return compiled, ({"params": params}, states, batches, rates, active)
 
 
 def _weight(path: str, shape: tuple[int, ...], compute: ComputeConfig) -> Any:
     """Returns the shape of a frozen array in its storage form."""
     if compute.quantize == "none" or not re.search(kernels(compute.quantize), path):
-        return jax.ShapeDtypeStruct(shape, compute.dtype)
+        return jax.ShapeDtypeStruct(shape, leaf_dtype(path, compute.dtype))
     return jax.eval_shape(partial(quantize, kind=compute.quantize), jax.ShapeDtypeStruct(shape, "float32"))
 
 

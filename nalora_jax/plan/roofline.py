@@ -58,7 +58,7 @@ def attention_flops(base: ModelConfig, seq: int) -> float:
     """
     total = 0.0
     for config in uniform(base):
-        if config.mixer is not None:
+        if config.mixer is not None and not config.mixer.attends:
             total += config.n_layers * config.mixer.flops(config, seq)
             continue
         for window in config.layer_windows:
@@ -105,7 +105,7 @@ def causal_flops(base: ModelConfig, seq: int, products: float) -> float:
 
 
 def _attending(base: ModelConfig) -> list[ModelConfig]:
-    return [config for config in uniform(base) if config.mixer is None]
+    return [config for config in uniform(base) if config.attends]
 
 
 def active_parameters(base: ModelConfig) -> float:

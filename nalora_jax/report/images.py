@@ -13,7 +13,9 @@ _PICTURE = "data:image/png;base64,"
 def picture(sample: Mapping[str, Any]) -> str:
     """Returns a sample's picture as a data URL, or "" for any other text from the log."""
     found = sample.get("image")
-    return found if isinstance(found, str) and found.startswith(_PICTURE) else ""
+    if isinstance(found, str) and found.startswith(_PICTURE):
+        return found
+    return ""
 
 
 def confusions(history: History) -> list[tuple[str, dict[str, Any]]]:
@@ -36,4 +38,6 @@ def layer_labels(history: History, count: int) -> list[str]:
         (record["towers"] for record in reversed(history.steps) if record.get("towers")), {}
     )
     labels = [f"{name} {i}" for name, rows in towers.items() for i in range(int(rows))]
-    return labels if len(labels) == count else [str(i) for i in range(count)]
+    if len(labels) == count:
+        return labels
+    return [str(i) for i in range(count)]

@@ -52,13 +52,13 @@ def by_layer(summaries: Mapping[str, LayerSummary], layers: Mapping[str, Sequenc
     """Returns one summary of several blocks, in the order of the model's layers.
 
     Args:
-      summaries: by path of the block, ``layers/ffn`` or ``layers/group0/block1/ffn/shared``.
+      summaries: by path of the block, ``layers/ffn`` or ``layers/group0/block1/ffn/shared_ffn``.
       layers: the numbers of the layers of every stack, by prefix.
     """
     rows = []
     for path, summary in summaries.items():
         prefix = next(prefix for prefix in layers if path.startswith(f"{prefix}/"))
-        part = path.removeprefix(f"{prefix}/ffn").removeprefix("/")
+        part = path.removeprefix(f"{prefix}/").removeprefix("ffn").removeprefix("/")
         rows += [(number, part, summary, index) for index, number in enumerate(layers[prefix])]
     rows.sort(key=lambda row: row[:2])
     columns = ("slope", "responsive", "occupancy", "misalignment", "limit")

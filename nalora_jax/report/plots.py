@@ -80,7 +80,14 @@ def rewards(history: History) -> str | None:
             axis.plot(at, values, color=COLOURS[colour], linewidth=1.4, label=name)
         axis.plot(steps, margin, color=COLOURS["muted"], linewidth=1.2, linestyle="--", label="margin")
         if held_out.size:
-            axis.plot(eval_steps, held_out, "o-", color=COLOURS["c2"], markersize=4.5, label="held-out margin")
+            axis.plot(
+                eval_steps,
+                held_out,
+                "o-",
+                color=COLOURS["c2"],
+                markersize=4.5,
+                label="held-out margin",
+            )
         axis.set(xlabel="step", ylabel="reward")
         axis.legend(loc="best")
         return to_svg(figure, "rewards", "Rewards of chosen and rejected answers over the steps")
@@ -135,7 +142,11 @@ def excess_map(history: History) -> str | None:
     limit = history.layers("limit")[1]
     if values.ndim != 2 or values.shape != limit.shape or not np.isfinite(values - limit).any():
         return None
-    return _heat_maps([("", steps, values - limit)], "excess", "Misalignment above its linear limit, of every layer")
+    return _heat_maps(
+        [("", steps, values - limit)],
+        "excess",
+        "Misalignment above its linear limit, of every layer",
+    )
 
 
 def feature(history: History) -> str | None:
@@ -164,7 +175,14 @@ def importance(history: History) -> str | None:
         figure, (upper, lower) = new_figure(4.6, rows=2, sharex=True)
         layers = np.arange(slope.shape[1])
         upper.plot(layers, slope[0], ":", color=COLOURS["muted"], label=f"step {steps[0]:.0f}")
-        upper.plot(layers, slope[-1], "o-", markersize=3, color=COLOURS["c1"], label=f"step {steps[-1]:.0f}")
+        upper.plot(
+            layers,
+            slope[-1],
+            "o-",
+            markersize=3,
+            color=COLOURS["c1"],
+            label=f"step {steps[-1]:.0f}",
+        )
         upper.set(ylabel="mean slope E|φ′|")
         upper.legend(loc="best")
         for name, label, colour in (
@@ -209,7 +227,11 @@ def step_scale(history: History) -> str | None:
         layers = np.arange(low.shape[1])
         axis.axhline(1, color=COLOURS["muted"], linewidth=1.2, linestyle="--")
         axis.vlines(layers, low[-1], high[-1], color=COLOURS["c2"], linewidth=4)
-        axis.set(xlabel="layer", ylabel="step scale", title=f"lowest to highest channel, step {steps[-1]:.0f}")
+        axis.set(
+            xlabel="layer",
+            ylabel="step scale",
+            title=f"lowest to highest channel, step {steps[-1]:.0f}",
+        )
         return to_svg(figure, "scale", "Range of the step scale of every layer")
 
 
@@ -252,7 +274,11 @@ def _noisy_line(axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, l
     window = max(len(values) // 20, 1)
     if window > 1:
         axis.plot(*thin(steps, values), color=COLOURS[colour], alpha=0.35, linewidth=1)
-        axis.plot(*thin(steps, smooth(values, window)), color=COLOURS[colour], label=f"{label} (mean of {window})")
+        axis.plot(
+            *thin(steps, smooth(values, window)),
+            color=COLOURS[colour],
+            label=f"{label} (mean of {window})",
+        )
     else:
         axis.plot(steps, values, color=COLOURS[colour], label=label)
 

@@ -44,14 +44,22 @@ def histogram(history: History, mechanism: str) -> str | None:
             cmap="viridis",
             vmin=0,
         )
-        lower.set(xlabel="factor", ylabel="layer", title=f"share of each layer's channels, step {found.steps[-1]:.0f}")
+        lower.set(
+            xlabel="factor",
+            ylabel="layer",
+            title=f"share of each layer's channels, step {found.steps[-1]:.0f}",
+        )
         lower.yaxis.set_major_locator(ticks(8, integer=True))
         lower.grid(False)
         _label_bins(lower, found, shown)
         bar = figure.colorbar(image, ax=lower, location="bottom", aspect=40, pad=0.02)
         bar.outline.set_visible(False)
         bar.locator = ticks(4)
-        return to_svg(figure, f"histogram-{mechanism}", f"Factors of {mechanism} over channels, and in every layer")
+        return to_svg(
+            figure,
+            f"histogram-{mechanism}",
+            f"Factors of {mechanism} over channels, and in every layer",
+        )
 
 
 def adapters(history: History) -> str | None:
@@ -91,13 +99,19 @@ def _by_module(
         figure, (upper, lower) = new_figure(5.0, rows=2)
         for index, (path, (steps, norms)) in enumerate(found.items()):
             name = path.replace("layers/", "")
-            line = {"color": COLOURS[_LINES[index % len(_LINES)]], "linestyle": "-" if index < len(_LINES) else "--"}
+            line = {
+                "color": COLOURS[_LINES[index % len(_LINES)]],
+                "linestyle": "-" if index < len(_LINES) else "--",
+            }
             with np.errstate(over="ignore"):  # values of an edited log
                 whole = together(norms)
             upper.plot(*thin(steps, whole), label=name, **line)
             lower.plot(np.arange(norms.shape[1]), norms[-1], marker="o", markersize=3, **line)
         upper.set(xlabel="step", ylabel=f"{what}, all layers")
-        lower.set(xlabel="layer", ylabel=f"{what}, step {max(steps[-1] for steps, _ in found.values()):.0f}")
+        lower.set(
+            xlabel="layer",
+            ylabel=f"{what}, step {max(steps[-1] for steps, _ in found.values()):.0f}",
+        )
         for axis in (upper, lower):
             axis.set_ylim(bottom=0)
         columns = 3 if max(map(len, found)) < 24 else 2

@@ -62,10 +62,19 @@ def _range(label: str, score: EvaluationScore, scale: tuple[float, float]) -> di
     def at(value: float) -> str:
         return f"{100 * (value - scale[0]) / (scale[1] - scale[0]):.1f}%"
 
-    row: dict[str, Any] = {"label": label, "value": f"{score.value:.3f}", "at": at(score.value), "interval": None}
+    row: dict[str, Any] = {
+        "label": label,
+        "value": f"{score.value:.3f}",
+        "at": at(score.value),
+        "interval": None,
+    }
     if score.low is not None and score.high is not None:
         width = f"{100 * (score.high - score.low) / (scale[1] - scale[0]):.1f}%"
-        row |= {"interval": f"{score.low:.3f} to {score.high:.3f}", "low": at(score.low), "width": width}
+        row |= {
+            "interval": f"{score.low:.3f} to {score.high:.3f}",
+            "low": at(score.low),
+            "width": width,
+        }
     return row
 
 
@@ -104,7 +113,11 @@ def tiles(history: History) -> Iterator[tuple[str, str, str]]:
     """Yields (name, value, note) of the small boxes at the top."""
     losses = [record["eval"]["loss"] for record in history.ends if record["eval"].get("loss") is not None]
     if len(losses) > 1:
-        yield "Held-out loss", f"{losses[0]:.3f} → {losses[-1]:.3f}", "before → after, same questions as above"
+        yield (
+            "Held-out loss",
+            f"{losses[0]:.3f} → {losses[-1]:.3f}",
+            "before → after, same questions as above",
+        )
     speed = history.column("tokens_per_second")[1]
     if np.isfinite(speed).any():
         tokens = history.total("tokens")
@@ -115,7 +128,11 @@ def tiles(history: History) -> Iterator[tuple[str, str, str]]:
         )
     seconds = history.total("seconds")
     if seconds:
-        yield "Training time", duration(seconds), "min:s, without compiling" if seconds < 3600 else "h:min:s"
+        yield (
+            "Training time",
+            duration(seconds),
+            "min:s, without compiling" if seconds < 3600 else "h:min:s",
+        )
     yield from _costs(history)
     values, limit = history.column("misalignment")[1], history.column("misalignment_limit")[1]
     if values.size and np.isfinite(values[-1]):
@@ -140,4 +157,6 @@ def _costs(history: History) -> Iterator[tuple[str, str, str]]:
 
 
 def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.0f} MB"

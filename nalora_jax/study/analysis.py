@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from nalora_jax.study.plan import MEASURES, Cell, Tuning, cells, cost, test_runs, tuning, tuning_runs
+from nalora_jax.study.plan import (
+    MEASURES,
+    Cell,
+    Tuning,
+    cells,
+    cost,
+    test_runs,
+    tuning,
+    tuning_runs,
+)
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 from nalora_jax.study.statistics import Paired, holm, paired
@@ -50,8 +59,9 @@ class MethodResult:
 class Measure:
     """A quantity by which test runs are compared; small values are good."""
 
-    # primary: the protocol's metric at the chosen rate. other: further measures of the test items there.
-    # multiple: the metric at a multiple of the chosen rate. probe: the change of the loss on other data.
+    # primary: the protocol's metric at the chosen rate. other: further measures of the test
+    # items there. multiple: the metric at a multiple of the chosen rate. probe: the change of
+    # the loss on other data.
     kind: Literal["primary", "other", "multiple", "probe"]
     label: str
     value: Callable[[Record], float | None]
@@ -87,7 +97,9 @@ def _result(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Me
 
 def named(metric: str) -> str:
     """Returns the label of a metric's cost."""
-    return metric if metric == "loss" else f"1 - {metric.replace('_', ' ')}"
+    if metric == "loss":
+        return metric
+    return f"1 - {metric.replace('_', ' ')}"
 
 
 def measures(protocol: Protocol, cell_results: Sequence[MethodResult]) -> list[Measure]:
@@ -105,7 +117,9 @@ def measures(protocol: Protocol, cell_results: Sequence[MethodResult]) -> list[M
 
 
 def _test_cost(metric: str, record: Record) -> float | None:
-    return cost(metric, record["test"]) if metric in record["test"] else None
+    if metric in record["test"]:
+        return cost(metric, record["test"])
+    return None
 
 
 def forgotten(probe: str, record: Record) -> float:
@@ -198,7 +212,9 @@ def _movement(records: Sequence[Record]) -> float | None:
 
 def mean(values: Sequence[float]) -> float:
     """Returns the mean; NaN without values."""
-    return math.fsum(values) / len(values) if values else math.nan
+    if values:
+        return math.fsum(values) / len(values)
+    return math.nan
 
 
 def deviation(values: Sequence[float]) -> float:

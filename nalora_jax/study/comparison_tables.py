@@ -17,7 +17,16 @@ from nalora_jax.study.markdown import grouped, interval, number, p_value, signed
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 
-_BRIEF = ["method", "against", "task", "seeds", "difference", "95% interval", "better", "t p (Holm)"]
+_BRIEF = [
+    "method",
+    "against",
+    "task",
+    "seeds",
+    "difference",
+    "95% interval",
+    "better",
+    "t p (Holm)",
+]
 
 
 def common_rate_tables(protocol: Protocol, cell_results: Sequence[MethodResult]) -> str:
@@ -56,8 +65,23 @@ def primary_table(protocol: Protocol, compared: Sequence[MethodComparison]) -> s
     primary = [comparison for comparison in compared if comparison.measure.kind == "primary"]
     if not primary:
         return ""
-    header = ["method", "against", "task", "seeds", "difference", "95% interval", "better", "t p (Holm)"]
-    header += ["Wilcoxon p (Holm)", "sign p", "effect", f"equivalent within {protocol.margin:g}", "deviation"]
+    header = [
+        "method",
+        "against",
+        "task",
+        "seeds",
+        "difference",
+        "95% interval",
+        "better",
+        "t p (Holm)",
+    ]
+    header += [
+        "Wilcoxon p (Holm)",
+        "sign p",
+        "effect",
+        f"equivalent within {protocol.margin:g}",
+        "deviation",
+    ]
     rows = [_primary_row(protocol, comparison) for comparison in primary]
     title = f"## Paired differences of the test {named(protocol.metric)}"
     return f"{title}\n\n{_explained(protocol, compared)}\n\n" + table([*header, "seeds needed"], rows)
@@ -93,7 +117,15 @@ def _primary_row(protocol: Protocol, comparison: MethodComparison) -> list[str]:
 def _brief_row(comparison: MethodComparison, *, several_models: bool) -> list[str]:
     p, cell = comparison.paired, comparison.cell
     task = task_of(cell, several_models=several_models)
-    compared = [cell.method, comparison.other, task, str(p.n), signed(p.mean), interval(p), f"{p.better}/{p.n}"]
+    compared = [
+        cell.method,
+        comparison.other,
+        task,
+        str(p.n),
+        signed(p.mean),
+        interval(p),
+        f"{p.better}/{p.n}",
+    ]
     return [*compared, p_value(p.t_p, comparison.t_holm)]
 
 
@@ -107,7 +139,9 @@ def _brief(protocol: Protocol, compared: Sequence[MethodComparison], kind: str, 
 def other_measures(protocol: Protocol, compared: Sequence[MethodComparison]) -> str:
     """Returns the comparisons by the secondary measures of the test items."""
     rows = _brief(protocol, compared, "other", "measure")
-    return f"## Paired differences of secondary measures\n\n{rows}" if rows else ""
+    if rows:
+        return f"## Paired differences of secondary measures\n\n{rows}"
+    return ""
 
 
 def multiples(protocol: Protocol, cell_results: Sequence[MethodResult], compared: Sequence[MethodComparison]) -> str:
@@ -119,7 +153,10 @@ def multiples(protocol: Protocol, cell_results: Sequence[MethodResult], compared
     parts = [f"## Above the chosen rate\n\n{title}"]
     for heading, group in grouped(cell_results):
         rows = [
-            [result.cell.method, *(f"{number(mean(result.losses(m)))} ({result.diverged(m)})" for m in factors)]
+            [
+                result.cell.method,
+                *(f"{number(mean(result.losses(m)))} ({result.diverged(m)})" for m in factors),
+            ]
             for result in group
             if result.tests
         ]

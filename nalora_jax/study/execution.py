@@ -7,7 +7,9 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import jax
 import numpy as np
 
 from nalora_jax import distributed, trees
+from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.distributed.devices import memory_statistics
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.method.step import TrainState
@@ -28,18 +31,21 @@ from nalora_jax.study.records import Record, Records, plain
 from nalora_jax.study.resources import Resources
 from nalora_jax.study.snapshots import read_snapshot, write_snapshot
 from nalora_jax.study.subject import Items, on_mesh
+from nalora_jax.sweeps.loop import RunLoop, StatesMetrics, fit_all
+from nalora_jax.sweeps.program import SweepProgram
 from nalora_jax.train.compilation import use_compilation_cache
-from nalora_jax.train.loop import LoopEvaluation, Schedule, fit
+from nalora_jax.train.loop import Follower, LoopEvaluation, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
 from nalora_jax.train.metrics import to_json
 from nalora_jax.train.optimizers import make_schedule
 
 log = logging.getLogger(__name__)
 
+TOGETHER = 16  # runs that train in one program on an accelerator
 _WAIT_SECONDS = 5.0  # until another process may have finished a run that this process waits for
 
 
-def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()) -> int:
+def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = (), together: int = 0) -> int:
     """Performs runs until all are done, the budget is spent, or ``limit`` (0: none) were done here.
 
     Any number of processes may do this at once, on one machine or on several that share the folder's file system.
@@ -48,6 +54,8 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
       protocol: the study.
       limit: maximum number of runs.
       methods: methods whose runs are done; by default all. The result of a run does not depend on other runs.
+      together: runs of a method that train in one program; 0: one on a CPU, whose kernels take one run at a
+        time, and `TOGETHER` elsewhere.
 
     Returns:
       The number of runs that this process did.
@@ -61,6 +69,7 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
             expected = f"methods of {protocol.path}: {', '.join(protocol.methods)}"
             raise NaloraError("--methods", expected=expected, found=name)
     store, resources, done = Records(protocol.folder), Resources(protocol), 0
+    together = together or (1 if distributed.platform_of().name == "cpu" else TOGETHER)
     code_version()  # cached now, in case a loaded file is edited later
     if note := describe_old(store.read()):
         log.info("%s", note)
@@ -75,11 +84,11 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
             which = f"of {', '.join(methods)} " if methods else ""
             log.info("%s: all runs %sare done; the study has %d records", protocol.folder, which, len(records))
             break
-        if not _do_one(protocol, store, resources, left):
+        finished = _do_some(protocol, store, resources, left, min(together, limit - done) if limit else together)
+        if not finished:
             # Other processes do the remaining runs, whose results may add further runs.
             time.sleep(_WAIT_SECONDS)
-            continue
-        done += 1
+        done += finished
     return done
 
 
@@ -88,56 +97,119 @@ def hours(records: Mapping[str, Record]) -> float:
     return sum(float(record["seconds"]) for record in records.values()) / 3600
 
 
-def _do_one(protocol: Protocol, store: Records, resources: Resources, left: list[Run]) -> bool:
-    """Performs the first run of ``left`` without a claim; returns False if there is none."""
-    for run in left:
-        with store.claim(run.id) as snapshot:
-            if snapshot is None:
+def _do_some(protocol: Protocol, store: Records, resources: Resources, left: list[Run], most: int) -> int:
+    """Performs the first runs of ``left`` without a claim; returns their number.
+
+    They are at most ``most`` runs of one cell and stage, which share a program.
+    """
+    with ExitStack() as claims:
+        claimed: list[tuple[Run, Path]] = []
+        for run in left:
+            if claimed and (run.cell, run.stage) != (claimed[0][0].cell, claimed[0][0].stage):
                 continue
-            records = checked_records(protocol, store)
-            if run.id in records:  # finished since ``left`` was computed
-                continue
-            commit = None
+            snapshot = claims.enter_context(store.claim(run.id))
+            if snapshot is not None and run.id not in checked_records(protocol, store):  # finished meanwhile
+                claimed.append((run, snapshot))
+            if len(claimed) == most:
+                break
+        if not claimed:
+            return 0
+        records, commit = checked_records(protocol, store), None
+        for run, _ in claimed:
             if run.stage == "test":
                 commit = check_committed(protocol)
                 store.begin_test({"id": run.id, "protocol": protocol.digest})
-            began = time.perf_counter()
             log.info("%s", run)
-            record = plain(perform(run, resources, snapshot, records) | {"commit": commit})
-            store.append(record | {"digest": record_digest(record)})
+        began = time.perf_counter()
+        if len(claimed) == 1:
+            ((run, snapshot),) = claimed
+            found = [perform(run, resources, snapshot, records)]
+        else:
+            found = perform_all([run for run, _ in claimed], resources, [path for _, path in claimed], records)
+        for record, (_, snapshot) in zip(found, claimed, strict=True):
+            finished = plain(record | {"commit": commit})
+            store.append(finished | {"digest": record_digest(finished)})
             snapshot.unlink(missing_ok=True)
-            log.info("  %s in %.0f s", _outcome(record), time.perf_counter() - began)
-            return True
-    return False
+            log.info("  %s in %.0f s", _outcome(finished), time.perf_counter() - began)
+        return len(claimed)
 
 
 def perform(run: Run, resources: Resources, snapshot: Path, records: Mapping[str, Record] | None = None) -> Record:
-    """Trains and measures a run, and returns its record.
+    """Trains and measures a run, and returns its record; see `perform_all`."""
+    (record,) = perform_all([run], resources, [snapshot], records)
+    return record
+
+
+def perform_all(
+    runs: Sequence[Run],
+    resources: Resources,
+    snapshots: Sequence[Path],
+    records: Mapping[str, Record] | None = None,
+) -> list[Record]:
+    """Trains and measures runs, and returns their records.
 
     Args:
-      run: the run.
+      runs: runs of one cell; several are trained by one program (`nalora_jax.sweeps`).
       resources: models, data and programs of this process.
-      snapshot: file with the state at the last evaluation of an interrupted run; it is written at each evaluation.
-      records: finished runs of the study, which the run has to agree with in base, data, items and rules.
+      snapshots: by run, file with the state at the last evaluation of an interrupted run; it is written at each
+        evaluation.
+      records: finished runs of the study, which the runs have to agree with in base, data, items and rules.
 
     Raises:
-      NaloraError: it does not agree with them; the run was not trained.
+      NaloraError: they do not agree with them; the runs were not trained.
     """
-    if run.config.compute.compilation_cache:
+    if runs[0].config.compute.compilation_cache:
         use_compilation_cache()
     began, compiled = time.perf_counter(), _compilations.count
-    progress = _RunInProgress(run, resources, snapshot)
-    described = {"id": run.id, "stage": run.stage, **run.cell._asdict(), "seed": run.seed, **progress.identity}
-    check_records({**(records or {}), run.id: described})
+    started = [_RunInProgress(run, resources, path) for run, path in zip(runs, snapshots, strict=True)]
+    described = [
+        {"id": run.id, "stage": run.stage, **run.cell._asdict(), "seed": run.seed, **progress.identity}
+        for run, progress in zip(runs, started, strict=True)
+    ]
+    check_records({**(records or {}), **{each["id"]: each for each in described}})
+    states = [_trained(started[0])] if len(runs) == 1 else _trained_together(started)
+    share = (time.perf_counter() - began) / len(runs)
+    made = []
+    for progress, facts, state in zip(started, described, states, strict=True):
+        began = time.perf_counter()
+        record = _record(progress, facts, state)
+        seconds = progress.seconds_before + share + time.perf_counter() - began
+        made.append(record | {"seconds": seconds, "compilations": _compilations.count - compiled})
+    return made
+
+
+def _trained(progress: _RunInProgress) -> TrainState | None:
+    """Returns the trained state of a run; None if it diverged."""
     try:
-        state = progress.train()
-        measured = progress.measure(state)
-        losses = [measured["validation"]["loss"], measured.get("test", {}).get("loss", 0.0)]
-        diverged = not all(map(math.isfinite, losses))
+        return progress.train()
     except TrainingDivergedError:
-        measured, diverged = {}, True
-    seconds = progress.seconds_before + time.perf_counter() - began
-    return described | {
+        return None
+
+
+def _trained_together(started: Sequence[_RunInProgress]) -> list[TrainState | None]:
+    """Returns the trained state of each run; None for those that diverged."""
+    loops, assemblies = [], []
+    for progress in started:
+        state, start = progress.begin()
+        assemblies.append(replace(progress.prepared.assembly, params=progress.prepared.params, state=state))
+        follower = Follower(progress, progress.schedule, progress.rate, state, start, progress.prepared.params)
+        loops.append(RunLoop(follower, progress.rows(start), start=start, steps=progress.run.config.steps))
+    began = time.perf_counter()
+    results = fit_all(SweepProgram(assemblies), loops, StatesMetrics())
+    for progress in started:
+        progress.training_seconds += (time.perf_counter() - began) / len(started)
+    pairs = zip(loops, results, strict=True)
+    return [None if loop.error is not None else result.state for loop, result in pairs]
+
+
+def _record(progress: _RunInProgress, described: Mapping[str, Any], state: TrainState | None) -> Record:
+    """Measures the trained state of a run, and returns its record without times."""
+    run = progress.run
+    measured = {} if state is None else progress.measure(state)
+    losses = [measured["validation"]["loss"], measured.get("test", {}).get("loss", 0.0)] if measured else [math.nan]
+    diverged = not all(map(math.isfinite, losses))
+    return {
+        **described,
         "rate": run.rate,
         "multiple": run.multiple,
         "diverged": diverged,
@@ -146,10 +218,8 @@ def perform(run: Run, resources: Resources, snapshot: Path, records: Mapping[str
         "curve": progress.curve,
         "training": progress.training,
         "parameters": progress.parameters,
-        "seconds": seconds,
         "training_seconds": progress.training_seconds,
         "peak_bytes": peak_bytes(),
-        "compilations": _compilations.count - compiled,
         "config": run.config_hash,
         "protocol": run.protocol.digest,
         **_environment(),
@@ -186,23 +256,41 @@ class _RunInProgress:
         self.seconds_before = self.training_seconds = 0.0
         self._began = time.perf_counter()
 
-    def train(self) -> TrainState:
-        """Trains all steps, resuming from the snapshot if there is one."""
-        config, assembly = self.run.config, self.prepared.assembly
+    @property
+    def schedule(self) -> Schedule:
+        """The intervals of the loop's actions."""
+        config = self.run.config
+        return Schedule(config.steps, config.train.log_every, self.run.protocol.evaluate_every, save_every=0)
+
+    @property
+    def rate(self) -> Callable[[int], Any]:
+        """The learning rate by step."""
+        return make_schedule(self.run.config.optimizer, self.run.config.steps)
+
+    def begin(self) -> tuple[TrainState, int]:
+        """Returns the state to train from and its step, from the snapshot if there is one."""
         state = self.resources.start(self.run, self.prepared, self.data)
         self.parameters = trees.count(state.lora)
         state, start = self._resumed(state)
         if not start:
             self.curve.append({"step": 0} | self._base(self.items))
+        return state, start
+
+    def rows(self, start: int) -> BatchIterator:
+        """Returns the batches after ``start`` steps."""
         batches = self.data.batches()
-        batches.set_state({"row": start * config.train.batch_size, "data": self.data.fingerprint})
-        every = self.run.protocol.evaluate_every
-        schedule = Schedule(config.steps, config.train.log_every, every, save_every=0)
-        rate = make_schedule(config.optimizer, config.steps)
+        batches.set_state({"row": start * self.run.config.train.batch_size, "data": self.data.fingerprint})
+        return batches
+
+    def train(self) -> TrainState:
+        """Trains all steps, resuming from the snapshot if there is one."""
+        assembly, params = self.prepared.assembly, self.prepared.step_params
+        state, start = self.begin()
+        batches = self.rows(start)
         began = time.perf_counter()
         try:
             rows = on_mesh(batches, assembly)
-            result = fit(assembly.step, self.prepared.step_params, state, rows, self, schedule, rate, start=start)
+            result = fit(assembly.step, params, state, rows, self, self.schedule, self.rate, start=start)
         finally:
             batches.close()
             self.training_seconds += time.perf_counter() - began

@@ -48,7 +48,11 @@ _NEEDED: dict[str, Test] = {
     "validation": _ROW,
     "items": (_are_texts, "texts by name"),
 }
-_OPTIONAL: dict[str, Test] = {"test": _ROW, "probes": (_is_table, "numbers by name, by probe"), "parameters": _NUMBER}
+_OPTIONAL: dict[str, Test] = {
+    "test": _ROW,
+    "probes": (_is_table, "numbers by name, by probe"),
+    "parameters": _NUMBER,
+}
 
 
 def check_fields(record: Mapping[str, Any], where: str) -> None:

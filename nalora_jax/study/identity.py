@@ -11,7 +11,8 @@ A record has, next to its settings and measures,
     items      {name: digest} of the items that it measured
     digest     sha256 of all other fields
 
-Records of earlier versions lack ``rules``, ``base``, ``source`` and ``digest``; they stay valid, with a printed note.
+Records of earlier versions lack ``rules``, ``base``, ``source`` and ``digest``; they stay valid,
+with a printed note.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ from nalora_jax.study.records import Record
 
 _PACKAGE = Path(__file__).parents[1]
 _SOURCES = {".py", ".cc", ".h"}
-_LIBRARIES = {"nalora_jax", "jax", "numpy"}  # covered by the digest of the code, and by the recorded versions
+_LIBRARIES = {
+    "nalora_jax",
+    "jax",
+    "numpy",
+}  # covered by the digest of the code, and by the recorded versions
 ADDED = ("rules", "base", "source", "digest")  # fields that records of earlier versions lack
 # Fields that must agree, each with the fields of the records among which they must.
 _SHARED: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -14,19 +14,31 @@ import optax
 from jax.sharding import Mesh
 
 from nalora_jax import distributed
-from nalora_jax.config import DataConfig, RunConfig
-from nalora_jax.config.vision import VisionConfig
+from nalora_jax.config import DataConfig, RunConfig, VisionConfig
+from nalora_jax.data.images.opened import open_images
 from nalora_jax.data.images.pipeline import ImageData
-from nalora_jax.data.images.sources import ImageSource, open_images
+from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.sources import check_disjoint
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.models.vision.dual import init_lora
 from nalora_jax.study.plan import MEASURES
-from nalora_jax.train.assembly import Assembly
-from nalora_jax.train.dual import assemble_dual
+from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.dual_objectives import CLASSES
-from nalora_jax.train.dual_pieces import drawn_images, image_data, image_evaluator, trained_on, with_classes
-from nalora_jax.weights.vision.model import JOIN, LoadedDual, LoadedEncoder, join, load_dual, load_encoder
+from nalora_jax.train.dual_pieces import (
+    drawn_images,
+    image_data,
+    image_evaluator,
+    trained_on,
+    with_classes,
+)
+from nalora_jax.weights.vision.model import (
+    JOIN,
+    LoadedDual,
+    LoadedEncoder,
+    join,
+    load_dual,
+    load_encoder,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +81,26 @@ class DualEncoders:
         image, plus, text = config.model.partition(JOIN)
         joined = bool(plus) and not Path(config.model).exists()
         vision, mesh = config.vision, _mesh(config)
-        settings = [vision.features, vision.loss, vision.image_size, config.compute.dtype, config.to_dict()["mesh"]]
+        settings = [
+            vision.features,
+            vision.loss,
+            vision.image_size,
+            config.compute.dtype,
+            config.to_dict()["mesh"],
+        ]
         key = json.dumps([config.model, config.seed if joined else 0, *settings])
         if key in self._models:
             return self._models[key]
-        options: dict[str, Any] = {"d_out": vision.features, "loss": vision.loss, "image_size": vision.image_size}
+        options: dict[str, Any] = {
+            "d_out": vision.features,
+            "loss": vision.loss,
+            "image_size": vision.image_size,
+        }
         if joined:
-            towers = self._tower(image.strip(), "image/", config), self._tower(text.strip(), "text/", config)
+            towers = (
+                self._tower(image.strip(), "image/", config),
+                self._tower(text.strip(), "text/", config),
+            )
             loaded = join(*towers, mesh=mesh, seed=config.seed, **options)
             self._joined[loaded.fingerprint] = JOIN.join(tower.fingerprint for tower in towers)
             self._models[key] = loaded
@@ -105,14 +130,22 @@ class DualEncoders:
     def assemble(self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation) -> Assembly:
         """Assembles the run as ``nalora train`` does."""
         loaded = self.model(config)
-        return assemble_dual(general, loaded.config, self.params(config), _mesh(config), loaded.processor, last=last)
+        params, mesh = self.params(config), _mesh(config)
+        return assemble(general, loaded.config, params, mesh, processor=loaded.processor, last=last)
 
     def params(self, config: RunConfig, assembly: Assembly | None = None) -> Any:
         """Returns both towers and the prompts of the task's classes."""
         del assembly
         loaded, classes = self.model(config), self._classes(config, config.data)
         # The rules decide whether prompts are encoded once or in every step.
-        key = json.dumps([loaded.fingerprint, classes, config.vision.templates, config.to_dict()["lora"]["rules"]])
+        key = json.dumps(
+            [
+                loaded.fingerprint,
+                classes,
+                config.vision.templates,
+                config.to_dict()["lora"]["rules"],
+            ]
+        )
         if key not in self._params:
             self._params[key] = with_classes(config, loaded, classes, _mesh(config))
         return self._params[key]

@@ -18,7 +18,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def number(value: float | None, digits: int = 4) -> str:
     """Returns a number with this many decimals, or a dash if it is missing or not finite."""
-    return "-" if value is None or not math.isfinite(value) else f"{value + 0.0:.{digits}f}"
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value + 0.0:.{digits}f}"
 
 
 def signed(value: float) -> str:
@@ -33,7 +35,9 @@ def signed(value: float) -> str:
 
 def interval(statistics: Paired) -> str:
     """Returns the interval of a mean difference, or a dash for a single pair."""
-    return f"{signed(statistics.low)} to {signed(statistics.high)}" if statistics.n > 1 else "-"
+    if statistics.n > 1:
+        return f"{signed(statistics.low)} to {signed(statistics.high)}"
+    return "-"
 
 
 def p_value(p: float, corrected: float) -> str:
@@ -43,7 +47,9 @@ def p_value(p: float, corrected: float) -> str:
       >>> p_value(0.0313, 0.5625), p_value(0.00002, 0.0004)
       ('0.031 (0.562)', '<0.001 (<0.001)')
     """
-    return f"{_p(p)} ({_p(corrected)})" if math.isfinite(p) else "-"
+    if math.isfinite(p):
+        return f"{_p(p)} ({_p(corrected)})"
+    return "-"
 
 
 def _p(value: float) -> str:
@@ -52,7 +58,9 @@ def _p(value: float) -> str:
 
 def task_of(cell: Cell, *, several_models: bool) -> str:
     """Returns the task's name, with the model's if the study has several."""
-    return f"{cell.task} ({cell.model})" if several_models else cell.task
+    if several_models:
+        return f"{cell.task} ({cell.model})"
+    return cell.task
 
 
 def grouped(cell_results: Sequence[MethodResult]) -> list[tuple[str, list[MethodResult]]]:

@@ -59,7 +59,9 @@ def checked(value: Any, hint: Any, where: str) -> Any:
 
 def whole_as_float(value: Any) -> Any:
     """Returns a whole number as a float; other values, and numbers too large for a float, are returned unchanged."""
-    return float(value) if type(value) is int and abs(value) < 2**1000 else value
+    if type(value) is int and abs(value) < 2**1000:
+        return float(value)
+    return value
 
 
 def _as_python(value: Any, name: str, where: str) -> Any:

@@ -10,13 +10,31 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from nalora_jax.study.analysis import MethodComparison, MethodResult, comparisons, last, mean, named, results
+from nalora_jax.study.analysis import (
+    MethodComparison,
+    MethodResult,
+    comparisons,
+    last,
+    mean,
+    named,
+    results,
+)
 from nalora_jax.study.plan import cost
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 
-_STYLE = {"svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-_STYLE |= {"axes.grid": True, "grid.color": "#dddddd", "legend.frameon": False, "legend.fontsize": 8}
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+_STYLE |= {
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
 _COLOURS = mpl.color_sequences["tab10"]
 _MARKERS = "osD^vP*X"
 _COLUMNS = 4  # panels in a row of a picture
@@ -39,7 +57,12 @@ def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
     return {name: text for name, text in pictures.items() if text}
 
 
-def _grid(name: str, cell_results: Sequence[MethodResult], marks: dict[str, Any], panel: Callable[..., bool]) -> str:
+def _grid(
+    name: str,
+    cell_results: Sequence[MethodResult],
+    marks: dict[str, Any],
+    panel: Callable[..., bool],
+) -> str:
     """Draws a panel per model and task, up to four in a row, with one legend."""
     groups: dict[tuple[str, str], list[MethodResult]] = {}
     for result in cell_results:
@@ -60,7 +83,11 @@ def _grid(name: str, cell_results: Sequence[MethodResult], marks: dict[str, Any]
 
 
 def _mark(index: int) -> dict[str, Any]:
-    return {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)], "markersize": 4}
+    return {
+        "color": _COLOURS[index % len(_COLOURS)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "markersize": 4,
+    }
 
 
 def _loss_by_rate(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:

@@ -34,6 +34,7 @@ _LATER = {
     "step_scale": ("tau",),
     "optimizer": ("warmup_steps", "warmup_from_zero"),
     "debug": ("profile",),
+    "mesh": ("run", "runs_per_device"),
 }
 _LATER_GROUPS = ("adalora", "imports")  # groups and single settings that are newer
 _FIRST_LENGTH = 128  # the default row length of the first records, which image tasks ignore
@@ -114,7 +115,7 @@ def tuning(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Tun
         if len(complete) < len(rates) or min(complete) == math.inf:
             return Tuning(tuple(rates), tuple(losses))
         best = complete.index(min(complete))
-        end = "low" if best == 0 else "high" if best == len(rates) - 1 else ""
+        end = {len(rates) - 1: "high", 0: "low"}.get(best, "")
         if not end or len(rates) == 1 or added[end] == protocol.extend:
             return Tuning(tuple(rates), tuple(losses), at_edge=bool(end) and len(rates) > 1)
         added[end] += 1

@@ -59,7 +59,10 @@ def _current_rules(protocol: Protocol, method: str) -> dict[str, str]:
 
 
 def check_tests(
-    protocol: Protocol, store: Records, records: Mapping[str, Record], listed: Sequence[Mapping[str, Any]]
+    protocol: Protocol,
+    store: Records,
+    records: Mapping[str, Record],
+    listed: Sequence[Mapping[str, Any]],
 ) -> None:
     """Checks that all tests were made under this protocol, and that each finished test has its record.
 
@@ -139,4 +142,6 @@ def _git(protocol: Protocol, *arguments: str) -> str | None:
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     except FileNotFoundError:
         return None
-    return result.stdout.strip() if result.returncode == 0 else None
+    if result.returncode == 0:
+        return result.stdout.strip()
+    return None

@@ -95,13 +95,16 @@ def t_test(difference: np.ndarray) -> float:
 
 def sign_test(below: int, above: int) -> float:
     """Returns the exact two-sided p-value of these counts of differences on either side of 0; 1 without any."""
-    return float(stats.binomtest(below, below + above).pvalue) if below + above else 1.0
+    if below + above:
+        return float(stats.binomtest(below, below + above).pvalue)
+    return 1.0
 
 
 def signed_rank_test(difference: np.ndarray, resolution: float = 0.0) -> float:
     """Returns the exact two-sided p-value of Wilcoxon's signed-rank test, for tied differences too.
 
-    The sum of the positive differences' mid-ranks is compared with its distribution over all 2^n signs.
+    The sum of the positive differences' mid-ranks is compared with its
+    distribution over all 2^n signs.
 
     Args:
       difference: ``[n]``; values of 0 are left out.

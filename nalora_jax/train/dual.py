@@ -1,10 +1,8 @@
-"""Assembles a dual encoder and a config, like `nalora_jax.train.assembly.assemble`."""
+"""The program of a run on a dual encoder of images and texts."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,79 +20,27 @@ from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method import statistics
 from nalora_jax.method.optimizer import find_gates, nalora
 from nalora_jax.method.state import Mechanisms
-from nalora_jax.method.step import Step, StepConfig, TrainState, init_state, make_train_step
+from nalora_jax.method.step import Step, StepConfig, make_train_step
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.config import TOWERS, DualConfig
-from nalora_jax.models.vision.dual import DualEncoder, init_lora
+from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.ops.numerics import numerics_for
-from nalora_jax.train.assembly import Assembly, gate_checks_of, jit_step
 from nalora_jax.train.dual_objectives import Classify, Contrast, Towers
 from nalora_jax.train.gate_metrics import layer_metrics
 from nalora_jax.train.learning_rate import with_learning_rate
-from nalora_jax.train.mechanisms import make_mechanisms
+from nalora_jax.train.mechanisms import mechanisms_of
 from nalora_jax.train.optimizers import make_optimizer
-from nalora_jax.train.state_metrics import StateMetrics
-
-log = logging.getLogger(__name__)
+from nalora_jax.train.program import Program, gate_checks_of
 
 
-def assemble_dual(
-    config: RunConfig,
-    base: DualConfig,
-    params: Any,
-    mesh: Mesh,
-    processor: ImageProcessor,
-    *,
-    last: optax.GradientTransformation | None = None,
-) -> Assembly:
-    """Builds adapters, optimizer and step of a run on images.
-
-    Args:
-      config: the run's settings, checked; ``config.vision.task`` chooses the objective.
-      base: architecture of the dual encoder.
-      params: its weights on ``mesh``; with the class prompts (`nalora_jax.train.dual_objectives.Classify`).
-      mesh: the run's devices.
-      processor: converts images to pixels.
-      last: transform applied to the updates after all transforms of the config.
-
-    Raises:
-      NaloraError: rules that match nothing or ask for impossible ranks, a variant that these models do not have, or a
-        tensor axis that splits a head.
-    """
-    spec = resolve_dual(config, base)
-    lora = init_lora(base, spec, jax.random.key(config.seed), params)
-    made = dual_program(config, base, spec, lora, mesh, processor, last=last)
-
-    def begin(lora: Any, seed: int) -> TrainState:
-        return compiled(lora, jax.random.key_data(jax.random.key(seed)))  # one program for all seeds
-
-    compiled = jax.jit(made.fresh, out_shardings=made.places)
-    return Assembly(
-        config,
-        made.model,
-        spec,
-        mesh,
-        made.mechanisms,
-        made.optimizer,
-        begin(lora, config.seed),
-        params,
-        made.step,
-        begin,
-        StateMetrics(made.mechanisms, spec, mesh),
-    )
-
-
-@dataclass(frozen=True)
-class DualProgram:
-    """The compiled parts of a run on images."""
-
-    model: DualEncoder
-    mechanisms: Mechanisms
-    optimizer: optax.GradientTransformationExtraArgs
-    fresh: Callable[[Any, jax.Array], TrainState]  # initial state for adapters and a key's data
-    places: Any  # shardings of the state
-    step: Step
+def check_dual(config: RunConfig, base: DualConfig, mesh: Mesh) -> None:
+    """Raises an error if a tensor axis splits a head, or for another start of the adapters."""
+    for tower in base.towers.values():
+        distributed.check_heads(mesh, n_heads=tower.n_heads, n_kv_heads=tower.n_heads)
+    if config.lora.init != "default":
+        expected = "default for image and text encoders"
+        raise NaloraError("--lora.init", expected=expected, found=config.lora.init)
 
 
 def dual_program(
@@ -106,48 +52,45 @@ def dual_program(
     processor: ImageProcessor,
     *,
     last: optax.GradientTransformation | None = None,
-) -> DualProgram:
-    """Builds the step of `assemble_dual` without computing anything, so devices may be abstract.
+) -> Program:
+    """Returns the program of a dual encoder.
 
     Args:
-      config, base, mesh, processor, last: see `assemble_dual`.
+      config, base, mesh, processor, last: see `nalora_jax.train.assembly.assemble`;
+        ``config.vision.task`` chooses the objective.
       spec: the adapters.
       lora: the trained leaves, or their shapes.
-
-    Raises:
-      NaloraError: see `assemble_dual`.
     """
-    for tower in base.towers.values():
-        distributed.check_heads(mesh, n_heads=tower.n_heads, n_kv_heads=tower.n_heads)
-    if config.lora.init != "default":
-        raise NaloraError("--lora.init", expected="default for image and text encoders", found=config.lora.init)
     adapted = adapted_towers(spec)
     gates = find_gates(lora)
-    mechanisms = _mechanisms(config, base, adapted, gates)
+    names = {f"{tower}/layers/ffn": base.towers[tower].activation for tower in adapted}
+    activation = base.towers[adapted[0] if adapted else "image"].activation
+    mechanisms = mechanisms_of(config, activation, names, gates)
     model = _model(config, base, spec, mechanisms, mesh)
-    inner = make_optimizer(with_learning_rate(config).optimizer, config.steps, config.lora.plus_ratio)
-    optimizer = nalora(inner, gates, mechanisms)
-    if last is not None:
-        optimizer = optax.with_extra_args_support(optax.chain(optimizer, last))
+
+    def optimizer_of(mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
+        inner = make_optimizer(with_learning_rate(config).optimizer, config.steps, config.lora.plus_ratio, numbers)
+        optimizer = nalora(inner, gates, mechanisms)
+        return optimizer if last is None else optax.with_extra_args_support(optax.chain(optimizer, last))
+
+    optimizer = optimizer_of(mechanisms, {})
     parts = {tower: base.towers[tower] for tower in adapted}
     shapes: dict[str, tuple[int, ...]] = {f"{t}/layers/ffn": (c.n_layers, c.d_ff) for t, c in parts.items()}
 
-    def fresh(lora: Any, key: jax.Array) -> TrainState:
-        return init_state(lora, optimizer, shapes, mechanisms, 0)._replace(key=key)
+    def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
+        shared = mesh if distributed.devices_per_run(mesh) > 1 else None
+        towers = Towers(model.clone(adapters=adapters), processor, adapted, shared)
+        objective = Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
+        settings = StepConfig(
+            mechanisms,
+            stats_sharding=distributed.row_sharding(mesh),
+            **_shardings(lora, mesh),
+            metrics=layer_metrics(mechanisms),
+            verify=require_compensated if config.debug.check_gates else None,
+        )
+        return make_train_step(optimizer_of(mechanisms, numbers), settings, objective)
 
-    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    places = distributed.shardings(jax.eval_shape(fresh, lora, key), mesh, distributed.STATE_RULES)
-    towers = Towers(model, processor, adapted, mesh if mesh.size > 1 else None)
-    objective = Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
-    settings = StepConfig(
-        mechanisms,
-        stats_sharding=distributed.row_sharding(mesh),
-        **_shardings(lora, mesh),
-        metrics=layer_metrics(mechanisms),
-        verify=require_compensated if config.debug.check_gates else None,
-    )
-    step = jit_step(config, make_train_step(optimizer, settings, objective), mesh, places)
-    return DualProgram(model, mechanisms, optimizer, fresh, places, step)
+    return Program(config, model, spec, mesh, mechanisms, optimizer, shapes, pure)
 
 
 def _model(config: RunConfig, base: DualConfig, spec: AdapterSpec, mechanisms: Mechanisms, mesh: Mesh) -> DualEncoder:
@@ -189,26 +132,9 @@ def trains_text(spec: AdapterSpec, base: DualConfig) -> bool:
     return "text" in adapted_towers(spec) or "text/projection" in base.trained
 
 
-def _mechanisms(config: RunConfig, base: DualConfig, adapted: tuple[str, ...], gates: dict[str, str]) -> Mechanisms:
-    """Returns the mechanisms of a run; none, with a warning, if no adapter is on a gate."""
-    first = base.towers[adapted[0] if adapted else "image"].activation
-    found = make_mechanisms(
-        config.mechanisms,
-        activation=first,
-        total_steps=config.steps,
-        seed=config.seed,
-    )
-    if found.entries and not gates:
-        labels = ", ".join(label for label, _ in found.entries)
-        log.warning("no adapter sits on a gate (gate_proj or in_proj): no mechanism acts (%s)", labels)
-        return replace(found, entries=())
-    others = {f"{t}/layers/ffn": base.towers[t].activation for t in adapted}
-    return replace(found, others=tuple((path, name) for path, name in others.items() if name != first))
-
-
 def _shardings(lora: Any, mesh: Mesh) -> dict[str, Any]:
     """Returns the layouts of adapters and masks within a step; empty on one device."""
-    if mesh.size == 1:
+    if distributed.devices_per_run(mesh) == 1:
         return {}
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lora)
     return {

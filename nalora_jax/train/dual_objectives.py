@@ -50,7 +50,11 @@ class Towers:
         return found
 
     def _encode(self, tower: str, variables: Mapping[str, Any], inputs: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        options: dict[str, Any] = {"method": f"encode_{tower}", "deterministic": False, "rngs": {"dropout": key}}
+        options: dict[str, Any] = {
+            "method": f"encode_{tower}",
+            "deterministic": False,
+            "rngs": {"dropout": key},
+        }
         if tower not in self.observed:
             return normalised(self.model.apply(variables, inputs, **options)), {}
         features, written = self.model.apply(variables, inputs, mutable=["gate_stats"], **options)
@@ -161,9 +165,13 @@ def sigmoid_contrastive(
 
 def _rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Constrains the rows of ``x`` to be split over the batch axes."""
-    return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
+    if mesh is None:
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
 
 
 def _everybodys(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Constrains ``x`` to be replicated on every device."""
-    return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
+    if mesh is None:
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, P()))

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from nalora_jax import distributed
-from nalora_jax.config import RunConfig
-from nalora_jax.config.vision import VisionConfig
+from nalora_jax.config import RunConfig, VisionConfig
+from nalora_jax.data.images.opened import open_images
 from nalora_jax.data.images.pipeline import ImageData, caption_tokens, draw_shots, readable
-from nalora_jax.data.images.sources import ImageSource, open_images
+from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.sources import AUTO, check_disjoint
 from nalora_jax.distributed import platform_of
@@ -24,11 +24,11 @@ from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, Retriev
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.ops.numerics import numerics_for
-from nalora_jax.train.assembly import Assembly
-from nalora_jax.train.dual import assemble_dual, resolve_dual, trains_text
+from nalora_jax.train.assembly import Assembly, assemble
+from nalora_jax.train.dual import resolve_dual, trains_text
 from nalora_jax.train.dual_objectives import CLASSES
 from nalora_jax.train.pieces import Pieces
-from nalora_jax.weights.vision.model import LoadedDual, load_dual
+from nalora_jax.weights.vision.model import JOIN, LoadedDual, load_dual
 from nalora_jax.weights.vision.peft import export_dual_adapter, verify_dual_export
 
 log = logging.getLogger(__name__)
@@ -72,24 +72,32 @@ def trained_on(config: RunConfig, source: ImageSource, classes: tuple[str, ...])
     return ImageRecords(source, readable(source, indices, vision), classes, labels)
 
 
-def dual_pieces(config: RunConfig, records: ImageRecords, held: ImageSource, mesh: Mesh) -> Pieces:
+def dual_pieces(
+    config: RunConfig, records: ImageRecords, held: ImageSource, mesh: Mesh, like: Pieces | None = None
+) -> Pieces:
     """Builds model, adapters, step, data and evaluators of a run with ``vision.task``.
+
+    ``like`` are pieces of a run with the same program. Its base is shared, unless the seed draws the
+    projections between two separate towers.
 
     Raises:
       NaloraError: bad settings, files or data.
     """
     vision, compute = config.vision, config.compute
-    loaded = load_dual(
-        config.model,
-        dtype=compute.dtype,
-        mesh=mesh,
-        d_out=vision.features,
-        loss=vision.loss,
-        seed=config.seed,
-        image_size=vision.image_size,
-    )
-    params = with_classes(config, loaded, records.classes, mesh)
-    assembly = assemble_dual(config, loaded.config, params, mesh, loaded.processor)
+    if like is None or JOIN in config.model:
+        loaded = load_dual(
+            config.model,
+            dtype=compute.dtype,
+            mesh=mesh,
+            d_out=vision.features,
+            loss=vision.loss,
+            seed=config.seed,
+            image_size=vision.image_size,
+        )
+        params = with_classes(config, loaded, records.classes, mesh)
+    else:
+        loaded, params = cast(LoadedDual, like.loaded), like.assembly.params
+    assembly = assemble(config, loaded.config, params, mesh, processor=loaded.processor)
     data = image_data(config, loaded, records, mesh)
     encoders = Encoders(assembly.eval_model, loaded.processor, loaded.tokenizer)
     reported, selecting = held_out_images(config, held, encoders, records.classes)

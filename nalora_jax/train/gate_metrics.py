@@ -12,7 +12,9 @@ from nalora_jax.method.state import Factors, Mechanisms
 from nalora_jax.method.step import BlockStats
 
 
-def layer_metrics(mechanisms: Mechanisms) -> Callable[[BlockStats, BlockStats, Factors], BlockStats]:
+def layer_metrics(
+    mechanisms: Mechanisms,
+) -> Callable[[BlockStats, BlockStats, Factors], BlockStats]:
     """Returns the metrics of a step's blocks, for `nalora_jax.method.step.StepConfig.metrics`.
 
     The function takes sums by block (channels ``[layers, ..., d_ff]``, counts ``[layers, ...]``,
@@ -31,7 +33,10 @@ def layer_metrics(mechanisms: Mechanisms) -> Callable[[BlockStats, BlockStats, F
             if "update_b" in factors:
                 joint = _by_layer(factors["update_b"][path])
                 block["favoured"] = jnp.mean((joint >= 1.0).astype(jnp.float32), axis=1)
-                block |= {"factor_min": jnp.min(joint, axis=1), "factor_max": jnp.max(joint, axis=1)}
+                block |= {
+                    "factor_min": jnp.min(joint, axis=1),
+                    "factor_max": jnp.max(joint, axis=1),
+                }
         return blocks
 
     return metrics
@@ -67,7 +72,9 @@ def layer_means(sums: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _parts(name: str) -> int:
-    return statistics.get(name).parts if name in statistics.TABLE else 0
+    if name in statistics.TABLE:
+        return statistics.get(name).parts
+    return 0
 
 
 def _layer_total(x: Array, parts: int) -> Array:

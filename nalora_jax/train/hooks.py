@@ -61,7 +61,10 @@ class RunHooks:
 
     def select(self, step: int, params: Any, lora: Any | None) -> LoopEvaluation:
         """Evaluates an adapter, logs the result and returns the metric that ranks checkpoints."""
-        values = self.selector.measure(params, lora)
+        return self.selected(step, self.selector.measure(params, lora))
+
+    def selected(self, step: int, values: Mapping[str, Any]) -> LoopEvaluation:
+        """Logs the metrics of an adapter that may be selected, and returns the one that ranks it."""
         self.told.evaluation(step, values)
         self.progress.say(f"step {step}: {describe(values)}")
         value = float(values[self.selector.metric])

@@ -39,12 +39,20 @@ from nalora_jax import distributed, trees
 from nalora_jax.method import statistics
 from nalora_jax.method.optimizer import find_gates
 from nalora_jax.method.state import Mechanisms
-from nalora_jax.method.step import Batch, Objective, StepConfig, accumulate, micro_gradients, over_shards
+from nalora_jax.method.step import (
+    Batch,
+    Objective,
+    StepConfig,
+    accumulate,
+    micro_gradients,
+    over_shards,
+)
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.train.assembly import Assembly, next_token
+from nalora_jax.train.assembly import Assembly
+from nalora_jax.train.decoder_program import next_token
 
 _ITERATIONS = 2
 # Mean length of A's columns in default LoRA: d_in entries, uniform in +-1/sqrt(d_in).
@@ -115,11 +123,19 @@ class _Search:
     """Matmuls with G, computed as gradients of adapters at scale 1 with A = 0 or B = 0."""
 
     def __init__(
-        self, assembly: Assembly, base: ModelConfig, wide: Mapping[str, int], batches: Sequence[Batch]
+        self,
+        assembly: Assembly,
+        base: ModelConfig,
+        wide: Mapping[str, int],
+        batches: Sequence[Batch],
     ) -> None:
         layers = depths(base)
         targets = tuple((path, TargetSpec.even(width, layers[path])) for path, width in wide.items())
-        self._spec, self._batches, self._params = AdapterSpec(targets), batches, assembly.view(assembly.params)
+        self._spec, self._batches, self._params = (
+            AdapterSpec(targets),
+            batches,
+            assembly.view(assembly.params),
+        )
         model = assembly.model.clone(adapters=self._spec)
         mesh = assembly.mesh
         config = StepConfig(Mechanisms((), base.activation), stats_sharding=model.stats.sharding)

@@ -13,11 +13,13 @@ from nalora_jax.data.chat import render
 from nalora_jax.data.forms import form_of
 from nalora_jax.data.mixture import MixedSource
 from nalora_jax.data.selected import SelectedSource
-from nalora_jax.data.sources import Source, have_same_records, open_pair
+from nalora_jax.data.source import Source
+from nalora_jax.data.sources import have_same_records, open_pair
 from nalora_jax.errors import NaloraError
 from nalora_jax.loading.base import added_ids, read_config, read_tokenizer_of
 from nalora_jax.models.adapters import adapter_spec, check_token_indices
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import key_heads
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.weights.hub import ResolvedSource
@@ -75,7 +77,7 @@ def check_layout(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> None:
         match nothing, an added token without a trained row, or a trained row without a token.
     """
     base = described(config, files)
-    distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
+    distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=key_heads(base))
     distributed.process_rows(mesh, config.train.batch_size // config.train.accumulate)
     _check_rows(config, files, base, adapter_spec(config, base))
 

@@ -27,7 +27,12 @@ from nalora_jax.redaction import redacted
 FILE = "run.lock"
 _BEAT = 5.0  # seconds between two touches
 _STALE = 20.0  # seconds without a touch after which a holder on another host counts as gone
-_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)  # file systems without locks
+_UNSUPPORTED = (
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.ENOLCK,
+    errno.EINVAL,
+)  # file systems without locks
 
 
 @dataclass

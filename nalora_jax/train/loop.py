@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -106,8 +107,7 @@ def fit(
       TrainingDivergedError: a loss is not finite, or an adapter or optimizer moment of a state to
         save. Checkpoints of earlier steps are kept; a diverged state is never saved.
     """
-    result = FitResult(state, start)
-    meter, profile = _Meter(), profile or Profile()
+    follower, profile = Follower(hooks, schedule, learning_rate, state, start, params), profile or Profile()
     for step in range(start + 1, schedule.steps + 1):
         batch = next(batches)
         if step == start + 1:
@@ -116,31 +116,75 @@ def fit(
         with profile.step(step, state):
             state, metrics = step_fn(params, state, batch)
         profile.end(step, metrics)
+        if not follower.after(step, metrics, partial(_same, state)):
+            break
+    return follower.result
+
+
+def _same(state: TrainState) -> TrainState:
+    return state
+
+
+class Follower:
+    """The actions after each step of one run: logging, evaluation, saving and the end.
+
+    Args:
+      hooks, schedule, learning_rate: see `fit`.
+      state: state after ``start`` steps.
+      start: steps completed before.
+      params: frozen base weights, for the message about a diverged run.
+
+    Attributes:
+      result: the outcome so far.
+    """
+
+    def __init__(
+        self,
+        hooks: Hooks,
+        schedule: Schedule,
+        learning_rate: Callable[[int], Any],
+        state: TrainState,
+        start: int,
+        params: Any,
+    ) -> None:
+        self.result = FitResult(state, start)
+        self._hooks, self._schedule, self._rate, self._params = hooks, schedule, learning_rate, params
+        self._meter = _Meter()
+
+    def after(self, step: int, metrics: Mapping[str, Any], state: Callable[[], TrainState]) -> bool:
+        """Acts after ``step``; returns False if the run ends.
+
+        Args:
+          step: number of the step.
+          metrics: of the step, on the devices.
+          state: returns the state after it.
+
+        Raises:
+          TrainingDivergedError: see `fit`.
+        """
+        hooks, schedule, result = self._hooks, self._schedule, self.result
         hooks.advance(step)
-        meter.add(step, metrics)
+        self._meter.add(step, metrics)
         last = step == schedule.steps
         result.interrupted = hooks.asked_to_stop(step) and not last
         evaluates = not result.interrupted and (last or _due(step, schedule.eval_every))
         saves = last or _due(step, schedule.save_every) or evaluates or result.interrupted
-        with _naming_bad_weights(params):
-            if last or _due(step, schedule.log_every) or saves:
-                hooks.log(step, meter.record(float(learning_rate(step - 1))), state)
-            result.state, result.step = state, step
-            if saves:
-                _refuse_diverged(step, state)
+        if saves or _due(step, schedule.log_every):
+            result.state, result.step = state(), step
+            with _naming_bad_weights(self._params):
+                hooks.log(step, self._meter.record(float(self._rate(step - 1))), result.state)
+                if saves:
+                    _refuse_diverged(step, result.state)
         measured = None
         if evaluates:
-            measured = hooks.evaluate(step, state)
+            measured = hooks.evaluate(step, result.state)
             result.metrics.append((step, measured.score))
         if saves:
-            hooks.save(step, state, measured)
-            meter.restart_clock()
-        if result.interrupted:
-            break
+            hooks.save(step, result.state, measured)
+            self._meter.restart_clock()
         if evaluates and not last and _exhausted([m for _, m in result.metrics], schedule.patience):
             result.stopped_early = True
-            break
-    return result
+        return not (last or result.interrupted or result.stopped_early)
 
 
 @contextmanager
@@ -184,7 +228,7 @@ class _Meter:
     """Device metrics of the steps since the last record, fetched together for the next one."""
 
     def __init__(self) -> None:
-        self._steps: list[tuple[int, dict[str, Any]]] = []
+        self._steps: list[tuple[int, Mapping[str, Any]]] = []
         self._compiled = False
         self.restart_clock()
 
@@ -193,7 +237,7 @@ class _Meter:
         self._since = time.perf_counter()
         self._timed = 0
 
-    def add(self, step: int, metrics: dict[str, Any]) -> None:
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         if not self._compiled:
             # The first call may compile, which would dominate the time of the steps.
             jax.block_until_ready(metrics["loss"])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from nalora_jax.config import RunConfig
 from nalora_jax.config.former import groups_of, has_groups, translated
 from nalora_jax.mechanism import MECHANISMS, Mechanism
 from nalora_jax.method.state import Mechanisms
+
+log = logging.getLogger(__name__)
 
 
 def make_mechanisms(
@@ -25,9 +30,32 @@ def make_mechanisms(
     Raises:
       NaloraError: an unknown name, setting or factor location.
     """
-    made = [make(rule) for rule in rules]
-    labels = _labels([(rule.label, rule.name) for rule in made])
-    return Mechanisms(tuple(zip(labels, made, strict=True)), activation, total_steps=total_steps, seed=seed)
+    mechanisms = [make(rule) for rule in rules]
+    labels = _labels([(mechanism.label, mechanism.name) for mechanism in mechanisms])
+    entries = tuple(zip(labels, mechanisms, strict=True))
+    return Mechanisms(entries, activation, total_steps=total_steps, seed=seed)
+
+
+def mechanisms_of(
+    config: RunConfig, activation: str, blocks: Mapping[str, str], gates: Mapping[str, str]
+) -> Mechanisms:
+    """Returns the mechanisms of a run; none, with a warning, if no adapter is on a gate.
+
+    Args:
+      config: the run's settings.
+      activation: of most blocks.
+      blocks: activation of each measured block, by path.
+      gates: see `nalora_jax.method.optimizer.find_gates`.
+    """
+    steps, seed = config.steps, config.seed
+    mechanisms = make_mechanisms(config.mechanisms, activation=activation, total_steps=steps, seed=seed)
+    if mechanisms.entries and not gates:
+        labels = ", ".join(label for label, _ in mechanisms.entries)
+        message = "no adapter sits on a gate (gate_proj or in_proj): no mechanism acts (%s)"
+        log.warning(message, labels)
+        return replace(mechanisms, entries=())
+    others = tuple((path, name) for path, name in blocks.items() if name != activation)
+    return replace(mechanisms, others=others)
 
 
 def mechanism_names() -> list[str]:

@@ -84,7 +84,8 @@ class MetricsLog(Callback):
         """Appends one line.
 
         Args:
-          record: nested dicts and lists of numbers, strings, booleans, None, numpy scalars and arrays.
+          record: nested dicts and lists of numbers, strings, booleans, None,
+            numpy scalars and arrays.
 
         Raises:
           NaloraError: the line cannot be written, e.g. because the disk is full.
@@ -100,7 +101,13 @@ class MetricsLog(Callback):
     def on_start(self, started: Started) -> None:
         """Writes the first line, or the line of a resumed run."""
         settings = {"settings": started.config} if started.step else {}
-        self.start(started.config, versions=started.versions, device=started.device, **settings, **started.more)
+        self.start(
+            started.config,
+            versions=started.versions,
+            device=started.device,
+            **settings,
+            **started.more,
+        )
 
     def on_log(self, step: int, record: Mapping[str, Any]) -> None:
         """Writes the line of a log step."""
@@ -199,8 +206,8 @@ def recorded_settings(folder: Path | str) -> dict[str, Any]:
 def to_json(value: Any) -> Any:
     """Returns ``value`` as plain JSON types.
 
-    Numpy scalars and arrays become numbers and nested lists; floats keep nine significant digits (enough to tell
-    any two float32 apart); NaN and infinity become None.
+    Numpy scalars and arrays become numbers and nested lists; floats keep nine significant digits
+    (enough to tell any two float32 apart); NaN and infinity become None.
 
     Example:
       >>> to_json({"loss": np.float32(0.1), "mask": np.array([1.0, np.nan])})
@@ -213,7 +220,9 @@ def to_json(value: Any) -> Any:
     if isinstance(value, bool | int | str | None):
         return value
     if isinstance(value, float):
-        return float(f"{value:.9g}") if math.isfinite(value) else None
+        if math.isfinite(value):
+            return float(f"{value:.9g}")
+        return None
     if isinstance(value, Path):
         return str(value)
     return to_json(np.asarray(value).tolist())

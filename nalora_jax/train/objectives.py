@@ -34,6 +34,8 @@ class NextToken:
     loss_chunk: int = 0
     batch_shards: int = 1  # parts that the mesh splits the batch into
     head_sharding: NamedSharding | None = None  # of the head's kernel in the loss
+    # The loss of a mesh's runs has chunks of fixed rows: the others are as many as one run needs.
+    has_runs: bool = False
 
     def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
         """Returns the loss of ``[rows, seq]`` arrays; see `nalora_jax.method.step.Objective`."""
@@ -89,6 +91,11 @@ class NextToken:
             kernel = lax.with_sharding_constraint(kernel, self.head_sharding)
         return kernel
 
+    @property
+    def is_compact(self) -> bool:
+        """True if the loss gathers the rows that have a target."""
+        return self.batch_shards == 1 and not self.has_runs
+
     def cross_entropy(self, hidden: jax.Array, params: Any, batch: Batch, weights: jax.Array) -> jax.Array:
         """Returns the cross-entropy of the targets, weighted by ``[rows, seq]`` and summed."""
         return cross_entropy(
@@ -99,7 +106,7 @@ class NextToken:
             self.head,
             self.numerics,
             chunk=self.loss_chunk,
-            compact=self.batch_shards == 1,
+            compact=self.is_compact,
             shards=self.batch_shards,
         )
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from nalora_jax import trees
@@ -14,27 +18,45 @@ from nalora_jax.config import OptimizerConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.path_rules import first_match, match_rules
 
+_OF_CONFIG = ("b1", "b2", "weight_decay", "clip_norm")
+# Numbers that may differ between the runs of one program; "rate_of_step" is the schedule as a table.
+NUMBERS = ("rate_of_step", "plus_ratio", *_OF_CONFIG)
+
 
 def make_optimizer(
-    config: OptimizerConfig, total_steps: int, plus_ratio: float = 1.0
+    config: OptimizerConfig,
+    total_steps: int,
+    plus_ratio: float = 1.0,
+    numbers: Mapping[str, Any] = MappingProxyType({}),
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer of plain LoRA: clip by global norm, then the named optimizer.
 
     Args:
       total_steps: optimizer steps of the run, which the schedule spans.
       plus_ratio: LoRA+ (arXiv 2402.12354): factor on the learning rate of every leaf named "b".
+      numbers: traced values of `NUMBERS` that replace those of ``config`` and ``plus_ratio``. The
+        stages of the optimizer depend on ``config`` alone.
 
     Raises:
       NaloraError: an unknown optimizer, or weight decay with one that has none.
     """
-    stages = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
-    stages.append(_named_optimizer(config, make_schedule(config, total_steps)))
+    values = replace(config, **{name: value for name, value in numbers.items() if name in _OF_CONFIG})
+    schedule = make_schedule(config, total_steps)
+    if "rate_of_step" in numbers:
+        schedule = partial(_rate_of_step, numbers["rate_of_step"])
+    stages = [optax.clip_by_global_norm(values.clip_norm)] if config.clip_norm > 0 else []
+    stages.append(_named_optimizer(config.name, values, schedule))
     if plus_ratio != 1:
         # After learning rate and weight decay: equivalent to a larger learning rate of B.
-        stages.append(_scale_leaves("b", plus_ratio))
+        stages.append(_scale_leaves("b", numbers.get("plus_ratio", plus_ratio)))
     if config.rates:
         stages.append(scale_by_projection(config.rates))
     return optax.with_extra_args_support(optax.chain(*stages))
+
+
+def _rate_of_step(rates: jax.Array, step: jax.Array) -> jax.Array:
+    """Returns the learning rate of a step, of ``rates [steps]``."""
+    return jnp.take(rates, step, mode="clip")
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -65,9 +87,9 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, decays[config.schedule]], [warmup])
 
 
-def _named_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _named_optimizer(name: str, config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     decay = config.weight_decay
-    match config.name:
+    match name:
         case "adamw":
             return optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=decay)
         case "adam" if decay == 0:
@@ -84,7 +106,7 @@ def _named_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax
             factored = (optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
             return optax.chain(*factored, optax.add_decayed_weights(decay), optax.scale_by_learning_rate(schedule))
     known = "adamw, adam, sgd, lion, adafactor"
-    raise NaloraError("--optimizer.name", expected=f"one of {known}", found=config.name)
+    raise NaloraError("--optimizer.name", expected=f"one of {known}", found=name)
 
 
 def _scale_leaves(name: str, factor: float) -> optax.GradientTransformation:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.config.preference import PreferenceConfig
+from nalora_jax.config import PreferenceConfig
 from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.target_losses import target_losses
@@ -104,6 +104,7 @@ class Preference:
             policy.head,
             policy.numerics,
             chunk=policy.loss_chunk,
+            compact=policy.is_compact,
             shards=policy.batch_shards,
         )
 

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from nalora_jax import distributed
 from nalora_jax.config import RunConfig
 from nalora_jax.data.preference import Pair, held_out_pairs, pair_data
-from nalora_jax.data.sources import Source, open_pair
+from nalora_jax.data.source import Source
+from nalora_jax.data.sources import open_pair
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.preference import PreferenceEvaluator
 from nalora_jax.loading.base import LoadedModel
@@ -27,10 +28,12 @@ def preference_pieces(
     mesh: Mesh,
     source: Mapping[str, Source] | None,
     share: Callable[[str], None],
+    like: Pieces | None = None,
 ) -> Pieces:
     """Builds adapters, step, pairs and evaluators of a run with ``preference.loss``.
 
-    ``share`` is passed to `nalora_jax.train.export.export`.
+    ``share`` is passed to `nalora_jax.train.export.export`; ``like`` are pieces of a run with the same
+    program.
 
     Raises:
       NaloraError: bad records, pairs that do not fit, or too few held out.
@@ -57,12 +60,15 @@ def preference_pieces(
             found=f"one of {longest}",
             remedy=f"set --data.max-length to {2 * context} or less",
         )
-    assembly = assemble(config, loaded.config, loaded.params, mesh)
+    assembly = assemble(config, loaded.config, loaded.params, mesh, like=None if like is None else like.assembly)
     one = mesh if mesh.size > 1 else None
-    evaluator, selector = (
-        PreferenceEvaluator(assembly.eval_model, loaded.tokenizer, part, preference, mesh=one)
-        for part in (reported, selecting)
-    )
+    if like is not None and like.assembly.spec == assembly.spec:
+        evaluator, selector = like.evaluator, like.selector
+    else:
+        evaluator, selector = (
+            PreferenceEvaluator(assembly.eval_model, loaded.tokenizer, part, preference, mesh=one)
+            for part in (reported, selecting)
+        )
 
     def write(folder: Path, state: TrainState) -> Path:
         return export(config, folder, loaded, assembly, state, rows.batches(), share)

@@ -79,7 +79,12 @@ class Profile:
                 name = f"process_{jax.process_index()}.xplane.pb"
                 with file.open("rb") as source, (target / name).open("wb") as sink:
                     shutil.copyfileobj(source, sink)
-        log.info("profile of steps %d to %d: xprof --logdir %s", first, step, epath.Path(self._folder) / FOLDER)
+        log.info(
+            "profile of steps %d to %d: xprof --logdir %s",
+            first,
+            step,
+            epath.Path(self._folder) / FOLDER,
+        )
 
     def __enter__(self) -> Profile:
         return self

@@ -260,4 +260,9 @@ def _store_errors(where: str, expected: str) -> Iterator[None]:
 
 def _unreachable(where: str, expected: str, error: Any) -> NaloraError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return NaloraError(f"--output {where}", expected=expected, found=reason, remedy="check the bucket and your rights")
+    return NaloraError(
+        f"--output {where}",
+        expected=expected,
+        found=reason,
+        remedy="check the bucket and your rights",
+    )

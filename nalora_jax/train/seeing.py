@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nalora_jax.config import DataConfig
-from nalora_jax.config.vision import VisionConfig
+from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.images.chat import ChatImages, open_chats
 from nalora_jax.data.images.files import Limits
 from nalora_jax.data.images.rows import row_images

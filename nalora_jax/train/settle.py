@@ -13,7 +13,8 @@ from nalora_jax.config import RunConfig
 from nalora_jax.data.lengths import with_length
 from nalora_jax.data.pipeline import train_data
 from nalora_jax.data.preference import pair_data, pair_sizes
-from nalora_jax.data.sources import Source, open_train
+from nalora_jax.data.source import Source
+from nalora_jax.data.sources import open_train
 from nalora_jax.loading.base import read_tokenizer_of
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.inputs import described

@@ -28,7 +28,7 @@ FREE_SETTINGS = (
     r"^train\.(log_every|eval_every|save_every|keep|patience)$",
     r"^mesh\.",
     r"^data\.workers$",
-    r"^compute\.(implementation|remat|loss_chunk|compilation_cache)$",
+    r"^compute\.(implementation|remat|experts|loss_chunk|compilation_cache)$",
     r"^debug\.",
 )
 

@@ -56,7 +56,9 @@ def gradient_start(assembly: Assembly, base: ModelConfig, data: _Rows, output: O
     """
     config, folder = assembly.config, output.folder / START
     if output.resumes:
-        return starting_at(assembly, _read(folder, assembly)) if config.lora.init == "lora_ga" else assembly
+        if config.lora.init == "lora_ga":
+            return starting_at(assembly, _read(folder, assembly))
+        return assembly
     started = time.perf_counter()
     lora = first_adapters(assembly, base, data, config.seed)
     count = config.lora.gradient_batches
@@ -84,7 +86,10 @@ def _write(folder: Path, initial: Mapping[str, Any]) -> None:
     scratch = folder.with_name(f".{folder.name}.new")
     try:
         scratch.mkdir()
-        save_file({path: np.ascontiguousarray(leaf) for path, leaf in trees.flatten(initial).items()}, scratch / _FILE)
+        save_file(
+            {path: np.ascontiguousarray(leaf) for path, leaf in trees.flatten(initial).items()},
+            scratch / _FILE,
+        )
         files.write_digests(scratch)
         scratch.rename(folder)
     except (OSError, SafetensorError) as error:

@@ -38,7 +38,7 @@ class StateMetrics:
 
     def __post_init__(self) -> None:
         everywhere = NamedSharding(self.mesh, P())
-        object.__setattr__(self, "_compiled", jax.jit(self._measure, out_shardings=everywhere))
+        object.__setattr__(self, "_compiled", jax.jit(self.compute, out_shardings=everywhere))
 
     def compile_ahead(self, state: TrainState) -> None:
         """Compiles for states like this one, so that no step's tokens/s includes this time."""
@@ -57,14 +57,18 @@ class StateMetrics:
           ``ranks``: with AdaLoRA, by path the remaining ranks of each layer, [layers]; of all
             experts together.
         """
-        counts, norms, ranks = jax.device_get(self._compiled(state))
+        return self.record(*jax.device_get(self._compiled(state)))
+
+    def record(self, counts: Any, norms: Any, ranks: Any) -> dict[str, Any]:
+        """Returns the result of `compute`, in host memory, as `measure` does."""
         bins = {label: one.bins for label, one in self.mechanisms.entries}
         return {
             "histograms": {label: {"edges": bins[label], "counts": found} for label, found in counts.items()},
             "adapters": norms,
         } | ({"ranks": ranks} if ranks else {})
 
-    def _measure(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
+    def compute(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
+        """Returns counts of factors, norms and ranks of ``state``; not compiled."""
         own = own_factors(state.gate, self.mechanisms)
         counts = {
             label: jnp.concatenate([histogram(factor, one.bins) for factor in own[label].values()])

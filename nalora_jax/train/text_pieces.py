@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from jax.sharding import Mesh
 
@@ -16,7 +17,7 @@ from nalora_jax.data.forms import in_turns
 from nalora_jax.data.items import digest
 from nalora_jax.data.pipeline import TrainData, train_data
 from nalora_jax.data.questions import held_out
-from nalora_jax.data.sources import Source
+from nalora_jax.data.source import Source
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.seeing import evaluator_of
 from nalora_jax.loading.base import LoadedModel, load_model
@@ -37,7 +38,12 @@ log = logging.getLogger(__name__)
 
 
 def text_pieces(
-    config: RunConfig, files: ResolvedSource, output: Output, mesh: Mesh, source: Mapping[str, Source] | None
+    config: RunConfig,
+    files: ResolvedSource,
+    output: Output,
+    mesh: Mesh,
+    source: Mapping[str, Source] | None,
+    like: Pieces | None = None,
 ) -> Pieces:
     """Builds the pieces of a run on text, or on conversations about images.
 
@@ -47,6 +53,7 @@ def text_pieces(
       output: the run's folder.
       mesh: its devices.
       source: records by split, if the caller passes them.
+      like: pieces of a run with the same program, whose base and programs are shared.
 
     Raises:
       NaloraError: data or a model that cannot be read, or settings that do not fit them.
@@ -55,18 +62,22 @@ def text_pieces(
     train, _ = check_data(config.data, source)
     check_first(config, train, files)
     turns = config.vision.task == "chat" or in_turns(train.read([0])[0], config.data, config.preference.chosen_field)
-    loaded = _load(config, files, mesh)
+    loaded = _load(config, files, mesh) if like is None else cast(LoadedModel, like.loaded)
     if config.preference.loss != "none":
-        return replace(preference_pieces(config, loaded, mesh, source, output.share), in_turns=turns)
-    assembly = assemble(config, loaded.config, loaded.params, mesh, processor=loaded.processor)
+        return replace(preference_pieces(config, loaded, mesh, source, output.share, like), in_turns=turns)
+    former = None if like is None else like.assembly
+    assembly = assemble(config, loaded.config, loaded.params, mesh, processor=loaded.processor, like=former)
     data = _train_data(config, loaded, mesh, source)
     if config.lora.init in GRADIENT:
         assembly = gradient_start(assembly, loaded.config, data, output)
     reported, selecting = held_out(config.data, loaded.tokenizer, source=source)
-    evaluator, selector = (
-        evaluator_of(loaded, assembly.eval_model, items, mesh if mesh.size > 1 else None)
-        for items in (reported, selecting)
-    )
+    if like is not None and like.assembly.spec == assembly.spec:
+        evaluator, selector = like.evaluator, like.selector
+    else:
+        evaluator, selector = (
+            evaluator_of(loaded, assembly.eval_model, items, mesh if mesh.size > 1 else None)
+            for items in (reported, selecting)
+        )
 
     def write(folder: Path, state: TrainState) -> Path:
         return export(config, folder, loaded, assembly, state, data.batches(), output.share)

@@ -66,9 +66,18 @@ class AdapterBank:
             raise NaloraError("targets", expected=f"some of {', '.join(sorted(shapes))}", found=", ".join(unknown))
         if config.n_experts:
             found = f"{config.n_experts} experts"
-            raise NaloraError("adapter bank", expected="a dense model", found=found, remedy="merge, or switch trees")
+            raise NaloraError(
+                "adapter bank",
+                expected="a dense model",
+                found=found,
+                remedy="merge, or switch trees",
+            )
         if slots < 1 or rank < 1:
-            raise NaloraError("adapter bank", expected="at least one slot of rank 1", found=f"{slots} of rank {rank}")
+            raise NaloraError(
+                "adapter bank",
+                expected="at least one slot of rank 1",
+                found=f"{slots} of rank {rank}",
+            )
         layers, leaves = depths(config), {}
         for path in paths:
             d_in, d_out = shapes[path]
@@ -88,7 +97,12 @@ class AdapterBank:
             held = ", ".join(str(held) for held in self.names)
             raise NaloraError("adapter bank", expected="a free slot", found=held, remedy="unload one first")
         if spec.dora:
-            raise NaloraError(f"adapter {name}", expected="a linear adapter", found="DoRA", remedy="merge it instead")
+            raise NaloraError(
+                f"adapter {name}",
+                expected="a linear adapter",
+                found="DoRA",
+                remedy="merge it instead",
+            )
         refuse_saved(spec, f"adapter {name}", "merge it instead")
         slot = self.names.index(name if name in self.names else None)
         bank = self._with_slot(slot, folded_scales(lora, spec), f"adapter {name}")
@@ -97,7 +111,10 @@ class AdapterBank:
     def unload(self, name: str) -> AdapterBank:
         """Returns the bank without ``name``; its slot computes the base again."""
         slot = self._slot(name)
-        return replace(self._with_slot(slot, {}, name), names=(*self.names[:slot], None, *self.names[slot + 1 :]))
+        return replace(
+            self._with_slot(slot, {}, name),
+            names=(*self.names[:slot], None, *self.names[slot + 1 :]),
+        )
 
     def ids(self, names: Sequence[str | None]) -> jnp.ndarray:
         """Returns ``adapter_ids`` of a batch: each example's slot, -1 for the base."""

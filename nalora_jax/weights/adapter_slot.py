@@ -52,7 +52,10 @@ class AdapterSlot:
         return max((target.rank for _, target in spec.targets), default=0)
 
     def fill(
-        self, lora: Mapping[str, Any] | None, spec: AdapterSpec | None, params: Mapping[str, Any] | None = None
+        self,
+        lora: Mapping[str, Any] | None,
+        spec: AdapterSpec | None,
+        params: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Returns the adapter in the slot's shapes; zeros if there is no adapter.
 

@@ -82,15 +82,21 @@ def hub_license(name: str) -> str:
 # ---------------------------------------------------------------- parts
 
 
+_LIBRARY = {"adapter": "peft", "merged": "transformers"}  # by kind of a card
+_RELATION = {"adapter": "adapter", "merged": "finetune"}
+
+
 def _front_matter(card: Card) -> str:
-    on_hub = is_hub_id(card.base_model)
+    known: dict[str, Any] = {}
+    if is_hub_id(card.base_model):
+        known |= {"base_model": card.base_model, "base_model_relation": _RELATION[card.kind]}
+    if card.license:
+        known["license"] = hub_license(card.license)
     data = ModelCardData(
-        base_model=card.base_model if on_hub else None,
-        library_name="peft" if card.kind == "adapter" else "transformers",
-        license=hub_license(card.license) if card.license else None,
+        library_name=_LIBRARY[card.kind],
         pipeline_tag="zero-shot-image-classification" if _on_images(card) else "text-generation",
-        tags=["nalora_jax", "na-lora", "lora"] + (["dora"] if card.spec.dora else []),
-        base_model_relation=("adapter" if card.kind == "adapter" else "finetune") if on_hub else None,
+        tags=["nalora_jax", "na-lora", "lora", *(["dora"] * card.spec.dora)],
+        **known,
     )
     text: str = data.to_yaml()
     return text.strip()
@@ -103,7 +109,9 @@ def _title(card: Card) -> str:
 
 
 def _summary(card: Card) -> str:
-    kind = "DoRA" if card.spec.dora else "rsLoRA" if card.spec.rslora else "LoRA"
+    kind = "rsLoRA" if card.spec.rslora else "LoRA"
+    if card.spec.dora:
+        kind = "DoRA"
     lines = [f"Base model: {_base_link(card.base_model)}. Adapters ({kind}), rank and alpha per projection:"]
     rows = [(f"`{path}`", _range(target.ranks), _range(target.alphas)) for path, target in card.spec.targets]
     lines += ["", *_table(("projection", "rank", "alpha"), rows)]

@@ -50,7 +50,12 @@ def new_file(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path)
     if os.path.lexists(target):
-        raise NaloraError(str(target), expected="a new file", found="an existing one", remedy="choose another name")
+        raise NaloraError(
+            str(target),
+            expected="a new file",
+            found="an existing one",
+            remedy="choose another name",
+        )
     with _scratch(target) as scratch:
         yield scratch / target.name
         (scratch / target.name).rename(target)
@@ -97,7 +102,12 @@ def _check_free(target: Path, replaces: Collection[str]) -> None:
     if not os.path.lexists(target):
         return
     if target.is_symlink() or not target.is_dir():
-        raise NaloraError(str(target), expected="a new folder", found="a file or a link", remedy="choose another name")
+        raise NaloraError(
+            str(target),
+            expected="a new folder",
+            found="a file or a link",
+            remedy="choose another name",
+        )
     foreign = sorted(name for name in _entries(target) if name not in replaces)
     if foreign:
         raise NaloraError(

@@ -21,34 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import huggingface_hub
-from huggingface_hub import constants, errors
-
 from nalora_jax import buckets, downloads
 from nalora_jax.downloads import PackageFile
 from nalora_jax.errors import NaloraError
 from nalora_jax.paths import expand_user, naming
 from nalora_jax.weights.folders import can_exist
-from nalora_jax.weights.hf import INDEX, PICKLES, SafetensorsFolder
+from nalora_jax.weights.hf import PICKLES
+from nalora_jax.weights.hub_snapshots import HUB_FILES, cached_snapshot, download_snapshot
 
 log = logging.getLogger(__name__)
 
 _MIRROR = "pypi:"
 ACCEPT_VARIABLE = "NALORA_ACCEPT_LICENSE"
-HUB_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/tool_use.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "*.safetensors",
-    INDEX,
-)
 
 
 @dataclass(frozen=True)
@@ -151,7 +135,7 @@ def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
     owner, name, file = ([*source.split("/", 2), "", ""])[:3]
     if name and (not file or file.endswith(".gguf")):
         repository = f"{owner}/{name}"
-        found = (_cached_snapshot(repository, file) or _download_snapshot(repository, file)) / file
+        found = (cached_snapshot(repository, file) or download_snapshot(repository, file)) / file
         if not found.exists():
             raise NaloraError(repository, expected=f"the file {file} in it", found="none of that name")
         return _resolve_local(found, source)
@@ -170,9 +154,14 @@ def alias_of(name: str) -> Alias | None:
 
 def _resolve_alias(name: str, alias: Alias, cache: Path | None) -> ResolvedSource:
     try:
-        return _resolve_local(_cached_snapshot(alias.hub_id) or _download_snapshot(alias.hub_id), alias.hub_id)
+        return _resolve_local(cached_snapshot(alias.hub_id) or download_snapshot(alias.hub_id), alias.hub_id)
     except NaloraError as from_hub:
-        log.warning("%s: using the package mirror (%s) instead of the hub: %s", name, alias.file_name, from_hub.found)
+        log.warning(
+            "%s: using the package mirror (%s) instead of the hub: %s",
+            name,
+            alias.file_name,
+            from_hub.found,
+        )
         return _mirrored(name, alias, cache, from_hub)
 
 
@@ -219,7 +208,9 @@ def _check_terms(name: str, alias: Alias, from_hub: NaloraError | None) -> None:
 def _package_path(alias: Alias, cache: Path | None) -> Path:
     """Returns the path of the downloaded file: of its only part, or of the assembled file."""
     first = downloads.target_path(alias.parts[0], cache=cache)
-    return first if len(alias.parts) == 1 else first.parent / alias.file_name
+    if len(alias.parts) == 1:
+        return first
+    return first.parent / alias.file_name
 
 
 def _fetch_package(alias: Alias, cache: Path | None) -> Path:
@@ -289,7 +280,10 @@ def _check_model_file(path: Path) -> None:
         )
     if path.suffix == ".safetensors":
         raise NaloraError(
-            str(path), expected="the folder of a model", found="one of its files", remedy=f"give {path.parent}"
+            str(path),
+            expected="the folder of a model",
+            found="one of its files",
+            remedy=f"give {path.parent}",
         )
     try:
         with path.open("rb") as file:
@@ -311,83 +305,3 @@ def _resolve_bucket(source: str) -> ResolvedSource:
         raise NaloraError(source, expected="a folder with config.json and safetensors files", found=listed)
     small = [f"{folder}/{name}" for name in names if name in HUB_FILES]
     return ResolvedSource("hf", buckets.local_folder(small), source, streamed=folder)
-
-
-# ---------------------------------------------------------------- the hub
-
-
-def _snapshot(repository: str, file: str, *, local: bool) -> Path:
-    """Returns a repository's folder, with ``file`` only or with the model's files.
-
-    Copies of the weights in subfolders are left out.
-    """
-    wanted, unwanted = ([file], None) if file else ([*HUB_FILES], ["*/*.safetensors", "consolidated*"])
-    return Path(
-        huggingface_hub.snapshot_download(
-            repository, local_files_only=local, allow_patterns=wanted, ignore_patterns=unwanted
-        )
-    )
-
-
-def _cached_snapshot(repository: str, file: str = "") -> Path | None:
-    """Returns the hub's cached copy if it is complete; another program may have cached a part."""
-    try:
-        folder = _snapshot(repository, file, local=True)
-    except (OSError, ValueError):
-        return None
-    return folder if (folder / file).is_file() or (not file and _is_complete(folder)) else None
-
-
-def _is_complete(folder: Path) -> bool:
-    if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
-        return False
-    try:
-        SafetensorsFolder(folder)
-    except NaloraError:
-        return False
-    return True
-
-
-def _download_snapshot(repository: str, file: str = "") -> Path:
-    """Downloads the model's files from the hub.
-
-    Raises:
-      NaloraError: the hub refuses (unknown repository, licence not accepted), cannot be reached,
-        or is switched off.
-    """
-    try:
-        return _snapshot(repository, file, local=False)
-    except errors.HFValidationError as error:
-        raise NaloraError(repository, expected="a hub id like owner/name", found=error) from error
-    except (OSError, ValueError, errors.HfHubHTTPError) as error:  # no network, a full disk, a server's failure
-        refused = refusal(repository, error)
-        if refused is not None:
-            raise refused from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        reason = "it is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else reason
-        raise NaloraError(
-            repository,
-            expected="the hub to deliver the model",
-            found=reason,
-            remedy="check the network, or give a local folder or .gguf file",
-        ) from error
-
-
-def refusal(repository: str, error: Exception) -> NaloraError | None:
-    """Returns the error for a repository that the hub denies; None for other failures."""
-    causes = (getattr(each, "response", None) for each in (error, error.__cause__))
-    status = next((each.status_code for each in causes if each is not None), 0)
-    known = isinstance(error, errors.RepositoryNotFoundError)  # GatedRepoError is a subclass
-    if isinstance(error, errors.DisabledRepoError) or not (known or status in (401, 403)):
-        return None
-    gated = not known or isinstance(error, errors.GatedRepoError)
-    refused = "one whose account has no access" if known else f"one that the hub refuses ({status})"
-    token = refused if huggingface_hub.get_token() else "none"
-    page = f"{constants.ENDPOINT}/{repository}"
-    terms = f"accept its terms at {page}" if gated else f"check that {page} exists"
-    return NaloraError(
-        repository,
-        expected="a model of the hub that your token may read",
-        found=f"{'a gated repository' if gated else 'none of that name, or a private one'}, and as token {token}",
-        remedy=f"{terms}, then set HF_TOKEN on every host to a token that may read it, or log in with `hf auth login`",
-    )

@@ -64,8 +64,13 @@ class SourceTensor:
     name: str  # canonical name, see `KeyMap.canonical`
     shape: tuple[int, ...]
     slots: tuple[Slot, ...]
-    rows: tuple[int, ...]  # of each slot along axis 0, which all share if columns alternate
+    rows: tuple[int, ...]  # of each slot along `axis`, which all share if columns alternate
     transform: Transform
+
+    @property
+    def axis(self) -> int:
+        """The axis of outputs, along which slots follow each other; a stack of experts has it second."""
+        return max(len(self.shape) - 2, 0)
 
     def split(self, array: Array) -> tuple[Array, ...]:
         """Splits the tensor into its slots, in order, each in our layout."""
@@ -73,15 +78,18 @@ class SourceTensor:
             return (self.transform.into(array),)
         if self.transform.alternates:
             return tuple(array[..., i :: len(self.slots)] for i in range(len(self.slots)))
-        ends = np.cumsum(self.rows).tolist()
-        return tuple(self.transform.into(array[end - size : end]) for end, size in zip(ends, self.rows, strict=True))
+        ends, lead = np.cumsum(self.rows).tolist(), (slice(None),) * self.axis
+        return tuple(
+            self.transform.into(array[(*lead, slice(end - size, end))])
+            for end, size in zip(ends, self.rows, strict=True)
+        )
 
     def join(self, parts: Sequence[Array]) -> np.ndarray:
         """Builds the file's tensor from its slots: the inverse of `split`."""
         arrays = [np.asarray(self.transform.back(part)) for part in parts]
         if self.transform.alternates:
             return np.stack(arrays, axis=-1).reshape(self.shape)
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=0)
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=self.axis)
 
 
 @dataclass(frozen=True)
@@ -229,14 +237,14 @@ def _of_stack(
     transform = _transform(row, config)
     ours = [shapes[path][lead:] for path in paths]
     theirs = [(*s[:-2], s[-1], s[-2]) if transform.swaps else s for s in ours]
-    shape = (sum(s[0] for s in theirs), *theirs[0][1:])
-    if transform.alternates:
-        shape = (*theirs[0][:-1], sum(s[-1] for s in theirs))
+    axis = max(len(theirs[0]) - (1 if transform.alternates else 2), 0)
+    shape = (*theirs[0][:axis], sum(s[axis] for s in theirs), *theirs[0][axis + 1 :])
+    outputs = tuple(s[max(len(s) - 2, 0)] for s in theirs)
     for index, number in layers:
         for expert in experts:
             slots = tuple(Slot(path, index, expert) for path in paths)
             name = row.name.format(layer=number, expert=expert)
-            yield SourceTensor(name, shape, slots, tuple(s[0] for s in theirs), transform)
+            yield SourceTensor(name, shape, slots, outputs, transform)
 
 
 def _transform(row: TensorRow, config: ModelConfig) -> Transform:

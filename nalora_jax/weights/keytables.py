@@ -13,6 +13,7 @@ from typing import Literal
 from nalora_jax.errors import NaloraError
 from nalora_jax.models import registered
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import stacks
 
 Source = Literal["hf", "gguf"]
 Change = Literal["", "transpose", "minus_one", "pairs", "pairs_transpose", "columns"]
@@ -48,7 +49,10 @@ def table(config: ModelConfig, source: Source) -> Table:
     """
     if source == "hf":
         aliases = (("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_embeddings else ()
-        return Table(_rows(HF, config.model_type) or (), (*_ROTARY, *SIGHT), aliases, HF_RENAMES)
+        ignored = (*_ROTARY, *SIGHT, *UNUSED, *_unread_keys(config))
+        if config.model_type == "glm4_moe":  # the layer that predicts further tokens
+            ignored += (rf"^model\.layers\.{config.n_layers}\.",)
+        return Table(_rows(HF, config.model_type) or (), ignored, aliases, HF_RENAMES)
     rows = _rows(GGUF, config.model_type)
     if rows is None:
         raise NaloraError("GGUF", expected=f"one of {', '.join(GGUF)}", found=config.model_type)
@@ -66,11 +70,19 @@ def _rows(tables: dict[str, tuple[TensorRow, ...]], model_type: str) -> tuple[Te
     return own if tables is HF else None
 
 
+def _unread_keys(config: ModelConfig) -> tuple[str, ...]:
+    """Returns the pattern of keys and values of layers that read an earlier layer's."""
+    layers = [str(layer) for stack in stacks(config) if stack.config.reads for layer in stack.layers]
+    return (rf"^model\.layers\.({'|'.join(layers)})\.self_attn\.[kv]_(proj|norm)\.",) if layers else ()
+
+
 # ---------------------------------------------------------------- transformers
 
 _ROTARY = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$")
 # Vision tensors that a multimodal model has next to the text model.
 SIGHT = (r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")
+# Tensors of parts that the text model does not use: towers of Qwen3.5 and Gemma 4, and heads for several tokens.
+UNUSED = (r"^(model\.)?visual\.", r"^mtp\.", r"^model\.(audio_tower|embed_vision|embed_audio|vision_embedder)\.")
 HF_RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^(model\.)?language_model\.(model\.)?(?=(embed_tokens|layers|norm)\.)", "model."),
@@ -83,11 +95,12 @@ _HF_ENDS = (
 )
 
 
-def _hf_dense(module: str, folder: str, names: tuple[str, ...]) -> tuple[TensorRow, ...]:
+def _hf_dense(module: str, folder: str, names: tuple[str, ...], experts: bool | None = None) -> tuple[TensorRow, ...]:
     """Returns kernels and biases of projections whose names equal transformers' names."""
     stem = f"model.layers.{{layer}}.{module}"
-    kernels = (TensorRow(f"{stem}.{name}.weight", (f"layers/{folder}/{name}/kernel",), "transpose") for name in names)
-    biases = (TensorRow(f"{stem}.{name}.bias", (f"layers/{folder}/{name}/bias",)) for name in names)
+    leaves = {name: f"layers/{folder}/{name}" for name in names}
+    kernels = (TensorRow(f"{stem}.{n}.weight", (f"{leaf}/kernel",), "transpose", experts) for n, leaf in leaves.items())
+    biases = (TensorRow(f"{stem}.{n}.bias", (f"{leaf}/bias",), "", experts) for n, leaf in leaves.items())
     return (*kernels, *biases)
 
 
@@ -99,7 +112,8 @@ def _hf_norms(**names: str) -> tuple[TensorRow, ...]:
 
 
 _HF_ATTENTION = _hf_dense("self_attn", "attn", ("q_proj", "k_proj", "v_proj", "o_proj"))
-_HF_FFN = _hf_dense("mlp", "ffn", ("gate_proj", "up_proj", "down_proj"))
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_HF_FFN = _hf_dense("mlp", "ffn", _GATED)
 _HF_QK_NORMS = tuple(
     TensorRow(f"model.layers.{{layer}}.self_attn.{n}.weight", (f"layers/attn/{n}/scale",)) for n in ("q_norm", "k_norm")
 )
@@ -126,21 +140,80 @@ _HF_PHI3 = (
 )
 
 
-def _hf_experts(module: str, gate: str, up: str, down: str) -> tuple[TensorRow, ...]:
-    stem = f"model.layers.{{layer}}.{module}"
-    names = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+def _hf_experts(module: str, names: tuple[str, ...], folder: str = "ffn") -> tuple[TensorRow, ...]:
+    """Returns router and experts; ``names`` are transformers' names of gate, up and down."""
+    stem, leaf = f"model.layers.{{layer}}.{module}", f"layers/{folder}"
     experts = (
-        TensorRow(f"{stem}.experts.{{expert}}.{theirs}.weight", (f"layers/ffn/{ours}/kernel",), "transpose")
-        for ours, theirs in names.items()
+        TensorRow(f"{stem}.experts.{{expert}}.{theirs}.weight", (f"{leaf}/{ours}/kernel",), "transpose", True)
+        for ours, theirs in zip(_GATED, names, strict=True)
     )
-    return (TensorRow(f"{stem}.gate.weight", ("layers/ffn/router/kernel",), "transpose"), *experts)
+    return (TensorRow(f"{stem}.gate.weight", (f"{leaf}/router/kernel",), "transpose"), *experts)
 
 
-_HF_MIXTRAL = _hf_experts("block_sparse_moe", "w1", "w3", "w2")
-_HF_QWEN_EXPERTS = _hf_experts("mlp", "gate_proj", "up_proj", "down_proj")
+def _hf_delta_net(*inputs: str) -> tuple[TensorRow, ...]:
+    """Returns the tensors of Gated DeltaNet, with the names of the projections of its input."""
+    names = {"conv1d.weight": "conv/weight", "A_log": "a_log", "dt_bias": "dt_bias", "norm.weight": "norm/scale"}
+    rows = (
+        TensorRow(f"model.layers.{{layer}}.linear_attn.{theirs}", (f"layers/linear_attn/{ours}",))
+        for theirs, ours in names.items()
+    )
+    return (*_hf_dense("linear_attn", "linear_attn", (*inputs, "out_proj")), *rows)
 
+
+_HF_MIXTRAL = _hf_experts("block_sparse_moe", ("w1", "w3", "w2"))
+_HF_DENSE_LAYERS = _hf_dense("mlp", "ffn", _GATED, experts=False)
+_HF_QWEN_EXPERTS = (*_hf_experts("mlp", _GATED), *_HF_DENSE_LAYERS)
+_HF_QWEN2_EXPERTS = (
+    *_hf_experts("mlp", _GATED, "ffn/experts_ffn"),
+    *_hf_dense("mlp.shared_expert", "ffn/shared_ffn", _GATED),
+    TensorRow("model.layers.{layer}.mlp.shared_expert_gate.weight", ("layers/ffn/shared_gate/kernel",), "transpose"),
+    *_HF_DENSE_LAYERS,
+)
+_HF_GLM_EXPERTS = (
+    *_hf_experts("mlp", _GATED, "ffn/experts_ffn"),
+    TensorRow("model.layers.{layer}.mlp.gate.e_score_correction_bias", ("layers/ffn/experts_ffn/router/correction",)),
+    *_hf_dense("mlp.shared_experts", "ffn/shared_ffn", _GATED),
+    *_HF_DENSE_LAYERS,
+)
+_HF_HYBRID = (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS)
+_HF_QWEN3_5 = (*_HF_HYBRID, *_hf_delta_net("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
+_HF_QWEN3_NEXT = (*_HF_HYBRID, *_hf_delta_net("in_proj_qkvz", "in_proj_ba"))
+
+_HF_GEMMA4 = (
+    *_HF_ENDS,
+    *_HF_FOUR_NORMS,
+    *_HF_ATTENTION,
+    *_HF_QK_NORMS,
+    *_HF_FFN,
+    *_hf_dense("mlp", "ffn/dense_ffn", _GATED),
+    TensorRow(
+        "model.layers.{layer}.experts.gate_up_proj",
+        ("layers/ffn/experts_ffn/gate_proj/kernel", "layers/ffn/experts_ffn/up_proj/kernel"),
+        "transpose",
+    ),
+    TensorRow("model.layers.{layer}.experts.down_proj", ("layers/ffn/experts_ffn/down_proj/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.router.proj.weight", ("layers/ffn/experts_ffn/router/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.router.scale", ("layers/ffn/router_norm/scale",)),
+    TensorRow("model.layers.{layer}.router.per_expert_scale", ("layers/ffn/experts_ffn/router/scale",)),
+    *_hf_norms(
+        **{
+            "ffn/dense_norm": "post_feedforward_layernorm_1",
+            "ffn/experts_norm": "pre_feedforward_layernorm_2",
+            "ffn/experts_post_norm": "post_feedforward_layernorm_2",
+            "tail/norm": "post_per_layer_input_norm",
+        }
+    ),
+    TensorRow("model.layers.{layer}.per_layer_input_gate.weight", ("layers/tail/gate_proj/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.per_layer_projection.weight", ("layers/tail/down_proj/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.layer_scalar", ("layers/tail/scale",)),
+    TensorRow("model.embed_tokens_per_layer.weight", ("layer_embeddings/embedding",)),
+    TensorRow("model.per_layer_model_projection.weight", ("layer_embeddings/projection/kernel",), "transpose"),
+    TensorRow("model.per_layer_projection_norm.weight", ("layer_embeddings/norm/scale",)),
+)
+
+_HF_SINKS = TensorRow("model.layers.{layer}.self_attn.sinks", ("layers/attn/sinks",))
 _HF_GPT_OSS = (
-    TensorRow("model.layers.{layer}.self_attn.sinks", ("layers/attn/sinks",)),
+    _HF_SINKS,
     TensorRow("model.layers.{layer}.mlp.router.weight", ("layers/ffn/router/kernel",), "transpose"),
     TensorRow("model.layers.{layer}.mlp.router.bias", ("layers/ffn/router/bias",)),
     *(
@@ -155,6 +228,38 @@ _HF_GPT_OSS = (
     TensorRow("model.layers.{layer}.mlp.experts.down_proj_bias", ("layers/ffn/down_proj/bias",)),
 )
 
+_HF_LFM2_NAMES = {
+    "attn/q_proj": "self_attn.q_proj",
+    "attn/k_proj": "self_attn.k_proj",
+    "attn/v_proj": "self_attn.v_proj",
+    "attn/o_proj": "self_attn.out_proj",
+    "conv/bcx_proj": "conv.in_proj",
+    "conv/o_proj": "conv.out_proj",
+    "ffn/gate_proj": "feed_forward.w1",
+    "ffn/up_proj": "feed_forward.w3",
+    "ffn/down_proj": "feed_forward.w2",
+}
+_HF_LFM2 = (
+    _HF_ENDS[0],
+    TensorRow("model.embedding_norm.weight", ("final_norm/scale",)),
+    _HF_ENDS[2],
+    *_hf_norms(attn_norm="operator_norm", ffn_norm="ffn_norm"),
+    *(
+        TensorRow(f"model.layers.{{layer}}.self_attn.{n}_layernorm.weight", (f"layers/attn/{n}_norm/scale",))
+        for n in ("q", "k")
+    ),
+    *(
+        TensorRow(f"model.layers.{{layer}}.{theirs}.weight", (f"layers/{ours}/kernel",), "transpose")
+        for ours, theirs in _HF_LFM2_NAMES.items()
+    ),
+    *(
+        TensorRow(f"model.layers.{{layer}}.{theirs}.bias", (f"layers/{ours}/bias",))
+        for ours, theirs in _HF_LFM2_NAMES.items()
+    ),
+    TensorRow("model.layers.{layer}.conv.conv.weight", ("layers/conv/taps",)),
+    TensorRow("model.layers.{layer}.conv.conv.bias", ("layers/conv/taps_bias",)),
+)
+
 HF: dict[str, tuple[TensorRow, ...]] = {
     "llama": _HF_LLAMA,
     "mistral": _HF_LLAMA,
@@ -163,14 +268,23 @@ HF: dict[str, tuple[TensorRow, ...]] = {
     "gemma": _HF_LLAMA,
     "gemma2": (*_HF_ENDS, *_HF_FOUR_NORMS, *_HF_ATTENTION, *_HF_FFN),
     "gemma3_text": (*_HF_ENDS, *_HF_FOUR_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN),
+    "gemma4_text": _HF_GEMMA4,
+    "gemma4_unified_text": _HF_GEMMA4,
     "phi3": _HF_PHI3,
     "olmo2": _HF_OLMO2,
     "olmo3": _HF_OLMO2,
     "ministral3": _HF_LLAMA,
+    "qwen3_5_text": (*_HF_QWEN3_5, *_HF_FFN),
+    "qwen3_5_moe_text": (*_HF_QWEN3_5, *_HF_QWEN2_EXPERTS),
+    "qwen3_next": (*_HF_QWEN3_NEXT, *_HF_QWEN2_EXPERTS),
     "smollm3": _HF_LLAMA,
     "granite": _HF_LLAMA,
+    "granite_swa": (*_HF_LLAMA, _HF_SINKS),
+    "lfm2": _HF_LFM2,
     "mixtral": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_MIXTRAL),
     "qwen3_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_QWEN_EXPERTS),
+    "qwen2_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QWEN2_EXPERTS),
+    "glm4_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_GLM_EXPERTS),
     "gpt_oss": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_GPT_OSS),
 }
 

@@ -21,12 +21,13 @@ from jax import lax
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.models.vision.sight import MULTIMODAL, text_part
+from nalora_jax.models.vision.sight import contains_text_model, text_part
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.folders import new_folder, write_json
-from nalora_jax.weights.keymaps import Slot, SourceTensor
+from nalora_jax.weights.keymaps import Slot
 from nalora_jax.weights.keytables import Source
 from nalora_jax.weights.peft_write import layer_adapter
 from nalora_jax.weights.saved_modules import refuse_saved
@@ -37,6 +38,8 @@ from nalora_jax.weights.vision.sight import file_name, model_keymap
 # Class names of the text models of multimodal models.
 _TEXT_CLASSES = {"gemma3_text": "Gemma3ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 _TEXT_CLASSES |= {"qwen2": "Qwen2ForCausalLM", "ministral3": "Ministral3ForCausalLM"}
+_TEXT_CLASSES |= {"qwen3_5_text": "Qwen3_5ForCausalLM", "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"}
+_TEXT_CLASSES |= {"gemma4_text": "Gemma4ForCausalLM", "gemma4_unified_text": "Gemma4UnifiedForCausalLM"}
 DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -110,7 +113,7 @@ def _slot_value(
     """Returns one layer's (or one expert's) merged parameter in the dtype of the written file."""
     index = tuple(i for i in (slot.layer, slot.expert) if i is not None)
     value = np.asarray(leaves[slot.path][index])
-    target = dtype or value.dtype
+    target = _file_dtype(leaves, slot, dtype)
     path = slot.path.removesuffix("/kernel")
     adapter = None if slot.layer is None or not adapters else layer_adapter(adapters, spec, path, slot.layer)
     if adapter is not None:
@@ -163,7 +166,7 @@ def write_merged(
     chosen = _dtype(dtype)
     leaves = flatten(params)
     tensors = model_keymap(config, "hf").tensors
-    infos = [TensorInfo(file_name(config, t.name), t.shape, chosen or _stored_dtype(leaves, t)) for t in tensors]
+    infos = [TensorInfo(file_name(config, t.name), t.shape, _file_dtype(leaves, t.slots[0], chosen)) for t in tensors]
     settings = _settings(hf_config, config, infos)
     with new_folder(folder) as scratch:
         write_json(scratch / "config.json", settings)
@@ -187,14 +190,14 @@ def _dtype(name: str | None) -> np.dtype | None:
     return DTYPES[name]
 
 
-def _stored_dtype(leaves: Mapping[str, Any], tensor: SourceTensor) -> np.dtype:
-    return np.dtype(leaves[tensor.slots[0].path].dtype)
+def _file_dtype(leaves: Mapping[str, Any], slot: Slot, chosen: np.dtype | None) -> np.dtype:
+    return np.dtype(leaf_dtype(slot.path, chosen or leaves[slot.path].dtype))
 
 
 def _settings(raw: Mapping[str, Any], config: ModelConfig, infos: list[TensorInfo]) -> dict[str, Any]:
     """Returns the merged model's ``config.json``, in the written dtype."""
     settings = dict(raw)
-    if raw.get("model_type") in MULTIMODAL and config.sight is None:  # only the text model is here
+    if config.sight is None and contains_text_model(raw.get("model_type"), images=False):  # only the text model is here
         settings = text_part(raw, "config.json")
         named = _TEXT_CLASSES.get(settings["model_type"])
         settings["architectures"] = [named] if named else []

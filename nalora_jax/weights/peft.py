@@ -98,14 +98,21 @@ def _effective(adapter: ModuleAdapter | None) -> ModuleAdapter | None:
     if adapter is None:
         return None
     live = compact(adapter)
-    return live if live.rank or live.magnitude is not None else None
+    if live.rank or live.magnitude is not None:
+        return live
+    return None
 
 
 def _relative(a: ModuleAdapter, b: ModuleAdapter) -> float:
     if a.scale == b.scale and np.array_equal(a.b, b.b):
         return 0.0
     first, second = (adapter.scale * adapter.b.astype(np.float64) for adapter in (a, b))
-    return float(np.max(np.abs(first - second) / np.maximum(np.abs(first), np.finfo(np.float32).tiny), initial=0.0))
+    return float(
+        np.max(
+            np.abs(first - second) / np.maximum(np.abs(first), np.finfo(np.float32).tiny),
+            initial=0.0,
+        )
+    )
 
 
 def max_logit_difference(first: Callable[[Any], Any], second: Callable[[Any], Any], tokens: Any) -> float:

@@ -16,7 +16,17 @@ import numpy as np
 from nalora_jax.errors import NaloraError
 
 KIND = "ADALORA"  # of peft_type
-_OWN = ("beta1", "beta2", "deltaT", "init_r", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step")
+_OWN = (
+    "beta1",
+    "beta2",
+    "deltaT",
+    "init_r",
+    "orth_reg_weight",
+    "target_r",
+    "tfinal",
+    "tinit",
+    "total_step",
+)
 _EPSILON = 1e-5  # PEFT adds it to init_r in the divisor
 _DIAGONAL = re.compile(r"\.lora_E(\.\w+)?$")
 # Settings of the allocation: PEFT's name, our name, and PEFT's default.
@@ -84,9 +94,17 @@ def as_lora_tensors(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, 
             raise NaloraError(f"{where}: {module}", expected=expected, found=f"shapes of E, A, B: {shapes}")
         if diagonal.shape != (a.shape[0], 1) or b.shape[1] != a.shape[0]:
             expected = f"one rank, that of lora_A {a.shape}"
-            raise NaloraError(f"{where}: {module}", expected=expected, found=f"lora_E, lora_B {shapes[0]}, {shapes[2]}")
+            raise NaloraError(
+                f"{where}: {module}",
+                expected=expected,
+                found=f"lora_E, lora_B {shapes[0]}, {shapes[2]}",
+            )
         if not len(a):
-            a, b, diagonal = np.zeros((1, a.shape[1]), a.dtype), np.zeros((b.shape[0], 1), b.dtype), np.ones((1, 1))
+            a, b, diagonal = (
+                np.zeros((1, a.shape[1]), a.dtype),
+                np.zeros((b.shape[0], 1), b.dtype),
+                np.ones((1, 1)),
+            )
         found[f"{module}.lora_A.weight"] = (a * diagonal).astype(np.float32)
         found[f"{module}.lora_B.weight"] = b
     return found
@@ -104,7 +122,11 @@ def training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
         return dict(values), {}
     total = values.get("total_step")
     if not isinstance(total, int) or isinstance(total, bool) or total < 1:
-        raise NaloraError("total_step", expected="the number of steps, which AdaLoRA's schedule spans", found=total)
+        raise NaloraError(
+            "total_step",
+            expected="the number of steps, which AdaLoRA's schedule spans",
+            found=total,
+        )
     ours = {name: values.get(theirs, default) for theirs, name, default in _SETTINGS}
     shares = {f"{name}_share": (values.get(theirs) or 0) / total for theirs, name in _SHARES}
     plain = {name: value for name, value in values.items() if name not in (*_OWN, "rank_pattern")}

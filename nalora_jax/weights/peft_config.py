@@ -274,7 +274,8 @@ class _Fields:
 
     def integers(self, key: str) -> tuple[int, ...]:
         value = self.raw.get(key)
-        value = [] if value is None else [value] if isinstance(value, int) else value
+        if value is None or isinstance(value, int):
+            value = [] if value is None else [value]
         if not isinstance(value, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
             raise self._error(key, "a list of layer numbers", value)
         return tuple(value)
@@ -319,8 +320,9 @@ class _Fields:
         return pattern
 
     def _error(self, key: str, expected: str, found: object) -> NaloraError:
-        shown = "nothing" if key not in self.raw else "null" if found is None else found
-        return NaloraError(f"{self.where}: {key}", expected=expected, found=str(shown)[:200])
+        if found is None:
+            found = "null" if key in self.raw else "nothing"
+        return NaloraError(f"{self.where}: {key}", expected=expected, found=str(found)[:200])
 
 
 def _suffix_pattern(key: str) -> str:

@@ -24,7 +24,16 @@ DIGEST_KEY = "nalora.sha256"
 LAYOUT_KEY = "nalora.layout"
 # Fields of adapter_config.json that determine the function of the tensors.
 _MEANING = (
-    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out", "bias"),
+    *(
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "use_dora",
+        "fan_in_fan_out",
+        "bias",
+    ),
     *("target_modules", "target_parameters"),
 )
 _LATER_MEANING = ("modules_to_save", "ensure_weight_tying", "trainable_token_indices")

@@ -13,6 +13,7 @@ An adapter of a fused module is exact: with parts of rank r1, r2, ... it has ran
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.paths import uniform_path
 from nalora_jax.models.stacks import locate, projection_shapes
 from nalora_jax.weights import keytables
 from nalora_jax.weights.vision.sight import sight_modules
@@ -45,6 +45,15 @@ class ModuleLayout:
     experts: Mapping[str, str] = field(default_factory=dict)  # path -> Linear module of one expert, "experts.{}.w1"
     prefix: str = "model.layers"
 
+    def weight_only(self, module: HostModule) -> bool:
+        """Returns True if PEFT adapts a Linear module by its weight only, as a parameter.
+
+        PEFT takes names of target_modules that end like an expert's modules in transformers 4 for
+        the experts, also if they name a dense layer or a shared expert.
+        """
+        lasts = {pattern.rpartition(".")[2] for pattern in self.experts.values()}
+        return module in self.modules and module.name.rpartition(".")[2] in lasts
+
     def full_name(self, layer: int, module: str | HostModule) -> str:
         """Returns the full name, e.g. ``model.layers.3.mlp.gate_proj`` for layer 3."""
         if isinstance(module, str):
@@ -52,10 +61,6 @@ class ModuleLayout:
         return module.name.format(layer=layer) if module.whole else self.full_name(layer, module.name)
 
 
-_STACKS = (
-    HostModule("mlp.experts.gate_up_proj", ("layers/ffn/gate_proj", "layers/ffn/up_proj")),
-    HostModule("mlp.experts.down_proj", ("layers/ffn/down_proj",)),
-)
 _LAYER, _EXPERT = ".{layer}.", "{expert}"
 
 
@@ -65,7 +70,6 @@ def module_layout(config: ModelConfig) -> ModuleLayout:
     Example: the row ``model.layers.{layer}.mlp.gate_up_proj.weight`` of Phi-3's table is the
     module ``mlp.gate_up_proj`` with the parts ``layers/ffn/gate_proj`` and ``layers/ffn/up_proj``.
     """
-    ranks = {uniform_path(path): len(shape) for path, shape in projection_shapes(config).items()}
     modules: list[HostModule] = [
         HostModule(name, (path,), whole=True) for path, name in sight_modules(config.sight).items()
     ]
@@ -73,17 +77,36 @@ def module_layout(config: ModelConfig) -> ModuleLayout:
     stacks: list[HostModule] = []
     for row in keytables.table(config, "hf").rows:
         paths = tuple(path.removesuffix("/kernel") for path in row.paths)
-        if paths[0] not in ranks or not row.paths[0].endswith("/kernel"):
-            continue
         name = row.name.partition(_LAYER)[2].removesuffix(".weight")
-        if _EXPERT in name:
-            experts[paths[0]] = name.replace(_EXPERT, "{}")
-        elif ranks[paths[0]] == 3:
-            stacks.append(HostModule(name, paths, alternates=row.change == "columns"))
-        else:
+        if not row.paths[0].endswith("/kernel"):
+            continue
+        if row.experts is not False and layers_with(config, paths[0], experts=True):
+            if _EXPERT in name:
+                experts[paths[0]] = name.replace(_EXPERT, "{}")
+            else:
+                stacks.append(HostModule(name, paths, alternates=row.change == "columns"))
+        elif _EXPERT not in name and layers_with(config, paths[0], experts=False):
             modules.append(HostModule(name, paths))
     prefix = "model.layers" if config.sight is None else "model.language_model.layers"
-    return ModuleLayout(tuple(modules), _STACKS if experts else tuple(stacks), experts, prefix)
+    return ModuleLayout(tuple(modules), _stacks(experts) or tuple(stacks), experts, prefix)
+
+
+def _stacks(experts: Iterable[str]) -> tuple[HostModule, ...]:
+    """Returns the two parameters that hold all experts of a layer in transformers 5."""
+    folders = dict.fromkeys(path.rpartition("/")[0] for path in experts)
+    return tuple(
+        HostModule(f"mlp.experts.{name}", tuple(f"{folder}/{part}" for part in parts))
+        for folder in folders
+        for name, parts in {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.items()
+    )
+
+
+@functools.cache
+def layers_with(config: ModelConfig, path: str, *, experts: bool) -> frozenset[int]:
+    """Returns the layers that have a projection at a uniform path, of experts or not."""
+    shapes = projection_shapes(config)
+    places = ((layer, shapes[stacked]) for (name, layer), (stacked, _) in locate(config).items() if name == path)
+    return frozenset(layer for layer, shape in places if (len(shape) == 3) == experts)
 
 
 # Prefixes of module names in multimodal models: a prefix of transformers 5, mapped to its form in
@@ -120,9 +143,8 @@ def _renamed(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:
 
 
 def _names(layout: ModuleLayout, config: ModelConfig) -> set[str]:
-    places = locate(config)
-    layers = range(1 + max(layer for _, layer in places))
-    return {layout.full_name(i, m) for m in layout.modules for i in layers if (m.parts[0], i) in places}
+    modules = layout.modules
+    return {layout.full_name(i, m) for m in modules for i in layers_with(config, m.parts[0], experts=False)}
 
 
 def part_widths(config: ModelConfig, module: HostModule, layer: int) -> list[int]:

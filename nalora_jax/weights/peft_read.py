@@ -25,6 +25,7 @@ from nalora_jax.weights.peft_modules import (
     ModuleAdapter,
     ModuleLayout,
     alpha_for,
+    layers_with,
     layout_of,
     module_shape,
     part_widths,
@@ -146,13 +147,12 @@ class _Slot:
 
 
 def _slots(layout: ModuleLayout, config: ModelConfig, peft: PeftConfig) -> Iterator[_Slot]:
-    places = locate(config)
-    most = 1 + max(layer for _, layer in places)
+    most = 1 + max(layer for _, layer in locate(config))
     linear = [place for layer in range(most) for place in _linear_modules(layout, config, layer)]
-    stacks = {
-        layer: [(layout.full_name(layer, s.name), s) for s in layout.parameters if (s.parts[0], layer) in places]
-        for layer in range(config.n_layers)
-    }
+    stacks: dict[int, list[tuple[str, HostModule]]] = {}
+    for stack in layout.parameters:
+        for layer in sorted(layers_with(config, stack.parts[0], experts=True)):
+            stacks.setdefault(layer, []).append((layout.full_name(layer, stack.name), stack))
     parameters = [name for listed in stacks.values() for name, _ in listed]
     weights = [f"{name}.weight" for name, *_ in linear]
     choices = peft.choose([name for name, *_ in linear], [*parameters, *weights])
@@ -173,12 +173,11 @@ def _linear_modules(
     layout: ModuleLayout, config: ModelConfig, layer: int
 ) -> Iterator[tuple[str, int, HostModule, int | None]]:
     """Yields name, layer, module and expert of every Linear module of a layer."""
-    places = locate(config)
     for module in layout.modules:
-        if (module.parts[0], layer) in places:
+        if layer in layers_with(config, module.parts[0], experts=False):
             yield layout.full_name(layer, module), layer, module, None
     for path, pattern in layout.experts.items():
-        for expert in range(config.n_experts if (path, layer) in places else 0):
+        for expert in range(config.n_experts if layer in layers_with(config, path, experts=True) else 0):
             yield layout.full_name(layer, pattern.format(expert)), layer, HostModule(pattern, (path,)), expert
 
 

@@ -15,6 +15,14 @@ MODULES |= {name: f"ffn/{name}" for name in ("gate_proj", "up_proj", "down_proj"
 # Fused projections, and the projections of Mixtral's experts.
 MODULES |= {"qkv_proj": "attn/(q|k|v)_proj", "gate_up_proj": "ffn/(gate|up)_proj"}
 MODULES |= {"w1": "ffn/gate_proj", "w3": "ffn/up_proj", "w2": "ffn/down_proj"}
+MODULES |= {"per_layer_input_gate": "tail/gate_proj", "per_layer_projection": "tail/down_proj"}
+# Linear attention. "all-linear" has it and convolutions in the rule of o_proj, because a rule must match in
+# every model.
+_DELTA_NET = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "in_proj_qkvz", "in_proj_ba")
+MODULES |= {name: f"linear_attn/{name}$" for name in _DELTA_NET}
+# The convolution and the attention of LFM2; linear attention has an out_proj, too.
+MODULES |= {"in_proj": "conv/bcx_proj", "out_proj": "((attn|conv)/o_proj|linear_attn/out_proj)$"}
+_OUTPUTS = r"(attn/(o_proj|out_proj|in_proj_\w+)|conv/(bcx|o)_proj)"
 _NAME = re.compile(r"[\w.]+")
 
 
@@ -45,6 +53,7 @@ def rules_of(
             found="none",
             remedy="PEFT's default depends on the model: name them",
         )
+    everything = isinstance(targets, str)
     if isinstance(targets, str):
         if targets.lower() != "all-linear":
             raise NaloraError(
@@ -53,12 +62,18 @@ def rules_of(
                 found=f"the expression {targets!r}",
                 remedy="write it as --lora.rules: patterns are searched in paths such as layers/3/ffn/gate_proj",
             )
-        targets = [
-            name for name in MODULES if name.endswith("_proj") and "_up" not in name and not name.startswith("qkv")
-        ]
+        others = (*_DELTA_NET, "qkv_proj", "gate_up_proj", "in_proj", "out_proj")
+        targets = [name for name in MODULES if name.endswith("_proj") and name not in others]
     if isinstance(excluded, str):
         raise NaloraError("exclude_modules", expected="names", found=f"the expression {excluded!r}")
     out = {_path(name, "exclude_modules") for name in excluded or ()}
+    if everything and any("linear_attn/" in path for path in out):
+        raise NaloraError(
+            "exclude_modules",
+            expected="no linear attention, next to all-linear",
+            found=", ".join(excluded or ()),
+            remedy="list target_modules by name",
+        )
     kept = [name for name in targets if _path(name, "target_modules") not in out]
     numbers = [layers] if isinstance(layers, int) else list(layers or [])
     within = f"layers/({'|'.join(map(str, numbers))})/" if numbers else ""
@@ -71,6 +86,8 @@ def rules_of(
         for name in special
     ]
     found += [_rule(_path(name, "target_modules"), rank, alpha, within) for name in kept]
+    if everything:
+        found = [rule.replace(MODULES["o_proj"], _OUTPUTS) for rule in found]
     return list(dict.fromkeys(found))
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +18,13 @@ from nalora_jax.trees import flatten
 from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.peft_config import CONFIG_NAME
 from nalora_jax.weights.peft_digest import file_metadata
+from nalora_jax.weights.peft_files import Entry, adapter_settings, adapter_tensors, common, short_name
 from nalora_jax.weights.peft_modules import (
     HostModule,
     ModuleAdapter,
     ModuleLayout,
-    alpha_for,
     fuse,
+    layers_with,
     module_layout,
     module_shape,
     part_widths,
@@ -32,7 +32,7 @@ from nalora_jax.weights.peft_modules import (
 from nalora_jax.weights.peft_read import TENSORS_NAME
 from nalora_jax.weights.saved_modules import refuse_saved, saved_tensors
 from nalora_jax.weights.shards import write_tensors
-from nalora_jax.weights.token_rows import token_row_tensors, token_settings
+from nalora_jax.weights.token_rows import token_row_tensors
 from nalora_jax.weights.tokenizer_files import FILES
 
 OWN_FILES = frozenset({CONFIG_NAME, TENSORS_NAME, "README.md", *FILES})
@@ -83,24 +83,40 @@ def export_adapter(
         folder has other content; or a write fails.
     """
     layout = layout or module_layout(config)
-    if target == "vllm":
-        _check_vllm(spec)
-    entries = list(_entries(lora, spec, config, layout, per_expert=target == "vllm"))
-    entries = _one_rank(entries, config, layout, max_lora_rank) if target == "vllm" else _even_stacks(entries)
-    rslora = spec.rslora and target == "peft"
-    if any(entry.stacked or entry.module.parts[0] in layout.experts for entry in entries):
-        # Dropout acts in training only, and PEFT refuses to load it for experts.
-        spec = replace(spec, dropout=0.0)
-    settings = _settings(entries, config, spec, rslora=rslora) | {"base_model_name_or_path": base_model_name}
-    tensors = dict(_tensors(entries, layout))
-    if spec.saved or spec.token_indices:
-        tensors |= saved_tensors(lora, spec, config) | token_row_tensors(lora, spec, config)
+    settings, tensors = _contents(lora, spec, config, layout, target, max_lora_rank)
+    settings |= {"base_model_name_or_path": base_model_name}
     with new_folder(folder, replaces=OWN_FILES if overwrite else ()) as scratch:
         write_json(scratch / CONFIG_NAME, settings | dict(extra or {}))
         write_tensors(scratch / TENSORS_NAME, tensors, file_metadata(tensors, settings, fingerprint))
         if beside is not None:
             beside(scratch)
     return Path(folder)
+
+
+def _contents(
+    lora: Mapping[str, Any],
+    spec: AdapterSpec,
+    config: ModelConfig,
+    layout: ModuleLayout,
+    target: Literal["peft", "vllm"],
+    max_lora_rank: int,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns the settings, without the base model's name, and the tensors of an adapter's files."""
+    if target == "vllm":
+        _check_vllm(spec)
+        entries = list(_entries(lora, spec, config, layout, per_expert=True))
+        entries = _one_rank(entries, config, layout, max_lora_rank)
+    else:
+        entries = _even_stacks(list(_entries(lora, spec, config, layout, per_expert=False)))
+    if any(entry.parameter or _is_expert(entry.module) for entry in entries):
+        # Dropout acts in training only, and PEFT refuses to load it for experts.
+        spec = replace(spec, dropout=0.0)
+    rslora = spec.rslora and target == "peft"
+    settings = adapter_settings(entries, config, layout, spec, rslora=rslora)
+    tensors = dict(adapter_tensors(entries, layout))
+    if spec.saved or spec.token_indices:
+        tensors |= saved_tensors(lora, spec, config) | token_row_tensors(lora, spec, config)
+    return settings, tensors
 
 
 def layer_adapter(leaves: Mapping[str, Any], spec: AdapterSpec, path: str, layer: int) -> ModuleAdapter | None:
@@ -125,30 +141,20 @@ def layer_adapter(leaves: Mapping[str, Any], spec: AdapterSpec, path: str, layer
 # ---------------------------------------------------------------- adapters by module
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One module's adapter, under its full name."""
-
-    name: str
-    layer: int
-    module: HostModule
-    adapter: ModuleAdapter
-    stacked: bool = False
-
-
 def _entries(
     lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfig, layout: ModuleLayout, *, per_expert: bool
-) -> Iterator[_Entry]:
+) -> Iterator[Entry]:
     """Yields every adapted module, fused if the family fuses it."""
     leaves = flatten(lora)
     _check_known(spec, layout)
     places = locate(config)
     for layer in range(1 + max(layer for _, layer in places)):
         for module in (*layout.modules, *layout.parameters):
-            if (module.parts[0], layer) not in places:
+            stacked = module in layout.parameters
+            parameter = stacked or (layout.weight_only(module) and not per_expert)
+            if layer not in layers_with(config, module.parts[0], experts=stacked):
                 continue
             parts = [layer_adapter(leaves, spec, *places[path, layer]) for path in module.parts]
-            stacked = module in layout.parameters
             if stacked and per_expert and layout.experts:
                 yield from _expert_entries(layout, config, module, layer, parts)
                 continue
@@ -156,38 +162,33 @@ def _entries(
             if adapter is None:
                 continue
             name = layout.full_name(layer, module)
-            _check_dora(spec, name, adapter, stacked=stacked)
-            yield _Entry(name, layer, module, adapter, stacked)
+            _check_dora(spec, name, adapter, parameter=parameter)
+            yield Entry(name, layer, module, adapter, stacked, parameter)
 
 
-def _even_stacks(entries: list[_Entry]) -> list[_Entry]:
-    """Returns the same adapters, with one rank and one scale in all stacks of experts.
+def _even_stacks(entries: list[Entry]) -> list[Entry]:
+    """Returns the same adapters, with one rank and one scale in all parameters.
 
     PEFT applies rank_pattern to parameters too, but warns that the keys "were ignored". With equal
     ranks no pattern is needed.
     """
-    stacks = [entry.adapter for entry in entries if entry.stacked]
-    if not stacks:
+    adapters = [entry.adapter for entry in entries if entry.parameter]
+    if not adapters:
         return entries
-    rank = max(adapter.rank for adapter in stacks)
-    scale = _common(adapter.scale for adapter in stacks)
-    return [replace(entry, adapter=_fold(entry.adapter, rank, scale)) if entry.stacked else entry for entry in entries]
-
-
-def _common(values: Iterable[Any]) -> Any:
-    """Returns the most frequent value; the first of them if several are equally frequent."""
-    return Counter(values).most_common(1)[0][0]
+    rank = max(adapter.rank for adapter in adapters)
+    scale = common(adapter.scale for adapter in adapters)
+    return [replace(e, adapter=_fold(e.adapter, rank, scale)) if e.parameter else e for e in entries]
 
 
 def _expert_entries(
     layout: ModuleLayout, config: ModelConfig, module: HostModule, layer: int, parts: list[ModuleAdapter | None]
-) -> Iterator[_Entry]:
+) -> Iterator[Entry]:
     for path, part in zip(module.parts, parts, strict=True):
         for expert in range(config.n_experts if part is not None else 0):
             assert part is not None
             one = ModuleAdapter(part.a[expert], part.b[expert], part.scale)
             pattern = layout.experts[path]
-            yield _Entry(layout.full_name(layer, pattern.format(expert)), layer, HostModule(pattern, (path,)), one)
+            yield Entry(layout.full_name(layer, pattern.format(expert)), layer, HostModule(pattern, (path,)), one)
 
 
 def _check_known(spec: AdapterSpec, layout: ModuleLayout) -> None:
@@ -197,14 +198,14 @@ def _check_known(spec: AdapterSpec, layout: ModuleLayout) -> None:
             raise NaloraError(f"adapter at {path}", expected=f"one of {', '.join(sorted(known))}", found=path)
 
 
-def _check_dora(spec: AdapterSpec, name: str, adapter: ModuleAdapter, *, stacked: bool) -> None:
-    if spec.dora and (stacked or adapter.magnitude is None):
+def _check_dora(spec: AdapterSpec, name: str, adapter: ModuleAdapter, *, parameter: bool) -> None:
+    if spec.dora and (parameter or adapter.magnitude is None):
         raise NaloraError(
             f"DoRA at {name}",
             expected="a Linear module (PEFT has no DoRA for experts)"
-            if stacked
+            if parameter
             else "an adapter on every projection that the family fuses into this module, for its column norms",
-            found="experts" if stacked else "some without",
+            found="experts" if parameter else "some without",
             remedy="merge the adapter instead",
         )
 
@@ -224,7 +225,7 @@ def _check_vllm(spec: AdapterSpec) -> None:
         raise NaloraError("--for vllm", expected=rule, found=f"one at {seen[0]}", remedy="merge it into the base")
 
 
-def _one_rank(entries: list[_Entry], config: ModelConfig, layout: ModuleLayout, limit: int) -> list[_Entry]:
+def _one_rank(entries: list[Entry], config: ModelConfig, layout: ModuleLayout, limit: int) -> list[Entry]:
     """Returns the adapters with one rank and scale, on every layer of each adapted module."""
     rank = max(entry.adapter.rank for entry in entries)
     if rank > limit:
@@ -234,35 +235,43 @@ def _one_rank(entries: list[_Entry], config: ModelConfig, layout: ModuleLayout, 
             found=rank,
             remedy=f"start vLLM with --max-lora-rank {rank} or more and export with the same max_lora_rank",
         )
-    scale = _common(entry.adapter.scale for entry in entries)
+    scale = common(entry.adapter.scale for entry in entries)
     given = {entry.name: _fold(entry.adapter, rank, scale) for entry in entries}
-    adapted = {entry.module.name: entry.module for entry in entries}
+    lasts = {short_name(entry.module.name) for entry in entries}
+    adapted = {
+        module.name: module for module in layout.modules if short_name(module.name) in lasts and not module.whole
+    }
+    adapted |= {entry.module.name: entry.module for entry in entries}
     stacks = {module.name for module in layout.parameters}
     # vLLM requires all three projections of the experts or none.
-    if any(module.parts[0] in layout.experts for module in adapted.values()):
+    if any(_is_expert(module) for module in adapted.values()):
         adapted |= {name: HostModule(name, (path,)) for path, name in layout.experts.items()}
     if stacks.intersection(adapted):  # and all stacks of experts or none
         adapted |= {module.name: module for module in layout.parameters}
 
-    def entry(name: str, layer: int, module: HostModule) -> _Entry:
+    def entry(name: str, layer: int, module: HostModule) -> Entry:
         stacked = module.name in stacks
         adapter = given.get(name) or _zeros(config, module, layer, rank, scale, stacked=stacked)
-        return _Entry(name, layer, module, adapter, stacked)
+        return Entry(name, layer, module, adapter, stacked, stacked)
 
-    places = locate(config)
     return [
         entry(name, layer, module)
         for layer in range(config.n_layers)
         for module in adapted.values()
-        if (module.parts[0], layer) in places
+        if layer in layers_with(config, module.parts[0], experts=_is_expert(module) or module.name in stacks)
         for name in _names(config, layout, layer, module)
     ]
 
 
 def _names(config: ModelConfig, layout: ModuleLayout, layer: int, module: HostModule) -> list[str]:
     """Returns the full names of ``module`` in a layer: one, or one per expert."""
-    count = config.n_experts if module.parts[0] in layout.experts else 1
+    count = config.n_experts if _is_expert(module) else 1
     return [layout.full_name(layer, module.name.format(expert)) for expert in range(count)]
+
+
+def _is_expert(module: HostModule) -> bool:
+    """Returns True for the pattern of one expert's modules, "experts.{}.w1"."""
+    return "{}" in module.name
 
 
 def _fold(adapter: ModuleAdapter, rank: int, scale: float) -> ModuleAdapter:
@@ -278,99 +287,3 @@ def _zeros(
 ) -> ModuleAdapter:
     *lead, d_in, d_out = module_shape(config, module, layer)[0 if stacked else -2 :]
     return ModuleAdapter(np.zeros((*lead, d_in, rank), np.float32), np.zeros((*lead, rank, d_out), np.float32), scale)
-
-
-# ---------------------------------------------------------------- the two files
-
-
-def _tensors(entries: list[_Entry], layout: ModuleLayout) -> Iterator[tuple[str, np.ndarray]]:
-    stacks = {(entry.layer, entry.module.name) for entry in entries if entry.stacked}
-    for entry in entries:
-        key, a, b = entry.name, entry.adapter.a.T, entry.adapter.b.T
-        if entry.stacked:
-            # PEFT wraps the experts once per parameter; the last parameter registered is the
-            # outermost.
-            later = layout.parameters[layout.parameters.index(entry.module) + 1 :]
-            depth = sum((entry.layer, module.name) in stacks for module in later)
-            key = entry.name.rpartition(".")[0] + ".base_layer" * depth
-            # [experts, d_in, r] -> [experts * r, d_in]; [experts, r, d_out] -> [d_out, r * experts]
-            a = entry.adapter.a.transpose(0, 2, 1).reshape(-1, entry.adapter.a.shape[1])
-            b = entry.adapter.b.transpose(2, 1, 0).reshape(entry.adapter.b.shape[2], -1)
-        yield f"base_model.model.{key}.lora_A.weight", np.ascontiguousarray(a)
-        yield f"base_model.model.{key}.lora_B.weight", np.ascontiguousarray(b)
-        if entry.adapter.magnitude is not None:
-            yield f"base_model.model.{key}.lora_magnitude_vector", np.ascontiguousarray(entry.adapter.magnitude)
-
-
-def _settings(entries: list[_Entry], config: ModelConfig, spec: AdapterSpec, *, rslora: bool) -> dict[str, Any]:
-    """Returns ``adapter_config.json`` without the base model's name."""
-    ranks = {entry.name: entry.adapter.rank for entry in entries}
-    alphas = {
-        entry.name: _number(alpha_for(entry.adapter.scale, entry.adapter.rank, rslora=rslora)) for entry in entries
-    }
-    rank, rank_pattern = _pattern(ranks, entries)
-    alpha, alpha_pattern = _pattern(alphas, entries)
-    stacks = [entry for entry in entries if entry.stacked]
-    settings = {
-        "alpha_pattern": alpha_pattern,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": alpha,
-        "lora_dropout": spec.dropout,
-        "modules_to_save": list(spec.saved) or None,
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": rank_pattern,
-        "target_modules": _target_names([entry for entry in entries if not entry.stacked], config),
-        "task_type": "CAUSAL_LM",
-        "use_dora": spec.dora,
-        "use_rslora": rslora,
-    }
-    settings |= token_settings(spec)
-    if stacks:
-        settings["target_parameters"] = _target_names(stacks, config)
-    return settings
-
-
-def _number(value: float) -> int | float:
-    return int(value) if value.is_integer() else value
-
-
-def _pattern(values: Mapping[str, Any], entries: list[_Entry]) -> tuple[Any, dict[str, Any]]:
-    """Returns a default value and a pattern for the modules with another value.
-
-    The default is the experts' most frequent value, otherwise the most frequent of all. Keys
-    are ``mlp.up_proj`` if all layers agree, full names otherwise.
-    """
-    stacks = [values[entry.name] for entry in entries if entry.stacked]
-    common = _common(stacks or values.values())
-    modules: dict[str, list[str]] = {}
-    for entry in entries:
-        modules.setdefault(entry.module.name, []).append(entry.name)
-    pattern = {}
-    for module, names in modules.items():
-        found = {values[name] for name in names}
-        if found == {common}:
-            continue
-        if len(found) == 1 and "{layer}" not in module:
-            pattern[module] = found.pop()
-        else:
-            pattern |= {name: values[name] for name in names if values[name] != common}
-    return common, dict(sorted(pattern.items()))
-
-
-def _target_names(entries: list[_Entry], config: ModelConfig) -> list[str]:
-    """Returns short names of modules adapted in every layer, full names of the others."""
-    modules: dict[str, list[_Entry]] = {}
-    for entry in entries:
-        modules.setdefault(entry.module.name, []).append(entry)
-    names: set[str] = set()
-    for module, members in modules.items():
-        # A vision tower has modules with the same short names as the decoder.
-        layers = {layer for path, layer in locate(config) if path == members[0].module.parts[0]}
-        everywhere = config.sight is None and {member.layer for member in members} == layers
-        short = module if members[0].stacked else module.rpartition(".")[2]
-        names |= {short} if everywhere else {member.name for member in members}
-    return sorted(names)

@@ -17,7 +17,12 @@ from nalora_jax.trees import flatten, unflatten
 
 
 def pissa_init(
-    kernel: jax.Array, rank: int, scale: float, *, iterations: int | None = None, key: jax.Array | None = None
+    kernel: jax.Array,
+    rank: int,
+    scale: float,
+    *,
+    iterations: int | None = None,
+    key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Splits a kernel into its principal factors and the residual.
 
@@ -86,7 +91,10 @@ def _padded_init(
     """Runs `pissa_init` on one layer and zero-pads its factors to the stack's rank."""
     if rank == 0:
         lead = kernel.shape[:-2]
-        zeros = jnp.zeros((*lead, kernel.shape[-2], stored)), jnp.zeros((*lead, stored, kernel.shape[-1]))
+        zeros = (
+            jnp.zeros((*lead, kernel.shape[-2], stored)),
+            jnp.zeros((*lead, stored, kernel.shape[-1])),
+        )
         return (*zeros, kernel)
     a, b, residual = _init(kernel, rank, scale, iterations=iterations)
     widen = [(0, 0)] * (a.ndim - 2)

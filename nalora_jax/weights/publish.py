@@ -24,7 +24,12 @@ FILES = (CARD, "*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja",
 
 
 def push_folder(
-    folder: Path, repository: str, *, base_model: str | None = None, private: bool = False, message: str = ""
+    folder: Path,
+    repository: str,
+    *,
+    base_model: str | None = None,
+    private: bool = False,
+    message: str = "",
 ) -> str:
     """Uploads an adapter or a merged model as one commit; creates the repository if there is none.
 
@@ -126,8 +131,14 @@ def _complaints(repository: str) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         known = {
-            401: ("a token that the hub knows", "log in again with `hf auth login`, or set HF_TOKEN"),
-            403: ("a token that may write there", "make one with write access to this owner's repositories"),
+            401: (
+                "a token that the hub knows",
+                "log in again with `hf auth login`, or set HF_TOKEN",
+            ),
+            403: (
+                "a token that may write there",
+                "make one with write access to this owner's repositories",
+            ),
             404: ("an owner that exists", "check the spelling of owner/name"),
         }
         expected, remedy = known.get(status or 0, ("the hub to take the files", "try again later"))
@@ -137,5 +148,8 @@ def _complaints(repository: str) -> Iterator[None]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         reason = "it is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else reason
         raise NaloraError(
-            repository, expected="the hub to take the files", found=reason, remedy="check the network"
+            repository,
+            expected="the hub to take the files",
+            found=reason,
+            remedy="check the network",
         ) from error

@@ -26,7 +26,11 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.weights.folders import write_json
 
 # NumPy dtypes by their names in safetensors, restricted to the dtypes of model files.
-DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TORCH = {"format": "pt"}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -67,7 +71,11 @@ class TensorInfo:
 
 
 def write_shards(
-    folder: Path, infos: Iterable[TensorInfo], tensors: Iterable[tuple[str, np.ndarray]], *, shard_bytes: int
+    folder: Path,
+    infos: Iterable[TensorInfo],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    shard_bytes: int,
 ) -> None:
     """Writes ``model.safetensors``, or shards with an index if it would exceed ``shard_bytes``.
 
@@ -109,7 +117,10 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
 
 
 def _write_file(
-    path: Path, infos: list[TensorInfo], tensors: Iterator[tuple[str, np.ndarray]], metadata: Mapping[str, str] = _TORCH
+    path: Path,
+    infos: list[TensorInfo],
+    tensors: Iterator[tuple[str, np.ndarray]],
+    metadata: Mapping[str, str] = _TORCH,
 ) -> None:
     header = json.dumps(_header(infos, metadata), separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # readers map the data aligned
@@ -117,7 +128,10 @@ def _write_file(
         file.write(len(header).to_bytes(8, "little") + header)
         for info in infos:
             name, array = next(tensors)
-            assert (name, array.shape, array.dtype) == (info.name, info.shape, info.dtype), (name, info)
+            assert (name, array.shape, array.dtype) == (info.name, info.shape, info.dtype), (
+                name,
+                info,
+            )
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
@@ -126,6 +140,10 @@ def _header(infos: list[TensorInfo], metadata: Mapping[str, str]) -> Mapping[str
     start = 0
     for info in infos:
         end = start + info.nbytes
-        header[info.name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
+        header[info.name] = {
+            "dtype": _NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [start, end],
+        }
         start = end
     return header

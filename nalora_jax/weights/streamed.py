@@ -21,7 +21,8 @@ import numpy as np
 from nalora_jax import buckets
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.hf import SafetensorsFolder, Stored, read_header
-from nalora_jax.weights.tensors import WORKERS, FileTensor, Index
+from nalora_jax.weights.slices import Index
+from nalora_jax.weights.tensors import WORKERS, FileTensor
 
 CHUNK = 4 << 20  # bytes of one request
 _HELD = 2 * WORKERS  # chunks in memory

@@ -44,7 +44,11 @@ def fold_table_adapters(config: ModelConfig, tensors: dict[str, np.ndarray], pef
             continue
         if module not in choices.modules:
             expected = f"to cover {module}, which has tensors in {where.rpartition('/')[2]}"
-            raise NaloraError(f"{peft.where}: target_modules", expected=expected, found=str(peft.target_modules)[:200])
+            raise NaloraError(
+                f"{peft.where}: target_modules",
+                expected=expected,
+                found=str(peft.target_modules)[:200],
+            )
         if peft.dora:
             raise NaloraError(f"{peft.where}: use_dora", expected=f"false with adapters on {module}", found="true")
         if f"{key}.{_BASE}" not in tensors:

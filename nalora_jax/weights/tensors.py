@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,25 +23,22 @@ from typing import Any, Protocol
 import jax
 import ml_dtypes
 import numpy as np
-from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.stacks import param_shapes
-from nalora_jax.ops.quantize import Kind, Quantized, kernels, quantize
+from nalora_jax.ops.quantize import Kind, kernels
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor
+from nalora_jax.weights.quantized_tensors import quantized_leaf
+from nalora_jax.weights.slices import Index, aligned, span
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 # Elements per read: 0.25 MB in float32, which stays in a core's cache during the transposition.
 BLOCK = 1 << 16
-_QUANTIZED = 1 << 18  # elements quantized at once
 WORKERS = min(8, os.cpu_count() or 1)  # more do not read memory faster
-_ALIGNMENT = 64  # bytes; XLA's requirement for a host buffer that it uses without a copy
-
-Index = tuple[slice, ...]  # start and stop are set; a step only where columns of several leaves alternate
-Key = tuple[tuple[int, int], ...]  # the same, hashable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +131,9 @@ def load_leaves(
         for path, shape in shapes.items():
             reader = _Reader(fills[path], source, pool)
             if quantized and re.search(kernels(quantized), path):
-                leaves[path] = _quantized_leaf(shape, quantized, where[path], reader)
+                leaves[path] = quantized_leaf(shape, quantized, where[path], reader.read)
             else:
-                leaves[path] = _leaf(shape, DTYPES[dtype], where[path], reader)
+                leaves[path] = _leaf(shape, DTYPES[leaf_dtype(path, dtype)], where[path], reader)
     return trees.unflatten(leaves)
 
 
@@ -182,10 +179,8 @@ class _Fill:
     """The position of a tensor, or of one part of a fused tensor, in a leaf."""
 
     def __init__(self, name: str, tensor: SourceTensor, number: int, lead: tuple[int, ...]) -> None:
-        self.name = name  # in the file
-        self.tensor = tensor
-        self.lead = lead  # the leaf's leading indices: layer, expert
-        self.number = number  # of the part
+        self.name, self.tensor = name, tensor  # its name in the file
+        self.lead, self.number = lead, number  # the leaf's leading indices: layer, expert; number of the part
         self.first_row = 0 if tensor.transform.alternates else sum(tensor.rows[:number])
         self.rows = tensor.rows[number]
 
@@ -221,8 +216,9 @@ class _Fill:
         if self.tensor.transform.alternates:
             step, last = len(self.tensor.slots), index[-1]
             return (*index[:-1], slice(last.start * step + self.number, last.stop * step, step))
-        first, *rest = index
-        return (slice(first.start + self.first_row, first.stop + self.first_row), *rest)
+        axis, rows = self.tensor.axis, index[self.tensor.axis]
+        shifted = slice(rows.start + self.first_row, rows.stop + self.first_row)
+        return (*index[:axis], shifted, *index[axis + 1 :])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,15 +231,14 @@ class _Reader:
 
     def read(self, index: Index, dtype: Any) -> np.ndarray:
         """Returns a slice of the leaf."""
-        (buffer,) = self.read_all([index], dtype)
-        return buffer
+        return self.read_all([index], dtype)[0]
 
     def read_all(self, indices: Sequence[Index], dtype: Any) -> list[np.ndarray]:
         """Returns slices of the leaf, filled tensor by tensor.
 
         Ranges of a tensor that several slices need are read close together.
         """
-        buffers = [_aligned(tuple(part.stop - part.start for part in index), dtype) for index in indices]
+        buffers = [aligned(tuple(part.stop - part.start for part in index), dtype) for index in indices]
         jobs = [
             partial(fill.into, buffer[(*place, ...)], rest, self.source)  # a view, of a scalar too
             for fill in self.fills
@@ -264,131 +259,10 @@ def _run(task: tuple[Callable[[tuple[int, int]], None], tuple[int, int]]) -> Non
 
 def _leaf(shape: tuple[int, ...], dtype: Any, sharding: Sharding, reader: _Reader) -> jax.Array:
     """Returns the leaf as a global array; each distinct slice is read once per process."""
-    keys = list({_given(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()})
+    keys = list({span(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()})
     slices = [tuple(slice(*part) for part in key) for key in keys]
     buffers = dict(zip(keys, reader.read_all(slices, dtype), strict=True))
-    return jax.make_array_from_callback(shape, sharding, lambda index: buffers[_given(index, shape)])
-
-
-def _given(index: Index | None, shape: tuple[int, ...]) -> Key:
-    """Returns start and stop along every axis."""
-    return tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
-
-
-_quantize = jax.jit(quantize, static_argnums=1)
-
-
-def _quantized_leaf(shape: tuple[int, ...], kind: Kind, sharding: Sharding, reader: _Reader) -> Quantized:
-    """Quantizes this process's parts of the leaf, some output channels of one layer at a time."""
-    like = jax.eval_shape(partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32))
-    wholes = (like.codes, like.scales)
-    places = [_fitted(part.shape, sharding) for part in wholes]
-    held = [
-        {_given(index, part.shape) for index in place.addressable_devices_indices_map(part.shape).values()}
-        for part, place in zip(wholes, places, strict=True)
-    ]
-    made = quantized_parts(shape, kind, held[0], held[1], reader.read)
-
-    def placed(part: jax.ShapeDtypeStruct, place: Sharding, of: Mapping[Key, np.ndarray]) -> jax.Array:
-        return jax.make_array_from_callback(part.shape, place, lambda index: of[_given(index, part.shape)])
-
-    codes, scales = (placed(*one) for one in zip(wholes, places, made, strict=True))
-    return Quantized(codes, scales, kind)
-
-
-def quantized_parts(
-    shape: tuple[int, ...],
-    kind: Kind,
-    codes: Iterable[Key],
-    scales: Iterable[Key],
-    read: Callable[[Index, Any], np.ndarray],
-) -> tuple[dict[Key, np.ndarray], dict[Key, np.ndarray]]:
-    """Computes parts of a quantized leaf, reading only the blocks of weights that they need.
-
-    Args:
-      shape: of the float leaf.
-      kind: of the codes.
-      codes: parts of its codes, as starts and stops; leading axes are not split.
-      scales: parts of its scales, in the same form.
-      read: returns a slice of the float leaf.
-
-    Returns:
-      The codes and the scales by part.
-    """
-    like = jax.eval_shape(partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32))
-    made: tuple[dict[Key, np.ndarray], dict[Key, np.ndarray]] = ({}, {})
-    by_columns: dict[tuple[int, int], list[_Target]] = defaultdict(list)
-    for keys, whole, parts in ((codes, like.codes, made[0]), (scales, like.scales, made[1])):
-        for key in keys:
-            parts[key] = _aligned(tuple(stop - start for start, stop in key), whole.dtype)
-            rows = shape[-2] // whole.shape[-2]
-            by_columns[key[-1]].append(_Target(parts[key], key[-2], rows, whole is like.codes))
-    block = shape[-2] // like.scales.shape[-2]
-    for (first, last), targets in by_columns.items():
-        spans = _joined(sorted(target.blocks(block) for target in targets))
-        for lead in np.ndindex(*shape[:-2]):
-            for begin, end in spans:
-                columns = max(1, _QUANTIZED // (end - begin))
-                for start in range(first, last, columns):
-                    channels = slice(start, min(start + columns, last))
-                    floats = read((*(slice(i, i + 1) for i in lead), slice(begin, end), channels), np.float32)
-                    one = _quantize(floats, kind)
-                    for target in targets:
-                        target.take(one, lead, begin, slice(channels.start - first, channels.stop - first))
-    return made
-
-
-@dataclasses.dataclass(frozen=True)
-class _Target:
-    """A part of a quantized leaf's codes or scales that is being filled."""
-
-    buffer: np.ndarray
-    rows: tuple[int, int]  # of the codes or scales
-    inputs: int  # input channels per row
-    codes: bool
-
-    def blocks(self, block: int) -> tuple[int, int]:
-        """Returns start and stop of the input channels in the blocks that this part overlaps."""
-        start, stop = self.rows[0] * self.inputs, self.rows[1] * self.inputs
-        return start // block * block, -(-stop // block) * block
-
-    def take(self, made: Quantized, lead: tuple[int, ...], begin: int, channels: slice) -> None:
-        """Copies this part's share of ``made``, whose first input channel is ``begin``."""
-        part: np.ndarray = np.asarray(made.codes if self.codes else made.scales)
-        part, first = part.reshape(part.shape[-2:]), begin // self.inputs
-        start, stop = max(self.rows[0], first), min(self.rows[1], first + len(part))
-        if start < stop:
-            mine = slice(start - self.rows[0], stop - self.rows[0])
-            self.buffer[lead][mine, channels] = part[start - first : stop - first]
-
-
-def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Merges sorted spans that touch or overlap."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in spans:
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
-        else:
-            joined.append((start, stop))
-    return joined
-
-
-def _fitted(shape: tuple[int, ...], sharding: Sharding) -> Sharding:
-    """Returns the float kernel's sharding, without splits that do not divide the new shape."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    parts = [(part,) if isinstance(part, str) else part or () for part in sharding.spec]
-    ways = [math.prod(sharding.mesh.shape[name] for name in names) for names in parts]
-    kept = [names if size % n == 0 else None for names, n, size in zip(parts, ways, shape, strict=False)]
-    return NamedSharding(sharding.mesh, P(*kept))
-
-
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Returns an uninitialized array that JAX can use on a CPU without copying it."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+    return jax.make_array_from_callback(shape, sharding, lambda index: buffers[span(index, shape)])
 
 
 def _whole(shape: tuple[int, ...]) -> Index:

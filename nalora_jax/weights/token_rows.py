@@ -61,9 +61,16 @@ def take_token_rows(
         module = f"base_model.model.{tensor.removesuffix('.weight')}"
         # A tied head's rows, if they are in the file at all, are a copy of the embedding's.
         ids = own.get(name, own.get("embed_tokens", ()) if config.tie_embeddings else ())
-        rows, table = tensors.pop(f"{module}.{_ROWS}", None), tensors.pop(f"{module}.{RESIZED}", None)
+        rows, table = (
+            tensors.pop(f"{module}.{_ROWS}", None),
+            tensors.pop(f"{module}.{RESIZED}", None),
+        )
         if rows is None and name in own:
-            raise NaloraError(f"{where}: {module}.{_ROWS}", expected=f"the trained rows of {name}", found="nothing")
+            raise NaloraError(
+                f"{where}: {module}.{_ROWS}",
+                expected=f"the trained rows of {name}",
+                found="nothing",
+            )
         if rows is not None and rows.shape != (len(ids), config.d_model):
             raise NaloraError(
                 f"{where}: {module}.{_ROWS}",

@@ -9,7 +9,13 @@ from typing import Any
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from nalora_jax.chat_templates import DEFAULT_FILE, PROCESSOR_FILE, TOOL_FILE, has_templates, write_templates
+from nalora_jax.chat_templates import (
+    DEFAULT_FILE,
+    PROCESSOR_FILE,
+    TOOL_FILE,
+    has_templates,
+    write_templates,
+)
 from nalora_jax.errors import NaloraError
 from nalora_jax.tokenizer import Tokenizer, read_json
 from nalora_jax.weights.folders import write_json
@@ -42,7 +48,12 @@ def copy_tokenizer(source: Path, folder: Path, *, images: bool = False) -> None:
     """
     found = [name for name in (*FILES, *(IMAGE_FILES if images else ())) if (source / name).is_file()]
     if not {"tokenizer.json", "tokenizer.model"} & set(found):
-        raise NaloraError(str(source), expected="tokenizer.json", found="no tokenizer", remedy="give the base's folder")
+        raise NaloraError(
+            str(source),
+            expected="tokenizer.json",
+            found="no tokenizer",
+            remedy="give the base's folder",
+        )
     for name in found:
         _copy(name, source, folder)
 
@@ -91,7 +102,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> N
       max_length: the model's context.
     """
     _with_bos(tokenizer).save(str(folder / "tokenizer.json"))
-    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    ids = {
+        "bos_token": tokenizer.bos_id,
+        "eos_token": tokenizer.eos_id,
+        "pad_token": tokenizer.pad_id,
+    }
     special = {name: tokenizer.backend.id_to_token(number) for name, number in ids.items() if number is not None}
     settings = {
         **(tokenizer.special_tokens or {}),
@@ -121,5 +136,8 @@ def _with_bos(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
     stops = list(tokenizer.eos_ids)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id}
+    ids = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id,
+    }
     return {name: value for name, value in ids.items() if value is not None} | {"pad_token_id": tokenizer.pad_id}

@@ -12,7 +12,15 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.foreign_settings import Field, Refused, Settings, choice, converted, only, put
+from nalora_jax.weights.foreign_settings import (
+    Field,
+    Refused,
+    Settings,
+    choice,
+    converted,
+    only,
+    put,
+)
 from nalora_jax.weights.peft_rules import rules_of
 from nalora_jax.weights.peft_settings import PEFT
 
@@ -32,11 +40,15 @@ def _reported(value: Any) -> Any:
 def _dataset(value: Any) -> Any:
     """Returns a path unchanged, and a hub id with its scheme."""
     text = str(value)
-    return text if re.search(r"\.\w+$|^[./~]", text) else f"hf:{text}"
+    if re.search(r"\.\w+$|^[./~]", text):
+        return text
+    return f"hf:{text}"
 
 
 def _steps(value: Any) -> Any:
-    return max(1, round(value)) if isinstance(value, int | float) and value >= 1 else Refused("give a number of steps")
+    if isinstance(value, int | float) and value >= 1:
+        return max(1, round(value))
+    return Refused("give a number of steps")
 
 
 def _warmup(value: Any) -> Any:
@@ -47,7 +59,9 @@ def _warmup(value: Any) -> Any:
 
 
 def _loss_name(value: Any) -> Any:
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
+    if isinstance(value, list) and len(value) == 1:
+        return value[0]
+    return value
 
 
 def _loss(value: Any) -> Any:
@@ -69,7 +83,8 @@ TRL: dict[str, Field] = {
     "max_steps": Field("steps", "if above 0", lambda value: value if value and value > 0 else None),
     "num_train_epochs": Field("epochs", "without `max_steps`; TRL's default is 3"),
     "per_device_train_batch_size": Field(
-        "train.batch_size", "times gradient_accumulation_steps: ours is of a step, over all devices; default 8"
+        "train.batch_size",
+        "times gradient_accumulation_steps: ours is of a step, over all devices; default 8",
     ),
     "gradient_accumulation_steps": Field("train.accumulate"),
     "learning_rate": Field("optimizer.learning_rate", "TRL's default is 2e-5, with DPO 1e-6"),
@@ -97,7 +112,9 @@ TRL: dict[str, Field] = {
     "save_steps": Field("train.save_every", "", _steps),
     "save_total_limit": Field("train.keep"),
     "eval_strategy": Field(
-        "train.eval_every", '"no" (the default) is 0; "epoch" is left to the library', lambda value: None
+        "train.eval_every",
+        '"no" (the default) is 0; "epoch" is left to the library',
+        lambda value: None,
     ),
     "save_strategy": Field("train.save_every", '"no" is 0', lambda value: 0 if value in _NO else None),
     "report_to": Field("callbacks", "tensorboard, wandb, mlflow", _reported),
@@ -110,7 +127,9 @@ TRL: dict[str, Field] = {
     "packing": Field("data.pack", "off by default, as in TRL; exact: examples never attend to each other"),
     "assistant_only_loss": Field("data.loss_on", '"assistant"', lambda value: "assistant" if value else None),
     "completion_only_loss": Field(
-        "data.loss_on", '"answer"; False is "all"', lambda value: {True: "answer", False: "all"}.get(value)
+        "data.loss_on",
+        '"answer"; False is "all"',
+        lambda value: {True: "answer", False: "all"}.get(value),
     ),
     "truncation_mode": Field("data.too_long", '"truncate", always: the prompt loses its beginning', lambda value: None),
     "dataset_text_field": Field("", "records have a prompt and a completion, or messages", ignored=True),
@@ -191,7 +210,8 @@ _OF_PAIRS = (
     "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "discopop_tau",
     "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
 )  # fmt: skip
-# Defaults of TrainingArguments, SFTConfig, DPOConfig and ModelConfig that change a run and differ from ours.
+# Defaults of TrainingArguments, SFTConfig, DPOConfig and ModelConfig that change a run
+# and differ from ours.
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3.0,
     "per_device_train_batch_size": 8,

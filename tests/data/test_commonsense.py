@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data import open_source, tasks
+from nalora_jax.data import tasks
+from nalora_jax.data.sources import open_source
 from nalora_jax.downloads import cache_dir
 
 READ = """
 import sys, time
 from pathlib import Path
 from nalora_jax.config import DataConfig
-from nalora_jax.data import open_source, train_data, eval_examples
+from nalora_jax.data.pipeline import train_data
+from nalora_jax.data.questions import eval_examples
+from nalora_jax.data.sources import open_source
 
 source = open_source(DataConfig(dataset="socialiqa"), "train", cache=Path(sys.argv[1]))
 print(len(source), source[0]["prompt"])

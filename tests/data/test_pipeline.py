@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data import store, train_data
+from nalora_jax.data import store
+from nalora_jax.data.pipeline import train_data
 from nalora_jax.errors import NaloraError
 
 COUNT = 37

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data import ChoiceItem, CompletionItem, eval_examples, train_data
-from nalora_jax.data.questions import split_questions
+from nalora_jax.data.items import ChoiceItem, CompletionItem
+from nalora_jax.data.pipeline import train_data
+from nalora_jax.data.questions import eval_examples, split_questions
 from nalora_jax.errors import NaloraError
 
 

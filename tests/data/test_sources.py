@@ -12,7 +12,8 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data.jsonl import JsonLines
 from nalora_jax.data.pipeline import train_data
 from nalora_jax.data.questions import held_out
-from nalora_jax.data.sources import RecordsSource, check_disjoint, open_source
+from nalora_jax.data.source import RecordsSource
+from nalora_jax.data.sources import check_disjoint, open_source
 from nalora_jax.errors import NaloraError
 
 RECORDS = [{"prompt": f"p{index}", "completion": f"ü{index}"} for index in range(20)]

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nalora_jax.config import DataConfig
-from nalora_jax.config.vision import VisionConfig
-from nalora_jax.data.images.sources import open_images
+from nalora_jax.config import DataConfig, VisionConfig
+from nalora_jax.data.images.opened import open_images
 from nalora_jax.evaluate.heldout import describe
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator, own_ranks
-from nalora_jax.models.vision import DualEncoder
+from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.weights.vision.model import load_dual
 
 

@@ -15,7 +15,7 @@ from nalora_jax import gate_checks
 from nalora_jax.gate_checks import GateChecks
 from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method import activations, ffn, low_rank
-from nalora_jax.method.ffn import Adapters, GatedFFN, SelfGatedFFN, gated_product
+from nalora_jax.method.ffn import Adapters, FactoredFFN, GatedFFN, SelfGatedFFN, gated_product
 from nalora_jax.models.moe import MoEFFN
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.reductions import sampled, sampled_positions
@@ -56,6 +56,35 @@ def test_a_self_gated_block_is_a_gelu_mlp_with_adapters(numerics: Any) -> None:
     z = sum(_project(variables, "in_proj", np.asarray(x, np.float64)))
     want = sum(_project(variables, "out_proj", z * special.ndtr(z)))
     np.testing.assert_allclose(block.apply(variables, x, SCALES), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_factored_block_is_a_gated_block_whose_factor_is_given(numerics: Any) -> None:
+    """Values, gradients of the adapters, statistics, and the checks of the identity."""
+    stats = GateStatsConfig(stride=1, probe_stride=1, checks=GateChecks(1e-5))
+    gated = GatedFFN(D, F, "gelu_tanh", GATED, numerics=numerics(), stats=stats)
+    factored = FactoredFFN(D, F, "gelu_tanh", GATED, numerics=numerics(), stats=stats)
+    variables, x, weights = _build(gated)
+    kernel = variables["params"]["up_proj"]["kernel"]
+    del variables["lora"]["up_proj"]
+    only = Adapters(tuple((name, R) for name in variables["lora"]))
+
+    def run(block: Any, lora: Any, x: jax.Array, *factor: jax.Array) -> Any:
+        def loss(lora: Any, x: jax.Array) -> Any:
+            y, written = block.apply(
+                {"params": variables["params"], "lora": lora},
+                x,
+                *factor,
+                SCALES,
+                token_weights=weights,
+                mutable=["gate_stats"],
+            )
+            return jnp.sum(jnp.sin(y)), written["gate_stats"]
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(lora, x)
+
+    wanted = run(gated.clone(adapters=only), variables["lora"], x)
+    found = run(factored.clone(adapters=only), variables["lora"], x, x @ kernel)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, wanted)
 
 
 @pytest.mark.parametrize("kind", [GatedFFN, SelfGatedFFN])

@@ -85,9 +85,32 @@ OLD_FORMS = {
         "sliding_window": 8,
     },
     "Ministral 3": {**LLAMA, "model_type": "ministral3", "head_dim": 8},
+    "Granite SWA": {**LLAMA, "model_type": "granite_swa", "sliding_window": 8, "layer_rope_theta": [1e4, 0, 1e6, 1e4]},
+    "LFM2": {
+        **LLAMA,
+        "model_type": "lfm2",
+        "block_ff_dim": 96,
+        "block_multiple_of": 8,
+        "full_attn_idxs": [1, 3],
+        "norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    },
     "SmolLM3": {**LLAMA, "model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0], "rope_theta": 5e6},
     "Mixtral": {**LLAMA, "model_type": "mixtral", "sliding_window": None, "rope_theta": 1e6},
+    "Gemma 4": {
+        **LLAMA,
+        "model_type": "gemma4_text",
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "num_kv_shared_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "use_bidirectional_attention": "vision",
+    },
     "Qwen3-MoE": {**LLAMA, "model_type": "qwen3_moe", "num_experts": 8, "head_dim": 16, "rope_theta": 1e6},
+    "Qwen1.5-MoE": {**LLAMA, "model_type": "qwen2_moe", "num_experts": 8, "rope_theta": 1e6, "sliding_window": 8},
+    "GLM-4.5": {**LLAMA, "model_type": "glm4_moe", "n_routed_experts": 8, "rope_theta": 1e6, "head_dim": 16},
     "gpt-oss": {
         **LLAMA,
         "model_type": "gpt_oss",
@@ -123,7 +146,17 @@ def test_multimodal_gemma3_is_its_text_model():
 def test_images_of_mistral3_are_refused_by_name():
     raw = {"model_type": "mistral3", "text_config": {**LLAMA, "model_type": "ministral3"}, "vision_config": {}}
     assert ModelConfig.from_hf(raw).model_type == "ministral3"
-    with pytest.raises(NaloraError, match=r"model_type: expected one of llava, gemma3, found 'mistral3'"):
+    with pytest.raises(
+        NaloraError, match=r"model_type: expected a model that sees images: one of llava, gemma3, found .mistral3."
+    ):
+        ModelConfig.from_hf(raw, images=True)
+
+
+def test_multimodal_gemma4_is_its_text_model():
+    raw = {"model_type": "gemma4", "text_config": {**LLAMA, "model_type": "gemma4_text"}, "vision_config": {}}
+    config = ModelConfig.from_hf(raw)
+    assert (config.model_type, config.tie_embeddings, config.sight) == ("gemma4_text", True, None)
+    with pytest.raises(NaloraError, match=r"sees images: one of llava, gemma3, found 'gemma4'"):
         ModelConfig.from_hf(raw, images=True)
 
 
@@ -133,6 +166,7 @@ def test_unknown_family_names_the_supported_ones():
     assert all(name in str(error.value) for name in supported())
 
 
+GLM = {"model_type": "glm4_moe", "n_routed_experts": 8, "num_experts_per_tok": 2}
 REFUSED = {
     "no vocab_size": ({"vocab_size": None}, "vocab_size: expected a whole number .* found nothing"),
     "heads as text": ({"num_attention_heads": "4"}, "num_attention_heads"),
@@ -152,8 +186,13 @@ REFUSED = {
         {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 4}},
         "short_factor: expected a list of 4",
     ),
-    "dense layers in a mixture": ({"model_type": "qwen3_moe", "num_experts": 4, "mlp_only_layers": [0]}, "mlp_only"),
-    "every second layer": ({"model_type": "qwen3_moe", "num_experts": 4, "decoder_sparse_step": 2}, "sparse_step"),
+    "a dense layer too many": ({"model_type": "qwen3_moe", "num_experts": 4, "mlp_only_layers": [4]}, "mlp_only"),
+    "uneven groups of experts": ({**GLM, "n_group": 3}, "n_group: expected equal groups .* of the 8 experts, found 3"),
+    "groups of single experts": ({**GLM, "n_group": 8}, "n_group"),
+    "more groups kept than there are": ({**GLM, "n_group": 2, "topk_group": 3}, "topk_group: expected at most 2"),
+    "too few groups kept": ({**GLM, "n_group": 4, "num_experts_per_tok": 3}, "topk_group: .*num_experts_per_tok"),
+    "two layers of predictions": ({**GLM, "num_nextn_predict_layers": 2}, "num_nextn_predict_layers: expected 0 or 1"),
+    "no scaling of experts": ({**GLM, "routed_scaling_factor": 0}, "routed_scaling_factor"),
     "more chosen than there are": ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok"),
     "auxiliary loss": ({"model_type": "mixtral", "output_router_logits": True}, "output_router_logits"),
     "chunked attention": ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 4}, "layer_types"),
@@ -183,6 +222,60 @@ REFUSED = {
     "another quantization of gpt-oss": (
         {"model_type": "gpt_oss", "quantization_config": {"quant_method": "awq"}},
         "quant_method: expected 'mxfp4'.* found 'awq'",
+    ),
+    "a rotary base below 1": (
+        {"model_type": "granite_swa", "layer_rope_theta": [1e4, 1e4, 1e4, 0.5]},
+        "layer_rope_theta: expected numbers above 1",
+    ),
+    "a linear layer in LFM2": (
+        {"model_type": "lfm2", "layer_types": ["conv", "linear_attention"] * 2},
+        "layer_types: expected 'full_attention' or 'conv', found 'linear_attention'",
+    ),
+    "a layer beyond the last": ({"model_type": "lfm2", "full_attn_idxs": [1, 4]}, "full_attn_idxs"),
+    "an ungated block in LFM2": ({"model_type": "lfm2", "block_use_swiglu": False}, "block_use_swiglu"),
+    "another width of LFM2's convolution": ({"model_type": "lfm2", "conv_dim": 48}, r"hidden_size \(32\)"),
+    "attention of all tokens to the future": (
+        {"model_type": "gemma4_text", "use_bidirectional_attention": "all"},
+        "bidirectional",
+    ),
+    "Gemma 4 that ends in a window": (
+        {"model_type": "gemma4_text", "layer_types": ["full_attention", "sliding_attention"] * 2},
+        "layer_types: expected 'full_attention' in the last layer",
+    ),
+    "one rotation for all layers of Gemma 4": (
+        {"model_type": "gemma4_text", "rope_parameters": {"rope_type": "default"}},
+        "rope_parameters: expected one JSON object for sliding_attention",
+    ),
+    "another rotation in Gemma 4": (
+        {"model_type": "gemma4_text", "rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}},
+        "rope_parameters",
+    ),
+    "the wavelength outside of rope_parameters": ({"model_type": "gemma4_text", "rope_theta": 1e6}, "rope_theta"),
+    "no layer of a type before the layers without keys": (
+        {"model_type": "gemma4_text", "num_kv_shared_layers": 3},
+        "num_kv_shared_layers: expected a layer of every type",
+    ),
+    "layers of one type that differ": (
+        {"model_type": "gemma4_text", "per_layer_config": {"0": {"head_dim": 4}}},
+        "per_layer_config: expected one JSON object for all layers of type sliding_attention",
+    ),
+    "an unknown field of a layer": (
+        {"model_type": "gemma4_text", "per_layer_config": {"3": {"sliding_window": 4}}},
+        "per_layer_config: sliding_window",
+    ),
+    "more experts chosen than Gemma 4 has": (
+        {
+            "model_type": "gemma4_text",
+            "enable_moe_block": True,
+            "num_experts": 2,
+            "top_k_experts": 3,
+            "moe_intermediate_size": 8,
+        },
+        "top_k_experts: expected at most 2",
+    ),
+    "fewer embeddings of layers than tokens": (
+        {"model_type": "gemma4_text", "vocab_size_per_layer_input": 100},
+        "vocab_size_per_layer_input: expected vocab_size",
     ),
     "residual dropout": ({"model_type": "phi3", "resid_pdrop": 0.1}, "resid_pdrop"),
     "a list": ([1, 2], "a JSON object"),
@@ -249,7 +342,8 @@ def nullable(family: str) -> list[str]:
 
 @pytest.mark.parametrize("family", supported())
 def test_null_fields_mean_what_they_mean_in_transformers(family: str) -> None:
-    base = {**LLAMA, "model_type": family, "num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
+    base = {**LLAMA, "model_type": family, "num_experts_per_tok": 2, "pad_token_id": 0}
+    base |= {"n_routed_experts": 4} if family == "glm4_moe" else {"num_experts": 4}
     for name in nullable(family):
         raw = {**base, name: None}
         try:
@@ -272,11 +366,12 @@ def test_null_fields_mean_what_they_mean_in_transformers(family: str) -> None:
         else:
             expected = tuple(window if kind == "sliding_attention" else GLOBAL_WINDOW for kind in kinds)
         assert ours.layer_windows == expected, name
-        assert ours.n_kv_heads == theirs.num_key_value_heads, name
-        assert ours.head_dim == (getattr(theirs, "head_dim", None) or 8), name
+        of_layer = theirs.per_layer_config["sliding_attention"] if "gemma4" in family else theirs
+        assert ours.n_kv_heads == (of_layer.num_key_value_heads or theirs.num_attention_heads), name
+        assert ours.head_dim == (getattr(of_layer, "head_dim", None) or 8), name
         assert ours.attn_softcap == (getattr(theirs, "attn_logit_softcapping", None) or 0), name
         assert ours.final_softcap == (getattr(theirs, "final_logit_softcapping", None) or 0), name
-        assert ours.attn_dropout == (theirs.attention_dropout or 0), name
+        assert ours.attn_dropout == (getattr(theirs, "attention_dropout", None) or 0), name
         assert ours.tie_embeddings == theirs.tie_word_embeddings, name
 
 

@@ -29,7 +29,16 @@ SIZES: dict[str, Any] = {
     "num_experts": 4,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
     "pad_token_id": 0,
+}
+# Sizes of one family only.
+FURTHER: dict[str, Any] = {
+    "gemma4_text": {"global_head_dim": 16, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 32},
+    "gemma4_unified_text": {"global_head_dim": 16},
 }
 # Values of fields for which another number, flag or list of the same type would have no effect or no meaning.
 VALUES: dict[str, Any] = {
@@ -37,6 +46,9 @@ VALUES: dict[str, Any] = {
     "hidden_act": "relu",
     "hidden_activation": "relu",
     "rms_norm_eps": 0.3,
+    "norm_eps": 0.3,
+    "full_attn_idxs": None,  # layer_types takes precedence
+    "block_multiple_of": 40,
     "layer_types": ["full_attention", "sliding_attention"] * 2,
     "layer_rope_theta": [1e4, 0.0, 1e3, 1e2],
     "no_rope_layers": [0, 1, 1, 0],
@@ -62,6 +74,8 @@ TOKENS = torch.tensor(np.random.default_rng(0).integers(1, 32, (1, 14)))
 
 def other_value(name: str, value: Any) -> Any:
     """Returns a value that differs from a field's default."""
+    if name == "layer_types" and "linear_attention" in value:
+        return value[::-1]
     if name in VALUES:
         return VALUES[name]
     if isinstance(value, bool):
@@ -73,7 +87,7 @@ def other_value(name: str, value: Any) -> Any:
 
 def small(family: str) -> dict[str, Any]:
     """Returns a family's defaults at tiny sizes, with windows shorter than the text."""
-    raw = CONFIG_MAPPING[family](**SIZES).to_dict() | {"model_type": family}
+    raw = CONFIG_MAPPING[family](**SIZES, **FURTHER.get(family, {})).to_dict() | {"model_type": family}
     return raw | ({} if raw.get("sliding_window") is None else {"sliding_window": 5})
 
 
@@ -124,4 +138,4 @@ def test_a_field_changes_our_model_if_it_changes_theirs(family: str) -> None:
         same = before.shape == after.shape and torch.equal(before, after)
         assert same == (changed == plain), f"{name}: {value!r}"
         acting |= set() if same else {name}
-    assert acting >= {"hidden_size", "rms_norm_eps"}
+    assert acting >= {"hidden_size", "norm_eps" if family == "lfm2" else "rms_norm_eps"}

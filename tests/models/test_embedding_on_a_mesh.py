@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax import distributed
 from nalora_jax.config import MeshConfig
-from nalora_jax.models.decoder import Embedding
+from nalora_jax.models.embedding import Embedding
 from nalora_jax.ops.dispatch import Numerics
 
 VOCAB, D, ROWS, SEQ = 4096, 64, 16, 32  # a table larger than its lookups, as in every model

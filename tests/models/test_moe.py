@@ -20,6 +20,7 @@ from nalora_jax.method.low_rank import residual
 from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, grouped_residual
 from nalora_jax.models.experts import route
 from nalora_jax.models.moe import ExpertDense, MoEFFN
+from nalora_jax.models.router import RouterSpec
 from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.ops.matmul import matmul
 
@@ -38,7 +39,7 @@ def test_routing_is_torchs_top_k(normalize):
     weights, chosen = torch.topk(torch.softmax(torch.tensor(logits), -1), 2)
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
-    routing = route(jnp.asarray(logits), 2, normalize=normalize)
+    routing = route(jnp.asarray(logits), 2, RouterSpec(normalize=normalize))
     assert np.all(np.diff(routing.expert) >= 0)
     assert routing.sizes.tolist() == np.bincount(chosen.numpy().ravel(), minlength=EXPERTS).tolist()
     np.testing.assert_array_equal(np.asarray(routing.expert)[routing.back], chosen.numpy().ravel())

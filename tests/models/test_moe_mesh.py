@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -23,16 +24,18 @@ from nalora_jax.loading.adapted import load
 from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method import statistics
 from nalora_jax.method.ffn import Adapters
+from nalora_jax.models import expert_exchange, moe
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.models.moe import MoEFFN
-from nalora_jax.models.stacks import projection_shapes
+from nalora_jax.models.stacks import layer_numbers, projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.quantize import quantize
 from nalora_jax.ops.reductions import count
-from nalora_jax.train.assembly import Assembly, build_model
+from nalora_jax.train.assembly import Assembly
+from nalora_jax.train.decoder_program import build_model
 
 EXPERTS, D, F, RANK, ROWS, SEQ = 4, 64, 128, 3, 8, 12
 STATS = GateStatsConfig(stride=2, probe_stride=3, checks=GateChecks(1e-5), extra=("excess",))
@@ -41,12 +44,14 @@ STATS = GateStatsConfig(stride=2, probe_stride=3, checks=GateChecks(1e-5), extra
 GPT_OSS = {"use_bias": True, "router_bias": True, "up_limit": 1.0, "activation": "clamped_swish(1.702,1.0)"}
 
 
-def block(sharding: NamedSharding | None = None, *, by_shard: bool = False, **options: Any) -> MoEFFN:
+def block(
+    sharding: NamedSharding | None = None, *, by_shard: bool = False, experts: str = "gather", **options: Any
+) -> MoEFFN:
     names = ("gate_proj", "up_proj", "down_proj")
     variant = GPT_OSS if options.pop("gpt_oss", False) else {}
     adapters = Adapters(tuple((name, RANK) for name in names), **options)
     stats = replace(STATS, sharding=sharding) if by_shard else STATS
-    return MoEFFN(D, F, EXPERTS, 2, adapters=adapters, stats=stats, sharding=sharding, **variant)
+    return MoEFFN(D, F, EXPERTS, 2, adapters=adapters, stats=stats, sharding=sharding, experts=experts, **variant)
 
 
 def over_shards(sums: Any, axis: int) -> Any:
@@ -152,6 +157,33 @@ def test_eight_devices_are_one(mesh, kind, options):
     assert_close(spread, results(single, variables, dropout=dropout))
 
 
+@pytest.mark.parametrize(
+    ("mesh", "kind", "slack", "options"),
+    [
+        (MeshConfig(2, 4, 1), "", 4.0, {"gpt_oss": True, "dora": True}),
+        (MeshConfig(1, 4, 2), "int8", 4.0, {}),
+        (MeshConfig(2, 2, 2), "", 0.5, {}),  # blocks are too small, so that all devices gather the experts
+    ],
+    ids=str,
+)
+def test_experts_that_rows_are_sent_to_are_those_of_one_device(mesh, kind, slack, options, monkeypatch):
+    monkeypatch.setattr(expert_exchange, "SLACK", slack)
+    monkeypatch.setattr(expert_exchange, "LEAST", 1)
+    single = block(**options)
+    variables = variables_of(single, kind)
+    spread = results(block(sharding_of(mesh), by_shard=not kind, experts="send", **options), variables, dropout=False)
+    assert_close(spread, results(single, variables, dropout=False))
+
+
+def test_fewer_bytes_decide_between_rows_and_experts():
+    """Qwen3-30B-A3B over 16 devices: 1.2 GB of experts a layer, rows of 4,096 tokens, of 16 times as many, of one."""
+    kernels, least = 128 * 3 * 2048 * 768 * 2.0, partial(expert_exchange.exchanges_less, d_model=2048, wide=2.0)
+    assert least(8 * 4096, kernel_bytes=kernels, devices=16)
+    assert not least(8 * 16 * 4096, kernel_bytes=kernels, devices=16)
+    assert least(8, kernel_bytes=kernels, devices=16)
+    assert not least(8, kernel_bytes=kernels, devices=1)
+
+
 def test_every_device_routes_its_own_tokens():
     """The whole gradient, counted by the compiler: an eighth on each of eight devices, on either kind of axis."""
 
@@ -186,11 +218,31 @@ MIXTRAL = {
 }
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+FAMILIES = {
+    "mixtral": {},
+    "gpt_oss": {"head_dim": 4, "sliding_window": 8},
+    # A dense layer, and one with experts and a shared expert.
+    "glm4_moe": {"n_routed_experts": 4, "moe_intermediate_size": 24, "n_shared_experts": 2},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_decoder_s_loss_gradients_and_statistics(family):
     """Through the scan over layers and rematerialisation."""
-    base = ModelConfig.from_hf(MIXTRAL | {"model_type": family, "head_dim": 4, "sliding_window": 8})
-    spec = resolve(LoRAConfig(rules=(LoRARule("ffn/", RANK),)), projection_shapes(base), base.n_layers)
+    base = ModelConfig.from_hf(MIXTRAL | {"model_type": family} | FAMILIES[family])
+    rules = LoRARule("ffn/|linear_attn/", RANK), LoRARule("", 0)
+    spec = resolve(LoRAConfig(rules=rules), projection_shapes(base), layer_numbers(base))
     params, lora = init_params(base, jax.random.key(0)), init_lora(base, spec, jax.random.key(1))
     params = trees.map_named(lambda path, x: x + 0.3 if path.endswith(("bias", "sinks")) else x, params)
     lora = jax.tree.map(lambda x: x + 0.1, lora)
@@ -198,7 +250,10 @@ def test_a_decoder_s_loss_gradients_and_statistics(family):
 
     def run(sharding: NamedSharding | None) -> Any:
         stats = replace(STATS, sharding=sharding)
-        model = Decoder(base, spec, Numerics(), remat="dots", stats=stats, activation_sharding=sharding)
+        experts = "send" if family == "glm4_moe" else "gather"
+        model = Decoder(
+            base, spec, Numerics(), remat="dots", stats=stats, activation_sharding=sharding, experts=experts
+        )
         placed = params
         rows = tokens
         if sharding is not None:
@@ -222,6 +277,7 @@ def test_a_decoder_s_loss_gradients_and_statistics(family):
 
 def test_evaluation_routes_by_shard_as_training_does(monkeypatch):
     """The model that a run evaluates, and the one that other verbs load, as it is compiled for one device of eight."""
+    monkeypatch.setattr(moe, "exchanges_less", lambda *_: False)  # flops of both branches would be counted
     base = ModelConfig.from_hf(MIXTRAL | {"hidden_size": D, "intermediate_size": F})
     spec = resolve(LoRAConfig(rules=(LoRARule("ffn/", RANK),)), projection_shapes(base), base.n_layers)
     params, lora = init_params(base, jax.random.key(0)), init_lora(base, spec, jax.random.key(1))

@@ -19,7 +19,7 @@ LIMIT = 16e9
 
 
 def layout(memory: float, seconds: float, *, fsdp: int = 1, remat: str = "dots") -> Layout:
-    return Layout(8 // fsdp, fsdp, 1, remat, memory * 1e9, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, seconds, 0.5)
+    return Layout(8 // fsdp, fsdp, 1, remat, "auto", memory * 1e9, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, seconds, 0.5)
 
 
 def searched(candidates: list[Layout], compiler: Callable[[Layout], Compiled]) -> tuple[Layout, Compiled, list[Layout]]:

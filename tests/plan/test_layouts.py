@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,19 +15,31 @@ from nalora_jax.cli.plan import PlanArgs, plan
 from nalora_jax.config import ComputeConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
-from nalora_jax.models.stacks import projection_shapes
-from nalora_jax.models.targets import resolve
+from nalora_jax.models.stacks import layer_numbers, param_shapes, projection_shapes
+from nalora_jax.models.targets import AdapterSpec, resolve
+from nalora_jax.ops.quantize import kernels
+from nalora_jax.plan.estimates import WIDTHS, weight_bytes
 from nalora_jax.plan.figures import Figures
 from nalora_jax.plan.layouts import candidates, choose, estimate
 from nalora_jax.plan.machines import Topology, topology
 from nalora_jax.plan.models import CONFIGS, architecture
-from nalora_jax.plan.roofline import active_parameters, attention_flops, kernel_flops, splash_flops
+from nalora_jax.plan.program import _weight
+from nalora_jax.plan.roofline import (
+    active_parameters,
+    attention_flops,
+    kernel_flops,
+    mixer_flops,
+    splash_flops,
+    useful_flops,
+)
+
+RELEASED = Path(__file__).parents[1] / "models" / "released"
 
 
 def chosen(model: str, where: str, *, seq: int = 4096, rows: int = 0, **options):
     base, machine = architecture(model), topology(where)
     config = RunConfig(train=TrainConfig(batch_size=rows or machine.size), **options)
-    spec = resolve(config.lora, projection_shapes(base), base.n_layers)
+    spec = resolve(config.lora, projection_shapes(base), layer_numbers(base))
     return choose(config, base, spec, machine, seq)
 
 
@@ -149,6 +162,35 @@ def test_parameters_and_attention_are_counted_as_the_models_are():
     assert attention_flops(windowed, 64) == 4 * mask.sum() * 4096
 
 
+@pytest.mark.parametrize(("name", "released", "active"), [("20b", 13.76e9, 3.6e9), ("120b", 65.25e9, 5.1e9)])
+def test_gpt_oss_takes_the_memory_of_its_released_files(name, released, active):
+    """Experts of 4.25 bits a weight, biases and sinks included; as many active parameters as its model card states."""
+    base = architecture(str(RELEASED / f"gpt-oss-{name}.json"))
+    layer, ends = weight_bytes(base, WIDTHS["mxfp4"], 2.0, kernels("mxfp4"))
+    shapes = param_shapes(base).items()
+    stored = [_weight(path, shape, ComputeConfig(dtype="bfloat16", quantize="mxfp4")) for path, shape in shapes]
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
+    assert layer * base.n_layers + ends == pytest.approx(held, rel=1e-9)
+    assert held == pytest.approx(released, rel=5e-3)
+    assert active_parameters(base) == pytest.approx(active, rel=0.02)
+
+
+@pytest.mark.parametrize("where", ["v5e:16x16", "v6e:16x16", "v5p:8x8x16", "8xh100"])
+def test_models_with_linear_attention_fit(where):
+    for name, least in {"Qwen3.5-9B": 0.6, "Qwen3.5-35B-A3B": 0.05}.items():
+        layout = chosen(str(RELEASED / f"{name}.json"), where)
+        assert layout.memory < topology(where).chip.memory
+        assert layout.mfu > least
+
+
+@pytest.mark.parametrize(("name", "active", "share"), [("Qwen3.5-9B", 7.94e9, 0.01), ("Qwen3.5-35B-A3B", 2.95e9, 0.03)])
+def test_linear_attention_is_a_small_share_of_the_useful_flops(name, active, share):
+    base = architecture(str(RELEASED / f"{name}.json"))
+    assert active_parameters(base) == pytest.approx(active, rel=0.01)
+    assert 3 * mixer_flops(base, 4096) / useful_flops(base, AdapterSpec(), 1, 4096) == pytest.approx(share, rel=0.15)
+    assert mixer_flops(base, 8192) == 2 * mixer_flops(base, 4096)
+
+
 def test_links_of_the_torus_dimensions_that_a_collective_spans():
     v6e, v5p, gpus = topology("v6e:16x16"), topology("v5p:8x8x16"), topology("64xh100")
     assert v6e.inbound(16) == v6e.chip.interconnect / 2
@@ -241,6 +283,23 @@ def test_estimates_agree_with_the_compiled_rows_of_the_table():
 def test_rows_of_the_table_keep_their_layouts(model, where, mesh, remat):
     layout = chosen(model, where)
     assert (layout.mesh, layout.remat) == (mesh, remat)
+
+
+RELEASED = Path(__file__).parents[1] / "models" / "released"
+
+
+def test_few_tokens_are_sent_to_experts_and_many_gather_them():
+    """Of 128 experts a token meets 8: with 64 tokens a chip, rows are a thirtieth of the experts' bytes."""
+    model, where = str(RELEASED / "Qwen3-Coder-30B-A3B-Instruct.json"), "v6e:4x4"
+    few, gathered = (
+        chosen(model, where, seq=64, mesh=MeshConfig(1, 16, 1), compute=ComputeConfig(experts=way))
+        for way in ("auto", "gather")
+    )
+    assert few.experts == "send"
+    assert few.gathers < 0.1 * gathered.gathers
+    assert few.seconds < 0.5 * gathered.seconds
+    assert chosen(model, where, seq=8192, mesh=MeshConfig(1, 16, 1)).experts == "gather"
+    assert chosen(model, where, seq=64, lora=LoRAConfig(dropout=0.1)).experts == "gather"
 
 
 def test_more_than_the_host_has_is_an_error_that_says_so():

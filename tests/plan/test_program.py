@@ -14,8 +14,8 @@ from nalora_jax.config import (
     MeshConfig,
     RunConfig,
     TrainConfig,
+    VisionConfig,
 )
-from nalora_jax.config.vision import VisionConfig
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.plan.dual import contrastive_step

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.report.inspect import LayerSummary, layer_summary, layer_table, responsive_share, save_picture
+from nalora_jax.report.inspect import LayerSummary, by_layer, layer_summary, layer_table, responsive_share, save_picture
 
 CUTS = (-1.2785, 0.0, 4.485)
 
@@ -85,6 +85,14 @@ def test_experts_count_by_the_tokens_that_reached_them():
     whole = layer_summary(dense)
     for name in ("slope", "responsive", "occupancy", "misalignment", "limit"):
         np.testing.assert_allclose(getattr(routed, name), getattr(whole, name), rtol=1e-12)
+
+
+def test_every_gate_of_a_layer_has_its_row(sums):
+    prefix, summary = "layers/group0/block0", layer_summary(sums)
+    blocks = {f"{prefix}/{name}": summary for name in ("ffn/dense", "ffn/experts", "tail")}
+    rows = by_layer(blocks, {prefix: (1, 4, 7)})
+    assert rows.names == tuple(f"{layer} {name}" for layer in (1, 4, 7) for name in ("dense", "experts", "tail"))
+    np.testing.assert_array_equal(rows.slope[2::3], summary.slope)
 
 
 def test_no_tokens_is_an_error(sums):

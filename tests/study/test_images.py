@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from nalora_jax import trees
-from nalora_jax.data.images.sources import open_images
+from nalora_jax.data.images.opened import open_images
 from nalora_jax.distributed import make_global_batch, make_mesh
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images
-from nalora_jax.models.vision import DualEncoder
+from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.study import execution
 from nalora_jax.study.plan import Cell, Run, wanted
 from nalora_jax.study.protocol import Method, Protocol, read_protocol

@@ -19,9 +19,9 @@ from nalora_jax.config import (
     MeshConfig,
     RunConfig,
     TrainConfig,
+    VisionConfig,
     check,
 )
-from nalora_jax.config.vision import VisionConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.dual_pieces import dual_pieces, image_records
 from tests import tiny

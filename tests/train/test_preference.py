@@ -21,13 +21,13 @@ from nalora_jax.config import (
     LoRARule,
     MeshConfig,
     OptimizerConfig,
+    PreferenceConfig,
     RunConfig,
     TrainConfig,
     check,
 )
-from nalora_jax.config.preference import PreferenceConfig
 from nalora_jax.data.preference import pair_data
-from nalora_jax.data.sources import RecordsSource
+from nalora_jax.data.source import RecordsSource
 from nalora_jax.errors import NaloraError
 from nalora_jax.job import run
 from nalora_jax.models.config import ModelConfig

@@ -6,10 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from nalora_jax.config import DataConfig, LoRAConfig, LoRARule
-from nalora_jax.config.preference import PreferenceConfig
+from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, PreferenceConfig
 from nalora_jax.data.preference import pair_data
-from nalora_jax.data.sources import RecordsSource
+from nalora_jax.data.source import RecordsSource
 from nalora_jax.loading.adapted import load
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.stacks import projection_shapes

@@ -30,7 +30,7 @@ from nalora_jax.method.step import StepConfig, make_train_step
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.ops import gated_products
-from nalora_jax.train import assembly as assembly_module
+from nalora_jax.train import decoder_program, jitted
 from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.loop import _Meter
 from nalora_jax.train.mechanisms import make_mechanisms
@@ -326,7 +326,7 @@ def test_other_assertions_stay_what_they_are(caplog: pytest.LogCaptureFixture) -
         raise AssertionError("something else")
 
     with pytest.raises(AssertionError, match="something else") as caught:
-        assembly_module._checked(step)({}, {}, {})
+        jitted._checked(step)({}, {}, {})
     assert not isinstance(caught.value, NaloraError)
     logging.getLogger("absl").warning("[Chex] Some of chexify assertion statuses were not inspected due to async exec")
     assert not caplog.records
@@ -402,7 +402,7 @@ def test_without_a_cotangent_statistic_the_program_is_the_same(monkeypatch: pyte
     def program(config: RunConfig) -> str:
         made, _ = _assemble(config)
         mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
-        objective = assembly_module.next_token(BASE, made.model, config.compute, mesh)
+        objective = decoder_program.next_token(BASE, made.model, config.compute, mesh)
         step = make_train_step(made.optimizer, StepConfig(made.mechanisms), objective)
         return str(jax.make_jaxpr(step)(params, made.state, _batch(0)))
 

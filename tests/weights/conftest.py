@@ -29,6 +29,13 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+DELTA_NET = {
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+}
 FEATURES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
     "mistral": {"sliding_window": 4},
@@ -58,6 +65,8 @@ FEATURES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.3,
         "logits_scaling": 2.0,
     },
+    "granite_swa": {"sliding_window": 4, "layer_rope_theta": [1e4, 0.0, 1e3], "attention_multiplier": 0.3},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {
         "num_local_experts": 4,
@@ -72,6 +81,27 @@ FEATURES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 20,
         "decoder_sparse_step": 1,
         "norm_topk_prob": True,
+    },
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 12,
+    },
+    "qwen3_5_text": DELTA_NET,
+    "qwen3_next": {
+        **DELTA_NET,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 12,
+    },
+    "glm4_moe": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
     },
 }
 
@@ -93,6 +123,9 @@ def tiny_model() -> Callable[..., tuple[Any, ModelConfig]]:
         with torch.no_grad():
             for parameter in model.parameters():  # the defaults leave logits near zero and norms at one
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.ndim == 1))
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
         return model, ModelConfig.from_hf(model.config.to_dict())
 
     return build
@@ -127,15 +160,15 @@ def random_lora() -> Callable[..., tuple[dict[str, Any], AdapterSpec]]:
         rng = np.random.default_rng(seed)
         shapes, leaves, specs = projection_shapes(config), {}, []
         for name, (ranks, alphas) in sorted(targets.items()):
-            path = f"layers/{name}"
+            path, n = f"layers/{name}", len(ranks)
             *lead, d_in, d_out = shapes[path]
-            a = rng.normal(0, 0.3, (config.n_layers, *lead, d_in, max(ranks))).astype(np.float32)
-            b = rng.normal(0, 0.3, (config.n_layers, *lead, max(ranks), d_out)).astype(np.float32)
+            a = rng.normal(0, 0.3, (n, *lead, d_in, max(ranks))).astype(np.float32)
+            b = rng.normal(0, 0.3, (n, *lead, max(ranks), d_out)).astype(np.float32)
             for layer, rank in enumerate(ranks):
                 a[layer, ..., rank:], b[layer, ..., rank:, :] = 0, 0
             leaves |= {f"{path}/a": a, f"{path}/b": b}
             if variant.get("dora"):
-                leaves[f"{path}/magnitude"] = rng.uniform(0.5, 2, (config.n_layers, *lead, d_out)).astype(np.float32)
+                leaves[f"{path}/magnitude"] = rng.uniform(0.5, 2, (n, *lead, d_out)).astype(np.float32)
             specs.append((path, TargetSpec(ranks, alphas)))
         return unflatten(leaves), AdapterSpec(tuple(specs), **variant)
 

@@ -27,7 +27,8 @@ from nalora_jax.weights import tensors
 from nalora_jax.weights.hf import INDEX, SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for, params_from_tensors
 from nalora_jax.weights.origin import fingerprint
-from nalora_jax.weights.tensors import Index, load_params
+from nalora_jax.weights.slices import Index
+from nalora_jax.weights.tensors import load_params
 
 RAW: dict[str, Any] = {
     "model_type": "llama",

@@ -44,7 +44,7 @@ ARCHITECTURES = {
 
 def config_of(family: str, **changes) -> ModelConfig:
     raw = {**SIZES, "model_type": family, **changes}
-    if family in ("gemma2", "gemma3_text", "olmo3"):
+    if family in ("gemma2", "gemma3_text", "olmo3", "gpt_oss", "granite_swa") or family.startswith("gemma4"):
         raw["sliding_window"] = 8
     return ModelConfig.from_hf(raw)
 
@@ -54,8 +54,9 @@ def draw(shapes):
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("family", sorted(supported()))
-@pytest.mark.parametrize("source", ["hf", "gguf"])
+@pytest.mark.parametrize(
+    ("family", "source"), [(family, "hf") for family in sorted(supported())] + [(family, "gguf") for family in GGUF]
+)
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_leaf_is_filled_and_goes_back(family, source, tied):
     config = config_of(family, tie_word_embeddings=tied)
@@ -92,6 +93,12 @@ def test_gguf_names_are_llama_cpps(family):
         assert theirs.get_name(hf_name, try_suffixes=(".weight", ".bias")) == tensor.name
 
 
+@pytest.mark.parametrize("family", sorted(set(supported()) - set(GGUF)))
+def test_a_family_without_gguf_names_is_refused_by_name(family):
+    with pytest.raises(NaloraError, match=f"GGUF: expected one of llama, .*found {family}"):
+        keymap_for(config_of(family, sliding_window=8), "gguf")
+
+
 def test_rotated_rows_come_back_in_transformers_order():
     """The order that llama.cpp's converter writes, in its own words."""
     heads, dim, width = 3, 8, 5
@@ -119,6 +126,13 @@ def test_text_model_of_a_multimodal_file(prefix):
     names = keymap.check(found, "folder")
     assert names["model.norm.weight"] == f"{prefix}norm.weight"
     assert len(names) == len(keymap.tensors)
+
+
+def test_the_layer_that_predicts_further_tokens_is_left_out():
+    keymap = keymap_for(config_of("glm4_moe"), "hf")
+    assert keymap.is_ignored("model.layers.2.eh_proj.weight")
+    assert not keymap.is_ignored("model.layers.1.mlp.gate.weight")
+    assert not keymap.is_ignored("model.layers.20.mlp.gate.weight")
 
 
 WRONG = {

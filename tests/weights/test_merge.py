@@ -40,6 +40,35 @@ TARGETS = {
 ALL = {f"attn/{n}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for n in "qkvo"} | {
     f"ffn/{n}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for n in ("gate", "up", "down")
 }
+SHARED = {
+    f"ffn/{part}/{n}_proj": ALL["ffn/up_proj"] for part in ("experts_ffn", "shared_ffn") for n in ("gate", "down")
+}
+# LFM2 with a convolution, attention and a convolution.
+LFM2 = {
+    "group0/block0/conv/bcx_proj": ((3,), (8.0,)),
+    "group0/block1/attn/o_proj": ((2,), (5.0,)),
+    "group0/block2/conv/o_proj": ((4,), (3.0,)),
+    "group0/block2/ffn/gate_proj": ((2,), (2.0,)),
+}
+# GLM-4.5 with a dense layer and two with experts.
+GLM = {
+    f"{stack}/{name}_proj": (ranks, tuple(map(float, ranks)))
+    for stack, ranks in {"group0/block0": (3,), "group1/block0": (4, 2)}.items()
+    for name in ("attn/v", *(("ffn/up",) if len(ranks) == 1 else ("ffn/experts_ffn/gate", "ffn/shared_ffn/down")))
+}
+# Qwen3.5 with two layers of linear attention and one of attention.
+HYBRID = {
+    **{f"group0/block0/linear_attn/{n}": ((4, 2), (8.0, 3.0)) for n in ("in_proj_qkv", "in_proj_z", "out_proj")},
+    **{f"group0/block0/linear_attn/in_proj_{n}": ((1, 2), (2.0, 3.0)) for n in "ab"},
+    "group0/block0/ffn/gate_proj": ((4, 4), (8.0, 8.0)),
+    **{f"group1/block0/attn/{n}_proj": ((3,), (6.0,)) for n in "qo"},
+}
+NEXT = {
+    "group0/block0/linear_attn/in_proj_qkvz": ((4, 2), (8.0, 3.0)),
+    "group0/block0/linear_attn/in_proj_ba": ((2, 2), (4.0, 4.0)),
+    "group0/block0/ffn/experts_ffn/up_proj": ((4, 4), (8.0, 8.0)),
+    "group1/block0/attn/q_proj": ((3,), (6.0,)),
+}
 NO_ADAPTERS = AdapterSpec()
 TOKENS = np.array([[1, 5, 9, 30, 7, 11, 2, 40], [3, 3, 8, 21, 44, 6, 17, 9]])
 
@@ -142,16 +171,25 @@ FAMILIES = {
     "ministral3": (TARGETS, {"dora": True}),
     "smollm3": (ALL, {}),
     "granite": (ALL, {"rslora": True}),
+    "granite_swa": (TARGETS, {"dora": True}),
+    "lfm2": (LFM2, {"dora": True}),
     "mixtral": (TARGETS, {}),
     "qwen3_moe": (ALL, {"rslora": True}),
+    "qwen2_moe": (SHARED, {}),
+    "glm4_moe": (GLM, {"rslora": True}),
     "gpt_oss": (ALL, {}),
+    "qwen3_5_text": (HYBRID, {"dora": True}),
+    "qwen3_next": (NEXT, {}),
 }
 WITH_DECODER = (
     "llama",
     "gemma3_text",
     "phi3",
     "mixtral",
+    "glm4_moe",
+    "lfm2",
     "gpt_oss",
+    "qwen3_5_text",
 )  # the others would only repeat it, at a compilation each
 
 

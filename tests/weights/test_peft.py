@@ -11,10 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.stacks import projection_shapes
+from nalora_jax.models.stacks import locate, projection_shapes
 from nalora_jax.trees import flatten, map_named
 from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
-from nalora_jax.weights.peft_modules import module_layout
+from nalora_jax.weights.peft_modules import layers_with, module_layout
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -31,6 +31,37 @@ MIXED = {
     "ffn/down_proj": ((0, 4, 0), (1.0, 5.0, 1.0)),
     "attn/q_proj": ((1, 2, 5), (1.5, 2.5, 3.5)),
     "attn/v_proj": ((4, 4, 4), (8.0, 8.0, 8.0)),
+}
+# GLM-4.5 with a dense layer and two with experts.
+GLM = {
+    "group0/block0/ffn/gate_proj": ((2,), (3.0,)),
+    "group1/block0/attn/q_proj": ((4, 0), (8.0, 1.0)),
+    "group1/block0/ffn/experts_ffn/gate_proj": ((4, 2), (8.0, 3.0)),
+    "group1/block0/ffn/experts_ffn/down_proj": ((3, 3), (8.0, 8.0)),
+    "group1/block0/ffn/shared_ffn/up_proj": ((2, 3), (5.0, 2.0)),
+}
+# LFM2 with a convolution, attention and a convolution.
+LFM2 = {
+    "group0/block0/conv/bcx_proj": ((3,), (8.0,)),
+    "group0/block1/attn/o_proj": ((2,), (5.0,)),
+    "group0/block1/ffn/up_proj": ((2,), (3.0,)),
+    "group0/block2/conv/o_proj": ((4,), (3.0,)),
+}
+# Qwen3.5 with two layers of linear attention and one of attention.
+DELTA_NET = {
+    "group0/block0/linear_attn/in_proj_qkv": ((4, 2), (8.0, 3.0)),
+    "group0/block0/linear_attn/in_proj_a": ((0, 2), (1.0, 3.0)),
+    "group0/block0/linear_attn/out_proj": ((3, 3), (8.0, 8.0)),
+    "group1/block0/attn/q_proj": ((4,), (8.0,)),
+    "group1/block0/ffn/gate_proj": ((2,), (3.0,)),
+}
+DENSE_BETWEEN = {
+    "group0/block0/ffn/gate_proj": ((4,), (8.0,)),
+    "group0/block1/ffn/gate_proj": ((2,), (3.0,)),
+    "group0/block1/ffn/down_proj": ((2,), (4.0,)),
+}
+SHARED = {
+    f"ffn/{part}/{n}": FFN[f"ffn/{n}"] for part in ("experts_ffn", "shared_ffn") for n in ("up_proj", "down_proj")
 }
 TOKENS = np.array([[1, 5, 9, 30, 7, 11, 2, 40], [3, 3, 8, 21, 44, 6, 17, 9]])
 
@@ -61,10 +92,13 @@ def peft_deltas(wrapped: Any, layout: Any, config: Any) -> dict[tuple[str, int],
     """PEFT's own delta weights by stacked path and layer, in our orientation; fused modules split."""
     found: dict[tuple[str, int], np.ndarray] = {}
     modules = dict(wrapped.get_base_model().named_modules())
-    shapes = projection_shapes(config)
+    shapes, places = projection_shapes(config), locate(config)
     for layer in range(config.n_layers):
         for host in (*layout.modules, *layout.parameters):
             name = layout.full_name(layer, host.name)
+            if layer not in layers_with(config, host.parts[0], experts=host in layout.parameters):
+                continue
+            parts = [places[part, layer] for part in host.parts]
             module = modules.get(name)
             if host in layout.parameters:
                 module = modules[name.rpartition(".")[0]]
@@ -75,10 +109,10 @@ def peft_deltas(wrapped: Any, layout: Any, config: Any) -> dict[tuple[str, int],
             delta = module.get_delta_weight("default").detach().double().numpy()
             if host not in layout.parameters or module._did_swap_in_out_features:  # stored as [d_out, d_in]
                 delta = delta.swapaxes(-1, -2)
-            parts = np.split(delta, np.cumsum([shapes[p][-1] for p in host.parts])[:-1], -1)
+            of_parts = np.split(delta, np.cumsum([shapes[path][-1] for path, _ in parts])[:-1], -1)
             if host.alternates:
-                parts = [delta[..., i :: len(host.parts)] for i in range(len(host.parts))]
-            found |= {(part, layer): ours for part, ours in zip(host.parts, parts, strict=True)}
+                of_parts = [delta[..., i :: len(parts)] for i in range(len(parts))]
+            found |= zip(parts, of_parts, strict=True)
     return found
 
 
@@ -174,6 +208,20 @@ def test_import_equals_peft(variant, tiny_model, deltas, tmp_path):
             )
 
 
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next"])
+def test_import_adapters_of_linear_attention(family, tiny_model, deltas, tmp_path):
+    model, config = tiny_model(family)
+    named = {"qwen3_5_text": "all-linear", "qwen3_next": ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"]}
+    wrapped = wrap(model, r=2, lora_alpha=6, target_modules=named[family])
+    wrapped.save_pretrained(tmp_path)
+
+    lora, spec = import_adapter(tmp_path, config)
+
+    theirs = peft_deltas(wrapped, module_layout(config), config)
+    assert len(theirs) == {"qwen3_5_text": 2 * 8 + 7, "qwen3_next": 2 * 3 + 1}[family]
+    assert_same(deltas(lora, spec), theirs, 1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_import_low_precision(dtype, tiny_model, deltas, tmp_path):
     model, config = tiny_model("llama")
@@ -248,6 +296,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "olmo2": ("olmo2", FFN | ATTENTION, {}),
     "olmo3": ("olmo3", MIXED, {}),
     "ministral3": ("ministral3", FFN | ATTENTION, {}),
+    "lfm2": ("lfm2", LFM2, {}),
     "phi3": ("phi3", FFN | ATTENTION, {}),
     "phi3 mixed": ("phi3", MIXED, {}),
     "phi3 rslora": ("phi3", MIXED, {"rslora": True}),
@@ -259,13 +308,19 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt_oss mixed": ("gpt_oss", MIXED, {"rslora": True}),
     "qwen3_moe gate": ("qwen3_moe", {"ffn/gate_proj": FFN["ffn/gate_proj"]}, {"dropout": 0.5}),
     "qwen3_moe mixed": ("qwen3_moe", MIXED, {}),
+    "qwen3_moe dense layer": ("qwen3_moe", DENSE_BETWEEN, {}),
+    "qwen2_moe": ("qwen2_moe", SHARED, {}),
+    "glm4_moe": ("glm4_moe", GLM, {}),
+    "qwen3_5_text": ("qwen3_5_text", DELTA_NET, {}),
+    "qwen3_5_text dora": ("qwen3_5_text", DELTA_NET, {"dora": True}),
 }
+CHANGES = {"qwen3_moe dense layer": {"mlp_only_layers": [1]}}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_export_loads_in_peft(case, tiny_model, random_lora, deltas, tmp_path):
     family, targets, variant = CASES[case]
-    model, config = tiny_model(family)
+    model, config = tiny_model(family, **CHANGES.get(case, {}))
     lora, spec = random_lora(config, targets, **variant)
     folder = tmp_path / "adapter"
 
@@ -278,7 +333,7 @@ def test_export_loads_in_peft(case, tiny_model, random_lora, deltas, tmp_path):
     # And back: what was exported is what is imported, bit for bit where no scale was folded.
     again, spec_again = import_adapter(folder, config)
     assert_same(deltas(lora, spec), deltas(again, spec_again), 1e-6)
-    if config.model_type not in ("phi3", "mixtral", "qwen3_moe", "gpt_oss"):
+    if config.model_type != "phi3" and not config.n_experts:
         assert spec_again == spec
         for path, _target in spec.targets:
             for name in ("a", "b"):
@@ -346,7 +401,7 @@ def test_verify_export_notices_any_change(tiny_model, random_lora, tmp_path):
 # ---------------------------------------------------------------- mixtures of experts, as PEFT itself writes them
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "glm4_moe", "gpt_oss"])
 @pytest.mark.parametrize("style", ["parameters", "one parameter", "modules"])
 def test_import_experts_from_peft(family, style, tiny_model, deltas, tmp_path):
     model, config = tiny_model(family)
@@ -461,25 +516,27 @@ def vllm_accepts(folder: Path, max_lora_rank: int = 16) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "glm4_moe"])
 def test_vllm_export(family, tiny_model, random_lora, deltas, tmp_path):
     model, config = tiny_model(family)
-    lora, spec = random_lora(config, MIXED, rslora=True, dropout=0.1)
+    lora, spec = random_lora(config, GLM if family == "glm4_moe" else MIXED, rslora=True, dropout=0.1)
 
     export_adapter(lora, spec, config, tmp_path / "a", base_model_name="org/base", target="vllm")
 
     settings_ = vllm_accepts(tmp_path / "a")
     assert settings_["use_rslora"] is False
-    assert settings_["r"] == {"phi3": 9}.get(family, 5)
+    assert settings_["r"] == {"phi3": 9, "glm4_moe": 4}.get(family, 5)
     verify_export(tmp_path / "a", lora, spec, config)
-    with warnings.catch_warnings():
-        # PEFT warns of its own patterns for fused experts.
-        warnings.filterwarnings("ignore", r".*gate_up_proj'\]", RuntimeWarning)
-        wrapped = load(model, tmp_path / "a")
-    assert_same(deltas(lora, spec), peft_deltas(wrapped, module_layout(config), config))
+    if family != "glm4_moe":  # PEFT would take the shared expert's modules for experts
+        with warnings.catch_warnings():
+            # PEFT warns of its own patterns for fused experts.
+            warnings.filterwarnings("ignore", r".*gate_up_proj'\]", RuntimeWarning)
+            wrapped = load(model, tmp_path / "a")
+        assert_same(deltas(lora, spec), peft_deltas(wrapped, module_layout(config), config))
     if config.n_experts:  # vLLM packs gate, up and down of every expert: all or none
         names = {key.rpartition(".lora_")[0] for key in load_file(tmp_path / "a/adapter_model.safetensors")}
-        assert sum(".experts." in name for name in names) == 3 * config.n_layers * config.n_experts
+        mixtures = config.n_layers - (family == "glm4_moe")
+        assert sum(".experts." in name for name in names) == 3 * mixtures * config.n_experts
 
 
 def test_vllm_export_of_stacked_experts(tiny_model, random_lora, deltas, tmp_path):

@@ -24,7 +24,7 @@ from nalora_jax.models.decoder import init_params
 from nalora_jax.ops.quantize import quantize, quantize_params
 from nalora_jax.trees import flatten, size_bytes
 from nalora_jax.weights.keymaps import tensors_from_params
-from nalora_jax.weights.tensors import quantized_parts
+from nalora_jax.weights.quantized_tensors import quantized_parts
 
 RAW = {
     "model_type": "llama",

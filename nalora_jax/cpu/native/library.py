@@ -29,7 +29,15 @@ DEADLINE = 120  # seconds; compilation takes 10 to 30
 _MAKING = "making-"  # prefix of the folders in which libraries are compiled
 _SOURCES = (_MAIN, *sorted(_MAIN.parent.glob("*.h")))
 # -fno-trapping-math: otherwise loops with comparisons are vectorized only on targets with masks.
-_COMMON = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fno-trapping-math", "-fPIC", "-shared", "-w")
+_COMMON = (
+    "-O3",
+    "-std=c++17",
+    "-ffp-contract=fast",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-shared",
+    "-w",
+)
 _VECTORS = (
     *(f"-m{feature}" for feature in ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "fma")),
     "-mprefer-vector-width=512",
@@ -200,7 +208,12 @@ def _compile(command: list[str], scratch: str) -> None:
     At its deadline it is killed with all of its child processes.
     """
     environment = {**os.environ, "TMPDIR": scratch}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "errors": "replace",
+    }
     with subprocess.Popen(command, start_new_session=True, env=environment, **pipes) as compiler:  # type: ignore[call-overload]
         try:
             said, _ = compiler.communicate(timeout=DEADLINE)

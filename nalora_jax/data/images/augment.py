@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax.config.vision import VisionConfig
+from nalora_jax.config import VisionConfig
 from nalora_jax.data.images.files import pillow
 
 _RATIO = (3 / 4, 4 / 3)  # aspect ratios of a crop, width over height
@@ -22,8 +22,8 @@ def generator(*key: int) -> np.random.Generator:
 def augmented(image: Any, vision: VisionConfig, rng: np.random.Generator) -> Any:
     """Returns ``image`` (RGB), cropped and mirrored at random as ``vision.augment`` allows.
 
-    A crop has at least ``vision.crop_area`` of the image's area and an aspect ratio between 3/4 and 4/3, as in
-    torchvision's RandomResizedCrop; the processor resizes it later.
+    A crop has at least ``vision.crop_area`` of the image's area and an aspect ratio between 3/4 and
+    4/3, as in torchvision's RandomResizedCrop; the processor resizes it later.
     """
     if vision.augment == "none":
         return image

@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nalora_jax.config import DataConfig
-from nalora_jax.config.vision import VisionConfig
+from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.chat import text_field
 from nalora_jax.data.forms import IMAGES, ROLES, Parts, canonical
 from nalora_jax.data.images.files import Limits, open_image
-from nalora_jax.data.images.sources import OWN, ImageSource, open_images
+from nalora_jax.data.images.opened import OWN, open_images
+from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.mixture import components
 from nalora_jax.data.source import Record, Source, Span
 from nalora_jax.data.sources import open_source
@@ -202,7 +202,10 @@ class ChatImages(Source):
                 url = part.get("image_url")
                 yield self._opened(url.get("url") if isinstance(url, dict) else url, here)
             elif kind == "image":
-                value = next((part[name] for name in ("image", "path", "url") if part.get(name) is not None), None)
+                value = next(
+                    (part[name] for name in ("image", "path", "url") if part.get(name) is not None),
+                    None,
+                )
                 yield None if value is None else self._opened(value, here)
             else:
                 expected = 'parts of the type "text", "image" or "image_url"'
@@ -216,11 +219,17 @@ class ChatImages(Source):
             prompt = text_field(row, data.prompt_field, where)
             answer = text_field(row, data.completion_field, where, "--data.completion-field")
         else:
-            prompt, answer = vision.prompt, text_field(row, vision.caption_field, where, "--vision.caption-field")
+            prompt, answer = (
+                vision.prompt,
+                text_field(row, vision.caption_field, where, "--vision.caption-field"),
+            )
         if _PLACEHOLDER not in prompt:
             prompt = f"{_PLACEHOLDER}\n" * len(images) + prompt
         if data.chat:
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer.strip()}]
+            turns = [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": answer.strip()},
+            ]
             messages, images = self._messages(turns, images, where)
             return {data.messages_field: messages, IMAGES: images}
         if prompt.count(_PLACEHOLDER) != len(images):
@@ -228,7 +237,11 @@ class ChatImages(Source):
             raise NaloraError(f"{where}: {data.prompt_field}", expected=expected, found=repr(prompt)[:80])
         texts = prompt.split(_PLACEHOLDER)
         if any(self._tokens.reserved(text) for text in (*texts, answer)):
-            raise NaloraError(where, expected=f"no {self._tokens.token} in a text", found=repr(prompt + answer)[:80])
+            raise NaloraError(
+                where,
+                expected=f"no {self._tokens.token} in a text",
+                found=repr(prompt + answer)[:80],
+            )
         answer = answer if answer[:1].isspace() else f" {answer}"
         prompt = self._tokens.expansion.join(texts)
         return {data.prompt_field: prompt, data.completion_field: answer, IMAGES: images}
@@ -259,7 +272,9 @@ class ChatImages(Source):
             raise NaloraError(where, expected="an image's path or a data: URL", found=value[:80], remedy=remedy)
         if self._folder is None:
             raise NaloraError(
-                where, expected="an image", found=f"the path {value[:80]}, of a data set without a folder"
+                where,
+                expected="an image",
+                found=f"the path {value[:80]}, of a data set without a folder",
             )
         path = (self._folder / (rest if colon else value)).resolve()
         if not path.is_relative_to(self._folder):  # records may come from an untrusted author
@@ -307,7 +322,11 @@ def asked(prompt: str, images: int, tokenizer: Tokenizer, *, chat: bool) -> list
     if tokens is None:
         raise NaloraError("--image", expected="a model that sees images", found="a language model")
     if tokens.reserved(prompt):
-        raise NaloraError("--prompt", expected=f"no {tokens.token} in it: images come first", found=repr(prompt)[:80])
+        raise NaloraError(
+            "--prompt",
+            expected=f"no {tokens.token} in it: images come first",
+            found=repr(prompt)[:80],
+        )
     if not chat:
         return tokenizer.encode(f"{tokens.expansion}\n" * images + prompt)
     parts = Parts([*[{"type": "image"}] * images, {"type": "text", "text": prompt}])

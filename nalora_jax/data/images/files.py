@@ -27,7 +27,8 @@ class Limits:
     # Maximum pixels. A small file can claim billions (a decompression bomb); it is refused before
     # decoding.
     max_pixels: int = 50_000_000
-    # Largest ratio of the longer side to the shorter: the processor would reduce thinner images to a few pixels.
+    # Largest ratio of the longer side to the shorter: the processor would reduce thinner
+    # images to a few pixels.
     max_ratio: float = 100.0
     # Read the first frame of animated images instead of refusing them.
     animated: bool = False
@@ -43,7 +44,10 @@ def pillow() -> Any:
         return importlib.import_module("PIL.Image")
     except ImportError as error:
         raise NaloraError(
-            "images", expected="the package Pillow", found=error, remedy="pip install 'nalora_jax[vision]'"
+            "images",
+            expected="the package Pillow",
+            found=error,
+            remedy="pip install 'nalora_jax[vision]'",
         ) from error
 
 
@@ -95,11 +99,18 @@ def _check(image: Any, name: str, limits: Limits) -> None:
     if width * height > limits.max_pixels:
         raise _too_large(name, limits, f"{width} x {height}")
     if min(width, height) < 1 or max(width, height) > limits.max_ratio * min(width, height):
-        raise NaloraError(name, expected=f"sides that differ by at most {limits.max_ratio:g} times", found=image.size)
+        raise NaloraError(
+            name,
+            expected=f"sides that differ by at most {limits.max_ratio:g} times",
+            found=image.size,
+        )
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and not limits.animated:
         raise NaloraError(
-            name, expected="a still image", found=f"{frames} frames", remedy="save one of them as an image of its own"
+            name,
+            expected="a still image",
+            found=f"{frames} frames",
+            remedy="save one of them as an image of its own",
         )
 
 

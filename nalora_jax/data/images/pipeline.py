@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax.config.vision import VisionConfig
+from nalora_jax.config import VisionConfig
 from nalora_jax.data.images.augment import augmented, generator
 from nalora_jax.data.images.files import Limits, open_image
+from nalora_jax.data.images.opened import usable
 from nalora_jax.data.images.processor import ImageProcessor
-from nalora_jax.data.images.sources import ImageSource, usable
+from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.images.text import TextTokenizer
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.pipeline import BatchIterator, HostBatch
@@ -29,7 +30,8 @@ _SHOWN = 20  # maximum of errors in the log
 def draw_shots(labels: np.ndarray, classes: Sequence[str], shots: int, seed: int) -> np.ndarray:
     """Returns the ascending indices of ``shots`` records of every class; with 0, of all records.
 
-    Draws are nested: fewer shots are a subset of more shots. A class with fewer records contributes all of them.
+    Draws are nested: fewer shots are a subset of more shots. A class with fewer records
+    contributes all of them.
 
     Raises:
       NaloraError: a class has no records.
@@ -42,7 +44,12 @@ def draw_shots(labels: np.ndarray, classes: Sequence[str], shots: int, seed: int
         if not len(members):
             raise NaloraError(f"class {name!r}", expected="at least one training image", found="none")
         if len(members) < shots:
-            log.warning("class %r has %d training images, fewer than --vision.shots %d", name, len(members), shots)
+            log.warning(
+                "class %r has %d training images, fewer than --vision.shots %d",
+                name,
+                len(members),
+                shots,
+            )
         chosen.append(members[permutation(len(members), seed, label)[:shots]])
     return np.sort(np.concatenate(chosen))
 

@@ -24,7 +24,10 @@ from nalora_jax.tokenizer import read_json
 FILES = ("preprocessor_config.json", "processor_config.json")
 # Pillow's numbers of the resize filters that processors name.
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-_CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+_CLIP = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
 _HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 _ALWAYS = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 _SQUARE = {"size": {"height": 224, "width": 224}}
@@ -72,8 +75,8 @@ class ImageProcessor:
 
         Returns:
           ``pixels`` uint8 ``[height, width, 3]``; or, for images of any shape, ``pixels`` uint8
-          ``[max_patches, patch * patch * 3]``, ``shapes`` int32 ``[2]`` (rows and columns of patches) and ``mask`` bool
-          ``[max_patches]``.
+          ``[max_patches, patch * patch * 3]``, ``shapes`` int32 ``[2]`` (rows and columns of
+          patches) and ``mask`` bool ``[max_patches]``.
         """
         if self.patch_size:
             return self._patches(image)
@@ -109,7 +112,9 @@ class ImageProcessor:
         short, long = min(height, width), max(height, width)
         # Rounded down, as in torchvision.
         other = int(self.shortest * long / short)
-        return (other, self.shortest) if width <= height else (self.shortest, other)
+        if width <= height:
+            return (other, self.shortest)
+        return (self.shortest, other)
 
     def _patches(self, image: Any) -> dict[str, np.ndarray]:
         p = self.patch_size
@@ -146,7 +151,11 @@ def parse_processor(raw: Mapping[str, Any], where: str) -> ImageProcessor:
     kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or ""
     known = str(kind).removesuffix("Fast").removesuffix("Pil")
     if known not in DEFAULTS:
-        raise NaloraError(f"{where}: image_processor_type", expected=f"one of {', '.join(DEFAULTS)}", found=repr(kind))
+        raise NaloraError(
+            f"{where}: image_processor_type",
+            expected=f"one of {', '.join(DEFAULTS)}",
+            found=repr(kind),
+        )
     f = Fields(raw, DEFAULTS[known], where)
     for name in ("do_rescale", "do_normalize", "do_resize"):
         if not isinstance(f.get(name), bool):
@@ -161,7 +170,10 @@ def parse_processor(raw: Mapping[str, Any], where: str) -> ImageProcessor:
         "std": _channels(f, "image_std") if f.get("do_normalize") else (1.0,) * 3,
     }
     if known == "Siglip2ImageProcessor":
-        common |= {"patch_size": f.integer("patch_size", high=2**10), "max_patches": f.integer("max_num_patches")}
+        common |= {
+            "patch_size": f.integer("patch_size", high=2**10),
+            "max_patches": f.integer("max_num_patches"),
+        }
         return ImageProcessor(**common)
     resize, shortest = _size(f, "size") if f.get("do_resize") else (None, 0)
     crop = _size(f, "crop_size")[0] if f.get("do_center_crop") else None

@@ -9,30 +9,23 @@ import csv
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nalora_jax.config import DataConfig
-from nalora_jax.config.vision import VisionConfig
-from nalora_jax.data.images.files import ENDINGS, Limits, open_image
+from nalora_jax.config import VisionConfig
+from nalora_jax.data.images.files import ENDINGS
 from nalora_jax.data.jsonl import JsonLines
-from nalora_jax.data.sources import Span, absolute, prepared, tfds_errors
-from nalora_jax.downloads import cache_dir
+from nalora_jax.data.source import Span
+from nalora_jax.data.tfds_source import absolute, tfds_errors
 from nalora_jax.errors import NaloraError
-from nalora_jax.paths import expand_user
 
-# Data sets of this library, with their default class field.
-OWN = {"emoji": "category", "fashion_mnist": "label"}
 # Files that list a folder's images, by precedence; metadata.* are from Hugging Face's ImageFolder.
 LISTS = ("captions.jsonl", "metadata.jsonl", "metadata.csv", "captions.csv")
 _NAMES = ("file_name", "image", "file", "path")
 _CHUNK = 4096
-_THREADS = 4
 
 
 class ImageSource(ABC):
@@ -194,7 +187,9 @@ class TfdsImages(ImageSource):
         """Returns the class names of the label's feature, or ()."""
         features, field = self._info.features, self.fields.label_field
         # TFDS's features have no `get`.
-        return tuple(getattr(features[field], "names", ()) or ()) if field in features else ()
+        if field in features:
+            return tuple(getattr(features[field], "names", ()) or ())
+        return ()
 
     def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Returns the records, with texts decoded and images as bytes."""
@@ -204,7 +199,9 @@ class TfdsImages(ImageSource):
 
     def _plain(self, name: str, value: Any) -> Any:
         if name == self.fields.image_field:
-            return bytes(value) if isinstance(value, bytes) else bytes(np.asarray(value).item())
+            if isinstance(value, bytes):
+                return bytes(value)
+            return bytes(np.asarray(value).item())
         if isinstance(value, bytes):
             return value.decode("utf-8", "replace")
         scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim)
@@ -226,7 +223,10 @@ class ListedImages(ImageSource):
         self._rows = _listed(listed) if listed is not None else _by_folder(path, fields)
         self._root = (listed or path).parent if path.is_file() else path
         digest = hashlib.sha256(repr(self._rows).encode())
-        with tfds_errors(self.name, 'an image folder has one split, "train", or slices of it such as "train[-20%:]"'):
+        with tfds_errors(
+            self.name,
+            'an image folder has one split, "train", or slices of it such as "train[-20%:]"',
+        ):
             self._spans = _slices(split, len(self._rows))
         self._index = np.concatenate([np.arange(start, stop) for _, start, stop in self._spans])
         self.fingerprint = f"images:{digest.hexdigest()}:{split}"
@@ -255,7 +255,10 @@ class ListedImages(ImageSource):
 
     def _record(self, index: int) -> dict[str, Any]:
         row = dict(self._rows[int(self._index[index])])
-        name = next((row[n] for n in (self.fields.image_field, *_NAMES) if isinstance(row.get(n), str)), None)
+        name = next(
+            (row[n] for n in (self.fields.image_field, *_NAMES) if isinstance(row.get(n), str)),
+            None,
+        )
         if name is not None:
             row[self.fields.image_field] = self._inside(name)
         return row
@@ -267,89 +270,12 @@ class ListedImages(ImageSource):
         """
         path = (self._root / name).resolve()
         if not path.is_relative_to(self._root.resolve()):
-            raise NaloraError(f"{self.name}: {name}", expected="a file in the list's folder", found="one outside of it")
+            raise NaloraError(
+                f"{self.name}: {name}",
+                expected="a file in the list's folder",
+                found="one outside of it",
+            )
         return path
-
-
-def open_images(config: DataConfig, vision: VisionConfig, split: str, *, cache: Path | None = None) -> ImageSource:
-    """Returns the images of ``split`` of ``config.dataset``.
-
-    Args:
-      config: its ``dataset`` is one of this library's (`OWN`), ``"tfds:<name>"``, a folder, or a
-        CSV or JSONL file.
-      vision: names of the fields.
-      split: a TFDS split expression; for a folder or a list also the path of another folder or
-        list.
-      cache: folder in which this library's data sets are prepared.
-
-    Raises:
-      NaloraError: no such data set, split, folder or field, or no records.
-    """
-    name = config.dataset
-    if name.startswith("tfds:"):
-        return TfdsImages(name, split, partial(_tfds, name.removeprefix("tfds:"), split, config.data_dir), vision)
-    if name in OWN:
-        return TfdsImages(name, split, partial(_own, name, split, cache or cache_dir()), _own_fields(name, vision))
-    path = Path(split) if Path(split).exists() else expand_user(name)
-    if not path.exists():
-        raise NaloraError(
-            "--data.dataset",
-            expected='a data set of this library, "tfds:<name>", a folder of images, or a CSV or JSONL file',
-            found=repr(name),
-            remedy="the data sets are " + ", ".join(OWN),
-        )
-    return ListedImages(path, "train" if path == Path(split) else split, vision)
-
-
-def usable(source: ImageSource, indices: Sequence[int], vision: VisionConfig) -> tuple[np.ndarray, list[str]]:
-    """Returns the ``indices`` whose images can be read, and the errors of the others.
-
-    Raises:
-      NaloraError: an image cannot be read and ``vision.broken`` is "error", or none can be read.
-    """
-    limits = Limits(max_pixels=vision.max_pixels)
-
-    def complaint(index: int) -> str:
-        (record,) = source.read([index])
-        try:
-            where = source.where(index)
-            open_image(source.image(record, where), where, limits)
-        except NaloraError as error:
-            if vision.broken == "error":
-                raise
-            return str(error)
-        return ""
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(complaint, map(int, indices)))
-    kept = np.array([i for i, text in zip(indices, found, strict=True) if not text], np.int64)
-    bad = [text for text in found if text]
-    if not len(kept):
-        raise NaloraError(source.name, expected="at least one readable image", found=bad[0] if bad else "none")
-    return kept, bad
-
-
-def _own_fields(name: str, vision: VisionConfig) -> VisionConfig:
-    return replace(vision, label_field=OWN[name]) if vision.label_field == "label" else vision
-
-
-def _own(name: str, split: str, cache: Path, **options: Any) -> Any:
-    from tensorflow_datasets.core import registered
-
-    with registered.skip_registration():  # TFDS has e.g. "fashion_mnist" too
-        if name == "emoji":
-            from nalora_jax.data.builders.emoji import Builder
-        else:
-            from nalora_jax.data.builders.fashion_mnist import Builder
-    return prepared(lambda: Builder(data_dir=cache / "tfds", file_format="array_record")).as_data_source(
-        split=split, **options
-    )
-
-
-def _tfds(name: str, split: str, data_dir: str, **options: Any) -> Any:
-    import tensorflow_datasets as tfds
-
-    return tfds.data_source(name, split=split, data_dir=data_dir or None, **options)
 
 
 def _listed(path: Path) -> list[dict[str, Any]]:
@@ -358,7 +284,11 @@ def _listed(path: Path) -> list[dict[str, Any]]:
         lines = JsonLines(path)
         return [lines[i] for i in range(len(lines))]
     if path.suffix.lower() not in (".csv", ".tsv"):
-        raise NaloraError(str(path), expected="a .csv or .jsonl file, or a folder", found=path.suffix or "no ending")
+        raise NaloraError(
+            str(path),
+            expected="a .csv or .jsonl file, or a folder",
+            found=path.suffix or "no ending",
+        )
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
@@ -366,7 +296,11 @@ def _listed(path: Path) -> list[dict[str, Any]]:
         raise NaloraError(str(path), expected="a CSV file with a header", found=error) from error
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
-            raise NaloraError(f"{path}:{number}", expected="as many cells as the header has", found="more or fewer")
+            raise NaloraError(
+                f"{path}:{number}",
+                expected="as many cells as the header has",
+                found="more or fewer",
+            )
     return [dict(row) for row in rows]
 
 
@@ -374,7 +308,10 @@ def _by_folder(path: Path, fields: VisionConfig) -> list[dict[str, Any]]:
     """Returns every image below ``path``, with the name of its folder as the class."""
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
     return [
-        {fields.image_field: str(p.relative_to(path)), fields.label_field: p.relative_to(path).parts[0]}
+        {
+            fields.image_field: str(p.relative_to(path)),
+            fields.label_field: p.relative_to(path).parts[0],
+        }
         for p in files
         if p.parent != path
     ]

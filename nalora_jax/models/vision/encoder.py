@@ -22,7 +22,7 @@ from nalora_jax.method import activations
 from nalora_jax.method.ffn import GatedFFN, SelfGatedFFN
 from nalora_jax.method.low_rank import Dense as AdaptedDense
 from nalora_jax.method.low_rank import adapted_dense, parallel_dense
-from nalora_jax.models.decoder import Embedding
+from nalora_jax.models.embedding import Embedding
 from nalora_jax.models.parts import constrain, part_adapters
 from nalora_jax.models.remat import stacked
 from nalora_jax.models.targets import AdapterSpec

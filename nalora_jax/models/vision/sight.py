@@ -117,7 +117,8 @@ def text_part(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     A multimodal file lists only the differences from the text model's defaults.
     """
-    defaults = MULTIMODAL[raw["model_type"]][2]
+    name = raw["model_type"]
+    defaults = TEXT_ONLY[name] if name in TEXT_ONLY else MULTIMODAL[name][2]
     own = Fields(raw, {}, where).mapping("text_config")
     tied = raw.get("tie_word_embeddings")
     if tied is None or (tied is False and own.get("tie_word_embeddings")):
@@ -206,12 +207,6 @@ def _gemma3(f: Fields, text: ModelConfig) -> Sight:
     )
 
 
-def _text_only(f: Fields, text: ModelConfig) -> Sight:
-    expected = f"one of {', '.join(name for name, (reader, *_) in MULTIMODAL.items() if reader is not _text_only)}"
-    remedy = "leave --vision.task (or --image) out to use its text model"
-    raise f.error("model_type", expected, repr(f.raw["model_type"]), remedy)
-
-
 _CLIP_LARGE: dict[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
@@ -244,6 +239,17 @@ Reader = Callable[[Fields, "ModelConfig"], Sight]
 MULTIMODAL: dict[str, tuple[Reader, dict[str, Any], dict[str, Any]]] = {
     "llava": (_llava, _LLAVA, _LLAMA),
     "gemma3": (_gemma3, {"mm_tokens_per_image": 256, "image_token_index": 262_144}, {"tie_word_embeddings": True}),
-    # Without images: the text model alone is implemented.
-    "mistral3": (_text_only, {}, {"model_type": "mistral", "tie_word_embeddings": False}),
 }
+# Multimodal models of which only the text model is supported, with its defaults.
+TEXT_ONLY: dict[str, dict[str, Any]] = {
+    "mistral3": {"model_type": "mistral", "tie_word_embeddings": False},
+    "gemma4": {"model_type": "gemma4_text", "tie_word_embeddings": True},
+    "gemma4_unified": {"model_type": "gemma4_unified_text", "tie_word_embeddings": True},
+    "qwen3_5": {"model_type": "qwen3_5_text", "tie_word_embeddings": False},
+    "qwen3_5_moe": {"model_type": "qwen3_5_moe_text", "tie_word_embeddings": False},
+}
+
+
+def contains_text_model(name: object, *, images: bool) -> bool:
+    """Returns True for the ``model_type`` of a multimodal model, with ``images`` only if they are supported."""
+    return isinstance(name, str) and (name in MULTIMODAL or (name in TEXT_ONLY and not images))

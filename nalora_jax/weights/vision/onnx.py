@@ -14,7 +14,8 @@ import numpy as np
 from nalora_jax.downloads import file_sha256
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.origin import FINGERPRINT_PREFIX
-from nalora_jax.weights.tensors import FileTensor, Index
+from nalora_jax.weights.slices import Index
+from nalora_jax.weights.tensors import FileTensor
 
 _WEIGHT = ("MatMul", "Gemm")
 

@@ -97,7 +97,10 @@ def import_dual_adapter(
     """
     folder = Path(folder)
     peft = read_peft_config(folder)
-    for field, listed in (("modules_to_save", peft.modules_to_save), ("trainable_token_indices", peft.token_indices)):
+    for field, listed in (
+        ("modules_to_save", peft.modules_to_save),
+        ("trainable_token_indices", peft.token_indices),
+    ):
         if listed:
             shown = ", ".join(map(str, listed))
             raise NaloraError(f"{peft.where}: {field}", expected="null for image and text encoders", found=shown)
@@ -113,11 +116,20 @@ def import_dual_adapter(
     for name in found:
         if name not in places or name not in choices.modules:
             expected = "a module of this model's layers that target_modules covers"
-            raise NaloraError(f"{path}: {name}", expected=expected, found="another one", remedy="PEFT would drop it")
+            raise NaloraError(
+                f"{path}: {name}",
+                expected=expected,
+                found="another one",
+                remedy="PEFT would drop it",
+            )
     missing = [name for name in places if name in choices.modules and name not in found]
     if missing or not found:
         where = f"{path}: {missing[0] if missing else 'tensors'}"
-        raise NaloraError(where, expected="lora_A and lora_B of every target", found=f"{len(missing)} modules without")
+        raise NaloraError(
+            where,
+            expected="lora_A and lora_B of every target",
+            found=f"{len(missing)} modules without",
+        )
     pieces: dict[str, dict[int, ModuleAdapter]] = {}
     for name, parts in found.items():
         place, layer = places[name]
@@ -130,7 +142,11 @@ def import_dual_adapter(
 
 
 def verify_dual_export(
-    folder: str | Path, lora: Mapping[str, Any], spec: AdapterSpec, config: DualConfig, fingerprint: str | None = None
+    folder: str | Path,
+    lora: Mapping[str, Any],
+    spec: AdapterSpec,
+    config: DualConfig,
+    fingerprint: str | None = None,
 ) -> None:
     """Reads an exported adapter back and compares every value with the original tree.
 
@@ -217,7 +233,10 @@ def _stacked(
     for path, layers in sorted(pieces.items()):
         (d_in, d_out), n = shapes[path], depths[path]
         ranks = tuple(layers[i].rank if i in layers else 0 for i in range(n))
-        a, b = np.zeros((n, d_in, max(ranks)), np.float32), np.zeros((n, max(ranks), d_out), np.float32)
+        a, b = (
+            np.zeros((n, d_in, max(ranks)), np.float32),
+            np.zeros((n, max(ranks), d_out), np.float32),
+        )
         alphas = [1.0] * n
         for layer, piece in layers.items():
             a[layer, :, : piece.rank], b[layer, : piece.rank] = piece.a, piece.b
@@ -253,4 +272,6 @@ def _read_whole(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:
 
 
 def _outside(value: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(value.T) if value.ndim == 2 else value
+    if value.ndim == 2:
+        return np.ascontiguousarray(value.T)
+    return value

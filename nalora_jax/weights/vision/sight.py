@@ -56,7 +56,9 @@ def file_name(config: ModelConfig, name: str) -> str:
     if config.sight is None:
         return name
     name = re.sub(r"^(lm_head|model)\.", r"language_model.\1.", name)
-    return name.replace(_TOWER, f"{_TOWER}vision_model.", 1) if name.startswith(_TOWER) else name
+    if name.startswith(_TOWER):
+        return name.replace(_TOWER, f"{_TOWER}vision_model.", 1)
+    return name
 
 
 def sight_modules(sight: Sight | None) -> dict[str, str]:

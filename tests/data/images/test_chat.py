@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nalora_jax.config import DataConfig
-from nalora_jax.config.vision import VisionConfig
+from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.forms import IMAGES
 from nalora_jax.data.images.chat import open_chats
 from nalora_jax.data.images.rows import places_of

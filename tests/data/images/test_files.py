@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from transformers.image_utils import load_image
 
-from nalora_jax.data.images import Limits, open_image
+from nalora_jax.data.images.files import Limits, open_image
 from nalora_jax.errors import NaloraError
 
 

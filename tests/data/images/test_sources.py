@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nalora_jax.config import DataConfig
-from nalora_jax.config.vision import VisionConfig
+from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.builders.fashion_mnist import fashion_mnist_dataset_builder
-from nalora_jax.data.images import open_image
-from nalora_jax.data.images.sources import open_images, usable
+from nalora_jax.data.images.files import open_image
+from nalora_jax.data.images.opened import open_images, usable
 from nalora_jax.errors import NaloraError
 
 PLAIN = VisionConfig()
@@ -124,8 +123,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 READ = """
 import sys
 from nalora_jax.config import DataConfig
-from nalora_jax.data.images import open_image
-from nalora_jax.data.images.sources import open_images
+from nalora_jax.data.images.files import open_image
+from nalora_jax.data.images.opened import open_images
 from nalora_jax.config.vision import VisionConfig
 
 config = DataConfig(dataset="tfds:pond_life", data_dir=sys.argv[1])

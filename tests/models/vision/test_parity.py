@@ -13,7 +13,9 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from nalora_jax.models.vision import DualConfig, DualEncoder, Encoder
+from nalora_jax.models.vision.config import DualConfig
+from nalora_jax.models.vision.dual import DualEncoder
+from nalora_jax.models.vision.encoder import Encoder
 from nalora_jax.models.vision.families import read_encoder
 from nalora_jax.weights.vision.keymaps import params_from_tensors, tensors_from_params
 

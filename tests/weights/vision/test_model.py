@@ -17,7 +17,8 @@ from nalora_jax import trees
 from nalora_jax.config import MeshConfig
 from nalora_jax.distributed import make_mesh
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.vision import DualEncoder, Encoder
+from nalora_jax.models.vision.dual import DualEncoder
+from nalora_jax.models.vision.encoder import Encoder
 from nalora_jax.weights.vision.model import load_dual, load_encoder
 
 TEXTS = ["a photo of a red square", "a green circle"]

@@ -17,8 +17,7 @@ from nalora_jax import trees
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.targets import AdapterSpec, resolve
-from nalora_jax.models.vision import DualEncoder
-from nalora_jax.models.vision.dual import init_lora
+from nalora_jax.models.vision.dual import DualEncoder, init_lora
 from nalora_jax.models.vision.families import compose
 from nalora_jax.weights.vision.model import LoadedDual, load_dual
 from nalora_jax.weights.vision.peft import export_dual_adapter, import_dual_adapter, verify_dual_export

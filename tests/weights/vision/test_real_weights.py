@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from nalora_jax import downloads
-from nalora_jax.models.vision import Encoder
+from nalora_jax.models.vision.encoder import Encoder
 from nalora_jax.weights.vision import hub
 from nalora_jax.weights.vision.model import load_encoder
 

@@ -1,0 +1,109 @@
+"""Runs of a sweep in one program against the same runs one after the other, in one process.
+
+    python benchmarks/sweep.py --runs 8 --batch 1 --seq 64
+    python benchmarks/sweep.py --runs 8 --batch 4 --seq 128
+
+Rank 8 on gate, up and down, AdamW, SmolLM2-135M with random weights; the runs differ in their learning
+rates and seeds. A solo run is compiled once and takes the platform's fastest implementation. The last line
+printed is a JSON object: the ratio of both times for one step of every run, tokens per second, and the
+compiler's bytes of both programs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import replace
+from typing import Any
+
+from common import alternate, peak_rss_mb, random_tokens, ratio, save
+from training import base_model, batch_of, run_config
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seq", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--model", help="real weights by name; default: random ones of the same shape")
+    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results/own")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    fixed = {"seed": 0, "method": "lora", "learning_rate": 1e-3, "remat": "auto"}
+    options = argparse.Namespace(**(fixed | vars(options)))
+    import jax
+    import numpy as np
+
+    from nalora_jax import distributed
+    from nalora_jax.config import MeshConfig
+    from nalora_jax.sweeps.program import SweepProgram
+    from nalora_jax.train.assembly import assemble
+
+    mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
+    base, params = base_model(options, mesh)
+    tokens = random_tokens(options.runs, options.batch, options.seq, base.vocab_size)
+    config = run_config(options)
+    configs = [
+        replace(config, seed=seed, optimizer=replace(config.optimizer, learning_rate=1e-3 * (1 + seed / 10)))
+        for seed in range(options.runs)
+    ]
+
+    def assembled(implementation: str) -> list[Any]:
+        compute = replace(config.compute, implementation=implementation)
+        first = assemble(replace(configs[0], compute=compute), base, params, mesh)
+        others = [assemble(replace(c, compute=compute), base, params, mesh, like=first) for c in configs[1:]]
+        return [first, *others]
+
+    solo = assembled("auto")
+    step, view = solo[0].step, solo[0].view(params)
+    states, batches = [run.state for run in solo], [batch_of(rows, mesh) for rows in tokens]
+    alone = step.lower(view, states[0], batches[0]).compile().memory_analysis()
+
+    def one_by_one() -> Any:
+        for index, batch in enumerate(batches):
+            states[index], metrics = step(view, states[index], batch)
+        return metrics["loss"]
+
+    runs = assembled("xla" if distributed.platform_of().name == "cpu" else "auto")
+    program = SweepProgram(runs, base.d_model)
+    joined = program.begin([run.state for run in runs])
+    whole = {name: np.stack([np.asarray(batch[name]) for batch in batches]) for name in batches[0]}
+    batch = distributed.make_global_batch(whole, mesh, rows_axis=2)
+    together_bytes = program.lower(joined, batch).compile().memory_analysis()
+
+    def together() -> Any:
+        nonlocal joined
+        joined, metrics = program.step(joined, batch, [True] * options.runs)
+        return metrics["loss"]
+
+    load = os.getloadavg()[0]
+    pairs = alternate(one_by_one, together, pairs=options.pairs)
+    count = options.runs * options.batch * options.seq
+    medians = [float(np.median(seconds)) for seconds in (pairs.first, pairs.second)]
+    record = {
+        "ratio": ratio(pairs.first, pairs.second),
+        "tokens_per_second": {name: count / s for name, s in zip(("solo", "sweep"), medians, strict=True)},
+        "bytes": {
+            "solo_temporary": alone.temp_size_in_bytes,
+            "sweep_temporary": together_bytes.temp_size_in_bytes,
+            "sweep_arguments": together_bytes.argument_size_in_bytes,
+        },
+        "load_before": load,
+        "peak_rss_mb": peak_rss_mb(),
+        "settings": vars(options),
+    }
+    if options.save:
+        save("sweep", f"{options.runs}x{options.batch}x{options.seq}", record)
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Tables of token vectors at both ends of a decoder, and vectors that every layer receives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax.dense import frozen_kernel
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.layers import RMSNorm
+from nalora_jax.models.parts import constrain
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.matmul import dot
+from nalora_jax.ops.storage import Kernel, take_rows
+
+
+class Embedding(nn.Module):
+    """An embedding table: frozen, or trained entirely or by rows if the collection ``lora`` has it.
+
+    Attributes:
+      vocab_size: rows of the table.
+      d_model: columns of the table.
+      sharding: sharding of the result ``[batch, seq, d_model]`` on a mesh; None leaves it to the
+        compiler.
+      trained: token ids of the rows that ``lora`` may have, in their order.
+    """
+
+    vocab_size: int
+    d_model: int
+    sharding: NamedSharding | None = None
+    trained: tuple[int, ...] = ()
+
+    def setup(self) -> None:  # noqa: D102
+        shape = (self.vocab_size, self.d_model)
+        self.embedding = frozen_kernel(self, shape, nn.initializers.normal(0.02), "embedding")
+
+    def __call__(self, tokens: jax.Array, numerics: Numerics) -> jax.Array:
+        """Returns ``[..., d_model]`` in the table's dtype for int tokens ``[...]``."""
+        if self.has_variable("lora", "embedding"):
+            trained: jax.Array = jnp.take(self.get_variable("lora", "embedding"), tokens, axis=0)
+            return trained
+        of_tokens, by_columns = column_layouts(self.sharding)
+        placed = constrain(constrain(tokens, self.sharding), of_tokens) if of_tokens else tokens
+        rows: jax.Array = take_rows(self.table(), placed, numerics)
+        rows = constrain(constrain(rows, by_columns), self.sharding)
+        if self.has_variable("lora", "rows"):
+            return _with_rows(rows, tokens, self.get_variable("lora", "rows"), self.trained)
+        return rows
+
+    def table(self) -> Kernel:
+        """Returns the frozen ``[vocab, d_model]`` as it is stored, without a gradient."""
+        return lax.stop_gradient(self.embedding)
+
+
+def _with_rows(x: jax.Array, tokens: jax.Array, rows: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+    """Replaces the embeddings of the tokens ``ids`` by trained rows.
+
+    Args:
+      x: ``[..., d_model]``, embeddings of ``tokens``.
+      tokens: int ``[...]``.
+      rows: ``[ids, d_model]``.
+      ids: token ids of the rows.
+    """
+    order = np.argsort(ids).astype(np.int32)
+    ascending = np.array(ids, np.int32)[order]
+    place = jnp.searchsorted(ascending, tokens, method="scan_unrolled")  # len(ids) beyond the last
+    found = jnp.take(ascending, place, mode="clip") == tokens
+    trained = jnp.take(rows, jnp.take(order, place, mode="clip"), axis=0)
+    return jnp.where(found[..., None], trained, x.astype(trained.dtype))
+
+
+def column_layouts(sharding: NamedSharding | None) -> tuple[NamedSharding | None, NamedSharding | None]:
+    """Returns the shardings of tokens ``[batch, seq]`` and of their embeddings before ``sharding``.
+
+    If the mesh splits the batch further by "fsdp", a device holds some columns of the table. It
+    looks up those columns for the tokens of all devices that hold the other columns, and then the
+    devices exchange the results. Without these constraints the compiler computes the full result on
+    every device of a mesh that also splits the table's rows (by "tensor"). The axis "run" of a sweep
+    splits the tokens like "data".
+    """
+    sizes = {} if sharding is None else dict(sharding.mesh.shape)
+    batch = sizes.pop("data", 1) * sizes.pop("run", 1)
+    if sharding is None or min(batch, *sizes.values()) == 1:
+        return None, None
+    data, *fsdp = sharding.spec[0]
+    return NamedSharding(sharding.mesh, P(data)), NamedSharding(sharding.mesh, P(data, None, tuple(fsdp)))
+
+
+class LMHead(nn.Module):
+    """The untied output projection."""
+
+    vocab_size: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, numerics: Numerics) -> jax.Array:
+        """``[tokens, d_model]`` -> float32 ``[tokens, vocab]``."""
+        logits: jax.Array = dot(x, lax.stop_gradient(frozen_kernel(self, (x.shape[-1], self.vocab_size))), numerics)
+        return logits
+
+
+@dataclass(frozen=True)
+class LayerEmbeddings:
+    """A vector of every token for every layer: the mean of a table's row and a projection of the embedding.
+
+    Attributes:
+      vocab_size: rows of the table.
+      width: of the vectors.
+    """
+
+    vocab_size: int
+    width: int
+
+    def param_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the parameters by path."""
+        columns = config.n_layers * self.width
+        return {
+            "layer_embeddings/embedding": (self.vocab_size, columns),
+            "layer_embeddings/projection/kernel": (config.d_model, columns),
+            "layer_embeddings/norm/scale": (self.width,),
+        }
+
+    def module(self, config: ModelConfig, sharding: NamedSharding | None) -> nn.Module:
+        """Returns the module; ``sharding`` is that of ``[batch, seq, d_model]``."""
+        table = {"vocab_size": self.vocab_size, "d_model": config.n_layers * self.width}
+        return _LayerEmbeddings(**table, sharding=sharding, config=config, width=self.width)
+
+
+class _LayerEmbeddings(Embedding):
+    config: ModelConfig | None = None
+    width: int = 0
+
+    def setup(self) -> None:
+        assert self.config is not None
+        super().setup()
+        self.projection = LMHead(self.d_model)
+        self.norm = RMSNorm(self.config.norm_eps, self.config.norm_offset)
+
+    def __call__(self, tokens: jax.Array, x: jax.Array, numerics: Numerics) -> jax.Array:  # type: ignore[override]
+        """Returns ``[layers, batch, seq, width]`` of the scaled embeddings ``x [batch, seq, d_model]``."""
+        table = super().__call__(tokens, numerics).astype(jnp.float32) * self.width**0.5
+        flat = x.reshape(-1, x.shape[-1]).astype(numerics.result)
+        projected = self.projection(flat, numerics).reshape(table.shape) * x.shape[-1] ** -0.5
+        by_layer = (*table.shape[:-1], -1, self.width)
+        both = (self.norm(projected.reshape(by_layer)) + table.reshape(by_layer)) * 0.5**0.5
+        return jnp.moveaxis(both, -2, 0).astype(numerics.result)

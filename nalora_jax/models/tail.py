@@ -1,0 +1,82 @@
+"""The end of a layer that scales the residual stream, after a block gated by per-layer embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+
+from nalora_jax.method.ffn import FactoredFFN
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.layers import RMSNorm
+from nalora_jax.models.parts import LayerInputs, PartOptions, Shapes, SharedInputs, Tail
+from nalora_jax.ops.storage import round_and_save
+
+
+@dataclass(frozen=True)
+class ScaledTail(Tail):
+    """``(x + norm((phi(x W_gate) * embedded) W_down)) * scale``.
+
+    Attributes:
+      width: of the layer's embeddings; 0 leaves the block out.
+    """
+
+    width: int = 0
+    name = "tail"
+
+    def param_shapes(self, config: ModelConfig) -> Shapes:
+        """Returns the shapes of one layer's parameters."""
+        shapes: Shapes = {"scale": (1,)}
+        shapes |= {"norm/scale": (config.d_model,)} if self.width else {}
+        return shapes | {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
+
+    def projections(self, config: ModelConfig) -> Shapes:
+        """Returns the kernel shapes of the projections."""
+        d, width = config.d_model, self.width
+        return {"gate_proj": (d, width), "down_proj": (width, d)} if width else {}
+
+    def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns the block's channels and activation, at the part's own path."""
+        return {"": ((self.width,), config.activation)} if self.width else {}
+
+    def flops(self, config: ModelConfig, seq: int) -> float:
+        """Returns 0: no matmul outside of projections."""
+        return 0.0
+
+    def saved(self, config: ModelConfig) -> float:
+        """Returns the saved values: z and its factor."""
+        return 2.0 * self.width
+
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """Returns the module."""
+        return _ScaledTail(
+            config.d_model,
+            self.width,
+            config.activation,
+            options.adapters,
+            numerics=options.numerics,
+            stats=options.stats,
+            eps=config.norm_eps,
+            name=self.name,
+        )
+
+
+class _ScaledTail(FactoredFFN):
+    eps: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
+        if self.d_ff:
+            assert layer.embedded is not None
+            y = super().__call__(
+                round_and_save(x, self.numerics),
+                layer.embedded,
+                layer.scales.get("tail", {}),
+                token_weights=shared.token_weights,
+                deterministic=shared.deterministic,
+                adapter_ids=shared.adapter_ids,
+            )
+            x = x + RMSNorm(self.eps, dtype=self.numerics.result, name="norm")(y).astype(x.dtype)
+        scale = self.param("scale", nn.initializers.ones_init(), (1,))
+        return x * jax.lax.stop_gradient(scale).astype(x.dtype)[0]

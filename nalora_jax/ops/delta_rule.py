@@ -1,0 +1,178 @@
+"""The gated delta rule, a linear recurrence over tokens, in matrix products over chunks.
+
+With keys ``k`` and queries ``q`` of unit norm, every head has a state ``S [d_k, d_v]``::
+
+    S_t = exp(g_t) S_{t-1} + k_t (b_t (v_t - exp(g_t) k_t^T S_{t-1}))^T        o_t = q_t^T S_t / sqrt(d_k)
+
+Within a chunk the corrections ``b_t (v_t - ...)`` of all tokens solve a unit triangular system. Only
+one state per chunk is saved for the backward pass, which recomputes the rest of a chunk. The state
+starts at zero in every segment of a packed row, and padding leaves it unchanged.
+
+Sources: Gated DeltaNet, arXiv 2412.06464; the parallel form, 2406.06484.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+CHUNK = 64  # tokens; a shorter row takes the next power of two
+_EPS = 1e-6  # added to the squared norm of queries and keys
+
+
+class DeltaInputs(NamedTuple):
+    """Inputs of every token; each of ``groups`` keys serves ``n`` consecutive value heads."""
+
+    q: jax.Array  # [batch, seq, groups, d_k], not normalized
+    k: jax.Array  # [batch, seq, groups, d_k], not normalized
+    v: jax.Array  # [batch, seq, groups, n, d_v]
+    decay: jax.Array  # float32 [batch, seq, groups, n], the log decay g, at most 0
+    beta: jax.Array  # float32 [batch, seq, groups, n], the rate b of the correction
+
+
+def gated_delta_rule(
+    inputs: DeltaInputs, segments: jax.Array, state: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the outputs ``o`` and the state after the last token.
+
+    Args:
+      inputs: of all tokens.
+      segments: int ``[batch or 1, seq]``, 0 for padding; each segment is one run of tokens.
+      state: float32 ``[batch, groups, n, d_k, d_v]`` before the first token, of segment 1; zero by
+        default.
+
+    Returns:
+      float32 ``[batch, seq, groups, n, d_v]`` and the state. Outputs of padding have no meaning.
+    """
+    batch, seq, groups, n, d_v = inputs.v.shape
+    size = min(CHUNK, 1 << (seq - 1).bit_length())
+    segments = jnp.broadcast_to(segments, (batch, seq))
+    real = (segments > 0)[..., None, None]
+    inputs = inputs._replace(decay=jnp.where(real, inputs.decay, 0.0), beta=jnp.where(real, inputs.beta, 0.0))
+    axes = (-2, -2, -2, -1, -1)  # of the tokens in q, k, v, decay and beta
+    chunks = [_chunks(x, size, axis) for x, axis in zip(inputs, axes, strict=True)]
+    if state is None:
+        state = jnp.zeros((batch, groups, n, inputs.k.shape[-1], d_v), jnp.float32)
+    start = state.astype(jnp.float32), jnp.ones((batch,), segments.dtype)
+    # Under `checkpoint` the scan saves its carry, and recomputes the chunk in the backward pass.
+    (last, _), out = lax.scan(jax.checkpoint(_chunk), start, (*chunks, _chunks(segment_runs(segments), size, -1)))
+    # [chunks, batch, groups, n, size, d_v] -> [batch, chunks, size, groups, n, d_v]
+    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, groups, n, d_v)
+    return out[:, :seq], last
+
+
+def segment_runs(segments: jax.Array) -> jax.Array:
+    """Returns the segment of the last token that is not padding, at or before each: int ``[batch, seq]``.
+
+    Padding at a row's start gets 1, the segment of an earlier call's state.
+
+    Example: ``[[0, 2, 2, 0, 3]]`` -> ``[[1, 2, 2, 2, 3]]``.
+    """
+    index = jnp.where(segments > 0, jnp.arange(segments.shape[1])[None], -1)
+    last = lax.cummax(index, axis=1)
+    return jnp.where(last < 0, 1, jnp.take_along_axis(segments, jnp.maximum(last, 0), axis=1))
+
+
+def _chunks(x: jax.Array, size: int, axis: int) -> jax.Array:
+    """Returns ``[chunks, batch, ...]`` of ``[batch, seq, ...]`` with the chunk's tokens at ``axis``.
+
+    The last chunk is padded: by zeros, which leave the state unchanged, or by the last segment.
+    """
+    more = -x.shape[1] % size
+    widths = [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)]
+    x = jnp.pad(x, widths, mode="edge" if x.ndim == 2 else "constant")
+    x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
+    return jnp.moveaxis(jnp.moveaxis(x, 2, axis), 1, 0)
+
+
+def _chunk(carry: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+    """Returns the state after a chunk, with its segment, and the outputs of the chunk's tokens.
+
+    Args:
+      carry: state ``[batch, groups, n, d_k, d_v]`` and its segment ``[batch]``.
+      chunk: q and k ``[batch, groups, size, d_k]``, v ``[batch, groups, n, size, d_v]``, decays and
+        betas ``[batch, groups, n, size]``, segments ``[batch, size]``.
+    """
+    (state, before), (q, k, v, decay, beta, runs) = carry, chunk
+    q, k = _unit(q) * q.shape[-1] ** -0.5, _unit(k)
+    total = jnp.cumsum(decay, axis=-1)
+    last = total[..., -1:]
+    causal = jnp.tril(runs[:, :, None] == runs[:, None, :])[:, None, None]
+    # Decay between two tokens of a segment, from the state before, and to the state after: [..., size].
+    pairs = jnp.exp(jnp.where(causal, total[..., :, None] - total[..., None, :], -jnp.inf))
+    carried = _within(runs == before[:, None], jnp.exp(total))
+    remaining = _within(runs == runs[:, -1:], jnp.exp(last - total))
+    both = jnp.concatenate([q, k], axis=2)
+    of_q, of_k = jnp.split(_product("bgcd,bgnde->bgnce", both, state), 2, axis=3)
+    qk, kk = jnp.split(_product("bgcd,bgsd->bgcs", both, k)[:, :, None], 2, axis=3)
+    system = jnp.tril(beta[..., None] * kk * pairs, -1)
+    delta = solve_unit(system, beta[..., None] * (v.astype(jnp.float32) - carried * of_k))
+    out = carried * of_q + _product("bgncs,bgnse->bgnce", qk * pairs, delta)
+    decayed = _within(runs[:, -1:] == before[:, None], jnp.exp(last)) * state
+    state = decayed + _product("bgcd,bgnce->bgnde", k, remaining * delta)
+    return (state, runs[:, -1]), out
+
+
+_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _EPS)
+
+
+def _within(mask: jax.Array, decay: jax.Array) -> jax.Array:
+    """Returns ``decay [batch, groups, n, tokens]`` within ``mask [batch, tokens]``, with a last axis of 1."""
+    return jnp.where(mask[:, None, None], decay, 0.0)[..., None]
+
+
+# ---------------------------------------------------------------- triangular systems
+
+
+@jax.custom_vjp
+def solve_unit(lower: jax.Array, target: jax.Array) -> jax.Array:
+    """Returns ``(I + lower)^-1 target`` for strictly lower triangular matrices, in float32 products.
+
+    Args:
+      lower: ``[..., size, size]``, the size a power of two.
+      target: ``[..., size, columns]``.
+    """
+    return _solve_unit_fwd(lower, target)[0]
+
+
+def _solve_unit_fwd(lower: jax.Array, target: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    inverse = _unit_inverse(lower)
+    solution = inverse @ target
+    return solution, (inverse, solution)
+
+
+def _solve_unit_bwd(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    inverse, solution = saved
+    back = jnp.swapaxes(inverse, -1, -2) @ g
+    return jnp.tril(-back @ jnp.swapaxes(solution, -1, -2), -1), back
+
+
+solve_unit.defvjp(_solve_unit_fwd, _solve_unit_bwd)
+
+
+def _unit_inverse(lower: jax.Array) -> jax.Array:
+    """Returns ``(I + lower)^-1``, doubling the size of inverted diagonal blocks.
+
+    ``[[A, 0], [C, B]]^-1 = [[A', 0], [-B' C A', B']]``. A Neumann series would have the same
+    products but overflows for equal keys, whose powers grow like binomial coefficients.
+    """
+    index, highest = jnp.arange(lower.shape[-1]), partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    inverse = jnp.broadcast_to(jnp.eye(lower.shape[-1]), lower.shape) - _corners(lower, index)
+    for level in range(1, lower.shape[-1].bit_length() - 1):
+        inverse = inverse - highest(highest(inverse, _corners(lower, index >> level)), inverse)
+    return inverse
+
+
+def _corners(lower: jax.Array, block: jax.Array) -> jax.Array:
+    """Returns the entries of ``lower`` in blocks next to the diagonal whose row of blocks is odd."""
+    row, column = block[:, None], block[None, :]
+    return jnp.where(jnp.broadcast_to((row == column + 1) & (row % 2 == 1), lower.shape), lower, 0.0)

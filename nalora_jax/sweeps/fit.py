@@ -1,0 +1,129 @@
+"""The number of runs that train at the same time, by devices and memory, before weights are read."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+
+import jax
+
+from nalora_jax import distributed
+from nalora_jax.config import MeshConfig, RunConfig
+from nalora_jax.distributed.devices import memory_statistics
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.adapters import adapter_spec
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import depths, param_shapes, projection_shapes
+
+_USABLE = 0.9  # share of a device's memory
+_STATES = 4  # adapter, gradient and two moments, in float32
+_WIDTHS = 4  # arrays of width d_model, and of width d_ff, that a layer may save for the backward pass
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """The mesh of a group of runs and the number of runs that fit on it at the same time."""
+
+    mesh: MeshConfig
+    capacity: int
+    width: int  # d_model; 0 for image and text encoders
+
+    @classmethod
+    def of(cls, config: RunConfig, base: ModelConfig | None, count: int) -> Fitting:
+        """Returns the fitting of ``count`` runs.
+
+        Args:
+          config: settings of the first run.
+          base: architecture of its base; None for image and text encoders, whose memory is not estimated.
+          count: number of runs.
+
+        Raises:
+          NaloraError: more runs a device than fit, a mixture of experts on several devices a run, or a
+            group of devices that does not divide a batch.
+        """
+        limit = _USABLE * _memory()
+        weights, run = (0.0, 1.0) if base is None else _bytes(config, base)
+        mesh = _mesh(config, count, weights / limit)
+        groups = max(mesh.run, 1)
+        split = max(mesh.fsdp, 1) * max(mesh.tensor, 1)
+        fits = max(1, int((limit - weights / split) / (run / max(mesh.data, 1) / split)))
+        wanted = mesh.runs_per_device
+        if wanted > fits:
+            raise NaloraError(
+                "--mesh.runs-per-device",
+                expected=f"at most {fits} runs, which fit in {limit / 1e9:.1f} GB with the base",
+                found=wanted,
+            )
+        per_group = wanted or min(fits, math.ceil(count / groups))
+        if base is not None and base.n_experts and groups > 1 and _is_split(mesh):
+            found = f"data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor}"
+            remedy = "leave the other axes at 1, or --mesh.run at 1"
+            expected = "one device a run for mixtures of experts"
+            raise NaloraError("--mesh.run", expected=expected, found=found, remedy=remedy)
+        return cls(replace(mesh, runs_per_device=per_group), groups * per_group, base.d_model if base else 0)
+
+    def next(self, left: int) -> int:
+        """Returns the number of runs of the next program, of ``left`` runs; programs have equal sizes."""
+        return math.ceil(left / math.ceil(left / self.capacity))
+
+    def slots(self, count: int) -> int:
+        """Returns the length of the axis ``[runs]`` for ``count`` runs: a multiple of the mesh's groups."""
+        groups = max(self.mesh.run, 1)
+        return math.ceil(count / groups) * groups
+
+    def describe(self, count: int) -> str:
+        """Returns a text for the log."""
+        groups = max(self.mesh.run, 1)
+        return f"{count} runs in one program: {groups} group(s) of devices with {self.slots(count) // groups} each"
+
+
+def _is_split(mesh: MeshConfig) -> bool:
+    return max(mesh.data, mesh.fsdp, mesh.tensor) > 1 or min(mesh.data, mesh.fsdp, mesh.tensor) < 0
+
+
+def _memory() -> float:
+    """Returns the bytes of a device's memory; devices of a CPU share the host's."""
+    device = jax.local_devices()[0]
+    limit = memory_statistics(device).get("bytes_limit")
+    if limit:
+        return float(limit)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(jax.local_devices())
+
+
+def _bytes(config: RunConfig, base: ModelConfig) -> tuple[float, float]:
+    """Returns the estimated bytes of the base, and of each run: state and saved activations."""
+    item = 4 if config.compute.dtype == "float32" else 2
+    stored = {"none": item, "int8": 1, "nf4": 0.5}[config.compute.quantize]
+    shapes, wide = param_shapes(base), projection_shapes(base)
+    weights = sum(
+        math.prod(shape) * (stored if path.removesuffix("/kernel") in wide else item) for path, shape in shapes.items()
+    )
+    trained = sum(
+        depths(base)[path] * target.rank * (math.prod(wide[path][:-2]) * sum(wide[path][-2:]))
+        for path, target in adapter_spec(config, base).targets
+    )
+    tokens = config.train.batch_size // config.train.accumulate * config.data.max_length
+    layers = base.n_layers if config.compute.remat in ("auto", "none") else 1
+    saved = tokens * item * (layers * _WIDTHS * (base.d_model + base.d_ff) + base.n_layers * base.d_model)
+    return float(weights), float(_STATES * 4 * trained + saved)
+
+
+def _mesh(config: RunConfig, count: int, share: float) -> MeshConfig:
+    """Returns the mesh with a concrete axis "run".
+
+    Each run gets as few devices as hold the base, ``share`` of one device's memory, and the open axes get
+    the rest. Without a choice every axis stays as it is.
+    """
+    mesh, devices = config.mesh, distributed.platform_of().devices
+    if mesh.run or devices == 1:
+        return mesh if mesh.run else replace(mesh, data=1, fsdp=1, tensor=1, run=1)
+    rows = config.train.batch_size // config.train.accumulate
+    fixed = math.prod(size for size in (mesh.data, mesh.fsdp, mesh.tensor) if size > 0)
+    for size in (n for n in range(1, devices + 1) if devices % n == 0 and n % fixed == 0):
+        spare = size // fixed
+        is_fitting = share / size < 0.5 and rows % spare == 0
+        if is_fitting and devices // size <= max(count, 1):
+            fsdp = mesh.fsdp if mesh.fsdp > 0 else spare
+            return replace(mesh, data=max(mesh.data, 1), fsdp=fsdp, tensor=max(mesh.tensor, 1), run=devices // size)
+    return replace(mesh, run=1)

@@ -1,0 +1,173 @@
+"""The configs of ``--sweep`` options: all combinations of the listed values.
+
+    --sweep optimizer.learning-rate=1e-3,2e-3 --sweep seed=0,1
+
+gives four runs in the folders ``learning-rate-0.001_seed-0`` and so on, below ``--output``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from nalora_jax import buckets
+from nalora_jax.config import RunConfig, check
+from nalora_jax.config.recorded import recorded_config
+from nalora_jax.config.types import has_type, type_name
+from nalora_jax.errors import NaloraError
+
+FILE = "sweep.json"  # in the folder of a sweep: its options and the names of its runs
+# Settings that all runs of a sweep have in common.
+_COMMON = re.compile(r"^(output|resume|imports|callbacks|mesh\b.*|debug\b.*|data\.workers|compute\.compilation_cache)$")
+
+Axis = tuple[str, tuple[Any, ...]]  # a setting by dotted name, and its values
+
+
+def axes_of(texts: Sequence[str]) -> list[Axis]:
+    """Returns the settings and values of ``--sweep`` options.
+
+    Example:
+      >>> axes_of(["optimizer.learning-rate=1e-3,2e-3", "seed=0,1"])
+      [('optimizer.learning_rate', (0.001, 0.002)), ('seed', (0, 1))]
+
+    Raises:
+      NaloraError: a setting that does not exist or cannot vary, no values, or values of another type.
+    """
+    axes = [_axis(text) for text in texts]
+    names = [name for name, _ in axes]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise NaloraError("--sweep", expected="each setting once", found=", ".join(twice))
+    return axes
+
+
+def grid(config: RunConfig, axes: Sequence[Axis]) -> list[RunConfig]:
+    """Returns a checked config of each combination, with its folder below ``config.output``.
+
+    Raises:
+      NaloraError: a value out of range, or two runs of one name.
+    """
+    runs = []
+    for values in itertools.product(*(values for _, values in axes)):
+        pairs = [(name, value) for (name, _), value in zip(axes, values, strict=True)]
+        changed = config
+        for name, value in pairs:
+            changed = _with(changed, name.split("."), value)
+        folder = f"{config.output.rstrip('/')}/{'_'.join(_part(name, value) for name, value in pairs)}"
+        runs.append(check(replace(changed, output=folder)))
+    check_names(runs)
+    return runs
+
+
+def check_names(configs: Sequence[RunConfig]) -> None:
+    """Raises a NaloraError unless there are runs, all with different folders of a file system."""
+    if not configs:
+        raise NaloraError("sweep", expected="at least one run", found="none")
+    outputs = [config.output for config in configs]
+    remote = [output for output in outputs if buckets.url(output) is not None]
+    if remote:
+        remedy = "mount the bucket on every host and name a folder in it"
+        expected = "folders of a file system for a sweep"
+        raise NaloraError("--output", expected=expected, found=remote[0], remedy=remedy)
+    twice = sorted({Path(output).name for output in outputs if outputs.count(output) > 1})
+    if twice:
+        remedy = "leave equal values out; settings that differ in their group only need different names"
+        raise NaloraError("--sweep", expected="runs with different names", found=", ".join(twice), remedy=remedy)
+
+
+def recorded_sweep(folder: str) -> tuple[tuple[str, ...], RunConfig] | None:
+    """Returns the ``--sweep`` options and the settings of the sweep in a folder; None if it holds none.
+
+    Raises:
+      NaloraError: its file is damaged.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return tuple(map(str, record["sweep"])), recorded_config(record["run"], str(path))
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        if isinstance(error, NaloraError):
+            raise
+        remedy = "start the sweep again in another --output"
+        raise NaloraError(str(path), expected="the options of a sweep", found=error, remedy=remedy) from None
+
+
+def _axis(text: str) -> Axis:
+    name, equals, listed = text.partition("=")
+    name = name.strip().removeprefix("--").replace("-", "_")
+    hint = _hint(name)
+    words = [word.strip() for word in listed.split(",") if word.strip()]
+    if not equals or not words:
+        raise NaloraError(f"--sweep {text}", expected="SETTING=VALUE,VALUE,...", found="no values")
+    return name, tuple(_typed(text, word, hint) for word in words)
+
+
+def _hint(name: str) -> Any:
+    """Returns the type of a setting by dotted name."""
+    kind: Any = RunConfig
+    for part in name.split("."):
+        hints = get_type_hints(kind) if is_dataclass(kind) else {}
+        if part not in hints:
+            known = ", ".join(field.name.replace("_", "-") for field in fields(kind)) if is_dataclass(kind) else "none"
+            raise NaloraError(f"--sweep {name}", expected=f"a setting of a run ({known})", found=repr(part))
+        kind = hints[part]
+    if is_dataclass(kind) or _COMMON.match(name):
+        remedy = "give it once, outside of --sweep"
+        raise NaloraError("--sweep", expected="a setting that may differ between runs", found=name, remedy=remedy)
+    return kind
+
+
+def _typed(text: str, word: str, hint: Any) -> Any:
+    """Returns a value of the setting's type; rules are joined by ``+``."""
+    if "LoRARule" in str(hint):
+        from nalora_jax.cli.config_files import parse_rule
+
+        try:
+            return tuple(map(parse_rule, word.split("+")))
+        except ValueError as error:
+            raise NaloraError(f"--sweep {text}", expected="rules PATTERN:RANK[:ALPHA]", found=error) from None
+    for value in _readings(word):
+        if has_type(value, hint):
+            return value
+    raise NaloraError(f"--sweep {text}", expected=f"values of type {type_name(hint)}", found=repr(word))
+
+
+def _readings(word: str) -> list[Any]:
+    """Returns the values that a word may mean, from the narrowest type."""
+    readings: list[Any] = []
+    for convert in (int, float):
+        try:
+            readings.append(convert(word))
+        except ValueError:
+            continue
+    flags = {"true": True, "yes": True, "false": False, "no": False}
+    readings += [flags[word.lower()]] if word.lower() in flags else []
+    parts = tuple(float(part) for part in word.split("/")) if re.fullmatch(r"[\d.e+-]+(/[\d.e+-]+)+", word) else ()
+    return [*readings, *([parts] if parts else []), word, (word,)]
+
+
+def _with(config: Any, path: Sequence[str], value: Any) -> Any:
+    """Returns ``config`` with the setting at ``path`` replaced."""
+    name, *inner = path
+    return replace(config, **{name: _with(getattr(config, name), inner, value) if inner else value})
+
+
+def _part(name: str, value: Any) -> str:
+    """Returns a setting's part of a folder's name, e.g. ``learning-rate-0.001``."""
+    shown = value
+    if isinstance(value, tuple):
+        shown = "+".join(_rule_name(item) for item in value)
+    shown = f"{shown:g}" if isinstance(shown, float) else str(shown)
+    return f"{name.rpartition('.')[2].replace('_', '-')}-{re.sub(r'[^A-Za-z0-9.+-]+', '-', shown)}"
+
+
+def _rule_name(rule: Any) -> str:
+    named: Mapping[str, Any] = getattr(rule, "__dict__", {})
+    return "-".join(str(part) for part in named.values() if part is not None) if named else str(rule)

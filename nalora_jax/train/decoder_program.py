@@ -1,0 +1,263 @@
+"""The program of a run on text, or of a decoder that sees images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax import distributed, trees
+from nalora_jax.config import ComputeConfig, RunConfig
+from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.distributed import platform_of
+from nalora_jax.errors import NaloraError
+from nalora_jax.gate_checks import GateChecks, require_compensated
+from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method import statistics
+from nalora_jax.method.optimizer import find_gates, nalora
+from nalora_jax.method.state import Mechanisms
+from nalora_jax.method.step import Objective, Step, StepConfig, make_train_step
+from nalora_jax.models.adapters import init_lora
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.remat import chosen_remat
+from nalora_jax.models.stacks import gate_blocks, key_heads
+from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
+from nalora_jax.models.vision.decoder import decoder_for
+from nalora_jax.ops.cross_entropy import Head
+from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.train.adalora import adalora
+from nalora_jax.train.gate_metrics import layer_metrics
+from nalora_jax.train.jitted import PureStep
+from nalora_jax.train.learning_rate import with_learning_rate
+from nalora_jax.train.mechanisms import mechanisms_of
+from nalora_jax.train.objectives import NextToken, SeenNextToken
+from nalora_jax.train.optimizers import make_optimizer
+from nalora_jax.train.program import Program, gate_checks_of
+
+
+def check_decoder(config: RunConfig, base: ModelConfig, mesh: Mesh) -> None:
+    """Raises an error if a tensor axis splits a head, or for another start of a model that sees."""
+    distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=key_heads(base))
+    if base.sight is None:
+        return
+    if config.lora.init != "default":
+        expected = "default for a model that sees"
+        raise NaloraError("--lora.init", expected=expected, found=config.lora.init)
+    heads = base.sight.tower.n_heads
+    distributed.check_heads(mesh, n_heads=heads, n_kv_heads=heads)
+
+
+def decoder_program(
+    config: RunConfig,
+    base: ModelConfig,
+    spec: AdapterSpec,
+    mesh: Mesh,
+    *,
+    last: optax.GradientTransformation | None = None,
+    processor: ImageProcessor | None = None,
+    model: Decoder | None = None,
+) -> Program:
+    """Returns the program of a decoder.
+
+    Args:
+      config, base, mesh, last, processor: see `nalora_jax.train.assembly.assemble`.
+      spec: the adapters.
+      model: of another program that this one shares it with.
+    """
+    blocks, gates = measured_blocks(base, spec), _gates(base, spec)
+    names = {path: name for path, (_, name) in gate_blocks(base).items() if path in blocks}
+    mechanisms = mechanisms_of(config, base.activation, names, gates)
+    if model is None:
+        checks, measured = gate_checks_of(config), mechanisms.statistics
+        model = build_model(base, spec, config.compute, mesh, checks=checks, measured=measured)
+    optimizer = build_optimizer(config, base, spec, mechanisms, last)
+    pure = _pure_step(config, base, model, mesh, processor, last)
+    return Program(config, model, spec, mesh, mechanisms, optimizer, blocks, pure)
+
+
+def _pure_step(
+    config: RunConfig,
+    base: ModelConfig,
+    model: Decoder,
+    mesh: Mesh,
+    processor: ImageProcessor | None,
+    last: optax.GradientTransformation | None,
+) -> PureStep:
+    """Returns the builder of a decoder's step."""
+
+    def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
+        trained = build_optimizer(config, base, model.adapters, mechanisms, last, numbers)
+        return make_step(config, base, model.clone(adapters=adapters), trained, mechanisms, mesh, processor)
+
+    return pure
+
+
+def build_model(
+    base: ModelConfig,
+    spec: AdapterSpec,
+    compute: ComputeConfig,
+    mesh: Mesh,
+    *,
+    checks: GateChecks | None = None,
+    measured: tuple[str, ...] = (),
+) -> Decoder:
+    """Builds the decoder for training steps.
+
+    Args:
+      base, spec, compute, mesh: architecture, adapters, compute settings and devices.
+      checks: value checks of the gates.
+      measured: statistics that mechanisms need.
+    """
+    numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
+    return decoder_for(
+        base,
+        spec,
+        numerics,
+        remat=chosen_remat(compute.remat, base.d_model, numerics),
+        stats=GateStatsConfig(
+            compute.stats_stride,
+            compute.probe_stride,
+            compute.stats_positions,
+            checks=checks,
+            extra=statistics.extra(measured),
+            sharding=distributed.row_sharding(mesh),
+        ),
+        activation_sharding=distributed.row_sharding(mesh),
+        routing_sharding=distributed.row_sharding(mesh) if base.n_experts else None,
+        experts=compute.experts,
+    )
+
+
+def build_optimizer(
+    config: RunConfig,
+    base: ModelConfig,
+    spec: AdapterSpec,
+    mechanisms: Mechanisms,
+    last: optax.GradientTransformation | None = None,
+    numbers: Mapping[str, Any] = MappingProxyType({}),
+) -> optax.GradientTransformationExtraArgs:
+    """Chains inner optimizer, mechanisms on gates, ``last``, and AdaLoRA's rank allocation."""
+    settings = with_learning_rate(config, base.d_model).optimizer
+    inner = make_optimizer(settings, config.steps, config.lora.plus_ratio, numbers)
+    optimizer = nalora(inner, _gates(base, spec), mechanisms)
+    if last is not None:
+        optimizer = optax.with_extra_args_support(optax.chain(optimizer, last))
+    if spec.adalora:
+        return adalora(optimizer, config.adalora, spec, config.steps, clip_norm=settings.clip_norm)
+    return optimizer
+
+
+def _gates(base: ModelConfig, spec: AdapterSpec) -> dict[str, str]:
+    # `spec.linear` leaves out DoRA's magnitudes, which need the weights and are not gates.
+    return find_gates(jax.eval_shape(lambda key: init_lora(base, spec.linear, key), jax.random.key(0)))
+
+
+def measured_blocks(base: ModelConfig, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+    """Returns channel shapes by block, of the decoder and of other blocks with adapters."""
+    adapted = {path.rpartition("/")[0] for path, _ in spec.targets}
+    blocks = gate_blocks(base).items()
+    return {path: shape for path, (shape, _) in blocks if path.startswith("layers/") or path in adapted}
+
+
+def head_of(base: ModelConfig) -> Head:
+    """Returns the settings that map hidden states to logits."""
+    return Head(base.tie_embeddings, base.final_softcap, base.logit_scale)
+
+
+def head_sharding(base: ModelConfig, mesh: Mesh) -> NamedSharding | None:
+    """Returns the layout of the head's kernel in the loss; None on one device.
+
+    The kernel is split over "tensor" along the vocabulary only. The loss processes the batch in
+    chunks, and a kernel that is split over "fsdp" would be gathered in each of them.
+    """
+    if distributed.devices_per_run(mesh) == 1:
+        return None
+    by_vocabulary = P("tensor", None) if base.tie_embeddings else P(None, "tensor")
+    shape = (base.vocab_size, base.d_model) if base.tie_embeddings else (base.d_model, base.vocab_size)
+    return NamedSharding(mesh, distributed.fit_spec(by_vocabulary, shape, mesh))
+
+
+def _step_shardings(base: ModelConfig, spec: AdapterSpec, mesh: Mesh) -> dict[str, Any]:
+    """Returns the layouts of adapters and masks within a step; empty on one device."""
+    if distributed.devices_per_run(mesh) == 1:
+        return {}
+    shapes = trees.flatten(jax.eval_shape(lambda key: init_lora(base, spec.linear, key), jax.random.key(0)))
+    for name in spec.saved:
+        sizes = (base.vocab_size, base.d_model)
+        shapes[TABLES[name]] = jax.ShapeDtypeStruct(sizes if name == "embed_tokens" else sizes[::-1], "float32")
+    for name, ids in spec.own_rows(tied=base.tie_embeddings).items():
+        shapes[ROWS[name]] = jax.ShapeDtypeStruct((len(ids), base.d_model), "float32")
+    for path, _ in spec.targets if spec.dora else ():
+        b = shapes[f"{path}/b"].shape
+        shapes[f"{path}/magnitude"] = jax.ShapeDtypeStruct((*b[:-2], b[-1]), "float32")
+    return {
+        "lora_sharding": distributed.shardings(trees.unflatten(shapes), mesh, distributed.STEP_RULES),
+        "mask_sharding": NamedSharding(mesh, _mask_spec(measured_blocks(base, spec), mesh)),
+    }
+
+
+def _mask_spec(blocks: dict[str, tuple[int, ...]], mesh: Mesh) -> P:
+    """Returns one layout for the masks of all blocks."""
+    specs = {distributed.fit_spec(P("tensor"), shape, mesh) for shape in blocks.values()}
+    return specs.pop() if len(specs) == 1 else P()
+
+
+def make_step(
+    config: RunConfig,
+    base: ModelConfig,
+    model: Decoder,
+    optimizer: optax.GradientTransformationExtraArgs,
+    mechanisms: Mechanisms,
+    mesh: Mesh,
+    processor: ImageProcessor | None = None,
+) -> Step:
+    """Builds the step of a decoder, not compiled."""
+    settings = StepConfig(
+        mechanisms=mechanisms,
+        stats_sharding=distributed.row_sharding(mesh),
+        **_step_shardings(base, model.adapters, mesh),
+        metrics=layer_metrics(mechanisms),
+        verify=require_compensated if config.debug.check_gates else None,
+    )
+    objective = text_objective(config, base, model, mesh, processor)
+    return make_train_step(optimizer, settings, objective)
+
+
+def next_token(base: ModelConfig, model: Decoder, compute: ComputeConfig, mesh: Mesh) -> NextToken:
+    """Returns the cross-entropy of a model's next tokens, with the layout of the loss on a mesh."""
+    return NextToken(
+        model,
+        head_of(base),
+        model.numerics,
+        compute.loss_chunk,
+        distributed.batch_shards(mesh),
+        head_sharding(base, mesh),
+        distributed.RUN in mesh.shape and distributed.devices_per_run(mesh) > 1,
+    )
+
+
+def text_objective(
+    config: RunConfig,
+    base: ModelConfig,
+    model: Decoder,
+    mesh: Mesh,
+    processor: ImageProcessor | None = None,
+) -> Objective:
+    """Returns the objective of a run on text, on conversations about images, or on preference pairs."""
+    plain = next_token(base, model, config.compute, mesh)
+    if config.preference.loss != "none":
+        from nalora_jax.train.preference import Preference
+
+        return Preference(plain, config.preference)
+    if base.sight is None:
+        return plain
+    blocks = tuple(measured_blocks(base, model.adapters))
+    fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
+    return SeenNextToken(**fields, processor=processor, measured=blocks)

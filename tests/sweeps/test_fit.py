@@ -1,0 +1,49 @@
+"""The mesh of a sweep and the number of runs that train together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.plan.models import CONFIGS
+from nalora_jax.sweeps import fit
+from nalora_jax.sweeps.fit import Fitting
+
+BASE = ModelConfig.from_hf(CONFIGS["llama-3.1-8b"])
+CONFIG = replace(RunConfig(train=TrainConfig(batch_size=4)), data=replace(RunConfig().data, max_length=256))
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices of 32 GB; the tests have eight."""
+    monkeypatch.setattr(fit, "_memory", lambda: 32e9)
+
+
+def test_each_run_gets_the_fewest_devices_that_hold_the_base() -> None:
+    fitting = Fitting.of(CONFIG, BASE, count=6)
+    assert (fitting.mesh.run, fitting.mesh.fsdp) == (4, 2)  # 16 GB of weights on two devices
+    assert fitting.mesh.runs_per_device == 2
+    assert (fitting.capacity, fitting.slots(6), fitting.next(6)) == (8, 8, 6)
+
+
+def test_more_runs_than_fit_train_after_each_other_in_equal_parts() -> None:
+    fitting = Fitting(MeshConfig(run=4, runs_per_device=2), capacity=8, width=1)
+    assert [fitting.next(left) for left in (20, 13, 6)] == [7, 7, 6]
+    assert fitting.slots(7) == 8
+
+
+def test_more_runs_a_device_than_fit_are_refused_with_the_number_that_fits() -> None:
+    mesh = MeshConfig(run=4, fsdp=2, data=1, tensor=1, runs_per_device=1000)
+    with pytest.raises(NaloraError, match=r"--mesh.runs-per-device: expected at most \d+ runs, .* found 1000"):
+        Fitting.of(replace(CONFIG, mesh=mesh), BASE, count=1000)
+
+
+def test_experts_need_one_device_a_run() -> None:
+    experts = ModelConfig.from_hf(CONFIGS["mixtral-8x7b"])
+    mesh = MeshConfig(run=4, fsdp=2, data=1, tensor=1)
+    with pytest.raises(NaloraError, match="--mesh.run: expected one device a run for mixtures of experts"):
+        Fitting.of(replace(CONFIG, mesh=mesh), experts, count=4)
