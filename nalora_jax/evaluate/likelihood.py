@@ -83,7 +83,7 @@ def score_groups(
 def _longest_sharing(config: ModelConfig) -> int | None:
     """Returns the length up to which texts can share a computed prefix, or None without a limit."""
     if any(stack.config.mixer is not None for stack in stacks(config)):
-        return 0  # the state after a packed row of prefixes is that of the last one only
+        return 0  # a packed row of prefixes has one state, after its last prefix
     return switch_length(config.ropes)
 
 

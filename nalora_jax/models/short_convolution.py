@@ -1,8 +1,7 @@
 """The gated short convolution of LFM2: a causal depthwise convolution between two gates.
 
-``y = W_out (C * conv(B * u))`` with ``[B, C, u] = W_in x``. A tap reads tokens of its own segment only,
-so packed sequences do not mix. In generation the state is the last ``width - 1`` inputs of the
-convolution.
+``y = W_out (C * conv(B * u))`` with ``[B, C, u] = W_in x``. Taps do not read across segments, so packed
+sequences do not mix. In generation the state is the last ``width - 1`` inputs of the convolution.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from nalora_jax import buckets
 from nalora_jax.config import RunConfig, check
 from nalora_jax.config.recorded import recorded_config
 from nalora_jax.config.types import has_type, type_name
@@ -64,10 +65,15 @@ def grid(config: RunConfig, axes: Sequence[Axis]) -> list[RunConfig]:
 
 
 def check_names(configs: Sequence[RunConfig]) -> None:
-    """Raises a NaloraError unless there are runs, all with different folders."""
+    """Raises a NaloraError unless there are runs, all with different folders of a file system."""
     if not configs:
         raise NaloraError("sweep", expected="at least one run", found="none")
     outputs = [config.output for config in configs]
+    remote = [output for output in outputs if buckets.url(output) is not None]
+    if remote:
+        remedy = "mount the bucket on every host and name a folder in it"
+        expected = "folders of a file system for a sweep"
+        raise NaloraError("--output", expected=expected, found=remote[0], remedy=remedy)
     twice = sorted({Path(output).name for output in outputs if outputs.count(output) > 1})
     if twice:
         remedy = "leave equal values out; settings that differ in their group only need different names"

@@ -17,7 +17,7 @@ import numpy as np
 
 from nalora_jax.mechanism import Mechanism
 from nalora_jax.method import statistics
-from nalora_jax.method.state import Mechanisms
+from nalora_jax.method.state import Mechanisms, own_factors
 from nalora_jax.models.targets import AdapterSpec, ScaledTarget
 from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.learning_rate import with_learning_rate
@@ -148,20 +148,15 @@ def _settings(mechanisms: Mechanisms) -> dict[tuple[str, str], Any]:
 
 def _orders(runs: Sequence[Assembly]) -> dict[tuple[str, str], np.ndarray]:
     """Returns the channel orders ``[runs, ..., d_ff]`` of permutation controls that differ between runs."""
-    orders = {}
-    shapes = {path: (*run.shape, *_channels(runs[0], path)) for path, run in runs[0].state.gate.updates.items()}
-    for index, (label, _) in enumerate(runs[0].mechanisms.entries):
+    orders, first = {}, runs[0]
+    factors = jax.eval_shape(partial(own_factors, mechanisms=first.mechanisms), first.state.gate)
+    for index, (label, _) in enumerate(first.mechanisms.entries):
         controls = [(run.mechanisms.entries[index][1], run.mechanisms.seed) for run in runs]
         if len({(control.permute, seed) for control, seed in controls}) == 1:
             continue
         if all(control.permute < 0 for control, _ in controls):
             continue
-        for path, shape in shapes.items():
-            orders[label, path] = np.stack([control.permutation(shape, path, seed) for control, seed in controls])
+        for path, factor in factors[label].items():
+            stacked = [control.permutation(factor.shape, path, seed) for control, seed in controls]
+            orders[label, path] = np.stack(stacked)
     return orders
-
-
-def _channels(run: Assembly, path: str) -> tuple[int, ...]:
-    """Returns the number of channels of a block, ``(d_ff,)``."""
-    memory = next(iter(run.state.gate.memory.values()))[path]
-    return (next(iter(memory.values())).shape[-1],)

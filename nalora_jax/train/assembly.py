@@ -100,16 +100,9 @@ def assemble(
     shared = like if like is not None and like.spec == spec and initial is None else None
     program = _program(config, base, lora, spec, mesh, last, processor, shared)
     if shared is not None:
-        state, mechanisms = shared.begin(lora, config.seed), program.mechanisms
-        return replace(
-            shared,
-            config=config,
-            mechanisms=mechanisms,
-            state=state,
-            params=params,
-            initial=None,
-            pure=program.pure,
-        )
+        changes: dict[str, Any] = {"state": shared.begin(lora, config.seed), "params": params}
+        changes |= {"mechanisms": program.mechanisms, "pure": program.pure, "initial": None}
+        return replace(shared, config=config, **changes)
     places = program.places(lora)
     compiled = jax.jit(program.fresh, out_shardings=places)
 

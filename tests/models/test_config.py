@@ -156,7 +156,7 @@ def test_multimodal_gemma4_is_its_text_model():
     raw = {"model_type": "gemma4", "text_config": {**LLAMA, "model_type": "gemma4_text"}, "vision_config": {}}
     config = ModelConfig.from_hf(raw)
     assert (config.model_type, config.tie_embeddings, config.sight) == ("gemma4_text", True, None)
-    with pytest.raises(NaloraError, match=r"model_type: expected one of llava.* found 'gemma4'"):
+    with pytest.raises(NaloraError, match=r"sees images: one of llava, gemma3, found 'gemma4'"):
         ModelConfig.from_hf(raw, images=True)
 
 

@@ -64,13 +64,13 @@ def test_packed_segments_and_their_gradients_equal_separate_rows():
     gradient, (out, state) = jax.jit(jax.grad(loss, has_aux=True))(inputs)
     start = 1
     for length in LENGTHS:
-        part = slice(start, start + length)
-        alone = DeltaInputs(*(x[:, part] for x in inputs))
+        place = slice(start, start + length)
+        alone = DeltaInputs(*(x[:, place] for x in inputs))
         leaves, expected, last = theirs(torch_chunk_gated_delta_rule, alone)
-        (expected * torch.as_tensor(weights[:, part])).sum().backward()
-        close(out[:, part], expected)
+        (expected * torch.as_tensor(weights[:, place])).sum().backward()
+        close(out[:, place], expected)
         for mine, leaf in zip(gradient, leaves, strict=True):
-            close(mine[:, part], leaf.grad, 2e-5)
+            close(mine[:, place], leaf.grad, 2e-5)
         start += length
     close(state, last)
     for mine in gradient:

@@ -15,8 +15,8 @@ from nalora_jax.cli.plan import PlanArgs, plan
 from nalora_jax.config import ComputeConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
-from nalora_jax.models.stacks import param_shapes, projection_shapes
-from nalora_jax.models.targets import resolve
+from nalora_jax.models.stacks import layer_numbers, param_shapes, projection_shapes
+from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.ops.quantize import kernels
 from nalora_jax.plan.estimates import WIDTHS, weight_bytes
 from nalora_jax.plan.figures import Figures
@@ -24,7 +24,14 @@ from nalora_jax.plan.layouts import candidates, choose, estimate
 from nalora_jax.plan.machines import Topology, topology
 from nalora_jax.plan.models import CONFIGS, architecture
 from nalora_jax.plan.program import _weight
-from nalora_jax.plan.roofline import active_parameters, attention_flops, kernel_flops, splash_flops
+from nalora_jax.plan.roofline import (
+    active_parameters,
+    attention_flops,
+    kernel_flops,
+    mixer_flops,
+    splash_flops,
+    useful_flops,
+)
 
 RELEASED = Path(__file__).parents[1] / "models" / "released"
 
@@ -32,7 +39,7 @@ RELEASED = Path(__file__).parents[1] / "models" / "released"
 def chosen(model: str, where: str, *, seq: int = 4096, rows: int = 0, **options):
     base, machine = architecture(model), topology(where)
     config = RunConfig(train=TrainConfig(batch_size=rows or machine.size), **options)
-    spec = resolve(config.lora, projection_shapes(base), base.n_layers)
+    spec = resolve(config.lora, projection_shapes(base), layer_numbers(base))
     return choose(config, base, spec, machine, seq)
 
 
@@ -166,6 +173,22 @@ def test_gpt_oss_takes_the_memory_of_its_released_files(name, released, active):
     assert layer * base.n_layers + ends == pytest.approx(held, rel=1e-9)
     assert held == pytest.approx(released, rel=5e-3)
     assert active_parameters(base) == pytest.approx(active, rel=0.02)
+
+
+@pytest.mark.parametrize("where", ["v5e:16x16", "v6e:16x16", "v5p:8x8x16", "8xh100"])
+def test_models_with_linear_attention_fit(where):
+    for name, least in {"Qwen3.5-9B": 0.6, "Qwen3.5-35B-A3B": 0.05}.items():
+        layout = chosen(str(RELEASED / f"{name}.json"), where)
+        assert layout.memory < topology(where).chip.memory
+        assert layout.mfu > least
+
+
+@pytest.mark.parametrize(("name", "active", "share"), [("Qwen3.5-9B", 7.94e9, 0.01), ("Qwen3.5-35B-A3B", 2.95e9, 0.03)])
+def test_linear_attention_is_a_small_share_of_the_useful_flops(name, active, share):
+    base = architecture(str(RELEASED / f"{name}.json"))
+    assert active_parameters(base) == pytest.approx(active, rel=0.01)
+    assert 3 * mixer_flops(base, 4096) / useful_flops(base, AdapterSpec(), 1, 4096) == pytest.approx(share, rel=0.15)
+    assert mixer_flops(base, 8192) == 2 * mixer_flops(base, 4096)
 
 
 def test_links_of_the_torus_dimensions_that_a_collective_spans():

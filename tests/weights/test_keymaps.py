@@ -44,7 +44,7 @@ ARCHITECTURES = {
 
 def config_of(family: str, **changes) -> ModelConfig:
     raw = {**SIZES, "model_type": family, **changes}
-    if family in ("gemma2", "gemma3_text", "olmo3", "gpt_oss", "granite_swa", "gemma4_text"):
+    if family in ("gemma2", "gemma3_text", "olmo3", "gpt_oss", "granite_swa") or family.startswith("gemma4"):
         raw["sliding_window"] = 8
     return ModelConfig.from_hf(raw)
 
