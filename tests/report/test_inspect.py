@@ -91,7 +91,8 @@ def test_every_gate_of_a_layer_has_its_row(sums):
     prefix, summary = "layers/group0/block0", layer_summary(sums)
     blocks = {f"{prefix}/{name}": summary for name in ("ffn/dense_ffn", "ffn/experts_ffn", "tail")}
     rows = by_layer(blocks, {prefix: (1, 4, 7)})
-    assert rows.names == tuple(f"{layer} {name}" for layer in (1, 4, 7) for name in ("dense_ffn", "experts_ffn", "tail"))
+    gates = ("dense_ffn", "experts_ffn", "tail")
+    assert rows.names == tuple(f"{layer} {gate}" for layer in (1, 4, 7) for gate in gates)
     np.testing.assert_array_equal(rows.slope[2::3], summary.slope)
 
 
