@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from nalora_jax.config import OptimizerConfig
+from nalora_jax.config import OptimizerConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.optimizer import find_gates, nalora, scale_by_channel
 from nalora_jax.train.mechanisms import make_mechanisms
@@ -15,7 +15,7 @@ from nalora_jax.train.optimizers import make_optimizer, make_schedule
 L, D_MODEL, R, D_FF = 2, 6, 3, 8
 GATE, BLOCK = "layers/ffn/gate_proj", "layers/ffn"
 GATES = {GATE: BLOCK}
-ON = make_mechanisms(activation="silu")
+ON = make_mechanisms(RunConfig().mechanisms, activation="silu")
 OFF = make_mechanisms((), activation="silu")
 ADAMW = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_share=0.0, weight_decay=0.3, clip_norm=1.0)
 
