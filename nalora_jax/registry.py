@@ -10,12 +10,11 @@ decorator.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from nalora_jax.errors import NaloraError
 
@@ -33,7 +32,7 @@ class Registry(Generic[T]):
     """
 
     def __init__(self, kind: str, group: str, flag: str = "", modules: Mapping[str, str] | None = None) -> None:
-        self._kind, self._group, self._flag = kind, group, flag
+        self._kind, self._group, self.flag = kind, group, flag
         self._modules = dict(modules or {})
         self._values: dict[str, T] = {}
 
@@ -68,39 +67,8 @@ class Registry(Generic[T]):
             files = ", ".join(map(str, imports.imported() if imports else ())) or "none"
             remedy = f"--import FILE registers a {self._kind} of your own (imported: {files}), or an entry point does"
             expected = f"one of {', '.join(self.names())}"
-            raise NaloraError(self._flag or self._kind, expected=expected, found=repr(name), remedy=remedy)
+            raise NaloraError(self.flag or self._kind, expected=expected, found=repr(name), remedy=remedy)
         return self._values[name]
-
-    def make(self, text: str) -> Any:
-        """Returns an instance of a registered class with the settings in a text.
-
-        The settings are the fields of its dataclass, with the types of their defaults. Tuples are
-        written with slashes.
-
-        Args:
-          text: ``"soft"``, ``"soft:power=2,high=3"`` or ``"homogeneity:gains=0.5/0.75/1/1"``.
-
-        Raises:
-          NaloraError: an unknown name or setting, or a value of another type.
-        """
-        name, _, options = text.partition(":")
-        kind: Any = self.get(name)
-        fields: dict[str, Any] = {}
-        if dataclasses.is_dataclass(kind):
-            fields = {field.name: field for field in dataclasses.fields(kind)}
-        settings: dict[str, Any] = {}
-        for option in filter(None, options.split(",")):
-            key, equals, value = option.partition("=")
-            if key not in fields or not equals:
-                expected = f"NAME:setting=value, with a setting of {', '.join(fields) or 'none'}"
-                raise NaloraError(f"{self._flag} {text}", expected=expected, found=option)
-            default = fields[key].default
-            try:
-                settings[key] = _typed(value, default)
-            except (KeyError, ValueError):
-                expected = f"{key} of type {type(default).__name__}"
-                raise NaloraError(f"{self._flag} {text}", expected=expected, found=repr(value)) from None
-        return kind(**settings)
 
     def names(self) -> list[str]:
         """Returns all known names, entry points included, sorted."""
@@ -126,15 +94,6 @@ class Registry(Generic[T]):
                     where, expected=f"to register a {self._kind} of that name", found="no such registration"
                 )
         return name in self._values
-
-
-def _typed(text: str, default: Any) -> Any:
-    """Returns ``text`` with the type of ``default``."""
-    if isinstance(default, bool):
-        return {"true": True, "false": False}[text.lower()]
-    if isinstance(default, tuple):
-        return tuple(type(default[0])(item) for item in text.split("/"))
-    return type(default)(text)
 
 
 def _again(known: object, value: object) -> bool:

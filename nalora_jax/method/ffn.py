@@ -1,4 +1,4 @@
-"""Self-gated feed-forward blocks with adapters: `GatedFFN`, `SelfGatedFFN` and `FactoredFFN`.
+"""Self-gated feed-forward blocks with adapters: `GatedFFN` and `SelfGatedFFN`.
 
     gated       z = x W_gate,  u = x W_up,  y = (phi(z) * u) W_down        (SwiGLU, GeGLU, ...)
     factored    z = x W_gate,  u is given,  y = (phi(z) * u) W_down        (per-layer embeddings of Gemma 4)
@@ -191,7 +191,7 @@ class Adapters:
         return dict(self.ranks).get(name, 0)
 
 
-class _Block(nn.Module):
+class AdaptedBlock(nn.Module):
     """The common part of both blocks: layers with adapters, mask, statistics."""
 
     d_model: int
@@ -238,7 +238,7 @@ class _Block(nn.Module):
         return y
 
 
-class GatedFFN(_Block):
+class GatedFFN(AdaptedBlock):
     """``(phi(x W_gate) * x W_up) W_down`` with adapters on gate_proj, up_proj and down_proj."""
 
     @nn.compact
@@ -267,7 +267,7 @@ class GatedFFN(_Block):
         return self._output(x, gate, up, down, token_weights)
 
 
-class SelfGatedFFN(_Block):
+class SelfGatedFFN(AdaptedBlock):
     """``phi(x W_in) W_out`` with adapters on in_proj, which is the gate, and out_proj."""
 
     @nn.compact
@@ -285,24 +285,3 @@ class SelfGatedFFN(_Block):
         gate = self._dense("in_proj", x.shape[-1], self.d_ff, scales, mask=self._mask(), **options)
         down = self._dense("out_proj", self.d_ff, self.d_model, scales, **options)
         return self._output(x, gate, None, down, token_weights)
-
-
-class FactoredFFN(_Block):
-    """``(phi(x W_gate) * factor) W_down`` with adapters on gate_proj and down_proj."""
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        factor: jax.Array,
-        scales: Scales | None = None,
-        *,
-        token_weights: jax.Array | None = None,
-        deterministic: bool = True,
-        adapter_ids: jax.Array | None = None,
-    ) -> jax.Array:
-        """Returns ``[batch, seq, d_model]`` for ``factor [batch, seq, d_ff]``; see `GatedFFN`."""
-        options: dict[str, Any] = {"deterministic": deterministic, "adapter_ids": adapter_ids}
-        gate = self._dense("gate_proj", self.d_model, self.d_ff, scales, mask=self._mask(), **options)
-        down = self._dense("down_proj", self.d_ff, self.d_model, scales, **options)
-        return self._output(x, gate, None, down, token_weights, factor)

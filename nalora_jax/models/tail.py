@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
 
-from nalora_jax.method.ffn import FactoredFFN
+from nalora_jax.method.ffn import AdaptedBlock, Scales
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.layers import RMSNorm
 from nalora_jax.models.parts import LayerInputs, PartOptions, Shapes, SharedInputs, Tail
@@ -60,6 +61,27 @@ class ScaledTail(Tail):
             eps=config.norm_eps,
             name=self.name,
         )
+
+
+class FactoredFFN(AdaptedBlock):
+    """``(phi(x W_gate) * factor) W_down`` with adapters on gate_proj and down_proj."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        factor: jax.Array,
+        scales: Scales | None = None,
+        *,
+        token_weights: jax.Array | None = None,
+        deterministic: bool = True,
+        adapter_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns ``[batch, seq, d_model]`` for ``factor [batch, seq, d_ff]``; see `GatedFFN`."""
+        options: dict[str, Any] = {"deterministic": deterministic, "adapter_ids": adapter_ids}
+        gate = self._dense("gate_proj", self.d_model, self.d_ff, scales, mask=self._mask(), **options)
+        down = self._dense("down_proj", self.d_ff, self.d_model, scales, **options)
+        return self._output(x, gate, None, down, token_weights, factor)
 
 
 class _ScaledTail(FactoredFFN):

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from nalora_jax.errors import NaloraError
 from nalora_jax.redaction import MARK
 from nalora_jax.registry import Registry
+from nalora_jax.settings_text import from_text
 
 log = logging.getLogger(__name__)
 
@@ -182,4 +183,4 @@ def make_callbacks(texts: Sequence[str]) -> list[Callback]:
             remedy = "name --callbacks again: passwords and tokens are not recorded"
             raise NaloraError("--callbacks", expected="the callback with its password", found=text, remedy=remedy)
     importlib.import_module("nalora_jax.train.trackers")  # registers the built-in callbacks
-    return [_CALLBACKS.make(text) for text in texts]
+    return [from_text(_CALLBACKS, text) for text in texts]

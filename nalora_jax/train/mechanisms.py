@@ -11,6 +11,7 @@ from nalora_jax.config import RunConfig
 from nalora_jax.config.former import groups_of, has_groups, translated
 from nalora_jax.mechanism import MECHANISMS, Mechanism
 from nalora_jax.method.state import Mechanisms
+from nalora_jax.settings_text import from_text
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def make(rule: str | Mechanism) -> Mechanism:
     Raises:
       NaloraError: an unknown name or setting, or a value of the wrong type or out of range.
     """
-    mechanism: Mechanism = MECHANISMS.make(rule) if isinstance(rule, str) else rule
+    mechanism: Mechanism = from_text(MECHANISMS, rule) if isinstance(rule, str) else rule
     return mechanism
 
 

@@ -15,8 +15,9 @@ from nalora_jax import gate_checks
 from nalora_jax.gate_checks import GateChecks
 from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method import activations, ffn, low_rank
-from nalora_jax.method.ffn import Adapters, FactoredFFN, GatedFFN, SelfGatedFFN, gated_product
+from nalora_jax.method.ffn import Adapters, GatedFFN, SelfGatedFFN, gated_product
 from nalora_jax.models.moe import MoEFFN
+from nalora_jax.models.tail import FactoredFFN
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.reductions import sampled, sampled_positions
 
