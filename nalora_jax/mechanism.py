@@ -125,10 +125,7 @@ class Mechanism:
         return {"mean": mean, "min": low, "max": high}
 
     def permuted(self, factor: Array, context: Context, order: Array | None = None) -> Array:
-        """Returns ``factor`` with permuted channels if the rule is its permutation control.
-
-        ``order`` replaces `permutation`: a sweep has one for each run.
-        """
+        """Returns ``factor`` with channels in ``order``; by default that of the permutation control."""
         if order is None:
             if self.permute < 0:
                 return factor
@@ -150,16 +147,11 @@ class Mechanism:
         """
         count, value = sums[statistics.get(name).count], sums[name]
         n = jnp.maximum(updates, 1).astype(jnp.float32)
-        if isinstance(self.decay, Array):  # of a sweep; 0 has the logarithm -inf too
-            log_decay, exact = jnp.log(self.decay), jnp.expm1
-        else:
-            log_decay, exact = math.log(self.decay) if self.decay > 0 else -math.inf, math.expm1
-        rate = exact(log_decay) / jnp.expm1(log_decay * n)
+        library: Any = jnp if isinstance(self.decay, Array) else math  # an array in a sweep
+        log_decay = library.log(self.decay) if library is jnp or self.decay > 0 else -math.inf
+        rate = library.expm1(log_decay) / jnp.expm1(log_decay * n)
         moves = count > 0
-        if isinstance(self.frozen_after, Array):
-            moves &= (updates <= self.frozen_after) | (self.frozen_after == 0)
-        elif self.frozen_after:
-            moves &= updates <= self.frozen_after
+        moves &= (updates <= self.frozen_after) | (self.frozen_after == 0)
         pad = lambda x: x.reshape(x.shape + (1,) * (average.ndim - x.ndim))  # noqa: E731
         rate, count, moves = pad(rate), pad(count), pad(moves)
         mean = value / jnp.where(count > 0, count, 1)
