@@ -136,9 +136,10 @@ def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> flo
     # With splash attention and cuDNN the result is saved with the projections; the plain function
     # also saves its inputs.
     queries, keys = {SPLASH.name: (2, 2), CUDNN.name: (2, 2), TRITON.name: (1, 2)}.get(kernel, (3, 4))
-    # Query and key norms save their inputs, and so do norms after attention.
+    # Query and key norms save their inputs, and so do norms after attention and output gates.
     normed = bool(base.qk_norm)
-    heads = ((queries + normed + base.attn_gate) * base.n_heads + (keys + normed) * base.n_kv_heads) * base.head_dim / tensor
+    queries, keys = queries + normed + base.attn_gate, keys + normed
+    heads = (queries * base.n_heads + keys * base.n_kv_heads) * base.head_dim / tensor
     return _saved_with(base, remat, tensor, heads)
 
 
