@@ -27,7 +27,7 @@ class LoRAConfig:
     """The projections that get adapters, and the kind of adapter."""
 
     # Ordered rules; the first match wins, an unmatched projection stays frozen, an unused rule is an error.
-    rules: tuple[LoRARule, ...] = (LoRARule("ffn/(.*/)?(gate|up|down|in|out)_proj"),)
+    rules: tuple[LoRARule, ...] = (LoRARule("ffn/(gate|up|down|in|out)_proj"),)
     # Scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732) instead of alpha / rank.
     rslora: bool = False
     # Weight-decomposed adapters (DoRA, arXiv 2402.09353): a trained magnitude per output channel.
