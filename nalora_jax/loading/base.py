@@ -22,6 +22,7 @@ from nalora_jax.models.vision.sight import Sight, contains_text_model
 from nalora_jax.ops.quantize import Kind, gathered
 from nalora_jax.tokenizer import NO_TOKENS, AddedTokens, Tokenizer, read_json
 from nalora_jax.weights import hub
+from nalora_jax.weights.fused_experts import with_experts
 from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.gguf_config import hf_config
 from nalora_jax.weights.gguf_tokenizer import read_tokenizer
@@ -145,7 +146,8 @@ def load_model(
         processor = _processor(found.path, config.sight)
     keymap = model_keymap(config, found.kind)
     shardings = None if mesh is None else _shardings(config, mesh)
-    params = load_params(config, with_floats(tensors), keymap, dtype=dtype, shardings=shardings, quantized=quantized)
+    floats = with_experts(with_floats(tensors), keymap)
+    params = load_params(config, floats, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
     params = gathered(params, "fsdp")
     known = origin(config, found, tensors, together=mesh is not None)
     log.info("base model: %s", known.describe())
