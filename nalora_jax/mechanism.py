@@ -125,7 +125,7 @@ class Mechanism:
         return {"mean": mean, "min": low, "max": high}
 
     def permuted(self, factor: Array, context: Context, order: Array | None = None) -> Array:
-        """Returns ``factor`` with channels in ``order``; by default that of the permutation control."""
+        """Returns ``factor`` with channels in ``order``; by default the permutation control's order."""
         if order is None:
             if self.permute < 0:
                 return factor

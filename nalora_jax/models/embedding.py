@@ -127,7 +127,7 @@ class LayerEmbeddings:
         }
 
     def module(self, config: ModelConfig, sharding: NamedSharding | None) -> nn.Module:
-        """Returns the module; ``sharding`` is that of ``[batch, seq, d_model]``."""
+        """Returns the module; ``sharding`` applies to ``[batch, seq, d_model]``."""
         table = {"vocab_size": self.vocab_size, "d_model": config.n_layers * self.width}
         return _LayerEmbeddings(**table, sharding=sharding, config=config, width=self.width)
 

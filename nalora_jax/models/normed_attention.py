@@ -1,6 +1,6 @@
 """Attention with norms of queries, keys and values.
 
-Values may be the unnormalized keys, and keys and values may be those of an earlier layer.
+Values may be the unnormalized keys, and keys and values may come from an earlier layer.
 """
 
 from __future__ import annotations

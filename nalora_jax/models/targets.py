@@ -61,7 +61,7 @@ class TargetSpec:
 
 @dataclass(frozen=True)
 class ScaledTarget(TargetSpec):
-    """A target whose scales are given: those of a run in a sweep."""
+    """A target whose scales are given by a run in a sweep."""
 
     values: Any = field(default=None, compare=False)  # float32 [layers]
 

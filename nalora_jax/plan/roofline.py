@@ -120,7 +120,7 @@ def active_parameters(base: ModelConfig) -> float:
 def active_size(config: ModelConfig, shape: tuple[int, ...]) -> float:
     """Returns the weights of a projection that multiply one token.
 
-    ``shape`` is that of `projection_shapes`: experts have a leading axis, and a token reaches
+    ``shape`` comes from `projection_shapes`: experts have a leading axis, and a token reaches
     ``config.experts_per_token`` of them.
     """
     chosen = config.experts_per_token if len(shape) == 3 else 1

@@ -71,7 +71,7 @@ def plan_sweep(config: RunConfig, base: ModelConfig, where: Topology, seq: int, 
     """Compiles the step of a sweep for the smallest groups of devices that hold a run.
 
     Args:
-      config: settings of a run, whose rows are those of one run; ``mesh.run`` and ``mesh.runs_per_device``
+      config: settings of a run, whose rows belong to one run; ``mesh.run`` and ``mesh.runs_per_device``
         are chosen if they are 0.
       base: the model.
       where: the machine.

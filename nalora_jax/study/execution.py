@@ -187,7 +187,7 @@ def _trained(progress: _RunInProgress) -> TrainState | None:
 
 
 def _trained_together(started: Sequence[_RunInProgress]) -> list[TrainState | None]:
-    """Returns the trained state of each run; None for those that diverged."""
+    """Returns the trained state of each run; None for diverged runs."""
     loops, assemblies = [], []
     for progress in started:
         state, start = progress.begin()

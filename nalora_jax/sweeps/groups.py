@@ -54,7 +54,7 @@ def program_key(config: RunConfig, spec: AdapterSpec | None) -> str:
 
 
 def widest(specs: Sequence[AdapterSpec]) -> AdapterSpec:
-    """Returns the adapters with the largest rank of every layer; scales are those of the first."""
+    """Returns the adapters with the largest rank of every layer; scales come from the first."""
 
     def target(path: str, first: Any) -> Any:
         ranks = [dict(spec.targets)[path].ranks for spec in specs]

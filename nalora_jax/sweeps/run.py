@@ -99,7 +99,7 @@ def sweep(configs: Sequence[RunConfig], *, data: Data | None = None, format: For
     processes of a multi-host sweep call it.
 
     Args:
-      configs: settings with different ``output``; ``mesh`` and ``resume`` are those of the first.
+      configs: settings with different ``output``; ``mesh`` and ``resume`` come from the first.
       data, format: see `nalora_jax.run`.
 
     Raises:
