@@ -14,7 +14,7 @@ from tyro.conf import Positional
 
 from nalora_jax.cli.outputs import mesh_of
 from nalora_jax.config import MeshConfig
-from nalora_jax.config.ranges import AXIS, SAMPLING, SEED, Range
+from nalora_jax.config.ranges import MESH, SAMPLING, SEED, Range
 from nalora_jax.errors import NaloraError, visible
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ RANGES = {
     **SAMPLING,
     "seed": SEED,
     "max_lora_rank": Range("a whole number", "[1, 65536]"),
-    "mesh.data": AXIS,
-    "mesh.fsdp": AXIS,
-    "mesh.tensor": AXIS,
+    **MESH,
 }
 
 

@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from nalora_jax.cli import images
 from nalora_jax.cli.outputs import check_new_file, data_of, flags_of_verb, mesh_of
 from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
-from nalora_jax.config.ranges import AXIS, COUNT
+from nalora_jax.config.ranges import COUNT, MESH
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class EvalArgs:
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1))
 
 
-RANGES = {"limit": COUNT, "shots": COUNT, "mesh.data": AXIS, "mesh.fsdp": AXIS, "mesh.tensor": AXIS}
+RANGES = {"limit": COUNT, "shots": COUNT, **MESH}
 
 
 def evaluate(args: EvalArgs) -> None:

@@ -17,7 +17,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from nalora_jax.cli.config_files import format_rule, load_config, parse_rule
 from nalora_jax.cli.images import ClassifyArgs, RetrieveArgs
 from nalora_jax.config import LoRARule, MeshConfig, RunConfig, config_from_dict
-from nalora_jax.config.ranges import AXIS, COUNT, SAMPLING, SEED, SIZE, TOKENS, Range, check_path
+from nalora_jax.config.ranges import COUNT, MESH, SAMPLING, SEED, SIZE, TOKENS, Range, check_path
 from nalora_jax.errors import NaloraError
 from nalora_jax.sweeps.grid import recorded_sweep
 
@@ -190,12 +190,11 @@ class DoctorArgs:
 
 
 # Ranges of the subcommands' numeric flags; a run's are in `nalora_jax.config`.
-_MESH = {"mesh.data": AXIS, "mesh.fsdp": AXIS, "mesh.tensor": AXIS}
 RANGES: dict[type, dict[str, Range]] = {
     GenerateArgs: {
         **SAMPLING,
         "seed": SEED,
-        **_MESH,
+        **MESH,
     },
     ExportArgs: {"max_lora_rank": Range("a whole number", "[1, 65536]")},
     InspectArgs: {"limit": COUNT, "max_length": TOKENS, "seed": SEED},

@@ -21,7 +21,7 @@ from nalora_jax.config import (
     TrainConfig,
     check,
 )
-from nalora_jax.config.ranges import AXIS, COUNT, ROWS, TOKENS, Range
+from nalora_jax.config.ranges import COUNT, MESH, ROWS, TOKENS, Range
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -85,9 +85,7 @@ RANGES = {
     "sweep": COUNT,
     "steps": COUNT,
     "price": Range("a number", "[0, 1e6]"),
-    "mesh.data": AXIS,
-    "mesh.fsdp": AXIS,
-    "mesh.tensor": AXIS,
+    **MESH,
 }
 
 

@@ -30,7 +30,7 @@ MEASURES = ("loss", "accuracy", "recall", *(f"{way}_recall_{k}" for way in _WAYS
 _LATER = {
     "data": ("add_tokens", "add_special_tokens"),
     "lora": ("trainable_token_indices", "trainable_token_modules"),
-    "compute": ("stats_positions",),
+    "compute": ("stats_positions", "experts"),
     "step_scale": ("tau",),
     "optimizer": ("warmup_steps", "warmup_from_zero"),
     "debug": ("profile",),

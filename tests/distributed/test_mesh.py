@@ -110,12 +110,14 @@ def test_weight_specs_by_path(mesh, path, spec):
     assert specs(params(), mesh, distributed.PARAM_RULES)[path] == spec
 
 
-def test_experts_keep_their_leading_axis_whole(mesh):
+def test_fsdp_splits_experts_by_their_number_if_it_divides_it(mesh):
     weights, adapters = (
         specs(params(moe=True), mesh, distributed.PARAM_RULES),
         specs(lora(moe=True), mesh, distributed.STATE_RULES),
     )
-    assert weights["layers/ffn/down_proj/kernel"] == P(None, None, "tensor", "fsdp")
+    whole = EXPERTS % mesh.shape["fsdp"] > 0
+    split = P(None, None, "tensor", "fsdp") if whole else P(None, "fsdp", "tensor")
+    assert weights["layers/ffn/down_proj/kernel"] == split
     assert weights["layers/ffn/router/kernel"] == P(None, "fsdp")
     assert adapters["layers/ffn/down_proj/a"] == P(None, None, ("tensor", "fsdp"))
     assert adapters["layers/ffn/down_proj/b"] == P(None, None, None, "fsdp")
@@ -123,11 +125,11 @@ def test_experts_keep_their_leading_axis_whole(mesh):
 
 @pytest.mark.parametrize("moe", [False, True])
 def test_adapters_are_split_like_the_weight_that_they_adapt(mesh, moe):
-    weights = specs(params(moe), mesh, distributed.PARAM_RULES)
+    weights = specs(params(), mesh, distributed.PARAM_RULES)  # adapters of experts follow a dense layer's weight
     between, within = (specs(lora(moe), mesh, rules) for rules in (distributed.STATE_RULES, distributed.STEP_RULES))
     for path in projections(lora=False, moe=moe):
         rank = 4 if moe and "/ffn/" in path else 3
-        full = [*weights[path], *[None] * (rank - len(weights[path]))]
+        full = [*weights[path], *[None] * (3 - len(weights[path]))]
         axes = {"a": full[-2], "b": full[-1]}
         for name, at in (("a", -2), ("b", -1)):
             adapter = path.replace("kernel", name)

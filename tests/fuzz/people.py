@@ -23,7 +23,7 @@ steps: 20
 lora:
   rules:
     - {pattern: "ffn/(gate|up|down)_proj", rank: 4}
-mask: {kind: soft, warmup: 5}
+mechanisms: ["soft:power=2.0,warmup=5", curvature_cap]
 optimizer: &rates {learning_rate: 1.0e-3, schedule: cosine}
 data: {max_length: 128}
 """

@@ -142,7 +142,10 @@ def test_settings_of_trained_rows_are_judged(tiny_model):
             "trainable-token-modules: expected embed_tokens, lm_head",
         ),
         ({"lora": replace(rows, modules_to_save=("embed_tokens",))}, "tables that --lora.modules-to-save does not"),
-        ({"lora": replace(rows, init="pissa")}, "--lora.init: expected default with --lora.trainable-token-indices"),
+        (
+            {"lora": replace(rows, init="pissa")},
+            "--lora.init: expected default or zero_a with --lora.train",
+        ),
         (
             {"lora": rows, "preference": PreferenceConfig("dpo")},
             "--preference.loss: expected none with --lora.trainable",

@@ -17,6 +17,7 @@ from nalora_jax import trees
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.targets import AdapterSpec, resolve
+from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.models.vision.dual import DualEncoder, init_lora
 from nalora_jax.models.vision.families import compose
 from nalora_jax.weights.vision.model import LoadedDual, load_dual
@@ -36,9 +37,13 @@ CASES = {
 }
 
 
+def layers_of(config: DualConfig) -> dict[str, range]:
+    return {path: range(depth) for path, depth in config.depths().items()}
+
+
 def adapted(loaded: LoadedDual, config: LoRAConfig) -> tuple[dict, AdapterSpec]:
     """Adapters that do something: random A and B."""
-    spec = resolve(config, loaded.config.projection_shapes(), loaded.config.depths())
+    spec = resolve(config, loaded.config.projection_shapes(), layers_of(loaded.config))
     lora = init_lora(loaded.config, spec, jax.random.key(0), loaded.params)
 
     def filled(path: str, leaf: jax.Array) -> jax.Array:
@@ -81,7 +86,7 @@ def test_what_was_trained_as_a_whole_lies_beside(dual_folder, tmp_path) -> None:
     folder = dual_folder("vision-text-dual-encoder")
     loaded = load_dual(str(folder), dtype="float32")
     config = compose(loaded.config.image, loaded.config.text, 24)
-    spec = resolve(LoRAConfig(rules=(LoRARule("ffn", 2),)), config.projection_shapes(), config.depths())
+    spec = resolve(LoRAConfig(rules=(LoRARule("ffn", 2),)), config.projection_shapes(), layers_of(config))
     lora = init_lora(config, spec, jax.random.key(0), loaded.params)
     np.testing.assert_array_equal(lora["image"]["projection"]["kernel"], loaded.params["image"]["projection"]["kernel"])
     lora["logit_scale"] = lora["logit_scale"] + 0.5
