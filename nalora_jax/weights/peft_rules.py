@@ -46,24 +46,7 @@ def rules_of(
       NaloraError: a regular expression, a name that no supported model has, or no names at all.
     """
     ranks, alphas = dict(ranks or {}), dict(alphas or {})
-    if targets is None:
-        raise NaloraError(
-            "target_modules",
-            expected="names of modules",
-            found="none",
-            remedy="PEFT's default depends on the model: name them",
-        )
-    everything = isinstance(targets, str)
-    if isinstance(targets, str):
-        if targets.lower() != "all-linear":
-            raise NaloraError(
-                "target_modules",
-                expected='names, or "all-linear"',
-                found=f"the expression {targets!r}",
-                remedy="write it as --lora.rules: patterns are searched in paths such as layers/3/ffn/gate_proj",
-            )
-        others = (*_DELTA_NET, "qkv_proj", "gate_up_proj", "in_proj", "out_proj")
-        targets = [name for name in MODULES if name.endswith("_proj") and name not in others]
+    everything, targets = isinstance(targets, str), _target_names(targets)
     if isinstance(excluded, str):
         raise NaloraError("exclude_modules", expected="names", found=f"the expression {excluded!r}")
     out = {_path(name, "exclude_modules") for name in excluded or ()}
@@ -89,6 +72,32 @@ def rules_of(
     if everything:
         found = [rule.replace(MODULES["o_proj"], _OUTPUTS) for rule in found]
     return list(dict.fromkeys(found))
+
+
+def _target_names(targets: Sequence[str] | str | None) -> Sequence[str]:
+    """Returns the names of ``target_modules``; of "all-linear", every projection's.
+
+    Raises:
+      NaloraError: no names, or a regular expression.
+    """
+    if targets is None:
+        raise NaloraError(
+            "target_modules",
+            expected="names of modules",
+            found="none",
+            remedy="PEFT's default depends on the model: name them",
+        )
+    if not isinstance(targets, str):
+        return targets
+    if targets.lower() != "all-linear":
+        raise NaloraError(
+            "target_modules",
+            expected='names, or "all-linear"',
+            found=f"the expression {targets!r}",
+            remedy="write it as --lora.rules: patterns are searched in paths such as layers/3/ffn/gate_proj",
+        )
+    others = (*_DELTA_NET, "qkv_proj", "gate_up_proj", "in_proj", "out_proj")
+    return [name for name in MODULES if name.endswith("_proj") and name not in others]
 
 
 def _rule(path: str, rank: Any, alpha: Any, within: str) -> str:
