@@ -125,19 +125,26 @@ class Decoder(nn.Module):
             if sight.mutual:
                 shared = replace(shared, starts=run_starts(places, shared.positions, shared.segments))
         x = constrain(x, self.activation_sharding)
-        inputs = {
-            stack.prefix: _layer_inputs(stack, self.adapters, cache, shared, embedded) for stack in stacks(self.config)
-        }
-        uniform = not self.config.layer_kinds
-        x, updates = self.layers(x.astype(self.numerics.result), inputs["layers"] if uniform else inputs, shared)
+        x, updates = self._through_layers(x, cache, shared, embedded)
         hidden = self.final_norm(x)
         if self.is_initializing():
             self.unembed(hidden)
         if cache is None:
             return hidden
         positions, segments = (jnp.broadcast_to(i, tokens.shape) for i in (shared.positions, shared.segments))
-        updates = {"layers": updates} if uniform else updates
         return hidden, extend(cache, updates, positions, segments, self.numerics)
+
+    def _through_layers(
+        self, x: jax.Array, cache: Cache | None, shared: SharedInputs, embedded: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Returns the output of the last layer, and the updates of the layers' states by stack."""
+        x, of_stacks = x.astype(self.numerics.result), stacks(self.config)
+        inputs = {stack.prefix: _layer_inputs(stack, self.adapters, cache, shared, embedded) for stack in of_stacks}
+        if self.config.layer_kinds:
+            mixed: tuple[jax.Array, dict[str, Any]] = self.layers(x, inputs, shared)
+            return mixed
+        x, update = self.layers(x, inputs["layers"], shared)
+        return x, {"layers": update}
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits ``[..., vocab]`` of ``hidden [..., d_model]``.

@@ -224,14 +224,8 @@ def estimate(
     times = config.train.accumulate
     useful = useful_flops(base, spec, micro, seq) / where.size
     once, executed = (executed_flops(base, spec, policy, rows, seq, kernel) for policy in ("dots", saves))
-    matrix = executed / tensor / where.chip.matrix_rate
-    # Activations are offloaded during matmuls of the forward pass, which are half of all matmuls
-    # without recomputation.
-    ahead, out = matrix * once / executed / 2, layout.host / where.chip.host_link
-    products = max(ahead, out) + max(matrix - ahead, out)
-    # The GPU compiler overlaps only a sixth of the transfers with matmuls.
-    if where.chip.platform == "gpu":
-        products = matrix + 2 * out
+    out = layout.host / where.chip.host_link
+    products = _matmul_seconds(where, once / tensor, executed / tensor, out)
     passes = 2.3 if saves == "full" else 2.0
     weights = layer * base.n_layers
     stay, sent = rows_for_experts(base, tokens, fsdp, narrow, wide) if experts == "send" else (0.0, 0.0)
@@ -243,11 +237,30 @@ def estimate(
     hbm = (passes * (weights - stay * (1 - 1 / fsdp) + ends) / tensor + traffic) / where.chip.bandwidth
     gradients = 2 * (adapters + tables) / where.inbound(data * fsdp) if data * fsdp > 1 else 0.0
     hidden = hidden_share(where, base)
-    behind, beside = hidden * gathered, (1 - hidden) * gathered
-    beside += summed_bytes(base, tokens, tensor, saves, wide) / where.inbound(tensor) + sent / where.inbound(fsdp)
-    seconds = times * (max(products, hbm, behind) + beside) + gradients
+    overlapped, exposed = hidden * gathered, (1 - hidden) * gathered
+    exposed += summed_bytes(base, tokens, tensor, saves, wide) / where.inbound(tensor) + sent / where.inbound(fsdp)
+    seconds = times * (max(products, hbm, overlapped) + exposed) + gradients
     mfu = times * useful / (where.chip.flops * seconds)
     return replace(layout, gathers=times * gathered, transfers=2 * times * out, seconds=seconds, mfu=mfu)
+
+
+def _matmul_seconds(where: Topology, once: float, executed: float, transfer: float) -> float:
+    """Returns the time of a chip's matmuls with the transfers that they overlap.
+
+    Args:
+      where: the machine.
+      once: flops without recomputation.
+      executed: flops with recomputation.
+      transfer: seconds in which the activations move to the host; they return in the same time.
+    """
+    matrix = executed / where.chip.matrix_rate
+    # The GPU compiler overlaps only a sixth of the transfers with matmuls.
+    if where.chip.platform == "gpu":
+        return matrix + 2 * transfer
+    # Activations are offloaded during matmuls of the forward pass, which are half of all matmuls
+    # without recomputation.
+    ahead = matrix * once / executed / 2
+    return max(ahead, transfer) + max(matrix - ahead, transfer)
 
 
 def decoder_alone(base: ModelConfig, spec: AdapterSpec) -> tuple[ModelConfig, AdapterSpec]:
