@@ -30,10 +30,7 @@ nalora_run = import_module("nalora_jax.job")
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of this module's own, and runs on one device."""
-    make = nalora_run.distributed.make_mesh
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NALORA_CACHE", tiny.new_cache(tmp_path_factory.mktemp("new") / "cache"))
-        patch.setattr(nalora_run.distributed, "make_mesh", lambda mesh: make(mesh, jax.devices()[:1]))
+    with tiny.on_one_device(tmp_path_factory.mktemp("new") / "cache"):
         yield
 
 

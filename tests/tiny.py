@@ -5,6 +5,7 @@ Used by tests that start whole runs, in this process or in others, and by ``pyth
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -14,15 +15,17 @@ import string
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from nalora_jax import distributed
 from nalora_jax.config import (
     ComputeConfig,
     DataConfig,
@@ -71,6 +74,16 @@ def new_cache(folder: Path) -> str:
             shutil.copytree(cache_dir() / "native", target, ignore=shutil.ignore_patterns("making-*"))
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
+
+
+@contextlib.contextmanager
+def on_one_device(folder: Path) -> Iterator[None]:
+    """Runs have the empty cache ``folder``, and one device."""
+    make = distributed.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NALORA_CACHE", new_cache(folder))
+        patch.setattr(distributed, "make_mesh", lambda mesh: make(mesh, jax.devices()[:1]))
+        yield
 
 
 def make_model(folder: Path) -> Path:

@@ -10,7 +10,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -31,10 +30,7 @@ RATES = (2e-2, 1e-2, 1e3)  # the last one diverges, with a weight decay of the s
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of this module's own, and runs on one device."""
-    make = nalora_run.distributed.make_mesh
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NALORA_CACHE", tiny.new_cache(tmp_path_factory.mktemp("new") / "cache"))
-        patch.setattr(nalora_run.distributed, "make_mesh", lambda mesh: make(mesh, jax.devices()[:1]))
+    with tiny.on_one_device(tmp_path_factory.mktemp("new") / "cache"):
         yield
 
 

@@ -233,11 +233,6 @@ def _fitting(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
     return sized(low)
 
 
-def filter_name(processor: ImageProcessor) -> str:
-    """Returns the resize filter's name, for reports."""
-    return _FILTERS[processor.resample]
-
-
 def resized_to(image: Any, side: int) -> Any:
     """Returns an RGB image resized to a square of ``side`` pixels, for reports."""
     return image.resize((side, side), resample=pillow().Resampling.BICUBIC)
