@@ -13,7 +13,9 @@ import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
 
 from nalora_jax.config.adalora import AdaLoRAConfig, check_adalora
 from nalora_jax.config.documented import documented
@@ -39,6 +41,8 @@ from nalora_jax.config.ranges import (
     check_ranges,
     require,
 )
+from nalora_jax.config.rope_scaling import FLAG as ROPE_SCALING
+from nalora_jax.config.rope_scaling import parse_rope_scaling
 from nalora_jax.config.types import WrongType, first_wrong, first_wrong_part, type_name
 from nalora_jax.config.vision import VisionConfig, check_vision
 from nalora_jax.errors import NaloraError
@@ -168,6 +172,9 @@ class RunConfig:
     # An alias ("smollm2-135m-instruct"), a Hugging Face id, a folder with safetensors, or a .gguf
     # file; also their URL.
     model: str = "smollm2-135m-instruct"
+    # RoPE scaling in place of the model's, for rows beyond its context, as TYPE:field=value,... with the types and
+    # fields of transformers: "yarn:factor=4", "linear:factor=2", "dynamic:factor=2", "llama3:factor=16".
+    rope_scaling: Annotated[str, arg(name="model.rope-scaling")] = ""
     # Folder of the run: checkpoints, adapter, metrics.jsonl, report.html. Must be new, or the same
     # run's with --resume.
     output: str = "runs/default"
@@ -323,6 +330,9 @@ def check(config: RunConfig) -> RunConfig:
     check_path("--output", config.output)
     for dataset in filter(str.strip, config.data.dataset.split(",")):
         check_path("--data.dataset", dataset)
+    if config.rope_scaling:
+        parse_rope_scaling(config.rope_scaling)
+        require(ROPE_SCALING, config.vision.task in ("", "chat"), "a language model", f"--vision.task {config.vision.task}")
     check_vision(config.vision, accumulate=config.train.accumulate, quantize=config.compute.quantize)
     check_adalora(config)
     _check_saved(config)
