@@ -332,7 +332,8 @@ def check(config: RunConfig) -> RunConfig:
         check_path("--data.dataset", dataset)
     if config.rope_scaling:
         parse_rope_scaling(config.rope_scaling)
-        require(ROPE_SCALING, config.vision.task in ("", "chat"), "a language model", f"--vision.task {config.vision.task}")
+        task = config.vision.task
+        require(ROPE_SCALING, task in ("", "chat"), "a language model", f"--vision.task {task}")
     check_vision(config.vision, accumulate=config.train.accumulate, quantize=config.compute.quantize)
     check_adalora(config)
     _check_saved(config)

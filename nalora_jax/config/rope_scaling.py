@@ -55,6 +55,7 @@ def _value(name: str, text: str, where: str) -> bool | int | float:
         return value
     fits = isinstance(value, int if name == ORIGINAL else int | float) and not isinstance(value, bool)
     if name == "truncate" or not fits or not 0 <= value < 2**30:
-        expected = {"truncate": "true or false", ORIGINAL: "a whole number of tokens"}.get(name, "a number of 0 or more")
-        raise NaloraError(f"{FLAG} {where}", expected=f"{expected} as {name}", found=repr(text[:40]))
+        special = {"truncate": "true or false", ORIGINAL: "a whole number of tokens"}
+        expected = f"{special.get(name, 'a number of 0 or more')} as {name}"
+        raise NaloraError(f"{FLAG} {where}", expected=expected, found=repr(text[:40]))
     return value if name == ORIGINAL else float(value)

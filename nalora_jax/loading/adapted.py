@@ -117,7 +117,8 @@ def load(
     Without ``dtype`` the base has the dtype of the run that trained the adapter, otherwise
     bfloat16; with ``quantize="run"`` it is quantized as in that run. If the adapter was trained
     with added tokens, the base gets them: rows of its embedding and head, and the tokenizer in the
-    adapter's folder. It also gets the RoPE scaling that the adapter was trained with. ``resolved`` passes files that were resolved earlier.
+    adapter's folder. It also gets the RoPE scaling that the adapter was trained with. ``resolved``
+    passes files that were resolved earlier.
 
     Raises:
       NaloraError: see `locate`, `weights.load_model`, `weights.new_tokens.for_adapter` and

@@ -22,7 +22,7 @@ from nalora_jax.models.stacks import stacks
 from nalora_jax.models.vision.sight import text_part
 
 _FULL = "full_attention"
-_SCALING = {"type", "rope_type", ORIGINAL, "short_factor", "long_factor"} | {n for names in FIELDS.values() for n in names}
+_SCALING = {"type", "rope_type", ORIGINAL, "short_factor", "long_factor"}.union(*FIELDS.values())
 # These follow from the factor if they are absent.
 _DERIVED = {"factor", "attention_factor"}
 

@@ -25,8 +25,8 @@ from nalora_jax.loading.base import LoadedModel, load_model
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
-from nalora_jax.weights.hub import resolve
 from nalora_jax.train.start import first_adapters
+from nalora_jax.weights.hub import resolve
 from nalora_jax.weights.new_tokens import with_added
 
 _SEED = 20260104  # seed of the draw of items whose choices are scored, the same for every run
@@ -66,10 +66,8 @@ class Language:
         """Returns the run's base model."""
         compute = config.compute
         added = AddedTokens.of(config.data)
-        key = json.dumps(
-            [config.model, config.rope_scaling, compute.dtype, compute.quantize, config.to_dict()["mesh"]]
-            + [added.plain, added.special]
-        )
+        of_model = (config.model, config.rope_scaling, compute.dtype, compute.quantize)
+        key = json.dumps([*of_model, config.to_dict()["mesh"], added.plain, added.special])
         if key not in self._models:
             kind = None if compute.quantize == "none" else compute.quantize
             mesh = distributed.smallest_mesh(config.mesh)

@@ -213,9 +213,9 @@ def _rope(card: Card) -> str:
     if card.kind == "merged":
         return f"## RoPE\n\nThe context is longer than the base's. `config.json` holds these fields:\n\n{fields}"
     return (
-        "## RoPE: change the base's config\n\n**Trained with another RoPE than the base's, for a longer context. On the "
-        "unchanged base the adapter gives wrong results.** nalora_jax applies it by itself. Any other tool needs these "
-        f"fields in the base's `config.json`:\n\n{fields}"
+        "## RoPE: change the base's config\n\n**Trained with another RoPE than the base's, for a longer context. On "
+        "the unchanged base the adapter gives wrong results.** nalora_jax applies it by itself. Any other tool needs "
+        f"these fields in the base's `config.json`:\n\n{fields}"
     )
 
 
