@@ -90,16 +90,19 @@ class DataConfig:
     # exported.
     select_limit: int = 200
     # Tokens per packed sequence; 0, "auto" on the command line: a multiple of 8 that fits 99% of
-    # the examples without truncation, at least 128 with packing, at most 2048 and the model's
-    # context.
+    # the examples without truncation, at least 128 with packing, at most the model's context.
     max_length: int = 0
     # Pack several examples into one sequence (they never attend to each other); off: one example
     # per sequence.
     pack: bool = True
-    # Examples longer than max_length: "error", "drop" or "truncate" (from the left of the prompt).
-    too_long: Literal["error", "drop", "truncate"] = "drop"
+    # Examples longer than max_length: "error", "drop", "truncate" (from the left of the prompt) or "split" (into
+    # rows, each with positions from 0; every token stays a target once).
+    too_long: Literal["error", "drop", "truncate", "split"] = "drop"
     # Loss tokens: the "answer" (completion or last assistant turn), every "assistant" turn, "all".
     loss_on: Literal["answer", "assistant", "all"] = "answer"
+    # Only loss tokens among the last tokens of an example count: a number of tokens, or below 1 a share of the
+    # example; 0: all. Of an example that was split, the last tokens of every row.
+    loss_last: float = 0.0
     # Wrap prompts in the model's chat template.
     chat: bool = False
     # Tokens to add to the tokenizer, each encoded as one id; needs --lora.modules-to-save
@@ -274,6 +277,7 @@ RANGES = {
     "data.eval_limit": COUNT,
     "data.select_limit": SIZE,
     "data.max_length": LENGTH,
+    "data.loss_last": Range("a number", "[0, 1e9]"),
     "data.train_limit": COUNT,
     "data.workers": Range("a whole number", "[0, 1024]"),
     **MESH,
@@ -334,6 +338,12 @@ def check(config: RunConfig) -> RunConfig:
         parse_rope_scaling(config.rope_scaling)
         task = config.vision.task
         require(ROPE_SCALING, task in ("", "chat"), "a language model", f"--vision.task {task}")
+    last = config.data.loss_last
+    require("--data.loss-last", last < 1 or last == int(last), "whole tokens, or a share below 1", last)
+    if config.preference.loss != "none":
+        require("--data.loss-last", not last, "0 with --preference.loss, which compares entire answers", last)
+        split = config.data.too_long == "split"
+        require("--data.too-long", not split, "drop, truncate or error with --preference.loss", "split")
     check_vision(config.vision, accumulate=config.train.accumulate, quantize=config.compute.quantize)
     check_adalora(config)
     _check_saved(config)
