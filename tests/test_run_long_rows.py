@@ -15,6 +15,7 @@ import transformers
 from nalora_jax import job
 from nalora_jax.__main__ import main
 from nalora_jax.config import DataConfig, RunConfig
+from nalora_jax.evaluate import needle as evaluate_needle
 from nalora_jax.loading.adapted import load
 from nalora_jax.train.metrics import recorded_settings
 from nalora_jax.weights import hub
@@ -56,6 +57,30 @@ def test_every_file_of_the_run_names_the_scaling(run: RunConfig) -> None:
     assert "change the base's config" in card
     assert '"original_max_position_embeddings": 64' in card
     assert '"max_position_embeddings": 128' in card
+
+
+def test_needles_before_and_after_are_printed_and_in_the_report(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    letters = [" ".join(string.ascii_lowercase[i : i + 7]) + "." for i in range(19)]
+    monkeypatch.setattr(evaluate_needle, "sentences", lambda split: letters)
+    assert main(["eval", run.output, "--needle", "96,110", "--limit", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[::4]] == ["needle retrieval", "needle retrieval, base", "difference"]
+    assert lines[3].startswith("110 ")
+    folder = Path(run.output)
+    found = json.loads((folder / "needle.json").read_text())
+    assert [row["length"] for row in found["before"]["rows"]] == [96, 110]
+    assert found["comparison"]["n"] == 10
+    page = (folder / "report.html").read_text()
+    assert "Needle retrieval" in page
+    assert "110 tokens" in page
+    (folder / "needle.json").write_text('{"before": 3}')
+    assert main(["report", run.output]) == 2
+    assert "needle.json: expected results of nalora eval --needle" in capsys.readouterr().err
+    (folder / "needle.json").unlink()
+    assert main(["eval", run.output, "--needle", "1x"]) == 2
+    assert "--needle: expected lengths in tokens, separated by commas, found '1x'" in capsys.readouterr().err
 
 
 def test_a_merged_run_is_the_same_model_in_transformers(run: RunConfig, tmp_path: Path) -> None:

