@@ -26,7 +26,7 @@ from nalora_jax.plan.auto import laid_out
 from nalora_jax.plan.layouts import Layout, estimate
 from nalora_jax.plan.machines import of_devices, topology
 from nalora_jax.tokenizer import AddedTokens, Tokenizer
-from nalora_jax.train.inputs import check_data, check_layout, described
+from nalora_jax.train.inputs import check_context, check_data, check_layout, described
 from nalora_jax.train.mechanisms import make
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
@@ -75,16 +75,23 @@ def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
         seed=config.seed,
         source=source,
     )
+    check_context(int(data.store.lengths.max()), base)
     reported, selecting = held_out(config.data, tokenizer, source=source)
     return config, [
         f"base model: {sum(map(math.prod, param_shapes(base).values())):,} parameters, {files.path}",
         *_added(added, tokenizer, base),
         f"adapters: {adapter_parameters(base, spec):,} trained parameters, {len(spec.targets)} projections a layer",
         f"training data: {stream_text(data.describe())}",
+        f"rows: {config.data.max_length:,} tokens; {_context(config, base)}",
         f"held out: {len(reported)} examples that results are reported on, {len(selecting)} that choose the checkpoint",
         f"steps: {config.steps} of {train.batch_size} rows, {_epochs(config, data):.2f} epochs",
         *_memory(placed, base, spec, mesh),
     ]
+
+
+def _context(config: RunConfig, base: ModelConfig) -> str:
+    scaling = f", with RoPE scaling {config.rope_scaling}" if config.rope_scaling else ""
+    return f"the model's context has {base.max_positions:,}{scaling}"
 
 
 def _added(added: AddedTokens, tokenizer: Tokenizer, base: ModelConfig) -> list[str]:

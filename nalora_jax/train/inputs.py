@@ -69,6 +69,22 @@ def described(config: RunConfig, files: ResolvedSource) -> ModelConfig:
     return read_config(files, images=config.vision.task == "chat", added=AddedTokens.of(config.data))
 
 
+def check_context(longest: int, base: ModelConfig) -> None:
+    """Checks that the longest row example of the training data fits the model's context.
+
+    Raises:
+      NaloraError: it does not.
+    """
+    context = base.max_positions
+    if longest > context:
+        raise NaloraError(
+            "training data",
+            expected=f"examples of at most {context} tokens, the model's context",
+            found=f"one of {longest}",
+            remedy=f"set --data.max-length to {context} or less, or extend the context by --model.rope-scaling",
+        )
+
+
 def check_layout(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> None:
     """Checks that the model fits the mesh and the rules, from its config files only.
 
