@@ -305,7 +305,6 @@ PARSERS = (
     Parser("JPEG", "image.jpg", people.write_jpeg, lambda folder: people.read_image(folder, "image.jpg")),
     Parser("preprocessor_config.json", "preprocessor_config.json", people.write_processor, people.use_processor),
     Parser("config.json of CLIP", "config.json", people.write_clip, people.read_clip),
-    Parser("ONNX", "model.onnx", people.write_onnx, people.read_onnx),
     Parser("protocol.toml", "protocol.toml", studies.write_study, studies.use_study),
     Parser("records.jsonl", "records.jsonl", studies.write_study, studies.use_study),
     Parser("harness generation settings", "generation.json", harness.write_generation, harness.use_generation),
