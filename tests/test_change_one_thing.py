@@ -35,8 +35,8 @@ from nalora_jax.models import families, registered
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.ops import activation_formulas
+from nalora_jax.runs.metrics import recorded_settings
 from nalora_jax.train.assembly import assemble
-from nalora_jax.train.metrics import recorded_settings
 from nalora_jax.weights import keytables
 from tests import tiny
 

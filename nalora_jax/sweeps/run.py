@@ -27,6 +27,10 @@ from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.redaction import redacted
 from nalora_jax.running import BaseMetrics, Running, RunResult, way_on
+from nalora_jax.runs.metrics import to_json
+from nalora_jax.runs.output import Output, open_output
+from nalora_jax.runs.pieces import Pieces
+from nalora_jax.runs.preemption import StopSignals, stop_signals
 from nalora_jax.sweeps.compare import write_page
 from nalora_jax.sweeps.fit import Fitting
 from nalora_jax.sweeps.grid import FILE, axes_of, check_names, grid
@@ -35,10 +39,6 @@ from nalora_jax.sweeps.loop import RunLoop, StatesMetrics, StopOfAll, fit_all
 from nalora_jax.sweeps.program import SweepProgram
 from nalora_jax.terminal import outliving_terminal
 from nalora_jax.train.callbacks import Callback, make_callbacks
-from nalora_jax.train.metrics import to_json
-from nalora_jax.train.output import Output, open_output
-from nalora_jax.train.pieces import Pieces
-from nalora_jax.train.preemption import StopSignals, stop_signals
 from nalora_jax.train.progress import Stages
 
 log = logging.getLogger(__name__)
