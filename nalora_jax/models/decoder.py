@@ -87,6 +87,7 @@ class Decoder(nn.Module):
         deterministic: bool = True,
         adapter_ids: jax.Array | None = None,
         features: jax.Array | None = None,
+        lengths: jax.Array | None = None,
     ) -> Any:
         """Returns the hidden states after the final norm.
 
@@ -104,12 +105,14 @@ class Decoder(nn.Module):
           features: ``[batch, places, d_model]`` of images, which replace each row's image tokens in
             order (`nalora_jax.models.vision.decoder.SeeingDecoder.see`); a row may have fewer such
             tokens than places.
+          lengths: int ``[batch]``, tokens of each row's text, for RoPE that depends on it; by default
+            the text ends with these tokens.
 
         Returns:
           ``[batch, seq, d_model]``; with a cache, a pair of that and the extended cache.
         """
         shared = _shared_inputs(
-            self.config, tokens, positions, segment_ids, token_weights, cache, adapter_ids, deterministic
+            self.config, tokens, positions, segment_ids, token_weights, cache, adapter_ids, deterministic, lengths
         )
         if cache is not None:
             shared = replace(shared, cache=_read_in_place(cache, tokens.shape[1], self.numerics))
@@ -284,6 +287,7 @@ def _shared_inputs(
     cache: Cache | None,
     adapter_ids: jax.Array | None,
     deterministic: bool,
+    lengths: jax.Array | None,
 ) -> SharedInputs:
     """Returns the inputs that all layers share.
 
@@ -299,7 +303,7 @@ def _shared_inputs(
     rows = max(positions.shape[0], segments.shape[0])
     positions, segments = (jnp.broadcast_to(x, (rows, tokens.shape[1])) for x in (positions, segments))
     return SharedInputs(
-        tables={stack.prefix: _rope_tables(stack.config, positions, segments) for stack in stacks(config)},
+        tables={stack.prefix: _rope_tables(stack.config, positions, segments, lengths) for stack in stacks(config)},
         positions=positions,
         segments=segments,
         token_weights=token_weights,
@@ -310,15 +314,17 @@ def _shared_inputs(
     )
 
 
-def _rope_tables(config: ModelConfig, positions: jax.Array, segments: jax.Array) -> jax.Array:
+def _rope_tables(
+    config: ModelConfig, positions: jax.Array, segments: jax.Array, lengths: jax.Array | None
+) -> jax.Array:
     """Returns ``[tables, 2, batch or 1, seq, dim / 2]``: one table per rotary embedding.
 
     The identity is appended if a layer has no RoPE.
     """
-    lengths = None
+    of_tokens = None
     if any(spec.depends_on_length for spec in config.ropes):
-        lengths = sequence_lengths(positions, segments)
-    tables = [rope_table(spec, positions, lengths) for spec in config.ropes]
+        of_tokens = sequence_lengths(positions, segments) if lengths is None else lengths[:, None]
+    tables = [rope_table(spec, positions, of_tokens) for spec in config.ropes]
     if len(config.ropes) in config.layer_ropes:
         tables.append(identity_table(config.ropes[0], positions))
     return jnp.stack(tables)

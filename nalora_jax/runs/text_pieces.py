@@ -124,6 +124,6 @@ def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh, source: Mapp
             "training data",
             expected=f"examples of at most {context} tokens, the model's context",
             found=f"one of {longest}",
-            remedy=f"set --data.max-length to {context} or less",
+            remedy=f"set --data.max-length to {context} or less, or extend the context by --model.rope-scaling",
         )
     return data
