@@ -108,10 +108,10 @@ def _epochs(config: RunConfig, data: TrainData) -> float:
 
 def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) -> list[str]:
     """Returns lines with an estimate of memory per device during training."""
-    sizes = tuple(mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+    sizes = {axis: mesh.shape.get(axis, 1) for axis in distributed.AXES}
     numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
     remat = chosen_remat(config.compute.remat, base.d_model, numerics)
-    config = replace(config, mesh=MeshConfig(*sizes))
+    config = replace(config, mesh=MeshConfig(**sizes))
     # Bytes do not depend on the machine; times of an unknown machine are not shown.
     where = of_devices(list(mesh.devices.flat)) or topology("v5e:1x1")
     layout: Layout = estimate(config, base, spec, where, config.data.max_length, sizes, remat)

@@ -152,8 +152,9 @@ def candidates(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: T
     micro = config.train.batch_size // config.train.accumulate
     policies = POLICIES if config.compute.remat == "auto" else (config.compute.remat,)
     mesh = config.mesh
-    if -1 in (mesh.data, mesh.fsdp, mesh.tensor):  # with an axis of -1 no axis is left to choose
-        mesh = MeshConfig(*distributed.resolve_sizes(mesh, where.size))
+    if -1 in (mesh.data, mesh.fsdp, mesh.context, mesh.tensor):  # with an axis of -1 no axis is left to choose
+        sizes = distributed.resolve_sizes(mesh, where.size)
+        mesh = MeshConfig(**dict(zip(distributed.AXES, sizes, strict=True)))
     distributed.check_axes(mesh, where.size, where.slices)
     distributed.check_tensor(max(mesh.tensor, 1), n_heads=base.n_heads, n_kv_heads=key_heads(base))
     for tensor in _divisors(where.size):
