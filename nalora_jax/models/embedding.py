@@ -73,6 +73,8 @@ class Embedding(nn.Module):
         placed = constrain(tokens.reshape(shape), at(None, "data"))
         rows: jax.Array = take_rows(self.table(), placed, numerics)
         rows = constrain(rows, at(None, "data", None, WEIGHT_AXES))
+        # One axis at a time: the compiler would exchange two axes by gathering the array.
+        rows = constrain(rows, at(CONTEXT, "data", None, "fsdp"))
         rows = constrain(rows, at(CONTEXT, BATCH_AXES))
         return constrain(rows.reshape(*tokens.shape, -1), self.sharding)
 

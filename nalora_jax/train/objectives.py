@@ -19,9 +19,9 @@ from jax.sharding import NamedSharding
 from nalora_jax import trees
 from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.targets import ROWS
-from nalora_jax.ops.cross_entropy import Head, cross_entropy
+from nalora_jax.ops.cross_entropy import Head, cross_entropy, rows_of_chunk
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.split_rows import split
+from nalora_jax.ops.split_rows import shards_of, split
 from nalora_jax.ops.trained_head import HeadRows, WholeHead, trained_cross_entropy
 
 
@@ -114,10 +114,20 @@ class NextToken:
             self.parts(weights),
             self.head,
             self.numerics,
-            chunk=self.loss_chunk,
+            chunk=self._chunk(hidden),
             compact=self.is_compact,
             shards=self.batch_shards,
         )
+
+    def _chunk(self, hidden: jax.Array) -> int:
+        """Returns the rows of a chunk of logits on a device; 0 leaves it to the loss.
+
+        A part of a row has at least four chunks: rows are split because memory is short.
+        """
+        if self.loss_chunk or shards_of(self.row_sharding) == 1:
+            return self.loss_chunk
+        tokens = hidden.shape[0] * hidden.shape[1] // self.batch_shards
+        return min(rows_of_chunk(self.model.config.vocab_size), -(-tokens // 4))
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Returns the numbers of real tokens and of loss tokens."""

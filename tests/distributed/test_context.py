@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from nalora_jax import distributed, trees
-from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, OptimizerConfig, RunConfig
+from nalora_jax.config import (
+    ComputeConfig,
+    LoRAConfig,
+    LoRARule,
+    MeshConfig,
+    OptimizerConfig,
+    PreferenceConfig,
+    RunConfig,
+)
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.train.assembly import Assembly, assemble
@@ -30,7 +38,24 @@ RAW = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
-RAWS = {"llama": {**RAW, "model_type": "llama"}}
+DELTA_NET = {
+    "model_type": "qwen3_5_text",
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
+RAWS: dict[str, dict[str, Any]] = {
+    "dense": {**RAW, "model_type": "llama"},
+    "windows and soft caps": {**RAW, "model_type": "gemma2", **WINDOWS},
+    "windows in every layer": {**RAW, "model_type": "mistral", "sliding_window": 4},
+    "sinks and experts": {**RAW, "model_type": "gpt_oss", **WINDOWS, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "experts": {**RAW, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "delta rule": {**RAW, **DELTA_NET},
+    "short convolution": {**RAW, "model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+}
 ROWS, SEQ, STEPS = 2, 64, 5
 CONFIG = RunConfig(
     steps=8,
@@ -39,6 +64,9 @@ CONFIG = RunConfig(
     optimizer=OptimizerConfig(learning_rate=1e-2),
     compute=ComputeConfig(dtype="float32"),
 )
+# Experts are sampled in each part of a row, so that only all positions are the same.
+EVERY = ComputeConfig(dtype="float32", stats_stride=1, probe_stride=1, stats_positions=0)
+DPO = replace(CONFIG, preference=PreferenceConfig("dpo", beta=0.5))
 
 
 def batch_of(seed: int, seq: int = SEQ) -> dict[str, np.ndarray]:
@@ -61,8 +89,14 @@ def batch_of(seed: int, seq: int = SEQ) -> dict[str, np.ndarray]:
     }
 
 
-def assembled(name: str, config: RunConfig, mesh: MeshConfig) -> tuple[Assembly, Any]:
-    base = ModelConfig.from_hf(RAWS[name])
+def config_of(name: str) -> RunConfig:
+    if name == "preference":
+        return DPO
+    return replace(CONFIG, compute=EVERY) if "experts" in name else CONFIG
+
+
+def assembled(name: str, mesh: MeshConfig) -> tuple[Assembly, Any]:
+    base, config = ModelConfig.from_hf(RAWS.get(name, RAWS["dense"])), config_of(name)
     sizes = [size for size in (mesh.data, mesh.fsdp, mesh.context, mesh.tensor) if size]
     made = distributed.make_mesh(mesh, jax.devices()[: int(np.prod(sizes))])
     params = init_params(base, jax.random.key(1))
@@ -79,14 +113,14 @@ def assembled(name: str, config: RunConfig, mesh: MeshConfig) -> tuple[Assembly,
     return replace(assembly, state=assembly.state._replace(lora=lora)), params
 
 
-def trained(
-    name: str, mesh: MeshConfig, *, config: RunConfig = CONFIG, accumulate: int = 1, **more: Any
-) -> tuple[Any, list[Any]]:
+def trained(name: str, mesh: MeshConfig, accumulate: int = 1) -> tuple[Any, list[Any]]:
     """Returns the state and the metrics after `STEPS` steps."""
-    assembly, params = assembled(name, config, mesh)
+    assembly, params = assembled(name, mesh)
     state, history = assembly.state, []
     for i in range(STEPS):
-        flat = batch_of(i) | {key: make(i) for key, make in more.items()}
+        flat = batch_of(i)
+        if name == "preference":  # the first two segments
+            flat["pairs"] = np.tile(np.float32([1, 0]), (ROWS, 1))
         batch = {k: v.reshape(accumulate, v.shape[0] // accumulate, *v.shape[1:]) for k, v in flat.items()}
         state, metrics = assembly.step(params, state, distributed.make_global_batch(batch, assembly.mesh, rows_axis=1))
         history.append(jax.device_get(metrics))
@@ -110,15 +144,24 @@ def assert_equal_runs(spread: tuple[Any, list[Any]], single: tuple[Any, list[Any
         np.testing.assert_allclose(trees.flatten(state.gate)[path], leaf, rtol=2e-4, atol=1e-6, err_msg=path)
 
 
-MESHES = {
-    "context2": MeshConfig(1, 1, 1, 2),
-    "context4": MeshConfig(1, 1, 1, 4),
-    "context8": MeshConfig(1, 1, 1, 8),
-    "fsdp2_context4": MeshConfig(1, 2, 1, 4),
-    "data2_context2_tensor2": MeshConfig(2, 1, 2, 2),
-}
+ALONE, WITH_FSDP, WITH_TENSOR = MeshConfig(1, 1, 1, 8), MeshConfig(1, 2, 1, 4), MeshConfig(2, 1, 2, 2)
+CASES = [
+    ("dense", ALONE),
+    ("dense", WITH_TENSOR),
+    ("windows and soft caps", ALONE),
+    ("windows in every layer", WITH_FSDP),
+    ("sinks and experts", WITH_TENSOR),
+    ("experts", WITH_FSDP),
+    ("delta rule", WITH_TENSOR),
+    ("short convolution", ALONE),
+    ("preference", WITH_FSDP),
+]
 
 
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-def test_split_rows_train_as_whole_rows(mesh: MeshConfig) -> None:
-    assert_equal_runs(trained("llama", mesh), on_one_device("llama"))
+@pytest.mark.parametrize(("name", "mesh"), CASES)
+def test_split_rows_train_as_whole_rows(name: str, mesh: MeshConfig) -> None:
+    assert_equal_runs(trained(name, mesh), on_one_device(name))
+
+
+def test_micro_batches_of_split_rows_train_as_whole_rows() -> None:
+    assert_equal_runs(trained("dense", MeshConfig(1, 1, 1, 4), accumulate=2), on_one_device("dense"))
