@@ -98,11 +98,18 @@ def check_axes(config: MeshConfig, n_devices: int, slices: int) -> None:
       NaloraError: the axes do not divide ``n_devices``, or the slices do not divide the axis "data".
     """
     sizes = {name: int(getattr(config, name)) for name in AXES}
+    sizes[CONTEXT] = context_of(config)
     fixed = math.prod(size for size in sizes.values() if size > 0)
     is_open = min(sizes.values()) < 1
     if n_devices % fixed or (not is_open and fixed != n_devices):
         raise _product_error(sizes, n_devices, is_open=is_open)
     check_slices(config.data if config.data > 0 else n_devices // fixed, slices)
+
+
+def context_of(config: MeshConfig) -> int:
+    """Returns the size of the axis "context"; left open (0), it is 1 if all other axes have a size."""
+    is_last = config.context == 0 and min(config.data, config.fsdp, config.tensor) > 0
+    return 1 if is_last else config.context
 
 
 def check_slices(data: int, slices: int) -> None:
