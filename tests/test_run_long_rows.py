@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from nalora_jax.train.metrics import recorded_settings
 
 from nalora_jax import job
 from nalora_jax.__main__ import main
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.loading.adapted import load
-from nalora_jax.train.metrics import recorded_settings
 from nalora_jax.weights import hub
 from tests import tiny
 

@@ -22,11 +22,11 @@ from nalora_jax.ops.dispatch import Implementation, Numerics
 from nalora_jax.ops.storage import SAVED, round_and_save
 
 SPLASH = Implementation("splash", platform="tpu")
-_LANES = 128  # width of a TPU register; block sizes must be multiples of it
+LANES = 128  # width of a TPU register; block sizes must be multiples of it
 # Queries and keys per block. A block is computed entirely if any of its pairs is seen: large blocks
 # waste work along the diagonal, small blocks cost time between them. Tunix uses 1,024 and MaxText
 # 1,024 to 2,048 at these lengths.
-_BLOCKS = (1024, 512, 256, _LANES)
+BLOCKS = (1024, 512, 256, LANES)
 # The fused kernel writes one partial gradient of the queries per block of keys. With more parts
 # they take gigabytes.
 _MOST_PARTS = 8
@@ -75,7 +75,7 @@ def splash_attention(
 
 def takes(seq: int, head_dim: int) -> bool:
     """Returns True if the kernels support rows of ``seq`` tokens and heads of size ``head_dim``."""
-    return seq % _LANES == 0 and head_dim % 64 == 0
+    return seq % LANES == 0 and head_dim % 64 == 0
 
 
 def _one_device(
@@ -125,8 +125,8 @@ def block_sizes(seq: int, window: int) -> dict[str, Any]:
     partial gradients to sum.
     """
     seen = min(window, seq)
-    fitting = [size for size in _BLOCKS if seq % size == 0 and 4 * size <= seq and (seen == seq or 2 * size <= seen)]
-    block = max(fitting, default=_LANES)
+    fitting = [size for size in BLOCKS if seq % size == 0 and 4 * size <= seq and (seen == seq or 2 * size <= seen)]
+    block = max(fitting, default=LANES)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
     if seen == seq and seq // block <= _MOST_PARTS:
         return dict.fromkeys(names, block) | {"use_fused_bwd_kernel": True}
