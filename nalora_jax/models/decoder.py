@@ -154,12 +154,10 @@ class Decoder(nn.Module):
         weights = jnp.ones(shape, bool) if shared.token_weights is None else shared.token_weights
         assert isinstance(weights, jax.Array)
         stats = self.stats or GateStatsConfig()
+        tables = partial(_rope_tables, parts=parts)
         return replace(
             shared,
-            tables={
-                stack.prefix: _rope_tables(stack.config, positions, segments, parts=parts)
-                for stack in stacks(self.config)
-            },
+            tables={stack.prefix: tables(stack.config, positions, segments) for stack in stacks(self.config)},
             positions=parts(positions),
             segments=parts(segments),
             token_weights=sampled_as_whole(weights, stats, block_length(shape[1], shards), parts),
