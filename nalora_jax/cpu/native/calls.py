@@ -23,7 +23,7 @@ Shapes = Sequence[jax.ShapeDtypeStruct]
 def call(function: str, shapes: Shapes, **attributes: Any) -> Callable[..., list[jax.Array]]:
     """Returns a call of the library; `jax.vmap` makes it a loop."""
     called = jax.ffi.ffi_call(name_of(function), shapes, vmap_method="sequential")
-    return lambda *operands: called(*operands, **attributes)
+    return lambda *operands: list(called(*operands, **attributes))
 
 
 def row_call(

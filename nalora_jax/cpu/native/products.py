@@ -177,8 +177,9 @@ def _by_run(y: Any, flag: Any) -> jax.Array:
     """Returns a kernel that differs between runs, uint16 ``[runs, ...]``."""
     if not isinstance(y, Slice):
         return y
-    axes = Slice(*(0 if is_batched else None for is_batched in (flag.stack, flag.at)))
-    return jax.vmap(Slice.copied, (axes,))(y)
+    axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, flag)
+    copies: jax.Array = jax.vmap(Slice.copied, (axes,))(y)
+    return copies
 
 
 def _diagonal(x: jax.Array) -> jax.Array:
