@@ -28,21 +28,21 @@ from nalora_jax.ops.numerics import check_implementation
 from nalora_jax.plan.auto import accepted
 from nalora_jax.redaction import redacted
 from nalora_jax.running import Running, RunResult, way_on
+from nalora_jax.runs.metrics import recorded_settings, to_json
+from nalora_jax.runs.output import Output, has_checkpoint, last_step, open_output
+from nalora_jax.runs.pieces import Pieces
+from nalora_jax.runs.preemption import StopSignals, stop_signals
+from nalora_jax.runs.snapshot import check_settings
+from nalora_jax.runs.text_pieces import text_pieces
 from nalora_jax.terminal import outliving_terminal
 from nalora_jax.train.callbacks import Callback, make_callbacks
 from nalora_jax.train.compilation import use_compilation_cache
 from nalora_jax.train.inputs import described
 from nalora_jax.train.mechanisms import make
-from nalora_jax.train.metrics import recorded_settings, to_json
-from nalora_jax.train.output import Output, has_checkpoint, last_step, open_output
-from nalora_jax.train.pieces import Pieces
-from nalora_jax.train.preemption import StopSignals, stop_signals
 from nalora_jax.train.profile import Profile
 from nalora_jax.train.progress import Stages
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
-from nalora_jax.train.snapshot import check_settings
-from nalora_jax.train.text_pieces import text_pieces
 from nalora_jax.weights.hub import ResolvedSource, resolve
 
 log = logging.getLogger(__name__)
@@ -210,6 +210,6 @@ def mesh_of(placed: RunConfig) -> Mesh:
 
 def _on_images() -> Any:
     """Imports the module of runs on images, which needs Pillow, an extra."""
-    from nalora_jax.train import dual_pieces
+    from nalora_jax.runs import dual_pieces
 
     return dual_pieces

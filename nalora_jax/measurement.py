@@ -7,8 +7,8 @@ the adapter's part on a thinner sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -23,7 +23,7 @@ from nalora_jax.method.activations import Activation
 from nalora_jax.method.low_rank import Dense, LowRankHidden, moved_from
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.matmul import dot
-from nalora_jax.ops.reductions import by_shard, count, sampled
+from nalora_jax.ops.reductions import by_shard, count, sampled, sampled_weights, within_blocks
 
 
 class Checks(Protocol):
@@ -70,6 +70,54 @@ class Measurement(NamedTuple):
     weights: Array  # [batch, seq], weights of the tokens
     config: GateStatsConfig
     taps: Mapping[str, Array] | None = None  # zeros whose gradients are statistics of z's cotangent
+    probe_weights: Array | None = None  # [batch, seq], weights for the probe, if they differ
+
+    @property
+    def for_probe(self) -> Array:
+        """The weights of the tokens for the probe."""
+        return self.weights if self.probe_weights is None else self.probe_weights
+
+    @classmethod
+    def of(
+        cls, weights: Array | SampledWeights, config: GateStatsConfig, taps: Mapping[str, Array] | None = None
+    ) -> Measurement:
+        """Returns the request for rows with these weights ``[batch, seq]``."""
+        if isinstance(weights, SampledWeights):
+            config = replace(config, stride=weights.strides[0], probe_stride=weights.strides[1], positions=0)
+            return cls(weights.gate, config, taps, weights.probe)
+        return cls(weights, config.of_rows(weights.shape[-1]), taps)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SampledWeights:
+    """Token weights of parts of rows, of which the sample is taken as of the whole rows."""
+
+    every: Array  # [batch, seq]
+    gate: Array  # [batch, seq], 0 at positions that the sample of the whole row does not take
+    probe: Array  # the same for the probe
+    # Strides at which samples of the parts contain the samples of the whole rows, for gate and probe.
+    strides: tuple[int, int] = field(metadata={"static": True})
+    length: int = field(metadata={"static": True})  # of the whole rows
+
+
+def sampled_as_whole(
+    weights: Array, config: GateStatsConfig, block: int, parts: Callable[[Array], Array]
+) -> SampledWeights:
+    """Returns the weights of parts of rows for the positions that are sampled of the whole rows.
+
+    Args:
+      weights: ``[batch, seq]`` of whole rows.
+      config: strides.
+      block: tokens of the blocks that parts consist of.
+      parts: returns the parts of rows ``[batch, seq]``.
+    """
+    config = config.of_rows(weights.shape[-1])
+    strides = config.stride, config.probe_stride
+    of_gate, of_probe = (parts(sampled_weights(weights, stride)) for stride in strides)
+    length = weights.shape[-1]
+    gate, probe = (within_blocks(stride, length, block) for stride in strides)
+    return SampledWeights(parts(weights), of_gate, of_probe, (gate, probe), length)
 
 
 class Probe(NamedTuple):
@@ -79,6 +127,7 @@ class Probe(NamedTuple):
     delta: Array  # the same shape, of the adapter
     # The two factors of delta if it is a low-rank product: float32 [tokens, r] and [r, d_ff].
     factors: tuple[Array, Array] | None = None
+    weights: Array | None = None  # [batch, seq], see `Measurement.probe_weights`
 
 
 # ---------------------------------------------------------------- statistics
@@ -110,7 +159,8 @@ def gate_statistics(
     chex.assert_shape(weights, z.shape[:-1])
     z, probe, weights = lax.stop_gradient((z, probe, weights.astype(jnp.float32)))
     partition = activations.partition(activation.name, config.tolerance)
-    taken, probed = (_taken(weights, stride) for stride in (config.stride, config.probe_stride))
+    taken = _taken(weights, config.stride)
+    probed = _taken(weights if probe.weights is None else probe.weights, config.probe_stride)
     z = sampled(z, weights, config.stride)
     sums = statistics.channel_statistics(z, taken, activation, partition, config.extra)
     return sums | statistics.probe_statistics(probe.base, probe.delta, probed, activation, config.extra)
@@ -136,10 +186,12 @@ def block_statistics(
       measurement: the request.
     """
     with jax.named_scope("statistics"):
-        weights, config, _ = measurement
-        movement = _movement(x, gate, delta, weights, config.probe_stride, numerics)
+        weights, config, probed = measurement.weights, measurement.config, measurement.for_probe
+        movement = _movement(x, gate, delta, probed, config.probe_stride, numerics)
         z_result = z.astype(numerics.result)
-        probe = take_probe(z_result, delta, weights, config.probe_stride, numerics, movement)
+        probe = take_probe(z_result, delta, probed, config.probe_stride, numerics, movement)
+        if measurement.probe_weights is not None:
+            probe = probe._replace(weights=measurement.probe_weights)
         if count(config.sharding) > 1:
             probe = probe._replace(factors=None)  # the factors have the tokens of all shards
         sums = partial(gate_statistics, activation=activation, config=config, numerics=numerics)

@@ -18,7 +18,7 @@ from nalora_jax.__main__ import main
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.evaluate import needle as evaluate_needle
 from nalora_jax.loading.adapted import load
-from nalora_jax.train.metrics import recorded_settings
+from nalora_jax.runs.metrics import recorded_settings
 from nalora_jax.weights import hub
 from tests import tiny
 

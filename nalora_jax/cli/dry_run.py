@@ -26,7 +26,7 @@ from nalora_jax.plan.auto import laid_out
 from nalora_jax.plan.layouts import Layout, estimate
 from nalora_jax.plan.machines import of_devices, topology
 from nalora_jax.tokenizer import AddedTokens, Tokenizer
-from nalora_jax.train.inputs import check_context, check_data, check_layout, described
+from nalora_jax.train.inputs import check_data, check_layout, check_longest, described
 from nalora_jax.train.mechanisms import make
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
@@ -75,7 +75,7 @@ def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
         seed=config.seed,
         source=source,
     )
-    check_context(int(data.store.lengths.max()), base)
+    check_longest(int(data.store.lengths.max()), base)
     reported, selecting = held_out(config.data, tokenizer, source=source)
     return config, [
         f"base model: {sum(map(math.prod, param_shapes(base).values())):,} parameters, {files.path}",
@@ -116,13 +116,16 @@ def _epochs(config: RunConfig, data: TrainData) -> float:
 
 def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) -> list[str]:
     """Returns lines with an estimate of memory per device during training."""
-    sizes = tuple(mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+    sizes = {axis: mesh.shape.get(axis, 1) for axis in distributed.AXES}
     numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
     remat = chosen_remat(config.compute.remat, base.d_model, numerics)
-    config = replace(config, mesh=MeshConfig(*sizes))
+    config = replace(config, mesh=MeshConfig(**sizes))
     # Bytes do not depend on the machine; times of an unknown machine are not shown.
     where = of_devices(list(mesh.devices.flat)) or topology("v5e:1x1")
-    layout: Layout = estimate(config, base, spec, where, config.data.max_length, sizes, remat)
+    data, fsdp, context, tensor = sizes.values()
+    layout: Layout = estimate(
+        config, base, spec, where, config.data.max_length, (data, fsdp, tensor), remat, context=context
+    )
     parts = {
         "weights": layout.weights,
         "adapters and optimizer": layout.state,
@@ -130,5 +133,7 @@ def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) 
         "working space": layout.working,
     }
     shown = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    grid = " x ".join(f"{axis} {size}" for axis, size in zip(("data", "fsdp", "tensor"), sizes, strict=True))
-    return [f"mesh: {grid}, remat {remat}", f"memory of a device, estimated: {layout.memory / 1e9:.2f} GB ({shown})"]
+    return [
+        f"mesh: {distributed.shown_axes(sizes)}, remat {remat}",
+        f"memory of a device, estimated: {layout.memory / 1e9:.2f} GB ({shown})",
+    ]

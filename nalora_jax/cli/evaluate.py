@@ -288,7 +288,7 @@ def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
 def write_results(args: EvalArgs, results: dict[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
     """Writes the files that the user requested."""
     from nalora_jax.files import write_atomically
-    from nalora_jax.train.metrics import to_json
+    from nalora_jax.runs.metrics import to_json
 
     for path, text in (
         (args.output, json.dumps(to_json(results), indent=2) + "\n"),

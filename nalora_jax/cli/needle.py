@@ -78,7 +78,7 @@ def _report(model: AdaptedModel, found: dict[str, Any]) -> None:
     from nalora_jax.files import write_atomically
     from nalora_jax.report.html import write_report
     from nalora_jax.report.needle import FILE
-    from nalora_jax.train.metrics import to_json
+    from nalora_jax.runs.metrics import to_json
 
     if not model.located.run or model.located.adapter is None:
         return

@@ -65,7 +65,7 @@ def gated_mlp(
     config = GateStatsConfig() if measurement is None else measurement.config
     partition = activations.partition(activation.name, config.tolerance)
     gating = Gating(Logistic(*activation.logistic), (partition.z0, partition.z1))
-    measured = None if measurement is None else _measured(z, measurement.weights, measurement.config)
+    measured = None if measurement is None else _measured(z, measurement)
     y, sums, h = gated_down(z.y, u.y, down, gating, measured, numerics)
     if measured is None or measurement is None or sums is None:
         return add_bias(y, down.bias), None
@@ -77,16 +77,18 @@ def gated_mlp(
     return add_bias(y, down.bias), statistics
 
 
-def _measured(z: Adapted, weights: jax.Array, config: GateStatsConfig) -> Measured:
+def _measured(z: Adapted, measurement: Measurement) -> Measured:
     """Returns the kernel's inputs for statistics.
 
     They have the weights of all tokens, 0 for tokens that are not sampled.
     """
+    weights, config = measurement.weights, measurement.config
     if isinstance(z.delta, LowRankHidden):
         hidden, b = z.delta.value.reshape(-1, z.delta.value.shape[-1]), z.delta.b
     else:
         hidden, b = jnp.zeros((weights.size, 0)), jnp.zeros((0, z.y.shape[-1]))
-    taken, probed = (reductions.sampled_weights(weights, n).reshape(-1) for n in (config.stride, config.probe_stride))
+    taken = reductions.sampled_weights(weights, config.stride).reshape(-1)
+    probed = reductions.sampled_weights(measurement.for_probe, config.probe_stride).reshape(-1)
     return Measured(taken, probed, hidden, b)
 
 
@@ -227,7 +229,7 @@ def gate_statistics(
 ) -> dict[str, jax.Array]:
     """Computes the statistics in one pass over the sampled tokens, which need not be contiguous."""
     logistic = _logistic(z, activation, numerics)
-    if logistic is None or config.extra:
+    if logistic is None or config.extra or probe.weights is not None:
         return NotImplemented
     chex.assert_shape(weights, z.shape[:-1])
     z, probe, weights = lax.stop_gradient((z, probe, weights.astype(jnp.float32)))

@@ -8,6 +8,7 @@ the experts of a kernel, which "fsdp" splits if it divides their number.
     layers/ffn/gate_proj/a      [L, in, r]     P("fsdp", None)      ->  P(None, "fsdp")            in as the kernel's in
     layers/ffn/gate_proj/b      [L, r, out]    P(None, ("tensor", "fsdp"))                         out over both
 
+On a mesh with the axis "context", that axis and "fsdp" split the same dimensions.
 The path of an optimizer's moment ends in the path of its parameter, so the same rules apply to it.
 """
 
@@ -23,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax import path_rules, trees
+from nalora_jax.distributed.mesh import CONTEXT, WEIGHT_AXES
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.statistics import CHECK, COUNTS
 
@@ -141,7 +143,8 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
 def _by_expert(path: str, spec: P, shape: Sequence[int], mesh: Mesh) -> P:
     """Returns the spec of a leaf; "fsdp" splits the experts of a kernel ``[L, E, in, out]``, if it divides them."""
-    if len(shape) != 4 or not _KERNEL.search(path) or shape[1] % mesh.shape["fsdp"]:
+    parts = math.prod(mesh.shape.get(name, 1) for name in WEIGHT_AXES)
+    if len(shape) != 4 or not _KERNEL.search(path) or shape[1] % parts:
         return spec
     return P("fsdp", *(None if axis == "fsdp" else axis for axis in spec))
 
@@ -169,6 +172,8 @@ def _fit_axis(axis: Any, size: int, mesh: Mesh) -> Any:
     if axis is None:
         return None
     names = (axis,) if isinstance(axis, str) else axis
+    if "fsdp" in names and CONTEXT in mesh.shape:
+        names = tuple(name for part in names for name in (WEIGHT_AXES if part == "fsdp" else (part,)))
     for count in range(len(names), 0, -1):
         if size % math.prod(mesh.shape[name] for name in names[:count]) == 0:
             return next(iter(names)) if count == 1 else tuple(names[:count])

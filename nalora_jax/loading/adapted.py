@@ -22,8 +22,8 @@ from nalora_jax.models.stacks import key_heads
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.runs.metrics import FILE as METRICS
 from nalora_jax.seals import unseal
-from nalora_jax.train.metrics import FILE as METRICS
 from nalora_jax.weights.folders import can_exist
 from nalora_jax.weights.hub import ResolvedSource, resolve
 from nalora_jax.weights.new_tokens import check_adapter, for_adapter

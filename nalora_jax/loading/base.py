@@ -151,7 +151,7 @@ def load_model(
     shardings = None if mesh is None else _shardings(config, mesh)
     floats = with_experts(with_floats(tensors), keymap)
     params = load_params(config, floats, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
-    params = gathered(params, "fsdp")
+    params = gathered(params, distributed.WEIGHT_AXES)
     known = origin(config, found, tensors, together=mesh is not None)
     log.info("base model: %s", known.describe())
     if found.rope_scaling:

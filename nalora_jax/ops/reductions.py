@@ -140,6 +140,21 @@ def sampled_weights(weights: Array, stride: int) -> Array:
     return jnp.where(taken[..., : weights.shape[-1]], weights.astype(jnp.float32), 0.0)
 
 
+def within_blocks(stride: int, length: int, block: int) -> int:
+    """Returns the largest stride at which samples of blocks contain the sample of their row with ``stride``.
+
+    A group of the row consists of whole groups of a block, which take the group's run if the weights of
+    all others are 0. If the row's positions are taken singly, or blocks divide runs, all are taken.
+
+    Args:
+      stride: of the row.
+      length: positions of the row.
+      block: positions of a block; blocks divide the row.
+    """
+    singly = length % (_RUN * stride) or block % _RUN
+    return 1 if singly else math.gcd(stride, block // _RUN)
+
+
 def _grouping(length: int, stride: int, run: int) -> tuple[int, int]:
     """Returns the positions in a run (1 if groups of ``stride`` runs do not divide the length) and groups."""
     run = run if length % (run * stride) == 0 else 1

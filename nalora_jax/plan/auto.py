@@ -19,8 +19,8 @@ from nalora_jax.plan.figures import of_compiled
 from nalora_jax.plan.layouts import Layout, decoder_alone, fitting, preferred
 from nalora_jax.plan.machines import Topology, of_devices
 from nalora_jax.plan.roofline import bound_of
+from nalora_jax.runs.pieces import Pieces
 from nalora_jax.train.compilation import compile_ahead
-from nalora_jax.train.pieces import Pieces
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +138,6 @@ def _candidates(config: RunConfig, base: ModelConfig, where: Topology) -> list[L
 
 def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
     """Returns ``config`` with the mesh and the rematerialization policy of ``layout``."""
-    mesh = MeshConfig(layout.data, layout.fsdp, layout.tensor)
+    mesh = MeshConfig(*layout.mesh)
     compute: Any = replace(config.compute, remat=cast(Any, layout.remat), experts=cast(Any, layout.experts))
     return replace(config, mesh=mesh, compute=compute)

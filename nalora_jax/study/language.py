@@ -23,9 +23,9 @@ from nalora_jax.evaluate.multiple_choice import multiple_choice
 from nalora_jax.evaluate.perplexity import completion_loss
 from nalora_jax.loading.base import LoadedModel, load_model
 from nalora_jax.models.adapters import init_lora
+from nalora_jax.runs.start import first_adapters
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
-from nalora_jax.train.start import first_adapters
 from nalora_jax.weights.hub import resolve
 from nalora_jax.weights.new_tokens import with_added
 

@@ -10,8 +10,8 @@ from jax.sharding import AxisType, Mesh
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax import distributed
-from nalora_jax.train.checkpoint import Checkpointer
-from nalora_jax.train.output import CHECKPOINTS, check_shared, open_output
+from nalora_jax.runs.checkpoint import Checkpointer
+from nalora_jax.runs.output import CHECKPOINTS, check_shared, open_output
 
 assert distributed.initialize_distributed() and jax.process_count() == 2
 mesh = distributed.make_mesh(MeshConfig(data=-1, fsdp=2))
@@ -19,7 +19,7 @@ assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
 
 # As on a TPU's torus, whose mesh does not go through the processes one after the other.
 order = np.array(jax.devices())[[0, 2, 3, 1]].reshape(mesh.devices.shape)
-torus = Mesh(order, distributed.AXES, axis_types=(AxisType.Auto,) * 3)
+torus = Mesh(order, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 data = np.arange(24, dtype=np.float32).reshape(8, 3)
 rows = distributed.process_rows(torus, 8)
 assert rows.tolist() == [[0, 1, 6, 7], [2, 3, 4, 5]][jax.process_index()]

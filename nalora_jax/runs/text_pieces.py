@@ -21,15 +21,15 @@ from nalora_jax.data.source import Source
 from nalora_jax.evaluate.seeing import evaluator_of
 from nalora_jax.loading.base import LoadedModel, load_model
 from nalora_jax.method.step import TrainState
+from nalora_jax.runs.export import export
+from nalora_jax.runs.output import Output
+from nalora_jax.runs.pieces import Pieces
+from nalora_jax.runs.preference_pieces import preference_pieces
+from nalora_jax.runs.start import GRADIENT, gradient_start
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.assembly import assemble
-from nalora_jax.train.export import export
-from nalora_jax.train.inputs import check_context, check_data, check_first, check_layout
-from nalora_jax.train.output import Output
-from nalora_jax.train.pieces import Pieces
-from nalora_jax.train.preference_pieces import preference_pieces
+from nalora_jax.train.inputs import check_data, check_first, check_layout, check_longest
 from nalora_jax.train.seeing import with_images
-from nalora_jax.train.start import GRADIENT, gradient_start
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.new_tokens import with_added
 
@@ -117,5 +117,5 @@ def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh, source: Mapp
     if loaded.config.sight is not None:
         assert source is not None
         data = with_images(data, config.data, config.vision, loaded, source)
-    check_context(int(data.store.lengths.max()), loaded.config)
+    check_longest(int(data.store.lengths.max()), loaded.config)
     return data
