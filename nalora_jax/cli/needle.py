@@ -44,13 +44,13 @@ def evaluate_needle(args: EvalArgs) -> None:
         grid = results[-1].to_dict()
         print(f"needle retrieval{f', {label}' if label else ''}: {_summary(grid)}\n{needle_table(grid)}", flush=True)
         records += [{"model": label, **record} for record in needle_records(questions, results[-1])]
-    found: dict[str, Any] = {"after" if against else "before": results[0].to_dict()}
+    grids: dict[str, Any] = {"after" if against else "before": results[0].to_dict()}
     if against is not None:
-        found |= {"before": results[1].to_dict(), "comparison": difference(results[1], results[0])}
-        print(f"difference: {_compared(found['comparison'])}", flush=True)
-    write_results(args, {"model": located.base, "adapter": located.adapter, "against": against, **found}, records)
+        grids |= {"before": results[1].to_dict(), "comparison": difference(results[1], results[0])}
+        print(f"difference: {_compared(grids['comparison'])}", flush=True)
+    write_results(args, {"model": located.base, "adapter": located.adapter, "against": against, **grids}, records)
     if against == "base":
-        _report(model, found)
+        _report(model, grids)
 
 
 def _lengths(args: EvalArgs) -> list[int]:
@@ -73,7 +73,7 @@ def _compared(values: dict[str, Any]) -> str:
     return f"{values['difference']:+.3f} (95% interval {values['low']:+.3f} to {values['high']:+.3f}; {counts})"
 
 
-def _report(model: AdaptedModel, found: dict[str, Any]) -> None:
+def _report(model: AdaptedModel, grids: dict[str, Any]) -> None:
     """Writes the results into the folder of the adapter's run, if it is from one, and its report again."""
     from nalora_jax.files import write_atomically
     from nalora_jax.report.html import write_report
@@ -83,5 +83,5 @@ def _report(model: AdaptedModel, found: dict[str, Any]) -> None:
     if not model.located.run or model.located.adapter is None:
         return
     folder: Path = model.located.adapter.parent
-    write_atomically(folder / FILE, json.dumps(to_json(found), indent=2) + "\n")
+    write_atomically(folder / FILE, json.dumps(to_json(grids), indent=2) + "\n")
     print(f"{write_report(folder)}: with these results")

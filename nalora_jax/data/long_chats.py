@@ -50,7 +50,8 @@ def shortened(messages: Sequence[dict[str, Any]], turns: int) -> ShortChat | Non
     long = {i for i, message in enumerate(messages) if _is_long(message.get("content"))}
     if turns * sum(len(messages[i]["content"]) for i in long) <= _MOST:
         return None
-    short, contents = [], []
+    short: list[dict[str, Any]] = []
+    contents: list[str] = []
     for i, message in enumerate(messages):
         if i in long:
             text: str = message["content"]

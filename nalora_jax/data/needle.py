@@ -91,7 +91,7 @@ def needle_record(
       depth: percent of the sentences before the needle.
       number: of the record; others have other text, cities and numbers.
       size: of a sentence, with the space before it.
-      room: size of the sentences without needles; by default, what the needles leave of ``length``.
+      room: size of the sentences without needles; by default ``length`` without the needles.
     """
     draw = _Draws(length, depth, number)
     cities = draw.several(CITIES, 1 + OTHERS)

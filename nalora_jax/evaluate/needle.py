@@ -149,8 +149,8 @@ def retrieve(generator: Generator, questions: NeedleItems) -> NeedleResult:
 
 def first_number(text: str) -> str:
     """Returns the first run of digits in a text, or "" if there is none."""
-    found = re.search(r"\d+", text)
-    return found[0] if found else ""
+    number = re.search(r"\d+", text)
+    return number[0] if number else ""
 
 
 def needle_table(result: Mapping[str, Any]) -> str:

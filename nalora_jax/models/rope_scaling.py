@@ -19,7 +19,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.layers import RopeSpec
 from nalora_jax.models.stacks import stacks
-from nalora_jax.models.vision.sight import text_part
+from nalora_jax.models.vision.sight import contains_text_model, text_part
 
 _FULL = "full_attention"
 _SCALING = {"type", "rope_type", ORIGINAL, "short_factor", "long_factor"}.union(*FIELDS.values())
@@ -31,8 +31,8 @@ def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str
     """Returns a ``config.json`` with another RoPE scaling and the context length that follows from it.
 
     Fields that ``text`` leaves out keep their value if the type stays the same. The original context
-    is the model's context without its present scaling. In a model with windowed layers that have a
-    RoPE of their own, only the layers with full attention change.
+    is the model's context without its present scaling. In a model with windowed layers that have
+    another RoPE, only the layers with full attention change.
 
     Args:
       raw: the parsed file.
@@ -46,11 +46,11 @@ def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str
     if not text:
         return dict(raw)
     wanted = parse_rope_scaling(text)
-    if isinstance(raw.get("text_config"), Mapping):
-        part = text_part(raw, where)
-        changed = with_rope_scaling(part, text, f"{where}: text_config")
-        own = {name: value for name, value in changed.items() if value != part.get(name)}
-        return {**raw, "text_config": {**raw["text_config"], **own}}
+    if contains_text_model(raw.get("model_type"), images=False):
+        text_model = text_part(raw, where)
+        changed = with_rope_scaling(text_model, text, f"{where}: text_config")
+        differing = {name: value for name, value in changed.items() if value != text_model.get(name)}
+        return {**raw, "text_config": {**(raw.get("text_config") or {}), **differing}}
     base = ModelConfig.from_hf(raw, where)
     spec = _rescalable(base, text, where)
     unscaled = _unscaled_length(base, spec)
@@ -93,13 +93,15 @@ def _rescalable(base: ModelConfig, text: str, where: str) -> RopeSpec:
     kinds = sorted({spec.kind for spec in specs})
     if len(specs) == 1 and kinds[0] in ("default", *FIELDS) and base.model_type != "phi3":
         return specs.pop()
-    found = f"{base.model_type} with {len(specs)} RoPEs of {', '.join(kinds)}" if specs else "no layer with RoPE"
+    problem = "no layer with RoPE"
     if base.model_type == "phi3":
-        found = "phi3, which has no scaling except LongRoPE"
+        problem = "phi3, which has no scaling except LongRoPE"
+    elif specs:
+        problem = f"{base.model_type} with {len(specs)} RoPEs of {', '.join(kinds)}"
     raise NaloraError(
         f"{FLAG} {text}",
         expected=f"a model whose full-attention layers have one RoPE of {', '.join(('default', *FIELDS))}",
-        found=f"{found} ({where})",
+        found=f"{problem} ({where})",
         remedy="leave the flag out and keep --data.max-length within the model's context",
     )
 
@@ -116,12 +118,12 @@ def _changed(raw: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any
     name = "rope_parameters" if raw.get("rope_parameters") and not raw.get("rope_scaling") else "rope_scaling"
     held = dict(raw.get(name) or {})
     nested = isinstance(held.get(_FULL), Mapping)
-    own = dict(held[_FULL] if nested else held)
-    scaling = {field: own.pop(field) for field in _SCALING & own.keys()}
+    rope = dict(held[_FULL] if nested else held)
+    scaling = {field: rope.pop(field) for field in _SCALING & rope.keys()}
     if (scaling.get("rope_type") or scaling.get("type")) == wanted["rope_type"]:
-        own |= {field: scaling[field] for field in FIELDS[wanted["rope_type"]] if field in scaling.keys() - _DERIVED}
-    own |= wanted
-    changed = {**raw, name: held | {_FULL: own} if nested else own}
+        rope |= {field: scaling[field] for field in FIELDS[wanted["rope_type"]] if field in scaling.keys() - _DERIVED}
+    rope |= wanted
+    changed = {**raw, name: held | {_FULL: rope} if nested else rope}
     if ORIGINAL in raw and ORIGINAL in wanted:  # outside of the scaling, it would win
         changed[ORIGINAL] = wanted[ORIGINAL]
     return changed

@@ -54,8 +54,8 @@ def attention_over_cache(
         queries = by_key_head(q[:, start:end], kv_heads)
         here = keys.positions[:, start:end], keys.segments[:, start:end]
         add = partial(_add, queries, here, window, config, numerics)
-        own = (x[:, :end].transpose(0, 2, *axes) for x, axes in ((keys.k, (3, 1)), (keys.v, (1, 3))))
-        sums = add(_start(queries, sinks), *own, keys.positions[:, :end], keys.segments[:, :end])
+        new = (x[:, :end].transpose(0, 2, *axes) for x, axes in ((keys.k, (3, 1)), (keys.v, (1, 3))))
+        sums = add(_start(queries, sinks), *new, keys.positions[:, :end], keys.segments[:, :end])
         _, total, out = _add_cached(add, sums, k, v, cached.positions, cached.segments)
         # Padding sees no key; its result must be finite, because its values are multiplied by 0 later.
         outputs.append(by_token(out / jnp.where(total > 0, total, 1.0)))

@@ -24,8 +24,8 @@ def read_needle(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return [_table(name, found[name]) for name in ("before", "after")]
+        grids = json.loads(path.read_text(encoding="utf-8"))
+        return [_table(name, grids[name]) for name in ("before", "after")]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         remedy = "delete it, or run nalora eval --needle again"
         raise NaloraError(str(path), expected="results of nalora eval --needle", found=error, remedy=remedy) from error
