@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from nalora_jax.__main__ import train_command
+from nalora_jax.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(train_command())
+    sys.exit(main(["train", *sys.argv[1:]]))

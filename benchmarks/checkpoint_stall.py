@@ -43,8 +43,8 @@ def main() -> None:
 
     from nalora_jax import distributed
     from nalora_jax.config import MeshConfig
+    from nalora_jax.runs.checkpoint import Checkpointer
     from nalora_jax.train.assembly import assemble
-    from nalora_jax.train.checkpoint import Checkpointer
 
     given = options()
     shared = parse(["--dtype", given.dtype, "--layers", str(given.layers)])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import importlib.util
 import json
 import os
 import sys
@@ -40,31 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal.open_closed_streams()
 
     def run() -> None:
-        # Imported here, because a process that restarts, help and invalid flags do not need JAX.
+        # Imported here, because help and invalid flags do not need JAX.
         importlib.import_module("nalora_jax.cli.command").execute(_take_log_format(given))
 
     lasts = any(word in _LASTING for word in given[:1])
     with terminal.outliving_terminal() if lasts else terminal.lasting("stderr"):
         return guarded(run)
-
-
-def command() -> int:
-    """Runs the process ``nalora``: `main` with huge pages if the machine has them."""
-    _restart()
-    return main()
-
-
-def train_command() -> int:
-    """Runs the process ``train.py``, with the flags of ``nalora train``."""
-    _restart()
-    return main(["train", *sys.argv[1:]])
-
-
-def _restart() -> None:
-    """Restarts this process with huge pages for the heap, if `nalora_jax.cpu` is installed."""
-    terminal.open_closed_streams()
-    if importlib.util.find_spec("nalora_jax.cpu") is not None:
-        importlib.import_module("nalora_jax.cpu.hugepages").restart()
 
 
 def guarded(run: Callable[[], None]) -> int:
@@ -144,4 +124,4 @@ def _take_log_format(argv: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(main())

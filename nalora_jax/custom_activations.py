@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,6 @@ from jax import Array
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import activations
-from nalora_jax.ops import activation_formulas as formulas
 
 
 def register_activation(
@@ -31,7 +31,7 @@ def register_activation(
     """
 
     def register(gate: activations.Selection) -> activations.Selection:
-        if name in activations.ALIASES:
+        if name in (*activations.ALIASES, *activations.BUILT_IN):
             raise NaloraError(
                 f"activation {name!r}",
                 expected="a name that is free",
@@ -50,11 +50,11 @@ def register_activation(
 
         if self_gated:
             _require_derivative(name, gate)
-            formulas.EXCESS64[name] = excess64
+            options: dict[str, Any] = {"excess64": excess64}
         else:
-            formulas.SINGLE_DEGREE[name] = degree
-        activation = activations.activation_of(name, gate, excess, self_gated=self_gated)
-        activations.REGISTERED.add(name, activation, replace=True)
+            options = {"self_gated": False, "degree": degree}
+        activation = activations.activation_of(name, gate, excess, **options)
+        activations.ACTIVATIONS.add(name, activation, replace=True)
         activations.partition_of.cache_clear()
         return gate
 

@@ -28,21 +28,21 @@ from nalora_jax.ops.numerics import check_implementation
 from nalora_jax.plan.auto import accepted
 from nalora_jax.redaction import redacted
 from nalora_jax.running import Running, RunResult, way_on
+from nalora_jax.runs.metrics import recorded_settings, to_json
+from nalora_jax.runs.output import Output, has_checkpoint, last_step, open_output
+from nalora_jax.runs.pieces import Pieces
+from nalora_jax.runs.preemption import StopSignals, stop_signals
+from nalora_jax.runs.snapshot import check_settings
+from nalora_jax.runs.text_pieces import text_pieces
 from nalora_jax.terminal import outliving_terminal
 from nalora_jax.train.callbacks import Callback, make_callbacks
 from nalora_jax.train.compilation import use_compilation_cache
 from nalora_jax.train.inputs import described
 from nalora_jax.train.mechanisms import make
-from nalora_jax.train.metrics import recorded_settings, to_json
-from nalora_jax.train.output import Output, has_checkpoint, last_step, open_output
-from nalora_jax.train.pieces import Pieces
-from nalora_jax.train.preemption import StopSignals, stop_signals
 from nalora_jax.train.profile import Profile
 from nalora_jax.train.progress import Stages
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
-from nalora_jax.train.snapshot import check_settings
-from nalora_jax.train.text_pieces import text_pieces
 from nalora_jax.weights.hub import ResolvedSource, resolve
 
 log = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ def inputs_of(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
     """Reads the settings of the model's files and the data of a run."""
     if config.compute.compilation_cache:
         use_compilation_cache()
-    files = None if config.vision.task in DUAL else resolve(config.model)
+    files = None if config.vision.task in DUAL else replace(resolve(config.model), rope_scaling=config.rope_scaling)
     if files is not None and config.vision.task == "chat":
         source = _seen(config, files, source)
     records = _on_images().image_records(config) if files is None else ()
@@ -210,6 +210,6 @@ def mesh_of(placed: RunConfig) -> Mesh:
 
 def _on_images() -> Any:
     """Imports the module of runs on images, which needs Pillow, an extra."""
-    from nalora_jax.train import dual_pieces
+    from nalora_jax.runs import dual_pieces
 
     return dual_pieces

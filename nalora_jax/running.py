@@ -25,19 +25,19 @@ from nalora_jax.loading.adapted import ADAPTER
 from nalora_jax.method.step import TrainState
 from nalora_jax.redaction import redacted
 from nalora_jax.report.history import read_evaluation
+from nalora_jax.runs.checkpoint import Checkpointer
+from nalora_jax.runs.export import card
+from nalora_jax.runs.hooks import RunHooks, say_counts
+from nalora_jax.runs.metrics import MetricsLog
+from nalora_jax.runs.output import Output
+from nalora_jax.runs.pieces import Pieces
+from nalora_jax.runs.preemption import StopSignals
 from nalora_jax.seals import seal
 from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started
-from nalora_jax.train.checkpoint import Checkpointer
-from nalora_jax.train.export import card
-from nalora_jax.train.hooks import RunHooks, say_counts
 from nalora_jax.train.loop import FitResult, Follower, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
-from nalora_jax.train.metrics import MetricsLog
 from nalora_jax.train.optimizers import make_schedule
-from nalora_jax.train.output import Output
-from nalora_jax.train.pieces import Pieces
-from nalora_jax.train.preemption import StopSignals
 from nalora_jax.train.profile import Profile
 from nalora_jax.train.progress import Progress, Stages
 from nalora_jax.weights.card import write_card

@@ -34,9 +34,8 @@ from nalora_jax.method import activations, statistics
 from nalora_jax.models import families, registered
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
-from nalora_jax.ops import activation_formulas
+from nalora_jax.runs.metrics import recorded_settings
 from nalora_jax.train.assembly import assemble
-from nalora_jax.train.metrics import recorded_settings
 from nalora_jax.weights import keytables
 from tests import tiny
 
@@ -58,10 +57,10 @@ LLAMA = {
 @pytest.fixture
 def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Imports a file of the page; afterwards the registries are as they were."""
-    registries = (mechanism.MECHANISMS, statistics.TABLE, activations.REGISTERED, registered.FAMILIES)
+    activations.get("silu")  # registers the built-in activations
+    registries = (mechanism.MECHANISMS, statistics.TABLE, activations.ACTIVATIONS, registered.FAMILIES)
     for registry in (*registries, sources._OPENERS):
         monkeypatch.setattr(registry, "_values", dict(registry._values))
-    monkeypatch.setattr(activation_formulas, "EXCESS64", dict(activation_formulas.EXCESS64))
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def use(name: str) -> ModuleType:

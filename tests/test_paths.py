@@ -15,12 +15,12 @@ import pytest
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_atomically
 from nalora_jax.paths import expand_user, naming, open_unlinked, scratch_folder
+from nalora_jax.runs.lock import Lock
+from nalora_jax.runs.metrics import MetricsLog
+from nalora_jax.runs.output import open_output
+from nalora_jax.runs.trackers import _write_id
 from nalora_jax.study.records import CLAIMS, Records
 from nalora_jax.study.snapshots import write_snapshot
-from nalora_jax.train.lock import Lock
-from nalora_jax.train.metrics import MetricsLog
-from nalora_jax.train.output import open_output
-from nalora_jax.train.trackers import _write_id
 
 
 @pytest.fixture

@@ -39,8 +39,8 @@ from nalora_jax.loading.adapted import load
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.runs import start, text_pieces
 from nalora_jax.tokenizer import Tokenizer
-from nalora_jax.train import start, text_pieces
 from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import import_adapter
 from tests import tiny

@@ -32,7 +32,7 @@ from nalora_jax.data.images.chat import asked
 from nalora_jax.errors import NaloraError
 from nalora_jax.job import run
 from nalora_jax.loading.adapted import Located, load
-from nalora_jax.train.metrics import read_metrics
+from nalora_jax.runs.metrics import read_metrics
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -19,8 +19,8 @@ from nalora_jax.cli.command import parse
 from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
 from nalora_jax.distributed.mesh import make_mesh
 from nalora_jax.errors import Interrupted, NaloraError
-from nalora_jax.train import text_pieces
-from nalora_jax.train.metrics import to_json
+from nalora_jax.runs import text_pieces
+from nalora_jax.runs.metrics import to_json
 from nalora_jax.train.progress import Progress
 from tests import tiny
 

@@ -53,6 +53,8 @@ CACHES = {
     "wheels": "downloaded packages",
     "tokens": "tokenized data",
 }
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_HUGE = "glibc.malloc.hugetlb"
 _RUN = ("native", "compiled")  # caches with executable content
 _PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 
@@ -213,7 +215,7 @@ def _devices() -> tuple[dict[str, str], list[str]]:
 def _kernels() -> tuple[dict[str, str], list[str]]:
     if importlib.util.find_spec("nalora_jax.cpu") is None:
         return {"kernels": "none: nalora_jax.cpu is not installed"}, []
-    from nalora_jax.cpu import hugepages, processor
+    from nalora_jax.cpu import processor
     from nalora_jax.cpu.native import library
 
     shown = {
@@ -231,11 +233,27 @@ def _kernels() -> tuple[dict[str, str], list[str]]:
         shown["compiler"] = "none"
         if shown["in use"] in library.kinds():
             problems.append(f"the kernels for this CPU cannot be compiled: {error}")
-    given = os.environ.get(hugepages.VARIABLE, "")
-    possible = hugepages.tunables({}, platform.libc_ver(), hugepages._kernel_setting())
-    on = "on" if possible and possible in given else "off"
-    shown["huge pages"] = on if possible else "not to be had from this system"
+    kernel = HUGE_PAGES.read_text() if HUGE_PAGES.exists() else ""
+    shown["huge pages"] = huge_pages(os.environ, platform.libc_ver(), kernel)
     return shown, problems
+
+
+def huge_pages(environ: Mapping[str, str], libc: tuple[str, str], kernel: str) -> str:
+    """Returns whether the C library's heap uses huge pages, with the variable that requests them.
+
+    Args:
+      environ: of the process.
+      libc: name and version, as returned by `platform.libc_ver`.
+      kernel: content of `HUGE_PAGES`, e.g. ``"always [madvise] never"``.
+    """
+    name, version = libc
+    numbers = version.split(".")
+    supported = name == "glibc" and all(map(str.isdecimal, numbers)) and [*map(int, numbers)] >= [2, 35]
+    if not supported or not kernel or "[never]" in kernel:
+        return "not available: they need glibc 2.35 and transparent huge pages of the kernel"
+    if f"{_HUGE}=1" in environ.get("GLIBC_TUNABLES", ""):
+        return "on"
+    return f"off; faster on CPUs with: export GLIBC_TUNABLES={_HUGE}=1"
 
 
 def _caches() -> tuple[dict[str, str], list[str]]:

@@ -53,7 +53,8 @@ def dry_run(config: RunConfig) -> None:
 
 def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """Returns the final settings of a run on text, and lines that describe the run."""
-    files, images = find_model(config.model), config.vision.task == "chat"
+    files = replace(find_model(config.model), rope_scaling=config.rope_scaling)
+    images = config.vision.task == "chat"
     added = AddedTokens.of(config.data)
     base = described(config, files)
     tokenizer, source = read_tokenizer_of(files, base, added), None

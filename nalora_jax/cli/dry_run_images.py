@@ -12,8 +12,8 @@ from nalora_jax.config import RunConfig
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.models.vision.dual import init_lora
+from nalora_jax.runs.dual_pieces import held_out_indices, image_records
 from nalora_jax.train.dual import resolve_dual
-from nalora_jax.train.dual_pieces import held_out_indices, image_records
 from nalora_jax.train.settle import settled
 from nalora_jax.weights.vision.model import read_dual
 

@@ -279,7 +279,7 @@ def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
 
 def _write(args: EvalArgs, results: dict[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
     from nalora_jax.files import write_atomically
-    from nalora_jax.train.metrics import to_json
+    from nalora_jax.runs.metrics import to_json
 
     for path, text in (
         (args.output, json.dumps(to_json(results), indent=2) + "\n"),

@@ -112,7 +112,7 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
     from nalora_jax.data.images.opened import open_images
     from nalora_jax.evaluate.heldout import describe
     from nalora_jax.loading.dual import load_adapted_dual
-    from nalora_jax.train.dual_pieces import held_out_images
+    from nalora_jax.runs.dual_pieces import held_out_images
 
     if args.quantize not in (None, "none"):
         raise NaloraError("--quantize", expected="none for image and text encoders", found=args.quantize)

@@ -17,6 +17,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
 from nalora_jax.image_tokens import ImageTokens
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.vision.sight import Sight, contains_text_model
 from nalora_jax.ops.quantize import Kind, gathered
@@ -51,6 +52,7 @@ class LoadedModel:
     added: tuple[str, ...] = ()  # tokens that its tokenizer has and the base's files lack
     tokenizer_folder: Path | None = None  # of the tokenizer's files; None if it is in a GGUF file
     resized: int = 0  # number of table rows if it differs from the files'; otherwise 0
+    rope_scaling: str = ""  # in place of the files', see `ResolvedSource.rope_scaling`
 
 
 def read_config(found: hub.ResolvedSource, *, images: bool = False, added: AddedTokens = NO_TOKENS) -> ModelConfig:
@@ -66,6 +68,7 @@ def read_config(found: hub.ResolvedSource, *, images: bool = False, added: Added
     """
     where = found.path if found.kind == "gguf" else found.path / "config.json"
     raw = hf_config(GGUFFile(found.path)) if found.kind == "gguf" else read_json(where)
+    raw = with_rope_scaling(raw, found.rope_scaling, str(where))
     config = ModelConfig.from_hf(raw, str(where), images=images)
     if not added:
         return config
@@ -151,6 +154,8 @@ def load_model(
     params = gathered(params, distributed.WEIGHT_AXES)
     known = origin(config, found, tensors, together=mesh is not None)
     log.info("base model: %s", known.describe())
+    if found.rope_scaling:
+        log.info("RoPE scaling %s: a context of %d tokens", found.rope_scaling, config.max_positions)
     if config.sight is None and contains_text_model(raw.get("model_type"), images=False):
         log.info("%s: the text model of %s, without its image tower", found.path, raw["model_type"])
     folder = found.path if found.kind == "hf" else None
@@ -164,6 +169,7 @@ def load_model(
         known,
         processor,
         tokenizer_folder=folder,
+        rope_scaling=found.rope_scaling,
     )
 
 
@@ -171,13 +177,18 @@ def _opened(found: hub.ResolvedSource, images: bool) -> tuple[dict[str, Any], Mo
     """Returns the description, tensors (not read yet) and tokenizer of either kind of source."""
     if found.kind == "gguf":
         file = GGUFFile(found.path)
-        raw = hf_config(file)
+        raw = with_rope_scaling(hf_config(file), found.rope_scaling, str(found.path))
         return raw, ModelConfig.from_hf(raw, str(found.path), images=images), file, read_tokenizer(file)
     where = found.path / "config.json"
-    raw = read_json(where)
+    raw = with_rope_scaling(read_json(where), found.rope_scaling, str(where))
     config = ModelConfig.from_hf(raw, str(where), images=images)
     tensors = StreamedFolder(found.path, found.streamed) if found.streamed else SafetensorsFolder(found.path)
     return raw, config, tensors, Tokenizer.from_folder(found.path)
+
+
+def rope_of(loaded: LoadedModel) -> dict[str, Any]:
+    """Returns the RoPE fields of a model's ``config.json`` if they differ from its files'; otherwise {}."""
+    return rope_settings(loaded.hf_config or {}) if loaded.rope_scaling else {}
 
 
 def image_tokens(sight: Sight, raw: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> ImageTokens:

@@ -2,7 +2,7 @@
 
 Every function is elementwise, finite for |z| up to 1e7, and computed in float32 for narrower inputs;
 the result has the input's dtype. phi and rho have closed-form derivatives, so ``jax.grad`` never
-differentiates their formulas (`nalora_jax.ops.activation_formulas`).
+differentiates their formulas (`nalora_jax.builtin_activations`).
 
 Accuracy in float32 against float64: phi' within 1e-5 |phi'| + 2^-21 |rho| (the second term is the
 rounding of a sum that vanishes at z0), h within 1e-5 |h| + 2^-21.
@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.ops import activation_formulas as formulas
 from nalora_jax.registry import Registry
 
 Elementwise = Callable[[Array], Array]
@@ -50,6 +49,11 @@ class Activation:
     # (a, b) if rho(z) = sigmoid(a z + b z^3), else None.
     logistic: tuple[float, float] | None = None
     flat_above: float = math.inf  # phi is constant above it
+    # h - 1 of a Python float, in float64, for the partition; None if the only degree is ``degree``.
+    excess64: Callable[[float], float] | None = None
+    degree: float = 1.0
+    # Returns the activation with other numbers, for names such as "clamped_swish(1.702,7.0)".
+    variant: Callable[..., Activation] | None = None
 
 
 class Partition(NamedTuple):
@@ -107,14 +111,80 @@ def partition(name: str, tol: float = 0.05) -> Partition:
 @functools.lru_cache(maxsize=64)
 def partition_of(name: str, tol: float) -> Partition:
     """Returns `partition` of checked arguments."""
-    if name in formulas.SINGLE_DEGREE:
-        degrees = (formulas.SINGLE_DEGREE[name],) * 4
-        return Partition(name, -math.inf, 0.0, degrees, meaningful=False)
-    z0, z1, degrees = formulas.cuts(name, tol, registered=name in REGISTERED)
-    return Partition(name, z0, z1, degrees, meaningful=True, flat_above=get(name).flat_above)
+    activation = get(name)
+    excess = activation.excess64
+    if excess is None:
+        return Partition(name, -math.inf, 0.0, (activation.degree,) * 4, meaningful=False)
+    z0 = _bisect(lambda z: excess(z) + 1, _first_below(excess, name), 0.0)
+    peak, z1 = _argmax(excess, 0.0, 10.0), 0.0
+    if excess(peak) > tol:
+        z1 = _bisect(lambda z: tol - excess(z), peak, 700.0)
+    bounds = ((z0 - 8, z0), (z0, 0.0), (0.0, z1), (z1, z1 + 8))
+    inverted, contracting, expanding, linear = (1 + _normal_mean(excess, *b) for b in bounds)
+    degrees = (inverted, contracting, expanding, linear)
+    return Partition(name, z0, z1, degrees, meaningful=True, flat_above=activation.flat_above)
+
+
+def _first_below(excess: Callable[[float], float], name: str) -> float:
+    """Returns the first of -1/4, -1/2, ... with h < 0; farther out rho underflows in float32."""
+    for quarter in range(1, 81):
+        if excess(-quarter / 4) < -1:
+            return -quarter / 4
+    raise NaloraError(
+        f"activation {name!r}",
+        expected="phi to fall somewhere below 0, as that of a self-gated activation does",
+        found="no such place above -20",
+        remedy="register it with self_gated=False",
+    )
+
+
+def _bisect(f: Callable[[float], float], low: float, high: float) -> float:
+    """Returns the root of an f that is negative at ``low`` and positive at ``high``."""
+    while True:
+        middle = 0.5 * (low + high)
+        if not low < middle < high:
+            return middle
+        low, high = (middle, high) if f(middle) < 0 else (low, middle)
+
+
+def _argmax(f: Callable[[float], float], low: float, high: float) -> float:
+    """Returns the maximum of a unimodal f, by ternary search."""
+    for _ in range(100):
+        left, right = low + (high - low) / 3, high - (high - low) / 3
+        low, high = (left, high) if f(left) < f(right) else (low, right)
+    return 0.5 * (low + high)
+
+
+def _normal_mean(f: Callable[[float], float], low: float, high: float, points: int = 500) -> float:
+    """Returns the mean of f over [low, high] under N(0, 1), by the midpoint rule; 0 if empty."""
+    if high <= low:
+        return 0.0
+    nodes = [low + (high - low) * (i + 0.5) / points for i in range(points)]
+    weights = [math.exp(-0.5 * (z * z - low * low)) for z in nodes]
+    return sum(w * f(z) for w, z in zip(weights, nodes, strict=True)) / sum(weights)
 
 
 # ---------------------------------------------------------------- registry
+
+# Names in transformers' ACT2FN of the same functions up to rounding; "gelu_10" clips and is different.
+ALIASES = {
+    "swish": "silu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "linear": "identity",
+}
+BUILT_IN = ("silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "relu", "relu2", "identity", "clamped_swish")
+ACTIVATIONS: Registry[Activation] = Registry(
+    "activation",
+    "nalora_jax.activations",
+    modules=dict.fromkeys(BUILT_IN, "nalora_jax.builtin_activations"),
+)
+_NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+_NAME = re.compile(rf"([^()]+)(?:\({_NUMBER},{_NUMBER}\))?")
 
 
 def get(name: str) -> Activation:
@@ -123,15 +193,14 @@ def get(name: str) -> Activation:
     Raises:
       NaloraError: the name is unknown; the message lists the known names.
     """
-    if name in ALIASES:
-        return _ACTIVATIONS[ALIASES[name]]
-    if isinstance(name, str) and name in REGISTERED:
-        return REGISTERED.get(name)
-    clamped = _CLAMPED.fullmatch(name) if isinstance(name, str) else None
-    if clamped is not None:
-        slope, limit = clamped.groups()
-        return clamped_swish(float(slope or formulas.QUICK_SLOPE), float(limit or 7.0))
-    known = ", ".join(sorted({*ALIASES, *REGISTERED.names(), "clamped_swish(slope,limit)"}))
+    match = _NAME.fullmatch(str(name))
+    if match is not None and (canonical := ALIASES.get(match[1], match[1])) in ACTIVATIONS:
+        activation, numbers = ACTIVATIONS.get(canonical), match.groups()[1:]
+        if numbers == (None, None):
+            return activation
+        if activation.variant is not None:
+            return activation.variant(*map(float, numbers))
+    known = ", ".join(sorted({*ALIASES, *ACTIVATIONS.names()} - {"clamped_swish"} | {"clamped_swish(slope,limit)"}))
     raise NaloraError("activation", expected=f"one of {known}", found=repr(name))
 
 
@@ -168,6 +237,9 @@ def activation_of(
     self_gated: bool = True,
     logistic: tuple[float, float] | None = None,
     flat_above: float = math.inf,
+    excess64: Callable[[float], float] | None = None,
+    degree: float = 1.0,
+    variant: Callable[..., Activation] | None = None,
 ) -> Activation:
     """Returns an activation; ``precise`` is a slower ``gate`` for derivatives outside of the model."""
     reference = precise or gate
@@ -190,58 +262,7 @@ def activation_of(
         self_gated=self_gated,
         logistic=logistic,
         flat_above=flat_above,
+        excess64=excess64,
+        degree=degree,
+        variant=variant,
     )
-
-
-_NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
-_CLAMPED = re.compile(rf"clamped_swish(?:\({_NUMBER},{_NUMBER}\))?")  # without numbers: gpt-oss's 1.702 and 7
-
-
-@functools.lru_cache(maxsize=16)
-def clamped_swish(slope: float, limit: float) -> Activation:
-    """Returns ``y sigmoid(slope y)`` with ``y = min(z, limit)``, the gate of gpt-oss.
-
-    Its name, e.g. "clamped_swish(1.702,7.0)", contains both numbers; they are above 0.
-    """
-    name = f"clamped_swish({slope!r},{limit!r})"
-    formulas.EXCESS64[name] = formulas.clamped_swish_excess64(slope, limit)
-    gate, excess = formulas.clamped_swish(slope, limit), formulas.clamped_swish_excess(slope, limit)
-    return activation_of(name, gate, excess, flat_above=limit)
-
-
-_TANH = (formulas.TANH_SLOPE, formulas.TANH_CUBIC)
-_QUICK = (formulas.QUICK_SLOPE, 0.0)
-_ACTIVATIONS = {
-    activation.name: activation
-    for activation in (
-        activation_of("silu", formulas.silu, formulas.silu_excess, logistic=(1.0, 0.0)),
-        activation_of("gelu", formulas.gelu, formulas.gelu_excess),
-        activation_of(
-            "gelu_tanh",
-            formulas.gelu_tanh,
-            formulas.gelu_tanh_excess,
-            precise=formulas.gelu_tanh_precise,
-            logistic=_TANH,
-        ),
-        activation_of("quick_gelu", formulas.quick_gelu, formulas.quick_gelu_excess, logistic=_QUICK),
-        activation_of("mish", formulas.mish, formulas.mish_excess),
-        activation_of("relu", formulas.relu, jnp.zeros_like, self_gated=False),
-        activation_of("relu2", formulas.relu2, formulas.relu2_excess, self_gated=False),
-        activation_of("identity", formulas.identity, jnp.zeros_like, self_gated=False),
-    )
-}
-
-# User activations, from `nalora_jax.custom_activations` or an entry point whose module calls it.
-REGISTERED: Registry[Activation] = Registry("activation", "nalora_jax.activations")
-
-# Names in transformers' ACT2FN of the same functions up to rounding; "gelu_10" clips and is different.
-ALIASES = {name: name for name in _ACTIVATIONS} | {
-    "swish": "silu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "linear": "identity",
-}

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from nalora_jax.mechanism import Context, Mechanism, register_mechanism
-from nalora_jax.method import statistics
+from nalora_jax.method.activations import Partition
 
 _log = logging.getLogger(__name__)
 
@@ -141,6 +141,26 @@ def homogeneity_scale(occupancy: Array, gains: Sequence[float]) -> Array:
     return relative(jnp.asarray(gamma))
 
 
+def degrees_vary(occupancy: Array, partition: Partition, min_occupancy: float) -> Array:
+    """Returns True for layers whose tokens occupy regions of at least two different degrees.
+
+    Args:
+      occupancy: [..., 4, d_ff] mean occupancies of each channel.
+      partition: the activation's.
+      min_occupancy: share of (token, channel) pairs at which a region counts as occupied.
+
+    Returns:
+      [...] bool; False for an activation with a single degree.
+    """
+    chex.assert_axis_dimension(occupancy, -2, 4)
+    share = jnp.mean(occupancy, axis=-1)
+    occupied = (share >= min_occupancy) & (share > 0)
+    degrees = jnp.broadcast_to(jnp.asarray(partition.degrees, jnp.float32), occupied.shape)
+    highest = jnp.max(jnp.where(occupied, degrees, -jnp.inf), axis=-1)
+    lowest = jnp.min(jnp.where(occupied, degrees, jnp.inf), axis=-1)
+    return highest > lowest
+
+
 @register_mechanism("homogeneity")
 @dataclass(frozen=True)
 class HomogeneityStep(Mechanism):
@@ -169,7 +189,7 @@ class HomogeneityStep(Mechanism):
         if not context.partition.meaningful:
             _log_constant_scale(context.partition.activation)
             return jnp.ones_like(occupancy[..., 0, :])
-        varied = statistics.meaningful(occupancy, context.partition, self.min_occupancy)
+        varied = degrees_vary(occupancy, context.partition, self.min_occupancy)
         return jnp.where(varied[..., None], homogeneity_scale(occupancy, self.gains), 1)
 
     def metrics(self, factor: Array) -> dict[str, Array]:

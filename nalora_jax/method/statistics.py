@@ -371,23 +371,3 @@ def misalignment(z: Array, dz: Array, weights: Array, activation: Activation) ->
 def misalignment_limit(z: Array, dz: Array, weights: Array, activation: Activation) -> Array:
     """Returns the limit of `misalignment` for small dz, ``E|z rho'(z) dz| / E|rho(z) dz|``."""
     return ratio("limit", probe_statistics(z, dz, weights, activation))
-
-
-def meaningful(occupancy: Array, partition: Partition, min_occupancy: float) -> Array:
-    """Returns True for layers whose tokens occupy regions of at least two different degrees.
-
-    Args:
-      occupancy: [..., 4, d_ff] mean occupancies of each channel.
-      partition: the activation's.
-      min_occupancy: share of (token, channel) pairs at which a region counts as occupied.
-
-    Returns:
-      [...] bool; False for an activation with a single degree.
-    """
-    chex.assert_axis_dimension(occupancy, -2, 4)
-    share = jnp.mean(occupancy, axis=-1)
-    occupied = (share >= min_occupancy) & (share > 0)
-    degrees = jnp.broadcast_to(jnp.asarray(partition.degrees, jnp.float32), occupied.shape)
-    highest = jnp.max(jnp.where(occupied, degrees, -jnp.inf), axis=-1)
-    lowest = jnp.min(jnp.where(occupied, degrees, jnp.inf), axis=-1)
-    return highest > lowest

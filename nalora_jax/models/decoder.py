@@ -89,6 +89,7 @@ class Decoder(nn.Module):
         deterministic: bool = True,
         adapter_ids: jax.Array | None = None,
         features: jax.Array | None = None,
+        lengths: jax.Array | None = None,
     ) -> Any:
         """Returns the hidden states after the final norm.
 
@@ -106,6 +107,8 @@ class Decoder(nn.Module):
           features: ``[batch, places, d_model]`` of images, which replace each row's image tokens in
             order (`nalora_jax.models.vision.decoder.SeeingDecoder.see`); a row may have fewer such
             tokens than places.
+          lengths: int ``[batch]``, tokens of each row's text, for RoPE that depends on it; by default
+            the text ends with these tokens.
 
         If ``activation_sharding`` splits the tokens of rows, the arguments have whole rows and the
         result has their parts (`nalora_jax.ops.split_rows.split`).
@@ -114,7 +117,7 @@ class Decoder(nn.Module):
           ``[batch, seq, d_model]``; with a cache, a pair of that and the extended cache.
         """
         shared = _shared_inputs(
-            self.config, tokens, positions, segment_ids, token_weights, cache, adapter_ids, deterministic
+            self.config, tokens, positions, segment_ids, token_weights, cache, adapter_ids, deterministic, lengths
         )
         sharding = self.activation_sharding
         if shards_of(sharding) > 1:
@@ -151,11 +154,10 @@ class Decoder(nn.Module):
         weights = jnp.ones(shape, bool) if shared.token_weights is None else shared.token_weights
         assert isinstance(weights, jax.Array)
         stats = self.stats or GateStatsConfig()
+        tables = partial(_rope_tables, parts=parts)
         return replace(
             shared,
-            tables={
-                stack.prefix: _rope_tables(stack.config, positions, segments, parts) for stack in stacks(self.config)
-            },
+            tables={stack.prefix: tables(stack.config, positions, segments) for stack in stacks(self.config)},
             positions=parts(positions),
             segments=parts(segments),
             token_weights=sampled_as_whole(weights, stats, block_length(shape[1], shards), parts),
@@ -325,6 +327,7 @@ def _shared_inputs(
     cache: Cache | None,
     adapter_ids: jax.Array | None,
     deterministic: bool,
+    lengths: jax.Array | None,
 ) -> SharedInputs:
     """Returns the inputs that all layers share.
 
@@ -340,7 +343,7 @@ def _shared_inputs(
     rows = max(positions.shape[0], segments.shape[0])
     positions, segments = (jnp.broadcast_to(x, (rows, tokens.shape[1])) for x in (positions, segments))
     return SharedInputs(
-        tables={stack.prefix: _rope_tables(stack.config, positions, segments) for stack in stacks(config)},
+        tables={stack.prefix: _rope_tables(stack.config, positions, segments, lengths) for stack in stacks(config)},
         positions=positions,
         segments=segments,
         token_weights=token_weights,
@@ -355,17 +358,18 @@ def _rope_tables(
     config: ModelConfig,
     positions: jax.Array,
     segments: jax.Array,
+    lengths: jax.Array | None = None,
     parts: Callable[[jax.Array], jax.Array] = lambda rows: rows,
 ) -> jax.Array:
     """Returns ``[tables, 2, batch or 1, seq, dim / 2]``: one table per rotary embedding.
 
     The identity is appended if a layer has no RoPE. The tables are of the ``parts`` of whole rows.
     """
-    lengths = None
+    of_tokens = None
     if any(spec.depends_on_length for spec in config.ropes):
-        lengths = parts(sequence_lengths(positions, segments))
+        of_tokens = parts(sequence_lengths(positions, segments)) if lengths is None else lengths[:, None]
     positions = parts(positions)
-    tables = [rope_table(spec, positions, lengths) for spec in config.ropes]
+    tables = [rope_table(spec, positions, of_tokens) for spec in config.ropes]
     if len(config.ropes) in config.layer_ropes:
         tables.append(identity_table(config.ropes[0], positions))
     return jnp.stack(tables)

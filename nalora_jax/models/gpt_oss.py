@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from nalora_jax.builtin_activations import clamped_swish
 from nalora_jax.fields import Fields
-from nalora_jax.method import activations
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family_fields import (
     alternating,
@@ -53,7 +53,7 @@ def read_gpt_oss(f: Fields, name: str) -> ModelConfig:
     return base_config(
         f,
         name,
-        activation=activations.clamped_swish(f.number("swiglu_alpha"), limit).name,
+        activation=clamped_swish(f.number("swiglu_alpha"), limit).name,
         up_limit=limit,
         attn_sinks=True,
         ffn_bias=True,

@@ -1,4 +1,4 @@
-"""Formulas of `nalora_jax.method.activations`: rho and rho' in float32, h - 1 in both precisions."""
+"""Formulas of `nalora_jax.builtin_activations`: rho and rho' in float32, h - 1 in both precisions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array, lax
-
-from nalora_jax.errors import NaloraError
 
 # --- In float32. Each `<name>` is a function z -> (rho, rho'), each `<name>_excess` is h - 1 = z rho' / rho. ---
 
@@ -173,87 +171,28 @@ def _sigmoid64(x: float) -> float:
     return (1.0 if x >= 0 else e) / (1 + e)
 
 
-def _gelu_excess64(z: float) -> float:
+def silu_excess64(z: float) -> float:
+    """Returns h - 1 of SiLU in float64."""
+    return z * _sigmoid64(-z)
+
+
+def quick_gelu_excess64(z: float) -> float:
+    """Returns h - 1 of QuickGELU in float64."""
+    return silu_excess64(QUICK_SLOPE * z)
+
+
+def gelu_excess64(z: float) -> float:
+    """Returns h - 1 of GELU in float64."""
     return z * math.exp(-0.5 * z * z) * math.sqrt(2 / math.pi) / math.erfc(-z / math.sqrt(2))
 
 
-def _gelu_tanh_excess64(z: float) -> float:
+def gelu_tanh_excess64(z: float) -> float:
+    """Returns h - 1 of the tanh form of GELU in float64."""
     argument = TANH_SLOPE * z + TANH_CUBIC * z**3
     return z * _sigmoid64(-argument) * (TANH_SLOPE + 3 * TANH_CUBIC * z * z)
 
 
-def _mish_excess64(z: float) -> float:
+def mish_excess64(z: float) -> float:
+    """Returns h - 1 of Mish in float64."""
     e = math.exp(min(z, 40.0))
     return z * 4 * (e + 1) / ((e + 2) * (e * (e + 2) + 2))
-
-
-EXCESS64: dict[str, Callable[[float], float]] = {
-    "silu": lambda z: z * _sigmoid64(-z),
-    "gelu": _gelu_excess64,
-    "gelu_tanh": _gelu_tanh_excess64,
-    "quick_gelu": lambda z: QUICK_SLOPE * z * _sigmoid64(-QUICK_SLOPE * z),
-    "mish": _mish_excess64,
-}
-SINGLE_DEGREE = {"relu": 1.0, "relu2": 2.0, "identity": 1.0}
-
-
-# --- The partition, by bisection of h - 1. ---
-
-Degrees = tuple[float, float, float, float]
-
-
-def cuts(name: str, tol: float, *, registered: bool) -> tuple[float, float, Degrees]:
-    """Returns z0, z1 and the mean degree of each region (`nalora_jax.method.activations.partition`).
-
-    Args:
-      name: an activation in `EXCESS64`.
-      tol: h - 1 at which the linear region starts.
-      registered: True for a user's activation, whose h is evaluated in float32.
-    """
-    excess = EXCESS64[name]
-    lowest = _first_below(excess, name) if registered else -20.0
-    z0 = _bisect(lambda z: excess(z) + 1, lowest, 0.0)
-    peak = _argmax(excess, 0.0, 10.0)
-    z1 = _bisect(lambda z: tol - excess(z), peak, 700.0) if excess(peak) > tol else 0.0
-    bounds = ((z0 - 8, z0), (z0, 0.0), (0.0, z1), (z1, z1 + 8))
-    inverted, contracting, expanding, linear = (1 + _normal_mean(excess, *b) for b in bounds)
-    return z0, z1, (inverted, contracting, expanding, linear)
-
-
-def _first_below(excess: Callable[[float], float], name: str) -> float:
-    """Returns the first of -1/4, -1/2, ... with h < 0; farther out rho underflows in float32."""
-    for quarter in range(1, 81):
-        if excess(-quarter / 4) < -1:
-            return -quarter / 4
-    raise NaloraError(
-        f"activation {name!r}",
-        expected="phi to fall somewhere below 0, as that of a self-gated activation does",
-        found="no such place above -20",
-        remedy="register it with self_gated=False",
-    )
-
-
-def _bisect(f: Callable[[float], float], low: float, high: float) -> float:
-    """Returns the root of an f that is negative at ``low`` and positive at ``high``."""
-    while True:
-        middle = 0.5 * (low + high)
-        if not low < middle < high:
-            return middle
-        low, high = (middle, high) if f(middle) < 0 else (low, middle)
-
-
-def _argmax(f: Callable[[float], float], low: float, high: float) -> float:
-    """Returns the maximum of a unimodal f, by ternary search."""
-    for _ in range(100):
-        left, right = low + (high - low) / 3, high - (high - low) / 3
-        low, high = (left, high) if f(left) < f(right) else (low, right)
-    return 0.5 * (low + high)
-
-
-def _normal_mean(f: Callable[[float], float], low: float, high: float, points: int = 500) -> float:
-    """Returns the mean of f over [low, high] under N(0, 1), by the midpoint rule; 0 if empty."""
-    if high <= low:
-        return 0.0
-    nodes = [low + (high - low) * (i + 0.5) / points for i in range(points)]
-    weights = [math.exp(-0.5 * (z * z - low * low)) for z in nodes]
-    return sum(w * f(z) for w, z in zip(weights, nodes, strict=True)) / sum(weights)

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax.distributed.mesh import CONTEXT
 from nalora_jax.ops.blockwise_attention import AttentionConfig
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.splash_attention import BLOCKS, LANES, SPLASH, takes
+from nalora_jax.ops.splash_attention import LANES, LARGEST, SPLASH, largest_block, takes
 from nalora_jax.ops.split_attention import Spread, on_shards, reach, split_attention
 from nalora_jax.ops.split_rows import Row, by_block, by_part, gathered, gathered_exactly, shards_of, with_preceding
 from nalora_jax.ops.storage import SAVED, round_and_save
@@ -52,7 +52,7 @@ def split_splash_attention(
     heads = q.shape[2] // sharding.mesh.shape.get("tensor", 1)
     windows = config.windows or (2 * shards * block,)
     far = [size for size in windows if not reach((size,), block, row)]
-    kernels = tuple(_of_row(heads, block, shards, size, config) for size in far)
+    kernels = tuple(_of_row((heads, q.shape[3]), block, shards, size, config) for size in far)
     by_query = NamedSharding(sharding.mesh, P(None, CONTEXT))
     specs = tuple(kernel.manual_sharding_spec(by_query) for kernel in kernels)
     spread = gathered_exactly if numerics.platform.kind in _SUMS_ENTIRE_ARRAYS else gathered
@@ -110,7 +110,7 @@ def _attend_near(
     ahead = -(-(window - 1) // LANES) * LANES
     segments = row.slices(ahead).segments
     mask = masks.LocalMask((block, ahead + block), window_size=(window - 1, 0), offset=ahead)
-    kernel = _kernel(mask, q.shape[2], 1, _sizes(block, ahead + block, window), config)
+    kernel = _kernel(mask, q.shape[2], 1, _sizes(block, ahead + block, window, q.shape[3]), config)
     keys, values = (with_preceding(x, ahead) for x in (k, v))
     return by_part(_called(kernel, by_block(q), keys, values, segments[:, ahead:], segments, sinks))
 
@@ -133,13 +133,13 @@ def _called(
     return out.swapaxes(1, 2)
 
 
-def _of_row(heads: int, block: int, shards: int, window: int, config: AttentionConfig) -> Any:
-    """Returns the kernel of all shards' queries."""
+def _of_row(heads: tuple[int, int], block: int, shards: int, window: int, config: AttentionConfig) -> Any:
+    """Returns the kernel of all shards' queries; ``heads`` are their number and size."""
     from nalora_jax.ops.splash_masks import PartsMask
 
     seq = 2 * shards * block
     mask = PartsMask(block, shards, window if window < seq else None)
-    return _kernel(mask, heads, shards, _sizes(block, block, window), config)
+    return _kernel(mask, heads[0], shards, _sizes(block, block, window, heads[1]), config)
 
 
 def _kernel(mask: Any, heads: int, shards: int, sizes: dict[str, int], config: AttentionConfig) -> Any:
@@ -157,12 +157,11 @@ def _kernel(mask: Any, heads: int, shards: int, sizes: dict[str, int], config: A
     )
 
 
-def _sizes(queries: int, keys: int, window: int) -> dict[str, int]:
+def _sizes(queries: int, keys: int, window: int, head_dim: int) -> dict[str, int]:
     """Returns the kernels' block sizes, which divide the lengths; at most half of the window."""
-
-    def largest(length: int) -> int:
-        return max((n for n in BLOCKS if length % n == 0 and 2 * n <= max(window, 2 * LANES)), default=LANES)
-
+    most = min(LARGEST // head_dim, max(window // 2, LANES))
     names = {"q": ("block_q", "block_q_dkv", "block_q_dq")}
     names["kv"] = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq")
-    return dict.fromkeys(names["q"], largest(queries)) | dict.fromkeys(names["kv"], largest(keys))
+    return dict.fromkeys(names["q"], largest_block(queries, most)) | dict.fromkeys(
+        names["kv"], largest_block(keys, most)
+    )

@@ -19,8 +19,8 @@ from nalora_jax.plan.figures import of_compiled
 from nalora_jax.plan.layouts import Layout, decoder_alone, fitting, preferred
 from nalora_jax.plan.machines import Topology, of_devices
 from nalora_jax.plan.roofline import bound_of
+from nalora_jax.runs.pieces import Pieces
 from nalora_jax.train.compilation import compile_ahead
-from nalora_jax.train.pieces import Pieces
 
 log = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from nalora_jax.distributed.devices import memory_statistics
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.method.step import TrainState
 from nalora_jax.ops.dispatch import Platform, hooks_of
+from nalora_jax.runs.metrics import to_json
 from nalora_jax.study.identity import check_records, code_version, describe_old, record_digest
 from nalora_jax.study.plan import Run, pending
 from nalora_jax.study.protocol import Protocol
@@ -36,7 +37,6 @@ from nalora_jax.sweeps.program import SweepProgram
 from nalora_jax.train.compilation import use_compilation_cache
 from nalora_jax.train.loop import Follower, LoopEvaluation, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
-from nalora_jax.train.metrics import to_json
 from nalora_jax.train.optimizers import make_schedule
 
 log = logging.getLogger(__name__)

@@ -21,16 +21,16 @@ from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.sources import check_disjoint
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.models.vision.dual import init_lora
-from nalora_jax.study.plan import MEASURES
-from nalora_jax.train.assembly import Assembly, assemble
-from nalora_jax.train.dual_objectives import CLASSES
-from nalora_jax.train.dual_pieces import (
+from nalora_jax.runs.dual_pieces import (
     drawn_images,
     image_data,
     image_evaluator,
     trained_on,
     with_classes,
 )
+from nalora_jax.study.plan import MEASURES
+from nalora_jax.train.assembly import Assembly, assemble
+from nalora_jax.train.dual_objectives import CLASSES
 from nalora_jax.weights.vision.model import (
     JOIN,
     LoadedDual,

@@ -25,8 +25,8 @@ import numpy as np
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.paths import make_unlinked_folder, open_unlinked
+from nalora_jax.runs.metrics import read_metrics
 from nalora_jax.study.fields import check_fields
-from nalora_jax.train.metrics import read_metrics
 
 FILE = "records.jsonl"
 TESTS = "tests.jsonl"

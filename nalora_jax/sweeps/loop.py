@@ -18,10 +18,10 @@ from nalora_jax import distributed
 from nalora_jax.errors import TrainingDivergedError
 from nalora_jax.method.step import TrainState
 from nalora_jax.notes import counting
+from nalora_jax.runs.preemption import StopSignals
 from nalora_jax.sweeps.program import SweepProgram
 from nalora_jax.sweeps.stack import batch_of
 from nalora_jax.train.loop import FitResult, Follower
-from nalora_jax.train.preemption import StopSignals
 
 
 class RunLoop:

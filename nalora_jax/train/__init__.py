@@ -1,1 +1,1 @@
-"""Training runs: assembly, the training loop, checkpoints, logging and export."""
+"""Training: assembly, objectives, optimizers and the training loop."""

@@ -26,8 +26,8 @@ from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.report.inspect import layer_summary
 from nalora_jax.report.inspection import inspect_texts
+from nalora_jax.runs.metrics import MetricsLog
 from nalora_jax.tokenizer import Tokenizer
-from nalora_jax.train.metrics import MetricsLog
 from nalora_jax.weights import hub
 from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter

@@ -16,8 +16,8 @@ from nalora_jax import distributed
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.data.pipeline import train_data
 from nalora_jax.loading.base import load_model
+from nalora_jax.runs.checkpoint import Checkpointer
 from nalora_jax.train.assembly import assemble
-from nalora_jax.train.checkpoint import Checkpointer
 from tests import tiny
 
 Record = tuple[int, str, float]  # step, digest of its global batch, loss

@@ -14,8 +14,8 @@ import jax, numpy as np
 from nalora_jax import distributed
 from nalora_jax.config import DebugConfig, MeshConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.train.checkpoint import Checkpointer
-from nalora_jax.train.output import open_output
+from nalora_jax.runs.checkpoint import Checkpointer
+from nalora_jax.runs.output import open_output
 
 assert distributed.initialize_distributed() and jax.process_count() == 2
 first = jax.process_index() == 0

@@ -10,8 +10,8 @@ from jax.sharding import AxisType, Mesh
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax import distributed
-from nalora_jax.train.checkpoint import Checkpointer
-from nalora_jax.train.output import CHECKPOINTS, check_shared, open_output
+from nalora_jax.runs.checkpoint import Checkpointer
+from nalora_jax.runs.output import CHECKPOINTS, check_shared, open_output
 
 assert distributed.initialize_distributed() and jax.process_count() == 2
 mesh = distributed.make_mesh(MeshConfig(data=-1, fsdp=2))

@@ -22,8 +22,8 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.report.compare import write_comparison
 from nalora_jax.report.history import read_evaluation
 from nalora_jax.report.html import write_report
+from nalora_jax.runs.metrics import recorded_settings
 from nalora_jax.tokenizer import Tokenizer, read_json
-from nalora_jax.train.metrics import recorded_settings
 from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.gguf_config import hf_config
 from nalora_jax.weights.gguf_tokenizer import read_tokenizer
@@ -305,7 +305,6 @@ PARSERS = (
     Parser("JPEG", "image.jpg", people.write_jpeg, lambda folder: people.read_image(folder, "image.jpg")),
     Parser("preprocessor_config.json", "preprocessor_config.json", people.write_processor, people.use_processor),
     Parser("config.json of CLIP", "config.json", people.write_clip, people.read_clip),
-    Parser("ONNX", "model.onnx", people.write_onnx, people.read_onnx),
     Parser("protocol.toml", "protocol.toml", studies.write_study, studies.use_study),
     Parser("records.jsonl", "records.jsonl", studies.write_study, studies.use_study),
     Parser("harness generation settings", "generation.json", harness.write_generation, harness.use_generation),

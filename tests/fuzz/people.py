@@ -14,7 +14,6 @@ from nalora_jax.data.images.files import open_image
 from nalora_jax.data.images.processor import read_processor
 from nalora_jax.models.vision.families import read_dual
 from nalora_jax.tokenizer import read_json
-from nalora_jax.weights.vision.onnx import OnnxFile
 
 ROWS = [{"prompt": f"question {n}", "completion": f" answer {n}", "label": n % 3} for n in range(40)]
 SETTINGS = """\
@@ -123,25 +122,3 @@ def write_clip(folder: Path) -> None:
 
 def read_clip(folder: Path) -> None:
     read_dual(read_json(folder / "config.json"), str(folder / "config.json"))
-
-
-def write_onnx(folder: Path) -> None:
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    weights = {"encoder.layer.0.weight": np.ones((4, 8), np.float32), "onnx::MatMul_1": np.ones((8, 4), np.float32)}
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "onnx::MatMul_1"], ["y"], name="/encoder/layer.1/query/MatMul")],
-        "graph",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )
-    onnx.save(helper.make_model(graph), str(folder / "model.onnx"))
-
-
-def read_onnx(folder: Path) -> None:
-    file = OnnxFile(folder / "model.onnx")
-    for name, shape in file.shapes().items():
-        file.check_readable(name)
-        file.read(name, tuple(slice(0, size) for size in shape)).sum()

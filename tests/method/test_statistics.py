@@ -212,18 +212,6 @@ def test_means_divide_by_their_own_count():
     np.testing.assert_allclose(layer["limit"], [1.5 / 6, 0.05], rtol=1e-6)
 
 
-def test_meaningful_needs_two_occupied_regions_of_different_degree():
-    def shares(*rows):
-        return jnp.broadcast_to(jnp.array(rows)[..., None], (len(rows), 4, 6))
-
-    occupancy = shares([0.0, 0.0, 1.0, 0.0], [0.0, 0.01, 0.99, 0.0], [0.1, 0.0, 0.0, 0.9], [0.0, 0.0, 0.0, 0.0])
-    found = statistics.meaningful(occupancy, PARTITION, 0.02)
-    np.testing.assert_array_equal(found, [False, False, True, False])
-    np.testing.assert_array_equal(statistics.meaningful(occupancy, PARTITION, 0.0), [False, True, True, False])
-    relu = activations.partition("relu")
-    assert not statistics.meaningful(occupancy, relu, 0.02).any()
-
-
 def test_shapes_are_checked():
     z = jnp.ones((4, 3))
     with pytest.raises(AssertionError, match="shape"):
@@ -232,8 +220,6 @@ def test_shapes_are_checked():
         channel_statistics(z, jnp.ones(3), SILU, PARTITION)
     with pytest.raises(AssertionError, match="shape"):
         probe_statistics(z, jnp.ones((4, 2)), jnp.ones(4), SILU)
-    with pytest.raises(AssertionError, match="dimension"):
-        statistics.meaningful(jnp.ones((3, 6)), PARTITION, 0.02)
 
 
 def taken(weights, stride):

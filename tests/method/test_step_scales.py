@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nalora_jax.config import RunConfig
 from nalora_jax.method import activations, rules
-from nalora_jax.method.rules import CurvatureCap, HomogeneityStep, homogeneity_scale
+from nalora_jax.method.rules import CurvatureCap, HomogeneityStep, degrees_vary, homogeneity_scale
 from nalora_jax.method.state import GateState, own_factors
 from nalora_jax.train.mechanisms import make, make_mechanisms
 
@@ -107,3 +107,16 @@ def test_constant_without_a_meaningful_partition_and_said_once(name, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         f"step scale: {name} has no meaningful effective-homogeneity partition, so the scale is 1"
     ]
+
+
+def test_degrees_vary_needs_two_occupied_regions_of_different_degree():
+    def rows_of(*rows):
+        return jnp.broadcast_to(jnp.array(rows)[..., None], (len(rows), 4, 6))
+
+    occupancy = rows_of([0.0, 0.0, 1.0, 0.0], [0.0, 0.01, 0.99, 0.0], [0.1, 0.0, 0.0, 0.9], [0.0, 0.0, 0.0, 0.0])
+    np.testing.assert_array_equal(degrees_vary(occupancy, SILU, 0.02), [False, False, True, False])
+    np.testing.assert_array_equal(degrees_vary(occupancy, SILU, 0.0), [False, True, True, False])
+    relu = activations.partition("relu")
+    assert not degrees_vary(occupancy, relu, 0.02).any()
+    with pytest.raises(AssertionError, match="dimension"):
+        degrees_vary(jnp.ones((3, 6)), SILU, 0.02)

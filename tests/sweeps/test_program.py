@@ -30,11 +30,11 @@ from nalora_jax.config.preference import PreferenceConfig
 from nalora_jax.config.vision import VisionConfig
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
+from nalora_jax.runs.dual_pieces import dual_pieces, image_records
 from nalora_jax.sweeps.groups import program_key
 from nalora_jax.sweeps.program import SweepProgram
 from nalora_jax.sweeps.stack import batch_of
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
-from nalora_jax.train.dual_pieces import dual_pieces, image_records
 from tests import tiny
 
 LLAMA = {

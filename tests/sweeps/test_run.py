@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 from nalora_jax.__main__ import main
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.runs import text_pieces
 from nalora_jax.sweeps.run import SweepResult, sweep
-from nalora_jax.train import text_pieces
 from nalora_jax.train.progress import Progress
 from tests import tiny
 

@@ -311,7 +311,7 @@ WRONG: dict[str, dict[str, Any]] = {
 def test_the_debug_check_catches_a_wrong_rho_and_a_wrong_gate(
     wrong: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(activations._ACTIVATIONS, "silu", replace(SILU, **WRONG[wrong]))
+    monkeypatch.setitem(activations.ACTIVATIONS._values, "silu", replace(SILU, **WRONG[wrong]))
     with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
         _run(_checked(dtype=dtype), steps=1)
 

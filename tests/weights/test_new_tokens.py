@@ -24,8 +24,8 @@ from nalora_jax.generate import Generator
 from nalora_jax.job import run
 from nalora_jax.loading.adapted import load, put_on
 from nalora_jax.loading.base import load_model
+from nalora_jax.runs import snapshot
 from nalora_jax.tokenizer import AddedTokens
-from nalora_jax.train import snapshot
 from nalora_jax.weights.new_tokens import with_added
 from tests import tiny
 from tests.weights.test_saved_modules import save, wrap

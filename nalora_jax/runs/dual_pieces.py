@@ -24,10 +24,10 @@ from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, Retriev
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.runs.pieces import Pieces
 from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.dual import resolve_dual, trains_text
 from nalora_jax.train.dual_objectives import CLASSES
-from nalora_jax.train.pieces import Pieces
 from nalora_jax.weights.vision.model import JOIN, LoadedDual, load_dual
 from nalora_jax.weights.vision.peft import export_dual_adapter, verify_dual_export
 

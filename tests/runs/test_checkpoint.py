@@ -22,9 +22,9 @@ from nalora_jax import trees
 from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.distributed import STATE_RULES, bytes_per_device, make_mesh, shardings
 from nalora_jax.errors import LostPeerError, NaloraError
-from nalora_jax.train.checkpoint import Checkpointer, _reason
-from nalora_jax.train.output import CHECKPOINTS as FOLDER
-from nalora_jax.train.snapshot import check_arrays, check_run
+from nalora_jax.runs.checkpoint import Checkpointer, _reason
+from nalora_jax.runs.output import CHECKPOINTS as FOLDER
+from nalora_jax.runs.snapshot import check_arrays, check_run
 
 
 class State(NamedTuple):
@@ -296,7 +296,7 @@ FULL = """
 import resource, signal, sys, time
 import jax.numpy as jnp
 from nalora_jax.errors import NaloraError
-from nalora_jax.train.checkpoint import Checkpointer
+from nalora_jax.runs.checkpoint import Checkpointer
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 state = {f"x{i}": jnp.arange(1 << 18) * i for i in range(48)}
@@ -362,7 +362,7 @@ def test_an_interrupted_save_is_neither_seen_nor_kept(tmp_path):
 
 KILLED = """
 import sys, jax.numpy as jnp
-from nalora_jax.train.checkpoint import Checkpointer
+from nalora_jax.runs.checkpoint import Checkpointer
 checkpoints = Checkpointer(sys.argv[1], fingerprint="f", config={})
 state = {f"x{i}": jnp.full((1 << 18,), float(i)) for i in range(16)}
 checkpoints.save(1, state, {})

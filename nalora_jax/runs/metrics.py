@@ -35,9 +35,9 @@ from nalora_jax.config.recorded import recorded_config
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_atomically
 from nalora_jax.paths import open_unlinked
+from nalora_jax.runs.records import check_record
 from nalora_jax.seals import seal, unseal
 from nalora_jax.train.callbacks import Callback, Ended, Started
-from nalora_jax.train.records import check_record
 
 FILE = "metrics.jsonl"
 

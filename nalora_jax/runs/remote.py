@@ -36,7 +36,7 @@ from orbax.checkpoint import path as ocp_path
 from nalora_jax import buckets, downloads, files
 from nalora_jax.distributed import on_first_process
 from nalora_jax.errors import NaloraError
-from nalora_jax.train.lock import FILE as LOCK
+from nalora_jax.runs.lock import FILE as LOCK
 
 log = logging.getLogger(__name__)
 HOLDER = "remote.lock"  # in the store: the machine that copies to it, and the time of its last copy

@@ -11,11 +11,11 @@ from nalora_jax.data.items import FEW
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.evaluate.heldout import describe
 from nalora_jax.method.step import TrainState
+from nalora_jax.runs.checkpoint import Checkpointer
+from nalora_jax.runs.preemption import StopSignals
 from nalora_jax.train.callbacks import Callbacks
-from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.loop import LoopEvaluation
 from nalora_jax.train.machine import peak_memory
-from nalora_jax.train.preemption import StopSignals
 from nalora_jax.train.progress import Progress
 from nalora_jax.train.state_metrics import StateMetrics
 

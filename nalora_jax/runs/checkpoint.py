@@ -37,7 +37,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 from nalora_jax import buckets, files, trees
 from nalora_jax.distributed import check_lost_peer, on_first_process, tell_all
 from nalora_jax.errors import NaloraError
-from nalora_jax.train import snapshot
+from nalora_jax.runs import snapshot
 from nalora_jax.train.mechanisms import former_labels
 
 log = logging.getLogger(__name__)

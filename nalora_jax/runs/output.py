@@ -1,16 +1,16 @@
 """A run's output folder: its lock, its checks, and its visibility to all processes.
 
 <output>/run.lock         the process that writes here, during a run
-        /metrics.jsonl    metrics and settings (`nalora_jax.train.metrics`)
-        /checkpoints/     checkpoints to resume from (`nalora_jax.train.checkpoint`)
+        /metrics.jsonl    metrics and settings (`nalora_jax.runs.metrics`)
+        /checkpoints/     checkpoints to resume from (`nalora_jax.runs.checkpoint`)
         /before.json      held-out metrics of the base model
-        /start/           LoRA-GA's adapters before the first step (`nalora_jax.train.start`)
+        /start/           LoRA-GA's adapters before the first step (`nalora_jax.runs.start`)
         /profile/         a trace of some steps, if requested (`nalora_jax.train.profile`)
         /adapter/         PEFT files of the best checkpoint
         /report.html      generated from metrics.jsonl
 
 In a bucket (``gs://...``), all processes write the checkpoints directly; all other files are
-written to a local folder of the first process and copied (`nalora_jax.train.remote`).
+written to a local folder of the first process and copied (`nalora_jax.runs.remote`).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from nalora_jax import buckets, files
 from nalora_jax.distributed import on_first_process
 from nalora_jax.errors import NaloraError
 from nalora_jax.paths import refuse_linked_folders
-from nalora_jax.train import remote
-from nalora_jax.train.lock import FILE as LOCK
-from nalora_jax.train.lock import Lock
+from nalora_jax.runs import remote
+from nalora_jax.runs.lock import FILE as LOCK
+from nalora_jax.runs.lock import Lock
 from nalora_jax.train.profile import FOLDER as PROFILE
 
 CHECKPOINTS = "checkpoints"
@@ -81,7 +81,7 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
     lock.
 
     Args:
-      folder: a folder on storage that all processes share, or a URL (`nalora_jax.train.remote`);
+      folder: a folder on storage that all processes share, or a URL (`nalora_jax.runs.remote`);
         several processes need ``gs://``.
       resume: resume the run in the folder. "auto" resumes if there is a checkpoint, and otherwise
         starts a new run, replacing the log of a run that stopped before its first checkpoint.

@@ -14,12 +14,12 @@ from nalora_jax import distributed
 from nalora_jax.config import RunConfig
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.errors import NaloraError
-from nalora_jax.loading.base import LoadedModel
+from nalora_jax.loading.base import LoadedModel, rope_of
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.runs.pieces import RunBase
 from nalora_jax.train.assembly import Assembly, exportable_adapter
 from nalora_jax.train.machine import describe_device, versions
-from nalora_jax.train.pieces import RunBase
 from nalora_jax.weights.card import Card
 from nalora_jax.weights.hub import alias_of
 from nalora_jax.weights.new_tokens import tokenizer_writer
@@ -47,7 +47,7 @@ def export(
       state: the state to export.
       batches: rows that logits are compared on.
       share: makes a folder of the first process readable in all; see
-        `nalora_jax.train.output.Output.share`.
+        `nalora_jax.runs.output.Output.share`.
 
     Raises:
       NaloraError: the files cannot be written, or differ from the trained adapter.
@@ -62,6 +62,7 @@ def export(
             folder,
             base_model_name=loaded.source,
             fingerprint=loaded.fingerprint,
+            rope_scaling=loaded.rope_scaling,
             overwrite=True,
             beside=tokenizer_writer(loaded) if loaded.added or loaded.resized else None,
         )
@@ -133,4 +134,5 @@ def card(
         device=describe_device(),
         origin=loaded.origin,
         resized=loaded.resized if isinstance(loaded, LoadedModel) else 0,
+        rope=rope_of(loaded) if isinstance(loaded, LoadedModel) else {},
     )

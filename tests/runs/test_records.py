@@ -9,9 +9,9 @@ import pytest
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.report.history import read_evaluation, read_history
+from nalora_jax.runs.metrics import read_metrics
+from nalora_jax.runs.records import check_record
 from nalora_jax.seals import seal
-from nalora_jax.train.metrics import read_metrics
-from nalora_jax.train.records import check_record
 
 EVAL = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "loss": 3.0, "n": 10, "samples": [{"prompt": "a", "answer": "b"}]}
 PAIRED = {"low": -0.1, "high": 0.2, "gained": 3, "lost": 1, "p_value": 0.3, "difference": 0.1, "n": 10}

@@ -14,11 +14,11 @@ import pytest
 from orbax.checkpoint import path as ocp_path
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.train import lock as lock_module
-from nalora_jax.train.checkpoint import Checkpointer
-from nalora_jax.train.lock import FILE as LOCK
-from nalora_jax.train.output import CHECKPOINTS as FOLDER
-from nalora_jax.train.output import Resume, open_output
+from nalora_jax.runs import lock as lock_module
+from nalora_jax.runs.checkpoint import Checkpointer
+from nalora_jax.runs.lock import FILE as LOCK
+from nalora_jax.runs.output import CHECKPOINTS as FOLDER
+from nalora_jax.runs.output import Resume, open_output
 from tests import tiny
 
 
@@ -99,7 +99,7 @@ def test_a_url_is_refused_with_several_processes_and_no_folder_of_that_name_appe
 
 HOLDER = """
 import sys, time
-from nalora_jax.train.output import open_output
+from nalora_jax.runs.output import open_output
 with open_output(sys.argv[1], False):
     print("held", flush=True)
     time.sleep(600)

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from nalora_jax.train.hooks import say_counts
+from nalora_jax.runs.hooks import say_counts
 
 
 @pytest.mark.parametrize(("choosing", "chosen", "warned"), [(4, True, True), (4, False, False), (10, True, False)])

@@ -22,15 +22,15 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.seeing import evaluator_of
 from nalora_jax.loading.base import LoadedModel, load_model
 from nalora_jax.method.step import TrainState
+from nalora_jax.runs.export import export
+from nalora_jax.runs.output import Output
+from nalora_jax.runs.pieces import Pieces
+from nalora_jax.runs.preference_pieces import preference_pieces
+from nalora_jax.runs.start import GRADIENT, gradient_start
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.assembly import assemble
-from nalora_jax.train.export import export
 from nalora_jax.train.inputs import check_data, check_first, check_layout
-from nalora_jax.train.output import Output
-from nalora_jax.train.pieces import Pieces
-from nalora_jax.train.preference_pieces import preference_pieces
 from nalora_jax.train.seeing import with_images
-from nalora_jax.train.start import GRADIENT, gradient_start
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.new_tokens import with_added
 
@@ -124,6 +124,6 @@ def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh, source: Mapp
             "training data",
             expected=f"examples of at most {context} tokens, the model's context",
             found=f"one of {longest}",
-            remedy=f"set --data.max-length to {context} or less",
+            remedy=f"set --data.max-length to {context} or less, or extend the context by --model.rope-scaling",
         )
     return data

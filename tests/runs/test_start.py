@@ -17,9 +17,9 @@ from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, R
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
-from nalora_jax.train import start
+from nalora_jax.runs import start
+from nalora_jax.runs.output import START, Output
 from nalora_jax.train.assembly import Assembly, assemble
-from nalora_jax.train.output import START, Output
 from tests import tiny
 
 BASE = ModelConfig.from_hf(tiny.HF)

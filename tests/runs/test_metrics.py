@@ -9,8 +9,8 @@ import pytest
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_atomically
+from nalora_jax.runs.metrics import MetricsLog, read_metrics, scalars, to_json
 from nalora_jax.train.callbacks import Ended, Started
-from nalora_jax.train.metrics import MetricsLog, read_metrics, scalars, to_json
 
 MACHINE = {"versions": {"jax": "0.10"}, "device": "cpu"}
 

@@ -17,9 +17,9 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.preference import PreferenceEvaluator
 from nalora_jax.loading.base import LoadedModel
 from nalora_jax.method.step import TrainState
+from nalora_jax.runs.export import export
+from nalora_jax.runs.pieces import Pieces
 from nalora_jax.train.assembly import assemble
-from nalora_jax.train.export import export
-from nalora_jax.train.pieces import Pieces
 
 
 def preference_pieces(
@@ -32,7 +32,7 @@ def preference_pieces(
 ) -> Pieces:
     """Builds adapters, step, pairs and evaluators of a run with ``preference.loss``.
 
-    ``share`` is passed to `nalora_jax.train.export.export`; ``like`` are pieces of a run with the same
+    ``share`` is passed to `nalora_jax.runs.export.export`; ``like`` are pieces of a run with the same
     program.
 
     Raises:

@@ -28,9 +28,9 @@ from nalora_jax import distributed, files, trees
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.runs.output import START, Output
 from nalora_jax.train.assembly import Assembly, starting_at
 from nalora_jax.train.initialise import gradient_adapters
-from nalora_jax.train.output import START, Output
 
 log = logging.getLogger(__name__)
 _FILE = "adapter.safetensors"

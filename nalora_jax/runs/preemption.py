@@ -23,7 +23,7 @@ from nalora_jax.errors import Interrupted
 
 
 class StopSignals:
-    """Stop requests that a run received, from `nalora_jax.train.preemption.stop_signals`."""
+    """Stop requests that a run received, from `nalora_jax.runs.preemption.stop_signals`."""
 
     def __init__(self) -> None:
         self._polled = False

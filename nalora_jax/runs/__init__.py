@@ -1,0 +1,1 @@
+"""Run folders: locks, checkpoints, logs, remote copies, exports, and the parts of a run that use them."""
