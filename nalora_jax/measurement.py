@@ -7,10 +7,10 @@ the adapter's part on a thinner sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
@@ -23,7 +23,7 @@ from nalora_jax.method.activations import Activation
 from nalora_jax.method.low_rank import Dense, LowRankHidden, moved_from
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.matmul import dot
-from nalora_jax.ops.reductions import by_shard, count, sampled, sampled_weights, within_blocks
+from nalora_jax.ops.reductions import by_shard, count, sampled
 
 
 class Checks(Protocol):
@@ -72,19 +72,12 @@ class Measurement(NamedTuple):
     taps: Mapping[str, Array] | None = None  # zeros whose gradients are statistics of z's cotangent
     probe_weights: Array | None = None  # [batch, seq], weights for the probe, if they differ
 
-    @property
-    def for_probe(self) -> Array:
-        """The weights of the tokens for the probe."""
-        return self.weights if self.probe_weights is None else self.probe_weights
-
     @classmethod
-    def of(
-        cls, weights: Array | SampledWeights, config: GateStatsConfig, taps: Mapping[str, Array] | None = None
-    ) -> Measurement:
+    def of(cls, weights: Array | SampledWeights, config: GateStatsConfig, taps: Any = None) -> Measurement:
         """Returns the request for rows with these weights ``[batch, seq]``."""
         if isinstance(weights, SampledWeights):
-            config = replace(config, stride=weights.strides[0], probe_stride=weights.strides[1], positions=0)
-            return cls(weights.gate, config, taps, weights.probe)
+            gate, probe = weights.strides
+            return cls(weights.gate, replace(config, stride=gate, probe_stride=probe), taps, weights.probe)
         return cls(weights, config.of_rows(weights.shape[-1]), taps)
 
 
@@ -96,28 +89,8 @@ class SampledWeights:
     every: Array  # [batch, seq]
     gate: Array  # [batch, seq], 0 at positions that the sample of the whole row does not take
     probe: Array  # the same for the probe
-    # Strides at which samples of the parts contain the samples of the whole rows, for gate and probe.
-    strides: tuple[int, int] = field(metadata={"static": True})
+    strides: tuple[int, int] = field(metadata={"static": True})  # of samples that contain those of whole rows
     length: int = field(metadata={"static": True})  # of the whole rows
-
-
-def sampled_as_whole(
-    weights: Array, config: GateStatsConfig, block: int, parts: Callable[[Array], Array]
-) -> SampledWeights:
-    """Returns the weights of parts of rows for the positions that are sampled of the whole rows.
-
-    Args:
-      weights: ``[batch, seq]`` of whole rows.
-      config: strides.
-      block: tokens of the blocks that parts consist of.
-      parts: returns the parts of rows ``[batch, seq]``.
-    """
-    config = config.of_rows(weights.shape[-1])
-    strides = config.stride, config.probe_stride
-    of_gate, of_probe = (parts(sampled_weights(weights, stride)) for stride in strides)
-    length = weights.shape[-1]
-    gate, probe = (within_blocks(stride, length, block) for stride in strides)
-    return SampledWeights(parts(weights), of_gate, of_probe, (gate, probe), length)
 
 
 class Probe(NamedTuple):
@@ -159,8 +132,8 @@ def gate_statistics(
     chex.assert_shape(weights, z.shape[:-1])
     z, probe, weights = lax.stop_gradient((z, probe, weights.astype(jnp.float32)))
     partition = activations.partition(activation.name, config.tolerance)
-    taken = _taken(weights, config.stride)
-    probed = _taken(weights if probe.weights is None else probe.weights, config.probe_stride)
+    of_probe = weights if probe.weights is None else probe.weights
+    taken, probed = _taken(weights, config.stride), _taken(of_probe, config.probe_stride)
     z = sampled(z, weights, config.stride)
     sums = statistics.channel_statistics(z, taken, activation, partition, config.extra)
     return sums | statistics.probe_statistics(probe.base, probe.delta, probed, activation, config.extra)
@@ -186,12 +159,11 @@ def block_statistics(
       measurement: the request.
     """
     with jax.named_scope("statistics"):
-        weights, config, probed = measurement.weights, measurement.config, measurement.for_probe
+        weights, config = measurement.weights, measurement.config
+        probed = weights if measurement.probe_weights is None else measurement.probe_weights
         movement = _movement(x, gate, delta, probed, config.probe_stride, numerics)
-        z_result = z.astype(numerics.result)
-        probe = take_probe(z_result, delta, probed, config.probe_stride, numerics, movement)
-        if measurement.probe_weights is not None:
-            probe = probe._replace(weights=measurement.probe_weights)
+        probe = take_probe(z.astype(numerics.result), delta, probed, config.probe_stride, numerics, movement)
+        probe = probe._replace(weights=measurement.probe_weights)
         if count(config.sharding) > 1:
             probe = probe._replace(factors=None)  # the factors have the tokens of all shards
         sums = partial(gate_statistics, activation=activation, config=config, numerics=numerics)
@@ -257,12 +229,7 @@ def take_probe(
 
 
 def _movement(
-    x: Array,
-    gate: Dense,
-    delta: Array | LowRankHidden | None,
-    weights: Array,
-    stride: int,
-    numerics: Numerics,
+    x: Array, gate: Dense, delta: Array | LowRankHidden | None, weights: Array, stride: int, numerics: Numerics
 ) -> Array | tuple[Array, Array] | None:
     """Returns the adapter's output minus its initial output on sampled positions; None if that is 0.
 

@@ -82,13 +82,14 @@ def _measured(z: Adapted, measurement: Measurement) -> Measured:
 
     They have the weights of all tokens, 0 for tokens that are not sampled.
     """
-    weights, config = measurement.weights, measurement.config
+    weights, config, _, of_probe = measurement
     if isinstance(z.delta, LowRankHidden):
         hidden, b = z.delta.value.reshape(-1, z.delta.value.shape[-1]), z.delta.b
     else:
         hidden, b = jnp.zeros((weights.size, 0)), jnp.zeros((0, z.y.shape[-1]))
     taken = reductions.sampled_weights(weights, config.stride).reshape(-1)
-    probed = reductions.sampled_weights(measurement.for_probe, config.probe_stride).reshape(-1)
+    of_probe = weights if of_probe is None else of_probe
+    probed = reductions.sampled_weights(of_probe, config.probe_stride).reshape(-1)
     return Measured(taken, probed, hidden, b)
 
 

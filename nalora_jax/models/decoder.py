@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
-from nalora_jax.measurement import GateStatsConfig, sampled_as_whole
+from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.models.block import Block
 from nalora_jax.models.cache import Cache, KeyValues, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
@@ -27,6 +27,7 @@ from nalora_jax.models.layers import RMSNorm, identity_table, rope_table, sequen
 from nalora_jax.models.parts import HandedKeys, LayerInputs, SharedInputs, constrain
 from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.remat import rematerialized, scanned, stacked
+from nalora_jax.models.split_statistics import sampled_as_whole
 from nalora_jax.models.stacks import Stack, groups, param_shapes, stacks
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.ops.dispatch import Numerics

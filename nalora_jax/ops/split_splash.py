@@ -20,9 +20,11 @@ from nalora_jax.distributed.mesh import CONTEXT
 from nalora_jax.ops.blockwise_attention import AttentionConfig
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.splash_attention import LANES, LARGEST, SPLASH, largest_block, takes
-from nalora_jax.ops.split_attention import on_shards, reach, split_attention
-from nalora_jax.ops.split_rows import Row, by_block, by_part, gathered, shards_of, with_preceding
+from nalora_jax.ops.split_attention import Spread, on_shards, reach, split_attention
+from nalora_jax.ops.split_rows import Row, by_block, by_part, gathered, gathered_exactly, shards_of, with_preceding
 from nalora_jax.ops.storage import SAVED, round_and_save
+
+_SUMS_ENTIRE_ARRAYS = ("TPU v5 lite", "TPU v5e")  # see `gathered_exactly`
 
 
 @SPLASH.implements(split_attention)
@@ -53,7 +55,8 @@ def split_splash_attention(
     kernels = tuple(_of_row((heads, q.shape[3]), block, shards, size, config) for size in far)
     by_query = NamedSharding(sharding.mesh, P(None, CONTEXT))
     specs = tuple(kernel.manual_sharding_spec(by_query) for kernel in kernels)
-    attend = partial(_on_shard, config=config, windows=windows, far=tuple(far))
+    spread = gathered_exactly if numerics.platform.kind in _SUMS_ENTIRE_ARRAYS else gathered
+    attend = partial(_on_shard, config=config, windows=windows, far=tuple(far), spread=spread)
     out = on_shards(attend, q, k, v, row, window, config, sinks, *kernels, more_specs=specs)
     return out.astype(jnp.float32).astype(numerics.result)
 
@@ -69,13 +72,14 @@ def _on_shard(
     config: AttentionConfig,
     windows: tuple[int, ...],
     far: tuple[int, ...],
+    spread: Spread,
 ) -> jax.Array:
     """Computes a shard's part ``[batch, 2 * block, heads, head_dim]``."""
     by_size = dict(zip(far, kernels, strict=True))
 
     def branch(size: int) -> Any:
         if size in by_size:
-            return partial(_attend_row, by_size[size], row, sinks)
+            return partial(_attend_row, by_size[size], row, sinks, spread)
         return partial(_attend_near, size, config, row, sinks)
 
     choice = jnp.sum(window > np.asarray(windows[:-1], np.int32))  # 0 if there is one window
@@ -83,9 +87,11 @@ def _on_shard(
     return out
 
 
-def _attend_row(kernel: Any, row: Row, sinks: jax.Array | None, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _attend_row(
+    kernel: Any, row: Row, sinks: jax.Array | None, spread: Spread, q: jax.Array, k: jax.Array, v: jax.Array
+) -> jax.Array:
     """Computes attention to the keys of the whole row."""
-    return _called(kernel, q, gathered(k), gathered(v), by_part(row.slices(0).segments), row.segments, sinks)
+    return _called(kernel, q, spread(k), spread(v), by_part(row.slices(0).segments), row.segments, sinks)
 
 
 def _attend_near(
