@@ -110,9 +110,9 @@ def gate_statistics(
     chex.assert_shape(weights, z.shape[:-1])
     z, probe, weights = lax.stop_gradient((z, probe, weights.astype(jnp.float32)))
     partition = activations.partition(activation.name, config.tolerance)
-    taken, probed = (_taken(weights, stride) for stride in (config.stride, config.probe_stride))
+    of_gate, probed = (_taken(weights, stride) for stride in (config.stride, config.probe_stride))
     z = sampled(z, weights, config.stride)
-    sums = statistics.channel_statistics(z, taken, activation, partition, config.extra)
+    sums = statistics.channel_statistics(z, of_gate, activation, partition, config.extra)
     return sums | statistics.probe_statistics(probe.base, probe.delta, probed, activation, config.extra)
 
 

@@ -86,8 +86,8 @@ def _measured(z: Adapted, weights: jax.Array, config: GateStatsConfig) -> Measur
         hidden, b = z.delta.value.reshape(-1, z.delta.value.shape[-1]), z.delta.b
     else:
         hidden, b = jnp.zeros((weights.size, 0)), jnp.zeros((0, z.y.shape[-1]))
-    taken, probed = (reductions.sampled_weights(weights, n).reshape(-1) for n in (config.stride, config.probe_stride))
-    return Measured(taken, probed, hidden, b)
+    of_gate, probed = (reductions.sampled_weights(weights, n).reshape(-1) for n in (config.stride, config.probe_stride))
+    return Measured(of_gate, probed, hidden, b)
 
 
 # ---------------------------------------------------------------- gate and down projection
@@ -247,7 +247,7 @@ def gate_statistics(
 
 def _named(sums: jax.Array, weights: jax.Array, probe_weights: jax.Array) -> dict[str, jax.Array]:
     """Returns the result of `gate_statistics` from the native kernels' sums and token weights."""
-    slope, *below, feature, moved, linear = sums
+    slope, *below, feature, linear_moved, linear = sums
     tokens = jnp.sum(weights)
     return {
         "tokens": tokens,
@@ -255,7 +255,7 @@ def _named(sums: jax.Array, weights: jax.Array, probe_weights: jax.Array) -> dic
         "occupancy": _occupancy(below, tokens),
         "probe_tokens": jnp.sum(probe_weights),
         "feature": feature,
-        "selection": moved,
+        "selection": linear_moved,
         "linear": linear,
     }
 

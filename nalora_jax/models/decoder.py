@@ -172,8 +172,8 @@ def _with_features(x: jax.Array, features: jax.Array, places: jax.Array) -> jax.
     """Returns ``x [batch, seq, d]`` with each row's features at its ``places``, in order."""
     index = jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0)
     # A row with more places than features gets NaN there, so that the error is visible.
-    found = jnp.take_along_axis(features.astype(x.dtype), index[..., None], axis=1, mode="fill")
-    return jnp.where(places[..., None], found, x)
+    rows = jnp.take_along_axis(features.astype(x.dtype), index[..., None], axis=1, mode="fill")
+    return jnp.where(places[..., None], rows, x)
 
 
 def run_starts(places: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
@@ -249,8 +249,8 @@ def _layer_inputs(
     scales: dict[str, dict[str, jax.Array]] = {}
     for path, _ in adapters.targets:
         if path.startswith(f"{stack.prefix}/"):
-            part, _, name = path.removeprefix(f"{stack.prefix}/").partition("/")
-            scales.setdefault(part, {})[name] = jnp.asarray(adapters.scales(path))
+            part_name, _, name = path.removeprefix(f"{stack.prefix}/").partition("/")
+            scales.setdefault(part_name, {})[name] = jnp.asarray(adapters.scales(path))
     windows, ropes = stack.config.layer_windows, stack.config.layer_ropes
     cached = None if cache is None else cache.states.get(stack.prefix)
     if stack.prefix in (shared.cache or {}):

@@ -47,8 +47,8 @@ class Embedding(nn.Module):
             trained: jax.Array = jnp.take(self.get_variable("lora", "embedding"), tokens, axis=0)
             return trained
         of_tokens, by_columns = column_layouts(self.sharding)
-        placed = constrain(constrain(tokens, self.sharding), of_tokens) if of_tokens else tokens
-        rows: jax.Array = take_rows(self.table(), placed, numerics)
+        sharded = constrain(constrain(tokens, self.sharding), of_tokens) if of_tokens else tokens
+        rows: jax.Array = take_rows(self.table(), sharded, numerics)
         rows = constrain(constrain(rows, by_columns), self.sharding)
         if self.has_variable("lora", "rows"):
             return _with_rows(rows, tokens, self.get_variable("lora", "rows"), self.trained)
@@ -71,9 +71,9 @@ def _with_rows(x: jax.Array, tokens: jax.Array, rows: jax.Array, ids: tuple[int,
     order = np.argsort(ids).astype(np.int32)
     ascending = np.array(ids, np.int32)[order]
     place = jnp.searchsorted(ascending, tokens, method="scan_unrolled")  # len(ids) beyond the last
-    found = jnp.take(ascending, place, mode="clip") == tokens
+    is_trained = jnp.take(ascending, place, mode="clip") == tokens
     trained = jnp.take(rows, jnp.take(order, place, mode="clip"), axis=0)
-    return jnp.where(found[..., None], trained, x.astype(trained.dtype))
+    return jnp.where(is_trained[..., None], trained, x.astype(trained.dtype))
 
 
 def column_layouts(sharding: NamedSharding | None) -> tuple[NamedSharding | None, NamedSharding | None]:
