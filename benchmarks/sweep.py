@@ -59,8 +59,8 @@ def main() -> None:
     def assembled(implementation: str) -> list[Any]:
         compute = replace(config.compute, implementation=implementation)
         first = assemble(replace(configs[0], compute=compute), base, params, mesh)
-        others = [assemble(replace(c, compute=compute), base, params, mesh, like=first) for c in configs[1:]]
-        return [first, *others]
+        further = [assemble(replace(c, compute=compute), base, params, mesh, like=first) for c in configs[1:]]
+        return [first, *further]
 
     solo = assembled("auto")
     step, view = solo[0].step, solo[0].view(params)
@@ -75,8 +75,8 @@ def main() -> None:
     runs = assembled("xla" if distributed.platform_of().name == "cpu" else "auto")
     program = SweepProgram(runs, base.d_model)
     joined = program.begin([run.state for run in runs])
-    whole = {name: np.stack([np.asarray(batch[name]) for batch in batches]) for name in batches[0]}
-    batch = distributed.make_global_batch(whole, mesh, rows_axis=2)
+    stacked = {name: np.stack([np.asarray(batch[name]) for batch in batches]) for name in batches[0]}
+    batch = distributed.make_global_batch(stacked, mesh, rows_axis=2)
     together_bytes = program.lower(joined, batch).compile().memory_analysis()
 
     def together() -> Any:
