@@ -155,8 +155,8 @@ def train_peft(options: argparse.Namespace) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True)
 
     def step(tokens: np.ndarray) -> float:
-        given = torch.from_numpy(tokens).to(where)
-        loss = model(input_ids=given, labels=given).loss
+        ids = torch.from_numpy(tokens).to(where)
+        loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -238,8 +238,8 @@ def one(options: argparse.Namespace) -> dict[str, Any]:
 def rows(record: dict[str, Any]) -> list[Row]:
     """Returns the comparisons: NA-LoRA over plain LoRA, and speed and memory against the peer."""
     found_rows = []
-    for case, found in record["cases"].items():
-        runs = found["runs"]
+    for case, result in record["cases"].items():
+        runs = result["runs"]
         if LORA in runs:
             steps = [values(runs[name], "seconds") for name in (OURS, LORA)]
             found_rows.append(compared(f"step over plain LoRA's, {case}", *steps, at_most(1.02), digits=3, unit="s"))
@@ -254,14 +254,14 @@ def rows(record: dict[str, Any]) -> list[Row]:
 def table(record: dict[str, Any]) -> str:
     """Returns a table of every run of every case, and the comparisons that were not possible."""
     lines, notes = [], []
-    for case, found in record["cases"].items():
-        for name, runs in found["runs"].items():
+    for case, result in record["cases"].items():
+        for name, runs in result["runs"].items():
             mfu = [run["mfu"] for run in runs if run.get("mfu") is not None]
             layout = " x ".join(map(str, runs[-1]["mesh"].values())) if "mesh" in runs[-1] else "1"
             speed = spread(values(runs, "tokens_per_second"))
             memory = f"{max(values(runs, 'memory_gb')):.1f} ({runs[-1]['memory_of']})"
             lines.append((case, name, layout, speed, f"{statistics.median(mfu):.0%}" if mfu else "", memory))
-        notes += [f"{case}: {what} was not compared: {why}." for what, why in found["not_compared"].items()]
+        notes += [f"{case}: {what} was not compared: {why}." for what, why in result["not_compared"].items()]
     header = ("work", "library", "data x fsdp x tensor", "tokens/s a chip", "MFU", "GB, at most")
     return "\n\n".join([markdown(header, lines), *notes])
 
@@ -325,19 +325,19 @@ def main() -> None:
             reasons[name] = f"it failed ({str(error).strip().splitlines()[-1][:200]})"
     reasons |= not_measured(here["platform"], here["kind"], runs[OURS][0]["mfu"], peer)
     case = f"{options.model} {options.dtype}, {options.rows} x {options.seq} a chip"
-    kept = {name: value for name, value in vars(options).items() if name not in ("one", "publish", "report")}
-    found = {"settings": kept, "accelerator": here, "runs": runs, "not_compared": reasons}
-    record = save(case, found, here, publish=options.publish)
+    settings = {name: value for name, value in vars(options).items() if name not in ("one", "publish", "report")}
+    result = {"settings": settings, "accelerator": here, "runs": runs, "not_compared": reasons}
+    record = save(case, result, here, publish=options.publish)
     print(report(record, case) if options.report else table(record))
 
 
-def save(case: str, found: dict[str, Any], here: Mapping[str, Any], *, publish: bool) -> dict[str, Any]:
+def save(case: str, result: dict[str, Any], here: Mapping[str, Any], *, publish: bool) -> dict[str, Any]:
     """Records a case under the accelerator's name; a CPU's under its kind of machine."""
     described = machines.machine()
     if here["platform"] != "cpu":
         described["accelerator"] = f"{here['chips']} x {here['kind']}"
     root = common.QUICK if os.environ.get("NALORA_BENCH_QUICK") else common.OWN
-    record = common.save("accelerator", case, {"machine": described, **found}, root / machines.machine_name(described))
+    record = common.save("accelerator", case, {"machine": described, **result}, root / machines.machine_name(described))
     if publish:
         subprocess.run(script("run.py", "--publish", "--only", "accelerator"), check=True)
     return record

@@ -46,11 +46,11 @@ def main() -> None:
     from nalora_jax.runs.checkpoint import Checkpointer
     from nalora_jax.train.assembly import assemble
 
-    given = options()
-    shared = parse(["--dtype", given.dtype, "--layers", str(given.layers)])
+    chosen = options()
+    shared = parse(["--dtype", chosen.dtype, "--layers", str(chosen.layers)])
     mesh = distributed.make_mesh(MeshConfig())
     base, params = base_model(shared, mesh)
-    batch = batch_of(random_tokens(1, given.batch, given.seq, base.vocab_size)[0], mesh)
+    batch = batch_of(random_tokens(1, chosen.batch, chosen.seq, base.vocab_size)[0], mesh)
     assembly = assemble(run_config(shared, method="nalora"), base, params, mesh)
     view, held, calls = assembly.view(params), [assembly.state], []
 
@@ -65,21 +65,21 @@ def main() -> None:
                 checkpoints.save(int(held[0].step), held[0], {"row": 0})
                 calls.append(time.perf_counter() - began)
             metrics: dict[str, Any] = {}
-            for _ in range(given.steps):
+            for _ in range(chosen.steps):
                 held[0], metrics = assembly.step(view, held[0], batch)
             jax.block_until_ready(metrics["loss"])
             checkpoints.wait()
             return metrics["loss"]
 
-        pairs = alternate(lambda: block(True), lambda: block(False), pairs=given.pairs, warmup=1)
-    case = f"{given.dtype} {given.batch}x{given.seq} every {given.every}"
-    found = {"settings": vars(given), **pairs.to_dict(), "calls": calls[1:]}  # the first is the warm-up's
-    print(table(save("checkpoint_stall", case, found)))
+        pairs = alternate(lambda: block(True), lambda: block(False), pairs=chosen.pairs, warmup=1)
+    case = f"{chosen.dtype} {chosen.batch}x{chosen.seq} every {chosen.every}"
+    result = {"settings": vars(chosen), **pairs.to_dict(), "calls": calls[1:]}  # the first is the warm-up's
+    print(table(save("checkpoint_stall", case, result)))
 
 
-def share(found: dict[str, Any]) -> float:
+def share(result: dict[str, Any]) -> float:
     """Returns the median seconds that a save adds, over the seconds between two saves."""
-    seconds, settings = found["seconds"], found["settings"]
+    seconds, settings = result["seconds"], result["settings"]
     added = statistics.median(x - y for x, y in zip(seconds["first"], seconds["second"], strict=True))
     step = statistics.median(seconds["second"]) / settings["steps"]
     return added / (settings["every"] * step)
@@ -87,14 +87,14 @@ def share(found: dict[str, Any]) -> float:
 
 def rows(record: dict[str, Any]) -> list[Row]:
     """Returns one row per dtype and shape."""
-    return [_row(case, found) for case, found in record["cases"].items()]
+    return [_row(case, result) for case, result in record["cases"].items()]
 
 
-def _row(case: str, found: dict[str, Any]) -> Row:
-    steps = found["settings"]["steps"]
-    with_save, without = (spread(found["seconds"][name], 2, "s") for name in ("first", "second"))
-    inside = f"{len(found['calls'])} pairs of {steps} steps, {spread(found['calls'], 3, 's')} within the call"
-    return Row(f"{case}", with_save, without, 1.0 + share(found), at_most(1.05), inside)
+def _row(case: str, result: dict[str, Any]) -> Row:
+    steps = result["settings"]["steps"]
+    with_save, without = (spread(result["seconds"][name], 2, "s") for name in ("first", "second"))
+    inside = f"{len(result['calls'])} pairs of {steps} steps, {spread(result['calls'], 3, 's')} within the call"
+    return Row(f"{case}", with_save, without, 1.0 + share(result), at_most(1.05), inside)
 
 
 def table(record: dict[str, Any]) -> str:

@@ -36,8 +36,7 @@ OWN = PUBLISHED / "own"
 QUICK = PUBLISHED / "quick"
 
 # Environment of both sides of every comparison: large pages for glibc's buffers (8 to 12% faster
-# steps of either library). This library's command sets it itself; torch's users would have to set
-# it.
+# steps of either library on an idle machine).
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 # SmolLM2-135M, the model of the published figures, with transformers' names.
@@ -163,8 +162,8 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], *, confide
     ratios = np.asarray(numerators, float) / np.asarray(denominators, float)
     if len(ratios) < 2:
         return {"median": float(ratios[0]), "low": float("nan"), "high": float("nan"), "pairs": len(ratios)}
-    found = bootstrap((ratios,), np.median, confidence_level=confidence, method="percentile", rng=0)
-    low, high = found.confidence_interval
+    interval = bootstrap((ratios,), np.median, confidence_level=confidence, method="percentile", rng=0)
+    low, high = interval.confidence_interval
     return {"median": float(np.median(ratios)), "low": float(low), "high": float(high), "pairs": len(ratios)}
 
 
@@ -231,42 +230,42 @@ def alternate_processes(
 ) -> dict[str, list[Measured]]:
     """Runs each command once per round, in random order within a round."""
     order = random.Random(seed)
-    found: dict[str, list[Measured]] = {name: [] for name in commands}
+    measured: dict[str, list[Measured]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name in order.sample(list(commands), len(commands)):
-            found[name].append(run_process(commands[name], environment))
-    return found
+            measured[name].append(run_process(commands[name], environment))
+    return measured
 
 
 # ---------------------------------------------------------------- results
 
 
-def load(part: str, folder: Path = RESULTS) -> dict[str, Any]:
+def load(benchmark: str, folder: Path = RESULTS) -> dict[str, Any]:
     """Returns a part's record, ``{"cases": {case: {"machine", "command", ...}}}``, or no cases."""
-    path = folder / f"{part}.json"
+    path = folder / f"{benchmark}.json"
     return json.loads(path.read_text()) if path.exists() else {"cases": {}}
 
 
-def save(part: str, case: str, found: Mapping[str, Any], folder: Path = RESULTS) -> dict[str, Any]:
+def save(benchmark: str, case: str, result: Mapping[str, Any], folder: Path = RESULTS) -> dict[str, Any]:
     """Adds ``found``, the machine and the command as a case to ``<folder>/<part>.json``.
 
     Returns:
       A record as returned by `load`, with this case only.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    record = load(part, folder)
+    record = load(benchmark, folder)
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_public, sys.argv[1:])])
-    entry = {"machine": machine(), "command": command, **found}
+    entry = {"machine": machine(), "command": command, **result}
     record["cases"][case] = _public(json.loads(json.dumps(entry, default=str)))
-    write(folder / f"{part}.json", record)
+    write(folder / f"{benchmark}.json", record)
     return {"cases": {case: record["cases"][case]}}
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
     """Writes a record into its file atomically."""
-    whole = path.with_suffix(".part")
-    whole.write_text(json.dumps(record, indent=1) + "\n")
-    whole.replace(path)
+    scratch = path.with_suffix(".part")
+    scratch.write_text(json.dumps(record, indent=1) + "\n")
+    scratch.replace(path)
 
 
 def _public(value: Any) -> Any:
@@ -285,7 +284,7 @@ def add_rounds(parser: argparse.ArgumentParser, rounds: int) -> None:
 
 
 def compare(
-    part: str,
+    benchmark: str,
     case: str,
     commands: Mapping[str, Sequence[str]],
     options: argparse.Namespace,
@@ -296,42 +295,44 @@ def compare(
     With ``options.add`` the rounds of earlier calls are kept, so that a long comparison can be done
     in several calls. Returns the same as `save`.
     """
-    runs = load(part)["cases"].get(case, {}).get("runs", {}) if options.add else {}
-    found = alternate_processes(commands, rounds=options.rounds, seed=len(next(iter(runs.values()), [])))
-    for name, items in found.items():
+    runs = load(benchmark)["cases"].get(case, {}).get("runs", {}) if options.add else {}
+    measured = alternate_processes(commands, rounds=options.rounds, seed=len(next(iter(runs.values()), [])))
+    for name, items in measured.items():
         runs[name] = [*runs.get(name, []), *(item.record for item in items)]
-    return save(part, case, {"settings": vars(options), "runs": runs, **(more or {})})
+    return save(benchmark, case, {"settings": vars(options), "runs": runs, **(more or {})})
 
 
-def search(part: str, case: str, commands: Mapping[str, Sequence[str]], key: str, options: argparse.Namespace) -> None:
+def search(
+    benchmark: str, case: str, commands: Mapping[str, Sequence[str]], key: str, options: argparse.Namespace
+) -> None:
     """Runs a peer under each of its settings, prints speeds (field ``key``), and records them.
 
     `fastest` reads the record. Speeds of other settings of this case in ``<part>_search.json`` are
     kept, so that a search can be done in several calls.
     """
-    found = alternate_processes(commands, rounds=options.rounds)
-    speeds = load(f"{part}_search")["cases"].get(case, {}).get("speeds", {})
-    speeds |= {name: values([run.record for run in runs], key) for name, runs in found.items()}
+    runs_by_name = alternate_processes(commands, rounds=options.rounds)
+    speeds = load(f"{benchmark}_search")["cases"].get(case, {}).get("speeds", {})
+    speeds |= {name: values([run.record for run in runs], key) for name, runs in runs_by_name.items()}
     for name, measured in sorted(speeds.items(), key=lambda item: -statistics.median(item[1])):
         print(f"{name:28}", summary(measured))
-    save(f"{part}_search", case, {"settings": vars(options), "speeds": speeds})
+    save(f"{benchmark}_search", case, {"settings": vars(options), "speeds": speeds})
 
 
-def fastest(part: str, case: str, default: str, folder: Path = RESULTS) -> str:
+def fastest(benchmark: str, case: str, default: str, folder: Path = RESULTS) -> str:
     """Returns the setting with the highest median speed that `search` recorded of a case.
 
     It reads new and committed figures of this kind of machine; without any it returns ``default``.
     """
     for where in (folder, PUBLISHED / folder.name):
-        if speeds := load(f"{part}_search", where)["cases"].get(case, {}).get("speeds", {}):
+        if speeds := load(f"{benchmark}_search", where)["cases"].get(case, {}).get("speeds", {}):
             return max(speeds, key=lambda name: statistics.median(speeds[name]))
     return default
 
 
 def values(runs: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     """Returns field ``key`` of every run; a list of measurements counts as separate runs."""
-    found = [run[key] for run in runs]
-    return [x for item in found for x in (item if isinstance(item, list) else [item])]
+    numbers = [run[key] for run in runs]
+    return [x for item in numbers for x in (item if isinstance(item, list) else [item])]
 
 
 def save_batches(path: Path, batches: Sequence[Mapping[str, np.ndarray]]) -> None:

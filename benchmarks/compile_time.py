@@ -42,12 +42,12 @@ def rows(record: dict[str, Any]) -> list[Row]:
     return [
         compared(
             f"compile the step, {case}: 30 layers over 2",
-            *(found["seconds"]["30"], found["seconds"]["2"]),
+            *(result["seconds"]["30"], result["seconds"]["2"]),
             at_most(1.15),
             digits=2,
             unit="s",
         )
-        for case, found in record["cases"].items()
+        for case, result in record["cases"].items()
     ]
 
 
@@ -61,11 +61,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    found: dict[int, list[float]] = {2: [], 30: []}
+    by_layers: dict[int, list[float]] = {2: [], 30: []}
     for _ in range(options.rounds):
-        for layers, seconds in found.items():
+        for layers, seconds in by_layers.items():
             seconds.append(compile_seconds(layers, options.dtype))
-    record = {"settings": vars(options), "seconds": {str(layers): seconds for layers, seconds in found.items()}}
+    record = {"settings": vars(options), "seconds": {str(layers): seconds for layers, seconds in by_layers.items()}}
     print(table(save("compile_time", options.dtype, record)))
 
 

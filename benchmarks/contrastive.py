@@ -48,22 +48,22 @@ def compiled(name: str) -> dict[str, Any]:
     )
     config = with_method(config, "nalora", warmup=None)
     base = DualConfig.from_hf(CLIP_B16)
-    found = figures(*contrastive_step(config, base, mesh, seq=TOKENS))
+    measured = figures(*contrastive_step(config, base, mesh, seq=TOKENS))
     kinds: dict[str, list[Any]] = defaultdict(list)
-    for one in found.collectives:
-        kinds[one.kind].append(one)
+    for collective in measured.collectives:
+        kinds[collective.kind].append(collective)
     return {
         "topology": name,
         "chips": machine.size,
         "pairs": rows,
         "features": 2 * rows * base.image.features * 4,
-        "memory": found.memory,
+        "memory": measured.memory,
         "kinds": {
             kind: {
-                "times": sum(one.times for one in several),
-                "received": sum(one.total for one in several),
-                "largest": max(one.received for one in several),
-                "of": sorted({one.source.rpartition("/")[0][-80:] for one in several})[:8],
+                "times": sum(collective.times for collective in several),
+                "received": sum(collective.total for collective in several),
+                "largest": max(collective.received for collective in several),
+                "of": sorted({collective.source.rpartition("/")[0][-80:] for collective in several})[:8],
             }
             for kind, several in sorted(kinds.items())
         },
@@ -73,12 +73,13 @@ def compiled(name: str) -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """Returns Markdown with a row for each kind."""
     lines = ["| collective | times a step | MB that a chip receives | largest, MB |", "|---|--:|--:|--:|"]
-    for kind, found in record["kinds"].items():
-        lines.append(f"| {kind} | {found['times']:g} | {found['received'] / 1e6:.2f} | {found['largest'] / 1e6:.2f} |")
-    whole, share = record["features"] / 1e6, 1 - 1 / record["chips"]
+    for kind, result in record["kinds"].items():
+        received, largest = result["received"] / 1e6, result["largest"] / 1e6
+        lines.append(f"| {kind} | {result['times']:g} | {received:.2f} | {largest:.2f} |")
+    megabytes, share = record["features"] / 1e6, 1 - 1 / record["chips"]
     where = f"{record['topology']}, {record['chips']} chips, {record['pairs']:,} pairs a step"
-    features = f"the features of both towers as a whole are {whole:.2f} MB (float32), of which a chip lacks"
-    head = f"{where}, {record['memory'] / 1e9:.1f} GB a chip; {features} {whole * share:.2f} MB."
+    features = f"the features of both towers as a whole are {megabytes:.2f} MB (float32), of which a chip lacks"
+    head = f"{where}, {record['memory'] / 1e9:.1f} GB a chip; {features} {megabytes * share:.2f} MB."
     return head + "\n\n" + "\n".join(lines)
 
 

@@ -156,8 +156,8 @@ def train_peft(options: argparse.Namespace) -> dict[str, Any]:
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (MEAN, STD))
 
     def loss_of(pixels: Any, labels: Any) -> Any:
-        seen = ((pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(dtype)
-        features = clip.visual_projection(clip.vision_model(pixel_values=seen).pooler_output)
+        normalised = ((pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(dtype)
+        features = clip.visual_projection(clip.vision_model(pixel_values=normalised).pooler_output)
         features = torch.nn.functional.normalize(features, dim=-1)
         logits = clip.logit_scale.exp() * features @ classes.T
         return torch.nn.functional.cross_entropy(logits.float(), labels)
@@ -179,10 +179,10 @@ def train_peft(options: argparse.Namespace) -> dict[str, Any]:
 
 def one(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the record of one process."""
-    found = (train_ours if options.library == "nalora_jax" else train_peft)(options)
-    timed = found["seconds"][options.warmup :]
+    result = (train_ours if options.library == "nalora_jax" else train_peft)(options)
+    timed = result["seconds"][options.warmup :]
     speeds = [options.batch / second for second in timed]
-    return {**found, "seconds": timed, "images_per_second": speeds, "peak_rss_mb": peak_rss_mb()}
+    return {**result, "seconds": timed, "images_per_second": speeds, "peak_rss_mb": peak_rss_mb()}
 
 
 def main() -> None:

@@ -24,9 +24,9 @@ def rows(record: dict[str, Any]) -> list[Row]:
     """Returns one row per dtype."""
     return [
         compared_runs(
-            f"first step, {case}", found["runs"], "peft", "seconds_until_done", at_most(1.0), digits=1, unit="s"
+            f"first step, {case}", result["runs"], "peft", "seconds_until_done", at_most(1.0), digits=1, unit="s"
         )
-        for case, found in record["cases"].items()
+        for case, result in record["cases"].items()
     ]
 
 

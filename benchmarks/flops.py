@@ -90,11 +90,16 @@ def count(options: argparse.Namespace) -> None:
     os.environ["NALORA_NATIVE"] = "0"
     batch, seq = map(int, options.shape.split("x"))
     few, more = options.layers
-    whole = SMOLLM2["num_hidden_layers"]
+    n_layers = SMOLLM2["num_hidden_layers"]
     for method in ("lora", "nalora"):
-        found = {layers: compiled(layers, batch, seq, options.dtype, method) for layers in (few, more)}
-        total = found[more] + (whole - more) * (found[more] - found[few]) / (more - few)
-        record = {"settings": vars(options), "compiled": found, "whole": total, "minimum": minimum(whole, batch, seq)}
+        counts = {layers: compiled(layers, batch, seq, options.dtype, method) for layers in (few, more)}
+        total = counts[more] + (n_layers - more) * (counts[more] - counts[few]) / (more - few)
+        record = {
+            "settings": vars(options),
+            "compiled": counts,
+            "whole": total,
+            "minimum": minimum(n_layers, batch, seq),
+        }
         print(table(save("flops", f"flops of a step: {method}, {options.dtype} {options.shape}", record)))
 
 
@@ -112,7 +117,7 @@ def matmul_peak(dtype: str, size: int = 4096, repeats: int = 5) -> list[float]:
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.float32).astype(dtype)
     numerics = numerics_for(dtype)
     ways = (lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32), lambda x, y: dot(x, y, numerics))
-    found = []
+    rates = []
     for product in map(jax.jit, ways):
         product(x, x).block_until_ready()
         seconds = []
@@ -120,8 +125,8 @@ def matmul_peak(dtype: str, size: int = 4096, repeats: int = 5) -> list[float]:
             start = time.perf_counter()
             product(x, x).block_until_ready()
             seconds.append(time.perf_counter() - start)
-        found.append([2.0 * size**3 / s for s in seconds])
-    return max(found, key=statistics.median)
+        rates.append([2.0 * size**3 / s for s in seconds])
+    return max(rates, key=statistics.median)
 
 
 def share(options: argparse.Namespace) -> None:
@@ -147,21 +152,21 @@ def share(options: argparse.Namespace) -> None:
 def rows(record: dict[str, Any]) -> list[Row]:
     """Returns flops first, then shares of the peak."""
     counted, shares = [], []
-    for case, found in record["cases"].items():
-        if "compiled" in found:
-            ours, least = found["whole"], found["minimum"]
+    for case, result in record["cases"].items():
+        if "compiled" in result:
+            ours, least = result["whole"], result["minimum"]
             counted.append(Row(case, f"{ours / 1e9:,.1f} GF", f"{least / 1e9:,.1f} GF", ours / least, at_most(1.05)))
             continue
-        rates, peak = ([x / 1e9 for x in found[name]] for name in ("flops_per_second", "peak_flops_per_second"))
-        required = _share(found)
+        rates, peak = ([x / 1e9 for x in result[name]] for name in ("flops_per_second", "peak_flops_per_second"))
+        required = _share(result)
         ratio = statistics.median(rates) / statistics.median(peak)
         shares.append(Row(case, spread(rates, unit="GF/s"), spread(peak, unit="GF/s"), ratio, at_least(required)))
     return counted + shares
 
 
-def _share(found: dict[str, Any]) -> float:
-    single = found["settings"]["dtype"] == "float32"
-    if has_amx(found):
+def _share(result: dict[str, Any]) -> float:
+    single = result["settings"]["dtype"] == "float32"
+    if has_amx(result):
         return 0.6 if single else 0.3
     return 0.75 if single else 0.6
 

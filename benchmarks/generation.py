@@ -54,8 +54,8 @@ def generate_ours(options: argparse.Namespace) -> Any:
     rows = prompts(options.batch).tolist()
 
     def generate() -> list[list[int]]:
-        made = generator.complete(rows, batch_size=options.batch, max_new_tokens=NEW, stop_ids=())
-        return [list(completion.ids) for completion in made]
+        completions = generator.complete(rows, batch_size=options.batch, max_new_tokens=NEW, stop_ids=())
+        return [list(completion.ids) for completion in completions]
 
     return generate
 
@@ -77,14 +77,13 @@ def generate_theirs(options: argparse.Namespace) -> Any:
     if compiled:
         base.forward = torch.compile(base.forward)
     rows = torch.from_numpy(prompts(options.batch))
-    given = {"cache_implementation": cache, "disable_compile": True} if cache else {}
+    cache_options = {"cache_implementation": cache, "disable_compile": True} if cache else {}
 
     def generate() -> list[list[int]]:
         with torch.inference_mode():
-            made = model.generate(
-                input_ids=rows, attention_mask=torch.ones_like(rows), do_sample=False, max_new_tokens=NEW, **given
-            )
-        return made[:, PROMPT:].tolist()
+            settings = {"do_sample": False, "max_new_tokens": NEW, **cache_options}
+            generated = model.generate(input_ids=rows, attention_mask=torch.ones_like(rows), **settings)
+        return generated[:, PROMPT:].tolist()
 
     return generate
 
@@ -96,17 +95,17 @@ def one(options: argparse.Namespace) -> None:
     speeds = []
     for _ in range(options.repeats):
         start = time.perf_counter()
-        made = generate()
+        generated = generate()
         speeds.append(options.batch * NEW / (time.perf_counter() - start))
-    assert all(len(row) == NEW for row in made), "every row is of full length"
-    print(json.dumps({"tokens_per_second": speeds, "tokens": made[0], "peak_rss_mb": peak_rss_mb()}))
+    assert all(len(row) == NEW for row in generated), "every row is of full length"
+    print(json.dumps({"tokens_per_second": speeds, "tokens": generated[0], "peak_rss_mb": peak_rss_mb()}))
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
     """Returns one row per dtype and batch."""
     return [
-        compared_runs(f"tokens/s, {case}", found["runs"], "transformers", "tokens_per_second", at_least(1.5))
-        for case, found in record["cases"].items()
+        compared_runs(f"tokens/s, {case}", result["runs"], "transformers", "tokens_per_second", at_least(1.5))
+        for case, result in record["cases"].items()
     ]
 
 

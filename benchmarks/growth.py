@@ -143,10 +143,10 @@ def _timed(run: Any) -> float:
 def rows(record: dict[str, Any]) -> list[Row]:
     """Returns measured exponents, with a limit of the expected exponent plus noise."""
     found_rows = []
-    for axis, found in record["cases"].items():
+    for axis, result in record["cases"].items():
         for key, order in zip(("seconds", "bytes"), AXES[axis][1:], strict=True):
             name = "step time" if key == "seconds" else "memory"
-            exponent = growth_exponent(found["sizes"], found[key])
+            exponent = growth_exponent(result["sizes"], result[key])
             found_rows.append(Row(f"exponent of {name} in {axis}", "", "", exponent, at_most(order + NOISE)))
     return found_rows
 
@@ -154,15 +154,15 @@ def rows(record: dict[str, Any]) -> list[Row]:
 def table(record: dict[str, Any]) -> str:
     """Returns the section's Markdown: figures by axis, then the plot."""
     lines = []
-    for axis, found in record["cases"].items():
+    for axis, result in record["cases"].items():
         _, time_order, memory_order = AXES[axis]
-        orders = [growth_exponent(found["sizes"], found[key]) for key in ("seconds", "bytes")]
+        orders = [growth_exponent(result["sizes"], result[key]) for key in ("seconds", "bytes")]
         lines.append(
             (
-                *(axis, ", ".join(f"{size:,}" for size in found["sizes"])),
-                ", ".join(f"{1e3 * s:,.0f}" for s in found["seconds"]),
+                *(axis, ", ".join(f"{size:,}" for size in result["sizes"])),
+                ", ".join(f"{1e3 * s:,.0f}" for s in result["seconds"]),
                 f"{orders[0]:.2f} ({time_order})",
-                ", ".join(f"{size / 1e6:,.0f}" for size in found["bytes"]),
+                ", ".join(f"{size / 1e6:,.0f}" for size in result["bytes"]),
                 f"{orders[1]:.2f} ({memory_order})",
             )
         )
@@ -183,11 +183,11 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
     cases = record["cases"]
     figure, panels = plt.subplots(2, len(cases), figsize=(2.2 * len(cases), 4.6), squeeze=False, layout="constrained")
-    for column, (axis, found) in enumerate(cases.items()):
-        sizes = np.array(found["sizes"], float)
+    for column, (axis, result) in enumerate(cases.items()):
+        sizes = np.array(result["sizes"], float)
         for panel, key, order in zip(panels[:, column], ("seconds", "bytes"), AXES[axis][1:], strict=True):
             scale = 1e3 if key == "seconds" else 1e-6
-            costs = scale * np.array(found[key])
+            costs = scale * np.array(result[key])
             panel.loglog(sizes, costs, "o-", color="#1f5fa8", label="measured")
             panel.loglog(sizes, costs[-1] * (sizes / sizes[-1]) ** order, "--", color="#999999", label="expected order")
             panel.set_xticks(sizes, [_short(size) for size in sizes], fontsize=7)
@@ -215,8 +215,8 @@ def main() -> None:
     options = parser.parse_args()
     for axis in options.axis:
         sizes = AXES[axis][0][:2] if options.quick else AXES[axis][0]
-        found = measure(axis, sizes, options.repeats)
-        print(table(save("growth", axis, {"settings": vars(options), **found})))
+        result = measure(axis, sizes, options.repeats)
+        print(table(save("growth", axis, {"settings": vars(options), **result})))
 
 
 if __name__ == "__main__":

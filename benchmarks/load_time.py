@@ -82,8 +82,8 @@ def one(options: argparse.Namespace) -> None:
 def rows(record: dict[str, Any]) -> list[Row]:
     """Returns the load alone, which has a requirement, and the time of the complete process."""
     found_rows = []
-    for case, found in record["cases"].items():
-        peer, settings = (found["runs"], "transformers"), found["settings"]
+    for case, result in record["cases"].items():
+        peer, settings = (result["runs"], "transformers"), result["settings"]
         limit = None if settings["memory_at_hand"] else at_most(0.4 if settings["format"] == "gguf" else 1.0)
         found_rows.append(compared_runs(f"load, {case}", *peer, "seconds", limit, digits=2, unit="s"))
         what = f"from process start, imports included, {case}"

@@ -59,13 +59,13 @@ def temporary_bytes(vocab: int, dtype: str, options: argparse.Namespace) -> dict
 def rows(record: dict[str, Any]) -> list[Row]:
     """Returns one row per vocabulary and dtype."""
     return [
-        Row(case, _mb(found["bytes"]["chunked"]), _mb(found["bytes"]["materialised"]), _ratio(found), at_most(0.1))
-        for case, found in record["cases"].items()
+        Row(case, _mb(result["bytes"]["chunked"]), _mb(result["bytes"]["materialised"]), _ratio(result), at_most(0.1))
+        for case, result in record["cases"].items()
     ]
 
 
-def _ratio(found: dict[str, Any]) -> float:
-    return found["bytes"]["chunked"] / found["bytes"]["materialised"]
+def _ratio(result: dict[str, Any]) -> float:
+    return result["bytes"]["chunked"] / result["bytes"]["materialised"]
 
 
 def _mb(size: int) -> str:
@@ -89,8 +89,8 @@ def main() -> None:
     for vocab in options.vocab or VOCABULARIES:
         for dtype in options.dtype or DTYPES:
             case = f"{vocab:,} tokens, {dtype} head, {options.batch}x{options.seq} x {options.d_model}"
-            found = {"settings": vars(options), "bytes": temporary_bytes(vocab, dtype, options)}
-            record["cases"] |= save("loss_memory", case, found)["cases"]
+            result = {"settings": vars(options), "bytes": temporary_bytes(vocab, dtype, options)}
+            record["cases"] |= save("loss_memory", case, result)["cases"]
     print(table(record))
 
 

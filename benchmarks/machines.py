@@ -55,8 +55,8 @@ def generation(info: Mapping[str, str]) -> str:
         family, model = int(info["cpu family"]), int(info["model"])
     except (KeyError, ValueError):
         return ""
-    known = _GENERATIONS.get((info.get("vendor_id", ""), family), ())
-    return next((name for models, name in known if model in models), "")
+    candidates = _GENERATIONS.get((info.get("vendor_id", ""), family), ())
+    return next((name for models, name in candidates if model in models), "")
 
 
 def machine() -> dict[str, Any]:
@@ -71,21 +71,21 @@ def machine() -> dict[str, Any]:
     }
 
 
-def machine_name(found: Mapping[str, Any]) -> str:
+def machine_name(machine: Mapping[str, Any]) -> str:
     """Returns the folder name for the kind of machine that `processor` describes.
 
     Example: "amd-epyc-zen-4-avx512-bf16", "intel-xeon-amx".
     """
-    if found.get("accelerator"):
-        return "-".join(re.findall(r"[a-z0-9]+", found["accelerator"].lower()))
-    cpu = re.sub(r"\((r|tm)\)|\b(processor|cpu)\b", " ", found["cpu"].lower())
-    words = f"{cpu} {found.get('generation', '')} {instructions(found)}"
+    if machine.get("accelerator"):
+        return "-".join(re.findall(r"[a-z0-9]+", machine["accelerator"].lower()))
+    cpu = re.sub(r"\((r|tm)\)|\b(processor|cpu)\b", " ", machine["cpu"].lower())
+    words = f"{cpu} {machine.get('generation', '')} {instructions(machine)}"
     return "-".join(re.findall(r"[a-z0-9]+", words.lower()))
 
 
-def instructions(found: Mapping[str, Any]) -> str:
+def instructions(machine: Mapping[str, Any]) -> str:
     """Returns the widest matrix instructions in a CPU's `processor` record; "" if not recorded."""
-    flags = found["flags"]
+    flags = machine["flags"]
     if flags.get("amx_bf16"):
         return "amx"
     if flags.get("avx512_bf16"):
@@ -95,7 +95,7 @@ def instructions(found: Mapping[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     """Returns the installed versions of packages on which figures depend."""
-    return {name: found for name in _PACKAGES if (found := _version(name))}
+    return {name: number for name in _PACKAGES if (number := _version(name))}
 
 
 def proc_fields(path: str) -> dict[str, str]:

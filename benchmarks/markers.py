@@ -11,6 +11,6 @@ from pathlib import Path
 
 def write_between(page: Path, start: str, end: str, content: str) -> None:
     """Replaces the text between two markers of a page."""
-    before, rest = page.read_text().split(start)
-    _, after = rest.split(end)
+    before, following = page.read_text().split(start)
+    _, after = following.split(end)
     page.write_text(f"{before}{start}\n{content}\n{end}{after}")

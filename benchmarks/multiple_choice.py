@@ -105,8 +105,8 @@ def one(options: argparse.Namespace) -> None:
 def rows(record: dict[str, Any]) -> list[Row]:
     """Returns the speed after compilation, which has a requirement, and the first pass."""
     found_rows = []
-    for case, found in record["cases"].items():
-        runs = found["runs"]
+    for case, result in record["cases"].items():
+        runs = result["runs"]
         found_rows.append(
             compared_runs(f"items/s, {case}", runs, "lm_eval", "items_per_second", at_least(2.0), digits=1)
         )

@@ -36,18 +36,18 @@ def main() -> None:
     run = parser.parse_args().run
     print("| base held as | accuracy, base | accuracy, adapter | loss, base | loss, adapter | divergence |")
     print("| --- | --- | --- | --- | --- | --- |")
-    known = None
+    reference = None
     for kind in KINDS:
         model = load(run, quantize=kind)
         config = config_from_dict(model.located.run)
         items, _ = held_out(config.data, model.base.tokenizer)
         evaluator = Evaluator(model.module, model.base.tokenizer, items)
         before, after = (evaluator.measure(model.base.params, lora) for lora in (None, model.lora))
-        found = log_probabilities(model, items[:_COMPARED])
-        known = found if known is None else known
+        computed = log_probabilities(model, items[:_COMPARED])
+        reference = computed if reference is None else reference
         held = config.compute.dtype if kind == "none" else kind
         cells = (held, *(f"{values[name]:.3f}" for name in ("accuracy", "loss") for values in (before, after)))
-        print(f"| {' | '.join(cells)} | {divergence(known, found):.4f} |", flush=True)
+        print(f"| {' | '.join(cells)} | {divergence(reference, computed):.4f} |", flush=True)
 
 
 def log_probabilities(model: AdaptedModel, items: Sequence[Any]) -> list[np.ndarray]:
@@ -58,15 +58,15 @@ def log_probabilities(model: AdaptedModel, items: Sequence[Any]) -> list[np.ndar
         hidden = model.module.apply(variables, tokens)
         return jax.nn.log_softmax(model.module.apply(variables, hidden, method="unembed").astype(jnp.float32))
 
-    found = []
+    values = []
     for item in items:
         assert isinstance(item, ChoiceItem)
         prompt, answer = item.contexts[item.gold], item.choice_ids[item.gold]
         tokens = np.zeros((1, -(-(len(prompt) + len(answer)) // 32) * 32), np.int32)  # few lengths, few programs
         tokens[0, : len(prompt) + len(answer)] = [*prompt, *answer]
         span = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
-        found.append(np.asarray(logits(model.variables, tokens))[0, span])
-    return found
+        values.append(np.asarray(logits(model.variables, tokens))[0, span])
+    return values
 
 
 def divergence(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:

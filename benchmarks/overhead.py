@@ -38,11 +38,11 @@ def main() -> None:
     from nalora_jax.config import MeshConfig
     from nalora_jax.train.assembly import assemble
 
-    given = options()
-    shared = parse(["--dtype", given.dtype, "--layers", str(given.layers), "--remat", given.remat])
+    chosen = options()
+    shared = parse(["--dtype", chosen.dtype, "--layers", str(chosen.layers), "--remat", chosen.remat])
     mesh = distributed.make_mesh(MeshConfig())
     base, params = base_model(shared, mesh)
-    batch = batch_of(random_tokens(1, given.batch, given.seq, base.vocab_size)[0], mesh)
+    batch = batch_of(random_tokens(1, chosen.batch, chosen.seq, base.vocab_size)[0], mesh)
 
     def stepper(method: str) -> object:
         assembly = assemble(run_config(shared, method=method), base, params, mesh)
@@ -56,20 +56,20 @@ def main() -> None:
 
         return step
 
-    pairs = alternate(stepper(given.method), stepper("lora"), pairs=given.pairs)
-    case = f"{given.dtype} {given.batch}x{given.seq}" + ("" if given.method == "nalora" else f", {given.method}")
-    record = {"settings": vars(given), **pairs.to_dict()}
+    pairs = alternate(stepper(chosen.method), stepper("lora"), pairs=chosen.pairs)
+    case = f"{chosen.dtype} {chosen.batch}x{chosen.seq}" + ("" if chosen.method == "nalora" else f", {chosen.method}")
+    record = {"settings": vars(chosen), **pairs.to_dict()}
     print(table(save("overhead", case, record)))
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
     """Returns one row per dtype and shape."""
-    return [_row(case, found) for case, found in record["cases"].items()]
+    return [_row(case, result) for case, result in record["cases"].items()]
 
 
-def _row(case: str, found: dict[str, Any]) -> Row:
-    ratio = found["ratio"]
-    ours, other = (spread(found["seconds"][name], 2, "s") for name in ("first", "second"))
+def _row(case: str, result: dict[str, Any]) -> Row:
+    ratio = result["ratio"]
+    ours, other = (spread(result["seconds"][name], 2, "s") for name in ("first", "second"))
     interval = f"{ratio['low']:.3f} to {ratio['high']:.3f}, {ratio['pairs']} pairs"
     return Row(f"step, {case}", ours, other, ratio["median"], at_most(1.02), interval)
 

@@ -44,13 +44,13 @@ def examples(count: int) -> Examples:
     from nalora_jax.loading.base import load_model
 
     tokenizer = load_model("smollm2-135m-instruct", dtype="bfloat16").tokenizer
-    found: Examples = []
+    rows: Examples = []
     for task in MIX:
         config = DataConfig(dataset=task, max_length=LENGTH - 1, train_limit=-(-count // len(MIX)))
         store = open_store(open_source(config, "train"), config, tokenizer, 0, None)
         pairs = zip(store.offsets[:-1], store.offsets[1:], strict=True)
-        found += [(np.array(store.tokens[a:b]), np.array(store.answer[a:b], bool)) for a, b in pairs]
-    return [found[i] for i in np.random.default_rng(0).permutation(len(found))[:count]]
+        rows += [(np.array(store.tokens[a:b]), np.array(store.answer[a:b], bool)) for a, b in pairs]
+    return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:count]]
 
 
 def our_batches(data: Examples, steps: int) -> list[dict[str, np.ndarray]]:
@@ -157,24 +157,24 @@ def useful_tokens(batch: dict[str, np.ndarray]) -> int:
 def rows(record: dict[str, Any]) -> list[Row]:
     """Returns one row for each of PEFT's batchings."""
     found_rows = []
-    for case, found in record["cases"].items():
-        speeds = {name: _speeds(found, name) for name in found["runs"]}
+    for case, result in record["cases"].items():
+        speeds = {name: _speeds(result, name) for name in result["runs"]}
         ours = speeds.pop("nalora_jax")
         for name, speed in speeds.items():
             packed = name == "packed"
-            by = f" by {found['packer']}" if packed else ""
+            by = f" by {result['packer']}" if packed else ""
             limit = at_least(1.0 if packed else 2.0)
             found_rows.append(compared(f"useful tokens/s, {case}, against PEFT {name}{by}", ours, speed, limit))
     return found_rows
 
 
-def _speeds(found: dict[str, Any], name: str) -> list[float]:
+def _speeds(result: dict[str, Any], name: str) -> list[float]:
     """Returns each run's useful tokens per second over its timed steps.
 
     Each run gives one value, because batches differ.
     """
-    useful = sum(found["useful_tokens"][name])
-    return [useful / sum(run["seconds"]) for run in found["runs"][name]]
+    useful = sum(result["useful_tokens"][name])
+    return [useful / sum(run["seconds"]) for run in result["runs"][name]]
 
 
 def table(record: dict[str, Any]) -> str:

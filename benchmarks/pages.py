@@ -83,28 +83,30 @@ class Figures:
 
 def recorded(folder: Path, parts: Sequence[str]) -> list[Figures]:
     """Returns figures by machine, then in the order of the parts, without parts that have none."""
-    found = []
+    figures = []
     apart = (common.QUICK, common.OWN)
     for machine in sorted(path for path in folder.iterdir() if path.is_dir() and path not in apart):
-        for part in parts:
-            record = common.load(part, machine)
+        for name in parts:
+            record = common.load(name, machine)
             if record["cases"]:
-                found.append(Figures(part, importlib.import_module(part), record))
-    return found
+                figures.append(Figures(name, importlib.import_module(name), record))
+    return figures
 
 
 def render(parts: Sequence[str], folder: Path = common.PUBLISHED) -> str:
     """Returns the page's Markdown from the recorded figures: one table per machine."""
-    found = recorded(folder, parts)
-    machines = sorted(dict.fromkeys(figures.machine for figures in found))
-    overviews = [overview(name, [figures for figures in found if figures.machine == name], parts) for name in machines]
+    recorded_figures = recorded(folder, parts)
+    machines = sorted(dict.fromkeys(figures.machine for figures in recorded_figures))
+    overviews = [
+        overview(name, [figures for figures in recorded_figures if figures.machine == name], parts) for name in machines
+    ]
     return "\n\n".join([HEADER, *overviews]) + "\n"
 
 
-def overview(machine: str, found: Sequence[Figures], parts: Sequence[str]) -> str:
+def overview(machine: str, recorded_figures: Sequence[Figures], parts: Sequence[str]) -> str:
     """Returns at most `ROWS` rows of one machine; parts without figures are named."""
     lines, verdicts = [], []
-    for figures in found:
+    for figures in recorded_figures:
         for row in figures.module.rows(figures.record):
             verdicts += [row.verdict] if row.limit is not None else []
             missed = row.limit is not None and row.verdict != "met"
@@ -114,9 +116,9 @@ def overview(machine: str, found: Sequence[Figures], parts: Sequence[str]) -> st
     while len(lines) > ROWS:  # the last that meets its requirement
         lines.pop(max(i for i, (missed, _) in enumerate(lines) if not missed))
     compiled = machine in COMPILED.values()
-    accelerated = all(figures.part in WHOLE for figures in found)
-    there = (*COMPILED, *WHOLE, *(figures.part for figures in found))
-    missing = [part for part in parts if part not in there]
+    accelerated = all(figures.part in WHOLE for figures in recorded_figures)
+    there = (*COMPILED, *WHOLE, *(figures.part for figures in recorded_figures))
+    missing = [name for name in parts if name not in there]
     head = f"{verdicts.count('met')} of {len(verdicts)} measured ratios are as required."
     head += f" Not measured here: {', '.join(missing)}." if missing and not compiled and not accelerated else ""
     header = ("part", "figure", "nalora_jax", "beside it", "ratio", "required", "")
@@ -125,8 +127,8 @@ def overview(machine: str, found: Sequence[Figures], parts: Sequence[str]) -> st
 
 def details(parts: Sequence[str], folder: Path = common.PUBLISHED) -> str:
     """Returns every figure with its command, by part."""
-    found = recorded(folder, parts)
-    by_part = [[figures for figures in found if figures.part == part] for part in parts]
+    recorded_figures = recorded(folder, parts)
+    by_part = [[figures for figures in recorded_figures if figures.part == name] for name in parts]
     head = (
         "# Every figure\n\nMade by `python benchmarks/run.py --publish` (or `--page`) from `benchmarks/results`; "
         "docs/benchmarks.md says how they were measured and shows the first of them."
@@ -134,17 +136,19 @@ def details(parts: Sequence[str], folder: Path = common.PUBLISHED) -> str:
     return "\n\n".join([head, *(section(measured) for measured in by_part if measured)]) + "\n"
 
 
-def section(found: Sequence[Figures]) -> str:
+def section(recorded_figures: Sequence[Figures]) -> str:
     """Returns a part's tables, one per machine, and the origin of the figures."""
-    module = found[0].module
+    module = recorded_figures[0].module
     about = module.__doc__.strip().split("\n\n")[1:]
     prose = [block for block in about if not block.startswith(("    ", "--"))]  # neither commands nor options
     text = [f"## {module.TITLE}", *prose]
-    for figures in found:
+    for figures in recorded_figures:
         text += [f"**{figures.machine}**", module.table(figures.record)]
-    if (NOTES / f"{found[0].part}.md").exists():
-        text.append(f"What profiles showed, and what was tried: [{found[0].part}.md]({found[0].part}.md).")
-    return "\n\n".join([*text, *(sources(figures.record) for figures in found)])
+    if (NOTES / f"{recorded_figures[0].part}.md").exists():
+        text.append(
+            f"What profiles showed, and what was tried: [{recorded_figures[0].part}.md]({recorded_figures[0].part}.md)."
+        )
+    return "\n\n".join([*text, *(sources(figures.record) for figures in recorded_figures)])
 
 
 def sources(record: dict[str, Any]) -> str:
@@ -153,8 +157,8 @@ def sources(record: dict[str, Any]) -> str:
     for case in record["cases"].values():
         commands.setdefault(describe(case), []).append(f"`{case['command']}`")
     return "\n\n".join(
-        f"{machine}:\n\n" + "\n".join(f"- {command}" for command in dict.fromkeys(found))
-        for machine, found in commands.items()
+        f"{machine}:\n\n" + "\n".join(f"- {command}" for command in dict.fromkeys(used))
+        for machine, used in commands.items()
     )
 
 
@@ -163,10 +167,10 @@ def describe(case: dict[str, Any]) -> str:
     machine = case["machine"]
     flags = ", ".join(name for name, there in machine["flags"].items() if there)
     missing = "" if tables.has_amx(case) else ", no AMX"
-    own = {name: runs[-1]["versions"] for name, runs in case.get("runs", {}).items() if "versions" in runs[-1]}
+    separate = {name: runs[-1]["versions"] for name, runs in case.get("runs", {}).items() if "versions" in runs[-1]}
     versions = "; ".join(
-        f"{name}{': ' if name else ''}" + ", ".join(f"{package} {version}" for package, version in found.items())
-        for name, found in {"": machine["versions"], **own}.items()
+        f"{name}{': ' if name else ''}" + ", ".join(f"{package} {version}" for package, version in number.items())
+        for name, number in {"": machine["versions"], **separate}.items()
     )
     design = f" {machine['generation']}" if machine.get("generation") else ""
     return (

@@ -143,12 +143,12 @@ def one(options: argparse.Namespace) -> None:
 def rows(record: dict[str, Any]) -> list[Row]:
     """Returns speed, which has a requirement, and memory, against the peer's fastest setting."""
     found_rows = []
-    for found in record["cases"].values():
-        runs = found["runs"]
+    for result in record["cases"].values():
+        runs = result["runs"]
         best = max(
             set(runs) - {"nalora_jax"}, key=lambda name: statistics.median(values(runs[name], "tokens_per_second"))
         )
-        what = f"{found['settings']['dtype']} {found['settings']['shape']}, {best}"
+        what = f"{result['settings']['dtype']} {result['settings']['shape']}, {best}"
         found_rows.append(compared_runs(f"tokens/s, {what}", runs, best, "tokens_per_second", at_least(1.6)))
         found_rows.append(compared_runs(f"peak memory, {what}", runs, best, "peak_rss_mb", None, unit="MB"))
     return found_rows

@@ -126,8 +126,8 @@ def _given(batch: dict[str, np.ndarray], options: argparse.Namespace) -> dict[st
     tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
     if tensors["attention_mask"].ndim == 4:
         dtype = torch.bfloat16 if options.dtype == "bfloat16" and options.bf16_mode == "pure" else torch.float32
-        seen = tensors["attention_mask"]
-        tensors["attention_mask"] = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        mask = tensors["attention_mask"]
+        tensors["attention_mask"] = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     return tensors
 
 
@@ -205,13 +205,13 @@ def search(options: argparse.Namespace) -> dict[str, Any]:
     shared += ["--layers", str(options.layers)] if options.layers else []
     shared += ["--checkpointing"] if options.checkpointing else []
     commands = {name: [sys.executable, __file__, *shared, *extra] for name, extra in variants.items()}
-    found = alternate_processes(commands, rounds=options.rounds)
+    measured = alternate_processes(commands, rounds=options.rounds)
     return {
         name: {
             "tokens_per_second": summary(values([run.record for run in runs], "tokens_per_second")),
             "peak_rss_mb": summary([run.record["peak_rss_mb"] for run in runs]),
         }
-        for name, runs in found.items()
+        for name, runs in measured.items()
     }
 
 

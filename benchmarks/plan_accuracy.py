@@ -122,17 +122,19 @@ def decided(pair: Pair, *, compiles: bool) -> tuple[Search, Layout, dict[str, An
 
 def _compile_apart(pair: Pair, layout: Layout) -> None:
     """Adds a program to the record in a process, which returns its memory at exit."""
-    given = json.dumps({"pair": asdict(pair), "mesh": layout.mesh, "remat": layout.remat})
+    request = json.dumps({"pair": asdict(pair), "mesh": layout.mesh, "remat": layout.remat})
     platform = topology(pair.machine).chip.platform
-    subprocess.run([sys.executable, __file__, "--platform", platform, "--one", given], check=True)
+    subprocess.run([sys.executable, __file__, "--platform", platform, "--one", request], check=True)
 
 
-def _one(given: str) -> None:
+def _one(request: str) -> None:
     """Runs the process of `_compile_apart`."""
-    what = json.loads(given)
+    what = json.loads(request)
     pair, where = Pair(**what["pair"]), topology(what["pair"]["machine"])
     layouts = fitting(pair.config, pair.base, adapter_spec(pair.config, pair.base), where, pair.seq)
-    (layout,) = (one for one in layouts if list(one.mesh) == what["mesh"] and one.remat == what["remat"])
+    (layout,) = (
+        candidate for candidate in layouts if list(candidate.mesh) == what["mesh"] and candidate.remat == what["remat"]
+    )
     record = compile_one(pair, layout)
     RECORD.parent.mkdir(exist_ok=True)
     with RECORD.open("a") as file:
@@ -141,21 +143,21 @@ def _one(given: str) -> None:
 
 def pairs_of(seed: int, count: int) -> list[Pair]:
     """Returns the pairs of a seed; the report starts with the two known pairs."""
-    known = KNOWN if seed == SEED else ()
-    return [*known, *itertools.islice(drawn(seed), count - len(known))]
+    fixed = KNOWN if seed == SEED else ()
+    return [*fixed, *itertools.islice(drawn(seed), count - len(fixed))]
 
 
 def rows(pairs: list[Pair]) -> list[dict[str, Any]]:
     """Returns the table's rows of pairs whose programs are recorded."""
-    shown = []
+    cells = []
     for pair in pairs:
         try:
             search, layout, entry = decided(pair, compiles=False)
         except NotRecorded:
             continue
         limit = topology(pair.machine).chip.memory
-        shown.append({"pair": pair, "search": search, "layout": layout, "entry": entry, "limit": limit})
-    return shown
+        cells.append({"pair": pair, "search": search, "layout": layout, "entry": entry, "limit": limit})
+    return cells
 
 
 def error_of(estimated: float, compiled: float) -> float:
@@ -163,7 +165,7 @@ def error_of(estimated: float, compiled: float) -> float:
     return estimated / compiled - 1
 
 
-def table(shown: list[dict[str, Any]]) -> str:
+def table(cells: list[dict[str, Any]]) -> str:
     """Returns Markdown with a row for each pair."""
     lines = [
         "| model, layers | machine | rows x length | data x fsdp x tensor, remat "
@@ -171,7 +173,7 @@ def table(shown: list[dict[str, Any]]) -> str:
         "| compiled layouts |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in shown:
+    for row in cells:
         pair, layout, entry = row["pair"], row["layout"], row["entry"]
         lines.append(
             f"| {pair.model}, {pair.layers} | {pair.machine} | {pair.rows} x {pair.seq} "
@@ -180,18 +182,18 @@ def table(shown: list[dict[str, Any]]) -> str:
             f"| {error_of(layout.memory, entry['memory']):+.0%} | {layout.seconds:.3g}, {entry['seconds']:.3g} "
             f"| {entry['mfu']:.0%} | {len(row['search'].tried)} |"
         )
-    return "\n".join([*lines, "", summary(shown)])
+    return "\n".join([*lines, "", summary(cells)])
 
 
-def summary(shown: list[dict[str, Any]]) -> str:
+def summary(cells: list[dict[str, Any]]) -> str:
     """Returns the errors over all accepted layouts, and over all compiled layouts."""
-    if not shown:
+    if not cells:
         return ""
-    accepted = [(row["layout"], row["entry"]["memory"]) for row in shown]
-    tried = [(one, result.memory) for row in shown for one, result in row["search"].tried if result.memory]
-    first = sum(len(row["search"].tried) == 1 for row in shown)
+    accepted = [(row["layout"], row["entry"]["memory"]) for row in cells]
+    tried = [(layout, result.memory) for row in cells for layout, result in row["search"].tried if result.memory]
+    first = sum(len(row["search"].tried) == 1 for row in cells)
     return (
-        f"{len(shown)} of {PAIRS} pairs (seed {SEED}) are compiled; for {first} the first layout was accepted. "
+        f"{len(cells)} of {PAIRS} pairs (seed {SEED}) are compiled; for {first} the first layout was accepted. "
         f"Error of the estimated memory of accepted layouts: {_errors(accepted)}; "
         f"of all {len(tried)} compiled layouts: {_errors(tried)}."
     )
@@ -224,11 +226,11 @@ def main() -> None:
     here = [pair for pair in order(pairs) if topology(pair.machine).chip.platform == options.platform]
     for pair in () if options.page else here:
         decided(pair, compiles=True)
-    shown = table(rows(pairs))
+    lines = table(rows(pairs))
     if options.show or options.seed != SEED:
-        print(shown)
+        print(lines)
     else:
-        write_between(PAGE, START, END, shown)
+        write_between(PAGE, START, END, lines)
     return None
 
 

@@ -31,8 +31,8 @@ TOPOLOGIES = {"tpu": ("v5e:16x16", "v6e:16x16", "v5p:8x8x16"), "gpu": ("8xh100",
 def recorded() -> dict[tuple[str, str], dict[str, Any]]:
     """Returns the newest entry of each model and topology."""
     lines = RECORD.read_text().splitlines() if RECORD.exists() else []
-    found = [json.loads(line) for line in lines]
-    return {(entry["model"], entry["topology"]): entry for entry in found}
+    records = [json.loads(line) for line in lines]
+    return {(entry["model"], entry["topology"]): entry for entry in records}
 
 
 def compile_entry(model: str, topology: str) -> bool:

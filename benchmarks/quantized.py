@@ -71,10 +71,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         items = eval_examples(c.DataConfig(dataset=task), loaded.tokenizer, limit=options.questions)
         evaluators[task] = Evaluator(assembly.eval_model, loaded.tokenizer, items)
     state, batches, params = assembly.state, iter(data.batches()), assembly.view(loaded.params)
-    given = [distributed.make_global_batch(next(batches), mesh, rows_axis=1) for _ in range(options.steps)]
-    compile_ahead(assembly.step, params, state, given[0])
+    inputs = [distributed.make_global_batch(next(batches), mesh, rows_axis=1) for _ in range(options.steps)]
+    compile_ahead(assembly.step, params, state, inputs[0])
     seconds = []
-    for batch in given:
+    for batch in inputs:
         began = time.perf_counter()
         state, metrics = assembly.step(params, state, batch)
         loss = float(metrics["loss"])
@@ -132,15 +132,15 @@ def table(record: Mapping[str, Any]) -> str:
         f"| {first} accuracy, loss: before | after | {second} accuracy, loss: before | after |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for kind, found in kinds.items():
-        size, training = found["bytes"], found["training"]
-        asked = [found[when][task] for task in TASKS for when in ("before", "after")]
+    for kind, result in kinds.items():
+        size, training = result["bytes"], result["training"]
+        asked = [result[when][task] for task in TASKS for when in ("before", "after")]
         cells = [
             kind,
             megabytes(size, "kernels"),
             f"{size['embedding'] / 1e6:.0f}",
             megabytes(size, "all"),
-            f"{found['load_peak_mb']:.0f}",
+            f"{result['load_peak_mb']:.0f}",
             f"{training['peak_mb']:.0f}",
             f"{training['tokens_per_second']['median']:.0f}",
             *(f"{values['accuracy']:.3f}, {values['loss']:.3f}" for values in asked),
@@ -155,10 +155,10 @@ def main() -> None:
         print(json.dumps(measure(options)))
         return
     settings = {"model": options.model, "steps": options.steps, "batch": options.batch, "questions": options.questions}
-    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     for kind in options.kinds:
-        found = run_process([sys.executable, str(Path(__file__)), "--measure", kind, *flags]).record
-        save("quantized", kind, {"settings": settings, **found})
+        result = run_process([sys.executable, str(Path(__file__)), "--measure", kind, *flags]).record
+        save("quantized", kind, {"settings": settings, **result})
     print(table(load("quantized")))
 
 

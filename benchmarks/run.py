@@ -90,7 +90,7 @@ PARTS = (
 NAMES = tuple(part.name for part in PARTS)
 
 
-def measure(part: Part, options: argparse.Namespace) -> bool:
+def measure(benchmark: Part, options: argparse.Namespace) -> bool:
     """Runs all lines of a part; returns True if all succeeded."""
     where = {  # by the start of a line
         "multiple_choice": ["--peer-python", options.lm_eval_python],
@@ -104,11 +104,11 @@ def measure(part: Part, options: argparse.Namespace) -> bool:
         {**common.ENVIRONMENT, **({"NALORA_BENCH_QUICK": "1"} if options.quick else {})}
     )
     succeeded = True
-    for line in part.runs:
-        arguments = line.split() + (part.quick.split() if options.quick else [])
+    for line in benchmark.runs:
+        arguments = line.split() + (benchmark.quick.split() if options.quick else [])
         for start, words in where.items():
-            arguments += words if f"{part.name} {line}".startswith(start) else []
-        command = common.script(f"{part.name}.py", *arguments)
+            arguments += words if f"{benchmark.name} {line}".startswith(start) else []
+        command = common.script(f"{benchmark.name}.py", *arguments)
         print("$", " ".join(["python", *command[1:]]), flush=True)
         start = time.perf_counter()
         done = subprocess.run(command, env=environment, check=False)
@@ -117,10 +117,10 @@ def measure(part: Part, options: argparse.Namespace) -> bool:
     return succeeded
 
 
-def publish(names: Sequence[str], own: Path = common.OWN, published: Path = common.PUBLISHED) -> list[Path]:
+def publish(names: Sequence[str], source: Path = common.OWN, published: Path = common.PUBLISHED) -> list[Path]:
     """Replaces the committed figures by those in ``own``, by case; returns the written files."""
     written = []
-    for path in sorted(own.glob("*/*.json")):
+    for path in sorted(source.glob("*/*.json")):
         if path.stem.removesuffix("_search") not in names:
             continue
         target = published / path.parent.name / path.name
@@ -165,7 +165,8 @@ def main() -> None:
         draw(publish(options.only) if options.publish else [])
         write_pages()
         return
-    failed = [part.name for part in PARTS if part.name in options.only and not measure(part, options)]
+    chosen = [benchmark for benchmark in PARTS if benchmark.name in options.only]
+    failed = [benchmark.name for benchmark in chosen if not measure(benchmark, options)]
     print(pages.render(NAMES, common.QUICK if options.quick else common.OWN))
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

@@ -69,8 +69,8 @@ def main() -> None:
 
     program = SweepProgram(solo, base.d_model)
     joined = program.begin(states)
-    whole = {name: np.stack([np.asarray(batch[name]) for batch in batches]) for name in batches[0]}
-    batch = distributed.make_global_batch(whole, mesh, rows_axis=2)
+    stacked = {name: np.stack([np.asarray(batch[name]) for batch in batches]) for name in batches[0]}
+    batch = distributed.make_global_batch(stacked, mesh, rows_axis=2)
     together_bytes = program.lower(joined, batch).compile().memory_analysis()
 
     def together() -> Any:

@@ -121,12 +121,12 @@ _WORDS = {"amx": "AMX", "avx512-bf16": "AVX512-BF16", "avx512": "AVX-512", "avx2
 
 def machine(case: Mapping[str, Any]) -> str:
     """Returns a case's accelerators, or its CPU: name, generation if recorded, instructions."""
-    found = case["machine"]
-    if found.get("accelerator"):
-        return str(found["accelerator"])
-    cpu = re.sub(r"\((R|TM)\)", "", found["cpu"]).removesuffix(" Processor")
-    design = f" ({found['generation']})" if found.get("generation") else ""
-    return f"{cpu}{design}, {_WORDS[machines.instructions(found)]}"
+    recorded = case["machine"]
+    if recorded.get("accelerator"):
+        return str(recorded["accelerator"])
+    cpu = re.sub(r"\((R|TM)\)", "", recorded["cpu"]).removesuffix(" Processor")
+    design = f" ({recorded['generation']})" if recorded.get("generation") else ""
+    return f"{cpu}{design}, {_WORDS[machines.instructions(recorded)]}"
 
 
 def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:

@@ -80,17 +80,17 @@ def main() -> None:
             options.repeats,
             lambda chunks=chunks: [tokenize(chunk, tokenizer) for chunk in chunks],
             lambda chunks=chunks: [
-                [one.ids for one in tokenizer.backend.encode_batch([text.text for text in chunk])] for chunk in chunks
+                [row.ids for row in tokenizer.backend.encode_batch([text.text for text in chunk])] for chunk in chunks
             ],
         )
         with tempfile.TemporaryDirectory() as folder:
             source = RecordsSource(kind.__name__, records)
             began = time.perf_counter()
             open_store(source, config, tokenizer, 0, Path(folder))
-            whole = time.perf_counter() - began
+            seconds = time.perf_counter() - began
         figures = {"kind": kind.__name__, "tokens": tokens, "tokens_per_second": round(tokens / ours)}
         figures |= {"encode_batch": round(tokens / theirs), "ratio": round(theirs / ours, 3)}
-        print(json.dumps(figures | {"rendering_s": round(rendering, 2), "with_cache_s": round(whole, 2)}))
+        print(json.dumps(figures | {"rendering_s": round(rendering, 2), "with_cache_s": round(seconds, 2)}))
 
 
 VOCABULARY = ["".join(np.random.default_rng(i).choice(list("etaoinshrdlu"), 2 + i % 8)) for i in range(5000)]

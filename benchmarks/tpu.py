@@ -147,7 +147,7 @@ def costs(
     topology: str, rows: int, seq: int, depths: tuple[int, int], compiler: dict[str, str] | None
 ) -> dict[str, dict[str, float]]:
     """Returns the model's flops and bytes accessed per chip, by method."""
-    found = {}
+    measured = {}
     for method in ("lora", "nalora"):
         few, more = (
             program(method, layers, topology, rows, seq, unroll=True, compiler=compiler).cost_analysis()
@@ -155,37 +155,37 @@ def costs(
         )
         layers = LLAMA["num_hidden_layers"]
         per_layer = {key: (more[key] - few[key]) / (depths[1] - depths[0]) for key in ("flops", "bytes accessed")}
-        found[method] = {key: few[key] + (layers - depths[0]) * value for key, value in per_layer.items()}
-    return found
+        measured[method] = {key: few[key] + (layers - depths[0]) * value for key, value in per_layer.items()}
+    return measured
 
 
 def memory(topology: str, rows: int, seq: int, layers: int) -> dict[str, dict[str, int]]:
     """Returns the bytes per chip of the complete program, by method."""
-    found = {}
+    measured = {}
     for method in ("lora", "nalora"):
         analysis = program(method, layers, topology, rows, seq, unroll=False).memory_analysis()
-        found[method] = {
+        measured[method] = {
             "arguments": int(analysis.argument_size_in_bytes),
             "temporary": int(analysis.temp_size_in_bytes),
         }
-    return found
+    return measured
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
     """Returns costs of NA-LoRA over LoRA, and memory with the chip's capacity."""
     found_rows = []
-    for case, found in record["cases"].items():
-        ours, other = found["nalora"], found["lora"]
+    for case, result in record["cases"].items():
+        ours, other = result["nalora"], result["lora"]
         if "flops" in ours:
             for key, most, unit, scale in (("flops", 1.01, "TF", 1e12), ("bytes accessed", 1.02, "GB", 1e9)):
                 texts = [f"{side[key] / scale:,.2f} {unit}" for side in (ours, other)]
-                limit = None if found["settings"].get("scheduled") else at_most(most)
+                limit = None if result["settings"].get("scheduled") else at_most(most)
                 found_rows.append(Row(f"{key} per chip, {case}", *texts, ours[key] / other[key], limit))
             continue
         texts = [f"{side['temporary'] / 1e9:.2f} GB" for side in (ours, other)]
         ratio = ours["temporary"] / other["temporary"]
         found_rows.append(Row(f"temporary memory per chip, {case}", *texts, ratio, at_most(1.01)))
-        chip = CHIP_BYTES[found["settings"]["topology"].split(":")[0]]
+        chip = CHIP_BYTES[result["settings"]["topology"].split(":")[0]]
         total = ours["arguments"] + ours["temporary"]
         what = f"all memory of NA-LoRA per chip, {case}, over the chip's"
         found_rows.append(Row(what, f"{total / 1e9:.2f} GB", f"{chip / 1e9:.0f} GB", total / chip, at_most(1.0)))
@@ -213,16 +213,16 @@ def main() -> None:
         if what not in options.what:
             continue
         scheduled = what == "scheduled"
-        found = costs(topology, topology_mesh(topology).size, 2048, (1, 2), None if scheduled else UNSCHEDULED)
+        result = costs(topology, topology_mesh(topology).size, 2048, (1, 2), None if scheduled else UNSCHEDULED)
         case = f"{topology}, one sequence of 2,048 tokens a chip" + (", as scheduled" if scheduled else "")
         settings = {"topology": topology, "scheduled": scheduled}
-        record["cases"] |= save("tpu", case, {"settings": settings, **found})["cases"]
+        record["cases"] |= save("tpu", case, {"settings": settings, **result})["cases"]
     for topology in options.large if "memory" in options.what else ():
         chips = topology_mesh(topology).size
         layers = 4 if options.quick else LLAMA["num_hidden_layers"]
-        found = memory(topology, chips, 4096, layers)
+        result = memory(topology, chips, 4096, layers)
         case = f"Llama-3.1-8B, {topology}, one sequence of 4,096 tokens a chip"
-        record["cases"] |= save("tpu", case, {"settings": {"topology": topology, "layers": layers}, **found})["cases"]
+        record["cases"] |= save("tpu", case, {"settings": {"topology": topology, "layers": layers}, **result})["cases"]
     print(table(record))
 
 

@@ -80,21 +80,21 @@ def cycles(program: str) -> dict[str, float]:
     The kinds are matmuls of frozen weights, passes over tokens, and statistics.
     """
     entry = program[program.index("\nENTRY") :]
-    found: Counter[str] = Counter()
+    counted: Counter[str] = Counter()
     for line in entry.splitlines():
         estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
         if not estimate:
             continue
         name = (re.search(r'op_name="([^"]*)"', line) or [None, ""])[1]
         frozen = re.search(r"(gate|up|down)_proj/dot_general", name)
-        found["statistics" if "statistics" in name else "products" if frozen else "passes"] += int(estimate[1])
-    return dict(found)
+        counted["statistics" if "statistics" in name else "products" if frozen else "passes"] += int(estimate[1])
+    return dict(counted)
 
 
 def measure(topology: str, tokens: int) -> dict[str, Any]:
     """Returns flops, bytes and estimated seconds of the compiled block with their minimum."""
     d_model, d_ff = LLAMA["hidden_size"], LLAMA["intermediate_size"]
-    whole, counted = compiled(topology, tokens, None), compiled(topology, tokens, UNSCHEDULED).cost_analysis()
+    complete, counted = compiled(topology, tokens, None), compiled(topology, tokens, UNSCHEDULED).cost_analysis()
     clock = CHIPS[topology.split(":")[0]][2]
     return {
         "settings": {"topology": topology, "tokens": tokens},
@@ -102,26 +102,26 @@ def measure(topology: str, tokens: int) -> dict[str, Any]:
         "least_flops": PRODUCTS * 2.0 * tokens * d_model * d_ff,
         "bytes": counted["bytes accessed"],
         "least_bytes": 2.0 * (PRODUCTS * d_model * d_ff + tokens * (5 * d_model + 8 * d_ff)),
-        "seconds": {kind: count / clock for kind, count in cycles(whole.as_text()).items()},
-        "temporary": int(whole.memory_analysis().temp_size_in_bytes),
+        "seconds": {kind: count / clock for kind, count in cycles(complete.as_text()).items()},
+        "temporary": int(complete.memory_analysis().temp_size_in_bytes),
     }
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
     """Returns flops, bytes and time of each case over the minimum."""
     found_rows = []
-    for case, found in record["cases"].items():
-        flops, bandwidth, _ = CHIPS[found["settings"]["topology"].split(":")[0]]
+    for case, result in record["cases"].items():
+        flops, bandwidth, _ = CHIPS[result["settings"]["topology"].split(":")[0]]
         for key, unit, scale in (("flops", "TF", 1e12), ("bytes", "GB", 1e9)):
-            ours, least = found[key], found[f"least_{key}"]
+            ours, least = result[key], result[f"least_{key}"]
             texts = f"{ours / scale:.3f} {unit}", f"{least / scale:.3f} {unit}"
             found_rows.append(Row(f"{key}, {case}", *texts, ours / least))
-        limit = max(found["least_flops"] / flops, found["least_bytes"] / bandwidth)
-        bound = max(found["flops"] / flops, found["bytes"] / bandwidth)
+        limit = max(result["least_flops"] / flops, result["least_bytes"] / bandwidth)
+        bound = max(result["flops"] / flops, result["bytes"] / bandwidth)
         found_rows.append(Row(f"roofline, {case}", _ms(bound), _ms(limit), bound / limit))
-        total = sum(found["seconds"].values())
+        total = sum(result["seconds"].values())
         found_rows.append(Row(f"compiler's estimate, {case}", _ms(total), _ms(limit), total / limit))
-        for kind, seconds in sorted(found["seconds"].items()):
+        for kind, seconds in sorted(result["seconds"].items()):
             found_rows.append(Row(f"of this {kind}, {case}", _ms(seconds), _ms(limit), seconds / limit))
     return found_rows
 

@@ -28,34 +28,34 @@ SHORT = "Training, PEFT"
 def rows(record: dict[str, Any]) -> list[Row]:
     """Returns speeds first, then memory."""
     speeds, memory = [], []
-    for case, found in record["cases"].items():
+    for case, result in record["cases"].items():
         # The requirement is against the fastest of PEFT's settings.
-        slower = found["settings"]["checkpointing"] or found["settings"].get("bf16_mode") == "mixed"
-        fast = None if slower else _speed_limit(found)
-        runs, small = found["runs"], _memory_limit(found)
+        slower = result["settings"]["checkpointing"] or result["settings"].get("bf16_mode") == "mixed"
+        fast = None if slower else _speed_limit(result)
+        runs, small = result["runs"], _memory_limit(result)
         speeds.append(compared_runs(f"tokens/s, {case}", runs, "peft", "tokens_per_second", fast))
         memory.append(compared_runs(f"peak memory, {case}", runs, "peft", "peak_rss_mb", small, unit="MB"))
     return speeds + memory
 
 
-def _speed_limit(found: dict[str, Any]) -> Limit:
-    if found["settings"].get("architecture", "smollm2") != "smollm2":
+def _speed_limit(result: dict[str, Any]) -> Limit:
+    if result["settings"].get("architecture", "smollm2") != "smollm2":
         return at_least(0.8)
-    if not has_amx(found):
+    if not has_amx(result):
         return at_least(1.2)
-    small = found["settings"]["shape"] == "8x128"
-    if found["settings"]["dtype"] == "float32":
+    small = result["settings"]["shape"] == "8x128"
+    if result["settings"]["dtype"] == "float32":
         return at_least(1.05 if small else 1.0)
     return at_least(1.4 if small else 1.25)
 
 
-def _memory_limit(found: dict[str, Any]) -> Limit | None:
-    settings = found["settings"]
+def _memory_limit(result: dict[str, Any]) -> Limit | None:
+    settings = result["settings"]
     if settings.get("architecture", "smollm2") != "smollm2":
         return None
     if settings["checkpointing"]:
         return at_most(0.75) if settings["dtype"] == "bfloat16" else None
-    if has_amx(found):
+    if has_amx(result):
         return at_most(0.5) if settings["dtype"] == "bfloat16" else None
     return at_most(0.5 if settings["shape"] == "8x256" else 0.8)
 

@@ -118,8 +118,8 @@ def step_scale(averages):
 def curvature_cap(averages, tau=0.1):
     """The default: shorter steps where the response of the update is no longer linear."""
     excess, response = averages["excess"], averages["response"]
-    moved = (excess > 0) & (response > 0)
-    return jnp.where(moved, jnp.minimum(1, tau * response / jnp.where(moved, excess, 1)), 1)
+    responds = (excess > 0) & (response > 0)
+    return jnp.where(responds, jnp.minimum(1, tau * response / jnp.where(responds, excess, 1)), 1)
 
 
 def equalized(factor):

@@ -35,14 +35,14 @@ _LASTING = ("train", "study")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the subcommand of ``argv`` (default: the process's); returns the exit status."""
-    given = sys.argv[1:] if argv is None else argv
+    words = sys.argv[1:] if argv is None else argv
     terminal.open_closed_streams()
 
     def run() -> None:
         # Imported here, because help and invalid flags do not need JAX.
-        importlib.import_module("nalora_jax.cli.command").execute(_take_log_format(given))
+        importlib.import_module("nalora_jax.cli.command").execute(_take_log_format(words))
 
-    lasts = any(word in _LASTING for word in given[:1])
+    lasts = any(word in _LASTING for word in words[:1])
     with terminal.outliving_terminal() if lasts else terminal.lasting("stderr"):
         return guarded(run)
 
@@ -110,17 +110,17 @@ def _take_log_format(argv: Sequence[str]) -> list[str]:
 
     Every subcommand has this option.
     """
-    rest: list[str] = []
+    remaining: list[str] = []
     words = iter(argv)
     for word in words:
         if word != "--log-format" and not word.startswith("--log-format="):
-            rest.append(word)
+            remaining.append(word)
             continue
-        found = word.partition("=")[2] if "=" in word else next(words, "nothing")
-        if found not in ("text", "json"):
-            raise NaloraError("--log-format", expected="text or json", found=found)
-        os.environ[notes.LOG_FORMAT] = found
-    return rest
+        log_format = word.partition("=")[2] if "=" in word else next(words, "nothing")
+        if log_format not in ("text", "json"):
+            raise NaloraError("--log-format", expected="text or json", found=log_format)
+        os.environ[notes.LOG_FORMAT] = log_format
+    return remaining
 
 
 if __name__ == "__main__":

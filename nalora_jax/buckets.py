@@ -73,8 +73,8 @@ def version(name: str) -> str:
         about = _filesystem(name).info(name)
         if about["type"] == "directory":
             raise FileNotFoundError(name)
-    known = next((str(about[field]) for field in _VERSIONS if about.get(field)), "")
-    return f"{about['size']}:{known}"
+    recorded = next((str(about[field]) for field in _VERSIONS if about.get(field)), "")
+    return f"{about['size']}:{recorded}"
 
 
 def size(name: str) -> int:

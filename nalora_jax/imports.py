@@ -54,15 +54,15 @@ def import_file(name: str, folder: str | Path = ".") -> ImportedFile:
       NaloraError: there is no such file, it fails, its content differs from the recorded digest,
         or it changed after this process imported it.
     """
-    where, (path_text, _, wanted) = f"--import {name}", name.partition("@")
+    where, (path_text, _, recorded_digest) = f"--import {name}", name.partition("@")
     path = (Path(folder).expanduser() / Path(path_text).expanduser()).resolve()
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except (OSError, ValueError) as error:
-        found = getattr(error, "strerror", None) or error
-        raise NaloraError(where, expected="a Python file that can be read", found=found) from error
-    known = _IMPORTED.get(path)
-    expected = wanted or (known.digest if known else digest)
+        reason = getattr(error, "strerror", None) or error
+        raise NaloraError(where, expected="a Python file that can be read", found=reason) from error
+    imported_file = _IMPORTED.get(path)
+    expected = recorded_digest or (imported_file.digest if imported_file else digest)
     if not digest.startswith(expected):
         remedy = "restore the file, or start a new run"
         raise NaloraError(
@@ -71,11 +71,11 @@ def import_file(name: str, folder: str | Path = ".") -> ImportedFile:
             found=digest[:_DIGITS],
             remedy=remedy,
         )
-    if known is None:
-        known = ImportedFile(path_text, digest)
+    if imported_file is None:
+        imported_file = ImportedFile(path_text, digest)
         _execute(path, f"nalora_import_{path.stem}_{digest[:_DIGITS]}", where)
-        _IMPORTED[path] = known
-    return known
+        _IMPORTED[path] = imported_file
+    return imported_file
 
 
 def import_files(names: Sequence[str], folder: str | Path = ".") -> tuple[str, ...]:
@@ -99,7 +99,7 @@ def _execute(path: Path, name: str, where: str) -> None:
         del sys.modules[name]
         if isinstance(error, NaloraError | KeyboardInterrupt):
             raise
-        found = f"{type(error).__name__}: {error}"  # also of a file that ends the program
-        raise NaloraError(where, expected="a Python file that can be executed", found=found) from error
+        reason = f"{type(error).__name__}: {error}"  # also of a file that ends the program
+        raise NaloraError(where, expected="a Python file that can be executed", found=reason) from error
     finally:
         sys.dont_write_bytecode = write_bytecode

@@ -79,11 +79,11 @@ def run(
     check(config)
     _refuse_runs(config)
     config = replace(config, imports=import_files(config.imports))
-    own, source = given_sources(config.data, data=data, source=source, format=format)
-    config = replace(config, data=own)
+    data_config, source = given_sources(config.data, data=data, source=source, format=format)
+    config = replace(config, data=data_config)
     for text in config.mechanisms:
         make(text)  # raises for an unknown name before anything is loaded
-    told = [*make_callbacks(config.callbacks), *callbacks]
+    listeners = [*make_callbacks(config.callbacks), *callbacks]
     with outliving_terminal():
         distributed.initialize_distributed()
         with (
@@ -92,7 +92,7 @@ def run(
             open_output(config.output, config.resume) as output,
         ):
             try:
-                return _run(config, output, source, told, stop)
+                return _run(config, output, source, listeners, stop)
             except Interrupted as stopped:  # outside of training: checkpoints may exist
                 if stopped.saved is None and has_checkpoint(output.checkpoints):
                     raise Interrupted(stopped.signal, resume=way_on(config)) from None

@@ -133,9 +133,9 @@ def gate_statistics(
     z, probe, weights = lax.stop_gradient((z, probe, weights.astype(jnp.float32)))
     partition = activations.partition(activation.name, config.tolerance)
     of_probe = weights if probe.weights is None else probe.weights
-    taken, probed = _taken(weights, config.stride), _taken(of_probe, config.probe_stride)
+    of_gate, probed = _taken(weights, config.stride), _taken(of_probe, config.probe_stride)
     z = sampled(z, weights, config.stride)
-    sums = statistics.channel_statistics(z, taken, activation, partition, config.extra)
+    sums = statistics.channel_statistics(z, of_gate, activation, partition, config.extra)
     return sums | statistics.probe_statistics(probe.base, probe.delta, probed, activation, config.extra)
 
 

@@ -82,16 +82,16 @@ def counting(what: str, total: int | None = None) -> Iterator[Callable[[int], No
       ...         encode(text)
       ...         done(1)
     """
-    shown = time.monotonic()
+    last_shown = time.monotonic()
     count = 0
 
     def add(more: int) -> None:
-        nonlocal count, shown
+        nonlocal count, last_shown
         count += more
         if _listeners:
             _listeners[-1](what, count, total)
-        elif time.monotonic() - shown >= EVERY:
-            shown = time.monotonic()
+        elif time.monotonic() - last_shown >= EVERY:
+            last_shown = time.monotonic()
             log.info("%s", progress_text(what, count, total))
 
     if _listeners:

@@ -35,7 +35,7 @@ def match_rules(rules: Sequence[tuple[str, T]], paths: Iterable[str], *, where: 
         except (re.error, OverflowError, RecursionError) as error:
             raise NaloraError(where, expected="a regular expression", found=f"{pattern!r} ({error})") from error
     try:
-        found = bounded.matches([pattern for pattern, _ in rules], names, how="search")
+        matches = bounded.matches([pattern for pattern, _ in rules], names, how="search")
     except bounded.BoundedError as error:
         raise NaloraError(
             where,
@@ -43,16 +43,16 @@ def match_rules(rules: Sequence[tuple[str, T]], paths: Iterable[str], *, where: 
             found=error,
             remedy="repeat nothing that is itself repeated",
         ) from error
-    for (pattern, _), row in zip(rules, found, strict=True):
+    for (pattern, _), row in zip(rules, matches, strict=True):
         if all(match is None for match in row):
-            shown = sorted({re.sub(r"/\d+/", "/*/", name) for name in names})
+            patterns_of_names = sorted({re.sub(r"/\d+/", "/*/", name) for name in names})
             raise NaloraError(
                 where,
                 expected="every pattern to match something",
                 found=f"{pattern!r}, which matches nothing",
-                remedy="these exist: " + ", ".join(shown),
+                remedy="these exist: " + ", ".join(patterns_of_names),
             )
     matched: dict[str, T] = {}
-    for (_, value), row in reversed(list(zip(rules, found, strict=True))):  # the first rule has the last word
+    for (_, value), row in reversed(list(zip(rules, matches, strict=True))):  # the first rule has the last word
         matched |= {name: value for name, match in zip(names, row, strict=True) if match is not None}
     return {name: matched[name] for name in names if name in matched}

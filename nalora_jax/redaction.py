@@ -49,7 +49,7 @@ def redacted(value: Any) -> Any:
       {'callbacks': ('mlflow:uri=https://***@host/x',)}
     """
     if isinstance(value, Mapping):
-        return {name: _redacted_setting(str(name), part) for name, part in value.items()}
+        return {name: _redacted_setting(str(name), field_value) for name, field_value in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(redacted, value))
     if not isinstance(value, str):
@@ -76,11 +76,11 @@ def published(value: Any, name: str = "") -> Any:
     """
     value = redacted(value)
     if isinstance(value, Mapping):
-        return {name: published(part, name) for name, part in value.items()}
+        return {name: published(member, name) for name, member in value.items()}
     if name in _PATTERNS:
         return value
     if isinstance(value, list | tuple):
-        return type(value)(published(part, name) for part in value)
+        return type(value)(published(member, name) for member in value)
     if not isinstance(value, str):
         return value
     if name in _PATHS:

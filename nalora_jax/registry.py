@@ -42,11 +42,11 @@ class Registry(Generic[T]):
         Raises:
           NaloraError: the name is taken by another value, and ``replace`` is off.
         """
-        known = self._values.get(name, value)
-        if not replace and known is not value and not _again(known, value):
+        existing = self._values.get(name, value)
+        if not replace and existing is not value and not _again(existing, value):
             remedy = "choose another name, or pass replace=True"
             raise NaloraError(
-                f"{self._kind} {name!r}", expected="a name that is free", found=repr(known), remedy=remedy
+                f"{self._kind} {name!r}", expected="a name that is free", found=repr(existing), remedy=remedy
             )
         self._values[name] = value
         return value
@@ -75,8 +75,8 @@ class Registry(Generic[T]):
         return sorted({*self._values, *self._modules, *entry_points(group=self._group).names})
 
     def __contains__(self, name: object) -> bool:
-        known = name in self._values or name in self._modules
-        return known or name in entry_points(group=self._group).names
+        registered = name in self._values or name in self._modules
+        return registered or name in entry_points(group=self._group).names
 
     def _load(self, name: str) -> bool:
         if name in self._modules:
@@ -87,8 +87,8 @@ class Registry(Generic[T]):
             try:
                 point.load()
             except (Exception, SystemExit) as error:  # one that ends the program must not look like a finished run
-                found = f"{type(error).__name__}: {error}"
-                raise NaloraError(where, expected="a module that can be imported", found=found) from error
+                reason = f"{type(error).__name__}: {error}"
+                raise NaloraError(where, expected="a module that can be imported", found=reason) from error
             if name not in self._values:
                 raise NaloraError(
                     where, expected=f"to register a {self._kind} of that name", found="no such registration"
@@ -96,7 +96,7 @@ class Registry(Generic[T]):
         return name in self._values
 
 
-def _again(known: object, value: object) -> bool:
+def _again(existing: object, value: object) -> bool:
     """Returns True if a module was executed again, as by an edited notebook cell."""
-    name = (getattr(known, "__module__", None), getattr(known, "__qualname__", None))
+    name = (getattr(existing, "__module__", None), getattr(existing, "__qualname__", None))
     return None not in name and name == (getattr(value, "__module__", None), getattr(value, "__qualname__", None))

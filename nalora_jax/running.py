@@ -241,8 +241,8 @@ def _known_before(output: Output, questions: Mapping[str, str]) -> dict[str, Any
     saved = output.folder / BEFORE
     if not (output.resumes and saved.exists()):
         return None
-    found = read_evaluation(saved)
-    asked = found.pop("questions", questions)
+    evaluation = read_evaluation(saved)
+    asked = evaluation.pop("questions", questions)
     if asked != questions:
         raise NaloraError(
             "--data.eval-split",
@@ -250,7 +250,7 @@ def _known_before(output: Output, questions: Mapping[str, str]) -> dict[str, Any
             found="other ones: the evaluation data has changed since",
             remedy="restore that data, or start a new run in another --output",
         )
-    return found
+    return evaluation
 
 
 def _listeners(
@@ -259,14 +259,14 @@ def _listeners(
     """Returns the callbacks and the progress display; both are silent in processes other than 0."""
     if jax.process_index():
         return Callbacks(None), Progress(config.steps, console=Console(quiet=True))
-    told = Callbacks(MetricsLog(folder, resume=start or None), callbacks)
-    return told, Progress(config.steps, start=start, console=console)
+    listeners = Callbacks(MetricsLog(folder, resume=start or None), callbacks)
+    return listeners, Progress(config.steps, start=start, console=console)
 
 
 def _hooks(
     config: RunConfig,
     pieces: Pieces,
-    told: Callbacks,
+    listeners: Callbacks,
     progress: Progress,
     checkpointer: Checkpointer,
     batches: BatchIterator,
@@ -274,7 +274,7 @@ def _hooks(
 ) -> RunHooks:
     """Returns the loop's hooks."""
     return RunHooks(
-        told,
+        listeners,
         progress,
         pieces.selector,
         pieces.assembly.params,

@@ -111,10 +111,12 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns ``encode(text, special=False)`` for each text, computed on all cores."""
         with tokenizer_errors("texts", *texts):
-            found = [one.ids for one in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        for ids in found:
+            token_ids = [
+                encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            ]
+        for ids in token_ids:
             self._check_rows(ids)
-        return found
+        return token_ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Returns the text of ``ids``."""
@@ -134,13 +136,14 @@ class Tokenizer:
         if not added:
             return self
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        own = {token.content for token in backend.get_added_tokens_decoder().values()}
+        added_texts = {token.content for token in backend.get_added_tokens_decoder().values()}
         with tokenizer_errors("added tokens", *added.texts):
             for texts, add in ((added.special, backend.add_special_tokens), (added.plain, backend.add_tokens)):
                 # normalized=False: otherwise matching would depend on how a normalizer changes the
                 # surrounding text.
                 special = texts is added.special
-                add([tokenizers.AddedToken(t, special=special, normalized=False) for t in texts if t not in own])
+                new = (t for t in texts if t not in added_texts)
+                add([tokenizers.AddedToken(t, special=special, normalized=False) for t in new])
         for text in added.texts:
             ids = backend.encode(f"a{text}a", add_special_tokens=False).ids
             if backend.token_to_id(text) not in ids:
@@ -339,8 +342,8 @@ def _listed_stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
     text = config.get("text_config")
     files = [read_json(folder / "generation_config.json", missing={}), config, text if isinstance(text, dict) else {}]
     values = [file.get("eos_token_id") for file in files]
-    found = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    numbers = [item for item in found if isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**31]
+    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    numbers = [item for item in items if isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**31]
     return [number for number in numbers if backend.id_to_token(number) is not None]
 
 

@@ -57,7 +57,7 @@ def render(template: str, variables: Sequence[Mapping[str, Any]]) -> list[str]:
         length of a text, time of all its texts); or a variable is not a JSON value.
     """
     try:
-        plain = [json.dumps(one, default=_plain) for one in variables]
+        plain = [json.dumps(variable, default=_plain) for variable in variables]
     except (TypeError, ValueError, RecursionError) as error:
         raise BoundedError(f"values that JSON cannot hold ({error})") from error
     return _HELPER.render(template, plain)
@@ -128,7 +128,7 @@ class _Helper:
 
     def render(self, template: str, variables: Sequence[str]) -> list[str]:
         """Returns the rendered texts; ``variables`` are JSON texts."""
-        limits = [min(_MAX_TEXT, max(_SHORT_TEXT, _LONGER * len(one))) for one in variables]
+        limits = [min(_MAX_TEXT, max(_SHORT_TEXT, _LONGER * len(variable))) for variable in variables]
         with self._lock:
             self._ensure_running()
             source = "null" if template == self._template else json.dumps(template)
@@ -225,13 +225,13 @@ class _Helper:
         )
         while True:
             ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
-            part = os.read(pipe, 1 << 20) if ready else b""
-            parts.append(part)
-            size += len(part)
-            if part.endswith(b"\n"):
+            piece = os.read(pipe, 1 << 20) if ready else b""
+            parts.append(piece)
+            size += len(piece)
+            if piece.endswith(b"\n"):
                 value: dict[str, Any] = json.loads(b"".join(parts))
                 return value
-            if not part or size > _MAX_ANSWER:
+            if not piece or size > _MAX_ANSWER:
                 late = time.monotonic() >= deadline - 1.5
                 self.stop()
                 if size > _MAX_ANSWER:

@@ -41,11 +41,11 @@ def check_expressions(raw: Any, where: str) -> None:
     Raises:
       NaloraError: an expression exceeds the helper process's time or memory.
     """
-    found = [one for one in _expressions(raw) if one not in _KNOWN]
-    if not found:
+    unsupported = [expression for expression in _expressions(raw) if expression not in _KNOWN]
+    if not unsupported:
         return
     try:
-        bounded.split(found, SAMPLE)
+        bounded.split(unsupported, SAMPLE)
     except bounded.BoundedError as error:
         raise NaloraError(
             f"{where}: Regex",
@@ -58,14 +58,14 @@ def check_expressions(raw: Any, where: str) -> None:
 def _expressions(raw: Any) -> list[str]:
     """Returns the distinct values of ``Regex`` in the rules that are applied to texts."""
     parts = ("normalizer", "pre_tokenizer", "decoder")
-    found: dict[str, None] = {}
-    left = [raw.get(part) for part in parts] if isinstance(raw, dict) else []
+    expressions: dict[str, None] = {}
+    left = [raw.get(piece) for piece in parts] if isinstance(raw, dict) else []
     while left:
-        one = left.pop()
-        if isinstance(one, list):
-            left += one
-        elif isinstance(one, dict):
-            left += one.values()
-            if isinstance(one.get("Regex"), str):
-                found[one["Regex"]] = None
-    return list(found)
+        node = left.pop()
+        if isinstance(node, list):
+            left += node
+        elif isinstance(node, dict):
+            left += node.values()
+            if isinstance(node.get("Regex"), str):
+                expressions[node["Regex"]] = None
+    return list(expressions)

@@ -33,13 +33,13 @@ def check_growth(raw: Any, where: str) -> None:
     """
     if not isinstance(raw, Mapping):
         return
-    for part in ("normalizer", "decoder"):
-        found = _growth(raw.get(part))
-        if found > LONGEST:
+    for component in ("normalizer", "decoder"):
+        growth = _growth(raw.get(component))
+        if growth > LONGEST:
             raise NaloraError(
-                f"{where}: {part}",
+                f"{where}: {component}",
                 expected=f"rules that make a text at most {LONGEST:.0f} times as long",
-                found=f"rules that can make it {found:.3g} times as long",
+                found=f"rules that can make it {growth:.3g} times as long",
                 remedy="use the tokenizer that the model's authors published",
             )
     added = _added(raw.get("post_processor"))
@@ -57,8 +57,8 @@ def _growth(rule: Any) -> float:
         return 1.0
     product = 1.0
     for name in ("normalizers", "decoders"):
-        for one in rule.get(name) or () if isinstance(rule.get(name), list) else ():
-            product *= _growth(one)
+        for token in rule.get(name) or () if isinstance(rule.get(name), list) else ():
+            product *= _growth(token)
     kind = rule.get("type")
     if kind == "Replace":
         product *= _replacement(rule.get("pattern"), rule.get("content"))

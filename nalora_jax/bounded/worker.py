@@ -77,7 +77,7 @@ def _complaint(error: Exception) -> str:
 
 def match_all(patterns: list[str], names: list[str], how: str) -> list[list[str | None]]:
     """Matches patterns; see `bounded.matches`."""
-    found: list[list[str | None]] = []
+    matches: list[list[str | None]] = []
     for pattern in patterns:
         try:
             compiled = re.compile(pattern)
@@ -86,22 +86,22 @@ def match_all(patterns: list[str], names: list[str], how: str) -> list[list[str 
         match = getattr(compiled, how)
         rows = [match(name) for name in names]
         group = (lambda row: row["idx"] or "") if "idx" in compiled.groupindex else (lambda row: "")
-        found.append([None if row is None else group(row) for row in rows])
-    return found
+        matches.append([None if row is None else group(row) for row in rows])
+    return matches
 
 
 def split_by(expressions: list[str], text: str) -> list[list[Any]]:
     """Returns the parts of the text by each of the expressions; see `bounded.split`."""
     import tokenizers
 
-    found = []
+    pieces = []
     for expression in expressions:
         try:
             rule = tokenizers.Regex(expression)
         except Exception:
             continue  # the tokenizer's constructor refuses expressions that do not compile
-        found.append(tokenizers.pre_tokenizers.Split(rule, "isolated").pre_tokenize_str(text))
-    return found
+        pieces.append(tokenizers.pre_tokenizers.Split(rule, "isolated").pre_tokenize_str(text))
+    return pieces
 
 
 def chat_environment() -> Any:

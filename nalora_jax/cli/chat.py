@@ -184,13 +184,13 @@ class _Talk:
             if not line.startswith("/"):
                 self._answer(line)
                 return True
-            name, _, rest = line.partition(" ")
-            return self._command(name, rest.strip())
+            name, _, argument = line.partition(" ")
+            return self._command(name, argument.strip())
         except NaloraError as error:
             _say(f"error: {' '.join(str(error).split())}")
             return True
 
-    def _command(self, name: str, rest: str) -> bool:
+    def _command(self, name: str, argument: str) -> bool:
         if name in ("/exit", "/quit"):
             return False
         does: dict[str, Callable[[str], None]] = {
@@ -202,7 +202,7 @@ class _Talk:
         }
         if name not in does:
             raise NaloraError(name, expected=", ".join([*does, "/exit"]), found="none of them", remedy="see /help")
-        does[name](rest)
+        does[name](argument)
         return True
 
     def _adapter(self, path: str) -> None:
@@ -216,8 +216,8 @@ class _Talk:
 
         processor = self.model.base.processor
         if processor is None:
-            found = f"{self.adapters.name}, which was loaded as a language model"
-            raise NaloraError("/image", expected="a model that sees images", found=found)
+            loaded_as = f"{self.adapters.name}, which was loaded as a language model"
+            raise NaloraError("/image", expected="a model that sees images", found=loaded_as)
         if not path:
             raise NaloraError("/image", expected="an image file", found="none")
         self.pictures.append(processor(open_image(expand_user(path)))["pixels"])

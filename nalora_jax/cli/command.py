@@ -93,10 +93,10 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     if words[0] == "--version":
         print(f"nalora_jax {doctor.version('nalora_jax')}")
         raise SystemExit(0)
-    name, rest = words[0], words[1:]
+    name, arguments = words[0], words[1:]
     if name not in VERBS:
         raise usage.unknown(name, VERBS, f"a verb: {', '.join(VERBS)}", "see nalora --help")
-    return name, _arguments(name, VERBS[name], rest)
+    return name, _arguments(name, VERBS[name], arguments)
 
 
 def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
@@ -116,11 +116,11 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
         raise NaloraError("--steps", expected="steps or epochs", found="both", remedy="leave one of them out")
     check_ranges(args, RANGES.get(verb.arguments, {}))
     flags = {flag.field.name: flag.name for flag in usage.flags(verb.arguments) if flag.owner is verb.arguments}
-    for one in fields(args):
-        value = getattr(args, one.name)
+    for argument in fields(args):
+        value = getattr(args, argument.name)
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path):
-                check_path(flags.get(one.name, one.name.upper()), path)  # positionals as in the help
+                check_path(flags.get(argument.name, argument.name.upper()), path)  # positionals as in the help
     return args
 
 
@@ -149,24 +149,24 @@ _IMPORT = "--import"
 
 def _spelled_out(words: list[str]) -> list[str]:
     """Replaces ``auto``, ``--mechanisms none`` and ``--resume FOLDER`` by flags of the parser."""
-    found: list[str] = []
-    rest = [part for word in words for part in (word.split("=", 1) if word.startswith(_ASSIGNED) else (word,))]
-    while rest:
-        pair = tuple(rest[:2])
+    spelled: list[str] = []
+    remaining = [piece for word in words for piece in (word.split("=", 1) if word.startswith(_ASSIGNED) else (word,))]
+    while remaining:
+        pair = tuple(remaining[:2])
         if pair in _SHORT:
-            found += _SHORT[pair]
+            spelled += _SHORT[pair]
         elif pair[0] == "--resume" and len(pair) == 2 and not pair[1].startswith("-") and pair[1] not in _RESUME:
-            found += ["--output", pair[1], "--resume", "yes"]
+            spelled += ["--output", pair[1], "--resume", "yes"]
         else:
-            found += ["--resume", "no"] if rest[0] == "--no-resume" else rest[:1]
+            spelled += ["--resume", "no"] if remaining[0] == "--no-resume" else remaining[:1]
             pair = pair[:1]
-        rest = rest[len(pair) :]
-    return found
+        remaining = remaining[len(pair) :]
+    return spelled
 
 
 def _joined(words: list[str], flag: str) -> list[str]:
     """Returns the words with all values of a repeated flag after one flag."""
-    values, others, taking = [], [], False
+    values, options, taking = [], [], False
     for word in words:
         name, assigned, value = word.partition("=")
         if name == flag and (assigned or word == flag):
@@ -176,14 +176,14 @@ def _joined(words: list[str], flag: str) -> list[str]:
             values.append(word)
         else:
             taking = False
-            others.append(word)
-    return [*others, flag, *values] if flag in words or values else others
+            options.append(word)
+    return [*options, flag, *values] if flag in words or values else options
 
 
 def _imports(words: list[str]) -> tuple[list[str], list[str]]:
     """Returns the files after every ``--import``, and the other words."""
     files: list[str] = []
-    others: list[str] = []
+    remaining: list[str] = []
     taking = False
     for word in words:
         name, assigned, value = word.partition("=")
@@ -194,10 +194,10 @@ def _imports(words: list[str]) -> tuple[list[str], list[str]]:
             files.append(word)
         else:
             taking = False
-            others.append(word)
+            remaining.append(word)
     if _IMPORT in words and not files:
         raise NaloraError(_IMPORT, expected="Python files, with names that end in .py", found="none")
-    return files, others
+    return files, remaining
 
 
 def _parsed(name: str, kind: type, words: list[str], start: Any, *, quiet: bool) -> Any:

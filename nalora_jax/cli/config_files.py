@@ -89,28 +89,28 @@ def settings_of(values: Any, path: Path) -> RunConfig:
       NaloraError: an unknown field, or a value of the wrong type.
     """
     check_file(values, f"--config {path}")
-    made: RunConfig = _made(RunConfig, {} if values is None else values, f"--config {path}", "")
-    _check_types(made, path)
-    if made.imports:
-        remedy = f"give --import {' '.join(made.imports)}"
+    config: RunConfig = _made(RunConfig, {} if values is None else values, f"--config {path}", "")
+    _check_types(config, path)
+    if config.imports:
+        remedy = f"give --import {' '.join(config.imports)}"
         raise NaloraError(f"--config {path}", expected="no imports, which execute files", found="some", remedy=remedy)
-    return made
+    return config
 
 
 def _made(kind: Any, values: Any, where: str, prefix: str) -> Any:
     """Returns a dataclass with the fields in ``values``."""
     if not isinstance(values, Mapping):
         raise NaloraError(where, expected=f"settings by name in {prefix or 'the file'}", found=_shown(values))
-    hints, known = get_type_hints(kind), {one.name for one in fields(kind)}
-    found = {}
+    hints, names = get_type_hints(kind), {entry.name for entry in fields(kind)}
+    arguments = {}
     for name, value in values.items():
         full = f"{prefix}.{name}" if prefix else str(name)
-        if name not in known:
-            near = did_you_mean(str(name), known)
+        if name not in names:
+            near = did_you_mean(str(name), names)
             remedy = f"did you mean {near}?" if near else "nalora train --help-all lists all"
             raise NaloraError(where, expected="settings of a run", found=full, remedy=remedy)
-        found[name] = _value(hints[name], value, where, full)
-    return kind(**found)
+        arguments[name] = _value(hints[name], value, where, full)
+    return kind(**arguments)
 
 
 def _value(hint: Any, value: Any, where: str, name: str) -> Any:
@@ -127,7 +127,7 @@ def _value(hint: Any, value: Any, where: str, name: str) -> Any:
         kinds = [inner[0]] * len(value) if inner[1:] == (...,) else inner
         if len(kinds) != len(value):
             raise NaloraError(where, expected=f"{len(kinds)} values in {name}", found=len(value))
-        return tuple(_value(kind, one, where, name) for kind, one in zip(kinds, value, strict=True))
+        return tuple(_value(kind, item, where, name) for kind, item in zip(kinds, value, strict=True))
     if get_origin(hint) in (Union, UnionType):
         kinds = [kind for kind in inner if kind is not type(None) and get_origin(kind) is not Literal]
         return value if value is None or isinstance(value, str) else _value(kinds[0], value, where, name)
@@ -165,14 +165,14 @@ def _plain(value: Any, default: Any) -> Any:
     if isinstance(value, LoRARule):
         return format_rule(value)
     if is_dataclass(value):
-        found = {}
-        for one in fields(value):
-            own = getattr(value, one.name)
-            if default is None or own != getattr(default, one.name):
-                inner = getattr(default, one.name) if default is not None and is_dataclass(own) else None
-                found[one.name] = _plain(own, inner)
-        return found
-    return [_plain(one, None) for one in value] if isinstance(value, tuple) else value
+        plain = {}
+        for entry in fields(value):
+            value_of = getattr(value, entry.name)
+            if default is None or value_of != getattr(default, entry.name):
+                inner = getattr(default, entry.name) if default is not None and is_dataclass(value_of) else None
+                plain[entry.name] = _plain(value_of, inner)
+        return plain
+    return [_plain(entry, None) for entry in value] if isinstance(value, tuple) else value
 
 
 def parse_rule(text: str) -> LoRARule:
@@ -235,6 +235,6 @@ def _shown(value: Any) -> str:
     return reprlib.repr(value)[:80]
 
 
-def _bad_config(path: Path, expected: str, found: str) -> NaloraError:
+def _bad_config(path: Path, expected: str, actual: str) -> NaloraError:
     remedy = "see the files in configs/ for examples"
-    return NaloraError(f"--config {path}", expected=expected, found=found, remedy=remedy)
+    return NaloraError(f"--config {path}", expected=expected, found=actual, remedy=remedy)

@@ -80,8 +80,8 @@ def doctor(args: Any) -> None:
             "nalora_jax": version("nalora_jax"),
         } | _versions()
         sections = {"Versions": versions, "Devices": devices, "CPU": kernels, "Caches": caches}
-        for title, shown in sections.items():
-            _section(title, shown)
+        for title, rows in sections.items():
+            _section(title, rows)
         _section("Processes", pod.rows(reports))
         print("\n  ! ".join(["Problems", *wrong]) if wrong else "No problem found.")
     if wrong:
@@ -158,12 +158,12 @@ def requirement_problems(requirements: list[str], installed: Mapping[str, str]) 
     for requirement in map(Requirement, requirements):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        found = installed.get(requirement.name, "not installed")
-        wanted = f"{requirement.name} {requirement.specifier}"
-        if found == "not installed":
-            yield f"{wanted} is needed, and not installed"
-        elif not requirement.specifier.contains(found, prereleases=True):
-            yield f"{wanted} is needed, and {found} is installed"
+        present = installed.get(requirement.name, "not installed")
+        required = f"{requirement.name} {requirement.specifier}"
+        if present == "not installed":
+            yield f"{required} is needed, and not installed"
+        elif not requirement.specifier.contains(present, prereleases=True):
+            yield f"{required} is needed, and {present} is installed"
 
 
 def _installation_problems() -> Iterator[str]:
@@ -180,7 +180,7 @@ def _installation_problems() -> Iterator[str]:
 
 def _versions() -> dict[str, str]:
     present = {name: version(name) for name in (*PACKAGES, *OPTIONAL)}
-    return {name: found for name, found in present.items() if name in PACKAGES or found != "not installed"}
+    return {name: installed for name, installed in present.items() if name in PACKAGES or installed != "not installed"}
 
 
 def _compared() -> dict[str, str]:
@@ -199,17 +199,17 @@ def _devices() -> tuple[dict[str, str], list[str]]:
         reason = " ".join(str(error).split())[:300] or f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
         return {}, [f"JAX finds no device: {reason}"]
     kinds, used = sorted({kind_of(device) for device in devices}), platform_name(devices[0])
-    shown = {"platform": used, "devices": f"{len(devices)} ({', '.join(kinds)})"}
-    shown["processes"] = str(jax.process_count())
+    rows = {"platform": used, "devices": f"{len(devices)} ({', '.join(kinds)})"}
+    rows["processes"] = str(jax.process_count())
     local = jax.local_devices()
     limit = memory_statistics(local[0]).get("bytes_limit", 0)
-    shown["own"] = f"{len(local)} x {kind_of(local[0])}" + (f" of {_size(limit)}" if limit else "")
+    rows["own"] = f"{len(local)} x {kind_of(local[0])}" + (f" of {_size(limit)}" if limit else "")
     problems = []
     if used == "cpu" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
         for path, name, extra in (("/dev/nvidia0", "GPU", "cuda"), ("/dev/accel0", "TPU", "tpu")):
             if Path(path).exists():
                 problems.append(f"there is a {name} ({path}), and JAX uses the CPU: install the extra [{extra}]")
-    return shown, problems
+    return rows, problems
 
 
 def _kernels() -> tuple[dict[str, str], list[str]]:
@@ -218,24 +218,24 @@ def _kernels() -> tuple[dict[str, str], list[str]]:
     from nalora_jax.cpu import processor
     from nalora_jax.cpu.native import library
 
-    shown = {
+    rows = {
         "name": processor.name(),
         "cores": str(os.cpu_count()),
         "kernels": ", ".join(library.kinds()),
     }
     problems = []
     try:
-        shown["in use"] = library.kind(os.environ.get("NALORA_NATIVE", "")) or "none: products are XLA's"
-        shown["compiler"] = library.find_compiler()
+        rows["in use"] = library.kind(os.environ.get("NALORA_NATIVE", "")) or "none: products are XLA's"
+        rows["compiler"] = library.find_compiler()
     except NaloraError as error:
         problems.append(str(error))
     except RuntimeError as error:
-        shown["compiler"] = "none"
-        if shown["in use"] in library.kinds():
+        rows["compiler"] = "none"
+        if rows["in use"] in library.kinds():
             problems.append(f"the kernels for this CPU cannot be compiled: {error}")
     kernel = HUGE_PAGES.read_text() if HUGE_PAGES.exists() else ""
-    shown["huge pages"] = huge_pages(os.environ, platform.libc_ver(), kernel)
-    return shown, problems
+    rows["huge pages"] = huge_pages(os.environ, platform.libc_ver(), kernel)
+    return rows, problems
 
 
 def huge_pages(environ: Mapping[str, str], libc: tuple[str, str], kernel: str) -> str:
@@ -258,11 +258,11 @@ def huge_pages(environ: Mapping[str, str], libc: tuple[str, str], kernel: str) -
 
 def _caches() -> tuple[dict[str, str], list[str]]:
     root = cache_dir()
-    shown, problems = {"folder": str(root)}, []
+    rows, problems = {"folder": str(root)}, []
     for name, what in CACHES.items():
         folder = root / name
         if folder.is_dir():
-            shown[what] = _size(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+            rows[what] = _size(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
             if name in _RUN:
                 try:
                     private_dir(folder)
@@ -270,12 +270,12 @@ def _caches() -> tuple[dict[str, str], list[str]]:
                     problems.append(f"{what} are not kept: {error}")
     existing = next(path for path in (root, *root.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    shown["free"] = _size(free)
+    rows["free"] = _size(free)
     if free < 2 << 30:
         problems.append(f"{existing} has {_size(free)} left, less than a small model needs")
     if not os.access(existing, os.W_OK):
         problems.append(f"{existing} cannot be written; set NALORA_CACHE to a folder that can")
-    return shown, problems
+    return rows, problems
 
 
 def _size(count: int) -> str:

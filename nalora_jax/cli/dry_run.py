@@ -62,9 +62,9 @@ def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
         source = seen_sources(config.data, config.vision, tokenizer.images)
     check_data(config.data, source)
     config = settled(config, files, source)
-    placed = laid_out(config, base)
-    mesh = distributed.make_mesh(placed.mesh)
-    check_layout(placed, files, mesh)
+    concrete = laid_out(config, base)
+    mesh = distributed.make_mesh(concrete.mesh)
+    check_layout(concrete, files, mesh)
     spec = adapter_spec(config, base)
     train = config.train
     data = train_data(
@@ -85,7 +85,7 @@ def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
         f"rows: {config.data.max_length:,} tokens; {_context(config, base)}",
         f"held out: {len(reported)} examples that results are reported on, {len(selecting)} that choose the checkpoint",
         f"steps: {config.steps} of {train.batch_size} rows, {_epochs(config, data):.2f} epochs",
-        *_memory(placed, base, spec, mesh),
+        *_memory(concrete, base, spec, mesh),
     ]
 
 
@@ -132,8 +132,8 @@ def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) 
         "activations": layout.activations,
         "working space": layout.working,
     }
-    shown = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     return [
         f"mesh: {distributed.shown_axes(sizes)}, remat {remat}",
-        f"memory of a device, estimated: {layout.memory / 1e9:.2f} GB ({shown})",
+        f"memory of a device, estimated: {layout.memory / 1e9:.2f} GB ({listed})",
     ]

@@ -29,17 +29,17 @@ def describe_images(config: RunConfig) -> tuple[RunConfig, list[str]]:
     base = read_dual(config.model, d_out=config.vision.features, loss=config.vision.loss)
     spec = resolve_dual(config, base)
     reported, selecting = held_out_indices(config, held_out)
-    whole, trained = sum(map(math.prod, base.param_shapes().values())), _trained(base, spec)
+    total, trained = sum(map(math.prod, base.param_shapes().values())), _trained(base, spec)
     of = f"{len(records.classes)} classes, " if records.classes else ""
     epochs = config.steps * config.train.batch_size / len(records.indices)
     held = f"{4 * trained / 1e9:.2f} GB each for trained parameters, their gradients and what the optimizer remembers"
     return config, [
-        f"base model: {whole:,} parameters, {config.model}",
+        f"base model: {total:,} parameters, {config.model}",
         f"trained parameters: {trained:,}, on {len(spec.targets)} projections a layer of both towers",
         f"training data: {of}{len(records.indices)} images of {len(records.source)}",
         f"held out: {len(reported)} images that results are reported on, {len(selecting)} that choose the checkpoint",
         f"steps: {config.steps} of {config.train.batch_size} images, {epochs:.2f} epochs",
-        f"memory: {_bytes(config) * whole / 1e9:.2f} GB for the weights, {held}; activations are not estimated",
+        f"memory: {_bytes(config) * total / 1e9:.2f} GB for the weights, {held}; activations are not estimated",
     ]
 
 

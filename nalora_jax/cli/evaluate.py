@@ -113,7 +113,7 @@ def evaluate(args: EvalArgs) -> None:
     results: dict[str, Any] = {"model": located.base, "adapter": located.adapter, "against": args.against}
     records: list[dict[str, Any]] = []
     if sets:
-        results["tasks"] = _tasks(sets, sides, mesh, records, own=not (args.tasks or _asked(args)))
+        results["tasks"] = _tasks(sets, sides, mesh, records, custom=not (args.tasks or _asked(args)))
     if args.harness:
         results["harness"] = _harness(args, sides, mesh, records)
     write_results(args, results, records)
@@ -140,8 +140,8 @@ def _data_sets(args: EvalArgs, run: Mapping[str, Any]) -> list[DataConfig]:
         raise NaloraError("--tasks", expected="names, separated by commas", found=repr(args.tasks))
     with flags_of_verb("--tasks" if args.tasks else "--dataset"):
         sets = [_task(name, args, data) for name in names] or [data]
-        for one in sets:
-            open_held_out(one, one.eval_split).read([0])  # fails before a model is loaded
+        for dataset in sets:
+            open_held_out(dataset, dataset.eval_split).read([0])  # fails before a model is loaded
     return sets
 
 
@@ -176,29 +176,29 @@ Side = tuple[str, "AdaptedModel", "Decoder", dict[str, Any]]
 
 
 def _tasks(
-    sets: Sequence[DataConfig], sides: Sequence[Side], mesh: Any, records: list[dict[str, Any]], *, own: bool
+    sets: Sequence[DataConfig], sides: Sequence[Side], mesh: Any, records: list[dict[str, Any]], *, custom: bool
 ) -> dict[str, Any]:
     """Prints and returns metrics by data set, with the comparison if there are two sides."""
     from nalora_jax.data.questions import eval_examples, held_out
     from nalora_jax.evaluate.heldout import describe
     from nalora_jax.evaluate.items import answer_items, compare_answers, describe_comparison
 
-    found: dict[str, Any] = {}
+    tasks: dict[str, Any] = {}
     for data in sets:
         name = f"{data.dataset}[{data.eval_split}]"
         answers: list[Answers] = []
         for label, model, module, variables in sides:
             tokenizer = model.base.tokenizer
             # For a run's data set, the examples of its reported results.
-            items = held_out(data, tokenizer)[0] if own else eval_examples(data, tokenizer, split=data.eval_split)
+            items = held_out(data, tokenizer)[0] if custom else eval_examples(data, tokenizer, split=data.eval_split)
             answers.append(answer_items(module, variables, items, mesh=mesh))
             print(f"{name}{f', {label}' if label else ''}: {describe(answers[-1].summary)}", flush=True)
             records += [{"task": name, "model": label, **record} for record in answers[-1].records]
-        found[name] = dict(answers[0].summary)
+        tasks[name] = dict(answers[0].summary)
         if len(answers) == 2:
-            found[name] |= {"against": answers[1].summary, "comparison": compare_answers(answers[1], answers[0])}
-            print(f"{name}, difference: {describe_comparison(found[name]['comparison'])}", flush=True)
-    return found
+            tasks[name] |= {"against": answers[1].summary, "comparison": compare_answers(answers[1], answers[0])}
+            print(f"{name}, difference: {describe_comparison(tasks[name]['comparison'])}", flush=True)
+    return tasks
 
 
 def _harness(args: EvalArgs, sides: Sequence[Side], mesh: Any, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -208,27 +208,29 @@ def _harness(args: EvalArgs, sides: Sequence[Side], mesh: Any, records: list[dic
 
     tasks = [name.strip() for name in args.harness.split(",") if name.strip()]
     options: dict[str, Any] = {"folder": args.harness_tasks, "limit": args.limit or 0, "shots": args.shots}
-    made = []
+    results = []
     for label, model, module, variables in sides:
         wrapped = harness_model(module, variables, model.base.tokenizer, mesh=mesh)
-        made.append(run_harness(wrapped, tasks, chat=bool(args.chat), **options))
-        for task, metrics in made[-1]["results"].items():
-            shown = ", ".join(f"{name.partition(',')[0]} {value:.4f}" for name, value in _numbers(metrics))
-            print(f"{task}{f', {label}' if label else ''}: {shown}", flush=True)
-        for task, rows in made[-1]["samples"].items():
+        results.append(run_harness(wrapped, tasks, chat=bool(args.chat), **options))
+        for task, metrics in results[-1]["results"].items():
+            numbers = ", ".join(f"{name.partition(',')[0]} {value:.4f}" for name, value in _numbers(metrics))
+            print(f"{task}{f', {label}' if label else ''}: {numbers}", flush=True)
+        for task, rows in results[-1]["samples"].items():
             records += [{"task": task, "model": label, **row} for row in rows]
-    found = {name: made[0][name] for name in ("results", "versions")}
-    if len(made) == 2:
-        found["against"] = made[1]["results"]
-        found["comparison"] = {
-            task: compare_samples(made[1]["samples"][task], rows) for task, rows in made[0]["samples"].items() if rows
+    summary = {name: results[0][name] for name in ("results", "versions")}
+    if len(results) == 2:
+        summary["against"] = results[1]["results"]
+        summary["comparison"] = {
+            task: compare_samples(results[1]["samples"][task], rows)
+            for task, rows in results[0]["samples"].items()
+            if rows
         }
-        for task, metrics in found["comparison"].items():
-            for metric, one in metrics.items():
-                p = f", McNemar p = {one['p_value']:.2g}" if "p_value" in one else ""
-                interval = f"95% interval {one['low']:+.4f} to {one['high']:+.4f}"
-                print(f"{task}, difference: {metric} {one['difference']:+.4f} ({interval}{p})", flush=True)
-    return found
+        for task, metrics in summary["comparison"].items():
+            for metric, number in metrics.items():
+                p = f", McNemar p = {number['p_value']:.2g}" if "p_value" in number else ""
+                interval = f"95% interval {number['low']:+.4f} to {number['high']:+.4f}"
+                print(f"{task}, difference: {metric} {number['difference']:+.4f} ({interval}{p})", flush=True)
+    return summary
 
 
 def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -67,10 +67,10 @@ def _with_setting(rules: Sequence[str], group: str, name: str, value: str) -> li
     settings_of = {rule: settings for (of, _), (rule, settings) in RULES.items() if of == group}
     at = next((index for index, rule in enumerate(rules) if _name(rule) in settings_of), None)
     if name == "kind" and value in ("off", *(kind for of, kind in RULES if of == group)):
-        others = [rule for index, rule in enumerate(rules) if index != at]
-        masks = [rule for rule in others[:1] if group == "step_scale" and _name(rule) in ("hard", "soft")]
+        unchanged = [rule for index, rule in enumerate(rules) if index != at]
+        masks = [rule for rule in unchanged[:1] if group == "step_scale" and _name(rule) in ("hard", "soft")]
         chosen = translated({"mask": {}, "step_scale": {"kind": "off"}, group: {"kind": value}})["mechanisms"]
-        return [*masks, *chosen, *others[len(masks) :]]
+        return [*masks, *chosen, *unchanged[len(masks) :]]
     if at is None:
         return list(rules)
     rule, _, options = rules[at].partition(":")

@@ -43,14 +43,14 @@ def from_peft(args: FromPeftArgs) -> None:
 
     path = args.file / "adapter_config.json" if args.file.is_dir() else args.file
     values = config_files.read_values(path)
-    known = set(values) if isinstance(values, Mapping) else set()
-    if not known & {*PEFT, *TRL}:
+    fields = set(values) if isinstance(values, Mapping) else set()
+    if not fields & {*PEFT, *TRL}:
         raise NaloraError(
             str(path),
             expected="settings of PEFT or TRL",
-            found=", ".join(map(str, known)) or "none",
+            found=", ".join(map(str, fields)) or "none",
         )
-    of_trl = args.trainer or known & (set(TRL) - set(PEFT))
+    of_trl = args.trainer or fields & (set(TRL) - set(PEFT))
     settings, notes = from_trl(values, args.trainer) if of_trl else convert_peft(values)
     config = check(config_files.settings_of(settings, path))
     text = "".join(f"# {note}\n" for note in notes) + config_files.as_yaml(config, changed_only=True)

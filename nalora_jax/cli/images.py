@@ -137,8 +137,8 @@ def export(args: ExportArgs, card: Callable[[Any, Literal["adapter", "merged"]],
 
     if args.target != "peft":
         raise NaloraError("--for", expected="peft for image and text encoders", found=args.target)
-    given = (str(args.run), None) if args.model is None else (args.model, args.run)
-    model = load_adapted_dual(given[0], adapter=given[1])
+    names = (str(args.run), None) if args.model is None else (args.model, args.run)
+    model = load_adapted_dual(names[0], adapter=names[1])
     base = model.base
     assert model.lora is not None
     name, mark = base.source, base.fingerprint

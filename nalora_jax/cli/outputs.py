@@ -89,5 +89,5 @@ def flags_of_verb(dataset: str) -> Iterator[None]:
     except NaloraError as error:
         if error.where not in names:
             raise
-        own = names[error.where]
-        raise NaloraError(own, expected=error.expected, found=error.found, remedy=error.remedy) from error
+        flag = names[error.where]
+        raise NaloraError(flag, expected=error.expected, found=error.found, remedy=error.remedy) from error

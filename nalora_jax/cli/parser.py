@@ -216,7 +216,7 @@ def registry() -> ConstructorRegistry:
             nargs="*",
             metavar="PATTERN:RANK[:ALPHA] ...",
             instance_from_str=lambda texts: tuple(map(parse_rule, texts)),
-            is_instance=lambda value: isinstance(value, tuple) and all(isinstance(one, LoRARule) for one in value),
+            is_instance=lambda value: isinstance(value, tuple) and all(isinstance(item, LoRARule) for item in value),
             str_from_instance=lambda value: [format_rule(rule) for rule in value],
         )
 
@@ -241,16 +241,21 @@ def parse_resume(texts: Sequence[str]) -> bool | Literal["auto"]:
     Raises:
       ValueError: another word; tyro turns this into its message.
     """
-    found: dict[tuple[str, ...], bool | Literal["auto"]] = {(): True, ("yes",): True, ("no",): False, ("auto",): "auto"}
-    if tuple(texts) not in found:
+    spellings: dict[tuple[str, ...], bool | Literal["auto"]] = {
+        (): True,
+        ("yes",): True,
+        ("no",): False,
+        ("auto",): "auto",
+    }
+    if tuple(texts) not in spellings:
         raise ValueError(f"expected nothing, yes, no or auto, found {' '.join(texts)!r}")
-    return found[tuple(texts)]
+    return spellings[tuple(texts)]
 
 
 def typed(value: Any) -> str:
     """Returns a default as a user would type it; "" for None and for disabled features."""
     if isinstance(value, tuple):
-        return " ".join(format_rule(one) if isinstance(one, LoRARule) else str(one) for one in value)
+        return " ".join(format_rule(item) if isinstance(item, LoRARule) else str(item) for item in value)
     return "" if value is None or value is False else str(value)
 
 
@@ -290,13 +295,13 @@ def _recorded(output: str) -> RunConfig:
 
 def values_of(argv: Sequence[str], flag: str) -> list[str] | None:
     """Returns the words after a flag up to the next flag, or None without it; the last counts."""
-    found = None
+    values = None
     for index, word in enumerate(argv):
         name, assigned, value = word.partition("=")
         if name == flag and assigned:
-            found = [value]
+            values = [value]
         elif word == flag:
-            rest = argv[index + 1 :]
-            end = next((i for i, one in enumerate(rest) if one.startswith("--")), len(rest))
-            found = list(rest[:end])
-    return found
+            following = argv[index + 1 :]
+            end = next((i for i, w in enumerate(following) if w.startswith("--")), len(following))
+            values = list(following[:end])
+    return values

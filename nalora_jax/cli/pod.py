@@ -101,51 +101,55 @@ def report(group: Group, versions: Mapping[str, str], problems: Sequence[str]) -
 
 def rows(reports: Sequence[Report | None]) -> dict[str, str]:
     """Returns one line per process."""
-    shown = {}
+    cells = {}
     middle = _middle(reports)
-    for index, one in enumerate(reports):
-        if one is not None:
-            versions = ", ".join(f"{name} {one.versions[name]}" for name in one.versions)
-            memory = f"{one.free / 1e9:.1f} of {one.total / 1e9:.1f} GB free"
-            shown[one.name] = f"{one.devices or 'no device'}; {versions}; {memory}; clock {one.clock - middle:+.1f} s"
+    for index, report in enumerate(reports):
+        if report is not None:
+            versions = ", ".join(f"{name} {report.versions[name]}" for name in report.versions)
+            memory = f"{report.free / 1e9:.1f} of {report.total / 1e9:.1f} GB free"
+            cells[report.name] = (
+                f"{report.devices or 'no device'}; {versions}; {memory}; clock {report.clock - middle:+.1f} s"
+            )
         else:
-            shown[f"process {index}"] = "no report"
-    return shown
+            cells[f"process {index}"] = "no report"
+    return cells
 
 
 def differences(reports: Sequence[Report | None]) -> Iterator[str]:
     """Yields the problems of the processes, each once, and their differences."""
-    for index, one in enumerate(reports):
-        if one is None:
+    for index, report in enumerate(reports):
+        if report is None:
             yield f"process {index} sent no report within {WAIT} s: start nalora doctor on every host at the same time"
-    present = [one for one in reports if one is not None]
-    for problem in dict.fromkeys(problem for one in present for problem in one.problems):
-        names = [one.name for one in present if problem in one.problems]
+    present = [report for report in reports if report is not None]
+    for problem in dict.fromkeys(problem for report in present for problem in report.problems):
+        names = [report.name for report in present if problem in report.problems]
         where = "every process" if len(names) == len(reports) else ", ".join(names)
         yield f"{where}: {problem}" if len(reports) > 1 else problem
-    for package in sorted({name for one in present for name in one.versions}):
+    for package in sorted({name for report in present for name in report.versions}):
         yield from _odd(
             present,
-            {one.process: one.versions.get(package, "not installed") for one in present},
+            {report.process: report.versions.get(package, "not installed") for report in present},
             package,
         )
-    yield from _odd(present, {one.process: one.devices or "none" for one in present}, "devices")
+    yield from _odd(present, {report.process: report.devices or "none" for report in present}, "devices")
     middle = _middle(reports)
-    for one in present:
-        if abs(one.clock - middle) > _SKEW:
-            yield f"{one.name}: its clock is {one.clock - middle:+.0f} s off the others': let NTP set it"
+    for report in present:
+        if abs(report.clock - middle) > _SKEW:
+            yield f"{report.name}: its clock is {report.clock - middle:+.0f} s off the others': let NTP set it"
 
 
 def _odd(present: Sequence[Report], values: Mapping[int, str], what: str) -> Iterator[str]:
     """Yields the processes that differ from the most common value."""
-    ((common, _), *others) = Counter(values.values()).most_common()
-    if others:
-        odd = ", ".join(f"{values[one.process]} in {one.name}" for one in present if values[one.process] != common)
+    ((common, _), *deviating) = Counter(values.values()).most_common()
+    if deviating:
+        odd = ", ".join(
+            f"{values[report.process]} in {report.name}" for report in present if values[report.process] != common
+        )
         yield f"{what} differ between processes: {common}, but {odd}; make all hosts the same"
 
 
 def _middle(reports: Sequence[Report | None]) -> float:
-    return statistics.median([one.clock for one in reports if one is not None] or [0.0])
+    return statistics.median([report.clock for report in reports if report is not None] or [0.0])
 
 
 # ---------------------------------------------------------------- this machine

@@ -50,28 +50,28 @@ class Flag:
     @property
     def default(self) -> Any:
         """Returns its default value."""
-        made = self.field.default_factory
-        return made() if made is not MISSING else self.field.default
+        value = self.field.default_factory
+        return value() if value is not MISSING else self.field.default
 
 
 def flags(kind: type, prefix: str = "") -> Iterator[Flag]:
     """Yields every flag of a field of a (nested) dataclass; positional arguments are not flags."""
     hints = get_type_hints(kind, include_extras=True)
-    for one in fields(kind):
-        declared = hints[one.name]
+    for entry in fields(kind):
+        declared = hints[entry.name]
         extras = getattr(declared, "__metadata__", ())
         bare = get_args(declared)[0] if extras else declared
         if any("Positional" in str(extra) for extra in extras):
             continue
-        given = next((extra.name for extra in extras if getattr(extra, "name", None) is not None), one.name)
+        explicit = next((extra.name for extra in extras if getattr(extra, "name", None) is not None), entry.name)
         if isinstance(bare, type) and is_dataclass(bare):
-            yield from flags(bare, f"{prefix}{given}." if given else prefix)
+            yield from flags(bare, f"{prefix}{explicit}." if explicit else prefix)
         else:
-            yield Flag(f"--{prefix}{given}".replace("_", "-"), _without_none(bare), one, kind)
+            yield Flag(f"--{prefix}{explicit}".replace("_", "-"), _without_none(bare), entry, kind)
 
 
 def _without_none(hint: Any) -> Any:
-    inner = [one for one in get_args(hint) if one is not types.NoneType]
+    inner = [member for member in get_args(hint) if member is not types.NoneType]
     return inner[0] if get_origin(hint) in (Union, types.UnionType) and len(inner) == 1 else hint
 
 
@@ -81,21 +81,21 @@ def check(verb: str, kind: type, argv: Sequence[str]) -> None:
     Raises:
       NaloraError: names the flag as it was typed, and a similar flag if there is one.
     """
-    known = {flag.name: flag for flag in flags(kind)}
-    switches = {name for name, flag in known.items() if flag.type is bool or bool in get_args(flag.type)}
+    by_name = {flag.name: flag for flag in flags(kind)}
+    switches = {name for name, flag in by_name.items() if flag.type is bool or bool in get_args(flag.type)}
     off = {re.sub(r"^(--(?:.*\.)?)", r"\1no-", name) for name in switches}
     for index, word in enumerate(argv):
         if not word.startswith("--") or word == "--":
             continue
         name, assigned, value = word.partition("=")
         name = name.replace("_", "-")
-        if name in known:
+        if name in by_name:
             values = [value] if assigned else until_flag(argv[index + 1 :])
-            _check_numbers(known[name], values)
-            if known[name].type is bool and values and not assigned and not _has_positional(kind):
+            _check_numbers(by_name[name], values)
+            if by_name[name].type is bool and values and not assigned and not _has_positional(kind):
                 raise NaloraError(name, expected="no value: it is a switch", found=repr(values[0][:40]))
         elif name not in off:
-            raise unknown(name, [*known, *off], f"a flag of nalora {verb}", f"see nalora {verb} --help-all")
+            raise unknown(name, [*by_name, *off], f"a flag of nalora {verb}", f"see nalora {verb} --help-all")
 
 
 def _has_positional(kind: type) -> bool:
@@ -125,15 +125,15 @@ def _check_numbers(flag: Flag, values: Sequence[str]) -> None:
             raise NaloraError(flag.name, expected=expected, found=repr(value[:40])) from None
 
 
-def unknown(name: str, known: Iterable[str], expected: str, otherwise: str) -> NaloraError:
+def unknown(name: str, names: Iterable[str], expected: str, otherwise: str) -> NaloraError:
     """Returns the error for a name that is not in ``known``, with a similar name as suggestion."""
-    meant = did_you_mean(name, known)
+    meant = did_you_mean(name, names)
     return NaloraError(
         name, expected=expected, found="none of that name", remedy=f"did you mean {meant}?" if meant else otherwise
     )
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+def did_you_mean(name: str, candidates: Iterable[str]) -> str | None:
     """Returns the member of ``known`` that is similar to ``name``.
 
     It prefers the shortest member that starts with ``name`` (``--step``: ``--steps``), then a
@@ -141,18 +141,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     similar.
     """
     last = name.lstrip("-").rpartition(".")[2]
-    if last.replace("-", "_") in _OF_RULES and {"--lora.rules", "rules"} & {*known}:
-        return _RULES if "--lora.rules" in known else 'rules: ["PATTERN:RANK[:ALPHA]"], e.g. rules: ["ffn:16:32"]'
-    names = sorted(known, key=lambda one: (len(one), one))
-    begun = [one for one in names if one.startswith(name)]
+    if last.replace("-", "_") in _OF_RULES and {"--lora.rules", "rules"} & {*candidates}:
+        return _RULES if "--lora.rules" in candidates else 'rules: ["PATTERN:RANK[:ALPHA]"], e.g. rules: ["ffn:16:32"]'
+    names = sorted(candidates, key=lambda candidate: (len(candidate), candidate))
+    begun = [candidate for candidate in names if candidate.startswith(name)]
     if begun:
         return begun[0]
     parts: dict[str, str] = {}
-    for one in names:
-        parts.setdefault(one.lstrip("-").rpartition(".")[2], one)
-    whole = difflib.get_close_matches(name, names, 1, 0.8)
-    part = difflib.get_close_matches(last, parts, 1, 0.8)
-    near = whole or [parts[one] for one in part] or difflib.get_close_matches(name, names, 1, 0.6)
+    for candidate in names:
+        parts.setdefault(candidate.lstrip("-").rpartition(".")[2], candidate)
+    close = difflib.get_close_matches(name, names, 1, 0.8)
+    close_parts = difflib.get_close_matches(last, parts, 1, 0.8)
+    near = close or [parts[candidate] for candidate in close_parts] or difflib.get_close_matches(name, names, 1, 0.6)
     return near[0] if near else None
 
 
@@ -211,10 +211,10 @@ def check_text(argv: Sequence[str]) -> None:
             word.encode()
         except UnicodeEncodeError:
             name, assigned, _ = word.partition("=")
-            own = name if assigned and name.startswith("--") else ""
-            before = own or (argv[index - 1] if index and argv[index - 1].startswith("--") else "argument")
-            found = repr(word.encode(errors="surrogateescape"))
-            raise NaloraError(before, expected="text in UTF-8", found=found[:80]) from None
+            flag = name if assigned and name.startswith("--") else ""
+            before = flag or (argv[index - 1] if index and argv[index - 1].startswith("--") else "argument")
+            shown = repr(word.encode(errors="surrogateescape"))
+            raise NaloraError(before, expected="text in UTF-8", found=shown[:80]) from None
 
 
 # ---------------------------------------------------------------- help
@@ -244,18 +244,18 @@ def overview(verbs: Mapping[str, type]) -> str:
     return "\n".join(lines)
 
 
-def short_help(verb: str, kind: type, shown: Sequence[str], written: Callable[[Any], str]) -> str:
+def short_help(verb: str, kind: type, common: Sequence[str], written: Callable[[Any], str]) -> str:
     """Returns the most used flags, and one line about each group of other flags.
 
     Args:
       verb: name of the subcommand.
       kind: its arguments.
-      shown: names of the flags to show.
+      common: names of the flags to show.
       written: formats a default as it would be typed, or "".
     """
     every = list(flags(kind))
     lines = [f"usage: nalora {verb} [FLAGS]", "", fill(first_line(kind), width()), ""]
-    for flag in (flag for flag in every if flag.name in shown):
+    for flag in (flag for flag in every if flag.name in common):
         default = written(flag.default)
         note = f" (default: {default})" if default else ""
         lines += [

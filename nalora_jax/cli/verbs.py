@@ -55,8 +55,8 @@ def generate(args: cli.GenerateArgs) -> None:
     from nalora_jax.loading.adapted import load, trained_in_turns
 
     if (args.prompt is None) == (args.messages is None):
-        found = "neither" if args.prompt is None else "both"
-        raise NaloraError("nalora generate", expected="--prompt or --messages", found=found)
+        prompts = "neither" if args.prompt is None else "both"
+        raise NaloraError("nalora generate", expected="--prompt or --messages", found=prompts)
     messages = None if args.messages is None else read_messages(args.messages)
     prompt = _standard_input() if args.prompt == "-" else args.prompt or ""
     settings = {name: getattr(args, name) for name in (*SAMPLING, "seed")}
@@ -77,8 +77,8 @@ def generate(args: cli.GenerateArgs) -> None:
         if messages is not None:
             tokens = chat_tokens(tokenizer, messages)
     generator = Generator(model.module, model.variables, tokenizer, mesh=mesh, processor=processor)
-    seen = [processor(picture)["pixels"] for picture in pictures] if processor is not None else []
-    for piece in generator.stream(tokens, images=seen, **settings):
+    pixels = [processor(picture)["pixels"] for picture in pictures] if processor is not None else []
+    for piece in generator.stream(tokens, images=pixels, **settings):
         print(piece, end="", flush=True)
     print()
 
@@ -145,26 +145,26 @@ def merge(args: cli.MergeArgs) -> None:
         return
     located = locate(args.model, args.adapter)
     _require_adapter(located)
-    found = hub.resolve(located.base)
-    if args.gguf is not None and found.kind != "gguf":
+    resolved = hub.resolve(located.base)
+    if args.gguf is not None and resolved.kind != "gguf":
         remedy = "merge without --gguf, and run llama.cpp's convert_hf_to_gguf.py on the folder"
         raise NaloraError("--gguf", expected="a base that comes from a GGUF file", found=located.base, remedy=remedy)
     # Merged in float32 and rounded once: values in the files must not be rounded again on loading.
-    stored = _stored_dtype(found.path / "config.json") if found.kind == "hf" else ""
+    stored = _stored_dtype(resolved.path / "config.json") if resolved.kind == "hf" else ""
     dtype = "bfloat16" if stored == "bfloat16" else "float32"
     scaling = recorded_rope_scaling(located.adapter) if located.adapter is not None else ""
     if args.gguf is not None and scaling:
         remedy = "merge without --gguf, and run llama.cpp's convert_hf_to_gguf.py on the folder"
         raise NaloraError("--gguf", expected="an adapter of the base's own RoPE", found=scaling, remedy=remedy)
-    model = load(args.model, adapter=args.adapter, dtype=dtype, resolved=found)
+    model = load(args.model, adapter=args.adapter, dtype=dtype, resolved=resolved)
     base, lora = model.base, _lora(model)
     config, params, spec = fold_saved(base.config, base.params, lora, model.spec)
     parted = base.config.tie_embeddings and not config.tie_embeddings
     if args.gguf is not None:
         from nalora_jax.weights.gguf_export import write_merged_gguf
 
-        tokenizer = base.tokenizer if base.added else None
-        write_merged_gguf(args.output, config, params, lora, spec, base=found.path, kind=args.gguf, tokenizer=tokenizer)
+        names = base.tokenizer if base.added else None
+        write_merged_gguf(args.output, config, params, lora, spec, base=resolved.path, kind=args.gguf, tokenizer=names)
         print(f"{args.output}: merged model in {args.gguf}")
         return
     if base.hf_config is None:
@@ -176,7 +176,7 @@ def merge(args: cli.MergeArgs) -> None:
         lora,
         spec,
         hf_config=base.hf_config | ({"tie_word_embeddings": False} if parted else {}),
-        tokenizer=_tokenizer_of(base, found),
+        tokenizer=_tokenizer_of(base, resolved),
         dtype=args.dtype,
         shard_bytes=shard_bytes,
         card=card(model, "merged"),
@@ -307,8 +307,8 @@ def _require_template(model: str, adapter: Path | None, messages: Sequence[dict[
 
     located = locate(model, adapter)
     if located.adapter is None:  # an adapter with added tokens has its tokenizer
-        found = hub.resolve(located.base)
-        chat_tokens(read_tokenizer_of(found, read_config(found)), messages)
+        base = hub.resolve(located.base)
+        chat_tokens(read_tokenizer_of(base, read_config(base)), messages)
 
 
 def _require_adapter(located: Located) -> None:
@@ -323,13 +323,13 @@ def _lora(model: AdaptedModel) -> dict[str, Any]:
     return model.lora
 
 
-def _tokenizer_of(base: LoadedModel, found: ResolvedSource) -> Any:
+def _tokenizer_of(base: LoadedModel, resolved: ResolvedSource) -> Any:
     """Returns the source of a merged folder's tokenizer for `write_merged`."""
     from nalora_jax.weights.new_tokens import tokenizer_writer
 
-    if found.kind == "gguf":
+    if resolved.kind == "gguf":
         return base.tokenizer
-    return tokenizer_writer(base, files=found.path) if base.added else found.path
+    return tokenizer_writer(base, files=resolved.path) if base.added else resolved.path
 
 
 def _check_gguf_name(path: Path) -> None:

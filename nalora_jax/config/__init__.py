@@ -233,20 +233,20 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     """
     values = translated(values)
     groups: dict[str, Any] = {}
-    for one in dataclasses.fields(RunConfig):
-        if one.name not in values:
+    for entry in dataclasses.fields(RunConfig):
+        if entry.name not in values:
             continue
-        found: Any = values[one.name]
-        found = tuple(found) if isinstance(found, list) else found
-        if isinstance(one.default_factory, type):  # a nested dataclass
-            known = {name.name for name in dataclasses.fields(one.default_factory)}
-            inner = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items() if name in known}
-            if one.name == "lora" and "rules" in inner:
+        value: Any = values[entry.name]
+        value = tuple(value) if isinstance(value, list) else value
+        if isinstance(entry.default_factory, type):  # a nested dataclass
+            inner_names = {name.name for name in dataclasses.fields(entry.default_factory)}
+            inner = {name: tuple(v) if isinstance(v, list) else v for name, v in value.items() if name in inner_names}
+            if entry.name == "lora" and "rules" in inner:
                 inner["rules"] = tuple(LoRARule(**rule) for rule in inner["rules"])
-            if one.name == "optimizer" and "rates" in inner:
+            if entry.name == "optimizer" and "rates" in inner:
                 inner["rates"] = tuple((pattern, factor) for pattern, factor in inner["rates"])
-            found = one.default_factory(**inner)
-        groups[one.name] = found
+            value = entry.default_factory(**inner)
+        groups[entry.name] = value
     return RunConfig(**groups)
 
 
@@ -354,8 +354,8 @@ def check(config: RunConfig) -> RunConfig:
 
 def _check_type(wrong: WrongType | None) -> None:
     if wrong is not None:
-        found = f"{reprlib.repr(wrong.value)}, a {type(wrong.value).__name__}"
-        raise NaloraError(f"RunConfig.{wrong.field}", expected=f"a {type_name(wrong.hint)}", found=found)
+        actual = f"{reprlib.repr(wrong.value)}, a {type(wrong.value).__name__}"
+        raise NaloraError(f"RunConfig.{wrong.field}", expected=f"a {type_name(wrong.hint)}", found=actual)
 
 
 def _check_saved(config: RunConfig) -> None:
@@ -377,11 +377,11 @@ def _check_saved(config: RunConfig) -> None:
     setting = "modules-to-save" if lora.modules_to_save else "trainable-token-indices"
     init = config.lora.init
     require("--lora.init", init in UNCHANGED, f"{' or '.join(UNCHANGED)} with --lora.{setting}", init)
-    for flag, found, fits in (
+    for flag, value, fits in (
         ("--vision.task", config.vision.task, ""),
         ("--preference.loss", config.preference.loss, "none"),
     ):
-        require(flag, found == fits, f"{fits or 'a language model'} with --lora.{setting}", found)
+        require(flag, value == fits, f"{fits or 'a language model'} with --lora.{setting}", value)
 
 
 def _check_added(config: RunConfig) -> None:
@@ -398,9 +398,9 @@ def _check_added(config: RunConfig) -> None:
     require("--data.add-tokens", not both, "no token of --data.add-special-tokens", ", ".join(map(repr, sorted(both))))
     if data.add_tokens or data.add_special_tokens:
         trained = {"embed_tokens", "lm_head"} <= set(saved) or bool(config.lora.trainable_token_indices)
-        flag, found = "--lora.modules-to-save", " ".join(saved) or "none"
+        flag, value = "--lora.modules-to-save", " ".join(saved) or "none"
         expected = "embed_tokens lm_head beside added tokens, whose rows are new (or --lora.trainable-token-indices)"
-        require(flag, trained, expected, found)
+        require(flag, trained, expected, value)
 
 
 def _check_rules(rules: tuple[LoRARule, ...]) -> None:

@@ -59,13 +59,13 @@ def check_adalora(config: RunConfig) -> None:
     highest = max(rule.rank for rule in lora.rules)
     below = f"less than the ranks that the adapters begin with (--lora.rules, at most {highest})"
     require("--adalora.target-rank", adalora.target_rank < highest, below, adalora.target_rank)
-    for flag, found, fits in (
+    for flag, value, fits in (
         ("--lora.init", lora.init, "default"),
         ("--lora.dora", lora.dora, False),
         ("--vision.task", config.vision.task if config.vision.task != "chat" else "", ""),
         ("--train.patience", config.train.patience, 0),
     ):
-        require(flag, found == fits, f"{fits or 'a language model'} with --adalora.target-rank", found)
-    taken = adalora.warmup_share + adalora.final_share
+        require(flag, value == fits, f"{fits or 'a language model'} with --adalora.target-rank", value)
+    share = adalora.warmup_share + adalora.final_share
     expected = "shares that leave steps between them, in which ranks are taken"
-    require("--adalora.warmup-share, --adalora.final-share", taken < 1, expected, f"a sum of {taken:g}")
+    require("--adalora.warmup-share, --adalora.final-share", share < 1, expected, f"a sum of {share:g}")

@@ -75,8 +75,8 @@ def check_ranges(values: object, ranges: Mapping[str, Range], prefix: str = "") 
       NaloraError: names the flag, the range and the value.
     """
     for name, allowed in ranges.items():
-        found: Any = reduce(getattr, name.split("."), values)
-        require(f"--{prefix}{name}".replace("_", "-"), found is None or allowed.holds(found), str(allowed), found)
+        value: Any = reduce(getattr, name.split("."), values)
+        require(f"--{prefix}{name}".replace("_", "-"), value is None or allowed.holds(value), str(allowed), value)
 
 
 def check_path(flag: str, path: object) -> None:
@@ -88,17 +88,17 @@ def check_path(flag: str, path: object) -> None:
       NaloraError: names the flag.
     """
     text = str(path)
-    found = repr(text[:80]) + ("..." if len(text) > 80 else "")
-    require(flag, is_path(text), "a path whose parts have 1 to 255 bytes", found)
+    shown = repr(text[:80]) + ("..." if len(text) > 80 else "")
+    require(flag, is_path(text), "a path whose parts have 1 to 255 bytes", shown)
 
 
 def is_path(text: str) -> bool:
     """Returns True if a file system accepts ``text`` as a path."""
-    longest = max((len(part.encode(errors="replace")) for part in Path(text).parts), default=0)
+    longest = max((len(name.encode(errors="replace")) for name in Path(text).parts), default=0)
     return bool(text.strip()) and "\0" not in text and longest <= 255 and len(text.encode(errors="replace")) < 4096
 
 
-def require(flag: str, holds: bool, expected: str, found: object) -> None:
+def require(flag: str, holds: bool, expected: str, value: object) -> None:
     """Raises a NaloraError about ``flag`` unless ``holds``."""
     if not holds:
-        raise NaloraError(flag, expected=expected, found=found)
+        raise NaloraError(flag, expected=expected, found=value)

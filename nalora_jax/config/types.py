@@ -19,7 +19,7 @@ class WrongType(NamedTuple):
 
 def first_wrong_part(config: Any) -> WrongType | None:
     """Returns the first field of a dataclass that should hold a dataclass and does not."""
-    kinds = {part.name: part.default_factory for part in fields(config) if is_dataclass(part.default_factory)}
+    kinds = {group.name: group.default_factory for group in fields(config) if is_dataclass(group.default_factory)}
     wrong = (name for name, kind in kinds.items() if not isinstance(getattr(config, name), kind))  # type: ignore[arg-type]
     return next((WrongType(name, kinds[name], getattr(config, name)) for name in wrong), None)
 
@@ -33,14 +33,14 @@ def first_wrong(config: Any, prefix: str = "", *, lenient: bool = False) -> Wron
       lenient: accept lists for tuples, paths for texts, and NumPy's numbers.
     """
     hints = get_type_hints(type(config))
-    for one in fields(config):
-        name, value = f"{prefix}{one.name}", getattr(config, one.name)
-        if not has_type(value, hints[one.name]) and not (lenient and has_type(_plain(value), hints[one.name])):
-            return WrongType(name, hints[one.name], value)
-        parts = {f"{name}[{index}].": part for index, part in enumerate(value)} if isinstance(value, tuple) else {}
-        for place, part in (parts | {f"{name}.": value}).items():
-            if is_dataclass(part) and (found := first_wrong(part, place, lenient=lenient)) is not None:
-                return found
+    for entry in fields(config):
+        name, value = f"{prefix}{entry.name}", getattr(config, entry.name)
+        if not has_type(value, hints[entry.name]) and not (lenient and has_type(_plain(value), hints[entry.name])):
+            return WrongType(name, hints[entry.name], value)
+        parts = {f"{name}[{index}].": item for index, item in enumerate(value)} if isinstance(value, tuple) else {}
+        for place, item in (parts | {f"{name}.": value}).items():
+            if is_dataclass(item) and (wrong := first_wrong(item, place, lenient=lenient)) is not None:
+                return wrong
     return None
 
 

@@ -86,6 +86,6 @@ def check_vision(vision: VisionConfig, *, accumulate: int, quantize: str) -> Non
         raise NaloraError("--compute.quantize", expected="none for image and text encoders", found=quantize)
 
 
-def _require(flag: str, holds: bool, expected: str, found: object) -> None:
+def _require(flag: str, holds: bool, expected: str, value: object) -> None:
     if not holds:
-        raise NaloraError(f"--vision.{flag}", expected=expected, found=found)
+        raise NaloraError(f"--vision.{flag}", expected=expected, found=value)

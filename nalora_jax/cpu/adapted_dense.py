@@ -152,8 +152,8 @@ class FusedProducts(Products):
     def _joined(self, first: jax.Array, second: jax.Array, axis: int, multiple: int = 1) -> jax.Array:
         """Returns both arrays rounded and concatenated, with zeros up to the next ``multiple``."""
         # As integers: XLA:CPU would concatenate bf16 in float32 and convert both ways.
-        parts = [bf16_bits(rounded(part, self.numerics.operand, self.numerics)) for part in (first, second)]
-        if missing := -sum(part.shape[axis] for part in parts) % multiple:
+        parts = [bf16_bits(rounded(array, self.numerics.operand, self.numerics)) for array in (first, second)]
+        if missing := -sum(array.shape[axis] for array in parts) % multiple:
             shape = (*parts[0].shape[:axis], missing, *parts[0].shape[axis + 1 :])
             parts.append(jnp.zeros(shape, parts[0].dtype))
         return from_bits(jnp.concatenate(parts, axis=axis))
@@ -205,8 +205,8 @@ class NativeProducts(Products):
     ) -> tuple[list[Any], None]:
         """See `Products`."""
         sums = {i: Sum([Term(gs[i], wide, True)]) for i, wide in enumerate(wides) if wide is not None}
-        made = dict(zip(sums, native_sums(self.numerics, *sums.values()) if sums else [], strict=True))
-        return [made.get(i) for i in range(len(layers))], None
+        computed = dict(zip(sums, native_sums(self.numerics, *sums.values()) if sums else [], strict=True))
+        return [computed.get(i) for i in range(len(layers))], None
 
     def input_terms(self, gs: Sequence[jax.Array], layers: Sequence[Factors], exact: Sequence[Any]) -> list[Term]:
         """Returns the terms of the sum that is the gradient of x."""
@@ -231,9 +231,9 @@ class NativeProducts(Products):
                 Sum([Term(masked[i].T, x)]),
                 Sum([Term(read_residual(hidden[i], "float32").T, gs[i])]),
             ]
-        dx, *found = native_sums(self.numerics, *sums)
+        dx, *gradients = native_sums(self.numerics, *sums)
         das: list[Any] = [None] * len(layers)
         dbs: list[Any] = [None] * len(layers)
-        for i, da, db in zip(adapted, found[::2], found[1::2], strict=True):
+        for i, da, db in zip(adapted, gradients[::2], gradients[1::2], strict=True):
             das[i], dbs[i] = da.T, db
         return dx, das, dbs

@@ -57,8 +57,8 @@ def cross_entropy(
     tiles = Tiles((chunk,) if chunk else _ROWS)
     # All logits are computed at once, and the target's logit is selected.
     if kernel.shape[head.axis] <= BLOCK:
-        one: Any = partial(ops.chunk_of_rows, head=head, numerics=numerics)
-        return in_chunks(hidden, kernel, targets, weights, tiles, one)
+        rows_chunk: Any = partial(ops.chunk_of_rows, head=head, numerics=numerics)
+        return in_chunks(hidden, kernel, targets, weights, tiles, rows_chunk)
     return in_chunks(hidden, kernel, target_rows, weights, tiles, partial(_blocks, head=head, numerics=numerics))
 
 
@@ -158,14 +158,14 @@ def _joined(
     top, total, attended = sums
     # The target's logit and its part of the gradient take one row of the head instead of a one-hot
     # [rows, vocab].
-    wanted = from_bits(target_rows).astype(jnp.float32)
+    columns = from_bits(target_rows).astype(jnp.float32)
     picked, slope = head.logits(
-        jnp.sum(rounded(hidden, numerics.operand, numerics).astype(jnp.float32) * wanted, axis=-1)
+        jnp.sum(rounded(hidden, numerics.operand, numerics).astype(jnp.float32) * columns, axis=-1)
     )
     losses = weights * (jnp.log(total) + top - picked)
     if not grad:
         return losses, attended
-    return losses, weights[:, None] * (attended / total[:, None] - slope[:, None] * wanted)
+    return losses, weights[:, None] * (attended / total[:, None] - slope[:, None] * columns)
 
 
 def over_vocabulary(
@@ -188,14 +188,14 @@ def over_vocabulary(
         # The last block ends at the end of the vocabulary and masks the entries of the previous
         # block.
         start = jnp.minimum(i * block, vocab - block)
-        part = slice_rows(kernel, start, block, head.axis)
-        logits, slope = head.logits(dot(hidden, part, numerics, dims=(1, 1 - head.axis)))
+        block_kernel = slice_rows(kernel, start, block, head.axis)
+        logits, slope = head.logits(dot(hidden, block_kernel, numerics, dims=(1, 1 - head.axis)))
         if vocab % block:
             logits = jnp.where(start + jnp.arange(block) >= i * block, logits, -jnp.inf)
         higher = jnp.maximum(top, jnp.max(logits, axis=-1))
         fade, exps = jnp.exp(top - higher), jnp.exp(logits - higher[:, None])
         if grad:
-            attended = fade[:, None] * attended + dot(exps * slope, part, numerics, dims=(1, head.axis))
+            attended = fade[:, None] * attended + dot(exps * slope, block_kernel, numerics, dims=(1, head.axis))
         return higher, fade * total + jnp.sum(exps, axis=-1), attended
 
     lowest = jnp.full((rows,), jnp.finfo(jnp.float32).min)

@@ -87,10 +87,10 @@ def _measured(z: Adapted, measurement: Measurement) -> Measured:
         hidden, b = z.delta.value.reshape(-1, z.delta.value.shape[-1]), z.delta.b
     else:
         hidden, b = jnp.zeros((weights.size, 0)), jnp.zeros((0, z.y.shape[-1]))
-    taken = reductions.sampled_weights(weights, config.stride).reshape(-1)
+    of_gate = reductions.sampled_weights(weights, config.stride).reshape(-1)
     of_probe = weights if of_probe is None else of_probe
     probed = reductions.sampled_weights(of_probe, config.probe_stride).reshape(-1)
-    return Measured(taken, probed, hidden, b)
+    return Measured(of_gate, probed, hidden, b)
 
 
 # ---------------------------------------------------------------- gate and down projection
@@ -250,7 +250,7 @@ def gate_statistics(
 
 def _named(sums: jax.Array, weights: jax.Array, probe_weights: jax.Array) -> dict[str, jax.Array]:
     """Returns the result of `gate_statistics` from the native kernels' sums and token weights."""
-    slope, *below, feature, moved, linear = sums
+    slope, *below, feature, linear_moved, linear = sums
     tokens = jnp.sum(weights)
     return {
         "tokens": tokens,
@@ -258,7 +258,7 @@ def _named(sums: jax.Array, weights: jax.Array, probe_weights: jax.Array) -> dic
         "occupancy": _occupancy(below, tokens),
         "probe_tokens": jnp.sum(probe_weights),
         "feature": feature,
-        "selection": moved,
+        "selection": linear_moved,
         "linear": linear,
     }
 

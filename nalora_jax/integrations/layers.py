@@ -48,15 +48,15 @@ def arrangements(shapes: Mapping[str, tuple[int, ...]], x: tuple[int, ...], out:
       >>> arrangements({"kernel": (4, 8, 32), "bias": (32,)}, (2, 7, 4, 8), (2, 7, 32))
       [Contraction(parameter='kernel', inputs=(4, 8), outputs=(32,), transposed=False)]
     """
-    found = []
+    contractions = []
     for name in sorted(shapes, key=lambda name: (name != "kernel", name)):
         shape = shapes[name]
         for transposed in (False, True):
             for cut in range(1, len(shape)):
                 inputs, outputs = (shape[cut:], shape[:cut]) if transposed else (shape[:cut], shape[cut:])
                 if x[-len(inputs) :] == inputs and out == (*x[: len(x) - len(inputs)], *outputs):
-                    found.append(Contraction(name, inputs, outputs, transposed))
-    return found
+                    contractions.append(Contraction(name, inputs, outputs, transposed))
+    return contractions
 
 
 def examine(layer: Callable[[Any], Any], params: Mapping[str, Any], x: Any) -> Contraction | Unfit:
@@ -74,12 +74,13 @@ def examine(layer: Callable[[Any], Any], params: Mapping[str, Any], x: Any) -> C
         return Unfit(f"it could not be run on its own ({type(error).__name__}: {_short(error)})")
     if not isinstance(out, jax.Array):
         return Unfit(f"it returns {type(out).__name__}, not one array")
-    found = arrangements({name: leaf.shape for name, leaf in params.items() if _is_real(leaf)}, x.shape, out.shape)
-    if not found:
+    shapes = {name: leaf.shape for name, leaf in params.items() if _is_real(leaf)}
+    contractions = arrangements(shapes, x.shape, out.shape)
+    if not contractions:
         return Unfit(no_product({name: leaf.shape for name, leaf in params.items()}, x.shape, out.shape))
     return next(
-        (one for one in found if _is_product(one, params, x, out)),
-        _misfit(found[0], params, x, out),
+        (contraction for contraction in contractions if _is_product(contraction, params, x, out)),
+        _misfit(contractions[0], params, x, out),
     )
 
 
@@ -113,18 +114,18 @@ def check_merged(merged: Any, adapted: Any, base: Any) -> None:
     Raises:
       NaloraError: the results differ by more.
     """
-    for one, want, before in zip(*(jax.tree.leaves(tree) for tree in (merged, adapted, base)), strict=True):
+    for merged_leaf, want, before in zip(*(jax.tree.leaves(tree) for tree in (merged, adapted, base)), strict=True):
         if not jnp.issubdtype(getattr(want, "dtype", jnp.int32), jnp.floating):
             continue
-        one, want, before = (np.asarray(leaf, np.float32) for leaf in (one, want, before))
+        merged_leaf, want, before = (np.asarray(leaf, np.float32) for leaf in (merged_leaf, want, before))
         short = jnp.finfo(jax.tree.leaves(adapted)[0].dtype).bits < 32
         allowed = 0.05 * np.abs(want - before).max(initial=0) + (3e-2 if short else 1e-3) * np.abs(want).max(initial=0)
-        found = np.abs(one - want).max(initial=0)
-        if not found <= allowed:
+        difference = np.abs(merged_leaf - want).max(initial=0)
+        if not difference <= allowed:
             raise NaloraError(
                 "merge",
                 expected=f"the adapted model's result, within {allowed:.2g}",
-                found=f"a difference of {found:.2g}",
+                found=f"a difference of {difference:.2g}",
                 remedy="a kernel is also used outside of the layer that holds it: leave that layer unadapted",
             )
 
@@ -145,37 +146,38 @@ def _random(leaf: Any, key: jax.Array) -> Any:
     return jnp.zeros(leaf.shape, leaf.dtype)
 
 
-def _is_product(one: Contraction, params: Mapping[str, Any], x: Any, out: Any) -> bool:
+def _is_product(contraction: Contraction, params: Mapping[str, Any], x: Any, out: Any) -> bool:
     """Returns True if ``out`` is the product, or the product plus one more parameter."""
-    product = _product(one, params, x)
-    rest = np.asarray(out, np.float32) - product
-    biases = [leaf for name, leaf in params.items() if name != one.parameter and leaf.shape == one.outputs]
-    return any(_near(rest - np.asarray(bias, np.float32), product, out) for bias in (0.0, *biases))
+    product = _product(contraction, params, x)
+    residual = np.asarray(out, np.float32) - product
+    further = (leaf for name, leaf in params.items() if name != contraction.parameter)
+    biases = [leaf for leaf in further if leaf.shape == contraction.outputs]
+    return any(_near(residual - np.asarray(bias, np.float32), product, out) for bias in (0.0, *biases))
 
 
-def _misfit(one: Contraction, params: Mapping[str, Any], x: Any, out: Any) -> Unfit:
+def _misfit(contraction: Contraction, params: Mapping[str, Any], x: Any, out: Any) -> Unfit:
     """Describes the difference: a constant factor, or else the largest deviation."""
-    product, found = _product(one, params, x), np.asarray(out, np.float32)
-    formula = f"x @ {one.parameter}{'.T' if one.transposed else ''} + bias"
-    factor = float(np.vdot(product, found) / max(np.vdot(product, product), 1e-30))
-    if _near(found - factor * product, product, out):
+    product, actual = _product(contraction, params, x), np.asarray(out, np.float32)
+    formula = f"x @ {contraction.parameter}{'.T' if contraction.transposed else ''} + bias"
+    factor = float(np.vdot(product, actual) / max(np.vdot(product, product), 1e-30))
+    if _near(actual - factor * product, product, out):
         return Unfit(
-            f"it computes {factor:.4g} * x @ {one.parameter}, so that a merged adapter would not be it",
+            f"it computes {factor:.4g} * x @ {contraction.parameter}, so that a merged adapter would not be it",
             True,
         )
-    largest = float(np.abs(found - product).max())
+    largest = float(np.abs(actual - product).max())
     scale = float(np.abs(product).max())
     reason = f"it does not compute {formula}: on random numbers up to {scale:.3g} the two differ by {largest:.3g}"
     return Unfit(f"{reason} (an activation, a factor or dropout inside?)", True)
 
 
-def _product(one: Contraction, params: Mapping[str, Any], x: Any) -> np.ndarray:
+def _product(contraction: Contraction, params: Mapping[str, Any], x: Any) -> np.ndarray:
     """Returns ``x @ kernel`` in float32, in the shape of the layer's output."""
-    d_in, d_out = math.prod(one.inputs), math.prod(one.outputs)
-    kernel = np.asarray(params[one.parameter], np.float32)
-    kernel = kernel.reshape(d_out, d_in).T if one.transposed else kernel.reshape(d_in, d_out)
+    d_in, d_out = math.prod(contraction.inputs), math.prod(contraction.outputs)
+    kernel = np.asarray(params[contraction.parameter], np.float32)
+    kernel = kernel.reshape(d_out, d_in).T if contraction.transposed else kernel.reshape(d_in, d_out)
     rows = np.asarray(x, np.float32).reshape(-1, d_in) @ kernel
-    return rows.reshape(*x.shape[: x.ndim - len(one.inputs)], *one.outputs)
+    return rows.reshape(*x.shape[: x.ndim - len(contraction.inputs)], *contraction.outputs)
 
 
 def _near(difference: np.ndarray, product: np.ndarray, out: Any) -> bool:

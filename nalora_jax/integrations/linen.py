@@ -41,12 +41,12 @@ class ForeignLinen(Foreign):
         by_own = {target.projection.own: target for target in self.targets}
         reached: set[str] = set()
 
-        def add(module: nn.Module, own: str, args: Any, options: Any, base: jax.Array) -> jax.Array:
+        def add(module: nn.Module, path: str, args: Any, options: Any, base: jax.Array) -> jax.Array:
             del options
-            if own not in by_own:
+            if path not in by_own:
                 return base
-            reached.add(own)
-            return self._adapted(by_own[own], args[0], base, module.get_variable("params", _BESIDE))
+            reached.add(path)
+            return self._adapted(by_own[path], args[0], base, module.get_variable("params", _BESIDE))
 
         variables = dict(variables)
         variables["params"] = _with_leaves(unfreeze(variables["params"]), leaves)
@@ -67,10 +67,10 @@ class ForeignLinen(Foreign):
     def _merged(self, variables: Any, lora: Any) -> Any:
         params, flat = unfreeze(variables["params"]), trees.flatten(lora)
         for target in self.targets:
-            own, name = target.projection.own, target.projection.dense.parameter
-            stored = _node(params, own)[name]
+            path, name = target.projection.own, target.projection.dense.parameter
+            stored = _node(params, path)[name]
             kernel = folded(nn.meta.unbox(stored), target, flat)
-            params = _set(params, own, name, nn.meta.replace_boxed(stored, kernel))
+            params = _set(params, path, name, nn.meta.replace_boxed(stored, kernel))
         return dict(variables) | {"params": params}
 
     @property
@@ -120,8 +120,8 @@ def adapt_linen(
       >>> lora = adapted.init(jax.random.key(0))
       >>> logits = adapted.apply(variables, lora, tokens)
     """
-    found = _projections(module, variables, example, options)
-    targets = choose_targets(found, keymap, lora or LoRAConfig(), activation)
+    projections = _projections(module, variables, example, options)
+    targets = choose_targets(projections, keymap, lora or LoRAConfig(), activation)
     return ForeignLinen(targets, stats or GateStatsConfig(), module, (tuple(example), options))
 
 
@@ -144,12 +144,12 @@ class _Seen:
 def _projections(module: nn.Module, variables: Any, example: Sequence[Any], options: Any) -> list[Projection]:
     """Returns all layers with a matrix that a call of the module reaches."""
     params = nn.meta.unbox(unfreeze(variables["params"]))
-    seen: dict[str, _Seen] = {}
+    calls: dict[str, _Seen] = {}
 
-    def record(module: nn.Module, own: str, args: Any, options: Any, out: Any) -> Any:
-        if own and own not in seen:
+    def record(module: nn.Module, path: str, args: Any, options: Any, out: Any) -> Any:
+        if path and path not in calls:
             inner = nn.meta.unbox(unfreeze(module.variables))
-            seen[own] = _Seen(module.clone(parent=None, name=None), *map(_shapes, (inner, args, options, out)))
+            calls[path] = _Seen(module.clone(parent=None, name=None), *map(_shapes, (inner, args, options, out)))
         return out
 
     def call(variables: Any, example: Any) -> Any:
@@ -157,49 +157,49 @@ def _projections(module: nn.Module, variables: Any, example: Sequence[Any], opti
             return module.apply(variables, *example, **options)
 
     jax.eval_shape(call, variables, tuple(example))
-    known: dict[Any, Contraction | Unfit] = {}  # equal layers are run once
-    found = []
-    for own in sorted(seen):
-        layer = _examined(seen[own], known)
-        name = layer.parameter if isinstance(layer, Contraction) else next(iter(seen[own].own_params))
-        stored, shape = _node(params, own)[name].shape, seen[own].own_params[name].shape
-        found.append(Projection(own, stored[: len(stored) - len(shape)], layer))
-    return found
+    results: dict[Any, Contraction | Unfit] = {}  # equal layers are run once
+    projections = []
+    for path in sorted(calls):
+        layer = _examined(calls[path], results)
+        name = layer.parameter if isinstance(layer, Contraction) else next(iter(calls[path].own_params))
+        stored, shape = _node(params, path)[name].shape, calls[path].own_params[name].shape
+        projections.append(Projection(path, stored[: len(stored) - len(shape)], layer))
+    return projections
 
 
-def _examined(seen: _Seen, known: dict[Any, Contraction | Unfit]) -> Contraction | Unfit:
+def _examined(call: _Seen, results: dict[Any, Contraction | Unfit]) -> Contraction | Unfit:
     """Returns a layer's contraction, or the reason why it has none.
 
     The layer is run on a few rows of random numbers, unless an equal layer has been run before.
     """
-    x, out, own = seen.args[0], seen.out, seen.own_params
+    x, out, layer_params = call.args[0], call.out, call.own_params
     if not hasattr(x, "shape") or not jnp.issubdtype(x.dtype, jnp.floating):
         return Unfit("its input is not an array of real numbers")
     if not hasattr(out, "shape"):
         return Unfit(f"it returns {type(out).__name__}, not one array")
-    shapes = {name: leaf.shape for name, leaf in own.items()}
+    shapes = {name: leaf.shape for name, leaf in layer_params.items()}
     possible = arrangements(shapes, x.shape, out.shape)
     if not possible:
         return Unfit(no_product(shapes, x.shape, out.shape))
     # Other arrays might need the same number of rows.
-    if len(jax.tree.leaves((seen.args, seen.options))) == 1:
-        rows = x.ndim - max(len(one.inputs) for one in possible)
+    if len(jax.tree.leaves((call.args, call.options))) == 1:
+        rows = x.ndim - max(len(contraction.inputs) for contraction in possible)
         x = jax.ShapeDtypeStruct((*(min(n, ROWS) for n in x.shape[:rows]), *x.shape[rows:]), x.dtype)
     try:
-        key = (seen.layer, x.shape, x.dtype, str(seen.variables), str(seen.args), str(seen.options))
-        if key in known:
-            return known[key]
+        key = (call.layer, x.shape, x.dtype, str(call.variables), str(call.args), str(call.options))
+        if key in results:
+            return results[key]
     except TypeError:  # a field of the layer that cannot be hashed
         key = None
-    values, first, rest, options = randomised((seen.variables, x, seen.args[1:], seen.options))
+    values, first, other_args, options = randomised((call.variables, x, call.args[1:], call.options))
     rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
 
     def run(x: Any) -> Any:
-        return seen.layer.apply(values, x, *rest, rngs=rngs, mutable=True, **options)[0]
+        return call.layer.apply(values, x, *other_args, rngs=rngs, mutable=True, **options)[0]
 
-    layer = examine(run, {name: values["params"][name] for name in own}, first)
+    layer = examine(run, {name: values["params"][name] for name in layer_params}, first)
     if key is not None:
-        known[key] = layer
+        results[key] = layer
     return layer
 
 
@@ -219,16 +219,16 @@ def _on_layers(function: Any) -> Any:
     inside: list[str] = []
 
     def intercept(call: Any, args: Any, options: Any, context: Any) -> Any:
-        module, own = context.module, "/".join(context.module.path)
+        module, path = context.module, "/".join(context.module.path)
         # A transformed class (nn.remat(nn.Dense)) calls itself again under the same path.
-        if context.method_name != "__call__" or own in inside or not args or not _has_matrix(module):
+        if context.method_name != "__call__" or path in inside or not args or not _has_matrix(module):
             return call(*args, **options)
-        inside.append(own)
+        inside.append(path)
         try:
             out = call(*args, **options)
         finally:
             inside.pop()
-        return function(module, own, args, options, out)
+        return function(module, path, args, options, out)
 
     return intercept
 
@@ -239,22 +239,22 @@ def _has_matrix(module: nn.Module) -> bool:
 
 
 def _with_leaves(params: dict[str, Any], leaves: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    for own, beside in leaves.items():
-        params = _set(params, own, _BESIDE, dict(beside))
+    for path, beside in leaves.items():
+        params = _set(params, path, _BESIDE, dict(beside))
     return params
 
 
-def _node(params: Mapping[str, Any], own: str) -> Mapping[str, Any]:
-    for name in own.split("/"):
+def _node(params: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    for name in path.split("/"):
         params = params[name]
     return params
 
 
-def _set(params: Mapping[str, Any], own: str, name: str, value: Any) -> dict[str, Any]:
+def _set(params: Mapping[str, Any], path: str, name: str, value: Any) -> dict[str, Any]:
     """Returns ``params`` with ``own/name`` set.
 
     Nodes on the path are copied, the rest is shared.
     """
-    first, _, rest = own.partition("/")
+    first, _, below = path.partition("/")
     child = params[first]
-    return {**params, first: _set(child, rest, name, value) if rest else {**child, name: value}}
+    return {**params, first: _set(child, below, name, value) if below else {**child, name: value}}

@@ -97,9 +97,9 @@ class Foreign(ABC):
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Returns fresh float32 adapters, nested by the keymap's names: A random, B zero."""
         leaves: dict[str, jax.Array] = {}
-        for target, one in zip(self.targets, jax.random.split(key, len(self.targets)), strict=True):
+        for target, target_key in zip(self.targets, jax.random.split(key, len(self.targets)), strict=True):
             lead, d_in, d_out = flat_shape(target.projection)
-            leaves[f"{target.path}/a"] = init_a(one, (*lead, d_in, target.rank))
+            leaves[f"{target.path}/a"] = init_a(target_key, (*lead, d_in, target.rank))
             leaves[f"{target.path}/b"] = jnp.zeros((*lead, target.rank, d_out), jnp.float32)
         return trees.unflatten(leaves)
 
@@ -128,16 +128,16 @@ class Foreign(ABC):
         flat = trees.flatten(lora)
         leaves: dict[str, dict[str, Any]] = {}
         for target in self.targets:
-            found = {name: flat[f"{target.path}/{name}"] for name in ("a", "b")}
+            factors = {name: flat[f"{target.path}/{name}"] for name in ("a", "b")}
             block = target.path.rpartition("/")[0]
             if target.gate and gate_mask is not None:
-                found["mask"] = gate_mask[block]
+                factors["mask"] = gate_mask[block]
             if target.gate and taps is not None:
-                found["taps"] = taps[block]
+                factors["taps"] = taps[block]
                 if token_weights is not None:
                     lead = target.projection.lead
-                    found["weights"] = jnp.broadcast_to(token_weights, (*lead, *token_weights.shape))
-            leaves[target.projection.own] = found
+                    factors["weights"] = jnp.broadcast_to(token_weights, (*lead, *token_weights.shape))
+            leaves[target.projection.own] = factors
         return self._call(variables, leaves, args, options)
 
     def gradients(
@@ -178,8 +178,8 @@ class Foreign(ABC):
         def zeros(target: Target) -> dict[str, jax.Array]:
             z = jax.ShapeDtypeStruct((1, math.prod(target.projection.outputs)), jnp.float32)
             weights = jax.ShapeDtypeStruct((1,), jnp.bool_)
-            one = jax.eval_shape(lambda z, w: self._statistics(target.gate, z, z, w), z, weights)
-            return jax.tree.map(lambda leaf: jnp.zeros((*target.projection.lead, *leaf.shape), jnp.float32), one)
+            shapes = jax.eval_shape(lambda z, w: self._statistics(target.gate, z, z, w), z, weights)
+            return jax.tree.map(lambda leaf: jnp.zeros((*target.projection.lead, *leaf.shape), jnp.float32), shapes)
 
         return {block: zeros(target) for block, target in self._blocks.items()}
 

@@ -66,15 +66,15 @@ class ForeignNNX(Foreign):
         reached: set[str] = set()
         layers = {}
         for target in self.targets:
-            own = target.projection.own
-            layers[own] = _child(*_parent(model, own))
-            _replace(model, own, _Adapted(self, target, layers[own], leaves[own], reached))
+            path = target.projection.own
+            layers[path] = _child(*_parent(model, path))
+            _replace(model, path, _Adapted(self, target, layers[path], leaves[path], reached))
         out = model(*args, **options)
         missed = sorted(set(layers) - reached)
         if missed:
             raise NaloraError(missed[0], expected="a call of this layer", found="none: its adapter did nothing")
-        for own, layer in layers.items():
-            _replace(model, own, layer)
+        for path, layer in layers.items():
+            _replace(model, path, layer)
         after = nnx.state(model)
         if return_state:
             return out, after
@@ -133,15 +133,15 @@ def adapt_nnx(
     """
     model = nnx.merge(graph, state)
     shared = _shared(model)
-    found = []
+    projections = []
     for path, module in nnx.iter_modules(model):
         params = _own_params(module)
         if path and any(len(shape) > 1 for shape in params.values()):
             lead, layer = _examined(module, params)
             if shared & {id(module), *(id(getattr(module, name)) for name in params)}:
                 layer = Unfit("it, or its kernel, stands at two places of the model", dense=True)
-            found.append(Projection("/".join(map(str, path)), lead, layer))
-    targets = choose_targets(sorted(found, key=lambda p: p.own), keymap, lora or LoRAConfig(), activation)
+            projections.append(Projection("/".join(map(str, path)), lead, layer))
+    targets = choose_targets(sorted(projections, key=lambda p: p.own), keymap, lora or LoRAConfig(), activation)
     return ForeignNNX(targets, stats or GateStatsConfig(), graph)
 
 
@@ -155,15 +155,15 @@ def _shared(model: Any) -> set[int]:
     places: Counter[int] = Counter()
     for _, module in nnx.iter_modules(model):
         places.update(id(child) for _, child in nnx.iter_children(module))
-    return {one for one, count in places.items() if count > 1}
+    return {variable for variable, count in places.items() if count > 1}
 
 
 def _examined(module: nnx.Module, params: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...], Contraction | Unfit]:
     """Returns the leading axes of a module's parameters and the contraction of one slice."""
     inputs, lead = _inputs(module, params)
     graph, state = nnx.split(module)
-    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[len(lead) :], leaf.dtype), state)
-    values = randomised(one)
+    reason = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[len(lead) :], leaf.dtype), state)
+    values = randomised(reason)
     flat = {name: values[name][...] for name in params}
     reasons = []
     for shape in inputs:
@@ -172,7 +172,7 @@ def _examined(module: nnx.Module, params: Mapping[str, tuple[int, ...]]) -> tupl
         if isinstance(layer, Contraction):
             return lead, layer
         reasons.append(layer)
-    return lead, next((one for one in reasons if one.dense), reasons[0])
+    return lead, next((reason for reason in reasons if reason.dense), reasons[0])
 
 
 def _inputs(module: nnx.Module, params: Mapping[str, tuple[int, ...]]) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
@@ -183,8 +183,8 @@ def _inputs(module: nnx.Module, params: Mapping[str, tuple[int, ...]]) -> tuple[
     if isinstance(module, nnx.LinearGeneral):
         inputs = tuple(np.ravel(module.in_features).tolist())
         shape = params["kernel"]
-        own = len(inputs) + len(np.ravel(module.out_features))
-        lead = shape[: len(shape) - own] if not module.batch_axis else ()
+        n_inputs = len(inputs) + len(np.ravel(module.out_features))
+        lead = shape[: len(shape) - n_inputs] if not module.batch_axis else ()
         return [inputs], lead
     shape = next(shape for shape in params.values() if len(shape) > 1)
     return list(dict.fromkeys([shape[:1], shape[-1:]])), ()
@@ -196,12 +196,12 @@ def _refuse_changes(before: Any, after: Any) -> None:
     Traced values are compared by identity only: values that pass through `nnx.remat` or `nnx.scan`
     count as changed even if they are equal.
     """
-    known = dict(nnx.to_flat_state(before))
+    before_state = dict(nnx.to_flat_state(before))
     changed = []
     for path, variable in nnx.to_flat_state(after):
         if isinstance(variable, nnx.Param):
             continue
-        old = known.get(path)
+        old = before_state.get(path)
         if old is None or not _same(old.get_value(), variable.get_value()):
             changed.append(f"{'/'.join(map(str, path))} ({type(variable).__name__})")
     if changed:
@@ -213,28 +213,28 @@ def _refuse_changes(before: Any, after: Any) -> None:
         )
 
 
-def _same(one: Any, other: Any) -> bool:
-    if one is other:
+def _same(first: Any, other: Any) -> bool:
+    if first is other:
         return True
-    if any(isinstance(value, jax.core.Tracer) or not hasattr(value, "dtype") for value in (one, other)):
+    if any(isinstance(value, jax.core.Tracer) or not hasattr(value, "dtype") for value in (first, other)):
         return False
-    if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
-        one, other = jax.random.key_data(one), jax.random.key_data(other)
-    return one.shape == other.shape and bool((np.asarray(one) == np.asarray(other)).all())
+    if jnp.issubdtype(first.dtype, jax.dtypes.prng_key):
+        first, other = jax.random.key_data(first), jax.random.key_data(other)
+    return first.shape == other.shape and bool((np.asarray(first) == np.asarray(other)).all())
 
 
-def _replace(model: Any, own: str, module: nnx.Module) -> None:
-    parent, name = _parent(model, own)
+def _replace(model: Any, path: str, module: nnx.Module) -> None:
+    parent, name = _parent(model, path)
     if isinstance(parent, nnx.Module) and not name.isdigit():
         setattr(parent, name, module)
     else:
         parent[int(name) if name.isdigit() else name] = module
 
 
-def _parent(model: Any, own: str) -> tuple[Any, str]:
-    *parents, name = own.split("/")
-    for part in parents:
-        model = _child(model, part)
+def _parent(model: Any, path: str) -> tuple[Any, str]:
+    *parents, name = path.split("/")
+    for part_name in parents:
+        model = _child(model, part_name)
     return model, name
 
 

@@ -131,8 +131,8 @@ def _check_gate(path: str, named: Mapping[str, Projection]) -> None:
         for name, each in named.items()
         if {name.rpartition("/")[0], each.own.rpartition("/")[0]} & places and isinstance(each.layer, Contraction)
     ]
-    back = {own: d_in for own, d_in, d_out in near if d_out == d_model and own != gate.own}
-    half = next((own for own, d_in in back.items() if 2 * d_in == width), None)
+    back = {module_path: d_in for module_path, d_in, d_out in near if d_out == d_model and module_path != gate.own}
+    half = next((module_path for module_path, d_in in back.items() if 2 * d_in == width), None)
     if half is not None and width not in back.values():
         raise NaloraError(
             f"keymap: {gate.own}",
@@ -166,28 +166,28 @@ def _check_variant(lora: LoRAConfig) -> None:
     asked |= {name: bool(getattr(lora, name)) for name in ("modules_to_save", "trainable_token_indices")}
     for name, on in asked.items():
         if on:
-            found = f"{name}={getattr(lora, name)!r}"
+            setting = f"{name}={getattr(lora, name)!r}"
             raise NaloraError(
                 "lora",
                 expected="LoRA or rsLoRA, which need a layer's input and output alone",
-                found=found,
+                found=setting,
             )
 
 
 def _named(projections: Sequence[Projection], keymap: Keymap) -> dict[str, Projection]:
     """Returns projections by the keymap's names; projections that it does not mention keep their path."""
-    own = [projection.own for projection in projections]
-    path_rules.match_rules([(f"^(?:{pattern})$", to) for pattern, to in keymap], own, where="keymap")
+    paths = [projection.own for projection in projections]
+    path_rules.match_rules([(f"^(?:{pattern})$", to) for pattern, to in keymap], paths, where="keymap")
     named: dict[str, Projection] = {}
     for projection in projections:
         path = _renamed(projection.own, keymap)
         if path in named:
-            found = f"{named[path].own} and {projection.own}"
-            raise NaloraError("keymap", expected=f"one projection called {path}", found=found)
+            paths_of_both = f"{named[path].own} and {projection.own}"
+            raise NaloraError("keymap", expected=f"one projection called {path}", found=paths_of_both)
         named[path] = projection
     return named
 
 
-def _renamed(own: str, keymap: Keymap) -> str:
-    matches = ((re.fullmatch(pattern, own), to) for pattern, to in keymap)
-    return next((match.expand(to) for match, to in matches if match), own)
+def _renamed(path: str, keymap: Keymap) -> str:
+    matches = ((re.fullmatch(pattern, path), to) for pattern, to in keymap)
+    return next((match.expand(to) for match, to in matches if match), path)

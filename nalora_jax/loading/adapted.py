@@ -75,17 +75,17 @@ def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
       NaloraError: a folder given as an adapter has none, there are two adapters, or an adapter
         names no base.
     """
-    own = _adapter_folder(Path(model))
-    if own is None:
+    adapter_of_model = _adapter_folder(Path(model))
+    if adapter_of_model is None:
         if can_exist(Path(model)) and (Path(model) / METRICS).is_file():
             remedy = "finish the run (--resume), or name the base model"
             raise NaloraError(str(model), expected="a run that exported its adapter", found="none yet", remedy=remedy)
         if adapter is None:
             return Located(str(model))
-        given = _adapter_folder(Path(adapter))
-        if given is None:
+        adapter_path = _adapter_folder(Path(adapter))
+        if adapter_path is None:
             raise _no_adapter(Path(adapter))
-        return Located(str(model), given, run_config(given.parent))
+        return Located(str(model), adapter_path, run_config(adapter_path.parent))
     if adapter is not None:
         raise NaloraError(
             "--adapter",
@@ -93,8 +93,10 @@ def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
             found=f"{model}, which holds an adapter itself",
             remedy="give the base model's name, or leave --adapter out",
         )
-    run = run_config(own.parent)
-    return Located(_base_of_run(own.parent) or run.get("model") or base_of(own), own, run)
+    run = run_config(adapter_of_model.parent)
+    return Located(
+        _base_of_run(adapter_of_model.parent) or run.get("model") or base_of(adapter_of_model), adapter_of_model, run
+    )
 
 
 def load(
@@ -191,10 +193,10 @@ def adapter_folder(path: Path) -> Path:
     Raises:
       NaloraError: the folder has no adapter.
     """
-    found = _adapter_folder(path)
-    if found is None:
+    located = _adapter_folder(path)
+    if located is None:
         raise _no_adapter(path)
-    return found
+    return located
 
 
 def base_of(adapter: Path) -> str:
@@ -220,11 +222,11 @@ def run_config(folder: Path) -> dict[str, Any]:
     Raises:
       NaloraError: the line is not a run's config, for example because it was edited.
     """
-    found = _header(folder).get("run", {})
-    if not isinstance(found, dict):
+    settings = _header(folder).get("run", {})
+    if not isinstance(settings, dict):
         return {}
-    recorded_config(found, f"{folder / METRICS}: line 1: run")
-    return found
+    recorded_config(settings, f"{folder / METRICS}: line 1: run")
+    return settings
 
 
 def _base_of_run(folder: Path) -> str:
@@ -284,5 +286,5 @@ def _copied_adapter(url: str) -> Path | None:
 
 
 def _no_adapter(path: Path) -> NaloraError:
-    found = "neither" if can_exist(path) and path.is_dir() else "no such folder"
-    return NaloraError(str(path), expected=f"a folder with {CONFIG_NAME}, or a run's folder", found=found)
+    actual = "neither" if can_exist(path) and path.is_dir() else "no such folder"
+    return NaloraError(str(path), expected=f"a folder with {CONFIG_NAME}, or a run's folder", found=actual)

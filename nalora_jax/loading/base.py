@@ -55,31 +55,31 @@ class LoadedModel:
     rope_scaling: str = ""  # in place of the files', see `ResolvedSource.rope_scaling`
 
 
-def read_config(found: hub.ResolvedSource, *, images: bool = False, added: AddedTokens = NO_TOKENS) -> ModelConfig:
+def read_config(resolved: hub.ResolvedSource, *, images: bool = False, added: AddedTokens = NO_TOKENS) -> ModelConfig:
     """Reads the architecture of a model from its description, without any weights.
 
     Args:
-      found: its files.
+      resolved: its files.
       images: include the vision tower and projector; see `ModelConfig.from_hf`.
       added: tokens for which the embedding gets rows.
 
     Raises:
       NaloraError: the description cannot be read or understood.
     """
-    where = found.path if found.kind == "gguf" else found.path / "config.json"
-    raw = hf_config(GGUFFile(found.path)) if found.kind == "gguf" else read_json(where)
-    raw = with_rope_scaling(raw, found.rope_scaling, str(where))
+    where = resolved.path if resolved.kind == "gguf" else resolved.path / "config.json"
+    raw = hf_config(GGUFFile(resolved.path)) if resolved.kind == "gguf" else read_json(where)
+    raw = with_rope_scaling(raw, resolved.rope_scaling, str(where))
     config = ModelConfig.from_hf(raw, str(where), images=images)
     if not added:
         return config
-    return replace(config, vocab_size=_files_tokenizer(found).with_tokens(added).rows_for(added, config.vocab_size))
+    return replace(config, vocab_size=_files_tokenizer(resolved).with_tokens(added).rows_for(added, config.vocab_size))
 
 
-def added_ids(found: hub.ResolvedSource, added: AddedTokens) -> dict[str, int]:
+def added_ids(resolved: hub.ResolvedSource, added: AddedTokens) -> dict[str, int]:
     """Returns the ids of added tokens, without the tokens that the model's tokenizer has already.
 
     Args:
-      found: the model's files.
+      resolved: the model's files.
       added: the tokens.
 
     Raises:
@@ -88,17 +88,17 @@ def added_ids(found: hub.ResolvedSource, added: AddedTokens) -> dict[str, int]:
     """
     if not added:
         return {}
-    before = _files_tokenizer(found)
+    before = _files_tokenizer(resolved)
     held = {token.content for token in before.backend.get_added_tokens_decoder().values()}
     ids = before.with_tokens(added).backend.get_vocab(with_added_tokens=True)
     return {text: ids[text] for text in added.texts if text not in held}
 
 
-def _files_tokenizer(found: hub.ResolvedSource) -> Tokenizer:
-    return read_tokenizer(GGUFFile(found.path)) if found.kind == "gguf" else Tokenizer.from_folder(found.path)
+def _files_tokenizer(resolved: hub.ResolvedSource) -> Tokenizer:
+    return read_tokenizer(GGUFFile(resolved.path)) if resolved.kind == "gguf" else Tokenizer.from_folder(resolved.path)
 
 
-def read_tokenizer_of(found: hub.ResolvedSource, config: ModelConfig, added: AddedTokens = NO_TOKENS) -> Tokenizer:
+def read_tokenizer_of(resolved: hub.ResolvedSource, config: ModelConfig, added: AddedTokens = NO_TOKENS) -> Tokenizer:
     """Returns a model's tokenizer with added tokens, checked against its embedding.
 
     No weight is read.
@@ -106,9 +106,9 @@ def read_tokenizer_of(found: hub.ResolvedSource, config: ModelConfig, added: Add
     Raises:
       NaloraError: its files are missing or damaged.
     """
-    tokenizer = _files_tokenizer(found).with_tokens(added)
-    tokenizer = tokenizer.for_embedding(config.vocab_size, f"{found.path}: tokenizer")
-    return tokenizer if config.sight is None else _seeing(tokenizer, config.sight, found.path)
+    tokenizer = _files_tokenizer(resolved).with_tokens(added)
+    tokenizer = tokenizer.for_embedding(config.vocab_size, f"{resolved.path}: tokenizer")
+    return tokenizer if config.sight is None else _seeing(tokenizer, config.sight, resolved.path)
 
 
 def load_model(
@@ -140,50 +140,52 @@ def load_model(
     """
     if dtype not in DTYPES:  # checked before the download
         raise NaloraError("dtype", expected=" or ".join(DTYPES), found=repr(dtype))
-    found = hub.resolve(source, cache) if isinstance(source, str) else source
-    raw, config, tensors, tokenizer = _opened(found, images)
-    tokenizer = tokenizer.for_embedding(config.vocab_size, f"{found.path}: tokenizer")
+    resolved = hub.resolve(source, cache) if isinstance(source, str) else source
+    raw, config, tensors, tokenizer = _opened(resolved, images)
+    tokenizer = tokenizer.for_embedding(config.vocab_size, f"{resolved.path}: tokenizer")
     processor = None
     if config.sight is not None:
-        tokenizer = _seeing(tokenizer, config.sight, found.path)
-        processor = _processor(found.path, config.sight)
-    keymap = model_keymap(config, found.kind)
+        tokenizer = _seeing(tokenizer, config.sight, resolved.path)
+        processor = _processor(resolved.path, config.sight)
+    keymap = model_keymap(config, resolved.kind)
     shardings = None if mesh is None else _shardings(config, mesh)
     floats = with_experts(with_floats(tensors), keymap)
     params = load_params(config, floats, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
     params = gathered(params, distributed.WEIGHT_AXES)
-    known = origin(config, found, tensors, together=mesh is not None)
-    log.info("base model: %s", known.describe())
-    if found.rope_scaling:
-        log.info("RoPE scaling %s: a context of %d tokens", found.rope_scaling, config.max_positions)
+    source_of = origin(config, resolved, tensors, together=mesh is not None)
+    log.info("base model: %s", source_of.describe())
+    if resolved.rope_scaling:
+        log.info("RoPE scaling %s: a context of %d tokens", resolved.rope_scaling, config.max_positions)
     if config.sight is None and contains_text_model(raw.get("model_type"), images=False):
-        log.info("%s: the text model of %s, without its image tower", found.path, raw["model_type"])
-    folder = found.path if found.kind == "hf" else None
+        log.info("%s: the text model of %s, without its image tower", resolved.path, raw["model_type"])
+    folder = resolved.path if resolved.kind == "hf" else None
     return LoadedModel(
         config,
         params,
         tokenizer,
-        known.name,
-        known.fingerprint,
+        source_of.name,
+        source_of.fingerprint,
         raw,
-        known,
+        source_of,
         processor,
         tokenizer_folder=folder,
-        rope_scaling=found.rope_scaling,
+        rope_scaling=resolved.rope_scaling,
     )
 
 
-def _opened(found: hub.ResolvedSource, images: bool) -> tuple[dict[str, Any], ModelConfig, TensorSource, Tokenizer]:
+def _opened(resolved: hub.ResolvedSource, images: bool) -> tuple[dict[str, Any], ModelConfig, TensorSource, Tokenizer]:
     """Returns the description, tensors (not read yet) and tokenizer of either kind of source."""
-    if found.kind == "gguf":
-        file = GGUFFile(found.path)
-        raw = with_rope_scaling(hf_config(file), found.rope_scaling, str(found.path))
-        return raw, ModelConfig.from_hf(raw, str(found.path), images=images), file, read_tokenizer(file)
-    where = found.path / "config.json"
-    raw = with_rope_scaling(read_json(where), found.rope_scaling, str(where))
+    if resolved.kind == "gguf":
+        file = GGUFFile(resolved.path)
+        raw = with_rope_scaling(hf_config(file), resolved.rope_scaling, str(resolved.path))
+        return raw, ModelConfig.from_hf(raw, str(resolved.path), images=images), file, read_tokenizer(file)
+    where = resolved.path / "config.json"
+    raw = with_rope_scaling(read_json(where), resolved.rope_scaling, str(where))
     config = ModelConfig.from_hf(raw, str(where), images=images)
-    tensors = StreamedFolder(found.path, found.streamed) if found.streamed else SafetensorsFolder(found.path)
-    return raw, config, tensors, Tokenizer.from_folder(found.path)
+    tensors = (
+        StreamedFolder(resolved.path, resolved.streamed) if resolved.streamed else SafetensorsFolder(resolved.path)
+    )
+    return raw, config, tensors, Tokenizer.from_folder(resolved.path)
 
 
 def rope_of(loaded: LoadedModel) -> dict[str, Any]:

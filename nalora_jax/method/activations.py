@@ -200,8 +200,8 @@ def get(name: str) -> Activation:
             return activation
         if activation.variant is not None:
             return activation.variant(*map(float, numbers))
-    known = ", ".join(sorted({*ALIASES, *ACTIVATIONS.names()} - {"clamped_swish"} | {"clamped_swish(slope,limit)"}))
-    raise NaloraError("activation", expected=f"one of {known}", found=repr(name))
+    names = ", ".join(sorted({*ALIASES, *ACTIVATIONS.names()} - {"clamped_swish"} | {"clamped_swish(slope,limit)"}))
+    raise NaloraError("activation", expected=f"one of {names}", found=repr(name))
 
 
 # ---------------------------------------------------------------- construction

@@ -74,8 +74,8 @@ def require_gates(params: Any, gates: Mapping[str, str], leaf: str) -> None:
     for gate in gates:
         if f"{gate}/{leaf}" not in paths:
             leaves = [path for path in paths if path.endswith(f"/{leaf}")]
-            found = ", ".join(leaves) or f"no leaf named {leaf!r}"
-            raise NaloraError("gates", expected=f"a parameter {gate}/{leaf}", found=found)
+            actual = ", ".join(leaves) or f"no leaf named {leaf!r}"
+            raise NaloraError("gates", expected=f"a parameter {gate}/{leaf}", found=actual)
 
 
 def multiply_columns(
@@ -107,9 +107,9 @@ def multiply_columns(
         return updates
     missing = sorted(set(gates.values()) - set(factors or ()))
     if factors is None or missing:
-        found = "no such argument" if factors is None else f"only {sorted(factors)}"
+        actual = "no such argument" if factors is None else f"only {sorted(factors)}"
         field = f"optimizer.update(..., {argument}=)"
-        raise NaloraError(field, expected=f"factors of {missing}", found=found)
+        raise NaloraError(field, expected=f"factors of {missing}", found=actual)
     columns = {f"{gate}/{leaf}": factors[block] for gate, block in gates.items()}
     lengths = {f"{gate}/{magnitude}": factors[block] for gate, block in gates.items()}
 

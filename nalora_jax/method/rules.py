@@ -215,9 +215,9 @@ def curvature_cap(excess: Array, response: Array, tau: float) -> Array:
         or rounding noise.
       tau: chi above which steps are shortened.
     """
-    moved = (excess > 0) & (response > 0)
-    ratio = tau * response / jnp.where(moved, excess, 1.0)
-    return jnp.where(moved, jnp.minimum(1.0, ratio), 1.0)
+    responds = (excess > 0) & (response > 0)
+    ratio = tau * response / jnp.where(responds, excess, 1.0)
+    return jnp.where(responds, jnp.minimum(1.0, ratio), 1.0)
 
 
 @register_mechanism("curvature_cap")

@@ -128,8 +128,8 @@ def update_gate_state(state: GateState, stats: Any, mechanisms: Mechanisms) -> G
 def _leaf(flat: Mapping[str, Array], path: str, name: str) -> Array:
     key = f"{path}/{name}".removeprefix("/")
     if key not in flat:
-        found = ", ".join(sorted(flat)) or "nothing"
-        raise NaloraError("gate_stats", expected=f"a leaf {key}", found=found)
+        paths = ", ".join(sorted(flat)) or "nothing"
+        raise NaloraError("gate_stats", expected=f"a leaf {key}", found=paths)
     return flat[key]
 
 
@@ -174,8 +174,8 @@ def channel_factors(
     }
 
 
-def _product(place: str, path: str, mechanisms: Mechanisms, own: Mapping[str, Mapping[str, Array]]) -> Array:
-    acting = [(m, own[label][path]) for label, m in mechanisms.entries if place in m.places]
+def _product(place: str, path: str, mechanisms: Mechanisms, factors: Mapping[str, Mapping[str, Array]]) -> Array:
+    acting = [(m, factors[label][path]) for label, m in mechanisms.entries if place in m.places]
     product = jnp.ones_like(acting[0][1])
     for mechanism, factor in acting:
         product = product * factor if mechanism.reallocates else product

@@ -231,7 +231,7 @@ def _sums(source: str, values: Any, weights: Array, names: Iterable[str]) -> Sum
 
 def _summed(values: Array | tuple[Array, ...], weights: Array) -> Array:
     if isinstance(values, tuple):
-        return jnp.stack([total(part, weights) for part in values])
+        return jnp.stack([total(value, weights) for value in values])
     return total(values, weights)
 
 
@@ -352,7 +352,7 @@ def mean(name: str, sums: Mapping[str, Array]) -> Array:
 
 def ratio(name: str, sums: Mapping[str, Array]) -> Array:
     """Returns an entry of `RATIOS` of any sums; 0 if the denominator is 0."""
-    above, below = (sums[part] for part in RATIOS[name])
+    above, below = (sums[name_of_sum] for name_of_sum in RATIOS[name])
     return jnp.where(below > 0, above / jnp.where(below > 0, below, 1.0), 0.0)
 
 

@@ -140,10 +140,10 @@ def make_train_step(optimizer: optax.GradientTransformationExtraArgs, config: St
     mechanisms, evaluate = config.mechanisms, micro_gradients(objective, config)
 
     def step(params: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        own = own_factors(state.gate, mechanisms)
-        factors = channel_factors(state.gate, mechanisms, own)
+        factors_of_rules = own_factors(state.gate, mechanisms)
+        factors = channel_factors(state.gate, mechanisms, factors_of_rules)
         masks = mask_collection(factors["gradient_a"]) if "gradient_a" in factors else None
-        channels = {path: f.shape for blocks in own.values() for path, f in blocks.items()}
+        channels = {path: f.shape for blocks in factors_of_rules.values() for path, f in blocks.items()}
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         lora = state.lora
         if config.lora_sharding is not None:  # gathered once, not in every layer
@@ -166,7 +166,7 @@ def make_train_step(optimizer: optax.GradientTransformationExtraArgs, config: St
             "grad_norm": optax.tree.norm(grads),
             "tokens": sums["tokens"],
             "target_tokens": sums["target_tokens"],
-            "layers": {} if config.metrics is None else config.metrics(stats, own, factors),
+            "layers": {} if config.metrics is None else config.metrics(stats, factors_of_rules, factors),
             "idle": idle(gate, mechanisms),
         }
         return TrainState(state.step + 1, lora, opt_state, gate, state.key), metrics
@@ -216,8 +216,8 @@ def _taps(
     if shards > 1:
         shapes = {path: (shape[0], shards, *shape[1:]) for path, shape in channels.items()}
     zeros = {path: statistics.taps(names, shape) for path, shape in shapes.items()}
-    placed: BlockStats = pinned(zeros, sharding, axis=1)
-    return placed
+    sharded: BlockStats = pinned(zeros, sharding, axis=1)
+    return sharded
 
 
 def over_shards(stats: BlockStats, names: tuple[str, ...], sharding: NamedSharding | None) -> BlockStats:
@@ -237,8 +237,8 @@ def accumulate(sums: Callable[[Batch, Array], dict[str, Any]], batch: Batch, key
 
     def body(total: dict[str, Any], item: tuple[Batch, Array]) -> tuple[dict[str, Any], None]:
         micro, index = item
-        part = sums(micro, jax.random.fold_in(key, index))
-        return trees.map_named(statistics.merged, total, part), None
+        addend = sums(micro, jax.random.fold_in(key, index))
+        return trees.map_named(statistics.merged, total, addend), None
 
     # Zeros are neutral for sums and for maxima of non-negative numbers.
     shapes = jax.eval_shape(sums, first, key)

@@ -207,8 +207,8 @@ def _with_features(x: jax.Array, features: jax.Array, places: jax.Array, shardin
     index = split(jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0), sharding)
     features, places = repeated(features, sharding), split(places, sharding)
     # A row with more places than features gets NaN there, so that the error is visible.
-    found = jnp.take_along_axis(features.astype(x.dtype), index[..., None], axis=1, mode="fill")
-    return jnp.where(places[..., None], found, x)
+    rows = jnp.take_along_axis(features.astype(x.dtype), index[..., None], axis=1, mode="fill")
+    return jnp.where(places[..., None], rows, x)
 
 
 def _with_starts(shared: SharedInputs, places: jax.Array, sharding: NamedSharding | None) -> SharedInputs:
@@ -293,8 +293,8 @@ def _layer_inputs(
     scales: dict[str, dict[str, jax.Array]] = {}
     for path, _ in adapters.targets:
         if path.startswith(f"{stack.prefix}/"):
-            part, _, name = path.removeprefix(f"{stack.prefix}/").partition("/")
-            scales.setdefault(part, {})[name] = jnp.asarray(adapters.scales(path))
+            part_name, _, name = path.removeprefix(f"{stack.prefix}/").partition("/")
+            scales.setdefault(part_name, {})[name] = jnp.asarray(adapters.scales(path))
     windows, ropes = stack.config.layer_windows, stack.config.layer_ropes
     cached = None if cache is None else cache.states.get(stack.prefix)
     if stack.prefix in (shared.cache or {}):

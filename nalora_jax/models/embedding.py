@@ -95,9 +95,9 @@ def _with_rows(x: jax.Array, tokens: jax.Array, rows: jax.Array, ids: tuple[int,
     order = np.argsort(ids).astype(np.int32)
     ascending = np.array(ids, np.int32)[order]
     place = jnp.searchsorted(ascending, tokens, method="scan_unrolled")  # len(ids) beyond the last
-    found = jnp.take(ascending, place, mode="clip") == tokens
+    is_trained = jnp.take(ascending, place, mode="clip") == tokens
     trained = jnp.take(rows, jnp.take(order, place, mode="clip"), axis=0)
-    return jnp.where(found[..., None], trained, x.astype(trained.dtype))
+    return jnp.where(is_trained[..., None], trained, x.astype(trained.dtype))
 
 
 def column_layouts(sharding: NamedSharding | None) -> tuple[NamedSharding | None, NamedSharding | None]:

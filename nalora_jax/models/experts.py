@@ -99,20 +99,20 @@ def sample(routing: Routing, token_weights: jax.Array, stride: int) -> SampledRo
     weights = jnp.take(token_weights.reshape(-1), routing.token)
     if stride > 1:
         batch = token_weights.shape[0]
-        own = routing.expert[routing.back].reshape(batch, -1)
+        experts = routing.expert[routing.back].reshape(batch, -1)
         # [batch, seq * top_k]: indices of a sequence's rows among all sorted rows, by expert
-        places = jnp.take_along_axis(routing.back.reshape(batch, -1), jnp.argsort(own, axis=1, stable=True), axis=1)
-        taken = sampled_positions(places[..., None], jnp.take(weights, places), stride, run=1)
-        rows = taken.reshape(-1)
+        places = jnp.take_along_axis(routing.back.reshape(batch, -1), jnp.argsort(experts, axis=1, stable=True), axis=1)
+        positions = sampled_positions(places[..., None], jnp.take(weights, places), stride, run=1)
+        rows = positions.reshape(-1)
         weights, expert = jnp.take(weights, rows), jnp.take(expert, rows)
     reached = expert[None, :] == jnp.arange(routing.sizes.shape[0])[:, None]
     return SampledRows(rows, jnp.where(reached, weights[None, :], 0.0))
 
 
 def expert_statistics(
-    seen: jax.Array,
+    z: jax.Array,
     start: jax.Array,
-    moved: jax.Array,
+    dz: jax.Array,
     samples: tuple[SampledRows, SampledRows],
     activation: activations.Activation,
     config: GateStatsConfig,
@@ -120,9 +120,9 @@ def expert_statistics(
     """Returns `nalora_jax.measurement.gate_statistics` of every expert over its tokens.
 
     Args:
-      seen: ``[taken, d_ff]`` full pre-activations of the first sample's rows.
+      z: ``[taken, d_ff]`` full pre-activations of the first sample's rows.
       start: ``[probed, d_ff]`` frozen pre-activations of the second sample's rows.
-      moved: ``[probed, d_ff]`` the adapter's change of them.
+      dz: ``[probed, d_ff]`` the adapter's change of them.
       samples: rows for the gate's statistics and rows for the probe.
       activation: the gate's.
       config: tolerance and names of further statistics.
@@ -133,8 +133,8 @@ def expert_statistics(
     partition = activations.partition(activation.name, config.tolerance)
 
     def one(of_gate: jax.Array, of_probe: jax.Array) -> dict[str, jax.Array]:
-        stats = statistics.channel_statistics(seen, of_gate, activation, partition, config.extra)
-        return stats | statistics.probe_statistics(start, moved, of_probe, activation, config.extra)
+        stats = statistics.channel_statistics(z, of_gate, activation, partition, config.extra)
+        return stats | statistics.probe_statistics(start, dz, of_probe, activation, config.extra)
 
     return jax.vmap(one)(samples[0].weights, samples[1].weights)
 
@@ -144,8 +144,8 @@ def expert_cotangent_statistics(delta: jax.Array, of: SampledRows, names: Iterab
 
     ``delta`` is ``[rows, d_ff]``; the results have a leading axis ``[experts]``.
     """
-    taken = of.take(delta)
-    return jax.vmap(lambda own: statistics.cotangent_statistics(taken, own, names))(of.weights)
+    sampled = of.take(delta)
+    return jax.vmap(lambda weights: statistics.cotangent_statistics(sampled, weights, names))(of.weights)
 
 
 # ---------------------------------------------------------------- the block
@@ -283,13 +283,13 @@ def expert_rows(
     hidden, _ = gated_product(z, u, activation, numerics, config.up_limit)
     measured: dict[str, jax.Array] = {}
     if config.measure:
-        start, moved = _probed(layer.gate, rows, inner, z, delta, groups, samples[1], numerics)
-        measured = expert_statistics(samples[0].take(z), start, moved, samples, activation, config.stats)
+        start, dz = _probed(layer.gate, rows, inner, z, delta, groups, samples[1], numerics)
+        measured = expert_statistics(samples[0].take(z), start, dz, samples, activation, config.stats)
         if config.stats.checks is not None:
             live = Live(z, base, delta, up_factor(u.astype(numerics.residual), config.up_limit), hidden)
             assert isinstance(config.stats.checks, GateChecks)
-            found = config.stats.checks.arrays(live, activation, numerics.residual)
-            measured |= found if axis is None else {name: lax.pmax(worst, axis) for name, worst in found.items()}
+            faults = config.stats.checks.arrays(live, activation, numerics.residual)
+            measured |= faults if axis is None else {name: lax.pmax(worst, axis) for name, worst in faults.items()}
     return combine(*_projected(layer.down, hidden, drop[2](hidden, axis), groups, numerics, axis)), measured
 
 
@@ -351,17 +351,17 @@ def _probed(
     the initial value is computed as z minus the change. Arguments are as for `_projected`, with z
     and delta of all rows.
     """
-    seen, adapter = probe.take(z).astype(jnp.float32), gate.adapter
+    probed_z, adapter = probe.take(z).astype(jnp.float32), gate.adapter
     if adapter is None or delta is None:
-        return seen, jnp.zeros_like(seen)
+        return probed_z, jnp.zeros_like(probed_z)
     plain = adapter.magnitude is None and adapter.start is None
     if plain and numerics.hooks.recomputes_expert_probe(*adapter.a.shape[::2]):
         # Joined factors do not read the sizes.
         few = Groups(groups.sizes, probe.take(groups.expert))
-        moved = grouped_residual(probe.take(inner), *adapter[:3], few, numerics).astype(delta.dtype)
+        dz = grouped_residual(probe.take(inner), *adapter[:3], few, numerics).astype(delta.dtype)
     else:
-        moved = probe.take(_moved(adapter, x, groups, delta, numerics))
-    return seen - moved.astype(jnp.float32), moved
+        dz = probe.take(_moved(adapter, x, groups, delta, numerics))
+    return probed_z - dz.astype(jnp.float32), dz
 
 
 def _moved(adapter: Adapter, x: jax.Array, groups: Groups, delta: jax.Array, numerics: Numerics) -> jax.Array:
@@ -387,6 +387,6 @@ def _dropped(
     shape = (x.shape[0] // keys.shape[0], size * x.shape[1])
     draw = lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1.0 - config.dropout, shape)  # noqa: E731
     # [batch, seq * top_k, d] in the tokens' own order
-    kept = lax.dynamic_slice_in_dim(jax.vmap(draw)(keys), first, x.shape[1], axis=2)
-    kept = jnp.take(kept.reshape(x.shape), routing.order, axis=0)
-    return jnp.where(kept, x / (1.0 - config.dropout), 0.0)
+    mask = lax.dynamic_slice_in_dim(jax.vmap(draw)(keys), first, x.shape[1], axis=2)
+    mask = jnp.take(mask.reshape(x.shape), routing.order, axis=0)
+    return jnp.where(mask, x / (1.0 - config.dropout), 0.0)

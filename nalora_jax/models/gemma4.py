@@ -193,15 +193,15 @@ def _listed_heads(f: Fields, kind: str, types: Sequence[str], head_dim: int, kv_
 
 
 def _ropes(f: Fields, kind: str, head_dim: int) -> tuple[RopeSpec, ...]:
-    given = f.mapping("rope_parameters")
-    unknown = given.keys() - _ROPES.keys()
+    parameters = f.mapping("rope_parameters")
+    unknown = parameters.keys() - _ROPES.keys()
     if unknown:
         raise f.error(
             "rope_parameters", f"one JSON object for {SLIDING} and one for {FULL}", ", ".join(sorted(unknown))
         )
-    if given and kind not in given:
-        raise f.error("rope_parameters", f"an entry for {kind}", ", ".join(given))
-    specs, _ = read_ropes(f, head_dim, [kind], {} if given else _ROPES)
+    if parameters and kind not in parameters:
+        raise f.error("rope_parameters", f"an entry for {kind}", ", ".join(parameters))
+    specs, _ = read_ropes(f, head_dim, [kind], {} if parameters else _ROPES)
     if specs[0].kind not in _ROPE_TYPES:
         raise f.error(f"rope_parameters: {kind}: rope_type", f"one of {', '.join(_ROPE_TYPES)}", specs[0].kind)
     return specs

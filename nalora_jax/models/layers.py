@@ -213,8 +213,8 @@ def apply_rope(x: jax.Array, table: jax.Array) -> jax.Array:
     cos, sin = table[0][:, :, None, :], table[1][:, :, None, :]
     half = table.shape[-1]
     x = x.astype(jnp.float32)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    first, second, unrotated = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, unrotated], axis=-1)
 
 
 def _apply_rope_fwd(x: jax.Array, table: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:

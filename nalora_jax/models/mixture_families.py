@@ -118,8 +118,9 @@ def _sigmoid_router(f: Fields, n_experts: int) -> RouterSpec:
     groups, top_k = f.integer("n_group", high=2**12), f.integer("num_experts_per_tok", high=2**12)
     if n_experts % groups or n_experts // groups < 2:
         raise f.error("n_group", f"equal groups of 2 or more of the {n_experts} experts", groups)
-    kept = f.integer("topk_group", high=2**12)
-    if kept > groups or kept * (n_experts // groups) < top_k:
-        raise f.error("topk_group", f"at most {groups} groups that hold num_experts_per_tok ({top_k}) experts", kept)
+    top_groups = f.integer("topk_group", high=2**12)
+    if top_groups > groups or top_groups * (n_experts // groups) < top_k:
+        expected = f"at most {groups} groups that hold num_experts_per_tok ({top_k}) experts"
+        raise f.error("topk_group", expected, top_groups)
     scale = f.number("routed_scaling_factor")
-    return RouterSpec("sigmoid", f.flag("norm_topk_prob"), True, groups, kept, scale)
+    return RouterSpec("sigmoid", f.flag("norm_topk_prob"), True, groups, top_groups, scale)

@@ -190,8 +190,8 @@ def on_mesh(
     """
     by_shard = count(config.stats.sharding) > 1
     if sharding is None or sharding.mesh.size == 1 or x.shape[0] % count(sharding):
-        own = _with_first_taps(layer) if by_shard else layer
-        y, measured = routed_ffn(x, weights, keys, own, config, routed_by=routed_by)
+        local_layer = _with_first_taps(layer) if by_shard else layer
+        y, measured = routed_ffn(x, weights, keys, local_layer, config, routed_by=routed_by)
         return y, {name: first_alone(value, config.stats.sharding) for name, value in measured.items()}
     rows, mesh = sharding.spec[0], sharding.mesh
     axis = _AXIS if _splits(layer, mesh.shape.get(_AXIS, 1)) else None
@@ -221,7 +221,7 @@ def on_mesh(
     if by_shard:
         return y, parts
     merge = {name: jnp.max if name.startswith(statistics.CHECK) else jnp.sum for name in names}
-    return y, {name: merge[name](part, axis=0) for name, part in parts.items()}
+    return y, {name: merge[name](arrays, axis=0) for name, arrays in parts.items()}
 
 
 def _over(sharding: NamedSharding, x: jax.Array, layer: Layer, config: RoutedConfig, experts: str) -> str | None:
@@ -267,14 +267,14 @@ def _specs(layer: Layer, axis: str | None, rows: Any, over: str | None) -> Any:
         def stored(leaf: jax.Array) -> P:  # int8 has one scale for all inputs, which is not split
             return P(*(None if size == 1 else name for size, name in zip(leaf.shape, kernel, strict=True)))
 
-        made = jax.tree.map(stored, experts.kernel)
+        kernels = jax.tree.map(stored, experts.kernel)
         bias: Any = None if experts.bias is None else of_outputs
         if experts.adapter is None:
-            return Experts(made, bias=bias)
+            return Experts(kernels, bias=bias)
         places: Any = (a, b, P(), of_outputs, of_outputs, None, (a, b))
         # An array that the adapter does not have must have no spec either.
-        kept: Any = [None if leaf is None else at for at, leaf in zip(places, experts.adapter, strict=True)]
-        return Experts(made, Adapter(*kept), bias)
+        adapter: Any = [None if leaf is None else at for at, leaf in zip(places, experts.adapter, strict=True)]
+        return Experts(kernels, Adapter(*adapter), bias)
 
     places: Any = (
         P(),

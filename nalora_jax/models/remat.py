@@ -82,15 +82,16 @@ def scanned(block: Any, n_layers: int) -> Any:
 
 def _policy(remat: str) -> Callable[..., Any] | None:
     """Returns the policy of `jax.checkpoint`; None saves only a layer's input."""
-    saved, known = _SAVES[remat.removesuffix(OFFLOAD)], jax.checkpoint_policies
+    saved, policies = _SAVES[remat.removesuffix(OFFLOAD)], jax.checkpoint_policies
     policy: Callable[..., Any] | None = None
     if remat.endswith(OFFLOAD):
-        policy = known.save_and_offload_only_these_names(
+        policy = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=(),
             names_which_can_be_offloaded=(LAYER_INPUT, *saved),
             offload_src="device",
             offload_dst="pinned_host",
         )
     elif saved:
-        policy = known.save_from_both_policies(known.save_only_these_names(*saved), cudnn_attention.is_forward_pass)
+        named = policies.save_only_these_names(*saved)
+        policy = policies.save_from_both_policies(named, cudnn_attention.is_forward_pass)
     return policy

@@ -52,12 +52,12 @@ def read_ropes(
         return (_spec(f, "rope_parameters", flat, head_dim, further),), ()
     specs = []
     for kind in sorted(set(kinds)):
-        own = nested.get(kind, {}) if nested or kind != "full_attention" else flat
-        if not isinstance(own, Mapping):
-            raise f.error(f"rope_parameters: {kind}", "a JSON object", repr(own)[:60])
+        rope = nested.get(kind, {}) if nested or kind != "full_attention" else flat
+        if not isinstance(rope, Mapping):
+            raise f.error(f"rope_parameters: {kind}", "a JSON object", repr(rope)[:60])
         theta = {"rope_theta": f.get("rope_theta")} if f.get("rope_theta") and kind == "full_attention" else {}
-        own = {**(defaults or {}).get(kind, {}), **theta, **{k: v for k, v in own.items() if v is not None}}
-        specs.append(_spec(f, f"rope_parameters: {kind}", own, head_dim, further))
+        rope = {**(defaults or {}).get(kind, {}), **theta, **{k: v for k, v in rope.items() if v is not None}}
+        specs.append(_spec(f, f"rope_parameters: {kind}", rope, head_dim, further))
     order = {kind: i for i, kind in enumerate(sorted(set(kinds)))}
     return tuple(specs), tuple(order[kind] for kind in kinds)
 
@@ -84,15 +84,15 @@ def context_length(ropes: Sequence[RopeSpec], positions: int) -> int:
     return int(positions * max((spec.factor for spec in ropes if spec.kind == "dynamic"), default=1.0))
 
 
-def _spec(f: Fields, name: str, own: Mapping[str, Any], head_dim: int, further: Collection[str]) -> RopeSpec:
-    rope = Fields(own, {"rope_theta": f.get("rope_theta") or 10_000.0}, f"{f.where}: {name}")
-    kind = own.get("rope_type") or own.get("type") or "default"
+def _spec(f: Fields, name: str, raw_rope: Mapping[str, Any], head_dim: int, further: Collection[str]) -> RopeSpec:
+    rope = Fields(raw_rope, {"rope_theta": f.get("rope_theta") or 10_000.0}, f"{f.where}: {name}")
+    kind = raw_rope.get("rope_type") or raw_rope.get("type") or "default"
     phi3 = f.raw.get("model_type") == "phi3"
     if phi3 and kind in ("su", "yarn"):  # LongRoPE under its earlier names
         kind = "longrope"
     if kind not in ROPE_KINDS or (phi3 and kind not in ("default", "longrope")):
         raise rope.error("rope_type", f"one of {', '.join(ROPE_KINDS)}", repr(kind), "this scaling is not implemented")
-    for key in sorted(own.keys() - _ALWAYS - _KEYS[kind] - set(further)):
+    for key in sorted(raw_rope.keys() - _ALWAYS - _KEYS[kind] - set(further)):
         rope.refuse(key, f"rope_type {kind!r} has no such parameter here")
     partial = rope.number("partial_rotary_factor", default=f.number("partial_rotary_factor", default=1.0))
     allowed = phi3 or kind == "proportional" or "partial_rotary_factor" in f.defaults

@@ -63,12 +63,12 @@ def key_heads(config: ModelConfig) -> int:
 
 def _of_kind(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
     """Returns the uniform config of some layers of one kind."""
-    own = dict(config.kinds[config.layer_kinds[layers[0]]])
-    if config.windows and "windows" not in own:
-        own["windows"] = tuple(config.windows[layer] for layer in layers)
-    if config.rope_index and "ropes" not in own:
-        own["rope_index"] = tuple(config.rope_index[layer] for layer in layers)
-    return replace(config, kinds=(), layer_kinds=(), n_layers=len(layers), sight=None, **own)
+    overrides = dict(config.kinds[config.layer_kinds[layers[0]]])
+    if config.windows and "windows" not in overrides:
+        overrides["windows"] = tuple(config.windows[layer] for layer in layers)
+    if config.rope_index and "ropes" not in overrides:
+        overrides["rope_index"] = tuple(config.rope_index[layer] for layer in layers)
+    return replace(config, kinds=(), layer_kinds=(), n_layers=len(layers), sight=None, **overrides)
 
 
 def _divide(kinds: Sequence[int]) -> list[tuple[int, int, int]]:

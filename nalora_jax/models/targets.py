@@ -108,17 +108,17 @@ class AdapterSpec:
         As in PEFT, a tied head that is listed with exactly the embedding's ids shares the
         embedding's rows.
         """
-        found = dict(self.token_indices)
-        if tied and found.get("lm_head") == found.get("embed_tokens"):
-            found.pop("lm_head", None)
-        return found
+        rows = dict(self.token_indices)
+        if tied and rows.get("lm_head") == rows.get("embed_tokens"):
+            rows.pop("lm_head", None)
+        return rows
 
     def head_rows(self, *, tied: bool) -> tuple[str, tuple[int, ...]] | None:
         """Returns the table whose trained rows the output head uses, and their ids, or None."""
-        own = self.own_rows(tied=tied)
-        if "lm_head" in own:
-            return "lm_head", own["lm_head"]
-        return ("embed_tokens", own["embed_tokens"]) if tied and "embed_tokens" in own else None
+        rows = self.own_rows(tied=tied)
+        if "lm_head" in rows:
+            return "lm_head", rows["lm_head"]
+        return ("embed_tokens", rows["embed_tokens"]) if tied and "embed_tokens" in rows else None
 
     def describe(self) -> str:
         """Returns a summary of the trained arrays, e.g. ``ffn/gate_proj (8), ffn/up_proj (8)``."""

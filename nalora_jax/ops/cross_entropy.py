@@ -92,8 +92,8 @@ def cross_entropy(
       float32 scalar; differentiable with respect to ``hidden`` only.
     """
     rows = chunk or rows_of_chunk(kernel.shape[head.axis])
-    one = partial(chunk_of_rows, head=head, numerics=numerics)
-    return in_chunks(hidden, kernel, targets, weights, Tiles((rows,), compact, shards), one)
+    rows_chunk = partial(chunk_of_rows, head=head, numerics=numerics)
+    return in_chunks(hidden, kernel, targets, weights, Tiles((rows,), compact, shards), rows_chunk)
 
 
 def rows_of_chunk(vocab: int) -> int:
@@ -207,10 +207,10 @@ def _compacted(
             index = lax.dynamic_slice(order, (start + i * rows,), (rows,))
             take = partial(jnp.take, indices=index, axis=0, mode="clip")
             h, w, t = take(flat), take(weights), jax.tree.map(take, targets)
-            part, back = chunk(h, kernel, t, jnp.where(index < n, w, 0.0), grad)
+            losses, back = chunk(h, kernel, t, jnp.where(index < n, w, 0.0), grad)
             if grad:
                 gradient = gradient.at[index].set(back.astype(gradient.dtype), mode="drop")
-            return loss + jnp.sum(part), gradient
+            return loss + jnp.sum(losses), gradient
 
         return lax.fori_loop(0, count, body, carry)
 
@@ -255,8 +255,8 @@ class Columns:
 
     def join(self, parts: jax.Array) -> jax.Array:
         """Returns ``[batch, seq, ...]`` of ``[chunks, batch, step, ...]``."""
-        whole = jnp.moveaxis(parts, 0, 1)
-        return whole.reshape(whole.shape[0], self.chunks * self.step, *whole.shape[3:])[:, : self.seq]
+        joined = jnp.moveaxis(parts, 0, 1)
+        return joined.reshape(joined.shape[0], self.chunks * self.step, *joined.shape[3:])[:, : self.seq]
 
 
 def _along_sequence(
@@ -272,8 +272,8 @@ def _along_sequence(
     batch, seq, _ = hidden.shape
     columns = Columns.of(batch, seq, tiles.rows[0] * tiles.shards)
 
-    def body(loss: jax.Array, part: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, jax.Array]:
-        h, w, t = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), part)
+    def body(loss: jax.Array, columns_of: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, jax.Array]:
+        h, w, t = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), columns_of)
         losses, back = chunk(h, kernel, t, w, grad)
         gradient = back.astype(h.dtype).reshape(batch, columns.step, -1)
         return loss + jnp.sum(losses.reshape(batch, columns.step), axis=1), gradient

@@ -120,8 +120,8 @@ def own_of_all(x: jax.Array, factors: jax.Array, group: jax.Array, operand: str)
     """
     groups, d, rank = factors.shape
     beside = factors.swapaxes(0, 1).reshape(d, groups * rank)
-    found = _dot(x, beside, operand).reshape(-1, groups, rank)
-    return jnp.sum(jnp.where(_own(group, groups)[..., None], found, 0.0), axis=1)
+    products = _dot(x, beside, operand).reshape(-1, groups, rank)
+    return jnp.sum(jnp.where(_own(group, groups)[..., None], products, 0.0), axis=1)
 
 
 def own_in_all(hidden: jax.Array, group: jax.Array, groups: int) -> jax.Array:

@@ -76,14 +76,14 @@ class Quantized(Stored):
         """Returns the float32 kernel; codes are gathered before they are expanded."""
         if self.places is None:
             return dequantize(self)
-        codes, scales = (_at(part, place) for part, place in zip((self.codes, self.scales), self.places, strict=True))
+        codes, scales = (_at(array, place) for array, place in zip((self.codes, self.scales), self.places, strict=True))
         return dequantize(Quantized(codes, scales, self.kind))
 
 
-def _at(part: jax.Array, place: NamedSharding) -> jax.Array:
+def _at(array: jax.Array, place: NamedSharding) -> jax.Array:
     """Returns codes or scales with their last two axes sharded as in ``place``."""
-    whole = NamedSharding(place.mesh, P(*[None] * (part.ndim - 2), *place.spec))
-    return jax.lax.with_sharding_constraint(part, whole)
+    sharding = NamedSharding(place.mesh, P(*[None] * (array.ndim - 2), *place.spec))
+    return jax.lax.with_sharding_constraint(array, sharding)
 
 
 def kernels(kind: Kind) -> str:
@@ -165,7 +165,7 @@ def gathered(params: Any, axes: Collection[str]) -> Any:
     def told(leaf: Any) -> Any:
         if not isinstance(leaf, Quantized) or leaf.codes.ndim > 3:
             return leaf
-        codes, scales = (_without(part.sharding, leaf.codes.ndim, axes) for part in (leaf.codes, leaf.scales))
+        codes, scales = (_without(array.sharding, leaf.codes.ndim, axes) for array in (leaf.codes, leaf.scales))
         return leaf if codes is None or scales is None else replace(leaf, places=(codes, scales))
 
     return jax.tree.map(told, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
@@ -176,9 +176,9 @@ def _without(sharding: Any, ndim: int, axes: Collection[str]) -> NamedSharding |
     if not isinstance(sharding, NamedSharding) or not set(axes) & set(sharding.mesh.shape):
         return None
     spec = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))[-2:]
-    parts = [(part,) if isinstance(part, str) else part or () for part in spec]
-    kept = [tuple(name for name in names if name not in axes) or None for names in parts]
-    return NamedSharding(sharding.mesh, P(*kept))
+    parts = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
+    remaining = [tuple(name for name in names if name not in axes) or None for names in parts]
+    return NamedSharding(sharding.mesh, P(*remaining))
 
 
 def quantize_params(params: Any, kind: Kind, pattern: str | None = None) -> dict[str, Any]:
@@ -186,12 +186,12 @@ def quantize_params(params: Any, kind: Kind, pattern: str | None = None) -> dict
 
     Kernels are quantized one layer at a time.
     """
-    one = jax.jit(quantize, static_argnums=1)
+    quantized = jax.jit(quantize, static_argnums=1)
 
     def replace(path: str, leaf: jax.Array) -> Any:
         if not re.search(pattern or kernels(kind), path):
             return leaf
-        layers = [one(leaf[i], kind) for i in range(leaf.shape[0])]
+        layers = [quantized(leaf[i], kind) for i in range(leaf.shape[0])]
         return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
 
     return trees.map_named(replace, params)

@@ -119,8 +119,8 @@ def sampled(x: Array, weights: Array, stride: int, run: int = RUN) -> Array:
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)]) if missing else x
     # [..., groups, stride, run, n], of which one of every stride
     x = x.reshape(*x.shape[:-2], groups, stride, run, x.shape[-1])
-    taken = jnp.take_along_axis(x, chosen[..., None, None, None], axis=-3, mode="promise_in_bounds")
-    return taken.reshape(*weights.shape[:-1], groups * run, x.shape[-1])
+    runs = jnp.take_along_axis(x, chosen[..., None, None, None], axis=-3, mode="promise_in_bounds")
+    return runs.reshape(*weights.shape[:-1], groups * run, x.shape[-1])
 
 
 def sampled_positions(weights: Array, stride: int) -> tuple[Array, Array]:
@@ -135,9 +135,9 @@ def sampled_weights(weights: Array, stride: int) -> Array:
     if stride == 1:
         return weights.astype(jnp.float32)
     run, groups = _grouping(weights.shape[-1], stride, RUN)
-    taken = jax.nn.one_hot(_chosen(weights, stride, run), stride, dtype=bool)  # [..., groups, stride]
-    taken = jnp.repeat(taken.reshape(*weights.shape[:-1], groups * stride), run, axis=-1)
-    return jnp.where(taken[..., : weights.shape[-1]], weights.astype(jnp.float32), 0.0)
+    mask = jax.nn.one_hot(_chosen(weights, stride, run), stride, dtype=bool)  # [..., groups, stride]
+    mask = jnp.repeat(mask.reshape(*weights.shape[:-1], groups * stride), run, axis=-1)
+    return jnp.where(mask[..., : weights.shape[-1]], weights.astype(jnp.float32), 0.0)
 
 
 def _grouping(length: int, stride: int, run: int) -> tuple[int, int]:

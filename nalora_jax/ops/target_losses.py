@@ -64,10 +64,10 @@ def _of_targets(hidden: jax.Array, targets: jax.Array, weights: jax.Array, losse
     order = jnp.pad(jnp.argsort(w == 0, stable=True), (0, rows), constant_values=n)
     count = -(-jnp.sum(w != 0, dtype=jnp.int32) // rows)
 
-    def body(i: jax.Array, found: jax.Array) -> jax.Array:
+    def body(i: jax.Array, unpadded: jax.Array) -> jax.Array:
         index = lax.dynamic_slice(order, (i * rows,), (rows,))
         h, targets, weights = (jnp.take(x, index, axis=0, mode="clip") for x in (flat, t, w))
-        return found.at[index].set(losses(h, targets, weights), mode="drop")
+        return unpadded.at[index].set(losses(h, targets, weights), mode="drop")
 
     return lax.fori_loop(0, count, body, jnp.zeros((n,), jnp.float32)).reshape(weights.shape)
 
@@ -77,9 +77,9 @@ def _along_sequence(hidden: jax.Array, targets: jax.Array, weights: jax.Array, l
     batch, seq = weights.shape
     columns = Columns.of(batch, seq, rows)
 
-    def body(_: None, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        h, t, w = (x.reshape(-1, *x.shape[2:]) for x in part)
+    def body(_: None, columns_of: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        h, t, w = (x.reshape(-1, *x.shape[2:]) for x in columns_of)
         return None, losses(h, t, w).reshape(-1, columns.step)
 
-    _, found = lax.scan(body, None, columns.split((hidden, targets, weights)))
-    return columns.join(found)
+    _, by_columns = lax.scan(body, None, columns.split((hidden, targets, weights)))
+    return columns.join(by_columns)

@@ -156,8 +156,8 @@ def _forward(hidden: Any, trained: Any, targets: Any, weights: Any, head: Head, 
     batch, seq, _ = hidden.shape
     columns = Columns.of(batch, seq, rows)
 
-    def body(carry: tuple[jax.Array, Any], part: Any) -> Any:
-        h, t, w = (x.reshape(-1, *x.shape[2:]) for x in part)
+    def body(carry: tuple[jax.Array, Any], columns_of: Any) -> Any:
+        h, t, w = (x.reshape(-1, *x.shape[2:]) for x in columns_of)
         logits, slope = head.logits(trained.products(h, numerics))
         log_total = jax.nn.logsumexp(logits, axis=-1)
         hit = jnp.arange(logits.shape[1], dtype=t.dtype)[None, :] == t[:, None]

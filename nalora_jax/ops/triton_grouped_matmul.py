@@ -61,14 +61,14 @@ def tiled(
     # Padding rows belong to no group, so no visit stores them.
     x = jnp.pad(x, ((0, -rows % _ROWS), (0, 0)))
     tiles = x.shape[0] // _ROWS
-    whole = lambda shape: pl.BlockSpec(shape, lambda i, j: (0,) * len(shape))  # noqa: E731
+    full_spec = lambda shape: pl.BlockSpec(shape, lambda i, j: (0,) * len(shape))  # noqa: E731
     visits = _visits(sizes, tiles)
     options: dict[str, Any] = {"name": NAME, "interpret": interpret}
     out: jax.Array = pl.pallas_call(
         partial(_kernel, transposed=transposed),
         grid=(tiles + groups - 1, d_out // _COLUMNS),
-        in_specs=[whole(one.shape) for one in (x, kernels, *visits)],
-        out_specs=whole((x.shape[0], d_out)),
+        in_specs=[full_spec(array.shape) for array in (x, kernels, *visits)],
+        out_specs=full_spec((x.shape[0], d_out)),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], d_out), numerics.result),
         compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
         **options,
@@ -100,13 +100,13 @@ def _kernel(x: Any, kernels: Any, group: Any, tile: Any, start: Any, end: Any, o
     from jax.experimental.pallas import triton
 
     visit, columns = pl.program_id(0), pl.ds(pl.program_id(1) * _COLUMNS, _COLUMNS)
-    own, first = group[visit], tile[visit] * _ROWS
+    group_index, first = group[visit], tile[visit] * _ROWS
     rows = pl.ds(first, _ROWS)
 
     def add(step: jax.Array, total: jax.Array) -> jax.Array:
         inner = pl.ds(step * _INNER, _INNER)
         left = triton.load(x.at[rows, inner])
-        right = triton.load(kernels.at[(own, columns, inner) if transposed else (own, inner, columns)])
+        right = triton.load(kernels.at[(group_index, columns, inner) if transposed else (group_index, inner, columns)])
         over = (((1,), (1 if transposed else 0,)), ((), ()))
         return total + lax.dot_general(left, right, over, preferred_element_type=jnp.float32)
 

@@ -91,10 +91,10 @@ class Program:
     @cached_property
     def times(self) -> dict[str, float]:
         """Executions of each computation in one call of the program."""
-        found = dict.fromkeys(self.computations, 0.0)
+        counts = dict.fromkeys(self.computations, 0.0)
 
         def visit(name: str, times: float) -> None:
-            found[name] += times
+            counts[name] += times
             for instruction in self.computations[name].instructions.values():
                 trips = self.trips(instruction, self.computations[name]) if instruction.opcode == "while" else 1
                 for called in instruction.calls:
@@ -102,13 +102,13 @@ class Program:
                         visit(called, times * trips)
 
         visit(self.entry, 1.0)
-        return found
+        return counts
 
     def trips(self, loop: Instruction, holder: Computation) -> int:
         """Returns the iterations of a ``while``; 1 if they are unknown before execution."""
-        known = re.search(r"known_trip_count[^\d}]*(\d+)", loop.attributes)
-        if known:
-            return int(known.group(1))
+        trip_count = re.search(r"known_trip_count[^\d}]*(\d+)", loop.attributes)
+        if trip_count:
+            return int(trip_count.group(1))
         condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
         names = [condition.group(1)] if condition else []
         limits: list[int] = []
@@ -136,13 +136,13 @@ class Program:
     @cached_property
     def custom_calls(self) -> dict[str, float]:
         """Executions of each kernel that XLA did not generate, by its name."""
-        found: dict[str, float] = {}
+        calls: dict[str, float] = {}
         for computation, instruction in self._running("custom-call"):
             if _MARKS.search(instruction.attributes):
                 continue
             name = kernel_name(instruction)
-            found[name] = found.get(name, 0.0) + self.times[computation.name]
-        return found
+            calls[name] = calls.get(name, 0.0) + self.times[computation.name]
+        return calls
 
     @cached_property
     def memory_bytes(self) -> float:
@@ -251,9 +251,9 @@ class Program:
         if begun.opcode.endswith("-start"):
             # Starting with libtpu 0.0.50, a SparseCore starts at the update that passes it the
             # operand.
-            given = next((u for u in scheduled.users[begun.name] if u.opcode.endswith("-update")), begun)
-            ends = [u for u in scheduled.users[given.name] if u.opcode.endswith("-done")]
-            places = [names.index(one.name) for one in (given, *ends)]
+            update = next((u for u in scheduled.users[begun.name] if u.opcode.endswith("-update")), begun)
+            ends = [u for u in scheduled.users[update.name] if u.opcode.endswith("-done")]
+            places = [names.index(end.name) for end in (update, *ends)]
         if len(places) == 1:
             return False
         return any(self._works(scheduled.instructions[name]) for name in names[min(places) + 1 : max(places)])
@@ -275,8 +275,8 @@ class Program:
     def _bytes_of(self, instruction: Instruction, computation: Computation) -> float:
         """Returns the HBM traffic of one instruction of a scheduled computation."""
         opcode = instruction.opcode
-        if moved := instruction.host_bytes:
-            return moved
+        if host_bytes := instruction.host_bytes:
+            return host_bytes
         if opcode in _FREE or opcode.endswith("-done") or "AllocateBuffer" in instruction.attributes:
             return 0.0
         if "ConcatBitcast" in instruction.attributes:
@@ -314,9 +314,9 @@ class Program:
             elif user.opcode in _ELEMENTWISE and not user.is_root:  # only for used elements
                 total += self._read_of(computation, user) * source.shapes[0].size / max(user.shapes[0].size, 1.0)
             elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == source.name:
-                taken = sum(shape.size for shape in user.shapes)
+                user_size = sum(shape.size for shape in user.shapes)
                 # The slice may be used only in part, like the array itself: rows of rows.
-                total += taken if user.is_root else min(taken, self._read_of(computation, user))
+                total += user_size if user.is_root else min(user_size, self._read_of(computation, user))
             elif self._hands_on(user, source, computation):
                 continue
             elif user.opcode == "fusion" and user.calls[0] in self.computations:
@@ -360,7 +360,7 @@ class Program:
             return self._written_by(computation, computation.instructions[result.operands[0]])
         if result.opcode == "tuple":
             parts = (computation.instructions[name] for name in result.operands if name in computation.instructions)
-            return sum(self._written_by(computation, part) for part in parts if part.shapes[0].in_hbm)
+            return sum(self._written_by(computation, output) for output in parts if output.shapes[0].in_hbm)
         if result.opcode == "parameter" or is_continued(result, computation):  # returned in place
             return 0.0
         # The gathered array, without the operand, which is returned in place.

@@ -74,8 +74,9 @@ class Search:
         if len(self.tried) >= MOST or (last.fits and last.seconds <= SLOWER * layout.seconds):
             return None
         best = min((result.seconds for _, result in self.tried if result.fits), default=float("inf"))
-        left = [one for one in self.candidates if all(one is not other for other, _ in self.tried)]
-        fitting = [one for one in left if self._memory(one) <= self.limit and self._seconds(one) < best]
+        left = [layout for layout in self.candidates if all(layout is not other for other, _ in self.tried)]
+        small = [layout for layout in left if self._memory(layout) <= self.limit]
+        fitting = [layout for layout in small if self._seconds(layout) < best]
         if fitting:
             return preferred(fitting, self._seconds)
         if best == float("inf"):
@@ -121,9 +122,9 @@ def decide(search: Search, compiled: Callable[[Layout], Compiled]) -> tuple[Layo
     while (layout := search.next()) is not None:
         search.tried.append((layout, compiled(layout)))
     layout, result = search.best()
-    others = [f"{other.short} ({program})" for other, program in search.tried if other is not layout]
-    if others:
-        log.info("mesh: %s (%s) instead of %s", layout.short, result, "; ".join(others))
+    tried = [f"{other.short} ({program})" for other, program in search.tried if other is not layout]
+    if tried:
+        log.info("mesh: %s (%s) instead of %s", layout.short, result, "; ".join(tried))
     return layout, result
 
 

@@ -76,10 +76,10 @@ def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None)
     file = (cache or downloads.cache_dir()) / "plans" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
     if file.exists():
         return _read(json.loads(file.read_text()))
-    found = of_compiled(lowered.compile())
+    compiled = of_compiled(lowered.compile())
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(asdict(found)))
-    return found
+    write_atomically(file, json.dumps(asdict(compiled)))
+    return compiled
 
 
 def of_compiled(compiled: Any) -> Figures:
@@ -99,8 +99,8 @@ def of_compiled(compiled: Any) -> Figures:
 
 def _read(record: dict[str, Any]) -> Figures:
     collectives = tuple(Collective(**entry) for entry in record.pop("collectives"))
-    moved = tuple(Transfer(**entry) for entry in record.pop("transfers"))
-    return Figures(**record, collectives=collectives, transfers=moved)
+    transfers = tuple(Transfer(**entry) for entry in record.pop("transfers"))
+    return Figures(**record, collectives=collectives, transfers=transfers)
 
 
 def _version(name: str) -> str:

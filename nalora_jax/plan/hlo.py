@@ -96,21 +96,21 @@ class Computation:
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
         """The instructions that read each result."""
-        found: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
+        users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for operand in instruction.operands:
-                if operand in found:
-                    found[operand].append(instruction)
-        return found
+                if operand in users:
+                    users[operand].append(instruction)
+        return users
 
     def parameter(self, index: int) -> Instruction | None:
         """Returns the parameter with a number."""
-        wanted = f"{index}"
+        number = f"{index}"
         return next(
             (
                 i
                 for i in self.instructions.values()
-                if i.opcode == "parameter" and i.attributes.startswith(wanted + ")")
+                if i.opcode == "parameter" and i.attributes.startswith(number + ")")
             ),
             None,
         )
@@ -147,23 +147,23 @@ def first_count(loop: Instruction, holder: Computation) -> int:
     counter = holder.instructions.get(carried.operands[0])
     while counter is not None and counter.opcode == "copy":
         counter = holder.instructions.get(counter.operands[0])
-    found = re.match(r"(\d+)\)", counter.attributes) if counter is not None and counter.opcode == "constant" else None
-    return int(found.group(1)) if found else 0
+    match = re.match(r"(\d+)\)", counter.attributes) if counter is not None and counter.opcode == "constant" else None
+    return int(match.group(1)) if match else 0
 
 
 def _instruction(named: re.Match[str], line: str) -> Instruction | None:
-    rest = line[named.end() :]
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    opcode = _OPCODE.match(rest, end)
+    remainder = line[named.end() :]
+    end = _closing(remainder, 0) + 1 if remainder.startswith("(") else remainder.index(" ")
+    opcode = _OPCODE.match(remainder, end)
     if opcode is None:
         return None
-    closing = _closing(rest, opcode.end() - 1)
-    inside = rest[opcode.end() : closing]
-    shapes = tuple(_shape(*found) for found in _SHAPE.findall(rest[:end]))
+    closing = _closing(remainder, opcode.end() - 1)
+    inside = remainder[opcode.end() : closing]
+    shapes = tuple(_shape(*shape) for shape in _SHAPE.findall(remainder[:end]))
     # For parameters and constants the attributes include the text in their parentheses.
-    attributes = (
-        f"{inside}){rest[closing + 1 :]}" if opcode.group(1) in ("parameter", "constant") else rest[closing + 1 :]
-    )
+    attributes = remainder[closing + 1 :]
+    if opcode.group(1) in ("parameter", "constant"):
+        attributes = f"{inside}){attributes}"
     return Instruction(
         named.group(2),
         opcode.group(1),

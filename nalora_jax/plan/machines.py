@@ -220,6 +220,6 @@ def of_devices(devices: Sequence[jax.Device]) -> Topology | None:
 
 
 def _no_such_shape(name: str, kind: str) -> NaloraError:
-    known = ["x".join(map(str, shape)) for shape in shapes(kind) if math.prod(shape) <= 256]
+    names = ["x".join(map(str, shape)) for shape in shapes(kind) if math.prod(shape) <= 256]
     more = ", and 4a x 4b x 4c with a <= b <= c up to 16x16x24" if kind == "v5p" else ""
-    return NaloraError("--topology", expected=f"a slice of {kind}: {', '.join(known)}{more}", found=repr(name))
+    return NaloraError("--topology", expected=f"a slice of {kind}: {', '.join(names)}{more}", found=repr(name))

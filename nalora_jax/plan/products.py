@@ -33,9 +33,9 @@ def kernel_name(instruction: Instruction) -> str:
             return "cudnn_attention_backward"
         return "cudnn_attention_forward"
     name = re.sub(r"[.\d]+$", "", instruction.name)
-    own = re.search(r'op_name="(?:[^"]*/)?(\w+)/pallas_call"', instruction.attributes)
-    if own and name.startswith("pallas_call"):
-        return own[1]
+    pallas_name = re.search(r'op_name="(?:[^"]*/)?(\w+)/pallas_call"', instruction.attributes)
+    if pallas_name and name.startswith("pallas_call"):
+        return pallas_name[1]
     return name
 
 
@@ -80,8 +80,8 @@ def _product_flops(instruction: Instruction, computation: Computation) -> float:
 
 def _window(instruction: Instruction, axis: int) -> dict[str, int]:
     """Returns stride, first padding and dilations of a convolution along an axis of its window."""
-    found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
-    settings = dict(part.split("=") for part in found[1].split()) if found else {}
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    settings = dict(entry.split("=") for entry in window[1].split()) if window else {}
     sizes = {name: int(text.split("x")[axis].split("_")[0]) for name, text in settings.items()}
     return {name: sizes.get(name, default) for name, default in _PLAIN.items()}
 

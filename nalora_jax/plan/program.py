@@ -116,8 +116,8 @@ def step_and_arguments(
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=by_rows) for name, dtype in _BATCH.items()}
     if base.sight is not None:
         tower, lead = base.sight.tower, shape[:2]
-        seen = (*lead, images, tower.image_size, tower.image_size, tower.channels)
-        batch["pixels"] = jax.ShapeDtypeStruct(seen, jnp.uint8, sharding=by_rows)
+        pixels_shape = (*lead, images, tower.image_size, tower.image_size, tower.channels)
+        batch["pixels"] = jax.ShapeDtypeStruct(pixels_shape, jnp.uint8, sharding=by_rows)
         batch["images"] = jax.ShapeDtypeStruct(lead, jnp.int32, sharding=by_rows)
     if not runs:
         return program.step(places), (params, state, batch)
@@ -134,9 +134,9 @@ def step_and_arguments(
 
     states, batches = jax.tree.map(of_runs, (state, batch))
     out = (jax.tree.map(lambda leaf: leaf.sharding, states), stacked_sharding(mesh, NamedSharding(mesh, P())))
-    whole = NamedSharding(mesh, P())
-    rates = of_runs(jax.ShapeDtypeStruct((config.steps,), jnp.float32, sharding=whole))
-    active = of_runs(jax.ShapeDtypeStruct((), jnp.bool_, sharding=whole))
+    replicated = NamedSharding(mesh, P())
+    rates = of_runs(jax.ShapeDtypeStruct((config.steps,), jnp.float32, sharding=replicated))
+    active = of_runs(jax.ShapeDtypeStruct((), jnp.bool_, sharding=replicated))
     options = distributed.compiler_options(mesh)
     compiled = jax.jit(step_of_runs(one, mesh), donate_argnums=1, out_shardings=out, compiler_options=options)
     return compiled, ({"params": params}, states, batches, rates, active)

@@ -97,23 +97,23 @@ def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int, images
     decoder, chips = decoder_alone(base, spec), devices(where)
 
     def compiled(layout: Layout) -> Compiled:
-        placed = with_layout(config, layout)
-        mesh = distributed.make_mesh(placed.mesh, chips)
+        concrete = with_layout(config, layout)
+        mesh = distributed.make_mesh(concrete.mesh, chips)
         try:
-            found = figures(*step_and_arguments(placed, base, mesh, seq=seq, images=images))
+            measured = figures(*step_and_arguments(concrete, base, mesh, seq=seq, images=images))
         except jax.errors.JaxRuntimeError as error:
             if not is_exhausted(error):
                 raise
             return EXHAUSTED
-        bound = bound_of(found, where, *decoder, placed, seq)
-        return Compiled(found.memory, found.fits(where.chip), bound.seconds, (placed, mesh, found, bound))
+        bound = bound_of(measured, where, *decoder, concrete, seq)
+        return Compiled(measured.memory, measured.fits(where.chip), bound.seconds, (concrete, mesh, measured, bound))
 
     search = Search(fitting(config, *decoder, where, seq), where.chip.memory)
     layout, result = decide(search, compiled)
     if result.program is None:
         raise search.refusal()
-    placed, mesh, ours, bound = result.program
-    step, arguments = step_and_arguments(placed.without_mechanisms(), base, mesh, seq=seq, images=images)
+    concrete, mesh, ours, bound = result.program
+    step, arguments = step_and_arguments(concrete.without_mechanisms(), base, mesh, seq=seq, images=images)
     other = figures(without_statistics(step, mesh), arguments)
     rows, accumulate = config.train.batch_size, config.train.accumulate
     return Plan(config.model, where, layout, rows, seq, accumulate, ours, other, bound)
@@ -140,21 +140,21 @@ def describe(plan: Plan, *, price: float | None = None) -> Iterator[str]:
       plan: the plan.
       price: of one chip and hour, in any currency.
     """
-    chip, found, bound, where = plan.where.chip, plan.nalora, plan.bound, plan.where
+    chip, nalora, bound, where = plan.where.chip, plan.nalora, plan.bound, plan.where
     yield f"{plan.model} on {where.name} ({where.size} x {chip.name}), {plan.rows} rows of {plan.seq} tokens a step"
     yield f"  layout      {plan.layout}"
     verdict = "fits" if plan.fits else "DOES NOT FIT"
-    yield f"  memory      {found.memory / 1e9:.2f} GB a chip of {chip.memory / 1e9:.1f}: {verdict}"
+    yield f"  memory      {nalora.memory / 1e9:.2f} GB a chip of {chip.memory / 1e9:.1f}: {verdict}"
     yield (
-        f"              arguments {found.arguments / 1e9:.2f} GB (weights {plan.layout.weights / 1e9:.2f}), "
-        f"temporary {found.temporary / 1e9:.2f}"
+        f"              arguments {nalora.arguments / 1e9:.2f} GB (weights {plan.layout.weights / 1e9:.2f}), "
+        f"temporary {nalora.temporary / 1e9:.2f}"
     )
-    for kind in sorted({c.kind for c in found.collectives}):
-        same = [c for c in found.collectives if c.kind == kind]
+    for kind in sorted({c.kind for c in nalora.collectives}):
+        same = [c for c in nalora.collectives if c.kind == kind]
         received, hidden = (sum(c.total for c in same if c.overlapped or every) / 1e9 for every in (True, False))
         yield f"  {kind:<11} {received:.2f} GB received a chip and step, {hidden:.2f} of them behind products"
-    if found.custom_calls:
-        calls = (f"{name} x {times:g}" for name, times in sorted(found.custom_calls.items()))
+    if nalora.custom_calls:
+        calls = (f"{name} x {times:g}" for name, times in sorted(nalora.custom_calls.items()))
         yield "  kernels     " + ", ".join(calls)
     yield f"  matrix unit {bound.matrix * 1e3:.0f} ms, at 75% of {chip.flops / 1e12:.0f} TFLOP/s ({chip.source})"
     yield f"  HBM         {bound.hbm * 1e3:.0f} ms, at {chip.bandwidth / 1e9:,.0f} GB/s"
@@ -162,10 +162,10 @@ def describe(plan: Plan, *, price: float | None = None) -> Iterator[str]:
         f"  interconn.  {bound.hidden * 1e3:.0f} ms behind products, {bound.exposed * 1e3:.0f} ms not, "
         f"at {chip.interconnect / 1e9:.0f} GB/s inbound"
     )
-    if found.host:
-        there, back = (sum(one.total for one in found.transfers if one.to_host == out) for out in (True, False))
+    if nalora.host:
+        there, back = (sum(t.total for t in nalora.transfers if t.to_host == out) for out in (True, False))
         yield (
-            f"  host        {found.host / 1e9:.2f} GB a chip of {chip.host_memory / 1e9:.0f} "
+            f"  host        {nalora.host / 1e9:.2f} GB a chip of {chip.host_memory / 1e9:.0f} "
             f"({there / 1e9:.2f} GB out and {back / 1e9:.2f} back a step)"
         )
         yield (

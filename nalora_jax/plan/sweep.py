@@ -84,23 +84,23 @@ def plan_sweep(config: RunConfig, base: ModelConfig, where: Topology, seq: int, 
     chips, decoder = devices(where), decoder_alone(base, adapter_spec(config, base))
     tried: list[str] = []
     for mesh in _meshes(config, base, where.size, runs):
-        placed = replace(config, mesh=mesh)
+        concrete = replace(config, mesh=mesh)
         together = mesh.run * mesh.runs_per_device
         built = distributed.make_mesh(mesh, chips)
         try:
-            found = figures(*step_and_arguments(placed, base, built, seq=seq, runs=together))
+            measured = figures(*step_and_arguments(concrete, base, built, seq=seq, runs=together))
         except jax.errors.JaxRuntimeError as error:
             if not is_exhausted(error):
                 raise
             tried.append(f"{_text(mesh)} (out of memory)")
             continue
-        if not found.fits(where.chip):
-            tried.append(f"{_text(mesh)} ({found.memory / 1e9:.1f} GB)")
+        if not measured.fits(where.chip):
+            tried.append(f"{_text(mesh)} ({measured.memory / 1e9:.1f} GB)")
             continue
         rows = config.train.batch_size
         train = replace(config.train, batch_size=rows * together)
-        bound = bound_of(found, where, *decoder, replace(placed, train=train), seq)
-        return SweepPlan(config.model, where, runs, mesh, rows, seq, found, bound)
+        bound = bound_of(measured, where, *decoder, replace(concrete, train=train), seq)
+        return SweepPlan(config.model, where, runs, mesh, rows, seq, measured, bound)
     raise NaloraError(
         "--sweep",
         expected=f"runs that fit in {where.chip.memory / 1e9:.1f} GB a chip",
@@ -144,7 +144,7 @@ class StudyPlan:
     @property
     def hours(self) -> float:
         """The least hours of all runs, without evaluation."""
-        return sum(part.hours(self.steps) for part in self.parts.values())
+        return sum(method_plan.hours(self.steps) for method_plan in self.parts.values())
 
 
 def plan_study(protocol: Protocol, base: ModelConfig, where: Topology) -> StudyPlan:
@@ -172,11 +172,11 @@ def plan_study(protocol: Protocol, base: ModelConfig, where: Topology) -> StudyP
 def describe_study(plan: StudyPlan, price: float | None = None) -> Iterator[str]:
     """Yields the plan of a study as lines of text."""
     yield f"{len(plan.parts)} sweeps of {plan.steps} steps on {plan.where.name}"
-    for name, part in plan.parts.items():
-        memory = part.figures.memory / 1e9
+    for name, method_plan in plan.parts.items():
+        memory = method_plan.figures.memory / 1e9
         yield (
-            f"  {name}: {part.runs} runs, {_text(part.mesh)}, {memory:.1f} GB a chip, "
-            f"MFU {part.bound.mfu:.0%}, {part.hours(plan.steps):.2f} hours"
+            f"  {name}: {method_plan.runs} runs, {_text(method_plan.mesh)}, {memory:.1f} GB a chip, "
+            f"MFU {method_plan.bound.mfu:.0%}, {method_plan.hours(plan.steps):.2f} hours"
         )
     cost = "" if price is None else f", {plan.hours * plan.where.size * price:,.0f} at {price:g} a chip and hour"
     yield f"  in all at least {plan.hours:.2f} hours{cost}, without evaluation"
@@ -190,13 +190,13 @@ def describe_sweep(plan: SweepPlan, *, steps: int = 0, price: float | None = Non
       steps: of each run; 0: hours and price are not shown.
       price: of one chip and hour, in any currency.
     """
-    chip, found, bound = plan.where.chip, plan.figures, plan.bound
+    chip, measured, bound = plan.where.chip, plan.figures, plan.bound
     work = f"{plan.runs} runs of {plan.rows} x {plan.seq} tokens a step"
     yield f"{plan.model} on {plan.where.name} ({plan.where.size} x {chip.name}), {work}"
     yield f"  mesh        {_text(plan.mesh)}; {plan.programs} program(s) after each other"
-    yield f"  memory      {found.memory / 1e9:.2f} GB a chip of {chip.memory / 1e9:.1f}"
-    joined = max((each.devices for each in found.collectives), default=1)
-    yield f"  collectives {len(found.collectives)} in a step, of at most {joined} chip(s)"
+    yield f"  memory      {measured.memory / 1e9:.2f} GB a chip of {chip.memory / 1e9:.1f}"
+    joined = max((each.devices for each in measured.collectives), default=1)
+    yield f"  collectives {len(measured.collectives)} in a step, of at most {joined} chip(s)"
     rate = plan.together * plan.rows * plan.seq / bound.seconds
     yield f"  at most     {rate:,.0f} tokens/s, {bound.seconds:.3g} s a step"
     yield f"  implied MFU {bound.mfu:.1%}"

@@ -27,7 +27,7 @@ def transfers(program: Program) -> Iterator[Transfer]:
     """Yields all transfers of a program, in the order of the text."""
     for computation in program.scheduled():
         for instruction in computation.instructions.values():
-            if moved := instruction.host_bytes:
+            if host_bytes := instruction.host_bytes:
                 times = program.times[computation.name]
                 overlapped = program.overlapped(computation, [instruction.name])
-                yield Transfer(instruction.to_host, moved, times, overlapped)
+                yield Transfer(instruction.to_host, host_bytes, times, overlapped)

@@ -43,8 +43,8 @@ def write_comparison(folders: Sequence[str | Path], output: str | Path) -> Path:
       NaloraError: a folder has no run or is listed twice, or there are more than seven different
         settings.
     """
-    seen = {Path(folder).resolve() for folder in folders}
-    if len(seen) < len(folders):
+    resolved = {Path(folder).resolve() for folder in folders}
+    if len(resolved) < len(folders):
         raise NaloraError("nalora report", expected="different runs", found=" ".join(map(str, folders)))
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -69,24 +69,24 @@ def render_comparison(runs: Sequence[History]) -> str:
 
 def group_runs(runs: Sequence[History]) -> list[Group]:
     """Groups runs that differ only in their seed, in the given order, named by differences."""
-    found: dict[str, list[History]] = {}
+    groups: dict[str, list[History]] = {}
     for run in runs:
-        found.setdefault(repr(sorted(_identity(run).items())), []).append(run)
-    if len(found) > len(_GROUP_COLOURS):
+        groups.setdefault(repr(sorted(_identity(run).items())), []).append(run)
+    if len(groups) > len(_GROUP_COLOURS):
         raise NaloraError(
-            "nalora report", expected=f"at most {len(_GROUP_COLOURS)} different settings", found=len(found)
+            "nalora report", expected=f"at most {len(_GROUP_COLOURS)} different settings", found=len(groups)
         )
-    identities = [_identity(ones[0]) for ones in found.values()]
-    names = [_method(ones[0].config) for ones in found.values()]
+    identities = [_identity(ones[0]) for ones in groups.values()]
+    names = [_method(ones[0].config) for ones in groups.values()]
     apart = _apart(identities)
     labels = []
     for name, identity in zip(names, identities, strict=True):
         # Settings in the method's name are not repeated, unless two groups have the same name.
-        own = [one for one in apart if names.count(name) > 1 or not one.startswith("mechanisms")]
-        labels.append(", ".join([name, *(f"{one} {identity.get(one, 'unknown')}" for one in own[:4])]))
+        settings = [setting for setting in apart if names.count(name) > 1 or not setting.startswith("mechanisms")]
+        labels.append(", ".join([name, *(f"{setting} {identity.get(setting, 'unknown')}" for setting in settings[:4])]))
     return [
         Group(label, colour, tuple(ones))
-        for label, colour, ones in zip(labels, _GROUP_COLOURS, found.values(), strict=False)
+        for label, colour, ones in zip(labels, _GROUP_COLOURS, groups.values(), strict=False)
     ]
 
 
@@ -96,8 +96,8 @@ def _identity(run: History) -> dict[str, str]:
 
 def _apart(identities: Sequence[Mapping[str, str]]) -> list[str]:
     """Returns the names of the settings in which runs differ."""
-    names = dict.fromkeys(name for one in identities for name in one)
-    return [name for name in names if len({one.get(name) for one in identities}) > 1]
+    names = dict.fromkeys(name for identity in identities for name in identity)
+    return [name for name in names if len({identity.get(name) for identity in identities}) > 1]
 
 
 def _method(config: Mapping[str, Any]) -> str:
@@ -150,21 +150,21 @@ def _last(values: np.ndarray) -> float:
 
 
 def _spread(values: Sequence[float | None], form: str = ".3f") -> str:
-    known = [value for value in values if value is not None and np.isfinite(value)]
+    finite = [value for value in values if value is not None and np.isfinite(value)]
 
     def text(value: float) -> str:
         return duration(value) if form == "time" else format(value, form)
 
-    if not known:
+    if not finite:
         return "–"
-    mean, low, high = text(float(np.mean(known))), text(min(known)), text(max(known))
+    mean, low, high = text(float(np.mean(finite))), text(min(finite)), text(max(finite))
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _settings(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     """Returns the rows of the table of settings in which groups differ."""
     identities = [_identity(group.runs[0]) for group in groups]
-    return [(name, [one.get(name, "–") for one in identities]) for name in _apart(identities)]
+    return [(name, [identity.get(name, "–") for identity in identities]) for name in _apart(identities)]
 
 
 def _pictures(groups: Sequence[Group]) -> Iterator[tuple[str, Markup, str]]:
@@ -195,13 +195,13 @@ def _pictures(groups: Sequence[Group]) -> Iterator[tuple[str, Markup, str]]:
 
 def _scores(run: History) -> tuple[np.ndarray, np.ndarray]:
     scores = run.scores
-    return np.array([one.step for one in scores], float), np.array([one.value for one in scores], float)
+    return np.array([score.step for score in scores], float), np.array([score.value for score in scores], float)
 
 
 def _movement(run: History) -> tuple[np.ndarray, np.ndarray]:
     steps, values = run.layers("feature")
-    kept = np.isfinite(values).any(axis=1) if values.ndim == 2 else np.zeros(0, bool)
-    return steps[kept], np.nanmean(values[kept], axis=1) if kept.any() else np.zeros(0)
+    measured = np.isfinite(values).any(axis=1) if values.ndim == 2 else np.zeros(0, bool)
+    return steps[measured], np.nanmean(values[measured], axis=1) if measured.any() else np.zeros(0)
 
 
 def _bands(
@@ -215,8 +215,8 @@ def _bands(
             steps = sorted(set.intersection(*(set(row) for row in rows)))
             values = np.array([[row[step] for step in steps] for row in rows])
             if not steps or not np.isfinite(values).all():
-                kept = np.isfinite(values).all(axis=0) if steps else np.zeros(0, bool)
-                steps, values = [one for one, fine in zip(steps, kept, strict=True) if fine], values[:, kept]
+                complete = np.isfinite(values).all(axis=0) if steps else np.zeros(0, bool)
+                steps, values = [tick for tick, fine in zip(steps, complete, strict=True) if fine], values[:, complete]
             if not steps:
                 continue
             at, mean, low, high = thin(np.array(steps), values.mean(0), values.min(0), values.max(0))

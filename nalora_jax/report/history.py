@@ -102,12 +102,14 @@ class History:
 
     def histograms(self, label: str) -> Histograms | None:
         """Returns a mechanism's histograms with the bins of its last log step, or None."""
-        found = [(r["step"], (r.get("histograms") or {}).get(label)) for r in self.steps]
-        known = [(step, one["edges"], np.array(one["counts"], float)) for step, one in found if one]
-        if not known:
+        logged = [(r["step"], (r.get("histograms") or {}).get(label)) for r in self.steps]
+        histograms = [
+            (step, histogram["edges"], np.array(histogram["counts"], float)) for step, histogram in logged if histogram
+        ]
+        if not histograms:
             return None
-        _, edges, last = known[-1]
-        alike = [(step, counts) for step, bins, counts in known if bins == edges and counts.shape == last.shape]
+        _, edges, last = histograms[-1]
+        alike = [(step, counts) for step, bins, counts in histograms if bins == edges and counts.shape == last.shape]
         at, rows = (list(column) for column in zip(*alike, strict=True))
         return Histograms(np.array(at, float), np.array(edges, float), np.stack(rows))
 
@@ -116,12 +118,12 @@ class History:
 
         null becomes NaN.
         """
-        found: dict[str, list[tuple[float, list[float | None]]]] = {}
+        curves: dict[str, list[tuple[float, list[float | None]]]] = {}
         for record in self.steps:
             for path, norms in (record.get(name) or {}).items():
                 if norms is not None and not any(isinstance(norm, list) for norm in norms):
-                    found.setdefault(path, []).append((record["step"], norms))
-        alike = {path: [row for row in rows if len(row[1]) == len(rows[-1][1])] for path, rows in found.items()}
+                    curves.setdefault(path, []).append((record["step"], norms))
+        alike = {path: [row for row in rows if len(row[1]) == len(rows[-1][1])] for path, rows in curves.items()}
         return {
             path: (np.array([step for step, _ in rows], float), np.array([norms for _, norms in rows], float))
             for path, rows in alike.items()
@@ -240,8 +242,10 @@ def history_of(records: Sequence[Mapping[str, Any]]) -> History:
 
 
 def _score(record: Mapping[str, Any], key: str) -> EvaluationScore:
-    found = record["eval"]  # its low and high are the interval of the headline metric
-    return EvaluationScore(int(record["step"]), float(found[key]), found.get("low"), found.get("high"), found.get("n"))
+    evaluation = record["eval"]  # its low and high are the interval of the headline metric
+    return EvaluationScore(
+        int(record["step"]), float(evaluation[key]), evaluation.get("low"), evaluation.get("high"), evaluation.get("n")
+    )
 
 
 def _has(record: Mapping[str, Any], name: str) -> bool:

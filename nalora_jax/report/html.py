@@ -231,7 +231,10 @@ def _samples(history: History) -> list[dict[str, Any]]:
                 "image": picture(sample),
                 "expected": _clip(sample["expected"]) if sample.get("expected") is not None else None,
                 "turns": _turns(sample),
-                "answers": [(label, _clip(one.get("answer")), one.get("correct"), _end(one)) for label, one in answers],
+                "answers": [
+                    (label, _clip(answer.get("answer")), answer.get("correct"), _end(answer))
+                    for label, answer in answers
+                ],
             }
         )
     return rows
@@ -246,7 +249,7 @@ def _sampled_after(history: History) -> int | None:
 def _turns(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the conversation before a completion as (role, text), if logged."""
     turns = sample.get("turns") or []
-    return [(str(one["role"]), _ends(str(one["text"]))) for one in turns if {"role", "text"} <= one.keys()]
+    return [(str(turn["role"]), _ends(str(turn["text"]))) for turn in turns if {"role", "text"} <= turn.keys()]
 
 
 def _end(sample: Mapping[str, Any]) -> str:

@@ -12,9 +12,9 @@ _PICTURE = "data:image/png;base64,"
 
 def picture(sample: Mapping[str, Any]) -> str:
     """Returns a sample's picture as a data URL, or "" for any other text from the log."""
-    found = sample.get("image")
-    if isinstance(found, str) and found.startswith(_PICTURE):
-        return found
+    image = sample.get("image")
+    if isinstance(image, str) and image.startswith(_PICTURE):
+        return image
     return ""
 
 
@@ -23,13 +23,13 @@ def confusions(history: History) -> list[tuple[str, dict[str, Any]]]:
 
     Example: ``("before", {"classes": [...], "rows": ...})``.
     """
-    found = []
+    rows = []
     for label, record in (("before", history.initial), ("after", history.final)):
         values = record.get("eval", {}) if record else {}
         names, matrix = values.get("classes"), values.get("confusion")
         if names and matrix:
-            found.append((label, {"classes": names, "rows": list(zip(names, matrix, strict=False))}))
-    return found
+            rows.append((label, {"classes": names, "rows": list(zip(names, matrix, strict=False))}))
+    return rows
 
 
 def layer_labels(history: History, count: int) -> list[str]:

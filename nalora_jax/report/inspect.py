@@ -58,12 +58,12 @@ def by_layer(summaries: Mapping[str, LayerSummary], layers: Mapping[str, Sequenc
     rows = []
     for path, summary in summaries.items():
         prefix = next(prefix for prefix in layers if path.startswith(f"{prefix}/"))
-        part = path.removeprefix(f"{prefix}/").removeprefix("ffn").removeprefix("/")
-        rows += [(number, part, summary, index) for index, number in enumerate(layers[prefix])]
+        block = path.removeprefix(f"{prefix}/").removeprefix("ffn").removeprefix("/")
+        rows += [(number, block, summary, index) for index, number in enumerate(layers[prefix])]
     rows.sort(key=lambda row: row[:2])
     columns = ("slope", "responsive", "occupancy", "misalignment", "limit")
     values = {name: np.stack([getattr(summary, name)[index] for *_, summary, index in rows]) for name in columns}
-    return LayerSummary(**values, names=tuple(f"{number} {part}".strip() for number, part, *_ in rows))
+    return LayerSummary(**values, names=tuple(f"{number} {block}".strip() for number, block, *_ in rows))
 
 
 def layer_summary(stats: Mapping[str, Any], probe: Mapping[str, Any] | None = None) -> LayerSummary:
@@ -186,8 +186,8 @@ def _ratio(sums: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     """Returns sum of ``name`` over sum of |F| per layer; NaN for a gate that no adapter changes."""
     layers = sums["feature"].shape[0]
     feature = sums["feature"].reshape(layers, -1).sum(1)
-    moved = np.where(feature > 0, feature, np.nan)
-    return sums[name].reshape(layers, -1).sum(1) / moved
+    denominator = np.where(feature > 0, feature, np.nan)
+    return sums[name].reshape(layers, -1).sum(1) / denominator
 
 
 def _columns(summary: LayerSummary) -> dict[str, np.ndarray]:

@@ -130,7 +130,7 @@ def misalignment_map(history: History) -> str | None:
     steps, values = history.layers("misalignment")
     limit_steps, limit = history.layers("limit")
     maps = [("misalignment", steps, values), ("its linear limit", limit_steps, limit)]
-    maps = [one for one in maps if one[2].ndim == 2 and np.isfinite(one[2]).any()]
+    maps = [panel for panel in maps if panel[2].ndim == 2 and np.isfinite(panel[2]).any()]
     if not maps:
         return None
     return _heat_maps(maps, "map", "Misalignment of every layer over the steps, beside its linear limit")
@@ -204,10 +204,10 @@ def occupancy(history: History) -> str | None:
     steps, values = history.layers("occupancy")
     if values.ndim != 3 or not np.isfinite(values).any():
         return None
-    shown = [0, -1] if len(steps) > 1 else [0]
+    indices = [0, -1] if len(steps) > 1 else [0]
     with style():
-        figure, axes = new_figure(2.3 * len(shown) + 0.5, rows=len(shown), sharex=True, squeeze=False)
-        for axis, index in zip(axes[:, 0], shown, strict=True):
+        figure, axes = new_figure(2.3 * len(indices) + 0.5, rows=len(indices), sharex=True, squeeze=False)
+        for axis, index in zip(axes[:, 0], indices, strict=True):
             stacked_bars(axis, values[index])
             axis.set(title=f"step {steps[index]:.0f}", ylabel="share of tokens")
         axes[-1, 0].set_xlabel("layer")
@@ -284,8 +284,8 @@ def _noisy_line(axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, l
 
 
 def _band(axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, label: str, range_label: str) -> None:
-    kept = np.isfinite(values).any(axis=1)
-    steps, values = thin(steps[kept], values[kept])
+    finite = np.isfinite(values).any(axis=1)
+    steps, values = thin(steps[finite], values[finite])
     low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
     axis.fill_between(steps, low, high, color=COLOURS[colour], alpha=0.2, linewidth=0, label=range_label)
     axis.plot(steps, np.nanmean(values, axis=1), color=COLOURS[colour], label=label)

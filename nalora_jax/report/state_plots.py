@@ -19,39 +19,39 @@ def histogram(history: History, mechanism: str) -> str | None:
 
     The steps are the first step at which it acts and the last log step.
     """
-    found = history.histograms(mechanism)
-    if found is None:
+    histograms = history.histograms(mechanism)
+    if histograms is None:
         return None
-    together = _shares(found.counts.sum(axis=1))
+    together = _shares(histograms.counts.sum(axis=1))
     acting = int(np.argmax((together > 0).sum(axis=1) > 1))  # before it acts, all multipliers are 1
-    shown = _shown(together[[acting, -1]])
-    first, last = together[acting][shown], together[-1][shown]
+    bins = _shown(together[[acting, -1]])
+    first, last = together[acting][bins], together[-1][bins]
     with style():
         figure, (upper, lower) = new_figure(5.4, rows=2, sharex=True)
         at = np.arange(len(last))
-        upper.bar(at, last, width=0.92, color=COLOURS["c1"], label=f"step {found.steps[-1]:.0f}")
-        if acting < len(found.steps) - 1:
-            label = f"step {found.steps[acting]:.0f}"
+        upper.bar(at, last, width=0.92, color=COLOURS["c1"], label=f"step {histograms.steps[-1]:.0f}")
+        if acting < len(histograms.steps) - 1:
+            label = f"step {histograms.steps[acting]:.0f}"
             upper.step(at, first, where="mid", color=COLOURS["fg"], linewidth=1.3, label=label)
         upper.set(ylabel="share of all channels")
         upper.legend(loc="best")
         image = lower.imshow(
-            _shares(found.counts[-1])[:, shown],
+            _shares(histograms.counts[-1])[:, bins],
             aspect="auto",
             origin="lower",
             interpolation="nearest",
-            extent=(-0.5, len(at) - 0.5, -0.5, found.counts.shape[1] - 0.5),
+            extent=(-0.5, len(at) - 0.5, -0.5, histograms.counts.shape[1] - 0.5),
             cmap="viridis",
             vmin=0,
         )
         lower.set(
             xlabel="factor",
             ylabel="layer",
-            title=f"share of each layer's channels, step {found.steps[-1]:.0f}",
+            title=f"share of each layer's channels, step {histograms.steps[-1]:.0f}",
         )
         lower.yaxis.set_major_locator(ticks(8, integer=True))
         lower.grid(False)
-        _label_bins(lower, found, shown)
+        _label_bins(lower, histograms, bins)
         bar = figure.colorbar(image, ax=lower, location="bottom", aspect=40, pad=0.02)
         bar.outline.set_visible(False)
         bar.locator = ticks(4)
@@ -92,29 +92,29 @@ def _by_module(
       together: [steps, layers] -> [steps].
       words: name of the value, name of the plot, its description.
     """
-    found, (what, picture, title) = dict(list(numbers.items())[: 2 * len(_LINES)]), words
-    if not found:
+    drawn, (what, picture, title) = dict(list(numbers.items())[: 2 * len(_LINES)]), words
+    if not drawn:
         return None
     with style():
         figure, (upper, lower) = new_figure(5.0, rows=2)
-        for index, (path, (steps, norms)) in enumerate(found.items()):
+        for index, (path, (steps, norms)) in enumerate(drawn.items()):
             name = path.replace("layers/", "")
             line = {
                 "color": COLOURS[_LINES[index % len(_LINES)]],
                 "linestyle": "-" if index < len(_LINES) else "--",
             }
             with np.errstate(over="ignore"):  # values of an edited log
-                whole = together(norms)
-            upper.plot(*thin(steps, whole), label=name, **line)
+                total = together(norms)
+            upper.plot(*thin(steps, total), label=name, **line)
             lower.plot(np.arange(norms.shape[1]), norms[-1], marker="o", markersize=3, **line)
         upper.set(xlabel="step", ylabel=f"{what}, all layers")
         lower.set(
             xlabel="layer",
-            ylabel=f"{what}, step {max(steps[-1] for steps, _ in found.values()):.0f}",
+            ylabel=f"{what}, step {max(steps[-1] for steps, _ in drawn.values()):.0f}",
         )
         for axis in (upper, lower):
             axis.set_ylim(bottom=0)
-        columns = 3 if max(map(len, found)) < 24 else 2
+        columns = 3 if max(map(len, drawn)) < 24 else 2
         figure.legend(loc="outside upper center", ncols=columns, columnspacing=1, handlelength=1.2)
         return to_svg(figure, picture, title)
 
@@ -131,9 +131,9 @@ def _shown(shares: np.ndarray) -> slice:
     return slice(max(int(low) - 1, 0), min(int(high) + 2, shares.shape[-1]))
 
 
-def _label_bins(axis: Any, found: Histograms, shown: slice) -> None:
+def _label_bins(axis: Any, histograms: Histograms, bins: slice) -> None:
     """Labels edges between bins as ticks, and the open bins at both ends if they are shown."""
-    edges = {bin_ - shown.start - 0.5: found.edges[bin_ - 1] for bin_ in range(max(shown.start, 1), shown.stop)}
+    edges = {bin_ - bins.start - 0.5: histograms.edges[bin_ - 1] for bin_ in range(max(bins.start, 1), bins.stop)}
     every = -(-len(edges) // _MOST_TICKS)
     # A tick of 1, if in range, is always shown: multipliers are read relative to it.
     middle = int(np.argmin(np.abs(np.log(np.maximum(list(edges.values()), 1e-12))))) if edges else 0

@@ -17,20 +17,20 @@ def headline(history: History) -> dict[str, Any] | None:
     if history.metric is None:
         return None
     _, name, more_is_better = history.metric
-    shown = history.outcome
-    if not shown:
+    outcome = history.outcome
+    if not outcome:
         return None
-    edges = [edge for s in shown for edge in (s.low, s.value, s.high) if edge is not None]
+    edges = [edge for s in outcome for edge in (s.low, s.value, s.high) if edge is not None]
     low, high = min(edges), max(edges)
     pad = 0.08 * (high - low) or 1.0
     scale = (low - pad, high + pad)
-    labels = ["before", "after"] if len(shown) == 2 else [f"step {shown[0].step}"]
+    labels = ["before", "after"] if len(outcome) == 2 else [f"step {outcome[0].step}"]
     return {
         "name": name,
-        "rows": [_range(label, score, scale) for label, score in zip(labels, shown, strict=True)],
-        "verdict": _verdict(shown, more_is_better, history.final.get("eval", {}).get("paired")),
-        "n": shown[-1].n,
-        "source": _source(history) if len(shown) == 2 else "",
+        "rows": [_range(label, score, scale) for label, score in zip(labels, outcome, strict=True)],
+        "verdict": _verdict(outcome, more_is_better, history.final.get("eval", {}).get("paired")),
+        "n": outcome[-1].n,
+        "source": _source(history) if len(outcome) == 2 else "",
     }
 
 
@@ -52,10 +52,10 @@ def _source(history: History) -> str:
 def _choice(history: History) -> str:
     """Returns the number of examples that chose the checkpoint, as text; "" if none was chosen."""
     along = [record["eval"].get("n") for record in history.evals if record["step"] > 0]
-    if len(along) < 2 or not (found := along[-1]):
+    if len(along) < 2 or not (last := along[-1]):
         return ""
-    few = ", too few to tell checkpoints apart: the choice is mostly chance" if found < FEW else ""
-    return f" It was chosen on {found} others{few}."
+    few = ", too few to tell checkpoints apart: the choice is mostly chance" if last < FEW else ""
+    return f" It was chosen on {last} others{few}."
 
 
 def _range(label: str, score: EvaluationScore, scale: tuple[float, float]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _range(label: str, score: EvaluationScore, scale: tuple[float, float]) -> di
     return row
 
 
-def _verdict(shown: Sequence[EvaluationScore], more_is_better: bool, paired: Mapping[str, Any] | None) -> str:
+def _verdict(scores: Sequence[EvaluationScore], more_is_better: bool, paired: Mapping[str, Any] | None) -> str:
     """Returns one sentence about the difference, from paired items if the last evaluation has them.
 
     Args:
@@ -86,9 +86,9 @@ def _verdict(shown: Sequence[EvaluationScore], more_is_better: bool, paired: Map
       more_is_better: True if a higher metric is better.
       paired: a `nalora_jax.evaluate.statistics.Comparison` as a dict, or None.
     """
-    if len(shown) < 2:
+    if len(scores) < 2:
         return ""
-    gain = shown[1].value - shown[0].value
+    gain = scores[1].value - scores[0].value
     if gain == 0:
         return "No change."
     change = f"{gain:+.3f}, {'better' if (gain > 0) == more_is_better else 'worse'}"
@@ -96,7 +96,7 @@ def _verdict(shown: Sequence[EvaluationScore], more_is_better: bool, paired: Map
         interval = f"95% of the difference, item by item: {paired['low']:+.3f} to {paired['high']:+.3f}"
         counts = f"{paired['gained']} gained, {paired['lost']} lost, p = {paired['p_value']:.2g}"
         return f"{change} ({interval}; {counts})."
-    apart = _apart(shown[0], shown[1])
+    apart = _apart(scores[0], scores[1])
     if apart is None:
         return f"{change}."
     return f"{change}; the intervals {'do not overlap' if apart else 'overlap, so more items would be needed to tell'}."
@@ -136,8 +136,8 @@ def tiles(history: History) -> Iterator[tuple[str, str, str]]:
     yield from _costs(history)
     values, limit = history.column("misalignment")[1], history.column("misalignment_limit")[1]
     if values.size and np.isfinite(values[-1]):
-        known = limit.size and np.isfinite(limit[-1])
-        note = f"limit {limit[-1]:.3f}, excess {values[-1] - limit[-1]:.4f}" if known else "of the whole model"
+        measured = limit.size and np.isfinite(limit[-1])
+        note = f"limit {limit[-1]:.3f}, excess {values[-1] - limit[-1]:.4f}" if measured else "of the whole model"
         yield "Misalignment", f"{values[-1]:.3f}", note
 
 

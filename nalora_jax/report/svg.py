@@ -137,9 +137,9 @@ def evenly(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Returns the mean of each value and those before it, at most ``window``; NaN are left out."""
-    kept = np.isfinite(values)
-    total = np.cumsum(np.where(kept, values, 0.0))
-    count = np.cumsum(kept)
+    finite = np.isfinite(values)
+    total = np.cumsum(np.where(finite, values, 0.0))
+    count = np.cumsum(finite)
     total[window:] -= total[:-window].copy()
     count[window:] -= count[:-window].copy()
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)

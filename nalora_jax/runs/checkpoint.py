@@ -194,13 +194,13 @@ class Checkpointer:
                 damage = tell_all(partial(self._damage, step, ranked))
             if damage is None:
                 return self._read(step, like)
-            others = [other for other in self._manager.all_steps() if other != step]
-            if isinstance(which, int) or not others:
+            earlier = [other for other in self._manager.all_steps() if other != step]
+            if isinstance(which, int) or not earlier:
                 raise NaloraError(
                     f"checkpoint {self.folder / str(step)}",
                     expected="the files that were written",
                     found=f"a damaged one ({damage})",
-                    remedy=f"steps {others} are there as well" if others else "start a new run in another --output",
+                    remedy=f"steps {earlier} are there as well" if earlier else "start a new run in another --output",
                 )
             on_first_process(partial(self._set_aside, step, damage))
             self._manager.reload()
@@ -252,11 +252,11 @@ class Checkpointer:
             saved = trees.flatten(self._manager.item_metadata(step).state.tree)
         snapshot.check_run(where, meta.run, self._run)
         labels = former_labels(meta.run["config"])
-        wanted = snapshot.with_labels(snapshot.abstract(like), labels)
-        snapshot.check_arrays(where, saved, trees.flatten(wanted))
+        abstract = snapshot.with_labels(snapshot.abstract(like), labels)
+        snapshot.check_arrays(where, saved, trees.flatten(abstract))
         with _io_errors(where, "a readable checkpoint"):
-            placed = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=placed))
+            restore_args = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=restore_args))
         arrays = snapshot.with_labels(restored.state, {before: now for now, before in labels.items()})
         return snapshot.from_arrays(arrays, like), meta.data
 
@@ -272,8 +272,8 @@ class Checkpointer:
 
     def metrics(self, step: int) -> dict[str, float] | None:
         """Returns the metrics saved with a checkpoint."""
-        found = self._manager.metrics(step)
-        return None if found is None else dict(found)
+        metrics = self._manager.metrics(step)
+        return None if metrics is None else dict(metrics)
 
     def wait(self) -> None:
         """Blocks until the write in the background is committed.
@@ -336,9 +336,9 @@ class Checkpointer:
         step = {"latest": self.latest_step, "best": self.best_step}[which]() if isinstance(which, str) else which
         steps = list(self._manager.all_steps())
         if step is None or step not in steps:
-            shown = f"steps {steps}" if steps else "no checkpoint"
-            wanted = f"a checkpoint of step {which}" if isinstance(which, int) else f"a {which} checkpoint"
-            raise NaloraError(f"checkpoints {self.folder}", expected=wanted, found=shown)
+            available = f"steps {steps}" if steps else "no checkpoint"
+            expected = f"a checkpoint of step {which}" if isinstance(which, int) else f"a {which} checkpoint"
+            raise NaloraError(f"checkpoints {self.folder}", expected=expected, found=available)
         return step
 
 

@@ -119,18 +119,18 @@ def with_classes(config: RunConfig, loaded: LoadedDual, classes: tuple[str, ...]
         prompts = [template.format(name) for name in classes for template in config.vision.templates]
         tokens = loaded.tokenizer(prompts)
         shape = (len(classes), len(config.vision.templates), -1)
-        found: dict[str, Any] = {name: value.reshape(shape) for name, value in tokens.items()}
+        inputs: dict[str, Any] = {name: value.reshape(shape) for name, value in tokens.items()}
     else:
         numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
         encoders = Encoders(DualEncoder(loaded.config, numerics=numerics), loaded.processor, loaded.tokenizer)
         features = encoders.classes({"params": loaded.params}, classes, config.vision.templates)
-        found = {"features": features}
+        inputs = {"features": features}
         log.info("class prompts: %d features made once, since the text tower stays as it is", len(features))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    placed = {
-        name: jax.make_array_from_callback(value.shape, whole, value.__getitem__) for name, value in found.items()
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    arrays = {
+        name: jax.make_array_from_callback(value.shape, replicated, value.__getitem__) for name, value in inputs.items()
     }
-    return {**loaded.params, CLASSES: placed}
+    return {**loaded.params, CLASSES: arrays}
 
 
 def image_data(config: RunConfig, loaded: LoadedDual, records: ImageRecords, mesh: Mesh) -> ImageData:
@@ -139,8 +139,10 @@ def image_data(config: RunConfig, loaded: LoadedDual, records: ImageRecords, mes
     source, indices = records.source, records.indices
     tokens = None if records.classes else caption_tokens(source, indices, loaded.tokenizer, vision)
     if loaded.config.image.any_shape and loaded.processor.patch_size != loaded.config.image.patch_size:
-        found = loaded.processor.patch_size
-        raise NaloraError("preprocessor_config.json: patch_size", expected=loaded.config.image.patch_size, found=found)
+        patch_size = loaded.processor.patch_size
+        raise NaloraError(
+            "preprocessor_config.json: patch_size", expected=loaded.config.image.patch_size, found=patch_size
+        )
     return ImageData(
         source,
         indices,
@@ -161,8 +163,8 @@ def held_out_images(
 ) -> tuple[Any, Any]:
     """Returns the evaluator of the reported results, and the one that selects the checkpoint."""
     reported, selecting = (
-        image_evaluator(encoders, Images(source, part), classes, config.vision)
-        for part in held_out_indices(config, source)
+        image_evaluator(encoders, Images(source, indices), classes, config.vision)
+        for indices in held_out_indices(config, source)
     )
     return reported, selecting
 

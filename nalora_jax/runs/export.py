@@ -93,13 +93,13 @@ def _difference(loaded: LoadedModel, assembly: Assembly, lora: Any, folder: Path
     def logits(model: Decoder, params: Any, lora: Any) -> Any:
         @jax.jit
         def apply(variables: Any) -> jax.Array:
-            seen = {}
+            images = {}
             if "pixels" in row:
                 assert loaded.processor is not None
                 pixels = loaded.processor.normalise(row["pixels"])
-                seen["features"] = model.apply(variables, pixels, method="see")
-            rest = {"positions": row["positions"], "segment_ids": row["segment_ids"]}
-            hidden = model.apply(variables, row["tokens"], **rest, **seen)
+                images["features"] = model.apply(variables, pixels, method="see")
+            layout = {"positions": row["positions"], "segment_ids": row["segment_ids"]}
+            hidden = model.apply(variables, row["tokens"], **layout, **images)
             return model.apply(variables, hidden[:, ::8], method="unembed")
 
         return distributed.fetch(apply({"params": params, "lora": lora}))

@@ -126,10 +126,10 @@ def _wait_for_other_host(path: Path, descriptor: int) -> None:
 
 def _read(descriptor: int) -> dict[str, Any]:
     try:
-        found = json.loads(os.pread(descriptor, 1 << 16, 0))
+        holder = json.loads(os.pread(descriptor, 1 << 16, 0))
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def _own_name() -> dict[str, Any]:

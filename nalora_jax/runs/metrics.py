@@ -67,8 +67,8 @@ class MetricsLog(Callback):
                 remedy="choose another --output, or continue that run with --resume",
             )
         self._resume = resume
-        kept = [] if resume is None else _rewind(self.path, resume)
-        self._has_header = any("run" in record for record in kept)
+        earlier = [] if resume is None else _rewind(self.path, resume)
+        self._has_header = any("run" in record for record in earlier)
         self._file = open_unlinked(self.path, "a", encoding="utf-8")
 
     def start(self, config: Mapping[str, Any], *, versions: Mapping[str, str], device: str, **more: Any) -> None:
@@ -115,14 +115,14 @@ class MetricsLog(Callback):
 
     def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:
         """Writes the line of an evaluation; per-example ``right`` only during training."""
-        kept = {name: value for name, value in values.items() if not (kind and name == "right")}
-        self.write({"step": step, **({kind: True} if kind else {}), "eval": kept})
+        logged = {name: value for name, value in values.items() if not (kind and name == "right")}
+        self.write({"step": step, **({kind: True} if kind else {}), "eval": logged})
 
     def on_end(self, ended: Ended) -> None:
         """Writes the last line."""
-        known: dict[str, Any] = {"step": ended.step, "best_step": ended.best_step}
-        known = {"message": ended.message} if ended.message else known
-        self.write({"done": known | ({"seconds": ended.seconds} if ended.seconds else {})})
+        ending: dict[str, Any] = {"step": ended.step, "best_step": ended.best_step}
+        ending = {"message": ended.message} if ended.message else ending
+        self.write({"done": ending | ({"seconds": ended.seconds} if ended.seconds else {})})
 
     def close(self) -> None:
         """Closes the file; later calls have no effect."""
@@ -192,15 +192,15 @@ def recorded_settings(folder: Path | str) -> dict[str, Any]:
       NaloraError: the log cannot be read, or the settings have other types than a run writes.
     """
     path = Path(folder) / FILE
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     where = ""
     for record in read_metrics(path) if path.is_file() else []:
         name = "run" if record.get("run") else "resumed: settings"
         newest = record.get("run") or record.get("resumed", {}).get("settings")
-        found, where = (newest, f"{path}: {name}") if newest else (found, where)
-    if found:
-        recorded_config(found, where)
-    return found
+        settings, where = (newest, f"{path}: {name}") if newest else (settings, where)
+    if settings:
+        recorded_config(settings, where)
+    return settings
 
 
 def to_json(value: Any) -> Any:
@@ -235,21 +235,21 @@ def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
       >>> scalars({"step": 1, "loss": 2.0, "eval": {"n": 4}, "layers": {"limit": [0.2, None]}})
       [('train/loss', 2.0), ('eval/n', 4), ('limit/layer_00', 0.2)]
     """
-    found = [(f"train/{name}", value) for name, value in record.items() if name != "step"]
-    found += [(f"eval/{name}", value) for name, value in record.get("eval", {}).items()]
+    numbers = [(f"train/{name}", value) for name, value in record.items() if name != "step"]
+    numbers += [(f"eval/{name}", value) for name, value in record.get("eval", {}).items()]
     for name, rows in record.get("layers", {}).items():
-        found += [(f"{name}/layer_{index:02d}", row) for index, row in enumerate(rows)]
-    return [(tag, value) for tag, value in found if isinstance(value, int | float) and not isinstance(value, bool)]
+        numbers += [(f"{name}/layer_{index:02d}", row) for index, row in enumerate(rows)]
+    return [(tag, value) for tag, value in numbers if isinstance(value, int | float) and not isinstance(value, bool)]
 
 
 def _rewind(path: Path, step: int) -> list[dict[str, Any]]:
     """Removes the lines after ``step`` from the file, and returns the remaining ones."""
     if not path.exists():
         return []
-    whole = read_metrics(path)
-    kept = [r for r in whole if _step(r) <= step and not {"done", "final"} & r.keys()]  # a run has one end
-    write_atomically(path, "".join(json.dumps(seal(record)) + "\n" for record in kept))
-    return kept
+    records = read_metrics(path)
+    earlier = [r for r in records if _step(r) <= step and not {"done", "final"} & r.keys()]  # a run has one end
+    write_atomically(path, "".join(json.dumps(seal(record)) + "\n" for record in earlier))
+    return earlier
 
 
 def _step(record: Mapping[str, Any]) -> int:

@@ -99,8 +99,8 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
             yield output
         return
     _refuse_url(where)
-    own = (CHECKPOINTS,) if remote.is_written_directly(where) else ()
-    with remote.mirrored(where, fresh=not resume, without=own) as mirror:
+    excluded = (CHECKPOINTS,) if remote.is_written_directly(where) else ()
+    with remote.mirrored(where, fresh=not resume, without=excluded) as mirror:
         if jax.process_count() > 1:
             check_shared(mirror.store)
         if jax.process_index():
@@ -141,15 +141,15 @@ def check_shared(folder: Any, within: float = _SEEN_WITHIN) -> None:
     mark = folder / f".shared-{number.tobytes().hex()}"
     on_first_process(mark.touch)
     until = time.monotonic() + within
-    while not (found := _is_seen(mark)) and time.monotonic() < until:
+    while not (visible := _is_seen(mark)) and time.monotonic() < until:
         time.sleep(0.1)
-    seen = np.asarray(multihost_utils.process_allgather(np.int32(found))).ravel()
+    visible_to = np.asarray(multihost_utils.process_allgather(np.int32(visible))).ravel()
     on_first_process(lambda: mark.unlink(missing_ok=True))
-    if not seen.all():
-        blind = ", ".join(map(str, np.flatnonzero(seen == 0)[:8]))
+    if not visible_to.all():
+        blind = ", ".join(map(str, np.flatnonzero(visible_to == 0)[:8]))
         raise NaloraError(
             f"--output {folder}",
-            expected=f"a folder that all {len(seen)} processes share",
+            expected=f"a folder that all {len(visible_to)} processes share",
             found=f"one that process {blind} does not see",
             remedy="name a folder on storage that is mounted on every host (NFS, Filestore), or a bucket (gs://...) "
             "that every host may read and write",
@@ -181,8 +181,8 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[Lock]) -> bo
         path.mkdir(parents=True, exist_ok=True)
         lock = Lock.acquire(path / LOCK)
     except OSError as error:
-        found = error.strerror or error
-        raise NaloraError(f"--output {path}", expected="a folder that can be written", found=found) from error
+        reason = error.strerror or error
+        raise NaloraError(f"--output {path}", expected="a folder that can be written", found=reason) from error
     held.append(lock)
     resumes = bool(resume) and has_checkpoint(checkpoints)
     if resume is True:
@@ -219,8 +219,8 @@ def has_checkpoint(checkpoints: Any) -> bool:
 
 def last_step(checkpoints: Any) -> int | None:
     """Returns the step of the newest committed checkpoint in a folder; None without any."""
-    found = ocp_path.step.standard_name_format().find_all(checkpoints) if checkpoints.is_dir() else ()
-    return max((one.step for one in found), default=None)
+    steps = ocp_path.step.standard_name_format().find_all(checkpoints) if checkpoints.is_dir() else ()
+    return max((step.step for step in steps), default=None)
 
 
 def _require_checkpoint(path: Path, checkpoints: Any) -> None:

@@ -61,13 +61,13 @@ def preference_pieces(
             remedy=f"set --data.max-length to {2 * context} or less",
         )
     assembly = assemble(config, loaded.config, loaded.params, mesh, like=None if like is None else like.assembly)
-    one = mesh if mesh.size > 1 else None
+    sharded = mesh if mesh.size > 1 else None
     if like is not None and like.assembly.spec == assembly.spec:
         evaluator, selector = like.evaluator, like.selector
     else:
         evaluator, selector = (
-            PreferenceEvaluator(assembly.eval_model, loaded.tokenizer, part, preference, mesh=one)
-            for part in (reported, selecting)
+            PreferenceEvaluator(assembly.eval_model, loaded.tokenizer, pairs_of, preference, mesh=sharded)
+            for pairs_of in (reported, selecting)
         )
 
     def write(folder: Path, state: TrainState) -> Path:
@@ -79,8 +79,8 @@ def preference_pieces(
 
 def _digest(pairs: Sequence[Pair]) -> str:
     """Returns the SHA-256 of pairs; equal for equal pairs in the same order."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for pair in pairs:
         for example in (pair.chosen, pair.rejected):
-            found.update(example.ids.tobytes() + example.answer.tobytes() + b"|")
-    return found.hexdigest()
+            sha256.update(example.ids.tobytes() + example.answer.tobytes() + b"|")
+    return sha256.hexdigest()

@@ -56,9 +56,9 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
         _check_numbers({name: value for name, value in record.items() if name not in _NESTED}, where)
         if record.get("towers") is not None:
             _check_towers(_mapping(record, "towers", where), f"{where}: towers")
-        for part in ("layers", "adapters", "ranks"):
-            if record.get(part) is not None:
-                _check_layers(_mapping(record, part, where), f"{where}: {part}")
+        for group in ("layers", "adapters", "ranks"):
+            if record.get(group) is not None:
+                _check_layers(_mapping(record, group, where), f"{where}: {group}")
         if record.get("histograms") is not None:
             _check_histograms(_mapping(record, "histograms", where), f"{where}: histograms")
 
@@ -73,11 +73,11 @@ def check_evaluation(values: Mapping[str, Any], where: str) -> None:
         paired = _mapping(values, "paired", where)
         _check_numbers(paired, f"{where}: paired", needed=("low", "high", "gained", "lost", "p_value"))
     samples = values.get("samples") or []
-    texts = isinstance(samples, list) and all(isinstance(one, Mapping) and "prompt" in one for one in samples)
+    texts = isinstance(samples, list) and all(isinstance(sample, Mapping) and "prompt" in sample for sample in samples)
     if not texts:
         raise _error(f"{where}: samples", "a list of prompts with their answers", samples)
-    for one in samples:
-        turns = one.get("turns") or []
+    for sample in samples:
+        turns = sample.get("turns") or []
         if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
             raise _error(f"{where}: samples: turns", "a list of roles with their texts", turns)
     names, rows = values.get("classes") or [], values.get("confusion") or []
@@ -88,7 +88,7 @@ def check_evaluation(values: Mapping[str, Any], where: str) -> None:
         for count in row:
             _check_step(count, f"{where}: confusion")
     right = values.get("right") or []
-    if not isinstance(right, list) or not all(isinstance(one, bool) for one in right):
+    if not isinstance(right, list) or not all(isinstance(sample, bool) for sample in right):
         raise _error(f"{where}: right", "a list of true and false", right)
 
 
@@ -117,8 +117,8 @@ def _depth(value: Any) -> int:
     depth, level = 0, [value]
     while level and depth <= _MAX_DEPTH:
         depth += 1
-        inner = [list(one.values()) if isinstance(one, Mapping) else one for one in level]
-        level = [item for one in inner if isinstance(one, list) for item in one]
+        inner = [list(member.values()) if isinstance(member, Mapping) else member for member in level]
+        level = [item for member in inner if isinstance(member, list) for item in member]
     return depth
 
 
@@ -150,8 +150,8 @@ def _check_histograms(histograms: Mapping[str, Any], where: str) -> None:
     if len(histograms) > _MAX_HISTOGRAMS:
         raise _error(where, f"those of at most {_MAX_HISTOGRAMS} mechanisms", list(histograms))
     for label in histograms:
-        here, one = f"{where}: {label}", _mapping(histograms, label, where)
-        edges, counts = one.get("edges"), one.get("counts")
+        here, histogram = f"{where}: {label}", _mapping(histograms, label, where)
+        edges, counts = histogram.get("edges"), histogram.get("counts")
         if not isinstance(edges, list) or not 1 < len(edges) <= _MAX_EDGES:
             raise _error(f"{here}: edges", "a list of at least two numbers", edges)
         for edge in edges:
@@ -182,8 +182,8 @@ def _check_number(value: object, where: str) -> None:
 
 
 def _check_step(value: object, where: str) -> None:
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MAX_STEP
-    if not whole or value != int(value):  # type: ignore[call-overload]
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MAX_STEP
+    if not valid or value != int(value):  # type: ignore[call-overload]
         raise _error(where, "a count, 0 or more", value)
 
 
@@ -194,6 +194,6 @@ def _mapping(record: Mapping[str, Any], name: str, where: str) -> Mapping[str, A
     return value
 
 
-def _error(where: str, expected: str, found: object) -> NaloraError:
+def _error(where: str, expected: str, value: object) -> NaloraError:
     remedy = "the file was edited or damaged: restore that line, or delete it"
-    return NaloraError(where, expected=expected, found=repr(found)[:100], remedy=remedy)
+    return NaloraError(where, expected=expected, found=repr(value)[:100], remedy=remedy)

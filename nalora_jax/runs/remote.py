@@ -67,8 +67,8 @@ def mirrored(where: str, *, fresh: bool, without: tuple[str, ...] = (), every: f
         ``fresh`` and the folder contains a run. At the end: the last copy failed; the message names
         the local folder, which still contains all files.
     """
-    own = f"-{jax.process_index()}" if jax.process_index() else ""  # several processes may share a machine
-    folder = downloads.cache_dir() / "runs" / (hashlib.sha256(where.encode()).hexdigest()[:16] + own)
+    suffix = f"-{jax.process_index()}" if jax.process_index() else ""  # several processes may share a machine
+    folder = downloads.cache_dir() / "runs" / (hashlib.sha256(where.encode()).hexdigest()[:16] + suffix)
     mirror = Mirror(where, _opened(where), folder, without)
 
     def begin() -> None:
@@ -171,14 +171,14 @@ class Mirror:
             self._push()
 
     def _push(self) -> None:
-        found = {name: _state(self.folder / name) for name in finished(self.folder)}
-        for name in sorted(found, key=_order):
-            if self._copied.get(name) == found[name]:
+        states = {name: _state(self.folder / name) for name in finished(self.folder)}
+        for name in sorted(states, key=_order):
+            if self._copied.get(name) == states[name]:
                 continue
             with (self.folder / name).open("rb") as source, (self.store / name).open("wb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
-            self._copied[name] = found[name]
-        for name in [name for name in self._copied if name not in found]:
+            self._copied[name] = states[name]
+        for name in [name for name in self._copied if name not in states]:
             (self.store / name).unlink(missing_ok=True)
             del self._copied[name]
 
@@ -193,12 +193,12 @@ class Mirror:
 
 def finished(folder: Path) -> list[str]:
     """Returns the files below ``folder`` except scratch files and uncommitted checkpoints."""
-    found = []
+    names_found = []
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if ocp_path.atomicity_types.TMP_DIR_SUFFIX not in name]
         within = Path(root).relative_to(folder)
-        found += [str(within / name) for name in names if not name.startswith(".") and name != LOCK]
-    return found
+        names_found += [str(within / name) for name in names if not name.startswith(".") and name != LOCK]
+    return names_found
 
 
 def _order(name: str) -> tuple[bool, str]:
@@ -243,8 +243,8 @@ def _see_what_others_write() -> None:
 
 def _state(path: Path) -> tuple[int, int]:
     """Returns size and modification time, which change with a file's content."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 @contextmanager

@@ -157,18 +157,18 @@ def with_labels(arrays: Mapping[str, Any], labels: Mapping[str, str]) -> dict[st
     return trees.unflatten({renamed(path): leaf for path, leaf in trees.flatten(arrays).items()})
 
 
-def check_arrays(where: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_arrays(where: str, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raises an error for arrays with other names, shapes or dtypes, naming the first five."""
 
     def show(tree: Mapping[str, Any], name: str) -> str:
         return f"{np.dtype(tree[name].dtype)}{list(tree[name].shape)}" if name in tree else "absent"
 
-    differing = [name for name in sorted(saved.keys() | wanted.keys()) if show(saved, name) != show(wanted, name)]
+    differing = [name for name in sorted(saved.keys() | expected.keys()) if show(saved, name) != show(expected, name)]
     if differing:
-        shown = differing[:5]
+        listed = differing[:5]
         raise NaloraError(
             where,
-            expected=", ".join(f"{name} {show(wanted, name)}" for name in shown),
-            found=", ".join(f"{name} {show(saved, name)}" for name in shown),
+            expected=", ".join(f"{name} {show(expected, name)}" for name in listed),
+            found=", ".join(f"{name} {show(saved, name)}" for name in listed),
             remedy=f"{len(differing)} array(s) differ: it was written by another version or for another model",
         )

@@ -74,8 +74,8 @@ def first_adapters(assembly: Assembly, base: ModelConfig, data: _Rows, seed: int
     """Returns `gradient_adapters` of the first ``lora.gradient_batches`` batches of ``data``."""
     batches = data.batches()
     try:
-        taken = itertools.islice(batches, assembly.config.lora.gradient_batches)
-        first = [distributed.make_global_batch(batch, assembly.mesh, rows_axis=1) for batch in taken]
+        first_batches = itertools.islice(batches, assembly.config.lora.gradient_batches)
+        first = [distributed.make_global_batch(batch, assembly.mesh, rows_axis=1) for batch in first_batches]
     finally:
         batches.close()
     return gradient_adapters(assembly, base, first, seed)
@@ -93,8 +93,8 @@ def _write(folder: Path, initial: Mapping[str, Any]) -> None:
         files.write_digests(scratch)
         scratch.rename(folder)
     except (OSError, SafetensorError) as error:
-        found = getattr(error, "strerror", None) or error
-        raise NaloraError(str(folder), expected="a folder that can be written", found=found) from error
+        reason = getattr(error, "strerror", None) or error
+        raise NaloraError(str(folder), expected="a folder that can be written", found=reason) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -106,8 +106,8 @@ def _read(folder: Path, assembly: Assembly) -> dict[str, Any]:
         leaves = load_file(folder / _FILE) if damage is None else {}
     except (OSError, SafetensorError) as error:
         damage = getattr(error, "strerror", None) or str(error)
-    wanted = {path: leaf.shape for path, leaf in trees.flatten(assembly.state.lora).items()}
-    if damage is None and {path: leaf.shape for path, leaf in leaves.items()} != wanted:
+    shapes = {path: leaf.shape for path, leaf in trees.flatten(assembly.state.lora).items()}
+    if damage is None and {path: leaf.shape for path, leaf in leaves.items()} != shapes:
         damage = "adapters of other projections or shapes"
     if damage is not None:
         raise NaloraError(

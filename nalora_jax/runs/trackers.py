@@ -30,9 +30,9 @@ class _Numbers(Callback):
 
     def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:
         """Writes the numbers of an evaluation; base and result have separate tags."""
-        found = scalars(to_json({"eval": {name: value for name, value in values.items() if name != "right"}}))
+        numbers = scalars(to_json({"eval": {name: value for name, value in values.items() if name != "right"}}))
         tag = {"initial": "before/", "final": "after/"}.get(kind, "eval/")
-        self.write(step, {tag + name.removeprefix("eval/"): value for name, value in found})
+        self.write(step, {tag + name.removeprefix("eval/"): value for name, value in numbers})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes numbers by tag."""
@@ -120,16 +120,16 @@ class MLflow(_Numbers):
     def on_start(self, started: Started) -> None:
         """Starts a tracker run, with the settings as parameters, or resumes it."""
         self._client = self._mlflow.MlflowClient(tracking_uri=self.uri or None)
-        known = started.folder / "mlflow" / _RUN_ID
-        if started.step and known.exists():
-            self._id = known.read_text(encoding="utf-8")
+        id_file = started.folder / "mlflow" / _RUN_ID
+        if started.step and id_file.exists():
+            self._id = id_file.read_text(encoding="utf-8")
             self._client.update_run(self._id, status="RUNNING")
             return
-        found = self._client.get_experiment_by_name(self.experiment)
-        experiment = found.experiment_id if found else self._client.create_experiment(self.experiment)
+        existing = self._client.get_experiment_by_name(self.experiment)
+        experiment = existing.experiment_id if existing else self._client.create_experiment(self.experiment)
         name = self.name or started.folder.resolve().name
         self._id = self._client.create_run(experiment, run_name=name).info.run_id
-        _write_id(known, self._id)
+        _write_id(id_file, self._id)
         kind = self._mlflow.entities.Param
         params = [kind(key, str(value)[:500]) for key, value in _flat(to_json(started.config))]
         for first in range(0, len(params), 100):  # the API's limit per call
@@ -138,9 +138,9 @@ class MLflow(_Numbers):
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one batch of metrics."""
         now = int(time.time() * 1000)
-        found = [self._mlflow.entities.Metric(tag, float(value), now, step) for tag, value in values.items()]
-        for first in range(0, len(found), 1000):
-            self._client.log_batch(self._id, metrics=found[first : first + 1000])
+        metrics = [self._mlflow.entities.Metric(tag, float(value), now, step) for tag, value in values.items()]
+        for first in range(0, len(metrics), 1000):
+            self._client.log_batch(self._id, metrics=metrics[first : first + 1000])
 
     def on_end(self, ended: Ended) -> None:
         """Finishes the tracker run."""
@@ -152,9 +152,9 @@ def _run_id(started: Started, folder: str) -> str:
     path = started.folder / folder / _RUN_ID
     if started.step and path.exists():
         return path.read_text(encoding="utf-8")
-    made = uuid.uuid4().hex
-    _write_id(path, made)
-    return made
+    run_id = uuid.uuid4().hex
+    _write_id(path, run_id)
+    return run_id
 
 
 def _write_id(path: Path, text: str) -> None:

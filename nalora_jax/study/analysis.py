@@ -172,9 +172,9 @@ def _corrected(family: Sequence[MethodComparison]) -> list[MethodComparison]:
 
 
 def _paired(
-    records: Mapping[int, Record], others: Mapping[int, Record], margin: float, measure: Measure
+    records: Mapping[int, Record], reference: Mapping[int, Record], margin: float, measure: Measure
 ) -> Paired | None:
-    pairs = [(record, others[seed]) for seed, record in records.items() if seed in others]
+    pairs = [(record, reference[seed]) for seed, record in records.items() if seed in reference]
     values = [(measure.value(record), measure.value(other)) for record, other in pairs]
     both = [(first, second) for first, second in values if first is not None and second is not None]
     if not both:
@@ -200,8 +200,8 @@ def _at_common_rate(result: MethodResult, baseline: MethodResult, rate: float) -
     loss, reference = (dict(zip(r.tuning.rates, r.tuning.losses, strict=True))[rate] for r in (result, baseline))
     if loss is None or reference is None or not math.isfinite(loss - reference):
         return None
-    moved, moved_reference = (_movement(side.at_rate(rate)) for side in (result, baseline))
-    movement = moved / moved_reference if moved is not None and moved_reference else None
+    of_result, moved_reference = (_movement(side.at_rate(rate)) for side in (result, baseline))
+    movement = of_result / moved_reference if of_result is not None and moved_reference else None
     return CommonRate(loss - reference, movement)
 
 

@@ -123,10 +123,10 @@ def _do_some(protocol: Protocol, store: Records, resources: Resources, left: lis
         began = time.perf_counter()
         if len(claimed) == 1:
             ((run, snapshot),) = claimed
-            found = [perform(run, resources, snapshot, records)]
+            done = [perform(run, resources, snapshot, records)]
         else:
-            found = perform_all([run for run, _ in claimed], resources, [path for _, path in claimed], records)
-        for record, (_, snapshot) in zip(found, claimed, strict=True):
+            done = perform_all([run for run, _ in claimed], resources, [path for _, path in claimed], records)
+        for record, (_, snapshot) in zip(done, claimed, strict=True):
             finished = plain(record | {"commit": commit})
             store.append(finished | {"digest": record_digest(finished)})
             snapshot.unlink(missing_ok=True)
@@ -169,13 +169,13 @@ def perform_all(
     check_records({**(records or {}), **{each["id"]: each for each in described}})
     states = [_trained(started[0])] if len(runs) == 1 else _trained_together(started)
     share = (time.perf_counter() - began) / len(runs)
-    made = []
+    performed = []
     for progress, facts, state in zip(started, described, states, strict=True):
         began = time.perf_counter()
         record = _record(progress, facts, state)
         seconds = progress.seconds_before + share + time.perf_counter() - began
-        made.append(record | {"seconds": seconds, "compilations": _compilations.count - compiled})
-    return made
+        performed.append(record | {"seconds": seconds, "compilations": _compilations.count - compiled})
+    return performed
 
 
 def _trained(progress: _RunInProgress) -> TrainState | None:

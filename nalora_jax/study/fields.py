@@ -17,7 +17,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_row(value: object) -> bool:
-    return isinstance(value, Mapping) and all(one is None or _is_number(one) for one in value.values())
+    return isinstance(value, Mapping) and all(cell is None or _is_number(cell) for cell in value.values())
 
 
 def _is_curve(value: object) -> bool:
@@ -69,6 +69,6 @@ def check_fields(record: Mapping[str, Any], where: str) -> None:
         raise _error(f"{where}: {missing[0]}", _NEEDED[missing[0]][1], "none")
 
 
-def _error(where: str, expected: str, found: object) -> NaloraError:
+def _error(where: str, expected: str, value: object) -> NaloraError:
     remedy = "the file was edited or damaged: restore that line, or delete it and do the run again"
-    return NaloraError(where, expected=expected, found=found, remedy=remedy)
+    return NaloraError(where, expected=expected, found=value, remedy=remedy)

@@ -140,7 +140,7 @@ def _check_shared(records: Mapping[str, Record], field: str, group: tuple[str, .
                 continue
             other, expected = first.setdefault((*place, item), (name, digest))
             if digest != expected:
-                named = ", ".join(f"{key} {part}" for key, part in zip(group, place, strict=True))
+                named = ", ".join(f"{key} {label}" for key, label in zip(group, place, strict=True))
                 raise NaloraError(
                     f"records {other} and {name}: {field} {item}".rstrip(),
                     expected=f"the same for {named}: {expected}",

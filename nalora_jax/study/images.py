@@ -121,11 +121,11 @@ class DualEncoders:
         Of ``vision``, settings of the task and of image processing remain.
         """
         v = config.vision
-        seen = VisionConfig(v.task, features=v.features, loss=v.loss, image_size=v.image_size)
+        vision = VisionConfig(v.task, features=v.features, loss=v.loss, image_size=v.image_size)
         params, rows = self.params(config), self.data(config)
         shapes = {name: value.shape for name, value in params.get(CLASSES, {}).items()}
         shapes |= {name: value.shape[1:] for name, value in (rows.tokens or {}).items()}
-        return replace(config, data=DataConfig(), vision=seen), shapes
+        return replace(config, data=DataConfig(), vision=vision), shapes
 
     def assemble(self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation) -> Assembly:
         """Assembles the run as ``nalora train`` does."""
@@ -166,7 +166,7 @@ class DualEncoders:
 
     def data(self, config: RunConfig) -> ImageData:
         """Returns images in the order of the seed; few-shot images are drawn by the seed."""
-        key = json.dumps([config.seed, *(vars(part) for part in (config.data, config.vision, config.train))])
+        key = json.dumps([config.seed, *(vars(group) for group in (config.data, config.vision, config.train))])
         if key not in self._rows:
             source = self._source(config, config.data, config.data.train_split)
             classes = self._classes(config, config.data)
@@ -212,8 +212,8 @@ class DualEncoders:
         if key not in self._encoders:
             self._encoders[key] = Encoders(model, loaded.processor, loaded.tokenizer)
         if (key, items.digest) not in self._evaluators:
-            made = image_evaluator(self._encoders[key], items.images, items.classes, items.vision)
-            self._evaluators[key, items.digest] = made
+            evaluator = image_evaluator(self._encoders[key], items.images, items.classes, items.vision)
+            self._evaluators[key, items.digest] = evaluator
         return self._evaluators[key, items.digest]
 
     def _classes(self, config: RunConfig, data: DataConfig) -> tuple[str, ...]:

@@ -200,8 +200,8 @@ def _as_first_recorded(settings: dict[str, Any], former: FormerGroups) -> dict[s
     Mechanisms that the protocol sets in the former groups are there, not in the list of rules.
     """
     usual = RunConfig().to_dict() | asdict(FormerGroups())
-    others = settings["mechanisms"][len(former.rules) :]
-    settings = settings | asdict(former) | {"mechanisms": others}
+    added = settings["mechanisms"][len(former.rules) :]
+    settings = settings | asdict(former) | {"mechanisms": added}
     settings = {name: v for name, v in settings.items() if name not in _LATER_GROUPS or v != usual[name]}
     if settings["vision"]["task"] in DUAL and not settings["data"]["max_length"]:
         settings["data"] = settings["data"] | {"max_length": _FIRST_LENGTH}

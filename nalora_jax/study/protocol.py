@@ -210,8 +210,8 @@ def read_protocol(path: str | Path) -> Protocol:
         import_files(protocol.imports, path.parent)
         _check(protocol)
     except NaloraError as error:
-        found, remedy = error.found, error.remedy
-        raise NaloraError(f"{path}: {error.where}", expected=error.expected, found=found, remedy=remedy) from error
+        actual, remedy = error.found, error.remedy
+        raise NaloraError(f"{path}: {error.where}", expected=error.expected, found=actual, remedy=remedy) from error
     return protocol
 
 
@@ -290,9 +290,9 @@ def _check_method(p: Protocol, name: str, method: Method) -> None:
     _require(f"{where} settings", not rate, "no learning rate, which the grid gives", "optimizer.learning_rate")
 
 
-def _require(where: str, fine: bool, expected: str, found: object) -> None:
+def _require(where: str, fine: bool, expected: str, actual: object) -> None:
     if not fine:
-        raise NaloraError(where, expected=expected, found=found)
+        raise NaloraError(where, expected=expected, found=actual)
 
 
 def data_of(dataset: str, split: str, items: int, like: DataConfig) -> DataConfig:

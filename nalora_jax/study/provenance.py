@@ -81,11 +81,11 @@ def check_tests(
     """
     tests = [record for record in records.values() if record["stage"] == "test"]
     digests = {str(entry["protocol"]) for entry in [*tests, *listed, *_committed_tests(protocol)]}
-    others = sorted(digests - {protocol.digest})
-    if others:
+    earlier = sorted(digests - {protocol.digest})
+    if earlier:
         raise NaloraError(
             str(protocol.path),
-            expected=f"the protocol that test items were read under, sha256 {others[0][:16]}",
+            expected=f"the protocol that test items were read under, sha256 {earlier[0][:16]}",
             found=f"another protocol, sha256 {protocol.digest[:16]}",
             remedy="restore it, or begin a new study in another folder",
         )

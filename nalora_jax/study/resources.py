@@ -98,8 +98,8 @@ class Resources:
         lora = self.subject(config).adapters(config, assembly, data, seed)
         state = assembly.begin(lora, config.seed)
         rate = jnp.asarray(config.optimizer.learning_rate, jnp.float32)
-        placed = jax.device_put(rate, optax.tree.get(state.opt_state, _RATE).sharding)
-        return state._replace(opt_state=optax.tree.set(state.opt_state, **{_RATE: placed}))
+        rate_array = jax.device_put(rate, optax.tree.get(state.opt_state, _RATE).sharding)
+        return state._replace(opt_state=optax.tree.set(state.opt_state, **{_RATE: rate_array}))
 
     def validation_items(self, run: Run) -> Items:
         """Returns the items that choose the learning rate."""

@@ -41,7 +41,7 @@ def render(protocol: Protocol, records: Mapping[str, Record]) -> str:
         comparison_tables.multiples(protocol, cell_results, compared),
         comparison_tables.probes(protocol, cell_results, compared),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(section for section in parts if section) + "\n"
 
 
 def _unit(protocol: Protocol) -> str:

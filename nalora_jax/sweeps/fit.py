@@ -52,19 +52,19 @@ class Fitting:
         groups = max(mesh.run, 1)
         split = max(mesh.fsdp, 1) * max(mesh.tensor, 1)
         fits = max(1, int((limit - weights / split) / (run / max(mesh.data, 1) / split)))
-        wanted = mesh.runs_per_device
-        if wanted > fits:
+        requested = mesh.runs_per_device
+        if requested > fits:
             raise NaloraError(
                 "--mesh.runs-per-device",
                 expected=f"at most {fits} runs, which fit in {limit / 1e9:.1f} GB with the base",
-                found=wanted,
+                found=requested,
             )
-        per_group = wanted or min(fits, math.ceil(count / groups))
+        per_group = requested or min(fits, math.ceil(count / groups))
         if base is not None and base.n_experts and groups > 1 and _is_split(mesh):
-            found = f"data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor}"
+            axes = f"data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor}"
             remedy = "leave the other axes at 1, or --mesh.run at 1"
             expected = "one device a run for mixtures of experts"
-            raise NaloraError("--mesh.run", expected=expected, found=found, remedy=remedy)
+            raise NaloraError("--mesh.run", expected=expected, found=axes, remedy=remedy)
         return cls(replace(mesh, runs_per_device=per_group), groups * per_group, base.d_model if base else 0)
 
     def next(self, left: int) -> int:

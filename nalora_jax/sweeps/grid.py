@@ -112,12 +112,12 @@ def _axis(text: str) -> Axis:
 def _hint(name: str) -> Any:
     """Returns the type of a setting by dotted name."""
     kind: Any = RunConfig
-    for part in name.split("."):
+    for name_part in name.split("."):
         hints = get_type_hints(kind) if is_dataclass(kind) else {}
-        if part not in hints:
-            known = ", ".join(field.name.replace("_", "-") for field in fields(kind)) if is_dataclass(kind) else "none"
-            raise NaloraError(f"--sweep {name}", expected=f"a setting of a run ({known})", found=repr(part))
-        kind = hints[part]
+        if name_part not in hints:
+            names = ", ".join(field.name.replace("_", "-") for field in fields(kind)) if is_dataclass(kind) else "none"
+            raise NaloraError(f"--sweep {name}", expected=f"a setting of a run ({names})", found=repr(name_part))
+        kind = hints[name_part]
     if is_dataclass(kind) or _COMMON.match(name):
         remedy = "give it once, outside of --sweep"
         raise NaloraError("--sweep", expected="a setting that may differ between runs", found=name, remedy=remedy)
@@ -149,7 +149,7 @@ def _readings(word: str) -> list[Any]:
             continue
     flags = {"true": True, "yes": True, "false": False, "no": False}
     readings += [flags[word.lower()]] if word.lower() in flags else []
-    parts = tuple(float(part) for part in word.split("/")) if re.fullmatch(r"[\d.e+-]+(/[\d.e+-]+)+", word) else ()
+    parts = tuple(float(entry) for entry in word.split("/")) if re.fullmatch(r"[\d.e+-]+(/[\d.e+-]+)+", word) else ()
     return [*readings, *([parts] if parts else []), word, (word,)]
 
 
@@ -161,13 +161,13 @@ def _with(config: Any, path: Sequence[str], value: Any) -> Any:
 
 def _part(name: str, value: Any) -> str:
     """Returns a setting's part of a folder's name, e.g. ``learning-rate-0.001``."""
-    shown = value
+    label = value
     if isinstance(value, tuple):
-        shown = "+".join(_rule_name(item) for item in value)
-    shown = f"{shown:g}" if isinstance(shown, float) else str(shown)
-    return f"{name.rpartition('.')[2].replace('_', '-')}-{re.sub(r'[^A-Za-z0-9.+-]+', '-', shown)}"
+        label = "+".join(_rule_name(item) for item in value)
+    label = f"{label:g}" if isinstance(label, float) else str(label)
+    return f"{name.rpartition('.')[2].replace('_', '-')}-{re.sub(r'[^A-Za-z0-9.+-]+', '-', label)}"
 
 
 def _rule_name(rule: Any) -> str:
     named: Mapping[str, Any] = getattr(rule, "__dict__", {})
-    return "-".join(str(part) for part in named.values() if part is not None) if named else str(rule)
+    return "-".join(str(number) for number in named.values() if number is not None) if named else str(rule)

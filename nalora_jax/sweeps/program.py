@@ -90,7 +90,7 @@ class SweepProgram:
         """Returns `nalora_jax.train.state_metrics.StateMetrics.measure` of every run."""
         measured = jax.tree.map(distributed.fetch, self._measure(states, self.values))
         of_runs = [jax.tree.map(lambda leaf, i=index: leaf[i], measured) for index in range(len(self.runs))]
-        return [run.state_metrics.record(*found) for run, found in zip(self.runs, of_runs, strict=True)]
+        return [run.state_metrics.record(*metrics) for run, metrics in zip(self.runs, of_runs, strict=True)]
 
     def _metrics_of_one(self, state: TrainState, values: Mapping[str, Any]) -> Any:
         mechanisms = mechanisms_with(self.runs[0].mechanisms, values)

@@ -175,23 +175,23 @@ class _Group:
 
     def train(self) -> dict[str, RunResult | TrainingDivergedError]:
         """Trains all runs of the group; returns results or errors by folder."""
-        placed = replace(self._runs[0].config, mesh=self._fits.mesh)
-        mesh = mesh_of(placed)
+        concrete = replace(self._runs[0].config, mesh=self._fits.mesh)
+        mesh = mesh_of(concrete)
         results: dict[str, RunResult | TrainingDivergedError] = {}
         left = self._runs
         while left:
             count = self._fits.next(len(left))
-            results |= self._train_together(left[:count], placed, mesh)
+            results |= self._train_together(left[:count], concrete, mesh)
             left = left[count:]
         return results
 
     def _train_together(
-        self, runs: Sequence[_Run], placed: RunConfig, mesh: Mesh
+        self, runs: Sequence[_Run], concrete: RunConfig, mesh: Mesh
     ) -> dict[str, RunResult | TrainingDivergedError]:
         spent = Stages()
         results: dict[str, RunResult | TrainingDivergedError] = {}
         with ExitStack() as stack:
-            started = [self._started(run, placed, mesh, stack) for run in runs]
+            started = [self._started(run, concrete, mesh, stack) for run in runs]
             for running in started:
                 stack.enter_context(running.told_of_errors())
             _measure_bases(started)
@@ -211,9 +211,9 @@ class _Group:
                 results[running.config.output] = running.finish(loop.follower.result.step, spent)
         return results
 
-    def _started(self, run: _Run, placed: RunConfig, mesh: Mesh, stack: ExitStack) -> Running:
+    def _started(self, run: _Run, concrete: RunConfig, mesh: Mesh, stack: ExitStack) -> Running:
         """Builds a run on the group's base."""
-        config = replace(run.config, mesh=placed.mesh, compute=placed.compute)
+        config = replace(run.config, mesh=concrete.mesh, compute=concrete.compute)
         pieces = run.inputs.pieces(config, run.output, mesh, self._first)
         self._first = self._first or pieces
         console = _Named(Path(run.config.output).name)
@@ -237,10 +237,10 @@ class _Group:
 
 def _measure_bases(started: Sequence[Running]) -> None:
     """Evaluates the base once for all runs that ask the same questions."""
-    known: dict[str, BaseMetrics | None] = {}
+    measured: dict[str, BaseMetrics | None] = {}
     for running in started:
         questions = json.dumps(running.pieces.questions, sort_keys=True)
-        known[questions] = running.measure_before(known.get(questions))
+        measured[questions] = running.measure_before(measured.get(questions))
 
 
 class _Named(Console):

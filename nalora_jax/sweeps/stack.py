@@ -42,8 +42,8 @@ def stack(runs: Sequence[Any], shapes: Shapes, places: Any) -> Any:
     flat = [{path: np.asarray(distributed.fetch(leaf)) for path, leaf in trees.flatten(run).items()} for run in runs]
 
     def join(path: str, place: NamedSharding) -> jax.Array:
-        whole = np.stack([_padded(tree[path], shapes[path]) for tree in flat])
-        return jax.make_array_from_callback(whole.shape, place, whole.__getitem__)
+        stacked = np.stack([_padded(tree[path], shapes[path]) for tree in flat])
+        return jax.make_array_from_callback(stacked.shape, place, stacked.__getitem__)
 
     return trees.map_named(join, places)
 
@@ -78,7 +78,7 @@ def batch_of(rows: Sequence[Mapping[str, np.ndarray]], mesh: Mesh) -> dict[str, 
 def _padded(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if array.shape == shape:
         return array
-    return np.pad(array, [(0, wanted - size) for size, wanted in zip(array.shape, shape, strict=True)])
+    return np.pad(array, [(0, target - size) for size, target in zip(array.shape, shape, strict=True)])
 
 
 def shared(runs: Sequence[Any], mesh: Mesh) -> tuple[Any, Any]:
@@ -97,9 +97,9 @@ def shared(runs: Sequence[Any], mesh: Mesh) -> tuple[Any, Any]:
             return leaf
         arrays = [jnp.asarray(tree[path]) for tree in flat]
         pads = [[(0, w - s) for s, w in zip(a.shape, shapes[path], strict=True)] for a in arrays]
-        whole = jnp.stack([jnp.pad(a, pad) if any(map(sum, pad)) else a for a, pad in zip(arrays, pads, strict=True)])
+        stacked = jnp.stack([jnp.pad(a, pad) if any(map(sum, pad)) else a for a, pad in zip(arrays, pads, strict=True)])
         sharding: Any = leaf.sharding
-        return jax.device_put(whole, stacked_sharding(mesh, sharding))
+        return jax.device_put(stacked, stacked_sharding(mesh, sharding))
 
     axes = trees.map_named(lambda path, leaf: 0 if path in differing else None, runs[0])
     return trees.map_named(join, runs[0]), axes

@@ -75,12 +75,12 @@ def accepts_traced(mechanism: Mechanism, name: str, activation: str) -> bool:
     sums = memory | {key: jax.ShapeDtypeStruct((2,), "float32") for key in counts}
 
     def rule(value: Any, memory: Any, sums: Any, updates: Any) -> Any:
-        traced, known = mechanism, context
+        traced, traced_context = mechanism, context
         if name in context._fields:
-            known = context._replace(**{name: value})
+            traced_context = context._replace(**{name: value})
         else:
             traced = _with_settings("", mechanism, {("", name): value})
-        return traced.factor(memory, known), traced.advance(memory, sums, updates)
+        return traced.factor(memory, traced_context), traced.advance(memory, sums, updates)
 
     try:
         value = jax.tree.map(jnp.asarray, getattr(mechanism, name, 0))
@@ -115,14 +115,14 @@ def _differing(runs: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
     return {name: _stacked([run[name] for run in runs]) for name in names}
 
 
-def _equal(one: Any, other: Any) -> bool:
-    return np.shape(one) == np.shape(other) and bool(np.all(np.asarray(one) == np.asarray(other)))
+def _equal(first: Any, other: Any) -> bool:
+    return np.shape(first) == np.shape(other) and bool(np.all(np.asarray(first) == np.asarray(other)))
 
 
 def _stacked(values: Sequence[Any]) -> Any:
     """Returns ``[runs, ...]``; of tuples a tuple of arrays."""
     if isinstance(values[0], tuple):
-        return tuple(_stacked(part) for part in zip(*values, strict=True))
+        return tuple(_stacked(fields) for fields in zip(*values, strict=True))
     array = np.stack([np.asarray(value) for value in values])
     return array.astype(np.int32 if array.dtype.kind in "iu" else np.float32)
 

@@ -78,9 +78,9 @@ def adalora(
         _budgets(config, spec, leaves)
         zeros = trees.unflatten({path: jnp.zeros_like(leaf) for path, leaf in leaves.items()})
         singular = {f"{path}/singular": target for path, target in spec.targets}
-        kept = {name: jnp.asarray(target.used(leaves[name].shape)) for name, target in singular.items()}
+        used = {name: jnp.asarray(target.used(leaves[name].shape)) for name, target in singular.items()}
         still = jax.tree.map(jnp.copy, zeros)
-        return RankState(inner.init(params), jnp.zeros([], jnp.int32), zeros, still, trees.unflatten(kept))
+        return RankState(inner.init(params), jnp.zeros([], jnp.int32), zeros, still, trees.unflatten(used))
 
     def update(grads: Any, state: RankState, params: Any = None, **extra: Any) -> tuple[Any, RankState]:
         step = state.step + 1
@@ -89,12 +89,12 @@ def adalora(
         clipped, _ = clip.update(grads, clip.init(params))
         new = _adapters(optax.apply_updates(params, updates), spec)
         moments = _smoothed(state, new, _adapters(clipped, spec), step, config, total_steps)
-        kept, acts = _allocated(state, moments, step, config, spec, total_steps)
+        used, acts = _allocated(state, moments, step, config, spec, total_steps)
         flat, now = trees.flatten(updates), trees.flatten(params)
-        for path, keep in kept.items():
+        for path, keep in used.items():
             flat[path] = jnp.where(acts & ~keep, -now[path], flat[path])
         sensitivity, uncertainty = map(trees.unflatten, moments)
-        return trees.unflatten(flat), RankState(inner_state, step, sensitivity, uncertainty, trees.unflatten(kept))
+        return trees.unflatten(flat), RankState(inner_state, step, sensitivity, uncertainty, trees.unflatten(used))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -187,8 +187,8 @@ def _allocated(
     threshold = jnp.where(budget < first, ranking[jnp.maximum(first - budget - 1, 0)], -jnp.inf)
     due = ((step > begin) & (step < end) & (step % config.interval == 0)) | (step == end)
     before = trees.flatten(state.kept)
-    kept = {}
+    used = {}
     for path, score in scores.items():
         chosen = (score > threshold) & jnp.isfinite(score)
-        kept[path] = jnp.where(due, chosen, before[path])
-    return kept, due | (step > end)
+        used[path] = jnp.where(due, chosen, before[path])
+    return used, due | (step > end)

@@ -170,8 +170,8 @@ def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:
     leaves, adapters = trees.flatten(params), trees.flatten(lora)
     starts = {f"{gate}/start_{name}": adapters[f"{gate}/{name}"] for gate in find_gates(lora) for name in "ab"}
     starts = {path: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf for path, leaf in starts.items()}
-    placed = distributed.shardings(starts, mesh, distributed.PARAM_RULES)
-    return trees.unflatten(leaves | jax.device_put(starts, placed))
+    start_shardings = distributed.shardings(starts, mesh, distributed.PARAM_RULES)
+    return trees.unflatten(leaves | jax.device_put(starts, start_shardings))
 
 
 def starting_at(assembly: Assembly, lora: Any) -> Assembly:

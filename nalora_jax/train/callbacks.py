@@ -87,12 +87,12 @@ class Callbacks:
     """All callbacks of a run, its log first; a context manager that closes them.
 
     Args:
-      own: the run's log, whose errors end the run; None for processes without a log.
-      others: all other callbacks.
+      log: the run's log, whose errors end the run; None for processes without a log.
+      callbacks: all other callbacks.
     """
 
-    def __init__(self, own: Callback | None, others: Sequence[Callback] = ()) -> None:
-        self._own, self._others = own, list(others)
+    def __init__(self, log: Callback | None, callbacks: Sequence[Callback] = ()) -> None:
+        self._own, self._others = log, list(callbacks)
 
     def start(self, started: Started) -> None:
         """Calls ``on_start`` of all callbacks, the run's log last.
@@ -102,15 +102,15 @@ class Callbacks:
         Raises:
           NaloraError: a callback cannot start.
         """
-        for one in self._others:
+        for callback in self._others:
             try:
-                one.on_start(started)
+                callback.on_start(started)
             except NaloraError:
                 raise
             except Exception as error:
-                found = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
                 expected = "a callback that can begin"
-                raise NaloraError(f"--callbacks, {type(one).__name__}", expected=expected, found=found) from error
+                raise NaloraError(f"--callbacks, {type(callback).__name__}", expected=expected, found=reason) from error
         if self._own is not None:
             self._own.on_start(started)
 
@@ -133,14 +133,14 @@ class Callbacks:
     def _tell(self, event: str, *values: Any) -> None:
         if self._own is not None:
             getattr(self._own, event)(*values)
-        for one in list(self._others):
+        for callback in list(self._others):
             try:
-                getattr(one, event)(*values)
+                getattr(callback, event)(*values)
             except (NaloraError, KeyboardInterrupt):
                 raise
             except Exception as error:
-                self._others.remove(one)
-                name = type(one).__name__
+                self._others.remove(callback)
+                name = type(callback).__name__
                 log.warning("%s is left out from here on: %s: %s", name, type(error).__name__, error, exc_info=True)
 
     def __enter__(self) -> Callbacks:
@@ -148,8 +148,8 @@ class Callbacks:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         del kind, error, trace
-        for one in (self._own, *self._others):
-            close = getattr(one, "close", None)
+        for callback in (self._own, *self._others):
+            close = getattr(callback, "close", None)
             if close is not None:
                 close()
 

@@ -49,9 +49,9 @@ def _remove_damaged(folder: Path) -> None:
     damaged = 0
     for entry in folder.glob(f"*{_ENTRY}"):
         with contextlib.suppress(FileNotFoundError):
-            found, digest = file_digest(entry), _beside(entry)
+            actual, digest = file_digest(entry), _beside(entry)
             listed = digest.read_bytes() if digest.exists() else None
-            if listed == found.encode():
+            if listed == actual.encode():
                 continue
             damaged += listed is not None
             # The digest first: JAX does not overwrite an existing entry, so until the entry is gone

@@ -46,8 +46,8 @@ class Towers:
 
     def temperature(self, variables: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
         """Returns the scale and the offset of the cosine similarities."""
-        found: tuple[jax.Array, jax.Array] = self.model.apply(variables, method="temperature")
-        return found
+        temperature: tuple[jax.Array, jax.Array] = self.model.apply(variables, method="temperature")
+        return temperature
 
     def _encode(self, tower: str, variables: Mapping[str, Any], inputs: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         options: dict[str, Any] = {
@@ -146,9 +146,9 @@ def softmax_contrastive(
     del bias
     own_images, own_texts = (_rows(x, mesh) for x in (images, texts))
     total = jnp.zeros((), jnp.float32)
-    for own, others, pair in ((own_images, texts, own_texts), (own_texts, images, own_images)):
-        logits = scale * jnp.einsum("if,jf->ij", own, _everybodys(others, mesh), precision="highest")
-        total += jnp.sum(jax.nn.logsumexp(logits, axis=1) - scale * jnp.sum(own * pair, axis=1))
+    for anchors, candidates, pair in ((own_images, texts, own_texts), (own_texts, images, own_images)):
+        logits = scale * jnp.einsum("if,jf->ij", anchors, _everybodys(candidates, mesh), precision="highest")
+        total += jnp.sum(jax.nn.logsumexp(logits, axis=1) - scale * jnp.sum(anchors * pair, axis=1))
     return total / 2
 
 
@@ -158,9 +158,9 @@ def sigmoid_contrastive(
     """Returns SigLIP's loss (arXiv 2303.15343), summed over rows: binary cross-entropy by pair."""
     own_images, own_texts = (_rows(x, mesh) for x in (images, texts))
     logits = scale * jnp.einsum("if,jf->ij", own_images, _everybodys(texts, mesh), precision="highest") + bias
-    own = scale * jnp.sum(own_images * own_texts, axis=1) + bias
+    matching = scale * jnp.sum(own_images * own_texts, axis=1) + bias
     # -log sigmoid(-x) = softplus(x) of all pairs; matching ones: softplus(-x) = softplus(x) - x.
-    return jnp.sum(jax.nn.softplus(logits)) - jnp.sum(own)
+    return jnp.sum(jax.nn.softplus(logits)) - jnp.sum(matching)
 
 
 def _rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:

@@ -24,11 +24,11 @@ def layer_metrics(
     of 1 or more), ``factor_min`` and ``factor_max``; ``[layers]`` each. Experts are averaged over.
     """
 
-    def metrics(stats: BlockStats, own: BlockStats, factors: Factors) -> BlockStats:
+    def metrics(stats: BlockStats, own_factors: BlockStats, factors: Factors) -> BlockStats:
         blocks = {path: layer_means(sums) for path, sums in stats.items()}
         for path, block in blocks.items():
             for label, mechanism in mechanisms.entries:
-                values = mechanism.metrics(_by_layer(own[label][path]))
+                values = mechanism.metrics(_by_layer(own_factors[label][path]))
                 block |= {f"{label}_{name}": value for name, value in values.items()}
             if "update_b" in factors:
                 joint = _by_layer(factors["update_b"][path])

@@ -81,8 +81,8 @@ def gradient_adapters(assembly: Assembly, base: ModelConfig, batches: Sequence[B
     """
     spec, lora_config = assembly.spec, assembly.config.lora
     shapes = projection_shapes(base)
-    taken = {path: target.rank * (2 if lora_config.init == "lora_ga" else 1) for path, target in spec.targets}
-    wide = {path: min(count + max(8, count // 2), *shapes[path][-2:]) for path, count in taken.items()}
+    ranks = {path: target.rank * (2 if lora_config.init == "lora_ga" else 1) for path, target in spec.targets}
+    wide = {path: min(count + max(8, count // 2), *shapes[path][-2:]) for path, count in ranks.items()}
     search = _Search(assembly, base, wide, batches)
     key = jax.random.key(seed)
     layers = depths(base)
@@ -177,13 +177,13 @@ def _weights(kind: str, slopes: Mapping[str, jax.Array], spec: AdapterSpec, key:
     if kind == "ones":
         return {}
     gates = find_gates(trees.unflatten({f"{path}/b": 0 for path, _ in spec.targets}))
-    found = {}
+    weights = {}
     for index, (gate, block) in enumerate(gates.items()):
         weight = slopes[block] / jnp.maximum(jnp.mean(slopes[block], axis=-1, keepdims=True), 1e-30)
         if kind == "permuted":
             weight = jax.random.permutation(jax.random.fold_in(key, index), weight, axis=-1, independent=True)
-        found[gate] = weight
-    return found
+        weights[gate] = weight
+    return weights
 
 
 def _weighted(rows: Matrices, weights: Matrices) -> Matrices:

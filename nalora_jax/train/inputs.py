@@ -40,7 +40,7 @@ def check_data(data: DataConfig, source: Mapping[str, Source] | None = None) -> 
     log.info("%s: %s", train.name, form_of(first, data) or f"fields {', '.join(first)}")
     if isinstance(train, MixedSource):
         log.info("records of an epoch: %s", train.describe())
-    drawn = [one for one in held_out.parts if isinstance(one, SelectedSource)]
+    drawn = [selected for selected in held_out.parts if isinstance(selected, SelectedSource)]
     if drawn:
         log.info("no split is held out, so some records are, by a fixed draw: %s", "; ".join(map(str, drawn)))
     if have_same_records(train, held_out):
@@ -109,12 +109,13 @@ def _check_rows(config: RunConfig, files: ResolvedSource, base: ModelConfig, spe
     new = added_ids(files, AddedTokens.of(config.data))
     head = spec.head_rows(tied=base.tie_embeddings)
     for name, ids in (("embed_tokens", trained.get("embed_tokens", ())), ("lm_head", head[1] if head else ())):
-        untrained = {} if name in spec.saved else {text: one for text, one in new.items() if one not in ids}
-        if untrained:
-            wanted = f"{' '.join(map(str, new.values()))} among them, the ids of added tokens"
+        untrained = {text: token_id for text, token_id in new.items() if token_id not in ids}
+        if untrained and name not in spec.saved:
+            listed = ", ".join(f"{text!r} ({token_id})" for text, token_id in untrained.items())
+            expected = f"{' '.join(map(str, new.values()))} among them, the ids of added tokens"
             raise NaloraError(
                 "--lora.trainable-token-indices",
-                expected=f"{wanted}, for {name} (--lora.trainable-token-modules)",
-                found=f"no row of {name} for {', '.join(f'{text!r} ({one})' for text, one in untrained.items())}",
-                remedy="nobody has trained them: name them, or the table in --lora.modules-to-save",
+                expected=f"{expected}, for {name} (--lora.trainable-token-modules)",
+                found=f"no row of {name} for {listed}",
+                remedy="they are not trained: name them, or the table in --lora.modules-to-save",
             )

@@ -36,7 +36,7 @@ class PureStep(Protocol):
         """
 
 
-def jit_step(config: RunConfig, step: Step, mesh: Mesh, placed: Any) -> Step:
+def jit_step(config: RunConfig, step: Step, mesh: Mesh, shardings: Any) -> Step:
     """Jits a pure step: one trace per run, state donated, chexified if gates are checked.
 
     ``placed`` is the sharding of the state.
@@ -47,7 +47,7 @@ def jit_step(config: RunConfig, step: Step, mesh: Mesh, placed: Any) -> Step:
     compiled = jax.jit(
         step,
         donate_argnums=(1,),
-        out_shardings=(placed, NamedSharding(mesh, P())),
+        out_shardings=(shardings, NamedSharding(mesh, P())),
         compiler_options=distributed.compiler_options(mesh),
     )
     return compiled if not config.debug.check_gates else _checked(compiled)

@@ -196,11 +196,11 @@ def _naming_bad_weights(params: Any) -> Iterator[None]:
         bad = non_finite(params)
         if not bad:
             raise
-        found = f"NaN or infinity in {len(bad)} of its arrays"
+        fault = f"NaN or infinity in {len(bad)} of its arrays"
         remedy = "the model's files are damaged, or were converted wrongly: replace them"
         row = first_bad_row(trees.flatten(params)[bad[0]])
         where = f"the base model: {bad[0]}[{row}]"
-        raise TrainingDivergedError(where, expected="finite numbers", found=found, remedy=remedy) from error
+        raise TrainingDivergedError(where, expected="finite numbers", found=fault, remedy=remedy) from error
 
 
 def _refuse_diverged(step: int, state: TrainState) -> None:
@@ -283,7 +283,7 @@ class _Meter:
 
 def _require_acting(step: int, idle: Mapping[str, Any]) -> None:
     """Raises an error if a mechanism is on but no statistics of its gates have been measured."""
-    silent = sorted(label for label, nothing in idle.items() if nothing)
+    silent = sorted(label for label, inactive in idle.items() if inactive)
     if silent:
         raise NaloraError(
             f"step {step}: {', '.join(silent)}",

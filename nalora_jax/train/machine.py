@@ -33,16 +33,16 @@ def peak_memory() -> dict[str, int]:
       ``peak_memory`` of the host, and ``peak_device_memory`` of the fullest local device, if the
       devices have separate memory.
     """
-    found = {}
+    peaks = {}
     status = Path("/proc/self/status")
     # Not getrusage: a child process inherits its parent's maximum.
     held = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
     if held:
-        found["peak_memory"] = 1024 * int(held[1])
+        peaks["peak_memory"] = 1024 * int(held[1])
     on_devices = [memory_statistics(device).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
     if any(on_devices):
-        found["peak_device_memory"] = max(on_devices)
-    return found
+        peaks["peak_device_memory"] = max(on_devices)
+    return peaks
 
 
 def _version(name: str) -> str:

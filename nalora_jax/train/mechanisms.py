@@ -55,8 +55,8 @@ def mechanisms_of(
         message = "no adapter sits on a gate (gate_proj or in_proj): no mechanism acts (%s)"
         log.warning(message, labels)
         return replace(mechanisms, entries=())
-    others = tuple((path, name) for path, name in blocks.items() if name != activation)
-    return replace(mechanisms, others=others)
+    differing = tuple((path, name) for path, name in blocks.items() if name != activation)
+    return replace(mechanisms, others=differing)
 
 
 def mechanism_names() -> list[str]:

@@ -149,7 +149,7 @@ class SeenNextToken(NextToken):
 
         The batch also has ``pixels [rows, images, height, width, 3]`` and ``images [rows]``.
         """
-        features, seen = self.model.apply(
+        features, vision_updates = self.model.apply(
             variables,
             self.processor.normalise(batch["pixels"]),
             batch["images"],
@@ -159,6 +159,6 @@ class SeenNextToken(NextToken):
             method="see",
         )
         hidden, written = super().hidden(variables, batch, key, features=features, **options)
-        leaves = trees.flatten(seen["gate_stats"]) | trees.flatten(written)
-        kept = {path: leaf for path, leaf in leaves.items() if path.rpartition("/")[0] in self.measured}
-        return hidden, trees.unflatten(kept)
+        leaves = trees.flatten(vision_updates["gate_stats"]) | trees.flatten(written)
+        measured = {path: leaf for path, leaf in leaves.items() if path.rpartition("/")[0] in self.measured}
+        return hidden, trees.unflatten(measured)

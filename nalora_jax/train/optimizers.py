@@ -105,8 +105,8 @@ def _named_optimizer(name: str, config: OptimizerConfig, schedule: optax.Schedul
             # 0), and its weight decay ignores the learning rate.
             factored = (optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
             return optax.chain(*factored, optax.add_decayed_weights(decay), optax.scale_by_learning_rate(schedule))
-    known = "adamw, adam, sgd, lion, adafactor"
-    raise NaloraError("--optimizer.name", expected=f"one of {known}", found=name)
+    names = "adamw, adam, sgd, lion, adafactor"
+    raise NaloraError("--optimizer.name", expected=f"one of {names}", found=name)
 
 
 def _scale_leaves(name: str, factor: float) -> optax.GradientTransformation:

@@ -77,16 +77,16 @@ class Preference:
         real = batch["pairs"]
 
         def total(ratios: jax.Array) -> tuple[jax.Array, Pairs]:
-            found = dpo(ratios[..., 0] * per[..., 0], ratios[..., 1] * per[..., 1], self.config)
-            return jnp.sum(real * found.loss), found
+            losses = dpo(ratios[..., 0] * per[..., 0], ratios[..., 1] * per[..., 1], self.config)
+            return jnp.sum(real * losses.loss), losses
 
-        (value, found), slope = jax.value_and_grad(total, has_aux=True)(ratios)
+        (value, losses), slope = jax.value_and_grad(total, has_aux=True)(ratios)
         surrogate = self.policy.cross_entropy(hidden, params, batch, self._by_token(-slope, batch))
         measured = {
-            "rewards_chosen": jnp.sum(real * found.chosen),
-            "rewards_rejected": jnp.sum(real * found.rejected),
-            "rewards_margin": jnp.sum(real * (found.chosen - found.rejected)),
-            "rewards_accuracy": jnp.sum(real * (found.chosen > found.rejected)),
+            "rewards_chosen": jnp.sum(real * losses.chosen),
+            "rewards_rejected": jnp.sum(real * losses.rejected),
+            "rewards_margin": jnp.sum(real * (losses.chosen - losses.rejected)),
+            "rewards_accuracy": jnp.sum(real * (losses.chosen > losses.rejected)),
         }
         # Value of the loss, gradient of the surrogate.
         return Evaluated(lax.stop_gradient(value - surrogate) + surrogate, written, lax.stop_gradient(measured))

@@ -65,15 +65,15 @@ class Progress:
         """Shows the numbers of a log step (keys as in metrics.jsonl; None is skipped)."""
         left = self.seconds_left(step) if step < self.total else None
         if notes.as_json():
-            known = {name: value for name, value in values.items() if isinstance(value, int | float)}
-            self._write({"step": step, "total": self.total} | known | {"seconds_left": left})
+            numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+            self._write({"step": step, "total": self.total} | numbers | {"seconds_left": left})
             return
-        shown = "".join(f"  {part}" for part in describe(values))
-        shown += f"  {duration(left)} left" if left is not None else ""
-        self.say(f"step {step}/{self.total}{shown}")
-        self._numbers = shown
+        line = "".join(f"  {column}" for column in describe(values))
+        line += f"  {duration(left)} left" if left is not None else ""
+        self.say(f"step {step}/{self.total}{line}")
+        self._numbers = line
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers=shown)
+            self._bar.update(self._task, completed=step, numbers=line)
 
     def seconds_left(self, step: int) -> float | None:
         """Returns seconds until the last step at the mean speed since the first log step, or None.
@@ -160,8 +160,8 @@ def duration(seconds: float) -> str:
       >>> duration(125.4), duration(3725)
       ('2:05', '1:02:05')
     """
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, seconds_left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
-        return f"{hours}:{minutes:02d}:{rest:02d}"
-    return f"{minutes}:{rest:02d}"
+        return f"{hours}:{minutes:02d}:{seconds_left:02d}"
+    return f"{minutes}:{seconds_left:02d}"

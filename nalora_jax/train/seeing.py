@@ -41,7 +41,7 @@ def seen_sources(
         raise NaloraError("--model", expected="a model that sees images", found="a language model")
     if data.too_long in ("truncate", "split"):
         raise NaloraError("--data.too-long", expected="drop or error: half an image is none", found=data.too_long)
-    found: dict[str, Source] = {}
+    sources: dict[str, Source] = {}
     for split in dict.fromkeys(splits or (data.train_split, data.eval_split)):
         if split == AUTO:  # drawn from the training split
             continue
@@ -51,8 +51,8 @@ def seen_sources(
             chats = ChatImages(source[split], data, vision, tokens, Path.cwd())
         else:
             raise NaloraError("source", expected=f"a split {split!r}", found=", ".join(sorted(source)) or "none")
-        found[split] = chats.readable()
-    return found
+        sources[split] = chats.readable()
+    return sources
 
 
 def with_images(

@@ -61,21 +61,21 @@ class StateMetrics:
 
     def record(self, counts: Any, norms: Any, ranks: Any) -> dict[str, Any]:
         """Returns the result of `compute`, in host memory, as `measure` does."""
-        bins = {label: one.bins for label, one in self.mechanisms.entries}
+        bins = {label: mechanism.bins for label, mechanism in self.mechanisms.entries}
         return {
-            "histograms": {label: {"edges": bins[label], "counts": found} for label, found in counts.items()},
+            "histograms": {label: {"edges": bins[label], "counts": count} for label, count in counts.items()},
             "adapters": norms,
         } | ({"ranks": ranks} if ranks else {})
 
     def compute(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
         """Returns counts of factors, norms and ranks of ``state``; not compiled."""
-        own = own_factors(state.gate, self.mechanisms)
+        factors = own_factors(state.gate, self.mechanisms)
         counts = {
-            label: jnp.concatenate([histogram(factor, one.bins) for factor in own[label].values()])
-            for label, one in self.mechanisms.entries
+            label: jnp.concatenate([histogram(factor, mechanism.bins) for factor in factors[label].values()])
+            for label, mechanism in self.mechanisms.entries
         }
-        kept = trees.flatten(state.opt_state.kept) if self.spec.adalora else {}
-        ranks = {path.removesuffix("/singular"): jnp.sum(_rows(leaf), axis=1) for path, leaf in kept.items()}
+        used = trees.flatten(state.opt_state.kept) if self.spec.adalora else {}
+        ranks = {path.removesuffix("/singular"): jnp.sum(_rows(leaf), axis=1) for path, leaf in used.items()}
         return counts, adapter_norms(trees.flatten(state.lora), self.spec), ranks
 
 
@@ -96,8 +96,8 @@ def histogram(factor: jax.Array, edges: tuple[float, ...]) -> jax.Array:
     """
     rows = _rows(factor)
     reached = jnp.sum(rows[:, None, :] >= np.asarray(edges, np.float32)[None, :, None], axis=-1, dtype=jnp.int32)
-    whole, nothing = jnp.full((len(rows), 1), rows.shape[1], jnp.int32), jnp.zeros((len(rows), 1), jnp.int32)
-    return -jnp.diff(jnp.concatenate([whole, reached, nothing], axis=1), axis=1)
+    full, empty = jnp.full((len(rows), 1), rows.shape[1], jnp.int32), jnp.zeros((len(rows), 1), jnp.int32)
+    return -jnp.diff(jnp.concatenate([full, reached, empty], axis=1), axis=1)
 
 
 def adapter_norms(leaves: Mapping[str, jax.Array], spec: AdapterSpec) -> dict[str, jax.Array]:
@@ -111,7 +111,7 @@ def adapter_norms(leaves: Mapping[str, jax.Array], spec: AdapterSpec) -> dict[st
         AdaLoRA's ``<path>/singular`` [layers, ..., r].
       spec: the adapted projections.
     """
-    found = {}
+    norms = {}
     for path, _ in spec.targets:
         a, b = leaves[f"{path}/a"], leaves[f"{path}/b"]
         if spec.adalora:
@@ -119,8 +119,8 @@ def adapter_norms(leaves: Mapping[str, jax.Array], spec: AdapterSpec) -> dict[st
         of_a = jnp.einsum("l...dr,l...ds->l...rs", a, a, precision="highest")
         of_b = jnp.einsum("l...rd,l...sd->l...rs", b, b, precision="highest")
         squared = jnp.sum(of_a * of_b, axis=tuple(range(1, a.ndim)))
-        found[path] = jnp.asarray(spec.scales(path)) * jnp.sqrt(jnp.maximum(squared, 0.0))
-    return found
+        norms[path] = jnp.asarray(spec.scales(path)) * jnp.sqrt(jnp.maximum(squared, 0.0))
+    return norms
 
 
 def non_finite(state: Any) -> list[str]:
@@ -131,8 +131,8 @@ def non_finite(state: Any) -> list[str]:
     floats = {path: leaf for path, leaf in trees.flatten(state).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
     if not floats:
         return []
-    found = jax.device_get(_all_finite(list(floats.values())))
-    return [path for path, finite in zip(floats, found, strict=True) if not finite]
+    finite_leaves = jax.device_get(_all_finite(list(floats.values())))
+    return [path for path, finite in zip(floats, finite_leaves, strict=True) if not finite]
 
 
 def first_bad_row(array: jax.Array) -> int:

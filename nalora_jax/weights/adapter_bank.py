@@ -65,11 +65,11 @@ class AdapterBank:
         if unknown:
             raise NaloraError("targets", expected=f"some of {', '.join(sorted(shapes))}", found=", ".join(unknown))
         if config.n_experts:
-            found = f"{config.n_experts} experts"
+            experts = f"{config.n_experts} experts"
             raise NaloraError(
                 "adapter bank",
                 expected="a dense model",
-                found=found,
+                found=experts,
                 remedy="merge, or switch trees",
             )
         if slots < 1 or rank < 1:
@@ -158,8 +158,8 @@ def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[float]) -> t
         linear).
     """
     if not adapters or len(adapters) != len(weights):
-        found = f"{len(adapters)} adapters and {len(weights)} weights"
-        raise NaloraError("combine_adapters", expected="one weight per adapter, at least one", found=found)
+        counts = f"{len(adapters)} adapters and {len(weights)} weights"
+        raise NaloraError("combine_adapters", expected="one weight per adapter, at least one", found=counts)
     if any(spec.dora for _, spec in adapters):
         raise NaloraError("combine_adapters", expected="linear adapters", found="DoRA", remedy="merge it instead")
     for _, spec in adapters:
@@ -179,12 +179,12 @@ def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[float]) -> t
 def folded_scales(lora: Mapping[str, Any], spec: AdapterSpec) -> dict[str, tuple[Any, Any]]:
     """Returns A and ``s B`` by path, ``[layers, ...]`` each."""
     flat = trees.flatten(lora)
-    found = {}
+    folded = {}
     for path, _ in spec.targets:
         b = jnp.asarray(flat[f"{path}/b"], jnp.float32)
         scales = np.reshape(spec.scales(path), (-1,) + (1,) * (b.ndim - 1))
-        found[path] = (jnp.asarray(flat[f"{path}/a"], jnp.float32), b * scales)
-    return found
+        folded[path] = (jnp.asarray(flat[f"{path}/a"], jnp.float32), b * scales)
+    return folded
 
 
 def padded(value: Any, rank: int, axis: int, where: str) -> Any:

@@ -30,14 +30,14 @@ def remaining_ranks(lora: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[st
     leaves, targets = flatten(lora), []
     for path, target in spec.targets:
         a, b, singular = (np.asarray(leaves.pop(f"{path}/{name}")) for name in ("a", "b", "singular"))
-        kept = singular != 0
-        ranks = tuple(int(layer.sum(-1).max()) for layer in kept)
+        nonzero = singular != 0
+        ranks = tuple(int(layer.sum(-1).max()) for layer in nonzero)
         if not max(ranks):
             continue
         # Remaining ranks first, then zeros.
-        first = np.argsort(~kept, axis=-1, kind="stable")[..., : max(ranks)]
+        first = np.argsort(~nonzero, axis=-1, kind="stable")[..., : max(ranks)]
         leaves[f"{path}/a"] = np.take_along_axis(a * singular[..., None, :], first[..., None, :], axis=-1)
-        rows = np.take_along_axis(b * kept[..., None], first[..., None], axis=-2)
+        rows = np.take_along_axis(b * nonzero[..., None], first[..., None], axis=-2)
         leaves[f"{path}/b"] = rows
         shares = [rank / max(before, 1) for rank, before in zip(ranks, target.ranks, strict=True)]
         falls = [math.sqrt(share) if spec.rslora else share for share in shares]

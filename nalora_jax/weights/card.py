@@ -63,7 +63,7 @@ def render_card(card: Card) -> str:
         _provenance(card),
         _licence(card),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(section for section in parts if section) + "\n"
 
 
 def write_card(folder: str | Path, card: Card) -> Path:
@@ -90,16 +90,16 @@ _RELATION = {"adapter": "adapter", "merged": "finetune"}
 
 
 def _front_matter(card: Card) -> str:
-    known: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     if is_hub_id(card.base_model):
-        known |= {"base_model": card.base_model, "base_model_relation": _RELATION[card.kind]}
+        entries |= {"base_model": card.base_model, "base_model_relation": _RELATION[card.kind]}
     if card.license:
-        known["license"] = hub_license(card.license)
+        entries["license"] = hub_license(card.license)
     data = ModelCardData(
         library_name=_LIBRARY[card.kind],
         pipeline_tag="zero-shot-image-classification" if _on_images(card) else "text-generation",
         tags=["nalora_jax", "na-lora", "lora", *(["dora"] * card.spec.dora)],
-        **known,
+        **entries,
     )
     text: str = data.to_yaml()
     return text.strip()
@@ -157,9 +157,9 @@ def _shown(rule: str) -> str:
 
 def _results(card: Card) -> str:
     rows = [
-        (name, *_measured(found))
-        for name, found in (("base", card.before), ("with the adapter", card.after))
-        if found is not None
+        (name, *_measured(metrics))
+        for name, metrics in (("base", card.before), ("with the adapter", card.after))
+        if metrics is not None
     ]
     if not rows:
         return ""
@@ -171,13 +171,13 @@ def _results(card: Card) -> str:
     return head + "\n".join(_table(("", headline, "interval", "loss", "examples"), rows))
 
 
-def _measured(found: Mapping[str, Any]) -> tuple[str, ...]:
-    low, high, loss = (found.get(name) for name in ("low", "high", "loss"))
-    accuracy = found.get("accuracy", found.get("recall"))
+def _measured(metrics: Mapping[str, Any]) -> tuple[str, ...]:
+    low, high, loss = (metrics.get(name) for name in ("low", "high", "loss"))
+    accuracy = metrics.get("accuracy", metrics.get("recall"))
     interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
     values = ("" if value is None else f"{value:.{digits}f}" for value, digits in ((accuracy, 3), (loss, 4)))
     shown_accuracy, shown_loss = values
-    return shown_accuracy, interval, shown_loss, markdown(found.get("n", ""))
+    return shown_accuracy, interval, shown_loss, markdown(metrics.get("n", ""))
 
 
 def _precision(card: Card) -> str:
@@ -294,12 +294,12 @@ def _provenance(card: Card) -> str:
 
 
 def _licence(card: Card) -> str:
-    known = (
+    licence = (
         f" ({markdown(card.license)})"
         if card.license
         else ", which this library does not know: look it up where the base is from"
     )
-    return f"## Licence\n\nThe licence of the base model{known}. The licence of the training data may add conditions."
+    return f"## Licence\n\nThe licence of the base model{licence}. The licence of the training data may add conditions."
 
 
 # ---------------------------------------------------------------- Markdown

@@ -36,7 +36,7 @@ class Field:
 
 def only(*accepted: Any, because: str) -> Callable[[Any], Any]:
     """Returns a conversion that accepts only ``accepted``, values without effect here."""
-    return lambda value: None if any(value == one for one in (None, *accepted, {}, [])) else Refused(because)
+    return lambda value: None if any(value == default for default in (None, *accepted, {}, [])) else Refused(because)
 
 
 def choice(table: Mapping[Any, Any], because: str) -> Callable[[Any], Any]:

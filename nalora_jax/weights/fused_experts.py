@@ -78,9 +78,9 @@ class FusedExperts:
                 expected = f"[experts, outputs of {' and '.join(parts)}, inputs]"
                 raise NaloraError(f"{self.where}: {name}", expected=expected, found=shape)
             experts, rows, inputs = shape[0], shape[1] // len(parts), shape[2]
-            for number, part in enumerate(parts):
+            for number, name_of_part in enumerate(parts):
                 for e in range(experts):
-                    places[f"{match[1]}.{e}.{part}.weight"] = _Place(name, e, number * rows, (rows, inputs))
+                    places[f"{match[1]}.{e}.{name_of_part}.weight"] = _Place(name, e, number * rows, (rows, inputs))
         return places
 
     def _stored_name(self, name: str) -> str:

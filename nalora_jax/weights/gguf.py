@@ -97,14 +97,14 @@ class GGUFFile:
         if len(stored.shape) == 1:
             return self._rows(name, stored, 0, 1)[0][index]
         per_row = math.prod(stored.shape[1:-1])  # rows of bytes in one row of the tensor
-        first, *rest = index
+        first, *inner = index
         flat = self._rows(name, stored, first.start * per_row, first.stop * per_row)
-        return flat.reshape(-1, *stored.shape[1:])[(slice(None), *rest)]
+        return flat.reshape(-1, *stored.shape[1:])[(slice(None), *inner)]
 
     def stored(self, name: str) -> FileTensor:
         """Returns the location of a tensor's bytes."""
-        one = self._tensors[name]
-        return FileTensor(self.path, one.offset, one.nbytes, one.kind.name)
+        tensor = self._tensors[name]
+        return FileTensor(self.path, tensor.offset, tensor.nbytes, tensor.kind.name)
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
         """Returns the metadata value of ``key`` as ``kind``; an int is accepted as a float.
@@ -116,8 +116,8 @@ class GGUFFile:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            found = "no such key" if value is None else f"{type(value).__name__} {str(value)[:40]}"
-            raise NaloraError(f"{self.path}: {key}", expected=f"{kind.__name__}", found=found)
+            actual = "no such key" if value is None else f"{type(value).__name__} {str(value)[:40]}"
+            raise NaloraError(f"{self.path}: {key}", expected=f"{kind.__name__}", found=actual)
         return value
 
     def _rows(self, name: str, stored: _Stored, start: int, stop: int) -> np.ndarray:
@@ -155,11 +155,11 @@ class _Cursor:
         self.size, self.at = len(memory), 0
         self.strings_left = _MAX_STRINGS
 
-    def error(self, expected: object, found: object) -> NaloraError:
+    def error(self, expected: object, actual: object) -> NaloraError:
         return NaloraError(
             f"{self.where}: GGUF header, byte {self.at}",
             expected=expected,
-            found=found,
+            found=actual,
             remedy="download the file again: it is truncated or damaged",
         )
 
@@ -225,8 +225,8 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Stored]]:
         raise NaloraError(cursor.where, expected="a GGUF file", found=f"a file that begins with {magic!r}")
     (version,) = cursor.numbers("<I", 4)
     if version not in (2, 3):
-        found = f"version {version}" if version < 1 << 16 else "a big-endian file or a damaged version number"
-        raise NaloraError(cursor.where, expected="GGUF version 2 or 3, little-endian", found=found)
+        actual = f"version {version}" if version < 1 << 16 else "a big-endian file or a damaged version number"
+        raise NaloraError(cursor.where, expected="GGUF version 2 or 3, little-endian", found=actual)
     n_tensors = cursor.count(_MAX_ITEMS, "tensors")
     n_keys = cursor.count(_MAX_ITEMS, "metadata keys")
     metadata: dict[str, Any] = {}

@@ -89,8 +89,8 @@ class _Reader:
         name = f"{self.architecture}.{key}"
         value = self.file.metadata.get(name)
         if not isinstance(value, np.ndarray) or value.dtype != bool or value.shape != (length,):
-            found = "no such key" if value is None else str(value)[:60]
-            raise NaloraError(f"{self.file.path}: {name}", expected=f"{length} booleans", found=found)
+            actual = "no such key" if value is None else str(value)[:60]
+            raise NaloraError(f"{self.file.path}: {name}", expected=f"{length} booleans", found=actual)
         return value.tolist()
 
     def tensor(self, name: str) -> np.ndarray | None:

@@ -172,10 +172,10 @@ def verify_adapter_gguf(path: str | Path, config: ModelConfig, lora: Mapping[str
     meant = {tensor.name: (tensor, adapter) for tensor, adapter in _adapters(config, lora, spec)}
     worst = 0.0
     for name, (tensor, adapter) in meant.items():
-        a, b = (_whole(file, f"{name}.lora_{part}") for part in "ab")  # [..., r, d_in], [..., d_out, r]
-        found = alpha / a.shape[-2] * (b @ a)
+        a, b = (_whole(file, f"{name}.lora_{factor}") for factor in "ab")  # [..., r, d_in], [..., d_out, r]
+        product = alpha / a.shape[-2] * (b @ a)
         update = adapter.scale * (np.asarray(tensor.transform.back(adapter.b), np.float64) @ adapter.a.swapaxes(-1, -2))
-        worst = max(worst, float(np.abs(found - update).max() / max(np.abs(update).max(), 1e-30)))
+        worst = max(worst, float(np.abs(product - update).max() / max(np.abs(update).max(), 1e-30)))
     if worst > 1e-5 or len(file.shapes()) != 2 * len(meant):
         raise NaloraError(
             str(path),

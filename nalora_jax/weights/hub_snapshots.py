@@ -31,10 +31,10 @@ def _snapshot(repository: str, file: str, *, local: bool) -> Path:
 
     Copies of the weights in subfolders are left out.
     """
-    wanted, unwanted = ([file], None) if file else ([*HUB_FILES], ["*/*.safetensors", "consolidated*"])
+    patterns, unwanted = ([file], None) if file else ([*HUB_FILES], ["*/*.safetensors", "consolidated*"])
     return Path(
         huggingface_hub.snapshot_download(
-            repository, local_files_only=local, allow_patterns=wanted, ignore_patterns=unwanted
+            repository, local_files_only=local, allow_patterns=patterns, ignore_patterns=unwanted
         )
     )
 
@@ -93,11 +93,11 @@ def refusal(repository: str, error: Exception) -> NaloraError | None:
     """Returns the error for a repository that the hub denies; None for other failures."""
     causes = (getattr(each, "response", None) for each in (error, error.__cause__))
     status = next((each.status_code for each in causes if each is not None), 0)
-    known = isinstance(error, errors.RepositoryNotFoundError)  # GatedRepoError is a subclass
-    if isinstance(error, errors.DisabledRepoError) or not (known or status in (401, 403)):
+    missing = isinstance(error, errors.RepositoryNotFoundError)  # GatedRepoError is a subclass
+    if isinstance(error, errors.DisabledRepoError) or not (missing or status in (401, 403)):
         return None
-    gated = not known or isinstance(error, errors.GatedRepoError)
-    refused = "one whose account has no access" if known else f"one that the hub refuses ({status})"
+    gated = not missing or isinstance(error, errors.GatedRepoError)
+    refused = "one whose account has no access" if missing else f"one that the hub refuses ({status})"
     token = refused if huggingface_hub.get_token() else "none"
     page = f"{constants.ENDPOINT}/{repository}"
     terms = f"accept its terms at {page}" if gated else f"check that {page} exists"

@@ -86,7 +86,7 @@ class SourceTensor:
 
     def join(self, parts: Sequence[Array]) -> np.ndarray:
         """Builds the file's tensor from its slots: the inverse of `split`."""
-        arrays = [np.asarray(self.transform.back(part)) for part in parts]
+        arrays = [np.asarray(self.transform.back(array)) for array in parts]
         if self.transform.alternates:
             return np.stack(arrays, axis=-1).reshape(self.shape)
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=self.axis)
@@ -147,11 +147,11 @@ class KeyMap:
         """Returns True if a file's tensor is known and not needed."""
         return any(re.search(pattern, self.canonical(name)) for pattern in self.ignored)
 
-    def check(self, found: Mapping[str, tuple[int, ...]], where: str) -> dict[str, str]:
+    def check(self, shapes: Mapping[str, tuple[int, ...]], where: str) -> dict[str, str]:
         """Checks that a file has exactly the expected tensors with the expected shapes.
 
         Args:
-          found: shape of every tensor of the file(s), by its name in the file.
+          shapes: shape of every tensor of the file(s), by its name in the file.
           where: the file or folder, for the message.
 
         Returns:
@@ -161,7 +161,7 @@ class KeyMap:
           NaloraError: a tensor is missing, unknown, present twice, or has another shape.
         """
         names: dict[str, str] = {}
-        for name, shape in found.items():
+        for name, shape in shapes.items():
             canonical = self.canonical(name)
             if canonical in dict(self.aliases) or self.is_ignored(name):
                 continue
@@ -184,9 +184,8 @@ class KeyMap:
     def _nearest(self, name: str) -> str:
         """Describes the expected tensors that are closest to an unknown name."""
         stems = (re.sub(r"\d+", "0", name).rsplit(".", cut)[0] for cut in (1, 2))
-        near = next(filter(None, ([known for known in self.by_name if known.startswith(stem)] for stem in stems)), [])[
-            :4
-        ]
+        groups = ([name for name in self.by_name if name.startswith(stem)] for stem in stems)
+        near = next(filter(None, groups), [])[:4]
         return "only tensors that config.json asks for" + (f" (here {', '.join(near)})" if near else "")
 
 
@@ -303,8 +302,8 @@ def params_from_tensors(
     """Builds a model's parameter tree; ``get_tensor`` returns tensors by canonical name."""
     leaves = {path: np.zeros(shape, dtype) for path, shape in param_shapes(config).items()}
     for tensor in keymap_for(config, source).tensors:
-        for slot, part in zip(tensor.slots, tensor.split(np.asarray(get_tensor(tensor.name))), strict=True):
-            leaves[slot.path][_index(slot)] = part
+        for slot, leaf in zip(tensor.slots, tensor.split(np.asarray(get_tensor(tensor.name))), strict=True):
+            leaves[slot.path][_index(slot)] = leaf
     return unflatten(leaves)
 
 

@@ -64,10 +64,10 @@ def _rows(tables: dict[str, tuple[TensorRow, ...]], model_type: str) -> tuple[Te
     """Returns the rows of a family, built-in or added by `models.families.register_family`."""
     if model_type in tables:
         return tables[model_type]
-    own = registered.tensors_of(model_type)
-    if isinstance(own, str):
-        return tables.get(own)
-    return own if tables is HF else None
+    registered_rows = registered.tensors_of(model_type)
+    if isinstance(registered_rows, str):
+        return tables.get(registered_rows)
+    return registered_rows if tables is HF else None
 
 
 def _unread_keys(config: ModelConfig) -> tuple[str, ...]:

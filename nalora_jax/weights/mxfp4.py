@@ -54,15 +54,15 @@ class PackedTensors:
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         stored = dict(self._source.shapes())
         for name in [name for name in stored if name.endswith(_BLOCKS)]:
-            whole = name.removesuffix(_BLOCKS)
-            shape, scales = stored.pop(name), stored.pop(whole + _SCALES, None)
+            stem = name.removesuffix(_BLOCKS)
+            shape, scales = stored.pop(name), stored.pop(stem + _SCALES, None)
             if len(shape) != 4 or shape[-1] * 2 != BLOCK or scales != shape[:-1]:
                 raise NaloraError(
                     f"{self.where}: {name}",
                     expected=f"[experts, outputs, inputs / {BLOCK}, {BLOCK // 2}], and scales without the last axis",
                     found=f"{shape} and {scales or 'no scales'}",
                 )
-            stored[whole] = (shape[0], shape[2] * BLOCK, shape[1])
+            stored[stem] = (shape[0], shape[2] * BLOCK, shape[1])
         return stored
 
     def _parts(self, name: str) -> tuple[str, ...]:
@@ -71,9 +71,9 @@ class PackedTensors:
 
     def check_readable(self, name: str) -> None:
         """Raises a NaloraError unless `read` supports the tensor's number format."""
-        for part in self._parts(name):
-            if (found := self._source.stored(part).format) != "U8":
-                raise NaloraError(f"{self.where}: {part}", expected="U8", found=found)
+        for packed in self._parts(name):
+            if (number_format := self._source.stored(packed).format) != "U8":
+                raise NaloraError(f"{self.where}: {packed}", expected="U8", found=number_format)
         if not self._parts(name):
             self._source.check_readable(name)
 
@@ -86,8 +86,8 @@ class PackedTensors:
         overlapped = slice(first, -(-inputs.stop // BLOCK))
         place = (experts, outputs, overlapped)
         blocks, scales = (
-            self._source.read(part, of).view(np.uint8)
-            for part, of in zip(self._parts(name), ((*place, slice(0, BLOCK // 2)), place), strict=True)
+            self._source.read(packed, of).view(np.uint8)
+            for packed, of in zip(self._parts(name), ((*place, slice(0, BLOCK // 2)), place), strict=True)
         )
         values = np.take(_PAIRS, blocks).view(np.float32)  # [experts, outputs, blocks, 32]
         values *= np.take(_POWERS, scales)[..., None]

@@ -57,13 +57,13 @@ def with_added(base: LoadedModel, added: AddedTokens, mesh: Mesh | None = None) 
     """
     if not added:
         return base
-    own = _added_tokens(base.tokenizer.backend)
+    added_of_base = _added_tokens(base.tokenizer.backend)
     tokenizer = base.tokenizer.with_tokens(added)
     rows = tokenizer.rows_for(added, base.config.vocab_size)
-    if there := {text: own[text] for text in added.texts if text in own}:
+    if there := {text: added_of_base[text] for text in added.texts if text in added_of_base}:
         log.info("tokens that the tokenizer has already: %s", _shown(there))
     ids = tokenizer.backend.get_vocab(with_added_tokens=True)
-    new = {text: ids[text] for text in added.texts if text not in own}
+    new = {text: ids[text] for text in added.texts if text not in added_of_base}
     if new:
         more = f"the embedding grows from {base.config.vocab_size:,} to {rows:,} rows"
         log.info("added tokens: %s; %s", _shown(new), more if rows > base.config.vocab_size else "their rows are there")
@@ -89,9 +89,9 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
     """
     held = base.config.vocab_size
     tables, needed = table_rows(folder, TENSORS_NAME, base.config), rows_of_indices(folder, base.config)
-    found = needed if tables is None else tables
-    rows = held if found is None else found
-    new = _own_tokens(base, folder, found, strict=rows != held)
+    source_tables = needed if tables is None else tables
+    rows = held if source_tables is None else source_tables
+    new = _own_tokens(base, folder, source_tables, strict=rows != held)
     last = max(new.values(), default=-1)
     if tables is None and needed is not None:
         # No table states the number of rows: it is the number of tokens, not of the file's ids.
@@ -193,21 +193,21 @@ def _own_tokens(base: LoadedModel, folder: Path, rows: int | None, *, strict: bo
     if not path.is_file():
         return {}
     backends = read_backend(path), base.tokenizer.backend
-    theirs, ours = (one.get_vocab(with_added_tokens=True) for one in backends)
+    theirs, ours = (backend.get_vocab(with_added_tokens=True) for backend in backends)
     by_id = {token_id: text for text, token_id in ours.items()}
     for text, token_id in theirs.items():
-        known = ours.get(text, token_id), by_id.get(token_id, text)
-        if known != (token_id, text) and not (text not in ours and _UNUSED.fullmatch(known[1])):
-            found = f"{text!r} as {token_id}, where the model has {known[1]!r} as {known[0]}"
+        in_base = ours.get(text, token_id), by_id.get(token_id, text)
+        if in_base != (token_id, text) and not (text not in ours and _UNUSED.fullmatch(in_base[1])):
+            conflict = f"{text!r} as {token_id}, where the model has {in_base[1]!r} as {in_base[0]}"
             if rows is not None and strict:
                 raise NaloraError(
                     str(path),
                     expected="the tokens of the base under their own ids, and new ones besides",
-                    found=found,
+                    found=conflict,
                     remedy="give the base that the adapter was trained on, and no adapter of other tokens beside it",
                 )
             if rows is not None:
-                log.warning("%s has %s: the model's own tokenizer is taken", path, found)
+                log.warning("%s has %s: the model's own tokenizer is taken", path, conflict)
             return {}
     # A text that is an ordinary vocabulary entry of the base becomes a separate token once it is
     # added.
@@ -242,12 +242,12 @@ def _with_rows(path: str, table: jax.Array, rows: int, axis: int, mesh: Mesh | N
     """Returns ``table`` with ``rows`` entries along ``axis``, sharded for its new shape."""
     shape = list(table.shape)
     shape[axis] = rows
-    placed = table.sharding
+    sharding = table.sharding
     if mesh is not None:
-        placed = distributed.shardings(
+        sharding = distributed.shardings(
             {path: jax.ShapeDtypeStruct(tuple(shape), table.dtype)}, mesh, distributed.PARAM_RULES
         )[path]
-    return jax.jit(partial(_resize, rows=rows, axis=axis), out_shardings=placed)(table)
+    return jax.jit(partial(_resize, rows=rows, axis=axis), out_shardings=sharding)(table)
 
 
 def _resize(table: jax.Array, *, rows: int, axis: int) -> jax.Array:

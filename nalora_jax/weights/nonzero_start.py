@@ -73,9 +73,9 @@ def difference_as_lora(
         (a, a0), (b, b0) = pairs
         leaves[f"{path}/a"] = _join(a, a0, target, axis=-1)
         leaves[f"{path}/b"] = _join(b, -b0, target, axis=-2)
-    kept = {path: leaf for path, leaf in now.items() if path.endswith("/magnitude")}
+    magnitudes = {path: leaf for path, leaf in now.items() if path.endswith("/magnitude")}
     plain = AdapterSpec(tuple(targets), rslora=spec.rslora, dora=spec.dora, dropout=spec.dropout)
-    return unflatten(leaves | kept), plain
+    return unflatten(leaves | magnitudes), plain
 
 
 def _join(trained: np.ndarray, start: np.ndarray, target: TargetSpec, axis: int) -> np.ndarray:

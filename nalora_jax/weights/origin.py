@@ -58,22 +58,22 @@ class Origin:
         return Origin(**{field.name: values.get(field.name, "") for field in dataclasses.fields(Origin)})
 
 
-def origin(config: Any, found: ResolvedSource, source: TensorSource, *, together: bool = False) -> Origin:
+def origin(config: Any, resolved: ResolvedSource, source: TensorSource, *, together: bool = False) -> Origin:
     """Returns the origin of a model that `weights.hub.resolve` found.
 
     Args:
       config: the model's description, part of the fingerprint.
-      found: its files.
+      resolved: its files.
       source: their tensors.
       together: all JAX processes call this at once and share the reading.
     """
     return Origin(
-        name=found.name,
-        file=PurePath(found.streamed or found.path).name,
-        format={"gguf": "GGUF", "hf": "safetensors"}[found.kind],
+        name=resolved.name,
+        file=PurePath(resolved.streamed or resolved.path).name,
+        format={"gguf": "GGUF", "hf": "safetensors"}[resolved.kind],
         numbers=number_formats(source),
         fingerprint=fingerprint(config, source, together=together),
-        copy_of=found.copy_of,
+        copy_of=resolved.copy_of,
     )
 
 
@@ -87,8 +87,8 @@ def number_formats(source: TensorSource) -> str:
     for name, shape in source.shapes().items():
         counts[source.stored(name).format] += math.prod(shape)
     total = sum(counts.values())
-    shown = [(kind, count / max(1, total)) for kind, count in counts.most_common() if count >= _SHARE * total]
-    return shown[0][0] if len(shown) == 1 else ", ".join(f"{kind} ({share:.0%})" for kind, share in shown)
+    frequent = [(kind, count / max(1, total)) for kind, count in counts.most_common() if count >= _SHARE * total]
+    return frequent[0][0] if len(frequent) == 1 else ", ".join(f"{kind} ({share:.0%})" for kind, share in frequent)
 
 
 def fingerprint(config: Any, source: TensorSource, *, together: bool = False) -> str:
@@ -112,16 +112,16 @@ def fingerprint(config: Any, source: TensorSource, *, together: bool = False) ->
     with ThreadPoolExecutor(WORKERS) as pool:
         mine = pool.map(lambda piece: _digest(source, *piece), pieces[index::count])
         digests = np.zeros((len(pieces), 32), np.uint8)
-        digests[index::count] = [np.frombuffer(one, np.uint8) for one in mine] or np.zeros((0, 32), np.uint8)
+        digests[index::count] = [np.frombuffer(digest, np.uint8) for digest in mine] or np.zeros((0, 32), np.uint8)
     if count > 1:
         gathered = multihost_utils.process_allgather(digests)
         digests = gathered.sum(axis=0, dtype=np.uint8)  # zero except on the hashing process
-    whole = hashlib.sha256(json.dumps(_stated(config), sort_keys=True).encode())
+    sha256 = hashlib.sha256(json.dumps(_stated(config), sort_keys=True).encode())
     shapes = source.shapes()
     for name in names:
-        whole.update(f"\n{name} {shapes[name]} {source.stored(name).format}".encode())
-    whole.update(digests.tobytes())
-    return FINGERPRINT_PREFIX + whole.hexdigest()
+        sha256.update(f"\n{name} {shapes[name]} {source.stored(name).format}".encode())
+    sha256.update(digests.tobytes())
+    return FINGERPRINT_PREFIX + sha256.hexdigest()
 
 
 def is_comparable(noted: str, now: str) -> bool:

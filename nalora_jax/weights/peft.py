@@ -58,18 +58,18 @@ def verify_export(
     for path in sorted({path for path, _ in (*spec.targets, *loaded_spec.targets)}):
         for layer in range(depths(config)[path]):
             meant = layer_adapter(ours, spec, path, layer)
-            found = layer_adapter(theirs, loaded_spec, path, layer)
-            worst = max(worst, _difference(folder, f"{path}, layer {layer}", meant, found))
+            reloaded = layer_adapter(theirs, loaded_spec, path, layer)
+            worst = max(worst, _difference(folder, f"{path}, layer {layer}", meant, reloaded))
     return worst
 
 
-def _difference(folder: str | Path, place: str, meant: ModuleAdapter | None, found: ModuleAdapter | None) -> float:
+def _difference(folder: str | Path, place: str, meant: ModuleAdapter | None, reloaded: ModuleAdapter | None) -> float:
     """Returns the relative difference of ``scale * B``.
 
     Raises:
       NaloraError: it is above the tolerance, or A or the magnitude differ.
     """
-    a, b = (_effective(adapter) for adapter in (meant, found))
+    a, b = (_effective(adapter) for adapter in (meant, reloaded))
     if a is None or b is None:
         same, difference = a is None and b is None, 0.0
     else:

@@ -58,18 +58,18 @@ def as_lora_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < 1e38:
         raise NaloraError(f"{where}: lora_alpha", expected="a number above 0", found=alpha)
     left = raw.get("rank_pattern") or {}
-    lists = isinstance(left, Mapping) and all(isinstance(kept, list) for kept in left.values())
-    if not lists or not all(len(kept) == rank and set(map(type, kept)) == {bool} for kept in left.values()):
+    lists = isinstance(left, Mapping) and all(isinstance(mask, list) for mask in left.values())
+    if not lists or not all(len(mask) == rank and set(map(type, mask)) == {bool} for mask in left.values()):
         expected = f"for each module a list of {rank} (init_r) times true or false, as AdaLoRA has it"
         raise NaloraError(f"{where}: rank_pattern", expected=expected, found=str(left)[:200])
-    ranks = {re.escape(_DIAGONAL.sub("", name)): max(sum(kept), 1) for name, kept in left.items()}
-    whole = float(alpha) * rank / (rank + _EPSILON)
+    ranks = {re.escape(_DIAGONAL.sub("", name)): max(sum(mask), 1) for name, mask in left.items()}
+    alpha_of_rank = float(alpha) * rank / (rank + _EPSILON)
     return {name: value for name, value in raw.items() if name not in _OWN} | {
         "peft_type": "LORA",
         "r": rank,
-        "lora_alpha": whole,
+        "lora_alpha": alpha_of_rank,
         "rank_pattern": ranks,
-        "alpha_pattern": {name: whole * one / rank for name, one in ranks.items()},
+        "alpha_pattern": {name: alpha_of_rank * mask_rank / rank for name, mask_rank in ranks.items()},
     }
 
 
@@ -83,11 +83,11 @@ def as_lora_tensors(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, 
     Raises:
       NaloraError: a module lacks one of the three, or their shapes do not fit.
     """
-    found = dict(tensors)
+    converted = dict(tensors)
     for name in [name for name in tensors if name.endswith(".lora_E")]:
         module = name.removesuffix(".lora_E")
-        parts = [found.pop(f"{module}.lora_{part}", None) for part in "EAB"]
-        shapes = [None if part is None else part.shape for part in parts]
+        parts = [converted.pop(f"{module}.lora_{letter}", None) for letter in "EAB"]
+        shapes = [None if letter is None else letter.shape for letter in parts]
         diagonal, a, b = parts
         if diagonal is None or a is None or b is None or not a.ndim == b.ndim == 2:
             expected = "lora_A [r, d_in], lora_E [r, 1] and lora_B [d_out, r]"
@@ -105,9 +105,9 @@ def as_lora_tensors(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, 
                 np.zeros((b.shape[0], 1), b.dtype),
                 np.ones((1, 1)),
             )
-        found[f"{module}.lora_A.weight"] = (a * diagonal).astype(np.float32)
-        found[f"{module}.lora_B.weight"] = b
-    return found
+        converted[f"{module}.lora_A.weight"] = (a * diagonal).astype(np.float32)
+        converted[f"{module}.lora_B.weight"] = b
+    return converted
 
 
 def training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -83,15 +83,15 @@ class PeftConfig:
             {name: self.alpha_pattern.get(key, self.alpha) for name, key in self._keys("alpha_pattern", every)},
         )
 
-    def _named(self, names: Sequence[str], wanted: tuple[str, ...] | str, every: str = "") -> set[str]:
+    def _named(self, names: Sequence[str], pattern: tuple[str, ...] | str, every: str = "") -> set[str]:
         """Returns the ``names`` that match a list of names and suffixes, or one expression."""
-        if not isinstance(wanted, str):
-            suffixes = frozenset(wanted)
+        if not isinstance(pattern, str):
+            suffixes = frozenset(pattern)
             return {name for name in names if _has_suffix(name, suffixes)}
-        if every and wanted.lower() == every:
+        if every and pattern.lower() == every:
             return set(names)
-        (found,) = self._matches("target_modules or exclude_modules", [wanted], names, how="fullmatch")
-        return {name for name, match in zip(names, found, strict=True) if match is not None}
+        (matches,) = self._matches("target_modules or exclude_modules", [pattern], names, how="fullmatch")
+        return {name for name, match in zip(names, matches, strict=True) if match is not None}
 
     def _in_layers(self, names: Sequence[str]) -> set[str]:
         """Returns the members of ``names`` in the layers of ``layers_to_transform``."""
@@ -99,8 +99,8 @@ class PeftConfig:
             return set(names)
         layers = {str(index) for index in self.layers_to_transform}
         patterns = [_layer_pattern(p) for p in self.layers_pattern] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-        found = self._matches("layers_pattern", patterns, names)
-        first = [next((match for match in row if match is not None), None) for row in zip(*found, strict=True)]
+        matches = self._matches("layers_pattern", patterns, names)
+        first = [next((match for match in row if match is not None), None) for row in zip(*matches, strict=True)]
         return {name for name, match in zip(names, first, strict=True) if match in layers}
 
     def _keys(self, field_name: str, names: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -109,9 +109,9 @@ class PeftConfig:
         A suffix starts at the beginning of the name or after a dot; the key is "" if none matches.
         """
         keys = list(getattr(self, field_name))
-        found = self._matches(field_name, [_suffix_pattern(key) for key in keys], names)
+        matches = self._matches(field_name, [_suffix_pattern(key) for key in keys], names)
         for number, name in enumerate(names):
-            yield name, next((key for key, row in zip(keys, found, strict=True) if row[number] is not None), "")
+            yield name, next((key for key, row in zip(keys, matches, strict=True) if row[number] is not None), "")
 
     def _matches(
         self,
@@ -282,17 +282,17 @@ class _Fields:
 
     def token_indices(self, key: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
         value = self.raw.get(key) or []
-        found: list[tuple[str, tuple[int, ...]]] = []
+        indices: list[tuple[str, tuple[int, ...]]] = []
         for module, ids in value.items() if isinstance(value, dict) else [("embed_tokens", value)]:
             name = module.rpartition(".")[2]
-            if name not in ROWS or name in dict(found):
+            if name not in ROWS or name in dict(indices):
                 expected = f"token ids of {' and '.join(ROWS)} (rows of other modules are not supported), each once"
                 raise self._error(key, expected, module)
-            whole = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
-            if not whole or len(set(ids)) < len(ids):
+            valid = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+            if not valid or len(set(ids)) < len(ids):
                 raise self._error(key, "a list of different token ids, or such lists by the table's name", value)
-            found.append((name, tuple(ids)))
-        return tuple((name, ids) for name, ids in sorted(found) if ids)
+            indices.append((name, tuple(ids)))
+        return tuple((name, ids) for name, ids in sorted(indices) if ids)
 
     def pattern(self, key: str, read: Any) -> dict[str, Any]:
         value = self.raw.get(key) or {}

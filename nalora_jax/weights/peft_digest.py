@@ -80,12 +80,12 @@ def check_digest(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappin
     if DIGEST_KEY not in metadata and LAYOUT_KEY not in metadata:
         return  # written by another tool
     settings = json.loads((path.parent / CONFIG_NAME).read_text(encoding="utf-8"))
-    noted, found = metadata.get(DIGEST_KEY, "none"), _digest(tensors, settings, metadata)
-    if noted != found:
+    noted, actual = metadata.get(DIGEST_KEY, "none"), _digest(tensors, settings, metadata)
+    if noted != actual:
         raise NaloraError(
             str(path),
             expected=f"the adapter that was written (sha256 {noted[:16]}...)",
-            found=f"another one (sha256 {found[:16]}...): a file was damaged or edited",
+            found=f"another one (sha256 {actual[:16]}...): a file was damaged or edited",
             remedy="copy it again, or export it again from the run",
         )
 

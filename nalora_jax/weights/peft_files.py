@@ -110,11 +110,11 @@ def _pattern(values: Mapping[str, Any], entries: list[Entry]) -> tuple[Any, dict
         modules.setdefault(entry.module.name, []).append(entry.name)
     pattern = {}
     for module, names in modules.items():
-        found = {values[name] for name in names}
-        if found == {usual}:
+        members_of = {values[name] for name in names}
+        if members_of == {usual}:
             continue
-        if len(found) == 1 and "{layer}" not in module:
-            pattern[module] = found.pop()
+        if len(members_of) == 1 and "{layer}" not in module:
+            pattern[module] = members_of.pop()
         else:
             pattern |= {name: values[name] for name in names if values[name] != usual}
     return usual, dict(sorted(pattern.items()))
@@ -125,14 +125,14 @@ def _target_modules(entries: list[Entry], config: ModelConfig, layout: ModuleLay
     adapted: dict[str, set[str]] = {}
     for entry in entries:
         adapted.setdefault(short_name(entry.name), set()).add(entry.name)
-    known: dict[str, set[str]] = {}
+    names_of: dict[str, set[str]] = {}
     for module in layout.modules:
         for layer in layers_with(config, module.parts[0], experts=False):
-            known.setdefault(short_name(module.name), set()).add(layout.full_name(layer, module))
+            names_of.setdefault(short_name(module.name), set()).add(layout.full_name(layer, module))
     names: set[str] = set()
     for last, members in adapted.items():
         # A vision tower has modules with the same short names as the decoder.
-        names |= {last} if config.sight is None and members >= known.get(last, set()) else members
+        names |= {last} if config.sight is None and members >= names_of.get(last, set()) else members
     return sorted(names)
 
 

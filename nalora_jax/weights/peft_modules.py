@@ -95,7 +95,7 @@ def _stacks(experts: Iterable[str]) -> tuple[HostModule, ...]:
     """Returns the two parameters that hold all experts of a layer in transformers 5."""
     folders = dict.fromkeys(path.rpartition("/")[0] for path in experts)
     return tuple(
-        HostModule(f"mlp.experts.{name}", tuple(f"{folder}/{part}" for part in parts))
+        HostModule(f"mlp.experts.{name}", tuple(f"{folder}/{path_of_part}" for path_of_part in parts))
         for folder in folders
         for name, parts in {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.items()
     )
@@ -138,7 +138,7 @@ def _renamed(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:
     def earlier(name: str) -> str:
         return next((old + name.removeprefix(new) for new, old in names.items() if name.startswith(new)), name)
 
-    modules = tuple(replace(one, name=earlier(one.name)) if one.whole else one for one in layout.modules)
+    modules = tuple(replace(module, name=earlier(module.name)) if module.whole else module for module in layout.modules)
     return replace(layout, modules=modules, prefix=earlier(layout.prefix))
 
 
@@ -150,7 +150,7 @@ def _names(layout: ModuleLayout, config: ModelConfig) -> set[str]:
 def part_widths(config: ModelConfig, module: HostModule, layer: int) -> list[int]:
     """Returns ``d_out`` of every part of a layer's ``module``."""
     shapes, places = projection_shapes(config), locate(config)
-    return [shapes[places[part, layer][0]][-1] for part in module.parts]
+    return [shapes[places[path, layer][0]][-1] for path in module.parts]
 
 
 def module_shape(config: ModelConfig, module: HostModule, layer: int) -> tuple[int, ...]:
@@ -189,25 +189,25 @@ def fuse(
 
     Scales that differ are folded into B, relative to the first part's.
     """
-    present = [part for part in parts if part is not None]
+    present = [adapter for adapter in parts if adapter is not None]
     if len(parts) == 1 or not present:
         return parts[0]
     scale = present[0].scale
-    rank, lead = sum(part.rank for part in present), present[0].b.shape[:-2]
+    rank, lead = sum(adapter.rank for adapter in present), present[0].b.shape[:-2]
     b = np.zeros((*lead, rank, sum(widths)), np.float32)
     row = column = 0
-    for part, width in zip(parts, widths, strict=True):
-        if part is not None:
-            block = part.b if part.scale == scale else part.b * np.float32(part.scale / scale)
-            b[..., row : row + part.rank, column : column + width] = block
-            row += part.rank
+    for adapter, width in zip(parts, widths, strict=True):
+        if adapter is not None:
+            block = adapter.b if adapter.scale == scale else adapter.b * np.float32(adapter.scale / scale)
+            b[..., row : row + adapter.rank, column : column + width] = block
+            row += adapter.rank
         column += width
     if alternates:
         b = b.reshape(*lead, rank, len(parts), -1).swapaxes(-1, -2).reshape(b.shape)
     magnitude = None
     if present[0].magnitude is not None and len(present) == len(parts):
-        magnitude = np.concatenate([part.magnitude for part in present if part.magnitude is not None])
-    return ModuleAdapter(np.concatenate([part.a for part in present], axis=-1), b, scale, magnitude)
+        magnitude = np.concatenate([adapter.magnitude for adapter in present if adapter.magnitude is not None])
+    return ModuleAdapter(np.concatenate([adapter.a for adapter in present], axis=-1), b, scale, magnitude)
 
 
 def split(adapter: ModuleAdapter, widths: Sequence[int], *, alternates: bool = False) -> list[ModuleAdapter | None]:
@@ -221,13 +221,13 @@ def split(adapter: ModuleAdapter, widths: Sequence[int], *, alternates: bool = F
     fresh = not adapter.b.any()
     parts: list[ModuleAdapter | None] = []
     for number, (start, width) in enumerate(zip(np.cumsum([0, *widths[:-1]]), widths, strict=True)):
-        taken = slice(number, None, len(widths)) if alternates else slice(start, start + width)
-        block = adapter.b[..., taken]
+        columns = slice(number, None, len(widths)) if alternates else slice(start, start + width)
+        block = adapter.b[..., columns]
         magnitude = None if adapter.magnitude is None else adapter.magnitude[start : start + width]
         # A part needs its magnitude to keep its column norms, so with DoRA every part stays.
         keep = _live_ranks(block) | (fresh or (magnitude is not None and not block.any()))
-        found = ModuleAdapter(adapter.a[..., keep], block[..., keep, :], adapter.scale, magnitude)
-        parts.append(found if found.rank else None)
+        piece = ModuleAdapter(adapter.a[..., keep], block[..., keep, :], adapter.scale, magnitude)
+        parts.append(piece if piece.rank else None)
     return parts
 
 

@@ -168,8 +168,8 @@ def _slots(layout: ModuleLayout, config: ModelConfig, peft: PeftConfig) -> Itera
     for (name, layer, module, expert), weight in zip(linear, weights, strict=True):
         # An adapter on a Linear module's weight computes the same as an adapter on the module.
         key = weight if weight in choices.parameters else name
-        given = (choices.ranks[key], choices.alphas[key])
-        yield _Slot(name, name, layer, module, key == weight or name in choices.modules, *given, expert=expert)
+        rank_and_alpha = (choices.ranks[key], choices.alphas[key])
+        yield _Slot(name, name, layer, module, key == weight or name in choices.modules, *rank_and_alpha, expert=expert)
     for layer, listed in stacks.items():
         chosen = [(name, stack) for name, stack in listed if name in choices.parameters]
         # PEFT wraps the module once per parameter: the first one registered is the innermost.
@@ -218,12 +218,12 @@ def _check_complete(
     """Checks that the file's modules and the targeted modules are the same."""
     for key in modules:
         if key not in slots:
-            known = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in slots})
+            patterns = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in slots})
             raise NaloraError(
                 f"{path}: {_PREFIX}{key}",
                 expected="a module of this model that takes adapters",
                 found="an unknown module",
-                remedy="is it an adapter of another architecture or prefix? These exist: " + ", ".join(known),
+                remedy="is it an adapter of another architecture or prefix? These exist: " + ", ".join(patterns),
             )
         if not slots[key].targeted:
             raise NaloraError(
@@ -246,28 +246,28 @@ def _check_complete(
 
 
 def _pieces(
-    config: ModelConfig, peft: PeftConfig, path: Path, found: list[tuple[_Slot, dict[str, np.ndarray]]]
+    config: ModelConfig, peft: PeftConfig, path: Path, filled: list[tuple[_Slot, dict[str, np.ndarray]]]
 ) -> dict[str, dict[int, ModuleAdapter]]:
     """Returns adapters by stacked path and layer."""
     pieces: dict[str, dict[int, ModuleAdapter]] = {}
     experts: dict[tuple[str, int], dict[int, ModuleAdapter]] = {}
     places = locate(config)
-    for slot, parts in found:
+    for slot, parts in filled:
         adapter = _adapter(config, peft, path, slot, parts)
         if slot.expert is not None:
             experts.setdefault((slot.module.parts[0], slot.layer), {})[slot.expert] = adapter
             continue
         widths, alternates = part_widths(config, slot.module, slot.layer), slot.module.alternates
-        for part, piece in zip(slot.module.parts, split(adapter, widths, alternates=alternates), strict=True):
+        for part_path, piece in zip(slot.module.parts, split(adapter, widths, alternates=alternates), strict=True):
             if piece is not None:
-                stacked, index = places[part, slot.layer]
+                stacked, index = places[part_path, slot.layer]
                 pieces.setdefault(stacked, {})[index] = piece
-    for (part, layer), members in experts.items():
+    for (part_path, layer), members in experts.items():
         if len(members) != config.n_experts:
             raise NaloraError(
                 f"{path}: experts of layer {layer}", expected=f"adapters on all {config.n_experts}", found=len(members)
             )
-        stacked, index = places[part, layer]
+        stacked, index = places[part_path, layer]
         pieces.setdefault(stacked, {})[index] = _join_experts([members[e] for e in range(config.n_experts)])
     return pieces
 
@@ -280,12 +280,12 @@ def _adapter(
     d_in, d_out = shape[-2:]
     rank = slot.rank
     count = config.n_experts if slot.stacked else 1
-    wanted = {"a": (count * rank, d_in), "b": (d_out, count * rank), "magnitude": (d_out,)}
+    shapes = {"a": (count * rank, d_in), "b": (d_out, count * rank), "magnitude": (d_out,)}
     for kind, tensor in parts.items():
-        if tensor.shape != wanted[kind]:
+        if tensor.shape != shapes[kind]:
             raise NaloraError(
                 f"{path}: {slot.key} ({kind})",
-                expected=f"shape {wanted[kind]} (rank {rank}, {d_in} -> {d_out})",
+                expected=f"shape {shapes[kind]} (rank {rank}, {d_in} -> {d_out})",
                 found=f"shape {tensor.shape}",
                 remedy="the adapter belongs to another base model, or r in adapter_config.json is wrong",
             )

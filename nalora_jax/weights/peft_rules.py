@@ -57,21 +57,21 @@ def rules_of(
             found=", ".join(excluded or ()),
             remedy="list target_modules by name",
         )
-    kept = [name for name in targets if _path(name, "target_modules") not in out]
+    plain = [name for name in targets if _path(name, "target_modules") not in out]
     numbers = [layers] if isinstance(layers, int) else list(layers or [])
     within = f"layers/({'|'.join(map(str, numbers))})/" if numbers else ""
-    wanted = {_path(name, "target_modules") for name in kept}
+    paths = {_path(name, "target_modules") for name in plain}
     named = {name: _path(name, "rank_pattern, alpha_pattern") for name in [*ranks, *alphas]}
     # PEFT ignores a pattern for a module that is not targeted.
-    special = [name for name, path in named.items() if re.sub(r"^layers/\d+/", "", path) in wanted]
-    found = [
+    special = [name for name, path in named.items() if re.sub(r"^layers/\d+/", "", path) in paths]
+    rules = [
         _rule(_path(name, "rank_pattern, alpha_pattern"), ranks.get(name, rank), alphas.get(name, alpha), within)
         for name in special
     ]
-    found += [_rule(_path(name, "target_modules"), rank, alpha, within) for name in kept]
+    rules += [_rule(_path(name, "target_modules"), rank, alpha, within) for name in plain]
     if everything:
-        found = [rule.replace(MODULES["o_proj"], _OUTPUTS) for rule in found]
-    return list(dict.fromkeys(found))
+        rules = [rule.replace(MODULES["o_proj"], _OUTPUTS) for rule in rules]
+    return list(dict.fromkeys(rules))
 
 
 def _target_names(targets: Sequence[str] | str | None) -> Sequence[str]:
@@ -96,8 +96,8 @@ def _target_names(targets: Sequence[str] | str | None) -> Sequence[str]:
             found=f"the expression {targets!r}",
             remedy="write it as --lora.rules: patterns are searched in paths such as layers/3/ffn/gate_proj",
         )
-    others = (*_DELTA_NET, "qkv_proj", "gate_up_proj", "in_proj", "out_proj")
-    return [name for name in MODULES if name.endswith("_proj") and name not in others]
+    fused_or_own = (*_DELTA_NET, "qkv_proj", "gate_up_proj", "in_proj", "out_proj")
+    return [name for name in MODULES if name.endswith("_proj") and name not in fused_or_own]
 
 
 def _rule(path: str, rank: Any, alpha: Any, within: str) -> str:

@@ -186,19 +186,19 @@ def _even_stacks(entries: list[Entry]) -> list[Entry]:
 def _expert_entries(
     layout: ModuleLayout, config: ModelConfig, module: HostModule, layer: int, parts: list[ModuleAdapter | None]
 ) -> Iterator[Entry]:
-    for path, part in zip(module.parts, parts, strict=True):
-        for expert in range(config.n_experts if part is not None else 0):
-            assert part is not None
-            one = ModuleAdapter(part.a[expert], part.b[expert], part.scale)
+    for path, adapter in zip(module.parts, parts, strict=True):
+        for expert in range(config.n_experts if adapter is not None else 0):
+            assert adapter is not None
+            of_expert = ModuleAdapter(adapter.a[expert], adapter.b[expert], adapter.scale)
             pattern = layout.experts[path]
-            yield Entry(layout.full_name(layer, pattern.format(expert)), layer, HostModule(pattern, (path,)), one)
+            yield Entry(layout.full_name(layer, pattern.format(expert)), layer, HostModule(pattern, (path,)), of_expert)
 
 
 def _check_known(spec: AdapterSpec, layout: ModuleLayout) -> None:
-    known = {path for module in (*layout.modules, *layout.parameters) for path in module.parts}
+    paths = {path for module in (*layout.modules, *layout.parameters) for path in module.parts}
     for path, _ in spec.targets:
-        if uniform_path(path) not in known:
-            raise NaloraError(f"adapter at {path}", expected=f"one of {', '.join(sorted(known))}", found=path)
+        if uniform_path(path) not in paths:
+            raise NaloraError(f"adapter at {path}", expected=f"one of {', '.join(sorted(paths))}", found=path)
 
 
 def _check_dora(spec: AdapterSpec, name: str, adapter: ModuleAdapter, *, parameter: bool) -> None:
@@ -222,10 +222,11 @@ def _check_vllm(spec: AdapterSpec) -> None:
     if spec.dora:
         rule = "no DoRA (vLLM's rule: use_dora is refused)"
         raise NaloraError("--for vllm", expected=rule, found="a DoRA adapter", remedy="merge it into the base instead")
-    seen = [path for path, _ in spec.targets if not path.startswith("layers/")]
-    if seen:
+    unsupported = [path for path, _ in spec.targets if not path.startswith("layers/")]
+    if unsupported:
         rule = "adapters of the language model alone (vLLM's rule)"
-        raise NaloraError("--for vllm", expected=rule, found=f"one at {seen[0]}", remedy="merge it into the base")
+        place, remedy = f"one at {unsupported[0]}", "merge it into the base"
+        raise NaloraError("--for vllm", expected=rule, found=place, remedy=remedy)
 
 
 def _one_rank(entries: list[Entry], config: ModelConfig, layout: ModuleLayout, limit: int) -> list[Entry]:
@@ -239,7 +240,7 @@ def _one_rank(entries: list[Entry], config: ModelConfig, layout: ModuleLayout, l
             remedy=f"start vLLM with --max-lora-rank {rank} or more and export with the same max_lora_rank",
         )
     scale = common(entry.adapter.scale for entry in entries)
-    given = {entry.name: _fold(entry.adapter, rank, scale) for entry in entries}
+    folded = {entry.name: _fold(entry.adapter, rank, scale) for entry in entries}
     lasts = {short_name(entry.module.name) for entry in entries}
     adapted = {
         module.name: module for module in layout.modules if short_name(module.name) in lasts and not module.whole
@@ -254,7 +255,7 @@ def _one_rank(entries: list[Entry], config: ModelConfig, layout: ModuleLayout, l
 
     def entry(name: str, layer: int, module: HostModule) -> Entry:
         stacked = module.name in stacks
-        adapter = given.get(name) or _zeros(config, module, layer, rank, scale, stacked=stacked)
+        adapter = folded.get(name) or _zeros(config, module, layer, rank, scale, stacked=stacked)
         return Entry(name, layer, module, adapter, stacked, stacked)
 
     return [

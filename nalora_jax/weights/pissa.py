@@ -42,7 +42,7 @@ def pissa_init(
     """
     w = kernel.astype(jnp.float32)
     if iterations is None:
-        u, s, vt = (part[..., :rank] for part in _svd(w))
+        u, s, vt = (factor[..., :rank] for factor in _svd(w))
     else:
         u, s, vt = _randomized_svd(w, rank, iterations, jax.random.key(0) if key is None else key)
     root = jnp.sqrt(s / scale)
@@ -74,7 +74,7 @@ def pissa_split(
             _padded_init(kernel[layer], rank, target.rank, float(scale), iterations)
             for layer, (rank, scale) in enumerate(zip(target.ranks, scales, strict=True))
         ]
-        a, b, residual = (jnp.stack(part) for part in zip(*parts, strict=True))
+        a, b, residual = (jnp.stack(factors) for factors in zip(*parts, strict=True))
         adapters |= {f"{path}/a": a, f"{path}/b": b}
         leaves[f"{path}/kernel"] = jax.device_put(residual, kernel.sharding)
         if spec.dora:

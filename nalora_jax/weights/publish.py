@@ -130,7 +130,7 @@ def _complaints(repository: str) -> Iterator[None]:
         yield
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
-        known = {
+        advice = {
             401: (
                 "a token that the hub knows",
                 "log in again with `hf auth login`, or set HF_TOKEN",
@@ -141,9 +141,9 @@ def _complaints(repository: str) -> Iterator[None]:
             ),
             404: ("an owner that exists", "check the spelling of owner/name"),
         }
-        expected, remedy = known.get(status or 0, ("the hub to take the files", "try again later"))
-        found = (str(error.server_message or error).strip().splitlines() or [type(error).__name__])[0]
-        raise NaloraError(repository, expected=expected, found=f"{status}: {found}", remedy=remedy) from error
+        expected, remedy = advice.get(status or 0, ("the hub to take the files", "try again later"))
+        message = (str(error.server_message or error).strip().splitlines() or [type(error).__name__])[0]
+        raise NaloraError(repository, expected=expected, found=f"{status}: {message}", remedy=remedy) from error
     except (OSError, errors.HFValidationError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         reason = "it is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else reason

@@ -27,17 +27,17 @@ def quantized_leaf(shape: tuple[int, ...], kind: Kind, sharding: Sharding, read:
     """Quantizes this process's parts of the leaf, some output channels of one layer at a time."""
     like = jax.eval_shape(partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32))
     wholes = (like.codes, like.scales)
-    places = [_fitted(part.shape, sharding) for part in wholes]
+    places = [_fitted(array.shape, sharding) for array in wholes]
     held = [
-        {span(index, part.shape) for index in place.addressable_devices_indices_map(part.shape).values()}
-        for part, place in zip(wholes, places, strict=True)
+        {span(index, array.shape) for index in place.addressable_devices_indices_map(array.shape).values()}
+        for array, place in zip(wholes, places, strict=True)
     ]
-    made = quantized_parts(shape, kind, held[0], held[1], read)
+    blocks = quantized_parts(shape, kind, held[0], held[1], read)
 
-    def placed(part: jax.ShapeDtypeStruct, place: Sharding, of: Mapping[Key, np.ndarray]) -> jax.Array:
-        return jax.make_array_from_callback(part.shape, place, lambda index: of[span(index, part.shape)])
+    def placed(array: jax.ShapeDtypeStruct, place: Sharding, of: Mapping[Key, np.ndarray]) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, place, lambda index: of[span(index, array.shape)])
 
-    codes, scales = (placed(*one) for one in zip(wholes, places, made, strict=True))
+    codes, scales = (placed(*triple) for triple in zip(wholes, places, blocks, strict=True))
     return Quantized(codes, scales, kind)
 
 
@@ -61,14 +61,14 @@ def quantized_parts(
       The codes and the scales by part.
     """
     like = jax.eval_shape(partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32))
-    made: tuple[dict[Key, np.ndarray], dict[Key, np.ndarray]] = ({}, {})
+    blocks: tuple[dict[Key, np.ndarray], dict[Key, np.ndarray]] = ({}, {})
     # by leading axes (layers, experts) and columns
     parts_of: dict[tuple[Key, tuple[int, int]], list[_Target]] = defaultdict(list)
-    for keys, whole, parts in ((codes, like.codes, made[0]), (scales, like.scales, made[1])):
+    for keys, array, parts in ((codes, like.codes, blocks[0]), (scales, like.scales, blocks[1])):
         for key in keys:
-            parts[key] = aligned(tuple(stop - start for start, stop in key), whole.dtype)
-            rows = shape[-2] // whole.shape[-2]
-            parts_of[key[:-2], key[-1]].append(_Target(parts[key], key[-2], rows, whole is like.codes))
+            parts[key] = aligned(tuple(stop - start for start, stop in key), array.dtype)
+            rows = shape[-2] // array.shape[-2]
+            parts_of[key[:-2], key[-1]].append(_Target(parts[key], key[-2], rows, array is like.codes))
     block = shape[-2] // like.scales.shape[-2]
     for (leads, (first, last)), targets in parts_of.items():
         spans = _joined(sorted(target.blocks(block) for target in targets))
@@ -79,10 +79,10 @@ def quantized_parts(
                 for start in range(first, last, columns):
                     channels = slice(start, min(start + columns, last))
                     floats = read((*index, slice(begin, end), channels), np.float32)
-                    one = _quantize(floats, kind)
+                    quantized = _quantize(floats, kind)
                     for target in targets:
-                        target.take(one, lead, begin, slice(channels.start - first, channels.stop - first))
-    return made
+                        target.take(quantized, lead, begin, slice(channels.start - first, channels.stop - first))
+    return blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +99,14 @@ class _Target:
         start, stop = self.rows[0] * self.inputs, self.rows[1] * self.inputs
         return start // block * block, -(-stop // block) * block
 
-    def take(self, made: Quantized, lead: tuple[int, ...], begin: int, channels: slice) -> None:
+    def take(self, quantized: Quantized, lead: tuple[int, ...], begin: int, channels: slice) -> None:
         """Copies this part's share of ``made``, whose first input channel is ``begin``."""
-        part: np.ndarray = np.asarray(made.codes if self.codes else made.scales)
-        part, first = part.reshape(part.shape[-2:]), begin // self.inputs
-        start, stop = max(self.rows[0], first), min(self.rows[1], first + len(part))
+        block: np.ndarray = np.asarray(quantized.codes if self.codes else quantized.scales)
+        block, first = block.reshape(block.shape[-2:]), begin // self.inputs
+        start, stop = max(self.rows[0], first), min(self.rows[1], first + len(block))
         if start < stop:
             mine = slice(start - self.rows[0], stop - self.rows[0])
-            self.buffer[lead][mine, channels] = part[start - first : stop - first]
+            self.buffer[lead][mine, channels] = block[start - first : stop - first]
 
 
 def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -124,7 +124,7 @@ def _fitted(shape: tuple[int, ...], sharding: Sharding) -> Sharding:
     """Returns the float kernel's sharding, without splits that do not divide the new shape."""
     if not isinstance(sharding, NamedSharding):
         return sharding
-    parts = [(part,) if isinstance(part, str) else part or () for part in sharding.spec]
+    parts = [(entry,) if isinstance(entry, str) else entry or () for entry in sharding.spec]
     ways = [math.prod(sharding.mesh.shape[name] for name in names) for names in parts]
-    kept = [names if size % n == 0 else None for names, n, size in zip(parts, ways, shape, strict=False)]
-    return NamedSharding(sharding.mesh, P(*kept))
+    axes = [names if size % n == 0 else None for names, n, size in zip(parts, ways, shape, strict=False)]
+    return NamedSharding(sharding.mesh, P(*axes))

@@ -58,13 +58,13 @@ def table_rows(folder: Path, tensors: str, config: ModelConfig) -> int | None:
     try:
         with safe_open(folder / tensors, framework="np") as handle:
             held = set(handle.keys())
-            found = {key: handle.get_slice(key).get_shape()[0] for key in keys if key in held}
+            counts = {key: handle.get_slice(key).get_shape()[0] for key in keys if key in held}
     except (SafetensorError, OSError, ValueError, IndexError):
         return None  # the error is reported when the adapter is read
-    rows = set(found.values())
+    rows = set(counts.values())
     if len(rows) > 1:
-        shown = ", ".join(f"{count} of {key}" for key, count in found.items())
-        raise NaloraError(f"{folder / tensors}", expected="as many rows of the head as of the embedding", found=shown)
+        listed = ", ".join(f"{count} of {key}" for key, count in counts.items())
+        raise NaloraError(f"{folder / tensors}", expected="as many rows of the head as of the embedding", found=listed)
     return rows.pop() if rows else None
 
 
@@ -138,11 +138,11 @@ def take_saved(
 def saved_tensors(lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfig) -> dict[str, np.ndarray]:
     """Returns the trained tables by PEFT's key, in the layout of its files."""
     leaves = trees.flatten(lora)
-    found = {}
+    tensors = {}
     for name in spec.saved:
         table = np.asarray(leaves[TABLES[name]], np.float32)
-        found[f"base_model.model.{tensor_names(config)[name]}"] = table if name == "embed_tokens" else table.T.copy()
-    return found
+        tensors[f"base_model.model.{tensor_names(config)[name]}"] = table if name == "embed_tokens" else table.T.copy()
+    return tensors
 
 
 def fold_saved(
@@ -168,8 +168,8 @@ def fold_saved(
         table, new = jnp.asarray(leaves[TABLES[name]]), jnp.asarray(trained[ROWS[name]])
         place = np.array(ids) if name == "embed_tokens" else (slice(None), np.array(ids))
         leaves[TABLES[name]] = table.at[place].set((new if name == "embed_tokens" else new.T).astype(table.dtype))
-    rest = replace(spec, saved=(), token_indices=())
-    return replace(config, tie_embeddings=tied), trees.unflatten(leaves), rest
+    remaining = replace(spec, saved=(), token_indices=())
+    return replace(config, tie_embeddings=tied), trees.unflatten(leaves), remaining
 
 
 def with_whole_tables(
@@ -188,14 +188,14 @@ def with_whole_tables(
     of_base = trees.flatten(params)
     wide = {path: jnp.asarray(of_base[path], jnp.float32) for path in TABLES.values() if path in of_base}
     folded, tables, _ = fold_saved(config, trees.unflatten(wide), lora, spec)
-    leaves, whole = trees.flatten(lora), trees.flatten(tables)
+    leaves, of_tables = trees.flatten(lora), trees.flatten(tables)
     changed = {*spec.saved, *dict(spec.token_indices)} | ({"lm_head"} if folded.tie_embeddings else set())
     saved = tuple(name for name in TABLES if name in changed)
     for name in saved:
         shared = folded.tie_embeddings and name == "lm_head"
-        leaves[TABLES[name]] = whole[_EMBEDDING].T if shared else whole[TABLES[name]]
-    kept = {path: leaf for path, leaf in leaves.items() if path not in ROWS.values()}
-    return trees.unflatten(kept), replace(spec, saved=saved, token_indices=())
+        leaves[TABLES[name]] = of_tables[_EMBEDDING].T if shared else of_tables[TABLES[name]]
+    without_rows = {path: leaf for path, leaf in leaves.items() if path not in ROWS.values()}
+    return trees.unflatten(without_rows), replace(spec, saved=saved, token_indices=())
 
 
 def refuse_saved(spec: AdapterSpec, where: str, remedy: str) -> None:
@@ -206,5 +206,5 @@ def refuse_saved(spec: AdapterSpec, where: str, remedy: str) -> None:
     """
     trained = [*spec.saved, *(f"rows of {name}" for name, _ in spec.token_indices)]
     if trained:
-        found = f"trained {' and '.join(trained)}"
-        raise NaloraError(where, expected="an adapter of projections alone", found=found, remedy=remedy)
+        actual = f"trained {' and '.join(trained)}"
+        raise NaloraError(where, expected="an adapter of projections alone", found=actual, remedy=remedy)

@@ -14,7 +14,7 @@ Key = tuple[tuple[int, int], ...]  # the same, hashable
 
 def span(index: Index | None, shape: tuple[int, ...]) -> Key:
     """Returns start and stop along every axis."""
-    return tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+    return tuple(place.indices(size)[:2] for place, size in zip(index or (), shape, strict=True))
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -68,8 +68,8 @@ def fold_table_adapters(config: ModelConfig, tensors: dict[str, np.ndarray], pef
 
 def _pair(names: list[str], key: str, where: str) -> list[str]:
     if len(names) != 2:
-        found = ", ".join(names)
-        raise NaloraError(f"{where}: {key}", expected="both factors of an adapter", found=found)
+        present = ", ".join(names)
+        raise NaloraError(f"{where}: {key}", expected="both factors of an adapter", found=present)
     return names
 
 

@@ -187,8 +187,8 @@ class _Fill:
     def places(self, index: Index) -> Iterator[tuple[tuple[Any, ...], Index]]:
         """Yields the leading position and the trailing slice of this part, if it is inside."""
         lead, trailing = index[: len(self.lead)], index[len(self.lead) :]
-        if all(part.start <= i < part.stop for i, part in zip(self.lead, lead, strict=True)):
-            yield tuple(i - part.start for i, part in zip(self.lead, lead, strict=True)), trailing
+        if all(place.start <= i < place.stop for i, place in zip(self.lead, lead, strict=True)):
+            yield tuple(i - place.start for i, place in zip(self.lead, lead, strict=True)), trailing
 
     def into(self, target: np.ndarray, index: Index, source: TensorSource, share: tuple[int, int]) -> None:
         """Writes the slice ``index`` of this part, in our layout, to ``target`` of the same shape.
@@ -200,8 +200,8 @@ class _Fill:
         if self.tensor.transform.mixes_rows:
             if k:  # the first share writes all of it
                 return
-            whole = source.read(self.name, self._shifted(_whole((self.rows, *self.tensor.shape[1:]))))
-            target[...] = self.tensor.transform.into(whole)[index].astype(target.dtype)
+            complete = source.read(self.name, self._shifted(_whole((self.rows, *self.tensor.shape[1:]))))
+            target[...] = self.tensor.transform.into(complete)[index].astype(target.dtype)
             return
         swaps = self.tensor.transform.swaps
         theirs = (*index[:-2], index[-1], index[-2]) if swaps else index
@@ -238,12 +238,12 @@ class _Reader:
 
         Ranges of a tensor that several slices need are read close together.
         """
-        buffers = [aligned(tuple(part.stop - part.start for part in index), dtype) for index in indices]
+        buffers = [aligned(tuple(bounds.stop - bounds.start for bounds in index), dtype) for index in indices]
         jobs = [
-            partial(fill.into, buffer[(*place, ...)], rest, self.source)  # a view, of a scalar too
+            partial(fill.into, buffer[(*place, ...)], inner, self.source)  # a view, of a scalar too
             for fill in self.fills
             for index, buffer in zip(indices, buffers, strict=True)
-            for place, rest in fill.places(index)
+            for place, inner in fill.places(index)
         ]
         shares = -(-WORKERS // max(1, len(jobs)))  # several workers share a tensor if there are few
         tasks = [(job, (k, shares)) for job in jobs for k in range(shares)]
@@ -260,7 +260,7 @@ def _run(task: tuple[Callable[[tuple[int, int]], None], tuple[int, int]]) -> Non
 def _leaf(shape: tuple[int, ...], dtype: Any, sharding: Sharding, reader: _Reader) -> jax.Array:
     """Returns the leaf as a global array; each distinct slice is read once per process."""
     keys = list({span(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()})
-    slices = [tuple(slice(*part) for part in key) for key in keys]
+    slices = [tuple(slice(*bounds) for bounds in key) for key in keys]
     buffers = dict(zip(keys, reader.read_all(slices, dtype), strict=True))
     return jax.make_array_from_callback(shape, sharding, lambda index: buffers[span(index, shape)])
 
@@ -271,7 +271,7 @@ def _whole(shape: tuple[int, ...]) -> Index:
 
 def _blocks(index: Index) -> Iterator[Index]:
     """Yields ``index`` cut along its first axis into pieces of about `BLOCK` elements."""
-    first, *rest = index
-    step = max(1, BLOCK // max(1, math.prod(part.stop - part.start for part in rest)))
+    first, *inner = index
+    step = max(1, BLOCK // max(1, math.prod(place.stop - place.start for place in inner)))
     for start in range(first.start, first.stop, step):
-        yield (slice(start, min(start + step, first.stop)), *rest)
+        yield (slice(start, min(start + step, first.stop)), *inner)

@@ -54,18 +54,18 @@ def take_token_rows(
     spec = AdapterSpec(token_indices=peft.token_indices, saved=_names(peft.modules_to_save))
     remedy = "is it an adapter of another base, or of one with more tokens? Their tokenizer belongs into its folder"
     check_token_indices(spec, config, f"{peft.where}: trainable_token_indices", remedy)
-    own = spec.own_rows(tied=config.tie_embeddings)
+    trained = spec.own_rows(tied=config.tie_embeddings)
     leaves: dict[str, np.ndarray] = {}
-    kept = []
+    taken_rows = []
     for name, tensor in tensor_names(config).items():
         module = f"base_model.model.{tensor.removesuffix('.weight')}"
         # A tied head's rows, if they are in the file at all, are a copy of the embedding's.
-        ids = own.get(name, own.get("embed_tokens", ()) if config.tie_embeddings else ())
+        ids = trained.get(name, trained.get("embed_tokens", ()) if config.tie_embeddings else ())
         rows, table = (
             tensors.pop(f"{module}.{_ROWS}", None),
             tensors.pop(f"{module}.{RESIZED}", None),
         )
-        if rows is None and name in own:
+        if rows is None and name in trained:
             raise NaloraError(
                 f"{where}: {module}.{_ROWS}",
                 expected=f"the trained rows of {name}",
@@ -82,11 +82,11 @@ def take_token_rows(
             if rows is not None and table.shape == (config.vocab_size, config.d_model):
                 table[list(ids)] = rows
             tensors[f"{module}.weight"] = table
-        elif rows is not None and name in own:
+        elif rows is not None and name in trained:
             leaves[ROWS[name]] = rows
-            kept.append(name)
-    shares = {"lm_head"} - set(own) if "embed_tokens" in kept else set()
-    return leaves, tuple((name, ids) for name, ids in peft.token_indices if name in {*kept, *shares})
+            taken_rows.append(name)
+    shares = {"lm_head"} - set(trained) if "embed_tokens" in taken_rows else set()
+    return leaves, tuple((name, ids) for name, ids in peft.token_indices if name in {*taken_rows, *shares})
 
 
 def _names(modules: tuple[str, ...]) -> tuple[str, ...]:

@@ -46,15 +46,15 @@ def copy_tokenizer(source: Path, folder: Path, *, images: bool = False) -> None:
     Raises:
       NaloraError: there is no tokenizer among them.
     """
-    found = [name for name in (*FILES, *(IMAGE_FILES if images else ())) if (source / name).is_file()]
-    if not {"tokenizer.json", "tokenizer.model"} & set(found):
+    present = [name for name in (*FILES, *(IMAGE_FILES if images else ())) if (source / name).is_file()]
+    if not {"tokenizer.json", "tokenizer.model"} & set(present):
         raise NaloraError(
             str(source),
             expected="tokenizer.json",
             found="no tokenizer",
             remedy="give the base's folder",
         )
-    for name in found:
+    for name in present:
         _copy(name, source, folder)
 
 

@@ -65,10 +65,10 @@ def _loss_name(value: Any) -> Any:
 
 
 def _loss(value: Any) -> Any:
-    known = {"nll": None, "chunked_nll": None, "sigmoid": "dpo", "sigmoid_norm": "dpo", None: None}
+    losses = {"nll": None, "chunked_nll": None, "sigmoid": "dpo", "sigmoid_norm": "dpo", None: None}
     name = _loss_name(value)
-    if isinstance(name, str | None) and name in known:
-        return known[name]
+    if isinstance(name, str | None) and name in losses:
+        return losses[name]
     return Refused("losses are nll, and for pairs sigmoid and sigmoid_norm, one at a time")
 
 
@@ -249,8 +249,8 @@ def from_trl(values: Mapping[str, Any], trainer: Trainer | None = None) -> tuple
     # null is the default, except for max_length, for which it means no limit
     complete = defaults | {name: value for name, value in values.items() if value is not None or name == "max_length"}
     settings, notes = converted(complete, TRL, "SFTConfig" if trainer == "sft" else "DPOConfig")
-    for part in (_length, _schedule, _batch, _lora, _evaluation, _precision, _data):
-        notes += part(settings, complete)
+    for convert in (_length, _schedule, _batch, _lora, _evaluation, _precision, _data):
+        notes += convert(settings, complete)
     notes += (_pairs if trainer == "dpo" else _targets)(settings, complete)
     return settings, notes
 

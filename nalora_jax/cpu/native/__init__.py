@@ -149,9 +149,11 @@ def cached_attention(
     chex.assert_shape(heads.q, (batch, 1, n, dim))
     chex.assert_shape([heads.k, heads.v], (batch, 1, kv_heads, dim))
     new = (x[:, 0].astype(jnp.float32) for x in heads[:3])
-    own = (jnp.broadcast_to(jnp.asarray(x, jnp.int32)[:, 0], (batch,)) for x in (heads.positions, heads.segments))
-    others = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, slots)) for x in (cached.positions, cached.segments))
-    arguments = *new, cached.k.stack, cached.v.stack, jnp.asarray(cached.k.at, jnp.int32), *own, *others
+    of_query = (jnp.asarray(x, jnp.int32)[:, 0] for x in (heads.positions, heads.segments))
+    of_keys = (jnp.asarray(x, jnp.int32) for x in (cached.positions, cached.segments))
+    query_places = (jnp.broadcast_to(x, (batch,)) for x in of_query)
+    key_places = (jnp.broadcast_to(x, (batch, slots)) for x in of_keys)
+    arguments = *new, cached.k.stack, cached.v.stack, jnp.asarray(cached.k.at, jnp.int32), *query_places, *key_places
     sinks = jnp.full(n, -1e30) if sinks is None else sinks
     shapes = [jax.ShapeDtypeStruct((batch, n, dim), jnp.float32)]
     called = call("cached_attention", shapes, scale=np.float32(scale), cap=np.float32(softcap))

@@ -144,11 +144,11 @@ def _wanted() -> str | None:
 
 @cache
 def _available(choice: str, devices: int) -> bool:
-    wanted = kind(choice)
-    if wanted is None or (devices != 1 and wanted != "plain"):
+    chosen = kind(choice)
+    if chosen is None or (devices != 1 and chosen != "plain"):
         return False
     try:
-        return register(build(find_compiler(), wanted), wanted)
+        return register(build(find_compiler(), chosen), chosen)
     except (OSError, RuntimeError) as error:
         _log.warning("products and attention are XLA's, slower than this CPU's own instructions: %s", error)
         return False
@@ -161,8 +161,8 @@ def find_compiler() -> str:
       RuntimeError: there is no compiler.
     """
     for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
-        if found := shutil.which(name):
-            return found
+        if path := shutil.which(name):
+            return path
     raise RuntimeError("no C++ compiler was found; install g++ or name one in CXX")
 
 
@@ -189,16 +189,16 @@ def build(compiler: str, kind: str) -> Path:
     ]
     name = f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
     folder = private_dir(cache_dir() / "native")
-    for found in folder.glob(f"{name}-*.so"):
-        if _digest(found) == found.stem.rpartition("-")[2]:
-            return found
-        found.unlink(missing_ok=True)  # truncated or modified
+    for existing in folder.glob(f"{name}-*.so"):
+        if _digest(existing) == existing.stem.rpartition("-")[2]:
+            return existing
+        existing.unlink(missing_ok=True)  # truncated or modified
     _remove_abandoned(folder)
     with tempfile.TemporaryDirectory(prefix=_MAKING, dir=folder) as making:
-        made = Path(making) / "kernels.so"
-        _compile([compiler, *flags, "-I", jax.ffi.include_dir(), str(_MAIN), "-o", str(made)], making)
-        target = folder / f"{name}-{_digest(made)}.so"
-        made.replace(target)
+        built = Path(making) / "kernels.so"
+        _compile([compiler, *flags, "-I", jax.ffi.include_dir(), str(_MAIN), "-o", str(built)], making)
+        target = folder / f"{name}-{_digest(built)}.so"
+        built.replace(target)
     return target
 
 

@@ -50,8 +50,8 @@ class DualEncoder(nn.Module):
         ``images`` has ``pixels``, and ``shapes`` and ``mask`` if the family takes them; see
         `Encoder`.
         """
-        given = {name: images[name] for name in ("shapes", "mask") if name in images}
-        return self.image(images["pixels"], **given, **options)
+        patches = {name: images[name] for name in ("shapes", "mask") if name in images}
+        return self.image(images["pixels"], **patches, **options)
 
     def encode_text(self, texts: Mapping[str, jax.Array], **options: Any) -> jax.Array:
         """Returns float32 features ``[batch, features]`` of ``tokens``, not normalised.

@@ -277,11 +277,12 @@ class EncoderAttention(nn.Module):
         c, n = self.config, self.numerics
         q, k, v, o = (self._dense(f"{name}_proj", name == "o" or c.qkv_bias, scales, shared) for name in "qkvo")
         if x is source:
-            made = parallel_dense(x, [q, k, v], n)
+            projected = parallel_dense(x, [q, k, v], n)
         else:
-            made = [adapted_dense(x, q, n), *parallel_dense(source, [k, v], n)]
+            projected = [adapted_dense(x, q, n), *parallel_dense(source, [k, v], n)]
         # [batch, seq, heads, head_dim]
-        queries, keys, values = (round_and_save(y, n).reshape(*y.shape[:-1], c.n_heads, c.head_dim) for y, _ in made)
+        saved = (round_and_save(y, n) for y, _ in projected)
+        queries, keys, values = (y.reshape(*y.shape[:-1], c.n_heads, c.head_dim) for y in saved)
         out = full_attention(
             queries, keys, values, n, scale=c.head_dim**-0.5, mask=shared.mask, causal=c.causal
         ).astype(n.result)

@@ -26,8 +26,8 @@ def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
         raise NaloraError(f"{where}: model_type", expected=f"one of {', '.join(DUAL)}", found=repr(name))
     f = Fields(raw, {"projection_dim": 512}, where)
     image, text = (
-        read_encoder(f.mapping(f"{part}_config") | {"model_type": f"{name}_{part}_model"}, f"{where}: {part}_config")
-        for part in ("vision", "text")
+        read_encoder(f.mapping(f"{tower}_config") | {"model_type": f"{name}_{tower}_model"}, f"{where}: {tower}_config")
+        for tower in ("vision", "text")
     )
     if name == "clip":
         width = f.integer("projection_dim")
@@ -41,11 +41,11 @@ def _composed(f: Fields) -> DualConfig:
 
     This is transformers' VisionTextDualEncoderModel.
     """
-    towers = [read_encoder(f.mapping(f"{part}_config"), f"{f.where}: {part}_config") for part in ("vision", "text")]
-    for part, tower in zip(("vision", "text"), towers, strict=True):
-        kind = "image" if part == "vision" else "text"
+    towers = [read_encoder(f.mapping(f"{name}_config"), f"{f.where}: {name}_config") for name in ("vision", "text")]
+    for name, tower in zip(("vision", "text"), towers, strict=True):
+        kind = "image" if name == "vision" else "text"
         if tower.kind != kind:
-            raise f.error(f"{part}_config: model_type", f"an {kind} encoder", tower.model_type)
+            raise f.error(f"{name}_config: model_type", f"an {kind} encoder", tower.model_type)
     width = f.integer("projection_dim")
     # That model projects the towers' pooled outputs, which for BERT and ViT include their dense
     # layers.

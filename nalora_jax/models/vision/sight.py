@@ -54,9 +54,9 @@ class Sight:
         Paths are ``image/...``, ``projector/...`` and, for weights that are not used,
         ``unused/...``.
         """
-        run, whole = self.running.param_shapes(), self.tower.param_shapes()
+        run, of_tower = self.running.param_shapes(), self.tower.param_shapes()
         shapes = {f"image/{path}": shape for path, shape in run.items()} | self._projector_shapes()
-        for path, shape in whole.items():
+        for path, shape in of_tower.items():
             if path not in run:
                 shapes[f"{UNUSED}/{path}"] = shape
             elif shape != run[path]:
@@ -119,20 +119,20 @@ def text_part(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     name = raw["model_type"]
     defaults = TEXT_ONLY[name] if name in TEXT_ONLY else MULTIMODAL[name][2]
-    own = Fields(raw, {}, where).mapping("text_config")
+    text_config = Fields(raw, {}, where).mapping("text_config")
     tied = raw.get("tie_word_embeddings")
-    if tied is None or (tied is False and own.get("tie_word_embeddings")):
-        tied = own.get("tie_word_embeddings", defaults["tie_word_embeddings"])
+    if tied is None or (tied is False and text_config.get("tie_word_embeddings")):
+        tied = text_config.get("tie_word_embeddings", defaults["tie_word_embeddings"])
     if raw["model_type"] == "gemma3":
-        own["model_type"] = "gemma3_text"
+        text_config["model_type"] = "gemma3_text"
         tied = raw.get("tie_word_embeddings", True)
-    return {**defaults, **own, "tie_word_embeddings": tied}
+    return {**defaults, **text_config, "tie_word_embeddings": tied}
 
 
 def _tower(f: Fields, defaults: Mapping[str, Any]) -> EncoderConfig:
-    own = {**defaults, **f.mapping("vision_config")}
-    headless = own.pop("vision_use_head", None) is False
-    tower = read_encoder(own, f"{f.where}: vision_config")
+    settings = {**defaults, **f.mapping("vision_config")}
+    headless = settings.pop("vision_use_head", None) is False
+    tower = read_encoder(settings, f"{f.where}: vision_config")
     tower = replace(tower, pooling="none") if headless else tower
     if tower.kind != "image" or tower.any_shape:
         raise f.error("vision_config: model_type", "a tower of images of one size", tower.model_type)

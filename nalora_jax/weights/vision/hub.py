@@ -88,10 +88,11 @@ def resolve_folder(source: str, cache: Path | None = None) -> tuple[Path, str]:
 
 def _snapshot(repository: str) -> Path:
     """Returns a hub repository's files, from the cache if complete, otherwise from the hub."""
-    wanted = [*HUB_FILES, "1_Pooling/config.json"]
+    patterns = [*HUB_FILES, "1_Pooling/config.json"]
     for local in (True, False):
         try:
-            folder = Path(huggingface_hub.snapshot_download(repository, local_files_only=local, allow_patterns=wanted))
+            downloaded = huggingface_hub.snapshot_download(repository, local_files_only=local, allow_patterns=patterns)
+            folder = Path(downloaded)
         except (OSError, ValueError, errors.HfHubHTTPError, errors.HFValidationError) as error:
             if not local:
                 refused = refusal(repository, error)

@@ -287,8 +287,8 @@ def params_from_tensors(
     leaves = {path: np.zeros(shape, dtype) for path, shape in config.param_shapes().items()}
     for tensor in keymap.tensors:
         parts = tensor.split(np.asarray(tensors[names[tensor.name]]))
-        for slot, part in zip(tensor.slots, parts, strict=True):
-            leaves[slot.path][() if slot.layer is None else slot.layer] = part
+        for slot, leaf in zip(tensor.slots, parts, strict=True):
+            leaves[slot.path][() if slot.layer is None else slot.layer] = leaf
     return unflatten(leaves)
 
 
@@ -308,8 +308,8 @@ def module_names(config: DualConfig | EncoderConfig, path: str) -> str:
     if isinstance(config, EncoderConfig):
         tower, prefix, name = config, "", path
     else:
-        part, _, name = path.partition("/")
-        tower, prefix = config.towers[part], {"image": "vision_model.", "text": "text_model."}[part]
+        tower_name, _, name = path.partition("/")
+        tower, prefix = config.towers[tower_name], {"image": "vision_model.", "text": "text_model."}[tower_name]
     for row in TABLES[tower.model_type]:
         if row.paths == (f"{name}/kernel",):
             return prefix + _in_memory(tower, row.name.removesuffix(".weight"))

@@ -99,16 +99,16 @@ def load_dual(
         config.param_shapes(), tensors, dual_keymap(config), dtype=dtype, shardings=_shardings(config, mesh)
     )
     tokenizer, processor = _tokenizer(folder, config.text), _of_side(read_processor(folder), config.image, image_size)
-    known = origin(config, ResolvedSource("hf", folder, name), tensors, together=mesh is not None)
-    return LoadedDual(config, params, tokenizer, processor, name, known.fingerprint, known)
+    source_of = origin(config, ResolvedSource("hf", folder, name), tensors, together=mesh is not None)
+    return LoadedDual(config, params, tokenizer, processor, name, source_of.fingerprint, source_of)
 
 
 def read_dual(source: str, *, cache: Path | None = None, d_out: int = 0, loss: str = "softmax") -> DualConfig:
     """Returns a dual encoder's description, without weights; arguments as in `load_dual`."""
     image, plus, text = source.partition(JOIN)
     if plus and not Path(source).exists():
-        seen, read = (_description(name.strip(), cache)[0] for name in (image, text))
-        return compose(seen, read, d_out or min(seen.d_model, read.d_model), loss)
+        image_config, read = (_description(name.strip(), cache)[0] for name in (image, text))
+        return compose(image_config, read, d_out or min(image_config.d_model, read.d_model), loss)
     where = hub.resolve_folder(source, cache)[0] / "config.json"
     return DualConfig.from_hf(read_json(where), str(where))
 
@@ -161,12 +161,12 @@ def join(
     config = compose(image.config, text.config, width, loss)
     assert image.processor is not None
     assert text.tokenizer is not None
-    rest = _fresh(config, seed, mesh)
-    params = {name: {**tower.params, **rest.pop(name)} for name, tower in (("image", image), ("text", text))}
+    projections = _fresh(config, seed, mesh)
+    params = {name: {**tower.params, **projections.pop(name)} for name, tower in (("image", image), ("text", text))}
     digest = hashlib.sha256(f"{image.fingerprint} {text.fingerprint} {width} {loss} {seed}".encode()).hexdigest()
     name = f"{image.source}{JOIN}{text.source}"
     processor = _of_side(image.processor, image.config, image_size)
-    return LoadedDual(config, params | rest, text.tokenizer, processor, name, digest)
+    return LoadedDual(config, params | projections, text.tokenizer, processor, name, digest)
 
 
 def _of_side(processor: ImageProcessor, config: EncoderConfig, side: int) -> ImageProcessor:
@@ -194,10 +194,10 @@ def _fresh(config: DualConfig, seed: int, mesh: Mesh | None) -> dict[str, Any]:
     projections = ("image/projection/kernel", "text/projection/kernel", "logit_scale", "logit_bias")
     leaves = trees.flatten(init_params(config, jax.random.key(seed)))
     shardings = _shardings(config, mesh)
-    kept = {path: leaf for path, leaf in leaves.items() if path in projections}
+    fresh = {path: leaf for path, leaf in leaves.items() if path in projections}
     if shardings is not None:
-        kept = {path: jax.device_put(leaf, shardings[path]) for path, leaf in kept.items()}
-    return trees.unflatten(kept)
+        fresh = {path: jax.device_put(leaf, shardings[path]) for path, leaf in fresh.items()}
+    return trees.unflatten(fresh)
 
 
 def _tokenizer(folder: Path, config: EncoderConfig) -> TextTokenizer:
@@ -222,5 +222,5 @@ def _shardings(config: DualConfig | EncoderConfig, mesh: Mesh | None, prefix: st
     if mesh is None:
         return None
     shapes = {prefix + path: jax.ShapeDtypeStruct(s, "float32") for path, s in config.param_shapes().items()}
-    placed = trees.flatten(distributed.shardings(trees.unflatten(shapes), mesh, distributed.PARAM_RULES))
-    return {path.removeprefix(prefix): sharding for path, sharding in placed.items()}
+    shardings = trees.flatten(distributed.shardings(trees.unflatten(shapes), mesh, distributed.PARAM_RULES))
+    return {path.removeprefix(prefix): sharding for path, sharding in shardings.items()}

@@ -74,13 +74,13 @@ def export_dual_adapter(
         tensors[f"base_model.model.{name}.lora_B.weight"] = np.ascontiguousarray(adapter.b.T)
         if adapter.magnitude is not None:
             tensors[f"base_model.model.{name}.lora_magnitude_vector"] = adapter.magnitude
-    whole = {_WHOLE[path]: _outside(np.asarray(leaves[path], np.float32)) for path in trained_shapes(config)}
+    complete = {_WHOLE[path]: _outside(np.asarray(leaves[path], np.float32)) for path in trained_shapes(config)}
     settings = _settings(adapters, spec)
     with new_folder(folder, replaces=OWN_FILES if overwrite else ()) as scratch:
         write_json(scratch / CONFIG_NAME, settings | {"base_model_name_or_path": base_model_name})
         write_tensors(scratch / TENSORS_NAME, tensors, file_metadata(tensors, settings, fingerprint))
-        if whole:
-            write_tensors(scratch / TRAINED, whole, file_metadata(whole, settings, fingerprint))
+        if complete:
+            write_tensors(scratch / TRAINED, complete, file_metadata(complete, settings, fingerprint))
     return Path(folder)
 
 
@@ -102,18 +102,18 @@ def import_dual_adapter(
         ("trainable_token_indices", peft.token_indices),
     ):
         if listed:
-            shown = ", ".join(map(str, listed))
-            raise NaloraError(f"{peft.where}: {field}", expected="null for image and text encoders", found=shown)
+            numbers = ", ".join(map(str, listed))
+            raise NaloraError(f"{peft.where}: {field}", expected="null for image and text encoders", found=numbers)
     tensors, metadata = read_tensors(folder)
     check_digest(folder / TENSORS_NAME, tensors, metadata)
     check_fingerprint(folder / TENSORS_NAME, metadata, fingerprint)
     path = folder / TENSORS_NAME
     if peft.adalora:
         tensors = as_lora_tensors(tensors, str(path))
-    found = by_module(tensors, path, dora=peft.dora)
+    modules = by_module(tensors, path, dora=peft.dora)
     places = {module_names(config, p).format(layer=i): (p, i) for p, n in config.depths().items() for i in range(n)}
     choices = peft.choose(list(places))
-    for name in found:
+    for name in modules:
         if name not in places or name not in choices.modules:
             expected = "a module of this model's layers that target_modules covers"
             raise NaloraError(
@@ -122,8 +122,8 @@ def import_dual_adapter(
                 found="another one",
                 remedy="PEFT would drop it",
             )
-    missing = [name for name in places if name in choices.modules and name not in found]
-    if missing or not found:
+    missing = [name for name in places if name in choices.modules and name not in modules]
+    if missing or not modules:
         where = f"{path}: {missing[0] if missing else 'tensors'}"
         raise NaloraError(
             where,
@@ -131,7 +131,7 @@ def import_dual_adapter(
             found=f"{len(missing)} modules without",
         )
     pieces: dict[str, dict[int, ModuleAdapter]] = {}
-    for name, parts in found.items():
+    for name, parts in modules.items():
         place, layer = places[name]
         rank = choices.ranks[name]
         scale = adapter_scale(choices.alphas[name], rank, rslora=peft.rslora)
@@ -157,8 +157,8 @@ def verify_dual_export(
     ours, back = flatten(lora), flatten(theirs)
     for path, layers in config.depths().items():
         for layer in range(layers):
-            meant, found = (layer_adapter(t, s, path, layer) for t, s in ((ours, spec), (back, read)))
-            if not _same(meant, found):
+            meant, reloaded = (layer_adapter(t, s, path, layer) for t, s in ((ours, spec), (back, read)))
+            if not _same(meant, reloaded):
                 raise NaloraError(
                     f"{folder}: {path}, layer {layer}",
                     expected="the adapter that was exported",
@@ -216,10 +216,10 @@ def _read(
 ) -> ModuleAdapter:
     """Checks one module's tensors and converts them to this library's layout."""
     d_in, d_out = shape
-    wanted = {"a": (rank, d_in), "b": (d_out, rank), "magnitude": (d_out,)}
+    shapes = {"a": (rank, d_in), "b": (d_out, rank), "magnitude": (d_out,)}
     for kind, tensor in parts.items():
-        if tensor.shape != wanted[kind]:
-            raise NaloraError(f"{where} ({kind})", expected=f"shape {wanted[kind]}", found=f"shape {tensor.shape}")
+        if tensor.shape != shapes[kind]:
+            raise NaloraError(f"{where} ({kind})", expected=f"shape {shapes[kind]}", found=f"shape {tensor.shape}")
     return ModuleAdapter(parts["a"].T, parts["b"].T, scale, parts.get("magnitude"))
 
 
@@ -257,16 +257,16 @@ def _read_whole(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:
     path = folder / TRAINED
     try:
         with safe_open(path, framework="np") as handle:
-            found = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-            check_digest(path, found, dict(handle.metadata() or {}))
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            check_digest(path, tensors, dict(handle.metadata() or {}))
     except (OSError, SafetensorError) as error:
         raise NaloraError(str(path), expected="projections and temperature of the pair", found=error) from error
     leaves = {}
     for name, shape in shapes.items():
-        value = found.get(_WHOLE[name])
+        value = tensors.get(_WHOLE[name])
         if value is None or _outside(value).shape != shape:
-            shown = "nothing" if value is None else f"shape {value.shape}"
-            raise NaloraError(f"{path}: {_WHOLE[name]}", expected=f"a tensor for {name} {shape}", found=shown)
+            actual = "nothing" if value is None else f"shape {value.shape}"
+            raise NaloraError(f"{path}: {_WHOLE[name]}", expected=f"a tensor for {name} {shape}", found=actual)
         leaves[name] = _outside(value)
     return leaves
 

@@ -68,14 +68,14 @@ def sight_modules(sight: Sight | None) -> dict[str, str]:
     """
     if sight is None:
         return {}
-    found = {}
+    modules = {}
     for path in sight.projection_shapes():
         head, _, tail = path.partition("/")
         rows = TABLES[sight.tower.model_type] if head == "image" else _PROJECTORS[sight.projector]
         prefix, ours = (_TOWER, tail) if head == "image" else ("", path)
         (name,) = (row.name for row in rows if row.paths == (f"{ours}/kernel",))
-        found[path] = f"model.{prefix}{name.removesuffix('.weight')}"
-    return found
+        modules[path] = f"model.{prefix}{name.removesuffix('.weight')}"
+    return modules
 
 
 def _tower(sight: Sight) -> Iterator[SourceTensor]:
