@@ -25,9 +25,12 @@ from nalora_jax.config import (
     RunConfig,
     TrainConfig,
 )
+from nalora_jax.data.items import CompletionItem
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate import split_rows
+from nalora_jax.evaluate.perplexity import completion_loss, perplexity
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import init_params
+from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.models.short_convolution import ShortConvolution
 from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.split_rows import check_context
@@ -228,6 +231,19 @@ def test_rows_that_the_axis_does_not_divide_are_padded(caplog: pytest.LogCapture
             replace(CONFIG, data=replace(CONFIG.data, max_length=100)), ModelConfig.from_hf(RAWS["dense"]), made
         )
     assert "rows of 100 tokens are padded to 112" in caplog.text
+
+
+def test_held_out_losses_of_split_rows_are_those_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_rows, "_LEAST_BLOCK", 4)
+    base, results = ModelConfig.from_hf(RAWS["dense"]), []
+    params, items = init_params(base, jax.random.key(1)), [CompletionItem([5, 6, 7], list(range(8, 68)), "", "")] * 2
+    for mesh in (None, distributed.make_mesh(ALONE)):
+        placed = params
+        if mesh is not None:
+            placed = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
+        packed = perplexity(Decoder(base), {"params": placed}, [batch_of(0)], mesh=mesh)
+        results.append((packed.loss, completion_loss(Decoder(base), {"params": placed}, items, mesh=mesh).loss))
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
