@@ -47,7 +47,9 @@ class Embedding(nn.Module):
             trained: jax.Array = jnp.take(self.get_variable("lora", "embedding"), tokens, axis=0)
             return trained
         of_tokens, by_columns = column_layouts(self.sharding)
-        sharded = constrain(constrain(tokens, self.sharding), of_tokens) if of_tokens else tokens
+        sharded = tokens
+        if of_tokens:
+            sharded = constrain(constrain(tokens, self.sharding), of_tokens)
         rows: jax.Array = take_rows(self.table(), sharded, numerics)
         rows = constrain(constrain(rows, by_columns), self.sharding)
         if self.has_variable("lora", "rows"):
