@@ -17,7 +17,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from common import alternate, peak_rss_mb, random_tokens, ratio, save
+from common import add_architecture, alternate, peak_rss_mb, random_tokens, ratio, save
 from training import base_model, batch_of, run_config
 
 
@@ -29,7 +29,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--layers", type=int, default=30)
+    add_architecture(parser)
     parser.add_argument("--model", help="real weights by name; default: random ones of the same shape")
     parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results/own")
     return parser.parse_args()
@@ -56,13 +56,8 @@ def main() -> None:
         for seed in range(options.runs)
     ]
 
-    def assembled(implementation: str) -> list[Any]:
-        compute = replace(config.compute, implementation=implementation)
-        first = assemble(replace(configs[0], compute=compute), base, params, mesh)
-        further = [assemble(replace(c, compute=compute), base, params, mesh, like=first) for c in configs[1:]]
-        return [first, *further]
-
-    solo = assembled("auto")
+    first = assemble(configs[0], base, params, mesh)
+    solo = [first, *[assemble(c, base, params, mesh, like=first) for c in configs[1:]]]
     step, view = solo[0].step, solo[0].view(params)
     states, batches = [run.state for run in solo], [batch_of(rows, mesh) for rows in tokens]
     alone = step.lower(view, states[0], batches[0]).compile().memory_analysis()
@@ -72,9 +67,8 @@ def main() -> None:
             states[index], metrics = step(view, states[index], batch)
         return metrics["loss"]
 
-    runs = assembled("xla" if distributed.platform_of().name == "cpu" else "auto")
-    program = SweepProgram(runs, base.d_model)
-    joined = program.begin([run.state for run in runs])
+    program = SweepProgram(solo, base.d_model)
+    joined = program.begin(states)
     stacked = {name: np.stack([np.asarray(batch[name]) for batch in batches]) for name in batches[0]}
     batch = distributed.make_global_batch(stacked, mesh, rows_axis=2)
     together_bytes = program.lower(joined, batch).compile().memory_analysis()

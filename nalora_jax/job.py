@@ -164,7 +164,7 @@ def inputs_of(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
     """Reads the settings of the model's files and the data of a run."""
     if config.compute.compilation_cache:
         use_compilation_cache()
-    files = None if config.vision.task in DUAL else resolve(config.model)
+    files = None if config.vision.task in DUAL else replace(resolve(config.model), rope_scaling=config.rope_scaling)
     if files is not None and config.vision.task == "chat":
         source = _seen(config, files, source)
     records = _on_images().image_records(config) if files is None else ()

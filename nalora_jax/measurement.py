@@ -8,9 +8,9 @@ the adapter's part on a thinner sample.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
@@ -70,6 +70,27 @@ class Measurement(NamedTuple):
     weights: Array  # [batch, seq], weights of the tokens
     config: GateStatsConfig
     taps: Mapping[str, Array] | None = None  # zeros whose gradients are statistics of z's cotangent
+    probe_weights: Array | None = None  # [batch, seq], weights for the probe, if they differ
+
+    @classmethod
+    def of(cls, weights: Array | SampledWeights, config: GateStatsConfig, taps: Any = None) -> Measurement:
+        """Returns the request for rows with these weights ``[batch, seq]``."""
+        if isinstance(weights, SampledWeights):
+            gate, probe = weights.strides
+            return cls(weights.gate, replace(config, stride=gate, probe_stride=probe), taps, weights.probe)
+        return cls(weights, config.of_rows(weights.shape[-1]), taps)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SampledWeights:
+    """Token weights of parts of rows, of which the sample is taken as of the whole rows."""
+
+    every: Array  # [batch, seq]
+    gate: Array  # [batch, seq], 0 at positions that the sample of the whole row does not take
+    probe: Array  # the same for the probe
+    strides: tuple[int, int] = field(metadata={"static": True})  # of samples that contain those of whole rows
+    length: int = field(metadata={"static": True})  # of the whole rows
 
 
 class Probe(NamedTuple):
@@ -79,6 +100,7 @@ class Probe(NamedTuple):
     delta: Array  # the same shape, of the adapter
     # The two factors of delta if it is a low-rank product: float32 [tokens, r] and [r, d_ff].
     factors: tuple[Array, Array] | None = None
+    weights: Array | None = None  # [batch, seq], see `Measurement.probe_weights`
 
 
 # ---------------------------------------------------------------- statistics
@@ -110,7 +132,8 @@ def gate_statistics(
     chex.assert_shape(weights, z.shape[:-1])
     z, probe, weights = lax.stop_gradient((z, probe, weights.astype(jnp.float32)))
     partition = activations.partition(activation.name, config.tolerance)
-    of_gate, probed = (_taken(weights, stride) for stride in (config.stride, config.probe_stride))
+    of_probe = weights if probe.weights is None else probe.weights
+    of_gate, probed = _taken(weights, config.stride), _taken(of_probe, config.probe_stride)
     z = sampled(z, weights, config.stride)
     sums = statistics.channel_statistics(z, of_gate, activation, partition, config.extra)
     return sums | statistics.probe_statistics(probe.base, probe.delta, probed, activation, config.extra)
@@ -136,10 +159,11 @@ def block_statistics(
       measurement: the request.
     """
     with jax.named_scope("statistics"):
-        weights, config, _ = measurement
-        movement = _movement(x, gate, delta, weights, config.probe_stride, numerics)
-        z_result = z.astype(numerics.result)
-        probe = take_probe(z_result, delta, weights, config.probe_stride, numerics, movement)
+        weights, config = measurement.weights, measurement.config
+        probed = weights if measurement.probe_weights is None else measurement.probe_weights
+        movement = _movement(x, gate, delta, probed, config.probe_stride, numerics)
+        probe = take_probe(z.astype(numerics.result), delta, probed, config.probe_stride, numerics, movement)
+        probe = probe._replace(weights=measurement.probe_weights)
         if count(config.sharding) > 1:
             probe = probe._replace(factors=None)  # the factors have the tokens of all shards
         sums = partial(gate_statistics, activation=activation, config=config, numerics=numerics)
@@ -205,12 +229,7 @@ def take_probe(
 
 
 def _movement(
-    x: Array,
-    gate: Dense,
-    delta: Array | LowRankHidden | None,
-    weights: Array,
-    stride: int,
-    numerics: Numerics,
+    x: Array, gate: Dense, delta: Array | LowRankHidden | None, weights: Array, stride: int, numerics: Numerics
 ) -> Array | tuple[Array, Array] | None:
     """Returns the adapter's output minus its initial output on sampled positions; None if that is 0.
 

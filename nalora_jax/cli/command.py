@@ -142,7 +142,7 @@ def _check_former(kind: type, words: list[str]) -> None:
 
 # Accepted spellings, and the flags that replace them.
 _SHORT = {
-    ("--mesh", "auto"): tuple(f"--mesh.{axis}=0" for axis in ("data", "fsdp", "tensor")),
+    ("--mesh", "auto"): tuple(f"--mesh.{axis}=0" for axis in ("data", "fsdp", "context", "tensor")),
     ("--data.max-length", "auto"): ("--data.max-length=0",),
     ("--optimizer.learning-rate", "auto"): ("--optimizer.learning-rate=0",),
     ("--mechanisms", "none"): ("--mechanisms",),

@@ -26,7 +26,7 @@ from nalora_jax.plan.auto import laid_out
 from nalora_jax.plan.layouts import Layout, estimate
 from nalora_jax.plan.machines import of_devices, topology
 from nalora_jax.tokenizer import AddedTokens, Tokenizer
-from nalora_jax.train.inputs import check_data, check_layout, described
+from nalora_jax.train.inputs import check_data, check_layout, check_longest, described
 from nalora_jax.train.mechanisms import make
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
@@ -53,7 +53,8 @@ def dry_run(config: RunConfig) -> None:
 
 def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """Returns the final settings of a run on text, and lines that describe the run."""
-    files, images = find_model(config.model), config.vision.task == "chat"
+    files = replace(find_model(config.model), rope_scaling=config.rope_scaling)
+    images = config.vision.task == "chat"
     added = AddedTokens.of(config.data)
     base = described(config, files)
     tokenizer, source = read_tokenizer_of(files, base, added), None
@@ -74,16 +75,23 @@ def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
         seed=config.seed,
         source=source,
     )
+    check_longest(int(data.store.lengths.max()), base)
     reported, selecting = held_out(config.data, tokenizer, source=source)
     return config, [
         f"base model: {sum(map(math.prod, param_shapes(base).values())):,} parameters, {files.path}",
         *_added(added, tokenizer, base),
         f"adapters: {adapter_parameters(base, spec):,} trained parameters, {len(spec.targets)} projections a layer",
         f"training data: {stream_text(data.describe())}",
+        f"rows: {config.data.max_length:,} tokens; {_context(config, base)}",
         f"held out: {len(reported)} examples that results are reported on, {len(selecting)} that choose the checkpoint",
         f"steps: {config.steps} of {train.batch_size} rows, {_epochs(config, data):.2f} epochs",
         *_memory(concrete, base, spec, mesh),
     ]
+
+
+def _context(config: RunConfig, base: ModelConfig) -> str:
+    scaling = f", with RoPE scaling {config.rope_scaling}" if config.rope_scaling else ""
+    return f"the model's context has {base.max_positions:,}{scaling}"
 
 
 def _added(added: AddedTokens, tokenizer: Tokenizer, base: ModelConfig) -> list[str]:
@@ -108,13 +116,16 @@ def _epochs(config: RunConfig, data: TrainData) -> float:
 
 def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) -> list[str]:
     """Returns lines with an estimate of memory per device during training."""
-    sizes = tuple(mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+    sizes = {axis: mesh.shape.get(axis, 1) for axis in distributed.AXES}
     numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
     remat = chosen_remat(config.compute.remat, base.d_model, numerics)
-    config = replace(config, mesh=MeshConfig(*sizes))
+    config = replace(config, mesh=MeshConfig(**sizes))
     # Bytes do not depend on the machine; times of an unknown machine are not shown.
     where = of_devices(list(mesh.devices.flat)) or topology("v5e:1x1")
-    layout: Layout = estimate(config, base, spec, where, config.data.max_length, sizes, remat)
+    data, fsdp, context, tensor = sizes.values()
+    layout: Layout = estimate(
+        config, base, spec, where, config.data.max_length, (data, fsdp, tensor), remat, context=context
+    )
     parts = {
         "weights": layout.weights,
         "adapters and optimizer": layout.state,
@@ -122,5 +133,7 @@ def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) 
         "working space": layout.working,
     }
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    grid = " x ".join(f"{axis} {size}" for axis, size in zip(("data", "fsdp", "tensor"), sizes, strict=True))
-    return [f"mesh: {grid}, remat {remat}", f"memory of a device, estimated: {layout.memory / 1e9:.2f} GB ({listed})"]
+    return [
+        f"mesh: {distributed.shown_axes(sizes)}, remat {remat}",
+        f"memory of a device, estimated: {layout.memory / 1e9:.2f} GB ({listed})",
+    ]

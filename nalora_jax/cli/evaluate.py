@@ -46,6 +46,9 @@ class EvalArgs:
     harness: str = ""
     # Folder of additional harness tasks (YAML files).
     harness_tasks: Path | None = None
+    # Needle retrieval: lengths of prompts in tokens, separated by commas, e.g. "1024,8192". Each has --limit questions
+    # (10 by default) at depths of 0, 25, 50, 75 and 100%. An adapter is compared with its base.
+    needle: str = ""
     # Worked examples before each question of the harness. By default as defined by the task.
     shots: int | None = None
     # Compare item by item with "base" (without the adapter), another adapter or run, or another
@@ -81,7 +84,12 @@ def evaluate(args: EvalArgs) -> None:
     if args.dataset is not None and args.tasks:
         raise NaloraError("--tasks", expected="--dataset or --tasks", found="both")
     if images.is_dual(args.model, args.adapter):
-        _write(args, images.evaluate(args), [])
+        write_results(args, images.evaluate(args), [])
+        return
+    if args.needle:
+        from nalora_jax.cli.needle import evaluate_needle
+
+        evaluate_needle(args)
         return
     located = locate(args.model, args.adapter)
     if config_from_dict(located.run).preference.loss != "none" and not (args.tasks or args.dataset or args.harness):
@@ -101,14 +109,14 @@ def evaluate(args: EvalArgs) -> None:
         return
     sides = [("", model, model.module, model.variables)]
     if args.against is not None:
-        sides.append((args.against, *_other(args, model, mesh)))
+        sides.append((args.against, *other_side(args, model, mesh)))
     results: dict[str, Any] = {"model": located.base, "adapter": located.adapter, "against": args.against}
     records: list[dict[str, Any]] = []
     if sets:
         results["tasks"] = _tasks(sets, sides, mesh, records, custom=not (args.tasks or _asked(args)))
     if args.harness:
         results["harness"] = _harness(args, sides, mesh, records)
-    _write(args, results, records)
+    write_results(args, results, records)
 
 
 def _asked(args: EvalArgs) -> dict[str, Any]:
@@ -150,7 +158,7 @@ def _task(text: str, args: EvalArgs, like: DataConfig) -> DataConfig:
     return replace(data, eval_split=chosen, train_split=chosen)
 
 
-def _other(args: EvalArgs, model: AdaptedModel, mesh: Any) -> tuple[AdaptedModel, Decoder, dict[str, Any]]:
+def other_side(args: EvalArgs, model: AdaptedModel, mesh: Any) -> tuple[AdaptedModel, Decoder, dict[str, Any]]:
     """Returns the model to compare with, on the same base weights if it is an adapter or "base"."""
     from nalora_jax.loading.adapted import load, put_on
     from nalora_jax.models.targets import AdapterSpec
@@ -256,7 +264,7 @@ def _held_out(args: EvalArgs, model: AdaptedModel, data: DataConfig, mesh: Any) 
     )
     print(f"{data.dataset}[{data.eval_split}]: {describe(values)}")
     origin = {"model": model.located.base, "adapter": model.located.adapter, "data": vars(data)}
-    _write(args, origin | values, [])
+    write_results(args, origin | values, [])
 
 
 def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
@@ -278,10 +286,11 @@ def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
     values = evaluator.measure(model.base.params, model.lora, samples=args.output is not None)
     print(f"{data.dataset}[{data.eval_split}]: {describe(values)}")
     origin = {"model": model.located.base, "adapter": model.located.adapter, "data": vars(data)}
-    _write(args, origin | values, [])
+    write_results(args, origin | values, [])
 
 
-def _write(args: EvalArgs, results: dict[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
+def write_results(args: EvalArgs, results: dict[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the files that the user requested."""
     from nalora_jax.files import write_atomically
     from nalora_jax.runs.metrics import to_json
 

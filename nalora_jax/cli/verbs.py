@@ -108,6 +108,8 @@ def export(args: cli.ExportArgs) -> None:
         write_adapter_gguf(args.output, base.config, lora, model.spec)
         difference = verify_adapter_gguf(args.output, base.config, lora, model.spec)
         print(f"{args.output}: adapter for llama.cpp, read back and compared (largest difference {difference:.1e})")
+        if base.rope_scaling:
+            print(f"{args.output}: trained with RoPE scaling {base.rope_scaling}: set it in llama.cpp (--rope-scaling)")
         return
     export_adapter(
         lora,
@@ -118,6 +120,7 @@ def export(args: cli.ExportArgs) -> None:
         target=args.target,
         max_lora_rank=args.max_lora_rank,
         fingerprint=base.fingerprint,
+        rope_scaling=base.rope_scaling,
         beside=tokenizer_writer(base) if base.added or base.resized else None,
     )
     write_atomically(args.output / "README.md", card(model, "adapter"))
@@ -130,6 +133,7 @@ def merge(args: cli.MergeArgs) -> None:
     from nalora_jax.loading.adapted import load, locate
     from nalora_jax.weights import hub
     from nalora_jax.weights.merge import write_merged
+    from nalora_jax.weights.peft_read import recorded_rope_scaling
     from nalora_jax.weights.saved_modules import fold_saved
     from nalora_jax.weights.shards import parse_size
 
@@ -152,6 +156,10 @@ def merge(args: cli.MergeArgs) -> None:
     if resolved.kind == "hf":
         stored = _stored_dtype(resolved.path / "config.json")
     dtype = "bfloat16" if stored == "bfloat16" else "float32"
+    scaling = recorded_rope_scaling(located.adapter) if located.adapter is not None else ""
+    if args.gguf is not None and scaling:
+        remedy = "merge without --gguf, and run llama.cpp's convert_hf_to_gguf.py on the folder"
+        raise NaloraError("--gguf", expected="an adapter of the base's own RoPE", found=scaling, remedy=remedy)
     model = load(args.model, adapter=args.adapter, dtype=dtype, resolved=resolved)
     base, lora = model.base, _lora(model)
     config, params, spec = fold_saved(base.config, base.params, lora, model.spec)
@@ -256,6 +264,7 @@ def study(args: cli.StudyArgs) -> None:
 
 def card(model: AdaptedModel | AdaptedDual, kind: Literal["adapter", "merged"]) -> str:
     """Returns a model card's README.md, with settings and results if ``model`` is from a run."""
+    from nalora_jax.loading.base import LoadedModel, rope_of
     from nalora_jax.report.history import read_history
     from nalora_jax.weights.card import Card, render_card
     from nalora_jax.weights.hub import alias_of
@@ -263,7 +272,8 @@ def card(model: AdaptedModel | AdaptedDual, kind: Literal["adapter", "merged"]) 
     alias = alias_of(model.located.base)
     licence = alias.parts[0].licence if alias else ""
     written = Card(kind, model.base.source, model.spec, license=licence, origin=model.base.origin)
-    written = replace(written, resized=getattr(model.base, "resized", 0))
+    if isinstance(model.base, LoadedModel):
+        written = replace(written, resized=model.base.resized, rope=rope_of(model.base))
     if model.located.run and model.located.adapter is not None:
         history = read_history(model.located.adapter.parent)
         measured = [record["eval"] for record in history.measured]

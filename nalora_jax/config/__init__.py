@@ -13,7 +13,9 @@ import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
 
 from nalora_jax.config.adalora import AdaLoRAConfig, check_adalora
 from nalora_jax.config.documented import documented
@@ -39,6 +41,8 @@ from nalora_jax.config.ranges import (
     check_ranges,
     require,
 )
+from nalora_jax.config.rope_scaling import FLAG as ROPE_SCALING
+from nalora_jax.config.rope_scaling import parse_rope_scaling
 from nalora_jax.config.types import WrongType, first_wrong, first_wrong_part, type_name
 from nalora_jax.config.vision import VisionConfig, check_vision
 from nalora_jax.errors import NaloraError
@@ -86,16 +90,19 @@ class DataConfig:
     # exported.
     select_limit: int = 200
     # Tokens per packed sequence; 0, "auto" on the command line: a multiple of 8 that fits 99% of
-    # the examples without truncation, at least 128 with packing, at most 2048 and the model's
-    # context.
+    # the examples without truncation, at least 128 with packing, at most the model's context.
     max_length: int = 0
     # Pack several examples into one sequence (they never attend to each other); off: one example
     # per sequence.
     pack: bool = True
-    # Examples longer than max_length: "error", "drop" or "truncate" (from the left of the prompt).
-    too_long: Literal["error", "drop", "truncate"] = "drop"
+    # Examples longer than max_length: "error", "drop", "truncate" (from the left of the prompt) or "split" (into
+    # rows, each with positions from 0; every token stays a target once).
+    too_long: Literal["error", "drop", "truncate", "split"] = "drop"
     # Loss tokens: the "answer" (completion or last assistant turn), every "assistant" turn, "all".
     loss_on: Literal["answer", "assistant", "all"] = "answer"
+    # Only loss tokens among the last tokens of an example count: a number of tokens, or below 1 a share of the
+    # example; 0: all. Of an example that was split, the last tokens of every row.
+    loss_last: float = 0.0
     # Wrap prompts in the model's chat template.
     chat: bool = False
     # Tokens to add to the tokenizer, each encoded as one id; needs --lora.modules-to-save
@@ -170,6 +177,9 @@ class RunConfig:
     # An alias ("smollm2-135m-instruct"), a Hugging Face id, a folder with safetensors, or a .gguf
     # file; also their URL.
     model: str = "smollm2-135m-instruct"
+    # RoPE scaling in place of the model's, for rows beyond its context, as TYPE:field=value,... with the types and
+    # fields of transformers: "yarn:factor=4", "linear:factor=2", "dynamic:factor=2", "llama3:factor=16".
+    rope_scaling: Annotated[str, arg(name="model.rope-scaling")] = ""
     # Folder of the run: checkpoints, adapter, metrics.jsonl, report.html. Must be new, or the same
     # run's with --resume.
     output: str = "runs/default"
@@ -269,6 +279,7 @@ RANGES = {
     "data.eval_limit": COUNT,
     "data.select_limit": SIZE,
     "data.max_length": LENGTH,
+    "data.loss_last": Range("a number", "[0, 1e9]"),
     "data.train_limit": COUNT,
     "data.workers": Range("a whole number", "[0, 1024]"),
     **MESH,
@@ -325,6 +336,16 @@ def check(config: RunConfig) -> RunConfig:
     check_path("--output", config.output)
     for dataset in filter(str.strip, config.data.dataset.split(",")):
         check_path("--data.dataset", dataset)
+    if config.rope_scaling:
+        parse_rope_scaling(config.rope_scaling)
+        task = config.vision.task
+        require(ROPE_SCALING, task in ("", "chat"), "a language model", f"--vision.task {task}")
+    last = config.data.loss_last
+    require("--data.loss-last", last < 1 or last == int(last), "whole tokens, or a share below 1", last)
+    if config.preference.loss != "none":
+        require("--data.loss-last", not last, "0 with --preference.loss, which compares entire answers", last)
+        split = config.data.too_long == "split"
+        require("--data.too-long", not split, "drop, truncate or error with --preference.loss", "split")
     check_vision(config.vision, accumulate=config.train.accumulate, quantize=config.compute.quantize)
     check_adalora(config)
     _check_saved(config)

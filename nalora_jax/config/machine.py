@@ -23,6 +23,8 @@ class MeshConfig:
     fsdp: int = 0
     # Splits heads and FFN channels.
     tensor: int = 0
+    # Splits the tokens of every row, for rows that are too long for one device, and the weights as fsdp does.
+    context: int = 0
     # Sweeps: groups of devices that train different runs; 0 lets the library choose.
     run: int = 0
     # Sweeps: runs that share one group of devices and its copy of the base; 0: as many as fit.

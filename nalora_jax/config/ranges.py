@@ -42,7 +42,7 @@ LENGTH = Range("a whole number", f"[0, {2**24}]")  # 0: the library chooses
 INTERVAL = Range("a whole number", f"[0, {INDEX}]", also=-1)  # -1: the library chooses
 ROWS, AXIS = Range("a whole number", "[1, 1000000]"), Range("a whole number", "[0, 1000000]", also=-1)
 # Settings of the mesh, in every command that has devices.
-MESH = {f"mesh.{axis}": AXIS for axis in ("data", "fsdp", "tensor")} | {
+MESH = {f"mesh.{axis}": AXIS for axis in ("data", "fsdp", "context", "tensor")} | {
     "mesh.run": COUNT,
     "mesh.runs_per_device": COUNT,
 }

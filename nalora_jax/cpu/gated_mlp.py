@@ -67,7 +67,7 @@ def gated_mlp(
     gating = Gating(Logistic(*activation.logistic), (partition.z0, partition.z1))
     measured = None
     if measurement is not None:
-        measured = _measured(z, measurement.weights, measurement.config)
+        measured = _measured(z, measurement)
     y, sums, h = gated_down(z.y, u.y, down, gating, measured, numerics)
     if measured is None or measurement is None or sums is None:
         return add_bias(y, down.bias), None
@@ -79,16 +79,19 @@ def gated_mlp(
     return add_bias(y, down.bias), statistics
 
 
-def _measured(z: Adapted, weights: jax.Array, config: GateStatsConfig) -> Measured:
+def _measured(z: Adapted, measurement: Measurement) -> Measured:
     """Returns the kernel's inputs for statistics.
 
     They have the weights of all tokens, 0 for tokens that are not sampled.
     """
+    weights, config, _, of_probe = measurement
     if isinstance(z.delta, LowRankHidden):
         hidden, b = z.delta.value.reshape(-1, z.delta.value.shape[-1]), z.delta.b
     else:
         hidden, b = jnp.zeros((weights.size, 0)), jnp.zeros((0, z.y.shape[-1]))
-    of_gate, probed = (reductions.sampled_weights(weights, n).reshape(-1) for n in (config.stride, config.probe_stride))
+    of_gate = reductions.sampled_weights(weights, config.stride).reshape(-1)
+    of_probe = weights if of_probe is None else of_probe
+    probed = reductions.sampled_weights(of_probe, config.probe_stride).reshape(-1)
     return Measured(of_gate, probed, hidden, b)
 
 
@@ -229,7 +232,7 @@ def gate_statistics(
 ) -> dict[str, jax.Array]:
     """Computes the statistics in one pass over the sampled tokens, which need not be contiguous."""
     logistic = _logistic(z, activation, numerics)
-    if logistic is None or config.extra:
+    if logistic is None or config.extra or probe.weights is not None:
         return NotImplemented
     chex.assert_shape(weights, z.shape[:-1])
     z, probe, weights = lax.stop_gradient((z, probe, weights.astype(jnp.float32)))

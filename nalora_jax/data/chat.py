@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nalora_jax.config import DataConfig
 from nalora_jax.data.forms import Parts, canonical, message_of, tools_of
+from nalora_jax.data.long_chats import shortened
 from nalora_jax.data.source import TableRecord
 from nalora_jax.errors import NaloraError
 from nalora_jax.tokenizer_backend import is_unicode
@@ -88,6 +89,12 @@ def render_chat(
     if loss_on == "all":
         text = tokenizer.render_chat(messages, tools=tools).rstrip()
         return Rendered(text, ((0, len(text)),), special=False)
+    if loss_on == "assistant" and (short := shortened(messages, len(turns))) is not None:
+        rendered = render_chat(short.messages, loss_on, tokenizer, where, tools)
+        expanded = short.expanded(rendered.text, [place for answer in rendered.answers for place in answer])
+        if expanded is not None and tokenizer.render_chat(messages, tools=tools).startswith(expanded[0]):
+            places = iter(expanded[1])
+            return Rendered(expanded[0], tuple(zip(places, places, strict=True)), special=False)
     # The full text, then for each completion the text before it and the text up to its end.
     parts = [part for turn in turns for part in ((messages[:turn], True), (messages[: turn + 1], False))]
     text, *texts = tokenizer.render_chats([(messages, False), *parts], tools)

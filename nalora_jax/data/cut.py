@@ -1,4 +1,4 @@
-"""Cuts tokenized examples to the row length by dropping, truncating or refusing them."""
+"""Fits tokenized examples to rows: too long ones are dropped, truncated, divided or refused; loss on the last part."""
 
 from __future__ import annotations
 
@@ -10,51 +10,48 @@ import numpy as np
 from nalora_jax.config import DataConfig
 from nalora_jax.data.source import Source
 from nalora_jax.data.store import TokenStore, is_whole, load_store, write_store
-from nalora_jax.data.tokenize import Example, fit
+from nalora_jax.data.tokenize import Example, divided, fit, with_loss_last
 from nalora_jax.data.too_long import report_dropped, too_long
 from nalora_jax.errors import NaloraError
 
 
 def cut_store(store: TokenStore, source: Source, config: DataConfig, bos_id: int | None) -> TokenStore:
-    """Returns the examples that fit ``config.max_length``, or ``store`` itself if all of them fit.
+    """Returns examples of at most ``config.max_length`` positions with the loss on ``config.loss_last``.
 
-    Cut examples are cached next to the store.
+    It is ``store`` itself if no example changes. Changed examples are cached next to the store.
 
     Args:
       store: all examples of ``source``.
       source: names records in messages.
-      config: gives ``max_length`` and ``too_long``.
+      config: gives ``max_length``, ``too_long`` and ``loss_last``.
       bos_id: id that stays at the beginning of a truncated example.
 
     Raises:
       NaloraError: a record is too long and ``too_long`` is an error; fewer than half of the records
-        or none of them fit; the disk is full.
+        or none of them fit; an example has no loss token in its last part; the disk is full.
     """
     sizes = np.diff(store.offsets)
     long = sizes > config.max_length + 1
-    if not long.any():
+    if not long.any() and not config.loss_last:
         return store
-    if config.too_long == "error":
+    if long.any() and config.too_long == "error":
         first = int(np.argmax(long))
         raise too_long(source.where(int(store.records[first])), int(sizes[first]), config)
     longest, count = store.counts.longest, int(long.sum())
-    drop = config.too_long == "drop"
+    drop = config.too_long == "drop" and count > 0
     if drop and count == len(sizes):
         raise NaloraError(
             source.name,
             expected=f"records of at most {config.max_length} tokens",
             found=f"{count} records, all of them longer",
-            remedy=f"--data.max-length {longest - 1} keeps all, --data.too-long truncate shortens them",
+            remedy=f"--data.max-length {longest - 1} keeps all, --data.too-long split or truncate shortens them",
         )
-    folder = store.folder.with_name(f"{store.folder.name}-{config.max_length}-{config.too_long}")
+    last = f"-last-{config.loss_last:g}" if config.loss_last else ""
+    folder = store.folder.with_name(f"{store.folder.name}-{config.max_length}-{config.too_long}{last}")
     if not is_whole(folder):
-        examples = _examples(
-            store,
-            np.flatnonzero(~long) if drop else np.arange(len(sizes)),
-            config.max_length,
-            bos_id,
-        )
-        write_store(folder, examples, dropped=count if drop else 0, truncated=0 if drop else count)
+        examples = _examples(store, np.flatnonzero(~long) if drop else np.arange(len(sizes)), source, config, bos_id)
+        kind = {"drop": "dropped", "truncate": "truncated", "split": "split"}
+        write_store(folder, examples, **({kind[config.too_long]: count} if count else {}))
     cut = load_store(folder)
     cut = replace(cut, counts=replace(cut.counts, longest=longest))
     report_dropped(source.name, cut.counts, config)
@@ -62,9 +59,30 @@ def cut_store(store: TokenStore, source: Source, config: DataConfig, bos_id: int
 
 
 def _examples(
-    store: TokenStore, indices: np.ndarray, max_length: int, bos_id: int | None
+    store: TokenStore, indices: np.ndarray, source: Source, config: DataConfig, bos_id: int | None
 ) -> Iterator[tuple[int, Example]]:
     for index in indices:
-        place = slice(store.offsets[index], store.offsets[index + 1])
-        example = Example(np.asarray(store.tokens[place]), np.asarray(store.answer[place]))
-        yield int(store.records[index]), fit(example, max_length, bos_id)
+        place, record = slice(store.offsets[index], store.offsets[index + 1]), int(store.records[index])
+        example = Example(np.asarray(store.tokens[place]), np.asarray(store.answer[place]).astype(bool))
+        for row in rows_of(example, config, bos_id, source.where(record)):
+            yield record, row
+
+
+def rows_of(example: Example, config: DataConfig, bos_id: int | None, where: str) -> list[Example]:
+    """Returns the rows of an example: its parts with ``too_long`` "split", otherwise one.
+
+    Raises:
+      NaloraError: the last part of a row that was not split has no loss token.
+    """
+    if config.too_long != "split":
+        row = with_loss_last(fit(example, config.max_length, bos_id), config.loss_last)
+        if row.has_target:
+            return [row]
+        raise NaloraError(
+            where,
+            expected=f"a token to learn in the last part (--data.loss-last {config.loss_last:g})",
+            found=f"none in {len(example.ids)} tokens",
+            remedy="raise --data.loss-last, or see --data.loss-on",
+        )
+    rows = (with_loss_last(row, config.loss_last) for row in divided(example, config.max_length, bos_id))
+    return [row for row in rows if row.has_target]

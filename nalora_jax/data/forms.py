@@ -5,6 +5,7 @@
     conversation   {"prompt": [messages], "completion": [messages]}
     ShareGPT       {"conversations": [{"from": "human", "value": "..."}], "system": "..."}
     Alpaca         {"instruction": "...", "input": "...", "output": "..."}
+    text           {"text": "..."}, whose tokens all count in the loss
 
 A record has the first of these forms whose fields it contains.
 """
@@ -20,7 +21,7 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data.source import Record, TableRecord
 from nalora_jax.errors import NaloraError
 
-CONVERSATIONS = "conversations"
+CONVERSATIONS, TEXT = "conversations", "text"
 # Field with the images of a record (encoded, or paths of files), for vision-language models.
 IMAGES = "__images__"
 # ShareGPT's names of speakers, and the roles of chat templates.
@@ -77,7 +78,7 @@ def form_of(record: Mapping[str, Any], config: DataConfig) -> str:
     if {"instruction", "output"} <= record.keys():
         wrapped = "the chat template" if config.chat else "Alpaca's prompt"
         return f"Alpaca fields (instruction, input, output), written by {wrapped}"
-    return ""
+    return f"plain text ({TEXT})" if TEXT in record else ""
 
 
 def in_turns(record: Record, config: DataConfig, *others: str) -> bool:
@@ -115,6 +116,8 @@ def canonical(record: Record, config: DataConfig, where: str) -> Record:
         return _with_messages(record, config, [*first, *found] if isinstance(found, list) else found)
     if {"instruction", "output"} <= record.keys():
         return _alpaca(record, config, where)
+    if TEXT in record and config.completion_field not in record and not config.chat:
+        return type(record)({config.prompt_field: "", config.completion_field: record[TEXT]})
     return record
 
 

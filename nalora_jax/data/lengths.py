@@ -12,6 +12,7 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import render
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Source
+from nalora_jax.data.store import batches
 from nalora_jax.data.tokenize import tokenize
 from nalora_jax.notes import counting
 from nalora_jax.tokenizer import Tokenizer
@@ -20,10 +21,8 @@ log = logging.getLogger(__name__)
 
 KEPT = 0.99  # share of the examples that fit a row
 SHORTEST = 128  # minimum of packed rows: shorter rows make batches too small
-LONGEST = 2048  # maximum: longer rows use memory that few examples need
 _SAMPLE = 10_000  # maximum of measured examples
 _MULTIPLE = 8
-_CHUNK = 2048
 _SEED = 20260103  # of the draw of measured examples: the same in every run
 
 
@@ -36,8 +35,7 @@ def with_length(
 ) -> DataConfig:
     """Returns ``config`` with a row length of 0 replaced by one that 99 of 100 examples fit.
 
-    The length is a multiple of 8, at least 128 for packed rows, and at most 2048 and the model's
-    context.
+    The length is a multiple of 8, at least 128 for packed rows, and at most the model's context.
 
     Args:
       config: config of the run.
@@ -51,7 +49,7 @@ def with_length(
     lengths = (measure or example_lengths)(source, config, tokenizer)
     wanted = int(np.quantile(lengths, KEPT, method="inverted_cdf"))
     shortest = SHORTEST if config.pack else 1
-    length = min(max(-(-wanted // _MULTIPLE) * _MULTIPLE, shortest), LONGEST, context)
+    length = min(max(-(-wanted // _MULTIPLE) * _MULTIPLE, shortest), context)
     fitting = float(np.mean(lengths <= length))
     log.info(
         "rows of %d tokens: %.1f%% of %d examples fit, the longest has %d; --data.max-length names another length",
@@ -77,10 +75,9 @@ def example_lengths(source: Source, config: DataConfig, tokenizer: Tokenizer) ->
     indices = drawn(source)
     lengths: list[int] = []
     with counting("measuring examples", len(indices)) as done:
-        for start in range(0, len(indices), _CHUNK):
-            chunk = indices[start : start + _CHUNK].tolist()
-            records = zip(chunk, source.read(chunk), strict=True)
-            texts = [render(record, config, tokenizer, source.where(index)) for index, record in records]
+        for chunk, records in batches(source, indices):
+            pairs = zip(chunk, records, strict=True)
+            texts = [render(record, config, tokenizer, source.where(index)) for index, record in pairs]
             lengths += [len(example.ids) - 1 for example in tokenize(texts, tokenizer)]
             done(len(chunk))
     return np.array(lengths, np.int64)

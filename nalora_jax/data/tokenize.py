@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
@@ -53,11 +55,11 @@ def tokenize(texts: Sequence[Rendered], tokenizer: Tokenizer, *, end: bool = Tru
     cuts = [_cuts(text) for text in texts]
     divided = [seams.divide(text.text, at) for text, at in zip(texts, cuts, strict=True)]
     encoded = iter(tokenizer.encode_batch([part for division in divided for part in division.texts]))
-    stops = _special_ids(tokenizer)
+    stops, recut = _special_ids(tokenizer), partial(_encode_pieces, tokenizer=tokenizer)
     examples = []
     for text, at, division in zip(texts, cuts, divided, strict=True):
-        joined = division.join([next(encoded) for _ in division.texts])
-        ids, positions = joined or _encode_pieces(text, at, tokenizer)
+        joined = division.join([next(encoded) for _ in division.texts], recut)
+        ids, positions = joined or recut(text.text, at)
         examples.append(_example(text, at, ids, positions, tokenizer, stops if end else None))
     return examples
 
@@ -78,24 +80,52 @@ def fit(example: Example, max_length: int, bos_id: int | None) -> Example:
     return Example(example.ids[index], example.answer[index])
 
 
+def divided(example: Example, max_length: int, bos_id: int | None) -> list[Example]:
+    """Returns ``example`` in rows of at most ``max_length + 1`` tokens in which every token is a target once.
+
+    A row starts with the last token of the row before it; a begin-of-sequence id is repeated. Rows
+    without a loss token are left out.
+
+    Example (ids 1 to 8 after the begin-of-sequence id 0, ``max_length`` 4; targets in brackets):
+      0 [1 2 3 4]   0 4 [5 6 7]   0 7 [8]
+    """
+    keep = int(bos_id is not None and example.ids[0] == bos_id)
+    rows = [Example(example.ids[: max_length + 1], example.answer[: max_length + 1])]
+    for start in range(max_length, len(example.ids) - 1, max_length - keep):
+        index = np.r_[0:keep, start : min(start + max_length + 1 - keep, len(example.ids))]
+        answer = example.answer[index]
+        answer[: keep + 1] = False
+        rows.append(Example(example.ids[index], answer))
+    return [row for row in rows if row.has_target]
+
+
+def with_loss_last(example: Example, last: float) -> Example:
+    """Returns ``example`` with loss tokens among its last tokens only; see `DataConfig.loss_last`."""
+    if not last:
+        return example
+    size = len(example.ids)
+    count = int(last) if last >= 1 else math.ceil(last * size)
+    return Example(example.ids, example.answer & (np.arange(size) >= size - count))
+
+
 def _cuts(text: Rendered) -> list[int]:
     """Returns the character positions inside ``text`` at which a completion starts or ends."""
     return sorted({cut for answer in text.answers for cut in answer if 0 < cut < len(text.text)})
 
 
-def _encode_pieces(text: Rendered, cuts: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def _encode_pieces(text: str, cuts: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Returns the ids of ``text`` and the token position of each cut.
 
     It joins the tokens of the pieces if they equal the tokens of the text.
     """
-    pieces = [text.text[start:stop] for start, stop in pairwise([0, *cuts, len(text.text)])]
-    whole, *parts = tokenizer.encode_batch([text.text, *pieces])
+    pieces = [text[start:stop] for start, stop in pairwise([0, *cuts, len(text)])]
+    whole, *parts = tokenizer.encode_batch([text, *pieces])
     if list(chain.from_iterable(parts)) == whole:
         return whole, np.cumsum([len(part) for part in parts])[:-1].tolist()
     return _cut(text, cuts, tokenizer)
 
 
-def _cut(text: Rendered, cuts: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def _cut(text: str, cuts: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Returns the ids of ``text`` and each cut's token position if the pieces do not concatenate.
 
     Tokenizers that mark the start of a text mark every piece, so prefixes are compared instead. A
@@ -103,15 +133,15 @@ def _cut(text: Rendered, cuts: list[int], tokenizer: Tokenizer) -> tuple[list[in
     """
     ids: list[int] = []
     positions: list[int] = []
-    start, rest = 0, tokenizer.encode(text.text, special=False)
+    start, rest = 0, tokenizer.encode(text, special=False)
     for cut in cuts:
-        head = tokenizer.encode(text.text[start:cut], special=False)
+        head = tokenizer.encode(text[start:cut], special=False)
         if rest[: len(head)] == head:
             positions.append(len(ids) + len(head))
             continue
         ids += head
         positions.append(len(ids))
-        start, rest = cut, tokenizer.encode(text.text[cut:], special=False)
+        start, rest = cut, tokenizer.encode(text[cut:], special=False)
     return ids + rest, positions
 
 

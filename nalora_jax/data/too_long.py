@@ -15,10 +15,13 @@ log = logging.getLogger(__name__)
 
 
 def report_dropped(name: str, counts: Counts, config: DataConfig) -> None:
-    """Logs the number of records dropped as too long; refuses data if it is more than half.
+    """Logs the number of records split or dropped as too long; refuses data if most are dropped.
 
     Training on only the short half of a data set is not the task that its user specified.
     """
+    if counts.split:
+        found = f"{counts.split} records longer than a row of {config.max_length} tokens"
+        log.info("%s: %s are split; rows of examples: %d", name, found, counts.examples)
     if not counts.dropped:
         return
     total, enough = counts.examples + counts.dropped, counts.longest - 1
@@ -27,7 +30,7 @@ def report_dropped(name: str, counts: Counts, config: DataConfig) -> None:
     if 2 * counts.dropped > total:
         raise mostly_too_long(name, counts.dropped, f"{total} records", counts.longest, config)
     log.warning(
-        "%s: left out %s; --data.max-length %d keeps all, --data.too-long truncate shortens them",
+        "%s: left out %s; --data.max-length %d keeps all, --data.too-long split or truncate shortens them",
         name,
         found,
         enough,
@@ -41,7 +44,7 @@ def mostly_too_long(name: str, count: int, of: str, longest: int, config: DataCo
         name,
         expected="records most of which fit",
         found=f"{count} of {of} ({share:.0%}), longer than --data.max-length {config.max_length}",
-        remedy=f"--data.max-length {longest - 1} keeps all, --data.too-long truncate shortens them",
+        remedy=f"--data.max-length {longest - 1} keeps all, --data.too-long split or truncate shortens them",
     )
 
 
@@ -51,5 +54,5 @@ def too_long(where: str, size: int, config: DataConfig) -> NaloraError:
         where,
         expected=f"at most --data.max-length {config.max_length} tokens and the one after them",
         found=f"{size} tokens",
-        remedy="raise --data.max-length, or choose --data.too-long drop or truncate",
+        remedy="raise --data.max-length, or choose --data.too-long drop, split or truncate",
     )

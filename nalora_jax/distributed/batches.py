@@ -18,16 +18,17 @@ def rows_of_processes(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
     """Returns the rows of a global batch on each process's devices, ascending, by process index.
 
     A mesh over TPU chips follows their torus, so a process's rows are in general not contiguous;
-    processes whose devices differ only along the axis "tensor" have the same rows.
+    processes whose devices differ only along "context" or "tensor" have the same rows.
 
     Example (v6e:16x16 with fsdp 256: each host has a square of two by two chips):
       >>> rows_of_processes(mesh, 256)[0]
       array([ 0,  1, 16, 17])
     """
     processes = np.vectorize(process_of, otypes=[int])(mesh.devices)
-    data, fsdp, tensor = processes.shape[-3:]
-    # [run, data, fsdp, tensor] -> [data, fsdp, tensor x run]: a process reads the same rows of all its runs.
-    processes = np.moveaxis(processes.reshape(-1, data, fsdp, tensor), 0, -1).reshape(data, fsdp, -1)
+    data, fsdp = (mesh.shape[axis] for axis in BATCH_AXES)
+    groups = mesh.shape.get(RUN, 1)
+    # [run, data, fsdp, others] -> [data, fsdp, others x run]: a process reads the same rows of all its runs.
+    processes = np.moveaxis(processes.reshape(groups, data, fsdp, -1), 0, -1).reshape(data, fsdp, -1)
     _check_rows(rows, data * fsdp)
     # [data x fsdp, rows of one part]: parts of a batch are in the order of the axes that split it.
     parts = np.arange(rows).reshape(data * fsdp, -1)
@@ -89,5 +90,5 @@ def _check_rows(rows: int, parts: int) -> None:
             "--train.batch-size",
             expected=f"rows per micro-batch in multiples of {parts} (mesh axes data x fsdp)",
             found=rows,
-            remedy="change the batch size or --train.accumulate, or move devices to --mesh.tensor",
+            remedy="change the batch size or --train.accumulate, or move devices to --mesh.context or --mesh.tensor",
         )

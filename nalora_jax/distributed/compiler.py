@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from nalora_jax.distributed.devices import kind_of, platform_name
+from nalora_jax.distributed.mesh import WEIGHT_AXES
 
 _GPU_ALWAYS: dict[str, Any] = {
     # Do not merge small matmuls into larger ones with the same operand: the merged matmul has the
@@ -66,7 +67,7 @@ _PIPELINED: dict[str, Any] = {
 
 def compiler_options(mesh: Mesh) -> dict[str, Any]:
     """Returns the ``compiler_options`` of `jax.jit` for a step on ``mesh``."""
-    device, gathers = mesh.devices.flat[0], mesh.shape["fsdp"] > 1
+    device, gathers = mesh.devices.flat[0], any(mesh.shape.get(axis, 1) > 1 for axis in WEIGHT_AXES)
     if platform_name(device) == "gpu":
         pipelined = {name: value for name, value in _PIPELINED.items() if gathers and _is_known(name, value)}
         return _GPU_ALWAYS | (_GPU if gathers else {}) | pipelined

@@ -1,6 +1,7 @@
-"""The mesh of a run: the axes ("data", "fsdp", "tensor") over the devices of all processes.
+"""The mesh of a run: the axes ("data", "fsdp", "context", "tensor") over the devices of all processes.
 
-A sweep's mesh has an outermost axis "run": its groups of devices train different adapters.
+A mesh has the axis "context" only if it splits the tokens of rows (`nalora_jax.ops.split_rows`). A
+sweep's mesh has an outermost axis "run": its groups of devices train different adapters.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from nalora_jax.distributed.devices import domains, kind_of, platform_name, slic
 from nalora_jax.errors import NaloraError
 from nalora_jax.ops.dispatch import Platform
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 RUN = "run"
+CONTEXT = "context"
 BATCH_AXES = ("data", "fsdp")  # both split the rows of a batch; fsdp also splits weights
+WEIGHT_AXES = ("fsdp", CONTEXT)  # both split weights, which are gathered layer by layer
 
 
 def platform_of(mesh: Mesh | None = None) -> Platform:
@@ -51,17 +54,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         fits = [n for n in range(1, len(available) + 1) if len(available) % n == 0]
         expected = f"a divisor of the {len(available)} device(s): {', '.join(map(str, fits))}"
         raise NaloraError("--mesh.run", expected=expected, found=groups)
-    data, *others = resolve_sizes(config, len(available) // groups)
-    check_slices(groups * data, slice_count(available))
-    axes: tuple[str, ...] = AXES
+    sizes = dict(zip(AXES, resolve_sizes(config, len(available) // groups), strict=True))
+    check_slices(groups * sizes["data"], slice_count(available))
+    if sizes[CONTEXT] == 1:
+        del sizes[CONTEXT]
+    data, *others = sizes.values()
+    axes: tuple[str, ...] = tuple(sizes)
     placed = _placed(available, (groups * data, *others))
     if groups > 1:
-        placed, axes = placed.reshape(groups, data, *others), (RUN, *AXES)
+        placed, axes = placed.reshape(groups, data, *others), (RUN, *axes)
     return Mesh(placed, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def _placed(available: list[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
-    """Returns the devices in the order of the mesh, ``[data, fsdp, tensor]``."""
+    """Returns the devices in the order of the mesh's axes, "data" first."""
     groups = domains(available)
     boxes = {torus(group) for group in groups} if platform_name(available[0]) == "tpu" else {None}
     # Not TPUs, or slices that are not equal and complete boxes of chips.
@@ -71,15 +77,16 @@ def _placed(available: list[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
         return placed.reshape(sizes)
     if len(groups) == 1:
         return mesh_utils.create_device_mesh(sizes, available, allow_split_physical_axes=True)
-    per_slice = (sizes[0] // len(groups), *sizes[1:])
+    data, *others = sizes
+    per_slice = (data // len(groups), *others)
     return mesh_utils.create_hybrid_device_mesh(
-        per_slice, (len(groups), 1, 1), available, allow_split_physical_axes=True
+        per_slice, (len(groups), *[1] * len(others)), available, allow_split_physical_axes=True
     )
 
 
 def smallest_mesh(config: MeshConfig) -> Mesh:
     """Returns the mesh over as many devices as its axes need: all of them if "data" is open, or an axis is -1."""
-    sizes = (config.data, config.fsdp, config.tensor)
+    sizes = [int(getattr(config, name)) for name in AXES]
     wanted = None if min(sizes) < 0 or config.data == 0 else math.prod(max(size, 1) for size in sizes)
     return make_mesh(config, jax.devices()[:wanted])
 
@@ -91,11 +98,18 @@ def check_axes(config: MeshConfig, n_devices: int, slices: int) -> None:
       NaloraError: the axes do not divide ``n_devices``, or the slices do not divide the axis "data".
     """
     sizes = {name: int(getattr(config, name)) for name in AXES}
+    sizes[CONTEXT] = context_of(config)
     fixed = math.prod(size for size in sizes.values() if size > 0)
     is_open = min(sizes.values()) < 1
     if n_devices % fixed or (not is_open and fixed != n_devices):
         raise _product_error(sizes, n_devices, is_open=is_open)
     check_slices(config.data if config.data > 0 else n_devices // fixed, slices)
+
+
+def context_of(config: MeshConfig) -> int:
+    """Returns the size of the axis "context"; left open (0), it is 1 if all other axes have a size."""
+    is_last = config.context == 0 and min(config.data, config.fsdp, config.tensor) > 0
+    return 1 if is_last else config.context
 
 
 def check_slices(data: int, slices: int) -> None:
@@ -119,7 +133,7 @@ def resolve_sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
     if sizes["data"] == 0 and -1 not in sizes.values():
         sizes = {**sizes, "data": -1}
     sizes = {name: size or 1 for name, size in sizes.items()}
-    shown = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    shown = shown_axes(sizes)
     if any(size < -1 for size in sizes.values()):
         raise NaloraError("--mesh", expected="axis sizes of 1 or more, 0 (chosen), or -1 (what is left)", found=shown)
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -132,7 +146,7 @@ def resolve_sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
 
 
 def _product_error(sizes: Mapping[str, int], n_devices: int, *, is_open: bool) -> NaloraError:
-    shown = " x ".join(f"{name} {size}" for name, size in sizes.items() if size)
+    shown = shown_axes(sizes)
     fixed = math.prod(size for size in sizes.values() if size > 0)
     relation, remedy = "equals", "set one axis to -1 to take what is left"
     if is_open:
@@ -145,14 +159,29 @@ def _product_error(sizes: Mapping[str, int], n_devices: int, *, is_open: bool) -
     )
 
 
+def shown_axes(sizes: Mapping[str, int]) -> str:
+    """Returns the axes with a size, e.g. ``data 2 x fsdp 4 x tensor 1``; "context" only above 1."""
+    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size and (name, size) != (CONTEXT, 1))
+
+
+def context_size(mesh: Mesh | None) -> int:
+    """Returns the number of parts that the tokens of a row are split into."""
+    return 1 if mesh is None else mesh.shape.get(CONTEXT, 1)
+
+
 def batch_shards(mesh: Mesh) -> int:
-    """Returns the number of parts that the rows of a batch are split into."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    """Returns the number of parts that the tokens of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES) * context_size(mesh)
 
 
 def row_sharding(mesh: Mesh | None) -> NamedSharding | None:
-    """Returns the sharding of ``[batch, seq, d_model]`` by rows; None if each run has one device."""
-    return NamedSharding(mesh, P(BATCH_AXES)) if mesh is not None and devices_per_run(mesh) > 1 else None
+    """Returns the sharding of ``[batch, seq, d_model]`` by rows; None if each run has one device.
+
+    The parts of split rows are rows of this array (`nalora_jax.ops.split_rows`).
+    """
+    if mesh is None or devices_per_run(mesh) == 1:
+        return None
+    return NamedSharding(mesh, P((CONTEXT, *BATCH_AXES) if CONTEXT in mesh.shape else BATCH_AXES))
 
 
 def devices_per_run(mesh: Mesh) -> int:

@@ -207,6 +207,8 @@ def _env_int(name: str) -> int | None:
 def _cluster_tasks() -> int:
     """Returns the number of tasks that a cluster manager started for this job."""
     hosts = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
+    # GKE names the hosts of a process's slice only, and turns off the query of metadata.
+    hosts *= _env_int("MEGASCALE_NUM_SLICES") or 1
     return max(hosts, _env_int("SLURM_STEP_NUM_TASKS") or 1, _env_int("OMPI_COMM_WORLD_SIZE") or 1)
 
 

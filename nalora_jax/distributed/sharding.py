@@ -8,6 +8,7 @@ the experts of a kernel, which "fsdp" splits if it divides their number.
     layers/ffn/gate_proj/a      [L, in, r]     P("fsdp", None)      ->  P(None, "fsdp")            in as the kernel's in
     layers/ffn/gate_proj/b      [L, r, out]    P(None, ("tensor", "fsdp"))                         out over both
 
+On a mesh with the axis "context", that axis and "fsdp" split the same dimensions.
 The path of an optimizer's moment ends in the path of its parameter, so the same rules apply to it.
 """
 
@@ -23,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax import path_rules, trees
+from nalora_jax.distributed.mesh import CONTEXT, WEIGHT_AXES
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.statistics import CHECK, COUNTS
 
@@ -133,17 +135,36 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     def place(path: str, leaf: Any) -> NamedSharding:
         match = path_rules.first_match(rules, path)
         assert match is not None
-        spec = _by_expert(path, match[1], leaf.shape, mesh)
+        spec = _by_expert(path, _over_context(match[1], mesh), leaf.shape, mesh)
         return NamedSharding(mesh, fit_spec(spec, leaf.shape, mesh))
 
     return trees.map_named(place, tree)
 
 
-def _by_expert(path: str, spec: P, shape: Sequence[int], mesh: Mesh) -> P:
-    """Returns the spec of a leaf; "fsdp" splits the experts of a kernel ``[L, E, in, out]``, if it divides them."""
-    if len(shape) != 4 or not _KERNEL.search(path) or shape[1] % mesh.shape["fsdp"]:
+def _over_context(spec: P, mesh: Mesh) -> P:
+    """Returns the spec on a mesh: if it has the axis "context", that splits what "fsdp" splits."""
+    if CONTEXT not in mesh.shape:
         return spec
-    return P("fsdp", *(None if axis == "fsdp" else axis for axis in spec))
+
+    def widened(axis: Any) -> Any:
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        return tuple(name for one in names for name in (WEIGHT_AXES if one == "fsdp" else (one,))) or None
+
+    return P(*map(widened, spec))
+
+
+def _by_expert(path: str, spec: P, shape: Sequence[int], mesh: Mesh) -> P:
+    """Returns the spec of a leaf; "fsdp" splits the experts of a kernel ``[L, E, in, out]``, if it divides them.
+
+    The axis "context" splits the experts as well, or what "fsdp" splits in other kernels.
+    """
+    if len(shape) != 4 or not _KERNEL.search(path):
+        return spec
+    axes = tuple(name for name in WEIGHT_AXES if name in mesh.shape)
+    for experts, inner in ((axes, None), (axes[:1], axes[1:] or None)):
+        if shape[1] % math.prod(mesh.shape[name] for name in experts) == 0:
+            return P(experts, *(inner if axis in ("fsdp", axes) else axis for axis in spec))
+    return spec
 
 
 def fit_spec(spec: P, shape: Sequence[int], mesh: Mesh) -> P:

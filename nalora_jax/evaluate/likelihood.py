@@ -19,7 +19,7 @@ from nalora_jax.generate.shapes import batch_shards, place_batch
 from nalora_jax.models.cache import Cache, grow, init_cache, repeat
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.ropes import switch_length
+from nalora_jax.models.ropes import sharing_length
 from nalora_jax.models.stacks import stacks
 from nalora_jax.notes import counting
 from nalora_jax.ops.storage import prepare
@@ -84,7 +84,7 @@ def _longest_sharing(config: ModelConfig) -> int | None:
     """Returns the length up to which texts can share a computed prefix, or None without a limit."""
     if any(stack.config.mixer is not None for stack in stacks(config)):
         return 0  # a packed row of prefixes has one state, after its last prefix
-    return switch_length(config.ropes)
+    return sharing_length(config.ropes)
 
 
 def _check_lengths(splits: Sequence[Split], context: int) -> None:

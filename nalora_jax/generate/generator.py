@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
 
-from nalora_jax.config.ranges import SAMPLING
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.distributed import fetch
 from nalora_jax.errors import NaloraError
 from nalora_jax.generate.programs import NO_TOKEN, Prompts, State, decode, prefill, see, view_weights
 from nalora_jax.generate.sampling import make_sampling
-from nalora_jax.generate.shapes import batch_shards, bucket, place_batch
+from nalora_jax.generate.settings import Settings, require_setting
+from nalora_jax.generate.shapes import batch_shards, bucket, padded_length, padded_rows, place_batch
 from nalora_jax.generate.signature import with_options
 from nalora_jax.generate.text import TextStream, special_stops
 from nalora_jax.models.decoder import Decoder
@@ -29,60 +28,7 @@ Images = Sequence[np.ndarray]  # of one prompt, uint8 [height, width, 3] each
 # Tokens per call. Calls are cheap, so these are small, for smooth streams and early stops.
 _STREAM_TOKENS = 4
 _BATCH_TOKENS = 32  # also the maximum of one call
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of generation."""
-
-    # Maximum number of generated tokens; fewer at the end of the context.
-    max_new_tokens: int = 128
-    # 0 selects the most likely token; otherwise logits are divided by it.
-    temperature: float = 0.0
-    # Sample from this many most likely tokens; 0: from all.
-    top_k: int = 0
-    # Sample from the smallest set of tokens with at least this total probability.
-    top_p: float = 1.0
-    # Sample from tokens with at least this fraction of the maximum probability; 0: from all.
-    min_p: float = 0.0
-    # Penalty of tokens that occur in the prompt or the completion, also for greedy decoding;
-    # 1: none, above 1: fewer repetitions.
-    repetition_penalty: float = 1.0
-    # Samples are a function of seed, prompt and weights; a sequence has one seed per prompt.
-    seed: int | Sequence[int] = 0
-    # Texts that end the completion and are not part of it. If a text starts with a special token,
-    # that token ends the completion.
-    stop: str | Sequence[str] = ()
-    # Tokens that end the completion; None: the tokenizer's end-of-text tokens.
-    stop_ids: Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        """Raises a NaloraError that names the first setting out of range."""
-        for name, allowed in SAMPLING.items():
-            _require(name, allowed.holds(getattr(self, name)), str(allowed), getattr(self, name))
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop
-        texts = isinstance(stops, Sequence) and all(isinstance(text, str) for text in stops)
-        _require("stop", texts, "a text, or texts", self.stop)
-        seeds = self.seed if isinstance(self.seed, Sequence | np.ndarray) else [self.seed]
-        whole = all(isinstance(seed, Integral) for seed in seeds)
-        _require("seed", whole, "a whole number, or one for each prompt", self.seed)
-
-    @property
-    def stop_texts(self) -> tuple[str, ...]:
-        """Returns ``stop`` as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-    def seeds(self, count: int) -> tuple[int, ...]:
-        """Returns one seed for each of ``count`` prompts."""
-        if not isinstance(self.seed, Sequence):
-            return (int(self.seed),) * count
-        _require("seed", len(self.seed) == count, f"one number, or {count}: one for each prompt", len(self.seed))
-        return tuple(self.seed)
-
-
-def _require(setting: str, holds: bool, expected: str, found: object) -> None:
-    if not holds:
-        raise NaloraError(setting, expected=expected, found=found)
+PREFILL_CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -114,6 +60,8 @@ class Generator:
       max_length: maximum length of prompt plus completion; the model's context by default.
       mesh: mesh of the weights, if they are sharded; prompts are split over its data axes.
       processor: image processor of a vision-language model.
+      prefill_chunk: tokens of a prompt that are processed at a time, so that the memory of
+        activations does not grow with longer prompts; prompts with images are processed at once.
     """
 
     def __init__(
@@ -125,11 +73,14 @@ class Generator:
         max_length: int | None = None,
         mesh: Mesh | None = None,
         processor: ImageProcessor | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
+        self.prefill_chunk = prefill_chunk
         self.model, self.tokenizer, self.mesh, self.processor = model, tokenizer, mesh, processor
         context = model.config.max_positions
         self.max_length = context if max_length is None else min(max_length, context)
-        _require("max_length", self.max_length > 1, "at least 2", max_length)
+        require_setting("max_length", self.max_length > 1, "at least 2", max_length)
+        require_setting("prefill_chunk", prefill_chunk >= 1, "at least 1", prefill_chunk)
         self.variables = variables
         self._weights = view_weights(model, variables)
 
@@ -141,6 +92,7 @@ class Generator:
         rest = {name: tree for name, tree in self.variables.items() if name != "lora"}
         variables = rest if lora is None else {**rest, "lora": lora}
         options = {"max_length": self.max_length, "mesh": self.mesh, "processor": self.processor}
+        options |= {"prefill_chunk": self.prefill_chunk}
         return Generator(self.model, variables, self.tokenizer, **options)  # type: ignore[arg-type]
 
     @with_options(Settings)
@@ -185,13 +137,13 @@ class Generator:
         chosen = Settings(**settings)
         ids = [self._encode(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
         seeds = chosen.seeds(len(ids))
-        _require("batch_size", batch_size >= 1, "at least 1", batch_size)
+        require_setting("batch_size", batch_size >= 1, "at least 1", batch_size)
         if adapter_ids is not None:
-            _require(
+            require_setting(
                 "adapter_ids", len(adapter_ids) == len(ids), f"one for each of {len(ids)} prompts", len(adapter_ids)
             )
         pixels: list[Images] = [() for _ in ids] if images is None else list(images)
-        _require("images", len(pixels) == len(ids), f"those of each of {len(ids)} prompts", len(pixels))
+        require_setting("images", len(pixels) == len(ids), f"those of each of {len(ids)} prompts", len(pixels))
         for number, (row, seen) in enumerate(zip(ids, pixels, strict=True)):
             self._check_images(row, seen, f"prompt {number}")
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of similar lengths
@@ -224,7 +176,9 @@ class Generator:
         tokens = self.tokenizer.images
         found = 0 if tokens is None else ids.count(tokens.token_id)
         if tokens is None or self.processor is None:
-            _require("images", not images, "a model that sees, for images", f"{len(images)} for a language model")
+            require_setting(
+                "images", not images, "a model that sees, for images", f"{len(images)} for a language model"
+            )
         elif found != len(images) * tokens.count:
             expected = f"{tokens.count} tokens {tokens.token!r} for each of {len(images)} images"
             raise NaloraError(where, expected=expected, found=found)
@@ -263,7 +217,7 @@ class _Batch:
         adapters: Sequence[int] | None,
         images: Sequence[Images],
     ) -> None:
-        self._generator, self._count = generator, len(ids)
+        self._generator, self._count, self._seeing = generator, len(ids), any(images)
         self._limits = np.array([min(settings.max_new_tokens, generator.max_length - len(row)) for row in ids])
         chosen = generator.tokenizer.eos_ids if settings.stop_ids is None else settings.stop_ids
         self._stop_ids = frozenset(chosen) | special_stops(generator.tokenizer, settings.stop_texts)
@@ -272,7 +226,7 @@ class _Batch:
         self._ended = np.zeros(len(ids), bool)  # by a stop token or text
         self._prompt_ids = ids
         self._prompts = self._make_prompts(ids, settings, seeds, adapters)
-        if any(images):
+        if self._seeing:
             self._prompts = replace(self._prompts, features=self._features(images))
 
     def _make_prompts(
@@ -286,7 +240,7 @@ class _Batch:
         batch = bucket(len(ids), multiple=batch_shards(mesh))
         spare = batch - len(ids)
         rows = {
-            **_padded_rows(ids, batch),
+            **padded_rows(ids, batch, chunk=self._chunk(ids)),
             "live": np.arange(batch) < len(ids),
             "sampling": make_sampling(
                 batch,
@@ -364,12 +318,18 @@ class _Batch:
     def _prefill(self, count: int) -> State:
         """Processes the prompts and ``count`` generated tokens, and generates one more token."""
         generator, prompts = self._generator, self._prompts
+        ids = [[*prompt, *made] for prompt, made in zip(self._prompt_ids, self._ids, strict=True)]
+        chunk = self._chunk(ids)
         if count:
-            ids = [[*prompt, *made] for prompt, made in zip(self._prompt_ids, self._ids, strict=True)]
-            rows = _padded_rows(ids, prompts.tokens.shape[0])
+            rows = padded_rows(ids, prompts.tokens.shape[0], chunk=chunk)
             prompts = replace(prompts, **place_batch(rows, generator.mesh))
-        slots = bucket(prompts.tokens.shape[1] + int(self._limits.max()) - count, minimum=32)
-        return prefill(generator.model, generator._weights, prompts, np.int32(count), slots=slots)
+        slots = padded_length(prompts.tokens.shape[1] + int(self._limits.max()) - count, minimum=32, chunk=chunk)
+        return prefill(generator.model, generator._weights, prompts, np.int32(count), slots=slots, chunk=chunk)
+
+    def _chunk(self, ids: Sequence[list[int]]) -> int:
+        """Returns the tokens of each prompt to process at a time; 0: all."""
+        chunk = self._generator.prefill_chunk
+        return chunk if max(map(len, ids)) > chunk and not self._seeing else 0
 
     def _steps_before_switch(self, finished: np.ndarray) -> int:
         """Returns the number of tokens until cached keys of an unfinished row become invalid.
@@ -400,11 +360,3 @@ class _Batch:
         piece = self._streams[row].push(kept)
         self._ended[row] |= self._streams[row].stopped
         return piece
-
-
-def _padded_rows(ids: Sequence[list[int]], batch: int) -> dict[str, np.ndarray]:
-    """Returns ``tokens``, padded on the right, and ``lengths`` of a batch; spare rows have one token."""
-    tokens = np.zeros((batch, bucket(max(map(len, ids)), minimum=16)), np.int32)
-    for row, values in enumerate(ids):
-        tokens[row, : len(values)] = values
-    return {"tokens": tokens, "lengths": np.array([*map(len, ids), *[1] * (batch - len(ids))], np.int32)}

@@ -77,7 +77,7 @@ def see(model: Decoder, processor: ImageProcessor, weights: Weights, pixels: Arr
     return features
 
 
-@partial(jax.jit, static_argnames=("model", "slots"))
+@partial(jax.jit, static_argnames=("model", "slots", "chunk"))
 def prefill(
     model: Decoder,
     weights: Weights,
@@ -85,6 +85,7 @@ def prefill(
     step: Array | np.int32 = np.int32(0),  # noqa: B008
     *,
     slots: int,
+    chunk: int = 0,
 ) -> State:
     """Processes all prompts and generates the next token of each.
 
@@ -94,24 +95,60 @@ def prefill(
       prompts: the batch.
       step: int scalar, number of tokens at the end of every prompt that were generated before.
       slots: size of the cache: the padded prompt plus all tokens to generate.
+      chunk: tokens of each prompt to process at a time, a divisor of the padded length; 0: all. The
+        memory of activations does not depend on the length of prompts if it is set.
     """
-    batch, seq = prompts.tokens.shape
-    cache = init_cache(model.config, batch, 0, model.numerics)
-    segments = (jnp.arange(seq)[None, :] < prompts.lengths[:, None]).astype(jnp.int32)
-    hidden, cache = model.apply(
-        weights.body,
-        prompts.tokens,
-        segment_ids=segments,
-        cache=cache,
-        adapter_ids=prompts.adapter_ids,
-        features=prompts.features,
-    )
-    last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
+    last, cache = _in_chunks(model, weights, prompts, slots, chunk) if chunk else _at_once(model, weights, prompts)
     step, logits = jnp.asarray(step), model.apply(weights.head, last, method="unembed")
     seen = seen_tokens(prompts.sampling, prompts.tokens, prompts.lengths, logits.shape[-1])
     token = next_tokens(logits, prompts.sampling, step, seen)
     done = _stops(token, prompts.stop_ids) | ~prompts.live
     return State(grow(cache, slots), token, done, step + 1, with_token(seen, token))
+
+
+def _at_once(model: Decoder, weights: Weights, prompts: Prompts) -> tuple[jax.Array, Cache]:
+    """Returns ``[batch, d_model]`` of the prompts' last tokens, and their cache."""
+    batch, seq = prompts.tokens.shape
+    hidden, cache = model.apply(
+        weights.body,
+        prompts.tokens,
+        segment_ids=_segments(prompts, jnp.arange(seq)),
+        cache=init_cache(model.config, batch, 0, model.numerics),
+        adapter_ids=prompts.adapter_ids,
+        features=prompts.features,
+    )
+    return jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0], cache
+
+
+def _in_chunks(model: Decoder, weights: Weights, prompts: Prompts, slots: int, chunk: int) -> tuple[jax.Array, Cache]:
+    """Returns the same, of ``chunk`` tokens of every prompt at a time."""
+    assert prompts.features is None, "image tokens that see each other stay together"
+    tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
+
+    def step(i: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
+        last, cache = carry
+        hidden, cache = model.apply(
+            weights.body,
+            lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1),
+            segment_ids=_segments(prompts, i * chunk + jnp.arange(chunk)),
+            cache=cache,
+            adapter_ids=prompts.adapter_ids,
+            lengths=lengths,
+        )
+        place = lengths - 1 - i * chunk
+        here = jnp.take_along_axis(hidden, jnp.clip(place, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
+        return jnp.where(((place >= 0) & (place < chunk))[:, None], here, last), cache
+
+    cache = init_cache(model.config, tokens.shape[0], slots, model.numerics)
+    last = jnp.zeros((tokens.shape[0], model.config.d_model), model.numerics.result)
+    filled = (jnp.max(lengths) + chunk - 1) // chunk
+    chunked: tuple[jax.Array, Cache] = lax.fori_loop(0, filled, step, (last, cache))
+    return chunked
+
+
+def _segments(prompts: Prompts, index: jax.Array) -> jax.Array:
+    """Returns 1 for the prompts' tokens at ``index [seq]`` and 0 for padding: int ``[batch, seq]``."""
+    return (index[None, :] < jnp.asarray(prompts.lengths)[:, None]).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("model", "size"), donate_argnames=("state",))

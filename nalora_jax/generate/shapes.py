@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,6 +32,31 @@ def bucket(size: int, *, minimum: int = 1, multiple: int = 1) -> int:
     power = 1 << (size - 1).bit_length()  # the next power of two
     rounded = power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
     return -(-rounded // multiple) * multiple
+
+
+def padded_length(size: int, *, minimum: int, chunk: int = 0) -> int:
+    """Returns ``size`` rounded up to a `bucket`; with ``chunk``, to a multiple of it at most an eighth larger.
+
+    Example:
+      >>> padded_length(40, minimum=16), padded_length(50_000, minimum=16, chunk=2048)
+      (48, 51200)
+    """
+    if not chunk:
+        return bucket(size, minimum=minimum)
+    eighth = (1 << (size.bit_length() - 1)) // 8
+    step = chunk * max(eighth // chunk, 1)
+    return -(-size // step) * step
+
+
+def padded_rows(ids: Sequence[Sequence[int]], batch: int, *, chunk: int = 0) -> dict[str, np.ndarray]:
+    """Returns ``tokens``, padded on the right, and ``lengths`` of a batch; spare rows have one token.
+
+    See `padded_length` for ``chunk``.
+    """
+    tokens = np.zeros((batch, padded_length(max(map(len, ids)), minimum=16, chunk=chunk)), np.int32)
+    for row, values in enumerate(ids):
+        tokens[row, : len(values)] = values
+    return {"tokens": tokens, "lengths": np.array([*map(len, ids), *[1] * (batch - len(ids))], np.int32)}
 
 
 def batch_shards(mesh: Mesh | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +25,11 @@ from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.runs.metrics import FILE as METRICS
 from nalora_jax.seals import unseal
 from nalora_jax.weights.folders import can_exist
-from nalora_jax.weights.hub import ResolvedSource
+from nalora_jax.weights.hub import ResolvedSource, resolve
 from nalora_jax.weights.new_tokens import check_adapter, for_adapter
 from nalora_jax.weights.peft import import_adapter
 from nalora_jax.weights.peft_config import CONFIG_NAME
+from nalora_jax.weights.peft_read import recorded_rope_scaling
 
 ADAPTER = "adapter"  # subfolder of a run: the exported adapter
 
@@ -118,7 +119,8 @@ def load(
     Without ``dtype`` the base has the dtype of the run that trained the adapter, otherwise
     bfloat16; with ``quantize="run"`` it is quantized as in that run. If the adapter was trained
     with added tokens, the base gets them: rows of its embedding and head, and the tokenizer in the
-    adapter's folder. ``resolved`` passes files that were resolved earlier.
+    adapter's folder. It also gets the RoPE scaling that the adapter was trained with. ``resolved``
+    passes files that were resolved earlier.
 
     Raises:
       NaloraError: see `locate`, `weights.load_model`, `weights.new_tokens.for_adapter` and
@@ -131,7 +133,10 @@ def load(
     dtype = dtype or compute.dtype
     kind = compute.quantize if quantize == "run" else quantize
     quantized = None if kind == "none" else kind
-    base = load_model(resolved or located.base, dtype=dtype, mesh=mesh, quantized=quantized, images=images)
+    files = resolved or resolve(located.base)
+    if located.adapter is not None:
+        files = replace(files, rope_scaling=recorded_rope_scaling(located.adapter))
+    base = load_model(files, dtype=dtype, mesh=mesh, quantized=quantized, images=images)
     lora, spec = None, AdapterSpec()
     if located.adapter is not None:
         base = for_adapter(base, located.adapter, mesh)

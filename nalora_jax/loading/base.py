@@ -17,6 +17,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
 from nalora_jax.image_tokens import ImageTokens
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.vision.sight import Sight, contains_text_model
 from nalora_jax.ops.quantize import Kind, gathered
@@ -51,6 +52,7 @@ class LoadedModel:
     added: tuple[str, ...] = ()  # tokens that its tokenizer has and the base's files lack
     tokenizer_folder: Path | None = None  # of the tokenizer's files; None if it is in a GGUF file
     resized: int = 0  # number of table rows if it differs from the files'; otherwise 0
+    rope_scaling: str = ""  # in place of the files', see `ResolvedSource.rope_scaling`
 
 
 def read_config(resolved: hub.ResolvedSource, *, images: bool = False, added: AddedTokens = NO_TOKENS) -> ModelConfig:
@@ -66,6 +68,7 @@ def read_config(resolved: hub.ResolvedSource, *, images: bool = False, added: Ad
     """
     where = resolved.path if resolved.kind == "gguf" else resolved.path / "config.json"
     raw = hf_config(GGUFFile(resolved.path)) if resolved.kind == "gguf" else read_json(where)
+    raw = with_rope_scaling(raw, resolved.rope_scaling, str(where))
     config = ModelConfig.from_hf(raw, str(where), images=images)
     if not added:
         return config
@@ -152,9 +155,11 @@ def load_model(
     shardings = None if mesh is None else _shardings(config, mesh)
     floats = with_experts(with_floats(tensors), keymap)
     params = load_params(config, floats, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
-    params = gathered(params, "fsdp")
+    params = gathered(params, distributed.WEIGHT_AXES)
     source_of = origin(config, resolved, tensors, together=mesh is not None)
     log.info("base model: %s", source_of.describe())
+    if resolved.rope_scaling:
+        log.info("RoPE scaling %s: a context of %d tokens", resolved.rope_scaling, config.max_positions)
     if config.sight is None and contains_text_model(raw.get("model_type"), images=False):
         log.info("%s: the text model of %s, without its image tower", resolved.path, raw["model_type"])
     folder = resolved.path if resolved.kind == "hf" else None
@@ -168,6 +173,7 @@ def load_model(
         source_of,
         processor,
         tokenizer_folder=folder,
+        rope_scaling=resolved.rope_scaling,
     )
 
 
@@ -175,15 +181,20 @@ def _opened(resolved: hub.ResolvedSource, images: bool) -> tuple[dict[str, Any],
     """Returns the description, tensors (not read yet) and tokenizer of either kind of source."""
     if resolved.kind == "gguf":
         file = GGUFFile(resolved.path)
-        raw = hf_config(file)
+        raw = with_rope_scaling(hf_config(file), resolved.rope_scaling, str(resolved.path))
         return raw, ModelConfig.from_hf(raw, str(resolved.path), images=images), file, read_tokenizer(file)
     where = resolved.path / "config.json"
-    raw = read_json(where)
+    raw = with_rope_scaling(read_json(where), resolved.rope_scaling, str(where))
     config = ModelConfig.from_hf(raw, str(where), images=images)
     tensors = (
         StreamedFolder(resolved.path, resolved.streamed) if resolved.streamed else SafetensorsFolder(resolved.path)
     )
     return raw, config, tensors, Tokenizer.from_folder(resolved.path)
+
+
+def rope_of(loaded: LoadedModel) -> dict[str, Any]:
+    """Returns the RoPE fields of a model's ``config.json`` if they differ from its files'; otherwise {}."""
+    return rope_settings(loaded.hf_config or {}) if loaded.rope_scaling else {}
 
 
 def image_tokens(sight: Sight, raw: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> ImageTokens:

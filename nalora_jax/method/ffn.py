@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from nalora_jax.dense import LoRADense
-from nalora_jax.measurement import GateStatsConfig, Measurement, block_statistics, tapped
+from nalora_jax.measurement import GateStatsConfig, Measurement, SampledWeights, block_statistics, tapped
 from nalora_jax.method import activations
 from nalora_jax.method.activations import Activation
 from nalora_jax.method.low_rank import Dense, LowRankHidden, adapted_dense, parallel_dense
@@ -220,14 +220,14 @@ class AdaptedBlock(nn.Module):
         gate: Dense,
         up: Dense | None,
         down: Dense,
-        token_weights: jax.Array | None,
+        token_weights: jax.Array | SampledWeights | None,
         factor: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the block's output; writes its statistics if ``gate_stats`` is mutable."""
         measurement, taps = None, self.variables.get("gate_taps")
         if not self.is_initializing() and (taps or self.is_mutable_collection("gate_stats")):
             weights = jnp.ones(x.shape[:-1], bool) if token_weights is None else token_weights
-            measurement = Measurement(weights, self.stats.of_rows(weights.shape[-1]), taps)
+            measurement = Measurement.of(weights, self.stats, taps)
         phi = activations.get(self.activation)
         if factor is None:
             y, measured = gated_mlp(x, gate, up, down, phi, self.numerics, measurement)
@@ -247,7 +247,7 @@ class GatedFFN(AdaptedBlock):
         x: jax.Array,
         scales: Scales | None = None,
         *,
-        token_weights: jax.Array | None = None,
+        token_weights: jax.Array | SampledWeights | None = None,
         deterministic: bool = True,
         adapter_ids: jax.Array | None = None,
     ) -> jax.Array:
@@ -276,7 +276,7 @@ class SelfGatedFFN(AdaptedBlock):
         x: jax.Array,
         scales: Scales | None = None,
         *,
-        token_weights: jax.Array | None = None,
+        token_weights: jax.Array | SampledWeights | None = None,
         deterministic: bool = True,
         adapter_ids: jax.Array | None = None,
     ) -> jax.Array:

@@ -17,6 +17,8 @@ from nalora_jax.models.layers import RMSNorm, apply_rope, query_scales
 from nalora_jax.models.parts import LayerInputs, PartOptions, SharedInputs
 from nalora_jax.ops.attention import CachedKeys, Keys, attention
 from nalora_jax.ops.blockwise_attention import AttentionConfig
+from nalora_jax.ops.split_attention import split_attention
+from nalora_jax.ops.split_rows import shards_of
 from nalora_jax.ops.storage import round_and_save
 
 NewKeys = tuple[jax.Array, jax.Array]
@@ -88,17 +90,22 @@ class Attention(nn.Module):
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
         c = self.config
-        keys = Keys(k, v, shared.positions, shared.segments)
-        cached = self._cached_keys(layer, shared)
-        rng = None if shared.deterministic or not c.attn_dropout else self.make_rng("dropout")
         windows = tuple(sorted(set(c.layer_windows)))
         config = AttentionConfig(c.score_scale, c.attn_softcap, c.attn_dropout, windows, self.options.sharding)
         window = GLOBAL_WINDOW if layer.window is None else layer.window
-        rest: dict[str, Any] = {"cached": cached, "dropout_rng": rng, "starts": shared.starts}
+        sinks, numerics = None, self.options.numerics.within()
         if c.attn_sinks:
-            sinks = self.param("sinks", nn.initializers.zeros_init(), (c.n_heads,))
-            rest["sinks"] = sinks.astype(jnp.float32)
-        out: jax.Array = attention(q, keys, window, config, self.options.numerics.within(), **rest)
+            sinks = self.param("sinks", nn.initializers.zeros_init(), (c.n_heads,)).astype(jnp.float32)
+        out: jax.Array
+        if shards_of(self.options.sharding) > 1:
+            assert shared.row is not None
+            out = split_attention(q, k, v, shared.row, window, config, numerics, sinks=sinks)
+            return out
+        keys = Keys(k, v, shared.positions, shared.segments)
+        cached = self._cached_keys(layer, shared)
+        rng = None if shared.deterministic or not c.attn_dropout else self.make_rng("dropout")
+        more: dict[str, Any] = {"cached": cached, "dropout_rng": rng, "starts": shared.starts, "sinks": sinks}
+        out = attention(q, keys, window, config, numerics, **more)
         return out
 
     def _cached_keys(self, layer: LayerInputs, shared: SharedInputs) -> CachedKeys | None:

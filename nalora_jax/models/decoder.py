@@ -6,6 +6,7 @@ Families differ by their `ModelConfig` only.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,10 +27,12 @@ from nalora_jax.models.layers import RMSNorm, identity_table, rope_table, sequen
 from nalora_jax.models.parts import HandedKeys, LayerInputs, SharedInputs, constrain
 from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.remat import rematerialized, scanned, stacked
+from nalora_jax.models.split_statistics import sampled_as_whole
 from nalora_jax.models.stacks import Stack, groups, param_shapes, stacks
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import dot
+from nalora_jax.ops.split_rows import Row, block_length, padded, repeated, shards_of, split
 from nalora_jax.ops.storage import LayerStack
 from nalora_jax.trees import flatten, unflatten
 
@@ -87,6 +90,7 @@ class Decoder(nn.Module):
         deterministic: bool = True,
         adapter_ids: jax.Array | None = None,
         features: jax.Array | None = None,
+        lengths: jax.Array | None = None,
     ) -> Any:
         """Returns the hidden states after the final norm.
 
@@ -104,15 +108,24 @@ class Decoder(nn.Module):
           features: ``[batch, places, d_model]`` of images, which replace each row's image tokens in
             order (`nalora_jax.models.vision.decoder.SeeingDecoder.see`); a row may have fewer such
             tokens than places.
+          lengths: int ``[batch]``, tokens of each row's text, for RoPE that depends on it; by default
+            the text ends with these tokens.
+
+        If ``activation_sharding`` splits the tokens of rows, the arguments have whole rows and the
+        result has their parts (`nalora_jax.ops.split_rows.split`).
 
         Returns:
           ``[batch, seq, d_model]``; with a cache, a pair of that and the extended cache.
         """
         shared = _shared_inputs(
-            self.config, tokens, positions, segment_ids, token_weights, cache, adapter_ids, deterministic
+            self.config, tokens, positions, segment_ids, token_weights, cache, adapter_ids, deterministic, lengths
         )
+        sharding = self.activation_sharding
+        if shards_of(sharding) > 1:
+            shared = self._in_parts(shared, tokens)
         if cache is not None:
             shared = replace(shared, cache=_read_in_place(cache, tokens.shape[1], self.numerics))
+        rows, tokens = tokens, split(tokens, sharding)
         x = self.embed(tokens, self.numerics).astype(jnp.float32) * self.config.embed_scale
         embedded = None
         if self.config.layer_embeddings is not None:
@@ -120,11 +133,11 @@ class Decoder(nn.Module):
         if features is not None:
             sight = self.config.sight
             assert sight is not None
-            places = tokens == sight.image_token
-            x = _with_features(x, features, places)
+            places = rows == sight.image_token
+            x = _with_features(x, features, places, sharding)
             if sight.mutual:
-                shared = replace(shared, starts=run_starts(places, shared.positions, shared.segments))
-        x = constrain(x, self.activation_sharding)
+                shared = _with_starts(shared, places, sharding)
+        x = constrain(x, sharding)
         x, updates = self._through_layers(x, cache, shared, embedded)
         hidden = self.final_norm(x)
         if self.is_initializing():
@@ -133,6 +146,24 @@ class Decoder(nn.Module):
             return hidden
         positions, segments = (jnp.broadcast_to(i, tokens.shape) for i in (shared.positions, shared.segments))
         return hidden, extend(cache, updates, positions, segments, self.numerics)
+
+    def _in_parts(self, shared: SharedInputs, tokens: jax.Array) -> SharedInputs:
+        """Returns the inputs of layers for parts of rows; ``shared`` and ``tokens`` have whole rows."""
+        sharding, shape = self.activation_sharding, tokens.shape
+        parts, shards = partial(split, sharding=sharding), shards_of(sharding)
+        positions, segments = (jnp.broadcast_to(x, shape) for x in (shared.positions, shared.segments))
+        weights = jnp.ones(shape, bool) if shared.token_weights is None else shared.token_weights
+        assert isinstance(weights, jax.Array)
+        stats = self.stats or GateStatsConfig()
+        tables = partial(_rope_tables, parts=parts)
+        return replace(
+            shared,
+            tables={stack.prefix: tables(stack.config, positions, segments) for stack in stacks(self.config)},
+            positions=parts(positions),
+            segments=parts(segments),
+            token_weights=sampled_as_whole(weights, stats, block_length(shape[1], shards), parts),
+            row=Row(padded(positions, sharding), padded(segments, sharding)),
+        )
 
     def _through_layers(
         self, x: jax.Array, cache: Cache | None, shared: SharedInputs, embedded: jax.Array | None
@@ -170,12 +201,25 @@ class Decoder(nn.Module):
         return c.final_softcap * jnp.tanh(logits / c.final_softcap)
 
 
-def _with_features(x: jax.Array, features: jax.Array, places: jax.Array) -> jax.Array:
-    """Returns ``x [batch, seq, d]`` with each row's features at its ``places``, in order."""
-    index = jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0)
+def _with_features(x: jax.Array, features: jax.Array, places: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """Returns ``x [batch, seq, d]`` with each row's features at its ``places``, in order.
+
+    Features and places are of whole rows, x may have their parts.
+    """
+    index = split(jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0), sharding)
+    features, places = repeated(features, sharding), split(places, sharding)
     # A row with more places than features gets NaN there, so that the error is visible.
     rows = jnp.take_along_axis(features.astype(x.dtype), index[..., None], axis=1, mode="fill")
     return jnp.where(places[..., None], rows, x)
+
+
+def _with_starts(shared: SharedInputs, places: jax.Array, sharding: NamedSharding | None) -> SharedInputs:
+    """Returns the inputs of layers in which runs of ``places`` in whole rows see each other."""
+    row = shared.row
+    if row is None:
+        return replace(shared, starts=run_starts(places, shared.positions, shared.segments))
+    starts = run_starts(padded(places, sharding), row.positions, row.segments)
+    return replace(shared, row=row._replace(starts=starts))
 
 
 def run_starts(places: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
@@ -286,6 +330,7 @@ def _shared_inputs(
     cache: Cache | None,
     adapter_ids: jax.Array | None,
     deterministic: bool,
+    lengths: jax.Array | None,
 ) -> SharedInputs:
     """Returns the inputs that all layers share.
 
@@ -301,7 +346,7 @@ def _shared_inputs(
     rows = max(positions.shape[0], segments.shape[0])
     positions, segments = (jnp.broadcast_to(x, (rows, tokens.shape[1])) for x in (positions, segments))
     return SharedInputs(
-        tables={stack.prefix: _rope_tables(stack.config, positions, segments) for stack in stacks(config)},
+        tables={stack.prefix: _rope_tables(stack.config, positions, segments, lengths) for stack in stacks(config)},
         positions=positions,
         segments=segments,
         token_weights=token_weights,
@@ -312,15 +357,22 @@ def _shared_inputs(
     )
 
 
-def _rope_tables(config: ModelConfig, positions: jax.Array, segments: jax.Array) -> jax.Array:
+def _rope_tables(
+    config: ModelConfig,
+    positions: jax.Array,
+    segments: jax.Array,
+    lengths: jax.Array | None = None,
+    parts: Callable[[jax.Array], jax.Array] = lambda rows: rows,
+) -> jax.Array:
     """Returns ``[tables, 2, batch or 1, seq, dim / 2]``: one table per rotary embedding.
 
-    The identity is appended if a layer has no RoPE.
+    The identity is appended if a layer has no RoPE. The tables are of the ``parts`` of whole rows.
     """
-    lengths = None
+    of_tokens = None
     if any(spec.depends_on_length for spec in config.ropes):
-        lengths = sequence_lengths(positions, segments)
-    tables = [rope_table(spec, positions, lengths) for spec in config.ropes]
+        of_tokens = parts(sequence_lengths(positions, segments)) if lengths is None else lengths[:, None]
+    positions = parts(positions)
+    tables = [rope_table(spec, positions, of_tokens) for spec in config.ropes]
     if len(config.ropes) in config.layer_ropes:
         tables.append(identity_table(config.ropes[0], positions))
     return jnp.stack(tables)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,11 +14,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.dense import frozen_kernel
+from nalora_jax.distributed.mesh import BATCH_AXES, CONTEXT, WEIGHT_AXES
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.layers import RMSNorm
 from nalora_jax.models.parts import constrain
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import dot
+from nalora_jax.ops.split_rows import shards_of
 from nalora_jax.ops.storage import Kernel, take_rows
 
 
@@ -46,15 +49,34 @@ class Embedding(nn.Module):
         if self.has_variable("lora", "embedding"):
             trained: jax.Array = jnp.take(self.get_variable("lora", "embedding"), tokens, axis=0)
             return trained
-        of_tokens, by_columns = column_layouts(self.sharding)
-        sharded = tokens
-        if of_tokens:
-            sharded = constrain(constrain(tokens, self.sharding), of_tokens)
-        rows: jax.Array = take_rows(self.table(), sharded, numerics)
-        rows = constrain(constrain(rows, by_columns), self.sharding)
+        look_up = self._of_parts if shards_of(self.sharding) > 1 else self._of_rows
+        rows = look_up(tokens, numerics)
         if self.has_variable("lora", "rows"):
             return _with_rows(rows, tokens, self.get_variable("lora", "rows"), self.trained)
         return rows
+
+    def _of_rows(self, tokens: jax.Array, numerics: Numerics) -> jax.Array:
+        of_tokens, by_columns = column_layouts(self.sharding)
+        placed = constrain(constrain(tokens, self.sharding), of_tokens) if of_tokens else tokens
+        rows: jax.Array = take_rows(self.table(), placed, numerics)
+        return constrain(constrain(rows, by_columns), self.sharding)
+
+    def _of_parts(self, tokens: jax.Array, numerics: Numerics) -> jax.Array:
+        """Returns the embeddings of parts of rows; every device looks up its columns, as in `column_layouts`."""
+        assert self.sharding is not None
+        shape = (shards_of(self.sharding), -1, tokens.shape[1])
+
+        def at(*spec: Any) -> NamedSharding:
+            assert self.sharding is not None
+            return NamedSharding(self.sharding.mesh, P(*spec))
+
+        placed = constrain(tokens.reshape(shape), at(None, "data"))
+        rows: jax.Array = take_rows(self.table(), placed, numerics)
+        rows = constrain(rows, at(None, "data", None, WEIGHT_AXES))
+        # One axis at a time: the compiler would exchange two axes by gathering the array.
+        rows = constrain(rows, at(CONTEXT, "data", None, "fsdp"))
+        rows = constrain(rows, at(CONTEXT, BATCH_AXES))
+        return constrain(rows.reshape(*tokens.shape, -1), self.sharding)
 
     def table(self) -> Kernel:
         """Returns the frozen ``[vocab, d_model]`` as it is stored, without a gradient."""

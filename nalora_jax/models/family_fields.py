@@ -9,7 +9,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
 from nalora_jax.method import activations
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
-from nalora_jax.models.ropes import read_ropes
+from nalora_jax.models.ropes import context_length, read_ropes
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 # Granite's multipliers.
@@ -48,6 +48,7 @@ def base_config(f: Fields, name: str, **features: Any) -> ModelConfig:
     if "ropes" not in values:
         ropes, index = read_ropes(f, values["head_dim"], layer_types(f, values["n_layers"]))
         values |= {"ropes": ropes, "rope_index": index}
+    values["max_positions"] = context_length(values["ropes"], values["max_positions"])
     return ModelConfig(**values)
 
 

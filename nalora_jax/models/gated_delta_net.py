@@ -29,6 +29,7 @@ from nalora_jax.models.parts import LayerInputs, Mixer, PartOptions, Shapes, Sha
 from nalora_jax.ops.causal_conv import causal_conv, causal_conv_after
 from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule
 from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.split_mixers import split_conv, split_delta_rule
 from nalora_jax.ops.storage import round_and_save
 
 
@@ -46,6 +47,7 @@ class GatedDeltaNet(Mixer):
     fused: bool = False
 
     name: ClassVar[str] = "linear_attn"
+    splits_rows: ClassVar[bool] = True
 
     @property
     def keys(self) -> int:
@@ -123,21 +125,21 @@ class GatedDeltaNetLayer(nn.Module):
         before = {}
         if isinstance(layer.cached, Recurrent):
             before = layer.cached.arrays
-        qkv, convolved = self._convolve(qkv, shared.segments, before.get("conv"))
+        qkv, convolved = self._convolve(qkv, shared, before.get("conv"))
         q, k, v = jnp.split(qkv, (sizes.keys, 2 * sizes.keys), axis=-1)
         # [batch, seq, key heads, (value heads of a key,) width]
         q, k = (self._heads(y, sizes.key_dim) for y in (q, k))
         v = self._heads(v, sizes.value_heads // sizes.key_heads, sizes.value_dim)
         decay, beta = (self._heads(y, sizes.value_heads // sizes.key_heads) for y in self._rates(a, b))
-        out, state = gated_delta_rule(DeltaInputs(q, k, v, decay, beta), shared.segments, before.get("state"))
+        out, state = self._recur(DeltaInputs(q, k, v, decay, beta), shared, before.get("state"))
         normed = RMSNorm(self.config.norm_eps, name="norm")(out.reshape(*x.shape[:-1], -1, sizes.value_dim))
         gate = jax.nn.silu(z.astype(jnp.float32)).reshape(normed.shape)
         y = (normed * gate).reshape(*x.shape[:-1], sizes.values).astype(numerics.result)
         out_proj = self._dense("out_proj", sizes.values, x.shape[-1], layer, shared)
-        update = None
-        if convolved is not None:
-            update = {"conv": convolved, "state": state}
-        return adapted_dense(y, out_proj, numerics).y, update
+        y = adapted_dense(y, out_proj, numerics).y
+        if convolved is None or state is None:
+            return y, None
+        return y, {"conv": convolved, "state": state}
 
     def _dense(self, name: str, d_in: int, d_out: int, layer: LayerInputs, shared: SharedInputs) -> Dense:
         adapters, scale = self.options.adapters, layer.scales.get(self.sizes.name, {}).get(name, 1.0)
@@ -146,12 +148,21 @@ class GatedDeltaNetLayer(nn.Module):
         dense: Dense = module.dense(d_in, scale, deterministic=shared.deterministic, adapter_ids=shared.adapter_ids)
         return dense
 
+    def _recur(
+        self, inputs: DeltaInputs, shared: SharedInputs, before: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the outputs of the delta rule, and the state if rows are whole."""
+        sharding = self.options.sharding
+        if sharding is None or shared.row is None:
+            return gated_delta_rule(inputs, shared.segments, before)
+        return split_delta_rule(inputs, shared.row, sharding), None
+
     def _convolve(
-        self, qkv: jax.Array, segments: jax.Array, before: jax.Array | None
+        self, qkv: jax.Array, shared: SharedInputs, before: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
         """Returns ``phi(conv(qkv))`` in the dtype of ``qkv``, and the inputs that the next call needs."""
-        convolution = Convolution(self.sizes.channels, self.sizes.conv_width, name="conv")
-        out, inputs = convolution(qkv, segments, before)
+        convolution = Convolution(self.sizes.channels, self.sizes.conv_width, self.options.sharding, name="conv")
+        out, inputs = convolution(qkv, shared, before)
         return activations.get(self.config.activation).phi(out).astype(qkv.dtype), inputs
 
     def _rates(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -175,17 +186,20 @@ class Convolution(nn.Module):
 
     channels: int
     width: int
+    sharding: NamedSharding | None  # of ``[batch, seq, d_model]`` on a mesh
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, segments: jax.Array, before: jax.Array | None
+        self, x: jax.Array, shared: SharedInputs, before: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
         """Returns float32 ``[batch, seq, channels]``, and the last inputs if there are earlier ones."""
         weight = self.param("weight", nn.initializers.lecun_normal(), (self.channels, 1, self.width))
         kernel = jax.lax.stop_gradient(weight)[:, 0].T.astype(jnp.float32)
+        if self.sharding is not None and shared.row is not None:
+            return split_conv(x, kernel, shared.row, self.sharding), None
         if before is None:
-            return causal_conv(x, kernel, segments), None
-        return causal_conv_after(x, kernel, segments, before)
+            return causal_conv(x, kernel, shared.segments), None
+        return causal_conv_after(x, kernel, shared.segments, before)
 
 
 def _by_key_head(projected: Sequence[jax.Array], sizes: GatedDeltaNet) -> tuple[jax.Array, ...]:

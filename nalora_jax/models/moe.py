@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.dense import frozen_kernel, init_a, initial_factors, magnitude_of
 from nalora_jax.errors import NaloraError
-from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.method import statistics
 from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.low_rank import Adapter
@@ -90,7 +90,7 @@ class MoEFFN(nn.Module):
         x: jax.Array,
         scales: Mapping[str, jax.Array | float] | None = None,
         *,
-        token_weights: jax.Array | None = None,
+        token_weights: jax.Array | SampledWeights | None = None,
         deterministic: bool = True,
         adapter_ids: jax.Array | None = None,
         routed_by: jax.Array | None = None,
@@ -118,13 +118,16 @@ class MoEFFN(nn.Module):
             {name: self.get_variable("gate_taps", name) for name in taps},
             *of_experts,
         )
+        length = x.shape[1]
+        if isinstance(token_weights, SampledWeights):  # each part of a row is sampled separately
+            token_weights, length = token_weights.every, token_weights.length
         drops = self.adapters.dropout > 0 and not deterministic
         config = RoutedConfig(
             self.top_k,
             self.routing,
             self.activation,
             self.numerics,
-            self.stats.of_rows(x.shape[1]),
+            self.stats.of_rows(length),
             measure=not self.is_initializing() and self.is_mutable_collection("gate_stats"),
             dropout=self.adapters.dropout,
             up_limit=self.up_limit,

@@ -16,10 +16,11 @@ import flax.linen as nn
 import jax
 from jax.sharding import NamedSharding
 
-from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.method.ffn import Adapters
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.split_rows import Row
 from nalora_jax.ops.storage import LayerStack
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class SharedInputs:
     tables: dict[str, jax.Array]  # by stack: float32 [tables, 2, batch, seq, dim / 2]
     positions: jax.Array  # int [batch or 1, seq]
     segments: jax.Array  # int [batch or 1, seq]
-    token_weights: jax.Array | None  # [batch, seq], for statistics
+    token_weights: jax.Array | SampledWeights | None  # [batch, seq], for statistics
     adapter_ids: jax.Array | None  # int [batch]
     cached_positions: jax.Array | None  # int [batch, slots]
     cached_segments: jax.Array | None  # int [batch, slots]
@@ -69,6 +70,7 @@ class SharedInputs:
     # int [batch or 1, seq], position from which a token is seen, if not its own
     starts: jax.Array | None = None
     handed: dict[str, HandedKeys] = field(default_factory=dict)  # by name (`Mixer.hands`)
+    row: Row | None = None  # of whole rows, if the mesh splits them; all arrays above are of their parts
     deterministic: bool = field(default=True, metadata={"static": True})
 
 
@@ -138,6 +140,8 @@ class Mixer(Part):
     """A part that mixes the tokens of a row, in place of attention."""
 
     attends: ClassVar[bool] = False  # True: softmax attention with the config's heads and windows
+    # True: the module also computes parts of rows (`nalora_jax.ops.split_rows`).
+    splits_rows: ClassVar[bool] = False
     hands: str = ""  # name under which later layers read this layer's keys and values
     reads: str = ""  # name of an earlier layer's keys and values that this layer reads
 
@@ -158,6 +162,7 @@ class AttentionMixer(Mixer):
 
     name = "attn"
     attends = True
+    splits_rows = True
 
     def flops(self, config: ModelConfig, seq: int) -> float:
         """Returns 0: scores and weighted sums are counted by the config's heads."""

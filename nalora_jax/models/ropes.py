@@ -11,17 +11,14 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from nalora_jax.config.rope_scaling import FIELDS, ORIGINAL
 from nalora_jax.fields import Fields
 from nalora_jax.models.layers import ROPE_KINDS, RopeSpec
 
 _LAYER_KINDS = ("full_attention", "sliding_attention")
-_ALWAYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "original_max_position_embeddings"}
-_KEYS = {
+_ALWAYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor", ORIGINAL}
+_KEYS = {kind: set(names) for kind, names in FIELDS.items()} | {
     "default": set(),
-    "linear": {"factor"},
-    "dynamic": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
-    "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
     "longrope": {"factor", "attention_factor", "short_factor", "long_factor"},
     "proportional": {"factor"},
 }
@@ -72,10 +69,23 @@ def read_ropes(
 def switch_length(ropes: Sequence[RopeSpec]) -> int | None:
     """Returns the length beyond which LongRoPE switches its factors, or None without LongRoPE.
 
-    Beyond it every token is rotated by other factors, so keys cached before are invalid. Dynamic
-    scaling needs no such limit: it starts at the end of the context.
+    Beyond it every token is rotated by other factors, so keys cached before are invalid. With dynamic
+    scaling cached keys stay as they are while a text grows, as in transformers.
     """
     return min((spec.max_positions for spec in ropes if spec.kind == "longrope"), default=None)
+
+
+def sharing_length(ropes: Sequence[RopeSpec]) -> int | None:
+    """Returns the length up to which the keys of a prefix do not depend on the rest of the text; None: any."""
+    return min((spec.max_positions for spec in ropes if spec.depends_on_length), default=None)
+
+
+def context_length(ropes: Sequence[RopeSpec], positions: int) -> int:
+    """Returns the context of a model whose ``config.json`` has ``positions`` as its maximum.
+
+    Dynamic scaling starts at ``positions`` and multiplies the context by its factor, as in vLLM.
+    """
+    return int(positions * max((spec.factor for spec in ropes if spec.kind == "dynamic"), default=1.0))
 
 
 def _spec(f: Fields, name: str, raw_rope: Mapping[str, Any], head_dim: int, further: Collection[str]) -> RopeSpec:

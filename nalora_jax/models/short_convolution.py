@@ -19,6 +19,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.parts import LayerInputs, Mixer, PartOptions, Shapes, SharedInputs
 from nalora_jax.ops.causal_conv import causal_conv, causal_conv_after
 from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.split_mixers import split_conv
 from nalora_jax.ops.storage import round_and_save
 
 
@@ -27,6 +28,7 @@ class ShortConvolution(Mixer):
     """Sizes of a gated short convolution."""
 
     name: ClassVar[str] = "conv"
+    splits_rows: ClassVar[bool] = True
     width: int  # taps of a channel
     bias: bool = False  # of the convolution and both projections
 
@@ -77,7 +79,9 @@ class GatedConvolution(nn.Module):
         taps = self.param("taps", nn.initializers.lecun_normal(), (self.d_model, 1, self.part.width))
         kernel = taps[:, 0].T.astype(jnp.float32)
         state: dict[str, jax.Array] | None = None
-        if layer.cached is None:
+        if self.options.sharding is not None and shared.row is not None:
+            mixed = split_conv(before * u, kernel, shared.row, self.options.sharding)
+        elif layer.cached is None:
             mixed = causal_conv(before * u, kernel, shared.segments)
         else:
             inputs = layer.cached.arrays["inputs"]

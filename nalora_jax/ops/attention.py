@@ -25,6 +25,7 @@ from nalora_jax.ops.blockwise_attention import (
     product,
     visibility,
 )
+from nalora_jax.ops.cached_attention import BLOCK, attention_over_cache
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.storage import Kernel, expand
 
@@ -92,6 +93,9 @@ def attention(
         cached = None
     if cached is None and starts is None and not drops(config, dropout_rng):
         return blockwise_attention(q, *keys, window, sinks, config, numerics)
+    long = cached is not None and q.shape[1] > 1 and cached.positions.shape[1] > BLOCK
+    if cached is not None and long and starts is None and not drops(config, dropout_rng):
+        return attention_over_cache(q, keys, cached, window, config, numerics, sinks).astype(numerics.result)
     others = cached, dropout_rng, starts, sinks
     return _attend_in_blocks(q, keys, window, config, numerics, *others).astype(numerics.result)
 

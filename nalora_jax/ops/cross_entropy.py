@@ -91,10 +91,15 @@ def cross_entropy(
     Returns:
       float32 scalar; differentiable with respect to ``hidden`` only.
     """
-    # A multiple of 128, the rows that a TPU's matrix unit processes at once.
-    rows = chunk or max(_CHUNK_FLOATS // kernel.shape[head.axis] // 128 * 128, 128)
+    rows = chunk or rows_of_chunk(kernel.shape[head.axis])
     rows_chunk = partial(chunk_of_rows, head=head, numerics=numerics)
     return in_chunks(hidden, kernel, targets, weights, Tiles((rows,), compact, shards), rows_chunk)
+
+
+def rows_of_chunk(vocab: int) -> int:
+    """Returns the default number of rows in a chunk of logits on each device."""
+    # A multiple of 128, the rows that a TPU's matrix unit processes at once.
+    return max(_CHUNK_FLOATS // vocab // 128 * 128, 128)
 
 
 def chunk_of_rows(

@@ -35,15 +35,15 @@ class DeltaInputs(NamedTuple):
 
 
 def gated_delta_rule(
-    inputs: DeltaInputs, segments: jax.Array, state: jax.Array | None = None
+    inputs: DeltaInputs, segments: jax.Array, state: jax.Array | None = None, before: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the outputs ``o`` and the state after the last token.
 
     Args:
       inputs: of all tokens.
       segments: int ``[batch or 1, seq]``, 0 for padding; each segment is one run of tokens.
-      state: float32 ``[batch, groups, n, d_k, d_v]`` before the first token, of segment 1; zero by
-        default.
+      state: float32 ``[batch, groups, n, d_k, d_v]`` before the first token; zero by default.
+      before: int ``[batch]``, the segment of the state; 1 by default.
 
     Returns:
       float32 ``[batch, seq, groups, n, d_v]`` and the state. Outputs of padding have no meaning.
@@ -57,24 +57,27 @@ def gated_delta_rule(
     chunks = [_chunks(x, size, axis) for x, axis in zip(inputs, axes, strict=True)]
     if state is None:
         state = jnp.zeros((batch, groups, n, inputs.k.shape[-1], d_v), jnp.float32)
-    start = state.astype(jnp.float32), jnp.ones((batch,), segments.dtype)
+    runs = segment_runs(segments) if before is None else segment_runs(segments, before[:, None])
+    if before is None:
+        before = jnp.ones((batch,), segments.dtype)
+    start = state.astype(jnp.float32), before
     # Under `checkpoint` the scan saves its carry, and recomputes the chunk in the backward pass.
-    (last, _), out = lax.scan(jax.checkpoint(_chunk), start, (*chunks, _chunks(segment_runs(segments), size, -1)))
+    (last, _), out = lax.scan(jax.checkpoint(_chunk), start, (*chunks, _chunks(runs, size, -1)))
     # [chunks, batch, groups, n, size, d_v] -> [batch, chunks, size, groups, n, d_v]
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, groups, n, d_v)
     return out[:, :seq], last
 
 
-def segment_runs(segments: jax.Array) -> jax.Array:
+def segment_runs(segments: jax.Array, before: jax.Array | int = 1) -> jax.Array:
     """Returns the segment of the last token that is not padding, at or before each: int ``[batch, seq]``.
 
-    Padding at a row's start gets 1, the segment of an earlier call's state.
+    Padding at a row's start gets ``before`` (scalar or ``[batch, 1]``), the segment of an earlier state.
 
     Example: ``[[0, 2, 2, 0, 3]]`` -> ``[[1, 2, 2, 2, 3]]``.
     """
     index = jnp.where(segments > 0, jnp.arange(segments.shape[1])[None], -1)
     last = lax.cummax(index, axis=1)
-    return jnp.where(last < 0, 1, jnp.take_along_axis(segments, jnp.maximum(last, 0), axis=1))
+    return jnp.where(last < 0, before, jnp.take_along_axis(segments, jnp.maximum(last, 0), axis=1))
 
 
 def _chunks(x: jax.Array, size: int, axis: int) -> jax.Array:

@@ -15,6 +15,7 @@ Adapters and their gradients stay float32. Norms, biases, embeddings and routers
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -149,8 +150,8 @@ def dequantize(kernel: Quantized) -> jax.Array:
     return (blocks * scales[..., None, :]).reshape(*lead, d_in, d_out)
 
 
-def gathered(params: Any, axis: str) -> Any:
-    """Returns ``params`` with quantized kernels marked to be gathered over a mesh axis as codes.
+def gathered(params: Any, axes: Collection[str]) -> Any:
+    """Returns ``params`` with quantized kernels marked to be gathered over mesh axes as codes.
 
     Without the mark the compiler expands each device's part and gathers float32: four times the
     bytes of int8 and seven times the bytes of nf4. Experts are not marked: `nalora_jax.models.moe`
@@ -158,13 +159,13 @@ def gathered(params: Any, axis: str) -> Any:
 
     Args:
       params: a tree of arrays, or of descriptions of arrays, with shardings.
-      axis: name of the mesh axis that is gathered over; other axes stay split.
+      axes: names of the mesh axes that are gathered over; other axes stay split.
     """
 
     def told(leaf: Any) -> Any:
         if not isinstance(leaf, Quantized) or leaf.codes.ndim > 3:
             return leaf
-        codes, scales = (_without(array.sharding, leaf.codes.ndim, axis) for array in (leaf.codes, leaf.scales))
+        codes, scales = (_without(array.sharding, leaf.codes.ndim, axes) for array in (leaf.codes, leaf.scales))
         if codes is None or scales is None:
             return leaf
         return replace(leaf, places=(codes, scales))
@@ -172,14 +173,14 @@ def gathered(params: Any, axis: str) -> Any:
     return jax.tree.map(told, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
 
 
-def _without(sharding: Any, ndim: int, axis: str) -> NamedSharding | None:
-    """Returns the sharding of the last two axes without ``axis``; None if there is no such axis."""
-    if not isinstance(sharding, NamedSharding) or axis not in sharding.mesh.shape:
+def _without(sharding: Any, ndim: int, axes: Collection[str]) -> NamedSharding | None:
+    """Returns the sharding of the last two axes without ``axes``; None if the mesh has none of them."""
+    if not isinstance(sharding, NamedSharding) or not set(axes) & set(sharding.mesh.shape):
         return None
     spec = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))[-2:]
     parts = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
-    axes = [tuple(name for name in names if name != axis) or None for names in parts]
-    return NamedSharding(sharding.mesh, P(*axes))
+    remaining = [tuple(name for name in names if name not in axes) or None for names in parts]
+    return NamedSharding(sharding.mesh, P(*remaining))
 
 
 def quantize_params(params: Any, kind: Kind, pattern: str | None = None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 # Positions that are taken together if only some are sampled.
-_RUN = 8
+RUN = 8
 
 
 def count(rows: NamedSharding | None) -> int:
@@ -86,7 +86,7 @@ def _parted(x: Array, rows: NamedSharding | None) -> Array:
 # ---------------------------------------------------------------- positions
 
 
-def sampled(x: Array, weights: Array, stride: int, run: int = _RUN) -> Array:
+def sampled(x: Array, weights: Array, stride: int, run: int = RUN) -> Array:
     """Returns one in ``stride`` positions of every row, with real tokens preferred to padding.
 
     Positions are taken in runs of 8, one of every ``stride`` runs: the run with most real tokens,
@@ -134,7 +134,7 @@ def sampled_weights(weights: Array, stride: int) -> Array:
     """Returns float32 ``weights`` ``[..., positions]``, 0 at positions that `sampled` does not take."""
     if stride == 1:
         return weights.astype(jnp.float32)
-    run, groups = _grouping(weights.shape[-1], stride, _RUN)
+    run, groups = _grouping(weights.shape[-1], stride, RUN)
     mask = jax.nn.one_hot(_chosen(weights, stride, run), stride, dtype=bool)  # [..., groups, stride]
     mask = jnp.repeat(mask.reshape(*weights.shape[:-1], groups * stride), run, axis=-1)
     return jnp.where(mask[..., : weights.shape[-1]], weights.astype(jnp.float32), 0.0)

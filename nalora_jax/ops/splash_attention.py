@@ -22,11 +22,14 @@ from nalora_jax.ops.dispatch import Implementation, Numerics
 from nalora_jax.ops.storage import SAVED, round_and_save
 
 SPLASH = Implementation("splash", platform="tpu")
-_LANES = 128  # width of a TPU register; block sizes must be multiples of it
+LANES = 128  # width of a TPU register; block sizes must be multiples of it
 # Queries and keys per block. A block is computed entirely if any of its pairs is seen: large blocks
 # waste work along the diagonal, small blocks cost time between them. Tunix uses 1,024 and MaxText
 # 1,024 to 2,048 at these lengths.
-_BLOCKS = (1024, 512, 256, _LANES)
+BLOCKS = (1024, 512, 256, LANES)
+# Most numbers in a block of queries, keys or values: the backward pass holds several blocks in a TPU's
+# vector memory, and with 1,024 queries and heads of 256 v5p has too little of it.
+LARGEST = 1024 * LANES
 # The fused kernel writes one partial gradient of the queries per block of keys. With more parts
 # they take gigabytes.
 _MOST_PARTS = 8
@@ -75,7 +78,7 @@ def splash_attention(
 
 def takes(seq: int, head_dim: int) -> bool:
     """Returns True if the kernels support rows of ``seq`` tokens and heads of size ``head_dim``."""
-    return seq % _LANES == 0 and head_dim % 64 == 0
+    return seq % LANES == 0 and head_dim % 64 == 0
 
 
 def _one_device(
@@ -93,52 +96,60 @@ def _one_device(
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
     branches = [
-        _for_window(q.shape[1], q.shape[2], window, config.softcap, config.interpret)
-        for window in config.windows or (q.shape[2],)
+        _for_window(q.shape[1:], window, config.softcap, config.interpret) for window in config.windows or (q.shape[2],)
     ]
     ids = SegmentIds(segments, segments)
     mapped = [jax.vmap(branch, in_axes=(0, 0, 0, 0, None)) for branch in branches]
     return jax.lax.switch(choice, mapped, q, k, v, ids, sinks)
 
 
-def _for_window(heads: int, seq: int, window: int, softcap: float, interpret: bool) -> Callable[..., jax.Array]:
+def _for_window(shape: tuple[int, ...], window: int, softcap: float, interpret: bool) -> Callable[..., jax.Array]:
+    """Returns the kernel for queries ``[heads, seq, head_dim]``."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+    heads, seq, head_dim = shape
     local = masks.LocalMask((seq, seq), window_size=(window - 1, 0), offset=0) if window < seq else None
     mask = masks.CausalMask((seq, seq)) if local is None else local
     return splash_attention_kernel.make_splash_mha_single_device(
         masks.MultiHeadMask([mask] * heads),
-        block_sizes=splash_attention_kernel.BlockSizes(**block_sizes(seq, window)),
+        block_sizes=splash_attention_kernel.BlockSizes(**block_sizes(seq, window, head_dim)),
         attn_logits_soft_cap=softcap or None,
         residual_checkpoint_name=SAVED,
         interpret=interpret,
     )
 
 
-def block_sizes(seq: int, window: int) -> dict[str, Any]:
+def block_sizes(seq: int, window: int, head_dim: int) -> dict[str, Any]:
     """Returns the kernels' block sizes for rows of ``seq`` tokens, a multiple of 128.
 
-    Blocks are at most a quarter of the row and half of the ``window``. One fused kernel computes
-    all gradients with five matmuls instead of the seven of two kernels. It is not used with more
-    than `_MOST_PARTS` blocks of keys, or with windows, which leave fewer matmuls but as many
-    partial gradients to sum.
+    Blocks are at most a quarter of the row and half of the ``window``, and smaller for heads of more
+    than 128. One fused kernel computes all gradients with five matmuls instead of the seven of two
+    kernels. It is not used with more than `_MOST_PARTS` blocks of keys, or with windows, which leave
+    fewer matmuls but as many partial gradients to sum.
     """
     seen = min(window, seq)
-    fitting = [size for size in _BLOCKS if seq % size == 0 and 4 * size <= seq and (seen == seq or 2 * size <= seen)]
-    block = max(fitting, default=_LANES)
+    most = min(seq // 4, LARGEST // head_dim)
+    if seen < seq:
+        most = min(most, seen // 2)
+    block = largest_block(seq, most)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
     if seen == seq and seq // block <= _MOST_PARTS:
         return dict.fromkeys(names, block) | {"use_fused_bwd_kernel": True}
     return dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block)
 
 
-def computed_pairs(seq: int, window: int) -> float:
+def largest_block(length: int, most: int) -> int:
+    """Returns the largest block size that divides ``length`` and is at most ``most``; at least 128."""
+    return max((size for size in BLOCKS if length % size == 0 and size <= most), default=LANES)
+
+
+def computed_pairs(seq: int, window: int, head_dim: int) -> float:
     """Returns the number of query-key pairs that the kernels compute for a row.
 
     These are all pairs of every block of which any pair is seen.
     """
-    block = block_sizes(seq, window)["block_q"]
+    block = block_sizes(seq, window, head_dim)["block_q"]
     # Blocks of keys before the diagonal block that a block of queries sees.
     before = -(-(min(window, seq) - 1) // block)
     return float(sum(min(i, before) + 1 for i in range(seq // block)) * block * block)

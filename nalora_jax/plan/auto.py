@@ -138,6 +138,6 @@ def _candidates(config: RunConfig, base: ModelConfig, where: Topology) -> list[L
 
 def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
     """Returns ``config`` with the mesh and the rematerialization policy of ``layout``."""
-    mesh = MeshConfig(layout.data, layout.fsdp, layout.tensor)
+    mesh = MeshConfig(*layout.mesh)
     compute: Any = replace(config.compute, remat=cast(Any, layout.remat), experts=cast(Any, layout.experts))
     return replace(config, mesh=mesh, compute=compute)

@@ -39,6 +39,8 @@ _OF_EXPERTS, _OF_EXPERTS_ON_V5E = 8, 10
 _READ_NARROW, _READ_WIDE = 130, 170
 # Times that rows are sent to experts or back: in the forward pass, in it again, in the backward pass.
 _SENT = 6
+# Times that keys and values of split rows, or their gradients, are exchanged in a step.
+_KEYS_SENT = 3
 # Bytes of a quantized weight, scales included.
 WIDTHS = {"int8": 1.0, "nf4": 0.55, "mxfp4": 0.53125}
 _WIDE = 4  # float32 arrays as wide as the FFN that are live within a layer
@@ -68,6 +70,26 @@ def summed_bytes(base: ModelConfig, tokens: float, tensor: int, remat: str, wide
     """
     sums = 4 + {"full": 2, "attention": 0, "dots": 0}.get(remat, 0)
     return sums * base.n_layers * 2 * (tensor - 1) / tensor * tokens * base.d_model * wide
+
+
+def gathered_keys(base: ModelConfig, rows: float, seq: int, context: int, wide: float) -> tuple[float, float]:
+    """Returns live bytes and received bytes of a step for the keys and values of rows that chips share.
+
+    Live are the keys and values of one layer's ``rows``, and their gradients. They are gathered in both
+    passes, and the gradients are summed. Of a window within a block only its halo is exchanged.
+    """
+    if context == 1:
+        return 0.0, 0.0
+    most = received = 0.0
+    for config in uniform(base):
+        if config.mixer is not None and not config.mixer.attends:
+            continue
+        each = 2 * config.n_kv_heads * config.head_dim * rows * wide
+        most = max(most, 2 * each * seq)
+        for window in config.layer_windows:
+            near = window <= seq / (2 * context)
+            received += _KEYS_SENT * each * (2 * window if near else seq * (context - 1) / context)
+    return most, received
 
 
 def attention_kernel(where: Topology, base: ModelConfig, rows: float, seq: int) -> str:

@@ -28,6 +28,7 @@ from nalora_jax.plan.estimates import (
     WIDTHS,
     attention_kernel,
     executed_flops,
+    gathered_keys,
     hidden_share,
     mean_over_layers,
     rows_for_experts,
@@ -51,6 +52,7 @@ _MOST_TENSOR = 8
 # Usable share of the memory, a margin for the error of the estimates (docs/pods.md).
 _USABLE = {"tpu": 0.95, "gpu": 0.9}
 _USABLE_OF_HOST = 0.5  # the rest is for processes that read data, for loading, and for the system
+_LEAST_BLOCK = 1024  # tokens of a block of a split row (`nalora_jax.ops.split_rows`), if --mesh auto splits it
 _UNDER_WAY = 2  # layers whose activations are on the chip while all others are in the host's memory
 
 
@@ -74,6 +76,7 @@ class Layout:
     transfers: float
     seconds: float  # duration of a step, by roofline
     mfu: float
+    context: int = 1
 
     @property
     def memory(self) -> float:
@@ -81,15 +84,16 @@ class Layout:
         return self.weights + self.state + self.activations + self.working
 
     @property
-    def mesh(self) -> tuple[int, int, int]:
-        """The sizes of the axes."""
-        return self.data, self.fsdp, self.tensor
+    def mesh(self) -> tuple[int, ...]:
+        """The sizes of data, fsdp and tensor, and of context if it is above 1."""
+        return self.data, self.fsdp, self.tensor, *([self.context] if self.context > 1 else [])
 
     @property
     def short(self) -> str:
         """The layout without its estimates."""
         sends = ", rows sent to experts" if self.experts == "send" else ""
-        return f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}, remat {self.remat}{sends}"
+        axes = distributed.shown_axes({name: getattr(self, name) for name in distributed.AXES})
+        return f"{axes}, remat {self.remat}{sends}"
 
     def __str__(self) -> str:
         """Returns one line for the log and for `nalora plan`."""
@@ -118,7 +122,8 @@ def fitting(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topo
             "--train.batch-size",
             expected=f"rows per micro-batch that {where.size} devices can share (a multiple of mesh axes data x fsdp)",
             found=micro,
-            remedy=f"use a multiple of {where.size}, a smaller --train.accumulate, or a larger --mesh.tensor",
+            remedy=f"use a multiple of {where.size}, a smaller --train.accumulate, or a larger --mesh.context or "
+            "--mesh.tensor",
         )
     chip = where.chip
     hosted = [layout for layout in found if layout.host <= _USABLE_OF_HOST * chip.host_memory]
@@ -152,23 +157,39 @@ def candidates(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: T
     micro = config.train.batch_size // config.train.accumulate
     policies = POLICIES if config.compute.remat == "auto" else (config.compute.remat,)
     mesh = config.mesh
-    if -1 in (mesh.data, mesh.fsdp, mesh.tensor):  # with an axis of -1 no axis is left to choose
-        mesh = MeshConfig(*distributed.resolve_sizes(mesh, where.size))
+    if -1 in (mesh.data, mesh.fsdp, mesh.context, mesh.tensor):  # with an axis of -1 no axis is left to choose
+        sizes = distributed.resolve_sizes(mesh, where.size)
+        mesh = MeshConfig(**dict(zip(distributed.AXES, sizes, strict=True)))
     distributed.check_axes(mesh, where.size, where.slices)
+    mesh = replace(mesh, context=distributed.context_of(mesh))
     distributed.check_tensor(max(mesh.tensor, 1), n_heads=base.n_heads, n_kv_heads=key_heads(base))
     for tensor in _divisors(where.size):
         if mesh.tensor == 0 and (tensor > _MOST_TENSOR or base.n_heads % tensor or key_heads(base) % tensor):
             continue
         if where.chip.platform == "gpu" and mesh.tensor == 0 and where.dims[-1] % tensor:
             continue
-        for fsdp in _divisors(where.size // tensor):
-            data = where.size // tensor // fsdp
-            fits = all(
-                wanted in (0, size) for wanted, size in ((mesh.data, data), (mesh.fsdp, fsdp), (mesh.tensor, tensor))
-            )
-            if fits and micro % (data * fsdp) == 0 and data % where.slices == 0:
+        for data, fsdp, context in _splits(where.size // tensor):
+            sizes = (mesh.data, data), (mesh.fsdp, fsdp), (mesh.context, context), (mesh.tensor, tensor)
+            fits = all(wanted in (0, size) for wanted, size in sizes) and micro % (data * fsdp) == 0
+            if context > 1 and not mesh.context:
+                fits = fits and _splits_well(base, where, seq, context) and micro == data * fsdp
+            if fits and data % where.slices == 0:
                 for remat, experts in itertools.product(policies, _ways(config, base, where, fsdp)):
-                    yield estimate(config, base, spec, where, seq, (data, fsdp, tensor), remat, experts)
+                    layout = (data, fsdp, tensor), remat, experts, context
+                    yield estimate(config, base, spec, where, seq, *layout)
+
+
+def _splits(devices: int) -> Iterator[tuple[int, int, int]]:
+    """Yields the sizes of data, fsdp and context whose product is ``devices``."""
+    for fsdp in _divisors(devices):
+        for context in _divisors(devices // fsdp):
+            yield devices // fsdp // context, fsdp, context
+
+
+def _splits_well(base: ModelConfig, where: Topology, seq: int, context: int) -> bool:
+    """Returns True if ``--mesh auto`` may split rows: long rows on a TPU, whose kernels take parts of them."""
+    can_split = not base.attn_dropout and all(one.mixer is None or one.mixer.splits_rows for one in uniform(base))
+    return can_split and where.chip.platform == "tpu" and seq >= 2 * context * _LEAST_BLOCK
 
 
 def _ways(config: RunConfig, base: ModelConfig, where: Topology, fsdp: int) -> tuple[str, ...]:
@@ -190,11 +211,13 @@ def estimate(
     sizes: tuple[int, int, int],
     remat: str,
     experts: str = "gather",
+    context: int = 1,
 ) -> Layout:
-    """Returns the memory and time of one layout."""
+    """Returns the memory and time of one layout; ``sizes`` are those of data, fsdp and tensor."""
     data, fsdp, tensor = sizes
+    split = fsdp * context  # devices that share the weights
     micro = config.train.batch_size // config.train.accumulate
-    rows = micro / (data * fsdp)
+    rows = micro / (data * split)  # of a chip, which may have part of one
     tokens = rows * seq
     quantize = config.compute.quantize
     wide = 4.0 if config.compute.dtype == "float32" else 2.0
@@ -208,18 +231,20 @@ def estimate(
     kept = mean_over_layers(base, lambda of_stack: saved_values(of_stack, saves, tensor, kernel)) * wide * tokens
     layout = Layout(
         data, fsdp, tensor, remat, experts,
-        weights=(layer * base.n_layers + ends) / (fsdp * tensor),
+        weights=(layer * base.n_layers + ends) / (split * tensor),
         # A or B is split over fsdp. Tables are, too; in a step they and their gradients are
         # gathered.
-        state=adapters * 4 / max(1, fsdp) ** 0.5 / tensor + tables * 4 / fsdp,
+        state=adapters * 4 / max(1, split) ** 0.5 / tensor + tables * 4 / split,
         activations=kept * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
-        working=working_bytes(where, base, tokens, (fsdp, tensor), wide=wide, offloads=offloads)
-        + (2 * tables + transposed_bytes(where, base, narrow) / (fsdp * tensor) if fsdp > 1 else 0.0),
+        working=working_bytes(where, base, tokens, (split, tensor), wide=wide, offloads=offloads)
+        + (2 * tables + transposed_bytes(where, base, narrow) / (split * tensor) if split > 1 else 0.0)
+        + gathered_keys(base, rows * context, seq, context, wide)[0] / tensor,
         host=kept * base.n_layers if offloads else 0.0,
         gathers=0.0,
         transfers=0.0,
         seconds=0.0,
         mfu=0.0,
+        context=context,
     )  # fmt: skip
     times = config.train.accumulate
     useful = useful_flops(base, spec, micro, seq) / where.size
@@ -229,16 +254,18 @@ def estimate(
     passes = 2.3 if saves == "full" else 2.0
     weights = layer * base.n_layers
     stay, sent = rows_for_experts(base, tokens, fsdp, narrow, wide) if experts == "send" else (0.0, 0.0)
-    gathered = passes * (weights - stay + ends / 2) / tensor * (fsdp - 1) / fsdp / where.inbound(fsdp * tensor)
+    gathered = passes * (weights - stay + ends / 2) / tensor * (split - 1) / split / where.inbound(split * tensor)
     traffic = 8 * kept * base.n_layers
     if base.n_experts:
         traffic = sum(sorted_row_bytes(of_stack, tokens, tensor) for of_stack in uniform(base))
         traffic *= SLACK if stay else 1.0
-    hbm = (passes * (weights - stay * (1 - 1 / fsdp) + ends) / tensor + traffic) / where.chip.bandwidth
-    gradients = 2 * (adapters + tables) / where.inbound(data * fsdp) if data * fsdp > 1 else 0.0
+    hbm = (passes * (weights - stay * (1 - 1 / split) + ends) / tensor + traffic) / where.chip.bandwidth
+    gradients = 2 * (adapters + tables) / where.inbound(data * split) if data * split > 1 else 0.0
     hidden = hidden_share(where, base)
     overlapped, exposed = hidden * gathered, (1 - hidden) * gathered
     exposed += summed_bytes(base, tokens, tensor, saves, wide) / where.inbound(tensor) + sent / where.inbound(fsdp)
+    if context > 1:
+        exposed += gathered_keys(base, rows * context, seq, context, wide)[1] / tensor / where.inbound(context)
     seconds = times * (max(products, hbm, overlapped) + exposed) + gradients
     mfu = times * useful / (where.chip.flops * seconds)
     return replace(layout, gathers=times * gathered, transfers=2 * times * out, seconds=seconds, mfu=mfu)

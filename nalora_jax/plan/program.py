@@ -108,7 +108,7 @@ def step_and_arguments(
         return init_state(lora, program.optimizer, program.blocks, program.mechanisms, 0)
 
     weights = {path: _weight(path, shape, config.compute) for path, shape in param_shapes(base).items()}
-    params = gathered(placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], "fsdp")
+    params = gathered(placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], distributed.WEIGHT_AXES)
     state, places = placed(jax.eval_shape(fresh, trees.unflatten(weights)), mesh, distributed.STATE_RULES)
     micro = config.train.batch_size // config.train.accumulate
     by_rows = NamedSharding(mesh, P(None, distributed.BATCH_AXES))

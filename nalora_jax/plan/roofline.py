@@ -89,9 +89,9 @@ def splash_flops(base: ModelConfig, seq: int, *, forward: float, backward: float
     total = 0.0
     for config in _attending(base):
         for window in config.layer_windows:
-            fused = "use_fused_bwd_kernel" in block_sizes(seq, window)
+            fused = "use_fused_bwd_kernel" in block_sizes(seq, window, config.head_dim)
             products = 2 * forward + (5 if fused else 7) * backward
-            total += products * 2.0 * computed_pairs(seq, window) * config.n_heads * config.head_dim
+            total += products * 2.0 * computed_pairs(seq, window, config.head_dim) * config.n_heads * config.head_dim
     return total
 
 

@@ -7,7 +7,7 @@ dark setting and fits a phone. The template engine escapes all text from the log
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.resources import files
@@ -23,6 +23,7 @@ from nalora_jax.files import write_atomically
 from nalora_jax.report import plots, state_plots
 from nalora_jax.report.history import History, read_history
 from nalora_jax.report.images import confusions, layer_labels, picture
+from nalora_jax.report.needle import read_needle
 from nalora_jax.report.summary import headline, tiles
 from nalora_jax.weights.origin import Origin
 
@@ -130,17 +131,19 @@ def write_report(folder: str | Path) -> Path:
       NaloraError: the folder's log is missing or damaged.
     """
     folder = Path(folder)
-    page = render(read_history(folder), has_adapter=(folder / "adapter" / "adapter_config.json").exists())
+    has_adapter = (folder / "adapter" / "adapter_config.json").exists()
+    page = render(read_history(folder), has_adapter=has_adapter, needle=read_needle(folder))
     write_atomically(folder / FILE, page)
     return folder / FILE
 
 
-def render(history: History, *, has_adapter: bool = False) -> str:
+def render(history: History, *, has_adapter: bool = False, needle: Sequence[Mapping[str, Any]] = ()) -> str:
     """Returns the page as text.
 
     Args:
       history: the run's log.
       has_adapter: the run's folder has an exported adapter, so the page explains how to use it.
+      needle: tables of `nalora_jax.report.needle.read_needle`.
     """
     config = history.config
     return template("page.html.j2").render(
@@ -156,6 +159,7 @@ def render(history: History, *, has_adapter: bool = False) -> str:
         samples=_samples(history),
         sampled_after=_sampled_after(history),
         confusion=confusions(history),
+        needle=needle,
         task=config.get("vision", {}).get("task", ""),
         folder=shlex.quote(str(config.get("output", "RUN"))) if has_adapter else None,
         config=_config_rows(config),

@@ -14,7 +14,7 @@ from nalora_jax import distributed
 from nalora_jax.config import RunConfig
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.errors import NaloraError
-from nalora_jax.loading.base import LoadedModel
+from nalora_jax.loading.base import LoadedModel, rope_of
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.runs.pieces import RunBase
@@ -62,6 +62,7 @@ def export(
             folder,
             base_model_name=loaded.source,
             fingerprint=loaded.fingerprint,
+            rope_scaling=loaded.rope_scaling,
             overwrite=True,
             beside=tokenizer_writer(loaded) if loaded.added or loaded.resized else None,
         )
@@ -133,4 +134,5 @@ def card(
         device=describe_device(),
         origin=loaded.origin,
         resized=loaded.resized if isinstance(loaded, LoadedModel) else 0,
+        rope=rope_of(loaded) if isinstance(loaded, LoadedModel) else {},
     )

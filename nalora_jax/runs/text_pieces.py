@@ -18,7 +18,6 @@ from nalora_jax.data.items import digest
 from nalora_jax.data.pipeline import TrainData, train_data
 from nalora_jax.data.questions import held_out
 from nalora_jax.data.source import Source
-from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.seeing import evaluator_of
 from nalora_jax.loading.base import LoadedModel, load_model
 from nalora_jax.method.step import TrainState
@@ -29,7 +28,7 @@ from nalora_jax.runs.preference_pieces import preference_pieces
 from nalora_jax.runs.start import GRADIENT, gradient_start
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.assembly import assemble
-from nalora_jax.train.inputs import check_data, check_first, check_layout
+from nalora_jax.train.inputs import check_data, check_first, check_layout, check_longest
 from nalora_jax.train.seeing import with_images
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.new_tokens import with_added
@@ -120,12 +119,5 @@ def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh, source: Mapp
     if loaded.config.sight is not None:
         assert source is not None
         data = with_images(data, config.data, config.vision, loaded, source)
-    longest, context = int(data.store.lengths.max()), loaded.config.max_positions
-    if longest > context:
-        raise NaloraError(
-            "training data",
-            expected=f"examples of at most {context} tokens, the model's context",
-            found=f"one of {longest}",
-            remedy=f"set --data.max-length to {context} or less",
-        )
+    check_longest(int(data.store.lengths.max()), loaded.config)
     return data

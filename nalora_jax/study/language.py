@@ -26,6 +26,7 @@ from nalora_jax.models.adapters import init_lora
 from nalora_jax.runs.start import first_adapters
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
+from nalora_jax.weights.hub import resolve
 from nalora_jax.weights.new_tokens import with_added
 
 _SEED = 20260104  # seed of the draw of items whose choices are scored, the same for every run
@@ -65,13 +66,13 @@ class Language:
         """Returns the run's base model."""
         compute = config.compute
         added = AddedTokens.of(config.data)
-        key = json.dumps(
-            [config.model, compute.dtype, compute.quantize, config.to_dict()["mesh"], added.plain, added.special]
-        )
+        of_model = (config.model, config.rope_scaling, compute.dtype, compute.quantize)
+        key = json.dumps([*of_model, config.to_dict()["mesh"], added.plain, added.special])
         if key not in self._models:
             kind = None if compute.quantize == "none" else compute.quantize
             mesh = distributed.smallest_mesh(config.mesh)
-            loaded = load_model(config.model, dtype=compute.dtype, mesh=mesh, quantized=kind)
+            files = replace(resolve(config.model), rope_scaling=config.rope_scaling)
+            loaded = load_model(files, dtype=compute.dtype, mesh=mesh, quantized=kind)
             self._models[key] = with_added(loaded, added, mesh)
         return self._models[key]
 

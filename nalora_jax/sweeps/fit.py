@@ -39,9 +39,13 @@ class Fitting:
           count: number of runs.
 
         Raises:
-          NaloraError: more runs a device than fit, a mixture of experts on several devices a run, or a
-            group of devices that does not divide a batch.
+          NaloraError: rows that the mesh splits, more runs a device than fit, a mixture of experts on
+            several devices a run, or a group of devices that does not divide a batch.
         """
+        if config.mesh.context not in (0, 1):
+            raise NaloraError(
+                "--mesh.context", expected="1 in a sweep, whose rows are whole", found=config.mesh.context
+            )
         limit = _USABLE * _memory()
         weights, run = (0.0, 1.0) if base is None else _bytes(config, base)
         mesh = _mesh(config, count, weights / limit)

@@ -25,7 +25,6 @@ from nalora_jax.imports import import_files
 from nalora_jax.job import Inputs, continued, inputs_of, mesh_of
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.ops.dispatch import AUTO, XLA
 from nalora_jax.redaction import redacted
 from nalora_jax.running import BaseMetrics, Running, RunResult, way_on
 from nalora_jax.runs.metrics import to_json
@@ -176,7 +175,7 @@ class _Group:
 
     def train(self) -> dict[str, RunResult | TrainingDivergedError]:
         """Trains all runs of the group; returns results or errors by folder."""
-        concrete = _placed(self._runs[0].config, self._fits)
+        concrete = replace(self._runs[0].config, mesh=self._fits.mesh)
         mesh = mesh_of(concrete)
         results: dict[str, RunResult | TrainingDivergedError] = {}
         left = self._runs
@@ -242,16 +241,6 @@ def _measure_bases(started: Sequence[Running]) -> None:
     for running in started:
         questions = json.dumps(running.pieces.questions, sort_keys=True)
         measured[questions] = running.measure_before(measured.get(questions))
-
-
-def _placed(config: RunConfig, fits: Fitting) -> RunConfig:
-    """Returns the settings with a concrete mesh, and operations that several runs can share."""
-    compute = config.compute
-    platform = distributed.platform_of().name
-    if platform == "cpu" and compute.implementation == AUTO:
-        log.info("operations: plain XLA, because the CPU kernels take one run at a time")
-        compute = replace(compute, implementation=XLA)
-    return replace(config, mesh=fits.mesh, compute=compute)
 
 
 class _Named(Console):

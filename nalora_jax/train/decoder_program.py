@@ -40,11 +40,13 @@ from nalora_jax.train.mechanisms import mechanisms_of
 from nalora_jax.train.objectives import NextToken, SeenNextToken
 from nalora_jax.train.optimizers import make_optimizer
 from nalora_jax.train.program import Program, gate_checks_of
+from nalora_jax.train.split_rows import check_context
 
 
 def check_decoder(config: RunConfig, base: ModelConfig, mesh: Mesh) -> None:
-    """Raises an error if a tensor axis splits a head, or for another start of a model that sees."""
+    """Raises an error if an axis splits what must be whole, or for another start of a model that sees."""
     distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=key_heads(base))
+    check_context(config, base, mesh)
     if base.sight is None:
         return
     if config.lora.init != "default":
@@ -239,6 +241,7 @@ def next_token(base: ModelConfig, model: Decoder, compute: ComputeConfig, mesh: 
         compute.loss_chunk,
         distributed.batch_shards(mesh),
         head_sharding(base, mesh),
+        distributed.row_sharding(mesh),
         distributed.RUN in mesh.shape and distributed.devices_per_run(mesh) > 1,
     )
 

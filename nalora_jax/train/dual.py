@@ -32,10 +32,13 @@ from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.train.mechanisms import mechanisms_of
 from nalora_jax.train.optimizers import make_optimizer
 from nalora_jax.train.program import Program, gate_checks_of
+from nalora_jax.train.split_rows import context_error
 
 
 def check_dual(config: RunConfig, base: DualConfig, mesh: Mesh) -> None:
-    """Raises an error if a tensor axis splits a head, or for another start of the adapters."""
+    """Raises an error if an axis splits a head or a row, or for another start of the adapters."""
+    if (shards := distributed.context_size(mesh)) > 1:
+        raise context_error(shards, "encoders of images and texts")
     for tower in base.towers.values():
         distributed.check_heads(mesh, n_heads=tower.n_heads, n_kv_heads=tower.n_heads)
     if config.lora.init != "default":

@@ -22,6 +22,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import key_heads
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.tokenizer import AddedTokens
+from nalora_jax.train.split_rows import check_context
 from nalora_jax.weights.hub import ResolvedSource
 
 log = logging.getLogger(__name__)
@@ -69,15 +70,32 @@ def described(config: RunConfig, files: ResolvedSource) -> ModelConfig:
     return read_config(files, images=config.vision.task == "chat", added=AddedTokens.of(config.data))
 
 
+def check_longest(longest: int, base: ModelConfig) -> None:
+    """Checks that the longest row example of the training data fits the model's context.
+
+    Raises:
+      NaloraError: it does not.
+    """
+    context = base.max_positions
+    if longest > context:
+        raise NaloraError(
+            "training data",
+            expected=f"examples of at most {context} tokens, the model's context",
+            found=f"one of {longest}",
+            remedy=f"set --data.max-length to {context} or less, or extend the context by --model.rope-scaling",
+        )
+
+
 def check_layout(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> None:
     """Checks that the model fits the mesh and the rules, from its config files only.
 
     Raises:
-      NaloraError: a tensor axis that splits a head, rows that the mesh does not divide, rules that
-        match nothing, an added token without a trained row, or a trained row without a token.
+      NaloraError: an axis that splits a head or a row that must be whole, rows that the mesh does not
+        divide, rules that match nothing, an added token without a trained row, or a trained row without a token.
     """
     base = described(config, files)
     distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=key_heads(base))
+    check_context(config, base, mesh)
     distributed.process_rows(mesh, config.train.batch_size // config.train.accumulate)
     _check_rows(config, files, base, adapter_spec(config, base))
 

@@ -19,8 +19,9 @@ from jax.sharding import NamedSharding
 from nalora_jax import trees
 from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.targets import ROWS
-from nalora_jax.ops.cross_entropy import Head, cross_entropy
+from nalora_jax.ops.cross_entropy import Head, cross_entropy, rows_of_chunk
 from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.split_rows import shards_of, split
 from nalora_jax.ops.trained_head import HeadRows, WholeHead, trained_cross_entropy
 
 
@@ -34,6 +35,7 @@ class NextToken:
     loss_chunk: int = 0
     batch_shards: int = 1  # parts that the mesh splits the batch into
     head_sharding: NamedSharding | None = None  # of the head's kernel in the loss
+    row_sharding: NamedSharding | None = None  # of hidden states
     # The loss of a mesh's runs has chunks of fixed rows: the others are as many as one run needs.
     has_runs: bool = False
 
@@ -44,8 +46,8 @@ class NextToken:
             loss = trained_cross_entropy(
                 hidden,
                 trained,
-                batch["targets"],
-                batch["loss_weights"],
+                self.parts(batch["targets"]),
+                self.parts(batch["loss_weights"]),
                 self.head,
                 self.numerics,
                 chunk=self.loss_chunk,
@@ -57,7 +59,10 @@ class NextToken:
     def hidden(
         self, variables: Mapping[str, Any], batch: Batch, key: jax.Array, **options: Any
     ) -> tuple[jax.Array, Any]:
-        """Returns hidden states ``[rows, seq, d_model]`` after the final norm; gate statistics."""
+        """Returns hidden states ``[rows, seq, d_model]`` after the final norm; gate statistics.
+
+        If the mesh splits the tokens of rows, the hidden states are of the rows' `parts`.
+        """
         chex.assert_rank(batch["tokens"], 2)
         hidden, written = self.model.apply(
             variables,
@@ -70,6 +75,10 @@ class NextToken:
             **options,
         )
         return hidden, written["gate_stats"]
+
+    def parts(self, values: jax.Array) -> jax.Array:
+        """Returns values of tokens ``[rows, seq]`` in the layout of the hidden states."""
+        return split(values, self.row_sharding)
 
     def trained_head(self, lora: Mapping[str, Any], params: Any) -> WholeHead | HeadRows | None:
         """Returns the head's trained leaves and frozen kernel; None if the head is frozen."""
@@ -97,18 +106,28 @@ class NextToken:
         return self.batch_shards == 1 and not self.has_runs
 
     def cross_entropy(self, hidden: jax.Array, params: Any, batch: Batch, weights: jax.Array) -> jax.Array:
-        """Returns the cross-entropy of the targets, weighted by ``[rows, seq]`` and summed."""
+        """Returns the cross-entropy of the targets, weighted by ``[rows, seq]`` and summed; hidden is of `parts`."""
         return cross_entropy(
             hidden,
             self.kernel(params),
-            batch["targets"],
-            weights,
+            self.parts(batch["targets"]),
+            self.parts(weights),
             self.head,
             self.numerics,
-            chunk=self.loss_chunk,
+            chunk=self._chunk(hidden),
             compact=self.is_compact,
             shards=self.batch_shards,
         )
+
+    def _chunk(self, hidden: jax.Array) -> int:
+        """Returns the rows of a chunk of logits on a device; 0 leaves it to the loss.
+
+        A part of a row has at least four chunks: rows are split because memory is short.
+        """
+        if self.loss_chunk or shards_of(self.row_sharding) == 1:
+            return self.loss_chunk
+        tokens = hidden.shape[0] * hidden.shape[1] // self.batch_shards
+        return min(rows_of_chunk(self.model.config.vocab_size), -(-tokens // 4))
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Returns the numbers of real tokens and of loss tokens."""

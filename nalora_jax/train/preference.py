@@ -22,6 +22,7 @@ from jax import lax
 from nalora_jax.config import PreferenceConfig
 from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.ops.split_rows import joined
 from nalora_jax.ops.target_losses import target_losses
 from nalora_jax.train.objectives import NextToken
 
@@ -96,17 +97,18 @@ class Preference:
 
     def _losses(self, hidden: jax.Array, params: Any, batch: Batch) -> jax.Array:
         policy = self.policy
-        return target_losses(
+        losses = target_losses(
             hidden,
             policy.kernel(params),
-            batch["targets"],
-            batch["loss_weights"],
+            policy.parts(batch["targets"]),
+            policy.parts(batch["loss_weights"]),
             policy.head,
             policy.numerics,
             chunk=policy.loss_chunk,
             compact=policy.is_compact,
             shards=policy.batch_shards,
         )
+        return joined(losses, policy.row_sharding, batch["tokens"].shape[1])
 
     def _by_answer(self, values: jax.Array, batch: Batch) -> jax.Array:
         """Sums ``[rows, seq]`` over each segment to ``[rows, pairs, 2]``; segment 0 is padding."""

@@ -39,7 +39,7 @@ def seen_sources(
     """
     if tokens is None:
         raise NaloraError("--model", expected="a model that sees images", found="a language model")
-    if data.too_long == "truncate":
+    if data.too_long in ("truncate", "split"):
         raise NaloraError("--data.too-long", expected="drop or error: half an image is none", found=data.too_long)
     sources: dict[str, Source] = {}
     for split in dict.fromkeys(splits or (data.train_split, data.eval_split)):

@@ -41,6 +41,8 @@ class Card:
     device: str = ""  # hardware of the training run
     origin: Origin | None = None  # the base's file, number formats and digest
     resized: int = 0  # rows of the embedding if tokens were added to the base; otherwise 0
+    # RoPE fields of the base's config.json if the run changed them (`models.rope_scaling.rope_settings`).
+    rope: Mapping[str, Any] = field(default_factory=dict)
 
 
 def render_card(card: Card) -> str:
@@ -55,6 +57,7 @@ def render_card(card: Card) -> str:
         _summary(card),
         _results(card),
         _precision(card),
+        _rope(card),
         _usage(card),
         _settings(card),
         _provenance(card),
@@ -206,6 +209,20 @@ def _precision(card: Card) -> str:
             "for the numbers above only. nalora_jax itself compares the digest and refuses another base."
         ]
     return "\n\n".join(lines)
+
+
+def _rope(card: Card) -> str:
+    """Describes a changed RoPE, which other tools do not read from an adapter."""
+    if not card.rope:
+        return ""
+    fields = _fenced(json.dumps(dict(card.rope), indent=2), "json")
+    if card.kind == "merged":
+        return f"## RoPE\n\nThe context is longer than the base's. `config.json` holds these fields:\n\n{fields}"
+    return (
+        "## RoPE: change the base's config\n\n**Trained with another RoPE than the base's, for a longer context. On "
+        "the unchanged base the adapter gives wrong results.** nalora_jax applies it by itself. Any other tool needs "
+        f"these fields in the base's `config.json`:\n\n{fields}"
+    )
 
 
 def _numbers(origin: Origin | None, run: RunConfig) -> str:

@@ -35,7 +35,7 @@ from nalora_jax.models.targets import TABLES
 from nalora_jax.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.tokenizer_backend import read_backend
 from nalora_jax.weights.peft_config import CONFIG_NAME
-from nalora_jax.weights.peft_read import TENSORS_NAME
+from nalora_jax.weights.peft_read import TENSORS_NAME, recorded_rope_scaling
 from nalora_jax.weights.saved_modules import rows_of_indices, table_rows
 from nalora_jax.weights.tokenizer_files import write_extended, write_tokenizer
 
@@ -132,13 +132,21 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
 
 
 def check_adapter(base: LoadedModel, folder: Path) -> None:
-    """Raises an error if an adapter needs other tokens than the loaded model has.
+    """Raises an error if an adapter needs other tokens or another RoPE scaling than the loaded model has.
 
     Adapters of one loaded model share compiled programs and token ids.
 
     Raises:
-      NaloraError: the adapter has further tokens, or tables with another number of rows.
+      NaloraError: the adapter has further tokens, tables with another number of rows, or another RoPE
+        scaling.
     """
+    if (scaling := recorded_rope_scaling(folder)) != base.rope_scaling:
+        raise NaloraError(
+            str(folder),
+            expected=f"an adapter of the loaded model's RoPE scaling, {base.rope_scaling or 'the unchanged one'}",
+            found=scaling or "none",
+            remedy="load the model with that adapter from the start",
+        )
     rows = table_rows(folder, TENSORS_NAME, base.config) or rows_of_indices(folder, base.config)
     new = _own_tokens(base, folder, rows, strict=bool(base.added) or rows != base.config.vocab_size)
     trained = {

@@ -18,6 +18,7 @@ from nalora_jax.weights.peft_config import CONFIG_NAME
 log = logging.getLogger(__name__)
 
 FINGERPRINT_KEY = "nalora.base_fingerprint"
+ROPE_KEY = "nalora.rope_scaling"  # `ResolvedSource.rope_scaling` of the base
 DIGEST_KEY = "nalora.sha256"
 # Written with every digest, so that a file without its digest's key is not mistaken for another
 # tool's file.
@@ -40,16 +41,21 @@ _LATER_MEANING = ("modules_to_save", "ensure_weight_tying", "trainable_token_ind
 
 
 def file_metadata(
-    tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], fingerprint: str | None = None
+    tensors: Mapping[str, np.ndarray],
+    settings: Mapping[str, Any],
+    fingerprint: str | None = None,
+    rope_scaling: str = "",
 ) -> dict[str, str]:
-    """Returns the metadata of a file of ``tensors``: the base's fingerprint and a digest of the adapter.
+    """Returns the metadata of a file of ``tensors``: properties of the base and a digest of the adapter.
 
     Args:
       tensors: of the file, by name.
       settings: of ``adapter_config.json``.
       fingerprint: of the base model's weights.
+      rope_scaling: of the base, if it is not its files'.
     """
-    metadata = {"format": "pt", LAYOUT_KEY: "1"} | ({FINGERPRINT_KEY: fingerprint} if fingerprint else {})
+    base = {FINGERPRINT_KEY: fingerprint, ROPE_KEY: rope_scaling}
+    metadata = {"format": "pt", LAYOUT_KEY: "1"} | {name: value for name, value in base.items() if value}
     return metadata | {DIGEST_KEY: _digest(tensors, settings, metadata)}
 
 

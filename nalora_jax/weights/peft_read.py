@@ -19,7 +19,7 @@ from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.peft_adalora import as_lora_tensors
 from nalora_jax.weights.peft_config import PeftConfig, read_peft_config
-from nalora_jax.weights.peft_digest import check_digest, check_fingerprint
+from nalora_jax.weights.peft_digest import ROPE_KEY, check_digest, check_fingerprint
 from nalora_jax.weights.peft_modules import (
     HostModule,
     ModuleAdapter,
@@ -88,6 +88,15 @@ def import_adapter(
     pieces = _pieces(config, peft, folder / TENSORS_NAME, [(slots[key], modules[key]) for key in modules])
     lora, spec = _stack(config, peft, pieces)
     return unflatten(flatten(lora) | tables | rows), replace(spec, saved=saved, token_indices=token_indices)
+
+
+def recorded_rope_scaling(folder: Path) -> str:
+    """Returns the RoPE scaling that an adapter was trained with; "" if it is the base's or unknown."""
+    try:
+        with safe_open(folder / TENSORS_NAME, framework="np") as handle:
+            return str((handle.metadata() or {}).get(ROPE_KEY, ""))
+    except (SafetensorError, OSError):  # `import_adapter` reports a missing or damaged file
+        return ""
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

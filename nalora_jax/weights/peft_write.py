@@ -48,6 +48,7 @@ def export_adapter(
     target: Literal["peft", "vllm"] = "peft",
     max_lora_rank: int = 16,
     fingerprint: str | None = None,
+    rope_scaling: str = "",
     extra: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     layout: ModuleLayout | None = None,
@@ -71,6 +72,8 @@ def export_adapter(
       target: the tool that must be able to load the files.
       max_lora_rank: vLLM's setting of that name.
       fingerprint: of the base weights; recorded in the file, checked by `import_adapter`.
+      rope_scaling: RoPE scaling of the base if it is not its files'; recorded in the file, from which
+        `loading.adapted.load` reads it.
       extra: more fields of ``adapter_config.json``, e.g. ``{"revision": "main"}``.
       overwrite: allow ``folder`` to contain an earlier adapter (its two files, a README.md and a
         tokenizer's files), which is replaced.
@@ -87,7 +90,7 @@ def export_adapter(
     settings |= {"base_model_name_or_path": base_model_name}
     with new_folder(folder, replaces=OWN_FILES if overwrite else ()) as scratch:
         write_json(scratch / CONFIG_NAME, settings | dict(extra or {}))
-        write_tensors(scratch / TENSORS_NAME, tensors, file_metadata(tensors, settings, fingerprint))
+        write_tensors(scratch / TENSORS_NAME, tensors, file_metadata(tensors, settings, fingerprint, rope_scaling))
         if beside is not None:
             beside(scratch)
     return Path(folder)

@@ -34,7 +34,8 @@ def flags(kind, prefix=""):
         if dataclasses.is_dataclass(default):
             yield from flags(type(default), f"{prefix}{inner}")
         else:
-            yield f"--{prefix}{field.name}".replace("_", "-")
+            name = {"rope_scaling": "model.rope_scaling"}.get(field.name, field.name)
+            yield f"--{prefix}{name}".replace("_", "-")
 
 
 KINDS = {name: verb.arguments for name, verb in command.VERBS.items()}

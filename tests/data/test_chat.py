@@ -125,7 +125,8 @@ def test_tokenizer_that_marks_the_start_of_a_text(tokenizer):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"text": "x"}, r"here: expected a field 'prompt' \(or 'messages'\), found 'text'; .*--data.prompt-field"),
+        ({"body": "x"}, r"here: expected a field 'prompt' \(or 'messages'\), found 'body'; .*--data.prompt-field"),
+        ({"text": 3}, "here: completion: expected a text, found a int"),
         ({}, "found no field"),
         ({"prompt": "x"}, "expected a field 'completion', found 'prompt'; .*--data.completion-field"),
         ({"prompt": 3, "completion": "x"}, "here: prompt: expected a text, found a int"),

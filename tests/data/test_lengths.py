@@ -20,7 +20,7 @@ def source(*sizes: int) -> RecordsSource:
         (4, False, 4096, None),
         (400, True, 4096, None),
         (400, True, 256, 256),
-        (3000, True, 8192, 2048),
+        (3000, True, 2**24, 3008),
     ],
 )
 def test_rows_take_the_length_of_most_examples_within_bounds(tokenizer, size, pack, context, length):

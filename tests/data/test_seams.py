@@ -56,7 +56,7 @@ def test_division_at_seams_keeps_every_token_and_boundary(name, texts):
     tokenizer = TRAINED[name]
     for text, example in zip(texts, module.tokenize(texts, tokenizer, end=False), strict=True):
         cuts = module._cuts(text)
-        ids, positions = module._encode_pieces(text, cuts, tokenizer)
+        ids, positions = module._encode_pieces(text.text, cuts, tokenizer)
         expected = module._example(text, cuts, ids, positions, tokenizer, None)
         assert example.ids.tolist() == expected.ids.tolist()
         assert example.answer.tolist() == expected.answer.tolist()

@@ -51,7 +51,7 @@ def test_the_example_of_the_docstring():
 @pytest.mark.parametrize("accumulate", [None, 3])
 def test_rows_go_to_their_devices_in_any_order_of_devices(accumulate):
     devices = np.array(jax.devices())[[5, 0, 3, 6, 1, 7, 2, 4]].reshape(2, 2, 2)
-    mesh = Mesh(devices, distributed.AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     lead = () if accumulate is None else (accumulate,)
     batch = {"tokens": np.random.default_rng(0).integers(0, 99, (*lead, 8, 6))}
     placed = distributed.make_global_batch(batch, mesh, rows_axis=len(lead))["tokens"]

@@ -247,7 +247,13 @@ def test_rows_that_do_not_divide_are_refused():
 
 
 CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NUM_TASKS")
-CLUSTER += ("OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "TPU_ML_PLATFORM", "TPU_SKIP_MDS_QUERY")
+CLUSTER += (
+    "OMPI_COMM_WORLD_SIZE",
+    "TPU_WORKER_HOSTNAMES",
+    "TPU_ML_PLATFORM",
+    "TPU_SKIP_MDS_QUERY",
+    "MEGASCALE_NUM_SLICES",
+)
 
 
 @pytest.fixture
@@ -269,6 +275,11 @@ def test_one_machine_needs_no_coordinator(calls):
     ("environment", "arguments"),
     [
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, {"num_processes": None, "process_id": None}),
+        # Two slices of one host on GKE.
+        (
+            {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2", "TPU_SKIP_MDS_QUERY": "true"},
+            {"num_processes": None, "process_id": None},
+        ),
         ({"TPU_ML_PLATFORM": "JAX"}, {"num_processes": None, "process_id": None}),
         ({"SLURM_STEP_NUM_TASKS": "4"}, {"num_processes": None, "process_id": None}),
         (

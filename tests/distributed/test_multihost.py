@@ -19,7 +19,7 @@ assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
 
 # As on a TPU's torus, whose mesh does not go through the processes one after the other.
 order = np.array(jax.devices())[[0, 2, 3, 1]].reshape(mesh.devices.shape)
-torus = Mesh(order, distributed.AXES, axis_types=(AxisType.Auto,) * 3)
+torus = Mesh(order, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 data = np.arange(24, dtype=np.float32).reshape(8, 3)
 rows = distributed.process_rows(torus, 8)
 assert rows.tolist() == [[0, 1, 6, 7], [2, 3, 4, 5]][jax.process_index()]

@@ -11,8 +11,14 @@ from jax.sharding import AxisType
 
 from nalora_jax.data.items import CompletionItem
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate import likelihood
+from nalora_jax.evaluate import perplexity as perplexity_module
 from nalora_jax.evaluate.perplexity import completion_loss, perplexity
 from nalora_jax.evaluate.statistics import bootstrap
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.stacks import param_shapes
+from nalora_jax.trees import unflatten
 
 
 def pack(rows: list[list[list[int]]], seq: int, first_target: int) -> dict[str, np.ndarray]:
@@ -76,3 +82,27 @@ def test_nothing_to_predict_is_an_error(model, variables, documents):
     for batches in ([batch], []):
         with pytest.raises(NaloraError, match="at least one target token"):
             perplexity(model, variables, batches)
+
+
+def test_logits_of_a_long_row_are_never_held_together():
+    """Compiled memory of held-out losses: packed rows, and completions with or without a shared prefix."""
+    sizes = {"vocab_size": 32768, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8}
+    raw = {"model_type": "llama", "num_attention_heads": 2, "rms_norm_eps": 1e-5, **sizes}
+    config = ModelConfig.from_hf(raw | {"max_position_embeddings": 2**15})
+    model, seq = Decoder(config), 8192
+    params = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(config).items()}
+    variables = {"params": unflatten(params)}
+
+    def rows(*shape: int, names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+        return {name: jax.ShapeDtypeStruct(shape, "int32") for name in names}
+
+    of_batch = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
+    compiled = [perplexity_module._batch_log_probs.lower(model, variables, rows(1, seq, names=of_batch)).compile()]
+    of_texts = ("tokens", "positions", "segments")
+    for stem, tail in ((seq, 32), (0, seq)):
+        shape = (1, 1, tail)
+        scored = jax.ShapeDtypeStruct(shape, "int32"), jax.ShapeDtypeStruct(shape, "bool")
+        texts = rows(1, stem, names=of_texts), rows(*shape, names=of_texts)
+        compiled.append(likelihood._stems_and_tails.lower(model, variables, *texts, *scored).compile())
+    logits = 4 * seq * config.vocab_size
+    assert max(program.memory_analysis().temp_size_in_bytes for program in compiled) < logits / 8

@@ -97,13 +97,14 @@ def test_a_layer_that_saves_products_does_not_run_splash_again(devices):
 
 
 @pytest.mark.parametrize("seq", [128, 256, 384, 1024, 4096, 32768])
-@pytest.mark.parametrize("window", [40, 1024, GLOBAL_WINDOW])
-def test_blocks_divide_the_row_and_their_pairs_are_counted(seq, window):
-    sizes = block_sizes(seq, window)
+@pytest.mark.parametrize(("window", "head_dim"), [(40, 64), (1024, 128), (GLOBAL_WINDOW, 128), (GLOBAL_WINDOW, 256)])
+def test_blocks_divide_the_row_and_their_pairs_are_counted(seq, window, head_dim):
+    sizes = block_sizes(seq, window, head_dim)
     block = sizes["block_q"]
     assert seq % block == 0
     assert block % 128 == 0
     assert block == 128 or (4 * block <= seq and 2 * block <= window)
+    assert block * head_dim <= 1024 * 128
     assert ("block_q_dq" in sizes) != sizes.get("use_fused_bwd_kernel", False)
     if window < seq or seq > 8192:  # sums of queries' gradients would be as many as blocks
         assert "use_fused_bwd_kernel" not in sizes
@@ -111,7 +112,7 @@ def test_blocks_divide_the_row_and_their_pairs_are_counted(seq, window):
         q, k = np.mgrid[:seq, :seq]
         seen = (k <= q) & (k > q - window)
         blocks = seen.reshape(seq // block, block, seq // block, block).any(axis=(1, 3))
-        assert computed_pairs(seq, window) == blocks.sum() * block**2
+        assert computed_pairs(seq, window, head_dim) == blocks.sum() * block**2
 
 
 @pytest.mark.parametrize("window", [FAR, 40])

@@ -12,7 +12,6 @@ such instructions, for any CPU: slow, to test their callers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import chex
@@ -20,9 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_batching import custom_vmap
 
-from nalora_jax.cpu.native.library import available, has_tiles, multiplies_few_rows, multiplies_on_tiles, name_of
-from nalora_jax.ops.storage import Stored
+from nalora_jax.cpu.native.calls import bits, call, join_rows, of_runs, row_call
+from nalora_jax.cpu.native.library import available, has_tiles, multiplies_few_rows, multiplies_on_tiles
+from nalora_jax.cpu.native.products import Slice, Sum, Term, products
 
 __all__ = [
     "Cached",
@@ -53,81 +54,12 @@ __all__ = [
 ]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Slice(Stored):
-    """One array of a stack, read in place; slicing would copy it every time."""
-
-    stack: jax.Array  # [n, ...], bf16 viewed as uint16
-    at: jax.Array  # int [], index in the stack
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one array."""
-        return tuple(self.stack.shape[1:])
-
-    def copied(self) -> jax.Array:
-        """Returns a copy of the array, uint16."""
-        return lax.dynamic_index_in_dim(self.stack, self.at, keepdims=False)
-
-    def expand(self) -> jax.Array:
-        """Returns a copy of the array as bf16."""
-        return lax.bitcast_convert_type(self.copied(), jnp.bfloat16)
-
-
-class Term(NamedTuple):
-    """One product of a sum; both operands are bf16, or bf16 viewed as uint16."""
-
-    x: jax.Array  # [rows, depth]
-    y: Any  # an array or a `Slice`, [depth, columns] or [columns, depth]
-    transposed: bool = False  # True for [columns, depth]
-
-
-class Sum(NamedTuple):
-    """The sum ``sum_t x_t y_t``."""
-
-    terms: Sequence[Term]
-    dtype: Any = "float32"  # of the result; "bfloat16" is rounded once, from the float32 sum
-
-
-def products(*sums: Sum) -> list[jax.Array]:
-    """Computes the sums ``[rows, columns]`` in one call, so that threads share all of the work.
-
-    Args:
-      sums: the sums; rows and columns may differ between them.
-
-    Raises:
-      AssertionError: shapes or dtypes do not match.
-    """
-    operands: list[jax.Array] = []
-    indices: list[jax.Array] = []
-    shapes = []
-    for terms, dtype in sums:
-        rows, columns = terms[0].x.shape[0], terms[0].y.shape[0 if terms[0].transposed else 1]
-        for x, y, transposed in terms:
-            chex.assert_shape(x, (rows, None))
-            chex.assert_equal(y.shape, (columns, x.shape[1]) if transposed else (x.shape[1], columns))
-            if isinstance(y, Slice):
-                indices.append(jnp.asarray(y.at, jnp.int32))
-                y = y.stack
-            operands += [_bits(x), _bits(y)]
-        bits = {"float32": jnp.float32, "bfloat16": jnp.uint16}[jnp.dtype(dtype).name]
-        shapes.append(jax.ShapeDtypeStruct((rows, columns), bits))
-    every = [term for terms, _ in sums for term in terms]
-    results = _call("products", shapes)(
-        *operands,
-        *indices,
-        terms=np.array([len(terms) for terms, _ in sums], np.int64),
-        transposed=np.array([term.transposed for term in every], np.int64),
-        stacked=np.array([isinstance(term.y, Slice) for term in every], np.int64),
-    )
-    return [r if r.dtype == jnp.float32 else lax.bitcast_convert_type(r, jnp.bfloat16) for r in results]
-
-
 # Largest number of parts of the rows with separate sums, and so of threads.
 _PARTS = 8
 # Queries whose weights the gradient of attention stores at once, kQueries in the sources.
 _AT_ONCE = 256
+# Place of the window among the operands of attention.
+_WINDOW = (5,)
 
 
 class Heads(NamedTuple):
@@ -152,7 +84,9 @@ def attention(heads: Heads, softcap: float = 0.0) -> tuple[jax.Array, jax.Array]
         jax.ShapeDtypeStruct(heads.q.shape, jnp.uint16),
         jax.ShapeDtypeStruct((batch, n, seq), jnp.float32),
     ]
-    out, logsumexp = _call("attention", shapes)(*_operands(heads), cap=np.float32(softcap), ordered=heads.ordered)
+    out, logsumexp = row_call("attention", shapes, _WINDOW, cap=np.float32(softcap), ordered=heads.ordered)(
+        *_operands(heads)
+    )
     return lax.bitcast_convert_type(out, jnp.bfloat16), logsumexp
 
 
@@ -179,8 +113,10 @@ def attention_gradient(
     else:
         chex.assert_equal_shape([heads.q, out, g])
     shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in heads[:3]]
-    arguments = (*_operands(heads), _bits(out), logsumexp, _bits(g))
-    dq, dk, dv = _call("attention_gradient", shapes)(*arguments, cap=np.float32(softcap), ordered=heads.ordered)
+    arguments = (*_operands(heads), bits(out), logsumexp, bits(g))
+    dq, dk, dv = row_call("attention_gradient", shapes, _WINDOW, cap=np.float32(softcap), ordered=heads.ordered)(
+        *arguments
+    )
     return dq, dk, dv
 
 
@@ -219,13 +155,10 @@ def cached_attention(
     key_places = (jnp.broadcast_to(x, (batch, slots)) for x in of_keys)
     arguments = *new, cached.k.stack, cached.v.stack, jnp.asarray(cached.k.at, jnp.int32), *query_places, *key_places
     sinks = jnp.full(n, -1e30) if sinks is None else sinks
-    result: jax.Array = _call("cached_attention", [jax.ShapeDtypeStruct((batch, n, dim), jnp.float32)])(
-        *arguments,
-        jnp.asarray(heads.window, jnp.int32),
-        sinks.astype(jnp.float32),
-        scale=np.float32(scale),
-        cap=np.float32(softcap),
-    )[0]
+    shapes = [jax.ShapeDtypeStruct((batch, n, dim), jnp.float32)]
+    called = call("cached_attention", shapes, scale=np.float32(scale), cap=np.float32(softcap))
+    window = jnp.asarray(heads.window, jnp.int32)
+    result: jax.Array = called(*arguments, window, sinks.astype(jnp.float32))[0]
     return result[:, None]
 
 
@@ -261,8 +194,30 @@ def over_vocabulary(
     row = jax.ShapeDtypeStruct((rows,), jnp.float32)
     shapes = [row, row, jax.ShapeDtypeStruct((rows, d_model if gradient else 0), jnp.float32)]
     attributes = {"transposed": transposed, "scale": np.float32(scale), "cap": np.float32(softcap)}
-    operands = (_bits(hidden), _bits(table), jnp.asarray(count, jnp.int32))
-    top, total, attended = _call("over_vocabulary", shapes)(*operands, **attributes)
+    operands = (bits(hidden), bits(table), jnp.asarray(count, jnp.int32))
+    called = custom_vmap(call("over_vocabulary", shapes, **attributes))
+
+    def joined(size: int, batched: Sequence[bool], *operands: jax.Array) -> tuple[list[jax.Array], list[bool]]:
+        """Computes the rows of all runs in one call, each run's first rows first."""
+        if batched[1]:
+            axes = [0 if is_batched else None for is_batched in batched]
+            return jax.vmap(call("over_vocabulary", shapes, **attributes), axes)(*operands), [True] * 3
+        of_run, counts = of_runs(operands[0], size, batched[0]), of_runs(operands[2], size, batched[2])
+        order = jnp.argsort((jnp.arange(rows)[None] >= counts[:, None]).reshape(-1), stable=True)
+        found = over_vocabulary(
+            jnp.take(join_rows(of_run), order, axis=0),
+            operands[1],
+            jnp.sum(counts),
+            transposed=transposed,
+            scale=scale,
+            softcap=softcap,
+            gradient=gradient,
+        )
+        back = jnp.argsort(order)
+        return [jnp.take(x, back, axis=0).reshape(size, rows, *x.shape[1:]) for x in found], [True] * 3
+
+    called.def_vmap(joined)
+    top, total, attended = called(*operands)
     return top, total, attended
 
 
@@ -283,7 +238,7 @@ def gate(z: jax.Array, u: jax.Array | None, logistic: Logistic) -> jax.Array:
     All arrays are bf16 of one shape; z and u may be views of bf16.
     """
     shapes = [jax.ShapeDtypeStruct((z.size,), jnp.uint16)]
-    (out,) = _call("gate", shapes)(_bits(z).reshape(-1), _factor(u, z), **logistic.attributes())
+    (out,) = row_call("gate", shapes, **logistic.attributes())(bits(z).reshape(-1), _factor(u, z))
     return lax.bitcast_convert_type(out.reshape(z.shape), jnp.bfloat16)
 
 
@@ -295,10 +250,10 @@ def gate_gradient(
     ``g`` is the gradient of that result. All arrays are bf16 of one shape.
     """
     chex.assert_equal_shape([z, g])
-    flat = _bits(z).reshape(-1), _factor(u, z), _bits(g).reshape(-1)
+    flat = bits(z).reshape(-1), _factor(u, z), bits(g).reshape(-1)
     sizes = z.size, flat[1].size, z.size if product else 0
     shapes = [jax.ShapeDtypeStruct((size,), jnp.uint16) for size in sizes]
-    results = _call("gate_gradient", shapes)(*flat, **logistic.attributes())
+    results = row_call("gate_gradient", shapes, **logistic.attributes())(*flat)
     dz, du, out = (lax.bitcast_convert_type(x, jnp.bfloat16) for x in results)
     of_u = None if u is None else du.reshape(z.shape)
     return dz.reshape(z.shape), of_u, out.reshape(z.shape) if product else None
@@ -309,7 +264,7 @@ def _factor(u: jax.Array | None, z: jax.Array) -> jax.Array:
     if u is None:
         return jnp.zeros((0,), jnp.uint16)
     chex.assert_equal_shape([z, u])
-    return _bits(u).reshape(-1)
+    return bits(u).reshape(-1)
 
 
 class Sampled(NamedTuple):
@@ -336,8 +291,8 @@ def gate_statistics(sampled: Sampled, logistic: Logistic, cuts: tuple[float, flo
         delta = jnp.zeros((0, sampled.z.shape[1]), jnp.float32), *sampled.delta
     else:
         delta = sampled.delta, jnp.zeros((len(probed_rows), 0)), jnp.zeros((0, sampled.z.shape[1]))
-    arguments = (_bits(sampled.z), rows, sampled.weights, probed_rows, *delta, sampled.probe_weights)
-    result: jax.Array = _call("gate_statistics", shapes)(*arguments, **logistic.attributes(), **_regions(cuts))[0]
+    arguments = (bits(sampled.z), rows, sampled.weights, probed_rows, *delta, sampled.probe_weights)
+    result: jax.Array = call("gate_statistics", shapes, **logistic.attributes(), **_regions(cuts))(*arguments)[0]
     return result
 
 
@@ -365,7 +320,7 @@ def gate_measured(
         jax.ShapeDtypeStruct((max(1, min(_PARTS, z.shape[0])), 7, z.shape[1]), jnp.float32),
     ]
     attributes = {**logistic.attributes(), **_regions(cuts)}
-    out, sums, _ = _call("gate_measured", shapes)(_bits(z), _bits(u), *measured, **attributes)
+    out, sums, _ = call("gate_measured", shapes, **attributes)(bits(z), bits(u), *measured)
     return lax.bitcast_convert_type(out, jnp.bfloat16), sums
 
 
@@ -392,7 +347,7 @@ def add_rms(x: jax.Array, y: jax.Array | None, eps: float) -> tuple[jax.Array, j
         jax.ShapeDtypeStruct(x.shape[:1], jnp.float32),
     ]
     other = jnp.zeros((0, x.shape[1]), jnp.float32) if y is None else y
-    s, held, inverse = _call("add_rms", shapes)(x, other, eps=np.float32(eps))
+    s, held, inverse = row_call("add_rms", shapes, eps=np.float32(eps))(x, other)
     return x if y is None else s, held, inverse
 
 
@@ -401,7 +356,7 @@ def normalise(held: jax.Array, inverse: jax.Array, scale: jax.Array) -> jax.Arra
 
     ``scale`` is float32 ``[d]``.
     """
-    (out,) = _call("normalise", [jax.ShapeDtypeStruct(held.shape, jnp.uint16)])(held, inverse, scale)
+    (out,) = row_call("normalise", [jax.ShapeDtypeStruct(held.shape, jnp.uint16)], (2,))(held, inverse, scale)
     return lax.bitcast_convert_type(out, jnp.bfloat16)
 
 
@@ -412,7 +367,7 @@ def norm_gradient(held: jax.Array, inverse: jax.Array, scale: jax.Array, dn: jax
     """
     chex.assert_equal_shape([held, dn, ds])
     shapes = [jax.ShapeDtypeStruct(held.shape, jnp.float32)]
-    result: jax.Array = _call("norm_gradient", shapes)(held, inverse, scale, _bits(dn), ds)[0]
+    result: jax.Array = row_call("norm_gradient", shapes, (2,))(held, inverse, scale, bits(dn), ds)[0]
     return result
 
 
@@ -420,15 +375,4 @@ def _operands(heads: Heads) -> tuple[jax.Array, ...]:
     chex.assert_rank(heads[:3], 4)
     chex.assert_equal_shape([heads.k, heads.v])
     positions, segments, window = (jnp.asarray(x, jnp.int32) for x in heads[3:6])
-    return (*map(_bits, heads[:3]), *jnp.broadcast_arrays(positions, segments), window)
-
-
-def _bits(x: jax.Array) -> jax.Array:
-    if x.dtype == jnp.bfloat16:
-        return lax.bitcast_convert_type(x, jnp.uint16)
-    chex.assert_type(x, jnp.uint16)
-    return x
-
-
-def _call(function: str, shapes: list[jax.ShapeDtypeStruct]) -> Any:
-    return jax.ffi.ffi_call(name_of(function), shapes, vmap_method="sequential")
+    return (*map(bits, heads[:3]), *jnp.broadcast_arrays(positions, segments), window)

@@ -24,6 +24,7 @@ from nalora_jax.models.vision.dual import tower_adapters
 from nalora_jax.models.vision.encoder import Encoder, PlainDense
 from nalora_jax.models.vision.sight import Sight
 from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.split_rows import of_whole_rows
 
 
 class SeeingDecoder(Decoder):
@@ -33,7 +34,7 @@ class SeeingDecoder(Decoder):
         super().setup()
         sight = self.config.sight
         assert sight is not None
-        shared = (self.numerics, self.remat, self.stats, self.activation_sharding)
+        shared = (self.numerics, self.remat, self.stats, of_whole_rows(self.activation_sharding))
         self.image = Encoder(sight.running, tower_adapters(self.adapters, "image"), *shared)
         self.projector = Projector(sight, self.adapters, self.numerics, self.stats or GateStatsConfig())
 

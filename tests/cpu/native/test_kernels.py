@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.cpu import native
-from nalora_jax.cpu.native import Heads, Slice, Sum, Term
+from nalora_jax.cpu.native import Heads, Slice, Sum, Term, calls
 
 pytestmark = pytest.mark.usefixtures("kernels")
 EVERY_KIND = True
@@ -165,18 +165,20 @@ def test_operands_that_do_not_fit_are_refused(terms: list[Term]) -> None:
 
 
 def test_the_library_refuses_what_python_did_not_check() -> None:
-    call = native._call("products", [jax.ShapeDtypeStruct((4, 4), jnp.float32)])
     x, y = jnp.zeros((4, 8), jnp.uint16), jnp.zeros((9, 4), jnp.uint16)
-    one, none = np.array([1]), np.array([0])
-    with pytest.raises(Exception, match="shapes do not fit"):
-        call(x, y, terms=one, transposed=none, stacked=none)
-    with pytest.raises(Exception, match="operands do not fit the terms"):
-        call(x, y, terms=one, transposed=np.array([0, 0]), stacked=none)
-    with pytest.raises(Exception, match="operands do not fit the terms"):
-        call(x, y[None], terms=one, transposed=none, stacked=one)
+    plain = {"terms": np.array([1]), "transposed": np.array([0]), "stacked": np.array([0])}
+
+    def refused(message: str, *operands: jax.Array, **changes: np.ndarray) -> None:
+        called = calls.call("products", [jax.ShapeDtypeStruct((4, 4), jnp.float32)], **plain | changes)
+        with pytest.raises(Exception, match=message):
+            called(*operands)
+
+    refused("shapes do not fit", x, y)
+    refused("operands do not fit the terms", x, y, transposed=np.array([0, 0]))
+    refused("operands do not fit the terms", x, y[None], stacked=np.array([1]))
     for at in (-1, 1):
-        with pytest.raises(Exception, match="an index is outside of its stack"):
-            call(x, jnp.zeros((1, 8, 4), jnp.uint16), jnp.asarray(at), terms=one, transposed=none, stacked=one)
+        stack = jnp.zeros((1, 8, 4), jnp.uint16)
+        refused("an index is outside of its stack", x, stack, jnp.asarray(at), stacked=np.array([1]))
 
 
 def test_the_library_refuses_norms_that_do_not_fit() -> None:

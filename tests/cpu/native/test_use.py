@@ -24,6 +24,8 @@ from nalora_jax.config import (
     RunConfig,
 )
 from nalora_jax.cpu import native
+from nalora_jax.cpu.native import calls
+from nalora_jax.cpu.native.library import name_of
 from nalora_jax.errors import NaloraError
 from nalora_jax.generate import Generator
 from nalora_jax.measurement import GateStatsConfig, Probe, gate_statistics
@@ -54,8 +56,7 @@ CPU = Numerics("bfloat16", "float32", "bfloat16", "bfloat16", platform=Platform(
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The native kernels that were asked for since the test began."""
     names: list[str] = []
-    call = native._call
-    monkeypatch.setattr(native, "_call", lambda name, *shapes: names.append(name) or call(name, *shapes))
+    monkeypatch.setattr(calls, "name_of", lambda name: names.append(name) or name_of(name))
     return names
 
 

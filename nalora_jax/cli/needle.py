@@ -1,0 +1,87 @@
+"""``nalora eval --needle``: accuracy of needle retrieval, with and without an adapter."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nalora_jax.cli.outputs import mesh_of
+from nalora_jax.config import config_from_dict
+from nalora_jax.errors import NaloraError
+
+if TYPE_CHECKING:
+    from nalora_jax.cli.evaluate import EvalArgs
+    from nalora_jax.loading.adapted import AdaptedModel
+
+_PER_CELL = 10
+
+
+def evaluate_needle(args: EvalArgs) -> None:
+    """Prints the accuracy by length and depth; of an adapter also its base's and the difference.
+
+    For a run, the results are also written to ``needle.json`` in its folder and shown in its report.
+    """
+    from nalora_jax.cli.evaluate import other_side, write_results
+    from nalora_jax.evaluate.needle import difference, needle_items, needle_records, needle_table, retrieve
+    from nalora_jax.generate import Generator
+    from nalora_jax.loading.adapted import load, locate
+
+    lengths = _lengths(args)
+    located = locate(args.model, args.adapter)
+    against = args.against or ("base" if located.adapter is not None else None)
+    mesh = mesh_of(args.mesh)
+    model = load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh)
+    sides = [("", model, model.module, model.variables)]
+    if against is not None:
+        sides.append((against, *other_side(replace(args, against=against), model, mesh)))
+    chat = args.chat if args.chat is not None else config_from_dict(located.run).data.chat
+    results, records = [], []
+    for label, side, module, variables in sides:
+        questions = needle_items(side.base.tokenizer, lengths, per_cell=args.limit or _PER_CELL, chat=chat)
+        results.append(retrieve(Generator(module, variables, side.base.tokenizer, mesh=mesh), questions))
+        grid = results[-1].to_dict()
+        print(f"needle retrieval{f', {label}' if label else ''}: {_summary(grid)}\n{needle_table(grid)}", flush=True)
+        records += [{"model": label, **record} for record in needle_records(questions, results[-1])]
+    grids: dict[str, Any] = {"after" if against else "before": results[0].to_dict()}
+    if against is not None:
+        grids |= {"before": results[1].to_dict(), "comparison": difference(results[1], results[0])}
+        print(f"difference: {_compared(grids['comparison'])}", flush=True)
+    write_results(args, {"model": located.base, "adapter": located.adapter, "against": against, **grids}, records)
+    if against == "base":
+        _report(model, grids)
+
+
+def _lengths(args: EvalArgs) -> list[int]:
+    for flag, value in (("--tasks", args.tasks), ("--dataset", args.dataset), ("--harness", args.harness)):
+        if value:
+            raise NaloraError("--needle", expected=f"--needle or {flag}", found="both")
+    texts = [text.strip() for text in args.needle.split(",")]
+    if not all(text.isdecimal() and int(text) for text in texts):
+        raise NaloraError("--needle", expected="lengths in tokens, separated by commas", found=repr(args.needle))
+    return sorted(set(map(int, texts)))
+
+
+def _summary(grid: dict[str, Any]) -> str:
+    interval = f"95% interval {grid['low']:.3f} to {grid['high']:.3f}, n {grid['n']}"
+    return f"exact match {grid['accuracy']:.3f} ({interval})"
+
+
+def _compared(values: dict[str, Any]) -> str:
+    counts = f"{values['gained']} gained, {values['lost']} lost, McNemar p = {values['p_value']:.2g}"
+    return f"{values['difference']:+.3f} (95% interval {values['low']:+.3f} to {values['high']:+.3f}; {counts})"
+
+
+def _report(model: AdaptedModel, grids: dict[str, Any]) -> None:
+    """Writes the results into the folder of the adapter's run, if it is from one, and its report again."""
+    from nalora_jax.files import write_atomically
+    from nalora_jax.report.html import write_report
+    from nalora_jax.report.needle import FILE
+    from nalora_jax.runs.metrics import to_json
+
+    if not model.located.run or model.located.adapter is None:
+        return
+    folder: Path = model.located.adapter.parent
+    write_atomically(folder / FILE, json.dumps(to_json(grids), indent=2) + "\n")
+    print(f"{write_report(folder)}: with these results")

@@ -1,0 +1,129 @@
+"""Changes the RoPE scaling in a ``config.json``, to train and run beyond the model's context.
+
+The result is an ordinary ``config.json``: `ModelConfig.from_hf` reads it, a merged model is written
+with it, and transformers computes the same from it.
+
+    {"max_position_embeddings": 32768, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+        yarn:factor=4 ->
+    {"max_position_embeddings": 131072, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6,
+     "factor": 4.0, "original_max_position_embeddings": 32768}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nalora_jax.config.rope_scaling import FIELDS, FLAG, ORIGINAL, WITH_ORIGINAL, parse_rope_scaling
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
+from nalora_jax.models.layers import RopeSpec
+from nalora_jax.models.stacks import stacks
+from nalora_jax.models.vision.sight import contains_text_model, text_part
+
+_FULL = "full_attention"
+_SCALING = {"type", "rope_type", ORIGINAL, "short_factor", "long_factor"}.union(*FIELDS.values())
+# These follow from the factor if they are absent.
+_DERIVED = {"factor", "attention_factor"}
+
+
+def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str, Any]:
+    """Returns a ``config.json`` with another RoPE scaling and the context length that follows from it.
+
+    Fields that ``text`` leaves out keep their value if the type stays the same. The original context
+    is the model's context without its present scaling. In a model with windowed layers that have
+    another RoPE, only the layers with full attention change.
+
+    Args:
+      raw: the parsed file.
+      text: see `parse_rope_scaling`; "" returns the file as it is.
+      where: the file's name, for messages.
+
+    Raises:
+      NaloraError: an invalid ``text``, a family that cannot be rescaled, or a context that is shorter
+        than the model's.
+    """
+    if not text:
+        return dict(raw)
+    wanted = parse_rope_scaling(text)
+    if contains_text_model(raw.get("model_type"), images=False):
+        text_model = text_part(raw, where)
+        changed = with_rope_scaling(text_model, text, f"{where}: text_config")
+        differing = {name: value for name, value in changed.items() if value != text_model.get(name)}
+        return {**raw, "text_config": {**(raw.get("text_config") or {}), **differing}}
+    base = ModelConfig.from_hf(raw, where)
+    spec = _rescalable(base, text, where)
+    unscaled = _unscaled_length(base, spec)
+    if wanted["rope_type"] in WITH_ORIGINAL:
+        wanted = {ORIGINAL: unscaled} | wanted
+    context = int(wanted.get(ORIGINAL, unscaled) * wanted["factor"])
+    if context < base.max_positions:
+        least = base.max_positions / wanted.get(ORIGINAL, unscaled)
+        raise NaloraError(
+            f"{FLAG} {text}",
+            expected=f"a context of at least {base.max_positions} tokens, the model's",
+            found=f"{context}, {wanted['factor']:g} times {wanted.get(ORIGINAL, unscaled)}",
+            remedy=f"a factor above {least:g}: it multiplies the context before any scaling",
+        )
+    changed = _changed(raw, wanted)
+    # transformers computes dynamic scaling from max_position_embeddings.
+    changed["max_position_embeddings"] = unscaled if wanted["rope_type"] == "dynamic" else context
+    ModelConfig.from_hf(changed, f"{FLAG} {text}")
+    return changed
+
+
+def rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a ``config.json`` that hold its RoPE and its context length."""
+    text = raw["text_config"] if isinstance(raw.get("text_config"), Mapping) else raw
+    names = ("rope_scaling", "rope_parameters", "rope_theta", "max_position_embeddings")
+    return {name: text[name] for name in names if text.get(name)}
+
+
+def _rescalable(base: ModelConfig, text: str, where: str) -> RopeSpec:
+    """Returns the RoPE of the layers with full attention, or of all layers if every layer has a window."""
+    layers = [
+        (window == GLOBAL_WINDOW, stack.config.ropes[rope])
+        for stack in stacks(base)
+        if stack.config.attends
+        for window, rope in zip(stack.config.layer_windows, stack.config.layer_ropes, strict=True)
+        if rope < len(stack.config.ropes)
+    ]
+    full = {spec for is_full, spec in layers if is_full}
+    specs = full or {spec for _, spec in layers}
+    kinds = sorted({spec.kind for spec in specs})
+    if len(specs) == 1 and kinds[0] in ("default", *FIELDS) and base.model_type != "phi3":
+        return specs.pop()
+    problem = "no layer with RoPE"
+    if base.model_type == "phi3":
+        problem = "phi3, which has no scaling except LongRoPE"
+    elif specs:
+        problem = f"{base.model_type} with {len(specs)} RoPEs of {', '.join(kinds)}"
+    raise NaloraError(
+        f"{FLAG} {text}",
+        expected=f"a model whose full-attention layers have one RoPE of {', '.join(('default', *FIELDS))}",
+        found=f"{problem} ({where})",
+        remedy="leave the flag out and keep --data.max-length within the model's context",
+    )
+
+
+def _unscaled_length(base: ModelConfig, spec: RopeSpec) -> int:
+    """Returns the context length of a model without its present scaling."""
+    if spec.kind == "linear":
+        return round(base.max_positions / spec.factor)
+    return base.max_positions if spec.kind == "default" else spec.max_positions
+
+
+def _changed(raw: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the file with the scaling in the field that the file uses."""
+    name = "rope_parameters" if raw.get("rope_parameters") and not raw.get("rope_scaling") else "rope_scaling"
+    held = dict(raw.get(name) or {})
+    nested = isinstance(held.get(_FULL), Mapping)
+    rope = dict(held[_FULL] if nested else held)
+    scaling = {field: rope.pop(field) for field in _SCALING & rope.keys()}
+    if (scaling.get("rope_type") or scaling.get("type")) == wanted["rope_type"]:
+        rope |= {field: scaling[field] for field in FIELDS[wanted["rope_type"]] if field in scaling.keys() - _DERIVED}
+    rope |= wanted
+    changed = {**raw, name: held | {_FULL: rope} if nested else rope}
+    if ORIGINAL in raw and ORIGINAL in wanted:  # outside of the scaling, it would win
+        changed[ORIGINAL] = wanted[ORIGINAL]
+    return changed

@@ -1,0 +1,112 @@
+"""Recurrences along rows that are split over the mesh axis "context" (`nalora_jax.ops.split_rows`).
+
+A causal convolution reads the last tokens of the preceding block. The gated delta rule is linear in
+its state, so each block is computed once for a state of zero and for an identity. The results are a
+summary ``(D, M)`` of the block, with ``state after = D + M (state before)``. Every shard gathers the
+summaries of all blocks and applies them in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax.distributed.mesh import BATCH_AXES, CONTEXT
+from nalora_jax.errors import NaloraError
+from nalora_jax.ops.causal_conv import causal_conv
+from nalora_jax.ops.delta_rule import DeltaInputs, gated_delta_rule, segment_runs
+from nalora_jax.ops.split_rows import Row, block_numbers, by_block, by_part, gathered, with_preceding
+
+
+def split_conv(x: jax.Array, kernel: jax.Array, row: Row, sharding: NamedSharding) -> jax.Array:
+    """Computes `nalora_jax.ops.causal_conv.causal_conv` of rows from their parts.
+
+    Args:
+      x: ``[shards * batch, 2 * block, channels]``.
+      kernel: float32 ``[width, channels]``.
+      row: integers of whole rows.
+      sharding: of x's first axis.
+
+    Raises:
+      NaloraError: a block has fewer tokens than the convolution reads before it.
+    """
+    ahead, block = kernel.shape[0] - 1, x.shape[1] // 2
+    if ahead > block:
+        raise NaloraError(
+            "--mesh.context",
+            expected=f"blocks of at least {ahead} tokens, which a convolution reads",
+            found=f"blocks of {block}",
+            remedy="use a smaller --mesh.context, or longer rows",
+        )
+
+    def local(x: jax.Array, kernel: jax.Array, row: Row) -> jax.Array:
+        segments = row.slices(ahead).segments
+        return by_part(causal_conv(with_preceding(x, ahead), kernel, segments)[:, ahead:])
+
+    channels = _over_tensor(sharding, x.shape[-1])
+    by_channel = P(sharding.spec[0], None, channels)
+    return _mapped(local, sharding, (by_channel, P(None, channels), P(BATCH_AXES)), by_channel, x, kernel, row)
+
+
+def split_delta_rule(inputs: DeltaInputs, row: Row, sharding: NamedSharding) -> jax.Array:
+    """Computes the outputs of `nalora_jax.ops.delta_rule.gated_delta_rule` for rows from their parts.
+
+    Args:
+      inputs: with the axes ``[shards * batch, 2 * block, ...]``.
+      row: integers of whole rows.
+      sharding: of the first axis.
+    """
+    by_head = P(sharding.spec[0], None, _over_tensor(sharding, inputs.k.shape[2]))
+    return _mapped(_delta_rule, sharding, (by_head, P(BATCH_AXES)), by_head, inputs, row)
+
+
+def _delta_rule(inputs: DeltaInputs, row: Row) -> jax.Array:
+    """Computes a shard's outputs ``[batch, 2 * block, groups, n, d_v]``."""
+    inputs, segments = jax.tree.map(by_block, inputs), row.slices(0).segments
+    before = row._replace(segments=segment_runs(row.segments)).slices(1).segments[:, 0]
+    d_k, d_v = inputs.k.shape[-1], inputs.v.shape[-1]
+    v = jnp.pad(inputs.v, [(0, 0)] * (inputs.v.ndim - 1) + [(0, d_k)])
+    heads = (v.shape[0], *v.shape[2:4])
+    # Zeros for the values' columns, then an identity.
+    state = jnp.broadcast_to(jnp.eye(d_k, d_v + d_k, d_v), (*heads, d_k, d_v + d_k))
+    out, summary = gated_delta_rule(inputs._replace(v=v), segments, state, before)
+    state = _states_before(summary, d_v)
+    outputs = out[..., :d_v] + jnp.einsum(
+        "btgnd,bgnde->btgne", out[..., d_v:], state, preferred_element_type=jnp.float32
+    )
+    return by_part(outputs)
+
+
+def _states_before(summary: jax.Array, d_v: int) -> jax.Array:
+    """Returns the state before each of this shard's blocks, ``[2 * batch, groups, n, d_k, d_v]``.
+
+    ``summary [2 * batch, groups, n, d_k, d_v + d_k]`` has the matrices D and M of the blocks.
+    """
+    # [blocks, batch, ...] in the order of the row
+    summaries = jnp.moveaxis(gathered(summary.reshape(-1, 2, *summary.shape[1:])), 1, 0)
+
+    def after(state: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return block[..., :d_v] + jnp.matmul(block[..., d_v:], state, precision=lax.Precision.HIGHEST), state
+
+    states = lax.scan(after, jnp.zeros_like(summaries[0, ..., :d_v]), summaries)[1]
+    own = [lax.dynamic_index_in_dim(states, number, 0, keepdims=False) for number in block_numbers()]
+    return jnp.stack(own, axis=1).reshape(-1, *states.shape[2:])
+
+
+def _over_tensor(sharding: NamedSharding, size: int) -> str | None:
+    """Returns the mesh axis "tensor" if it divides ``size``."""
+    parts = sharding.mesh.shape.get("tensor", 0)
+    return "tensor" if parts and size % parts == 0 else None
+
+
+def _mapped(local: Callable[..., jax.Array], sharding: NamedSharding, specs: Any, out: P, *arguments: Any) -> jax.Array:
+    assert CONTEXT in sharding.mesh.shape
+    mapped = jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=out, check_vma=False)
+    result: jax.Array = mapped(*arguments)
+    return result

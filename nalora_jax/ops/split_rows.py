@@ -1,0 +1,201 @@
+"""Rows whose tokens are split over the mesh axis "context".
+
+A row is divided into two blocks of tokens per shard. Shard i of n has the blocks i and 2 n - 1 - i,
+an early and a late one, so that causal attention has the same work on every shard. The shards' parts
+are rows of an array whose first axis is split over all axes that split tokens. Therefore functions
+of a token need not know of the split; only functions along a row call this module.
+
+    row    [batch, seq]              blocks 0 1 2 3, for 2 shards
+    parts  [2 * batch, 2 * block]    blocks 0 3 of every row, then blocks 1 2 of every row
+
+Functions below "within a shard" are called in `jax.shard_map` with a mapped axis "context".
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax.distributed.mesh import BATCH_AXES, CONTEXT
+from nalora_jax.errors import NaloraError
+
+_ALIGNED = 128  # blocks of at least this length are multiples of it, as kernels need
+
+
+class Row(NamedTuple):
+    """Integers of whole rows, padded to whole blocks; every shard has all of its rows' tokens."""
+
+    positions: jax.Array  # int [batch, seq]
+    segments: jax.Array  # int [batch, seq]
+    starts: jax.Array | None = None  # int [batch, seq], see `nalora_jax.ops.attention.attention`
+
+    def slices(self, ahead: int) -> Row:
+        """Returns the integers of this shard's blocks and of the ``ahead`` tokens before each.
+
+        Within a shard. The result is ``[2 * batch, ahead + block]``, each row followed by its late
+        block; before the start of a row the segment is -1.
+        """
+        block = self.positions.shape[1] // (2 * lax.axis_size(CONTEXT))
+
+        def of_blocks(x: jax.Array, fill: int) -> jax.Array:
+            padded = jnp.pad(x, ((0, 0), (ahead, 0)), constant_values=fill)
+            slices = [lax.dynamic_slice_in_dim(padded, i * block, ahead + block, 1) for i in block_numbers()]
+            return jnp.stack(slices, axis=1).reshape(-1, ahead + block)
+
+        starts = None if self.starts is None else of_blocks(self.starts, 0)
+        return Row(of_blocks(self.positions, 0), of_blocks(self.segments, -1), starts)
+
+
+def shards_of(sharding: NamedSharding | None) -> int:
+    """Returns the number of parts of a row of arrays with this sharding; 1 if rows are whole."""
+    if sharding is None or not sharding.spec or CONTEXT not in (sharding.spec[0] or ()):
+        return 1
+    return int(sharding.mesh.shape[CONTEXT])
+
+
+def of_whole_rows(sharding: NamedSharding | None) -> NamedSharding | None:
+    """Returns the sharding of whole rows for a sharding of their parts."""
+    return sharding if sharding is None or shards_of(sharding) == 1 else NamedSharding(sharding.mesh, P(BATCH_AXES))
+
+
+def block_length(seq: int, shards: int) -> int:
+    """Returns the tokens of a block; rows are padded at their end to whole blocks.
+
+    Raises:
+      NaloraError: a row has fewer tokens than blocks.
+    """
+    if seq < 2 * shards:
+        raise NaloraError(
+            "--mesh.context",
+            expected=f"at most {max(seq // 2, 1)} for rows of {seq} tokens (two blocks of tokens a device)",
+            found=shards,
+            remedy="use longer rows (--data.max-length), or --mesh.fsdp for these devices",
+        )
+    block = -(-seq // (2 * shards))
+    return block if block < _ALIGNED else -(-block // _ALIGNED) * _ALIGNED
+
+
+def padded(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """Returns rows ``[batch, seq, ...]`` with zeros at their end up to whole blocks."""
+    shards = shards_of(sharding)
+    missing = 2 * shards * block_length(x.shape[1], shards) - x.shape[1] if shards > 1 else 0
+    return jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)]) if missing else x
+
+
+def split(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """Returns the parts of rows: ``[shards * batch, 2 * block, ...]`` of ``[batch, seq, ...]``.
+
+    Whole rows (one shard) are returned as they are.
+    """
+    shards = shards_of(sharding)
+    if sharding is None or shards == 1:
+        return x
+    batch, x = x.shape[0], padded(x, sharding)
+    order = np.stack([np.arange(shards), 2 * shards - 1 - np.arange(shards)], axis=1)
+    # [batch, blocks, block] -> [batch, shards, 2, block] -> [shards, batch, 2 * block]
+    x = x.reshape(batch, 2 * shards, -1, *x.shape[2:])[:, order]
+    x = jnp.moveaxis(x, 1, 0).reshape(shards, batch, -1, *x.shape[4:])
+    x = lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, P(CONTEXT, BATCH_AXES)))
+    return lax.with_sharding_constraint(x.reshape(shards * batch, *x.shape[2:]), sharding)
+
+
+def joined(x: jax.Array, sharding: NamedSharding | None, seq: int) -> jax.Array:
+    """Returns rows ``[batch, seq, ...]`` of their parts: the inverse of `split`, without padding."""
+    shards = shards_of(sharding)
+    if sharding is None or shards == 1:
+        return x
+    x = _natural(x.reshape(shards, -1, 2, x.shape[1] // 2, *x.shape[2:]))[:, :seq]
+    return lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, P(BATCH_AXES)))
+
+
+def repeated(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """Returns ``[shards * batch, ...]``: the array ``[batch, ...]`` of whole rows for each part of them."""
+    shards = shards_of(sharding)
+    if sharding is None or shards == 1:
+        return x
+    x = jnp.broadcast_to(x[None], (shards, *x.shape))
+    x = lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, P(CONTEXT, BATCH_AXES)))
+    return lax.with_sharding_constraint(x.reshape(-1, *x.shape[2:]), sharding)
+
+
+def _natural(x: jax.Array) -> jax.Array:
+    """Returns rows ``[batch, seq, ...]`` of all shards' blocks ``[shards, batch, 2, block, ...]``."""
+    blocks = jnp.concatenate([x[:, :, 0], x[::-1, :, 1]])
+    blocks = jnp.moveaxis(blocks, 0, 1)
+    return blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])
+
+
+# ---------------------------------------------------------------- within a shard
+
+
+def block_numbers() -> tuple[Any, Any]:
+    """Returns the numbers of this shard's blocks in their row."""
+    shard = lax.axis_index(CONTEXT)
+    return shard, 2 * lax.axis_size(CONTEXT) - 1 - shard
+
+
+def by_block(x: jax.Array) -> jax.Array:
+    """Returns ``[2 * batch, block, ...]`` of this shard's ``[batch, 2 * block, ...]``."""
+    return x.reshape(2 * x.shape[0], x.shape[1] // 2, *x.shape[2:])
+
+
+def by_part(x: jax.Array) -> jax.Array:
+    """Computes the inverse of `by_block`."""
+    return x.reshape(x.shape[0] // 2, 2 * x.shape[1], *x.shape[2:])
+
+
+def gathered(x: jax.Array) -> jax.Array:
+    """Returns rows ``[batch, seq, ...]`` of all shards' parts ``[batch, 2 * block, ...]``."""
+    return _natural(lax.all_gather(x.reshape(x.shape[0], 2, -1, *x.shape[2:]), CONTEXT))
+
+
+@jax.custom_vjp
+def gathered_exactly(x: jax.Array) -> jax.Array:
+    """Computes `gathered`; the backward pass exchanges the gradients and sums them in float32.
+
+    It receives as many bytes as the sum of `gathered`, which v5e's compiler replaces by the sum of the
+    entire array on every shard.
+    """
+    return gathered(x)
+
+
+def _exchanged(_: None, g: jax.Array) -> tuple[jax.Array]:
+    batch, shards = g.shape[0], lax.axis_size(CONTEXT)
+    blocks = jax.ShapeDtypeStruct((shards, batch, 2, g.shape[1] // (2 * shards), *g.shape[2:]), g.dtype)
+    (parts,) = jax.linear_transpose(_natural, blocks)(g)
+    parts = lax.all_to_all(parts, CONTEXT, 0, 0, tiled=True)
+    total = jnp.sum(parts.astype(jnp.float32), axis=0).astype(g.dtype)
+    return (total.reshape(batch, -1, *g.shape[2:]),)
+
+
+gathered_exactly.defvjp(lambda x: (gathered(x), None), _exchanged)
+
+
+def with_preceding(x: jax.Array, ahead: int) -> jax.Array:
+    """Returns this shard's blocks, each after the last ``ahead`` tokens of the block before it.
+
+    Only these tokens are exchanged, between neighbours. There are zeros before the start of a row.
+
+    Args:
+      x: ``[batch, 2 * block, ...]``.
+      ahead: at most the length of a block.
+
+    Returns:
+      ``[2 * batch, ahead + block, ...]``.
+    """
+    shards = lax.axis_size(CONTEXT)
+    early, late = jnp.unstack(x.reshape(x.shape[0], 2, -1, *x.shape[2:]), axis=1)
+    tail, late_tail = early[:, early.shape[1] - ahead :], late[:, late.shape[1] - ahead :]
+    # Block i follows i - 1 of the shard before; block 2 n - 1 - i follows 2 n - 2 - i of the shard after. The
+    # last shard has the two blocks in the middle of the row.
+    before = lax.ppermute(tail, CONTEXT, [(i, i + 1) for i in range(shards - 1)])
+    before_late = lax.ppermute(late_tail, CONTEXT, [(i + 1, i) for i in range(shards - 1)])
+    before_late = jnp.where(lax.axis_index(CONTEXT) == shards - 1, tail, before_late)
+    blocks = [jnp.concatenate(pair, axis=1) for pair in ((before, early), (before_late, late))]
+    return jnp.stack(blocks, axis=1).reshape(2 * x.shape[0], ahead + early.shape[1], *x.shape[2:])

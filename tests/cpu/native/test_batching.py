@@ -1,0 +1,110 @@
+"""Kernels under `jax.vmap`: one call for all runs, whose results equal those of single runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax.cpu import native
+from nalora_jax.cpu.native import Heads, Logistic, Slice, Sum, Term
+from nalora_jax.sweeps.stack import batch_of
+from tests.cpu.native.test_kernels import draw
+from tests.sweeps.test_program import CONFIG, EIGHT, _assembled, _batch, _difference, _solo, _together
+
+pytestmark = pytest.mark.usefixtures("kernels")
+RUNS, ROWS = 5, 20
+
+
+def _assert_one_call(function: Callable[..., Any], *operands: jax.Array) -> None:
+    """Compares the runs of one call with calls of single runs; operands have an axis of runs."""
+    together, alone = jax.jit(jax.vmap(function)), jax.jit(function)
+    program = together.lower(*operands).as_text()
+    assert program.count("stablehlo.custom_call @nalora") == 1
+    assert "stablehlo.while" not in program
+    results = jax.tree.leaves(together(*operands))
+    for run in range(RUNS):
+        for x, y in zip(results, jax.tree.leaves(alone(*(operand[run] for operand in operands))), strict=True):
+            x, y = np.asarray(x[run], np.float32), np.asarray(y)
+            share = 2**-8 if y.dtype == jnp.bfloat16 else 1e-6
+            np.testing.assert_allclose(x, y.astype(np.float32), rtol=share, atol=share * np.abs(y).max(initial=0))
+
+
+def test_sums_with_shared_kernels_and_kernels_of_each_run() -> None:
+    rng = np.random.default_rng(0)
+    kernel, stack = draw(rng, 48, 70), Slice(draw(rng, 3, 70, 48).view(jnp.uint16), jnp.int32(1))
+
+    def sums(x: jax.Array, hidden: jax.Array, b: jax.Array) -> list[jax.Array]:
+        return native.products(
+            Sum([Term(x, kernel), Term(hidden, b)], "bfloat16"),
+            Sum([Term(x, stack, True), Term(hidden, b.T, True)]),
+            Sum([Term(x, kernel)]),
+            Sum([Term(hidden.T, x)]),
+        )
+
+    # With 48 columns each, only two runs at a time are joined.
+    for rank in (8, 48):
+        _assert_one_call(sums, draw(rng, RUNS, ROWS, 48), draw(rng, RUNS, ROWS, rank), draw(rng, RUNS, rank, 70))
+
+
+def test_sums_over_a_vocabulary_with_a_number_of_rows_for_each_run() -> None:
+    rng = np.random.default_rng(1)
+    table = draw(rng, 100, 48)
+    counts = jnp.asarray([3, ROWS, 0, 7, 19], jnp.int32)
+    _assert_one_call(
+        lambda x, count: native.over_vocabulary(x, table, count, transposed=True), draw(rng, RUNS, ROWS, 48), counts
+    )
+
+
+def test_attention_with_positions_that_all_rows_share() -> None:
+    rng = np.random.default_rng(2)
+    places = jnp.arange(ROWS, dtype=jnp.int32)[None]
+    q, k, v = (draw(rng, RUNS, 2, ROWS, heads, 16) for heads in (4, 2, 2))
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        return native.attention(Heads(q, k, v, places, jnp.ones_like(places), 0))
+
+    _assert_one_call(attention, q, k, v)
+
+
+def test_gates_and_norms() -> None:
+    rng = np.random.default_rng(3)
+    z, u = draw(rng, RUNS, ROWS, 64), draw(rng, RUNS, ROWS, 64)
+    _assert_one_call(lambda z, u: native.gate(z, u, Logistic(1.0, 0.0)), z, u)
+    _assert_one_call(lambda z: native.gate(z, None, Logistic(1.0, 0.0)), z)
+    _assert_one_call(lambda z, u: native.gate_gradient(z, u, u, Logistic(1.0, 0.0), product=True), z, u)
+    x = z.astype(jnp.float32)
+    _assert_one_call(lambda x: native.add_rms(x, None, 1e-5), x)
+    held, inverse = z.view(jnp.uint16), jnp.abs(x[..., 0])
+    _assert_one_call(lambda held, inverse: native.normalise(held, inverse, jnp.ones(64)), held, inverse)
+
+
+def test_a_scale_of_each_run_becomes_a_loop() -> None:
+    rng = np.random.default_rng(4)
+    held, scales = draw(rng, RUNS, ROWS, 64).view(jnp.uint16), draw(rng, RUNS, 64).astype(jnp.float32)
+    together = jax.jit(jax.vmap(lambda held, scale: native.normalise(held, jnp.ones(ROWS), scale)))(held, scales)
+    for run in range(RUNS):
+        alone = native.normalise(held[run], jnp.ones(ROWS), scales[run])
+        np.testing.assert_array_equal(np.asarray(together[run], np.float32), np.asarray(alone, np.float32))
+
+
+def test_runs_of_a_sweep_equal_solo_runs_with_native_kernels() -> None:
+    """One program of three runs calls every kernel once, the statistics of the gate excepted."""
+    compute = replace(CONFIG.compute, dtype="bfloat16", implementation="auto")
+    configs = [replace(config, compute=compute) for config in EIGHT[:3]]
+    runs = _assembled(configs)
+    program, (states, metrics) = _together(runs, 4)
+    batch = batch_of([_batch(seed) for seed in range(3)], program.mesh)
+    text = program.lower(states, batch).as_text()
+    (like,) = _assembled(configs[:1])
+    alone = like.step.lower(like.view(like.params), like.state, _batch(0)).as_text()
+    assert text.count("custom_call @nalora_products") == alone.count("custom_call @nalora_products") > 0
+    for index, run in enumerate(runs):
+        lora, last = _solo(run, 4)
+        assert _difference(jax.device_get(program.state_of(states, index).lora), lora) < 2**-8
+        assert metrics["loss"][index] == pytest.approx(float(last["loss"]), rel=1e-4)

@@ -1,0 +1,189 @@
+"""Documents longer than a row, loss on the last part, plain text, and chats of many long turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nalora_jax.config import DataConfig, PreferenceConfig, RunConfig, check
+from nalora_jax.data import long_chats, store
+from nalora_jax.data.chat import render
+from nalora_jax.data.pipeline import train_data
+from nalora_jax.data.questions import eval_examples
+from nalora_jax.data.source import RecordsSource
+from nalora_jax.data.tokenize import Example, divided, with_loss_last
+from nalora_jax.errors import NaloraError
+
+BOS = 1
+TEXT = {"text": "up and down " * 30}
+TEMPLATES = sorted((Path(__file__).parent / "templates").glob("*.jinja"))
+
+
+def targets(rows: list[Example]) -> list[int]:
+    return [int(token) for row in rows for token, counts in zip(row.ids[1:], row.answer[1:], strict=True) if counts]
+
+
+@given(st.data(), st.integers(2, 9), st.booleans())
+def test_every_token_of_a_split_document_is_a_target_once(data, max_length, begins):
+    count = data.draw(st.integers(1, 40))
+    ids = np.array([BOS] * begins + list(range(10, 10 + count)), np.int32)
+    answer = np.array(data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))))
+    answer[: len(ids) - count] = False
+    whole = Example(ids, answer)
+    rows = divided(whole, max_length, BOS)
+    assert targets(rows) == targets([whole])
+    for row in rows:
+        assert len(row.ids) <= max_length + 1
+        assert not begins or row.ids[0] == BOS
+        assert np.all(np.diff(row.ids[begins:]) == 1)  # consecutive tokens of the document
+    if len(ids) > max_length + 1 and answer.all():
+        assert all(len(row.ids) == max_length + 1 for row in rows[:-1])
+
+
+@pytest.mark.parametrize(("last", "counted"), [(0, 9), (3, 3), (50, 9), (0.25, 3), (0.3, 3)])
+def test_loss_on_the_last_part(last, counted):
+    example = Example(np.arange(10, dtype=np.int32), np.arange(10) > 0)
+    assert targets([with_loss_last(example, last)]) == list(range(10 - counted, 10))
+
+
+@pytest.fixture
+def open_data(tokenizer, tmp_path):
+    def open_data(*records, **settings):
+        config = DataConfig(**{"max_length": 24, "eval_split": "unread", **settings})
+        source = {"train": RecordsSource("documents", list(records))}
+        return train_data(config, tokenizer, batch_size=1, source=source, cache=tmp_path / "cache")
+
+    return open_data
+
+
+def test_split_documents_are_rows_with_positions_from_0(open_data, tokenizer, caplog):
+    caplog.set_level(logging.INFO)
+    ids = tokenizer.encode(TEXT["text"])
+    data = open_data(TEXT, {"text": "short"}, too_long="split", loss_on="all")
+    figures = data.describe()
+    assert (figures["split"], figures["dropped"], figures["truncated"]) == (1, 0, 0)
+    assert f"1 records longer than a row of 24 tokens are split; rows of examples: {figures['examples']}" in caplog.text
+    batches = [data.batch_at(row) for row in range(data.rows_per_epoch)]
+    for batch in batches:
+        segments, positions = batch["segment_ids"][0, 0], batch["positions"][0, 0]
+        for segment in range(1, segments.max() + 1):
+            assert positions[segments == segment].tolist() == list(range((segments == segment).sum()))
+    counted = [token for batch in batches for token in batch["targets"][batch["loss_weights"] > 0].tolist()]
+    expected = [*ids[1:], tokenizer.eos_id, *tokenizer.encode("short")[1:], tokenizer.eos_id]
+    assert sorted(counted) == sorted(expected)
+
+
+def test_split_and_last_part_are_evaluated_as_they_are_trained(open_data, tokenizer):
+    settings = {"too_long": "split", "loss_on": "all", "loss_last": 5, "max_length": 24}
+    data = open_data(TEXT, **settings)
+    trained = [data.batch_at(row) for row in range(data.rows_per_epoch)]
+    assert all((batch["loss_weights"] > 0).sum() <= 5 for batch in trained)
+    source = {"held": RecordsSource("others", [TEXT])}
+    items = eval_examples(DataConfig(eval_split="held", **settings), tokenizer, split="held", source=source)
+    assert len(items) == data.store.counts.examples > 3
+    assert all(len(item.completion_ids) <= 5 for item in items)
+    assert all(len(item.prompt_ids) + len(item.completion_ids) <= 25 for item in items)
+    assert all(item.completion and item.prompt for item in items)
+
+
+def test_the_last_part_is_of_the_loss_tokens_and_of_another_cache(open_data, tokenizer):
+    record = {"prompt": "up and down " * 3, "completion": " the sky and the green hills"}
+    whole = open_data(record)
+    last = open_data(record, loss_last=2)
+    assert whole.store.counts.targets > last.store.counts.targets == 2
+    assert last.fingerprint != whole.fingerprint
+    assert open_data(record, loss_last=1000).store.counts.targets == whole.store.counts.targets
+    chat = {
+        "messages": [{"role": r, "content": c} for r, c in (("user", "up"), ("assistant", "the sky"), ("user", "ok"))]
+    }
+    with pytest.raises(
+        NaloraError, match=r"expected a token to learn in the last part \(--data.loss-last 2\), found none"
+    ):
+        open_data(chat, loss_on="assistant", loss_last=2, max_length=64)
+
+
+@pytest.mark.parametrize(
+    ("data", "preference", "message"),
+    [
+        ({"loss_last": 1.5}, "none", "--data.loss-last: expected whole tokens, or a share below 1, found 1.5"),
+        ({"loss_last": -1.0}, "none", "loss-last"),
+        ({"loss_last": 4.0}, "dpo", "--data.loss-last: expected 0 with --preference.loss"),
+        ({"too_long": "split"}, "dpo", "--data.too-long: expected drop, truncate or error with --preference.loss"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(data, preference, message):
+    with pytest.raises(NaloraError, match=message):
+        check(RunConfig(data=DataConfig(**data), preference=PreferenceConfig(preference)))
+
+
+def test_plain_text_is_learned_and_evaluated_without_a_prompt(open_data, tokenizer):
+    batch = open_data(TEXT, max_length=400).batch_at(0)
+    ids = [*tokenizer.encode(TEXT["text"]), tokenizer.eos_id]
+    assert batch["targets"][batch["loss_weights"] > 0].tolist() == ids[1:]
+    source = {"held": RecordsSource("others", [TEXT])}
+    (item,) = eval_examples(DataConfig(eval_split="held"), tokenizer, split="held", source=source)
+    assert item.prompt_ids + item.completion_ids == ids[:-1]
+    assert len(item.prompt_ids) == 1
+
+
+def test_long_records_are_tokenized_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(store, "_CHARACTERS", 1000)
+    records = [{"text": "x" * size} for size in [10] * 20 + [600] * 6 + [10] * 20]
+    chunks = list(store.batches(RecordsSource("sizes", records), np.arange(46)))
+    assert list(chain.from_iterable(chunk for chunk, _ in chunks)) == list(range(46))
+    sizes = [[len(record["text"]) for record in found] for _, found in chunks]
+    assert max(map(sum, sizes)) <= 1000
+    assert max(map(len, sizes)) > 10
+
+
+def talk(thought: str = "") -> list[dict[str, str]]:
+    turns = [
+        (f"  Question {i}: which way is up, and which is down?  " * 3, f"{thought}Answer {i}: the sky. " * 5)
+        for i in range(4)
+    ]
+    return [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("thought", ["", "<think>\nhm\n</think>\n\n"])
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_masks_of_long_chats_do_not_depend_on_short_contents(tokenizer, monkeypatch, path, thought):
+    """Released templates: those that rewrite contents are rendered in full, or refused as always."""
+    ours = dataclasses.replace(
+        tokenizer, chat_template=path.read_text(), special_tokens={"bos_token": "<s>", "eos_token": "</s>"}
+    )
+    config, record = DataConfig(loss_on="assistant"), {"messages": talk(thought)}
+    results = []
+    for most in (10**9, 0):
+        monkeypatch.setattr(long_chats, "_MOST", most)
+        try:
+            results.append(render(record, config, ours, "here"))
+        except NaloraError as error:
+            results.append(str(error))
+    assert results[0] == results[1]
+
+
+def test_a_long_chat_is_rendered_in_full_once(tokenizer, monkeypatch):
+    rendered, render_chats = [], tokenizer.render_chats
+
+    class Counting(type(tokenizer)):
+        def render_chats(self, chats, tools=None):
+            texts = render_chats(chats, tools)
+            rendered.extend(map(len, texts))
+            return texts
+
+    monkeypatch.setattr(long_chats, "_MOST", 0)
+    values = {field.name: getattr(tokenizer, field.name) for field in dataclasses.fields(tokenizer)}
+    result = render({"messages": talk()}, DataConfig(loss_on="assistant"), Counting(**values), "here")
+    assert len(result.answers) == 4
+    assert sum(length > len(result.text) / 2 for length in rendered) == 1

@@ -1,0 +1,75 @@
+"""The grid of needle retrieval: lengths in tokens, accuracy by cell, comparison."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.needle import difference, needle_items, needle_records, needle_table, retrieve
+from nalora_jax.evaluate.statistics import wilson
+from tests.data.test_needle import HAYSTACK
+
+LENGTHS = (520, 800)
+
+
+@pytest.fixture(scope="module")
+def questions(tokenizer):
+    return needle_items(tokenizer, LENGTHS, per_cell=2, haystack=HAYSTACK)
+
+
+class Deep:
+    """Finds needles from a depth on; elsewhere it gives the first number of the text."""
+
+    max_length = 1000
+
+    def __init__(self, tokenizer, questions, first):
+        self.tokenizer, self.first = tokenizer, first
+        self.known = {tuple(item.prompt_ids): item for item in questions.items}
+        self.depth = {tuple(item.prompt_ids): i // 2 % 5 for i, item in enumerate(questions.items)}
+
+    def generate(self, prompts, **settings):
+        assert settings["stop"] == ("\n",)
+        keys = [tuple(prompt) for prompt in prompts]
+        return [
+            f"{self.known[key].completion} More 12." if self.depth[key] >= self.first else " 7654321." for key in keys
+        ]
+
+
+def test_prompts_have_the_length_in_tokens(questions, tokenizer):
+    longest = max(len(tokenizer.encode(f" {sentence}")) for sentence in HAYSTACK)
+    sizes = [len(item.prompt_ids) + len(item.completion_ids) for item in questions.items]
+    assert len(sizes) == 2 * 5 * 2
+    for length, row in zip(LENGTHS, np.reshape(sizes, (2, -1)), strict=True):
+        assert np.all(row <= length)
+        assert np.all(row > length - longest - 1)
+
+
+def test_accuracy_by_length_and_depth(questions, tokenizer):
+    result = retrieve(Deep(tokenizer, questions, 2), questions)
+    grid = result.to_dict()
+    assert [row["cells"] for row in grid["rows"]] == [[0, 0, 1, 1, 1]] * 2
+    assert (grid["accuracy"], grid["n"], grid["depths"]) == (0.6, 20, [0, 25, 50, 75, 100])
+    assert (grid["low"], grid["high"]) == wilson(12, 20)
+    assert needle_table(grid).splitlines() == [
+        "tokens        0%    25%    50%    75%   100%    all",
+        "520         0.00   0.00   1.00   1.00   1.00   0.60",
+        "800         0.00   0.00   1.00   1.00   1.00   0.60",
+    ]
+    records = needle_records(questions, result)
+    assert [record["depth"] for record in records[:4]] == [0, 0, 25, 25]
+    assert records[-1]["correct"] is True
+    assert records[0]["answer"] == " 7654321."
+    better = difference(result, retrieve(Deep(tokenizer, questions, 0), questions))
+    assert (better["gained"], better["lost"], better["difference"]) == (8, 0, 0.4)
+
+
+def test_lengths_fit_the_question_and_the_context(questions, tokenizer):
+    with pytest.raises(NaloraError, match=r"--needle: expected lengths of at least \d+ tokens, found 100"):
+        needle_items(tokenizer, [100], haystack=HAYSTACK)
+    short = Deep(tokenizer, questions, 0)
+    short.max_length = 800
+    with pytest.raises(
+        NaloraError, match=r"--needle: expected lengths of at most 784 tokens, .*; a run with --model.rope"
+    ):
+        retrieve(short, questions)

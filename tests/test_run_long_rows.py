@@ -1,0 +1,127 @@
+"""A run beyond the context of its model: settings, adapter, card, merged model, other tools."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from nalora_jax import job
+from nalora_jax.__main__ import main
+from nalora_jax.config import DataConfig, RunConfig
+from nalora_jax.evaluate import needle as evaluate_needle
+from nalora_jax.loading.adapted import load
+from nalora_jax.runs.metrics import recorded_settings
+from nalora_jax.weights import hub
+from tests import tiny
+
+SCALING = "yarn:factor=2"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
+    """Rows of 112 tokens on a model whose context has 64."""
+    folder = tmp_path_factory.mktemp("long")
+    rng, letters = np.random.default_rng(0), list(string.ascii_lowercase)
+    texts = [" ".join(rng.choice(letters, 100)) for _ in range(40)]
+    records = [json.dumps({"prompt": text, "completion": " z"}) for text in texts]
+    (folder / "questions.jsonl").write_text("\n".join(records) + "\n")
+    data = DataConfig(str(folder / "questions.jsonl"), max_length=112, eval_limit=4, select_limit=2)
+    with tiny.on_one_device(folder / "cache"):
+        config = tiny.make_config(folder, data=data, rope_scaling=SCALING, steps=2, mechanisms=())
+        job.run(config)
+        yield config
+
+
+def logits(source: str | Path) -> np.ndarray:
+    model = load(source, dtype="float32")
+    hidden = model.module.apply(model.variables, TOKENS)
+    return np.asarray(model.module.apply(model.variables, hidden, method="unembed"))
+
+
+TOKENS = np.random.default_rng(1).integers(2, len(tiny.WORDS), (1, 120))
+
+
+def test_every_file_of_the_run_names_the_scaling(run: RunConfig) -> None:
+    folder = Path(run.output)
+    assert recorded_settings(folder)["rope_scaling"] == SCALING
+    model = load(folder / "adapter")  # the adapter alone, without the run
+    assert (model.base.config.max_positions, model.base.rope_scaling) == (128, SCALING)
+    card = (folder / "adapter" / "README.md").read_text()
+    assert "change the base's config" in card
+    assert '"original_max_position_embeddings": 64' in card
+    assert '"max_position_embeddings": 128' in card
+
+
+def test_needles_before_and_after_are_printed_and_in_the_report(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    letters = [" ".join(string.ascii_lowercase[i : i + 7]) + "." for i in range(19)]
+    monkeypatch.setattr(evaluate_needle, "sentences", lambda split: letters)
+    assert main(["eval", run.output, "--needle", "96,110", "--limit", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[::4]] == ["needle retrieval", "needle retrieval, base", "difference"]
+    assert lines[3].startswith("110 ")
+    folder = Path(run.output)
+    found = json.loads((folder / "needle.json").read_text())
+    assert [row["length"] for row in found["before"]["rows"]] == [96, 110]
+    assert found["comparison"]["n"] == 10
+    page = (folder / "report.html").read_text()
+    assert "Needle retrieval" in page
+    assert "110 tokens" in page
+    (folder / "needle.json").write_text('{"before": 3}')
+    assert main(["report", run.output]) == 2
+    assert "needle.json: expected results of nalora eval --needle" in capsys.readouterr().err
+    (folder / "needle.json").unlink()
+    assert main(["eval", run.output, "--needle", "1x"]) == 2
+    assert "--needle: expected lengths in tokens, separated by commas, found '1x'" in capsys.readouterr().err
+
+
+def test_a_merged_run_is_the_same_model_in_transformers(run: RunConfig, tmp_path: Path) -> None:
+    assert main(["merge", run.output, "--output", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="float32")
+    assert theirs.config.max_position_embeddings == 128
+    with torch.no_grad():
+        expected = theirs(torch.tensor(TOKENS)).logits.numpy()
+    for source in (run.output, tmp_path / "merged"):
+        assert np.abs(logits(source) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_the_command_line_takes_the_scaling_and_resumes_with_it(
+    run: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--resume", run.output, "--model.rope-scaling", "linear:factor=2"]) == 2
+    assert f"rope_scaling = '{SCALING}'" in capsys.readouterr().err
+    assert main(["train", "--resume", run.output, "--dry-run"]) == 0
+    assert f"rope_scaling: {SCALING}" in capsys.readouterr().out
+    assert main(["train", "--model", run.model, "--model.rope-scaling", "yarn:factor=0.5", "--dry-run"]) == 2
+    assert "expected a context of at least 64 tokens, the model's, found 32" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_the_memory_of_long_rows(run: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", "--resume", "no", "--model", run.model, "--data.dataset", run.data.dataset, "--dry-run"]
+    command += ["--lora.rules", "ffn:4", "--mesh.data", "1", "--mesh.fsdp", "1", "--mesh.tensor", "1"]
+    assert main([*command, "--data.max-length", "112"]) == 2
+    assert "at most 64 tokens, the model's context, found one of 101" in capsys.readouterr().err
+    activations = []
+    for length in ("128", "131072"):
+        assert main([*command, "--model.rope-scaling", "yarn:factor=2048", "--data.max-length", length]) == 0
+        out = capsys.readouterr().out
+        assert f"# rows: {int(length):,} tokens; the model's context has 131,072, with RoPE scaling yarn" in out
+        activations.append(float(re.search(r"activations ([\d.]+)", out)[1]))
+    assert activations[1] > 0.1 > activations[0]
+
+
+def test_a_gguf_file_without_the_scaling_is_refused(
+    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hub, "resolve", lambda name: hub.ResolvedSource("gguf", tmp_path / "base.gguf", name))
+    assert main(["merge", run.output, "--output", str(tmp_path / "m.gguf"), "--gguf", "F16"]) == 2
+    assert f"--gguf: expected an adapter of the base's own RoPE, found {SCALING}" in capsys.readouterr().err
