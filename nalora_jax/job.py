@@ -143,7 +143,9 @@ class Inputs:
     @property
     def base(self) -> ModelConfig | None:
         """The architecture of the base model; None for image and text encoders."""
-        return None if self.files is None else described(self.config, self.files)
+        if self.files is None:
+            return None
+        return described(self.config, self.files)
 
     def pieces(self, placed: RunConfig, output: Output, mesh: Mesh, like: Pieces | None = None) -> Pieces:
         """Returns the parts of the run with the settings ``placed``, whose mesh is concrete.

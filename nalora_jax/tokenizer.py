@@ -104,7 +104,8 @@ class Tokenizer:
         """
         with tokenizer_errors("text", text):
             ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
-        ids = [self.bos_id, *ids] if special and self.add_bos and self.bos_id is not None else ids
+        if special and self.add_bos and self.bos_id is not None:
+            ids = [self.bos_id, *ids]
         self._check_rows(ids)
         return ids
 
@@ -243,11 +244,15 @@ class Tokenizer:
                 remedy="change the messages' roles or their order; a template that is no jinja2, or goes beyond the "
                 "limits of time and memory, is the model's own fault",
             ) from error
-        return texts if self.images is None else [self._with_images(text) for text in texts]
+        if self.images is None:
+            return texts
+        return [self._with_images(text) for text in texts]
 
     def _with_images(self, text: str) -> str:
         assert self.images is not None
-        begin = (self.special_tokens or {}).get("bos_token", "") if self.add_bos else ""
+        begin = ""
+        if self.add_bos:
+            begin = (self.special_tokens or {}).get("bos_token", "")
         return ("" if text.startswith(begin) else begin) + self.images.expanded(text)
 
     @staticmethod
@@ -354,4 +359,6 @@ def _adds_bos(backend: tokenizers.Tokenizer, bos_id: int | None, setting: object
     """
     if bos_id is None:
         return False
-    return setting if isinstance(setting, bool) else backend.encode("a").ids[:1] == [bos_id]
+    if isinstance(setting, bool):
+        return setting
+    return backend.encode("a").ids[:1] == [bos_id]

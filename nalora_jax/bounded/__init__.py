@@ -131,7 +131,9 @@ class _Helper:
         limits = [min(_MAX_TEXT, max(_SHORT_TEXT, _LONGER * len(variable))) for variable in variables]
         with self._lock:
             self._ensure_running()
-            source = "null" if template == self._template else json.dumps(template)
+            source = "null"
+            if template != self._template:
+                source = json.dumps(template)
             self._template = None  # until it has compiled
             listed = ", ".join(variables)
             answer = self._ask(f'{{"render": [{listed}], "limits": {limits}, "template": {source}}}')

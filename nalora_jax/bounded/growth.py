@@ -101,8 +101,12 @@ def _added(rule: Any) -> int:
     specials, template = rule.get("special_tokens"), rule.get("single")
     if isinstance(specials, Mapping) and isinstance(template, list):
         for piece in template:
-            name = piece.get("SpecialToken") if isinstance(piece, Mapping) else None
-            token = specials.get(name.get("id")) if isinstance(name, Mapping) else None
+            name = None
+            if isinstance(piece, Mapping):
+                name = piece.get("SpecialToken")
+            token = None
+            if isinstance(name, Mapping):
+                token = specials.get(name.get("id"))
             ids = token.get("ids") if isinstance(token, Mapping) else None
             total += len(ids) if isinstance(ids, list) else 0
     return total

@@ -107,10 +107,13 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
         raise SystemExit(0)
     if asked is None:
         names = import_files(files)
-        words = [*words, "--imports", *names] if names and verb.arguments is parser.TrainArgs else words
+        if names and verb.arguments is parser.TrainArgs:
+            words = [*words, "--imports", *names]
         _check_former(verb.arguments, words)
         usage.check(name, verb.arguments, words)
-    start = parser.defaults(words) if verb.arguments is parser.TrainArgs else None
+    start = None
+    if verb.arguments is parser.TrainArgs:
+        start = parser.defaults(words)
     args = _parsed(name, verb.arguments, ["--help"] if asked else words, start, quiet=asked is None)
     if verb.arguments is parser.TrainArgs and args.run.epochs and parser.values_of(words, "--steps") is not None:
         raise NaloraError("--steps", expected="steps or epochs", found="both", remedy="leave one of them out")

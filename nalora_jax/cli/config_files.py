@@ -107,7 +107,9 @@ def _made(kind: Any, values: Any, where: str, prefix: str) -> Any:
         full = f"{prefix}.{name}" if prefix else str(name)
         if name not in names:
             near = did_you_mean(str(name), names)
-            remedy = f"did you mean {near}?" if near else "nalora train --help-all lists all"
+            remedy = "nalora train --help-all lists all"
+            if near:
+                remedy = f"did you mean {near}?"
             raise NaloraError(where, expected="settings of a run", found=full, remedy=remedy)
         arguments[name] = _value(hints[name], value, where, full)
     return kind(**arguments)
@@ -119,7 +121,9 @@ def _value(hint: Any, value: Any, where: str, name: str) -> Any:
     Examples are tuples, which are lists there, and dataclasses.
     """
     if is_dataclass(hint):
-        return _rule(value, where, name) if hint is LoRARule else _made(hint, value, where, name)
+        if hint is LoRARule:
+            return _rule(value, where, name)
+        return _made(hint, value, where, name)
     inner = get_args(hint)
     if get_origin(hint) is tuple:
         if not isinstance(value, list):
@@ -130,7 +134,9 @@ def _value(hint: Any, value: Any, where: str, name: str) -> Any:
         return tuple(_value(kind, item, where, name) for kind, item in zip(kinds, value, strict=True))
     if get_origin(hint) in (Union, UnionType):
         kinds = [kind for kind in inner if kind is not type(None) and get_origin(kind) is not Literal]
-        return value if value is None or isinstance(value, str) else _value(kinds[0], value, where, name)
+        if value is None or isinstance(value, str):
+            return value
+        return _value(kinds[0], value, where, name)
     if name in _AUTO and value == "auto":
         return hint(0)
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
@@ -158,7 +164,9 @@ def as_yaml(config: RunConfig, *, changed_only: bool = False) -> str:
       changed_only: leave out settings with their default values.
     """
     values = _plain(replace(config, imports=()), RunConfig() if changed_only else None)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100) if values else "{}\n"
+    if not values:
+        return "{}\n"
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _plain(value: Any, default: Any) -> Any:
@@ -169,10 +177,14 @@ def _plain(value: Any, default: Any) -> Any:
         for entry in fields(value):
             value_of = getattr(value, entry.name)
             if default is None or value_of != getattr(default, entry.name):
-                inner = getattr(default, entry.name) if default is not None and is_dataclass(value_of) else None
+                inner = None
+                if default is not None and is_dataclass(value_of):
+                    inner = getattr(default, entry.name)
                 plain[entry.name] = _plain(value_of, inner)
         return plain
-    return [_plain(entry, None) for entry in value] if isinstance(value, tuple) else value
+    if not isinstance(value, tuple):
+        return value
+    return [_plain(entry, None) for entry in value]
 
 
 def parse_rule(text: str) -> LoRARule:

@@ -227,7 +227,9 @@ def _harness(args: EvalArgs, sides: Sequence[Side], mesh: Any, records: list[dic
         }
         for task, metrics in summary["comparison"].items():
             for metric, number in metrics.items():
-                p = f", McNemar p = {number['p_value']:.2g}" if "p_value" in number else ""
+                p = ""
+                if "p_value" in number:
+                    p = f", McNemar p = {number['p_value']:.2g}"
                 interval = f"95% interval {number['low']:+.4f} to {number['high']:+.4f}"
                 print(f"{task}, difference: {metric} {number['difference']:+.4f} ({interval}{p})", flush=True)
     return summary

@@ -29,7 +29,9 @@ def check_flags(argv: Sequence[str], start: Sequence[str], added: Sequence[str] 
     """
     flags = [(match, index) for index, word in enumerate(argv) if (match := _FLAG.fullmatch(word))]
     former = {rule for rule, _ in RULES.values()}
-    rules = start if added is None else [*(rule for rule in start if _name(rule) in former), *added]
+    rules = start
+    if added is not None:
+        rules = [*(rule for rule in start if _name(rule) in former), *added]
     settings = []
     for match, index in flags:
         words = until_flag(argv[index + 1 :]) if match[5] is None else [match[5]]

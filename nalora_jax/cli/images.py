@@ -121,7 +121,9 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
     asked: dict[str, Any] = {"dataset": args.dataset, "eval_split": args.split, "eval_limit": args.limit}
     data = replace(run.data, **{name: value for name, value in asked.items() if value is not None})
     vision = run.vision
-    classes = open_images(data, vision, data.train_split).classes() if vision.task == "classify" else ()
+    classes: tuple[str, ...] = ()
+    if vision.task == "classify":
+        classes = open_images(data, vision, data.train_split).classes()
     held = open_images(data, vision, data.eval_split)
     reported, _ = held_out_images(replace(run, data=data), held, model.encoders, classes)
     values: dict[str, Any] = reported.measure(model.base.params, model.lora, samples=args.output is not None)

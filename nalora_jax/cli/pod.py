@@ -123,7 +123,9 @@ def differences(reports: Sequence[Report | None]) -> Iterator[str]:
     present = [report for report in reports if report is not None]
     for problem in dict.fromkeys(problem for report in present for problem in report.problems):
         names = [report.name for report in present if problem in report.problems]
-        where = "every process" if len(names) == len(reports) else ", ".join(names)
+        where = "every process"
+        if len(names) != len(reports):
+            where = ", ".join(names)
         yield f"{where}: {problem}" if len(reports) > 1 else problem
     for package in sorted({name for report in present for name in report.versions}):
         yield from _odd(

@@ -40,7 +40,9 @@ class Flag:
     def numbers(self) -> tuple[type, int] | None:
         """Returns type and count of the numbers that it takes; None if it takes other values."""
         kinds = get_args(self.type) if get_origin(self.type) is tuple else (self.type,)
-        return (kinds[0], len(kinds)) if set(kinds) <= {int, float} and len(set(kinds)) == 1 else None
+        if set(kinds) <= {int, float} and len(set(kinds)) == 1:
+            return (kinds[0], len(kinds))
+        return None
 
     @property
     def text(self) -> str:
@@ -72,7 +74,9 @@ def flags(kind: type, prefix: str = "") -> Iterator[Flag]:
 
 def _without_none(hint: Any) -> Any:
     inner = [member for member in get_args(hint) if member is not types.NoneType]
-    return inner[0] if get_origin(hint) in (Union, types.UnionType) and len(inner) == 1 else hint
+    if get_origin(hint) in (Union, types.UnionType) and len(inner) == 1:
+        return inner[0]
+    return hint
 
 
 def check(verb: str, kind: type, argv: Sequence[str]) -> None:
@@ -142,7 +146,9 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str | None:
     """
     last = name.lstrip("-").rpartition(".")[2]
     if last.replace("-", "_") in _OF_RULES and {"--lora.rules", "rules"} & {*candidates}:
-        return _RULES if "--lora.rules" in candidates else 'rules: ["PATTERN:RANK[:ALPHA]"], e.g. rules: ["ffn:16:32"]'
+        if "--lora.rules" in candidates:
+            return _RULES
+        return 'rules: ["PATTERN:RANK[:ALPHA]"], e.g. rules: ["ffn:16:32"]'
     names = sorted(candidates, key=lambda candidate: (len(candidate), candidate))
     begun = [candidate for candidate in names if candidate.startswith(name)]
     if begun:

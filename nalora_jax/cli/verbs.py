@@ -77,7 +77,9 @@ def generate(args: cli.GenerateArgs) -> None:
         if messages is not None:
             tokens = chat_tokens(tokenizer, messages)
     generator = Generator(model.module, model.variables, tokenizer, mesh=mesh, processor=processor)
-    pixels = [processor(picture)["pixels"] for picture in pictures] if processor is not None else []
+    pixels = []
+    if processor is not None:
+        pixels = [processor(picture)["pixels"] for picture in pictures]
     for piece in generator.stream(tokens, images=pixels, **settings):
         print(piece, end="", flush=True)
     print()
@@ -150,7 +152,9 @@ def merge(args: cli.MergeArgs) -> None:
         remedy = "merge without --gguf, and run llama.cpp's convert_hf_to_gguf.py on the folder"
         raise NaloraError("--gguf", expected="a base that comes from a GGUF file", found=located.base, remedy=remedy)
     # Merged in float32 and rounded once: values in the files must not be rounded again on loading.
-    stored = _stored_dtype(resolved.path / "config.json") if resolved.kind == "hf" else ""
+    stored = ""
+    if resolved.kind == "hf":
+        stored = _stored_dtype(resolved.path / "config.json")
     dtype = "bfloat16" if stored == "bfloat16" else "float32"
     scaling = recorded_rope_scaling(located.adapter) if located.adapter is not None else ""
     if args.gguf is not None and scaling:
@@ -329,7 +333,9 @@ def _tokenizer_of(base: LoadedModel, resolved: ResolvedSource) -> Any:
 
     if resolved.kind == "gguf":
         return base.tokenizer
-    return tokenizer_writer(base, files=resolved.path) if base.added else resolved.path
+    if base.added:
+        return tokenizer_writer(base, files=resolved.path)
+    return resolved.path
 
 
 def _check_gguf_name(path: Path) -> None:

@@ -164,7 +164,9 @@ class DebugConfig:
     def profiled(self) -> range:
         """Range of the steps that `profile` names, which must be well formed; empty without it."""
         first, _, count = self.profile.partition(":")
-        return range(int(first), int(first) + int(count)) if self.profile else range(0)
+        if self.profile:
+            return range(int(first), int(first) + int(count))
+        return range(0)
 
 
 @documented
@@ -374,7 +376,9 @@ def _check_saved(config: RunConfig) -> None:
     require("--lora.trainable-token-modules", not both, expected, " ".join(sorted(both)))
     if not (lora.modules_to_save or ids):
         return
-    setting = "modules-to-save" if lora.modules_to_save else "trainable-token-indices"
+    setting = "trainable-token-indices"
+    if lora.modules_to_save:
+        setting = "modules-to-save"
     init = config.lora.init
     require("--lora.init", init in UNCHANGED, f"{' or '.join(UNCHANGED)} with --lora.{setting}", init)
     for flag, value, fits in (

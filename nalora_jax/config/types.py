@@ -37,7 +37,9 @@ def first_wrong(config: Any, prefix: str = "", *, lenient: bool = False) -> Wron
         name, value = f"{prefix}{entry.name}", getattr(config, entry.name)
         if not has_type(value, hints[entry.name]) and not (lenient and has_type(_plain(value), hints[entry.name])):
             return WrongType(name, hints[entry.name], value)
-        parts = {f"{name}[{index}].": item for index, item in enumerate(value)} if isinstance(value, tuple) else {}
+        parts = {}
+        if isinstance(value, tuple):
+            parts = {f"{name}[{index}].": item for index, item in enumerate(value)}
         for place, item in (parts | {f"{name}.": value}).items():
             if is_dataclass(item) and (wrong := first_wrong(item, place, lenient=lenient)) is not None:
                 return wrong

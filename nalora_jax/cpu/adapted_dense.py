@@ -190,7 +190,9 @@ class NativeProducts(Products):
         """See `Products`."""
         n = self.numerics
         adapted = [i for i, layer in enumerate(layers) if layer.a is not None]
-        narrow = native_sums(n, *(Sum([Term(x, layers[i].a)]) for i in adapted)) if adapted else []
+        narrow = []
+        if adapted:
+            narrow = native_sums(n, *(Sum([Term(x, layers[i].a)]) for i in adapted))
         hidden: list[Any] = [None] * len(layers)
         terms = [[Term(x, layer.kernel)] for layer in layers]
         for i, y in zip(adapted, narrow, strict=True):

@@ -65,7 +65,9 @@ def gated_mlp(
     config = GateStatsConfig() if measurement is None else measurement.config
     partition = activations.partition(activation.name, config.tolerance)
     gating = Gating(Logistic(*activation.logistic), (partition.z0, partition.z1))
-    measured = None if measurement is None else _measured(z, measurement)
+    measured = None
+    if measurement is not None:
+        measured = _measured(z, measurement)
     y, sums, h = gated_down(z.y, u.y, down, gating, measured, numerics)
     if measured is None or measurement is None or sums is None:
         return add_bias(y, down.bias), None

@@ -182,7 +182,9 @@ def _product(contraction: Contraction, params: Mapping[str, Any], x: Any) -> np.
 
 def _near(difference: np.ndarray, product: np.ndarray, out: Any) -> bool:
     """Returns True if a difference is within the rounding of the output's dtype."""
-    short = jnp.finfo(out.dtype).bits < 32 if jnp.issubdtype(out.dtype, jnp.floating) else False
+    short = False
+    if jnp.issubdtype(out.dtype, jnp.floating):
+        short = jnp.finfo(out.dtype).bits < 32
     return bool(np.abs(difference).max() <= (3e-2 if short else 2e-3) * np.abs(product).max())
 
 

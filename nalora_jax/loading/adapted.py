@@ -247,7 +247,9 @@ def _header(folder: Path) -> dict[str, Any]:
             header = json.loads(lines.readline())
     except (OSError, ValueError, RecursionError):
         return {}
-    return unseal(header, f"{folder / METRICS}: line 1") if isinstance(header, dict) else {}
+    if not isinstance(header, dict):
+        return {}
+    return unseal(header, f"{folder / METRICS}: line 1")
 
 
 def trained_in_turns(adapter: Path) -> bool | None:
@@ -286,5 +288,7 @@ def _copied_adapter(url: str) -> Path | None:
 
 
 def _no_adapter(path: Path) -> NaloraError:
-    actual = "neither" if can_exist(path) and path.is_dir() else "no such folder"
+    actual = "no such folder"
+    if can_exist(path) and path.is_dir():
+        actual = "neither"
     return NaloraError(str(path), expected=f"a folder with {CONFIG_NAME}, or a run's folder", found=actual)

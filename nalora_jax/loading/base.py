@@ -95,7 +95,9 @@ def added_ids(resolved: hub.ResolvedSource, added: AddedTokens) -> dict[str, int
 
 
 def _files_tokenizer(resolved: hub.ResolvedSource) -> Tokenizer:
-    return read_tokenizer(GGUFFile(resolved.path)) if resolved.kind == "gguf" else Tokenizer.from_folder(resolved.path)
+    if resolved.kind == "gguf":
+        return read_tokenizer(GGUFFile(resolved.path))
+    return Tokenizer.from_folder(resolved.path)
 
 
 def read_tokenizer_of(resolved: hub.ResolvedSource, config: ModelConfig, added: AddedTokens = NO_TOKENS) -> Tokenizer:
@@ -108,7 +110,9 @@ def read_tokenizer_of(resolved: hub.ResolvedSource, config: ModelConfig, added: 
     """
     tokenizer = _files_tokenizer(resolved).with_tokens(added)
     tokenizer = tokenizer.for_embedding(config.vocab_size, f"{resolved.path}: tokenizer")
-    return tokenizer if config.sight is None else _seeing(tokenizer, config.sight, resolved.path)
+    if config.sight is None:
+        return tokenizer
+    return _seeing(tokenizer, config.sight, resolved.path)
 
 
 def load_model(

@@ -101,24 +101,27 @@ class Block(nn.Module):
         if c.ffn is not None:
             return c.ffn.module(c, self._options(c.ffn.name))
         options = self._options("ffn")
-        kind = MoEFFN if c.n_experts else GatedFFN if c.gated else SelfGatedFFN
-        extra = {
-            "n_experts": c.n_experts,
-            "top_k": c.experts_per_token,
-            "routing": RouterSpec(normalize=c.norm_topk),
-            "router_bias": c.router_bias,
-            "up_limit": c.up_limit,
-            "sharding": options.routing,
-            "experts": options.experts,
+        shared: dict[str, Any] = {
+            "d_model": c.d_model,
+            "d_ff": c.d_ff,
+            "activation": c.activation,
+            "adapters": options.adapters,
+            "use_bias": c.ffn_bias,
+            "numerics": options.numerics,
+            "stats": options.stats,
+            "name": "ffn",
         }
-        return kind(
-            d_model=c.d_model,
-            d_ff=c.d_ff,
-            activation=c.activation,
-            adapters=options.adapters,
-            use_bias=c.ffn_bias,
-            numerics=options.numerics,
-            stats=options.stats,
-            name="ffn",
-            **(extra if c.n_experts else {}),
-        )
+        if c.n_experts:
+            return MoEFFN(
+                **shared,
+                n_experts=c.n_experts,
+                top_k=c.experts_per_token,
+                routing=RouterSpec(normalize=c.norm_topk),
+                router_bias=c.router_bias,
+                up_limit=c.up_limit,
+                sharding=options.routing,
+                experts=options.experts,
+            )
+        if c.gated:
+            return GatedFFN(**shared)
+        return SelfGatedFFN(**shared)

@@ -109,7 +109,9 @@ def init_cache(config: ModelConfig, batch: int, length: int, numerics: Numerics 
 
 
 def _init_state(config: ModelConfig, batch: int, length: int, numerics: Numerics) -> Any:
-    state = None if config.mixer is None else config.mixer.init_state(config, batch, numerics)
+    state = None
+    if config.mixer is not None:
+        state = config.mixer.init_state(config, batch, numerics)
     if state is not None:
         return state
     lead, store = (config.n_layers, batch, config.n_kv_heads), numerics.hooks.store

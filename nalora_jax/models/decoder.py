@@ -196,7 +196,9 @@ class Decoder(nn.Module):
             of_rows = dot(flat, trained[ROWS[head[0]]], self.numerics, dims=(1, 1))
             logits = logits.at[:, np.array(head[1])].set(of_rows)
         logits = (logits * c.logit_scale).reshape(*hidden.shape[:-1], c.vocab_size)
-        return c.final_softcap * jnp.tanh(logits / c.final_softcap) if c.final_softcap else logits
+        if not c.final_softcap:
+            return logits
+        return c.final_softcap * jnp.tanh(logits / c.final_softcap)
 
 
 def _with_features(x: jax.Array, features: jax.Array, places: jax.Array, sharding: NamedSharding | None) -> jax.Array:

@@ -98,7 +98,9 @@ def _gathered(layer: Layer, over: str) -> Layer:
 
     def whole(experts: Experts) -> Experts:
         def gather(leaf: jax.Array) -> jax.Array:
-            return leaf if leaf.ndim == 0 else lax.all_gather(leaf, over, tiled=True)
+            if leaf.ndim == 0:
+                return leaf
+            return lax.all_gather(leaf, over, tiled=True)
 
         return jax.tree.map(gather, experts)
 

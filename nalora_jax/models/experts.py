@@ -80,7 +80,9 @@ class SampledRows(NamedTuple):
 
     def take(self, x: jax.Array) -> jax.Array:
         """Returns ``[taken, ...]`` of ``[rows, ...]``."""
-        return x if self.rows is None else x.at[self.rows].get(mode="promise_in_bounds")
+        if self.rows is None:
+            return x
+        return x.at[self.rows].get(mode="promise_in_bounds")
 
 
 def sample(routing: Routing, token_weights: jax.Array, stride: int) -> SampledRows:
@@ -223,7 +225,9 @@ def routed_ffn(
     drop = [partial(_dropped, keys, routing, config, place) for place in range(3)]
     rows = jnp.take(x.reshape(-1, x.shape[-1]), routing.token, axis=0)
     samples = sample(routing, token_weights, config.stats.stride)
-    probe = sample(routing, token_weights, config.stats.probe_stride) if config.measure else samples
+    probe = samples
+    if config.measure:
+        probe = sample(routing, token_weights, config.stats.probe_stride)
     y, measured = expert_rows(rows, layer, routing.groups, (samples, probe), config, axis, drop)
     return summed(y, routing, config, x.shape, axis), measured
 
@@ -315,7 +319,8 @@ def _projected(
         kernel = lax.stop_gradient(expand(experts.kernel)).astype(jnp.float32)
         norm = jax.vmap(column_norm, in_axes=(0, 0, 0, None))(kernel, *adapter[:3])
         norm = lax.stop_gradient(norm)
-        norm = norm if axis is None else jnp.sqrt(lax.psum(jnp.square(norm), axis))
+        if axis is not None:
+            norm = jnp.sqrt(lax.psum(jnp.square(norm), axis))
         ratio = (adapter.magnitude / norm)[groups.expert]
         # Rank 0: the magnitude has no effect and no gradient.
         ratio = jnp.where(jnp.asarray(adapter.scale) == 0, 1.0, ratio)

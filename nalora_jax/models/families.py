@@ -65,7 +65,9 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfi
     name = raw.get("model_type")
     if contains_text_model(name, images=images):  # the text model is one of its parts
         text = read(text_part(raw, where), f"{where}: text_config", False)
-        return replace(text, sight=read_sight(raw, text, where)) if images else text
+        if not images:
+            return text
+        return replace(text, sight=read_sight(raw, text, where))
     if images:
         raise NaloraError(
             f"{where}: model_type",

@@ -122,7 +122,9 @@ class GatedDeltaNetLayer(nn.Module):
         inputs = [self._dense(name, x.shape[-1], width, layer, shared) for name, width in sizes.inputs().items()]
         projected = [round_and_save(dense.y, numerics) for dense in parallel_dense(x, inputs, numerics)]
         qkv, z, b, a = _by_key_head(projected, sizes) if sizes.fused else projected
-        before = layer.cached.arrays if isinstance(layer.cached, Recurrent) else {}
+        before = {}
+        if isinstance(layer.cached, Recurrent):
+            before = layer.cached.arrays
         qkv, convolved = self._convolve(qkv, shared, before.get("conv"))
         q, k, v = jnp.split(qkv, (sizes.keys, 2 * sizes.keys), axis=-1)
         # [batch, seq, key heads, (value heads of a key,) width]
@@ -134,8 +136,10 @@ class GatedDeltaNetLayer(nn.Module):
         gate = jax.nn.silu(z.astype(jnp.float32)).reshape(normed.shape)
         y = (normed * gate).reshape(*x.shape[:-1], sizes.values).astype(numerics.result)
         out_proj = self._dense("out_proj", sizes.values, x.shape[-1], layer, shared)
-        update = {"conv": convolved, "state": state} if convolved is not None else None
-        return adapted_dense(y, out_proj, numerics).y, update
+        y = adapted_dense(y, out_proj, numerics).y
+        if convolved is None or state is None:
+            return y, None
+        return y, {"conv": convolved, "state": state}
 
     def _dense(self, name: str, d_in: int, d_out: int, layer: LayerInputs, shared: SharedInputs) -> Dense:
         adapters, scale = self.options.adapters, layer.scales.get(self.sizes.name, {}).get(name, 1.0)
@@ -212,5 +216,7 @@ def _head_sharding(sharding: NamedSharding | None, heads: int) -> NamedSharding 
     """Returns the sharding of ``[batch, seq, heads, ...]`` on the mesh of ``[batch, seq, d_model]``."""
     if sharding is None:
         return None
-    split = "tensor" if heads % sharding.mesh.shape.get("tensor", 1) == 0 else None
+    split = None
+    if heads % sharding.mesh.shape.get("tensor", 1) == 0:
+        split = "tensor"
     return NamedSharding(sharding.mesh, P(sharding.spec[0], None, split))

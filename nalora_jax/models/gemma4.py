@@ -119,7 +119,9 @@ def _layers(f: Fields, types: Sequence[str]) -> list[Features]:
     first, d_ff = len(types) - reading, f.integer("intermediate_size")
     if reading and set(types[: max(first, 0)]) != set(types):
         raise f.error("num_kv_shared_layers", "a layer of every type before the layers without keys", reading)
-    last = {kind: layer for layer, kind in enumerate(types[:first])} if reading else {}
+    last = {}
+    if reading:
+        last = {kind: layer for layer, kind in enumerate(types[:first])}
     wide = 2 if f.flag("use_double_wide_mlp") else 1
     layers = []
     for layer, kind in enumerate(types):

@@ -101,8 +101,12 @@ class MoEFFN(nn.Module):
         """
         del adapter_ids
         scales = scales or {}
-        mask = self.get_variable("gate_mask", "mask") if self.has_variable("gate_mask", "mask") else None
-        taps = {} if self.is_initializing() else self.variables.get("gate_taps", {})
+        mask = None
+        if self.has_variable("gate_mask", "mask"):
+            mask = self.get_variable("gate_mask", "mask")
+        taps = {}
+        if not self.is_initializing():
+            taps = self.variables.get("gate_taps", {})
         router = Router(self.n_experts, self.router_bias, self.routing, name="router")
         kernel, bias, *of_experts = router(self.d_model)
         layer = Layer(
@@ -128,9 +132,12 @@ class MoEFFN(nn.Module):
             dropout=self.adapters.dropout,
             up_limit=self.up_limit,
         )
-        weights = jnp.ones(x.shape[:2], jnp.float32) if token_weights is None else token_weights
-        weights = jnp.broadcast_to(weights, x.shape[:2])
-        keys = jax.random.split(self.make_rng("dropout"), x.shape[0]) if drops else None
+        weights = jnp.ones(x.shape[:2], jnp.float32)
+        if token_weights is not None:
+            weights = jnp.broadcast_to(token_weights, x.shape[:2])
+        keys = None
+        if drops:
+            keys = jax.random.split(self.make_rng("dropout"), x.shape[0])
         y, measured = on_mesh(self.sharding, x, weights, keys, layer, config, routed_by, experts=self.experts)
         for name, value in measured.items():
             self.sow("gate_stats", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
@@ -158,7 +165,9 @@ class Router(nn.Module):
         kernel: jax.Array = self.param("kernel", nn.initializers.lecun_normal(), (d_model, self.n_experts))
         zeros, shape = nn.initializers.zeros_init(), (self.n_experts,)
         bias = self.param("bias", zeros, shape) if self.use_bias else None
-        correction = self.param("correction", zeros, shape) if self.spec.correction else None
+        correction = None
+        if self.spec.correction:
+            correction = self.param("correction", zeros, shape)
         ones = nn.initializers.ones_init()
         return kernel, bias, correction, self.param("scale", ones, shape) if self.spec.expert_scale else None
 

@@ -93,4 +93,6 @@ class _ReadingHeads(Attention):
 
     def _cached_keys(self, layer: LayerInputs, shared: SharedInputs) -> CachedKeys | None:
         keys = shared.handed[self.part.reads]
-        return None if keys.cached is None else cached_keys(keys.cached, keys.prefix, shared)
+        if keys.cached is None:
+            return None
+        return cached_keys(keys.cached, keys.prefix, shared)

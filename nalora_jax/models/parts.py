@@ -96,7 +96,9 @@ def constrain(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
 
     Without the constraint the compiler may shard activations like the weights instead of by batch.
     """
-    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+    if sharding is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, sharding)
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,9 @@ def _lfm2_layers(f: Fields) -> dict[str, Any]:
     if set(names) == {_CONV}:
         return {"mixer": mixer}
     kinds = ((), (("mixer", mixer),))
-    return {"kinds": kinds, "layer_kinds": tuple(int(kind == _CONV) for kind in names)} if _CONV in names else {}
+    if _CONV not in names:
+        return {}
+    return {"kinds": kinds, "layer_kinds": tuple(int(kind == _CONV) for kind in names)}
 
 
 _CONV = "conv"

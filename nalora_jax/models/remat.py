@@ -65,7 +65,9 @@ def rematerialized(block: Any, remat: str) -> Any:
     """
     if remat not in REMAT:
         raise ValueError(f"remat: expected one of {', '.join(REMAT)}, found {remat!r}")
-    return block if remat == "none" else nn.remat(block, policy=_policy(remat), prevent_cse=False)
+    if remat == "none":
+        return block
+    return nn.remat(block, policy=_policy(remat), prevent_cse=False)
 
 
 def scanned(block: Any, n_layers: int) -> Any:

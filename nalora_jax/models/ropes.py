@@ -52,10 +52,14 @@ def read_ropes(
         return (_spec(f, "rope_parameters", flat, head_dim, further),), ()
     specs = []
     for kind in sorted(set(kinds)):
-        rope = nested.get(kind, {}) if nested or kind != "full_attention" else flat
+        rope: Any = flat
+        if nested or kind != "full_attention":
+            rope = nested.get(kind, {})
         if not isinstance(rope, Mapping):
             raise f.error(f"rope_parameters: {kind}", "a JSON object", repr(rope)[:60])
-        theta = {"rope_theta": f.get("rope_theta")} if f.get("rope_theta") and kind == "full_attention" else {}
+        theta: dict[str, Any] = {}
+        if f.get("rope_theta") and kind == "full_attention":
+            theta = {"rope_theta": f.get("rope_theta")}
         rope = {**(defaults or {}).get(kind, {}), **theta, **{k: v for k, v in rope.items() if v is not None}}
         specs.append(_spec(f, f"rope_parameters: {kind}", rope, head_dim, further))
     order = {kind: i for i, kind in enumerate(sorted(set(kinds)))}
@@ -129,7 +133,9 @@ def _original(f: Fields, rope: Fields) -> int:
 
     A field outside the scaling's object wins, as in transformers.
     """
-    fallback = 4096 if f.raw.get("model_type") == "phi3" else f.integer("max_position_embeddings", high=2**30)
+    fallback = 4096
+    if f.raw.get("model_type") != "phi3":
+        fallback = f.integer("max_position_embeddings", high=2**30)
     inner = rope.integer("original_max_position_embeddings", low=2, high=2**30, default=fallback)
     return f.integer("original_max_position_embeddings", low=2, high=2**30, default=inner)
 

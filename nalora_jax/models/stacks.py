@@ -233,7 +233,9 @@ def _feed_forward(config: ModelConfig) -> Shapes:
 def _gates(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
     """Returns channel shape and activation of each gated block of a layer, by path."""
     experts = (config.n_experts,) if config.n_experts else ()
-    gates = {} if config.ffn is not None else {"ffn": ((*experts, config.d_ff), config.activation)}
+    gates = {}
+    if config.ffn is None:
+        gates = {"ffn": ((*experts, config.d_ff), config.activation)}
     for part in (config.ffn, config.tail):
         if part is not None:
             gates |= {f"{part.name}/{name}".removesuffix("/"): gate for name, gate in part.gates(config).items()}

@@ -35,7 +35,9 @@ class ScaledTail(Tail):
     def projections(self, config: ModelConfig) -> Shapes:
         """Returns the kernel shapes of the projections."""
         d, width = config.d_model, self.width
-        return {"gate_proj": (d, width), "down_proj": (width, d)} if width else {}
+        if not width:
+            return {}
+        return {"gate_proj": (d, width), "down_proj": (width, d)}
 
     def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns the block's channels and activation, at the part's own path."""

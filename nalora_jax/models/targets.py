@@ -118,7 +118,9 @@ class AdapterSpec:
         rows = self.own_rows(tied=tied)
         if "lm_head" in rows:
             return "lm_head", rows["lm_head"]
-        return ("embed_tokens", rows["embed_tokens"]) if tied and "embed_tokens" in rows else None
+        if tied and "embed_tokens" in rows:
+            return ("embed_tokens", rows["embed_tokens"])
+        return None
 
     def describe(self) -> str:
         """Returns a summary of the trained arrays, e.g. ``ffn/gate_proj (8), ffn/up_proj (8)``."""

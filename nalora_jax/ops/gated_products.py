@@ -79,7 +79,9 @@ def gated(products: Products, x: jax.Array, layers: tuple[Factors, ...]) -> tupl
 
 def _gated_fwd(products: Products, x: jax.Array, layers: tuple[Factors, ...]) -> tuple[Any, tuple[Any, ...]]:
     ys, hidden = products.forward(x, layers)
-    saved = x if any(layer.a is not None for layer in layers) else jnp.zeros((0,), x.dtype)
+    saved = x
+    if not any(layer.a is not None for layer in layers):
+        saved = jnp.zeros((0,), x.dtype)
     return (tuple(ys), tuple(hidden)), (products, saved, layers, hidden)
 
 

@@ -103,7 +103,9 @@ def _ragged_outer_of_runs(
 
 def _with_runs(array: jax.Array, is_batched: bool, runs: int) -> jax.Array:
     """Returns ``[runs, ...]``."""
-    return array if is_batched else jnp.broadcast_to(array, (runs, *array.shape))
+    if is_batched:
+        return array
+    return jnp.broadcast_to(array, (runs, *array.shape))
 
 
 def own_of_all(x: jax.Array, factors: jax.Array, group: jax.Array, operand: str) -> jax.Array:

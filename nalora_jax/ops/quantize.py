@@ -166,7 +166,9 @@ def gathered(params: Any, axes: Collection[str]) -> Any:
         if not isinstance(leaf, Quantized) or leaf.codes.ndim > 3:
             return leaf
         codes, scales = (_without(array.sharding, leaf.codes.ndim, axes) for array in (leaf.codes, leaf.scales))
-        return leaf if codes is None or scales is None else replace(leaf, places=(codes, scales))
+        if codes is None or scales is None:
+            return leaf
+        return replace(leaf, places=(codes, scales))
 
     return jax.tree.map(told, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
 

@@ -96,7 +96,9 @@ class Program:
         def visit(name: str, times: float) -> None:
             counts[name] += times
             for instruction in self.computations[name].instructions.values():
-                trips = self.trips(instruction, self.computations[name]) if instruction.opcode == "while" else 1
+                trips = 1
+                if instruction.opcode == "while":
+                    trips = self.trips(instruction, self.computations[name])
                 for called in instruction.calls:
                     if called in self.computations:
                         visit(called, times * trips)

@@ -147,7 +147,9 @@ def first_count(loop: Instruction, holder: Computation) -> int:
     counter = holder.instructions.get(carried.operands[0])
     while counter is not None and counter.opcode == "copy":
         counter = holder.instructions.get(counter.operands[0])
-    match = re.match(r"(\d+)\)", counter.attributes) if counter is not None and counter.opcode == "constant" else None
+    match = None
+    if counter is not None and counter.opcode == "constant":
+        match = re.match(r"(\d+)\)", counter.attributes)
     return int(match.group(1)) if match else 0
 
 

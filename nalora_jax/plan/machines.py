@@ -221,5 +221,7 @@ def of_devices(devices: Sequence[jax.Device]) -> Topology | None:
 
 def _no_such_shape(name: str, kind: str) -> NaloraError:
     names = ["x".join(map(str, shape)) for shape in shapes(kind) if math.prod(shape) <= 256]
-    more = ", and 4a x 4b x 4c with a <= b <= c up to 16x16x24" if kind == "v5p" else ""
+    more = ""
+    if kind == "v5p":
+        more = ", and 4a x 4b x 4c with a <= b <= c up to 16x16x24"
     return NaloraError("--topology", expected=f"a slice of {kind}: {', '.join(names)}{more}", found=repr(name))

@@ -41,7 +41,9 @@ def kernel_name(instruction: Instruction) -> str:
 
 def _is_grouped(instruction: Instruction) -> bool:
     """Returns True for a grouped matmul: XLA's on a TPU, or this library's kernel on a GPU."""
-    name = kernel_name(instruction) if instruction.opcode == "custom-call" else ""
+    name = ""
+    if instruction.opcode == "custom-call":
+        name = kernel_name(instruction)
     return name == GROUPED_MATMUL or (name.startswith("ragged-dot") and "metadata" not in name)
 
 
@@ -65,7 +67,9 @@ def _product_flops(instruction: Instruction, computation: Computation) -> float:
     first, second = (computation.instructions[name].shapes[0].dims for name in instruction.operands[:2])
     if instruction.opcode == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-        axes = [int(axis) for axis in contracted.group(1).split(",") if axis] if contracted else []
+        axes = []
+        if contracted:
+            axes = [int(axis) for axis in contracted.group(1).split(",") if axis]
         return 2.0 * result * math.prod(first[axis] for axis in axes)
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     assert labels is not None
@@ -81,7 +85,9 @@ def _product_flops(instruction: Instruction, computation: Computation) -> float:
 def _window(instruction: Instruction, axis: int) -> dict[str, int]:
     """Returns stride, first padding and dilations of a convolution along an axis of its window."""
     window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
-    settings = dict(entry.split("=") for entry in window[1].split()) if window else {}
+    settings = {}
+    if window:
+        settings = dict(entry.split("=") for entry in window[1].split())
     sizes = {name: int(text.split("x")[axis].split("_")[0]) for name, text in settings.items()}
     return {name: sizes.get(name, default) for name, default in _PLAIN.items()}
 

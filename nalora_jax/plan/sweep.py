@@ -178,7 +178,9 @@ def describe_study(plan: StudyPlan, price: float | None = None) -> Iterator[str]
             f"  {name}: {method_plan.runs} runs, {_text(method_plan.mesh)}, {memory:.1f} GB a chip, "
             f"MFU {method_plan.bound.mfu:.0%}, {method_plan.hours(plan.steps):.2f} hours"
         )
-    cost = "" if price is None else f", {plan.hours * plan.where.size * price:,.0f} at {price:g} a chip and hour"
+    cost = ""
+    if price is not None:
+        cost = f", {plan.hours * plan.where.size * price:,.0f} at {price:g} a chip and hour"
     yield f"  in all at least {plan.hours:.2f} hours{cost}, without evaluation"
 
 
@@ -202,5 +204,7 @@ def describe_sweep(plan: SweepPlan, *, steps: int = 0, price: float | None = Non
     yield f"  implied MFU {bound.mfu:.1%}"
     if steps:
         hours = plan.hours(steps)
-        cost = "" if price is None else f", {hours * plan.where.size * price:,.0f} at {price:g} a chip and hour"
+        cost = ""
+        if price is not None:
+            cost = f", {hours * plan.where.size * price:,.0f} at {price:g} a chip and hour"
         yield f"  time        at least {hours:.2f} hours for {steps} steps of every run{cost}"

@@ -102,7 +102,9 @@ def _apart(identities: Sequence[Mapping[str, str]]) -> list[str]:
 
 def _method(config: Mapping[str, Any]) -> str:
     """Returns "LoRA" ("AdaLoRA" with its ranks) if no mechanism is on, else "NA-LoRA"."""
-    plain = "AdaLoRA" if config.get("adalora", {}).get("target_rank") else "LoRA"
+    plain = "LoRA"
+    if config.get("adalora", {}).get("target_rank"):
+        plain = "AdaLoRA"
     return "NA-LoRA" if config.get("mechanisms") else plain
 
 
@@ -113,7 +115,9 @@ def _metric(groups: Sequence[Group]) -> str:
 
 def _held_out(metric: str) -> str:
     """Returns the metric's name as a title that names the data once."""
-    return metric.capitalize() if metric.startswith("held-out") else f"Held-out {metric}"
+    if metric.startswith("held-out"):
+        return metric.capitalize()
+    return f"Held-out {metric}"
 
 
 def _tasks_apart(groups: Sequence[Group]) -> list[str]:

@@ -210,7 +210,9 @@ def _status(history: History) -> str:
     ended = history.done.get("message") or (
         f"{total} steps" if last >= total else f"stopped early, step {last} of {total}"
     )
-    return f"{ended}, best at step {best}" if best is not None and best != last else str(ended)
+    if best is not None and best != last:
+        return f"{ended}, best at step {best}"
+    return str(ended)
 
 
 def _samples(history: History) -> list[dict[str, Any]]:
@@ -243,7 +245,9 @@ def _samples(history: History) -> list[dict[str, Any]]:
 def _sampled_after(history: History) -> int | None:
     """Returns the step of the adapter whose samples are shown with the base's, or None."""
     sampled = [record for record in history.measured if record["eval"].get("samples")]
-    return int(sampled[-1]["step"]) if len(sampled) > 1 and sampled[0]["step"] == 0 else None
+    if len(sampled) > 1 and sampled[0]["step"] == 0:
+        return int(sampled[-1]["step"])
+    return None
 
 
 def _turns(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -256,7 +260,9 @@ def _end(sample: Mapping[str, Any]) -> str:
     """Returns the reason why a completion ended, or "" if not logged."""
     if "cut" not in sample:
         return ""
-    return "did not stop: cut off at the evaluation's limit" if sample["cut"] else "stopped by itself"
+    if sample["cut"]:
+        return "did not stop: cut off at the evaluation's limit"
+    return "stopped by itself"
 
 
 def _ends(text: str) -> str:
@@ -298,7 +304,9 @@ def plain_text(value: Any) -> str:
 
 
 def _number_text(value: object) -> str:
-    return f"{value:g}" if isinstance(value, int | float) and abs(value) < 1e300 else str(value)
+    if isinstance(value, int | float) and abs(value) < 1e300:
+        return f"{value:g}"
+    return str(value)
 
 
 def _layer_rows(history: History) -> tuple[list[str], list[list[str]]]:

@@ -150,7 +150,9 @@ def cell(value: float, name: str) -> str:
         return "–"
     if name in (*REGIONS, "responsive"):
         return f"{value:.1%}"
-    return f"{value:.4f}" if name in ("limit", "misalignment") else f"{value:.3f}"
+    if name in ("limit", "misalignment"):
+        return f"{value:.4f}"
+    return f"{value:.3f}"
 
 
 def save_picture(summary: LayerSummary, path: str | Path, title: str = "") -> Path:

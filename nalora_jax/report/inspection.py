@@ -71,7 +71,9 @@ def _probe(model: AdaptedModel, seed: int) -> tuple[AdapterSpec, dict[str, Any]]
     a_key, b_key = jax.random.split(jax.random.key(seed))
 
     def fill(path: str, leaf: jax.Array) -> jax.Array:
-        return PROBE_SIZE * jax.random.normal(b_key, leaf.shape, leaf.dtype) if path.endswith("/b") else leaf
+        if not path.endswith("/b"):
+            return leaf
+        return PROBE_SIZE * jax.random.normal(b_key, leaf.shape, leaf.dtype)
 
     return spec, trees.map_named(fill, init_lora(config, spec, a_key))
 

@@ -136,6 +136,8 @@ def _label_bins(axis: Any, histograms: Histograms, bins: slice) -> None:
     edges = {bin_ - bins.start - 0.5: histograms.edges[bin_ - 1] for bin_ in range(max(bins.start, 1), bins.stop)}
     every = -(-len(edges) // _MOST_TICKS)
     # A tick of 1, if in range, is always shown: multipliers are read relative to it.
-    middle = int(np.argmin(np.abs(np.log(np.maximum(list(edges.values()), 1e-12))))) if edges else 0
+    middle = 0
+    if edges:
+        middle = int(np.argmin(np.abs(np.log(np.maximum(list(edges.values()), 1e-12)))))
     ticks = {at: f"{edge:.2g}" for index, (at, edge) in enumerate(edges.items()) if (index - middle) % every == 0}
     axis.set_xticks(list(ticks), list(ticks.values()))

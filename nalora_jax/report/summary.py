@@ -38,14 +38,18 @@ def _source(history: History) -> str:
     """Returns a description of the evaluations before and after."""
     before, after = history.ends
     at = before["step"]
-    first = f"the evaluation at step {at}" if at else "the base model, before the first step"
+    first = "the base model, before the first step"
+    if at:
+        first = f"the evaluation at step {at}"
     if "final" not in after:
         return (
             f"Before: {first}. After: the evaluation at step {after['step']}. Both on the questions that choose the "
             "checkpoint: the result has not been measured."
         )
     last = f"the adapter of step {after['step']}, which was exported"
-    same = " Both on the same questions, which had no say in choosing it." if "initial" in before else ""
+    same = ""
+    if "initial" in before:
+        same = " Both on the same questions, which had no say in choosing it."
     return f"Before: {first}. After: {last}.{same}{_choice(history)}"
 
 
@@ -54,7 +58,9 @@ def _choice(history: History) -> str:
     along = [record["eval"].get("n") for record in history.evals if record["step"] > 0]
     if len(along) < 2 or not (last := along[-1]):
         return ""
-    few = ", too few to tell checkpoints apart: the choice is mostly chance" if last < FEW else ""
+    few = ""
+    if last < FEW:
+        few = ", too few to tell checkpoints apart: the choice is mostly chance"
     return f" It was chosen on {last} others{few}."
 
 
@@ -137,7 +143,9 @@ def tiles(history: History) -> Iterator[tuple[str, str, str]]:
     values, limit = history.column("misalignment")[1], history.column("misalignment_limit")[1]
     if values.size and np.isfinite(values[-1]):
         measured = limit.size and np.isfinite(limit[-1])
-        note = f"limit {limit[-1]:.3f}, excess {values[-1] - limit[-1]:.4f}" if measured else "of the whole model"
+        note = "of the whole model"
+        if measured:
+            note = f"limit {limit[-1]:.3f}, excess {values[-1] - limit[-1]:.4f}"
         yield "Misalignment", f"{values[-1]:.3f}", note
 
 
@@ -145,12 +153,16 @@ def _costs(history: History) -> Iterator[tuple[str, str, str]]:
     """Yields wall time by stage, and peak memory."""
     stages = {name: value for name, value in (history.done.get("seconds") or {}).items() if value is not None}
     if stages:
-        since = f" (since step {history.resumed[-1]})" if history.resumed else ""
+        since = ""
+        if history.resumed:
+            since = f" (since step {history.resumed[-1]})"
         parts = ", ".join(f"{name} {duration(value)}" for name, value in stages.items())
         yield f"Wall time{since}", duration(sum(stages.values())), parts
     device, host = history.last("peak_device_memory"), history.last("peak_memory")
     if device:
-        also = f"of the fullest device; {_size(host)} of the host" if host else "of the fullest device"
+        also = "of the fullest device"
+        if host:
+            also = f"of the fullest device; {_size(host)} of the host"
         yield "Peak memory", _size(device), also
     elif host:
         yield "Peak memory", _size(host), "of the process, until the last log step"

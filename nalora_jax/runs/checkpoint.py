@@ -333,7 +333,12 @@ class Checkpointer:
 
     def _find(self, which: Literal["latest", "best"] | int) -> int:
         self.wait()
-        step = {"latest": self.latest_step, "best": self.best_step}[which]() if isinstance(which, str) else which
+        if which == "latest":
+            step = self.latest_step()
+        elif which == "best":
+            step = self.best_step()
+        else:
+            step = which
         steps = list(self._manager.all_steps())
         if step is None or step not in steps:
             available = f"steps {steps}" if steps else "no checkpoint"
@@ -392,4 +397,6 @@ def _reason(error: Exception) -> str:
 
 
 def _floats(metrics: Mapping[str, float] | None) -> dict[str, float] | None:
-    return None if metrics is None else {name: float(value) for name, value in metrics.items()}
+    if metrics is None:
+        return None
+    return {name: float(value) for name, value in metrics.items()}

@@ -137,7 +137,9 @@ def image_data(config: RunConfig, loaded: LoadedDual, records: ImageRecords, mes
     """Returns the training rows of a run: images with classes, or with captions."""
     train, vision = config.train, config.vision
     source, indices = records.source, records.indices
-    tokens = None if records.classes else caption_tokens(source, indices, loaded.tokenizer, vision)
+    tokens = None
+    if not records.classes:
+        tokens = caption_tokens(source, indices, loaded.tokenizer, vision)
     if loaded.config.image.any_shape and loaded.processor.patch_size != loaded.config.image.patch_size:
         patch_size = loaded.processor.patch_size
         raise NaloraError(

@@ -80,7 +80,9 @@ def say_counts(reported: int, choosing: int, *, chosen: bool) -> None:
       choosing: separate examples that select the checkpoint.
       chosen: True if a checkpoint is selected, that is if there are evaluations during training.
     """
-    by = f", the choice of the checkpoint on {choosing} others" if chosen else ""
+    by = ""
+    if chosen:
+        by = f", the choice of the checkpoint on {choosing} others"
     log.info("results rest on %d held-out examples%s", reported, by)
     if chosen and choosing < FEW:
         log.warning(

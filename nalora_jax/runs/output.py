@@ -195,7 +195,9 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[Lock]) -> bo
         if checkpoints.exists():  # in a bucket
             files.remove_tree(checkpoints)
     if not resumes and _files(path):
-        way = ", or continue that run with --resume" if has_checkpoint(checkpoints) else ""
+        way = ""
+        if has_checkpoint(checkpoints):
+            way = ", or continue that run with --resume"
         raise NaloraError(
             "--output",
             expected="a new or empty folder",
@@ -219,7 +221,9 @@ def has_checkpoint(checkpoints: Any) -> bool:
 
 def last_step(checkpoints: Any) -> int | None:
     """Returns the step of the newest committed checkpoint in a folder; None without any."""
-    steps = ocp_path.step.standard_name_format().find_all(checkpoints) if checkpoints.is_dir() else ()
+    if not checkpoints.is_dir():
+        return None
+    steps = ocp_path.step.standard_name_format().find_all(checkpoints)
     return max((step.step for step in steps), default=None)
 
 
@@ -227,13 +231,17 @@ def _require_checkpoint(path: Path, checkpoints: Any) -> None:
     if has_checkpoint(checkpoints):
         return
     stopped = "the run in it stopped before its first checkpoint: delete the folder, or start in another one"
-    remedy = stopped if _files(path) else "start without --resume, or name the run's own --output"
+    remedy = "start without --resume, or name the run's own --output"
+    if _files(path):
+        remedy = stopped
     raise NaloraError("--resume", expected=f"a checkpoint in {checkpoints}", found="none", remedy=remedy)
 
 
 def _files(path: Path) -> list[str]:
     """Returns the names of a run's files in ``path``, without the lock."""
-    return sorted(entry.name for entry in path.iterdir() if entry.name != LOCK) if path.is_dir() else []
+    if not path.is_dir():
+        return []
+    return sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
 
 
 def _listing(path: Path) -> str:

@@ -158,7 +158,9 @@ def _check_histograms(histograms: Mapping[str, Any], where: str) -> None:
             _check_number(edge, f"{here}: edges")
         if None in edges or any(low >= high for low, high in itertools.pairwise(edges)):
             raise _error(f"{here}: edges", "rising numbers", edges)
-        rows = counts if isinstance(counts, list) and all(isinstance(row, list) for row in counts) else []
+        rows = []
+        if isinstance(counts, list) and all(isinstance(row, list) for row in counts):
+            rows = counts
         if {len(row) for row in rows} != {len(edges) + 1}:
             raise _error(f"{here}: counts", f"rows of {len(edges) + 1} counts, one a layer", counts)
         for count in (count for row in rows for count in row):

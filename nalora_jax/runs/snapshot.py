@@ -56,7 +56,9 @@ def abstract(like: Any) -> dict[str, Any]:
 
     def describe(leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
-        words = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        words = leaf
+        if _is_key(leaf):
+            words = jax.eval_shape(jax.random.key_data, leaf)
         return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=sharding)
 
     return trees.unflatten(
@@ -71,7 +73,9 @@ def from_arrays(arrays: Mapping[str, Any], like: Any) -> Any:
     def back(path: str, leaf: Any) -> Any:
         if not math.prod(leaf.shape):
             return jnp.zeros(leaf.shape, leaf.dtype)
-        return jax.random.wrap_key_data(flat[path], impl=_key_impl(leaf)) if _is_key(leaf) else flat[path]
+        if _is_key(leaf):
+            return jax.random.wrap_key_data(flat[path], impl=_key_impl(leaf))
+        return flat[path]
 
     return trees.map_named(back, like)
 
@@ -152,7 +156,9 @@ def with_labels(arrays: Mapping[str, Any], labels: Mapping[str, str]) -> dict[st
 
     def renamed(path: str) -> str:
         label, _, block = path.removeprefix(memory).partition("/")
-        return f"{memory}{labels.get(label, label)}/{block}" if path.startswith(memory) else path
+        if not path.startswith(memory):
+            return path
+        return f"{memory}{labels.get(label, label)}/{block}"
 
     return trees.unflatten({renamed(path): leaf for path, leaf in trees.flatten(arrays).items()})
 
@@ -161,7 +167,9 @@ def check_arrays(where: str, saved: Mapping[str, Any], expected: Mapping[str, An
     """Raises an error for arrays with other names, shapes or dtypes, naming the first five."""
 
     def show(tree: Mapping[str, Any], name: str) -> str:
-        return f"{np.dtype(tree[name].dtype)}{list(tree[name].shape)}" if name in tree else "absent"
+        if name not in tree:
+            return "absent"
+        return f"{np.dtype(tree[name].dtype)}{list(tree[name].shape)}"
 
     differing = [name for name in sorted(saved.keys() | expected.keys()) if show(saved, name) != show(expected, name)]
     if differing:

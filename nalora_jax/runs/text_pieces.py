@@ -88,7 +88,9 @@ def text_pieces(
 def _load(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> LoadedModel:
     """Loads the base model onto the mesh."""
     started = time.perf_counter()
-    kind = None if config.compute.quantize == "none" else config.compute.quantize
+    kind = None
+    if config.compute.quantize != "none":
+        kind = config.compute.quantize
     images = config.vision.task == "chat"
     loaded = load_model(files, dtype=config.compute.dtype, mesh=mesh, quantized=kind, images=images)
     loaded = with_added(loaded, AddedTokens.of(config.data), mesh)

@@ -201,7 +201,9 @@ def _at_common_rate(result: MethodResult, baseline: MethodResult, rate: float) -
     if loss is None or reference is None or not math.isfinite(loss - reference):
         return None
     of_result, moved_reference = (_movement(side.at_rate(rate)) for side in (result, baseline))
-    movement = of_result / moved_reference if of_result is not None and moved_reference else None
+    movement = None
+    if of_result is not None and moved_reference:
+        movement = of_result / moved_reference
     return CommonRate(loss - reference, movement)
 
 

@@ -92,7 +92,9 @@ class Language:
 
         PiSSA's initial adapters depend on the base, LoRA-GA's on the run's batches.
         """
-        return self._started_at(config, assembly).params if config.lora.init == "lora_ga" else assembly.params
+        if config.lora.init == "lora_ga":
+            return self._started_at(config, assembly).params
+        return assembly.params
 
     def base(self, config: RunConfig) -> tuple[str, Any]:
         """Returns the base model, the same for every seed."""

@@ -120,7 +120,9 @@ def _loss_by_step(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any
         curves = [
             {int(p["step"]): cost(result.metric, p) for p in record["curve"]} for record in result.finite().values()
         ]
-        steps = sorted(set(curves[0]).intersection(*curves) - {0}) if curves else []
+        steps = []
+        if curves:
+            steps = sorted(set(curves[0]).intersection(*curves) - {0})
         if steps:
             values = [mean([curve[step] for curve in curves]) for step in steps]
             axis.plot(steps, values, label=result.cell.method, linewidth=1.2, **marks[result.cell.method])

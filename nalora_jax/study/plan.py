@@ -83,7 +83,9 @@ class Run:
         return _hash([self.stage, *self.cell, self.multiple, self.config_hash])
 
     def __str__(self) -> str:
-        multiple = "" if self.multiple == 1 else f" ({self.multiple:g} x chosen)"
+        multiple = ""
+        if self.multiple != 1:
+            multiple = f" ({self.multiple:g} x chosen)"
         return f"{self.stage} {' '.join(self.cell)}, rate {self.rate:g}{multiple}, seed {self.seed}"
 
 

@@ -72,7 +72,9 @@ class Records:
         Raises:
           NaloraError: a line has other fields.
         """
-        entries = read_metrics(self.tests_path) if self.tests_path.exists() else []
+        entries = []
+        if self.tests_path.exists():
+            entries = read_metrics(self.tests_path)
         for number, entry in enumerate(entries, start=1):
             if not {"id", "protocol"} <= entry.keys():
                 where = f"{self.tests_path}: line {number}"
@@ -155,7 +157,9 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 @contextlib.contextmanager

@@ -71,7 +71,8 @@ def _compare(run: Run, record: Record, repeated: Record) -> None:
     for name in _DIGESTS:
         if name in record:  # records of earlier versions have fewer digests
             recorded, now = record[name], repeated[name]
-            now = {item: now.get(item) for item in recorded} if name == "items" else now
+            if name == "items":
+                now = {item: now.get(item) for item in recorded}
             differences += _differences(recorded, now, name)
     for name in _MEASURED:
         differences += _differences(record.get(name), repeated.get(name), name, record["validation"].get("n", 0))

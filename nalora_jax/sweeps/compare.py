@@ -31,4 +31,6 @@ def write_page(results: Sequence[RunResult], page: Path) -> None:
 def _score(result: RunResult) -> float:
     """Returns the metric of the exported adapter, higher for better."""
     after = result.after
-    return float(after["accuracy"]) if "accuracy" in after else -float(after.get("loss", 0.0))
+    if "accuracy" in after:
+        return float(after["accuracy"])
+    return -float(after.get("loss", 0.0))

@@ -121,7 +121,9 @@ def _mesh(config: RunConfig, count: int, share: float) -> MeshConfig:
     """
     mesh, devices = config.mesh, distributed.platform_of().devices
     if mesh.run or devices == 1:
-        return mesh if mesh.run else replace(mesh, data=1, fsdp=1, tensor=1, run=1)
+        if mesh.run:
+            return mesh
+        return replace(mesh, data=1, fsdp=1, tensor=1, run=1)
     rows = config.train.batch_size // config.train.accumulate
     fixed = math.prod(size for size in (mesh.data, mesh.fsdp, mesh.tensor) if size > 0)
     for size in (n for n in range(1, devices + 1) if devices % n == 0 and n % fixed == 0):

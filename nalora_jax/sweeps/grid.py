@@ -115,7 +115,9 @@ def _hint(name: str) -> Any:
     for name_part in name.split("."):
         hints = get_type_hints(kind) if is_dataclass(kind) else {}
         if name_part not in hints:
-            names = ", ".join(field.name.replace("_", "-") for field in fields(kind)) if is_dataclass(kind) else "none"
+            names = "none"
+            if is_dataclass(kind):
+                names = ", ".join(field.name.replace("_", "-") for field in fields(kind))
             raise NaloraError(f"--sweep {name}", expected=f"a setting of a run ({names})", found=repr(name_part))
         kind = hints[name_part]
     if is_dataclass(kind) or _COMMON.match(name):
@@ -149,7 +151,9 @@ def _readings(word: str) -> list[Any]:
             continue
     flags = {"true": True, "yes": True, "false": False, "no": False}
     readings += [flags[word.lower()]] if word.lower() in flags else []
-    parts = tuple(float(entry) for entry in word.split("/")) if re.fullmatch(r"[\d.e+-]+(/[\d.e+-]+)+", word) else ()
+    parts: tuple[float, ...] = ()
+    if re.fullmatch(r"[\d.e+-]+(/[\d.e+-]+)+", word):
+        parts = tuple(float(entry) for entry in word.split("/"))
     return [*readings, *([parts] if parts else []), word, (word,)]
 
 
@@ -170,4 +174,6 @@ def _part(name: str, value: Any) -> str:
 
 def _rule_name(rule: Any) -> str:
     named: Mapping[str, Any] = getattr(rule, "__dict__", {})
-    return "-".join(str(number) for number in named.values() if number is not None) if named else str(rule)
+    if named:
+        return "-".join(str(number) for number in named.values() if number is not None)
+    return str(rule)

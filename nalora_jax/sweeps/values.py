@@ -59,7 +59,9 @@ def spec_with(spec: AdapterSpec, scales: Mapping[str, Any]) -> AdapterSpec:
     """Returns adapters with one run's scales by path."""
 
     def scaled(path: str, target: Any) -> Any:
-        return ScaledTarget(target.ranks, target.alphas, scales[path]) if path in scales else target
+        if path not in scales:
+            return target
+        return ScaledTarget(target.ranks, target.alphas, scales[path])
 
     return replace(spec, targets=tuple((path, scaled(path, target)) for path, target in spec.targets))
 
@@ -139,7 +141,9 @@ def _rates(runs: Sequence[Assembly], width: int) -> dict[str, np.ndarray]:
     steps = jnp.arange(max(config.steps for config in configs))
     schedules = [make_schedule(config.optimizer, config.steps) for config in configs]
     rates = np.stack([np.broadcast_to(schedule(steps), steps.shape) for schedule in schedules])
-    return {} if np.all(rates == rates[0]) else {"rate_of_step": rates.astype(np.float32)}
+    if np.all(rates == rates[0]):
+        return {}
+    return {"rate_of_step": rates.astype(np.float32)}
 
 
 def _settings(mechanisms: Mechanisms) -> dict[tuple[str, str], Any]:

@@ -58,7 +58,9 @@ class Assembly:
 
         It has no rematerialization and no sharding constraints except for the expert routing.
         """
-        stats = replace(self.model.stats, sharding=None) if self.model.stats else None
+        stats = None
+        if self.model.stats:
+            stats = replace(self.model.stats, sharding=None)
         return self.model.clone(remat="none", stats=stats, activation_sharding=None)
 
     def view(self, params: Any) -> Any:
@@ -97,7 +99,9 @@ def assemble(
         does not have, rows that the tables do not have, or a tensor axis that splits a head.
     """
     spec, params, lora, initial = _start(config, base, params, mesh)
-    shared = like if like is not None and like.spec == spec and initial is None else None
+    shared = None
+    if like is not None and like.spec == spec and initial is None:
+        shared = like
     program = _program(config, base, lora, spec, mesh, last, processor, shared)
     if shared is not None:
         changes: dict[str, Any] = {"state": shared.begin(lora, config.seed), "params": params}

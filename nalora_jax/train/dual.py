@@ -74,7 +74,9 @@ def dual_program(
     def optimizer_of(mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
         inner = make_optimizer(with_learning_rate(config).optimizer, config.steps, config.lora.plus_ratio, numbers)
         optimizer = nalora(inner, gates, mechanisms)
-        return optimizer if last is None else optax.with_extra_args_support(optax.chain(optimizer, last))
+        if last is None:
+            return optimizer
+        return optax.with_extra_args_support(optax.chain(optimizer, last))
 
     optimizer = optimizer_of(mechanisms, {})
     parts = {tower: base.towers[tower] for tower in adapted}

@@ -123,7 +123,9 @@ class Contrast:
         images, written = self.towers.images(variables, batch, first)
         texts, more = self.towers.texts(variables, batch, second)
         scale, bias = self.towers.temperature(variables)
-        function = softmax_contrastive if self.kind == "softmax" else sigmoid_contrastive
+        function = sigmoid_contrastive
+        if self.kind == "softmax":
+            function = softmax_contrastive
         return Evaluated(function(images, texts, scale, bias, self.towers.mesh), {**written, **more})
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:

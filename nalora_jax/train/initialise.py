@@ -208,7 +208,9 @@ def _place(left: Matrices, right: Matrices, assembly: Assembly, base: ModelConfi
     for path, target in assembly.spec.targets:
         a, b = leaves[f"{path}/a"], leaves[f"{path}/b"]
         used = target.used((*a.shape[:-2], target.rank))
-        length = b.shape[-1] ** 0.25 / math.sqrt(_STABLE_GAMMA) if lora_ga else _COLUMN_NORM
+        length = _COLUMN_NORM
+        if lora_ga:
+            length = b.shape[-1] ** 0.25 / math.sqrt(_STABLE_GAMMA)
         leaves[f"{path}/a"] = jnp.where(used[..., None, :], length * left[path][..., : target.rank], 0.0)
         if lora_ga:
             second = np.array(target.ranks)[:, None] + np.arange(target.rank)  # triplets r to 2r of each layer

@@ -307,7 +307,9 @@ def summarise_layers(blocks: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str
     weights = feature / np.sum(feature) if np.sum(feature) > 0 else None
 
     def overall(name: str) -> float | None:
-        return None if weights is None else float(np.sum(weights * np.nan_to_num(layers[name])))
+        if weights is None:
+            return None
+        return float(np.sum(weights * np.nan_to_num(layers[name])))
 
     return {
         "misalignment": overall("misalignment"),

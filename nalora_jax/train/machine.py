@@ -36,7 +36,9 @@ def peak_memory() -> dict[str, int]:
     peaks = {}
     status = Path("/proc/self/status")
     # Not getrusage: a child process inherits its parent's maximum.
-    held = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    held = None
+    if status.exists():
+        held = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
     if held:
         peaks["peak_memory"] = 1024 * int(held[1])
     on_devices = [memory_statistics(device).get("peak_bytes_in_use", 0) for device in jax.local_devices()]

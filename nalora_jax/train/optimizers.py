@@ -44,7 +44,9 @@ def make_optimizer(
     schedule = make_schedule(config, total_steps)
     if "rate_of_step" in numbers:
         schedule = partial(_rate_of_step, numbers["rate_of_step"])
-    stages = [optax.clip_by_global_norm(values.clip_norm)] if config.clip_norm > 0 else []
+    stages = []
+    if config.clip_norm > 0:
+        stages = [optax.clip_by_global_norm(values.clip_norm)]
     stages.append(_named_optimizer(config.name, values, schedule))
     if plus_ratio != 1:
         # After learning rate and weight decay: equivalent to a larger learning rate of B.

@@ -50,4 +50,6 @@ class Program:
 
 def gate_checks_of(config: RunConfig) -> GateChecks | None:
     """Returns the checks of ``--debug.check-gates``; None if they are off."""
-    return GateChecks(config.debug.tolerance) if config.debug.check_gates else None
+    if not config.debug.check_gates:
+        return None
+    return GateChecks(config.debug.tolerance)

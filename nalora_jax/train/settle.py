@@ -61,7 +61,9 @@ def _of_data(config: RunConfig, files: ResolvedSource, source: Mapping[str, Sour
     added = AddedTokens.of(config.data)
     base = described(config, files)
     tokenizer = read_tokenizer_of(files, base, added)
-    measure = partial(pair_sizes, preference=config.preference) if config.preference.loss != "none" else None
+    measure = None
+    if config.preference.loss != "none":
+        measure = partial(pair_sizes, preference=config.preference)
     data = with_length(config.data, open_train(config.data, source=source), tokenizer, base.max_positions, measure)
     config = replace(config, data=data)
     if not config.epochs:

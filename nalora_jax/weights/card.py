@@ -134,7 +134,9 @@ def _method(run: RunConfig) -> str:
     mean = run.adalora.target_rank
     allocated = f"AdaLoRA (arXiv 2303.10512) has left a mean rank of {mean} to every adapter."
     if not run.mechanisms:
-        return f"Trained as plain LoRA, of whose ranks {allocated}" if mean else "Trained with plain LoRA."
+        if not mean:
+            return "Trained with plain LoRA."
+        return f"Trained as plain LoRA, of whose ranks {allocated}"
     used = [f"{_RULES.get(rule.partition(':')[0], 'the mechanism')} ({_shown(rule)})" for rule in run.mechanisms]
     return (
         f"Trained with NA-LoRA (nonlinearity-aware LoRA, arXiv 2606.31717, as nalora_jax instantiates it): "
@@ -163,8 +165,12 @@ def _results(card: Card) -> str:
     ]
     if not rows:
         return ""
-    split = f" on {code(_short(card.run.data.dataset))}, {_held_out(card.run.data.eval_split)}" if card.run else ""
-    headline = "recall at 1" if "recall" in (card.after or card.before or {}) else "accuracy"
+    split = ""
+    if card.run:
+        split = f" on {code(_short(card.run.data.dataset))}, {_held_out(card.run.data.eval_split)}"
+    headline = "accuracy"
+    if "recall" in (card.after or card.before or {}):
+        headline = "recall at 1"
     head = f"## Measured result\n\nHeld out{split}; the interval is 95%.\n\n"
     if all(not row[1] for row in rows):  # no accuracy was measured: the interval is the loss's
         return head + "\n".join(_table(("", "loss", "interval", "examples"), [(r[0], r[3], r[2], r[4]) for r in rows]))
@@ -220,12 +226,16 @@ def _rope(card: Card) -> str:
 
 
 def _numbers(origin: Origin | None, run: RunConfig) -> str:
-    return _held(run) if origin is None else f"{markdown(origin.numbers)} in the file, held as {_held(run)}"
+    if origin is None:
+        return _held(run)
+    return f"{markdown(origin.numbers)} in the file, held as {_held(run)}"
 
 
 def _held(run: RunConfig) -> str:
     kind = run.compute.quantize
-    return run.compute.dtype if kind == "none" else f"{kind} and {run.compute.dtype}"
+    if kind == "none":
+        return run.compute.dtype
+    return f"{kind} and {run.compute.dtype}"
 
 
 def _usage(card: Card) -> str:
@@ -239,7 +249,9 @@ def _usage(card: Card) -> str:
         )
     else:
         kind = "AutoModel" if _on_images(card) else "AutoModelForCausalLM"
-        resize = f"base.resize_token_embeddings({card.resized})\n" if card.resized else ""
+        resize = ""
+        if card.resized:
+            resize = f"base.resize_token_embeddings({card.resized})\n"
         code = (
             f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
             f"base = {kind}.from_pretrained({json.dumps(base)})\n{resize}"
@@ -275,7 +287,9 @@ def _settings(card: Card) -> str:
 
 
 def _warmup(optimizer: OptimizerConfig) -> str:
-    return f"{optimizer.warmup_steps} steps" if optimizer.warmup_steps else f"{optimizer.warmup_share:.0%}"
+    if optimizer.warmup_steps:
+        return f"{optimizer.warmup_steps} steps"
+    return f"{optimizer.warmup_share:.0%}"
 
 
 def _provenance(card: Card) -> str:
@@ -294,11 +308,9 @@ def _provenance(card: Card) -> str:
 
 
 def _licence(card: Card) -> str:
-    licence = (
-        f" ({markdown(card.license)})"
-        if card.license
-        else ", which this library does not know: look it up where the base is from"
-    )
+    licence = ", which this library does not know: look it up where the base is from"
+    if card.license:
+        licence = f" ({markdown(card.license)})"
     return f"## Licence\n\nThe licence of the base model{licence}. The licence of the training data may add conditions."
 
 
@@ -307,7 +319,9 @@ def _licence(card: Card) -> str:
 
 def _held_out(split: str) -> str:
     """Describes the examples that the results were measured on."""
-    return "its validation split or else some of its records" if split == "auto" else f"split {code(_short(split))}"
+    if split == "auto":
+        return "its validation split or else some of its records"
+    return f"split {code(_short(split))}"
 
 
 def _short(name: str) -> str:
@@ -317,7 +331,9 @@ def _short(name: str) -> str:
 
 
 def _base_link(name: str) -> str:
-    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else code(_short(name))
+    if is_hub_id(name):
+        return f"[{name}](https://huggingface.co/{name})"
+    return code(_short(name))
 
 
 def _range(values: tuple[int, ...] | tuple[float, ...]) -> str:

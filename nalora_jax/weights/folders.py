@@ -124,7 +124,9 @@ def _entries(folder: Path) -> Iterator[str]:
     Empty folders and deeper folders are listed with a slash at the end.
     """
     for path in folder.iterdir():
-        below = list(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
+        below = []
+        if path.is_dir() and not path.is_symlink():
+            below = list(path.iterdir())
         for each in below or [path]:
             yield each.relative_to(folder).as_posix() + ("/" if each.is_dir() else "")
 

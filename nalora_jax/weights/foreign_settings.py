@@ -94,5 +94,7 @@ def table_of(fields: Mapping[str, Field]) -> Iterator[str]:
             here = "left out"
         else:
             refusal = field.value(object())  # a value that is accepted nowhere
-            here = f"refused: {refusal.reason}" if isinstance(refusal, Refused) else "the same"
+            here = "the same"
+            if isinstance(refusal, Refused):
+                here = f"refused: {refusal.reason}"
         yield f"| `{name}` | {here} | {field.note} |"

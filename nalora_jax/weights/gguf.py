@@ -116,7 +116,9 @@ class GGUFFile:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            actual = "no such key" if value is None else f"{type(value).__name__} {str(value)[:40]}"
+            actual = "no such key"
+            if value is not None:
+                actual = f"{type(value).__name__} {str(value)[:40]}"
             raise NaloraError(f"{self.path}: {key}", expected=f"{kind.__name__}", found=actual)
         return value
 
@@ -225,7 +227,9 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Stored]]:
         raise NaloraError(cursor.where, expected="a GGUF file", found=f"a file that begins with {magic!r}")
     (version,) = cursor.numbers("<I", 4)
     if version not in (2, 3):
-        actual = f"version {version}" if version < 1 << 16 else "a big-endian file or a damaged version number"
+        actual = "a big-endian file or a damaged version number"
+        if version < 1 << 16:
+            actual = f"version {version}"
         raise NaloraError(cursor.where, expected="GGUF version 2 or 3, little-endian", found=actual)
     n_tensors = cursor.count(_MAX_ITEMS, "tensors")
     n_keys = cursor.count(_MAX_ITEMS, "metadata keys")

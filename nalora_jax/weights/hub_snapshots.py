@@ -80,7 +80,8 @@ def download_snapshot(repository: str, file: str = "") -> Path:
         if refused is not None:
             raise refused from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        reason = "it is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else reason
+        if constants.HF_HUB_OFFLINE:
+            reason = "it is switched off by HF_HUB_OFFLINE"
         raise NaloraError(
             repository,
             expected="the hub to deliver the model",
@@ -97,7 +98,9 @@ def refusal(repository: str, error: Exception) -> NaloraError | None:
     if isinstance(error, errors.DisabledRepoError) or not (missing or status in (401, 403)):
         return None
     gated = not missing or isinstance(error, errors.GatedRepoError)
-    refused = "one whose account has no access" if missing else f"one that the hub refuses ({status})"
+    refused = "one whose account has no access"
+    if not missing:
+        refused = f"one that the hub refuses ({status})"
     token = refused if huggingface_hub.get_token() else "none"
     page = f"{constants.ENDPOINT}/{repository}"
     terms = f"accept its terms at {page}" if gated else f"check that {page} exists"

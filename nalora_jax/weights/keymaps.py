@@ -89,7 +89,9 @@ class SourceTensor:
         arrays = [np.asarray(self.transform.back(array)) for array in parts]
         if self.transform.alternates:
             return np.stack(arrays, axis=-1).reshape(self.shape)
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=self.axis)
+        if len(arrays) == 1:
+            return arrays[0]
+        return np.concatenate(arrays, axis=self.axis)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,9 @@ def table(config: ModelConfig, source: Source) -> Table:
       NaloraError: ``source`` is "gguf" and the family's names there are not known.
     """
     if source == "hf":
-        aliases = (("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_embeddings else ()
+        aliases: tuple[tuple[str, str], ...] = ()
+        if config.tie_embeddings:
+            aliases = (("lm_head.weight", "model.embed_tokens.weight"),)
         ignored = (*_ROTARY, *SIGHT, *UNUSED, *_unread_keys(config))
         if config.model_type == "glm4_moe":  # the layer that predicts further tokens
             ignored += (rf"^model\.layers\.{config.n_layers}\.",)
@@ -56,7 +58,9 @@ def table(config: ModelConfig, source: Source) -> Table:
     rows = _rows(GGUF, config.model_type)
     if rows is None:
         raise NaloraError("GGUF", expected=f"one of {', '.join(GGUF)}", found=config.model_type)
-    aliases = (("output.weight", "token_embd.weight"),) if config.tie_embeddings else ()
+    aliases = ()
+    if config.tie_embeddings:
+        aliases = (("output.weight", "token_embd.weight"),)
     return Table(rows, GGUF_IGNORED, aliases)
 
 
@@ -73,7 +77,9 @@ def _rows(tables: dict[str, tuple[TensorRow, ...]], model_type: str) -> tuple[Te
 def _unread_keys(config: ModelConfig) -> tuple[str, ...]:
     """Returns the pattern of keys and values of layers that read an earlier layer's."""
     layers = [str(layer) for stack in stacks(config) if stack.config.reads for layer in stack.layers]
-    return (rf"^model\.layers\.({'|'.join(layers)})\.self_attn\.[kv]_(proj|norm)\.",) if layers else ()
+    if not layers:
+        return ()
+    return (rf"^model\.layers\.({'|'.join(layers)})\.self_attn\.[kv]_(proj|norm)\.",)
 
 
 # ---------------------------------------------------------------- transformers

@@ -56,7 +56,9 @@ def merge(params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec)
     leaves, adapters = dict(flatten(params)), flatten(lora)
     for path, _ in spec.targets:
         a, b = (jnp.asarray(adapters[f"{path}/{name}"]) for name in ("a", "b"))
-        magnitude = jnp.asarray(adapters[f"{path}/magnitude"]) if spec.dora else None
+        magnitude = None
+        if spec.dora:
+            magnitude = jnp.asarray(adapters[f"{path}/magnitude"])
         kernel = jnp.asarray(leaves[f"{path}/kernel"])
         leaves[f"{path}/kernel"] = _merge_stack(kernel, a, b, jnp.asarray(spec.scales(path)), magnitude)
     return unflatten(leaves)

@@ -28,7 +28,9 @@ with np.errstate(over="ignore"):
 
 def with_floats(source: TensorSource) -> TensorSource:
     """Returns ``source``, or a `PackedTensors` around it if it has tensors in MXFP4."""
-    return PackedTensors(source) if any(name.endswith(_BLOCKS) for name in source.shapes()) else source
+    if not any(name.endswith(_BLOCKS) for name in source.shapes()):
+        return source
+    return PackedTensors(source)
 
 
 class PackedTensors:
@@ -67,7 +69,9 @@ class PackedTensors:
 
     def _parts(self, name: str) -> tuple[str, ...]:
         """Returns the names of a tensor's parts; none for a tensor that is stored as it is."""
-        return () if name in self._source.shapes() else (name + _BLOCKS, name + _SCALES)
+        if name in self._source.shapes():
+            return ()
+        return (name + _BLOCKS, name + _SCALES)
 
     def check_readable(self, name: str) -> None:
         """Raises a NaloraError unless `read` supports the tensor's number format."""

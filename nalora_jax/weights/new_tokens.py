@@ -126,7 +126,9 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
         tokenizer = Tokenizer.from_folder(folder, base.tokenizer)
         log.info("%s: with its tokens %s", folder, _shown(new))
     resized = _resized(base, rows, tokenizer, mesh)
-    return replace(resized, added=tuple(new), tokenizer_folder=folder) if new else resized
+    if not new:
+        return resized
+    return replace(resized, added=tuple(new), tokenizer_folder=folder)
 
 
 def check_adapter(base: LoadedModel, folder: Path) -> None:

@@ -45,7 +45,9 @@ class Origin:
 
     def describe(self) -> str:
         """Returns one line for logs, reports and cards."""
-        copied = f", a third party's copy of {self.copy_of}" if self.copy_of else ""
+        copied = ""
+        if self.copy_of:
+            copied = f", a third party's copy of {self.copy_of}"
         return f"{self.file}: {self.format}, numbers in {self.numbers}{copied}, weights {self.fingerprint[:20]}"
 
     def to_dict(self) -> dict[str, str]:
@@ -88,7 +90,9 @@ def number_formats(source: TensorSource) -> str:
         counts[source.stored(name).format] += math.prod(shape)
     total = sum(counts.values())
     frequent = [(kind, count / max(1, total)) for kind, count in counts.most_common() if count >= _SHARE * total]
-    return frequent[0][0] if len(frequent) == 1 else ", ".join(f"{kind} ({share:.0%})" for kind, share in frequent)
+    if len(frequent) == 1:
+        return frequent[0][0]
+    return ", ".join(f"{kind} ({share:.0%})" for kind, share in frequent)
 
 
 def fingerprint(config: Any, source: TensorSource, *, together: bool = False) -> str:
@@ -146,4 +150,6 @@ def _stated(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         pairs = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
         return {field.name: _stated(item) for field, item in pairs if item != field.default}
-    return [_stated(item) for item in value] if isinstance(value, tuple) else value
+    if not isinstance(value, tuple):
+        return value
+    return [_stated(item) for item in value]

@@ -249,7 +249,9 @@ class _Fields:
         value = self.raw.get(key, default)
         fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38  # float32's range
         if not fits or not (value > 0 if low is None else low <= value < high):
-            span = "a number above 0" if low is None else f"a number in [{low:g}, {high:g})"
+            span = "a number above 0"
+            if low is not None:
+                span = f"a number in [{low:g}, {high:g})"
             raise self._error(key, span, value)
         return float(value)
 

@@ -58,7 +58,9 @@ class ModuleLayout:
         """Returns the full name, e.g. ``model.layers.3.mlp.gate_proj`` for layer 3."""
         if isinstance(module, str):
             return f"{self.prefix}.{layer}.{module}"
-        return module.name.format(layer=layer) if module.whole else self.full_name(layer, module.name)
+        if module.whole:
+            return module.name.format(layer=layer)
+        return self.full_name(layer, module.name)
 
 
 _LAYER, _EXPERT = ".{layer}.", "{expert}"
@@ -87,7 +89,9 @@ def module_layout(config: ModelConfig) -> ModuleLayout:
                 stacks.append(HostModule(name, paths, alternates=row.change == "columns"))
         elif _EXPERT not in name and layers_with(config, paths[0], experts=False):
             modules.append(HostModule(name, paths))
-    prefix = "model.layers" if config.sight is None else "model.language_model.layers"
+    prefix = "model.language_model.layers"
+    if config.sight is None:
+        prefix = "model.layers"
     return ModuleLayout(tuple(modules), _stacks(experts) or tuple(stacks), experts, prefix)
 
 
@@ -223,7 +227,9 @@ def split(adapter: ModuleAdapter, widths: Sequence[int], *, alternates: bool = F
     for number, (start, width) in enumerate(zip(np.cumsum([0, *widths[:-1]]), widths, strict=True)):
         columns = slice(number, None, len(widths)) if alternates else slice(start, start + width)
         block = adapter.b[..., columns]
-        magnitude = None if adapter.magnitude is None else adapter.magnitude[start : start + width]
+        magnitude = None
+        if adapter.magnitude is not None:
+            magnitude = adapter.magnitude[start : start + width]
         # A part needs its magnitude to keep its column norms, so with DoRA every part stays.
         keep = _live_ranks(block) | (fresh or (magnitude is not None and not block.any()))
         piece = ModuleAdapter(adapter.a[..., keep], block[..., keep, :], adapter.scale, magnitude)

@@ -26,11 +26,9 @@ def _init(value: Any) -> Any:
         return Refused(
             "PEFT's scales B by the singular values; --lora.init lora_ga scales both sides as the paper does"
         )
-    return (
-        "default"
-        if value in (True, None)
-        else Refused("there are PEFT's default and PiSSA; gaussian and others are not made here")
-    )
+    if value in (True, None):
+        return "default"
+    return Refused("there are PEFT's default and PiSSA; gaussian and others are not made here")
 
 
 def _saved(value: Any) -> Any:

@@ -136,7 +136,9 @@ def layer_adapter(leaves: Mapping[str, Any], spec: AdapterSpec, path: str, layer
         return None
     rank = target.ranks[layer]
     a, b = (np.asarray(leaves[f"{path}/{name}"][layer], np.float32) for name in ("a", "b"))
-    magnitude = np.asarray(leaves[f"{path}/magnitude"][layer], np.float32) if spec.dora else None
+    magnitude = None
+    if spec.dora:
+        magnitude = np.asarray(leaves[f"{path}/magnitude"][layer], np.float32)
     scale = adapter_scale(target.alphas[layer], rank, rslora=spec.rslora)
     return ModuleAdapter(a[..., :rank], b[..., :rank, :], scale, magnitude)
 

@@ -146,7 +146,8 @@ def _complaints(repository: str) -> Iterator[None]:
         raise NaloraError(repository, expected=expected, found=f"{status}: {message}", remedy=remedy) from error
     except (OSError, errors.HFValidationError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        reason = "it is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else reason
+        if constants.HF_HUB_OFFLINE:
+            reason = "it is switched off by HF_HUB_OFFLINE"
         raise NaloraError(
             repository,
             expected="the hub to take the files",

@@ -50,7 +50,9 @@ def parse_size(text: str) -> int:
       NaloraError: the text is not a size, or is less than one byte.
     """
     match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)\s*([KMG]i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
-    size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+    size = 0
+    if match:
+        size = int(float(match[1]) * _UNITS[(match[2] or "").upper()])
     if size < 1:
         raise NaloraError("--shard-size", expected="bytes, or a number with KB, MB or GB", found=repr(text))
     return size

@@ -77,7 +77,9 @@ class StreamedFolder(SafetensorsFolder):
             last = min(first + CHUNK, stored.stop - stored.start)
             chunk = self._chunks.get(url, stored.start + first, stored.start + last)
             parts.append(chunk[max(start, first) - first : min(stop, last) - first])
-        return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.zeros(0, np.uint8)])
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([*parts, np.zeros(0, np.uint8)])
 
     def _names(self) -> list[str]:
         return buckets.names(self._url)

@@ -209,7 +209,9 @@ class _Fill:
         for block in blocks[len(blocks) * k // n : len(blocks) * (k + 1) // n]:
             read = source.read(self.name, self._shifted(block)).astype(target.dtype, copy=False)
             relative = tuple(slice(b.start - t.start, b.stop - t.start) for b, t in zip(block, theirs, strict=True))
-            place = (*relative[:-2], relative[-1], relative[-2]) if swaps else relative
+            place = relative
+            if swaps:
+                place = (*relative[:-2], relative[-1], relative[-2])
             target[place] = self.tensor.transform.into(read)
 
     def _shifted(self, index: Index) -> Index:

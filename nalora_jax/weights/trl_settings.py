@@ -300,7 +300,9 @@ def _lora(settings: Settings, values: Mapping[str, Any]) -> list[str]:
     If TRL trains all weights, this library's default rules apply.
     """
     named = [name for name in values if name.startswith("lora_") and values[name] is not None]
-    notes = [] if values.get("use_peft") else ["without use_peft TRL trains all weights; here adapters are trained"]
+    notes = []
+    if not values.get("use_peft"):
+        notes = ["without use_peft TRL trains all weights; here adapters are trained"]
     if not named and not values.get("use_peft"):
         return notes
     lora = LORA | {name: values[name] for name in named}

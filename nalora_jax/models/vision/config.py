@@ -79,7 +79,9 @@ class EncoderConfig:
     @property
     def projections(self) -> tuple[str, ...]:
         """The names of the FFN's kernels."""
-        return ("gate_proj", "up_proj", "down_proj") if self.gated else ("in_proj", "out_proj")
+        if self.gated:
+            return ("gate_proj", "up_proj", "down_proj")
+        return ("in_proj", "out_proj")
 
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of every base parameter by path, layers stacked.

@@ -53,10 +53,14 @@ class SeeingDecoder(Decoder):
         sight = self.config.sight
         assert sight is not None
         batch, images = pixels.shape[:2]
-        real = None if counts is None else (jnp.arange(images)[None] < counts[:, None]).reshape(-1)
+        real = None
+        if counts is not None:
+            real = (jnp.arange(images)[None] < counts[:, None]).reshape(-1)
 
         def weights(seq: int) -> jax.Array | None:
-            return None if real is None else jnp.broadcast_to(real[:, None], (batch * images, seq))
+            if real is None:
+                return None
+            return jnp.broadcast_to(real[:, None], (batch * images, seq))
 
         tower = sight.tower
         x = self.image(

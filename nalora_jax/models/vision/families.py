@@ -54,7 +54,9 @@ def _composed(f: Fields) -> DualConfig:
 
 
 def _with_pooler(tower: EncoderConfig) -> EncoderConfig:
-    return replace(tower, pooling="first", pooler="tanh") if tower.model_type in ("bert", "vit") else tower
+    if tower.model_type not in ("bert", "vit"):
+        return tower
+    return replace(tower, pooling="first", pooler="tanh")
 
 
 def compose(image: EncoderConfig, text: EncoderConfig, d_out: int, loss: str = "softmax") -> DualConfig:

@@ -140,7 +140,9 @@ def _tower(f: Fields, defaults: Mapping[str, Any]) -> EncoderConfig:
 
 
 def _image_token(f: Fields) -> int:
-    name = "image_token_id" if f.raw.get("image_token_id") is not None else "image_token_index"
+    name = "image_token_index"
+    if f.raw.get("image_token_id") is not None:
+        name = "image_token_id"
     return f.integer(name, low=0)
 
 
