@@ -148,7 +148,7 @@ def _over_context(spec: P, mesh: Mesh) -> P:
 
     def widened(axis: Any) -> Any:
         names = (axis,) if isinstance(axis, str) else axis or ()
-        return tuple(name for one in names for name in (WEIGHT_AXES if one == "fsdp" else (one,))) or None
+        return tuple(name for old in names for name in (WEIGHT_AXES if old == "fsdp" else (old,))) or None
 
     return P(*map(widened, spec))
 

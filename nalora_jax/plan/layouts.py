@@ -188,7 +188,7 @@ def _splits(devices: int) -> Iterator[tuple[int, int, int]]:
 
 def _splits_well(base: ModelConfig, where: Topology, seq: int, context: int) -> bool:
     """Returns True if ``--mesh auto`` may split rows: long rows on a TPU, whose kernels take parts of them."""
-    can_split = not base.attn_dropout and all(one.mixer is None or one.mixer.splits_rows for one in uniform(base))
+    can_split = not base.attn_dropout and all(stack.mixer is None or stack.mixer.splits_rows for stack in uniform(base))
     return can_split and where.chip.platform == "tpu" and seq >= 2 * context * _LEAST_BLOCK
 
 
@@ -213,7 +213,7 @@ def estimate(
     experts: str = "gather",
     context: int = 1,
 ) -> Layout:
-    """Returns the memory and time of one layout; ``sizes`` are those of data, fsdp and tensor."""
+    """Returns the memory and time of one layout; ``sizes`` has data, fsdp and tensor."""
     data, fsdp, tensor = sizes
     split = fsdp * context  # devices that share the weights
     micro = config.train.batch_size // config.train.accumulate
