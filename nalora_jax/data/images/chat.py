@@ -31,7 +31,7 @@ from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.chat import text_field
 from nalora_jax.data.forms import IMAGES, ROLES, Parts, canonical
 from nalora_jax.data.images.files import Limits, open_image
-from nalora_jax.data.images.opened import OWN, open_images
+from nalora_jax.data.images.opened import IMAGE_SETS, open_images
 from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.mixture import components
 from nalora_jax.data.source import Record, Source, Span
@@ -301,7 +301,7 @@ def open_chats(config: DataConfig, vision: VisionConfig, split: str, tokens: Ima
         raise NaloraError("--data.dataset", expected='one data set with --vision.task "chat"', found=name)
     path = expand_user(split if Path(split).suffix and Path(split).exists() else name)
     lists = path.is_file() and path.suffix in (".csv", ".tsv")
-    if name in OWN or name.startswith("tfds:") or path.is_dir() or lists:
+    if name in IMAGE_SETS or name.startswith("tfds:") or path.is_dir() or lists:
         return ChatImages(open_images(config, vision, split), config, vision, tokens, None)
     folder = path.parent if path.is_file() else Path.cwd()
     return ChatImages(open_source(config, split), config, vision, tokens, folder)
