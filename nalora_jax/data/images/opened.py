@@ -79,12 +79,12 @@ def usable(source: ImageSource, indices: Sequence[int], vision: VisionConfig) ->
         return ""
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(complaint, map(int, indices)))
-    kept = np.array([i for i, text in zip(indices, found, strict=True) if not text], np.int64)
-    bad = [text for text in found if text]
-    if not len(kept):
+        complaints = list(pool.map(complaint, map(int, indices)))
+    readable = np.array([i for i, text in zip(indices, complaints, strict=True) if not text], np.int64)
+    bad = [text for text in complaints if text]
+    if not len(readable):
         raise NaloraError(source.name, expected="at least one readable image", found=bad[0] if bad else "none")
-    return kept, bad
+    return readable, bad
 
 
 def _tfds(name: str, split: str, data_dir: str, **options: Any) -> Any:
