@@ -1,6 +1,6 @@
 """Registers the image tower ``vit-s-focus``: a ViT-S whose weights a Python package stores as ONNX.
 
-    nalora study run studies/emoji_alignment --import studies/image_tower.py
+    nalora study run studies/emoji_alignment --import studies/image_data.py studies/image_tower.py
 
 The tensors have the names and shapes of DINOv2 small. On first use they are written as a Hugging
 Face folder to the cache. It needs the package onnx.

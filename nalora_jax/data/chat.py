@@ -51,7 +51,7 @@ def render(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, whe
     if config.messages_field in record:
         messages, tools = messages_of(record, config, where), tools_of(record, where)
         return render_chat(messages, config.loss_on, tokenizer, where, tools)
-    prompt = text_field(record, config.prompt_field, where, "--data.prompt-field", others=config.messages_field)
+    prompt = text_field(record, config.prompt_field, where, "--data.prompt-field", alternative=config.messages_field)
     completion = text_field(record, config.completion_field, where, "--data.completion-field")
     if not completion:
         raise NaloraError(f"{where}: {config.completion_field}", expected="an answer", found="an empty text")
@@ -148,14 +148,14 @@ def messages_of(record: dict[str, Any], config: DataConfig, where: str) -> list[
       NaloraError: not a list of messages with a role and a text.
     """
     field, value = config.messages_field, record[config.messages_field]
-    if isinstance(value, dict) and all(isinstance(part, list) for part in value.values()):
+    if isinstance(value, dict) and all(isinstance(value_text, list) for value_text in value.values()):
         # TFDS stores a sequence of dicts as a dict of sequences.
         value = [dict(zip(value, parts, strict=False)) for parts in zip(*value.values(), strict=False)]
     if not isinstance(value, list) or not value:
-        found = "none" if value == [] else f"a {type(value).__name__}"
-        raise NaloraError(f"{where}: {field}", expected="a list of chat messages", found=found)
+        actual = "none" if value == [] else f"a {type(value).__name__}"
+        raise NaloraError(f"{where}: {field}", expected="a list of chat messages", found=actual)
     filled = isinstance(record, TableRecord)
-    messages = [message_of(one, f"{where}: {field}[{number}]", filled=filled) for number, one in enumerate(value)]
+    messages = [message_of(turn, f"{where}: {field}[{number}]", filled=filled) for number, turn in enumerate(value)]
     for number, message in enumerate(messages):
         text_field(message, "role", f"{where}: {field}[{number}]")
         if not isinstance(message.get("content"), Parts):
@@ -163,16 +163,16 @@ def messages_of(record: dict[str, Any], config: DataConfig, where: str) -> list[
     return messages
 
 
-def text_field(record: dict[str, Any], field: str, where: str, flag: str = "", others: str = "") -> str:
+def text_field(record: dict[str, Any], field: str, where: str, flag: str = "", alternative: str = "") -> str:
     """Returns the text ``record[field]``.
 
     Raises:
       NaloraError: the field is missing (the message lists the record's fields) or not a text.
     """
     if field not in record:
-        wanted = f"a field {field!r}" + (f" (or {others!r})" if others else "")
+        expected = f"a field {field!r}" + (f" (or {alternative!r})" if alternative else "")
         remedy = f"name the right one by {flag}" if flag else ""
-        raise NaloraError(where, expected=wanted, found=", ".join(map(repr, record)) or "no field", remedy=remedy)
+        raise NaloraError(where, expected=expected, found=", ".join(map(repr, record)) or "no field", remedy=remedy)
     value = record[field]
     if not isinstance(value, str):
         raise NaloraError(f"{where}: {field}", expected="a text", found=f"a {type(value).__name__}")

@@ -30,5 +30,5 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        found = error.strerror or error
-        raise NaloraError(str(path), expected="a readable file", found=found, remedy="check the path") from error
+        reason = error.strerror or error
+        raise NaloraError(str(path), expected="a readable file", found=reason, remedy="check the path") from error

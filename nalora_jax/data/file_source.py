@@ -33,15 +33,16 @@ class FileSource(Source):
         self.siblings = tuple(files)
         self.dataset = str(path) if is_url(path) else str(expand_user(path).resolve())
         self.name = f"{path}[{split}]"
-        asked = {part.split("[")[0].strip() for part in split.split("+")}
-        opened = {name: [open_rows(one) for one in files[name]] for name in files if {name, "all"} & asked}
+        asked = {piece.split("[")[0].strip() for piece in split.split("+")}
+        chosen = [name for name in files if {name, "all"} & asked]
+        opened = {name: [open_rows(file) for file in files[name]] for name in chosen}
         self._spans = self._parse(split, opened, files)
-        self._rows = [one for rows in opened.values() for one in rows]
+        self._rows = [rows_of_file for rows in opened.values() for rows_of_file in rows]
         self._ends = np.cumsum([0, *map(len, self._rows)])
         sizes = [sum(map(len, rows)) for rows in opened.values()]
         first = dict(zip(opened, np.cumsum([0, *sizes]).tolist(), strict=False))
         self._index = np.concatenate([first[name] + np.arange(start, stop) for name, start, stop in self._spans])
-        self.fingerprint = f"files:{':'.join(one.sha256 for one in self._rows)}:{split}"
+        self.fingerprint = f"files:{':'.join(rows_of_file.sha256 for rows_of_file in self._rows)}:{split}"
         require_some(self)
 
     def _parse(self, split: str, opened: Mapping[str, Sequence[RecordFile]], files: Mapping[str, Any]) -> list[Span]:
@@ -57,19 +58,19 @@ class FileSource(Source):
 
     def read(self, indices: Sequence[int]) -> list[Record]:
         """Returns the records at ``indices``; all records of one file are read in one call."""
-        found: list[Record] = [{}] * len(indices)
+        records: list[Record] = [{}] * len(indices)
         places = [self._place(index) for index in indices]
         for number in {file for file, _ in places}:
             at = [position for position, (file, _) in enumerate(places) if file == number]
             for position, record in zip(at, self._rows[number].read([places[p][1] for p in at]), strict=True):
-                found[position] = record
-        return found
+                records[position] = record
+        return records
 
     def _place(self, index: int) -> tuple[int, int]:
         """Returns the number of the file and the row in it."""
-        whole = int(self._index[index])
-        file = int(np.searchsorted(self._ends, whole, side="right")) - 1
-        return file, whole - int(self._ends[file])
+        row = int(self._index[index])
+        file = int(np.searchsorted(self._ends, row, side="right")) - 1
+        return file, row - int(self._ends[file])
 
     @property
     def spans(self) -> list[Span]:

@@ -101,7 +101,7 @@ def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
         return _remote_splits(name)
     path = expand_user(name)
     if glob.has_magic(name) and not path.exists():
-        return {"train": [Path(one) for one in sorted(glob.glob(str(path), recursive=True))]}  # noqa: PTH207
+        return {"train": [Path(file_name) for file_name in sorted(glob.glob(str(path), recursive=True))]}  # noqa: PTH207
     if not path.is_dir():
         return {"train": [path]}
     if (path / "dataset_dict.json").is_file():
@@ -155,8 +155,8 @@ def _is_saved(path: Path) -> bool:
 
 def _split_of(file: PurePath) -> str:
     """Returns the split at the start of a file's name, else of its innermost such folder; or ""."""
-    for part in (file.name, *reversed(file.parent.parts)):
-        match = re.match(r"([a-z]+)(?![a-z])", part.lower())
+    for component in (file.name, *reversed(file.parent.parts)):
+        match = re.match(r"([a-z]+)(?![a-z])", component.lower())
         if match and match[1] in _SPLITS:
             return _SPLITS[match[1]]
     return ""
@@ -165,7 +165,8 @@ def _split_of(file: PurePath) -> str:
 def _arrow_files(folder: Path) -> list[Path]:
     """Returns the Arrow files of one split as listed by save_to_disk."""
     listed = _read_json(folder / "state.json").get("_data_files")
-    names = [one.get("filename") for one in listed or [] if isinstance(one, dict)] if isinstance(listed, list) else []
+    entries = listed if isinstance(listed, list) else []
+    names = [entry.get("filename") for entry in entries if isinstance(entry, dict)]
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise NaloraError(str(folder / "state.json"), expected="_data_files, names of Arrow files", found=repr(listed))
     return [folder / str(name) for name in names]
@@ -240,8 +241,8 @@ class DelimitedRows:
             reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
             self._fields = next(reader, [])
             if len(set(self._fields)) < len(self._fields) or not all(self._fields):
-                found = ", ".join(map(repr, self._fields))
-                raise NaloraError(f"{self._path}:1", expected="a name of its own for every column", found=found)
+                fields = ", ".join(map(repr, self._fields))
+                raise NaloraError(f"{self._path}:1", expected="a name of its own for every column", found=fields)
             for row in filter(None, reader):
                 if len(row) != len(self._fields):
                     raise NaloraError(

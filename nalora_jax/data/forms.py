@@ -81,7 +81,7 @@ def form_of(record: Mapping[str, Any], config: DataConfig) -> str:
     return f"plain text ({TEXT})" if TEXT in record else ""
 
 
-def in_turns(record: Record, config: DataConfig, *others: str) -> bool:
+def in_turns(record: Record, config: DataConfig, *chosen: str) -> bool:
     """Returns True if a chat template writes the text of a record.
 
     Args:
@@ -90,7 +90,7 @@ def in_turns(record: Record, config: DataConfig, *others: str) -> bool:
       *others: fields with the completions of a preference pair.
     """
     record = canonical(record, config, "record")
-    fields = (config.prompt_field, *others)
+    fields = (config.prompt_field, *chosen)
     return config.chat or config.messages_field in record or any(isinstance(record.get(f), list) for f in fields)
 
 
@@ -112,8 +112,8 @@ def canonical(record: Record, config: DataConfig, where: str) -> Record:
     if CONVERSATIONS in record:
         system = record.get("system")
         first = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
-        found = record[CONVERSATIONS]
-        return _with_messages(record, config, [*first, *found] if isinstance(found, list) else found)
+        turns = record[CONVERSATIONS]
+        return _with_messages(record, config, [*first, *turns] if isinstance(turns, list) else turns)
     if {"instruction", "output"} <= record.keys():
         return _alpaca(record, config, where)
     if TEXT in record and config.completion_field not in record and not config.chat:
@@ -156,7 +156,7 @@ def message_of(value: Any, where: str, *, filled: bool = False) -> Record:
     """
     if not isinstance(value, dict):
         raise NaloraError(where, expected='{"role": ..., "content": ...}', found=f"a {type(value).__name__}")
-    message = {name: part for name, part in value.items() if part is not None or name in ("role", "content")}
+    message = {name: v for name, v in value.items() if v is not None or name in ("role", "content")}
     if message.get("role") is None and {"from", "value"} <= message.keys():
         return _shared(message, where)
     check_role(message.get("role"), where)
@@ -168,7 +168,7 @@ def message_of(value: Any, where: str, *, filled: bool = False) -> Record:
     else:
         message.pop("tool_calls", None)
     if isinstance(message.get("content"), list) and not isinstance(message["content"], Parts):
-        message["content"] = "".join(_part(part, f"{where}: content") for part in message["content"])
+        message["content"] = "".join(_part(value_of, f"{where}: content") for value_of in message["content"])
     return message
 
 
@@ -194,8 +194,8 @@ def _shared(message: Record, where: str) -> Record:
         call = {"type": "function", "function": _object(message["value"], f"{where}: value")}
         return {"role": "assistant", "content": "", "tool_calls": [_call(call, where)]}
     if speaker not in ROLES:
-        known = ", ".join([*ROLES, _CALL])
-        raise NaloraError(f"{where}: from", expected=f"one of {known}", found=repr(speaker)[:80])
+        roles = ", ".join([*ROLES, _CALL])
+        raise NaloraError(f"{where}: from", expected=f"one of {roles}", found=repr(speaker)[:80])
     return {"role": ROLES[speaker], "content": message["value"]}
 
 
@@ -227,10 +227,10 @@ def tools_of(record: Mapping[str, Any], where: str) -> list[Record] | None:
         if isinstance(value, str):
             value = json.loads(value)
         if isinstance(value, list):
-            value = [json.loads(one) if isinstance(one, str) and one[:1] == "{" else one for one in value]
+            value = [json.loads(tool) if isinstance(tool, str) and tool[:1] == "{" else tool for tool in value]
     except (ValueError, RecursionError) as error:
         raise NaloraError(f"{where}: tools", expected="a JSON list of tools", found=error) from error
-    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise NaloraError(f"{where}: tools", expected="a list of tools", found=repr(value)[:80])
     return value or None
 
@@ -249,14 +249,14 @@ def _object(value: Any, where: str) -> Record:
 def _without_null(value: Any) -> Any:
     """Removes the nulls with which an Arrow column fills fields that only other rows have."""
     if isinstance(value, dict):
-        return {name: _without_null(part) for name, part in value.items() if part is not None}
+        return {name: _without_null(member) for name, member in value.items() if member is not None}
     if isinstance(value, list):
-        return [_without_null(part) for part in value]
+        return [_without_null(member) for member in value]
     return value
 
 
-def _part(part: Any, where: str) -> str:
-    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+def _part(content: Any, where: str) -> str:
+    text = content.get("text") if isinstance(content, dict) and content.get("type", "text") == "text" else None
     if not isinstance(text, str):
-        raise NaloraError(where, expected='a text, or parts {"type": "text", "text": ...}', found=repr(part)[:80])
+        raise NaloraError(where, expected='a text, or parts {"type": "text", "text": ...}', found=repr(content)[:80])
     return text

@@ -36,26 +36,26 @@ class FormattedSource(Source):
     def __init__(self, base: Source, function: Format) -> None:
         self._base, self._function = base, function
         self.dataset, self.name, self.siblings = base.dataset, base.name, base.siblings
-        digest, kept = hashlib.sha256(), []
+        digest, formatted = hashlib.sha256(), []
         for start in range(0, len(base), _CHUNK):
             indices = range(start, min(start + _CHUNK, len(base)))
             for index, record in zip(indices, base.read(indices), strict=True):
                 example = self._apply(index, record)
                 if example is not None:
-                    kept.append(index)
+                    formatted.append(index)
                     digest.update(json.dumps(example, sort_keys=True, default=str).encode())
-        self._kept = np.array(kept, np.int64)
+        self._kept = np.array(formatted, np.int64)
         self.fingerprint = f"formatted:{base.fingerprint}:{digest.hexdigest()}"
 
     def _apply(self, index: int, record: Record) -> Record | None:
         try:
             example = self._function(record)
         except Exception as error:
-            found = f"{type(error).__name__}: {error}"
-            raise NaloraError(f"format, {self._base.where(index)}", expected="an example", found=found) from error
+            actual = f"{type(error).__name__}: {error}"
+            raise NaloraError(f"format, {self._base.where(index)}", expected="an example", found=actual) from error
         if example is not None and not isinstance(example, dict):
-            found = type(example).__name__
-            raise NaloraError(f"format, {self._base.where(index)}", expected="a dict, or None", found=found)
+            actual = type(example).__name__
+            raise NaloraError(f"format, {self._base.where(index)}", expected="a dict, or None", found=actual)
         # Nulls of a table's record may mean absent fields, also in the example.
         if example is not None and isinstance(record, TableRecord):
             return TableRecord(example)
@@ -69,8 +69,8 @@ class FormattedSource(Source):
 
     def read(self, indices: Sequence[int]) -> list[Record]:
         """Returns the examples at ``indices``."""
-        wanted = self._kept[np.asarray(indices, np.int64)].tolist()
-        pairs = zip(wanted, self._base.read(wanted), strict=True)
+        places = self._kept[np.asarray(indices, np.int64)].tolist()
+        pairs = zip(places, self._base.read(places), strict=True)
         return [self._apply(index, record) or {} for index, record in pairs]
 
     @property
@@ -107,17 +107,17 @@ def given_sources(
     """
     if data is not None and source is not None:
         raise NaloraError("run", expected="data or source", found="both")
-    found = source
+    sources = source
     if data is not None:
-        found, config = (
-            {name: _records(name, one) for name, one in _by_split(data).items()},
+        sources, config = (
+            {name: _records(name, records) for name, records in _by_split(data).items()},
             replace(config, dataset=NAME),
         )
     if format is None:
-        return config, found
-    if found is None:
-        found = {name: open_source(config, name) for name in _splits(config)}
-    return config, {name: FormattedSource(one, format) for name, one in found.items()}
+        return config, sources
+    if sources is None:
+        sources = {name: open_source(config, name) for name in _splits(config)}
+    return config, {name: FormattedSource(records, format) for name, records in sources.items()}
 
 
 def _by_split(data: Data) -> Mapping[str, Iterable[Mapping[str, Any]]]:
@@ -127,14 +127,14 @@ def _by_split(data: Data) -> Mapping[str, Iterable[Mapping[str, Any]]]:
 
 
 def _records(split: str, records: Iterable[Mapping[str, Any]]) -> Source:
-    found: list[Record] = []
+    read: list[Record] = []
     kind = TableRecord if type(records).__module__.startswith("datasets.") else dict
     for index, record in enumerate(records):
         if not isinstance(record, Mapping):
             name = type(record).__name__
             raise NaloraError(f"data[{split!r}], record {index}", expected="a dict", found=f"a {name}")
-        found.append(kind(record))
-    return RecordsSource(f"{NAME}[{split}]", found)
+        read.append(kind(record))
+    return RecordsSource(f"{NAME}[{split}]", read)
 
 
 def _splits(config: DataConfig) -> list[str]:

@@ -41,8 +41,8 @@ class HubSource(Source):
         """Returns parts of the data set's splits."""
         from nalora_jax.data.tfds_source import absolute_of
 
-        known = self._data.info.splits or {}
-        sizes = {name: known[name].num_examples for name in known} or {self._split: len(self)}
+        splits = self._data.info.splits or {}
+        sizes = {name: splits[name].num_examples for name in splits} or {self._split: len(self)}
         return absolute_of(self._split, sizes)
 
 

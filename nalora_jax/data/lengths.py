@@ -47,9 +47,9 @@ def with_length(
     if config.max_length:
         return config
     lengths = (measure or example_lengths)(source, config, tokenizer)
-    wanted = int(np.quantile(lengths, KEPT, method="inverted_cdf"))
+    quantile = int(np.quantile(lengths, KEPT, method="inverted_cdf"))
     shortest = SHORTEST if config.pack else 1
-    length = min(max(-(-wanted // _MULTIPLE) * _MULTIPLE, shortest), context)
+    length = min(max(-(-quantile // _MULTIPLE) * _MULTIPLE, shortest), context)
     fitting = float(np.mean(lengths <= length))
     log.info(
         "rows of %d tokens: %.1f%% of %d examples fit, the longest has %d; --data.max-length names another length",

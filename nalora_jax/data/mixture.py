@@ -40,15 +40,16 @@ class MixedSource(Source):
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self._sources = [part.source for part in parts]
-        chosen = [_chosen(part) for part in parts]
-        self._counts = [len(one) for one in chosen]
+        self._sources = [component.source for component in parts]
+        chosen = [_chosen(component) for component in parts]
+        self._counts = [len(indices) for indices in chosen]
         self._of = np.repeat(np.arange(len(parts)), self._counts)
         self._index = np.concatenate(chosen)
         self.name = self.dataset = " + ".join(
-            part.source.name + (f" * {part.weight:g}" if part.weight != 1 else "") for part in parts
+            component.source.name + (f" * {component.weight:g}" if component.weight != 1 else "") for component in parts
         )
-        self.fingerprint = "mixture:" + "|".join(f"{part.source.fingerprint}*{part.weight:g}" for part in parts)
+        weighted = (f"{component.source.fingerprint}*{component.weight:g}" for component in parts)
+        self.fingerprint = "mixture:" + "|".join(weighted)
 
     def describe(self) -> str:
         """Returns the number and share of records of each source.
@@ -67,14 +68,14 @@ class MixedSource(Source):
 
     def read(self, indices: Sequence[int]) -> list[Record]:
         """Returns the records at ``indices``, with one read per source."""
-        wanted = np.asarray(indices, np.int64)
-        found: list[Record] = [{}] * len(wanted)
-        for number in np.unique(self._of[wanted]).tolist():
-            at = np.flatnonzero(self._of[wanted] == number)
-            records = self._sources[number].read(self._index[wanted[at]].tolist())
+        places = np.asarray(indices, np.int64)
+        rows: list[Record] = [{}] * len(places)
+        for number in np.unique(self._of[places]).tolist():
+            at = np.flatnonzero(self._of[places] == number)
+            records = self._sources[number].read(self._index[places[at]].tolist())
             for position, record in zip(at.tolist(), records, strict=True):
-                found[position] = record
-        return found
+                rows[position] = record
+        return rows
 
     @property
     def spans(self) -> list[Span]:
@@ -91,15 +92,16 @@ class MixedSource(Source):
         return self._sources[self._of[index]].where(int(self._index[index]))
 
 
-def _chosen(part: Part) -> np.ndarray:
+def _chosen(component: Part) -> np.ndarray:
     """Returns the indices of a source's records, each repeated by the weight."""
-    size = len(part.source)
-    whole, rest = divmod(part.weight, 1)
-    drawn = np.sort(permutation(size, _SEED)[: round(rest * size)])
-    found = np.concatenate([np.tile(np.arange(size), int(whole)), drawn])
-    if not len(found):
-        raise NaloraError(part.source.name, expected="a weight that leaves a record", found=f"{part.weight:g}")
-    return found
+    size = len(component.source)
+    repeats, share = divmod(component.weight, 1)
+    drawn = np.sort(permutation(size, _SEED)[: round(share * size)])
+    indices = np.concatenate([np.tile(np.arange(size), int(repeats)), drawn])
+    if not len(indices):
+        name, weight = component.source.name, f"{component.weight:g}"
+        raise NaloraError(name, expected="a weight that leaves a record", found=weight)
+    return indices
 
 
 def components(dataset: str) -> list[tuple[str, float]]:
@@ -116,7 +118,7 @@ def components(dataset: str) -> list[tuple[str, float]]:
         check_path("--data.dataset", text)
     if (is_path(dataset) and Path(dataset).exists()) or ("," not in dataset and "*" not in dataset):
         return [(dataset, 1.0)]
-    found = []
+    names = []
     for text in dataset.split(","):
         match = re.fullmatch(r"\s*(.+?)(?:\*(\d+\.?\d*|\.\d+))?\s*", text)
         weight = float(match[2] or 1) if match else 0.0
@@ -126,5 +128,5 @@ def components(dataset: str) -> list[tuple[str, float]]:
                 expected=f"data sets with weights in (0, {_MOST:g}], such as a.jsonl*3,b.parquet",
                 found=repr(dataset),
             )
-        found.append((match[1], weight))
-    return found
+        names.append((match[1], weight))
+    return names

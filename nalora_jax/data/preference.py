@@ -280,16 +280,16 @@ def pair_data(
     indices = np.arange(len(source))
     if 0 < config.train_limit < len(source):
         indices = np.sort(permutation(len(source), seed)[: config.train_limit])
-    kept, dropped, truncated, longest = _fitting(source, indices.tolist(), config, preference, tokenizer)
-    tokens = np.concatenate([example.ids for example in kept]).astype(np.int32)
-    answer = np.concatenate([example.answer for example in kept]).astype(np.uint8)
-    offsets = np.concatenate([[0], np.cumsum([len(example.ids) for example in kept])]).astype(np.int64)
-    targets = sum(int(example.answer[1:].sum()) for example in kept)
-    counts = Counts(len(kept) // 2, dropped, truncated, len(tokens), targets, longest + 1)
+    examples, dropped, truncated, longest = _fitting(source, indices.tolist(), config, preference, tokenizer)
+    tokens = np.concatenate([example.ids for example in examples]).astype(np.int32)
+    answer = np.concatenate([example.answer for example in examples]).astype(np.uint8)
+    offsets = np.concatenate([[0], np.cumsum([len(example.ids) for example in examples])]).astype(np.int64)
+    targets = sum(int(example.answer[1:].sum()) for example in examples)
+    counts = Counts(len(examples) // 2, dropped, truncated, len(tokens), targets, longest + 1)
     report_dropped(source.name, counts, config)
     pattern = pack(pair_lengths(offsets), config.max_length, several=config.pack)
-    own = tuple(range(batch_size // accumulate)) if rows is None else tuple(map(int, rows))
-    return PairData(tokens, answer, offsets, counts, pattern, seed, batch_size, accumulate, own, config.workers)
+    own_rows = tuple(range(batch_size // accumulate)) if rows is None else tuple(map(int, rows))
+    return PairData(tokens, answer, offsets, counts, pattern, seed, batch_size, accumulate, own_rows, config.workers)
 
 
 def _fitting(
@@ -303,7 +303,7 @@ def _fitting(
 
     Also returns the numbers of dropped and cut pairs, and the positions of the longest pair.
     """
-    kept: list[Example] = []
+    fitting: list[Example] = []
     dropped = truncated = longest = 0
     pairs = tokenize_pairs(source, indices, config, preference, tokenizer)
     for index, pair in zip(indices, pairs, strict=True):
@@ -318,17 +318,17 @@ def _fitting(
                 continue
             truncated += 1
             examples = [fit(example, config.max_length // 2, tokenizer.bos_id) for example in examples]
-        kept += examples
-    if not kept:
-        found = f"{dropped} pairs, all of them longer"
+        fitting += examples
+    if not fitting:
+        actual = f"{dropped} pairs, all of them longer"
         remedy = f"--data.max-length {longest} keeps all"
         raise NaloraError(
             source.name,
             expected=f"pairs of at most {config.max_length} tokens",
-            found=found,
+            found=actual,
             remedy=remedy,
         )
-    return kept, dropped, truncated, longest
+    return fitting, dropped, truncated, longest
 
 
 def pair_sizes(source: Source, config: DataConfig, tokenizer: Tokenizer, preference: PreferenceConfig) -> np.ndarray:
@@ -366,5 +366,5 @@ def held_out_pairs(
         raise NaloraError("--data.eval-split", expected="at least two pairs", found=len(pairs))
     order = permutation(len(pairs), _SEED + 1).tolist()
     cut = max(1, min(config.select_limit, len(pairs) // 3))
-    rest = order[cut : cut + config.eval_limit] if config.eval_limit else order[cut:]
-    return [pairs[i] for i in sorted(rest)], [pairs[i] for i in sorted(order[:cut])]
+    selecting = order[cut : cut + config.eval_limit] if config.eval_limit else order[cut:]
+    return [pairs[i] for i in sorted(selecting)], [pairs[i] for i in sorted(order[:cut])]

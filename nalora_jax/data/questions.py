@@ -121,8 +121,8 @@ def split_questions(items: Sequence[Item], reported: int, selecting: int) -> tup
         raise NaloraError("--data.eval-split", expected="at least two examples", found=len(items))
     order = permutation(len(items), _SEED + 1).tolist()
     cut = max(1, min(selecting, len(items) // 3))
-    rest = order[cut:] if not reported else order[cut : cut + reported]
-    return [items[i] for i in sorted(rest)], [items[i] for i in sorted(order[:cut])]
+    reporting = order[cut:] if not reported else order[cut : cut + reported]
+    return [items[i] for i in sorted(reporting)], [items[i] for i in sorted(order[:cut])]
 
 
 def _question(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, where: str) -> _Question:
@@ -144,7 +144,7 @@ def _choices(record: dict[str, Any], config: DataConfig, where: str) -> tuple[li
 
     A plain completion counts as one choice.
     """
-    prompt = text_field(record, config.prompt_field, where, "--data.prompt-field", others=config.messages_field)
+    prompt = text_field(record, config.prompt_field, where, "--data.prompt-field", alternative=config.messages_field)
     if not record.get("choices"):
         return (
             [prompt],
@@ -199,35 +199,35 @@ def _chat_text(
     if last.get("tool_calls"):  # each template has its format for calls
         stops = [token for index in tokenizer.eos_ids if (token := tokenizer.backend.id_to_token(index))]
         written = text.text[start:end]
-        stop = next((one for one in stops if written.endswith(one)), "")
+        stop = next((stop_text for stop_text in stops if written.endswith(stop_text)), "")
         end = start + len(written.removesuffix(stop).rstrip())
     else:
         answer = last["content"].strip()
-        found = text.text.find(answer, start)
-        if not answer or found < 0:
+        place = text.text.find(answer, start)
+        if not answer or place < 0:
             raise NaloraError(
                 where,
                 expected="an answer that the chat template writes as it is",
                 found=repr(answer[:80]),
             )
-        end = found + len(answer)
+        end = place + len(answer)
     return Rendered(text.text[:end], ((start, end),), special=False)
 
 
 def _turns(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
     """Returns the conversation before the last completion as (role, text); tool calls as JSON."""
     last = max(index for index, turn in enumerate(messages) if turn["role"] == "assistant")
-    shown = []
+    turns = []
     for turn in messages[:last]:
         calls = [json.dumps(call["function"]) for call in turn.get("tool_calls", ())]
-        shown.append((str(turn["role"]), "\n".join(filter(None, [_plain(turn["content"]), *calls]))))
-    return tuple(shown)
+        turns.append((str(turn["role"]), "\n".join(filter(None, [_plain(turn["content"]), *calls]))))
+    return tuple(turns)
 
 
 def _plain(content: str | Parts) -> str:
     """Returns a message's text, with each image as ``[image]``."""
     if isinstance(content, Parts):
-        return "".join(part.get("text", "[image]") for part in content)
+        return "".join(block.get("text", "[image]") for block in content)
     return content
 
 
@@ -263,5 +263,5 @@ def _item(question: _Question, examples: Sequence[Example]) -> Item:
         return SeenItem(prompts[0], answers[0], prompt, gold.text[start:stop], question.turns, question.images)
     if not question.choices:
         return CompletionItem(prompts[0], answers[0], prompt, gold.text[start:stop], question.turns)
-    own = prompts if question.own_prompts else None
-    return ChoiceItem(prompts[question.gold], answers, question.gold, prompt, question.choices, own)
+    own_prompts = prompts if question.own_prompts else None
+    return ChoiceItem(prompts[question.gold], answers, question.gold, prompt, question.choices, own_prompts)

@@ -52,14 +52,14 @@ class Division:
         positions: list[int] = []
         starts = [i for i, head in enumerate(self.heads) if not head]
         for start, stop in pairwise([*starts, len(self.heads)]):
-            part, heads = encoded[start], encoded[start + 1 : stop]
+            piece_ids, heads = encoded[start], encoded[start + 1 : stop]
             places = [len(head) for head in heads]
-            if any(part[: len(head)] != head for head in heads):
+            if any(piece_ids[: len(head)] != head for head in heads):
                 if self.cuts_special:
                     return None
-                part, places = recut(self.texts[start], [len(text) for text in self.texts[start + 1 : stop]])
+                piece_ids, places = recut(self.texts[start], [len(text) for text in self.texts[start + 1 : stop]])
             positions += [len(ids) + place for place in places]
-            ids += part
+            ids += piece_ids
         return ids, positions
 
 
@@ -93,8 +93,8 @@ class Seams:
 
     def _cuts_special(self, text: str, cut: int) -> bool:
         """Returns True if ``cut`` is inside a special token."""
-        found = (text.find(name, max(cut - len(name) + 1, 0), cut + len(name) - 1) for name in self.special)
-        return any(at >= 0 for at in found)
+        places = (text.find(name, max(cut - len(name) + 1, 0), cut + len(name) - 1) for name in self.special)
+        return any(at >= 0 for at in places)
 
     def _before(self, text: str, cut: int) -> int:
         """Returns the last seam up to ``cut``."""
@@ -146,7 +146,7 @@ def _overlap(name: str, other: str) -> bool:
 
 def _divides(tokenizer: Tokenizer, name: str) -> bool:
     joined, *parts = tokenizer.encode_batch([f"a {name}b c{name} d", "a ", name, "b c", name, " d"])
-    return joined == [token for part in parts for token in part]
+    return joined == [token for piece in parts for token in piece]
 
 
 def _words(tokenizer: Tokenizer) -> bool:
@@ -156,4 +156,4 @@ def _words(tokenizer: Tokenizer) -> bool:
         return False
     ends = {end for _, (_, end) in before.pre_tokenize_str(_WORDS)}
     joined, *parts = tokenizer.encode_batch([_WORDS, "ab", " cd", " ef, gh"])
-    return {2, 5} <= ends and joined == [token for part in parts for token in part]
+    return {2, 5} <= ends and joined == [token for piece in parts for token in piece]

@@ -65,21 +65,21 @@ def held_out_count(records: int) -> int:
     return min(max(round(SHARE * records), few, 2), MOST)
 
 
-def draw_held_out(whole: Source) -> tuple[Source, Source]:
+def draw_held_out(source: Source) -> tuple[Source, Source]:
     """Divides ``whole`` into training and evaluation records, with the size of `held_out_count`.
 
     Raises:
       NaloraError: fewer than four records.
     """
-    if len(whole) < _FEWEST:
+    if len(source) < _FEWEST:
         raise NaloraError(
-            whole.name,
+            source.name,
             expected=f"at least {_FEWEST} records, of which two are held out",
-            found=len(whole),
+            found=len(source),
             remedy="add records, or name others to measure on by --data.eval-split",
         )
-    count = held_out_count(len(whole))
-    order = permutation(len(whole), _SEED)
+    count = held_out_count(len(source))
+    order = permutation(len(source), _SEED)
     parts = np.sort(order[count:]), np.sort(order[:count])
-    rest, held = (SelectedSource(whole, part, f"{len(part)} of {len(whole)} records") for part in parts)
-    return rest, held
+    remaining, held = (SelectedSource(source, indices, f"{len(indices)} of {len(source)} records") for indices in parts)
+    return remaining, held

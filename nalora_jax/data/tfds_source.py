@@ -98,7 +98,7 @@ def folder_source(name: str, split: str) -> Source:
     """
     if not buckets.is_url(name):
         return TfdsSource(name, split, partial(_open_folder, Path(name).expanduser(), split))
-    asked = {part.split("[")[0].strip() for part in split.split("+")}
+    asked = {piece.split("[")[0].strip() for piece in split.split("+")}
     files = [file for file in buckets.files(name) if "all" in asked or _split_of(file) in {"", *asked}]
     versions = "".join(map(buckets.version, files))
     fingerprint = f"tfds:{name}:{hashlib.sha256(versions.encode()).hexdigest()}:{split}"
@@ -150,8 +150,8 @@ def _open_needle(words: str, split: str, cache: Path) -> Any:
 
 
 def _check_splits(name: str, split: str, sizes: Mapping[str, int]) -> None:
-    wanted = {part.split("[")[0].strip() for part in split.split("+")}
-    if not wanted <= {*sizes, "all"}:
+    names = {piece.split("[")[0].strip() for piece in split.split("+")}
+    if not names <= {*sizes, "all"}:
         raise NaloraError(f"{name}, split", expected=f"one of {', '.join(sizes)}, or a slice", found=repr(split))
 
 
@@ -238,13 +238,13 @@ def _plain(value: Any) -> Any:
         except UnicodeDecodeError:
             return value
     if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
+        return {name: _plain(member) for name, member in value.items()}
     if isinstance(value, np.ndarray) and value.dtype != object:
         if value.ndim == 0:
             return value.item()
         return value.tolist()
     if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(part) for part in value]
+        return [_plain(member) for member in value]
     if isinstance(value, np.generic):
         return value.item()
     return value

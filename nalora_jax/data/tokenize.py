@@ -54,7 +54,7 @@ def tokenize(texts: Sequence[Rendered], tokenizer: Tokenizer, *, end: bool = Tru
     seams = seams_of(tokenizer, [text.text for text in texts[:_SEEN]])
     cuts = [_cuts(text) for text in texts]
     divided = [seams.divide(text.text, at) for text, at in zip(texts, cuts, strict=True)]
-    encoded = iter(tokenizer.encode_batch([part for division in divided for part in division.texts]))
+    encoded = iter(tokenizer.encode_batch([piece for division in divided for piece in division.texts]))
     stops, recut = _special_ids(tokenizer), partial(_encode_pieces, tokenizer=tokenizer)
     examples = []
     for text, at, division in zip(texts, cuts, divided, strict=True):
@@ -119,9 +119,9 @@ def _encode_pieces(text: str, cuts: list[int], tokenizer: Tokenizer) -> tuple[li
     It joins the tokens of the pieces if they equal the tokens of the text.
     """
     pieces = [text[start:stop] for start, stop in pairwise([0, *cuts, len(text)])]
-    whole, *parts = tokenizer.encode_batch([text, *pieces])
-    if list(chain.from_iterable(parts)) == whole:
-        return whole, np.cumsum([len(part) for part in parts])[:-1].tolist()
+    joined, *parts = tokenizer.encode_batch([text, *pieces])
+    if list(chain.from_iterable(parts)) == joined:
+        return joined, np.cumsum([len(ids) for ids in parts])[:-1].tolist()
     return _cut(text, cuts, tokenizer)
 
 
@@ -133,16 +133,16 @@ def _cut(text: str, cuts: list[int], tokenizer: Tokenizer) -> tuple[list[int], l
     """
     ids: list[int] = []
     positions: list[int] = []
-    start, rest = 0, tokenizer.encode(text, special=False)
+    start, remaining_ids = 0, tokenizer.encode(text, special=False)
     for cut in cuts:
         head = tokenizer.encode(text[start:cut], special=False)
-        if rest[: len(head)] == head:
+        if remaining_ids[: len(head)] == head:
             positions.append(len(ids) + len(head))
             continue
         ids += head
         positions.append(len(ids))
-        start, rest = cut, tokenizer.encode(text[cut:], special=False)
-    return ids + rest, positions
+        start, remaining_ids = cut, tokenizer.encode(text[cut:], special=False)
+    return ids + remaining_ids, positions
 
 
 def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:

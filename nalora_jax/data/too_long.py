@@ -20,19 +20,19 @@ def report_dropped(name: str, counts: Counts, config: DataConfig) -> None:
     Training on only the short half of a data set is not the task that its user specified.
     """
     if counts.split:
-        found = f"{counts.split} records longer than a row of {config.max_length} tokens"
-        log.info("%s: %s are split; rows of examples: %d", name, found, counts.examples)
+        actual = f"{counts.split} records longer than a row of {config.max_length} tokens"
+        log.info("%s: %s are split; rows of examples: %d", name, actual, counts.examples)
     if not counts.dropped:
         return
     total, enough = counts.examples + counts.dropped, counts.longest - 1
     share = f"{counts.dropped / total:.0%}"
-    found = f"{counts.dropped} of {total} records ({share}), longer than --data.max-length {config.max_length}"
+    actual = f"{counts.dropped} of {total} records ({share}), longer than --data.max-length {config.max_length}"
     if 2 * counts.dropped > total:
         raise mostly_too_long(name, counts.dropped, f"{total} records", counts.longest, config)
     log.warning(
         "%s: left out %s; --data.max-length %d keeps all, --data.too-long split or truncate shortens them",
         name,
-        found,
+        actual,
         enough,
     )
 

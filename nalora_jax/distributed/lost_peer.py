@@ -25,7 +25,7 @@ LINE = (
 
 def main(source: int = 0, target: int = 2) -> None:
     """Copies ``source`` to ``target``, two file descriptors, until the source ends."""
-    lost, told, begun, head = False, False, b"", b""  # head: start of a line that is partly copied
+    lost, reported, begun, head = False, False, b"", b""  # head: start of a line that is partly copied
     while piece := os.read(source, 1 << 16):
         *lines, begun = (begun + piece).split(b"\n")
         for line in lines:
@@ -35,7 +35,7 @@ def main(source: int = 0, target: int = 2) -> None:
                 return
             if not lost:
                 _pass_on(target, line + b"\n")
-                told = told or (head + line).startswith(ERROR)
+                reported = reported or (head + line).startswith(ERROR)
             head = b""
         # A line without its end may be a prompt or a progress bar, which must appear at once.
         if not lost and begun and begun[:1] not in b"EFIW\0":
@@ -43,7 +43,7 @@ def main(source: int = 0, target: int = 2) -> None:
             head, begun = (head + begun)[: len(ERROR)], b""
     if not lost:
         _pass_on(target, begun)
-    elif not told and head != ERROR:
+    elif not reported and head != ERROR:
         _pass_on(target, LINE)
 
 

@@ -58,12 +58,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     check_slices(groups * sizes["data"], slice_count(available))
     if sizes[CONTEXT] == 1:
         del sizes[CONTEXT]
-    data, *others = sizes.values()
+    data, *inner_sizes = sizes.values()
     axes: tuple[str, ...] = tuple(sizes)
-    placed = _placed(available, (groups * data, *others))
+    grid = _placed(available, (groups * data, *inner_sizes))
     if groups > 1:
-        placed, axes = placed.reshape(groups, data, *others), (RUN, *axes)
-    return Mesh(placed, axes, axis_types=(AxisType.Auto,) * len(axes))
+        grid, axes = grid.reshape(groups, data, *inner_sizes), (RUN, *axes)
+    return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def _placed(available: list[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
@@ -72,23 +72,23 @@ def _placed(available: list[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
     boxes = {torus(group) for group in groups} if platform_name(available[0]) == "tpu" else {None}
     # Not TPUs, or slices that are not equal and complete boxes of chips.
     if len(boxes) > 1 or None in boxes:
-        placed = np.empty(len(available), dtype=object)
-        placed[:] = [device for group in groups for device in group]
-        return placed.reshape(sizes)
+        grid = np.empty(len(available), dtype=object)
+        grid[:] = [device for group in groups for device in group]
+        return grid.reshape(sizes)
     if len(groups) == 1:
         return mesh_utils.create_device_mesh(sizes, available, allow_split_physical_axes=True)
-    data, *others = sizes
-    per_slice = (data // len(groups), *others)
+    data, *inner_sizes = sizes
+    per_slice = (data // len(groups), *inner_sizes)
     return mesh_utils.create_hybrid_device_mesh(
-        per_slice, (len(groups), *[1] * len(others)), available, allow_split_physical_axes=True
+        per_slice, (len(groups), *[1] * len(inner_sizes)), available, allow_split_physical_axes=True
     )
 
 
 def smallest_mesh(config: MeshConfig) -> Mesh:
     """Returns the mesh over as many devices as its axes need: all of them if "data" is open, or an axis is -1."""
     sizes = [int(getattr(config, name)) for name in AXES]
-    wanted = None if min(sizes) < 0 or config.data == 0 else math.prod(max(size, 1) for size in sizes)
-    return make_mesh(config, jax.devices()[:wanted])
+    required = None if min(sizes) < 0 or config.data == 0 else math.prod(max(size, 1) for size in sizes)
+    return make_mesh(config, jax.devices()[:required])
 
 
 def check_axes(config: MeshConfig, n_devices: int, slices: int) -> None:
@@ -133,20 +133,20 @@ def resolve_sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
     if sizes["data"] == 0 and -1 not in sizes.values():
         sizes = {**sizes, "data": -1}
     sizes = {name: size or 1 for name, size in sizes.items()}
-    shown = shown_axes(sizes)
+    axes = shown_axes(sizes)
     if any(size < -1 for size in sizes.values()):
-        raise NaloraError("--mesh", expected="axis sizes of 1 or more, 0 (chosen), or -1 (what is left)", found=shown)
+        raise NaloraError("--mesh", expected="axis sizes of 1 or more, 0 (chosen), or -1 (what is left)", found=axes)
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:
-        raise NaloraError("--mesh", expected="at most one axis of -1", found=shown, remedy="give the others a size")
+        raise NaloraError("--mesh", expected="at most one axis of -1", found=axes, remedy="give the others a size")
     if (free and n_devices % fixed) or (not free and fixed != n_devices):
         raise _product_error(sizes, n_devices, is_open=bool(free))
     return tuple(n_devices // fixed if size == -1 else size for size in sizes.values())
 
 
 def _product_error(sizes: Mapping[str, int], n_devices: int, *, is_open: bool) -> NaloraError:
-    shown = shown_axes(sizes)
+    axes = shown_axes(sizes)
     fixed = math.prod(size for size in sizes.values() if size > 0)
     relation, remedy = "equals", "set one axis to -1 to take what is left"
     if is_open:
@@ -154,7 +154,7 @@ def _product_error(sizes: Mapping[str, int], n_devices: int, *, is_open: bool) -
     return NaloraError(
         "--mesh",
         expected=f"a product that {relation} the {n_devices} device(s)",
-        found=f"{shown} (product of the fixed axes: {fixed})",
+        found=f"{axes} (product of the fixed axes: {fixed})",
         remedy=remedy,
     )
 

@@ -130,10 +130,10 @@ def _lost(sign: str) -> LostPeerError:
 def filter_stderr() -> Callable[[], None]:
     """Pipes standard error, including C++'s, through `lost_peer`; returns a function to undo it."""
     sys.stderr.flush()
-    own = os.dup(2)
+    original = os.dup(2)
     command = [sys.executable, "-S", "-E", str(Path(lost_peer.__file__))]
     # In a new session, so that a Ctrl-C at the terminal does not end it before this process.
-    helper = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=own, start_new_session=True)
+    helper = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=original, start_new_session=True)
     assert helper.stdin is not None
     os.dup2(helper.stdin.fileno(), 2)
     helper.stdin.close()
@@ -141,8 +141,8 @@ def filter_stderr() -> Callable[[], None]:
     def restore() -> None:
         sys.stderr.flush()
         os.write(2, lost_peer.END)
-        os.dup2(own, 2)  # closes the helper's last writer, which ends the helper
-        os.close(own)
+        os.dup2(original, 2)  # closes the helper's last writer, which ends the helper
+        os.close(original)
         helper.wait(timeout=10)
 
     return restore
@@ -190,8 +190,8 @@ def tell_all(action: Callable[[], str | None]) -> str | None:
         return answer
     text = (answer or "").encode()[:_LONGEST_ANSWER]
     padded = np.frombuffer(text.ljust(_LONGEST_ANSWER, b"\0"), np.uint8)
-    told = multihost_utils.broadcast_one_to_all(padded)
-    return np.asarray(told, np.uint8).tobytes().rstrip(b"\0").decode(errors="replace") or None
+    received = multihost_utils.broadcast_one_to_all(padded)
+    return np.asarray(received, np.uint8).tobytes().rstrip(b"\0").decode(errors="replace") or None
 
 
 def _env_int(name: str) -> int | None:

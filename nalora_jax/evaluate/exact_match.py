@@ -74,8 +74,8 @@ def matches(answer: str, reference: str, normalise: Normalise) -> bool:
     If they are empty after normalisation, they must be equal without it.
     """
     expected = normalise(reference)
-    found = normalise(answer)
-    return found == expected and (bool(found) or answer.strip() == reference.strip())
+    normalised = normalise(answer)
+    return normalised == expected and (bool(normalised) or answer.strip() == reference.strip())
 
 
 def plain_text(text: str) -> str:
@@ -97,8 +97,8 @@ def last_number(text: str) -> str:
       >>> last_number("12 eggs at $3 make $1,036.50. #### 1,036.50")
       '1036.5'
     """
-    found = _NUMBER.findall(text)
-    if not found:
+    numbers = _NUMBER.findall(text)
+    if not numbers:
         return ""
-    number = format(Decimal(found[-1].replace(",", "")).normalize(), "f")
+    number = format(Decimal(numbers[-1].replace(",", "")).normalize(), "f")
     return "0" if number in ("-0", "+0") else number

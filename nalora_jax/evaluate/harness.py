@@ -103,8 +103,8 @@ class Requests:
                     found=options["max_new_tokens"],
                 )
             prompts = [self._encode(request.args[0])[-room:] or [self._start] for _, request in batch]
-            made = self._generator.generate(prompts, batch_size=self._batch_size, **options)
-            texts |= {index: text for (index, _), text in zip(batch, made, strict=True)}
+            completions = self._generator.generate(prompts, batch_size=self._batch_size, **options)
+            texts |= {index: text for (index, _), text in zip(batch, completions, strict=True)}
         return [texts[i] for i in range(len(requests))]
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
@@ -151,9 +151,9 @@ class Requests:
             return ([self._start], ids)
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
-        whole, before = self._encode(bare + continuation), self._encode(bare)
+        joined, before = self._encode(bare + continuation), self._encode(bare)
         room = self._longest + 1  # the last token is only predicted
-        context_ids, ids = whole[: len(before)], whole[len(before) :]
+        context_ids, ids = joined[: len(before)], joined[len(before) :]
         ids = ids[-self._longest :]
         return context_ids[-(room - len(ids)) :], ids
 

@@ -47,7 +47,7 @@ def run_harness(
 
     manager = _manager(tasks, folder)
     try:
-        found = simple_evaluate(
+        results = simple_evaluate(
             model,
             tasks=list(tasks),
             num_fewshot=shots,
@@ -66,11 +66,11 @@ def run_harness(
             found=error,
             remedy="tasks come from the hub unless their YAML names local files; see docs/evaluate.md",
         ) from error
-    assert found is not None, "the harness returns None on other processes only"
-    samples = {task: [_record(sample) for sample in rows] for task, rows in found["samples"].items()}
+    assert results is not None, "the harness returns None on other processes only"
+    samples = {task: [_record(sample) for sample in rows] for task, rows in results["samples"].items()}
     return {
-        "results": _plain(found["results"]),
-        "versions": _plain(found.get("versions", {})),
+        "results": _plain(results["results"]),
+        "versions": _plain(results.get("versions", {})),
         "samples": samples,
     }
 
@@ -106,30 +106,30 @@ def compare_samples(other: Sequence[Mapping[str, Any]], model: Sequence[Mapping[
     if ids[0] != ids[1] or not model:
         items = "other items" if model else "no item"
         raise NaloraError("--against", expected="answers to the same items", found=items)
-    found: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
     for metric in model[0]["metrics"]:
         before, after = (np.array([row["metrics"].get(metric, np.nan) for row in rows]) for rows in (other, model))
         if not (np.isfinite(before).all() and np.isfinite(after).all()):
             continue
         if set(np.unique([before, after])) <= {0.0, 1.0}:
-            found[metric] = asdict(compare(before, after))
+            differences[metric] = asdict(compare(before, after))
         else:
             ones = np.ones_like(before)
             low, high = paired_bootstrap(before, ones, after, ones)
-            found[metric] = {
+            differences[metric] = {
                 "difference": float(after.mean() - before.mean()),
                 "low": low,
                 "high": high,
             }
-    return found
+    return differences
 
 
 def _record(sample: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields and numeric metrics of one of the harness's samples."""
     metrics = {name: sample[name] for name in sample["metrics"]}
-    kept = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float | np.number)}
+    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float | np.number)}
     names = ("doc_id", "filter", "doc", "target", "arguments", "filtered_resps")
-    return {**{name: _plain(sample[name]) for name in names if name in sample}, "metrics": kept}
+    return {**{name: _plain(sample[name]) for name in names if name in sample}, "metrics": numbers}
 
 
 def _plain(value: Any) -> Any:

@@ -46,8 +46,8 @@ class Evaluator:
         self.choices = [item for item in items if isinstance(item, ChoiceItem)]
         self.completions = [item for item in items if isinstance(item, CompletionItem)]
         if bool(self.choices) == bool(self.completions):
-            found = "both" if self.choices else "no questions"
-            raise NaloraError("evaluation data", expected="questions with choices, or all without", found=found)
+            actual = "both" if self.choices else "no questions"
+            raise NaloraError("evaluation data", expected="questions with choices, or all without", found=actual)
         self._model, self._tokenizer, self._mesh, self._samples = model, tokenizer, mesh, samples
         self.metric: Literal["accuracy", "loss"] = "accuracy" if self.choices else "loss"
         self.mode: Literal["max", "min"] = "max" if self.choices else "min"
@@ -87,9 +87,9 @@ class Evaluator:
         return values | ({"samples": self._answers(variables)} if samples else {})
 
     def _answers(self, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
-        shown = self.completions[: self._samples]
+        sampled = self.completions[: self._samples]
         generator = Generator(self._model, variables, self._tokenizer, mesh=self._mesh)
-        answers = generator.complete([item.prompt_ids for item in shown], max_new_tokens=_SAMPLE_TOKENS)
+        answers = generator.complete([item.prompt_ids for item in sampled], max_new_tokens=_SAMPLE_TOKENS)
         return [
             {
                 "prompt": item.prompt,
@@ -98,7 +98,7 @@ class Evaluator:
                 "cut": answer.reason == "length",
                 "expected": item.completion.strip(),
             }
-            for item, answer in zip(shown, answers, strict=True)
+            for item, answer in zip(sampled, answers, strict=True)
         ]
 
 

@@ -46,7 +46,7 @@ class Images:
 
     def opened(self, places: Sequence[int]) -> list[Any]:
         """Returns the RGB images at positions ``places`` of the indices."""
-        taken = [int(self.indices[i]) for i in places]
+        indices = [int(self.indices[i]) for i in places]
         limits = Limits(max_pixels=self.source.fields.max_pixels)
 
         def one(pair: tuple[int, dict[str, Any]]) -> Any:
@@ -54,7 +54,7 @@ class Images:
             return open_image(self.source.image(pair[1], where), where, limits)
 
         with ThreadPoolExecutor(_THREADS) as pool:
-            return list(pool.map(one, zip(taken, self.source.read(taken), strict=True)))
+            return list(pool.map(one, zip(indices, self.source.read(indices), strict=True)))
 
 
 class Encoders:
@@ -82,18 +82,19 @@ class Encoders:
 
     def images(self, variables: Mapping[str, Any], pictures: Sequence[Any]) -> np.ndarray:
         """Returns normalised features ``[pictures, features]`` of RGB images."""
-        batches = (self.processor.batch(part) for part in _parts(pictures))
+        batches = (self.processor.batch(pictures_of_batch) for pictures_of_batch in _parts(pictures))
         return self._all(partial(self._images, variables), batches)
 
     def records(self, variables: Mapping[str, Any], images: Images) -> np.ndarray:
         """Returns normalised features ``[images, features]`` of records, opened batch by batch."""
-        batches = (self.processor.batch(images.opened(part)) for part in _parts(range(len(images))))
+        batches = (self.processor.batch(images.opened(places)) for places in _parts(range(len(images))))
         return self._all(partial(self._images, variables), batches)
 
     def texts(self, variables: Mapping[str, Any], texts: Sequence[str], *, length: int = 0) -> np.ndarray:
         """Returns normalised features ``[texts, features]``."""
         tokens = self.tokenizer(texts, length=length)
-        batches = ({name: value[list(part)] for name, value in tokens.items()} for part in _parts(range(len(texts))))
+        parts = map(list, _parts(range(len(texts))))
+        batches = ({name: value[places] for name, value in tokens.items()} for places in parts)
         return self._all(partial(self._texts, variables), batches)
 
     def classes(self, variables: Mapping[str, Any], names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
@@ -112,12 +113,12 @@ class Encoders:
 
     def _all(self, encode: Any, batches: Iterator[Mapping[str, np.ndarray]]) -> np.ndarray:
         """Returns the features of all batches; the last one is padded to the same shape."""
-        found = []
+        features = []
         for batch in batches:
             count = len(next(iter(batch.values())))
             wide = {n: np.concatenate([v, np.repeat(v[:1], _BATCH - count, axis=0)]) for n, v in batch.items()}
-            found.append(distributed.fetch(encode(wide))[:count])
-        return np.concatenate(found)
+            features.append(distributed.fetch(encode(wide))[:count])
+        return np.concatenate(features)
 
 
 def _parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -222,14 +223,14 @@ class RetrievalEvaluator:
         logits = self._encoders.logits(variables, images, texts)
         ranks = {"image_to_text": own_ranks(logits), "text_to_image": own_ranks(logits.T)}
         values: dict[str, Any] = {}
-        for way, found in ranks.items():
-            values |= {f"{way}_recall_{k}": float((found < k).mean()) for k in (1, 5)}
-        hits = np.mean([found < 1 for found in ranks.values()], axis=0)
+        for way, ranks_of_way in ranks.items():
+            values |= {f"{way}_recall_{k}": float((ranks_of_way < k).mean()) for k in (1, 5)}
+        hits = np.mean([ranks_of_way < 1 for ranks_of_way in ranks.values()], axis=0)
         low, high = bootstrap(hits)
         values = {"recall": float(hits.mean()), "low": low, "high": high, **values, "n": len(hits)}
-        own = np.diagonal(logits)
+        matching = np.diagonal(logits)
         values["loss"] = float(
-            np.mean([np.asarray(jax.nn.logsumexp(jnp.asarray(x), axis=1)) - own for x in (logits, logits.T)])
+            np.mean([np.asarray(jax.nn.logsumexp(jnp.asarray(x), axis=1)) - matching for x in (logits, logits.T)])
         )
         if samples:
             values["samples"] = self._shown(logits.argmax(axis=1), ranks["image_to_text"])

@@ -54,8 +54,8 @@ def answer_items(
     choices = [item for item in items if isinstance(item, ChoiceItem)]
     completions = [item for item in items if isinstance(item, CompletionItem)]
     if bool(choices) == bool(completions):
-        found = "both" if choices else "no questions"
-        raise NaloraError("evaluation data", expected="questions with choices, or all without", found=found)
+        actual = "both" if choices else "no questions"
+        raise NaloraError("evaluation data", expected="questions with choices, or all without", found=actual)
     pairs = [list(zip(item.contexts, item.choice_ids, strict=True)) for item in choices]
     pairs += [[(item.prompt_ids, item.completion_ids)] for item in completions]
     scores = score_groups(model, variables, pairs, mesh=mesh)
@@ -130,11 +130,11 @@ def compare_answers(other: Answers, model: Answers) -> dict[str, Any]:
     )
     low, high = paired_bootstrap(*before, *after)
     difference = model.summary["loss"] - other.summary["loss"]
-    found: dict[str, Any] = {"loss": {"difference": difference, "low": low, "high": high}}
+    differences: dict[str, Any] = {"loss": {"difference": difference, "low": low, "high": high}}
     if "correct" in model.records[0]:
         right = ([record["correct"] for record in each.records] for each in (other, model))
-        found["accuracy"] = asdict(compare(*right))
-    return found
+        differences["accuracy"] = asdict(compare(*right))
+    return differences
 
 
 def describe_comparison(values: Mapping[str, Any]) -> str:
@@ -145,10 +145,10 @@ def describe_comparison(values: Mapping[str, Any]) -> str:
     """
     parts = []
     if "accuracy" in values:
-        part = values["accuracy"]
-        interval = f"95% interval {part['low']:+.3f} to {part['high']:+.3f}"
-        counts = f"{part['gained']} gained, {part['lost']} lost, McNemar p = {part['p_value']:.2g}"
-        parts.append(f"accuracy {part['difference']:+.3f} ({interval}; {counts})")
+        accuracy = values["accuracy"]
+        interval = f"95% interval {accuracy['low']:+.3f} to {accuracy['high']:+.3f}"
+        counts = f"{accuracy['gained']} gained, {accuracy['lost']} lost, McNemar p = {accuracy['p_value']:.2g}"
+        parts.append(f"accuracy {accuracy['difference']:+.3f} ({interval}; {counts})")
     loss = values["loss"]
     parts.append(f"loss {loss['difference']:+.4f} ({loss['low']:+.4f} to {loss['high']:+.4f})")
     return ", ".join(parts)

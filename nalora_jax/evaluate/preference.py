@@ -56,7 +56,7 @@ class PreferenceEvaluator:
         self._model, self._tokenizer, self._pairs, self._config = model, tokenizer, pairs, config
         self._mesh, self._samples = mesh, samples
         self._reference: np.ndarray | None = None
-        self._tokens = np.array([[len(_split(one)[1]) for one in (p.chosen, p.rejected)] for p in pairs])
+        self._tokens = np.array([[len(_split(example)[1]) for example in (p.chosen, p.rejected)] for p in pairs])
 
     def measure(self, params: Any, lora: Any | None, *, samples: bool = False) -> dict[str, Any]:
         """Returns the metrics of ``params`` with adapter ``lora`` (None: the base, rewards 0).
@@ -100,13 +100,13 @@ class PreferenceEvaluator:
         return np.array([[score.log_prob for score in row] for row in scored])
 
     def _answers(self, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
-        shown = self._pairs[: self._samples]
+        sampled = self._pairs[: self._samples]
         generator = Generator(self._model, variables, self._tokenizer, mesh=self._mesh)
-        prompts = [_split(pair.chosen)[0] for pair in shown]
+        prompts = [_split(pair.chosen)[0] for pair in sampled]
         answers = generator.generate(prompts, max_new_tokens=_SAMPLE_TOKENS)
         return [
             {"prompt": pair.prompt, "answer": answer.strip(), "expected": pair.texts[0].strip()}
-            for pair, answer in zip(shown, answers, strict=True)
+            for pair, answer in zip(sampled, answers, strict=True)
         ]
 
 

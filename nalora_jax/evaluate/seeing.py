@@ -55,21 +55,21 @@ class SeeingEvaluator(Evaluator):
     ) -> None:
         super().__init__(model, tokenizer, items, mesh=mesh, samples=samples)
         self._processor = processor
-        pixels = [[processor(opened(i, "image", limits or Limits()))["pixels"] for i in one.images] for one in items]
+        pixels = [[processor(opened(i, "image", limits or Limits()))["pixels"] for i in item.images] for item in items]
         self._pixels = dict(zip(map(id, items), pixels, strict=True))
 
     def _complete(self, variables: Mapping[str, Any], samples: bool) -> dict[str, Any]:
         pixels = [self._pixels[id(item)] for item in self.completions]
-        found = seen_loss(self._model, variables, self.completions, pixels, self._processor, mesh=self._mesh)
-        values = {name: getattr(found, name) for name in ("loss", "low", "high", "perplexity", "n")}
+        losses = seen_loss(self._model, variables, self.completions, pixels, self._processor, mesh=self._mesh)
+        values = {name: getattr(losses, name) for name in ("loss", "low", "high", "perplexity", "n")}
         return values | ({"samples": self._answers(variables)} if samples else {})
 
     def _answers(self, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
-        shown = self.completions[: self._samples]
+        sampled = self.completions[: self._samples]
         generator = Generator(self._model, variables, self._tokenizer, mesh=self._mesh, processor=self._processor)
         answers = generator.complete(
-            [item.prompt_ids for item in shown],
-            images=[self._pixels[id(item)] for item in shown],
+            [item.prompt_ids for item in sampled],
+            images=[self._pixels[id(item)] for item in sampled],
             max_new_tokens=_SAMPLE_TOKENS,
         )
         assert self._tokenizer.images is not None
@@ -82,7 +82,7 @@ class SeeingEvaluator(Evaluator):
                 "cut": answer.reason == "length",
                 "expected": item.completion.strip(),
             }
-            for item, answer in zip(shown, answers, strict=True)
+            for item, answer in zip(sampled, answers, strict=True)
         ]
 
 
@@ -120,11 +120,11 @@ def seen_loss(
     variables = prepare(variables, model.numerics, tables=False)
     sums, counts = [], []
     for start in range(0, len(items), rows):
-        part = items[start : start + rows]
-        batch = _batch(part, pixels[start : start + rows], processor, rows, seq, places)
-        found = fetch(_log_probs(model, processor, variables, place_batch(batch, mesh)))[: len(part)]
-        sums.append(-found.astype(np.float64).sum(axis=1))
-        counts.append(batch["scored"][: len(part)].sum(axis=1))
+        chunk = items[start : start + rows]
+        batch = _batch(chunk, pixels[start : start + rows], processor, rows, seq, places)
+        log_probs = fetch(_log_probs(model, processor, variables, place_batch(batch, mesh)))[: len(chunk)]
+        sums.append(-log_probs.astype(np.float64).sum(axis=1))
+        counts.append(batch["scored"][: len(chunk)].sum(axis=1))
     return result(np.concatenate(sums), np.concatenate(counts).astype(np.float64))
 
 
@@ -138,7 +138,7 @@ def _batch(
 ) -> dict[str, np.ndarray]:
     assert processor.output is not None
     tokens, targets, segments = (np.zeros((rows, seq), np.int32) for _ in range(3))
-    scored, seen = (
+    scored, pixel_rows = (
         np.zeros((rows, seq), bool),
         np.zeros((rows, places, *processor.output, 3), np.uint8),
     )
@@ -148,13 +148,13 @@ def _batch(
         tokens[row, :last], targets[row, :last], segments[row, :last] = ids[:-1], ids[1:], 1
         scored[row, len(item.prompt_ids) - 1 : last] = True
         for place, image in enumerate(images):
-            seen[row, place] = image
+            pixel_rows[row, place] = image
     return {
         "tokens": tokens,
         "targets": targets,
         "segments": segments,
         "scored": scored,
-        "pixels": seen,
+        "pixels": pixel_rows,
     }
 
 

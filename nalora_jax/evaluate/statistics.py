@@ -86,9 +86,9 @@ def paired_bootstrap(
       resamples: number of bootstrap samples.
       seed: seed of the resampling.
     """
-    arrays = [np.asarray(one, np.float64) for one in (values, weights, other_values, other_weights)]
+    arrays = [np.asarray(array, np.float64) for array in (values, weights, other_values, other_weights)]
     n = arrays[0].size
-    assert {one.shape for one in arrays} == {(n,)}
+    assert {array.shape for array in arrays} == {(n,)}
     if n == 0:
         return math.nan, math.nan
     rng = np.random.default_rng(seed)
@@ -96,7 +96,7 @@ def paired_bootstrap(
     differences = []
     for start in range(0, resamples, rows):
         drawn = rng.integers(n, size=(min(rows, resamples - start), n))
-        first, first_weight, second, second_weight = (one[drawn].sum(axis=1) for one in arrays)
+        first, first_weight, second, second_weight = (array[drawn].sum(axis=1) for array in arrays)
         differences.append(second / second_weight - first / first_weight)
     return _percentiles(np.concatenate(differences), confidence)
 

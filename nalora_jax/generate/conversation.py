@@ -91,23 +91,23 @@ def read_messages(path: Path) -> list[Message]:
       NaloraError: the file cannot be read, has other content or a misspelt role, or ends with the assistant's message.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        parsed = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise NaloraError(f"--messages {path}", expected="a JSON file", found=error) from error
-    if isinstance(found, dict):
-        found = found.get("messages")
-    if not isinstance(found, list) or not found:
+    if isinstance(parsed, dict):
+        parsed = parsed.get("messages")
+    if not isinstance(parsed, list) or not parsed:
         expected = 'a list of messages, or an object with "messages"'
         raise NaloraError(
-            f"--messages {path}", expected=expected, found=f"a {type(found).__name__}" if found else "none"
+            f"--messages {path}", expected=expected, found=f"a {type(parsed).__name__}" if parsed else "none"
         )
-    for number, message in enumerate(found):
+    for number, message in enumerate(parsed):
         where = f"{path}: messages[{number}]"
         if not isinstance(message, dict):
             raise NaloraError(where, expected='{"role": ..., "content": ...}', found=f"a {type(message).__name__}")
         check_role(text_field(message, "role", where), where)
         text_field(message, "content", where)
-    if found[-1]["role"] == "assistant":
+    if parsed[-1]["role"] == "assistant":
         remedy = "leave out the last message: it is what the model is asked for"
         raise NaloraError(f"--messages {path}", expected="a user's message last", found="an assistant's", remedy=remedy)
-    return found
+    return parsed

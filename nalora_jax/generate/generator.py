@@ -89,8 +89,8 @@ class Generator:
 
         It does not compile.
         """
-        rest = {name: tree for name, tree in self.variables.items() if name != "lora"}
-        variables = rest if lora is None else {**rest, "lora": lora}
+        collections = {name: tree for name, tree in self.variables.items() if name != "lora"}
+        variables = collections if lora is None else {**collections, "lora": lora}
         options = {"max_length": self.max_length, "mesh": self.mesh, "processor": self.processor}
         options |= {"prefill_chunk": self.prefill_chunk}
         return Generator(self.model, variables, self.tokenizer, **options)  # type: ignore[arg-type]
@@ -144,17 +144,17 @@ class Generator:
             )
         pixels: list[Images] = [() for _ in ids] if images is None else list(images)
         require_setting("images", len(pixels) == len(ids), f"those of each of {len(ids)} prompts", len(pixels))
-        for number, (row, seen) in enumerate(zip(ids, pixels, strict=True)):
-            self._check_images(row, seen, f"prompt {number}")
+        for number, (row, images_of_row) in enumerate(zip(ids, pixels, strict=True)):
+            self._check_images(row, images_of_row, f"prompt {number}")
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of similar lengths
-        made: dict[int, Completion] = {}
+        completions: dict[int, Completion] = {}
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             adapters = None if adapter_ids is None else [adapter_ids[i] for i in rows]
-            own = [pixels[i] for i in rows]
-            batch = _Batch(self, [ids[i] for i in rows], chosen, [seeds[i] for i in rows], adapters, own)
-            made |= zip(rows, batch.run(), strict=True)
-        return [made[i] for i in range(len(ids))]
+            images_of_batch = [pixels[i] for i in rows]
+            batch = _Batch(self, [ids[i] for i in rows], chosen, [seeds[i] for i in rows], adapters, images_of_batch)
+            completions |= zip(rows, batch.run(), strict=True)
+        return [completions[i] for i in range(len(ids))]
 
     @with_options(Settings)
     def stream(
@@ -174,14 +174,14 @@ class Generator:
 
     def _check_images(self, ids: Sequence[int], images: Images, where: str) -> None:
         tokens = self.tokenizer.images
-        found = 0 if tokens is None else ids.count(tokens.token_id)
+        places = 0 if tokens is None else ids.count(tokens.token_id)
         if tokens is None or self.processor is None:
             require_setting(
                 "images", not images, "a model that sees, for images", f"{len(images)} for a language model"
             )
-        elif found != len(images) * tokens.count:
+        elif places != len(images) * tokens.count:
             expected = f"{tokens.count} tokens {tokens.token!r} for each of {len(images)} images"
-            raise NaloraError(where, expected=expected, found=found)
+            raise NaloraError(where, expected=expected, found=places)
 
     def _encode(self, prompt: Prompt, where: str) -> list[int]:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -266,11 +266,11 @@ class _Batch:
         assert generator.processor.output is not None
         rows, places = self._prompts.tokens.shape[0], bucket(max(map(len, images)))
         pixels = np.zeros((rows, places, *generator.processor.output, 3), np.uint8)
-        for row, seen in enumerate(images):
-            for place, image in enumerate(seen):
+        for row, images_of_row in enumerate(images):
+            for place, image in enumerate(images_of_row):
                 pixels[row, place] = image
-        placed = place_batch(pixels, generator.mesh)
-        return see(generator.model, generator.processor, generator._weights, placed)
+        on_mesh = place_batch(pixels, generator.mesh)
+        return see(generator.model, generator.processor, generator._weights, on_mesh)
 
     def run(self) -> list[Completion]:
         """Generates all tokens of all rows."""
@@ -295,9 +295,9 @@ class _Batch:
         """Yields the new text of every row, at most ``tokens`` (up to `_BATCH_TOKENS`) at a time."""
         generator, limit = self._generator, int(self._limits.max())
         state, count = self._prefill(0), 1
-        made = fetch(state.token)[:, None]
+        new_tokens = fetch(state.token)[:, None]
         while True:
-            pieces = [self._take(row, made[row]) for row in range(self._count)]
+            pieces = [self._take(row, new_tokens[row]) for row in range(self._count)]
             counts = np.array([len(ids) for ids in self._ids])
             finished = self._ended | (counts >= self._limits)
             if finished.all() or count >= limit:
@@ -308,17 +308,17 @@ class _Batch:
                 padded = place_batch(np.pad(finished, (0, state.token.shape[0] - self._count)), generator.mesh)
                 arguments = state, self._prompts, padded, np.int32(steps)
                 state, new = decode(generator.model, generator._weights, *arguments, size=_BATCH_TOKENS)
-                made = fetch(new)[:, :steps]
+                new_tokens = fetch(new)[:, :steps]
             else:
                 del state  # frees its cache before the new one is allocated
                 state = self._prefill(count)
-                made = fetch(state.token)[:, None]
-            count += made.shape[1]
+                new_tokens = fetch(state.token)[:, None]
+            count += new_tokens.shape[1]
 
     def _prefill(self, count: int) -> State:
         """Processes the prompts and ``count`` generated tokens, and generates one more token."""
         generator, prompts = self._generator, self._prompts
-        ids = [[*prompt, *made] for prompt, made in zip(self._prompt_ids, self._ids, strict=True)]
+        ids = [[*prompt, *new_ids] for prompt, new_ids in zip(self._prompt_ids, self._ids, strict=True)]
         chunk = self._chunk(ids)
         if count:
             rows = padded_rows(ids, prompts.tokens.shape[0], chunk=chunk)
@@ -343,20 +343,20 @@ class _Batch:
         lengths = [len(self._prompt_ids[row]) + len(self._ids[row]) for row in np.flatnonzero(~finished).tolist()]
         return min((switch + 1 - length for length in lengths if length <= switch + 1), default=_BATCH_TOKENS)
 
-    def _take(self, row: int, made: np.ndarray) -> str:
+    def _take(self, row: int, new_tokens: np.ndarray) -> str:
         """Returns the text of a row's new tokens, up to its end."""
         if self._ended[row]:
             return ""
         ids = self._ids[row]
-        kept: list[int] = []
-        for token in made[: self._limits[row] - len(ids)].tolist():
+        lengths: list[int] = []
+        for token in new_tokens[: self._limits[row] - len(ids)].tolist():
             if token == NO_TOKEN:
                 break
             if token in self._stop_ids:
                 self._ended[row] = True
                 break
-            kept.append(token)
-        ids.extend(kept)
-        piece = self._streams[row].push(kept)
+            lengths.append(token)
+        ids.extend(lengths)
+        piece = self._streams[row].push(lengths)
         self._ended[row] |= self._streams[row].stopped
         return piece

@@ -100,10 +100,10 @@ def prefill(
     """
     last, cache = _in_chunks(model, weights, prompts, slots, chunk) if chunk else _at_once(model, weights, prompts)
     step, logits = jnp.asarray(step), model.apply(weights.head, last, method="unembed")
-    seen = seen_tokens(prompts.sampling, prompts.tokens, prompts.lengths, logits.shape[-1])
-    token = next_tokens(logits, prompts.sampling, step, seen)
+    seen_so_far = seen_tokens(prompts.sampling, prompts.tokens, prompts.lengths, logits.shape[-1])
+    token = next_tokens(logits, prompts.sampling, step, seen_so_far)
     done = _stops(token, prompts.stop_ids) | ~prompts.live
-    return State(grow(cache, slots), token, done, step + 1, with_token(seen, token))
+    return State(grow(cache, slots), token, done, step + 1, with_token(seen_so_far, token))
 
 
 def _at_once(model: Decoder, weights: Weights, prompts: Prompts) -> tuple[jax.Array, Cache]:
@@ -178,25 +178,25 @@ def decode(
     """
 
     def body(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
-        i, state, made = carry
+        i, state, new_tokens = carry
         hidden, cache = model.apply(
             weights.body, state.token[:, None], cache=state.cache, adapter_ids=prompts.adapter_ids
         )
         logits = model.apply(weights.head, hidden[:, 0], method="unembed")
         token = next_tokens(logits, prompts.sampling, state.step, state.seen)
         column = jnp.where(state.done, NO_TOKEN, token)[:, None]
-        made = lax.dynamic_update_slice(made, column, (jnp.zeros_like(i), i))
+        new_tokens = lax.dynamic_update_slice(new_tokens, column, (jnp.zeros_like(i), i))
         done = state.done | _stops(token, prompts.stop_ids)
-        return i + 1, State(cache, token, done, state.step + 1, with_token(state.seen, token)), made
+        return i + 1, State(cache, token, done, state.step + 1, with_token(state.seen, token)), new_tokens
 
     def unfinished(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
         i, state, _ = carry
         return (i < steps) & ~jnp.all(state.done)
 
-    made = jnp.full((state.token.shape[0], size), NO_TOKEN, jnp.int32)
+    new_tokens = jnp.full((state.token.shape[0], size), NO_TOKEN, jnp.int32)
     state = replace(state, done=state.done | finished)
-    _, state, made = lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state, made))
-    return state, made
+    _, state, new_tokens = lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state, new_tokens))
+    return state, new_tokens
 
 
 def _stops(token: jax.Array, stop_ids: Array) -> jax.Array:

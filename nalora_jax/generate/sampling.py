@@ -108,12 +108,12 @@ def next_tokens(logits: jax.Array, sampling: Sampling, step: jax.Array, seen: ja
 
 def _draw(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
     scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
-    kept = kept_tokens(scaled, sampling.top_k, sampling.top_p, sampling.min_p)
+    allowed = kept_tokens(scaled, sampling.top_k, sampling.top_p, sampling.min_p)
 
     def gumbel(seed: jax.Array) -> jax.Array:
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), step), logits.shape[-1:], jnp.float32)
 
-    noisy = jnp.where(kept, scaled, -jnp.inf) + jax.vmap(gumbel)(jnp.asarray(sampling.seed))
+    noisy = jnp.where(allowed, scaled, -jnp.inf) + jax.vmap(gumbel)(jnp.asarray(sampling.seed))
     return likeliest(noisy)
 
 

@@ -45,8 +45,8 @@ class Settings:
         texts = isinstance(stops, Sequence) and all(isinstance(text, str) for text in stops)
         require_setting("stop", texts, "a text, or texts", self.stop)
         seeds = self.seed if isinstance(self.seed, Sequence | np.ndarray) else [self.seed]
-        whole = all(isinstance(seed, Integral) for seed in seeds)
-        require_setting("seed", whole, "a whole number, or one for each prompt", self.seed)
+        valid = all(isinstance(seed, Integral) for seed in seeds)
+        require_setting("seed", valid, "a whole number, or one for each prompt", self.seed)
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -61,7 +61,7 @@ class Settings:
         return tuple(self.seed)
 
 
-def require_setting(setting: str, holds: bool, expected: str, found: object) -> None:
+def require_setting(setting: str, holds: bool, expected: str, value: object) -> None:
     """Raises a NaloraError unless the setting ``holds``."""
     if not holds:
-        raise NaloraError(setting, expected=expected, found=found)
+        raise NaloraError(setting, expected=expected, found=value)

@@ -15,10 +15,11 @@ def with_options(settings: type) -> Callable[[Function], Function]:
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
-        named = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         keyword = inspect.Parameter.KEYWORD_ONLY
         options = [
-            inspect.Parameter(one.name, keyword, default=one.default, annotation=one.type) for one in fields(settings)
+            inspect.Parameter(option.name, keyword, default=option.default, annotation=option.type)
+            for option in fields(settings)
         ]
         function.__signature__ = signature.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
         return function

@@ -73,7 +73,7 @@ class Attention(nn.Module):
             self._dense(name, c.d_model, heads * c.head_dim, c.qkv_bias, layer, shared)
             for name, heads in widths.items()
         ]
-        return [made.y for made in parallel_dense(x, layers, self.options.numerics)]
+        return [projection.y for projection in parallel_dense(x, layers, self.options.numerics)]
 
     def _rope_table(self, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
         return shared.tables[self.options.prefix][0 if layer.rope is None else layer.rope]

@@ -57,8 +57,8 @@ class Embedding(nn.Module):
 
     def _of_rows(self, tokens: jax.Array, numerics: Numerics) -> jax.Array:
         of_tokens, by_columns = column_layouts(self.sharding)
-        placed = constrain(constrain(tokens, self.sharding), of_tokens) if of_tokens else tokens
-        rows: jax.Array = take_rows(self.table(), placed, numerics)
+        sharded = constrain(constrain(tokens, self.sharding), of_tokens) if of_tokens else tokens
+        rows: jax.Array = take_rows(self.table(), sharded, numerics)
         return constrain(constrain(rows, by_columns), self.sharding)
 
     def _of_parts(self, tokens: jax.Array, numerics: Numerics) -> jax.Array:
@@ -70,8 +70,8 @@ class Embedding(nn.Module):
             assert self.sharding is not None
             return NamedSharding(self.sharding.mesh, P(*spec))
 
-        placed = constrain(tokens.reshape(shape), at(None, "data"))
-        rows: jax.Array = take_rows(self.table(), placed, numerics)
+        sharded = constrain(tokens.reshape(shape), at(None, "data"))
+        rows: jax.Array = take_rows(self.table(), sharded, numerics)
         rows = constrain(rows, at(None, "data", None, WEIGHT_AXES))
         # One axis at a time: the compiler would exchange two axes by gathering the array.
         rows = constrain(rows, at(CONTEXT, "data", None, "fsdp"))

@@ -45,7 +45,7 @@ def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str
     """
     if not text:
         return dict(raw)
-    wanted = parse_rope_scaling(text)
+    settings = parse_rope_scaling(text)
     if contains_text_model(raw.get("model_type"), images=False):
         text_model = text_part(raw, where)
         changed = with_rope_scaling(text_model, text, f"{where}: text_config")
@@ -54,20 +54,20 @@ def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str
     base = ModelConfig.from_hf(raw, where)
     spec = _rescalable(base, text, where)
     unscaled = _unscaled_length(base, spec)
-    if wanted["rope_type"] in WITH_ORIGINAL:
-        wanted = {ORIGINAL: unscaled} | wanted
-    context = int(wanted.get(ORIGINAL, unscaled) * wanted["factor"])
+    if settings["rope_type"] in WITH_ORIGINAL:
+        settings = {ORIGINAL: unscaled} | settings
+    context = int(settings.get(ORIGINAL, unscaled) * settings["factor"])
     if context < base.max_positions:
-        least = base.max_positions / wanted.get(ORIGINAL, unscaled)
+        least = base.max_positions / settings.get(ORIGINAL, unscaled)
         raise NaloraError(
             f"{FLAG} {text}",
             expected=f"a context of at least {base.max_positions} tokens, the model's",
-            found=f"{context}, {wanted['factor']:g} times {wanted.get(ORIGINAL, unscaled)}",
+            found=f"{context}, {settings['factor']:g} times {settings.get(ORIGINAL, unscaled)}",
             remedy=f"a factor above {least:g}: it multiplies the context before any scaling",
         )
-    changed = _changed(raw, wanted)
+    changed = _changed(raw, settings)
     # transformers computes dynamic scaling from max_position_embeddings.
-    changed["max_position_embeddings"] = unscaled if wanted["rope_type"] == "dynamic" else context
+    changed["max_position_embeddings"] = unscaled if settings["rope_type"] == "dynamic" else context
     ModelConfig.from_hf(changed, f"{FLAG} {text}")
     return changed
 
@@ -113,17 +113,17 @@ def _unscaled_length(base: ModelConfig, spec: RopeSpec) -> int:
     return base.max_positions if spec.kind == "default" else spec.max_positions
 
 
-def _changed(raw: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the file with the scaling in the field that the file uses."""
     name = "rope_parameters" if raw.get("rope_parameters") and not raw.get("rope_scaling") else "rope_scaling"
     held = dict(raw.get(name) or {})
     nested = isinstance(held.get(_FULL), Mapping)
     rope = dict(held[_FULL] if nested else held)
     scaling = {field: rope.pop(field) for field in _SCALING & rope.keys()}
-    if (scaling.get("rope_type") or scaling.get("type")) == wanted["rope_type"]:
-        rope |= {field: scaling[field] for field in FIELDS[wanted["rope_type"]] if field in scaling.keys() - _DERIVED}
-    rope |= wanted
+    if (scaling.get("rope_type") or scaling.get("type")) == settings["rope_type"]:
+        rope |= {field: scaling[field] for field in FIELDS[settings["rope_type"]] if field in scaling.keys() - _DERIVED}
+    rope |= settings
     changed = {**raw, name: held | {_FULL: rope} if nested else rope}
-    if ORIGINAL in raw and ORIGINAL in wanted:  # outside of the scaling, it would win
-        changed[ORIGINAL] = wanted[ORIGINAL]
+    if ORIGINAL in raw and ORIGINAL in settings:  # outside of the scaling, it would win
+        changed[ORIGINAL] = settings[ORIGINAL]
     return changed

@@ -172,8 +172,8 @@ def _layer_shapes(config: ModelConfig) -> Shapes:
     norms = ["attn_norm", "ffn_norm"] if config.pre_norm else []
     norms += ["attn_post_norm", "ffn_post_norm"] if config.post_norm else []
     shapes: Shapes = {f"{name}/scale": (config.d_model,) for name in norms}
-    for part in _parts(config):
-        shapes |= {f"{part.name}/{path}": shape for path, shape in part.param_shapes(config).items()}
+    for component in _parts(config):
+        shapes |= {f"{component.name}/{path}": shape for path, shape in component.param_shapes(config).items()}
     if config.mixer is None:
         shapes |= _qk_norm_shapes(config)
         shapes |= {"attn/sinks": (config.n_heads,)} if config.attn_sinks else {}
@@ -201,13 +201,13 @@ def _has_bias(config: ModelConfig, path: str) -> bool:
 
 def _projections(config: ModelConfig) -> Shapes:
     shapes = _attention(config) | _feed_forward(config)
-    for part in _parts(config):
-        shapes |= {f"{part.name}/{name}": shape for name, shape in part.projections(config).items()}
+    for component in _parts(config):
+        shapes |= {f"{component.name}/{name}": shape for name, shape in component.projections(config).items()}
     return shapes
 
 
 def _parts(config: ModelConfig) -> list[Part]:
-    return [part for part in (config.mixer, config.ffn, config.tail) if part is not None]
+    return [component for component in (config.mixer, config.ffn, config.tail) if component is not None]
 
 
 def _attention(config: ModelConfig) -> Shapes:
@@ -236,7 +236,8 @@ def _gates(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
     gates = {}
     if config.ffn is None:
         gates = {"ffn": ((*experts, config.d_ff), config.activation)}
-    for part in (config.ffn, config.tail):
-        if part is not None:
-            gates |= {f"{part.name}/{name}".removesuffix("/"): gate for name, gate in part.gates(config).items()}
+    for component in (config.ffn, config.tail):
+        if component is not None:
+            of_component = component.gates(config).items()
+            gates |= {f"{component.name}/{name}".removesuffix("/"): gate for name, gate in of_component}
     return gates

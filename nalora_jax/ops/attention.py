@@ -96,8 +96,8 @@ def attention(
     long = cached is not None and q.shape[1] > 1 and cached.positions.shape[1] > BLOCK
     if cached is not None and long and starts is None and not drops(config, dropout_rng):
         return attention_over_cache(q, keys, cached, window, config, numerics, sinks).astype(numerics.result)
-    others = cached, dropout_rng, starts, sinks
-    return _attend_in_blocks(q, keys, window, config, numerics, *others).astype(numerics.result)
+    unsupported = cached, dropout_rng, starts, sinks
+    return _attend_in_blocks(q, keys, window, config, numerics, *unsupported).astype(numerics.result)
 
 
 def drops(config: AttentionConfig, dropout_rng: jax.Array | None) -> bool:
@@ -124,10 +124,10 @@ def _attend_in_blocks(
     attend = _attend if q.shape[1] < _RECOMPUTE_FROM else jax.checkpoint(_attend, static_argnums=(4, 5))
     outputs = []
     for start, end in blocks(q.shape[1]):
-        seen = keys if starts is not None else Keys(*(x[:, :end] for x in keys))
+        visible = keys if starts is not None else Keys(*(x[:, :end] for x in keys))
         rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, start)
         here = (keys.positions[:, start:end], keys.segments[:, start:end])
-        outputs.append(attend(q[:, start:end], here, seen, window, config, numerics, cached, rng, starts, sinks))
+        outputs.append(attend(q[:, start:end], here, visible, window, config, numerics, cached, rng, starts, sinks))
     return jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
 
 
@@ -168,9 +168,9 @@ def _attend(
     out, first = jnp.zeros((), jnp.float32), 0
     for source in sources:
         last = first + source.positions.shape[1]
-        part = weights[..., first:last].reshape(batch, -1, groups * seq, last - first)
+        weights_of_block = weights[..., first:last].reshape(batch, -1, groups * seq, last - first)
         values = expand(source.v) if isinstance(source, CachedKeys) else source.v.transpose(0, 2, 1, 3)
-        out = out + product("bkqt,bktd->bkqd", part, values, numerics)
+        out = out + product("bkqt,bktd->bkqd", weights_of_block, values, numerics)
         first = last
     return by_token(out.reshape(batch, -1, groups, seq, dim) / total)
 

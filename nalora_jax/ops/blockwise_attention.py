@@ -116,9 +116,9 @@ def _fwd(
     heads = tuple(save(by_key_head(x, k.shape[2])) for x in (q * config.scale, k, v))
     outs, totals = [], []
     for start, end in blocks(q.shape[1]):
-        seen = _seen(heads, positions, segments, window, end)
+        visible = _seen(heads, positions, segments, window, end)
         rows = (_rows(heads[0], start, end), *_own(positions, segments, start, end))
-        _, (out, total) = _by_pieces(partial(_attended, seen, config, numerics), None, rows)
+        _, (out, total) = _by_pieces(partial(_attended, visible, config, numerics), None, rows)
         outs.append(out)
         totals.append(total)
     out, logsumexp = _joined(outs), _joined(totals)  # [batch, kv_heads, groups, seq, head_dim or 1]
@@ -156,11 +156,11 @@ def _bwd(config: AttentionConfig, numerics: Numerics, residuals: Any, g: jax.Arr
     # The last block first: only it adds to all keys, so that the other blocks add to parts of its
     # result in place.
     for start, end in reversed(list(blocks(seq))):
-        seen = _seen(heads, positions, segments, window, end)
+        visible = _seen(heads, positions, segments, window, end)
         by_query = (_rows(x, start, end) for x in (logsumexp, g, inner))
         rows = (_rows(heads[0], start, end), *_own(positions, segments, start, end), *by_query)
         sums = (dk[..., :end], dv[..., :end])
-        sums, dq_block = _by_pieces(partial(_gradients, seen, config, numerics), sums, rows)
+        sums, dq_block = _by_pieces(partial(_gradients, visible, config, numerics), sums, rows)
         dk, dv = (x.at[..., :end].set(new) for x, new in zip((dk, dv), sums, strict=True))
         dq.append(dq_block)
     # The barrier keeps XLA:CPU from fusing the transpose into a matmul, which it cannot run in
@@ -218,8 +218,8 @@ def _by_pieces(step: Any, carry: Any, rows: tuple[Any, ...]) -> Any:
     if length <= PIECE:
         return step(carry, rows)
     split = partial(_split, count=length // PIECE)
-    carry, made = lax.scan(step, carry, jax.tree.map(split, rows))
-    return carry, jax.tree.map(_unsplit, made)
+    carry, outputs = lax.scan(step, carry, jax.tree.map(split, rows))
+    return carry, jax.tree.map(_unsplit, outputs)
 
 
 def _split(x: jax.Array, count: int) -> jax.Array:

@@ -47,7 +47,7 @@ def full_attention(
     if mask is not None:
         scores = jnp.where(mask[:, None, None, :], scores, UNSEEN)
     if causal:
-        seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-        scores = jnp.where(seen[None, None], scores, UNSEEN)
+        visible = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+        scores = jnp.where(visible[None, None], scores, UNSEEN)
     out = product("bhqk,bhkd->bhqd", jax.nn.softmax(scores, axis=-1), v, numerics)
     return out.transpose(0, 2, 1, 3)

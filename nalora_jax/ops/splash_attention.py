@@ -128,13 +128,13 @@ def block_sizes(seq: int, window: int, head_dim: int) -> dict[str, Any]:
     kernels. It is not used with more than `_MOST_PARTS` blocks of keys, or with windows, which leave
     fewer matmuls but as many partial gradients to sum.
     """
-    seen = min(window, seq)
+    span = min(window, seq)
     most = min(seq // 4, LARGEST // head_dim)
-    if seen < seq:
-        most = min(most, seen // 2)
+    if span < seq:
+        most = min(most, span // 2)
     block = largest_block(seq, most)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    if seen == seq and seq // block <= _MOST_PARTS:
+    if span == seq and seq // block <= _MOST_PARTS:
         return dict.fromkeys(names, block) | {"use_fused_bwd_kernel": True}
     return dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block)
 

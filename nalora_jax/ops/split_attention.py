@@ -324,8 +324,8 @@ def _scores(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns capped scores ``[batch, kv_heads, groups, tile, keys]``, `UNSEEN` for unseen keys, and those keys."""
     scores = capped(product("bkgqd,bktd->bkgqt", tile.query, key, numerics), config)
-    seen = visibility(tile.positions, tile.segments, at.positions, at.segments, window, at.starts)[:, None, None]
-    return jnp.where(seen, scores, UNSEEN), ~seen
+    visible = visibility(tile.positions, tile.segments, at.positions, at.segments, window, at.starts)[:, None, None]
+    return jnp.where(visible, scores, UNSEEN), ~visible
 
 
 def _add(total: jax.Array, tile: jax.Array, number: jax.Array) -> jax.Array:

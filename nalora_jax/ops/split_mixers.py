@@ -95,8 +95,8 @@ def _states_before(summary: jax.Array, d_v: int) -> jax.Array:
         return block[..., :d_v] + jnp.matmul(block[..., d_v:], state, precision=lax.Precision.HIGHEST), state
 
     states = lax.scan(after, jnp.zeros_like(summaries[0, ..., :d_v]), summaries)[1]
-    here = [lax.dynamic_index_in_dim(states, number, 0, keepdims=False) for number in block_numbers()]
-    return jnp.stack(here, axis=1).reshape(-1, *states.shape[2:])
+    local_states = [lax.dynamic_index_in_dim(states, number, 0, keepdims=False) for number in block_numbers()]
+    return jnp.stack(local_states, axis=1).reshape(-1, *states.shape[2:])
 
 
 def _over_tensor(sharding: NamedSharding, size: int) -> str | None:

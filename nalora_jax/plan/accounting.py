@@ -180,8 +180,8 @@ class Program:
                     if instruction.opcode.removesuffix("-start") in COLLECTIVES:
                         # The TPU compiler splits a collective into parts that share its channel and its
                         # chain. All collectives of `jax.shard_map` share a channel.
-                        known = re.findall(r'(?:channel_id=|chain_id=")(\d+)', instruction.attributes)
-                        key = " ".join(known) if known and holder is not scheduled else instruction.name
+                        channels = re.findall(r'(?:channel_id=|chain_id=")(\d+)', instruction.attributes)
+                        key = " ".join(channels) if channels and holder is not scheduled else instruction.name
                         groups.setdefault(key, []).append((caller.name, instruction, holder))
                     elif instruction.opcode == "send" and holder is scheduled and is_between_slices(instruction):
                         yield self._between(instruction, scheduled)

@@ -101,8 +101,8 @@ def attention_kernel(where: Topology, base: ModelConfig, rows: float, seq: int) 
     by_cudnn = cudnn_takes(seq, base.head_dim, base.attn_softcap) and fits_as_bias(rows, seq)
     if where.chip.platform == CUDNN.platform and by_cudnn:
         return CUDNN.name
-    known = (base.head_dim, base.layer_windows, base.attn_softcap)
-    if where.chip.platform == TRITON.platform and triton_takes(seq, *known):
+    shape = (base.head_dim, base.layer_windows, base.attn_softcap)
+    if where.chip.platform == TRITON.platform and triton_takes(seq, *shape):
         return TRITON.name
     return ""
 
@@ -229,8 +229,8 @@ def _copies(where: Topology, base: ModelConfig, fsdp: int, *, offloads: bool) ->
 def executed_flops(base: ModelConfig, spec: AdapterSpec, remat: str, rows: float, seq: int, kernel: str) -> float:
     """Returns the flops of a step on the rows of one shard, recomputation included."""
     again = sum(config.n_layers * _recomputed(config, remat) for config in uniform(base))
-    tokens, seen = rows * seq, rows * attention_flops(base, seq)
-    adapters = useful_flops(base, spec, rows, seq) - tokens * 4 * active_parameters(base) - 3 * seen
+    tokens, flops = rows * seq, rows * attention_flops(base, seq)
+    adapters = useful_flops(base, spec, rows, seq) - tokens * 4 * active_parameters(base) - 3 * flops
     # Only "full" recomputes the forward pass of splash attention and cuDNN; every policy recomputes
     # it for the others. The backward pass takes five matmuls for the plain function and cuDNN,
     # seven for Triton, against two in the forward pass.
@@ -240,7 +240,7 @@ def executed_flops(base: ModelConfig, spec: AdapterSpec, remat: str, rows: float
     elif kernel == CUDNN.name:
         kernels = rows * causal_flops(base, seq, 2 * passes + 5)
     else:
-        kernels = (5.5 if kernel == TRITON.name else 4.5) * seen
+        kernels = (5.5 if kernel == TRITON.name else 4.5) * flops
     return tokens * (4 * active_parameters(base) + 2 * again) + adapters + kernels
 
 

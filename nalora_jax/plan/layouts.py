@@ -115,8 +115,8 @@ def fitting(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topo
     Raises:
       NaloraError: no layout fits, or no mesh divides the batch.
     """
-    found = list(candidates(config, base, spec, where, seq))
-    if not found:
+    layouts = list(candidates(config, base, spec, where, seq))
+    if not layouts:
         micro = config.train.batch_size // config.train.accumulate
         raise NaloraError(
             "--train.batch-size",
@@ -126,10 +126,10 @@ def fitting(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topo
             "--mesh.tensor",
         )
     chip = where.chip
-    hosted = [layout for layout in found if layout.host <= _USABLE_OF_HOST * chip.host_memory]
+    hosted = [layout for layout in layouts if layout.host <= _USABLE_OF_HOST * chip.host_memory]
     usable = [layout for layout in hosted if layout.memory <= _USABLE.get(chip.platform, 0.9) * chip.memory]
     if not usable:
-        smallest = min(hosted or found, key=lambda layout: layout.memory if hosted else layout.host)
+        smallest = min(hosted or layouts, key=lambda layout: layout.memory if hosted else layout.host)
         room = chip.memory if hosted else _USABLE_OF_HOST * chip.host_memory
         of = "a chip" if hosted else "of the host's memory for each chip"
         raise NaloraError(
@@ -170,7 +170,7 @@ def candidates(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: T
             continue
         for data, fsdp, context in _splits(where.size // tensor):
             sizes = (mesh.data, data), (mesh.fsdp, fsdp), (mesh.context, context), (mesh.tensor, tensor)
-            fits = all(wanted in (0, size) for wanted, size in sizes) and micro % (data * fsdp) == 0
+            fits = all(requested in (0, size) for requested, size in sizes) and micro % (data * fsdp) == 0
             if context > 1 and not mesh.context:
                 fits = fits and _splits_well(base, where, seq, context) and micro == data * fsdp
             if fits and data % where.slices == 0:
@@ -188,7 +188,8 @@ def _splits(devices: int) -> Iterator[tuple[int, int, int]]:
 
 def _splits_well(base: ModelConfig, where: Topology, seq: int, context: int) -> bool:
     """Returns True if ``--mesh auto`` may split rows: long rows on a TPU, whose kernels take parts of them."""
-    can_split = not base.attn_dropout and all(stack.mixer is None or stack.mixer.splits_rows for stack in uniform(base))
+    mixers = (stack.mixer for stack in uniform(base) if stack.mixer is not None)
+    can_split = not base.attn_dropout and all(mixer.splits_rows for mixer in mixers)
     return can_split and where.chip.platform == "tpu" and seq >= 2 * context * _LEAST_BLOCK
 
 
@@ -228,18 +229,18 @@ def estimate(
     tables /= tensor if base.vocab_size % tensor == 0 else 1  # an axis that does not divide their rows is dropped
     kernel = attention_kernel(where, base, rows, seq)
     saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
-    kept = mean_over_layers(base, lambda of_stack: saved_values(of_stack, saves, tensor, kernel)) * wide * tokens
+    saved_bytes = mean_over_layers(base, lambda of_stack: saved_values(of_stack, saves, tensor, kernel)) * wide * tokens
     layout = Layout(
         data, fsdp, tensor, remat, experts,
         weights=(layer * base.n_layers + ends) / (split * tensor),
         # A or B is split over fsdp. Tables are, too; in a step they and their gradients are
         # gathered.
         state=adapters * 4 / max(1, split) ** 0.5 / tensor + tables * 4 / split,
-        activations=kept * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
+        activations=saved_bytes * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
         working=working_bytes(where, base, tokens, (split, tensor), wide=wide, offloads=offloads)
         + (2 * tables + transposed_bytes(where, base, narrow) / (split * tensor) if split > 1 else 0.0)
         + gathered_keys(base, rows * context, seq, context, wide)[0] / tensor,
-        host=kept * base.n_layers if offloads else 0.0,
+        host=saved_bytes * base.n_layers if offloads else 0.0,
         gathers=0.0,
         transfers=0.0,
         seconds=0.0,
@@ -255,7 +256,7 @@ def estimate(
     weights = layer * base.n_layers
     stay, sent = rows_for_experts(base, tokens, fsdp, narrow, wide) if experts == "send" else (0.0, 0.0)
     gathered = passes * (weights - stay + ends / 2) / tensor * (split - 1) / split / where.inbound(split * tensor)
-    traffic = 8 * kept * base.n_layers
+    traffic = 8 * saved_bytes * base.n_layers
     if base.n_experts:
         traffic = sum(sorted_row_bytes(of_stack, tokens, tensor) for of_stack in uniform(base))
         traffic *= SLACK if stay else 1.0
@@ -292,8 +293,8 @@ def _matmul_seconds(where: Topology, once: float, executed: float, transfer: flo
 
 def decoder_alone(base: ModelConfig, spec: AdapterSpec) -> tuple[ModelConfig, AdapterSpec]:
     """Returns a model without its image tower and projector, which estimates ignore as small."""
-    own = tuple((path, target) for path, target in spec.targets if path.startswith("layers/"))
-    return replace(base, sight=None), replace(spec, targets=own)
+    targets = tuple((path, target) for path, target in spec.targets if path.startswith("layers/"))
+    return replace(base, sight=None), replace(spec, targets=targets)
 
 
 def _divisors(n: int) -> list[int]:

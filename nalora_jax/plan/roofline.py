@@ -62,8 +62,8 @@ def attention_flops(base: ModelConfig, seq: int) -> float:
             total += config.n_layers * config.mixer.flops(config, seq)
             continue
         for window in config.layer_windows:
-            seen = min(window, seq) if window < GLOBAL_WINDOW else seq
-            pairs = seq * seen - seen * (seen - 1) / 2 if seen < seq else seq * (seq + 1) / 2
+            span = min(window, seq) if window < GLOBAL_WINDOW else seq
+            pairs = seq * span - span * (span - 1) / 2 if span < seq else seq * (seq + 1) / 2
             total += 4.0 * pairs * config.n_heads * config.head_dim
     return total
 
@@ -152,8 +152,8 @@ def kernel_flops(
     # Every window is a branch, and each layer runs one of them.
     layers = accumulate * sum(len(set(config.layer_windows)) * config.n_layers for config in _attending(base))
     runs = {
-        part: sum(times for name, times in calls.items() if "splash" in name and f"_{part}" in name)
-        for part in ("fwd", "dkv")
+        direction: sum(times for name, times in calls.items() if "splash" in name and f"_{direction}" in name)
+        for direction in ("fwd", "dkv")
     }
     if not runs["fwd"]:
         return 0.0
@@ -179,7 +179,7 @@ def roofline(
     flops = program.flops + kernel_flops(program, base, share, seq, n_tensor, accumulate)
     times = [(c.total / _inbound(c, where), c.overlapped) for c in program.collectives]
     hidden, exposed = (sum(seconds for seconds, behind in times if behind == which) for which in (True, False))
-    links = [(one.total / chip.host_link, one.overlapped) for one in program.transfers]
+    links = [(transfer.total / chip.host_link, transfer.overlapped) for transfer in program.transfers]
     host, host_exposed = (sum(seconds for seconds, behind in links if behind == which) for which in (True, False))
     return Roofline(
         flops / chip.matrix_rate,
@@ -194,11 +194,11 @@ def roofline(
 
 
 def bound_of(
-    found: Figures, where: Topology, base: ModelConfig, spec: AdapterSpec, config: RunConfig, seq: int
+    figures: Figures, where: Topology, base: ModelConfig, spec: AdapterSpec, config: RunConfig, seq: int
 ) -> Roofline:
     """Returns the roofline of a step."""
     train = config.train
-    return roofline(found, where, base, spec, train.batch_size, seq, config.mesh.tensor, train.accumulate)
+    return roofline(figures, where, base, spec, train.batch_size, seq, config.mesh.tensor, train.accumulate)
 
 
 def _inbound(collective: Collective, where: Topology) -> float:

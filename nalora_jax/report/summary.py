@@ -88,7 +88,7 @@ def _verdict(scores: Sequence[EvaluationScore], more_is_better: bool, paired: Ma
     """Returns one sentence about the difference, from paired items if the last evaluation has them.
 
     Args:
-      shown: before and after, or one of them.
+      scores: before and after, or one of them.
       more_is_better: True if a higher metric is better.
       paired: a `nalora_jax.evaluate.statistics.Comparison` as a dict, or None.
     """

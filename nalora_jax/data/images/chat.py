@@ -31,7 +31,7 @@ from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.chat import text_field
 from nalora_jax.data.forms import IMAGES, ROLES, Parts, canonical
 from nalora_jax.data.images.files import Limits, open_image
-from nalora_jax.data.images.opened import OWN, open_images
+from nalora_jax.data.images.opened import IMAGE_SETS, open_images
 from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.mixture import components
 from nalora_jax.data.source import Record, Source, Span
@@ -150,7 +150,7 @@ class ChatImages(Source):
     # ------------------------------------------------------------ conversations
 
     def _messages(
-        self, messages: Any, given: tuple[Image, ...], where: str
+        self, messages: Any, images_given: tuple[Image, ...], where: str
     ) -> tuple[list[dict[str, Any]], tuple[Image, ...]]:
         """Returns messages with `Parts` as contents, and the assistant's contents as texts.
 
@@ -158,35 +158,35 @@ class ChatImages(Source):
         """
         if not isinstance(messages, list) or not messages:
             raise NaloraError(f"{where}: messages", expected="a list of messages", found=repr(messages)[:80])
-        left, images, turns = list(given), [], []
+        left, images, turns = list(images_given), [], []
         for number, message in enumerate(messages):
             here = f"{where}: messages[{number}]"
             message = _spoken(message, here)
             parts: list[dict[str, str]] = []
-            for part in self._parts(message, here):
-                if isinstance(part, str):
-                    parts.append({"type": "text", "text": part})
+            for block in self._parts(message, here):
+                if isinstance(block, str):
+                    parts.append({"type": "text", "text": block})
                     continue
-                if part is None and not left:
+                if block is None and not left:
                     raise NaloraError(here, expected=f"an image for every {_PLACEHOLDER}", found="fewer images")
-                images.append(left.pop(0) if part is None else part)
+                images.append(left.pop(0) if block is None else block)
                 parts.append({"type": "image"})
             turns.append({**message, "content": self._content(message, parts, here)})
         if left:
-            found = f"{len(left)} images more than places"
-            raise NaloraError(where, expected=f"{_PLACEHOLDER} in the text for every image", found=found)
+            actual = f"{len(left)} images more than places"
+            raise NaloraError(where, expected=f"{_PLACEHOLDER} in the text for every image", found=actual)
         return turns, tuple(images)
 
     def _content(self, message: Mapping[str, Any], parts: list[dict[str, str]], here: str) -> Any:
-        for part in parts:
-            if self._tokens.reserved(part.get("text", "")):
+        for block in parts:
+            if self._tokens.reserved(block.get("text", "")):
                 expected = f"no {self._tokens.token} or {self._tokens.placeholder} in a text"
-                raise NaloraError(here, expected=expected, found=part["text"][:80])
+                raise NaloraError(here, expected=expected, found=block["text"][:80])
         if message.get("role") != "assistant":
             return Parts(parts)
-        if any(part["type"] == "image" for part in parts):
+        if any(block["type"] == "image" for block in parts):
             raise NaloraError(here, expected="texts from the assistant", found="an image")
-        return "".join(part["text"] for part in parts)
+        return "".join(block["text"] for block in parts)
 
     def _parts(self, message: Mapping[str, Any], here: str) -> Iterator[str | Image | None]:
         """Yields a message's texts and images; None is an image in another field of the record."""
@@ -194,22 +194,22 @@ class ChatImages(Source):
         if not isinstance(content, list):
             yield from _split(text_field(dict(message), "content", here))
             return
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else None
+        for block in content:
+            kind = block.get("type") if isinstance(block, dict) else None
             if kind == "text":
-                yield from (text for text in [text_field(part, "text", here)] if text)
+                yield from (text for text in [text_field(block, "text", here)] if text)
             elif kind == "image_url":
-                url = part.get("image_url")
+                url = block.get("image_url")
                 yield self._opened(url.get("url") if isinstance(url, dict) else url, here)
             elif kind == "image":
                 value = next(
-                    (part[name] for name in ("image", "path", "url") if part.get(name) is not None),
+                    (block[name] for name in ("image", "path", "url") if block.get(name) is not None),
                     None,
                 )
                 yield None if value is None else self._opened(value, here)
             else:
                 expected = 'parts of the type "text", "image" or "image_url"'
-                raise NaloraError(f"{here}: content", expected=expected, found=repr(part)[:80])
+                raise NaloraError(f"{here}: content", expected=expected, found=repr(block)[:80])
 
     # ------------------------------------------------------------ prompts and captions
 
@@ -266,7 +266,7 @@ class ChatImages(Source):
             raise NaloraError(where, expected="an image's path", found=repr(value)[:80])
         if value.startswith("data:"):
             return _from_url(value, where)
-        scheme, colon, rest = value.partition("://")
+        scheme, colon, location = value.partition("://")
         if colon and scheme != "file":
             remedy = "download it, and name the file"
             raise NaloraError(where, expected="an image's path or a data: URL", found=value[:80], remedy=remedy)
@@ -276,7 +276,7 @@ class ChatImages(Source):
                 expected="an image",
                 found=f"the path {value[:80]}, of a data set without a folder",
             )
-        path = (self._folder / (rest if colon else value)).resolve()
+        path = (self._folder / (location if colon else value)).resolve()
         if not path.is_relative_to(self._folder):  # records may come from an untrusted author
             raise NaloraError(where, expected=f"a file below {self._folder}", found=value[:80])
         return path
@@ -301,7 +301,7 @@ def open_chats(config: DataConfig, vision: VisionConfig, split: str, tokens: Ima
         raise NaloraError("--data.dataset", expected='one data set with --vision.task "chat"', found=name)
     path = expand_user(split if Path(split).suffix and Path(split).exists() else name)
     lists = path.is_file() and path.suffix in (".csv", ".tsv")
-    if name in OWN or name.startswith("tfds:") or path.is_dir() or lists:
+    if name in IMAGE_SETS or name.startswith("tfds:") or path.is_dir() or lists:
         return ChatImages(open_images(config, vision, split), config, vision, tokens, None)
     folder = path.parent if path.is_file() else Path.cwd()
     return ChatImages(open_source(config, split), config, vision, tokens, folder)

@@ -114,11 +114,11 @@ def _check(image: Any, name: str, limits: Limits) -> None:
         )
 
 
-def _too_large(name: str, limits: Limits, found: object) -> NaloraError:
+def _too_large(name: str, limits: Limits, actual: object) -> NaloraError:
     return NaloraError(
         name,
         expected=f"at most {limits.max_pixels:,} pixels",
-        found=found,
+        found=actual,
         remedy="make it smaller; files that claim to be this large are often made to exhaust memory",
     )
 

@@ -148,8 +148,8 @@ def caption_tokens(
     """Returns ``tokens`` and ``token_weights`` of the captions of ``indices``, ``[records, seq]``."""
     limit = vision.caption_length
     if limit > tokenizer.max_length:
-        found = limit
-        raise NaloraError("--vision.caption-length", expected=f"at most {tokenizer.max_length}", found=found)
+        length = limit
+        raise NaloraError("--vision.caption-length", expected=f"at most {tokenizer.max_length}", found=length)
     captions = source.captions(indices.tolist())
     tokens = tokenizer(captions)
     if limit and tokens["tokens"].shape[1] > limit and not tokenizer.fixed:

@@ -149,14 +149,14 @@ def read_processor(folder: Path) -> ImageProcessor:
 def parse_processor(raw: Mapping[str, Any], where: str) -> ImageProcessor:
     """Returns the processor of a parsed ``preprocessor_config.json``; see `read_processor`."""
     kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or ""
-    known = str(kind).removesuffix("Fast").removesuffix("Pil")
-    if known not in DEFAULTS:
+    base_kind = str(kind).removesuffix("Fast").removesuffix("Pil")
+    if base_kind not in DEFAULTS:
         raise NaloraError(
             f"{where}: image_processor_type",
             expected=f"one of {', '.join(DEFAULTS)}",
             found=repr(kind),
         )
-    f = Fields(raw, DEFAULTS[known], where)
+    f = Fields(raw, DEFAULTS[base_kind], where)
     for name in ("do_rescale", "do_normalize", "do_resize"):
         if not isinstance(f.get(name), bool):
             raise f.error(name, "true or false", repr(f.get(name)))
@@ -169,7 +169,7 @@ def parse_processor(raw: Mapping[str, Any], where: str) -> ImageProcessor:
         "mean": _channels(f, "image_mean") if f.get("do_normalize") else (0.0,) * 3,
         "std": _channels(f, "image_std") if f.get("do_normalize") else (1.0,) * 3,
     }
-    if known == "Siglip2ImageProcessor":
+    if base_kind == "Siglip2ImageProcessor":
         common |= {
             "patch_size": f.integer("patch_size", high=2**10),
             "max_patches": f.integer("max_num_patches"),

@@ -83,18 +83,18 @@ class ImageSource(ABC):
         field = self.fields.caption_field
         value = record.get(field)
         if not isinstance(value, str) or not value.strip():
-            shown = "nothing" if value is None else repr(value)[:80]
+            actual = "nothing" if value is None else repr(value)[:80]
             raise NaloraError(
                 f"{self.where(index)}: {field}",
                 expected="a text",
-                found=shown,
+                found=actual,
                 remedy=f"name the field by --vision.caption-field (there are {', '.join(record)})",
             )
         return value
 
     @cached_property
     def _raw_labels(self) -> list[Any]:
-        field, found = self.fields.label_field, []
+        field, labels = self.fields.label_field, []
         for start in range(0, len(self), _CHUNK):
             rows = range(start, min(start + _CHUNK, len(self)))
             for index, record in zip(rows, self.read(rows), strict=True):
@@ -106,13 +106,13 @@ class ImageSource(ABC):
                         found="nothing" if value is None else repr(value)[:80],
                         remedy=f"name the field by --vision.label-field (there are {', '.join(record)})",
                     )
-                found.append(value)
-        return found
+                labels.append(value)
+        return labels
 
     def labels(self, classes: Sequence[str]) -> np.ndarray:
         """Returns the index in ``classes`` (names, by label) of every record's class: int32 ``[len(self)]``."""
-        own = self.own_classes()
-        places = {name: i for i, name in enumerate(own or classes)}
+        class_names = self.own_classes()
+        places = {name: i for i, name in enumerate(class_names or classes)}
         labels = np.empty(len(self), np.int32)
         for index, value in enumerate(self._raw_labels):
             place = value if isinstance(value, int) else places.get(value, -1)
@@ -134,13 +134,13 @@ class ImageSource(ABC):
         Raises:
           NaloraError: labels are numbers without names, or names and labels differ in number.
         """
-        given, own = self.fields.classes, self.own_classes()
-        if given:
-            if own and len(own) != len(given):
-                raise NaloraError("--vision.classes", expected=f"{len(own)} names", found=len(given))
-            return given
-        if own:
-            return own
+        configured, listed = self.fields.classes, self.own_classes()
+        if configured:
+            if listed and len(listed) != len(configured):
+                raise NaloraError("--vision.classes", expected=f"{len(listed)} names", found=len(configured))
+            return configured
+        if listed:
+            return listed
         names = set(self._raw_labels)
         if not all(isinstance(name, str) for name in names):
             raise NaloraError(

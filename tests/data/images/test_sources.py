@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from nalora_jax.config import DataConfig, VisionConfig
-from nalora_jax.data.builders.fashion_mnist import fashion_mnist_dataset_builder
 from nalora_jax.data.images.files import open_image
 from nalora_jax.data.images.opened import open_images, usable
 from nalora_jax.errors import NaloraError
@@ -77,7 +76,7 @@ def test_broken_images_are_named_and_left_out_or_refused(picture_folder) -> None
 def test_what_is_missing_is_named(picture_folder, tmp_path) -> None:
     folder = picture_folder(cat=1)
     for dataset, fields, message in (
-        ("nowhere", PLAIN, "data set of this library"),
+        ("nowhere", PLAIN, "expected a registered data set"),
         (str(tmp_path / "pictures" / "cat"), PLAIN, "at least one image"),
     ):
         with pytest.raises(NaloraError, match=message):
@@ -168,32 +167,3 @@ def test_users_own_tfds_data_set(tmp_path) -> None:
     assert "photo" in photo
     assert "tfds:pond_life[valid]" in valid
     assert "--vision.classes: expected 2 names, found 1" in names
-
-
-@pytest.mark.network
-def test_emoji(tmp_path) -> None:
-    sizes = {}
-    for split in ("train", "validation", "test"):
-        source = open_images(DataConfig(dataset="emoji"), PLAIN, split, cache=tmp_path)
-        sizes[split] = len(source)
-        labels = source.labels(source.classes())
-        assert len(source.classes()) == 10
-        assert len(set(labels.tolist())) >= 9
-        for index, record in zip(range(0, len(source), 97), source.read(range(0, len(source), 97)), strict=True):
-            assert open_image(source.image(record, source.where(index))).size == (64, 64)
-        assert all(caption == caption.lower() for caption in source.captions(range(20)))
-    assert sum(sizes.values()) == 1911
-    assert 1250 < sizes["train"] < 1430
-    fine = open_images(DataConfig(dataset="emoji"), VisionConfig(label_field="subcategory"), "train", cache=tmp_path)
-    assert "face-smiling" in fine.classes()
-
-
-@pytest.mark.network
-def test_fashion_mnist(tmp_path, monkeypatch) -> None:
-    one = {"test": fashion_mnist_dataset_builder.SPLITS["test"]}  # the other 60,000 pictures are made the same way
-    monkeypatch.setattr(fashion_mnist_dataset_builder, "SPLITS", one)
-    source = open_images(DataConfig(dataset="fashion_mnist"), PLAIN, "test", cache=tmp_path)
-    labels = source.labels(source.classes())
-    np.testing.assert_array_equal(np.bincount(labels), [1000] * 10)
-    assert source.classes()[labels[0]] == "ankle boot"
-    assert open_image(source.image(*source.read([0]), "")).size == (28, 28)

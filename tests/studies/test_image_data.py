@@ -1,0 +1,69 @@
+"""The image data of the studies, from the packages that carry them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nalora_jax import imports
+from nalora_jax.config import DataConfig, VisionConfig
+from nalora_jax.data.images import opened
+from nalora_jax.data.images.files import open_image
+from nalora_jax.data.images.opened import open_images
+from nalora_jax.errors import NaloraError
+
+HELPER = Path(__file__).parents[2] / "studies" / "image_data.py"
+PLAIN = VisionConfig()
+
+
+@pytest.fixture
+def helper(monkeypatch):
+    """The globals of studies/image_data.py, whose data sets are registered for one test."""
+    monkeypatch.setattr(imports, "_IMPORTED", {})
+    monkeypatch.setattr(opened.IMAGE_SETS, "_values", dict(opened.IMAGE_SETS._values))
+    imports.import_file(str(HELPER))
+    return opened.IMAGE_SETS.get("emoji").__globals__
+
+
+def test_emoji_is_unknown_without_the_helper() -> None:
+    with pytest.raises(NaloraError, match=r"--data.dataset: expected a registered data set, .*--import FILE registers"):
+        open_images(DataConfig(dataset="emoji"), PLAIN, "train")
+
+
+def test_a_damaged_archive_is_refused(helper, tmp_path) -> None:
+    path = helper["archive_path"](helper["EMOJI"], tmp_path)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"damaged")
+    with pytest.raises(NaloraError, match="expected sha256 f64a530c.*delete it and run again"):
+        helper["fetch"](helper["EMOJI"], tmp_path)
+
+
+@pytest.mark.network
+def test_emoji(helper, tmp_path) -> None:
+    sizes = {}
+    for split in ("train", "validation", "test"):
+        source = open_images(DataConfig(dataset="emoji"), PLAIN, split, cache=tmp_path)
+        sizes[split] = len(source)
+        labels = source.labels(source.classes())
+        assert len(source.classes()) == 10
+        assert len(set(labels.tolist())) >= 9
+        for index, record in zip(range(0, len(source), 97), source.read(range(0, len(source), 97)), strict=True):
+            assert open_image(source.image(record, source.where(index))).size == (64, 64)
+        assert all(caption == caption.lower() for caption in source.captions(range(20)))
+    assert sum(sizes.values()) == 1911
+    assert 1250 < sizes["train"] < 1430
+    fine = open_images(DataConfig(dataset="emoji"), VisionConfig(label_field="subcategory"), "train", cache=tmp_path)
+    assert "face-smiling" in fine.classes()
+
+
+@pytest.mark.network
+def test_fashion_mnist(helper, tmp_path, monkeypatch) -> None:
+    splits = {"test": helper["FASHION_SPLITS"]["test"]}  # the other 60,000 pictures are read the same way
+    monkeypatch.setitem(helper, "FASHION_SPLITS", splits)
+    source = open_images(DataConfig(dataset="fashion_mnist"), PLAIN, "test", cache=tmp_path)
+    labels = source.labels(source.classes())
+    np.testing.assert_array_equal(np.bincount(labels), [1000] * 10)
+    assert source.classes()[labels[0]] == "ankle boot"
+    assert open_image(source.image(*source.read([0]), "")).size == (28, 28)
