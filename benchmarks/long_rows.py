@@ -4,8 +4,8 @@
     python benchmarks/long_rows.py --seq 16384 --remat full
 
 Both programs train adapters of SmolLM2-135M on one row; the figure is the temporary memory of a
-device in the compiled program. Neither is executed, so that the figure depends only on shapes and
-the compiler.
+device in the compiled program. The programs are not executed: the figure depends on shapes and
+the compiler only.
 """
 
 from __future__ import annotations

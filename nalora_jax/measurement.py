@@ -89,7 +89,7 @@ class SampledWeights:
     every: Array  # [batch, seq]
     gate: Array  # [batch, seq], 0 at positions that the sample of the whole row does not take
     probe: Array  # the same for the probe
-    strides: tuple[int, int] = field(metadata={"static": True})  # of samples that contain those of whole rows
+    strides: tuple[int, int] = field(metadata={"static": True})  # of samples that contain the rows' samples
     length: int = field(metadata={"static": True})  # of the whole rows
 
 

@@ -148,10 +148,7 @@ def _over_context(spec: P, mesh: Mesh) -> P:
 
     def widened(axis: Any) -> Any:
         names = (axis,) if isinstance(axis, str) else axis or ()
-        return (
-            tuple(name for axis_name in names for name in (WEIGHT_AXES if axis_name == "fsdp" else (axis_name,)))
-            or None
-        )
+        return tuple(name for old in names for name in (WEIGHT_AXES if old == "fsdp" else (old,))) or None
 
     return P(*map(widened, spec))
 

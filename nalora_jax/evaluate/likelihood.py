@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from nalora_jax.distributed import fetch
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.plan import Pair, ScoringBatch, Split, choose_layout, make_batches, split_group
+from nalora_jax.evaluate.split_rows import for_rows
 from nalora_jax.generate.shapes import batch_shards, place_batch
 from nalora_jax.models.cache import Cache, grow, init_cache, repeat
 from nalora_jax.models.config import ModelConfig
@@ -22,6 +23,7 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import sharing_length
 from nalora_jax.models.stacks import stacks
 from nalora_jax.notes import counting
+from nalora_jax.ops.split_rows import joined
 from nalora_jax.ops.storage import prepare
 
 # Number of floats in one chunk of logits.
@@ -103,6 +105,8 @@ def _score_batch(
     model: Decoder, variables: Any, batch: ScoringBatch, mesh: Mesh | None
 ) -> tuple[np.ndarray, np.ndarray]:
     placed = place_batch((batch.stem, batch.tails, batch.targets, batch.owner >= 0), mesh)
+    if batch.stem["tokens"].shape[1] == 0:
+        model = for_rows(model, mesh, batch.targets.shape[2])
     log_probs, greedy = _stems_and_tails(model, variables, *placed)
     return fetch(log_probs).astype(np.float64), fetch(greedy)
 
@@ -133,7 +137,7 @@ def _stems_and_tails(
     tokens, positions, segments = (tails[name].reshape(-1, tail) for name in ("tokens", "positions", "segments"))
     call = partial(model.apply, variables, tokens, positions=positions, segment_ids=segments)
     if stem["tokens"].shape[1] == 0:
-        hidden = call()
+        hidden = joined(call(), model.activation_sharding, tail)
     else:
         hidden, _ = call(cache=_stem_cache(model, variables, stem, lanes, tail))
     return target_log_probs(model, variables, hidden.reshape(*targets.shape, -1), targets, scored)

@@ -16,9 +16,11 @@ from nalora_jax.data.items import CompletionItem
 from nalora_jax.distributed import fetch
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.likelihood import score_groups, target_log_probs
+from nalora_jax.evaluate.split_rows import for_rows
 from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.generate.shapes import place_batch
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.ops.split_rows import joined
 from nalora_jax.ops.storage import prepare
 
 
@@ -57,7 +59,8 @@ def perplexity(
     sums: list[np.ndarray] = []
     counts: list[np.ndarray] = []
     for batch in batches:
-        log_probs = fetch(_batch_log_probs(model, variables, place_batch(dict(batch), mesh)))
+        of_rows = for_rows(model, mesh, batch["tokens"].shape[1])
+        log_probs = fetch(_batch_log_probs(of_rows, variables, place_batch(dict(batch), mesh)))
         loss, tokens = _by_document(batch, -log_probs.astype(np.float64))
         sums.append(loss)
         counts.append(tokens)
@@ -84,6 +87,7 @@ def completion_loss(
 @partial(jax.jit, static_argnames=("model",))
 def _batch_log_probs(model: Decoder, variables: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
     hidden = model.apply(variables, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+    hidden = joined(hidden, model.activation_sharding, batch["tokens"].shape[1])
     return target_log_probs(model, variables, hidden, batch["targets"], batch["loss_weights"] > 0)[0]
 
 

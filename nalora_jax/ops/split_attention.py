@@ -1,7 +1,7 @@
 """Causal attention of rows that are split over the mesh axis "context" (`nalora_jax.ops.split_rows`).
 
-Keys and values of grouped heads are small, so every shard gathers those of its rows and attends with
-its own queries. The backward pass gathers them again and sums their gradients over shards. If all
+Every shard gathers the keys and values of its rows, which are small for grouped heads, and attends
+with its own queries. The backward pass gathers them again and sums their gradients over shards. If all
 windows of a layer fit in a block, only the tokens that the window reaches are exchanged.
 
 The plain function computes tiles of scores with an online softmax, as flash attention does (arXiv
@@ -232,7 +232,7 @@ def _tiled_bwd(
     config: AttentionConfig, numerics: Numerics, tiling: Tiling, residuals: Any, g: jax.Array
 ) -> tuple[Any, ...]:
     *heads, out, logsumexp, queries, row, window, like = residuals
-    keys, kv_heads = _spread(heads, row, tiling), like_shape(heads[1])[2]
+    keys, kv_heads = _spread(heads, row, tiling), _shape_of(heads[1])[2]
     g = g.astype(jnp.float32)
     inner = jnp.sum(g * read_residual(out, jnp.float32), axis=-1, keepdims=True)
     tiles = _tiles(heads[0], queries, kv_heads, tiling.size)
@@ -259,7 +259,7 @@ def _tiled_bwd(
 
     zeros = jnp.zeros(keys.key.shape, jnp.float32)
     (dk, dv), dq = lax.scan(gradients, (zeros, zeros), (tiles, logsumexp, g, inner))
-    back = jax.linear_transpose(tiling.spread, jax.ShapeDtypeStruct(like_shape(heads[1]), jnp.float32))
+    back = jax.linear_transpose(tiling.spread, jax.ShapeDtypeStruct(_shape_of(heads[1]), jnp.float32))
     dk, dv = (back(x.transpose(0, 2, 1, 3))[0] for x in (dk, dv))
     grads = _by_token(dq) * config.scale, dk, dv
     return (*(x.astype(y.dtype) for x, y in zip(grads, like, strict=True)), None, None, None, None)
@@ -268,7 +268,7 @@ def _tiled_bwd(
 _tiled.defvjp(_tiled_fwd, _tiled_bwd)
 
 
-def like_shape(x: Any) -> tuple[int, ...]:
+def _shape_of(x: Any) -> tuple[int, ...]:
     """Returns the shape of a saved array in any storage form."""
     shape: tuple[int, ...] = jax.tree.leaves(x)[0].shape
     return shape
@@ -328,8 +328,8 @@ def _scores(
     return jnp.where(visible, scores, UNSEEN), ~visible
 
 
-def _add(total: jax.Array, part: jax.Array, number: jax.Array) -> jax.Array:
-    """Adds the gradients of one tile of keys to those of all keys."""
-    start = number * part.shape[2]
-    value = lax.dynamic_slice_in_dim(total, start, part.shape[2], axis=2) + part
+def _add(total: jax.Array, tile: jax.Array, number: jax.Array) -> jax.Array:
+    """Adds the gradients of one tile of keys to the gradients of all keys."""
+    start = number * tile.shape[2]
+    value = lax.dynamic_slice_in_dim(total, start, tile.shape[2], axis=2) + tile
     return lax.dynamic_update_slice_in_dim(total, value, start, axis=2)

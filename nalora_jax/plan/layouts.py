@@ -214,7 +214,7 @@ def estimate(
     experts: str = "gather",
     context: int = 1,
 ) -> Layout:
-    """Returns the memory and time of one layout; ``sizes`` are those of data, fsdp and tensor."""
+    """Returns the memory and time of one layout; ``sizes`` has data, fsdp and tensor."""
     data, fsdp, tensor = sizes
     split = fsdp * context  # devices that share the weights
     micro = config.train.batch_size // config.train.accumulate

@@ -132,7 +132,7 @@ TRL: dict[str, Field] = {
         lambda value: {True: "answer", False: "all"}.get(value),
     ),
     "truncation_mode": Field("data.too_long", '"truncate", always: the prompt loses its beginning', lambda value: None),
-    "dataset_text_field": Field("", "records have a prompt and a completion, or messages", ignored=True),
+    "dataset_text_field": Field("", "the text of a record without a prompt is its field `text`", ignored=True),
     "bf16": Field("compute.dtype", "the default; false is float32", lambda value: None),
     "fp16": Field("", "", only(False, because="half precision is bfloat16 here")),
     "gradient_checkpointing": Field("", "--compute.remat is chosen by what fits", ignored=True),

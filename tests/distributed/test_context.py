@@ -25,9 +25,12 @@ from nalora_jax.config import (
     RunConfig,
     TrainConfig,
 )
+from nalora_jax.data.items import CompletionItem
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate import split_rows
+from nalora_jax.evaluate.perplexity import completion_loss, perplexity
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import init_params
+from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.models.short_convolution import ShortConvolution
 from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.split_rows import check_context
@@ -179,8 +182,8 @@ def test_split_rows_train_as_whole_rows(name: str, mesh: MeshConfig, capfd: pyte
 
 def test_a_run_in_micro_batches_of_split_rows_resumes_on_one_device() -> None:
     state, history = trained("dense", MeshConfig(1, 1, 1, 4), range(3), accumulate=2)
-    state, rest = trained("dense", MeshConfig(1, 1, 1), range(3, STEPS), start=state)
-    assert_equal_runs((state, history + rest), on_one_device("dense"))
+    state, later = trained("dense", MeshConfig(1, 1, 1), range(3, STEPS), start=state)
+    assert_equal_runs((state, history + later), on_one_device("dense"))
 
 
 def test_layers_of_split_rows_exchange_keys_and_values_only() -> None:
@@ -196,8 +199,8 @@ def test_layers_of_split_rows_exchange_keys_and_values_only() -> None:
     counts = [sum(f"shard_map/{name}" in line for line in of_rows) for name in ("all_gather", "transpose()/reduce_")]
     assert counts == [4, 2]
     assert len(of_rows) == 6
-    part = rf"f32\[({ROWS}|{ROWS * 8}),{SEQ // 8},"  # activations, local or of all shards
-    assert not [line for line in of_layers if line not in of_rows and re.search(part, line)]
+    of_tokens = rf"f32\[({ROWS}|{ROWS * 8}),{SEQ // 8},"  # activations, local or of all shards
+    assert not [line for line in of_layers if line not in of_rows and re.search(of_tokens, line)]
 
 
 @pytest.mark.parametrize(
@@ -230,10 +233,23 @@ def test_rows_that_the_axis_does_not_divide_are_padded(caplog: pytest.LogCapture
     assert "rows of 100 tokens are padded to 112" in caplog.text
 
 
+def test_held_out_losses_of_split_rows_are_those_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_rows, "_LEAST_BLOCK", 4)
+    base, results = ModelConfig.from_hf(RAWS["dense"]), []
+    params, items = init_params(base, jax.random.key(1)), [CompletionItem([5, 6, 7], list(range(8, 68)), "", "")] * 2
+    for mesh in (None, distributed.make_mesh(ALONE)):
+        placed = params
+        if mesh is not None:
+            placed = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
+        packed = perplexity(Decoder(base), {"params": placed}, [batch_of(0)], mesh=mesh)
+        results.append((packed.loss, completion_loss(Decoder(base), {"params": placed}, items, mesh=mesh).loss))
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-6)
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A finished run on one device."""
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("finished")
     train = TrainConfig(batch_size=4, log_every=1, eval_every=0, save_every=2)
     config = tiny.make_config(folder, train=train, steps=6)
     with tiny.on_one_device(folder / "cache"):
@@ -247,18 +263,20 @@ def assert_same_losses(config: RunConfig, expected: RunConfig) -> None:
     np.testing.assert_allclose([*ours.values()], [*theirs.values()], rtol=1e-4)
 
 
-def test_two_processes_that_share_every_row_run_like_one(whole: RunConfig, tmp_path: Path, two_processes: Any) -> None:
-    config = replace(whole, output=str(tmp_path / "run"), mesh=MeshConfig(1, 1, 1, 2))
+def test_two_processes_that_share_every_row_run_like_one(
+    finished: RunConfig, tmp_path: Path, two_processes: Any
+) -> None:
+    config = replace(finished, output=str(tmp_path / "run"), mesh=MeshConfig(1, 1, 1, 2))
     command = ["-m", "nalora_jax", "train", "--config", str(tiny.write_settings(config, tmp_path / "settings.py"))]
     (first, _, error), (second, _, _) = two_processes(command, devices=1, JAX_DEFAULT_MATMUL_PRECISION="highest")
     assert (first, second) == (0, 0), error
-    assert_same_losses(config, whole)
+    assert_same_losses(config, finished)
 
 
 def test_an_interrupted_run_resumes_with_whole_rows(
-    whole: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(whole, output=str(tmp_path / "run"), mesh=ALONE)
+    config = replace(finished, output=str(tmp_path / "run"), mesh=ALONE)
     monkeypatch.setenv("NALORA_CACHE", tiny.new_cache(tmp_path / "cache"))
 
     def three_steps(step: Any, *arguments: Any, **options: Any) -> Any:
@@ -277,5 +295,5 @@ def test_an_interrupted_run_resumes_with_whole_rows(
         with pytest.raises(KeyboardInterrupt):
             job.run(config)
     with tiny.on_one_device(tmp_path / "other"):
-        job.run(replace(config, mesh=whole.mesh, resume=True))
-    assert_same_losses(config, whole)
+        job.run(replace(config, mesh=finished.mesh, resume=True))
+    assert_same_losses(config, finished)

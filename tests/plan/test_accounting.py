@@ -255,6 +255,17 @@ def test_the_parts_of_one_collective_are_one_and_what_runs_between_them_hides_it
     assert [c.overlapped for c in Program(between).collectives] == [True, False]
 
 
+def test_collectives_that_share_a_channel_differ_by_their_chain():
+    """`jax.shard_map` gives all collectives one channel; the compiler numbers the chains of parts."""
+    chains = [TPU_STYLE.replace("channel_id=7", f'channel_id=7, frontend_attributes={{chain_id="{n}"}}') for n in "12"]
+    first, second = (text.split("ENTRY")[0].split("\n\n", 1)[1] for text in chains)
+    second = second.replace("%start", "%start2").replace("%step", "%step2").replace("%done", "%done2")
+    main = TPU_STYLE.split("ENTRY")[1]
+    more = "  %other = (bf16[4,16]{1,0}, bf16[32,16]{1,0}) fusion(%a), kind=kCustom, calls=%start2\n  %g ="
+    text = "HloModule step, is_scheduled=true\n\n" + first + second + "ENTRY" + main.replace("  %g =", more)
+    assert len(Program(text).collectives) == len(Program(TPU_STYLE).collectives) + 1
+
+
 def test_what_lies_beside_the_cores_is_no_traffic_of_the_memory():
     text = TPU_STYLE.replace("S(1)", "")
     assert Program(text).memory_bytes - Program(TPU_STYLE).memory_bytes == pytest.approx(32 * 16 * 2)

@@ -224,6 +224,30 @@ def test_the_host_s_memory_is_taken_where_no_chip_has_room():
         chosen("llama-3.1-8b", "v6e:16x16", **long, compute=ComputeConfig(remat="full"))
 
 
+def test_a_row_that_chips_must_share_is_split_along_its_tokens():
+    layout = chosen("llama-3.1-8b", "v5e:4x4", seq=131_072, rows=1)
+    assert layout.mesh == (1, 1, 1, 16)
+    assert layout.short.startswith("data 1 x fsdp 1 x context 16 x tensor 1, ")
+    assert layout.mfu > 0.45
+    enough, given = chosen("llama-3.1-8b", "v5e:4x4", seq=8192, rows=16), MeshConfig(context=8)
+    assert enough.context == 1  # every chip has whole rows
+    assert chosen("llama-3.1-8b", "v5e:4x4", seq=8192, rows=16, mesh=given).context == 8
+    whole, split = (
+        chosen("llama-3.1-8b", "v6e:2x4", seq=131_072, rows=1, mesh=mesh) for mesh in (MeshConfig(context=1), given)
+    )
+    assert split.seconds < whole.seconds  # with tensor 8, sums of activations
+
+
+def test_no_row_is_split_without_a_kernel_or_through_mixers_that_need_it_whole(monkeypatch):
+    for where, seq in (("8xh100", 131_072), ("v5e:4x4", 8192)):  # blocks of less than 1,024 tokens
+        base, machine = architecture("llama-3.1-8b"), topology(where)
+        config = RunConfig(train=TrainConfig(batch_size=1))
+        spec = resolve(config.lora, projection_shapes(base), layer_numbers(base))
+        layouts = [layout for layout in candidates(config, base, spec, machine, seq) if layout.context > 1]
+        assert all(seq >= 2048 * layout.context for layout in layouts)
+        assert bool(layouts) is (where == "v5e:4x4")
+
+
 def test_the_host_s_memory_is_taken_nowhere_else():
     for model, where in (("llama-3.1-8b", "v5e:16x16"), ("llama-3.1-70b", "v6e:16x16"), ("mixtral-8x7b", "64xh100")):
         base, machine = architecture(model), topology(where)
