@@ -121,7 +121,7 @@ def overview(machine: str, recorded_figures: Sequence[Figures], parts: Sequence[
     missing = [name for name in parts if name not in there]
     head = f"{verdicts.count('met')} of {len(verdicts)} measured ratios are as required."
     head += f" Not measured here: {', '.join(missing)}." if missing and not compiled and not accelerated else ""
-    header = ("part", "figure", "nalora_jax", "beside it", "ratio", "required", "")
+    header = ("part", "figure", "nalora_jax", "reference", "ratio", "required", "")
     return f"## {machine}\n\n{head}\n\n{tables.markdown(header, [cells for _, cells in lines])}"
 
 

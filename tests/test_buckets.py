@@ -33,6 +33,8 @@ from nalora_jax.weights.hub import resolve
 from nalora_jax.weights.vision.hub import resolve_folder
 from tests import emulator, tiny
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 Requests = list[tuple[str, str]]
 RECORDS = [{"prompt": f"q{i}", "completion": f" a{i}"} for i in range(40)]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
@@ -53,7 +55,7 @@ def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Storage, 
         buckets._filesystem_of.cache_clear()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"

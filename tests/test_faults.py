@@ -11,9 +11,11 @@ import pytest
 
 from tests import faults
 
+pytestmark = pytest.mark.usefixtures("logging_as_before")
 
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
+
+@pytest.fixture
+def logging_as_before() -> Iterator[None]:
     before = logging.root.manager.disable
     yield
     logging.disable(before)

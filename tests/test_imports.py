@@ -13,6 +13,8 @@ from nalora_jax.imports import import_file
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.train import mechanisms
 
+pytestmark = pytest.mark.usefixtures("registries")
+
 RULE = """
 from dataclasses import dataclass
 from nalora_jax.mechanism import Mechanism, register_mechanism
@@ -38,8 +40,8 @@ settings.mechanisms = ["plain_of_study"]
 """
 
 
-@pytest.fixture(autouse=True)
-def _registries(monkeypatch):
+@pytest.fixture
+def registries(monkeypatch):
     monkeypatch.setattr(imports, "_IMPORTED", {})
     monkeypatch.setattr(mechanism.MECHANISMS, "_values", dict(mechanism.MECHANISMS._values))
 

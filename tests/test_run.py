@@ -45,6 +45,8 @@ from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import import_adapter
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("surroundings")
+
 nalora_run = importlib.import_module("nalora_jax.job")
 
 WORDS = ["<end>", "<unk>", *string.ascii_lowercase]
@@ -92,7 +94,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of this module's own; runs use one or two of the simulated devices where their mesh is no larger."""
     make = nalora_run.distributed.make_mesh

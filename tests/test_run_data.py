@@ -17,6 +17,8 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.train.callbacks import Callback
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("surroundings")
+
 
 class Told(Callback):
     """Notes what it is told."""
@@ -34,7 +36,7 @@ class Told(Callback):
         self.events.append(("end", ended.step, ended.best_step))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of the test's own, and one of the simulated devices."""
     make = distributed.make_mesh

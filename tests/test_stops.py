@@ -24,10 +24,12 @@ from nalora_jax.runs.metrics import to_json
 from nalora_jax.train.progress import Progress
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("surroundings")
+
 nalora_run = import_module("nalora_jax.job")
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of this module's own, and runs on one device."""
     with tiny.on_one_device(tmp_path_factory.mktemp("new") / "cache"):

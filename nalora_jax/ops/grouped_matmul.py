@@ -121,8 +121,8 @@ def own_of_all(x: jax.Array, factors: jax.Array, group: jax.Array, operand: str)
       float32 ``[rows, rank]``.
     """
     groups, d, rank = factors.shape
-    beside = factors.swapaxes(0, 1).reshape(d, groups * rank)
-    products = _dot(x, beside, operand).reshape(-1, groups, rank)
+    joined = factors.swapaxes(0, 1).reshape(d, groups * rank)
+    products = _dot(x, joined, operand).reshape(-1, groups, rank)
     return jnp.sum(jnp.where(_own(group, groups)[..., None], products, 0.0), axis=1)
 
 

@@ -97,9 +97,9 @@ class Layout:
 
     def __str__(self) -> str:
         """Returns one line for the log and for `nalora plan`."""
-        beside = f" and {self.host / 1e9:.1f} of the host's" if self.host else ""
+        of_host = f" and {self.host / 1e9:.1f} of the host's" if self.host else ""
         return (
-            f"{self.short}: {self.memory / 1e9:.1f} GB a chip{beside}, "
+            f"{self.short}: {self.memory / 1e9:.1f} GB a chip{of_host}, "
             f"at least {self.seconds:.3g} s a step (MFU at most {self.mfu:.0%})"
         )
 

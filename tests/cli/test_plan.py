@@ -10,9 +10,11 @@ from nalora_jax.cli.plan import PlanArgs, plan
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
 
+pytestmark = pytest.mark.usefixtures("prepared")
 
-@pytest.fixture(autouse=True)
-def _prepared(monkeypatch):
+
+@pytest.fixture
+def prepared(monkeypatch):
     monkeypatch.setattr("nalora_jax.cli.plan._prepare", lambda **_: None)  # JAX runs already
 
 

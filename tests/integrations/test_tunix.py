@@ -20,7 +20,11 @@ from nalora_jax.method.state import channel_factors, init_gate_state, own_factor
 from nalora_jax.train.mechanisms import make_mechanisms
 
 # Tunix 0.1.7 calls what newer Flax and JAX deprecate.
-pytestmark = [pytest.mark.tunix, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.tunix,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("their_broadcasting"),
+]
 
 KEYMAP = [(r"layers/(\d+)/mlp/(\w+)", r"layers/\1/ffn/\2")]
 LAYERS, F, VOCAB = 2, 64, 50
@@ -28,8 +32,8 @@ TOKENS = jax.random.randint(jax.random.key(3), (4, 16), 0, VOCAB)
 RULES = ("hard:keep=0.25,warmup=1", "homogeneity:warmup=1")
 
 
-@pytest.fixture(autouse=True)
-def _their_broadcasting() -> Iterator[None]:
+@pytest.fixture
+def their_broadcasting() -> Iterator[None]:
     with jax.numpy_rank_promotion("allow"):
         yield
 

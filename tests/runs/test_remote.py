@@ -20,6 +20,8 @@ from nalora_jax.runs import remote
 from nalora_jax.runs.checkpoint import Checkpointer
 from nalora_jax.runs.output import CHECKPOINTS, open_output
 
+pytestmark = pytest.mark.usefixtures("store")
+
 URL = "s3://bucket/run"
 
 
@@ -35,7 +37,7 @@ class Store(MemoryFileSystem):
         return MemoryFileSystem._strip_protocol(path.removeprefix("s3://"))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, Any]]:
     """What the store holds, by path."""
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))

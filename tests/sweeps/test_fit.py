@@ -13,11 +13,13 @@ from nalora_jax.plan.models import CONFIGS
 from nalora_jax.sweeps import fit
 from nalora_jax.sweeps.fit import Fitting
 
+pytestmark = pytest.mark.usefixtures("memory")
+
 BASE = ModelConfig.from_hf(CONFIGS["llama-3.1-8b"])
 CONFIG = replace(RunConfig(train=TrainConfig(batch_size=4)), data=replace(RunConfig().data, max_length=256))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Devices of 32 GB; the tests have eight."""
     monkeypatch.setattr(fit, "_memory", lambda: 32e9)

@@ -22,12 +22,14 @@ from nalora_jax.sweeps.run import SweepResult, sweep
 from nalora_jax.train.progress import Progress
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("surroundings")
+
 nalora_run = import_module("nalora_jax.job")  # the package's attribute of this name is the function
 
 RATES = (2e-2, 1e-2, 1e3)  # the last one diverges, with a weight decay of the same size
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of this module's own, and runs on one device."""
     with tiny.on_one_device(tmp_path_factory.mktemp("new") / "cache"):

@@ -12,11 +12,13 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from nalora_jax.train import compilation
 from nalora_jax.train.compilation import use_compilation_cache
 
+pytestmark = pytest.mark.usefixtures("as_before")
+
 SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
 
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
+@pytest.fixture
+def as_before() -> Iterator[None]:
     before = {name: getattr(jax.config, name) for name in SETTINGS}
     yield
     for name, value in before.items():

@@ -23,6 +23,8 @@ from nalora_jax.weights import hub
 from nalora_jax.weights.hub import Alias, Terms, resolve
 from nalora_jax.weights.vision.hub import resolve_folder
 
+pytestmark = pytest.mark.usefixtures("offline")
+
 Hub = Callable[..., str]
 SNAPSHOT_DOWNLOAD = huggingface_hub.snapshot_download  # before a test replaces it
 
@@ -35,7 +37,7 @@ def model_folder(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub that cannot be reached and has nothing cached, unless a test says otherwise."""
     use_hub(monkeypatch, online=OSError("Name or service not known"))

@@ -17,9 +17,11 @@ from nalora_jax.cpu.native import library
 from nalora_jax.downloads import file_sha256
 from nalora_jax.errors import NaloraError
 
+pytestmark = pytest.mark.usefixtures("decided_anew")
 
-@pytest.fixture(autouse=True)
-def _decided_anew() -> Iterator[None]:
+
+@pytest.fixture
+def decided_anew() -> Iterator[None]:
     library._available.cache_clear()
     yield
     library._available.cache_clear()
