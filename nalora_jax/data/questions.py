@@ -244,8 +244,10 @@ def _completions(
         item = _item(question, [row])
         assert isinstance(item, CompletionItem)
         if row is not example and not np.array_equal(row.answer, example.answer):
-            texts = (tokenizer.decode(ids, skip_special=False) for ids in (item.prompt_ids, item.completion_ids))
-            item = replace(item, **dict(zip(("prompt", "completion"), texts, strict=True)))
+            prompt, completion = (
+                tokenizer.decode(ids, skip_special=False) for ids in (item.prompt_ids, item.completion_ids)
+            )
+            item = replace(item, prompt=prompt, completion=completion)
         items.append(item)
     return items
 

@@ -136,7 +136,8 @@ def retrieve(generator: Generator, questions: NeedleItems) -> NeedleResult:
             found=longest,
             remedy="a run with --model.rope-scaling has a longer context",
         )
-    per_length, correct, answers = len(DEPTHS) * questions.per_cell, [], []
+    per_length, correct = len(DEPTHS) * questions.per_cell, []
+    answers: list[str] = []
     for i, length in enumerate(questions.lengths):
         items = questions.items[i * per_length : (i + 1) * per_length]
         batch = max(1, min(16, _BATCH_TOKENS // length))

@@ -169,8 +169,8 @@ def candidates(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: T
         if where.chip.platform == "gpu" and mesh.tensor == 0 and where.dims[-1] % tensor:
             continue
         for data, fsdp, context in _splits(where.size // tensor):
-            sizes = (mesh.data, data), (mesh.fsdp, fsdp), (mesh.context, context), (mesh.tensor, tensor)
-            fits = all(requested in (0, size) for requested, size in sizes) and micro % (data * fsdp) == 0
+            pairs = (mesh.data, data), (mesh.fsdp, fsdp), (mesh.context, context), (mesh.tensor, tensor)
+            fits = all(requested in (0, size) for requested, size in pairs) and micro % (data * fsdp) == 0
             if context > 1 and not mesh.context:
                 fits = fits and _splits_well(base, where, seq, context) and micro == data * fsdp
             if fits and data % where.slices == 0:
