@@ -120,7 +120,8 @@ class MoEFFN(nn.Module):
         )
         length = x.shape[1]
         if isinstance(token_weights, SampledWeights):  # each part of a row is sampled separately
-            token_weights, length = token_weights.every, token_weights.length
+            length = token_weights.length
+            token_weights = token_weights.every
         drops = self.adapters.dropout > 0 and not deterministic
         config = RoutedConfig(
             self.top_k,

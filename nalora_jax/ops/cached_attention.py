@@ -53,7 +53,7 @@ def attention_over_cache(
         # [batch, kv_heads, groups, block, head_dim]
         queries = by_key_head(q[:, start:end], kv_heads)
         here = keys.positions[:, start:end], keys.segments[:, start:end]
-        add = partial(_add, queries, here, window, config, numerics)
+        add: Any = partial(_add, queries, here, window, config, numerics)
         new = (x[:, :end].transpose(0, 2, *axes) for x, axes in ((keys.k, (3, 1)), (keys.v, (1, 3))))
         sums = add(_start(queries, sinks), *new, keys.positions[:, :end], keys.segments[:, :end])
         _, total, out = _add_cached(add, sums, k, v, cached.positions, cached.segments)

@@ -168,7 +168,7 @@ class _Tile(NamedTuple):
     query: jax.Array  # [batch, kv_heads, groups, tile, head_dim]
     positions: jax.Array  # int [batch, tile]
     segments: jax.Array  # int [batch, tile]
-    index: jax.Array  # int [], of the first query among the keys
+    first: jax.Array  # int [], index of the first query among the keys
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
@@ -277,7 +277,8 @@ def _shape_of(x: Any) -> tuple[int, ...]:
 def _spread(heads: Any, row: Row, tiling: Tiling) -> _Keys:
     """Returns the keys and values that a shard's queries may see, from the saved heads."""
     spread = [jax.tree.map(tiling.spread, x) for x in heads[1:]]
-    return _Keys(*(read_residual(x, jnp.float32).transpose(0, 2, 1, 3) for x in spread), row)
+    key, value = (read_residual(x, jnp.float32).transpose(0, 2, 1, 3) for x in spread)
+    return _Keys(key, value, row)
 
 
 def _tiles(query: Any, queries: Queries, kv_heads: int, size: int) -> _Tile:
@@ -285,9 +286,9 @@ def _tiles(query: Any, queries: Queries, kv_heads: int, size: int) -> _Tile:
     floats, (batch, count) = read_residual(query, jnp.float32), queries.positions.shape
     tiles = count // size
     runs = tiles // queries.first.shape[0]
-    index = (queries.first[:, None] + size * jnp.arange(runs)[None]).reshape(-1)
-    integers = (jnp.moveaxis(x.reshape(batch, tiles, size), 1, 0) for x in (queries.positions, queries.segments))
-    return _Tile(_by_tile(floats, kv_heads, size), *integers, index)
+    first = (queries.first[:, None] + size * jnp.arange(runs)[None]).reshape(-1)
+    positions, segments = (jnp.moveaxis(x.reshape(batch, tiles, size), 1, 0) for x in queries[:2])
+    return _Tile(_by_tile(floats, kv_heads, size), positions, segments, first)
 
 
 def _by_tile(x: jax.Array, kv_heads: int, size: int) -> jax.Array:
@@ -304,9 +305,9 @@ def _by_token(x: jax.Array) -> jax.Array:
 
 def _seen_tiles(tile: _Tile, row: Row, window: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """Returns the first and last (exclusive) tile of keys that the queries may see."""
-    index = tile.index + jnp.arange(size)
+    index = tile.first + jnp.arange(size)
     first = jnp.min(jnp.maximum(index[None] - tile.positions, (index - window + 1)[None]))
-    last = (tile.index + size - 1) // size + 1
+    last = (tile.first + size - 1) // size + 1
     if row.starts is not None:  # later tokens of an image are seen
         last = jnp.asarray(row.positions.shape[1] // size)
     return jnp.maximum(first, 0) // size, last

@@ -142,7 +142,7 @@ def _of_row(heads: tuple[int, int], block: int, shards: int, window: int, config
     return _kernel(mask, heads[0], shards, _sizes(block, block, window, heads[1]), config)
 
 
-def _kernel(mask: Any, heads: int, shards: int, sizes: dict[str, int], config: AttentionConfig) -> Any:
+def _kernel(mask: Any, heads: int, shards: int, sizes: dict[str, Any], config: AttentionConfig) -> Any:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -157,11 +157,10 @@ def _kernel(mask: Any, heads: int, shards: int, sizes: dict[str, int], config: A
     )
 
 
-def _sizes(queries: int, keys: int, window: int, head_dim: int) -> dict[str, int]:
+def _sizes(queries: int, keys: int, window: int, head_dim: int) -> dict[str, Any]:
     """Returns the kernels' block sizes, which divide the lengths; at most half of the window."""
     most = min(LARGEST // head_dim, max(window // 2, LANES))
-    names = {"q": ("block_q", "block_q_dkv", "block_q_dq")}
-    names["kv"] = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq")
-    return dict.fromkeys(names["q"], largest_block(queries, most)) | dict.fromkeys(
-        names["kv"], largest_block(keys, most)
-    )
+    of_queries = ("block_q", "block_q_dkv", "block_q_dq")
+    of_keys = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq")
+    sizes = dict.fromkeys(of_queries, largest_block(queries, most))
+    return sizes | dict.fromkeys(of_keys, largest_block(keys, most))
