@@ -28,15 +28,15 @@ MEASURES = ("loss", "accuracy", "recall", *(f"{way}_recall_{k}" for way in _WAYS
 # Settings that are newer than the first records, by group: at their default they do not change a run's id, so that
 # old records stay valid. New settings belong here.
 _LATER = {
-    "data": ("add_tokens", "add_special_tokens"),
+    "data": ("add_tokens", "add_special_tokens", "loss_last"),
     "lora": ("trainable_token_indices", "trainable_token_modules"),
     "compute": ("stats_positions", "experts"),
     "step_scale": ("tau",),
     "optimizer": ("warmup_steps", "warmup_from_zero"),
     "debug": ("profile",),
-    "mesh": ("run", "runs_per_device"),
+    "mesh": ("context", "run", "runs_per_device"),
 }
-_LATER_GROUPS = ("adalora", "imports")  # groups and single settings that are newer
+_LATER_GROUPS = ("adalora", "imports", "rope_scaling")  # groups and single settings that are newer
 _FIRST_LENGTH = 128  # the default row length of the first records, which image tasks ignore
 
 

@@ -284,9 +284,9 @@ ZERO = {
 ZERO = {*ZERO, "--vision.shots", "--vision.caption-length", "--vision.features", "--vision.image-size"}
 ZERO |= {f"--adalora.{name}" for name in ("target-rank", "warmup-share", "final-share", "orthogonality")}
 ZERO |= {"--compute.stats-positions", "--adalora.sensitivity-decay", "--adalora.uncertainty-decay"}
-ZERO |= {"--mesh.run", "--mesh.runs-per-device", "--together", "--sweep"}
+ZERO |= {"--data.loss-last", "--mesh.context", "--mesh.run", "--mesh.runs-per-device", "--together", "--sweep"}
 ZERO |= {"--min-p", "--optimizer.warmup-steps", "--shots", "--images", "--preference.label-smoothing", "--added-tokens"}
-ALLOWED = {"0": ZERO, "-1": {"--mesh.data", "--mesh.fsdp", "--mesh.tensor"}}
+ALLOWED = {"0": ZERO, "-1": {"--mesh.data", "--mesh.fsdp", "--mesh.context", "--mesh.tensor"}}
 ALLOWED["-1"].add("--train.eval-every")
 POSITIONAL = {"eval": ["m"], "chat": ["m"], "generate": ["m", "--prompt", "x"], "inspect": ["m"]}
 POSITIONAL |= {"export": ["r", "--output", "o"]}

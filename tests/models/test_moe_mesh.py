@@ -301,7 +301,7 @@ def test_evaluation_routes_by_shard_as_training_does(monkeypatch):
         model = Assembly.eval_model.fget(made)
         loaded = SimpleNamespace(config=base, params=placed)
         monkeypatch.setattr(import_module("nalora_jax.loading.adapted"), "load_model", lambda *_, **__: loaded)
-        assert load("some", mesh=one).module.routing_sharding == model.routing_sharding
+        assert load("some", mesh=one, resolved=loaded).module.routing_sharding == model.routing_sharding
         arguments = {"params": placed, "lora": lora}, place_batch(batch, one)
         program = _batch_log_probs.lower(model, *arguments).compile()
         return program(*arguments), float(program.cost_analysis()["flops"])
