@@ -177,12 +177,18 @@ def table(cells: list[dict[str, Any]]) -> str:
         pair, layout, entry = row["pair"], row["layout"], row["entry"]
         lines.append(
             f"| {pair.model}, {pair.layers} | {pair.machine} | {pair.rows} x {pair.seq} "
-            f"| {' x '.join(map(str, layout.mesh))}, {layout.remat} "
+            f"| {_grid(layout)}, {layout.remat} "
             f"| {layout.memory / 1e9:.1f}, {entry['memory'] / 1e9:.1f} ({row['limit'] / 1e9:.1f}) "
             f"| {error_of(layout.memory, entry['memory']):+.0%} | {layout.seconds:.3g}, {entry['seconds']:.3g} "
             f"| {entry['mfu']:.0%} | {len(row['search'].tried)} |"
         )
     return "\n".join([*lines, "", summary(cells)])
+
+
+def _grid(layout: Layout) -> str:
+    """Returns the sizes of the axes; that of ``context`` only if it splits rows."""
+    grid = f"{layout.data} x {layout.fsdp} x {layout.tensor}"
+    return f"{grid}, context {layout.context}" if layout.context > 1 else grid
 
 
 def summary(cells: list[dict[str, Any]]) -> str:
