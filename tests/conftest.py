@@ -83,7 +83,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 LONGEST = (
     "test_real_run.py", "test_run.py", "test_elastic.py", "test_preemption.py", "test_use.py", "test_run_seeing.py",
     "test_step.py", "test_decoder.py", "test_docs_code.py", "test_program.py", "test_kernels.py", "test_token_rows.py",
-    "test_preference.py", "test_dual.py", "test_execution.py",
+    "test_preference.py", "test_dual.py", "test_execution.py", "test_context.py", "test_moe_mesh.py", "test_resume.py",
+    "test_families.py", "test_prefill.py", "test_linen.py",
 )  # fmt: skip
 
 
