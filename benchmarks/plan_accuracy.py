@@ -186,7 +186,7 @@ def table(cells: list[dict[str, Any]]) -> str:
 
 
 def _grid(layout: Layout) -> str:
-    """Returns the sizes of the axes; that of ``context`` only if it splits rows."""
+    """Returns the sizes of the axes; ``context`` only if it splits rows."""
     grid = f"{layout.data} x {layout.fsdp} x {layout.tensor}"
     return f"{grid}, context {layout.context}" if layout.context > 1 else grid
 

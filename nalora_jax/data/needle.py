@@ -6,7 +6,7 @@
     Answer: The secret number of Lisbon is| 4817205.
 
 Three further sentences give the numbers of other cities, at random places, so that the city has to be
-found too. The text is that of BoolQ's passages, which are paragraphs of Wikipedia. Texts are a
+found too. The text comes from BoolQ's passages, which are paragraphs of Wikipedia. Texts are a
 function of length, depth and number of the record.
 """
 

@@ -1,6 +1,6 @@
 """Accuracy of needle retrieval by length and depth of the text.
 
-The texts are those of `nalora_jax.data.needle`, with lengths in tokens of the model, the question
+The texts come from `nalora_jax.data.needle`, with lengths in tokens of the model, the question
 included. Every model with the same tokenizer gets the same texts.
 """
 

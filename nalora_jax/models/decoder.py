@@ -25,7 +25,7 @@ from nalora_jax.models.embedding import Embedding, LMHead
 from nalora_jax.models.layers import RMSNorm, identity_table, rope_table, sequence_lengths
 from nalora_jax.models.parts import HandedKeys, LayerInputs, SharedInputs, constrain
 from nalora_jax.models.paths import leaf_dtype
-from nalora_jax.models.places import with_features, with_starts
+from nalora_jax.models.places import with_images
 from nalora_jax.models.remat import rematerialized, scanned, stacked
 from nalora_jax.models.split_statistics import sampled_as_whole
 from nalora_jax.models.stacks import Stack, groups, param_shapes, stacks
@@ -123,22 +123,15 @@ class Decoder(nn.Module):
         sharding = self.activation_sharding
         if shards_of(sharding) > 1:
             shared = self._in_parts(shared, tokens)
-        if cache is not None:
-            shared = replace(shared, cache=_read_in_place(cache, tokens.shape[1], self.numerics))
+        shared = _with_cache(shared, cache, tokens.shape[1], self.numerics)
         rows, tokens = tokens, split(tokens, sharding)
         x = self.embed(tokens, self.numerics).astype(jnp.float32) * self.config.embed_scale
         embedded = None
         if self.config.layer_embeddings is not None:
             embedded = self.layer_embeddings(tokens, x, self.numerics)
         if features is not None:
-            sight = self.config.sight
-            assert sight is not None
-            places = rows == sight.image_token
-            x = with_features(x, features, places, sharding)
-            if sight.mutual:
-                shared = with_starts(shared, places, sharding)
-        x = constrain(x, sharding)
-        x, updates = self._through_layers(x, cache, shared, embedded)
+            x, shared = with_images(x, shared, features, rows, self.config, sharding)
+        x, updates = self._through_layers(constrain(x, sharding), cache, shared, embedded)
         hidden = self.final_norm(x)
         if self.is_initializing():
             self.unembed(hidden)
@@ -275,15 +268,17 @@ def _layer_inputs(
     )
 
 
-def _read_in_place(cache: Cache, seq: int, numerics: Numerics) -> dict[str, tuple[LayerStack, LayerStack]]:
-    """Returns the keys and values, by stack, that attention of ``seq`` tokens reads in place."""
+def _with_cache(shared: SharedInputs, cache: Cache | None, seq: int, numerics: Numerics) -> SharedInputs:
+    """Returns the inputs with the keys and values, by stack, that attention of ``seq`` tokens reads in place."""
+    if cache is None:
+        return shared
     stacks_in_place = {}
     for prefix, state in cache.states.items():
         if isinstance(state, KeyValues) and numerics.hooks.reads_cache_in_place(seq, state.k, numerics):
             assert isinstance(state.k, LayerStack)
             assert isinstance(state.v, LayerStack)
             stacks_in_place[prefix] = state.k, state.v
-    return stacks_in_place
+    return replace(shared, cache=stacks_in_place)
 
 
 def _shared_inputs(

@@ -9,11 +9,31 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.parts import SharedInputs
 from nalora_jax.ops.split_rows import padded, repeated, split
 
 
-def with_features(x: jax.Array, features: jax.Array, places: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+def with_images(
+    x: jax.Array,
+    shared: SharedInputs,
+    features: jax.Array,
+    tokens: jax.Array,
+    config: ModelConfig,
+    sharding: NamedSharding | None,
+) -> tuple[jax.Array, SharedInputs]:
+    """Returns ``x`` with the images' features, and the inputs of layers in which their tokens see each other.
+
+    Features and tokens are of whole rows, x may have their parts.
+    """
+    sight = config.sight
+    assert sight is not None
+    places = tokens == sight.image_token
+    x = _with_features(x, features, places, sharding)
+    return x, _with_starts(shared, places, sharding) if sight.mutual else shared
+
+
+def _with_features(x: jax.Array, features: jax.Array, places: jax.Array, sharding: NamedSharding | None) -> jax.Array:
     """Returns ``x [batch, seq, d]`` with each row's features at its ``places``, in order.
 
     Features and places are of whole rows, x may have their parts.
@@ -25,7 +45,7 @@ def with_features(x: jax.Array, features: jax.Array, places: jax.Array, sharding
     return jnp.where(places[..., None], rows, x)
 
 
-def with_starts(shared: SharedInputs, places: jax.Array, sharding: NamedSharding | None) -> SharedInputs:
+def _with_starts(shared: SharedInputs, places: jax.Array, sharding: NamedSharding | None) -> SharedInputs:
     """Returns the inputs of layers in which runs of ``places`` in whole rows see each other."""
     row = shared.row
     if row is None:

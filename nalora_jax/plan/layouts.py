@@ -220,13 +220,10 @@ def estimate(
     micro = config.train.batch_size // config.train.accumulate
     rows = micro / (data * split)  # of a chip, which may have part of one
     tokens = rows * seq
-    quantize = config.compute.quantize
-    wide = 4.0 if config.compute.dtype == "float32" else 2.0
-    narrow = WIDTHS.get(quantize, wide)
-    layer, ends = weight_bytes(base, narrow, wide, "" if quantize == "none" else kernels(quantize))
-    adapters = 4.0 * sum(sum(projection_shapes(base)[path][-2:]) * sum(target.ranks) for path, target in spec.targets)
-    tables = 4.0 * base.d_model * base.vocab_size * len(spec.saved)
-    tables /= tensor if base.vocab_size % tensor == 0 else 1  # an axis that does not divide their rows is dropped
+    wide, narrow = _widths(config)
+    layer, ends = _weight_bytes(base, config, narrow, wide)
+    adapters, tables = _trained_bytes(base, spec, tensor)
+    live_keys, received_keys = gathered_keys(base, rows * context, seq, context, wide)
     kernel = attention_kernel(where, base, rows, seq)
     saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
     saved_bytes = mean_over_layers(base, lambda of_stack: saved_values(of_stack, saves, tensor, kernel)) * wide * tokens
@@ -239,7 +236,7 @@ def estimate(
         activations=saved_bytes * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
         working=working_bytes(where, base, tokens, (split, tensor), wide=wide, offloads=offloads)
         + (2 * tables + transposed_bytes(where, base, narrow) / (split * tensor) if split > 1 else 0.0)
-        + gathered_keys(base, rows * context, seq, context, wide)[0] / tensor,
+        + live_keys / tensor,
         host=saved_bytes * base.n_layers if offloads else 0.0,
         gathers=0.0,
         transfers=0.0,
@@ -256,20 +253,44 @@ def estimate(
     weights = layer * base.n_layers
     stay, sent = rows_for_experts(base, tokens, fsdp, narrow, wide) if experts == "send" else (0.0, 0.0)
     gathered = passes * (weights - stay + ends / 2) / tensor * (split - 1) / split / where.inbound(split * tensor)
-    traffic = 8 * saved_bytes * base.n_layers
-    if base.n_experts:
-        traffic = sum(sorted_row_bytes(of_stack, tokens, tensor) for of_stack in uniform(base))
-        traffic *= SLACK if stay else 1.0
+    traffic = _traffic(base, tokens, tensor, saved_bytes * base.n_layers, sends=stay > 0)
     hbm = (passes * (weights - stay * (1 - 1 / split) + ends) / tensor + traffic) / where.chip.bandwidth
     gradients = 2 * (adapters + tables) / where.inbound(data * split) if data * split > 1 else 0.0
     hidden = hidden_share(where, base)
     overlapped, exposed = hidden * gathered, (1 - hidden) * gathered
     exposed += summed_bytes(base, tokens, tensor, saves, wide) / where.inbound(tensor) + sent / where.inbound(fsdp)
-    if context > 1:
-        exposed += gathered_keys(base, rows * context, seq, context, wide)[1] / tensor / where.inbound(context)
+    exposed += received_keys / tensor / where.inbound(context)
     seconds = times * (max(products, hbm, overlapped) + exposed) + gradients
     mfu = times * useful / (where.chip.flops * seconds)
     return replace(layout, gathers=times * gathered, transfers=2 * times * out, seconds=seconds, mfu=mfu)
+
+
+def _widths(config: RunConfig) -> tuple[float, float]:
+    """Returns the bytes of a number, and of a weight of the base's projections."""
+    wide = 4.0 if config.compute.dtype == "float32" else 2.0
+    return wide, WIDTHS.get(config.compute.quantize, wide)
+
+
+def _weight_bytes(base: ModelConfig, config: RunConfig, narrow: float, wide: float) -> tuple[float, float]:
+    """Returns `weight_bytes` of a base, quantized or not."""
+    quantize = config.compute.quantize
+    return weight_bytes(base, narrow, wide, "" if quantize == "none" else kernels(quantize))
+
+
+def _trained_bytes(base: ModelConfig, spec: AdapterSpec, tensor: int) -> tuple[float, float]:
+    """Returns the bytes of the adapters and of the trained tables."""
+    adapters = 4.0 * sum(sum(projection_shapes(base)[path][-2:]) * sum(target.ranks) for path, target in spec.targets)
+    tables = 4.0 * base.d_model * base.vocab_size * len(spec.saved)
+    # An axis that does not divide their rows is dropped.
+    return adapters, tables / (tensor if base.vocab_size % tensor == 0 else 1)
+
+
+def _traffic(base: ModelConfig, tokens: float, tensor: int, saved: float, *, sends: bool) -> float:
+    """Returns the bytes of HBM traffic of a step for activations; ``saved`` bytes are saved by all layers."""
+    if not base.n_experts:
+        return 8 * saved
+    slack = SLACK if sends else 1.0
+    return slack * sum(sorted_row_bytes(of_stack, tokens, tensor) for of_stack in uniform(base))
 
 
 def _matmul_seconds(where: Topology, once: float, executed: float, transfer: float) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from nalora_jax.cpu.native.calls import bits, call, join_rows, of_runs, row_call
+from nalora_jax.cpu.native.calls import bits, call, join_rows, looped, of_runs, row_call
 from nalora_jax.cpu.native.library import available, has_tiles, multiplies_few_rows, multiplies_on_tiles
 from nalora_jax.cpu.native.products import Slice, Sum, Term, products
 
@@ -200,8 +200,7 @@ def over_vocabulary(
     def joined(size: int, batched: Sequence[bool], *operands: jax.Array) -> tuple[list[jax.Array], list[bool]]:
         """Computes the rows of all runs in one call, each run's first rows first."""
         if batched[1]:
-            axes = [0 if is_batched else None for is_batched in batched]
-            return jax.vmap(call("over_vocabulary", shapes, **attributes), axes)(*operands), [True] * 3
+            return looped(call("over_vocabulary", shapes, **attributes), batched, operands), [True] * 3
         of_run, counts = of_runs(operands[0], size, batched[0]), of_runs(operands[2], size, batched[2])
         order = jnp.argsort((jnp.arange(rows)[None] >= counts[:, None]).reshape(-1), stable=True)
         found = over_vocabulary(

@@ -43,8 +43,7 @@ def row_call(
     def joined(size: int, batched: Sequence[bool], *operands: jax.Array) -> tuple[list[jax.Array], list[bool]]:
         every = [True] * len(shapes)
         if any(batched[place] for place in shared):
-            axes = [0 if is_batched else None for is_batched in batched]
-            return jax.vmap(call(function, shapes, **attributes), axes)(*operands), every
+            return looped(call(function, shapes, **attributes), batched, operands), every
         rows = shapes[0].shape[0]
         flat = [
             x if place in shared else join_rows(of_runs(x, size, batched[place]), rows)
@@ -56,6 +55,13 @@ def row_call(
 
     called.def_vmap(joined)
     return called
+
+
+def looped(
+    called: Callable[..., list[jax.Array]], batched: Sequence[bool], operands: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Returns the results of all runs from one call for each."""
+    return jax.vmap(called, [0 if is_batched else None for is_batched in batched])(*operands)
 
 
 def of_runs(x: jax.Array, size: int, batched: bool) -> jax.Array:

@@ -123,7 +123,7 @@ def _of_all_runs(size: int, batched: Sequence[Sum], sums: Sequence[Sum]) -> tupl
 
     Runs that share a kernel become rows of one product. The product with a kernel of each run, as
     an adapter's B, joins the same sum: its operands x are blocks on a diagonal. Sums without a
-    shared kernel are computed for each run. Results equal those of single runs to the rounding of
+    shared kernel are computed for each run. Results equal the results of single runs to the rounding of
     float32 sums, whose order may differ.
     """
     of_sum = [_groups(size, *both) for both in zip(batched, sums, strict=True)]
