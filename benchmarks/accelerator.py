@@ -102,13 +102,17 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
         train=c.TrainConfig(batch_size=rows),
         data=c.DataConfig(max_length=options.seq),
         compute=c.ComputeConfig(dtype=options.dtype),
-        optimizer=c.OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_share=0.0, clip_norm=0.0),
+        optimizer=c.OptimizerConfig(
+            learning_rate=1e-3, schedule="constant", warmup_share=0.0, clip_norm=0.0
+        ),
     )
     config = laid_out(with_method(config, method, warmup=None), base, devices)
     mesh = distributed.make_mesh(config.mesh, devices)
     shapes = jax.eval_shape(lambda key: init_params(base, key, options.dtype), jax.random.key(0))
     places = distributed.shardings(shapes, mesh, distributed.PARAM_RULES)
-    params = jax.jit(lambda key: init_params(base, key, options.dtype), out_shardings=places)(jax.random.key(0))
+    params = jax.jit(lambda key: init_params(base, key, options.dtype), out_shardings=places)(
+        jax.random.key(0)
+    )
     assembly = assemble(config, base, params, mesh)
     held, view = [assembly.state], assembly.view(assembly.params)
 
@@ -144,10 +148,14 @@ def train_peft(options: argparse.Namespace) -> dict[str, Any]:
     config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
     dtype = getattr(torch, options.dtype)
     with torch.device(where):
-        base = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        base = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        )
     base.config.use_cache = False
     targets = ["gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM")
+    )
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     model.train()
@@ -177,7 +185,11 @@ def train_tunix(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def timed(
-    step: Callable[[np.ndarray], float], options: argparse.Namespace, rows: int, vocab: int, dtype: str = "int64"
+    step: Callable[[np.ndarray], float],
+    options: argparse.Namespace,
+    rows: int,
+    vocab: int,
+    dtype: str = "int64",
 ) -> dict[str, Any]:
     """Returns seconds and speeds of the steps after two warm-up steps.
 
@@ -242,7 +254,9 @@ def rows(record: dict[str, Any]) -> list[Row]:
         runs = result["runs"]
         if LORA in runs:
             steps = [values(runs[name], "seconds") for name in (OURS, LORA)]
-            found_rows.append(compared(f"step over plain LoRA's, {case}", *steps, at_most(1.02), digits=3, unit="s"))
+            found_rows.append(
+                compared(f"step over plain LoRA's, {case}", *steps, at_most(1.02), digits=3, unit="s")
+            )
         for peer in (name for name in runs if name not in (OURS, LORA)):
             ours, theirs = (values(runs[name], "tokens_per_second") for name in (OURS, peer))
             found_rows.append(compared(f"tokens/s a chip, {case}, {peer}", ours, theirs, None))
@@ -260,8 +274,12 @@ def table(record: dict[str, Any]) -> str:
             layout = " x ".join(map(str, runs[-1]["mesh"].values())) if "mesh" in runs[-1] else "1"
             speed = spread(values(runs, "tokens_per_second"))
             memory = f"{max(values(runs, 'memory_gb')):.1f} ({runs[-1]['memory_of']})"
-            lines.append((case, name, layout, speed, f"{statistics.median(mfu):.0%}" if mfu else "", memory))
-        notes += [f"{case}: {what} was not compared: {why}." for what, why in result["not_compared"].items()]
+            lines.append(
+                (case, name, layout, speed, f"{statistics.median(mfu):.0%}" if mfu else "", memory)
+            )
+        notes += [
+            f"{case}: {what} was not compared: {why}." for what, why in result["not_compared"].items()
+        ]
     header = ("work", "library", "data x fsdp x tensor", "tokens/s a chip", "MFU", "GB, at most")
     return "\n\n".join([markdown(header, lines), *notes])
 
@@ -281,15 +299,24 @@ def report(record: dict[str, Any], case: str) -> str:
         "losses": f"{losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps",
     }
     parts = [f"### Hardware report: {items['accelerators']}"]
-    parts += ["\n".join(f"- {name}: {value}" for name, value in items.items()), table({"cases": {case: measured}})]
+    parts += [
+        "\n".join(f"- {name}: {value}" for name, value in items.items()),
+        table({"cases": {case: measured}}),
+    ]
     return "\n\n".join(["Paste this into a new issue:", *parts])
 
 
 def not_measured(platform: str, kind: str, mfu: object, other: str) -> dict[str, str]:
     """Returns the comparisons that this machine cannot make, independent of installed packages."""
-    notes = {name: f"it is for {'TPUs' if name == 'Tunix' else 'GPUs'}" for name in ("PEFT", "Tunix") if name != other}
+    notes = {
+        name: f"it is for {'TPUs' if name == 'Tunix' else 'GPUs'}"
+        for name in ("PEFT", "Tunix")
+        if name != other
+    }
     if mfu is None:
-        notes["MFU"] = f"no data sheet of {kind} is known here" if platform != "cpu" else "a CPU's peak is not known"
+        notes["MFU"] = (
+            f"no data sheet of {kind} is known here" if platform != "cpu" else "a CPU's peak is not known"
+        )
     return notes
 
 
@@ -300,10 +327,23 @@ def main() -> None:
         return
     here = common.run_process(script("accelerator.py", "--one", "describe")).record
     tiny = options.tiny or (here["platform"] == "cpu" and options.model is None)
-    defaults = {"model": "tiny", "seq": 64, "steps": 3} if tiny else {"model": "llama-3.1-8b", "seq": 4096, "steps": 10}
+    defaults = (
+        {"model": "tiny", "seq": 64, "steps": 3}
+        if tiny
+        else {"model": "llama-3.1-8b", "seq": 4096, "steps": 10}
+    )
     for name, value in defaults.items():
         setattr(options, name, getattr(options, name) or value)
-    work = ["--model", options.model, "--rows", options.rows, "--seq", options.seq, "--steps", options.steps]
+    work = [
+        "--model",
+        options.model,
+        "--rows",
+        options.rows,
+        "--seq",
+        options.seq,
+        "--steps",
+        options.steps,
+    ]
     work += ["--dtype", options.dtype]
     peer, packages = PEERS.get(here["platform"], ("PEFT", PEERS["gpu"][1]))
     commands = {name: script("accelerator.py", "--one", name, *work) for name in (OURS, LORA)}
@@ -325,7 +365,9 @@ def main() -> None:
             reasons[name] = f"it failed ({str(error).strip().splitlines()[-1][:200]})"
     reasons |= not_measured(here["platform"], here["kind"], runs[OURS][0]["mfu"], peer)
     case = f"{options.model} {options.dtype}, {options.rows} x {options.seq} a chip"
-    settings = {name: value for name, value in vars(options).items() if name not in ("one", "publish", "report")}
+    settings = {
+        name: value for name, value in vars(options).items() if name not in ("one", "publish", "report")
+    }
     result = {"settings": settings, "accelerator": here, "runs": runs, "not_compared": reasons}
     record = save(case, result, here, publish=options.publish)
     print(report(record, case) if options.report else table(record))
@@ -337,15 +379,21 @@ def save(case: str, result: dict[str, Any], here: Mapping[str, Any], *, publish:
     if here["platform"] != "cpu":
         described["accelerator"] = f"{here['chips']} x {here['kind']}"
     root = common.QUICK if os.environ.get("NALORA_BENCH_QUICK") else common.OWN
-    record = common.save("accelerator", case, {"machine": described, **result}, root / machines.machine_name(described))
+    record = common.save(
+        "accelerator", case, {"machine": described, **result}, root / machines.machine_name(described)
+    )
     if publish:
         subprocess.run(script("run.py", "--publish", "--only", "accelerator"), check=True)
     return record
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a model that `nalora plan` knows by name; llama-3.1-8b, on a CPU a tiny one")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", help="a model that `nalora plan` knows by name; llama-3.1-8b, on a CPU a tiny one"
+    )
     parser.add_argument("--rows", type=int, default=1, help="rows a chip and step")
     parser.add_argument("--seq", type=int, default=0, help="tokens of a row; 4,096 by default")
     parser.add_argument("--steps", type=int, default=0, help="timed steps; 10 by default")

@@ -27,7 +27,9 @@ TITLE = "What checkpoints cost: a save every 100 steps over none"
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=128)
@@ -93,7 +95,9 @@ def rows(record: dict[str, Any]) -> list[Row]:
 def _row(case: str, result: dict[str, Any]) -> Row:
     steps = result["settings"]["steps"]
     with_save, without = (spread(result["seconds"][name], 2, "s") for name in ("first", "second"))
-    inside = f"{len(result['calls'])} pairs of {steps} steps, {spread(result['calls'], 3, 's')} within the call"
+    inside = (
+        f"{len(result['calls'])} pairs of {steps} steps, {spread(result['calls'], 3, 's')} within the call"
+    )
     return Row(f"{case}", with_save, without, 1.0 + share(result), at_most(1.05), inside)
 
 

@@ -70,7 +70,10 @@ _QWEN35 = {
     "linear_value_head_dim": 32,
     "tie_word_embeddings": True,
 }
-ARCHITECTURES: dict[str, dict[str, Any]] = {"smollm2": {"model_type": "llama", **SMOLLM2}, "qwen3.5": _QWEN35}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "smollm2": {"model_type": "llama", **SMOLLM2},
+    "qwen3.5": _QWEN35,
+}
 
 # CLIP ViT-B/16, the model of the image figures, with transformers' names; other values are CLIP's
 # defaults.
@@ -78,7 +81,12 @@ CLIP_B16: dict[str, Any] = {
     "model_type": "clip",
     "projection_dim": 512,
     "vision_config": {
-        **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+        **{
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+        },
         **{"image_size": 224, "patch_size": 16},
     },
     "text_config": {
@@ -155,7 +163,9 @@ def alternate(
     return Pairs(*seconds)
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float], *, confidence: float = 0.95) -> dict[str, float]:
+def ratio(
+    numerators: Sequence[float], denominators: Sequence[float], *, confidence: float = 0.95
+) -> dict[str, float]:
     """Returns the median of the paired ratios, with its percentile bootstrap interval."""
     from scipy.stats import bootstrap
 
@@ -164,7 +174,12 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], *, confide
         return {"median": float(ratios[0]), "low": float("nan"), "high": float("nan"), "pairs": len(ratios)}
     interval = bootstrap((ratios,), np.median, confidence_level=confidence, method="percentile", rng=0)
     low, high = interval.confidence_interval
-    return {"median": float(np.median(ratios)), "low": float(low), "high": float(high), "pairs": len(ratios)}
+    return {
+        "median": float(np.median(ratios)),
+        "low": float(low),
+        "high": float(high),
+        "pairs": len(ratios),
+    }
 
 
 @dataclass(frozen=True)
@@ -199,7 +214,9 @@ def run_process(command: Sequence[str], environment: Mapping[str, str] = ENVIRON
         output.
     """
     began, start = time.time(), time.perf_counter()
-    done = subprocess.run(command, env=with_environment(environment), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=with_environment(environment), capture_output=True, text=True, check=False
+    )
     seconds = time.perf_counter() - start
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines or not lines[-1].startswith("{"):
@@ -226,7 +243,11 @@ def run_script(name: str, *arguments: object) -> dict[str, Any]:
 
 
 def alternate_processes(
-    commands: Mapping[str, Sequence[str]], *, rounds: int, seed: int = 0, environment: Mapping[str, str] = ENVIRONMENT
+    commands: Mapping[str, Sequence[str]],
+    *,
+    rounds: int,
+    seed: int = 0,
+    environment: Mapping[str, str] = ENVIRONMENT,
 ) -> dict[str, list[Measured]]:
     """Runs each command once per round, in random order within a round."""
     order = random.Random(seed)
@@ -280,7 +301,9 @@ def _public(value: Any) -> Any:
 def add_rounds(parser: argparse.ArgumentParser, rounds: int) -> None:
     """Adds the options of a part that compares processes."""
     parser.add_argument("--rounds", type=int, default=rounds, help="each process runs once in a round")
-    parser.add_argument("--add", action="store_true", help="keep the recorded rounds of this case and add these")
+    parser.add_argument(
+        "--add", action="store_true", help="keep the recorded rounds of this case and add these"
+    )
 
 
 def compare(
@@ -337,7 +360,9 @@ def values(runs: Sequence[Mapping[str, Any]], key: str) -> list[float]:
 
 def save_batches(path: Path, batches: Sequence[Mapping[str, np.ndarray]]) -> None:
     """Writes batches of several named arrays to one file; see `load_batches`."""
-    np.savez(path, **{f"{i}/{name}": value for i, batch in enumerate(batches) for name, value in batch.items()})
+    np.savez(
+        path, **{f"{i}/{name}": value for i, batch in enumerate(batches) for name, value in batch.items()}
+    )
 
 
 def load_batches(path: Path) -> list[dict[str, np.ndarray]]:

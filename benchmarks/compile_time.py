@@ -57,7 +57,9 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -65,7 +67,10 @@ def main() -> None:
     for _ in range(options.rounds):
         for layers, seconds in by_layers.items():
             seconds.append(compile_seconds(layers, options.dtype))
-    record = {"settings": vars(options), "seconds": {str(layers): seconds for layers, seconds in by_layers.items()}}
+    record = {
+        "settings": vars(options),
+        "seconds": {str(layers): seconds for layers, seconds in by_layers.items()},
+    }
     print(table(save("compile_time", options.dtype, record)))
 
 

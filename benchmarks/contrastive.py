@@ -78,13 +78,17 @@ def table(record: dict[str, Any]) -> str:
         lines.append(f"| {kind} | {result['times']:g} | {received:.2f} | {largest:.2f} |")
     megabytes, share = record["features"] / 1e6, 1 - 1 / record["chips"]
     where = f"{record['topology']}, {record['chips']} chips, {record['pairs']:,} pairs a step"
-    features = f"the features of both towers as a whole are {megabytes:.2f} MB (float32), of which a chip lacks"
+    features = (
+        f"the features of both towers as a whole are {megabytes:.2f} MB (float32), of which a chip lacks"
+    )
     head = f"{where}, {record['memory'] / 1e9:.1f} GB a chip; {features} {megabytes * share:.2f} MB."
     return head + "\n\n" + "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--topology", default="v6e:4x8")
     parser.add_argument("--page", action="store_true", help="nothing but the page")
     options = parser.parse_args()

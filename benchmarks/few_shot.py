@@ -40,7 +40,10 @@ def rows(record: dict[str, Any]) -> list[Row]:
         compared_runs(f"images/s, {c}", f["runs"], "peft", "images_per_second", at_least(1.0), digits=1)
         for c, f in cases
     ]
-    memory = [compared_runs(f"peak memory, {c}", f["runs"], "peft", "peak_rss_mb", None, unit="MB") for c, f in cases]
+    memory = [
+        compared_runs(f"peak memory, {c}", f["runs"], "peft", "peak_rss_mb", None, unit="MB")
+        for c, f in cases
+    ]
     return speeds + memory
 
 
@@ -50,7 +53,9 @@ def table(record: dict[str, Any]) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--batch", type=int, default=32, help="images in a step")
     parser.add_argument("--steps", type=int, default=6, help="timed steps, after --warmup")
@@ -60,7 +65,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--layers", type=int, default=CLIP_B16["vision_config"]["num_hidden_layers"], help="of both towers"
     )
     parser.add_argument("--library", choices=("nalora_jax", "peft"), help="measure one, in this process")
-    parser.add_argument("--peft", choices=PEFT_SETTINGS, help="PEFT's setting; default: the fastest that is known")
+    parser.add_argument(
+        "--peft", choices=PEFT_SETTINGS, help="PEFT's setting; default: the fastest that is known"
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of torch")
     parser.add_argument("--search", action="store_true", help="compare PEFT's settings instead")
     add_rounds(parser, 2)
@@ -82,7 +89,10 @@ def batches(options: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]]:
     rng, side = np.random.default_rng(0), options.image_size
     shape = (options.batch, side, side, 3)
     count = options.warmup + options.steps
-    return [(rng.integers(0, 256, shape, np.uint8), rng.integers(0, CLASSES, options.batch)) for _ in range(count)]
+    return [
+        (rng.integers(0, 256, shape, np.uint8), rng.integers(0, CLASSES, options.batch))
+        for _ in range(count)
+    ]
 
 
 def class_features() -> np.ndarray:
@@ -113,7 +123,9 @@ def train_ours(options: argparse.Namespace) -> dict[str, Any]:
     config = c.RunConfig(
         steps=10_000,
         lora=c.LoRAConfig(rules=(c.LoRARule("image/.*ffn", RANK),)),
-        optimizer=c.OptimizerConfig(learning_rate=RATE, schedule="constant", warmup_share=0.0, clip_norm=0.0),
+        optimizer=c.OptimizerConfig(
+            learning_rate=RATE, schedule="constant", warmup_share=0.0, clip_norm=0.0
+        ),
         compute=c.ComputeConfig(dtype=options.dtype),
         vision=VisionConfig("classify"),
     )
@@ -125,7 +137,9 @@ def train_ours(options: argparse.Namespace) -> dict[str, Any]:
     for pixels, labels in batches(options):
         rows = {"pixels": pixels[None], "labels": labels.astype(np.int32)[None]}
         start = time.perf_counter()
-        state, metrics = assembly.step(params, state, distributed.make_global_batch(rows, mesh, rows_axis=1))
+        state, metrics = assembly.step(
+            params, state, distributed.make_global_batch(rows, mesh, rows_axis=1)
+        )
         losses.append(float(metrics["loss"]))
         seconds.append(time.perf_counter() - start)
     return {"losses": losses, "seconds": seconds}
@@ -201,10 +215,15 @@ def main() -> None:
         variants = {name: command("peft", options.steps, "--peft", name) for name in PEFT_SETTINGS}
         search("few_shot", case, variants, "images_per_second", options)
         return
-    setting = options.peft or fastest("few_shot", case, "sdpa compiled" if options.dtype == "bfloat16" else "sdpa")
+    setting = options.peft or fastest(
+        "few_shot", case, "sdpa compiled" if options.dtype == "bfloat16" else "sdpa"
+    )
 
     def commands(steps: int) -> dict[str, list[str]]:
-        return {"nalora_jax": command("nalora_jax", steps), "peft": command("peft", steps, "--peft", setting)}
+        return {
+            "nalora_jax": command("nalora_jax", steps),
+            "peft": command("peft", steps, "--peft", setting),
+        }
 
     alternate_processes(commands(1), rounds=1)  # fills both libraries' caches of compiled programs
     print(table(compare("few_shot", case, commands(options.steps), options, {"peft": setting})))

@@ -24,7 +24,13 @@ def rows(record: dict[str, Any]) -> list[Row]:
     """Returns one row per dtype."""
     return [
         compared_runs(
-            f"first step, {case}", result["runs"], "peft", "seconds_until_done", at_most(1.0), digits=1, unit="s"
+            f"first step, {case}",
+            result["runs"],
+            "peft",
+            "seconds_until_done",
+            at_most(1.0),
+            digits=1,
+            unit="s",
         )
         for case, result in record["cases"].items()
     ]
@@ -36,7 +42,9 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     add_rounds(parser, 3)
     options = parser.parse_args()

@@ -58,7 +58,10 @@ def compiled(layers: int, batch: int, seq: int, dtype: str, method: str) -> floa
     from nalora_jax.cpu import cross_entropy
 
     unrolled = partial(nn.scan, unroll=layers)
-    with mock.patch.object(nn, "scan", unrolled), mock.patch.object(cross_entropy, "BLOCK", SMOLLM2["vocab_size"]):
+    with (
+        mock.patch.object(nn, "scan", unrolled),
+        mock.patch.object(cross_entropy, "BLOCK", SMOLLM2["vocab_size"]),
+    ):
         step, arguments = assembled(layers, batch, seq, dtype, method, remat="none", loss_chunk=batch * seq)
         lowered = step.lower(*arguments)
     return float(lowered.compile().cost_analysis()["flops"])
@@ -116,7 +119,10 @@ def matmul_peak(dtype: str, size: int = 4096, repeats: int = 5) -> list[float]:
 
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.float32).astype(dtype)
     numerics = numerics_for(dtype)
-    ways = (lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32), lambda x, y: dot(x, y, numerics))
+    ways = (
+        lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32),
+        lambda x, y: dot(x, y, numerics),
+    )
     rates = []
     for product in map(jax.jit, ways):
         product(x, x).block_until_ready()
@@ -155,12 +161,18 @@ def rows(record: dict[str, Any]) -> list[Row]:
     for case, result in record["cases"].items():
         if "compiled" in result:
             ours, least = result["whole"], result["minimum"]
-            counted.append(Row(case, f"{ours / 1e9:,.1f} GF", f"{least / 1e9:,.1f} GF", ours / least, at_most(1.05)))
+            counted.append(
+                Row(case, f"{ours / 1e9:,.1f} GF", f"{least / 1e9:,.1f} GF", ours / least, at_most(1.05))
+            )
             continue
-        rates, peak = ([x / 1e9 for x in result[name]] for name in ("flops_per_second", "peak_flops_per_second"))
+        rates, peak = (
+            [x / 1e9 for x in result[name]] for name in ("flops_per_second", "peak_flops_per_second")
+        )
         required = _share(result)
         ratio = statistics.median(rates) / statistics.median(peak)
-        shares.append(Row(case, spread(rates, unit="GF/s"), spread(peak, unit="GF/s"), ratio, at_least(required)))
+        shares.append(
+            Row(case, spread(rates, unit="GF/s"), spread(peak, unit="GF/s"), ratio, at_least(required))
+        )
     return counted + shares
 
 
@@ -177,7 +189,9 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", action="store_true")
     parser.add_argument("--peak", action="store_true")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")

@@ -104,7 +104,9 @@ def one(options: argparse.Namespace) -> None:
 def rows(record: dict[str, Any]) -> list[Row]:
     """Returns one row per dtype and batch."""
     return [
-        compared_runs(f"tokens/s, {case}", result["runs"], "transformers", "tokens_per_second", at_least(1.5))
+        compared_runs(
+            f"tokens/s, {case}", result["runs"], "transformers", "tokens_per_second", at_least(1.5)
+        )
         for case, result in record["cases"].items()
     ]
 
@@ -115,12 +117,16 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--search", action="store_true", help="compare transformers' settings")
-    parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS), help="of --search")
+    parser.add_argument(
+        "--settings", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS), help="of --search"
+    )
     parser.add_argument("--setting", choices=tuple(SETTINGS), help="transformers' (default: the fastest)")
     parser.add_argument("--one", choices=("nalora_jax", "transformers"), help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)

@@ -147,7 +147,9 @@ def rows(record: dict[str, Any]) -> list[Row]:
         for key, order in zip(("seconds", "bytes"), AXES[axis][1:], strict=True):
             name = "step time" if key == "seconds" else "memory"
             exponent = growth_exponent(result["sizes"], result[key])
-            found_rows.append(Row(f"exponent of {name} in {axis}", "", "", exponent, at_most(order + NOISE)))
+            found_rows.append(
+                Row(f"exponent of {name} in {axis}", "", "", exponent, at_most(order + NOISE))
+            )
     return found_rows
 
 
@@ -182,14 +184,22 @@ def plot(record: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     cases = record["cases"]
-    figure, panels = plt.subplots(2, len(cases), figsize=(2.2 * len(cases), 4.6), squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(
+        2, len(cases), figsize=(2.2 * len(cases), 4.6), squeeze=False, layout="constrained"
+    )
     for column, (axis, result) in enumerate(cases.items()):
         sizes = np.array(result["sizes"], float)
         for panel, key, order in zip(panels[:, column], ("seconds", "bytes"), AXES[axis][1:], strict=True):
             scale = 1e3 if key == "seconds" else 1e-6
             costs = scale * np.array(result[key])
             panel.loglog(sizes, costs, "o-", color="#1f5fa8", label="measured")
-            panel.loglog(sizes, costs[-1] * (sizes / sizes[-1]) ** order, "--", color="#999999", label="expected order")
+            panel.loglog(
+                sizes,
+                costs[-1] * (sizes / sizes[-1]) ** order,
+                "--",
+                color="#999999",
+                label="expected order",
+            )
             panel.set_xticks(sizes, [_short(size) for size in sizes], fontsize=7)
             ends = (costs.min(), costs.max())
             panel.set_yticks(ends, [f"{end:,.0f}" for end in ends])
@@ -208,7 +218,9 @@ def _short(size: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--axis", nargs="+", choices=tuple(AXES), default=tuple(AXES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="the two smallest sizes of each axis")

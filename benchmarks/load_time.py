@@ -76,7 +76,11 @@ def one(options: argparse.Namespace) -> None:
         bring_memory(options.dtype)
     load = load_ours if options.one == "nalora_jax" else load_theirs
     seconds, count = load(options.path, options.dtype)
-    print(json.dumps({"seconds": seconds, "parameters": count, "done_at": time.time(), "peak_rss_mb": peak_rss_mb()}))
+    print(
+        json.dumps(
+            {"seconds": seconds, "parameters": count, "done_at": time.time(), "peak_rss_mb": peak_rss_mb()}
+        )
+    )
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
@@ -84,7 +88,9 @@ def rows(record: dict[str, Any]) -> list[Row]:
     found_rows = []
     for case, result in record["cases"].items():
         peer, settings = (result["runs"], "transformers"), result["settings"]
-        limit = None if settings["memory_at_hand"] else at_most(0.4 if settings["format"] == "gguf" else 1.0)
+        limit = (
+            None if settings["memory_at_hand"] else at_most(0.4 if settings["format"] == "gguf" else 1.0)
+        )
         found_rows.append(compared_runs(f"load, {case}", *peer, "seconds", limit, digits=2, unit="s"))
         what = f"from process start, imports included, {case}"
         found_rows.append(compared_runs(what, *peer, "seconds_until_done", None, digits=1, unit="s"))
@@ -97,7 +103,9 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--format", choices=FORMATS, default="safetensors")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument(
@@ -111,8 +119,16 @@ def main() -> None:
         one(options)
         return
     path = files(options.dtype)["gguf" if options.format == "gguf" else "model"]
-    work = ["--path", path, "--dtype", options.dtype, *(["--memory-at-hand"] if options.memory_at_hand else [])]
-    commands = {name: script("load_time.py", "--one", name, *work) for name in ("nalora_jax", "transformers")}
+    work = [
+        "--path",
+        path,
+        "--dtype",
+        options.dtype,
+        *(["--memory-at-hand"] if options.memory_at_hand else []),
+    ]
+    commands = {
+        name: script("load_time.py", "--one", name, *work) for name in ("nalora_jax", "transformers")
+    }
     case = f"{options.format}, {options.dtype}" + (", memory at hand" if options.memory_at_hand else "")
     print(table(compare("load_time", case, commands, options)))
 

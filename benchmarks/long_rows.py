@@ -32,12 +32,16 @@ def temporary_bytes(context: int, options: argparse.Namespace) -> int:
         compute=ComputeConfig(dtype=options.dtype, remat=options.remat),
     )
     mesh = distributed.make_mesh(config.mesh, jax.devices()[:context])
-    step, arguments = step_and_arguments(config, ModelConfig.from_hf(ARCHITECTURES["smollm2"]), mesh, seq=options.seq)
+    step, arguments = step_and_arguments(
+        config, ModelConfig.from_hf(ARCHITECTURES["smollm2"]), mesh, seq=options.seq
+    )
     return int(step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seq", type=int, default=8192)
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -45,7 +49,10 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.devices}"
     whole, split = (temporary_bytes(context, options) for context in (1, options.devices))
-    print(f"{options.seq} tokens: {whole / 1e6:,.0f} MB on one device, {split / 1e6:,.0f} MB on each of", end=" ")
+    print(
+        f"{options.seq} tokens: {whole / 1e6:,.0f} MB on one device, {split / 1e6:,.0f} MB on each of",
+        end=" ",
+    )
     print(f"{options.devices} devices, {split / whole:.3f} of it")
 
 

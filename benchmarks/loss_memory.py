@@ -41,7 +41,9 @@ def temporary_bytes(vocab: int, dtype: str, options: argparse.Namespace) -> dict
     def chunked(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         return cross_entropy(hidden, kernel, targets, weights, PLAIN_HEAD, numerics)
 
-    def materialised(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    def materialised(
+        hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
+    ) -> jax.Array:
         operands = hidden.astype(dtype), jax.lax.stop_gradient(kernel)
         logits = jnp.matmul(*operands, preferred_element_type=jnp.float32)
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -59,7 +61,13 @@ def temporary_bytes(vocab: int, dtype: str, options: argparse.Namespace) -> dict
 def rows(record: dict[str, Any]) -> list[Row]:
     """Returns one row per vocabulary and dtype."""
     return [
-        Row(case, _mb(result["bytes"]["chunked"]), _mb(result["bytes"]["materialised"]), _ratio(result), at_most(0.1))
+        Row(
+            case,
+            _mb(result["bytes"]["chunked"]),
+            _mb(result["bytes"]["materialised"]),
+            _ratio(result),
+            at_most(0.1),
+        )
         for case, result in record["cases"].items()
     ]
 
@@ -78,8 +86,12 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab", type=int, action="append", help=f"default: {' and '.join(map(str, VOCABULARIES))}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--vocab", type=int, action="append", help=f"default: {' and '.join(map(str, VOCABULARIES))}"
+    )
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: both")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=512)

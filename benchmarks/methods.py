@@ -18,7 +18,9 @@ def with_method(config: RunConfig, method: str, *, warmup: int | None = 0) -> Ru
     ``warmup`` is the number of steps before the mechanisms act: 0 for timed steps, which are few;
     None for the library's default.
     """
-    rules = {"lora": (), "nalora": ("soft:power=2", "homogeneity"), "default": type(config).mechanisms}[method]
+    rules = {"lora": (), "nalora": ("soft:power=2", "homogeneity"), "default": type(config).mechanisms}[
+        method
+    ]
     if warmup is not None:
         rules = tuple(f"{rule}{',' if ':' in rule else ':'}warmup={warmup}" for rule in rules)
     return dataclasses.replace(config, mechanisms=rules)

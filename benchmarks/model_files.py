@@ -24,14 +24,18 @@ ALIAS = "smollm2-135m-instruct"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     dtype = parser.parse_args().dtype
     gguf = Path(resolve(ALIAS).path)
     folder = cache_dir() / "benchmarks" / f"{ALIAS}-{dtype}"
     if not folder.exists():
         make(gguf, folder, dtype)
-    print(json.dumps({"gguf": str(gguf), "model": str(folder / "model"), "adapter": str(folder / "adapter")}))
+    print(
+        json.dumps({"gguf": str(gguf), "model": str(folder / "model"), "adapter": str(folder / "adapter")})
+    )
 
 
 def make(gguf: Path, folder: Path, dtype: str) -> None:
@@ -50,7 +54,9 @@ def make(gguf: Path, folder: Path, dtype: str) -> None:
     AutoTokenizer.from_pretrained(where, **file).save_pretrained(scratch / "model")
     torch.manual_seed(0)
     targets = ["gate_proj", "up_proj", "down_proj"]
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=8, lora_alpha=16, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     adapted = get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:  # a small change, so that the output is not noise

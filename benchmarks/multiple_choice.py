@@ -47,7 +47,9 @@ def write_requests(path: Path, task: str, count: int) -> None:
 
     tokenizer = load_model(files("float32")["model"], dtype="float32").tokenizer
     items = eval_examples(DataConfig(dataset=task, chat=False), tokenizer, split="validation", limit=count)
-    path.write_text(json.dumps([[item.prompt, [f" {c.strip()}" for c in item.choices], item.gold] for item in items]))
+    path.write_text(
+        json.dumps([[item.prompt, [f" {c.strip()}" for c in item.choices], item.gold] for item in items])
+    )
 
 
 def answers_ours(options: argparse.Namespace) -> Any:
@@ -96,7 +98,8 @@ def one(options: argparse.Namespace) -> None:
         "first_seconds": seconds[0],
         "items_per_second": [len(questions) / s for s in seconds[1:]],
         "chosen": chosen,
-        "accuracy": sum(a == gold for a, (_, _, gold) in zip(chosen, questions, strict=True)) / len(questions),
+        "accuracy": sum(a == gold for a, (_, _, gold) in zip(chosen, questions, strict=True))
+        / len(questions),
         "peak_rss_mb": peak_rss_mb(),
     } | ({"versions": versions()} if options.one == "lm_eval" else {})
     print(json.dumps(record))
@@ -111,8 +114,12 @@ def rows(record: dict[str, Any]) -> list[Row]:
             compared_runs(f"items/s, {case}", runs, "lm_eval", "items_per_second", at_least(2.0), digits=1)
         )
         count = len(runs["nalora_jax"][0]["chosen"])
-        pair = [[count / s for s in values(runs[name], "first_seconds")] for name in ("nalora_jax", "lm_eval")]
-        found_rows.append(compared(f"items/s of the first pass, compilation included, {case}", *pair, None, digits=1))
+        pair = [
+            [count / s for s in values(runs[name], "first_seconds")] for name in ("nalora_jax", "lm_eval")
+        ]
+        found_rows.append(
+            compared(f"items/s of the first pass, compilation included, {case}", *pair, None, digits=1)
+        )
     return found_rows
 
 
@@ -122,7 +129,9 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--task", default="socialiqa")
     parser.add_argument("--count", type=int, default=200, help="questions")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
@@ -130,7 +139,9 @@ def main() -> None:
     parser.add_argument("--setting", choices=tuple(SETTINGS), help="of the harness (default: its fastest)")
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--search", action="store_true", help="compare the harness's settings")
-    parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS), help="of --search")
+    parser.add_argument(
+        "--settings", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS), help="of --search"
+    )
     parser.add_argument("--one", choices=("nalora_jax", "lm_eval"), help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--requests", type=Path, help=argparse.SUPPRESS)

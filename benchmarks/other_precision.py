@@ -31,7 +31,9 @@ _COMPARED = 100  # examples whose distributions are compared
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="folder of a finished run")
     run = parser.parse_args().run
     print("| base held as | accuracy, base | accuracy, adapter | loss, base | loss, adapter | divergence |")
@@ -46,7 +48,10 @@ def main() -> None:
         computed = log_probabilities(model, items[:_COMPARED])
         reference = computed if reference is None else reference
         held = config.compute.dtype if kind == "none" else kind
-        cells = (held, *(f"{values[name]:.3f}" for name in ("accuracy", "loss") for values in (before, after)))
+        cells = (
+            held,
+            *(f"{values[name]:.3f}" for name in ("accuracy", "loss") for values in (before, after)),
+        )
         print(f"| {' | '.join(cells)} | {divergence(reference, computed):.4f} |", flush=True)
 
 
@@ -56,13 +61,17 @@ def log_probabilities(model: AdaptedModel, items: Sequence[Any]) -> list[np.ndar
     @jax.jit
     def logits(variables: Any, tokens: jax.Array) -> jax.Array:
         hidden = model.module.apply(variables, tokens)
-        return jax.nn.log_softmax(model.module.apply(variables, hidden, method="unembed").astype(jnp.float32))
+        return jax.nn.log_softmax(
+            model.module.apply(variables, hidden, method="unembed").astype(jnp.float32)
+        )
 
     values = []
     for item in items:
         assert isinstance(item, ChoiceItem)
         prompt, answer = item.contexts[item.gold], item.choice_ids[item.gold]
-        tokens = np.zeros((1, -(-(len(prompt) + len(answer)) // 32) * 32), np.int32)  # few lengths, few programs
+        tokens = np.zeros(
+            (1, -(-(len(prompt) + len(answer)) // 32) * 32), np.int32
+        )  # few lengths, few programs
         tokens[0, : len(prompt) + len(answer)] = [*prompt, *answer]
         span = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
         values.append(np.asarray(logits(model.variables, tokens))[0, span])

@@ -22,7 +22,9 @@ SHORT = "NA-LoRA over LoRA"
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=128)
@@ -57,7 +59,9 @@ def main() -> None:
         return step
 
     pairs = alternate(stepper(chosen.method), stepper("lora"), pairs=chosen.pairs)
-    case = f"{chosen.dtype} {chosen.batch}x{chosen.seq}" + ("" if chosen.method == "nalora" else f", {chosen.method}")
+    case = f"{chosen.dtype} {chosen.batch}x{chosen.seq}" + (
+        "" if chosen.method == "nalora" else f", {chosen.method}"
+    )
     record = {"settings": vars(chosen), **pairs.to_dict()}
     print(table(save("overhead", case, record)))
 

@@ -70,7 +70,9 @@ def our_batches(data: Examples, steps: int) -> list[dict[str, np.ndarray]]:
     return batches
 
 
-def padded_batches(data: Examples, steps: int, per_batch: int, *, by_length: bool) -> list[dict[str, np.ndarray]]:
+def padded_batches(
+    data: Examples, steps: int, per_batch: int, *, by_length: bool
+) -> list[dict[str, np.ndarray]]:
     """Returns batches padded to their longest example, for the warm-up and the timed steps."""
     if by_length:
         window = 32 * per_batch
@@ -78,7 +80,9 @@ def padded_batches(data: Examples, steps: int, per_batch: int, *, by_length: boo
         ordered = [sorted(chunk, key=lambda example: len(example[0])) for chunk in chunks]
         batches = [chunk[i : i + per_batch] for chunk in ordered for i in range(0, len(chunk), per_batch)]
         batches = [
-            batches[i] for i in np.random.default_rng(0).permutation(len(batches)) if len(batches[i]) == per_batch
+            batches[i]
+            for i in np.random.default_rng(0).permutation(len(batches))
+            if len(batches[i]) == per_batch
         ]
     else:
         batches = [data[i : i + per_batch] for i in range(0, len(data), per_batch)]
@@ -109,12 +113,17 @@ def _trl_rows(data: Examples) -> list[Examples]:
     except ImportError:
         return []
     table = Dataset.from_dict(
-        {"input_ids": [ids.tolist() for ids, _ in data], "labels": [answer.astype(int).tolist() for _, answer in data]}
+        {
+            "input_ids": [ids.tolist() for ids, _ in data],
+            "labels": [answer.astype(int).tolist() for _, answer in data],
+        }
     )
     rows = []
     for row in pack_dataset(table, LENGTH, "bfd"):
         ends = np.cumsum(row["seq_lengths"])[:-1]
-        parts = zip(np.split(np.array(row["input_ids"]), ends), np.split(np.array(row["labels"]), ends), strict=True)
+        parts = zip(
+            np.split(np.array(row["input_ids"]), ends), np.split(np.array(row["labels"]), ends), strict=True
+        )
         rows.append([(ids, answer.astype(bool)) for ids, answer in parts])
     return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
 
@@ -164,7 +173,9 @@ def rows(record: dict[str, Any]) -> list[Row]:
             packed = name == "packed"
             by = f" by {result['packer']}" if packed else ""
             limit = at_least(1.0 if packed else 2.0)
-            found_rows.append(compared(f"useful tokens/s, {case}, against PEFT {name}{by}", ours, speed, limit))
+            found_rows.append(
+                compared(f"useful tokens/s, {case}, against PEFT {name}{by}", ours, speed, limit)
+            )
     return found_rows
 
 
@@ -183,12 +194,16 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--examples", type=int, default=4000, help="to draw from")
     parser.add_argument("--trl-path", help="folders that have TRL and datasets")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="run these alone (with --add)")
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=SIDES, help="run these alone (with --add)"
+    )
     add_rounds(parser, 2)
     options = parser.parse_args()
     if options.trl_path:

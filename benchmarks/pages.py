@@ -98,7 +98,8 @@ def render(parts: Sequence[str], folder: Path = common.PUBLISHED) -> str:
     recorded_figures = recorded(folder, parts)
     machines = sorted(dict.fromkeys(figures.machine for figures in recorded_figures))
     overviews = [
-        overview(name, [figures for figures in recorded_figures if figures.machine == name], parts) for name in machines
+        overview(name, [figures for figures in recorded_figures if figures.machine == name], parts)
+        for name in machines
     ]
     return "\n\n".join([HEADER, *overviews]) + "\n"
 
@@ -111,7 +112,13 @@ def overview(machine: str, recorded_figures: Sequence[Figures], parts: Sequence[
             verdicts += [row.verdict] if row.limit is not None else []
             missed = row.limit is not None and row.verdict != "met"
             if missed or figures.part in WHOLE or row.what in HEADLINES.get(figures.part, ()):
-                cells = (row.ours, row.other, tables.ratio_text(row.ratio), str(row.limit or ""), row.verdict)
+                cells = (
+                    row.ours,
+                    row.other,
+                    tables.ratio_text(row.ratio),
+                    str(row.limit or ""),
+                    row.verdict,
+                )
                 lines.append((missed, (figures.module.SHORT, row.what, *cells)))
     while len(lines) > ROWS:  # the last that meets its requirement
         lines.pop(max(i for i, (missed, _) in enumerate(lines) if not missed))
@@ -120,7 +127,9 @@ def overview(machine: str, recorded_figures: Sequence[Figures], parts: Sequence[
     there = (*COMPILED, *WHOLE, *(figures.part for figures in recorded_figures))
     missing = [name for name in parts if name not in there]
     head = f"{verdicts.count('met')} of {len(verdicts)} measured ratios are as required."
-    head += f" Not measured here: {', '.join(missing)}." if missing and not compiled and not accelerated else ""
+    head += (
+        f" Not measured here: {', '.join(missing)}." if missing and not compiled and not accelerated else ""
+    )
     header = ("part", "figure", "nalora_jax", "reference", "ratio", "required", "")
     return f"## {machine}\n\n{head}\n\n{tables.markdown(header, [cells for _, cells in lines])}"
 
@@ -140,7 +149,9 @@ def section(recorded_figures: Sequence[Figures]) -> str:
     """Returns a part's tables, one per machine, and the origin of the figures."""
     module = recorded_figures[0].module
     about = module.__doc__.strip().split("\n\n")[1:]
-    prose = [block for block in about if not block.startswith(("    ", "--"))]  # neither commands nor options
+    prose = [
+        block for block in about if not block.startswith(("    ", "--"))
+    ]  # neither commands nor options
     text = [f"## {module.TITLE}", *prose]
     for figures in recorded_figures:
         text += [f"**{figures.machine}**", module.table(figures.record)]
@@ -167,9 +178,12 @@ def describe(case: dict[str, Any]) -> str:
     machine = case["machine"]
     flags = ", ".join(name for name, there in machine["flags"].items() if there)
     missing = "" if tables.has_amx(case) else ", no AMX"
-    separate = {name: runs[-1]["versions"] for name, runs in case.get("runs", {}).items() if "versions" in runs[-1]}
+    separate = {
+        name: runs[-1]["versions"] for name, runs in case.get("runs", {}).items() if "versions" in runs[-1]
+    }
     versions = "; ".join(
-        f"{name}{': ' if name else ''}" + ", ".join(f"{package} {version}" for package, version in number.items())
+        f"{name}{': ' if name else ''}"
+        + ", ".join(f"{package} {version}" for package, version in number.items())
         for name, number in {"": machine["versions"], **separate}.items()
     )
     design = f" {machine['generation']}" if machine.get("generation") else ""

@@ -62,7 +62,8 @@ def tunix_model(dtype: str, remat: str, shape: Mapping[str, Any] = SMOLLM2) -> A
     noise = np.random.default_rng(0)
     # Tunix initializes the feed-forward kernels to zero, so no gradient would flow.
     state = jax.tree.map(
-        lambda x: np.asarray(noise.normal(0, 0.02, x.shape), dtype) if x.ndim > 1 else x.astype(dtype), state
+        lambda x: np.asarray(noise.normal(0, 0.02, x.shape), dtype) if x.ndim > 1 else x.astype(dtype),
+        state,
     )
     base = nnx.merge(graph, jax.tree.map(jax.numpy.asarray, state))
     provider = qwix.LoraProvider(module_path=".*(gate_proj|up_proj|down_proj)", rank=8, alpha=16.0)
@@ -75,8 +76,12 @@ def tunix_step(dtype: str, remat: str, shape: Mapping[str, Any] = SMOLLM2) -> An
     import optax
     from tunix.sft import peft_trainer
 
-    config = peft_trainer.TrainingConfig(eval_every_n_steps=10**9, max_steps=100, checkpoint_root_directory=None)
-    trainer = peft_trainer.PeftTrainer(tunix_model(dtype, remat, shape), optax.adamw(1e-3, weight_decay=0.0), config)
+    config = peft_trainer.TrainingConfig(
+        eval_every_n_steps=10**9, max_steps=100, checkpoint_root_directory=None
+    )
+    trainer = peft_trainer.PeftTrainer(
+        tunix_model(dtype, remat, shape), optax.adamw(1e-3, weight_decay=0.0), config
+    )
     trainer = trainer.with_gen_model_input_fn(lambda inputs: inputs)
     compiled, _ = trainer.jit_train_and_eval_step()
 
@@ -85,7 +90,9 @@ def tunix_step(dtype: str, remat: str, shape: Mapping[str, Any] = SMOLLM2) -> An
         positions = np.broadcast_to(np.arange(seq), (rows, seq))
         mask = np.broadcast_to(np.tril(np.ones((seq, seq), bool)), (rows, seq, seq))
         inputs = {"input_tokens": tokens, "input_mask": np.ones_like(tokens), "positions": positions}
-        loss, *_ = compiled({name: jnp.asarray(x) for name, x in (inputs | {"attention_mask": mask}).items()})
+        loss, *_ = compiled(
+            {name: jnp.asarray(x) for name, x in (inputs | {"attention_mask": mask}).items()}
+        )
         return float(loss)
 
     return step
@@ -136,7 +143,12 @@ def one(options: argparse.Namespace) -> None:
         losses.append(step(tokens.astype(np.int32)))
         seconds.append(time.perf_counter() - start)
     speeds = [batch * seq / s for s in seconds[2:]]
-    record = {"tokens_per_second": speeds, "losses": losses, "peak_rss_mb": peak_rss_mb(), "versions": versions()}
+    record = {
+        "tokens_per_second": speeds,
+        "losses": losses,
+        "peak_rss_mb": peak_rss_mb(),
+        "versions": versions(),
+    }
     print(json.dumps(record))
 
 
@@ -146,10 +158,13 @@ def rows(record: dict[str, Any]) -> list[Row]:
     for result in record["cases"].values():
         runs = result["runs"]
         best = max(
-            set(runs) - {"nalora_jax"}, key=lambda name: statistics.median(values(runs[name], "tokens_per_second"))
+            set(runs) - {"nalora_jax"},
+            key=lambda name: statistics.median(values(runs[name], "tokens_per_second")),
         )
         what = f"{result['settings']['dtype']} {result['settings']['shape']}, {best}"
-        found_rows.append(compared_runs(f"tokens/s, {what}", runs, best, "tokens_per_second", at_least(1.6)))
+        found_rows.append(
+            compared_runs(f"tokens/s, {what}", runs, best, "tokens_per_second", at_least(1.6))
+        )
         found_rows.append(compared_runs(f"peak memory, {what}", runs, best, "peak_rss_mb", None, unit="MB"))
     return found_rows
 
@@ -160,12 +175,16 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer", choices=tuple(REMAT), default="Tunix")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--shape", default="8x128", help="batch x sequence")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--remat", nargs="*", help="of the peer's ways (with --add): none, layers, products kept")
+    parser.add_argument(
+        "--remat", nargs="*", help="of the peer's ways (with --add): none, layers, products kept"
+    )
     parser.add_argument("--no-ours", action="store_true", help="leave this library out (with --add)")
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -178,7 +197,9 @@ def main() -> None:
     shared = ["--dtype", options.dtype, "--steps", options.steps]
     commands = {}
     if not options.no_ours:
-        commands["nalora_jax"] = script("training.py", *shared, "--batch", batch, "--seq", seq, "--method", "nalora")
+        commands["nalora_jax"] = script(
+            "training.py", *shared, "--batch", batch, "--seq", seq, "--method", "nalora"
+        )
     for remat in REMAT[options.peer] if options.remat is None else options.remat:
         arguments = ["--one", remat, "--peer", options.peer, *shared, "--shape", options.shape]
         name = options.peer if remat == "none" else f"{options.peer}, remat {remat}"

@@ -44,7 +44,9 @@ BF16_MODES = ("pure", "mixed", "autocast", "autocast32")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--bf16-mode", choices=BF16_MODES, default="pure")
     parser.add_argument("--batch", type=int, default=8)
@@ -54,17 +56,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     add_architecture(parser)
-    parser.add_argument("--attention", choices=("sdpa", "eager"), help="default: sdpa for float32, eager for bfloat16")
+    parser.add_argument(
+        "--attention", choices=("sdpa", "eager"), help="default: sdpa for float32, eager for bfloat16"
+    )
     parser.add_argument("--optimizer", choices=("fused", "foreach", "plain"), default="fused")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model; default: for bfloat16"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile the model; default: for bfloat16",
     )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--model", type=Path, help="folder of real weights; default: random ones of the same shape")
-    parser.add_argument("--batches", type=Path, help="file of `common.save_batches`; default: random tokens")
+    parser.add_argument(
+        "--model", type=Path, help="folder of real weights; default: random ones of the same shape"
+    )
+    parser.add_argument(
+        "--batches", type=Path, help="file of `common.save_batches`; default: random tokens"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--search", action="store_true", help="compare PEFT's settings instead of running once")
+    parser.add_argument(
+        "--search", action="store_true", help="compare PEFT's settings instead of running once"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of --search")
     options = parser.parse_args(arguments)
     half = options.dtype == "bfloat16"
@@ -125,9 +137,13 @@ def _given(batch: dict[str, np.ndarray], options: argparse.Namespace) -> dict[st
 
     tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
     if tensors["attention_mask"].ndim == 4:
-        dtype = torch.bfloat16 if options.dtype == "bfloat16" and options.bf16_mode == "pure" else torch.float32
+        dtype = (
+            torch.bfloat16 if options.dtype == "bfloat16" and options.bf16_mode == "pure" else torch.float32
+        )
         mask = tensors["attention_mask"]
-        tensors["attention_mask"] = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        tensors["attention_mask"] = torch.zeros(mask.shape, dtype=dtype).masked_fill(
+            ~mask, torch.finfo(dtype).min
+        )
     return tensors
 
 
@@ -169,7 +185,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     loaded = time.perf_counter() - begun
     seconds, busy, losses, done_at = train(model, options)
     rates = [options.batch * options.seq / second for second in seconds]
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    settings = {
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
+    }
     return {
         "library": "peft",
         "settings": settings,
@@ -223,7 +241,9 @@ def main() -> None:
     table = search(options)
     for name, row in sorted(table.items(), key=lambda item: -item[1]["tokens_per_second"]["median"]):
         rate, memory = row["tokens_per_second"], row["peak_rss_mb"]
-        print(f"{name:22} {rate['min']:6.0f} {rate['median']:6.0f} {rate['max']:6.0f} tokens/s {memory['max']:7.0f} MB")
+        print(
+            f"{name:22} {rate['min']:6.0f} {rate['median']:6.0f} {rate['max']:6.0f} tokens/s {memory['max']:7.0f} MB"
+        )
     suffix = ", checkpointing" if options.checkpointing else ""
     save("peft_search", f"{options.dtype} {options.batch}x{options.seq}{suffix}", {"search": table})
 

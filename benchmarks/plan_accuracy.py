@@ -72,7 +72,12 @@ def compile_one(pair: Pair, layout: Layout) -> dict[str, Any]:
     base, where, config = pair.base, topology(pair.machine), with_layout(pair.config, layout)
     mesh = distributed.make_mesh(config.mesh, devices(where))
     step, arguments = step_and_arguments(config, base, mesh, seq=pair.seq)
-    record = {"pair": str(pair), "layout": layout.short, "options": options_of(pair, layout), "jax": jax.__version__}
+    record = {
+        "pair": str(pair),
+        "layout": layout.short,
+        "options": options_of(pair, layout),
+        "jax": jax.__version__,
+    }
     try:
         figures = of_compiled(step.lower(*arguments).compile())
     except jax.errors.JaxRuntimeError as error:
@@ -133,7 +138,9 @@ def _one(request: str) -> None:
     pair, where = Pair(**what["pair"]), topology(what["pair"]["machine"])
     layouts = fitting(pair.config, pair.base, adapter_spec(pair.config, pair.base), where, pair.seq)
     (layout,) = (
-        candidate for candidate in layouts if list(candidate.mesh) == what["mesh"] and candidate.remat == what["remat"]
+        candidate
+        for candidate in layouts
+        if list(candidate.mesh) == what["mesh"] and candidate.remat == what["remat"]
     )
     record = compile_one(pair, layout)
     RECORD.parent.mkdir(exist_ok=True)
@@ -196,7 +203,9 @@ def summary(cells: list[dict[str, Any]]) -> str:
     if not cells:
         return ""
     accepted = [(row["layout"], row["entry"]["memory"]) for row in cells]
-    tried = [(layout, result.memory) for row in cells for layout, result in row["search"].tried if result.memory]
+    tried = [
+        (layout, result.memory) for row in cells for layout, result in row["search"].tried if result.memory
+    ]
     first = sum(len(row["search"].tried) == 1 for row in cells)
     return (
         f"{len(cells)} of {PAIRS} pairs (seed {SEED}) are compiled; for {first} the first layout was accepted. "
@@ -217,11 +226,15 @@ def order(pairs: list[Pair]) -> list[Pair]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--platform", choices=("tpu", "gpu"), default="tpu", help="of the pairs to compile")
-    parser.add_argument("--page", action="store_true", help="write the page from the record, compile no program")
+    parser.add_argument(
+        "--page", action="store_true", help="write the page from the record, compile no program"
+    )
     parser.add_argument("--show", action="store_true", help="print the table in place of writing the page")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -145,7 +145,9 @@ def _parameters(base: ModelConfig) -> float:
 def _fits(pair: Pair) -> bool:
     """Returns True if a layout is estimated to fit."""
     try:
-        choose(pair.config, pair.base, adapter_spec(pair.config, pair.base), topology(pair.machine), pair.seq)
+        choose(
+            pair.config, pair.base, adapter_spec(pair.config, pair.base), topology(pair.machine), pair.seq
+        )
     except NaloraError:
         return False
     return True

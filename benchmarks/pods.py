@@ -37,7 +37,17 @@ def recorded() -> dict[tuple[str, str], dict[str, Any]]:
 
 def compile_entry(model: str, topology: str) -> bool:
     """Adds an entry to the record in a separate process; returns True on success."""
-    command = [sys.executable, "-m", "nalora_jax", "plan", "--model", model, "--topology", topology, *MECHANISMS]
+    command = [
+        sys.executable,
+        "-m",
+        "nalora_jax",
+        "plan",
+        "--model",
+        model,
+        "--topology",
+        topology,
+        *MECHANISMS,
+    ]
     finished = subprocess.run([*command, "--json", str(RECORD)], check=False)
     return finished.returncode == 0
 
@@ -70,7 +80,9 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--platform", choices=tuple(TOPOLOGIES), default="tpu")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--topologies", nargs="+", help="by default all of the platform's")
@@ -80,7 +92,9 @@ def main() -> None:
     failed = []
     for model in () if options.page else options.models:
         for topology in options.topologies or TOPOLOGIES[options.platform]:
-            if (options.again or (model, topology) not in recorded()) and not compile_entry(model, topology):
+            if (options.again or (model, topology) not in recorded()) and not compile_entry(
+                model, topology
+            ):
                 failed.append(f"{model} on {topology}")
     write_between(PAGE, START, END, table())
     if failed:

@@ -31,13 +31,17 @@ TASKS = ("socialiqa", "openbookqa")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--questions", type=int, default=200, help="of each task")
-    parser.add_argument("--measure", choices=KINDS, help="measure one kind in this process, and print it as JSON")
+    parser.add_argument(
+        "--measure", choices=KINDS, help="measure one kind in this process, and print it as JSON"
+    )
     return parser.parse_args(arguments)
 
 
@@ -154,7 +158,12 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options)))
         return
-    settings = {"model": options.model, "steps": options.steps, "batch": options.batch, "questions": options.questions}
+    settings = {
+        "model": options.model,
+        "steps": options.steps,
+        "batch": options.batch,
+        "questions": options.questions,
+    }
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     for kind in options.kinds:
         result = run_process([sys.executable, str(Path(__file__)), "--measure", kind, *flags]).record

@@ -58,20 +58,30 @@ PARTS = (
     ),
     Part("few_shot", _lines("--dtype {dtype}"), "--rounds 1 --steps 1 --layers 2 --batch 4"),
     Part("packed", _lines("--dtype {dtype}"), "--rounds 1 --steps 2"),
-    Part("peers", _lines("--peer Tunix --dtype {dtype}", "--peer EasyDeL --dtype {dtype}"), "--rounds 1 --steps 2"),
+    Part(
+        "peers",
+        _lines("--peer Tunix --dtype {dtype}", "--peer EasyDeL --dtype {dtype}"),
+        "--rounds 1 --steps 2",
+    ),
     Part("overhead", _lines("--dtype {dtype}"), "--pairs 3 --layers 2"),
     Part("tpu", ("",), "--quick"),
     Part("tpu_ffn", ("",), "--topologies v5e:2x2 --tokens 2048"),
     Part(
         "flops",
         _lines(
-            "--count --dtype {dtype}", "--peak --dtype {dtype} --shape 8x128", "--peak --dtype {dtype} --shape 8x256"
+            "--count --dtype {dtype}",
+            "--peak --dtype {dtype} --shape 8x128",
+            "--peak --dtype {dtype} --shape 8x256",
         ),
         "--steps 1",
     ),
     Part("loss_memory", ("",)),
     Part("first_step", _lines("--dtype {dtype}"), "--rounds 1"),
-    Part("load_time", _lines("--format safetensors --dtype {dtype}", "--format gguf --dtype {dtype}"), "--rounds 1"),
+    Part(
+        "load_time",
+        _lines("--format safetensors --dtype {dtype}", "--format gguf --dtype {dtype}"),
+        "--rounds 1",
+    ),
     Part("compile_time", _lines("--dtype {dtype}"), "--rounds 1"),
     Part(
         "generation",
@@ -117,7 +127,9 @@ def measure(benchmark: Part, options: argparse.Namespace) -> bool:
     return succeeded
 
 
-def publish(names: Sequence[str], source: Path = common.OWN, published: Path = common.PUBLISHED) -> list[Path]:
+def publish(
+    names: Sequence[str], source: Path = common.OWN, published: Path = common.PUBLISHED
+) -> list[Path]:
     """Replaces the committed figures by those in ``own``, by case; returns the written files."""
     written = []
     for path in sorted(source.glob("*/*.json")):
@@ -148,10 +160,16 @@ def write_pages() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="PART", help=", ".join(NAMES))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=NAMES, default=NAMES, metavar="PART", help=", ".join(NAMES)
+    )
     parser.add_argument("--quick", action="store_true", help="short runs; figures go to results/quick")
-    parser.add_argument("--publish", action="store_true", help="replace the committed figures; measures nothing")
+    parser.add_argument(
+        "--publish", action="store_true", help="replace the committed figures; measures nothing"
+    )
     parser.add_argument(
         "--page", action="store_true", help="write the pages from the committed figures; measures nothing"
     )

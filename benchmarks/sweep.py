@@ -22,7 +22,9 @@ from training import base_model, batch_of, run_config
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=64)
@@ -52,7 +54,9 @@ def main() -> None:
     tokens = random_tokens(options.runs, options.batch, options.seq, base.vocab_size)
     config = run_config(options)
     configs = [
-        replace(config, seed=seed, optimizer=replace(config.optimizer, learning_rate=1e-3 * (1 + seed / 10)))
+        replace(
+            config, seed=seed, optimizer=replace(config.optimizer, learning_rate=1e-3 * (1 + seed / 10))
+        )
         for seed in range(options.runs)
     ]
 

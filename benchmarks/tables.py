@@ -54,7 +54,13 @@ class Row:
 
 
 def compared(
-    what: str, ours: Sequence[float], other: Sequence[float], limit: Limit | None, *, digits: int = 0, unit: str = ""
+    what: str,
+    ours: Sequence[float],
+    other: Sequence[float],
+    limit: Limit | None,
+    *,
+    digits: int = 0,
+    unit: str = "",
 ) -> Row:
     """Returns a row of two sets of repeated measurements, with the ratio of their medians."""
     ratio = statistics.median(ours) / statistics.median(other)
@@ -116,7 +122,13 @@ def has_amx(case: Mapping[str, Any]) -> bool:
     return machines.instructions(case["machine"]) == "amx"
 
 
-_WORDS = {"amx": "AMX", "avx512-bf16": "AVX512-BF16", "avx512": "AVX-512", "avx2": "AVX2 only", "": "no AMX"}
+_WORDS = {
+    "amx": "AMX",
+    "avx512-bf16": "AVX512-BF16",
+    "avx512": "AVX-512",
+    "avx2": "AVX2 only",
+    "": "no AMX",
+}
 
 
 def machine(case: Mapping[str, Any]) -> str:

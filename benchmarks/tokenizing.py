@@ -80,7 +80,8 @@ def main() -> None:
             options.repeats,
             lambda chunks=chunks: [tokenize(chunk, tokenizer) for chunk in chunks],
             lambda chunks=chunks: [
-                [row.ids for row in tokenizer.backend.encode_batch([text.text for text in chunk])] for chunk in chunks
+                [row.ids for row in tokenizer.backend.encode_batch([text.text for text in chunk])]
+                for chunk in chunks
             ],
         )
         with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +94,9 @@ def main() -> None:
         print(json.dumps(figures | {"rendering_s": round(rendering, 2), "with_cache_s": round(seconds, 2)}))
 
 
-VOCABULARY = ["".join(np.random.default_rng(i).choice(list("etaoinshrdlu"), 2 + i % 8)) for i in range(5000)]
+VOCABULARY = [
+    "".join(np.random.default_rng(i).choice(list("etaoinshrdlu"), 2 + i % 8)) for i in range(5000)
+]
 
 if __name__ == "__main__":
     main()

@@ -88,11 +88,15 @@ def program(
 
     scan = partial(nn.scan, unroll=layers) if unroll else nn.scan
     with mock.patch.object(nn, "scan", scan):
-        step, arguments = _step(method, layers, topology_mesh(topology), rows, seq, chunk=rows * seq if unroll else 0)
+        step, arguments = _step(
+            method, layers, topology_mesh(topology), rows, seq, chunk=rows * seq if unroll else 0
+        )
         return step.lower(*arguments).compile(compiler_options=compiler)
 
 
-def _step(method: str, layers: int, mesh: Any, rows: int, seq: int, *, chunk: int) -> tuple[Any, tuple[Any, ...]]:
+def _step(
+    method: str, layers: int, mesh: Any, rows: int, seq: int, *, chunk: int
+) -> tuple[Any, tuple[Any, ...]]:
     import jax
     import numpy as np
     from jax.sharding import NamedSharding
@@ -122,7 +126,9 @@ def _step(method: str, layers: int, mesh: Any, rows: int, seq: int, *, chunk: in
 
     def described(tree: Any, rules: Any) -> tuple[Any, Any]:
         places = distributed.shardings(tree, mesh, rules)
-        shapes = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+        shapes = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
+        )
         return shapes, places
 
     shapes = {path: jax.ShapeDtypeStruct(shape, "bfloat16") for path, shape in param_shapes(base).items()}
@@ -154,8 +160,12 @@ def costs(
             for layers in depths
         )
         layers = LLAMA["num_hidden_layers"]
-        per_layer = {key: (more[key] - few[key]) / (depths[1] - depths[0]) for key in ("flops", "bytes accessed")}
-        measured[method] = {key: few[key] + (layers - depths[0]) * value for key, value in per_layer.items()}
+        per_layer = {
+            key: (more[key] - few[key]) / (depths[1] - depths[0]) for key in ("flops", "bytes accessed")
+        }
+        measured[method] = {
+            key: few[key] + (layers - depths[0]) * value for key, value in per_layer.items()
+        }
     return measured
 
 
@@ -177,7 +187,10 @@ def rows(record: dict[str, Any]) -> list[Row]:
     for case, result in record["cases"].items():
         ours, other = result["nalora"], result["lora"]
         if "flops" in ours:
-            for key, most, unit, scale in (("flops", 1.01, "TF", 1e12), ("bytes accessed", 1.02, "GB", 1e9)):
+            for key, most, unit, scale in (
+                ("flops", 1.01, "TF", 1e12),
+                ("bytes accessed", 1.02, "GB", 1e9),
+            ):
                 texts = [f"{side[key] / scale:,.2f} {unit}" for side in (ours, other)]
                 limit = None if result["settings"].get("scheduled") else at_most(most)
                 found_rows.append(Row(f"{key} per chip, {case}", *texts, ours[key] / other[key], limit))
@@ -188,7 +201,9 @@ def rows(record: dict[str, Any]) -> list[Row]:
         chip = CHIP_BYTES[result["settings"]["topology"].split(":")[0]]
         total = ours["arguments"] + ours["temporary"]
         what = f"all memory of NA-LoRA per chip, {case}, over the chip's"
-        found_rows.append(Row(what, f"{total / 1e9:.2f} GB", f"{chip / 1e9:.0f} GB", total / chip, at_most(1.0)))
+        found_rows.append(
+            Row(what, f"{total / 1e9:.2f} GB", f"{chip / 1e9:.0f} GB", total / chip, at_most(1.0))
+        )
     return found_rows
 
 
@@ -198,10 +213,14 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tpu-path", default="", help="folder that libtpu was installed into")
     parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT)
-    parser.add_argument("--small", nargs="+", default=["v5e:4x4", "v5p:2x2x4"], help="topologies of the costs")
+    parser.add_argument(
+        "--small", nargs="+", default=["v5e:4x4", "v5p:2x2x4"], help="topologies of the costs"
+    )
     parser.add_argument("--large", nargs="+", default=["v5e:16x16"], help="topologies of the memory")
     parser.add_argument("--quick", action="store_true", help="few layers")
     options = parser.parse_args()
@@ -213,7 +232,9 @@ def main() -> None:
         if what not in options.what:
             continue
         scheduled = what == "scheduled"
-        result = costs(topology, topology_mesh(topology).size, 2048, (1, 2), None if scheduled else UNSCHEDULED)
+        result = costs(
+            topology, topology_mesh(topology).size, 2048, (1, 2), None if scheduled else UNSCHEDULED
+        )
         case = f"{topology}, one sequence of 2,048 tokens a chip" + (", as scheduled" if scheduled else "")
         settings = {"topology": topology, "scheduled": scheduled}
         record["cases"] |= save("tpu", case, {"settings": settings, **result})["cases"]
@@ -222,7 +243,9 @@ def main() -> None:
         layers = 4 if options.quick else LLAMA["num_hidden_layers"]
         result = memory(topology, chips, 4096, layers)
         case = f"Llama-3.1-8B, {topology}, one sequence of 4,096 tokens a chip"
-        record["cases"] |= save("tpu", case, {"settings": {"topology": topology, "layers": layers}, **result})["cases"]
+        record["cases"] |= save(
+            "tpu", case, {"settings": {"topology": topology, "layers": layers}, **result}
+        )["cases"]
     print(table(record))
 
 

@@ -45,7 +45,9 @@ def compiled(topology: str, tokens: int, compiler: dict[str, str] | None) -> Any
     from nalora_jax.method.ffn import Adapters, GatedFFN
     from nalora_jax.ops.numerics import numerics_for
 
-    place = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
+    place = SingleDeviceSharding(
+        topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    )
     d_model, d_ff = LLAMA["hidden_size"], LLAMA["intermediate_size"]
     adapters = Adapters((("gate_proj", RANK), ("up_proj", RANK)))
     block = GatedFFN(
@@ -67,7 +69,8 @@ def compiled(topology: str, tokens: int, compiler: dict[str, str] | None) -> Any
     kernels = {name: {"kernel": described((d_model, d_ff))} for name in wide}
     params = kernels | {"down_proj": {"kernel": described((d_ff, d_model))}}
     lora = {
-        name: {"a": described((d_model, RANK), "float32"), "b": described((RANK, d_ff), "float32")} for name in wide
+        name: {"a": described((d_model, RANK), "float32"), "b": described((RANK, d_ff), "float32")}
+        for name in wide
     }
     x = described((1, tokens, d_model))
     lowered = jax.jit(step).lower(lora, params, described((d_ff,), "float32"), x, x)
@@ -87,14 +90,19 @@ def cycles(program: str) -> dict[str, float]:
             continue
         name = (re.search(r'op_name="([^"]*)"', line) or [None, ""])[1]
         frozen = re.search(r"(gate|up|down)_proj/dot_general", name)
-        counted["statistics" if "statistics" in name else "products" if frozen else "passes"] += int(estimate[1])
+        counted["statistics" if "statistics" in name else "products" if frozen else "passes"] += int(
+            estimate[1]
+        )
     return dict(counted)
 
 
 def measure(topology: str, tokens: int) -> dict[str, Any]:
     """Returns flops, bytes and estimated seconds of the compiled block with their minimum."""
     d_model, d_ff = LLAMA["hidden_size"], LLAMA["intermediate_size"]
-    complete, counted = compiled(topology, tokens, None), compiled(topology, tokens, UNSCHEDULED).cost_analysis()
+    complete, counted = (
+        compiled(topology, tokens, None),
+        compiled(topology, tokens, UNSCHEDULED).cost_analysis(),
+    )
     clock = CHIPS[topology.split(":")[0]][2]
     return {
         "settings": {"topology": topology, "tokens": tokens},
@@ -136,7 +144,9 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tpu-path", default="", help="folder that libtpu was installed into")
     parser.add_argument("--topologies", nargs="+", default=["v5e:2x2", "v5p:2x2x1"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 8192])

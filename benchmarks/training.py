@@ -22,7 +22,9 @@ from methods import METHODS, with_method
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--method", choices=METHODS, default="lora")
     parser.add_argument("--batch", type=int, default=8)
@@ -34,8 +36,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add_architecture(parser)
     parser.add_argument("--remat", choices=("auto", "none", "full", "attention", "dots"), default="auto")
     parser.add_argument("--model", help="real weights by name; default: random ones of the same shape")
-    parser.add_argument("--batches", type=Path, help="file of `common.save_batches`; default: random tokens")
-    parser.add_argument("--compilation-cache", action="store_true", help="keep compiled programs, as a run does")
+    parser.add_argument(
+        "--batches", type=Path, help="file of `common.save_batches`; default: random tokens"
+    )
+    parser.add_argument(
+        "--compilation-cache", action="store_true", help="keep compiled programs, as a run does"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
@@ -82,7 +88,9 @@ def base_model(options: argparse.Namespace, mesh: Any) -> tuple[Any, Any]:
         loaded = load_model(options.model, dtype=options.dtype, mesh=mesh)
         return loaded.config, loaded.params
     base = ModelConfig.from_hf(architecture(options))
-    return base, jax.jit(init_params, static_argnums=(0, 2))(base, jax.random.key(options.seed), options.dtype)
+    return base, jax.jit(init_params, static_argnums=(0, 2))(
+        base, jax.random.key(options.seed), options.dtype
+    )
 
 
 def batch_of(tokens: np.ndarray, mesh: Any) -> Any:
@@ -112,7 +120,10 @@ def batches_of(options: argparse.Namespace, vocab: int, mesh: Any) -> list[Any]:
     if options.batches:
         return [placed(batch, mesh) for batch in load_batches(options.batches)]
     steps = options.warmup + options.steps
-    return [batch_of(rows, mesh) for rows in random_tokens(steps, options.batch, options.seq, vocab, options.seed)]
+    return [
+        batch_of(rows, mesh)
+        for rows in random_tokens(steps, options.batch, options.seq, vocab, options.seed)
+    ]
 
 
 def main() -> None:
@@ -148,7 +159,9 @@ def main() -> None:
         "losses": losses,
         "done_at": done_at,
         "peak_rss_mb": peak_rss_mb(),
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "settings": {
+            name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
+        },
     }
     print(json.dumps(record))
 

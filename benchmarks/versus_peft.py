@@ -66,23 +66,41 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--shape", default="8x128", help="batch x sequence")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--method", choices=("lora", "nalora"), default="nalora", help="what this library runs")
+    parser.add_argument(
+        "--method", choices=("lora", "nalora"), default="nalora", help="what this library runs"
+    )
     parser.add_argument("--checkpointing", action="store_true", help="PEFT with gradient checkpointing")
     parser.add_argument(
-        "--bf16-mode", choices=("pure", "mixed"), default="pure", help="mixed: PEFT's default, float32 adapters"
+        "--bf16-mode",
+        choices=("pure", "mixed"),
+        default="pure",
+        help="mixed: PEFT's default, float32 adapters",
     )
     parser.add_argument(
-        "--peft-compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: peft_baseline.py's"
+        "--peft-compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile; default: peft_baseline.py's",
     )
     add_rounds(parser, 2)
     parser.add_argument("--architecture", choices=tuple(ARCHITECTURES), default="smollm2")
     options = parser.parse_args()
     batch, seq = options.shape.split("x")
-    work = ["--dtype", options.dtype, "--batch", batch, "--seq", seq, "--architecture", options.architecture]
+    work = [
+        "--dtype",
+        options.dtype,
+        "--batch",
+        batch,
+        "--seq",
+        seq,
+        "--architecture",
+        options.architecture,
+    ]
     extra = ["--bf16-mode", options.bf16_mode, *(["--checkpointing"] if options.checkpointing else [])]
     if options.peft_compile is not None:
         extra.append("--compile" if options.peft_compile else "--no-compile")

@@ -14,7 +14,15 @@ Needs `pip install 'nalora_jax[vision]'`. To train both towers: --lora.rules "ff
 
 from __future__ import annotations
 
-from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, OptimizerConfig, RunConfig, TrainConfig, VisionConfig
+from nalora_jax.config import (
+    DataConfig,
+    LoRAConfig,
+    LoRARule,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    VisionConfig,
+)
 
 
 def config() -> RunConfig:

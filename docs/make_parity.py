@@ -64,7 +64,12 @@ def load_tests() -> ModuleType:
 def row(tests: ModuleType, case: object) -> str:
     """One line of the table."""
     padded = max(tests.measure_padding(case, side) for side in ("left", "right"))
-    figures = (tests.measure_plain(case), padded, tests.measure_packing(case), tests.measure_gradients(case))
+    figures = (
+        tests.measure_plain(case),
+        padded,
+        tests.measure_packing(case),
+        tests.measure_gradients(case),
+    )
     cells = [f"{figure:.1e}" for figure in figures]
     return f"| {case.family} | {case.features} | {' | '.join(cells)} | {tests.measure_greedy(case)} |\n"
 

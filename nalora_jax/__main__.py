@@ -93,7 +93,11 @@ def _jax_complaint(error: Exception) -> str | None:
     reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "its plugin is not installed"
     platforms = os.environ.get("JAX_PLATFORMS", "any platform")
     where, expected = "JAX_PLATFORMS", "a platform with a device on this machine"
-    return str(NaloraError(where, expected=expected, found=f"{platforms} ({reason})", remedy="unset it, or use cpu"))
+    return str(
+        NaloraError(
+            where, expected=expected, found=f"{platforms} ({reason})", remedy="unset it, or use cpu"
+        )
+    )
 
 
 def _fail(message: str) -> int:

@@ -158,7 +158,9 @@ def local_tree(folder: str, names: Sequence[str]) -> Path:
 def _copies(sources: Mapping[str, str]) -> Path:
     """Returns a cache folder with a copy of each URL under its relative name."""
     versions = [f"{name}\n{version(name)}" for name in sources.values()]
-    folder = downloads.cache_dir() / "buckets" / hashlib.sha256("\n".join(versions).encode()).hexdigest()[:24]
+    folder = (
+        downloads.cache_dir() / "buckets" / hashlib.sha256("\n".join(versions).encode()).hexdigest()[:24]
+    )
     for relative, name in sources.items():
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +185,9 @@ def _copy(name: str, target: Path) -> None:
 def _filesystem_of(scheme: str) -> Any:
     import fsspec
 
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # else it logs whole responses, which the errors quote
+    logging.getLogger("gcsfs").setLevel(
+        logging.CRITICAL
+    )  # else it logs whole responses, which the errors quote
     return fsspec.filesystem(scheme, use_listings_cache=False)
 
 
@@ -217,5 +221,9 @@ def _store_errors(name: str) -> Iterator[None]:
         if _REFUSALS.search(f"{type(error).__name__} {reason}"):
             login = _STORES[name.partition("://")[0]][2]
             remedy = f"log in with `{login}`, or give the machine's account the right to read the bucket"
-            raise NaloraError(name, expected="credentials that may read it", found=reason, remedy=remedy) from error
-        raise NaloraError(name, expected="the bucket to answer", found=reason, remedy="check the network") from error
+            raise NaloraError(
+                name, expected="credentials that may read it", found=reason, remedy=remedy
+            ) from error
+        raise NaloraError(
+            name, expected="the bucket to answer", found=reason, remedy="check the network"
+        ) from error

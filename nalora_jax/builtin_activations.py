@@ -27,7 +27,9 @@ def clamped_swish(slope: float, limit: float) -> Activation:
 
 
 for _activation in (
-    activation_of("silu", formulas.silu, formulas.silu_excess, excess64=formulas.silu_excess64, logistic=(1.0, 0.0)),
+    activation_of(
+        "silu", formulas.silu, formulas.silu_excess, excess64=formulas.silu_excess64, logistic=(1.0, 0.0)
+    ),
     activation_of("gelu", formulas.gelu, formulas.gelu_excess, excess64=formulas.gelu_excess64),
     activation_of(
         "gelu_tanh",

@@ -31,7 +31,9 @@ class NaloraError(ValueError):
 
     def __init__(self, where: str, *, expected: object, found: object, remedy: str = "") -> None:
         self.where, self.expected, self.found, self.remedy = where, expected, found, remedy
-        place, expectation, actual, advice = _bounded([_text(text) for text in (where, expected, found, remedy)])
+        place, expectation, actual, advice = _bounded(
+            [_text(text) for text in (where, expected, found, remedy)]
+        )
         message = f"{place}: expected {expectation}, found {actual}"
         super().__init__(f"{message}; {advice}" if advice else message)
 

@@ -80,7 +80,12 @@ class Fields:
         """Returns a finite number above 0 (with ``zero``, 0 or more)."""
         value = self.get(name)
         value = default if value is None else value
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1e30 and (zero or value):
+        if (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and 0 <= value <= 1e30
+            and (zero or value)
+        ):
             return float(value)
         bound = "of 0 or more" if zero else "above 0"
         raise self.error(name, f"a finite number {bound}", "nothing" if value is None else repr(value)[:40])
@@ -111,7 +116,9 @@ class Fields:
             return None
         right = isinstance(value, list) and (len(value) == length or (longer and len(value) > length))
         if not right or not all(isinstance(item, kinds) for item in value):
-            raise self.error(name, f"a list of {length} entries", f"{type(value).__name__} {str(value)[:60]}")
+            raise self.error(
+                name, f"a list of {length} entries", f"{type(value).__name__} {str(value)[:60]}"
+            )
         return list(value[:length])
 
     def mapping(self, name: str) -> dict[str, Any]:

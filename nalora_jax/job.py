@@ -164,7 +164,11 @@ def inputs_of(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
     """Reads the settings of the model's files and the data of a run."""
     if config.compute.compilation_cache:
         use_compilation_cache()
-    files = None if config.vision.task in DUAL else replace(resolve(config.model), rope_scaling=config.rope_scaling)
+    files = (
+        None
+        if config.vision.task in DUAL
+        else replace(resolve(config.model), rope_scaling=config.rope_scaling)
+    )
     if files is not None and config.vision.task == "chat":
         source = _seen(config, files, source)
     records = _on_images().image_records(config) if files is None else ()
@@ -179,7 +183,9 @@ def _refuse_runs(config: RunConfig) -> None:
             raise NaloraError(f"--mesh.{flag}", expected="0 or 1 without --sweep", found=size)
 
 
-def _seen(config: RunConfig, files: ResolvedSource, source: Mapping[str, Source] | None) -> Mapping[str, Source] | None:
+def _seen(
+    config: RunConfig, files: ResolvedSource, source: Mapping[str, Source] | None
+) -> Mapping[str, Source] | None:
     """Returns the records with the image tokens of the model."""
     tokens = read_tokenizer_of(files, read_config(files, images=True)).images
     return seen_sources(config.data, config.vision, tokens, source)

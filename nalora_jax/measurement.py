@@ -162,7 +162,9 @@ def block_statistics(
         weights, config = measurement.weights, measurement.config
         probed = weights if measurement.probe_weights is None else measurement.probe_weights
         movement = _movement(x, gate, delta, probed, config.probe_stride, numerics)
-        probe = take_probe(z.astype(numerics.result), delta, probed, config.probe_stride, numerics, movement)
+        probe = take_probe(
+            z.astype(numerics.result), delta, probed, config.probe_stride, numerics, movement
+        )
         probe = probe._replace(weights=measurement.probe_weights)
         if count(config.sharding) > 1:
             probe = probe._replace(factors=None)  # the factors have the tokens of all shards
@@ -229,7 +231,12 @@ def take_probe(
 
 
 def _movement(
-    x: Array, gate: Dense, delta: Array | LowRankHidden | None, weights: Array, stride: int, numerics: Numerics
+    x: Array,
+    gate: Dense,
+    delta: Array | LowRankHidden | None,
+    weights: Array,
+    stride: int,
+    numerics: Numerics,
 ) -> Array | tuple[Array, Array] | None:
     """Returns the adapter's output minus its initial output on sampled positions; None if that is 0.
 

@@ -33,7 +33,9 @@ def match_rules(rules: Sequence[tuple[str, T]], paths: Iterable[str], *, where: 
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            raise NaloraError(where, expected="a regular expression", found=f"{pattern!r} ({error})") from error
+            raise NaloraError(
+                where, expected="a regular expression", found=f"{pattern!r} ({error})"
+            ) from error
     try:
         matches = bounded.matches([pattern for pattern, _ in rules], names, how="search")
     except bounded.BoundedError as error:
@@ -53,6 +55,8 @@ def match_rules(rules: Sequence[tuple[str, T]], paths: Iterable[str], *, where: 
                 remedy="these exist: " + ", ".join(patterns_of_names),
             )
     matched: dict[str, T] = {}
-    for (_, value), row in reversed(list(zip(rules, matches, strict=True))):  # the first rule has the last word
+    for (_, value), row in reversed(
+        list(zip(rules, matches, strict=True))
+    ):  # the first rule has the last word
         matched |= {name: value for name, match in zip(names, row, strict=True) if match is not None}
     return {name: matched[name] for name in names if name in matched}

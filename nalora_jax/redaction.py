@@ -20,14 +20,18 @@ _NAMED = re.compile(rf"(?i){_SECRET}$")
 _ASSIGNED = re.compile(rf"(?i)({_SECRET}=)[^\s,;&\"']+")
 _USER = re.compile(r"(?<=://)[^/\s\"',]*@")  # scheme://user:password@host; the user may be a token
 # Tokens by their form: Hugging Face, GitHub, AWS, OpenAI, Slack.
-_TOKEN = re.compile(r"\b(?:hf_\w{20,}|gh[pousr]_\w{20,}|A[KS]IA[0-9A-Z]{16}|sk-[\w-]{20,}|xox[a-z]-[\w-]{10,})")
+_TOKEN = re.compile(
+    r"\b(?:hf_\w{20,}|gh[pousr]_\w{20,}|A[KS]IA[0-9A-Z]{16}|sk-[\w-]{20,}|xox[a-z]-[\w-]{10,})"
+)
 # The folders of an absolute path, or of one in the home or working folder, also as a URL
 # (file:///, sqlite:///).
 _PART = r"[^\s/\\,;:*\"'<>|]"
 _FOLDERS = re.compile(
     rf"(?<![\w:/\\.)])(?:[a-z+]{{1,20}}:/{{2,3}}(?=/)|~[\w.-]*|\.{{1,2}}|[A-Z]:(?=\\))?(?:[/\\]{_PART}+)*[/\\](?={_PART})"
 )
-_QUOTED = re.compile(r"(?<=[\"'])(?:~[\w.-]*|\.{1,2})?[/\\][^\"']*[/\\](?=[^\"'/\\]+[\"'])")  # folders with spaces
+_QUOTED = re.compile(
+    r"(?<=[\"'])(?:~[\w.-]*|\.{1,2})?[/\\][^\"']*[/\\](?=[^\"'/\\]+[\"'])"
+)  # folders with spaces
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PATHS = (
     "model",

@@ -31,7 +31,9 @@ class Registry(Generic[T]):
       modules: modules of this package by the name that they register, imported on first use.
     """
 
-    def __init__(self, kind: str, group: str, flag: str = "", modules: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, kind: str, group: str, flag: str = "", modules: Mapping[str, str] | None = None
+    ) -> None:
         self._kind, self._group, self.flag = kind, group, flag
         self._modules = dict(modules or {})
         self._values: dict[str, T] = {}
@@ -46,7 +48,10 @@ class Registry(Generic[T]):
         if not replace and existing is not value and not _again(existing, value):
             remedy = "choose another name, or pass replace=True"
             raise NaloraError(
-                f"{self._kind} {name!r}", expected="a name that is free", found=repr(existing), remedy=remedy
+                f"{self._kind} {name!r}",
+                expected="a name that is free",
+                found=repr(existing),
+                remedy=remedy,
             )
         self._values[name] = value
         return value
@@ -86,7 +91,10 @@ class Registry(Generic[T]):
             where = f"entry point {name} = {point.value!r} of {self._group}"
             try:
                 point.load()
-            except (Exception, SystemExit) as error:  # one that ends the program must not look like a finished run
+            except (
+                Exception,
+                SystemExit,
+            ) as error:  # one that ends the program must not look like a finished run
                 reason = f"{type(error).__name__}: {error}"
                 raise NaloraError(where, expected="a module that can be imported", found=reason) from error
             if name not in self._values:
@@ -99,4 +107,7 @@ class Registry(Generic[T]):
 def _again(existing: object, value: object) -> bool:
     """Returns True if a module was executed again, as by an edited notebook cell."""
     name = (getattr(existing, "__module__", None), getattr(existing, "__qualname__", None))
-    return None not in name and name == (getattr(value, "__module__", None), getattr(value, "__qualname__", None))
+    return None not in name and name == (
+        getattr(value, "__module__", None),
+        getattr(value, "__qualname__", None),
+    )

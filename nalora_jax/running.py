@@ -93,10 +93,14 @@ class Running:
     ) -> None:
         self.config, self.output, self.pieces = config, output, pieces
         assembly, self.batches = pieces.assembly, pieces.data.batches()
-        log.info("%s trained parameters on %s", f"{trees.count(assembly.state.lora):,}", assembly.spec.describe())
+        log.info(
+            "%s trained parameters on %s", f"{trees.count(assembly.state.lora):,}", assembly.spec.describe()
+        )
         log.info("training data: %s", stream_text(pieces.data.describe()))
         self._checkpointer = stack.enter_context(_checkpointer(config, output, pieces))
-        self.state, self.start = _start(config, output, recorded, assembly, self.batches, self._checkpointer)
+        self.state, self.start = _start(
+            config, output, recorded, assembly, self.batches, self._checkpointer
+        )
         self.before = _known_before(output, pieces.questions)
         self._told, progress = _listeners(config, output.folder, self.start, callbacks, console)
         self.hooks = _hooks(config, pieces, self._told, progress, self._checkpointer, self.batches, stop)
@@ -151,7 +155,9 @@ class Running:
         adapter = _export(self.config, self.output, self.pieces, self.state, self.before, after)
         spent.end("exporting")
         self._told.end(Ended(step, after["step"], seconds=spent.seconds))
-        return RunResult(self.output.folder, adapter, _report(self.output), self.before, after, after["step"])
+        return RunResult(
+            self.output.folder, adapter, _report(self.output), self.before, after, after["step"]
+        )
 
     def fail(self, error: Exception) -> None:
         """Records the error that ended the run."""
@@ -220,7 +226,9 @@ def _start(
     state, position = checkpointer.restore("latest", assembly.state)
     batches.set_state(position)
     start = int(state.step)
-    log.info("resumed from step %d%s", start, ", the last one: no step is left" if start == config.steps else "")
+    log.info(
+        "resumed from step %d%s", start, ", the last one: no step is left" if start == config.steps else ""
+    )
     steps = recorded.get("steps", config.steps)
     if steps != config.steps:
         was, now = (float(make_schedule(config.optimizer, total)(start)) for total in (steps, config.steps))
@@ -286,7 +294,9 @@ def _hooks(
     )
 
 
-def _record_before(folder: Path, beside: RunHooks, pieces: Pieces, measured: BaseMetrics, *, chosen: bool) -> None:
+def _record_before(
+    folder: Path, beside: RunHooks, pieces: Pieces, measured: BaseMetrics, *, chosen: bool
+) -> None:
     """Writes and logs the metrics of the base."""
     before = dict(measured.reported)
     text = json.dumps(seal(before | {"questions": pieces.questions}))
@@ -311,7 +321,9 @@ def _fit(
     beside.state_metrics.compile_ahead(state)
     batches = _on_mesh(beside.batches, assembly.mesh)
     with beside.stop.between_steps(), profile:
-        result = fit(assembly.step, params, state, batches, beside, schedule, rate, start=start, profile=profile)
+        result = fit(
+            assembly.step, params, state, batches, beside, schedule, rate, start=start, profile=profile
+        )
     if result.interrupted:
         beside.checkpointer.wait()
         raise Interrupted(beside.stop.signal, result.step, way_on(config))
@@ -341,7 +353,9 @@ def _best(result: FitResult, checkpointer: Checkpointer, assembly: Assembly) -> 
     return state
 
 
-def _measure_after(best: TrainState, before: Mapping[str, Any], evaluator: Any, beside: RunHooks) -> dict[str, Any]:
+def _measure_after(
+    best: TrainState, before: Mapping[str, Any], evaluator: Any, beside: RunHooks
+) -> dict[str, Any]:
     """Evaluates the best state on the reported examples, which were not used to select it."""
     after: dict[str, Any] = evaluator.measure(beside.params, best.lora, samples=True)
     if "right" in after and len(before.get("right", ())) == len(after["right"]):

@@ -91,7 +91,9 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of rows that an embedding needs: the largest id plus one."""
         added = self.backend.get_added_tokens_decoder()
-        return max(self.backend.get_vocab_size(with_added_tokens=False), *(token_id + 1 for token_id in added), 0)
+        return max(
+            self.backend.get_vocab_size(with_added_tokens=False), *(token_id + 1 for token_id in added), 0
+        )
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Returns the ids of ``text``; with ``special``, after the begin id if the model uses it.
@@ -113,7 +115,8 @@ class Tokenizer:
         """Returns ``encode(text, special=False)`` for each text, computed on all cores."""
         with tokenizer_errors("texts", *texts):
             token_ids = [
-                encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+                encoding.ids
+                for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
             ]
         for ids in token_ids:
             self._check_rows(ids)
@@ -122,7 +125,9 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Returns the text of ``ids``."""
         with tokenizer_errors("token ids"):
-            text: str = self.backend.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special)
+            text: str = self.backend.decode(
+                [int(token_id) for token_id in ids], skip_special_tokens=skip_special
+            )
         return text
 
     def with_tokens(self, added: AddedTokens) -> Tokenizer:
@@ -139,7 +144,10 @@ class Tokenizer:
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         added_texts = {token.content for token in backend.get_added_tokens_decoder().values()}
         with tokenizer_errors("added tokens", *added.texts):
-            for texts, add in ((added.special, backend.add_special_tokens), (added.plain, backend.add_tokens)):
+            for texts, add in (
+                (added.special, backend.add_special_tokens),
+                (added.plain, backend.add_tokens),
+            ):
                 # normalized=False: otherwise matching would depend on how a normalizer changes the
                 # surrounding text.
                 special = texts is added.special
@@ -148,7 +156,9 @@ class Tokenizer:
         for text in added.texts:
             ids = backend.encode(f"a{text}a", add_special_tokens=False).ids
             if backend.token_to_id(text) not in ids:
-                raise NaloraError("added tokens", expected="texts that are one token each", found=repr(text))
+                raise NaloraError(
+                    "added tokens", expected="texts that are one token each", found=repr(text)
+                )
         return replace(self, backend=backend)
 
     def rows_for(self, added: AddedTokens, rows: int) -> int:
@@ -226,14 +236,18 @@ class Tokenizer:
             raise NaloraError(
                 "chat template",
                 expected="a model with a chat template",
-                found="none in its tokenizer" if self.tool_template is None else "only one for chats with tools",
+                found="none in its tokenizer"
+                if self.tool_template is None
+                else "only one for chats with tools",
                 remedy="use an instruction-tuned model, or prompt/completion data",
             )
         common = {"tools": tools, "documents": None, **(self.special_tokens or {})}
         chats = [([_for_template(message) for message in messages], prompt) for messages, prompt in chats]
         if self.images is not None:
             chats = [(as_parts(messages), prompt) for messages, prompt in chats]
-        variables = [{"messages": messages, "add_generation_prompt": prompt, **common} for messages, prompt in chats]
+        variables = [
+            {"messages": messages, "add_generation_prompt": prompt, **common} for messages, prompt in chats
+        ]
         try:
             texts = bounded.render(template, variables)
         except bounded.BoundedError as error:
@@ -272,7 +286,9 @@ class Tokenizer:
         settings |= read_json(folder / "tokenizer_config.json", missing={})
         named = {name: _token_text(value) for name, value in settings.items() if name.endswith("_token")}
         special = {name: text for name, text in named.items() if text}
-        bos_id, eos_id, pad_id = (backend.token_to_id(special.get(f"{n}_token", "")) for n in ("bos", "eos", "pad"))
+        bos_id, eos_id, pad_id = (
+            backend.token_to_id(special.get(f"{n}_token", "")) for n in ("bos", "eos", "pad")
+        )
         listed = _listed_stop_ids(folder, backend)
         listed += [] if base is None else base.eos_ids
         if eos_id is None and listed:
@@ -284,7 +300,9 @@ class Tokenizer:
                 found=repr(special.get("eos_token")),
                 remedy="set eos_token to the token that ends a text",
             )
-        template, tool_template = read_templates(folder, settings, read_json(folder / PROCESSOR_FILE, missing={}))
+        template, tool_template = read_templates(
+            folder, settings, read_json(folder / PROCESSOR_FILE, missing={})
+        )
         if template is None and tool_template is None and base is not None:
             template, tool_template = base.chat_template, base.tool_template
         return Tokenizer(
@@ -329,7 +347,9 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
             return dict(missing)
         raise NaloraError(str(path), expected="the file", found="nothing of that name") from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON or bad UTF-8
-        raise NaloraError(str(path), expected="a JSON file", found=error, remedy="download the file again") from error
+        raise NaloraError(
+            str(path), expected="a JSON file", found=error, remedy="download the file again"
+        ) from error
     if not isinstance(value, dict):
         raise NaloraError(str(path), expected="a JSON object", found=type(value).__name__)
     return value
@@ -345,10 +365,16 @@ def _listed_stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
     """Returns the stop ids in generation_config.json and config.json (or its ``text_config``)."""
     config = read_json(folder / "config.json", missing={})
     text = config.get("text_config")
-    files = [read_json(folder / "generation_config.json", missing={}), config, text if isinstance(text, dict) else {}]
+    files = [
+        read_json(folder / "generation_config.json", missing={}),
+        config,
+        text if isinstance(text, dict) else {},
+    ]
     values = [file.get("eos_token_id") for file in files]
     items = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    numbers = [item for item in items if isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**31]
+    numbers = [
+        item for item in items if isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**31
+    ]
     return [number for number in numbers if backend.id_to_token(number) is not None]
 
 

@@ -67,7 +67,9 @@ def tokenizer_errors(what: str, *texts: str) -> Iterator[None]:
             what,
             expected="Unicode text" if broken is not None else "what the model's tokenizer can take",
             found=f"half a character in {broken[:80]!r}" if broken is not None else error,
-            remedy="write the text anew: half of a surrogate pair is no character" if broken is not None else "",
+            remedy="write the text anew: half of a surrogate pair is no character"
+            if broken is not None
+            else "",
         ) from error
 
 

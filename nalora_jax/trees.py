@@ -34,12 +34,16 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def path_name(path: Sequence[Any]) -> str:
     """Returns a key path as text: dict keys, indices and attribute names joined by slashes."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    return "/".join(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+    )
 
 
 def map_named(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """Returns ``tree_map`` of a function with the path: ``function(path, leaf, *others)``."""
-    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), tree, *others)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function(path_name(path), *leaves), tree, *others
+    )
 
 
 def size_bytes(tree: Any) -> int:

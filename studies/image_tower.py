@@ -81,7 +81,9 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
     weights = {name: array for name, array in arrays.items() if not name.startswith("onnx::")}
     for node in graph.node:
         weights |= _matmul_weight(node, arrays)
-    weights[f"{PREFIX}embeddings.position_embeddings"] = np.concatenate([*_positions(graph, arrays)], axis=1)
+    weights[f"{PREFIX}embeddings.position_embeddings"] = np.concatenate(
+        [*_positions(graph, arrays)], axis=1
+    )
     named = {name.removeprefix(PREFIX): array for name, array in weights.items() if name.startswith(PREFIX)}
     return {name: np.ascontiguousarray(array) for name, array in named.items()}
 
@@ -103,4 +105,6 @@ def _positions(graph: Any, arrays: Mapping[str, np.ndarray]) -> Iterator[np.ndar
     read = {name for node in graph.node if "/embeddings/" in node.output[0] for name in node.input}
     embeddings = [arrays[name] for name in read if name.startswith("onnx::") and name in arrays]
     width = CONFIG["hidden_size"]
-    yield from sorted((a for a in embeddings if a.ndim == 3 and a.shape[::2] == (1, width)), key=lambda a: a.shape[1])
+    yield from sorted(
+        (a for a in embeddings if a.ndim == 3 and a.shape[::2] == (1, width)), key=lambda a: a.shape[1]
+    )

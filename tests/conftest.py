@@ -76,7 +76,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--first-of-each", action="store_true", help="of a test with several cases only the first")
+    parser.addoption(
+        "--first-of-each", action="store_true", help="of a test with several cases only the first"
+    )
 
 
 # Files that take longest begin first: for whichever comes last, the other processes wait.
@@ -146,7 +148,11 @@ def _programs(request: pytest.FixtureRequest) -> Iterator[None]:
     """
     optimised = request.node.get_closest_marker("optimised") is not None
     jax.config.update("jax_disable_most_optimizations", not optimised)
-    with _plain_loops() if not optimised and xla_options.knows(xla_options.EMITTERS) else contextlib.nullcontext():
+    with (
+        _plain_loops()
+        if not optimised and xla_options.knows(xla_options.EMITTERS)
+        else contextlib.nullcontext()
+    ):
         yield
     jax.clear_caches()
 
@@ -235,7 +241,21 @@ def dual_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pathl
     transformers = pytest.importorskip("transformers")
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    words = ["a", "photo", "of", "the", "red", "green", "blue", "square", "circle", "cross", "dress", "bag", "boot"]
+    words = [
+        "a",
+        "photo",
+        "of",
+        "the",
+        "red",
+        "green",
+        "blue",
+        "square",
+        "circle",
+        "cross",
+        "dress",
+        "bag",
+        "boot",
+    ]
     special = {"[PAD]": 0, "[UNK]": 1, "[EOS]": 2, "[CLS]": 3}
     vocabulary = special | {word: len(special) + i for i, word in enumerate(words)}
 
@@ -248,18 +268,32 @@ def dual_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pathl
             single=f"{begin}$A [EOS]", special_tokens=ends
         )
         whole = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=backend, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]", model_max_length=length
+            tokenizer_object=backend,
+            pad_token="[PAD]",
+            eos_token="[EOS]",
+            unk_token="[UNK]",
+            model_max_length=length,
         )
         whole.save_pretrained(folder)
 
-    def make(family: str, *, vision: dict | None = None, text: dict | None = None, **top: object) -> pathlib.Path:
+    def make(
+        family: str, *, vision: dict | None = None, text: dict | None = None, **top: object
+    ) -> pathlib.Path:
         folder = tmp_path_factory.mktemp(family)
-        ids = {"vocab_size": 40, "max_position_embeddings": 12, "pad_token_id": 0, "bos_token_id": 3, "eos_token_id": 2}
+        ids = {
+            "vocab_size": 40,
+            "max_position_embeddings": 12,
+            "pad_token_id": 0,
+            "bos_token_id": 3,
+            "eos_token_id": 2,
+        }
         ids["eos_token_id"] = 2
         image = {**sizes, "image_size": 16, "patch_size": 4, **(vision or {})}
         words_of = {**sizes, **ids, **(text or {})}
         if family == "siglip2":
-            image = {name: value for name, value in image.items() if name != "image_size"} | {"num_patches": 16}
+            image = {name: value for name, value in image.items() if name != "image_size"} | {
+                "num_patches": 16
+            }
         if family == "vision-text-dual-encoder":
             kinds = transformers.models.auto.CONFIG_MAPPING
             parts = (
@@ -277,9 +311,13 @@ def dual_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pathl
                 if leaf.ndim == 0 or "logit" in name:
                     continue
                 wide = 1.0 / np.sqrt(leaf.shape[-1]) if leaf.ndim > 1 else 0.2
-                leaf.copy_(torch.randn(leaf.shape, generator=generator) * wide + (leaf if leaf.ndim == 1 else 0))
+                leaf.copy_(
+                    torch.randn(leaf.shape, generator=generator) * wide + (leaf if leaf.ndim == 1 else 0)
+                )
         model.save_pretrained(folder)
-        tokenizer(folder, "" if family.startswith("siglip") else "[CLS] ", words_of["max_position_embeddings"])
+        tokenizer(
+            folder, "" if family.startswith("siglip") else "[CLS] ", words_of["max_position_embeddings"]
+        )
         square = {"height": 16, "width": 16}
         processors = {
             "clip": ("CLIPImageProcessor", {"size": {"shortest_edge": 16}, "crop_size": square}),
@@ -346,11 +384,21 @@ def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pat
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
 
-    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<start_of_image>", "<end_of_image>", "<end_of_turn>"]
+    special = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<image>",
+        "<start_of_image>",
+        "<end_of_image>",
+        "<end_of_turn>",
+    ]
     special += ["<start_of_turn>"]
     words = "USER ASSISTANT user model a photo of the red green blue square circle What colour is this Describe image"
     vocabulary = {
-        word: i for i, word in enumerate([*special, " ", "\n", "\n\n", "\n\n\n", ":", ".", "?", *words.split()])
+        word: i
+        for i, word in enumerate([*special, " ", "\n", "\n\n", "\n\n\n", ":", ".", "?", *words.split()])
     }
 
     def tokenizer() -> Any:
@@ -373,9 +421,16 @@ def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pat
             model_max_length=256,
         )
 
-    def make(family: str, *, vision: dict | None = None, text: dict | None = None, **top: object) -> pathlib.Path:
+    def make(
+        family: str, *, vision: dict | None = None, text: dict | None = None, **top: object
+    ) -> pathlib.Path:
         folder = tmp_path_factory.mktemp(family)
-        image = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+        image = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+        }
         image |= {"image_size": 16, "patch_size": 4, **(vision or {})}
         words_of = {"vocab_size": 48, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
         words_of |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
@@ -385,7 +440,10 @@ def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pat
         own = tokenizer()
         template = _TEMPLATES[family]
         if family == "llava":
-            parts = transformers.CLIPVisionConfig(**image), transformers.LlamaConfig(**(words_of | (text or {})))
+            parts = (
+                transformers.CLIPVisionConfig(**image),
+                transformers.LlamaConfig(**(words_of | (text or {}))),
+            )
             config = transformers.LlavaConfig(vision_config=parts[0], text_config=parts[1], **top)
             model = transformers.LlavaForConditionalGeneration(config)
             size = {"size": {"shortest_edge": 16}, "crop_size": square}
@@ -398,9 +456,16 @@ def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pat
                 chat_template=template,
             )
         else:
-            words_of |= {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+            words_of |= {
+                "head_dim": 8,
+                "sliding_window": 6,
+                "layer_types": ["sliding_attention", "full_attention"],
+            }
             image["vision_use_head"] = False
-            parts = transformers.SiglipVisionConfig(**image), transformers.Gemma3TextConfig(**(words_of | (text or {})))
+            parts = (
+                transformers.SiglipVisionConfig(**image),
+                transformers.Gemma3TextConfig(**(words_of | (text or {}))),
+            )
             more = {"mm_tokens_per_image": 4, "boi_token_index": vocabulary["<start_of_image>"]}
             more["eoi_token_index"] = vocabulary["<end_of_image>"]
             config = transformers.Gemma3Config(vision_config=parts[0], text_config=parts[1], **(more | top))
@@ -415,7 +480,9 @@ def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pat
         with torch.no_grad():
             for leaf in model.parameters():
                 wide = 1.0 / np.sqrt(leaf.shape[-1]) if leaf.ndim > 1 else 0.2
-                leaf.copy_(torch.randn(leaf.shape, generator=generator) * wide + (leaf if leaf.ndim == 1 else 0))
+                leaf.copy_(
+                    torch.randn(leaf.shape, generator=generator) * wide + (leaf if leaf.ndim == 1 else 0)
+                )
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         return folder

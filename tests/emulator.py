@@ -82,7 +82,9 @@ def put(address: str, name: str, content: bytes) -> str:
 
 def refuse(handler: RequestHandler) -> None:
     """Answers as Google does to whoever has no credentials."""
-    message = "Anonymous caller does not have storage.objects.get access to the Google Cloud Storage object."
+    message = (
+        "Anonymous caller does not have storage.objects.get access to the Google Cloud Storage object."
+    )
     body = json.dumps({"error": {"code": HTTPStatus.UNAUTHORIZED, "message": message}}).encode()
     handler.send_response(HTTPStatus.UNAUTHORIZED)
     handler.send_header("Content-Length", str(len(body)))
@@ -98,7 +100,11 @@ def emulator(folder: Path, requests: list[tuple[str, str]] | None = None) -> Ite
       folder: scratch of the emulator.
       requests: receives the path and the range ("" without one) of every request.
     """
-    held, one_by_one, handle = Storage(use_memory_fs=True, data_dir=str(folder)), threading.Lock(), Router.handle
+    held, one_by_one, handle = (
+        Storage(use_memory_fs=True, data_dir=str(folder)),
+        threading.Lock(),
+        Router.handle,
+    )
 
     def handled(self: Router, method: str) -> None:
         handler = self._request_handler

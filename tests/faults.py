@@ -70,7 +70,11 @@ class Place:
         if status:
             return f"FAILED to go on: {error.splitlines()[-1]}"
         pairs = [(Path(run.output) / "adapter" / name for run in (config, self.whole)) for name in ADAPTER]
-        return "went on, identical" if all(a.read_bytes() == b.read_bytes() for a, b in pairs) else "went on, DIFFERENT"
+        return (
+            "went on, identical"
+            if all(a.read_bytes() == b.read_bytes() for a, b in pairs)
+            else "went on, DIFFERENT"
+        )
 
 
 def _expect(found: object, wanted: object) -> None:
@@ -115,7 +119,9 @@ def second(place: Place, rng: random.Random) -> str:
 
 def lost(place: Place, rng: random.Random) -> str:
     """one of two processes killed"""
-    config = place.new_run(mesh=MeshConfig(-1, 1, 1), train=TrainConfig(batch_size=8, log_every=1, save_every=2))
+    config = place.new_run(
+        mesh=MeshConfig(-1, 1, 1), train=TrainConfig(batch_size=8, log_every=1, save_every=2)
+    )
     processes = place.start(replace(config, steps=10**6), count=2)
     tiny.wait_for_line(processes[0], "step 6/")
     gone = rng.randrange(2)
@@ -135,7 +141,9 @@ def _two_checkpoints(place: Place) -> Path:
     folder = place.folder / f"checkpoints-{place.count}"
     with Checkpointer(folder, fingerprint="f", config={}) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(step, {"a": jnp.full((64, 8), float(step)), "step": jnp.int32(step)}, {"row": step})
+            checkpoints.save(
+                step, {"a": jnp.full((64, 8), float(step)), "step": jnp.int32(step)}, {"row": step}
+            )
     return folder
 
 
@@ -203,7 +211,9 @@ FAULTS: tuple[tuple[Callable[[Place, random.Random], str], int], ...] = (
 
 def main() -> int:
     """Make the faults and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=[fault.__name__ for fault, _ in FAULTS])
     given = parser.parse_args()

@@ -36,11 +36,16 @@ MESSAGES = [
 TOOLS = [
     {
         "type": "function",
-        "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+        "function": {
+            "name": "weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
     }
 ]
 # Templates of widely used models, as they were published (Qwen's without its longest branches).
-TEMPLATES = {path.stem: path.read_text() for path in sorted((Path(__file__).parent / "data/templates").iterdir())}
+TEMPLATES = {
+    path.stem: path.read_text() for path in sorted((Path(__file__).parent / "data/templates").iterdir())
+}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -62,7 +67,10 @@ def test_templates_render_as_in_transformers(name: str, tools: Any) -> None:
 def test_several_texts_and_templates_in_turn() -> None:
     for _ in range(2):
         assert render("{{ x }}!", [{"x": 1}, {"x": "b"}, {"x": None}]) == ["1!", "b!", "None!"]
-        assert render("{{ x | tojson }}", [{"x": np.float64(0.5)}, {"x": np.arange(2)}]) == ["0.5", "[0, 1]"]
+        assert render("{{ x | tojson }}", [{"x": np.float64(0.5)}, {"x": np.arange(2)}]) == [
+            "0.5",
+            "[0, 1]",
+        ]
         with pytest.raises(BoundedError, match="TemplateSyntaxError"):
             render("{{ x", [{"x": 1}])
 
@@ -115,7 +123,9 @@ def test_endless_loops_end(impatient: Any) -> None:
     assert render("{{ 1 }}", [{}]) == ["1"]
 
 
-def test_all_texts_of_a_template_have_a_budget_together(impatient: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_texts_of_a_template_have_a_budget_together(
+    impatient: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bounded, "_TOTAL_SECONDS", 0.02)
     monkeypatch.setattr(bounded, "_TEXT_SECONDS", 0.0)
     slow = "{% for a in range(99999) %}{% endfor %}{{ x }}"
@@ -126,7 +136,9 @@ def test_all_texts_of_a_template_have_a_budget_together(impatient: Any, monkeypa
         for _ in range(100):
             tokenizer.render_chat(MESSAGES)
 
-    with pytest.raises(NaloraError, match=r"chat template: .* found \d+\.\d seconds for \d+ texts of one template"):
+    with pytest.raises(
+        NaloraError, match=r"chat template: .* found \d+\.\d seconds for \d+ texts of one template"
+    ):
         many()
     assert render("{{ x }}", [{"x": "another template"}]) == ["another template"]
 
@@ -154,21 +166,36 @@ def test_expressions_that_backtrack_for_ever_end(impatient: Any) -> None:
 
 def test_rules_that_backtrack_for_ever_are_a_typed_error(impatient: Any) -> None:
     for pattern in ("((([a-z/_*]+)+)+)+X", "(a|.)" * 30 + "X"):
-        with pytest.raises(NaloraError, match=r"--lora\.rules: expected patterns that are matched.*0\.5 seconds"):
-            match_rules([("ffn", 1), (pattern, 2)], ["a" * 39, "layers/*/ffn/gate_proj"], where="--lora.rules")
+        with pytest.raises(
+            NaloraError, match=r"--lora\.rules: expected patterns that are matched.*0\.5 seconds"
+        ):
+            match_rules(
+                [("ffn", 1), (pattern, 2)], ["a" * 39, "layers/*/ffn/gate_proj"], where="--lora.rules"
+            )
     rules = [("(q|v)_proj", 1), ("^ffn", 2), ("attn.*proj", 3)]
     names = ["attn/q_proj", "attn/k_proj", "ffn", "norm"]
     assert match_rules(rules, names, where="here") == {"attn/q_proj": 1, "attn/k_proj": 3, "ffn": 2}
 
 
 def test_common_rules_need_no_helper() -> None:
-    assert all(map(bounded._HARMLESS.fullmatch, ("ffn", "ffn/gate_proj", "attn/(q|v)_proj", "^vision|head$", "")))
-    assert not any(map(bounded._HARMLESS.fullmatch, ("a+", "(a|b)(c|d)", "((a))", "a.*b", "(a)*", "(a){9}")))
+    assert all(
+        map(bounded._HARMLESS.fullmatch, ("ffn", "ffn/gate_proj", "attn/(q|v)_proj", "^vision|head$", ""))
+    )
+    assert not any(
+        map(bounded._HARMLESS.fullmatch, ("a+", "(a|b)(c|d)", "((a))", "a.*b", "(a)*", "(a){9}"))
+    )
 
 
 def test_expressions_match_as_in_python() -> None:
     names = ["model.layers.3.mlp.up_proj", "model.layers.12.self_attn.q_proj", "lm_head", ""]
-    patterns = [r"mlp.up_proj", r"^lm_head$", r".*\.(up|q)_proj", r"(?:^|.*?\.)layers\.(?P<idx>\d+)\.", r"lm-head", ""]
+    patterns = [
+        r"mlp.up_proj",
+        r"^lm_head$",
+        r".*\.(up|q)_proj",
+        r"(?:^|.*?\.)layers\.(?P<idx>\d+)\.",
+        r"lm-head",
+        "",
+    ]
     patterns += ["self_attn.(q|v)_proj|^mlp", "(?:a|b)/c", "(q|v)_(proj|x)"]
     for how in ("match", "fullmatch", "search"):
         for pattern, row in zip(patterns, matches(patterns, names, how=how), strict=True):
@@ -197,7 +224,11 @@ def test_a_fork_has_a_helper_of_its_own() -> None:
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "error", "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(done.stdout.split()) == ["['before']", "['child']", "['parent']"]

@@ -82,7 +82,9 @@ def parquet(**options: Any) -> bytes:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.array_record"])
 def test_a_file_in_a_bucket_gives_the_records_by_index(google: Any, tmp_path: Path, name: str) -> None:
-    content = {"a.jsonl": LINES, "a.parquet": parquet(row_group_size=8)}.get(name) or array_records(tmp_path)
+    content = {"a.jsonl": LINES, "a.parquet": parquet(row_group_size=8)}.get(name) or array_records(
+        tmp_path
+    )
     url = put(name, content)
     train, held = open_pair(DataConfig(dataset=url, train_split="train[:30]", eval_split="train[30:]"))
     assert train.read([29, 0]) == [RECORDS[29], RECORDS[0]]
@@ -137,10 +139,17 @@ def test_a_copy_is_made_once_and_again_after_the_object_has_changed(google: Any)
     assert open_source(DataConfig(dataset=url), "train")[39] == {"prompt": "q39", "completion": " b39"}
 
 
-def test_only_the_row_groups_of_a_parquet_file_that_are_read_are_fetched(google: Any, monkeypatch: Any) -> None:
-    wide = [{"prompt": f"{i}", "completion": " " + np.random.default_rng(i).bytes(60_000).hex()} for i in range(96)]
+def test_only_the_row_groups_of_a_parquet_file_that_are_read_are_fetched(
+    google: Any, monkeypatch: Any
+) -> None:
+    wide = [
+        {"prompt": f"{i}", "completion": " " + np.random.default_rng(i).bytes(60_000).hex()}
+        for i in range(96)
+    ]
     file = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(wide), file, row_group_size=1, compression="none", use_dictionary=False)
+    pq.write_table(
+        pa.Table.from_pylist(wide), file, row_group_size=1, compression="none", use_dictionary=False
+    )
     url = put("wide.parquet", file.getvalue())
     google[1].clear()
     source = open_source(DataConfig(dataset=url), "train")
@@ -165,11 +174,15 @@ def put_model(folder: Path, name: str) -> str:
     return f"gs://bucket/{name}"
 
 
-def test_a_model_is_streamed_from_a_bucket_into_the_same_shards(google: Any, model: Path, cache: Path) -> None:
+def test_a_model_is_streamed_from_a_bucket_into_the_same_shards(
+    google: Any, model: Path, cache: Path
+) -> None:
     url = put_model(model, "llama")
     mesh = make_mesh(MeshConfig(1, 4, 2))
     expected, loaded = (load_model(name, dtype="float32", mesh=mesh) for name in (str(model), url))
-    jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other), expected.params, loaded.params)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_array_equal(one, other), expected.params, loaded.params
+    )
     assert loaded.fingerprint == expected.fingerprint
     assert (loaded.source, loaded.origin.file) == (url, "llama")
     assert not list(cache.rglob("*.safetensors"))
@@ -184,7 +197,10 @@ def test_a_gguf_file_in_a_bucket_is_copied_to_the_cache(google: Any, cache: Path
 @pytest.mark.parametrize("of_run", [False, True])
 def test_an_adapter_in_a_bucket_is_copied_with_its_run(google: Any, tmp_path: Path, of_run: bool) -> None:
     name, folder = f"adapted-{of_run}", "adapter/" if of_run else ""
-    for file, content in {"adapter_config.json": b'{"base_model_name_or_path": "base"}', "a.safetensors": b"A"}.items():
+    for file, content in {
+        "adapter_config.json": b'{"base_model_name_or_path": "base"}',
+        "a.safetensors": b"A",
+    }.items():
         put(f"{name}/{folder}{file}", content)
     put(f"{name}/metrics.jsonl", b'{"run": {"model": "gs://bucket/base"}}\n')
     put(f"{name}/checkpoints/1/state", b"large")
@@ -203,11 +219,15 @@ def test_an_encoder_s_folder_in_a_bucket_is_copied_to_the_cache(google: Any, mod
     assert (folder / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
 
-def test_a_process_fetches_the_rows_that_its_devices_hold(google: Any, model: Path, monkeypatch: Any) -> None:
+def test_a_process_fetches_the_rows_that_its_devices_hold(
+    google: Any, model: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(streamed, "CHUNK", 256)
     found = resolve(put_model(model, "rows"))
     folder = streamed.StreamedFolder(found.path, found.streamed)
-    (name,) = (name for name, shape in folder.shapes().items() if shape == (28, 16))  # of float32: 64 bytes a row
+    (name,) = (
+        name for name, shape in folder.shapes().items() if shape == (28, 16)
+    )  # of float32: 64 bytes a row
     google[1].clear()
     rows = folder.read(name, (slice(6, 9), slice(0, 16)))
     assert rows.shape == (3, 16)
@@ -219,8 +239,14 @@ def test_a_process_fetches_the_rows_that_its_devices_hold(google: Any, model: Pa
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda data: data[:100], "gs://bucket/damaged-0/model.safetensors: expected a complete safetensors file"),
-        (lambda data: data[:-8], "gs://bucket/damaged-1/model.safetensors: expected a complete safetensors file"),
+        (
+            lambda data: data[:100],
+            "gs://bucket/damaged-0/model.safetensors: expected a complete safetensors file",
+        ),
+        (
+            lambda data: data[:-8],
+            "gs://bucket/damaged-1/model.safetensors: expected a complete safetensors file",
+        ),
         (lambda data: b"\xff" * 8 + data, "gs://bucket/damaged-2/model.safetensors: expected a complete"),
     ],
 )
@@ -236,13 +262,22 @@ def test_damaged_weights_in_a_bucket_are_refused(
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("gs://bucket/none.jsonl", r"gs://bucket/none.jsonl.*: expected a file or a folder .*none of that name"),
-        ("gs://nobody/none.jsonl", r"gs://nobody/none.jsonl.*: expected a file or a folder .*none of that name"),
+        (
+            "gs://bucket/none.jsonl",
+            r"gs://bucket/none.jsonl.*: expected a file or a folder .*none of that name",
+        ),
+        (
+            "gs://nobody/none.jsonl",
+            r"gs://nobody/none.jsonl.*: expected a file or a folder .*none of that name",
+        ),
         (
             "gs://private/a.jsonl",
             r"gs://private/a.jsonl: expected credentials that may read it, found Anonymous .*gcloud auth appl",
         ),
-        ("s3://bucket/a.jsonl", r"s3://bucket/a.jsonl: .*pip install s3fs \(or nalora_jax with its extra `s3`\)"),
+        (
+            "s3://bucket/a.jsonl",
+            r"s3://bucket/a.jsonl: .*pip install s3fs \(or nalora_jax with its extra `s3`\)",
+        ),
     ],
 )
 def test_what_a_bucket_refuses_is_one_error(google: Any, monkeypatch: Any, name: str, said: str) -> None:

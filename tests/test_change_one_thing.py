@@ -40,7 +40,9 @@ from nalora_jax.weights import keytables
 from tests import tiny
 
 PAGE = Path(__file__).parent.parent / "docs" / "change_one_thing.md"
-FILES = dict(re.findall(r'```python title="(\w+)\.py"\n(.*?)```', PAGE.read_text(encoding="utf-8"), re.DOTALL))
+FILES = dict(
+    re.findall(r'```python title="(\w+)\.py"\n(.*?)```', PAGE.read_text(encoding="utf-8"), re.DOTALL)
+)
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 40,
@@ -117,7 +119,9 @@ def test_an_activation(use: Any) -> None:
 
 
 def test_an_activation_whose_derivative_is_wrong_is_refused(use: Any) -> None:
-    with pytest.raises(NaloraError, match=r"activation 'bad': expected a function that returns rho\(z\) and its deriv"):
+    with pytest.raises(
+        NaloraError, match=r"activation 'bad': expected a function that returns rho\(z\) and its deriv"
+    ):
         custom_activations.register_activation("bad")(lambda z: (jax.nn.sigmoid(z), jax.nn.sigmoid(z)))
     with pytest.raises(NaloraError, match="'silu': expected a name that is free"):
         custom_activations.register_activation("silu")(lambda z: (jax.nn.sigmoid(z), jax.nn.sigmoid(z)))
@@ -140,7 +144,9 @@ def test_the_command_of_the_page_trains_with_the_rule(
     monkeypatch.setattr(imports, "_IMPORTED", {})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loud.py").write_text(FILES["loud"])
-    commands = re.findall(r"^python train.py (--import .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    commands = re.findall(
+        r"^python train.py (--import .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    )
     config = tiny.make_config(tmp_path, steps=2)
     settings = ["--config", str(tiny.write_settings(config, tmp_path / "settings.py"))]
     assert len(commands) == 2
@@ -149,7 +155,9 @@ def test_the_command_of_the_page_trains_with_the_rule(
     digest = hashlib.sha256(FILES["loud"].encode()).hexdigest()
     assert recorded["imports"] == [f"loud.py@{digest[:12]}"]
     assert recorded["mechanisms"] == ["loud"]
-    with pytest.raises(NaloraError, match=r"imports.0 = 'loud.py@[0-9a-f]{12}', found imports.0 = '\(absent\)'"):
+    with pytest.raises(
+        NaloraError, match=r"imports.0 = 'loud.py@[0-9a-f]{12}', found imports.0 = '\(absent\)'"
+    ):
         command.execute(["train", "--resume", "runs/loud", "--steps", "3"])
     (tmp_path / "loud.py").write_text(FILES["loud"] + "# changed\n")
     monkeypatch.setattr(imports, "_IMPORTED", {})

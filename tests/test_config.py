@@ -58,7 +58,11 @@ RANGES = [
     ("adalora.sensitivity_decay", [-0.1, 1.0], [0.0]),
     ("adalora.uncertainty_decay", [-0.1, 1.0], [0.0]),
     ("adalora.orthogonality", [-0.1, math.nan], [0.0]),
-    ("lora.rules", [(), (RULE, LoRARule("x", -1)), (LoRARule("x", 4, math.nan),), (LoRARule("x", 4, 0.0),)], [(RULE,)]),
+    (
+        "lora.rules",
+        [(), (RULE, LoRARule("x", -1)), (LoRARule("x", 4, math.nan),), (LoRARule("x", 4, 0.0),)],
+        [(RULE,)],
+    ),
 ]
 REFUSED = [(name, value) for name, bad, _ in RANGES for value in bad]
 ACCEPTED = [(name, value) for name, _, good in RANGES for value in good]
@@ -92,14 +96,18 @@ def test_what_is_at_the_edge_is_accepted(name, value):
 
 
 def test_a_batch_that_micro_batches_do_not_divide_is_refused():
-    with pytest.raises(NaloraError, match=r"--train\.batch-size: expected a multiple of --train\.accumulate \(3\)"):
+    with pytest.raises(
+        NaloraError, match=r"--train\.batch-size: expected a multiple of --train\.accumulate \(3\)"
+    ):
         check(with_field("train.accumulate", 3))
 
 
 @pytest.mark.parametrize("init", ["pissa", "lora_ga"])
 def test_lowered_kernels_are_not_quantized(init):
     compute = dataclasses.replace(RunConfig().compute, quantize="int8")
-    with pytest.raises(NaloraError, match=rf'--compute\.quantize: expected none with --lora\.init "{init}"'):
+    with pytest.raises(
+        NaloraError, match=rf'--compute\.quantize: expected none with --lora\.init "{init}"'
+    ):
         check(RunConfig(lora=LoRAConfig(init=init), compute=compute))
 
 
@@ -117,7 +125,9 @@ def test_to_dict_is_nested_plain_data_that_json_takes():
 
 def test_a_config_comes_back_from_json():
     rules = (LoRARule("a", 4, 2.0), LoRARule("b", 0))
-    config = RunConfig(steps=7, lora=LoRAConfig(rules=rules), mechanisms=("homogeneity:gains=0.1/0.2/0.3/0.4",))
+    config = RunConfig(
+        steps=7, lora=LoRAConfig(rules=rules), mechanisms=("homogeneity:gains=0.1/0.2/0.3/0.4",)
+    )
     assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -138,7 +148,10 @@ def test_configs_cannot_be_changed_in_place():
     [
         ({"lora": {"rules": []}}, "RunConfig.lora: expected a LoRAConfig, found .*, a dict"),
         ({"data": None}, "RunConfig.data: expected a DataConfig, found None, a NoneType"),
-        ({"lora": LoRAConfig(rules=("ffn:8",))}, "RunConfig.lora.rules: expected a .*LoRARule, .*, found .*'ffn:8'"),
+        (
+            {"lora": LoRAConfig(rules=("ffn:8",))},
+            "RunConfig.lora.rules: expected a .*LoRARule, .*, found .*'ffn:8'",
+        ),
         ({"lora": LoRAConfig(rules="ffn:8")}, "RunConfig.lora.rules"),
         ({"model": 5}, "RunConfig.model: expected a str, found 5, a int"),
         ({"data": DataConfig(dataset=None)}, "RunConfig.data.dataset"),

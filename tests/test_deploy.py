@@ -29,7 +29,9 @@ def test_each_states_its_versions_and_that_it_was_not_run_on_hardware(path: Path
     assert f"`{path.name}`" in (ROOT / "docs" / "deploy.md").read_text()
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(0, False), (2, False), (75, True), (134, True), (143, True)])
+@pytest.mark.parametrize(
+    ("status", "requeued"), [(0, False), (2, False), (75, True), (134, True), (143, True)]
+)
 def test_slurm_requeues_interrupted_jobs_only(tmp_path: Path, status: int, requeued: bool) -> None:
     for name, script in (("scontrol", f'echo "$@" > {tmp_path}/requeued'), ("srun", f"exit {status}")):
         (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
@@ -64,7 +66,9 @@ def test_docker_files_name_versions_and_an_example_that_parses(kind: str) -> Non
 
 
 @pytest.mark.parametrize("kind", ["tpu", "cuda"])
-def test_the_install_line_of_a_container_is_executed_on_the_files_that_it_copies(kind: str, tmp_path: Path) -> None:
+def test_the_install_line_of_a_container_is_executed_on_the_files_that_it_copies(
+    kind: str, tmp_path: Path
+) -> None:
     """``pip`` is a stand-in that keeps its arguments; the folder has only what the COPY lines bring."""
     context, tools = tmp_path / "opt", tmp_path / "tools"
     for folder in (context, tools):
@@ -88,7 +92,9 @@ def test_the_install_line_of_a_container_is_executed_on_the_files_that_it_copies
     assert extra
     assert package_extras
     project = tomllib.loads((context / "pyproject.toml").read_text())["project"]
-    assert any(line.startswith(f"jax[{extra[1]}]") for line in project["optional-dependencies"][package_extras[1]])
+    assert any(
+        line.startswith(f"jax[{extra[1]}]") for line in project["optional-dependencies"][package_extras[1]]
+    )
     assert {"gcs", "datasets"} <= set(project["optional-dependencies"])
     for name in (project["readme"], *project["license-files"], "nalora_jax/__main__.py"):
         assert (context / name).exists(), name

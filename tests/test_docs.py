@@ -21,7 +21,9 @@ EXPORTING = (
 def test_every_page_is_in_the_index_and_in_the_navigation() -> None:
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"\]\((\w+\.md)\)", index)) == sorted(set(PAGES) - {"index.md"})
-    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1].split("\nvalidation:")[0]
+    navigation = (
+        (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1].split("\nvalidation:")[0]
+    )
     assert sorted(re.findall(r"(\w+\.md)$", navigation, re.MULTILINE)) == PAGES
 
 
@@ -37,7 +39,9 @@ def test_links_and_paths_of_a_page_lead_somewhere(page: str) -> None:
 
 
 def test_the_reference_has_all_that_packages_export() -> None:
-    listed = re.findall(r"^::: ([\w.]+)$", (DOCS / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+    listed = re.findall(
+        r"^::: ([\w.]+)$", (DOCS / "reference.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     sources = {name: importlib.import_module(name) for name in listed}
     for package in EXPORTING:
         module = importlib.import_module(package)
@@ -46,14 +50,18 @@ def test_the_reference_has_all_that_packages_export() -> None:
             if isinstance(value, types.ModuleType):
                 assert value.__name__ in listed, f"{package}.{name}"
             else:
-                assert any(getattr(source, name, None) is value for source in sources.values()), f"{package}.{name}"
+                assert any(getattr(source, name, None) is value for source in sources.values()), (
+                    f"{package}.{name}"
+                )
 
 
 def test_errors_of_the_troubleshooting_page_are_errors_of_this_library() -> None:
     """Each heading is a part of a message that some module really raises."""
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "nalora_jax").rglob("*.py"))
     source = re.sub(r'"\s*\n\s*f?"', "", source)
-    headings = re.findall(r"^## `(.+)`$", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    headings = re.findall(
+        r"^## `(.+)`$", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert len(headings) > 8
     for heading in headings:
         assert heading in source, heading

@@ -64,7 +64,9 @@ class Block(NamedTuple):
 def read_blocks(path: Path) -> Iterator[Block]:
     """The blocks of a page, in order."""
     text = path.read_text(encoding="utf-8")
-    for found in re.finditer(r"^```(\w*)(?: title=\"([^\"]*)\")?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+    for found in re.finditer(
+        r"^```(\w*)(?: title=\"([^\"]*)\")?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
+    ):
         yield Block(path.name, text[: found.start()].count("\n") + 1, found[1], found[2] or "", found[3])
     for found in re.finditer(r"^    (?:nalora|pip|python) .*\n", text, re.MULTILINE):
         yield Block(path.name, text[: found.start()].count("\n") + 1, "sh", "", found[0].strip())
@@ -88,7 +90,9 @@ def of_language(*languages: str) -> Any:
 
 def test_every_block_is_of_a_kind_that_is_executed() -> None:
     fences = sum(path.read_text(encoding="utf-8").count("\n```") for path in PAGES)
-    assert fences == 2 * sum(block.text.endswith("\n") for block in BLOCKS), "a fence that is not understood"
+    assert fences == 2 * sum(block.text.endswith("\n") for block in BLOCKS), (
+        "a fence that is not understood"
+    )
     unknown = [block for block in BLOCKS if block.language not in ("python", "sh", "json", "yaml", "toml")]
     assert [block.text.split("  =")[0] for block in unknown] == ["phi(z + dz) - phi(z)"]  # a formula
 
@@ -98,7 +102,9 @@ def test_every_block_is_of_a_kind_that_is_executed() -> None:
 
 def lines_of(text: str) -> Iterator[list[str]]:
     """The words of each command: continued lines are joined, pipes and chains taken apart."""
-    lexer = shlex.shlex(text.replace("\\\n", " ").replace("\n", "\n;\n"), posix=True, punctuation_chars="|;&<>")
+    lexer = shlex.shlex(
+        text.replace("\\\n", " ").replace("\n", "\n;\n"), posix=True, punctuation_chars="|;&<>"
+    )
     lexer.whitespace_split = True
     words: list[str] = []
     for word in [*lexer, ";"]:
@@ -213,8 +219,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
     def run(config: RunConfig, *, data: Any = None, **more: Any) -> Any:
         check(config)
-        own = small.data if data is None else replace(config.data, max_length=16, eval_limit=4, select_limit=2)
-        given = {"output": config.output, "steps": min(config.steps, 2), "epochs": config.epochs, "data": own}
+        own = (
+            small.data
+            if data is None
+            else replace(config.data, max_length=16, eval_limit=4, select_limit=2)
+        )
+        given = {
+            "output": config.output,
+            "steps": min(config.steps, 2),
+            "epochs": config.epochs,
+            "data": own,
+        }
         given["lora"] = replace(small.lora, modules_to_save=config.lora.modules_to_save)
         chosen = replace(small, **given)
         return whole(chosen, data=data, **more) if more else run_once(chosen, data)
@@ -270,7 +285,9 @@ def execute(world: World, page: str, monkeypatch: pytest.MonkeyPatch, folder: st
 
 
 def test_files_of_a_page_have_tests_of_their_own() -> None:
-    assert {block.page for block in BLOCKS if block.title} == {"change_one_thing.md"}  # tests/test_change_one_thing.py
+    assert {block.page for block in BLOCKS if block.title} == {
+        "change_one_thing.md"
+    }  # tests/test_change_one_thing.py
 
 
 def test_the_callback_of_the_page_listens(
@@ -287,7 +304,9 @@ def test_checkpoints_from_python(world: World, monkeypatch: pytest.MonkeyPatch) 
     assert space["data_state"] == {"row": 5}
 
 
-def test_data_from_python_and_new_tokens_in_transformers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_from_python_and_new_tokens_in_transformers(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("transformers", "peft"):
         pytest.importorskip(name)
     with warnings.catch_warnings():
@@ -296,10 +315,16 @@ def test_data_from_python_and_new_tokens_in_transformers(world: World, monkeypat
     (line, *_) = Path("runs/mail/metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["data"]["examples"] == 280  # 20 are held out
     assert space["tokenizer"].tokenize("1<|call|>2")[1] == "<|call|>"
-    assert space["model"].get_input_embeddings().weight.shape[0] == len(space["tokenizer"]) == len(tiny.WORDS) + 1
+    assert (
+        space["model"].get_input_embeddings().weight.shape[0]
+        == len(space["tokenizer"])
+        == len(tiny.WORDS) + 1
+    )
 
 
-def test_the_quick_start_and_what_it_leaves_is_served_by_peft(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_quick_start_and_what_it_leaves_is_served_by_peft(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     assert execute(world, "quick_start.md", monkeypatch)["result"].adapter == Path("runs/mine/adapter")
     load = transformers.AutoModelForCausalLM.from_pretrained

@@ -117,8 +117,13 @@ def test_another_file_under_the_pinned_name_is_refused(tmp_path: Path, pip: Fake
 def test_what_pip_says_is_passed_on(tmp_path: Path, pip: FakePip) -> None:
     assert pip.wheel is not None
     file = pinned(pip.wheel)
-    pip.wheel, pip.stderr = None, "WARNING: retrying\nERROR: No matching distribution found for some-data==1.0\n"
-    with pytest.raises(NaloraError, match=r"package some-data==1.0: .*ERROR: No matching distribution.*-m pip"):
+    pip.wheel, pip.stderr = (
+        None,
+        "WARNING: retrying\nERROR: No matching distribution found for some-data==1.0\n",
+    )
+    with pytest.raises(
+        NaloraError, match=r"package some-data==1.0: .*ERROR: No matching distribution.*-m pip"
+    ):
         fetch(file, cache=tmp_path)
     pip.stderr = ""
     with pytest.raises(NaloraError, match="no output"):
@@ -202,5 +207,9 @@ def test_a_parent_that_a_group_can_write_into(
     elif not parent.stat().st_gid:
         pytest.skip("this user's group is root's")
     parent.chmod(mode)
-    with contextlib.nullcontext() if accepted else pytest.raises(PermissionError, match="exchange what is in"):
+    with (
+        contextlib.nullcontext()
+        if accepted
+        else pytest.raises(PermissionError, match="exchange what is in")
+    ):
         assert private_dir(parent / "ours").is_dir()

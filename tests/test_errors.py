@@ -82,8 +82,16 @@ sys.exit(guarded(lambda: __import__("jax").devices()))
 @pytest.mark.parametrize(
     ("variable", "value", "line"),
     [
-        ("JAX_PLATFORMS", "cpx", "JAX_PLATFORMS: expected a platform with a device on this machine, found cpx ("),
-        ("JAX_PLATFORMS", "cuda", "JAX_PLATFORMS: expected a platform with a device on this machine, found cuda ("),
+        (
+            "JAX_PLATFORMS",
+            "cpx",
+            "JAX_PLATFORMS: expected a platform with a device on this machine, found cpx (",
+        ),
+        (
+            "JAX_PLATFORMS",
+            "cuda",
+            "JAX_PLATFORMS: expected a platform with a device on this machine, found cuda (",
+        ),
         ("JAX_ENABLE_X64", "maybe", "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'"),
     ],
 )

@@ -20,8 +20,12 @@ SIZES = {"glm4_moe": {"head_dim": 128}}
 
 @pytest.mark.parametrize("family", supported())
 def test_every_weight_of_every_family_has_a_rule_and_every_large_one_is_split(family):
-    config = ModelConfig.from_hf(transformers.AutoConfig.for_model(family, **SIZES.get(family, {})).to_dict())
-    shapes = {path: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for path, shape in param_shapes(config).items()}
+    config = ModelConfig.from_hf(
+        transformers.AutoConfig.for_model(family, **SIZES.get(family, {})).to_dict()
+    )
+    shapes = {
+        path: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for path, shape in param_shapes(config).items()
+    }
     mesh = make_mesh(MeshConfig(data=1, fsdp=8, tensor=1))
     placed = shardings(shapes, mesh, PARAM_RULES)
     whole = [path for path, sharding in placed.items() if sharding.spec == P()]

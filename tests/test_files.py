@@ -47,7 +47,9 @@ def test_a_folder_without_a_list_is_said_to_have_none(folder: Path) -> None:
 
 
 def test_where_a_file_cannot_be_written_its_name_is_given_and_nothing_changes(folder: Path) -> None:
-    with pytest.raises(NaloraError, match=f"{folder}/none/file: expected a file that can be written, found No such"):
+    with pytest.raises(
+        NaloraError, match=f"{folder}/none/file: expected a file that can be written, found No such"
+    ):
         write_atomically(folder / "none" / "file", "text")
     write_atomically(folder / "small", "two")
     assert (folder / "small").read_text() == "two"

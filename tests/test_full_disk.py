@@ -66,7 +66,9 @@ def test_checkpoint(small_disk: Path) -> None:
     with Checkpointer(small_disk / "c", fingerprint="f", config={}) as checkpoints:
         checkpoints.save(1, small, {})
         checkpoints.wait()
-        with pytest.raises(NaloraError, match=rf"checkpoint in {small_disk}/c: .*({FULL}); steps \[1\] are intact"):
+        with pytest.raises(
+            NaloraError, match=rf"checkpoint in {small_disk}/c: .*({FULL}); steps \[1\] are intact"
+        ):
             save_and_wait(checkpoints, large)
         assert [path.name for path in (small_disk / "c").iterdir()] == ["1"]
         np.testing.assert_array_equal(checkpoints.restore("latest", small)[0]["x"], small["x"])
@@ -101,7 +103,9 @@ def test_merged_gguf(small_disk: Path, tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "base.gguf", "llama")
     tiny.write_gguf(writer, config, params)
     with pytest.raises(NaloraError, match=rf"{small_disk}/m.gguf: .*({FULL})"):
-        write_merged_gguf(small_disk / "m.gguf", config, params, None, AdapterSpec(), base=tmp_path / "base.gguf")
+        write_merged_gguf(
+            small_disk / "m.gguf", config, params, None, AdapterSpec(), base=tmp_path / "base.gguf"
+        )
     assert list(small_disk.iterdir()) == []
 
 
@@ -146,7 +150,14 @@ def write_many(metrics: MetricsLog, line: dict[str, Any]) -> None:
 
 
 def test_log_and_report(small_disk: Path) -> None:
-    line = {"step": 1, "loss": 2.0, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second": 9.0, "seconds": 1.0}
+    line = {
+        "step": 1,
+        "loss": 2.0,
+        "learning_rate": 1e-3,
+        "grad_norm": 1.0,
+        "tokens_per_second": 9.0,
+        "seconds": 1.0,
+    }
     with MetricsLog(small_disk) as metrics:
         metrics.start({"steps": 1}, versions={}, device="cpu")
         with pytest.raises(NaloraError, match=rf"{small_disk}/metrics.jsonl: .*({FULL}).*--resume"):

@@ -247,7 +247,9 @@ def test_repetitions_are_penalised_as_in_transformers(generator, model, variable
     prompts = prompts_of([9, 4])
     options = {"max_new_tokens": 20, "stop_ids": ()}
     drawn = generator.complete(prompts, repetition_penalty=penalty, **options)
-    assert [list(one.ids) for one in drawn] == [penalised(model, variables, one, 20, penalty) for one in prompts]
+    assert [list(one.ids) for one in drawn] == [
+        penalised(model, variables, one, 20, penalty) for one in prompts
+    ]
     assert drawn != generator.complete(prompts, **options)
 
 

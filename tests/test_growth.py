@@ -22,7 +22,9 @@ def folder(path: Path, **parts: Any) -> Path:
     for name, part in parts.items():
         if not isinstance(part, dict):
             setattr(backend, name, part)
-    raw = json.loads(backend.to_str()) | {name: part for name, part in parts.items() if isinstance(part, dict)}
+    raw = json.loads(backend.to_str()) | {
+        name: part for name, part in parts.items() if isinstance(part, dict)
+    }
     (path / "tokenizer.json").write_text(json.dumps(raw))
     (path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     return path
@@ -48,7 +50,9 @@ def test_an_expression_that_matches_nothing(tmp_path: Path) -> None:
 
 def test_the_decoder_and_the_post_processor(tmp_path: Path) -> None:
     with pytest.raises(NaloraError, match="decoder"):
-        Tokenizer.from_folder(folder(tmp_path, decoder=decoders.Sequence([decoders.Replace("a", "aaa")] * 7)))
+        Tokenizer.from_folder(
+            folder(tmp_path, decoder=decoders.Sequence([decoders.Replace("a", "aaa")] * 7))
+        )
     template = processors.TemplateProcessing(single="</s> " * 5000 + "$A", special_tokens=[("</s>", 1)])
     with pytest.raises(NaloraError, match="post_processor: expected at most 4096 tokens .* found 5000"):
         Tokenizer.from_folder(folder(tmp_path, post_processor=template))
@@ -72,7 +76,9 @@ def test_what_real_models_have(tmp_path: Path) -> None:
         assert Tokenizer.from_folder(folder(tmp_path, normalizer=normalizer)).eos_id == 1
 
 
-def test_expressions_that_do_not_end_are_refused_before_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expressions_that_do_not_end_are_refused_before_a_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     helper = bounded._Helper()
     monkeypatch.setattr(bounded, "SECONDS", 0.5)
     monkeypatch.setattr(bounded, "_HELPER", helper)
@@ -81,7 +87,9 @@ def test_expressions_that_do_not_end_are_refused_before_a_text(tmp_path: Path, m
         {"pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.Split(endless, "isolated")])},
         {"normalizer": normalizers.Replace(endless, " ")},
     ):
-        with pytest.raises(NaloraError, match=r"tokenizer\.json: Regex: expected .* found more than 0\.5 seconds"):
+        with pytest.raises(
+            NaloraError, match=r"tokenizer\.json: Regex: expected .* found more than 0\.5 seconds"
+        ):
             Tokenizer.from_folder(folder(tmp_path, **rules))
     helper.stop()
 

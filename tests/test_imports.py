@@ -66,19 +66,28 @@ def test_a_file_that_changed_is_refused(tmp_path):
     before = import_file(str(path))
     written(path, "changed_too")
     for name in (str(path), str(before)):
-        with pytest.raises(NaloraError, match=f"--import .*expected content with SHA-256 {before.digest[:12]}"):
+        with pytest.raises(
+            NaloraError, match=f"--import .*expected content with SHA-256 {before.digest[:12]}"
+        ):
             import_file(name)
 
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [(None, "No such file"), ("1 / 0", "ZeroDivisionError"), ("raise SystemExit", "SystemExit"), ("(", "SyntaxError")],
+    [
+        (None, "No such file"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("raise SystemExit", "SystemExit"),
+        ("(", "SyntaxError"),
+    ],
 )
 def test_a_file_that_cannot_be_executed_is_one_error(tmp_path, content, complaint):
     path = tmp_path / "mine.py"
     if content is not None:
         path.write_text(content, encoding="utf-8")
-    with pytest.raises(NaloraError, match=rf"--import .*mine.py: expected a Python file that can be .*{complaint}"):
+    with pytest.raises(
+        NaloraError, match=rf"--import .*mine.py: expected a Python file that can be .*{complaint}"
+    ):
         import_file(str(path))
     assert not imports.imported()
 
@@ -95,10 +104,14 @@ def test_the_command_line_imports_files_and_records_them(tmp_path):
 
 def test_an_unknown_rule_names_the_imported_files(tmp_path):
     path = written(tmp_path / "mine.py", "named")
-    with pytest.raises(NaloraError, match=r"--import FILE registers a mechanism of your own \(imported: none\)"):
+    with pytest.raises(
+        NaloraError, match=r"--import FILE registers a mechanism of your own \(imported: none\)"
+    ):
         mechanisms.make("absent")
     import_file(str(path))
-    with pytest.raises(NaloraError, match=r"--mechanisms: .*'absent'; .*\(imported: .*mine.py@[0-9a-f]{12}\)"):
+    with pytest.raises(
+        NaloraError, match=r"--mechanisms: .*'absent'; .*\(imported: .*mine.py@[0-9a-f]{12}\)"
+    ):
         mechanisms.make("absent")
 
 

@@ -90,8 +90,12 @@ def test_operations_import_operations_only() -> None:
 
 def _graph() -> dict[str, set[str]]:
     """The modules of this package that each module imports, function bodies included."""
-    names = {f"nalora_jax.{name.removesuffix('.py').replace('/', '.')}": source for name, source in _modules()}
-    return {name: {one for one in _imported(source, name) if one in names} for name, source in names.items()}
+    names = {
+        f"nalora_jax.{name.removesuffix('.py').replace('/', '.')}": source for name, source in _modules()
+    }
+    return {
+        name: {one for one in _imported(source, name) if one in names} for name, source in names.items()
+    }
 
 
 def _reached(graph: dict[str, set[str]], *starts: str) -> set[str]:
@@ -115,7 +119,9 @@ def test_the_reading_path_of_a_step_is_short() -> None:
 
 def test_no_module_imports_one_that_imports_it() -> None:
     graph = {
-        name: to for name, to in _graph().items() if name.split(".")[1] in ("measurement", "method", "models", "ops")
+        name: to
+        for name, to in _graph().items()
+        if name.split(".")[1] in ("measurement", "method", "models", "ops")
     }
     assert [name for name in graph if name in _reached(graph, name)] == []
 
@@ -162,7 +168,10 @@ def test_data_know_no_models() -> None:
         if _room(name) == "data"
         for imported in _imported(source, name)
         if imported.startswith(
-            tuple(f"nalora_jax.{room}" for room in ("models", "method", "weights", "train", "runs", "generate"))
+            tuple(
+                f"nalora_jax.{room}"
+                for room in ("models", "method", "weights", "train", "runs", "generate")
+            )
         )
     ]
     assert found == []

@@ -14,7 +14,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def _python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -56,7 +58,11 @@ def test_every_name_of_the_package_can_be_imported_and_generate_names_its_option
         assert getattr(nalora_jax, name).__name__ == name
     assert {name for name in config.__all__ if name.endswith(("Config", "Rule"))} <= set(nalora_jax.__all__)
     options = [field.name for field in dataclasses.fields(Settings)]
-    for method in (nalora_jax.Generator.generate, nalora_jax.Generator.complete, nalora_jax.Generator.stream):
+    for method in (
+        nalora_jax.Generator.generate,
+        nalora_jax.Generator.complete,
+        nalora_jax.Generator.stream,
+    ):
         assert list(inspect.signature(method).parameters)[-len(options) :] == options
 
 

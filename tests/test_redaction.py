@@ -37,7 +37,12 @@ def test_passwords_and_tokens_are_replaced(text: str, expected: str) -> None:
 
 def test_a_setting_with_the_name_of_a_secret_is_replaced() -> None:
     settings = {"auth": {"password": "x", "hub_token": "y", "user": "z", "add_tokens": ["<a>"]}}
-    assert redacted(settings)["auth"] == {"password": MARK, "hub_token": MARK, "user": "z", "add_tokens": ["<a>"]}
+    assert redacted(settings)["auth"] == {
+        "password": MARK,
+        "hub_token": MARK,
+        "user": "z",
+        "add_tokens": ["<a>"],
+    }
 
 
 def test_the_settings_of_a_run_without_secrets_are_unchanged() -> None:
@@ -64,7 +69,9 @@ def test_private_folders_are_not_published(text: str, expected: str) -> None:
 
 def test_every_path_of_the_settings_is_shortened_and_patterns_stay() -> None:
     private = "/home/me/a project/x.jsonl"
-    data = DataConfig(dataset=f"{private}*2,hf:org/set", data_dir=private, train_split=private, eval_split=private)
+    data = DataConfig(
+        dataset=f"{private}*2,hf:org/set", data_dir=private, train_split=private, eval_split=private
+    )
     config = RunConfig(model=private, output=private, data=data, callbacks=("mlflow:uri=/home/me/runs",))
     settings = published(config.to_dict())
     assert "home" not in repr(settings)
@@ -72,7 +79,9 @@ def test_every_path_of_the_settings_is_shortened_and_patterns_stay() -> None:
     assert settings["lora"]["rules"][0]["pattern"] == RunConfig().lora.rules[0].pattern
 
 
-HOSTILE = "</td><script>alert(1)</script> [x](javascript:y) ![z](u) # *a* _b_ `c` ~~d~~ &lt; \\ \x1b[31m\n# e"
+HOSTILE = (
+    "</td><script>alert(1)</script> [x](javascript:y) ![z](u) # *a* _b_ `c` ~~d~~ &lt; \\ \x1b[31m\n# e"
+)
 
 
 def rendered(text: str) -> str:
@@ -97,7 +106,9 @@ def test_any_text_stays_one_paragraph_without_tags(text: str) -> None:
         assert html.count("<") == 2
 
 
-@pytest.mark.parametrize("part", ["x", "token", "-", "+", "/", "/x", "'/", "~", "://", ":/@", "sk-", "`", "_"])
+@pytest.mark.parametrize(
+    "part", ["x", "token", "-", "+", "/", "/x", "'/", "~", "://", ":/@", "sk-", "`", "_"]
+)
 def test_long_texts_take_linear_time(part: str) -> None:
     text = part * 50_000
     began = time.process_time()

@@ -70,7 +70,9 @@ HF = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama as a Hugging Face folder; its words are letters."""
-    backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens(["<end>"])
     config = ModelConfig.from_hf(HF)
@@ -184,7 +186,9 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[R
     assert initial["eval"]["loss"] == pytest.approx(result.before["loss"])
     assert final["eval"]["n"] == 30
     assert final["eval"]["paired"]["n"] == 30
-    assert {line["step"] for line in lines if "eval" in line and not {"initial", "final"} & line.keys()} == {0, 20, 40}
+    assert {
+        line["step"] for line in lines if "eval" in line and not {"initial", "final"} & line.keys()
+    } == {0, 20, 40}
     last = [line for line in lines if "layers" in line][-1]["layers"]
     assert max(last["step_scale_max"]) > 1
     assert min(last["mask_mean"]) != 1
@@ -195,7 +199,9 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[R
 def test_the_log_counts_factors_and_measures_adapters(finished: tuple[RunConfig, Any]) -> None:
     config, _ = finished
     logged = [line for line in _lines(config.output) if "histograms" in line]
-    assert [line["step"] for line in logged] == [line["step"] for line in _lines(config.output) if "loss" in line]
+    assert [line["step"] for line in logged] == [
+        line["step"] for line in _lines(config.output) if "loss" in line
+    ]
     for label in ("mask", "step_scale"):
         first, last = (np.array(line["histograms"][label]["counts"]) for line in (logged[0], logged[-1]))
         np.testing.assert_array_equal(last.sum(1), [HF["intermediate_size"]] * HF["num_hidden_layers"])
@@ -223,9 +229,14 @@ def test_every_file_names_the_very_weights_that_were_trained_on(finished: tuple[
     assert loaded.origin is not None
     assert noted == loaded.origin.to_dict()
     assert (noted["name"], noted["numbers"]) == (config.model, "F32")
-    assert json.loads((result.adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == noted["name"]
+    assert (
+        json.loads((result.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == noted["name"]
+    )
     for text in ((result.adapter / "README.md").read_text(), result.report.read_text()):
-        assert all(fact in text for fact in (noted["file"], "safetensors", "F32", noted["fingerprint"][:20]))
+        assert all(
+            fact in text for fact in (noted["file"], "safetensors", "F32", noted["fingerprint"][:20])
+        )
 
 
 def test_records_of_the_callers_own(settings: RunConfig, tmp_path: Path) -> None:
@@ -246,7 +257,10 @@ def test_the_run_folder_is_a_model_for_every_verb(
     finished: tuple[RunConfig, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, result = finished
-    assert main(["generate", config.output, "--prompt", "k m", "--max-new-tokens", "1", "--dtype", "float32"]) == 0
+    assert (
+        main(["generate", config.output, "--prompt", "k m", "--max-new-tokens", "1", "--dtype", "float32"])
+        == 0
+    )
     capsys.readouterr()
     assert main(["eval", config.output, "--dtype", "float32"]) == 0
     assert f"accuracy {result.after['accuracy']:.3f}" in capsys.readouterr().out  # the run's own questions
@@ -255,7 +269,10 @@ def test_the_run_folder_is_a_model_for_every_verb(
     assert main(["inspect", config.output, "--texts", "a b c", "--dtype", "float32"]) == 0
     capsys.readouterr()
     tokens = jax.numpy.asarray([[2, 5, 9]])
-    with_adapter, merged = load(config.output, dtype="float32"), load(config.output + "-merged", dtype="float32")
+    with_adapter, merged = (
+        load(config.output, dtype="float32"),
+        load(config.output + "-merged", dtype="float32"),
+    )
     first = with_adapter.module.apply(with_adapter.variables, tokens)
     second = merged.module.apply(merged.variables, tokens)
     np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
@@ -284,7 +301,9 @@ def test_eval_of_a_run_gives_the_run_s_own_numbers_to_the_bit(
     assert reported["n"] == 30
 
 
-def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(finished: tuple[RunConfig, Any], config: RunConfig) -> None:
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
+    finished: tuple[RunConfig, Any], config: RunConfig
+) -> None:
     whole_run, stop, parts = finished[0], 20, config
 
     class Interrupt(Exception):
@@ -297,7 +316,9 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(finished: tuple[RunCo
 
         def step(*inner: Any) -> Any:
             nonlocal done
-            if done == stop + 3:  # a crash between two checkpoints: the steps since the last one are done again
+            if (
+                done == stop + 3
+            ):  # a crash between two checkpoints: the steps since the last one are done again
                 raise Interrupt
             done += 1
             return step_fn(*inner)
@@ -319,7 +340,9 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(finished: tuple[RunCo
     assert dict(whole)[40] == dict(resumed)[40]
 
 
-def test_lora_ga_goes_on_from_the_start_that_it_kept(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_ga_goes_on_from_the_start_that_it_kept(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lora = LoRAConfig(rules=(LoRARule("ffn", 4),), init="lora_ga", gradient_batches=2)
     config = replace(config, steps=8, lora=lora, train=TrainConfig(batch_size=8, log_every=1, eval_every=0))
     first = nalora_run.run(config)
@@ -339,7 +362,9 @@ def test_a_mesh_of_eight_runs_like_one_device(finished: tuple[RunConfig, Any], c
 
 def test_two_processes_run_like_one(config: RunConfig, tmp_path: Path, two_processes: Any) -> None:
     train = TrainConfig(batch_size=8, accumulate=2, log_every=5, eval_every=5, save_every=5)
-    lora = LoRAConfig(rules=(LoRARule("ffn", 4),), init="pissa")  # exported against what all processes started from
+    lora = LoRAConfig(
+        rules=(LoRARule("ffn", 4),), init="pissa"
+    )  # exported against what all processes started from
     config = replace(config, steps=10, mesh=MeshConfig(data=1, fsdp=2), train=train, lora=lora)
     alone = nalora_run.run(replace(config, output=str(tmp_path / "alone")))
     settings = tiny.write_settings(config, tmp_path / "settings.py")
@@ -352,18 +377,25 @@ def test_two_processes_run_like_one(config: RunConfig, tmp_path: Path, two_proce
     assert [line for line in silence[0].splitlines() if not line.startswith("[Gloo]")] == []
     assert "parameters in float32" not in silence[1]
     for name, tensor in _adapter(config.output).items():
-        np.testing.assert_allclose(tensor, _adapter(str(tmp_path / "alone"))[name], rtol=1e-3, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            tensor, _adapter(str(tmp_path / "alone"))[name], rtol=1e-3, atol=1e-5, err_msg=name
+        )
     ours, theirs = (_lines(str(folder)) for folder in (config.output, tmp_path / "alone"))
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
     done = [{name: line["done"][name] for name in ("step", "best_step")} for line in (ours[-1], theirs[-1])]
     assert done == [{"step": 10, "best_step": alone.best_step}] * 2
-    assert {path.name for path in Path(config.output).iterdir()} == {path.name for path in alone.folder.iterdir()}
+    assert {path.name for path in Path(config.output).iterdir()} == {
+        path.name for path in alone.folder.iterdir()
+    }
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"lora": LoRAConfig(rules=(LoRARule("ffn", 4),), dora=True), "debug": DebugConfig(check_gates=True)},
+        {
+            "lora": LoRAConfig(rules=(LoRARule("ffn", 4),), dora=True),
+            "debug": DebugConfig(check_gates=True),
+        },
         {
             "lora": LoRAConfig(rules=(LoRARule("ffn", 4),), rslora=True, dropout=0.1, plus_ratio=4.0),
             "compute": ComputeConfig(dtype="float32", quantize="int8", compilation_cache=False),
@@ -463,10 +495,18 @@ def test_bad_input_is_one_line_and_exit_code_2(
     data = config.data
     common = ["--model", str(base), "--output", config.output, "--steps", "1", "--compute.dtype", "float32"]
     common += ["--data.dataset", data.dataset, "--data.train-split", data.train_split]
-    common += ["--data.eval-split", data.eval_split, "--data.max-length", "16", "--compute.no-compilation-cache"]
+    common += [
+        "--data.eval-split",
+        data.eval_split,
+        "--data.max-length",
+        "16",
+        "--compute.no-compilation-cache",
+    ]
     long = tmp_path / "long.jsonl"
     records = [{"prompt": f"{letter} a", "completion": " z"} for letter in string.ascii_lowercase]
-    long.write_text("".join(json.dumps(one) + "\n" for one in [{"prompt": "a " * 80, "completion": " z"}, *records]))
+    long.write_text(
+        "".join(json.dumps(one) + "\n" for one in [{"prompt": "a " * 80, "completion": " z"}, *records])
+    )
     flags = [str(long) if flag == "LONG" else flag for flag in flags]
     assert main(["train", *common, *flags]) == 2
     error = capsys.readouterr().err
@@ -517,7 +557,10 @@ GATE = "model.layers.0.mlp.gate_proj.weight"
         (_truncate, "model.safetensors: expected a complete safetensors file"),
         (_foreign, "model.safetensors: expected a complete safetensors file"),
         (_weights(lambda tensors: tensors.pop(GATE)), f"found no {GATE}"),
-        (_weights(lambda tensors: tensors.update(more=np.zeros(2, np.float32))), "the unknown tensor more (2,)"),
+        (
+            _weights(lambda tensors: tensors.update(more=np.zeros(2, np.float32))),
+            "the unknown tensor more (2,)",
+        ),
         (
             _weights(lambda tensors: tensors.update({GATE: tensors[GATE][1:]})),
             "expected the shape (64, 16), found",
@@ -558,8 +601,17 @@ def test_bad_data_is_one_line_and_exit_code_2(
 ) -> None:
     data = tmp_path / "data.jsonl"
     written = [EXAMPLE] * 8 + lines + [EXAMPLE] * 3 if lines else []
-    data.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in written))
-    flags = ["--data.train-split", "train[:90%]", "--data.eval-split", "train[90%:]", "--data.max-length", "16"]
+    data.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in written)
+    )
+    flags = [
+        "--data.train-split",
+        "train[:90%]",
+        "--data.eval-split",
+        "train[90%:]",
+        "--data.max-length",
+        "16",
+    ]
     flags += ["--data.dataset", str(data), "--data.too-long", "error"]
     _refused(capsys, message, tmp_path / "out", "--model", str(base), *flags)
 
@@ -588,7 +640,9 @@ def test_resuming_with_other_settings_names_them(finished: tuple[RunConfig, Any]
         nalora_run.run(replace(config, resume=True, optimizer=OptimizerConfig(learning_rate=1e-3)))
 
 
-def test_a_full_disk_while_exporting_loses_nothing(finished: tuple[RunConfig, Any], config: RunConfig) -> None:
+def test_a_full_disk_while_exporting_loses_nothing(
+    finished: tuple[RunConfig, Any], config: RunConfig
+) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -64,7 +64,12 @@ def few_shot(model: Path | str, pictures: Path, output: Path, **changes: object)
         output=str(output),
         steps=6,
         data=DataConfig(
-            str(pictures), train_split="train[:60%]", eval_split="train[60%:]", eval_limit=9, select_limit=4, workers=1
+            str(pictures),
+            train_split="train[:60%]",
+            eval_split="train[60%:]",
+            eval_limit=9,
+            select_limit=4,
+            workers=1,
         ),
         train=TrainConfig(batch_size=8, log_every=2, eval_every=3, save_every=3),
         compute=ComputeConfig("float32", stats_stride=1, compilation_cache=False),
@@ -79,7 +84,9 @@ def trained(dual_folder, pictures, tmp_path_factory) -> tuple[Path, Path]:
     """A model's folder, and that of a finished few-shot run on it, over eight devices."""
     model = dual_folder("clip")
     folder = tmp_path_factory.mktemp("runs") / "clip"
-    run(few_shot(model, pictures, folder, steps=100, epochs=4.0))  # 4 images of 3 classes, 8 a step: 6 steps
+    run(
+        few_shot(model, pictures, folder, steps=100, epochs=4.0)
+    )  # 4 images of 3 classes, 8 a step: 6 steps
     return model, folder
 
 
@@ -104,10 +111,14 @@ def test_a_run_leaves_an_adapter_metrics_and_a_report(trained) -> None:
     assert len(logged[-1]["layers"]["importance"]) == 2  # the image tower's layers alone
     assert len(list((folder / "checkpoints").iterdir())) >= 1
     adapted = load_adapted_dual(str(folder))
-    lora, spec = import_dual_adapter(folder / "adapter", adapted.base.config, fingerprint=adapted.base.fingerprint)
+    lora, spec = import_dual_adapter(
+        folder / "adapter", adapted.base.config, fingerprint=adapted.base.fingerprint
+    )
     assert {path for path, _ in spec.targets} == {"image/layers/ffn/in_proj", "image/layers/ffn/out_proj"}
     assert max(np.abs(leaf["b"]).max() for leaf in lora["image"]["layers"]["ffn"].values()) > 0
-    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(model)
 
 
 def test_a_dry_run_says_what_would_run_and_loads_no_weight(trained, pictures, tmp_path, capsys) -> None:
@@ -186,11 +197,18 @@ def test_the_verbs_classify_and_retrieve(trained, pictures, capsys) -> None:
         assert len(shares) == 3
         assert shares == sorted(shares, reverse=True)
         np.testing.assert_allclose(sum(shares), 1.0, atol=0.002)
-    base = main(["classify", *images, "--model", str(model), "--adapter", str(folder), "--labels", "red,green,blue"])
+    base = main(
+        ["classify", *images, "--model", str(model), "--adapter", str(folder), "--labels", "red,green,blue"]
+    )
     assert base == 0
     # The same model and adapter by their own names; the prompts are the run's.
     assert [line.split("\t") for line in capsys.readouterr().out.strip().splitlines()] == lines
-    assert main(["retrieve", "the red square", "--images", str(pictures), "--model", str(folder), "--top", "2"]) == 0
+    assert (
+        main(
+            ["retrieve", "the red square", "--images", str(pictures), "--model", str(folder), "--top", "2"]
+        )
+        == 0
+    )
     shown = capsys.readouterr()
     assert len(shown.out.strip().splitlines()) == 2
     assert f"left out: {pictures / '4.png'}" in shown.err

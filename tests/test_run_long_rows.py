@@ -75,7 +75,11 @@ def test_needles_before_and_after_are_printed_and_in_the_report(
     monkeypatch.setattr(evaluate_needle, "sentences", lambda split: letters)
     assert main(["eval", run.output, "--needle", "110", "--limit", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines[::3]] == ["needle retrieval", "needle retrieval, base", "difference"]
+    assert [line.split(":")[0] for line in lines[::3]] == [
+        "needle retrieval",
+        "needle retrieval, base",
+        "difference",
+    ]
     assert lines[2].startswith("110 ")
     folder = Path(run.output)
     found = json.loads((folder / "needle.json").read_text())
@@ -89,7 +93,9 @@ def test_needles_before_and_after_are_printed_and_in_the_report(
     assert "needle.json: expected results of nalora eval --needle" in capsys.readouterr().err
     (folder / "needle.json").unlink()
     assert main(["eval", run.output, "--needle", "1x"]) == 2
-    assert "--needle: expected lengths in tokens, separated by commas, found '1x'" in capsys.readouterr().err
+    assert (
+        "--needle: expected lengths in tokens, separated by commas, found '1x'" in capsys.readouterr().err
+    )
 
 
 def test_a_merged_run_is_the_same_model_in_transformers(run: RunConfig, tmp_path: Path) -> None:
@@ -109,20 +115,38 @@ def test_the_command_line_takes_the_scaling_and_resumes_with_it(
     assert f"rope_scaling = '{SCALING}'" in capsys.readouterr().err
     assert main(["train", "--resume", run.output, "--dry-run"]) == 0
     assert f"rope_scaling: {SCALING}" in capsys.readouterr().out
-    assert main(["train", "--model", run.model, "--model.rope-scaling", "yarn:factor=0.5", "--dry-run"]) == 2
+    assert (
+        main(["train", "--model", run.model, "--model.rope-scaling", "yarn:factor=0.5", "--dry-run"]) == 2
+    )
     assert "expected a context of at least 64 tokens, the model's, found 32" in capsys.readouterr().err
 
 
-def test_a_dry_run_shows_the_memory_of_long_rows(run: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["train", "--resume", "no", "--model", run.model, "--data.dataset", run.data.dataset, "--dry-run"]
+def test_a_dry_run_shows_the_memory_of_long_rows(
+    run: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "train",
+        "--resume",
+        "no",
+        "--model",
+        run.model,
+        "--data.dataset",
+        run.data.dataset,
+        "--dry-run",
+    ]
     command += ["--lora.rules", "ffn:4", "--mesh.data", "1", "--mesh.fsdp", "1", "--mesh.tensor", "1"]
     assert main([*command, "--data.max-length", "112"]) == 2
     assert "at most 64 tokens, the model's context, found one of 101" in capsys.readouterr().err
     activations = []
     for length in ("128", "131072"):
-        assert main([*command, "--model.rope-scaling", "yarn:factor=2048", "--data.max-length", length]) == 0
+        assert (
+            main([*command, "--model.rope-scaling", "yarn:factor=2048", "--data.max-length", length]) == 0
+        )
         out = capsys.readouterr().out
-        assert f"# rows: {int(length):,} tokens; the model's context has 131,072, with RoPE scaling yarn" in out
+        assert (
+            f"# rows: {int(length):,} tokens; the model's context has 131,072, with RoPE scaling yarn"
+            in out
+        )
         activations.append(float(re.search(r"activations ([\d.]+)", out)[1]))
     assert activations[1] > 0.1 > activations[0]
 
@@ -130,6 +154,8 @@ def test_a_dry_run_shows_the_memory_of_long_rows(run: RunConfig, capsys: pytest.
 def test_a_gguf_file_without_the_scaling_is_refused(
     run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(hub, "resolve", lambda name: hub.ResolvedSource("gguf", tmp_path / "base.gguf", name))
+    monkeypatch.setattr(
+        hub, "resolve", lambda name: hub.ResolvedSource("gguf", tmp_path / "base.gguf", name)
+    )
     assert main(["merge", run.output, "--output", str(tmp_path / "m.gguf"), "--gguf", "F16"]) == 2
     assert f"--gguf: expected an adapter of the base's own RoPE, found {SCALING}" in capsys.readouterr().err

@@ -65,7 +65,10 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
             turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": answer}]
             lines.append({"image": f"{i}.png", "conversations": turns})
         else:
-            parts = [{"type": "image_url", "image_url": {"url": f"{i}.png"}}, {"type": "text", "text": QUESTION}]
+            parts = [
+                {"type": "image_url", "image_url": {"url": f"{i}.png"}},
+                {"type": "text", "text": QUESTION},
+            ]
             turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
             lines.append({"messages": turns})
     path = folder / "chats.jsonl"
@@ -140,7 +143,9 @@ def test_peft_loads_the_adapter_and_transformers_sees_the_same(trained, chats) -
 
     @jax.jit
     def logits(variables, pixels):
-        hidden = adapted.module.apply(variables, ids, features=adapted.module.apply(variables, pixels, method="see"))
+        hidden = adapted.module.apply(
+            variables, ids, features=adapted.module.apply(variables, pixels, method="see")
+        )
         return adapted.module.apply(variables, hidden, method="unembed")
 
     ours = np.asarray(logits(adapted.variables, pixels))
@@ -201,13 +206,17 @@ def test_a_conversation_shows_images(seeing_folder, chats, monkeypatch, capsys) 
     whole = transformers.AutoModelForImageTextToText.from_pretrained(model).eval()
     turns: list[dict] = []
     for numbers, text, answer in (((1,), QUESTION, said[0]), ((2, 3), "Describe this", said[1])):
-        shown = [{"type": "image", "image": Image.open(folder / f"{i}.png").convert("RGB")} for i in numbers]
+        shown = [
+            {"type": "image", "image": Image.open(folder / f"{i}.png").convert("RGB")} for i in numbers
+        ]
         turns.append({"role": "user", "content": [*shown, {"type": "text", "text": text}]})
         inputs = processor.apply_chat_template(
             turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
         with torch.no_grad():
-            made = whole.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            made = whole.generate(**inputs, max_new_tokens=4, do_sample=False)[
+                0, inputs["input_ids"].shape[1] :
+            ]
         assert processor.decode(made, skip_special_tokens=True) == answer
         turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
 

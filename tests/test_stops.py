@@ -63,7 +63,9 @@ def stopped(folder: Path) -> RunConfig:
     return config
 
 
-def test_an_evaluation_file_that_was_edited_is_found_when_the_run_goes_on(stopped: RunConfig, folder: Path) -> None:
+def test_an_evaluation_file_that_was_edited_is_found_when_the_run_goes_on(
+    stopped: RunConfig, folder: Path
+) -> None:
     questions = folder / "questions.jsonl"
     text = questions.read_text()
     lines = text.splitlines(keepends=True)
@@ -168,7 +170,9 @@ def test_what_cannot_be_laid_out_is_refused_before_weights_are_read(
     config = tiny.make_config(folder, output=str(tmp_path / "run"))
     config = replace(config, **(changes | {"data": replace(config.data, **changes.get("data", {}))}))
     count = config.mesh.data * config.mesh.tensor
-    monkeypatch.setattr(nalora_run.distributed, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:count]))
+    monkeypatch.setattr(
+        nalora_run.distributed, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:count])
+    )
     monkeypatch.setattr(text_pieces, "load_model", None)
     with pytest.raises(NaloraError, match=message):
         nalora_run.run(config)

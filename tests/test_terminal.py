@@ -25,9 +25,8 @@ ROOT = Path(__file__).parents[1]
 
 
 # Makes the terminal on standard input the process's own: closing the terminal's other end then sends SIGHUP.
-TAKE_TERMINAL = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
-)
+TAKE_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+TAKE_TERMINAL += "os.execv(sys.argv[1], sys.argv[1:])"
 
 
 def start_run(folder: Path, prefix: Sequence[str], **options: Any) -> subprocess.Popen:

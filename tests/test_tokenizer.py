@@ -57,7 +57,9 @@ def byte_level() -> Backend:
 
 def save(folder: Path, backend: Backend | None = None, **settings: Any) -> Path:
     names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend or byte_level(), **(names | settings))
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend or byte_level(), **(names | settings)
+    )
     fast.save_pretrained(folder)
     return folder
 
@@ -67,13 +69,20 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def test_ids_and_text_equal_transformers(tmp_path: Path) -> None:
-    ours, theirs = Tokenizer.from_folder(save(tmp_path)), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours, theirs = (
+        Tokenizer.from_folder(save(tmp_path)),
+        transformers.AutoTokenizer.from_pretrained(tmp_path),
+    )
     for text in TEXTS:
         ids = theirs.encode(text)
         assert ours.encode(text) == ids
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
         assert ours.decode(ids, skip_special=False) == theirs.decode(ids, skip_special_tokens=False)
-    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (
+        theirs.bos_token_id,
+        theirs.eos_token_id,
+        theirs.pad_token_id,
+    )
     assert ours.vocab_size == len(theirs) == 320
     assert not ours.add_bos
 
@@ -83,7 +92,10 @@ def test_begin_of_sequence_comes_from_the_post_processor(tmp_path: Path) -> None
     backend.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", backend.token_to_id("<|im_start|>"))]
     )
-    ours, theirs = Tokenizer.from_folder(save(tmp_path, backend)), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours, theirs = (
+        Tokenizer.from_folder(save(tmp_path, backend)),
+        transformers.AutoTokenizer.from_pretrained(tmp_path),
+    )
     assert ours.add_bos
     assert ours.encode("Paris") == theirs.encode("Paris")
     assert ours.encode("Paris", special=False) == theirs.encode("Paris", add_special_tokens=False)
@@ -116,7 +128,11 @@ def test_vocabulary_counts_added_tokens_beyond_a_gap(tmp_path: Path) -> None:
 
 def test_special_tokens_as_objects_and_stop_ids(tmp_path: Path) -> None:
     save(tmp_path)
-    edit(tmp_path / "tokenizer_config.json", eos_token={"content": "<|im_end|>", "lstrip": False}, pad_token=None)
+    edit(
+        tmp_path / "tokenizer_config.json",
+        eos_token={"content": "<|im_end|>", "lstrip": False},
+        pad_token=None,
+    )
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
     ours = Tokenizer.from_folder(tmp_path)
     assert ours.eos_id == ours.pad_id == 2
@@ -162,7 +178,9 @@ def test_tokens_beyond_the_embedding_are_refused_only_where_they_are_used(tmp_pa
     assert (bound.pad_id, bound.eos_id, bound.eos_ids) == (2, 2, (2,))
     assert bound.encode(CORPUS[0]) == free.encode(CORPUS[0])
     for encode in (bound.encode, lambda text: bound.encode_batch([CORPUS[0], text])):
-        with pytest.raises(NaloraError, match=r"expected tokens below 320, .*found '\[PAD\]', which is token 320"):
+        with pytest.raises(
+            NaloraError, match=r"expected tokens below 320, .*found '\[PAD\]', which is token 320"
+        ):
             encode("some [PAD]")
     with pytest.raises(NaloraError, match="here: expected an end-of-sequence id below 2"):
         free.for_embedding(2, "here")
@@ -218,7 +236,10 @@ def test_where_a_template_is_found(tmp_path: Path, where: str) -> None:
     elif where == "config":
         edit(tmp_path / "tokenizer_config.json", chat_template="new{{ messages[0].role }}")
     else:
-        listed = [{"name": "rag", "template": "other"}, {"name": "default", "template": "new{{ messages[0].role }}"}]
+        listed = [
+            {"name": "rag", "template": "other"},
+            {"name": "default", "template": "new{{ messages[0].role }}"},
+        ]
         edit(tmp_path / "tokenizer_config.json", chat_template=listed)
     assert Tokenizer.from_folder(tmp_path).render_chat(CHAT) == "newsystem"
 
@@ -248,7 +269,9 @@ def test_a_template_for_tools_is_used_as_transformers_uses_it(tmp_path: Path, ca
             (tmp_path / "chat_template.jinja").write_text(templates["default"])
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert ours.render_chat(CHAT, tools=tools) == theirs.apply_chat_template(CHAT, tools=tools, tokenize=False)
+    assert ours.render_chat(CHAT, tools=tools) == theirs.apply_chat_template(
+        CHAT, tools=tools, tokenize=False
+    )
     if default:
         assert ours.render_chat(CHAT) == theirs.apply_chat_template(CHAT, tokenize=False)
     else:
@@ -297,7 +320,9 @@ def test_missing_tokenizer_file(tmp_path: Path) -> None:
         Tokenizer.from_folder(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"model": 3}', "\0\1", '{"version": "1.0", "model": {"type": "BPE"}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", '{"model": 3}', "\0\1", '{"version": "1.0", "model": {"type": "BPE"}}']
+)
 def test_damaged_tokenizer_file(tmp_path: Path, content: str) -> None:
     save(tmp_path)
     (tmp_path / "tokenizer.json").write_text(content)

@@ -88,7 +88,9 @@ def on_one_device(folder: Path) -> Iterator[None]:
 
 def make_model(folder: Path) -> Path:
     """The model as a Hugging Face folder."""
-    backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens(["<end>"])
     config = ModelConfig.from_hf(HF)
@@ -176,7 +178,9 @@ def make_config(folder: Path, **changes: Any) -> RunConfig:
     return RunConfig(**(settings | changes))
 
 
-def make_pictures(folder: Path, colours: Mapping[str, Sequence[int]], count: int, size: tuple[int, int]) -> Path:
+def make_pictures(
+    folder: Path, colours: Mapping[str, Sequence[int]], count: int, size: tuple[int, int]
+) -> Path:
     """``count`` noisy PNGs of ``size`` (height, width) of each colour, with captions and labels beside them."""
     from PIL import Image
 
@@ -203,7 +207,9 @@ def write_settings(config: RunConfig, path: Path) -> Path:
     return path
 
 
-def start(arguments: Sequence[str], *, count: int = 1, devices: int = 1, **variables: str) -> list[subprocess.Popen]:
+def start(
+    arguments: Sequence[str], *, count: int = 1, devices: int = 1, **variables: str
+) -> list[subprocess.Popen]:
     """Starts ``python ARGUMENTS`` as ``count`` processes of one run, each with simulated devices of its own."""
     # JAX warns about, and may stall on, proxies in a distributed run's environment.
     clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}

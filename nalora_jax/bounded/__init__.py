@@ -36,7 +36,9 @@ _MAX_ANSWER = 256 << 20  # bytes
 # Expressions that match in time proportional to the text: names, dots, escapes and anchors without
 # repetition, and at most one group of alternatives; also after ".*\\.".
 _PLAIN = r"(?:[\w./|\-]|\\[.\-_])*"
-_HARMLESS = re.compile(rf"(\(\.\*\\\.\)\?\()?\^?{_PLAIN}(?:\((?:\?:)?{_PLAIN}\){_PLAIN})?\$?(?(1)\)\$)", re.ASCII)
+_HARMLESS = re.compile(
+    rf"(\(\.\*\\\.\)\?\()?\^?{_PLAIN}(?:\((?:\?:)?{_PLAIN}\){_PLAIN})?\$?(?(1)\)\$)", re.ASCII
+)
 _FEW = 1_000_000  # pairs of an expression and a name that are matched in this process: at most a second
 
 
@@ -239,7 +241,9 @@ class _Helper:
                 if size > _MAX_ANSWER:
                     raise BoundedError(f"a text of more than {_MAX_ANSWER >> 20} MB")
                 limits = (
-                    f"more than {SECONDS:g} seconds" if late else f"a crash, or more than {MEMORY >> 20} MB of memory"
+                    f"more than {SECONDS:g} seconds"
+                    if late
+                    else f"a crash, or more than {MEMORY >> 20} MB of memory"
                 )
                 raise BoundedError(limits)
 

@@ -135,7 +135,10 @@ class _Adapters:
 
         base = self._model.base
         if path == "none":
-            self.generator, self.name = self._with(None, AdapterSpec()), _shown(self._model.located.base, None)
+            self.generator, self.name = (
+                self._with(None, AdapterSpec()),
+                _shown(self._model.located.base, None),
+            )
             return
         folder = adapter_folder(Path(path))
         lora, spec = adapter_for(base, folder)
@@ -159,7 +162,10 @@ class _Adapters:
         else:
             if self._slot is None or rank > AdapterSlot.rank_of(self._slot.spec):
                 self._slot = AdapterSlot.on(model.base.config, rank=max(rank, self._least))
-            module, lora = model.module.clone(adapters=self._slot.spec), self._slot.fill(lora, spec, model.base.params)
+            module, lora = (
+                model.module.clone(adapters=self._slot.spec),
+                self._slot.fill(lora, spec, model.base.params),
+            )
         if self._mesh is not None:
             lora = jax.device_put(lora, distributed.shardings(lora, self._mesh, distributed.STATE_RULES))
         variables = {"params": model.base.params, "lora": lora}
@@ -201,7 +207,9 @@ class _Talk:
             "/reset": self._reset,
         }
         if name not in does:
-            raise NaloraError(name, expected=", ".join([*does, "/exit"]), found="none of them", remedy="see /help")
+            raise NaloraError(
+                name, expected=", ".join([*does, "/exit"]), found="none of them", remedy="see /help"
+            )
         does[name](argument)
         return True
 
@@ -236,7 +244,9 @@ class _Talk:
         args = self.args
         settings = {name: getattr(args, name) for name in SAMPLING}
         seed = (args.seed + self.answers) % 2**32
-        pieces = self.conversation.ask(text, self.adapters.generator, images=self.pictures, seed=seed, **settings)
+        pieces = self.conversation.ask(
+            text, self.adapters.generator, images=self.pictures, seed=seed, **settings
+        )
         self.answers += 1
         self.pictures = []
         try:
@@ -252,7 +262,9 @@ def _warn_without_turns(adapter: Path | None) -> None:
     from nalora_jax.loading.adapted import trained_in_turns
 
     if adapter is not None and trained_in_turns(adapter) is False:
-        _say(f"warning: {adapter} was trained on prompts without a chat template; nalora generate --prompt uses none")
+        _say(
+            f"warning: {adapter} was trained on prompts without a chat template; nalora generate --prompt uses none"
+        )
 
 
 def _lines() -> Iterator[str]:

@@ -8,7 +8,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nalora_jax.cli import chat, doctor, evaluate, former, from_peft, images, parser, plan, push, usage, verbs
+from nalora_jax.cli import (
+    chat,
+    doctor,
+    evaluate,
+    former,
+    from_peft,
+    images,
+    parser,
+    plan,
+    push,
+    usage,
+    verbs,
+)
 from nalora_jax.config.documented import summaries_only
 from nalora_jax.config.ranges import check_path, check_ranges
 from nalora_jax.errors import NaloraError
@@ -67,7 +79,12 @@ _RESUME = ("yes", "no", "auto")
 _ASSIGNED = ("--mesh=", "--data.max-length=", "--optimizer.learning-rate=", "--resume=", "--mechanisms=")
 
 # Ranges of the numeric flags of each subcommand.
-RANGES = {**parser.RANGES, plan.PlanArgs: plan.RANGES, chat.ChatArgs: chat.RANGES, evaluate.EvalArgs: evaluate.RANGES}
+RANGES = {
+    **parser.RANGES,
+    plan.PlanArgs: plan.RANGES,
+    chat.ChatArgs: chat.RANGES,
+    evaluate.EvalArgs: evaluate.RANGES,
+}
 
 
 def execute(argv: Sequence[str]) -> None:
@@ -115,15 +132,25 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
     if verb.arguments is parser.TrainArgs:
         start = parser.defaults(words)
     args = _parsed(name, verb.arguments, ["--help"] if asked else words, start, quiet=asked is None)
-    if verb.arguments is parser.TrainArgs and args.run.epochs and parser.values_of(words, "--steps") is not None:
-        raise NaloraError("--steps", expected="steps or epochs", found="both", remedy="leave one of them out")
+    if (
+        verb.arguments is parser.TrainArgs
+        and args.run.epochs
+        and parser.values_of(words, "--steps") is not None
+    ):
+        raise NaloraError(
+            "--steps", expected="steps or epochs", found="both", remedy="leave one of them out"
+        )
     check_ranges(args, RANGES.get(verb.arguments, {}))
-    flags = {flag.field.name: flag.name for flag in usage.flags(verb.arguments) if flag.owner is verb.arguments}
+    flags = {
+        flag.field.name: flag.name for flag in usage.flags(verb.arguments) if flag.owner is verb.arguments
+    }
     for argument in fields(args):
         value = getattr(args, argument.name)
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path):
-                check_path(flags.get(argument.name, argument.name.upper()), path)  # positionals as in the help
+                check_path(
+                    flags.get(argument.name, argument.name.upper()), path
+                )  # positionals as in the help
     return args
 
 
@@ -153,12 +180,19 @@ _IMPORT = "--import"
 def _spelled_out(words: list[str]) -> list[str]:
     """Replaces ``auto``, ``--mechanisms none`` and ``--resume FOLDER`` by flags of the parser."""
     spelled: list[str] = []
-    remaining = [piece for word in words for piece in (word.split("=", 1) if word.startswith(_ASSIGNED) else (word,))]
+    remaining = [
+        piece for word in words for piece in (word.split("=", 1) if word.startswith(_ASSIGNED) else (word,))
+    ]
     while remaining:
         pair = tuple(remaining[:2])
         if pair in _SHORT:
             spelled += _SHORT[pair]
-        elif pair[0] == "--resume" and len(pair) == 2 and not pair[1].startswith("-") and pair[1] not in _RESUME:
+        elif (
+            pair[0] == "--resume"
+            and len(pair) == 2
+            and not pair[1].startswith("-")
+            and pair[1] not in _RESUME
+        ):
             spelled += ["--output", pair[1], "--resume", "yes"]
         else:
             spelled += ["--resume", "no"] if remaining[0] == "--no-resume" else remaining[:1]

@@ -57,7 +57,9 @@ def load_config(path: str | Path) -> RunConfig:
     except (NaloraError, KeyboardInterrupt):
         raise
     except BaseException as error:  # includes errors that the file raises
-        raise _bad_config(path, "config() to return a RunConfig", f"{type(error).__name__}: {error}") from error
+        raise _bad_config(
+            path, "config() to return a RunConfig", f"{type(error).__name__}: {error}"
+        ) from error
     if not isinstance(config, RunConfig):
         raise _bad_config(path, "config() to return a RunConfig", type(config).__name__)
     _check_types(config, path)
@@ -93,14 +95,18 @@ def settings_of(values: Any, path: Path) -> RunConfig:
     _check_types(config, path)
     if config.imports:
         remedy = f"give --import {' '.join(config.imports)}"
-        raise NaloraError(f"--config {path}", expected="no imports, which execute files", found="some", remedy=remedy)
+        raise NaloraError(
+            f"--config {path}", expected="no imports, which execute files", found="some", remedy=remedy
+        )
     return config
 
 
 def _made(kind: Any, values: Any, where: str, prefix: str) -> Any:
     """Returns a dataclass with the fields in ``values``."""
     if not isinstance(values, Mapping):
-        raise NaloraError(where, expected=f"settings by name in {prefix or 'the file'}", found=_shown(values))
+        raise NaloraError(
+            where, expected=f"settings by name in {prefix or 'the file'}", found=_shown(values)
+        )
     hints, names = get_type_hints(kind), {entry.name for entry in fields(kind)}
     arguments = {}
     for name, value in values.items():
@@ -206,7 +212,9 @@ def parse_rule(text: str) -> LoRARule:
         alpha = match["alpha"]
         return LoRARule(match["pattern"], int(match["rank"]), None if alpha is None else float(alpha))
     except ValueError:
-        raise ValueError(f"expected PATTERN:RANK[:ALPHA], e.g. 'ffn/gate_proj:16', found {text!r}") from None
+        raise ValueError(
+            f"expected PATTERN:RANK[:ALPHA], e.g. 'ffn/gate_proj:16', found {text!r}"
+        ) from None
 
 
 def format_rule(rule: LoRARule) -> str:
@@ -227,7 +235,9 @@ def _load_module(path: Path) -> ModuleType:
     except (NaloraError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a file that ends the program must not look like a finished run
-        raise _bad_config(path, "a Python file that can be run", f"{type(error).__name__}: {error}") from error
+        raise _bad_config(
+            path, "a Python file that can be run", f"{type(error).__name__}: {error}"
+        ) from error
     finally:
         sys.dont_write_bytecode = write_bytecode
     return module

@@ -172,7 +172,10 @@ def _installation_problems() -> Iterator[str]:
     except importlib.metadata.PackageNotFoundError:
         yield "nalora_jax is not installed, only found on the path: dependencies are not checked; pip install -e ."
         needed = []
-    names = {line.split(";")[0].split("[")[0].split("<")[0].split(">")[0].split("=")[0].strip() for line in needed}
+    names = {
+        line.split(";")[0].split("[")[0].split("<")[0].split(">")[0].split("=")[0].strip()
+        for line in needed
+    }
     yield from requirement_problems(needed, {name: version(name) for name in names})
     if version("jax").split(".")[:2] != version("jaxlib").split(".")[:2]:
         yield f"jax {version('jax')} and jaxlib {version('jaxlib')} do not belong together: install jax again"
@@ -180,7 +183,11 @@ def _installation_problems() -> Iterator[str]:
 
 def _versions() -> dict[str, str]:
     present = {name: version(name) for name in (*PACKAGES, *OPTIONAL)}
-    return {name: installed for name, installed in present.items() if name in PACKAGES or installed != "not installed"}
+    return {
+        name: installed
+        for name, installed in present.items()
+        if name in PACKAGES or installed != "not installed"
+    }
 
 
 def _compared() -> dict[str, str]:
@@ -208,7 +215,9 @@ def _devices() -> tuple[dict[str, str], list[str]]:
     if used == "cpu" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
         for path, name, extra in (("/dev/nvidia0", "GPU", "cuda"), ("/dev/accel0", "TPU", "tpu")):
             if Path(path).exists():
-                problems.append(f"there is a {name} ({path}), and JAX uses the CPU: install the extra [{extra}]")
+                problems.append(
+                    f"there is a {name} ({path}), and JAX uses the CPU: install the extra [{extra}]"
+                )
     return rows, problems
 
 

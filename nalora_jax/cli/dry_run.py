@@ -106,7 +106,9 @@ def adapter_parameters(base: ModelConfig, spec: AdapterSpec) -> int:
     """Returns the number of trained parameters."""
     shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(base).items()}
     params = trees.unflatten(shapes) if spec.starts_from_base else None
-    lora: Any = jax.eval_shape(lambda key, params: init_lora(base, spec, key, params), jax.random.key(0), params)
+    lora: Any = jax.eval_shape(
+        lambda key, params: init_lora(base, spec, key, params), jax.random.key(0), params
+    )
     return trees.count(lora)
 
 

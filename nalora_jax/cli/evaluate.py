@@ -92,7 +92,9 @@ def evaluate(args: EvalArgs) -> None:
         evaluate_needle(args)
         return
     located = locate(args.model, args.adapter)
-    if config_from_dict(located.run).preference.loss != "none" and not (args.tasks or args.dataset or args.harness):
+    if config_from_dict(located.run).preference.loss != "none" and not (
+        args.tasks or args.dataset or args.harness
+    ):
         _preference(args, located.run)
         return
     sets = [] if args.harness and not (args.tasks or args.dataset) else _data_sets(args, located.run)
@@ -103,7 +105,9 @@ def evaluate(args: EvalArgs) -> None:
     if args.against not in (None, "base") and not holds_adapter(args.against):  # needs only the base
         hub.resolve(locate(args.against).base)  # reports a missing model before the first is loaded
     mesh = mesh_of(args.mesh)
-    model = load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh)
+    model = load(
+        args.model, adapter=args.adapter, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh
+    )
     if not (args.tasks or args.harness or args.against or args.records):
         _held_out(args, model, sets[0], mesh)
         return
@@ -158,7 +162,9 @@ def _task(text: str, args: EvalArgs, like: DataConfig) -> DataConfig:
     return replace(data, eval_split=chosen, train_split=chosen)
 
 
-def other_side(args: EvalArgs, model: AdaptedModel, mesh: Any) -> tuple[AdaptedModel, Decoder, dict[str, Any]]:
+def other_side(
+    args: EvalArgs, model: AdaptedModel, mesh: Any
+) -> tuple[AdaptedModel, Decoder, dict[str, Any]]:
     """Returns the model to compare with, on the same base weights if it is an adapter or "base"."""
     from nalora_jax.loading.adapted import load, put_on
     from nalora_jax.models.targets import AdapterSpec
@@ -176,7 +182,12 @@ Side = tuple[str, "AdaptedModel", "Decoder", dict[str, Any]]
 
 
 def _tasks(
-    sets: Sequence[DataConfig], sides: Sequence[Side], mesh: Any, records: list[dict[str, Any]], *, custom: bool
+    sets: Sequence[DataConfig],
+    sides: Sequence[Side],
+    mesh: Any,
+    records: list[dict[str, Any]],
+    *,
+    custom: bool,
 ) -> dict[str, Any]:
     """Prints and returns metrics by data set, with the comparison if there are two sides."""
     from nalora_jax.data.questions import eval_examples, held_out
@@ -190,18 +201,27 @@ def _tasks(
         for label, model, module, variables in sides:
             tokenizer = model.base.tokenizer
             # For a run's data set, the examples of its reported results.
-            items = held_out(data, tokenizer)[0] if custom else eval_examples(data, tokenizer, split=data.eval_split)
+            items = (
+                held_out(data, tokenizer)[0]
+                if custom
+                else eval_examples(data, tokenizer, split=data.eval_split)
+            )
             answers.append(answer_items(module, variables, items, mesh=mesh))
             print(f"{name}{f', {label}' if label else ''}: {describe(answers[-1].summary)}", flush=True)
             records += [{"task": name, "model": label, **record} for record in answers[-1].records]
         tasks[name] = dict(answers[0].summary)
         if len(answers) == 2:
-            tasks[name] |= {"against": answers[1].summary, "comparison": compare_answers(answers[1], answers[0])}
+            tasks[name] |= {
+                "against": answers[1].summary,
+                "comparison": compare_answers(answers[1], answers[0]),
+            }
             print(f"{name}, difference: {describe_comparison(tasks[name]['comparison'])}", flush=True)
     return tasks
 
 
-def _harness(args: EvalArgs, sides: Sequence[Side], mesh: Any, records: list[dict[str, Any]]) -> dict[str, Any]:
+def _harness(
+    args: EvalArgs, sides: Sequence[Side], mesh: Any, records: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Prints and returns the harness's results, with the comparison if there are two sides."""
     from nalora_jax.evaluate.harness import harness_model
     from nalora_jax.evaluate.harness_tasks import compare_samples, run_harness
@@ -213,7 +233,9 @@ def _harness(args: EvalArgs, sides: Sequence[Side], mesh: Any, records: list[dic
         wrapped = harness_model(module, variables, model.base.tokenizer, mesh=mesh)
         results.append(run_harness(wrapped, tasks, chat=bool(args.chat), **options))
         for task, metrics in results[-1]["results"].items():
-            numbers = ", ".join(f"{name.partition(',')[0]} {value:.4f}" for name, value in _numbers(metrics))
+            numbers = ", ".join(
+                f"{name.partition(',')[0]} {value:.4f}" for name, value in _numbers(metrics)
+            )
             print(f"{task}{f', {label}' if label else ''}: {numbers}", flush=True)
         for task, rows in results[-1]["samples"].items():
             records += [{"task": task, "model": label, **row} for row in rows]
@@ -231,7 +253,9 @@ def _harness(args: EvalArgs, sides: Sequence[Side], mesh: Any, records: list[dic
                 if "p_value" in number:
                     p = f", McNemar p = {number['p_value']:.2g}"
                 interval = f"95% interval {number['low']:+.4f} to {number['high']:+.4f}"
-                print(f"{task}, difference: {metric} {number['difference']:+.4f} ({interval}{p})", flush=True)
+                print(
+                    f"{task}, difference: {metric} {number['difference']:+.4f} ({interval}{p})", flush=True
+                )
     return summary
 
 
@@ -280,7 +304,9 @@ def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
         raise NaloraError(flag, expected="--tasks or --dataset beside it", found="neither", remedy=remedy)
     data, preference = data_of(run, _asked(args)), config_from_dict(run).preference
     mesh = mesh_of(args.mesh)
-    model = load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh)
+    model = load(
+        args.model, adapter=args.adapter, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh
+    )
     pairs, _ = held_out_pairs(data, preference, model.base.tokenizer, model.base.config.max_positions)
     evaluator = PreferenceEvaluator(model.module, model.base.tokenizer, pairs, preference, mesh=mesh)
     values = evaluator.measure(model.base.params, model.lora, samples=args.output is not None)

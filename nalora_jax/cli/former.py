@@ -70,8 +70,12 @@ def _with_setting(rules: Sequence[str], group: str, name: str, value: str) -> li
     at = next((index for index, rule in enumerate(rules) if _name(rule) in settings_of), None)
     if name == "kind" and value in ("off", *(kind for of, kind in RULES if of == group)):
         unchanged = [rule for index, rule in enumerate(rules) if index != at]
-        masks = [rule for rule in unchanged[:1] if group == "step_scale" and _name(rule) in ("hard", "soft")]
-        chosen = translated({"mask": {}, "step_scale": {"kind": "off"}, group: {"kind": value}})["mechanisms"]
+        masks = [
+            rule for rule in unchanged[:1] if group == "step_scale" and _name(rule) in ("hard", "soft")
+        ]
+        chosen = translated({"mask": {}, "step_scale": {"kind": "off"}, group: {"kind": value}})[
+            "mechanisms"
+        ]
         return [*masks, *chosen, *unchanged[len(masks) :]]
     if at is None:
         return list(rules)

@@ -62,7 +62,9 @@ def classify(args: ClassifyArgs) -> None:
 
     names = [name.strip() for name in args.labels.split(",") if name.strip()]
     if len(names) < 2:
-        raise NaloraError("--labels", expected="at least two classes, separated by commas", found=repr(args.labels))
+        raise NaloraError(
+            "--labels", expected="at least two classes, separated by commas", found=repr(args.labels)
+        )
     if not args.images:
         raise NaloraError("IMAGES", expected="at least one image file", found="none")
     pictures = dict(_opened(args.images, skip=False))
@@ -88,7 +90,9 @@ def retrieve(args: RetrieveArgs) -> None:
 
     if not args.images.is_dir():
         raise NaloraError("--images", expected="a folder", found=str(args.images))
-    files = sorted(path for path in args.images.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+    files = sorted(
+        path for path in args.images.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file()
+    )
     pictures = dict(_opened(files, skip=True))
     if not pictures:
         raise NaloraError(str(args.images), expected="at least one readable image", found="none")
@@ -126,7 +130,9 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
         classes = open_images(data, vision, data.train_split).classes()
     held = open_images(data, vision, data.eval_split)
     reported, _ = held_out_images(replace(run, data=data), held, model.encoders, classes)
-    values: dict[str, Any] = reported.measure(model.base.params, model.lora, samples=args.output is not None)
+    values: dict[str, Any] = reported.measure(
+        model.base.params, model.lora, samples=args.output is not None
+    )
     print(f"{data.dataset}[{data.eval_split}]: {describe(values)}")
     return {"model": model.located.base, "adapter": model.located.adapter, "data": vars(data)} | values
 
@@ -144,7 +150,9 @@ def export(args: ExportArgs, card: Callable[[Any, Literal["adapter", "merged"]],
     base = model.base
     assert model.lora is not None
     name, mark = base.source, base.fingerprint
-    export_dual_adapter(model.lora, model.spec, base.config, args.output, base_model_name=name, fingerprint=mark)
+    export_dual_adapter(
+        model.lora, model.spec, base.config, args.output, base_model_name=name, fingerprint=mark
+    )
     write_atomically(args.output / "README.md", card(model, "adapter"))
     verify_dual_export(args.output, model.lora, model.spec, base.config, mark)
     print(f"{args.output}: adapter for peft, read back and compared (every number is equal)")
@@ -163,7 +171,11 @@ def merge(args: MergeArgs, card: Callable[[Any, Literal["adapter", "merged"]], s
     config, base = model.base.config, model.base
     source = Path() if config.trained else resolve_folder(model.located.base)[0]
     text = card(model, "merged")
-    options: dict[str, Any] = {"dtype": args.dtype, "shard_bytes": parse_size(args.shard_size), "card": text}
+    options: dict[str, Any] = {
+        "dtype": args.dtype,
+        "shard_bytes": parse_size(args.shard_size),
+        "card": text,
+    }
     write_merged_dual(args.output, config, base.params, model.lora, model.spec, source=source, **options)
     print(f"{args.output}: merged model in {args.dtype}")
 

@@ -32,7 +32,9 @@ def evaluate_needle(args: EvalArgs) -> None:
     located = locate(args.model, args.adapter)
     against = args.against or ("base" if located.adapter is not None else None)
     mesh = mesh_of(args.mesh)
-    model = load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh)
+    model = load(
+        args.model, adapter=args.adapter, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh
+    )
     sides = [("", model, model.module, model.variables)]
     if against is not None:
         sides.append((against, *other_side(replace(args, against=against), model, mesh)))
@@ -42,13 +44,18 @@ def evaluate_needle(args: EvalArgs) -> None:
         questions = needle_items(side.base.tokenizer, lengths, per_cell=args.limit or _PER_CELL, chat=chat)
         results.append(retrieve(Generator(module, variables, side.base.tokenizer, mesh=mesh), questions))
         grid = results[-1].to_dict()
-        print(f"needle retrieval{f', {label}' if label else ''}: {_summary(grid)}\n{needle_table(grid)}", flush=True)
+        print(
+            f"needle retrieval{f', {label}' if label else ''}: {_summary(grid)}\n{needle_table(grid)}",
+            flush=True,
+        )
         records += [{"model": label, **record} for record in needle_records(questions, results[-1])]
     grids: dict[str, Any] = {"after" if against else "before": results[0].to_dict()}
     if against is not None:
         grids |= {"before": results[1].to_dict(), "comparison": difference(results[1], results[0])}
         print(f"difference: {_compared(grids['comparison'])}", flush=True)
-    write_results(args, {"model": located.base, "adapter": located.adapter, "against": against, **grids}, records)
+    write_results(
+        args, {"model": located.base, "adapter": located.adapter, "against": against, **grids}, records
+    )
     if against == "base":
         _report(model, grids)
 
@@ -59,7 +66,9 @@ def _lengths(args: EvalArgs) -> list[int]:
             raise NaloraError("--needle", expected=f"--needle or {flag}", found="both")
     texts = [text.strip() for text in args.needle.split(",")]
     if not all(text.isdecimal() and int(text) for text in texts):
-        raise NaloraError("--needle", expected="lengths in tokens, separated by commas", found=repr(args.needle))
+        raise NaloraError(
+            "--needle", expected="lengths in tokens, separated by commas", found=repr(args.needle)
+        )
     return sorted(set(map(int, texts)))
 
 

@@ -216,7 +216,9 @@ def registry() -> ConstructorRegistry:
             nargs="*",
             metavar="PATTERN:RANK[:ALPHA] ...",
             instance_from_str=lambda texts: tuple(map(parse_rule, texts)),
-            is_instance=lambda value: isinstance(value, tuple) and all(isinstance(item, LoRARule) for item in value),
+            is_instance=lambda value: (
+                isinstance(value, tuple) and all(isinstance(item, LoRARule) for item in value)
+            ),
             str_from_instance=lambda value: [format_rule(rule) for rule in value],
         )
 

@@ -136,7 +136,9 @@ def _plan_sweep(args: PlanArgs, base: ModelConfig, machines: Sequence[Topology])
     from nalora_jax.plan.sweep import describe_sweep, plan_sweep
 
     for machine in machines:
-        planned = plan_sweep(_config(args, args.batch or args.accumulate), base, machine, args.seq, args.sweep)
+        planned = plan_sweep(
+            _config(args, args.batch or args.accumulate), base, machine, args.seq, args.sweep
+        )
         print("\n".join(describe_sweep(planned, steps=args.steps, price=args.price)), flush=True)
         if args.json is not None:
             with args.json.open("a") as file:

@@ -145,7 +145,9 @@ def _odd(present: Sequence[Report], values: Mapping[int, str], what: str) -> Ite
     ((common, _), *deviating) = Counter(values.values()).most_common()
     if deviating:
         odd = ", ".join(
-            f"{values[report.process]} in {report.name}" for report in present if values[report.process] != common
+            f"{values[report.process]} in {report.name}"
+            for report in present
+            if values[report.process] != common
         )
         yield f"{what} differ between processes: {common}, but {odd}; make all hosts the same"
 
@@ -157,7 +159,9 @@ def _middle(reports: Sequence[Report | None]) -> float:
 # ---------------------------------------------------------------- this machine
 
 
-def host_memory(info: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
+def host_memory(
+    info: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")
+) -> tuple[int, int]:
     """Returns free and total bytes of host or container memory, the smaller; zeros if unknown."""
     if not info.exists():
         return 0, 0
@@ -177,7 +181,9 @@ def memory_problems(free: int, total: int) -> Iterator[str]:
         yield f"{free / 1e9:.1f} of {total / 1e9:.1f} GB of host memory are free, less than a small model needs"
 
 
-def chip_problems(dev: Path = Path("/dev"), proc: Path = Path("/proc"), lock: Path = _LOCK) -> Iterator[str]:
+def chip_problems(
+    dev: Path = Path("/dev"), proc: Path = Path("/proc"), lock: Path = _LOCK
+) -> Iterator[str]:
     """Yields TPU chips that another process holds, by their device files or libtpu's lock."""
     chips = [*sorted(dev.glob("accel[0-9]*")), *sorted((dev / "vfio").glob("[0-9]*"))]
     if not chips:

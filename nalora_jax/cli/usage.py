@@ -24,7 +24,10 @@ from nalora_jax.errors import NaloraError
 _OF_RULES = ("rank", "r", "lora_rank", "lora_r", "alpha", "lora_alpha")
 _RULES = "--lora.rules PATTERN:RANK[:ALPHA], e.g. --lora.rules ffn:16:32"
 
-_NUMBERS: dict[type, tuple[Callable[[str], Any], str]] = {int: (int, "a whole number"), float: (float, "a number")}
+_NUMBERS: dict[type, tuple[Callable[[str], Any], str]] = {
+    int: (int, "a whole number"),
+    float: (float, "a number"),
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ def flags(kind: type, prefix: str = "") -> Iterator[Flag]:
         bare = get_args(declared)[0] if extras else declared
         if any("Positional" in str(extra) for extra in extras):
             continue
-        explicit = next((extra.name for extra in extras if getattr(extra, "name", None) is not None), entry.name)
+        explicit = next(
+            (extra.name for extra in extras if getattr(extra, "name", None) is not None), entry.name
+        )
         if isinstance(bare, type) and is_dataclass(bare):
             yield from flags(bare, f"{prefix}{explicit}." if explicit else prefix)
         else:
@@ -99,13 +104,17 @@ def check(verb: str, kind: type, argv: Sequence[str]) -> None:
             if by_name[name].type is bool and values and not assigned and not _has_positional(kind):
                 raise NaloraError(name, expected="no value: it is a switch", found=repr(values[0][:40]))
         elif name not in off:
-            raise unknown(name, [*by_name, *off], f"a flag of nalora {verb}", f"see nalora {verb} --help-all")
+            raise unknown(
+                name, [*by_name, *off], f"a flag of nalora {verb}", f"see nalora {verb} --help-all"
+            )
 
 
 def _has_positional(kind: type) -> bool:
     """Returns True if a subcommand takes positional arguments, which may follow a switch."""
     hints = get_type_hints(kind, include_extras=True)
-    return any("Positional" in str(extra) for hint in hints.values() for extra in getattr(hint, "__metadata__", ()))
+    return any(
+        "Positional" in str(extra) for hint in hints.values() for extra in getattr(hint, "__metadata__", ())
+    )
 
 
 def until_flag(words: Sequence[str]) -> list[str]:
@@ -121,7 +130,9 @@ def _check_numbers(flag: Flag, values: Sequence[str]) -> None:
     convert, noun = _NUMBERS[kind]
     expected = noun if count == 1 else f"{count} numbers"
     if len(values) < count:
-        raise NaloraError(flag.name, expected=expected, found="none" if count == 1 else f"{len(values)} values")
+        raise NaloraError(
+            flag.name, expected=expected, found="none" if count == 1 else f"{len(values)} values"
+        )
     for value in values[:count]:
         try:
             convert(value)
@@ -133,7 +144,10 @@ def unknown(name: str, names: Iterable[str], expected: str, otherwise: str) -> N
     """Returns the error for a name that is not in ``known``, with a similar name as suggestion."""
     meant = did_you_mean(name, names)
     return NaloraError(
-        name, expected=expected, found="none of that name", remedy=f"did you mean {meant}?" if meant else otherwise
+        name,
+        expected=expected,
+        found="none of that name",
+        remedy=f"did you mean {meant}?" if meant else otherwise,
     )
 
 
@@ -158,7 +172,11 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str | None:
         parts.setdefault(candidate.lstrip("-").rpartition(".")[2], candidate)
     close = difflib.get_close_matches(name, names, 1, 0.8)
     close_parts = difflib.get_close_matches(last, parts, 1, 0.8)
-    near = close or [parts[candidate] for candidate in close_parts] or difflib.get_close_matches(name, names, 1, 0.6)
+    near = (
+        close
+        or [parts[candidate] for candidate in close_parts]
+        or difflib.get_close_matches(name, names, 1, 0.6)
+    )
     return near[0] if near else None
 
 
@@ -198,7 +216,9 @@ def _as_error(verb: str, box: str) -> NaloraError:
     if match := re.match(r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)", text):
         return NaloraError(match[2], expected=f"one of {match[3].replace(chr(39), '')}", found=match[1])
     if match := re.match(r"Missing value for argument '(\S+)'\. Expected (\d+)", text):
-        return NaloraError(match[1], expected="a value" if match[2] == "1" else f"{match[2]} values", found="none")
+        return NaloraError(
+            match[1], expected="a value" if match[2] == "1" else f"{match[2]} values", found="none"
+        )
     if match := re.match(r"Missing from .*?: (\S+)", text):
         return NaloraError(where, expected=match[1], found="nothing", remedy=remedy)
     if match := re.match(r"Unrecognized options: (.*)", text):
@@ -238,14 +258,27 @@ def _entry(name: str, text: str, *, indent: int) -> str:
 
 def overview(verbs: Mapping[str, type]) -> str:
     """Returns the output of ``nalora --help``: one line per subcommand."""
-    lines = ["usage: nalora VERB [ARGUMENTS]", "", "Nonlinearity-aware LoRA for gated-FFN Transformers.", ""]
+    lines = [
+        "usage: nalora VERB [ARGUMENTS]",
+        "",
+        "Nonlinearity-aware LoRA for gated-FFN Transformers.",
+        "",
+    ]
     lines += [_entry(name, first_line(kind), indent=12) for name, kind in verbs.items()]
     lines += [
         "",
         "  nalora VERB --help   the flags of a verb (--help-all: all of them)",
         "  nalora --version     the version",
-        _entry("--log-format json", "with any verb: notes, steps and errors as one JSON object a line", indent=23),
-        _entry("--import FILE ...", "with any verb: execute Python files that register rules of your own", indent=23),
+        _entry(
+            "--log-format json",
+            "with any verb: notes, steps and errors as one JSON object a line",
+            indent=23,
+        ),
+        _entry(
+            "--import FILE ...",
+            "with any verb: execute Python files that register rules of your own",
+            indent=23,
+        ),
     ]
     return "\n".join(lines)
 

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nalora_jax.cli import images
 from nalora_jax.cli import parser as cli
-from nalora_jax.cli.outputs import check_new_file, check_new_path, data_of, flags_of_verb, mesh_of, refuse_existing
+from nalora_jax.cli.outputs import (
+    check_new_file,
+    check_new_path,
+    data_of,
+    flags_of_verb,
+    mesh_of,
+    refuse_existing,
+)
 from nalora_jax.config import DataConfig, check, config_from_dict
 from nalora_jax.config.ranges import SAMPLING
 from nalora_jax.errors import NaloraError
@@ -64,7 +71,9 @@ def generate(args: cli.GenerateArgs) -> None:
     pictures = [open_image(path) for path in args.image]  # fails before a model is loaded
     if args.chat and not pictures:
         _require_template(args.model, args.adapter, messages or [{"role": "user", "content": prompt}])
-    model = load(args.model, adapter=args.adapter, dtype=args.dtype, mesh=mesh, images=True if pictures else None)
+    model = load(
+        args.model, adapter=args.adapter, dtype=args.dtype, mesh=mesh, images=True if pictures else None
+    )
     tokenizer, processor = model.base.tokenizer, model.base.processor
     tokens: str | list[int] = prompt
     if pictures:
@@ -107,9 +116,13 @@ def export(args: cli.ExportArgs) -> None:
 
         write_adapter_gguf(args.output, base.config, lora, model.spec)
         difference = verify_adapter_gguf(args.output, base.config, lora, model.spec)
-        print(f"{args.output}: adapter for llama.cpp, read back and compared (largest difference {difference:.1e})")
+        print(
+            f"{args.output}: adapter for llama.cpp, read back and compared (largest difference {difference:.1e})"
+        )
         if base.rope_scaling:
-            print(f"{args.output}: trained with RoPE scaling {base.rope_scaling}: set it in llama.cpp (--rope-scaling)")
+            print(
+                f"{args.output}: trained with RoPE scaling {base.rope_scaling}: set it in llama.cpp (--rope-scaling)"
+            )
         return
     export_adapter(
         lora,
@@ -125,7 +138,9 @@ def export(args: cli.ExportArgs) -> None:
     )
     write_atomically(args.output / "README.md", card(model, "adapter"))
     difference = verify_export(args.output, lora, model.spec, base.config, fingerprint=base.fingerprint)
-    print(f"{args.output}: adapter for {args.target}, read back and compared (largest difference {difference:.1e})")
+    print(
+        f"{args.output}: adapter for {args.target}, read back and compared (largest difference {difference:.1e})"
+    )
 
 
 def merge(args: cli.MergeArgs) -> None:
@@ -150,7 +165,9 @@ def merge(args: cli.MergeArgs) -> None:
     resolved = hub.resolve(located.base)
     if args.gguf is not None and resolved.kind != "gguf":
         remedy = "merge without --gguf, and run llama.cpp's convert_hf_to_gguf.py on the folder"
-        raise NaloraError("--gguf", expected="a base that comes from a GGUF file", found=located.base, remedy=remedy)
+        raise NaloraError(
+            "--gguf", expected="a base that comes from a GGUF file", found=located.base, remedy=remedy
+        )
     # Merged in float32 and rounded once: values in the files must not be rounded again on loading.
     stored = ""
     if resolved.kind == "hf":
@@ -159,7 +176,9 @@ def merge(args: cli.MergeArgs) -> None:
     scaling = recorded_rope_scaling(located.adapter) if located.adapter is not None else ""
     if args.gguf is not None and scaling:
         remedy = "merge without --gguf, and run llama.cpp's convert_hf_to_gguf.py on the folder"
-        raise NaloraError("--gguf", expected="an adapter of the base's own RoPE", found=scaling, remedy=remedy)
+        raise NaloraError(
+            "--gguf", expected="an adapter of the base's own RoPE", found=scaling, remedy=remedy
+        )
     model = load(args.model, adapter=args.adapter, dtype=dtype, resolved=resolved)
     base, lora = model.base, _lora(model)
     config, params, spec = fold_saved(base.config, base.params, lora, model.spec)
@@ -168,7 +187,9 @@ def merge(args: cli.MergeArgs) -> None:
         from nalora_jax.weights.gguf_export import write_merged_gguf
 
         names = base.tokenizer if base.added else None
-        write_merged_gguf(args.output, config, params, lora, spec, base=resolved.path, kind=args.gguf, tokenizer=names)
+        write_merged_gguf(
+            args.output, config, params, lora, spec, base=resolved.path, kind=args.gguf, tokenizer=names
+        )
         print(f"{args.output}: merged model in {args.gguf}")
         return
     if base.hf_config is None:
@@ -209,7 +230,9 @@ def inspect(args: cli.InspectArgs) -> None:
         check_picture(args.picture)  # before minutes of computation
         check_new_path("--picture", args.picture)
     if args.texts and not any(text.strip() for text in args.texts):
-        raise NaloraError("--texts", expected="at least one text with a token in it", found=f"{len(args.texts)} texts")
+        raise NaloraError(
+            "--texts", expected="at least one text with a token in it", found=f"{len(args.texts)} texts"
+        )
     data = None
     if args.dataset is not None:
         run = locate(args.model, args.adapter).run
@@ -318,7 +341,9 @@ def _require_template(model: str, adapter: Path | None, messages: Sequence[dict[
 def _require_adapter(located: Located) -> None:
     """Refuses a base without adapter before its weights are read."""
     if located.adapter is None:
-        raise NaloraError(located.base, expected="an adapter", found="a base model", remedy="give a run's folder")
+        raise NaloraError(
+            located.base, expected="an adapter", found="a base model", remedy="give a run's folder"
+        )
 
 
 def _lora(model: AdaptedModel) -> dict[str, Any]:

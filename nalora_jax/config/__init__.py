@@ -186,7 +186,11 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
         value = tuple(value) if isinstance(value, list) else value
         if isinstance(entry.default_factory, type):  # a nested dataclass
             inner_names = {name.name for name in dataclasses.fields(entry.default_factory)}
-            inner = {name: tuple(v) if isinstance(v, list) else v for name, v in value.items() if name in inner_names}
+            inner = {
+                name: tuple(v) if isinstance(v, list) else v
+                for name, v in value.items()
+                if name in inner_names
+            }
             if entry.name == "lora" and "rules" in inner:
                 inner["rules"] = tuple(LoRARule(**rule) for rule in inner["rules"])
             if entry.name == "optimizer" and "rates" in inner:
@@ -258,18 +262,30 @@ def check(config: RunConfig) -> RunConfig:
     """
     if not isinstance(config, RunConfig):
         remedy = "RunConfig(steps=100, lora=LoRAConfig(...)); config_from_dict makes one of nested dicts"
-        raise NaloraError("config", expected="a RunConfig", found=f"a {type(config).__name__}", remedy=remedy)
+        raise NaloraError(
+            "config", expected="a RunConfig", found=f"a {type(config).__name__}", remedy=remedy
+        )
     _check_type(first_wrong_part(config))
     check_ranges(config, RANGES)
     _check_type(first_wrong(config, lenient=True))
     _check_rules(config.lora.rules)
     profile = config.debug.profile
     form = r"[1-9]\d{0,8}:[1-9]\d{0,3}"
-    require("--debug.profile", not profile or re.fullmatch(form, profile) is not None, "START:STEPS, as 10:5", profile)
+    require(
+        "--debug.profile",
+        not profile or re.fullmatch(form, profile) is not None,
+        "START:STEPS, as 10:5",
+        profile,
+    )
     late = bool(profile) and not config.epochs and config.debug.profiled.start > config.steps
     require("--debug.profile", not late, f"a step of the run, which has {config.steps}", profile)
     batch, accumulate = config.train.batch_size, config.train.accumulate
-    require("--train.batch-size", batch % accumulate == 0, f"a multiple of --train.accumulate ({accumulate})", batch)
+    require(
+        "--train.batch-size",
+        batch % accumulate == 0,
+        f"a multiple of --train.accumulate ({accumulate})",
+        batch,
+    )
     quantized, init, weights = config.compute.quantize, config.lora.init, config.lora.gradient_weights
     both = quantized != "none" and init in ("pissa", "lora_ga")
     require("--compute.quantize", not both, f'none with --lora.init "{init}"', quantized)
@@ -336,7 +352,12 @@ def _check_added(config: RunConfig) -> None:
         fine = all(text.strip() for text in texts) and len(set(texts)) == len(texts)
         require(f"--data.{flag}", fine, "texts, none empty or named twice", ", ".join(map(repr, texts)))
     both = set(data.add_tokens) & set(data.add_special_tokens)
-    require("--data.add-tokens", not both, "no token of --data.add-special-tokens", ", ".join(map(repr, sorted(both))))
+    require(
+        "--data.add-tokens",
+        not both,
+        "no token of --data.add-special-tokens",
+        ", ".join(map(repr, sorted(both))),
+    )
     if data.add_tokens or data.add_special_tokens:
         trained = {"embed_tokens", "lm_head"} <= set(saved) or bool(config.lora.trainable_token_indices)
         flag, value = "--lora.modules-to-save", " ".join(saved) or "none"
@@ -355,4 +376,6 @@ def _check_rules(rules: tuple[LoRARule, ...]) -> None:
             re.compile(rule.pattern)
         except (re.error, OverflowError, RecursionError) as error:
             remedy = f"it is no regular expression: {error}"
-            raise NaloraError("--lora.rules", expected="a pattern", found=repr(rule.pattern), remedy=remedy) from None
+            raise NaloraError(
+                "--lora.rules", expected="a pattern", found=repr(rule.pattern), remedy=remedy
+            ) from None

@@ -81,6 +81,8 @@ def check_data(data: DataConfig, *, compares: bool) -> None:
     last = data.loss_last
     require("--data.loss-last", last < 1 or last == int(last), "whole tokens, or a share below 1", last)
     if compares:
-        require("--data.loss-last", not last, "0 with --preference.loss, which compares entire answers", last)
+        require(
+            "--data.loss-last", not last, "0 with --preference.loss, which compares entire answers", last
+        )
         drops = data.too_long != "split"
         require("--data.too-long", drops, "drop, truncate or error with --preference.loss", "split")

@@ -126,7 +126,9 @@ def translated(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not has_groups(settings):
         return dict(settings)
-    return without_groups(settings) | {"mechanisms": [*groups_of(settings).rules, *settings.get("mechanisms", ())]}
+    return without_groups(settings) | {
+        "mechanisms": [*groups_of(settings).rules, *settings.get("mechanisms", ())]
+    }
 
 
 def has_groups(settings: Mapping[str, Any]) -> bool:

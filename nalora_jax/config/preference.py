@@ -55,4 +55,6 @@ def check_preference(preference: PreferenceConfig, *, init: str, task: str) -> N
         expected = f"{' or '.join(UNCHANGED)} with --preference.loss"
         raise NaloraError("--lora.init", expected=expected, found=init, remedy=remedy)
     if task:
-        raise NaloraError("--preference.loss", expected="none for image and text encoders", found=preference.loss)
+        raise NaloraError(
+            "--preference.loss", expected="none for image and text encoders", found=preference.loss
+        )

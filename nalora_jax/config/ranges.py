@@ -76,7 +76,12 @@ def check_ranges(values: object, ranges: Mapping[str, Range], prefix: str = "") 
     """
     for name, allowed in ranges.items():
         value: Any = reduce(getattr, name.split("."), values)
-        require(f"--{prefix}{name}".replace("_", "-"), value is None or allowed.holds(value), str(allowed), value)
+        require(
+            f"--{prefix}{name}".replace("_", "-"),
+            value is None or allowed.holds(value),
+            str(allowed),
+            value,
+        )
 
 
 def check_path(flag: str, path: object) -> None:
@@ -95,7 +100,12 @@ def check_path(flag: str, path: object) -> None:
 def is_path(text: str) -> bool:
     """Returns True if a file system accepts ``text`` as a path."""
     longest = max((len(name.encode(errors="replace")) for name in Path(text).parts), default=0)
-    return bool(text.strip()) and "\0" not in text and longest <= 255 and len(text.encode(errors="replace")) < 4096
+    return (
+        bool(text.strip())
+        and "\0" not in text
+        and longest <= 255
+        and len(text.encode(errors="replace")) < 4096
+    )
 
 
 def require(flag: str, holds: bool, expected: str, value: object) -> None:

@@ -25,7 +25,9 @@ def recorded_config(settings: Any, where: str) -> RunConfig:
             raise TypeError(f"a {type(settings).__name__}")
         config = config_from_dict(settings)
         if (wrong := first_wrong(config)) is not None:
-            raise TypeError(f"{wrong.field} = {reprlib.repr(wrong.value)}, which is no {type_name(wrong.hint)}")
+            raise TypeError(
+                f"{wrong.field} = {reprlib.repr(wrong.value)}, which is no {type_name(wrong.hint)}"
+            )
     except (AttributeError, TypeError, ValueError) as error:
         raise NaloraError(
             where,

@@ -13,7 +13,15 @@ ORIGINAL = "original_max_position_embeddings"
 FIELDS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
-    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "yarn": (
+        "factor",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 # Types whose frequencies depend on the original context length.
@@ -32,7 +40,9 @@ def parse_rope_scaling(text: str) -> dict[str, Any]:
     """
     kind, _, listed = text.partition(":")
     if kind not in FIELDS:
-        raise NaloraError(FLAG, expected=f"TYPE:factor=N, with a type of {', '.join(FIELDS)}", found=repr(text))
+        raise NaloraError(
+            FLAG, expected=f"TYPE:factor=N, with a type of {', '.join(FIELDS)}", found=repr(text)
+        )
     names = (*FIELDS[kind], *([ORIGINAL] if kind in WITH_ORIGINAL else []))
     values: dict[str, Any] = {}
     for field in filter(None, listed.split(",")):

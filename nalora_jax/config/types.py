@@ -19,7 +19,9 @@ class WrongType(NamedTuple):
 
 def first_wrong_part(config: Any) -> WrongType | None:
     """Returns the first field of a dataclass that should hold a dataclass and does not."""
-    kinds = {group.name: group.default_factory for group in fields(config) if is_dataclass(group.default_factory)}
+    kinds = {
+        group.name: group.default_factory for group in fields(config) if is_dataclass(group.default_factory)
+    }
     wrong = (name for name, kind in kinds.items() if not isinstance(getattr(config, name), kind))  # type: ignore[arg-type]
     return next((WrongType(name, kinds[name], getattr(config, name)) for name in wrong), None)
 
@@ -35,7 +37,9 @@ def first_wrong(config: Any, prefix: str = "", *, lenient: bool = False) -> Wron
     hints = get_type_hints(type(config))
     for entry in fields(config):
         name, value = f"{prefix}{entry.name}", getattr(config, entry.name)
-        if not has_type(value, hints[entry.name]) and not (lenient and has_type(_plain(value), hints[entry.name])):
+        if not has_type(value, hints[entry.name]) and not (
+            lenient and has_type(_plain(value), hints[entry.name])
+        ):
             return WrongType(name, hints[entry.name], value)
         parts = {}
         if isinstance(value, tuple):

@@ -152,7 +152,9 @@ class FusedProducts(Products):
     def _joined(self, first: jax.Array, second: jax.Array, axis: int, multiple: int = 1) -> jax.Array:
         """Returns both arrays rounded and concatenated, with zeros up to the next ``multiple``."""
         # As integers: XLA:CPU would concatenate bf16 in float32 and convert both ways.
-        parts = [bf16_bits(rounded(array, self.numerics.operand, self.numerics)) for array in (first, second)]
+        parts = [
+            bf16_bits(rounded(array, self.numerics.operand, self.numerics)) for array in (first, second)
+        ]
         if missing := -sum(array.shape[axis] for array in parts) % multiple:
             shape = (*parts[0].shape[:axis], missing, *parts[0].shape[axis + 1 :])
             parts.append(jnp.zeros(shape, parts[0].dtype))
@@ -210,10 +212,14 @@ class NativeProducts(Products):
         computed = dict(zip(sums, native_sums(self.numerics, *sums.values()) if sums else [], strict=True))
         return [computed.get(i) for i in range(len(layers))], None
 
-    def input_terms(self, gs: Sequence[jax.Array], layers: Sequence[Factors], exact: Sequence[Any]) -> list[Term]:
+    def input_terms(
+        self, gs: Sequence[jax.Array], layers: Sequence[Factors], exact: Sequence[Any]
+    ) -> list[Term]:
         """Returns the terms of the sum that is the gradient of x."""
         terms = [Term(g, layer.kernel, True) for g, layer in zip(gs, layers, strict=True)]
-        return terms + [Term(e, layer.a, True) for e, layer in zip(exact, layers, strict=True) if e is not None]
+        return terms + [
+            Term(e, layer.a, True) for e, layer in zip(exact, layers, strict=True) if e is not None
+        ]
 
     def gradients(
         self,

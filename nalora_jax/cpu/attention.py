@@ -42,7 +42,9 @@ def attention(
         assert isinstance(cached.v, native.Slice)
         heads = native.Heads(q, *keys, window)
         stack = native.Cached(cached.k, cached.v, cached.positions, cached.segments)
-        return native.cached_attention(heads, stack, config.scale, config.softcap, sinks).astype(numerics.result)
+        return native.cached_attention(heads, stack, config.scale, config.softcap, sinks).astype(
+            numerics.result
+        )
     empty = cached is None or cached.positions.shape[1] == 0
     if empty and numerics.operand == numerics.residual == "bfloat16" and usable(numerics):
         return _attention(q, *keys, window, sinks, config, numerics)
@@ -115,7 +117,9 @@ def _fwd(
     return read_residual(saved, numerics.result), (arrays, rest, needed, total, like)
 
 
-def _bwd(config: AttentionConfig, numerics: Numerics, ordered: bool, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
+def _bwd(
+    config: AttentionConfig, numerics: Numerics, ordered: bool, residuals: Any, g: jax.Array
+) -> tuple[Any, ...]:
     arrays, rest, saved, logsumexp, like = residuals
     out = None if saved is None else read_residual(saved, "bfloat16")
     g = rounded(g, "bfloat16", numerics)

@@ -59,7 +59,9 @@ def cross_entropy(
     if kernel.shape[head.axis] <= BLOCK:
         rows_chunk: Any = partial(ops.chunk_of_rows, head=head, numerics=numerics)
         return in_chunks(hidden, kernel, targets, weights, tiles, rows_chunk)
-    return in_chunks(hidden, kernel, target_rows, weights, tiles, partial(_blocks, head=head, numerics=numerics))
+    return in_chunks(
+        hidden, kernel, target_rows, weights, tiles, partial(_blocks, head=head, numerics=numerics)
+    )
 
 
 def _is_bf16(kernel: Kernel) -> bool:
@@ -105,7 +107,9 @@ def _native_sums(
     flat, n = hidden.reshape(weights.size, -1), weights.size
     # Rows with a target first: the kernel stops after the last of them.
     order = jnp.argsort(weights.reshape(n) == 0, stable=True)
-    h, rows, w = (jnp.take(x.reshape(n, *x.shape[2:]), order, axis=0) for x in (hidden, target_rows, weights))
+    h, rows, w = (
+        jnp.take(x.reshape(n, *x.shape[2:]), order, axis=0) for x in (hidden, target_rows, weights)
+    )
     sums = native.over_vocabulary(
         rounded(h, numerics.operand, numerics),
         kernel.bits if isinstance(kernel, Bits) else expand(kernel),
@@ -117,10 +121,14 @@ def _native_sums(
     )
     losses, back = _joined(sums, h, rows, w, head, numerics, grad)
     loss = jnp.sum(losses)
-    return loss, jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype)).reshape(hidden.shape) if grad else back
+    return loss, jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype)).reshape(
+        hidden.shape
+    ) if grad else back
 
 
-def _bwd(head: Head, numerics: Numerics, gradient: jax.Array, g: jax.Array) -> tuple[jax.Array, None, None, None]:
+def _bwd(
+    head: Head, numerics: Numerics, gradient: jax.Array, g: jax.Array
+) -> tuple[jax.Array, None, None, None]:
     return gradient * g.astype(gradient.dtype), None, None, None
 
 
@@ -195,7 +203,9 @@ def over_vocabulary(
         higher = jnp.maximum(top, jnp.max(logits, axis=-1))
         fade, exps = jnp.exp(top - higher), jnp.exp(logits - higher[:, None])
         if grad:
-            attended = fade[:, None] * attended + dot(exps * slope, block_kernel, numerics, dims=(1, head.axis))
+            attended = fade[:, None] * attended + dot(
+                exps * slope, block_kernel, numerics, dims=(1, head.axis)
+            )
         return higher, fade * total + jnp.sum(exps, axis=-1), attended
 
     lowest = jnp.full((rows,), jnp.finfo(jnp.float32).min)

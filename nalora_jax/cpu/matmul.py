@@ -35,7 +35,9 @@ def native_sums(numerics: Numerics, *sums: native.Sum) -> list[jax.Array]:
             return y.bits
         return rounded(expand(y), "bfloat16", numerics)
 
-    terms = ([native.Term(operand(x), operand(y), transposed) for x, y, transposed in s.terms] for s in sums)
+    terms = (
+        [native.Term(operand(x), operand(y), transposed) for x, y, transposed in s.terms] for s in sums
+    )
     return native.products(*(native.Sum(t, s.dtype) for t, s in zip(terms, sums, strict=True)))
 
 

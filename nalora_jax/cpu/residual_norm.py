@@ -33,7 +33,9 @@ def residual_norm(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _residual_norm(x: jax.Array, y: jax.Array | None, scale: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+def _residual_norm(
+    x: jax.Array, y: jax.Array | None, scale: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
     return _fwd(x, y, scale, eps)[0]
 
 

@@ -51,10 +51,14 @@ def render(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, whe
     if config.messages_field in record:
         messages, tools = messages_of(record, config, where), tools_of(record, where)
         return render_chat(messages, config.loss_on, tokenizer, where, tools)
-    prompt = text_field(record, config.prompt_field, where, "--data.prompt-field", alternative=config.messages_field)
+    prompt = text_field(
+        record, config.prompt_field, where, "--data.prompt-field", alternative=config.messages_field
+    )
     completion = text_field(record, config.completion_field, where, "--data.completion-field")
     if not completion:
-        raise NaloraError(f"{where}: {config.completion_field}", expected="an answer", found="an empty text")
+        raise NaloraError(
+            f"{where}: {config.completion_field}", expected="an answer", found="an empty text"
+        )
     if config.chat:
         return render_chat(as_messages(prompt, completion), config.loss_on, tokenizer, where)
     text = prompt + completion
@@ -100,12 +104,16 @@ def render_chat(
     text, *texts = tokenizer.render_chats([(messages, False), *parts], tools)
     end_of_chat = _end_of_chat(text, messages, tokenizer, tools)
     texts = [part.removesuffix(end_of_chat) for part in texts]
-    answers = tuple(_answer(text, before, upto, where) for before, upto in zip(texts[::2], texts[1::2], strict=True))
+    answers = tuple(
+        _answer(text, before, upto, where) for before, upto in zip(texts[::2], texts[1::2], strict=True)
+    )
     end = answers[-1][1] if turns[-1] == len(messages) - 1 else len(text)
     return Rendered(text[:end], answers, special=False)
 
 
-def _end_of_chat(text: str, messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Message] | None) -> str:
+def _end_of_chat(
+    text: str, messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Message] | None
+) -> str:
     """Returns the end-of-sequence token after a conversation that is not part of its last turn.
 
     It is "" if there is none, or if the token remains when the template continues the conversation.
@@ -138,7 +146,11 @@ def as_messages(prompt: str, completion: str | None = None) -> list[Message]:
     The leading space of the completion is removed.
     """
     messages = [{"role": "user", "content": prompt}]
-    return messages if completion is None else [*messages, {"role": "assistant", "content": completion.strip()}]
+    return (
+        messages
+        if completion is None
+        else [*messages, {"role": "assistant", "content": completion.strip()}]
+    )
 
 
 def messages_of(record: dict[str, Any], config: DataConfig, where: str) -> list[Message]:
@@ -155,7 +167,9 @@ def messages_of(record: dict[str, Any], config: DataConfig, where: str) -> list[
         actual = "none" if value == [] else f"a {type(value).__name__}"
         raise NaloraError(f"{where}: {field}", expected="a list of chat messages", found=actual)
     filled = isinstance(record, TableRecord)
-    messages = [message_of(turn, f"{where}: {field}[{number}]", filled=filled) for number, turn in enumerate(value)]
+    messages = [
+        message_of(turn, f"{where}: {field}[{number}]", filled=filled) for number, turn in enumerate(value)
+    ]
     for number, message in enumerate(messages):
         text_field(message, "role", f"{where}: {field}[{number}]")
         if not isinstance(message.get("content"), Parts):
@@ -163,7 +177,9 @@ def messages_of(record: dict[str, Any], config: DataConfig, where: str) -> list[
     return messages
 
 
-def text_field(record: dict[str, Any], field: str, where: str, flag: str = "", alternative: str = "") -> str:
+def text_field(
+    record: dict[str, Any], field: str, where: str, flag: str = "", alternative: str = ""
+) -> str:
     """Returns the text ``record[field]``.
 
     Raises:
@@ -172,7 +188,9 @@ def text_field(record: dict[str, Any], field: str, where: str, flag: str = "", a
     if field not in record:
         expected = f"a field {field!r}" + (f" (or {alternative!r})" if alternative else "")
         remedy = f"name the right one by {flag}" if flag else ""
-        raise NaloraError(where, expected=expected, found=", ".join(map(repr, record)) or "no field", remedy=remedy)
+        raise NaloraError(
+            where, expected=expected, found=", ".join(map(repr, record)) or "no field", remedy=remedy
+        )
     value = record[field]
     if not isinstance(value, str):
         raise NaloraError(f"{where}: {field}", expected="a text", found=f"a {type(value).__name__}")

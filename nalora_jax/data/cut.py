@@ -49,7 +49,9 @@ def cut_store(store: TokenStore, source: Source, config: DataConfig, bos_id: int
     last = f"-last-{config.loss_last:g}" if config.loss_last else ""
     folder = store.folder.with_name(f"{store.folder.name}-{config.max_length}-{config.too_long}{last}")
     if not is_whole(folder):
-        examples = _examples(store, np.flatnonzero(~long) if drop else np.arange(len(sizes)), source, config, bos_id)
+        examples = _examples(
+            store, np.flatnonzero(~long) if drop else np.arange(len(sizes)), source, config, bos_id
+        )
         kind = {"drop": "dropped", "truncate": "truncated", "split": "split"}
         write_store(folder, examples, **({kind[config.too_long]: count} if count else {}))
     cut = load_store(folder)

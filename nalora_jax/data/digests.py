@@ -31,4 +31,6 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise NaloraError(str(path), expected="a readable file", found=reason, remedy="check the path") from error
+        raise NaloraError(
+            str(path), expected="a readable file", found=reason, remedy="check the path"
+        ) from error

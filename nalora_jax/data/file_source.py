@@ -41,13 +41,19 @@ class FileSource(Source):
         self._ends = np.cumsum([0, *map(len, self._rows)])
         sizes = [sum(map(len, rows)) for rows in opened.values()]
         first = dict(zip(opened, np.cumsum([0, *sizes]).tolist(), strict=False))
-        self._index = np.concatenate([first[name] + np.arange(start, stop) for name, start, stop in self._spans])
+        self._index = np.concatenate(
+            [first[name] + np.arange(start, stop) for name, start, stop in self._spans]
+        )
         self.fingerprint = f"files:{':'.join(rows_of_file.sha256 for rows_of_file in self._rows)}:{split}"
         require_some(self)
 
-    def _parse(self, split: str, opened: Mapping[str, Sequence[RecordFile]], files: Mapping[str, Any]) -> list[Span]:
+    def _parse(
+        self, split: str, opened: Mapping[str, Sequence[RecordFile]], files: Mapping[str, Any]
+    ) -> list[Span]:
         only = 'one split, "train", or' if list(files) == ["train"] else f"{', '.join(files)}, or"
-        with foreign_errors(self.name, f'{only} slices such as "train[-5%:]"', "name a split that is there"):
+        with foreign_errors(
+            self.name, f'{only} slices such as "train[-5%:]"', "name a split that is there"
+        ):
             return absolute_of(split, {name: sum(map(len, rows)) for name, rows in opened.items()})
 
     def __len__(self) -> int:
@@ -62,7 +68,9 @@ class FileSource(Source):
         places = [self._place(index) for index in indices]
         for number in {file for file, _ in places}:
             at = [position for position, (file, _) in enumerate(places) if file == number]
-            for position, record in zip(at, self._rows[number].read([places[p][1] for p in at]), strict=True):
+            for position, record in zip(
+                at, self._rows[number].read([places[p][1] for p in at]), strict=True
+            ):
                 records[position] = record
         return records
 

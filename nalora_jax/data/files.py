@@ -43,7 +43,13 @@ ENDINGS = (
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 _SPLITS |= {"dev": "validation", "test": "test"}
 # JSON files that describe a folder of data, as datasets and TFDS write them.
-_DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "features.json")
+_DESCRIPTIONS = (
+    "dataset_infos.json",
+    "dataset_info.json",
+    "dataset_dict.json",
+    "state.json",
+    "features.json",
+)
 
 
 class RecordFile(Protocol):
@@ -109,7 +115,9 @@ def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
         return {str(split): _arrow_files(path / str(split)) for split in names}
     if (path / "state.json").is_file():
         return {"train": _arrow_files(path)}
-    return _by_split(name, {file: file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()})
+    return _by_split(
+        name, {file: file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()}
+    )
 
 
 def _remote_splits(name: str) -> Mapping[str, Sequence[str]]:
@@ -126,7 +134,9 @@ def _by_split(folder: str, names: Mapping[Any, PurePath]) -> dict[str, list[Any]
     """Groups the data files ``names``, paths within ``folder``, by the split in their names."""
     splits: dict[str, list[Any]] = {}
     for file, name in names.items():
-        if name.name not in _DESCRIPTIONS and (name.suffix.lower() in ENDINGS or is_array_record(name.name)):
+        if name.name not in _DESCRIPTIONS and (
+            name.suffix.lower() in ENDINGS or is_array_record(name.name)
+        ):
             splits.setdefault(_split_of(name), []).append(file)
     if not splits:
         raise NaloraError(
@@ -168,7 +178,9 @@ def _arrow_files(folder: Path) -> list[Path]:
     entries = listed if isinstance(listed, list) else []
     names = [entry.get("filename") for entry in entries if isinstance(entry, dict)]
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise NaloraError(str(folder / "state.json"), expected="_data_files, names of Arrow files", found=repr(listed))
+        raise NaloraError(
+            str(folder / "state.json"), expected="_data_files, names of Arrow files", found=repr(listed)
+        )
     return [folder / str(name) for name in names]
 
 
@@ -176,7 +188,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise NaloraError(str(path), expected="a JSON file of datasets' save_to_disk", found=error) from error
+        raise NaloraError(
+            str(path), expected="a JSON file of datasets' save_to_disk", found=error
+        ) from error
     if not isinstance(value, dict):
         raise NaloraError(str(path), expected="a JSON object", found=type(value).__name__)
     return value
@@ -233,7 +247,9 @@ class DelimitedRows:
             self._parse(data.decode("utf-8-sig"), delimiter)
         except (UnicodeDecodeError, csv.Error) as error:
             where = f"{self._path}:{self._lines[-1] + 1 if self._lines else 1}"
-            raise NaloraError(where, expected="rows of text in UTF-8", found=error, remedy="save it anew") from error
+            raise NaloraError(
+                where, expected="rows of text in UTF-8", found=error, remedy="save it anew"
+            ) from error
 
     def _parse(self, text: str, delimiter: str) -> None:
         limit = csv.field_size_limit(2**31 - 1)  # a conversation can exceed the default of 128 kB
@@ -242,7 +258,9 @@ class DelimitedRows:
             self._fields = next(reader, [])
             if len(set(self._fields)) < len(self._fields) or not all(self._fields):
                 fields = ", ".join(map(repr, self._fields))
-                raise NaloraError(f"{self._path}:1", expected="a name of its own for every column", found=fields)
+                raise NaloraError(
+                    f"{self._path}:1", expected="a name of its own for every column", found=fields
+                )
             for row in filter(None, reader):
                 if len(row) != len(self._fields):
                     raise NaloraError(

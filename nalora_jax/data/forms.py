@@ -91,7 +91,11 @@ def in_turns(record: Record, config: DataConfig, *chosen: str) -> bool:
     """
     record = canonical(record, config, "record")
     fields = (config.prompt_field, *chosen)
-    return config.chat or config.messages_field in record or any(isinstance(record.get(f), list) for f in fields)
+    return (
+        config.chat
+        or config.messages_field in record
+        or any(isinstance(record.get(f), list) for f in fields)
+    )
 
 
 def canonical(record: Record, config: DataConfig, where: str) -> Record:
@@ -155,7 +159,9 @@ def message_of(value: Any, where: str, *, filled: bool = False) -> Record:
       NaloraError: an unknown form or speaker, a misspelt role, or a part that is not a text.
     """
     if not isinstance(value, dict):
-        raise NaloraError(where, expected='{"role": ..., "content": ...}', found=f"a {type(value).__name__}")
+        raise NaloraError(
+            where, expected='{"role": ..., "content": ...}', found=f"a {type(value).__name__}"
+        )
     message = {name: v for name, v in value.items() if v is not None or name in ("role", "content")}
     if message.get("role") is None and {"from", "value"} <= message.keys():
         return _shared(message, where)
@@ -168,7 +174,9 @@ def message_of(value: Any, where: str, *, filled: bool = False) -> Record:
     else:
         message.pop("tool_calls", None)
     if isinstance(message.get("content"), list) and not isinstance(message["content"], Parts):
-        message["content"] = "".join(_part(value_of, f"{where}: content") for value_of in message["content"])
+        message["content"] = "".join(
+            _part(value_of, f"{where}: content") for value_of in message["content"]
+        )
     return message
 
 
@@ -184,7 +192,9 @@ def check_role(role: object, where: str) -> None:
     meant = _MISNAMED.get(plain) or next(iter(get_close_matches(plain, _KNOWN_ROLES, 1, cutoff=0.75)), None)
     if meant is not None:
         expected = f"a role that chat templates know ({', '.join(_KNOWN_ROLES)})"
-        raise NaloraError(f"{where}: role", expected=expected, found=repr(role)[:80], remedy=f"write {meant!r}")
+        raise NaloraError(
+            f"{where}: role", expected=expected, found=repr(role)[:80], remedy=f"write {meant!r}"
+        )
 
 
 def _shared(message: Record, where: str) -> Record:
@@ -227,7 +237,9 @@ def tools_of(record: Mapping[str, Any], where: str) -> list[Record] | None:
         if isinstance(value, str):
             value = json.loads(value)
         if isinstance(value, list):
-            value = [json.loads(tool) if isinstance(tool, str) and tool[:1] == "{" else tool for tool in value]
+            value = [
+                json.loads(tool) if isinstance(tool, str) and tool[:1] == "{" else tool for tool in value
+            ]
     except (ValueError, RecursionError) as error:
         raise NaloraError(f"{where}: tools", expected="a JSON list of tools", found=error) from error
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -256,7 +268,11 @@ def _without_null(value: Any) -> Any:
 
 
 def _part(content: Any, where: str) -> str:
-    text = content.get("text") if isinstance(content, dict) and content.get("type", "text") == "text" else None
+    text = (
+        content.get("text") if isinstance(content, dict) and content.get("type", "text") == "text" else None
+    )
     if not isinstance(text, str):
-        raise NaloraError(where, expected='a text, or parts {"type": "text", "text": ...}', found=repr(content)[:80])
+        raise NaloraError(
+            where, expected='a text, or parts {"type": "text", "text": ...}', found=repr(content)[:80]
+        )
     return text

@@ -52,10 +52,14 @@ class FormattedSource(Source):
             example = self._function(record)
         except Exception as error:
             actual = f"{type(error).__name__}: {error}"
-            raise NaloraError(f"format, {self._base.where(index)}", expected="an example", found=actual) from error
+            raise NaloraError(
+                f"format, {self._base.where(index)}", expected="an example", found=actual
+            ) from error
         if example is not None and not isinstance(example, dict):
             actual = type(example).__name__
-            raise NaloraError(f"format, {self._base.where(index)}", expected="a dict, or None", found=actual)
+            raise NaloraError(
+                f"format, {self._base.where(index)}", expected="a dict, or None", found=actual
+            )
         # Nulls of a table's record may mean absent fields, also in the example.
         if example is not None and isinstance(record, TableRecord):
             return TableRecord(example)

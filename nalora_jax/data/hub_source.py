@@ -58,9 +58,13 @@ def open_hub(argument: str, split: str) -> Source:
         import datasets
     except ImportError as error:
         remedy = "pip install datasets (or nalora_jax with its extra `datasets`)"
-        raise NaloraError(f"hf:{argument}", expected="the library datasets", found="none", remedy=remedy) from error
+        raise NaloraError(
+            f"hf:{argument}", expected="the library datasets", found="none", remedy=remedy
+        ) from error
     name, _, config = argument.partition(":")
-    remedy = "check the id, its config (hf:ORG/NAME:CONFIG) and the split; a private data set needs HF_TOKEN"
+    remedy = (
+        "check the id, its config (hf:ORG/NAME:CONFIG) and the split; a private data set needs HF_TOKEN"
+    )
     with foreign_errors(f"hf:{argument}[{split}]", "a data set that can be loaded from the hub", remedy):
         names = datasets.get_dataset_split_names(name, config or None)
         data = datasets.load_dataset(name, config or None, split=split)

@@ -33,7 +33,9 @@ class JsonLines:
         try:
             self._starts, self._blanks, self.sha256 = _index(self.path)
             with self.path.open("rb") as handle:
-                self._bytes = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) if len(self._starts) else b""
+                self._bytes = (
+                    mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) if len(self._starts) else b""
+                )
         except OSError as error:
             raise NaloraError(
                 self.name,

@@ -46,7 +46,8 @@ class MixedSource(Source):
         self._of = np.repeat(np.arange(len(parts)), self._counts)
         self._index = np.concatenate(chosen)
         self.name = self.dataset = " + ".join(
-            component.source.name + (f" * {component.weight:g}" if component.weight != 1 else "") for component in parts
+            component.source.name + (f" * {component.weight:g}" if component.weight != 1 else "")
+            for component in parts
         )
         weighted = (f"{component.source.fingerprint}*{component.weight:g}" for component in parts)
         self.fingerprint = "mixture:" + "|".join(weighted)

@@ -96,7 +96,9 @@ def needle_record(
     draw = _Draws(length, depth, number)
     cities = draw.several(CITIES, 1 + OTHERS)
     numbers = [str(1_000_000 + draw.below(9_000_000)) for _ in cities]
-    needles = [f"The secret number of {city} is {value}." for city, value in zip(cities, numbers, strict=True)]
+    needles = [
+        f"The secret number of {city} is {value}." for city, value in zip(cities, numbers, strict=True)
+    ]
     if room is None:
         room = length - sum(size(f" {needle}") for needle in needles)
     text = _text(haystack, draw, room, size)
@@ -106,7 +108,12 @@ def needle_record(
         text.insert(place, needle)
     text.insert(places[0] + sum(place < places[0] for place in places[1:]), needles[0])
     question = f"\n\nQuestion: What is the secret number of {cities[0]}?\nAnswer: The secret number of {cities[0]} is"
-    return {"prompt": " ".join(text) + question, "completion": f" {numbers[0]}.", "depth": depth, "length": length}
+    return {
+        "prompt": " ".join(text) + question,
+        "completion": f" {numbers[0]}.",
+        "depth": depth,
+        "length": length,
+    }
 
 
 def _text(haystack: Sequence[str], draw: _Draws, room: float, size: Callable[[str], int]) -> list[str]:

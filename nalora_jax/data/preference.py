@@ -99,14 +99,18 @@ def _of_choices(record: dict[str, Any], where: str) -> tuple[str, str]:
     return f" {choices[gold]}", f" {choices[(gold + 1) % len(choices)]}"
 
 
-def _answer(record: dict[str, Any], config: DataConfig, name: str, tokenizer: Tokenizer, where: str) -> Rendered:
+def _answer(
+    record: dict[str, Any], config: DataConfig, name: str, tokenizer: Tokenizer, where: str
+) -> Rendered:
     if name not in record:
         flag = "--preference.chosen-field or --preference.rejected-field"
         text_field(record, name, where, flag)
     prompt, answer = record.get(config.prompt_field), record[name]
     if isinstance(answer, list | dict) or isinstance(prompt, list | dict):
         before = [] if prompt is None else _messages(record, config.prompt_field, where, "user")
-        return render_chat([*before, *_messages(record, name, where, "assistant")], "answer", tokenizer, where)
+        return render_chat(
+            [*before, *_messages(record, name, where, "assistant")], "answer", tokenizer, where
+        )
     before_text = text_field(record, config.prompt_field, where, "--data.prompt-field")
     if not text_field(record, name, where).strip():
         raise NaloraError(f"{where}: {name}", expected="an answer", found="an empty text")
@@ -140,7 +144,8 @@ def tokenize_pairs(
             chunk = [int(index) for index in indices[start : start + _CHUNK]]
             records = zip(chunk, source.read(chunk), strict=True)
             texts = [
-                render_pair(record, config, preference, tokenizer, source.where(index)) for index, record in records
+                render_pair(record, config, preference, tokenizer, source.where(index))
+                for index, record in records
             ]
             examples = iter(tokenize([text for pair in texts for text in pair], tokenizer))
             for index, pair in zip(chunk, texts, strict=True):
@@ -280,7 +285,9 @@ def pair_data(
     indices = np.arange(len(source))
     if 0 < config.train_limit < len(source):
         indices = np.sort(permutation(len(source), seed)[: config.train_limit])
-    examples, dropped, truncated, longest = _fitting(source, indices.tolist(), config, preference, tokenizer)
+    examples, dropped, truncated, longest = _fitting(
+        source, indices.tolist(), config, preference, tokenizer
+    )
     tokens = np.concatenate([example.ids for example in examples]).astype(np.int32)
     answer = np.concatenate([example.answer for example in examples]).astype(np.uint8)
     offsets = np.concatenate([[0], np.cumsum([len(example.ids) for example in examples])]).astype(np.int64)
@@ -289,7 +296,9 @@ def pair_data(
     report_dropped(source.name, counts, config)
     pattern = pack(pair_lengths(offsets), config.max_length, several=config.pack)
     own_rows = tuple(range(batch_size // accumulate)) if rows is None else tuple(map(int, rows))
-    return PairData(tokens, answer, offsets, counts, pattern, seed, batch_size, accumulate, own_rows, config.workers)
+    return PairData(
+        tokens, answer, offsets, counts, pattern, seed, batch_size, accumulate, own_rows, config.workers
+    )
 
 
 def _fitting(
@@ -331,7 +340,9 @@ def _fitting(
     return fitting, dropped, truncated, longest
 
 
-def pair_sizes(source: Source, config: DataConfig, tokenizer: Tokenizer, preference: PreferenceConfig) -> np.ndarray:
+def pair_sizes(
+    source: Source, config: DataConfig, tokenizer: Tokenizer, preference: PreferenceConfig
+) -> np.ndarray:
     """Returns the row positions of pairs, int64 [n]; of more than 10,000, those of a fixed draw."""
     pairs = tokenize_pairs(source, drawn(source).tolist(), config, preference, tokenizer)
     return np.array([pair.positions for pair in pairs], np.int64)

@@ -85,11 +85,17 @@ def eval_examples(
     indices = np.sort(drawn[:count] if count else drawn).tolist()
     records = zip(indices, read.read(indices), strict=True)
     questions = [_question(record, config, tokenizer, read.where(index)) for index, record in records]
-    examples = iter(tokenize([text for question in questions for text in question.texts], tokenizer, end=False))
+    examples = iter(
+        tokenize([text for question in questions for text in question.texts], tokenizer, end=False)
+    )
     items: list[Item] = []
     for question in questions:
         scored = [next(examples) for _ in question.texts]
-        items += [_item(question, scored)] if question.choices else _completions(question, scored[0], config, tokenizer)
+        items += (
+            [_item(question, scored)]
+            if question.choices
+            else _completions(question, scored[0], config, tokenizer)
+        )
     return items
 
 
@@ -139,12 +145,16 @@ def _question(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, 
     return _Question(texts, choices, gold, bool(record.get("choice_prompts")), images=images)
 
 
-def _choices(record: dict[str, Any], config: DataConfig, where: str) -> tuple[list[str], list[str], list[str], int]:
+def _choices(
+    record: dict[str, Any], config: DataConfig, where: str
+) -> tuple[list[str], list[str], list[str], int]:
     """Returns prompts, completions, texts to display, and the index of the correct choice.
 
     A plain completion counts as one choice.
     """
-    prompt = text_field(record, config.prompt_field, where, "--data.prompt-field", alternative=config.messages_field)
+    prompt = text_field(
+        record, config.prompt_field, where, "--data.prompt-field", alternative=config.messages_field
+    )
     if not record.get("choices"):
         return (
             [prompt],
@@ -163,7 +173,9 @@ def _choices(record: dict[str, Any], config: DataConfig, where: str) -> tuple[li
         return [prompt] * len(choices), [f" {choice}" for choice in choices], choices, gold
     prompts = _texts(record, "choice_prompts", where)
     if len(prompts) != len(choices):
-        raise NaloraError(f"{where}: choice_prompts", expected=f"{len(choices)}, one a choice", found=len(prompts))
+        raise NaloraError(
+            f"{where}: choice_prompts", expected=f"{len(choices)}, one a choice", found=len(prompts)
+        )
     completion = text_field(record, config.completion_field, where, "--data.completion-field")
     return prompts, [completion] * len(choices), choices, gold
 
@@ -171,7 +183,9 @@ def _choices(record: dict[str, Any], config: DataConfig, where: str) -> tuple[li
 def _texts(record: dict[str, Any], field: str, where: str) -> list[str]:
     value = record[field]
     if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
-        raise NaloraError(f"{where}: {field}", expected="a list of texts, none empty", found=repr(value)[:80])
+        raise NaloraError(
+            f"{where}: {field}", expected="a list of texts, none empty", found=repr(value)[:80]
+        )
     for text in value:
         require_unicode(text, f"{where}: {field}")
     return value
@@ -180,7 +194,9 @@ def _texts(record: dict[str, Any], field: str, where: str) -> list[str]:
 def _text(prompt: str, completion: str, config: DataConfig, tokenizer: Tokenizer, where: str) -> Rendered:
     """Returns a prompt with one completion as in training, without the end-of-turn token."""
     if not completion.strip():
-        raise NaloraError(f"{where}: {config.completion_field}", expected="an answer", found="an empty text")
+        raise NaloraError(
+            f"{where}: {config.completion_field}", expected="an answer", found="an empty text"
+        )
     if not config.chat:
         return Rendered(prompt + completion, ((len(prompt), len(prompt + completion)),), special=True)
     return _chat_text(as_messages(prompt, completion), tokenizer, where)
@@ -262,7 +278,9 @@ def _item(question: _Question, examples: Sequence[Example]) -> Item:
     ((start, stop),) = gold.answers
     prompt = gold.text[:start]
     if question.images is not None:
-        return SeenItem(prompts[0], answers[0], prompt, gold.text[start:stop], question.turns, question.images)
+        return SeenItem(
+            prompts[0], answers[0], prompt, gold.text[start:stop], question.turns, question.images
+        )
     if not question.choices:
         return CompletionItem(prompts[0], answers[0], prompt, gold.text[start:stop], question.turns)
     own_prompts = prompts if question.own_prompts else None

@@ -57,7 +57,9 @@ class Division:
             if any(piece_ids[: len(head)] != head for head in heads):
                 if self.cuts_special:
                     return None
-                piece_ids, places = recut(self.texts[start], [len(text) for text in self.texts[start + 1 : stop]])
+                piece_ids, places = recut(
+                    self.texts[start], [len(text) for text in self.texts[start + 1 : stop]]
+                )
             positions += [len(ids) + place for place in places]
             ids += piece_ids
         return ids, positions
@@ -77,7 +79,11 @@ class Seams:
 
     def divide(self, text: str, cuts: Sequence[int]) -> Division:
         """Divides ``text`` for the comparison of its tokens up to each of ``cuts`` (ascending)."""
-        division, start, done = Division(cuts_special=any(self._cuts_special(text, cut) for cut in cuts)), 0, 0
+        division, start, done = (
+            Division(cuts_special=any(self._cuts_special(text, cut) for cut in cuts)),
+            0,
+            0,
+        )
         for cut in cuts:
             if cut >= done:
                 start = max(self._before(text, cut), done)
@@ -93,7 +99,9 @@ class Seams:
 
     def _cuts_special(self, text: str, cut: int) -> bool:
         """Returns True if ``cut`` is inside a special token."""
-        places = (text.find(name, max(cut - len(name) + 1, 0), cut + len(name) - 1) for name in self.special)
+        places = (
+            text.find(name, max(cut - len(name) + 1, 0), cut + len(name) - 1) for name in self.special
+        )
         return any(at >= 0 for at in places)
 
     def _before(self, text: str, cut: int) -> int:

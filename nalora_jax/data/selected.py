@@ -30,7 +30,9 @@ class SelectedSource(Source):
     def __init__(self, base: Source, indices: np.ndarray, what: str) -> None:
         self._base, self._indices = base, indices
         self.dataset, self.name, self.siblings = base.dataset, f"{base.name}, {what}", base.siblings
-        self.fingerprint = f"{base.fingerprint}:{hashlib.sha256(indices.astype('<i8').tobytes()).hexdigest()}"
+        self.fingerprint = (
+            f"{base.fingerprint}:{hashlib.sha256(indices.astype('<i8').tobytes()).hexdigest()}"
+        )
 
     def __str__(self) -> str:
         """Returns the name for the log."""
@@ -81,5 +83,7 @@ def draw_held_out(source: Source) -> tuple[Source, Source]:
     count = held_out_count(len(source))
     order = permutation(len(source), _SEED)
     parts = np.sort(order[count:]), np.sort(order[:count])
-    remaining, held = (SelectedSource(source, indices, f"{len(indices)} of {len(source)} records") for indices in parts)
+    remaining, held = (
+        SelectedSource(source, indices, f"{len(indices)} of {len(source)} records") for indices in parts
+    )
     return remaining, held

@@ -95,7 +95,9 @@ def require_some(source: Source) -> None:
       NaloraError: the source is empty.
     """
     if len(source) == 0:
-        raise NaloraError(source.name, expected="at least one record", found="none", remedy="choose another split")
+        raise NaloraError(
+            source.name, expected="at least one record", found="none", remedy="choose another split"
+        )
 
 
 @contextlib.contextmanager

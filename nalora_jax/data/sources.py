@@ -99,7 +99,9 @@ def open_source(
     """
     if source is not None:
         if split not in source:
-            raise NaloraError("source", expected=f"a split {split!r}", found=", ".join(sorted(source)) or "none")
+            raise NaloraError(
+                "source", expected=f"a split {split!r}", found=", ".join(sorted(source)) or "none"
+            )
         require_some(source[split])
         return source[split]
     several = components(config.dataset)
@@ -169,7 +171,9 @@ def open_pair(
     return MixedSource(parts), MixedSource([Part(held) for _, held in pairs])
 
 
-def open_train(config: DataConfig, *, cache: Path | None = None, source: Mapping[str, Source] | None = None) -> Source:
+def open_train(
+    config: DataConfig, *, cache: Path | None = None, source: Mapping[str, Source] | None = None
+) -> Source:
     """Returns the training records of `open_pair`, without opening a separate evaluation split."""
     if config.eval_split == AUTO:
         return open_pair(config, cache=cache, source=source)[0]
@@ -198,13 +202,17 @@ def open_held_out(
 
 def split_to_measure(config: DataConfig) -> str:
     """Returns the split to evaluate of data not trained on: "validation", else all of "train"."""
-    ones = [_open_one(replace(config, dataset=name), "train", None) for name, _ in components(config.dataset)]
+    ones = [
+        _open_one(replace(config, dataset=name), "train", None) for name, _ in components(config.dataset)
+    ]
     if all("validation" in split.siblings for split in ones):
         return "validation"
     return "train"
 
 
-def _divided(config: DataConfig, cache: Path | None, source: Mapping[str, Source] | None) -> tuple[Source, Source]:
+def _divided(
+    config: DataConfig, cache: Path | None, source: Mapping[str, Source] | None
+) -> tuple[Source, Source]:
     """Divides one data set into training and held-out records if no evaluation split is set."""
     train = open_source(config, config.train_split, cache=cache, source=source)
     validation = _own_validation(config, train, cache, source)

@@ -95,7 +95,9 @@ class TokenStore:
         return np.diff(self.offsets) - 1
 
 
-def open_store(source: Source, config: DataConfig, tokenizer: Tokenizer, seed: int, cache: Path | None) -> TokenStore:
+def open_store(
+    source: Source, config: DataConfig, tokenizer: Tokenizer, seed: int, cache: Path | None
+) -> TokenStore:
     """Returns the tokens of ``source``, uncut, from the cache or tokenized now.
 
     Args:
@@ -143,7 +145,9 @@ def _judge(source: Source, indices: np.ndarray, config: DataConfig, tokenizer: T
         raise too_long(source.where(long[0][0]), long[0][1], config)
     if len(long) > _TOO_MANY * _JUDGED:
         longest = max(size for _, size in long)
-        raise mostly_too_long(source.name, len(long), f"{_JUDGED} records drawn from {len(indices)}", longest, config)
+        raise mostly_too_long(
+            source.name, len(long), f"{_JUDGED} records drawn from {len(indices)}", longest, config
+        )
 
 
 def _selection(size: int, limit: int, seed: int) -> np.ndarray:
@@ -164,7 +168,9 @@ def _examples(
             for index, record, example in zip(chunk, records, tokenize(texts, tokenizer), strict=True):
                 _check(example, source.where(index))
                 if tokenizer.images is not None:
-                    _check_images(example, tokenizer.images, len(record.get(IMAGES, ())), source.where(index))
+                    _check_images(
+                        example, tokenizer.images, len(record.get(IMAGES, ())), source.where(index)
+                    )
                 yield index, example
             done(len(chunk))
 
@@ -222,7 +228,12 @@ def _check_images(example: Example, tokens: ImageTokens, count: int, where: str)
 
 
 def write_store(
-    folder: Path, examples: Iterator[tuple[int, Example]], *, dropped: int = 0, truncated: int = 0, split: int = 0
+    folder: Path,
+    examples: Iterator[tuple[int, Example]],
+    *,
+    dropped: int = 0,
+    truncated: int = 0,
+    split: int = 0,
 ) -> None:
     """Writes a store and renames it when it is complete: a partial store never has the final name.
 
@@ -243,7 +254,9 @@ def write_store(
             try:
                 scratch.rename(folder)
             except OSError:
-                if not (folder / "meta.json").exists():  # else another process was first, with the same content
+                if not (
+                    folder / "meta.json"
+                ).exists():  # else another process was first, with the same content
                     raise
     except OSError as error:
         raise NaloraError(
@@ -254,7 +267,9 @@ def write_store(
         ) from error
 
 
-def _write(scratch: Path, examples: Iterator[tuple[int, Example]], dropped: int, truncated: int, split: int) -> None:
+def _write(
+    scratch: Path, examples: Iterator[tuple[int, Example]], dropped: int, truncated: int, split: int
+) -> None:
     """Streams examples into the files of a store; memory grows by only 16 bytes per example."""
     offsets, records, digest = [0], [], hashlib.sha256()
     targets = longest = 0
@@ -318,4 +333,6 @@ def _tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     templates = (tokenizer.chat_template, tokenizer.tool_template)
     special = sorted((tokenizer.special_tokens or {}).items())
     images = "" if tokenizer.images is None else str(tokenizer.images)
-    return hashlib.sha256(f"{tokenizer.backend.to_str()}{ids}{templates}{special}{images}".encode()).hexdigest()
+    return hashlib.sha256(
+        f"{tokenizer.backend.to_str()}{ids}{templates}{special}{images}".encode()
+    ).hexdigest()

@@ -85,7 +85,9 @@ def _parquet(path: Path | str) -> Groups:
     about = pq.read_metadata(source, memory_map=True)
     file = pq.ParquetFile(source, metadata=about, memory_map=True, read_dictionary=_coded_texts(about))
     count = file.num_row_groups
-    return [about.row_group(i).num_rows for i in range(count)], [partial(file.read_row_group, i) for i in range(count)]
+    return [about.row_group(i).num_rows for i in range(count)], [
+        partial(file.read_row_group, i) for i in range(count)
+    ]
 
 
 def _coded_texts(about: Any) -> list[str]:
@@ -115,4 +117,6 @@ def _arrow(path: Path) -> Groups:
     except pa.ArrowInvalid:
         mapped.seek(0)
         batches = list(pa.ipc.open_stream(mapped))
-    return [batch.num_rows for batch in batches], [partial(pa.Table.from_batches, [batch]) for batch in batches]
+    return [batch.num_rows for batch in batches], [
+        partial(pa.Table.from_batches, [batch]) for batch in batches
+    ]

@@ -47,7 +47,9 @@ class TfdsSource(Source):
 
     @cached_property
     def _data(self) -> Any:
-        with tfds_errors(self.name, "check the name, its config and the split (tensorflow.org/datasets/splits)"):
+        with tfds_errors(
+            self.name, "check the name, its config and the split (tensorflow.org/datasets/splits)"
+        ):
             data = self._opener()
         return data
 
@@ -137,7 +139,9 @@ def needle_source(words: str, split: str, cache: Path) -> Source:
         raise NaloraError("--data.dataset", expected=expected, found=repr(name))
     _check_splits(name, split, needle.SIZES)
     fingerprint = f"{name}:{needle.VERSION}:{tasks.WHEEL_SHA256}:{split}"
-    return TfdsSource(name, split, lambda: _open_needle(words, split, cache), fingerprint, tuple(needle.SIZES))
+    return TfdsSource(
+        name, split, lambda: _open_needle(words, split, cache), fingerprint, tuple(needle.SIZES)
+    )
 
 
 def _open_needle(words: str, split: str, cache: Path) -> Any:
@@ -152,7 +156,9 @@ def _open_needle(words: str, split: str, cache: Path) -> Any:
 def _check_splits(name: str, split: str, sizes: Mapping[str, int]) -> None:
     names = {piece.split("[")[0].strip() for piece in split.split("+")}
     if not names <= {*sizes, "all"}:
-        raise NaloraError(f"{name}, split", expected=f"one of {', '.join(sizes)}, or a slice", found=repr(split))
+        raise NaloraError(
+            f"{name}, split", expected=f"one of {', '.join(sizes)}, or a slice", found=repr(split)
+        )
 
 
 def _open_task(name: str, split: str, cache: Path) -> Any:
@@ -217,7 +223,10 @@ def absolute(split: str, splits: Any) -> list[Span]:
     import tensorflow_datasets as tfds
 
     parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
-    return [(p.splitname, p.from_ or 0, splits[p.splitname].num_examples if p.to is None else p.to) for p in parts]
+    return [
+        (p.splitname, p.from_ or 0, splits[p.splitname].num_examples if p.to is None else p.to)
+        for p in parts
+    ]
 
 
 def absolute_of(split: str, sizes: Mapping[str, int]) -> list[Span]:

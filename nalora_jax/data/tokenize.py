@@ -163,7 +163,9 @@ def _example(
 
     ``positions`` are the tokens at ``cuts``.
     """
-    before = [tokenizer.bos_id] if text.special and tokenizer.add_bos and tokenizer.bos_id is not None else []
+    before = (
+        [tokenizer.bos_id] if text.special and tokenizer.add_bos and tokenizer.bos_id is not None else []
+    )
     ends = stops is not None and text.answers[-1][1] == len(text.text) and not (ids and ids[-1] in stops)
     size = len(before) + len(ids)
     position = dict(zip([0, *cuts, len(text.text)], [0, *positions, len(ids)], strict=True))

@@ -26,7 +26,9 @@ def report_dropped(name: str, counts: Counts, config: DataConfig) -> None:
         return
     total, enough = counts.examples + counts.dropped, counts.longest - 1
     share = f"{counts.dropped / total:.0%}"
-    actual = f"{counts.dropped} of {total} records ({share}), longer than --data.max-length {config.max_length}"
+    actual = (
+        f"{counts.dropped} of {total} records ({share}), longer than --data.max-length {config.max_length}"
+    )
     if 2 * counts.dropped > total:
         raise mostly_too_long(name, counts.dropped, f"{total} records", counts.longest, config)
     log.warning(

@@ -33,7 +33,9 @@ def rows_of_processes(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
     # [data x fsdp, rows of one part]: parts of a batch are in the order of the axes that split it.
     parts = np.arange(rows).reshape(data * fsdp, -1)
     of_part = processes.reshape(data * fsdp, -1)
-    return {int(process): parts[(of_part == process).any(axis=1)].ravel() for process in np.unique(processes)}
+    return {
+        int(process): parts[(of_part == process).any(axis=1)].ravel() for process in np.unique(processes)
+    }
 
 
 def process_rows(mesh: Mesh, rows: int) -> np.ndarray:
@@ -48,7 +50,9 @@ def process_rows(mesh: Mesh, rows: int) -> np.ndarray:
     return rows_of_processes(mesh, rows)[jax.process_index()]
 
 
-def make_global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, *, rows_axis: int = 0) -> dict[str, jax.Array]:
+def make_global_batch(
+    batch: Mapping[str, np.ndarray], mesh: Mesh, *, rows_axis: int = 0
+) -> dict[str, jax.Array]:
     """Returns global arrays, split over ("data", "fsdp"), from the rows of each process.
 
     Args:

@@ -39,16 +39,19 @@ _V5E = _WHOLE_KERNELS | {
     "xla_enable_async_all_gather": "true",
 }
 # The same on v5p and v6e, whose SparseCores gather while the TensorCore computes.
-_SPARSE_CORES = _WHOLE_KERNELS | {
-    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
-    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",  # over two dimensions of the torus
-    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": "true",
-    "xla_tpu_enable_all_gather_offload_tracing": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
-    "xla_enable_async_all_gather": "true",
-    "xla_tpu_use_tc_device_shape_on_sc": "true",
-    "xla_sc_disable_megacore_partitioning": "true",
-}
+_SPARSE_CORES = (
+    _WHOLE_KERNELS
+    | {
+        "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",  # over two dimensions of the torus
+        "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": "true",
+        "xla_tpu_enable_all_gather_offload_tracing": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
+        "xla_enable_async_all_gather": "true",
+        "xla_tpu_use_tc_device_shape_on_sc": "true",
+        "xla_sc_disable_megacore_partitioning": "true",
+    }
+)
 # Keys are JAX's names of device kinds.
 _TPU = {"tpu v5 lite": _V5E, "tpu v5e": _V5E} | dict.fromkeys(
     ("tpu v5", "tpu v5p", "tpu v6 lite", "tpu v6e"), _SPARSE_CORES
@@ -69,7 +72,9 @@ def compiler_options(mesh: Mesh) -> dict[str, Any]:
     """Returns the ``compiler_options`` of `jax.jit` for a step on ``mesh``."""
     device, gathers = mesh.devices.flat[0], any(mesh.shape.get(axis, 1) > 1 for axis in WEIGHT_AXES)
     if platform_name(device) == "gpu":
-        pipelined = {name: value for name, value in _PIPELINED.items() if gathers and _is_known(name, value)}
+        pipelined = {
+            name: value for name, value in _PIPELINED.items() if gathers and _is_known(name, value)
+        }
         return _GPU_ALWAYS | (_GPU if gathers else {}) | pipelined
     if platform_name(device) != "tpu" or not gathers:
         return {}

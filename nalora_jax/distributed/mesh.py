@@ -135,11 +135,15 @@ def resolve_sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
     sizes = {name: size or 1 for name, size in sizes.items()}
     axes = shown_axes(sizes)
     if any(size < -1 for size in sizes.values()):
-        raise NaloraError("--mesh", expected="axis sizes of 1 or more, 0 (chosen), or -1 (what is left)", found=axes)
+        raise NaloraError(
+            "--mesh", expected="axis sizes of 1 or more, 0 (chosen), or -1 (what is left)", found=axes
+        )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:
-        raise NaloraError("--mesh", expected="at most one axis of -1", found=axes, remedy="give the others a size")
+        raise NaloraError(
+            "--mesh", expected="at most one axis of -1", found=axes, remedy="give the others a size"
+        )
     if (free and n_devices % fixed) or (not free and fixed != n_devices):
         raise _product_error(sizes, n_devices, is_open=bool(free))
     return tuple(n_devices // fixed if size == -1 else size for size in sizes.values())
@@ -161,7 +165,9 @@ def _product_error(sizes: Mapping[str, int], n_devices: int, *, is_open: bool) -
 
 def shown_axes(sizes: Mapping[str, int]) -> str:
     """Returns the axes with a size, e.g. ``data 2 x fsdp 4 x tensor 1``; "context" only above 1."""
-    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size and (name, size) != (CONTEXT, 1))
+    return " x ".join(
+        f"{name} {size}" for name, size in sizes.items() if size and (name, size) != (CONTEXT, 1)
+    )
 
 
 def context_size(mesh: Mesh | None) -> int:

@@ -173,7 +173,9 @@ def on_first_process(action: Callable[[], T]) -> T | None:
         except Exception as error:
             failure = error
     if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(failure is not None)):
-        failure = failure or NaloraError("process 0", expected="to go on", found="that it stopped; it says why")
+        failure = failure or NaloraError(
+            "process 0", expected="to go on", found="that it stopped; it says why"
+        )
     if failure is not None:
         raise failure
     return result

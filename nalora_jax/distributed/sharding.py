@@ -89,7 +89,10 @@ PARAM_RULES: Rules = (
 # The train state between steps: adapters, optimizer, gate EMAs, counters. Both mesh axes that split
 # weights split one axis of each leaf, because moments of large ranks take gigabytes.
 STATE_RULES: Rules = (
-    (r"(^|/)v_(row|col)/", P()),  # factored second moments (Adafactor) are small and no longer shaped like a weight
+    (
+        r"(^|/)v_(row|col)/",
+        P(),
+    ),  # factored second moments (Adafactor) are small and no longer shaped like a weight
     *_adapter_rules(lambda axis: {"fsdp": "fsdp", "tensor": _WHOLE}.get(axis or "")),
     *_TABLE_RULES,  # fully trained tables and their moments
     # Memories of mechanisms and statistics of blocks end in an axis of channels, except counts and
@@ -179,7 +182,9 @@ def fit_spec(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
     lead = len(shape) - len(spec)
     if lead < 0:
         return P()
-    entries = [None] * lead + [_fit_axis(axis, size, mesh) for axis, size in zip(spec, shape[lead:], strict=True)]
+    entries = [None] * lead + [
+        _fit_axis(axis, size, mesh) for axis, size in zip(spec, shape[lead:], strict=True)
+    ]
     while entries and entries[-1] is None:
         entries.pop()
     return P(*entries)

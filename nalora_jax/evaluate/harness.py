@@ -84,7 +84,9 @@ class Requests:
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Returns log-likelihoods of whole texts, in windows of the context's length."""
-        windows = [_windows(self._encode(request.args[0]), self._start, self._longest) for request in requests]
+        windows = [
+            _windows(self._encode(request.args[0]), self._start, self._longest) for request in requests
+        ]
         scores = iter(self._scores([pair for text in windows for pair in text]))
         return [sum((next(scores).log_prob for _ in text), 0.0) for text in windows]
 
@@ -107,9 +109,13 @@ class Requests:
             texts |= {index: text for (index, _), text in zip(batch, completions, strict=True)}
         return [texts[i] for i in range(len(requests))]
 
-    def apply_chat_template(self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
         """Formats a conversation with the model's chat template."""
-        return self._generator.tokenizer.render_chat(chat_history, add_generation_prompt=add_generation_prompt)
+        return self._generator.tokenizer.render_chat(
+            chat_history, add_generation_prompt=add_generation_prompt
+        )
 
     @property
     def tokenizer_name(self) -> str:
@@ -197,7 +203,11 @@ def generation_settings(options: Mapping[str, Any]) -> dict[str, Any]:
         "stop": (until,) if isinstance(until, str) else until,
         "temperature": temperature or (1.0 if options.get("do_sample") else 0.0),
     }
-    names = ("repetition_penalty", "top_k", "top_p", "min_p") if settings["temperature"] else ("repetition_penalty",)
+    names = (
+        ("repetition_penalty", "top_k", "top_p", "min_p")
+        if settings["temperature"]
+        else ("repetition_penalty",)
+    )
     settings |= {name: options[name] for name in names if options.get(name) is not None}
     try:
         Settings(**settings)

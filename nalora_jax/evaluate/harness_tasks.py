@@ -91,7 +91,9 @@ def _manager(tasks: Sequence[str], folder: Path | None) -> Any:
     return manager
 
 
-def compare_samples(other: Sequence[Mapping[str, Any]], model: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def compare_samples(
+    other: Sequence[Mapping[str, Any]], model: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Compares ``model`` with ``other`` on one task: ``model`` minus ``other`` by metric.
 
     Metrics that are 0 or 1 are compared by McNemar's test, others by a paired bootstrap.
@@ -108,7 +110,9 @@ def compare_samples(other: Sequence[Mapping[str, Any]], model: Sequence[Mapping[
         raise NaloraError("--against", expected="answers to the same items", found=items)
     differences: dict[str, Any] = {}
     for metric in model[0]["metrics"]:
-        before, after = (np.array([row["metrics"].get(metric, np.nan) for row in rows]) for rows in (other, model))
+        before, after = (
+            np.array([row["metrics"].get(metric, np.nan) for row in rows]) for rows in (other, model)
+        )
         if not (np.isfinite(before).all() and np.isfinite(after).all()):
             continue
         if set(np.unique([before, after])) <= {0.0, 1.0}:
@@ -127,7 +131,9 @@ def compare_samples(other: Sequence[Mapping[str, Any]], model: Sequence[Mapping[
 def _record(sample: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields and numeric metrics of one of the harness's samples."""
     metrics = {name: sample[name] for name in sample["metrics"]}
-    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float | np.number)}
+    numbers = {
+        name: float(value) for name, value in metrics.items() if isinstance(value, int | float | np.number)
+    }
     names = ("doc_id", "filter", "doc", "target", "arguments", "filtered_resps")
     return {**{name: _plain(sample[name]) for name in names if name in sample}, "metrics": numbers}
 

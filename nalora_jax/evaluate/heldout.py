@@ -47,7 +47,9 @@ class Evaluator:
         self.completions = [item for item in items if isinstance(item, CompletionItem)]
         if bool(self.choices) == bool(self.completions):
             actual = "both" if self.choices else "no questions"
-            raise NaloraError("evaluation data", expected="questions with choices, or all without", found=actual)
+            raise NaloraError(
+                "evaluation data", expected="questions with choices, or all without", found=actual
+            )
         self._model, self._tokenizer, self._mesh, self._samples = model, tokenizer, mesh, samples
         self.metric: Literal["accuracy", "loss"] = "accuracy" if self.choices else "loss"
         self.mode: Literal["max", "min"] = "max" if self.choices else "min"
@@ -71,7 +73,9 @@ class Evaluator:
         count = self._samples if samples else 0
         # Per character, because the summed log-likelihood favours short choices. It makes no
         # difference for choices of equal length.
-        result = multiple_choice(self._model, variables, self.choices, per="character", mesh=self._mesh, samples=count)
+        result = multiple_choice(
+            self._model, variables, self.choices, per="character", mesh=self._mesh, samples=count
+        )
         names = ("accuracy", "low", "high", "accuracy_per_choice", "loss", "n")
         values = {name: getattr(result, name) for name in names}
         if samples:
@@ -111,10 +115,14 @@ def describe(values: Mapping[str, Any]) -> str:
     """
     interval = f"95% interval {values['low']:.3f} to {values['high']:.3f}, n {values['n']}"
     if "recall" in values:
-        ways = ", ".join(f"{name.replace('_', ' ')} {values[name]:.3f}" for name in values if "_recall_" in name)
+        ways = ", ".join(
+            f"{name.replace('_', ' ')} {values[name]:.3f}" for name in values if "_recall_" in name
+        )
         return f"held-out recall at 1 {values['recall']:.3f} ({interval}), {ways}"
     if "rewards_margin" in values:
-        rewards = f"reward margin {values['rewards_margin']:+.3f}, preferred {values['rewards_accuracy']:.1%}"
+        rewards = (
+            f"reward margin {values['rewards_margin']:+.3f}, preferred {values['rewards_accuracy']:.1%}"
+        )
         return f"held-out preference loss {values['loss']:.4f} ({interval}), {rewards}"
     if "accuracy" in values:
         return f"held-out accuracy {values['accuracy']:.3f} ({interval}), loss {values['loss']:.3f}"

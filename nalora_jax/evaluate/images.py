@@ -97,7 +97,9 @@ class Encoders:
         batches = ({name: value[places] for name, value in tokens.items()} for places in parts)
         return self._all(partial(self._texts, variables), batches)
 
-    def classes(self, variables: Mapping[str, Any], names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+    def classes(
+        self, variables: Mapping[str, Any], names: Sequence[str], templates: Sequence[str]
+    ) -> np.ndarray:
         """Returns normalised features ``[names, features]`` of class prompts.
 
         The features of several templates are averaged and normalised again.
@@ -116,7 +118,9 @@ class Encoders:
         features = []
         for batch in batches:
             count = len(next(iter(batch.values())))
-            wide = {n: np.concatenate([v, np.repeat(v[:1], _BATCH - count, axis=0)]) for n, v in batch.items()}
+            wide = {
+                n: np.concatenate([v, np.repeat(v[:1], _BATCH - count, axis=0)]) for n, v in batch.items()
+            }
             features.append(distributed.fetch(encode(wide))[:count])
         return np.concatenate(features)
 
@@ -177,12 +181,18 @@ class ClassEvaluator:
             values |= {"samples": self._shown(predicted), "right": right.tolist()}
             if len(self._classes) <= _MOST_CLASSES:
                 count = len(self._classes)
-                matrix = np.bincount(self._labels * count + predicted, minlength=count * count).reshape(count, count)
+                matrix = np.bincount(self._labels * count + predicted, minlength=count * count).reshape(
+                    count, count
+                )
                 values |= {"classes": list(self._classes), "confusion": matrix.tolist()}
         return values
 
     def _shown(self, predicted: np.ndarray) -> list[dict[str, Any]]:
-        places = np.linspace(0, len(self._labels) - 1, min(self._samples, len(self._labels))).astype(int).tolist()
+        places = (
+            np.linspace(0, len(self._labels) - 1, min(self._samples, len(self._labels)))
+            .astype(int)
+            .tolist()
+        )
         return [
             {
                 "prompt": self._images.source.where(int(self._images.indices[place])),
@@ -201,7 +211,9 @@ class RetrievalEvaluator:
     metric: Literal["recall"] = "recall"
     mode: Literal["max"] = "max"
 
-    def __init__(self, encoders: Encoders, images: Images, captions: Sequence[str], *, samples: int = 8) -> None:
+    def __init__(
+        self, encoders: Encoders, images: Images, captions: Sequence[str], *, samples: int = 8
+    ) -> None:
         self._encoders, self._images, self._captions, self._samples = (
             encoders,
             images,
@@ -230,7 +242,12 @@ class RetrievalEvaluator:
         values = {"recall": float(hits.mean()), "low": low, "high": high, **values, "n": len(hits)}
         matching = np.diagonal(logits)
         values["loss"] = float(
-            np.mean([np.asarray(jax.nn.logsumexp(jnp.asarray(x), axis=1)) - matching for x in (logits, logits.T)])
+            np.mean(
+                [
+                    np.asarray(jax.nn.logsumexp(jnp.asarray(x), axis=1)) - matching
+                    for x in (logits, logits.T)
+                ]
+            )
         )
         if samples:
             values["samples"] = self._shown(logits.argmax(axis=1), ranks["image_to_text"])

@@ -55,7 +55,9 @@ def answer_items(
     completions = [item for item in items if isinstance(item, CompletionItem)]
     if bool(choices) == bool(completions):
         actual = "both" if choices else "no questions"
-        raise NaloraError("evaluation data", expected="questions with choices, or all without", found=actual)
+        raise NaloraError(
+            "evaluation data", expected="questions with choices, or all without", found=actual
+        )
     pairs = [list(zip(item.contexts, item.choice_ids, strict=True)) for item in choices]
     pairs += [[(item.prompt_ids, item.completion_ids)] for item in completions]
     scores = score_groups(model, variables, pairs, mesh=mesh)
@@ -80,7 +82,9 @@ def _choice_records(items: Sequence[ChoiceItem], scores: Sequence[Sequence[Score
     ]
 
 
-def _completion_records(items: Sequence[CompletionItem], scores: Sequence[Sequence[Score]]) -> list[dict[str, Any]]:
+def _completion_records(
+    items: Sequence[CompletionItem], scores: Sequence[Sequence[Score]]
+) -> list[dict[str, Any]]:
     return [
         {
             "prompt": item.prompt,
@@ -93,7 +97,9 @@ def _completion_records(items: Sequence[CompletionItem], scores: Sequence[Sequen
 
 
 def _summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    losses, tokens = (np.array([record[name] for record in records], np.float64) for name in ("loss", "tokens"))
+    losses, tokens = (
+        np.array([record[name] for record in records], np.float64) for name in ("loss", "tokens")
+    )
     loss, count = float(losses.sum() / tokens.sum()), len(records)
     if "correct" in records[0]:
         right = sum(record["correct"] for record in records)
@@ -123,7 +129,9 @@ def compare_answers(other: Answers, model: Answers) -> dict[str, Any]:
     """
     if [record["prompt"] for record in other.records] != [record["prompt"] for record in model.records]:
         remedy = "models whose tokenizers or chat templates differ read other prompts: give --no-chat"
-        raise NaloraError("--against", expected="answers to the same questions", found="other ones", remedy=remedy)
+        raise NaloraError(
+            "--against", expected="answers to the same questions", found="other ones", remedy=remedy
+        )
     before, after = (
         [np.array([record[name] for record in each.records], np.float64) for name in ("loss", "tokens")]
         for each in (other, model)
@@ -147,7 +155,9 @@ def describe_comparison(values: Mapping[str, Any]) -> str:
     if "accuracy" in values:
         accuracy = values["accuracy"]
         interval = f"95% interval {accuracy['low']:+.3f} to {accuracy['high']:+.3f}"
-        counts = f"{accuracy['gained']} gained, {accuracy['lost']} lost, McNemar p = {accuracy['p_value']:.2g}"
+        counts = (
+            f"{accuracy['gained']} gained, {accuracy['lost']} lost, McNemar p = {accuracy['p_value']:.2g}"
+        )
         parts.append(f"accuracy {accuracy['difference']:+.3f} ({interval}; {counts})")
     loss = values["loss"]
     parts.append(f"loss {loss['difference']:+.4f} ({loss['low']:+.4f} to {loss['high']:+.4f})")

@@ -76,7 +76,9 @@ def score_groups(
     with counting("evaluating", sum(map(len, scores))) as done:
         for batch, pairs in make_batches(splits, layout):
             log_probs, greedy = _score_batch(model, variables, batch, mesh)
-            for (group, pair), score in zip(pairs, _by_owner(batch.owner, log_probs, greedy, len(pairs)), strict=True):
+            for (group, pair), score in zip(
+                pairs, _by_owner(batch.owner, log_probs, greedy, len(pairs)), strict=True
+            ):
                 scores[group][pair] = score
             done(len(pairs))
     return scores
@@ -134,7 +136,9 @@ def _stems_and_tails(
     Both have the shape ``[rows, lanes, tail]``.
     """
     lanes, tail = targets.shape[1:]
-    tokens, positions, segments = (tails[name].reshape(-1, tail) for name in ("tokens", "positions", "segments"))
+    tokens, positions, segments = (
+        tails[name].reshape(-1, tail) for name in ("tokens", "positions", "segments")
+    )
     call = partial(model.apply, variables, tokens, positions=positions, segment_ids=segments)
     if stem["tokens"].shape[1] == 0:
         hidden = joined(call(), model.activation_sharding, tail)
@@ -187,7 +191,9 @@ def target_log_probs(
         top = jnp.max(logits, axis=-1)
         log_prob = picked - top - jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
         log_probs, greedy = results
-        return log_probs.at[index].set(log_prob, mode="drop"), greedy.at[index].set(picked >= top, mode="drop")
+        return log_probs.at[index].set(log_prob, mode="drop"), greedy.at[index].set(
+            picked >= top, mode="drop"
+        )
 
     start = jnp.zeros((n,), jnp.float32), jnp.zeros((n,), bool)
     log_probs, greedy = lax.fori_loop(0, chunks, body, start)

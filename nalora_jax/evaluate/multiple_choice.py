@@ -102,11 +102,15 @@ def multiple_choice(
         n=len(items),
         predictions=answers,
         correct=correct,
-        samples=tuple(_sample(*row) for row in zip(items[:samples], answers[:samples].tolist(), strict=True)),
+        samples=tuple(
+            _sample(*row) for row in zip(items[:samples], answers[:samples].tolist(), strict=True)
+        ),
     )
 
 
-def predict(items: Sequence[ChoiceItem], scores: Sequence[Sequence[Score]], per: Per = "choice") -> np.ndarray:
+def predict(
+    items: Sequence[ChoiceItem], scores: Sequence[Sequence[Score]], per: Per = "choice"
+) -> np.ndarray:
     """Returns the most likely choice of each question, ``int [n]``; the first one of ties.
 
     Args:
@@ -117,7 +121,9 @@ def predict(items: Sequence[ChoiceItem], scores: Sequence[Sequence[Score]], per:
     chosen = []
     for item, row in zip(items, scores, strict=True):
         sizes = [_size(text, score, per) for text, score in zip(item.choices, row, strict=True)]
-        chosen.append(int(np.argmax([score.log_prob / size for score, size in zip(row, sizes, strict=True)])))
+        chosen.append(
+            int(np.argmax([score.log_prob / size for score, size in zip(row, sizes, strict=True)]))
+        )
     return np.array(chosen, np.int64)
 
 

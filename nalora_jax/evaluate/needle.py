@@ -52,7 +52,9 @@ class NeedleResult:
         for length, row in zip(self.lengths, self.correct, strict=True):
             low, high = wilson(int(row.sum()), row.size)
             cells = row.mean(axis=1).tolist()
-            rows.append({"length": length, "cells": cells, "accuracy": float(row.mean()), "low": low, "high": high})
+            rows.append(
+                {"length": length, "cells": cells, "accuracy": float(row.mean()), "low": low, "high": high}
+            )
         low, high = wilson(int(self.correct.sum()), self.correct.size)
         total = {"accuracy": float(self.correct.mean()), "low": low, "high": high, "n": self.correct.size}
         return {"depths": list(DEPTHS), "rows": rows} | total
@@ -97,7 +99,13 @@ def needle_items(
 
 
 def _fitting(
-    haystack: Sequence[str], length: int, depth: int, number: int, size: Any, tokenizer: Tokenizer, data: DataConfig
+    haystack: Sequence[str],
+    length: int,
+    depth: int,
+    number: int,
+    size: Any,
+    tokenizer: Tokenizer,
+    data: DataConfig,
 ) -> dict[str, Any]:
     """Returns a record of at most ``length`` tokens, with its question and the chat template."""
 
@@ -176,9 +184,20 @@ def difference(before: NeedleResult, after: NeedleResult) -> dict[str, Any]:
 
 def needle_records(questions: NeedleItems, result: NeedleResult) -> list[dict[str, Any]]:
     """Returns one record per question: length, depth, expected and generated text."""
-    cells = [(length, depth) for length in questions.lengths for depth in DEPTHS for _ in range(questions.per_cell)]
+    cells = [
+        (length, depth)
+        for length in questions.lengths
+        for depth in DEPTHS
+        for _ in range(questions.per_cell)
+    ]
     columns = zip(cells, questions.items, result.answers, result.correct.ravel().tolist(), strict=True)
     return [
-        {"length": length, "depth": depth, "expected": item.completion, "answer": answer, "correct": correct}
+        {
+            "length": length,
+            "depth": depth,
+            "expected": item.completion,
+            "answer": answer,
+            "correct": correct,
+        }
         for (length, depth), item, answer, correct in columns
     ]

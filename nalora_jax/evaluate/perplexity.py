@@ -77,7 +77,9 @@ def completion_loss(
 ) -> PerplexityResult:
     """Computes the loss of the reference completions after their prompts; an item is a document."""
     groups = [[(item.prompt_ids, item.completion_ids)] for item in items]
-    scores = [row[0] for row in score_groups(model, variables, groups, batch_tokens=batch_tokens, mesh=mesh)]
+    scores = [
+        row[0] for row in score_groups(model, variables, groups, batch_tokens=batch_tokens, mesh=mesh)
+    ]
     return result(
         np.array([-score.log_prob for score in scores]),
         np.array([score.tokens for score in scores]),
@@ -86,7 +88,9 @@ def completion_loss(
 
 @partial(jax.jit, static_argnames=("model",))
 def _batch_log_probs(model: Decoder, variables: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    hidden = model.apply(variables, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+    hidden = model.apply(
+        variables, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+    )
     hidden = joined(hidden, model.activation_sharding, batch["tokens"].shape[1])
     return target_log_probs(model, variables, hidden, batch["targets"], batch["loss_weights"] > 0)[0]
 

@@ -54,7 +54,9 @@ class ScoringRow:
         order = sorted(range(len(group.tails)), key=lambda i: -len(group.tails[i]))
         emptiest = sorted(range(len(self.lane_room)), key=lambda i: -self.lane_room[i])
         chosen = dict(zip(order, emptiest, strict=False))
-        if len(group.stem) > self.room or any(len(group.tails[i]) > self.lane_room[j] for i, j in chosen.items()):
+        if len(group.stem) > self.room or any(
+            len(group.tails[i]) > self.lane_room[j] for i, j in chosen.items()
+        ):
             return False
         self.room -= len(group.stem)
         for tail, lane in chosen.items():
@@ -81,7 +83,9 @@ class ScoringBatch:
     stem: dict[str, np.ndarray]  # tokens, positions, segments: int32 [rows, stem]
     tails: dict[str, np.ndarray]  # tokens, positions, segments: int32 [rows, lanes, tail]
     targets: np.ndarray  # int32 [rows, lanes, tail]
-    owner: np.ndarray  # int32 [rows, lanes, tail]: number of the pair that a scored target belongs to, -1 elsewhere
+    owner: (
+        np.ndarray
+    )  # int32 [rows, lanes, tail]: number of the pair that a scored target belongs to, -1 elsewhere
 
 
 def split_group(index: int, pairs: Sequence[Pair], switch: int | None = None) -> Split:
@@ -123,7 +127,9 @@ def split_group(index: int, pairs: Sequence[Pair], switch: int | None = None) ->
 
 def _common_prefix(texts: Sequence[list[int]]) -> int:
     first, last = min(texts), max(texts)  # their common prefix equals the prefix shared by all
-    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
+    )
 
 
 def choose_layout(splits: Sequence[Split], *, tokens: int, shards: int = 1) -> ScoringLayout:

@@ -56,7 +56,9 @@ class PreferenceEvaluator:
         self._model, self._tokenizer, self._pairs, self._config = model, tokenizer, pairs, config
         self._mesh, self._samples = mesh, samples
         self._reference: np.ndarray | None = None
-        self._tokens = np.array([[len(_split(example)[1]) for example in (p.chosen, p.rejected)] for p in pairs])
+        self._tokens = np.array(
+            [[len(_split(example)[1]) for example in (p.chosen, p.rejected)] for p in pairs]
+        )
 
     def measure(self, params: Any, lora: Any | None, *, samples: bool = False) -> dict[str, Any]:
         """Returns the metrics of ``params`` with adapter ``lora`` (None: the base, rewards 0).

@@ -55,18 +55,25 @@ class SeeingEvaluator(Evaluator):
     ) -> None:
         super().__init__(model, tokenizer, items, mesh=mesh, samples=samples)
         self._processor = processor
-        pixels = [[processor(opened(i, "image", limits or Limits()))["pixels"] for i in item.images] for item in items]
+        pixels = [
+            [processor(opened(i, "image", limits or Limits()))["pixels"] for i in item.images]
+            for item in items
+        ]
         self._pixels = dict(zip(map(id, items), pixels, strict=True))
 
     def _complete(self, variables: Mapping[str, Any], samples: bool) -> dict[str, Any]:
         pixels = [self._pixels[id(item)] for item in self.completions]
-        losses = seen_loss(self._model, variables, self.completions, pixels, self._processor, mesh=self._mesh)
+        losses = seen_loss(
+            self._model, variables, self.completions, pixels, self._processor, mesh=self._mesh
+        )
         values = {name: getattr(losses, name) for name in ("loss", "low", "high", "perplexity", "n")}
         return values | ({"samples": self._answers(variables)} if samples else {})
 
     def _answers(self, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
         sampled = self.completions[: self._samples]
-        generator = Generator(self._model, variables, self._tokenizer, mesh=self._mesh, processor=self._processor)
+        generator = Generator(
+            self._model, variables, self._tokenizer, mesh=self._mesh, processor=self._processor
+        )
         answers = generator.complete(
             [item.prompt_ids for item in sampled],
             images=[self._pixels[id(item)] for item in sampled],
@@ -86,7 +93,9 @@ class SeeingEvaluator(Evaluator):
         ]
 
 
-def evaluator_of(loaded: LoadedModel, model: Decoder, items: Sequence[Item], mesh: Mesh | None = None) -> Evaluator:
+def evaluator_of(
+    loaded: LoadedModel, model: Decoder, items: Sequence[Item], mesh: Mesh | None = None
+) -> Evaluator:
     """Returns the evaluator of a loaded model: with images if it has an image processor."""
     if loaded.processor is None:
         return Evaluator(model, loaded.tokenizer, items, mesh=mesh)
@@ -159,7 +168,9 @@ def _batch(
 
 
 @partial(jax.jit, static_argnames=("model", "processor"))
-def _log_probs(model: Decoder, processor: ImageProcessor, variables: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+def _log_probs(
+    model: Decoder, processor: ImageProcessor, variables: Any, batch: Mapping[str, jax.Array]
+) -> jax.Array:
     features = model.apply(variables, processor.normalise(batch["pixels"]), method="see")
     hidden = model.apply(variables, batch["tokens"], segment_ids=batch["segments"], features=features)
     return target_log_probs(model, variables, hidden, batch["targets"], batch["scored"])[0]

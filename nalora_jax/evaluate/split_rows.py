@@ -13,7 +13,9 @@ _LEAST_BLOCK = 128  # tokens; shorter rows are computed on every device
 
 def for_rows(model: Decoder, mesh: Mesh | None, seq: int) -> Decoder:
     """Returns ``model`` for rows of ``seq`` tokens without a cache; its result has parts of long rows."""
-    splits = all(stack.config.mixer is None or stack.config.mixer.splits_rows for stack in stacks(model.config))
+    splits = all(
+        stack.config.mixer is None or stack.config.mixer.splits_rows for stack in stacks(model.config)
+    )
     if context_size(mesh) == 1 or not splits or seq < 2 * context_size(mesh) * _LEAST_BLOCK:
         return model
     return model.clone(activation_sharding=row_sharding(mesh))

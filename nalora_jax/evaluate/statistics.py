@@ -114,7 +114,9 @@ class Comparison:
     n: int
 
 
-def compare(before: Any, after: Any, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Comparison:
+def compare(
+    before: Any, after: Any, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Comparison:
     """Compares two vectors of correct (1) and incorrect (0) answers to the same questions.
 
     A paired test has more power than comparing two separate intervals, because questions that both

@@ -99,15 +99,21 @@ def read_messages(path: Path) -> list[Message]:
     if not isinstance(parsed, list) or not parsed:
         expected = 'a list of messages, or an object with "messages"'
         raise NaloraError(
-            f"--messages {path}", expected=expected, found=f"a {type(parsed).__name__}" if parsed else "none"
+            f"--messages {path}",
+            expected=expected,
+            found=f"a {type(parsed).__name__}" if parsed else "none",
         )
     for number, message in enumerate(parsed):
         where = f"{path}: messages[{number}]"
         if not isinstance(message, dict):
-            raise NaloraError(where, expected='{"role": ..., "content": ...}', found=f"a {type(message).__name__}")
+            raise NaloraError(
+                where, expected='{"role": ..., "content": ...}', found=f"a {type(message).__name__}"
+            )
         check_role(text_field(message, "role", where), where)
         text_field(message, "content", where)
     if parsed[-1]["role"] == "assistant":
         remedy = "leave out the last message: it is what the model is asked for"
-        raise NaloraError(f"--messages {path}", expected="a user's message last", found="an assistant's", remedy=remedy)
+        raise NaloraError(
+            f"--messages {path}", expected="a user's message last", found="an assistant's", remedy=remedy
+        )
     return parsed

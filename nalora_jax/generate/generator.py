@@ -140,10 +140,15 @@ class Generator:
         require_setting("batch_size", batch_size >= 1, "at least 1", batch_size)
         if adapter_ids is not None:
             require_setting(
-                "adapter_ids", len(adapter_ids) == len(ids), f"one for each of {len(ids)} prompts", len(adapter_ids)
+                "adapter_ids",
+                len(adapter_ids) == len(ids),
+                f"one for each of {len(ids)} prompts",
+                len(adapter_ids),
             )
         pixels: list[Images] = [() for _ in ids] if images is None else list(images)
-        require_setting("images", len(pixels) == len(ids), f"those of each of {len(ids)} prompts", len(pixels))
+        require_setting(
+            "images", len(pixels) == len(ids), f"those of each of {len(ids)} prompts", len(pixels)
+        )
         for number, (row, images_of_row) in enumerate(zip(ids, pixels, strict=True)):
             self._check_images(row, images_of_row, f"prompt {number}")
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of similar lengths
@@ -152,7 +157,9 @@ class Generator:
             rows = order[start : start + batch_size]
             adapters = None if adapter_ids is None else [adapter_ids[i] for i in rows]
             images_of_batch = [pixels[i] for i in rows]
-            batch = _Batch(self, [ids[i] for i in rows], chosen, [seeds[i] for i in rows], adapters, images_of_batch)
+            batch = _Batch(
+                self, [ids[i] for i in rows], chosen, [seeds[i] for i in rows], adapters, images_of_batch
+            )
             completions |= zip(rows, batch.run(), strict=True)
         return [completions[i] for i in range(len(ids))]
 
@@ -186,7 +193,9 @@ class Generator:
     def _encode(self, prompt: Prompt, where: str) -> list[int]:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not prompt or not ids:
-            raise NaloraError(where, expected="a text", found="an empty one", remedy="write a prompt to go on from")
+            raise NaloraError(
+                where, expected="a text", found="an empty one", remedy="write a prompt to go on from"
+            )
         vocab = self.model.config.vocab_size
         if not 0 <= min(ids) <= max(ids) < vocab:
             raise NaloraError(
@@ -218,7 +227,9 @@ class _Batch:
         images: Sequence[Images],
     ) -> None:
         self._generator, self._count, self._seeing = generator, len(ids), any(images)
-        self._limits = np.array([min(settings.max_new_tokens, generator.max_length - len(row)) for row in ids])
+        self._limits = np.array(
+            [min(settings.max_new_tokens, generator.max_length - len(row)) for row in ids]
+        )
         chosen = generator.tokenizer.eos_ids if settings.stop_ids is None else settings.stop_ids
         self._stop_ids = frozenset(chosen) | special_stops(generator.tokenizer, settings.stop_texts)
         self._streams = [TextStream(generator.tokenizer, settings.stop_texts) for _ in ids]
@@ -305,7 +316,9 @@ class _Batch:
                 return
             yield pieces
             if steps := min(tokens, limit - count, self._steps_before_switch(finished)):
-                padded = place_batch(np.pad(finished, (0, state.token.shape[0] - self._count)), generator.mesh)
+                padded = place_batch(
+                    np.pad(finished, (0, state.token.shape[0] - self._count)), generator.mesh
+                )
                 arguments = state, self._prompts, padded, np.int32(steps)
                 state, new = decode(generator.model, generator._weights, *arguments, size=_BATCH_TOKENS)
                 new_tokens = fetch(new)[:, :steps]
@@ -323,8 +336,12 @@ class _Batch:
         if count:
             rows = padded_rows(ids, prompts.tokens.shape[0], chunk=chunk)
             prompts = replace(prompts, **place_batch(rows, generator.mesh))
-        slots = padded_length(prompts.tokens.shape[1] + int(self._limits.max()) - count, minimum=32, chunk=chunk)
-        return prefill(generator.model, generator._weights, prompts, np.int32(count), slots=slots, chunk=chunk)
+        slots = padded_length(
+            prompts.tokens.shape[1] + int(self._limits.max()) - count, minimum=32, chunk=chunk
+        )
+        return prefill(
+            generator.model, generator._weights, prompts, np.int32(count), slots=slots, chunk=chunk
+        )
 
     def _chunk(self, ids: Sequence[list[int]]) -> int:
         """Returns the tokens of each prompt to process at a time; 0: all."""
@@ -340,8 +357,12 @@ class _Batch:
         switch = switch_length(self._generator.model.config.ropes)
         if switch is None:
             return _BATCH_TOKENS
-        lengths = [len(self._prompt_ids[row]) + len(self._ids[row]) for row in np.flatnonzero(~finished).tolist()]
-        return min((switch + 1 - length for length in lengths if length <= switch + 1), default=_BATCH_TOKENS)
+        lengths = [
+            len(self._prompt_ids[row]) + len(self._ids[row]) for row in np.flatnonzero(~finished).tolist()
+        ]
+        return min(
+            (switch + 1 - length for length in lengths if length <= switch + 1), default=_BATCH_TOKENS
+        )
 
     def _take(self, row: int, new_tokens: np.ndarray) -> str:
         """Returns the text of a row's new tokens, up to its end."""

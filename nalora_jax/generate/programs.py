@@ -64,7 +64,9 @@ class State:
 
 def view_weights(model: Decoder, variables: Mapping[str, Any]) -> Weights:
     """Converts ``{"params": ...}``, optionally with ``"lora"``, to the programs' layout."""
-    head: dict[str, Any] = {"params": {name: leaf for name, leaf in variables["params"].items() if name in _HEAD}}
+    head: dict[str, Any] = {
+        "params": {name: leaf for name, leaf in variables["params"].items() if name in _HEAD}
+    }
     if trained := {name: leaf for name, leaf in variables.get("lora", {}).items() if name in _HEAD}:
         head["lora"] = trained
     return Weights(prepare(variables, model.numerics), head)
@@ -98,7 +100,9 @@ def prefill(
       chunk: tokens of each prompt to process at a time, a divisor of the padded length; 0: all. The
         memory of activations does not depend on the length of prompts if it is set.
     """
-    last, cache = _in_chunks(model, weights, prompts, slots, chunk) if chunk else _at_once(model, weights, prompts)
+    last, cache = (
+        _in_chunks(model, weights, prompts, slots, chunk) if chunk else _at_once(model, weights, prompts)
+    )
     step, logits = jnp.asarray(step), model.apply(weights.head, last, method="unembed")
     seen_so_far = seen_tokens(prompts.sampling, prompts.tokens, prompts.lengths, logits.shape[-1])
     token = next_tokens(logits, prompts.sampling, step, seen_so_far)
@@ -120,7 +124,9 @@ def _at_once(model: Decoder, weights: Weights, prompts: Prompts) -> tuple[jax.Ar
     return jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0], cache
 
 
-def _in_chunks(model: Decoder, weights: Weights, prompts: Prompts, slots: int, chunk: int) -> tuple[jax.Array, Cache]:
+def _in_chunks(
+    model: Decoder, weights: Weights, prompts: Prompts, slots: int, chunk: int
+) -> tuple[jax.Array, Cache]:
     """Returns the same, of ``chunk`` tokens of every prompt at a time."""
     assert prompts.features is None, "image tokens that see each other stay together"
     tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)

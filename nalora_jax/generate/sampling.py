@@ -83,7 +83,9 @@ def with_token(seen: jax.Array | None, token: jax.Array) -> jax.Array | None:
     return None if seen is None else seen.at[jnp.arange(token.shape[0]), token].set(True)
 
 
-def next_tokens(logits: jax.Array, sampling: Sampling, step: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+def next_tokens(
+    logits: jax.Array, sampling: Sampling, step: jax.Array, seen: jax.Array | None = None
+) -> jax.Array:
     """Returns one token for each row.
 
     A row's sample depends on its logits, its seed and ``step``, not on its position in the batch.
@@ -102,7 +104,9 @@ def next_tokens(logits: jax.Array, sampling: Sampling, step: jax.Array, seen: ja
         penalty = jnp.asarray(sampling.repetition)[:, None]
         logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
     greedy = likeliest(logits)
-    drawn = lax.cond(jnp.any(sampling.temperature > 0), lambda: _draw(logits, sampling, step), lambda: greedy)
+    drawn = lax.cond(
+        jnp.any(sampling.temperature > 0), lambda: _draw(logits, sampling, step), lambda: greedy
+    )
     return jnp.where(sampling.temperature > 0, drawn, greedy)
 
 
@@ -111,7 +115,9 @@ def _draw(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
     allowed = kept_tokens(scaled, sampling.top_k, sampling.top_p, sampling.min_p)
 
     def gumbel(seed: jax.Array) -> jax.Array:
-        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), step), logits.shape[-1:], jnp.float32)
+        return jax.random.gumbel(
+            jax.random.fold_in(jax.random.key(seed), step), logits.shape[-1:], jnp.float32
+        )
 
     noisy = jnp.where(allowed, scaled, -jnp.inf) + jax.vmap(gumbel)(jnp.asarray(sampling.seed))
     return likeliest(noisy)
@@ -124,7 +130,9 @@ def likeliest(logits: jax.Array) -> jax.Array:
     times slower).
     """
     vocab = logits.shape[-1]
-    at = jnp.where(logits == jnp.max(logits, axis=-1, keepdims=True), jnp.arange(vocab, dtype=jnp.int32)[None], vocab)
+    at = jnp.where(
+        logits == jnp.max(logits, axis=-1, keepdims=True), jnp.arange(vocab, dtype=jnp.int32)[None], vocab
+    )
     return jnp.minimum(jnp.min(at, axis=-1), vocab - 1)  # within the vocabulary even if all are NaN
 
 

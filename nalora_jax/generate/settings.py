@@ -57,7 +57,9 @@ class Settings:
         """Returns one seed for each of ``count`` prompts."""
         if not isinstance(self.seed, Sequence):
             return (int(self.seed),) * count
-        require_setting("seed", len(self.seed) == count, f"one number, or {count}: one for each prompt", len(self.seed))
+        require_setting(
+            "seed", len(self.seed) == count, f"one number, or {count}: one for each prompt", len(self.seed)
+        )
         return tuple(self.seed)
 
 

@@ -94,4 +94,6 @@ def special_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> frozenset[int]:
     added = tokenizer.backend.get_added_tokens_decoder()
     special = {token.content: number for number, token in added.items() if token.special and token.content}
     texts = [stop.lstrip() for stop in stops]
-    return frozenset(number for content, number in special.items() if any(t.startswith(content) for t in texts))
+    return frozenset(
+        number for content, number in special.items() if any(t.startswith(content) for t in texts)
+    )

@@ -41,7 +41,9 @@ class Unfit:
     dense: bool = False  # its shapes look like a dense layer, so a user would expect an adapter
 
 
-def arrangements(shapes: Mapping[str, tuple[int, ...]], x: tuple[int, ...], out: tuple[int, ...]) -> list[Contraction]:
+def arrangements(
+    shapes: Mapping[str, tuple[int, ...]], x: tuple[int, ...], out: tuple[int, ...]
+) -> list[Contraction]:
     """Returns the products of an input ``x`` and one parameter that have the shape ``out``.
 
     Example:
@@ -97,7 +99,9 @@ def randomised(tree: Any, seed: int = 0) -> Any:
     """
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(seed), max(1, len(leaves)))
-    return jax.tree.unflatten(structure, [_random(leaf, key) for leaf, key in zip(leaves, keys, strict=False)])
+    return jax.tree.unflatten(
+        structure, [_random(leaf, key) for leaf, key in zip(leaves, keys, strict=False)]
+    )
 
 
 def holds_numbers(tree: Any) -> bool:
@@ -114,12 +118,16 @@ def check_merged(merged: Any, adapted: Any, base: Any) -> None:
     Raises:
       NaloraError: the results differ by more.
     """
-    for merged_leaf, want, before in zip(*(jax.tree.leaves(tree) for tree in (merged, adapted, base)), strict=True):
+    for merged_leaf, want, before in zip(
+        *(jax.tree.leaves(tree) for tree in (merged, adapted, base)), strict=True
+    ):
         if not jnp.issubdtype(getattr(want, "dtype", jnp.int32), jnp.floating):
             continue
         merged_leaf, want, before = (np.asarray(leaf, np.float32) for leaf in (merged_leaf, want, before))
         short = jnp.finfo(jax.tree.leaves(adapted)[0].dtype).bits < 32
-        allowed = 0.05 * np.abs(want - before).max(initial=0) + (3e-2 if short else 1e-3) * np.abs(want).max(initial=0)
+        allowed = 0.05 * np.abs(want - before).max(initial=0) + (3e-2 if short else 1e-3) * np.abs(
+            want
+        ).max(initial=0)
         difference = np.abs(merged_leaf - want).max(initial=0)
         if not difference <= allowed:
             raise NaloraError(

@@ -37,7 +37,9 @@ class ForeignLinen(Foreign):
     module: nn.Module
     example: tuple[tuple[Any, ...], dict[str, Any]]  # arguments and options of a call
 
-    def _call(self, variables: Any, leaves: Mapping[str, Mapping[str, Any]], args: Any, options: Any) -> Any:
+    def _call(
+        self, variables: Any, leaves: Mapping[str, Mapping[str, Any]], args: Any, options: Any
+    ) -> Any:
         by_own = {target.projection.own: target for target in self.targets}
         reached: set[str] = set()
 
@@ -141,7 +143,9 @@ class _Seen:
         return {name: leaf for name, leaf in self.variables["params"].items() if hasattr(leaf, "shape")}
 
 
-def _projections(module: nn.Module, variables: Any, example: Sequence[Any], options: Any) -> list[Projection]:
+def _projections(
+    module: nn.Module, variables: Any, example: Sequence[Any], options: Any
+) -> list[Projection]:
     """Returns all layers with a matrix that a call of the module reaches."""
     params = nn.meta.unbox(unfreeze(variables["params"]))
     calls: dict[str, _Seen] = {}
@@ -149,7 +153,9 @@ def _projections(module: nn.Module, variables: Any, example: Sequence[Any], opti
     def record(module: nn.Module, path: str, args: Any, options: Any, out: Any) -> Any:
         if path and path not in calls:
             inner = nn.meta.unbox(unfreeze(module.variables))
-            calls[path] = _Seen(module.clone(parent=None, name=None), *map(_shapes, (inner, args, options, out)))
+            calls[path] = _Seen(
+                module.clone(parent=None, name=None), *map(_shapes, (inner, args, options, out))
+            )
         return out
 
     def call(variables: Any, example: Any) -> Any:

@@ -45,7 +45,9 @@ class Foreign(ABC):
     stats: GateStatsConfig
 
     @abstractmethod
-    def _call(self, variables: Any, leaves: Mapping[str, Mapping[str, Any]], args: Any, options: Any) -> Any:
+    def _call(
+        self, variables: Any, leaves: Mapping[str, Mapping[str, Any]], args: Any, options: Any
+    ) -> Any:
         """Calls the user's model with ``leaves`` (by the user's path) next to its kernels."""
 
     @abstractmethod
@@ -88,7 +90,10 @@ class Foreign(ABC):
     @property
     def gate_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of the statistics of every block, as ``init_gate_state`` takes it."""
-        return {block: (*t.projection.lead, math.prod(t.projection.outputs)) for block, t in self._blocks.items()}
+        return {
+            block: (*t.projection.lead, math.prod(t.projection.outputs))
+            for block, t in self._blocks.items()
+        }
 
     @property
     def _blocks(self) -> dict[str, Target]:
@@ -166,7 +171,9 @@ class Foreign(ABC):
         """
 
         def run(lora: Any, taps: Any) -> Any:
-            call = partial(self.apply, variables, lora, gate_mask=gate_mask, token_weights=token_weights, taps=taps)
+            call = partial(
+                self.apply, variables, lora, gate_mask=gate_mask, token_weights=token_weights, taps=taps
+            )
             return loss(call)
 
         value, (grads, stats) = jax.value_and_grad(run, argnums=(0, 1), has_aux=has_aux)(lora, self._taps())
@@ -179,17 +186,23 @@ class Foreign(ABC):
             z = jax.ShapeDtypeStruct((1, math.prod(target.projection.outputs)), jnp.float32)
             weights = jax.ShapeDtypeStruct((1,), jnp.bool_)
             shapes = jax.eval_shape(lambda z, w: self._statistics(target.gate, z, z, w), z, weights)
-            return jax.tree.map(lambda leaf: jnp.zeros((*target.projection.lead, *leaf.shape), jnp.float32), shapes)
+            return jax.tree.map(
+                lambda leaf: jnp.zeros((*target.projection.lead, *leaf.shape), jnp.float32), shapes
+            )
 
         return {block: zeros(target) for block, target in self._blocks.items()}
 
-    def _statistics(self, gate: str, base: jax.Array, delta: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
+    def _statistics(
+        self, gate: str, base: jax.Array, delta: jax.Array, weights: jax.Array
+    ) -> dict[str, jax.Array]:
         stride = self.stats.probe_stride
         probe = Probe(reductions.sampled(base, weights, stride), reductions.sampled(delta, weights, stride))
         stats = gate_statistics(base + delta, probe, weights, activations.get(gate), self.stats)
         return {name: value.astype(jnp.float32) for name, value in stats.items()}
 
-    def _adapted(self, target: Target, x: jax.Array, base: jax.Array, leaves: Mapping[str, Any]) -> jax.Array:
+    def _adapted(
+        self, target: Target, x: jax.Array, base: jax.Array, leaves: Mapping[str, Any]
+    ) -> jax.Array:
         """Returns the output of one call of a projection, with the adapter's output added.
 
         Args:
@@ -217,7 +230,9 @@ class Foreign(ABC):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _observed(base: jax.Array, delta: jax.Array, weights: jax.Array, taps: Any, statistics: Any) -> jax.Array:
+def _observed(
+    base: jax.Array, delta: jax.Array, weights: jax.Array, taps: Any, statistics: Any
+) -> jax.Array:
     """Returns ``base + delta``; the gradient of ``taps`` is the statistics of the forward pass."""
     return base + delta
 

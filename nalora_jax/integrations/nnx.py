@@ -59,7 +59,9 @@ class ForeignNNX(Foreign):
 
     graph: Any
 
-    def _call(self, variables: Any, leaves: Mapping[str, Mapping[str, Any]], args: Any, options: Any) -> Any:
+    def _call(
+        self, variables: Any, leaves: Mapping[str, Mapping[str, Any]], args: Any, options: Any
+    ) -> Any:
         options = dict(options)
         return_state = options.pop("return_state", False)
         model = nnx.merge(self.graph, variables, copy=True)
@@ -72,7 +74,9 @@ class ForeignNNX(Foreign):
         out = model(*args, **options)
         missed = sorted(set(layers) - reached)
         if missed:
-            raise NaloraError(missed[0], expected="a call of this layer", found="none: its adapter did nothing")
+            raise NaloraError(
+                missed[0], expected="a call of this layer", found="none: its adapter did nothing"
+            )
         for path, layer in layers.items():
             _replace(model, path, layer)
         after = nnx.state(model)
@@ -141,7 +145,9 @@ def adapt_nnx(
             if shared & {id(module), *(id(getattr(module, name)) for name in params)}:
                 layer = Unfit("it, or its kernel, stands at two places of the model", dense=True)
             projections.append(Projection("/".join(map(str, path)), lead, layer))
-    targets = choose_targets(sorted(projections, key=lambda p: p.own), keymap, lora or LoRAConfig(), activation)
+    targets = choose_targets(
+        sorted(projections, key=lambda p: p.own), keymap, lora or LoRAConfig(), activation
+    )
     return ForeignNNX(targets, stats or GateStatsConfig(), graph)
 
 
@@ -158,7 +164,9 @@ def _shared(model: Any) -> set[int]:
     return {variable for variable, count in places.items() if count > 1}
 
 
-def _examined(module: nnx.Module, params: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...], Contraction | Unfit]:
+def _examined(
+    module: nnx.Module, params: Mapping[str, tuple[int, ...]]
+) -> tuple[tuple[int, ...], Contraction | Unfit]:
     """Returns the leading axes of a module's parameters and the contraction of one slice."""
     inputs, lead = _inputs(module, params)
     graph, state = nnx.split(module)
@@ -175,7 +183,9 @@ def _examined(module: nnx.Module, params: Mapping[str, tuple[int, ...]]) -> tupl
     return lead, next((reason for reason in reasons if reason.dense), reasons[0])
 
 
-def _inputs(module: nnx.Module, params: Mapping[str, tuple[int, ...]]) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+def _inputs(
+    module: nnx.Module, params: Mapping[str, tuple[int, ...]]
+) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
     """Returns the input shapes to try, and the leading axes of stacked layers."""
     if isinstance(module, nnx.Linear):
         shape = params["kernel"]

@@ -93,7 +93,9 @@ def choose_targets(
         usable[rule.pattern] = usable.get(rule.pattern, False) or isinstance(named[path].layer, Contraction)
     targets = []
     for path, rule in rules.items():
-        if rule.rank == 0 or not _fits(named[path], path, f"lora.rules {rule.pattern!r}", usable[rule.pattern]):
+        if rule.rank == 0 or not _fits(
+            named[path], path, f"lora.rules {rule.pattern!r}", usable[rule.pattern]
+        ):
             continue
         _, d_in, d_out = flat_shape(named[path])
         alpha = 2.0 * rule.rank if rule.alpha is None else rule.alpha
@@ -101,7 +103,9 @@ def choose_targets(
             limit = f"0 to {min(d_in, d_out)} (the smaller side of {path})"
             raise NaloraError(f"lora.rules {rule.pattern!r}: rank", expected=limit, found=rule.rank)
         if not (math.isfinite(alpha) and alpha > 0):
-            raise NaloraError(f"lora.rules {rule.pattern!r}: alpha", expected="a number above 0", found=alpha)
+            raise NaloraError(
+                f"lora.rules {rule.pattern!r}: alpha", expected="a number above 0", found=alpha
+            )
         scale = adapter_scale(alpha, rule.rank, rslora=lora.rslora)
         gate = activation if find_gates({path: {"b": 0}}) else ""
         if gate:
@@ -110,7 +114,9 @@ def choose_targets(
     if not targets:
         raise NaloraError("lora.rules", expected="at least one adapter", found="rank 0 everywhere")
     if not any(target.gate for target in targets):
-        log.warning("no adapter sits on a gate (gate_proj or in_proj by the keymap): the mechanisms act on nothing")
+        log.warning(
+            "no adapter sits on a gate (gate_proj or in_proj by the keymap): the mechanisms act on nothing"
+        )
     return tuple(targets)
 
 
@@ -129,9 +135,14 @@ def _check_gate(path: str, named: Mapping[str, Projection]) -> None:
     near = [
         (each.own, *flat_shape(each)[1:])
         for name, each in named.items()
-        if {name.rpartition("/")[0], each.own.rpartition("/")[0]} & places and isinstance(each.layer, Contraction)
+        if {name.rpartition("/")[0], each.own.rpartition("/")[0]} & places
+        and isinstance(each.layer, Contraction)
     ]
-    back = {module_path: d_in for module_path, d_in, d_out in near if d_out == d_model and module_path != gate.own}
+    back = {
+        module_path: d_in
+        for module_path, d_in, d_out in near
+        if d_out == d_model and module_path != gate.own
+    }
     half = next((module_path for module_path, d_in in back.items() if 2 * d_in == width), None)
     if half is not None and width not in back.values():
         raise NaloraError(

@@ -79,7 +79,9 @@ def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
     if adapter_of_model is None:
         if can_exist(Path(model)) and (Path(model) / METRICS).is_file():
             remedy = "finish the run (--resume), or name the base model"
-            raise NaloraError(str(model), expected="a run that exported its adapter", found="none yet", remedy=remedy)
+            raise NaloraError(
+                str(model), expected="a run that exported its adapter", found="none yet", remedy=remedy
+            )
         if adapter is None:
             return Located(str(model))
         adapter_path = _adapter_folder(Path(adapter))
@@ -95,7 +97,9 @@ def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
         )
     run = run_config(adapter_of_model.parent)
     return Located(
-        _base_of_run(adapter_of_model.parent) or run.get("model") or base_of(adapter_of_model), adapter_of_model, run
+        _base_of_run(adapter_of_model.parent) or run.get("model") or base_of(adapter_of_model),
+        adapter_of_model,
+        run,
     )
 
 
@@ -212,7 +216,9 @@ def base_of(adapter: Path) -> str:
         raise NaloraError(str(path), expected="a PEFT adapter's config", found=error) from error
     if not isinstance(name, str) or not name:
         remedy = "give the base model itself, and the adapter with --adapter"
-        raise NaloraError(f"{path}: base_model_name_or_path", expected="a model", found=repr(name), remedy=remedy)
+        raise NaloraError(
+            f"{path}: base_model_name_or_path", expected="a model", found=repr(name), remedy=remedy
+        )
     return name
 
 

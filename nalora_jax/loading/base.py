@@ -55,7 +55,9 @@ class LoadedModel:
     rope_scaling: str = ""  # in place of the files', see `ResolvedSource.rope_scaling`
 
 
-def read_config(resolved: hub.ResolvedSource, *, images: bool = False, added: AddedTokens = NO_TOKENS) -> ModelConfig:
+def read_config(
+    resolved: hub.ResolvedSource, *, images: bool = False, added: AddedTokens = NO_TOKENS
+) -> ModelConfig:
     """Reads the architecture of a model from its description, without any weights.
 
     Args:
@@ -72,7 +74,9 @@ def read_config(resolved: hub.ResolvedSource, *, images: bool = False, added: Ad
     config = ModelConfig.from_hf(raw, str(where), images=images)
     if not added:
         return config
-    return replace(config, vocab_size=_files_tokenizer(resolved).with_tokens(added).rows_for(added, config.vocab_size))
+    return replace(
+        config, vocab_size=_files_tokenizer(resolved).with_tokens(added).rows_for(added, config.vocab_size)
+    )
 
 
 def added_ids(resolved: hub.ResolvedSource, added: AddedTokens) -> dict[str, int]:
@@ -100,7 +104,9 @@ def _files_tokenizer(resolved: hub.ResolvedSource) -> Tokenizer:
     return Tokenizer.from_folder(resolved.path)
 
 
-def read_tokenizer_of(resolved: hub.ResolvedSource, config: ModelConfig, added: AddedTokens = NO_TOKENS) -> Tokenizer:
+def read_tokenizer_of(
+    resolved: hub.ResolvedSource, config: ModelConfig, added: AddedTokens = NO_TOKENS
+) -> Tokenizer:
     """Returns a model's tokenizer with added tokens, checked against its embedding.
 
     No weight is read.
@@ -177,7 +183,9 @@ def load_model(
     )
 
 
-def _opened(resolved: hub.ResolvedSource, images: bool) -> tuple[dict[str, Any], ModelConfig, TensorSource, Tokenizer]:
+def _opened(
+    resolved: hub.ResolvedSource, images: bool
+) -> tuple[dict[str, Any], ModelConfig, TensorSource, Tokenizer]:
     """Returns the description, tensors (not read yet) and tokenizer of either kind of source."""
     if resolved.kind == "gguf":
         file = GGUFFile(resolved.path)
@@ -187,7 +195,9 @@ def _opened(resolved: hub.ResolvedSource, images: bool) -> tuple[dict[str, Any],
     raw = with_rope_scaling(read_json(where), resolved.rope_scaling, str(where))
     config = ModelConfig.from_hf(raw, str(where), images=images)
     tensors = (
-        StreamedFolder(resolved.path, resolved.streamed) if resolved.streamed else SafetensorsFolder(resolved.path)
+        StreamedFolder(resolved.path, resolved.streamed)
+        if resolved.streamed
+        else SafetensorsFolder(resolved.path)
     )
     return raw, config, tensors, Tokenizer.from_folder(resolved.path)
 

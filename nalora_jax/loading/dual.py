@@ -33,7 +33,9 @@ class AdaptedDual:
         return {"params": self.base.params} | ({} if self.lora is None else {"lora": self.lora})
 
 
-def load_adapted_dual(model: str, *, adapter: str | Path | None = None, dtype: str | None = None) -> AdaptedDual:
+def load_adapted_dual(
+    model: str, *, adapter: str | Path | None = None, dtype: str | None = None
+) -> AdaptedDual:
     """Loads the dual encoder called ``model`` and applies its adapter.
 
     Args:

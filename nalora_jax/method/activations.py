@@ -200,7 +200,9 @@ def get(name: str) -> Activation:
             return activation
         if activation.variant is not None:
             return activation.variant(*map(float, numbers))
-    names = ", ".join(sorted({*ALIASES, *ACTIVATIONS.names()} - {"clamped_swish"} | {"clamped_swish(slope,limit)"}))
+    names = ", ".join(
+        sorted({*ALIASES, *ACTIVATIONS.names()} - {"clamped_swish"} | {"clamped_swish(slope,limit)"})
+    )
     raise NaloraError("activation", expected=f"one of {names}", found=repr(name))
 
 

@@ -45,7 +45,8 @@ def nalora(
       >>> updates, state = optimizer.update(grads, state, lora, gate_factors=factors)
     """
     before, after = (
-        [scale_by_channel(gates, place)] if place in mechanisms.places else [] for place in ("gradient_b", "update_b")
+        [scale_by_channel(gates, place)] if place in mechanisms.places else []
+        for place in ("gradient_b", "update_b")
     )
     chain = optax.chain(*before, inner, *after) if before or after else inner
     return optax.with_extra_args_support(chain)

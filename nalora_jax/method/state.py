@@ -170,11 +170,14 @@ def channel_factors(
     """
     own = own_factors(state, mechanisms) if own is None else own
     return {
-        place: {path: _product(place, path, mechanisms, own) for path in state.updates} for place in mechanisms.places
+        place: {path: _product(place, path, mechanisms, own) for path in state.updates}
+        for place in mechanisms.places
     }
 
 
-def _product(place: str, path: str, mechanisms: Mechanisms, factors: Mapping[str, Mapping[str, Array]]) -> Array:
+def _product(
+    place: str, path: str, mechanisms: Mechanisms, factors: Mapping[str, Mapping[str, Array]]
+) -> Array:
     acting = [(m, factors[label][path]) for label, m in mechanisms.entries if place in m.places]
     product = jnp.ones_like(acting[0][1])
     for mechanism, factor in acting:
@@ -191,7 +194,9 @@ def equalized(factor: Array) -> Array:
     The norm of a layer's update stays about the same, so the factor is not a hidden learning rate. A
     layer whose channels all have one factor, 0 included, gets ones.
     """
-    low, high = (jnp.broadcast_to(f(factor, axis=-1, keepdims=True), factor.shape) for f in (jnp.min, jnp.max))
+    low, high = (
+        jnp.broadcast_to(f(factor, axis=-1, keepdims=True), factor.shape) for f in (jnp.min, jnp.max)
+    )
     size = jnp.sqrt(jnp.mean(jnp.square(factor), axis=-1, keepdims=True))
     return jnp.where(low == high, 1.0, factor / jnp.where(size > 0, size, 1.0))
 

@@ -122,7 +122,9 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), gate, key)
 
 
-def make_train_step(optimizer: optax.GradientTransformationExtraArgs, config: StepConfig, objective: Objective) -> Step:
+def make_train_step(
+    optimizer: optax.GradientTransformationExtraArgs, config: StepConfig, objective: Objective
+) -> Step:
     """Returns the pure step ``(params, state, batch) -> (state, metrics)``, which the caller jits.
 
     Args:

@@ -87,7 +87,9 @@ def check_token_indices(
         beyond = [token_id for token_id in ids if not 0 <= token_id < config.vocab_size]
         if beyond:
             expected = f"token ids of the {config.vocab_size} rows of {name}, from 0"
-            raise NaloraError(where, expected=expected, found=", ".join(map(str, beyond[:5])), remedy=remedy)
+            raise NaloraError(
+                where, expected=expected, found=", ".join(map(str, beyond[:5])), remedy=remedy
+            )
     head = spec.head_rows(tied=config.tie_embeddings)
     both = {name for name, _ in spec.token_indices} | ({"lm_head"} if head else set())
     if both := both & set(spec.saved):
@@ -101,7 +103,11 @@ def check_token_indices(
 
 @partial(jax.jit, static_argnums=(0, 1, 3, 4))
 def _fresh(
-    config: ModelConfig, targets: tuple[tuple[str, TargetSpec], ...], key: jax.Array, adalora: bool, zero_a: bool
+    config: ModelConfig,
+    targets: tuple[tuple[str, TargetSpec], ...],
+    key: jax.Array,
+    adalora: bool,
+    zero_a: bool,
 ) -> dict[str, jax.Array]:
     leaves = {}
     for i, (path, target) in enumerate(targets):

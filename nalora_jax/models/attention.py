@@ -49,7 +49,10 @@ class Attention(nn.Module):
         q, k, v = self._projected(x, widths, layer, shared)
         gate = None
         if c.attn_gate:  # every head has its query, then its gate
-            q, gate = (y.reshape(*x.shape[:-1], -1) for y in jnp.split(q.reshape(*x.shape[:-1], c.n_heads, -1), 2, -1))
+            q, gate = (
+                y.reshape(*x.shape[:-1], -1)
+                for y in jnp.split(q.reshape(*x.shape[:-1], c.n_heads, -1), 2, -1)
+            )
         if c.qk_norm:
             q, k = round_and_save(q, self.options.numerics), round_and_save(k, self.options.numerics)
         if c.qk_norm == "projection":
@@ -78,20 +81,28 @@ class Attention(nn.Module):
     def _rope_table(self, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
         return shared.tables[self.options.prefix][0 if layer.rope is None else layer.rope]
 
-    def _dense(self, name: str, d_in: int, d_out: int, bias: bool, layer: LayerInputs, shared: SharedInputs) -> Dense:
+    def _dense(
+        self, name: str, d_in: int, d_out: int, bias: bool, layer: LayerInputs, shared: SharedInputs
+    ) -> Dense:
         adapters, scale = self.options.adapters, layer.scales.get("attn", {}).get(name, 1.0)
         rank, numerics = adapters.rank(name), self.options.numerics
         module = LoRADense(d_out, rank, bias, adapters.dora, adapters.dropout, numerics, name=name)
-        dense: Dense = module.dense(d_in, scale, deterministic=shared.deterministic, adapter_ids=shared.adapter_ids)
+        dense: Dense = module.dense(
+            d_in, scale, deterministic=shared.deterministic, adapter_ids=shared.adapter_ids
+        )
         return dense
 
     def _norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, name=name)
 
-    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
+    def _attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, layer: LayerInputs, shared: SharedInputs
+    ) -> jax.Array:
         c = self.config
         windows = tuple(sorted(set(c.layer_windows)))
-        config = AttentionConfig(c.score_scale, c.attn_softcap, c.attn_dropout, windows, self.options.sharding)
+        config = AttentionConfig(
+            c.score_scale, c.attn_softcap, c.attn_dropout, windows, self.options.sharding
+        )
         window = GLOBAL_WINDOW if layer.window is None else layer.window
         sinks, numerics = None, self.options.numerics.within()
         if c.attn_sinks:
@@ -104,7 +115,12 @@ class Attention(nn.Module):
         keys = Keys(k, v, shared.positions, shared.segments)
         cached = self._cached_keys(layer, shared)
         rng = None if shared.deterministic or not c.attn_dropout else self.make_rng("dropout")
-        more: dict[str, Any] = {"cached": cached, "dropout_rng": rng, "starts": shared.starts, "sinks": sinks}
+        more: dict[str, Any] = {
+            "cached": cached,
+            "dropout_rng": rng,
+            "starts": shared.starts,
+            "sinks": sinks,
+        }
         out = attention(q, keys, window, config, numerics, **more)
         return out
 

@@ -63,7 +63,9 @@ class Block(nn.Module):
         x = self._add(x, y)
         if c.tail is not None:
             x = c.tail.module(c, self._options(c.tail.name))(x, layer, shared)
-        return constrain(x, self.activation_sharding), update if layer.cached is not None or c.hands else None
+        return constrain(
+            x, self.activation_sharding
+        ), update if layer.cached is not None or c.hands else None
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, self.numerics.result, name=name)(x)

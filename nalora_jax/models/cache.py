@@ -36,7 +36,9 @@ class KeyValues:
         """Returns the state with every row repeated ``count`` times."""
         return KeyValues(*(_repeated(x, count) for x in (self.k, self.v)))
 
-    def extended(self, update: tuple[jax.Array, jax.Array], index: jax.Array, numerics: Numerics) -> KeyValues:
+    def extended(
+        self, update: tuple[jax.Array, jax.Array], index: jax.Array, numerics: Numerics
+    ) -> KeyValues:
         """Returns the state with new keys and values written to the slots after ``index``.
 
         ``update`` has ``[layers, batch, seq, kv_heads, head_dim]`` of both.
@@ -133,8 +135,13 @@ def grow(cache: Cache, length: int) -> Cache:
 
 def repeat(cache: Cache, count: int) -> Cache:
     """Returns the cache with every row repeated ``count`` times."""
-    rows = {name: jnp.repeat(getattr(cache, name), count, axis=0) for name in ("positions", "segments", "lengths")}
-    return replace(cache, states={name: state.repeat(count) for name, state in cache.states.items()}, **rows)
+    rows = {
+        name: jnp.repeat(getattr(cache, name), count, axis=0)
+        for name in ("positions", "segments", "lengths")
+    }
+    return replace(
+        cache, states={name: state.repeat(count) for name, state in cache.states.items()}, **rows
+    )
 
 
 def extend(
@@ -153,7 +160,10 @@ def extend(
         cache = grow(cache, positions.shape[1])
     zero = jnp.zeros((), jnp.int32)
     return Cache(
-        states={name: state.extended(updates[name], cache.index, numerics) for name, state in cache.states.items()},
+        states={
+            name: state.extended(updates[name], cache.index, numerics)
+            for name, state in cache.states.items()
+        },
         positions=jax.lax.dynamic_update_slice(cache.positions, positions, (zero, cache.index)),
         segments=jax.lax.dynamic_update_slice(cache.segments, segments, (zero, cache.index)),
         lengths=cache.lengths + jnp.sum(segments > 0, axis=1, dtype=jnp.int32),
@@ -188,5 +198,7 @@ def default_positions(segments: jax.Array) -> jax.Array:
     Example: segments ``[[0, 1, 1, 2, 2, 2]]`` -> ``[[0, 0, 1, 0, 1, 2]]``.
     """
     index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :], segments.shape)
-    starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    starts = jnp.concatenate(
+        [jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1
+    )
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

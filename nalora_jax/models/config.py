@@ -48,7 +48,9 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     ffn_bias: bool = False
-    qk_norm: Literal["", "head", "projection"] = ""  # RMS norm of queries and keys, per head or over all heads
+    qk_norm: Literal["", "head", "projection"] = (
+        ""  # RMS norm of queries and keys, per head or over all heads
+    )
     pre_norm: bool = True  # norms of the inputs of attention and FFN
     post_norm: bool = False  # norms of their outputs, before the residual sum
     norm_offset: float = 0.0  # 1 if the checkpoint stores w of the norm scale 1 + w

@@ -118,7 +118,15 @@ class Decoder(nn.Module):
           ``[batch, seq, d_model]``; with a cache, a pair of that and the extended cache.
         """
         shared = _shared_inputs(
-            self.config, tokens, positions, segment_ids, token_weights, cache, adapter_ids, deterministic, lengths
+            self.config,
+            tokens,
+            positions,
+            segment_ids,
+            token_weights,
+            cache,
+            adapter_ids,
+            deterministic,
+            lengths,
         )
         sharding = self.activation_sharding
         if shards_of(sharding) > 1:
@@ -137,7 +145,9 @@ class Decoder(nn.Module):
             self.unembed(hidden)
         if cache is None:
             return hidden
-        positions, segments = (jnp.broadcast_to(i, tokens.shape) for i in (shared.positions, shared.segments))
+        positions, segments = (
+            jnp.broadcast_to(i, tokens.shape) for i in (shared.positions, shared.segments)
+        )
         return hidden, extend(cache, updates, positions, segments, self.numerics)
 
     def _in_parts(self, shared: SharedInputs, tokens: jax.Array) -> SharedInputs:
@@ -151,7 +161,9 @@ class Decoder(nn.Module):
         tables = partial(_rope_tables, parts=parts)
         return replace(
             shared,
-            tables={stack.prefix: tables(stack.config, positions, segments) for stack in stacks(self.config)},
+            tables={
+                stack.prefix: tables(stack.config, positions, segments) for stack in stacks(self.config)
+            },
             positions=parts(positions),
             segments=parts(segments),
             token_weights=sampled_as_whole(weights, stats, block_length(shape[1], shards), parts),
@@ -163,7 +175,10 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Returns the output of the last layer, and the updates of the layers' states by stack."""
         x, of_stacks = x.astype(self.numerics.result), stacks(self.config)
-        inputs = {stack.prefix: _layer_inputs(stack, self.adapters, cache, shared, embedded) for stack in of_stacks}
+        inputs = {
+            stack.prefix: _layer_inputs(stack, self.adapters, cache, shared, embedded)
+            for stack in of_stacks
+        }
         if self.config.layer_kinds:
             mixed: tuple[jax.Array, dict[str, Any]] = self.layers(x, inputs, shared)
             return mixed
@@ -208,7 +223,9 @@ class Period(nn.Module):
         """Returns ``[batch, seq, d_model]``, and the update of every layer's state."""
         block, updates = rematerialized(Block, self.remat), []
         for number, (stack, layer) in enumerate(zip(self.stacks, layers, strict=True)):
-            x, update = block(stack.config, *self.options, stack.prefix, name=f"block{number}")(x, layer, shared)
+            x, update = block(stack.config, *self.options, stack.prefix, name=f"block{number}")(
+                x, layer, shared
+            )
             updates.append(update)
             if stack.config.hands:
                 shared = _with_keys(shared, stack, update, layer.cached)
@@ -229,25 +246,35 @@ class Groups(nn.Module):
         """Returns ``[batch, seq, d_model]``, and the updates of the layers' states by stack."""
         updates: dict[str, Any] = {}
         for number, group in enumerate(groups(self.config)):
-            period = scanned(Period, len(group[0].layers))(group, self.remat, self.options, name=f"group{number}")
+            period = scanned(Period, len(group[0].layers))(
+                group, self.remat, self.options, name=f"group{number}"
+            )
             prefixes = [stack.prefix for stack in group]
             x, of_group = period(x, tuple(inputs[prefix] for prefix in prefixes), shared)
             updates |= zip(prefixes, of_group, strict=True)
             for stack in group:
                 if stack.config.hands:
-                    update, cached = jax.tree.map(lambda y: y[0], (updates[stack.prefix], inputs[stack.prefix].cached))
+                    update, cached = jax.tree.map(
+                        lambda y: y[0], (updates[stack.prefix], inputs[stack.prefix].cached)
+                    )
                     shared = _with_keys(shared, stack, update, cached)
         return x, updates
 
 
-def _with_keys(shared: SharedInputs, stack: Stack, keys: tuple[jax.Array, jax.Array], cached: Any) -> SharedInputs:
+def _with_keys(
+    shared: SharedInputs, stack: Stack, keys: tuple[jax.Array, jax.Array], cached: Any
+) -> SharedInputs:
     """Returns the inputs of layers after the layer of ``stack``, whose keys and values they may read."""
     handed = HandedKeys(*keys, cached, stack.prefix)
     return replace(shared, handed=shared.handed | {stack.config.hands: handed})
 
 
 def _layer_inputs(
-    stack: Stack, adapters: AdapterSpec, cache: Cache | None, shared: SharedInputs, embedded: jax.Array | None
+    stack: Stack,
+    adapters: AdapterSpec,
+    cache: Cache | None,
+    shared: SharedInputs,
+    embedded: jax.Array | None,
 ) -> LayerInputs:
     """Returns the inputs that are scanned over the layers of a stack."""
     scales: dict[str, dict[str, jax.Array]] = {}
@@ -296,7 +323,9 @@ def _shared_inputs(
 
     Without segments and positions their leading axis is 1, so that masks stay small.
     """
-    segments = jnp.ones((1, tokens.shape[1]), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
+    segments = (
+        jnp.ones((1, tokens.shape[1]), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
+    )
     if token_weights is None and segment_ids is not None:
         token_weights = segment_ids > 0
     if positions is None:
@@ -306,7 +335,10 @@ def _shared_inputs(
     rows = max(positions.shape[0], segments.shape[0])
     positions, segments = (jnp.broadcast_to(x, (rows, tokens.shape[1])) for x in (positions, segments))
     return SharedInputs(
-        tables={stack.prefix: _rope_tables(stack.config, positions, segments, lengths) for stack in stacks(config)},
+        tables={
+            stack.prefix: _rope_tables(stack.config, positions, segments, lengths)
+            for stack in stacks(config)
+        },
         positions=positions,
         segments=segments,
         token_weights=token_weights,

@@ -43,7 +43,10 @@ class DenseAndExperts(FeedForward):
 
     def projections(self, config: ModelConfig) -> Shapes:
         """See `Part`."""
-        experts = {_EXPERTS + name: (config.n_experts, *s) for name, s in _gated(config.d_model, config.d_ff).items()}
+        experts = {
+            _EXPERTS + name: (config.n_experts, *s)
+            for name, s in _gated(config.d_model, config.d_ff).items()
+        }
         return experts | {_DENSE + name: s for name, s in _gated(config.d_model, self.d_dense).items()}
 
     def flops(self, config: ModelConfig, seq: int) -> float:
@@ -57,7 +60,10 @@ class DenseAndExperts(FeedForward):
     def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
         """See `FeedForward`."""
         experts = (config.n_experts, config.d_ff)
-        return {"dense_ffn": ((self.d_dense,), config.activation), "experts_ffn": (experts, config.activation)}
+        return {
+            "dense_ffn": ((self.d_dense,), config.activation),
+            "experts_ffn": (experts, config.activation),
+        }
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
         """See `FeedForward`."""
@@ -93,7 +99,10 @@ class DenseAndExpertsFFN(nn.Module):
             "stats": options.stats,
         }
         dense = GatedFFN(
-            d_ff=self.part.d_dense, adapters=adapters_below(options.adapters, _DENSE), name="dense_ffn", **common
+            d_ff=self.part.d_dense,
+            adapters=adapters_below(options.adapters, _DENSE),
+            name="dense_ffn",
+            **common,
         )
         experts = MoEFFN(
             d_ff=c.d_ff,

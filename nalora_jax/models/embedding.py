@@ -125,7 +125,9 @@ class LMHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, numerics: Numerics) -> jax.Array:
         """``[tokens, d_model]`` -> float32 ``[tokens, vocab]``."""
-        logits: jax.Array = dot(x, lax.stop_gradient(frozen_kernel(self, (x.shape[-1], self.vocab_size))), numerics)
+        logits: jax.Array = dot(
+            x, lax.stop_gradient(frozen_kernel(self, (x.shape[-1], self.vocab_size))), numerics
+        )
         return logits
 
 

@@ -130,7 +130,9 @@ def _exchanged(
     # Unused places count as zeros of the last expert, with weight 0 in statistics.
     labels = jnp.where(real, jnp.take(routing.expert, row) % local, local - 1).astype(jnp.float32)
     strides = config.stats.stride, config.stats.probe_stride
-    weights = [jnp.where(real, jnp.take(_row_weights(routing, token_weights, s), row), 0.0) for s in strides]
+    weights = [
+        jnp.where(real, jnp.take(_row_weights(routing, token_weights, s), row), 0.0) for s in strides
+    ]
     expert, *weights = jnp.unstack(_to_devices(jnp.stack([labels, *weights], axis=1), over), axis=1)
     order = jnp.argsort(expert, stable=True)
     expert = expert[order].astype(jnp.int32)
@@ -140,7 +142,9 @@ def _exchanged(
     first = lax.axis_index(over) * local
     taps = {name: lax.dynamic_slice_in_dim(tap, first, local) for name, tap in layer.taps.items()}
     layer = layer._replace(taps=taps)
-    y, measured = expert_rows(jnp.take(received, order, axis=0), layer, groups, (of_gate, of_probe), config, axis)
+    y, measured = expert_rows(
+        jnp.take(received, order, axis=0), layer, groups, (of_gate, of_probe), config, axis
+    )
     y = _to_devices(jnp.take(y, jnp.argsort(order), axis=0), over)
     target = routing.expert // local
     index = target * block + jnp.arange(target.shape[0]) - (ends - counts)[target]

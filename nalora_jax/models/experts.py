@@ -103,7 +103,9 @@ def sample(routing: Routing, token_weights: jax.Array, stride: int) -> SampledRo
         batch = token_weights.shape[0]
         experts = routing.expert[routing.back].reshape(batch, -1)
         # [batch, seq * top_k]: indices of a sequence's rows among all sorted rows, by expert
-        places = jnp.take_along_axis(routing.back.reshape(batch, -1), jnp.argsort(experts, axis=1, stable=True), axis=1)
+        places = jnp.take_along_axis(
+            routing.back.reshape(batch, -1), jnp.argsort(experts, axis=1, stable=True), axis=1
+        )
         positions = sampled_positions(places[..., None], jnp.take(weights, places), stride, run=1)
         rows = positions.reshape(-1)
         weights, expert = jnp.take(weights, rows), jnp.take(expert, rows)
@@ -141,7 +143,9 @@ def expert_statistics(
     return jax.vmap(one)(samples[0].weights, samples[1].weights)
 
 
-def expert_cotangent_statistics(delta: jax.Array, of: SampledRows, names: Iterable[str]) -> dict[str, jax.Array]:
+def expert_cotangent_statistics(
+    delta: jax.Array, of: SampledRows, names: Iterable[str]
+) -> dict[str, jax.Array]:
     """Returns `nalora_jax.method.statistics.cotangent_statistics` by expert.
 
     ``delta`` is ``[rows, d_ff]``; the results have a leading axis ``[experts]``.
@@ -247,7 +251,9 @@ def routed(x: jax.Array, layer: Layer, config: RoutedConfig) -> Routing:
     return route(logits, config.top_k, config.routing, *of_experts)
 
 
-def summed(y: jax.Array, routing: Routing, config: RoutedConfig, shape: tuple[int, ...], axis: str | None) -> jax.Array:
+def summed(
+    y: jax.Array, routing: Routing, config: RoutedConfig, shape: tuple[int, ...], axis: str | None
+) -> jax.Array:
     """Returns the weighted sums ``[batch, seq, d_model]`` of sorted rows ``y [rows, d_model]``."""
     y = y * routing.weight[:, None].astype(y.dtype)
     # [tokens, top_k, d_model] in the tokens' own order
@@ -293,7 +299,9 @@ def expert_rows(
             live = Live(z, base, delta, up_factor(u.astype(numerics.residual), config.up_limit), hidden)
             assert isinstance(config.stats.checks, GateChecks)
             faults = config.stats.checks.arrays(live, activation, numerics.residual)
-            measured |= faults if axis is None else {name: lax.pmax(worst, axis) for name, worst in faults.items()}
+            measured |= (
+                faults if axis is None else {name: lax.pmax(worst, axis) for name, worst in faults.items()}
+            )
     return combine(*_projected(layer.down, hidden, drop[2](hidden, axis), groups, numerics, axis)), measured
 
 
@@ -303,7 +311,12 @@ def combine(base: jax.Array, delta: jax.Array | None) -> jax.Array:
 
 
 def _projected(
-    experts: Experts, x: jax.Array, inner: jax.Array, groups: Groups, numerics: Numerics, axis: str | None = None
+    experts: Experts,
+    x: jax.Array,
+    inner: jax.Array,
+    groups: Groups,
+    numerics: Numerics,
+    axis: str | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns the base and the adapter's output ``[rows, d_out]`` of a projection.
 
@@ -369,7 +382,9 @@ def _probed(
     return probed_z - dz.astype(jnp.float32), dz
 
 
-def _moved(adapter: Adapter, x: jax.Array, groups: Groups, delta: jax.Array, numerics: Numerics) -> jax.Array:
+def _moved(
+    adapter: Adapter, x: jax.Array, groups: Groups, delta: jax.Array, numerics: Numerics
+) -> jax.Array:
     """Returns the difference between the residual ``delta`` and the adapter's initial residual."""
     if adapter.start is None:
         return delta
@@ -378,7 +393,12 @@ def _moved(adapter: Adapter, x: jax.Array, groups: Groups, delta: jax.Array, num
 
 
 def _dropped(
-    keys: jax.Array | None, routing: Routing, config: RoutedConfig, place: int, x: jax.Array, axis: str | None = None
+    keys: jax.Array | None,
+    routing: Routing,
+    config: RoutedConfig,
+    place: int,
+    x: jax.Array,
+    axis: str | None = None,
 ) -> jax.Array:
     """Returns ``x [rows, d]`` with dropout.
 

@@ -76,7 +76,9 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfi
             remedy="use such a model, or leave --vision.task (or --image) out",
         )
     if not isinstance(name, str) or (name not in _READERS and name not in registered.FAMILIES):
-        raise NaloraError(f"{where}: model_type", expected=f"one of {', '.join(supported())}", found=repr(name))
+        raise NaloraError(
+            f"{where}: model_type", expected=f"one of {', '.join(supported())}", found=repr(name)
+        )
     if name in _READERS:
         reader, defaults = _READERS[name]
     else:
@@ -106,13 +108,19 @@ def supported() -> tuple[str, ...]:
 
 def _check(config: ModelConfig, f: Fields) -> None:
     if config.n_heads % config.n_kv_heads:
-        raise f.error("num_key_value_heads", f"a divisor of num_attention_heads ({config.n_heads})", config.n_kv_heads)
+        raise f.error(
+            "num_key_value_heads", f"a divisor of num_attention_heads ({config.n_heads})", config.n_kv_heads
+        )
     if config.attn_dropout >= 1:
         raise f.error("attention_dropout", "a rate in [0, 1)", config.attn_dropout)
     if config.n_experts * config.n_layers > 2**16:
-        raise f.error("num_experts", "at most 65,536 experts in all layers", config.n_experts * config.n_layers)
+        raise f.error(
+            "num_experts", "at most 65,536 experts in all layers", config.n_experts * config.n_layers
+        )
     if config.experts_per_token > config.n_experts:
-        raise f.error("num_experts_per_tok", f"at most {config.n_experts} experts", config.experts_per_token)
+        raise f.error(
+            "num_experts_per_tok", f"at most {config.n_experts} experts", config.experts_per_token
+        )
 
 
 # ---------------------------------------------------------------- families
@@ -138,7 +146,9 @@ def _qwen3(f: Fields, name: str) -> ModelConfig:
 
 
 def _gemma(f: Fields, name: str) -> ModelConfig:
-    activation = activation_name(f, "hidden_act" if f.get("hidden_activation") is None else "hidden_activation")
+    activation = activation_name(
+        f, "hidden_act" if f.get("hidden_activation") is None else "hidden_activation"
+    )
     if activation == "gelu":  # the first releases wrote "gelu" and meant the tanh form
         activation = activation_name(Fields({}, _GELU, f.where), "hidden_act")
     return base_config(f, name, activation=activation, **_gemma_traits(f), **attention_bias(f))
@@ -169,7 +179,9 @@ def _gemma3(f: Fields, name: str) -> ModelConfig:
     n_layers = f.integer("num_hidden_layers", high=2**10)
     kinds = layer_types(f, n_layers) or alternating(n_layers, pattern)
     local = {SLIDING: {"rope_theta": f.number("rope_local_base_freq", default=10_000.0)}}
-    ropes, index = read_ropes(f, f.integer("head_dim", high=2**16), kinds, {FULL: {"rope_theta": 1e6}} | local)
+    ropes, index = read_ropes(
+        f, f.integer("head_dim", high=2**16), kinds, {FULL: {"rope_theta": 1e6}} | local
+    )
     return base_config(
         f,
         name,
@@ -234,7 +246,12 @@ def _mixtral(f: Fields, name: str) -> ModelConfig:
 
 
 _GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
-_GEMMA = {"head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+_GEMMA = {
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
 _QWEN = {"sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32_768}
 
 _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]] = {
@@ -250,7 +267,11 @@ _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]]
         _gemma2,
         _GEMMA
         | _GELU
-        | {"max_position_embeddings": 8192, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+        | {
+            "max_position_embeddings": 8192,
+            "final_logit_softcapping": 30.0,
+            "attn_logit_softcapping": 50.0,
+        },
     ),
     "gemma3_text": (_gemma3, _GEMMA | _GELU | _GEMMA3),
     **{name: (read_gemma4, defaults) for name, defaults in GEMMA4.items()},

@@ -92,7 +92,9 @@ def same_window(f: Fields) -> tuple[int, ...]:
     expected = FULL if f.get("sliding_window") is None else SLIDING
     kinds = layer_types(f, n_layers) or [expected] * n_layers
     if set(kinds) != {expected}:
-        raise f.error("layer_types", f"{expected!r} in every layer, as sliding_window says", sorted(set(kinds)))
+        raise f.error(
+            "layer_types", f"{expected!r} in every layer, as sliding_window says", sorted(set(kinds))
+        )
     return windows_of(f, kinds)
 
 

@@ -69,7 +69,12 @@ class GatedDeltaNet(Mixer):
         if self.fused:
             return {"in_proj_qkvz": self.channels + self.values, "in_proj_ba": 2 * self.value_heads}
         heads = self.value_heads
-        return {"in_proj_qkv": self.channels, "in_proj_z": self.values, "in_proj_b": heads, "in_proj_a": heads}
+        return {
+            "in_proj_qkv": self.channels,
+            "in_proj_z": self.values,
+            "in_proj_b": heads,
+            "in_proj_a": heads,
+        }
 
     def param_shapes(self, config: ModelConfig) -> Shapes:  # noqa: D102
         kernels = {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
@@ -119,7 +124,9 @@ class GatedDeltaNetLayer(nn.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
         """Returns ``[batch, seq, d_model]``, and the new convolution inputs and state if there is a cache."""
         sizes, numerics = self.sizes, self.options.numerics
-        inputs = [self._dense(name, x.shape[-1], width, layer, shared) for name, width in sizes.inputs().items()]
+        inputs = [
+            self._dense(name, x.shape[-1], width, layer, shared) for name, width in sizes.inputs().items()
+        ]
         projected = [round_and_save(dense.y, numerics) for dense in parallel_dense(x, inputs, numerics)]
         qkv, z, b, a = _by_key_head(projected, sizes) if sizes.fused else projected
         before = {}
@@ -145,7 +152,9 @@ class GatedDeltaNetLayer(nn.Module):
         adapters, scale = self.options.adapters, layer.scales.get(self.sizes.name, {}).get(name, 1.0)
         rank, numerics = adapters.rank(name), self.options.numerics
         module = LoRADense(d_out, rank, False, adapters.dora, adapters.dropout, numerics, name=name)
-        dense: Dense = module.dense(d_in, scale, deterministic=shared.deterministic, adapter_ids=shared.adapter_ids)
+        dense: Dense = module.dense(
+            d_in, scale, deterministic=shared.deterministic, adapter_ids=shared.adapter_ids
+        )
         return dense
 
     def _recur(
@@ -161,14 +170,18 @@ class GatedDeltaNetLayer(nn.Module):
         self, qkv: jax.Array, shared: SharedInputs, before: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
         """Returns ``phi(conv(qkv))`` in the dtype of ``qkv``, and the inputs that the next call needs."""
-        convolution = Convolution(self.sizes.channels, self.sizes.conv_width, self.options.sharding, name="conv")
+        convolution = Convolution(
+            self.sizes.channels, self.sizes.conv_width, self.options.sharding, name="conv"
+        )
         out, inputs = convolution(qkv, shared, before)
         return activations.get(self.config.activation).phi(out).astype(qkv.dtype), inputs
 
     def _rates(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns log decays and betas, float32 ``[batch, seq, value heads]``."""
         a_log, bias = (self._per_head(name)[None, None] for name in ("a_log", "dt_bias"))
-        return -jnp.exp(a_log) * jax.nn.softplus(a.astype(jnp.float32) + bias), jax.nn.sigmoid(b.astype(jnp.float32))
+        return -jnp.exp(a_log) * jax.nn.softplus(a.astype(jnp.float32) + bias), jax.nn.sigmoid(
+            b.astype(jnp.float32)
+        )
 
     def _per_head(self, name: str) -> jax.Array:
         init = nn.initializers.ones_init() if name == "dt_bias" else nn.initializers.zeros_init()

@@ -118,7 +118,9 @@ def _layers(f: Fields, types: Sequence[str]) -> list[Features]:
     reading = f.integer("num_kv_shared_layers", low=0, high=2**10, default=0)
     first, d_ff = len(types) - reading, f.integer("intermediate_size")
     if reading and set(types[: max(first, 0)]) != set(types):
-        raise f.error("num_kv_shared_layers", "a layer of every type before the layers without keys", reading)
+        raise f.error(
+            "num_kv_shared_layers", "a layer of every type before the layers without keys", reading
+        )
     last = {}
     if reading:
         last = {kind: layer for layer, kind in enumerate(types[:first])}
@@ -176,7 +178,9 @@ def _heads(f: Fields, kind: str, types: Sequence[str]) -> tuple[int, int]:
     return head_dim, kv_heads
 
 
-def _listed_heads(f: Fields, kind: str, types: Sequence[str], head_dim: int, kv_heads: int) -> tuple[int, int]:
+def _listed_heads(
+    f: Fields, kind: str, types: Sequence[str], head_dim: int, kv_heads: int
+) -> tuple[int, int]:
     # transformers writes "05" for layer 5 of ten and more
     listed = {name.lstrip("0") or "0": entry for name, entry in f.mapping("per_layer_config").items()}
     unknown = listed.keys() - {str(layer) for layer in range(len(types))}
@@ -184,7 +188,9 @@ def _listed_heads(f: Fields, kind: str, types: Sequence[str], head_dim: int, kv_
         raise f.error("per_layer_config", f"layers from 0 to {len(types) - 1}", ", ".join(sorted(unknown)))
     entries = [listed.get(str(layer), {}) for layer, of_layer in enumerate(types) if of_layer == kind]
     if not isinstance(entries[0], dict) or any(entry != entries[0] for entry in entries):
-        raise f.error("per_layer_config", f"one JSON object for all layers of type {kind}", str(entries)[:60])
+        raise f.error(
+            "per_layer_config", f"one JSON object for all layers of type {kind}", str(entries)[:60]
+        )
     entry = Fields(entries[0], {}, f"{f.where}: per_layer_config")
     for key in sorted(entries[0].keys() - {"head_dim", "num_key_value_heads"}):
         entry.refuse(key)
@@ -199,11 +205,15 @@ def _ropes(f: Fields, kind: str, head_dim: int) -> tuple[RopeSpec, ...]:
     unknown = parameters.keys() - _ROPES.keys()
     if unknown:
         raise f.error(
-            "rope_parameters", f"one JSON object for {SLIDING} and one for {FULL}", ", ".join(sorted(unknown))
+            "rope_parameters",
+            f"one JSON object for {SLIDING} and one for {FULL}",
+            ", ".join(sorted(unknown)),
         )
     if parameters and kind not in parameters:
         raise f.error("rope_parameters", f"an entry for {kind}", ", ".join(parameters))
     specs, _ = read_ropes(f, head_dim, [kind], {} if parameters else _ROPES)
     if specs[0].kind not in _ROPE_TYPES:
-        raise f.error(f"rope_parameters: {kind}: rope_type", f"one of {', '.join(_ROPE_TYPES)}", specs[0].kind)
+        raise f.error(
+            f"rope_parameters: {kind}: rope_type", f"one of {', '.join(_ROPE_TYPES)}", specs[0].kind
+        )
     return specs

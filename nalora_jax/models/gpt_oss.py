@@ -47,7 +47,9 @@ def read_gpt_oss(f: Fields, name: str) -> ModelConfig:
     """Returns the config of a gpt-oss model."""
     _check_quantization(f)
     if f.text("hidden_act") != "silu":
-        raise f.error("hidden_act", "'silu': the gate follows from swiglu_alpha and swiglu_limit", f.get("hidden_act"))
+        raise f.error(
+            "hidden_act", "'silu': the gate follows from swiglu_alpha and swiglu_limit", f.get("hidden_act")
+        )
     limit = f.number("swiglu_limit")
     n_layers = f.integer("num_hidden_layers", high=2**10)
     return base_config(
@@ -79,4 +81,6 @@ def _check_quantization(f: Fields) -> None:
         stored.refuse(key)
     listed = stored.get("modules_to_not_convert")
     if not isinstance(listed, list | None) or any("experts" in str(module) for module in listed or ()):
-        raise stored.error("modules_to_not_convert", "a list of modules other than the experts", repr(listed)[:60])
+        raise stored.error(
+            "modules_to_not_convert", "a list of modules other than the experts", repr(listed)[:60]
+        )

@@ -100,7 +100,9 @@ def read_glm4_moe(f: Fields, name: str) -> ModelConfig:
     n_layers = f.integer("num_hidden_layers", high=2**10)
     mtp = f.integer(first_present(f, "num_nextn_predict_layers", "num_mtp_layers"), low=0, default=1)
     if mtp > 1:  # `keytables` leaves out one layer
-        raise f.error("num_nextn_predict_layers", "0 or 1: a layer that predicts further tokens is not loaded", mtp)
+        raise f.error(
+            "num_nextn_predict_layers", "0 or 1: a layer that predicts further tokens is not loaded", mtp
+        )
     first = f.integer("first_k_dense_replace", low=0, high=2**10)
     n_experts = f.integer(first_present(f, "n_routed_experts", "num_local_experts"), high=2**12)
     d_shared = f.integer("n_shared_experts", high=2**10) * f.integer("moe_intermediate_size")

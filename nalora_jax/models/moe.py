@@ -55,15 +55,23 @@ class ExpertDense(nn.Module):
             bias = self.param("bias", nn.initializers.zeros_init(), (self.n_experts, self.features))
         if not self.rank or not (self.is_initializing() or self.has_variable("lora", "a")):
             return Experts(kernel, bias=bias)
-        a = self.variable("lora", "a", lambda: init_a(self.make_rng("params"), (*shape[:2], self.rank))).value
-        b = self.variable("lora", "b", lambda: jnp.zeros((self.n_experts, self.rank, self.features), jnp.float32)).value
+        a = self.variable(
+            "lora", "a", lambda: init_a(self.make_rng("params"), (*shape[:2], self.rank))
+        ).value
+        b = self.variable(
+            "lora", "b", lambda: jnp.zeros((self.n_experts, self.rank, self.features), jnp.float32)
+        ).value
         if self.has_variable("lora", "singular"):  # AdaLoRA, in training
             a = a * self.get_variable("lora", "singular")[:, None, :]
         if a.ndim != 3:
-            raise NaloraError("adapters", expected="one adapter on expert projections", found="a stack of adapters")
+            raise NaloraError(
+                "adapters", expected="one adapter on expert projections", found="a stack of adapters"
+            )
         magnitude = magnitude_of(self, kernel, axis=1) if self.dora else None
         start = initial_factors(self)
-        return Experts(kernel, Adapter(a, b, jnp.asarray(scale, jnp.float32), mask, magnitude, start=start), bias)
+        return Experts(
+            kernel, Adapter(a, b, jnp.asarray(scale, jnp.float32), mask, magnitude, start=start), bias
+        )
 
 
 class MoEFFN(nn.Module):
@@ -139,7 +147,9 @@ class MoEFFN(nn.Module):
         keys = None
         if drops:
             keys = jax.random.split(self.make_rng("dropout"), x.shape[0])
-        y, measured = on_mesh(self.sharding, x, weights, keys, layer, config, routed_by, experts=self.experts)
+        y, measured = on_mesh(
+            self.sharding, x, weights, keys, layer, config, routed_by, experts=self.experts
+        )
         for name, value in measured.items():
             self.sow("gate_stats", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         return y
@@ -170,7 +180,12 @@ class Router(nn.Module):
         if self.spec.correction:
             correction = self.param("correction", zeros, shape)
         ones = nn.initializers.ones_init()
-        return kernel, bias, correction, self.param("scale", ones, shape) if self.spec.expert_scale else None
+        return (
+            kernel,
+            bias,
+            correction,
+            self.param("scale", ones, shape) if self.spec.expert_scale else None,
+        )
 
 
 def on_mesh(
@@ -221,7 +236,13 @@ def on_mesh(
     y, parts = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(rows), P(rows), P(rows), _specs(layer, axis, rows if by_shard else None, over), P(rows)),
+        in_specs=(
+            P(rows),
+            P(rows),
+            P(rows),
+            _specs(layer, axis, rows if by_shard else None, over),
+            P(rows),
+        ),
         out_specs=(P(rows), {name: P(rows, *_by_channel(name, axis)) for name in names}),
         # An axis that splits no array is left to the compiler: mapping it would split cotangents
         # into partial sums, and their statistics are not linear.
@@ -234,7 +255,9 @@ def on_mesh(
     return y, {name: merge[name](arrays, axis=0) for name, arrays in parts.items()}
 
 
-def _over(sharding: NamedSharding, x: jax.Array, layer: Layer, config: RoutedConfig, experts: str) -> str | None:
+def _over(
+    sharding: NamedSharding, x: jax.Array, layer: Layer, config: RoutedConfig, experts: str
+) -> str | None:
     """Returns the mesh axis over which rows are sent to experts; None if experts are gathered."""
     devices, n_experts = sharding.mesh.shape.get(_OVER, 1), layer.gate.kernel.shape[0]
     if devices == 1 or n_experts % devices or _OVER not in sharding.spec[0]:
@@ -242,7 +265,9 @@ def _over(sharding: NamedSharding, x: jax.Array, layer: Layer, config: RoutedCon
     sends = experts == "send"
     if experts == "auto":
         rows = x.shape[0] // count(sharding) * x.shape[1] * config.top_k
-        kernels = sum(leaf.nbytes for e in (layer.gate, layer.up, layer.down) for leaf in jax.tree.leaves(e.kernel))
+        kernels = sum(
+            leaf.nbytes for e in (layer.gate, layer.up, layer.down) for leaf in jax.tree.leaves(e.kernel)
+        )
         kernels /= sharding.mesh.shape.get(_AXIS, 1)
         sends = exchanges_less(rows, x.shape[-1], kernels, x.dtype.itemsize, devices)
     return _OVER if sends else None
@@ -262,7 +287,12 @@ def _splits(layer: Layer, parts: int) -> bool:
             sizes = [kernel.codes.shape[place]]  # one scale covers all inputs
         return all(size % parts == 0 for size in sizes)
 
-    return parts > 1 and divides(layer.gate.kernel, 2) and divides(layer.up.kernel, 2) and divides(layer.down.kernel, 1)
+    return (
+        parts > 1
+        and divides(layer.gate.kernel, 2)
+        and divides(layer.up.kernel, 2)
+        and divides(layer.down.kernel, 1)
+    )
 
 
 def _specs(layer: Layer, axis: str | None, rows: Any, over: str | None) -> Any:
@@ -283,7 +313,9 @@ def _specs(layer: Layer, axis: str | None, rows: Any, over: str | None) -> Any:
             return Experts(kernels, bias=bias)
         places: Any = (a, b, P(), of_outputs, of_outputs, None, (a, b))
         # An array that the adapter does not have must have no spec either.
-        adapter: Any = [None if leaf is None else at for at, leaf in zip(places, experts.adapter, strict=True)]
+        adapter: Any = [
+            None if leaf is None else at for at, leaf in zip(places, experts.adapter, strict=True)
+        ]
         return Experts(kernels, Adapter(*adapter), bias)
 
     places: Any = (

@@ -33,7 +33,9 @@ def with_images(
     return x, _with_starts(shared, places, sharding) if sight.mutual else shared
 
 
-def _with_features(x: jax.Array, features: jax.Array, places: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+def _with_features(
+    x: jax.Array, features: jax.Array, places: jax.Array, sharding: NamedSharding | None
+) -> jax.Array:
     """Returns ``x [batch, seq, d]`` with each row's features at its ``places``, in order.
 
     Features and places are of whole rows, x may have their parts.

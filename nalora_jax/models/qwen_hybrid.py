@@ -36,7 +36,9 @@ def _qwen3_next(f: Fields, name: str) -> ModelConfig:
 def _with_experts(f: Fields, name: str, mixers: dict[str, Any], *, normalize: bool) -> ModelConfig:
     """Returns the config of a model with experts and a gated shared expert; some layers may be dense."""
     experts = qwen_experts(f)
-    shared = SharedExperts(f.integer("shared_expert_intermediate_size"), RouterSpec(normalize=normalize), gated=True)
+    shared = SharedExperts(
+        f.integer("shared_expert_intermediate_size"), RouterSpec(normalize=normalize), gated=True
+    )
     if "kinds" in experts:
         dense = experts["kinds"][1]
         mixers["kinds"] += tuple(kind + dense for kind in mixers["kinds"])

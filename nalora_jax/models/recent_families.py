@@ -67,7 +67,9 @@ def _ministral3(f: Fields, name: str) -> ModelConfig:
     scaling = f.mapping("rope_scaling") or f.mapping("rope_parameters")
     growth = Fields(scaling, {}, f"{f.where}: rope_parameters").number(beta, default=0.0, zero=True)
     if growth and not ropes[0].max_positions:
-        raise f.error(f"rope_parameters: {beta}", "0 without a rope_type that has an original context", growth)
+        raise f.error(
+            f"rope_parameters: {beta}", "0 without a rope_type that has an original context", growth
+        )
     return base_config(
         f,
         name,
@@ -108,7 +110,10 @@ def _layer_ropes(f: Fields, n_layers: int) -> tuple[tuple[RopeSpec, ...], tuple[
 
 def _lfm2(f: Fields, name: str) -> ModelConfig:
     _check_lfm2(f)
-    head_dim, tied = head_dim_of(f), "tie_embedding" if f.get("tie_embedding") is not None else "tie_word_embeddings"
+    head_dim, tied = (
+        head_dim_of(f),
+        "tie_embedding" if f.get("tie_embedding") is not None else "tie_word_embeddings",
+    )
     return base_config(
         f,
         name,
@@ -148,7 +153,9 @@ def _lfm2_layers(f: Fields) -> dict[str, Any]:
     """Returns the kinds of layers: attention and convolution."""
     n_layers = f.integer("num_hidden_layers", high=2**10)
     attending = f.get("full_attn_idxs")
-    if attending is not None and not (isinstance(attending, list) and set(attending) <= set(range(n_layers))):
+    if attending is not None and not (
+        isinstance(attending, list) and set(attending) <= set(range(n_layers))
+    ):
         raise f.error("full_attn_idxs", f"a list of layers below {n_layers}", repr(attending)[:60])
     names = f.items("layer_types", n_layers, str)
     if names is None:

@@ -47,7 +47,9 @@ def register_family(
     def register(reader: Callable[[Fields, str], ModelConfig]) -> Callable[[Fields, str], ModelConfig]:
         families = import_module("nalora_jax.models.families")  # which imports this module
         if model_type in families.built_in():
-            raise NaloraError(f"family {model_type!r}", expected="a name that is free", found="one of this library's")
+            raise NaloraError(
+                f"family {model_type!r}", expected="a name that is free", found="one of this library's"
+            )
         FAMILIES.add(model_type, Family(reader, dict(defaults or {}), tensors), replace=True)
         return reader
 

@@ -115,13 +115,19 @@ def _unscaled_length(base: ModelConfig, spec: RopeSpec) -> int:
 
 def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the file with the scaling in the field that the file uses."""
-    name = "rope_parameters" if raw.get("rope_parameters") and not raw.get("rope_scaling") else "rope_scaling"
+    name = (
+        "rope_parameters" if raw.get("rope_parameters") and not raw.get("rope_scaling") else "rope_scaling"
+    )
     held = dict(raw.get(name) or {})
     nested = isinstance(held.get(_FULL), Mapping)
     rope = dict(held[_FULL] if nested else held)
     scaling = {field: rope.pop(field) for field in _SCALING & rope.keys()}
     if (scaling.get("rope_type") or scaling.get("type")) == settings["rope_type"]:
-        rope |= {field: scaling[field] for field in FIELDS[settings["rope_type"]] if field in scaling.keys() - _DERIVED}
+        rope |= {
+            field: scaling[field]
+            for field in FIELDS[settings["rope_type"]]
+            if field in scaling.keys() - _DERIVED
+        }
     rope |= settings
     changed = {**raw, name: held | {_FULL: rope} if nested else rope}
     if ORIGINAL in raw and ORIGINAL in settings:  # outside of the scaling, it would win

@@ -47,7 +47,9 @@ def read_ropes(
     flat = f.mapping("rope_scaling") or f.mapping("rope_parameters")
     nested = {kind: flat.get(kind) for kind in _LAYER_KINDS if flat.get(kind) is not None}
     if kinds is None and nested:
-        raise f.error("rope_parameters", "one rotary embedding", f"one per kind of layer ({', '.join(nested)})")
+        raise f.error(
+            "rope_parameters", "one rotary embedding", f"one per kind of layer ({', '.join(nested)})"
+        )
     if kinds is None or (defaults is None and not nested):
         return (_spec(f, "rope_parameters", flat, head_dim, further),), ()
     specs = []
@@ -60,7 +62,11 @@ def read_ropes(
         theta: dict[str, Any] = {}
         if f.get("rope_theta") and kind == "full_attention":
             theta = {"rope_theta": f.get("rope_theta")}
-        rope = {**(defaults or {}).get(kind, {}), **theta, **{k: v for k, v in rope.items() if v is not None}}
+        rope = {
+            **(defaults or {}).get(kind, {}),
+            **theta,
+            **{k: v for k, v in rope.items() if v is not None},
+        }
         specs.append(_spec(f, f"rope_parameters: {kind}", rope, head_dim, further))
     order = {kind: i for i, kind in enumerate(sorted(set(kinds)))}
     return tuple(specs), tuple(order[kind] for kind in kinds)
@@ -88,14 +94,18 @@ def context_length(ropes: Sequence[RopeSpec], positions: int) -> int:
     return int(positions * max((spec.factor for spec in ropes if spec.kind == "dynamic"), default=1.0))
 
 
-def _spec(f: Fields, name: str, raw_rope: Mapping[str, Any], head_dim: int, further: Collection[str]) -> RopeSpec:
+def _spec(
+    f: Fields, name: str, raw_rope: Mapping[str, Any], head_dim: int, further: Collection[str]
+) -> RopeSpec:
     rope = Fields(raw_rope, {"rope_theta": f.get("rope_theta") or 10_000.0}, f"{f.where}: {name}")
     kind = raw_rope.get("rope_type") or raw_rope.get("type") or "default"
     phi3 = f.raw.get("model_type") == "phi3"
     if phi3 and kind in ("su", "yarn"):  # LongRoPE under its earlier names
         kind = "longrope"
     if kind not in ROPE_KINDS or (phi3 and kind not in ("default", "longrope")):
-        raise rope.error("rope_type", f"one of {', '.join(ROPE_KINDS)}", repr(kind), "this scaling is not implemented")
+        raise rope.error(
+            "rope_type", f"one of {', '.join(ROPE_KINDS)}", repr(kind), "this scaling is not implemented"
+        )
     for key in sorted(raw_rope.keys() - _ALWAYS - _KEYS[kind] - set(further)):
         rope.refuse(key, f"rope_type {kind!r} has no such parameter here")
     partial = rope.number("partial_rotary_factor", default=f.number("partial_rotary_factor", default=1.0))
@@ -104,7 +114,9 @@ def _spec(f: Fields, name: str, raw_rope: Mapping[str, Any], head_dim: int, furt
         raise rope.error("partial_rotary_factor", "1: this family rotates all dimensions", partial)
     dim = head_dim if kind == "proportional" else int(head_dim * partial)
     if dim % 2 or not 2 <= dim <= head_dim:
-        raise rope.error("partial_rotary_factor", f"an even share of head_dim ({head_dim})", f"{dim} dimensions")
+        raise rope.error(
+            "partial_rotary_factor", f"an even share of head_dim ({head_dim})", f"{dim} dimensions"
+        )
     theta = rope.number("rope_theta")
     if theta <= 1:
         raise rope.error("rope_theta", "a number above 1", theta)

@@ -48,7 +48,10 @@ class SharedExperts(FeedForward):
 
     def projections(self, config: ModelConfig) -> Shapes:
         """See `Part`."""
-        experts = {_EXPERTS + name: (config.n_experts, *s) for name, s in _gated(config.d_model, config.d_ff).items()}
+        experts = {
+            _EXPERTS + name: (config.n_experts, *s)
+            for name, s in _gated(config.d_model, config.d_ff).items()
+        }
         return experts | {_SHARED + name: s for name, s in _gated(config.d_model, self.d_shared).items()}
 
     def flops(self, config: ModelConfig, seq: int) -> float:
@@ -62,7 +65,10 @@ class SharedExperts(FeedForward):
     def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
         """See `FeedForward`."""
         experts = (config.n_experts, config.d_ff)
-        return {"experts_ffn": (experts, config.activation), "shared_ffn": ((self.d_shared,), config.activation)}
+        return {
+            "experts_ffn": (experts, config.activation),
+            "shared_ffn": ((self.d_shared,), config.activation),
+        }
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
         """See `FeedForward`."""
@@ -81,10 +87,17 @@ class SharedExpertsFFN(nn.Module):
     options: PartOptions
 
     @nn.compact
-    def __call__(self, x: jax.Array, scales: Mapping[str, jax.Array | float] | None = None, **inputs: Any) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, scales: Mapping[str, jax.Array | float] | None = None, **inputs: Any
+    ) -> jax.Array:
         """Returns ``[batch, seq, d_model]`` as ``x``; for ``inputs`` see `GatedFFN`."""
         c, numerics = self.config, self.options.numerics
-        common = {"d_model": c.d_model, "activation": c.activation, "numerics": numerics, "stats": self.options.stats}
+        common = {
+            "d_model": c.d_model,
+            "activation": c.activation,
+            "numerics": numerics,
+            "stats": self.options.stats,
+        }
         experts = MoEFFN(
             d_ff=c.d_ff,
             n_experts=c.n_experts,

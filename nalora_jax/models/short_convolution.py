@@ -74,7 +74,9 @@ class GatedConvolution(nn.Module):
         self, x: jax.Array, layer: LayerInputs, shared: SharedInputs
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
         """Returns ``[batch, seq, d_model]``, and with a cache the new state."""
-        bcx = round_and_save(self._project("bcx_proj", x, 3 * self.d_model, layer, shared), self.options.numerics)
+        bcx = round_and_save(
+            self._project("bcx_proj", x, 3 * self.d_model, layer, shared), self.options.numerics
+        )
         before, after, u = jnp.split(bcx.astype(jnp.float32), 3, axis=-1)
         taps = self.param("taps", nn.initializers.lecun_normal(), (self.d_model, 1, self.part.width))
         kernel = taps[:, 0].T.astype(jnp.float32)
@@ -93,7 +95,9 @@ class GatedConvolution(nn.Module):
         y = (after * mixed).astype(x.dtype)
         return self._project("o_proj", y, self.d_model, layer, shared), state
 
-    def _project(self, name: str, x: jax.Array, d_out: int, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
+    def _project(
+        self, name: str, x: jax.Array, d_out: int, layer: LayerInputs, shared: SharedInputs
+    ) -> jax.Array:
         adapters, numerics = self.options.adapters, self.options.numerics
         scale = layer.scales.get(self.part.name, {}).get(name, 1.0)
         dense = LoRADense(

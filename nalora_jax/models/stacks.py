@@ -142,7 +142,9 @@ def projection_shapes(config: ModelConfig) -> Shapes:
 def layer_numbers(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns the layers of every path of `projection_shapes`; a projector counts as layer 0."""
     numbers = {
-        f"{stack.prefix}/{name}": stack.layers for stack in stacks(config) for name in _projections(stack.config)
+        f"{stack.prefix}/{name}": stack.layers
+        for stack in stacks(config)
+        for name in _projections(stack.config)
     }
     of_images = {} if config.sight is None else config.sight.depths()
     return numbers | {path: tuple(range(depth)) for path, depth in of_images.items()}
@@ -173,7 +175,9 @@ def _layer_shapes(config: ModelConfig) -> Shapes:
     norms += ["attn_post_norm", "ffn_post_norm"] if config.post_norm else []
     shapes: Shapes = {f"{name}/scale": (config.d_model,) for name in norms}
     for component in _parts(config):
-        shapes |= {f"{component.name}/{path}": shape for path, shape in component.param_shapes(config).items()}
+        shapes |= {
+            f"{component.name}/{path}": shape for path, shape in component.param_shapes(config).items()
+        }
     if config.mixer is None:
         shapes |= _qk_norm_shapes(config)
         shapes |= {"attn/sinks": (config.n_heads,)} if config.attn_sinks else {}
@@ -190,7 +194,9 @@ def _layer_shapes(config: ModelConfig) -> Shapes:
 def _qk_norm_shapes(config: ModelConfig) -> Shapes:
     widths = {"q": config.n_heads * config.head_dim, "k": config.n_kv_heads * config.head_dim}
     names = ("q", "k") if config.qk_norm else ()
-    return {f"attn/{n}_norm/scale": (config.head_dim if config.qk_norm == "head" else widths[n],) for n in names}
+    return {
+        f"attn/{n}_norm/scale": (config.head_dim if config.qk_norm == "head" else widths[n],) for n in names
+    }
 
 
 def _has_bias(config: ModelConfig, path: str) -> bool:
@@ -202,7 +208,9 @@ def _has_bias(config: ModelConfig, path: str) -> bool:
 def _projections(config: ModelConfig) -> Shapes:
     shapes = _attention(config) | _feed_forward(config)
     for component in _parts(config):
-        shapes |= {f"{component.name}/{name}": shape for name, shape in component.projections(config).items()}
+        shapes |= {
+            f"{component.name}/{name}": shape for name, shape in component.projections(config).items()
+        }
     return shapes
 
 

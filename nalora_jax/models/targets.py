@@ -124,7 +124,9 @@ class AdapterSpec:
 
     def describe(self) -> str:
         """Returns a summary of the trained arrays, e.g. ``ffn/gate_proj (8), ffn/up_proj (8)``."""
-        names = [f"{uniform_path(path).replace('layers/', '', 1)} ({spec.rank})" for path, spec in self.targets]
+        names = [
+            f"{uniform_path(path).replace('layers/', '', 1)} ({spec.rank})" for path, spec in self.targets
+        ]
         names = list(dict.fromkeys(names))
         names += [f"{len(ids)} rows of {name}" for name, ids in self.token_indices]
         return ", ".join(names) or "projections alone"
@@ -164,14 +166,19 @@ def resolve(
     """
     if isinstance(numbers, int):
         numbers = dict.fromkeys(shapes, range(numbers))
-    names = {layer_path(path, number): (path, i) for path in shapes for i, number in enumerate(numbers[path])}
+    names = {
+        layer_path(path, number): (path, i) for path in shapes for i, number in enumerate(numbers[path])
+    }
     matched = match_rules([(rule.pattern, rule) for rule in config.rules], names, where="--lora.rules")
     specs: dict[str, tuple[list[int], list[float]]] = {}
     for name, rule in matched.items():
         path, layer = names[name]
         limit, side = min(shapes[path][-2:]), "the smaller side"
         if config.init == "lora_ga":
-            limit, side = limit // 2, "half the smaller side, for LoRA-GA takes twice as many singular vectors,"
+            limit, side = (
+                limit // 2,
+                "half the smaller side, for LoRA-GA takes twice as many singular vectors,",
+            )
         if not 0 <= rule.rank <= limit:
             raise NaloraError(
                 f"--lora.rules {rule.pattern!r}: rank",
@@ -180,10 +187,14 @@ def resolve(
             )
         alpha = 2.0 * rule.rank if rule.alpha is None else rule.alpha
         if rule.rank and not (math.isfinite(alpha) and alpha > 0):
-            raise NaloraError(f"--lora.rules {rule.pattern!r}: alpha", expected="a number above 0", found=rule.alpha)
+            raise NaloraError(
+                f"--lora.rules {rule.pattern!r}: alpha", expected="a number above 0", found=rule.alpha
+            )
         ranks, alphas = specs.setdefault(path, ([0] * len(numbers[path]), [1.0] * len(numbers[path])))
         ranks[layer], alphas[layer] = rule.rank, float(alpha or 1.0)
-    targets = tuple((path, TargetSpec(tuple(r), tuple(a))) for path, (r, a) in sorted(specs.items()) if max(r) > 0)
+    targets = tuple(
+        (path, TargetSpec(tuple(r), tuple(a))) for path, (r, a) in sorted(specs.items()) if max(r) > 0
+    )
     if not targets:
         raise NaloraError(
             "--lora.rules",
@@ -195,5 +206,10 @@ def resolve(
     ids = config.trainable_token_indices
     rows = tuple((name, ids) for name in ROWS if ids and name in config.trainable_token_modules)
     return AdapterSpec(
-        targets, rslora=config.rslora, dora=config.dora, dropout=config.dropout, saved=saved, token_indices=rows
+        targets,
+        rslora=config.rslora,
+        dora=config.dora,
+        dropout=config.dropout,
+        saved=saved,
+        token_indices=rows,
     )

@@ -85,7 +85,10 @@ def gelu_tanh_precise(z: Array) -> tuple[Array, Array]:
     """
     cubic, head, square = _leading_bits(jnp.full_like(z, TANH_CUBIC)), _leading_bits(z), z * z
     high = cubic * (head * head * head)
-    low = cubic * ((z - head) * (z * (z + head) + head * head)) + ((TANH_CUBIC - cubic) * square + TANH_SLOPE) * z
+    low = (
+        cubic * ((z - head) * (z * (z + head) + head * head))
+        + ((TANH_CUBIC - cubic) * square + TANH_SLOPE) * z
+    )
     total = high + low
     s = lax.logistic(total)
     rho = s + s * (1 - s) * (low - (total - high))
@@ -99,7 +102,9 @@ def _leading_bits(z: Array) -> Array:
 def gelu_tanh_excess(z: Array) -> Array:
     """Returns h - 1 of the tanh form of GELU."""
     square = z * z
-    return z * lax.logistic(-z * (TANH_SLOPE + TANH_CUBIC * square)) * (TANH_SLOPE + 3 * TANH_CUBIC * square)
+    return (
+        z * lax.logistic(-z * (TANH_SLOPE + TANH_CUBIC * square)) * (TANH_SLOPE + 3 * TANH_CUBIC * square)
+    )
 
 
 def gelu(z: Array) -> tuple[Array, Array]:
@@ -125,7 +130,9 @@ def _tail_ratio(z: Array) -> Array:
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
-    return functools.reduce(lambda total, c: total * x + c, coefficients[-2::-1], jnp.full_like(x, coefficients[-1]))
+    return functools.reduce(
+        lambda total, c: total * x + c, coefficients[-2::-1], jnp.full_like(x, coefficients[-1])
+    )
 
 
 def mish(z: Array) -> tuple[Array, Array]:

@@ -95,7 +95,9 @@ def attention(
         return blockwise_attention(q, *keys, window, sinks, config, numerics)
     long = cached is not None and q.shape[1] > 1 and cached.positions.shape[1] > BLOCK
     if cached is not None and long and starts is None and not drops(config, dropout_rng):
-        return attention_over_cache(q, keys, cached, window, config, numerics, sinks).astype(numerics.result)
+        return attention_over_cache(q, keys, cached, window, config, numerics, sinks).astype(
+            numerics.result
+        )
     unsupported = cached, dropout_rng, starts, sinks
     return _attend_in_blocks(q, keys, window, config, numerics, *unsupported).astype(numerics.result)
 
@@ -127,7 +129,9 @@ def _attend_in_blocks(
         visible = keys if starts is not None else Keys(*(x[:, :end] for x in keys))
         rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, start)
         here = (keys.positions[:, start:end], keys.segments[:, start:end])
-        outputs.append(attend(q[:, start:end], here, visible, window, config, numerics, cached, rng, starts, sinks))
+        outputs.append(
+            attend(q[:, start:end], here, visible, window, config, numerics, cached, rng, starts, sinks)
+        )
     return jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
 
 

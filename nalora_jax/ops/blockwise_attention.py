@@ -256,7 +256,9 @@ class _Seen(NamedTuple):
     window: jax.Array | int
 
 
-def _seen(heads: Any, positions: jax.Array, segments: jax.Array, window: jax.Array | int, end: int) -> _Seen:
+def _seen(
+    heads: Any, positions: jax.Array, segments: jax.Array, window: jax.Array | int, end: int
+) -> _Seen:
     key, value = (read_residual(_keys(x, end), jnp.float32) for x in heads[1:])
     return _Seen(key, value, positions[:, :end], segments[:, :end], window)
 

@@ -72,7 +72,9 @@ def _start(queries: jax.Array, sinks: jax.Array | None) -> Sums:
     return top, jnp.ones(shape, jnp.float32), out
 
 
-def _add_cached(add: Any, sums: Sums, k: jax.Array, v: jax.Array, positions: jax.Array, segments: jax.Array) -> Sums:
+def _add_cached(
+    add: Any, sums: Sums, k: jax.Array, v: jax.Array, positions: jax.Array, segments: jax.Array
+) -> Sums:
     """Adds the cached keys, ``k [batch, kv_heads, head_dim, slots]``, block by block."""
     slots = positions.shape[1]
     index = jnp.arange(slots)

@@ -126,7 +126,9 @@ def chunk_of_rows(
     if not grad:
         return loss, jnp.zeros((hidden.shape[0], 0), jnp.float32)
     probabilities = exps / total
-    return loss, weights[:, None] * dot((probabilities - hit) * slope, kernel, numerics, dims=(1, head.axis))
+    return loss, weights[:, None] * dot(
+        (probabilities - hit) * slope, kernel, numerics, dims=(1, head.axis)
+    )
 
 
 # ---------------------------------------------------------------- chunk by chunk
@@ -176,7 +178,9 @@ def _sums(grad: bool, *arguments: Any) -> tuple[jax.Array, jax.Array]:
     return run(grad, *arguments)
 
 
-def _bwd(tiles: Tiles, chunk: Chunk, gradient: jax.Array, g: jax.Array) -> tuple[jax.Array, None, None, None]:
+def _bwd(
+    tiles: Tiles, chunk: Chunk, gradient: jax.Array, g: jax.Array
+) -> tuple[jax.Array, None, None, None]:
     return gradient * g.astype(gradient.dtype), None, None, None
 
 
@@ -248,7 +252,9 @@ class Columns:
         """Returns ``[chunks, batch, step, ...]`` of arrays ``[batch, seq, ...]``."""
 
         def one(x: jax.Array) -> jax.Array:
-            padded = jnp.pad(x, ((0, 0), (0, self.chunks * self.step - self.seq)) + ((0, 0),) * (x.ndim - 2))
+            padded = jnp.pad(
+                x, ((0, 0), (0, self.chunks * self.step - self.seq)) + ((0, 0),) * (x.ndim - 2)
+            )
             return jnp.moveaxis(padded.reshape(x.shape[0], self.chunks, self.step, *x.shape[2:]), 1, 0)
 
         return jax.tree.map(one, arrays)
@@ -279,6 +285,8 @@ def _along_sequence(
         return loss + jnp.sum(losses.reshape(batch, columns.step), axis=1), gradient
 
     # Sums per example, so that shards of the batch are reduced once, after the loop.
-    losses, parts = lax.scan(body, jnp.zeros((batch,), jnp.float32), columns.split((hidden, weights, targets)))
+    losses, parts = lax.scan(
+        body, jnp.zeros((batch,), jnp.float32), columns.split((hidden, weights, targets))
+    )
     loss = jnp.sum(losses)
     return loss, columns.join(parts) if grad else parts

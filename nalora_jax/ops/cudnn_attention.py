@@ -42,7 +42,9 @@ def cudnn_attention(
     sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `attention` if cuDNN supports the arguments."""
-    fits = numerics.operand == "bfloat16" and takes(q.shape[1], q.shape[-1], config.softcap) and sinks is None
+    fits = (
+        numerics.operand == "bfloat16" and takes(q.shape[1], q.shape[-1], config.softcap) and sinks is None
+    )
     if not fits or cached is not None or drops(config, dropout_rng) or starts is not None:
         return NotImplemented
     if numerics.implementation == AUTO and not fits_as_bias(_rows(q, config), q.shape[1]):

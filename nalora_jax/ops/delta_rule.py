@@ -35,7 +35,10 @@ class DeltaInputs(NamedTuple):
 
 
 def gated_delta_rule(
-    inputs: DeltaInputs, segments: jax.Array, state: jax.Array | None = None, before: jax.Array | None = None
+    inputs: DeltaInputs,
+    segments: jax.Array,
+    state: jax.Array | None = None,
+    before: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the outputs ``o`` and the state after the last token.
 
@@ -52,7 +55,9 @@ def gated_delta_rule(
     size = min(CHUNK, 1 << (seq - 1).bit_length())
     segments = jnp.broadcast_to(segments, (batch, seq))
     real = (segments > 0)[..., None, None]
-    inputs = inputs._replace(decay=jnp.where(real, inputs.decay, 0.0), beta=jnp.where(real, inputs.beta, 0.0))
+    inputs = inputs._replace(
+        decay=jnp.where(real, inputs.decay, 0.0), beta=jnp.where(real, inputs.beta, 0.0)
+    )
     axes = (-2, -2, -2, -1, -1)  # of the tokens in q, k, v, decay and beta
     chunks = [_chunks(x, size, axis) for x, axis in zip(inputs, axes, strict=True)]
     if state is None:

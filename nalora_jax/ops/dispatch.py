@@ -200,7 +200,9 @@ class Implementation:
         def register(function: F) -> F:
             expected, actual = (list(inspect.signature(f).parameters) for f in (op.plain, function))
             if actual != expected:
-                raise TypeError(f"{self.name}: {function.__name__} has the parameters {actual}, not {expected}")
+                raise TypeError(
+                    f"{self.name}: {function.__name__} has the parameters {actual}, not {expected}"
+                )
             op.implementations[self.name] = function
             return function
 

@@ -47,7 +47,9 @@ class Products(ABC):
         """Returns every layer's ``x W + h B`` and its ``h = s x A`` (None without an adapter)."""
 
     @abstractmethod
-    def narrow(self, gs: Sequence[jax.Array], layers: Sequence[Factors], wides: Sequence[Any]) -> tuple[list[Any], Any]:
+    def narrow(
+        self, gs: Sequence[jax.Array], layers: Sequence[Factors], wides: Sequence[Any]
+    ) -> tuple[list[Any], Any]:
         """Returns every layer's ``g wide^T`` for its wide ``[r or 2 r, d_out]``.
 
         The second result is passed to `gradients` as ``extra``.
@@ -71,13 +73,17 @@ class Products(ABC):
 
 
 @jax.custom_vjp
-def gated(products: Products, x: jax.Array, layers: tuple[Factors, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def gated(
+    products: Products, x: jax.Array, layers: tuple[Factors, ...]
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Returns every layer's ``x W + s (x A) B`` and ``s x A``; the gradient of A is gated."""
     ys, hidden = products.forward(x, layers)
     return tuple(ys), tuple(hidden)
 
 
-def _gated_fwd(products: Products, x: jax.Array, layers: tuple[Factors, ...]) -> tuple[Any, tuple[Any, ...]]:
+def _gated_fwd(
+    products: Products, x: jax.Array, layers: tuple[Factors, ...]
+) -> tuple[Any, tuple[Any, ...]]:
     ys, hidden = products.forward(x, layers)
     saved = x
     if not any(layer.a is not None for layer in layers):
@@ -85,13 +91,17 @@ def _gated_fwd(products: Products, x: jax.Array, layers: tuple[Factors, ...]) ->
     return (tuple(ys), tuple(hidden)), (products, saved, layers, hidden)
 
 
-def _gated_bwd(saved: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[None, jax.Array, tuple[Factors, ...]]:
+def _gated_bwd(
+    saved: tuple[Any, ...], cotangents: tuple[Any, Any]
+) -> tuple[None, jax.Array, tuple[Factors, ...]]:
     products, x, layers, hidden = saved
     gs, _ = cotangents
     # B for dx and, below it, B * m for dA: one matmul over the wide cotangent computes both.
     backs, extra = products.narrow(gs, layers, [_with_masked(layer) for layer in layers])
     # The scale multiplies these rank-wide arrays, not [rows, d_out].
-    scaled = [None if back is None else layer.scale * back for layer, back in zip(layers, backs, strict=True)]
+    scaled = [
+        None if back is None else layer.scale * back for layer, back in zip(layers, backs, strict=True)
+    ]
     ranks = [0 if layer.b is None else layer.b.shape[-2] for layer in layers]
     exact = [None if s is None else s[:, :rank] for s, rank in zip(scaled, ranks, strict=True)]
     masked = [None if s is None else s[:, -rank:] for s, rank in zip(scaled, ranks, strict=True)]

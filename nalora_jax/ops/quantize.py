@@ -76,7 +76,9 @@ class Quantized(Stored):
         """Returns the float32 kernel; codes are gathered before they are expanded."""
         if self.places is None:
             return dequantize(self)
-        codes, scales = (_at(array, place) for array, place in zip((self.codes, self.scales), self.places, strict=True))
+        codes, scales = (
+            _at(array, place) for array, place in zip((self.codes, self.scales), self.places, strict=True)
+        )
         return dequantize(Quantized(codes, scales, self.kind))
 
 
@@ -105,12 +107,16 @@ def quantize(kernel: jax.Array, kind: Kind) -> Quantized:
     *lead, d_in, d_out = kernel.shape
     block = _BLOCKS.get(kind, d_in)
     if d_in % block:
-        raise NaloraError("compute.quantize", expected=f"inputs in multiples of {block} for {kind}", found=d_in)
+        raise NaloraError(
+            "compute.quantize", expected=f"inputs in multiples of {block} for {kind}", found=d_in
+        )
     w = kernel.astype(jnp.float32).reshape(*lead, d_in // block, block, d_out)
     largest = jnp.max(jnp.abs(w), axis=-2)
     if kind == "mxfp4":
         scales = mxfp4.exponents(largest)
-        return Quantized(_packed(mxfp4.codes(w / mxfp4.powers(scales)[..., None, :]), kernel.shape), scales, kind)
+        return Quantized(
+            _packed(mxfp4.codes(w / mxfp4.powers(scales)[..., None, :]), kernel.shape), scales, kind
+        )
     unit = w / jnp.where(largest > 0, largest, 1.0)[..., None, :]
     if kind == "int8":
         codes = jnp.round(unit * 127).astype(jnp.int8).reshape(kernel.shape)
@@ -142,7 +148,9 @@ def dequantize(kernel: Quantized) -> jax.Array:
     # [..., d_in / 2, 2, d_out]: the two codes of a byte are neighbours along the inputs
     codes = jnp.stack([low, high], axis=-2).reshape(*lead, d_in, d_out)
     levels, scales = (
-        (mxfp4.LEVELS, mxfp4.powers(kernel.scales)) if kernel.kind == "mxfp4" else (NF4_LEVELS, kernel.scales)
+        (mxfp4.LEVELS, mxfp4.powers(kernel.scales))
+        if kernel.kind == "mxfp4"
+        else (NF4_LEVELS, kernel.scales)
     )
     unit = jnp.take(jnp.asarray(levels, jnp.float32), codes.astype(jnp.int32))
     block = _BLOCKS[kernel.kind]
@@ -165,7 +173,9 @@ def gathered(params: Any, axes: Collection[str]) -> Any:
     def told(leaf: Any) -> Any:
         if not isinstance(leaf, Quantized) or leaf.codes.ndim > 3:
             return leaf
-        codes, scales = (_without(array.sharding, leaf.codes.ndim, axes) for array in (leaf.codes, leaf.scales))
+        codes, scales = (
+            _without(array.sharding, leaf.codes.ndim, axes) for array in (leaf.codes, leaf.scales)
+        )
         if codes is None or scales is None:
             return leaf
         return replace(leaf, places=(codes, scales))

@@ -73,7 +73,9 @@ def splash_attention(
         heads = P(rows, "tensor" if "tensor" in mesh.shape else None)
         specs = (heads, heads, heads, P(rows), P(), P(heads[1]))
         attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
-    return attend(*arrays, segments, choice, sinks).swapaxes(1, 2).astype(jnp.float32).astype(numerics.result)
+    return (
+        attend(*arrays, segments, choice, sinks).swapaxes(1, 2).astype(jnp.float32).astype(numerics.result)
+    )
 
 
 def takes(seq: int, head_dim: int) -> bool:
@@ -96,14 +98,17 @@ def _one_device(
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
     branches = [
-        _for_window(q.shape[1:], window, config.softcap, config.interpret) for window in config.windows or (q.shape[2],)
+        _for_window(q.shape[1:], window, config.softcap, config.interpret)
+        for window in config.windows or (q.shape[2],)
     ]
     ids = SegmentIds(segments, segments)
     mapped = [jax.vmap(branch, in_axes=(0, 0, 0, 0, None)) for branch in branches]
     return jax.lax.switch(choice, mapped, q, k, v, ids, sinks)
 
 
-def _for_window(shape: tuple[int, ...], window: int, softcap: float, interpret: bool) -> Callable[..., jax.Array]:
+def _for_window(
+    shape: tuple[int, ...], window: int, softcap: float, interpret: bool
+) -> Callable[..., jax.Array]:
     """Returns the kernel for queries ``[heads, seq, head_dim]``."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -133,7 +138,14 @@ def block_sizes(seq: int, window: int, head_dim: int) -> dict[str, Any]:
     if span < seq:
         most = min(most, span // 2)
     block = largest_block(seq, most)
-    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    names = (
+        "block_q",
+        "block_kv",
+        "block_kv_compute",
+        "block_q_dkv",
+        "block_kv_dkv",
+        "block_kv_dkv_compute",
+    )
     if span == seq and seq // block <= _MOST_PARTS:
         return dict.fromkeys(names, block) | {"use_fused_bwd_kernel": True}
     return dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block)

@@ -22,7 +22,14 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.distributed.mesh import BATCH_AXES
-from nalora_jax.ops.blockwise_attention import UNSEEN, AttentionConfig, capped, product, visibility, with_sinks
+from nalora_jax.ops.blockwise_attention import (
+    UNSEEN,
+    AttentionConfig,
+    capped,
+    product,
+    visibility,
+    with_sinks,
+)
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.split_rows import Row, block_numbers, by_block, by_part, gathered, with_preceding
 from nalora_jax.ops.storage import read_residual, save_residual
@@ -59,7 +66,9 @@ def split_attention(
     Returns:
       ``[shards * batch, 2 * block, heads, head_dim]`` in ``numerics.result``.
     """
-    return on_shards(partial(_on_shard, config=config, numerics=numerics), q, k, v, row, window, config, sinks)
+    return on_shards(
+        partial(_on_shard, config=config, numerics=numerics), q, k, v, row, window, config, sinks
+    )
 
 
 def on_shards(
@@ -118,7 +127,9 @@ def _on_shard(
 
     def far(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         here = row.slices(0)
-        queries = Queries(by_part(here.positions), by_part(here.segments), block * jnp.stack(block_numbers()))
+        queries = Queries(
+            by_part(here.positions), by_part(here.segments), block * jnp.stack(block_numbers())
+        )
         return _tiled(q, k, v, queries, row, *options, Tiling(gathered, tile))
 
     if not ahead:
@@ -238,7 +249,9 @@ def _tiled_bwd(
     tiles = _tiles(heads[0], queries, kv_heads, tiling.size)
     g, inner = (_by_tile(x, kv_heads, tiling.size) for x in (g, inner))
 
-    def gradients(sums: Any, inputs: tuple[_Tile, jax.Array, jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+    def gradients(
+        sums: Any, inputs: tuple[_Tile, jax.Array, jax.Array, jax.Array]
+    ) -> tuple[Any, jax.Array]:
         tile, total, g, inner = inputs
 
         def body(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -325,7 +338,9 @@ def _scores(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns capped scores ``[batch, kv_heads, groups, tile, keys]``, `UNSEEN` for unseen keys, and those keys."""
     scores = capped(product("bkgqd,bktd->bkgqt", tile.query, key, numerics), config)
-    visible = visibility(tile.positions, tile.segments, at.positions, at.segments, window, at.starts)[:, None, None]
+    visible = visibility(tile.positions, tile.segments, at.positions, at.segments, window, at.starts)[
+        :, None, None
+    ]
     return jnp.where(visible, scores, UNSEEN), ~visible
 
 

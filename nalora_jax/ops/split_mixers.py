@@ -51,7 +51,9 @@ def split_conv(x: jax.Array, kernel: jax.Array, row: Row, sharding: NamedShardin
 
     channels = _over_tensor(sharding, x.shape[-1])
     by_channel = P(sharding.spec[0], None, channels)
-    return _mapped(local, sharding, (by_channel, P(None, channels), P(BATCH_AXES)), by_channel, x, kernel, row)
+    return _mapped(
+        local, sharding, (by_channel, P(None, channels), P(BATCH_AXES)), by_channel, x, kernel, row
+    )
 
 
 def split_delta_rule(inputs: DeltaInputs, row: Row, sharding: NamedSharding) -> jax.Array:
@@ -92,10 +94,14 @@ def _states_before(summary: jax.Array, d_v: int) -> jax.Array:
     summaries = jnp.moveaxis(gathered(summary.reshape(-1, 2, *summary.shape[1:])), 1, 0)
 
     def after(state: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return block[..., :d_v] + jnp.matmul(block[..., d_v:], state, precision=lax.Precision.HIGHEST), state
+        return block[..., :d_v] + jnp.matmul(
+            block[..., d_v:], state, precision=lax.Precision.HIGHEST
+        ), state
 
     states = lax.scan(after, jnp.zeros_like(summaries[0, ..., :d_v]), summaries)[1]
-    local_states = [lax.dynamic_index_in_dim(states, number, 0, keepdims=False) for number in block_numbers()]
+    local_states = [
+        lax.dynamic_index_in_dim(states, number, 0, keepdims=False) for number in block_numbers()
+    ]
     return jnp.stack(local_states, axis=1).reshape(-1, *states.shape[2:])
 
 
@@ -105,7 +111,9 @@ def _over_tensor(sharding: NamedSharding, size: int) -> str | None:
     return "tensor" if parts and size % parts == 0 else None
 
 
-def _mapped(local: Callable[..., jax.Array], sharding: NamedSharding, specs: Any, out: P, *arguments: Any) -> jax.Array:
+def _mapped(
+    local: Callable[..., jax.Array], sharding: NamedSharding, specs: Any, out: P, *arguments: Any
+) -> jax.Array:
     assert CONTEXT in sharding.mesh.shape
     mapped = jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=out, check_vma=False)
     result: jax.Array = mapped(*arguments)

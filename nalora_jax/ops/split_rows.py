@@ -45,7 +45,9 @@ class Row(NamedTuple):
 
         def of_blocks(x: jax.Array, fill: int) -> jax.Array:
             padded = jnp.pad(x, ((0, 0), (ahead, 0)), constant_values=fill)
-            slices = [lax.dynamic_slice_in_dim(padded, i * block, ahead + block, 1) for i in block_numbers()]
+            slices = [
+                lax.dynamic_slice_in_dim(padded, i * block, ahead + block, 1) for i in block_numbers()
+            ]
             return jnp.stack(slices, axis=1).reshape(-1, ahead + block)
 
         starts = None if self.starts is None else of_blocks(self.starts, 0)
@@ -61,7 +63,11 @@ def shards_of(sharding: NamedSharding | None) -> int:
 
 def of_whole_rows(sharding: NamedSharding | None) -> NamedSharding | None:
     """Returns the sharding of whole rows for a sharding of their parts."""
-    return sharding if sharding is None or shards_of(sharding) == 1 else NamedSharding(sharding.mesh, P(BATCH_AXES))
+    return (
+        sharding
+        if sharding is None or shards_of(sharding) == 1
+        else NamedSharding(sharding.mesh, P(BATCH_AXES))
+    )
 
 
 def block_length(seq: int, shards: int) -> int:

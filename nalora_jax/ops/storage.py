@@ -117,4 +117,6 @@ def _rounded_and_saved(x: jax.Array, numerics: Numerics) -> jax.Array:
 
 
 # The rule itself calls no custom function: a rematerialization policy sees no names inside of one.
-round_and_save.defvjp(lambda x, numerics: (_rounded_and_saved(x, numerics), None), lambda numerics, _, g: (g,))
+round_and_save.defvjp(
+    lambda x, numerics: (_rounded_and_saved(x, numerics), None), lambda numerics, _, g: (g,)
+)

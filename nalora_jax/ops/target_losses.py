@@ -57,7 +57,9 @@ def target_losses(
     return _along_sequence(hidden, targets, weights, losses, rows * shards)
 
 
-def _of_targets(hidden: jax.Array, targets: jax.Array, weights: jax.Array, losses: Any, rows: int) -> jax.Array:
+def _of_targets(
+    hidden: jax.Array, targets: jax.Array, weights: jax.Array, losses: Any, rows: int
+) -> jax.Array:
     n = weights.size
     rows = min(rows, n)
     flat, t, w = hidden.reshape(n, -1), targets.reshape(n), weights.reshape(n)
@@ -72,7 +74,9 @@ def _of_targets(hidden: jax.Array, targets: jax.Array, weights: jax.Array, losse
     return lax.fori_loop(0, count, body, jnp.zeros((n,), jnp.float32)).reshape(weights.shape)
 
 
-def _along_sequence(hidden: jax.Array, targets: jax.Array, weights: jax.Array, losses: Any, rows: int) -> jax.Array:
+def _along_sequence(
+    hidden: jax.Array, targets: jax.Array, weights: jax.Array, losses: Any, rows: int
+) -> jax.Array:
     """Runs chunks of whole columns of the batch, so that every shard processes its own rows."""
     batch, seq = weights.shape
     columns = Columns.of(batch, seq, rows)

@@ -148,7 +148,9 @@ def _loss(
     return _forward(hidden, trained, targets, weights, head, numerics, rows)[0]
 
 
-def _forward(hidden: Any, trained: Any, targets: Any, weights: Any, head: Head, numerics: Numerics, rows: int) -> Any:
+def _forward(
+    hidden: Any, trained: Any, targets: Any, weights: Any, head: Head, numerics: Numerics, rows: int
+) -> Any:
     """Returns the loss, and the gradients of hidden states and head.
 
     Chunks are whole columns of the batch.

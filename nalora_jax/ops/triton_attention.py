@@ -78,7 +78,9 @@ def computed_pairs(seq: int) -> float:
     return seq * (seq + _BLOCK) / 2
 
 
-def _one_device(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, config: AttentionConfig) -> jax.Array:
+def _one_device(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, config: AttentionConfig
+) -> jax.Array:
     """Computes one device's part: ``[batch, seq, heads, head_dim]`` in q's dtype."""
     # Imported here, because Pallas costs every process 5 MB and a tenth of a second.
     with warnings.catch_warnings():

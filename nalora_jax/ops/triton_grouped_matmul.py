@@ -95,7 +95,9 @@ def _visits(sizes: jax.Array, tiles: int) -> tuple[jax.Array, jax.Array, jax.Arr
     return group, tile, jnp.where(left_over, 0, starts[group]), jnp.where(left_over, 0, ends[group])
 
 
-def _kernel(x: Any, kernels: Any, group: Any, tile: Any, start: Any, end: Any, out: Any, *, transposed: bool) -> None:
+def _kernel(
+    x: Any, kernels: Any, group: Any, tile: Any, start: Any, end: Any, out: Any, *, transposed: bool
+) -> None:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
@@ -106,7 +108,9 @@ def _kernel(x: Any, kernels: Any, group: Any, tile: Any, start: Any, end: Any, o
     def add(step: jax.Array, total: jax.Array) -> jax.Array:
         inner = pl.ds(step * _INNER, _INNER)
         left = triton.load(x.at[rows, inner])
-        right = triton.load(kernels.at[(group_index, columns, inner) if transposed else (group_index, inner, columns)])
+        right = triton.load(
+            kernels.at[(group_index, columns, inner) if transposed else (group_index, inner, columns)]
+        )
         over = (((1,), (1 if transposed else 0,)), ((), ()))
         return total + lax.dot_general(left, right, over, preferred_element_type=jnp.float32)
 

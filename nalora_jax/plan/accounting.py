@@ -149,7 +149,11 @@ class Program:
     @cached_property
     def memory_bytes(self) -> float:
         """Bytes read from and written to HBM. A slice of a stack counts as the slice."""
-        return sum(self.times[c.name] * self._bytes_of(i, c) for c in self.scheduled() for i in c.instructions.values())
+        return sum(
+            self.times[c.name] * self._bytes_of(i, c)
+            for c in self.scheduled()
+            for i in c.instructions.values()
+        )
 
     @cached_property
     def collectives(self) -> tuple[Collective, ...]:
@@ -181,9 +185,15 @@ class Program:
                         # The TPU compiler splits a collective into parts that share its channel and its
                         # chain. All collectives of `jax.shard_map` share a channel.
                         channels = re.findall(r'(?:channel_id=|chain_id=")(\d+)', instruction.attributes)
-                        key = " ".join(channels) if channels and holder is not scheduled else instruction.name
+                        key = (
+                            " ".join(channels) if channels and holder is not scheduled else instruction.name
+                        )
                         groups.setdefault(key, []).append((caller.name, instruction, holder))
-                    elif instruction.opcode == "send" and holder is scheduled and is_between_slices(instruction):
+                    elif (
+                        instruction.opcode == "send"
+                        and holder is scheduled
+                        and is_between_slices(instruction)
+                    ):
                         yield self._between(instruction, scheduled)
             for parts in groups.values():
                 callers = [caller for caller, _, _ in parts]
@@ -232,12 +242,19 @@ class Program:
 
     def scheduled(self) -> Iterator[Computation]:
         """Yields computations that run in sequence: the entry, bodies of loops, branches."""
-        inner = {name for c in self.computations.values() for i in c.instructions.values() for name in self._inner(i)}
+        inner = {
+            name
+            for c in self.computations.values()
+            for i in c.instructions.values()
+            for name in self._inner(i)
+        }
         for computation in self.computations.values():
             if computation.name not in inner and self.times[computation.name]:
                 yield computation
 
-    def _inside(self, instruction: Instruction, holder: Computation) -> Iterator[tuple[Instruction, Computation]]:
+    def _inside(
+        self, instruction: Instruction, holder: Computation
+    ) -> Iterator[tuple[Instruction, Computation]]:
         """Yields an instruction and all instructions that are fused into it."""
         yield instruction, holder
         for name in self._inner(instruction):
@@ -258,7 +275,9 @@ class Program:
             places = [names.index(end.name) for end in (update, *ends)]
         if len(places) == 1:
             return False
-        return any(self._works(scheduled.instructions[name]) for name in names[min(places) + 1 : max(places)])
+        return any(
+            self._works(scheduled.instructions[name]) for name in names[min(places) + 1 : max(places)]
+        )
 
     def _works(self, instruction: Instruction) -> bool:
         if instruction.opcode in ("convolution", "dot"):
@@ -293,12 +312,16 @@ class Program:
             held = sum(shape.size for shape in operand.shapes if shape.in_hbm)
             if not held:
                 continue
-            total += min(held, self._read(inner, index)) if inner is not None else used(instruction, index, held)
+            total += (
+                min(held, self._read(inner, index)) if inner is not None else used(instruction, index, held)
+            )
         written = sum(shape.size for shape in instruction.shapes if shape.in_hbm)
         if opcode.endswith("-start") and inner is None:  # its result lists the operand again
             return total + sum(shape.size for shape in instruction.shapes[1:2] if shape.in_hbm)
         return total + (
-            min(written, self._written(inner)) if inner is not None else changed(instruction, computation, written)
+            min(written, self._written(inner))
+            if inner is not None
+            else changed(instruction, computation, written)
         )
 
     def _read(self, computation: Computation, index: int) -> float:
@@ -314,7 +337,9 @@ class Program:
             if user.opcode == "bitcast" and not user.is_root:
                 total += self._read_of(computation, user)
             elif user.opcode in _ELEMENTWISE and not user.is_root:  # only for used elements
-                total += self._read_of(computation, user) * source.shapes[0].size / max(user.shapes[0].size, 1.0)
+                total += (
+                    self._read_of(computation, user) * source.shapes[0].size / max(user.shapes[0].size, 1.0)
+                )
             elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == source.name:
                 user_size = sum(shape.size for shape in user.shapes)
                 # The slice may be used only in part, like the array itself: rows of rows.
@@ -361,13 +386,19 @@ class Program:
         if result.opcode == "bitcast" and result.operands[0] in computation.instructions:
             return self._written_by(computation, computation.instructions[result.operands[0]])
         if result.opcode == "tuple":
-            parts = (computation.instructions[name] for name in result.operands if name in computation.instructions)
+            parts = (
+                computation.instructions[name]
+                for name in result.operands
+                if name in computation.instructions
+            )
             return sum(self._written_by(computation, output) for output in parts if output.shapes[0].in_hbm)
         if result.opcode == "parameter" or is_continued(result, computation):  # returned in place
             return 0.0
         # The gathered array, without the operand, which is returned in place.
         if STARTS in result.attributes:
-            return sum(shape.size for name in result.operands for shape in computation.instructions[name].shapes)
+            return sum(
+                shape.size for name in result.operands for shape in computation.instructions[name].shapes
+            )
         if result.opcode == "fusion" and result.calls[0] in self.computations:
             return self._written(self.computations[result.calls[0]])
         return sum(shape.size for shape in result.shapes)

@@ -25,7 +25,9 @@ from nalora_jax.train.compilation import compile_ahead
 log = logging.getLogger(__name__)
 
 
-def laid_out(config: RunConfig, base: ModelConfig, devices: Sequence[jax.Device] | None = None) -> RunConfig:
+def laid_out(
+    config: RunConfig, base: ModelConfig, devices: Sequence[jax.Device] | None = None
+) -> RunConfig:
     """Returns ``config`` with all mesh axes set to the layout with the best estimate.
 
     On TPUs and GPUs the rematerialization policy is set, too. On a CPU or an unknown chip

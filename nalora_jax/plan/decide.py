@@ -106,7 +106,9 @@ class Search:
 
     def _seconds(self, layout: Layout) -> float:
         """Returns estimated seconds times the largest such ratio of seconds of the same mesh."""
-        same = ((other, result) for other, result in self.tried if other.mesh == layout.mesh and result.memory)
+        same = (
+            (other, result) for other, result in self.tried if other.mesh == layout.mesh and result.memory
+        )
         return layout.seconds * max((result.seconds / other.seconds for other, result in same), default=1.0)
 
 

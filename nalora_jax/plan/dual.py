@@ -18,7 +18,9 @@ from nalora_jax.plan.program import placed
 from nalora_jax.train.dual import check_dual, dual_program, resolve_dual
 
 
-def contrastive_step(config: RunConfig, base: DualConfig, mesh: Mesh, *, seq: int) -> tuple[Any, tuple[Any, ...]]:
+def contrastive_step(
+    config: RunConfig, base: DualConfig, mesh: Mesh, *, seq: int
+) -> tuple[Any, tuple[Any, ...]]:
     """Returns the jitted step of a run with ``vision.task`` "contrast" and its arguments' shapes.
 
     The shapes are placed on ``mesh``.
@@ -33,7 +35,9 @@ def contrastive_step(config: RunConfig, base: DualConfig, mesh: Mesh, *, seq: in
     check_dual(config, base, mesh)
     spec = resolve_dual(config, base)
     shapes = base.param_shapes().items()
-    weights = trees.unflatten({path: jax.ShapeDtypeStruct(shape, config.compute.dtype) for path, shape in shapes})
+    weights = trees.unflatten(
+        {path: jax.ShapeDtypeStruct(shape, config.compute.dtype) for path, shape in shapes}
+    )
     lora = jax.eval_shape(lambda params: init_lora(base, spec, jax.random.key(0), params), weights)
     # The scale and the offset of grey levels do not affect the program, so the defaults are used.
     program = dual_program(config, base, spec, lora, mesh, ImageProcessor())
@@ -43,7 +47,9 @@ def contrastive_step(config: RunConfig, base: DualConfig, mesh: Mesh, *, seq: in
     by_rows = NamedSharding(mesh, P(None, distributed.BATCH_AXES))
     rows, side = (1, config.train.batch_size), base.image.image_size
     batch = {
-        "pixels": jax.ShapeDtypeStruct((*rows, side, side, base.image.channels), jnp.uint8, sharding=by_rows),
+        "pixels": jax.ShapeDtypeStruct(
+            (*rows, side, side, base.image.channels), jnp.uint8, sharding=by_rows
+        ),
         "tokens": jax.ShapeDtypeStruct((*rows, seq), jnp.int32, sharding=by_rows),
         "token_weights": jax.ShapeDtypeStruct((*rows, seq), jnp.float32, sharding=by_rows),
     }

@@ -51,7 +51,9 @@ def weight_bytes(base: ModelConfig, narrow: float, wide: float, pattern: str) ->
 
     Projections whose paths ``pattern`` matches have ``narrow`` bytes per weight, other weights ``wide``.
     """
-    projections = {f"{path}/kernel" for path in projection_shapes(base) if re.search(pattern, f"{path}/kernel")}
+    projections = {
+        f"{path}/kernel" for path in projection_shapes(base) if re.search(pattern, f"{path}/kernel")
+    }
     layer = ends = 0.0
     for path, shape in param_shapes(base).items():
         size = math.prod(shape) * (narrow if path in projections else wide)
@@ -72,7 +74,9 @@ def summed_bytes(base: ModelConfig, tokens: float, tensor: int, remat: str, wide
     return sums * base.n_layers * 2 * (tensor - 1) / tensor * tokens * base.d_model * wide
 
 
-def gathered_keys(base: ModelConfig, rows: float, seq: int, context: int, wide: float) -> tuple[float, float]:
+def gathered_keys(
+    base: ModelConfig, rows: float, seq: int, context: int, wide: float
+) -> tuple[float, float]:
     """Returns live bytes and received bytes of a step for the keys and values of rows that chips share.
 
     Live are the keys and values of one layer's ``rows``, and their gradients. They are gathered in both
@@ -126,7 +130,9 @@ def transposed_bytes(where: Topology, base: ModelConfig, wide: float) -> float:
     total = 0.0
     for config in uniform(base):
         shapes = projection_shapes(config).items()
-        total += config.n_layers * sum(math.prod(s) for path, s in shapes if path.endswith(late) or len(s) == 3)
+        total += config.n_layers * sum(
+            math.prod(s) for path, s in shapes if path.endswith(late) or len(s) == 3
+        )
     return wide * total
 
 
@@ -136,7 +142,9 @@ def sorted_row_bytes(base: ModelConfig, tokens: float, tensor: int) -> float:
     return base.n_layers * tokens * base.experts_per_token * each
 
 
-def rows_for_experts(base: ModelConfig, tokens: float, fsdp: int, narrow: float, wide: float) -> tuple[float, float]:
+def rows_for_experts(
+    base: ModelConfig, tokens: float, fsdp: int, narrow: float, wide: float
+) -> tuple[float, float]:
     """Returns the bytes of experts that are not gathered, and the bytes of rows that reach a chip in a step.
 
     All rows are sent to their experts (`nalora_jax.models.expert_exchange`).
@@ -184,7 +192,13 @@ def _saved_with(base: ModelConfig, remat: str, tensor: int, heads: float) -> flo
 
 
 def working_bytes(
-    where: Topology, base: ModelConfig, tokens: float, split: tuple[int, int], *, wide: float, offloads: bool
+    where: Topology,
+    base: ModelConfig,
+    tokens: float,
+    split: tuple[int, int],
+    *,
+    wide: float,
+    offloads: bool,
 ) -> float:
     """Returns the peak of live bytes without saved activations.
 
@@ -200,7 +214,9 @@ def working_bytes(
     return max(layer, head + loss) if offloads else head + max(layer, loss)
 
 
-def _in_layer(where: Topology, base: ModelConfig, tokens: float, split: tuple[int, int], wide: float) -> float:
+def _in_layer(
+    where: Topology, base: ModelConfig, tokens: float, split: tuple[int, int], wide: float
+) -> float:
     """Returns the live bytes within a layer of a stack."""
     fsdp, tensor = split
     chosen = base.experts_per_token if base.n_experts else 1
@@ -226,7 +242,9 @@ def _copies(where: Topology, base: ModelConfig, fsdp: int, *, offloads: bool) ->
     return 2.4 if base.tie_embeddings or base.d_model // fsdp % 16 else 0.0
 
 
-def executed_flops(base: ModelConfig, spec: AdapterSpec, remat: str, rows: float, seq: int, kernel: str) -> float:
+def executed_flops(
+    base: ModelConfig, spec: AdapterSpec, remat: str, rows: float, seq: int, kernel: str
+) -> float:
     """Returns the flops of a step on the rows of one shard, recomputation included."""
     again = sum(config.n_layers * _recomputed(config, remat) for config in uniform(base))
     tokens, flops = rows * seq, rows * attention_flops(base, seq)
@@ -248,7 +266,9 @@ def _recomputed(config: ModelConfig, remat: str) -> float:
     """Returns the weights of one layer that a token meets again in the backward pass."""
     sizes = {path: active_size(config, shape) for path, shape in projection_shapes(config).items()}
     outputs = sum(size for path, size in sizes.items() if path.endswith(("/down_proj", "/out_proj")))
-    inputs = sum(size for path, size in sizes.items() if path.endswith(("/gate_proj", "/up_proj", "/in_proj")))
+    inputs = sum(
+        size for path, size in sizes.items() if path.endswith(("/gate_proj", "/up_proj", "/in_proj"))
+    )
     # No policy saves the FFN's result, which a norm after it, or the weights of experts, read in
     # the backward pass.
     down = outputs if config.post_norm or config.n_experts else 0.0

@@ -73,7 +73,11 @@ def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None)
         ]
     )
     text += repr(sorted((lowered._lowering.compile_args or {}).get("compiler_options_kvs", ())))
-    file = (cache or downloads.cache_dir()) / "plans" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    file = (
+        (cache or downloads.cache_dir())
+        / "plans"
+        / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    )
     if file.exists():
         return _read(json.loads(file.read_text()))
     compiled = of_compiled(lowered.compile())

@@ -52,7 +52,9 @@ _MOST_TENSOR = 8
 # Usable share of the memory, a margin for the error of the estimates (docs/pods.md).
 _USABLE = {"tpu": 0.95, "gpu": 0.9}
 _USABLE_OF_HOST = 0.5  # the rest is for processes that read data, for loading, and for the system
-_LEAST_BLOCK = 1024  # tokens of a block of a split row (`nalora_jax.ops.split_rows`), if --mesh auto splits it
+_LEAST_BLOCK = (
+    1024  # tokens of a block of a split row (`nalora_jax.ops.split_rows`), if --mesh auto splits it
+)
 _UNDER_WAY = 2  # layers whose activations are on the chip while all others are in the host's memory
 
 
@@ -109,7 +111,9 @@ def choose(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topol
     return preferred(fitting(config, base, spec, where, seq))
 
 
-def fitting(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int) -> list[Layout]:
+def fitting(
+    config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int
+) -> list[Layout]:
     """Returns layouts that are estimated to fit and match the axes and policy of ``config``.
 
     Raises:
@@ -141,7 +145,9 @@ def fitting(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topo
     return usable
 
 
-def preferred(layouts: Sequence[Layout], seconds: Callable[[Layout], float] = lambda layout: layout.seconds) -> Layout:
+def preferred(
+    layouts: Sequence[Layout], seconds: Callable[[Layout], float] = lambda layout: layout.seconds
+) -> Layout:
     """Returns the fastest layout.
 
     Among layouts within 1% of the fastest it prefers the least communication to hide, then the
@@ -149,22 +155,34 @@ def preferred(layouts: Sequence[Layout], seconds: Callable[[Layout], float] = la
     """
     fastest = min(seconds(layout) for layout in layouts)
     equal = [layout for layout in layouts if seconds(layout) <= 1.01 * fastest]
-    return min(equal, key=lambda layout: (round(layout.gathers + layout.transfers, 3), layout.tensor, layout.memory))
+    return min(
+        equal,
+        key=lambda layout: (round(layout.gathers + layout.transfers, 3), layout.tensor, layout.memory),
+    )
 
 
-def candidates(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int) -> Iterator[Layout]:
+def candidates(
+    config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int
+) -> Iterator[Layout]:
     """Yields every layout that divides the devices, the batch and the heads."""
     micro = config.train.batch_size // config.train.accumulate
     policies = POLICIES if config.compute.remat == "auto" else (config.compute.remat,)
     mesh = config.mesh
-    if -1 in (mesh.data, mesh.fsdp, mesh.context, mesh.tensor):  # with an axis of -1 no axis is left to choose
+    if -1 in (
+        mesh.data,
+        mesh.fsdp,
+        mesh.context,
+        mesh.tensor,
+    ):  # with an axis of -1 no axis is left to choose
         sizes = distributed.resolve_sizes(mesh, where.size)
         mesh = MeshConfig(**dict(zip(distributed.AXES, sizes, strict=True)))
     distributed.check_axes(mesh, where.size, where.slices)
     mesh = replace(mesh, context=distributed.context_of(mesh))
     distributed.check_tensor(max(mesh.tensor, 1), n_heads=base.n_heads, n_kv_heads=key_heads(base))
     for tensor in _divisors(where.size):
-        if mesh.tensor == 0 and (tensor > _MOST_TENSOR or base.n_heads % tensor or key_heads(base) % tensor):
+        if mesh.tensor == 0 and (
+            tensor > _MOST_TENSOR or base.n_heads % tensor or key_heads(base) % tensor
+        ):
             continue
         if where.chip.platform == "gpu" and mesh.tensor == 0 and where.dims[-1] % tensor:
             continue
@@ -226,7 +244,11 @@ def estimate(
     live_keys, received_keys = gathered_keys(base, rows * context, seq, context, wide)
     kernel = attention_kernel(where, base, rows, seq)
     saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
-    saved_bytes = mean_over_layers(base, lambda of_stack: saved_values(of_stack, saves, tensor, kernel)) * wide * tokens
+    saved_bytes = (
+        mean_over_layers(base, lambda of_stack: saved_values(of_stack, saves, tensor, kernel))
+        * wide
+        * tokens
+    )
     layout = Layout(
         data, fsdp, tensor, remat, experts,
         weights=(layer * base.n_layers + ends) / (split * tensor),
@@ -252,13 +274,17 @@ def estimate(
     passes = 2.3 if saves == "full" else 2.0
     weights = layer * base.n_layers
     stay, sent = rows_for_experts(base, tokens, fsdp, narrow, wide) if experts == "send" else (0.0, 0.0)
-    gathered = passes * (weights - stay + ends / 2) / tensor * (split - 1) / split / where.inbound(split * tensor)
+    gathered = (
+        passes * (weights - stay + ends / 2) / tensor * (split - 1) / split / where.inbound(split * tensor)
+    )
     traffic = _traffic(base, tokens, tensor, saved_bytes * base.n_layers, sends=stay > 0)
     hbm = (passes * (weights - stay * (1 - 1 / split) + ends) / tensor + traffic) / where.chip.bandwidth
     gradients = 2 * (adapters + tables) / where.inbound(data * split) if data * split > 1 else 0.0
     hidden = hidden_share(where, base)
     overlapped, exposed = hidden * gathered, (1 - hidden) * gathered
-    exposed += summed_bytes(base, tokens, tensor, saves, wide) / where.inbound(tensor) + sent / where.inbound(fsdp)
+    exposed += summed_bytes(base, tokens, tensor, saves, wide) / where.inbound(
+        tensor
+    ) + sent / where.inbound(fsdp)
     exposed += received_keys / tensor / where.inbound(context)
     seconds = times * (max(products, hbm, overlapped) + exposed) + gradients
     mfu = times * useful / (where.chip.flops * seconds)
@@ -279,7 +305,9 @@ def _weight_bytes(base: ModelConfig, config: RunConfig, narrow: float, wide: flo
 
 def _trained_bytes(base: ModelConfig, spec: AdapterSpec, tensor: int) -> tuple[float, float]:
     """Returns the bytes of the adapters and of the trained tables."""
-    adapters = 4.0 * sum(sum(projection_shapes(base)[path][-2:]) * sum(target.ranks) for path, target in spec.targets)
+    adapters = 4.0 * sum(
+        sum(projection_shapes(base)[path][-2:]) * sum(target.ranks) for path, target in spec.targets
+    )
     tables = 4.0 * base.d_model * base.vocab_size * len(spec.saved)
     # An axis that does not divide their rows is dropped.
     return adapters, tables / (tensor if base.vocab_size % tensor == 0 else 1)

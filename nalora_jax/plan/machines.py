@@ -224,4 +224,6 @@ def _no_such_shape(name: str, kind: str) -> NaloraError:
     more = ""
     if kind == "v5p":
         more = ", and 4a x 4b x 4c with a <= b <= c up to 16x16x24"
-    return NaloraError("--topology", expected=f"a slice of {kind}: {', '.join(names)}{more}", found=repr(name))
+    return NaloraError(
+        "--topology", expected=f"a slice of {kind}: {', '.join(names)}{more}", found=repr(name)
+    )

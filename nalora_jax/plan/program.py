@@ -60,7 +60,9 @@ def devices(where: Topology) -> Sequence[jax.Device]:
 
 
 def _require(where: Topology) -> None:
-    module, extra = ("libtpu", "tpu") if where.chip.platform == "tpu" else ("jax_plugins.xla_cuda12", "cuda")
+    module, extra = (
+        ("libtpu", "tpu") if where.chip.platform == "tpu" else ("jax_plugins.xla_cuda12", "cuda")
+    )
     try:
         missing = importlib.util.find_spec(module) is None
     except ModuleNotFoundError:
@@ -108,12 +110,17 @@ def step_and_arguments(
         return init_state(lora, program.optimizer, program.blocks, program.mechanisms, 0)
 
     weights = {path: _weight(path, shape, config.compute) for path, shape in param_shapes(base).items()}
-    params = gathered(placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], distributed.WEIGHT_AXES)
+    params = gathered(
+        placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], distributed.WEIGHT_AXES
+    )
     state, places = placed(jax.eval_shape(fresh, trees.unflatten(weights)), mesh, distributed.STATE_RULES)
     micro = config.train.batch_size // config.train.accumulate
     by_rows = NamedSharding(mesh, P(None, distributed.BATCH_AXES))
     shape = (config.train.accumulate, micro, seq)
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=by_rows) for name, dtype in _BATCH.items()}
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=by_rows)
+        for name, dtype in _BATCH.items()
+    }
     if base.sight is not None:
         tower, lead = base.sight.tower, shape[:2]
         pixels_shape = (*lead, images, tower.image_size, tower.image_size, tower.channels)
@@ -133,12 +140,17 @@ def step_and_arguments(
         return jax.ShapeDtypeStruct((runs, *leaf.shape), leaf.dtype, sharding=place)
 
     states, batches = jax.tree.map(of_runs, (state, batch))
-    out = (jax.tree.map(lambda leaf: leaf.sharding, states), stacked_sharding(mesh, NamedSharding(mesh, P())))
+    out = (
+        jax.tree.map(lambda leaf: leaf.sharding, states),
+        stacked_sharding(mesh, NamedSharding(mesh, P())),
+    )
     replicated = NamedSharding(mesh, P())
     rates = of_runs(jax.ShapeDtypeStruct((config.steps,), jnp.float32, sharding=replicated))
     active = of_runs(jax.ShapeDtypeStruct((), jnp.bool_, sharding=replicated))
     options = distributed.compiler_options(mesh)
-    compiled = jax.jit(step_of_runs(one, mesh), donate_argnums=1, out_shardings=out, compiler_options=options)
+    compiled = jax.jit(
+        step_of_runs(one, mesh), donate_argnums=1, out_shardings=out, compiler_options=options
+    )
     return compiled, ({"params": params}, states, batches, rates, active)
 
 
@@ -152,4 +164,6 @@ def _weight(path: str, shape: tuple[int, ...], compute: ComputeConfig) -> Any:
 def placed(tree: Any, mesh: Mesh, rules: distributed.Rules) -> tuple[Any, Any]:
     """Returns shapes of arrays with the shardings of the rules, and the shardings."""
     places = distributed.shardings(tree, mesh, rules)
-    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places), places
+    return jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places
+    ), places

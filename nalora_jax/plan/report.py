@@ -106,7 +106,9 @@ def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int, images
                 raise
             return EXHAUSTED
         bound = bound_of(measured, where, *decoder, concrete, seq)
-        return Compiled(measured.memory, measured.fits(where.chip), bound.seconds, (concrete, mesh, measured, bound))
+        return Compiled(
+            measured.memory, measured.fits(where.chip), bound.seconds, (concrete, mesh, measured, bound)
+        )
 
     search = Search(fitting(config, *decoder, where, seq), where.chip.memory)
     layout, result = decide(search, compiled)
@@ -151,7 +153,9 @@ def describe(plan: Plan, *, price: float | None = None) -> Iterator[str]:
     )
     for kind in sorted({c.kind for c in nalora.collectives}):
         same = [c for c in nalora.collectives if c.kind == kind]
-        received, hidden = (sum(c.total for c in same if c.overlapped or every) / 1e9 for every in (True, False))
+        received, hidden = (
+            sum(c.total for c in same if c.overlapped or every) / 1e9 for every in (True, False)
+        )
         yield f"  {kind:<11} {received:.2f} GB received a chip and step, {hidden:.2f} of them behind products"
     if nalora.custom_calls:
         calls = (f"{name} x {times:g}" for name, times in sorted(nalora.custom_calls.items()))

@@ -23,7 +23,12 @@ from nalora_jax.plan.machines import Topology
 # Matmuls of attention kernels on GPUs, in one layer. The backward pass recomputes the scores;
 # Triton's does so twice. cuDNN's tiles are assumed to be as large as Triton's; it skips blocks by
 # causality, not by window.
-_ON_GPUS = {"mha_forward": 2, "mha_backward": 7, "cudnn_attention_forward": 2, "cudnn_attention_backward": 5}
+_ON_GPUS = {
+    "mha_forward": 2,
+    "mha_backward": 7,
+    "cudnn_attention_forward": 2,
+    "cudnn_attention_backward": 5,
+}
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,13 @@ def splash_flops(base: ModelConfig, seq: int, *, forward: float, backward: float
         for window in config.layer_windows:
             fused = "use_fused_bwd_kernel" in block_sizes(seq, window, config.head_dim)
             products = 2 * forward + (5 if fused else 7) * backward
-            total += products * 2.0 * computed_pairs(seq, window, config.head_dim) * config.n_heads * config.head_dim
+            total += (
+                products
+                * 2.0
+                * computed_pairs(seq, window, config.head_dim)
+                * config.n_heads
+                * config.head_dim
+            )
     return total
 
 
@@ -150,9 +161,13 @@ def kernel_flops(
         products = sum(count * calls.get(name, 0.0) for name, count in _ON_GPUS.items()) / layers
         return rows / accumulate * causal_flops(base, seq, products) / n_tensor
     # Every window is a branch, and each layer runs one of them.
-    layers = accumulate * sum(len(set(config.layer_windows)) * config.n_layers for config in _attending(base))
+    layers = accumulate * sum(
+        len(set(config.layer_windows)) * config.n_layers for config in _attending(base)
+    )
     runs = {
-        direction: sum(times for name, times in calls.items() if "splash" in name and f"_{direction}" in name)
+        direction: sum(
+            times for name, times in calls.items() if "splash" in name and f"_{direction}" in name
+        )
         for direction in ("fwd", "dkv")
     }
     if not runs["fwd"]:
@@ -178,9 +193,13 @@ def roofline(
     chip, share = where.chip, rows / where.size * n_tensor
     flops = program.flops + kernel_flops(program, base, share, seq, n_tensor, accumulate)
     times = [(c.total / _inbound(c, where), c.overlapped) for c in program.collectives]
-    hidden, exposed = (sum(seconds for seconds, behind in times if behind == which) for which in (True, False))
+    hidden, exposed = (
+        sum(seconds for seconds, behind in times if behind == which) for which in (True, False)
+    )
     links = [(transfer.total / chip.host_link, transfer.overlapped) for transfer in program.transfers]
-    host, host_exposed = (sum(seconds for seconds, behind in links if behind == which) for which in (True, False))
+    host, host_exposed = (
+        sum(seconds for seconds, behind in links if behind == which) for which in (True, False)
+    )
     return Roofline(
         flops / chip.matrix_rate,
         program.memory_bytes / chip.bandwidth,

@@ -165,7 +165,9 @@ def plan_study(protocol: Protocol, base: ModelConfig, where: Topology) -> StudyP
             config = protocol.config(model, task, method, protocol.rates[0], protocol.tuning_seeds[0])
             steps = config.steps
             for stage, runs in stages.items():
-                parts[f"{task} {method} {stage}"] = plan_sweep(config, base, where, config.data.max_length, runs)
+                parts[f"{task} {method} {stage}"] = plan_sweep(
+                    config, base, where, config.data.max_length, runs
+                )
     return StudyPlan(where, parts, steps)
 
 

@@ -21,9 +21,25 @@ from nalora_jax.report.svg import COLOURS, new_figure, style, thin, to_svg
 from nalora_jax.train.progress import duration
 
 # Settings of output and storage, which do not change a run's results.
-_ASIDE = ("seed", "output", "resume", "callbacks", "tensorboard", "data.workers", "compute.compilation_cache")
+_ASIDE = (
+    "seed",
+    "output",
+    "resume",
+    "callbacks",
+    "tensorboard",
+    "data.workers",
+    "compute.compilation_cache",
+)
 # Settings that decide which metrics a run computes.
-_TASK = ("model", "data.dataset", "data.eval_split", "data.loss_on", "data.chat", "vision.task", "preference.loss")
+_TASK = (
+    "model",
+    "data.dataset",
+    "data.eval_split",
+    "data.loss_on",
+    "data.chat",
+    "vision.task",
+    "preference.loss",
+)
 _GROUP_COLOURS = ("c1", "c2", "c3", "r0", "r3", "r1", "r2")  # also the maximum number of groups
 
 
@@ -82,8 +98,14 @@ def group_runs(runs: Sequence[History]) -> list[Group]:
     labels = []
     for name, identity in zip(names, identities, strict=True):
         # Settings in the method's name are not repeated, unless two groups have the same name.
-        settings = [setting for setting in apart if names.count(name) > 1 or not setting.startswith("mechanisms")]
-        labels.append(", ".join([name, *(f"{setting} {identity.get(setting, 'unknown')}" for setting in settings[:4])]))
+        settings = [
+            setting for setting in apart if names.count(name) > 1 or not setting.startswith("mechanisms")
+        ]
+        labels.append(
+            ", ".join(
+                [name, *(f"{setting} {identity.get(setting, 'unknown')}" for setting in settings[:4])]
+            )
+        )
     return [
         Group(label, colour, tuple(ones))
         for label, colour, ones in zip(labels, _GROUP_COLOURS, groups.values(), strict=False)
@@ -175,7 +197,12 @@ def _pictures(groups: Sequence[Group]) -> Iterator[tuple[str, Markup, str]]:
     """Yields (title, plot, how to read it)."""
     band = "Lines are means over the runs of a group, bands their lowest and highest."
     columns: list[tuple[str, str, Callable[[History], tuple[np.ndarray, np.ndarray]], str]] = [
-        (_held_out(_metric(groups)), "metric", _scores, f"On the questions that choose the checkpoint. {band}"),
+        (
+            _held_out(_metric(groups)),
+            "metric",
+            _scores,
+            f"On the questions that choose the checkpoint. {band}",
+        ),
         ("Loss", "loss", lambda run: run.column("loss"), f"Of training, per target token. {band}"),
         (
             "Misalignment",
@@ -199,7 +226,9 @@ def _pictures(groups: Sequence[Group]) -> Iterator[tuple[str, Markup, str]]:
 
 def _scores(run: History) -> tuple[np.ndarray, np.ndarray]:
     scores = run.scores
-    return np.array([score.step for score in scores], float), np.array([score.value for score in scores], float)
+    return np.array([score.step for score in scores], float), np.array(
+        [score.value for score in scores], float
+    )
 
 
 def _movement(run: History) -> tuple[np.ndarray, np.ndarray]:
@@ -209,7 +238,10 @@ def _movement(run: History) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _bands(
-    groups: Sequence[Group], column: Callable[[History], tuple[np.ndarray, np.ndarray]], name: str, title: str
+    groups: Sequence[Group],
+    column: Callable[[History], tuple[np.ndarray, np.ndarray]],
+    name: str,
+    title: str,
 ) -> str | None:
     """Returns a plot with a line and band per group, over the steps common to all of its runs."""
     with style():
@@ -220,7 +252,10 @@ def _bands(
             values = np.array([[row[step] for step in steps] for row in rows])
             if not steps or not np.isfinite(values).all():
                 complete = np.isfinite(values).all(axis=0) if steps else np.zeros(0, bool)
-                steps, values = [tick for tick, fine in zip(steps, complete, strict=True) if fine], values[:, complete]
+                steps, values = (
+                    [tick for tick, fine in zip(steps, complete, strict=True) if fine],
+                    values[:, complete],
+                )
             if not steps:
                 continue
             at, mean, low, high = thin(np.array(steps), values.mean(0), values.min(0), values.max(0))

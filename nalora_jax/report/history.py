@@ -104,12 +104,18 @@ class History:
         """Returns a mechanism's histograms with the bins of its last log step, or None."""
         logged = [(r["step"], (r.get("histograms") or {}).get(label)) for r in self.steps]
         histograms = [
-            (step, histogram["edges"], np.array(histogram["counts"], float)) for step, histogram in logged if histogram
+            (step, histogram["edges"], np.array(histogram["counts"], float))
+            for step, histogram in logged
+            if histogram
         ]
         if not histograms:
             return None
         _, edges, last = histograms[-1]
-        alike = [(step, counts) for step, bins, counts in histograms if bins == edges and counts.shape == last.shape]
+        alike = [
+            (step, counts)
+            for step, bins, counts in histograms
+            if bins == edges and counts.shape == last.shape
+        ]
         at, rows = (list(column) for column in zip(*alike, strict=True))
         return Histograms(np.array(at, float), np.array(edges, float), np.stack(rows))
 
@@ -123,9 +129,14 @@ class History:
             for path, norms in (record.get(name) or {}).items():
                 if norms is not None and not any(isinstance(norm, list) for norm in norms):
                     curves.setdefault(path, []).append((record["step"], norms))
-        alike = {path: [row for row in rows if len(row[1]) == len(rows[-1][1])] for path, rows in curves.items()}
+        alike = {
+            path: [row for row in rows if len(row[1]) == len(rows[-1][1])] for path, rows in curves.items()
+        }
         return {
-            path: (np.array([step for step, _ in rows], float), np.array([norms for _, norms in rows], float))
+            path: (
+                np.array([step for step, _ in rows], float),
+                np.array([norms for _, norms in rows], float),
+            )
             for path, rows in alike.items()
         }
 
@@ -141,7 +152,9 @@ class History:
     @property
     def metric(self) -> tuple[str, str, bool] | None:
         """Returns the evaluations' headline metric (key, name, more is better), or None."""
-        return next((m for m in METRICS if any(e["eval"].get(m[0]) is not None for e in self.measured)), None)
+        return next(
+            (m for m in METRICS if any(e["eval"].get(m[0]) is not None for e in self.measured)), None
+        )
 
     @property
     def scores(self) -> list[EvaluationScore]:
@@ -233,7 +246,9 @@ def history_of(records: Sequence[Mapping[str, Any]]) -> History:
     return History(
         header=next((record for record in records if "run" in record), {}),
         steps=tuple(record for record in records if "step" in record and "eval" not in record),
-        evals=tuple(r for r in records if {"step", "eval"} <= r.keys() and not {"initial", "final"} & r.keys()),
+        evals=tuple(
+            r for r in records if {"step", "eval"} <= r.keys() and not {"initial", "final"} & r.keys()
+        ),
         initial=next((record for record in records if "eval" in record and "initial" in record), {}),
         final=next((record for record in reversed(records) if "eval" in record and "final" in record), {}),
         resumed=tuple(record["resumed"]["step"] for record in records if "resumed" in record),
@@ -244,7 +259,11 @@ def history_of(records: Sequence[Mapping[str, Any]]) -> History:
 def _score(record: Mapping[str, Any], key: str) -> EvaluationScore:
     evaluation = record["eval"]  # its low and high are the interval of the headline metric
     return EvaluationScore(
-        int(record["step"]), float(evaluation[key]), evaluation.get("low"), evaluation.get("high"), evaluation.get("n")
+        int(record["step"]),
+        float(evaluation[key]),
+        evaluation.get("low"),
+        evaluation.get("high"),
+        evaluation.get("n"),
     )
 
 

@@ -63,7 +63,9 @@ TRAINING = (
     ),
     Picture(plots.learning_rate, "Learning rate", "The schedule, as applied."),
     Picture(
-        plots.speed, "Speed", "Real tokens per second between two log steps, without compiling, evaluating and saving."
+        plots.speed,
+        "Speed",
+        "Real tokens per second between two log steps, without compiling, evaluating and saving.",
     ),
     Picture(plots.gradient, "Gradient norm", "Over all adapters, before clipping."),
     Picture(
@@ -253,7 +255,9 @@ def _sampled_after(history: History) -> int | None:
 def _turns(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the conversation before a completion as (role, text), if logged."""
     turns = sample.get("turns") or []
-    return [(str(turn["role"]), _ends(str(turn["text"]))) for turn in turns if {"role", "text"} <= turn.keys()]
+    return [
+        (str(turn["role"]), _ends(str(turn["text"]))) for turn in turns if {"role", "text"} <= turn.keys()
+    ]
 
 
 def _end(sample: Mapping[str, Any]) -> str:
@@ -281,7 +285,10 @@ def _clip(value: object) -> str:
 def _config_rows(config: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
     """Returns (dotted name, value, differs from the default) of every field."""
     defaults = dict(flatten(RunConfig().to_dict()))
-    return [(name, plain_text(value), name in defaults and defaults[name] != value) for name, value in flatten(config)]
+    return [
+        (name, plain_text(value), name in defaults and defaults[name] != value)
+        for name, value in flatten(config)
+    ]
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -331,7 +338,9 @@ def _number(value: float) -> str:
 @cache
 def template(name: str) -> Template:
     """Returns a page's template, with autoescaping."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.from_string(resource(name))
 
 

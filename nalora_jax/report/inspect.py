@@ -62,7 +62,9 @@ def by_layer(summaries: Mapping[str, LayerSummary], layers: Mapping[str, Sequenc
         rows += [(number, block, summary, index) for index, number in enumerate(layers[prefix])]
     rows.sort(key=lambda row: row[:2])
     columns = ("slope", "responsive", "occupancy", "misalignment", "limit")
-    values = {name: np.stack([getattr(summary, name)[index] for *_, summary, index in rows]) for name in columns}
+    values = {
+        name: np.stack([getattr(summary, name)[index] for *_, summary, index in rows]) for name in columns
+    }
     return LayerSummary(**values, names=tuple(f"{number} {block}".strip() for number, block, *_ in rows))
 
 
@@ -137,7 +139,9 @@ def layer_table(summary: LayerSummary, title: str = "") -> Table:
     for layer, label in enumerate(summary.names or map(str, range(len(summary.slope)))):
         table.add_row(label, *(cell(values[layer], name) for name, values in columns.items()))
     table.add_section()
-    table.add_row("mean", *(cell(np.nanmean(values), name) for name, values in columns.items()), style="bold")
+    table.add_row(
+        "mean", *(cell(np.nanmean(values), name) for name, values in columns.items()), style="bold"
+    )
     return table
 
 

@@ -57,7 +57,9 @@ def inspect_texts(
     batches = list(_batches(model.base.tokenizer, texts, max_length))
     sums = _gate_sums(model.module, model.variables, batches)
     spec, lora = _probe(model, seed)
-    probe = _gate_sums(replace(model.module, adapters=spec), {"params": model.base.params, "lora": lora}, batches)
+    probe = _gate_sums(
+        replace(model.module, adapters=spec), {"params": model.base.params, "lora": lora}, batches
+    )
     summaries = {block: layer_summary(sums[block], probe[block]) for block in sums}
     return by_layer(summaries, {stack.prefix: stack.layers for stack in stacks(model.base.config)})
 
@@ -86,20 +88,28 @@ def _gate_sums(
 
     @partial(jax.jit)
     def run(variables: dict[str, Any], tokens: jax.Array, segments: jax.Array) -> Any:
-        return observed.apply(variables, tokens, segment_ids=segments, mutable=["gate_stats"])[1]["gate_stats"]
+        return observed.apply(variables, tokens, segment_ids=segments, mutable=["gate_stats"])[1][
+            "gate_stats"
+        ]
 
     total: dict[str, dict[str, Any]] = {}
     for tokens, segments in batches:
-        for path, value in trees.flatten(run(variables, jnp.asarray(tokens), jnp.asarray(segments))).items():
+        for path, value in trees.flatten(
+            run(variables, jnp.asarray(tokens), jnp.asarray(segments))
+        ).items():
             block, _, name = path.rpartition("/")
             sums = total.setdefault(block, {})
             sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
     if not total:
-        raise NaloraError("inspect", expected="a model with self-gated feed-forward blocks", found="one without")
+        raise NaloraError(
+            "inspect", expected="a model with self-gated feed-forward blocks", found="one without"
+        )
     return total
 
 
-def _batches(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _batches(
+    tokenizer: Tokenizer, texts: Sequence[str], max_length: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields tokens and segment ids ``[ROWS, longest]``, right-padded.
 
     All batches have one shape, so that one program is compiled.

@@ -28,7 +28,9 @@ def read_needle(folder: Path) -> list[dict[str, Any]]:
         return [_table(name, grids[name]) for name in ("before", "after")]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         remedy = "delete it, or run nalora eval --needle again"
-        raise NaloraError(str(path), expected="results of nalora eval --needle", found=error, remedy=remedy) from error
+        raise NaloraError(
+            str(path), expected="results of nalora eval --needle", found=error, remedy=remedy
+        ) from error
 
 
 def _table(name: str, grid: Mapping[str, Any]) -> dict[str, Any]:

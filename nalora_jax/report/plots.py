@@ -117,7 +117,9 @@ def misalignment(history: History) -> str | None:
     with style():
         figure, axis = new_figure()
         if np.array_equal(limit_steps, steps) and np.isfinite(limit).any():
-            axis.fill_between(steps, limit, values, color=COLOURS["c1"], alpha=0.2, linewidth=0, label="excess")
+            axis.fill_between(
+                steps, limit, values, color=COLOURS["c1"], alpha=0.2, linewidth=0, label="excess"
+            )
             axis.plot(*thin(steps, limit), "--", color=COLOURS["c3"], label="linear limit (dz → 0)")
         axis.plot(*thin(steps, values), color=COLOURS["c1"], label="misalignment E|S| / E|F|")
         axis.set(xlabel="step", ylabel="whole model")
@@ -283,7 +285,9 @@ def _noisy_line(axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, l
         axis.plot(steps, values, color=COLOURS[colour], label=label)
 
 
-def _band(axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, label: str, range_label: str) -> None:
+def _band(
+    axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, label: str, range_label: str
+) -> None:
     finite = np.isfinite(values).any(axis=1)
     steps, values = thin(steps[finite], values[finite])
     low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)

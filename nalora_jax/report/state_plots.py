@@ -133,11 +133,15 @@ def _shown(shares: np.ndarray) -> slice:
 
 def _label_bins(axis: Any, histograms: Histograms, bins: slice) -> None:
     """Labels edges between bins as ticks, and the open bins at both ends if they are shown."""
-    edges = {bin_ - bins.start - 0.5: histograms.edges[bin_ - 1] for bin_ in range(max(bins.start, 1), bins.stop)}
+    edges = {
+        bin_ - bins.start - 0.5: histograms.edges[bin_ - 1] for bin_ in range(max(bins.start, 1), bins.stop)
+    }
     every = -(-len(edges) // _MOST_TICKS)
     # A tick of 1, if in range, is always shown: multipliers are read relative to it.
     middle = 0
     if edges:
         middle = int(np.argmin(np.abs(np.log(np.maximum(list(edges.values()), 1e-12)))))
-    ticks = {at: f"{edge:.2g}" for index, (at, edge) in enumerate(edges.items()) if (index - middle) % every == 0}
+    ticks = {
+        at: f"{edge:.2g}" for index, (at, edge) in enumerate(edges.items()) if (index - middle) % every == 0
+    }
     axis.set_xticks(list(ticks), list(ticks.values()))

@@ -84,7 +84,9 @@ def _range(label: str, score: EvaluationScore, scale: tuple[float, float]) -> di
     return row
 
 
-def _verdict(scores: Sequence[EvaluationScore], more_is_better: bool, paired: Mapping[str, Any] | None) -> str:
+def _verdict(
+    scores: Sequence[EvaluationScore], more_is_better: bool, paired: Mapping[str, Any] | None
+) -> str:
     """Returns one sentence about the difference, from paired items if the last evaluation has them.
 
     Args:
@@ -151,7 +153,9 @@ def tiles(history: History) -> Iterator[tuple[str, str, str]]:
 
 def _costs(history: History) -> Iterator[tuple[str, str, str]]:
     """Yields wall time by stage, and peak memory."""
-    stages = {name: value for name, value in (history.done.get("seconds") or {}).items() if value is not None}
+    stages = {
+        name: value for name, value in (history.done.get("seconds") or {}).items() if value is not None
+    }
     if stages:
         since = ""
         if history.resumed:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 # Placeholder colour of each CSS variable of the page; figures use none of them for other purposes.
 COLOURS = {
     name: f"#0102{index:02x}"
-    for index, name in enumerate(("fg", "muted", "grid", "paper", "c1", "c2", "c3", "r0", "r1", "r2", "r3"), start=1)
+    for index, name in enumerate(
+        ("fg", "muted", "grid", "paper", "c1", "c2", "c3", "r0", "r1", "r2", "r3"), start=1
+    )
 }
 REGION_COLOURS = tuple(COLOURS[f"r{index}"] for index in range(4))
 WIDTH = 5.0  # inches at 72 points: 360 CSS pixels

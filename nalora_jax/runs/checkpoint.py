@@ -59,7 +59,9 @@ class _DigestedArrays(ocp.PyTreeCheckpointHandler):
     def __init__(self) -> None:
         arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_SHARE)
         on_host = ocp.type_handlers.NumpyHandler()
-        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays), (np.ndarray, on_host))
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, arrays), (np.ndarray, on_host)
+        )
         super().__init__(type_handler_registry=registry)
 
     def finalize(self, directory: epath.Path) -> None:
@@ -126,7 +128,9 @@ class Checkpointer:
 
         policies = [
             managers.LatestN(max(keep, 1)),
-            managers.BestN(get_metric_fn=rank, reverse=best_mode == "min", n=1, keep_checkpoints_without_metrics=False),
+            managers.BestN(
+                get_metric_fn=rank, reverse=best_mode == "min", n=1, keep_checkpoints_without_metrics=False
+            ),
         ]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=managers.AnyPreservationPolicy(policies),
@@ -139,10 +143,16 @@ class Checkpointer:
         _hush_cancelled_writes()
         with _io_errors(f"checkpoints {self.folder}", "a folder that can be written"):
             on_first_process(self._set_unreadable_aside)
-            self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=_handlers())
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=options, handler_registry=_handlers()
+            )
 
     def save(
-        self, step: int, state: Any, data_state: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+        self,
+        step: int,
+        state: Any,
+        data_state: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
     ) -> bool:
         """Writes a checkpoint; returns False if one of this step exists (steps are repeatable).
 
@@ -200,7 +210,9 @@ class Checkpointer:
                     f"checkpoint {self.folder / str(step)}",
                     expected="the files that were written",
                     found=f"a damaged one ({damage})",
-                    remedy=f"steps {earlier} are there as well" if earlier else "start a new run in another --output",
+                    remedy=f"steps {earlier} are there as well"
+                    if earlier
+                    else "start a new run in another --output",
                 )
             on_first_process(partial(self._set_aside, step, damage))
             self._manager.reload()
@@ -226,7 +238,9 @@ class Checkpointer:
         """Moves a damaged checkpoint aside, so that its step can be written again."""
         aside = self.folder.with_name(f"{self.folder.name}.damaged")
         files.move_tree(self.folder / str(step), aside / str(step))
-        log.warning("checkpoint %d is damaged (%s): moved to %s, taking an earlier one", step, damage, aside)
+        log.warning(
+            "checkpoint %d is damaged (%s): moved to %s, taking an earlier one", step, damage, aside
+        )
 
     def _set_unreadable_aside(self) -> None:
         """Moves checkpoints with invalid metrics aside.
@@ -255,7 +269,9 @@ class Checkpointer:
         abstract = snapshot.with_labels(snapshot.abstract(like), labels)
         snapshot.check_arrays(where, saved, trees.flatten(abstract))
         with _io_errors(where, "a readable checkpoint"):
-            restore_args = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
+            restore_args = ocp.args.PyTreeRestore(
+                abstract, ocp.checkpoint_utils.construct_restore_args(abstract)
+            )
             restored = self._manager.restore(step, args=ocp.args.Composite(state=restore_args))
         arrays = snapshot.with_labels(restored.state, {before: now for now, before in labels.items()})
         return snapshot.from_arrays(arrays, like), meta.data
@@ -298,7 +314,9 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
         if error is None:
             self.close()
             return
@@ -342,7 +360,9 @@ class Checkpointer:
         steps = list(self._manager.all_steps())
         if step is None or step not in steps:
             available = f"steps {steps}" if steps else "no checkpoint"
-            expected = f"a checkpoint of step {which}" if isinstance(which, int) else f"a {which} checkpoint"
+            expected = (
+                f"a checkpoint of step {which}" if isinstance(which, int) else f"a {which} checkpoint"
+            )
             raise NaloraError(f"checkpoints {self.folder}", expected=expected, found=available)
         return step
 

@@ -66,7 +66,9 @@ def trained_on(config: RunConfig, source: ImageSource, classes: tuple[str, ...])
     """
     data, vision = config.data, config.vision
     labels = source.labels(classes) if classes else None
-    indices = np.arange(len(source)) if labels is None else draw_shots(labels, classes, vision.shots, config.seed)
+    indices = (
+        np.arange(len(source)) if labels is None else draw_shots(labels, classes, vision.shots, config.seed)
+    )
     if data.train_limit:
         indices = np.sort(indices[permutation(len(indices), config.seed)[: data.train_limit]])
     return ImageRecords(source, readable(source, indices, vision), classes, labels)
@@ -110,7 +112,9 @@ def dual_pieces(
     return Pieces(loaded, assembly, data, reported, selecting, questions, export)
 
 
-def with_classes(config: RunConfig, loaded: LoadedDual, classes: tuple[str, ...], mesh: Mesh) -> dict[str, Any]:
+def with_classes(
+    config: RunConfig, loaded: LoadedDual, classes: tuple[str, ...], mesh: Mesh
+) -> dict[str, Any]:
     """Adds the class prompts to the weights; as features if training does not change them."""
     if not classes:
         return loaded.params
@@ -122,13 +126,16 @@ def with_classes(config: RunConfig, loaded: LoadedDual, classes: tuple[str, ...]
         inputs: dict[str, Any] = {name: value.reshape(shape) for name, value in tokens.items()}
     else:
         numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
-        encoders = Encoders(DualEncoder(loaded.config, numerics=numerics), loaded.processor, loaded.tokenizer)
+        encoders = Encoders(
+            DualEncoder(loaded.config, numerics=numerics), loaded.processor, loaded.tokenizer
+        )
         features = encoders.classes({"params": loaded.params}, classes, config.vision.templates)
         inputs = {"features": features}
         log.info("class prompts: %d features made once, since the text tower stays as it is", len(features))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     arrays = {
-        name: jax.make_array_from_callback(value.shape, replicated, value.__getitem__) for name, value in inputs.items()
+        name: jax.make_array_from_callback(value.shape, replicated, value.__getitem__)
+        for name, value in inputs.items()
     }
     return {**loaded.params, CLASSES: arrays}
 
@@ -143,7 +150,9 @@ def image_data(config: RunConfig, loaded: LoadedDual, records: ImageRecords, mes
     if loaded.config.image.any_shape and loaded.processor.patch_size != loaded.config.image.patch_size:
         patch_size = loaded.processor.patch_size
         raise NaloraError(
-            "preprocessor_config.json: patch_size", expected=loaded.config.image.patch_size, found=patch_size
+            "preprocessor_config.json: patch_size",
+            expected=loaded.config.image.patch_size,
+            found=patch_size,
         )
     return ImageData(
         source,
@@ -174,7 +183,9 @@ def held_out_images(
 def held_out_indices(config: RunConfig, source: ImageSource) -> tuple[np.ndarray, np.ndarray]:
     """Returns indices of the reported images, and of images that select the checkpoint."""
     data = config.data
-    indices = drawn_images(source, data.eval_limit + data.select_limit if data.eval_limit else 0, config.vision)
+    indices = drawn_images(
+        source, data.eval_limit + data.select_limit if data.eval_limit else 0, config.vision
+    )
     cut = max(1, min(data.select_limit, len(indices) // 3))
     return np.sort(indices[cut:]), np.sort(indices[:cut])
 

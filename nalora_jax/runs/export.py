@@ -82,7 +82,9 @@ def export(
     return folder
 
 
-def _difference(loaded: LoadedModel, assembly: Assembly, lora: Any, folder: Path, batches: BatchIterator) -> float:
+def _difference(
+    loaded: LoadedModel, assembly: Assembly, lora: Any, folder: Path, batches: BatchIterator
+) -> float:
     """Returns the largest logit difference of trained and exported adapter on one training row."""
     batch = next(iter(batches))
     names = ("tokens", "positions", "segment_ids", *(("pixels",) if "pixels" in batch else ()))

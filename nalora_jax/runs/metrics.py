@@ -71,7 +71,9 @@ class MetricsLog(Callback):
         self._has_header = any("run" in record for record in earlier)
         self._file = open_unlinked(self.path, "a", encoding="utf-8")
 
-    def start(self, config: Mapping[str, Any], *, versions: Mapping[str, str], device: str, **more: Any) -> None:
+    def start(
+        self, config: Mapping[str, Any], *, versions: Mapping[str, str], device: str, **more: Any
+    ) -> None:
         """Writes the first line of a new run (config, versions, device) or of a resumption."""
         machine = {"versions": dict(versions), "device": device}
         if self._has_header:
@@ -96,7 +98,9 @@ class MetricsLog(Callback):
             self._file.flush()
         except OSError as error:
             remedy = "free some space, then continue with --resume"
-            raise NaloraError(str(self.path), expected="to append a line", found=error, remedy=remedy) from error
+            raise NaloraError(
+                str(self.path), expected="to append a line", found=error, remedy=remedy
+            ) from error
 
     def on_start(self, started: Started) -> None:
         """Writes the first line, or the line of a resumed run."""
@@ -239,7 +243,11 @@ def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
     numbers += [(f"eval/{name}", value) for name, value in record.get("eval", {}).items()]
     for name, rows in record.get("layers", {}).items():
         numbers += [(f"{name}/layer_{index:02d}", row) for index, row in enumerate(rows)]
-    return [(tag, value) for tag, value in numbers if isinstance(value, int | float) and not isinstance(value, bool)]
+    return [
+        (tag, value)
+        for tag, value in numbers
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
 
 
 def _rewind(path: Path, step: int) -> list[dict[str, Any]]:
@@ -247,7 +255,9 @@ def _rewind(path: Path, step: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = read_metrics(path)
-    earlier = [r for r in records if _step(r) <= step and not {"done", "final"} & r.keys()]  # a run has one end
+    earlier = [
+        r for r in records if _step(r) <= step and not {"done", "final"} & r.keys()
+    ]  # a run has one end
     write_atomically(path, "".join(json.dumps(seal(record)) + "\n" for record in earlier))
     return earlier
 

@@ -42,7 +42,9 @@ CHECKPOINTS = "checkpoints"
 START = "start"
 # Entries that a run may write before its first checkpoint.
 _BEGINNING = {"metrics.jsonl", "before.json", "tensorboard", "wandb", "mlflow", START, CHECKPOINTS, PROFILE}
-_SEEN_WITHIN = 20.0  # seconds in which a file has to appear on all hosts; NFS keeps listings for some seconds
+_SEEN_WITHIN = (
+    20.0  # seconds in which a file has to appear on all hosts; NFS keeps listings for some seconds
+)
 
 Resume = bool | Literal["auto"]
 
@@ -174,7 +176,9 @@ def _refuse_url(where: str) -> None:
 def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[Lock]) -> bool:
     """Creates or checks the folder and locks it; returns True if there is a run to resume."""
     if path.exists() and not path.is_dir():
-        raise NaloraError("--output", expected="a folder", found=f"the file {path}", remedy="choose another name")
+        raise NaloraError(
+            "--output", expected="a folder", found=f"the file {path}", remedy="choose another name"
+        )
     if resume is True:
         _require_checkpoint(path, checkpoints)
     try:
@@ -182,7 +186,9 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[Lock]) -> bo
         lock = Lock.acquire(path / LOCK)
     except OSError as error:
         reason = error.strerror or error
-        raise NaloraError(f"--output {path}", expected="a folder that can be written", found=reason) from error
+        raise NaloraError(
+            f"--output {path}", expected="a folder that can be written", found=reason
+        ) from error
     held.append(lock)
     resumes = bool(resume) and has_checkpoint(checkpoints)
     if resume is True:
@@ -230,7 +236,9 @@ def last_step(checkpoints: Any) -> int | None:
 def _require_checkpoint(path: Path, checkpoints: Any) -> None:
     if has_checkpoint(checkpoints):
         return
-    stopped = "the run in it stopped before its first checkpoint: delete the folder, or start in another one"
+    stopped = (
+        "the run in it stopped before its first checkpoint: delete the folder, or start in another one"
+    )
     remedy = "start without --resume, or name the run's own --output"
     if _files(path):
         remedy = stopped

@@ -69,7 +69,9 @@ def stop_signals() -> Iterator[StopSignals]:
     # Several processes need JAX's handler of SIGTERM, and a Ctrl-C that reaches one process would
     # stop only that one.
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, signals.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {
+            number: signal.signal(number, signals.receive) for number in (signal.SIGTERM, signal.SIGINT)
+        }
     try:
         yield signals
     finally:

@@ -60,7 +60,9 @@ def preference_pieces(
             found=f"one of {longest}",
             remedy=f"set --data.max-length to {2 * context} or less",
         )
-    assembly = assemble(config, loaded.config, loaded.params, mesh, like=None if like is None else like.assembly)
+    assembly = assemble(
+        config, loaded.config, loaded.params, mesh, like=None if like is None else like.assembly
+    )
     sharded = mesh if mesh.size > 1 else None
     if like is not None and like.assembly.spec == assembly.spec:
         evaluator, selector = like.evaluator, like.selector

@@ -18,7 +18,9 @@ _MAX_DEPTH = 12  # nesting of a run's config
 _MAX_LAYERS = 2**9
 _MAX_HISTOGRAMS = 2**4  # mechanisms of one run; the report draws each in 0.3 s
 _MAX_EDGES = 2**10
-_GROUPS = {group.name for group in fields(RunConfig) if is_dataclass(group.default_factory)}  # settings with settings
+_GROUPS = {
+    group.name for group in fields(RunConfig) if is_dataclass(group.default_factory)
+}  # settings with settings
 _NESTED = ("layers", "towers", "adapters", "ranks", "histograms")  # non-numbers of a log step
 # Values of an evaluation that are not numbers.
 _OTHERS = ("samples", "right", "paired", "questions", "classes", "confusion")
@@ -51,7 +53,9 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
     if "eval" in record:
         check_evaluation(_mapping(record, "eval", where), f"{where}: eval")
         if "step" not in record:
-            raise NaloraError(f"{where}: eval", expected="the step of the evaluation beside it", found="none")
+            raise NaloraError(
+                f"{where}: eval", expected="the step of the evaluation beside it", found="none"
+            )
     elif "step" in record:
         _check_numbers({name: value for name, value in record.items() if name not in _NESTED}, where)
         if record.get("towers") is not None:
@@ -73,7 +77,9 @@ def check_evaluation(values: Mapping[str, Any], where: str) -> None:
         paired = _mapping(values, "paired", where)
         _check_numbers(paired, f"{where}: paired", needed=("low", "high", "gained", "lost", "p_value"))
     samples = values.get("samples") or []
-    texts = isinstance(samples, list) and all(isinstance(sample, Mapping) and "prompt" in sample for sample in samples)
+    texts = isinstance(samples, list) and all(
+        isinstance(sample, Mapping) and "prompt" in sample for sample in samples
+    )
     if not texts:
         raise _error(f"{where}: samples", "a list of prompts with their answers", samples)
     for sample in samples:
@@ -81,9 +87,13 @@ def check_evaluation(values: Mapping[str, Any], where: str) -> None:
         if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
             raise _error(f"{where}: samples: turns", "a list of roles with their texts", turns)
     names, rows = values.get("classes") or [], values.get("confusion") or []
-    square = isinstance(names, list) and isinstance(rows, list) and all(isinstance(name, str) for name in names)
+    square = (
+        isinstance(names, list) and isinstance(rows, list) and all(isinstance(name, str) for name in names)
+    )
     if not square or not all(isinstance(row, list) and len(row) == len(names) for row in rows):
-        raise _error(f"{where}: confusion", "a row of counts for each of the classes, which are texts", rows)
+        raise _error(
+            f"{where}: confusion", "a row of counts for each of the classes, which are texts", rows
+        )
     for row in rows:
         for count in row:
             _check_step(count, f"{where}: confusion")

@@ -50,7 +50,9 @@ def is_written_directly(where: str) -> bool:
 
 
 @contextmanager
-def mirrored(where: str, *, fresh: bool, without: tuple[str, ...] = (), every: float = _EVERY) -> Iterator[Mirror]:
+def mirrored(
+    where: str, *, fresh: bool, without: tuple[str, ...] = (), every: float = _EVERY
+) -> Iterator[Mirror]:
     """Opens a local folder whose finished files are copied to the URL ``where``.
 
     Copying stops when the context ends. With several processes, each has a local folder. Only the
@@ -67,7 +69,9 @@ def mirrored(where: str, *, fresh: bool, without: tuple[str, ...] = (), every: f
         ``fresh`` and the folder contains a run. At the end: the last copy failed; the message names
         the local folder, which still contains all files.
     """
-    suffix = f"-{jax.process_index()}" if jax.process_index() else ""  # several processes may share a machine
+    suffix = (
+        f"-{jax.process_index()}" if jax.process_index() else ""
+    )  # several processes may share a machine
     folder = downloads.cache_dir() / "runs" / (hashlib.sha256(where.encode()).hexdigest()[:16] + suffix)
     mirror = Mirror(where, _opened(where), folder, without)
 
@@ -83,7 +87,9 @@ def mirrored(where: str, *, fresh: bool, without: tuple[str, ...] = (), every: f
         yield mirror
         return
     stop = threading.Event()
-    thread = threading.Thread(target=_keep_copying, args=(mirror, stop, every), name="output copies", daemon=True)
+    thread = threading.Thread(
+        target=_keep_copying, args=(mirror, stop, every), name="output copies", daemon=True
+    )
     thread.start()
     try:
         yield mirror
@@ -156,7 +162,9 @@ class Mirror:
             shutil.rmtree(here)
         here.mkdir(parents=True, exist_ok=True)
         for name in self._held():
-            if name.partition("/")[0] in self.without or not name.startswith(f"{within}/" if within else ""):
+            if name.partition("/")[0] in self.without or not name.startswith(
+                f"{within}/" if within else ""
+            ):
                 continue
             target = self.folder / name
             target.parent.mkdir(parents=True, exist_ok=True)

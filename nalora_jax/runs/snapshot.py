@@ -48,7 +48,9 @@ def to_arrays(state: Any) -> dict[str, Any]:
     Empty arrays are left out, because Orbax rejects them.
     """
     flat = {path: leaf for path, leaf in trees.flatten(state).items() if math.prod(leaf.shape)}
-    return trees.unflatten({path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in flat.items()})
+    return trees.unflatten(
+        {path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in flat.items()}
+    )
 
 
 def abstract(like: Any) -> dict[str, Any]:
@@ -91,7 +93,11 @@ def _settings(config: Any) -> dict[str, Any]:
     """Returns the settings that must not change on resume, by dotted name; None is a value."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(config, is_leaf=lambda value: value is None)
     named = {trees.path_name(path).replace("/", "."): value for path, value in leaves}
-    return {name: value for name, value in named.items() if not any(re.search(free, name) for free in FREE_SETTINGS)}
+    return {
+        name: value
+        for name, value in named.items()
+        if not any(re.search(free, name) for free in FREE_SETTINGS)
+    }
 
 
 def check_run(where: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -126,7 +132,10 @@ def check_settings(where: str, saved: Mapping[str, Any], now: Mapping[str, Any])
     before, after = _settings(saved), _settings(now)
     defaults, absent = _settings(RunConfig().to_dict()), "(absent)"
     before = {name: defaults[name] for name in after.keys() & defaults.keys()} | before
-    pairs = {name: (before.get(name, absent), after.get(name, absent)) for name in sorted(before.keys() | after.keys())}
+    pairs = {
+        name: (before.get(name, absent), after.get(name, absent))
+        for name in sorted(before.keys() | after.keys())
+    }
     differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     if differing:
         raise NaloraError(
@@ -171,7 +180,9 @@ def check_arrays(where: str, saved: Mapping[str, Any], expected: Mapping[str, An
             return "absent"
         return f"{np.dtype(tree[name].dtype)}{list(tree[name].shape)}"
 
-    differing = [name for name in sorted(saved.keys() | expected.keys()) if show(saved, name) != show(expected, name)]
+    differing = [
+        name for name in sorted(saved.keys() | expected.keys()) if show(saved, name) != show(expected, name)
+    ]
     if differing:
         listed = differing[:5]
         raise NaloraError(

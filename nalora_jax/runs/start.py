@@ -75,7 +75,9 @@ def first_adapters(assembly: Assembly, base: ModelConfig, data: _Rows, seed: int
     batches = data.batches()
     try:
         first_batches = itertools.islice(batches, assembly.config.lora.gradient_batches)
-        first = [distributed.make_global_batch(batch, assembly.mesh, rows_axis=1) for batch in first_batches]
+        first = [
+            distributed.make_global_batch(batch, assembly.mesh, rows_axis=1) for batch in first_batches
+        ]
     finally:
         batches.close()
     return gradient_adapters(assembly, base, first, seed)

@@ -60,7 +60,9 @@ def text_pieces(
     check_layout(config, files, mesh)
     train, _ = check_data(config.data, source)
     check_first(config, train, files)
-    turns = config.vision.task == "chat" or in_turns(train.read([0])[0], config.data, config.preference.chosen_field)
+    turns = config.vision.task == "chat" or in_turns(
+        train.read([0])[0], config.data, config.preference.chosen_field
+    )
     loaded = _load(config, files, mesh) if like is None else cast(LoadedModel, like.loaded)
     if config.preference.loss != "none":
         return replace(preference_pieces(config, loaded, mesh, source, output.share, like), in_turns=turns)
@@ -104,7 +106,9 @@ def _load(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> LoadedModel:
     return loaded
 
 
-def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh, source: Mapping[str, Source] | None) -> TrainData:
+def _train_data(
+    config: RunConfig, loaded: LoadedModel, mesh: Mesh, source: Mapping[str, Source] | None
+) -> TrainData:
     """Returns the packed sequences of this process, selected by the mesh."""
     train = config.train
     data = train_data(

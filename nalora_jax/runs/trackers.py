@@ -30,7 +30,9 @@ class _Numbers(Callback):
 
     def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:
         """Writes the numbers of an evaluation; base and result have separate tags."""
-        numbers = scalars(to_json({"eval": {name: value for name, value in values.items() if name != "right"}}))
+        numbers = scalars(
+            to_json({"eval": {name: value for name, value in values.items() if name != "right"}})
+        )
         tag = {"initial": "before/", "final": "after/"}.get(kind, "eval/")
         self.write(step, {tag + name.removeprefix("eval/"): value for name, value in numbers})
 
@@ -138,7 +140,9 @@ class MLflow(_Numbers):
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one batch of metrics."""
         now = int(time.time() * 1000)
-        metrics = [self._mlflow.entities.Metric(tag, float(value), now, step) for tag, value in values.items()]
+        metrics = [
+            self._mlflow.entities.Metric(tag, float(value), now, step) for tag, value in values.items()
+        ]
         for first in range(0, len(metrics), 1000):
             self._client.log_batch(self._id, metrics=metrics[first : first + 1000])
 
@@ -177,4 +181,6 @@ def _imported(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         remedy = f"pip install {name} (or nalora_jax with its extra `{name}`)"
-        raise NaloraError(f"--callbacks {name}", expected=f"the library {name}", found=error, remedy=remedy) from error
+        raise NaloraError(
+            f"--callbacks {name}", expected=f"the library {name}", found=error, remedy=remedy
+        ) from error

@@ -35,7 +35,9 @@ class MethodResult:
 
     def finite(self, multiple: float = 1.0) -> dict[int, Record]:
         """Returns the tests that did not diverge, by seed."""
-        return {s: record for (s, m), record in self.tests.items() if m == multiple and not record["diverged"]}
+        return {
+            s: record for (s, m), record in self.tests.items() if m == multiple and not record["diverged"]
+        }
 
     def losses(self, multiple: float = 1.0) -> list[float]:
         """Returns the test costs (`nalora_jax.study.plan.cost`) of `finite`, in the order of the seeds."""
@@ -106,7 +108,9 @@ def measures(protocol: Protocol, cell_results: Sequence[MethodResult]) -> list[M
     """Returns every measure by which the study compares methods, the primary one first."""
     metric = protocol.metric
     primary = Measure("primary", named(metric), partial(_test_cost, metric))
-    other_names = [n for n in MEASURES if n != metric and any(result.measured(n) for result in cell_results)]
+    other_names = [
+        n for n in MEASURES if n != metric and any(result.measured(n) for result in cell_results)
+    ]
     multiples = [m for m in sorted(protocol.test_multiples) if m != 1]
     return [
         primary,
@@ -197,7 +201,9 @@ def common_rates(result: MethodResult, baseline: MethodResult) -> dict[float, Co
 
 
 def _at_common_rate(result: MethodResult, baseline: MethodResult, rate: float) -> CommonRate | None:
-    loss, reference = (dict(zip(r.tuning.rates, r.tuning.losses, strict=True))[rate] for r in (result, baseline))
+    loss, reference = (
+        dict(zip(r.tuning.rates, r.tuning.losses, strict=True))[rate] for r in (result, baseline)
+    )
     if loss is None or reference is None or not math.isfinite(loss - reference):
         return None
     of_result, moved_reference = (_movement(side.at_rate(rate)) for side in (result, baseline))

@@ -40,7 +40,9 @@ def common_rate_tables(protocol: Protocol, cell_results: Sequence[MethodResult])
         if not rates:
             continue
         header = [f"**{rate:g}**" if rate == baseline.tuning.chosen else f"{rate:g}" for rate in rates]
-        rows = [[method, *(_common(common.get(rate)) for rate in rates)] for method, common in by_method.items()]
+        rows = [
+            [method, *(_common(common.get(rate)) for rate in rates)] for method, common in by_method.items()
+        ]
         parts.append(f"{title}\n\n" + table(["method", *header], rows))
     text = (
         "## Differences at each common rate\n\n"
@@ -132,7 +134,11 @@ def _brief_row(comparison: MethodComparison, *, several_models: bool) -> list[st
 def _brief(protocol: Protocol, compared: Sequence[MethodComparison], kind: str, lead: str) -> str:
     """Returns the comparisons of one kind of measure with their intervals, or "" if there are none."""
     several = len(protocol.models) > 1
-    rows = [[c.measure.label, *_brief_row(c, several_models=several)] for c in compared if c.measure.kind == kind]
+    rows = [
+        [c.measure.label, *_brief_row(c, several_models=several)]
+        for c in compared
+        if c.measure.kind == kind
+    ]
     return table([lead, *_BRIEF], rows) if rows else ""
 
 
@@ -144,7 +150,9 @@ def other_measures(protocol: Protocol, compared: Sequence[MethodComparison]) -> 
     return ""
 
 
-def multiples(protocol: Protocol, cell_results: Sequence[MethodResult], compared: Sequence[MethodComparison]) -> str:
+def multiples(
+    protocol: Protocol, cell_results: Sequence[MethodResult], compared: Sequence[MethodComparison]
+) -> str:
     """Returns the test costs at multiples of the chosen rates, and their differences."""
     factors = sorted(protocol.test_multiples)
     if len(factors) < 2:
@@ -166,7 +174,9 @@ def multiples(protocol: Protocol, cell_results: Sequence[MethodResult], compared
     return "\n\n".join(parts)
 
 
-def probes(protocol: Protocol, cell_results: Sequence[MethodResult], compared: Sequence[MethodComparison]) -> str:
+def probes(
+    protocol: Protocol, cell_results: Sequence[MethodResult], compared: Sequence[MethodComparison]
+) -> str:
     """Returns the changes of the loss on other data, and their differences."""
     names = list(protocol.probes)
     if not names:
@@ -174,7 +184,9 @@ def probes(protocol: Protocol, cell_results: Sequence[MethodResult], compared: S
     parts = ["## Other data\n\nLoss on data that was not trained on: before training, and the mean change."]
     for heading, group in grouped(cell_results):
         finite = [(result.cell.method, list(result.finite().values())) for result in group]
-        rows = [[method, *(_probe(records, name) for name in names)] for method, records in finite if records]
+        rows = [
+            [method, *(_probe(records, name) for name in names)] for method, records in finite if records
+        ]
         parts.append(f"{heading}\n\n" + table(["method", *names], rows))
     if differences := _brief(protocol, compared, "probe", "data"):
         parts.append(f"Paired differences of these changes:\n\n{differences}")

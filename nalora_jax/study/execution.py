@@ -77,14 +77,22 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
         records = checked_records(protocol, store)
         spent = hours(records)
         if protocol.budget_hours and spent >= protocol.budget_hours:
-            log.info("the budget of %g hours is spent (%.1f): no further run starts", protocol.budget_hours, spent)
+            log.info(
+                "the budget of %g hours is spent (%.1f): no further run starts",
+                protocol.budget_hours,
+                spent,
+            )
             break
         left = [run for run in pending(protocol, records) if not methods or run.cell.method in methods]
         if not left:
             which = f"of {', '.join(methods)} " if methods else ""
-            log.info("%s: all runs %sare done; the study has %d records", protocol.folder, which, len(records))
+            log.info(
+                "%s: all runs %sare done; the study has %d records", protocol.folder, which, len(records)
+            )
             break
-        finished = _do_some(protocol, store, resources, left, min(together, limit - done) if limit else together)
+        finished = _do_some(
+            protocol, store, resources, left, min(together, limit - done) if limit else together
+        )
         if not finished:
             # Other processes do the remaining runs, whose results may add further runs.
             time.sleep(_WAIT_SECONDS)
@@ -108,7 +116,9 @@ def _do_some(protocol: Protocol, store: Records, resources: Resources, left: lis
             if claimed and (run.cell, run.stage) != (claimed[0][0].cell, claimed[0][0].stage):
                 continue
             snapshot = claims.enter_context(store.claim(run.id))
-            if snapshot is not None and run.id not in checked_records(protocol, store):  # finished meanwhile
+            if snapshot is not None and run.id not in checked_records(
+                protocol, store
+            ):  # finished meanwhile
                 claimed.append((run, snapshot))
             if len(claimed) == most:
                 break
@@ -125,7 +135,9 @@ def _do_some(protocol: Protocol, store: Records, resources: Resources, left: lis
             ((run, snapshot),) = claimed
             done = [perform(run, resources, snapshot, records)]
         else:
-            done = perform_all([run for run, _ in claimed], resources, [path for _, path in claimed], records)
+            done = perform_all(
+                [run for run, _ in claimed], resources, [path for _, path in claimed], records
+            )
         for record, (_, snapshot) in zip(done, claimed, strict=True):
             finished = plain(record | {"commit": commit})
             store.append(finished | {"digest": record_digest(finished)})
@@ -134,7 +146,9 @@ def _do_some(protocol: Protocol, store: Records, resources: Resources, left: lis
         return len(claimed)
 
 
-def perform(run: Run, resources: Resources, snapshot: Path, records: Mapping[str, Record] | None = None) -> Record:
+def perform(
+    run: Run, resources: Resources, snapshot: Path, records: Mapping[str, Record] | None = None
+) -> Record:
     """Trains and measures a run, and returns its record; see `perform_all`."""
     (record,) = perform_all([run], resources, [snapshot], records)
     return record
@@ -192,7 +206,9 @@ def _trained_together(started: Sequence[_RunInProgress]) -> list[TrainState | No
     for progress in started:
         state, start = progress.begin()
         assemblies.append(replace(progress.prepared.assembly, params=progress.prepared.params, state=state))
-        follower = Follower(progress, progress.schedule, progress.rate, state, start, progress.prepared.params)
+        follower = Follower(
+            progress, progress.schedule, progress.rate, state, start, progress.prepared.params
+        )
         loops.append(RunLoop(follower, progress.rows(start), start=start, steps=progress.run.config.steps))
     began = time.perf_counter()
     results = fit_all(SweepProgram(assemblies), loops, StatesMetrics())
@@ -206,7 +222,11 @@ def _record(progress: _RunInProgress, described: Mapping[str, Any], state: Train
     """Measures the trained state of a run, and returns its record without times."""
     run = progress.run
     measured = {} if state is None else progress.measure(state)
-    losses = [measured["validation"]["loss"], measured.get("test", {}).get("loss", 0.0)] if measured else [math.nan]
+    losses = (
+        [measured["validation"]["loss"], measured.get("test", {}).get("loss", 0.0)]
+        if measured
+        else [math.nan]
+    )
     diverged = not all(map(math.isfinite, losses))
     return {
         **described,
@@ -260,7 +280,9 @@ class _RunInProgress:
     def schedule(self) -> Schedule:
         """The intervals of the loop's actions."""
         config = self.run.config
-        return Schedule(config.steps, config.train.log_every, self.run.protocol.evaluate_every, save_every=0)
+        return Schedule(
+            config.steps, config.train.log_every, self.run.protocol.evaluate_every, save_every=0
+        )
 
     @property
     def rate(self) -> Callable[[int], Any]:
@@ -302,11 +324,17 @@ class _RunInProgress:
         final: dict[str, Any] = {"validation": validation | {"n": len(self.items)}}
         probes: dict[str, Any] = {}
         for name, items in self.tested.items():
-            values: dict[str, Any] = self._measured(state.lora, items, whole=name == "test") | {"n": len(items)}
+            values: dict[str, Any] = self._measured(state.lora, items, whole=name == "test") | {
+                "n": len(items)
+            }
             if name == "test":
                 final["test"] = values
             else:
-                probes[name] = {"loss": values["loss"], "n": len(items), "before": self._base(items)["loss"]}
+                probes[name] = {
+                    "loss": values["loss"],
+                    "n": len(items),
+                    "before": self._base(items)["loss"],
+                }
         return final | ({"probes": probes} if probes else {})
 
     # ------------------------------------------------------------ hooks of the loop
@@ -325,7 +353,9 @@ class _RunInProgress:
         names = ("loss", "grad_norm", "misalignment", "misalignment_limit")
         row = {"step": step} | {name: record[name] for name in names if record.get(name) is not None}
         layers = record.get("layers", {}).items()
-        layers = {f"mean_{n}": np.mean(v) for n, v in layers if v.ndim == 1 and n not in ("misalignment", "limit")}
+        layers = {
+            f"mean_{n}": np.mean(v) for n, v in layers if v.ndim == 1 and n not in ("misalignment", "limit")
+        }
         self.training.append(to_json(row | layers))
 
     def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
@@ -368,7 +398,11 @@ class _RunInProgress:
 
 def _item_digests(items: Mapping[str, Items]) -> dict[str, str]:
     """Returns the digests of all items, e.g. under "test" and "test choices"."""
-    return {f"{name} {kind}".strip(): digest for name, each in items.items() for kind, digest in each.digests.items()}
+    return {
+        f"{name} {kind}".strip(): digest
+        for name, each in items.items()
+        for kind, digest in each.digests.items()
+    }
 
 
 class _Compilations:

@@ -127,7 +127,9 @@ class DualEncoders:
         shapes |= {name: value.shape[1:] for name, value in (rows.tokens or {}).items()}
         return replace(config, data=DataConfig(), vision=vision), shapes
 
-    def assemble(self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation) -> Assembly:
+    def assemble(
+        self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation
+    ) -> Assembly:
         """Assembles the run as ``nalora train`` does."""
         loaded = self.model(config)
         params, mesh = self.params(config), _mesh(config)
@@ -166,7 +168,9 @@ class DualEncoders:
 
     def data(self, config: RunConfig) -> ImageData:
         """Returns images in the order of the seed; few-shot images are drawn by the seed."""
-        key = json.dumps([config.seed, *(vars(group) for group in (config.data, config.vision, config.train))])
+        key = json.dumps(
+            [config.seed, *(vars(group) for group in (config.data, config.vision, config.train))]
+        )
         if key not in self._rows:
             source = self._source(config, config.data, config.data.train_split)
             classes = self._classes(config, config.data)

@@ -82,10 +82,14 @@ class Language:
         shapes: dict[str, Any] = {"max_length": config.data.max_length}
         return replace(config, data=DataConfig()), shapes | ({"added": added.texts} if added else {})
 
-    def assemble(self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation) -> Assembly:
+    def assemble(
+        self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation
+    ) -> Assembly:
         """Assembles the run as ``nalora train`` does."""
         model = self.model(config)
-        return assemble(general, model.config, model.params, distributed.smallest_mesh(config.mesh), last=last)
+        return assemble(
+            general, model.config, model.params, distributed.smallest_mesh(config.mesh), last=last
+        )
 
     def params(self, config: RunConfig, assembly: Assembly) -> Any:
         """Returns the base minus the initial adapters.
@@ -112,7 +116,11 @@ class Language:
         """Returns packed sequences."""
         tokenizer, train = self.model(config).tokenizer, config.train
         return train_data(
-            config.data, tokenizer, batch_size=train.batch_size, accumulate=train.accumulate, seed=config.seed
+            config.data,
+            tokenizer,
+            batch_size=train.batch_size,
+            accumulate=train.accumulate,
+            seed=config.seed,
         )
 
     def adapters(self, config: RunConfig, assembly: Assembly, data: TrainData, seed: int) -> Any:
@@ -151,7 +159,9 @@ class Language:
         model, mesh = assembly.eval_model, assembly.mesh if assembly.mesh.size > 1 else None
         values = {"loss": completion_loss(model, variables, items.completions, mesh=mesh).loss}
         if whole and items.choices:
-            choices = multiple_choice(model, variables, items.choices, per="character", mesh=mesh, samples=0)
+            choices = multiple_choice(
+                model, variables, items.choices, per="character", mesh=mesh, samples=0
+            )
             values["accuracy"] = choices.accuracy
         return values
 
@@ -162,7 +172,9 @@ def _items(items: Sequence[Item]) -> LanguageItems:
         if isinstance(item, ChoiceItem):
             choices.append(item)
             prompt, answer = item.contexts[item.gold], item.choice_ids[item.gold]
-            completions.append(CompletionItem(list(prompt), list(answer), item.prompt, item.choices[item.gold]))
+            completions.append(
+                CompletionItem(list(prompt), list(answer), item.prompt, item.choices[item.gold])
+            )
         else:
             completions.append(item)
     ids = [[list(item.prompt_ids), list(item.completion_ids)] for item in completions]

@@ -94,7 +94,11 @@ def _loss_by_rate(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any
     """Plots the validation cost over learning rates."""
     top, tried = [], set[float]()
     for result in group:
-        pairs = [(rate, loss) for rate, loss in zip(result.tuning.rates, result.tuning.losses, strict=True) if loss]
+        pairs = [
+            (rate, loss)
+            for rate, loss in zip(result.tuning.rates, result.tuning.losses, strict=True)
+            if loss
+        ]
         pairs = [(rate, loss) for rate, loss in pairs if math.isfinite(loss)]
         if not pairs:
             continue
@@ -118,7 +122,8 @@ def _loss_by_step(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any
     drawn = False
     for result in group:
         curves = [
-            {int(p["step"]): cost(result.metric, p) for p in record["curve"]} for record in result.finite().values()
+            {int(p["step"]): cost(result.metric, p) for p in record["curve"]}
+            for record in result.finite().values()
         ]
         steps = []
         if curves:
@@ -151,7 +156,8 @@ def _importance(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any])
     drawn = False
     for result in group:
         rows = [
-            {r["step"]: r.get("mean_importance") for r in record["training"]} for record in result.finite().values()
+            {r["step"]: r.get("mean_importance") for r in record["training"]}
+            for record in result.finite().values()
         ]
         steps = sorted(set(rows[0]).intersection(*rows)) if rows else []
         values = [mean([float(row[step]) for row in rows if row[step] is not None]) for step in steps]

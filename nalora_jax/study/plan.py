@@ -134,7 +134,9 @@ def cost(metric: str, measured: Mapping[str, Any]) -> float:
       NaloraError: the metric was not measured.
     """
     if measured.get(metric) is None:
-        raise NaloraError(f"records: {metric}", expected="a number", found="none", remedy="restore the record file")
+        raise NaloraError(
+            f"records: {metric}", expected="a number", found="none", remedy="restore the record file"
+        )
     value = float(measured[metric])
     return value if metric == "loss" else 1.0 - value
 
@@ -160,7 +162,9 @@ def test_runs(protocol: Protocol, cell: Cell, chosen: float) -> list[Run]:
 
 def cells(protocol: Protocol) -> list[Cell]:
     """Returns all cells, in the order of the file."""
-    return [Cell(m, t, method) for m in protocol.models for t in protocol.tasks for method in protocol.methods]
+    return [
+        Cell(m, t, method) for m in protocol.models for t in protocol.tasks for method in protocol.methods
+    ]
 
 
 def wanted(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
@@ -171,7 +175,9 @@ def wanted(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
     """
     grids = {cell: tuning(protocol, cell, records) for cell in cells(protocol)}
     tunes = [run for cell, grid in grids.items() for run in tuning_runs(protocol, cell, grid.rates)]
-    tests = [run for cell, grid in grids.items() if grid.chosen for run in test_runs(protocol, cell, grid.chosen)]
+    tests = [
+        run for cell, grid in grids.items() if grid.chosen for run in test_runs(protocol, cell, grid.chosen)
+    ]
     place = {cell: index for index, cell in enumerate(grids)}
     order = {seed: index for index, seed in enumerate((*protocol.tuning_seeds, *protocol.test_seeds))}
 
@@ -209,7 +215,9 @@ def _as_first_recorded(settings: dict[str, Any], former: FormerGroups) -> dict[s
         settings["data"] = settings["data"] | {"max_length": _FIRST_LENGTH}
     return settings | {
         group: {
-            name: value for name, value in settings[group].items() if name not in names or value != usual[group][name]
+            name: value
+            for name, value in settings[group].items()
+            if name not in names or value != usual[group][name]
         }
         for group, names in _LATER.items()
     }

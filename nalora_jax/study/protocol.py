@@ -139,7 +139,9 @@ class Protocol:
     # Not in the file: its path, and the sha256 of its content without comments and layout.
     path: Path = field(default=Path(FILE), compare=False)
     digest: str = field(default="", compare=False)
-    _settings: dict[tuple[str, str], RunConfig] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _settings: dict[tuple[str, str], RunConfig] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def folder(self) -> Path:
@@ -155,13 +157,17 @@ class Protocol:
         if (task, method) not in self._settings:  # checking takes a millisecond, and a plan has many runs
             self._settings[task, method] = self._of_method(task, method)
         config = self._settings[task, method]
-        return replace(config, model=model, seed=seed, optimizer=replace(config.optimizer, learning_rate=rate))
+        return replace(
+            config, model=model, seed=seed, optimizer=replace(config.optimizer, learning_rate=rate)
+        )
 
     def _of_method(self, task: str, method: str) -> RunConfig:
         chosen = self.tasks[task]
         common = override(RunConfig().without_mechanisms(), without_groups(self.run), "[run]")
         data = override(replace(common.data, dataset=chosen.dataset), chosen.data, f"[tasks.{task}] data")
-        data = replace(data, train_split=chosen.train, eval_split=chosen.validation, eval_limit=chosen.validation_items)
+        data = replace(
+            data, train_split=chosen.train, eval_split=chosen.validation, eval_limit=chosen.validation_items
+        )
         vision = override(common.vision, chosen.vision, f"[tasks.{task}] vision")
         if vision.task == "chat":
             where = f"[tasks.{task}] vision task"
@@ -182,7 +188,10 @@ class Protocol:
           NaloraError: a setting is unknown or of another type.
         """
         groups = FormerGroups(FormerMask("off"), FormerStepScale("off"))
-        for settings, where in ((self.run, "[run]"), (self.methods[method].settings, f"[methods.{method}] settings")):
+        for settings, where in (
+            (self.run, "[run]"),
+            (self.methods[method].settings, f"[methods.{method}] settings"),
+        ):
             former = {name: value for name, value in settings.items() if name in GROUPS}
             groups = override(groups, former, where)
         return groups
@@ -201,17 +210,26 @@ def read_protocol(path: str | Path) -> Protocol:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         remedy = f"give a study's folder with a {FILE}, or the file"
-        raise NaloraError(str(path), expected="a study", found=error.strerror or error, remedy=remedy) from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, no TOML, a number of 5,000 digits, 3,000 brackets
+        raise NaloraError(
+            str(path), expected="a study", found=error.strerror or error, remedy=remedy
+        ) from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # not UTF-8, no TOML, a number of 5,000 digits, 3,000 brackets
         raise NaloraError(str(path), expected="a TOML file", found=error) from error
-    digest = hashlib.sha256(json.dumps(table, sort_keys=True, default=str).encode()).hexdigest()  # dates as text
+    digest = hashlib.sha256(
+        json.dumps(table, sort_keys=True, default=str).encode()
+    ).hexdigest()  # dates as text
     try:
         protocol = replace(_build(Protocol, table, "top level"), path=path, digest=digest)
         import_files(protocol.imports, path.parent)
         _check(protocol)
     except NaloraError as error:
         actual, remedy = error.found, error.remedy
-        raise NaloraError(f"{path}: {error.where}", expected=error.expected, found=actual, remedy=remedy) from error
+        raise NaloraError(
+            f"{path}: {error.where}", expected=error.expected, found=actual, remedy=remedy
+        ) from error
     return protocol
 
 
@@ -253,13 +271,20 @@ def _check(protocol: Protocol) -> None:
         _require(name, bool(getattr(p, name)), "at least one", "none")
         value = getattr(p, name)
         _require(name, len(set(value)) == len(value), "no value twice", value)
-    _require("rates", list(p.rates) == sorted(p.rates) and p.rates[0] > 0, "ascending rates above 0", p.rates)
+    _require(
+        "rates", list(p.rates) == sorted(p.rates) and p.rates[0] > 0, "ascending rates above 0", p.rates
+    )
     _require("rates", p.extend == 0 or len(p.rates) > 1, "two rates, to extend the grid", p.rates)
     _require("extend", p.extend >= 0, "0 or more", p.extend)
     _require("evaluate_every", p.evaluate_every >= 1, "1 or more", p.evaluate_every)
     _require("margin", p.margin > 0, "a number above 0", p.margin)
     _require("budget_hours", p.budget_hours >= 0, "0 or more", p.budget_hours)
-    _require("test_multiples", 1.0 in p.test_multiples and min(p.test_multiples) > 0, "1 among them", p.test_multiples)
+    _require(
+        "test_multiples",
+        1.0 in p.test_multiples and min(p.test_multiples) > 0,
+        "1 among them",
+        p.test_multiples,
+    )
     shared = set(p.tuning_seeds) & set(p.test_seeds)
     _require("test_seeds", not shared, "no seed that tunes", sorted(shared))
     _require("baseline", p.baseline in p.methods, f"one of {', '.join(p.methods)}", p.baseline)
@@ -274,7 +299,10 @@ def _check(protocol: Protocol) -> None:
         for name in p.tasks:
             for method_name in p.methods:
                 measured = p.config(model, name, method_name, p.rates[0], p.tuning_seeds[0]).vision.task
-                fits = p.metric == "loss" or measured == {"accuracy": "classify", "recall": "contrast"}[p.metric]
+                fits = (
+                    p.metric == "loss"
+                    or measured == {"accuracy": "classify", "recall": "contrast"}[p.metric]
+                )
                 _require("metric", fits, f"a metric that [tasks.{name}] measures during training", p.metric)
                 kinds.add("images" if measured else "text")
     _require("tasks", len(kinds) == 1, "tasks of text only or of images only", "both")
@@ -285,9 +313,13 @@ def _check_method(p: Protocol, name: str, method: Method) -> None:
     exists = method.placebo_of in ("", *p.methods) and method.placebo_of != name
     _require(f"{where} placebo_of", exists, "another method", method.placebo_of)
     owned = [setting for setting in method.settings if setting in _OF_THE_STUDY]
-    _require(f"{where} settings", not owned, "no setting that belongs in [run] or [tasks]", ", ".join(owned))
+    _require(
+        f"{where} settings", not owned, "no setting that belongs in [run] or [tasks]", ", ".join(owned)
+    )
     rate = "learning_rate" in method.settings.get("optimizer", {})
-    _require(f"{where} settings", not rate, "no learning rate, which the grid gives", "optimizer.learning_rate")
+    _require(
+        f"{where} settings", not rate, "no learning rate, which the grid gives", "optimizer.learning_rate"
+    )
 
 
 def _require(where: str, fine: bool, expected: str, actual: object) -> None:

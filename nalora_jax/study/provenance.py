@@ -22,7 +22,9 @@ def checked_records(protocol: Protocol, store: Records) -> dict[str, Record]:
       NaloraError: the files are damaged, a record was altered, records do not belong together, a rule's file changed
         since its runs, a finished test has no record, or test items were read under another protocol.
     """
-    tests = store.tests()  # before the records: a process lists a test as finished after it has written the record
+    tests = (
+        store.tests()
+    )  # before the records: a process lists a test as finished after it has written the record
     records = store.read()
     check_records(records)
     check_rules(protocol, records)
@@ -38,7 +40,11 @@ def check_rules(protocol: Protocol, records: Mapping[str, Record]) -> None:
     """
     for method in protocol.methods:
         current = _current_rules(protocol, method)
-        recorded = [record["rules"] for record in records.values() if record["method"] == method and "rules" in record]
+        recorded = [
+            record["rules"]
+            for record in records.values()
+            if record["method"] == method and "rules" in record
+        ]
         for rules in recorded:
             changed = [file for file, digest in current.items() if rules.get(file) != digest]
             if changed:

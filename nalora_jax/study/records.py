@@ -78,7 +78,9 @@ class Records:
         for number, entry in enumerate(entries, start=1):
             if not {"id", "protocol"} <= entry.keys():
                 where = f"{self.tests_path}: line {number}"
-                raise NaloraError(where, expected="id and protocol of a test", found=", ".join(entry) or "neither")
+                raise NaloraError(
+                    where, expected="id and protocol of a test", found=", ".join(entry) or "neither"
+                )
         return entries
 
     def append(self, record: Mapping[str, Any]) -> None:

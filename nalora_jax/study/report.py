@@ -37,7 +37,9 @@ def write_report(protocol: Protocol) -> list[Path]:
     drawn = draw(protocol, records)
     text = render(protocol, records)
     if drawn:
-        links = "\n\n".join(f"![{name.removesuffix('.svg').replace('_', ' ')}]({PICTURES}/{name})" for name in drawn)
+        links = "\n\n".join(
+            f"![{name.removesuffix('.svg').replace('_', ' ')}]({PICTURES}/{name})" for name in drawn
+        )
         text += f"\n## Pictures\n\n{links}\n"
     folder = make_unlinked_folder(protocol.folder / PICTURES)
     written = [protocol.folder / TABLES, *(folder / name for name in drawn)]

@@ -124,11 +124,15 @@ class Resources:
         """Returns items of other data, by the name of the probe."""
         items = {}
         for name, probe in self.protocol.probes.items():
-            data = replace(data_of(probe.dataset, probe.split, probe.items, run.config.data), train_split=probe.split)
+            data = replace(
+                data_of(probe.dataset, probe.split, probe.items, run.config.data), train_split=probe.split
+            )
             items[name] = self._drawn(run.config, data)
         return items
 
-    def measure(self, run: Run, prepared: Prepared, lora: Any, items: Items, *, whole: bool) -> dict[str, float]:
+    def measure(
+        self, run: Run, prepared: Prepared, lora: Any, items: Items, *, whole: bool
+    ) -> dict[str, float]:
         """Returns the task's measures of a trained adapter, with ``loss`` among them; see `Subject.measure`."""
         variables: Mapping[str, Any] = {"params": prepared.params, "lora": lora}
         return self.subject(run.config).measure(items, prepared.assembly, variables, whole=whole)

@@ -46,7 +46,9 @@ def write_snapshot(path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[
         scratch.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise NaloraError(str(path), expected="to write a snapshot", found=error, remedy="make room") from error
+        raise NaloraError(
+            str(path), expected="to write a snapshot", found=error, remedy="make room"
+        ) from error
 
 
 def read_snapshot(path: Path) -> Snapshot | None:

@@ -48,7 +48,9 @@ class Subject(Protocol):
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
         """Returns the settings that the compiled step depends on, and facts about the data as JSON values."""
 
-    def assemble(self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation) -> Assembly:
+    def assemble(
+        self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation
+    ) -> Assembly:
         """Returns adapters, optimizer and step for the settings that `program` returned for ``config``."""
 
     def params(self, config: RunConfig, assembly: Assembly) -> Any:
@@ -83,7 +85,9 @@ class Subject(Protocol):
           NaloraError: they do.
         """
 
-    def measure(self, items: Any, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool) -> dict[str, float]:
+    def measure(
+        self, items: Any, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
+    ) -> dict[str, float]:
         """Returns the measures of ``variables`` on ``items``.
 
         With ``whole``, they include measures that need separate programs.

@@ -106,7 +106,9 @@ def _rule_files(records: Mapping[str, Record]) -> str:
 
 
 def _distinct(records: Mapping[str, Record], name: str, length: int = 200) -> str:
-    return ", ".join(sorted({str(record[name])[:length] for record in records.values() if record.get(name)}))
+    return ", ".join(
+        sorted({str(record[name])[:length] for record in records.values() if record.get(name)})
+    )
 
 
 def _methods(protocol: Protocol) -> str:
@@ -146,8 +148,13 @@ def _learning_rates(protocol: Protocol, cell_results: Sequence[MethodResult]) ->
     parts = [f"## Learning rates\n\n{chosen}"]
     for title, group in grouped(cell_results):
         rates = sorted({rate for result in group for rate in result.tuning.rates})
-        rows = [[result.cell.method, *(_tuned(result, rate) for rate in rates), _edge(result)] for result in group]
-        parts.append(f"{title}\n\n" + table(["method", *(f"{rate:g}" for rate in rates), "at an end"], rows))
+        rows = [
+            [result.cell.method, *(_tuned(result, rate) for rate in rates), _edge(result)]
+            for result in group
+        ]
+        parts.append(
+            f"{title}\n\n" + table(["method", *(f"{rate:g}" for rate in rates), "at an end"], rows)
+        )
     return "\n\n".join(parts)
 
 
@@ -168,7 +175,9 @@ def _tests(protocol: Protocol, cell_results: Sequence[MethodResult]) -> str:
     parts = [f"## Test\n\n{title}{_scored(protocol)}"]
     header = ["method", "rate", "parameters", "seeds", "diverged", named(protocol.metric), "deviation"]
     for heading, group in grouped(cell_results):
-        names = [n for n in MEASURES if n != protocol.metric and any(result.measured(n) for result in group)]
+        names = [
+            n for n in MEASURES if n != protocol.metric and any(result.measured(n) for result in group)
+        ]
         rows = [_test_row(result, names) for result in group if result.tests]
         columns = [*(name.replace("_", " ") for name in names), *_MOVEMENT.values(), "seconds a run"]
         parts += [f"{heading}\n\n" + table([*header, *columns], rows)] if rows else []
@@ -177,13 +186,17 @@ def _tests(protocol: Protocol, cell_results: Sequence[MethodResult]) -> str:
 
 def _scored(protocol: Protocol) -> str:
     """Returns a note on tasks whose accuracy is measured on some of the items only."""
-    some = [f"{task.accuracy_items:,} ({name})" for name, task in protocol.tasks.items() if task.accuracy_items]
+    some = [
+        f"{task.accuracy_items:,} ({name})" for name, task in protocol.tasks.items() if task.accuracy_items
+    ]
     return f" Accuracy: of {', '.join(some)} of the items." if some else ""
 
 
 def _test_row(result: MethodResult, names: Sequence[str]) -> list[str]:
     losses, finite = result.losses(), list(result.finite().values())
-    movement = [mean([v for record in finite if (v := last(record, name)) is not None]) for name in _MOVEMENT]
+    movement = [
+        mean([v for record in finite if (v := last(record, name)) is not None]) for name in _MOVEMENT
+    ]
     return [
         result.cell.method,
         f"{result.tuning.chosen:g}",

@@ -75,7 +75,9 @@ def _compare(run: Run, record: Record, repeated: Record) -> None:
                 now = {item: now.get(item) for item in recorded}
             differences += _differences(recorded, now, name)
     for name in _MEASURED:
-        differences += _differences(record.get(name), repeated.get(name), name, record["validation"].get("n", 0))
+        differences += _differences(
+            record.get(name), repeated.get(name), name, record["validation"].get("n", 0)
+        )
     if differences:
         raise NaloraError(
             f"{run}: {'; '.join(differences[:5])}",
@@ -95,7 +97,9 @@ def _differences(record: Any, repeated: Any, place: str, size: int = 0) -> Itera
     """
     if isinstance(record, Mapping) and isinstance(repeated, Mapping):
         count = record.get("n", size)
-        names = record.keys() if place.startswith("training") else record.keys() | repeated.keys()  # new log metrics
+        names = (
+            record.keys() if place.startswith("training") else record.keys() | repeated.keys()
+        )  # new log metrics
         for name in sorted(names):
             yield from _differences(record.get(name), repeated.get(name), f"{place} {name}".strip(), count)
     elif isinstance(record, list) and isinstance(repeated, list) and len(record) == len(repeated):
@@ -106,7 +110,12 @@ def _differences(record: Any, repeated: Any, place: str, size: int = 0) -> Itera
 
 
 def _agree(record: Any, repeated: Any, place: str, size: int) -> bool:
-    if record is None or repeated is None or not isinstance(record, float) or not isinstance(repeated, int | float):
+    if (
+        record is None
+        or repeated is None
+        or not isinstance(record, float)
+        or not isinstance(repeated, int | float)
+    ):
         return bool(record == repeated)
     if "accuracy" in place or "recall" in place:  # an item with nearly equal scores may change sides
         tolerance = 1.5 / size if size else 0.0
@@ -118,5 +127,9 @@ def _agree(record: Any, repeated: Any, place: str, size: int) -> bool:
 
 
 def _described(run: Run, record: Record, repeated: Record) -> list[str]:
-    losses = {name: (record[name]["loss"], repeated[name]["loss"]) for name in ("validation", "test") if name in record}
+    losses = {
+        name: (record[name]["loss"], repeated[name]["loss"])
+        for name in ("validation", "test")
+        if name in record
+    }
     return [f"{run}: {name} loss {then} in the record, {now} now" for name, (then, now) in losses.items()]

@@ -65,7 +65,9 @@ class Fitting:
             remedy = "leave the other axes at 1, or --mesh.run at 1"
             expected = "one device a run for mixtures of experts"
             raise NaloraError("--mesh.run", expected=expected, found=axes, remedy=remedy)
-        return cls(replace(mesh, runs_per_device=per_group), groups * per_group, base.d_model if base else 0)
+        return cls(
+            replace(mesh, runs_per_device=per_group), groups * per_group, base.d_model if base else 0
+        )
 
     def next(self, left: int) -> int:
         """Returns the number of runs of the next program, of ``left`` runs; programs have equal sizes."""
@@ -101,7 +103,8 @@ def _bytes(config: RunConfig, base: ModelConfig) -> tuple[float, float]:
     stored = {"none": item, "int8": 1, "nf4": 0.5}[config.compute.quantize]
     shapes, wide = param_shapes(base), projection_shapes(base)
     weights = sum(
-        math.prod(shape) * (stored if path.removesuffix("/kernel") in wide else item) for path, shape in shapes.items()
+        math.prod(shape) * (stored if path.removesuffix("/kernel") in wide else item)
+        for path, shape in shapes.items()
     )
     trained = sum(
         depths(base)[path] * target.rank * (math.prod(wide[path][:-2]) * sum(wide[path][-2:]))
@@ -131,5 +134,7 @@ def _mesh(config: RunConfig, count: int, share: float) -> MeshConfig:
         is_fitting = share / size < 0.5 and rows % spare == 0
         if is_fitting and devices // size <= max(count, 1):
             fsdp = mesh.fsdp if mesh.fsdp > 0 else spare
-            return replace(mesh, data=max(mesh.data, 1), fsdp=fsdp, tensor=max(mesh.tensor, 1), run=devices // size)
+            return replace(
+                mesh, data=max(mesh.data, 1), fsdp=fsdp, tensor=max(mesh.tensor, 1), run=devices // size
+            )
     return replace(mesh, run=1)

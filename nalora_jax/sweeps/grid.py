@@ -23,7 +23,9 @@ from nalora_jax.errors import NaloraError
 
 FILE = "sweep.json"  # in the folder of a sweep: its options and the names of its runs
 # Settings that all runs of a sweep have in common.
-_COMMON = re.compile(r"^(output|resume|imports|callbacks|mesh\b.*|debug\b.*|data\.workers|compute\.compilation_cache)$")
+_COMMON = re.compile(
+    r"^(output|resume|imports|callbacks|mesh\b.*|debug\b.*|data\.workers|compute\.compilation_cache)$"
+)
 
 Axis = tuple[str, tuple[Any, ...]]  # a setting by dotted name, and its values
 
@@ -77,7 +79,9 @@ def check_names(configs: Sequence[RunConfig]) -> None:
     twice = sorted({Path(output).name for output in outputs if outputs.count(output) > 1})
     if twice:
         remedy = "leave equal values out; settings that differ in their group only need different names"
-        raise NaloraError("--sweep", expected="runs with different names", found=", ".join(twice), remedy=remedy)
+        raise NaloraError(
+            "--sweep", expected="runs with different names", found=", ".join(twice), remedy=remedy
+        )
 
 
 def recorded_sweep(folder: str) -> tuple[tuple[str, ...], RunConfig] | None:
@@ -96,7 +100,9 @@ def recorded_sweep(folder: str) -> tuple[tuple[str, ...], RunConfig] | None:
         if isinstance(error, NaloraError):
             raise
         remedy = "start the sweep again in another --output"
-        raise NaloraError(str(path), expected="the options of a sweep", found=error, remedy=remedy) from None
+        raise NaloraError(
+            str(path), expected="the options of a sweep", found=error, remedy=remedy
+        ) from None
 
 
 def _axis(text: str) -> Axis:
@@ -118,11 +124,15 @@ def _hint(name: str) -> Any:
             names = "none"
             if is_dataclass(kind):
                 names = ", ".join(field.name.replace("_", "-") for field in fields(kind))
-            raise NaloraError(f"--sweep {name}", expected=f"a setting of a run ({names})", found=repr(name_part))
+            raise NaloraError(
+                f"--sweep {name}", expected=f"a setting of a run ({names})", found=repr(name_part)
+            )
         kind = hints[name_part]
     if is_dataclass(kind) or _COMMON.match(name):
         remedy = "give it once, outside of --sweep"
-        raise NaloraError("--sweep", expected="a setting that may differ between runs", found=name, remedy=remedy)
+        raise NaloraError(
+            "--sweep", expected="a setting that may differ between runs", found=name, remedy=remedy
+        )
     return kind
 
 
@@ -134,7 +144,9 @@ def _typed(text: str, word: str, hint: Any) -> Any:
         try:
             return tuple(map(parse_rule, word.split("+")))
         except ValueError as error:
-            raise NaloraError(f"--sweep {text}", expected="rules PATTERN:RANK[:ALPHA]", found=error) from None
+            raise NaloraError(
+                f"--sweep {text}", expected="rules PATTERN:RANK[:ALPHA]", found=error
+            ) from None
     for value in _readings(word):
         if has_type(value, hint):
             return value

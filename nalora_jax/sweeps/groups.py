@@ -44,7 +44,9 @@ def program_key(config: RunConfig, spec: AdapterSpec | None) -> str:
     """
     named = trees.flatten(config.to_dict())
     named = {path.replace("/", "."): value for path, value in named.items()}
-    fixed: dict[str, Any] = {n: v for n, v in named.items() if not any(re.search(value, n) for value in _VALUES)}
+    fixed: dict[str, Any] = {
+        n: v for n, v in named.items() if not any(re.search(value, n) for value in _VALUES)
+    }
     if _is_static(config):  # ranks are allocated by the step count, and divided by the number of components
         fixed |= {"steps": config.steps, "clip_norm": config.optimizer.clip_norm}
     if config.optimizer.name == "adam":  # refuses weight decay

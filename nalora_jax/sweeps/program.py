@@ -39,8 +39,13 @@ class SweepProgram:
         runs = [*runs, *[runs[-1]] * max(0, slots - len(runs))]
         first = runs[0]
         self.runs, self.mesh = tuple(runs), first.mesh
-        self._spec, self._shapes = widest([run.spec for run in runs]), common_shapes([run.state for run in runs])
-        padded = trees.map_named(lambda path, x: jax.ShapeDtypeStruct(self._shapes[path], x.dtype), first.state)
+        self._spec, self._shapes = (
+            widest([run.spec for run in runs]),
+            common_shapes([run.state for run in runs]),
+        )
+        padded = trees.map_named(
+            lambda path, x: jax.ShapeDtypeStruct(self._shapes[path], x.dtype), first.state
+        )
         self._solo = distributed.shardings(padded, self.mesh, distributed.STATE_RULES)
         self._places = jax.tree.map(lambda place: stacked_sharding(self.mesh, place), self._solo)
         self._by_run = stacked_sharding(self.mesh, NamedSharding(self.mesh, P()))
@@ -64,7 +69,9 @@ class SweepProgram:
         joined: TrainState = stack(filled, self._shapes, self._places)
         return joined
 
-    def step(self, states: TrainState, batch: Batch, active: Sequence[bool]) -> tuple[TrainState, dict[str, Any]]:
+    def step(
+        self, states: TrainState, batch: Batch, active: Sequence[bool]
+    ) -> tuple[TrainState, dict[str, Any]]:
         """Returns the states after a step and the metrics of each run, ``[runs, ...]``.
 
         Args:

@@ -88,10 +88,14 @@ def sweep_grid(config: RunConfig, options: Sequence[str]) -> SweepResult:
     """
     configs = grid(config, axes_of(options))
     record = {"sweep": list(options), "run": to_json(redacted(replace(config, resume=False).to_dict()))}
-    return _sweep(configs, lambda: write_atomically(Path(config.output) / FILE, json.dumps(record, indent=1) + "\n"))
+    return _sweep(
+        configs, lambda: write_atomically(Path(config.output) / FILE, json.dumps(record, indent=1) + "\n")
+    )
 
 
-def sweep(configs: Sequence[RunConfig], *, data: Data | None = None, format: Format | None = None) -> SweepResult:
+def sweep(
+    configs: Sequence[RunConfig], *, data: Data | None = None, format: Format | None = None
+) -> SweepResult:
     """Fine-tunes a model once for each config; runs that can share a program train at the same time.
 
     Every run gets the folder, the log, the checkpoints, the adapter and the report of `nalora_jax.run`. All
@@ -154,7 +158,9 @@ def _common_folder(configs: Sequence[RunConfig]) -> Path:
 
 def _concluded(folder: Path, results: Mapping[str, RunResult | TrainingDivergedError]) -> SweepResult:
     """Reports the runs that diverged, and writes the comparison of the others."""
-    diverged = {name: result for name, result in results.items() if isinstance(result, TrainingDivergedError)}
+    diverged = {
+        name: result for name, result in results.items() if isinstance(result, TrainingDivergedError)
+    }
     finished = {name: result for name, result in results.items() if isinstance(result, RunResult)}
     for name, error in diverged.items():
         log.warning("%s diverged and was frozen: %s", Path(name).name, error)
@@ -217,7 +223,9 @@ class _Group:
         pieces = run.inputs.pieces(config, run.output, mesh, self._first)
         self._first = self._first or pieces
         console = _Named(Path(run.config.output).name)
-        return Running(run.config, run.output, run.recorded, pieces, run.callbacks, self._stop, stack, console)
+        return Running(
+            run.config, run.output, run.recorded, pieces, run.callbacks, self._stop, stack, console
+        )
 
     def _fit(self, started: Sequence[Running]) -> list[RunLoop]:
         """Runs the steps of several runs in one program."""
@@ -228,7 +236,11 @@ class _Group:
         for index, running in enumerate(started):
             metrics: Any = measured.run(index)
             running.hooks = replace(running.hooks, state_metrics=metrics, stop=stop)
-            loops.append(RunLoop(running.follower(), running.batches, start=running.start, steps=running.config.steps))
+            loops.append(
+                RunLoop(
+                    running.follower(), running.batches, start=running.start, steps=running.config.steps
+                )
+            )
         log.info("%s", self._fits.describe(len(started)))
         with self._stop.between_steps():
             fit_all(program, loops, measured, stop)

@@ -23,7 +23,9 @@ Shapes = dict[str, tuple[int, ...]]  # by path
 def common_shapes(runs: Sequence[Any]) -> Shapes:
     """Returns the largest size of every axis by path, over trees of equal structure."""
     flat = [trees.flatten(run) for run in runs]
-    return {path: tuple(map(max, zip(*(tree[path].shape for tree in flat), strict=True))) for path in flat[0]}
+    return {
+        path: tuple(map(max, zip(*(tree[path].shape for tree in flat), strict=True))) for path in flat[0]
+    }
 
 
 def stacked_sharding(mesh: Mesh, solo: NamedSharding) -> NamedSharding:
@@ -39,7 +41,10 @@ def stack(runs: Sequence[Any], shapes: Shapes, places: Any) -> Any:
       shapes: `common_shapes` of them.
       places: a tree of shardings of ``[runs, ...]``.
     """
-    flat = [{path: np.asarray(distributed.fetch(leaf)) for path, leaf in trees.flatten(run).items()} for run in runs]
+    flat = [
+        {path: np.asarray(distributed.fetch(leaf)) for path, leaf in trees.flatten(run).items()}
+        for run in runs
+    ]
 
     def join(path: str, place: NamedSharding) -> jax.Array:
         stacked = np.stack([_padded(tree[path], shapes[path]) for tree in flat])
@@ -97,7 +102,9 @@ def shared(runs: Sequence[Any], mesh: Mesh) -> tuple[Any, Any]:
             return leaf
         arrays = [jnp.asarray(tree[path]) for tree in flat]
         pads = [[(0, w - s) for s, w in zip(a.shape, shapes[path], strict=True)] for a in arrays]
-        stacked = jnp.stack([jnp.pad(a, pad) if any(map(sum, pad)) else a for a, pad in zip(arrays, pads, strict=True)])
+        stacked = jnp.stack(
+            [jnp.pad(a, pad) if any(map(sum, pad)) else a for a, pad in zip(arrays, pads, strict=True)]
+        )
         sharding: Any = leaf.sharding
         return jax.device_put(stacked, stacked_sharding(mesh, sharding))
 

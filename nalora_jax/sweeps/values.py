@@ -41,7 +41,9 @@ def values_of(runs: Sequence[Assembly], width: int) -> Values:
     mechanisms = [run.mechanisms for run in runs]
     return {
         "numbers": _differing([_numbers(run, width) for run in runs]) | _rates(runs, width),
-        "scales": _differing([{path: run.spec.scales(path) for path, _ in run.spec.targets} for run in runs]),
+        "scales": _differing(
+            [{path: run.spec.scales(path) for path, _ in run.spec.targets} for run in runs]
+        ),
         "settings": _differing([_settings(each) for each in mechanisms]),
         "orders": _orders(runs),
         "facts": _differing([{"seed": each.seed, "total_steps": each.total_steps} for each in mechanisms]),
@@ -50,7 +52,9 @@ def values_of(runs: Sequence[Assembly], width: int) -> Values:
 
 def mechanisms_with(mechanisms: Mechanisms, values: Mapping[str, Mapping[Any, Any]]) -> Mechanisms:
     """Returns mechanisms with one run's values in place of their settings."""
-    entries = tuple((label, _with_settings(label, m, values["settings"])) for label, m in mechanisms.entries)
+    entries = tuple(
+        (label, _with_settings(label, m, values["settings"])) for label, m in mechanisms.entries
+    )
     facts: dict[str, Any] = dict(values["facts"])
     return replace(mechanisms, entries=entries, orders=values["orders"], **facts)
 
@@ -87,7 +91,12 @@ def accepts_traced(mechanism: Mechanism, name: str, activation: str) -> bool:
     try:
         value = jax.tree.map(jnp.asarray, getattr(mechanism, name, 0))
         jax.eval_shape(rule, value, memory, sums, jax.ShapeDtypeStruct((2,), "int32"))
-    except (TypeError, ValueError, KeyError, AttributeError):  # JAX's errors of concretization are TypeErrors
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+    ):  # JAX's errors of concretization are TypeErrors
         return False
     return True
 
@@ -147,7 +156,9 @@ def _rates(runs: Sequence[Assembly], width: int) -> dict[str, np.ndarray]:
 
 
 def _settings(mechanisms: Mechanisms) -> dict[tuple[str, str], Any]:
-    return {(label, name): getattr(m, name) for label, m in mechanisms.entries for name in numeric_settings(m)}
+    return {
+        (label, name): getattr(m, name) for label, m in mechanisms.entries for name in numeric_settings(m)
+    }
 
 
 def _orders(runs: Sequence[Assembly]) -> dict[tuple[str, str], np.ndarray]:

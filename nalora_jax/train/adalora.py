@@ -94,7 +94,9 @@ def adalora(
         for path, keep in used.items():
             flat[path] = jnp.where(acts & ~keep, -now[path], flat[path])
         sensitivity, uncertainty = map(trees.unflatten, moments)
-        return trees.unflatten(flat), RankState(inner_state, step, sensitivity, uncertainty, trees.unflatten(used))
+        return trees.unflatten(flat), RankState(
+            inner_state, step, sensitivity, uncertainty, trees.unflatten(used)
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 

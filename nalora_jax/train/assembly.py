@@ -172,8 +172,12 @@ def _program(
 def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:
     """Adds the gates' initial adapters to ``params``; the probe measures updates from them."""
     leaves, adapters = trees.flatten(params), trees.flatten(lora)
-    starts = {f"{gate}/start_{name}": adapters[f"{gate}/{name}"] for gate in find_gates(lora) for name in "ab"}
-    starts = {path: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf for path, leaf in starts.items()}
+    starts = {
+        f"{gate}/start_{name}": adapters[f"{gate}/{name}"] for gate in find_gates(lora) for name in "ab"
+    }
+    starts = {
+        path: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf for path, leaf in starts.items()
+    }
     start_shardings = distributed.shardings(starts, mesh, distributed.PARAM_RULES)
     return trees.unflatten(leaves | jax.device_put(starts, start_shardings))
 
@@ -187,7 +191,9 @@ def starting_at(assembly: Assembly, lora: Any) -> Assembly:
     """
     initial = jax.tree.map(distributed.fetch, lora)  # a resumed run must start from the same bits
     params = _with_starts(lower_kernels(assembly.params, initial, assembly.spec), initial, assembly.mesh)
-    return replace(assembly, params=params, state=assembly.begin(initial, assembly.config.seed), initial=initial)
+    return replace(
+        assembly, params=params, state=assembly.begin(initial, assembly.config.seed), initial=initial
+    )
 
 
 def exportable_adapter(assembly: Assembly, lora: Any) -> tuple[Any, AdapterSpec]:

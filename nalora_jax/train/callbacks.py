@@ -38,7 +38,9 @@ class Started:
     step: int = 0  # completed steps; above 0 if the run is resumed
     versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries
     device: str = ""
-    more: Mapping[str, Any] = field(default_factory=dict)  # the base model's origin, figures of the training data
+    more: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # the base model's origin, figures of the training data
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,9 @@ class Callbacks:
             except Exception as error:
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
                 expected = "a callback that can begin"
-                raise NaloraError(f"--callbacks, {type(callback).__name__}", expected=expected, found=reason) from error
+                raise NaloraError(
+                    f"--callbacks, {type(callback).__name__}", expected=expected, found=reason
+                ) from error
         if self._own is not None:
             self._own.on_start(started)
 
@@ -141,7 +145,9 @@ class Callbacks:
             except Exception as error:
                 self._others.remove(callback)
                 name = type(callback).__name__
-                log.warning("%s is left out from here on: %s: %s", name, type(error).__name__, error, exc_info=True)
+                log.warning(
+                    "%s is left out from here on: %s: %s", name, type(error).__name__, error, exc_info=True
+                )
 
     def __enter__(self) -> Callbacks:
         return self
@@ -181,6 +187,8 @@ def make_callbacks(texts: Sequence[str]) -> list[Callback]:
     for text in texts:
         if MARK in text:
             remedy = "name --callbacks again: passwords and tokens are not recorded"
-            raise NaloraError("--callbacks", expected="the callback with its password", found=text, remedy=remedy)
+            raise NaloraError(
+                "--callbacks", expected="the callback with its password", found=text, remedy=remedy
+            )
     importlib.import_module("nalora_jax.runs.trackers")  # registers the built-in callbacks
     return [from_text(_CALLBACKS, text) for text in texts]

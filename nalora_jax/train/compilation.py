@@ -74,7 +74,9 @@ def _write_digests(folder: Path) -> None:
 
     def listen(event: str, duration_secs: float, **more: Any) -> None:
         del more
-        if event != "/jax/core/compile/backend_compile_duration" or duration_secs < getattr(jax.config, _SECONDS):
+        if event != "/jax/core/compile/backend_compile_duration" or duration_secs < getattr(
+            jax.config, _SECONDS
+        ):
             return
         # An entry without a digest is compiled again by the next process.
         with contextlib.suppress(OSError, NaloraError):

@@ -193,7 +193,9 @@ def _step_shardings(base: ModelConfig, spec: AdapterSpec, mesh: Mesh) -> dict[st
     shapes = trees.flatten(jax.eval_shape(lambda key: init_lora(base, spec.linear, key), jax.random.key(0)))
     for name in spec.saved:
         sizes = (base.vocab_size, base.d_model)
-        shapes[TABLES[name]] = jax.ShapeDtypeStruct(sizes if name == "embed_tokens" else sizes[::-1], "float32")
+        shapes[TABLES[name]] = jax.ShapeDtypeStruct(
+            sizes if name == "embed_tokens" else sizes[::-1], "float32"
+        )
     for name, ids in spec.own_rows(tied=base.tie_embeddings).items():
         shapes[ROWS[name]] = jax.ShapeDtypeStruct((len(ids), base.d_model), "float32")
     for path, _ in spec.targets if spec.dora else ():

@@ -71,8 +71,12 @@ def dual_program(
     mechanisms = mechanisms_of(config, activation, names, gates)
     model = _model(config, base, spec, mechanisms, mesh)
 
-    def optimizer_of(mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
-        inner = make_optimizer(with_learning_rate(config).optimizer, config.steps, config.lora.plus_ratio, numbers)
+    def optimizer_of(
+        mechanisms: Mechanisms, numbers: Mapping[str, Any]
+    ) -> optax.GradientTransformationExtraArgs:
+        inner = make_optimizer(
+            with_learning_rate(config).optimizer, config.steps, config.lora.plus_ratio, numbers
+        )
         optimizer = nalora(inner, gates, mechanisms)
         if last is None:
             return optimizer
@@ -98,7 +102,9 @@ def dual_program(
     return Program(config, model, spec, mesh, mechanisms, optimizer, shapes, pure)
 
 
-def _model(config: RunConfig, base: DualConfig, spec: AdapterSpec, mechanisms: Mechanisms, mesh: Mesh) -> DualEncoder:
+def _model(
+    config: RunConfig, base: DualConfig, spec: AdapterSpec, mechanisms: Mechanisms, mesh: Mesh
+) -> DualEncoder:
     """Builds the module of both towers for training."""
     compute = config.compute
     numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)

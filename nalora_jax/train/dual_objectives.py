@@ -49,7 +49,9 @@ class Towers:
         temperature: tuple[jax.Array, jax.Array] = self.model.apply(variables, method="temperature")
         return temperature
 
-    def _encode(self, tower: str, variables: Mapping[str, Any], inputs: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+    def _encode(
+        self, tower: str, variables: Mapping[str, Any], inputs: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Any]:
         options: dict[str, Any] = {
             "method": f"encode_{tower}",
             "deterministic": False,
@@ -149,7 +151,9 @@ def softmax_contrastive(
     own_images, own_texts = (_rows(x, mesh) for x in (images, texts))
     total = jnp.zeros((), jnp.float32)
     for anchors, candidates, pair in ((own_images, texts, own_texts), (own_texts, images, own_images)):
-        logits = scale * jnp.einsum("if,jf->ij", anchors, _everybodys(candidates, mesh), precision="highest")
+        logits = scale * jnp.einsum(
+            "if,jf->ij", anchors, _everybodys(candidates, mesh), precision="highest"
+        )
         total += jnp.sum(jax.nn.logsumexp(logits, axis=1) - scale * jnp.sum(anchors * pair, axis=1))
     return total / 2
 
@@ -159,7 +163,9 @@ def sigmoid_contrastive(
 ) -> jax.Array:
     """Returns SigLIP's loss (arXiv 2303.15343), summed over rows: binary cross-entropy by pair."""
     own_images, own_texts = (_rows(x, mesh) for x in (images, texts))
-    logits = scale * jnp.einsum("if,jf->ij", own_images, _everybodys(texts, mesh), precision="highest") + bias
+    logits = (
+        scale * jnp.einsum("if,jf->ij", own_images, _everybodys(texts, mesh), precision="highest") + bias
+    )
     matching = scale * jnp.sum(own_images * own_texts, axis=1) + bias
     # -log sigmoid(-x) = softplus(x) of all pairs; matching ones: softplus(-x) = softplus(x) - x.
     return jnp.sum(jax.nn.softplus(logits)) - jnp.sum(matching)

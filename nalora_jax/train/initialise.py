@@ -63,7 +63,9 @@ _STABLE_GAMMA = 16.0
 Matrices = dict[str, jax.Array]  # by path of the projection, ``[layers, (experts,) rows, columns]``
 
 
-def gradient_adapters(assembly: Assembly, base: ModelConfig, batches: Sequence[Batch], seed: int) -> dict[str, Any]:
+def gradient_adapters(
+    assembly: Assembly, base: ModelConfig, batches: Sequence[Batch], seed: int
+) -> dict[str, Any]:
     """Returns new adapters whose A holds the gradient's top left singular vectors.
 
     With ``--lora.init gradient``, the columns have the mean length of LoRA's columns, and B is
@@ -81,7 +83,9 @@ def gradient_adapters(assembly: Assembly, base: ModelConfig, batches: Sequence[B
     """
     spec, lora_config = assembly.spec, assembly.config.lora
     shapes = projection_shapes(base)
-    ranks = {path: target.rank * (2 if lora_config.init == "lora_ga" else 1) for path, target in spec.targets}
+    ranks = {
+        path: target.rank * (2 if lora_config.init == "lora_ga" else 1) for path, target in spec.targets
+    }
     wide = {path: min(count + max(8, count // 2), *shapes[path][-2:]) for path, count in ranks.items()}
     search = _Search(assembly, base, wide, batches)
     key = jax.random.key(seed)
@@ -94,7 +98,9 @@ def gradient_adapters(assembly: Assembly, base: ModelConfig, batches: Sequence[B
     weights = _weights(lora_config.gradient_weights, slopes, spec, jax.random.fold_in(key, len(wide)))
     rows = _weighted(rows, weights)
     for _ in range(_ITERATIONS):
-        columns = search.columns(_weighted({path: _orthonormal_rows(row) for path, row in rows.items()}, weights))
+        columns = search.columns(
+            _weighted({path: _orthonormal_rows(row) for path, row in rows.items()}, weights)
+        )
         a = {path: jnp.linalg.qr(column)[0] for path, column in columns.items()}
         rows = _weighted(search.rows(a)[0], weights)
     parts = {path: jnp.linalg.svd(row, full_matrices=False) for path, row in rows.items()}
@@ -151,7 +157,8 @@ class _Search:
         """Returns ``A^T G``, and the mean slope of every gate channel by block."""
         total = self._total({f"{path}/a": value for path, value in a.items()})
         slopes = {
-            block: sums["slope"] / jnp.maximum(sums["tokens"], 1.0)[..., None] for block, sums in total["stats"].items()
+            block: sums["slope"] / jnp.maximum(sums["tokens"], 1.0)[..., None]
+            for block, sums in total["stats"].items()
         }
         grads = trees.flatten(total["grads"])
         return {path: grads[f"{path}/b"] for path in a}, slopes
@@ -181,21 +188,27 @@ def _weights(kind: str, slopes: Mapping[str, jax.Array], spec: AdapterSpec, key:
     for index, (gate, block) in enumerate(gates.items()):
         weight = slopes[block] / jnp.maximum(jnp.mean(slopes[block], axis=-1, keepdims=True), 1e-30)
         if kind == "permuted":
-            weight = jax.random.permutation(jax.random.fold_in(key, index), weight, axis=-1, independent=True)
+            weight = jax.random.permutation(
+                jax.random.fold_in(key, index), weight, axis=-1, independent=True
+            )
         weights[gate] = weight
     return weights
 
 
 def _weighted(rows: Matrices, weights: Matrices) -> Matrices:
     """Multiplies the columns of ``[..., k, d_out]`` by their weights."""
-    return {path: row * weights[path][..., None, :] if path in weights else row for path, row in rows.items()}
+    return {
+        path: row * weights[path][..., None, :] if path in weights else row for path, row in rows.items()
+    }
 
 
 def _orthonormal_rows(matrix: jax.Array) -> jax.Array:
     return jnp.swapaxes(jnp.linalg.qr(jnp.swapaxes(matrix, -1, -2))[0], -1, -2)
 
 
-def _place(left: Matrices, right: Matrices, assembly: Assembly, base: ModelConfig, seed: int) -> dict[str, Any]:
+def _place(
+    left: Matrices, right: Matrices, assembly: Assembly, base: ModelConfig, seed: int
+) -> dict[str, Any]:
     """Puts the vectors into new adapters, with zeros beyond each layer's rank.
 
     Args:
@@ -213,7 +226,9 @@ def _place(left: Matrices, right: Matrices, assembly: Assembly, base: ModelConfi
             length = b.shape[-1] ** 0.25 / math.sqrt(_STABLE_GAMMA)
         leaves[f"{path}/a"] = jnp.where(used[..., None, :], length * left[path][..., : target.rank], 0.0)
         if lora_ga:
-            second = np.array(target.ranks)[:, None] + np.arange(target.rank)  # triplets r to 2r of each layer
+            second = np.array(target.ranks)[:, None] + np.arange(
+                target.rank
+            )  # triplets r to 2r of each layer
             second = second.reshape(len(target.ranks), *(1,) * (a.ndim - 3), target.rank, 1)
             rows = jnp.take_along_axis(right[path], second, axis=-2)
             leaves[f"{path}/b"] = jnp.where(used[..., None], length * rows, 0.0)

@@ -42,7 +42,9 @@ def check_data(data: DataConfig, source: Mapping[str, Source] | None = None) -> 
         log.info("records of an epoch: %s", train.describe())
     drawn = [selected for selected in held_out.parts if isinstance(selected, SelectedSource)]
     if drawn:
-        log.info("no split is held out, so some records are, by a fixed draw: %s", "; ".join(map(str, drawn)))
+        log.info(
+            "no split is held out, so some records are, by a fixed draw: %s", "; ".join(map(str, drawn))
+        )
     if have_same_records(train, held_out):
         log.warning(
             "--data.eval-split %s holds the records that are trained on: the evaluation shows what was memorized, not "
@@ -108,7 +110,10 @@ def _check_rows(config: RunConfig, files: ResolvedSource, base: ModelConfig, spe
         return
     new = added_ids(files, AddedTokens.of(config.data))
     head = spec.head_rows(tied=base.tie_embeddings)
-    for name, ids in (("embed_tokens", trained.get("embed_tokens", ())), ("lm_head", head[1] if head else ())):
+    for name, ids in (
+        ("embed_tokens", trained.get("embed_tokens", ())),
+        ("lm_head", head[1] if head else ()),
+    ):
         untrained = {text: token_id for text, token_id in new.items() if token_id not in ids}
         if untrained and name not in spec.saved:
             listed = ", ".join(f"{text!r} ({token_id})" for text, token_id in untrained.items())

@@ -41,7 +41,9 @@ def jit_step(config: RunConfig, step: Step, mesh: Mesh, shardings: Any) -> Step:
 
     ``placed`` is the sharding of the state.
     """
-    step.__name__ = f"train_step_{next(_STEPS)}"  # chex counts traces by name and call site; a process may run twice
+    step.__name__ = (
+        f"train_step_{next(_STEPS)}"  # chex counts traces by name and call site; a process may run twice
+    )
     step = chex.assert_max_traces(step, n=1)
     step.__name__ = "train_step"  # the name is part of the compilation cache's key
     compiled = jax.jit(

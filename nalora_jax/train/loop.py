@@ -301,7 +301,9 @@ def summarise_layers(blocks: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str
     if not blocks:
         return {}
     names = next(iter(blocks.values()))
-    layers = {name: np.concatenate([np.asarray(block[name]) for block in blocks.values()]) for name in names}
+    layers = {
+        name: np.concatenate([np.asarray(block[name]) for block in blocks.values()]) for name in names
+    }
     rows = {path.partition("/")[0]: len(block["feature"]) for path, block in blocks.items()}
     feature = np.nan_to_num(np.asarray(layers["feature"], np.float64))
     weights = feature / np.sum(feature) if np.sum(feature) > 0 else None

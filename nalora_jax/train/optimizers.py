@@ -70,7 +70,9 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """
     if not config.learning_rate:
         remedy = "nalora_jax.train.learning_rate decides it"
-        raise NaloraError("--optimizer.learning-rate", expected="a number above 0", found="auto", remedy=remedy)
+        raise NaloraError(
+            "--optimizer.learning-rate", expected="a number above 0", found="auto", remedy=remedy
+        )
     peak, final = config.learning_rate, config.learning_rate * config.final_ratio
     warmup = config.warmup_steps or math.ceil(config.warmup_share * total_steps)
     warmup = warmup if config.warmup_from_zero else min(warmup, total_steps - 1)
@@ -81,7 +83,9 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         "cosine": optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_ratio),
     }
     if config.schedule not in decays:
-        raise NaloraError("--optimizer.schedule", expected=f"one of {', '.join(decays)}", found=config.schedule)
+        raise NaloraError(
+            "--optimizer.schedule", expected=f"one of {', '.join(decays)}", found=config.schedule
+        )
     if warmup <= 0:
         return decays[config.schedule]
     start = 0.0 if config.warmup_from_zero else peak / (warmup + 1)
@@ -89,7 +93,9 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, decays[config.schedule]], [warmup])
 
 
-def _named_optimizer(name: str, config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _named_optimizer(
+    name: str, config: OptimizerConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
     decay = config.weight_decay
     match name:
         case "adamw":
@@ -97,7 +103,9 @@ def _named_optimizer(name: str, config: OptimizerConfig, schedule: optax.Schedul
         case "adam" if decay == 0:
             return optax.adam(schedule, config.b1, config.b2, config.eps)
         case "adam":
-            raise NaloraError("--optimizer.weight-decay", expected="0 with adam", found=decay, remedy="use adamw")
+            raise NaloraError(
+                "--optimizer.weight-decay", expected="0 with adam", found=decay, remedy="use adamw"
+            )
         case "lion":
             return optax.lion(schedule, config.b1, config.b2, weight_decay=decay)
         case "sgd":
@@ -106,7 +114,9 @@ def _named_optimizer(name: str, config: OptimizerConfig, schedule: optax.Schedul
             # Not optax.adafactor: its step is proportional to the parameter's size (B starts at
             # 0), and its weight decay ignores the learning rate.
             factored = (optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
-            return optax.chain(*factored, optax.add_decayed_weights(decay), optax.scale_by_learning_rate(schedule))
+            return optax.chain(
+                *factored, optax.add_decayed_weights(decay), optax.scale_by_learning_rate(schedule)
+            )
     names = "adamw, adam, sgd, lion, adafactor"
     raise NaloraError("--optimizer.name", expected=f"one of {names}", found=name)
 
@@ -139,7 +149,9 @@ def scale_by_projection(rates: Sequence[tuple[str, float]]) -> optax.GradientTra
         match_rules(rates, {_projection(path) for path in trees.flatten(params)}, where="--optimizer.rates")
         return optax.EmptyState()
 
-    def update_fn(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+    def update_fn(
+        updates: Any, state: optax.EmptyState, params: Any = None
+    ) -> tuple[Any, optax.EmptyState]:
         del params
 
         def scale(path: str, update: jax.Array) -> jax.Array:

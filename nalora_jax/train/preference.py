@@ -89,7 +89,9 @@ class Preference:
             "rewards_accuracy": jnp.sum(real * (losses.chosen > losses.rejected)),
         }
         # Value of the loss, gradient of the surrogate.
-        return Evaluated(lax.stop_gradient(value - surrogate) + surrogate, written, lax.stop_gradient(measured))
+        return Evaluated(
+            lax.stop_gradient(value - surrogate) + surrogate, written, lax.stop_gradient(measured)
+        )
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Returns the numbers of real tokens and of pairs."""

@@ -40,7 +40,9 @@ def seen_sources(
     if tokens is None:
         raise NaloraError("--model", expected="a model that sees images", found="a language model")
     if data.too_long in ("truncate", "split"):
-        raise NaloraError("--data.too-long", expected="drop or error: half an image is none", found=data.too_long)
+        raise NaloraError(
+            "--data.too-long", expected="drop or error: half an image is none", found=data.too_long
+        )
     sources: dict[str, Source] = {}
     for split in dict.fromkeys(splits or (data.train_split, data.eval_split)):
         if split == AUTO:  # drawn from the training split
@@ -50,13 +52,19 @@ def seen_sources(
         elif split in source:
             chats = ChatImages(source[split], data, vision, tokens, Path.cwd())
         else:
-            raise NaloraError("source", expected=f"a split {split!r}", found=", ".join(sorted(source)) or "none")
+            raise NaloraError(
+                "source", expected=f"a split {split!r}", found=", ".join(sorted(source)) or "none"
+            )
         sources[split] = chats.readable()
     return sources
 
 
 def with_images(
-    data: TrainData, config: DataConfig, vision: VisionConfig, loaded: LoadedModel, source: Mapping[str, Source]
+    data: TrainData,
+    config: DataConfig,
+    vision: VisionConfig,
+    loaded: LoadedModel,
+    source: Mapping[str, Source],
 ) -> TrainData:
     """Adds the images of the records to the training rows."""
     tokens, processor = loaded.tokenizer.images, loaded.processor

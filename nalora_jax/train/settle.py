@@ -64,7 +64,9 @@ def _of_data(config: RunConfig, files: ResolvedSource, source: Mapping[str, Sour
     measure = None
     if config.preference.loss != "none":
         measure = partial(pair_sizes, preference=config.preference)
-    data = with_length(config.data, open_train(config.data, source=source), tokenizer, base.max_positions, measure)
+    data = with_length(
+        config.data, open_train(config.data, source=source), tokenizer, base.max_positions, measure
+    )
     config = replace(config, data=data)
     if not config.epochs:
         return config

@@ -33,7 +33,12 @@ def check_context(config: RunConfig, base: ModelConfig, mesh: Mesh) -> None:
         raise context_error(shards, f"the attention dropout of {base.model_type} ({base.attn_dropout})")
     seq = config.data.max_length
     if seq and (padded := 2 * shards * block_length(seq, shards)) != seq:
-        log.info("rows of %d tokens are padded to %d: two blocks on each of --mesh.context %d", seq, padded, shards)
+        log.info(
+            "rows of %d tokens are padded to %d: two blocks on each of --mesh.context %d",
+            seq,
+            padded,
+            shards,
+        )
 
 
 def context_error(shards: int, cause: str) -> NaloraError:

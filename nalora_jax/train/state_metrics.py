@@ -63,19 +63,27 @@ class StateMetrics:
         """Returns the result of `compute`, in host memory, as `measure` does."""
         bins = {label: mechanism.bins for label, mechanism in self.mechanisms.entries}
         return {
-            "histograms": {label: {"edges": bins[label], "counts": count} for label, count in counts.items()},
+            "histograms": {
+                label: {"edges": bins[label], "counts": count} for label, count in counts.items()
+            },
             "adapters": norms,
         } | ({"ranks": ranks} if ranks else {})
 
-    def compute(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
+    def compute(
+        self, state: TrainState
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
         """Returns counts of factors, norms and ranks of ``state``; not compiled."""
         factors = own_factors(state.gate, self.mechanisms)
         counts = {
-            label: jnp.concatenate([histogram(factor, mechanism.bins) for factor in factors[label].values()])
+            label: jnp.concatenate(
+                [histogram(factor, mechanism.bins) for factor in factors[label].values()]
+            )
             for label, mechanism in self.mechanisms.entries
         }
         used = trees.flatten(state.opt_state.kept) if self.spec.adalora else {}
-        ranks = {path.removesuffix("/singular"): jnp.sum(_rows(leaf), axis=1) for path, leaf in used.items()}
+        ranks = {
+            path.removesuffix("/singular"): jnp.sum(_rows(leaf), axis=1) for path, leaf in used.items()
+        }
         return counts, adapter_norms(trees.flatten(state.lora), self.spec), ranks
 
 
@@ -95,7 +103,9 @@ def histogram(factor: jax.Array, edges: tuple[float, ...]) -> jax.Array:
       [layers, B + 1] int32.
     """
     rows = _rows(factor)
-    reached = jnp.sum(rows[:, None, :] >= np.asarray(edges, np.float32)[None, :, None], axis=-1, dtype=jnp.int32)
+    reached = jnp.sum(
+        rows[:, None, :] >= np.asarray(edges, np.float32)[None, :, None], axis=-1, dtype=jnp.int32
+    )
     full, empty = jnp.full((len(rows), 1), rows.shape[1], jnp.int32), jnp.zeros((len(rows), 1), jnp.int32)
     return -jnp.diff(jnp.concatenate([full, reached, empty], axis=1), axis=1)
 
@@ -128,7 +138,11 @@ def non_finite(state: Any) -> list[str]:
 
     Reads the state once and fetches once; every process has to call it.
     """
-    floats = {path: leaf for path, leaf in trees.flatten(state).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    floats = {
+        path: leaf
+        for path, leaf in trees.flatten(state).items()
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
     if not floats:
         return []
     finite_leaves = jax.device_get(_all_finite(list(floats.values())))

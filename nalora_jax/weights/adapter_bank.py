@@ -47,7 +47,9 @@ class AdapterBank:
     lora: dict[str, Any]
 
     @staticmethod
-    def empty(config: ModelConfig, *, slots: int, rank: int, targets: Sequence[str] | None = None) -> AdapterBank:
+    def empty(
+        config: ModelConfig, *, slots: int, rank: int, targets: Sequence[str] | None = None
+    ) -> AdapterBank:
         """Returns a bank without adapters.
 
         Args:
@@ -63,7 +65,9 @@ class AdapterBank:
         paths = sorted(shapes) if targets is None else sorted(targets)
         unknown = sorted(set(paths) - set(shapes))
         if unknown:
-            raise NaloraError("targets", expected=f"some of {', '.join(sorted(shapes))}", found=", ".join(unknown))
+            raise NaloraError(
+                "targets", expected=f"some of {', '.join(sorted(shapes))}", found=", ".join(unknown)
+            )
         if config.n_experts:
             experts = f"{config.n_experts} experts"
             raise NaloraError(
@@ -136,14 +140,20 @@ class AdapterBank:
             a, b = adapter.get(path, (None, None))
             for leaf, value, axis in ((f"{path}/a", a, -1), (f"{path}/b", b, -2)):
                 empty = stack[leaf][:, slot]
-                filled = empty * 0 if value is None else padded(value, target.rank, axis, f"{where}: {path}")
+                filled = (
+                    empty * 0 if value is None else padded(value, target.rank, axis, f"{where}: {path}")
+                )
                 if filled.shape != empty.shape:
-                    raise NaloraError(f"{where}: {leaf}", expected=f"shape {empty.shape}", found=filled.shape)
+                    raise NaloraError(
+                        f"{where}: {leaf}", expected=f"shape {empty.shape}", found=filled.shape
+                    )
                 stack[leaf] = stack[leaf].at[:, slot].set(filled)
         return replace(self, lora=trees.unflatten(stack))
 
 
-def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[dict[str, Any], AdapterSpec]:
+def combine_adapters(
+    adapters: Sequence[Adapter], weights: Sequence[float]
+) -> tuple[dict[str, Any], AdapterSpec]:
     """Returns one adapter whose update is the exact weighted sum of several; ranks add up.
 
     Args:
@@ -161,14 +171,20 @@ def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[float]) -> t
         counts = f"{len(adapters)} adapters and {len(weights)} weights"
         raise NaloraError("combine_adapters", expected="one weight per adapter, at least one", found=counts)
     if any(spec.dora for _, spec in adapters):
-        raise NaloraError("combine_adapters", expected="linear adapters", found="DoRA", remedy="merge it instead")
+        raise NaloraError(
+            "combine_adapters", expected="linear adapters", found="DoRA", remedy="merge it instead"
+        )
     for _, spec in adapters:
         refuse_saved(spec, "combine_adapters", "merge it instead")
     folded = [folded_scales(lora, spec) for lora, spec in adapters]
     leaves: dict[str, Any] = {}
     targets = []
     for path in sorted({path for adapter in folded for path in adapter}):
-        parts = [(*adapter[path], weight) for adapter, weight in zip(folded, weights, strict=True) if path in adapter]
+        parts = [
+            (*adapter[path], weight)
+            for adapter, weight in zip(folded, weights, strict=True)
+            if path in adapter
+        ]
         leaves[f"{path}/a"] = jnp.concatenate([a for a, _, _ in parts], axis=-1)
         leaves[f"{path}/b"] = jnp.concatenate([b * weight for _, b, weight in parts], axis=-2)
         layers, rank = leaves[f"{path}/a"].shape[0], leaves[f"{path}/a"].shape[-1]
@@ -191,7 +207,9 @@ def padded(value: Any, rank: int, axis: int, where: str) -> Any:
     """Zero-pads ``value`` to ``rank`` along its rank axis."""
     if value.shape[axis] > rank:
         remedy = "make the bank with a larger rank"
-        raise NaloraError(f"{where}: rank", expected=f"at most {rank}", found=value.shape[axis], remedy=remedy)
+        raise NaloraError(
+            f"{where}: rank", expected=f"at most {rank}", found=value.shape[axis], remedy=remedy
+        )
     widths = [(0, 0)] * value.ndim
     widths[axis] = (0, rank - value.shape[axis])
     return jnp.pad(value, widths)

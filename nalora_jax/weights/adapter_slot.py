@@ -73,7 +73,9 @@ class AdapterSlot:
             linear, or it has trained rows and there are no ``params``.
         """
         if spec is not None and spec.dora:
-            raise NaloraError("adapter", expected="a linear adapter", found="DoRA", remedy="merge it instead")
+            raise NaloraError(
+                "adapter", expected="a linear adapter", found="DoRA", remedy="merge it instead"
+            )
         if lora is not None and spec is not None and spec.token_indices:
             if params is None:
                 actual = "trained rows of the base's tables"

@@ -115,11 +115,18 @@ def _summary(card: Card) -> str:
     kind = "rsLoRA" if card.spec.rslora else "LoRA"
     if card.spec.dora:
         kind = "DoRA"
-    lines = [f"Base model: {_base_link(card.base_model)}. Adapters ({kind}), rank and alpha per projection:"]
-    rows = [(f"`{path}`", _range(target.ranks), _range(target.alphas)) for path, target in card.spec.targets]
+    lines = [
+        f"Base model: {_base_link(card.base_model)}. Adapters ({kind}), rank and alpha per projection:"
+    ]
+    rows = [
+        (f"`{path}`", _range(target.ranks), _range(target.alphas)) for path, target in card.spec.targets
+    ]
     lines += ["", *_table(("projection", "rank", "alpha"), rows)]
     if card.spec.saved and card.kind == "adapter":
-        lines += ["", f"Trained as a whole beside them, and part of its files: {' and '.join(card.spec.saved)}."]
+        lines += [
+            "",
+            f"Trained as a whole beside them, and part of its files: {' and '.join(card.spec.saved)}.",
+        ]
     if card.spec.token_indices and card.kind == "adapter":
         listed = " and ".join(f"{len(ids)} of {name}" for name, ids in card.spec.token_indices)
         lines += ["", f"Trained rows beside them, one a token, and part of its files: {listed}."]
@@ -137,7 +144,9 @@ def _method(run: RunConfig) -> str:
         if not mean:
             return "Trained with plain LoRA."
         return f"Trained as plain LoRA, of whose ranks {allocated}"
-    used = [f"{_RULES.get(rule.partition(':')[0], 'the mechanism')} ({_shown(rule)})" for rule in run.mechanisms]
+    used = [
+        f"{_RULES.get(rule.partition(':')[0], 'the mechanism')} ({_shown(rule)})" for rule in run.mechanisms
+    ]
     return (
         f"Trained with NA-LoRA (nonlinearity-aware LoRA, arXiv 2606.31717, as nalora_jax instantiates it): "
         f"{' and '.join(used)}. They act in training only: the result is a plain adapter."
@@ -173,7 +182,9 @@ def _results(card: Card) -> str:
         headline = "recall at 1"
     head = f"## Measured result\n\nHeld out{split}; the interval is 95%.\n\n"
     if all(not row[1] for row in rows):  # no accuracy was measured: the interval is the loss's
-        return head + "\n".join(_table(("", "loss", "interval", "examples"), [(r[0], r[3], r[2], r[4]) for r in rows]))
+        return head + "\n".join(
+            _table(("", "loss", "interval", "examples"), [(r[0], r[3], r[2], r[4]) for r in rows])
+        )
     return head + "\n".join(_table(("", headline, "interval", "loss", "examples"), rows))
 
 
@@ -181,7 +192,9 @@ def _measured(metrics: Mapping[str, Any]) -> tuple[str, ...]:
     low, high, loss = (metrics.get(name) for name in ("low", "high", "loss"))
     accuracy = metrics.get("accuracy", metrics.get("recall"))
     interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
-    values = ("" if value is None else f"{value:.{digits}f}" for value, digits in ((accuracy, 3), (loss, 4)))
+    values = (
+        "" if value is None else f"{value:.{digits}f}" for value, digits in ((accuracy, 3), (loss, 4))
+    )
     shown_accuracy, shown_loss = values
     return shown_accuracy, interval, shown_loss, markdown(metrics.get("n", ""))
 
@@ -275,7 +288,10 @@ def _settings(card: Card) -> str:
         ("rows per step", run.train.batch_size if _on_images(card) else size),
         ("loss on", run.vision.task or run.data.loss_on),
         ("optimizer", f"{optimizer.name}, weight decay {optimizer.weight_decay:g}"),
-        ("learning rate", f"{optimizer.learning_rate:g}, {optimizer.schedule}, {_warmup(optimizer)} warm-up"),
+        (
+            "learning rate",
+            f"{optimizer.learning_rate:g}, {optimizer.schedule}, {_warmup(optimizer)} warm-up",
+        ),
         ("adapter dropout", f"{run.lora.dropout:g}"),
         ("initialisation", run.lora.init),
         ("numbers of the base", _numbers(card.origin, run)),

@@ -95,7 +95,9 @@ def can_exist(path: Path) -> bool:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as indented JSON with sorted keys, like PEFT and transformers."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def _check_free(target: Path, replaces: Collection[str]) -> None:

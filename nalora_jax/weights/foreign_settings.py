@@ -36,7 +36,9 @@ class Field:
 
 def only(*accepted: Any, because: str) -> Callable[[Any], Any]:
     """Returns a conversion that accepts only ``accepted``, values without effect here."""
-    return lambda value: None if any(value == default for default in (None, *accepted, {}, [])) else Refused(because)
+    return lambda value: (
+        None if any(value == default for default in (None, *accepted, {}, [])) else Refused(because)
+    )
 
 
 def choice(table: Mapping[Any, Any], because: str) -> Callable[[Any], Any]:
@@ -44,7 +46,9 @@ def choice(table: Mapping[Any, Any], because: str) -> Callable[[Any], Any]:
     return lambda value: table.get(value, Refused(because)) if isinstance(value, str) else Refused(because)
 
 
-def converted(values: Mapping[str, Any], table: Mapping[str, Field], kind: str) -> tuple[Settings, list[str]]:
+def converted(
+    values: Mapping[str, Any], table: Mapping[str, Field], kind: str
+) -> tuple[Settings, list[str]]:
     """Returns the settings of single fields, and notes; adapter rules, which need several fields, are left out.
 
     Raises:

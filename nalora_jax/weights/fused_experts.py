@@ -38,7 +38,11 @@ class _Place(NamedTuple):
 
 def with_experts(source: TensorSource, keymap: KeyMap) -> TensorSource:
     """Returns ``source``, or a `FusedExperts` around it if the key map has one tensor per expert."""
-    fused = [name for name in source.shapes() if _FUSED.match(name) and keymap.canonical(name) not in keymap.by_name]
+    fused = [
+        name
+        for name in source.shapes()
+        if _FUSED.match(name) and keymap.canonical(name) not in keymap.by_name
+    ]
     return FusedExperts(source, fused) if fused else source
 
 
@@ -80,7 +84,9 @@ class FusedExperts:
             experts, rows, inputs = shape[0], shape[1] // len(parts), shape[2]
             for number, name_of_part in enumerate(parts):
                 for e in range(experts):
-                    places[f"{match[1]}.{e}.{name_of_part}.weight"] = _Place(name, e, number * rows, (rows, inputs))
+                    places[f"{match[1]}.{e}.{name_of_part}.weight"] = _Place(
+                        name, e, number * rows, (rows, inputs)
+                    )
         return places
 
     def _stored_name(self, name: str) -> str:

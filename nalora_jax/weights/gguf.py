@@ -32,7 +32,9 @@ READABLE = (
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
 )
 # Value types by number; 8 is a string, 9 an array.
-_SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "", "", "<u8", "<i8", "<f8")))
+_SCALARS = dict(
+    enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "", "", "<u8", "<i8", "<f8"))
+)
 _STRING, _ARRAY = 8, 9
 _MAX_ITEMS = 1 << 16  # metadata keys, tensors
 _MAX_STRINGS = 1 << 22  # in all arrays; the largest vocabularies and merge lists have 2^18 to 2^19
@@ -64,7 +66,10 @@ class GGUFFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+            with (
+                self.path.open("rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory,
+            ):
                 self.metadata, self._tensors = _read_header(_Cursor(memory, str(self.path)))
         except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
             if isinstance(error, NaloraError):
@@ -141,7 +146,10 @@ class GGUFFile:
             raise NaloraError(str(self.path), expected="a file that can be read", found=error) from error
         if raw.size != count:
             raise NaloraError(
-                f"{self.path}: {name}", expected=f"{count} bytes", found=raw.size, remedy="the file changed; load again"
+                f"{self.path}: {name}",
+                expected=f"{count} bytes",
+                found=raw.size,
+                remedy="the file changed; load again",
             )
         return raw
 
@@ -258,7 +266,9 @@ def _read_tensor_table(cursor: _Cursor, count: int, alignment: object) -> dict[s
     for name, shape, kind, offset in described:
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
-            raise cursor.error(f"{name}: rows of whole {kind.name} blocks of {block}", f"rows of {shape[-1]}")
+            raise cursor.error(
+                f"{name}: rows of whole {kind.name} blocks of {block}", f"rows of {shape[-1]}"
+            )
         row_bytes = shape[-1] // block * block_bytes
         nbytes = row_bytes * math.prod(shape[:-1])
         beyond = data_start + offset + nbytes - cursor.size

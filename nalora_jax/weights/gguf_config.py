@@ -32,7 +32,11 @@ _FAMILIES = {
     "smollm3": ("smollm3", "SmolLM3ForCausalLM"),
     "granite": ("granite", "GraniteForCausalLM"),
 }
-_SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+_SPECIAL = {
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "padding_token_id",
+}
 
 
 def hf_config(file: GGUFFile) -> dict[str, Any]:
@@ -110,9 +114,13 @@ def _shape(r: _Reader) -> dict[str, Any]:
     width, heads = r.number("embedding_length", int), r.number("attention.head_count", int)
     vocabulary = r.file.shapes().get("token_embd.weight")
     if vocabulary is None:
-        raise NaloraError(str(r.file.path), expected="the tensor token_embd.weight", found="none of that name")
+        raise NaloraError(
+            str(r.file.path), expected="the tensor token_embd.weight", found="none of that name"
+        )
     if heads < 1:
-        raise NaloraError(f"{r.file.path}: {r.architecture}.attention.head_count", expected="1 or more", found=heads)
+        raise NaloraError(
+            f"{r.file.path}: {r.architecture}.attention.head_count", expected="1 or more", found=heads
+        )
     raw = {
         "vocab_size": vocabulary[0],
         "hidden_size": width,
@@ -158,7 +166,10 @@ def _named_scaling(r: _Reader) -> dict[str, Any] | None:
             if r.has(f"rope.scaling.yarn_{key}"):
                 scaling[key] = r.number(f"rope.scaling.yarn_{key}", float)
         if r.has("rope.scaling.yarn_log_multiplier"):  # llama.cpp assumes mscale 1
-            scaling |= {"mscale": 1.0, "mscale_all_dim": r.number("rope.scaling.yarn_log_multiplier", float)}
+            scaling |= {
+                "mscale": 1.0,
+                "mscale_all_dim": r.number("rope.scaling.yarn_log_multiplier", float),
+            }
     return scaling
 
 
@@ -199,7 +210,12 @@ def _frequency_factors(r: _Reader, theta: float) -> dict[str, Any] | None:
         }
     length = r.number("context_length", int)
     both = {"short_factor": divisors.tolist(), "long_factor": divisors.tolist()}
-    return {"rope_type": "longrope", "attention_factor": 1.0, "original_max_position_embeddings": length, **both}
+    return {
+        "rope_type": "longrope",
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": length,
+        **both,
+    }
 
 
 # ---------------------------------------------------------------- settings of single architectures
@@ -291,7 +307,10 @@ def _mistral3(r: _Reader) -> dict[str, Any]:
     scaling = _named_scaling(r)
     if scaling is None:
         return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
-    return {"rope_scaling": scaling | {"llama_4_scaling_beta": r.number("attention.temperature_scale", float, 0.0)}}
+    return {
+        "rope_scaling": scaling
+        | {"llama_4_scaling_beta": r.number("attention.temperature_scale", float, 0.0)}
+    }
 
 
 def _granite(r: _Reader) -> dict[str, Any]:

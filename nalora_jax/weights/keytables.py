@@ -88,7 +88,11 @@ _ROTARY = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$")
 # Vision tensors that a multimodal model has next to the text model.
 SIGHT = (r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")
 # Tensors of parts that the text model does not use: towers of Qwen3.5 and Gemma 4, and heads for several tokens.
-UNUSED = (r"^(model\.)?visual\.", r"^mtp\.", r"^model\.(audio_tower|embed_vision|embed_audio|vision_embedder)\.")
+UNUSED = (
+    r"^(model\.)?visual\.",
+    r"^mtp\.",
+    r"^model\.(audio_tower|embed_vision|embed_audio|vision_embedder)\.",
+)
 HF_RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^(model\.)?language_model\.(model\.)?(?=(embed_tokens|layers|norm)\.)", "model."),
@@ -101,11 +105,16 @@ _HF_ENDS = (
 )
 
 
-def _hf_dense(module: str, folder: str, names: tuple[str, ...], experts: bool | None = None) -> tuple[TensorRow, ...]:
+def _hf_dense(
+    module: str, folder: str, names: tuple[str, ...], experts: bool | None = None
+) -> tuple[TensorRow, ...]:
     """Returns kernels and biases of projections whose names equal transformers' names."""
     stem = f"model.layers.{{layer}}.{module}"
     leaves = {name: f"layers/{folder}/{name}" for name in names}
-    kernels = (TensorRow(f"{stem}.{n}.weight", (f"{leaf}/kernel",), "transpose", experts) for n, leaf in leaves.items())
+    kernels = (
+        TensorRow(f"{stem}.{n}.weight", (f"{leaf}/kernel",), "transpose", experts)
+        for n, leaf in leaves.items()
+    )
     biases = (TensorRow(f"{stem}.{n}.bias", (f"{leaf}/bias",), "", experts) for n, leaf in leaves.items())
     return (*kernels, *biases)
 
@@ -121,11 +130,16 @@ _HF_ATTENTION = _hf_dense("self_attn", "attn", ("q_proj", "k_proj", "v_proj", "o
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _HF_FFN = _hf_dense("mlp", "ffn", _GATED)
 _HF_QK_NORMS = tuple(
-    TensorRow(f"model.layers.{{layer}}.self_attn.{n}.weight", (f"layers/attn/{n}/scale",)) for n in ("q_norm", "k_norm")
+    TensorRow(f"model.layers.{{layer}}.self_attn.{n}.weight", (f"layers/attn/{n}/scale",))
+    for n in ("q_norm", "k_norm")
 )
 _HF_PRE_NORMS = _hf_norms(attn_norm="input_layernorm", ffn_norm="post_attention_layernorm")
-_HF_POST_NORMS = _hf_norms(attn_post_norm="post_attention_layernorm", ffn_post_norm="post_feedforward_layernorm")
-_HF_FOUR_NORMS = _HF_POST_NORMS + _hf_norms(attn_norm="input_layernorm", ffn_norm="pre_feedforward_layernorm")
+_HF_POST_NORMS = _hf_norms(
+    attn_post_norm="post_attention_layernorm", ffn_post_norm="post_feedforward_layernorm"
+)
+_HF_FOUR_NORMS = _HF_POST_NORMS + _hf_norms(
+    attn_norm="input_layernorm", ffn_norm="pre_feedforward_layernorm"
+)
 _HF_LLAMA = (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_FFN)
 _HF_OLMO2 = (*_HF_ENDS, *_HF_POST_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN)
 _HF_PHI3 = (
@@ -150,7 +164,9 @@ def _hf_experts(module: str, names: tuple[str, ...], folder: str = "ffn") -> tup
     """Returns router and experts; ``names`` are transformers' names of gate, up and down."""
     stem, leaf = f"model.layers.{{layer}}.{module}", f"layers/{folder}"
     experts = (
-        TensorRow(f"{stem}.experts.{{expert}}.{theirs}.weight", (f"{leaf}/{ours}/kernel",), "transpose", True)
+        TensorRow(
+            f"{stem}.experts.{{expert}}.{theirs}.weight", (f"{leaf}/{ours}/kernel",), "transpose", True
+        )
         for ours, theirs in zip(_GATED, names, strict=True)
     )
     return (TensorRow(f"{stem}.gate.weight", (f"{leaf}/router/kernel",), "transpose"), *experts)
@@ -158,7 +174,12 @@ def _hf_experts(module: str, names: tuple[str, ...], folder: str = "ffn") -> tup
 
 def _hf_delta_net(*inputs: str) -> tuple[TensorRow, ...]:
     """Returns the tensors of Gated DeltaNet, with the names of the projections of its input."""
-    names = {"conv1d.weight": "conv/weight", "A_log": "a_log", "dt_bias": "dt_bias", "norm.weight": "norm/scale"}
+    names = {
+        "conv1d.weight": "conv/weight",
+        "A_log": "a_log",
+        "dt_bias": "dt_bias",
+        "norm.weight": "norm/scale",
+    }
     rows = (
         TensorRow(f"model.layers.{{layer}}.linear_attn.{theirs}", (f"layers/linear_attn/{ours}",))
         for theirs, ours in names.items()
@@ -172,12 +193,19 @@ _HF_QWEN_EXPERTS = (*_hf_experts("mlp", _GATED), *_HF_DENSE_LAYERS)
 _HF_QWEN2_EXPERTS = (
     *_hf_experts("mlp", _GATED, "ffn/experts_ffn"),
     *_hf_dense("mlp.shared_expert", "ffn/shared_ffn", _GATED),
-    TensorRow("model.layers.{layer}.mlp.shared_expert_gate.weight", ("layers/ffn/shared_gate/kernel",), "transpose"),
+    TensorRow(
+        "model.layers.{layer}.mlp.shared_expert_gate.weight",
+        ("layers/ffn/shared_gate/kernel",),
+        "transpose",
+    ),
     *_HF_DENSE_LAYERS,
 )
 _HF_GLM_EXPERTS = (
     *_hf_experts("mlp", _GATED, "ffn/experts_ffn"),
-    TensorRow("model.layers.{layer}.mlp.gate.e_score_correction_bias", ("layers/ffn/experts_ffn/router/correction",)),
+    TensorRow(
+        "model.layers.{layer}.mlp.gate.e_score_correction_bias",
+        ("layers/ffn/experts_ffn/router/correction",),
+    ),
     *_hf_dense("mlp.shared_experts", "ffn/shared_ffn", _GATED),
     *_HF_DENSE_LAYERS,
 )
@@ -197,8 +225,12 @@ _HF_GEMMA4 = (
         ("layers/ffn/experts_ffn/gate_proj/kernel", "layers/ffn/experts_ffn/up_proj/kernel"),
         "transpose",
     ),
-    TensorRow("model.layers.{layer}.experts.down_proj", ("layers/ffn/experts_ffn/down_proj/kernel",), "transpose"),
-    TensorRow("model.layers.{layer}.router.proj.weight", ("layers/ffn/experts_ffn/router/kernel",), "transpose"),
+    TensorRow(
+        "model.layers.{layer}.experts.down_proj", ("layers/ffn/experts_ffn/down_proj/kernel",), "transpose"
+    ),
+    TensorRow(
+        "model.layers.{layer}.router.proj.weight", ("layers/ffn/experts_ffn/router/kernel",), "transpose"
+    ),
     TensorRow("model.layers.{layer}.router.scale", ("layers/ffn/router_norm/scale",)),
     TensorRow("model.layers.{layer}.router.per_expert_scale", ("layers/ffn/experts_ffn/router/scale",)),
     *_hf_norms(
@@ -209,11 +241,17 @@ _HF_GEMMA4 = (
             "tail/norm": "post_per_layer_input_norm",
         }
     ),
-    TensorRow("model.layers.{layer}.per_layer_input_gate.weight", ("layers/tail/gate_proj/kernel",), "transpose"),
-    TensorRow("model.layers.{layer}.per_layer_projection.weight", ("layers/tail/down_proj/kernel",), "transpose"),
+    TensorRow(
+        "model.layers.{layer}.per_layer_input_gate.weight", ("layers/tail/gate_proj/kernel",), "transpose"
+    ),
+    TensorRow(
+        "model.layers.{layer}.per_layer_projection.weight", ("layers/tail/down_proj/kernel",), "transpose"
+    ),
     TensorRow("model.layers.{layer}.layer_scalar", ("layers/tail/scale",)),
     TensorRow("model.embed_tokens_per_layer.weight", ("layer_embeddings/embedding",)),
-    TensorRow("model.per_layer_model_projection.weight", ("layer_embeddings/projection/kernel",), "transpose"),
+    TensorRow(
+        "model.per_layer_model_projection.weight", ("layer_embeddings/projection/kernel",), "transpose"
+    ),
     TensorRow("model.per_layer_projection_norm.weight", ("layer_embeddings/norm/scale",)),
 )
 
@@ -251,7 +289,9 @@ _HF_LFM2 = (
     _HF_ENDS[2],
     *_hf_norms(attn_norm="operator_norm", ffn_norm="ffn_norm"),
     *(
-        TensorRow(f"model.layers.{{layer}}.self_attn.{n}_layernorm.weight", (f"layers/attn/{n}_norm/scale",))
+        TensorRow(
+            f"model.layers.{{layer}}.self_attn.{n}_layernorm.weight", (f"layers/attn/{n}_norm/scale",)
+        )
         for n in ("q", "k")
     ),
     *(
@@ -309,7 +349,9 @@ def _gguf_dense(folder: str, names: dict[str, str], pairs: tuple[str, ...] = ())
     for ours, theirs in names.items():
         stem, leaf = f"blk.{{layer}}.{theirs}", f"layers/{folder}/{ours}"
         rows.append(
-            TensorRow(f"{stem}.weight", (f"{leaf}/kernel",), "pairs_transpose" if ours in pairs else "transpose")
+            TensorRow(
+                f"{stem}.weight", (f"{leaf}/kernel",), "pairs_transpose" if ours in pairs else "transpose"
+            )
         )
         rows.append(TensorRow(f"{stem}.bias", (f"{leaf}/bias",), "pairs" if ours in pairs else ""))
     return tuple(rows)
@@ -317,7 +359,8 @@ def _gguf_dense(folder: str, names: dict[str, str], pairs: tuple[str, ...] = ())
 
 def _gguf_norms(names: dict[str, str], change: Change = "") -> tuple[TensorRow, ...]:
     return tuple(
-        TensorRow(f"blk.{{layer}}.{theirs}.weight", (f"layers/{ours}/scale",), change) for ours, theirs in names.items()
+        TensorRow(f"blk.{{layer}}.{theirs}.weight", (f"layers/{ours}/scale",), change)
+        for ours, theirs in names.items()
     )
 
 
@@ -357,9 +400,17 @@ _GGUF_OLMO2 = (*_gguf_ends(), *_gguf_norms(_GGUF_POST | _GGUF_QK), *_GGUF_ATTENT
 _GGUF_PHI3 = (
     *_gguf_ends(),
     *_gguf_norms(_GGUF_PRE),
-    TensorRow("blk.{layer}.attn_qkv.weight", tuple(f"layers/attn/{name}_proj/kernel" for name in "qkv"), "transpose"),
+    TensorRow(
+        "blk.{layer}.attn_qkv.weight",
+        tuple(f"layers/attn/{name}_proj/kernel" for name in "qkv"),
+        "transpose",
+    ),
     TensorRow("blk.{layer}.attn_output.weight", ("layers/attn/o_proj/kernel",), "transpose"),
-    TensorRow("blk.{layer}.ffn_up.weight", ("layers/ffn/gate_proj/kernel", "layers/ffn/up_proj/kernel"), "transpose"),
+    TensorRow(
+        "blk.{layer}.ffn_up.weight",
+        ("layers/ffn/gate_proj/kernel", "layers/ffn/up_proj/kernel"),
+        "transpose",
+    ),
     TensorRow("blk.{layer}.ffn_down.weight", ("layers/ffn/down_proj/kernel",), "transpose"),
 )
 

@@ -36,11 +36,19 @@ from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_tokenizer
 from nalora_jax.weights.vision.sight import file_name, model_keymap
 
 # Class names of the text models of multimodal models.
-_TEXT_CLASSES = {"gemma3_text": "Gemma3ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+_TEXT_CLASSES = {
+    "gemma3_text": "Gemma3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
 _TEXT_CLASSES |= {"qwen2": "Qwen2ForCausalLM", "ministral3": "Ministral3ForCausalLM"}
 _TEXT_CLASSES |= {"qwen3_5_text": "Qwen3_5ForCausalLM", "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"}
 _TEXT_CLASSES |= {"gemma4_text": "Gemma4ForCausalLM", "gemma4_unified_text": "Gemma4UnifiedForCausalLM"}
-DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+    "float32": np.dtype("float32"),
+    "float16": np.dtype("float16"),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
 def merge(params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec) -> dict[str, Any]:
@@ -110,17 +118,25 @@ def merged_tensors(
 
 
 def _slot_value(
-    leaves: Mapping[str, Any], adapters: Mapping[str, Any], spec: AdapterSpec, slot: Slot, dtype: np.dtype | None
+    leaves: Mapping[str, Any],
+    adapters: Mapping[str, Any],
+    spec: AdapterSpec,
+    slot: Slot,
+    dtype: np.dtype | None,
 ) -> np.ndarray:
     """Returns one layer's (or one expert's) merged parameter in the dtype of the written file."""
     index = tuple(i for i in (slot.layer, slot.expert) if i is not None)
     value = np.asarray(leaves[slot.path][index])
     target = _file_dtype(leaves, slot, dtype)
     path = slot.path.removesuffix("/kernel")
-    adapter = None if slot.layer is None or not adapters else layer_adapter(adapters, spec, path, slot.layer)
+    adapter = (
+        None if slot.layer is None or not adapters else layer_adapter(adapters, spec, path, slot.layer)
+    )
     if adapter is not None:
         expert = () if slot.expert is None else slot.expert
-        merged = value.astype(np.float32) + np.float32(adapter.scale) * (adapter.a[expert] @ adapter.b[expert])
+        merged = value.astype(np.float32) + np.float32(adapter.scale) * (
+            adapter.a[expert] @ adapter.b[expert]
+        )
         if adapter.magnitude is not None:
             norm = np.linalg.norm(merged, axis=-2)
             merged *= np.expand_dims(adapter.magnitude[expert] / norm, -2)
@@ -168,7 +184,10 @@ def write_merged(
     chosen = _dtype(dtype)
     leaves = flatten(params)
     tensors = model_keymap(config, "hf").tensors
-    infos = [TensorInfo(file_name(config, t.name), t.shape, _file_dtype(leaves, t.slots[0], chosen)) for t in tensors]
+    infos = [
+        TensorInfo(file_name(config, t.name), t.shape, _file_dtype(leaves, t.slots[0], chosen))
+        for t in tensors
+    ]
     settings = _settings(hf_config, config, infos)
     with new_folder(folder) as scratch:
         write_json(scratch / "config.json", settings)
@@ -180,7 +199,12 @@ def write_merged(
             tokenizer(scratch)
         if card is not None:
             (scratch / "README.md").write_text(card, encoding="utf-8")
-        write_shards(scratch, infos, merged_tensors(config, params, lora, spec, dtype=chosen), shard_bytes=shard_bytes)
+        write_shards(
+            scratch,
+            infos,
+            merged_tensors(config, params, lora, spec, dtype=chosen),
+            shard_bytes=shard_bytes,
+        )
     return Path(folder)
 
 
@@ -199,7 +223,9 @@ def _file_dtype(leaves: Mapping[str, Any], slot: Slot, chosen: np.dtype | None) 
 def _settings(raw: Mapping[str, Any], config: ModelConfig, infos: list[TensorInfo]) -> dict[str, Any]:
     """Returns the merged model's ``config.json``, in the written dtype."""
     settings = dict(raw)
-    if config.sight is None and contains_text_model(raw.get("model_type"), images=False):  # only the text model is here
+    if config.sight is None and contains_text_model(
+        raw.get("model_type"), images=False
+    ):  # only the text model is here
         settings = text_part(raw, "config.json")
         named = _TEXT_CLASSES.get(settings["model_type"])
         settings["architectures"] = [named] if named else []

@@ -21,7 +21,9 @@ from nalora_jax.weights.tensors import FileTensor, TensorSource
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 # The two float32 levels of a byte, as one number that is looked up at once.
-_PAIRS = np.array([(LEVELS[byte & 15], LEVELS[byte >> 4]) for byte in range(256)], np.float32).view(np.uint64)[:, 0]
+_PAIRS = np.array([(LEVELS[byte & 15], LEVELS[byte >> 4]) for byte in range(256)], np.float32).view(
+    np.uint64
+)[:, 0]
 with np.errstate(over="ignore"):
     _POWERS = np.ldexp(np.float32(1), np.arange(256) - 127)
 

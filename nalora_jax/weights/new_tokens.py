@@ -66,7 +66,11 @@ def with_added(base: LoadedModel, added: AddedTokens, mesh: Mesh | None = None) 
     new = {text: ids[text] for text in added.texts if text not in added_of_base}
     if new:
         more = f"the embedding grows from {base.config.vocab_size:,} to {rows:,} rows"
-        log.info("added tokens: %s; %s", _shown(new), more if rows > base.config.vocab_size else "their rows are there")
+        log.info(
+            "added tokens: %s; %s",
+            _shown(new),
+            more if rows > base.config.vocab_size else "their rows are there",
+        )
     return replace(_resized(base, rows, tokenizer, mesh), added=tuple(new))
 
 
@@ -105,7 +109,9 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
         rows = last + 1
     if rows == held and all(token_id >= held for token_id in new.values()):
         if new:
-            log.info("%s: its tokenizer has tokens that no row was trained for; the base's is taken", folder)
+            log.info(
+                "%s: its tokenizer has tokens that no row was trained for; the base's is taken", folder
+            )
         return base
     if rows != held and (last >= rows or (not new and rows < min(held, base.tokenizer.vocab_size))):
         raise NaloraError(
@@ -150,7 +156,9 @@ def check_adapter(base: LoadedModel, folder: Path) -> None:
     rows = table_rows(folder, TENSORS_NAME, base.config) or rows_of_indices(folder, base.config)
     new = _own_tokens(base, folder, rows, strict=bool(base.added) or rows != base.config.vocab_size)
     trained = {
-        text: token_id for text, token_id in new.items() if rows is not None or token_id < base.config.vocab_size
+        text: token_id
+        for text, token_id in new.items()
+        if rows is not None or token_id < base.config.vocab_size
     }
     if trained or rows not in (None, base.config.vocab_size):
         raise NaloraError(
@@ -234,7 +242,9 @@ def _resized(base: LoadedModel, rows: int, tokenizer: Tokenizer, mesh: Mesh | No
     for axis, path in enumerate(TABLES.values()):
         group, name = path.split("/")
         if group in params:
-            params[group] = dict(params[group]) | {name: _with_rows(path, params[group][name], rows, axis, mesh)}
+            params[group] = dict(params[group]) | {
+                name: _with_rows(path, params[group][name], rows, axis, mesh)
+            }
     config = replace(base.config, vocab_size=rows)
     raw = None if base.hf_config is None else _described(base.hf_config, rows)
     return replace(base, config=config, params=params, tokenizer=tokenizer, hf_config=raw, resized=rows)

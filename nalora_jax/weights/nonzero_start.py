@@ -34,7 +34,9 @@ def lower_kernels(params: Mapping[str, Any], start: Mapping[str, Any], spec: Ada
     for path, _ in spec.targets:
         kernel = leaves[f"{path}/kernel"]
         lower = jax.jit(_lower, out_shardings=kernel.sharding)
-        leaves[f"{path}/kernel"] = lower(kernel, adapters[f"{path}/a"], adapters[f"{path}/b"], spec.scales(path))
+        leaves[f"{path}/kernel"] = lower(
+            kernel, adapters[f"{path}/a"], adapters[f"{path}/b"], spec.scales(path)
+        )
     return unflatten(leaves)
 
 

@@ -60,7 +60,9 @@ class Origin:
         return Origin(**{field.name: values.get(field.name, "") for field in dataclasses.fields(Origin)})
 
 
-def origin(config: Any, resolved: ResolvedSource, source: TensorSource, *, together: bool = False) -> Origin:
+def origin(
+    config: Any, resolved: ResolvedSource, source: TensorSource, *, together: bool = False
+) -> Origin:
     """Returns the origin of a model that `weights.hub.resolve` found.
 
     Args:
@@ -89,7 +91,9 @@ def number_formats(source: TensorSource) -> str:
     for name, shape in source.shapes().items():
         counts[source.stored(name).format] += math.prod(shape)
     total = sum(counts.values())
-    frequent = [(kind, count / max(1, total)) for kind, count in counts.most_common() if count >= _SHARE * total]
+    frequent = [
+        (kind, count / max(1, total)) for kind, count in counts.most_common() if count >= _SHARE * total
+    ]
     if len(frequent) == 1:
         return frequent[0][0]
     return ", ".join(f"{kind} ({share:.0%})" for kind, share in frequent)
@@ -111,12 +115,16 @@ def fingerprint(config: Any, source: TensorSource, *, together: bool = False) ->
         large model.
     """
     names = sorted(source.shapes())
-    pieces = [(name, start) for name in names for start in range(0, max(1, source.stored(name).size), _CHUNK)]
+    pieces = [
+        (name, start) for name in names for start in range(0, max(1, source.stored(name).size), _CHUNK)
+    ]
     count, index = (jax.process_count(), jax.process_index()) if together else (1, 0)
     with ThreadPoolExecutor(WORKERS) as pool:
         mine = pool.map(lambda piece: _digest(source, *piece), pieces[index::count])
         digests = np.zeros((len(pieces), 32), np.uint8)
-        digests[index::count] = [np.frombuffer(digest, np.uint8) for digest in mine] or np.zeros((0, 32), np.uint8)
+        digests[index::count] = [np.frombuffer(digest, np.uint8) for digest in mine] or np.zeros(
+            (0, 32), np.uint8
+        )
     if count > 1:
         gathered = multihost_utils.process_allgather(digests)
         digests = gathered.sum(axis=0, dtype=np.uint8)  # zero except on the hashing process
@@ -141,7 +149,9 @@ def _digest(source: TensorSource, name: str, start: int) -> bytes:
     count = min(_CHUNK, stored.size - start)
     data = stored.read(start, count)
     if data.size != count:
-        raise NaloraError(str(stored.file), expected=f"{count} bytes of {name}", found=data.size, remedy="load again")
+        raise NaloraError(
+            str(stored.file), expected=f"{count} bytes of {name}", found=data.size, remedy="load again"
+        )
     return hashlib.sha256(data.data).digest()
 
 

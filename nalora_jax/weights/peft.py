@@ -63,7 +63,9 @@ def verify_export(
     return worst
 
 
-def _difference(folder: str | Path, place: str, meant: ModuleAdapter | None, reloaded: ModuleAdapter | None) -> float:
+def _difference(
+    folder: str | Path, place: str, meant: ModuleAdapter | None, reloaded: ModuleAdapter | None
+) -> float:
     """Returns the relative difference of ``scale * B``.
 
     Raises:

@@ -79,8 +79,14 @@ class PeftConfig:
         return Choices(
             frozenset(targeted),
             frozenset(stacks),
-            {name: self.rank_pattern.get(key, self.rank) for name, key in self._keys("rank_pattern", every)},
-            {name: self.alpha_pattern.get(key, self.alpha) for name, key in self._keys("alpha_pattern", every)},
+            {
+                name: self.rank_pattern.get(key, self.rank)
+                for name, key in self._keys("rank_pattern", every)
+            },
+            {
+                name: self.alpha_pattern.get(key, self.alpha)
+                for name, key in self._keys("alpha_pattern", every)
+            },
         )
 
     def _named(self, names: Sequence[str], pattern: tuple[str, ...] | str, every: str = "") -> set[str]:
@@ -100,7 +106,9 @@ class PeftConfig:
         layers = {str(index) for index in self.layers_to_transform}
         patterns = [_layer_pattern(p) for p in self.layers_pattern] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
         matches = self._matches("layers_pattern", patterns, names)
-        first = [next((match for match in row if match is not None), None) for row in zip(*matches, strict=True)]
+        first = [
+            next((match for match in row if match is not None), None) for row in zip(*matches, strict=True)
+        ]
         return {name for name, match in zip(names, first, strict=True) if match in layers}
 
     def _keys(self, field_name: str, names: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -111,7 +119,10 @@ class PeftConfig:
         keys = list(getattr(self, field_name))
         matches = self._matches(field_name, [_suffix_pattern(key) for key in keys], names)
         for number, name in enumerate(names):
-            yield name, next((key for key, row in zip(keys, matches, strict=True) if row[number] is not None), "")
+            yield (
+                name,
+                next((key for key, row in zip(keys, matches, strict=True) if row[number] is not None), ""),
+            )
 
     def _matches(
         self,
@@ -247,7 +258,9 @@ class _Fields:
         self, key: str, *, default: float | None = None, low: float | None = None, high: float = math.inf
     ) -> float:
         value = self.raw.get(key, default)
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38  # float32's range
+        fits = (
+            isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
+        )  # float32's range
         if not fits or not (value > 0 if low is None else low <= value < high):
             span = "a number above 0"
             if low is not None:
@@ -257,7 +270,9 @@ class _Fields:
 
     def flag(self, key: str) -> bool:
         value = self.raw.get(key, False)
-        if value not in (True, False, None) or (isinstance(value, int | float) and not isinstance(value, bool)):
+        if value not in (True, False, None) or (
+            isinstance(value, int | float) and not isinstance(value, bool)
+        ):
             raise self._error(key, "true or false", value)
         return bool(value)
 
@@ -290,9 +305,13 @@ class _Fields:
             if name not in ROWS or name in dict(indices):
                 expected = f"token ids of {' and '.join(ROWS)} (rows of other modules are not supported), each once"
                 raise self._error(key, expected, module)
-            valid = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+            valid = isinstance(ids, list) and all(
+                isinstance(i, int) and not isinstance(i, bool) for i in ids
+            )
             if not valid or len(set(ids)) < len(ids):
-                raise self._error(key, "a list of different token ids, or such lists by the table's name", value)
+                raise self._error(
+                    key, "a list of different token ids, or such lists by the table's name", value
+                )
             indices.append((name, tuple(ids)))
         return tuple((name, ids) for name, ids in sorted(indices) if ids)
 
@@ -359,7 +378,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise NaloraError(str(path), expected="a JSON object", found=f"unreadable text ({error})") from error
+        raise NaloraError(
+            str(path), expected="a JSON object", found=f"unreadable text ({error})"
+        ) from error
     if not isinstance(value, dict):
         raise NaloraError(str(path), expected="a JSON object", found=type(value).__name__)
     return value

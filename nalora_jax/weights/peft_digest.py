@@ -59,7 +59,9 @@ def file_metadata(
     return metadata | {DIGEST_KEY: _digest(tensors, settings, metadata)}
 
 
-def _digest(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+def _digest(
+    tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], metadata: Mapping[str, str]
+) -> str:
     """Returns the SHA-256 of an adapter: tensors in float32, other metadata, and the settings in `_MEANING`.
 
     The base model's path, and other settings that the library does not compute with, may be edited.

@@ -55,7 +55,10 @@ def adapter_tensors(entries: list[Entry], layout: ModuleLayout) -> Iterator[tupl
         yield f"base_model.model.{key}.lora_A.weight", np.ascontiguousarray(a)
         yield f"base_model.model.{key}.lora_B.weight", np.ascontiguousarray(b)
         if entry.adapter.magnitude is not None:
-            yield f"base_model.model.{key}.lora_magnitude_vector", np.ascontiguousarray(entry.adapter.magnitude)
+            yield (
+                f"base_model.model.{key}.lora_magnitude_vector",
+                np.ascontiguousarray(entry.adapter.magnitude),
+            )
 
 
 def adapter_settings(
@@ -64,7 +67,8 @@ def adapter_settings(
     """Returns ``adapter_config.json`` without the base model's name."""
     ranks = {entry.name: entry.adapter.rank for entry in entries}
     alphas = {
-        entry.name: _number(alpha_for(entry.adapter.scale, entry.adapter.rank, rslora=rslora)) for entry in entries
+        entry.name: _number(alpha_for(entry.adapter.scale, entry.adapter.rank, rslora=rslora))
+        for entry in entries
     }
     rank, rank_pattern = _pattern(ranks, entries)
     alpha, alpha_pattern = _pattern(alphas, entries)
@@ -147,7 +151,11 @@ def _target_parameters(entries: list[Entry], config: ModelConfig) -> list[str]:
     for module in {entry.module for entry in entries}:
         members = [entry for entry in entries if entry.module == module]
         stacked = members[0].stacked
-        everywhere = {entry.layer for entry in members} == layers_with(config, module.parts[0], experts=stacked)
+        everywhere = {entry.layer for entry in members} == layers_with(
+            config, module.parts[0], experts=stacked
+        )
         weight = "" if stacked else ".weight"
-        names |= {f"{name}{weight}" for name in ([module.name] if everywhere else [m.name for m in members])}
+        names |= {
+            f"{name}{weight}" for name in ([module.name] if everywhere else [m.name for m in members])
+        }
     return sorted(names)

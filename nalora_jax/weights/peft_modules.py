@@ -42,7 +42,9 @@ class ModuleLayout:
 
     modules: tuple[HostModule, ...]  # Linear modules
     parameters: tuple[HostModule, ...] = ()  # stacks of experts, in the order in which they are registered
-    experts: Mapping[str, str] = field(default_factory=dict)  # path -> Linear module of one expert, "experts.{}.w1"
+    experts: Mapping[str, str] = field(
+        default_factory=dict
+    )  # path -> Linear module of one expert, "experts.{}.w1"
     prefix: str = "model.layers"
 
     def weight_only(self, module: HostModule) -> bool:
@@ -109,7 +111,9 @@ def _stacks(experts: Iterable[str]) -> tuple[HostModule, ...]:
 def layers_with(config: ModelConfig, path: str, *, experts: bool) -> frozenset[int]:
     """Returns the layers that have a projection at a uniform path, of experts or not."""
     shapes = projection_shapes(config)
-    places = ((layer, shapes[stacked]) for (name, layer), (stacked, _) in locate(config).items() if name == path)
+    places = (
+        (layer, shapes[stacked]) for (name, layer), (stacked, _) in locate(config).items() if name == path
+    )
     return frozenset(layer for layer, shape in places if (len(shape) == 3) == experts)
 
 
@@ -140,9 +144,13 @@ def layout_of(config: ModelConfig, modules: Iterable[str]) -> ModuleLayout:
 
 def _renamed(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:
     def earlier(name: str) -> str:
-        return next((old + name.removeprefix(new) for new, old in names.items() if name.startswith(new)), name)
+        return next(
+            (old + name.removeprefix(new) for new, old in names.items() if name.startswith(new)), name
+        )
 
-    modules = tuple(replace(module, name=earlier(module.name)) if module.whole else module for module in layout.modules)
+    modules = tuple(
+        replace(module, name=earlier(module.name)) if module.whole else module for module in layout.modules
+    )
     return replace(layout, modules=modules, prefix=earlier(layout.prefix))
 
 
@@ -210,11 +218,15 @@ def fuse(
         b = b.reshape(*lead, rank, len(parts), -1).swapaxes(-1, -2).reshape(b.shape)
     magnitude = None
     if present[0].magnitude is not None and len(present) == len(parts):
-        magnitude = np.concatenate([adapter.magnitude for adapter in present if adapter.magnitude is not None])
+        magnitude = np.concatenate(
+            [adapter.magnitude for adapter in present if adapter.magnitude is not None]
+        )
     return ModuleAdapter(np.concatenate([adapter.a for adapter in present], axis=-1), b, scale, magnitude)
 
 
-def split(adapter: ModuleAdapter, widths: Sequence[int], *, alternates: bool = False) -> list[ModuleAdapter | None]:
+def split(
+    adapter: ModuleAdapter, widths: Sequence[int], *, alternates: bool = False
+) -> list[ModuleAdapter | None]:
     """Splits a fused module's adapter into its parts: inverts `fuse` up to folded scales.
 
     A part keeps the ranks that reach its outputs; a part that no rank reaches gets no adapter. A

@@ -38,13 +38,19 @@ from nalora_jax.weights.token_rows import take_token_rows
 
 TENSORS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)")
+_KEY = re.compile(
+    r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
+)
 _KINDS = {"lora_A.weight": "a", "lora_B.weight": "b"}
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 def import_adapter(
-    folder: str | Path, config: ModelConfig, *, fingerprint: str | None = None, layout: ModuleLayout | None = None
+    folder: str | Path,
+    config: ModelConfig,
+    *,
+    fingerprint: str | None = None,
+    layout: ModuleLayout | None = None,
 ) -> tuple[dict[str, Any], AdapterSpec]:
     """Reads a PEFT LoRA or AdaLoRA adapter as this library's ``lora`` tree.
 
@@ -107,7 +113,9 @@ def read_tensors(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise NaloraError(
             str(path),
             expected="the adapter's tensors",
-            found=f"only {pickles[0]}, a pickle, which can run code when it is read" if pickles else "no such file",
+            found=f"only {pickles[0]}, a pickle, which can run code when it is read"
+            if pickles
+            else "no such file",
             remedy="save it again with safe_serialization=True" if pickles else "",
         )
     try:
@@ -169,13 +177,23 @@ def _slots(layout: ModuleLayout, config: ModelConfig, peft: PeftConfig) -> Itera
         # An adapter on a Linear module's weight computes the same as an adapter on the module.
         key = weight if weight in choices.parameters else name
         rank_and_alpha = (choices.ranks[key], choices.alphas[key])
-        yield _Slot(name, name, layer, module, key == weight or name in choices.modules, *rank_and_alpha, expert=expert)
+        yield _Slot(
+            name,
+            name,
+            layer,
+            module,
+            key == weight or name in choices.modules,
+            *rank_and_alpha,
+            expert=expert,
+        )
     for layer, listed in stacks.items():
         chosen = [(name, stack) for name, stack in listed if name in choices.parameters]
         # PEFT wraps the module once per parameter: the first one registered is the innermost.
         for depth, (name, stack) in enumerate(reversed(chosen)):
             key = name.rpartition(".")[0] + ".base_layer" * depth
-            yield _Slot(key, name, layer, stack, True, choices.ranks[name], choices.alphas[name], stacked=True)
+            yield _Slot(
+                key, name, layer, stack, True, choices.ranks[name], choices.alphas[name], stacked=True
+            )
 
 
 def _linear_modules(
@@ -187,10 +205,17 @@ def _linear_modules(
             yield layout.full_name(layer, module), layer, module, None
     for path, pattern in layout.experts.items():
         for expert in range(config.n_experts if layer in layers_with(config, path, experts=True) else 0):
-            yield layout.full_name(layer, pattern.format(expert)), layer, HostModule(pattern, (path,)), expert
+            yield (
+                layout.full_name(layer, pattern.format(expert)),
+                layer,
+                HostModule(pattern, (path,)),
+                expert,
+            )
 
 
-def by_module(tensors: Mapping[str, np.ndarray], path: Path, *, dora: bool) -> dict[str, dict[str, np.ndarray]]:
+def by_module(
+    tensors: Mapping[str, np.ndarray], path: Path, *, dora: bool
+) -> dict[str, dict[str, np.ndarray]]:
     """Groups tensors by module and kind: ``{"model.layers.0.mlp.up_proj": {"a": ...}}``."""
     modules: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
@@ -223,7 +248,8 @@ def _check_complete(
                 f"{path}: {_PREFIX}{key}",
                 expected="a module of this model that takes adapters",
                 found="an unknown module",
-                remedy="is it an adapter of another architecture or prefix? These exist: " + ", ".join(patterns),
+                remedy="is it an adapter of another architecture or prefix? These exist: "
+                + ", ".join(patterns),
             )
         if not slots[key].targeted:
             raise NaloraError(
@@ -237,7 +263,9 @@ def _check_complete(
         raise NaloraError(
             f"{path}: {missing[0] if missing else 'tensors'}",
             expected="lora_A and lora_B of every module that target_modules names",
-            found=f"{len(missing)} modules without" if missing else "none, and no module that target_modules matches",
+            found=f"{len(missing)} modules without"
+            if missing
+            else "none, and no module that target_modules matches",
             remedy="the file is incomplete, or the adapter belongs to another model",
         )
 
@@ -258,14 +286,18 @@ def _pieces(
             experts.setdefault((slot.module.parts[0], slot.layer), {})[slot.expert] = adapter
             continue
         widths, alternates = part_widths(config, slot.module, slot.layer), slot.module.alternates
-        for part_path, piece in zip(slot.module.parts, split(adapter, widths, alternates=alternates), strict=True):
+        for part_path, piece in zip(
+            slot.module.parts, split(adapter, widths, alternates=alternates), strict=True
+        ):
             if piece is not None:
                 stacked, index = places[part_path, slot.layer]
                 pieces.setdefault(stacked, {})[index] = piece
     for (part_path, layer), members in experts.items():
         if len(members) != config.n_experts:
             raise NaloraError(
-                f"{path}: experts of layer {layer}", expected=f"adapters on all {config.n_experts}", found=len(members)
+                f"{path}: experts of layer {layer}",
+                expected=f"adapters on all {config.n_experts}",
+                found=len(members),
             )
         stacked, index = places[part_path, layer]
         pieces.setdefault(stacked, {})[index] = _join_experts([members[e] for e in range(config.n_experts)])

@@ -65,7 +65,12 @@ def rules_of(
     # PEFT ignores a pattern for a module that is not targeted.
     special = [name for name, path in named.items() if re.sub(r"^layers/\d+/", "", path) in paths]
     rules = [
-        _rule(_path(name, "rank_pattern, alpha_pattern"), ranks.get(name, rank), alphas.get(name, alpha), within)
+        _rule(
+            _path(name, "rank_pattern, alpha_pattern"),
+            ranks.get(name, rank),
+            alphas.get(name, alpha),
+            within,
+        )
         for name in special
     ]
     rules += [_rule(_path(name, "target_modules"), rank, alpha, within) for name in plain]

@@ -35,7 +35,9 @@ def _saved(value: Any) -> Any:
     names = [str(name).rpartition(".")[2] for name in value or []]
     if set(names) <= set(TABLES):
         return [name for name in TABLES if name in names] or None
-    return Refused(f"of the base, {' and '.join(TABLES)} are trained as a whole; norms and the rest stay as they are")
+    return Refused(
+        f"of the base, {' and '.join(TABLES)} are trained as a whole; norms and the rest stay as they are"
+    )
 
 
 def _indices(value: Any) -> Any:
@@ -60,20 +62,29 @@ def _token_modules(value: Any) -> list[str]:
 PEFT: dict[str, Field] = {
     "r": Field("lora.rules", "rank of each rule"),
     "lora_alpha": Field("lora.rules", "alpha of each rule"),
-    "target_modules": Field("lora.rules", 'patterns, first match wins; names and "all-linear", not an expression'),
+    "target_modules": Field(
+        "lora.rules", 'patterns, first match wins; names and "all-linear", not an expression'
+    ),
     "exclude_modules": Field("lora.rules", "left out of the patterns"),
     "layers_to_transform": Field("lora.rules", "layer numbers in the patterns"),
     "layers_pattern": Field(
-        "", "layers are found by number", only(because="layers are found by their number alone"), in_files=True
+        "",
+        "layers are found by number",
+        only(because="layers are found by their number alone"),
+        in_files=True,
     ),
     "rank_pattern": Field("lora.rules", "rules of their own, in front"),
     "alpha_pattern": Field("lora.rules", "rules of their own, in front"),
     "lora_dropout": Field("lora.dropout"),
     "use_rslora": Field("lora.rslora"),
     "use_dora": Field("lora.dora"),
-    "init_lora_weights": Field("lora.init", "True and PiSSA (an exact decomposition instead of its iterations)", _init),
+    "init_lora_weights": Field(
+        "lora.init", "True and PiSSA (an exact decomposition instead of its iterations)", _init
+    ),
     "base_model_name_or_path": Field("model"),
-    "bias": Field("", "biases stay as they are", only("none", because="biases stay as they are here"), in_files=True),
+    "bias": Field(
+        "", "biases stay as they are", only("none", because="biases stay as they are here"), in_files=True
+    ),
     "task_type": Field(
         "",
         "language models",
@@ -82,7 +93,9 @@ PEFT: dict[str, Field] = {
     ),
     "peft_type": Field("", "LORA, ADALORA", only("LORA", because=_OTHER_METHOD), in_files=True),
     "modules_to_save": Field(
-        "lora.modules_to_save", f"{' and '.join(TABLES)}; new tokens of the tokenizer: `data.add_tokens`", _saved
+        "lora.modules_to_save",
+        f"{' and '.join(TABLES)}; new tokens of the tokenizer: `data.add_tokens`",
+        _saved,
     ),
     "trainable_token_indices": Field(
         "lora.trainable_token_indices",

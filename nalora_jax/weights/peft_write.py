@@ -90,7 +90,9 @@ def export_adapter(
     settings |= {"base_model_name_or_path": base_model_name}
     with new_folder(folder, replaces=OWN_FILES if overwrite else ()) as scratch:
         write_json(scratch / CONFIG_NAME, settings | dict(extra or {}))
-        write_tensors(scratch / TENSORS_NAME, tensors, file_metadata(tensors, settings, fingerprint, rope_scaling))
+        write_tensors(
+            scratch / TENSORS_NAME, tensors, file_metadata(tensors, settings, fingerprint, rope_scaling)
+        )
         if beside is not None:
             beside(scratch)
     return Path(folder)
@@ -122,7 +124,9 @@ def _contents(
     return settings, tensors
 
 
-def layer_adapter(leaves: Mapping[str, Any], spec: AdapterSpec, path: str, layer: int) -> ModuleAdapter | None:
+def layer_adapter(
+    leaves: Mapping[str, Any], spec: AdapterSpec, path: str, layer: int
+) -> ModuleAdapter | None:
     """Returns one layer's adapter of ``path`` without padding; None if the layer has none.
 
     Args:
@@ -147,7 +151,12 @@ def layer_adapter(leaves: Mapping[str, Any], spec: AdapterSpec, path: str, layer
 
 
 def _entries(
-    lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfig, layout: ModuleLayout, *, per_expert: bool
+    lora: Mapping[str, Any],
+    spec: AdapterSpec,
+    config: ModelConfig,
+    layout: ModuleLayout,
+    *,
+    per_expert: bool,
 ) -> Iterator[Entry]:
     """Yields every adapted module, fused if the family fuses it."""
     leaves = flatten(lora)
@@ -186,21 +195,32 @@ def _even_stacks(entries: list[Entry]) -> list[Entry]:
 
 
 def _expert_entries(
-    layout: ModuleLayout, config: ModelConfig, module: HostModule, layer: int, parts: list[ModuleAdapter | None]
+    layout: ModuleLayout,
+    config: ModelConfig,
+    module: HostModule,
+    layer: int,
+    parts: list[ModuleAdapter | None],
 ) -> Iterator[Entry]:
     for path, adapter in zip(module.parts, parts, strict=True):
         for expert in range(config.n_experts if adapter is not None else 0):
             assert adapter is not None
             of_expert = ModuleAdapter(adapter.a[expert], adapter.b[expert], adapter.scale)
             pattern = layout.experts[path]
-            yield Entry(layout.full_name(layer, pattern.format(expert)), layer, HostModule(pattern, (path,)), of_expert)
+            yield Entry(
+                layout.full_name(layer, pattern.format(expert)),
+                layer,
+                HostModule(pattern, (path,)),
+                of_expert,
+            )
 
 
 def _check_known(spec: AdapterSpec, layout: ModuleLayout) -> None:
     paths = {path for module in (*layout.modules, *layout.parameters) for path in module.parts}
     for path, _ in spec.targets:
         if uniform_path(path) not in paths:
-            raise NaloraError(f"adapter at {path}", expected=f"one of {', '.join(sorted(paths))}", found=path)
+            raise NaloraError(
+                f"adapter at {path}", expected=f"one of {', '.join(sorted(paths))}", found=path
+            )
 
 
 def _check_dora(spec: AdapterSpec, name: str, adapter: ModuleAdapter, *, parameter: bool) -> None:
@@ -223,7 +243,9 @@ def _check_vllm(spec: AdapterSpec) -> None:
     refuse_saved(spec, "--for vllm", remedy)
     if spec.dora:
         rule = "no DoRA (vLLM's rule: use_dora is refused)"
-        raise NaloraError("--for vllm", expected=rule, found="a DoRA adapter", remedy="merge it into the base instead")
+        raise NaloraError(
+            "--for vllm", expected=rule, found="a DoRA adapter", remedy="merge it into the base instead"
+        )
     unsupported = [path for path, _ in spec.targets if not path.startswith("layers/")]
     if unsupported:
         rule = "adapters of the language model alone (vLLM's rule)"
@@ -245,7 +267,9 @@ def _one_rank(entries: list[Entry], config: ModelConfig, layout: ModuleLayout, l
     folded = {entry.name: _fold(entry.adapter, rank, scale) for entry in entries}
     lasts = {short_name(entry.module.name) for entry in entries}
     adapted = {
-        module.name: module for module in layout.modules if short_name(module.name) in lasts and not module.whole
+        module.name: module
+        for module in layout.modules
+        if short_name(module.name) in lasts and not module.whole
     }
     adapted |= {entry.module.name: entry.module for entry in entries}
     stacks = {module.name for module in layout.parameters}
@@ -264,7 +288,8 @@ def _one_rank(entries: list[Entry], config: ModelConfig, layout: ModuleLayout, l
         entry(name, layer, module)
         for layer in range(config.n_layers)
         for module in adapted.values()
-        if layer in layers_with(config, module.parts[0], experts=_is_expert(module) or module.name in stacks)
+        if layer
+        in layers_with(config, module.parts[0], experts=_is_expert(module) or module.name in stacks)
         for name in _names(config, layout, layer, module)
     ]
 
@@ -285,11 +310,15 @@ def _fold(adapter: ModuleAdapter, rank: int, scale: float) -> ModuleAdapter:
     pad = rank - adapter.rank
     b = adapter.b if adapter.scale == scale else adapter.b * np.float32(adapter.scale / scale)
     still = [(0, 0)] * (b.ndim - 2)
-    return ModuleAdapter(np.pad(adapter.a, [*still, (0, 0), (0, pad)]), np.pad(b, [*still, (0, pad), (0, 0)]), scale)
+    return ModuleAdapter(
+        np.pad(adapter.a, [*still, (0, 0), (0, pad)]), np.pad(b, [*still, (0, pad), (0, 0)]), scale
+    )
 
 
 def _zeros(
     config: ModelConfig, module: HostModule, layer: int, rank: int, scale: float, *, stacked: bool
 ) -> ModuleAdapter:
     *lead, d_in, d_out = module_shape(config, module, layer)[0 if stacked else -2 :]
-    return ModuleAdapter(np.zeros((*lead, d_in, rank), np.float32), np.zeros((*lead, rank, d_out), np.float32), scale)
+    return ModuleAdapter(
+        np.zeros((*lead, d_in, rank), np.float32), np.zeros((*lead, rank, d_out), np.float32), scale
+    )

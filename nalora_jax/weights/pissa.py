@@ -108,7 +108,9 @@ def _svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return u, s, jnp.swapaxes(vt, -1, -2)
 
 
-def _randomized_svd(w: jax.Array, rank: int, iterations: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _randomized_svd(
+    w: jax.Array, rank: int, iterations: int, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Implements a randomized SVD with QR at every half step.
 
     Source: Halko, Martinsson and Tropp (arXiv 0909.4061), algorithms 4.4 and 5.1.

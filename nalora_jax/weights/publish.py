@@ -143,7 +143,9 @@ def _complaints(repository: str) -> Iterator[None]:
         }
         expected, remedy = advice.get(status or 0, ("the hub to take the files", "try again later"))
         message = (str(error.server_message or error).strip().splitlines() or [type(error).__name__])[0]
-        raise NaloraError(repository, expected=expected, found=f"{status}: {message}", remedy=remedy) from error
+        raise NaloraError(
+            repository, expected=expected, found=f"{status}: {message}", remedy=remedy
+        ) from error
     except (OSError, errors.HFValidationError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if constants.HF_HUB_OFFLINE:

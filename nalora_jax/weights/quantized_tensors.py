@@ -73,7 +73,9 @@ def quantized_parts(
     for (leads, (first, last)), targets in parts_of.items():
         spans = _joined(sorted(target.blocks(block) for target in targets))
         for lead in np.ndindex(*(stop - start for start, stop in leads)):
-            index = tuple(slice(start + i, start + i + 1) for (start, _), i in zip(leads, lead, strict=True))
+            index = tuple(
+                slice(start + i, start + i + 1) for (start, _), i in zip(leads, lead, strict=True)
+            )
             for begin, end in spans:
                 columns = max(1, _QUANTIZED // (end - begin))
                 for start in range(first, last, columns):
@@ -81,7 +83,9 @@ def quantized_parts(
                     floats = read((*index, slice(begin, end), channels), np.float32)
                     quantized = _quantize(floats, kind)
                     for target in targets:
-                        target.take(quantized, lead, begin, slice(channels.start - first, channels.stop - first))
+                        target.take(
+                            quantized, lead, begin, slice(channels.start - first, channels.stop - first)
+                        )
     return blocks
 
 

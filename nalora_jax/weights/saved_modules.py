@@ -64,7 +64,9 @@ def table_rows(folder: Path, tensors: str, config: ModelConfig) -> int | None:
     rows = set(counts.values())
     if len(rows) > 1:
         listed = ", ".join(f"{count} of {key}" for key, count in counts.items())
-        raise NaloraError(f"{folder / tensors}", expected="as many rows of the head as of the embedding", found=listed)
+        raise NaloraError(
+            f"{folder / tensors}", expected="as many rows of the head as of the embedding", found=listed
+        )
     return rows.pop() if rows else None
 
 
@@ -119,7 +121,9 @@ def take_saved(
         if key not in tensors:
             if name == "lm_head" and tied and _EMBEDDING in leaves:
                 continue
-            raise NaloraError(f"{where}: {key}", expected=f"the trained {name} of modules_to_save", found="nothing")
+            raise NaloraError(
+                f"{where}: {key}", expected=f"the trained {name} of modules_to_save", found="nothing"
+            )
         table = tensors.pop(key)
         shape = (config.vocab_size, config.d_model)
         if table.shape != shape:
@@ -141,7 +145,9 @@ def saved_tensors(lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfi
     tensors = {}
     for name in spec.saved:
         table = np.asarray(leaves[TABLES[name]], np.float32)
-        tensors[f"base_model.model.{tensor_names(config)[name]}"] = table if name == "embed_tokens" else table.T.copy()
+        tensors[f"base_model.model.{tensor_names(config)[name]}"] = (
+            table if name == "embed_tokens" else table.T.copy()
+        )
     return tensors
 
 
@@ -167,7 +173,9 @@ def fold_saved(
     for name, ids in rows.items():
         table, new = jnp.asarray(leaves[TABLES[name]]), jnp.asarray(trained[ROWS[name]])
         place = np.array(ids) if name == "embed_tokens" else (slice(None), np.array(ids))
-        leaves[TABLES[name]] = table.at[place].set((new if name == "embed_tokens" else new.T).astype(table.dtype))
+        leaves[TABLES[name]] = table.at[place].set(
+            (new if name == "embed_tokens" else new.T).astype(table.dtype)
+        )
     remaining = replace(spec, saved=(), token_indices=())
     return replace(config, tie_embeddings=tied), trees.unflatten(leaves), remaining
 

@@ -102,7 +102,9 @@ class StreamedFolder(SafetensorsFolder):
             try:
                 tensors = read_header(path)
             except NaloraError as error:
-                raise NaloraError(url, expected=error.expected, found=error.found, remedy="upload it again") from error
+                raise NaloraError(
+                    url, expected=error.expected, found=error.found, remedy="upload it again"
+                ) from error
         return {name: replace(stored, file=self.folder / file) for name, stored in tensors.items()}
 
 
@@ -153,5 +155,7 @@ class _Chunks:
 def _bytes(url: str, start: int, stop: int) -> np.ndarray:
     data = buckets.read(url, start, stop) if stop > start else b""
     if len(data) != stop - start:
-        raise NaloraError(url, expected=f"{stop - start} bytes from {start}", found=len(data), remedy="upload it again")
+        raise NaloraError(
+            url, expected=f"{stop - start} bytes from {start}", found=len(data), remedy="upload it again"
+        )
     return np.frombuffer(data, np.uint8)

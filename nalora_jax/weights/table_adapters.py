@@ -21,7 +21,9 @@ _KINDS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_
 _BASE = "base_layer.weight"
 
 
-def fold_table_adapters(config: ModelConfig, tensors: dict[str, np.ndarray], peft: PeftConfig, where: str) -> None:
+def fold_table_adapters(
+    config: ModelConfig, tensors: dict[str, np.ndarray], peft: PeftConfig, where: str
+) -> None:
     """Replaces adapters on the embedding and the head by the resulting tables.
 
     Args:
@@ -50,7 +52,9 @@ def fold_table_adapters(config: ModelConfig, tensors: dict[str, np.ndarray], pef
                 found=str(peft.target_modules)[:200],
             )
         if peft.dora:
-            raise NaloraError(f"{peft.where}: use_dora", expected=f"false with adapters on {module}", found="true")
+            raise NaloraError(
+                f"{peft.where}: use_dora", expected=f"false with adapters on {module}", found="true"
+            )
         if f"{key}.{_BASE}" not in tensors:
             raise NaloraError(
                 f"{where}: {key}.{_BASE}",
@@ -73,7 +77,9 @@ def _pair(names: list[str], key: str, where: str) -> list[str]:
     return names
 
 
-def _check_shapes(a: np.ndarray, b: np.ndarray, base: np.ndarray, rank: int, *, flipped: bool, where: str) -> None:
+def _check_shapes(
+    a: np.ndarray, b: np.ndarray, base: np.ndarray, rank: int, *, flipped: bool, where: str
+) -> None:
     outputs, inputs = base.shape[::-1] if flipped else base.shape
     if (a.shape, b.shape) != ((rank, inputs), (outputs, rank)):
         expected = f"factors of shapes {(rank, inputs)} and {(outputs, rank)}"

@@ -106,7 +106,9 @@ def load_params(
       NaloraError: an unknown dtype; a missing, unknown, misshapen or unreadable tensor; or a
         separate output head although the config ties it to the embedding.
     """
-    return load_leaves(param_shapes(config), source, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
+    return load_leaves(
+        param_shapes(config), source, keymap, dtype=dtype, shardings=shardings, quantized=quantized
+    )
 
 
 def load_leaves(
@@ -161,7 +163,8 @@ def _check_aliases(source: TensorSource, keymap: KeyMap, names: Mapping[str, str
             continue
         twin = names[other]
         same = shape == source.shapes()[twin] and all(
-            np.array_equal(source.read(name, block), source.read(twin, block)) for block in _blocks(_whole(shape))
+            np.array_equal(source.read(name, block), source.read(twin, block))
+            for block in _blocks(_whole(shape))
         )
         if not same:
             raise NaloraError(
@@ -180,7 +183,10 @@ class _Fill:
 
     def __init__(self, name: str, tensor: SourceTensor, number: int, lead: tuple[int, ...]) -> None:
         self.name, self.tensor = name, tensor  # its name in the file
-        self.lead, self.number = lead, number  # the leaf's leading indices: layer, expert; number of the part
+        self.lead, self.number = (
+            lead,
+            number,
+        )  # the leaf's leading indices: layer, expert; number of the part
         self.first_row = 0 if tensor.transform.alternates else sum(tensor.rows[:number])
         self.rows = tensor.rows[number]
 
@@ -208,7 +214,9 @@ class _Fill:
         blocks = list(_blocks(theirs))
         for block in blocks[len(blocks) * k // n : len(blocks) * (k + 1) // n]:
             read = source.read(self.name, self._shifted(block)).astype(target.dtype, copy=False)
-            relative = tuple(slice(b.start - t.start, b.stop - t.start) for b, t in zip(block, theirs, strict=True))
+            relative = tuple(
+                slice(b.start - t.start, b.stop - t.start) for b, t in zip(block, theirs, strict=True)
+            )
             place = relative
             if swaps:
                 place = (*relative[:-2], relative[-1], relative[-2])
@@ -240,7 +248,9 @@ class _Reader:
 
         Ranges of a tensor that several slices need are read close together.
         """
-        buffers = [aligned(tuple(bounds.stop - bounds.start for bounds in index), dtype) for index in indices]
+        buffers = [
+            aligned(tuple(bounds.stop - bounds.start for bounds in index), dtype) for index in indices
+        ]
         jobs = [
             partial(fill.into, buffer[(*place, ...)], inner, self.source)  # a view, of a scalar too
             for fill in self.fills

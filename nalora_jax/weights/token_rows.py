@@ -93,11 +93,15 @@ def _names(modules: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name.rpartition(".")[2] for name in modules)
 
 
-def token_row_tensors(lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfig) -> dict[str, np.ndarray]:
+def token_row_tensors(
+    lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfig
+) -> dict[str, np.ndarray]:
     """Returns the trained rows by PEFT's key, in the layout of its files."""
     leaves, names = trees.flatten(lora), tensor_names(config)
     return {
-        f"base_model.model.{names[name].removesuffix('.weight')}.{_ROWS}": np.asarray(leaves[ROWS[name]], np.float32)
+        f"base_model.model.{names[name].removesuffix('.weight')}.{_ROWS}": np.asarray(
+            leaves[ROWS[name]], np.float32
+        )
         for name in spec.own_rows(tied=config.tie_embeddings)
     }
 
@@ -111,4 +115,6 @@ def token_settings(spec: AdapterSpec) -> dict[str, Any]:
     listed = {name: list(ids) for name, ids in spec.token_indices}
     if not listed:
         return {}
-    return {"trainable_token_indices": listed["embed_tokens"] if set(listed) == {"embed_tokens"} else listed}
+    return {
+        "trainable_token_indices": listed["embed_tokens"] if set(listed) == {"embed_tokens"} else listed
+    }

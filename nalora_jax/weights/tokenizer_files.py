@@ -85,7 +85,9 @@ def write_extended(tokenizer: Tokenizer, source: Path, folder: Path, *, base: Pa
     # transformers gives these precedence over tokenizer.json.
     if "added_tokens_decoder" in settings or slow.is_file():
         flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-        listed = {str(number): {flag: getattr(token, flag) for flag in flags} for number, token in added.items()}
+        listed = {
+            str(number): {flag: getattr(token, flag) for flag in flags} for number, token in added.items()
+        }
         write_json(folder / "tokenizer_config.json", settings | {"added_tokens_decoder": listed})
     if not has_templates(folder, settings):
         write_templates(tokenizer, folder)
@@ -107,7 +109,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> N
         "eos_token": tokenizer.eos_id,
         "pad_token": tokenizer.pad_id,
     }
-    special = {name: tokenizer.backend.id_to_token(number) for name, number in ids.items() if number is not None}
+    special = {
+        name: tokenizer.backend.id_to_token(number) for name, number in ids.items() if number is not None
+    }
     settings = {
         **(tokenizer.special_tokens or {}),
         **special,
@@ -140,4 +144,6 @@ def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id,
     }
-    return {name: value for name, value in ids.items() if value is not None} | {"pad_token_id": tokenizer.pad_id}
+    return {name: value for name, value in ids.items() if value is not None} | {
+        "pad_token_id": tokenizer.pad_id
+    }

@@ -26,7 +26,9 @@ from nalora_jax.weights.peft_settings import PEFT
 
 Trainer = Literal["sft", "dpo"]
 _NO = ("no", False)  # YAML reads a bare no as False
-_SCHEDULES = {name: name for name in ("cosine", "linear", "constant")} | {"constant_with_warmup": "constant"}
+_SCHEDULES = {name: name for name in ("cosine", "linear", "constant")} | {
+    "constant_with_warmup": "constant"
+}
 _OPTIMIZERS = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw"), "adamw")
 _OPTIMIZERS |= {"adafactor": "adafactor", "sgd": "sgd", "lion_32bit": "lion"}
 _TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
@@ -95,7 +97,9 @@ TRL: dict[str, Field] = {
     ),
     "lr_scheduler_kwargs": Field("", "", only(because="schedules have no further settings here")),
     "warmup_ratio": Field("optimizer.warmup_share", "of earlier versions"),
-    "warmup_steps": Field("optimizer.warmup_steps", "below 1 `optimizer.warmup_share`, as in transformers 5", _warmup),
+    "warmup_steps": Field(
+        "optimizer.warmup_steps", "below 1 `optimizer.warmup_share`, as in transformers 5", _warmup
+    ),
     "weight_decay": Field("optimizer.weight_decay"),
     "adam_beta1": Field("optimizer.b1"),
     "adam_beta2": Field("optimizer.b2"),
@@ -125,14 +129,20 @@ TRL: dict[str, Field] = {
     ),
     "max_seq_length": Field("data.max_length", "of earlier versions"),
     "packing": Field("data.pack", "off by default, as in TRL; exact: examples never attend to each other"),
-    "assistant_only_loss": Field("data.loss_on", '"assistant"', lambda value: "assistant" if value else None),
+    "assistant_only_loss": Field(
+        "data.loss_on", '"assistant"', lambda value: "assistant" if value else None
+    ),
     "completion_only_loss": Field(
         "data.loss_on",
         '"answer"; False is "all"',
         lambda value: {True: "answer", False: "all"}.get(value),
     ),
-    "truncation_mode": Field("data.too_long", '"truncate", always: the prompt loses its beginning', lambda value: None),
-    "dataset_text_field": Field("", "the text of a record without a prompt is its field `text`", ignored=True),
+    "truncation_mode": Field(
+        "data.too_long", '"truncate", always: the prompt loses its beginning', lambda value: None
+    ),
+    "dataset_text_field": Field(
+        "", "the text of a record without a prompt is its field `text`", ignored=True
+    ),
     "bf16": Field("compute.dtype", "the default; false is float32", lambda value: None),
     "fp16": Field("", "", only(False, because="half precision is bfloat16 here")),
     "gradient_checkpointing": Field("", "--compute.remat is chosen by what fits", ignored=True),
@@ -142,7 +152,9 @@ TRL: dict[str, Field] = {
     "use_peft": Field("", "adapters are trained in any case", lambda value: None),
     "lora_r": Field("lora.rules", "rank of each rule; TRL's default is 16"),
     "lora_alpha": Field("lora.rules", "alpha of each rule; TRL's default is 32"),
-    "lora_target_modules": Field("lora.rules", "as target_modules of PEFT, whose default is q_proj and v_proj"),
+    "lora_target_modules": Field(
+        "lora.rules", "as target_modules of PEFT, whose default is q_proj and v_proj"
+    ),
     "lora_dropout": Field("lora.dropout", "TRL's default is 0.05, with DPO 0 (`disable_dropout`)"),
     "use_rslora": Field("lora.rslora"),
     "use_dora": Field("lora.dora"),
@@ -169,7 +181,9 @@ TRL: dict[str, Field] = {
     "neftune_noise_alpha": Field("", "", only(0, because="embeddings get no noise here")),
     "label_smoothing_factor": Field("", "", only(0, 0.0, because="labels are not smoothed here")),
     "chat_template_path": Field("", "", only(because="put chat_template.jinja into the model's folder")),
-    "model_init_kwargs": Field("", "", only(because="say what is meant by --compute.dtype and --compute.quantize")),
+    "model_init_kwargs": Field(
+        "", "", only(because="say what is meant by --compute.dtype and --compute.quantize")
+    ),
     "router_aux_loss_coef": Field("", "", only(0, 0.0, 0.001, because="routers stay as they are here")),
     "desirable_weight": Field("", "", only(because=_OTHER_TRAINER)),
     "undesirable_weight": Field("", "", only(because=_OTHER_TRAINER)),
@@ -228,7 +242,9 @@ _PEFTS_TARGETS = ("q_proj", "v_proj")  # for Llama, Mistral, Mixtral, Gemma and 
 
 def trainer_of(values: Mapping[str, Any]) -> Trainer:
     """Returns the trainer that a file's fields belong to; DPO only if a field or the loss is of DPO."""
-    pairs = any(name in values for name in _OF_PAIRS) or str(_loss_name(values.get("loss_type"))).startswith("sigmoid")
+    pairs = any(name in values for name in _OF_PAIRS) or str(
+        _loss_name(values.get("loss_type"))
+    ).startswith("sigmoid")
     return "dpo" if pairs else "sft"
 
 
@@ -247,7 +263,9 @@ def from_trl(values: Mapping[str, Any], trainer: Trainer | None = None) -> tuple
     if values.get("max_seq_length") is not None:
         defaults["max_length"] = values["max_seq_length"]
     # null is the default, except for max_length, for which it means no limit
-    complete = defaults | {name: value for name, value in values.items() if value is not None or name == "max_length"}
+    complete = defaults | {
+        name: value for name, value in values.items() if value is not None or name == "max_length"
+    }
     settings, notes = converted(complete, TRL, "SFTConfig" if trainer == "sft" else "DPOConfig")
     for convert in (_length, _schedule, _batch, _lora, _evaluation, _precision, _data):
         notes += convert(settings, complete)
@@ -291,7 +309,9 @@ def _schedule(settings: Settings, values: Mapping[str, Any]) -> list[str]:
 def _batch(settings: Settings, values: Mapping[str, Any]) -> list[str]:
     accumulate = _number(values, "gradient_accumulation_steps", 1)
     put(settings, "train.batch_size", _number(values, "per_device_train_batch_size", 8) * accumulate)
-    return ["train.batch_size is a step's over all devices: multiply it by the devices that TRL would have used"]
+    return [
+        "train.batch_size is a step's over all devices: multiply it by the devices that TRL would have used"
+    ]
 
 
 def _lora(settings: Settings, values: Mapping[str, Any]) -> list[str]:
@@ -334,7 +354,9 @@ def _evaluation(settings: Settings, values: Mapping[str, Any]) -> list[str]:
     put(settings, "data.eval_split", values.get("dataset_test_split", "test"))
     if values.get("load_best_model_at_end"):
         return []
-    return ["the adapter of the best evaluation is exported; TRL keeps the last one without load_best_model_at_end"]
+    return [
+        "the adapter of the best evaluation is exported; TRL keeps the last one without load_best_model_at_end"
+    ]
 
 
 def _precision(settings: Settings, values: Mapping[str, Any]) -> list[str]:
@@ -343,10 +365,14 @@ def _precision(settings: Settings, values: Mapping[str, Any]) -> list[str]:
     TRL's default stores weights in float32 and computes in bfloat16.
     """
     mixed = values.get("bf16") in (None, True)
-    dtype = settings.get("compute", {}).get("dtype", "float32" if values.get("dtype") != "auto" else "bfloat16")
+    dtype = settings.get("compute", {}).get(
+        "dtype", "float32" if values.get("dtype") != "auto" else "bfloat16"
+    )
     put(settings, "compute.dtype", "bfloat16" if mixed else dtype)
     if mixed and dtype == "float32":
-        return ["TRL stores the base in float32 and computes in bfloat16; here it is stored in bfloat16 too"]
+        return [
+            "TRL stores the base in float32 and computes in bfloat16; here it is stored in bfloat16 too"
+        ]
     return []
 
 
@@ -375,7 +401,9 @@ def _pairs(settings: Settings, values: Mapping[str, Any]) -> list[str]:
     if _loss_name(values.get("loss_type")) == "sigmoid_norm":
         put(settings, "preference.per_token", True)
     put(settings, "data.max_length", 2 * _number(values, "max_length", 0))
-    notes = ["data.max_length is twice max_length: a row holds both answers of a pair, each after its prompt"]
+    notes = [
+        "data.max_length is twice max_length: a row holds both answers of a pair, each after its prompt"
+    ]
     if values.get("disable_dropout", True) and settings.get("lora", {}).pop("dropout", 0):
         notes.append("lora_dropout is left out: disable_dropout, the default of DPOConfig, turns it off")
     if not settings["data"]["max_length"]:

@@ -36,7 +36,9 @@ def call(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -
     return found
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # between PEFT and transformers
+@pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing:FutureWarning"
+)  # between PEFT and transformers
 def test_it_runs_on_a_cpu_and_says_what_that_cannot_tell(accelerator, monkeypatch, capsys):
     found = call(accelerator, monkeypatch, "--tiny", "--steps", "1", "--seq", "16", "--dtype", "float32")
     assert set(found["runs"]) == {"nalora_jax", "nalora_jax, plain LoRA", "PEFT"}
@@ -53,11 +55,21 @@ def test_it_runs_on_a_cpu_and_says_what_that_cannot_tell(accelerator, monkeypatc
 
 
 def test_a_missing_or_failing_peer_is_said_and_kept_in_the_record(accelerator, monkeypatch, capsys):
-    run = {"seconds": [1.0], "tokens_per_second": [5.0], "memory_gb": 1.0, "memory_of": "a chip", "mfu": 0.5}
+    run = {
+        "seconds": [1.0],
+        "tokens_per_second": [5.0],
+        "memory_gb": 1.0,
+        "memory_of": "a chip",
+        "mfu": 0.5,
+    }
     tpu = {"platform": "tpu", "kind": "TPU v6 lite", "chips": 4}
     monkeypatch.setattr(accelerator, "describe", lambda: tpu)
-    monkeypatch.setattr(accelerator, "train_ours", lambda *_: {**run, "mesh": {"data": 4, "fsdp": 1, "tensor": 1}})
-    monkeypatch.setattr(accelerator, "has", lambda packages: {"missing": [p for p in packages if p == "qwix"]})
+    monkeypatch.setattr(
+        accelerator, "train_ours", lambda *_: {**run, "mesh": {"data": 4, "fsdp": 1, "tensor": 1}}
+    )
+    monkeypatch.setattr(
+        accelerator, "has", lambda packages: {"missing": [p for p in packages if p == "qwix"]}
+    )
     found = call(accelerator, monkeypatch)
     assert found["not_compared"] == {"Tunix": "qwix not installed", "PEFT": "it is for GPUs"}
     assert found["machine"]["accelerator"] == "4 x TPU v6 lite"
@@ -75,11 +87,29 @@ def test_a_missing_or_failing_peer_is_said_and_kept_in_the_record(accelerator, m
 
 def test_the_page_takes_the_figures_in(accelerator, tmp_path):
     pages = importlib.import_module("pages")
-    run = {"seconds": [1.0], "tokens_per_second": [500.0], "memory_gb": 30.0, "memory_of": "a chip", "mfu": 0.5}
+    run = {
+        "seconds": [1.0],
+        "tokens_per_second": [500.0],
+        "memory_gb": 30.0,
+        "memory_of": "a chip",
+        "mfu": 0.5,
+    }
     runs = {"nalora_jax": [run], "nalora_jax, plain LoRA": [{**run, "seconds": [0.995]}]}
     runs["PEFT"] = [{**run, "tokens_per_second": [400.0], "memory_gb": 40.0}]
-    machine = {"cpu": "Abacus", "cores": 8, "flags": {}, "memory_gb": 64.0, "python": "3.11", "versions": {"jax": "0"}}
-    case = {"machine": {**machine, "accelerator": "8 x H100"}, "command": "x", "runs": runs, "not_compared": {}}
+    machine = {
+        "cpu": "Abacus",
+        "cores": 8,
+        "flags": {},
+        "memory_gb": 64.0,
+        "python": "3.11",
+        "versions": {"jax": "0"},
+    }
+    case = {
+        "machine": {**machine, "accelerator": "8 x H100"},
+        "command": "x",
+        "runs": runs,
+        "not_compared": {},
+    }
     folder = tmp_path / accelerator.machines.machine_name(case["machine"])
     folder.mkdir()
     assert folder.name == "8-x-h100"
@@ -92,12 +122,22 @@ def test_the_page_takes_the_figures_in(accelerator, tmp_path):
     assert "PEFT" in pages.details(parts, tmp_path)
 
 
-def test_the_report_has_hardware_versions_and_figures_and_no_paths(accelerator, monkeypatch, capsys, tmp_path):
-    run = {"seconds": [1.0], "tokens_per_second": [5.0], "memory_gb": 1.0, "memory_of": "a chip", "mfu": 0.5}
+def test_the_report_has_hardware_versions_and_figures_and_no_paths(
+    accelerator, monkeypatch, capsys, tmp_path
+):
+    run = {
+        "seconds": [1.0],
+        "tokens_per_second": [5.0],
+        "memory_gb": 1.0,
+        "memory_of": "a chip",
+        "mfu": 0.5,
+    }
     run |= {"losses": [6.2, 6.1], "versions": {"jax": "0.10.2", "libtpu": "0.0.42"}}
     tpu = {"platform": "tpu", "kind": "TPU v5 lite", "chips": 8}
     monkeypatch.setattr(accelerator, "describe", lambda: tpu)
-    monkeypatch.setattr(accelerator, "train_ours", lambda *_: {**run, "mesh": {"data": 8, "fsdp": 1, "tensor": 1}})
+    monkeypatch.setattr(
+        accelerator, "train_ours", lambda *_: {**run, "mesh": {"data": 8, "fsdp": 1, "tensor": 1}}
+    )
     monkeypatch.setattr(accelerator, "has", lambda packages: {"missing": ["tunix"]})
     call(accelerator, monkeypatch, "--report")
     shown = capsys.readouterr().out.split("Paste this into a new issue:\n\n")[1]

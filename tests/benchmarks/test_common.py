@@ -36,7 +36,9 @@ def test_a_process_s_last_line_is_its_record(common):
     assert found.record == {"x": 1}
     assert found.seconds > 0
     with pytest.raises(RuntimeError, match=r"exit 3.*broken"):
-        common.run_process([sys.executable, "-c", "import sys; print('broken', file=sys.stderr); sys.exit(3)"])
+        common.run_process(
+            [sys.executable, "-c", "import sys; print('broken', file=sys.stderr); sys.exit(3)"]
+        )
 
 
 PEAK = """
@@ -92,7 +94,9 @@ def test_both_sides_of_a_comparison_get_large_pages(common):
 
 
 def test_seconds_until_a_moment_count_from_the_start_of_the_process(common):
-    code = "import time, json; time.sleep(0.2); print(json.dumps({'done_at': time.time()})); time.sleep(0.3)"
+    code = (
+        "import time, json; time.sleep(0.2); print(json.dumps({'done_at': time.time()})); time.sleep(0.3)"
+    )
     measured = common.run_process([sys.executable, "-c", code])
     assert 0.2 < measured.record["seconds_until_done"] < measured.seconds - 0.29
 
@@ -112,7 +116,9 @@ def test_a_part_s_figures_lie_beside_the_committed_ones(common):
         assert f"{folder.relative_to(common.PUBLISHED.parents[1])}/" in ignored
 
 
-def test_a_peer_s_fastest_setting_is_looked_up_here_and_then_among_the_committed(common, tmp_path, monkeypatch):
+def test_a_peer_s_fastest_setting_is_looked_up_here_and_then_among_the_committed(
+    common, tmp_path, monkeypatch
+):
     monkeypatch.setattr(common, "PUBLISHED", tmp_path / "published")
     here, there = tmp_path / "own" / "abacus", tmp_path / "published" / "abacus"
     assert common.fastest("part", "case", "none", here) == "none"

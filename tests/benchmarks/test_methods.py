@@ -24,7 +24,9 @@ def test_each_method_has_the_mechanisms_of_its_name_and_other_settings_stay(meth
 
 
 @pytest.mark.parametrize("method", ["nalora", "default"])
-def test_mechanisms_act_from_the_first_timed_step_unless_the_library_s_warm_up_is_asked_for(methods, method):
+def test_mechanisms_act_from_the_first_timed_step_unless_the_library_s_warm_up_is_asked_for(
+    methods, method
+):
     at_once, later = (methods.with_method(RunConfig(), method, warmup=warmup) for warmup in (0, None))
     rules = [list(map(make, config.mechanisms)) for config in (at_once, later)]
     assert all(rule.warmup == 0 for rule in rules[0])

@@ -40,7 +40,12 @@ def _versus(ours: list[float], theirs: list[float]) -> dict:
 
 
 def test_the_figures_state_required_and_measured_machine_and_command(run, tmp_path, monkeypatch):
-    _write(tmp_path / "abacus", "versus_peft", "bfloat16 8x128", _versus([590.0, 600.0, 610.0], [790.0, 800.0, 830.0]))
+    _write(
+        tmp_path / "abacus",
+        "versus_peft",
+        "bfloat16 8x128",
+        _versus([590.0, 600.0, 610.0], [790.0, 800.0, 830.0]),
+    )
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "versus_peft.md").write_text("Where the rest goes: elementwise passes.\n")
     monkeypatch.setattr(run.pages, "NOTES", tmp_path / "notes")
@@ -50,10 +55,13 @@ def test_the_figures_state_required_and_measured_machine_and_command(run, tmp_pa
     for text in (page, figures):
         assert speed in text
         assert memory in text
-    others = ", ".join(name for name in run.NAMES if name not in ("versus_peft", "tpu", "tpu_ffn", "accelerator"))
+    others = ", ".join(
+        name for name in run.NAMES if name not in ("versus_peft", "tpu", "tpu_ffn", "accelerator")
+    )
     assert f"1 of 2 measured ratios are as required. Not measured here: {others}." in page
-    assert "Abacus 9 (avx2, no AMX), 2 cores, 8 GB; Python 3.11, jax 0.10.2, peft 0.21.2" in figures.replace(
-        "3.11.7", "3.11"
+    assert (
+        "Abacus 9 (avx2, no AMX), 2 cores, 8 GB; Python 3.11, jax 0.10.2, peft 0.21.2"
+        in figures.replace("3.11.7", "3.11")
     )
     assert "- `python benchmarks/versus_peft.py --some flags`" in figures
     assert "[versus_peft.md](versus_peft.md)" in figures
@@ -77,7 +85,11 @@ def test_every_machine_has_its_own_table_and_its_own_requirements(run, tmp_path)
 def test_a_machine_s_table_is_short_and_keeps_what_missed(run, tmp_path):
     cases = {}
     for i in range(20):
-        cases[f"bfloat16 8x{i}"] = {"machine": MACHINE, "command": "x", **_versus([1.0 if i == 19 else 2.0], [1.0])}
+        cases[f"bfloat16 8x{i}"] = {
+            "machine": MACHINE,
+            "command": "x",
+            **_versus([1.0 if i == 19 else 2.0], [1.0]),
+        }
     (tmp_path / "abacus").mkdir()
     for i, case in enumerate(run.pages.HEADLINES["versus_peft"]):
         cases[case.split(", ", 1)[1]] = cases[f"bfloat16 8x{i}"]
@@ -95,7 +107,9 @@ def test_a_machine_s_table_is_short_and_keeps_what_missed(run, tmp_path):
 def test_the_committed_pages_are_what_the_committed_figures_give(run):
     page = run.pages.render(run.NAMES)
     assert run.pages.PAGE.read_text() == page, "run: python benchmarks/run.py --page"
-    assert run.pages.FIGURES.read_text() == run.pages.details(run.NAMES), "run: python benchmarks/run.py --page"
+    assert run.pages.FIGURES.read_text() == run.pages.details(run.NAMES), (
+        "run: python benchmarks/run.py --page"
+    )
     assert len(page.splitlines()) <= 200
     for machine in page.split("\n## ")[1:]:
         assert machine.count("\n| ") - 2 <= run.pages.ROWS == 15
@@ -126,7 +140,10 @@ def test_own_figures_replace_the_committed_ones_only_when_they_are_published(run
     _write(own / "abacus", "packed", "kept", {"value": 2})
     run.common.OWN, before = own, run.common.OWN
     try:
-        assert [found.part for found in run.pages.recorded(published, run.NAMES)] == ["versus_peft", "packed"]
+        assert [found.part for found in run.pages.recorded(published, run.NAMES)] == [
+            "versus_peft",
+            "packed",
+        ]
     finally:
         run.common.OWN = before
     (written,) = run.publish(["versus_peft"], own, published)
@@ -140,7 +157,9 @@ def test_own_figures_replace_the_committed_ones_only_when_they_are_published(run
 def test_every_part_names_options_that_its_script_has(run):
     for part in run.PARTS:
         source = (BENCHMARKS / f"{part.name}.py").read_text() + (BENCHMARKS / "common.py").read_text()
-        flags = {word for line in (*part.runs, part.quick) for word in line.split() if word.startswith("--")}
+        flags = {
+            word for line in (*part.runs, part.quick) for word in line.split() if word.startswith("--")
+        }
         assert all(f'"{flag}"' in source for flag in flags), part.name
 
 
@@ -159,7 +178,9 @@ def test_the_least_flops_of_a_step_are_those_of_its_products(run):
     projections = 576 * 64 * (2 * 9 + 2 * 3)
     ffn, adapters, attention = 3 * 576 * 1536, 3 * 8 * (576 + 1536), 4 * 9 * 64
     forward = 2 * (projections + ffn + adapters) + attention
-    backward = 2 * 1536 * 576 + 4 * adapters - 2 * 2 * 8 * 576  # through down alone; adapters of gate and up need no dx
+    backward = (
+        2 * 1536 * 576 + 4 * adapters - 2 * 2 * 8 * 576
+    )  # through down alone; adapters of gate and up need no dx
     assert flops.minimum(1, 1, 1) == forward + backward
 
 

@@ -10,7 +10,9 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("results/*/quantized.json")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "path", sorted(BENCHMARKS.glob("results/*/quantized.json")), ids=lambda path: path.parent.name
+)
 def test_a_stored_result_has_a_row_for_each_kind_and_four_bits_meet_the_bound(path, script):
     quantized = script("quantized")
     record = json.loads(path.read_text())

@@ -52,7 +52,9 @@ SETTINGS = ["--max-new-tokens", "4", "--temperature", "0", "--dtype", "float32"]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A tiny Llama with a chat template, as a Hugging Face folder."""
-    backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens(["<end>"])
     folder = tmp_path_factory.mktemp("models") / "base"
@@ -66,7 +68,9 @@ def base(tmp_path_factory):
 def adapters(base):
     """Two adapters of different ranks, scales and places."""
     model, folders = load(base, dtype="float32"), []
-    for number, rules in enumerate([(LoRARule("ffn/", 2),), (LoRARule("layers/1/ffn", 0), LoRARule("", 5, 3.0))]):
+    for number, rules in enumerate(
+        [(LoRARule("ffn/", 2),), (LoRARule("layers/1/ffn", 0), LoRARule("", 5, 3.0))]
+    ):
         spec = resolve(LoRAConfig(rules=rules), projection_shapes(model.base.config), 2)
         fresh = init_lora(model.base.config, spec, jax.random.key(number))
         lora = jax.device_get(jax.tree.map(lambda leaf: leaf + 0.25, fresh))
@@ -87,7 +91,9 @@ def talk(monkeypatch, capsys, model, lines, *flags):
 def answer(model, messages, adapter=None):
     """What the model itself says to a conversation, its adapter in its own shapes."""
     loaded = load(model, adapter=adapter, dtype="float32")
-    tokens = loaded.base.tokenizer.encode("".join(f"{role} {text} " for role, text in messages) + "assistant ")
+    tokens = loaded.base.tokenizer.encode(
+        "".join(f"{role} {text} " for role, text in messages) + "assistant "
+    )
     generator = Generator(loaded.module, loaded.variables, loaded.base.tokenizer)
     return generator.generate([tokens], max_new_tokens=4)[0]
 

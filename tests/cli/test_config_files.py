@@ -69,7 +69,10 @@ def test_settings_survive_yaml(tmp_path: Path, config: RunConfig, changed_only: 
         ("optimizer: {learning_rate: fast}", "expected a number in optimizer.learning_rate, found 'fast'"),
         ("mechanisms: soft", "expected a list in mechanisms, found 'soft'"),
         ("lora: {rules: [ffn]}", "expected rules PATTERN:RANK"),
-        ("mask: {kind: none}", "mask: expected mechanisms: a list of rules, found the spelling of an earlier"),
+        (
+            "mask: {kind: none}",
+            "mask: expected mechanisms: a list of rules, found the spelling of an earlier",
+        ),
         (
             "mask: {kind: soft, power: 1.5}\nmechanisms: [delta]",
             r'mask: expected mechanisms: \["soft:power=1.5", "curvature_cap", "delta"\]',
@@ -119,7 +122,10 @@ def _aliases(field: str) -> str:
     ("text", "message"),
     [
         ("optimizer: {eps: 1" + 400 * "0" + "}", r"a number in optimizer\.eps, found 1000"),
-        ("lora: {rules: [{pattern: a, rank: 8, alpha: 1" + 400 * "0" + "}]}", r"a number in lora\.rules\.alpha"),
+        (
+            "lora: {rules: [{pattern: a, rank: 8, alpha: 1" + 400 * "0" + "}]}",
+            r"a number in lora\.rules\.alpha",
+        ),
         (_aliases("callbacks"), r"callbacks of type tuple\[str, \.\.\.\], found \(\['x', 'x'"),
         (_aliases("steps"), r"steps of type int, found \[\['x', 'x'"),
         (_aliases("optimizer"), r"settings by name in optimizer, found \[\['x', 'x'"),
@@ -142,11 +148,18 @@ def test_what_no_number_or_message_can_hold_ends_at_once(tmp_path: Path, text: s
         {"lora": {"rules": [{"x": 1}]}},
     ],
 )
-def test_recorded_settings_that_no_run_writes_are_not_resumed(tmp_path: Path, edited: dict[str, Any]) -> None:
-    lines = {"run": [{"run": edited}], "resumed: settings": [{"run": {}}, {"resumed": {"step": 1, "settings": edited}}]}
+def test_recorded_settings_that_no_run_writes_are_not_resumed(
+    tmp_path: Path, edited: dict[str, Any]
+) -> None:
+    lines = {
+        "run": [{"run": edited}],
+        "resumed: settings": [{"run": {}}, {"resumed": {"step": 1, "settings": edited}}],
+    }
     for name, records in lines.items():
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        with pytest.raises(NaloraError, match=rf"metrics\.jsonl: {name}: expected the settings that a run writes"):
+        with pytest.raises(
+            NaloraError, match=rf"metrics\.jsonl: {name}: expected the settings that a run writes"
+        ):
             command.parse(["train", "--resume", str(tmp_path)])
 
 
@@ -196,7 +209,14 @@ def test_a_dry_run_says_what_would_run_and_loads_no_weight(
     words = ["train", "--config", str(settings), "--lora.modules-to-save", "embed_tokens", "--dry-run"]
     verbs.train(command.parse(words)[1])
     assert f"# adapters: {count + embed:,} trained parameters" in capsys.readouterr().out
-    words[4:5] = ["embed_tokens", "lm_head", "--data.add-tokens", "<x>", "--data.add-special-tokens", "<go>"]
+    words[4:5] = [
+        "embed_tokens",
+        "lm_head",
+        "--data.add-tokens",
+        "<x>",
+        "--data.add-special-tokens",
+        "<go>",
+    ]
     verbs.train(command.parse(words)[1])
     text, rows = capsys.readouterr().out, embed + 2 * 16
     assert "# added tokens: '<go>' 28, '<x>' 29; the embedding has 30 rows" in text

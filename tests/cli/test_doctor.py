@@ -50,8 +50,18 @@ HUGE = {"GLIBC_TUNABLES": "glibc.pthread.rseq=0:glibc.malloc.hugetlb=1"}
     ("environ", "libc", "kernel", "shown"),
     [
         (HUGE, ("glibc", "2.41"), "always [madvise] never", "on"),
-        ({}, ("glibc", "2.35"), "[always] madvise never", "off; faster on CPUs with: export GLIBC_TUNABLES="),
-        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, ("glibc", "2.41"), "[always] madvise never", "off; "),
+        (
+            {},
+            ("glibc", "2.35"),
+            "[always] madvise never",
+            "off; faster on CPUs with: export GLIBC_TUNABLES=",
+        ),
+        (
+            {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"},
+            ("glibc", "2.41"),
+            "[always] madvise never",
+            "off; ",
+        ),
         (HUGE, ("glibc", "2.31"), "always [madvise] never", "not available"),
         (HUGE, ("", ""), "always [madvise] never", "not available"),
         (HUGE, ("glibc", "2.41"), "always madvise [never]", "not available"),

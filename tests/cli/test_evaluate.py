@@ -53,7 +53,11 @@ def evaluate(place, capsys, *flags):
     flags = [str(flag) for flag in flags]
     assert main(["eval", *flags, *F32, "--output", str(output), "--records", str(records)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    return lines, json.loads(output.read_text()), [json.loads(line) for line in records.read_text().splitlines()]
+    return (
+        lines,
+        json.loads(output.read_text()),
+        [json.loads(line) for line in records.read_text().splitlines()],
+    )
 
 
 def test_several_tasks_are_measured_as_each_alone_and_every_item_is_written(place, capsys):
@@ -64,8 +68,12 @@ def test_several_tasks_are_measured_as_each_alone_and_every_item_is_written(plac
         f"{place}/choices.jsonl[train[:30]]",
         f"{place}/texts.jsonl[train]",
     ]
-    for (name, numbers), split, count in zip(found["tasks"].items(), ("train[:30]", "train"), (20, 6), strict=True):
-        config = replace(tiny.make_config(place).data, dataset=name.partition("[")[0], train_split=split, eval_limit=20)
+    for (name, numbers), split, count in zip(
+        found["tasks"].items(), ("train[:30]", "train"), (20, 6), strict=True
+    ):
+        config = replace(
+            tiny.make_config(place).data, dataset=name.partition("[")[0], train_split=split, eval_limit=20
+        )
         items = eval_examples(config, model.base.tokenizer, split=split)
         alone = Evaluator(model.module, model.base.tokenizer, items).measure(model.base.params, model.lora)
         assert {key: pytest.approx(value, rel=1e-6) for key, value in numbers.items()} == {
@@ -109,7 +117,12 @@ def test_two_models_are_compared_item_by_item(place, capsys, against):
     assert paired["p_value"] == pytest.approx(stats.binomtest(gained, gained + lost, 0.5).pvalue)
     assert task["comparison"]["loss"]["difference"] == pytest.approx(task["loss"] - task["against"]["loss"])
     alone = evaluate(
-        place, capsys, place / "adapter1" if against == "adapter1" else place / "model", *flags[1:3], "--limit", "0"
+        place,
+        capsys,
+        place / "adapter1" if against == "adapter1" else place / "model",
+        *flags[1:3],
+        "--limit",
+        "0",
     )
     (same,) = alone[1]["tasks"].values()
     assert task["against"] == same
@@ -124,7 +137,8 @@ def test_the_interval_of_a_difference_in_loss_is_scipys():
 
     def answers(sums):
         records = [
-            {"prompt": str(i), "loss": s, "tokens": int(t)} for i, (s, t) in enumerate(zip(sums, tokens, strict=True))
+            {"prompt": str(i), "loss": s, "tokens": int(t)}
+            for i, (s, t) in enumerate(zip(sums, tokens, strict=True))
         ]
         return Answers(records, {"loss": sums.sum() / tokens.sum()})
 
@@ -157,7 +171,10 @@ def test_bad_requests_are_one_line(place, capsys, flags, said):
 
 def test_a_model_to_compare_with_that_is_not_there_is_said_before_one_is_loaded(place, capsys, monkeypatch):
     monkeypatch.setattr(sys.modules["nalora_jax.loading.adapted"], "load_model", None)
-    assert main(["eval", str(place / "model"), "--tasks", f"{place}/choices.jsonl", "--against", "nowhere"]) == 2
+    assert (
+        main(["eval", str(place / "model"), "--tasks", f"{place}/choices.jsonl", "--against", "nowhere"])
+        == 2
+    )
     assert "nowhere" in capsys.readouterr().err
 
 

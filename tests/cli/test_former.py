@@ -25,8 +25,16 @@ NALORA = str(Path(__file__).parents[2] / "configs" / "nalora.py")
         ),
         ("--step-scale.tau 0.2", "--step-scale.tau", "curvature_cap:tau=0.2"),
         ("--step_scale.kind off", "--step_scale.kind", "none"),
-        ("--step-scale.kind homogeneity --step-scale.gains 1 1 1 2", "--step-scale.kind", "homogeneity:gains=1/1/1/2"),
-        ("--mask.kind soft --mechanisms delta:q=2", "--mask.kind", "soft:power=2.0 curvature_cap delta:q=2"),
+        (
+            "--step-scale.kind homogeneity --step-scale.gains 1 1 1 2",
+            "--step-scale.kind",
+            "homogeneity:gains=1/1/1/2",
+        ),
+        (
+            "--mask.kind soft --mechanisms delta:q=2",
+            "--mask.kind",
+            "soft:power=2.0 curvature_cap delta:q=2",
+        ),
         (f"--config {NALORA} --mask.warmup 5", "--mask.warmup", "soft:power=2,warmup=5 homogeneity"),
         (f"--config {NALORA} --step-scale.kind off", "--step-scale.kind", "soft:power=2"),
         ("--mask.kind medium", "--mask.kind", "curvature_cap"),
@@ -39,8 +47,20 @@ def test_an_old_flag_of_train_names_the_equal_rules(flags: str, first: str, rule
 
 
 def test_old_flags_of_plan_do_so_too() -> None:
-    argv = ["plan", "--model", "m", "--topology", "v5e:4x4", "--mask", "soft", "--step-scale", "homogeneity"]
-    with pytest.raises(NaloraError, match="^--mask: expected --mechanisms soft:power=2.0 homogeneity, found"):
+    argv = [
+        "plan",
+        "--model",
+        "m",
+        "--topology",
+        "v5e:4x4",
+        "--mask",
+        "soft",
+        "--step-scale",
+        "homogeneity",
+    ]
+    with pytest.raises(
+        NaloraError, match="^--mask: expected --mechanisms soft:power=2.0 homogeneity, found"
+    ):
         command.parse(argv)
     with pytest.raises(NaloraError, match="^--mask.kind: expected a flag of nalora doctor"):
         command.parse(["doctor", "--mask.kind", "soft"])

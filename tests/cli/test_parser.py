@@ -29,7 +29,9 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 def flags(kind, prefix=""):
     """Every flag that stands for a field of a nested dataclass."""
     for field in dataclasses.fields(kind):
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        default = (
+            field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        )
         inner = "" if field.name == "run" and kind is cli.TrainArgs else f"{field.name}."
         if dataclasses.is_dataclass(default):
             yield from flags(type(default), f"{prefix}{inner}")
@@ -52,7 +54,9 @@ def help_of(capsys, monkeypatch, *argv, flag="--help-all"):
 def entries(text):
     """What the help says, by flag or positional: {"--steps": "Optimizer steps. (default: 100)"}."""
     found = {}
-    for line in re.findall(r"^(?:│ |  )(.*?) *│?$", text, flags=re.MULTILINE):  # boxes only where the output has them
+    for line in re.findall(
+        r"^(?:│ |  )(.*?) *│?$", text, flags=re.MULTILINE
+    ):  # boxes only where the output has them
         if line[:1].strip():
             signature, _, said = line.partition("  ")
             name = re.split(r"[ ,]", signature)[0]
@@ -130,7 +134,9 @@ def described(text):
     for at, line in enumerate(lines):
         if line.endswith(" options") and line != "options":
             said = [one for one in lines[at + 1 :] if one]
-            end = next(i for i, one in enumerate(said) if one.startswith(line.removesuffix(" options") + "."))
+            end = next(
+                i for i, one in enumerate(said) if one.startswith(line.removesuffix(" options") + ".")
+            )
             found[line.removesuffix(" options")] = " ".join(said[:end])
     return found
 
@@ -179,7 +185,17 @@ def test_the_version_is_the_distributions(capsys):
 
 def test_flags_override_nested_settings():
     verb, args = command.parse(
-        ["train", "--steps", "7", "--mechanisms", "hard", "delta", "--data.no-pack", "--optimizer.b1", "0.5"]
+        [
+            "train",
+            "--steps",
+            "7",
+            "--mechanisms",
+            "hard",
+            "delta",
+            "--data.no-pack",
+            "--optimizer.b1",
+            "0.5",
+        ]
     )
     assert verb == "train"
     assert (args.run.steps, args.run.data.pack, args.run.optimizer.b1) == (7, False, 0.5)
@@ -205,13 +221,19 @@ OF_TRAIN = "expected a flag of nalora train, found none of that name"
         (["train", "--step=3"], f"--step: {OF_TRAIN}; did you mean --steps?"),
         (["train", "--mechanism", "soft"], f"--mechanism: {OF_TRAIN}; did you mean --mechanisms?"),
         (["train", "--batch_size", "1"], f"--batch-size: {OF_TRAIN}; did you mean --train.batch-size?"),
-        (["train", "--learning-rate", "1"], f"--learning-rate: {OF_TRAIN}; did you mean --optimizer.learning-rate?"),
+        (
+            ["train", "--learning-rate", "1"],
+            f"--learning-rate: {OF_TRAIN}; did you mean --optimizer.learning-rate?",
+        ),
         (["train", "--xyzzy"], f"--xyzzy: {OF_TRAIN}; see nalora train --help-all"),
         (["train", "--steps", "many"], "--steps: expected a whole number, found 'many'"),
         (["train", "--steps", "1.5"], "--steps: expected a whole number, found '1.5'"),
         (["train", "--steps"], "--steps: expected a whole number, found none"),
         (["eval", "m", "--limit", "x"], "--limit: expected a whole number, found 'x'"),
-        (["train", "--optimizer.learning-rate=fast"], "--optimizer.learning-rate: expected a number, found 'fast'"),
+        (
+            ["train", "--optimizer.learning-rate=fast"],
+            "--optimizer.learning-rate: expected a number, found 'fast'",
+        ),
         (
             ["train", "--lora.init", "pisa"],
             "--lora.init: expected one of default, pissa, lora_ga, gradient, zero_a, found 'pisa'",
@@ -231,18 +253,42 @@ OF_TRAIN = "expected a flag of nalora train, found none of that name"
         (["generate", "m", "--prompt=\udcff"], r"--prompt: expected text in UTF-8, found"),
         (["train", "--config", "a" * 300], "--config: expected a path whose parts have 1 to 255 bytes"),
         (["train", "--resume", "a" * 300], "--output: expected a path whose parts have 1 to 255 bytes"),
-        (["generate", "m", "--prompt", "x", "--image", "a" * 300], "--image: expected a path whose parts have"),
+        (
+            ["generate", "m", "--prompt", "x", "--image", "a" * 300],
+            "--image: expected a path whose parts have",
+        ),
         (["export", "a" * 300, "--output", "x"], "RUN: expected a path whose parts have"),
         (["eval", "m", "--harness-tasks", "a" * 300], "--harness-tasks: expected a path whose parts have"),
         (["train", "--optimizer.rates", "x"], "--optimizer.rates: expected values of its type, found 'x'"),
-        (["train", "--lora.trainable-token-indices", "x"], "--lora.trainable-token-indices: expected values of its"),
-        (["eval", "m", "--dataset", "a" * 300], "--dataset: expected a path whose parts have 1 to 255 bytes"),
-        (["train", "--data.dataset", "a" * 300], "--data.dataset: expected a path whose parts have 1 to 255 bytes"),
-        (["train", "--data.pack", "maybe"], "--data.pack: expected no value: it is a switch, found 'maybe'"),
+        (
+            ["train", "--lora.trainable-token-indices", "x"],
+            "--lora.trainable-token-indices: expected values of its",
+        ),
+        (
+            ["eval", "m", "--dataset", "a" * 300],
+            "--dataset: expected a path whose parts have 1 to 255 bytes",
+        ),
+        (
+            ["train", "--data.dataset", "a" * 300],
+            "--data.dataset: expected a path whose parts have 1 to 255 bytes",
+        ),
+        (
+            ["train", "--data.pack", "maybe"],
+            "--data.pack: expected no value: it is a switch, found 'maybe'",
+        ),
         (["export", "m", "--output", str(ROOT)], f"--output: expected a new or empty folder, found {ROOT}"),
-        (["train", "--output", "a" * 300], "--output: expected a path whose parts have 1 to 255 bytes, found 'aaa"),
-        (["eval", "m", "--output", "/etc/passwd/x"], "--output: expected a path in a folder, found /etc/passwd/x"),
-        (["export", "m", "--output", "/etc/passwd/x"], "--output: expected a path in a folder, found /etc/passwd/x"),
+        (
+            ["train", "--output", "a" * 300],
+            "--output: expected a path whose parts have 1 to 255 bytes, found 'aaa",
+        ),
+        (
+            ["eval", "m", "--output", "/etc/passwd/x"],
+            "--output: expected a path in a folder, found /etc/passwd/x",
+        ),
+        (
+            ["export", "m", "--output", "/etc/passwd/x"],
+            "--output: expected a path in a folder, found /etc/passwd/x",
+        ),
         (["eval", "m", "--dataset", "socialqia"], "--dataset: expected a task of this library"),
         (["eval", "m", "--dataset", "socialqia"], "did you mean socialiqa?"),
     ],
@@ -284,8 +330,22 @@ ZERO = {
 ZERO = {*ZERO, "--vision.shots", "--vision.caption-length", "--vision.features", "--vision.image-size"}
 ZERO |= {f"--adalora.{name}" for name in ("target-rank", "warmup-share", "final-share", "orthogonality")}
 ZERO |= {"--compute.stats-positions", "--adalora.sensitivity-decay", "--adalora.uncertainty-decay"}
-ZERO |= {"--data.loss-last", "--mesh.context", "--mesh.run", "--mesh.runs-per-device", "--together", "--sweep"}
-ZERO |= {"--min-p", "--optimizer.warmup-steps", "--shots", "--images", "--preference.label-smoothing", "--added-tokens"}
+ZERO |= {
+    "--data.loss-last",
+    "--mesh.context",
+    "--mesh.run",
+    "--mesh.runs-per-device",
+    "--together",
+    "--sweep",
+}
+ZERO |= {
+    "--min-p",
+    "--optimizer.warmup-steps",
+    "--shots",
+    "--images",
+    "--preference.label-smoothing",
+    "--added-tokens",
+}
 ALLOWED = {"0": ZERO, "-1": {"--mesh.data", "--mesh.fsdp", "--mesh.context", "--mesh.tensor"}}
 ALLOWED["-1"].add("--train.eval-every")
 POSITIONAL = {"eval": ["m"], "chat": ["m"], "generate": ["m", "--prompt", "x"], "inspect": ["m"]}
@@ -323,7 +383,9 @@ def test_a_number_out_of_range_is_refused_before_heavy_imports():
         "import sys\nfrom nalora_jax.__main__ import main\n"
         "print(main(['train', '--optimizer.eps', 'inf']), sorted({'jax', 'numpy', 'flax'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert done.stdout == "2 []\n"
 
 
@@ -345,7 +407,9 @@ def test_adapter_rules_are_typed_as_text(text, rule):
     assert args.run.steps == 5
 
 
-@pytest.mark.parametrize("text", ["ffn", "ffn:", ":8", "ffn:x", "ffn:8:", "ffn:8:x", "ffn:-1", "ffn:1.5", ""])
+@pytest.mark.parametrize(
+    "text", ["ffn", "ffn:", ":8", "ffn:x", "ffn:8:", "ffn:8:x", "ffn:-1", "ffn:1.5", ""]
+)
 def test_broken_adapter_rules_are_refused(text):
     with pytest.raises(ValueError, match=r"expected PATTERN:RANK\[:ALPHA\]"):
         cli.parse_rule(text)
@@ -361,12 +425,16 @@ def write_config(tmp_path, body, imports="from nalora_jax.config import *"):
 
 
 def test_a_config_file_gives_the_defaults_of_all_flags(tmp_path, capsys, monkeypatch):
-    path = write_config(tmp_path, "def config():\n    return RunConfig(steps=7, seed=3, lora=LoRAConfig(dropout=0.1))")
+    path = write_config(
+        tmp_path, "def config():\n    return RunConfig(steps=7, seed=3, lora=LoRAConfig(dropout=0.1))"
+    )
     for given in (["--config", str(path)], [f"--config={path}"]):
         _, args = command.parse(["train", "--seed", "4", *given])
         assert args.run == dataclasses.replace(RunConfig(steps=7, seed=4), lora=args.run.lora)
         assert args.run.lora.dropout == 0.1
-    assert re.search(r"--steps INT\s[^-]*\(default: 7\)", help_of(capsys, monkeypatch, "train", "--config", str(path)))
+    assert re.search(
+        r"--steps INT\s[^-]*\(default: 7\)", help_of(capsys, monkeypatch, "train", "--config", str(path))
+    )
     assert [found.name for found in tmp_path.iterdir()] == ["settings.py"]  # no bytecode beside it
 
 
@@ -385,16 +453,28 @@ def test_a_config_file_gives_the_defaults_of_all_flags(tmp_path, capsys, monkeyp
         ("", r"a function config\(\) that returns a RunConfig, found none"),
         ("config = 3", r"a function config\(\)"),
         ("def config():\n    return 3", r"config\(\) to return a RunConfig, found int"),
-        ("def config():\n    return RunConfig(step=3)", r"config\(\) to return a RunConfig, found TypeError.*'step'"),
+        (
+            "def config():\n    return RunConfig(step=3)",
+            r"config\(\) to return a RunConfig, found TypeError.*'step'",
+        ),
         ("def config():\n    return RunConfig(steps='3')", "steps of type int, found '3'"),
-        ("def config():\n    return RunConfig(lora=LoRAConfig(init='Pissa'))", r"lora\.init of type Literal.*'Pissa'"),
+        (
+            "def config():\n    return RunConfig(lora=LoRAConfig(init='Pissa'))",
+            r"lora\.init of type Literal.*'Pissa'",
+        ),
         ("def config():\n    return RunConfig(data=None)", r"data of type DataConfig, found None"),
-        ("def config():\n    return RunConfig(mechanisms='soft')", r"mechanisms of type tuple.*, found 'soft'"),
+        (
+            "def config():\n    return RunConfig(mechanisms='soft')",
+            r"mechanisms of type tuple.*, found 'soft'",
+        ),
         (
             "def config():\n    return RunConfig(lora=LoRAConfig(rules=(LoRARule('a'), LoRARule('b', rank=1.5))))",
             r"lora\.rules\[1\]\.rank of type int, found 1\.5",
         ),
-        ("def config():\n    return RunConfig(lora=LoRAConfig(rules=[('a', 8)]))", r"lora\.rules of type tuple"),
+        (
+            "def config():\n    return RunConfig(lora=LoRAConfig(rules=[('a', 8)]))",
+            r"lora\.rules of type tuple",
+        ),
     ],
 )
 def test_a_broken_config_file_is_one_error(tmp_path, capsys, body, said):
@@ -407,14 +487,20 @@ def test_a_broken_config_file_is_one_error(tmp_path, capsys, body, said):
 
 
 def test_whole_numbers_pass_for_real_ones_and_errors_of_ours_pass_through(tmp_path):
-    path = write_config(tmp_path, "def config():\n    return RunConfig(optimizer=OptimizerConfig(clip_norm=1))")
+    path = write_config(
+        tmp_path, "def config():\n    return RunConfig(optimizer=OptimizerConfig(clip_norm=1))"
+    )
     assert cli.load_config(path).optimizer.clip_norm == 1
-    path = write_config(tmp_path, "from nalora_jax.errors import *\nraise NaloraError('x', expected='y', found='z')")
+    path = write_config(
+        tmp_path, "from nalora_jax.errors import *\nraise NaloraError('x', expected='y', found='z')"
+    )
     with pytest.raises(NaloraError, match=r"^x: expected y, found z$"):
         cli.load_config(path)
 
 
-@pytest.mark.parametrize(("name", "found"), [("none.py", "no such file"), ("", "a folder"), ("a.txt", "a.txt")])
+@pytest.mark.parametrize(
+    ("name", "found"), [("none.py", "no such file"), ("", "a folder"), ("a.txt", "a.txt")]
+)
 def test_what_is_not_a_python_file_is_refused(tmp_path, name, found):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(NaloraError, match=f"expected a Python file.*found {re.escape(found)}"):
@@ -444,7 +530,9 @@ def test_the_main_job_is_the_defaults():
 
 @pytest.mark.parametrize("flag", ["--lora.rank", "--lora.alpha", "--rank", "--lora.r"])
 def test_ranks_by_other_names_suggest_rules(flag):
-    with pytest.raises(NaloraError, match=rf"{flag}: .*did you mean --lora.rules PATTERN:RANK\[:ALPHA\], e.g."):
+    with pytest.raises(
+        NaloraError, match=rf"{flag}: .*did you mean --lora.rules PATTERN:RANK\[:ALPHA\], e.g."
+    ):
         command.parse(["train", flag, "16"])
     _, args = command.parse(["train", "--lora.rules", "ffn:16:32"])  # the example
     assert args.run.lora.rules == (LoRARule("ffn", 16, 32.0),)
@@ -534,7 +622,9 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
         "command.VERBS['report'] = command.Verb(parser.ReportArgs, say)\n"
         "sys.exit(main(['report', 'x']))"
     )
-    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
     writer.stdout.readline()
     writer.stdout.close()
     error = writer.stderr.read()
@@ -563,5 +653,8 @@ def test_train_py_takes_the_same_flags():
 def test_settings_out_of_range_end_the_run_before_anything_is_written(tmp_path):
     argv = ["-m", "nalora_jax", "train", "--mechanisms", "hard:keep=0", "--output", str(tmp_path / "run")]
     done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert (done.returncode, done.stderr) == (2, "error: mechanism hard: keep: expected a share in (0, 1], found 0.0\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: mechanism hard: keep: expected a share in (0, 1], found 0.0\n",
+    )
     assert list(tmp_path.iterdir()) == []

@@ -40,7 +40,11 @@ def test_an_estimate_shows_the_price_and_writes_the_figures(tmp_path, capsys):
     ("topology", "options", "message"),
     [
         ("v5e:4x4x2", {}, "--topology: expected a slice of v5e"),
-        ("v5e:4x8", {"mesh": MeshConfig(tensor=16)}, "--mesh.tensor: .*32 query heads and 8 key/value heads, found 16"),
+        (
+            "v5e:4x8",
+            {"mesh": MeshConfig(tensor=16)},
+            "--mesh.tensor: .*32 query heads and 8 key/value heads, found 16",
+        ),
         ("v5e:4x8", {"mesh": MeshConfig(tensor=3)}, "--mesh: .*divides the 32 device.*found tensor 3"),
         ("v5e:4x8", {"mesh": MeshConfig(4, 4, 1)}, "--mesh: .*equals the 32 device"),
         ("2xv6e:4x4", {"mesh": MeshConfig(data=1)}, "--mesh.data: .*2 slices.*found 1"),

@@ -31,8 +31,14 @@ sys.exit(main(["doctor"]))
 
 
 def report(process: int, **changes: object) -> Report:
-    values = {"versions": {"jax": "0.10.2", "jaxlib": "0.10.2"}, "free": 4 * GIGABYTE, "total": 8 * GIGABYTE}
-    return Report(process, f"host{process}", **(values | {"devices": "4 x TPU v6 lite", "clock": 100.0} | changes))
+    values = {
+        "versions": {"jax": "0.10.2", "jaxlib": "0.10.2"},
+        "free": 4 * GIGABYTE,
+        "total": 8 * GIGABYTE,
+    }
+    return Report(
+        process, f"host{process}", **(values | {"devices": "4 x TPU v6 lite", "clock": 100.0} | changes)
+    )
 
 
 def test_two_processes_report_their_devices_versions_memory_and_clocks(tmp_path: Path) -> None:
@@ -77,7 +83,9 @@ def test_a_process_that_is_left_alone_prints_its_host_and_ends_with_one_line(tmp
         ([report(0), report(1, problems=["full"])], ["process 1 (host1): full"]),
         (
             [report(0), report(1), report(2, versions={"jax": "0.10.2", "jaxlib": "0.10.1"})],
-            ["jaxlib differ between processes: 0.10.2, but 0.10.1 in process 2 (host2); make all hosts the same"],
+            [
+                "jaxlib differ between processes: 0.10.2, but 0.10.1 in process 2 (host2); make all hosts the same"
+            ],
         ),
         (
             [report(0), report(1), report(2, devices="3 x TPU v6 lite")],
@@ -129,7 +137,9 @@ def test_the_lock_of_libtpu_counts_while_a_process_holds_it(dev: Path, tmp_path:
     assert not list(pod.chip_problems(tmp_path / "none", lock=lock))
 
 
-def test_a_lock_that_this_user_cannot_open_is_named(dev: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_this_user_cannot_open_is_named(
+    dev: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "lock").touch()
 
     def refuse(*_: object) -> int:

@@ -53,7 +53,9 @@ TEXTS = ["a b c d e f", "x y z", "n o p"]
 
 
 def make_tokenizer():
-    backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens(["<end>"])
     return Tokenizer(backend, None, 0, 0, (0,), chat_template="{{ messages[0]['content'] }} q")
@@ -65,7 +67,9 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "base"
     config = ModelConfig.from_hf(HF)
     params = jax.tree.map(lambda leaf: 3 * leaf, init_params(config, jax.random.key(0)))
-    return write_merged(folder, config, params, None, AdapterSpec(), hf_config=HF, tokenizer=make_tokenizer())
+    return write_merged(
+        folder, config, params, None, AdapterSpec(), hf_config=HF, tokenizer=make_tokenizer()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,9 @@ def run(base):
     spec = resolve(LoRAConfig(rules=rules), projection_shapes(config), config.n_layers)
     lora = jax.device_get(jax.tree.map(lambda leaf: leaf + 0.2, init_lora(config, spec, jax.random.key(1))))
     fingerprint = model.base.fingerprint
-    export_adapter(lora, spec, config, folder / "adapter", base_model_name=str(base), fingerprint=fingerprint)
+    export_adapter(
+        lora, spec, config, folder / "adapter", base_model_name=str(base), fingerprint=fingerprint
+    )
     with MetricsLog(folder) as log:
         settings = {"model": str(base), "steps": 77, "data": {"chat": True, "max_length": 32}}
         log.start(settings, versions={"jax": "9.9"}, device="cpu")
@@ -123,7 +129,10 @@ def test_generate_reads_standard_input(base, monkeypatch, capsys):
     answers = []
     for prompt in ("a b c", "-"):
         monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"a b c")))
-        assert main(["generate", str(base), "--prompt", prompt, "--max-new-tokens", "3", "--dtype", "float32"]) == 0
+        assert (
+            main(["generate", str(base), "--prompt", prompt, "--max-new-tokens", "3", "--dtype", "float32"])
+            == 0
+        )
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
 
@@ -196,7 +205,9 @@ def test_merge_writes_a_model_that_needs_no_adapter(run, tmp_path):
         assert figure in card
 
 
-def test_merge_looks_for_its_model_once_and_writes_files_of_the_size_that_is_asked(run, tmp_path, monkeypatch):
+def test_merge_looks_for_its_model_once_and_writes_files_of_the_size_that_is_asked(
+    run, tmp_path, monkeypatch
+):
     found, resolve = [], hub.resolve
     monkeypatch.setattr(hub, "resolve", lambda *given: found.append(given[0]) or resolve(*given))
     assert main(["merge", str(run), "--output", str(tmp_path / "merged"), "--shard-size", "2KB"]) == 0
@@ -223,7 +234,10 @@ def test_a_base_alone_has_nothing_to_merge_or_export_which_is_said_before_it_is_
 
 def answers_file(tmp_path):
     data = tmp_path / "data.jsonl"
-    rows = [{"prompt": f"a b {word}", "choices": ["x", "y z", "k"], "gold": i % 3} for i, word in enumerate("cdefghij")]
+    rows = [
+        {"prompt": f"a b {word}", "choices": ["x", "y z", "k"], "gold": i % 3}
+        for i, word in enumerate("cdefghij")
+    ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return data, rows
 
@@ -235,14 +249,26 @@ def scores(model, row):
         prompt, answer = tokenizer.encode(row["prompt"]), tokenizer.encode(choice)
         hidden = model.module.apply(model.variables, jnp.asarray([prompt + answer]))
         logs = jax.nn.log_softmax(model.module.apply(model.variables, hidden, method="unembed")[0])
-        found.append(sum(float(logs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)) / len(choice))
+        found.append(
+            sum(float(logs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)) / len(choice)
+        )
     return found
 
 
 def test_eval_measures_what_the_model_says(run, tmp_path, capsys):
     data, rows = answers_file(tmp_path)
     out = tmp_path / "out.json"
-    arguments = ["--dataset", str(data), "--split", "train", "--no-chat", "--dtype", "float32", "--output", str(out)]
+    arguments = [
+        "--dataset",
+        str(data),
+        "--split",
+        "train",
+        "--no-chat",
+        "--dtype",
+        "float32",
+        "--output",
+        str(out),
+    ]
     assert main(["eval", str(run), *arguments]) == 0
     model = load(run, dtype="float32")
     right = np.mean([int(np.argmax(scores(model, row))) == row["gold"] for row in rows])
@@ -290,7 +316,9 @@ def test_inspect_prints_a_table_and_draws_a_picture(run, tmp_path, capsys):
 
 def test_inspect_takes_texts_from_a_data_set(base, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"prompt": "a b", "completion": f" {word}"}) + "\n" for word in "cdefg"))
+    data.write_text(
+        "".join(json.dumps({"prompt": "a b", "completion": f" {word}"}) + "\n" for word in "cdefg")
+    )
     arguments = ["--dataset", str(data), "--split", "train", "--limit", "3"]
     assert main(["inspect", str(base), *arguments]) == 0
     assert "silu gates on 3 texts" in " ".join(capsys.readouterr().out.split())

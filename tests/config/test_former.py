@@ -23,7 +23,10 @@ COMMON = {"decay": 0.5, "warmup": 3, "frozen_after": 7, "permute": 2}
             HardMask(**COMMON, keep=0.25, mask_gradient=False),
         ),
         ({"mask": {"kind": "soft"}}, SoftMask(power=2.0)),
-        ({"mask": {"kind": "soft", "power": 1.0, "low": 0.1, "high": 3.0}}, SoftMask(power=1.0, low=0.1, high=3.0)),
+        (
+            {"mask": {"kind": "soft", "power": 1.0, "low": 0.1, "high": 3.0}},
+            SoftMask(power=1.0, low=0.1, high=3.0),
+        ),
         ({"step_scale": {"kind": "curvature", "tau": 0.2, **COMMON}}, CurvatureCap(**COMMON, tau=0.2)),
         (
             {"step_scale": {"kind": "homogeneity", "gains": [0, 0, 0, 1], "min_occupancy": 0.1}},
@@ -50,11 +53,15 @@ def test_the_last_defaults_of_the_groups_are_the_defaults_of_the_rules() -> None
 def test_settings_of_this_version_stay() -> None:
     assert translated({"steps": 3, "mechanisms": ["delta"]}) == {"steps": 3, "mechanisms": ["delta"]}
     assert config_from_dict({"steps": 3}).mechanisms == RunConfig().mechanisms
-    assert config_from_dict({"mask": {"kind": "soft", "gone": 1}}).mechanisms == ("soft:power=2.0", "curvature_cap")
+    assert config_from_dict({"mask": {"kind": "soft", "gone": 1}}).mechanisms == (
+        "soft:power=2.0",
+        "curvature_cap",
+    )
 
 
 @pytest.mark.parametrize(
-    "groups", [{"mask": []}, {"mask": {"kind": "medium"}}, {"mask": {"keep": "x"}}, {"step_scale": {"gains": [1]}}]
+    "groups",
+    [{"mask": []}, {"mask": {"kind": "medium"}}, {"mask": {"keep": "x"}}, {"step_scale": {"gains": [1]}}],
 )
 def test_damaged_groups_are_no_settings(groups: dict[str, Any]) -> None:
     with pytest.raises((AttributeError, TypeError)):
@@ -67,6 +74,10 @@ def test_labels_in_checkpoints_of_earlier_versions_are_known() -> None:
     rules = translated(both)["mechanisms"]
     assert [label for label, _ in make_mechanisms(rules, activation="silu").entries] == labels
     assert former_labels(both) == {label: label for label in labels}
-    alone = {"mask": {"kind": "off"}, "step_scale": {"kind": "off"}, "mechanisms": ["delta", "soft", "curvature_cap"]}
+    alone = {
+        "mask": {"kind": "off"},
+        "step_scale": {"kind": "off"},
+        "mechanisms": ["delta", "soft", "curvature_cap"],
+    }
     assert former_labels(alone) == {"delta": "delta", "mask": "soft", "step_scale": "curvature_cap"}
     assert former_labels(RunConfig().to_dict()) == {}

@@ -15,7 +15,9 @@ from nalora_jax.ops.numerics import numerics_for
 
 
 @pytest.mark.parametrize("operand", ["float32", "bfloat16"])
-def test_contractions_filled_up_with_zeros_change_nothing(operand: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contractions_filled_up_with_zeros_change_nothing(
+    operand: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(64)
     shapes = ((2, 40, 64), (64, 128), (64, 5), (5, 128), (128,))
     x, kernel, a, b, mask = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
@@ -26,7 +28,9 @@ def test_contractions_filled_up_with_zeros_change_nothing(operand: str, monkeypa
         monkeypatch.setattr(module, "contraction_multiple", lambda _: multiple)
 
         def layer(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-            return adapted_dense(x, Dense(kernel, Adapter(a, b, 0.7, jnp.abs(mask[: b.shape[1]]))), numerics).y
+            return adapted_dense(
+                x, Dense(kernel, Adapter(a, b, 0.7, jnp.abs(mask[: b.shape[1]]))), numerics
+            ).y
 
         @jax.jit
         def value_and_gradients(*given: jax.Array) -> tuple[jax.Array, ...]:

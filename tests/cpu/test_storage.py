@@ -22,7 +22,9 @@ SEVERAL = numerics_for("bfloat16", Platform("cpu", "", 8))  # devices, where no 
 def _params() -> dict:
     rng = np.random.default_rng(0)
     shapes = {
-        "layers": {"ffn": {"up_proj": {"kernel": (2, 16, 32), "bias": (2, 32)}, "router": {"kernel": (2, 16, 4)}}},
+        "layers": {
+            "ffn": {"up_proj": {"kernel": (2, 16, 32), "bias": (2, 32)}, "router": {"kernel": (2, 16, 4)}}
+        },
         "embed": {"embedding": (40, 16)},
     }
     draw = lambda shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
@@ -49,7 +51,9 @@ def test_views_share_memory_and_stand_for_the_same_numbers(tables: bool) -> None
 
 def test_views_of_sharded_arrays_are_sharded_alike() -> None:
     mesh = jax.make_mesh((8,), ("fsdp",))
-    array = jax.device_put(_params()["layers"]["ffn"]["up_proj"]["kernel"], NamedSharding(mesh, P(None, "fsdp")))
+    array = jax.device_put(
+        _params()["layers"]["ffn"]["up_proj"]["kernel"], NamedSharding(mesh, P(None, "fsdp"))
+    )
     view = view_bits(array)
     assert view.bits.sharding == array.sharding
     assert _pointers(view.bits) == _pointers(array)
@@ -67,7 +71,9 @@ def test_scanned_kernels_give_the_same_bits() -> None:
     x, view = jax.random.normal(jax.random.key(0), (3, 16)), view_bits(kernel)
 
     def through(stack: object) -> jax.Array:
-        return jax.jit(lambda stack: jax.lax.scan(lambda c, k: (c, matmul(x, k, SEVERAL)), 0, stack)[1])(stack)
+        return jax.jit(lambda stack: jax.lax.scan(lambda c, k: (c, matmul(x, k, SEVERAL)), 0, stack)[1])(
+            stack
+        )
 
     np.testing.assert_array_equal(through(view), through(kernel))
 
@@ -85,10 +91,14 @@ def test_native_products_read_kernels_in_their_stacks(monkeypatch: pytest.Monkey
 def test_rows_of_a_table(axis: int) -> None:
     table, rows = _params()["embed"]["embedding"], jnp.array([3, 0, 3])
     for held in (table, view_bits(table)):
-        np.testing.assert_array_equal(take_rows(held, rows, SEVERAL, axis), jnp.take(table, rows, axis=axis))
+        np.testing.assert_array_equal(
+            take_rows(held, rows, SEVERAL, axis), jnp.take(table, rows, axis=axis)
+        )
 
 
 def test_floats_are_left_alone() -> None:
     params = jax.tree.map(lambda x: x.astype(jnp.float32), _params())
-    for one, other in zip(*map(jax.tree.leaves, (params, prepare({"params": params}, SEVERAL)["params"])), strict=True):
+    for one, other in zip(
+        *map(jax.tree.leaves, (params, prepare({"params": params}, SEVERAL)["params"])), strict=True
+    ):
         assert one is other

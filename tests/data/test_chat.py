@@ -43,17 +43,32 @@ def test_completion_counts_with_its_end(tokenizer):
 
 def test_boundary_is_that_of_separate_texts(tokenizer):
     # Also where one token would span it: the prompt's tokens are what the model reads when it answers.
-    for prompt, completion in [("Answer:", " Paris"), ("Yes\n", "\n\nNo"), ("the capit", "al of"), ("", "Paris")]:
-        (example,) = tokenize([render({"prompt": prompt, "completion": completion}, CONFIG, tokenizer, "")], tokenizer)
+    for prompt, completion in [
+        ("Answer:", " Paris"),
+        ("Yes\n", "\n\nNo"),
+        ("the capit", "al of"),
+        ("", "Paris"),
+    ]:
+        (example,) = tokenize(
+            [render({"prompt": prompt, "completion": completion}, CONFIG, tokenizer, "")], tokenizer
+        )
         cut = len(tokenizer.encode(prompt))
-        assert example.ids.tolist() == [*tokenizer.encode(prompt), *tokenizer.encode(completion), tokenizer.eos_id]
+        assert example.ids.tolist() == [
+            *tokenizer.encode(prompt),
+            *tokenizer.encode(completion),
+            tokenizer.eos_id,
+        ]
         assert example.answer.tolist() == [index >= cut for index in range(len(example.ids))]
 
 
 def test_begin_of_sequence_goes_in_front(tokenizer):
     wanting = dataclasses.replace(tokenizer, add_bos=True)
     (example,) = tokenize([render({"prompt": "up", "completion": " is"}, CONFIG, wanting, "")], wanting)
-    assert example.ids.tolist() == [*wanting.encode("up"), *wanting.encode(" is", special=False), wanting.eos_id]
+    assert example.ids.tolist() == [
+        *wanting.encode("up"),
+        *wanting.encode(" is", special=False),
+        wanting.eos_id,
+    ]
     (chat,) = tokenize([render({"messages": TALK}, CONFIG, wanting, "")], wanting)
     assert chat.ids[:2].tolist() == wanting.encode("<|im_start|>system", special=False)[:2]
 
@@ -83,7 +98,9 @@ def test_what_follows_the_last_answer(tokenizer):
     talk = [*TALK[:3], {"role": "user", "content": "more"}]
     assert answers({"messages": talk}, tokenizer) == ["the sky<|im_end|>"]
     (short,) = tokenize([render({"messages": talk}, CONFIG, tokenizer, "")], tokenizer)
-    (whole,) = tokenize([render({"messages": talk}, DataConfig(loss_on="assistant"), tokenizer, "")], tokenizer)
+    (whole,) = tokenize(
+        [render({"messages": talk}, DataConfig(loss_on="assistant"), tokenizer, "")], tokenizer
+    )
     assert short.ids.tolist() == whole.ids[: len(short.ids)].tolist()
     assert tokenizer.decode(whole.ids[len(short.ids) :]).endswith("more\n")
 
@@ -111,12 +128,16 @@ def test_tokenizer_that_marks_the_start_of_a_text(tokenizer):
     pieces = ["<unk>", "</s>", "▁", "▁up", "▁is", "up", "is", ":", "▁the", "▁sky", "s", "k", "y", "A"]
     backend = tokenizers.Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, []))
     backend.model = models.WordPiece(
-        {piece: index for index, piece in enumerate(pieces)}, unk_token="<unk>", continuing_subword_prefix=""
+        {piece: index for index, piece in enumerate(pieces)},
+        unk_token="<unk>",
+        continuing_subword_prefix="",
     )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Replace("▁", " ")
     marking = dataclasses.replace(tokenizer, backend=backend, eos_id=1, eos_ids=(1,), chat_template=None)
-    (example,) = tokenize([render({"prompt": "up is", "completion": " the sky"}, CONFIG, marking, "")], marking)
+    (example,) = tokenize(
+        [render({"prompt": "up is", "completion": " the sky"}, CONFIG, marking, "")], marking
+    )
     words = [pieces[index] for index in example.ids]
     assert words == ["▁up", "▁is", "▁the", "▁sky", "</s>"]
     assert example.answer.tolist() == [False, False, True, True, True]
@@ -125,7 +146,10 @@ def test_tokenizer_that_marks_the_start_of_a_text(tokenizer):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"body": "x"}, r"here: expected a field 'prompt' \(or 'messages'\), found 'body'; .*--data.prompt-field"),
+        (
+            {"body": "x"},
+            r"here: expected a field 'prompt' \(or 'messages'\), found 'body'; .*--data.prompt-field",
+        ),
         ({"text": 3}, "here: completion: expected a text, found a int"),
         ({}, "found no field"),
         ({"prompt": "x"}, "expected a field 'completion', found 'prompt'; .*--data.completion-field"),
@@ -137,7 +161,10 @@ def test_tokenizer_that_marks_the_start_of_a_text(tokenizer):
         ({"messages": [{"role": "user"}]}, r"messages\[0\]: expected a field 'content', found 'role'"),
         ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]: content: expected a text"),
         ({"messages": [{"role": "user", "content": "x"}]}, "expected an assistant's turn"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "expected a user's or system's message first"),
+        (
+            {"messages": [{"role": "assistant", "content": "x"}]},
+            "expected a user's or system's message first",
+        ),
     ],
 )
 def test_bad_records_name_the_field(tokenizer, record, message):
@@ -180,10 +207,11 @@ def test_answers_of_phi_3_end_with_their_end_of_turn_token(tokenizer, loss_on):
 
 
 def test_an_end_of_sequence_token_that_ends_every_turn_is_part_of_the_answer(tokenizer):
-    template = (
-        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    end = "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    template = "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"
+    mistral = dataclasses.replace(
+        tokenizer, chat_template=template, special_tokens={"eos_token": "<|im_end|>"}
     )
-    mistral = dataclasses.replace(tokenizer, chat_template=template, special_tokens={"eos_token": "<|im_end|>"})
     expected = ["the sky<|im_end|>", "\n\nYes, the green hills<|im_end|>"]
     assert answers({"messages": TALK}, mistral, loss_on="assistant") == expected
     assert answers({"messages": TALK}, mistral) == expected[-1:]
@@ -242,10 +270,19 @@ def test_many_texts_at_once_equal_each_alone(tokenizer):
 @pytest.mark.parametrize(
     ("record", "found"),
     [
-        ({"messages": [{"role": 1, "content": "hi"}]}, r"messages\[0\]: role: expected a text, found a int"),
+        (
+            {"messages": [{"role": 1, "content": "hi"}]},
+            r"messages\[0\]: role: expected a text, found a int",
+        ),
         ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]: content: .*found a NoneType"),
-        ({"messages": {"role": 1, "content": None}}, "messages: expected a list of chat messages, found a dict"),
-        ({"messages": {"role": "user", "content": "hi"}}, "messages: expected a list of chat messages, found a dict"),
+        (
+            {"messages": {"role": 1, "content": None}},
+            "messages: expected a list of chat messages, found a dict",
+        ),
+        (
+            {"messages": {"role": "user", "content": "hi"}},
+            "messages: expected a list of chat messages, found a dict",
+        ),
         ({"messages": {}}, "messages: expected a list of chat messages"),
         (
             {"messages": [{"role": "user", "content": "\ud800"}]},

@@ -36,7 +36,9 @@ def test_prepares_and_reads_without_tensorflow(tmp_path):
         [sys.executable, "-c", READ, str(tmp_path)], env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("33410 Question: Cameron decided to have a barbecue")  # nothing of TFDS's own
+    assert done.stdout.startswith(
+        "33410 Question: Cameron decided to have a barbecue"
+    )  # nothing of TFDS's own
     folder = tmp_path / "tfds" / "commonsense" / "socialiqa" / tasks.VERSION
     assert (folder / "dataset_info.json").exists()
     assert not list(folder.parent.glob("incomplete*"))
@@ -81,5 +83,6 @@ def test_sizes(task):
     for split, size in tasks.SIZES[task].items():
         assert len(open_source(DataConfig(dataset=task), split)) == size
     assert (
-        len(open_source(DataConfig(dataset=task), "train[:10%]+test[:7]")) == round(tasks.SIZES[task]["train"] / 10) + 7
+        len(open_source(DataConfig(dataset=task), "train[:10%]+test[:7]"))
+        == round(tasks.SIZES[task]["train"] / 10) + 7
     )

@@ -19,7 +19,8 @@ from nalora_jax.data.sources import check_disjoint, open_source
 from nalora_jax.errors import NaloraError
 
 RECORDS = [
-    {"prompt": f'question {i}, "quoted"\nsecond line', "completion": f" answer {i} \u2028\u00e9"} for i in range(23)
+    {"prompt": f'question {i}, "quoted"\nsecond line', "completion": f" answer {i} \u2028\u00e9"}
+    for i in range(23)
 ]
 
 
@@ -84,9 +85,17 @@ def test_every_kind_of_file_gives_the_records_by_index(tmp_path: Path, name: str
 
 
 def test_places_are_named_as_an_editor_counts_them(tmp_path: Path) -> None:
-    for name, where in (("a.csv", ":3"), ("array.json", ", item 1"), ("a.parquet", ", row 1"), ("a.jsonl", ":1")):
+    for name, where in (
+        ("a.csv", ":3"),
+        ("array.json", ", item 1"),
+        ("a.parquet", ", row 1"),
+        ("a.jsonl", ":1"),
+    ):
         WRITERS[name](tmp_path / name)
-        assert open_source(DataConfig(dataset=str(tmp_path / name)), "train").where(0) == f"{tmp_path / name}{where}"
+        assert (
+            open_source(DataConfig(dataset=str(tmp_path / name)), "train").where(0)
+            == f"{tmp_path / name}{where}"
+        )
 
 
 def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
@@ -197,12 +206,18 @@ def test_a_text_of_many_rows_is_in_memory_once(tmp_path: Path) -> None:
     assert pa.total_allocated_bytes() - before < 10_000_000  # 200 MB were every row to hold its text
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int8(), pa.string())])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int8(), pa.string())]
+)
 @pytest.mark.parametrize("options", [{}, {"dictionary_pagesize_limit": 64}, {"use_dictionary": False}])
-def test_parquet_of_any_coding_gives_the_same_rows(tmp_path: Path, kind: pa.DataType, options: dict) -> None:
+def test_parquet_of_any_coding_gives_the_same_rows(
+    tmp_path: Path, kind: pa.DataType, options: dict
+) -> None:
     text = [None if i % 7 == 0 else f"text {i % 50}" for i in range(300)]
     turns = [[{"role": "user", "content": f"a {i}"}] * (i % 3) for i in range(300)]
-    table = pa.table({"text": pa.array(text).cast(kind), "turns": pa.array(turns), "n": pa.array(range(300))})
+    table = pa.table(
+        {"text": pa.array(text).cast(kind), "turns": pa.array(turns), "n": pa.array(range(300))}
+    )
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=120, **options)
     taken = np.random.default_rng(0).permutation(300)
     assert open_rows(tmp_path / "a.parquet").read(taken.tolist()) == table.take(pa.array(taken)).to_pylist()

@@ -32,7 +32,11 @@ TOOLS = [
         "function": {
             "name": "weather",
             "description": "The weather of a city.",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}},
+                "required": ["city"],
+            },
         },
     }
 ]
@@ -61,35 +65,57 @@ TOOL_TALK: list[dict[str, Any]] = [
             "ShareGPT conversations (conversations: from, value)",
         ),
         (
-            {"messages": [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *TALK[1:]]},
+            {
+                "messages": [
+                    {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+                    *TALK[1:],
+                ]
+            },
             "chat messages (messages)",
         ),
     ],
 )
-def test_conversations_are_the_same_in_every_form(tokenizer: Tokenizer, record: dict[str, Any], form: str) -> None:
-    assert render(record, CONFIG, tokenizer, "here") == render({"messages": TALK}, CONFIG, tokenizer, "here")
+def test_conversations_are_the_same_in_every_form(
+    tokenizer: Tokenizer, record: dict[str, Any], form: str
+) -> None:
+    assert render(record, CONFIG, tokenizer, "here") == render(
+        {"messages": TALK}, CONFIG, tokenizer, "here"
+    )
     assert form_of(record, CONFIG) == form
 
 
 def test_alpaca_is_written_by_its_own_prompt_or_by_the_chat_template(tokenizer: Tokenizer) -> None:
     record = {"instruction": "Add {input}.", "input": "2, 2", "output": "4"}
     rendered = render(record, CONFIG, tokenizer, "here")
-    assert rendered.text.startswith("Below is an instruction that describes a task, paired with an input that provides")
-    assert rendered.text.endswith("\n\n### Instruction:\nAdd {input}.\n\n### Input:\n2, 2\n\n### Response:\n4")
+    assert rendered.text.startswith(
+        "Below is an instruction that describes a task, paired with an input that provides"
+    )
+    assert rendered.text.endswith(
+        "\n\n### Instruction:\nAdd {input}.\n\n### Input:\n2, 2\n\n### Response:\n4"
+    )
     assert [rendered.text[start:stop] for start, stop in rendered.answers] == ["4"]
     short = render(record | {"input": ""}, CONFIG, tokenizer, "here").text
     assert "### Input" not in short
     chat = replace(CONFIG, chat=True)
-    same = {"messages": [{"role": "user", "content": "Add {input}.\n\n2, 2"}, {"role": "assistant", "content": "4"}]}
+    same = {
+        "messages": [
+            {"role": "user", "content": "Add {input}.\n\n2, 2"},
+            {"role": "assistant", "content": "4"},
+        ]
+    }
     assert render(record, chat, tokenizer, "here") == render(same, chat, tokenizer, "here")
     assert "the chat template" in form_of(record, chat)
     named = replace(CONFIG, prompt_field="instruction", completion_field="output")
-    assert render(record, named, tokenizer, "here").text == "Add {input}.4"  # fields that somebody named win
+    assert (
+        render(record, named, tokenizer, "here").text == "Add {input}.4"
+    )  # fields that somebody named win
 
 
 def test_tool_calls_are_rendered_as_transformers_renders_them(tokenizer: Tokenizer) -> None:
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, chat_template=TEMPLATE)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend, chat_template=TEMPLATE
+    )
     objects = json.loads(json.dumps(TOOL_TALK))
     objects[1]["tool_calls"][0]["function"]["arguments"] = {"city": "Paris"}
     objects[1]["content"] = ""
@@ -98,15 +124,21 @@ def test_tool_calls_are_rendered_as_transformers_renders_them(tokenizer: Tokeniz
     assert "<tool_call>" in expected
     ours = replace(tokenizer, chat_template=TEMPLATE)
     for tools in (TOOLS, json.dumps(TOOLS), [json.dumps(tool) for tool in TOOLS]):
-        rendered = render({"messages": TOOL_TALK, "tools": tools}, replace(CONFIG, loss_on="all"), ours, "here")
+        rendered = render(
+            {"messages": TOOL_TALK, "tools": tools}, replace(CONFIG, loss_on="all"), ours, "here"
+        )
         assert rendered.text == expected.rstrip()
-    turns = render({"messages": TOOL_TALK, "tools": TOOLS}, replace(CONFIG, loss_on="assistant"), ours, "here")
+    turns = render(
+        {"messages": TOOL_TALK, "tools": TOOLS}, replace(CONFIG, loss_on="assistant"), ours, "here"
+    )
     call, answer = (turns.text[start:stop] for start, stop in turns.answers)
     assert '{"name": "weather", "arguments": {"city": "Paris"}}' in call
     assert answer == "It is: 21 degrees.<|im_end|>"
 
 
-def test_a_call_can_be_the_answer_that_is_scored(tokenizer: Tokenizer, write_jsonl: Any, tmp_path: Path) -> None:
+def test_a_call_can_be_the_answer_that_is_scored(
+    tokenizer: Tokenizer, write_jsonl: Any, tmp_path: Path
+) -> None:
     path = write_jsonl(*[{"messages": TOOL_TALK[:2], "tools": TOOLS}] * 3)
     ours = replace(tokenizer, chat_template=TEMPLATE)
     config = DataConfig(dataset="unread.jsonl", eval_split=path)
@@ -126,20 +158,28 @@ def test_functions_of_sharegpt_are_tool_calls(tokenizer: Tokenizer) -> None:
         ],
         "tools": json.dumps(TOOLS),
     }
-    assert render(record, CONFIG, ours, "x") == render({"messages": TOOL_TALK, "tools": TOOLS}, CONFIG, ours, "x")
+    assert render(record, CONFIG, ours, "x") == render(
+        {"messages": TOOL_TALK, "tools": TOOLS}, CONFIG, ours, "x"
+    )
 
 
 def test_what_arrow_fills_up_with_nulls_is_left_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
     other = {"type": "function", "function": {"name": "stop", "arguments": {"city": None, "now": True}}}
     objects = [{**call, "id": "1"} for call in (CALL, other)]
     objects[0] = {**objects[0], "function": {"name": "weather", "arguments": {"city": "Paris"}}}
-    talks = [[*TOOL_TALK[:1], {"role": "assistant", "tool_calls": [call]}, *TOOL_TALK[2:]] for call in objects]
-    pq.write_table(pa.Table.from_pylist([{"messages": talk, "tools": TOOLS} for talk in talks]), tmp_path / "a.parquet")
+    talks = [
+        [*TOOL_TALK[:1], {"role": "assistant", "tool_calls": [call]}, *TOOL_TALK[2:]] for call in objects
+    ]
+    pq.write_table(
+        pa.Table.from_pylist([{"messages": talk, "tools": TOOLS} for talk in talks]), tmp_path / "a.parquet"
+    )
     record = open_source(DataConfig(dataset=str(tmp_path / "a.parquet")), "train")[0]
     assert record["messages"][0]["tool_calls"] is None
     assert record["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"city": "Paris", "now": None}
     ours = replace(tokenizer, chat_template=TEMPLATE)
-    assert render(record, CONFIG, ours, "x") == render({"messages": TOOL_TALK, "tools": TOOLS}, CONFIG, ours, "x")
+    assert render(record, CONFIG, ours, "x") == render(
+        {"messages": TOOL_TALK, "tools": TOOLS}, CONFIG, ours, "x"
+    )
 
 
 NULLS: dict[str, Any] = {
@@ -152,7 +192,10 @@ NULLS: dict[str, Any] = {
                 {
                     "id": "1",
                     "type": "function",
-                    "function": {"name": "weather", "arguments": {"city": "Paris", "day": None, "hours": [1, None]}},
+                    "function": {
+                        "name": "weather",
+                        "arguments": {"city": "Paris", "day": None, "hours": [1, None]},
+                    },
                 }
             ],
         },
@@ -163,7 +206,10 @@ NULLS: dict[str, Any] = {
             "type": "function",
             "function": {
                 "name": "weather",
-                "parameters": {"type": "object", "properties": {"day": {"default": None, "enum": ["today", None]}}},
+                "parameters": {
+                    "type": "object",
+                    "properties": {"day": {"default": None, "enum": ["today", None]}},
+                },
             },
         }
     ],
@@ -175,7 +221,9 @@ def test_nulls_in_arguments_and_schemas_are_rendered_as_transformers_renders_the
     tokenizer: Tokenizer, text: bool
 ) -> None:
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, chat_template=TEMPLATE)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend, chat_template=TEMPLATE
+    )
     expected = theirs.apply_chat_template(NULLS["messages"], tools=NULLS["tools"], tokenize=False)
     assert '"day": null' in expected
     assert '"default": null' in expected
@@ -216,9 +264,13 @@ REASONING_TEMPLATE = (
     ],
     ids=", ".join,
 )
-def test_reasoning_is_rendered_under_every_name_as_in_transformers(tokenizer: Tokenizer, fields: dict) -> None:
+def test_reasoning_is_rendered_under_every_name_as_in_transformers(
+    tokenizer: Tokenizer, fields: dict
+) -> None:
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, chat_template=REASONING_TEMPLATE)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend, chat_template=REASONING_TEMPLATE
+    )
     talk = [*TALK[:2], TALK[2] | fields]
     expected = theirs.apply_chat_template(talk, tokenize=False)
     assert "<think>It is high.</think>" in expected
@@ -232,7 +284,10 @@ def test_reasoning_is_rendered_under_every_name_as_in_transformers(tokenizer: To
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        ({"conversations": [{"from": "narrator", "value": "x"}]}, r"messages\[0\]: from: expected one of human, "),
+        (
+            {"conversations": [{"from": "narrator", "value": "x"}]},
+            r"messages\[0\]: from: expected one of human, ",
+        ),
         ({"conversations": "x"}, "expected a list of chat messages, found a str"),
         ({"instruction": ["x"], "output": "y"}, "instruction: expected a text, found a list"),
         ({"messages": TALK, "tools": "no json"}, "tools: expected a JSON list of tools"),
@@ -252,7 +307,10 @@ def test_reasoning_is_rendered_under_every_name_as_in_transformers(tokenizer: To
             },
             "arguments: expected a JSON object",
         ),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "content: expected a text, or"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
+            "content: expected a text, or",
+        ),
     ],
 )
 def test_bad_records_are_named(tokenizer: Tokenizer, record: dict[str, Any], said: str) -> None:

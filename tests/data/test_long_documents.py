@@ -27,7 +27,12 @@ TEMPLATES = sorted((Path(__file__).parent / "templates").glob("*.jinja"))
 
 
 def targets(rows: list[Example]) -> list[int]:
-    return [int(token) for row in rows for token, counts in zip(row.ids[1:], row.answer[1:], strict=True) if counts]
+    return [
+        int(token)
+        for row in rows
+        for token, counts in zip(row.ids[1:], row.answer[1:], strict=True)
+        if counts
+    ]
 
 
 @given(st.data(), st.integers(2, 9), st.booleans())
@@ -69,7 +74,10 @@ def test_split_documents_are_rows_with_positions_from_0(open_data, tokenizer, ca
     data = open_data(TEXT, {"text": "short"}, too_long="split", loss_on="all")
     figures = data.describe()
     assert (figures["split"], figures["dropped"], figures["truncated"]) == (1, 0, 0)
-    assert f"1 records longer than a row of 24 tokens are split; rows of examples: {figures['examples']}" in caplog.text
+    assert (
+        f"1 records longer than a row of 24 tokens are split; rows of examples: {figures['examples']}"
+        in caplog.text
+    )
     batches = [data.batch_at(row) for row in range(data.rows_per_epoch)]
     for batch in batches:
         segments, positions = batch["segment_ids"][0, 0], batch["positions"][0, 0]
@@ -101,7 +109,9 @@ def test_the_last_part_is_of_the_loss_tokens_and_of_another_cache(open_data, tok
     assert last.fingerprint != whole.fingerprint
     assert open_data(record, loss_last=1000).store.counts.targets == whole.store.counts.targets
     chat = {
-        "messages": [{"role": r, "content": c} for r, c in (("user", "up"), ("assistant", "the sky"), ("user", "ok"))]
+        "messages": [
+            {"role": r, "content": c} for r, c in (("user", "up"), ("assistant", "the sky"), ("user", "ok"))
+        ]
     }
     with pytest.raises(
         NaloraError, match=r"expected a token to learn in the last part \(--data.loss-last 2\), found none"
@@ -112,10 +122,18 @@ def test_the_last_part_is_of_the_loss_tokens_and_of_another_cache(open_data, tok
 @pytest.mark.parametrize(
     ("data", "preference", "message"),
     [
-        ({"loss_last": 1.5}, "none", "--data.loss-last: expected whole tokens, or a share below 1, found 1.5"),
+        (
+            {"loss_last": 1.5},
+            "none",
+            "--data.loss-last: expected whole tokens, or a share below 1, found 1.5",
+        ),
         ({"loss_last": -1.0}, "none", "loss-last"),
         ({"loss_last": 4.0}, "dpo", "--data.loss-last: expected 0 with --preference.loss"),
-        ({"too_long": "split"}, "dpo", "--data.too-long: expected drop, truncate or error with --preference.loss"),
+        (
+            {"too_long": "split"},
+            "dpo",
+            "--data.too-long: expected drop, truncate or error with --preference.loss",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(data, preference, message):
@@ -145,7 +163,10 @@ def test_long_records_are_tokenized_few_at_a_time(monkeypatch):
 
 def talk(thought: str = "") -> list[dict[str, str]]:
     turns = [
-        (f"  Question {i}: which way is up, and which is down?  " * 3, f"{thought}Answer {i}: the sky. " * 5)
+        (
+            f"  Question {i}: which way is up, and which is down?  " * 3,
+            f"{thought}Answer {i}: the sky. " * 5,
+        )
         for i in range(4)
     ]
     return [

@@ -53,7 +53,9 @@ def test_weights_say_how_often_a_record_is_seen(write_jsonl: Callable[..., str])
 
 @pytest.mark.parametrize("bad", ["a.jsonl*0,b.jsonl", "a.jsonl,,b.jsonl", "a.jsonl*2000"])
 def test_bad_mixtures_are_refused(bad: str) -> None:
-    with pytest.raises(NaloraError, match=r"--data.dataset: expected data sets with weights in \(0, 1000\]"):
+    with pytest.raises(
+        NaloraError, match=r"--data.dataset: expected data sets with weights in \(0, 1000\]"
+    ):
         components(bad)
 
 
@@ -88,7 +90,9 @@ def test_a_mixture_goes_on_where_it_stopped(
     assert next(data(4).batches())["tokens"].tolist() != whole[0]
 
 
-@pytest.mark.parametrize(("size", "count"), [(4, 2), (60, 12), (100, 20), (400, 20), (1_000, 50), (20_000, MOST)])
+@pytest.mark.parametrize(
+    ("size", "count"), [(4, 2), (60, 12), (100, 20), (400, 20), (1_000, 50), (20_000, MOST)]
+)
 def test_one_in_twenty_is_held_out_where_nothing_is_but_20_of_few(size: int, count: int) -> None:
     source = {"train": RecordsSource("mine", records("x", size))}
     train, held = open_pair(DataConfig(), source=source)
@@ -99,18 +103,25 @@ def test_one_in_twenty_is_held_out_where_nothing_is_but_20_of_few(size: int, cou
 
 
 def test_too_few_to_hold_out() -> None:
-    with pytest.raises(NaloraError, match="mine: expected at least 4 records, of which two are held out, found 3"):
+    with pytest.raises(
+        NaloraError, match="mine: expected at least 4 records, of which two are held out, found 3"
+    ):
         open_pair(DataConfig(), source={"train": RecordsSource("mine", records("x", 3))})
 
 
-def test_what_is_held_out_is_said(write_jsonl: Callable[..., str], caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_held_out_is_said(
+    write_jsonl: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
     a, b = write_jsonl(*records("a", 40), name="a.jsonl"), write_jsonl(*records("b", 20), name="b.jsonl")
     with caplog.at_level(logging.INFO, "nalora_jax"):
         check_data(DataConfig(dataset=f"{a}*3,{b}"))
     said = "\n".join(record.getMessage() for record in caplog.records)
     assert "prompt and completion (prompt, completion)" in said
     assert f"{a}[train], 32 of 40 records 96 (86%), {b}[train], 16 of 20 records 16 (14%)" in said
-    assert f"held out, so some records are, by a fixed draw: {a}[train], 8 of 40 records; {b}[train], 4 of" in said
+    assert (
+        f"held out, so some records are, by a fixed draw: {a}[train], 8 of 40 records; {b}[train], 4 of"
+        in said
+    )
 
 
 def test_a_split_of_its_own_is_taken(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -136,8 +147,13 @@ def test_a_registered_source_that_knows_no_splits_is_divided() -> None:
 def test_records_of_a_program(tokenizer: Tokenizer, tmp_path: Path) -> None:
     config, source = given_sources(DataConfig(), data=iter(records("x", 40)), format=None)
     assert config.dataset == NAME
-    assert len(train_data(config, tokenizer, batch_size=2, source=source, cache=tmp_path).store.offsets) - 1 == 32
-    _, split = given_sources(DataConfig(), data={"train": records("x", 9), "validation": records("y", 5)}, format=None)
+    assert (
+        len(train_data(config, tokenizer, batch_size=2, source=source, cache=tmp_path).store.offsets) - 1
+        == 32
+    )
+    _, split = given_sources(
+        DataConfig(), data={"train": records("x", 9), "validation": records("y", 5)}, format=None
+    )
     assert [len(one) for one in open_pair(DataConfig(), source=split)] == [9, 5]
     with pytest.raises(NaloraError, match=r"data\['train'\], record 1: expected a dict, found a str"):
         given_sources(DataConfig(), data=[{}, "x"], format=None)  # type: ignore[list-item]
@@ -157,9 +173,13 @@ def test_a_function_makes_examples(write_jsonl: Callable[..., str]) -> None:
     assert sorted(texts(train) + texts(held)) == sorted(f"q{i}" for i in range(40) if i != 3)
     whole = source["train"]
     assert whole.where(3) == f"{path}:5"  # the line after the one that was left out
-    other = FormattedSource(open_source(config, "train"), lambda record: {"prompt": record["q"], "completion": "x"})
+    other = FormattedSource(
+        open_source(config, "train"), lambda record: {"prompt": record["q"], "completion": "x"}
+    )
     assert other.fingerprint != whole.fingerprint
-    with pytest.raises(NaloraError, match=rf"format, {path}:1: expected an example, found KeyError: 'question'"):
+    with pytest.raises(
+        NaloraError, match=rf"format, {path}:1: expected an example, found KeyError: 'question'"
+    ):
         FormattedSource(open_source(config, "train"), lambda record: record["question"])
     with pytest.raises(NaloraError, match=rf"format, {path}:1: expected a dict, or None, found str"):
         FormattedSource(open_source(config, "train"), lambda record: "text")  # type: ignore[arg-type,return-value]
@@ -189,7 +209,9 @@ def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         assert config == "small"
         return _Dataset(records(split, 40 if split == "train" else 20))
 
-    fake = types.SimpleNamespace(get_dataset_split_names=lambda name, config: ["train", "test"], load_dataset=load)
+    fake = types.SimpleNamespace(
+        get_dataset_split_names=lambda name, config: ["train", "test"], load_dataset=load
+    )
     monkeypatch.setitem(sys.modules, "datasets", fake)
     config = DataConfig(dataset="hf:org/data:small")
     train, held = open_pair(config)
@@ -198,9 +220,12 @@ def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert part.spans == [("train", 20, 40)]
     assert part.read([1])[0]["completion"] == " 1"
     with pytest.raises(
-        NaloraError, match=r"hf:org/none\[train\]: expected a data set that can be loaded from the hub, found"
+        NaloraError,
+        match=r"hf:org/none\[train\]: expected a data set that can be loaded from the hub, found",
     ):
         open_source(DataConfig(dataset="hf:org/none"), "train")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(NaloraError, match="hf:org/data: expected the library datasets, found none; pip install"):
+    with pytest.raises(
+        NaloraError, match="hf:org/data: expected the library datasets, found none; pip install"
+    ):
         open_source(DataConfig(dataset="hf:org/data"), "train")

@@ -39,7 +39,8 @@ def test_the_needle_is_at_its_depth_in_consecutive_sentences(depth):
 
 def test_records_depend_on_length_depth_and_number_alone():
     records = [
-        needle_record(HAYSTACK, *key) for key in ((400, 50, 7), (400, 50, 7), (400, 25, 7), (401, 50, 7), (400, 50, 8))
+        needle_record(HAYSTACK, *key)
+        for key in ((400, 50, 7), (400, 50, 7), (400, 25, 7), (401, 50, 7), (400, 50, 8))
     ]
     assert records[0] == records[1]
     assert len({record["completion"] for record in records}) == 4
@@ -53,14 +54,17 @@ def test_records_depend_on_length_depth_and_number_alone():
 
 @pytest.mark.parametrize("name", ["needle:300", "needle:", "needle:x"])
 def test_lengths_of_the_data_set_are_listed(name):
-    with pytest.raises(NaloraError, match=r"needle:WORDS, with WORDS one of 250, 500, .* 256000, found 'needle:"):
+    with pytest.raises(
+        NaloraError, match=r"needle:WORDS, with WORDS one of 250, 500, .* 256000, found 'needle:"
+    ):
         open_source(DataConfig(dataset=name), "train")
 
 
 @pytest.mark.network
 def test_the_data_set_is_real_text_with_other_passages_held_out(tmp_path):
     train, held = (
-        open_source(DataConfig(dataset="needle:250"), split, cache=tmp_path) for split in ("train", "validation")
+        open_source(DataConfig(dataset="needle:250"), split, cache=tmp_path)
+        for split in ("train", "validation")
     )
     assert (len(train), len(held)) == (needle.SIZES["train"], needle.SIZES["validation"])
     for source in (train, held):

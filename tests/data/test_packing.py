@@ -9,7 +9,9 @@ from nalora_jax.data import packing
 
 cases = st.integers(1, 40).flatmap(
     lambda capacity: st.tuples(
-        st.lists(st.integers(1, capacity), min_size=1, max_size=60), st.just(capacity), st.integers(0, 2**32)
+        st.lists(st.integers(1, capacity), min_size=1, max_size=60),
+        st.just(capacity),
+        st.integers(0, 2**32),
     )
 )
 

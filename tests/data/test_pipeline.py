@@ -20,7 +20,8 @@ COUNT = 37
 @pytest.fixture
 def config(write_jsonl) -> DataConfig:
     records = [
-        {"prompt": f"Question: {'which way ' * (n % 7)}{n}?\nAnswer:", "completion": f" up {n}"} for n in range(COUNT)
+        {"prompt": f"Question: {'which way ' * (n % 7)}{n}?\nAnswer:", "completion": f" up {n}"}
+        for n in range(COUNT)
     ]
     return DataConfig(eval_split="unread", dataset=write_jsonl(*records), max_length=64)
 
@@ -66,7 +67,10 @@ def answers_of(batches, tokenizer):
     texts = []
     for batch in batches:
         for targets, weights, segments in zip(
-            *(batch[name].reshape(-1, batch[name].shape[-1]) for name in ("targets", "loss_weights", "segment_ids")),
+            *(
+                batch[name].reshape(-1, batch[name].shape[-1])
+                for name in ("targets", "loss_weights", "segment_ids")
+            ),
             strict=True,
         ):
             for segment in range(1, segments.max() + 1):
@@ -82,7 +86,9 @@ def test_an_epoch_holds_every_example_once(open_data, config, tokenizer, pack):
     expected = sorted(f" up {n}<|im_end|>" for n in range(COUNT))
     for epoch in (batches[: data.rows_per_epoch], batches[data.rows_per_epoch :]):
         assert sorted(answers_of(epoch, tokenizer)) == expected
-    first, second = (answers_of(batches[part], tokenizer) for part in (slice(0, 5), slice(data.rows_per_epoch, None)))
+    first, second = (
+        answers_of(batches[part], tokenizer) for part in (slice(0, 5), slice(data.rows_per_epoch, None))
+    )
     assert first != second[: len(first)]
     assert data.describe()["rows_per_epoch"] == (COUNT if not pack else data.rows_per_epoch) <= COUNT
     assert data.describe()["targets"] == sum(int(batch["loss_weights"].sum()) for batch in batches) // 2
@@ -131,7 +137,9 @@ def test_another_batch_size_continues_the_same_rows(open_data, config):
     small, _ = take(open_data(config, batch_size=2), 4, state)
     large, _ = take(open_data(config, batch_size=4), 2, state)
     for name in large[0]:
-        np.testing.assert_array_equal(*(np.concatenate([b[name][0] for b in side]) for side in (small, large)))
+        np.testing.assert_array_equal(
+            *(np.concatenate([b[name][0] for b in side]) for side in (small, large))
+        )
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"max_length": 48}, {"train_limit": 9}, {"pack": False}])
@@ -144,7 +152,9 @@ def test_position_of_other_data_is_refused(open_data, config, change):
 
 
 def test_rows_that_micro_batches_do_not_divide(open_data, config):
-    with pytest.raises(NaloraError, match=r"--train.batch-size: expected a multiple of the 3 micro-batches, found 8"):
+    with pytest.raises(
+        NaloraError, match=r"--train.batch-size: expected a multiple of the 3 micro-batches, found 8"
+    ):
         open_data(config, batch_size=8, accumulate=3)
 
 
@@ -159,7 +169,9 @@ def test_limit_takes_the_first_of_the_shuffle(open_data, config):
 
 def test_too_long(open_data, write_jsonl, tokenizer, caplog):
     long = {"prompt": "up " * 60, "completion": " Paris"}
-    path = write_jsonl({"prompt": "up", "completion": " Paris"}, long, {"prompt": "down", "completion": " Paris"})
+    path = write_jsonl(
+        {"prompt": "up", "completion": " Paris"}, long, {"prompt": "down", "completion": " Paris"}
+    )
     base = DataConfig(eval_split="unread", dataset=path, max_length=10)
     size = len(tokenizer.encode(long["prompt"])) + len(tokenizer.encode(" Paris")) + 1
     with pytest.raises(
@@ -186,8 +198,12 @@ def test_long_records_are_refused_before_all_are_tokenized(open_data, write_json
     path = write_jsonl(*({"prompt": "sky " * 40 * (n % 3 > 0), "completion": " blue"} for n in range(3000)))
     sizes = []
     tokenize = store.tokenize
-    monkeypatch.setattr(store, "tokenize", lambda texts, *more: sizes.append(len(texts)) or tokenize(texts, *more))
-    with pytest.raises(NaloraError, match=r"of 1000 records drawn from 3000 \(6\d%\), longer than .* 8; .* keeps all"):
+    monkeypatch.setattr(
+        store, "tokenize", lambda texts, *more: sizes.append(len(texts)) or tokenize(texts, *more)
+    )
+    with pytest.raises(
+        NaloraError, match=r"of 1000 records drawn from 3000 \(6\d%\), longer than .* 8; .* keeps all"
+    ):
         open_data(DataConfig(eval_split="unread", dataset=path, max_length=8))
     with pytest.raises(NaloraError, match=r"jsonl:\d+: expected at most --data.max-length 8 tokens"):
         open_data(DataConfig(eval_split="unread", dataset=path, max_length=8, too_long="error"))
@@ -198,7 +214,9 @@ def test_example_exactly_as_long_as_a_row(open_data, write_jsonl, tokenizer):
     record = {"prompt": "up up up", "completion": " Paris"}
     size = len(tokenizer.encode(record["prompt"])) + len(tokenizer.encode(record["completion"])) + 1
     path = write_jsonl(record)
-    data = open_data(DataConfig(eval_split="unread", dataset=path, max_length=size - 1, too_long="error"), batch_size=1)
+    data = open_data(
+        DataConfig(eval_split="unread", dataset=path, max_length=size - 1, too_long="error"), batch_size=1
+    )
     assert data.describe()["filling"] == 1.0
     with pytest.raises(NaloraError):
         open_data(DataConfig(eval_split="unread", dataset=path, max_length=size - 2, too_long="error"))
@@ -209,10 +227,13 @@ def test_record_without_a_token_to_learn(open_data, write_jsonl, tokenizer):
     path = write_jsonl({"prompt": "a", "completion": "b"}, {"messages": talk})
     with pytest.raises(NaloraError, match=r"data.jsonl:2: expected an assistant's turn"):
         open_data(DataConfig(eval_split="unread", dataset=path))
-    with pytest.raises(NaloraError, match=r"eos.jsonl:1: expected a token to learn, found none in 1 tokens"):
+    with pytest.raises(
+        NaloraError, match=r"eos.jsonl:1: expected a token to learn, found none in 1 tokens"
+    ):
         open_data(
             DataConfig(
-                eval_split="unread", dataset=write_jsonl({"prompt": "", "completion": "<|im_end|>"}, name="eos.jsonl")
+                eval_split="unread",
+                dataset=write_jsonl({"prompt": "", "completion": "<|im_end|>"}, name="eos.jsonl"),
             )
         )
 
@@ -249,7 +270,9 @@ def test_a_cache_that_something_wrote_over_is_made_again(open_data, config, tmp_
     (folder / name).write_bytes(content)
     caplog.set_level(logging.WARNING)
     again = open_data(config).store
-    said = "" if name == "digests.json" else f"{name} is"  # which digest was hit, and which file it is of, is chance
+    said = (
+        "" if name == "digests.json" else f"{name} is"
+    )  # which digest was hit, and which file it is of, is chance
     assert f"the cached tokens in {folder} are damaged ({said}" in caplog.text
     np.testing.assert_array_equal(again.tokens, tokens)
     assert again.fingerprint == fingerprint
@@ -280,10 +303,16 @@ def test_full_disk(open_data, config, tmp_path, monkeypatch):
 def test_loss_on_every_turn_reaches_the_batch(open_data, write_jsonl, tokenizer):
     turns = [
         {"role": role, "content": text}
-        for role, text in [("user", "up"), ("assistant", "the sky"), ("user", "more"), ("assistant", "green hills")]
+        for role, text in [
+            ("user", "up"),
+            ("assistant", "the sky"),
+            ("user", "more"),
+            ("assistant", "green hills"),
+        ]
     ]
     data = open_data(
-        DataConfig(eval_split="unread", dataset=write_jsonl({"messages": turns}), loss_on="assistant"), batch_size=1
+        DataConfig(eval_split="unread", dataset=write_jsonl({"messages": turns}), loss_on="assistant"),
+        batch_size=1,
     )
     assert answers_of(take(data, 1)[0], tokenizer) == ["the sky<|im_end|>green hills<|im_end|>"]
 
@@ -294,20 +323,24 @@ def test_the_length_that_keeps_all_is_named_every_time(open_data, write_jsonl, t
     for _ in range(2):  # the second time from the cache
         caplog.clear()
         assert (
-            open_data(DataConfig(eval_split="unread", dataset=path, max_length=8), batch_size=1).describe()["dropped"]
+            open_data(DataConfig(eval_split="unread", dataset=path, max_length=8), batch_size=1).describe()[
+                "dropped"
+            ]
             == 1
         )
         (message,) = [record.message for record in caplog.records if "left out" in record.message]
         assert "1 of 4 records (25%)" in message
     enough = int(re.search(r"--data.max-length (\d+) keeps all", message)[1])
     assert (
-        open_data(DataConfig(eval_split="unread", dataset=path, max_length=enough), batch_size=1).describe()["dropped"]
+        open_data(
+            DataConfig(eval_split="unread", dataset=path, max_length=enough), batch_size=1
+        ).describe()["dropped"]
         == 0
     )
     assert (
-        open_data(DataConfig(eval_split="unread", dataset=path, max_length=enough - 1), batch_size=1).describe()[
-            "dropped"
-        ]
+        open_data(
+            DataConfig(eval_split="unread", dataset=path, max_length=enough - 1), batch_size=1
+        ).describe()["dropped"]
         == 1
     )
 
@@ -320,5 +353,8 @@ def test_more_than_half_dropped_is_an_error(open_data, write_jsonl):
         open_data(DataConfig(eval_split="unread", dataset=write_jsonl(*texts), max_length=8), batch_size=1)
     half = write_jsonl(*texts[:4], name="half.jsonl")
     assert (
-        open_data(DataConfig(eval_split="unread", dataset=half, max_length=8), batch_size=1).describe()["dropped"] == 2
+        open_data(DataConfig(eval_split="unread", dataset=half, max_length=8), batch_size=1).describe()[
+            "dropped"
+        ]
+        == 2
     )

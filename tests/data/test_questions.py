@@ -23,7 +23,9 @@ def choice(n: int) -> dict:
 @pytest.fixture
 def ask(write_jsonl, tokenizer):
     def ask(*records, tokenizer=tokenizer, **options):
-        config = DataConfig(dataset="unused.jsonl", eval_split=write_jsonl(*records, name="eval.jsonl"), **options)
+        config = DataConfig(
+            dataset="unused.jsonl", eval_split=write_jsonl(*records, name="eval.jsonl"), **options
+        )
         return eval_examples(config, tokenizer, split=config.eval_split)
 
     return ask
@@ -70,7 +72,9 @@ def test_what_is_trained_is_what_is_scored(ask, write_jsonl, tokenizer, tmp_path
 
 def test_completions(ask, tokenizer):
     (item,) = ask({"prompt": "Tell me", "completion": " more"})
-    assert item == CompletionItem(tokenizer.encode("Tell me"), tokenizer.encode(" more"), "Tell me", " more")
+    assert item == CompletionItem(
+        tokenizer.encode("Tell me"), tokenizer.encode(" more"), "Tell me", " more"
+    )
 
 
 def test_messages(ask, tokenizer):
@@ -88,7 +92,9 @@ def test_messages(ask, tokenizer):
 def test_draw_depends_on_nothing_but_the_data(ask):
     records = [choice(n) for n in range(50)]
     few = ask(*records, eval_limit=10)
-    assert [item.prompt for item in few] == [item.prompt for item in ask(*records, eval_limit=10, max_length=9)]
+    assert [item.prompt for item in few] == [
+        item.prompt for item in ask(*records, eval_limit=10, max_length=9)
+    ]
     assert [item.prompt for item in few] != [record["prompt"] for record in records[:10]]
     assert len(ask(*records, eval_limit=0)) == 50
     assert len(ask(*records, eval_limit=400)) == 50
@@ -100,7 +106,10 @@ def test_draw_depends_on_nothing_but_the_data(ask):
         ({"gold": 2}, "eval.jsonl:1: gold: expected the index of one of 2 choices, found 2"),
         ({"gold": None}, "gold: expected the index"),
         ({"choices": ["up", ""]}, "choices: expected a list of texts, none empty"),
-        ({"choices": ["up", "\ud800"]}, "eval.jsonl:1: choices: expected Unicode text, found half a character"),
+        (
+            {"choices": ["up", "\ud800"]},
+            "eval.jsonl:1: choices: expected Unicode text, found half a character",
+        ),
         ({"choices": "up"}, "choices: expected a list of texts"),
         ({"choice_prompts": ["a"]}, "choice_prompts: expected 2, one a choice, found 1"),
         ({"choices": [], "completion": " "}, "completion: expected an answer, found an empty text"),
@@ -112,7 +121,9 @@ def test_bad_questions_name_the_field(ask, change, message):
 
 
 def test_template_that_changes_answers(ask, tokenizer):
-    shouting = dataclasses.replace(tokenizer, chat_template=tokenizer.chat_template.replace("nt'] }}", "nt']|upper }}"))
+    shouting = dataclasses.replace(
+        tokenizer, chat_template=tokenizer.chat_template.replace("nt'] }}", "nt']|upper }}")
+    )
     with pytest.raises(NaloraError, match="an answer that the chat template writes as it is"):
         ask(choice(0), chat=True, tokenizer=shouting)
 

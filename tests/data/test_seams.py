@@ -72,7 +72,9 @@ def test_only_the_word_at_a_boundary_is_encoded_twice():
 def test_special_tokens_that_take_their_surroundings_are_no_seams():
     tokenizer = TRAINED["byte-level"]
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-    backend.add_special_tokens([AddedToken("<mask>", lstrip=True), AddedToken("<|im_start|>x", special=True)])
+    backend.add_special_tokens(
+        [AddedToken("<mask>", lstrip=True), AddedToken("<|im_start|>x", special=True)]
+    )
     with_more = dataclasses.replace(tokenizer, backend=backend)
     text = ["<|im_start|>user<mask><|im_end|>"]
     assert seams_of(tokenizer, text) == Seams(("<|im_start|>", "<|im_end|>"), words=True)

@@ -31,7 +31,12 @@ def test_lines_by_index_past_blank_ones(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "found"),
-    [("{broken", "Expecting property name"), ("[1]", "found a list"), ("[" * 100_000, "recursion"), ("\x00", "")],
+    [
+        ("{broken", "Expecting property name"),
+        ("[1]", "found a list"),
+        ("[" * 100_000, "recursion"),
+        ("\x00", ""),
+    ],
 )
 def test_broken_line_is_named(write_jsonl, line, found):
     path = write_jsonl({"prompt": "a", "completion": "b"}, "", line)
@@ -53,17 +58,23 @@ def test_empty_file(tmp_path, text):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(NaloraError, match=r"no.jsonl: expected a readable file of JSON lines, found No such file"):
+    with pytest.raises(
+        NaloraError, match=r"no.jsonl: expected a readable file of JSON lines, found No such file"
+    ):
         open_source(DataConfig(dataset=str(tmp_path / "no.jsonl")), "train")
 
 
 def test_unknown_name_lists_the_tasks():
-    with pytest.raises(NaloraError, match=r"--data.dataset: expected a task.*found 'socialqa'; .*socialiqa_mc"):
+    with pytest.raises(
+        NaloraError, match=r"--data.dataset: expected a task.*found 'socialqa'; .*socialiqa_mc"
+    ):
         open_source(DataConfig(dataset="socialqa"), "train")
 
 
 def test_unknown_split_of_a_task_is_refused_before_any_download():
-    with pytest.raises(NaloraError, match=r"socialiqa, split: expected one of train, validation, .*found 'test'"):
+    with pytest.raises(
+        NaloraError, match=r"socialiqa, split: expected one of train, validation, .*found 'test'"
+    ):
         open_source(DataConfig(dataset="socialiqa"), "test")
 
 

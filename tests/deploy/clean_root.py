@@ -32,7 +32,12 @@ ABSENT = ("gcsfuse", "uv", "gcc")
 def make_root(folder: Path, mirror: str, *, python: bool) -> None:
     """Bootstraps the root file system into ``folder``, unless it is there."""
     if not (folder / "usr" / "bin" / "python3").exists():
-        command = ["debootstrap", "--variant=minbase", "--components=main,universe", f"--include={PACKAGES}"]
+        command = [
+            "debootstrap",
+            "--variant=minbase",
+            "--components=main,universe",
+            f"--include={PACKAGES}",
+        ]
         subprocess.run([*command, "jammy", str(folder), mirror], check=True)
     for place in (sandbox.HOME, sandbox.SHARED):
         (folder / place[1:]).mkdir(parents=True, exist_ok=True)
@@ -45,7 +50,9 @@ def make_root(folder: Path, mirror: str, *, python: bool) -> None:
         for words in (("update",), ("install", "--yes", "--no-install-recommends", "python3.11")):
             subprocess.run(["chroot", folder, "apt-get", "--quiet=2", *words], check=True)
     for name in (*ABSENT, *(() if python else ("python3.11",))):
-        assert subprocess.run(["chroot", folder, "which", name], capture_output=True, check=False).returncode, name
+        assert subprocess.run(
+            ["chroot", folder, "which", name], capture_output=True, check=False
+        ).returncode, name
 
 
 def variables() -> dict[str, str]:
@@ -57,7 +64,9 @@ def variables() -> dict[str, str]:
 
 def main() -> None:
     """Makes the root, and a run in it that is preempted and completed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--mirror", default="http://archive.ubuntu.com/ubuntu")
     parser.add_argument("--python-of-ubuntu", action="store_true")
@@ -83,7 +92,10 @@ def train(cloud: Cloud) -> None:
     began = time.monotonic()
     cloud.pod("create", "pod", *ZONE, "--type", "v6e-8")
     preempted_on_a_slice(cloud, run, [*words, "--steps", "100000"])
-    print(f"preempted after step {last_step(run)}, {time.monotonic() - began:.0f} s after the start", flush=True)
+    print(
+        f"preempted after step {last_step(run)}, {time.monotonic() - began:.0f} s after the start",
+        flush=True,
+    )
     before = last_step(run)
     started = cloud.pod("start", "pod", *ZONE, "--", *words, "--steps", str(before + 3))
     assert started.returncode == 0, started.stderr
@@ -108,7 +120,10 @@ def train(cloud: Cloud) -> None:
             Path(cloud.settings["root"]),
         )
         print(
-            worker, subprocess.run(machine.command(packages), capture_output=True, text=True, check=True).stdout.strip()
+            worker,
+            subprocess.run(
+                machine.command(packages), capture_output=True, text=True, check=True
+            ).stdout.strip(),
         )
 
 

@@ -21,7 +21,12 @@ class Cloud:
     """Runs deploy/tpu_pod.sh on a laptop whose gcloud is tests/deploy/gcloud.py."""
 
     def __init__(
-        self, folder: Path, *, nodes: tuple[str, ...] = ("pod",), program: str = "", root: Path | None = None
+        self,
+        folder: Path,
+        *,
+        nodes: tuple[str, ...] = ("pod",),
+        program: str = "",
+        root: Path | None = None,
     ) -> None:
         self.folder = folder / "cloud"
         self.shared = folder / "shared"
@@ -75,7 +80,12 @@ class Cloud:
         """Runs ``deploy/tpu_pod.sh WORDS`` to its end."""
         command = [str(sandbox.ROOT / "deploy" / "tpu_pod.sh"), *words]
         return subprocess.run(
-            command, env=self.environment() | variables, capture_output=True, text=True, check=False, timeout=1500
+            command,
+            env=self.environment() | variables,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=1500,
         )
 
     def home(self, worker: str) -> Path:

@@ -21,7 +21,11 @@ WORKER = ("--worker", {"default": "0"})
 COMMANDS: dict[tuple[str, str], tuple[tuple[str, dict], ...]] = {
     ("tpu-vm", "ssh"): (ZONE, WORKER, ("--command", {"required": True})),
     ("tpu-vm", "scp"): (ZONE, WORKER, ("destination", {}), ("--recurse", {"action": "store_true"})),
-    ("tpu-vm", "delete"): (ZONE, ("--quiet", {"action": "store_true"}), ("--async", {"action": "store_true"})),
+    ("tpu-vm", "delete"): (
+        ZONE,
+        ("--quiet", {"action": "store_true"}),
+        ("--async", {"action": "store_true"}),
+    ),
     ("queued-resources", "list"): (ZONE,),
     ("queued-resources", "describe"): (ZONE, ("--format", {})),
     ("queued-resources", "delete"): (
@@ -95,7 +99,8 @@ def workers(node: str, which: str) -> list[Machine]:
 def tpu_vm_ssh(args: argparse.Namespace) -> int:
     """Runs a command on workers at the same time; returns the largest exit status."""
     started = [
-        subprocess.Popen(machine.command(["bash", "-c", args.command])) for machine in workers(args.name, args.worker)
+        subprocess.Popen(machine.command(["bash", "-c", args.command]))
+        for machine in workers(args.name, args.worker)
     ]
     return max(process.wait() for process in started)
 
@@ -120,7 +125,9 @@ def queued_resources_create(args: argparse.Namespace) -> int:
     """Makes the nodes of a queued resource at once."""
     assert (args.node_id is None) != (args.node_count is None)
     assert (args.node_prefix is None) == (args.node_count is None)
-    nodes = [args.node_id] if args.node_id else [f"{args.node_prefix}-{i}" for i in range(int(args.node_count))]
+    nodes = (
+        [args.node_id] if args.node_id else [f"{args.node_prefix}-{i}" for i in range(int(args.node_count))]
+    )
     (cloud() / f"{args.name}.queue").write_text(json.dumps(nodes))
     for node in nodes:
         (cloud() / f"{node}.node").touch()

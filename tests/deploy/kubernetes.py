@@ -32,11 +32,25 @@ ACTIONS = {
 }
 FIELDS = {
     "spec": {
-        *("replicatedJobs", "network", "successPolicy", "failurePolicy", "startupPolicy", "suspend", "coordinator"),
+        *(
+            "replicatedJobs",
+            "network",
+            "successPolicy",
+            "failurePolicy",
+            "startupPolicy",
+            "suspend",
+            "coordinator",
+        ),
         *("managedBy", "ttlSecondsAfterFinished", "volumeClaimPolicies"),
     },
     "failurePolicy": {"maxRestarts", "restartStrategy", "rules"},
-    "rule": {"name", "action", "onJobFailureReasons", "onJobFailureMessagePatterns", "targetReplicatedJobs"},
+    "rule": {
+        "name",
+        "action",
+        "onJobFailureReasons",
+        "onJobFailureMessagePatterns",
+        "targetReplicatedJobs",
+    },
     "replicatedJob": {"name", "groupName", "template", "replicas", "dependsOn"},
     "podFailurePolicy": {"rules"},
     "podRule": {"action", "onExitCodes", "onPodConditions"},
@@ -91,7 +105,9 @@ def job_violations(name: str, replicated: dict[str, Any]) -> Iterator[str]:
             yield f"podFailurePolicy: no container {codes['containerName']}"
 
 
-def run(resource: dict[str, Any], start: Callable[[int, int, list[str]], subprocess.Popen]) -> tuple[str, int]:
+def run(
+    resource: dict[str, Any], start: Callable[[int, int, list[str]], subprocess.Popen]
+) -> tuple[str, int]:
     """Runs a JobSet to its end.
 
     Args:
@@ -106,7 +122,9 @@ def run(resource: dict[str, Any], start: Callable[[int, int, list[str]], subproc
         reason = attempt(resource["spec"]["replicatedJobs"], start)
         if reason is None:
             return "Completed", restarts
-        actions = [rule["action"] for rule in policy.get("rules", []) if reason in rule["onJobFailureReasons"]]
+        actions = [
+            rule["action"] for rule in policy.get("rules", []) if reason in rule["onJobFailureReasons"]
+        ]
         action = actions[0] if actions else "RestartJobSet"
         assert action in ("FailJobSet", "RestartJobSet")
         if action == "FailJobSet" or restarts == policy["maxRestarts"]:
@@ -114,7 +132,9 @@ def run(resource: dict[str, Any], start: Callable[[int, int, list[str]], subproc
         restarts += 1
 
 
-def attempt(jobs: list[dict[str, Any]], start: Callable[[int, int, list[str]], subprocess.Popen]) -> str | None:
+def attempt(
+    jobs: list[dict[str, Any]], start: Callable[[int, int, list[str]], subprocess.Popen]
+) -> str | None:
     """Runs all pods once; returns the reason of the first job that fails, None if all complete."""
     pods: dict[subprocess.Popen, dict[str, Any]] = {}
     for replicated in jobs:

@@ -65,7 +65,9 @@ def install_into(commands: Path, requirements: list[str]) -> None:
     assert set(extras) <= set(project["optional-dependencies"]), extras
     accelerator = re.fullmatch(r"jax\[(\w+)\]==0\.(\d+)\.\d+", pinned)
     assert accelerator, pinned
-    assert any(line.startswith(f"jax[{accelerator[1]}]") for line in project["optional-dependencies"][extras[0]])
+    assert any(
+        line.startswith(f"jax[{accelerator[1]}]") for line in project["optional-dependencies"][extras[0]]
+    )
     assert (Path(target[1]) / project["readme"]).exists()
     program = os.environ.get("NALORA_PROGRAM") or NALORA.format(python=sys.executable, source=target[1])
     (commands / "nalora").write_text(program)

@@ -19,7 +19,21 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # Commands of the TPU VM image (Ubuntu 22.04) that deploy/ uses. Neither python3.11 nor gcsfuse is among them.
 IMAGE = (
-    *("bash", "cat", "cp", "cut", "date", "dirname", "env", "grep", "gzip", "hostname", "mkdir", "nohup", "rm"),
+    *(
+        "bash",
+        "cat",
+        "cp",
+        "cut",
+        "date",
+        "dirname",
+        "env",
+        "grep",
+        "gzip",
+        "hostname",
+        "mkdir",
+        "nohup",
+        "rm",
+    ),
     *("sed", "setsid", "sha256sum", "sleep", "tail", "tar"),
 )
 # A clean root: the home and the shared folder in it, the path of a login shell, and what the network needs of the host.
@@ -33,7 +47,12 @@ def has_bubblewrap() -> bool:
     """Returns True if bubblewrap is installed and may make a namespace."""
     if shutil.which("bwrap") is None:
         return False
-    return subprocess.run(["bwrap", "--ro-bind", "/", "/", "true"], capture_output=True, check=False).returncode == 0
+    return (
+        subprocess.run(
+            ["bwrap", "--ro-bind", "/", "/", "true"], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,9 @@ class Machine:
         return ["bwrap", *binds, "--ro-bind", str(ROOT), str(ROOT), *inner]
 
     def _in_root(self, root: Path, words: Sequence[str]) -> list[str]:
-        variables = {"HOME": HOME, "USER": "me", "PATH": ROOT_PATH, "LANG": "C.UTF-8"} | dict(self.variables)
+        variables = {"HOME": HOME, "USER": "me", "PATH": ROOT_PATH, "LANG": "C.UTF-8"} | dict(
+            self.variables
+        )
         binds = ["--ro-bind", str(root), "/", "--dev-bind", "/dev", "/dev", "--ro-bind", "/proc", "/proc"]
         binds += ["--tmpfs", "/tmp", "--bind", str(self.home), HOME, "--bind", str(self.shared), SHARED]
         for path in NETWORK:

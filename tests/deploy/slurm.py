@@ -53,7 +53,9 @@ def sbatch(*words: str) -> int:
     variables = {"SLURM_NTASKS": str(tasks), "SLURM_NTASKS_PER_NODE": str(gpus)}
     for _ in range(again + 1):
         requeued.unlink(missing_ok=True)
-        status = subprocess.run(["bash", script, *arguments], env=os.environ | variables, check=False).returncode
+        status = subprocess.run(
+            ["bash", script, *arguments], env=os.environ | variables, check=False
+        ).returncode
         if not requeued.exists():
             break
     return status
@@ -64,7 +66,11 @@ def srun(option: str, *words: str) -> int:
     assert option == "--kill-on-bad-exit=0"
     node, count = json.loads(os.environ["NODE"]), int(os.environ["SLURM_NTASKS"])
     shared = {name: os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_NTASKS")}
-    shared |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": str(count), "SLURM_STEP_NUM_NODES": "1"}
+    shared |= {
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_TASKS": str(count),
+        "SLURM_STEP_NUM_NODES": "1",
+    }
     tasks = []
     for index in range(count):
         variables = node["variables"] | shared | {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)}

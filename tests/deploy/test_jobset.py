@@ -34,7 +34,20 @@ def test_a_jobset_is_accepted(name: str) -> None:
         (("failurePolicy", "maxRestart"), 3),
         (("failurePolicy", "rules", 0, "name"), "usage-error"),
         (("failurePolicy", "rules", 0, "onJobFailureReasons"), ["PodFailure"]),
-        (("replicatedJobs", 0, "template", "spec", "podFailurePolicy", "rules", 0, "onExitCodes", "values"), [0, 2]),
+        (
+            (
+                "replicatedJobs",
+                0,
+                "template",
+                "spec",
+                "podFailurePolicy",
+                "rules",
+                0,
+                "onExitCodes",
+                "values",
+            ),
+            [0, 2],
+        ),
         (("replicatedJobs", 0, "template", "spec", "template", "spec", "restartPolicy"), "OnFailure"),
     ],
 )
@@ -78,7 +91,9 @@ def test_hosts_chips_and_flags_agree(name: str) -> None:
         ([143] * 60, ("Failed", 50)),
     ],
 )
-def test_a_usage_error_fails_at_once_and_a_lost_host_restarts(statuses: list[int], outcome: tuple[str, int]) -> None:
+def test_a_usage_error_fails_at_once_and_a_lost_host_restarts(
+    statuses: list[int], outcome: tuple[str, int]
+) -> None:
     resource, begun = copy.deepcopy(load("jobset.yaml")), iter(statuses)
     resource["spec"]["replicatedJobs"][0]["template"]["spec"]["completions"] = 1
     assert kubernetes.run(resource, lambda job, index, args: Ended(next(begun))) == outcome  # type: ignore[arg-type, return-value]

@@ -36,7 +36,9 @@ def commands(path: Path) -> str:
 
 def one_by_one(text: str) -> list[list[str]]:
     """Returns the words of each command of a text."""
-    return [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+    return [
+        shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines() if line.strip()
+    ]
 
 
 def check_train(words: list[str]) -> None:
@@ -47,7 +49,9 @@ def check_train(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("page", [PAGE, README], ids=["page", "readme"])
-def test_the_commands_run_in_their_order_and_leave_no_slice_behind(page: Path, make_cloud, tmp_path: Path) -> None:
+def test_the_commands_run_in_their_order_and_leave_no_slice_behind(
+    page: Path, make_cloud, tmp_path: Path
+) -> None:
     cloud = make_cloud("my-slice", "pair-0", "pair-1", program=NALORA)
     for worker in cloud.settings["workers"].values():
         worker["NALORA_DELETE_AFTER"] = "60"  # the slice serves the rest of the page
@@ -56,7 +60,12 @@ def test_the_commands_run_in_their_order_and_leave_no_slice_behind(page: Path, m
         sandbox.write_program(cloud.laptop / name, "tools")
     script = f"set -euo pipefail\n{commands(page)}"
     done = subprocess.run(
-        ["bash", "-c", script], cwd=sandbox.ROOT, env=cloud.environment(), capture_output=True, text=True, check=False
+        ["bash", "-c", script],
+        cwd=sandbox.ROOT,
+        env=cloud.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert not list(cloud.folder.glob("*.node"))
@@ -95,7 +104,9 @@ def test_the_commands_of_the_readme_are_those_of_the_page() -> None:
 
 
 def test_the_table_of_types_has_topologies_that_plan_knows_and_prices_by_chip() -> None:
-    rows = re.findall(r"^\| `(\S+)` \| (\d+) (\w+) \| (\d+) \| `(\S+)` \| ([\d.]+) \|$", PAGE.read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\S+)` \| (\d+) (\w+) \| (\d+) \| `(\S+)` \| ([\d.]+) \|$", PAGE.read_text(), re.MULTILINE
+    )
     assert len(rows) == 8
     for name, chips, kind, hosts, shape, price in rows:
         assert topology(shape).size == int(chips), name

@@ -46,7 +46,10 @@ def test_create_asks_for_a_queued_resource_and_names_the_runtime_of_the_type(mak
     (call,) = cloud.record.calls("gcloud")
     assert call[3:6] == ["queued-resources", "create", "pod"]
     options = " ".join(call)
-    assert "--node-id pod --accelerator-type v5litepod-16 --runtime-version v2-alpha-tpuv5-lite --spot" in options
+    assert (
+        "--node-id pod --accelerator-type v5litepod-16 --runtime-version v2-alpha-tpuv5-lite --spot"
+        in options
+    )
     assert cloud.pod("create", "pod", *ZONE, "--type", "v3-8").returncode == 2
     assert cloud.pod("create", "pod", "--type", "v6e-8").returncode == 2
 
@@ -67,7 +70,10 @@ def test_a_run_starts_detached_with_a_private_token_and_stops_with_its_status(ma
         assert not cloud.home(worker).joinpath("nalora-launch", "hf_token").exists()  # read, then removed
     assert "hf_secret" not in cloud.record.path.read_text()  # in no argument of gcloud
     assert not list(cloud.laptop.glob("tmp*"))
-    assert "train --output gs://bucket/run --model a model --resume auto" in cloud.pod("logs", "pod", *ZONE).stdout
+    assert (
+        "train --output gs://bucket/run --model a model --resume auto"
+        in cloud.pod("logs", "pod", *ZONE).stdout
+    )
     with (cloud.home("pod-0") / "nalora-launch" / "worker.sh").open("a") as script:
         script.write("fi (\n")  # a next start replaces the file while this run's shell still reads it
     stopped = cloud.pod("stop", "pod", *ZONE)

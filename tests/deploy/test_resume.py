@@ -104,7 +104,12 @@ def preempted_under_slurm(cloud: Cloud, run: Path, words: list[str], folder: Pat
     for name in ("sbatch", "srun", "scontrol"):
         sandbox.write_program(commands / name, "slurm")
     home, settings, variables = environment_of(cloud)
-    node = {"home": str(home), "shared": settings["shared"], "commands": settings["commands"], "variables": variables}
+    node = {
+        "home": str(home),
+        "shared": settings["shared"],
+        "commands": settings["commands"],
+        "variables": variables,
+    }
     environment = {
         "PATH": f"{commands}:/usr/bin:/bin",
         "NALORA_ENV": str(home / "nalora-env"),

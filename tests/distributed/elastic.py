@@ -30,7 +30,9 @@ def advance(config: RunConfig, steps: int, devices: int | None = None) -> list[R
     assembly = assemble(config, loaded.config, loaded.params, mesh)
     size = config.train.batch_size
     rows = distributed.process_rows(mesh, size).tolist()
-    batches = train_data(config.data, loaded.tokenizer, batch_size=size, seed=config.seed, rows=rows).batches()
+    batches = train_data(
+        config.data, loaded.tokenizer, batch_size=size, seed=config.seed, rows=rows
+    ).batches()
     folder = Path(config.output) / "checkpoints"
     done: list[Record] = []
     with Checkpointer(folder, fingerprint=loaded.fingerprint, config=config.to_dict()) as checkpoints:

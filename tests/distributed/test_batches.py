@@ -56,7 +56,9 @@ def test_rows_go_to_their_devices_in_any_order_of_devices(accumulate):
     batch = {"tokens": np.random.default_rng(0).integers(0, 99, (*lead, 8, 6))}
     placed = distributed.make_global_batch(batch, mesh, rows_axis=len(lead))["tokens"]
     np.testing.assert_array_equal(placed, batch["tokens"])
-    expected = jax.device_put(batch["tokens"], NamedSharding(mesh, P(*[None] * len(lead), ("data", "fsdp"))))
+    expected = jax.device_put(
+        batch["tokens"], NamedSharding(mesh, P(*[None] * len(lead), ("data", "fsdp")))
+    )
     for one, other in zip(placed.addressable_shards, expected.addressable_shards, strict=True):
         assert one.device == other.device
         np.testing.assert_array_equal(one.data, other.data)

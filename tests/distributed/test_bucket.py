@@ -61,12 +61,18 @@ def test_two_processes_write_one_run_into_a_bucket_and_go_on_from_it(two_process
     with emulator(tmp_path) as (held, address):
         cache = tiny.new_cache(tmp_path / "cache")
         finished = two_processes(["-c", WORKER], devices=2, NALORA_CACHE=cache, **variables(address))
-    for (status, out, error), said in zip(finished, ("found gs://bucket/run, which holds", "process 0"), strict=True):
+    for (status, out, error), said in zip(
+        finished, ("found gs://bucket/run, which holds", "process 0"), strict=True
+    ):
         assert status == 0, error
         assert "DONE" in out
         assert said in out
     names = {name.removeprefix("run/") for name in held.objects["bucket"]}
-    assert {"adapter/weights", "checkpoints/2/commit_success.txt", "checkpoints/2/state/digests.json"} <= names
+    assert {
+        "adapter/weights",
+        "checkpoints/2/commit_success.txt",
+        "checkpoints/2/state/digests.json",
+    } <= names
     assert {f"checkpoints/2/state/ocdbt.process_{i}/manifest.ocdbt" for i in (0, 1)} <= names
     # One checkpoint is kept, and neither locks nor marks are left.
     assert not [name for name in names if name.startswith(("checkpoints/1/", ".", "remote.lock"))]
@@ -84,9 +90,13 @@ def test_two_processes_train_a_model_from_a_bucket_on_data_from_a_bucket(tmp_pat
             put(address, name, path.read_bytes())
         command = ["-m", "nalora_jax", "train", "--config", str(settings)]
         cache = tiny.new_cache(tmp_path / "cache")
-        for status, _, error in tiny.finish(tiny.start(command, count=2, NALORA_CACHE=cache, **variables(address))):
+        for status, _, error in tiny.finish(
+            tiny.start(command, count=2, NALORA_CACHE=cache, **variables(address))
+        ):
             assert status == 0, error
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert not list((tmp_path / "cache" / "buckets").rglob("*.safetensors"))
-    traces = {path.name for path in (tmp_path / "run" / "profile" / "plugins" / "profile" / "steps_2-2").iterdir()}
+    traces = {
+        path.name for path in (tmp_path / "run" / "profile" / "plugins" / "profile" / "steps_2-2").iterdir()
+    }
     assert traces == {"process_0.xplane.pb", "process_1.xplane.pb"}

@@ -10,7 +10,10 @@ import pytest
 
 from nalora_jax.distributed import compiler_options
 
-FUSED, OFFLOADED = "xla_tpu_enable_async_collective_fusion", "xla_tpu_enable_sparse_core_collective_offload_all_gather"
+FUSED, OFFLOADED = (
+    "xla_tpu_enable_async_collective_fusion",
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather",
+)
 
 
 def mesh(platform: str, kind: str, fsdp: int) -> SimpleNamespace:

@@ -62,7 +62,13 @@ RAWS: dict[str, dict[str, Any]] = {
     "dense": {**RAW, "model_type": "llama"},
     "windows and soft caps": {**RAW, "model_type": "gemma2", **WINDOWS},
     "windows in every layer": {**RAW, "model_type": "mistral", "sliding_window": 4},
-    "sinks and experts": {**RAW, "model_type": "gpt_oss", **WINDOWS, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "sinks and experts": {
+        **RAW,
+        "model_type": "gpt_oss",
+        **WINDOWS,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "delta rule": {**RAW, **DELTA_NET},
     "short convolution": {**RAW, "model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
 }
@@ -136,7 +142,9 @@ def trained(
         if name == "preference":  # the first two segments
             flat["pairs"] = np.tile(np.float32([1, 0]), (ROWS, 1))
         batch = {k: v.reshape(accumulate, v.shape[0] // accumulate, *v.shape[1:]) for k, v in flat.items()}
-        state, metrics = assembly.step(params, state, distributed.make_global_batch(batch, assembly.mesh, rows_axis=1))
+        state, metrics = assembly.step(
+            params, state, distributed.make_global_batch(batch, assembly.mesh, rows_axis=1)
+        )
         history.append(jax.device_get(metrics))
     return jax.device_get(state), history
 
@@ -155,7 +163,9 @@ def assert_equal_runs(spread: tuple[Any, list[Any]], single: tuple[Any, list[Any
         error = np.max(np.abs(trees.flatten(state.lora)[path] - leaf))
         assert error <= 1e-3 * np.max(np.abs(leaf)), (path, error)
     for path, leaf in trees.flatten(expected.gate).items():
-        np.testing.assert_allclose(trees.flatten(state.gate)[path], leaf, rtol=2e-4, atol=1e-6, err_msg=path)
+        np.testing.assert_allclose(
+            trees.flatten(state.gate)[path], leaf, rtol=2e-4, atol=1e-6, err_msg=path
+        )
 
 
 ALONE, WITH_FSDP, WITH_TENSOR = MeshConfig(1, 1, 1, 8), MeshConfig(1, 2, 1, 4), MeshConfig(2, 1, 2, 2)
@@ -171,7 +181,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "mesh"), CASES)
-def test_split_rows_train_as_whole_rows(name: str, mesh: MeshConfig, capfd: pytest.CaptureFixture[str]) -> None:
+def test_split_rows_train_as_whole_rows(
+    name: str, mesh: MeshConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
     spread = trained(name, mesh)
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
     assert_equal_runs(spread, on_one_device(name))
@@ -193,7 +205,10 @@ def test_layers_of_split_rows_exchange_keys_and_values_only() -> None:
     collectives = [line for line in text.splitlines() if re.search(rf" ({names})(-start)?\(", line)]
     of_layers = [line for line in collectives if "_through_layers" in line]
     of_rows = [line for line in of_layers if "shard_map" in line]
-    counts = [sum(f"shard_map/{name}" in line for line in of_rows) for name in ("all_gather", "transpose()/reduce_")]
+    counts = [
+        sum(f"shard_map/{name}" in line for line in of_rows)
+        for name in ("all_gather", "transpose()/reduce_")
+    ]
     assert counts == [4, 2]
     assert len(of_rows) == 6
     of_tokens = rf"f32\[({ROWS}|{ROWS * 8}),{SEQ // 8},"  # activations, local or of all shards
@@ -207,8 +222,13 @@ def test_layers_of_split_rows_exchange_keys_and_values_only() -> None:
         ({}, replace(ALONE, context=7), "--mesh.context.*at most 6 for rows of 12 tokens.*found 7"),
     ],
 )
-def test_models_and_rows_that_cannot_be_split_are_refused(raw: dict[str, Any], mesh: MeshConfig, message: str) -> None:
-    base, made = ModelConfig.from_hf(RAWS["dense"] | raw), distributed.make_mesh(mesh, jax.devices()[: mesh.context])
+def test_models_and_rows_that_cannot_be_split_are_refused(
+    raw: dict[str, Any], mesh: MeshConfig, message: str
+) -> None:
+    base, made = (
+        ModelConfig.from_hf(RAWS["dense"] | raw),
+        distributed.make_mesh(mesh, jax.devices()[: mesh.context]),
+    )
     config = replace(CONFIG, data=replace(CONFIG.data, max_length=12))
     with pytest.raises(NaloraError, match=message):
         check_context(config, base, made)
@@ -225,7 +245,9 @@ def test_rows_that_the_axis_does_not_divide_are_padded(caplog: pytest.LogCapture
     made = distributed.make_mesh(ALONE)
     with caplog.at_level("INFO", logger="nalora_jax"):
         check_context(
-            replace(CONFIG, data=replace(CONFIG.data, max_length=100)), ModelConfig.from_hf(RAWS["dense"]), made
+            replace(CONFIG, data=replace(CONFIG.data, max_length=100)),
+            ModelConfig.from_hf(RAWS["dense"]),
+            made,
         )
     assert "rows of 100 tokens are padded to 112" in caplog.text
 
@@ -233,13 +255,18 @@ def test_rows_that_the_axis_does_not_divide_are_padded(caplog: pytest.LogCapture
 def test_held_out_losses_of_split_rows_are_those_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split_rows, "_LEAST_BLOCK", 4)
     base, results = ModelConfig.from_hf(RAWS["dense"]), []
-    params, items = init_params(base, jax.random.key(1)), [CompletionItem([5, 6, 7], list(range(8, 68)), "", "")] * 2
+    params, items = (
+        init_params(base, jax.random.key(1)),
+        [CompletionItem([5, 6, 7], list(range(8, 68)), "", "")] * 2,
+    )
     for mesh in (None, distributed.make_mesh(ALONE)):
         placed = params
         if mesh is not None:
             placed = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
         packed = perplexity(Decoder(base), {"params": placed}, [batch_of(0)], mesh=mesh)
-        results.append((packed.loss, completion_loss(Decoder(base), {"params": placed}, items, mesh=mesh).loss))
+        results.append(
+            (packed.loss, completion_loss(Decoder(base), {"params": placed}, items, mesh=mesh).loss)
+        )
     np.testing.assert_allclose(results[1], results[0], rtol=1e-6)
 
 
@@ -264,8 +291,16 @@ def test_two_processes_that_share_every_row_run_like_one(
     finished: RunConfig, tmp_path: Path, two_processes: Any
 ) -> None:
     config = replace(finished, output=str(tmp_path / "run"), mesh=MeshConfig(1, 1, 1, 2))
-    command = ["-m", "nalora_jax", "train", "--config", str(tiny.write_settings(config, tmp_path / "settings.py"))]
-    (first, _, error), (second, _, _) = two_processes(command, devices=1, JAX_DEFAULT_MATMUL_PRECISION="highest")
+    command = [
+        "-m",
+        "nalora_jax",
+        "train",
+        "--config",
+        str(tiny.write_settings(config, tmp_path / "settings.py")),
+    ]
+    (first, _, error), (second, _, _) = two_processes(
+        command, devices=1, JAX_DEFAULT_MATMUL_PRECISION="highest"
+    )
     assert (first, second) == (0, 0), error
     assert_same_losses(config, finished)
 

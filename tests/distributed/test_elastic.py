@@ -16,7 +16,9 @@ from tests.distributed.elastic import Record, advance
 
 def in_processes(count: int, folder: Path, steps: int) -> list[Record]:
     started = tiny.start(
-        ["-m", "tests.distributed.elastic", str(folder), str(steps)], count=count, JAX_DISABLE_MOST_OPTIMIZATIONS="1"
+        ["-m", "tests.distributed.elastic", str(folder), str(steps)],
+        count=count,
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
     )
     done = []
     for status, out, error in tiny.finish(started):
@@ -42,5 +44,7 @@ def test_a_run_that_moves_between_processes_and_devices_goes_on_as_if_it_had_sta
     np.testing.assert_allclose([loss for *_, loss in moved], [loss for *_, loss in stayed], rtol=2e-4)
 
     other = replace(alone, train=TrainConfig(batch_size=4))
-    with pytest.raises(NaloraError, match=r"train\.batch_size = 8, found train\.batch_size = 4; restore these"):
+    with pytest.raises(
+        NaloraError, match=r"train\.batch_size = 8, found train\.batch_size = 4; restore these"
+    ):
         advance(other, 1, 1)

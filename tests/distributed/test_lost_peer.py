@@ -15,9 +15,8 @@ FATAL = (
     b"F1127 07:11:58.760780   10217 client.h:81] Terminating process because JAX's service detected fatal errors\n"
     b"*** Check failure stack trace: ***\n    @     0x7fa5c1440634  absl::lts_20260107::log_internal::SendToLog()\n"
 )
-OTHER = (
-    b"W1127 07:11:58.760780   10217 cpu_executable.cc:12] slow\nE1127 07:11:58.760780   10217 gpu_timer.cc:82] late\n"
-)
+OTHER = b"W1127 07:11:58.760780   10217 cpu_executable.cc:12] slow\n"
+OTHER += b"E1127 07:11:58.760780   10217 gpu_timer.cc:82] late\n"
 
 
 def passed(text: bytes) -> bytes:

@@ -25,7 +25,12 @@ def struct(*shape):
 def projections(lora: bool, moe: bool = False):
     """Stacked projections of a decoder: weights, or their adapters."""
     attn, kv = HEADS * HEAD_DIM, KV * HEAD_DIM
-    shapes = {"attn/q_proj": (D, attn), "attn/k_proj": (D, kv), "attn/v_proj": (D, kv), "attn/o_proj": (attn, D)}
+    shapes = {
+        "attn/q_proj": (D, attn),
+        "attn/k_proj": (D, kv),
+        "attn/v_proj": (D, kv),
+        "attn/o_proj": (attn, D),
+    }
     shapes |= {"ffn/gate_proj": (D, F), "ffn/up_proj": (D, F), "ffn/down_proj": (F, D)}
     flat = {}
     for name, (inner, outer) in shapes.items():
@@ -42,7 +47,10 @@ def params(moe: bool = False):
     flat = projections(lora=False, moe=moe)
     flat |= {"embed/embedding": struct(V, D), "lm_head/kernel": struct(D, V), "final_norm/scale": struct(D)}
     flat |= {f"layers/{name}/scale": struct(L, D) for name in ("attn_norm", "ffn_norm", "attn_post_norm")}
-    flat |= {"layers/attn/q_norm/scale": struct(L, HEAD_DIM), "layers/attn/q_proj/bias": struct(L, HEADS * HEAD_DIM)}
+    flat |= {
+        "layers/attn/q_norm/scale": struct(L, HEAD_DIM),
+        "layers/attn/q_proj/bias": struct(L, HEADS * HEAD_DIM),
+    }
     if moe:
         flat["layers/ffn/router/kernel"] = struct(L, D, EXPERTS)
     return trees.unflatten(flat)
@@ -53,7 +61,10 @@ def lora(moe: bool = False):
 
 
 def specs(tree, mesh, rules):
-    return {path: sharding.spec for path, sharding in trees.flatten(distributed.shardings(tree, mesh, rules)).items()}
+    return {
+        path: sharding.spec
+        for path, sharding in trees.flatten(distributed.shardings(tree, mesh, rules)).items()
+    }
 
 
 @pytest.fixture(params=[(2, 4, 1), (1, 2, 4), (8, 1, 1)], ids=lambda sizes: "x".join(map(str, sizes)))
@@ -125,15 +136,21 @@ def test_fsdp_splits_experts_by_their_number_if_it_divides_it(mesh):
 
 @pytest.mark.parametrize("moe", [False, True])
 def test_adapters_are_split_like_the_weight_that_they_adapt(mesh, moe):
-    weights = specs(params(), mesh, distributed.PARAM_RULES)  # adapters of experts follow a dense layer's weight
-    between, within = (specs(lora(moe), mesh, rules) for rules in (distributed.STATE_RULES, distributed.STEP_RULES))
+    weights = specs(
+        params(), mesh, distributed.PARAM_RULES
+    )  # adapters of experts follow a dense layer's weight
+    between, within = (
+        specs(lora(moe), mesh, rules) for rules in (distributed.STATE_RULES, distributed.STEP_RULES)
+    )
     for path in projections(lora=False, moe=moe):
         rank = 4 if moe and "/ffn/" in path else 3
         full = [*weights[path], *[None] * (3 - len(weights[path]))]
         axes = {"a": full[-2], "b": full[-1]}
         for name, at in (("a", -2), ("b", -1)):
             adapter = path.replace("kernel", name)
-            step, state = ([*spec[adapter], *[None] * (rank - len(spec[adapter]))] for spec in (within, between))
+            step, state = (
+                [*spec[adapter], *[None] * (rank - len(spec[adapter]))] for spec in (within, between)
+            )
             # Within a step as the weight is over tensor, and whole over fsdp; between steps over what else there is.
             assert step[at] == ("tensor" if axes[name] == "tensor" else None)
             assert state[at] == (("tensor", "fsdp") if axes[name] == "tensor" else axes[name])
@@ -173,7 +190,9 @@ def test_gate_state_follows_the_gates_channels(mesh):
     }
     placed = specs(state, mesh, distributed.STATE_RULES)
     both = ("tensor", "fsdp")
-    assert placed["gate/memory/mask/layers/ffn/slope"] == placed["gate_taps/layers/ffn/delta"] == P(None, both)
+    assert (
+        placed["gate/memory/mask/layers/ffn/slope"] == placed["gate_taps/layers/ffn/delta"] == P(None, both)
+    )
     assert placed["gate/memory/step_scale/layers/ffn/occupancy"] == P(None, None, both)
     assert placed["gate/memory/step_scale/layers/moe/occupancy"] == P(None, None, None, both)
     assert placed["gate_mask/layers/ffn/mask"] == placed["gate_stats/layers/ffn/slope"] == P(None, both)
@@ -201,7 +220,9 @@ def test_a_dimension_that_does_not_divide_is_replicated_alone():
 def test_heads_that_tensor_does_not_divide_are_refused_by_name():
     mesh = distributed.make_mesh(MeshConfig(1, 2, 4))
     distributed.check_heads(mesh, n_heads=8, n_kv_heads=4)
-    with pytest.raises(NaloraError, match=r"--mesh.tensor.*9 query heads and 3 key/value heads.*found 4; use 1 or 3"):
+    with pytest.raises(
+        NaloraError, match=r"--mesh.tensor.*9 query heads and 3 key/value heads.*found 4; use 1 or 3"
+    ):
         distributed.check_heads(mesh, n_heads=9, n_kv_heads=3)
     with pytest.raises(NaloraError, match="8 query heads and 2 key/value heads"):
         distributed.check_heads(mesh, n_heads=8, n_kv_heads=2)
@@ -210,7 +231,9 @@ def test_heads_that_tensor_does_not_divide_are_refused_by_name():
 def test_bytes_per_device_show_shards_not_replicas(mesh):
     shapes = params()
     whole = trees.size_bytes(shapes)
-    replicated = sum(trees.size_bytes(leaf) for path, leaf in trees.flatten(shapes).items() if "norm" in path)
+    replicated = sum(
+        trees.size_bytes(leaf) for path, leaf in trees.flatten(shapes).items() if "norm" in path
+    )
     bias = trees.size_bytes(shapes["layers"]["attn"]["q_proj"]["bias"])
     arrays = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     placed = jax.device_put(arrays, distributed.shardings(shapes, mesh, distributed.PARAM_RULES))

@@ -75,5 +75,8 @@ def test_two_processes_share_a_batch_a_checkpoint_and_a_verdict_on_folders(tmp_p
         assert status == 0, error
         assert f"DONE {said}" in out
         assert "shared seen []" in out
-        assert "a folder that all 2 processes share, found one that process 1 does not see; name a folder on" in out
+        assert (
+            "a folder that all 2 processes share, found one that process 1 does not see; name a folder on"
+            in out
+        )
         assert out.rstrip().endswith("[]")

@@ -11,10 +11,14 @@ from nalora_jax.config import MeshConfig, TrainConfig
 from tests import tiny
 
 
-def test_a_lost_terminal_ends_no_process_and_a_lost_process_ends_the_other_with_one_line(tmp_path: Path) -> None:
+def test_a_lost_terminal_ends_no_process_and_a_lost_process_ends_the_other_with_one_line(
+    tmp_path: Path,
+) -> None:
     """tests/deploy/test_resume.py sends SIGTERM to one of two processes, and resumes."""
     train = TrainConfig(batch_size=8, log_every=1, eval_every=0, save_every=2)
-    config = replace(tiny.make_config(tmp_path), steps=10**6, mesh=MeshConfig(-1, 1, 1), train=train, resume="auto")
+    config = replace(
+        tiny.make_config(tmp_path), steps=10**6, mesh=MeshConfig(-1, 1, 1), train=train, resume="auto"
+    )
     settings = tiny.write_settings(config, tmp_path / "settings.py")
     command = ["-m", "nalora_jax", "train", "--config", str(settings)]
     variables = {"NALORA_CACHE": tiny.new_cache(tmp_path / "cache"), "NALORA_HEARTBEAT_TIMEOUT": "10"}
@@ -37,5 +41,7 @@ def test_a_lost_terminal_ends_no_process_and_a_lost_process_ends_the_other_with_
     assert "--resume" in said[0]
     assert "Traceback" not in error
     assert "stack trace" not in error
-    steps = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdecimal()]
+    steps = [
+        int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdecimal()
+    ]
     assert max(steps) >= 4

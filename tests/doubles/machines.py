@@ -47,9 +47,13 @@ class Device:
         return f"{self.platform}:{self.id}"
 
 
-def tpu(kind: str, memory: int, shape: tuple[int, ...], host: tuple[int, ...] = (2, 2, 1), slices: int = 1) -> Any:
+def tpu(
+    kind: str, memory: int, shape: tuple[int, ...], host: tuple[int, ...] = (2, 2, 1), slices: int = 1
+) -> Any:
     """Chips of ``slices`` slices of ``shape``, with ``host`` chips on each host."""
-    return [device for index in range(slices) for device in _slice(kind, memory, shape, host, slices, index)]
+    return [
+        device for index in range(slices) for device in _slice(kind, memory, shape, host, slices, index)
+    ]
 
 
 def _slice(
@@ -144,7 +148,9 @@ _MACHINES = {
     "v6e-8": partial(tpu, *V6E, (2, 4, 1), (2, 4, 1)),  # ct6e-standard-8t
     "v6e-16": partial(tpu, *V6E, (4, 4, 1)),
     "v6e-256": partial(tpu, *V6E, (16, 16, 1)),
-    "v5p-8": partial(tpu, *V5P, (2, 2, 1)),  # two cores a chip in the name, one device a chip: jax-ml/jax#19493
+    "v5p-8": partial(
+        tpu, *V5P, (2, 2, 1)
+    ),  # two cores a chip in the name, one device a chip: jax-ml/jax#19493
     "v5p-2048": partial(tpu, *V5P, (8, 8, 16)),
     "2 x v6e-16": partial(tpu, *V6E, (4, 4, 1), slices=2),
     "4 x v5litepod-16": partial(tpu, *V5E, (4, 4, 1), slices=4),

@@ -105,7 +105,9 @@ def slices(name: str) -> int:
 
 
 CASES = [
-    pytest.param(name, form, id=f"{name}-{form.data}.{form.fsdp}.{form.tensor}") for name in NAMES for form in FORMS
+    pytest.param(name, form, id=f"{name}-{form.data}.{form.fsdp}.{form.tensor}")
+    for name in NAMES
+    for form in FORMS
 ]
 
 
@@ -190,7 +192,9 @@ def test_nalora_plan_and_training_choose_the_same_layout(name):
     assert choose(config, small(), spec, where, 1024) == choose(config, small(), spec, planned, 1024)
 
 
-@pytest.mark.parametrize("name", ["2 x 8 H100, a process a GPU", "2 x 8 H100, cyclic", "2 x 8 H100, old client"])
+@pytest.mark.parametrize(
+    "name", ["2 x 8 H100, a process a GPU", "2 x 8 H100, cyclic", "2 x 8 H100, old client"]
+)
 def test_a_process_a_gpu_has_the_layout_of_a_process_a_node(name):
     """Mixtral needs the axis tensor, which exists within a node alone."""
     base = architecture("mixtral-8x7b")

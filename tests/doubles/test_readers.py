@@ -45,7 +45,11 @@ def test_a_step_is_compiled_for_the_platform_of_its_mesh(devices):
     nodes = 1 + max(device.true_domain for device in devices)
     mesh = distributed.make_mesh(MeshConfig(data=nodes, fsdp=-1))
     platform = platform_of(mesh)
-    assert (platform.name, platform.kind, platform.devices) == (devices[0].platform, devices[0].device_kind, mesh.size)
+    assert (platform.name, platform.kind, platform.devices) == (
+        devices[0].platform,
+        devices[0].device_kind,
+        mesh.size,
+    )
     prefixes = {name.split("_")[1] for name in distributed.compiler_options(mesh)}
     if platform.name == "gpu":
         assert prefixes == {"gpu"}

@@ -59,7 +59,9 @@ def test_generated_answers_are_compared_with_references(model, variables, tokeni
     texts = generator.generate(prompts, max_new_tokens=6, batch_size=2)
     references = [f" {texts[0].upper()}", "something else", texts[2]]
     items = [CompletionItem(p, [1], "", r) for p, r in zip(prompts, references, strict=True)]
-    result = exact_match(generator, items, normalise=lambda text: text.strip().lower(), max_new_tokens=6, batch_size=2)
+    result = exact_match(
+        generator, items, normalise=lambda text: text.strip().lower(), max_new_tokens=6, batch_size=2
+    )
     assert result.correct.tolist() == [True, False, True]
     assert result.answers == tuple(texts)
     assert (result.low, result.high) == wilson(2, 3)

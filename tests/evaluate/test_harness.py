@@ -21,9 +21,8 @@ def request(*args):
     return SimpleNamespace(args=args)
 
 
-LONG = (
-    "A text that is far longer than the context of this tiny model, which holds only sixty-four tokens, so it is cut."
-)
+LONG = "A text that is far longer than the context of this tiny model, "
+LONG += "which holds only sixty-four tokens, so it is cut."
 PAIRS = [
     ("Which way is up?", " up"),
     ("Which way is up?", " down"),
@@ -41,7 +40,11 @@ def requests(model, variables, tokenizer) -> Requests:
 
 def test_log_likelihoods_equal_transformers(requests, torch_log_probs):
     scores = requests.loglikelihood([request(*pair) for pair in PAIRS])
-    texts = [(b"Which way is up?", b" up"), (b"Which way is up?", b" down"), (b"spaces move to what follows", b"  x")]
+    texts = [
+        (b"Which way is up?", b" up"),
+        (b"Which way is up?", b" down"),
+        (b"spaces move to what follows", b"  x"),
+    ]
     expected = [torch_log_probs(byte_ids(context), byte_ids(ending)) for context, ending in texts]
     expected.append(torch_log_probs([END], byte_ids(b"without a context")))
     expected.append(torch_log_probs([END], byte_ids(b"begins with the start token")))
@@ -59,7 +62,9 @@ def byte_ids(text: bytes) -> list[int]:
     return [alphabet.index("Ġ" if byte == 32 else chr(byte)) for byte in text]
 
 
-def test_rolling_windows_cover_every_token_once_with_the_longest_context_that_fits(requests, torch_log_probs):
+def test_rolling_windows_cover_every_token_once_with_the_longest_context_that_fits(
+    requests, torch_log_probs
+):
     short, long = "a short text", LONG
     scores = requests.loglikelihood_rolling([request(short), request(long)])
     ids = byte_ids(long.encode())
@@ -84,7 +89,9 @@ def test_special_tokens_in_until_end_a_text(model, variables, tokenizer, until):
     whole, part = requests.generate_until([prompt, stopped])
     assert part == special.decode(ids[:place])
     assert whole == special.decode(ids)
-    stopped = requests._generator.complete(["one"], max_new_tokens=12, stop=[until.replace("{token}", token)])[0]
+    stopped = requests._generator.complete(
+        ["one"], max_new_tokens=12, stop=[until.replace("{token}", token)]
+    )[0]
     assert (stopped.ids, stopped.reason) == (ids[:place], "stop")
 
 
@@ -160,7 +167,9 @@ def test_the_harness_gets_the_same_from_this_model_as_from_its_own(llama, model,
         np.testing.assert_allclose(mine[0], other[0], rtol=1e-4)
         assert mine[1] == other[1]
     texts = instances("loglikelihood_rolling", [("a short text",), (LONG,)])
-    np.testing.assert_allclose(ours.loglikelihood_rolling(texts), theirs.loglikelihood_rolling(texts), rtol=1e-4)
+    np.testing.assert_allclose(
+        ours.loglikelihood_rolling(texts), theirs.loglikelihood_rolling(texts), rtol=1e-4
+    )
     options = {"until": ["e"], "max_gen_toks": 10, "do_sample": False}
     prompts = instances("generate_until", [("one", options), ("two", options)])
     assert ours.generate_until(prompts) == theirs.generate_until(prompts)

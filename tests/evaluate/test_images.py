@@ -40,7 +40,9 @@ def test_accuracy_and_confusion_are_counts(scene) -> None:
     classes = images.source.classes()
     labels = images.source.labels(classes)
     templates = ("a photo of the {}", "the {}")
-    found = ClassEvaluator(encoders, images, labels, classes, templates).measure(loaded.params, None, samples=True)
+    found = ClassEvaluator(encoders, images, labels, classes, templates).measure(
+        loaded.params, None, samples=True
+    )
     variables = {"params": loaded.params}
     features = encoders.images(variables, images.opened(range(70)))
     prompts = np.stack([encoders.texts(variables, [t.format(c) for c in classes]) for t in templates])
@@ -67,5 +69,7 @@ def test_recall_is_of_the_own_caption_both_ways(scene) -> None:
         beaten = (matrix > np.diagonal(matrix)[:, None]).sum(axis=1)
         np.testing.assert_allclose(found[f"{way}_recall_1"], (beaten < 1).mean())
         np.testing.assert_allclose(found[f"{way}_recall_5"], (beaten < 5).mean())
-    np.testing.assert_allclose(found["recall"], (found["image_to_text_recall_1"] + found["text_to_image_recall_1"]) / 2)
+    np.testing.assert_allclose(
+        found["recall"], (found["image_to_text_recall_1"] + found["text_to_image_recall_1"]) / 2
+    )
     assert "image to text recall 5" in describe(found)

@@ -29,7 +29,9 @@ def random_groups(count: int, seed: int = 0, *, own_contexts: bool = False) -> l
         context = rng.integers(0, 256, [1, 9, 22][i % 3]).tolist()
         pairs = [(context, rng.integers(0, 256, rng.integers(1, 7)).tolist()) for _ in range(1 + i % 4)]
         if own_contexts and i % 2:
-            pairs = [(context[: len(context) // 2] + [100 + j] * (j + 1), pairs[0][1]) for j in range(len(pairs))]
+            pairs = [
+                (context[: len(context) // 2] + [100 + j] * (j + 1), pairs[0][1]) for j in range(len(pairs))
+            ]
         groups.append(pairs)
     return groups
 
@@ -60,13 +62,17 @@ def test_a_continuation_is_greedy_where_every_token_is_the_likeliest(model, vari
         with torch.no_grad():
             likeliest, second = llama(torch.tensor([ids])).logits[0, -1].topk(2).indices.tolist()
         ids.append(likeliest)
-    right, almost = score_groups(model, variables, [[(ids[:3], ids[3:]), (ids[:3], [*ids[3:-1], second])]])[0]
+    right, almost = score_groups(model, variables, [[(ids[:3], ids[3:]), (ids[:3], [*ids[3:-1], second])]])[
+        0
+    ]
     assert right.greedy
     assert not almost.greedy
 
 
 def test_adapters_are_arguments_of_one_program(model, variables):
-    spec = resolve(LoRAConfig(rules=(LoRARule("ffn", rank=2),)), projection_shapes(model.config), model.config.n_layers)
+    spec = resolve(
+        LoRAConfig(rules=(LoRARule("ffn", rank=2),)), projection_shapes(model.config), model.config.n_layers
+    )
     adapted, groups = model.clone(adapters=spec), random_groups(4)
     fresh = init_lora(model.config, spec, jax.random.key(0))
     trained = jax.tree.map(lambda x: x + 0.3, fresh)
@@ -82,7 +88,8 @@ def test_adapters_are_arguments_of_one_program(model, variables):
 def test_a_mesh_gives_the_same_scores(model, variables):
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     split = jax.tree.map(
-        lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), "tensor"))), variables
+        lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), "tensor"))),
+        variables,
     )
     groups = random_groups(9)
     sharded = score_groups(model, split, groups, mesh=mesh, batch_tokens=32)

@@ -32,7 +32,8 @@ class Deep:
         assert settings["stop"] == ("\n",)
         keys = [tuple(prompt) for prompt in prompts]
         return [
-            f"{self.known[key].completion} More 12." if self.depth[key] >= self.first else " 7654321." for key in keys
+            f"{self.known[key].completion} More 12." if self.depth[key] >= self.first else " 7654321."
+            for key in keys
         ]
 
 

@@ -24,7 +24,9 @@ from nalora_jax.trees import unflatten
 def pack(rows: list[list[list[int]]], seq: int, first_target: int) -> dict[str, np.ndarray]:
     """Rows of documents; targets before ``first_target`` don't count."""
     names = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "segment_ids": np.int32}
-    batch = {name: np.zeros((len(rows), seq), dtype) for name, dtype in {**names, "positions": np.int32}.items()}
+    batch = {
+        name: np.zeros((len(rows), seq), dtype) for name, dtype in {**names, "positions": np.int32}.items()
+    }
     for r, documents in enumerate(rows):
         begin = 0
         for segment, ids in enumerate(documents, start=1):
@@ -48,7 +50,9 @@ def expected_sums(documents, torch_log_probs, first_target):
 
 
 @pytest.mark.parametrize("first_target", [1, 3])
-def test_loss_equals_transformers_and_is_weighted_by_tokens(model, variables, documents, torch_log_probs, first_target):
+def test_loss_equals_transformers_and_is_weighted_by_tokens(
+    model, variables, documents, torch_log_probs, first_target
+):
     a, b, c, d, e, f = documents
     batches = [pack([[a, b], [c]], 16, first_target), pack([[d], [e, f]], 16, first_target)]
     result = perplexity(model, variables, batches)
@@ -63,7 +67,10 @@ def test_batches_on_a_mesh_give_the_same_loss(model, variables, documents):
     batch = pack([[document] for document in documents[:4]], 16, 1)
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices())
     batch = {name: np.concatenate([values, values]) for name, values in batch.items()}
-    sharded, single = perplexity(model, variables, [batch], mesh=mesh), perplexity(model, variables, [batch])
+    sharded, single = (
+        perplexity(model, variables, [batch], mesh=mesh),
+        perplexity(model, variables, [batch]),
+    )
     np.testing.assert_allclose(sharded.loss, single.loss, rtol=1e-6)
     assert sharded.n == single.n == 8
 
@@ -97,7 +104,9 @@ def test_logits_of_a_long_row_are_never_held_together():
         return {name: jax.ShapeDtypeStruct(shape, "int32") for name in names}
 
     of_batch = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
-    compiled = [perplexity_module._batch_log_probs.lower(model, variables, rows(1, seq, names=of_batch)).compile()]
+    compiled = [
+        perplexity_module._batch_log_probs.lower(model, variables, rows(1, seq, names=of_batch)).compile()
+    ]
     of_texts = ("tokens", "positions", "segments")
     for stem, tail in ((seq, 32), (0, seq)):
         shape = (1, 1, tail)

@@ -33,7 +33,9 @@ def test_mcnemar_equals_the_exact_binomial_test(gained, lost):
 def test_bootstrap_of_a_mean_is_near_scipys():
     values = np.random.default_rng(1).exponential(size=200)
     ours = bootstrap(values, resamples=8000)
-    theirs = stats.bootstrap((values,), np.mean, n_resamples=8000, method="percentile", rng=2).confidence_interval
+    theirs = stats.bootstrap(
+        (values,), np.mean, n_resamples=8000, method="percentile", rng=2
+    ).confidence_interval
     np.testing.assert_allclose(ours, theirs, atol=0.02)
     assert ours == bootstrap(values, resamples=8000)
 

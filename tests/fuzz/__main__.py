@@ -49,12 +49,18 @@ class Tally:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--inputs", type=int, default=1000, help="of each parser; of the slow ones fewer")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", choices=[each.name for each in PARSERS], help="some of the parsers")
+    parser.add_argument(
+        "--only", nargs="+", choices=[each.name for each in PARSERS], help="some of the parsers"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parsers that run at a time")
-    parser.add_argument("--publish", action="store_true", help="put the table of all parsers into docs/reliability.md")
+    parser.add_argument(
+        "--publish", action="store_true", help="put the table of all parsers into docs/reliability.md"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -73,7 +79,13 @@ def main() -> int:
         running = pool.map(lambda each: run(each, args.seed, each.share(args.inputs)), chosen_parsers)
         for each, tally in zip(chosen_parsers, running, strict=True):
             tallies[each.name] = tally
-            cells = (each.name, f"{tally.inputs:,}", tally.untyped.total(), len(tally.hangs), f"{tally.memory_mb} MB")
+            cells = (
+                each.name,
+                f"{tally.inputs:,}",
+                tally.untyped.total(),
+                len(tally.hangs),
+                f"{tally.memory_mb} MB",
+            )
             rows.append(f"| {' | '.join(map(str, cells))} |")
             print(rows[-1], flush=True)
     if args.publish:
@@ -99,7 +111,9 @@ def _run_from(parser: Parser, seed: int, first: int, count: int, tally: Tally) -
     command = [sys.executable, "-m", "tests.fuzz", "--child", parser.name, "--seed", str(seed)]
     command += ["--first", str(first), "--inputs", str(count)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as child:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+    ) as child:
         assert child.stdout is not None
         baseline, ready = None, True
         while True:

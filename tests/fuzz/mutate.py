@@ -125,7 +125,9 @@ def _toml(value: Any) -> str:
     if value is None:
         return datetime.date(1979, 5, 27).isoformat()
     if isinstance(value, int) and not isinstance(value, bool):
-        return hex(value) if value > 0 else str(value)  # Python writes no decimal number of many thousand digits
+        return (
+            hex(value) if value > 0 else str(value)
+        )  # Python writes no decimal number of many thousand digits
     return _toml_key(value) if isinstance(value, str) else json.dumps(value)
 
 
@@ -158,7 +160,11 @@ def _changed(value: Any, rng: random.Random) -> Any:
 def _places(value: Any, path: tuple[Any, ...] = ()) -> Any:
     """Paths of all parts of nested dicts and lists; of long ones some."""
     items = (
-        list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+        list(value.items())
+        if isinstance(value, dict)
+        else list(enumerate(value))
+        if isinstance(value, list)
+        else []
     )
     for key, part in items[:64]:
         yield (*path, key)

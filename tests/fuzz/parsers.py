@@ -76,18 +76,34 @@ class Parser:
 
 def _tokenizer(folder: Path) -> None:
     vocab = {"</s>": 0, "<s>": 1} | {chr(97 + i): i + 2 for i in range(26)} | {"ab": 28, "abc": 29}
-    model = {"type": "BPE", "vocab": vocab, "merges": ["a b", "ab c"], "unk_token": "</s>", "byte_fallback": False}
+    model = {
+        "type": "BPE",
+        "vocab": vocab,
+        "merges": ["a b", "ab c"],
+        "unk_token": "</s>",
+        "byte_fallback": False,
+    }
     added = [{"id": 0, "content": "</s>", "special": True, "normalized": False}]
     added = [one | {"single_word": False, "lstrip": False, "rstrip": False} for one in added]
     parts = {
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]},
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"\s+|\w+"}, "behavior": "Isolated", "invert": False},
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"Regex": r"\s+|\w+"},
+            "behavior": "Isolated",
+            "invert": False,
+        },
         "decoder": {"type": "Strip", "content": " ", "start": 1, "stop": 0},
         "post_processor": None,
     }
     whole = {"version": "1.0", "added_tokens": added, "model": model, **parts}
     (folder / "tokenizer.json").write_text(json.dumps(whole))
-    settings = {"eos_token": "</s>", "bos_token": {"content": "<s>"}, "chat_template": CHATML, "add_bos_token": True}
+    settings = {
+        "eos_token": "</s>",
+        "bos_token": {"content": "<s>"},
+        "chat_template": CHATML,
+        "add_bos_token": True,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "chat_template.jinja").write_text(CHATML)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))
@@ -176,7 +192,9 @@ def _gguf(folder: Path) -> None:
     writer.add_eos_token_id(2)
     writer.add_chat_template(CHATML)
     writer.add_tensor("token_embd.weight", np.ones((8, 32), np.float32))
-    writer.add_tensor("blk.0.attn_q.weight", np.ones((32, 34), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor(
+        "blk.0.attn_q.weight", np.ones((32, 34), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0
+    )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -198,7 +216,13 @@ def _jsonl(folder: Path) -> None:
         {"prompt": "a b", "completion": " ab"},
         {"messages": TALK},
         {"messages": {"role": ["user", "assistant"], "content": ["a", "b"]}},
-        {"messages": [*TALK, {"role": "user", "content": "c", "name": "x"}, {"role": "assistant", "content": "abc"}]},
+        {
+            "messages": [
+                *TALK,
+                {"role": "user", "content": "c", "name": "x"},
+                {"role": "assistant", "content": "abc"},
+            ]
+        },
     ]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
 
@@ -206,15 +230,27 @@ def _jsonl(folder: Path) -> None:
 def _use_jsonl(folder: Path) -> None:
     lines, tokenizer = JsonLines(folder / "data.jsonl"), Tokenizer.from_folder(folder)
     for index in range(min(len(lines), 8)):
-        tokenize([render(lines[index], DataConfig(loss_on="assistant"), tokenizer, lines.where(index))], tokenizer)
+        tokenize(
+            [render(lines[index], DataConfig(loss_on="assistant"), tokenizer, lines.where(index))],
+            tokenizer,
+        )
 
 
 def _run(folder: Path) -> None:
     scores = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "loss": 2.0, "n": 10}
     samples = [{"prompt": "a", "answer": "b", "expected": "c", "correct": True}]
     paired = {"difference": 0.1, "low": -0.1, "high": 0.2, "gained": 3, "lost": 1, "p_value": 0.3, "n": 10}
-    layers = {"misalignment": [0.1, 0.2], "limit": [0.1, None], "importance": [0.3, 0.4], "feature": [0.1, 0.1]}
-    layers |= {"occupancy": [[0.1, 0.4, 0.4, 0.1]] * 2, "mask_mean": [1.0, 1.1], "step_scale_min": [0.9, 0.8]}
+    layers = {
+        "misalignment": [0.1, 0.2],
+        "limit": [0.1, None],
+        "importance": [0.3, 0.4],
+        "feature": [0.1, 0.1],
+    }
+    layers |= {
+        "occupancy": [[0.1, 0.4, 0.4, 0.1]] * 2,
+        "mask_mean": [1.0, 1.1],
+        "step_scale_min": [0.9, 0.8],
+    }
     layers |= {"step_scale_max": [1.1, 1.2], "responsive": [0.5, 0.5]}
     step = {
         "loss": 2.5,
@@ -291,22 +327,40 @@ PARSERS = (
     Parser("adapter tensors", "adapter_model.safetensors", _adapter, _use_adapter),
     Parser("GGUF", "model.gguf", _gguf, _use_gguf),
     Parser("JSONL", "data.jsonl", _jsonl, _use_jsonl),
-    Parser("metrics.jsonl in the report", "metrics.jsonl", _run, _use_log, every=50),  # draws its pictures each time
+    Parser(
+        "metrics.jsonl in the report", "metrics.jsonl", _run, _use_log, every=50
+    ),  # draws its pictures each time
     Parser("metrics.jsonl in the report, without pictures", "metrics.jsonl", _run, _use_page),
     Parser("run folder", "*", _run, _use_run),
     Parser("metrics.jsonl as a run's header", "metrics.jsonl", _run, _use_header),
     Parser("before.json", "before.json", _run, lambda folder: read_evaluation(folder / "before.json")),
-    Parser("JSON array", "rows.json", people.write_json_array, lambda folder: people.read_rows(folder, "rows.json")),
+    Parser(
+        "JSON array",
+        "rows.json",
+        people.write_json_array,
+        lambda folder: people.read_rows(folder, "rows.json"),
+    ),
     Parser("CSV", "rows.csv", people.write_csv, lambda folder: people.read_rows(folder, "rows.csv")),
-    Parser("Parquet", "rows.parquet", people.write_parquet, lambda folder: people.read_rows(folder, "rows.parquet")),
-    Parser("Arrow", "rows.arrow", people.write_arrow, lambda folder: people.read_rows(folder, "rows.arrow")),
+    Parser(
+        "Parquet",
+        "rows.parquet",
+        people.write_parquet,
+        lambda folder: people.read_rows(folder, "rows.parquet"),
+    ),
+    Parser(
+        "Arrow", "rows.arrow", people.write_arrow, lambda folder: people.read_rows(folder, "rows.arrow")
+    ),
     Parser("YAML settings", "run.yaml", people.write_settings, people.read_settings),
     Parser("PNG", "image.png", people.write_png, lambda folder: people.read_image(folder, "image.png")),
     Parser("JPEG", "image.jpg", people.write_jpeg, lambda folder: people.read_image(folder, "image.jpg")),
-    Parser("preprocessor_config.json", "preprocessor_config.json", people.write_processor, people.use_processor),
+    Parser(
+        "preprocessor_config.json", "preprocessor_config.json", people.write_processor, people.use_processor
+    ),
     Parser("config.json of CLIP", "config.json", people.write_clip, people.read_clip),
     Parser("protocol.toml", "protocol.toml", studies.write_study, studies.use_study),
     Parser("records.jsonl", "records.jsonl", studies.write_study, studies.use_study),
-    Parser("harness generation settings", "generation.json", harness.write_generation, harness.use_generation),
+    Parser(
+        "harness generation settings", "generation.json", harness.write_generation, harness.use_generation
+    ),
     Parser("harness task", "fuzzed.yaml", harness.write_task, harness.use_task, every=10, needs="lm_eval"),
 )

@@ -39,7 +39,12 @@ CLIP = {
     "projection_dim": 8,
     "logit_scale_init_value": 2.6592,
     "vision_config": {**TOWER, "model_type": "clip_vision_model", "image_size": 32, "patch_size": 8},
-    "text_config": {**TOWER, "model_type": "clip_text_model", "vocab_size": 64, "max_position_embeddings": 16},
+    "text_config": {
+        **TOWER,
+        "model_type": "clip_text_model",
+        "vocab_size": 64,
+        "max_position_embeddings": 16,
+    },
 }
 PROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",
@@ -58,7 +63,10 @@ def write_json_array(folder: Path) -> None:
 
 
 def write_csv(folder: Path) -> None:
-    lines = ["prompt,completion,label", *(f'"{row["prompt"]}",{row["completion"]},{row["label"]}' for row in ROWS)]
+    lines = [
+        "prompt,completion,label",
+        *(f'"{row["prompt"]}",{row["completion"]},{row["label"]}' for row in ROWS),
+    ]
     (folder / "rows.csv").write_text("\n".join(lines) + "\n")
 
 
@@ -73,7 +81,9 @@ def write_arrow(folder: Path) -> None:
     import pyarrow
     import pyarrow.feather
 
-    pyarrow.feather.write_feather(pyarrow.Table.from_pylist(ROWS), folder / "rows.arrow", compression="uncompressed")
+    pyarrow.feather.write_feather(
+        pyarrow.Table.from_pylist(ROWS), folder / "rows.arrow", compression="uncompressed"
+    )
 
 
 def read_rows(folder: Path, name: str) -> None:

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.pictures  # of runs' reports
 INPUTS = 60
 
 
-CASES = [pytest.param(each, marks=getattr(pytest.mark, each.needs) if each.needs else ()) for each in PARSERS]
+CASES = [
+    pytest.param(each, marks=getattr(pytest.mark, each.needs) if each.needs else ()) for each in PARSERS
+]
 
 
 @pytest.mark.parametrize("parser", CASES, ids=lambda parser: parser.name)
@@ -42,7 +44,9 @@ def parts(page: str) -> tuple[str, str, str]:
     return before, table, after
 
 
-def test_the_table_is_published_between_its_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_is_published_between_its_markers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     committed = fuzz.PAGE.read_text()
     before, table, after = parts(committed)
     (tmp_path / "page.md").write_text(committed)
@@ -53,4 +57,6 @@ def test_the_table_is_published_between_its_markers(tmp_path: Path, monkeypatch:
     new = parts((tmp_path / "page.md").read_text())
     assert (new[0], new[2]) == (before, after)
     # The committed table is of this form, and of all parsers.
-    assert [line.split("|")[:2] for line in new[1].splitlines()] == [line.split("|")[:2] for line in table.splitlines()]
+    assert [line.split("|")[:2] for line in new[1].splitlines()] == [
+        line.split("|")[:2] for line in table.splitlines()
+    ]

@@ -36,7 +36,10 @@ def prompts() -> list[list[int]]:
 
 def complete(pair, prompts: list[list[int]], **settings) -> list[list[int]]:
     generator = Generator(pair.model, {"params": pair.params}, byte_tokenizer())
-    return [list(row.ids) for row in generator.complete(prompts, max_new_tokens=NEW_TOKENS, stop_ids=(), **settings)]
+    return [
+        list(row.ids)
+        for row in generator.complete(prompts, max_new_tokens=NEW_TOKENS, stop_ids=(), **settings)
+    ]
 
 
 def theirs(pair, prompt: list[int]) -> list[int]:
@@ -77,8 +80,12 @@ def test_choices_that_cross_the_switch_score_as_transformers_scores_them(pair):
     rng = np.random.default_rng(4)
     context = rng.integers(1, SIZES["vocab_size"], ORIGINAL - 2).tolist()
     choices = [rng.integers(1, SIZES["vocab_size"], length).tolist() for length in (2, 3, 4, 9)]
-    scores = score_groups(pair.model, {"params": pair.params}, [[(context, choice) for choice in choices]])[0]
+    scores = score_groups(pair.model, {"params": pair.params}, [[(context, choice) for choice in choices]])[
+        0
+    ]
     for score, choice in zip(scores, choices, strict=True):
-        logits = jax.nn.log_softmax(reference(pair, np.array([[*context, *choice[:-1]]]))[0, len(context) - 1 :])
+        logits = jax.nn.log_softmax(
+            reference(pair, np.array([[*context, *choice[:-1]]]))[0, len(context) - 1 :]
+        )
         expected = float(np.asarray(logits)[np.arange(len(choice)), choice].sum())
         np.testing.assert_allclose(score.log_prob, expected, rtol=1e-4)

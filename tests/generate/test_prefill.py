@@ -55,10 +55,14 @@ def temporary_bytes(tokens: int, chunk: int) -> int:
     raw = {"model_type": "llama", "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 8}
     raw |= {"intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 4}
     model = Decoder(ModelConfig.from_hf(raw | {"max_position_embeddings": 2**20, "rms_norm_eps": 1e-5}))
-    shapes = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in param_shapes(model.config).items()}
+    shapes = {
+        path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in param_shapes(model.config).items()
+    }
     params = unflatten(shapes)
     weights = Weights({"params": params}, {"params": {name: params[name] for name in ("embed", "lm_head")}})
-    sampling = make_sampling(1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seeds=(0,))
+    sampling = make_sampling(
+        1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seeds=(0,)
+    )
     prompts = Prompts(
         jax.ShapeDtypeStruct((1, tokens), jnp.int32),
         jax.ShapeDtypeStruct((1,), jnp.int32),

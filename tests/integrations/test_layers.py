@@ -76,7 +76,9 @@ class NNXModel(nnx.Module):
 def moved(adapted: Any) -> Any:
     """Adapters whose B is not zero."""
     lora = adapted.init(jax.random.key(3))
-    return jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), lora)
+    return jax.tree.map(
+        lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), lora
+    )
 
 
 def linen(layer: nn.Module, x: jax.Array = X, lora: LoRAConfig = ALL) -> Any:
@@ -100,7 +102,9 @@ def assert_merges(adapted: Any, variables: Any, apply: Any, x: jax.Array = X) ->
 
 @pytest.mark.parametrize("name", ["kernel", "w"])
 @pytest.mark.parametrize("kind", SOUND)
-def test_a_product_is_adapted_whatever_its_parameter_is_called_and_however_it_is_stored(kind: str, name: str) -> None:
+def test_a_product_is_adapted_whatever_its_parameter_is_called_and_however_it_is_stored(
+    kind: str, name: str
+) -> None:
     assert_merges(*linen(LinenLayer(SOUND[kind], name)))
     assert_merges(*own_nnx(NNXLayer(SOUND[kind], name)))
 
@@ -109,7 +113,9 @@ def test_a_product_is_adapted_whatever_its_parameter_is_called_and_however_it_is
 def test_what_only_resembles_a_product_is_refused_with_the_reason(kind: str) -> None:
     function, reason = UNSOUND[kind]
     for make in (lambda: linen(LinenLayer(function)), lambda: own_nnx(NNXLayer(function))):
-        with pytest.raises(NaloraError, match=rf"layer: expected a layer that computes x @ kernel \+ bias.*{reason}"):
+        with pytest.raises(
+            NaloraError, match=rf"layer: expected a layer that computes x @ kernel \+ bias.*{reason}"
+        ):
             make()
 
 
@@ -142,7 +148,9 @@ def test_a_class_made_from_nnx_linear_is_judged_by_what_it_computes() -> None:
 
 
 def test_a_layer_of_another_kind_is_named_where_it_is_all_that_a_rule_finds() -> None:
-    with pytest.raises(NaloraError, match=r"layer: .*no product of its input \[3, 5, 8\] with one parameter \(bias"):
+    with pytest.raises(
+        NaloraError, match=r"layer: .*no product of its input \[3, 5, 8\] with one parameter \(bias"
+    ):
         linen(nn.Conv(4, (3,), padding="VALID"))
     embedding = NNXModel(nnx.Embed(10, D, rngs=nnx.Rngs(0)))
     with pytest.raises(NaloraError, match="layer: .*it could not be run on its own"):
@@ -171,7 +179,9 @@ def test_a_kernel_that_is_read_elsewhere_too_is_found_by_merging() -> None:
 
     variables = Tied().init(jax.random.key(0), X)
     adapted = adapt_linen(Tied(), variables, (X,), lora=ALL)
-    with pytest.raises(NaloraError, match="merge: expected the adapted model's result.*also used outside of the layer"):
+    with pytest.raises(
+        NaloraError, match="merge: expected the adapted model's result.*also used outside of the layer"
+    ):
         adapted.merge(variables, moved(adapted))
 
 

@@ -31,7 +31,9 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = nn.silu(nn.Dense(F, use_bias=False, name="wi_0")(x)) * nn.Dense(F, use_bias=False, name="wi_1")(x)
+        hidden = nn.silu(nn.Dense(F, use_bias=False, name="wi_0")(x)) * nn.Dense(
+            F, use_bias=False, name="wi_1"
+        )(x)
         return nn.Dense(D, use_bias=False, name="wo")(hidden)
 
 
@@ -75,7 +77,9 @@ TOKENS = jax.random.randint(jax.random.key(9), (4, 12), 0, VOCAB)
 def trained_like(lora: Any) -> Any:
     """B away from zero."""
     rng = np.random.default_rng(5)
-    return jax.tree.map(lambda leaf: leaf + jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32), lora)
+    return jax.tree.map(
+        lambda leaf: leaf + jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32), lora
+    )
 
 
 def stacked(unrolled: Any) -> Any:
@@ -159,7 +163,9 @@ def test_attention_of_several_heads_is_adapted_and_merged() -> None:
     lora = adapted.init(jax.random.key(1))
     assert lora["block_1"]["attn"]["query"]["b"].shape == (2, D)
     assert lora["block_1"]["attn"]["out"]["a"].shape == (D, 2)  # heads x head_dim, flattened
-    np.testing.assert_array_equal(adapted.apply(variables, lora, TOKENS), Unrolled().apply(variables, TOKENS))
+    np.testing.assert_array_equal(
+        adapted.apply(variables, lora, TOKENS), Unrolled().apply(variables, TOKENS)
+    )
     lora = trained_like(lora)
     merged = adapted.merge(variables, lora)
     want = adapted.apply(variables, lora, TOKENS)
@@ -183,7 +189,13 @@ def test_training_moves_the_adapters_alone_and_uses_both_mechanisms() -> None:
         masks = factors["gradient_a"]
         value, grads, stats = adapted.gradients(loss, variables, lora, gate_mask=masks)
         updates, state = optimizer.update(grads, state, lora, gate_factors=factors)
-        return optax.apply_updates(lora, updates), state, update_gate_state(gates, stats, mechanisms), value, masks
+        return (
+            optax.apply_updates(lora, updates),
+            state,
+            update_gate_state(gates, stats, mechanisms),
+            value,
+            masks,
+        )
 
     losses = []
     for i in range(15):
@@ -227,7 +239,9 @@ def test_a_users_own_dense_class_under_remat_vmap_and_metadata() -> None:
     x = jax.random.normal(jax.random.key(0), (5, 6))
     variables = Experts().init(jax.random.key(1), x)
     keymap = [("w_gate", "ffn/in_proj"), ("w_out", "ffn/out_proj")]
-    adapted = adapt_linen(Experts(), variables, (x,), keymap=keymap, lora=LoRAConfig(rules=(LoRARule("ffn/", 4),)))
+    adapted = adapt_linen(
+        Experts(), variables, (x,), keymap=keymap, lora=LoRAConfig(rules=(LoRARule("ffn/", 4),))
+    )
     lora = trained_like(adapted.init(jax.random.key(2)))
     assert lora["ffn"]["in_proj"]["a"].shape == (3, 6, 4)
     assert adapted.gate_shapes == {"ffn": (3, 8)}
@@ -251,7 +265,11 @@ class Twice(nn.Module):
     ("keymap", "lora", "message"),
     [
         ([("nothing", "ffn/up_proj")], RULES, "keymap.*matches nothing.*block_0/mlp/wi_0"),
-        ([(r"block_(\d+)/mlp/w.*", r"layers/\1/ffn/gate_proj")], RULES, "keymap: expected one projection called"),
+        (
+            [(r"block_(\d+)/mlp/w.*", r"layers/\1/ffn/gate_proj")],
+            RULES,
+            "keymap: expected one projection called",
+        ),
         (UNROLLED, LoRAConfig(rules=(LoRARule("mlp"),)), "matches nothing.*ffn/gate_proj"),
         (UNROLLED, LoRAConfig(rules=(LoRARule("ffn/", 17),)), r"rank: expected 0 to 16"),
         (UNROLLED, LoRAConfig(rules=(LoRARule("ffn/", 4, -1.0),)), "alpha: expected a number above 0"),
@@ -316,7 +334,11 @@ def test_a_layer_that_is_gate_and_up_projection_is_no_gate(width: int, gate: str
         with pytest.raises(NaloraError, match=expected):
             adapt_linen(Fused(width), variables, (x,), keymap=[("wi", gate), ("wo", down)], lora=rules)
     plain = adapt_linen(
-        Fused(width), variables, (x,), keymap=[("wi", "ffn/gate_up_proj"), ("wo", "ffn/down_proj")], lora=rules
+        Fused(width),
+        variables,
+        (x,),
+        keymap=[("wi", "ffn/gate_up_proj"), ("wo", "ffn/down_proj")],
+        lora=rules,
     )
     assert not plain.gates
 
@@ -335,6 +357,10 @@ def test_a_gate_twice_as_wide_as_its_input_is_a_gate() -> None:
     x = jnp.ones((2, 3, D))
     keymap = [(name, f"{name}_proj") for name in ("gate", "up", "down")]
     adapted = adapt_linen(
-        Flat(), Flat().init(jax.random.key(0), x), (x,), keymap=keymap, lora=LoRAConfig(rules=(LoRARule("_proj", 4),))
+        Flat(),
+        Flat().init(jax.random.key(0), x),
+        (x,),
+        keymap=keymap,
+        lora=LoRAConfig(rules=(LoRARule("_proj", 4),)),
     )
     assert adapted.gates

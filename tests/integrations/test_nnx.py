@@ -79,8 +79,12 @@ def test_values_gradients_and_statistics_are_those_of_the_functions(remat: bool)
             delta = residual(x, own["gate_proj"]["a"], own["gate_proj"]["b"], 2.0, masks[f"layers/{i}/ffn"])
             z = base + delta
             ones = jnp.ones(z.shape[:-1], bool)
-            probe = Probe(*(reductions.sampled(v, ones, GateStatsConfig().probe_stride) for v in (base, delta)))
-            stats[f"layers/{i}/ffn"] = gate_statistics(z, probe, ones, activations.get("silu"), GateStatsConfig())
+            probe = Probe(
+                *(reductions.sampled(v, ones, GateStatsConfig().probe_stride) for v in (base, delta))
+            )
+            stats[f"layers/{i}/ffn"] = gate_statistics(
+                z, probe, ones, activations.get("silu"), GateStatsConfig()
+            )
             h = jax.nn.silu(z) * (x @ up)
             x = x + h @ down + residual(h, own["down_proj"]["a"], own["down_proj"]["b"], 2.0)
         y = x @ kernels["head/kernel"] + jnp.broadcast_to(kernels["head/bias"], x.shape)
@@ -113,9 +117,16 @@ def test_training_moves_the_adapters_alone_and_uses_both_mechanisms() -> None:
     def step(state: Any, lora: Any, opt_state: Any, gates: Any) -> Any:
         factors = channel_factors(gates, mechanisms)
         masks = factors["gradient_a"]
-        value, grads, stats = adapted.gradients(lambda call: jnp.mean((call(X) - Y) ** 2), state, lora, gate_mask=masks)
+        value, grads, stats = adapted.gradients(
+            lambda call: jnp.mean((call(X) - Y) ** 2), state, lora, gate_mask=masks
+        )
         updates, opt_state = optimizer.update(grads, opt_state, lora, gate_factors=factors)
-        return optax.apply_updates(lora, updates), opt_state, update_gate_state(gates, stats, mechanisms), value
+        return (
+            optax.apply_updates(lora, updates),
+            opt_state,
+            update_gate_state(gates, stats, mechanisms),
+            value,
+        )
 
     losses = []
     for _ in range(15):

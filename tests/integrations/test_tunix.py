@@ -59,7 +59,9 @@ def _with_weights(model: Any) -> Any:
     for i, (_, module) in enumerate(nnx.iter_modules(model)):
         if isinstance(module, nnx.Linear):
             kernel = module.kernel[...]
-            module.kernel[...] = jax.random.normal(jax.random.key(i), kernel.shape) / np.sqrt(kernel.shape[0])
+            module.kernel[...] = jax.random.normal(jax.random.key(i), kernel.shape) / np.sqrt(
+                kernel.shape[0]
+            )
     return model
 
 
@@ -79,7 +81,9 @@ def test_a_tunix_model_trains_with_both_mechanisms(family: Any) -> None:
     adapted = adapt_nnx(graph, params, keymap=KEYMAP, lora=LoRAConfig(), activation=activation)
     assert sorted(adapted.gates) == [f"layers/{i}/ffn/gate_proj" for i in range(LAYERS)]
     lora, mechanisms = adapted.init(jax.random.key(1)), make_mechanisms(RULES, activation=activation)
-    np.testing.assert_allclose(loss(lambda *args: adapted.apply(params, lora, *args)), loss(model), rtol=1e-6)
+    np.testing.assert_allclose(
+        loss(lambda *args: adapted.apply(params, lora, *args)), loss(model), rtol=1e-6
+    )
     optimizer = nalora(optax.adamw(1e-2), adapted.gates, mechanisms)
     state, gates = optimizer.init(lora), init_gate_state(adapted.gate_shapes, mechanisms)
 
@@ -104,4 +108,6 @@ def test_a_tunix_model_trains_with_both_mechanisms(family: Any) -> None:
     assert float(jnp.std(own_factors(gates, mechanisms)["step_scale"]["layers/1/ffn"])) > 1e-3
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, nnx.to_pure_dict(params)))
     served = nnx.merge(graph, adapted.merge(params, lora))
-    np.testing.assert_allclose(loss(served), loss(lambda *args: adapted.apply(params, lora, *args)), rtol=1e-4)
+    np.testing.assert_allclose(
+        loss(served), loss(lambda *args: adapted.apply(params, lora, *args)), rtol=1e-4
+    )

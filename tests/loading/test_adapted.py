@@ -12,7 +12,9 @@ from nalora_jax.loading.adapted import Located, adapter_folder, locate, run_conf
 
 def make_adapter(folder, **settings):
     folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"} | settings))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "owner/base"} | settings)
+    )
     return folder
 
 
@@ -72,20 +74,26 @@ def test_two_adapters_are_refused(run):
 @pytest.mark.parametrize("name", ["nothing", ""])
 def test_a_folder_without_an_adapter_is_refused(tmp_path, name):
     for function in (lambda path: locate("owner/base", path), adapter_folder):
-        with pytest.raises(NaloraError, match=r"expected a folder with adapter_config\.json, or a run's folder"):
+        with pytest.raises(
+            NaloraError, match=r"expected a folder with adapter_config\.json, or a run's folder"
+        ):
             function(tmp_path / name)
 
 
 def test_a_run_that_exported_nothing_yet_is_not_taken_for_a_model(run):
     (run / "adapter" / "adapter_config.json").unlink()
-    with pytest.raises(NaloraError, match="expected a run that exported its adapter, found none yet; finish the run"):
+    with pytest.raises(
+        NaloraError, match="expected a run that exported its adapter, found none yet; finish the run"
+    ):
         locate(run)
 
 
 @pytest.mark.parametrize("name", [None, "", 3])
 def test_an_adapter_that_names_no_base_needs_one(tmp_path, name):
     folder = make_adapter(tmp_path / "theirs", base_model_name_or_path=name)
-    with pytest.raises(NaloraError, match="base_model_name_or_path: expected a model.*give the base model itself"):
+    with pytest.raises(
+        NaloraError, match="base_model_name_or_path: expected a model.*give the base model itself"
+    ):
         locate(folder)
     assert locate("owner/base", folder).base == "owner/base"
 
@@ -104,10 +112,19 @@ def test_what_is_not_a_log_is_no_run(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "config", [{"data": 3}, {"steps": "ten"}, {"lora": {"rules": [3]}}, {"lora": {"rules": [{"x": 1}]}}, {"mask": []}]
+    "config",
+    [
+        {"data": 3},
+        {"steps": "ten"},
+        {"lora": {"rules": [3]}},
+        {"lora": {"rules": [{"x": 1}]}},
+        {"mask": []},
+    ],
 )
 def test_settings_that_no_run_writes_are_refused(run, config):
     (run / "metrics.jsonl").write_text(json.dumps({"run": {"model": "an-alias", **config}}) + "\n")
     for read in (lambda: locate(run), lambda: run_config(run)):
-        with pytest.raises(NaloraError, match=r"metrics\.jsonl: line 1: run: expected the settings that a run writes"):
+        with pytest.raises(
+            NaloraError, match=r"metrics\.jsonl: line 1: run: expected the settings that a run writes"
+        ):
             read()

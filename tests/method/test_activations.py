@@ -64,7 +64,9 @@ def reference(name, z):
     return {
         "silu": lambda: sigmoid_terms(z, 1.0, z),
         "quick_gelu": lambda: sigmoid_terms(1.702 * z, 1.702, z),
-        "gelu_tanh": lambda: sigmoid_terms(2 * c * (z + 0.044715 * z**3), 2 * c * (1 + 3 * 0.044715 * z * z), z),
+        "gelu_tanh": lambda: sigmoid_terms(
+            2 * c * (z + 0.044715 * z**3), 2 * c * (1 + 3 * 0.044715 * z * z), z
+        ),
         "gelu": lambda: gelu_terms(z),
         "mish": lambda: mish_terms(z),
         CLAMPED: lambda: clamped_terms(1.3, 6.0, z),
@@ -111,7 +113,11 @@ def test_finite_at_extremes_and_dtype_kept(name, dtype):
     activation = activations.get(name)
     z = jnp.array([0.0, -0.0, 1e-30, -1e-30, 1.0, -1.0, 30.0, -30.0, 1e4, -1e4], dtype)
     functions = [activation.phi, activation.rho, activation.dphi, activation.drho, activation.homogeneity]
-    functions += [jax.vmap(jax.grad(activation.phi)), jax.vmap(jax.grad(activation.rho)), *_both(activation.gate)]
+    functions += [
+        jax.vmap(jax.grad(activation.phi)),
+        jax.vmap(jax.grad(activation.rho)),
+        *_both(activation.gate),
+    ]
     for function in functions:
         value = function(z)
         assert value.dtype == dtype
@@ -184,7 +190,9 @@ def test_gradients_are_those_of_the_function(name):
         return (slope64(z + 1e-3) - slope64(z - 1e-3)) / 2e-3
 
     z64 = np.asarray(z, np.float64)
-    np.testing.assert_allclose(jax.vmap(jax.grad(activations.get(name).phi))(z), slope64(z64), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.vmap(jax.grad(activations.get(name).phi))(z), slope64(z64), rtol=1e-5, atol=1e-6
+    )
     second = jax.vmap(jax.grad(jax.grad(activations.get(name).phi)))(z)
     np.testing.assert_allclose(second, curvature64(z64), rtol=1e-4, atol=2e-5)
 
@@ -288,7 +296,13 @@ def test_partition_refuses_bad_arguments():
 )
 def test_regions_are_disjoint_and_cover_the_line(values, name):
     partition = activations.partition(name)
-    edges = [partition.z0, partition.z1, np.nextafter(np.float32(partition.z1), np.float32(-1e9)), 0.0, -0.0]
+    edges = [
+        partition.z0,
+        partition.z1,
+        np.nextafter(np.float32(partition.z1), np.float32(-1e9)),
+        0.0,
+        -0.0,
+    ]
     z = jnp.array(values + edges + [jnp.nan], jnp.float32)
     masks = activations.regions(z, partition)
     np.testing.assert_array_equal(sum(mask.astype(jnp.int32) for mask in masks), jnp.ones(z.shape))

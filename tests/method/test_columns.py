@@ -39,8 +39,12 @@ def test_gates_that_do_not_exist_are_refused():
 def test_columns_of_b_are_multiplied_and_nothing_else(lead):
     updates = {"ffn": {"gate_proj": pair(*lead, 4, 5), "up_proj": pair(*lead, 4, 5)}}
     factor = jnp.arange(np.prod((*lead, 5)), dtype=jnp.float32).reshape(*lead, 5)
-    scaled = multiply_columns(updates, {"ffn": factor}, {"ffn/gate_proj": "ffn"}, argument="gate_factors", leaf="b")
-    np.testing.assert_array_equal(scaled["ffn"]["gate_proj"]["b"], np.repeat(np.asarray(factor)[..., None, :], 4, -2))
+    scaled = multiply_columns(
+        updates, {"ffn": factor}, {"ffn/gate_proj": "ffn"}, argument="gate_factors", leaf="b"
+    )
+    np.testing.assert_array_equal(
+        scaled["ffn"]["gate_proj"]["b"], np.repeat(np.asarray(factor)[..., None, :], 4, -2)
+    )
     assert (scaled["ffn"]["gate_proj"]["a"] == 1).all()
     assert (scaled["ffn"]["up_proj"]["b"] == 1).all()
 
@@ -51,9 +55,13 @@ def test_absent_and_misshapen_factors_are_refused():
     def multiply(factors):
         return multiply_columns(updates, factors, gates, argument="gate_factors", leaf="b")
 
-    with pytest.raises(NaloraError, match=r"gate_factors=\): expected factors of \['ffn'\], found no such argument"):
+    with pytest.raises(
+        NaloraError, match=r"gate_factors=\): expected factors of \['ffn'\], found no such argument"
+    ):
         multiply(None)
     with pytest.raises(NaloraError, match=r"found only \['other'\]"):
         multiply({"other": jnp.ones((2, 5))})
-    with pytest.raises(NaloraError, match=r"gate_factors of ffn/gate_proj/b: expected shape \(2, 5\), found \(5,\)"):
+    with pytest.raises(
+        NaloraError, match=r"gate_factors of ffn/gate_proj/b: expected shape \(2, 5\), found \(5,\)"
+    ):
         multiply({"ffn": jnp.ones(5)})

@@ -29,7 +29,9 @@ def test_all_gates_of_mish_take_their_second_step_without_warm_up() -> None:
     """A fresh adapter has dz = 0, and XLA may round rho(z + 0) differently from rho(z)."""
     z = jnp.linspace(-4, 4, 64)
     rho = activations.get("mish").rho(z)
-    noise = jnp.abs((jnp.nextafter(rho, jnp.float32(2)) - rho) * z)  # X = (rho(z + dz) - rho(z)) z at dz = 0
+    noise = jnp.abs(
+        (jnp.nextafter(rho, jnp.float32(2)) - rho) * z
+    )  # X = (rho(z + dz) - rho(z)) z at dz = 0
     assert (noise > 0).any()
     memory = {"step_scale": {PATH: {"excess": noise[None], "response": jnp.zeros((1, 64))}}}
     state = GateState(memory, {PATH: jnp.array([1], jnp.int32)}, jnp.int32(1))

@@ -31,7 +31,9 @@ def _build(block: Any, seed: int = 0) -> tuple[dict, jax.Array, jax.Array]:
     x = jax.random.normal(jax.random.key(seed), (2, 5, D))
     variables = jax.jit(block.init)(jax.random.key(1), x)
     rng = np.random.default_rng(seed)
-    lora = jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape) * 0.5, jnp.float32), variables["lora"])
+    lora = jax.tree.map(
+        lambda v: jnp.asarray(rng.normal(size=v.shape) * 0.5, jnp.float32), variables["lora"]
+    )
     weights = jnp.asarray([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], jnp.float32)
     return {"params": variables["params"], "lora": lora}, x, weights
 
@@ -97,7 +99,10 @@ def test_statistics_are_sums_over_real_tokens(kind: type, numerics: Any) -> None
     _, written = block.apply(variables, x, SCALES, token_weights=weights, mutable=["gate_stats"])
     stats = written["gate_stats"]
 
-    base, dz = (v.reshape(-1, F)[np.asarray(weights).reshape(-1) > 0] for v in _project(variables, gate, np.asarray(x)))
+    base, dz = (
+        v.reshape(-1, F)[np.asarray(weights).reshape(-1) > 0]
+        for v in _project(variables, gate, np.asarray(x))
+    )
     z, rho = base + dz, special.expit(base)
     moved = special.expit(z)
     part = activations.partition("silu")
@@ -124,7 +129,10 @@ def test_strides_take_one_in_n_positions(length: int) -> None:
         return block.apply(variables, x, SCALES, token_weights=weights, mutable=["gate_stats"])[1]
 
     got = measured(thin, x, weights)
-    for stride, names in {2: ("tokens", "slope", "occupancy"), 4: ("probe_tokens", "feature", "selection")}.items():
+    for stride, names in {
+        2: ("tokens", "slope", "occupancy"),
+        4: ("probe_tokens", "feature", "selection"),
+    }.items():
         picked, counted = sampled(x, weights, stride), sampled_positions(weights, stride)[1]
         want = measured(dense, picked, counted)
         for name in names:
@@ -168,7 +176,11 @@ def test_the_evaluation_program_does_not_know_the_mechanisms() -> None:
 
     def program(stats: GateStatsConfig) -> str:
         block = GatedFFN(D, F, "silu", GATED, stats=stats)
-        return str(jax.make_jaxpr(lambda v, x, w: block.apply(v, x, SCALES, token_weights=w))(variables, x, weights))
+        return str(
+            jax.make_jaxpr(lambda v, x, w: block.apply(v, x, SCALES, token_weights=w))(
+                variables, x, weights
+            )
+        )
 
     assert program(GateStatsConfig()) == program(GateStatsConfig(stride=3, checks=GateChecks(1e-4)))
 
@@ -199,7 +211,9 @@ def test_the_mask_shapes_the_gradient_of_the_gates_a_only(numerics: Any) -> None
 ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "relu", "relu2", "identity"]
 
 
-@pytest.mark.parametrize(("name", "limit"), [*((name, 0.0) for name in ACTIVATIONS), ("clamped_swish", 2.0)])
+@pytest.mark.parametrize(
+    ("name", "limit"), [*((name, 0.0) for name in ACTIVATIONS), ("clamped_swish", 2.0)]
+)
 def test_gated_product_has_autodiffs_gradient(name: str, limit: float, numerics: Any) -> None:
     activation = activations.get(name)
     z, u, g = (jax.random.normal(k, (4, 30)) * 3 for k in jax.random.split(jax.random.key(0), 3))
@@ -213,7 +227,9 @@ def test_gated_product_has_autodiffs_gradient(name: str, limit: float, numerics:
 _RESIDUAL = low_rank._residual
 
 
-def _scaled_residual(factor: float, x: jax.Array, adapter: Any, numerics: Any) -> tuple[jax.Array, jax.Array]:
+def _scaled_residual(
+    factor: float, x: jax.Array, adapter: Any, numerics: Any
+) -> tuple[jax.Array, jax.Array]:
     y, hidden = _RESIDUAL(x, adapter, numerics)
     return factor * y, hidden
 
@@ -233,7 +249,11 @@ def _worst_check(block: Any, variables: dict, x: jax.Array) -> float:
 @pytest.mark.parametrize("kind", [GatedFFN, SelfGatedFFN])
 def test_the_identity_holds_on_the_live_block(kind: type) -> None:
     block = kind(
-        D, F, "silu", GATED if kind is GatedFFN else SELF_GATED, stats=GateStatsConfig(checks=GateChecks(1e-5))
+        D,
+        F,
+        "silu",
+        GATED if kind is GatedFFN else SELF_GATED,
+        stats=GateStatsConfig(checks=GateChecks(1e-5)),
     )
     variables, x, _ = _build(block)
     assert _worst_check(block, variables, x) < 1
@@ -257,7 +277,9 @@ def test_a_block_in_every_implementation_is_the_plain_one(numerics: Any) -> None
         block = GatedFFN(48, 80, "silu", GATED, True, chosen, GateStatsConfig(stride=2, probe_stride=4))
         variables = block.clone(numerics=Numerics()).init(jax.random.key(0), x)
         # Biases and B are zero to begin with.
-        variables = jax.tree.map(lambda w: w + 0.1 * jnp.cos(jnp.arange(w.size)).reshape(w.shape), variables)
+        variables = jax.tree.map(
+            lambda w: w + 0.1 * jnp.cos(jnp.arange(w.size)).reshape(w.shape), variables
+        )
         mask = {"gate_mask": {"mask": jnp.linspace(0, 2, 80)}}
 
         @jax.jit
@@ -272,6 +294,8 @@ def test_a_block_in_every_implementation_is_the_plain_one(numerics: Any) -> None
 
     ours, plain = run(numerics("bfloat16", result="float32")), run(Numerics())
     occupied = [results[2].pop("occupancy") for results in (ours, plain)]
-    np.testing.assert_allclose(*occupied, atol=2)  # counts, of numbers whose rounding may take them over a cut
+    np.testing.assert_allclose(
+        *occupied, atol=2
+    )  # counts, of numbers whose rounding may take them over a cut
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
         assert np.abs(one - other).max() <= 0.04 * np.abs(other).max()

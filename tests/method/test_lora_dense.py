@@ -39,7 +39,9 @@ def test_dora_is_the_papers_formula() -> None:
     got, _ = layer.apply({"params": params, "lora": lora}, x, 0.5)
     w = np.asarray(params["kernel"], np.float64)
     whole = w + 0.5 * np.asarray(lora["a"], np.float64) @ np.asarray(lora["b"], np.float64)
-    want = np.asarray(x) @ (whole / np.linalg.norm(whole, axis=0) * np.asarray(lora["magnitude"])) + np.asarray(bias)
+    want = np.asarray(x) @ (
+        whole / np.linalg.norm(whole, axis=0) * np.asarray(lora["magnitude"])
+    ) + np.asarray(bias)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 

@@ -25,7 +25,9 @@ from nalora_jax.ops.storage import expand
 PLAIN = Numerics()
 
 
-def _arrays(seed: int = 0, tokens: int = 6, d_in: int = 16, rank: int = 4, d_out: int = 40) -> list[np.ndarray]:
+def _arrays(
+    seed: int = 0, tokens: int = 6, d_in: int = 16, rank: int = 4, d_out: int = 40
+) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     shapes = [(2, tokens // 2, d_in), (d_in, rank), (rank, d_out), (d_out,), (2, tokens // 2, d_out)]
     return [rng.normal(size=shape) for shape in shapes]
@@ -91,7 +93,9 @@ def _draw(d_in: int, d_out: int, rank: int = 4) -> tuple[jax.Array, ...]:
     return x, kernel, a, b, jnp.abs(mask), bias, g
 
 
-def _exact(x: Any, kernel: Any, a: Any, b: Any, mask: Any, bias: Any, g: Any, scale: float) -> tuple[np.ndarray, ...]:
+def _exact(
+    x: Any, kernel: Any, a: Any, b: Any, mask: Any, bias: Any, g: Any, scale: float
+) -> tuple[np.ndarray, ...]:
     """Value and gradients of x, A and B by the formulas, in float64."""
     x, kernel, a, b, mask, bias, g = (np.asarray(v, np.float64) for v in (x, kernel, a, b, mask, bias, g))
     flat, back = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
@@ -111,7 +115,9 @@ def _exact(x: Any, kernel: Any, a: Any, b: Any, mask: Any, bias: Any, g: Any, sc
         ((64, 64), False, "bfloat16"),
     ],
 )
-def test_value_and_gradients_are_the_formulas(widths: tuple[int, int], masked: bool, dtype: str, numerics: Any) -> None:
+def test_value_and_gradients_are_the_formulas(
+    widths: tuple[int, int], masked: bool, dtype: str, numerics: Any
+) -> None:
     x, kernel, a, b, mask, bias, g = _draw(*widths)
     chosen = numerics(dtype, result="float32")
 
@@ -142,13 +148,19 @@ def test_parallel_layers_are_each_layer_alone(dtype: str, numerics: Any) -> None
                 Dense(kernel[:, :32], Adapter(a, b[:, :32], 2.0)),
                 Dense(kernel[:, :64]),
             ]
-            made = parallel_dense(x, layers, chosen) if together else [adapted_dense(x, d, chosen) for d in layers]
+            made = (
+                parallel_dense(x, layers, chosen)
+                if together
+                else [adapted_dense(x, d, chosen) for d in layers]
+            )
             return [one.y for one in made]
 
         values, back = jax.vjp(ys, x, a, b)
         return values, back([jnp.sin(y) for y in values])
 
-    for one, other in zip(*(jax.tree.leaves(jax.jit(run, static_argnums=0)(t)) for t in (True, False)), strict=True):
+    for one, other in zip(
+        *(jax.tree.leaves(jax.jit(run, static_argnums=0)(t)) for t in (True, False)), strict=True
+    ):
         assert np.abs(one - other).max() <= (1e-5 if dtype == "float32" else 2**-6) * np.abs(other).max()
 
 

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nalora_jax.method.rules import hard_mask, soft_mask
-from nalora_jax.method.state import GateState, channel_factors, init_gate_state, mask_collection, own_factors
+from nalora_jax.method.state import (
+    GateState,
+    channel_factors,
+    init_gate_state,
+    mask_collection,
+    own_factors,
+)
 from nalora_jax.train.mechanisms import make_mechanisms
 
 PATH = "layers/ffn"
@@ -47,7 +53,10 @@ def test_hard_mask_ranks_within_each_layer_and_expert():
     ).reshape(3, 1, 1)
     mask = hard_mask(importance, 0.5)
     np.testing.assert_array_equal(mask.sum(-1), jnp.full((3, 2), 5.0))
-    low, high = jnp.where(mask > 0, jnp.inf, importance).max(-1), jnp.where(mask > 0, importance, jnp.inf).min(-1)
+    low, high = (
+        jnp.where(mask > 0, jnp.inf, importance).max(-1),
+        jnp.where(mask > 0, importance, jnp.inf).min(-1),
+    )
     assert low.shape == high.shape == (3, 2)
     assert (jnp.where(mask > 0, -jnp.inf, importance).max(-1) < high).all()
 

@@ -36,7 +36,16 @@ def only(*names: str, **options: Any) -> Mechanisms:
 def stats_like(seed: int, tokens: float = 20.0) -> dict[str, dict[str, jax.Array]]:
     rng = np.random.default_rng(seed)
     sums = {"tokens": jnp.full((L,), tokens), "probe_tokens": jnp.full((L,), tokens)}
-    for name in ("slope", "occupancy", "feature", "selection", "linear", "excess", "response", "delta_squared"):
+    for name in (
+        "slope",
+        "occupancy",
+        "feature",
+        "selection",
+        "linear",
+        "excess",
+        "response",
+        "delta_squared",
+    ):
         shape = statistics.get(name).shape((L, F))
         sums[name] = jnp.asarray(tokens * rng.uniform(0.05, 1.0, shape), jnp.float32)
     return {PATH: sums}
@@ -66,17 +75,24 @@ def test_every_entry_keeps_the_contract(name: str) -> None:
         np.testing.assert_allclose(jnp.mean(joint["update_b"][PATH] ** 2, axis=-1), np.ones(L), rtol=1e-5)
     early = own_factors(state._replace(count=jnp.int32(2)), mechanisms)[label][PATH]
     assert (early == 1).all()  # warm-up
-    unseen = own_factors(init_gate_state({PATH: (L, F)}, mechanisms)._replace(count=jnp.int32(50)), mechanisms)
+    unseen = own_factors(
+        init_gate_state({PATH: (L, F)}, mechanisms)._replace(count=jnp.int32(50)), mechanisms
+    )
     assert (unseen[label][PATH] == 1).all()
     again = jax.eval_shape(lambda s: update_gate_state(s, stats_like(1), mechanisms), state)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), again) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), again) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
 
 
 def test_factors_that_reallocate_are_normalised_together_and_the_others_are_not() -> None:
     rules = ("soft:power=2,warmup=0", "homogeneity:warmup=0", "curvature_cap:tau=0.5,warmup=0")
     mechanisms = only(*rules)
     state = state_after(mechanisms)
-    own = {label: np.asarray(blocks[PATH], np.float64) for label, blocks in own_factors(state, mechanisms).items()}
+    own = {
+        label: np.asarray(blocks[PATH], np.float64)
+        for label, blocks in own_factors(state, mechanisms).items()
+    }
     product = own["mask"] * own["step_scale"]
     product /= np.sqrt((product**2).mean(-1, keepdims=True))
     assert (own["curvature_cap"] < 1).any()
@@ -139,7 +155,9 @@ def test_random_masks_are_unbiased_and_drawn_anew() -> None:
 def test_a_stochastic_mask_keeps_by_importance() -> None:
     importance = jnp.asarray(np.random.default_rng(0).uniform(0.1, 1.0, (2, 9)), jnp.float32)
     ratio = np.asarray(importance) / np.asarray(importance).mean(-1, keepdims=True)
-    np.testing.assert_allclose(keep_probability(importance, 0.5, 2.0), np.clip(0.5 * ratio**2, 0.05, 1), rtol=1e-5)
+    np.testing.assert_allclose(
+        keep_probability(importance, 0.5, 2.0), np.clip(0.5 * ratio**2, 0.05, 1), rtol=1e-5
+    )
 
 
 def test_importance_by_delta_is_a_power_of_its_second_moment() -> None:
@@ -182,7 +200,10 @@ def test_settings_are_read_by_type_and_refused_by_name() -> None:
     }.items():
         with pytest.raises(NaloraError, match=message):
             make(text)
-    labels = [label for label, _ in only("curvature_cap", "delta:q=1", "delta:q=-1", "homogeneity", "soft").entries]
+    labels = [
+        label
+        for label, _ in only("curvature_cap", "delta:q=1", "delta:q=-1", "homogeneity", "soft").entries
+    ]
     assert labels == ["step_scale", "delta", "delta_2", "homogeneity", "mask"]
 
 

@@ -17,7 +17,9 @@ GATE, BLOCK = "layers/ffn/gate_proj", "layers/ffn"
 GATES = {GATE: BLOCK}
 ON = make_mechanisms(RunConfig().mechanisms, activation="silu")
 OFF = make_mechanisms((), activation="silu")
-ADAMW = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_share=0.0, weight_decay=0.3, clip_norm=1.0)
+ADAMW = OptimizerConfig(
+    learning_rate=1e-2, schedule="constant", warmup_share=0.0, weight_decay=0.3, clip_norm=1.0
+)
 
 # The contract that every transform of this library keeps.
 TRANSFORMS = {
@@ -26,7 +28,9 @@ TRANSFORMS = {
     "nalora on optax": lambda: nalora(optax.adamw(0.05), GATES, ON),
     "nalora on settings": lambda: nalora(make_optimizer(ADAMW, 50, 4.0), GATES, ON),
     "nalora off": lambda: nalora(optax.adamw(0.05), GATES, OFF),
-    "adafactor": lambda: nalora(make_optimizer(OptimizerConfig(name="adafactor", learning_rate=0.05), 50), GATES, ON),
+    "adafactor": lambda: nalora(
+        make_optimizer(OptimizerConfig(name="adafactor", learning_rate=0.05), 50), GATES, ON
+    ),
     "lion": lambda: nalora(make_optimizer(OptimizerConfig(name="lion", learning_rate=0.01), 50), GATES, ON),
 }
 each_transform = pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
@@ -144,7 +148,9 @@ def test_a_small_problem_converges(make):
     target, params, optimizer = random_tree(5), random_tree(6), make()
 
     def loss(params):
-        return sum(jnp.sum((p - t) ** 2) for p, t in zip(*map(jax.tree.leaves, (params, target)), strict=True))
+        return sum(
+            jnp.sum((p - t) ** 2) for p, t in zip(*map(jax.tree.leaves, (params, target)), strict=True)
+        )
 
     @jax.jit
     def step(params, state):
@@ -162,7 +168,9 @@ def acts_after_preconditioner(optimizer, plain, **extra):
     params = random_tree(0)
     scaled, _ = run(optimizer, params, 1, **extra)
     expected, _ = run(plain, params, 1)
-    return np.allclose(gate_b(scaled[0]), gate_b(expected[0]) * FACTOR[BLOCK][:, None, :], rtol=1e-5, atol=1e-9)
+    return np.allclose(
+        gate_b(scaled[0]), gate_b(expected[0]) * FACTOR[BLOCK][:, None, :], rtol=1e-5, atol=1e-9
+    )
 
 
 def test_soft_factors_act_after_the_preconditioner():
@@ -225,7 +233,9 @@ def test_both_off_is_the_plain_chain_to_the_bit():
 def test_factors_of_one_change_nothing():
     ones = {BLOCK: jnp.ones((L, D_FF))}
     plain, _ = run(make_optimizer(ADAMW, 20), random_tree(0), 3)
-    on, _ = run(nalora(make_optimizer(ADAMW, 20), GATES, ON), random_tree(0), 3, gate_factors={"update_b": ones})
+    on, _ = run(
+        nalora(make_optimizer(ADAMW, 20), GATES, ON), random_tree(0), 3, gate_factors={"update_b": ones}
+    )
     assert_same(plain, on)
 
 
@@ -233,7 +243,9 @@ def test_a_user_s_own_tree_and_names():
     params = {"block": {"w1": {"lora_A": jnp.ones((4, 2)), "lora_B": jnp.ones((2, 5))}}}
     optimizer = optax.chain(optax.sgd(1.0), scale_by_channel({"block/w1": "mine"}, leaf="lora_B"))
     mask = jnp.array([0.0, 0.5, 1.0, 2.0, 0.0])
-    updates, _ = optimizer.update(params, optimizer.init(params), params, gate_factors={"update_b": {"mine": mask}})
+    updates, _ = optimizer.update(
+        params, optimizer.init(params), params, gate_factors={"update_b": {"mine": mask}}
+    )
     np.testing.assert_allclose(updates["block"]["w1"]["lora_B"], -jnp.broadcast_to(mask, (2, 5)))
     np.testing.assert_allclose(updates["block"]["w1"]["lora_A"], -jnp.ones((4, 2)))
 
@@ -267,7 +279,9 @@ def test_lora_plus_trains_b_at_its_own_rate():
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
 def test_weight_decay_is_decoupled_and_follows_the_learning_rate(name):
-    config = OptimizerConfig(name=name, learning_rate=2e-2, warmup_share=0.0, weight_decay=0.25, clip_norm=0.0)
+    config = OptimizerConfig(
+        name=name, learning_rate=2e-2, warmup_share=0.0, weight_decay=0.25, clip_norm=0.0
+    )
     without = OptimizerConfig(name=name, learning_rate=2e-2, warmup_share=0.0, clip_norm=0.0)
     params = random_tree(0)
     decayed, plain = (run(make_optimizer(c, 20), params, 1)[0][0] for c in (config, without))
@@ -277,10 +291,14 @@ def test_weight_decay_is_decoupled_and_follows_the_learning_rate(name):
 
 def test_clipping_bounds_the_gradient():
     grads = random_tree(7)
-    optimizer = make_optimizer(OptimizerConfig(name="sgd", learning_rate=1.0, warmup_share=0.0, clip_norm=0.5), 10)
+    optimizer = make_optimizer(
+        OptimizerConfig(name="sgd", learning_rate=1.0, warmup_share=0.0, clip_norm=0.5), 10
+    )
     updates, _ = optimizer.update(grads, optimizer.init(grads), grads)
     assert norm(updates) == pytest.approx(0.5, rel=1e-5)
-    free = make_optimizer(OptimizerConfig(name="sgd", learning_rate=1.0, warmup_share=0.0, clip_norm=0.0), 10)
+    free = make_optimizer(
+        OptimizerConfig(name="sgd", learning_rate=1.0, warmup_share=0.0, clip_norm=0.0), 10
+    )
     updates, _ = free.update(grads, free.init(grads), grads)
     assert norm(updates) == pytest.approx(norm(grads), rel=1e-5)
 
@@ -291,7 +309,9 @@ def test_schedule(kind):
     rate = np.array([float(make_schedule(config, 100)(step)) for step in range(101)])
     np.testing.assert_allclose(rate[:11], 0.2 * np.arange(1, 12) / 11, rtol=1e-5)
     share = np.linspace(0, 1, 91)
-    decay = {"cosine": 0.5 * (1 + np.cos(np.pi * share)), "linear": 1 - share, "constant": np.ones(91)}[kind]
+    decay = {"cosine": 0.5 * (1 + np.cos(np.pi * share)), "linear": 1 - share, "constant": np.ones(91)}[
+        kind
+    ]
     np.testing.assert_allclose(rate[10:], 0.2 * (0.25 + 0.75 * decay), rtol=1e-5)
 
 

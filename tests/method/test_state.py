@@ -94,7 +94,9 @@ def test_state_is_stable_under_scan_and_cond():
     for stats in steps:
         looped = advance(looped, {path: stats})
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), scanned, looped)
-    kept = jax.jit(lambda go: jax.lax.cond(go, lambda: advance(first, {path: steps[0]}), lambda: first))(False)
+    kept = jax.jit(lambda go: jax.lax.cond(go, lambda: advance(first, {path: steps[0]}), lambda: first))(
+        False
+    )
     jax.tree.map(np.testing.assert_array_equal, kept, first)
 
 
@@ -108,5 +110,7 @@ def test_blocks_of_a_collection_are_found():
 
 def test_missing_statistics_are_named():
     state = start({"layers/ffn": (2, 3)})
-    with pytest.raises(NaloraError, match="gate_stats: expected a leaf layers/ffn/tokens, found other/slope"):
+    with pytest.raises(
+        NaloraError, match="gate_stats: expected a leaf layers/ffn/tokens, found other/slope"
+    ):
         advance(state, {"other": {"slope": jnp.ones((2, 3))}})

@@ -43,7 +43,9 @@ def test_gate_compensation_identity(z, dz, name, dtype):
     feature, moved = statistics.gate_decomposition(z, dz, activation)
     before, after = activation.phi(z), activation.phi(z + dz)
     # Every product and sum above is rounded once, relative to its own size.
-    size = sum(jnp.abs(x).astype(jnp.float32) for x in (feature, moved, before, after, activation.rho(z) * z))
+    size = sum(
+        jnp.abs(x).astype(jnp.float32) for x in (feature, moved, before, after, activation.rho(z) * z)
+    )
     error = jnp.abs((feature + moved).astype(jnp.float32) - (after - before).astype(jnp.float32))
     assert (error <= 8 * float(jnp.finfo(dtype).eps) * size + 1e-30).all()
     assert feature.dtype == moved.dtype == dtype
@@ -104,7 +106,11 @@ def expected_statistics(z, weights, name, partition):
     slope = rho * special.expit(-z) if name == "silu" else np.exp(-z * z / 2) / np.sqrt(2 * np.pi)
     edges = [-np.inf, partition.z0, 0.0, partition.z1, np.inf]
     occupancy = [(w * ((z >= low) & (z < high))).sum(0) for low, high in itertools.pairwise(edges)]
-    return {"tokens": w.sum(), "slope": (w * np.abs(rho + z * slope)).sum(0), "occupancy": np.stack(occupancy)}
+    return {
+        "tokens": w.sum(),
+        "slope": (w * np.abs(rho + z * slope)).sum(0),
+        "occupancy": np.stack(occupancy),
+    }
 
 
 # (leading axes): blocks of one row, of several rows, a row longer than a block, and one that no block divides.
@@ -148,7 +154,11 @@ def test_probe_statistics_are_the_sums_of_the_terms():
     z, dz = normal(13, 50, 4), normal(14, 50, 4, scale=0.5)
     weights = jnp.asarray(np.random.default_rng(15).uniform(size=50), jnp.float32)
     stats = probe_statistics(z, dz, weights, SILU)
-    z64, dz64, w = np.asarray(z, np.float64), np.asarray(dz, np.float64), np.asarray(weights, np.float64)[:, None]
+    z64, dz64, w = (
+        np.asarray(z, np.float64),
+        np.asarray(dz, np.float64),
+        np.asarray(weights, np.float64)[:, None],
+    )
     rho, slope = special.expit(z64), special.expit(z64) * special.expit(-z64)
     moved = (special.expit(z64 + dz64) - rho) * (z64 + dz64)
     expected = {
@@ -186,7 +196,9 @@ def test_one_exponential_serves_all_channel_statistics():
 def test_micro_batches_merge_into_the_whole():
     z, weights = normal(17, 12, 4), jnp.asarray(np.random.default_rng(18).uniform(size=12), jnp.float32)
     whole = channel_statistics(z, weights, SILU, PARTITION)
-    parts = [channel_statistics(z[i:j], weights[i:j], SILU, PARTITION) for i, j in ((0, 2), (2, 7), (7, 12))]
+    parts = [
+        channel_statistics(z[i:j], weights[i:j], SILU, PARTITION) for i, j in ((0, 2), (2, 7), (7, 12))
+    ]
     merged = jax.tree.map(lambda *sums: sum(sums[1:], start=sums[0]), *parts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, merged)
 
@@ -243,7 +255,11 @@ def test_lengths_that_groups_do_not_divide_are_sampled_by_position():
 def sampled_both_ways(weights, stride):
     """Positions and their weights, the positions of the first row alone, and the weights where they lie."""
     alone = reductions.sampled_positions(weights[:1], stride)[0]
-    return *reductions.sampled_positions(weights, stride), alone, reductions.sampled_weights(weights, stride)
+    return (
+        *reductions.sampled_positions(weights, stride),
+        alone,
+        reductions.sampled_weights(weights, stride),
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -260,7 +276,9 @@ def test_every_row_that_has_a_real_token_is_measured(lengths, start, width, stri
     np.testing.assert_array_equal(counted.sum(1) > 0, weights.sum(1) > 0)
     assert positions.shape[1] <= -(-width // stride)
     real = counted > 0
-    np.testing.assert_array_equal(counted[real], np.take_along_axis(weights, np.minimum(positions, width - 1), 1)[real])
+    np.testing.assert_array_equal(
+        counted[real], np.take_along_axis(weights, np.minimum(positions, width - 1), 1)[real]
+    )
     # No position twice, and a row is sampled alike whatever stands beside it.
     assert all(len(set(row)) == len(row) for row in positions)
     np.testing.assert_array_equal(positions[:1], alone)
@@ -281,7 +299,9 @@ def test_sampling_of_rows_on_a_mesh_gathers_nothing():
     """Rows are sampled where they lie: the only traffic is the sum over the devices that hold them."""
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     rows = P(("data", "fsdp"))
-    z = jax.ShapeDtypeStruct((8, 64, 32), jnp.float32, sharding=NamedSharding(mesh, P(*rows, None, "tensor")))
+    z = jax.ShapeDtypeStruct(
+        (8, 64, 32), jnp.float32, sharding=NamedSharding(mesh, P(*rows, None, "tensor"))
+    )
     weights = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=NamedSharding(mesh, rows))
 
     def sums(z, weights):

@@ -113,7 +113,9 @@ def test_degrees_vary_needs_two_occupied_regions_of_different_degree():
     def rows_of(*rows):
         return jnp.broadcast_to(jnp.array(rows)[..., None], (len(rows), 4, 6))
 
-    occupancy = rows_of([0.0, 0.0, 1.0, 0.0], [0.0, 0.01, 0.99, 0.0], [0.1, 0.0, 0.0, 0.9], [0.0, 0.0, 0.0, 0.0])
+    occupancy = rows_of(
+        [0.0, 0.0, 1.0, 0.0], [0.0, 0.01, 0.99, 0.0], [0.1, 0.0, 0.0, 0.9], [0.0, 0.0, 0.0, 0.0]
+    )
     np.testing.assert_array_equal(degrees_vary(occupancy, SILU, 0.02), [False, False, True, False])
     np.testing.assert_array_equal(degrees_vary(occupancy, SILU, 0.0), [False, True, True, False])
     relu = activations.partition("relu")

@@ -135,7 +135,13 @@ def test_old_form_reads_as_transformers_rewrites_it(old):
 
 
 def test_multimodal_gemma3_is_its_text_model():
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 7, "sliding_window": 8, "head_dim": 16}
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 7,
+        "sliding_window": 8,
+        "head_dim": 16,
+    }
     config = ModelConfig.from_hf({"model_type": "gemma3", "text_config": text, "vision_config": {}})
     assert (config.model_type, config.vocab_size, config.n_heads) == ("gemma3_text", 262_208, 8)
     assert config.layer_windows == (8, 8, 8, 8, 8, GLOBAL_WINDOW, 8)
@@ -144,16 +150,25 @@ def test_multimodal_gemma3_is_its_text_model():
 
 
 def test_images_of_mistral3_are_refused_by_name():
-    raw = {"model_type": "mistral3", "text_config": {**LLAMA, "model_type": "ministral3"}, "vision_config": {}}
+    raw = {
+        "model_type": "mistral3",
+        "text_config": {**LLAMA, "model_type": "ministral3"},
+        "vision_config": {},
+    }
     assert ModelConfig.from_hf(raw).model_type == "ministral3"
     with pytest.raises(
-        NaloraError, match=r"model_type: expected a model that sees images: one of llava, gemma3, found .mistral3."
+        NaloraError,
+        match=r"model_type: expected a model that sees images: one of llava, gemma3, found .mistral3.",
     ):
         ModelConfig.from_hf(raw, images=True)
 
 
 def test_multimodal_gemma4_is_its_text_model():
-    raw = {"model_type": "gemma4", "text_config": {**LLAMA, "model_type": "gemma4_text"}, "vision_config": {}}
+    raw = {
+        "model_type": "gemma4",
+        "text_config": {**LLAMA, "model_type": "gemma4_text"},
+        "vision_config": {},
+    }
     config = ModelConfig.from_hf(raw)
     assert (config.model_type, config.tie_embeddings, config.sight) == ("gemma4_text", True, None)
     with pytest.raises(NaloraError, match=r"sees images: one of llava, gemma3, found 'gemma4'"):
@@ -297,13 +312,21 @@ JSON = st.recursive(
 )
 FIELDS = sorted(
     {key for raw in OLD_FORMS.values() for key in raw}
-    | {"rope_parameters", "layer_types", "attention_bias", "attention_dropout", "text_config", "no_rope_layers"}
+    | {
+        "rope_parameters",
+        "layer_types",
+        "attention_bias",
+        "attention_dropout",
+        "text_config",
+        "no_rope_layers",
+    }
 )
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from([*supported(), "gemma3", "mistral3"]), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3)
+    st.sampled_from([*supported(), "gemma3", "mistral3"]),
+    st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3),
 )
 def test_only_this_librarys_error_comes_out(family, changes):
     try:
@@ -332,10 +355,27 @@ def test_self_gated_ffn_has_two_projections():
 
 def nullable(family: str) -> list[str]:
     """Fields of a family's class in transformers that this library reads."""
-    known = {"attention_dropout", "final_logit_softcapping", "attn_logit_softcapping", "layer_types", "sliding_window"}
+    known = {
+        "attention_dropout",
+        "final_logit_softcapping",
+        "attn_logit_softcapping",
+        "layer_types",
+        "sliding_window",
+    }
     known |= {"num_key_value_heads", "head_dim", "tie_word_embeddings", "rms_norm_eps", "hidden_activation"}
-    known |= {"max_window_layers", "query_pre_attn_scalar", "no_rope_layers", "no_rope_layer_interval", "hidden_act"}
-    known |= {"max_position_embeddings", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"}
+    known |= {
+        "max_window_layers",
+        "query_pre_attn_scalar",
+        "no_rope_layers",
+        "no_rope_layer_interval",
+        "hidden_act",
+    }
+    known |= {
+        "max_position_embeddings",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "decoder_sparse_step",
+    }
     known |= {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"}
     return sorted(known & set(CONFIG_MAPPING[family]().to_dict()))
 
@@ -347,7 +387,9 @@ def test_null_fields_mean_what_they_mean_in_transformers(family: str) -> None:
     for name in nullable(family):
         raw = {**base, name: None}
         try:
-            theirs = CONFIG_MAPPING[family](**{key: value for key, value in raw.items() if key != "model_type"})
+            theirs = CONFIG_MAPPING[family](
+                **{key: value for key, value in raw.items() if key != "model_type"}
+            )
         except Exception:  # no value at all is refused here too, or has the one meaning that it ever had
             if name == "num_key_value_heads":
                 assert ModelConfig.from_hf(raw).n_kv_heads == LLAMA["num_attention_heads"]

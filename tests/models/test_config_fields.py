@@ -37,7 +37,11 @@ SIZES: dict[str, Any] = {
 }
 # Sizes of one family only.
 FURTHER: dict[str, Any] = {
-    "gemma4_text": {"global_head_dim": 16, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 32},
+    "gemma4_text": {
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": 32,
+    },
     "gemma4_unified_text": {"global_head_dim": 16},
 }
 # Values of fields for which another number, flag or list of the same type would have no effect or no meaning.
@@ -105,11 +109,15 @@ def logits(raw: dict[str, Any]) -> torch.Tensor | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = transformers.AutoConfig.for_model(**copy.deepcopy(raw))
-            model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager"
+            ).eval()
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     generator = torch.Generator().manual_seed(sum(name.encode()))
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4 + ("norm" in name))
+                    parameter.copy_(
+                        torch.randn(parameter.shape, generator=generator) * 0.4 + ("norm" in name)
+                    )
                 return model(TOKENS).logits
     except Exception:  # a value that transformers does not run
         return None

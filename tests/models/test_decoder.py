@@ -33,10 +33,15 @@ BASE = {
     "head_dim": 8,
 }
 CONFIGS = {
-    "dense": ModelConfig.from_hf({**BASE, "model_type": "gemma3_text", "sliding_window": 5, "attention_bias": True}),
-    "experts": ModelConfig.from_hf({**BASE, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "dense": ModelConfig.from_hf(
+        {**BASE, "model_type": "gemma3_text", "sliding_window": 5, "attention_bias": True}
+    ),
+    "experts": ModelConfig.from_hf(
+        {**BASE, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    ),
     "self-gated": dataclasses.replace(
-        ModelConfig.from_hf({**BASE, "model_type": "llama", "hidden_act": "gelu", "mlp_bias": True}), gated=False
+        ModelConfig.from_hf({**BASE, "model_type": "llama", "hidden_act": "gelu", "mlp_bias": True}),
+        gated=False,
     ),
 }
 RANKS = TargetSpec(ranks=(3, 0, 2), alphas=(6.0, 1.0, 1.0))
@@ -130,7 +135,9 @@ def test_adapters_equal_merged_weights(config, dora):
         kernel = merged[f"{path}/kernel"] + scale * jnp.einsum("...dr,...ro->...do", a, b)
         if dora:
             norm = jnp.linalg.norm(kernel, axis=-2, keepdims=True)
-            kernel = jnp.where(scale == 0, kernel, kernel / norm * adapters[f"{path}/magnitude"][..., None, :])
+            kernel = jnp.where(
+                scale == 0, kernel, kernel / norm * adapters[f"{path}/magnitude"][..., None, :]
+            )
         merged[f"{path}/kernel"] = kernel
     ours = run(Decoder(config, spec), params, tokens, lora)
     np.testing.assert_allclose(ours, run(Decoder(config), unflatten(merged), tokens), atol=3e-5)
@@ -154,7 +161,9 @@ def test_rematerialisation_changes_no_gradient(config, params):
     assert all(np.abs(leaf[0]).max() > 0 for leaf in jax.tree.leaves(plain))
     # XLA:CPU takes the host's memory for the device's own.
     for remat in ("full",) if config.n_experts else ("full", "attention", "dots", "dots_offload"):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, gradient(remat))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, gradient(remat)
+        )
 
 
 def test_base_weights_get_no_gradient(config, params):
@@ -201,7 +210,10 @@ def test_statistics_are_sums_over_real_tokens(config, params):
     assert packed["layers/ffn/slope"].shape == (*lead, config.d_ff)
     assert packed["layers/ffn/occupancy"].shape == (*lead, 4, config.d_ff)
     routed = config.experts_per_token or 1
-    assert packed["layers/ffn/tokens"].reshape(config.n_layers, -1).sum(1).tolist() == [10.0 * routed] * config.n_layers
+    assert (
+        packed["layers/ffn/tokens"].reshape(config.n_layers, -1).sum(1).tolist()
+        == [10.0 * routed] * config.n_layers
+    )
     for path, value in packed.items():
         np.testing.assert_allclose(value, alone[0][path] + alone[1][path], rtol=1e-4, atol=1e-4)
 
@@ -223,7 +235,9 @@ def test_the_program_does_not_grow_with_depth(config):
     def size(n_layers: int) -> int:
         c = dataclasses.replace(config, n_layers=n_layers, windows=(), rope_index=())
         shapes = jax.eval_shape(lambda: init_params(c, jax.random.key(0)))
-        jaxpr = jax.make_jaxpr(lambda p, t: Decoder(c).apply({"params": p}, t))(shapes, jnp.zeros((1, 4), int))
+        jaxpr = jax.make_jaxpr(lambda p, t: Decoder(c).apply({"params": p}, t))(
+            shapes, jnp.zeros((1, 4), int)
+        )
         return len(str(jaxpr).splitlines())
 
     assert size(2) == size(9)
@@ -249,8 +263,12 @@ def test_low_precision_stays_close(config, params, numerics):
 def test_dropout_of_attention_is_for_training_only():
     config = dataclasses.replace(CONFIGS["dense"], attn_dropout=0.5)
     params, tokens, model = init_params(config, jax.random.key(0)), tokens_of(2, 8), Decoder(config)
-    np.testing.assert_array_equal(run(model, params, tokens), run(Decoder(CONFIGS["dense"]), params, tokens))
-    drop = jax.jit(lambda rng: model.apply({"params": params}, tokens, deterministic=False, rngs={"dropout": rng}))
+    np.testing.assert_array_equal(
+        run(model, params, tokens), run(Decoder(CONFIGS["dense"]), params, tokens)
+    )
+    drop = jax.jit(
+        lambda rng: model.apply({"params": params}, tokens, deterministic=False, rngs={"dropout": rng})
+    )
     noisy = [drop(jax.random.key(i)) for i in (0, 0, 1)]
     np.testing.assert_array_equal(noisy[0], noisy[1])
     assert np.abs(noisy[0] - noisy[2]).max() > 0.01

@@ -18,7 +18,9 @@ from nalora_jax.models.embedding import Embedding
 from nalora_jax.ops.dispatch import Numerics
 
 VOCAB, D, ROWS, SEQ = 4096, 64, 16, 32  # a table larger than its lookups, as in every model
-COLLECTIVE = re.compile(r"= f32\[([\d,]+)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(")
+COLLECTIVE = re.compile(
+    r"= f32\[([\d,]+)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\("
+)
 
 
 def compiled(sharding: NamedSharding, of_lookup: NamedSharding | None) -> tuple[jax.stages.Compiled, tuple]:

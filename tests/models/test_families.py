@@ -109,14 +109,23 @@ CASES = (
     Case(
         "llama",
         "tied, linear RoPE",
-        {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        },
     ),
     Case("llama", "YaRN", {"rope_parameters": YARN, "head_dim": 16}),
     Case(
         "llama",
         "YaRN, mscale, no truncation",
         {
-            "rope_parameters": {**YARN, "mscale": 0.8, "mscale_all_dim": 0.5, "truncate": False, "beta_fast": 16.0},
+            "rope_parameters": {
+                **YARN,
+                "mscale": 0.8,
+                "mscale_all_dim": 0.5,
+                "truncate": False,
+                "beta_fast": 16.0,
+            },
             "head_dim": 16,
         },
     ),
@@ -178,7 +187,13 @@ CASES = (
     Case(
         "gemma4_text",
         "sliding and full layers, K = V, proportional RoPE, layer scalars, biases, experts added to the FFN",
-        {**GEMMA4, "enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 12},
+        {
+            **GEMMA4,
+            "enable_moe_block": True,
+            "num_experts": 6,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 12,
+        },
     ),
     Case(
         "gemma4_unified_text",
@@ -190,7 +205,11 @@ CASES = (
             "tie_word_embeddings": False,
             "final_logit_softcapping": None,
             "rope_parameters": {
-                "full_attention": {"rope_type": "proportional", "rope_theta": 1e5, "partial_rotary_factor": 0.25},
+                "full_attention": {
+                    "rope_type": "proportional",
+                    "rope_theta": 1e5,
+                    "partial_rotary_factor": 0.25,
+                },
                 "sliding_attention": {"rope_type": "linear", "rope_theta": 1e3, "factor": 4.0},
             },
         },
@@ -212,7 +231,11 @@ CASES = (
     Case(
         "phi3",
         "fused projections, LongRoPE, partial rotation, sliding window",
-        {"rope_parameters": LONGROPE, "original_max_position_embeddings": ORIGINAL, "sliding_window": WINDOW},
+        {
+            "rope_parameters": LONGROPE,
+            "original_max_position_embeddings": ORIGINAL,
+            "sliding_window": WINDOW,
+        },
         one_length=True,
     ),
     Case("olmo2", "post-norms only, qk-norm over projections, biases", {"attention_bias": True}),
@@ -603,7 +626,9 @@ def measure_greedy(case: Case, steps: int = 64) -> int:
 def random_adapters(config: ModelConfig) -> tuple[dict, AdapterSpec]:
     """Adapters of rank 2 on every projection, B not zero."""
     shapes, layers = projection_shapes(config), depths(config)
-    spec = AdapterSpec(tuple((path, TargetSpec((2,) * layers[path], (3.0,) * layers[path])) for path in shapes))
+    spec = AdapterSpec(
+        tuple((path, TargetSpec((2,) * layers[path], (3.0,) * layers[path])) for path in shapes)
+    )
     rng, leaves = np.random.default_rng(3), {}
     for path, (*lead, d_in, d_out) in shapes.items():
         for name, shape in {"a": (d_in, 2), "b": (2, d_out)}.items():
@@ -611,15 +636,23 @@ def random_adapters(config: ModelConfig) -> tuple[dict, AdapterSpec]:
     return unflatten(leaves), spec
 
 
-def kernel_gradients(pair: Pair, merged: dict, tokens: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+def kernel_gradients(
+    pair: Pair, merged: dict, tokens: np.ndarray, real: np.ndarray
+) -> dict[str, np.ndarray]:
     """transformers' gradients of the mean loss with the weights ``merged``, by our paths."""
     with tempfile.TemporaryDirectory() as folder:
         pair.theirs.config.save_pretrained(folder)
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in merged.items()}
         safetensors.numpy.save_file(tensors, Path(folder) / "model.safetensors", {"format": "pt"})
-        model = type(pair.theirs).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+        model = (
+            type(pair.theirs)
+            .from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+            .eval()
+        )
         mask = torch.tensor(real.astype(np.int64))
-        logits = model(torch.tensor(tokens), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+        logits = model(
+            torch.tensor(tokens), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+        ).logits
         targets = torch.tensor(np.where(real, tokens, -100))[:, 1:]
         torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten()).backward()
         with torch.no_grad():
@@ -640,7 +673,9 @@ def measure_gradients(case: Case) -> float:
     tokens = np.where(real, tokens, 0)
     lora, spec = random_adapters(pair.config)
     reset_rope(pair)
-    theirs = kernel_gradients(pair, dict(merged_tensors(pair.config, pair.params, lora, spec)), tokens, real)
+    theirs = kernel_gradients(
+        pair, dict(merged_tensors(pair.config, pair.params, lora, spec)), tokens, real
+    )
     model = Decoder(pair.config, spec)
 
     @jax.jit
@@ -697,7 +732,8 @@ class TestFamily:
         pair = build(case)
         made = jax.eval_shape(pair.model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
         flat = {
-            jax.tree_util.keystr(k, simple=True, separator="/"): x.shape for k, x in jax.tree.leaves_with_path(made)
+            jax.tree_util.keystr(k, simple=True, separator="/"): x.shape
+            for k, x in jax.tree.leaves_with_path(made)
         }
         assert flat == param_shapes(pair.config)
 
@@ -739,7 +775,12 @@ def test_null_soft_caps_mean_off():
 BIASED = Case(
     "lfm2",
     "biases of the convolution",
-    {"layer_types": ["conv", "full_attention"] * 2, "conv_bias": True, "conv_L_cache": 2, "tie_word_embeddings": False},
+    {
+        "layer_types": ["conv", "full_attention"] * 2,
+        "conv_bias": True,
+        "conv_L_cache": 2,
+        "tie_word_embeddings": False,
+    },
 )
 
 

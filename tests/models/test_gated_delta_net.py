@@ -47,7 +47,9 @@ def test_calls_with_a_cache_continue_after_padding_on_either_side(variables):
     # Row 0 has no padding, row 1 has it before, between and after its tokens; positions count tokens.
     real = np.ones((2, 12), np.int32)
     real[1, [0, 1, 5, 6, 7, 11]] = 0
-    step = jax.jit(lambda tokens, segments, cache: MODEL.apply(variables, tokens, segment_ids=segments, cache=cache))
+    step = jax.jit(
+        lambda tokens, segments, cache: MODEL.apply(variables, tokens, segment_ids=segments, cache=cache)
+    )
     cache, pieces = init_cache(CONFIG, 2, 12), []
     for piece in (slice(0, 4), slice(4, 8), slice(8, 12)):
         hidden, cache = step(tokens[:, piece], real[:, piece], cache)
@@ -75,7 +77,9 @@ def test_choices_with_a_common_context_are_scored_like_single_ones(variables):
 
 def test_rules_and_all_linear_reach_every_projection():
     shapes, numbers = projection_shapes(CONFIG), layer_numbers(CONFIG)
-    spec = resolve(LoRAConfig(rules=(LoRARule("linear_attn/in_proj_(qkv|z)", 3), LoRARule("", 0))), shapes, numbers)
+    spec = resolve(
+        LoRAConfig(rules=(LoRARule("linear_attn/in_proj_(qkv|z)", 3), LoRARule("", 0))), shapes, numbers
+    )
     assert {path for path, _ in spec.targets} == {f"{LAYER}/in_proj_qkv", f"{LAYER}/in_proj_z"}
     parsed = [rule.split(":") for rule in rules_of(rank=2, alpha=4, targets="all-linear")]
     rules = tuple(LoRARule(pattern, int(rank), float(alpha)) for pattern, rank, alpha in parsed)
@@ -110,11 +114,20 @@ def test_a_multimodal_model_is_read_as_its_text_model():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types: expected 'full_attention' or"),
+        (
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "layer_types: expected 'full_attention' or",
+        ),
         ({"attn_output_gate": False}, "attn_output_gate: expected true"),
-        ({"linear_num_value_heads": 3}, r"linear_num_value_heads: expected a multiple of linear_num_key_heads \(2\)"),
+        (
+            {"linear_num_value_heads": 3},
+            r"linear_num_value_heads: expected a multiple of linear_num_key_heads \(2\)",
+        ),
         ({"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim: expected a whole number"),
-        ({"full_attention_interval": 0, "layer_types": None}, "full_attention_interval: expected a whole number"),
+        (
+            {"full_attention_interval": 0, "layer_types": None},
+            "full_attention_interval: expected a whole number",
+        ),
         ({"partial_rotary_factor": 0.4}, "partial_rotary_factor: expected an even share of head_dim"),
         ({"model_type": "qwen3_5_moe_text", "norm_topk_prob": False}, "norm_topk_prob: expected 1"),
     ],

@@ -99,21 +99,31 @@ def adapters(config: ModelConfig) -> tuple[dict[str, Any], AdapterSpec]:
 
 def loaded(folder: Any, config: ModelConfig, mesh: MeshConfig) -> Any:
     """The parameters of a folder, read into the shards of a mesh."""
-    shapes = unflatten({path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(config).items()})
+    shapes = unflatten(
+        {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(config).items()}
+    )
     places = flatten(distributed.shardings(shapes, distributed.make_mesh(mesh), distributed.PARAM_RULES))
-    return load_params(config, SafetensorsFolder(folder), keymap_for(config, "hf"), dtype="float32", shardings=places)
+    return load_params(
+        config, SafetensorsFolder(folder), keymap_for(config, "hf"), dtype="float32", shardings=places
+    )
 
 
 @functools.cache
 def measured(mesh: MeshConfig | None = None) -> Any:
     """Loss, gradients of the adapters and gate statistics."""
     _, config, params, lora, spec = build()
-    sharding = None if mesh is None else NamedSharding(distributed.make_mesh(mesh), P(distributed.BATCH_AXES))
+    sharding = (
+        None if mesh is None else NamedSharding(distributed.make_mesh(mesh), P(distributed.BATCH_AXES))
+    )
     stats = GateStatsConfig(stride=2, probe_stride=2)
-    model = Decoder(config, spec, remat="dots", stats=replace(stats, sharding=sharding), activation_sharding=sharding)
+    model = Decoder(
+        config, spec, remat="dots", stats=replace(stats, sharding=sharding), activation_sharding=sharding
+    )
     tokens = TOKENS
     if sharding is not None:
-        params = jax.device_put(params, distributed.shardings(params, sharding.mesh, distributed.PARAM_RULES))
+        params = jax.device_put(
+            params, distributed.shardings(params, sharding.mesh, distributed.PARAM_RULES)
+        )
         tokens = jax.device_put(tokens, sharding)
 
     @jax.jit
@@ -122,7 +132,9 @@ def measured(mesh: MeshConfig | None = None) -> Any:
             variables = {"params": params, "lora": lora}
             hidden, written = model.apply(variables, tokens, mutable=["gate_stats"])
             logits = jax.nn.log_softmax(model.apply(variables, hidden, method="unembed")[:, :-1])
-            return -jnp.mean(jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)), written["gate_stats"]
+            return -jnp.mean(jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)), written[
+                "gate_stats"
+            ]
 
         return jax.value_and_grad(loss, has_aux=True)(lora)
 
@@ -157,7 +169,9 @@ def test_gradients_are_pefts_and_adapter_files_go_both_ways(tmp_path: Any) -> No
     _, config, params, lora, spec = build()
     wrapped = in_peft(tmp_path / "adapter", is_trainable=True)
     try:
-        output = wrapped(torch.tensor(TOKENS, dtype=torch.long), labels=torch.tensor(TOKENS, dtype=torch.long))
+        output = wrapped(
+            torch.tensor(TOKENS, dtype=torch.long), labels=torch.tensor(TOKENS, dtype=torch.long)
+        )
         output.loss.backward()
         (value, _), gradients = measured()
         assert float(value) == pytest.approx(output.loss.item(), rel=1e-5)
@@ -174,7 +188,9 @@ def test_gradients_are_pefts_and_adapter_files_go_both_ways(tmp_path: Any) -> No
         np.testing.assert_array_equal(flatten(again)[path], leaf, err_msg=path)
     raw = build().theirs.config.to_dict()
     write_merged(tmp_path / "merged", config, params, lora, spec, hf_config=raw, tokenizer=lambda _: None)
-    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         logits = merged(torch.tensor(TOKENS, dtype=torch.long)).logits
     assert (logits - output.logits).abs().max() <= 1e-4 * output.logits.abs().max()
@@ -192,5 +208,9 @@ def test_eight_devices_are_one() -> None:
         found, wanted = flatten(found), flatten(wanted)
         assert found.keys() == wanted.keys()
         for path, want in wanted.items():
-            np.testing.assert_allclose(found[path], want, atol=1e-4 * max(1.0, np.abs(want).max()), err_msg=path)
-    assert {path.rpartition("/")[0] for path in flatten(want_statistics)} == gate_blocks(build().config).keys()
+            np.testing.assert_allclose(
+                found[path], want, atol=1e-4 * max(1.0, np.abs(want).max()), err_msg=path
+            )
+    assert {path.rpartition("/")[0] for path in flatten(want_statistics)} == gate_blocks(
+        build().config
+    ).keys()

@@ -59,7 +59,9 @@ def theirs() -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape) * (1.0 if "embed" in name else 0.3) + float("norm" in name))
+            parameter.copy_(
+                torch.randn(parameter.shape) * (1.0 if "embed" in name else 0.3) + float("norm" in name)
+            )
     return model
 
 
@@ -150,7 +152,11 @@ CHATS: dict[str, tuple[list[dict[str, Any]], bool, list[dict[str, Any]] | None]]
     "thoughts": ([ASKED, {"role": "assistant", "thinking": "greet", "content": "Hi."}, ASKED], True, None),
     "answer": ([ASKED, {"role": "assistant", "thinking": "greet", "content": "Hi."}], False, None),
     "tools": (
-        [ASKED, {"role": "assistant", "thinking": "ask", "tool_calls": [CALL]}, {"role": "tool", "content": "{}"}],
+        [
+            ASKED,
+            {"role": "assistant", "thinking": "ask", "tool_calls": [CALL]},
+            {"role": "tool", "content": "{}"},
+        ],
         True,
         [WEATHER],
     ),

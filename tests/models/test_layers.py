@@ -63,7 +63,9 @@ def test_frequencies_are_transformers(scaling):
 @pytest.mark.parametrize("length", [100, 33000, 100_000])
 def test_dynamic_frequencies_grow_with_the_sequence(length):
     raw = {**LLAMA, "rope_parameters": SCALINGS["dynamic"]}
-    theirs, _ = ROPE_INIT_FUNCTIONS["dynamic"](transformers.AutoConfig.for_model(**raw), "cpu", seq_len=length)
+    theirs, _ = ROPE_INIT_FUNCTIONS["dynamic"](
+        transformers.AutoConfig.for_model(**raw), "cpu", seq_len=length
+    )
     positions = jnp.array([[1]])
     table = rope_table(ModelConfig.from_hf(raw).ropes[0], positions, jnp.array([[length]]))
     np.testing.assert_allclose(table[1, 0, 0], np.sin(theirs.numpy()), rtol=1e-4)

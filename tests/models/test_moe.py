@@ -83,7 +83,9 @@ def test_grouped_adapter_is_each_experts_own_with_gradients(masked, platform):
 
 
 def block(**options) -> MoEFFN:
-    adapters = Adapters((("gate_proj", RANK), ("up_proj", RANK), ("down_proj", RANK)), dora=options.pop("dora", False))
+    adapters = Adapters(
+        (("gate_proj", RANK), ("up_proj", RANK), ("down_proj", RANK)), dora=options.pop("dora", False)
+    )
     return MoEFFN(D, F, EXPERTS, 2, adapters=adapters, **options)
 
 
@@ -108,7 +110,9 @@ def test_statistics_are_those_of_the_tokens_that_reached_each_expert():
         probe = Probe(flat @ gate[e], flat @ lora["a"][e] @ lora["b"][e])
         one = one_expert(probe.base + probe.delta, probe, np.where(reached, w, 0.0))
         for name, value in one.items():
-            np.testing.assert_allclose(out["gate_stats"][name][e], value, rtol=1e-4, atol=1e-4, err_msg=name)
+            np.testing.assert_allclose(
+                out["gate_stats"][name][e], value, rtol=1e-4, atol=1e-4, err_msg=name
+            )
 
 
 def test_gpt_oss_experts_against_float64():
@@ -118,7 +122,8 @@ def test_gpt_oss_experts_against_float64():
     module = block(stats=stats, use_bias=True, router_bias=True, up_limit=limit, activation=name)
     x, variables = normal(2, 9, D), variables_of(module)
     params = {
-        n: {k: normal(*v.shape, seed=i) for i, (k, v) in enumerate(p.items())} for n, p in variables["params"].items()
+        n: {k: normal(*v.shape, seed=i) for i, (k, v) in enumerate(p.items())}
+        for n, p in variables["params"].items()
     }
     y, out = jax.jit(lambda v: module.apply(v, x, mutable=["gate_stats"]))(variables | {"params": params})
 
@@ -146,7 +151,11 @@ def test_gpt_oss_experts_against_float64():
         want[tokens] += weight[tokens, place][:, None] * sum(projected("down_proj", hidden, e))
         phi_slope = ((full + step) * rho(full + step) - (full - step) * rho(full - step)) / (2 * step)
         above = full > limit
-        regions = (full < cuts.z0, ((full >= cuts.z0) & (full < 0)) | above, (full >= 0) & (full < cuts.z1) & ~above)
+        regions = (
+            full < cuts.z0,
+            ((full >= cuts.z0) & (full < 0)) | above,
+            (full >= 0) & (full < cuts.z1) & ~above,
+        )
         drho, moved = (rho(z + step) - rho(z - step)) / (2 * step), (rho(full) - rho(z)) * full
         sums = {
             "slope": np.abs(phi_slope),

@@ -45,13 +45,19 @@ GPT_OSS = {"use_bias": True, "router_bias": True, "up_limit": 1.0, "activation":
 
 
 def block(
-    sharding: NamedSharding | None = None, *, by_shard: bool = False, experts: str = "gather", **options: Any
+    sharding: NamedSharding | None = None,
+    *,
+    by_shard: bool = False,
+    experts: str = "gather",
+    **options: Any,
 ) -> MoEFFN:
     names = ("gate_proj", "up_proj", "down_proj")
     variant = GPT_OSS if options.pop("gpt_oss", False) else {}
     adapters = Adapters(tuple((name, RANK) for name in names), **options)
     stats = replace(STATS, sharding=sharding) if by_shard else STATS
-    return MoEFFN(D, F, EXPERTS, 2, adapters=adapters, stats=stats, sharding=sharding, experts=experts, **variant)
+    return MoEFFN(
+        D, F, EXPERTS, 2, adapters=adapters, stats=stats, sharding=sharding, experts=experts, **variant
+    )
 
 
 def over_shards(sums: Any, axis: int) -> Any:
@@ -64,7 +70,9 @@ def over_shards(sums: Any, axis: int) -> Any:
 def variables_of(module: MoEFFN, kind: str = "") -> dict[str, Any]:
     rng = np.random.default_rng(0)
     made = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2, D)))
-    lora = {name: {**leaf, "b": rng.normal(size=leaf["b"].shape) * 0.2} for name, leaf in made["lora"].items()}
+    lora = {
+        name: {**leaf, "b": rng.normal(size=leaf["b"].shape) * 0.2} for name, leaf in made["lora"].items()
+    }
     params = dict(made["params"])
     for name in params:
         if "bias" in params[name]:
@@ -72,7 +80,10 @@ def variables_of(module: MoEFFN, kind: str = "") -> dict[str, Any]:
     for name in lora if kind else ():
         params[name] = {**params[name], "kernel": quantize(params[name]["kernel"], kind)}
     if not kind:  # as PiSSA leaves them
-        gate = {"start_a": made["lora"]["gate_proj"]["a"], "start_b": 0.1 * rng.normal(size=(EXPERTS, RANK, F))}
+        gate = {
+            "start_a": made["lora"]["gate_proj"]["a"],
+            "start_b": 0.1 * rng.normal(size=(EXPERTS, RANK, F)),
+        }
         params["gate_proj"] = {**params["gate_proj"], **gate}
     mask = {"mask": rng.uniform(size=(EXPERTS, F))}
     taps = statistics.taps(("delta", "delta_squared"), (EXPERTS, F))
@@ -130,7 +141,9 @@ def assert_close(spread: Any, single: Any) -> None:
     assert set(ours) == set(theirs)
     for path, value in theirs.items():
         limit = 3e-6 * max(1.0, float(np.max(np.abs(value))))
-        if path.rpartition("/")[2] in gate_checks.NAMES:  # largest error of a part of the tokens, not of all
+        if (
+            path.rpartition("/")[2] in gate_checks.NAMES
+        ):  # largest error of a part of the tokens, not of all
             assert np.all(ours[path] <= 1), path
             continue
         np.testing.assert_allclose(ours[path], value, rtol=1e-4, atol=limit, err_msg=path)
@@ -144,7 +157,11 @@ def assert_close(spread: Any, single: Any) -> None:
         (MeshConfig(1, 4, 2), "int8", {}),
         (MeshConfig(1, 2, 4), "mxfp4", {"gpt_oss": True}),
         (MeshConfig(2, 2, 2), "", {"gpt_oss": True, "dora": True}),
-        (MeshConfig(1, 2, 4), "nf4", {}),  # F holds two blocks of 64: no four parts of it, so every device has all
+        (
+            MeshConfig(1, 2, 4),
+            "nf4",
+            {},
+        ),  # F holds two blocks of 64: no four parts of it, so every device has all
     ],
     ids=str,
 )
@@ -171,13 +188,18 @@ def test_experts_that_rows_are_sent_to_are_those_of_one_device(mesh, kind, slack
     monkeypatch.setattr(expert_exchange, "LEAST", 1)
     single = block(**options)
     variables = variables_of(single, kind)
-    spread = results(block(sharding_of(mesh), by_shard=not kind, experts="send", **options), variables, dropout=False)
+    spread = results(
+        block(sharding_of(mesh), by_shard=not kind, experts="send", **options), variables, dropout=False
+    )
     assert_close(spread, results(single, variables, dropout=False))
 
 
 def test_fewer_bytes_decide_between_rows_and_experts():
     """Qwen3-30B-A3B over 16 devices: 1.2 GB of experts a layer, rows of 4,096 tokens, of 16 times as many, of one."""
-    kernels, least = 128 * 3 * 2048 * 768 * 2.0, partial(expert_exchange.exchanges_less, d_model=2048, wide=2.0)
+    kernels, least = (
+        128 * 3 * 2048 * 768 * 2.0,
+        partial(expert_exchange.exchanges_less, d_model=2048, wide=2.0),
+    )
     assert least(8 * 4096, kernel_bytes=kernels, devices=16)
     assert not least(8 * 16 * 4096, kernel_bytes=kernels, devices=16)
     assert least(8, kernel_bytes=kernels, devices=16)
@@ -257,13 +279,17 @@ def test_a_decoder_s_loss_gradients_and_statistics(family):
         placed = params
         rows = tokens
         if sharding is not None:
-            placed = jax.device_put(params, distributed.shardings(params, sharding.mesh, distributed.PARAM_RULES))
+            placed = jax.device_put(
+                params, distributed.shardings(params, sharding.mesh, distributed.PARAM_RULES)
+            )
             rows = jax.device_put(tokens, sharding)
 
         @jax.jit
         def step(lora, params, tokens):
             def loss(lora):
-                hidden, written = model.apply({"params": params, "lora": lora}, tokens, mutable=["gate_stats"])
+                hidden, written = model.apply(
+                    {"params": params, "lora": lora}, tokens, mutable=["gate_stats"]
+                )
                 return jnp.mean(jnp.square(hidden)) + jnp.mean(hidden[..., 0]), written
 
             (value, written), grads = jax.value_and_grad(loss, has_aux=True)(lora)
@@ -300,7 +326,9 @@ def test_evaluation_routes_by_shard_as_training_does(monkeypatch):
         made = SimpleNamespace(model=build_model(base, spec, ComputeConfig(dtype="float32"), one))
         model = Assembly.eval_model.fget(made)
         loaded = SimpleNamespace(config=base, params=placed)
-        monkeypatch.setattr(import_module("nalora_jax.loading.adapted"), "load_model", lambda *_, **__: loaded)
+        monkeypatch.setattr(
+            import_module("nalora_jax.loading.adapted"), "load_model", lambda *_, **__: loaded
+        )
         assert load("some", mesh=one, resolved=loaded).module.routing_sharding == model.routing_sharding
         arguments = {"params": placed, "lora": lora}, place_batch(batch, one)
         program = _batch_log_probs.lower(model, *arguments).compile()

@@ -63,7 +63,9 @@ def lowered(traced):
 
 def moved(text: str, memory: str) -> list[str]:
     """Types of the arrays that a program puts into a memory."""
-    lines = [line for line in text.splitlines() if "annotate_device_placement" in line and f'"{memory}"' in line]
+    lines = [
+        line for line in text.splitlines() if "annotate_device_placement" in line and f'"{memory}"' in line
+    ]
     return [re.findall(r"tensor<([^>]*)>", line)[-1] for line in lines]
 
 
@@ -84,7 +86,9 @@ def test_other_policies_save_on_the_device(lowered):
 
 
 @pytest.mark.parametrize(("remat", "times"), [("dots", 1), ("attention", 1), ("full", 2)])
-def test_attention_of_cudnn_and_its_projections_are_made_again_by_full_alone(traced, monkeypatch, remat, times):
+def test_attention_of_cudnn_and_its_projections_are_made_again_by_full_alone(
+    traced, monkeypatch, remat, times
+):
     """Traced, which needs no cuDNN but its version. Keys and values are the products of this width: two in a layer."""
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(cudnn_attention, "compiles", lambda *_: True)
@@ -96,7 +100,9 @@ def test_attention_of_cudnn_and_its_projections_are_made_again_by_full_alone(tra
 
 
 def test_a_cpu_has_no_other_memory():
-    with pytest.raises(NaloraError, match=r"--compute.remat: expected .* on cpu, .* found dots_offload; use dots, or"):
+    with pytest.raises(
+        NaloraError, match=r"--compute.remat: expected .* on cpu, .* found dots_offload; use dots, or"
+    ):
         check_remat("dots_offload", "cpu")
     check_remat("dots_offload", "tpu")
     check_remat("dots_offload", "gpu")

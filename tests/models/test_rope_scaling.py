@@ -20,8 +20,18 @@ LLAMA = {**SIZES, "model_type": "llama", "hidden_act": "silu", "max_position_emb
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA31 = {**LLAMA, "max_position_embeddings": 64, "rope_theta": 1e4}
 LLAMA31["rope_scaling"] = {**LLAMA3, "original_max_position_embeddings": 16}
-GEMMA3 = {**SIZES, "model_type": "gemma3_text", "head_dim": 16, "sliding_window": 8, "max_position_embeddings": 32}
-GEMMA3 |= {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 1e5, "rope_local_base_freq": 1e3}
+GEMMA3 = {
+    **SIZES,
+    "model_type": "gemma3_text",
+    "head_dim": 16,
+    "sliding_window": 8,
+    "max_position_embeddings": 32,
+}
+GEMMA3 |= {
+    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    "rope_theta": 1e5,
+    "rope_local_base_freq": 1e3,
+}
 GEMMA3 |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
 NESTED = {name: value for name, value in GEMMA3.items() if "rope" not in name}
 NESTED["rope_parameters"] = {
@@ -54,7 +64,9 @@ def test_rotations_beyond_the_limit_equal_transformers(raw, text, context):
     positions = np.arange(context)[None]
     kinds = getattr(rope, "layer_types", None) or [None]
     for index, kind in enumerate(sorted(set(kinds), key=str)):
-        table = rope_table(ours.ropes[index], positions, sequence_lengths(positions, np.ones_like(positions)))
+        table = rope_table(
+            ours.ropes[index], positions, sequence_lengths(positions, np.ones_like(positions))
+        )
         more = {} if kind is None else {"layer_type": kind}
         cosines, sines = rope(torch.zeros(1, 1), torch.tensor(positions), **more)
         half = table.shape[-1]
@@ -67,7 +79,12 @@ def test_logits_beyond_the_limit_equal_transformers():
     config = {"max_position_embeddings": 16, "head_dim": 16}
     pair, tokens = build(Case("llama", "short context", config)), random_tokens(2, 40)
     changed = with_rope_scaling(pair.theirs.config.to_dict(), "yarn:factor=4", "config.json")
-    written = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
+    written = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "rope_theta": 1e4,
+    }
     theirs = transformers.LlamaConfig(**SIZES | config | {"rope_parameters": written})
     reference = transformers.LlamaForCausalLM._from_config(theirs, attn_implementation="eager").eval()
     reference.load_state_dict(pair.theirs.state_dict())
@@ -89,7 +106,9 @@ def test_settings_for_other_tools_are_the_changed_fields():
     full = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "rope_theta": 1e5}
     expected = {"full_attention": full, "sliding_attention": NESTED["rope_parameters"]["sliding_attention"]}
     assert rope_settings(changed) == {"rope_parameters": expected, "max_position_embeddings": 64}
-    seeing = with_rope_scaling({"model_type": "gemma3", "text_config": NESTED}, "yarn:factor=2", "config.json")
+    seeing = with_rope_scaling(
+        {"model_type": "gemma3", "text_config": NESTED}, "yarn:factor=2", "config.json"
+    )
     assert rope_settings(seeing)["rope_parameters"] == expected
 
 
@@ -105,11 +124,20 @@ def test_settings_for_other_tools_are_the_changed_fields():
         (LLAMA31, "yarn:factor=2", "a context of at least 64 tokens, the model's, found 32"),
         ({**LLAMA, "model_type": "phi3"}, "yarn:factor=2", "phi3, which has no scaling except LongRoPE"),
         (
-            {**LLAMA, "model_type": "phi3", "rope_parameters": LONGROPE, "original_max_position_embeddings": 8},
+            {
+                **LLAMA,
+                "model_type": "phi3",
+                "rope_parameters": LONGROPE,
+                "original_max_position_embeddings": 8,
+            },
             "yarn:factor=2",
             "phi3",
         ),
-        ({**LLAMA, "model_type": "smollm3", "no_rope_layers": [0] * 4}, "yarn:factor=2", "no layer with RoPE"),
+        (
+            {**LLAMA, "model_type": "smollm3", "no_rope_layers": [0] * 4},
+            "yarn:factor=2",
+            "no layer with RoPE",
+        ),
     ],
 )
 def test_scalings_that_cannot_be_are_refused(raw, text, message):

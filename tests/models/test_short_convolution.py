@@ -36,7 +36,9 @@ BASE = ModelConfig.from_hf(
 # SGD moves adapters by their gradients; Adam would divide small gradients by their noise.
 CONFIG = RunConfig(
     steps=8,
-    lora=LoRAConfig(rules=(LoRARule("ffn/(gate|down)_proj", 4), LoRARule("conv/", 3), LoRARule("attn/q_proj", 2))),
+    lora=LoRAConfig(
+        rules=(LoRARule("ffn/(gate|down)_proj", 4), LoRARule("conv/", 3), LoRARule("attn/q_proj", 2))
+    ),
     mechanisms=("soft:power=2,warmup=1",),
     optimizer=OptimizerConfig(name="sgd", learning_rate=0.5, clip_norm=0.0, schedule="constant"),
     compute=ComputeConfig(dtype="float32", probe_stride=1, remat="none"),
@@ -52,7 +54,9 @@ def batch() -> dict[str, np.ndarray]:
     tokens, targets = rng.integers(0, 96, (2, 8, 16)).astype(np.int32)
     arrays = {"tokens": tokens, "targets": targets, "segment_ids": segments}
     arrays |= {"positions": np.where(place < cut, place, place - cut).astype(np.int32)}
-    return {name: x[None] for name, x in arrays.items()} | {"loss_weights": (segments > 0).astype(np.float32)[None]}
+    return {name: x[None] for name, x in arrays.items()} | {
+        "loss_weights": (segments > 0).astype(np.float32)[None]
+    }
 
 
 def trained(mesh: MeshConfig, remat: str):
@@ -60,7 +64,9 @@ def trained(mesh: MeshConfig, remat: str):
     devices_in_mesh = distributed.make_mesh(mesh, devices)
     params = init_params(BASE, jax.random.key(1))
     params = jax.device_put(params, distributed.shardings(params, devices_in_mesh, distributed.PARAM_RULES))
-    assembly = assemble(replace(CONFIG, compute=replace(CONFIG.compute, remat=remat)), BASE, params, devices_in_mesh)
+    assembly = assemble(
+        replace(CONFIG, compute=replace(CONFIG.compute, remat=remat)), BASE, params, devices_in_mesh
+    )
     state, losses = assembly.state, []
     for _ in range(3):
         state, metrics = assembly.step(
@@ -93,7 +99,10 @@ def test_operations_of_a_convolution_are_those_of_its_program():
     def program(b, c, u, kernel):
         return c * causal_conv(b * u, kernel, jnp.ones((1, seq), jnp.int32))
 
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(1, seq, one.d_model)] * 3 + [(3, one.d_model)]]
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+        for shape in [(1, seq, one.d_model)] * 3 + [(3, one.d_model)]
+    ]
     compiled = jax.jit(program).lower(*shapes).compile().cost_analysis()["flops"]
     assert attention_flops(one, seq) == one.mixer.flops(one, seq)
     assert 0.95 < compiled / attention_flops(one, seq) < 1.05

@@ -17,7 +17,15 @@ from nalora_jax.models.cache import init_cache
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.models.paths import layer_path, uniform_path
-from nalora_jax.models.stacks import depths, gate_blocks, groups, layer_numbers, locate, projection_shapes, stacks
+from nalora_jax.models.stacks import (
+    depths,
+    gate_blocks,
+    groups,
+    layer_numbers,
+    locate,
+    projection_shapes,
+    stacks,
+)
 from nalora_jax.models.targets import resolve
 from nalora_jax.trees import flatten, unflatten
 
@@ -34,7 +42,9 @@ RAW = {
 }
 UNIFORM = ModelConfig.from_hf(RAW)
 # The same model with layers 0 and 6 of another kind by name only: groups [A], [B A] x 2, [B], [A] or fewer.
-MIXED = dataclasses.replace(UNIFORM, kinds=((), (("norm_eps", UNIFORM.norm_eps),)), layer_kinds=(1, 0, 1, 1, 0, 1, 1))
+MIXED = dataclasses.replace(
+    UNIFORM, kinds=((), (("norm_eps", UNIFORM.norm_eps),)), layer_kinds=(1, 0, 1, 1, 0, 1, 1)
+)
 
 
 def to_stacks(tree):
@@ -66,12 +76,16 @@ def test_layers_are_divided_into_the_fewest_compiled_blocks(kinds, expected):
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=12))
 def test_every_layer_is_in_one_stack_of_its_kind(kinds):
-    config = dataclasses.replace(UNIFORM, n_layers=len(kinds), kinds=((),) * 3, layer_kinds=tuple(kinds), windows=())
+    config = dataclasses.replace(
+        UNIFORM, n_layers=len(kinds), kinds=((),) * 3, layer_kinds=tuple(kinds), windows=()
+    )
     config = dataclasses.replace(config, rope_index=())
     listed = sorted(layer for stack in stacks(config) for layer in stack.layers)
     assert listed == list(range(len(kinds)))
     assert all(len({kinds[layer] for layer in stack.layers}) == 1 for stack in stacks(config))
-    in_order = [tuple(s.layers[i] for s in group) for group in groups(config) for i in range(len(group[0].layers))]
+    in_order = [
+        tuple(s.layers[i] for s in group) for group in groups(config) for i in range(len(group[0].layers))
+    ]
     assert [layer for period in in_order for layer in period] == list(range(len(kinds)))
 
 
@@ -81,9 +95,9 @@ def test_names_of_a_layer_do_not_depend_on_its_stack():
     assert layer_path(path, 5) == "layers/5/ffn/gate_proj"
     assert layer_path("image/layers/ffn/in_proj", 2) == "image/layers/2/ffn/in_proj"
     numbers, places = layer_numbers(MIXED), locate(MIXED)
-    assert {numbers[stacked][i] for (name, _), (stacked, i) in places.items() if name == "layers/attn/q_proj"} == set(
-        range(7)
-    )
+    assert {
+        numbers[stacked][i] for (name, _), (stacked, i) in places.items() if name == "layers/attn/q_proj"
+    } == set(range(7))
     assert places["layers/ffn/up_proj", 5][0] in projection_shapes(MIXED)
     assert sum(depth for path, depth in depths(MIXED).items() if path.endswith("/ffn/gate_proj")) == 7
     assert {shape[1:] for shape, _ in gate_blocks(MIXED).values()} == {(24,)}

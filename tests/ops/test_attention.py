@@ -102,7 +102,9 @@ def dense(q, k, v, positions, segments, window, config, sinks=None):
     seen = (segments[:, :, None] == segments[:, None, :]) & (ahead >= 0) & (ahead < window)
     scores = jnp.where(seen[:, None], scores, -1e30)
     if sinks is not None:
-        scores = jnp.concatenate([scores, jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))], axis=-1)
+        scores = jnp.concatenate(
+            [scores, jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))], axis=-1
+        )
     weights = jax.nn.softmax(scores)[..., : k.shape[1]]
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
@@ -136,7 +138,9 @@ def test_a_sink_takes_its_share_of_every_query(seq, numerics):
     positions, segments = layout(seq)
     keys, config = Keys(k, v, positions, segments), AttentionConfig(0.4, 1.5)
     want = plain(q, k, v, positions, segments, 7, 0.4, 1.5, SINKS)
-    attend = jax.jit(lambda q, of: attention(q, keys, 7, config, of, sinks=jnp.asarray(SINKS)), static_argnums=1)
+    attend = jax.jit(
+        lambda q, of: attention(q, keys, 7, config, of, sinks=jnp.asarray(SINKS)), static_argnums=1
+    )
     np.testing.assert_allclose(attend(q, numerics()), want, atol=2e-6)
     rounded = attend(q, numerics("bfloat16", result="float32"))
     np.testing.assert_allclose(rounded[segments > 0], want[segments > 0], atol=0.05)
@@ -212,7 +216,9 @@ def test_what_is_saved_in_bf16_costs_its_rounding_only(numerics):
     def gradients(dtype):
         def loss(q, k, v):
             chosen = numerics(residual=dtype)
-            return jnp.sum(jnp.sin(attention(q, keys._replace(k=k, v=v), FAR, AttentionConfig(0.4), chosen)))
+            return jnp.sum(
+                jnp.sin(attention(q, keys._replace(k=k, v=v), FAR, AttentionConfig(0.4), chosen))
+            )
 
         return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 

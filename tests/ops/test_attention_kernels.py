@@ -46,7 +46,9 @@ def values_and_gradients(
     @jax.jit
     def run(q, k, v, window):
         out, back = jax.vjp(
-            lambda q, k, v: attention(q, Keys(k, v, positions, segments), window, config, numerics, sinks=sinks),
+            lambda q, k, v: attention(
+                q, Keys(k, v, positions, segments), window, config, numerics, sinks=sinks
+            ),
             *(q, k, v),
         )
         return out, *back(g.astype(out.dtype))
@@ -66,7 +68,9 @@ def test_splash_equals_the_plain_function(window, windows, softcap):
 
 
 def test_splash_on_a_mesh_equals_the_plain_function():
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = jax.make_mesh(
+        (2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
+    )
     sharding = NamedSharding(mesh, P(("data", "fsdp"), None, None))
     config = AttentionConfig(0.125, windows=(40, FAR), sharding=sharding, interpret=True)
     sinks = jnp.linspace(-2.0, 3.0, HEADS)
@@ -77,7 +81,9 @@ def test_splash_on_a_mesh_equals_the_plain_function():
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_layer_that_saves_products_does_not_run_splash_again(devices):
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = jax.make_mesh(
+        (2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
+    )
     sharding = NamedSharding(mesh, P(("data", "fsdp"), None, None)) if devices > 1 else None
     config = AttentionConfig(0.125, windows=(FAR,), sharding=sharding, interpret=True)
     q, k, v, _, positions, segments = operands(4)
@@ -90,14 +96,18 @@ def test_a_layer_that_saves_products_does_not_run_splash_again(devices):
         loss = jax.checkpoint(layer, policy=policy)
         gradient = jax.jit(jax.value_and_grad(lambda *x: jnp.sum(loss(*x)), argnums=(0, 1, 2)))
         program = gradient.lower(q, k, v).compile().as_text().splitlines()
-        return sum(" while(" in line and "splash_mha_fwd" in line for line in program)  # the interpreted kernel
+        return sum(
+            " while(" in line and "splash_mha_fwd" in line for line in program
+        )  # the interpreted kernel
 
     once = forward_runs(jax.checkpoint_policies.save_only_these_names(SAVED))
     assert forward_runs(jax.checkpoint_policies.nothing_saveable) == 2 * once > 0
 
 
 @pytest.mark.parametrize("seq", [128, 256, 384, 1024, 4096, 32768])
-@pytest.mark.parametrize(("window", "head_dim"), [(40, 64), (1024, 128), (GLOBAL_WINDOW, 128), (GLOBAL_WINDOW, 256)])
+@pytest.mark.parametrize(
+    ("window", "head_dim"), [(40, 64), (1024, 128), (GLOBAL_WINDOW, 128), (GLOBAL_WINDOW, 256)]
+)
 def test_blocks_divide_the_row_and_their_pairs_are_counted(seq, window, head_dim):
     sizes = block_sizes(seq, window, head_dim)
     block = sizes["block_q"]
@@ -121,7 +131,9 @@ def test_what_cudnn_is_given_equals_the_plain_function(window):
     q, k, v, _, positions, segments = operands(2)
     visible = visibility(positions, segments, positions, segments, window)
     ours = dot_product(q, k, v, visible, 0.125, "float32", "xla")
-    np.testing.assert_allclose(ours, values_and_gradients("xla", window, AttentionConfig(0.125))[0], atol=1e-5)
+    np.testing.assert_allclose(
+        ours, values_and_gradients("xla", window, AttentionConfig(0.125))[0], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,7 +192,9 @@ def test_a_gpu_whose_cudnn_refuses_gets_xla(caplog):
 @pytest.mark.skipif(jax.devices()[0].platform != "gpu", reason="needs a GPU with cuDNN")
 def test_cudnn_equals_the_plain_function():
     half = {"operand": "bfloat16", "residual": "bfloat16"}
-    ours, plain = (values_and_gradients(name, 40, AttentionConfig(0.125), **half) for name in ("cudnn", "xla"))
+    ours, plain = (
+        values_and_gradients(name, 40, AttentionConfig(0.125), **half) for name in ("cudnn", "xla")
+    )
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=0.1)
 
@@ -193,7 +207,9 @@ def test_triton_equals_the_plain_function():
 
 
 def test_triton_on_a_mesh_equals_the_plain_function():
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = jax.make_mesh(
+        (2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
+    )
     sharding = NamedSharding(mesh, P(("data", "fsdp"), None, None))
     config = AttentionConfig(0.125, windows=(FAR,), sharding=sharding, interpret=True)
     ours, plain = (values_and_gradients(name, FAR, config, batch=4) for name in ("triton", "xla"))

@@ -12,7 +12,9 @@ from nalora_jax.ops.blockwise_attention import AttentionConfig
 from tests.ops.test_attention import FAR, PLAIN, SINKS, draw, layout, plain
 
 
-@pytest.mark.parametrize(("window", "softcap", "sinks"), [(FAR, 0.0, None), (7, 1.5, SINKS), (FAR, 1.5, SINKS)])
+@pytest.mark.parametrize(
+    ("window", "softcap", "sinks"), [(FAR, 0.0, None), (7, 1.5, SINKS), (FAR, 1.5, SINKS)]
+)
 def test_blocks_of_a_cache_equal_the_plain_loop(monkeypatch, window, softcap, sinks):
     """A cache of 24 slots in blocks of 10; the last 4 slots are empty and hold anything."""
     for place in (module, cached_attention):
@@ -20,7 +22,9 @@ def test_blocks_of_a_cache_equal_the_plain_loop(monkeypatch, window, softcap, si
     q, k, v = draw(90)
     positions, segments = layout(90)
     want = plain(q, k, v, positions, segments, window, 0.4, softcap, sinks)
-    before = [np.concatenate([x[:, :20], np.full_like(x[:, :4], 7)], axis=1) for x in (k, v, positions, segments)]
+    before = [
+        np.concatenate([x[:, :20], np.full_like(x[:, :4], 7)], axis=1) for x in (k, v, positions, segments)
+    ]
     before[3][:, 20:] = 0
     cached = CachedKeys(before[0].transpose(0, 2, 3, 1), before[1].transpose(0, 2, 1, 3), *before[2:])
     keys = Keys(*(x[:, 20:] for x in (k, v, positions, segments)))

@@ -28,7 +28,9 @@ def test_segments_and_padding_are_separate_rows():
     for row in range(2):
         for segment in set(segments[row]) - {0}:
             place = segments[row] == segment
-            np.testing.assert_allclose(ours[row, place], theirs(X[row : row + 1, place])[0], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                ours[row, place], theirs(X[row : row + 1, place])[0], rtol=1e-5, atol=1e-6
+            )
     short = causal_conv(X[:, :2], KERNEL, np.ones((1, 2), np.int32))
     np.testing.assert_allclose(short, theirs(X[:, :2]), rtol=1e-5, atol=1e-6)
 
@@ -42,5 +44,7 @@ def test_later_calls_continue_and_skip_padding():
     ours = np.concatenate(pieces, axis=1)
     for row in range(2):
         place = real[row] > 0
-        np.testing.assert_allclose(ours[row, place], theirs(X[row : row + 1, place])[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            ours[row, place], theirs(X[row : row + 1, place])[0], rtol=1e-5, atol=1e-6
+        )
         np.testing.assert_array_equal(before[row], X[row, place][-(WIDTH - 1) :])

@@ -15,14 +15,26 @@ from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.ops.storage import prepare
 
 
-def _problem(seed: int = 0, batch: int = 3, seq: int = 7, d: int = 8, vocab: int = 33) -> tuple[np.ndarray, ...]:
+def _problem(
+    seed: int = 0, batch: int = 3, seq: int = 7, d: int = 8, vocab: int = 33
+) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(seed)
     weights = rng.integers(0, 2, (batch, seq)) * rng.uniform(0.5, 2.0, (batch, seq))
-    return rng.normal(size=(batch, seq, d)), rng.normal(size=(d, vocab)), rng.integers(0, vocab, (batch, seq)), weights
+    return (
+        rng.normal(size=(batch, seq, d)),
+        rng.normal(size=(d, vocab)),
+        rng.integers(0, vocab, (batch, seq)),
+        weights,
+    )
 
 
 def _reference(
-    hidden: np.ndarray, kernel: np.ndarray, targets: np.ndarray, weights: np.ndarray, softcap: float, scale: float
+    hidden: np.ndarray,
+    kernel: np.ndarray,
+    targets: np.ndarray,
+    weights: np.ndarray,
+    softcap: float,
+    scale: float,
 ) -> tuple[float, np.ndarray]:
     logits = hidden @ kernel * scale
     slope = np.full_like(logits, scale)
@@ -112,7 +124,10 @@ def test_a_bf16_head_is_never_widened_or_copied_as_a_whole(compact: bool, transp
     shapes = [((4, tokens // 4, d), "float32"), ((vocab, d) if transposed else (d, vocab), "bfloat16")]
     hidden, kernel = (jax.ShapeDtypeStruct(*s) for s in shapes)
     targets, weights = (jax.ShapeDtypeStruct((4, tokens // 4), dtype) for dtype in ("int32", "float32"))
-    half, head = numerics_for("bfloat16", Platform("cpu", "", 8)), Head(transposed)  # on a mesh no kernel is native
+    half, head = (
+        numerics_for("bfloat16", Platform("cpu", "", 8)),
+        Head(transposed),
+    )  # on a mesh no kernel is native
     if compact:  # as the step has it: prepared on one device, bf16 on a mesh
         kernel = prepare({"params": {"lm_head": {"kernel": kernel}}}, half)["params"]["lm_head"]["kernel"]
     step = jax.grad(lambda h, k, t, w: cross_entropy(h, k, t, w, head, half, chunk=4, compact=compact))
@@ -154,11 +169,16 @@ def test_a_large_vocabulary_and_every_size_of_chunk(
 def test_a_prepared_bf16_head_is_the_head(transposed: bool, vocab: int, numerics: Any) -> None:
     hidden, kernel, targets, weights = _problem(vocab=vocab)
     matrix = jnp.asarray(kernel.T if transposed else kernel, jnp.bfloat16)
-    half, (part, name) = numerics("bfloat16"), ("embed", "embedding") if transposed else ("lm_head", "kernel")
+    half, (part, name) = (
+        numerics("bfloat16"),
+        ("embed", "embedding") if transposed else ("lm_head", "kernel"),
+    )
     prepared = prepare({"params": {part: {name: matrix}}}, half)["params"][part][name]
     arguments = (jnp.asarray(targets), jnp.asarray(weights, jnp.float32), Head(transposed), half)
     results = [
-        jax.value_and_grad(lambda h, table=table: cross_entropy(h, table, *arguments))(jnp.asarray(hidden, jnp.float32))
+        jax.value_and_grad(lambda h, table=table: cross_entropy(h, table, *arguments))(
+            jnp.asarray(hidden, jnp.float32)
+        )
         for table in (matrix, prepared)
     ]
     jax.tree.map(np.testing.assert_array_equal, *results)

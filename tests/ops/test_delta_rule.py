@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule, torch_recurrent_gated_delta_rule
+from transformers.models.qwen3_5.modeling_qwen3_5 import (
+    torch_chunk_gated_delta_rule,
+    torch_recurrent_gated_delta_rule,
+)
 
 from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule, segment_runs, solve_unit
 
@@ -96,11 +99,15 @@ def test_padding_belongs_to_the_run_before_it():
 def test_triangular_systems_of_equal_keys_are_solved_exactly():
     # Powers of this matrix reach 1e17; its inverse is 1 on the diagonal and -1 below it.
     lower = jnp.tril(jnp.ones((CHUNK, CHUNK)), -1)
-    np.testing.assert_array_equal(solve_unit(lower, jnp.ones((CHUNK, 1)))[:, 0], [1.0] + [0.0] * (CHUNK - 1))
+    np.testing.assert_array_equal(
+        solve_unit(lower, jnp.ones((CHUNK, 1)))[:, 0], [1.0] + [0.0] * (CHUNK - 1)
+    )
     system = jnp.tril(jax.random.normal(jax.random.key(0), (3, CHUNK, CHUNK)) / 4, -1)
     target = jax.random.normal(jax.random.key(1), (3, CHUNK, 5))
     exact = np.linalg.solve(np.eye(CHUNK) + np.asarray(system, np.float64), np.asarray(target, np.float64))
-    np.testing.assert_allclose(solve_unit(system, target), exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
+    np.testing.assert_allclose(
+        solve_unit(system, target), exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max()
+    )
 
 
 def test_training_saves_one_state_per_chunk():

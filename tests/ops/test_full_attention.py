@@ -37,7 +37,9 @@ def in_float64(q, k, v, g, mask, causal):
 @pytest.mark.parametrize("kind", ["all", "causal", "masked"])
 def test_result_and_gradients(seq, kind, numerics):
     rng = np.random.default_rng(seq)
-    arrays = [jnp.asarray(rng.normal(size=(2, seq, 2, 8)), jnp.bfloat16).astype(jnp.float32) for _ in range(4)]
+    arrays = [
+        jnp.asarray(rng.normal(size=(2, seq, 2, 8)), jnp.bfloat16).astype(jnp.float32) for _ in range(4)
+    ]
     mask = rng.random((2, seq)) < 0.7 if kind == "masked" else None
     causal = kind == "causal"
     want = in_float64(*arrays, mask, causal)

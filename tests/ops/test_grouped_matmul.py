@@ -25,12 +25,16 @@ SIZES = (
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.asarray(jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.bfloat16).astype(jnp.float32))
+    return np.asarray(
+        jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.bfloat16).astype(jnp.float32)
+    )
 
 
 def by_loop(x: np.ndarray, kernels: np.ndarray, sizes: list[int]) -> np.ndarray:
     group = np.repeat(np.arange(len(sizes)), sizes)
-    return np.stack([row.astype(np.float64) @ kernels[g].astype(np.float64) for row, g in zip(x, group, strict=True)])
+    return np.stack(
+        [row.astype(np.float64) @ kernels[g].astype(np.float64) for row, g in zip(x, group, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -41,7 +45,9 @@ def test_every_row_goes_through_its_own_group_s_kernel(sizes, transposed):
     arguments = jnp.asarray(x), given, jnp.asarray(sizes, jnp.int32), BF16
     expected = by_loop(x, kernels, sizes)
     np.testing.assert_allclose(grouped_matmul(*arguments, transposed=transposed), expected, atol=1e-4)
-    np.testing.assert_allclose(tiled(*arguments, transposed=transposed, interpret=True), expected, atol=1e-4)
+    np.testing.assert_allclose(
+        tiled(*arguments, transposed=transposed, interpret=True), expected, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -62,7 +68,10 @@ def test_the_kernel_leaves_to_the_plain_function_what_its_tiles_do_not_divide():
         x, kernels = jnp.zeros((rows, d_in)), jnp.zeros((2, d_in, d_out))
         assert triton_grouped_matmul(x, kernels, sizes, BF16) is NotImplemented
     float32 = Numerics(platform=Platform("gpu"))
-    assert triton_grouped_matmul(jnp.zeros((256, 192)), jnp.zeros((2, 192, 128)), sizes, float32) is NotImplemented
+    assert (
+        triton_grouped_matmul(jnp.zeros((256, 192)), jnp.zeros((2, 192, 128)), sizes, float32)
+        is NotImplemented
+    )
     assert float32.hooks.joins_expert_factors(8, 8)
     assert not Numerics(platform=Platform("cpu")).hooks.joins_expert_factors(8, 8)
     assert Numerics(platform=Platform("tpu")).hooks.joins_expert_factors(8, 16)

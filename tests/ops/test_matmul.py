@@ -31,7 +31,9 @@ def test_float32_is_the_plain_product_with_its_gradient(numerics: Any) -> None:
 
 @pytest.mark.parametrize("rows", [3, 40])  # few are not native everywhere
 @pytest.mark.parametrize("result", ["float32", "bfloat16"])
-def test_low_precision_rounds_operands_and_accumulates_in_float32(result: str, rows: int, numerics: Any) -> None:
+def test_low_precision_rounds_operands_and_accumulates_in_float32(
+    result: str, rows: int, numerics: Any
+) -> None:
     x, kernel, g = _operands(rows)
     half = numerics("bfloat16", result=result)
     value, vjp = jax.vjp(lambda x: matmul(x, kernel.astype(jnp.bfloat16), half), x)
@@ -41,7 +43,9 @@ def test_low_precision_rounds_operands_and_accumulates_in_float32(result: str, r
 
     tolerance = 1e-5 if result == "float32" else 1e-2
     assert value.dtype == result
-    np.testing.assert_allclose(np.asarray(value, np.float64), exact(x) @ exact(kernel), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        np.asarray(value, np.float64), exact(x) @ exact(kernel), rtol=tolerance, atol=tolerance
+    )
     dx = vjp(g.astype(result))[0]
     assert dx.dtype == jnp.float32
     np.testing.assert_allclose(dx, exact(g) @ exact(kernel).T, rtol=1e-5, atol=1e-5)
@@ -58,7 +62,11 @@ def test_numerics_by_platform() -> None:
     plain = Numerics()
     for platform in ("tpu", "gpu"):
         chosen = numerics_for("float32", platform)
-        assert (chosen.operand, chosen.result, chosen.residual) == (plain.operand, plain.result, plain.residual)
+        assert (chosen.operand, chosen.result, chosen.residual) == (
+            plain.operand,
+            plain.result,
+            plain.residual,
+        )
     assert numerics_for("bfloat16", "cpu").result == "float32"
     assert numerics_for("bfloat16", "tpu").result == "bfloat16"
     with pytest.raises(NaloraError, match="float16"):
@@ -79,7 +87,9 @@ def test_the_platform_is_the_meshs() -> None:
         ("cudnn", "tpu", "'cudnn', which is for gpu"),
     ],
 )
-def test_an_implementation_that_is_not_there_is_refused_by_name(name: str, platform: str, message: str) -> None:
+def test_an_implementation_that_is_not_there_is_refused_by_name(
+    name: str, platform: str, message: str
+) -> None:
     with pytest.raises(NaloraError, match=message):
         numerics_for("bfloat16", platform, name)
 
@@ -101,7 +111,9 @@ def test_rounding_is_the_conversion_to_bf16_and_differentiable(numerics: Any) ->
     x = jnp.asarray(np.concatenate([ties, edges, bits[np.isfinite(bits)]]).astype(np.float32))
     got = jax.jit(lambda x: rounded(x, "bfloat16", numerics()))(x)
     assert got.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(np.asarray(got).view(np.uint16), np.asarray(x).astype(got.dtype).view(np.uint16))
+    np.testing.assert_array_equal(
+        np.asarray(got).view(np.uint16), np.asarray(x).astype(got.dtype).view(np.uint16)
+    )
     nan = rounded(jnp.asarray([np.nan, -np.nan], jnp.float32), "bfloat16", numerics())
     assert np.all(np.isnan(np.asarray(nan, np.float32)))
     slope = jax.grad(lambda x: jnp.sum(rounded(x, "bfloat16", numerics()).astype(jnp.float32) ** 2))(x[:3])

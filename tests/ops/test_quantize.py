@@ -91,7 +91,9 @@ def test_a_quantized_decoder_trains_its_adapters(kind: str, family: str) -> None
         is_leaf=lambda leaf: hasattr(leaf, "kind"),
     )
     tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 50)
-    lora = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.05), init_lora(config, spec, jax.random.key(2), params))
+    lora = jax.tree.map(
+        lambda x: np.asarray(x) + np.float32(0.05), init_lora(config, spec, jax.random.key(2), params)
+    )
 
     def loss(lora: dict, params: dict, remat: str) -> jax.Array:
         hidden = Decoder(config, spec, remat=remat).apply({"params": params, "lora": lora}, tokens)
@@ -104,4 +106,6 @@ def test_a_quantized_decoder_trains_its_adapters(kind: str, family: str) -> None
         np.testing.assert_allclose(value, want, rtol=1e-5)
         for path, leaf in trees.flatten(grads).items():
             assert leaf.dtype == jnp.float32
-            np.testing.assert_allclose(leaf, trees.flatten(want_grads)[path], rtol=1e-3, atol=1e-3, err_msg=path)
+            np.testing.assert_allclose(
+                leaf, trees.flatten(want_grads)[path], rtol=1e-3, atol=1e-3, err_msg=path
+            )

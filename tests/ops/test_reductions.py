@@ -50,7 +50,8 @@ def test_one_shard_has_no_axis(rows):
     assert (count(None), count(by_tensor), count(rows)) == (1, 1, 4)
     for sharding in (None, by_tensor):
         plain, found = (
-            str(jax.make_jaxpr(f)(z, weights)) for f in (sums, lambda z, w, s=sharding: by_shard(sums, s, z, w))
+            str(jax.make_jaxpr(f)(z, weights))
+            for f in (sums, lambda z, w, s=sharding: by_shard(sums, s, z, w))
         )
         assert found == plain
     assert first_alone(z, None) is z
@@ -64,7 +65,9 @@ def test_sums_that_are_nobody_s_own_are_the_first_shard_s(rows):
 def test_over_the_shards_only_what_is_asked_for_is_summed():
     """``[layers, shards, experts, ...]``: the last region holds the tokens that the others leave."""
     rng = np.random.default_rng(0)
-    regions = rng.multinomial(9, [0.1, 0.5, 0.3, 0.1], size=(2, 4, 3, D_FF))  # [layers, shards, experts, d_ff, parts]
+    regions = rng.multinomial(
+        9, [0.1, 0.5, 0.3, 0.1], size=(2, 4, 3, D_FF)
+    )  # [layers, shards, experts, d_ff, parts]
     block = {
         "tokens": np.full((2, 4, 3), 9.0, np.float32),
         "probe_tokens": np.full((2, 4, 3), 2.0, np.float32),
@@ -83,7 +86,10 @@ def test_over_the_shards_only_what_is_asked_for_is_summed():
 
 def test_a_layer_s_figures_are_the_same_by_shard():
     rng = np.random.default_rng(1)
-    block = {name: rng.uniform(size=(2, 4, D_FF)).astype(np.float32) for name in ("slope", "feature", "selection")}
+    block = {
+        name: rng.uniform(size=(2, 4, D_FF)).astype(np.float32)
+        for name in ("slope", "feature", "selection")
+    }
     block |= {"occupancy": rng.uniform(size=(2, 4, 4, D_FF)).astype(np.float32)}
     block |= {name: rng.uniform(1, 2, size=(2, 4)).astype(np.float32) for name in statistics.COUNTS}
     whole = layer_means({name: value.sum(1) for name, value in block.items()})

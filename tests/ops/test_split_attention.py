@@ -48,10 +48,14 @@ def results(implementation: str, window: int, config: AttentionConfig, **options
     parts = partial(split, sharding=config.sharding)
 
     def whole(q: Any, k: Any, v: Any) -> Any:
-        return attention(q, Keys(k, v, positions, segments), window, config, numerics, starts=starts, **options)
+        return attention(
+            q, Keys(k, v, positions, segments), window, config, numerics, starts=starts, **options
+        )
 
     def of_parts(q: Any, k: Any, v: Any) -> Any:
-        integers = (None if x is None else padded(x, config.sharding) for x in (positions, segments, starts))
+        integers = (
+            None if x is None else padded(x, config.sharding) for x in (positions, segments, starts)
+        )
         out = split_attention(*map(parts, (q, k, v)), Row(*integers), window, config, numerics, **options)
         return joined(out, config.sharding, SEQ)
 
@@ -66,7 +70,9 @@ def results(implementation: str, window: int, config: AttentionConfig, **options
 
 @pytest.mark.parametrize("implementation", ["xla", "splash"])
 @pytest.mark.parametrize(("window", "windows"), [(FAR, (40, FAR)), (40, (40, FAR)), (150, (40, 150))])
-def test_split_rows_attend_as_whole_rows(implementation: str, window: int, windows: tuple[int, ...]) -> None:
+def test_split_rows_attend_as_whole_rows(
+    implementation: str, window: int, windows: tuple[int, ...]
+) -> None:
     sinks = jnp.linspace(-2.0, 3.0, HEADS)
     config = partial(AttentionConfig, 0.125, 1.5, windows=windows, interpret=True)
     ours = results(implementation, window, config(sharding=SHARDING), sinks=sinks)
@@ -100,5 +106,7 @@ def test_positions_are_sampled_as_of_whole_rows(seq: int, strides: tuple[int, in
 
 
 def test_rows_shorter_than_their_blocks_are_refused() -> None:
-    with pytest.raises(NaloraError, match="--mesh.context: expected at most 3 for rows of 7 tokens.*found 4"):
+    with pytest.raises(
+        NaloraError, match="--mesh.context: expected at most 3 for rows of 7 tokens.*found 4"
+    ):
         block_length(7, 4)

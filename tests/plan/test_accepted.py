@@ -82,9 +82,13 @@ class Builder:
         if where == "weights":
             raise jax.errors.JaxRuntimeError(EXHAUSTED)
         mesh = distributed.make_mesh(config.mesh)
-        step = jax.jit(lambda params, state, batch: (State(state.lora + batch["tokens"].sum()), {}), donate_argnums=1)
+        step = jax.jit(
+            lambda params, state, batch: (State(state.lora + batch["tokens"].sum()), {}), donate_argnums=1
+        )
         state = State(jax.device_put(jnp.arange(3.0), NamedSharding(mesh, P())))
-        return Pieces(Assembly(mesh, _Short(step) if where == "step" else step, state, ()), Data([]), config)
+        return Pieces(
+            Assembly(mesh, _Short(step) if where == "step" else step, state, ()), Data([]), config
+        )
 
 
 class _Short:
@@ -112,7 +116,9 @@ def test_the_first_layout_is_built_once_and_its_state_is_that_before_the_first_s
     builder = Builder({})
     pieces: Any = accepted(CONFIG, BASE, builder)
     assert builder.meshes == [MeshConfig(8, 1, 1)]
-    np.testing.assert_array_equal(pieces.assembly.state.lora, [0, 1, 2])  # the trial step has donated the first one
+    np.testing.assert_array_equal(
+        pieces.assembly.state.lora, [0, 1, 2]
+    )  # the trial step has donated the first one
 
 
 @pytest.mark.parametrize("where", ["weights", "step"])
@@ -128,7 +134,9 @@ def test_too_little_memory_on_the_device_leads_to_the_next_layout(on_chips, capl
 
 def test_a_program_too_large_by_its_memory_analysis_is_not_run(on_chips, monkeypatch):
     large = iter([1e12])
-    monkeypatch.setattr(auto, "of_compiled", lambda program: replace(of_compiled(program), temporary=next(large, 0.0)))
+    monkeypatch.setattr(
+        auto, "of_compiled", lambda program: replace(of_compiled(program), temporary=next(large, 0.0))
+    )
     builder = Builder({MeshConfig(8, 1, 1): "step"})
     pieces: Any = accepted(CONFIG, BASE, builder)
     assert pieces.config.mesh == builder.meshes[1]
@@ -136,7 +144,9 @@ def test_a_program_too_large_by_its_memory_analysis_is_not_run(on_chips, monkeyp
 
 def test_no_memory_in_any_layout_is_an_error_that_names_them(on_chips, monkeypatch):
     monkeypatch.setattr(auto, "of_compiled", lambda program: replace(of_compiled(program), temporary=1e12))
-    with pytest.raises(NaloraError, match=r"--mesh: expected a layout whose .* fits in 33\.6 GB .*data 8.*1000\.0 GB"):
+    with pytest.raises(
+        NaloraError, match=r"--mesh: expected a layout whose .* fits in 33\.6 GB .*data 8.*1000\.0 GB"
+    ):
         accepted(CONFIG, BASE, Builder({}))
 
 
@@ -157,15 +167,21 @@ def test_a_layout_given_in_full_and_a_cpu_compile_nothing_ahead(on_chips, monkey
     assert builder.meshes == [MeshConfig(4, 2, 1), CONFIG.mesh]
 
 
-def test_a_run_compiles_its_step_once_for_each_layout_that_is_tried(on_chips, monkeypatch, tmp_path: Path, caplog):
+def test_a_run_compiles_its_step_once_for_each_layout_that_is_tried(
+    on_chips, monkeypatch, tmp_path: Path, caplog
+):
     """Training finds the accepted one compiled."""
     large = iter([1e12])
-    monkeypatch.setattr(auto, "of_compiled", lambda program: replace(of_compiled(program), temporary=next(large, 0.0)))
+    monkeypatch.setattr(
+        auto, "of_compiled", lambda program: replace(of_compiled(program), temporary=next(large, 0.0))
+    )
     monkeypatch.setenv("NALORA_CACHE", tiny.new_cache(tmp_path / "cache"))
     config = tiny.make_config(tmp_path, mesh=MeshConfig(), steps=1)
     config = replace(config, compute=replace(config.compute, remat="dots"))
     with jax.log_compiles(), caplog.at_level(logging.INFO):
         nalora_run.run(config)
-    compiled = [text for text in caplog.messages if text.startswith("Finished XLA compilation of jit(train_step)")]
+    compiled = [
+        text for text in caplog.messages if text.startswith("Finished XLA compilation of jit(train_step)")
+    ]
     assert len(compiled) == 2, caplog.messages
     assert sum("instead of" in text for text in caplog.messages) == 1

@@ -42,7 +42,10 @@ def test_nested_loops_multiply():
     def twice(x, stack):
         return jax.lax.scan(lambda x, _: (scanned(x, stack), None), x, None, length=3)[0]
 
-    assert compiled(twice, jnp.ones((ROWS, D)), jnp.ones((LAYERS, D, D))).flops == 3 * LAYERS * 2 * ROWS * D * D
+    assert (
+        compiled(twice, jnp.ones((ROWS, D)), jnp.ones((LAYERS, D, D))).flops
+        == 3 * LAYERS * 2 * ROWS * D * D
+    )
 
 
 def test_flops_are_xla_s_own_where_no_loop_hides_them():
@@ -58,8 +61,16 @@ def test_flops_are_xla_s_own_where_no_loop_hides_them():
     ("data", "kernel", "window"),
     [
         ((2, 9, 11, 3), (3, 4, 3, 5), {"window_strides": (1, 1), "padding": ((2, 1), (0, 3))}),
-        ((2, 9, 11, 4), (3, 2, 2, 6), {"window_strides": (2, 3), "padding": "VALID", "feature_group_count": 2}),
-        ((1, 5, 6, 3), (2, 3, 3, 4), {"window_strides": (1, 2), "padding": ((1, 1), (4, 4)), "lhs_dilation": (2, 3)}),
+        (
+            (2, 9, 11, 4),
+            (3, 2, 2, 6),
+            {"window_strides": (2, 3), "padding": "VALID", "feature_group_count": 2},
+        ),
+        (
+            (1, 5, 6, 3),
+            (2, 3, 3, 4),
+            {"window_strides": (1, 2), "padding": ((1, 1), (4, 4)), "lhs_dilation": (2, 3)},
+        ),
         ((1, 9, 9, 3), (2, 3, 3, 4), {"window_strides": (1, 1), "padding": "SAME", "rhs_dilation": (3, 2)}),
         ((16, 1, 1, 32), (8, 1, 32, 8), {"window_strides": (1, 1), "padding": ((7, 7), (0, 0))}),
     ],
@@ -183,7 +194,9 @@ def test_rows_of_rows_are_read_alone():
 )
 def test_what_results_are_made_of_is_read(rest):
     """A fusion hands its operands on unread, in whatever shape, but not what it computes of them."""
-    text = SLICED.replace("ROOT %wide.1 =", "%wide.1 =").replace("convert(%r)\n}", f"convert(%r)\n  {rest}\n}}")
+    text = SLICED.replace("ROOT %wide.1 =", "%wide.1 =").replace(
+        "convert(%r)\n}", f"convert(%r)\n  {rest}\n}}"
+    )
     assert Program(text).memory_bytes == Program(SLICED).memory_bytes
 
 
@@ -247,7 +260,9 @@ def test_the_parts_of_one_collective_are_one_and_what_runs_between_them_hides_it
         "%c = f32[8,16]{1,0} convolution(%x, %all-gather.3), dim_labels=bf_io->bf",
     )
     gathers = Program(text).collectives
-    assert [(c.kind, c.devices, c.received) for c in gathers] == [("all-gather", 8, 32 * 16 * 2 * 7 / 8)] * 2
+    assert [(c.kind, c.devices, c.received) for c in gathers] == [
+        ("all-gather", 8, 32 * 16 * 2 * 7 / 8)
+    ] * 2
     assert [c.overlapped for c in gathers] == [False, False]
     product = "%other = f32[8,16]{1,0} convolution(%x, %w), dim_labels=bf_io->bf"
     last = "%async_collective_fusion.2 = f32[8,16]{1,0} fusion(%a, %x, %w), kind=kOutput, calls=%step"
@@ -257,7 +272,10 @@ def test_the_parts_of_one_collective_are_one_and_what_runs_between_them_hides_it
 
 def test_collectives_that_share_a_channel_differ_by_their_chain():
     """`jax.shard_map` gives all collectives one channel; the compiler numbers the chains of parts."""
-    chains = [TPU_STYLE.replace("channel_id=7", f'channel_id=7, frontend_attributes={{chain_id="{n}"}}') for n in "12"]
+    chains = [
+        TPU_STYLE.replace("channel_id=7", f'channel_id=7, frontend_attributes={{chain_id="{n}"}}')
+        for n in "12"
+    ]
     first, second = (text.split("ENTRY")[0].split("\n\n", 1)[1] for text in chains)
     second = second.replace("%start", "%start2").replace("%step", "%step2").replace("%done", "%done2")
     main = TPU_STYLE.split("ENTRY")[1]
@@ -292,7 +310,9 @@ def test_what_a_collective_in_parts_gathers_is_written_once():
         'ROOT %b = bf16[32,16]{1,0} custom-call(%p.5), custom_call_target="AsyncCollectiveDone"',
     )
     first, second = piece + gathered, x + gathered + y  # the gather; the product, whose kernel is as large
-    plain = piece + gathered + x + gathered + y  # the gather and the product at the end, which are in no parts
+    plain = (
+        piece + gathered + x + gathered + y
+    )  # the gather and the product at the end, which are in no parts
     assert Program(text).memory_bytes == first + second + plain
 
 

@@ -19,10 +19,14 @@ LIMIT = 16e9
 
 
 def layout(memory: float, seconds: float, *, fsdp: int = 1, remat: str = "dots") -> Layout:
-    return Layout(8 // fsdp, fsdp, 1, remat, "auto", memory * 1e9, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, seconds, 0.5)
+    return Layout(
+        8 // fsdp, fsdp, 1, remat, "auto", memory * 1e9, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, seconds, 0.5
+    )
 
 
-def searched(candidates: list[Layout], compiler: Callable[[Layout], Compiled]) -> tuple[Layout, Compiled, list[Layout]]:
+def searched(
+    candidates: list[Layout], compiler: Callable[[Layout], Compiled]
+) -> tuple[Layout, Compiled, list[Layout]]:
     search = Search(candidates, LIMIT)
     taken, result = decide(search, compiler)
     return taken, result, [one for one, _ in search.tried]
@@ -55,9 +59,16 @@ def test_a_layout_that_does_not_fit_leads_to_a_smaller_one_in_one_line_of_the_lo
 
 
 def test_a_slow_program_is_compared_with_the_next_layouts_and_kept_if_they_are_slower():
-    candidates = [layout(10, 1.0, fsdp=8), layout(8, 1.1, fsdp=8, remat="full"), layout(12, 1.5), layout(9, 2.5)]
+    candidates = [
+        layout(10, 1.0, fsdp=8),
+        layout(8, 1.1, fsdp=8, remat="full"),
+        layout(12, 1.5),
+        layout(9, 2.5),
+    ]
     slow = {8: 3.0, 1: 1.0}
-    taken, _, tried = searched(candidates, lambda one: compiled(one.memory / 1e9, slow[one.fsdp] * one.seconds))
+    taken, _, tried = searched(
+        candidates, lambda one: compiled(one.memory / 1e9, slow[one.fsdp] * one.seconds)
+    )
     # Of the same mesh the other policy is taken to be as slow, so that it is not compiled.
     assert tried == [candidates[0], candidates[2]]
     assert taken is candidates[2]
@@ -79,7 +90,9 @@ def test_at_most_four_layouts_are_compiled_and_the_refusal_names_them():
     assert len(search.tried) == MOST
     assert not result.fits
     assert taken is candidates[0]
-    with pytest.raises(Exception, match=r"fits in 16\.0 GB a chip, found .*18\.0 GB.*25\.0 GB.*; use more chips"):
+    with pytest.raises(
+        Exception, match=r"fits in 16\.0 GB a chip, found .*18\.0 GB.*25\.0 GB.*; use more chips"
+    ):
         raise search.refusal()
 
 

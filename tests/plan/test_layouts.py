@@ -82,7 +82,9 @@ def test_slices_split_the_batch_alone():
 
 
 def test_nothing_fits_is_an_error_with_a_remedy():
-    with pytest.raises(NaloraError, match=r"v5e:2x2: expected llama .* to fit in 17 GB a chip.*; use more chips"):
+    with pytest.raises(
+        NaloraError, match=r"v5e:2x2: expected llama .* to fit in 17 GB a chip.*; use more chips"
+    ):
         chosen("llama-3.1-70b", "v5e:2x2")
     with pytest.raises(NaloraError, match=r"--train.batch-size: expected rows .* found 7"):
         chosen("llama-3.1-8b", "v6e:16x16", rows=7, mesh=MeshConfig(tensor=1))
@@ -98,7 +100,9 @@ def test_keeping_more_takes_memory_and_saves_products():
     base, machine = architecture("llama-3.1-8b"), topology("v6e:16x16")
     config = RunConfig(train=TrainConfig(batch_size=256))
     spec = resolve(LoRAConfig(), projection_shapes(base), base.n_layers)
-    layouts = [estimate(config, base, spec, machine, 4096, (1, 256, 1), p) for p in ("dots", "attention", "full")]
+    layouts = [
+        estimate(config, base, spec, machine, 4096, (1, 256, 1), p) for p in ("dots", "attention", "full")
+    ]
     assert np.all(np.diff([layout.memory for layout in layouts]) < 0)
     assert np.all(np.diff([layout.seconds for layout in layouts]) > 0)
 
@@ -112,13 +116,17 @@ def test_attention_s_kernels_are_counted_by_the_blocks_that_they_compute():
     program = Figures(0, 0, 0, 0, {"splash_mha_fwd_segmented_residuals": 4.0, "splash_mha_dkv_x": 2.0}, ())
     assert kernel_flops(program, base, 3, 4096, 1) == 3 * splash_flops(base, 4096, forward=2)
     # The same calls, two micro-batches of half of the rows each.
-    assert kernel_flops(program, base, 3, 4096, 1, 2) == 3 * splash_flops(base, 4096, forward=1, backward=0.5)
+    assert kernel_flops(program, base, 3, 4096, 1, 2) == 3 * splash_flops(
+        base, 4096, forward=1, backward=0.5
+    )
     windowed = replace(base, windows=(512, GLOBAL_WINDOW))
     both = kernel_flops(program, windowed, 1, 4096, 1)  # a branch each, of which every layer takes one
     assert both == splash_flops(windowed, 4096, forward=1, backward=0.5)
     assert kernel_flops(Figures(0, 0, 0, 0, {}, ()), base, 3, 4096, 1) == 0
     # Triton's: blocks of 128; two products forward, run twice, and seven behind them, where scores are made twice.
-    on_gpu = Figures(0, 0, 0, 0, {"mha_forward": 4.0, "mha_backward": 2.0, "mha_preprocess_backward": 2.0}, ())
+    on_gpu = Figures(
+        0, 0, 0, 0, {"mha_forward": 4.0, "mha_backward": 2.0, "mha_preprocess_backward": 2.0}, ()
+    )
     pairs = sum(128 * 128 * (block + 1) for block in range(32))
     assert kernel_flops(on_gpu, base, 3, 4096, 1) == 3 * (4 * 2 + 2 * 7) * 2 * pairs * heads
     assert kernel_flops(on_gpu, base, 3, 4096, 1, 2) == kernel_flops(on_gpu, base, 3, 4096, 1) / 2
@@ -145,7 +153,9 @@ def test_attention_is_the_kernel_that_takes_it():
     gpus = topology("64xh100")
     assert of(128, 4096) == of(128, 4096, gpus)  # cuDNN's result as well
     assert of(128, 16384) - of(128, 16384, gpus) == pytest.approx(4 * kept)  # Triton's is not
-    assert of(32, 4096) - of(128, 4096) == pytest.approx(1.5 * kept)  # keys and values are a quarter as wide each
+    assert of(32, 4096) - of(128, 4096) == pytest.approx(
+        1.5 * kept
+    )  # keys and values are a quarter as wide each
     assert of(128, 4096) / 4096 < of(128, 4032) / 4032
 
 
@@ -162,13 +172,17 @@ def test_parameters_and_attention_are_counted_as_the_models_are():
     assert attention_flops(windowed, 64) == 4 * mask.sum() * 4096
 
 
-@pytest.mark.parametrize(("name", "released", "active"), [("20b", 13.76e9, 3.6e9), ("120b", 65.25e9, 5.1e9)])
+@pytest.mark.parametrize(
+    ("name", "released", "active"), [("20b", 13.76e9, 3.6e9), ("120b", 65.25e9, 5.1e9)]
+)
 def test_gpt_oss_takes_the_memory_of_its_released_files(name, released, active):
     """Experts of 4.25 bits a weight, biases and sinks included; as many active parameters as its model card states."""
     base = architecture(str(RELEASED / f"gpt-oss-{name}.json"))
     layer, ends = weight_bytes(base, WIDTHS["mxfp4"], 2.0, kernels("mxfp4"))
     shapes = param_shapes(base).items()
-    stored = [_weight(path, shape, ComputeConfig(dtype="bfloat16", quantize="mxfp4")) for path, shape in shapes]
+    stored = [
+        _weight(path, shape, ComputeConfig(dtype="bfloat16", quantize="mxfp4")) for path, shape in shapes
+    ]
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
     assert layer * base.n_layers + ends == pytest.approx(held, rel=1e-9)
     assert held == pytest.approx(released, rel=5e-3)
@@ -183,11 +197,15 @@ def test_models_with_linear_attention_fit(where):
         assert layout.mfu > least
 
 
-@pytest.mark.parametrize(("name", "active", "share"), [("Qwen3.5-9B", 7.94e9, 0.01), ("Qwen3.5-35B-A3B", 2.95e9, 0.03)])
+@pytest.mark.parametrize(
+    ("name", "active", "share"), [("Qwen3.5-9B", 7.94e9, 0.01), ("Qwen3.5-35B-A3B", 2.95e9, 0.03)]
+)
 def test_linear_attention_is_a_small_share_of_the_useful_flops(name, active, share):
     base = architecture(str(RELEASED / f"{name}.json"))
     assert active_parameters(base) == pytest.approx(active, rel=0.01)
-    assert 3 * mixer_flops(base, 4096) / useful_flops(base, AdapterSpec(), 1, 4096) == pytest.approx(share, rel=0.15)
+    assert 3 * mixer_flops(base, 4096) / useful_flops(base, AdapterSpec(), 1, 4096) == pytest.approx(
+        share, rel=0.15
+    )
     assert mixer_flops(base, 8192) == 2 * mixer_flops(base, 4096)
 
 
@@ -233,7 +251,8 @@ def test_a_row_that_chips_must_share_is_split_along_its_tokens():
     assert enough.context == 1  # every chip has whole rows
     assert chosen("llama-3.1-8b", "v5e:4x4", seq=8192, rows=16, mesh=given).context == 8
     whole, split = (
-        chosen("llama-3.1-8b", "v6e:2x4", seq=131_072, rows=1, mesh=mesh) for mesh in (MeshConfig(context=1), given)
+        chosen("llama-3.1-8b", "v6e:2x4", seq=131_072, rows=1, mesh=mesh)
+        for mesh in (MeshConfig(context=1), given)
     )
     assert split.seconds < whole.seconds  # with tensor 8, sums of activations
 
@@ -249,7 +268,11 @@ def test_no_row_is_split_without_a_kernel_or_through_mixers_that_need_it_whole(m
 
 
 def test_the_host_s_memory_is_taken_nowhere_else():
-    for model, where in (("llama-3.1-8b", "v5e:16x16"), ("llama-3.1-70b", "v6e:16x16"), ("mixtral-8x7b", "64xh100")):
+    for model, where in (
+        ("llama-3.1-8b", "v5e:16x16"),
+        ("llama-3.1-70b", "v6e:16x16"),
+        ("mixtral-8x7b", "64xh100"),
+    ):
         base, machine = architecture(model), topology(where)
         config = RunConfig(train=TrainConfig(batch_size=machine.size))
         spec = resolve(config.lora, projection_shapes(base), base.n_layers)
@@ -327,7 +350,9 @@ def test_few_tokens_are_sent_to_experts_and_many_gather_them():
 
 
 def test_more_than_the_host_has_is_an_error_that_says_so():
-    with pytest.raises(NaloraError, match=r"to fit in 24 GB of the host's memory for each chip, found .* the host's"):
+    with pytest.raises(
+        NaloraError, match=r"to fit in 24 GB of the host's memory for each chip, found .* the host's"
+    ):
         chosen("llama-3.1-8b", "v5e:16x16", seq=32768, compute=ComputeConfig(remat="dots_offload"))
 
 
@@ -340,7 +365,9 @@ def test_tables_that_are_trained_as_a_whole_take_four_copies():
         base = replace(base, vocab_size=base.vocab_size + rows)
         spec = resolve(lora, projection_shapes(base), base.n_layers)
         states.append(estimate(config, base, spec, machine, 512, (1, 1, 8), "full").state)
-    tables = 2 * 16 * 4096 * (128256 + np.array([0, 8, 9])) / (8, 8, 1)  # 9 rows more: the axis does not divide them
+    tables = (
+        2 * 16 * 4096 * (128256 + np.array([0, 8, 9])) / (8, 8, 1)
+    )  # 9 rows more: the axis does not divide them
     np.testing.assert_allclose(np.array(states[1:]) - states[0], tables)
 
 

@@ -62,7 +62,9 @@ def test_the_tpu_compiler_is_asked_for_the_slice(monkeypatch, name, arguments):
     asked = {}
     described = type("Described", (), {"devices": ["chip"]})()
     monkeypatch.setattr(program, "_require", lambda where: None)
-    monkeypatch.setattr(program.topologies, "get_topology_desc", lambda **given: asked.update(given) or described)
+    monkeypatch.setattr(
+        program.topologies, "get_topology_desc", lambda **given: asked.update(given) or described
+    )
     assert program.devices(topology(name)) == ["chip"]
     assert asked == {"platform": "tpu"} | arguments
 

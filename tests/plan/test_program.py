@@ -39,7 +39,9 @@ BASE = {
 }
 
 
-def compiled(tmp_path, *, mesh: MeshConfig, chunk: int = 16, tied: bool = False, accumulate: int = 1, **compute: str):
+def compiled(
+    tmp_path, *, mesh: MeshConfig, chunk: int = 16, tied: bool = False, accumulate: int = 1, **compute: str
+):
     config = RunConfig(
         lora=LoRAConfig(rules=(LoRARule("ffn/", RANK),)),
         mesh=mesh,
@@ -69,7 +71,8 @@ def test_a_step_receives_its_weights_twice_and_little_else(tmp_path):
     weights = LAYERS * (4 * D * D - 2 * D * D // 2 + 3 * D * D_FF) * 4
     # Forward, and backward once more for the gradients and once for what is made again; head, embedding, adapters.
     assert (
-        found.moved() < 3 * weights + 3 * VOCAB * D * 4 + 40 * LAYERS * D_FF * 4 + 12 * LAYERS * RANK * (D + D_FF) * 4
+        found.moved()
+        < 3 * weights + 3 * VOCAB * D * 4 + 40 * LAYERS * D_FF * 4 + 12 * LAYERS * RANK * (D + D_FF) * 4
     )
 
 
@@ -83,7 +86,9 @@ def test_replicated_weights_are_never_moved_and_a_program_is_compiled_once(tmp_p
 
 def test_lora_is_the_same_step_without_what_measures_gates(tmp_path, monkeypatch):
     # Options of the compiler, as there are on TPUs and GPUs: those of a nested function are an error.
-    monkeypatch.setattr(distributed, "compiler_options", lambda mesh: {"xla_cpu_enable_fast_min_max": False})
+    monkeypatch.setattr(
+        distributed, "compiler_options", lambda mesh: {"xla_cpu_enable_fast_min_max": False}
+    )
     found = []
     for mechanisms in (("soft", "homogeneity"), ()):
         config = RunConfig(
@@ -95,7 +100,9 @@ def test_lora_is_the_same_step_without_what_measures_gates(tmp_path, monkeypatch
         )
         mesh = distributed.make_mesh(config.mesh)
         step, arguments = step_and_arguments(config, ModelConfig.from_hf(BASE), mesh, seq=SEQ)
-        found.append(figures(step if mechanisms else without_statistics(step, mesh), arguments, cache=tmp_path))
+        found.append(
+            figures(step if mechanisms else without_statistics(step, mesh), arguments, cache=tmp_path)
+        )
     ours, plain = found
     assert plain.flops < ours.flops
     loops, behind = ([_moved(one, inner) for one in found] for inner in (True, False))
@@ -130,7 +137,12 @@ def test_quantized_kernels_are_gathered_as_codes(tmp_path, kind, least, most):
 
 def test_the_step_of_a_model_that_sees_takes_images():
     """Traced for a mesh: its pixels are split by rows, and the tower's adapters are in the state."""
-    tower = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    tower = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+    }
     tower |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 4}
     raw = {"model_type": "llava", "text_config": BASE, "vision_config": tower, "image_token_index": 3}
     config = RunConfig(
@@ -139,7 +151,9 @@ def test_the_step_of_a_model_that_sees_takes_images():
         compute=ComputeConfig(dtype="float32", loss_chunk=16, remat="full"),
     )
     mesh = distributed.make_mesh(MeshConfig(2, 4, 1))
-    step, arguments = step_and_arguments(config, ModelConfig.from_hf(raw, images=True), mesh, seq=SEQ, images=2)
+    step, arguments = step_and_arguments(
+        config, ModelConfig.from_hf(raw, images=True), mesh, seq=SEQ, images=2
+    )
     _, state, batch = arguments
     assert batch["pixels"].shape == (1, 16, 2, 16, 16, 3)
     assert batch["pixels"].sharding.spec == batch["tokens"].sharding.spec
@@ -162,7 +176,9 @@ def test_the_contrastive_step_gathers_features_and_nothing_else(tmp_path):
         compute=ComputeConfig(dtype="float32"),
         vision=VisionConfig("contrast"),
     )
-    step, arguments = contrastive_step(config, DualConfig.from_hf(raw), distributed.make_mesh(config.mesh), seq=8)
+    step, arguments = contrastive_step(
+        config, DualConfig.from_hf(raw), distributed.make_mesh(config.mesh), seq=8
+    )
     found = figures(step, arguments, cache=tmp_path)
     gathered = [c for c in found.collectives if "gather" in c.kind]
     assert sum(c.total for c in gathered) == pytest.approx(2 * rows * width * 4 * 7 / 8)

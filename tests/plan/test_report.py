@@ -87,5 +87,7 @@ def test_a_compiler_out_of_memory_in_all_layouts_is_an_error_that_names_them(mon
     def exhausted(mesh: Any) -> float:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm")
 
-    with pytest.raises(NaloraError, match=r"--mesh: expected .* fits in 33\.6 GB.*data 8 .*out of memory.*more chips"):
+    with pytest.raises(
+        NaloraError, match=r"--mesh: expected .* fits in 33\.6 GB.*data 8 .*out of memory.*more chips"
+    ):
         decided(monkeypatch, exhausted)

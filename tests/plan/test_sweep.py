@@ -55,7 +55,9 @@ def test_the_plan_of_a_study_has_its_tuning_and_its_test_runs(monkeypatch: pytes
     plan = plan_study(protocol, LLAMA, topology("v6e:4x4"))
     assert len(plan.parts) == 10
     assert {part.runs for part in plan.parts.values()} == {8, 6}
-    assert plan.hours == pytest.approx(10 * 2 * 1000 * plan.parts["commonsense lora tune"].bound.seconds / 3600)
+    assert plan.hours == pytest.approx(
+        10 * 2 * 1000 * plan.parts["commonsense lora tune"].bound.seconds / 3600
+    )
     assert "in all at least" in "\n".join(describe_study(plan, price=2.7))
 
 
@@ -63,7 +65,9 @@ def test_the_planned_program_of_one_run_a_device_has_no_collective() -> None:
     base = replace(ModelConfig.from_hf(tiny.HF), n_layers=1)
     mesh = distributed.make_mesh(MeshConfig(run=8))
     config = RunConfig(
-        steps=5, train=TrainConfig(batch_size=1), optimizer=replace(RunConfig().optimizer, learning_rate=1e-3)
+        steps=5,
+        train=TrainConfig(batch_size=1),
+        optimizer=replace(RunConfig().optimizer, learning_rate=1e-3),
     )
     step, arguments = step_and_arguments(config, base, mesh, seq=8, runs=8)
     assert of_compiled(step.lower(*arguments).compile()).collectives == ()

@@ -12,8 +12,18 @@ from nalora_jax.runs.metrics import MetricsLog
 
 QUESTIONS = (
     ("Kai lent Sam the car. How would Sam feel afterwards?", "grateful", "angry at Kai", "grateful"),
-    ("Robin <b>missed</b> the bus & walked. What will Robin do next?", "arrive late", "buy a bus", "arrive late"),
-    ("Alex cooked dinner for the family. Why did Alex do this?", "to be kind", "to be alone", "to be alone"),
+    (
+        "Robin <b>missed</b> the bus & walked. What will Robin do next?",
+        "arrive late",
+        "buy a bus",
+        "arrive late",
+    ),
+    (
+        "Alex cooked dinner for the family. Why did Alex do this?",
+        "to be kind",
+        "to be alone",
+        "to be alone",
+    ),
 )
 
 
@@ -22,7 +32,9 @@ def fake_records(steps=200, layers=30, every=2, seed=0):
     rng = np.random.default_rng(seed)
     depth = np.linspace(0, 1, layers)
     slope = 0.36 + 0.2 * np.sin(2.5 * depth) + 0.02 * rng.standard_normal(layers)
-    shares = np.stack([0.30 - 0.2 * depth, 0.38 + 0.02 * depth, 0.30 + 0.08 * depth, 0.02 + 0.10 * depth], -1)
+    shares = np.stack(
+        [0.30 - 0.2 * depth, 0.38 + 0.02 * depth, 0.30 + 0.08 * depth, 0.02 + 0.10 * depth], -1
+    )
     limit = 0.22 + 0.09 * np.cos(4 * depth)
     yield evaluation(0, 0.401, 5.1, samples=[(q, gold, before) for q, gold, before, _ in QUESTIONS])
     for step in range(every, steps + 1, every):
@@ -52,14 +64,18 @@ def log_step(step, steps, rng, slope, shares, limit):
         "feature": 0.012 * progress * (1 + slope),
     }
     edges = [0.125, 0.25, 0.5, 1.0, 2.0, 4.0]
-    spread = rng.multinomial(1000, [0, 0.1, 0.2, 0.3, 0.3, 0.1, 0] if step > 9 else [0, 0, 0, 0, 1, 0, 0], len(slope))
+    spread = rng.multinomial(
+        1000, [0, 0.1, 0.2, 0.3, 0.3, 0.1, 0] if step > 9 else [0, 0, 0, 0, 1, 0, 0], len(slope)
+    )
     return {
         "step": step,
         "histograms": {name: {"edges": edges, "counts": spread} for name in ("mask", "step_scale")},
         "adapters": {f"layers/ffn/{name}_proj": 0.5 * progress + 0.1 * slope for name in ("gate", "up")},
         "peak_memory": 1_234_000_000,
         "loss": 3.3 + 1.8 * math.exp(-6 * progress) + 0.12 * rng.standard_normal(),
-        "learning_rate": 1e-3 * min(1, step / (0.05 * steps)) * (0.55 + 0.45 * math.cos(math.pi * progress)),
+        "learning_rate": 1e-3
+        * min(1, step / (0.05 * steps))
+        * (0.55 + 0.45 * math.cos(math.pi * progress)),
         "grad_norm": 0.6 + 0.2 * rng.random(),
         "tokens": 2000,
         "tokens_per_second": 900 + 40 * rng.standard_normal(),

@@ -51,14 +51,22 @@ def test_the_page_holds_every_group_and_loads_nothing(folders: list[Path]) -> No
     assert page.count("<svg") == 5
     assert not re.search(r'(src|href)="(?!#|data:)|https?://(?!www\.w3\.org)', page)
     cells = dict(re.findall(r'<td data-head="(\w+)">([^<]*)</td>', page))
-    assert (cells["before"], cells["after"], cells["difference"]) == ("0.401", "0.523", "+0.122")  # of both seeds
-    assert re.search(r"<th scope=\"row\">mechanisms</th><td>soft:power=2  homogeneity</td><td>none</td>", page)
+    assert (cells["before"], cells["after"], cells["difference"]) == (
+        "0.401",
+        "0.523",
+        "+0.122",
+    )  # of both seeds
+    assert re.search(
+        r"<th scope=\"row\">mechanisms</th><td>soft:power=2  homogeneity</td><td>none</td>", page
+    )
     last = [read_history(folder).column("misalignment")[1][-1] for folder in folders[:2]]
     assert f"{sum(last) / 2:.3f} ({min(last):.3f} to {max(last):.3f})" in page
     assert len(re.findall(r"fill-opacity: 0.2|opacity: 0.2", page)) >= 2 * 4  # bands
 
 
-def test_the_verb_writes_one_page(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb_writes_one_page(
+    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = tmp_path / "pages" / "both.html"
     assert main(["report", *map(str, folders), "--output", str(page)]) == 0
     assert capsys.readouterr().out.strip() == str(page)
@@ -84,4 +92,6 @@ def test_every_number_carries_its_head_for_narrow_screens(folders: list[Path]) -
     page = render_comparison([read_history(folder) for folder in folders])
     assert '<td data-head="runs">2 (seeds 0, 1)</td>' in page
     assert "Held-out held-out" not in page
-    assert page.count('<i class="key"') == 2 * 2  # in the table and, instead of legends over lines, above the pictures
+    assert (
+        page.count('<i class="key"') == 2 * 2
+    )  # in the table and, instead of legends over lines, above the pictures

@@ -181,15 +181,37 @@ def test_fields_that_differ_from_the_defaults_stand_out(make_run):
         [{"step": 0, "eval": {"loss": 2.0, "n": 5}}, {"step": 5, "eval": {"loss": 2.5, "n": 5}}],
         [{"step": 0, "eval": {"accuracy": 0.5, "low": 0.5, "high": 0.5}}] * 2,
         [{"step": 1, "loss": 2.0}],
-        [{"step": 1, "loss": None, "misalignment": None, "tokens_per_second": None, "layers": {"limit": [None]}}],
+        [
+            {
+                "step": 1,
+                "loss": None,
+                "misalignment": None,
+                "tokens_per_second": None,
+                "layers": {"limit": [None]},
+            }
+        ],
         [{"step": step, "loss": None, "layers": {"feature": [None, None]}} for step in (1, 2)],
         [{"step": 1, "misalignment": 0.2, "layers": {"misalignment": [0.2], "importance": [0.1]}}],
         [{"step": 1, "layers": {"occupancy": [[0.25] * 4], "step_scale_min": [1], "step_scale_max": [1]}}],
-        [{"step": 1, "histograms": {"$x_{": {"edges": [1, 2], "counts": [[0, 0, 0]]}}, "adapters": {"$q_{": [None]}}],
+        [
+            {
+                "step": 1,
+                "histograms": {"$x_{": {"edges": [1, 2], "counts": [[0, 0, 0]]}},
+                "adapters": {"$q_{": [None]},
+            }
+        ],
         [{"step": 1, "ranks": {"q": [None], "v": [[1]], "o": None}}],
-        [{"step": s, "histograms": {"x": {"edges": [1, s + 2], "counts": [[5, s, 0]] * s}}} for s in (1, 2)],
+        [
+            {"step": s, "histograms": {"x": {"edges": [1, s + 2], "counts": [[5, s, 0]] * s}}}
+            for s in (1, 2)
+        ],
         [{"step": s, "adapters": {"q": [0.1] * s, "v": [[1]], "o": None}} for s in (1, 2)],
-        [{"step": 1, "layers": {name: [0.0] * 3 for name in ("misalignment", "limit", "feature", "mask_mean")}}],
+        [
+            {
+                "step": 1,
+                "layers": {name: [0.0] * 3 for name in ("misalignment", "limit", "feature", "mask_mean")},
+            }
+        ],
     ],
 )
 def test_logs_that_lack_almost_everything_still_make_a_page(make_run, records):
@@ -212,7 +234,11 @@ def test_a_long_run_stays_small(make_run):
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        ({"accuracy": 0.5, "low": 0.4, "high": 0.6}, {"accuracy": 0.45, "low": 0.35, "high": 0.55}, "-0.050, worse"),
+        (
+            {"accuracy": 0.5, "low": 0.4, "high": 0.6},
+            {"accuracy": 0.45, "low": 0.35, "high": 0.55},
+            "-0.050, worse",
+        ),
         (
             {"accuracy": 0.5, "low": 0.4, "high": 0.6},
             {"accuracy": 0.55, "low": 0.45, "high": 0.65},
@@ -228,7 +254,15 @@ def test_the_verdict_is_honest(make_run, before, after, said):
 
 
 def test_a_comparison_item_by_item_is_said_where_there_is_one(make_run):
-    paired = {"difference": 0.12, "low": 0.071, "high": 0.17, "p_value": 0.00031, "gained": 61, "lost": 12, "n": 400}
+    paired = {
+        "difference": 0.12,
+        "low": 0.071,
+        "high": 0.17,
+        "p_value": 0.00031,
+        "gained": 61,
+        "lost": 12,
+        "n": 400,
+    }
     final = {"step": 9, "final": True, "eval": {"accuracy": 0.62, "n": 400, "paired": paired}}
     words = page_of(make_run([{"step": 0, "eval": {"accuracy": 0.5, "n": 400}}, final])).words
     assert (
@@ -304,7 +338,9 @@ def test_a_long_prompt_shows_both_ends_and_unfolds(make_run):
     prompt = "Begin. " + "word " * 400 + "The end?"
     sample = {"prompt": prompt, "answer": "Yes.", "cut": False, "expected": "Yes."}
     values = {"loss": 5.0, "low": 4.0, "high": 6.0, "n": 4, "samples": [sample]}
-    page = write_report(make_run([{"step": 0, "initial": True, "eval": values}])).read_text(encoding="utf-8")
+    page = write_report(make_run([{"step": 0, "initial": True, "eval": values}])).read_text(
+        encoding="utf-8"
+    )
     shown = page[page.index('<div class="prompt">') : page.index("<details")]
     assert "Begin." in shown
     assert "The end?" in shown
@@ -323,8 +359,12 @@ def test_a_conversation_is_shown_by_role_and_what_is_cut_is_marked(make_run):
         "expected": "Up.",
     }
     values = {"loss": 5.0, "low": 4.0, "high": 6.0, "n": 4, "samples": [sample]}
-    page = write_report(make_run([{"step": 0, "initial": True, "eval": values}])).read_text(encoding="utf-8")
+    page = write_report(make_run([{"step": 0, "initial": True, "eval": values}])).read_text(
+        encoding="utf-8"
+    )
     assert '<span class="role">system</span>Be &lt;brief&gt;.' in page
-    assert page.index('<span class="role">user</span>Which way is up?') > page.index('<span class="role">system</span>')
+    assert page.index('<span class="role">user</span>Which way is up?') > page.index(
+        '<span class="role">system</span>'
+    )
     assert 'The sky, which<span class="end">did not stop: cut off at the evaluation' in page
     assert "im_start" not in page

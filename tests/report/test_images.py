@@ -15,12 +15,19 @@ EVAL = {
     "n": 4,
     "classes": ["cat", "<dog>"],
     "confusion": [[2, 0], [2, 0]],
-    "samples": [{"prompt": "a.png", "image": PICTURE, "answer": "cat", "expected": "<dog>", "correct": False}],
+    "samples": [
+        {"prompt": "a.png", "image": PICTURE, "answer": "cat", "expected": "<dog>", "correct": False}
+    ],
 }
 RECORDS = [
     {"run": {"steps": 2, "output": "runs/x", "vision": {"task": "classify"}}, "versions": {}, "device": ""},
     {"step": 0, "initial": True, "eval": EVAL},
-    {"step": 2, "loss": 1.0, "layers": {"misalignment": [0.1, 0.2, 0.3]}, "towers": {"image": 2, "text": 1}},
+    {
+        "step": 2,
+        "loss": 1.0,
+        "layers": {"misalignment": [0.1, 0.2, 0.3]},
+        "towers": {"image": 2, "text": 1},
+    },
     {"step": 2, "final": True, "eval": EVAL | {"confusion": [[2, 0], [0, 2]], "accuracy": 1.0}},
 ]
 

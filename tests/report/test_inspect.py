@@ -9,7 +9,14 @@ import pytest
 from rich.console import Console
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.report.inspect import LayerSummary, by_layer, layer_summary, layer_table, responsive_share, save_picture
+from nalora_jax.report.inspect import (
+    LayerSummary,
+    by_layer,
+    layer_summary,
+    layer_table,
+    responsive_share,
+    save_picture,
+)
 
 CUTS = (-1.2785, 0.0, 4.485)
 
@@ -47,7 +54,9 @@ def test_means_per_layer(sums):
     np.testing.assert_allclose(summary.slope, (sums["slope"] / 400).mean(-1), rtol=1e-12)
     np.testing.assert_allclose(summary.occupancy, (sums["occupancy"] / 400).mean(-1), rtol=1e-12)
     np.testing.assert_allclose(summary.occupancy.sum(1), 1.0, rtol=1e-12)
-    np.testing.assert_allclose(summary.misalignment, sums["selection"].sum(1) / sums["feature"].sum(1), rtol=1e-12)
+    np.testing.assert_allclose(
+        summary.misalignment, sums["selection"].sum(1) / sums["feature"].sum(1), rtol=1e-12
+    )
     np.testing.assert_allclose(summary.limit, sums["linear"].sum(1) / sums["feature"].sum(1), rtol=1e-12)
 
 
@@ -128,7 +137,9 @@ def test_the_table_leaves_out_what_was_not_measured(sums):
     assert "limit" not in heads
 
 
-@pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("sub/a.svg", b"<?xml"), ("a.pdf", b"%PDF")])
+@pytest.mark.parametrize(
+    ("name", "start"), [("a.png", b"\x89PNG"), ("sub/a.svg", b"<?xml"), ("a.pdf", b"%PDF")]
+)
 def test_the_picture_is_what_its_suffix_says(tmp_path, sums, name, start):
     path = save_picture(layer_summary(sums), tmp_path / name, "gates")
     assert path.read_bytes().startswith(start)

@@ -12,7 +12,9 @@ from nalora_jax.report.svg import evenly, smooth, thin
 def test_smooth_is_the_mean_of_the_last_values(window):
     values = np.random.default_rng(0).standard_normal(20)
     values[[2, 11]] = np.nan
-    expected = [np.nanmean(values[max(0, i - window + 1) : i + 1]) if window > 1 else values[i] for i in range(20)]
+    expected = [
+        np.nanmean(values[max(0, i - window + 1) : i + 1]) if window > 1 else values[i] for i in range(20)
+    ]
     np.testing.assert_allclose(smooth(values, window), expected, rtol=1e-12, atol=1e-12)
 
 

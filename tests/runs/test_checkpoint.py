@@ -86,7 +86,11 @@ def test_round_trip_is_bit_exact_through_a_new_manager(tmp_path, asynchronous):
 def test_base_weights_and_only_base_weights_are_absent(tmp_path):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(3, make_state(3), DATA)
-    assert sorted(entry.name for entry in (tmp_path / "3").iterdir() if entry.is_dir()) == ["data", "run", "state"]
+    assert sorted(entry.name for entry in (tmp_path / "3").iterdir() if entry.is_dir()) == [
+        "data",
+        "run",
+        "state",
+    ]
 
 
 def test_other_generators_keep_their_name(tmp_path):
@@ -102,12 +106,16 @@ def place(state, sizes):
     return jax.device_put(state, shardings(state, mesh, STATE_RULES))
 
 
-@pytest.mark.parametrize(("before", "after"), [((1, 1, 1), (1, 2, 4)), ((2, 4, 1), (1, 1, 1)), ((2, 4, 1), (1, 2, 4))])
+@pytest.mark.parametrize(
+    ("before", "after"), [((1, 1, 1), (1, 2, 4)), ((2, 4, 1), (1, 1, 1)), ((2, 4, 1), (1, 2, 4))]
+)
 def test_another_topology_restores_the_same_bits_where_it_wants_them(tmp_path, before, after):
     state, target = place(make_state(3), before), place(make_state(0), after)
     with opened(tmp_path, RunConfig(mesh=MeshConfig(*before))) as checkpoints:
         checkpoints.save(3, state, DATA)
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), target)
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), target
+    )
     with opened(tmp_path, RunConfig(mesh=MeshConfig(*after))) as checkpoints:
         restored, _ = checkpoints.restore("latest", like)
     assert_same_bits(restored, state)
@@ -123,7 +131,9 @@ def test_small_arrays_that_devices_share_are_written_by_one_of_them(tmp_path, mo
     mesh = make_mesh(MeshConfig(data=4, fsdp=2, tensor=1))
     state = make_state(0)
     state = jax.device_put(state, shardings(state, mesh, STATE_RULES))
-    monkeypatch.setattr(jax.lax, "slice_in_dim", lambda *_, **__: pytest.fail("a slice is compiled for every device"))
+    monkeypatch.setattr(
+        jax.lax, "slice_in_dim", lambda *_, **__: pytest.fail("a slice is compiled for every device")
+    )
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         restored, _ = checkpoints.restore(1, state)
@@ -204,7 +214,9 @@ def test_a_digest_of_an_earlier_version_is_said_not_to_be_comparable(tmp_path):
         checkpoints.save(1, {"x": jnp.ones(3)}, {})
     with (
         opened(tmp_path, fingerprint="all:" + "0" * 64) as checkpoints,
-        pytest.raises(NaloraError, match="found one of an earlier version, whose digest covered a part of them"),
+        pytest.raises(
+            NaloraError, match="found one of an earlier version, whose digest covered a part of them"
+        ),
     ):
         checkpoints.restore("latest", {"x": jnp.ones(3)})
 
@@ -213,7 +225,9 @@ def test_settings_that_change_the_result_are_refused_with_both_values(tmp_path):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, {"x": jnp.ones(3)}, {})
     rules = (LoRARule("ffn/gate_proj", rank=4, alpha=8.0), LoRARule("attn"))
-    changed = RunConfig(mechanisms=("soft:power=2", "curvature_cap"), lora=LoRAConfig(rules=rules, dropout=0.1), seed=1)
+    changed = RunConfig(
+        mechanisms=("soft:power=2", "curvature_cap"), lora=LoRAConfig(rules=rules, dropout=0.1), seed=1
+    )
     with opened(tmp_path, changed) as checkpoints, pytest.raises(NaloraError) as caught:
         checkpoints.restore("latest", {"x": jnp.ones(3)})
     before, after = str(caught.value).split("found ")
@@ -242,7 +256,9 @@ def test_settings_that_do_not_may_change(tmp_path):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, {"x": jnp.ones(3)}, {})
     train = TrainConfig(log_every=1, eval_every=7, save_every=3, keep=9, patience=2)
-    moved = RunConfig(model="elsewhere", output="b", resume=True, steps=500, mesh=MeshConfig(1, 1, -1), train=train)
+    moved = RunConfig(
+        model="elsewhere", output="b", resume=True, steps=500, mesh=MeshConfig(1, 1, -1), train=train
+    )
     with opened(tmp_path, moved) as checkpoints:
         checkpoints.restore("latest", {"x": jnp.ones(3)})
 
@@ -376,7 +392,9 @@ for step in range(2, 10_000):
 def test_a_run_that_is_killed_while_it_saves_leaves_whole_checkpoints(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": ""}
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"first\n"
         time.sleep(0.3)
@@ -411,7 +429,11 @@ NOTES = ("commit_success.txt", "_CHECKPOINT_METADATA")
 def test_one_flipped_bit_anywhere_in_the_newest_is_found_and_the_one_before_taken(tmp_path, caplog):
     """The newest is the best as well: of every second file, the best is restored."""
     saved_twice(tmp_path / "whole")
-    names = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole" / "2").rglob("*") if path.is_file()]
+    names = [
+        path.relative_to(tmp_path / "whole")
+        for path in (tmp_path / "whole" / "2").rglob("*")
+        if path.is_file()
+    ]
     positions = np.random.default_rng(0).integers(0, 2**31, len(names)).tolist()
     for number, (name, position) in enumerate(zip(names, positions, strict=True)):
         folder = tmp_path / str(number) / FOLDER
@@ -506,7 +528,9 @@ def test_a_checkpoint_of_an_older_layout_is_refused_by_name_and_newer_settings_h
     average = np.zeros((2, 8), np.float32)
     saved = {"gate/importance/layers/ffn": average, "step": np.int32(3)}
     wanted = {"gate/memory/mask/layers/ffn/slope": average, "step": np.int32(0)}
-    with pytest.raises(NaloraError, match=r"gate/memory/mask.*\[2, 8\], found .*absent.*written by another version"):
+    with pytest.raises(
+        NaloraError, match=r"gate/memory/mask.*\[2, 8\], found .*absent.*written by another version"
+    ):
         check_arrays("checkpoint 3", saved, wanted)
     settings = RunConfig().to_dict()
     older = {**settings, "lora": {name: x for name, x in settings["lora"].items() if name != "dora"}}
@@ -517,7 +541,11 @@ def test_a_checkpoint_of_an_older_layout_is_refused_by_name_and_newer_settings_h
 
 
 def test_checkpoints_of_versions_with_other_labels_and_groups_of_mechanisms_are_restored(tmp_path):
-    off = {"mask": {"kind": "off"}, "step_scale": {"kind": "off"}, "mechanisms": ["curvature_cap:tau=0.1", "soft"]}
+    off = {
+        "mask": {"kind": "off"},
+        "step_scale": {"kind": "off"},
+        "mechanisms": ["curvature_cap:tau=0.1", "soft"],
+    }
     rules = ("curvature_cap", "soft:power=1.0")  # equal to those
     arrays = {"ffn": {"slope": jnp.arange(4.0)}}, {"ffn": {"slope": jnp.ones(4)}}
 
@@ -529,5 +557,8 @@ def test_checkpoints_of_versions_with_other_labels_and_groups_of_mechanisms_are_
     with opened(tmp_path, RunConfig(mechanisms=rules), fingerprint="a") as checkpoints:
         restored, _ = checkpoints.restore("latest", jax.eval_shape(lambda: state("step_scale", "mask")))
     assert_same_bits(restored, state("step_scale", "mask"))
-    with opened(tmp_path, fingerprint="a") as checkpoints, pytest.raises(NaloraError, match="mechanisms.1 = 'soft'"):
+    with (
+        opened(tmp_path, fingerprint="a") as checkpoints,
+        pytest.raises(NaloraError, match="mechanisms.1 = 'soft'"),
+    ):
         checkpoints.restore("latest", state("step_scale", "mask"))

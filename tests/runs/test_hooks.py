@@ -9,7 +9,9 @@ import pytest
 from nalora_jax.runs.hooks import say_counts
 
 
-@pytest.mark.parametrize(("choosing", "chosen", "warned"), [(4, True, True), (4, False, False), (10, True, False)])
+@pytest.mark.parametrize(
+    ("choosing", "chosen", "warned"), [(4, True, True), (4, False, False), (10, True, False)]
+)
 def test_a_choice_by_few_examples_is_warned_of(
     caplog: pytest.LogCaptureFixture, choosing: int, chosen: bool, warned: bool
 ) -> None:

@@ -29,7 +29,9 @@ def steps_of(folder):
 def test_lines_are_json_and_values_are_plain(tmp_path):
     with MetricsLog(tmp_path / "run") as log:
         log.start({"steps": 2, "rules": ({"rank": 8},)}, **MACHINE)
-        log.write({"step": 1, "loss": np.float32(0.1), "layers": {"limit": np.array([[1.0, 2.0]], np.float32)}})
+        log.write(
+            {"step": 1, "loss": np.float32(0.1), "layers": {"limit": np.array([[1.0, 2.0]], np.float32)}}
+        )
     first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert first == {"run": {"steps": 2, "rules": [{"rank": 8}]}, **MACHINE}
     assert second == {"step": 1, "loss": 0.100000001, "layers": {"limit": [[1.0, 2.0]]}}
@@ -39,7 +41,11 @@ def test_lines_are_json_and_values_are_plain(tmp_path):
 def test_what_json_lacks_becomes_null(tmp_path, value):
     with MetricsLog(tmp_path) as log:
         log.write({"step": 1, "loss": value, "list": [value, 1]})
-    assert (tmp_path / "metrics.jsonl").read_text().startswith('{"step": 1, "loss": null, "list": [null, 1], "sha256')
+    assert (
+        (tmp_path / "metrics.jsonl")
+        .read_text()
+        .startswith('{"step": 1, "loss": null, "list": [null, 1], "sha256')
+    )
 
 
 def test_every_flipped_bit_of_a_log_is_reported(tmp_path):
@@ -173,7 +179,13 @@ def test_a_failed_replacement_leaves_the_old_file_and_no_scratch(tmp_path):
 
 
 def test_scalars_name_layers_and_leave_out_what_is_not_a_number():
-    record = {"step": 5, "loss": 2.0, "grad_norm": None, "note": "x", "layers": {"limit": [0.2, None], "occ": [[1, 0]]}}
+    record = {
+        "step": 5,
+        "loss": 2.0,
+        "grad_norm": None,
+        "note": "x",
+        "layers": {"limit": [0.2, None], "occ": [[1, 0]]},
+    }
     assert scalars(record) == [("train/loss", 2.0), ("limit/layer_00", 0.2)]
     assert scalars({"step": 5, "eval": {"accuracy": 0.5, "samples": [1]}}) == [("eval/accuracy", 0.5)]
 

@@ -47,7 +47,9 @@ def test_output_must_be_new_or_resumed(tmp_path: Path) -> None:
     assert not (tmp_path / "never").exists()
     save(new)
     assert opened(new, True)
-    with pytest.raises(NaloraError, match=r"--output: expected a new or empty folder, .*checkpoints; .*--resume"):
+    with pytest.raises(
+        NaloraError, match=r"--output: expected a new or empty folder, .*checkpoints; .*--resume"
+    ):
         opened(new)
     assert {path.name for path in new.iterdir()} == {FOLDER}
 
@@ -56,7 +58,9 @@ def test_auto_resumes_what_there_is_and_starts_where_there_is_nothing(tmp_path: 
     assert not opened(tmp_path / "new", "auto")
     save(tmp_path / "new")
     assert opened(tmp_path / "new", "auto")
-    early = tmp_path / "early"  # stopped before its first checkpoint: a scheduler must be able to start it again
+    early = (
+        tmp_path / "early"
+    )  # stopped before its first checkpoint: a scheduler must be able to start it again
     (early / FOLDER / f"5{ocp_path.atomicity_types.TMP_DIR_SUFFIX}").mkdir(parents=True)
     (early / "metrics.jsonl").write_text("{}")
     assert not opened(early, "auto")
@@ -92,7 +96,9 @@ def test_a_url_is_refused_with_several_processes_and_no_folder_of_that_name_appe
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("jax.process_count", lambda: 2)
-    with pytest.raises(NaloraError, match=r"--output: .*found ..://bucket/run; mount the bucket on every host"):
+    with pytest.raises(
+        NaloraError, match=r"--output: .*found ..://bucket/run; mount the bucket on every host"
+    ):
         opened(Path(name) if "//" not in name else name)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
@@ -129,7 +135,9 @@ def test_a_holder_on_another_host_is_believed_while_it_touches_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock_module, "_STALE", 1.0)
-    (tmp_path / LOCK).write_text(json.dumps({"host": "pod-7", "pid": 12, "since": "today", "command": "train.py"}))
+    (tmp_path / LOCK).write_text(
+        json.dumps({"host": "pod-7", "pid": 12, "since": "today", "command": "train.py"})
+    )
     done = threading.Event()
 
     def beat() -> None:

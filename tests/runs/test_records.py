@@ -13,10 +13,22 @@ from nalora_jax.runs.metrics import read_metrics
 from nalora_jax.runs.records import check_record
 from nalora_jax.seals import seal
 
-EVAL = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "loss": 3.0, "n": 10, "samples": [{"prompt": "a", "answer": "b"}]}
+EVAL = {
+    "accuracy": 0.5,
+    "low": 0.4,
+    "high": 0.6,
+    "loss": 3.0,
+    "n": 10,
+    "samples": [{"prompt": "a", "answer": "b"}],
+}
 PAIRED = {"low": -0.1, "high": 0.2, "gained": 3, "lost": 1, "p_value": 0.3, "difference": 0.1, "n": 10}
 GOOD: tuple[dict[str, Any], ...] = (
-    {"run": {"steps": 10, "data": {"dataset": "x"}}, "versions": {"jax": "1"}, "device": "cpu", "base": {"name": "x"}},
+    {
+        "run": {"steps": 10, "data": {"dataset": "x"}},
+        "versions": {"jax": "1"},
+        "device": "cpu",
+        "base": {"name": "x"},
+    },
     {"step": 0, "initial": True, "eval": EVAL},
     {
         "step": 5,
@@ -26,7 +38,11 @@ GOOD: tuple[dict[str, Any], ...] = (
     },
     {"resumed": {"step": 5, "device": "cpu"}},
     {"step": 10, "final": True, "eval": {**EVAL, "paired": PAIRED, "right": [True, False]}},
-    {"step": 5, "histograms": {"mask": {"edges": [0.5, 1, 2], "counts": [[0, 3, 1, 0]]}}, "adapters": {"q": [0.1]}},
+    {
+        "step": 5,
+        "histograms": {"mask": {"edges": [0.5, 1, 2], "counts": [[0, 3, 1, 0]]}},
+        "adapters": {"q": [0.1]},
+    },
     {"done": {"step": 10, "best_step": 5, "seconds": {"training": 1.5}}},
     {"done": {"message": "interrupted"}},
     {"of a later version": ["anything"]},
@@ -53,21 +69,42 @@ BAD = {
     "text in a layer": ({"step": 1, "layers": {"limit": ["x"]}}, "limit: expected a finite number"),
     "adapters": ({"step": 1, "adapters": {"q": "x"}}, "adapters: q: expected a list"),
     "histograms": ({"step": 1, "histograms": {"mask": [1]}}, "mask: expected a JSON object"),
-    "edges": ({"step": 1, "histograms": {"mask": {"edges": [2, 1], "counts": [[1, 1, 1]]}}}, "edges: expected rising"),
-    "an edge": ({"step": 1, "histograms": {"mask": {"edges": [1, "2"]}}}, "edges: expected a finite number"),
-    "no edges": ({"step": 1, "histograms": {"mask": {"counts": [[1]]}}}, "edges: expected a list of at least two"),
+    "edges": (
+        {"step": 1, "histograms": {"mask": {"edges": [2, 1], "counts": [[1, 1, 1]]}}},
+        "edges: expected rising",
+    ),
+    "an edge": (
+        {"step": 1, "histograms": {"mask": {"edges": [1, "2"]}}},
+        "edges: expected a finite number",
+    ),
+    "no edges": (
+        {"step": 1, "histograms": {"mask": {"counts": [[1]]}}},
+        "edges: expected a list of at least two",
+    ),
     "counts": (
         {"step": 1, "histograms": {"mask": {"edges": [1, 2], "counts": [[1, 2]]}}},
         "counts: expected rows of 3",
     ),
-    "no counts": ({"step": 1, "histograms": {"mask": {"edges": [1, 2], "counts": []}}}, "counts: expected rows of 3"),
+    "no counts": (
+        {"step": 1, "histograms": {"mask": {"edges": [1, 2], "counts": []}}},
+        "counts: expected rows of 3",
+    ),
     "a count": (
         {"step": 1, "histograms": {"mask": {"edges": [1, 2], "counts": [[1, 2, -1]]}}},
         "counts: expected a co",
     ),
-    "layers without end": ({"step": 1, "layers": {"limit": [0.1] * 513}}, "limit: expected a list .* at most 512"),
-    "adapters without end": ({"step": 1, "adapters": {"q": [0.1] * 513}}, "q: expected a list .* at most 512"),
-    "towers without end": ({"step": 1, "towers": {"image": 500, "text": 13}}, "towers: expected at most 512 layers"),
+    "layers without end": (
+        {"step": 1, "layers": {"limit": [0.1] * 513}},
+        "limit: expected a list .* at most 512",
+    ),
+    "adapters without end": (
+        {"step": 1, "adapters": {"q": [0.1] * 513}},
+        "q: expected a list .* at most 512",
+    ),
+    "towers without end": (
+        {"step": 1, "towers": {"image": 500, "text": 13}},
+        "towers: expected at most 512 layers",
+    ),
     "a tower": ({"step": 1, "towers": {"image": 2**53}}, "towers: expected at most 512 layers"),
     "pictures without end": (
         {"step": 1, "histograms": {f"m{i}": {"edges": [1, 2], "counts": [[1, 2, 3]]} for i in range(17)}},
@@ -128,5 +165,7 @@ def test_a_changed_figure_of_the_base_is_reported(tmp_path: Any) -> None:
     damaged = text.replace("0.4", "0.5", 1)
     assert damaged != text
     path.write_text(damaged)
-    with pytest.raises(NaloraError, match=r"before\.json: expected the content that its sha256 was computed of"):
+    with pytest.raises(
+        NaloraError, match=r"before\.json: expected the content that its sha256 was computed of"
+    ):
         read_evaluation(path)

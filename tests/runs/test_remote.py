@@ -66,11 +66,15 @@ def test_what_is_finished_is_in_the_store_and_another_machine_goes_on_from_it(st
         (output.folder / ".scratch").write_text("half")
         save(output.folder, 1, 2)
         (output.folder / CHECKPOINTS / f"3{ocp_path.atomicity_types.TMP_DIR_SUFFIX}").mkdir()
-        (output.folder / CHECKPOINTS / f"3{ocp_path.atomicity_types.TMP_DIR_SUFFIX}" / "part").write_text("half")
+        (output.folder / CHECKPOINTS / f"3{ocp_path.atomicity_types.TMP_DIR_SUFFIX}" / "part").write_text(
+            "half"
+        )
         assert remote.HOLDER in names(store)
     there = names(store)
     assert {"metrics.jsonl", f"{CHECKPOINTS}/2/state/digests.json"} <= there
-    assert not [name for name in there if "half" in name or "tmp" in name or "lock" in name or ".scratch" in name]
+    assert not [
+        name for name in there if "half" in name or "tmp" in name or "lock" in name or ".scratch" in name
+    ]
     monkeypatch.setenv("NALORA_CACHE", str(output.folder.parents[2] / "another machine"))
     with open_output(URL, "auto") as again:
         assert again.resumes
@@ -103,20 +107,27 @@ def test_a_store_that_holds_a_run_or_that_another_machine_writes_to_is_refused(s
     with open_output(URL, False) as output:
         (output.folder / "metrics.jsonl").write_text("one\n")
     with (
-        pytest.raises(NaloraError, match=r"new or empty folder, found s3://bucket/run, which holds metrics.jsonl"),
+        pytest.raises(
+            NaloraError, match=r"new or empty folder, found s3://bucket/run, which holds metrics.jsonl"
+        ),
         open_output(URL, False),
     ):
         pass
     lock = remote.epath.Path(URL) / remote.HOLDER
     lock.write_text(json.dumps({"host": "elsewhere", "time": remote.time.time() - 10}))
-    with pytest.raises(NaloraError, match=r"that elsewhere wrote to it 10 seconds ago"), open_output(URL, "auto"):
+    with (
+        pytest.raises(NaloraError, match=r"that elsewhere wrote to it 10 seconds ago"),
+        open_output(URL, "auto"),
+    ):
         pass
     lock.write_text(json.dumps({"host": "elsewhere", "time": remote.time.time() - 1000}))
     with open_output("s3:/bucket/run", "auto"):  # what a path makes of the URL
         assert json.loads(lock.read_text())["host"] != "elsewhere"
 
 
-def test_a_store_that_fails_is_tried_again_and_at_the_end_an_error_that_names_the_folder(store, monkeypatch, caplog):
+def test_a_store_that_fails_is_tried_again_and_at_the_end_an_error_that_names_the_folder(
+    store, monkeypatch, caplog
+):
     def full(*_: Any) -> None:
         raise OSError("quota exceeded")
 
@@ -134,7 +145,10 @@ def test_a_store_that_fails_is_tried_again_and_at_the_end_an_error_that_names_th
 
 
 def test_a_store_that_is_not_known_is_refused():
-    with pytest.raises(NaloraError, match=r"--output: .*found ftp://host/run"), open_output("ftp://host/run", False):
+    with (
+        pytest.raises(NaloraError, match=r"--output: .*found ftp://host/run"),
+        open_output("ftp://host/run", False),
+    ):
         pass
     assert buckets.url("runs/gs") is None
     assert buckets.url("C:/runs") is None

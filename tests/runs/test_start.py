@@ -28,7 +28,8 @@ BASE = ModelConfig.from_hf(tiny.HF)
 @pytest.fixture(scope="module")
 def assembly() -> Assembly:
     config = RunConfig(
-        lora=LoRAConfig(rules=(LoRARule("gate_proj", 2),), init="lora_ga"), compute=ComputeConfig(dtype="float32")
+        lora=LoRAConfig(rules=(LoRARule("gate_proj", 2),), init="lora_ga"),
+        compute=ComputeConfig(dtype="float32"),
     )
     mesh = distributed.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     return assemble(config, BASE, init_params(BASE, jax.random.key(0)), mesh)
@@ -38,7 +39,9 @@ def assembly() -> Assembly:
 def begun(assembly: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Assembly:
     """As a run begins; its gradient can be taken once."""
     rng = np.random.default_rng(0)
-    lora = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), "float32"), assembly.state.lora)
+    lora = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), "float32"), assembly.state.lora
+    )
     found = iter([lora])
     monkeypatch.setattr(start, "first_adapters", lambda *_: next(found))
     rows: Any = None
@@ -50,9 +53,13 @@ def continued(assembly: Assembly, folder: Path) -> Assembly:
     return start.gradient_start(assembly, BASE, rows, Output(folder, resumes=True))
 
 
-def test_a_continuation_has_the_start_to_the_bit(assembly: Assembly, begun: Assembly, tmp_path: Path) -> None:
+def test_a_continuation_has_the_start_to_the_bit(
+    assembly: Assembly, begun: Assembly, tmp_path: Path
+) -> None:
     again = continued(assembly, tmp_path)
-    assert not np.array_equal(*(trees.flatten(one.params)["layers/ffn/gate_proj/kernel"] for one in (assembly, begun)))
+    assert not np.array_equal(
+        *(trees.flatten(one.params)["layers/ffn/gate_proj/kernel"] for one in (assembly, begun))
+    )
     for ours, theirs in ((again.params, begun.params), (again.initial, begun.initial)):
         first, second = trees.flatten(ours), trees.flatten(theirs)
         assert first.keys() == second.keys()

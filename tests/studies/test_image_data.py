@@ -28,7 +28,9 @@ def helper(monkeypatch):
 
 
 def test_emoji_is_unknown_without_the_helper() -> None:
-    with pytest.raises(NaloraError, match=r"--data.dataset: expected a registered data set, .*--import FILE registers"):
+    with pytest.raises(
+        NaloraError, match=r"--data.dataset: expected a registered data set, .*--import FILE registers"
+    ):
         open_images(DataConfig(dataset="emoji"), PLAIN, "train")
 
 
@@ -49,12 +51,16 @@ def test_emoji(helper, tmp_path) -> None:
         labels = source.labels(source.classes())
         assert len(source.classes()) == 10
         assert len(set(labels.tolist())) >= 9
-        for index, record in zip(range(0, len(source), 97), source.read(range(0, len(source), 97)), strict=True):
+        for index, record in zip(
+            range(0, len(source), 97), source.read(range(0, len(source), 97)), strict=True
+        ):
             assert open_image(source.image(record, source.where(index))).size == (64, 64)
         assert all(caption == caption.lower() for caption in source.captions(range(20)))
     assert sum(sizes.values()) == 1911
     assert 1250 < sizes["train"] < 1430
-    fine = open_images(DataConfig(dataset="emoji"), VisionConfig(label_field="subcategory"), "train", cache=tmp_path)
+    fine = open_images(
+        DataConfig(dataset="emoji"), VisionConfig(label_field="subcategory"), "train", cache=tmp_path
+    )
     assert "face-smiling" in fine.classes()
 
 

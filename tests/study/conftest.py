@@ -90,7 +90,9 @@ reseed = 1000
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama as a Hugging Face folder; its words are letters."""
-    backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens(["<end>"])
     config = ModelConfig.from_hf(HF)
@@ -158,7 +160,17 @@ def record_of(run: Run, loss: float) -> Record:
     """A record without digests of base and rules."""
     return {
         **{"id": run.id, "stage": run.stage, **run.cell._asdict()},
-        **{"rate": run.rate, "multiple": run.multiple, "seed": run.seed, "diverged": False, "seconds": 36.0},
+        **{
+            "rate": run.rate,
+            "multiple": run.multiple,
+            "seed": run.seed,
+            "diverged": False,
+            "seconds": 36.0,
+        },
         **{"validation": {"loss": loss}, "test": {"loss": loss}, "curve": [], "training": []},
-        **{"items": {"validation": "v", "test": "t"}, "data": f"data:{run.seed}", "protocol": run.protocol.digest},
+        **{
+            "items": {"validation": "v", "test": "t"},
+            "data": f"data:{run.seed}",
+            "protocol": run.protocol.digest,
+        },
     }

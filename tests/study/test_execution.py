@@ -80,7 +80,10 @@ def test_what_a_placebo_draws_at_random_is_another_draw_for_another_seed(
     changed = replace(protocol, methods=dict(protocol.methods) | {"shuffled": shuffled})
     run = Run(changed, "tune", Cell(protocol.models[0], "z", "shuffled"), 1e-2, 0)
     monkeypatch.setattr(resources, "protocol", changed)
-    made = [resources.prepared(one).assembly.mechanisms for one in (run, replace(run, seed=1), replace(run, rate=2e-2))]
+    made = [
+        resources.prepared(one).assembly.mechanisms
+        for one in (run, replace(run, seed=1), replace(run, rate=2e-2))
+    ]
     assert made[0].seed != made[1].seed
     assert made[0] is made[2]
 
@@ -123,7 +126,9 @@ def test_a_pair_shares_data_start_and_items(finished: Path, resources: Resources
     assert not np.allclose(starts["lora"][a], starts["again"][a])
     # Half the rate on all that is adapted is half the rate.
     halved = by(records, stage="tune", method="half", rate=0.02)["validation"]["loss"]
-    assert halved == pytest.approx(by(records, stage="tune", method="lora", rate=0.01)["validation"]["loss"], abs=1e-6)
+    assert halved == pytest.approx(
+        by(records, stage="tune", method="lora", rate=0.01)["validation"]["loss"], abs=1e-6
+    )
 
 
 def test_a_run_is_the_run_that_its_settings_alone_make(finished: Path, resources: Resources) -> None:
@@ -132,7 +137,9 @@ def test_a_run_is_the_run_that_its_settings_alone_make(finished: Path, resources
     assert isinstance(subject, Language)
     model = subject.model(config)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    made = assemble(config, model.config, model.params, mesh)  # the learning rate and the seed are constants of it
+    made = assemble(
+        config, model.config, model.params, mesh
+    )  # the learning rate and the seed are constants of it
     state, losses = made.state, []
     for row in range(0, 8 * 4, 4):
         batch = make_global_batch(resources.data(run).batch_at(row), mesh, rows_axis=1)
@@ -157,7 +164,9 @@ def test_the_curve_has_every_evaluation_and_only_tests_read_the_test_items(finis
     assert test["probes"]["z_again"]["before"] > test["probes"]["z_again"]["loss"]
 
 
-def test_a_task_may_score_the_choices_of_some_items_only(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_may_score_the_choices_of_some_items_only(
+    resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
     protocol = resources.protocol
     run = Run(protocol, "test", Cell(protocol.models[0], "z", "lora"), 1e-2, 1)
     whole = resources.test_items(run)
@@ -167,11 +176,15 @@ def test_a_task_may_score_the_choices_of_some_items_only(resources: Resources, m
     assert (len(items), items.digest) == (len(whole), whole.digest)
     assert len(whole.choices) == 20
     assert len(items.choices) == 7
-    assert [one for one in whole.choices if one in items.choices] == items.choices  # a draw, in the items' order
+    assert [
+        one for one in whole.choices if one in items.choices
+    ] == items.choices  # a draw, in the items' order
     assert items.choices != whole.choices[:7]
 
 
-def test_a_finished_study_has_nothing_left_to_do(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_study_has_nothing_left_to_do(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     protocol = read_protocol(finished)
     before = (finished / "records.jsonl").read_bytes()
     assert execution.run_study(protocol) == 0
@@ -187,7 +200,11 @@ def test_an_interrupted_run_is_taken_up_and_ends_as_if_it_had_not_been(
     finished: Path, resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = Records(finished).read()
-    run = next(run for run in wanted(resources.protocol, records) if run.stage == "test" and run.cell.method == "half")
+    run = next(
+        run
+        for run in wanted(resources.protocol, records)
+        if run.stage == "test" and run.cell.method == "half"
+    )
     snapshot, evaluate, seen = tmp_path / "x.npz", execution._RunInProgress.evaluate, []
 
     def interrupted(bench: Any, step: int, state: Any) -> float:
@@ -210,7 +227,11 @@ def test_runs_of_one_program_have_the_records_of_runs_alone(
     finished: Path, resources: Resources, tmp_path: Path
 ) -> None:
     records = Records(finished).read()
-    runs = [run for run in wanted(resources.protocol, records) if run.stage == "test" and run.cell.method == "half"]
+    runs = [
+        run
+        for run in wanted(resources.protocol, records)
+        if run.stage == "test" and run.cell.method == "half"
+    ]
     assert len(runs) == 2
     together = execution.perform_all(runs, resources, [tmp_path / f"{run.seed}.npz" for run in runs])
     for run, record in zip(runs, together, strict=True):
@@ -284,12 +305,19 @@ def test_records_of_an_earlier_version_are_verified_with_a_note(copy: Path, shar
     rewrite(copy, lambda record: None)
     count = len(Records(copy).read())
     text = verify(read_protocol(copy), count=1)
-    assert f"{count} of {count} records were made by an earlier version without digests of base weights" in text
+    assert (
+        f"{count} of {count} records were made by an earlier version without digests of base weights"
+        in text
+    )
 
 
-def test_an_altered_record_without_a_digest_is_found_when_its_run_is_repeated(copy: Path, shared: None) -> None:
+def test_an_altered_record_without_a_digest_is_found_when_its_run_is_repeated(
+    copy: Path, shared: None
+) -> None:
     rewrite(copy, lambda record: record["validation"].update(loss=record["validation"]["loss"] - 0.01))
-    with pytest.raises(NaloraError, match=r"validation loss .* its losses within 0\.001, found 1 differences"):
+    with pytest.raises(
+        NaloraError, match=r"validation loss .* its losses within 0\.001, found 1 differences"
+    ):
         verify(read_protocol(copy), count=1)
 
 
@@ -356,7 +384,9 @@ def test_a_process_may_do_the_runs_of_some_methods_only(quick: Protocol) -> None
         ('validation = "train[60%:80%]"', 'validation = "train[50%:80%]"', "shares 30 with it"),
     ],
 )
-def test_splits_that_overlap_are_refused(study: Path, resources: Resources, old: str, new: str, message: str) -> None:
+def test_splits_that_overlap_are_refused(
+    study: Path, resources: Resources, old: str, new: str, message: str
+) -> None:
     text = (study / "protocol.toml").read_text()
     (study / "protocol.toml").write_text(text.replace(old, new))
     protocol = read_protocol(study)

@@ -66,20 +66,29 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_pictures(tmp_path_factory.mktemp("colours"), COLOURS, count=16, size=(18, 18))
 
 
-def write_protocol(folder: Path, towers: tuple[Path, Path], data: Path, tasks: dict[str, str], metric: str) -> Protocol:
+def write_protocol(
+    folder: Path, towers: tuple[Path, Path], data: Path, tasks: dict[str, str], metric: str
+) -> Protocol:
     written = [
         TASK.replace("NAME", name).replace("DATA", json.dumps(str(data))).replace("VISION", vision)
         for name, vision in tasks.items()
     ]
-    text = PROTOCOL.replace("BASE", json.dumps("+".join(map(str, towers)))).replace("TASKS", "".join(written))
+    text = PROTOCOL.replace("BASE", json.dumps("+".join(map(str, towers)))).replace(
+        "TASKS", "".join(written)
+    )
     (folder / "protocol.toml").write_text(text.replace("METRIC", metric))
     return read_protocol(folder)
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory, tower_folders: tuple[Path, Path], colours: Path) -> Resources:
+def pairs(
+    tmp_path_factory: pytest.TempPathFactory, tower_folders: tuple[Path, Path], colours: Path
+) -> Resources:
     """A finished study of images and captions."""
-    folder, tasks = tmp_path_factory.mktemp("pairs"), {"pairs": 'task = "contrast", augment = "flip", image_size = 12'}
+    folder, tasks = (
+        tmp_path_factory.mktemp("pairs"),
+        {"pairs": 'task = "contrast", augment = "flip", image_size = 12'},
+    )
     resources = Resources(write_protocol(folder, tower_folders, colours, tasks, ""))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(execution, "Resources", lambda _: resources)
@@ -88,7 +97,9 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, tower_folders: tuple[Path, P
 
 
 @pytest.fixture(scope="module")
-def shots(tmp_path_factory: pytest.TempPathFactory, tower_folders: tuple[Path, Path], colours: Path) -> Resources:
+def shots(
+    tmp_path_factory: pytest.TempPathFactory, tower_folders: tuple[Path, Path], colours: Path
+) -> Resources:
     """Two tasks of few pictures, whose classes have the same names in another order; nothing is run."""
     tasks = {
         "two": 'task = "classify", shots = 2, classes = ["red", "green", "blue"]',
@@ -109,7 +120,9 @@ def run_of(resources: Resources, task: str, method: str = "lora", seed: int = 1)
 def test_a_run_is_the_run_that_its_settings_alone_make(pairs: Resources) -> None:
     """Rows, projections and adapters of the seed, and the measures behind them, are those of ``nalora train``."""
     (record,) = [one for one in records_of(pairs) if (one["stage"], one["method"]) == ("test", "lora")]
-    config = pairs.protocol.config(pairs.protocol.models[0], "pairs", "lora", record["rate"], record["seed"])
+    config = pairs.protocol.config(
+        pairs.protocol.models[0], "pairs", "lora", record["rate"], record["seed"]
+    )
     pieces = dual_pieces(config, *image_records(config), make_mesh(config.mesh, jax.devices()[:1]))
     state, losses, batches = pieces.assembly.state, [], pieces.data.batches()
     for _ in range(4):
@@ -159,7 +172,9 @@ def test_the_report_has_both_ways_of_retrieval(pairs: Resources) -> None:
     (row,) = [line for line in text.splitlines() if line.startswith(f"| lora | {record['rate']:g} |")]
     shown = dict(zip(header.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
     assert float(shown["loss"]) == pytest.approx(record["test"]["loss"], abs=6e-5)
-    assert float(shown["text to image recall 5"]) == pytest.approx(record["test"]["text_to_image_recall_5"], abs=6e-4)
+    assert float(shown["text to image recall 5"]) == pytest.approx(
+        record["test"]["text_to_image_recall_5"], abs=6e-4
+    )
     assert "nats per image or caption among all held-out pairs" in text
     assert "| 1 - recall | again | lora | pairs | 1 |" in text
 
@@ -199,7 +214,11 @@ def test_the_metric_chooses_the_rate(shots: Resources, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("vision", "metric", "message"),
     [
-        ('task = "chat"', "", r'\[tasks.t\] vision task: expected "classify", "contrast", or none for text'),
+        (
+            'task = "chat"',
+            "",
+            r'\[tasks.t\] vision task: expected "classify", "contrast", or none for text',
+        ),
         (
             'task = "contrast"',
             'metric = "accuracy"',
@@ -210,7 +229,11 @@ def test_the_metric_chooses_the_rate(shots: Resources, tmp_path: Path) -> None:
             "",
             r"\[tasks.t\] vision shot: expected a setting.*did you mean shots",
         ),
-        ("image_size = 12", "", "--vision.image-size: expected 0 with any --vision.task but classify and contrast"),
+        (
+            "image_size = 12",
+            "",
+            "--vision.image-size: expected 0 with any --vision.task but classify and contrast",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path: Path, vision: str, metric: str, message: str) -> None:

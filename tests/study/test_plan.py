@@ -29,7 +29,9 @@ PROTOCOL = Protocol(
 CELL = Cell("m", "t", "a")
 
 
-def done(protocol: Protocol, loss: Callable[[Run], float], stages: tuple[str, ...] = ("tune",)) -> dict[str, Record]:
+def done(
+    protocol: Protocol, loss: Callable[[Run], float], stages: tuple[str, ...] = ("tune",)
+) -> dict[str, Record]:
     """Records of all runs that are wanted one after another, with these losses; infinite ones diverged."""
     records: dict[str, Record] = {}
     while left := [run for run in pending(protocol, records) if run.stage in stages]:
@@ -57,12 +59,21 @@ def test_former_groups_of_mechanisms_are_rules_and_part_of_the_run_s_id() -> Non
     other = replace(PROTOCOL, methods=dict(PROTOCOL.methods) | {"soft": rules})
     assert run.config == replace(run, protocol=other).config
     assert run.id != replace(run, protocol=other).id
-    with pytest.raises(NaloraError, match=r"\[methods.soft\] settings mask keep: expected a value of type float"):
+    with pytest.raises(
+        NaloraError, match=r"\[methods.soft\] settings mask keep: expected a value of type float"
+    ):
         replace(protocol, methods={"soft": Method(settings={"mask": {"keep": "x"}})}).former_groups("soft")
 
 
 def test_the_mean_over_seeds_chooses_and_the_tests_run_there() -> None:
-    losses = {(1e-3, 0): 3.0, (1e-3, 1): 3.0, (2e-3, 0): 2.8, (2e-3, 1): 2.9, (4e-3, 0): 2.5, (4e-3, 1): 3.3}
+    losses = {
+        (1e-3, 0): 3.0,
+        (1e-3, 1): 3.0,
+        (2e-3, 0): 2.8,
+        (2e-3, 1): 2.9,
+        (4e-3, 0): 2.5,
+        (4e-3, 1): 3.3,
+    }
     records = done(PROTOCOL, lambda run: losses[run.rate, run.seed])
     assert tuning(PROTOCOL, CELL, records).chosen == 2e-3
     tests = pending(PROTOCOL, records)

@@ -28,14 +28,21 @@ def test_a_method_is_the_common_settings_with_its_own(study: Path) -> None:
     assert config.lora.rules == (LoRARule("ffn/gate_proj", 2),)
     assert config.optimizer.rates == (("gate_proj", 0.5),)
     assert (config.optimizer.learning_rate, config.seed, config.steps) == (0.01, 7, 8)
-    assert (config.data.train_split, config.data.max_length, config.data.eval_limit) == ("train[:60%]", 16, 20)
+    assert (config.data.train_split, config.data.max_length, config.data.eval_limit) == (
+        "train[:60%]",
+        16,
+        20,
+    )
     assert protocol.config(protocol.models[0], "z", "lora", 0.01, 7).optimizer.rates == ()
     assert read_protocol(study / "protocol.toml") == protocol  # the file does as well as its folder
 
 
 def test_the_digest_is_of_the_content_not_of_its_layout(study: Path) -> None:
     digest = read_protocol(study).digest
-    assert read_protocol(changed(study, "^steps = 8", "# as many as there is time for\nsteps   =  8")).digest == digest
+    assert (
+        read_protocol(changed(study, "^steps = 8", "# as many as there is time for\nsteps   =  8")).digest
+        == digest
+    )
     assert read_protocol(changed(study, "^test_seeds.*", "test_seeds = [1, 3]")).digest != digest
 
 
@@ -44,7 +51,11 @@ def test_the_digest_is_of_the_content_not_of_its_layout(study: Path) -> None:
     [
         ("^question.*", "", "top level: expected a value of question, found none"),
         ("^margin|^extend", "margins", r"top level: expected only question, .*margin.*, found margins"),
-        ("^test_items.*", "accuracy_items = -1", r"\[tasks.z\] accuracy_items: expected 0 \(all\) or more, found -1"),
+        (
+            "^test_items.*",
+            "accuracy_items = -1",
+            r"\[tasks.z\] accuracy_items: expected 0 \(all\) or more, found -1",
+        ),
         (
             "^test_items.*",
             'accuracy_items = 5\nvision = {task = "classify"}',
@@ -54,15 +65,27 @@ def test_the_digest_is_of_the_content_not_of_its_layout(study: Path) -> None:
         ("^steps = 8", 'steps = "8"', r"\[run\] steps: expected a value of type int, found '8'"),
         ("^steps = 8", "steps = 0", "--steps: expected .*, found 0"),
         ("^lora.rules.*", "lora.rules = [2]", r"\[run\] lora rules\[0\]: expected a table such as"),
-        ('"gate_proj", 0.5', '"gate_proj"', r"\[methods.half\] settings optimizer rates: expected a value of type"),
+        (
+            '"gate_proj", 0.5',
+            '"gate_proj"',
+            r"\[methods.half\] settings optimizer rates: expected a value of type",
+        ),
         (
             "^settings.*",
             "settings.steps = 9",
             r"\[methods.half\] settings: expected no setting that belongs in \[run\]",
         ),
         ("^settings.*", "settings.optimizer.learning_rate = 1", "no learning rate, which the grid gives"),
-        ('^placebo_of = "half"', 'placebo_of = "hal"', r"\[methods.again\] placebo_of: expected another method"),
-        ('^baseline = "lora"', 'baseline = "lore"', "baseline: expected one of lora, half, again, found lore"),
+        (
+            '^placebo_of = "half"',
+            'placebo_of = "hal"',
+            r"\[methods.again\] placebo_of: expected another method",
+        ),
+        (
+            '^baseline = "lora"',
+            'baseline = "lore"',
+            "baseline: expected one of lora, half, again, found lore",
+        ),
         ("^rates.*", "rates = [2e-2, 1e-2]", "rates: expected ascending rates"),
         ("^rates.*", "rates = [1e-2]", "rates: expected two rates, to extend the grid"),
         ("^test_seeds.*", "test_seeds = [0, 1]", "test_seeds: expected no seed that tunes"),

@@ -67,7 +67,9 @@ def test_no_test_item_is_read_before_the_protocol_is_committed(quick: Protocol) 
         check_committed(quick)
 
 
-@pytest.mark.parametrize("change", [("test_seeds = [1, 2]", "test_seeds = [1, 2, 3]"), ("extend = 1", "margin = 0.1")])
+@pytest.mark.parametrize(
+    "change", [("test_seeds = [1, 2]", "test_seeds = [1, 2, 3]"), ("extend = 1", "margin = 0.1")]
+)
 def test_a_protocol_that_changes_after_the_tests_is_refused_by_run_report_and_verify(
     quick: Protocol, change: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,7 +95,9 @@ def test_deleting_the_tests_does_not_free_the_study_for_another_protocol(quick: 
         execution.run_study(changed)
 
 
-def test_tests_that_a_repository_remembers_count_after_all_their_files_were_deleted(quick: Protocol) -> None:
+def test_tests_that_a_repository_remembers_count_after_all_their_files_were_deleted(
+    quick: Protocol,
+) -> None:
     folder = quick.folder
     git(folder, "init")
     git(folder, "add", "protocol.toml")
@@ -110,7 +114,9 @@ def test_tests_that_a_repository_remembers_count_after_all_their_files_were_dele
         execution.run_study(changed)
 
 
-def test_a_test_is_listed_before_it_reads_test_items(quick: Protocol, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_test_is_listed_before_it_reads_test_items(
+    quick: Protocol, monkeypatch: pytest.MonkeyPatch
+) -> None:
     perform = execution.perform
 
     def killed(run: Run, *arguments: Any) -> Record:
@@ -183,14 +189,25 @@ def test_a_report_refuses_runs_on_different_data(quick: Protocol) -> None:
         write_report(quick)
 
 
-def test_a_base_that_was_scaled_between_two_runs_is_refused(base: Path, questions: Path, tmp_path: Path) -> None:
+def test_a_base_that_was_scaled_between_two_runs_is_refused(
+    base: Path, questions: Path, tmp_path: Path
+) -> None:
     model = Path(shutil.copytree(base, tmp_path / "base"))
     protocol = read_protocol(write_study(tmp_path, model, questions))
     run = wanted(protocol, {})[0]
     before = Resources(protocol).subject(run.config).base_digest(run.config)
     (file,) = model.glob("*.safetensors")
-    save_file({name: 1.5 * value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
-    earlier = {"id": "earlier", "model": str(model), "task": "z", "method": "lora", "seed": 7, "base": before}
+    save_file(
+        {name: 1.5 * value for name, value in load_file(file).items()}, file, metadata={"format": "pt"}
+    )
+    earlier = {
+        "id": "earlier",
+        "model": str(model),
+        "task": "z",
+        "method": "lora",
+        "seed": 7,
+        "base": before,
+    }
     with pytest.raises(NaloraError, match="the base model changed between the runs"):
         execution.perform(run, Resources(protocol), tmp_path / "x.npz", {"earlier": earlier})
     assert not (tmp_path / "x.npz").exists()  # nothing was trained

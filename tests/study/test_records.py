@@ -49,7 +49,9 @@ def test_a_run_with_two_records_is_an_error(tmp_path: Path) -> None:
     records = Records(tmp_path)
     records.append({"id": "a"})
     records.append({"id": "a"})
-    with pytest.raises(NaloraError, match="records.jsonl: line 2: expected a record of a run that has none yet"):
+    with pytest.raises(
+        NaloraError, match="records.jsonl: line 2: expected a record of a run that has none yet"
+    ):
         records.read()
 
 

@@ -28,7 +28,9 @@ SEEDS = range(1, 7)
 def told(study: Path) -> Path:
     """A study with two more multiples and six test seeds, whose losses are known."""
     path = study / "protocol.toml"
-    text = path.read_text().replace("test_seeds = [1, 2]", f"test_seeds = {list(SEEDS)}\ntest_multiples = [1.0, 4.0]")
+    text = path.read_text().replace(
+        "test_seeds = [1, 2]", f"test_seeds = {list(SEEDS)}\ntest_multiples = [1.0, 4.0]"
+    )
     text = text.replace("\ntest_items = 20", "\ntest_items = 20\naccuracy_items = 7")
     path.write_text(text)
     protocol, records = read_protocol(study), Records(study)
@@ -48,7 +50,13 @@ def record_of(run: Run) -> Record:
     if run.stage == "test":
         measured["test"] = {"loss": loss + 0.1, "accuracy": 0.5, "n": 20}
         measured["probes"] = {"z_again": {"loss": loss, "before": 3.5, "n": 10}}
-    row = {"loss": loss, "misalignment": 0.25, "misalignment_limit": 0.24, "mean_feature": 0.01, "mean_importance": 0.5}
+    row = {
+        "loss": loss,
+        "misalignment": 0.25,
+        "misalignment_limit": 0.24,
+        "mean_feature": 0.01,
+        "mean_importance": 0.5,
+    }
     return {
         "id": run.id,
         "stage": run.stage,
@@ -79,7 +87,9 @@ def row(text: str, *cells: str) -> list[str]:
 
 def made_by(study: Path, method: str, multiple: float = 1.0) -> list[Record]:
     lines = [json.loads(line) for line in (study / "records.jsonl").read_text().splitlines()]
-    wanted = [one for one in lines if (one["stage"], one["method"], one["multiple"]) == ("test", method, multiple)]
+    wanted = [
+        one for one in lines if (one["stage"], one["method"], one["multiple"]) == ("test", method, multiple)
+    ]
     return sorted(wanted, key=lambda one: one["seed"])
 
 
@@ -100,7 +110,9 @@ def test_the_tables_say_what_scipy_says_of_the_records(told: Path) -> None:
     assert (low, high) == pytest.approx(tuple(theirs.confidence_interval()), abs=6e-5)
     assert found[6] == "5/6"
     assert float(found[7].split()[0]) == pytest.approx(theirs.pvalue, abs=6e-4)
-    assert float(found[8].split()[0]) == pytest.approx(stats.wilcoxon(difference, method="exact").pvalue, abs=6e-4)
+    assert float(found[8].split()[0]) == pytest.approx(
+        stats.wilcoxon(difference, method="exact").pvalue, abs=6e-4
+    )
     assert float(found[9]) == pytest.approx(stats.binomtest(5, 6).pvalue, abs=6e-4)
     assert found[11] == "no"
     assert float(found[12]) == pytest.approx(difference.std(ddof=1), abs=6e-5)
@@ -110,7 +122,9 @@ def test_the_tables_say_what_scipy_says_of_the_records(told: Path) -> None:
     assert float(tested[5]) == pytest.approx(losses(told, "lora").mean(), abs=6e-5)
     assert float(tested[6]) == pytest.approx(losses(told, "lora").std(ddof=1), abs=6e-5)
     assert re.search(r"\| lora \| \d\.\d+ \| \*\*\d\.\d+\*\* \|", text)  # the second rate is chosen
-    assert "(1) |" in next(line for line in text.splitlines() if line.startswith("| half |") and "(1)" in line)
+    assert "(1) |" in next(
+        line for line in text.splitlines() if line.startswith("| half |") and "(1)" in line
+    )
     assert re.search(r"\| half \| 3\.5000 -0\.\d+ \|", text)
 
 
@@ -120,7 +134,8 @@ def test_differences_above_the_chosen_rate_and_on_other_data_are_paired(told: Pa
     mine, theirs = (made_by(told, method, 4.0) for method in ("half", "lora"))
     assert mine[-1]["diverged"]  # and is not counted, nor its pair
     difference = [
-        one["test"]["loss"] - other["test"]["loss"] for one, other in zip(mine[:-1], theirs[:-1], strict=True)
+        one["test"]["loss"] - other["test"]["loss"]
+        for one, other in zip(mine[:-1], theirs[:-1], strict=True)
     ]
     found = row(text, "x 4", "half", "lora", "z")
     assert found[4] == "5"
@@ -174,7 +189,10 @@ def test_p_values_are_corrected_over_all_comparisons_with_the_baseline(told: Pat
     assert [c.wilcoxon_holm for c in family] == holm([c.paired.wilcoxon_p for c in family])
     assert {c.family for c in compared if c.other != "lora"} == {4}
     text = render(protocol, records)
-    assert "corrected over the 8 comparisons with `lora` in this and the following tables, or the 4 with" in text
+    assert (
+        "corrected over the 8 comparisons with `lora` in this and the following tables, or the 4 with"
+        in text
+    )
 
 
 def test_methods_are_compared_at_each_common_rate_with_the_movement_of_their_gates(told: Path) -> None:
@@ -185,8 +203,12 @@ def test_methods_are_compared_at_each_common_rate_with_the_movement_of_their_gat
             line["training"][-1]["mean_feature"] = 0.0131
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     losses = {(r["method"], r["rate"]): r["validation"]["loss"] for r in lines if r["stage"] == "tune"}
-    section = render(read_protocol(told), Records(told).read()).partition("## Differences at each common rate")[2]
-    expected = [f"{losses['half', rate] - losses['lora', rate]:+.4f} (1.31 x)" for rate in (0.01, 0.02, 0.04)]
+    section = render(read_protocol(told), Records(told).read()).partition(
+        "## Differences at each common rate"
+    )[2]
+    expected = [
+        f"{losses['half', rate] - losses['lora', rate]:+.4f} (1.31 x)" for rate in (0.01, 0.02, 0.04)
+    ]
     assert row(section.partition("## Test")[0], "half") == ["half", *expected]
     assert "| method | 0.01 | **0.02** | 0.04 |" in section
 
@@ -194,7 +216,9 @@ def test_methods_are_compared_at_each_common_rate_with_the_movement_of_their_gat
 def test_the_tables_show_settings_commits_and_missing_tests(told: Path) -> None:
     path = told / "records.jsonl"
     lines = path.read_text().splitlines()
-    (missing,) = [n for n, line in enumerate(lines) if '"again"' in line and '"multiple": 4.0, "seed": 6' in line]
+    (missing,) = [
+        n for n, line in enumerate(lines) if '"again"' in line and '"multiple": 4.0, "seed": 6' in line
+    ]
     path.write_text("".join(line + "\n" for n, line in enumerate(lines) if n != missing))
     (told / "tests.jsonl").unlink()  # otherwise a deleted record is refused
     text = render(read_protocol(told), Records(told).read())

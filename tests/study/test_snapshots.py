@@ -11,7 +11,11 @@ import pytest
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.snapshots import read_snapshot, write_snapshot
 
-ARRAYS = {"lora/layers/ffn/gate_proj/a": np.arange(6.0).reshape(2, 3), "notes": np.zeros(2), "step": np.int32(7)}
+ARRAYS = {
+    "lora/layers/ffn/gate_proj/a": np.arange(6.0).reshape(2, 3),
+    "notes": np.zeros(2),
+    "step": np.int32(7),
+}
 
 
 def test_a_snapshot_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -32,7 +36,9 @@ def flipped(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-@pytest.mark.parametrize("damage", [lambda _: b"", lambda content: content[:-9], flipped], ids=["empty", "cut", "bit"])
+@pytest.mark.parametrize(
+    "damage", [lambda _: b"", lambda content: content[:-9], flipped], ids=["empty", "cut", "bit"]
+)
 def test_a_damaged_snapshot_is_reported_and_not_used(
     tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -48,7 +48,9 @@ def enumerated(difference: np.ndarray) -> float:
         np.array([3.0, -3.0, 3.0, 3.0, -1.0, -1.0, 2.0, 2.0, 5.0, 1.0]),
     ],
 )
-def test_the_signed_rank_test_counts_every_way_the_signs_can_fall_with_ties_too(difference: np.ndarray) -> None:
+def test_the_signed_rank_test_counts_every_way_the_signs_can_fall_with_ties_too(
+    difference: np.ndarray,
+) -> None:
     assert signed_rank_test(difference) == pytest.approx(enumerated(difference))
     assert signed_rank_test(np.append(difference, 0.0)) == pytest.approx(enumerated(difference))
 
@@ -74,7 +76,9 @@ def test_accuracies_that_differ_by_the_same_number_of_items_are_ties_despite_rou
 @pytest.mark.parametrize("n", range(4, 21))
 def test_t_intervals_of_normal_differences_cover_95_percent(n: int) -> None:
     samples = np.random.default_rng(n).normal(0.3, 2.0, (20_000, n))
-    reach = (t_interval(samples[0])[1] - samples[0].mean()) / samples[0].std(ddof=1)  # of every sample of n values
+    reach = (t_interval(samples[0])[1] - samples[0].mean()) / samples[0].std(
+        ddof=1
+    )  # of every sample of n values
     covered = np.abs(samples.mean(1) - 0.3) <= reach * samples.std(1, ddof=1)
     assert 0.94 < covered.mean() < 0.96
 

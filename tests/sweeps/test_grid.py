@@ -14,7 +14,12 @@ from nalora_jax.sweeps.grid import axes_of, grid, recorded_sweep
 
 def test_all_combinations_become_runs_with_folders_named_by_their_values() -> None:
     runs = grid(RunConfig(output="out/"), axes_of(["optimizer.learning-rate=1e-3,2e-3", "--seed=0,1"]))
-    assert [(run.optimizer.learning_rate, run.seed) for run in runs] == [(1e-3, 0), (1e-3, 1), (2e-3, 0), (2e-3, 1)]
+    assert [(run.optimizer.learning_rate, run.seed) for run in runs] == [
+        (1e-3, 0),
+        (1e-3, 1),
+        (2e-3, 0),
+        (2e-3, 1),
+    ]
     assert runs[2].output == "out/learning-rate-0.002_seed-0"
 
 
@@ -30,7 +35,10 @@ def test_values_have_the_type_of_their_setting() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["optimizer.learning-rat=1"], r"expected a setting of a run \(.*learning-rate.*\), found 'learning_rat'"),
+        (
+            ["optimizer.learning-rat=1"],
+            r"expected a setting of a run \(.*learning-rate.*\), found 'learning_rat'",
+        ),
         (["optimizer=1"], "expected a setting that may differ between runs, found optimizer"),
         (["mesh.tensor=1,2"], "expected a setting that may differ between runs, found mesh.tensor"),
         (["seed="], "expected SETTING=VALUE,VALUE,..., found no values"),
@@ -49,7 +57,9 @@ def test_bad_options_are_one_error(options: list[str], message: str) -> None:
 
 
 def test_a_bucket_is_refused() -> None:
-    with pytest.raises(NaloraError, match="--output: expected folders of a file system for a sweep, found gs://"):
+    with pytest.raises(
+        NaloraError, match="--output: expected folders of a file system for a sweep, found gs://"
+    ):
         grid(RunConfig(output="gs://bucket/runs"), axes_of(["seed=0,1"]))
 
 

@@ -34,7 +34,11 @@ def _key(config: RunConfig) -> str:
     "changes",
     [
         {"seed": 3, "steps": 7, "output": "runs/other"},
-        {"optimizer": OptimizerConfig("adamw", 2e-3, "linear", weight_decay=0.1, b1=0.8, b2=0.9, clip_norm=2.0)},
+        {
+            "optimizer": OptimizerConfig(
+                "adamw", 2e-3, "linear", weight_decay=0.1, b1=0.8, b2=0.9, clip_norm=2.0
+            )
+        },
         {"lora": RULE},
         {"mechanisms": (_SOFT, "curvature_cap:tau=0.3")},
         {"train": TrainConfig(log_every=3, patience=2)},
@@ -68,7 +72,9 @@ def test_other_programs_are_other_groups(changes: dict[str, Any]) -> None:
 def test_a_setting_that_a_rule_cannot_trace_is_a_group() -> None:
     """The hard mask rounds its share to a number of channels, with which it calls `top_k`."""
     keeps = [
-        replace(CONFIG, mechanisms=(f"hard:keep={keep},decay={decay}",)) for keep in (0.5, 0.25) for decay in (0.9, 0.8)
+        replace(CONFIG, mechanisms=(f"hard:keep={keep},decay={decay}",))
+        for keep in (0.5, 0.25)
+        for decay in (0.9, 0.8)
     ]
     assert [len(group) for group in grouped(keeps, _key)] == [2, 2]
 

@@ -120,13 +120,21 @@ def test_runs_of_one_program_equal_their_solo_runs() -> None:
         CONFIG,
         seed=1,
         steps=30,
-        lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 2, 5.0), LoRARule("attn/(q|v)_proj", 2))),
+        lora=LoRAConfig(
+            rules=(LoRARule("ffn/(gate|up|down)_proj", 2, 5.0), LoRARule("attn/(q|v)_proj", 2))
+        ),
         mechanisms=(
             "soft:warmup=3,power=1.5,decay=0.9,frozen_after=5",
             "curvature_cap:warmup=2,tau=0.05",
         ),
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, weight_decay=0.1, b1=0.8, b2=0.95, clip_norm=0.3, warmup_steps=4, schedule="linear"
+            learning_rate=3e-3,
+            weight_decay=0.1,
+            b1=0.8,
+            b2=0.95,
+            clip_norm=0.3,
+            warmup_steps=4,
+            schedule="linear",
         ),
     )
     third = replace(CONFIG, seed=2, optimizer=replace(CONFIG.optimizer, learning_rate=2e-2))
@@ -160,10 +168,13 @@ def _groups(text: str) -> list[list[list[int]]]:
     """The device groups of every collective in a compiled program, by partition number."""
     groups = []
     for line in text.splitlines():
-        if not re.search(r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(", line):
+        if not re.search(
+            r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(", line
+        ):
             continue
         if match := re.search(
-            r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", line
+            r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}",
+            line,
         ):
             axes, sizes, order, joined = match.groups()
             named = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
@@ -173,9 +184,13 @@ def _groups(text: str) -> list[list[list[int]]]:
             groups.append(devices.reshape(-1, math.prod(devices.shape[-len(within) :])).tolist())
         elif match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
             rows, columns, sizes, order = match.groups()
-            groups.append(_ids(sizes, order, int(rows) * int(columns)).reshape(int(rows), int(columns)).tolist())
+            groups.append(
+                _ids(sizes, order, int(rows) * int(columns)).reshape(int(rows), int(columns)).tolist()
+            )
         elif match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line):
-            groups.append([[int(n) for n in part.split(",")] for part in re.findall(r"\{([\d,]+)\}", match[1])])
+            groups.append(
+                [[int(n) for n in part.split(",")] for part in re.findall(r"\{([\d,]+)\}", match[1])]
+            )
         else:
             raise AssertionError(f"a collective without groups: {line}")
     return groups
@@ -189,7 +204,9 @@ def on_one_device() -> Any:
 
 
 @pytest.mark.parametrize(
-    "sizes", [MeshConfig(run=8), MeshConfig(run=4, fsdp=2), MeshConfig(run=2, data=1, fsdp=2, tensor=2)], ids=str
+    "sizes",
+    [MeshConfig(run=8), MeshConfig(run=4, fsdp=2), MeshConfig(run=2, data=1, fsdp=2, tensor=2)],
+    ids=str,
 )
 def test_runs_on_a_mesh_equal_those_on_one_device(sizes: MeshConfig, on_one_device: Any) -> None:
     """No collective of the step joins devices of two runs."""
@@ -214,7 +231,12 @@ def _variant(seed: int, rank: int = 2, **changes: Any) -> RunConfig:
 
 def test_experts_of_several_runs_are_one_grouped_matmul() -> None:
     """Runs of a mixture of experts with different ranks, on one device and with one run on each of eight."""
-    experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+    experts = {
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    }
     base = ModelConfig.from_hf(LLAMA | experts | {"num_hidden_layers": 1, "intermediate_size": 32})
     configs = [_variant(seed, 2 + 2 * (seed % 2)) for seed in range(8)]
     runs = _assembled(configs[:2], base)
@@ -238,7 +260,9 @@ def test_preference_pairs_with_magnitudes_and_zero_a() -> None:
     lora = LoRAConfig(rules=(LoRARule("ffn", 2),), dora=True, init="zero_a", plus_ratio=2.0)
     settings = {"lora": lora, "preference": PreferenceConfig("dpo"), "mechanisms": ("hard",)}
     configs = [_variant(0, **settings), _variant(1, **settings | {"lora": replace(lora, plus_ratio=3.0)})]
-    _assert_like_solo(_assembled(configs), lambda seed: _batch(seed) | {"pairs": np.ones((1, ROWS, 1), np.float32)})
+    _assert_like_solo(
+        _assembled(configs), lambda seed: _batch(seed) | {"pairs": np.ones((1, ROWS, 1), np.float32)}
+    )
 
 
 def test_adalora_allocates_the_ranks_of_each_run() -> None:
@@ -252,9 +276,13 @@ def test_adalora_allocates_the_ranks_of_each_run() -> None:
 def test_lowered_kernels_belong_to_their_run() -> None:
     """LoRA-GA lowers the kernels by initial adapters that depend on the run's batches."""
     runs = []
-    for run in _assembled([_variant(seed, lora=LoRAConfig(rules=(LoRARule("ffn", 2),))) for seed in range(2)]):
+    for run in _assembled(
+        [_variant(seed, lora=LoRAConfig(rules=(LoRARule("ffn", 2),))) for seed in range(2)]
+    ):
         rng = np.random.default_rng(run.config.seed)
-        start = jax.tree.map(lambda x, rng=rng: jnp.asarray(rng.normal(size=x.shape) * 0.1, x.dtype), run.state.lora)
+        start = jax.tree.map(
+            lambda x, rng=rng: jnp.asarray(rng.normal(size=x.shape) * 0.1, x.dtype), run.state.lora
+        )
         runs.append(starting_at(run, start))
     _assert_like_solo(runs)
 

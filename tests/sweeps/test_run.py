@@ -44,8 +44,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 def _configs(base: RunConfig, folder: Path) -> list[RunConfig]:
     decay = {1e3: 1e3}
-    rates = [replace(base.optimizer, learning_rate=rate, weight_decay=decay.get(rate, 0.0)) for rate in RATES]
-    return [replace(base, output=str(folder / f"rate-{rate.learning_rate:g}"), optimizer=rate) for rate in rates]
+    rates = [
+        replace(base.optimizer, learning_rate=rate, weight_decay=decay.get(rate, 0.0)) for rate in RATES
+    ]
+    return [
+        replace(base, output=str(folder / f"rate-{rate.learning_rate:g}"), optimizer=rate) for rate in rates
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +65,25 @@ def _assert_equal(one: Path, other: Path) -> None:
     first, second = _adapter(one), _adapter(other)
     assert first.keys() == second.keys()
     for name, leaf in first.items():
-        np.testing.assert_allclose(leaf, second[name], rtol=0, atol=1e-4 * np.max(np.abs(second[name])), err_msg=name)
+        np.testing.assert_allclose(
+            leaf, second[name], rtol=0, atol=1e-4 * np.max(np.abs(second[name])), err_msg=name
+        )
 
 
-def test_each_run_leaves_what_its_solo_run_leaves(swept: SweepResult, base: RunConfig, tmp_path: Path) -> None:
+def test_each_run_leaves_what_its_solo_run_leaves(
+    swept: SweepResult, base: RunConfig, tmp_path: Path
+) -> None:
     folder, result = next(iter(swept.runs.items()))
-    config = replace(base, output=str(tmp_path / "alone"), compute=replace(base.compute, implementation="xla"))
+    config = replace(
+        base, output=str(tmp_path / "alone"), compute=replace(base.compute, implementation="xla")
+    )
     alone = nalora_run.run(config)
     _assert_equal(Path(folder), alone.folder)
     assert tiny.losses(folder) == pytest.approx(tiny.losses(alone.folder), rel=1e-5)
     assert result.after["n"] == alone.after["n"]
-    listings = [sorted(p.relative_to(f).as_posix() for p in Path(f).glob("*")) for f in (folder, alone.folder)]
+    listings = [
+        sorted(p.relative_to(f).as_posix() for p in Path(f).glob("*")) for f in (folder, alone.folder)
+    ]
     assert listings[0] == listings[1]
     first, second = (
         json.loads((Path(f) / "metrics.jsonl").read_text().splitlines()[1]) for f in (folder, alone.folder)
@@ -129,5 +141,12 @@ def test_bad_sweeps_are_refused_before_the_weights_are_read(
     many = replace(base.mesh, runs_per_device=10**9)
     with pytest.raises(NaloraError, match=r"--mesh.runs-per-device: expected at most \d+ runs, which fit"):
         sweep([replace(config, mesh=many) for config in configs])
-    with pytest.raises(NaloraError, match=r"--mesh.run: expected a divisor of the 1 device\(s\): 1, found 3"):
-        sweep([replace(config, output=f"{config.output}-3", mesh=replace(base.mesh, run=3)) for config in configs])
+    with pytest.raises(
+        NaloraError, match=r"--mesh.run: expected a divisor of the 1 device\(s\): 1, found 3"
+    ):
+        sweep(
+            [
+                replace(config, output=f"{config.output}-3", mesh=replace(base.mesh, run=3))
+                for config in configs
+            ]
+        )

@@ -24,7 +24,8 @@ from tests import tiny
 DENSE, EXPERTS = "layers/ffn/gate_proj", "layers/ffn/up_proj"
 # Layers of other ranks, one without an adapter, and a projection of two experts.
 SPEC = AdapterSpec(
-    ((DENSE, TargetSpec((4, 2, 0), (8.0, 8.0, 1.0))), (EXPERTS, TargetSpec((3, 3, 3), (6.0, 6.0, 6.0)))), adalora=True
+    ((DENSE, TargetSpec((4, 2, 0), (8.0, 8.0, 1.0))), (EXPERTS, TargetSpec((3, 3, 3), (6.0, 6.0, 6.0)))),
+    adalora=True,
 )
 SHAPES = {DENSE: (3, 5, 4, 6), EXPERTS: (3, 2, 5, 3, 6)}
 CONFIG = AdaLoRAConfig(target_rank=1, warmup_share=0.1, final_share=0.3, interval=2)
@@ -47,7 +48,9 @@ def random_tree(seed: int, scale: float = 1.0) -> dict[str, Any]:
     return trees.unflatten({path: (scale * leaf).astype(np.float32) for path, leaf in leaves.items()})
 
 
-def reference(params: dict[str, np.ndarray], grads: list[dict[str, np.ndarray]], rate: float) -> dict[str, np.ndarray]:
+def reference(
+    params: dict[str, np.ndarray], grads: list[dict[str, np.ndarray]], rate: float
+) -> dict[str, np.ndarray]:
     """The whole of it with plain gradient descent, one adapter and one weight at a time, in float64."""
     params = {path: leaf.astype(np.float64) for path, leaf in params.items()}
     moments = {path: np.zeros((2, *leaf.shape)) for path, leaf in params.items()}
@@ -76,7 +79,9 @@ def reference(params: dict[str, np.ndarray], grads: list[dict[str, np.ndarray]],
                 spread[...] = 0.85 * spread + 0.15 * np.abs(now - mean)
         scores = {}
         for path, index, rank in places:
-            scores_of = {name: np.prod(moments[f"{path}/{name}"], axis=0)[index] for name in ("a", "b", "singular")}
+            scores_of = {
+                name: np.prod(moments[f"{path}/{name}"], axis=0)[index] for name in ("a", "b", "singular")
+            }
             for r in range(rank):
                 parts = scores_of["singular"][r], scores_of["a"][:, r].mean(), scores_of["b"][r].mean()
                 scores[path, index, r] = sum(parts)
@@ -104,7 +109,9 @@ def test_steps_are_those_of_the_formulas() -> None:
         expected = reference(trees.flatten(params), list(map(trees.flatten, grads[:step])), rate)
         found = trees.flatten(now)
         for path, value in expected.items():
-            np.testing.assert_allclose(found[path], value, rtol=1e-4, atol=1e-5, err_msg=f"{path}, step {step}")
+            np.testing.assert_allclose(
+                found[path], value, rtol=1e-4, atol=1e-5, err_msg=f"{path}, step {step}"
+            )
         counts.append(sum(int(leaf.sum()) for leaf in trees.flatten(state.kept).values()))
     assert counts[:3] == [24] * 3  # 4 + 2, and 3 ranks of 6 experts
     assert counts[3] > counts[5] > counts[7] > counts[13]
@@ -131,7 +138,9 @@ def test_what_is_left_is_a_plain_adapter_of_fewer_ranks(rslora: bool) -> None:
     for path, _ in SPEC.targets:
         a, b, e = (before[f"{path}/{name}"].astype(np.float64) for name in ("a", "b", "singular"))
         was = np.einsum("l,l...dr,l...r,l...ro->l...do", spec.scales(path), a, e, b)
-        now = np.einsum("l,l...dr,l...ro->l...do", plain.scales(path), after[f"{path}/a"], after[f"{path}/b"])
+        now = np.einsum(
+            "l,l...dr,l...ro->l...do", plain.scales(path), after[f"{path}/a"], after[f"{path}/b"]
+        )
         np.testing.assert_allclose(now, was, atol=1e-5)
         assert after[f"{path}/a"].shape[-1] == max(dict(plain.targets)[path].ranks)
 
@@ -144,7 +153,9 @@ def test_a_projection_of_which_nothing_is_left_has_no_adapter() -> None:
     assert not any(EXPERTS in path for path in trees.flatten(left))
 
 
-@pytest.mark.parametrize("more", [{}, {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}])
+@pytest.mark.parametrize(
+    "more", [{}, {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}]
+)
 def test_the_model_computes_with_the_diagonal(more: dict[str, Any]) -> None:
     """A diagonal that is not one, on every projection, equals its product with A."""
     base = ModelConfig.from_hf(tiny.HF | more)
@@ -153,7 +164,9 @@ def test_the_model_computes_with_the_diagonal(more: dict[str, Any]) -> None:
     fresh, tokens = init_lora(base, spec, jax.random.key(1)), jnp.arange(10).reshape(2, 5)
     rng = np.random.default_rng(0)
     moved = {
-        path: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) if path.endswith("/singular") else 10 * leaf
+        path: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
+        if path.endswith("/singular")
+        else 10 * leaf
         for path, leaf in trees.flatten(fresh).items()
     }
     plain = {
@@ -163,7 +176,11 @@ def test_the_model_computes_with_the_diagonal(more: dict[str, Any]) -> None:
     }
     apply = jax.jit(lambda lora: Decoder(base, spec).apply({"params": params, "lora": lora}, tokens))
     hidden = {"base": jax.jit(lambda: Decoder(base).apply({"params": params}, tokens))()}
-    hidden |= {"fresh": apply(fresh), "moved": apply(trees.unflatten(moved)), "plain": apply(trees.unflatten(plain))}
+    hidden |= {
+        "fresh": apply(fresh),
+        "moved": apply(trees.unflatten(moved)),
+        "plain": apply(trees.unflatten(plain)),
+    }
     np.testing.assert_allclose(hidden["fresh"], hidden["base"], atol=1e-6)
     np.testing.assert_allclose(hidden["moved"], hidden["plain"], atol=1e-5)
     assert np.abs(hidden["moved"] - hidden["base"]).max() > 0.01
@@ -196,11 +213,16 @@ def test_what_does_not_go_together_is_refused_by_name() -> None:
         ({"adalora": AdaLoRAConfig(target_rank=3), "lora": three}, "--adalora.target-rank"),
         ({"adalora": AdaLoRAConfig(target_rank=2), "lora": LoRAConfig(init="pissa")}, "--lora.init"),
         ({"adalora": AdaLoRAConfig(target_rank=2), "lora": LoRAConfig(dora=True)}, "--lora.dora"),
-        ({"adalora": AdaLoRAConfig(target_rank=2, warmup_share=0.5, final_share=0.5)}, "--adalora.warmup-share"),
+        (
+            {"adalora": AdaLoRAConfig(target_rank=2, warmup_share=0.5, final_share=0.5)},
+            "--adalora.warmup-share",
+        ),
     ):
         with pytest.raises(NaloraError, match=where):
             check(RunConfig(**changes))
     few = AdapterSpec(((DENSE, TargetSpec((4, 2, 0), (8.0, 8.0, 1.0))),), adalora=True)
     optimizer = adalora(optax.with_extra_args_support(optax.sgd(1.0)), AdaLoRAConfig(target_rank=3), few, 9)
-    with pytest.raises(NaloraError, match=r"--adalora.target-rank.*less than the mean rank.*\(3\).*found 3"):
+    with pytest.raises(
+        NaloraError, match=r"--adalora.target-rank.*less than the mean rank.*\(3\).*found 3"
+    ):
         optimizer.init(random_tree(0))

@@ -14,7 +14,14 @@ import pytest
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.runs.trackers import TensorBoard
-from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started, make_callbacks, register_callback
+from nalora_jax.train.callbacks import (
+    Callback,
+    Callbacks,
+    Ended,
+    Started,
+    make_callbacks,
+    register_callback,
+)
 
 RECORD = {"loss": np.float32(1.5), "tokens_per_second": None, "layers": {"limit": np.array([0.25, np.nan])}}
 EVAL = {"loss": 2.0, "n": 4, "samples": [{"prompt": "x"}], "right": [True]}
@@ -69,7 +76,10 @@ def test_settings_are_typed_as_their_defaults(tmp_path: Path) -> None:
     assert isinstance(found[1], TensorBoard)
     for text, said in [
         ("none", "^--callbacks: expected one of .*loudest.*, found 'none'"),
-        ("loudest:time=3", "--callbacks loudest:time=3: expected NAME:setting=value, with a setting of times, share"),
+        (
+            "loudest:time=3",
+            "--callbacks loudest:time=3: expected NAME:setting=value, with a setting of times, share",
+        ),
         ("loudest:times=many", "expected times of type int, found 'many'"),
         ("loudest:on=perhaps", "expected on of type bool, found 'perhaps'"),
     ]:
@@ -77,7 +87,9 @@ def test_settings_are_typed_as_their_defaults(tmp_path: Path) -> None:
             make_callbacks([text])
 
 
-def test_one_that_fails_is_left_out_and_the_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_that_fails_is_left_out_and_the_others_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Broken(Loudest):
         def on_log(self, step: int, record: Any) -> None:
             raise OSError("no route to host")
@@ -154,7 +166,11 @@ def test_weights_and_biases_is_told_every_number(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "wandb", _wandb(runs))
     tell(*make_callbacks(["wandb:project=gates,mode=offline"]), tmp_path)
     (run,) = runs
-    assert (run.settings["project"], run.settings["mode"], run.settings["name"]) == ("gates", "offline", tmp_path.name)
+    assert (run.settings["project"], run.settings["mode"], run.settings["name"]) == (
+        "gates",
+        "offline",
+        tmp_path.name,
+    )
     assert run.settings["config"]["lora"] == {"rules": [{"rank": 4}]}
     assert ("*", "step") in run.metrics
     assert {"step": 7, "train/loss": 1.5, "limit/layer_00": 0.25} in run.rows
@@ -170,7 +186,9 @@ def test_weights_and_biases_is_told_every_number(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_missing_tracker_is_said_before_the_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(NaloraError, match=f"--callbacks {name}: expected the library {name}.*pip install {name}"):
+    with pytest.raises(
+        NaloraError, match=f"--callbacks {name}: expected the library {name}.*pip install {name}"
+    ):
         make_callbacks([name])
 
 
@@ -202,7 +220,9 @@ def test_mlflow_is_told_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyP
             calls.append(("ended", run, status))
 
     entities = types.SimpleNamespace(Metric=lambda *values: values, Param=lambda *values: values)
-    monkeypatch.setitem(sys.modules, "mlflow", types.SimpleNamespace(MlflowClient=Client, entities=entities))
+    monkeypatch.setitem(
+        sys.modules, "mlflow", types.SimpleNamespace(MlflowClient=Client, entities=entities)
+    )
     tell(*make_callbacks(["mlflow:uri=file:x,name=mine"]), tmp_path)
     assert calls[:2] == [("uri", "file:x"), ("run", "nalora_jax", "mine")]
     assert ("param", "steps", "9") in calls

@@ -42,7 +42,9 @@ def test_a_folder_that_others_can_write_into_is_not_used(
     before = jax.config.jax_compilation_cache_dir
     use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == before
-    assert [text for text in caplog.messages if text.startswith("compiled programs are not kept: ")] == caplog.messages
+    assert [
+        text for text in caplog.messages if text.startswith("compiled programs are not kept: ")
+    ] == caplog.messages
     assert len(caplog.messages) == 1
 
 
@@ -81,14 +83,18 @@ def test_a_flipped_bit_costs_a_compilation(compiled: Path, caplog: pytest.LogCap
 
 
 @pytest.mark.parametrize("part", [0, 1])
-def test_an_entry_and_its_digest_go_together(compiled: Path, part: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_entry_and_its_digest_go_together(
+    compiled: Path, part: int, caplog: pytest.LogCaptureFixture
+) -> None:
     (compiled / names(compiled)[part]).unlink()
     use_compilation_cache()
     assert names(compiled) == []
     assert caplog.messages == []
 
 
-def test_another_process_may_remove_an_entry_meanwhile(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_process_may_remove_an_entry_meanwhile(
+    compiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def removed(path: Path) -> str:
         path.unlink()
         raise FileNotFoundError(path)

@@ -40,7 +40,12 @@ def config(model: Path | str, data: Path, **changes: object) -> RunConfig:
         model=str(model),
         steps=8,
         data=DataConfig(
-            str(data), train_split="train[:60%]", eval_split="train[60%:]", eval_limit=20, select_limit=8, workers=0
+            str(data),
+            train_split="train[:60%]",
+            eval_split="train[60%:]",
+            eval_limit=20,
+            select_limit=8,
+            workers=0,
         ),
         train=TrainConfig(batch_size=8),
         compute=ComputeConfig("float32", stats_stride=1, probe_stride=1),
@@ -73,24 +78,32 @@ def one_device():
 def test_both_towers_learn_with_the_mechanisms_on(dual_folder, colours, task) -> None:
     rules = LoRAConfig(rules=(LoRARule("ffn", 2), LoRARule("attn", 2)))
     vision = VisionConfig(task, shots=4, augment="none")
-    settings = config(dual_folder("clip"), colours, vision=vision, lora=rules, debug=DebugConfig(check_gates=True))
+    settings = config(
+        dual_folder("clip"), colours, vision=vision, lora=rules, debug=DebugConfig(check_gates=True)
+    )
     _, state, metrics, losses = steps(settings, one_device(), 8)
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
     assert set(metrics["layers"]) == {"image/layers/ffn", "text/layers/ffn"}
     for layers in metrics["layers"].values():
         assert np.all(np.asarray(layers["importance"]) > 0)
         np.testing.assert_allclose(np.asarray(layers["occupancy"]).sum(axis=1), 1.0, rtol=1e-5)
-    moved = {p: float(np.abs(leaf).max()) for p, leaf in trees.flatten(state.lora).items() if p.endswith("/b")}
+    moved = {
+        p: float(np.abs(leaf).max()) for p, leaf in trees.flatten(state.lora).items() if p.endswith("/b")
+    }
     assert min(moved.values()) > 0, moved
 
 
-def test_a_frozen_text_tower_is_encoded_once_and_gives_the_loss_of_an_adapted_one(dual_folder, colours) -> None:
+def test_a_frozen_text_tower_is_encoded_once_and_gives_the_loss_of_an_adapted_one(
+    dual_folder, colours
+) -> None:
     """With adapters on images only, class features are constants of the step: its program has no text tower.
 
     Before any step an adapter changes nothing, so the loss must not depend on who encodes the prompts.
     """
     folder, losses = dual_folder("clip", vision={"num_hidden_layers": 3}), []
-    vision = VisionConfig("classify", shots=4, augment="none", templates=("a photo of a {}.", "the {} square"))
+    vision = VisionConfig(
+        "classify", shots=4, augment="none", templates=("a photo of a {}.", "the {} square")
+    )
     for tower, inputs in (("image", {"features"}), ("text", {"tokens", "token_weights"})):
         rules = LoRAConfig(rules=(LoRARule(f"{tower}/.*ffn", 2),))
         settings = config(folder, colours, lora=rules, vision=vision)
@@ -101,7 +114,9 @@ def test_a_frozen_text_tower_is_encoded_once_and_gives_the_loss_of_an_adapted_on
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "task"), [("clip", "contrast"), ("siglip", "contrast"), ("clip", "classify")])
+@pytest.mark.parametrize(
+    ("family", "task"), [("clip", "contrast"), ("siglip", "contrast"), ("clip", "classify")]
+)
 def test_eight_devices_are_one(dual_folder, colours, family, task) -> None:
     rules = LoRAConfig(rules=(LoRARule("ffn", 2),))
     vision = VisionConfig(task, shots=4)
@@ -132,7 +147,9 @@ def test_towers_that_never_met_train_their_projections(dual_folder, tower_folder
     image, text = tower_folders
     vision = VisionConfig("contrast", augment="none")
     for rank, blocks in ((0, set()), (2, {"image/layers/ffn", "text/layers/ffn"})):
-        settings = config(f"{image}+{text}", colours, lora=LoRAConfig(rules=(LoRARule("ffn", rank),)), vision=vision)
+        settings = config(
+            f"{image}+{text}", colours, lora=LoRAConfig(rules=(LoRARule("ffn", rank),)), vision=vision
+        )
         pieces, state, metrics, losses = steps(settings, one_device(), 8)
         assert set(metrics["layers"]) == blocks
         assert losses[-1] < losses[0]

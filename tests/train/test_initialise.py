@@ -69,7 +69,9 @@ def kernel_gradients(rows: list[dict[str, jax.Array]]) -> tuple[dict[str, np.nda
     seen: list[list[np.ndarray]] = [[], []]
     gates = [layer.mlp.gate_proj for layer in TORCH.model.layers]
     hooks = [
-        gate.register_forward_hook(lambda _, __, z, kept=kept: kept.append(z.detach().numpy().reshape(-1, 24)))
+        gate.register_forward_hook(
+            lambda _, __, z, kept=kept: kept.append(z.detach().numpy().reshape(-1, 24))
+        )
         for gate, kept in zip(gates, seen, strict=True)
     ]
     TORCH.zero_grad()
@@ -78,7 +80,9 @@ def kernel_gradients(rows: list[dict[str, jax.Array]]) -> tuple[dict[str, np.nda
             torch.tensor(np.asarray(batch[n][0])) for n in ("tokens", "targets", "loss_weights")
         )
         logits = TORCH(tokens).logits
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), reduction="none")
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten().long(), reduction="none"
+        )
         (losses * weights.flatten()).sum().backward()
     for hook in hooks:
         hook.remove()
@@ -121,7 +125,9 @@ def test_a_holds_the_gradients_left_singular_vectors_and_b_is_zero(made, found) 
             same_directions(a[:, :rank], u[:, :rank])
             assert not np.any(a[:, rank:])  # of a layer whose rank is below the stack's
     fresh = trees.flatten(made.begin(lora_of(made), 0).lora)
-    assert {path: leaf.shape for path, leaf in lora.items()} == {path: leaf.shape for path, leaf in fresh.items()}
+    assert {path: leaf.shape for path, leaf in lora.items()} == {
+        path: leaf.shape for path, leaf in fresh.items()
+    }
 
 
 def test_lora_ga_has_the_first_left_and_the_next_right_singular_vectors(made, found) -> None:
@@ -151,7 +157,9 @@ def test_kernels_give_up_what_adapters_start_as(made, found) -> None:
     for path, leaf in trees.flatten(jax.device_get(started.state.lora)).items():
         np.testing.assert_array_equal(leaf, lora[path])
     for name in "ab":  # from which the probe measures
-        np.testing.assert_array_equal(after[f"layers/ffn/gate_proj/start_{name}"], lora[f"layers/ffn/gate_proj/{name}"])
+        np.testing.assert_array_equal(
+            after[f"layers/ffn/gate_proj/start_{name}"], lora[f"layers/ffn/gate_proj/{name}"]
+        )
 
 
 def test_slope_weights_the_gates_columns_and_the_placebo_permutes_them(found) -> None:
@@ -164,7 +172,9 @@ def test_slope_weights_the_gates_columns_and_the_placebo_permutes_them(found) ->
         same_directions(found["slope"][f"{gate}/a"][layer][:, :2], expected[:, :2])
     np.testing.assert_allclose(np.abs(found["slope"][up]), np.abs(found["ones"][up]), atol=1e-3)
     pairs = (("ones", "slope"), ("slope", "permuted"), ("ones", "permuted"))
-    differs = [np.abs(np.abs(found[a][f"{gate}/a"]) - np.abs(found[b][f"{gate}/a"])).max() for a, b in pairs]
+    differs = [
+        np.abs(np.abs(found[a][f"{gate}/a"]) - np.abs(found[b][f"{gate}/a"])).max() for a, b in pairs
+    ]
     assert min(differs) > 1e-2
 
 

@@ -20,7 +20,15 @@ def rate_of(config: RunConfig, width: int = 576) -> float:
 
 @pytest.mark.parametrize(
     ("width", "rate"),
-    [(576, 0.004), (960, 0.0024), (2048, 0.0011), (4096, 0.00056), (8192, 0.00028), (64, 0.004), (0, 0.001)],
+    [
+        (576, 0.004),
+        (960, 0.0024),
+        (2048, 0.0011),
+        (4096, 0.00056),
+        (8192, 0.00028),
+        (64, 0.004),
+        (0, 0.001),
+    ],
 )
 def test_it_is_what_studies_chose_and_falls_with_the_width(width: int, rate: float) -> None:
     assert rate_of(LEFT, width) == rate
@@ -51,5 +59,7 @@ def test_there_is_none_for_optimizers_whose_steps_are_of_another_size(name: str)
 
 
 def test_a_schedule_is_not_made_of_a_rate_that_nobody_decided() -> None:
-    with pytest.raises(NaloraError, match=r"--optimizer.learning-rate: expected a number above 0, found auto"):
+    with pytest.raises(
+        NaloraError, match=r"--optimizer.learning-rate: expected a number above 0, found auto"
+    ):
         make_schedule(LEFT.optimizer, 10)

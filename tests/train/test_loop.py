@@ -42,7 +42,9 @@ class Hooks:
         return step == self.stop_at
 
 
-def run(hooks: Hooks, schedule: Schedule, *, poison: str = "", at: int = 0, params: Any = None) -> FitResult:
+def run(
+    hooks: Hooks, schedule: Schedule, *, poison: str = "", at: int = 0, params: Any = None
+) -> FitResult:
     """Steps whose loss is always finite; at step ``at`` the part ``poison`` of the state becomes infinite."""
 
     @jax.jit
@@ -51,7 +53,9 @@ def run(hooks: Hooks, schedule: Schedule, *, poison: str = "", at: int = 0, para
         extra = jnp.where(now == at, jnp.inf, 0.0)
         parts = {"lora": state.lora, "opt_state": state.opt_state}
         parts |= {
-            name: jax.tree.map(lambda leaf: leaf + extra.astype(leaf.dtype) if leaf.ndim else leaf, parts[name])
+            name: jax.tree.map(
+                lambda leaf: leaf + extra.astype(leaf.dtype) if leaf.ndim else leaf, parts[name]
+            )
             for name in [poison]
             if name
         }
@@ -75,19 +79,32 @@ def test_bad_numbers_of_the_base_model_are_named_as_the_reason() -> None:
     kernels = jnp.ones((4, 2, 2)).at[2, 1, 0].set(jnp.nan)
     match = r"the base model: layers/kernel\[2\]: expected finite numbers, found NaN .* in 1 of its arrays"
     with pytest.raises(TrainingDivergedError, match=match):
-        run(Hooks(), Schedule(8, 1, 0, 2), poison="lora", at=3, params={"layers": {"kernel": kernels, "b": kernels[0]}})
+        run(
+            Hooks(),
+            Schedule(8, 1, 0, 2),
+            poison="lora",
+            at=3,
+            params={"layers": {"kernel": kernels, "b": kernels[0]}},
+        )
 
 
 @pytest.mark.parametrize(("poison", "named"), [("lora", "lora/a"), ("opt_state", "opt_state/mu/a")])
 def test_a_state_that_has_diverged_is_not_saved_though_its_loss_is_finite(poison: str, named: str) -> None:
     hooks = Hooks()
-    with pytest.raises(TrainingDivergedError, match=rf"step 4: {named}: expected finite numbers, .*are kept"):
+    with pytest.raises(
+        TrainingDivergedError, match=rf"step 4: {named}: expected finite numbers, .*are kept"
+    ):
         run(hooks, Schedule(steps=8, log_every=1, eval_every=0, save_every=2), poison=poison, at=3)
     assert [step for step, _ in hooks.saved] == [2]
 
 
 def test_integers_and_keys_are_not_asked_whether_they_are_finite() -> None:
-    state = {"count": jnp.int32(3), "key": jnp.zeros(2, jnp.uint32), "ok": jnp.ones(2), "bad": jnp.array([1, jnp.nan])}
+    state = {
+        "count": jnp.int32(3),
+        "key": jnp.zeros(2, jnp.uint32),
+        "ok": jnp.ones(2),
+        "bad": jnp.array([1, jnp.nan]),
+    }
     assert non_finite(state) == ["bad"]
 
 
@@ -106,7 +123,9 @@ def test_asked_to_stop_at_its_last_step_it_ends_as_always() -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_between_steps_a_signal_waits_and_elsewhere_it_stops_at_once(number: signal.Signals, status: int) -> None:
+def test_between_steps_a_signal_waits_and_elsewhere_it_stops_at_once(
+    number: signal.Signals, status: int
+) -> None:
     before = signal.getsignal(number)
     with stop_signals() as stop, stop.between_steps():
         assert not stop.asked(1)

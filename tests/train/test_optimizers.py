@@ -19,7 +19,9 @@ GRADS = trees.map_named(lambda path, leaf: leaf * (1.0 + len(path)), LORA)
 
 def trained(rates: tuple[tuple[str, float], ...], learning_rate: float) -> dict[str, np.ndarray]:
     """The adapters after three steps of AdamW with weight decay."""
-    config = OptimizerConfig(rates=rates, learning_rate=learning_rate, weight_decay=0.1, schedule="constant")
+    config = OptimizerConfig(
+        rates=rates, learning_rate=learning_rate, weight_decay=0.1, schedule="constant"
+    )
     optimizer, lora = make_optimizer(config, 3), LORA
     state = optimizer.init(lora)
     for _ in range(3):
@@ -37,7 +39,9 @@ def test_a_factor_is_a_learning_rate_of_its_own() -> None:
 
 
 def test_a_pattern_without_an_adapter_is_refused() -> None:
-    with pytest.raises(NaloraError, match="--optimizer.rates.*'attn', which matches nothing.*layers/ffn/gate_proj"):
+    with pytest.raises(
+        NaloraError, match="--optimizer.rates.*'attn', which matches nothing.*layers/ffn/gate_proj"
+    ):
         make_optimizer(OptimizerConfig(learning_rate=1e-3, rates=(("attn", 2.0),)), 3).init(LORA)
 
 

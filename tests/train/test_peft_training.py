@@ -91,7 +91,9 @@ def rows() -> list[dict[str, jax.Array]]:
     return made
 
 
-def our_start(base: tuple[Any, ModelConfig, Any], first: dict[str, jax.Array], method: str, **more: Any) -> Assembly:
+def our_start(
+    base: tuple[Any, ModelConfig, Any], first: dict[str, jax.Array], method: str, **more: Any
+) -> Assembly:
     rules = (LoRARule("ffn/(gate|up|down)_proj|q_proj", RANK, ALPHA),)
     config = RunConfig(
         lora=LoRAConfig(rules=rules, **METHODS.get(method, ({}, {}))[0]),
@@ -116,7 +118,9 @@ def their_start(base: tuple[Any, ModelConfig, Any], first: dict[str, jax.Array],
 
 def their_loss(model: Any, batch: dict[str, jax.Array]) -> Any:
     """Mean over the target tokens."""
-    tokens, targets, weights = (torch.tensor(np.asarray(batch[n][0])) for n in ("tokens", "targets", "loss_weights"))
+    tokens, targets, weights = (
+        torch.tensor(np.asarray(batch[n][0])) for n in ("tokens", "targets", "loss_weights")
+    )
     logits = model(tokens).logits.flatten(0, 1)
     losses = torch.nn.functional.cross_entropy(logits, targets.flatten().long(), reduction="none")
     return (losses * weights.flatten()).sum() / weights.sum()
@@ -155,7 +159,11 @@ def give(theirs: Any, ours: Assembly) -> None:
 
 def check_start(ours: Assembly, theirs: Any, method: str) -> None:
     """What PEFT starts from is what we start from, as far as it is determined."""
-    lora, params, adapters = trees.flatten(ours.state.lora), trees.flatten(ours.params), their_adapters(theirs)
+    lora, params, adapters = (
+        trees.flatten(ours.state.lora),
+        trees.flatten(ours.params),
+        their_adapters(theirs),
+    )
     near = 1e-3 if method == "PiSSA" else 1e-5  # ours takes a randomized decomposition, PEFT an exact one
     assert lora.keys() == adapters.keys()
     for path, index, module in places(theirs):
@@ -191,7 +199,9 @@ def test_updates_are_those_of_peft(
     check_start(ours, theirs, method)
     give(theirs, ours)
     with torch.no_grad():  # every method starts as the base
-        assert their_loss(theirs, rows[0]).item() == pytest.approx(their_loss(base[0], rows[0]).item(), rel=1e-5)
+        assert their_loss(theirs, rows[0]).item() == pytest.approx(
+            their_loss(base[0], rows[0]).item(), rel=1e-5
+        )
     optimizer, state = their_optimizer(theirs, method), ours.state
     train = ours.step if ours.initial is None else steps.setdefault("lowered", ours.step)
     start = {path: np.asarray(leaf) for path, leaf in trees.flatten(state.lora).items()}
@@ -208,8 +218,12 @@ def test_updates_are_those_of_peft(
         for path, before in start.items():
             rate = OPTIMIZER.learning_rate * (RATIO if method == "LoRA+" and path.endswith("/b") else 1.0)
             moved, their_moved = lora[path] - before, adapters[path] - before
-            assert np.abs(their_moved).max() > 0.5 * rate or (step == 1 and path.endswith("/a"))  # where B is 0
-            np.testing.assert_allclose(moved, their_moved, atol=2e-3 * rate * step, err_msg=f"{path}, step {step}")
+            assert np.abs(their_moved).max() > 0.5 * rate or (
+                step == 1 and path.endswith("/a")
+            )  # where B is 0
+            np.testing.assert_allclose(
+                moved, their_moved, atol=2e-3 * rate * step, err_msg=f"{path}, step {step}"
+            )
 
 
 # As settings of ours: of 20 steps the first 4 have all ranks, and the ranks of step 15 stay.
@@ -248,8 +262,13 @@ def components(theirs: Any) -> dict[str, np.ndarray]:
     found: dict[str, list[np.ndarray]] = {}
     for path, _, module in places(theirs):
         for name, own in (("lora_A", "a"), ("lora_B", "b"), ("lora_E", "singular")):
-            found.setdefault(f"{path}/{own}", []).append(getattr(module, name)["default"].detach().numpy().T.copy())
-    return {path: np.stack(layers).squeeze(1 if path.endswith("/singular") else ()) for path, layers in found.items()}
+            found.setdefault(f"{path}/{own}", []).append(
+                getattr(module, name)["default"].detach().numpy().T.copy()
+            )
+    return {
+        path: np.stack(layers).squeeze(1 if path.endswith("/singular") else ())
+        for path, layers in found.items()
+    }
 
 
 def test_adalora_is_that_of_peft(base: Any, rows: list[dict[str, jax.Array]]) -> None:

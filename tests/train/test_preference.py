@@ -63,7 +63,8 @@ DPO = PreferenceConfig("dpo")
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
     return replace(
-        Tokenizer.from_folder(tiny.make_model(tmp_path_factory.mktemp("model") / "base")), chat_template=CHAT
+        Tokenizer.from_folder(tiny.make_model(tmp_path_factory.mktemp("model") / "base")),
+        chat_template=CHAT,
     )
 
 
@@ -125,7 +126,8 @@ def plain_loss(lora, model, params, data, preference, which):
     total = 0.0
     for index in which:
         ratios = [
-            log_prob({"params": params, "lora": lora}, model, text) - log_prob({"params": params}, Decoder(BASE), text)
+            log_prob({"params": params, "lora": lora}, model, text)
+            - log_prob({"params": params}, Decoder(BASE), text)
             for text in sides(data)[index]
         ]
         margin = preference.beta * (ratios[0] - ratios[1])
@@ -136,7 +138,10 @@ def plain_loss(lora, model, params, data, preference, which):
 
 @pytest.mark.parametrize(
     "preference",
-    [PreferenceConfig("dpo", beta=0.5), PreferenceConfig("dpo", beta=2.0, label_smoothing=0.1, per_token=True)],
+    [
+        PreferenceConfig("dpo", beta=0.5),
+        PreferenceConfig("dpo", beta=2.0, label_smoothing=0.1, per_token=True),
+    ],
     ids=["dpo", "smoothed, per token"],
 )
 def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(tokenizer, preference):
@@ -145,7 +150,9 @@ def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(toke
     batch = data.batch_at(0)
     which = np.concatenate([data._row(i) for i in range(2)])
     assert batch["pairs"].sum() == len(which) > 2
-    value, grads = jax.value_and_grad(plain_loss)(state.lora, made.eval_model, made.params, data, preference, which)
+    value, grads = jax.value_and_grad(plain_loss)(
+        state.lora, made.eval_model, made.params, data, preference, which
+    )
     expected_norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
     _, metrics = made.step(made.view(made.params), state, batch)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
@@ -186,9 +193,13 @@ def test_every_target_s_loss_adds_up_to_the_cross_entropy():
     head = Head(softcap=5.0)
     table = 5.0 * np.tanh(np.asarray(hidden) @ np.asarray(kernel) / 5.0)
     shifted = table - np.log(np.exp(table).sum(-1, keepdims=True))
-    expected = -np.take_along_axis(shifted, np.asarray(targets)[..., None], -1)[..., 0] * np.asarray(weights)
+    expected = -np.take_along_axis(shifted, np.asarray(targets)[..., None], -1)[..., 0] * np.asarray(
+        weights
+    )
     for chunk, shards in ((0, 1), (7, 1), (8, 2)):
-        found = target_losses(hidden, kernel, targets, weights, head, Numerics(), chunk=chunk, shards=shards)
+        found = target_losses(
+            hidden, kernel, targets, weights, head, Numerics(), chunk=chunk, shards=shards
+        )
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     total = cross_entropy(hidden, kernel, targets, weights, head, Numerics())
     np.testing.assert_allclose(total, expected.sum(), rtol=1e-5)
@@ -287,7 +298,10 @@ def test_long_pairs_are_dropped_cut_or_refused(tokenizer, caplog):
     ("record", "said"),
     [
         ({"prompt": "a", "chosen": " b"}, "a field 'rejected'"),
-        ({"prompt": "a", "chosen": " b", "rejected": " "}, "rejected: expected an answer, found an empty text"),
+        (
+            {"prompt": "a", "chosen": " b", "rejected": " "},
+            "rejected: expected an answer, found an empty text",
+        ),
         ({"prompt": "a", "chosen": " b", "rejected": " b"}, "expected two answers that differ"),
         ({"prompt": "a", "chosen": " b", "rejected": 3}, "rejected: expected a text"),
         ({"prompt": [{"role": "user"}], "chosen": " b", "rejected": " c"}, "a field 'content'"),

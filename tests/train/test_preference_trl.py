@@ -32,7 +32,9 @@ def records():
     def text(low, high):
         return " ".join(rng.choice(list(LETTERS), rng.integers(low, high)))
 
-    return [{"prompt": text(2, 6), "chosen": f" {text(1, 6)}", "rejected": f" {text(1, 6)}"} for _ in range(8)]
+    return [
+        {"prompt": text(2, 6), "chosen": f" {text(1, 6)}", "rejected": f" {text(1, 6)}"} for _ in range(8)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "sigmoid_norm"])
@@ -45,7 +47,9 @@ def test_loss_and_rewards_are_trl_s_on_the_same_batch(tmp_path, kind):
     model = load(base, dtype="float32")
     spec = resolve(LoRAConfig(rules=(LoRARule("", 4),)), projection_shapes(model.base.config), 2)
     lora = jax.tree.map(lambda leaf: leaf + 0.05, init_lora(model.base.config, spec, jax.random.key(1)))
-    export_adapter(jax.device_get(lora), spec, model.base.config, tmp_path / "adapter", base_model_name=str(base))
+    export_adapter(
+        jax.device_get(lora), spec, model.base.config, tmp_path / "adapter", base_model_name=str(base)
+    )
 
     policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -76,7 +80,9 @@ def test_loss_and_rewards_are_trl_s_on_the_same_batch(tmp_path, kind):
     data = pair_data(source, DataConfig(max_length=64), config, model.base.tokenizer, batch_size=2)
     ids = [row[row != tokenizer.pad_token_id].tolist() for row in theirs["input_ids"].numpy()]
     mine = [data.tokens[a:b].tolist() for a, b in zip(data.offsets[:-1], data.offsets[1:], strict=True)]
-    assert sorted(ids) == sorted(row[:-1] for row in mine)  # without the end token, which is the padding there
+    assert sorted(ids) == sorted(
+        row[:-1] for row in mine
+    )  # without the end token, which is the padding there
 
     # All pairs in one batch of two rows, in one call.
     rows = -(-data.rows_per_epoch // 1)
@@ -97,4 +103,6 @@ def test_loss_and_rewards_are_trl_s_on_the_same_batch(tmp_path, kind):
     if kind == "sigmoid":
         for name in ("chosen", "rejected"):
             theirs_mean = np.mean(logged[f"rewards/{name}"])
-            np.testing.assert_allclose(float(found.measured[f"rewards_{name}"]) / 8, theirs_mean, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(
+                float(found.measured[f"rewards_{name}"]) / 8, theirs_mean, rtol=1e-4, atol=1e-5
+            )

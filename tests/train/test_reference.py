@@ -71,14 +71,26 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 class Reference:
     """The same in NumPy float64, written from the design's formulas."""
 
-    def __init__(self, params: dict, lora: dict, importance: np.ndarray, occupancy: np.ndarray, count: int) -> None:
+    def __init__(
+        self, params: dict, lora: dict, importance: np.ndarray, occupancy: np.ndarray, count: int
+    ) -> None:
         self.table = np.asarray(params["embed"]["embedding"], np.float64)
         self.w = {k: np.asarray(params["layers"][k]["kernel"], np.float64) for k in SCALES}
-        self.lora = {k: {n: np.asarray(v, np.float64) for n, v in leaf.items()} for k, leaf in lora["layers"].items()}
+        self.lora = {
+            k: {n: np.asarray(v, np.float64) for n, v in leaf.items()} for k, leaf in lora["layers"].items()
+        }
         zeros = {k: {n: np.zeros_like(v) for n, v in leaf.items()} for k, leaf in self.lora.items()}
-        self.m, self.v = zeros, {k: {n: np.zeros_like(x) for n, x in leaf.items()} for k, leaf in zeros.items()}
+        self.m, self.v = (
+            zeros,
+            {k: {n: np.zeros_like(x) for n, x in leaf.items()} for k, leaf in zeros.items()},
+        )
         # Averages before bias correction, after `count` updates.
-        self.importance, self.occupancy, self.count, self.steps = importance.copy(), occupancy.copy(), count, 0
+        self.importance, self.occupancy, self.count, self.steps = (
+            importance.copy(),
+            occupancy.copy(),
+            count,
+            0,
+        )
 
     def masks(self) -> np.ndarray:
         ratio = self.importance / self.importance.mean(axis=-1, keepdims=True)
@@ -100,7 +112,11 @@ class Reference:
         tokens, weights = batch["tokens"].reshape(-1), batch["loss_weights"].reshape(-1).astype(np.float64)
         real = (batch["segment_ids"].reshape(-1) > 0).astype(np.float64)
         x, kept = self.table[tokens], []
-        stats = {"tokens": real.sum(), "slope": np.zeros((LAYERS, F)), "occupancy": np.zeros((LAYERS, 4, F))}
+        stats = {
+            "tokens": real.sum(),
+            "slope": np.zeros((LAYERS, F)),
+            "occupancy": np.zeros((LAYERS, 4, F)),
+        }
         stats["delta_squared"] = np.zeros((LAYERS, F))
         part = activations.partition("silu")
         for i in range(LAYERS):
@@ -127,10 +143,16 @@ class Reference:
             s = _sigmoid(z)
             du, dz = dh * z * s, dh * u * s * (1 + z * (1 - s))
             stats["delta_squared"][i] = (real[:, None] * dz**2).sum(0)
-            g = g + self.pull(grads, "up_proj", i, x, du, None) + self.pull(grads, "gate_proj", i, x, dz, mask[i])
+            g = (
+                g
+                + self.pull(grads, "up_proj", i, x, du, None)
+                + self.pull(grads, "gate_proj", i, x, dz, mask[i])
+            )
         return loss, grads, stats
 
-    def pull(self, grads: dict, name: str, i: int, x: np.ndarray, g: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    def pull(
+        self, grads: dict, name: str, i: int, x: np.ndarray, g: np.ndarray, mask: np.ndarray | None
+    ) -> np.ndarray:
         a, b, scale = self.lora[name]["a"][i], self.lora[name]["b"][i], SCALES[name]
         shaped = b if mask is None else b * mask
         grads[name]["a"][i] = scale * x.T @ (g @ shaped.T)

@@ -124,7 +124,9 @@ def _assert_close(one: Any, other: Any, *, atol: float) -> None:
 
 # SGD makes the adapters' movement proportional to the gradient, so that comparing them compares gradients; Adam would
 # divide rounding noise by itself where a gradient is tiny. Gradients here are of size 0.01 to 1.
-SGD = replace(CONFIG, optimizer=OptimizerConfig(name="sgd", learning_rate=0.5, clip_norm=0.0, schedule="constant"))
+SGD = replace(
+    CONFIG, optimizer=OptimizerConfig(name="sgd", learning_rate=0.5, clip_norm=0.0, schedule="constant")
+)
 
 
 def test_the_same_run_again_in_one_process_is_the_same_program() -> None:
@@ -157,7 +159,9 @@ def test_a_split_into_micro_batches_is_the_same_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "accumulate"), [(MeshConfig(2, 4, 1), 1), (MeshConfig(1, 2, 4), 1), (MeshConfig(2, 2, 2), 2)], ids=str
+    ("mesh", "accumulate"),
+    [(MeshConfig(2, 4, 1), 1), (MeshConfig(1, 2, 4), 1), (MeshConfig(2, 2, 2), 2)],
+    ids=str,
 )
 def test_a_mesh_is_one_device(mesh: MeshConfig, accumulate: int, capfd: pytest.CaptureFixture[str]) -> None:
     if mesh.tensor == 4:
@@ -207,11 +211,17 @@ def test_base_weights_stay_and_every_adapter_moves() -> None:
     before = jax.device_get((params, assembly.state.lora))
     state = assembly.state
     for i in range(2):
-        state, _ = assembly.step(params, state, distributed.make_global_batch(_batch(i), assembly.mesh, rows_axis=1))
+        state, _ = assembly.step(
+            params, state, distributed.make_global_batch(_batch(i), assembly.mesh, rows_axis=1)
+        )
     for path, value in trees.flatten(params).items():
         np.testing.assert_array_equal(value, trees.flatten(before[0])[path], err_msg=path)
     for path, value in trees.flatten(state.lora).items():
-        moved = np.abs(np.asarray(value) - trees.flatten(before[1])[path]).reshape(BASE.n_layers, -1).max(axis=1)
+        moved = (
+            np.abs(np.asarray(value) - trees.flatten(before[1])[path])
+            .reshape(BASE.n_layers, -1)
+            .max(axis=1)
+        )
         assert np.all(moved > 0), path
 
 
@@ -220,7 +230,9 @@ def test_with_both_mechanisms_off_it_is_plain_lora_to_the_bit() -> None:
     ours, _ = _run(off)
     assembly, params = _assemble(off)
     optimizer = make_optimizer(off.optimizer, off.steps)
-    assert jax.tree.structure(optimizer.init(assembly.state.lora)) == jax.tree.structure(assembly.state.opt_state)
+    assert jax.tree.structure(optimizer.init(assembly.state.lora)) == jax.tree.structure(
+        assembly.state.opt_state
+    )
     on, _ = _alone(CONFIG)
     gate = "layers/ffn/gate_proj/b"
     assert np.abs(trees.flatten(ours.lora)[gate] - trees.flatten(on.lora)[gate]).max() > 1e-3
@@ -276,7 +288,9 @@ def test_the_debug_check_passes_the_sound_model(compute: dict[str, str]) -> None
     _run(_checked(**compute), steps=1)
 
 
-@pytest.mark.parametrize(("fault", "implementation"), [("activation", "xla"), ("scale", "auto"), ("sign", "xla")])
+@pytest.mark.parametrize(
+    ("fault", "implementation"), [("activation", "xla"), ("scale", "auto"), ("sign", "xla")]
+)
 def test_the_debug_check_catches_injected_faults(
     fault: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,7 +304,9 @@ def test_the_debug_check_catches_injected_faults(
         return made if made.a is None else made._replace(b=factor * made.b)
 
     if fault == "activation":
-        monkeypatch.setattr(ffn, "gated_product", lambda z, u, *_, **__: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
+        monkeypatch.setattr(
+            ffn, "gated_product", lambda z, u, *_, **__: (jax.nn.gelu(z) * u, jax.nn.gelu(z))
+        )
     else:
         monkeypatch.setattr(gated_products.Factors, "of", scaled)
         plain = lambda x, adapter, numerics: residual(x, adapter._replace(b=factor * adapter.b), numerics)  # noqa: E731
@@ -307,7 +323,9 @@ WRONG: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("wrong", "dtype"), [("rho", "bfloat16"), ("value", "float32"), ("derivative", "bfloat16")])
+@pytest.mark.parametrize(
+    ("wrong", "dtype"), [("rho", "bfloat16"), ("value", "float32"), ("derivative", "bfloat16")]
+)
 def test_the_debug_check_catches_a_wrong_rho_and_a_wrong_gate(
     wrong: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,7 +346,9 @@ def test_other_assertions_stay_what_they_are(caplog: pytest.LogCaptureFixture) -
     with pytest.raises(AssertionError, match="something else") as caught:
         jitted._checked(step)({}, {}, {})
     assert not isinstance(caught.value, NaloraError)
-    logging.getLogger("absl").warning("[Chex] Some of chexify assertion statuses were not inspected due to async exec")
+    logging.getLogger("absl").warning(
+        "[Chex] Some of chexify assertion statuses were not inspected due to async exec"
+    )
     assert not caplog.records
 
 

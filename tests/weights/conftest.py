@@ -46,7 +46,10 @@ FEATURES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 4},
     "phi3": {"resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "olmo2": {},
-    "olmo3": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "olmo3": {
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "ministral3": {
         "rope_parameters": {
             "rope_type": "yarn",
@@ -118,11 +121,15 @@ def tiny_model() -> Callable[..., tuple[Any, ModelConfig]]:
         config = transformers.AutoConfig.for_model(model_type, **settings)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager"
+            ).eval()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in model.parameters():  # the defaults leave logits near zero and norms at one
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.ndim == 1))
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.ndim == 1)
+                )
             for name, buffer in model.named_buffers():
                 if name.endswith("e_score_correction_bias"):
                     buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
@@ -183,7 +190,10 @@ def deltas() -> Callable[[dict[str, Any], AdapterSpec], dict[tuple[str, int], np
         leaves = flatten(lora)
         return {
             (path, layer): np.float64(spec.scales(path)[layer])
-            * (leaves[f"{path}/a"][layer].astype(np.float64) @ leaves[f"{path}/b"][layer].astype(np.float64))
+            * (
+                leaves[f"{path}/a"][layer].astype(np.float64)
+                @ leaves[f"{path}/b"][layer].astype(np.float64)
+            )
             for path, target in spec.targets
             for layer, rank in enumerate(target.ranks)
             if rank

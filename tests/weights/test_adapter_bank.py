@@ -110,7 +110,10 @@ def test_a_weighted_combination_is_the_sum_of_the_updates() -> None:
         (lambda bank: bank.load("a", *_adapter(3, LoRARule("gate_proj", 2), dora=True)), "DoRA"),
         (lambda bank: bank.ids(["nobody"]), "empty bank.*'nobody'"),
         (lambda bank: bank.unload("nobody"), "'nobody'"),
-        (lambda _: AdapterBank.empty(CONFIG, slots=1, rank=4, targets=["layers/nothing"]), "layers/nothing"),
+        (
+            lambda _: AdapterBank.empty(CONFIG, slots=1, rank=4, targets=["layers/nothing"]),
+            "layers/nothing",
+        ),
         (lambda _: AdapterBank.empty(CONFIG, slots=0, rank=4), "at least one slot"),
         (lambda _: combine_adapters([LEGAL], [1.0, 2.0]), "one weight per adapter"),
     ],

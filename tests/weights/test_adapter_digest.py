@@ -37,7 +37,9 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 def test_equal_adapters_are_equal_bytes(tmp_path: Path) -> None:
-    written = [export(tmp_path / str(i)) for i in range(6)]  # safetensors' own writer differs from call to call
+    written = [
+        export(tmp_path / str(i)) for i in range(6)
+    ]  # safetensors' own writer differs from call to call
     for name in (TENSORS, "adapter_config.json"):
         assert len({(folder / name).read_bytes() for folder in written}) == 1
     assert set(load_file(written[0] / TENSORS)) == {
@@ -66,7 +68,9 @@ def test_an_edited_scale_is_found_and_another_name_of_the_base_is_not_an_error(t
     edit(folder, base_model_name_or_path="/models/base", inference_mode=False)
     import_adapter(folder, CONFIG)
     edit(folder, lora_alpha=13)
-    with pytest.raises(NaloraError, match=r"expected the adapter that was written \(sha256 .*damaged or edited"):
+    with pytest.raises(
+        NaloraError, match=r"expected the adapter that was written \(sha256 .*damaged or edited"
+    ):
         import_adapter(folder, CONFIG)
 
 

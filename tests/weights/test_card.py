@@ -74,7 +74,9 @@ def test_card_states_base_data_method_result_and_command():
 
 def test_a_card_says_which_numbers_its_results_belong_to():
     digest = "all:" + "0123456789abcdef" * 4
-    origin = Origin("pypi:p==1/m.Q4_1.gguf", "m.Q4_1.gguf", "GGUF", "Q4_1 (79%), Q8_0 (21%)", digest, "owner/model")
+    origin = Origin(
+        "pypi:p==1/m.Q4_1.gguf", "m.Q4_1.gguf", "GGUF", "Q4_1 (79%), Q8_0 (21%)", digest, "owner/model"
+    )
     text = render_card(dataclasses.replace(CARD, base_model=origin.name, origin=origin))
     for fact in (
         f"Trained and measured on `m.Q4_1.gguf` (GGUF, numbers in Q4_1 (79%), Q8_0 (21%), held as bfloat16); "
@@ -89,12 +91,16 @@ def test_a_card_says_which_numbers_its_results_belong_to():
     data = huggingface_hub.ModelCard(text).data.to_dict()
     assert "base_model" not in data  # the hub's model is not what it was trained on
     quantized = dataclasses.replace(CARD.run, compute=ComputeConfig(quantize="nf4"))
-    assert "held as nf4 and bfloat16" in render_card(dataclasses.replace(CARD, run=quantized, origin=origin))
+    assert "held as nf4 and bfloat16" in render_card(
+        dataclasses.replace(CARD, run=quantized, origin=origin)
+    )
 
 
 def test_an_interval_of_the_loss_does_not_stand_beside_an_empty_accuracy():
     before = {"loss": 3.2, "low": 3.1, "high": 3.31, "perplexity": 24.5, "n": 50}
-    text = render_card(dataclasses.replace(CARD, before=before, after=before | {"loss": 2.5, "low": 2.4, "high": 2.61}))
+    text = render_card(
+        dataclasses.replace(CARD, before=before, after=before | {"loss": 2.5, "low": 2.4, "high": 2.61})
+    )
     assert "| base | 3.2000 | 3.100 to 3.310 | 50 |" in text
     assert "| with the adapter | 2.5000 | 2.400 to 2.610 | 50 |" in text
     assert "|  | loss | interval | examples |" in text
@@ -121,7 +127,9 @@ def test_local_paths_stay_private():
         callbacks=("mlflow:uri=https://me:pass@host/x", "own:folder=/home/me/x,token=abc"),
     )
     command = "nalora train --data.dataset '/home/me/a b/mine.jsonl' --callbacks mlflow:uri=https://me:pass@host/x"
-    card = dataclasses.replace(CARD, base_model="/home/me/secret/base", run=run, license="", command=command)
+    card = dataclasses.replace(
+        CARD, base_model="/home/me/secret/base", run=run, license="", command=command
+    )
     text = render_card(card)
     assert "me:pass" not in text
     assert "token=abc" not in text
@@ -141,9 +149,27 @@ def test_no_name_is_read_as_markdown_or_html():
     run = RunConfig(model=bad, data=data, mechanisms=(bad,), callbacks=(bad,))
     measured = {"accuracy": 0.5, "n": bad}
     card = Card("adapter", bad, SPEC, run, bad, bad, measured, measured, {bad: bad}, bad, origin)
-    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(render_card(card).split("---\n", 2)[2])
+    html = (
+        MarkdownIt("commonmark", {"html": True})
+        .enable("table")
+        .render(render_card(card).split("---\n", 2)[2])
+    )
     tags = {tag.strip("/").split()[0] for tag in re.findall(r"<(/?[a-zA-Z][^>]*)>", html)}
-    assert tags <= {"h1", "h2", "p", "code", "pre", "table", "thead", "tbody", "tr", "th", "td", "details", "summary"}
+    assert tags <= {
+        "h1",
+        "h2",
+        "p",
+        "code",
+        "pre",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "details",
+        "summary",
+    }
     assert html.count("<details>") == 1
 
 

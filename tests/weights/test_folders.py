@@ -20,7 +20,9 @@ def test_a_disk_that_fills_up_under_safetensors_own_writer_leaves_nothing(tmp_pa
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with (
-            pytest.raises(NaloraError, match=r"adapter: expected a place that can be written, .*File too large"),
+            pytest.raises(
+                NaloraError, match=r"adapter: expected a place that can be written, .*File too large"
+            ),
             new_folder(tmp_path / "adapter") as scratch,
         ):
             save_file({"x": np.zeros(10_000, np.float32)}, scratch / "adapter_model.safetensors")

@@ -58,7 +58,11 @@ def test_fused_experts_are_read_as_one_kernel_each(tmp_path: Path, family: str) 
     for layer in range(2):
         stem = f"model.layers.{layer}.mlp.experts"
         gate, up = tensors[f"{stem}.gate_up_proj"].chunk(2, dim=1)
-        for name, theirs in {"gate_proj": gate, "up_proj": up, "down_proj": tensors[f"{stem}.down_proj"]}.items():
+        for name, theirs in {
+            "gate_proj": gate,
+            "up_proj": up,
+            "down_proj": tensors[f"{stem}.down_proj"],
+        }.items():
             kernels = leaves[f"{path}/{name}/kernel"][layer]
             np.testing.assert_array_equal(kernels, theirs.numpy().swapaxes(1, 2))
 
@@ -70,5 +74,7 @@ def test_fused_experts_of_another_shape_are_refused(tmp_path: Path) -> None:
     save_file(damaged, tmp_path / "model" / "model.safetensors")
     keymap = keymap_for(config, "hf")
     source = with_experts(SafetensorsFolder(tmp_path / "model"), keymap)
-    with pytest.raises(NaloraError, match=rf"{name}: expected \[experts, outputs of gate_proj and up_proj, inputs\]"):
+    with pytest.raises(
+        NaloraError, match=rf"{name}: expected \[experts, outputs of gate_proj and up_proj, inputs\]"
+    ):
         load_params(config, source, keymap, dtype="float32")

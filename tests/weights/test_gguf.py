@@ -28,7 +28,19 @@ from nalora_jax.weights.gguf_config import hf_config
 from nalora_jax.weights.keymaps import keymap_for, params_from_tensors, tensors_from_params
 from nalora_jax.weights.tensors import load_params
 
-TOKENS = ["<unk>", "<s>", "</s>", "a", "b", "c", "ab", "abc", "Ġ", "Ġa", *(f"<extra{i}>" for i in range(38))]
+TOKENS = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "a",
+    "b",
+    "c",
+    "ab",
+    "abc",
+    "Ġ",
+    "Ġa",
+    *(f"<extra{i}>" for i in range(38)),
+]
 KINDS = [2, 3, 3, *[1] * 7, *[5] * 38]
 MERGES = ["a b", "ab c", "Ġ a"]
 
@@ -118,7 +130,14 @@ def write_llama(path: Path, more: Write = lambda _: None, **changes: Any) -> Pat
 def test_metadata_equals_the_gguf_packages_reader(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     values = {"uint8": 7, "int8": -7, "uint16": 700, "int16": -700, "uint32": 70_000, "int32": -70_000}
-    values |= {"uint64": 2**40, "int64": -(2**40), "float32": 0.1, "float64": 0.1, "bool": True, "string": "é\n"}
+    values |= {
+        "uint64": 2**40,
+        "int64": -(2**40),
+        "float32": 0.1,
+        "float64": 0.1,
+        "bool": True,
+        "string": "é\n",
+    }
     for kind, value in values.items():
         getattr(writer, f"add_{kind}")(f"a.{kind}", value)
     writer.add_array("a.ints", [1, -2, 3])
@@ -144,7 +163,13 @@ def quantized(kind: GGMLQuantizationType, rows: int, columns: int) -> np.ndarray
         block, size = GGML_QUANT_SIZES[kind]
         raw = rng.integers(0, 256, (rows, columns // block, size), np.uint8)
         scale = rng.uniform(-1, 1, (rows, columns // block, 1)).astype(np.float16)
-        places = {"Q6_K": [size - 2], "Q3_K": [size - 2], "Q2_K": [size - 4, size - 2], "Q4_K": [0, 2], "Q5_K": [0, 2]}
+        places = {
+            "Q6_K": [size - 2],
+            "Q3_K": [size - 2],
+            "Q2_K": [size - 4, size - 2],
+            "Q4_K": [0, 2],
+            "Q5_K": [0, 2],
+        }
         for place in places.get(kind.name, [0]) if kind.name != "IQ1_M" else ():
             raw[..., place : place + 2] = scale.view(np.uint8)
         if kind.name == "IQ1_M":  # its scale lies in the highest four bits of the last four 16-bit words
@@ -163,7 +188,9 @@ def test_every_number_format_is_read_whole_and_in_slices(tmp_path: Path, name: s
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tensor("first", np.ones(3, np.float32))
     writer.add_tensor("two", stored, raw_dtype=None if kind.name in ("F32", "F16") else kind)
-    writer.add_tensor("three", stored.reshape(3, 2, -1), raw_dtype=None if kind.name in ("F32", "F16") else kind)
+    writer.add_tensor(
+        "three", stored.reshape(3, 2, -1), raw_dtype=None if kind.name in ("F32", "F16") else kind
+    )
     file = GGUFFile(finish(writer, tmp_path / "m.gguf"))
     tensor = next(t for t in gguf.GGUFReader(file.path).tensors if t.name == "two")
     expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(6, 512)
@@ -191,20 +218,37 @@ def add_yarn(writer: gguf.GGUFWriter) -> None:
 
 FAMILIES: dict[str, tuple[str, dict[str, Any], Write]] = {
     "llama": ("llama", {}, lambda w: w.add_rope_freq_base(10_000.0)),
-    "qwen2": ("qwen2", {"use_sliding_window": False, "sliding_window": None}, lambda w: w.add_rope_freq_base(1e4)),
+    "qwen2": (
+        "qwen2",
+        {"use_sliding_window": False, "sliding_window": None},
+        lambda w: w.add_rope_freq_base(1e4),
+    ),
     "qwen3": ("qwen3", {"sliding_window": None}, lambda w: w.add_rope_freq_base(1e4)),
     "gemma": ("gemma", {"head_dim": 8}, lambda w: None),
     "gemma2": (
         "gemma2",
         {},
-        lambda w: (w.add_sliding_window(4), w.add_attn_logit_softcapping(50.0), w.add_final_logit_softcapping(30.0)),
+        lambda w: (
+            w.add_sliding_window(4),
+            w.add_attn_logit_softcapping(50.0),
+            w.add_final_logit_softcapping(30.0),
+        ),
     ),
     "gemma3_text": ("gemma3", {}, lambda w: (w.add_sliding_window(4), w.add_rope_freq_base(1e6))),
-    "phi3": ("phi3", {"sliding_window": 4}, lambda w: (w.add_sliding_window(4), w.add_rope_dimension_count(8))),
+    "phi3": (
+        "phi3",
+        {"sliding_window": 4},
+        lambda w: (w.add_sliding_window(4), w.add_rope_dimension_count(8)),
+    ),
     "olmo2": ("olmo2", {}, lambda w: w.add_rope_freq_base(1e4)),
     "olmo3": (
         "olmo2",
-        {"rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}}},
+        {
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            }
+        },
         lambda w: (
             w.add_sliding_window(4),
             w.add_sliding_window_pattern([True, False, True]),
@@ -277,7 +321,9 @@ TRANSFORMERS_READS = {
 }
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "qwen3_moe"]
+)
 def test_the_files_of_these_tests_are_what_transformers_expects(
     tmp_path: Path, tiny_model: Callable[..., tuple[Any, ModelConfig]], model_type: str
 ) -> None:
@@ -286,10 +332,14 @@ def test_the_files_of_these_tests_are_what_transformers_expects(
     import transformers
 
     architecture, changes, more = FAMILIES[model_type]
-    model, config = tiny_model(model_type, **changes, **TRANSFORMERS_READS.get(model_type, {}), hidden_size=32)
+    model, config = tiny_model(
+        model_type, **changes, **TRANSFORMERS_READS.get(model_type, {}), hidden_size=32
+    )
     params = saved_params(model, config, tmp_path / "hf")
     path = write_model(tmp_path / "m.gguf", architecture, model.config.to_dict(), params, more)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32
+    )
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(theirs.state_dict()[name], tensor, rtol=0, atol=1e-6, msg=name)
 
@@ -355,7 +405,9 @@ def test_llama3_divisors_become_its_settings_and_others_are_kept(tmp_path: Path)
     settings = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     settings |= {"original_max_position_embeddings": 8192, "rope_theta": 5e5}
     wide = {"hidden_size": 64, "head_dim": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
-    config = transformers.LlamaConfig(**(MODEL | wide | {"max_position_embeddings": 131_072}), rope_parameters=settings)
+    config = transformers.LlamaConfig(
+        **(MODEL | wide | {"max_position_embeddings": 131_072}), rope_parameters=settings
+    )
     stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     divisors = 5e5 ** -(np.arange(0, 64, 2) / 64) / stretched.numpy()
 
@@ -384,7 +436,11 @@ def test_named_scaling(tmp_path: Path) -> None:
         writer.add_rope_scaling_orig_ctx_len(16)
 
     assert rope(tmp_path, linear) == {"rope_type": "linear", "factor": 4.0}
-    assert rope(tmp_path, yarn) == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    assert rope(tmp_path, yarn) == {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
     assert rope(tmp_path, lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)) == {}
 
 
@@ -416,7 +472,10 @@ def test_gguf_errors_name_file_and_field(tmp_path: Path) -> None:
     ("change", "match"),
     [
         (lambda w: w.add_uint32("split.count", 3), "part of 3.*llama-gguf-split"),
-        (lambda w: w.add_custom_alignment(32) or w.add_tensor("extra.weight", np.ones(3, np.float32)), "extra.weight"),
+        (
+            lambda w: w.add_custom_alignment(32) or w.add_tensor("extra.weight", np.ones(3, np.float32)),
+            "extra.weight",
+        ),
         (lambda w: w.add_tensor("blk.0.attn_q.bias", np.ones(16, np.float32)), "attn_k.bias"),
         (
             lambda w: w.add_tensor("output.weight", np.ones((48, 8), np.float32)),
@@ -434,7 +493,9 @@ def test_models_that_are_refused(tmp_path: Path, change: Write, match: str) -> N
 
 
 def test_unsupported_architecture_and_quantization(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "m.gguf", "mamba", raw := {"model_type": "llama", **MODEL}, random_params(raw))
+    path = write_model(
+        tmp_path / "m.gguf", "mamba", raw := {"model_type": "llama", **MODEL}, random_params(raw)
+    )
     with pytest.raises(NaloraError, match="general.architecture.*llama.*'mamba'"):
         load_model(str(path), dtype="float32")
     writer = gguf.GGUFWriter(path, "llama")
@@ -455,7 +516,9 @@ def test_layers_of_different_width_are_refused(tmp_path: Path) -> None:
     writer.add_array("llama.attention.head_count", [4, 2])
     writer.add_tensor("token_embd.weight", np.ones((48, 16), np.float32))
     finish(writer, path)
-    with pytest.raises(NaloraError, match=r"head_count: expected the same value for every layer, found \[4, 2\]"):
+    with pytest.raises(
+        NaloraError, match=r"head_count: expected the same value for every layer, found \[4, 2\]"
+    ):
         hf_config(GGUFFile(path))
 
 

@@ -106,13 +106,21 @@ def test_merged_file_loads_as_the_merged_model(kind, error, base, tmp_path):
     assert loaded.config == config
     expected = flatten(merge(params, lora, spec))
     for path, leaf in flatten(loaded.params).items():
-        np.testing.assert_allclose(leaf, expected[path], atol=error * np.abs(expected[path]).max(), err_msg=path)
-    assert loaded.tokenizer.encode("ab a") == load_model(str(source), dtype="float32").tokenizer.encode("ab a")
+        np.testing.assert_allclose(
+            leaf, expected[path], atol=error * np.abs(expected[path]).max(), err_msg=path
+        )
+    assert loaded.tokenizer.encode("ab a") == load_model(str(source), dtype="float32").tokenizer.encode(
+        "ab a"
+    )
     before, after = fields(source), fields(tmp_path / "m.gguf")
     own = {"GGUF.kv_count", "general.file_type", "general.quantization_version"}
-    assert {k: v for k, v in after.items() if k not in own} == {k: v for k, v in before.items() if k not in own}
+    assert {k: v for k, v in after.items() if k not in own} == {
+        k: v for k, v in before.items() if k not in own
+    }
     assert after["general.file_type"][1] == KINDS[kind]
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    kinds = {
+        tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors
+    }
     assert kinds["blk.0.ffn_gate.weight"] == kind
     assert kinds["blk.1.attn_norm.weight"] == "F32"
     # Rows of 48 do not fill Q8_0's blocks of 32.
@@ -183,8 +191,12 @@ def test_refusals(base, tmp_path, random_lora):
     with pytest.raises(NaloraError, match=r"convert_hf_to_gguf\.py"):
         write_merged_gguf(tmp_path / "m.gguf", config, params, lora, spec, base=tmp_path / "text.gguf")
     other = ModelConfig.from_hf(LLAMA | {"intermediate_size": 64})
-    with pytest.raises(NaloraError, match=r"base\.gguf: blk\.0\.ffn_gate\.weight: expected shape \(64, 32\)"):
-        write_merged_gguf(tmp_path / "m.gguf", other, random_params(other), None, AdapterSpec(), base=source)
+    with pytest.raises(
+        NaloraError, match=r"base\.gguf: blk\.0\.ffn_gate\.weight: expected shape \(64, 32\)"
+    ):
+        write_merged_gguf(
+            tmp_path / "m.gguf", other, random_params(other), None, AdapterSpec(), base=source
+        )
     dora, dora_spec = random_lora(config, TARGETS, dora=True)
     with pytest.raises(NaloraError, match="DoRA"):
         write_adapter_gguf(tmp_path / "m.gguf", config, dora, dora_spec)
@@ -221,7 +233,9 @@ def test_merge_writes_one_gguf_file(base, adapter, tmp_path, capsys):
     config, params, lora, spec, source = base
     out = tmp_path / "out.gguf"
     assert main(["merge", str(adapter), "--gguf", "Q8_0", "--output", str(out)]) == 0
-    direct = write_merged_gguf(tmp_path / "direct.gguf", config, params, lora, spec, base=source, kind="Q8_0")
+    direct = write_merged_gguf(
+        tmp_path / "direct.gguf", config, params, lora, spec, base=source, kind="Q8_0"
+    )
     assert out.read_bytes() == direct.read_bytes()
     assert main(["merge", str(adapter), "--gguf", "F16", "--output", str(out)]) == 2
     assert "--output: expected a new file" in capsys.readouterr().err
@@ -234,7 +248,13 @@ def test_a_gguf_file_is_merged_of_a_gguf_base_only(base, tmp_path, capsys):
     folder = tmp_path / "hf"
     loaded = load_model(str(source), dtype="float32")
     write_merged(
-        folder, config, loaded.params, None, AdapterSpec(), hf_config=loaded.hf_config, tokenizer=loaded.tokenizer
+        folder,
+        config,
+        loaded.params,
+        None,
+        AdapterSpec(),
+        hf_config=loaded.hf_config,
+        tokenizer=loaded.tokenizer,
     )
     adapter = export_adapter(lora, spec, config, tmp_path / "peft", base_model_name=str(folder))
     assert main(["merge", str(adapter), "--gguf", "F16", "--output", str(tmp_path / "out.gguf")]) == 2
@@ -249,7 +269,9 @@ def test_trained_tables_and_new_tokens_go_into_the_file(base, tmp_path):
     assert rows == 34
     rng = np.random.default_rng(1)
     tables = {"embed/embedding": (rows, 32), "lm_head/kernel": (32, rows)}
-    leaves = flatten(lora) | {path: rng.standard_normal(shape, np.float32) for path, shape in tables.items()}
+    leaves = flatten(lora) | {
+        path: rng.standard_normal(shape, np.float32) for path, shape in tables.items()
+    }
     spec = replace(spec, saved=("embed_tokens", "lm_head"))
     folder = tmp_path / "adapter"
     named = {"base_model_name": str(source), "beside": tokenizer_writer(loaded)}

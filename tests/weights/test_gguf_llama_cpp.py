@@ -44,7 +44,19 @@ HF: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 IDS = list(range(3, 23))
-QUANTIZED = ("Q2_K", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS")
+QUANTIZED = (
+    "Q2_K",
+    "Q3_K",
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ3_XXS",
+    "IQ3_S",
+    "IQ4_NL",
+    "IQ4_XS",
+)
 
 
 def write_base(path: Path, kind: GGMLQuantizationType | None = None) -> Path:
@@ -80,12 +92,16 @@ def add_metadata(writer: gguf.GGUFWriter) -> None:
     writer.add_add_bos_token(False)
 
 
-def add_tensors(writer: gguf.GGUFWriter, config: ModelConfig, kind: GGMLQuantizationType | None = None) -> None:
+def add_tensors(
+    writer: gguf.GGUFWriter, config: ModelConfig, kind: GGMLQuantizationType | None = None
+) -> None:
     """Random tensors of a model; its feed-forward blocks as random blocks of ``kind``."""
     rng = np.random.default_rng(0)
     leaves = {path: rng.standard_normal(shape, np.float32) for path, shape in param_shapes(config).items()}
     scales = {path: 0.1 if path.endswith("/scale") else 0.2 if "embed" in path else 0.08 for path in leaves}
-    params = unflatten({path: scales[path] * leaf + path.endswith("/scale") for path, leaf in leaves.items()})
+    params = unflatten(
+        {path: scales[path] * leaf + path.endswith("/scale") for path, leaf in leaves.items()}
+    )
     for name, tensor in tensors_from_params(config, params, "gguf"):
         if kind is not None and "ffn" in name and tensor.ndim == 2:
             writer.add_tensor(name, random_blocks(kind, len(tensor), rng), raw_dtype=kind)

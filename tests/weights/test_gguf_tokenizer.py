@@ -60,7 +60,12 @@ def byte_level(rule: Any) -> tuple[list[str], list[str]]:
 def write(path: Path, architecture: str = "llama", **metadata: Any) -> Path:
     """A GGUF file with a tokenizer and one small tensor."""
     writer = gguf.GGUFWriter(path, architecture)
-    for name, value in {"block_count": 1, "context_length": 8, "embedding_length": 8, "feed_forward_length": 8}.items():
+    for name, value in {
+        "block_count": 1,
+        "context_length": 8,
+        "embedding_length": 8,
+        "feed_forward_length": 8,
+    }.items():
         writer.add_uint32(f"{architecture}.{name}", value)
     writer.add_head_count(1)
     writer.add_head_count_kv(1)
@@ -108,7 +113,9 @@ def test_byte_level_vocabularies_equal_transformers(tmp_path: Path, pre: str) ->
 @pytest.mark.parametrize("pre", ["smollm", "refact"])
 def test_digits_stand_alone_where_the_model_was_trained_so(tmp_path: Path, pre: str) -> None:
     """transformers 5.24 reads these files with GPT-2's rule; the models' own tokenizer.json splits digits first."""
-    path = write_byte_level(tmp_path / "m.gguf", pre, *byte_level(pre_tokenizers.Digits(individual_digits=True)))
+    path = write_byte_level(
+        tmp_path / "m.gguf", pre, *byte_level(pre_tokenizers.Digits(individual_digits=True))
+    )
     ours, reference = read_tokenizer(GGUFFile(path)), theirs(path)
     digits = pre_tokenizers.Digits(individual_digits=True)
     reference.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -134,7 +141,9 @@ def test_whole_words_win_in_llama_3(tmp_path: Path) -> None:
     tokens, merges = byte_level(None)
     tokens = [*tokens, "qzx"]  # no merge leads to it
     ids = {
-        pre: read_tokenizer(GGUFFile(write_byte_level(tmp_path / "m.gguf", pre, tokens, merges))).encode("qzx")
+        pre: read_tokenizer(GGUFFile(write_byte_level(tmp_path / "m.gguf", pre, tokens, merges))).encode(
+            "qzx"
+        )
         for pre in ("llama-bpe", "qwen2")
     }
     assert ids["llama-bpe"] == [len(tokens) - 1]
@@ -143,8 +152,13 @@ def test_whole_words_win_in_llama_3(tmp_path: Path) -> None:
 
 def test_stop_ids_template_and_special_tokens(tmp_path: Path) -> None:
     tokens, merges = byte_level(None)
-    more = {"add_bos_token": True, "chat_template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"}
-    path = write_byte_level(tmp_path / "m.gguf", "llama-bpe", tokens, merges, **more, eot_token_id=7, pad_token_id=0)
+    more = {
+        "add_bos_token": True,
+        "chat_template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",
+    }
+    path = write_byte_level(
+        tmp_path / "m.gguf", "llama-bpe", tokens, merges, **more, eot_token_id=7, pad_token_id=0
+    )
     ours = read_tokenizer(GGUFFile(path))
     assert ours.eos_ids == (2, 7, 0)
     assert ours.pad_id == 0
@@ -162,16 +176,28 @@ def sentencepiece(more: list[tuple[str, int]]) -> dict[str, Any]:
     """Token metadata of a SentencePiece BPE vocabulary: specials, ``more``, bytes, merged pieces, characters."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=500, show_progress=False, min_frequency=1))
+    backend.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=500, show_progress=False, min_frequency=1)
+    )
     vocabulary = backend.get_vocab()
     first = [("<unk>", gguf.TokenType.UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), *more]
     first += [(f"<0x{byte:02X}>", BYTE) for byte in range(256)]
-    learned = sorted(vocabulary.keys() - dict(first), key=lambda token: (len(token) == 1, vocabulary[token]))
+    learned = sorted(
+        vocabulary.keys() - dict(first), key=lambda token: (len(token) == 1, vocabulary[token])
+    )
     tokens = [token for token, _ in first] + learned
     kinds = [kind for _, kind in first] + [gguf.TokenType.NORMAL] * len(learned)
-    scores = [-1000.0 if kind == USER_DEFINED else 0.0 for _, kind in first] + [-float(i) for i in range(len(learned))]
+    scores = [-1000.0 if kind == USER_DEFINED else 0.0 for _, kind in first] + [
+        -float(i) for i in range(len(learned))
+    ]
     ids = {"unk_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return {"tokenizer_model": "llama", "token_list": tokens, "token_types": kinds, "token_scores": scores, **ids}
+    return {
+        "tokenizer_model": "llama",
+        "token_list": tokens,
+        "token_types": kinds,
+        "token_scores": scores,
+        **ids,
+    }
 
 
 @pytest.mark.parametrize(
@@ -183,7 +209,9 @@ def sentencepiece(more: list[tuple[str, int]]) -> dict[str, Any]:
         ("gemma3", {"add_space_prefix": False, "add_bos_token": True}),
     ],
 )
-def test_sentencepiece_vocabularies_equal_transformers(tmp_path: Path, architecture: str, more: dict[str, Any]) -> None:
+def test_sentencepiece_vocabularies_equal_transformers(
+    tmp_path: Path, architecture: str, more: dict[str, Any]
+) -> None:
     words = [("<|im_start|>", CONTROL), ("<|im_end|>", CONTROL), ("<b>", USER_DEFINED)]
     spaces = [(text, USER_DEFINED) for text in ("\n", "\n\n", "  ", "   ", "    ")]
     fields = sentencepiece(words + (spaces if architecture == "gemma3" else []))

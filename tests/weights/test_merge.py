@@ -41,7 +41,9 @@ ALL = {f"attn/{n}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for n in "qkvo"} | {
     f"ffn/{n}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for n in ("gate", "up", "down")
 }
 SHARED = {
-    f"ffn/{part}/{n}_proj": ALL["ffn/up_proj"] for part in ("experts_ffn", "shared_ffn") for n in ("gate", "down")
+    f"ffn/{part}/{n}_proj": ALL["ffn/up_proj"]
+    for part in ("experts_ffn", "shared_ffn")
+    for n in ("gate", "down")
 }
 # LFM2 with a convolution, attention and a convolution.
 LFM2 = {
@@ -54,11 +56,17 @@ LFM2 = {
 GLM = {
     f"{stack}/{name}_proj": (ranks, tuple(map(float, ranks)))
     for stack, ranks in {"group0/block0": (3,), "group1/block0": (4, 2)}.items()
-    for name in ("attn/v", *(("ffn/up",) if len(ranks) == 1 else ("ffn/experts_ffn/gate", "ffn/shared_ffn/down")))
+    for name in (
+        "attn/v",
+        *(("ffn/up",) if len(ranks) == 1 else ("ffn/experts_ffn/gate", "ffn/shared_ffn/down")),
+    )
 }
 # Qwen3.5 with two layers of linear attention and one of attention.
 HYBRID = {
-    **{f"group0/block0/linear_attn/{n}": ((4, 2), (8.0, 3.0)) for n in ("in_proj_qkv", "in_proj_z", "out_proj")},
+    **{
+        f"group0/block0/linear_attn/{n}": ((4, 2), (8.0, 3.0))
+        for n in ("in_proj_qkv", "in_proj_z", "out_proj")
+    },
     **{f"group0/block0/linear_attn/in_proj_{n}": ((1, 2), (2.0, 3.0)) for n in "ab"},
     "group0/block0/ffn/gate_proj": ((4, 4), (8.0, 8.0)),
     **{f"group1/block0/attn/{n}_proj": ((3,), (6.0,)) for n in "qo"},
@@ -79,24 +87,37 @@ def torch_logits(model: Any) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames=("config", "spec"))
-def our_logits(config: ModelConfig, params: Any, lora: Any = None, spec: AdapterSpec = NO_ADAPTERS) -> jax.Array:
+def our_logits(
+    config: ModelConfig, params: Any, lora: Any = None, spec: AdapterSpec = NO_ADAPTERS
+) -> jax.Array:
     model = Decoder(config, spec)
     variables = {"params": params} | ({} if lora is None else {"lora": lora})
     return model.apply(variables, model.apply(variables, TOKENS), method="unembed")
 
 
 def tokenizer() -> Tokenizer:
-    words = ["<pad>", "<s>", "</s>", "<|im_start|>", "<unk>", *"abcdefghijklmnopqrstuvwxyz .,", "th", "the", "in"]
+    words = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<|im_start|>",
+        "<unk>",
+        *"abcdefghijklmnopqrstuvwxyz .,",
+        "th",
+        "the",
+        "in",
+    ]
     backend = tokenizers.Tokenizer(
         tokenizers.models.BPE(
-            {word: i for i, word in enumerate(words)}, [("t", "h"), ("th", "e"), ("i", "n")], unk_token="<unk>"
+            {word: i for i, word in enumerate(words)},
+            [("t", "h"), ("th", "e"), ("i", "n")],
+            unk_token="<unk>",
         )
     )
     backend.decoder = tokenizers.decoders.Fuse()
     backend.add_special_tokens(["<pad>", "<s>", "</s>", "<|im_start|>"])
-    template = (
-        "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
-    )
+    turn = "<|im_start|>{{ m.role }}: {{ m.content }}{{ eos_token }}"
+    template = "{{ bos_token }}{% for m in messages %}" + turn + "{% endfor %}"
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     return Tokenizer(backend, 1, 2, 0, (2, 3), template, add_bos=True, special_tokens=special)
 
@@ -129,7 +150,9 @@ def test_merge_is_the_formula(family, variant, tiny_model, params_of, random_lor
         for layer, rank in enumerate(target.ranks):
             w = leaves[f"{path}/kernel"][layer].astype(np.float64)
             a, b = (adapters[f"{path}/{name}"][layer].astype(np.float64) for name in "ab")
-            expected = w + (target.alphas[layer] / (rank**0.5 if spec.rslora else rank) * a @ b if rank else 0)
+            expected = w + (
+                target.alphas[layer] / (rank**0.5 if spec.rslora else rank) * a @ b if rank else 0
+            )
             if spec.dora and rank:
                 norm = np.sqrt((expected**2).sum(-2, keepdims=True))
                 expected = adapters[f"{path}/magnitude"][layer][..., None, :] * expected / norm
@@ -239,7 +262,17 @@ def small(tiny_model, random_lora):
 
 def test_folder_holds_what_tools_expect(small, tmp_path):
     config, params, lora, spec, raw = small
-    write(tmp_path / "m", config, params, lora, spec, raw, shard_bytes=10_000, dtype="bfloat16", card="# Mine\n")
+    write(
+        tmp_path / "m",
+        config,
+        params,
+        lora,
+        spec,
+        raw,
+        shard_bytes=10_000,
+        dtype="bfloat16",
+        card="# Mine\n",
+    )
 
     index = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
     shards = sorted(path.name for path in (tmp_path / "m").glob("model-*.safetensors"))
@@ -289,7 +322,9 @@ def test_written_tokenizer_works_in_transformers(small, tmp_path):
     text = "the thing in there, then."
     assert theirs(text).input_ids == ours.encode(text)
     assert ours.encode(text)[0] == 1
-    assert theirs.decode(ours.encode(text), skip_special_tokens=True) == ours.decode(ours.encode(text)) == text
+    assert (
+        theirs.decode(ours.encode(text), skip_special_tokens=True) == ours.decode(ours.encode(text)) == text
+    )
     messages = [{"role": "user", "content": "hi"}, {"role": "bot", "content": "there"}]
     assert theirs.apply_chat_template(messages, tokenize=False) == ours.render_chat(messages)
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 0)
@@ -305,7 +340,12 @@ def test_tokenizer_files_of_the_base_are_copied(small, tmp_path):
     write(tmp_path / "base", config, params, None, NO_ADAPTERS, raw)
     (tmp_path / "base/special_tokens_map.json").write_text('{"eos_token": "</s>"}')
     write(tmp_path / "m", config, params, lora, spec, raw, tokenizer=tmp_path / "base")
-    for name in ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"):
+    for name in (
+        "tokenizer.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ):
         assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
     (tmp_path / "empty").mkdir()
     with pytest.raises(NaloraError, match=r"tokenizer\.json"):

@@ -66,8 +66,12 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
         experts, inputs, outputs = tensors.pop(name).shape
-        tensors[f"{name}_blocks"] = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
-        tensors[f"{name}_scales"] = torch.randint(118, 126, (experts, outputs, inputs // 32), dtype=torch.uint8)
+        tensors[f"{name}_blocks"] = torch.randint(
+            0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8
+        )
+        tensors[f"{name}_scales"] = torch.randint(
+            118, 126, (experts, outputs, inputs // 32), dtype=torch.uint8
+        )
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": RELEASED}))
@@ -107,7 +111,11 @@ def test_floats_are_exactly_transformers(released: Path, dtype: str, kind: Any, 
 def test_the_quantized_model_has_transformers_logits(released: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(released, attn_implementation="eager").float().eval()
+        theirs = (
+            transformers.AutoModelForCausalLM.from_pretrained(released, attn_implementation="eager")
+            .float()
+            .eval()
+        )
     tokens = np.random.default_rng(0).integers(1, 48, (2, 20))
     with torch.no_grad():
         want = theirs(torch.tensor(tokens)).logits.numpy()
@@ -121,7 +129,12 @@ def test_any_slice_reads_the_same_floats(released: Path) -> None:
     source, name = with_floats(SafetensorsFolder(released)), "model.layers.1.mlp.experts.gate_up_proj"
     want = transformers_floats(released, 1, "gate_up_proj")
     assert source.shapes()[name] == want.shape
-    for index in np.s_[0:4, 0:64, 0:192], np.s_[1:2, 31:33, 5:192:2], np.s_[2:4, 40:41, 0:1], np.s_[0:1, 32:64, 7:9]:
+    for index in (
+        np.s_[0:4, 0:64, 0:192],
+        np.s_[1:2, 31:33, 5:192:2],
+        np.s_[2:4, 40:41, 0:1],
+        np.s_[0:1, 32:64, 7:9],
+    ):
         np.testing.assert_array_equal(source.read(name, index), want[index])
 
 
@@ -159,7 +172,9 @@ def test_rounding_is_to_the_nearest_level_and_to_even_codes() -> None:
         ({"bits": 4}, "bits"),
     ],
 )
-def test_other_quantization_is_refused_by_name(released: Path, tmp_path: Path, change: Any, message: str) -> None:
+def test_other_quantization_is_refused_by_name(
+    released: Path, tmp_path: Path, change: Any, message: str
+) -> None:
     raw = json.loads((released / "config.json").read_text())
     raw["quantization_config"] |= change
     (tmp_path / "config.json").write_text(json.dumps(raw))

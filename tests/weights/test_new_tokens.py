@@ -89,7 +89,9 @@ def test_a_run_trains_new_tokens_and_transformers_and_peft_have_them(tmp_path, c
     np.testing.assert_allclose(torch_logits_of(theirs, tokens), expected, rtol=1e-4, atol=1e-4)
     assert "base.resize_token_embeddings(30)" in (result.adapter / "README.md").read_text()
 
-    assert main(["merge", str(result.folder), "--output", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+    assert (
+        main(["merge", str(result.folder), "--output", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+    )
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert (merged.config.vocab_size, merged.config.tie_word_embeddings) == (30, False)
     np.testing.assert_allclose(torch_logits_of(merged, tokens), expected, rtol=1e-4, atol=1e-4)
@@ -103,7 +105,9 @@ def test_a_run_trains_new_tokens_and_transformers_and_peft_have_them(tmp_path, c
     assert again.best_step == result.best_step
     other = replace(config, data=replace(config.data, add_tokens=("<other>",)))
     settings = [{"base": "all:0", "config": snapshot.plain(one.to_dict())} for one in (config, other)]
-    with pytest.raises(NaloraError, match=r"data\.add_tokens\.0 = '<out>', found data\.add_tokens\.0 = '<other>'"):
+    with pytest.raises(
+        NaloraError, match=r"data\.add_tokens\.0 = '<out>', found data\.add_tokens\.0 = '<other>'"
+    ):
         snapshot.check_run("checkpoint", *settings)
 
 
@@ -135,7 +139,9 @@ def add(tokenizer: Any) -> Any:
 def theirs(tiny_model, tmp_path):
     """Makes adapters with new tokens as users of PEFT do: ``theirs(tied, **settings)`` -> folder, logits."""
 
-    def make(*, tied: bool = False, words: int = 48, resize: bool = True, **settings: Any) -> tuple[Path, np.ndarray]:
+    def make(
+        *, tied: bool = False, words: int = 48, resize: bool = True, **settings: Any
+    ) -> tuple[Path, np.ndarray]:
         model, _ = tiny_model("llama", tie_word_embeddings=tied)
         tokenizer = fast_tokenizer(words)
         for part in (model, tokenizer):
@@ -187,10 +193,14 @@ def test_rows_that_a_base_has_to_spare_are_taken_and_shrunk_tables_are_read(thei
     assert model.base.tokenizer.encode("<go> w5 <out>") == [40, 5, 41]
     with pytest.raises(NaloraError, match="tables of at least 42 rows, one for each token, found 41"):
         load(cut(folder, tmp_path / "cut", 41))
-    smaller = load(cut(folder, tmp_path / "shrunk", 42), dtype="float32")  # resize_token_embeddings(len(tokenizer))
+    smaller = load(
+        cut(folder, tmp_path / "shrunk", 42), dtype="float32"
+    )  # resize_token_embeddings(len(tokenizer))
     assert smaller.base.params["embed"]["embedding"].shape == (42, 16)
     tokens = np.minimum(TOKENS, 41)
-    np.testing.assert_allclose(logits_of(smaller, tokens), logits_of(model, tokens)[..., :42], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        logits_of(smaller, tokens), logits_of(model, tokens)[..., :42], rtol=1e-4, atol=1e-4
+    )
     np.testing.assert_allclose(logits_of(model, np.minimum(TOKENS, 47)), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -208,15 +218,21 @@ def cut(folder: Path, copy: Path, rows: int, head: int | None = None) -> Path:
 
 def test_tokens_and_rows_that_do_not_fit_are_one_error_each(theirs, tmp_path):
     folder, _ = theirs(modules_to_save=list(BOTH))
-    with pytest.raises(NaloraError, match="as many rows of the head as of the embedding, found 50 of .* 49 of"):
+    with pytest.raises(
+        NaloraError, match="as many rows of the head as of the embedding, found 50 of .* 49 of"
+    ):
         load(cut(folder, tmp_path / "uneven", 50, head=49))
     with pytest.raises(NaloraError, match="tables of at least 50 rows, one for each token, found 49"):
         load(cut(folder, tmp_path / "few", 49))
     (bare := cut(folder, tmp_path / "bare", 50)).joinpath("tokenizer.json").unlink()
-    with pytest.raises(NaloraError, match="a tokenizer, since the adapter's tables have 2 rows more than the base"):
+    with pytest.raises(
+        NaloraError, match="a tokenizer, since the adapter's tables have 2 rows more than the base"
+    ):
         load(bare)
     other = cut(folder, tmp_path / "other", 50)
-    swapped = (other / "tokenizer.json").read_text().replace('"w5": 5', '"w6": 5').replace('"w6": 6', '"w5": 6')
+    swapped = (
+        (other / "tokenizer.json").read_text().replace('"w5": 5', '"w6": 5').replace('"w6": 6', '"w5": 6')
+    )
     (other / "tokenizer.json").write_text(swapped.replace('w5": 5', 'w6": 5'))
     with pytest.raises(NaloraError, match="the tokens of the base under their own ids"):
         load(other)
@@ -228,14 +244,18 @@ def test_tokens_and_rows_that_do_not_fit_are_one_error_each(theirs, tmp_path):
     same = load(folder, dtype="float32")
     assert put_on(same, folder).base is same.base
     renamed = cut(folder, tmp_path / "renamed", 50)
-    (renamed / "tokenizer.json").write_text((renamed / "tokenizer.json").read_text().replace("<out>", "<end-of-it>"))
+    (renamed / "tokenizer.json").write_text(
+        (renamed / "tokenizer.json").read_text().replace("<out>", "<end-of-it>")
+    )
     with pytest.raises(
         NaloraError, match="under their own ids.*'<end-of-it>' as 49, where the model has '<out>' as 49"
     ):
         put_on(same, renamed)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": [48, 49]}))
-    with pytest.raises(NaloraError, match="trainable_token_indices: expected rows of tables that modules_to_save"):
+    with pytest.raises(
+        NaloraError, match="trainable_token_indices: expected rows of tables that modules_to_save"
+    ):
         load(folder)
 
 
@@ -257,12 +277,18 @@ def test_new_rows_are_means_on_any_mesh_and_known_tokens_are_left_alone(tiny_mod
         assert found.added == ("<go>", "<out>", "w7")
         assert "tokens that the tokenizer has already: '<end>' (1)" in caplog.text
         assert found.tokenizer.encode("w5<out>w7w7<go>") == [5, 50, 7, 7, 49]
-        assert found.config.vocab_size == found.hf_config["vocab_size"] == 51  # which the mesh does not divide
-        np.testing.assert_allclose(found.params["embed"]["embedding"][48:], np.tile(means["embed"], (3, 1)), atol=1e-6)
+        assert (
+            found.config.vocab_size == found.hf_config["vocab_size"] == 51
+        )  # which the mesh does not divide
+        np.testing.assert_allclose(
+            found.params["embed"]["embedding"][48:], np.tile(means["embed"], (3, 1)), atol=1e-6
+        )
         np.testing.assert_allclose(
             found.params["lm_head"]["kernel"][:, 48:].T, np.tile(means["lm_head"], (3, 1)), atol=1e-6
         )
-        np.testing.assert_array_equal(found.params["embed"]["embedding"][:48], base.params["embed"]["embedding"])
+        np.testing.assert_array_equal(
+            found.params["embed"]["embedding"][:48], base.params["embed"]["embedding"]
+        )
     padded = with_added(base, AddedTokens(special=("[PAD]",)), mesh)
     assert (padded.added, padded.resized, padded.tokenizer.encode("[PAD]")) == ((), 49, [48])
 
@@ -270,9 +296,17 @@ def test_new_rows_are_means_on_any_mesh_and_known_tokens_are_left_alone(tiny_mod
 def test_settings_of_added_tokens_are_judged():
     saved = LoRAConfig(modules_to_save=BOTH)
     for lora, data, said in (
-        (saved, {"add_tokens": ("<a>", "<a>")}, "--data.add-tokens: expected texts, none empty or named twice"),
+        (
+            saved,
+            {"add_tokens": ("<a>", "<a>")},
+            "--data.add-tokens: expected texts, none empty or named twice",
+        ),
         (saved, {"add_special_tokens": (" ",)}, "--data.add-special-tokens: expected texts, none empty"),
-        (saved, {"add_tokens": ("<a>",), "add_special_tokens": ("<a>",)}, "no token of --data.add-special-tokens"),
+        (
+            saved,
+            {"add_tokens": ("<a>",), "add_special_tokens": ("<a>",)},
+            "no token of --data.add-special-tokens",
+        ),
         (
             LoRAConfig(modules_to_save=("lm_head",)),
             {"add_tokens": ("<a>",)},

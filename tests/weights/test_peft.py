@@ -61,7 +61,9 @@ DENSE_BETWEEN = {
     "group0/block1/ffn/down_proj": ((2,), (4.0,)),
 }
 SHARED = {
-    f"ffn/{part}/{n}": FFN[f"ffn/{n}"] for part in ("experts_ffn", "shared_ffn") for n in ("up_proj", "down_proj")
+    f"ffn/{part}/{n}": FFN[f"ffn/{n}"]
+    for part in ("experts_ffn", "shared_ffn")
+    for n in ("up_proj", "down_proj")
 }
 TOKENS = np.array([[1, 5, 9, 30, 7, 11, 2, 40], [3, 3, 8, 21, 44, 6, 17, 9]])
 
@@ -75,7 +77,9 @@ def wrap(model: Any, **config: Any) -> Any:
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + ("magnitude" in name))
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator) * 0.3 + ("magnitude" in name)
+                )
     return wrapped
 
 
@@ -102,7 +106,10 @@ def peft_deltas(wrapped: Any, layout: Any, config: Any) -> dict[tuple[str, int],
             module = modules.get(name)
             if host in layout.parameters:
                 module = modules[name.rpartition(".")[0]]
-                while hasattr(module, "parameter_name") and module.parameter_name != host.name.rpartition(".")[2]:
+                while (
+                    hasattr(module, "parameter_name")
+                    and module.parameter_name != host.name.rpartition(".")[2]
+                ):
                     module = module.base_layer
             if not hasattr(module, "get_delta_weight"):
                 continue
@@ -116,7 +123,9 @@ def peft_deltas(wrapped: Any, layout: Any, config: Any) -> dict[tuple[str, int],
     return found
 
 
-def assert_same(ours: dict[Any, np.ndarray], theirs: dict[Any, np.ndarray], tolerance: float = 1e-5) -> None:
+def assert_same(
+    ours: dict[Any, np.ndarray], theirs: dict[Any, np.ndarray], tolerance: float = 1e-5
+) -> None:
     assert ours.keys() | theirs.keys()
     for key in ours.keys() | theirs.keys():
         a, b = ours.get(key, np.zeros(1)), theirs.get(key, np.zeros(1))
@@ -128,7 +137,9 @@ def logits(model: Any) -> np.ndarray:
         return model(torch.tensor(TOKENS)).logits.double().numpy()
 
 
-def write(folder: Path, settings_: dict[str, Any], tensors: dict[str, np.ndarray], metadata: Any = None) -> None:
+def write(
+    folder: Path, settings_: dict[str, Any], tensors: dict[str, np.ndarray], metadata: Any = None
+) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(settings_))
     save_file(tensors, folder / "adapter_model.safetensors", metadata=metadata)
@@ -154,7 +165,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "r": 4,
         "lora_alpha": 8,
         "target_modules": ["q_proj", "gate_proj", "mlp.down_proj"],
-        "rank_pattern": {"model.layers.1.mlp.gate_proj": 2, "q_proj": 3, r"^model\.layers\.[02].*down_proj": 5},
+        "rank_pattern": {
+            "model.layers.1.mlp.gate_proj": 2,
+            "q_proj": 3,
+            r"^model\.layers\.[02].*down_proj": 5,
+        },
         "alpha_pattern": {"gate_proj": 5, "layers.2.self_attn.q_proj": 7.5},
     },
     "patterns and rslora": {
@@ -165,7 +180,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"layers.0.mlp.gate_proj": 1},
         "use_rslora": True,
     },
-    "some layers": {"r": 4, "lora_alpha": 8, "target_modules": ["up_proj", "o_proj"], "layers_to_transform": [0, 2]},
+    "some layers": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["up_proj", "o_proj"],
+        "layers_to_transform": [0, 2],
+    },
     "one layer": {
         "r": 4,
         "lora_alpha": 8,
@@ -179,7 +199,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "target_modules": ["up_proj", "o_proj"],
         "exclude_modules": ["layers.1.mlp.up_proj"],
     },
-    "excluded regex": {"r": 4, "lora_alpha": 8, "target_modules": ["up_proj"], "exclude_modules": r".*\.1\..*"},
+    "excluded regex": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["up_proj"],
+        "exclude_modules": r".*\.1\..*",
+    },
     "dora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "gate_proj"], "use_dora": True},
 }
 
@@ -211,7 +236,10 @@ def test_import_equals_peft(variant, tiny_model, deltas, tmp_path):
 @pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next"])
 def test_import_adapters_of_linear_attention(family, tiny_model, deltas, tmp_path):
     model, config = tiny_model(family)
-    named = {"qwen3_5_text": "all-linear", "qwen3_next": ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"]}
+    named = {
+        "qwen3_5_text": "all-linear",
+        "qwen3_next": ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"],
+    }
     wrapped = wrap(model, r=2, lora_alpha=6, target_modules=named[family])
     wrapped.save_pretrained(tmp_path)
 
@@ -251,7 +279,11 @@ def test_import_converted_pissa(tiny_model, deltas, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         settings_ = peft.LoraConfig(
-            task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules=["gate_proj", "q_proj"], init_lora_weights="pissa"
+            task_type="CAUSAL_LM",
+            r=3,
+            lora_alpha=6,
+            target_modules=["gate_proj", "q_proj"],
+            init_lora_weights="pissa",
         )
         wrapped = peft.get_peft_model(model, settings_)
         wrapped.peft_config["default"].init_lora_weights = True
@@ -263,7 +295,9 @@ def test_import_converted_pissa(tiny_model, deltas, tmp_path):
                     parameter.add_(torch.randn(parameter.shape) * 0.1)
         trained = logits(wrapped.eval())
         wrapped.save_pretrained(tmp_path / "raw")
-        wrapped.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+        wrapped.save_pretrained(
+            tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+        )
 
     with pytest.raises(NaloraError, match="path_initial_model_for_weight_conversion"):
         import_adapter(tmp_path / "raw", config)
@@ -273,9 +307,9 @@ def test_import_converted_pissa(tiny_model, deltas, tmp_path):
     fresh, _ = tiny_model("llama")
     with torch.no_grad():
         for (path, layer), delta in deltas(lora, spec).items():
-            name = f"model.layers.{layer}." + path.removeprefix("layers/").replace("attn/", "self_attn.").replace(
-                "ffn/", "mlp."
-            )
+            name = f"model.layers.{layer}." + path.removeprefix("layers/").replace(
+                "attn/", "self_attn."
+            ).replace("ffn/", "mlp.")
             weight = fresh.get_submodule(name).weight
             torch.testing.assert_close(weight, before[f"{name}.weight"])
             weight.add_(torch.from_numpy(delta.T).float())
@@ -327,7 +361,10 @@ def test_export_loads_in_peft(case, tiny_model, random_lora, deltas, tmp_path):
     export_adapter(lora, spec, config, folder, base_model_name="org/base")
 
     wrapped = load(model, folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     assert_same(deltas(lora, spec), peft_deltas(wrapped, module_layout(config), config))
     verify_export(folder, lora, spec, config)
     # And back: what was exported is what is imported, bit for bit where no scale was folded.
@@ -337,7 +374,9 @@ def test_export_loads_in_peft(case, tiny_model, random_lora, deltas, tmp_path):
         assert spec_again == spec
         for path, _target in spec.targets:
             for name in ("a", "b"):
-                np.testing.assert_array_equal(flatten(again)[f"{path}/{name}"], flatten(lora)[f"{path}/{name}"])
+                np.testing.assert_array_equal(
+                    flatten(again)[f"{path}/{name}"], flatten(lora)[f"{path}/{name}"]
+                )
 
 
 def test_folded_scales_keep_everything_else(tiny_model, random_lora, tmp_path):
@@ -354,7 +393,9 @@ def test_folded_scales_keep_everything_else(tiny_model, random_lora, tmp_path):
 def test_config_file_is_the_contract(tiny_model, random_lora, tmp_path):
     _, config = tiny_model("llama")
     lora, spec = random_lora(config, FFN | {"attn/q_proj": ((0, 4, 0), (1.0, 8.0, 1.0))}, dropout=0.1)
-    export_adapter(lora, spec, config, tmp_path / "a", base_model_name="org/base", extra={"revision": "main"})
+    export_adapter(
+        lora, spec, config, tmp_path / "a", base_model_name="org/base", extra={"revision": "main"}
+    )
     assert json.loads((tmp_path / "a/adapter_config.json").read_text()) == {
         "alpha_pattern": {},
         "base_model_name_or_path": "org/base",
@@ -456,7 +497,10 @@ def test_import_experts_of_transformers_4(tiny_model, random_lora, deltas, tmp_p
 @pytest.mark.parametrize(
     ("prefixes", "target"),
     [
-        (("model.vision_tower.vision_model.", "model.multi_modal_projector.", "model.language_model."), "fc1"),
+        (
+            ("model.vision_tower.vision_model.", "model.multi_modal_projector.", "model.language_model."),
+            "fc1",
+        ),
         (("vision_tower.vision_model.", "multi_modal_projector.", "language_model.model."), "fc1"),
         (
             ("vision_tower.vision_model.", "", "language_model.model."),
@@ -466,10 +510,26 @@ def test_import_experts_of_transformers_4(tiny_model, random_lora, deltas, tmp_p
 )
 def test_import_models_that_see_of_transformers_4(prefixes, target, tmp_path):
     """Names of 4.52 to 4.57, and up to 4.51; patterns are matched against the names that the file has."""
-    tower = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    tower = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+    }
     tower |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 4}
-    text = {"model_type": "llama", "vocab_size": 64, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
-    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
+    text = {
+        "model_type": "llama",
+        "vocab_size": 64,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+    }
+    text |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+    }
     raw = {"model_type": "llava", "text_config": text, "vision_config": tower, "image_token_index": 3}
     config = ModelConfig.from_hf(raw, images=True)
     rng, seen, projector, words = np.random.default_rng(0), *prefixes
@@ -479,7 +539,9 @@ def test_import_models_that_see_of_transformers_4(prefixes, target, tmp_path):
     tensors = {}
     for name, (d_in, d_out) in sizes.items():
         for factor, shape in (("lora_A", (2, d_in)), ("lora_B", (d_out, 2))):
-            tensors[f"base_model.model.{name}.{factor}.weight"] = rng.standard_normal(shape).astype(np.float32)
+            tensors[f"base_model.model.{name}.{factor}.weight"] = rng.standard_normal(shape).astype(
+                np.float32
+            )
     targets = target if "(" in target else ["fc1", "up_proj", "linear_1"]
     settings_ = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": targets}
     write(tmp_path / "adapter", settings_, tensors)
@@ -549,7 +611,9 @@ def test_vllm_export_of_stacked_experts(tiny_model, random_lora, deltas, tmp_pat
 
     settings_ = json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert (settings_["r"], settings_["rank_pattern"], settings_["alpha_pattern"]) == (4, {}, {})
-    shapes = {key: tensor.shape for key, tensor in load_file(tmp_path / "a/adapter_model.safetensors").items()}
+    shapes = {
+        key: tensor.shape for key, tensor in load_file(tmp_path / "a/adapter_model.safetensors").items()
+    }
     for layer in range(config.n_layers):
         stem = f"base_model.model.model.layers.{layer}.mlp.experts"
         assert shapes[f"{stem}.base_layer.lora_A.weight"] == (4 * config.n_experts, config.d_model)
@@ -564,7 +628,9 @@ def test_vllm_refusals_name_the_rule(tiny_model, random_lora, tmp_path):
         export_adapter(lora, spec, config, tmp_path / "a", base_model_name="b", target="vllm")
     lora, spec = random_lora(config, FFN)
     with pytest.raises(NaloraError, match="max_lora_rank"):
-        export_adapter(lora, spec, config, tmp_path / "a", base_model_name="b", target="vllm", max_lora_rank=3)
+        export_adapter(
+            lora, spec, config, tmp_path / "a", base_model_name="b", target="vllm", max_lora_rank=3
+        )
     export_adapter(lora, spec, config, tmp_path / "a", base_model_name="b", target="vllm", max_lora_rank=4)
 
 

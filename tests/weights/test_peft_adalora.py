@@ -66,7 +66,11 @@ def test_logits_are_those_of_peft(trained: tuple[Path, Any, np.ndarray]) -> None
     config = described(model)
     params = params_from_tensors(config, lambda name: model.get_parameter(name).detach().numpy())
     lora, spec = import_adapter(folder, config)
-    left = [len(value) for name, value in load_file(folder / "adapter_model.safetensors").items() if "lora_E" in name]
+    left = [
+        len(value)
+        for name, value in load_file(folder / "adapter_model.safetensors").items()
+        if "lora_E" in name
+    ]
     assert min(left) == 0 < max(left)
     assert not spec.adalora
     decoder = Decoder(config, spec)
@@ -87,7 +91,10 @@ def test_logits_are_those_of_peft(trained: tuple[Path, Any, np.ndarray]) -> None
     [
         ({"init_r": None}, "init_r: expected an integer of 1 or more"),
         ({"lora_alpha": "x"}, "lora_alpha: expected a number above 0"),
-        ({"rank_pattern": {"model.layers.0.mlp.gate_proj.lora_E": [True]}}, r"rank_pattern: .* list of 4 \(init_r\)"),
+        (
+            {"rank_pattern": {"model.layers.0.mlp.gate_proj.lora_E": [True]}},
+            r"rank_pattern: .* list of 4 \(init_r\)",
+        ),
         ({"rank_pattern": {"model.layers.0.mlp.gate_proj.lora_E": [1, 1, 0, 0]}}, "rank_pattern: "),
         ({"peft_type": "ADALORA2"}, 'peft_type: expected "LORA" or "ADALORA"'),
     ],
@@ -110,7 +117,9 @@ def test_a_bad_configuration_is_refused_by_field(
         ("lora_E", None, "down_proj"),
     ],
 )
-def test_bad_tensors_are_refused_by_module(folder: Path, trained: Any, part: str, value: Any, said: str) -> None:
+def test_bad_tensors_are_refused_by_module(
+    folder: Path, trained: Any, part: str, value: Any, said: str
+) -> None:
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     name = f"base_model.model.model.layers.0.mlp.down_proj.{part}"

@@ -19,7 +19,9 @@ from nalora_jax.weights.peft import export_adapter, import_adapter, verify_expor
 FFN = {f"ffn/{name}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for name in ("gate", "up", "down")}
 
 
-def write(folder: Path, settings_: dict[str, Any], tensors: dict[str, np.ndarray], metadata: Any = None) -> None:
+def write(
+    folder: Path, settings_: dict[str, Any], tensors: dict[str, np.ndarray], metadata: Any = None
+) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(settings_))
     save_file(tensors, folder / "adapter_model.safetensors", metadata=metadata)
@@ -55,11 +57,26 @@ BAD_CONFIGS = [
         {"trainable_token_indices": [1, 2]},
         "token_adapter.trainable_tokens_delta: expected the trained rows of embed_to",
     ),
-    ({"trainable_token_indices": [47, 48]}, "trainable_token_indices: expected token ids of the 48 rows .* found 48;"),
-    ({"trainable_token_indices": [-1]}, "trainable_token_indices: expected token ids of the 48 rows .* found -1;"),
-    ({"trainable_token_indices": [1, 1]}, "trainable_token_indices: expected a list of different token ids"),
-    ({"trainable_token_indices": {"lm_head": "5"}}, "trainable_token_indices: expected a list of different token ids"),
-    ({"trainable_token_indices": {"wte": [5]}}, "expected token ids of embed_tokens and lm_head .* found wte"),
+    (
+        {"trainable_token_indices": [47, 48]},
+        "trainable_token_indices: expected token ids of the 48 rows .* found 48;",
+    ),
+    (
+        {"trainable_token_indices": [-1]},
+        "trainable_token_indices: expected token ids of the 48 rows .* found -1;",
+    ),
+    (
+        {"trainable_token_indices": [1, 1]},
+        "trainable_token_indices: expected a list of different token ids",
+    ),
+    (
+        {"trainable_token_indices": {"lm_head": "5"}},
+        "trainable_token_indices: expected a list of different token ids",
+    ),
+    (
+        {"trainable_token_indices": {"wte": [5]}},
+        "expected token ids of embed_tokens and lm_head .* found wte",
+    ),
     (
         {"trainable_token_indices": [5], "modules_to_save": ["model.embed_tokens"]},
         "trainable_token_indices: expected rows of tables that modules_to_save does not name",
@@ -73,7 +90,10 @@ BAD_CONFIGS = [
     ({"target_modules": None}, "target_modules"),
     ({"target_modules": MISSING}, "target_modules"),
     ({"target_modules": ["gate_proj", "up_proj"]}, "cover model.layers.0.mlp.down_proj"),
-    ({"target_modules": ["gate_proj", "up_proj", "down_proj", "q_proj"]}, "model.layers.0.self_attn.q_proj"),
+    (
+        {"target_modules": ["gate_proj", "up_proj", "down_proj", "q_proj"]},
+        "model.layers.0.self_attn.q_proj",
+    ),
     ({"target_modules": "gate_proj"}, "target_modules"),
     ({"target_modules": "(gate"}, "regular expression"),
     ({"target_modules": {"gate_proj": 1}}, "target_modules"),
@@ -90,7 +110,10 @@ BAD_CONFIGS = [
     ({"lora_alpha": 10**400}, "lora_alpha: expected a number above 0"),
     ({"alpha_pattern": {"up_proj": -(10**400)}}, "alpha_pattern: up_proj"),
     ({"target_modules": "mlp{99999999999}"}, "target_modules: expected a regular expression"),
-    ({"layers_to_transform": [0], "layers_pattern": ["lay(ers"]}, "layers_pattern: expected a regular expression"),
+    (
+        {"layers_to_transform": [0], "layers_pattern": ["lay(ers"]},
+        "layers_pattern: expected a regular expression",
+    ),
     ({"layers_to_transform": [0], "layers_pattern": ["(?P<idx>layers)"]}, "layers_pattern"),
     ({"rank_pattern": {"(" * 5000 + ")" * 5000: 2}}, "rank_pattern: expected a regular expression"),
     ({"use_dora": True}, "lora_magnitude_vector"),
@@ -100,7 +123,9 @@ BAD_CONFIGS = [
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), BAD_CONFIGS, ids=[str(next(iter(c))) + str(i) for i, (c, _) in enumerate(BAD_CONFIGS)]
+    ("change", "message"),
+    BAD_CONFIGS,
+    ids=[str(next(iter(c))) + str(i) for i, (c, _) in enumerate(BAD_CONFIGS)],
 )
 def test_bad_configs_are_refused_by_name(change, message, good, tmp_path):
     config, _, settings_, tensors = good
@@ -127,7 +152,9 @@ def test_expressions_that_backtrack_for_ever_are_refused(change, good, tmp_path,
     monkeypatch.setattr(bounded, "SECONDS", 0.5)
     monkeypatch.setattr(bounded, "_HELPER", helper)
     write(tmp_path / "bad", settings_ | change, tensors)
-    with pytest.raises(NaloraError, match=r"regular expressions that match .* found more than 0\.5 seconds"):
+    with pytest.raises(
+        NaloraError, match=r"regular expressions that match .* found more than 0\.5 seconds"
+    ):
         import_adapter(tmp_path / "bad", config)
     helper.stop()
 
@@ -136,7 +163,10 @@ KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
 BAD_TENSORS = [
     (lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()}, "another prefix"),
     (lambda t: {k.replace("lora_A.", "lora_A.default."): v for k, v in t.items()}, "save_pretrained"),
-    (lambda t: {k.replace("model.layers", "transformer.layers"): v for k, v in t.items()}, "unknown module"),
+    (
+        lambda t: {k.replace("model.layers", "transformer.layers"): v for k, v in t.items()},
+        "unknown module",
+    ),
     (lambda t: t | {KEY.replace("layers.1", "layers.9"): t[KEY]}, r"layers\.9"),
     (lambda t: t | {"base_model.model.lm_head.lora_A.weight": t[KEY]}, "lm_head"),
     (lambda t: t | {"base_model.model.lm_head.weight": t[KEY]}, "lm_head"),
@@ -147,7 +177,10 @@ BAD_TENSORS = [
     (lambda t: t | {KEY: t[KEY].T.copy()}, "shape"),
     (lambda t: t | {KEY: t[KEY].astype(np.int32)}, "I32"),
     (lambda t: t | {KEY: t[KEY] * np.float32("nan")}, "NaN"),
-    (lambda t: t | {KEY.replace("lora_A.weight", "lora_magnitude_vector"): np.ones(24, np.float32)}, "magnitude"),
+    (
+        lambda t: t | {KEY.replace("lora_A.weight", "lora_magnitude_vector"): np.ones(24, np.float32)},
+        "magnitude",
+    ),
 ]
 
 
@@ -156,7 +189,11 @@ def test_more_patterns_than_a_model_has_modules_are_refused_at_once(name, good, 
     config, _, settings_, tensors = good
     monkeypatch.setattr(bounded, "matches", lambda *args, **kwargs: pytest.fail("a pattern was compiled"))
     patterns = {f"layers.{i}.mlp": 4 for i in range(100_000)}
-    write(tmp_path / "bad", {**settings_, name: list(patterns) if name == "layers_pattern" else patterns}, tensors)
+    write(
+        tmp_path / "bad",
+        {**settings_, name: list(patterns) if name == "layers_pattern" else patterns},
+        tensors,
+    )
     with pytest.raises(NaloraError, match=rf"{name}: expected at most 4,096 patterns, found 100,000"):
         import_adapter(tmp_path / "bad", config)
 
@@ -173,7 +210,10 @@ def test_a_base_noted_by_an_earlier_version_is_said_not_to_be_comparable(good, c
     config, folder, *_ = good
     with caplog.at_level("WARNING"):
         import_adapter(folder, config, fingerprint="all:" + "0" * 64)
-    assert "made with an earlier version, whose digest of the base covered a part of its weights" in caplog.text
+    assert (
+        "made with an earlier version, whose digest of the base covered a part of its weights"
+        in caplog.text
+    )
 
 
 def test_bad_files_are_refused(good, tiny_model, tmp_path):
@@ -203,7 +243,10 @@ def test_mutated_files_only_raise_the_library_error(good):
     """300 mutations of the two files: an adapter, or this library's error, and nothing else."""
     config, folder, settings_, _ = good
     rng = np.random.default_rng(0)
-    text, data = (folder / "adapter_config.json").read_bytes(), (folder / "adapter_model.safetensors").read_bytes()
+    text, data = (
+        (folder / "adapter_config.json").read_bytes(),
+        (folder / "adapter_model.safetensors").read_bytes(),
+    )
     values: list[Any] = [
         None,
         True,

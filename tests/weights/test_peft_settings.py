@@ -73,7 +73,10 @@ def test_the_adapters_are_those_that_peft_makes(settings: dict[str, Any]) -> Non
     for target, adapter in spec.targets:
         for layer in range(base.n_layers):
             if adapter.ranks[layer]:
-                found[target.replace("layers/", f"layers/{layer}/")] = (adapter.ranks[layer], adapter.alphas[layer])
+                found[target.replace("layers/", f"layers/{layer}/")] = (
+                    adapter.ranks[layer],
+                    adapter.alphas[layer],
+                )
     assert found.keys() == expected.keys()
     for name, (rank, scale) in expected.items():
         assert found[name][0] == rank
@@ -82,7 +85,9 @@ def test_the_adapters_are_those_that_peft_makes(settings: dict[str, Any]) -> Non
 
 
 def test_patterns_of_modules_that_are_not_targeted_mean_nothing() -> None:
-    found = rules_of(rank=8, alpha=16, targets=["q_proj"], ranks={"up_proj": 3, "q_proj": 4}, alphas={"v_proj": 1})
+    found = rules_of(
+        rank=8, alpha=16, targets=["q_proj"], ranks={"up_proj": 3, "q_proj": 4}, alphas={"v_proj": 1}
+    )
     assert found == ["attn/q_proj:4:16", "attn/q_proj:8:16"]
 
 
@@ -114,7 +119,9 @@ def test_tables_that_are_trained_as_a_whole_are_kept(tmp_path: Path) -> None:
     made, notes = from_peft(json.loads(json.dumps(theirs.to_dict(), default=sorted)))
     assert settings_of(made, tmp_path / "mine.yaml").lora.modules_to_save == ("embed_tokens", "lm_head")
     assert "name them in data.add_tokens or data.add_special_tokens, in their order" in notes[-1]
-    with pytest.raises(NaloraError, match="ensure_weight_tying = True .a trained embedding and its head are apart"):
+    with pytest.raises(
+        NaloraError, match="ensure_weight_tying = True .a trained embedding and its head are apart"
+    ):
         from_peft({"target_modules": ["q_proj"], "ensure_weight_tying": True})
 
 
@@ -166,5 +173,7 @@ def test_a_folder_of_peft_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "model.embed_tokens"])
 def test_tables_among_the_modules_are_refused_with_the_way_to_train_them(name: str) -> None:
-    with pytest.raises(NaloraError, match=rf"'{name}', which is trained as a whole here; .*--lora.modules-to-save"):
+    with pytest.raises(
+        NaloraError, match=rf"'{name}', which is trained as a whole here; .*--lora.modules-to-save"
+    ):
         rules_of(rank=8, alpha=16, targets=["q_proj", name])

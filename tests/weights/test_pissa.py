@@ -39,7 +39,8 @@ def test_equals_peft(tiny_model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = peft.get_peft_model(
-            model, peft.LoraConfig(r=3, lora_alpha=6, target_modules=["gate_proj"], init_lora_weights="pissa")
+            model,
+            peft.LoraConfig(r=3, lora_alpha=6, target_modules=["gate_proj"], init_lora_weights="pissa"),
         )
     theirs = wrapped.get_base_model().model.layers[0].mlp.gate_proj
     a, b, residual = pissa_init(jnp.asarray(w), 3, 2.0)
@@ -105,6 +106,8 @@ def test_trained_adapter_becomes_plain_lora_of_the_original_base(variant, tiny_m
     leaves = flatten(lora)
     assert (f"{path}/magnitude" in leaves) == spec.dora
     for layer in range(3):
-        ours = w[layer] + plain.scales(path)[layer] * leaves[f"{path}/a"][layer] @ leaves[f"{path}/b"][layer]
+        ours = (
+            w[layer] + plain.scales(path)[layer] * leaves[f"{path}/a"][layer] @ leaves[f"{path}/b"][layer]
+        )
         expected = residual[layer] + spec.scales(path)[layer] * a[layer] @ b[layer]
         np.testing.assert_allclose(ours, expected, atol=3e-6)

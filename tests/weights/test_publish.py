@@ -55,7 +55,9 @@ def hub(monkeypatch):
 
         def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
             files = {path.name: path.read_bytes() for path in folder_path.iterdir()}
-            sent = {n: c for n, c in files.items() if any(fnmatch.fnmatch(n, one) for one in allow_patterns)}
+            sent = {
+                n: c for n, c in files.items() if any(fnmatch.fnmatch(n, one) for one in allow_patterns)
+            }
             told.commits.append((repo_id, sent, commit_message))
             return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
 
@@ -96,7 +98,14 @@ def test_a_merged_model_goes_up_whole(tmp_path, hub):
     params = init_params(CONFIG, jax.random.key(0))
     folder = tmp_path / "merged"
     write_merged(
-        folder, CONFIG, params, None, AdapterSpec(), hf_config=tiny.HF, tokenizer=tokenizer, card="---\n---\n# Mine\n"
+        folder,
+        CONFIG,
+        params,
+        None,
+        AdapterSpec(),
+        hf_config=tiny.HF,
+        tokenizer=tokenizer,
+        card="---\n---\n# Mine\n",
     )
     assert main(["push", str(folder), "--repo", "me/mine", "--message", "First"]) == 0
     assert set(hub.commits[0][1]) == {path.name for path in folder.iterdir()}
@@ -120,7 +129,9 @@ def test_a_merged_model_goes_up_whole(tmp_path, hub):
         ),
     ],
 )
-def test_what_cannot_be_shared_is_refused_before_the_hub_is_asked(adapter, hub, capsys, change, flags, said):
+def test_what_cannot_be_shared_is_refused_before_the_hub_is_asked(
+    adapter, hub, capsys, change, flags, said
+):
     change(adapter)
     assert main(["push", str(adapter), *(flags or ["--repo", "me/mine"])]) == 2
     assert said in capsys.readouterr().err
@@ -130,13 +141,19 @@ def test_what_cannot_be_shared_is_refused_before_the_hub_is_asked(adapter, hub, 
 def test_without_a_token_it_says_how_to_get_one(adapter, hub, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     assert main(["push", str(adapter), "--repo", "me/mine"]) == 2
-    assert "token: expected one that may write to the hub, found none; log in with" in capsys.readouterr().err
+    assert (
+        "token: expected one that may write to the hub, found none; log in with" in capsys.readouterr().err
+    )
     assert not hub.repositories
 
 
 @pytest.mark.parametrize(
     ("status", "said"),
-    [(401, "a token that the hub knows"), (403, "a token that may write there"), (500, "the hub to take the files")],
+    [
+        (401, "a token that the hub knows"),
+        (403, "a token that may write there"),
+        (500, "the hub to take the files"),
+    ],
 )
 def test_what_a_server_refuses_is_one_line(adapter, monkeypatch, capsys, status, said):
     class Refuses(BaseHTTPRequestHandler):

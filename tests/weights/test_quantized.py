@@ -57,9 +57,12 @@ def write(folder: Path, raw: dict) -> ModelConfig:
     params = init_params(config, jax.random.key(0))
     (folder / "config.json").write_text(json.dumps(raw))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<unk>"}))
-    Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>")).save(
+        str(folder / "tokenizer.json")
+    )
     save_file(
-        {name: np.ascontiguousarray(x) for name, x in tensors_from_params(config, params)}, folder / "model.safetensors"
+        {name: np.ascontiguousarray(x) for name, x in tensors_from_params(config, params)},
+        folder / "model.safetensors",
     )
     return config
 
@@ -83,7 +86,9 @@ def test_codes_are_split_over_a_mesh(tmp_path: Path, sizes: tuple[int, int, int]
     write(tmp_path, RAW)
     alone = flatten(load_model(str(tmp_path), dtype="bfloat16", quantized="nf4").params)
     spread = flatten(
-        load_model(str(tmp_path), dtype="bfloat16", quantized="nf4", mesh=make_mesh(MeshConfig(*sizes))).params
+        load_model(
+            str(tmp_path), dtype="bfloat16", quantized="nf4", mesh=make_mesh(MeshConfig(*sizes))
+        ).params
     )
     for path, leaf in spread.items():
         np.testing.assert_array_equal(leaf, alone[path], err_msg=path)
@@ -145,7 +150,8 @@ def test_peak_memory_is_the_codes_and_one_tensor(tmp_path: Path) -> None:
     Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, ml_dtypes.bfloat16), shapes)
     save_file(
-        {n: np.ascontiguousarray(x) for n, x in tensors_from_params(config, ones)}, tmp_path / "model.safetensors"
+        {n: np.ascontiguousarray(x) for n, x in tensors_from_params(config, ones)},
+        tmp_path / "model.safetensors",
     )
     code = """
         import re, sys
@@ -160,6 +166,8 @@ def test_peak_memory_is_the_codes_and_one_tensor(tmp_path: Path) -> None:
         print(size_bytes(model.params) / 1e6, peak() - before)
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
-    size, grown = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    size, grown = map(
+        float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    )
     assert size < 0.3 * size_bytes(ones) / 1e6
     assert grown < size + 80

@@ -57,7 +57,9 @@ def assert_logits_agree(model: LoadedModel, path: Path) -> None:
     import torch
     import transformers
 
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
     encoded = [model.tokenizer.encode(text) for text in TEXTS]
     tokens = np.zeros((len(encoded), max(map(len, encoded))), np.int32)
     for row, ids in zip(tokens, encoded, strict=True):
@@ -66,7 +68,9 @@ def assert_logits_agree(model: LoadedModel, path: Path) -> None:
         expected = theirs(torch.from_numpy(tokens).long()).logits.numpy()
     found = logits(model, tokens)
     for i, ids in enumerate(encoded):
-        np.testing.assert_allclose(found[i, : len(ids)], expected[i, : len(ids)], rtol=0, atol=1e-3, err_msg=TEXTS[i])
+        np.testing.assert_allclose(
+            found[i, : len(ids)], expected[i, : len(ids)], rtol=0, atol=1e-3, err_msg=TEXTS[i]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,9 @@ def smollm() -> LoadedModel:
 
 
 def test_smollm2_knows_the_capital_of_france(smollm: LoadedModel) -> None:
-    last = logits(smollm, np.asarray([smollm.tokenizer.encode(TEXTS[0])], np.int32))[0, -1].astype(np.float64)
+    last = logits(smollm, np.asarray([smollm.tokenizer.encode(TEXTS[0])], np.int32))[0, -1].astype(
+        np.float64
+    )
     chance = np.exp(last - last.max()) / np.exp(last - last.max()).sum()
     best = np.argsort(-chance)[:3]
     assert [smollm.tokenizer.decode([i]) for i in best] == [" Paris", " the", " London"]
@@ -93,7 +99,9 @@ def test_smollm2_tokens_and_chat_equal_transformers(smollm: LoadedModel) -> None
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for text in TEXTS:
         assert smollm.tokenizer.encode(text) == theirs.encode(text), text
-        assert smollm.tokenizer.decode(theirs.encode(text), skip_special=False) == theirs.decode(theirs.encode(text))
+        assert smollm.tokenizer.decode(theirs.encode(text), skip_special=False) == theirs.decode(
+            theirs.encode(text)
+        )
     for prompt in (False, True):
         expected = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=prompt)
         assert smollm.tokenizer.render_chat(CHAT, add_generation_prompt=prompt) == expected

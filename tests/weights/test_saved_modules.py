@@ -15,7 +15,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nalora_jax import distributed, trees
-from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, PreferenceConfig, RunConfig, check
+from nalora_jax.config import (
+    ComputeConfig,
+    LoRAConfig,
+    LoRARule,
+    MeshConfig,
+    PreferenceConfig,
+    RunConfig,
+    check,
+)
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
@@ -36,7 +44,9 @@ def wrap(model: Any, **config: Any) -> Any:
     """The model in PEFT, everything that is trained random."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied weights
-        settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "up_proj"], **config)
+        settings = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "up_proj"], **config
+        )
         wrapped = peft.get_peft_model(model, settings).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -96,7 +106,9 @@ def test_peft_s_files_mean_the_same_here_and_ours_the_same_there(tiny_model, par
     written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert written["modules_to_save"] == list(spec.saved)
     again, _ = tiny_model("llama", tie_word_embeddings=tied)
-    np.testing.assert_allclose(torch_logits(load_in_peft(again, tmp_path / "ours")), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        torch_logits(load_in_peft(again, tmp_path / "ours")), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_changed_table_or_a_missing_one_is_found(tiny_model, tmp_path):
@@ -111,7 +123,10 @@ def test_a_changed_table_or_a_missing_one_is_found(tiny_model, tmp_path):
     tensors = load_file(folder / "adapter_model.safetensors")
     key = "base_model.model.lm_head.weight"
     for change, said in (
-        (lambda t: {name: value for name, value in t.items() if name != key}, "expected the trained lm_head"),
+        (
+            lambda t: {name: value for name, value in t.items() if name != key},
+            "expected the trained lm_head",
+        ),
         (lambda t: t | {key: np.pad(t[key], ((0, 2), (0, 0)))}, "an adapter with new tokens needs a base"),
     ):
         save_file(change(tensors), folder / "adapter_model.safetensors")
@@ -166,7 +181,9 @@ def test_a_step_trains_the_tables_by_their_gradient(tiny_model, params_of):
     model, config = tiny_model("llama")
     params = jax.tree.map(jnp.asarray, params_of(model, config))
     lora = LoRAConfig(rules=(LoRARule("ffn", 2),), modules_to_save=("embed_tokens", "lm_head"))
-    settings = RunConfig(steps=4, lora=lora, compute=ComputeConfig(dtype="float32"), mesh=MeshConfig(1, 1, 1))
+    settings = RunConfig(
+        steps=4, lora=lora, compute=ComputeConfig(dtype="float32"), mesh=MeshConfig(1, 1, 1)
+    )
     batch = {
         "tokens": TOKENS[None, :, :-1],
         "targets": TOKENS[None, :, 1:],
@@ -191,7 +208,9 @@ def test_a_step_trains_the_tables_by_their_gradient(tiny_model, params_of):
         np.testing.assert_array_equal(start["embed"]["embedding"], params["embed"]["embedding"])
         value, gradients = jax.value_and_grad(plain)(start)
         state, metrics = assembly.step(
-            assembly.view(placed), assembly.state, distributed.make_global_batch(batch, devices, rows_axis=1)
+            assembly.view(placed),
+            assembly.state,
+            distributed.make_global_batch(batch, devices, rows_axis=1),
         )
         np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
         norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradients)))

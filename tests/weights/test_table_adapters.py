@@ -42,7 +42,10 @@ CASES: dict[str, dict[str, Any]] = {
         "rank_pattern": {"lm_head": 3},
         "alpha_pattern": {"lm_head": 5},
     },
-    "weights": {"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight", "mlp.gate_proj.weight"]},
+    "weights": {
+        "target_modules": ["v_proj"],
+        "target_parameters": ["q_proj.weight", "mlp.gate_proj.weight"],
+    },
     "weights alone": {"target_modules": [], "target_parameters": ["up_proj.weight"]},
 }
 
@@ -72,7 +75,9 @@ def test_an_adapter_on_a_table_without_the_table_says_what_is_missing(tiny_model
         NaloraError, match=r"lm_head.base_layer.weight: expected the base's table.*save_embedding_layers"
     ):
         import_adapter(folder, config)
-    save_file({name: tensor[:2] if "lm_head.lora_A" in name else tensor for name, tensor in tensors.items()}, path)
+    save_file(
+        {name: tensor[:2] if "lm_head.lora_A" in name else tensor for name, tensor in tensors.items()}, path
+    )
     with pytest.raises(NaloraError, match=r"lm_head: expected factors of shapes"):
         import_adapter(folder, config)
     settings = json.loads((folder / "adapter_config.json").read_text())

@@ -17,7 +17,15 @@ from safetensors.numpy import load_file, save_file
 
 from nalora_jax import distributed, trees
 from nalora_jax.__main__ import main
-from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, PreferenceConfig, RunConfig, check
+from nalora_jax.config import (
+    ComputeConfig,
+    LoRAConfig,
+    LoRARule,
+    MeshConfig,
+    PreferenceConfig,
+    RunConfig,
+    check,
+)
 from nalora_jax.errors import NaloraError
 from nalora_jax.generate.programs import view_weights
 from nalora_jax.job import run
@@ -61,9 +69,24 @@ def wrap(model: Any, trainable_token_indices: Any, **config: Any) -> Any:
 # Settings of PEFT, and the rows that are in the tree.
 MODES: dict[str, tuple[bool, Any, dict[str, Any], set[str]]] = {
     "list, tied": (True, IDS, {}, {"embed/rows"}),
-    "both, untied": (False, {"model.embed_tokens": IDS, "lm_head": [7, 9]}, {}, {"embed/rows", "lm_head/rows"}),
-    "both, tied, parted": (True, {"embed_tokens": IDS, "lm_head": [7, 9]}, {}, {"embed/rows", "lm_head/rows"}),
-    "both, tied, one": (True, {"embed_tokens": IDS, "lm_head": IDS}, {"ensure_weight_tying": True}, {"embed/rows"}),
+    "both, untied": (
+        False,
+        {"model.embed_tokens": IDS, "lm_head": [7, 9]},
+        {},
+        {"embed/rows", "lm_head/rows"},
+    ),
+    "both, tied, parted": (
+        True,
+        {"embed_tokens": IDS, "lm_head": [7, 9]},
+        {},
+        {"embed/rows", "lm_head/rows"},
+    ),
+    "both, tied, one": (
+        True,
+        {"embed_tokens": IDS, "lm_head": IDS},
+        {"ensure_weight_tying": True},
+        {"embed/rows"},
+    ),
     "head, tied": (True, {"lm_head": IDS}, {}, {"lm_head/rows"}),
     "beside a whole head": (False, IDS, {"modules_to_save": ["lm_head"]}, {"embed/rows", "lm_head/kernel"}),
 }
@@ -92,15 +115,21 @@ def test_peft_s_files_mean_the_same_here_and_ours_the_same_there(tiny_model, par
     theirs, ours = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
     assert set(theirs) == set(ours)
     again, _ = tiny_model("llama", tie_word_embeddings=tied)
-    np.testing.assert_allclose(torch_logits(load_in_peft(again, tmp_path / "ours")), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        torch_logits(load_in_peft(again, tmp_path / "ours")), expected, rtol=1e-4, atol=1e-4
+    )
 
     merged_config, merged, rest = fold_saved(config, params, lora, spec)
     assert merged_config.tie_embeddings == (tied and held == {"embed/rows"})
     merged = merge(merged, lora, rest)
-    np.testing.assert_allclose(our_logits(merged_config, merged, {}, rest.linear), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        our_logits(merged_config, merged, {}, rest.linear), expected, rtol=1e-4, atol=1e-4
+    )
     slot = AdapterSlot.on(config, rank=4)
     filled = slot.fill(lora, spec, params)
-    np.testing.assert_allclose(our_logits(config, params, filled, slot.spec), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        our_logits(config, params, filled, slot.spec), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_changed_rows_or_missing_ones_are_found_and_vllm_gets_none(tiny_model, params_of, tmp_path):
@@ -120,10 +149,14 @@ def test_changed_rows_or_missing_ones_are_found_and_vllm_gets_none(tiny_model, p
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {key: value[:-1] for key, value in tensors.items() if "embed_tokens" in key}, file)
-    with pytest.raises(NaloraError, match=r"expected shape \(3, 16\), a row for each of trainable_token_indices"):
+    with pytest.raises(
+        NaloraError, match=r"expected shape \(3, 16\), a row for each of trainable_token_indices"
+    ):
         import_adapter(folder, config)
 
-    with pytest.raises(NaloraError, match="--for vllm: .* found trained rows of embed_tokens and rows of lm_head"):
+    with pytest.raises(
+        NaloraError, match="--for vllm: .* found trained rows of embed_tokens and rows of lm_head"
+    ):
         export_adapter(lora, spec, config, tmp_path / "v", base_model_name="base", target="vllm")
     with pytest.raises(NaloraError, match="adapter one: expected an adapter of projections alone"):
         AdapterBank.empty(config, slots=1, rank=4).load("one", lora, spec)
@@ -135,13 +168,22 @@ def test_settings_of_trained_rows_are_judged(tiny_model):
     _, config = tiny_model("llama", tie_word_embeddings=True)
     rows = LoRAConfig(trainable_token_indices=(5, 6))
     for changes, said in (
-        ({"lora": replace(rows, trainable_token_indices=(5, 5))}, "trainable-token-indices: expected token ids"),
-        ({"lora": replace(rows, trainable_token_indices=(-1,))}, "trainable-token-indices: expected token ids"),
+        (
+            {"lora": replace(rows, trainable_token_indices=(5, 5))},
+            "trainable-token-indices: expected token ids",
+        ),
+        (
+            {"lora": replace(rows, trainable_token_indices=(-1,))},
+            "trainable-token-indices: expected token ids",
+        ),
         (
             {"lora": replace(rows, trainable_token_modules=())},
             "trainable-token-modules: expected embed_tokens, lm_head",
         ),
-        ({"lora": replace(rows, modules_to_save=("embed_tokens",))}, "tables that --lora.modules-to-save does not"),
+        (
+            {"lora": replace(rows, modules_to_save=("embed_tokens",))},
+            "tables that --lora.modules-to-save does not",
+        ),
         (
             {"lora": replace(rows, init="pissa")},
             "--lora.init: expected default or zero_a with --lora.train",
@@ -154,8 +196,14 @@ def test_settings_of_trained_rows_are_judged(tiny_model):
         with pytest.raises(NaloraError, match=said):
             check(replace(RunConfig(), **changes))
     for lora, said in (
-        (replace(rows, trainable_token_indices=(47, 48)), "token ids of the 48 rows of embed_tokens, from 0, found 48"),
-        (replace(rows, modules_to_save=("lm_head",)), "a tied head has the embedding's rows.*found rows of lm_head"),
+        (
+            replace(rows, trainable_token_indices=(47, 48)),
+            "token ids of the 48 rows of embed_tokens, from 0, found 48",
+        ),
+        (
+            replace(rows, modules_to_save=("lm_head",)),
+            "a tied head has the embedding's rows.*found rows of lm_head",
+        ),
     ):
         spec = resolve(lora, projection_shapes(config), config.n_layers)
         with pytest.raises(NaloraError, match=f"--lora.trainable-token-indices: .*{said}"):
@@ -182,7 +230,9 @@ def test_the_rows_gradient_is_autodiff_s():
 
     def ours(hidden, rows):
         trained = HeadRows(rows, kernel.T, ids, transposed=True)
-        return 2 * trained_cross_entropy(hidden, trained, targets, weights, head, Numerics(), chunk=3, shards=3)
+        return 2 * trained_cross_entropy(
+            hidden, trained, targets, weights, head, Numerics(), chunk=3, shards=3
+        )
 
     found, back = jax.value_and_grad(ours, (0, 1))(hidden, rows)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -228,7 +278,9 @@ def test_a_step_trains_the_rows_by_their_gradient(tiny_model, params_of, tied):
     norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradients)))
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
     ours, theirs = trees.flatten(jax.device_get(state.lora)), trees.flatten(jax.device_get(start))
-    assert {"embed/rows"} == {path for path in ours if "rows" in path} - ({"lm_head/rows"} if not tied else set())
+    assert {"embed/rows"} == {path for path in ours if "rows" in path} - (
+        {"lm_head/rows"} if not tied else set()
+    )
     for path in ours:
         if path.endswith("rows"):  # Adam's first step follows the sign of the gradient
             moved = ours[path] - theirs[path]
@@ -282,23 +334,33 @@ def test_a_run_trains_the_rows_of_new_tokens_alone_and_peft_has_them(tmp_path):
             return theirs.eval()(torch.tensor(tokens)).logits.numpy()
 
     (copy := shutil.copytree(result.adapter, tmp_path / "copy")).joinpath("tokenizer.json").unlink()
-    with pytest.raises(NaloraError, match="trainable_token_indices: expected ids below 28.* found 29; save the token"):
+    with pytest.raises(
+        NaloraError, match="trainable_token_indices: expected ids below 28.* found 29; save the token"
+    ):
         load(config.model, adapter=copy)
-    with pytest.raises(NaloraError, match="an adapter of the tokens and the 28 rows .* found one with '<go>' .28."):
+    with pytest.raises(
+        NaloraError, match="an adapter of the tokens and the 28 rows .* found one with '<go>' .28."
+    ):
         put_on(load(config.model, dtype="float32"), result.adapter)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of transformers' resizing
         theirs = peft.AutoPeftModelForCausalLM.from_pretrained(result.adapter)
     np.testing.assert_allclose(logits_of(theirs), expected, rtol=1e-4, atol=1e-4)
-    assert main(["merge", str(result.folder), "--output", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+    assert (
+        main(["merge", str(result.folder), "--output", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+    )
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert (merged.config.vocab_size, merged.config.tie_word_embeddings) == (30, True)
     np.testing.assert_allclose(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
 
-    again = run(replace(config, resume=True))  # what was saved is taken up by the same rows, and by no others
+    again = run(
+        replace(config, resume=True)
+    )  # what was saved is taken up by the same rows, and by no others
     assert again.best_step == result.best_step
     other = replace(config, lora=replace(config.lora, trainable_token_indices=(28, 29, 3)))
     settings = [{"base": "all:0", "config": snapshot.plain(one.to_dict())} for one in (config, other)]
-    with pytest.raises(NaloraError, match=r"token_indices\.0 = 29, .* found lora\.trainable_token_indices\.0 = 28"):
+    with pytest.raises(
+        NaloraError, match=r"token_indices\.0 = 29, .* found lora\.trainable_token_indices\.0 = 28"
+    ):
         snapshot.check_run("checkpoint", *settings)

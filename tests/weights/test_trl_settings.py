@@ -50,7 +50,13 @@ def test_defaults_are_those_of_trl(tmp_path: Path) -> None:
     assert {"sft": sft.learning_rate, "dpo": dpo.learning_rate} == RATES
     model = trl.ModelConfig()
     assert {name: getattr(model, name) for name in LORA} == LORA
-    same = {"weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "max_grad_norm": 1.0}
+    same = {
+        "weight_decay": 0.0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "max_grad_norm": 1.0,
+    }
     ours = OptimizerConfig()
     assert {name: getattr(sft, name) for name in same} == same
     assert (ours.weight_decay, ours.b1, ours.b2, ours.eps, ours.clip_norm) == tuple(same.values())
@@ -69,7 +75,12 @@ def test_a_file_without_settings_gets_the_defaults_of_trl() -> None:
     assert (optimizer.warmup_share, optimizer.warmup_steps, optimizer.warmup_from_zero) == (0.0, 0, True)
     assert (config.train.batch_size, config.train.accumulate, config.train.eval_every) == (8, 1, 0)
     assert (config.lora.rules, config.lora.dropout, config.preference.loss) == (QV, 0.05, "none")
-    for part in ("lora_target_modules is not set", "data.loss_on is answer", "TRL does not evaluate", "in float32"):
+    for part in (
+        "lora_target_modules is not set",
+        "data.loss_on is answer",
+        "TRL does not evaluate",
+        "in float32",
+    ):
         assert part in notes
 
 
@@ -87,10 +98,24 @@ def test_training_of_all_weights_is_named_as_not_carried_over() -> None:
 
 
 def test_a_dpo_config_becomes_a_preference_run() -> None:
-    values = {"use_peft": True, "beta": 0.3, "loss_type": "sigmoid", "max_length": 512, "label_smoothing": 0.1}
+    values = {
+        "use_peft": True,
+        "beta": 0.3,
+        "loss_type": "sigmoid",
+        "max_length": 512,
+        "label_smoothing": 0.1,
+    }
     config, notes = converted(values)
-    assert (config.preference.loss, config.preference.beta, config.preference.per_token) == ("dpo", 0.3, False)
-    assert (config.preference.label_smoothing, config.data.max_length, config.lora.dropout) == (0.0, 1024, 0.0)
+    assert (config.preference.loss, config.preference.beta, config.preference.per_token) == (
+        "dpo",
+        0.3,
+        False,
+    )
+    assert (config.preference.label_smoothing, config.data.max_length, config.lora.dropout) == (
+        0.0,
+        1024,
+        0.0,
+    )
     assert (config.optimizer.learning_rate, config.epochs) == (1e-6, 3.0)
     assert "label_smoothing is left out: TRL's sigmoid ignores it" in notes
     assert "data.max_length is twice max_length" in notes
@@ -134,13 +159,21 @@ def test_what_is_not_supported_is_refused_with_the_reason(values: dict[str, Any]
 
 def test_precision_and_evaluation_are_carried_over() -> None:
     config, notes = converted({"bf16": False, "eval_strategy": "steps", "logging_steps": 25})
-    assert (config.compute.dtype, config.train.eval_every, config.data.eval_split) == ("float32", 25, "test")
+    assert (config.compute.dtype, config.train.eval_every, config.data.eval_split) == (
+        "float32",
+        25,
+        "test",
+    )
     assert "in float32" not in notes
     assert "TRL keeps the last one" in notes
     values = yaml.safe_load("eval_strategy: no\nsave_strategy: no\nlearning_rate: null\nmax_length: null")
     config, _ = converted(values | {"dtype": "bfloat16", "dataset_test_split": "held"})
     assert (config.train.save_every, config.optimizer.learning_rate) == (0, 2e-5)
-    assert (config.compute.dtype, config.train.eval_every, config.data.eval_split) == ("bfloat16", 0, "held")
+    assert (config.compute.dtype, config.train.eval_every, config.data.eval_split) == (
+        "bfloat16",
+        0,
+        "held",
+    )
     assert config.data.max_length == 0
 
 
@@ -148,7 +181,9 @@ STEPS = 23
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])
-@pytest.mark.parametrize("warmup", [{}, {"warmup_steps": 1}, {"warmup_steps": 7}, {"warmup_steps": 30}, {"share": 0.1}])
+@pytest.mark.parametrize(
+    "warmup", [{}, {"warmup_steps": 1}, {"warmup_steps": 7}, {"warmup_steps": 30}, {"share": 0.1}]
+)
 def test_learning_rates_are_those_of_transformers_step_by_step(kind: str, warmup: dict[str, float]) -> None:
     import torch
     import transformers
@@ -182,7 +217,11 @@ def test_settings_of_trl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     config = load_config(tmp_path / "ours.yaml")
     assert (config.model, config.output, config.epochs) == ("Qwen/Qwen3-0.6B", "Qwen3-SFT", 2.0)
     assert config.data.dataset == "hf:trl-lib/Capybara:small"
-    assert (config.data.max_length, config.data.loss_on, config.callbacks) == (1024, "assistant", ("wandb",))
+    assert (config.data.max_length, config.data.loss_on, config.callbacks) == (
+        1024,
+        "assistant",
+        ("wandb",),
+    )
     assert (config.train.batch_size, config.train.accumulate, config.train.eval_every) == (16, 8, 100)
     assert (config.data.pack, config.data.too_long, config.data.eval_split) == (True, "truncate", "test")
     assert (config.optimizer.learning_rate, config.optimizer.warmup_share) == (2e-4, 0.1)

@@ -114,9 +114,9 @@ def attention_gradient(
         chex.assert_equal_shape([heads.q, out, g])
     shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in heads[:3]]
     arguments = (*_operands(heads), bits(out), logsumexp, bits(g))
-    dq, dk, dv = row_call("attention_gradient", shapes, _WINDOW, cap=np.float32(softcap), ordered=heads.ordered)(
-        *arguments
-    )
+    dq, dk, dv = row_call(
+        "attention_gradient", shapes, _WINDOW, cap=np.float32(softcap), ordered=heads.ordered
+    )(*arguments)
     return dq, dk, dv
 
 
@@ -153,7 +153,14 @@ def cached_attention(
     of_keys = (jnp.asarray(x, jnp.int32) for x in (cached.positions, cached.segments))
     query_places = (jnp.broadcast_to(x, (batch,)) for x in of_query)
     key_places = (jnp.broadcast_to(x, (batch, slots)) for x in of_keys)
-    arguments = *new, cached.k.stack, cached.v.stack, jnp.asarray(cached.k.at, jnp.int32), *query_places, *key_places
+    arguments = (
+        *new,
+        cached.k.stack,
+        cached.v.stack,
+        jnp.asarray(cached.k.at, jnp.int32),
+        *query_places,
+        *key_places,
+    )
     sinks = jnp.full(n, -1e30) if sinks is None else sinks
     shapes = [jax.ShapeDtypeStruct((batch, n, dim), jnp.float32)]
     called = call("cached_attention", shapes, scale=np.float32(scale), cap=np.float32(softcap))
@@ -197,7 +204,9 @@ def over_vocabulary(
     operands = (bits(hidden), bits(table), jnp.asarray(count, jnp.int32))
     called = custom_vmap(call("over_vocabulary", shapes, **attributes))
 
-    def joined(size: int, batched: Sequence[bool], *operands: jax.Array) -> tuple[list[jax.Array], list[bool]]:
+    def joined(
+        size: int, batched: Sequence[bool], *operands: jax.Array
+    ) -> tuple[list[jax.Array], list[bool]]:
         """Computes the rows of all runs in one call, each run's first rows first."""
         if batched[1]:
             return looped(call("over_vocabulary", shapes, **attributes), batched, operands), [True] * 3
@@ -291,7 +300,9 @@ def gate_statistics(sampled: Sampled, logistic: Logistic, cuts: tuple[float, flo
     else:
         delta = sampled.delta, jnp.zeros((len(probed_rows), 0)), jnp.zeros((0, sampled.z.shape[1]))
     arguments = (bits(sampled.z), rows, sampled.weights, probed_rows, *delta, sampled.probe_weights)
-    result: jax.Array = call("gate_statistics", shapes, **logistic.attributes(), **_regions(cuts))(*arguments)[0]
+    result: jax.Array = call("gate_statistics", shapes, **logistic.attributes(), **_regions(cuts))(
+        *arguments
+    )[0]
     return result
 
 
@@ -355,11 +366,15 @@ def normalise(held: jax.Array, inverse: jax.Array, scale: jax.Array) -> jax.Arra
 
     ``scale`` is float32 ``[d]``.
     """
-    (out,) = row_call("normalise", [jax.ShapeDtypeStruct(held.shape, jnp.uint16)], (2,))(held, inverse, scale)
+    (out,) = row_call("normalise", [jax.ShapeDtypeStruct(held.shape, jnp.uint16)], (2,))(
+        held, inverse, scale
+    )
     return lax.bitcast_convert_type(out, jnp.bfloat16)
 
 
-def norm_gradient(held: jax.Array, inverse: jax.Array, scale: jax.Array, dn: jax.Array, ds: jax.Array) -> jax.Array:
+def norm_gradient(
+    held: jax.Array, inverse: jax.Array, scale: jax.Array, dn: jax.Array, ds: jax.Array
+) -> jax.Array:
     """Returns the gradient of s, float32 ``[rows, d]``.
 
     It is the gradient through the norm, from bf16 ``dn``, plus float32 ``ds``.

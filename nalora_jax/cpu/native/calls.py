@@ -40,7 +40,9 @@ def row_call(
     """
     called = custom_vmap(call(function, shapes, **attributes))
 
-    def joined(size: int, batched: Sequence[bool], *operands: jax.Array) -> tuple[list[jax.Array], list[bool]]:
+    def joined(
+        size: int, batched: Sequence[bool], *operands: jax.Array
+    ) -> tuple[list[jax.Array], list[bool]]:
         every = [True] * len(shapes)
         if any(batched[place] for place in shared):
             return looped(call(function, shapes, **attributes), batched, operands), every
@@ -49,7 +51,9 @@ def row_call(
             x if place in shared else join_rows(of_runs(x, size, batched[place]), rows)
             for place, x in enumerate(operands)
         ]
-        wide = [jax.ShapeDtypeStruct((size * shape.shape[0], *shape.shape[1:]), shape.dtype) for shape in shapes]
+        wide = [
+            jax.ShapeDtypeStruct((size * shape.shape[0], *shape.shape[1:]), shape.dtype) for shape in shapes
+        ]
         results = row_call(function, wide, shared, **attributes)(*flat)
         return [y.reshape(size, *shape.shape) for y, shape in zip(results, shapes, strict=True)], every
 

@@ -108,7 +108,9 @@ def kind(choice: str) -> str | None:
         slow = fastest == "plain" or (fastest == "floats" and "avx512f" in processor.features())
         return None if slow else fastest
     if choice not in kinds():
-        raise NaloraError("NALORA_NATIVE", expected=f"0, 1 or, on this CPU, {' or '.join(kinds())}", found=choice)
+        raise NaloraError(
+            "NALORA_NATIVE", expected=f"0, 1 or, on this CPU, {' or '.join(kinds())}", found=choice
+        )
     return choice
 
 

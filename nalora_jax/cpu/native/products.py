@@ -78,12 +78,17 @@ def products(*sums: Sum) -> list[jax.Array]:
 
     def filled(operands: Any) -> list[Sum]:
         return [
-            Sum([Term(x, y, old.transposed) for (x, y), old in zip(pairs, sum_.terms, strict=True)], sum_.dtype)
+            Sum(
+                [Term(x, y, old.transposed) for (x, y), old in zip(pairs, sum_.terms, strict=True)],
+                sum_.dtype,
+            )
             for pairs, sum_ in zip(operands, sums, strict=True)
         ]
 
     called = custom_vmap(lambda operands: _call(filled(operands)))
-    called.def_vmap(lambda size, batched, operands: _of_all_runs(size, filled(batched[0]), filled(operands)))
+    called.def_vmap(
+        lambda size, batched, operands: _of_all_runs(size, filled(batched[0]), filled(operands))
+    )
     results: list[jax.Array] = called(operands)
     return results
 
@@ -96,14 +101,20 @@ def _call(sums: Sequence[Sum]) -> list[jax.Array]:
     """Returns the results of one call; operands are uint16."""
     every = [term for terms, _ in sums for term in terms]
     slices = [term.y for term in every if isinstance(term.y, Slice)]
-    operands = [x for term in every for x in (term.x, term.y.stack if isinstance(term.y, Slice) else term.y)]
+    operands = [
+        x for term in every for x in (term.x, term.y.stack if isinstance(term.y, Slice) else term.y)
+    ]
     attributes = {
         "terms": np.array([len(terms) for terms, _ in sums], np.int64),
         "transposed": np.array([term.transposed for term in every], np.int64),
         "stacked": np.array([isinstance(term.y, Slice) for term in every], np.int64),
     }
-    shapes = [jax.ShapeDtypeStruct(_shape(terms[0]), _STORED[jnp.dtype(dtype).name]) for terms, dtype in sums]
-    results = call("products", shapes, **attributes)(*operands, *(jnp.asarray(y.at, jnp.int32) for y in slices))
+    shapes = [
+        jax.ShapeDtypeStruct(_shape(terms[0]), _STORED[jnp.dtype(dtype).name]) for terms, dtype in sums
+    ]
+    results = call("products", shapes, **attributes)(
+        *operands, *(jnp.asarray(y.at, jnp.int32) for y in slices)
+    )
     return [y if y.dtype == jnp.float32 else lax.bitcast_convert_type(y, jnp.bfloat16) for y in results]
 
 
@@ -118,7 +129,9 @@ def _shape(term: Term) -> tuple[int, int]:
 # ---------------------------------------------------------------- several runs
 
 
-def _of_all_runs(size: int, batched: Sequence[Sum], sums: Sequence[Sum]) -> tuple[list[jax.Array], list[bool]]:
+def _of_all_runs(
+    size: int, batched: Sequence[Sum], sums: Sequence[Sum]
+) -> tuple[list[jax.Array], list[bool]]:
     """Returns the sums of all runs, from one call.
 
     Runs that share a kernel become rows of one product. The product with a kernel of each run, as

@@ -34,7 +34,9 @@ def augmented(image: Any, vision: VisionConfig, rng: np.random.Generator) -> Any
     return image
 
 
-def crop_box(width: int, height: int, smallest: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+def crop_box(
+    width: int, height: int, smallest: float, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
     """Returns the left, upper, right and lower border of a random crop."""
     for _ in range(_TRIES):
         area = rng.uniform(smallest, 1.0) * width * height

@@ -74,7 +74,9 @@ class ChatImages(Source):
         indices: np.ndarray | None = None,
     ) -> None:
         self.name, self.dataset = source.name, source.dataset
-        self.fingerprint = f"images:{source.fingerprint}:{vision.image_field}:{vision.caption_field}:{vision.prompt}"
+        self.fingerprint = (
+            f"images:{source.fingerprint}:{vision.image_field}:{vision.caption_field}:{vision.prompt}"
+        )
         self._source, self._data, self._vision, self._tokens = source, data, vision, tokens
         self._folder = None if folder is None else folder.resolve()
         self._indices = np.arange(len(source)) if indices is None else indices
@@ -157,7 +159,9 @@ class ChatImages(Source):
         The images in ``given`` fill placeholders.
         """
         if not isinstance(messages, list) or not messages:
-            raise NaloraError(f"{where}: messages", expected="a list of messages", found=repr(messages)[:80])
+            raise NaloraError(
+                f"{where}: messages", expected="a list of messages", found=repr(messages)[:80]
+            )
         left, images, turns = list(images_given), [], []
         for number, message in enumerate(messages):
             here = f"{where}: messages[{number}]"
@@ -168,7 +172,9 @@ class ChatImages(Source):
                     parts.append({"type": "text", "text": block})
                     continue
                 if block is None and not left:
-                    raise NaloraError(here, expected=f"an image for every {_PLACEHOLDER}", found="fewer images")
+                    raise NaloraError(
+                        here, expected=f"an image for every {_PLACEHOLDER}", found="fewer images"
+                    )
                 images.append(left.pop(0) if block is None else block)
                 parts.append({"type": "image"})
             turns.append({**message, "content": self._content(message, parts, here)})
@@ -269,7 +275,9 @@ class ChatImages(Source):
         scheme, colon, location = value.partition("://")
         if colon and scheme != "file":
             remedy = "download it, and name the file"
-            raise NaloraError(where, expected="an image's path or a data: URL", found=value[:80], remedy=remedy)
+            raise NaloraError(
+                where, expected="an image's path or a data: URL", found=value[:80], remedy=remedy
+            )
         if self._folder is None:
             raise NaloraError(
                 where,
@@ -337,7 +345,9 @@ def asked(prompt: str, images: int, tokenizer: Tokenizer, *, chat: bool) -> list
 def _spoken(message: Any, where: str) -> Record:
     """Returns a message of ShareGPT's or LLaVA's form with its speaker replaced by a role."""
     if not isinstance(message, dict):
-        raise NaloraError(where, expected='{"role": ..., "content": ...}', found=f"a {type(message).__name__}")
+        raise NaloraError(
+            where, expected='{"role": ..., "content": ...}', found=f"a {type(message).__name__}"
+        )
     if message.get("role") is not None or not {"from", "value"} <= message.keys():
         return message
     role = ROLES.get(str(message["from"]))
@@ -370,4 +380,6 @@ def _from_url(value: str, where: str) -> bytes:
             raise ValueError("it is not in base64")
         return base64.b64decode(body, validate=True)
     except (ValueError, binascii.Error) as error:
-        raise NaloraError(where, expected="data:image/...;base64,...", found=f"{head[:40]}: {error}") from error
+        raise NaloraError(
+            where, expected="data:image/...;base64,...", found=f"{head[:40]}: {error}"
+        ) from error

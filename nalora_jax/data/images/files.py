@@ -153,4 +153,6 @@ def flattened(image: Any) -> Any:
         return image.convert("RGB")
     image = image.convert("RGBA")
     images = pillow()
-    return images.alpha_composite(images.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+    return images.alpha_composite(images.new("RGBA", image.size, (255, 255, 255, 255)), image).convert(
+        "RGB"
+    )

@@ -29,7 +29,9 @@ def register_images(name: str) -> Callable[[ImageOpener], ImageOpener]:
     return IMAGE_SETS.decorator(name)
 
 
-def open_images(config: DataConfig, vision: VisionConfig, split: str, *, cache: Path | None = None) -> ImageSource:
+def open_images(
+    config: DataConfig, vision: VisionConfig, split: str, *, cache: Path | None = None
+) -> ImageSource:
     """Returns the images of ``split`` of ``config.dataset``.
 
     Args:
@@ -45,7 +47,9 @@ def open_images(config: DataConfig, vision: VisionConfig, split: str, *, cache: 
     """
     name = config.dataset
     if name.startswith("tfds:"):
-        return TfdsImages(name, split, partial(_tfds, name.removeprefix("tfds:"), split, config.data_dir), vision)
+        return TfdsImages(
+            name, split, partial(_tfds, name.removeprefix("tfds:"), split, config.data_dir), vision
+        )
     if name in IMAGE_SETS:
         return IMAGE_SETS.get(name)(split, vision, cache or cache_dir())
     path = Path(split) if Path(split).exists() else expand_user(name)
@@ -59,7 +63,9 @@ def open_images(config: DataConfig, vision: VisionConfig, split: str, *, cache: 
     return ListedImages(path, "train" if path == Path(split) else split, vision)
 
 
-def usable(source: ImageSource, indices: Sequence[int], vision: VisionConfig) -> tuple[np.ndarray, list[str]]:
+def usable(
+    source: ImageSource, indices: Sequence[int], vision: VisionConfig
+) -> tuple[np.ndarray, list[str]]:
     """Returns the ``indices`` whose images can be read, and the errors of the others.
 
     Raises:
@@ -83,7 +89,9 @@ def usable(source: ImageSource, indices: Sequence[int], vision: VisionConfig) ->
     readable = np.array([i for i, text in zip(indices, complaints, strict=True) if not text], np.int64)
     bad = [text for text in complaints if text]
     if not len(readable):
-        raise NaloraError(source.name, expected="at least one readable image", found=bad[0] if bad else "none")
+        raise NaloraError(
+            source.name, expected="at least one readable image", found=bad[0] if bad else "none"
+        )
     return readable, bad
 
 

@@ -88,7 +88,9 @@ class ImageData:
 
     def __post_init__(self) -> None:
         count = len(self.indices)
-        object.__setattr__(self, "_order", lru_cache(maxsize=2)(lambda epoch: permutation(count, self.seed, epoch)))
+        object.__setattr__(
+            self, "_order", lru_cache(maxsize=2)(lambda epoch: permutation(count, self.seed, epoch))
+        )
 
     @property
     def rows_per_epoch(self) -> int:
@@ -116,7 +118,10 @@ class ImageData:
         first = np.arange(self.accumulate)[:, None] * micro
         rows = (row + first + np.array(self.rows)).ravel()
         flat = self._assembled(rows)
-        return {name: value.reshape(self.accumulate, len(self.rows), *value.shape[1:]) for name, value in flat.items()}
+        return {
+            name: value.reshape(self.accumulate, len(self.rows), *value.shape[1:])
+            for name, value in flat.items()
+        }
 
     def batches(self, state: dict[str, Any] | None = None) -> BatchIterator:
         """Returns an endless iterator, from the start or from a saved state; see `BatchIterator`."""
@@ -130,9 +135,13 @@ class ImageData:
         places = np.array([self._order(int(e))[p] for e, p in zip(epochs, positions, strict=True)])
         indices = self.indices[places]
         prepared = []
-        for row, index, record in zip(rows.tolist(), indices.tolist(), self.source.read(indices.tolist()), strict=True):
+        for row, index, record in zip(
+            rows.tolist(), indices.tolist(), self.source.read(indices.tolist()), strict=True
+        ):
             where = self.source.where(index)
-            image = open_image(self.source.image(record, where), where, Limits(max_pixels=self.vision.max_pixels))
+            image = open_image(
+                self.source.image(record, where), where, Limits(max_pixels=self.vision.max_pixels)
+            )
             prepared.append(self.processor(augmented(image, self.vision, generator(self.seed, row))))
         batch = {name: np.stack([arrays[name] for arrays in prepared]) for name in prepared[0]}
         if self.labels is not None:
@@ -149,7 +158,9 @@ def caption_tokens(
     limit = vision.caption_length
     if limit > tokenizer.max_length:
         length = limit
-        raise NaloraError("--vision.caption-length", expected=f"at most {tokenizer.max_length}", found=length)
+        raise NaloraError(
+            "--vision.caption-length", expected=f"at most {tokenizer.max_length}", found=length
+        )
     captions = source.captions(indices.tolist())
     tokens = tokenizer(captions)
     if limit and tokens["tokens"].shape[1] > limit and not tokenizer.fixed:

@@ -58,7 +58,9 @@ class ImageProcessor:
     resize: tuple[int, int] | None = None  # height and width
     shortest: int = 0  # length of the shorter side, keeping the aspect ratio; 0: use `resize`
     resample: int = 3  # Pillow's number of the filter
-    crop: tuple[int, int] | None = None  # height and width of the centre crop; smaller images are padded with black
+    crop: tuple[int, int] | None = (
+        None  # height and width of the centre crop; smaller images are padded with black
+    )
     scale: float = 1 / 255  # multiplies grey levels
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
@@ -90,7 +92,9 @@ class ImageProcessor:
         """Returns the processor for squares of ``side`` pixels that crops the same share of an image."""
         output = self.output or (self.shortest, self.shortest)
         height, width = self.resize or output
-        resize = (round(height * side / output[0]), round(width * side / output[1])) if self.resize else None
+        resize = (
+            (round(height * side / output[0]), round(width * side / output[1])) if self.resize else None
+        )
         crop = (side, side) if self.shortest or self.crop else None
         return replace(self, resize=resize, shortest=round(self.shortest * side / min(output)), crop=crop)
 
@@ -121,7 +125,9 @@ class ImageProcessor:
         height, width = _fitting(image.height, image.width, p, self.max_patches)
         pixels = np.asarray(image.resize((width, height), resample=self.resample), np.uint8)
         rows, columns = height // p, width // p
-        patches = pixels.reshape(rows, p, columns, p, -1).transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
+        patches = (
+            pixels.reshape(rows, p, columns, p, -1).transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
+        )
         padded = np.zeros((self.max_patches, patches.shape[1]), np.uint8)
         padded[: len(patches)] = patches
         mask = np.arange(self.max_patches) < len(patches)
@@ -205,7 +211,9 @@ def _channels(f: Fields, name: str) -> tuple[float, ...]:
 
 def _centre(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
     """Returns the centre of ``[height, width, channels]``; a smaller image is padded with black."""
-    padding = [(-(-max(c - s, 0) // 2), max(c - s, 0) // 2) for c, s in zip(crop, pixels.shape, strict=False)]
+    padding = [
+        (-(-max(c - s, 0) // 2), max(c - s, 0) // 2) for c, s in zip(crop, pixels.shape, strict=False)
+    ]
     if any(sum(pair) for pair in padding):
         pixels = np.pad(pixels, [*padding, (0, 0)])
     top, left = ((s - c) // 2 for c, s in zip(crop, pixels.shape, strict=False))

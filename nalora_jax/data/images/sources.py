@@ -137,7 +137,9 @@ class ImageSource(ABC):
         configured, listed = self.fields.classes, self.own_classes()
         if configured:
             if listed and len(listed) != len(configured):
-                raise NaloraError("--vision.classes", expected=f"{len(listed)} names", found=len(configured))
+                raise NaloraError(
+                    "--vision.classes", expected=f"{len(listed)} names", found=len(configured)
+                )
             return configured
         if listed:
             return listed
@@ -157,7 +159,9 @@ class TfdsImages(ImageSource):
 
     def __init__(self, name: str, split: str, opener: Any, fields: VisionConfig) -> None:
         self.dataset, self.name, self.fields = name, f"{name}[{split}]", fields
-        with tfds_errors(self.name, "check the name, its config and the split (tensorflow.org/datasets/splits)"):
+        with tfds_errors(
+            self.name, "check the name, its config and the split (tensorflow.org/datasets/splits)"
+        ):
             import tensorflow_datasets as tfds
 
             self._data = opener(decoders={fields.image_field: tfds.decode.SkipDecoding()})
@@ -219,7 +223,11 @@ class ListedImages(ImageSource):
 
     def __init__(self, path: Path, split: str, fields: VisionConfig) -> None:
         self.dataset, self.name, self.fields = str(path.resolve()), f"{path}[{split}]", fields
-        listed = path if path.is_file() else next((path / name for name in LISTS if (path / name).is_file()), None)
+        listed = (
+            path
+            if path.is_file()
+            else next((path / name for name in LISTS if (path / name).is_file()), None)
+        )
         self._rows = _listed(listed) if listed is not None else _by_folder(path, fields)
         self._root = (listed or path).parent if path.is_file() else path
         digest = hashlib.sha256(repr(self._rows).encode())
@@ -247,7 +255,9 @@ class ListedImages(ImageSource):
     def where(self, index: int) -> str:
         """Returns the image's name."""
         row = self._rows[int(self._index[index])]
-        return str(next((row[name] for name in (self.fields.image_field, *_NAMES) if name in row), self.name))
+        return str(
+            next((row[name] for name in (self.fields.image_field, *_NAMES) if name in row), self.name)
+        )
 
     def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Returns the rows, with images as paths."""

@@ -51,7 +51,11 @@ class TextTokenizer:
         rows = [encoding.ids for encoding in self.backend.encode_batch(texts)]
         longest = max((len(row) for row in rows), default=1)
         if not length:
-            length = self.max_length if self.fixed else min(self.max_length, -(-longest // _MULTIPLE) * _MULTIPLE)
+            length = (
+                self.max_length
+                if self.fixed
+                else min(self.max_length, -(-longest // _MULTIPLE) * _MULTIPLE)
+            )
         tokens = np.full((len(rows), length), self.pad_id, np.int32)
         weights = np.zeros((len(rows), length), np.float32)
         for i, row in enumerate(rows):
@@ -60,7 +64,9 @@ class TextTokenizer:
         return {"tokens": tokens, "token_weights": weights}
 
 
-def read_text_tokenizer(folder: Path, *, max_length: int, vocab_size: int, fixed: bool = False) -> TextTokenizer:
+def read_text_tokenizer(
+    folder: Path, *, max_length: int, vocab_size: int, fixed: bool = False
+) -> TextTokenizer:
     """Returns the tokenizer of a Hugging Face folder.
 
     Raises:
@@ -82,7 +88,9 @@ def read_text_tokenizer(folder: Path, *, max_length: int, vocab_size: int, fixed
     pad_id = backend.token_to_id(pad) if isinstance(pad, str) else None
     if pad_id is None:
         remedy = "set pad_token to a token of the vocabulary"
-        raise NaloraError(str(folder / "tokenizer_config.json"), expected="pad_token", found=repr(pad), remedy=remedy)
+        raise NaloraError(
+            str(folder / "tokenizer_config.json"), expected="pad_token", found=repr(pad), remedy=remedy
+        )
     return TextTokenizer(
         backend,
         max_length,

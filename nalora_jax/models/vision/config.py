@@ -89,14 +89,19 @@ class EncoderConfig:
         Example (ViT): ``{"patches/kernel": (3 p p, D), "class_token": (D,), ..., "layers/ffn/in_proj/kernel": ...}``
         """
         shapes = self._input_shapes()
-        shapes |= {f"layers/{path}": (self.n_layers, *shape) for path, shape in self._layer_shapes().items()}
+        shapes |= {
+            f"layers/{path}": (self.n_layers, *shape) for path, shape in self._layer_shapes().items()
+        }
         return shapes | self._output_shapes()
 
     def _input_shapes(self) -> dict[str, tuple[int, ...]]:
         d = self.d_model
         shapes: dict[str, tuple[int, ...]] = {}
         if self.kind == "text":
-            shapes |= {"tokens/embedding": (self.vocab_size, d), "positions/embedding": (self.max_positions, d)}
+            shapes |= {
+                "tokens/embedding": (self.vocab_size, d),
+                "positions/embedding": (self.max_positions, d),
+            }
             shapes |= {"types/embedding": (self.token_types, d)} if self.token_types else {}
         else:
             shapes["patches/kernel"] = (self.channels * self.patch_size**2, d)

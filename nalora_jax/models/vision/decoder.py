@@ -38,7 +38,9 @@ class SeeingDecoder(Decoder):
         self.image = Encoder(sight.running, tower_adapters(self.adapters, "image"), *shared)
         self.projector = Projector(sight, self.adapters, self.numerics, self.stats or GateStatsConfig())
 
-    def see(self, pixels: jax.Array, counts: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
+    def see(
+        self, pixels: jax.Array, counts: jax.Array | None = None, *, deterministic: bool = True
+    ) -> jax.Array:
         """Returns the features that replace the image tokens.
 
         Args:
@@ -105,7 +107,9 @@ class Projector(nn.Module):
         scales = {name: jnp.asarray(spec.scales(f"ffn/{name}")) for name, _ in ranks}
         adapters = Adapters(ranks, dora=spec.dora, dropout=spec.dropout)
         shape = (s.d_model, s.d_model, s.activation, adapters, s.bias)
-        layers = stacked(_ProjectorLayer, "none", 1)(*shape, self.numerics, self.stats, deterministic, name="ffn")
+        layers = stacked(_ProjectorLayer, "none", 1)(
+            *shape, self.numerics, self.stats, deterministic, name="ffn"
+        )
         _, y = layers(None, scales, (x.astype(self.numerics.result), weights))
         return y[0]
 

@@ -40,7 +40,9 @@ class DualEncoder(nn.Module):
         self.image = Encoder(self.config.image, tower_adapters(self.adapters, "image"), *shared)
         self.text = Encoder(self.config.text, tower_adapters(self.adapters, "text"), *shared)
 
-    def __call__(self, images: Mapping[str, jax.Array], texts: Mapping[str, jax.Array], **options: Any) -> jax.Array:
+    def __call__(
+        self, images: Mapping[str, jax.Array], texts: Mapping[str, jax.Array], **options: Any
+    ) -> jax.Array:
         """Returns float32 logits ``[images, texts]``; options are passed to both towers."""
         return self.logits(self.encode_image(images, **options), self.encode_text(texts, **options))
 
@@ -93,13 +95,17 @@ def normalised(x: jax.Array) -> jax.Array:
 def tower_adapters(spec: AdapterSpec, tower: str) -> AdapterSpec:
     """Returns the adapters of one tower, by the tower's own paths."""
     prefix = f"{tower}/"
-    return replace(spec, targets=tuple((p.removeprefix(prefix), t) for p, t in spec.targets if p.startswith(prefix)))
+    return replace(
+        spec, targets=tuple((p.removeprefix(prefix), t) for p, t in spec.targets if p.startswith(prefix))
+    )
 
 
 # ---------------------------------------------------------------- fresh trees
 
 
-def init_params(config: DualConfig | EncoderConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+def init_params(
+    config: DualConfig | EncoderConfig, key: jax.Array, dtype: Any = jnp.float32
+) -> dict[str, Any]:
     """Returns random base weights of a tower or a pair.
 
     They serve tests, benchmarks, and projections that are trained from scratch.
@@ -112,7 +118,9 @@ def init_params(config: DualConfig | EncoderConfig, key: jax.Array, dtype: Any =
     )
 
 
-def _random(path: str, shape: tuple[int, ...], key: jax.Array, config: DualConfig | EncoderConfig) -> jax.Array:
+def _random(
+    path: str, shape: tuple[int, ...], key: jax.Array, config: DualConfig | EncoderConfig
+) -> jax.Array:
     noise = jax.random.normal(key, shape, jnp.float32)
     if path == "logit_scale":
         return jnp.asarray(_START[config.loss if isinstance(config, DualConfig) else "softmax"])
@@ -149,7 +157,9 @@ def init_lora(
         leaves[f"{path}/a"] = jnp.where(used[:, None, :], a, 0.0)
         leaves[f"{path}/b"] = jnp.zeros((depths[path], target.rank, d_out), jnp.float32)
         if spec.dora:
-            leaves[f"{path}/magnitude"] = jnp.linalg.norm(base[f"{path}/kernel"].astype(jnp.float32), axis=-2)
+            leaves[f"{path}/magnitude"] = jnp.linalg.norm(
+                base[f"{path}/kernel"].astype(jnp.float32), axis=-2
+            )
     for path, shape in trained_shapes(config).items():
         start = jnp.zeros(shape) if path not in base else base[path].astype(jnp.float32)
         leaves[path] = start

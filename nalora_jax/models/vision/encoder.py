@@ -99,7 +99,12 @@ class Encoder(nn.Module):
         x = constrain(x.astype(self.numerics.result), self.activation_sharding)
         shared = Shared(mask, mask if token_weights is None else token_weights, deterministic)
         layers = stacked(EncoderBlock, self.remat, c.n_layers)(
-            c, self.adapters, self.numerics, self.stats or GateStatsConfig(), self.activation_sharding, name="layers"
+            c,
+            self.adapters,
+            self.numerics,
+            self.stats or GateStatsConfig(),
+            self.activation_sharding,
+            name="layers",
         )
         x, _ = layers(x, _layer_scales(self.adapters), shared)
         if c.final_norm:
@@ -269,13 +274,17 @@ class EncoderAttention(nn.Module):
     numerics: Numerics = Numerics()
 
     @nn.compact
-    def __call__(self, x: jax.Array, source: jax.Array, scales: dict[str, jax.Array], shared: Shared) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, source: jax.Array, scales: dict[str, jax.Array], shared: Shared
+    ) -> jax.Array:
         """Returns ``[batch, queries, d_model]``; keys and values are computed from ``source``.
 
         ``source`` is ``[batch, keys, d_model]``.
         """
         c, n = self.config, self.numerics
-        q, k, v, o = (self._dense(f"{name}_proj", name == "o" or c.qkv_bias, scales, shared) for name in "qkvo")
+        q, k, v, o = (
+            self._dense(f"{name}_proj", name == "o" or c.qkv_bias, scales, shared) for name in "qkvo"
+        )
         if x is source:
             projected = parallel_dense(x, [q, k, v], n)
         else:
@@ -293,7 +302,9 @@ class EncoderAttention(nn.Module):
         module = LoRADense(
             c.d_model, adapters.rank(name), bias, adapters.dora, adapters.dropout, self.numerics, name=name
         )
-        dense: AdaptedDense = module.dense(c.d_model, scales.get(name, 1.0), deterministic=shared.deterministic)
+        dense: AdaptedDense = module.dense(
+            c.d_model, scales.get(name, 1.0), deterministic=shared.deterministic
+        )
         return dense
 
 
@@ -307,7 +318,9 @@ class EncoderBlock(nn.Module):
     activation_sharding: NamedSharding | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, scales: dict[str, dict[str, jax.Array]], shared: Shared) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, scales: dict[str, dict[str, jax.Array]], shared: Shared
+    ) -> tuple[jax.Array, None]:
         """Returns ``[batch, seq, d_model]``, and None because no output is stacked over layers."""
         c, n = self.config, self.numerics
         x = checkpoint_name(x, LAYER_INPUT)

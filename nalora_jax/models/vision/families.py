@@ -26,7 +26,10 @@ def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
         raise NaloraError(f"{where}: model_type", expected=f"one of {', '.join(DUAL)}", found=repr(name))
     f = Fields(raw, {"projection_dim": 512}, where)
     image, text = (
-        read_encoder(f.mapping(f"{tower}_config") | {"model_type": f"{name}_{tower}_model"}, f"{where}: {tower}_config")
+        read_encoder(
+            f.mapping(f"{tower}_config") | {"model_type": f"{name}_{tower}_model"},
+            f"{where}: {tower}_config",
+        )
         for tower in ("vision", "text")
     )
     if name == "clip":
@@ -41,7 +44,10 @@ def _composed(f: Fields) -> DualConfig:
 
     This is transformers' VisionTextDualEncoderModel.
     """
-    towers = [read_encoder(f.mapping(f"{name}_config"), f"{f.where}: {name}_config") for name in ("vision", "text")]
+    towers = [
+        read_encoder(f.mapping(f"{name}_config"), f"{f.where}: {name}_config")
+        for name in ("vision", "text")
+    ]
     for name, tower in zip(("vision", "text"), towers, strict=True):
         kind = "image" if name == "vision" else "text"
         if tower.kind != kind:
@@ -72,7 +78,9 @@ def compose(image: EncoderConfig, text: EncoderConfig, d_out: int, loss: str = "
             raise NaloraError(f"{name} tower", expected=f"an encoder of {name}", found=tower.model_type)
     if loss not in ("softmax", "sigmoid"):
         raise NaloraError("loss", expected="softmax or sigmoid", found=repr(loss))
-    trained = ["image/projection", "text/projection", "logit_scale"] + (["logit_bias"] if loss == "sigmoid" else [])
+    trained = ["image/projection", "text/projection", "logit_scale"] + (
+        ["logit_bias"] if loss == "sigmoid" else []
+    )
     return DualConfig(
         "vision-text-dual-encoder",
         replace(image, d_out=d_out, projection_bias=False),
@@ -90,13 +98,17 @@ def read_encoder(raw: Mapping[str, Any], where: str = "config.json") -> EncoderC
     """
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in ENCODERS:
-        raise NaloraError(f"{where}: model_type", expected=f"one of {', '.join(ENCODERS)}", found=repr(name))
+        raise NaloraError(
+            f"{where}: model_type", expected=f"one of {', '.join(ENCODERS)}", found=repr(name)
+        )
     reader, defaults = ENCODERS[name]
     fields = Fields(raw, defaults, where)
     fields.refuse("quantization_config", "load the unquantized model")
     config: EncoderConfig = reader(fields, name)
     if config.d_model % config.n_heads:
-        raise fields.error("hidden_size", f"a multiple of num_attention_heads ({config.n_heads})", config.d_model)
+        raise fields.error(
+            "hidden_size", f"a multiple of num_attention_heads ({config.n_heads})", config.d_model
+        )
     return config
 
 
@@ -225,14 +237,21 @@ def _bert(f: Fields, name: str) -> EncoderConfig:
 def _check_widths(image: EncoderConfig, text: EncoderConfig, where: str) -> None:
     if image.features != text.features:
         raise NaloraError(
-            f"{where}: text_config: projection_size", expected=f"{image.features}, as of images", found=text.features
+            f"{where}: text_config: projection_size",
+            expected=f"{image.features}, as of images",
+            found=text.features,
         )
 
 
 _SIZES = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _PIXELS = {"num_channels": 3, "image_size": 224, "patch_size": 16}
 _CLIP = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-_CLIP_TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "max_position_embeddings": 77}
+_CLIP_TEXT = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+}
 _CLIP_IDS = {"vocab_size": 49408, "pad_token_id": 1, "eos_token_id": 49407}
 _SIGLIP = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 _SIGLIP_TEXT = {"vocab_size": 32000, "max_position_embeddings": 64, "pad_token_id": 1}
@@ -249,7 +268,10 @@ ENCODERS: dict[str, tuple[Reader, dict[str, Any]]] = {
     "siglip2_vision_model": (_siglip2_vision, _SIZES | _PIXELS | _SIGLIP | {"num_patches": 256}),
     "siglip2_text_model": (_siglip_text, _SIZES | _SIGLIP | _SIGLIP_TEXT),
     "vit": (_vit, _SIZES | _PIXELS | _GELU),
-    "dinov2": (_dinov2, _SIZES | _PIXELS | _GELU | {"layer_norm_eps": 1e-6, "patch_size": 14, "mlp_ratio": 4}),
+    "dinov2": (
+        _dinov2,
+        _SIZES | _PIXELS | _GELU | {"layer_norm_eps": 1e-6, "patch_size": 14, "mlp_ratio": 4},
+    ),
     "bert": (_bert, _SIZES | _GELU | _BERT),
 }
 DUAL = ("clip", "siglip", "siglip2", "vision-text-dual-encoder")

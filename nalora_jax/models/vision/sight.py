@@ -75,12 +75,17 @@ class Sight:
 
     def _mlp(self) -> dict[str, tuple[int, ...]]:
         wide, d = self.tower.d_model, self.d_model
-        names: dict[str, tuple[int, ...]] = {"projector/ffn/in_proj": (wide, d), "projector/ffn/out_proj": (d, d)}
+        names: dict[str, tuple[int, ...]] = {
+            "projector/ffn/in_proj": (wide, d),
+            "projector/ffn/out_proj": (d, d),
+        }
         return names if self.projector == "mlp" else {}
 
     def projection_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns per-layer kernel shapes of all adaptable projections, by stacked path."""
-        return {f"image/{path}": shape for path, shape in self.running.projection_shapes().items()} | self._mlp()
+        return {
+            f"image/{path}": shape for path, shape in self.running.projection_shapes().items()
+        } | self._mlp()
 
     def depths(self) -> dict[str, int]:
         """Returns the number of stacked layers by path of `projection_shapes`."""
@@ -91,7 +96,9 @@ class Sight:
         blocks: dict[str, tuple[tuple[int, ...], str]] = {
             "image/layers/ffn": ((self.used_layers, self.tower.d_ff), self.tower.activation)
         }
-        return blocks | ({"projector/ffn": ((1, self.d_model), self.activation)} if self.projector == "mlp" else {})
+        return blocks | (
+            {"projector/ffn": ((1, self.d_model), self.activation)} if self.projector == "mlp" else {}
+        )
 
 
 # ---------------------------------------------------------------- families
@@ -108,7 +115,9 @@ def read_sight(raw: Mapping[str, Any], text: ModelConfig, where: str) -> Sight:
     f = Fields(raw, defaults, where)
     sight = reader(f, text)
     if not 0 <= sight.image_token < text.vocab_size:
-        raise f.error("image_token_index", f"a token below {text.vocab_size}, the rows of the embedding", "another")
+        raise f.error(
+            "image_token_index", f"a token below {text.vocab_size}, the rows of the embedding", "another"
+        )
     return sight
 
 
@@ -150,7 +159,11 @@ def _llava(f: Fields, text: ModelConfig) -> Sight:
     tower = _tower(f, _CLIP_LARGE)
     layer = f.get("vision_feature_layer")
     layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
-    if isinstance(layer, bool) or not isinstance(layer, int) or not -tower.n_layers - 1 <= layer <= tower.n_layers:
+    if (
+        isinstance(layer, bool)
+        or not isinstance(layer, int)
+        or not -tower.n_layers - 1 <= layer <= tower.n_layers
+    ):
         expected = f"one layer of the {tower.n_layers} (several are not implemented)"
         raise f.error("vision_feature_layer", expected, repr(layer)[:60])
     used = layer if layer >= 0 else tower.n_layers + 1 + layer
@@ -193,7 +206,9 @@ def _gemma3(f: Fields, text: ModelConfig) -> Sight:
     tokens = f.integer("mm_tokens_per_image", high=2**20)
     side = math.isqrt(tokens)
     if side * side != tokens or tower.grid % side:
-        raise f.error("mm_tokens_per_image", f"the square of a divisor of {tower.grid} patches a side", tokens)
+        raise f.error(
+            "mm_tokens_per_image", f"the square of a divisor of {tower.grid} patches a side", tokens
+        )
     return Sight(
         "gemma3",
         tower,
@@ -240,7 +255,11 @@ Reader = Callable[[Fields, "ModelConfig"], Sight]
 # By ``model_type``: the reader, transformers' defaults of missing fields, and the text model's.
 MULTIMODAL: dict[str, tuple[Reader, dict[str, Any], dict[str, Any]]] = {
     "llava": (_llava, _LLAVA, _LLAMA),
-    "gemma3": (_gemma3, {"mm_tokens_per_image": 256, "image_token_index": 262_144}, {"tie_word_embeddings": True}),
+    "gemma3": (
+        _gemma3,
+        {"mm_tokens_per_image": 256, "image_token_index": 262_144},
+        {"tie_word_embeddings": True},
+    ),
 }
 # Multimodal models of which only the text model is supported, with its defaults.
 TEXT_ONLY: dict[str, dict[str, Any]] = {

@@ -68,7 +68,9 @@ def resolve_folder(source: str, cache: Path | None = None) -> tuple[Path, str]:
     if source in ENCODERS:
         return ENCODERS.get(source)(cache)
     if buckets.is_url(source):
-        names = [name for name in buckets.names(source) if any(fnmatch(name, pattern) for pattern in HUB_FILES)]
+        names = [
+            name for name in buckets.names(source) if any(fnmatch(name, pattern) for pattern in HUB_FILES)
+        ]
         return buckets.local_folder([f"{source.rstrip('/')}/{name}" for name in names]), source
     path = expand_user(source)
     if source and path.exists():
@@ -91,7 +93,9 @@ def _snapshot(repository: str) -> Path:
     patterns = [*HUB_FILES, "1_Pooling/config.json"]
     for local in (True, False):
         try:
-            downloaded = huggingface_hub.snapshot_download(repository, local_files_only=local, allow_patterns=patterns)
+            downloaded = huggingface_hub.snapshot_download(
+                repository, local_files_only=local, allow_patterns=patterns
+            )
             folder = Path(downloaded)
         except (OSError, ValueError, errors.HfHubHTTPError, errors.HFValidationError) as error:
             if not local:

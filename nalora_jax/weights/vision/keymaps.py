@@ -34,7 +34,9 @@ def _dense(name: str, path: str) -> tuple[VisionTensorRow, VisionTensorRow]:
 
 
 def _norm(name: str, path: str) -> tuple[VisionTensorRow, VisionTensorRow]:
-    return VisionTensorRow(f"{name}.weight", (f"{path}/scale",)), VisionTensorRow(f"{name}.bias", (f"{path}/bias",))
+    return VisionTensorRow(f"{name}.weight", (f"{path}/scale",)), VisionTensorRow(
+        f"{name}.bias", (f"{path}/bias",)
+    )
 
 
 def _layers(stem: str, names: Mapping[str, str], norms: Mapping[str, str]) -> tuple[VisionTensorRow, ...]:
@@ -101,7 +103,8 @@ _DINOV2 = (
     *_VIT_ENDS,
     *_layers(
         "encoder.layer",
-        _VIT_ATTENTION | {"mlp.fc1": "ffn/in_proj", "mlp.fc2": "ffn/out_proj", "mlp.weights_out": "ffn/down_proj"},
+        _VIT_ATTENTION
+        | {"mlp.fc1": "ffn/in_proj", "mlp.fc2": "ffn/out_proj", "mlp.weights_out": "ffn/down_proj"},
         {"norm1": "attn_norm", "norm2": "ffn_norm"},
     ),
     # The files fuse the two halves of a gated FFN into one tensor.
@@ -245,7 +248,9 @@ def _turned(
         )
     if change == "lead":
         shape = (1, *first)
-        into = Transform(lambda x: x.reshape(first), lambda x: np.asarray(x).reshape(1, *first), mixes_rows=True)
+        into = Transform(
+            lambda x: x.reshape(first), lambda x: np.asarray(x).reshape(1, *first), mixes_rows=True
+        )
         return shape, [1], into
     rows = [shape[0] for shape in ours]
     return (sum(rows), *first[1:]), rows, Transform(_same, _same)
@@ -283,7 +288,9 @@ def params_from_tensors(
       NaloraError: a tensor is missing, unknown or misshapen.
     """
     keymap = dual_keymap(config) if isinstance(config, DualConfig) else encoder_keymap(config)
-    names = keymap.check({name: tuple(np.shape(value)) for name, value in tensors.items()}, config.model_type)
+    names = keymap.check(
+        {name: tuple(np.shape(value)) for name, value in tensors.items()}, config.model_type
+    )
     leaves = {path: np.zeros(shape, dtype) for path, shape in config.param_shapes().items()}
     for tensor in keymap.tensors:
         parts = tensor.split(np.asarray(tensors[names[tensor.name]]))
@@ -299,7 +306,9 @@ def tensors_from_params(
     leaves = flatten(params)
     keymap = dual_keymap(config) if isinstance(config, DualConfig) else encoder_keymap(config)
     for tensor in keymap.tensors:
-        parts = [np.asarray(leaves[slot.path])[() if slot.layer is None else slot.layer] for slot in tensor.slots]
+        parts = [
+            np.asarray(leaves[slot.path])[() if slot.layer is None else slot.layer] for slot in tensor.slots
+        ]
         yield tensor.name, tensor.join(parts).reshape(tensor.shape)
 
 
@@ -309,7 +318,10 @@ def module_names(config: DualConfig | EncoderConfig, path: str) -> str:
         tower, prefix, name = config, "", path
     else:
         tower_name, _, name = path.partition("/")
-        tower, prefix = config.towers[tower_name], {"image": "vision_model.", "text": "text_model."}[tower_name]
+        tower, prefix = (
+            config.towers[tower_name],
+            {"image": "vision_model.", "text": "text_model."}[tower_name],
+        )
     for row in TABLES[tower.model_type]:
         if row.paths == (f"{name}/kernel",):
             return prefix + _in_memory(tower, row.name.removesuffix(".weight"))

@@ -62,7 +62,10 @@ def write_merged_dual(
     merged = unflatten(leaves)
     infos = [TensorInfo(tensor.name, tensor.shape, DTYPES[dtype]) for tensor in dual_keymap(config).tensors]
     settings = read_json(source / "config.json") | {"dtype": dtype, "torch_dtype": dtype}
-    tensors = ((name, np.asarray(array).astype(DTYPES[dtype])) for name, array in tensors_from_params(config, merged))
+    tensors = (
+        (name, np.asarray(array).astype(DTYPES[dtype]))
+        for name, array in tensors_from_params(config, merged)
+    )
     with new_folder(folder) as scratch:
         write_json(scratch / "config.json", settings)
         copy_tokenizer(source, scratch, images=True)

@@ -98,12 +98,17 @@ def load_dual(
     params = load_leaves(
         config.param_shapes(), tensors, dual_keymap(config), dtype=dtype, shardings=_shardings(config, mesh)
     )
-    tokenizer, processor = _tokenizer(folder, config.text), _of_side(read_processor(folder), config.image, image_size)
+    tokenizer, processor = (
+        _tokenizer(folder, config.text),
+        _of_side(read_processor(folder), config.image, image_size),
+    )
     source_of = origin(config, ResolvedSource("hf", folder, name), tensors, together=mesh is not None)
     return LoadedDual(config, params, tokenizer, processor, name, source_of.fingerprint, source_of)
 
 
-def read_dual(source: str, *, cache: Path | None = None, d_out: int = 0, loss: str = "softmax") -> DualConfig:
+def read_dual(
+    source: str, *, cache: Path | None = None, d_out: int = 0, loss: str = "softmax"
+) -> DualConfig:
     """Returns a dual encoder's description, without weights; arguments as in `load_dual`."""
     image, plus, text = source.partition(JOIN)
     if plus and not Path(source).exists():
@@ -138,7 +143,9 @@ def load_encoder(
     processor = read_processor(folder) if config.kind == "image" else None
     tensors = SafetensorsFolder(folder)
     shardings = _shardings(config, mesh, prefix)
-    params = load_leaves(config.param_shapes(), tensors, encoder_keymap(config), dtype=dtype, shardings=shardings)
+    params = load_leaves(
+        config.param_shapes(), tensors, encoder_keymap(config), dtype=dtype, shardings=shardings
+    )
     return LoadedEncoder(config, params, tokenizer, processor, name, fingerprint(config, tensors))
 
 
@@ -162,8 +169,13 @@ def join(
     assert image.processor is not None
     assert text.tokenizer is not None
     projections = _fresh(config, seed, mesh)
-    params = {name: {**tower.params, **projections.pop(name)} for name, tower in (("image", image), ("text", text))}
-    digest = hashlib.sha256(f"{image.fingerprint} {text.fingerprint} {width} {loss} {seed}".encode()).hexdigest()
+    params = {
+        name: {**tower.params, **projections.pop(name)}
+        for name, tower in (("image", image), ("text", text))
+    }
+    digest = hashlib.sha256(
+        f"{image.fingerprint} {text.fingerprint} {width} {loss} {seed}".encode()
+    ).hexdigest()
     name = f"{image.source}{JOIN}{text.source}"
     processor = _of_side(image.processor, image.config, image_size)
     return LoadedDual(config, params | projections, text.tokenizer, processor, name, digest)
@@ -202,7 +214,9 @@ def _fresh(config: DualConfig, seed: int, mesh: Mesh | None) -> dict[str, Any]:
 
 def _tokenizer(folder: Path, config: EncoderConfig) -> TextTokenizer:
     fixed = config.pooling == "last"
-    return read_text_tokenizer(folder, max_length=config.max_positions, vocab_size=config.vocab_size, fixed=fixed)
+    return read_text_tokenizer(
+        folder, max_length=config.max_positions, vocab_size=config.vocab_size, fixed=fixed
+    )
 
 
 def _pooled(config: EncoderConfig, folder: Path) -> EncoderConfig:
@@ -218,9 +232,13 @@ def _check_dtype(dtype: str) -> None:
         raise NaloraError("dtype", expected=" or ".join(DTYPES), found=repr(dtype))
 
 
-def _shardings(config: DualConfig | EncoderConfig, mesh: Mesh | None, prefix: str = "") -> dict[str, Any] | None:
+def _shardings(
+    config: DualConfig | EncoderConfig, mesh: Mesh | None, prefix: str = ""
+) -> dict[str, Any] | None:
     if mesh is None:
         return None
-    shapes = {prefix + path: jax.ShapeDtypeStruct(s, "float32") for path, s in config.param_shapes().items()}
+    shapes = {
+        prefix + path: jax.ShapeDtypeStruct(s, "float32") for path, s in config.param_shapes().items()
+    }
     shardings = trees.flatten(distributed.shardings(trees.unflatten(shapes), mesh, distributed.PARAM_RULES))
     return {path.removeprefix(prefix): sharding for path, sharding in shardings.items()}

@@ -74,7 +74,9 @@ def export_dual_adapter(
         tensors[f"base_model.model.{name}.lora_B.weight"] = np.ascontiguousarray(adapter.b.T)
         if adapter.magnitude is not None:
             tensors[f"base_model.model.{name}.lora_magnitude_vector"] = adapter.magnitude
-    complete = {_WHOLE[path]: _outside(np.asarray(leaves[path], np.float32)) for path in trained_shapes(config)}
+    complete = {
+        _WHOLE[path]: _outside(np.asarray(leaves[path], np.float32)) for path in trained_shapes(config)
+    }
     settings = _settings(adapters, spec)
     with new_folder(folder, replaces=OWN_FILES if overwrite else ()) as scratch:
         write_json(scratch / CONFIG_NAME, settings | {"base_model_name_or_path": base_model_name})
@@ -103,7 +105,9 @@ def import_dual_adapter(
     ):
         if listed:
             numbers = ", ".join(map(str, listed))
-            raise NaloraError(f"{peft.where}: {field}", expected="null for image and text encoders", found=numbers)
+            raise NaloraError(
+                f"{peft.where}: {field}", expected="null for image and text encoders", found=numbers
+            )
     tensors, metadata = read_tensors(folder)
     check_digest(folder / TENSORS_NAME, tensors, metadata)
     check_fingerprint(folder / TENSORS_NAME, metadata, fingerprint)
@@ -111,7 +115,11 @@ def import_dual_adapter(
     if peft.adalora:
         tensors = as_lora_tensors(tensors, str(path))
     modules = by_module(tensors, path, dora=peft.dora)
-    places = {module_names(config, p).format(layer=i): (p, i) for p, n in config.depths().items() for i in range(n)}
+    places = {
+        module_names(config, p).format(layer=i): (p, i)
+        for p, n in config.depths().items()
+        for i in range(n)
+    }
     choices = peft.choose(list(places))
     for name in modules:
         if name not in places or name not in choices.modules:
@@ -178,7 +186,9 @@ def _same(a: ModuleAdapter | None, b: ModuleAdapter | None) -> bool:
     return all(np.array_equal(x, y) for x, y in pairs) and math.isclose(a.scale, b.scale, rel_tol=1e-6)
 
 
-def _adapters(leaves: Mapping[str, Any], spec: AdapterSpec, config: DualConfig) -> Iterator[tuple[str, ModuleAdapter]]:
+def _adapters(
+    leaves: Mapping[str, Any], spec: AdapterSpec, config: DualConfig
+) -> Iterator[tuple[str, ModuleAdapter]]:
     for path, layers in config.depths().items():
         for layer in range(layers):
             adapter = layer_adapter(leaves, spec, path, layer)
@@ -219,7 +229,9 @@ def _read(
     shapes = {"a": (rank, d_in), "b": (d_out, rank), "magnitude": (d_out,)}
     for kind, tensor in parts.items():
         if tensor.shape != shapes[kind]:
-            raise NaloraError(f"{where} ({kind})", expected=f"shape {shapes[kind]}", found=f"shape {tensor.shape}")
+            raise NaloraError(
+                f"{where} ({kind})", expected=f"shape {shapes[kind]}", found=f"shape {tensor.shape}"
+            )
     return ModuleAdapter(parts["a"].T, parts["b"].T, scale, parts.get("magnitude"))
 
 
@@ -244,7 +256,9 @@ def _stacked(
         leaves |= {f"{path}/a": a, f"{path}/b": b}
         if peft.dora:
             rows = [layers[i].magnitude if i in layers else None for i in range(n)]
-            leaves[f"{path}/magnitude"] = np.stack([np.ones(d_out, np.float32) if r is None else r for r in rows])
+            leaves[f"{path}/magnitude"] = np.stack(
+                [np.ones(d_out, np.float32) if r is None else r for r in rows]
+            )
         targets.append((path, TargetSpec(ranks, tuple(alphas))))
     return leaves, AdapterSpec(tuple(targets), rslora=peft.rslora, dora=peft.dora, dropout=peft.dropout)
 
@@ -260,13 +274,17 @@ def _read_whole(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             check_digest(path, tensors, dict(handle.metadata() or {}))
     except (OSError, SafetensorError) as error:
-        raise NaloraError(str(path), expected="projections and temperature of the pair", found=error) from error
+        raise NaloraError(
+            str(path), expected="projections and temperature of the pair", found=error
+        ) from error
     leaves = {}
     for name, shape in shapes.items():
         value = tensors.get(_WHOLE[name])
         if value is None or _outside(value).shape != shape:
             actual = "nothing" if value is None else f"shape {value.shape}"
-            raise NaloraError(f"{path}: {_WHOLE[name]}", expected=f"a tensor for {name} {shape}", found=actual)
+            raise NaloraError(
+                f"{path}: {_WHOLE[name]}", expected=f"a tensor for {name} {shape}", found=actual
+            )
         leaves[name] = _outside(value)
     return leaves
 

@@ -20,14 +20,20 @@ _RENAMES = (
 )
 _PROJECTORS: dict[str, tuple[VisionTensorRow, ...]] = {
     "mlp": (
-        VisionTensorRow("multi_modal_projector.linear_1.weight", ("projector/ffn/in_proj/kernel",), "transpose"),
+        VisionTensorRow(
+            "multi_modal_projector.linear_1.weight", ("projector/ffn/in_proj/kernel",), "transpose"
+        ),
         VisionTensorRow("multi_modal_projector.linear_1.bias", ("projector/ffn/in_proj/bias",)),
-        VisionTensorRow("multi_modal_projector.linear_2.weight", ("projector/ffn/out_proj/kernel",), "transpose"),
+        VisionTensorRow(
+            "multi_modal_projector.linear_2.weight", ("projector/ffn/out_proj/kernel",), "transpose"
+        ),
         VisionTensorRow("multi_modal_projector.linear_2.bias", ("projector/ffn/out_proj/bias",)),
     ),
     "pooled": (
         VisionTensorRow("multi_modal_projector.mm_soft_emb_norm.weight", ("projector/norm/scale",)),
-        VisionTensorRow("multi_modal_projector.mm_input_projection_weight", ("projector/projection/kernel",)),
+        VisionTensorRow(
+            "multi_modal_projector.mm_input_projection_weight", ("projector/projection/kernel",)
+        ),
     ),
 }
 

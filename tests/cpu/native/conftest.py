@@ -14,7 +14,10 @@ from nalora_jax.cpu.native import library
 
 EMULATED = Path(__file__).with_name("emulated_tiles.h")
 QUICK = "-O1"  # -O3 takes 10 s more
-KINDS = [*library.kinds(), *(["emulated"] if "vectors" in library.kinds() and not library.has_tiles() else [])]
+KINDS = [
+    *library.kinds(),
+    *(["emulated"] if "vectors" in library.kinds() and not library.has_tiles() else []),
+]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

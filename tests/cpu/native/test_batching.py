@@ -29,10 +29,14 @@ def _assert_one_call(function: Callable[..., Any], *operands: jax.Array) -> None
     assert "stablehlo.while" not in program
     results = jax.tree.leaves(together(*operands))
     for run in range(RUNS):
-        for x, y in zip(results, jax.tree.leaves(alone(*(operand[run] for operand in operands))), strict=True):
+        for x, y in zip(
+            results, jax.tree.leaves(alone(*(operand[run] for operand in operands))), strict=True
+        ):
             x, y = np.asarray(x[run], np.float32), np.asarray(y)
             share = 2**-8 if y.dtype == jnp.bfloat16 else 1e-6
-            np.testing.assert_allclose(x, y.astype(np.float32), rtol=share, atol=share * np.abs(y).max(initial=0))
+            np.testing.assert_allclose(
+                x, y.astype(np.float32), rtol=share, atol=share * np.abs(y).max(initial=0)
+            )
 
 
 def test_sums_with_shared_kernels_and_kernels_of_each_run() -> None:
@@ -49,7 +53,9 @@ def test_sums_with_shared_kernels_and_kernels_of_each_run() -> None:
 
     # With 48 columns each, only two runs at a time are joined.
     for rank in (8, 48):
-        _assert_one_call(sums, draw(rng, RUNS, ROWS, 48), draw(rng, RUNS, ROWS, rank), draw(rng, RUNS, rank, 70))
+        _assert_one_call(
+            sums, draw(rng, RUNS, ROWS, 48), draw(rng, RUNS, ROWS, rank), draw(rng, RUNS, rank, 70)
+        )
 
 
 def test_sums_over_a_vocabulary_with_a_number_of_rows_for_each_run() -> None:
@@ -57,7 +63,9 @@ def test_sums_over_a_vocabulary_with_a_number_of_rows_for_each_run() -> None:
     table = draw(rng, 100, 48)
     counts = jnp.asarray([3, ROWS, 0, 7, 19], jnp.int32)
     _assert_one_call(
-        lambda x, count: native.over_vocabulary(x, table, count, transposed=True), draw(rng, RUNS, ROWS, 48), counts
+        lambda x, count: native.over_vocabulary(x, table, count, transposed=True),
+        draw(rng, RUNS, ROWS, 48),
+        counts,
     )
 
 
@@ -87,7 +95,9 @@ def test_gates_and_norms() -> None:
 def test_a_scale_of_each_run_becomes_a_loop() -> None:
     rng = np.random.default_rng(4)
     held, scales = draw(rng, RUNS, ROWS, 64).view(jnp.uint16), draw(rng, RUNS, 64).astype(jnp.float32)
-    together = jax.jit(jax.vmap(lambda held, scale: native.normalise(held, jnp.ones(ROWS), scale)))(held, scales)
+    together = jax.jit(jax.vmap(lambda held, scale: native.normalise(held, jnp.ones(ROWS), scale)))(
+        held, scales
+    )
     for run in range(RUNS):
         alone = native.normalise(held[run], jnp.ones(ROWS), scales[run])
         np.testing.assert_array_equal(np.asarray(together[run], np.float32), np.asarray(alone, np.float32))

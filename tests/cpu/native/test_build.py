@@ -66,10 +66,19 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(
 
 @pytest.mark.parametrize(
     ("choice", "devices", "kinds"),
-    [("0", 1, ("tiles", "plain")), ("1", 8, ("tiles", "plain")), ("vectors", 8, ("vectors",)), ("1", 1, ("plain",))],
+    [
+        ("0", 1, ("tiles", "plain")),
+        ("1", 8, ("tiles", "plain")),
+        ("vectors", 8, ("vectors",)),
+        ("1", 1, ("plain",)),
+    ],
 )
 def test_where_xla_does_the_work(
-    choice: str, devices: int, kinds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    choice: str,
+    devices: int,
+    kinds: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("NALORA_NATIVE", choice)
     monkeypatch.setattr(library, "kinds", lambda: kinds)
@@ -80,7 +89,11 @@ def test_where_xla_does_the_work(
 @pytest.mark.parametrize(
     ("machine", "flags", "expected"),
     [
-        ("x86_64", "fma avx512f avx512bw avx512vl avx512_bf16 amx_tile amx_bf16", ("tiles", "vectors", "plain")),
+        (
+            "x86_64",
+            "fma avx512f avx512bw avx512vl avx512_bf16 amx_tile amx_bf16",
+            ("tiles", "vectors", "plain"),
+        ),
         ("x86_64", "fma avx512f avx512bw avx512vl avx512_bf16", ("vectors", "plain")),
         ("x86_64", "fma avx512f avx512bw avx512vl avx2", ("floats", "plain")),
         ("x86_64", "fma avx2", ("floats", "plain")),
@@ -90,7 +103,11 @@ def test_where_xla_does_the_work(
     ],
 )
 def test_kinds_are_those_that_the_cpu_has(
-    machine: str, flags: str | None, expected: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machine: str,
+    flags: str | None,
+    expected: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     about = tmp_path / "cpuinfo"
     if flags is not None:

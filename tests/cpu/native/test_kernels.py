@@ -64,7 +64,10 @@ def test_sums_of_products(seed: int) -> None:
         for _ in range(rng.integers(1, 4)):
             depth = int(rng.choice([1, 8, 31, 32, 64, 100, 300]))
             transposed = bool(rng.integers(2))
-            x, y = draw(rng, rows, depth), draw(rng, *((columns, depth) if transposed else (depth, columns)))
+            x, y = (
+                draw(rng, rows, depth),
+                draw(rng, *((columns, depth) if transposed else (depth, columns))),
+            )
             terms.append(Term(x, in_stack(rng, y) if rng.integers(2) else y, transposed))
             want += exact(x) @ (exact(y).T if transposed else exact(y))
         sums.append(Sum(terms, ["float32", "bfloat16"][rng.integers(2)]))
@@ -77,7 +80,17 @@ def test_sums_of_products(seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "transposed"),
-    [(1, False), (1, True), (2, False), (3, True), (4, True), (8, False), (19, True), (32, False), (32, True)],
+    [
+        (1, False),
+        (1, True),
+        (2, False),
+        (3, True),
+        (4, True),
+        (8, False),
+        (19, True),
+        (32, False),
+        (32, True),
+    ],
 )
 def test_sums_of_few_rows(transposed: bool, rows: int) -> None:
     """Several sums, two terms, edges everywhere, and depths and widths beyond what is packed at a time."""
@@ -86,7 +99,10 @@ def test_sums_of_few_rows(transposed: bool, rows: int) -> None:
     for depths, columns, bound in (((577, 3), 1100, 1e-6), ((70,), 45, 1e-6), ((2_070,), 45, 2.5e-6)):
         terms, want = [], np.zeros((rows, columns))
         for depth in depths:
-            x, y = draw(rng, rows, depth), draw(rng, *((columns, depth) if transposed else (depth, columns)))
+            x, y = (
+                draw(rng, rows, depth),
+                draw(rng, *((columns, depth) if transposed else (depth, columns))),
+            )
             terms.append(Term(x, in_stack(rng, y), transposed))
             want += exact(x) @ (exact(y).T if transposed else exact(y))
         sums += [Sum(terms, dtype) for dtype in ("float32", "bfloat16")]
@@ -182,7 +198,11 @@ def test_the_library_refuses_what_python_did_not_check() -> None:
 
 
 def test_the_library_refuses_norms_that_do_not_fit() -> None:
-    held, row, scale = jnp.zeros((4, 8), jnp.uint16), jnp.zeros((4,), jnp.float32), jnp.zeros((7,), jnp.float32)
+    held, row, scale = (
+        jnp.zeros((4, 8), jnp.uint16),
+        jnp.zeros((4,), jnp.float32),
+        jnp.zeros((7,), jnp.float32),
+    )
     with pytest.raises(Exception, match="nalora_normalise: shapes do not fit"):
         jax.block_until_ready(native.normalise(held, row, scale))
 
@@ -210,13 +230,17 @@ def gate64(z: np.ndarray, a: float, b: float) -> tuple[np.ndarray, np.ndarray]:
         (5, 33, 1, (1.5957691, 0.0713548)),
     ],
 )
-def test_gates_with_their_statistics(rows: int, columns: int, rank: int, coefficients: tuple[float, float]) -> None:
+def test_gates_with_their_statistics(
+    rows: int, columns: int, rank: int, coefficients: tuple[float, float]
+) -> None:
     rng = np.random.default_rng(rows)
     logistic = native.Logistic(*coefficients)
     z, u, g = draw(rng, rows, columns, scale=4), draw(rng, rows, columns), draw(rng, rows, columns)
     # Runs of rows with weights and without, and rows without in a run that has some.
     weights, probe_weights = (
-        jnp.asarray((rng.integers(0, 2, -(-rows // 8)).repeat(8)[:rows] * rng.integers(0, 3, rows)), jnp.float32)
+        jnp.asarray(
+            (rng.integers(0, 2, -(-rows // 8)).repeat(8)[:rows] * rng.integers(0, 3, rows)), jnp.float32
+        )
         for _ in range(2)
     )
     hidden = jax.device_put(rng.standard_normal((rows, rank), np.float32))
@@ -347,7 +371,10 @@ def test_attention_of_a_token_to_a_cache(
     sinks = np.linspace(-3, 9, heads)  # of the last token's score sums, some are above and some below
     share = np.exp(logsumexp - np.logaddexp(logsumexp, sinks))
     lost = compiled(
-        lambda *x: native.cached_attention(*x[:2], 0.3, softcap, x[2]), heads_of_token, cached, jnp.asarray(sinks)
+        lambda *x: native.cached_attention(*x[:2], 0.3, softcap, x[2]),
+        heads_of_token,
+        cached,
+        jnp.asarray(sinks),
     )
     assert worst(lost, want * share[:, None, :, None]) < 1e-5
 
@@ -369,7 +396,10 @@ def test_attention_and_its_gradient(
     batch: int, seq: int, heads: int, kv_heads: int, dim: int, window: int, softcap: float, packed: bool
 ) -> None:
     rng = np.random.default_rng(seq)
-    q, k, v = draw(rng, batch, seq, heads, dim, scale=dim**-0.5), *(draw(rng, batch, seq, kv_heads, dim) for _ in "kv")
+    q, k, v = (
+        draw(rng, batch, seq, heads, dim, scale=dim**-0.5),
+        *(draw(rng, batch, seq, kv_heads, dim) for _ in "kv"),
+    )
     given = Heads(q, k, v, *map(jax.device_put, places(rng, batch, seq, packed)), window)
     g = draw(rng, *q.shape)
     out, logsumexp = compiled(native.attention, given, softcap)
@@ -386,7 +416,10 @@ def test_attention_and_its_gradient(
 def test_positions_of_one_row_serve_them_all() -> None:
     rng = np.random.default_rng(0)
     q, k, v = (draw(rng, 2, 40, 2, 32) for _ in "qkv")
-    positions, segments = jnp.arange(40)[None], jnp.asarray(rng.integers(1, 3, (2, 1)) * np.ones((1, 40), int))
+    positions, segments = (
+        jnp.arange(40)[None],
+        jnp.asarray(rng.integers(1, 3, (2, 1)) * np.ones((1, 40), int)),
+    )
     mixed = native.attention(Heads(q, k, v, positions, segments, 2**30))
     whole = native.attention(Heads(q, k, v, jnp.tile(positions, (2, 1)), segments, 2**30))
     for one, other in zip(mixed, whole, strict=True):
@@ -416,7 +449,14 @@ def test_a_score_that_is_not_a_number_is_seen_by_who_sees_it() -> None:
     ],
 )
 def test_sums_over_a_vocabulary(
-    rows: int, d_model: int, vocab: int, transposed: bool, scale: float, softcap: float, count: int, gradient: bool
+    rows: int,
+    d_model: int,
+    vocab: int,
+    transposed: bool,
+    scale: float,
+    softcap: float,
+    count: int,
+    gradient: bool,
 ) -> None:
     rng = np.random.default_rng(rows)
     hidden, table = draw(rng, rows, d_model, scale=d_model**-0.5), draw(rng, vocab, d_model)

@@ -102,7 +102,8 @@ def test_adapted_products(widths: tuple[int, int], result: str, both: Any) -> No
         def value_and_gradients(*given: jax.Array) -> Any:
             numerics, weights = replace(CPU, result=result), jnp.abs(mask)
             y, back = jax.vjp(
-                lambda x, a, b: adapted_dense(x, Dense(kernel, Adapter(a, b, 0.5, weights)), numerics).y, *given
+                lambda x, a, b: adapted_dense(x, Dense(kernel, Adapter(a, b, 0.5, weights)), numerics).y,
+                *given,
             )
             return y, back(jnp.sin(y))
 
@@ -118,7 +119,9 @@ def test_frozen_products(result: str, both: Any) -> None:
     def run() -> Any:
         @jax.jit
         def value_and_gradient(x: jax.Array) -> Any:
-            y, back = jax.vjp(lambda x: matmul(x, kernel.astype(jnp.bfloat16), replace(CPU, result=result)), x)
+            y, back = jax.vjp(
+                lambda x: matmul(x, kernel.astype(jnp.bfloat16), replace(CPU, result=result)), x
+            )
             return y, back(jnp.sin(y))
 
         y, (dx,) = value_and_gradient(x)
@@ -208,7 +211,9 @@ def test_attention(softcap: float, both: Any) -> None:
     def run() -> Any:
         @jax.jit
         def value_and_gradients(*given: jax.Array) -> Any:
-            out, back = jax.vjp(lambda q, k, v: attention(q, Keys(k, v, positions, segments), 25, config, CPU), *given)
+            out, back = jax.vjp(
+                lambda q, k, v: attention(q, Keys(k, v, positions, segments), 25, config, CPU), *given
+            )
             return out, back(jnp.sin(out))
 
         return value_and_gradients(q, k, v)
@@ -267,7 +272,9 @@ def test_gated_products(name: str, both: Any) -> None:
         ("quick_gelu", 4, 64, 4, 8),
     ],
 )
-def test_gate_statistics(name: str, batch: int, seq: int, stride: int, probe_stride: int, both: Any) -> None:
+def test_gate_statistics(
+    name: str, batch: int, seq: int, stride: int, probe_stride: int, both: Any
+) -> None:
     rng = np.random.default_rng(seq)
     z = jax.device_put((3 * rng.standard_normal((batch, seq, 70))).astype(jnp.bfloat16))
     weights = jax.device_put(rng.integers(0, 2, (batch, seq)).astype(bool))
@@ -285,7 +292,11 @@ def test_gate_statistics(name: str, batch: int, seq: int, stride: int, probe_str
 def test_gate_statistics_of_a_residual_in_factors(both: Any) -> None:
     z, hidden, b = draw(8, (2, 32, 70), (16, 3), (3, 70))
     delta = (hidden @ b).reshape(2, 8, 70)
-    probe = Probe(sampled(z.astype(jnp.bfloat16), jnp.ones((2, 32)), 4).astype(jnp.float32) - delta, delta, (hidden, b))
+    probe = Probe(
+        sampled(z.astype(jnp.bfloat16), jnp.ones((2, 32)), 4).astype(jnp.float32) - delta,
+        delta,
+        (hidden, b),
+    )
     given = z.astype(jnp.bfloat16), probe, jnp.ones((2, 32), bool)
     options = activations.get("silu"), GateStatsConfig(1, 4), CPU
     close(*both(lambda: jax.jit(lambda *given: gate_statistics(*given, *options))(*given)), share=1e-4)
@@ -315,7 +326,9 @@ def test_a_gated_block_at_once(adapted: str, use_bias: bool, name: str, both: An
             # Biases and B are zero to begin with.
             shake = lambda w: w + 0.1 * jnp.cos(jnp.arange(w.size)).reshape(w.shape)  # noqa: E731
             variables = jax.tree.map(shake, block.init(key, x))
-            kernels = jax.tree.map(lambda w: w.astype(jnp.bfloat16) if w.ndim > 1 else w, variables["params"])
+            kernels = jax.tree.map(
+                lambda w: w.astype(jnp.bfloat16) if w.ndim > 1 else w, variables["params"]
+            )
             return variables | {"params": kernels}
 
         variables = start(jax.random.key(0))
@@ -345,7 +358,11 @@ def test_a_gated_block_at_once(adapted: str, use_bias: bool, name: str, both: An
 def test_a_rematerialised_step_measures_once(remat: str) -> None:
     """Statistics and h are made in the forward pass alone; the backward pass makes h with the gradients."""
     text = lowered(replace(CONFIG, compute=replace(CONFIG.compute, remat=remat)))
-    assert [text.count(f"nalora_{name}_") for name in ("gate_measured", "gate_gradient", "gate")] == [1, 1, 2]
+    assert [text.count(f"nalora_{name}_") for name in ("gate_measured", "gate_gradient", "gate")] == [
+        1,
+        1,
+        2,
+    ]
 
 
 BASE = ModelConfig.from_hf(

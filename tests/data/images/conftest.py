@@ -19,7 +19,9 @@ def picture_folder(tmp_path: Path) -> Callable[..., Path]:
         for number, (name, count) in enumerate(counts.items()):
             (folder / name).mkdir(parents=True)
             for i in range(count):
-                pixels = np.random.default_rng(100 * number + i).integers(0, 256, (10 + i, 14, 3), dtype=np.uint8)
+                pixels = np.random.default_rng(100 * number + i).integers(
+                    0, 256, (10 + i, 14, 3), dtype=np.uint8
+                )
                 Image.fromarray(pixels).save(folder / name / f"{i}.png")
         return folder
 

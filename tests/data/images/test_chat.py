@@ -39,7 +39,9 @@ def opened(folder: Path, *records: dict[str, Any], chat: bool = True, **vision: 
 
 
 def openai(*parts: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": "A cat."}]}
+    return {
+        "messages": [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": "A cat."}]
+    }
 
 
 def test_every_form_is_the_same_conversation(tmp_path) -> None:
@@ -61,7 +63,9 @@ def test_every_form_is_the_same_conversation(tmp_path) -> None:
         user, assistant = record["messages"]
         assert list(user["content"]) == [IMAGE, TEXT]
         assert assistant["content"] == "A cat."
-    assert [record[IMAGES] for record in found[:-1]] == [((tmp_path / "a.png").resolve(),)] * (len(records) - 1)
+    assert [record[IMAGES] for record in found[:-1]] == [((tmp_path / "a.png").resolve(),)] * (
+        len(records) - 1
+    )
     assert found[-1][IMAGES] == (png(),)
 
 
@@ -74,7 +78,10 @@ def test_images_stand_where_the_text_says(tmp_path) -> None:
     source = opened(tmp_path, {"image": ["b.png", "a.png"], "conversations": turns})
     record = source[0]
     parts = [IMAGE, {"type": "text", "text": " or "}, IMAGE, {"type": "text", "text": "?"}]
-    assert [list(m["content"]) for m in record["messages"][:2]] == [[{"type": "text", "text": "Be short."}], parts]
+    assert [list(m["content"]) for m in record["messages"][:2]] == [
+        [{"type": "text", "text": "Be short."}],
+        parts,
+    ]
     assert [path.name for path in source.images(0)] == ["b.png", "a.png"]
 
 
@@ -100,11 +107,16 @@ def test_a_caption_answers_the_prompt_of_the_settings(tmp_path) -> None:
         (openai({"type": "text", "text": "a <img> b"}), "no <img>"),
         ({"image": "a.png", "conversations": [{"from": "robot", "value": "x"}]}, "human"),
         ({"image": "a.png", "conversations": []}, "a list of messages"),
-        ({"messages": [{"role": "assistant", "content": [IMAGE]}], "image": "a.png"}, "texts from the assistant"),
+        (
+            {"messages": [{"role": "assistant", "content": [IMAGE]}], "image": "a.png"},
+            "texts from the assistant",
+        ),
         ({"image": "a.png", "text": "x"}, "--vision.caption-field"),
     ],
 )
-def test_what_no_model_could_read_is_refused_by_line(tmp_path, record: dict[str, Any], message: str) -> None:
+def test_what_no_model_could_read_is_refused_by_line(
+    tmp_path, record: dict[str, Any], message: str
+) -> None:
     source = opened(tmp_path, record)
     with pytest.raises(NaloraError, match=message) as error:
         source[0]
@@ -133,7 +145,9 @@ def test_no_epoch_has_a_row_with_more_images_than_places() -> None:
     pattern = pack(lengths, 40)
     places = places_of(pattern, lengths, images)
     most = max(
-        images[plan(pattern, lengths, 0, epoch).row(row)].sum() for epoch in range(20) for row in range(pattern.rows)
+        images[plan(pattern, lengths, 0, epoch).row(row)].sum()
+        for epoch in range(20)
+        for row in range(pattern.rows)
     )
     assert most <= places <= 2 * np.diff(pattern.starts).max()
     assert places_of(pack(lengths, 40, several=False), lengths, images) == 2

@@ -21,7 +21,16 @@ def data(folder, *, rows=(0, 1, 2, 3), accumulate=1, seed=1, workers=0, **vision
     source = open_images(DataConfig(dataset=str(folder)), fields, "train")
     labels = source.labels(source.classes())
     return ImageData(
-        source, np.arange(len(source)), PROCESSOR, fields, seed, 4 * accumulate, accumulate, rows, workers, labels
+        source,
+        np.arange(len(source)),
+        PROCESSOR,
+        fields,
+        seed,
+        4 * accumulate,
+        accumulate,
+        rows,
+        workers,
+        labels,
     )
 
 
@@ -33,7 +42,9 @@ def test_shots_are_nested_even_and_by_seed() -> None:
     np.testing.assert_array_equal(np.bincount(labels[drawn[8]]), [8, 8, 8])
     assert set(drawn[8]) != set(draw_shots(labels, names, 8, 8))
     assert len(draw_shots(labels, names, 0, 7)) == 60
-    np.testing.assert_array_equal(np.bincount(labels[draw_shots(labels, names, 1000, 7)]), np.bincount(labels))
+    np.testing.assert_array_equal(
+        np.bincount(labels[draw_shots(labels, names, 1000, 7)]), np.bincount(labels)
+    )
     with pytest.raises(NaloraError, match="class 'd'"):
         draw_shots(labels, (*names, "d"), 2, 7)
 
@@ -51,7 +62,9 @@ def test_batches_are_pure_and_every_epoch_holds_every_image(picture_folder) -> N
     np.testing.assert_array_equal(np.bincount(first), [4, 4])
     # The same image in another epoch is changed in another way.
     still = data(folder, augment="none")
-    assert not np.array_equal(np.sort(seen[0]["pixels"].ravel()), np.sort(still.batch_at(0)["pixels"].ravel()))
+    assert not np.array_equal(
+        np.sort(seen[0]["pixels"].ravel()), np.sort(still.batch_at(0)["pixels"].ravel())
+    )
 
 
 def test_hosts_and_micro_batches_share_one_stream(picture_folder) -> None:
@@ -96,7 +109,9 @@ def test_augmentation_keeps_what_it_promises() -> None:
     assert augmented(image, none, generator(0)) is image
     flipped = {np.asarray(augmented(image, flip, generator(0, i))).tobytes() for i in range(20)}
     assert flipped == {np.asarray(image).tobytes(), np.asarray(image)[:, ::-1].tobytes()}
-    np.testing.assert_array_equal(augmented(image, crop, generator(3)), augmented(image, crop, generator(3)))
+    np.testing.assert_array_equal(
+        augmented(image, crop, generator(3)), augmented(image, crop, generator(3))
+    )
     shares = []
     for i in range(300):
         left, top, right, bottom = crop_box(60, 40, 0.4, generator(9, i))

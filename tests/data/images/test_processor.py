@@ -15,7 +15,10 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.vision.encoder import patchify
 
 CASES = {
-    "CLIP": ("CLIPImageProcessorPil", {"size": {"shortest_edge": 24}, "crop_size": {"height": 20, "width": 20}}),
+    "CLIP": (
+        "CLIPImageProcessorPil",
+        {"size": {"shortest_edge": 24}, "crop_size": {"height": 20, "width": 20}},
+    ),
     "CLIP's defaults": ("CLIPImageProcessorPil", {}),
     "crop larger than the image": (
         "CLIPImageProcessorPil",
@@ -23,8 +26,14 @@ CASES = {
     ),
     "SigLIP": ("SiglipImageProcessorPil", {"size": {"height": 17, "width": 31}, "resample": 1}),
     "ViT": ("ViTImageProcessorPil", {"size": 33, "do_normalize": False}),
-    "DINOv2": ("BitImageProcessorPil", {"size": 40, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}),
-    "nearest, no scale": ("ViTImageProcessorPil", {"resample": 0, "do_rescale": False, "do_normalize": False}),
+    "DINOv2": (
+        "BitImageProcessorPil",
+        {"size": 40, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]},
+    ),
+    "nearest, no scale": (
+        "ViTImageProcessorPil",
+        {"resample": 0, "do_rescale": False, "do_normalize": False},
+    ),
 }
 SIZES = ((37, 64), (64, 37), (50, 50), (301, 207))
 

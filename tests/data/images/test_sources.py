@@ -39,7 +39,10 @@ def test_a_list_of_captions(picture_folder, form) -> None:
     rows = [{"file_name": "cat/0.png", "caption": "a cat, asleep", "label": "cat"}]
     rows.append({"file_name": "cat/1.png", "caption": 'the "other" cät', "label": "cat"})
     if form == "csv":
-        text = "file_name,caption,label\n" + 'cat/0.png,"a cat, asleep",cat\ncat/1.png,"the ""other"" cät",cat\n'
+        text = (
+            "file_name,caption,label\n"
+            + 'cat/0.png,"a cat, asleep",cat\ncat/1.png,"the ""other"" cät",cat\n'
+        )
         (folder / "captions.csv").write_text(text, encoding="utf-8")
     else:
         (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -157,10 +160,17 @@ def test_users_own_tfds_data_set(tmp_path) -> None:
         "import sys\nfrom pond_life.pond_life_dataset_builder import Builder\n"
         "Builder(data_dir=sys.argv[1], file_format='array_record').download_and_prepare()\n"
     )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "code"), str(Path(__file__).parents[3])])}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path / "code"), str(Path(__file__).parents[3])]),
+    }
     for script in (prepare, READ):
         done = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path / "data")], env=env, capture_output=True, text=True, check=False
+            [sys.executable, "-c", script, str(tmp_path / "data")],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
     photo, valid, names = done.stdout.strip().splitlines()

@@ -64,7 +64,9 @@ def test_features_and_logits_are_those_of_transformers(dual_folder, case) -> Non
     seen = torch.tensor(mask.astype(np.int64)) if family != "siglip" else None
     with torch.no_grad():
         theirs = model(
-            input_ids=torch.tensor(tokens), pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2)), attention_mask=seen
+            input_ids=torch.tensor(tokens),
+            pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2)),
+            attention_mask=seen,
         )
     module, variables = DualEncoder(config), {"params": params}
     texts = {"tokens": tokens, "token_weights": mask.astype(np.float32)}
@@ -115,7 +117,10 @@ def test_positions_are_resized_for_images_of_another_size() -> None:
         Encoder(ours).apply(variables, pixels), theirs.pooler_output.numpy(), rtol=0, atol=TOLERANCE
     )
     np.testing.assert_allclose(
-        Encoder(ours).apply(variables, pixels, pooled=False), theirs.last_hidden_state.numpy(), rtol=0, atol=TOLERANCE
+        Encoder(ours).apply(variables, pixels, pooled=False),
+        theirs.last_hidden_state.numpy(),
+        rtol=0,
+        atol=TOLERANCE,
     )
 
 
@@ -147,7 +152,9 @@ def test_layers_of_one_tower_cost_one_trace(dual_folder) -> None:
     counts = []
     for depth in (2, 4):
         config = DualConfig.from_hf(
-            json.loads((dual_folder("clip", vision={"num_hidden_layers": depth}) / "config.json").read_text())
+            json.loads(
+                (dual_folder("clip", vision={"num_hidden_layers": depth}) / "config.json").read_text()
+            )
         ).image
         params = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
@@ -157,6 +164,8 @@ def test_layers_of_one_tower_cost_one_trace(dual_folder) -> None:
         from nalora_jax.trees import unflatten
 
         pixels = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
-        jaxpr = jax.make_jaxpr(lambda p, x, c=config: Encoder(c).apply({"params": p}, x))(unflatten(params), pixels)
+        jaxpr = jax.make_jaxpr(lambda p, x, c=config: Encoder(c).apply({"params": p}, x))(
+            unflatten(params), pixels
+        )
         counts.append(str(jaxpr).count("\n"))
     assert counts[0] == counts[1]

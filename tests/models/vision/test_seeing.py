@@ -23,7 +23,11 @@ transformers = pytest.importorskip("transformers")
 FAMILIES = {
     "llava": [
         {},
-        {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "multimodal_projector_bias": False},
+        {
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "multimodal_projector_bias": False,
+        },
     ],
     "gemma3": [{}],
 }
@@ -48,7 +52,9 @@ def chats(*counts: int) -> list[list[dict[str, Any]]]:
     return rows
 
 
-def ours(loaded: LoadedModel, rows: list[list[dict[str, Any]]], pictures: list[list[Any]]) -> tuple[np.ndarray, Any]:
+def ours(
+    loaded: LoadedModel, rows: list[list[dict[str, Any]]], pictures: list[list[Any]]
+) -> tuple[np.ndarray, Any]:
     """Padded token ids and float32 logits of conversations with their pictures."""
     ids = [loaded.tokenizer.encode(loaded.tokenizer.render_chat(row), special=False) for row in rows]
     tokens = np.zeros((len(ids), max(map(len, ids))), np.int32)
@@ -70,13 +76,17 @@ def ours(loaded: LoadedModel, rows: list[list[dict[str, Any]]], pictures: list[l
     return tokens, np.asarray(logits({"params": loaded.params}, tokens, segments, pixels))
 
 
-def theirs(folder: Path, rows: list[list[dict[str, Any]]], pictures: list[list[Any]]) -> tuple[np.ndarray, np.ndarray]:
+def theirs(
+    folder: Path, rows: list[list[dict[str, Any]]], pictures: list[list[Any]]
+) -> tuple[np.ndarray, np.ndarray]:
     """The same by transformers: its processor's tokens and pixels, its logits."""
     processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
     filled = []
     for row, seen in zip(rows, pictures, strict=True):
         left = iter(seen)
-        user = [{**part, "image": next(left)} if part["type"] == "image" else part for part in row[0]["content"]]
+        user = [
+            {**part, "image": next(left)} if part["type"] == "image" else part for part in row[0]["content"]
+        ]
         filled.append([{"role": "user", "content": user}, *row[1:]])
     inputs = processor.apply_chat_template(
         filled, tokenize=True, return_dict=True, return_tensors="pt", padding=True, padding_side="right"
@@ -89,7 +99,9 @@ def theirs(folder: Path, rows: list[list[dict[str, Any]]], pictures: list[list[A
 @pytest.mark.parametrize(
     ("family", "settings"), [(name, settings) for name, cases in FAMILIES.items() for settings in cases]
 )
-def test_logits_are_transformers_own(seeing_folder, pictures, family: str, settings: dict[str, Any]) -> None:
+def test_logits_are_transformers_own(
+    seeing_folder, pictures, family: str, settings: dict[str, Any]
+) -> None:
     """Two conversations with one and two images of different sizes, padded, through both sides' own processors."""
     folder = seeing_folder(family, **settings)
     rows, seen = chats(2, 1), [pictures[:2], pictures[2:]]

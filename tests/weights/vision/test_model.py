@@ -26,7 +26,9 @@ TEXTS = ["a photo of a red square", "a green circle"]
 
 def images() -> list[Image.Image]:
     rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)) for size in ((20, 30, 3), (16, 16, 3))]
+    return [
+        Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)) for size in ((20, 30, 3), (16, 16, 3))
+    ]
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip", "siglip2", "vision-text-dual-encoder"])
@@ -41,7 +43,9 @@ def test_a_folder_gives_the_logits_of_transformers(dual_folder, family) -> None:
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     fixed = family.startswith("siglip")
-    texts = tokenizer(TEXTS, padding="max_length", truncation=True, max_length=12 if fixed else 8, return_tensors="pt")
+    texts = tokenizer(
+        TEXTS, padding="max_length", truncation=True, max_length=12 if fixed else 8, return_tensors="pt"
+    )
     given = {**processor(images(), return_tensors="pt"), **texts}
     for name in ("token_type_ids", *(("attention_mask",) if fixed else ())):
         given.pop(name, None)
@@ -59,7 +63,11 @@ def test_towers_of_two_folders_and_one_of_a_mesh(tower_folders) -> None:
     assert one.params["text"]["projection"]["kernel"].shape == (48, 32)
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     many = load_dual(f"{image}+{text}", dtype="float32", seed=3, mesh=mesh)
-    assert many.fingerprint == one.fingerprint != load_dual(f"{image}+{text}", dtype="float32", seed=4).fingerprint
+    assert (
+        many.fingerprint
+        == one.fingerprint
+        != load_dual(f"{image}+{text}", dtype="float32", seed=4).fingerprint
+    )
     kernel = many.params["image"]["layers"]["ffn"]["in_proj"]["kernel"]
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
     for path, leaf in trees.flatten(one.params).items():
@@ -111,7 +119,9 @@ def test_what_is_wrong_is_named(dual_folder, tmp_path) -> None:
             load_dual(source, dtype="float32")
     with pytest.raises(NaloraError, match="dtype"):
         load_dual(str(folder), dtype="int8")
-    with pytest.raises(NaloraError, match="--vision.image-size: expected a multiple of the patch size, 4, found 10"):
+    with pytest.raises(
+        NaloraError, match="--vision.image-size: expected a multiple of the patch size, 4, found 10"
+    ):
         load_dual(str(dual_folder("clip")), dtype="float32", image_size=10)
     with pytest.raises(NaloraError, match="0 for a model that takes images of any shape, found 8"):
         load_dual(str(dual_folder("siglip2")), dtype="float32", image_size=8)

@@ -31,7 +31,10 @@ EVERYTHING = (
 )
 CASES = {
     "clip": ("clip", LoRAConfig(rules=EVERYTHING)),
-    "clip, rsLoRA, the image tower only": ("clip", LoRAConfig(rules=(LoRARule("image/.*ffn", 2),), rslora=True)),
+    "clip, rsLoRA, the image tower only": (
+        "clip",
+        LoRAConfig(rules=(LoRARule("image/.*ffn", 2),), rslora=True),
+    ),
     "siglip": ("siglip", LoRAConfig(rules=EVERYTHING)),
     "siglip, DoRA, the text tower only": ("siglip", LoRAConfig(rules=(LoRARule("text/", 3),), dora=True)),
 }
@@ -63,7 +66,12 @@ def test_peft_computes_the_same(dual_folder, tmp_path, case) -> None:
     loaded = load_dual(str(folder), dtype="float32")
     lora, spec = adapted(loaded, lora_config)
     export_dual_adapter(
-        lora, spec, loaded.config, tmp_path / "adapter", base_model_name=str(folder), fingerprint=loaded.fingerprint
+        lora,
+        spec,
+        loaded.config,
+        tmp_path / "adapter",
+        base_model_name=str(folder),
+        fingerprint=loaded.fingerprint,
     )
     verify_dual_export(tmp_path / "adapter", lora, spec, loaded.config, loaded.fingerprint)
     rng = np.random.default_rng(0)
@@ -75,7 +83,11 @@ def test_peft_computes_the_same(dual_folder, tmp_path, case) -> None:
         # A key that PEFT misses or ignores warns, and is an error; what it says about transformers is not ours.
         warnings.filterwarnings("ignore", category=FutureWarning)
         plain = base(**given).logits_per_image.numpy()
-        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(**given).logits_per_image.numpy()
+        theirs = (
+            peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+            .eval()(**given)
+            .logits_per_image.numpy()
+        )
     module = DualEncoder(loaded.config, spec)
     ours = module.apply({"params": loaded.params, "lora": lora}, {"pixels": pixels}, {"tokens": tokens})
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-5)
@@ -88,7 +100,9 @@ def test_what_was_trained_as_a_whole_lies_beside(dual_folder, tmp_path) -> None:
     config = compose(loaded.config.image, loaded.config.text, 24)
     spec = resolve(LoRAConfig(rules=(LoRARule("ffn", 2),)), config.projection_shapes(), layers_of(config))
     lora = init_lora(config, spec, jax.random.key(0), loaded.params)
-    np.testing.assert_array_equal(lora["image"]["projection"]["kernel"], loaded.params["image"]["projection"]["kernel"])
+    np.testing.assert_array_equal(
+        lora["image"]["projection"]["kernel"], loaded.params["image"]["projection"]["kernel"]
+    )
     lora["logit_scale"] = lora["logit_scale"] + 0.5
     export_dual_adapter(lora, spec, config, tmp_path / "adapter", base_model_name="two towers")
     back, _ = import_dual_adapter(tmp_path / "adapter", config)
@@ -102,7 +116,9 @@ def test_what_was_trained_as_a_whole_lies_beside(dual_folder, tmp_path) -> None:
 def test_what_peft_would_drop_silently_is_refused(dual_folder, tmp_path) -> None:
     loaded = load_dual(str(dual_folder("clip")), dtype="float32")
     lora, spec = adapted(loaded, LoRAConfig(rules=(LoRARule("ffn", 2),)))
-    export_dual_adapter(lora, spec, loaded.config, tmp_path / "a", base_model_name="clip", fingerprint="one")
+    export_dual_adapter(
+        lora, spec, loaded.config, tmp_path / "a", base_model_name="clip", fingerprint="one"
+    )
     with pytest.raises(NaloraError, match="an adapter of the base model two"):
         import_dual_adapter(tmp_path / "a", loaded.config, fingerprint="two")
     path, file = tmp_path / "a" / "adapter_config.json", tmp_path / "a" / "adapter_model.safetensors"

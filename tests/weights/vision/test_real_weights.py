@@ -25,5 +25,7 @@ def test_minilm_gives_the_embeddings_of_transformers() -> None:
     weights = given["attention_mask"][..., None]
     theirs = ((hidden * weights).sum(1) / weights.sum(1)).numpy()
     batch = loaded.tokenizer(texts)
-    ours = Encoder(loaded.config).apply({"params": loaded.params}, batch["tokens"], mask=batch["token_weights"] > 0)
+    ours = Encoder(loaded.config).apply(
+        {"params": loaded.params}, batch["tokens"], mask=batch["token_weights"] > 0
+    )
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)

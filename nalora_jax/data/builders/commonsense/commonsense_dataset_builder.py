@@ -49,7 +49,9 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             "prompt": text(doc="the question; of the right choice where choice_prompts is not empty"),
             "completion": text(doc="the right answer, with its leading space"),
             "choices": tfds.features.Sequence(text(), doc="answers to choose from, without leading space"),
-            "choice_prompts": tfds.features.Sequence(text(), doc="one prompt per choice, where the prompts differ"),
+            "choice_prompts": tfds.features.Sequence(
+                text(), doc="one prompt per choice, where the prompts differ"
+            ),
             "gold": tfds.features.Scalar(np.int32, doc="index of the right choice"),
         }
         config = self.builder_config
@@ -65,7 +67,9 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         del dl_manager  # downloads.fetch downloads, with its checksum
         name = self.builder_config.name
-        return {split: self._generate_examples(name, split) for split in tasks.SIZES[tasks.task_of(name)[0]]}
+        return {
+            split: self._generate_examples(name, split) for split in tasks.SIZES[tasks.task_of(name)[0]]
+        }
 
     def _generate_examples(self, name: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         path = fetch(tasks.package_file(name, split))
@@ -74,7 +78,9 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             yield count - 1, _record(row)
         size = tasks.SIZES[tasks.task_of(name)[0]][split]
         if count != size:
-            raise NaloraError(str(path), expected=f"{size} questions", found=count, remedy="delete it and run again")
+            raise NaloraError(
+                str(path), expected=f"{size} questions", found=count, remedy="delete it and run again"
+            )
 
 
 def _questions(path: Path) -> Iterator[dict[str, Any]]:
@@ -93,7 +99,11 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
     doc, gold = row["doc"], int(row["label"])
     name = row["doc_id"] if row["native_id"] is None else row["native_id"]
     if "query" not in doc:
-        return {"id": str(name), "gold": gold, **_fill_in(doc["sentence"], [doc["option1"], doc["option2"]], gold)}
+        return {
+            "id": str(name),
+            "gold": gold,
+            **_fill_in(doc["sentence"], [doc["option1"], doc["option2"]], gold),
+        }
     return {
         "id": str(name),
         "prompt": doc["query"],
