@@ -5,6 +5,7 @@ from __future__ import annotations
 import nalora_jax.ops.cudnn_attention
 import nalora_jax.ops.splash_attention
 import nalora_jax.ops.split_splash
+import nalora_jax.ops.split_triton
 import nalora_jax.ops.triton_attention
 import nalora_jax.ops.triton_grouped_matmul  # noqa: F401
 from nalora_jax.ops.dispatch import PlatformHooks, register_platform
