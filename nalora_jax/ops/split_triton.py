@@ -26,8 +26,9 @@ from nalora_jax.ops.triton_attention import TRITON
 # The kernels' names, by which `nalora plan` recognises them, and their matmuls of a pair of tiles.
 FORWARD, QUERIES, KEYS = "split_attention_forward", "split_attention_queries", "split_attention_keys"
 PRODUCTS = {FORWARD: 2, QUERIES: 3, KEYS: 4}
+NAME = "split_triton"  # of the three kernels in estimates
+HEAD_DIMS = (32, 64, 128)
 _LARGEST, _LEAST = 64, 16  # tokens of a tile
-_HEADS = (32, 64, 128)  # sizes of heads
 
 
 @TRITON.implements(split_attention)
@@ -44,7 +45,7 @@ def triton_split_attention(
 ) -> jax.Array:
     """Computes `split_attention` if tiles divide the blocks and images have no tokens in the row."""
     tile = _tile(q.shape[1] // 2)
-    if tile < _LEAST or q.shape[-1] not in _HEADS or row.starts is not None:
+    if tile < _LEAST or q.shape[-1] not in HEAD_DIMS or row.starts is not None:
         return NotImplemented
     attend = partial(on_shard, config=config, numerics=numerics, attend=_attention, tile=tile)
     return on_shards(attend, q, k, v, row, window, config, sinks)
