@@ -37,7 +37,10 @@ _GATHERED = 3  # kernels that are gathered at once, each as large as the largest
 # pass. v5e has more.
 _OF_EXPERTS, _OF_EXPERTS_ON_V5E = 8, 10
 # Bytes of HBM traffic for each number of an expert's row, d_model or d_ff wide.
-_READ_NARROW, _READ_WIDE = 130, 170
+_READ_NARROW, _READ_WIDE = 92, 120
+# Times that the bytes of a mixture's weights are read or written in a step: by grouped matmuls, as transposed
+# copies for the backward pass and, if they are gathered, by the gathers.
+WEIGHTS_OF_EXPERTS, GATHERED_WEIGHTS_OF_EXPERTS = 4.5, 6.5
 # Times that rows are sent to experts or back: in the forward pass, in it again, in the backward pass.
 _SENT = 6
 # Times that keys and values of split rows, or their gradients, are exchanged in a step.

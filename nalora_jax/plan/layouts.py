@@ -25,6 +25,8 @@ from nalora_jax.models.stacks import key_heads, projection_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.quantize import kernels
 from nalora_jax.plan.estimates import (
+    GATHERED_WEIGHTS_OF_EXPERTS,
+    WEIGHTS_OF_EXPERTS,
     WIDTHS,
     attention_kernel,
     executed_flops,
@@ -282,7 +284,10 @@ def estimate(
         passes * (weights - stay + ends / 2) / tensor * (split - 1) / split / where.inbound(split * tensor)
     )
     traffic = _traffic(base, tokens, tensor, saved_bytes * base.n_layers, sends=stay > 0)
-    hbm = (passes * (weights - stay * (1 - 1 / split) + ends) / tensor + traffic) / where.chip.bandwidth
+    reads = passes
+    if base.n_experts:
+        reads = GATHERED_WEIGHTS_OF_EXPERTS if split > 1 else WEIGHTS_OF_EXPERTS
+    hbm = (reads * (weights - stay * (1 - 1 / split) + ends) / tensor + traffic) / where.chip.bandwidth
     gradients = 2 * (adapters + tables) / where.inbound(data * split) if data * split > 1 else 0.0
     hidden = hidden_share(where, base)
     overlapped, exposed = hidden * gathered, (1 - hidden) * gathered
