@@ -98,6 +98,10 @@ class PlatformHooks:
         """Returns True if attention of ``seq`` tokens reads a layer's keys from the stack of all layers."""
         return False
 
+    def grouped_result(self, result: str) -> str:
+        """Returns the dtype in which `lax.ragged_dot` stores a result that is rounded to ``result``."""
+        return "float32"
+
     def joins_expert_factors(self, experts: int, rank: int) -> bool:
         """Returns True if rows are multiplied by the adapters of all experts in one matmul."""
         return False

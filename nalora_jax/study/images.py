@@ -76,6 +76,10 @@ class DualEncoders:
         self._encoders: dict[Any, Encoders] = {}
         self._evaluators: dict[Any, ClassEvaluator | RetrievalEvaluator] = {}
 
+    def architecture(self, config: RunConfig) -> None:
+        """Returns None: the memory of encoders is not estimated."""
+        del config
+
     def model(self, config: RunConfig) -> LoadedDual:
         """Returns the run's base model; if it joins two separate towers, with the projections of the run's seed."""
         image, plus, text = config.model.partition(JOIN)
