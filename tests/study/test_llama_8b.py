@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from nalora_jax.study import execution
@@ -22,16 +23,16 @@ SMALLER = {
     "evaluate_every = 250": "evaluate_every = 20",
     'train = "train[:97%]"': 'train = "train[:1%]"',
     'validation = "train[97%:]"': 'validation = "train[99%:]"',
-    "validation_items = 2000": "validation_items = 8",
-    "test_items = 1000": "test_items = 8",
-    "accuracy_items = 500": "accuracy_items = 4",
+    "validation_items = 2000": "validation_items = 4",
+    "test_items = 1000": "test_items = 4",
+    "accuracy_items = 500": "accuracy_items = 2",
 }
 
 
 @pytest.fixture
 def protocol(tmp_path: Path) -> Protocol:
-    """The study's protocol with a smaller model and fewer steps, tokens and items."""
-    text = (STUDY / "protocol.toml").read_text()
+    """The study's protocol with a smaller model, two probes, and fewer steps, tokens and items."""
+    text = (STUDY / "protocol.toml").read_text().partition("[probes.socialiqa]")[0]
     for old, new in SMALLER.items():
         assert text.count(old) == 1, old
         text = text.replace(old, new)
@@ -41,8 +42,10 @@ def protocol(tmp_path: Path) -> Protocol:
 
 @pytest.mark.network
 def test_two_seeds_of_the_placebo_train_in_one_program_and_are_tested(
-    protocol: Protocol, tmp_path: Path
+    protocol: Protocol, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    one_device = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: one_device)
     cell = Cell(protocol.models[0], "commonsense", "nalora_placebo")
     resources = Resources(protocol, together=2)
     seeds = protocol.test_seeds[:2]
@@ -52,7 +55,7 @@ def test_two_seeds_of_the_placebo_train_in_one_program_and_are_tested(
         losses = [row["loss"] for row in record["training"]]
         assert record["curve"][-1]["step"] == 20
         assert all(map(math.isfinite, [*losses, record["test"]["loss"], record["validation"]["loss"]]))
-        assert record["test"]["accuracy"] in (0, 0.25, 0.5, 0.75, 1)
+        assert record["test"]["accuracy"] in (0, 0.5, 1)
         assert record["probes"].keys() == protocol.probes.keys()
         assert record["curve"][-1]["loss"] < record["curve"][0]["loss"]
     assert records[0]["test"]["loss"] != records[1]["test"]["loss"]
