@@ -61,12 +61,9 @@ class ArrayRecords:
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise NaloraError(
-                self.where(index),
-                expected="a JSON object",
-                found=f"{len(data)} bytes of another format",
-                remedy="name a data set of TFDS by its folder (with dataset_info.json), or by tfds:<name>",
-            )
+            expected, actual = "a JSON object", f"{len(data)} bytes of another format"
+            remedy = "name a data set of TFDS by its folder (with dataset_info.json), or by tfds:<name>"
+            raise NaloraError(self.where(index), expected=expected, found=actual, remedy=remedy)
         return value
 
     def where(self, index: int) -> str:
