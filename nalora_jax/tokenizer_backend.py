@@ -63,9 +63,14 @@ def tokenizer_errors(what: str, *texts: str) -> Iterator[None]:
         if broken is None:
             expected = "what the model's tokenizer can take"
             raise NaloraError(what, expected=expected, found=error) from error
-        actual = f"half a character in {broken[:80]!r}"
-        remedy = "write the text anew: half of a surrogate pair is no character"
-        raise NaloraError(what, expected="Unicode text", found=actual, remedy=remedy) from error
+        raise unicode_error(what, broken) from error
+
+
+def unicode_error(where: str, text: str) -> NaloraError:
+    """Returns the error about a text that contains half of a surrogate pair."""
+    actual = f"half a character in {text[:60]!r}"
+    remedy = "rewrite the text: half of a surrogate pair is not a character"
+    return NaloraError(where, expected="Unicode text", found=actual, remedy=remedy)
 
 
 def is_unicode(text: str) -> bool:

@@ -11,7 +11,7 @@ from nalora_jax.data.forms import Parts, canonical, message_of, tools_of
 from nalora_jax.data.long_chats import shortened
 from nalora_jax.data.source import TableRecord
 from nalora_jax.errors import NaloraError
-from nalora_jax.tokenizer_backend import is_unicode
+from nalora_jax.tokenizer_backend import is_unicode, unicode_error
 
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer
@@ -205,6 +205,4 @@ def require_unicode(text: str, where: str) -> None:
     JSON can contain half a surrogate pair.
     """
     if not is_unicode(text):
-        actual = f"half a character in {text[:60]!r}"
-        remedy = "write the text anew: half of a surrogate pair is no character"
-        raise NaloraError(where, expected="Unicode text", found=actual, remedy=remedy)
+        raise unicode_error(where, text)

@@ -252,7 +252,7 @@ class DelimitedRows:
         except (UnicodeDecodeError, csv.Error) as error:
             where = f"{self._path}:{max(self._lines, default=0) + 1}"
             raise NaloraError(
-                where, expected="rows of text in UTF-8", found=error, remedy="save it anew"
+                where, expected="rows of text in UTF-8", found=error, remedy="save it again"
             ) from error
 
     def _parse(self, text: str, delimiter: str) -> None:

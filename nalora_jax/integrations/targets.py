@@ -114,7 +114,7 @@ def choose_targets(
         raise NaloraError("lora.rules", expected="at least one adapter", found="rank 0 everywhere")
     if not any(target.gate for target in targets):
         log.warning(
-            "no adapter sits on a gate (gate_proj or in_proj by the keymap): the mechanisms act on nothing"
+            "no adapter is on a gate (gate_proj or in_proj by the keymap): the mechanisms have no effect"
         )
     return tuple(targets)
 

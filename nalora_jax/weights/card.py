@@ -127,7 +127,7 @@ def _summary(card: Card) -> str:
     if card.spec.saved and card.kind == "adapter":
         lines += [
             "",
-            f"Trained as a whole beside them, and part of its files: {' and '.join(card.spec.saved)}.",
+            f"Also fully trained, and part of its files: {' and '.join(card.spec.saved)}.",
         ]
     if card.spec.token_indices and card.kind == "adapter":
         listed = " and ".join(f"{len(ids)} of {name}" for name, ids in card.spec.token_indices)
@@ -217,10 +217,10 @@ def _precision(card: Card) -> str:
         ]
     if card.kind == "adapter":
         lines += [
-            "On the same model in other numbers (the hub's own, another quantization) PEFT loads this adapter without "
-            "a word, and it adds the same low-rank update to weights that are slightly different: what it learned "
-            "mostly carries over, but outputs differ by as much as the two bases do, and the measured result holds "
-            "for the numbers above only. nalora_jax itself compares the digest and refuses another base."
+            "On the same model in another precision (the hub's files, another quantization) PEFT loads this adapter "
+            "without a warning and adds the same low-rank update to slightly different weights. Most of what it "
+            "learned carries over, but outputs differ as much as the two bases do, and the measured result is valid "
+            "only for the precision above. nalora_jax compares the digest and refuses another base."
         ]
     return "\n\n".join(lines)
 

@@ -52,7 +52,7 @@ def take_token_rows(
         rows are missing or have the wrong shape.
     """
     spec = AdapterSpec(token_indices=peft.token_indices, saved=_names(peft.modules_to_save))
-    remedy = "is it an adapter of another base, or of one with more tokens? Their tokenizer belongs into its folder"
+    remedy = "use its own base; if tokens were added, their tokenizer must be in the adapter's folder"
     check_token_indices(spec, config, f"{peft.where}: trainable_token_indices", remedy)
     trained = spec.own_rows(tied=config.tie_embeddings)
     leaves: dict[str, np.ndarray] = {}
