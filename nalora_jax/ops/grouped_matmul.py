@@ -36,7 +36,8 @@ def grouped_matmul(
     Returns:
       ``[rows, d_out]`` in ``numerics.result``, accumulated in float32.
     """
-    kernels = kernels.swapaxes(1, 2) if transposed else kernels
+    if transposed:
+        kernels = kernels.swapaxes(1, 2)
     stored = numerics.hooks.grouped_result(numerics.result)
     return ragged(x, kernels, sizes, numerics.operand, stored).astype(numerics.result)
 

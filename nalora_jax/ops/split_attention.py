@@ -87,9 +87,8 @@ def on_shards(
     """Returns ``attend(q, k, v, row, window, sinks, *more)``, mapped over all axes of the mesh."""
     sharding = config.sharding
     assert sharding is not None
-    heads = "tensor" if "tensor" in sharding.mesh.shape else None
-    by_head = P(sharding.spec[0], None, heads)
-    specs = (by_head, by_head, by_head, P(BATCH_AXES), P(), P(heads), *more_specs)
+    by_head = P(sharding.spec[0], None, config.head_axis)
+    specs = (by_head, by_head, by_head, P(BATCH_AXES), P(), P(config.head_axis), *more_specs)
     mapped = jax.shard_map(attend, mesh=sharding.mesh, in_specs=specs, out_specs=by_head, check_vma=False)
     out: jax.Array = mapped(q, k, v, row, jnp.asarray(window, jnp.int32), sinks, *more)
     return out
