@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -105,10 +106,8 @@ def _added(added: AddedTokens, tokenizer: Tokenizer, base: ModelConfig) -> list[
 def adapter_parameters(base: ModelConfig, spec: AdapterSpec) -> int:
     """Returns the number of trained parameters."""
     shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(base).items()}
-    params = trees.unflatten(shapes) if spec.starts_from_base else None
-    lora: Any = jax.eval_shape(
-        lambda key, params: init_lora(base, spec, key, params), jax.random.key(0), params
-    )
+    initialized = partial(init_lora, base, spec)
+    lora: Any = jax.eval_shape(initialized, jax.random.key(0), trees.unflatten(shapes))
     return trees.count(lora)
 
 
