@@ -130,7 +130,7 @@ def _yarn_frequencies(plain: np.ndarray, spec: RopeSpec) -> np.ndarray:
     if spec.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, spec.dim - 1)
-    ramp = np.clip((np.arange(spec.dim // 2) - low) / (high - low if high != low else 0.001), 0.0, 1.0)
+    ramp = np.clip((np.arange(spec.dim // 2) - low) / (high - low or 0.001), 0.0, 1.0)
     return plain / spec.factor * ramp + plain * (1 - ramp)
 
 

@@ -1,4 +1,4 @@
-"""Names of a layer's arrays: their path in a stack, in a uniform model, and in the patterns of rules."""
+"""Names of a layer's arrays: paths in a stack, in a uniform model, and in patterns of rules."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ ROWS = {"embed_tokens": "embed/rows", "lm_head": "lm_head/rows"}
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """Ranks and alphas of one kind of projection, one entry per layer; rank 0 leaves a layer unadapted."""
+    """Ranks and alphas of one kind of projection by layer; rank 0 leaves a layer unadapted."""
 
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
@@ -97,11 +97,6 @@ class AdapterSpec:
         """
         return replace(self, dora=False, saved=(), token_indices=())
 
-    @property
-    def starts_from_base(self) -> bool:
-        """True if the initial values of the adapters depend on the base weights."""
-        return self != self.linear
-
     def own_rows(self, *, tied: bool) -> dict[str, tuple[int, ...]]:
         """Returns the tables that have separate trained rows, with the token ids of the rows.
 
@@ -144,7 +139,9 @@ def adapter_scale(alpha: float, rank: int, *, rslora: bool = False) -> float:
     """Returns ``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA; 0 for rank 0."""
     if rank == 0:
         return 0.0
-    return alpha / (math.sqrt(rank) if rslora else rank)
+    if rslora:
+        return alpha / math.sqrt(rank)
+    return alpha / rank
 
 
 def resolve(
