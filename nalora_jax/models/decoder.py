@@ -6,7 +6,6 @@ Families differ by their `ModelConfig` only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from nalora_jax.models.block import Block
 from nalora_jax.models.cache import Cache, KeyValues, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.embedding import Embedding, LMHead
-from nalora_jax.models.layers import RMSNorm, identity_table, rope_table, sequence_lengths
+from nalora_jax.models.layers import RMSNorm, rope_tables
 from nalora_jax.models.parts import HandedKeys, LayerInputs, SharedInputs, constrain
 from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.places import with_images
@@ -160,7 +159,7 @@ class Decoder(nn.Module):
             weights = jnp.ones(shape, bool)
         assert isinstance(weights, jax.Array)
         stats = self.stats or GateStatsConfig()
-        tables = partial(_rope_tables, parts=parts)
+        tables = partial(rope_tables, parts=parts)
         return replace(
             shared,
             tables={
@@ -350,7 +349,7 @@ def _shared_inputs(
     positions, segments = (jnp.broadcast_to(x, (rows, tokens.shape[1])) for x in (positions, segments))
     return SharedInputs(
         tables={
-            stack.prefix: _rope_tables(stack.config, positions, segments, lengths)
+            stack.prefix: rope_tables(stack.config, positions, segments, lengths)
             for stack in stacks(config)
         },
         positions=positions,
@@ -360,27 +359,6 @@ def _shared_inputs(
         deterministic=deterministic,
         **of_cache,
     )
-
-
-def _rope_tables(
-    config: ModelConfig,
-    positions: jax.Array,
-    segments: jax.Array,
-    lengths: jax.Array | None = None,
-    parts: Callable[[jax.Array], jax.Array] = lambda rows: rows,
-) -> jax.Array:
-    """Returns ``[tables, 2, batch or 1, seq, dim / 2]``: one table per rotary embedding.
-
-    The identity is appended if a layer has no RoPE. The tables are of the ``parts`` of whole rows.
-    """
-    of_tokens = None
-    if any(spec.depends_on_length for spec in config.ropes):
-        of_tokens = parts(sequence_lengths(positions, segments)) if lengths is None else lengths[:, None]
-    positions = parts(positions)
-    tables = [rope_table(spec, positions, of_tokens) for spec in config.ropes]
-    if len(config.ropes) in config.layer_ropes:
-        tables.append(identity_table(config.ropes[0], positions))
-    return jnp.stack(tables)
 
 
 # ---------------------------------------------------------------- fresh trees
