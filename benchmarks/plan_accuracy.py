@@ -127,7 +127,7 @@ def decided(pair: Pair, *, compiles: bool) -> tuple[Search, Layout, dict[str, An
 
 def _compile_apart(pair: Pair, layout: Layout) -> None:
     """Adds a program to the record in a process, which returns its memory at exit."""
-    request = json.dumps({"pair": asdict(pair), "mesh": layout.mesh, "remat": layout.remat})
+    request = json.dumps({"pair": asdict(pair), "layout": layout.short})
     platform = topology(pair.machine).chip.platform
     subprocess.run([sys.executable, __file__, "--platform", platform, "--one", request], check=True)
 
@@ -137,11 +137,7 @@ def _one(request: str) -> None:
     what = json.loads(request)
     pair, where = Pair(**what["pair"]), topology(what["pair"]["machine"])
     layouts = fitting(pair.config, pair.base, adapter_spec(pair.config, pair.base), where, pair.seq)
-    (layout,) = (
-        candidate
-        for candidate in layouts
-        if list(candidate.mesh) == what["mesh"] and candidate.remat == what["remat"]
-    )
+    (layout,) = (candidate for candidate in layouts if candidate.short == what["layout"])
     record = compile_one(pair, layout)
     RECORD.parent.mkdir(exist_ok=True)
     with RECORD.open("a") as file:
