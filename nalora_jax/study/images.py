@@ -68,9 +68,9 @@ class DualEncoders:
         image, plus, text = config.model.partition(JOIN)
         joined = bool(plus) and not Path(config.model).exists()
         vision, mesh = config.vision, _mesh(config)
-        dtype, options = config.compute.dtype, {"d_out": vision.features, "loss": vision.loss}
-        options |= {"image_size": vision.image_size}
-        seed = config.seed if joined else 0
+        dtype, seed = config.compute.dtype, config.seed if joined else 0
+        options: dict[str, Any] = {"d_out": vision.features, "loss": vision.loss}
+        options["image_size"] = vision.image_size
         key = json.dumps([config.model, seed, options, dtype, config.to_dict()["mesh"]])
         if key in self._models:
             return self._models[key]
