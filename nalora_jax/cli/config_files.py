@@ -217,7 +217,10 @@ def parse_rule(text: str) -> LoRARule:
 
 def format_rule(rule: LoRARule) -> str:
     """Returns the text that `parse_rule` reads as ``rule``."""
-    return f"{rule.pattern}:{rule.rank}" + ("" if rule.alpha is None else f":{rule.alpha:g}")
+    text = f"{rule.pattern}:{rule.rank}"
+    if rule.alpha is not None:
+        text += f":{rule.alpha:g}"
+    return text
 
 
 def _load_module(path: Path) -> ModuleType:

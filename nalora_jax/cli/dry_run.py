@@ -91,8 +91,10 @@ def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
 
 def _context(config: RunConfig, base: ModelConfig) -> str:
-    scaling = f", with RoPE scaling {config.rope_scaling}" if config.rope_scaling else ""
-    return f"the model's context has {base.max_positions:,}{scaling}"
+    text = f"the model's context has {base.max_positions:,}"
+    if config.rope_scaling:
+        text += f", with RoPE scaling {config.rope_scaling}"
+    return text
 
 
 def _added(added: AddedTokens, tokenizer: Tokenizer, base: ModelConfig) -> list[str]:

@@ -121,7 +121,9 @@ def differences(reports: Sequence[Report | None]) -> Iterator[str]:
         where = "every process"
         if len(names) != len(reports):
             where = ", ".join(names)
-        yield f"{where}: {problem}" if len(reports) > 1 else problem
+        if len(reports) > 1:
+            problem = f"{where}: {problem}"
+        yield problem
     for package in sorted({name for report in present for name in report.versions}):
         installed = {r.process: r.versions.get(package, "not installed") for r in present}
         yield from _odd(present, installed, package)

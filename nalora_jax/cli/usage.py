@@ -55,8 +55,9 @@ class Flag:
     @property
     def default(self) -> Any:
         """Returns its default value."""
-        value = self.field.default_factory
-        return value() if value is not MISSING else self.field.default
+        if self.field.default_factory is not MISSING:
+            return self.field.default_factory()
+        return self.field.default
 
 
 def flags(kind: type, prefix: str = "") -> Iterator[Flag]:

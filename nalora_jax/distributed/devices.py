@@ -82,5 +82,7 @@ def _domain(device: jax.Device) -> int:
         return int(getattr(device, "slice_index", 0))
     if platform_name(device) == "gpu":
         index = getattr(device, "partition_index", None)
-        return int(getattr(device, "slice_index", process_of(device)) if index is None else index)
+        if index is None:
+            index = getattr(device, "slice_index", process_of(device))
+        return int(index)
     return 0

@@ -11,7 +11,9 @@ _EXACT = "router/correction"  # rounding it would choose other experts
 
 def leaf_dtype(path: str, dtype: Any) -> Any:
     """Returns the dtype in which a model of ``dtype`` holds an array."""
-    return "float32" if path.endswith(_EXACT) else dtype
+    if path.endswith(_EXACT):
+        return "float32"
+    return dtype
 
 
 def uniform_path(path: str) -> str:

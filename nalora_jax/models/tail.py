@@ -42,7 +42,9 @@ class ScaledTail(Tail):
 
     def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns the block's channels and activation, at the part's own path."""
-        return {"": ((self.width,), config.activation)} if self.width else {}
+        if not self.width:
+            return {}
+        return {"": ((self.width,), config.activation)}
 
     def flops(self, config: ModelConfig, seq: int) -> float:
         """Returns 0: no matmul outside of projections."""

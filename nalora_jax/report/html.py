@@ -314,8 +314,10 @@ def plain_text(value: Any) -> str:
     if isinstance(value, list):
         return "  ".join(map(plain_text, value)) or "none"
     if isinstance(value, Mapping) and {"pattern", "rank"} <= set(value):
-        alpha = value.get("alpha")
-        return f"{value['pattern']}:{value['rank']}" + ("" if alpha is None else f":{_number_text(alpha)}")
+        text = f"{value['pattern']}:{value['rank']}"
+        if value.get("alpha") is not None:
+            text += f":{_number_text(value['alpha'])}"
+        return text
     return str(value)
 
 

@@ -51,8 +51,10 @@ def common_rate_tables(protocol: Protocol, cell_results: Sequence[MethodResult])
 def _common(common: CommonRate | None) -> str:
     if common is None:
         return ""
-    movement = "" if common.movement is None else f" ({common.movement:.2f} x)"
-    return signed(common.difference) + movement
+    text = signed(common.difference)
+    if common.movement is not None:
+        text += f" ({common.movement:.2f} x)"
+    return text
 
 
 def primary_table(protocol: Protocol, compared: Sequence[MethodComparison]) -> str:
