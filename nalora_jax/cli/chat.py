@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from nalora_jax.cli.outputs import mesh_of
+from nalora_jax.cli.outputs import mesh_of, shown_model
 from nalora_jax.config import MeshConfig
 from nalora_jax.config.ranges import MESH, SAMPLING, SEED, Range
 from nalora_jax.errors import NaloraError, visible
@@ -50,7 +50,7 @@ class ChatArgs:
     top_k: int = 0
     # Sample from the likeliest tokens that together have this probability.
     top_p: float = 0.95
-    # Sample from tokens with at least this share of the likeliest token's probability (0: from all).
+    # Sample from tokens with at least this share of the highest probability (0: from all).
     min_p: float = 0.0
     # Penalty of tokens that occur in the conversation; 1: none, above 1 repeats less.
     repetition_penalty: float = 1.0
@@ -66,12 +66,7 @@ class ChatArgs:
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1))
 
 
-RANGES = {
-    **SAMPLING,
-    "seed": SEED,
-    "max_lora_rank": Range("a whole number", "[1, 65536]"),
-    **MESH,
-}
+RANGES = {**SAMPLING, "seed": SEED, "max_lora_rank": Range("a whole number", "[1, 65536]"), **MESH}
 
 
 def chat(args: ChatArgs) -> None:
@@ -121,7 +116,7 @@ class _Adapters:
         self._model, self._mesh, self._least = model, mesh, rank
         self._slot: AdapterSlot | None = None
         self.generator = self._with(model.lora, model.spec)
-        self.name = _shown(model.located.base, model.located.adapter)
+        self.name = shown_model(model.located.base, model.located.adapter)
         _warn_without_turns(model.located.adapter)
 
     def switch(self, path: str) -> None:
@@ -137,12 +132,12 @@ class _Adapters:
         if path == "none":
             self.generator, self.name = (
                 self._with(None, AdapterSpec()),
-                _shown(self._model.located.base, None),
+                shown_model(self._model.located.base, None),
             )
             return
         folder = adapter_folder(Path(path))
         lora, spec = adapter_for(base, folder)
-        self.generator, self.name = self._with(lora, spec), _shown(self._model.located.base, folder)
+        self.generator, self.name = self._with(lora, spec), shown_model(self._model.located.base, folder)
         _warn_without_turns(folder)
 
     def _with(self, lora: Any, spec: Any) -> Generator:
@@ -263,27 +258,25 @@ def _warn_without_turns(adapter: Path | None) -> None:
 
     if adapter is not None and trained_in_turns(adapter) is False:
         _say(
-            f"warning: {adapter} was trained on prompts without a chat template; nalora generate --prompt uses none"
+            f"warning: {adapter} was trained on prompts without a chat template; nalora generate "
+            "--prompt uses none"
         )
 
 
 def _lines() -> Iterator[str]:
     """Yields typed lines, editable at a terminal; Ctrl-C ends them like end of input."""
-    terminal = sys.stdin.isatty()
-    if terminal:
+    prompt = ""
+    if sys.stdin.isatty():
+        prompt = "> "
         with contextlib.suppress(ImportError):
             importlib.import_module("readline")  # arrows and history, if Python has it
     while True:
         try:
-            yield input("> " if terminal else "").strip()
+            yield input(prompt).strip()
         except (EOFError, KeyboardInterrupt):
             return
         except UnicodeDecodeError as error:
             raise NaloraError("standard input", expected="text in UTF-8", found=error) from error
-
-
-def _shown(base: str, adapter: Path | None) -> str:
-    return f"{base} + {adapter}" if adapter else base
 
 
 def _say(text: str) -> None:

@@ -105,8 +105,11 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     usage.check_text(words)
     if not words or words[0] in ("-h", "--help", "--help-all"):
         text = usage.overview({name: verb.arguments for name, verb in VERBS.items()})
-        print(text, file=sys.stdout if words else sys.stderr)
-        raise SystemExit(0 if words else 2)
+        if not words:
+            print(text, file=sys.stderr)
+            raise SystemExit(2)
+        print(text)
+        raise SystemExit(0)
     if words[0] == "--version":
         print(f"nalora_jax {doctor.version('nalora_jax')}")
         raise SystemExit(0)
@@ -131,15 +134,13 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
     start = None
     if verb.arguments is parser.TrainArgs:
         start = parser.defaults(words)
-    args = _parsed(name, verb.arguments, ["--help"] if asked else words, start, quiet=asked is None)
-    if (
-        verb.arguments is parser.TrainArgs
-        and args.run.epochs
-        and parser.values_of(words, "--steps") is not None
-    ):
-        raise NaloraError(
-            "--steps", expected="steps or epochs", found="both", remedy="leave one of them out"
-        )
+    if asked is not None:
+        words = ["--help"]
+    args = _parsed(name, verb.arguments, words, start, quiet=asked is None)
+    epochs = verb.arguments is parser.TrainArgs and args.run.epochs
+    if epochs and parser.values_of(words, "--steps") is not None:
+        remedy = "leave one of them out"
+        raise NaloraError("--steps", expected="steps or epochs", found="both", remedy=remedy)
     check_ranges(args, RANGES.get(verb.arguments, {}))
     flags = {
         flag.field.name: flag.name for flag in usage.flags(verb.arguments) if flag.owner is verb.arguments
@@ -148,9 +149,8 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
         value = getattr(args, argument.name)
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path):
-                check_path(
-                    flags.get(argument.name, argument.name.upper()), path
-                )  # positionals as in the help
+                # Positional arguments have their name in the help.
+                check_path(flags.get(argument.name, argument.name.upper()), path)
     return args
 
 
@@ -187,15 +187,10 @@ def _spelled_out(words: list[str]) -> list[str]:
         pair = tuple(remaining[:2])
         if pair in _SHORT:
             spelled += _SHORT[pair]
-        elif (
-            pair[0] == "--resume"
-            and len(pair) == 2
-            and not pair[1].startswith("-")
-            and pair[1] not in _RESUME
-        ):
+        elif pair[0] == "--resume" and not pair[-1].startswith("-") and pair[-1] not in _RESUME:
             spelled += ["--output", pair[1], "--resume", "yes"]
         else:
-            spelled += ["--resume", "no"] if remaining[0] == "--no-resume" else remaining[:1]
+            spelled += {"--no-resume": ["--resume", "no"]}.get(pair[0], [pair[0]])
             pair = pair[:1]
         remaining = remaining[len(pair) :]
     return spelled
@@ -203,38 +198,35 @@ def _spelled_out(words: list[str]) -> list[str]:
 
 def _joined(words: list[str], flag: str) -> list[str]:
     """Returns the words with all values of a repeated flag after one flag."""
-    values, options, taking = [], [], False
-    for word in words:
-        name, assigned, value = word.partition("=")
-        if name == flag and (assigned or word == flag):
-            taking = not assigned
-            values += [value] if assigned else []
-        elif taking and not word.startswith("--"):
-            values.append(word)
-        else:
-            taking = False
-            options.append(word)
-    return [*options, flag, *values] if flag in words or values else options
+    values, others = _taken(words, flag, lambda word: not word.startswith("--"))
+    if flag in words or values:
+        return [*others, flag, *values]
+    return others
 
 
 def _imports(words: list[str]) -> tuple[list[str], list[str]]:
     """Returns the files after every ``--import``, and the other words."""
-    files: list[str] = []
-    remaining: list[str] = []
-    taking = False
-    for word in words:
-        name, assigned, value = word.partition("=")
-        if name == _IMPORT:
-            taking = not assigned
-            files += [value] if assigned else []
-        elif taking and word.endswith(".py"):
-            files.append(word)
-        else:
-            taking = False
-            remaining.append(word)
+    files, others = _taken(words, _IMPORT, lambda word: word.endswith(".py"))
     if _IMPORT in words and not files:
         raise NaloraError(_IMPORT, expected="Python files, with names that end in .py", found="none")
-    return files, remaining
+    return files, others
+
+
+def _taken(words: list[str], flag: str, takes: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    """Returns the values of a flag, which may be repeated, and the other words."""
+    values, others, taking = [], [], False
+    for word in words:
+        name, assigned, value = word.partition("=")
+        if name == flag:
+            taking = not assigned
+            if assigned:
+                values.append(value)
+        elif taking and takes(word):
+            values.append(word)
+        else:
+            taking = False
+            others.append(word)
+    return values, others
 
 
 def _parsed(name: str, kind: type, words: list[str], start: Any, *, quiet: bool) -> Any:
@@ -244,8 +236,9 @@ def _parsed(name: str, kind: type, words: list[str], start: Any, *, quiet: bool)
     import tyro
     from tyro.conf import DisallowNone, PositionalMetavarFromFieldName
 
-    options: dict[str, Any] = {} if start is None else {"default": start}
-    options["description"] = (kind.__doc__ or "").strip()
+    options: dict[str, Any] = {"description": (kind.__doc__ or "").strip()}
+    if start is not None:
+        options["default"] = start
     options |= {"registry": parser.registry(), "config": (PositionalMetavarFromFieldName, DisallowNone)}
     with summaries_only(), usage.one_line_errors(name) if quiet else contextlib.nullcontext():
         return tyro.cli(kind, prog=f"nalora {name}", args=words, **options)

@@ -73,15 +73,13 @@ def read_values(path: Path) -> Any:
       NaloraError: the file cannot be read or parsed.
     """
     where = f"--config {path}"
+    kind, parse = ("JSON", json.loads) if path.suffix == ".json" else ("YAML", yaml.safe_load)
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        return parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise NaloraError(where, expected="a readable file", found=error.strerror or error) from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        kind = "JSON" if path.suffix == ".json" else "YAML"
         raise NaloraError(where, expected=f"a {kind} file", found=" ".join(str(error).split())) from error
-    return values
 
 
 def settings_of(values: Any, path: Path) -> RunConfig:
@@ -219,7 +217,10 @@ def parse_rule(text: str) -> LoRARule:
 
 def format_rule(rule: LoRARule) -> str:
     """Returns the text that `parse_rule` reads as ``rule``."""
-    return f"{rule.pattern}:{rule.rank}" + ("" if rule.alpha is None else f":{rule.alpha:g}")
+    text = f"{rule.pattern}:{rule.rank}"
+    if rule.alpha is not None:
+        text += f":{rule.alpha:g}"
+    return text
 
 
 def _load_module(path: Path) -> ModuleType:

@@ -29,23 +29,9 @@ PACKAGES = (
     "tokenizers",
     "huggingface_hub",
 )
-COMPARED = (
-    "nalora_jax",
-    "jax",
-    "jaxlib",
-    "libtpu",
-    "jax-cuda12-plugin",
-    "jax-cuda13-plugin",
-)  # between processes
-OPTIONAL = (
-    "libtpu",
-    "jax-cuda12-plugin",
-    "jax-cuda13-plugin",
-    "torch",
-    "transformers",
-    "peft",
-    "lm_eval",
-)
+# Compared between processes.
+COMPARED = ("nalora_jax", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
+OPTIONAL = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "transformers", "peft", "lm_eval")
 CACHES = {
     "native": "compiled CPU kernels",
     "compiled": "compiled programs",
@@ -64,21 +50,14 @@ def doctor(args: Any) -> None:
     del args
     kernels, kernel_problems = _kernels()
     caches, cache_problems = _caches()
-    problems = [
-        *_installation_problems(),
-        *kernel_problems,
-        *cache_problems,
-        *environment_problems(os.environ),
-    ]
+    problems = [*_installation_problems(), *kernel_problems, *cache_problems]
+    problems += environment_problems(os.environ)
     reports, devices = _reports(problems)
     wrong = list(pod.differences(reports))
     if pod.Group().index:
         print("process 0 prints the report")
     else:
-        versions = {
-            "python": platform.python_version(),
-            "nalora_jax": version("nalora_jax"),
-        } | _versions()
+        versions = {"python": platform.python_version(), "nalora_jax": version("nalora_jax")} | _versions()
         sections = {"Versions": versions, "Devices": devices, "CPU": kernels, "Caches": caches}
         for title, rows in sections.items():
             _section(title, rows)
@@ -95,7 +74,8 @@ def _reports(problems: list[str]) -> tuple[list[pod.Report | None], dict[str, st
     """
     held = list(pod.chip_problems())
     problems = [*problems, *held]
-    problems += [] if held else _join(problems)
+    if not held:
+        problems += _join(problems)
     group = pod.Group()
     mine = pod.report(group, _compared(), problems)
     reports = group.exchange("host", mine)
@@ -227,11 +207,7 @@ def _kernels() -> tuple[dict[str, str], list[str]]:
     from nalora_jax.cpu import processor
     from nalora_jax.cpu.native import library
 
-    rows = {
-        "name": processor.name(),
-        "cores": str(os.cpu_count()),
-        "kernels": ", ".join(library.kinds()),
-    }
+    rows = {"name": processor.name(), "cores": str(os.cpu_count()), "kernels": ", ".join(library.kinds())}
     problems = []
     try:
         rows["in use"] = library.kind(os.environ.get("NALORA_NATIVE", "")) or "none: products are XLA's"
@@ -242,7 +218,9 @@ def _kernels() -> tuple[dict[str, str], list[str]]:
         rows["compiler"] = "none"
         if rows["in use"] in library.kinds():
             problems.append(f"the kernels for this CPU cannot be compiled: {error}")
-    kernel = HUGE_PAGES.read_text() if HUGE_PAGES.exists() else ""
+    kernel = ""
+    if HUGE_PAGES.exists():
+        kernel = HUGE_PAGES.read_text()
     rows["huge pages"] = huge_pages(os.environ, platform.libc_ver(), kernel)
     return rows, problems
 

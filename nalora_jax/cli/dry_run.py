@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -90,8 +91,10 @@ def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
 
 def _context(config: RunConfig, base: ModelConfig) -> str:
-    scaling = f", with RoPE scaling {config.rope_scaling}" if config.rope_scaling else ""
-    return f"the model's context has {base.max_positions:,}{scaling}"
+    text = f"the model's context has {base.max_positions:,}"
+    if config.rope_scaling:
+        text += f", with RoPE scaling {config.rope_scaling}"
+    return text
 
 
 def _added(added: AddedTokens, tokenizer: Tokenizer, base: ModelConfig) -> list[str]:
@@ -105,10 +108,8 @@ def _added(added: AddedTokens, tokenizer: Tokenizer, base: ModelConfig) -> list[
 def adapter_parameters(base: ModelConfig, spec: AdapterSpec) -> int:
     """Returns the number of trained parameters."""
     shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(base).items()}
-    params = trees.unflatten(shapes) if spec.starts_from_base else None
-    lora: Any = jax.eval_shape(
-        lambda key, params: init_lora(base, spec, key, params), jax.random.key(0), params
-    )
+    initialized = partial(init_lora, base, spec)
+    lora: Any = jax.eval_shape(initialized, jax.random.key(0), trees.unflatten(shapes))
     return trees.count(lora)
 
 

@@ -32,6 +32,7 @@ def describe_images(config: RunConfig) -> tuple[RunConfig, list[str]]:
     total, trained = sum(map(math.prod, base.param_shapes().values())), _trained(base, spec)
     of = f"{len(records.classes)} classes, " if records.classes else ""
     epochs = config.steps * config.train.batch_size / len(records.indices)
+    weights = config.compute.itemsize * total
     held = f"{4 * trained / 1e9:.2f} GB each for trained parameters, their gradients and what the optimizer remembers"
     return config, [
         f"base model: {total:,} parameters, {config.model}",
@@ -39,7 +40,7 @@ def describe_images(config: RunConfig) -> tuple[RunConfig, list[str]]:
         f"training data: {of}{len(records.indices)} images of {len(records.source)}",
         f"held out: {len(reported)} images that results are reported on, {len(selecting)} that choose the checkpoint",
         f"steps: {config.steps} of {config.train.batch_size} images, {epochs:.2f} epochs",
-        f"memory: {_bytes(config) * total / 1e9:.2f} GB for the weights, {held}; activations are not estimated",
+        f"memory: {weights / 1e9:.2f} GB for the weights, {held}; activations are not estimated",
     ]
 
 
@@ -47,12 +48,6 @@ def _trained(base: DualConfig, spec: AdapterSpec) -> int:
     """Returns the number of trained parameters."""
     shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in base.param_shapes().items()}
     lora: Any = jax.eval_shape(
-        lambda key, params: init_lora(base, spec, key, params),
-        jax.random.key(0),
-        trees.unflatten(shapes),
+        lambda key, params: init_lora(base, spec, key, params), jax.random.key(0), trees.unflatten(shapes)
     )
     return trees.count(lora)
-
-
-def _bytes(config: RunConfig) -> int:
-    return 2 if config.compute.dtype == "bfloat16" else 4

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from nalora_jax.cli import images
-from nalora_jax.cli.outputs import check_new_file, data_of, flags_of_verb, mesh_of
+from nalora_jax.cli.outputs import check_new_file, data_of, flags_of_verb, labelled, mesh_of
 from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
 from nalora_jax.config.ranges import COUNT, MESH
 from nalora_jax.errors import NaloraError
@@ -76,7 +76,7 @@ def evaluate(args: EvalArgs) -> None:
     number of devices. With PiSSA or LoRA-GA it is equal up to rounding, because the adapter is
     exported to another base than it was trained on.
     """
-    from nalora_jax.loading.adapted import holds_adapter, load, locate
+    from nalora_jax.loading.adapted import holds_adapter, locate
     from nalora_jax.weights import hub
 
     for flag, path in (("--output", args.output), ("--records", args.records)):
@@ -97,7 +97,9 @@ def evaluate(args: EvalArgs) -> None:
     ):
         _preference(args, located.run)
         return
-    sets = [] if args.harness and not (args.tasks or args.dataset) else _data_sets(args, located.run)
+    sets = []
+    if args.tasks or args.dataset or not args.harness:
+        sets = _data_sets(args, located.run)
     if args.harness:
         from nalora_jax.evaluate.harness import require_harness
 
@@ -105,9 +107,7 @@ def evaluate(args: EvalArgs) -> None:
     if args.against not in (None, "base") and not holds_adapter(args.against):  # needs only the base
         hub.resolve(locate(args.against).base)  # reports a missing model before the first is loaded
     mesh = mesh_of(args.mesh)
-    model = load(
-        args.model, adapter=args.adapter, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh
-    )
+    model = load_model(args, mesh)
     if not (args.tasks or args.harness or args.against or args.records):
         _held_out(args, model, sets[0], mesh)
         return
@@ -201,13 +201,12 @@ def _tasks(
         for label, model, module, variables in sides:
             tokenizer = model.base.tokenizer
             # For a run's data set, the examples of its reported results.
-            items = (
-                held_out(data, tokenizer)[0]
-                if custom
-                else eval_examples(data, tokenizer, split=data.eval_split)
-            )
+            if custom:
+                items, _ = held_out(data, tokenizer)
+            else:
+                items = eval_examples(data, tokenizer, split=data.eval_split)
             answers.append(answer_items(module, variables, items, mesh=mesh))
-            print(f"{name}{f', {label}' if label else ''}: {describe(answers[-1].summary)}", flush=True)
+            print(f"{labelled(name, label)}: {describe(answers[-1].summary)}", flush=True)
             records += [{"task": name, "model": label, **record} for record in answers[-1].records]
         tasks[name] = dict(answers[0].summary)
         if len(answers) == 2:
@@ -236,7 +235,7 @@ def _harness(
             numbers = ", ".join(
                 f"{name.partition(',')[0]} {value:.4f}" for name, value in _numbers(metrics)
             )
-            print(f"{task}{f', {label}' if label else ''}: {numbers}", flush=True)
+            print(f"{labelled(task, label)}: {numbers}", flush=True)
         for task, rows in results[-1]["samples"].items():
             records += [{"task": task, "model": label, **row} for row in rows]
     summary = {name: results[0][name] for name in ("results", "versions")}
@@ -259,6 +258,14 @@ def _harness(
     return summary
 
 
+def load_model(args: EvalArgs, mesh: Any) -> AdaptedModel:
+    """Loads the model and the adapter to evaluate."""
+    from nalora_jax.loading.adapted import load
+
+    quantize = args.quantize or "run"
+    return load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=quantize, mesh=mesh)
+
+
 def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Yields the harness's metrics without standard errors and sample counts."""
     for name, value in metrics.items():
@@ -269,7 +276,6 @@ def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 def _held_out(args: EvalArgs, model: AdaptedModel, data: DataConfig, mesh: Any) -> None:
     """Prints the held-out metric as a run computes it."""
     from nalora_jax.data.questions import eval_examples, held_out
-    from nalora_jax.evaluate.heldout import describe
     from nalora_jax.evaluate.seeing import evaluator_of
     from nalora_jax.train.seeing import seen_sources
 
@@ -286,30 +292,32 @@ def _held_out(args: EvalArgs, model: AdaptedModel, data: DataConfig, mesh: Any) 
     values = evaluator_of(model.base, model.module, items, mesh).measure(
         model.base.params, model.lora, samples=args.output is not None
     )
-    print(f"{data.dataset}[{data.eval_split}]: {describe(values)}")
-    origin = {"model": model.located.base, "adapter": model.located.adapter, "data": vars(data)}
-    write_results(args, origin | values, [])
+    _report(args, model, data, values)
 
 
 def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
     """Prints the held-out loss and rewards of a run on pairs, computed as in the run."""
     from nalora_jax.data.preference import held_out_pairs
-    from nalora_jax.evaluate.heldout import describe
     from nalora_jax.evaluate.preference import PreferenceEvaluator
-    from nalora_jax.loading.adapted import load
 
-    if args.against is not None or args.records is not None:
-        flag = "--against" if args.against is not None else "--records"
-        remedy = "a run on pairs is compared with its base by itself: that is what its rewards are"
-        raise NaloraError(flag, expected="--tasks or --dataset beside it", found="neither", remedy=remedy)
+    for flag, value in (("--against", args.against), ("--records", args.records)):
+        if value is not None:
+            remedy = "a run on pairs is compared with its base by itself: that is what its rewards are"
+            raise NaloraError(
+                flag, expected="--tasks or --dataset beside it", found="neither", remedy=remedy
+            )
     data, preference = data_of(run, _asked(args)), config_from_dict(run).preference
     mesh = mesh_of(args.mesh)
-    model = load(
-        args.model, adapter=args.adapter, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh
-    )
+    model = load_model(args, mesh)
     pairs, _ = held_out_pairs(data, preference, model.base.tokenizer, model.base.config.max_positions)
     evaluator = PreferenceEvaluator(model.module, model.base.tokenizer, pairs, preference, mesh=mesh)
     values = evaluator.measure(model.base.params, model.lora, samples=args.output is not None)
+    _report(args, model, data, values)
+
+
+def _report(args: EvalArgs, model: AdaptedModel, data: DataConfig, values: dict[str, Any]) -> None:
+    from nalora_jax.evaluate.heldout import describe
+
     print(f"{data.dataset}[{data.eval_split}]: {describe(values)}")
     origin = {"model": model.located.base, "adapter": model.located.adapter, "data": vars(data)}
     write_results(args, origin | values, [])

@@ -22,7 +22,7 @@ def check_flags(argv: Sequence[str], start: Sequence[str], added: Sequence[str] 
     Args:
       argv: words of a command line.
       start: mechanisms of its config file or resumed run, else the defaults.
-      added: rules after ``--mechanisms``, which earlier versions added to the mask and the step scale.
+      added: rules after ``--mechanisms``, which earlier versions added to mask and step scale.
 
     Raises:
       NaloraError: prints the rules that the flags set, with their values.
@@ -81,9 +81,10 @@ def _with_setting(rules: Sequence[str], group: str, name: str, value: str) -> li
         return list(rules)
     rule, _, options = rules[at].partition(":")
     settings = dict(option.split("=", 1) for option in options.split(",") if "=" in option)
-    settings |= {name: value} if name in settings_of[rule] else {}
+    if name in settings_of[rule]:
+        settings[name] = value
     changed = ",".join(f"{key}={text}" for key, text in settings.items())
-    return [*rules[:at], f"{rule}:{changed}" if changed else rule, *rules[at + 1 :]]
+    return [*rules[:at], f"{rule}:{changed}".removesuffix(":"), *rules[at + 1 :]]
 
 
 def _name(rule: str) -> str:

@@ -41,14 +41,14 @@ def from_peft(args: FromPeftArgs) -> None:
     from nalora_jax.weights.peft_settings import from_peft as convert_peft
     from nalora_jax.weights.trl_settings import TRL, from_trl
 
-    path = args.file / "adapter_config.json" if args.file.is_dir() else args.file
+    path = args.file
+    if path.is_dir():
+        path /= "adapter_config.json"
     values = config_files.read_values(path)
     fields = set(values) if isinstance(values, Mapping) else set()
     if not fields & {*PEFT, *TRL}:
         raise NaloraError(
-            str(path),
-            expected="settings of PEFT or TRL",
-            found=", ".join(map(str, fields)) or "none",
+            str(path), expected="settings of PEFT or TRL", found=", ".join(map(str, fields)) or "none"
         )
     of_trl = args.trainer or fields & (set(TRL) - set(PEFT))
     settings, notes = from_trl(values, args.trainer) if of_trl else convert_peft(values)

@@ -24,7 +24,7 @@ class ClassifyArgs:
 
     # Image files.
     images: Positional[tuple[Path, ...]]
-    # Folder or hub id of CLIP, SigLIP or another dual encoder; or the folder of a run: its base with its adapter.
+    # Folder or hub id of CLIP, SigLIP or another dual encoder; or a run: its base and adapter.
     model: str
     # Classes to choose from, separated by commas.
     labels: str
@@ -46,7 +46,7 @@ class RetrieveArgs:
     text: Positional[str]
     # Folder of images, including its subfolders.
     images: Path
-    # Folder or hub id of CLIP, SigLIP or another dual encoder; or the folder of a run: its base with its adapter.
+    # Folder or hub id of CLIP, SigLIP or another dual encoder; or a run: its base and adapter.
     model: str
     # Adapter folder in PEFT's format, or the folder of a run.
     adapter: Path | None = None
@@ -145,8 +145,8 @@ def export(args: ExportArgs, card: Callable[[Any, Literal["adapter", "merged"]],
 
     if args.target != "peft":
         raise NaloraError("--for", expected="peft for image and text encoders", found=args.target)
-    names = (str(args.run), None) if args.model is None else (args.model, args.run)
-    model = load_adapted_dual(names[0], adapter=names[1])
+    name, adapter = args.names
+    model = load_adapted_dual(name, adapter=adapter)
     base = model.base
     assert model.lora is not None
     name, mark = base.source, base.fingerprint
@@ -169,13 +169,11 @@ def merge(args: MergeArgs, card: Callable[[Any, Literal["adapter", "merged"]], s
     model = load_adapted_dual(str(args.model), adapter=args.adapter, dtype="float32")
     assert model.lora is not None
     config, base = model.base.config, model.base
-    source = Path() if config.trained else resolve_folder(model.located.base)[0]
-    text = card(model, "merged")
-    options: dict[str, Any] = {
-        "dtype": args.dtype,
-        "shard_bytes": parse_size(args.shard_size),
-        "card": text,
-    }
+    source = Path()
+    if not config.trained:
+        source = resolve_folder(model.located.base)[0]
+    options: dict[str, Any] = {"dtype": args.dtype, "shard_bytes": parse_size(args.shard_size)}
+    options["card"] = card(model, "merged")
     write_merged_dual(args.output, config, base.params, model.lora, model.spec, source=source, **options)
     print(f"{args.output}: merged model in {args.dtype}")
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nalora_jax.cli.outputs import mesh_of
+from nalora_jax.cli.outputs import labelled, mesh_of
 from nalora_jax.config import config_from_dict
 from nalora_jax.errors import NaloraError
 
@@ -21,33 +21,33 @@ _PER_CELL = 10
 def evaluate_needle(args: EvalArgs) -> None:
     """Prints the accuracy by length and depth; of an adapter also its base's and the difference.
 
-    For a run, the results are also written to ``needle.json`` in its folder and shown in its report.
+    The results of a run are also written to its ``needle.json``, and shown in its report.
     """
-    from nalora_jax.cli.evaluate import other_side, write_results
+    from nalora_jax.cli.evaluate import load_model, other_side, write_results
     from nalora_jax.evaluate.needle import difference, needle_items, needle_records, needle_table, retrieve
     from nalora_jax.generate import Generator
-    from nalora_jax.loading.adapted import load, locate
+    from nalora_jax.loading.adapted import locate
 
     lengths = _lengths(args)
     located = locate(args.model, args.adapter)
-    against = args.against or ("base" if located.adapter is not None else None)
+    against = args.against
+    if not against and located.adapter is not None:
+        against = "base"
     mesh = mesh_of(args.mesh)
-    model = load(
-        args.model, adapter=args.adapter, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh
-    )
+    model = load_model(args, mesh)
     sides = [("", model, model.module, model.variables)]
     if against is not None:
         sides.append((against, *other_side(replace(args, against=against), model, mesh)))
-    chat = args.chat if args.chat is not None else config_from_dict(located.run).data.chat
+    chat = args.chat
+    if chat is None:
+        chat = config_from_dict(located.run).data.chat
     results, records = [], []
     for label, side, module, variables in sides:
         questions = needle_items(side.base.tokenizer, lengths, per_cell=args.limit or _PER_CELL, chat=chat)
         results.append(retrieve(Generator(module, variables, side.base.tokenizer, mesh=mesh), questions))
         grid = results[-1].to_dict()
-        print(
-            f"needle retrieval{f', {label}' if label else ''}: {_summary(grid)}\n{needle_table(grid)}",
-            flush=True,
-        )
+        title = labelled("needle retrieval", label)
+        print(f"{title}: {_summary(grid)}\n{needle_table(grid)}", flush=True)
         records += [{"model": label, **record} for record in needle_records(questions, results[-1])]
     grids: dict[str, Any] = {"after" if against else "before": results[0].to_dict()}
     if against is not None:
@@ -83,7 +83,7 @@ def _compared(values: dict[str, Any]) -> str:
 
 
 def _report(model: AdaptedModel, grids: dict[str, Any]) -> None:
-    """Writes the results into the folder of the adapter's run, if it is from one, and its report again."""
+    """Writes the results and the report again to the folder of the adapter's run, if it has one."""
     from nalora_jax.files import write_atomically
     from nalora_jax.report.html import write_report
     from nalora_jax.report.needle import FILE

@@ -19,17 +19,29 @@ if TYPE_CHECKING:
 
 def mesh_of(config: MeshConfig) -> Mesh | None:
     """Returns the mesh over as many devices as its axes need (-1: all); None for one device."""
-    from nalora_jax.distributed import smallest_mesh
+    from nalora_jax.distributed import smallest_mesh, unless_single
 
-    mesh = smallest_mesh(config)
-    return mesh if mesh.size > 1 else None
+    return unless_single(smallest_mesh(config))
+
+
+def shown_model(base: str, adapter: Path | None) -> str:
+    """Returns the names of a base and its adapter in one line."""
+    if adapter is None:
+        return base
+    return f"{base} + {adapter}"
+
+
+def labelled(title: str, label: str) -> str:
+    """Returns ``title``, followed by a label if there is one."""
+    if not label:
+        return title
+    return f"{title}, {label}"
 
 
 def data_of(run: Mapping[str, Any], changes: dict[str, Any]) -> DataConfig:
     """Returns the data settings of the adapter's run, else defaults, with the user's changes."""
     return replace(
-        config_from_dict(run).data,
-        **{name: value for name, value in changes.items() if value is not None},
+        config_from_dict(run).data, **{name: value for name, value in changes.items() if value is not None}
     )
 
 
@@ -79,11 +91,7 @@ def flags_of_verb(dataset: str) -> Iterator[None]:
 
     ``dataset`` is the flag of the data set.
     """
-    names = {
-        "--data.dataset": dataset,
-        "--data.eval-split": "--split",
-        "--data.eval-limit": "--limit",
-    }
+    names = {"--data.dataset": dataset, "--data.eval-split": "--split", "--data.eval-limit": "--limit"}
     try:
         yield
     except NaloraError as error:

@@ -65,7 +65,7 @@ class GenerateArgs:
     top_k: int = 0
     # Sample from the likeliest tokens that together have this probability.
     top_p: float = 1.0
-    # Sample from tokens with at least this share of the likeliest token's probability (0: from all).
+    # Sample from tokens with at least this share of the highest probability (0: from all).
     min_p: float = 0.0
     # Penalty of tokens that occur in the prompt or the response; 1: none, above 1 repeats less.
     repetition_penalty: float = 1.0
@@ -96,6 +96,13 @@ class ExportArgs:
     model: str | None = None
     # vLLM's setting of that name, an upper limit of the rank.
     max_lora_rank: int = 16
+
+    @property
+    def names(self) -> tuple[str, Path | None]:
+        """Returns the model and the adapter to load."""
+        if self.model is None:
+            return str(self.run), None
+        return self.model, self.run
 
 
 @dataclass(frozen=True)
@@ -192,11 +199,7 @@ class DoctorArgs:
 
 # Ranges of the subcommands' numeric flags; a run's are in `nalora_jax.config`.
 RANGES: dict[type, dict[str, Range]] = {
-    GenerateArgs: {
-        **SAMPLING,
-        "seed": SEED,
-        **MESH,
-    },
+    GenerateArgs: {**SAMPLING, "seed": SEED, **MESH},
     ExportArgs: {"max_lora_rank": Range("a whole number", "[1, 65536]")},
     InspectArgs: {"limit": COUNT, "max_length": TOKENS, "seed": SEED},
     StudyArgs: {"limit": COUNT, "together": COUNT},
@@ -258,8 +261,12 @@ def parse_resume(texts: Sequence[str]) -> bool | Literal["auto"]:
 def typed(value: Any) -> str:
     """Returns a default as a user would type it; "" for None and for disabled features."""
     if isinstance(value, tuple):
-        return " ".join(format_rule(item) if isinstance(item, LoRARule) else str(item) for item in value)
-    return "" if value is None or value is False else str(value)
+        return " ".join(map(typed, value))
+    if isinstance(value, LoRARule):
+        return format_rule(value)
+    if value is None or value is False:
+        return ""
+    return str(value)
 
 
 def defaults(argv: Sequence[str]) -> TrainArgs:
@@ -290,7 +297,7 @@ def _recorded(output: str) -> RunConfig:
     from nalora_jax.runs.metrics import recorded_settings
 
     settings = recorded_settings(output)
-    config = config_from_dict(settings) if settings else RunConfig()
+    config = config_from_dict(settings)
     # Epochs have become the recorded number of steps, which --steps may now change. Files are
     # executed only if they are named again: a folder may come from somebody else.
     return replace(config, output=output, resume=False, epochs=0.0, imports=())

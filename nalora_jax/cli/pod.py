@@ -89,13 +89,7 @@ def report(group: Group, versions: Mapping[str, str], problems: Sequence[str]) -
     problems = [*problems, *memory_problems(free, total)]
     group.together("clock")
     return Report(
-        group.index,
-        socket.gethostname(),
-        dict(versions),
-        free,
-        total,
-        time.time(),
-        problems=problems,
+        group.index, socket.gethostname(), dict(versions), free, total, time.time(), problems=problems
     )
 
 
@@ -108,7 +102,8 @@ def rows(reports: Sequence[Report | None]) -> dict[str, str]:
             versions = ", ".join(f"{name} {report.versions[name]}" for name in report.versions)
             memory = f"{report.free / 1e9:.1f} of {report.total / 1e9:.1f} GB free"
             cells[report.name] = (
-                f"{report.devices or 'no device'}; {versions}; {memory}; clock {report.clock - middle:+.1f} s"
+                f"{report.devices or 'no device'}; {versions}; {memory}; clock "
+                f"{report.clock - middle:+.1f} s"
             )
         else:
             cells[f"process {index}"] = "no report"
@@ -126,13 +121,12 @@ def differences(reports: Sequence[Report | None]) -> Iterator[str]:
         where = "every process"
         if len(names) != len(reports):
             where = ", ".join(names)
-        yield f"{where}: {problem}" if len(reports) > 1 else problem
+        if len(reports) > 1:
+            problem = f"{where}: {problem}"
+        yield problem
     for package in sorted({name for report in present for name in report.versions}):
-        yield from _odd(
-            present,
-            {report.process: report.versions.get(package, "not installed") for report in present},
-            package,
-        )
+        installed = {r.process: r.versions.get(package, "not installed") for r in present}
+        yield from _odd(present, installed, package)
     yield from _odd(present, {report.process: report.devices or "none" for report in present}, "devices")
     middle = _middle(reports)
     for report in present:
@@ -170,8 +164,8 @@ def host_memory(
     limit = _number(group / "memory.max")
     if limit is None:
         return free, total
-    cached = re.search(r"^inactive_file (\d+)", _text(group / "memory.stat"), re.MULTILINE)
-    used = (_number(group / "memory.current") or 0) - int(cached[1] if cached else 0)
+    cached = re.findall(r"^inactive_file (\d+)", _text(group / "memory.stat"), re.MULTILINE)
+    used = (_number(group / "memory.current") or 0) - sum(map(int, cached))
     return min(free, max(0, limit - used)), min(total, limit)
 
 
@@ -226,7 +220,9 @@ def _lock_problems(lock: Path) -> Iterator[str]:
 
 def _number(path: Path) -> int | None:
     text = _text(path).strip()
-    return int(text) if text.isdecimal() else None
+    if not text.isdecimal():
+        return None
+    return int(text)
 
 
 def _text(path: Path) -> str:

@@ -29,14 +29,11 @@ def push(args: PushArgs) -> None:
     """Uploads and prints the address."""
     from nalora_jax.weights.publish import push_folder
 
-    inner = args.folder / "adapter"
-    folder = inner if inner.is_dir() and not (args.folder / "config.json").is_file() else args.folder
+    folder = args.folder
+    if (folder / "adapter").is_dir() and not (folder / "config.json").is_file():
+        folder /= "adapter"
     print(
         push_folder(
-            folder,
-            args.repo,
-            base_model=args.base_model,
-            private=args.private,
-            message=args.message,
+            folder, args.repo, base_model=args.base_model, private=args.private, message=args.message
         )
     )

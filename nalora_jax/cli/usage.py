@@ -42,7 +42,7 @@ class Flag:
     @property
     def numbers(self) -> tuple[type, int] | None:
         """Returns type and count of the numbers that it takes; None if it takes other values."""
-        kinds = get_args(self.type) if get_origin(self.type) is tuple else (self.type,)
+        kinds = get_args(self.type) or (self.type,)
         if set(kinds) <= {int, float} and len(set(kinds)) == 1:
             return (kinds[0], len(kinds))
         return None
@@ -55,8 +55,9 @@ class Flag:
     @property
     def default(self) -> Any:
         """Returns its default value."""
-        value = self.field.default_factory
-        return value() if value is not MISSING else self.field.default
+        if self.field.default_factory is not MISSING:
+            return self.field.default_factory()
+        return self.field.default
 
 
 def flags(kind: type, prefix: str = "") -> Iterator[Flag]:
@@ -128,11 +129,11 @@ def _check_numbers(flag: Flag, values: Sequence[str]) -> None:
         return
     kind, count = flag.numbers
     convert, noun = _NUMBERS[kind]
-    expected = noun if count == 1 else f"{count} numbers"
+    expected, found = noun, "none"
+    if count > 1:
+        expected, found = f"{count} numbers", f"{len(values)} values"
     if len(values) < count:
-        raise NaloraError(
-            flag.name, expected=expected, found="none" if count == 1 else f"{len(values)} values"
-        )
+        raise NaloraError(flag.name, expected=expected, found=found)
     for value in values[:count]:
         try:
             convert(value)
@@ -172,12 +173,8 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str | None:
         parts.setdefault(candidate.lstrip("-").rpartition(".")[2], candidate)
     close = difflib.get_close_matches(name, names, 1, 0.8)
     close_parts = difflib.get_close_matches(last, parts, 1, 0.8)
-    near = (
-        close
-        or [parts[candidate] for candidate in close_parts]
-        or difflib.get_close_matches(name, names, 1, 0.6)
-    )
-    return near[0] if near else None
+    similar = difflib.get_close_matches(name, names, 1, 0.6)
+    return next(iter(close or [parts[part] for part in close_parts] or similar), None)
 
 
 @contextlib.contextmanager
@@ -204,8 +201,8 @@ def _as_error(verb: str, box: str) -> NaloraError:
     plain = (line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines())
     lines = [line for line in plain if line][1:]
     rules = [i for i, line in enumerate(lines) if set(line) <= {"─", "-"}]
-    start = 1 if rules[:1] == [0] else 0
-    end = next((i for i in rules if i >= start and i > 0), len(lines))
+    start = int(rules[:1] == [0])
+    end = next((i for i in rules if i > 0), len(lines))
     lines = lines[start:end]
     text, where, remedy = " ".join(lines), f"nalora {verb}", f"see nalora {verb} --help"
     if match := re.match(r"Error parsing (\S+?): expected (.*), found (.*)", text):
@@ -236,11 +233,10 @@ def check_text(argv: Sequence[str]) -> None:
         try:
             word.encode()
         except UnicodeEncodeError:
-            name, assigned, _ = word.partition("=")
-            flag = name if assigned and name.startswith("--") else ""
-            before = flag or (argv[index - 1] if index and argv[index - 1].startswith("--") else "argument")
+            near = [*re.findall(r"^(--[^=]*)=", word), *argv[max(index - 1, 0) : index]]
+            flag = next((name for name in near if name.startswith("--")), "argument")
             shown = repr(word.encode(errors="surrogateescape"))
-            raise NaloraError(before, expected="text in UTF-8", found=shown[:80]) from None
+            raise NaloraError(flag, expected="text in UTF-8", found=shown[:80]) from None
 
 
 # ---------------------------------------------------------------- help

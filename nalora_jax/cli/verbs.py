@@ -21,6 +21,7 @@ from nalora_jax.cli.outputs import (
     flags_of_verb,
     mesh_of,
     refuse_existing,
+    shown_model,
 )
 from nalora_jax.config import DataConfig, check, config_from_dict
 from nalora_jax.config.ranges import SAMPLING
@@ -64,15 +65,18 @@ def generate(args: cli.GenerateArgs) -> None:
     if (args.prompt is None) == (args.messages is None):
         prompts = "neither" if args.prompt is None else "both"
         raise NaloraError("nalora generate", expected="--prompt or --messages", found=prompts)
-    messages = None if args.messages is None else read_messages(args.messages)
-    prompt = _standard_input() if args.prompt == "-" else args.prompt or ""
+    messages, prompt = None, args.prompt or ""
+    if args.messages is not None:
+        messages = read_messages(args.messages)
+    if prompt == "-":
+        prompt = _standard_input()
     settings = {name: getattr(args, name) for name in (*SAMPLING, "seed")}
     mesh = mesh_of(args.mesh)
     pictures = [open_image(path) for path in args.image]  # fails before a model is loaded
     if args.chat and not pictures:
         _require_template(args.model, args.adapter, messages or [{"role": "user", "content": prompt}])
     model = load(
-        args.model, adapter=args.adapter, dtype=args.dtype, mesh=mesh, images=True if pictures else None
+        args.model, adapter=args.adapter, dtype=args.dtype, mesh=mesh, images=bool(pictures) or None
     )
     tokenizer, processor = model.base.tokenizer, model.base.processor
     tokens: str | list[int] = prompt
@@ -105,11 +109,12 @@ def export(args: cli.ExportArgs) -> None:
         _check_gguf_name(args.output)
     else:
         refuse_existing(args.output)
-    if images.is_dual(*((args.run, None) if args.model is None else (args.model, args.run))):
+    name, adapter = args.names
+    if images.is_dual(name, adapter):
         images.export(args, card)
         return
-    _require_adapter(locate(args.run) if args.model is None else locate(args.model, args.run))
-    model = load(args.run) if args.model is None else load(args.model, adapter=args.run)
+    _require_adapter(locate(name, adapter))
+    model = load(name, adapter=adapter)
     base, lora = model.base, _lora(model)
     if args.target == "gguf":
         from nalora_jax.weights.gguf_export import verify_adapter_gguf, write_adapter_gguf
@@ -117,11 +122,13 @@ def export(args: cli.ExportArgs) -> None:
         write_adapter_gguf(args.output, base.config, lora, model.spec)
         difference = verify_adapter_gguf(args.output, base.config, lora, model.spec)
         print(
-            f"{args.output}: adapter for llama.cpp, read back and compared (largest difference {difference:.1e})"
+            f"{args.output}: adapter for llama.cpp, read back and compared (largest difference "
+            f"{difference:.1e})"
         )
         if base.rope_scaling:
             print(
-                f"{args.output}: trained with RoPE scaling {base.rope_scaling}: set it in llama.cpp (--rope-scaling)"
+                f"{args.output}: trained with RoPE scaling {base.rope_scaling}: set it in "
+                "llama.cpp (--rope-scaling)"
             )
         return
     export_adapter(
@@ -139,7 +146,8 @@ def export(args: cli.ExportArgs) -> None:
     write_atomically(args.output / "README.md", card(model, "adapter"))
     difference = verify_export(args.output, lora, model.spec, base.config, fingerprint=base.fingerprint)
     print(
-        f"{args.output}: adapter for {args.target}, read back and compared (largest difference {difference:.1e})"
+        f"{args.output}: adapter for {args.target}, read back and compared (largest difference "
+        f"{difference:.1e})"
     )
 
 
@@ -169,10 +177,9 @@ def merge(args: cli.MergeArgs) -> None:
             "--gguf", expected="a base that comes from a GGUF file", found=located.base, remedy=remedy
         )
     # Merged in float32 and rounded once: values in the files must not be rounded again on loading.
-    stored = ""
-    if resolved.kind == "hf":
-        stored = _stored_dtype(resolved.path / "config.json")
-    dtype = "bfloat16" if stored == "bfloat16" else "float32"
+    dtype = "float32"
+    if resolved.kind == "hf" and _stored_dtype(resolved.path / "config.json") == "bfloat16":
+        dtype = "bfloat16"
     scaling = recorded_rope_scaling(located.adapter) if located.adapter is not None else ""
     if args.gguf is not None and scaling:
         remedy = "merge without --gguf, and run llama.cpp's convert_hf_to_gguf.py on the folder"
@@ -182,7 +189,6 @@ def merge(args: cli.MergeArgs) -> None:
     model = load(args.model, adapter=args.adapter, dtype=dtype, resolved=resolved)
     base, lora = model.base, _lora(model)
     config, params, spec = fold_saved(base.config, base.params, lora, model.spec)
-    parted = base.config.tie_embeddings and not config.tie_embeddings
     if args.gguf is not None:
         from nalora_jax.weights.gguf_export import write_merged_gguf
 
@@ -194,13 +200,16 @@ def merge(args: cli.MergeArgs) -> None:
         return
     if base.hf_config is None:
         raise NaloraError(located.base, expected="a model with a config.json", found="none")
+    hf_config = base.hf_config
+    if base.config.tie_embeddings and not config.tie_embeddings:
+        hf_config = hf_config | {"tie_word_embeddings": False}
     write_merged(
         args.output,
         config,
         params,
         lora,
         spec,
-        hf_config=base.hf_config | ({"tie_word_embeddings": False} if parted else {}),
+        hf_config=hf_config,
         tokenizer=_tokenizer_of(base, resolved),
         dtype=args.dtype,
         shard_bytes=shard_bytes,
@@ -244,8 +253,8 @@ def inspect(args: cli.InspectArgs) -> None:
     if data is not None:
         texts = dataset_texts(data, model.base.tokenizer)
     summary = inspect_texts(model, texts, max_length=args.max_length, seed=args.seed)
-    adapter = f" + {model.located.adapter}" if model.located.adapter else ""
-    title = f"{model.located.base}{adapter}: {model.base.config.activation} gates on {len(texts)} texts"
+    name = shown_model(model.located.base, model.located.adapter)
+    title = f"{name}: {model.base.config.activation} gates on {len(texts)} texts"
     Console().print(layer_table(summary, title))
     if args.picture is not None:
         print(save_picture(summary, args.picture, title))
@@ -303,7 +312,7 @@ def card(model: AdaptedModel | AdaptedDual, kind: Literal["adapter", "merged"]) 
         written = replace(
             written,
             run=config_from_dict(model.located.run),
-            before=measured[0] if measured else None,
+            before=next(iter(measured), None),
             after=measured[-1] if len(measured) > 1 else None,
             versions=history.header.get("versions", {}),
             device=history.header.get("device", ""),

@@ -79,7 +79,7 @@ class TrainConfig:
     accumulate: int = 1
     # Steps between log lines.
     log_every: int = 10
-    # Steps between evaluations; -1: 50, or half of a run that is shorter than 100 steps; 0: none during training.
+    # Steps between evaluations; -1: 50, or half of a run below 100 steps; 0: none during training.
     eval_every: int = -1
     # Steps between checkpoints; 0 turns checkpoints during training off.
     save_every: int = 50
@@ -182,15 +182,10 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     for entry in dataclasses.fields(RunConfig):
         if entry.name not in values:
             continue
-        value: Any = values[entry.name]
-        value = tuple(value) if isinstance(value, list) else value
+        value = _as_field(values[entry.name])
         if isinstance(entry.default_factory, type):  # a nested dataclass
             inner_names = {name.name for name in dataclasses.fields(entry.default_factory)}
-            inner = {
-                name: tuple(v) if isinstance(v, list) else v
-                for name, v in value.items()
-                if name in inner_names
-            }
+            inner = {name: _as_field(v) for name, v in value.items() if name in inner_names}
             if entry.name == "lora" and "rules" in inner:
                 inner["rules"] = tuple(LoRARule(**rule) for rule in inner["rules"])
             if entry.name == "optimizer" and "rates" in inner:
@@ -198,6 +193,13 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
             value = entry.default_factory(**inner)
         groups[entry.name] = value
     return RunConfig(**groups)
+
+
+def _as_field(value: Any) -> Any:
+    """Returns a value of a JSON file with the type of a dataclass field: a tuple for a list."""
+    if isinstance(value, list):
+        return tuple(value)
+    return value
 
 
 # Range of every numeric setting; adapter rules are checked in `check`.
@@ -324,9 +326,9 @@ def _check_saved(config: RunConfig) -> None:
     require("--lora.trainable-token-indices", fine, f"token ids, each {COUNT}, none named twice", ids)
     named = bool(lora.trainable_token_modules)
     require("--lora.trainable-token-modules", named or not ids, "embed_tokens, lm_head or both", "none")
-    both = set(lora.modules_to_save) & set(lora.trainable_token_modules) if ids else set()
+    both = set(lora.modules_to_save) & set(lora.trainable_token_modules)
     expected = "tables that --lora.modules-to-save does not train as a whole"
-    require("--lora.trainable-token-modules", not both, expected, " ".join(sorted(both)))
+    require("--lora.trainable-token-modules", not (ids and both), expected, " ".join(sorted(both)))
     if not (lora.modules_to_save or ids):
         return
     setting = "trainable-token-indices"

@@ -44,7 +44,9 @@ class AdaLoRAConfig:
 
         Without AdaLoRA it is 0.
         """
-        return self.steps(total)[1] if self.target_rank else 0
+        if not self.target_rank:
+            return 0
+        return self.steps(total)[1]
 
 
 def check_adalora(config: RunConfig) -> None:

@@ -19,7 +19,7 @@ class DataConfig:
     dataset: str = "socialiqa"
     # TFDS folder that contains (or receives) a "tfds:" data set; empty means TFDS's default.
     data_dir: str = ""
-    # Split to train on (TFDS split expressions work, e.g. "train[:10%]"); a file has one split, "train".
+    # Split to train on, e.g. "train[:10%]" (a TFDS expression); a file has one split, "train".
     train_split: str = "train"
     # Split held out for evaluation, another file's path, or "auto": the split "validation" if
     # there is one, else 5% of the training records (at least 20, or a fifth of fewer than 100
@@ -37,13 +37,13 @@ class DataConfig:
     # Pack several examples into one sequence (they never attend to each other); off: one example
     # per sequence.
     pack: bool = True
-    # Examples longer than max_length: "error", "drop", "truncate" (from the left of the prompt) or "split" (into
-    # rows, each with positions from 0; every token stays a target once).
+    # Examples longer than max_length: "error", "drop", "truncate" (from the left of the prompt) or
+    # "split" (into rows, each with positions from 0; every token stays a target once).
     too_long: Literal["error", "drop", "truncate", "split"] = "drop"
     # Loss tokens: the "answer" (completion or last assistant turn), every "assistant" turn, "all".
     loss_on: Literal["answer", "assistant", "all"] = "answer"
-    # Only loss tokens among the last tokens of an example count: a number of tokens, or below 1 a share of the
-    # example; 0: all. Of an example that was split, the last tokens of every row.
+    # Only loss tokens among the last tokens of an example count: a number of tokens, or below 1 a
+    # share of the example; 0: all. Of an example that was split, the last tokens of every row.
     loss_last: float = 0.0
     # Wrap prompts in the model's chat template.
     chat: bool = False

@@ -23,7 +23,7 @@ class MeshConfig:
     fsdp: int = 0
     # Splits heads and FFN channels.
     tensor: int = 0
-    # Splits the tokens of every row, for rows that are too long for one device, and the weights as fsdp does.
+    # Splits the tokens of rows that are too long for one device, and the weights as fsdp does.
     context: int = 0
     # Sweeps: groups of devices that train different runs; 0 lets the library choose.
     run: int = 0
@@ -46,8 +46,8 @@ class ComputeConfig:
 
     # Dtype of base weights and matmul operands; adapters, sums and norms stay float32.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    # Store the adapted model's projections quantized (QLoRA): "int8", "nf4" (4 bits), "mxfp4" (4 bits, feed-forward
-    # projections only), or "none".
+    # Store the adapted model's projections quantized (QLoRA): "int8", "nf4" (4 bits), "mxfp4" (4
+    # bits, feed-forward projections only), or "none".
     quantize: Literal["none", "int8", "nf4", "mxfp4"] = "none"
     # Implementation of the operations: "auto" (the fastest on the platform), "xla" (plain JAX), or
     # an implementation by name, such as "cpu".
@@ -56,8 +56,8 @@ class ComputeConfig:
     # results of matmuls), or "attention" (the same without results of width d_ff). With _offload,
     # they are stored in the host's memory (TPU, GPU).
     remat: Remat = "auto"
-    # Experts that "fsdp" splits: "gather" them for each layer, "send" each token to its experts, or "auto" (the faster
-    # by the estimates of --mesh auto; elsewhere the way that moves fewer bytes).
+    # Experts that "fsdp" splits: "gather" them for each layer, "send" each token to its experts, or
+    # "auto" (the faster by the estimates of --mesh auto; elsewhere the way that moves fewer bytes).
     experts: Experts = "auto"
     # Compute the channel statistics on one in n positions of each packed sequence (1: on all).
     stats_stride: int = 4
@@ -71,3 +71,15 @@ class ComputeConfig:
     loss_chunk: int = 0
     # Keep compiled programs in the cache folder, so that the next start skips compilation.
     compilation_cache: bool = True
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a base weight that is not quantized."""
+        return {"bfloat16": 2, "float32": 4}[self.dtype]
+
+    @property
+    def quantized(self) -> Literal["int8", "nf4", "mxfp4"] | None:
+        """The storage of the projections; None if they are not quantized."""
+        if self.quantize == "none":
+            return None
+        return self.quantize

@@ -13,11 +13,11 @@ from nalora_jax.config.documented import documented
 class LoRARule:
     """An ordered rule: a projection's adapter is set by the first rule that matches its path."""
 
-    # Regular expression, searched in paths such as "layers/3/ffn/gate_proj" or "layers/0/attn/q_proj".
+    # Regular expression, searched in paths such as "layers/3/ffn/gate_proj".
     pattern: str
     # Rank r of the adapter; with 0 the matched projections get no adapter.
     rank: int = 8
-    # Alpha: the residual is scaled by alpha / rank, or alpha / sqrt(rank) with rsLoRA. None means 2 * rank.
+    # Alpha: the residual's scale is alpha / rank, with rsLoRA alpha / sqrt(rank). None: 2 * rank.
     alpha: float | None = None
 
 
@@ -26,7 +26,7 @@ class LoRARule:
 class LoRAConfig:
     """The projections that get adapters, and the kind of adapter."""
 
-    # Ordered rules; the first match wins, an unmatched projection stays frozen, an unused rule is an error.
+    # Ordered rules: the first match wins, unmatched projections stay frozen, unused rules are errors.
     rules: tuple[LoRARule, ...] = (LoRARule("ffn/(gate|up|down|in|out)_proj"),)
     # Scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732) instead of alpha / rank.
     rslora: bool = False
@@ -34,8 +34,8 @@ class LoRAConfig:
     dora: bool = False
     # Initialization: "default" (A uniform as in PEFT, B zero), "pissa" (principal components,
     # arXiv 2404.02948), "lora_ga" (singular vectors of the kernel's gradient on the first batches
-    # in A and B, arXiv 2407.05000), "gradient" (A the directions in which that gradient is largest, B
-    # zero), or "zero_a" (A zero, B Gaussian with the standard deviation of the default's A).
+    # in A and B, arXiv 2407.05000), "gradient" (A the directions in which that gradient is largest,
+    # B zero), or "zero_a" (A zero, B Gaussian with the standard deviation of the default's A).
     init: Literal["default", "pissa", "lora_ga", "gradient", "zero_a"] = "default"
     # lora_ga, gradient: batches on which the gradient is computed, each read five times: with 4,
     # the time of 20 steps.

@@ -43,7 +43,9 @@ def parse_rope_scaling(text: str) -> dict[str, Any]:
         raise NaloraError(
             FLAG, expected=f"TYPE:factor=N, with a type of {', '.join(FIELDS)}", found=repr(text)
         )
-    names = (*FIELDS[kind], *([ORIGINAL] if kind in WITH_ORIGINAL else []))
+    names = [*FIELDS[kind]]
+    if kind in WITH_ORIGINAL:
+        names.append(ORIGINAL)
     values: dict[str, Any] = {}
     for field in filter(None, listed.split(",")):
         name, _, value = field.partition("=")

@@ -77,10 +77,7 @@ def check_vision(vision: VisionConfig, *, accumulate: int, quantize: str) -> Non
         )
     if vision.image_size and vision.task not in DUAL:
         _require(
-            "image-size",
-            False,
-            f"0 with any --vision.task but {' and '.join(DUAL)}",
-            vision.image_size,
+            "image-size", False, f"0 with any --vision.task but {' and '.join(DUAL)}", vision.image_size
         )
     if vision.task in DUAL and quantize != "none":
         raise NaloraError("--compute.quantize", expected="none for image and text encoders", found=quantize)

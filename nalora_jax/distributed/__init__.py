@@ -21,6 +21,7 @@ from nalora_jax.distributed.mesh import (
     row_sharding,
     shown_axes,
     smallest_mesh,
+    unless_single,
 )
 from nalora_jax.distributed.processes import (
     check_lost_peer,
@@ -76,4 +77,5 @@ __all__ = [
     "shown_axes",
     "smallest_mesh",
     "tell_all",
+    "unless_single",
 ]

@@ -27,7 +27,7 @@ def rows_of_processes(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
     processes = np.vectorize(process_of, otypes=[int])(mesh.devices)
     data, fsdp = (mesh.shape[axis] for axis in BATCH_AXES)
     groups = mesh.shape.get(RUN, 1)
-    # [run, data, fsdp, others] -> [data, fsdp, others x run]: a process reads the same rows of all its runs.
+    # [run, data, fsdp, others] -> [data, fsdp, others x run]: a process reads one set of rows.
     processes = np.moveaxis(processes.reshape(groups, data, fsdp, -1), 0, -1).reshape(data, fsdp, -1)
     _check_rows(rows, data * fsdp)
     # [data x fsdp, rows of one part]: parts of a batch are in the order of the axes that split it.

@@ -72,10 +72,10 @@ def compiler_options(mesh: Mesh) -> dict[str, Any]:
     """Returns the ``compiler_options`` of `jax.jit` for a step on ``mesh``."""
     device, gathers = mesh.devices.flat[0], any(mesh.shape.get(axis, 1) > 1 for axis in WEIGHT_AXES)
     if platform_name(device) == "gpu":
-        pipelined = {
-            name: value for name, value in _PIPELINED.items() if gathers and _is_known(name, value)
-        }
-        return _GPU_ALWAYS | (_GPU if gathers else {}) | pipelined
+        if not gathers:
+            return dict(_GPU_ALWAYS)
+        pipelined = {name: value for name, value in _PIPELINED.items() if _is_known(name, value)}
+        return _GPU_ALWAYS | _GPU | pipelined
     if platform_name(device) != "tpu" or not gathers:
         return {}
     return dict(_TPU.get(kind_of(device).lower(), {}))

@@ -2,7 +2,7 @@
 
 - ``slice_index``: on TPUs the slice, absent if a compiler describes a single slice. On GPUs the NVLink domain: a host
   by its boot id, or an NVL72 rack. Absent on CPUs.
-- ``partition_index``: on GPUs the NVLink domain; newer clients keep ``slice_index`` as its deprecated alias.
+- ``partition_index``: on GPUs the NVLink domain; ``slice_index`` is its deprecated alias.
 - ``coords``: on TPUs the chip's coordinates in the slice's torus (x, y, z). On GPUs the local
   device; in newer clients domain, process and local device.
 - ``memory_stats()``: available for devices of this process; None on CPUs.
@@ -61,18 +61,20 @@ def domains(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
 
 
 def slice_count(devices: Sequence[jax.Device]) -> int:
-    """Returns the number of TPU slices, joined by a data-centre network; 1 on any other platform."""
+    """Returns the number of TPU slices, joined by a data-centre network; elsewhere 1."""
     if platform_name(devices[0]) == "tpu":
         return len(domains(devices))
     return 1
 
 
 def torus(devices: Sequence[jax.Device]) -> tuple[int, ...] | None:
-    """Returns the dimensions of the box of TPU chips that devices of one slice fill, None if it has holes."""
+    """Returns the dimensions of the box of chips that a TPU slice fills, None if it has holes."""
     chips = {tuple(device.coords) for device in devices}
     box = tuple(max(axis) - min(axis) + 1 for axis in zip(*chips, strict=True))
     filled = len(chips) == math.prod(box) and len(devices) % len(chips) == 0
-    return box if filled else None
+    if not filled:
+        return None
+    return box
 
 
 def _domain(device: jax.Device) -> int:
@@ -80,5 +82,7 @@ def _domain(device: jax.Device) -> int:
         return int(getattr(device, "slice_index", 0))
     if platform_name(device) == "gpu":
         index = getattr(device, "partition_index", None)
-        return int(getattr(device, "slice_index", process_of(device)) if index is None else index)
+        if index is None:
+            index = getattr(device, "slice_index", process_of(device))
+        return int(index)
     return 0

@@ -1,4 +1,4 @@
-"""The mesh of a run: the axes ("data", "fsdp", "context", "tensor") over the devices of all processes.
+"""The mesh of a run: axes "data", "fsdp", "context", "tensor" over the devices of all processes.
 
 A mesh has the axis "context" only if it splits the tokens of rows (`nalora_jax.ops.split_rows`). A
 sweep's mesh has an outermost axis "run": its groups of devices train different adapters.
@@ -45,10 +45,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     With ``config.run`` above 1 the other axes describe one group of devices.
 
     Raises:
-      NaloraError: more than one axis is -1, an axis is below -1, the product is not the number of devices, the
-        groups of "run" are not equal, or the slices do not divide the axis "data".
+      NaloraError: more than one axis is -1, an axis is below -1, the product is not the number of
+        devices, the groups of "run" are not equal, or the slices do not divide the axis "data".
     """
-    available = list(jax.devices() if devices is None else devices)
+    available = list(devices or jax.devices())
     groups = max(config.run, 1)
     if len(available) % groups:
         fits = [n for n in range(1, len(available) + 1) if len(available) % n == 0]
@@ -69,7 +69,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def _placed(available: list[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
     """Returns the devices in the order of the mesh's axes, "data" first."""
     groups = domains(available)
-    boxes = {torus(group) for group in groups} if platform_name(available[0]) == "tpu" else {None}
+    boxes: set[tuple[int, ...] | None] = {None}
+    if platform_name(available[0]) == "tpu":
+        boxes = set(map(torus, groups))
     # Not TPUs, or slices that are not equal and complete boxes of chips.
     if len(boxes) > 1 or None in boxes:
         grid = np.empty(len(available), dtype=object)
@@ -85,12 +87,19 @@ def _placed(available: list[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
 
 
 def smallest_mesh(config: MeshConfig) -> Mesh:
-    """Returns the mesh over as many devices as its axes need: all of them if "data" is open, or an axis is -1."""
+    """Returns the mesh over the devices that its axes need: all if "data" is open or an axis is -1."""
     sizes = [int(getattr(config, name)) for name in AXES]
     required = None
     if min(sizes) >= 0 and config.data > 0:
         required = math.prod(max(size, 1) for size in [*sizes, config.run])
     return make_mesh(config, jax.devices()[:required])
+
+
+def unless_single(mesh: Mesh) -> Mesh | None:
+    """Returns ``mesh``; None if it has one device."""
+    if mesh.size == 1:
+        return None
+    return mesh
 
 
 def check_axes(config: MeshConfig, n_devices: int, slices: int) -> None:
@@ -109,9 +118,10 @@ def check_axes(config: MeshConfig, n_devices: int, slices: int) -> None:
 
 
 def context_of(config: MeshConfig) -> int:
-    """Returns the size of the axis "context"; left open (0), it is 1 if all other axes have a size."""
-    is_last = config.context == 0 and min(config.data, config.fsdp, config.tensor) > 0
-    return 1 if is_last else config.context
+    """Returns the size of the axis "context"; if open (0) next to sized axes, 1."""
+    if config.context == 0 and min(config.data, config.fsdp, config.tensor) > 0:
+        return 1
+    return config.context
 
 
 def check_slices(data: int, slices: int) -> None:
@@ -130,7 +140,7 @@ def check_slices(data: int, slices: int) -> None:
 
 
 def resolve_sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
-    """Returns the axis sizes with 0 and -1 replaced by the remaining factor of ``n_devices``; see `make_mesh`."""
+    """Returns the axis sizes with 0 and -1 replaced by what remains of ``n_devices``."""
     sizes = {name: int(getattr(config, name)) for name in AXES}
     if sizes["data"] == 0 and -1 not in sizes.values():
         sizes = {**sizes, "data": -1}
@@ -148,7 +158,8 @@ def resolve_sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
         )
     if (free and n_devices % fixed) or (not free and fixed != n_devices):
         raise _product_error(sizes, n_devices, is_open=bool(free))
-    return tuple(n_devices // fixed if size == -1 else size for size in sizes.values())
+    sizes |= dict.fromkeys(free, n_devices // fixed)
+    return tuple(sizes.values())
 
 
 def _product_error(sizes: Mapping[str, int], n_devices: int, *, is_open: bool) -> NaloraError:
@@ -174,7 +185,9 @@ def shown_axes(sizes: Mapping[str, int]) -> str:
 
 def context_size(mesh: Mesh | None) -> int:
     """Returns the number of parts that the tokens of a row are split into."""
-    return 1 if mesh is None else mesh.shape.get(CONTEXT, 1)
+    if mesh is None:
+        return 1
+    return mesh.shape.get(CONTEXT, 1)
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -189,7 +202,10 @@ def row_sharding(mesh: Mesh | None) -> NamedSharding | None:
     """
     if mesh is None or devices_per_run(mesh) == 1:
         return None
-    return NamedSharding(mesh, P((CONTEXT, *BATCH_AXES) if CONTEXT in mesh.shape else BATCH_AXES))
+    axes: tuple[str, ...] = BATCH_AXES
+    if CONTEXT in mesh.shape:
+        axes = (CONTEXT, *axes)
+    return NamedSharding(mesh, P(axes))
 
 
 def devices_per_run(mesh: Mesh) -> int:
@@ -205,8 +221,8 @@ def check_heads(mesh: Mesh, *, n_heads: int, n_kv_heads: int) -> None:
 def check_tensor(size: int, *, n_heads: int, n_kv_heads: int) -> None:
     """Checks that an axis "tensor" of ``size`` does not split an attention head.
 
-    Any other dimension that an axis does not divide is replicated (see `shardings`). The halves of a split head would
-    move between devices in every layer.
+    Any other dimension that an axis does not divide is replicated (see `shardings`). The halves of
+    a split head would move between devices in every layer.
 
     Raises:
       NaloraError: ``size`` does not divide the query heads or the key/value heads.

@@ -1,8 +1,8 @@
 """Shardings of all arrays: ordered (path regex, PartitionSpec) rules for every tree of a run.
 
 A spec names the *trailing* axes of a leaf, so one rule covers a kernel ``[in, out]``, its layer
-stack ``[L, in, out]`` and a stack of experts ``[L, E, in, out]``. Leading axes are not split, except
-the experts of a kernel, which "fsdp" splits if it divides their number.
+stack ``[L, in, out]`` and a stack of experts ``[L, E, in, out]``. Leading axes are not split,
+except the experts of a kernel, which "fsdp" splits if it divides their number.
 
     layers/ffn/gate_proj/kernel [L, in, out]   P("fsdp", "tensor")  ->  P(None, "fsdp", "tensor")
     layers/ffn/gate_proj/a      [L, in, r]     P("fsdp", None)      ->  P(None, "fsdp")            in as the kernel's in
@@ -105,7 +105,7 @@ STATE_RULES: Rules = (
 # Adapters and masks within a step: gathered over fsdp once, before the layers, and split over
 # tensor like their kernels.
 STEP_RULES: Rules = (
-    *_adapter_rules(lambda axis: "tensor" if axis == "tensor" else None),
+    *_adapter_rules(lambda axis: {"tensor": "tensor"}.get(axis or "")),
     (r"(^|/)embed/embedding$", P("tensor", None)),
     (r"(^|/)lm_head/kernel$", P(None, "tensor")),
     (r"(^|/)mask$", P("tensor")),
@@ -150,14 +150,14 @@ def _over_context(spec: P, mesh: Mesh) -> P:
         return spec
 
     def widened(axis: Any) -> Any:
-        names = (axis,) if isinstance(axis, str) else axis or ()
-        return tuple(name for old in names for name in (WEIGHT_AXES if old == "fsdp" else (old,))) or None
+        names = (name for old in _names(axis) for name in (WEIGHT_AXES if old == "fsdp" else (old,)))
+        return tuple(names) or None
 
     return P(*map(widened, spec))
 
 
 def _by_expert(path: str, spec: P, shape: Sequence[int], mesh: Mesh) -> P:
-    """Returns the spec of a leaf; "fsdp" splits the experts of a kernel ``[L, E, in, out]``, if it divides them.
+    """Returns the spec of a leaf; "fsdp" splits experts of ``[L, E, in, out]`` if it divides them.
 
     The axis "context" splits the experts as well, or what "fsdp" splits in other kernels.
     """
@@ -192,12 +192,10 @@ def fit_spec(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
 
 def _fit_axis(axis: Any, size: int, mesh: Mesh) -> Any:
     """Returns the longest prefix of one or several axes that divides ``size``, or None."""
-    if axis is None:
-        return None
-    names = (axis,) if isinstance(axis, str) else axis
+    names = _names(axis)
     for count in range(len(names), 0, -1):
         if size % math.prod(mesh.shape[name] for name in names[:count]) == 0:
-            return next(iter(names)) if count == 1 else tuple(names[:count])
+            return names[0] if count == 1 else tuple(names[:count])
     return None
 
 
@@ -208,3 +206,10 @@ def bytes_per_device(tree: Any) -> dict[jax.Device, int]:
         for shard in leaf.addressable_shards:
             totals[shard.device] = totals.get(shard.device, 0) + shard.data.nbytes
     return totals
+
+
+def _names(axis: Any) -> tuple[str, ...]:
+    """Returns the mesh axes of an entry of a spec: a name, several names, or None."""
+    if isinstance(axis, str):
+        return (axis,)
+    return tuple(axis or ())

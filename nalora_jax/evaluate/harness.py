@@ -23,13 +23,7 @@ from nalora_jax.tokenizer import Tokenizer
 
 
 def harness_model(
-    model: Decoder,
-    variables: Mapping[str, Any],
-    tokenizer: Tokenizer,
-    *,
-    max_length: int | None = None,
-    batch_size: int = 16,
-    mesh: Mesh | None = None,
+    model: Decoder, variables: Mapping[str, Any], tokenizer: Tokenizer, *, mesh: Mesh | None = None
 ) -> Any:
     """Returns an ``lm_eval.api.model.LM`` for a model of this library.
 
@@ -37,9 +31,6 @@ def harness_model(
       model: the decoder.
       variables: ``params``, and ``lora`` if there are adapters.
       tokenizer: tokenizer of the model.
-      max_length: maximum length of context plus continuation; longer contexts are truncated at
-        their start.
-      batch_size: prompts generated at once.
       mesh: mesh of the weights, if they are sharded.
 
     Raises:
@@ -50,7 +41,7 @@ def harness_model(
 
     # The harness requires an instance of its LM class; the implementation is in Requests.
     kind = type("NaloraLM", (Requests, LM), {"__init__": _init})
-    return kind(Generator(model, variables, tokenizer, max_length=max_length, mesh=mesh), batch_size)
+    return kind(Generator(model, variables, tokenizer, mesh=mesh))
 
 
 def require_harness() -> None:
@@ -66,16 +57,16 @@ def require_harness() -> None:
         ) from error
 
 
-def _init(self: Any, generator: Generator, batch_size: int) -> None:
+def _init(self: Any, generator: Generator) -> None:
     super(Requests, self).__init__()
-    Requests.__init__(self, generator, batch_size)
+    Requests.__init__(self, generator)
 
 
 class Requests:
     """The three kinds of requests of the harness; a request's ``args`` hold its texts."""
 
-    def __init__(self, generator: Generator, batch_size: int = 16) -> None:
-        self._generator, self._batch_size = generator, batch_size
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Returns log-likelihoods of continuations, and True if greedy decoding yields them."""
@@ -100,12 +91,10 @@ class Requests:
             room = self._longest - options["max_new_tokens"]
             if room < 1:
                 raise NaloraError(
-                    "max_gen_toks",
-                    expected=f"below {self._longest}",
-                    found=options["max_new_tokens"],
+                    "max_gen_toks", expected=f"below {self._longest}", found=options["max_new_tokens"]
                 )
             prompts = [self._encode(request.args[0])[-room:] or [self._start] for _, request in batch]
-            completions = self._generator.generate(prompts, batch_size=self._batch_size, **options)
+            completions = self._generator.generate(prompts, **options)
             texts |= {index: text for (index, _), text in zip(batch, completions, strict=True)}
         return [texts[i] for i in range(len(requests))]
 
@@ -141,8 +130,9 @@ class Requests:
         """
         tokenizer = self._generator.tokenizer
         ids = tokenizer.encode(text)
-        twice = tokenizer.add_bos and ids[:2] == [tokenizer.bos_id] * 2
-        return ids[1:] if twice else ids
+        if tokenizer.add_bos and ids[:2] == [tokenizer.bos_id] * 2:
+            return ids[1:]
+        return ids
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Returns the token ids of both, split like in the harness.
@@ -203,11 +193,9 @@ def generation_settings(options: Mapping[str, Any]) -> dict[str, Any]:
         "stop": (until,) if isinstance(until, str) else until,
         "temperature": temperature or (1.0 if options.get("do_sample") else 0.0),
     }
-    names = (
-        ("repetition_penalty", "top_k", "top_p", "min_p")
-        if settings["temperature"]
-        else ("repetition_penalty",)
-    )
+    names = ["repetition_penalty"]
+    if settings["temperature"]:
+        names += ["top_k", "top_p", "min_p"]
     settings |= {name: options[name] for name in names if options.get(name) is not None}
     try:
         Settings(**settings)

@@ -7,15 +7,23 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from nalora_jax.data.items import ChoiceItem, CompletionItem, Item
-from nalora_jax.errors import NaloraError
+from nalora_jax.data.items import CompletionItem, Item
+from nalora_jax.evaluate.items import by_kind
 from nalora_jax.evaluate.multiple_choice import multiple_choice
-from nalora_jax.evaluate.perplexity import completion_loss
-from nalora_jax.generate import Generator
+from nalora_jax.evaluate.perplexity import PerplexityResult, completion_loss
+from nalora_jax.generate import Completion, Generator
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.tokenizer import Tokenizer
 
-_SAMPLE_TOKENS = 96  # length limit of a sample completion
+SAMPLES = 4  # examples that are shown with their answers
+SAMPLE_TOKENS = 96  # length limit of a sample completion
+
+
+def variables_of(params: Any, lora: Any | None) -> dict[str, Any]:
+    """Returns a model's variables; without adapters if ``lora`` is None."""
+    if lora is None:
+        return {"params": params}
+    return {"params": params, "lora": lora}
 
 
 class Evaluator:
@@ -27,7 +35,6 @@ class Evaluator:
       items: examples of one kind: multiple choice (metric: accuracy) or completions (metric: loss
         per token).
       mesh: mesh of the weights, if they are sharded.
-      samples: number of examples to show with their answers.
 
     Attributes:
       metric: name of the headline metric, "accuracy" or "loss".
@@ -35,24 +42,14 @@ class Evaluator:
     """
 
     def __init__(
-        self,
-        model: Decoder,
-        tokenizer: Tokenizer,
-        items: Sequence[Item],
-        *,
-        mesh: Mesh | None = None,
-        samples: int = 4,
+        self, model: Decoder, tokenizer: Tokenizer, items: Sequence[Item], *, mesh: Mesh | None = None
     ) -> None:
-        self.choices = [item for item in items if isinstance(item, ChoiceItem)]
-        self.completions = [item for item in items if isinstance(item, CompletionItem)]
-        if bool(self.choices) == bool(self.completions):
-            actual = "both" if self.choices else "no questions"
-            raise NaloraError(
-                "evaluation data", expected="questions with choices, or all without", found=actual
-            )
-        self._model, self._tokenizer, self._mesh, self._samples = model, tokenizer, mesh, samples
-        self.metric: Literal["accuracy", "loss"] = "accuracy" if self.choices else "loss"
-        self.mode: Literal["max", "min"] = "max" if self.choices else "min"
+        self.choices, self.completions = by_kind(items)
+        self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
+        self.metric: Literal["accuracy", "loss"] = "loss"
+        self.mode: Literal["max", "min"] = "min"
+        if self.choices:
+            self.metric, self.mode = "accuracy", "max"
 
     def measure(self, params: Any, lora: Any | None, *, samples: bool = False) -> dict[str, Any]:
         """Returns the metrics of ``params`` with adapter ``lora`` (None: the base alone).
@@ -60,21 +57,19 @@ class Evaluator:
         Returns:
           ``accuracy`` (of multiple choice, by log-likelihood per character), ``loss`` per
           completion token, ``low`` and ``high`` (95% interval of the headline metric), and ``n``.
-          With ``samples`` also a few
-          examples with the model's answers, and for multiple choice ``right``: for each question,
-            True if it was answered correctly.
+          With ``samples`` also a few examples with the model's answers, and for multiple choice
+          ``right``: for each question, True if it was answered correctly.
         """
-        variables = {"params": params} | ({} if lora is None else {"lora": lora})
+        variables = variables_of(params, lora)
         if self.choices:
             return self._choose(variables, samples)
         return self._complete(variables, samples)
 
     def _choose(self, variables: Mapping[str, Any], samples: bool) -> dict[str, Any]:
-        count = self._samples if samples else 0
         # Per character, because the summed log-likelihood favours short choices. It makes no
         # difference for choices of equal length.
         result = multiple_choice(
-            self._model, variables, self.choices, per="character", mesh=self._mesh, samples=count
+            self._model, variables, self.choices, per="character", mesh=self._mesh, samples=SAMPLES
         )
         names = ("accuracy", "low", "high", "accuracy_per_choice", "loss", "n")
         values = {name: getattr(result, name) for name in names}
@@ -86,24 +81,34 @@ class Evaluator:
         return values
 
     def _complete(self, variables: Mapping[str, Any], samples: bool) -> dict[str, Any]:
-        result = completion_loss(self._model, variables, self.completions, mesh=self._mesh)
+        result = self._losses(variables)
         values = {name: getattr(result, name) for name in ("loss", "low", "high", "perplexity", "n")}
-        return values | ({"samples": self._answers(variables)} if samples else {})
+        if samples:
+            values["samples"] = self._answers(variables)
+        return values
+
+    def _losses(self, variables: Mapping[str, Any]) -> PerplexityResult:
+        return completion_loss(self._model, variables, self.completions, mesh=self._mesh)
 
     def _answers(self, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
-        sampled = self.completions[: self._samples]
-        generator = Generator(self._model, variables, self._tokenizer, mesh=self._mesh)
-        answers = generator.complete([item.prompt_ids for item in sampled], max_new_tokens=_SAMPLE_TOKENS)
+        sampled = self.completions[:SAMPLES]
         return [
             {
-                "prompt": item.prompt,
+                "prompt": self._shown(item.prompt),
                 "turns": [{"role": role, "text": text} for role, text in item.turns],
                 "answer": answer.text.strip(),
                 "cut": answer.reason == "length",
                 "expected": item.completion.strip(),
             }
-            for item, answer in zip(sampled, answers, strict=True)
+            for item, answer in zip(sampled, self._generated(variables, sampled), strict=True)
         ]
+
+    def _generated(self, variables: Mapping[str, Any], items: Sequence[CompletionItem]) -> list[Completion]:
+        generator = Generator(self._model, variables, self._tokenizer, mesh=self._mesh)
+        return generator.complete([item.prompt_ids for item in items], max_new_tokens=SAMPLE_TOKENS)
+
+    def _shown(self, prompt: str) -> str:
+        return prompt
 
 
 def describe(values: Mapping[str, Any]) -> str:

@@ -20,11 +20,13 @@ from nalora_jax.data.images.files import Limits, open_image
 from nalora_jax.data.images.processor import ImageProcessor, resized_to
 from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.images.text import TextTokenizer
+from nalora_jax.evaluate.heldout import variables_of
 from nalora_jax.evaluate.statistics import bootstrap, wilson
 from nalora_jax.models.vision.dual import DualEncoder, normalised
 
 _BATCH = 64  # images or texts at a time
 _THREADS = 4
+_SAMPLES = 8  # images that are shown with their answers
 _MOST_CLASSES = 60  # size limit of a confusion matrix
 _THUMBNAIL = 64  # pixels of a thumbnail's side
 
@@ -90,9 +92,9 @@ class Encoders:
         batches = (self.processor.batch(images.opened(places)) for places in _parts(range(len(images))))
         return self._all(partial(self._images, variables), batches)
 
-    def texts(self, variables: Mapping[str, Any], texts: Sequence[str], *, length: int = 0) -> np.ndarray:
+    def texts(self, variables: Mapping[str, Any], texts: Sequence[str]) -> np.ndarray:
         """Returns normalised features ``[texts, features]``."""
-        tokens = self.tokenizer(texts, length=length)
+        tokens = self.tokenizer(texts)
         parts = map(list, _parts(range(len(texts))))
         batches = ({name: value[places] for name, value in tokens.items()} for places in parts)
         return self._all(partial(self._texts, variables), batches)
@@ -138,7 +140,6 @@ class ClassEvaluator:
       labels: int ``[images]``.
       classes: class names by label.
       templates: prompt templates of a class.
-      samples: number of images to show with their predictions.
     """
 
     metric: Literal["accuracy"] = "accuracy"
@@ -151,11 +152,9 @@ class ClassEvaluator:
         labels: np.ndarray,
         classes: Sequence[str],
         templates: Sequence[str],
-        *,
-        samples: int = 8,
     ) -> None:
         self._encoders, self._images, self._labels = encoders, images, labels
-        self._classes, self._templates, self._samples = tuple(classes), tuple(templates), samples
+        self._classes, self._templates = tuple(classes), tuple(templates)
         self.digest = images.digest
 
     def measure(self, params: Any, lora: Any | None, *, samples: bool = False) -> dict[str, Any]:
@@ -166,7 +165,7 @@ class ClassEvaluator:
           ``samples`` a few images with their predictions, ``right`` of every image, and, for up to
           60 classes, ``classes`` with the ``confusion`` matrix ``[true, predicted]``.
         """
-        variables = _variables(params, lora)
+        variables = variables_of(params, lora)
         features = self._encoders.records(variables, self._images)
         classes = self._encoders.classes(variables, self._classes, self._templates)
         logits = self._encoders.logits(variables, features, classes)
@@ -178,7 +177,10 @@ class ClassEvaluator:
         values: dict[str, Any] = {"accuracy": float(right.mean()), "low": low, "high": high}
         values |= {"loss": float(losses.mean()), "n": len(right)}
         if samples:
-            values |= {"samples": self._shown(predicted), "right": right.tolist()}
+            names, true = (
+                [self._classes[label] for label in labels] for labels in (predicted, self._labels)
+            )
+            values |= {"samples": _shown(self._images, names, true, right), "right": right.tolist()}
             if len(self._classes) <= _MOST_CLASSES:
                 count = len(self._classes)
                 matrix = np.bincount(self._labels * count + predicted, minlength=count * count).reshape(
@@ -187,23 +189,6 @@ class ClassEvaluator:
                 values |= {"classes": list(self._classes), "confusion": matrix.tolist()}
         return values
 
-    def _shown(self, predicted: np.ndarray) -> list[dict[str, Any]]:
-        places = (
-            np.linspace(0, len(self._labels) - 1, min(self._samples, len(self._labels)))
-            .astype(int)
-            .tolist()
-        )
-        return [
-            {
-                "prompt": self._images.source.where(int(self._images.indices[place])),
-                "image": thumbnail(image),
-                "answer": self._classes[predicted[place]],
-                "expected": self._classes[self._labels[place]],
-                "correct": bool(predicted[place] == self._labels[place]),
-            }
-            for place, image in zip(places, self._images.opened(places), strict=True)
-        ]
-
 
 class RetrievalEvaluator:
     """Recall of an image's caption and of a caption's image; counterpart of `ClassEvaluator`."""
@@ -211,15 +196,8 @@ class RetrievalEvaluator:
     metric: Literal["recall"] = "recall"
     mode: Literal["max"] = "max"
 
-    def __init__(
-        self, encoders: Encoders, images: Images, captions: Sequence[str], *, samples: int = 8
-    ) -> None:
-        self._encoders, self._images, self._captions, self._samples = (
-            encoders,
-            images,
-            list(captions),
-            samples,
-        )
+    def __init__(self, encoders: Encoders, images: Images, captions: Sequence[str]) -> None:
+        self._encoders, self._images, self._captions = encoders, images, list(captions)
         self.digest = images.digest
 
     def measure(self, params: Any, lora: Any | None, *, samples: bool = False) -> dict[str, Any]:
@@ -229,7 +207,7 @@ class RetrievalEvaluator:
           ``recall`` at 1 (mean of both directions), ``low``, ``high`` (95%), ``<way>_recall_1`` and
           ``_5``, ``n``, ``loss``; with ``samples`` a few images with their best captions.
         """
-        variables = _variables(params, lora)
+        variables = variables_of(params, lora)
         images = self._encoders.records(variables, self._images)
         texts = self._encoders.texts(variables, self._captions)
         logits = self._encoders.logits(variables, images, texts)
@@ -241,30 +219,29 @@ class RetrievalEvaluator:
         low, high = bootstrap(hits)
         values = {"recall": float(hits.mean()), "low": low, "high": high, **values, "n": len(hits)}
         matching = np.diagonal(logits)
-        values["loss"] = float(
-            np.mean(
-                [
-                    np.asarray(jax.nn.logsumexp(jnp.asarray(x), axis=1)) - matching
-                    for x in (logits, logits.T)
-                ]
-            )
-        )
+        sums = [np.asarray(jax.nn.logsumexp(jnp.asarray(x), axis=1)) for x in (logits, logits.T)]
+        values["loss"] = float(np.mean([x - matching for x in sums]))
         if samples:
-            values["samples"] = self._shown(logits.argmax(axis=1), ranks["image_to_text"])
+            best = [self._captions[index] for index in logits.argmax(axis=1)]
+            values["samples"] = _shown(self._images, best, self._captions, ranks["image_to_text"] < 1)
         return values
 
-    def _shown(self, best: np.ndarray, ranks: np.ndarray) -> list[dict[str, Any]]:
-        places = np.linspace(0, len(best) - 1, min(self._samples, len(best))).astype(int).tolist()
-        return [
-            {
-                "prompt": self._images.source.where(int(self._images.indices[place])),
-                "image": thumbnail(image),
-                "answer": self._captions[best[place]],
-                "expected": self._captions[place],
-                "correct": bool(ranks[place] < 1),
-            }
-            for place, image in zip(places, self._images.opened(places), strict=True)
-        ]
+
+def _shown(
+    images: Images, answers: Sequence[str], expected: Sequence[str], correct: np.ndarray
+) -> list[dict[str, Any]]:
+    """Returns a few images, evenly spaced, with their answers as an evaluation reports them."""
+    places = np.linspace(0, len(answers) - 1, min(_SAMPLES, len(answers))).astype(int).tolist()
+    return [
+        {
+            "prompt": images.source.where(int(images.indices[place])),
+            "image": thumbnail(image),
+            "answer": answers[place],
+            "expected": expected[place],
+            "correct": bool(correct[place]),
+        }
+        for place, image in zip(places, images.opened(places), strict=True)
+    ]
 
 
 def own_ranks(logits: np.ndarray) -> np.ndarray:
@@ -280,7 +257,3 @@ def thumbnail(image: Any) -> str:
     buffer = io.BytesIO()
     resized_to(image, _THUMBNAIL).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _variables(params: Any, lora: Any | None) -> dict[str, Any]:
-    return {"params": params} | ({} if lora is None else {"lora": lora})

@@ -32,6 +32,22 @@ class Answers:
     summary: dict[str, Any]
 
 
+def by_kind(items: Sequence[Item]) -> tuple[list[ChoiceItem], list[CompletionItem]]:
+    """Returns the questions with choices and the completions, one of them empty.
+
+    Raises:
+      NaloraError: no items, or items of both kinds.
+    """
+    choices = [item for item in items if isinstance(item, ChoiceItem)]
+    completions = [item for item in items if isinstance(item, CompletionItem)]
+    if bool(choices) == bool(completions):
+        actual = "both" if choices else "no questions"
+        raise NaloraError(
+            "evaluation data", expected="questions with choices, or all without", found=actual
+        )
+    return choices, completions
+
+
 def answer_items(
     model: Decoder, variables: Mapping[str, Any], items: Sequence[Item], *, mesh: Mesh | None = None
 ) -> Answers:
@@ -51,13 +67,7 @@ def answer_items(
     Raises:
       NaloraError: no items, or items of both kinds.
     """
-    choices = [item for item in items if isinstance(item, ChoiceItem)]
-    completions = [item for item in items if isinstance(item, CompletionItem)]
-    if bool(choices) == bool(completions):
-        actual = "both" if choices else "no questions"
-        raise NaloraError(
-            "evaluation data", expected="questions with choices, or all without", found=actual
-        )
+    choices, completions = by_kind(items)
     pairs = [list(zip(item.contexts, item.choice_ids, strict=True)) for item in choices]
     pairs += [[(item.prompt_ids, item.completion_ids)] for item in completions]
     scores = score_groups(model, variables, pairs, mesh=mesh)
@@ -106,13 +116,7 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         low, high = wilson(right, count)
         return {"accuracy": right / count, "low": low, "high": high, "loss": loss, "n": count}
     low, high = bootstrap(losses, tokens)
-    return {
-        "loss": loss,
-        "low": low,
-        "high": high,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "n": count,
-    }
+    return {"loss": loss, "low": low, "high": high, "perplexity": math.exp(min(loss, 700.0)), "n": count}
 
 
 def compare_answers(other: Answers, model: Answers) -> dict[str, Any]:

@@ -51,12 +51,11 @@ def score_choices(
     variables: Mapping[str, Any],
     items: Sequence[ChoiceItem],
     *,
-    batch_tokens: int = 1536,
     mesh: Mesh | None = None,
 ) -> list[list[Score]]:
     """Returns the score of every choice of every question; see `score_groups` for the arguments."""
     groups = [list(zip(item.contexts, item.choice_ids, strict=True)) for item in items]
-    return score_groups(model, variables, groups, batch_tokens=batch_tokens, mesh=mesh)
+    return score_groups(model, variables, groups, mesh=mesh)
 
 
 def multiple_choice(
@@ -65,7 +64,6 @@ def multiple_choice(
     items: Sequence[ChoiceItem],
     *,
     per: Per = "choice",
-    batch_tokens: int = 1536,
     mesh: Mesh | None = None,
     samples: int = 3,
 ) -> MultipleChoiceResult:
@@ -76,7 +74,6 @@ def multiple_choice(
       variables: ``params``, and ``lora`` if there are adapters.
       items: the questions.
       per: normalisation of the log-likelihoods for the headline accuracy.
-      batch_tokens: approximate number of prompt tokens per batch.
       mesh: mesh of the weights, if they are sharded.
       samples: number of questions to show with their answers.
 
@@ -85,7 +82,7 @@ def multiple_choice(
     """
     if not items:
         raise NaloraError("evaluation data", expected="at least one question", found="none")
-    scores = score_choices(model, variables, items, batch_tokens=batch_tokens, mesh=mesh)
+    scores = score_choices(model, variables, items, mesh=mesh)
     gold = np.array([item.gold for item in items])
     answers = predict(items, scores, per)
     correct = answers == gold
@@ -135,8 +132,5 @@ def _size(text: str, score: Score, per: Per) -> int:
 
 def _sample(item: ChoiceItem, answer: int) -> AnsweredQuestion:
     return AnsweredQuestion(
-        item.prompt,
-        item.choices[answer].strip(),
-        item.choices[item.gold].strip(),
-        answer == item.gold,
+        item.prompt, item.choices[answer].strip(), item.choices[item.gold].strip(), answer == item.gold
     )

@@ -158,8 +158,7 @@ def retrieve(generator: Generator, questions: NeedleItems) -> NeedleResult:
 
 def first_number(text: str) -> str:
     """Returns the first run of digits in a text, or "" if there is none."""
-    number = re.search(r"\d+", text)
-    return number[0] if number else ""
+    return next(iter(re.findall(r"\d+", text)), "")
 
 
 def needle_table(result: Mapping[str, Any]) -> str:

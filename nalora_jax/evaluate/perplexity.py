@@ -72,17 +72,13 @@ def completion_loss(
     variables: Mapping[str, Any],
     items: Sequence[CompletionItem],
     *,
-    batch_tokens: int = 1536,
     mesh: Mesh | None = None,
 ) -> PerplexityResult:
     """Computes the loss of the reference completions after their prompts; an item is a document."""
     groups = [[(item.prompt_ids, item.completion_ids)] for item in items]
-    scores = [
-        row[0] for row in score_groups(model, variables, groups, batch_tokens=batch_tokens, mesh=mesh)
-    ]
+    scores = [row[0] for row in score_groups(model, variables, groups, mesh=mesh)]
     return result(
-        np.array([-score.log_prob for score in scores]),
-        np.array([score.tokens for score in scores]),
+        np.array([-score.log_prob for score in scores]), np.array([score.tokens for score in scores])
     )
 
 

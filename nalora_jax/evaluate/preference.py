@@ -12,14 +12,13 @@ from nalora_jax.config import PreferenceConfig
 from nalora_jax.data.preference import Pair
 from nalora_jax.data.tokenize import Example
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.heldout import SAMPLE_TOKENS, SAMPLES, variables_of
 from nalora_jax.evaluate.likelihood import score_groups
 from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.generate import Generator
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.tokenizer import Tokenizer
-
-_SAMPLE_TOKENS = 96
 
 
 class PreferenceEvaluator:
@@ -49,12 +48,11 @@ class PreferenceEvaluator:
         config: PreferenceConfig,
         *,
         mesh: Mesh | None = None,
-        samples: int = 4,
     ) -> None:
         if not pairs:
             raise NaloraError("evaluation data", expected="at least one pair", found="none")
         self._model, self._tokenizer, self._pairs, self._config = model, tokenizer, pairs, config
-        self._mesh, self._samples = mesh, samples
+        self._mesh = mesh
         self._reference: np.ndarray | None = None
         self._tokens = np.array(
             [[len(_split(example)[1]) for example in (p.chosen, p.rejected)] for p in pairs]
@@ -71,10 +69,12 @@ class PreferenceEvaluator:
         """
         if self._reference is None:
             self._reference = self._scores(self._model.clone(adapters=AdapterSpec()), {"params": params})
-        variables = {"params": params} | ({} if lora is None else {"lora": lora})
+        variables = variables_of(params, lora)
         scores = self._reference if lora is None else self._scores(self._model, variables)
         ratios = scores - self._reference
-        rewards = self._config.beta * (ratios / self._tokens if self._config.per_token else ratios)
+        if self._config.per_token:
+            ratios = ratios / self._tokens
+        rewards = self._config.beta * ratios
         margin = rewards[:, 0] - rewards[:, 1]
         smoothing = self._config.label_smoothing
         losses = (1 - smoothing) * np.logaddexp(0.0, -margin) + smoothing * np.logaddexp(0.0, margin)
@@ -84,16 +84,14 @@ class PreferenceEvaluator:
             "low": low,
             "high": high,
             "n": len(losses),
-        }
-        values |= {
             "rewards_chosen": float(rewards[:, 0].mean()),
             "rewards_rejected": float(rewards[:, 1].mean()),
-        }
-        values |= {
             "rewards_margin": float(margin.mean()),
             "rewards_accuracy": float((margin > 0).mean()),
         }
-        return values | ({"samples": self._answers(variables)} if samples else {})
+        if samples:
+            values["samples"] = self._answers(variables)
+        return values
 
     def _scores(self, model: Decoder, variables: Mapping[str, Any]) -> np.ndarray:
         """Returns log-probabilities ``[pairs, 2]`` of both completions, chosen first."""
@@ -102,10 +100,10 @@ class PreferenceEvaluator:
         return np.array([[score.log_prob for score in row] for row in scored])
 
     def _answers(self, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
-        sampled = self._pairs[: self._samples]
+        sampled = self._pairs[:SAMPLES]
         generator = Generator(self._model, variables, self._tokenizer, mesh=self._mesh)
         prompts = [_split(pair.chosen)[0] for pair in sampled]
-        answers = generator.generate(prompts, max_new_tokens=_SAMPLE_TOKENS)
+        answers = generator.generate(prompts, max_new_tokens=SAMPLE_TOKENS)
         return [
             {"prompt": pair.prompt, "answer": answer.strip(), "expected": pair.texts[0].strip()}
             for pair, answer in zip(sampled, answers, strict=True)
@@ -114,6 +112,6 @@ class PreferenceEvaluator:
 
 def _split(example: Example) -> tuple[list[int], list[int]]:
     """Splits a tokenized text into prompt and completion, which is contiguous at the end."""
-    start = int(np.argmax(example.answer))
+    start = max(int(np.argmax(example.answer)), 1)  # the first token is not predicted
     ids = example.ids.tolist()
-    return (ids[:start], ids[start:]) if start else (ids[:1], ids[1:])  # ids[0] is not predicted
+    return ids[:start], ids[start:]

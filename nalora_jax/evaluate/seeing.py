@@ -13,18 +13,18 @@ from jax.sharding import Mesh
 from nalora_jax.data.images.chat import opened
 from nalora_jax.data.images.files import Limits
 from nalora_jax.data.images.processor import ImageProcessor
-from nalora_jax.data.items import Item, SeenItem
+from nalora_jax.data.items import CompletionItem, Item, SeenItem
 from nalora_jax.distributed import fetch
-from nalora_jax.evaluate.heldout import Evaluator
+from nalora_jax.evaluate.heldout import SAMPLE_TOKENS, Evaluator
 from nalora_jax.evaluate.likelihood import target_log_probs
 from nalora_jax.evaluate.perplexity import PerplexityResult, result
-from nalora_jax.generate import Generator
+from nalora_jax.generate import Completion, Generator
 from nalora_jax.generate.shapes import batch_shards, bucket, place_batch
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.storage import prepare
 from nalora_jax.tokenizer import Tokenizer
 
-_SAMPLE_TOKENS = 96
+_BATCH = 8  # items
 
 
 class LoadedModel(Protocol):
@@ -50,47 +50,31 @@ class SeeingEvaluator(Evaluator):
         processor: ImageProcessor,
         *,
         mesh: Mesh | None = None,
-        limits: Limits | None = None,
-        samples: int = 4,
     ) -> None:
-        super().__init__(model, tokenizer, items, mesh=mesh, samples=samples)
+        super().__init__(model, tokenizer, items, mesh=mesh)
         self._processor = processor
-        pixels = [
-            [processor(opened(i, "image", limits or Limits()))["pixels"] for i in item.images]
+        self._pixels = {
+            id(item): [processor(opened(i, "image", Limits()))["pixels"] for i in item.images]
             for item in items
-        ]
-        self._pixels = dict(zip(map(id, items), pixels, strict=True))
+        }
 
-    def _complete(self, variables: Mapping[str, Any], samples: bool) -> dict[str, Any]:
+    def _losses(self, variables: Mapping[str, Any]) -> PerplexityResult:
         pixels = [self._pixels[id(item)] for item in self.completions]
-        losses = seen_loss(
-            self._model, variables, self.completions, pixels, self._processor, mesh=self._mesh
-        )
-        values = {name: getattr(losses, name) for name in ("loss", "low", "high", "perplexity", "n")}
-        return values | ({"samples": self._answers(variables)} if samples else {})
+        return seen_loss(self._model, variables, self.completions, pixels, self._processor, mesh=self._mesh)
 
-    def _answers(self, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
-        sampled = self.completions[: self._samples]
+    def _generated(self, variables: Mapping[str, Any], items: Sequence[CompletionItem]) -> list[Completion]:
         generator = Generator(
             self._model, variables, self._tokenizer, mesh=self._mesh, processor=self._processor
         )
-        answers = generator.complete(
-            [item.prompt_ids for item in sampled],
-            images=[self._pixels[id(item)] for item in sampled],
-            max_new_tokens=_SAMPLE_TOKENS,
+        return generator.complete(
+            [item.prompt_ids for item in items],
+            images=[self._pixels[id(item)] for item in items],
+            max_new_tokens=SAMPLE_TOKENS,
         )
+
+    def _shown(self, prompt: str) -> str:
         assert self._tokenizer.images is not None
-        written = self._tokenizer.images.expansion
-        return [
-            {
-                "prompt": item.prompt.replace(written, "[image]"),
-                "turns": [{"role": role, "text": text} for role, text in item.turns],
-                "answer": answer.text.strip(),
-                "cut": answer.reason == "length",
-                "expected": item.completion.strip(),
-            }
-            for item, answer in zip(sampled, answers, strict=True)
-        ]
+        return prompt.replace(self._tokenizer.images.expansion, "[image]")
 
 
 def evaluator_of(
@@ -109,7 +93,6 @@ def seen_loss(
     pixels: Sequence[Sequence[np.ndarray]],
     processor: ImageProcessor,
     *,
-    batch_size: int = 8,
     mesh: Mesh | None = None,
 ) -> PerplexityResult:
     """Computes the loss of reference completions after prompts and images, one document per item.
@@ -120,10 +103,9 @@ def seen_loss(
       items: tokenized prompts and completions.
       pixels: processed images of each item: uint8 ``[height, width, 3]``.
       processor: converts pixels to floats.
-      batch_size: items per batch.
       mesh: mesh of the weights, if they are sharded.
     """
-    rows = bucket(min(batch_size, len(items)), multiple=batch_shards(mesh))
+    rows = bucket(min(_BATCH, len(items)), multiple=batch_shards(mesh))
     seq = bucket(max(len(item.prompt_ids) + len(item.completion_ids) for item in items) - 1, minimum=16)
     places = max(1, *(len(images) for images in pixels))
     variables = prepare(variables, model.numerics, tables=False)

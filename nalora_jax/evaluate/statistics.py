@@ -51,7 +51,9 @@ def bootstrap(
       seed: seed of the resampling, so that reports are reproducible.
     """
     sums = np.asarray(values, np.float64)
-    counts = np.ones_like(sums) if weights is None else np.asarray(weights, np.float64)
+    counts = np.ones_like(sums)
+    if weights is not None:
+        counts = np.asarray(weights, np.float64)
     assert sums.shape == counts.shape
     if sums.size == 0:
         return math.nan, math.nan

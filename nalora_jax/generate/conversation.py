@@ -33,7 +33,9 @@ class Conversation:
     @property
     def messages(self) -> list[Message]:
         """Returns the system prompt and the turns."""
-        return [*([] if self.system is None else [{"role": "system", "content": self.system}]), *self.turns]
+        if self.system is None:
+            return list(self.turns)
+        return [{"role": "system", "content": self.system}, *self.turns]
 
     def reset(self) -> None:
         """Removes the turns and their images, not the system prompt."""
@@ -85,10 +87,10 @@ def chat_tokens(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> 
 
 
 def read_messages(path: Path) -> list[Message]:
-    """Returns the messages of a JSON file: a list of ``{"role": ..., "content": ...}``, or an object with ``messages``.
+    """Returns the messages of a JSON file: a list of them, or an object with ``messages``.
 
     Raises:
-      NaloraError: the file cannot be read, has other content or a misspelt role, or ends with the assistant's message.
+      NaloraError: an unreadable file, other content, an unknown role, or no user's message last.
     """
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))

@@ -89,8 +89,9 @@ class Generator:
 
         It does not compile.
         """
-        collections = {name: tree for name, tree in self.variables.items() if name != "lora"}
-        variables = collections if lora is None else {**collections, "lora": lora}
+        variables = {name: tree for name, tree in self.variables.items() if name != "lora"}
+        if lora is not None:
+            variables["lora"] = lora
         options = {"max_length": self.max_length, "mesh": self.mesh, "processor": self.processor}
         options |= {"prefill_chunk": self.prefill_chunk}
         return Generator(self.model, variables, self.tokenizer, **options)  # type: ignore[arg-type]
@@ -145,18 +146,19 @@ class Generator:
                 f"one for each of {len(ids)} prompts",
                 len(adapter_ids),
             )
-        pixels: list[Images] = [() for _ in ids] if images is None else list(images)
+        if images is None:
+            images = [()] * len(ids)
         require_setting(
-            "images", len(pixels) == len(ids), f"those of each of {len(ids)} prompts", len(pixels)
+            "images", len(images) == len(ids), f"those of each of {len(ids)} prompts", len(images)
         )
-        for number, (row, images_of_row) in enumerate(zip(ids, pixels, strict=True)):
+        for number, (row, images_of_row) in enumerate(zip(ids, images, strict=True)):
             self._check_images(row, images_of_row, f"prompt {number}")
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of similar lengths
         completions: dict[int, Completion] = {}
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             adapters = None if adapter_ids is None else [adapter_ids[i] for i in rows]
-            images_of_batch = [pixels[i] for i in rows]
+            images_of_batch = [images[i] for i in rows]
             batch = _Batch(
                 self, [ids[i] for i in rows], chosen, [seeds[i] for i in rows], adapters, images_of_batch
             )
@@ -181,12 +183,11 @@ class Generator:
 
     def _check_images(self, ids: Sequence[int], images: Images, where: str) -> None:
         tokens = self.tokenizer.images
-        places = 0 if tokens is None else ids.count(tokens.token_id)
         if tokens is None or self.processor is None:
             require_setting(
                 "images", not images, "a model that sees, for images", f"{len(images)} for a language model"
             )
-        elif places != len(images) * tokens.count:
+        elif (places := ids.count(tokens.token_id)) != len(images) * tokens.count:
             expected = f"{tokens.count} tokens {tokens.token!r} for each of {len(images)} images"
             raise NaloraError(where, expected=expected, found=places)
 
@@ -230,7 +231,9 @@ class _Batch:
         self._limits = np.array(
             [min(settings.max_new_tokens, generator.max_length - len(row)) for row in ids]
         )
-        chosen = generator.tokenizer.eos_ids if settings.stop_ids is None else settings.stop_ids
+        chosen = settings.stop_ids
+        if chosen is None:
+            chosen = generator.tokenizer.eos_ids
         self._stop_ids = frozenset(chosen) | special_stops(generator.tokenizer, settings.stop_texts)
         self._streams = [TextStream(generator.tokenizer, settings.stop_texts) for _ in ids]
         self._ids: list[list[int]] = [[] for _ in ids]
@@ -303,7 +306,7 @@ class _Batch:
         return tuple(ids[:count])
 
     def pieces(self, tokens: int) -> Iterator[list[str]]:
-        """Yields the new text of every row, at most ``tokens`` (up to `_BATCH_TOKENS`) at a time."""
+        """Yields each row's new text, at most ``tokens`` (up to `_BATCH_TOKENS`) at a time."""
         generator, limit = self._generator, int(self._limits.max())
         state, count = self._prefill(0), 1
         new_tokens = fetch(state.token)[:, None]
@@ -346,7 +349,9 @@ class _Batch:
     def _chunk(self, ids: Sequence[list[int]]) -> int:
         """Returns the tokens of each prompt to process at a time; 0: all."""
         chunk = self._generator.prefill_chunk
-        return chunk if max(map(len, ids)) > chunk and not self._seeing else 0
+        if self._seeing or max(map(len, ids)) <= chunk:
+            return 0
+        return chunk
 
     def _steps_before_switch(self, finished: np.ndarray) -> int:
         """Returns the number of tokens until cached keys of an unfinished row become invalid.

@@ -100,9 +100,10 @@ def prefill(
       chunk: tokens of each prompt to process at a time, a divisor of the padded length; 0: all. The
         memory of activations does not depend on the length of prompts if it is set.
     """
-    last, cache = (
-        _in_chunks(model, weights, prompts, slots, chunk) if chunk else _at_once(model, weights, prompts)
-    )
+    if chunk:
+        last, cache = _in_chunks(model, weights, prompts, slots, chunk)
+    else:
+        last, cache = _at_once(model, weights, prompts)
     step, logits = jnp.asarray(step), model.apply(weights.head, last, method="unembed")
     seen_so_far = seen_tokens(prompts.sampling, prompts.tokens, prompts.lengths, logits.shape[-1])
     token = next_tokens(logits, prompts.sampling, step, seen_so_far)

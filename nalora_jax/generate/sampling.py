@@ -80,7 +80,9 @@ def seen_tokens(sampling: Sampling, tokens: Array, lengths: Array, vocab: int) -
 
 def with_token(seen: jax.Array | None, token: jax.Array) -> jax.Array | None:
     """Returns ``seen`` (`seen_tokens`) with the newest token ``[batch]`` of each row."""
-    return None if seen is None else seen.at[jnp.arange(token.shape[0]), token].set(True)
+    if seen is None:
+        return None
+    return seen.at[jnp.arange(token.shape[0]), token].set(True)
 
 
 def next_tokens(

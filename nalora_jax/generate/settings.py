@@ -41,8 +41,7 @@ class Settings:
         """Raises a NaloraError that names the first setting out of range."""
         for name, allowed in SAMPLING.items():
             require_setting(name, allowed.holds(getattr(self, name)), str(allowed), getattr(self, name))
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop
-        texts = isinstance(stops, Sequence) and all(isinstance(text, str) for text in stops)
+        texts = isinstance(self.stop, Sequence) and all(isinstance(text, str) for text in self.stop)
         require_setting("stop", texts, "a text, or texts", self.stop)
         seeds = self.seed if isinstance(self.seed, Sequence | np.ndarray) else [self.seed]
         valid = all(isinstance(seed, Integral) for seed in seeds)
@@ -51,7 +50,9 @@ class Settings:
     @property
     def stop_texts(self) -> tuple[str, ...]:
         """Returns ``stop`` as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if isinstance(self.stop, str):
+            return (self.stop,)
+        return tuple(self.stop)
 
     def seeds(self, count: int) -> tuple[int, ...]:
         """Returns one seed for each of ``count`` prompts."""

@@ -29,13 +29,14 @@ def bucket(size: int, *, minimum: int = 1, multiple: int = 1) -> int:
       [1, 6, 8, 48, 96, 128]
     """
     size = max(size, minimum, 1)
-    power = 1 << (size - 1).bit_length()  # the next power of two
-    rounded = power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
+    rounded = 1 << (size - 1).bit_length()  # the next power of two
+    if rounded >= 4 and size <= rounded * 3 // 4:
+        rounded = rounded * 3 // 4
     return -(-rounded // multiple) * multiple
 
 
 def padded_length(size: int, *, minimum: int, chunk: int = 0) -> int:
-    """Returns ``size`` rounded up to a `bucket`; with ``chunk``, to a multiple of it at most an eighth larger.
+    """Returns ``size`` rounded up to a `bucket`; with ``chunk``, to a multiple at most 1/8 larger.
 
     Example:
       >>> padded_length(40, minimum=16), padded_length(50_000, minimum=16, chunk=2048)
@@ -69,11 +70,13 @@ def batch_shards(mesh: Mesh | None) -> int:
 
 
 def place_batch(tree: Any, mesh: Mesh | None) -> Any:
-    """Returns host arrays, whose leading axis is the batch, placed on the mesh; without a mesh, unchanged."""
+    """Returns host arrays ``[batch, ...]`` placed on the mesh; without a mesh, unchanged."""
     if mesh is None:
         return tree
     return jax.device_put(tree, NamedSharding(mesh, P(_batch_axes(mesh))))
 
 
 def _batch_axes(mesh: Mesh | None) -> tuple[str, ...]:
-    return () if mesh is None else tuple(axis for axis in _BATCH_AXES if axis in mesh.axis_names)
+    if mesh is None:
+        return ()
+    return tuple(axis for axis in _BATCH_AXES if axis in mesh.axis_names)

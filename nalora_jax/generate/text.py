@@ -1,4 +1,4 @@
-"""Streaming of text from tokens: whole characters, without stop strings, equal to the text decoded at once."""
+"""Streaming of text from tokens: whole characters, no stop strings, equal to the decoded text."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Decodes(Protocol):
 
 
 class TextStream:
-    """Converts token ids, pushed in pieces, to pieces of text whose concatenation is the text of all ids.
+    """Converts pieces of token ids to pieces of text, whose concatenation is the text of all ids.
 
-    Text that may still change is held back: an incomplete character, or the beginning of a stop string. A stop string
-    and all text after it are dropped.
+    Text that may still change is held back: an incomplete character, or the beginning of a stop
+    string. A stop string and all text after it are dropped.
 
     Example (a tokenizer of bytes; "é" is two bytes):
       >>> stream = TextStream(tokenizer, stop=("END",))
@@ -51,7 +51,9 @@ class TextStream:
 
     def finish(self) -> str:
         """Returns the text that was held back."""
-        return "" if self.stopped else self._release(self._take(final=True), final=True)
+        if self.stopped:
+            return ""
+        return self._release(self._take(final=True), final=True)
 
     def _take(self, *, final: bool) -> str:
         """Returns new characters of the decoded text, up to the first incomplete one."""
@@ -70,7 +72,9 @@ class TextStream:
         if ends:
             self.stopped, self._held = True, ""
             return text[: min(ends)]
-        held = 0 if final else _open_stop(text, self._stop)
+        held = 0
+        if not final:
+            held = _open_stop(text, self._stop)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 

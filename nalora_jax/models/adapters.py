@@ -53,7 +53,7 @@ def init_lora(
     """
     check_token_indices(spec, config)
     leaves = _fresh(config, spec.targets, key, spec.adalora, spec.zero_a)
-    base = flatten(params) if spec.starts_from_base else {}
+    base = flatten(params or {})
     for name in spec.saved:
         table = base[TABLES[name]] if TABLES[name] in base else base[TABLES["embed_tokens"]].T
         leaves[TABLES[name]] = table.astype(jnp.float32)
@@ -63,9 +63,10 @@ def init_lora(
         else:
             rows = jnp.take(base[TABLES["embed_tokens"]], np.array(ids), axis=0)
         leaves[ROWS[name]] = rows.astype(jnp.float32)
-    for path, _ in spec.targets if spec.dora else ():
-        kernel = base[f"{path}/kernel"]
-        leaves[f"{path}/magnitude"] = jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2)
+    if spec.dora:
+        for path, _ in spec.targets:
+            kernel = base[f"{path}/kernel"].astype(jnp.float32)
+            leaves[f"{path}/magnitude"] = jnp.linalg.norm(kernel, axis=-2)
     return unflatten(leaves)
 
 
@@ -90,8 +91,9 @@ def check_token_indices(
             raise NaloraError(
                 where, expected=expected, found=", ".join(map(str, beyond[:5])), remedy=remedy
             )
-    head = spec.head_rows(tied=config.tie_embeddings)
-    both = {name for name, _ in spec.token_indices} | ({"lm_head"} if head else set())
+    both = {name for name, _ in spec.token_indices}
+    if spec.head_rows(tied=config.tie_embeddings):
+        both.add("lm_head")
     if both := both & set(spec.saved):
         raise NaloraError(
             where,

@@ -113,15 +113,10 @@ class Attention(nn.Module):
             out = split_attention(q, k, v, shared.row, window, config, numerics, sinks=sinks)
             return out
         keys = Keys(k, v, shared.positions, shared.segments)
-        cached = self._cached_keys(layer, shared)
-        rng = None if shared.deterministic or not c.attn_dropout else self.make_rng("dropout")
-        more: dict[str, Any] = {
-            "cached": cached,
-            "dropout_rng": rng,
-            "starts": shared.starts,
-            "sinks": sinks,
-        }
-        out = attention(q, keys, window, config, numerics, **more)
+        options: dict[str, Any] = {"cached": self._cached_keys(layer, shared), "starts": shared.starts}
+        if c.attn_dropout and not shared.deterministic:
+            options["dropout_rng"] = self.make_rng("dropout")
+        out = attention(q, keys, window, config, numerics, sinks=sinks, **options)
         return out
 
     def _cached_keys(self, layer: LayerInputs, shared: SharedInputs) -> CachedKeys | None:

@@ -49,23 +49,25 @@ class Block(nn.Module):
         if c.post_norm:
             y = self._norm("attn_post_norm", round_and_save(y, self.numerics))
         x, normed = self._added("ffn_norm", x, y)
-        ffn = self._ffn()
+        ffn, stream = self._ffn(), {}
+        if c.ffn is not None and c.ffn.reads_stream:
+            stream["stream"] = x
         y = ffn(
             normed,
             layer.scales.get(ffn.name, {}),
             token_weights=shared.token_weights,
             deterministic=shared.deterministic,
             adapter_ids=shared.adapter_ids,
-            **({"stream": x} if c.ffn is not None and c.ffn.reads_stream else {}),
+            **stream,
         )
         if c.post_norm:
             y = self._norm("ffn_post_norm", y)
         x = self._add(x, y)
         if c.tail is not None:
             x = c.tail.module(c, self._options(c.tail.name))(x, layer, shared)
-        return constrain(
-            x, self.activation_sharding
-        ), update if layer.cached is not None or c.hands else None
+        if layer.cached is None and not c.hands:
+            update = None
+        return constrain(x, self.activation_sharding), update
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, self.numerics.result, name=name)(x)
@@ -84,7 +86,9 @@ class Block(nn.Module):
 
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         scale = self.config.residual_scale
-        return x + (y if scale == 1.0 else y * jnp.asarray(scale, y.dtype)).astype(x.dtype)
+        if scale != 1.0:
+            y = y * jnp.asarray(scale, y.dtype)
+        return x + y.astype(x.dtype)
 
     def _options(self, name: str) -> PartOptions:
         adapters = part_adapters(self.adapters, f"{self.prefix}/{name}")

@@ -78,8 +78,8 @@ class Recurrent:
 class Cache:
     """The states of all layers, with the position and segment of every slot of cached keys."""
 
-    # By stack: `KeyValues`, `Recurrent`, or another class with their methods. Layers that read other
-    # layers' keys have none.
+    # By stack: `KeyValues`, `Recurrent`, or another class with their methods. Layers that read
+    # other layers' keys have none.
     states: dict[str, Any]
     positions: jax.Array  # int32 [batch, slots]
     segments: jax.Array  # int32 [batch, slots]; 0: an empty or a padding slot

@@ -39,7 +39,7 @@ class ModelConfig:
     max_positions: int
     norm_eps: float
     ropes: tuple[RopeSpec, ...]  # the distinct rotary embeddings
-    rope_index: tuple[int, ...] = ()  # per layer: its entry of `ropes`, -1 for none; () means 0 everywhere
+    rope_index: tuple[int, ...] = ()  # per layer: its entry of `ropes`, -1: none; (): 0
     # Per layer: keys seen, the token included; () means GLOBAL_WINDOW everywhere.
     windows: tuple[int, ...] = ()
     tie_embeddings: bool = False  # the head is the transposed embedding
@@ -72,13 +72,13 @@ class ModelConfig:
     norm_topk: bool = True  # scale the chosen experts' weights to sum to 1
     sight: Sight | None = None  # image tower and projector of a vision-language model
     mixer: Mixer | None = None  # in place of attention
-    ffn: FeedForward | None = None  # in place of the feed-forward block that the fields above describe
+    ffn: FeedForward | None = None  # in place of the block that the fields above describe
     layer_embeddings: LayerEmbeddings | None = None  # vectors of tokens that every layer receives
     tail: Tail | None = None  # after the feed-forward block, on the residual stream
     # Kinds of layers: the fields that differ from this config's. `models.stacks` gives each kind's
     # config; `windows` and `rope_index` list all layers of the model in order.
     kinds: tuple[tuple[tuple[str, Any], ...], ...] = ()
-    layer_kinds: tuple[int, ...] = ()  # per layer: its entry of `kinds`; () means this config everywhere
+    layer_kinds: tuple[int, ...] = ()  # per layer: its entry of `kinds`; (): this config
 
     @property
     def rope_theta(self) -> float:
@@ -90,15 +90,25 @@ class ModelConfig:
         """True for layers of softmax attention."""
         return self.mixer is None or self.mixer.attends
 
+    def has_bias(self, projection: str) -> bool:
+        """Returns True if a projection of attention has a bias."""
+        if projection == "o_proj":
+            return self.o_bias
+        return self.qkv_bias
+
     @property
     def hands(self) -> str:
         """See `Mixer.hands`."""
-        return "" if self.mixer is None else self.mixer.hands
+        if self.mixer is None:
+            return ""
+        return self.mixer.hands
 
     @property
     def reads(self) -> str:
         """See `Mixer.reads`; such layers have no cache."""
-        return "" if self.mixer is None else self.mixer.reads
+        if self.mixer is None:
+            return ""
+        return self.mixer.reads
 
     @property
     def score_scale(self) -> float:

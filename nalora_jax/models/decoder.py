@@ -6,7 +6,6 @@ Families differ by their `ModelConfig` only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from nalora_jax.models.block import Block
 from nalora_jax.models.cache import Cache, KeyValues, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.embedding import Embedding, LMHead
-from nalora_jax.models.layers import RMSNorm, identity_table, rope_table, sequence_lengths
+from nalora_jax.models.layers import RMSNorm, rope_tables
 from nalora_jax.models.parts import HandedKeys, LayerInputs, SharedInputs, constrain
 from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.places import with_images
@@ -108,8 +107,8 @@ class Decoder(nn.Module):
           features: ``[batch, places, d_model]`` of images, which replace each row's image tokens in
             order (`nalora_jax.models.vision.decoder.SeeingDecoder.see`); a row may have fewer such
             tokens than places.
-          lengths: int ``[batch]``, tokens of each row's text, for RoPE that depends on it; by default
-            the text ends with these tokens.
+          lengths: int ``[batch]``, tokens of each row's text, for RoPE that depends on it; by
+            default the text ends with these tokens.
 
         If ``activation_sharding`` splits the tokens of rows, the arguments have whole rows and the
         result has their parts (`nalora_jax.ops.split_rows.split`).
@@ -155,10 +154,12 @@ class Decoder(nn.Module):
         sharding, shape = self.activation_sharding, tokens.shape
         parts, shards = partial(split, sharding=sharding), shards_of(sharding)
         positions, segments = (jnp.broadcast_to(x, shape) for x in (shared.positions, shared.segments))
-        weights = jnp.ones(shape, bool) if shared.token_weights is None else shared.token_weights
+        weights = shared.token_weights
+        if weights is None:
+            weights = jnp.ones(shape, bool)
         assert isinstance(weights, jax.Array)
         stats = self.stats or GateStatsConfig()
-        tables = partial(_rope_tables, parts=parts)
+        tables = partial(rope_tables, parts=parts)
         return replace(
             shared,
             tables={
@@ -264,7 +265,7 @@ class Groups(nn.Module):
 def _with_keys(
     shared: SharedInputs, stack: Stack, keys: tuple[jax.Array, jax.Array], cached: Any
 ) -> SharedInputs:
-    """Returns the inputs of layers after the layer of ``stack``, whose keys and values they may read."""
+    """Returns the inputs of later layers, which may read the keys and values of ``stack``."""
     handed = HandedKeys(*keys, cached, stack.prefix)
     return replace(shared, handed=shared.handed | {stack.config.hands: handed})
 
@@ -282,21 +283,29 @@ def _layer_inputs(
         if path.startswith(f"{stack.prefix}/"):
             part_name, _, name = path.removeprefix(f"{stack.prefix}/").partition("/")
             scales.setdefault(part_name, {})[name] = jnp.asarray(adapters.scales(path))
-    windows, ropes = stack.config.layer_windows, stack.config.layer_ropes
-    cached = None if cache is None else cache.states.get(stack.prefix)
+    cached = None
     if stack.prefix in (shared.cache or {}):
         cached = jnp.arange(len(stack.layers))
+    elif cache is not None:
+        cached = cache.states.get(stack.prefix)
     return LayerInputs(
-        window=None if set(windows) == {GLOBAL_WINDOW} else jnp.asarray(windows, jnp.int32),
-        rope=None if set(ropes) == {0} else jnp.asarray(ropes, jnp.int32),
+        window=_scanned(stack.config.layer_windows, GLOBAL_WINDOW),
+        rope=_scanned(stack.config.layer_ropes, 0),
         scales=scales,
         embedded=None if embedded is None else embedded[np.array(stack.layers)],
         cached=cached,
     )
 
 
+def _scanned(by_layer: tuple[int, ...], default: int) -> jax.Array | None:
+    """Returns the values of a stack's layers; None if all of them are the default."""
+    if set(by_layer) == {default}:
+        return None
+    return jnp.asarray(by_layer, jnp.int32)
+
+
 def _with_cache(shared: SharedInputs, cache: Cache | None, seq: int, numerics: Numerics) -> SharedInputs:
-    """Returns the inputs with the keys and values, by stack, that attention of ``seq`` tokens reads in place."""
+    """Returns the inputs with the cached keys, by stack, that ``seq`` tokens read in place."""
     if cache is None:
         return shared
     stacks_in_place = {}
@@ -323,51 +332,33 @@ def _shared_inputs(
 
     Without segments and positions their leading axis is 1, so that masks stay small.
     """
-    segments = (
-        jnp.ones((1, tokens.shape[1]), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
-    )
-    if token_weights is None and segment_ids is not None:
-        token_weights = segment_ids > 0
+    if segment_ids is None:
+        segments = jnp.ones((1, tokens.shape[1]), jnp.int32)
+    else:
+        segments = segment_ids.astype(jnp.int32)
+        if token_weights is None:
+            token_weights = segment_ids > 0
     if positions is None:
         positions = default_positions(segments)
         if cache is not None:
             positions = positions + cache.lengths[:, None]
+    of_cache: dict[str, Any] = {}
+    if cache is not None:
+        of_cache = {"cached_positions": cache.positions, "cached_segments": cache.segments}
     rows = max(positions.shape[0], segments.shape[0])
     positions, segments = (jnp.broadcast_to(x, (rows, tokens.shape[1])) for x in (positions, segments))
     return SharedInputs(
         tables={
-            stack.prefix: _rope_tables(stack.config, positions, segments, lengths)
+            stack.prefix: rope_tables(stack.config, positions, segments, lengths)
             for stack in stacks(config)
         },
         positions=positions,
         segments=segments,
         token_weights=token_weights,
         adapter_ids=adapter_ids,
-        cached_positions=None if cache is None else cache.positions,
-        cached_segments=None if cache is None else cache.segments,
         deterministic=deterministic,
+        **of_cache,
     )
-
-
-def _rope_tables(
-    config: ModelConfig,
-    positions: jax.Array,
-    segments: jax.Array,
-    lengths: jax.Array | None = None,
-    parts: Callable[[jax.Array], jax.Array] = lambda rows: rows,
-) -> jax.Array:
-    """Returns ``[tables, 2, batch or 1, seq, dim / 2]``: one table per rotary embedding.
-
-    The identity is appended if a layer has no RoPE. The tables are of the ``parts`` of whole rows.
-    """
-    of_tokens = None
-    if any(spec.depends_on_length for spec in config.ropes):
-        of_tokens = parts(sequence_lengths(positions, segments)) if lengths is None else lengths[:, None]
-    positions = parts(positions)
-    tables = [rope_table(spec, positions, of_tokens) for spec in config.ropes]
-    if len(config.ropes) in config.layer_ropes:
-        tables.append(identity_table(config.ropes[0], positions))
-    return jnp.stack(tables)
 
 
 # ---------------------------------------------------------------- fresh trees
@@ -385,10 +376,9 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -
             # Norms of encoders and of linear attention have no offset.
             plain = path.startswith(("image/", "unused/")) or path.endswith("linear_attn/norm/scale")
             leaf = 1.0 - (0.0 if plain else config.norm_offset) + 0.1 * noise
-        elif path.endswith(("/bias", "/correction")):
+        elif path.endswith(("/bias", "/correction", "/embedding", "/class_token", "/probe")):
             leaf = 0.02 * noise
         else:
-            small = path.endswith(("/embedding", "/class_token", "/probe"))
-            leaf = noise * (0.02 if small else 1.0 / math.sqrt(shape[-2]))
+            leaf = noise * (1.0 / math.sqrt(shape[-2]))
         leaves[path] = leaf.astype(leaf_dtype(path, dtype))
     return unflatten(leaves)

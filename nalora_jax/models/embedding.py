@@ -57,12 +57,13 @@ class Embedding(nn.Module):
 
     def _of_rows(self, tokens: jax.Array, numerics: Numerics) -> jax.Array:
         of_tokens, by_columns = column_layouts(self.sharding)
-        sharded = constrain(constrain(tokens, self.sharding), of_tokens) if of_tokens else tokens
-        rows: jax.Array = take_rows(self.table(), sharded, numerics)
+        if of_tokens is not None:
+            tokens = constrain(constrain(tokens, self.sharding), of_tokens)
+        rows: jax.Array = take_rows(self.table(), tokens, numerics)
         return constrain(constrain(rows, by_columns), self.sharding)
 
     def _of_parts(self, tokens: jax.Array, numerics: Numerics) -> jax.Array:
-        """Returns the embeddings of parts of rows; every device looks up its columns, as in `column_layouts`."""
+        """Returns the embeddings of parts of rows, looked up by columns as in `column_layouts`."""
         assert self.sharding is not None
         shape = (shards_of(self.sharding), -1, tokens.shape[1])
 
@@ -106,12 +107,14 @@ def column_layouts(sharding: NamedSharding | None) -> tuple[NamedSharding | None
     If the mesh splits the batch further by "fsdp", a device holds some columns of the table. It
     looks up those columns for the tokens of all devices that hold the other columns, and then the
     devices exchange the results. Without these constraints the compiler computes the full result on
-    every device of a mesh that also splits the table's rows (by "tensor"). The axis "run" of a sweep
-    splits the tokens like "data".
+    every device of a mesh that also splits the table's rows (by "tensor"). The axis "run" of a
+    sweep splits the tokens like "data".
     """
-    sizes = {} if sharding is None else dict(sharding.mesh.shape)
+    if sharding is None:
+        return None, None
+    sizes = dict(sharding.mesh.shape)
     batch = sizes.pop("data", 1) * sizes.pop("run", 1)
-    if sharding is None or min(batch, *sizes.values()) == 1:
+    if min(batch, *sizes.values()) == 1:
         return None, None
     data, *fsdp = sharding.spec[0]
     return NamedSharding(sharding.mesh, P(data)), NamedSharding(sharding.mesh, P(data, None, tuple(fsdp)))
@@ -133,7 +136,7 @@ class LMHead(nn.Module):
 
 @dataclass(frozen=True)
 class LayerEmbeddings:
-    """A vector of every token for every layer: the mean of a table's row and a projection of the embedding.
+    """A token's vector for every layer: the mean of a table's row and a projected embedding.
 
     Attributes:
       vocab_size: rows of the table.

@@ -22,7 +22,6 @@ from nalora_jax.models.experts import (
     Experts,
     Layer,
     RoutedConfig,
-    Routing,
     SampledRows,
     expert_rows,
     routed,
@@ -30,6 +29,7 @@ from nalora_jax.models.experts import (
     sample,
     summed,
 )
+from nalora_jax.models.router import Routing
 
 SLACK = 1.5  # rows of a block over the rows of an even distribution
 LEAST = 64  # rows of a block, if there are as many: few rows, in generation, are never evenly distributed
@@ -76,7 +76,7 @@ def exchanged_ffn(
     Returns:
       As `routed_ffn`; statistics have all experts, with zeros for the experts of other devices.
     """
-    routing = routed(x if routed_by is None else routed_by, layer, config)
+    routing = routed(x, layer, config, routed_by)
     devices, local = lax.axis_size(over), layer.gate.kernel.shape[0]
     counts = jnp.sum(routing.sizes.reshape(devices, local), axis=1)
     block = block_rows(routing.token.shape[0], devices)

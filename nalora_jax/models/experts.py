@@ -22,51 +22,10 @@ from nalora_jax.method import activations, statistics
 from nalora_jax.method.ffn import gated_product, up_factor
 from nalora_jax.method.low_rank import Adapter, column_norm, moved_from
 from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, grouped_residual
-from nalora_jax.models.router import RouterSpec, choose
+from nalora_jax.models.router import RouterSpec, Routing, route
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.reductions import sampled as sampled_positions
 from nalora_jax.ops.storage import Kernel, expand
-
-
-class Routing(NamedTuple):
-    """Rows sorted by expert: row i is token ``token[i]`` in expert ``expert[i]``."""
-
-    # int [tokens * top_k], sorts the rows (top_k of token 0, of token 1, ...) by expert
-    order: jax.Array
-    token: jax.Array  # int [tokens * top_k]
-    expert: jax.Array  # int [tokens * top_k], ascending
-    sizes: jax.Array  # int [experts], rows of each expert
-    weight: jax.Array  # float32 [tokens * top_k]
-    back: jax.Array  # int [tokens * top_k], inverse of ``order``
-
-    @property
-    def groups(self) -> Groups:
-        """The rows' experts, without tokens and weights."""
-        return Groups(self.sizes, self.expert)
-
-
-def route(logits: jax.Array, top_k: int, spec: RouterSpec, *of_experts: jax.Array | None) -> Routing:
-    """Returns the ``top_k`` experts of every token and their weights.
-
-    Args:
-      logits: float32 ``[tokens, experts]``.
-      top_k: experts per token.
-      spec: the choice of experts and their weights.
-      of_experts: correction and scale, float32 ``[experts]`` or None, see `RouterSpec`.
-    """
-    n_experts = logits.shape[-1]
-    weights, chosen = choose(logits, top_k, spec, *of_experts)
-    flat = chosen.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    return Routing(
-        order=order,
-        token=order // top_k,
-        expert=flat[order],
-        sizes=jnp.bincount(flat, length=n_experts).astype(jnp.int32),
-        weight=weights.reshape(-1)[order],
-        back=jnp.argsort(order),
-    )
-
 
 # ---------------------------------------------------------------- statistics
 
@@ -194,8 +153,12 @@ class RoutedConfig:
     @property
     def measured(self) -> tuple[str, ...]:
         """The names of the statistics."""
+        if not self.measure:
+            return ()
         names = (*statistics.COUNTS, *statistics.STANDARD, *statistics.forward(self.stats.extra))
-        return (*names, *NAMES) if self.stats.checks else names
+        if self.stats.checks:
+            names = (*names, *NAMES)
+        return names
 
 
 def _unchanged(x: jax.Array, axis: str | None = None) -> jax.Array:
@@ -225,7 +188,7 @@ def routed_ffn(
     Returns:
       ``[batch, seq, d_model]``, and the statistics (``{}`` if none are computed).
     """
-    routing = routed(x if routed_by is None else routed_by, layer, config)
+    routing = routed(x, layer, config, routed_by)
     drop = [partial(_dropped, keys, routing, config, place) for place in range(3)]
     rows = jnp.take(x.reshape(-1, x.shape[-1]), routing.token, axis=0)
     samples = sample(routing, token_weights, config.stats.stride)
@@ -236,19 +199,21 @@ def routed_ffn(
     return summed(y, routing, config, x.shape, axis), measured
 
 
-def routed(x: jax.Array, layer: Layer, config: RoutedConfig) -> Routing:
-    """Returns the experts of the tokens ``x [batch, seq, d_model]``."""
+def routed(x: jax.Array, layer: Layer, config: RoutedConfig, routed_by: jax.Array | None = None) -> Routing:
+    """Returns the experts of the tokens ``x [batch, seq, d_model]``; see `routed_ffn`."""
+    if routed_by is not None:
+        x = routed_by
     flat = x.reshape(-1, x.shape[-1])
     # Float32 for any model dtype: a rounding error here would choose another expert.
-    frozen = lax.stop_gradient(layer.router).astype(jnp.float32)
-    logits = lax.dot_general(flat.astype(jnp.float32), frozen, (((1,), (0,)), ((), ())))
+    logits = lax.dot_general(flat.astype(jnp.float32), _frozen(layer.router), (((1,), (0,)), ((), ())))
     if layer.router_bias is not None:
-        logits = logits + lax.stop_gradient(layer.router_bias).astype(jnp.float32)[None]
-    of_experts = (
-        None if array is None else lax.stop_gradient(array).astype(jnp.float32)
-        for array in (layer.correction, layer.expert_scale)
-    )
+        logits = logits + _frozen(layer.router_bias)[None]
+    of_experts = jax.tree.map(_frozen, (layer.correction, layer.expert_scale))
     return route(logits, config.top_k, config.routing, *of_experts)
+
+
+def _frozen(array: jax.Array) -> jax.Array:
+    return lax.stop_gradient(array).astype(jnp.float32)
 
 
 def summed(
@@ -258,7 +223,9 @@ def summed(
     y = y * routing.weight[:, None].astype(y.dtype)
     # [tokens, top_k, d_model] in the tokens' own order
     y = jnp.sum(y[routing.back].reshape(-1, config.top_k, shape[-1]), axis=1).reshape(shape)
-    return y if axis is None else lax.psum(y, axis)
+    if axis is not None:
+        y = lax.psum(y, axis)
+    return y
 
 
 def expert_rows(
@@ -299,15 +266,17 @@ def expert_rows(
             live = Live(z, base, delta, up_factor(u.astype(numerics.residual), config.up_limit), hidden)
             assert isinstance(config.stats.checks, GateChecks)
             faults = config.stats.checks.arrays(live, activation, numerics.residual)
-            measured |= (
-                faults if axis is None else {name: lax.pmax(worst, axis) for name, worst in faults.items()}
-            )
+            if axis is not None:
+                faults = {name: lax.pmax(worst, axis) for name, worst in faults.items()}
+            measured |= faults
     return combine(*_projected(layer.down, hidden, drop[2](hidden, axis), groups, numerics, axis)), measured
 
 
 def combine(base: jax.Array, delta: jax.Array | None) -> jax.Array:
     """Returns ``base + delta`` in the base's dtype; the base if ``delta`` is None."""
-    return base if delta is None else base + delta.astype(base.dtype)
+    if delta is None:
+        return base
+    return base + delta.astype(base.dtype)
 
 
 def _projected(
@@ -342,7 +311,7 @@ def _projected(
 
 
 def _bias_rows(experts: Experts, groups: Groups, axis: str | None) -> jax.Array | None:
-    """Returns the bias of every row, or None; of partial sums over ``axis`` only the first has it."""
+    """Returns the bias of every row, or None; with ``axis``, only its first device adds it."""
     if experts.bias is None:
         return None
     bias = lax.stop_gradient(experts.bias)

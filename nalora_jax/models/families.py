@@ -21,6 +21,7 @@ from nalora_jax.models.family_fields import (
     activation_name,
     alternating,
     attention_bias,
+    first_present,
     granite_scales,
     head_dim_of,
     layer_types,
@@ -146,9 +147,7 @@ def _qwen3(f: Fields, name: str) -> ModelConfig:
 
 
 def _gemma(f: Fields, name: str) -> ModelConfig:
-    activation = activation_name(
-        f, "hidden_act" if f.get("hidden_activation") is None else "hidden_activation"
-    )
+    activation = activation_name(f, first_present(f, "hidden_activation", "hidden_act"))
     if activation == "gelu":  # the first releases wrote "gelu" and meant the tanh form
         activation = activation_name(Fields({}, _GELU, f.where), "hidden_act")
     return base_config(f, name, activation=activation, **_gemma_traits(f), **attention_bias(f))

@@ -9,7 +9,7 @@ Source: arXiv 2412.06464.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -178,13 +178,13 @@ class GatedDeltaNetLayer(nn.Module):
 
     def _rates(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns log decays and betas, float32 ``[batch, seq, value heads]``."""
-        a_log, bias = (self._per_head(name)[None, None] for name in ("a_log", "dt_bias"))
+        a_log = self._per_head("a_log", nn.initializers.zeros_init())[None, None]
+        bias = self._per_head("dt_bias", nn.initializers.ones_init())[None, None]
         return -jnp.exp(a_log) * jax.nn.softplus(a.astype(jnp.float32) + bias), jax.nn.sigmoid(
             b.astype(jnp.float32)
         )
 
-    def _per_head(self, name: str) -> jax.Array:
-        init = nn.initializers.ones_init() if name == "dt_bias" else nn.initializers.zeros_init()
+    def _per_head(self, name: str, init: Callable[..., jax.Array]) -> jax.Array:
         values: jax.Array = self.param(name, init, (self.sizes.value_heads,))
         return jax.lax.stop_gradient(values).astype(jnp.float32)
 

@@ -121,23 +121,23 @@ def _layers(f: Fields, types: Sequence[str]) -> list[Features]:
         raise f.error(
             "num_kv_shared_layers", "a layer of every type before the layers without keys", reading
         )
-    last = {}
+    handing = {}
     if reading:
         last = {kind: layer for layer, kind in enumerate(types[:first])}
-    wide = 2 if f.flag("use_double_wide_mlp") else 1
+        handing = {layer: kind for kind, layer in last.items()}
     layers = []
     for layer, kind in enumerate(types):
         keys_as_values = f.flag("attention_k_eq_v") and kind == FULL
-        mixer = NormedAttention(keys_as_values, hands=kind if last.get(kind) == layer else "")
+        mixer, width = NormedAttention(keys_as_values, hands=handing.get(layer, "")), d_ff
         if layer >= first:
             mixer = NormedAttention(reads=kind)
-        width = d_ff * (wide if layer >= first else 1)
+            width *= 1 + f.flag("use_double_wide_mlp")
         layers.append((*of_type[kind], ("mixer", mixer), *_feed_forward(f, width)))
     return layers
 
 
 def _feed_forward(f: Fields, width: int) -> Features:
-    """Returns the fields of a gated block of ``width`` channels, with experts added if the model has them."""
+    """Returns the fields of a gated block of ``width`` channels, and of any experts."""
     if not f.flag("enable_moe_block"):
         return (("d_ff", width),)
     return ("d_ff", f.integer("moe_intermediate_size")), ("ffn", DenseAndExperts(width))

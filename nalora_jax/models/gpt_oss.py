@@ -68,7 +68,7 @@ def read_gpt_oss(f: Fields, name: str) -> ModelConfig:
 
 
 def _check_quantization(f: Fields) -> None:
-    """Refuses any quantization except the released files' form: MXFP4 experts, all others as floats."""
+    """Refuses any quantization except the released files': MXFP4 experts, all others floats."""
     stored = Fields(f.mapping("quantization_config"), {}, f"{f.where}: quantization_config")
     if not stored.raw:
         return

@@ -8,7 +8,9 @@ dimension i + dim / 2. Sources: RoPE, arXiv 2104.09864; position interpolation, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import chex
 import flax.linen as nn
@@ -18,6 +20,9 @@ import numpy as np
 
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.residual_norm import residual_norm, rms_norm
+
+if TYPE_CHECKING:
+    from nalora_jax.models.config import ModelConfig
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
@@ -130,7 +135,7 @@ def _yarn_frequencies(plain: np.ndarray, spec: RopeSpec) -> np.ndarray:
     if spec.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, spec.dim - 1)
-    ramp = np.clip((np.arange(spec.dim // 2) - low) / (high - low if high != low else 0.001), 0.0, 1.0)
+    ramp = np.clip((np.arange(spec.dim // 2) - low) / (high - low or 0.001), 0.0, 1.0)
     return plain / spec.factor * ramp + plain * (1 - ramp)
 
 
@@ -183,6 +188,27 @@ def identity_table(spec: RopeSpec, positions: jax.Array) -> jax.Array:
     """Returns the identity rotation for layers without RoPE: ``[2, batch, seq, dim / 2]``."""
     shape = (*positions.shape, spec.dim // 2)
     return jnp.stack([jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)])
+
+
+def rope_tables(
+    config: ModelConfig,
+    positions: jax.Array,
+    segments: jax.Array,
+    lengths: jax.Array | None = None,
+    parts: Callable[[jax.Array], jax.Array] = lambda rows: rows,
+) -> jax.Array:
+    """Returns ``[tables, 2, batch or 1, seq, dim / 2]``: one table per rotary embedding.
+
+    The identity is appended if a layer has no RoPE. The tables are of the ``parts`` of whole rows.
+    """
+    of_tokens = None
+    if any(spec.depends_on_length for spec in config.ropes):
+        of_tokens = parts(sequence_lengths(positions, segments)) if lengths is None else lengths[:, None]
+    positions = parts(positions)
+    tables = [rope_table(spec, positions, of_tokens) for spec in config.ropes]
+    if len(config.ropes) in config.layer_ropes:
+        tables.append(identity_table(config.ropes[0], positions))
+    return jnp.stack(tables)
 
 
 def query_scales(positions: jax.Array, growth: float, length: int) -> jax.Array:

@@ -9,7 +9,7 @@ splits the experts: they are gathered for the layer, or rows are sent to them
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -174,18 +174,19 @@ class Router(nn.Module):
     def __call__(self, d_model: int) -> tuple[jax.Array, *tuple[jax.Array | None, ...]]:
         """Returns the kernel ``[d_model, experts]``; bias, correction and scale ``[experts]`` or None."""
         kernel: jax.Array = self.param("kernel", nn.initializers.lecun_normal(), (d_model, self.n_experts))
-        zeros, shape = nn.initializers.zeros_init(), (self.n_experts,)
-        bias = self.param("bias", zeros, shape) if self.use_bias else None
-        correction = None
-        if self.spec.correction:
-            correction = self.param("correction", zeros, shape)
-        ones = nn.initializers.ones_init()
+        zeros, ones = nn.initializers.zeros_init(), nn.initializers.ones_init()
         return (
             kernel,
-            bias,
-            correction,
-            self.param("scale", ones, shape) if self.spec.expert_scale else None,
+            self._of_experts("bias", zeros, self.use_bias),
+            self._of_experts("correction", zeros, self.spec.correction),
+            self._of_experts("scale", ones, self.spec.expert_scale),
         )
+
+    def _of_experts(self, name: str, init: Callable[..., jax.Array], exists: bool) -> jax.Array | None:
+        if not exists:
+            return None
+        values: jax.Array = self.param(name, init, (self.n_experts,))
+        return values
 
 
 def on_mesh(
@@ -215,8 +216,8 @@ def on_mesh(
     """
     by_shard = count(config.stats.sharding) > 1
     if sharding is None or sharding.mesh.size == 1 or x.shape[0] % count(sharding):
-        local_layer = _with_first_taps(layer) if by_shard else layer
-        y, measured = routed_ffn(x, weights, keys, local_layer, config, routed_by=routed_by)
+        layer = _of_shard(layer, config)
+        y, measured = routed_ffn(x, weights, keys, layer, config, routed_by=routed_by)
         return y, {name: first_alone(value, config.stats.sharding) for name, value in measured.items()}
     rows, mesh = sharding.spec[0], sharding.mesh
     axis = _AXIS if _splits(layer, mesh.shape.get(_AXIS, 1)) else None
@@ -225,28 +226,22 @@ def on_mesh(
     def local(
         x: jax.Array, weights: jax.Array, keys: jax.Array | None, layer: Layer, routed_by: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        of_shard = _with_first_taps(layer) if by_shard else layer
+        layer = _of_shard(layer, config)
         if over is None:
-            y, measured = routed_ffn(x, weights, keys, of_shard, config, axis, routed_by)
+            y, measured = routed_ffn(x, weights, keys, layer, config, axis, routed_by)
         else:
-            y, measured = exchanged_ffn(x, weights, of_shard, config, over, axis, routed_by)
+            y, measured = exchanged_ffn(x, weights, layer, config, over, axis, routed_by)
         return y, {name: value[None] for name, value in measured.items()}
 
-    names = config.measured if config.measure else ()
+    names, taps = config.measured, (rows,) if by_shard else ()
     y, parts = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(
-            P(rows),
-            P(rows),
-            P(rows),
-            _specs(layer, axis, rows if by_shard else None, over),
-            P(rows),
-        ),
+        in_specs=(P(rows), P(rows), P(rows), _specs(layer, axis, taps, over), P(rows)),
         out_specs=(P(rows), {name: P(rows, *_by_channel(name, axis)) for name in names}),
         # An axis that splits no array is left to the compiler: mapping it would split cotangents
         # into partial sums, and their statistics are not linear.
-        axis_names={*rows, *([axis] if axis else [])},
+        axis_names={*rows, axis} - {None},
         check_vma=False,
     )(x, weights, keys, layer, routed_by)
     if by_shard:
@@ -270,11 +265,15 @@ def _over(
         )
         kernels /= sharding.mesh.shape.get(_AXIS, 1)
         sends = exchanges_less(rows, x.shape[-1], kernels, x.dtype.itemsize, devices)
-    return _OVER if sends else None
+    if not sends:
+        return None
+    return _OVER
 
 
-def _with_first_taps(layer: Layer) -> Layer:
-    """Returns ``layer`` with the first of its taps, which on a device is its own shard's."""
+def _of_shard(layer: Layer, config: RoutedConfig) -> Layer:
+    """Returns ``layer`` with one shard's taps; on a device these are the first."""
+    if count(config.stats.sharding) == 1:
+        return layer
     return layer._replace(taps={name: tap[0] for name, tap in layer.taps.items()})
 
 
@@ -287,19 +286,15 @@ def _splits(layer: Layer, parts: int) -> bool:
             sizes = [kernel.codes.shape[place]]  # one scale covers all inputs
         return all(size % parts == 0 for size in sizes)
 
-    return (
-        parts > 1
-        and divides(layer.gate.kernel, 2)
-        and divides(layer.up.kernel, 2)
-        and divides(layer.down.kernel, 1)
-    )
+    places = (layer.gate, 2), (layer.up, 2), (layer.down, 1)
+    return parts > 1 and all(divides(experts.kernel, place) for experts, place in places)
 
 
-def _specs(layer: Layer, axis: str | None, rows: Any, over: str | None) -> Any:
-    """Returns the partition specs of a layer's arrays.
+def _specs(layer: Layer, axis: str | None, taps: tuple[Any, ...], over: str | None) -> Any:
+    """Returns the partition specs of a layer's arrays; an absent array has no spec either.
 
-    Channels are split over ``axis``, experts over ``over`` and taps by shard over ``rows``; the
-    rest is replicated.
+    Channels are split over ``axis``, experts over ``over`` and taps by shard over ``taps``; all
+    other axes are replicated.
     """
     channels, inputs = P(over, None, axis), P(over, axis, None)
 
@@ -308,27 +303,27 @@ def _specs(layer: Layer, axis: str | None, rows: Any, over: str | None) -> Any:
             return P(*(None if size == 1 else name for size, name in zip(leaf.shape, kernel, strict=True)))
 
         kernels = jax.tree.map(stored, experts.kernel)
-        bias: Any = None if experts.bias is None else of_outputs
+        bias: Any = _if_present(experts.bias, of_outputs)
         if experts.adapter is None:
             return Experts(kernels, bias=bias)
         places: Any = (a, b, P(), of_outputs, of_outputs, None, (a, b))
-        # An array that the adapter does not have must have no spec either.
-        adapter: Any = [
-            None if leaf is None else at for at, leaf in zip(places, experts.adapter, strict=True)
-        ]
-        return Experts(kernels, Adapter(*adapter), bias)
+        return Experts(kernels, Adapter(*map(_if_present, experts.adapter, places)), bias)
 
     places: Any = (
         P(),
-        None if layer.router_bias is None else P(),
+        _if_present(layer.router_bias, P()),
         projection(layer.gate, channels, P(over), channels, P(over, axis)),
         projection(layer.up, channels, P(over), channels, P(over, axis)),
         projection(layer.down, inputs, inputs, P(over), P(over)),
-        {name: P(*([rows] if rows else []), *_by_channel(name, axis)) for name in layer.taps},
-        None if layer.correction is None else P(),
-        None if layer.expert_scale is None else P(),
+        {name: P(*taps, *_by_channel(name, axis)) for name in layer.taps},
+        _if_present(layer.correction, P()),
+        _if_present(layer.expert_scale, P()),
     )
     return Layer(*places)
+
+
+def _if_present(array: Any, spec: Any) -> Any:
+    return None if array is None else spec
 
 
 def _by_channel(name: str, axis: str | None) -> P:

@@ -41,9 +41,11 @@ class NormedAttention(AttentionMixer):
         shapes: Shapes = {}
         for name, (d_in, d_out) in self.projections(config).items():
             shapes[f"{name}/kernel"] = (d_in, d_out)
-            if config.o_bias if name == "o_proj" else config.qkv_bias:
+            if config.has_bias(name):
                 shapes[f"{name}/bias"] = (d_out,)
-        normed = ("q_norm",) if self.reads else ("q_norm", "k_norm")
+        normed = ["q_norm"]
+        if not self.reads:
+            normed.append("k_norm")
         return shapes | {f"{name}/scale": (config.head_dim,) for name in normed}
 
     def projections(self, config: ModelConfig) -> Shapes:

@@ -64,8 +64,8 @@ class SharedInputs:
     segments: jax.Array  # int [batch or 1, seq]
     token_weights: jax.Array | SampledWeights | None  # [batch, seq], for statistics
     adapter_ids: jax.Array | None  # int [batch]
-    cached_positions: jax.Array | None  # int [batch, slots]
-    cached_segments: jax.Array | None  # int [batch, slots]
+    cached_positions: jax.Array | None = None  # int [batch, slots]
+    cached_segments: jax.Array | None = None  # int [batch, slots]
     cache: dict[str, tuple[LayerStack, LayerStack]] | None = None  # by stack: all layers' keys and values
     # int [batch or 1, seq], position from which a token is seen, if not its own
     starts: jax.Array | None = None
@@ -121,11 +121,11 @@ class Part(ABC):
 
     @abstractmethod
     def param_shapes(self, config: ModelConfig) -> Shapes:
-        """Returns the shapes of one layer's parameters, kernels and biases of `projections` included."""
+        """Returns the shapes of a layer's parameters, kernels and biases of `projections` included."""
 
     @abstractmethod
     def projections(self, config: ModelConfig) -> Shapes:
-        """Returns kernel shapes ``(..., d_in, d_out)`` of projections that can be adapted, by name."""
+        """Returns kernel shapes ``(..., d_in, d_out)`` of adaptable projections, by name."""
 
     @abstractmethod
     def flops(self, config: ModelConfig, seq: int) -> float:
@@ -133,7 +133,7 @@ class Part(ABC):
 
     @abstractmethod
     def saved(self, config: ModelConfig) -> float:
-        """Returns the values per token, as wide as projections, that are saved for the backward pass."""
+        """Returns the values per token, in the projections' dtype, saved for the backward pass."""
 
 
 class Mixer(Part):

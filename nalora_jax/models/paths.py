@@ -1,4 +1,4 @@
-"""Names of a layer's arrays: their path in a stack, in a uniform model, and in the patterns of rules."""
+"""Names of a layer's arrays: paths in a stack, in a uniform model, and in patterns of rules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ _EXACT = "router/correction"  # rounding it would choose other experts
 
 def leaf_dtype(path: str, dtype: Any) -> Any:
     """Returns the dtype in which a model of ``dtype`` holds an array."""
-    return "float32" if path.endswith(_EXACT) else dtype
+    if path.endswith(_EXACT):
+        return "float32"
+    return dtype
 
 
 def uniform_path(path: str) -> str:

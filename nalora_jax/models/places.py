@@ -30,7 +30,9 @@ def with_images(
     assert sight is not None
     places = tokens == sight.image_token
     x = _with_features(x, features, places, sharding)
-    return x, _with_starts(shared, places, sharding) if sight.mutual else shared
+    if sight.mutual:
+        shared = _with_starts(shared, places, sharding)
+    return x, shared
 
 
 def _with_features(

@@ -34,7 +34,7 @@ def _qwen3_next(f: Fields, name: str) -> ModelConfig:
 
 
 def _with_experts(f: Fields, name: str, mixers: dict[str, Any], *, normalize: bool) -> ModelConfig:
-    """Returns the config of a model with experts and a gated shared expert; some layers may be dense."""
+    """Returns the config of a model with experts and a gated shared expert, or dense layers."""
     experts = qwen_experts(f)
     shared = SharedExperts(
         f.integer("shared_expert_intermediate_size"), RouterSpec(normalize=normalize), gated=True

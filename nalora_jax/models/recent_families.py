@@ -49,7 +49,7 @@ def _olmo3(f: Fields, name: str) -> ModelConfig:
 
 
 def _check_olmo3_rope(f: Fields) -> None:
-    """Refuses the forms of OLMo 3's rotary parameters that releases of transformers read differently."""
+    """Refuses forms of OLMo 3's rotary parameters that releases of transformers disagree on."""
     parameters = f.mapping("rope_parameters")
     common = sorted(parameters.keys() - {FULL, SLIDING})
     if common:
@@ -70,14 +70,10 @@ def _ministral3(f: Fields, name: str) -> ModelConfig:
         raise f.error(
             f"rope_parameters: {beta}", "0 without a rope_type that has an original context", growth
         )
-    return base_config(
-        f,
-        name,
-        ropes=ropes,
-        windows=same_window(f),
-        query_growth=growth,
-        growth_length=ropes[0].max_positions if growth else 0,
-    )
+    growing: dict[str, Any] = {}
+    if growth:
+        growing = {"query_growth": growth, "growth_length": ropes[0].max_positions}
+    return base_config(f, name, ropes=ropes, windows=same_window(f), **growing)
 
 
 def _granite_swa(f: Fields, name: str) -> ModelConfig:
@@ -110,18 +106,14 @@ def _layer_ropes(f: Fields, n_layers: int) -> tuple[tuple[RopeSpec, ...], tuple[
 
 def _lfm2(f: Fields, name: str) -> ModelConfig:
     _check_lfm2(f)
-    head_dim, tied = (
-        head_dim_of(f),
-        "tie_embedding" if f.get("tie_embedding") is not None else "tie_word_embeddings",
-    )
     return base_config(
         f,
         name,
         d_ff=_lfm2_width(f),
         activation="silu",
         norm_eps=f.number("norm_eps", zero=True),
-        tie_embeddings=f.flag(tied),
-        ropes=read_ropes(f, head_dim, None)[0],
+        tie_embeddings=f.flag(first_present(f, "tie_embedding", "tie_word_embeddings")),
+        ropes=read_ropes(f, head_dim_of(f), None)[0],
         qk_norm="head",
         attn_dropout=0.0,
         **_lfm2_layers(f),
@@ -140,7 +132,7 @@ def _check_lfm2(f: Fields) -> None:
 
 
 def _lfm2_width(f: Fields) -> int:
-    """Returns the channels of the feed-forward block, by default two thirds of the stated number."""
+    """Returns the channels of the feed-forward block, by default two thirds of its field."""
     width = f.integer(first_present(f, "block_ff_dim", "intermediate_size"))
     if not f.flag("block_auto_adjust_ff_dim"):
         return width

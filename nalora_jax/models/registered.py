@@ -58,7 +58,9 @@ def register_family(
 
 def tensors_of(model_type: str) -> Any:
     """Returns `Family.tensors` of a registered family; None if there is no such family."""
-    return FAMILIES.get(model_type).tensors if model_type in FAMILIES else None
+    if model_type not in FAMILIES:
+        return None
+    return FAMILIES.get(model_type).tensors
 
 
 FAMILIES: Registry[Family] = Registry("family", "nalora_jax.families")

@@ -30,9 +30,9 @@ _DERIVED = {"factor", "attention_factor"}
 def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str, Any]:
     """Returns a ``config.json`` with another RoPE scaling and the context length that follows from it.
 
-    Fields that ``text`` leaves out keep their value if the type stays the same. The original context
-    is the model's context without its present scaling. In a model with windowed layers that have
-    another RoPE, only the layers with full attention change.
+    Fields that ``text`` leaves out keep their value if the type stays the same. The original
+    context is the model's context without its present scaling. In a model with windowed layers that
+    have another RoPE, only the layers with full attention change.
 
     Args:
       raw: the parsed file.
@@ -40,8 +40,8 @@ def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str
       where: the file's name, for messages.
 
     Raises:
-      NaloraError: an invalid ``text``, a family that cannot be rescaled, or a context that is shorter
-        than the model's.
+      NaloraError: an invalid ``text``, a family that cannot be rescaled, or a context that is
+        shorter than the model's.
     """
     if not text:
         return dict(raw)
@@ -74,7 +74,9 @@ def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str
 
 def rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a ``config.json`` that hold its RoPE and its context length."""
-    text = raw["text_config"] if isinstance(raw.get("text_config"), Mapping) else raw
+    text = raw.get("text_config")
+    if not isinstance(text, Mapping):
+        text = raw
     names = ("rope_scaling", "rope_parameters", "rope_theta", "max_position_embeddings")
     return {name: text[name] for name in names if text.get(name)}
 
@@ -110,17 +112,21 @@ def _unscaled_length(base: ModelConfig, spec: RopeSpec) -> int:
     """Returns the context length of a model without its present scaling."""
     if spec.kind == "linear":
         return round(base.max_positions / spec.factor)
-    return base.max_positions if spec.kind == "default" else spec.max_positions
+    if spec.kind == "default":
+        return base.max_positions
+    return spec.max_positions
 
 
 def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the file with the scaling in the field that the file uses."""
-    name = (
-        "rope_parameters" if raw.get("rope_parameters") and not raw.get("rope_scaling") else "rope_scaling"
-    )
+    name = "rope_scaling"
+    if raw.get("rope_parameters") and not raw.get("rope_scaling"):
+        name = "rope_parameters"
     held = dict(raw.get(name) or {})
     nested = isinstance(held.get(_FULL), Mapping)
-    rope = dict(held[_FULL] if nested else held)
+    rope = dict(held)
+    if nested:
+        rope = dict(held[_FULL])
     scaling = {field: rope.pop(field) for field in _SCALING & rope.keys()}
     if (scaling.get("rope_type") or scaling.get("type")) == settings["rope_type"]:
         rope |= {
@@ -129,7 +135,9 @@ def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, A
             if field in scaling.keys() - _DERIVED
         }
     rope |= settings
-    changed = {**raw, name: held | {_FULL: rope} if nested else rope}
+    if nested:
+        rope = held | {_FULL: rope}
+    changed = {**raw, name: rope}
     if ORIGINAL in raw and ORIGINAL in settings:  # outside of the scaling, it would win
         changed[ORIGINAL] = settings[ORIGINAL]
     return changed

@@ -75,14 +75,14 @@ def read_ropes(
 def switch_length(ropes: Sequence[RopeSpec]) -> int | None:
     """Returns the length beyond which LongRoPE switches its factors, or None without LongRoPE.
 
-    Beyond it every token is rotated by other factors, so keys cached before are invalid. With dynamic
-    scaling cached keys stay as they are while a text grows, as in transformers.
+    Beyond it every token is rotated by other factors, so keys cached before are invalid. With
+    dynamic scaling cached keys stay as they are while a text grows, as in transformers.
     """
     return min((spec.max_positions for spec in ropes if spec.kind == "longrope"), default=None)
 
 
 def sharing_length(ropes: Sequence[RopeSpec]) -> int | None:
-    """Returns the length up to which the keys of a prefix do not depend on the rest of the text; None: any."""
+    """Returns the length up to which a prefix's keys do not depend on later text; None: any."""
     return min((spec.max_positions for spec in ropes if spec.depends_on_length), default=None)
 
 
@@ -177,18 +177,18 @@ def _yarn(f: Fields, rope: Fields, dim: int) -> dict[str, Any]:
         "attention_factor": rope.number("attention_factor", default=derived),
         "beta_fast": rope.number("beta_fast", default=32.0),
         "beta_slow": rope.number("beta_slow", default=1.0),
-        "truncate": True if rope.get("truncate") is None else rope.flag("truncate"),
+        "truncate": rope.get("truncate") is None or rope.flag("truncate"),
     }
 
 
 def _yarn_magnitude(factor: float, scale: float) -> float:
-    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+    return 0.1 * scale * math.log(max(factor, 1.0)) + 1.0
 
 
 def _longrope(f: Fields, rope: Fields, dim: int) -> dict[str, Any]:
     original = _original(f, rope)
     factor = rope.number("factor", default=f.integer("max_position_embeddings", high=2**30) / original)
-    derived = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    derived = math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(original))
     factors = {key: _factors(rope, key, dim // 2) for key in ("short_factor", "long_factor")}
     attention_factor = rope.number("attention_factor", default=derived)
     return {"factor": factor, "max_positions": original, "attention_factor": attention_factor, **factors}

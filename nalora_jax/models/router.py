@@ -1,13 +1,15 @@
-"""The choice of experts by a router's logits."""
+"""The choice of experts by a router's logits, and the rows sorted by it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from nalora_jax.models.expert_products import Groups
 
 _GROUP_TOP = 2  # a group's score is the sum of its highest expert scores (DeepSeek-V3, arXiv 2412.19437)
 
@@ -18,11 +20,51 @@ class RouterSpec:
 
     scores: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = True  # scale the chosen experts' scores to sum to 1
-    correction: bool = False  # the model has a bias per expert that is added to scores for the choice only
+    correction: bool = False  # a bias per expert is added to scores for the choice only
     groups: int = 1  # groups of consecutive experts
     groups_kept: int = 1  # experts are chosen from the groups with the highest scores
     scale: float = 1.0  # multiplies the weights
     expert_scale: bool = False  # the model has a factor of each expert's weights
+
+
+class Routing(NamedTuple):
+    """Rows sorted by expert: row i is token ``token[i]`` in expert ``expert[i]``."""
+
+    # int [tokens * top_k], sorts the rows (top_k of token 0, of token 1, ...) by expert
+    order: jax.Array
+    token: jax.Array  # int [tokens * top_k]
+    expert: jax.Array  # int [tokens * top_k], ascending
+    sizes: jax.Array  # int [experts], rows of each expert
+    weight: jax.Array  # float32 [tokens * top_k]
+    back: jax.Array  # int [tokens * top_k], inverse of ``order``
+
+    @property
+    def groups(self) -> Groups:
+        """The rows' experts, without tokens and weights."""
+        return Groups(self.sizes, self.expert)
+
+
+def route(logits: jax.Array, top_k: int, spec: RouterSpec, *of_experts: jax.Array | None) -> Routing:
+    """Returns the ``top_k`` experts of every token and their weights.
+
+    Args:
+      logits: float32 ``[tokens, experts]``.
+      top_k: experts per token.
+      spec: the choice of experts and their weights.
+      of_experts: correction and scale, float32 ``[experts]`` or None, see `RouterSpec`.
+    """
+    n_experts = logits.shape[-1]
+    weights, chosen = choose(logits, top_k, spec, *of_experts)
+    flat = chosen.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    return Routing(
+        order=order,
+        token=order // top_k,
+        expert=flat[order],
+        sizes=jnp.bincount(flat, length=n_experts).astype(jnp.int32),
+        weight=weights.reshape(-1)[order],
+        back=jnp.argsort(order),
+    )
 
 
 def choose(
@@ -45,14 +87,18 @@ def choose(
     if correction is None and spec.groups == spec.groups_kept:
         weights, chosen = lax.top_k(scores, top_k)
     else:
-        ranked = lax.stop_gradient(scores if correction is None else scores + correction[None])
-        chosen = lax.top_k(_within_groups(ranked, spec), top_k)[1]
+        ranked = scores
+        if correction is not None:
+            ranked = ranked + correction[None]
+        chosen = lax.top_k(_within_groups(lax.stop_gradient(ranked), spec), top_k)[1]
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if spec.normalize:  # sigmoids may underflow
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     if expert_scale is not None:
         weights = weights * expert_scale[chosen]
-    return weights if spec.scale == 1.0 else weights * spec.scale, chosen
+    if spec.scale != 1.0:
+        weights = weights * spec.scale
+    return weights, chosen
 
 
 def _within_groups(ranked: jax.Array, spec: RouterSpec) -> jax.Array:

@@ -4,12 +4,13 @@
     y = experts(x) + sigmoid(x w) * shared(x)        Qwen2-MoE, Qwen3-Next
 
 A layer has two gates, ``ffn/experts_ffn`` (channels ``[experts, d_ff]``) and ``ffn/shared_ffn``
-(``[d_shared]``), each with separate adapters, masks and statistics. Both names end in "ffn", so that
-the rule ``ffn/gate_proj`` matches both, and the gates of dense layers.
+(``[d_shared]``), each with separate adapters, masks and statistics. Both names end in "ffn", so
+that the rule ``ffn/gate_proj`` matches both, and the gates of dense layers.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,17 +26,80 @@ from nalora_jax.models.moe import MoEFFN
 from nalora_jax.models.parts import FeedForward, PartOptions, Shapes, adapters_below, scales_below
 from nalora_jax.models.router import RouterSpec
 
-_EXPERTS, _SHARED = "experts_ffn/", "shared_ffn/"
+
+class WithExperts(FeedForward):
+    """A mixture of experts, ``experts_ffn``, with a gated block that every token passes.
+
+    Number and width of the experts are fields of the config.
+    """
+
+    name: ClassVar[str] = "ffn"
+    block: ClassVar[str]  # name of the gated block
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """The channels of the gated block."""
+
+    def projections(self, config: ModelConfig) -> Shapes:
+        """See `Part`."""
+        d, experts = config.d_model, _gated(config.d_model, config.d_ff)
+        shapes: Shapes = {f"experts_ffn/{name}": (config.n_experts, *s) for name, s in experts.items()}
+        return shapes | {f"{self.block}/{name}": s for name, s in _gated(d, self.width).items()}
+
+    def flops(self, config: ModelConfig, seq: int) -> float:
+        """Returns 0: routers are counted with the weights."""
+        return 0.0
+
+    def saved(self, config: ModelConfig) -> float:
+        """See `Part`."""
+        return 2.0 * (config.experts_per_token * config.d_ff + self.width)
+
+    def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+        """See `FeedForward`."""
+        channels = {"experts_ffn": (config.n_experts, config.d_ff), self.block: (self.width,)}
+        return {name: (channels[name], config.activation) for name in sorted(channels)}
+
+    def modules(self, config: ModelConfig, options: PartOptions, routing: RouterSpec) -> tuple[Any, Any]:
+        """Returns the mixture and the gated block."""
+        common: dict[str, Any] = {
+            "d_model": config.d_model,
+            "activation": config.activation,
+            "numerics": options.numerics,
+            "stats": options.stats,
+        }
+        experts = MoEFFN(
+            d_ff=config.d_ff,
+            n_experts=config.n_experts,
+            top_k=config.experts_per_token,
+            routing=routing,
+            sharding=options.routing,
+            experts=options.experts,
+            adapters=adapters_below(options.adapters, "experts_ffn/"),
+            name="experts_ffn",
+            **common,
+        )
+        adapters = adapters_below(options.adapters, f"{self.block}/")
+        return experts, GatedFFN(d_ff=self.width, adapters=adapters, name=self.block, **common)
+
+
+def _gated(d_model: int, d_ff: int) -> Shapes:
+    return {"gate_proj": (d_model, d_ff), "up_proj": (d_model, d_ff), "down_proj": (d_ff, d_model)}
 
 
 @dataclass(frozen=True)
-class SharedExperts(FeedForward):
-    """Sizes of the part; number and width of the experts are fields of the config."""
+class SharedExperts(WithExperts):
+    """Sizes of the part."""
 
     d_shared: int
     router: RouterSpec
     gated: bool = False  # sigmoid(x w) multiplies the shared expert's output
-    name: ClassVar[str] = "ffn"
+    block: ClassVar[str] = "shared_ffn"
+
+    @property
+    def width(self) -> int:
+        """The channels of the shared expert."""
+        return self.d_shared
 
     def param_shapes(self, config: ModelConfig) -> Shapes:
         """See `Part`."""
@@ -46,37 +110,9 @@ class SharedExperts(FeedForward):
             shapes["shared_gate/kernel"] = (config.d_model, 1)
         return shapes | {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
 
-    def projections(self, config: ModelConfig) -> Shapes:
-        """See `Part`."""
-        experts = {
-            _EXPERTS + name: (config.n_experts, *s)
-            for name, s in _gated(config.d_model, config.d_ff).items()
-        }
-        return experts | {_SHARED + name: s for name, s in _gated(config.d_model, self.d_shared).items()}
-
-    def flops(self, config: ModelConfig, seq: int) -> float:
-        """Returns 0: routers are counted with the weights."""
-        return 0.0
-
-    def saved(self, config: ModelConfig) -> float:
-        """See `Part`."""
-        return 2.0 * (config.experts_per_token * config.d_ff + self.d_shared)
-
-    def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-        """See `FeedForward`."""
-        experts = (config.n_experts, config.d_ff)
-        return {
-            "experts_ffn": (experts, config.activation),
-            "shared_ffn": ((self.d_shared,), config.activation),
-        }
-
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
         """See `FeedForward`."""
         return SharedExpertsFFN(config, self, options, name=self.name)
-
-
-def _gated(d_model: int, d_ff: int) -> Shapes:
-    return {"gate_proj": (d_model, d_ff), "up_proj": (d_model, d_ff), "down_proj": (d_ff, d_model)}
 
 
 class SharedExpertsFFN(nn.Module):
@@ -91,30 +127,11 @@ class SharedExpertsFFN(nn.Module):
         self, x: jax.Array, scales: Mapping[str, jax.Array | float] | None = None, **inputs: Any
     ) -> jax.Array:
         """Returns ``[batch, seq, d_model]`` as ``x``; for ``inputs`` see `GatedFFN`."""
-        c, numerics = self.config, self.options.numerics
-        common = {
-            "d_model": c.d_model,
-            "activation": c.activation,
-            "numerics": numerics,
-            "stats": self.options.stats,
-        }
-        experts = MoEFFN(
-            d_ff=c.d_ff,
-            n_experts=c.n_experts,
-            top_k=c.experts_per_token,
-            routing=self.part.router,
-            sharding=self.options.routing,
-            experts=self.options.experts,
-            adapters=adapters_below(self.options.adapters, _EXPERTS),
-            name="experts_ffn",
-            **common,
-        )
-        shared_adapters = adapters_below(self.options.adapters, _SHARED)
-        shared = GatedFFN(d_ff=self.part.d_shared, adapters=shared_adapters, name="shared_ffn", **common)
-        y = shared(x, scales_below(scales, _SHARED), **inputs)
+        experts, shared = self.part.modules(self.config, self.options, self.part.router)
+        y = shared(x, scales_below(scales, "shared_ffn/"), **inputs)
         if self.part.gated:
             y = y * Gate(name="shared_gate")(x).astype(y.dtype)
-        return experts(x, scales_below(scales, _EXPERTS), **inputs) + y
+        return experts(x, scales_below(scales, "experts_ffn/"), **inputs) + y
 
 
 class Gate(nn.Module):

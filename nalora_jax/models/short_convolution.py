@@ -35,9 +35,11 @@ class ShortConvolution(Mixer):
     def param_shapes(self, config: ModelConfig) -> Shapes:
         """Returns the shapes of kernels, biases and the taps, which have torch's layout."""
         d = config.d_model
-        kernels = {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
-        biases: Shapes = {"taps_bias": (d,), "bcx_proj/bias": (3 * d,), "o_proj/bias": (d,)}
-        return {"taps": (d, 1, self.width)} | kernels | (biases if self.bias else {})
+        shapes: Shapes = {"taps": (d, 1, self.width)}
+        shapes |= {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
+        if self.bias:
+            shapes |= {"taps_bias": (d,), "bcx_proj/bias": (3 * d,), "o_proj/bias": (d,)}
+        return shapes
 
     def projections(self, config: ModelConfig) -> Shapes:
         """Returns the kernels of the projections to B, C and u, and of the output."""

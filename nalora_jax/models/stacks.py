@@ -122,7 +122,9 @@ def param_shapes(config: ModelConfig) -> Shapes:
     shapes["final_norm/scale"] = (d,)
     if not config.tie_embeddings:
         shapes["lm_head/kernel"] = (d, v)
-    return shapes | ({} if config.sight is None else config.sight.param_shapes())
+    if config.sight is not None:
+        shapes |= config.sight.param_shapes()
+    return shapes
 
 
 def projection_shapes(config: ModelConfig) -> Shapes:
@@ -136,7 +138,9 @@ def projection_shapes(config: ModelConfig) -> Shapes:
     shapes: Shapes = {}
     for stack in stacks(config):
         shapes |= {f"{stack.prefix}/{name}": shape for name, shape in _projections(stack.config).items()}
-    return shapes | ({} if config.sight is None else config.sight.projection_shapes())
+    if config.sight is not None:
+        shapes |= config.sight.projection_shapes()
+    return shapes
 
 
 def layer_numbers(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -146,8 +150,9 @@ def layer_numbers(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         for stack in stacks(config)
         for name in _projections(stack.config)
     }
-    of_images = {} if config.sight is None else config.sight.depths()
-    return numbers | {path: tuple(range(depth)) for path, depth in of_images.items()}
+    if config.sight is not None:
+        numbers |= {path: tuple(range(depth)) for path, depth in config.sight.depths().items()}
+    return numbers
 
 
 def depths(config: ModelConfig) -> dict[str, int]:
@@ -164,15 +169,20 @@ def gate_blocks(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
     for stack in stacks(config):
         for name, (shape, activation) in _gates(stack.config).items():
             blocks[f"{stack.prefix}/{name}"] = ((len(stack.layers), *shape), activation)
-    return blocks | ({} if config.sight is None else config.sight.gate_blocks())
+    if config.sight is not None:
+        blocks |= config.sight.gate_blocks()
+    return blocks
 
 
 # ---------------------------------------------------------------- one layer of a uniform config
 
 
 def _layer_shapes(config: ModelConfig) -> Shapes:
-    norms = ["attn_norm", "ffn_norm"] if config.pre_norm else []
-    norms += ["attn_post_norm", "ffn_post_norm"] if config.post_norm else []
+    norms = []
+    if config.pre_norm:
+        norms += ["attn_norm", "ffn_norm"]
+    if config.post_norm:
+        norms += ["attn_post_norm", "ffn_post_norm"]
     shapes: Shapes = {f"{name}/scale": (config.d_model,) for name in norms}
     for component in _parts(config):
         shapes |= {
@@ -180,10 +190,12 @@ def _layer_shapes(config: ModelConfig) -> Shapes:
         }
     if config.mixer is None:
         shapes |= _qk_norm_shapes(config)
-        shapes |= {"attn/sinks": (config.n_heads,)} if config.attn_sinks else {}
+        if config.attn_sinks:
+            shapes["attn/sinks"] = (config.n_heads,)
     if config.n_experts and config.ffn is None:
         shapes["ffn/router/kernel"] = (config.d_model, config.n_experts)
-        shapes |= {"ffn/router/bias": (config.n_experts,)} if config.router_bias else {}
+        if config.router_bias:
+            shapes["ffn/router/bias"] = (config.n_experts,)
     for path, shape in (_attention(config) | _feed_forward(config)).items():
         shapes[f"{path}/kernel"] = shape
         if _has_bias(config, path):
@@ -192,17 +204,18 @@ def _layer_shapes(config: ModelConfig) -> Shapes:
 
 
 def _qk_norm_shapes(config: ModelConfig) -> Shapes:
-    widths = {"q": config.n_heads * config.head_dim, "k": config.n_kv_heads * config.head_dim}
-    names = ("q", "k") if config.qk_norm else ()
-    return {
-        f"attn/{n}_norm/scale": (config.head_dim if config.qk_norm == "head" else widths[n],) for n in names
-    }
+    if not config.qk_norm:
+        return {}
+    heads = {"q": config.n_heads, "k": config.n_kv_heads}
+    if config.qk_norm == "head":
+        heads = dict.fromkeys(heads, 1)
+    return {f"attn/{name}_norm/scale": (count * config.head_dim,) for name, count in heads.items()}
 
 
 def _has_bias(config: ModelConfig, path: str) -> bool:
     if path.startswith("ffn/"):
         return config.ffn_bias
-    return config.o_bias if path == "attn/o_proj" else config.qkv_bias
+    return config.has_bias(path.removeprefix("attn/"))
 
 
 def _projections(config: ModelConfig) -> Shapes:
@@ -234,16 +247,20 @@ def _feed_forward(config: ModelConfig) -> Shapes:
     shapes = {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
     if not config.gated:
         shapes = {"in_proj": (d, f), "out_proj": (f, d)}
-    experts = (config.n_experts,) if config.n_experts else ()
-    return {f"ffn/{name}": (*experts, *shape) for name, shape in shapes.items()}
+    return {f"ffn/{name}": (*_experts(config), *shape) for name, shape in shapes.items()}
+
+
+def _experts(config: ModelConfig) -> tuple[int, ...]:
+    if not config.n_experts:
+        return ()
+    return (config.n_experts,)
 
 
 def _gates(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
     """Returns channel shape and activation of each gated block of a layer, by path."""
-    experts = (config.n_experts,) if config.n_experts else ()
     gates = {}
     if config.ffn is None:
-        gates = {"ffn": ((*experts, config.d_ff), config.activation)}
+        gates = {"ffn": ((*_experts(config), config.d_ff), config.activation)}
     for component in (config.ffn, config.tail):
         if component is not None:
             of_component = component.gates(config).items()

@@ -1,4 +1,4 @@
-"""The end of a layer that scales the residual stream, after a block gated by per-layer embeddings."""
+"""The end of a layer: a block gated by per-layer embeddings, and a scale of the residual stream."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class ScaledTail(Tail):
     def param_shapes(self, config: ModelConfig) -> Shapes:
         """Returns the shapes of one layer's parameters."""
         shapes: Shapes = {"scale": (1,)}
-        shapes |= {"norm/scale": (config.d_model,)} if self.width else {}
+        if self.width:
+            shapes["norm/scale"] = (config.d_model,)
         return shapes | {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
 
     def projections(self, config: ModelConfig) -> Shapes:
@@ -41,7 +42,9 @@ class ScaledTail(Tail):
 
     def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns the block's channels and activation, at the part's own path."""
-        return {"": ((self.width,), config.activation)} if self.width else {}
+        if not self.width:
+            return {}
+        return {"": ((self.width,), config.activation)}
 
     def flops(self, config: ModelConfig, seq: int) -> float:
         """Returns 0: no matmul outside of projections."""

@@ -30,7 +30,7 @@ ROWS = {"embed_tokens": "embed/rows", "lm_head": "lm_head/rows"}
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """Ranks and alphas of one kind of projection, one entry per layer; rank 0 leaves a layer unadapted."""
+    """Ranks and alphas of one kind of projection by layer; rank 0 leaves a layer unadapted."""
 
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
@@ -96,11 +96,6 @@ class AdapterSpec:
         Those are magnitudes, trained tables and trained rows.
         """
         return replace(self, dora=False, saved=(), token_indices=())
-
-    @property
-    def starts_from_base(self) -> bool:
-        """True if the initial values of the adapters depend on the base weights."""
-        return self != self.linear
 
     def own_rows(self, *, tied: bool) -> dict[str, tuple[int, ...]]:
         """Returns the tables that have separate trained rows, with the token ids of the rows.

@@ -31,6 +31,7 @@ _BETWEEN = " between slices"  # suffix of the kind of a collective between slice
 _FUSIONS = ("fusion", "fusion-start")
 # Custom calls that are not kernels: markers of the TPU compiler.
 _MARKS = re.compile(r'custom_call_target="(AsyncCollective\w+|PrepareAsyncCall\w+|AllocateBuffer)"')
+_COUNTERS = ("s32", "s64", "u32")  # dtypes of loop counters
 # Instructions without direct memory traffic.
 _FREE = frozenset(
     (
@@ -111,17 +112,12 @@ class Program:
         trip_count = re.search(r"known_trip_count[^\d}]*(\d+)", loop.attributes)
         if trip_count:
             return int(trip_count.group(1))
-        condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
-        names = [condition.group(1)] if condition else []
+        names = re.findall(r"condition=%?([\w.\-]+)", loop.attributes)[:1]
         limits: list[int] = []
         while names:
             for instruction in self.computations[names.pop()].instructions.values():
                 names += [name for name in instruction.calls if name in self.computations]
-                if instruction.opcode == "constant" and instruction.shapes[0].dtype in (
-                    "s32",
-                    "s64",
-                    "u32",
-                ):
+                if instruction.opcode == "constant" and instruction.shapes[0].dtype in _COUNTERS:
                     limits += [int(value) for value in re.findall(r"^(-?\d+)\)", instruction.attributes)]
         return max([limit for limit in limits if limit > 0], default=1) - first_count(loop, holder)
 
@@ -182,8 +178,8 @@ class Program:
             for caller in scheduled.instructions.values():
                 for instruction, holder in self._inside(caller, scheduled):
                     if instruction.opcode.removesuffix("-start") in COLLECTIVES:
-                        # The TPU compiler splits a collective into parts that share its channel and its
-                        # chain. All collectives of `jax.shard_map` share a channel.
+                        # The TPU compiler splits a collective into parts that share its channel and
+                        # its chain. All collectives of `jax.shard_map` share a channel.
                         channels = re.findall(r'(?:channel_id=|chain_id=")(\d+)', instruction.attributes)
                         key = (
                             " ".join(channels) if channels and holder is not scheduled else instruction.name
@@ -200,15 +196,10 @@ class Program:
                 yield self._collective(parts[0][1], parts[0][2], scheduled, callers)
 
     def _collective(
-        self,
-        instruction: Instruction,
-        holder: Computation,
-        scheduled: Computation,
-        callers: list[str],
+        self, instruction: Instruction, holder: Computation, scheduled: Computation, callers: list[str]
     ) -> Collective:
         kind = instruction.opcode.removesuffix("-start")
         devices = group_size(instruction.attributes)
-        source = re.search(r'op_name="([^"]*)"', instruction.attributes)
         return Collective(
             kind,
             received(kind, instruction, holder, devices),
@@ -216,7 +207,7 @@ class Program:
             self.times[scheduled.name],
             self.overlapped(scheduled, callers),
             scheduled.name,
-            source.group(1) if source else "",
+            instruction.source,
         )
 
     def _between(self, send: Instruction, scheduled: Computation) -> Collective:
@@ -224,20 +215,19 @@ class Program:
 
         It is a transfer to the host and one from the host with the same name.
         """
-        kind = re.search(r'megascale_transfer_type="(\w+)"', send.attributes)
+        kinds = re.findall(r'megascale_transfer_type="(\w+)"', send.attributes)
         name = re.search(r'transfer_rendezvous="[^"]*"', send.attributes)
         every = list(scheduled.instructions.values())
         back = [i for i in every if i.opcode == "recv" and name is not None and name[0] in i.attributes]
         ends = [every.index(u) for i in back for u in scheduled.users[i.name] if u.opcode == "recv-done"]
-        source = re.search(r'op_name="([^"]*)"', send.attributes)
         return Collective(
-            (kind[1].lower().replace("_", "-") if kind else "transfer") + _BETWEEN,
+            next(iter(kinds), "transfer").lower().replace("_", "-") + _BETWEEN,
             sum(i.shapes[0].size for i in back),
             0,
             self.times[scheduled.name],
             any(self._works(i) for i in every[every.index(send) + 1 : max(ends, default=0)]),
             scheduled.name,
-            source.group(1) if source else "",
+            send.source,
         )
 
     def scheduled(self) -> Iterator[Computation]:
@@ -312,17 +302,16 @@ class Program:
             held = sum(shape.size for shape in operand.shapes if shape.in_hbm)
             if not held:
                 continue
-            total += (
-                min(held, self._read(inner, index)) if inner is not None else used(instruction, index, held)
-            )
+            if inner is None:
+                total += used(instruction, index, held)
+            else:
+                total += min(held, self._read(inner, index))
         written = sum(shape.size for shape in instruction.shapes if shape.in_hbm)
         if opcode.endswith("-start") and inner is None:  # its result lists the operand again
             return total + sum(shape.size for shape in instruction.shapes[1:2] if shape.in_hbm)
-        return total + (
-            min(written, self._written(inner))
-            if inner is not None
-            else changed(instruction, computation, written)
-        )
+        if inner is None:
+            return total + changed(instruction, computation, written)
+        return total + min(written, self._written(inner))
 
     def _read(self, computation: Computation, index: int) -> float:
         """Returns the bytes of its operand that a fusion reads."""

@@ -41,7 +41,7 @@ def laid_out(
     Raises:
       NaloraError: no layout fits, or the axes do not fit the devices, the batch or the heads.
     """
-    where = of_devices(list(jax.devices() if devices is None else devices))
+    where = of_devices(list(devices or jax.devices()))
     if where is None:  # a CPU or an unknown chip: the simplest mesh
         return config
     layout = preferred(_candidates(config, base, where))
@@ -71,7 +71,7 @@ def accepted(
     Raises:
       NaloraError: no layout fits, or ``build`` raises it.
     """
-    where = of_devices(list(jax.devices() if devices is None else devices))
+    where = of_devices(list(devices or jax.devices()))
     candidates = [] if where is None else _candidates(config, base, where)
     if where is None or len(candidates) == 1:  # the layout is fixed by the settings
         return build(laid_out(config, base, devices))
@@ -91,11 +91,7 @@ class _Attempt:
     """Builds, compiles and tries a run in several layouts; keeps the last arrays only."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        base: ModelConfig,
-        where: Topology,
-        build: Callable[[RunConfig], Pieces],
+        self, config: RunConfig, base: ModelConfig, where: Topology, build: Callable[[RunConfig], Pieces]
     ) -> None:
         self.pieces: Pieces | None = None
         self._config, self._base, self._where, self._build = config, base, where, build

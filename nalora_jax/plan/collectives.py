@@ -37,4 +37,6 @@ def group_size(attributes: str) -> int:
     if iota:
         return int(iota.group(2))
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
-    return len(listed.group(1).split(",")) if listed else 1
+    if not listed:
+        return 1
+    return len(listed.group(1).split(","))

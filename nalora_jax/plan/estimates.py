@@ -41,7 +41,7 @@ _READ_NARROW, _READ_WIDE = 92, 120
 # Times that the bytes of a mixture's weights are read or written in a step: by grouped matmuls, as transposed
 # copies for the backward pass and, if they are gathered, by the gathers.
 WEIGHTS_OF_EXPERTS, GATHERED_WEIGHTS_OF_EXPERTS = 4.5, 6.5
-# Times that rows are sent to experts or back: in the forward pass, in it again, in the backward pass.
+# Times that rows are sent to experts or back: forward, recomputed forward, backward.
 _SENT = 6
 # Times that keys and values of split rows, or their gradients, are exchanged in a step.
 _KEYS_SENT = 3
@@ -53,7 +53,7 @@ _WIDE = 4  # float32 arrays as wide as the FFN that are live within a layer
 def weight_bytes(base: ModelConfig, narrow: float, wide: float, pattern: str) -> tuple[float, float]:
     """Returns the mean bytes of a layer, and the bytes outside of layers.
 
-    Projections whose paths ``pattern`` matches have ``narrow`` bytes per weight, other weights ``wide``.
+    Projections that ``pattern`` matches have ``narrow`` bytes per weight, others ``wide``.
     """
     projections = {
         f"{path}/kernel" for path in projection_shapes(base) if re.search(pattern, f"{path}/kernel")
@@ -81,7 +81,7 @@ def summed_bytes(base: ModelConfig, tokens: float, tensor: int, remat: str, wide
 def gathered_keys(
     base: ModelConfig, rows: float, seq: int, context: int, wide: float
 ) -> tuple[float, float]:
-    """Returns live bytes and received bytes of a step for the keys and values of rows that chips share.
+    """Returns live and received bytes of a step for the keys and values of rows that chips share.
 
     Live are the keys and values of one layer's ``rows``, and their gradients. They are gathered in both
     passes, and the gradients are summed. Of a window within a block only its halo is exchanged.
@@ -123,7 +123,9 @@ def hidden_share(where: Topology, base: ModelConfig) -> float:
     See `nalora_jax.distributed.compiler_options`. The shares for experts are from compiled programs
     of Mixtral-8x7B; on GPUs and on v5p it is faster to split experts over ``tensor``.
     """
-    return {"v5e": 0.65, "v6e": 0.85}.get(where.kind, 0.0) if base.n_experts else 1.0
+    if not base.n_experts:
+        return 1.0
+    return {"v5e": 0.65, "v6e": 0.85}.get(where.kind, 0.0)
 
 
 def transposed_bytes(where: Topology, base: ModelConfig, wide: float) -> float:
@@ -143,7 +145,7 @@ def transposed_bytes(where: Topology, base: ModelConfig, wide: float) -> float:
 
 
 def sorted_row_bytes(base: ModelConfig, tokens: float, tensor: int) -> float:
-    """Returns the bytes of HBM traffic of a step for rows sorted by expert (from two compiled mixtures)."""
+    """Returns the HBM traffic of a step for rows sorted by expert (from two compiled mixtures)."""
     each = _READ_NARROW * base.d_model + _READ_WIDE * base.d_ff / tensor
     return base.n_layers * tokens * base.experts_per_token * each
 
@@ -151,7 +153,7 @@ def sorted_row_bytes(base: ModelConfig, tokens: float, tensor: int) -> float:
 def rows_for_experts(
     base: ModelConfig, tokens: float, fsdp: int, narrow: float, wide: float
 ) -> tuple[float, float]:
-    """Returns the bytes of experts that are not gathered, and the bytes of rows that reach a chip in a step.
+    """Returns the bytes of experts that are not gathered, and of rows that reach a chip in a step.
 
     All rows are sent to their experts (`nalora_jax.models.expert_exchange`).
     """
@@ -186,7 +188,7 @@ def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> flo
 def _saved_with(base: ModelConfig, remat: str, tensor: int, heads: float) -> float:
     """Returns `saved_values` for the values that the mixer saves."""
     residuals = (2 + base.post_norm) * base.d_model
-    chosen = base.experts_per_token if base.n_experts else 1
+    chosen = max(base.experts_per_token, 1)
     wide = (2 if base.gated else 1) * base.d_ff * chosen / tensor
     if base.ffn is not None:
         wide = base.ffn.saved(base) / tensor
@@ -226,11 +228,11 @@ def _in_layer(
 ) -> float:
     """Returns the live bytes within a layer of a stack."""
     fsdp, tensor = split
-    chosen = base.experts_per_token if base.n_experts else 1
+    chosen = max(base.experts_per_token, 1)
     kernel = max(math.prod(shape) for shape in projection_shapes(base).values()) / tensor
     at_once = _GATHERED * (fsdp > 1)
     if base.n_experts:
-        at_once = _OF_EXPERTS_ON_V5E if where.kind == "v5e" else _OF_EXPERTS
+        at_once = {"v5e": _OF_EXPERTS_ON_V5E}.get(where.kind, _OF_EXPERTS)
     # Each expert has separate rows.
     width = max(base.d_ff / tensor, base.d_model if base.n_experts else 0) * chosen
     return _WIDE * 4.0 * tokens * width + at_once * kernel * wide
@@ -259,7 +261,7 @@ def executed_flops(
     # Only "full" recomputes the forward pass of splash attention and cuDNN; every policy recomputes
     # it for the others. The backward pass takes five matmuls for the plain function and cuDNN,
     # seven for Triton, against two in the forward pass.
-    passes = 2 if remat == "full" else 1
+    passes = {"full": 2}.get(remat, 1)
     if kernel == SPLASH.name:
         kernels = rows * (splash_flops(base, seq, forward=passes) + 4 * mixer_flops(base, seq))
     elif kernel == CUDNN.name:
@@ -267,7 +269,7 @@ def executed_flops(
     elif kernel == split_triton.NAME:
         kernels = (passes + 3.5) * flops
     else:
-        kernels = (5.5 if kernel == TRITON.name else 4.5) * flops
+        kernels = {TRITON.name: 5.5}.get(kernel, 4.5) * flops
     return tokens * (4 * active_parameters(base) + 2 * again) + adapters + kernels
 
 

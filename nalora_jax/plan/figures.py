@@ -64,20 +64,11 @@ def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None)
     """
     lowered = step.lower(*arguments)
     device = jax.tree.leaves(arguments)[0].sharding.mesh.devices.flat[0]
-    text = "\n".join(
-        [
-            _ACCOUNTING,
-            lowered.as_text(),
-            kind_of(device),
-            *(_version(name) for name in ("jaxlib", "libtpu")),
-        ]
-    )
+    versions = map(_version, ("jaxlib", "libtpu"))
+    text = "\n".join([_ACCOUNTING, lowered.as_text(), kind_of(device), *versions])
     text += repr(sorted((lowered._lowering.compile_args or {}).get("compiler_options_kvs", ())))
-    file = (
-        (cache or downloads.cache_dir())
-        / "plans"
-        / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
-    )
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    file = (cache or downloads.cache_dir()) / "plans" / f"{digest[:32]}.json"
     if file.exists():
         return _read(json.loads(file.read_text()))
     compiled = of_compiled(lowered.compile())

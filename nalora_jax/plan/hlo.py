@@ -64,6 +64,11 @@ class Instruction:
         )
 
     @property
+    def source(self) -> str:
+        """The path of the JAX operation that it computes; "" if unknown."""
+        return next(iter(re.findall(r'op_name="([^"]*)"', self.attributes)), "")
+
+    @property
     def host_bytes(self) -> float:
         """The bytes that it moves between device and host memory; 0 if it moves none."""
         if not self.opcode.endswith("-start") or not any(shape.on_host for shape in self.shapes):
@@ -125,7 +130,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
         if header and " = " not in line.split("(", 1)[0]:
             current = Computation(header.group(2))
             computations[current.name] = current
-            entry = current.name if header.group(1) else entry
+            if header.group(1):
+                entry = current.name
         elif line == "}":
             current = None
         elif current is not None and (named := _NAME.match(line)):
@@ -147,10 +153,9 @@ def first_count(loop: Instruction, holder: Computation) -> int:
     counter = holder.instructions.get(carried.operands[0])
     while counter is not None and counter.opcode == "copy":
         counter = holder.instructions.get(counter.operands[0])
-    match = None
-    if counter is not None and counter.opcode == "constant":
-        match = re.match(r"(\d+)\)", counter.attributes)
-    return int(match.group(1)) if match else 0
+    if counter is None or counter.opcode != "constant":
+        return 0
+    return int(next(iter(re.findall(r"^(\d+)\)", counter.attributes)), 0))
 
 
 def _instruction(named: re.Match[str], line: str) -> Instruction | None:
@@ -166,24 +171,15 @@ def _instruction(named: re.Match[str], line: str) -> Instruction | None:
     attributes = remainder[closing + 1 :]
     if opcode.group(1) in ("parameter", "constant"):
         attributes = f"{inside}){attributes}"
-    return Instruction(
-        named.group(2),
-        opcode.group(1),
-        shapes,
-        tuple(_OPERAND.findall(inside)),
-        attributes,
-        bool(named.group(1)),
-    )
+    operands, is_root = tuple(_OPERAND.findall(inside)), bool(named.group(1))
+    return Instruction(named.group(2), opcode.group(1), shapes, operands, attributes, is_root)
 
 
 def _shape(dtype: str, dims: str, layout: str) -> Shape:
     space = re.search(r"S\((\d+)\)", layout or "")
     on_host = space is not None and int(space.group(1)) == _HOST
     return Shape(
-        dtype,
-        tuple(int(n) for n in dims.split(",") if n),
-        space is not None and not on_host,
-        on_host,
+        dtype, tuple(int(n) for n in dims.split(",") if n), space is not None and not on_host, on_host
     )
 
 

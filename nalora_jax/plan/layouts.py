@@ -42,10 +42,7 @@ from nalora_jax.plan.estimates import (
     working_bytes,
 )
 from nalora_jax.plan.machines import Topology
-from nalora_jax.plan.roofline import (
-    uniform,
-    useful_flops,
-)
+from nalora_jax.plan.roofline import uniform, useful_flops
 
 # Policies ordered by the amount that they save, most first; on the chip, then in the host's memory.
 POLICIES = tuple(name + where for where in ("", OFFLOAD) for name in ("dots", "attention", "full"))
@@ -90,7 +87,10 @@ class Layout:
     @property
     def mesh(self) -> tuple[int, ...]:
         """The sizes of data, fsdp and tensor, and of context if it is above 1."""
-        return self.data, self.fsdp, self.tensor, *([self.context] if self.context > 1 else [])
+        sizes = (self.data, self.fsdp, self.tensor)
+        if self.context == 1:
+            return sizes
+        return *sizes, self.context
 
     @property
     def short(self) -> str:
@@ -135,13 +135,17 @@ def fitting(
     hosted = [layout for layout in layouts if layout.host <= _USABLE_OF_HOST * chip.host_memory]
     usable = [layout for layout in hosted if layout.memory <= _USABLE.get(chip.platform, 0.9) * chip.memory]
     if not usable:
-        smallest = min(hosted or layouts, key=lambda layout: layout.memory if hosted else layout.host)
-        room = chip.memory if hosted else _USABLE_OF_HOST * chip.host_memory
-        of = "a chip" if hosted else "of the host's memory for each chip"
+        if hosted:
+            smallest = min(hosted, key=lambda layout: layout.memory)
+            needed, room, of = smallest.memory, chip.memory, "a chip"
+        else:
+            smallest = min(layouts, key=lambda layout: layout.host)
+            needed, room = smallest.host, _USABLE_OF_HOST * chip.host_memory
+            of = "of the host's memory for each chip"
         raise NaloraError(
             f"{where.name}",
             expected=f"{base.model_type} with {seq} tokens a row to fit in {room / 1e9:.0f} GB {of}",
-            found=f"{(smallest.memory if hosted else smallest.host) / 1e9:.0f} GB at the least ({smallest})",
+            found=f"{needed / 1e9:.0f} GB at the least ({smallest})",
             remedy="use more chips, fewer rows a device (--train.accumulate), shorter rows, or --compute.quantize int8",
         )
     return usable
@@ -170,12 +174,7 @@ def candidates(
     micro = config.train.batch_size // config.train.accumulate
     policies = POLICIES if config.compute.remat == "auto" else (config.compute.remat,)
     mesh = config.mesh
-    if -1 in (
-        mesh.data,
-        mesh.fsdp,
-        mesh.context,
-        mesh.tensor,
-    ):  # with an axis of -1 no axis is left to choose
+    if -1 in (mesh.data, mesh.fsdp, mesh.context, mesh.tensor):  # no axis is left to choose
         sizes = distributed.resolve_sizes(mesh, where.size)
         mesh = MeshConfig(**dict(zip(distributed.AXES, sizes, strict=True)))
     distributed.check_axes(mesh, where.size, where.slices)
@@ -224,7 +223,9 @@ def _ways(config: RunConfig, base: ModelConfig, where: Topology, fsdp: int) -> t
     if config.compute.experts != "auto":
         return (config.compute.experts,)
     # On GPUs the estimates are fitted to programs that gather experts or split their channels.
-    return ("gather", "send") if where.chip.platform == "tpu" else ("gather",)
+    if where.chip.platform == "gpu":
+        return ("gather",)
+    return ("gather", "send")
 
 
 def estimate(
@@ -250,11 +251,8 @@ def estimate(
     live_keys, received_keys = gathered_keys(base, rows * context, seq, context, wide)
     kernel = attention_kernel(where, base, rows, seq, context)
     saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
-    saved_bytes = (
-        mean_over_layers(base, lambda of_stack: saved_values(of_stack, saves, tensor, kernel))
-        * wide
-        * tokens
-    )
+    saved = mean_over_layers(base, lambda of_stack: saved_values(of_stack, saves, tensor, kernel))
+    saved_bytes = saved * wide * tokens
     layout = Layout(
         data, fsdp, tensor, remat, experts,
         weights=(layer * base.n_layers + ends) / (split * tensor),
@@ -277,7 +275,7 @@ def estimate(
     once, executed = (executed_flops(base, spec, policy, rows, seq, kernel) for policy in ("dots", saves))
     out = layout.host / where.chip.host_link
     products = _matmul_seconds(where, once / tensor, executed / tensor, out)
-    passes = 2.3 if saves == "full" else 2.0
+    passes = {"full": 2.3}.get(saves, 2.0)
     weights = layer * base.n_layers
     stay, sent = rows_for_experts(base, tokens, fsdp, narrow, wide) if experts == "send" else (0.0, 0.0)
     gathered = (
@@ -302,7 +300,7 @@ def estimate(
 
 def _widths(config: RunConfig) -> tuple[float, float]:
     """Returns the bytes of a number, and of a weight of the base's projections."""
-    wide = 4.0 if config.compute.dtype == "float32" else 2.0
+    wide = float(config.compute.itemsize)
     return wide, WIDTHS.get(config.compute.quantize, wide)
 
 
@@ -318,12 +316,13 @@ def _trained_bytes(base: ModelConfig, spec: AdapterSpec, tensor: int) -> tuple[f
         sum(projection_shapes(base)[path][-2:]) * sum(target.ranks) for path, target in spec.targets
     )
     tables = 4.0 * base.d_model * base.vocab_size * len(spec.saved)
-    # An axis that does not divide their rows is dropped.
-    return adapters, tables / (tensor if base.vocab_size % tensor == 0 else 1)
+    if base.vocab_size % tensor == 0:  # an axis that does not divide their rows is dropped
+        tables /= tensor
+    return adapters, tables
 
 
 def _traffic(base: ModelConfig, tokens: float, tensor: int, saved: float, *, sends: bool) -> float:
-    """Returns the bytes of HBM traffic of a step for activations; ``saved`` bytes are saved by all layers."""
+    """Returns the HBM traffic of a step for activations; all layers save ``saved`` bytes."""
     if not base.n_experts:
         return 8 * saved
     slack = SLACK if sends else 1.0

@@ -147,7 +147,9 @@ class Topology:
                 "target_config": _TARGET.read_text(),
             }
         shape = "x".join(map(str, self.dims))
-        options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
+        options: dict[str, Any] = {}
+        if self.slices > 1:
+            options["num_slices"] = self.slices
         if math.prod(self.dims) == 1:  # a host has 2x2 chips by default
             options["chips_per_host_bounds"] = (1, 1, 1)
         return {"platform": "tpu", "topology_name": f"{self.kind}:{shape}", **options}
@@ -171,7 +173,7 @@ def shapes(kind: str) -> Iterator[tuple[int, ...]]:
 
 
 def topology(name: str) -> Topology:
-    """Returns the machine that a user names: ``v6e:16x16``, ``2xv6e:16x16`` (two slices), ``8xh100``.
+    """Returns the machine of a name: ``v6e:16x16``, ``2xv6e:16x16`` (two slices), ``8xh100``.
 
     Raises:
       NaloraError: an unknown chip, or a shape that it does not have.

@@ -31,19 +31,9 @@ _LLAMA3 = {
 # As published in the models' repositories.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": _LLAMA3
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "llama-3.1-70b": _LLAMA3
-    | {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-    },
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
     "gemma-3-27b": {
         "model_type": "gemma3_text",
         "vocab_size": 262208,
@@ -130,8 +120,9 @@ def architecture(name: str, *, images: bool = False) -> ModelConfig:
     """
     if name.lower() in CONFIGS:
         return ModelConfig.from_hf(CONFIGS[name.lower()], name, images=images)
-    path = Path(name)
-    file = path / "config.json" if path.is_dir() else path
+    file = Path(name)
+    if file.is_dir():
+        file /= "config.json"
     if file.suffix == ".json" and file.exists():
         return ModelConfig.from_hf(read_json(file), str(file), images=images)
     raise NaloraError(

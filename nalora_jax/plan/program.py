@@ -60,9 +60,9 @@ def devices(where: Topology) -> Sequence[jax.Device]:
 
 
 def _require(where: Topology) -> None:
-    module, extra = (
-        ("libtpu", "tpu") if where.chip.platform == "tpu" else ("jax_plugins.xla_cuda12", "cuda")
-    )
+    module, extra = "jax_plugins.xla_cuda12", "cuda"
+    if where.chip.platform == "tpu":
+        module, extra = "libtpu", "tpu"
     try:
         missing = importlib.util.find_spec(module) is None
     except ModuleNotFoundError:

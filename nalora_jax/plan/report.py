@@ -148,8 +148,8 @@ def describe(plan: Plan, *, price: float | None = None) -> Iterator[str]:
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     yield f"  memory      {nalora.memory / 1e9:.2f} GB a chip of {chip.memory / 1e9:.1f}: {verdict}"
     yield (
-        f"              arguments {nalora.arguments / 1e9:.2f} GB (weights {plan.layout.weights / 1e9:.2f}), "
-        f"temporary {nalora.temporary / 1e9:.2f}"
+        f"              arguments {nalora.arguments / 1e9:.2f} GB (weights "
+        f"{plan.layout.weights / 1e9:.2f}), temporary {nalora.temporary / 1e9:.2f}"
     )
     for kind in sorted({c.kind for c in nalora.collectives}):
         same = [c for c in nalora.collectives if c.kind == kind]
@@ -163,8 +163,8 @@ def describe(plan: Plan, *, price: float | None = None) -> Iterator[str]:
     yield f"  matrix unit {bound.matrix * 1e3:.0f} ms, at 75% of {chip.flops / 1e12:.0f} TFLOP/s ({chip.source})"
     yield f"  HBM         {bound.hbm * 1e3:.0f} ms, at {chip.bandwidth / 1e9:,.0f} GB/s"
     yield (
-        f"  interconn.  {bound.hidden * 1e3:.0f} ms behind products, {bound.exposed * 1e3:.0f} ms not, "
-        f"at {chip.interconnect / 1e9:.0f} GB/s inbound"
+        f"  interconn.  {bound.hidden * 1e3:.0f} ms behind products, {bound.exposed * 1e3:.0f} ms "
+        f"not, at {chip.interconnect / 1e9:.0f} GB/s inbound"
     )
     if nalora.host:
         there, back = (sum(t.total for t in nalora.transfers if t.to_host == out) for out in (True, False))
@@ -173,8 +173,9 @@ def describe(plan: Plan, *, price: float | None = None) -> Iterator[str]:
             f"({there / 1e9:.2f} GB out and {back / 1e9:.2f} back a step)"
         )
         yield (
-            f"  host link   {bound.host * 1e3:.0f} ms behind products, {bound.host_exposed * 1e3:.0f} ms not, "
-            f"at {chip.host_link / 1e9:.0f} GB/s ({chip.host_source})"
+            f"  host link   {bound.host * 1e3:.0f} ms behind products, "
+            f"{bound.host_exposed * 1e3:.0f} ms not, at {chip.host_link / 1e9:.0f} GB/s "
+            f"({chip.host_source})"
         )
     rate = plan.tokens_per_second
     yield f"  at most     {rate:,.0f} tokens/s ({rate / where.size:,.0f} a chip), {bound.seconds:.3g} s a step"
@@ -185,7 +186,7 @@ def describe(plan: Plan, *, price: float | None = None) -> Iterator[str]:
 
 
 def describe_cost(price: float, where: Topology, tokens_per_second: float) -> str:
-    """Returns the line that shows the cost of a million tokens, at ``price`` for a chip and hour in any currency."""
+    """Returns the line with the cost of a million tokens, at ``price`` for a chip and hour."""
     cost = price * where.size / (tokens_per_second * 3600 / 1e6)
     return f"cost        at least {cost:.4g} a million tokens, at {price:g} a chip and hour"
 

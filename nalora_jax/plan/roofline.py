@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nalora_jax.config import RunConfig
-from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes, stacks
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops import split_triton
@@ -69,8 +69,8 @@ def attention_flops(base: ModelConfig, seq: int) -> float:
             total += config.n_layers * config.mixer.flops(config, seq)
             continue
         for window in config.layer_windows:
-            span = min(window, seq) if window < GLOBAL_WINDOW else seq
-            pairs = seq * span - span * (span - 1) / 2 if span < seq else seq * (seq + 1) / 2
+            span = min(window, seq)
+            pairs = seq * span - span * (span - 1) / 2
             total += 4.0 * pairs * config.n_heads * config.head_dim
     return total
 
@@ -98,13 +98,8 @@ def splash_flops(base: ModelConfig, seq: int, *, forward: float, backward: float
         for window in config.layer_windows:
             fused = "use_fused_bwd_kernel" in block_sizes(seq, window, config.head_dim)
             products = 2 * forward + (5 if fused else 7) * backward
-            total += (
-                products
-                * 2.0
-                * computed_pairs(seq, window, config.head_dim)
-                * config.n_heads
-                * config.head_dim
-            )
+            pairs = computed_pairs(seq, window, config.head_dim)
+            total += products * 2.0 * pairs * config.n_heads * config.head_dim
     return total
 
 
@@ -224,4 +219,6 @@ def bound_of(
 
 def _inbound(collective: Collective, where: Topology) -> float:
     """Returns the bytes per second that reach a chip in a collective."""
-    return where.chip.network if collective.between_slices else where.inbound(collective.devices)
+    if collective.between_slices:
+        return where.chip.network
+    return where.inbound(collective.devices)

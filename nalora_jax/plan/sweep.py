@@ -71,8 +71,8 @@ def plan_sweep(config: RunConfig, base: ModelConfig, where: Topology, seq: int, 
     """Compiles the step of a sweep for the smallest groups of devices that hold a run.
 
     Args:
-      config: settings of a run, whose rows belong to one run; ``mesh.run`` and ``mesh.runs_per_device``
-        are chosen if they are 0.
+      config: settings of a run, whose rows belong to one run; ``mesh.run`` and
+        ``mesh.runs_per_device`` are chosen if they are 0.
       base: the model.
       where: the machine.
       seq: tokens of a row.
@@ -110,13 +110,15 @@ def plan_sweep(config: RunConfig, base: ModelConfig, where: Topology, seq: int, 
 
 
 def _meshes(config: RunConfig, base: ModelConfig, size: int, runs: int) -> Iterator[MeshConfig]:
-    """Yields meshes from the smallest group of devices a run to all; of each with fewer and fewer runs a group.
+    """Yields meshes from the smallest group of devices to all, each with fewer and fewer runs.
 
     Within a group, "fsdp" splits as many rows as there are, and "tensor" takes the other devices.
     """
     rows = config.train.batch_size // config.train.accumulate
     groups = [size // n for n in range(1, size + 1) if size % n == 0 and size // n <= runs]
-    for run in [config.mesh.run] if config.mesh.run else groups:
+    if config.mesh.run:
+        groups = [config.mesh.run]
+    for run in groups:
         fsdp = math.gcd(rows, size // run)
         tensor = size // run // fsdp
         if base.n_heads % tensor or base.n_kv_heads % tensor:
@@ -177,8 +179,8 @@ def describe_study(plan: StudyPlan, price: float | None = None) -> Iterator[str]
     for name, method_plan in plan.parts.items():
         memory = method_plan.figures.memory / 1e9
         yield (
-            f"  {name}: {method_plan.runs} runs, {_text(method_plan.mesh)}, {memory:.1f} GB a chip, "
-            f"MFU {method_plan.bound.mfu:.0%}, {method_plan.hours(plan.steps):.2f} hours"
+            f"  {name}: {method_plan.runs} runs, {_text(method_plan.mesh)}, {memory:.1f} GB a "
+            f"chip, MFU {method_plan.bound.mfu:.0%}, {method_plan.hours(plan.steps):.2f} hours"
         )
     cost = ""
     if price is not None:

@@ -124,15 +124,18 @@ def _apart(identities: Sequence[Mapping[str, str]]) -> list[str]:
 
 def _method(config: Mapping[str, Any]) -> str:
     """Returns "LoRA" ("AdaLoRA" with its ranks) if no mechanism is on, else "NA-LoRA"."""
-    plain = "LoRA"
+    if config.get("mechanisms"):
+        return "NA-LoRA"
     if config.get("adalora", {}).get("target_rank"):
-        plain = "AdaLoRA"
-    return "NA-LoRA" if config.get("mechanisms") else plain
+        return "AdaLoRA"
+    return "LoRA"
 
 
 def _metric(groups: Sequence[Group]) -> str:
     metric = groups[0].runs[0].metric
-    return metric[1] if metric else "held-out metric"
+    if metric is None:
+        return "held-out metric"
+    return metric[1]
 
 
 def _held_out(metric: str) -> str:
@@ -147,9 +150,12 @@ def _tasks_apart(groups: Sequence[Group]) -> list[str]:
 
     Metrics of runs that differ in these settings are not comparable.
     """
-    apart = [name for name in _apart([_identity(group.runs[0]) for group in groups]) if name in _TASK]
+    identities = [_identity(group.runs[0]) for group in groups]
+    apart = [name for name in _apart(identities) if name in _TASK]
     metrics = {run.metric[1] for group in groups for run in group.runs if run.metric}
-    return apart + (["metric"] if len(metrics) > 1 else [])
+    if len(metrics) > 1:
+        apart.append("metric")
+    return apart
 
 
 def _row(group: Group) -> list[str]:
@@ -165,7 +171,7 @@ def _row(group: Group) -> list[str]:
         _spread([end[1].value - end[0].value for end in ends], "+.3f"),
         _spread(losses),
         _spread([_last(run.column("misalignment")[1]) for run in group.runs]),
-        _spread([float(np.nanmedian(speed)) for speed in speeds if np.isfinite(speed).any()], ",.0f"),
+        _spread([float(np.nanmedian(s)) for s in speeds if np.isfinite(s).any()], ",.0f"),
         _spread([run.total("seconds") for run in group.runs], "time"),
         f"{count} ({'seed' if count == 1 else 'seeds'} {seeds})",
     ]
@@ -184,7 +190,9 @@ def _spread(values: Sequence[float | None], form: str = ".3f") -> str:
     if not finite:
         return "–"
     mean, low, high = text(float(np.mean(finite))), text(min(finite)), text(max(finite))
-    return mean if low == high else f"{mean} ({low} to {high})"
+    if low == high:
+        return mean
+    return f"{mean} ({low} to {high})"
 
 
 def _settings(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
@@ -233,8 +241,10 @@ def _scores(run: History) -> tuple[np.ndarray, np.ndarray]:
 
 def _movement(run: History) -> tuple[np.ndarray, np.ndarray]:
     steps, values = run.layers("feature")
-    measured = np.isfinite(values).any(axis=1) if values.ndim == 2 else np.zeros(0, bool)
-    return steps[measured], np.nanmean(values[measured], axis=1) if measured.any() else np.zeros(0)
+    if values.ndim != 2:
+        return np.zeros(0), np.zeros(0)
+    measured = np.isfinite(values).any(axis=1)
+    return steps[measured], np.nanmean(values[measured], axis=1)
 
 
 def _bands(
@@ -247,15 +257,13 @@ def _bands(
     with style():
         figure, axis = new_figure()
         for group in groups:
-            rows = [dict(zip(*map(np.ndarray.tolist, column(run)), strict=True)) for run in group.runs]
+            columns = [map(np.ndarray.tolist, column(run)) for run in group.runs]
+            rows = [dict(zip(*pair, strict=True)) for pair in columns]
             steps = sorted(set.intersection(*(set(row) for row in rows)))
             values = np.array([[row[step] for step in steps] for row in rows])
-            if not steps or not np.isfinite(values).all():
-                complete = np.isfinite(values).all(axis=0) if steps else np.zeros(0, bool)
-                steps, values = (
-                    [tick for tick, fine in zip(steps, complete, strict=True) if fine],
-                    values[:, complete],
-                )
+            complete = np.isfinite(values).all(axis=0)
+            steps = [tick for tick, fine in zip(steps, complete, strict=True) if fine]
+            values = values[:, complete]
             if not steps:
                 continue
             at, mean, low, high = thin(np.array(steps), values.mean(0), values.min(0), values.max(0))

@@ -86,14 +86,14 @@ class History:
         null becomes NaN; lines without the scalar are left out.
         """
         rows = [(record["step"], record[name]) for record in self.steps if name in record]
-        return np.array([step for step, _ in rows], float), np.array([value for _, value in rows], float)
+        return _columns(rows)
 
     def layers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (steps [T], values [T, L] or [T, L, 4]) of a layer metric; null becomes NaN."""
         if not any(_has(record, name) for record in self.steps):
             name = FORMER_NAMES.get(name, name)
-        rows = [(record["step"], record["layers"][name]) for record in self.steps if _has(record, name)]
-        return np.array([step for step, _ in rows], float), np.array([value for _, value in rows], float)
+        rows = [(r["step"], r["layers"][name]) for r in self.steps if _has(r, name)]
+        return _columns(rows)
 
     @property
     def mechanisms(self) -> list[str]:
@@ -132,13 +132,7 @@ class History:
         alike = {
             path: [row for row in rows if len(row[1]) == len(rows[-1][1])] for path, rows in curves.items()
         }
-        return {
-            path: (
-                np.array([step for step, _ in rows], float),
-                np.array([norms for _, norms in rows], float),
-            )
-            for path, rows in alike.items()
-        }
+        return {path: _columns(rows) for path, rows in alike.items()}
 
     def last(self, name: str) -> float | None:
         """Returns a scalar of the last log step that has it."""
@@ -146,8 +140,8 @@ class History:
 
     def eval_column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (steps [E], values [E]) of a scalar of the evaluations."""
-        rows = [(record["step"], record["eval"][name]) for record in self.evals if name in record["eval"]]
-        return np.array([step for step, _ in rows], float), np.array([value for _, value in rows], float)
+        rows = [(e["step"], e["eval"][name]) for e in self.evals if name in e["eval"]]
+        return _columns(rows)
 
     @property
     def metric(self) -> tuple[str, str, bool] | None:
@@ -172,7 +166,7 @@ class History:
             return self.initial, self.final
         if self.initial and len(self.evals) < 2:
             return (self.initial,)
-        along = (*self.evals, *((self.final,) if self.final else ()))
+        along = tuple(filter(None, (*self.evals, self.final)))
         return (along[0], along[-1]) if len(along) > 1 else along
 
     @property
@@ -183,8 +177,7 @@ class History:
     @property
     def measured(self) -> tuple[Mapping[str, Any], ...]:
         """Returns every evaluation, with the result's last."""
-        ends = ((self.initial,) if self.initial else (), (self.final,) if self.final else ())
-        return (*ends[0], *self.evals, *ends[1])
+        return tuple(filter(None, (self.initial, *self.evals, self.final)))
 
     def _scores(self, records: Sequence[Mapping[str, Any]]) -> list[EvaluationScore]:
         if self.metric is None:
@@ -249,22 +242,22 @@ def history_of(records: Sequence[Mapping[str, Any]]) -> History:
         evals=tuple(
             r for r in records if {"step", "eval"} <= r.keys() and not {"initial", "final"} & r.keys()
         ),
-        initial=next((record for record in records if "eval" in record and "initial" in record), {}),
-        final=next((record for record in reversed(records) if "eval" in record and "final" in record), {}),
+        initial=next((r for r in records if "eval" in r and "initial" in r), {}),
+        final=next((r for r in reversed(records) if "eval" in r and "final" in r), {}),
         resumed=tuple(record["resumed"]["step"] for record in records if "resumed" in record),
         done=next((record["done"] for record in reversed(records) if "done" in record), {}),
     )
 
 
+def _columns(rows: Sequence[tuple[float, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns pairs of step and value as two arrays."""
+    return np.array([step for step, _ in rows], float), np.array([v for _, v in rows], float)
+
+
 def _score(record: Mapping[str, Any], key: str) -> EvaluationScore:
     evaluation = record["eval"]  # its low and high are the interval of the headline metric
-    return EvaluationScore(
-        int(record["step"]),
-        float(evaluation[key]),
-        evaluation.get("low"),
-        evaluation.get("high"),
-        evaluation.get("n"),
-    )
+    bounds = (evaluation.get(name) for name in ("low", "high", "n"))
+    return EvaluationScore(int(record["step"]), float(evaluation[key]), *bounds)
 
 
 def _has(record: Mapping[str, Any], name: str) -> bool:

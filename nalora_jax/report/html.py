@@ -47,9 +47,10 @@ TRAINING = (
     Picture(
         plots.metric,
         "Held-out metric",
-        "Each point is one evaluation on the questions that choose the checkpoint; its bar is the 95% interval, and "
-        "the dashed line is the first one, before training. The headline's before and after are of other questions, "
-        "which had no say in that choice, so that its before is not this one.",
+        "Each point is one evaluation on the questions that choose the checkpoint; its bar is the "
+        "95% interval, and the dashed line is the first one, before training. The headline's "
+        "before and after are of other questions, which had no say in that choice, so that its "
+        "before is not this one.",
     ),
     Picture(
         plots.loss,
@@ -71,24 +72,26 @@ TRAINING = (
     Picture(
         state_plots.adapters,
         "Adapter norms",
-        "Frobenius norm of the low-rank update s·AB: how far each kind of module has moved from its base weight. "
-        "Above: of all layers together, over the steps. Below: of every layer, at the last one.",
+        "Frobenius norm of the low-rank update s·AB: how far each kind of module has moved from "
+        "its base weight. Above: of all layers together, over the steps. Below: of every layer, "
+        "at the last one.",
     ),
     Picture(
         state_plots.ranks,
         "Ranks",
-        "What AdaLoRA has left to each kind of module: above over the steps, below to every layer, at the last one.",
+        "Ranks that AdaLoRA keeps of each kind of module: above by step, below by layer at the last step.",
     ),
 )
 GATES = (
     Picture(
         plots.misalignment,
         "Misalignment",
-        "What the adapters move by changing the gate's selection (S), over what they move in its features (F). The "
-        "dashed line is its linear limit: the value for a residual of the same direction and vanishing size. It "
-        "depends on where the pre-activations lie and on which channels and tokens the adapters move, so it changes in "
-        "training, and as a rule falls; only the excess above it comes from how far they move the gate. Both are for "
-        "the whole model: sums over all layers.",
+        "What the adapters move by changing the gate's selection (S), over what they move in its "
+        "features (F). The dashed line is its linear limit: the value for a residual of the same "
+        "direction and vanishing size. It depends on where the pre-activations lie and on which "
+        "channels and tokens the adapters move, so it changes in training, and as a rule falls; "
+        "only the excess above it comes from how far they move the gate. Both are for the whole "
+        "model: sums over all layers.",
     ),
     Picture(
         plots.misalignment_map,
@@ -98,30 +101,30 @@ GATES = (
     Picture(
         plots.excess_map,
         "Excess over the limit",
-        "The difference of the two maps, in colours of its own: what comes from how far the adapters move the gate.",
+        "The difference of the two maps: the effect of how far the adapters move the gate.",
     ),
     Picture(
         plots.feature,
         "Feature movement",
-        "How far the adapters move the gate's features. Compare misalignment between runs at equal movement.",
+        "How far the adapters move the gate's features. Compare misalignment at equal movement.",
     ),
     Picture(
         plots.importance,
         "Importance and mask",
-        "Importance is the mean slope E|φ′| of a layer's gate channels; where a mask is on, channels above their "
-        "layer's mean get the larger updates.",
+        "Importance is the mean slope E|φ′| of a layer's gate channels; where a mask is on, "
+        "channels above their layer's mean get the larger updates.",
     ),
     Picture(
         plots.occupancy,
         "Region occupancy",
-        "Where the gate's pre-activations lie: inverted (output falls as the input rises), contracting, expanding, "
-        "linear (selection saturated open).",
+        "Where the gate's pre-activations lie: inverted (output falls as the input rises), "
+        "contracting, expanding, linear (selection saturated open).",
     ),
     Picture(
         plots.step_scale,
         "Step scale",
-        "What the step-scaling rule multiplies the gate's updates by: by homogeneity 1 on average over a layer, by "
-        "curvature at most 1.",
+        "What the step-scaling rule multiplies the gate's updates by: by homogeneity 1 on average "
+        "over a layer, by curvature at most 1.",
     ),
 )
 
@@ -175,9 +178,10 @@ def render(history: History, *, has_adapter: bool = False, needle: Sequence[Mapp
 def _spreads(history: History) -> list[Picture]:
     """Returns a plot for every mechanism with histograms in the log."""
     caption = (
-        "The factor that each channel gets in the coming step, by size; above 1 it takes larger steps than the layer's "
-        "others, below 1 smaller ones. Above: all layers together, the line when it first acted. Below: every layer. "
-        "Factors are those of this mechanism alone, before the product of all is normalised; in the warm-up they are 1."
+        "The factor that each channel gets in the coming step, by size; above 1 it takes larger "
+        "steps than the layer's others, below 1 smaller ones. Above: all layers together, the line "
+        "when it first acted. Below: every layer. Factors are those of this mechanism alone, "
+        "before the product of all is normalised; in the warm-up they are 1."
     )
     return [
         Picture(
@@ -191,7 +195,9 @@ def _spreads(history: History) -> list[Picture]:
 
 def _base(noted: Mapping[str, Any] | None) -> str:
     """Returns the base model's file, number formats and digest in one line, as logged."""
-    return Origin.from_dict(noted).describe() if noted else ""
+    if not noted:
+        return ""
+    return Origin.from_dict(noted).describe()
 
 
 def _draw(pictures: tuple[Picture, ...], history: History) -> list[tuple[Picture, Markup]]:
@@ -226,8 +232,9 @@ def _samples(history: History) -> list[dict[str, Any]]:
     rows = []
     for sample in sampled[0]["eval"]["samples"]:
         prompt = str(sample["prompt"])
-        later = last.get(prompt) if len(sampled) > 1 else None
-        answers = [("before", sample)] + ([("after", later)] if later else [])
+        answers = [("before", sample)]
+        if len(sampled) > 1 and prompt in last:
+            answers.append(("after", last[prompt]))
         rows.append(
             {
                 "prompt": _ends(prompt),
@@ -278,7 +285,9 @@ def _ends(text: str) -> str:
 
 
 def _clip(value: object) -> str:
-    text = "" if value is None else str(value)
+    if value is None:
+        return ""
+    text = str(value)
     return text if len(text) <= LONGEST_SAMPLE else text[:LONGEST_SAMPLE] + " …"
 
 
@@ -305,8 +314,10 @@ def plain_text(value: Any) -> str:
     if isinstance(value, list):
         return "  ".join(map(plain_text, value)) or "none"
     if isinstance(value, Mapping) and {"pattern", "rank"} <= set(value):
-        alpha = value.get("alpha")
-        return f"{value['pattern']}:{value['rank']}" + ("" if alpha is None else f":{_number_text(alpha)}")
+        text = f"{value['pattern']}:{value['rank']}"
+        if value.get("alpha") is not None:
+            text += f":{_number_text(value['alpha'])}"
+        return text
     return str(value)
 
 
@@ -332,7 +343,9 @@ def _layer_rows(history: History) -> tuple[list[str], list[list[str]]]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4f}" if np.isfinite(value) else "–"
+    if not np.isfinite(value):
+        return "–"
+    return f"{value:.4f}"
 
 
 @cache

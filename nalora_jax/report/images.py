@@ -25,7 +25,7 @@ def confusions(history: History) -> list[tuple[str, dict[str, Any]]]:
     """
     rows = []
     for label, record in (("before", history.initial), ("after", history.final)):
-        values = record.get("eval", {}) if record else {}
+        values = record.get("eval", {})
         names, matrix = values.get("classes"), values.get("confusion")
         if names and matrix:
             rows.append((label, {"classes": names, "rows": list(zip(names, matrix, strict=False))}))

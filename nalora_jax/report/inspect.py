@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 # A channel is responsive if its mean slope is at least this share of its layer's mean slope.
 RESPONSIVE = 0.5
 CAPTION = (
-    "slope: mean of |phi'| over tokens and channels. responsive: share of channels whose own mean |phi'| is at least "
-    "half of their layer's mean (the squared soft mask gives the others less than a quarter of an update). Regions: "
-    "share of pre-activations. misalignment: sum|S| / sum|F| of the adapter; limit: the same for a residual of "
-    "the same direction and vanishing size (of a random direction where no adapter moves the gate), so that it changes "
-    "in training, and as a rule falls."
+    "slope: mean of |phi'| over tokens and channels. responsive: share of channels whose own mean "
+    "|phi'| is at least half of their layer's mean (the squared soft mask gives the others less "
+    "than a quarter of an update). Regions: share of pre-activations. misalignment: sum|S| / "
+    "sum|F| of the adapter; limit: the same for a residual of the same direction and vanishing "
+    "size (of a random direction where no adapter moves the gate), so that it changes in training, "
+    "and as a rule falls."
 )
 _COLOURS = ("#b5382f", "#eda676", "#8fbfe0", "#2b63a8")
 
@@ -112,8 +113,8 @@ def layer_summary(stats: Mapping[str, Any], probe: Mapping[str, Any] | None = No
 def responsive_share(slope: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Returns the share of gate channels whose mean |phi'| is at least half their layer's mean.
 
-    The threshold (`RESPONSIVE`) is relative to the layer, as the mask is: the soft mask with power 2,
-    (slope / mean)^2, gives the other channels less than a quarter of an update. The layer's mean
+    The threshold (`RESPONSIVE`) is relative to the layer, as the mask is: the soft mask with power
+    2, (slope / mean)^2, gives the other channels less than a quarter of an update. The layer's mean
     slope shows if the layer as a whole responds.
 
     Args:

@@ -27,15 +27,18 @@ PROBE_RANK = 8
 PROBE_SIZE = 1e-3  # entries of B; small for later layers, the limit is invariant
 
 TEXTS = (
-    "The river had risen during the night, and by morning the lower fields were under water. Nobody in the village "
-    "remembered a spring like it, although the old ferryman claimed that his grandfather had seen worse.",
-    "Question: What do plants need to make their own food? Answer: Light, water and carbon dioxide. With the energy of "
-    "light they turn carbon dioxide and water into sugar, and give off oxygen.",
+    "The river had risen during the night, and by morning the lower fields were under water. "
+    "Nobody in the village remembered a spring like it, although the old ferryman claimed that "
+    "his grandfather had seen worse.",
+    "Question: What do plants need to make their own food? Answer: Light, water and carbon "
+    "dioxide. With the energy of light they turn carbon dioxide and water into sugar, and give "
+    "off oxygen.",
     "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total / count\n",
     '"Are you coming?" asked Nadia. Tom shook his head. "I promised my sister that I would help her move. Ask me again '
     "on Sunday, and I'll bring the cake that you like.\"",
-    "In 1905 the committee met 14 times and spent 3,250 pounds, of which 1,100 went to the new bridge. The remaining "
-    "2,150 pounds were divided between the school, the harbour and the hospital.",
+    "In 1905 the committee met 14 times and spent 3,250 pounds, of which 1,100 went to the new "
+    "bridge. The remaining 2,150 pounds were divided between the school, the harbour and the "
+    "hospital.",
 )
 
 
@@ -69,7 +72,8 @@ def _probe(model: AdaptedModel, seed: int) -> tuple[AdapterSpec, dict[str, Any]]
     config = model.base.config
     gates = {f"{block}/{name}" for block in gate_blocks(config) for name in ("gate_proj", "in_proj")}
     paths = [path for path in layer_numbers(config) if path in gates and path.startswith("layers/")]
-    spec = AdapterSpec(tuple((path, TargetSpec.even(PROBE_RANK, depths(config)[path])) for path in paths))
+    targets = ((path, TargetSpec.even(PROBE_RANK, depths(config)[path])) for path in paths)
+    spec = AdapterSpec(tuple(targets))
     a_key, b_key = jax.random.split(jax.random.key(seed))
 
     def fill(path: str, leaf: jax.Array) -> jax.Array:

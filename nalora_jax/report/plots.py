@@ -81,12 +81,7 @@ def rewards(history: History) -> str | None:
         axis.plot(steps, margin, color=COLOURS["muted"], linewidth=1.2, linestyle="--", label="margin")
         if held_out.size:
             axis.plot(
-                eval_steps,
-                held_out,
-                "o-",
-                color=COLOURS["c2"],
-                markersize=4.5,
-                label="held-out margin",
+                eval_steps, held_out, "o-", color=COLOURS["c2"], markersize=4.5, label="held-out margin"
             )
         axis.set(xlabel="step", ylabel="reward")
         axis.legend(loc="best")
@@ -145,9 +140,7 @@ def excess_map(history: History) -> str | None:
     if values.ndim != 2 or values.shape != limit.shape or not np.isfinite(values - limit).any():
         return None
     return _heat_maps(
-        [("", steps, values - limit)],
-        "excess",
-        "Misalignment above its linear limit, of every layer",
+        [("", steps, values - limit)], "excess", "Misalignment above its linear limit, of every layer"
     )
 
 
@@ -178,12 +171,7 @@ def importance(history: History) -> str | None:
         layers = np.arange(slope.shape[1])
         upper.plot(layers, slope[0], ":", color=COLOURS["muted"], label=f"step {steps[0]:.0f}")
         upper.plot(
-            layers,
-            slope[-1],
-            "o-",
-            markersize=3,
-            color=COLOURS["c1"],
-            label=f"step {steps[-1]:.0f}",
+            layers, slope[-1], "o-", markersize=3, color=COLOURS["c1"], label=f"step {steps[-1]:.0f}"
         )
         upper.set(ylabel="mean slope E|φ′|")
         upper.legend(loc="best")
@@ -230,9 +218,7 @@ def step_scale(history: History) -> str | None:
         axis.axhline(1, color=COLOURS["muted"], linewidth=1.2, linestyle="--")
         axis.vlines(layers, low[-1], high[-1], color=COLOURS["c2"], linewidth=4)
         axis.set(
-            xlabel="layer",
-            ylabel="step scale",
-            title=f"lowest to highest channel, step {steps[-1]:.0f}",
+            xlabel="layer", ylabel="step scale", title=f"lowest to highest channel, step {steps[-1]:.0f}"
         )
         return to_svg(figure, "scale", "Range of the step scale of every layer")
 
@@ -277,9 +263,7 @@ def _noisy_line(axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, l
     if window > 1:
         axis.plot(*thin(steps, values), color=COLOURS[colour], alpha=0.35, linewidth=1)
         axis.plot(
-            *thin(steps, smooth(values, window)),
-            color=COLOURS[colour],
-            label=f"{label} (mean of {window})",
+            *thin(steps, smooth(values, window)), color=COLOURS[colour], label=f"{label} (mean of {window})"
         )
     else:
         axis.plot(steps, values, color=COLOURS[colour], label=label)

@@ -56,9 +56,7 @@ def histogram(history: History, mechanism: str) -> str | None:
         bar.outline.set_visible(False)
         bar.locator = ticks(4)
         return to_svg(
-            figure,
-            f"histogram-{mechanism}",
-            f"Factors of {mechanism} over channels, and in every layer",
+            figure, f"histogram-{mechanism}", f"Factors of {mechanism} over channels, and in every layer"
         )
 
 
@@ -109,8 +107,7 @@ def _by_module(
             lower.plot(np.arange(norms.shape[1]), norms[-1], marker="o", markersize=3, **line)
         upper.set(xlabel="step", ylabel=f"{what}, all layers")
         lower.set(
-            xlabel="layer",
-            ylabel=f"{what}, step {max(steps[-1] for steps, _ in drawn.values()):.0f}",
+            xlabel="layer", ylabel=f"{what}, step {max(steps[-1] for steps, _ in drawn.values()):.0f}"
         )
         for axis in (upper, lower):
             axis.set_ylim(bottom=0)

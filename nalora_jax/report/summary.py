@@ -24,13 +24,15 @@ def headline(history: History) -> dict[str, Any] | None:
     low, high = min(edges), max(edges)
     pad = 0.08 * (high - low) or 1.0
     scale = (low - pad, high + pad)
-    labels = ["before", "after"] if len(outcome) == 2 else [f"step {outcome[0].step}"]
+    labels, source = [f"step {outcome[0].step}"], ""
+    if len(outcome) == 2:
+        labels, source = ["before", "after"], _source(history)
     return {
         "name": name,
         "rows": [_range(label, score, scale) for label, score in zip(labels, outcome, strict=True)],
         "verdict": _verdict(outcome, more_is_better, history.final.get("eval", {}).get("paired")),
         "n": outcome[-1].n,
-        "source": _source(history) if len(outcome) == 2 else "",
+        "source": source,
     }
 
 
@@ -43,8 +45,8 @@ def _source(history: History) -> str:
         first = f"the evaluation at step {at}"
     if "final" not in after:
         return (
-            f"Before: {first}. After: the evaluation at step {after['step']}. Both on the questions that choose the "
-            "checkpoint: the result has not been measured."
+            f"Before: {first}. After: the evaluation at step {after['step']}. Both on the "
+            "questions that choose the checkpoint: the result has not been measured."
         )
     last = f"the adapter of step {after['step']}, which was exported"
     same = ""
@@ -76,11 +78,7 @@ def _range(label: str, score: EvaluationScore, scale: tuple[float, float]) -> di
     }
     if score.low is not None and score.high is not None:
         width = f"{100 * (score.high - score.low) / (scale[1] - scale[0]):.1f}%"
-        row |= {
-            "interval": f"{score.low:.3f} to {score.high:.3f}",
-            "low": at(score.low),
-            "width": width,
-        }
+        row |= {"interval": f"{score.low:.3f} to {score.high:.3f}", "low": at(score.low), "width": width}
     return row
 
 
@@ -119,28 +117,21 @@ def _apart(first: EvaluationScore, second: EvaluationScore) -> bool | None:
 
 def tiles(history: History) -> Iterator[tuple[str, str, str]]:
     """Yields (name, value, note) of the small boxes at the top."""
-    losses = [record["eval"]["loss"] for record in history.ends if record["eval"].get("loss") is not None]
+    ends = [record["eval"] for record in history.ends]
+    losses = [values["loss"] for values in ends if values.get("loss") is not None]
     if len(losses) > 1:
-        yield (
-            "Held-out loss",
-            f"{losses[0]:.3f} → {losses[-1]:.3f}",
-            "before → after, same questions as above",
-        )
+        change = f"{losses[0]:.3f} → {losses[-1]:.3f}"
+        yield "Held-out loss", change, "before → after, same questions as above"
     speed = history.column("tokens_per_second")[1]
     if np.isfinite(speed).any():
-        tokens = history.total("tokens")
-        yield (
-            "Tokens per second",
-            f"{np.nanmedian(speed):,.0f}",
-            f"median; {tokens:,.0f} tokens" if tokens else "median",
-        )
+        tokens, note = history.total("tokens"), "median"
+        if tokens:
+            note = f"median; {tokens:,.0f} tokens"
+        yield "Tokens per second", f"{np.nanmedian(speed):,.0f}", note
     seconds = history.total("seconds")
     if seconds:
-        yield (
-            "Training time",
-            duration(seconds),
-            "min:s, without compiling" if seconds < 3600 else "h:min:s",
-        )
+        note = "min:s, without compiling" if seconds < 3600 else "h:min:s"
+        yield "Training time", duration(seconds), note
     yield from _costs(history)
     values, limit = history.column("misalignment")[1], history.column("misalignment_limit")[1]
     if values.size and np.isfinite(values[-1]):

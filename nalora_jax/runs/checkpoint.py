@@ -29,7 +29,6 @@ from types import TracebackType
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
@@ -38,56 +37,12 @@ from nalora_jax import buckets, files, trees
 from nalora_jax.distributed import check_lost_peer, on_first_process, tell_all
 from nalora_jax.errors import NaloraError
 from nalora_jax.runs import snapshot
+from nalora_jax.runs.checkpoint_handlers import JSON, handlers
 from nalora_jax.train.mechanisms import former_labels
 
 log = logging.getLogger(__name__)
 _ITEMS = ("state", "data", "run")
 _MISPLACED = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-_JSON = "metadata"  # Orbax's name for the file of a JSON item
-# Replicas of an array share its writing if each has at least this many bytes to write. With Orbax's
-# default, any size, the first save compiles a slice for every array and device, which costs more
-# than it gains for arrays as small as adapters.
-_LEAST_SHARE = 16 << 20  # bytes
-
-
-class _DigestedArrays(ocp.PyTreeCheckpointHandler):
-    """Handler of arrays and the digests of their files.
-
-    Orbax finalises an item once all processes have written their parts.
-    """
-
-    def __init__(self) -> None:
-        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_SHARE)
-        on_host = ocp.type_handlers.NumpyHandler()
-        registry = ocp.type_handlers.create_type_handler_registry(
-            (jax.Array, arrays), (np.ndarray, on_host)
-        )
-        super().__init__(type_handler_registry=registry)
-
-    def finalize(self, directory: epath.Path) -> None:
-        super().finalize(directory)
-        files.write_digests(directory)
-
-
-class _DigestedJson(ocp.JsonCheckpointHandler):
-    """Handler of JSON and the digest of its file."""
-
-    def finalize(self, directory: epath.Path) -> None:
-        super().finalize(directory)
-        files.write_digests(directory)
-
-
-def _handlers() -> Any:
-    """Returns the registry of checkpoint handlers by item."""
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    arrays = _DigestedArrays()
-    for arguments in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
-        registry.add("state", arguments, arrays)
-    for item in ("data", "run"):
-        handler = _DigestedJson(_JSON)
-        for arguments in (ocp.args.JsonSave, ocp.args.JsonRestore):
-            registry.add(item, arguments, handler)
-    return registry
 
 
 class Checkpointer:
@@ -121,7 +76,7 @@ class Checkpointer:
         self.folder: Any = epath.Path(where) if where else Path(folder).absolute()
         self._run = snapshot.plain({"base": fingerprint, "config": config})
         self._best_metric = best_metric
-        worst = -math.inf if best_mode == "max" else math.inf
+        worst = {"max": -math.inf, "min": math.inf}[best_mode]
 
         def rank(metrics: Mapping[str, float]) -> float:
             return metrics.get(best_metric, worst)
@@ -143,9 +98,7 @@ class Checkpointer:
         _hush_cancelled_writes()
         with _io_errors(f"checkpoints {self.folder}", "a folder that can be written"):
             on_first_process(self._set_unreadable_aside)
-            self._manager = ocp.CheckpointManager(
-                self.folder, options=options, handler_registry=_handlers()
-            )
+            self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers())
 
     def save(
         self,
@@ -169,7 +122,9 @@ class Checkpointer:
         self.wait()
         if step in self._manager.all_steps():
             return False
-        ranked = _floats(metrics if metrics and math.isfinite(metrics[self._best_metric]) else None)
+        ranked = None
+        if metrics and math.isfinite(metrics[self._best_metric]):
+            ranked = {name: float(value) for name, value in metrics.items()}
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(snapshot.to_arrays(state)),
             data=ocp.args.JsonSave(snapshot.plain(data_state)),
@@ -228,11 +183,13 @@ class Checkpointer:
             for item in _ITEMS:
                 if (damage := files.find_damage(folder / item)) is not None:
                     return f"{item}: {damage}"
-            written = json.loads((folder / "run" / _JSON).read_text()).get("metrics")
+            written = json.loads((folder / "run" / JSON).read_text()).get("metrics")
         # Other errors are failures of the disk to read, not damage.
         except (*_MISPLACED, ValueError, RecursionError) as error:
             return _reason(error)
-        return None if written == metrics else "metrics: not what was written"
+        if written != metrics:
+            return "metrics: not what was written"
+        return None
 
     def _set_aside(self, step: int, damage: str) -> None:
         """Moves a damaged checkpoint aside, so that its step can be written again."""
@@ -289,7 +246,9 @@ class Checkpointer:
     def metrics(self, step: int) -> dict[str, float] | None:
         """Returns the metrics saved with a checkpoint."""
         metrics = self._manager.metrics(step)
-        return None if metrics is None else dict(metrics)
+        if metrics is None:
+            return None
+        return dict(metrics)
 
     def wait(self) -> None:
         """Blocks until the write in the background is committed.
@@ -351,18 +310,16 @@ class Checkpointer:
 
     def _find(self, which: Literal["latest", "best"] | int) -> int:
         self.wait()
+        expected = f"a {which} checkpoint"
         if which == "latest":
             step = self.latest_step()
         elif which == "best":
             step = self.best_step()
         else:
-            step = which
+            step, expected = which, f"a checkpoint of step {which}"
         steps = list(self._manager.all_steps())
         if step is None or step not in steps:
             available = f"steps {steps}" if steps else "no checkpoint"
-            expected = (
-                f"a checkpoint of step {which}" if isinstance(which, int) else f"a {which} checkpoint"
-            )
             raise NaloraError(f"checkpoints {self.folder}", expected=expected, found=available)
         return step
 
@@ -414,9 +371,3 @@ def _reason(error: Exception) -> str:
         return system[1]
     text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().splitlines()[0]
     return text if len(text) <= 200 else text[:200] + "..."
-
-
-def _floats(metrics: Mapping[str, float] | None) -> dict[str, float] | None:
-    if metrics is None:
-        return None
-    return {name: float(value) for name, value in metrics.items()}

@@ -56,7 +56,10 @@ def image_records(config: RunConfig) -> tuple[ImageRecords, ImageSource]:
     source = open_images(data, vision, data.train_split)
     held = open_images(data, vision, "validation" if data.eval_split == AUTO else data.eval_split)
     check_disjoint(source, held)  # type: ignore[arg-type]  # name, dataset and spans are all that it reads
-    return trained_on(config, source, source.classes() if vision.task == "classify" else ()), held
+    classes: tuple[str, ...] = ()
+    if vision.task == "classify":
+        classes = source.classes()
+    return trained_on(config, source, classes), held
 
 
 def trained_on(config: RunConfig, source: ImageSource, classes: tuple[str, ...]) -> ImageRecords:
@@ -65,10 +68,10 @@ def trained_on(config: RunConfig, source: ImageSource, classes: tuple[str, ...])
     Each image is opened; unreadable images are left out.
     """
     data, vision = config.data, config.vision
-    labels = source.labels(classes) if classes else None
-    indices = (
-        np.arange(len(source)) if labels is None else draw_shots(labels, classes, vision.shots, config.seed)
-    )
+    labels, indices = None, np.arange(len(source))
+    if classes:
+        labels = source.labels(classes)
+        indices = draw_shots(labels, classes, vision.shots, config.seed)
     if data.train_limit:
         indices = np.sort(indices[permutation(len(indices), config.seed)[: data.train_limit]])
     return ImageRecords(source, readable(source, indices, vision), classes, labels)
@@ -147,13 +150,10 @@ def image_data(config: RunConfig, loaded: LoadedDual, records: ImageRecords, mes
     tokens = None
     if not records.classes:
         tokens = caption_tokens(source, indices, loaded.tokenizer, vision)
-    if loaded.config.image.any_shape and loaded.processor.patch_size != loaded.config.image.patch_size:
-        patch_size = loaded.processor.patch_size
-        raise NaloraError(
-            "preprocessor_config.json: patch_size",
-            expected=loaded.config.image.patch_size,
-            found=patch_size,
-        )
+    image, size = loaded.config.image, loaded.processor.patch_size
+    if image.any_shape and size != image.patch_size:
+        where = "preprocessor_config.json: patch_size"
+        raise NaloraError(where, expected=image.patch_size, found=size)
     return ImageData(
         source,
         indices,

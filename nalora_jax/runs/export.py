@@ -87,8 +87,8 @@ def _difference(
 ) -> float:
     """Returns the largest logit difference of trained and exported adapter on one training row."""
     batch = next(iter(batches))
-    names = ("tokens", "positions", "segment_ids", *(("pixels",) if "pixels" in batch else ()))
-    row = {name: batch[name][0, :1] for name in names}
+    names = ("tokens", "positions", "segment_ids", "pixels")
+    row = {name: batch[name][0, :1] for name in names if name in batch}
     row = multihost_utils.broadcast_one_to_all(row)
     files, spec = import_adapter(folder, loaded.config, fingerprint=loaded.fingerprint)
 
@@ -124,6 +124,9 @@ def card(
 ) -> Card:
     """Returns the README.md of the adapter ``lora``, with the run's settings and results."""
     alias = alias_of(config.model)
+    changes: dict[str, Any] = {}
+    if isinstance(loaded, LoadedModel):
+        changes = {"resized": loaded.resized, "rope": rope_of(loaded)}
     return Card(
         "adapter",
         loaded.source,
@@ -135,6 +138,5 @@ def card(
         versions=versions(),
         device=describe_device(),
         origin=loaded.origin,
-        resized=loaded.resized if isinstance(loaded, LoadedModel) else 0,
-        rope=rope_of(loaded) if isinstance(loaded, LoadedModel) else {},
+        **changes,
     )

@@ -51,8 +51,10 @@ class RunHooks:
 
     def save(self, step: int, state: TrainState, measured: LoopEvaluation | None) -> None:
         """Starts writing a checkpoint."""
-        ranked = measured if step >= self.ranked_from else None
-        self.checkpointer.save(step, state, self.batches.get_state(), ranked and ranked.metrics)
+        metrics = None
+        if measured is not None and step >= self.ranked_from:
+            metrics = measured.metrics
+        self.checkpointer.save(step, state, self.batches.get_state(), metrics)
         self.told.save(step, self.checkpointer.folder / str(step))
 
     def asked_to_stop(self, step: int) -> bool:
@@ -67,8 +69,9 @@ class RunHooks:
         """Logs the metrics of an adapter that may be selected, and returns the one that ranks it."""
         self.told.evaluation(step, values)
         self.progress.say(f"step {step}: {describe(values)}")
-        value = float(values[self.selector.metric])
-        score = value if self.selector.mode == "max" else -value
+        score = value = float(values[self.selector.metric])
+        if self.selector.mode == "min":
+            score = -value
         return LoopEvaluation(score, {self.selector.metric: value}, int(values.get("n", 0)))
 
 
@@ -86,7 +89,7 @@ def say_counts(reported: int, choosing: int, *, chosen: bool) -> None:
     log.info("results rest on %d held-out examples%s", reported, by)
     if chosen and choosing < FEW:
         log.warning(
-            "only %d examples choose the checkpoint, so that the choice is mostly chance: hold out more "
-            "(--data.eval-split), or take the last step's with --train.eval-every 0",
+            "only %d examples choose the checkpoint, so that the choice is mostly chance: hold "
+            "out more (--data.eval-split), or take the last step's with --train.eval-every 0",
             choosing,
         )

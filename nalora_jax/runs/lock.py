@@ -27,12 +27,7 @@ from nalora_jax.redaction import redacted
 FILE = "run.lock"
 _BEAT = 5.0  # seconds between two touches
 _STALE = 20.0  # seconds without a touch after which a holder on another host counts as gone
-_UNSUPPORTED = (
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.ENOLCK,
-    errno.EINVAL,
-)  # file systems without locks
+_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)  # file systems without locks
 
 
 @dataclass
@@ -129,7 +124,9 @@ def _read(descriptor: int) -> dict[str, Any]:
         holder = json.loads(os.pread(descriptor, 1 << 16, 0))
     except (ValueError, RecursionError):
         return {}
-    return holder if isinstance(holder, dict) else {}
+    if not isinstance(holder, dict):
+        return {}
+    return holder
 
 
 def _own_name() -> dict[str, Any]:

@@ -67,7 +67,9 @@ class MetricsLog(Callback):
                 remedy="choose another --output, or continue that run with --resume",
             )
         self._resume = resume
-        earlier = [] if resume is None else _rewind(self.path, resume)
+        earlier = []
+        if resume is not None:
+            earlier = _rewind(self.path, resume)
         self._has_header = any("run" in record for record in earlier)
         self._file = open_unlinked(self.path, "a", encoding="utf-8")
 
@@ -104,13 +106,11 @@ class MetricsLog(Callback):
 
     def on_start(self, started: Started) -> None:
         """Writes the first line, or the line of a resumed run."""
-        settings = {"settings": started.config} if started.step else {}
+        settings = {}
+        if started.step:
+            settings["settings"] = started.config
         self.start(
-            started.config,
-            versions=started.versions,
-            device=started.device,
-            **settings,
-            **started.more,
+            started.config, versions=started.versions, device=started.device, **settings, **started.more
         )
 
     def on_log(self, step: int, record: Mapping[str, Any]) -> None:
@@ -120,13 +120,19 @@ class MetricsLog(Callback):
     def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:
         """Writes the line of an evaluation; per-example ``right`` only during training."""
         logged = {name: value for name, value in values.items() if not (kind and name == "right")}
-        self.write({"step": step, **({kind: True} if kind else {}), "eval": logged})
+        record: dict[str, Any] = {"step": step}
+        if kind:
+            record[kind] = True
+        self.write(record | {"eval": logged})
 
     def on_end(self, ended: Ended) -> None:
         """Writes the last line."""
         ending: dict[str, Any] = {"step": ended.step, "best_step": ended.best_step}
-        ending = {"message": ended.message} if ended.message else ending
-        self.write({"done": ending | ({"seconds": ended.seconds} if ended.seconds else {})})
+        if ended.message:
+            ending = {"message": ended.message}
+        if ended.seconds:
+            ending["seconds"] = ended.seconds
+        self.write({"done": ending})
 
     def close(self) -> None:
         """Closes the file; later calls have no effect."""
@@ -196,12 +202,15 @@ def recorded_settings(folder: Path | str) -> dict[str, Any]:
       NaloraError: the log cannot be read, or the settings have other types than a run writes.
     """
     path = Path(folder) / FILE
+    if not path.is_file():
+        return {}
     settings: dict[str, Any] = {}
     where = ""
-    for record in read_metrics(path) if path.is_file() else []:
-        name = "run" if record.get("run") else "resumed: settings"
-        newest = record.get("run") or record.get("resumed", {}).get("settings")
-        settings, where = (newest, f"{path}: {name}") if newest else (settings, where)
+    for record in read_metrics(path):
+        resumed = record.get("resumed", {}).get("settings")
+        for name, newest in (("resumed: settings", resumed), ("run", record.get("run"))):
+            if newest:
+                settings, where = newest, f"{path}: {name}"
     if settings:
         recorded_config(settings, where)
     return settings

@@ -126,7 +126,9 @@ def _claimed(path: Path, resume: Resume, mirror: remote.Mirror | None) -> Iterat
 
 
 def _checkpoints(folder: Path, mirror: remote.Mirror | None) -> Any:
-    return (folder if mirror is None or CHECKPOINTS not in mirror.without else mirror.store) / CHECKPOINTS
+    if mirror is not None and CHECKPOINTS in mirror.without:
+        return mirror.store / CHECKPOINTS
+    return folder / CHECKPOINTS
 
 
 def check_shared(folder: Any, within: float = _SEEN_WITHIN) -> None:
@@ -194,8 +196,9 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[Lock]) -> bo
     if resume is True:
         # Again: another process may have removed it while it held the lock.
         _require_checkpoint(path, checkpoints)
-    for folder in (path, path / CHECKPOINTS) if resumes else ():
-        refuse_linked_folders(folder)
+    if resumes:
+        refuse_linked_folders(path)
+        refuse_linked_folders(path / CHECKPOINTS)
     if resume == "auto" and not resumes and set(_files(path)) <= _BEGINNING:
         _clear(path)
         if checkpoints.exists():  # in a bucket
@@ -207,7 +210,7 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[Lock]) -> bo
         raise NaloraError(
             "--output",
             expected="a new or empty folder",
-            found=f"{path}, which holds {_listing(path)}",
+            found=f"{path}, which holds {remote.listing(_files(path))}",
             remedy=f"choose another folder{way}",
         )
     return resumes
@@ -217,7 +220,10 @@ def _clear(path: Path) -> None:
     """Removes the files of a run that stopped before its first checkpoint."""
     for name in _files(path):
         entry = path / name
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def has_checkpoint(checkpoints: Any) -> bool:
@@ -250,8 +256,3 @@ def _files(path: Path) -> list[str]:
     if not path.is_dir():
         return []
     return sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
-
-
-def _listing(path: Path) -> str:
-    names = _files(path)
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

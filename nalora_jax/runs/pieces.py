@@ -56,3 +56,10 @@ class Pieces:
     # Writes the adapter of a state to a folder, verifies it by reloading, and returns the folder.
     export: Callable[[Path, TrainState], Path]
     in_turns: bool | None = None  # True if the training texts are formatted by a chat template
+
+
+def assembly_of(pieces: Pieces | None) -> Assembly | None:
+    """Returns the assembly of a run; None without pieces."""
+    if pieces is None:
+        return None
+    return pieces.assembly

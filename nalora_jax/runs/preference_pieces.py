@@ -18,7 +18,7 @@ from nalora_jax.evaluate.preference import PreferenceEvaluator
 from nalora_jax.loading.base import LoadedModel
 from nalora_jax.method.step import TrainState
 from nalora_jax.runs.export import export
-from nalora_jax.runs.pieces import Pieces
+from nalora_jax.runs.pieces import Pieces, assembly_of
 from nalora_jax.train.assembly import assemble
 
 
@@ -60,10 +60,8 @@ def preference_pieces(
             found=f"one of {longest}",
             remedy=f"set --data.max-length to {2 * context} or less",
         )
-    assembly = assemble(
-        config, loaded.config, loaded.params, mesh, like=None if like is None else like.assembly
-    )
-    sharded = mesh if mesh.size > 1 else None
+    assembly = assemble(config, loaded.config, loaded.params, mesh, like=assembly_of(like))
+    sharded = distributed.unless_single(mesh)
     if like is not None and like.assembly.spec == assembly.spec:
         evaluator, selector = like.evaluator, like.selector
     else:

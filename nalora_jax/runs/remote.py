@@ -23,7 +23,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +49,11 @@ def is_written_directly(where: str) -> bool:
     return where.startswith(_DIRECT)
 
 
+def listing(names: Sequence[str]) -> str:
+    """Returns the first names of a folder's files, for messages."""
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
 @contextmanager
 def mirrored(
     where: str, *, fresh: bool, without: tuple[str, ...] = (), every: float = _EVERY
@@ -69,10 +74,10 @@ def mirrored(
         ``fresh`` and the folder contains a run. At the end: the last copy failed; the message names
         the local folder, which still contains all files.
     """
-    suffix = (
-        f"-{jax.process_index()}" if jax.process_index() else ""
-    )  # several processes may share a machine
-    folder = downloads.cache_dir() / "runs" / (hashlib.sha256(where.encode()).hexdigest()[:16] + suffix)
+    name = hashlib.sha256(where.encode()).hexdigest()[:16]
+    if jax.process_index():  # several processes may share a machine
+        name += f"-{jax.process_index()}"
+    folder = downloads.cache_dir() / "runs" / name
     mirror = Mirror(where, _opened(where), folder, without)
 
     def begin() -> None:
@@ -146,12 +151,11 @@ class Mirror:
         Raises:
           NaloraError: it is not empty.
         """
-        names = sorted(self._held()) if fresh else []
-        if names:
+        if fresh and (names := sorted(self._held())):
             raise NaloraError(
                 "--output",
                 expected="a new or empty folder",
-                found=f"{self.where}, which holds {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}",
+                found=f"{self.where}, which holds {listing(names)}",
                 remedy="choose another folder, or continue that run with --resume",
             )
 
@@ -192,7 +196,9 @@ class Mirror:
 
     def _held(self) -> Iterator[str]:
         """Returns the names of the run's files in the store."""
-        names = files.names_below(self.store) if self.store.exists() else ()
+        if not self.store.exists():
+            return iter(())
+        names = files.names_below(self.store)
         return (name for name in names if name != HOLDER and not name.startswith("."))
 
     def _sign(self) -> None:
@@ -269,8 +275,5 @@ def _store_errors(where: str, expected: str) -> Iterator[None]:
 def _unreachable(where: str, expected: str, error: Any) -> NaloraError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return NaloraError(
-        f"--output {where}",
-        expected=expected,
-        found=reason,
-        remedy="check the bucket and your rights",
+        f"--output {where}", expected=expected, found=reason, remedy="check the bucket and your rights"
     )

@@ -103,9 +103,11 @@ def _write(folder: Path, initial: Mapping[str, Any]) -> None:
 
 def _read(folder: Path, assembly: Assembly) -> dict[str, Any]:
     """Reads the adapters that `_write` wrote, and checks them against the assembly's."""
+    leaves = {}
     try:
         damage = files.find_damage(folder)
-        leaves = load_file(folder / _FILE) if damage is None else {}
+        if damage is None:
+            leaves = load_file(folder / _FILE)
     except (OSError, SafetensorError) as error:
         damage = getattr(error, "strerror", None) or str(error)
     shapes = {path: leaf.shape for path, leaf in trees.flatten(assembly.state.lora).items()}

@@ -23,7 +23,7 @@ from nalora_jax.loading.base import LoadedModel, load_model
 from nalora_jax.method.step import TrainState
 from nalora_jax.runs.export import export
 from nalora_jax.runs.output import Output
-from nalora_jax.runs.pieces import Pieces
+from nalora_jax.runs.pieces import Pieces, assembly_of
 from nalora_jax.runs.preference_pieces import preference_pieces
 from nalora_jax.runs.start import GRADIENT, gradient_start
 from nalora_jax.tokenizer import AddedTokens
@@ -66,8 +66,9 @@ def text_pieces(
     loaded = _load(config, files, mesh) if like is None else cast(LoadedModel, like.loaded)
     if config.preference.loss != "none":
         return replace(preference_pieces(config, loaded, mesh, source, output.share, like), in_turns=turns)
-    former = None if like is None else like.assembly
-    assembly = assemble(config, loaded.config, loaded.params, mesh, processor=loaded.processor, like=former)
+    assembly = assemble(
+        config, loaded.config, loaded.params, mesh, processor=loaded.processor, like=assembly_of(like)
+    )
     data = _train_data(config, loaded, mesh, source)
     if config.lora.init in GRADIENT:
         assembly = gradient_start(assembly, loaded.config, data, output)
@@ -76,7 +77,7 @@ def text_pieces(
         evaluator, selector = like.evaluator, like.selector
     else:
         evaluator, selector = (
-            evaluator_of(loaded, assembly.eval_model, items, mesh if mesh.size > 1 else None)
+            evaluator_of(loaded, assembly.eval_model, items, distributed.unless_single(mesh))
             for items in (reported, selecting)
         )
 
@@ -90,9 +91,7 @@ def text_pieces(
 def _load(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> LoadedModel:
     """Loads the base model onto the mesh."""
     started = time.perf_counter()
-    kind = None
-    if config.compute.quantize != "none":
-        kind = config.compute.quantize
+    kind = config.compute.quantized
     images = config.vision.task == "chat"
     loaded = load_model(files, dtype=config.compute.dtype, mesh=mesh, quantized=kind, images=images)
     loaded = with_added(loaded, AddedTokens.of(config.data), mesh)

@@ -1,4 +1,4 @@
-"""Paired comparisons of training methods: a protocol file, one record per run, statistics and a report.
+"""Paired comparisons of training methods: protocol file, records, statistics and report.
 
-protocol.toml -> plan (which runs are wanted now) -> execution -> records.jsonl -> report (tables and pictures)
+protocol.toml -> plan (runs to do now) -> execution -> records.jsonl -> report
 """

@@ -8,16 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from nalora_jax.study.plan import (
-    MEASURES,
-    Cell,
-    Tuning,
-    cells,
-    cost,
-    test_runs,
-    tuning,
-    tuning_runs,
-)
+from nalora_jax.study.plan import MEASURES, Cell, Tuning, cells, cost, test_runs, tuning, tuning_runs
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 from nalora_jax.study.statistics import Paired, holm, paired
@@ -40,11 +31,11 @@ class MethodResult:
         }
 
     def losses(self, multiple: float = 1.0) -> list[float]:
-        """Returns the test costs (`nalora_jax.study.plan.cost`) of `finite`, in the order of the seeds."""
+        """Returns the test costs (`study.plan.cost`) of `finite`, in the order of the seeds."""
         return [cost(self.metric, record["test"]) for record in self.finite(multiple).values()]
 
     def measured(self, name: str) -> list[float]:
-        """Returns a measure of the test items at the chosen rate by seed; [] if it was not measured."""
+        """Returns a measure of the test items at the chosen rate by seed; [] if not measured."""
         records = self.finite().values()
         return [float(record["test"][name]) for record in records if record["test"].get(name) is not None]
 
@@ -92,8 +83,10 @@ def results(protocol: Protocol, records: Mapping[str, Record]) -> list[MethodRes
 def _result(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> MethodResult:
     grid = tuning(protocol, cell, records)
     tuned = [records[run.id] for run in tuning_runs(protocol, cell, grid.rates) if run.id in records]
-    runs = test_runs(protocol, cell, grid.chosen) if grid.chosen else []
-    tests = {(run.seed, run.multiple): records[run.id] for run in runs if run.id in records}
+    tests = {}
+    if grid.chosen:
+        runs = test_runs(protocol, cell, grid.chosen)
+        tests = {(run.seed, run.multiple): records[run.id] for run in runs if run.id in records}
     return MethodResult(cell, grid, tuple(tuned), tests, protocol.metric)
 
 
@@ -139,8 +132,9 @@ def comparisons(protocol: Protocol, cell_results: Sequence[MethodResult]) -> lis
     the baseline together (methods, tasks, models and measures), and over all comparisons with
     permutation controls (``placebo_of`` in the protocol) together.
     """
-    with_baseline = [(name, protocol.baseline) for name in protocol.methods if name != protocol.baseline]
-    placebos = [(method.placebo_of, name) for name, method in protocol.methods.items() if method.placebo_of]
+    baseline, methods = protocol.baseline, protocol.methods
+    with_baseline = [(name, baseline) for name in methods if name != baseline]
+    placebos = [(method.placebo_of, name) for name, method in methods.items() if method.placebo_of]
     with_placebo = [pair for pair in dict.fromkeys(placebos) if pair not in with_baseline]
     compared = [_compared(protocol, cell_results, pairs) for pairs in (with_baseline, with_placebo)]
     return [comparison for family in compared for comparison in _corrected(family)]
@@ -153,9 +147,11 @@ def _compared(
     compared = []
     for measure in measures(protocol, cell_results):
         for cell, other in _sides(protocol, pairs):
-            sides = [by_cell[side].finite(measure.multiple) for side in (cell, cell._replace(method=other))]
+            cells_of_pair = cell, cell._replace(method=other)
+            sides = [by_cell[side].finite(measure.multiple) for side in cells_of_pair]
             statistics = _paired(sides[0], sides[1], protocol.margin, measure)
-            compared += [MethodComparison(cell, other, measure, statistics)] if statistics else []
+            if statistics is not None:
+                compared.append(MethodComparison(cell, other, measure, statistics))
     return compared
 
 
@@ -195,7 +191,7 @@ class CommonRate:
 
 
 def common_rates(result: MethodResult, baseline: MethodResult) -> dict[float, CommonRate]:
-    """Compares a method with the baseline at every learning rate that all their tuning runs finished."""
+    """Compares a method with the baseline at every learning rate that both finished tuning."""
     shared = [rate for rate in result.tuning.rates if rate in baseline.tuning.rates]
     return {rate: common for rate in shared if (common := _at_common_rate(result, baseline, rate))}
 
@@ -215,7 +211,9 @@ def _at_common_rate(result: MethodResult, baseline: MethodResult, rate: float) -
 
 def _movement(records: Sequence[Record]) -> float | None:
     values = [value for record in records if (value := last(record, "mean_feature")) is not None]
-    return mean(values) if values else None
+    if not values:
+        return None
+    return mean(values)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -235,5 +233,5 @@ def deviation(values: Sequence[float]) -> float:
 
 def last(record: Mapping[str, Any], name: str) -> float | None:
     """Returns a number of the record's last log step that has it."""
-    rows = [row for row in record["training"] if row.get(name) is not None]
-    return float(rows[-1][name]) if rows else None
+    values = (row[name] for row in reversed(record["training"]) if row.get(name) is not None)
+    return next(map(float, values), None)

@@ -17,21 +17,12 @@ from nalora_jax.study.markdown import grouped, interval, number, p_value, signed
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 
-_BRIEF = [
-    "method",
-    "against",
-    "task",
-    "seeds",
-    "difference",
-    "95% interval",
-    "better",
-    "t p (Holm)",
-]
+_BRIEF = ["method", "against", "task", "seeds", "difference", "95% interval", "better", "t p (Holm)"]
 
 
 def common_rate_tables(protocol: Protocol, cell_results: Sequence[MethodResult]) -> str:
     """Returns the differences from the baseline at each learning rate that both were tuned at."""
-    baselines = {result.cell: result for result in cell_results if result.cell.method == protocol.baseline}
+    baselines = {r.cell: r for r in cell_results if r.cell.method == protocol.baseline}
     parts = []
     for title, group in grouped(cell_results):
         baseline = baselines[group[0].cell._replace(method=protocol.baseline)]
@@ -44,22 +35,26 @@ def common_rate_tables(protocol: Protocol, cell_results: Sequence[MethodResult])
             [method, *(_common(common.get(rate)) for rate in rates)] for method, common in by_method.items()
         ]
         parts.append(f"{title}\n\n" + table(["method", *header], rows))
+    if not parts:
+        return ""
     text = (
         "## Differences at each common rate\n\n"
-        f"Validation {named(protocol.metric)} of a method minus that of `{protocol.baseline}` at the same learning "
-        f"rate, over tuning seeds {', '.join(map(str, protocol.tuning_seeds))}; the baseline's best rate is bold. In "
-        "brackets: the feature movement of the method's gates over that of the baseline's. A method that moves them "
-        "farther trains at a higher effective rate, which by itself lowers the loss below the best rate and raises it "
-        "above."
+        f"Validation {named(protocol.metric)} of a method minus that of `{protocol.baseline}` at the "
+        f"same learning rate, over tuning seeds {', '.join(map(str, protocol.tuning_seeds))}; the "
+        "baseline's best rate is bold. In brackets: the feature movement of the method's gates over "
+        "that of the baseline's. A method that moves them farther trains at a higher effective rate, "
+        "which by itself lowers the loss below the best rate and raises it above."
     )
-    return "\n\n".join([text, *parts]) if parts else ""
+    return "\n\n".join([text, *parts])
 
 
 def _common(common: CommonRate | None) -> str:
     if common is None:
         return ""
-    movement = "" if common.movement is None else f" ({common.movement:.2f} x)"
-    return signed(common.difference) + movement
+    text = signed(common.difference)
+    if common.movement is not None:
+        text += f" ({common.movement:.2f} x)"
+    return text
 
 
 def primary_table(protocol: Protocol, compared: Sequence[MethodComparison]) -> str:
@@ -67,23 +62,8 @@ def primary_table(protocol: Protocol, compared: Sequence[MethodComparison]) -> s
     primary = [comparison for comparison in compared if comparison.measure.kind == "primary"]
     if not primary:
         return ""
-    header = [
-        "method",
-        "against",
-        "task",
-        "seeds",
-        "difference",
-        "95% interval",
-        "better",
-        "t p (Holm)",
-    ]
-    header += [
-        "Wilcoxon p (Holm)",
-        "sign p",
-        "effect",
-        f"equivalent within {protocol.margin:g}",
-        "deviation",
-    ]
+    within = f"equivalent within {protocol.margin:g}"
+    header = [*_BRIEF, "Wilcoxon p (Holm)", "sign p", "effect", within, "deviation"]
     rows = [_primary_row(protocol, comparison) for comparison in primary]
     title = f"## Paired differences of the test {named(protocol.metric)}"
     return f"{title}\n\n{_explained(protocol, compared)}\n\n" + table([*header, "seeds needed"], rows)
@@ -93,13 +73,15 @@ def _explained(protocol: Protocol, compared: Sequence[MethodComparison]) -> str:
     baseline = next((c.family for c in compared if c.other == protocol.baseline), 0)
     placebo = next((c.family for c in compared if c.other != protocol.baseline), 0)
     families = f"the {baseline} comparisons with `{protocol.baseline}` in this and the following tables"
-    families += f", or the {placebo} with placebos" if placebo else ""
+    if placebo:
+        families += f", or the {placebo} with placebos"
     margin = f"{protocol.margin:g}"
     return (
-        "This is the study's primary metric. Interval and t p: Student's t over seeds. Wilcoxon and sign test: exact, "
-        f"two-sided. Holm: corrected over {families}. Better: seeds on which the method has the lower value. "
-        f"Equivalent: two one-sided t tests at 5% reject a difference of {margin} or more. Effect: mean over "
-        f"deviation. Seeds needed: pairs that detect {margin} with a power of 80%."
+        "This is the study's primary metric. Interval and t p: Student's t over seeds. Wilcoxon "
+        f"and sign test: exact, two-sided. Holm: corrected over {families}. Better: seeds on which "
+        "the method has the lower value. Equivalent: two one-sided t tests at 5% reject a "
+        f"difference of {margin} or more. Effect: mean over deviation. Seeds needed: pairs that "
+        f"detect {margin} with a power of 80%."
     )
 
 
@@ -119,27 +101,21 @@ def _primary_row(protocol: Protocol, comparison: MethodComparison) -> list[str]:
 def _brief_row(comparison: MethodComparison, *, several_models: bool) -> list[str]:
     p, cell = comparison.paired, comparison.cell
     task = task_of(cell, several_models=several_models)
-    compared = [
-        cell.method,
-        comparison.other,
-        task,
-        str(p.n),
-        signed(p.mean),
-        interval(p),
-        f"{p.better}/{p.n}",
-    ]
-    return [*compared, p_value(p.t_p, comparison.t_holm)]
+    difference = [str(p.n), signed(p.mean), interval(p), f"{p.better}/{p.n}"]
+    return [cell.method, comparison.other, task, *difference, p_value(p.t_p, comparison.t_holm)]
 
 
 def _brief(protocol: Protocol, compared: Sequence[MethodComparison], kind: str, lead: str) -> str:
-    """Returns the comparisons of one kind of measure with their intervals, or "" if there are none."""
+    """Returns the comparisons of one kind of measure with intervals; "" without any."""
     several = len(protocol.models) > 1
     rows = [
         [c.measure.label, *_brief_row(c, several_models=several)]
         for c in compared
         if c.measure.kind == kind
     ]
-    return table([lead, *_BRIEF], rows) if rows else ""
+    if not rows:
+        return ""
+    return table([lead, *_BRIEF], rows)
 
 
 def other_measures(protocol: Protocol, compared: Sequence[MethodComparison]) -> str:

@@ -4,7 +4,7 @@ A record has, next to its settings and measures,
 
     protocol   sha256 of the protocol's content, without comments and layout
     code       sha256 of the package's sources
-    rules      {file name: sha256} of the files outside the package that define the run's rules and activation
+    rules      {file name: sha256} of the user's files that define rules and activation
     base       digest of the base's weights
     source     digest of the training data, the same for every seed
     data       digest of the training rows in the seed's order
@@ -31,11 +31,7 @@ from nalora_jax.study.records import Record
 
 _PACKAGE = Path(__file__).parents[1]
 _SOURCES = {".py", ".cc", ".h"}
-_LIBRARIES = {
-    "nalora_jax",
-    "jax",
-    "numpy",
-}  # covered by the digest of the code, and by the recorded versions
+_LIBRARIES = {"nalora_jax", "jax", "numpy"}  # whose code or version is recorded
 ADDED = ("rules", "base", "source", "digest")  # fields that records of earlier versions lack
 # Fields that must agree, each with the fields of the records among which they must.
 _SHARED: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -58,7 +54,7 @@ def code_version() -> str:
 
 
 def rule_files(definitions: Iterable[Any]) -> dict[str, str]:
-    """Returns the sha256, by file name, of the files of users that define these classes and functions.
+    """Returns the sha256, by file name, of users' files that define these classes and functions.
 
     Raises:
       NaloraError: a definition has no file, so a change of it could not be detected.
@@ -106,16 +102,16 @@ def describe_old(records: Mapping[str, Record]) -> str:
     if not count:
         return ""
     return (
-        f"{count} of {len(records)} records were made by an earlier version without digests of base weights, data "
-        "source, rule files and the record: these are not checked"
+        f"{count} of {len(records)} records were made by an earlier version without digests of "
+        "base weights, data source, rule files and the record: these are not checked"
     )
 
 
 def check_records(records: Mapping[str, Record]) -> None:
-    """Checks that the records of a study are unchanged and were made with the same base, data, items and rules.
+    """Checks that records are unchanged and were made with the same base, data, items and rules.
 
     Raises:
-      NaloraError: a record's content does not match its digest, or two records differ where they must agree.
+      NaloraError: a record does not match its digest, or two records must agree and differ.
     """
     for name, record in records.items():
         if record.get("digest") not in (None, record_digest(record)):
@@ -133,8 +129,9 @@ def _check_shared(records: Mapping[str, Record], field: str, group: tuple[str, .
     first: dict[tuple[Any, ...], tuple[str, Any]] = {}
     for name, record in records.items():
         place = tuple(record.get(key) for key in group)
-        value = record.get(field)
-        values = value if field == "items" and isinstance(value, Mapping) else {"": value}
+        values = record.get(field)
+        if field != "items" or not isinstance(values, Mapping):
+            values = {"": values}
         for item, digest in values.items():
             if digest is None:
                 continue

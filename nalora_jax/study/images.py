@@ -21,24 +21,11 @@ from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.sources import check_disjoint
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.models.vision.dual import init_lora
-from nalora_jax.runs.dual_pieces import (
-    drawn_images,
-    image_data,
-    image_evaluator,
-    trained_on,
-    with_classes,
-)
+from nalora_jax.runs.dual_pieces import drawn_images, image_data, image_evaluator, trained_on, with_classes
 from nalora_jax.study.plan import MEASURES
 from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.dual_objectives import CLASSES
-from nalora_jax.weights.vision.model import (
-    JOIN,
-    LoadedDual,
-    LoadedEncoder,
-    join,
-    load_dual,
-    load_encoder,
-)
+from nalora_jax.weights.vision.model import JOIN, LoadedDual, LoadedEncoder, join, load_dual, load_encoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,25 +68,16 @@ class DualEncoders:
         del config
 
     def model(self, config: RunConfig) -> LoadedDual:
-        """Returns the run's base model; if it joins two separate towers, with the projections of the run's seed."""
+        """Returns the run's base model; projections that join separate towers are drawn by its seed."""
         image, plus, text = config.model.partition(JOIN)
         joined = bool(plus) and not Path(config.model).exists()
         vision, mesh = config.vision, _mesh(config)
-        settings = [
-            vision.features,
-            vision.loss,
-            vision.image_size,
-            config.compute.dtype,
-            config.to_dict()["mesh"],
-        ]
-        key = json.dumps([config.model, config.seed if joined else 0, *settings])
+        dtype, seed = config.compute.dtype, config.seed if joined else 0
+        options: dict[str, Any] = {"d_out": vision.features, "loss": vision.loss}
+        options["image_size"] = vision.image_size
+        key = json.dumps([config.model, seed, options, dtype, config.to_dict()["mesh"]])
         if key in self._models:
             return self._models[key]
-        options: dict[str, Any] = {
-            "d_out": vision.features,
-            "loss": vision.loss,
-            "image_size": vision.image_size,
-        }
         if joined:
             towers = (
                 self._tower(image.strip(), "image/", config),
@@ -109,7 +87,7 @@ class DualEncoders:
             self._joined[loaded.fingerprint] = JOIN.join(tower.fingerprint for tower in towers)
             self._models[key] = loaded
         else:
-            self._models[key] = load_dual(config.model, dtype=config.compute.dtype, mesh=mesh, **options)
+            self._models[key] = load_dual(config.model, dtype=dtype, mesh=mesh, **options)
         return self._models[key]
 
     def _tower(self, name: str, prefix: str, config: RunConfig) -> LoadedEncoder:
@@ -145,12 +123,7 @@ class DualEncoders:
         loaded, classes = self.model(config), self._classes(config, config.data)
         # The rules decide whether prompts are encoded once or in every step.
         key = json.dumps(
-            [
-                loaded.fingerprint,
-                classes,
-                config.vision.templates,
-                config.to_dict()["lora"]["rules"],
-            ]
+            [loaded.fingerprint, classes, config.vision.templates, config.to_dict()["lora"]["rules"]]
         )
         if key not in self._params:
             self._params[key] = with_classes(config, loaded, classes, _mesh(config))
@@ -162,7 +135,7 @@ class DualEncoders:
         return loaded.fingerprint, loaded.params
 
     def base_digest(self, config: RunConfig) -> str:
-        """Returns the digests of the towers' files; projections between separate towers are drawn by the seed."""
+        """Returns the digests of the towers' files, without projections that a seed draws."""
         loaded = self.model(config)
         return self._joined.get(loaded.fingerprint, loaded.fingerprint)
 
@@ -214,7 +187,7 @@ class DualEncoders:
         return {name: float(measured[name]) for name in MEASURES if name in measured}
 
     def _evaluator(self, assembly: Assembly, items: ImageItems) -> ClassEvaluator | RetrievalEvaluator:
-        """Returns an evaluator that is compiled once for all methods with adapters of the same shapes."""
+        """Returns an evaluator, compiled once for all methods with adapters of the same shapes."""
         model, loaded = assembly.eval_model.clone(stats=None), items.loaded
         key = (model, loaded.processor)  # one model has one tokenizer
         if key not in self._encoders:
@@ -230,7 +203,7 @@ class DualEncoders:
         return self._source(config, data, data.train_split).classes()
 
     def _source(self, config: RunConfig, data: DataConfig, split: str) -> ImageSource:
-        """Returns a source that is opened once, since reading the classes of a large set takes time."""
+        """Returns a source, opened once: reading the classes of a large set takes time."""
         v = config.vision
         fields = [v.image_field, v.label_field, v.caption_field, v.classes, v.max_pixels]
         key = json.dumps([data.dataset, data.data_dir, split, fields])

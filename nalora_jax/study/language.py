@@ -1,4 +1,4 @@
-"""Language models in a study: completions to train on, and held-out items with or without choices."""
+"""Language models in a study: completions, and held-out items with or without choices."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SEED = 20260104  # seed of the draw of items whose choices are scored, the same
 
 @dataclass(frozen=True)
 class LanguageItems:
-    """Items with a correct completion, whose loss is measured, and optional choices, whose accuracy is measured."""
+    """Items whose completions give the loss, and whose choices, if any, give the accuracy."""
 
     completions: Sequence[CompletionItem]  # the correct completion of each item
     choices: Sequence[ChoiceItem]  # the items with choices
@@ -47,11 +47,14 @@ class LanguageItems:
     @property
     def digests(self) -> dict[str, str]:
         """Returns the digest of prompts and completions, and the digest of any choices."""
-        ids = [[[list(ids) for ids in item.choice_ids], item.gold] for item in self.choices]
-        return {"": self.digest} | ({"choices": _digest(ids)} if ids else {})
+        digests = {"": self.digest}
+        if self.choices:
+            ids = [[[list(ids) for ids in item.choice_ids], item.gold] for item in self.choices]
+            digests["choices"] = _digest(ids)
+        return digests
 
     def scoring(self, count: int) -> LanguageItems:
-        """Returns the same completions with the choices of ``count`` items, drawn once for all runs."""
+        """Returns the completions with the choices of ``count`` items, drawn once for all runs."""
         drawn = np.sort(permutation(len(self.choices), _SEED)[:count])
         return replace(self, choices=[self.choices[index] for index in drawn])
 
@@ -70,9 +73,8 @@ class Language:
         of_model = (config.model, config.rope_scaling, compute.dtype, compute.quantize)
         key = json.dumps([*of_model, config.to_dict()["mesh"], added.plain, added.special])
         if key not in self._models:
-            kind = None if compute.quantize == "none" else compute.quantize
             mesh = distributed.smallest_mesh(config.mesh)
-            loaded = load_model(_files(config), dtype=compute.dtype, mesh=mesh, quantized=kind)
+            loaded = load_model(_files(config), dtype=compute.dtype, mesh=mesh, quantized=compute.quantized)
             self._models[key] = with_added(loaded, added, mesh)
         return self._models[key]
 
@@ -83,8 +85,10 @@ class Language:
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
         """Returns ``config`` without its data, and the data's length and added tokens."""
         added = AddedTokens.of(config.data)
-        shapes: dict[str, Any] = {"max_length": config.data.max_length}
-        return replace(config, data=DataConfig()), shapes | ({"added": added.texts} if added else {})
+        facts: dict[str, Any] = {"max_length": config.data.max_length}
+        if added:
+            facts["added"] = added.texts
+        return replace(config, data=DataConfig()), facts
 
     def assemble(
         self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation
@@ -136,15 +140,15 @@ class Language:
             return self._started_at(config, assembly).initial
         if config.lora.init == "gradient":
             return first_adapters(assembly, model.config, data, seed)
-        params = assembly.params if assembly.spec.starts_from_base else None
-        return init_lora(model.config, assembly.spec, jax.random.key(seed), params)
+        return init_lora(model.config, assembly.spec, jax.random.key(seed), assembly.params)
 
     def _started_at(self, config: RunConfig, assembly: Assembly) -> Assembly:
         """Returns the assembly of a run with LoRA-GA; caches the last one."""
         rows = (config.seed, config.data)
         if self._started is None or self._started[0] is not assembly or self._started[1] != rows:
             self._started = None  # frees its kernels before new ones are allocated
-            lora = first_adapters(assembly, self.model(config).config, self.data(config), config.seed)
+            base = self.model(config).config
+            lora = first_adapters(assembly, base, self.data(config), config.seed)
             self._started = assembly, rows, starting_at(assembly, lora)
         return self._started[2]
 
@@ -160,7 +164,7 @@ class Language:
         self, items: LanguageItems, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
     ) -> dict[str, float]:
         """Returns ``loss`` per completion token, and ``accuracy`` if there are choices."""
-        model, mesh = assembly.eval_model, assembly.mesh if assembly.mesh.size > 1 else None
+        model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
         values = {"loss": completion_loss(model, variables, items.completions, mesh=mesh).loss}
         if whole and items.choices:
             choices = multiple_choice(

@@ -53,7 +53,9 @@ def p_value(p: float, corrected: float) -> str:
 
 
 def _p(value: float) -> str:
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
+    if value < 0.001:
+        return "<0.001"
+    return f"{value:.3f}"
 
 
 def task_of(cell: Cell, *, several_models: bool) -> str:

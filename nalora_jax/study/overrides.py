@@ -1,4 +1,4 @@
-"""Applies settings of a TOML file to the dataclasses of a run's config, with checks of names and types."""
+"""Applies settings of a TOML file to a run's config, with checks of names and types."""
 
 from __future__ import annotations
 
@@ -51,14 +51,15 @@ def checked(value: Any, hint: Any, where: str) -> Any:
     Raises:
       NaloraError: it is of another type.
     """
-    value = whole_as_float(value) if hint is float else value
+    if hint is float:
+        value = whole_as_float(value)
     if not has_type(value, hint):
         raise NaloraError(where, expected=f"a value of type {type_name(hint)}", found=repr(value))
     return value
 
 
 def whole_as_float(value: Any) -> Any:
-    """Returns a whole number as a float; other values, and numbers too large for a float, are returned unchanged."""
+    """Returns a whole number as a float if it is small enough, and other values unchanged."""
     if type(value) is int and abs(value) < 2**1000:
         return float(value)
     return value

@@ -23,18 +23,9 @@ from nalora_jax.study.plan import cost
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 
-_STYLE = {
-    "svg.fonttype": "none",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
-_STYLE |= {
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-}
+_STYLE = {"svg.fonttype": "none", "font.size": 10, "axes.grid": True, "grid.color": "#dddddd"}
+_STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
+_STYLE |= {"legend.frameon": False, "legend.fontsize": 8}
 _COLOURS = mpl.color_sequences["tab10"]
 _MARKERS = "osD^vP*X"
 _COLUMNS = 4  # panels in a row of a picture
@@ -58,10 +49,7 @@ def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
 
 
 def _grid(
-    name: str,
-    cell_results: Sequence[MethodResult],
-    marks: dict[str, Any],
-    panel: Callable[..., bool],
+    name: str, cell_results: Sequence[MethodResult], marks: dict[str, Any], panel: Callable[..., bool]
 ) -> str:
     """Draws a panel per model and task, up to four in a row, with one legend."""
     groups: dict[tuple[str, str], list[MethodResult]] = {}
@@ -77,9 +65,11 @@ def _grid(
     for axis, ((model, task), group) in zip(axes[: len(groups)], groups.items(), strict=True):
         drawn |= panel(axis, group, marks)
         axis.set_title(f"{task}, {model}", fontsize=10)
+    if not drawn:
+        return ""
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(2 * columns, 4), fontsize=8)
-    return _svg(figure, name) if drawn else ""
+    return _svg(figure, name)
 
 
 def _mark(index: int) -> dict[str, Any]:
@@ -118,7 +108,7 @@ def _loss_by_rate(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any
 
 
 def _loss_by_step(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
-    """Plots the validation cost along the test runs, mean over seeds, if there are several steps after the first."""
+    """Plots the mean validation cost along the test runs, if they evaluate at several steps."""
     drawn = False
     for result in group:
         curves = [
@@ -169,7 +159,7 @@ def _importance(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any])
 
 
 def _differences(protocol: Protocol, compared: Sequence[MethodComparison]) -> str:
-    """Draws paired differences with their intervals, a line per comparison, and the margin of equivalence."""
+    """Draws paired differences with intervals, a line per comparison, and the margin."""
     if not compared:
         return ""
     figure = Figure(figsize=(6.4, 0.9 + 0.3 * len(compared)), layout="constrained")

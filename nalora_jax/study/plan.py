@@ -1,7 +1,7 @@
-"""The runs of a study, a pure function of the protocol and the records, so that any process can take part.
+"""The runs of a study: a pure function of protocol and records, so any process can take part.
 
-For each model, task and method (a cell) the grid of learning rates is run over the tuning seeds. While the best rate
-is at an end of the grid, a further rate is added there. Then the cell is tested at its best rate over the test seeds.
+For each model, task and method (a cell), the tuning seeds run a grid of learning rates. While the
+best rate is at an end of the grid, the grid grows there. The test seeds then run the best rate.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Stage = Literal["tune", "test"]
 _WAYS = ("image_to_text", "text_to_image")
 # Measures of items in records.
 MEASURES = ("loss", "accuracy", "recall", *(f"{way}_recall_{k}" for way in _WAYS for k in (1, 5)))
-# Settings that are newer than the first records, by group: at their default they do not change a run's id, so that
+# Settings newer than the first records, by group: their defaults do not change a run's id, so that
 # old records stay valid. New settings belong here.
 _LATER = {
     "data": ("add_tokens", "add_special_tokens", "loss_last"),
@@ -81,7 +81,9 @@ class Run:
         measured: dict[str, Any] = {"evaluate_every": protocol.evaluate_every}
         if self.stage == "test":
             probes = {name: asdict(probe) for name, probe in protocol.probes.items()}
-            items = [task.test, task.test_items, *([task.accuracy_items] if task.accuracy_items else [])]
+            items = [task.test, task.test_items]
+            if task.accuracy_items:
+                items.append(task.accuracy_items)
             measured |= {"test": items, "probes": probes}
         reseed = protocol.methods[self.cell.method].reseed
         return _hash({"settings": settings, "measured": measured, "reseed": reseed})
@@ -103,9 +105,9 @@ class Tuning:
     """The current grid of a cell."""
 
     rates: tuple[float, ...]  # ascending, including added rates
-    # Mean final cost (`cost`) of the validation items: infinite if a run diverged, None if a run is missing.
+    # Mean final `cost` of the validation items: infinite if a run diverged, None if one is missing.
     losses: tuple[float | None, ...]
-    at_edge: bool = False  # the best rate is at an end of the grid, and no more rates may be added there
+    at_edge: bool = False  # the best rate is at an end of the grid, which cannot grow
 
     @property
     def chosen(self) -> float | None:
@@ -147,7 +149,9 @@ def cost(metric: str, measured: Mapping[str, Any]) -> float:
             f"records: {metric}", expected="a number", found="none", remedy="restore the record file"
         )
     value = float(measured[metric])
-    return value if metric == "loss" else 1.0 - value
+    if metric == "loss":
+        return value
+    return 1.0 - value
 
 
 def canonical(rate: float) -> float:
@@ -179,8 +183,8 @@ def cells(protocol: Protocol) -> list[Cell]:
 def wanted(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
     """Returns every known run of the study, done or not, in the order in which they should be done.
 
-    Each seed is completed for all methods before the next, so a study that stops early has equally many seeds per
-    method. Tests of a cell appear when its grid is complete.
+    Each seed is completed for all methods before the next, so a study that stops early has equally
+    many seeds per method. Tests of a cell appear when its grid is complete.
     """
     grids = {cell: tuning(protocol, cell, records) for cell in cells(protocol)}
     tunes = [run for cell, grid in grids.items() for run in tuning_runs(protocol, cell, grid.rates)]

@@ -4,11 +4,11 @@ question = "What is a step on the gate worth?"
 models = ["smollm2-135m-instruct"]
 baseline = "all"                      # method that the others are compared with
 rates = [1e-3, 2e-3, 4e-3]            # learning rates that every method is tuned over
-tuning_seeds = [0]                    # seeds of the runs that choose the rate, on the validation items
+tuning_seeds = [0]                    # of the runs that choose the rate, on validation items
 test_seeds = [1, 2, 3, 4, 5]          # seeds of the runs at that rate, which read the test items
 evaluate_every = 100
 
-[run]                                 # settings of every run, fields of `nalora_jax.config.RunConfig`
+[run]                                 # settings of every run, fields of `RunConfig`
 steps = 300
 train.batch_size = 4
 
@@ -62,7 +62,7 @@ _OF_THE_STUDY = (
 class Task:
     """Training data, and two fixed sets of held-out items."""
 
-    # A task of this library, "tfds:<name>", a JSONL file or a folder of images, as `DataConfig.dataset`.
+    # A task, "tfds:<name>", a JSONL file or a folder of images, as `DataConfig.dataset`.
     dataset: str
     # Split expressions; no two of them share a record.
     train: str = "train"
@@ -71,8 +71,8 @@ class Task:
     # Largest number of items of each, drawn once by a fixed seed (0: all).
     validation_items: int = 1000
     test_items: int = 1000
-    # Number of test items whose choices are scored for the accuracy, drawn by a fixed seed (0: all). A choice takes as
-    # long as the loss of the correct completion.
+    # Number of test items whose choices are scored for the accuracy, drawn by a fixed seed (0:
+    # all). A choice takes as long as the loss of the correct completion.
     accuracy_items: int = 0
     # Other settings of the data, fields of DataConfig, e.g. {max_length = 256}.
     data: dict[str, Any] = field(default_factory=dict)
@@ -124,7 +124,7 @@ class Protocol:
     probes: dict[str, ForgettingProbe] = field(default_factory=dict)
     # Python files that register the study's rules, relative to its folder; they are executed.
     imports: tuple[str, ...] = ()
-    # Primary metric, which chooses learning rates; accuracy and recall (of images) as 1 minus their value.
+    # Primary metric, which chooses learning rates; accuracy and recall count as 1 - value.
     metric: Literal["loss", "accuracy", "recall"] = "loss"
     # Steps between evaluations on the validation items.
     evaluate_every: int = 100
@@ -154,7 +154,7 @@ class Protocol:
         Raises:
           NaloraError: a setting is unknown or out of range.
         """
-        if (task, method) not in self._settings:  # checking takes a millisecond, and a plan has many runs
+        if (task, method) not in self._settings:  # a plan has many runs
             self._settings[task, method] = self._of_method(task, method)
         config = self._settings[task, method]
         return replace(
@@ -205,7 +205,8 @@ def read_protocol(path: str | Path) -> Protocol:
         location.
     """
     path = Path(path)
-    path = path / FILE if path.is_dir() else path
+    if path.is_dir():
+        path /= FILE
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -248,11 +249,13 @@ def _build(kind: type, table: Mapping[str, Any], where: str) -> Any:
         raise NaloraError(where, expected=f"only {', '.join(hints)}", found=unknown[0])
     values = {}
     for name, value in table.items():
-        place = name if where == "top level" else f"{where} {name}"
+        place = f"{where} {name}".removeprefix("top level ")
         if name in _TABLES and isinstance(value, Mapping):
             value = {key: _build(_TABLES[name], entry, f"[{name}.{key}]") for key, entry in value.items()}
         elif isinstance(value, list):
-            value = tuple(map(whole_as_float, value) if "float" in str(hints[name]) else value)
+            if "float" in str(hints[name]):
+                value = map(whole_as_float, value)
+            value = tuple(value)
         values[name] = checked(value, hints[name], place)
     missing = [each.name for each in declared if each.name not in values and _required(each)]
     if missing:

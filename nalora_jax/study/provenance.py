@@ -16,11 +16,11 @@ from nalora_jax.train.mechanisms import make
 
 
 def checked_records(protocol: Protocol, store: Records) -> dict[str, Record]:
-    """Reads a study's records, and checks them against each other, the rule files, the tests and the repository.
+    """Reads a study's records, and checks them against rule files, tests and repository.
 
     Raises:
-      NaloraError: the files are damaged, a record was altered, records do not belong together, a rule's file changed
-        since its runs, a finished test has no record, or test items were read under another protocol.
+      NaloraError: a file is damaged, a record was altered, records do not belong together, a
+        rule's file changed, a test has no record, or was made under another protocol.
     """
     tests = (
         store.tests()
@@ -57,7 +57,7 @@ def check_rules(protocol: Protocol, records: Mapping[str, Record]) -> None:
 
 
 def _current_rules(protocol: Protocol, method: str) -> dict[str, str]:
-    """Returns the digests of the files that define the mechanisms of a method, and their statistics."""
+    """Returns the digests of the files that define a method's mechanisms and statistics."""
     config = protocol.config(protocol.models[0], next(iter(protocol.tasks)), method, 1.0, 0)
     mechanisms = [make(text) for text in config.mechanisms]
     needed = {name for mechanism in mechanisms for name in mechanism.statistics}
@@ -65,15 +65,12 @@ def _current_rules(protocol: Protocol, method: str) -> dict[str, str]:
 
 
 def check_tests(
-    protocol: Protocol,
-    store: Records,
-    records: Mapping[str, Record],
-    listed: Sequence[Mapping[str, Any]],
+    protocol: Protocol, store: Records, records: Mapping[str, Record], listed: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Checks that all tests were made under this protocol, and that each finished test has its record.
+    """Checks that all tests were made under this protocol, and that finished tests have records.
 
-    Tests are known from the records, from the list of tests in the study's folder, and from earlier versions of the
-    records in the repository's history.
+    Tests are known from the records, from the list of tests in the study's folder, and from earlier
+    versions of the records in the repository's history.
 
     Args:
       protocol: protocol of the study.
@@ -128,7 +125,7 @@ def check_committed(protocol: Protocol) -> str | None:
 
 
 def _committed_tests(protocol: Protocol) -> Iterator[dict[str, Any]]:
-    """Yields the test records that were ever committed, whether or not a later commit deleted them."""
+    """Yields all test records that were ever committed, including records deleted later."""
     history = _git(protocol, "log", "--format=", "-p", "-U0", "--no-ext-diff", "--", FILE) or ""
     for line in history.splitlines():
         if not line.startswith("+{"):

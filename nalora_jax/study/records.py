@@ -5,7 +5,7 @@
     .runs/ID.lock       claim on a run
     .runs/ID.npz        snapshot of an interrupted run
 
-A process claims a run by a lock, which the system releases when the process ends, for whatever reason. Claims and
+A process claims a run by a lock, which the system releases when the process ends. Claims and
 snapshots are not needed once all runs are done; the list of tests belongs with the records.
 """
 
@@ -48,13 +48,13 @@ class Records:
         self.tests_path = self.folder / TESTS
 
     def read(self) -> dict[str, Record]:
-        """Returns the records by the id of their run, in the order of the file, without an incomplete last line.
+        """Returns the records by the id of their run, in the file's order, without an incomplete last line.
 
         Raises:
           NaloraError: a line is not a JSON object, or two records have the same id.
         """
         records: dict[str, Record] = {}
-        for number, record in enumerate(read_metrics(self.path) if self.path.exists() else [], start=1):
+        for number, record in enumerate(_lines(self.path), start=1):
             check_fields(record, f"{self.path}: line {number}")
             name = record.get("id")
             if not isinstance(name, str) or name in records:
@@ -72,9 +72,7 @@ class Records:
         Raises:
           NaloraError: a line has other fields.
         """
-        entries = []
-        if self.tests_path.exists():
-            entries = read_metrics(self.tests_path)
+        entries = _lines(self.tests_path)
         for number, entry in enumerate(entries, start=1):
             if not {"id", "protocol"} <= entry.keys():
                 where = f"{self.tests_path}: line {number}"
@@ -147,7 +145,7 @@ class Records:
 
 
 def plain(value: Any) -> Any:
-    """Returns ``value`` as JSON types with all digits of its numbers, so that differences are not rounded.
+    """Returns ``value`` as JSON types with all digits of its numbers, to show every difference.
 
     Example:
       >>> plain({"loss": np.float64(0.1), "steps": (1, np.int32(2)), "bad": float("nan")})
@@ -162,6 +160,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a log; none if there is no file."""
+    if not path.exists():
+        return []
+    return read_metrics(path)
 
 
 @contextlib.contextmanager

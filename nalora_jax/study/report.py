@@ -22,10 +22,10 @@ PICTURES = "pictures"
 
 
 def write_report(protocol: Protocol) -> list[Path]:
-    """Writes ``results.md`` and ``pictures/*.svg`` to the protocol's folder, over earlier ones; returns their paths.
+    """Writes ``results.md`` and ``pictures/*.svg`` to the protocol's folder; returns their paths.
 
     Raises:
-      NaloraError: there is no record yet, the record file is damaged, or records or protocol were changed.
+      NaloraError: there is no record, the file is damaged, or records or protocol changed.
     """
     store = Records(protocol.folder)
     records = checked_records(protocol, store)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ _RATE = "step_size"  # the factor of the optimizer's last stage, a traced value 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A method ready to train: its assembly at learning rate 1, its weights, and the step's view of them."""
+    """A method ready to train: its assembly at learning rate 1, its weights, and their view."""
 
     assembly: Assembly
     params: Any
@@ -50,16 +50,16 @@ class Resources:
     def __init__(self, protocol: Protocol, together: int = 1) -> None:
         self.protocol, self._together = protocol, together
         self._fitting: dict[str, Fitting] = {}
-        self._subjects: dict[str, Subject] = {}
+        self._subjects: dict[Callable[[], Subject], Subject] = {}
         self._assemblies: dict[str, Assembly] = {}
         self._items: dict[str, Items] = {}
         self._base: dict[str, dict[str, float]] = {}
 
     def subject(self, config: RunConfig) -> Subject:
         """Returns the kind of model that the run's task trains."""
-        kind = "images" if config.vision.task else "language"
+        kind: Callable[[], Subject] = _dual_encoders if config.vision.task else Language
         if kind not in self._subjects:
-            self._subjects[kind] = _dual_encoders() if config.vision.task else Language()
+            self._subjects[kind] = kind()
         return self._subjects[kind]
 
     def fitting(self, run: Run) -> Fitting | None:
@@ -93,9 +93,9 @@ class Resources:
     def prepared(self, run: Run) -> Prepared:
         """Returns the run's method, compiled once for all its learning rates and seeds.
 
-        The step is built for a learning rate of 1, and its updates are multiplied by the run's rate, a value in the
-        optimizer's state: every optimizer of this library is linear in its learning rate, weight decay included.
-        Mechanisms that draw at random do so when the step is built, so these are compiled once per seed.
+        The step is built for a learning rate of 1. Its updates are multiplied by the run's rate, a
+        value in the optimizer's state: every optimizer here is linear in its rate, weight decay
+        included. Mechanisms that draw at random do so when the step is built: one program per seed.
         """
         config, subject = run.config, self.subject(run.config)
         draws = any(rule.draws or rule.permute >= 0 for rule in map(make, config.mechanisms))
@@ -116,7 +116,7 @@ class Resources:
         return rows
 
     def identity(self, run: Run, prepared: Prepared, data: StudyRows) -> dict[str, Any]:
-        """Returns the digests of rule files, base weights and training data (see `nalora_jax.study.identity`)."""
+        """Returns the digests of rule files, base weights and training data; see `study.identity`."""
         subject = self.subject(run.config)
         return {
             "rules": rule_files(_definitions(prepared.assembly.mechanisms)),
@@ -126,7 +126,7 @@ class Resources:
         }
 
     def start(self, run: Run, prepared: Prepared, data: StudyRows) -> TrainState:
-        """Returns the state before the first step, with the seed's A and the run's learning rate."""
+        """Returns the initial state, with the seed's A and the run's learning rate."""
         config, assembly = run.config, prepared.assembly
         seed = config.seed + self.protocol.methods[run.cell.method].reseed
         lora = self.subject(config).adapters(config, assembly, data, seed)
@@ -146,7 +146,7 @@ class Resources:
           NaloraError: some of them are used for training or tuning.
         """
         task, data = self.protocol.tasks[run.cell.task], run.config.data
-        # The error is worded for the training split; test items must not overlap with the validation split either.
+        # The error names the training split; test items must not overlap with validation items.
         self.subject(run.config).check_apart(run.config, task.validation, task.test)
         items = self._drawn(run.config, data_of(data.dataset, task.test, task.test_items, data))
         if task.accuracy_items:
@@ -167,7 +167,7 @@ class Resources:
     def measure(
         self, run: Run, prepared: Prepared, lora: Any, items: Items, *, whole: bool
     ) -> dict[str, float]:
-        """Returns the task's measures of a trained adapter, with ``loss`` among them; see `Subject.measure`."""
+        """Returns the task's measures of a trained adapter, ``loss`` included; see `Subject.measure`."""
         variables: Mapping[str, Any] = {"params": prepared.params, "lora": lora}
         return self.subject(run.config).measure(items, prepared.assembly, variables, whole=whole)
 
@@ -188,7 +188,7 @@ class Resources:
 
 
 def _definitions(mechanisms: Mechanisms) -> list[Any]:
-    """Returns the classes and functions that define a run's mechanisms, statistics and activations."""
+    """Returns the definitions of a run's mechanisms, statistics and activations."""
     names = (mechanisms.activation, *(name for _, name in mechanisms.others))
     return [
         *(type(mechanism) for _, mechanism in mechanisms.entries),

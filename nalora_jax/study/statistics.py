@@ -1,4 +1,4 @@
-"""Statistics of paired seeds: intervals, tests, equivalence, multiple comparisons and sample sizes."""
+"""Statistics of paired seeds: intervals, tests, equivalence, corrections and sample sizes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 _MOST_SEEDS = 10_000
+_LEVEL, _POWER = 0.05, 0.8  # of the tests that seeds are counted for
 # Records have nine significant digits, so differences below this share of the maximum are ties.
 _RESOLUTION = 1e-8
 
@@ -83,18 +84,18 @@ def t_interval(difference: np.ndarray, confidence: float = 0.95) -> tuple[float,
 
 
 def t_test(difference: np.ndarray) -> float:
-    """Returns the two-sided p-value of a mean of 0: 1 if all values are 0, NaN for a single value."""
+    """Returns the two-sided p-value of a mean of 0: 1 for zeros only, NaN for a single value."""
     n = difference.size
     if n < 2:
         return math.nan
     error = float(difference.std(ddof=1)) / math.sqrt(n)
     if error == 0:
-        return 0.0 if difference.any() else 1.0
+        return float(not difference.any())
     return float(2 * stats.t.sf(abs(float(difference.mean())) / error, n - 1))
 
 
 def sign_test(below: int, above: int) -> float:
-    """Returns the exact two-sided p-value of these counts of differences on either side of 0; 1 without any."""
+    """Returns the exact two-sided p-value of these counts of signs; 1 without any."""
     if below + above:
         return float(stats.binomtest(below, below + above).pvalue)
     return 1.0
@@ -137,13 +138,13 @@ def _mid_ranks(values: np.ndarray, resolution: float) -> np.ndarray:
 
 
 def is_equivalent(difference: np.ndarray, margin: float) -> bool:
-    """Returns True if two one-sided t tests at 5% reject a mean of ``margin`` or more (Schuirmann, 1987)."""
+    """Returns True if a TOST at 5% rejects a mean of ``margin`` or more (Schuirmann, 1987)."""
     low, high = t_interval(difference, confidence=0.9)
     return -margin < low and high < margin
 
 
-def seeds_needed(deviation: float, effect: float, *, power: float = 0.8, level: float = 0.05) -> int | None:
-    """Returns the number of pairs with which a two-sided t test detects a mean of ``effect`` with this power.
+def seeds_needed(deviation: float, effect: float) -> int | None:
+    """Returns the number of pairs with which a t test at 5% detects ``effect`` with a power of 80%.
 
     Returns:
       At least 2; None if the deviation is unknown or 10,000 pairs are not enough.
@@ -152,21 +153,21 @@ def seeds_needed(deviation: float, effect: float, *, power: float = 0.8, level: 
         return None
     if deviation == 0:
         return 2
-    normal = stats.norm.isf(level / 2) + stats.norm.isf(1 - power)
-    fewest = (normal * deviation / effect) ** 2  # with a known deviation; an estimated deviation needs more
+    normal = stats.norm.isf(_LEVEL / 2) + stats.norm.isf(1 - _POWER)
+    fewest = (normal * deviation / effect) ** 2  # with a known deviation
     if fewest > _MOST_SEEDS:
         return None
     for n in range(max(2, int(fewest)), _MOST_SEEDS + 1):
-        limit = stats.t.ppf(1 - level / 2, n - 1)
+        limit = stats.t.ppf(1 - _LEVEL / 2, n - 1)
         shift = math.sqrt(n) * effect / deviation
         reached = stats.nct.sf(limit, n - 1, shift) + stats.nct.cdf(-limit, n - 1, shift)
-        if reached >= power:
+        if reached >= _POWER:
             return n
     return None
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns Holm's adjusted p-values in the given order; an undefined p-value counts as 1 and stays NaN.
+    """Returns Holm's adjusted p-values in order; an undefined p-value counts as 1 and stays NaN.
 
     Rejecting at a level keeps the probability of any false rejection below that level.
 

@@ -10,7 +10,7 @@ from nalora_jax.study.records import Record, Records
 
 
 def status(protocol: Protocol) -> str:
-    """Returns the numbers of runs, the time spent and estimated, and the learning rates chosen so far."""
+    """Returns the numbers of runs, the time spent and estimated, and the chosen learning rates."""
     store = Records(protocol.folder)
     records = store.read()
     runs = wanted(protocol, records)
@@ -27,7 +27,8 @@ def status(protocol: Protocol) -> str:
         + (f" of {protocol.budget_hours:g} h" if protocol.budget_hours else "")
         + (f", about {(len(left) + later) * spent / len(records):.1f} h left" if records else ""),
     ]
-    lines += [f"{named(protocol.metric)} on the validation items:"] if protocol.metric != "loss" else []
+    if protocol.metric != "loss":
+        lines.append(f"{named(protocol.metric)} on the validation items:")
     lines += [_cell(cell, protocol, records) for cell in cells(protocol)]
     foreign = records.keys() - {run.id for run in runs}
     if foreign:

@@ -1,4 +1,4 @@
-"""Interface of a study to the kind of model that a task trains; `language` and `images` implement it."""
+"""Interface of a study to the models that a task trains; `language` and `images` implement it."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class Subject(Protocol):
         """Returns the base's architecture without reading weights; None for image and text encoders."""
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
-        """Returns the settings that the compiled step depends on, and facts about the data as JSON values."""
+        """Returns the settings that determine the compiled step, and facts about the data as JSON."""
 
     def assemble(
         self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation
     ) -> Assembly:
-        """Returns adapters, optimizer and step for the settings that `program` returned for ``config``."""
+        """Returns adapters, optimizer and step for the result of `program` for ``config``."""
 
     def params(self, config: RunConfig, assembly: Assembly) -> Any:
         """Returns the frozen weights of the run and the other inputs of its step."""
@@ -70,7 +70,7 @@ class Subject(Protocol):
         """Returns the run's training rows (`StudyRows`)."""
 
     def source_digest(self, data: Any) -> str:
-        """Returns the digest of the training data that `data` is drawn from, the same for every seed."""
+        """Returns the digest of the training data of `data`, the same for every seed."""
 
     def adapters(self, config: RunConfig, assembly: Assembly, data: Any, seed: int) -> Any:
         """Returns the initial adapters, with A drawn by ``seed``."""

@@ -29,8 +29,8 @@ def render(protocol: Protocol, records: Mapping[str, Record]) -> str:
     compared = comparisons(protocol, cell_results)
     parts = [
         f"# Results: {protocol.question}",
-        "Written by `nalora study report` from `records.jsonl` and `protocol.toml`. Losses are nats "
-        f"{_unit(protocol)}; differences are method minus the other, so below 0 is better.",
+        "Written by `nalora study report` from `records.jsonl` and `protocol.toml`. Losses are "
+        f"nats {_unit(protocol)}; differences are method minus the other, so below 0 is better.",
         _runs(protocol, records),
         _methods(protocol),
         _learning_rates(protocol, cell_results),
@@ -50,7 +50,8 @@ def _unit(protocol: Protocol) -> str:
         "classify": "per image among the prompts of all classes",
         "contrast": "per image or caption among all held-out pairs (the mean of both ways)",
     }
-    runs = [protocol.config(protocol.models[0], task, protocol.baseline, 1.0, 0) for task in protocol.tasks]
+    model, baseline = protocol.models[0], protocol.baseline
+    runs = [protocol.config(model, task, baseline, 1.0, 0) for task in protocol.tasks]
     return "; ".join(dict.fromkeys(units[config.vision.task] for config in runs))
 
 
@@ -76,15 +77,16 @@ def _runs(protocol: Protocol, records: Mapping[str, Record]) -> str:
 
 
 def _not_done(protocol: Protocol, records: Mapping[str, Record]) -> str:
-    """Returns the tests at chosen rates that have no record; "" if there are none or no test was done."""
+    """Returns the tests at chosen rates without a record; "" without any, or before any test."""
+    if not any(record["stage"] == "test" for record in records.values()):
+        return ""
     missing = [run for run in wanted(protocol, records) if run.stage == "test" and run.id not in records]
-    tested = any(record["stage"] == "test" for record in records.values())
     several = len(protocol.tasks) * len(protocol.models) > 1
     names = [
         f"{run.cell.method}{f' on {run.cell.task}' if several else ''} at x {run.multiple:g}, seed {run.seed}"
         for run in missing
     ]
-    return "; ".join(names) if tested else ""
+    return "; ".join(names)
 
 
 def _committed(tests: Sequence[Record]) -> str:
@@ -92,12 +94,16 @@ def _committed(tests: Sequence[Record]) -> str:
         return "not yet tested"
     commits = sorted({str(record["commit"])[:12] for record in tests if record.get("commit")})
     outside = sum(not record.get("commit") for record in tests)
-    return ", ".join([*commits, *([f"no repository ({outside} tests)"] if outside else [])])
+    if outside:
+        commits.append(f"no repository ({outside} tests)")
+    return ", ".join(commits)
 
 
 def _old(records: Mapping[str, Record]) -> str:
     count = len(old_records(records))
-    return f"{count} (made by an earlier version)" if count else ""
+    if not count:
+        return ""
+    return f"{count} (made by an earlier version)"
 
 
 def _rule_files(records: Mapping[str, Record]) -> str:
@@ -180,8 +186,11 @@ def _tests(protocol: Protocol, cell_results: Sequence[MethodResult]) -> str:
         ]
         rows = [_test_row(result, names) for result in group if result.tests]
         columns = [*(name.replace("_", " ") for name in names), *_MOVEMENT.values(), "seconds a run"]
-        parts += [f"{heading}\n\n" + table([*header, *columns], rows)] if rows else []
-    return "\n\n".join(parts) if len(parts) > 1 else ""
+        if rows:
+            parts.append(f"{heading}\n\n" + table([*header, *columns], rows))
+    if len(parts) == 1:
+        return ""
+    return "\n\n".join(parts)
 
 
 def _scored(protocol: Protocol) -> str:
@@ -189,7 +198,9 @@ def _scored(protocol: Protocol) -> str:
     some = [
         f"{task.accuracy_items:,} ({name})" for name, task in protocol.tasks.items() if task.accuracy_items
     ]
-    return f" Accuracy: of {', '.join(some)} of the items." if some else ""
+    if not some:
+        return ""
+    return f" Accuracy: of {', '.join(some)} of the items."
 
 
 def _test_row(result: MethodResult, names: Sequence[str]) -> list[str]:

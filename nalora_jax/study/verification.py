@@ -28,7 +28,7 @@ _LOGGED_SHARE = 0.02  # tolerance of other numbers of a log step, as a share of 
 
 
 def verify(protocol: Protocol, *, count: int = 3, seed: int | None = None) -> str:
-    """Checks all records and their digests, repeats ``count`` finished runs, and compares every recorded measure.
+    """Checks all records, repeats ``count`` finished runs, and compares every recorded measure.
 
     The repeated runs are drawn from runs recorded on this kind of machine, if there are any:
     another kind has another summation order, which becomes a measurable difference over hundreds of
@@ -43,8 +43,8 @@ def verify(protocol: Protocol, *, count: int = 3, seed: int | None = None) -> st
       A line per run and item set with both losses, and notes on unchecked fields.
 
     Raises:
-      NaloraError: there is no record, the records or the protocol were changed (`checked_records`), or a repeated run
-        differs from its record.
+      NaloraError: there is no record, records or protocol were changed (`checked_records`), or a
+        repeated run differs from its record.
     """
     store, resources = Records(protocol.folder), Resources(protocol)
     records = checked_records(protocol, store)
@@ -61,8 +61,9 @@ def verify(protocol: Protocol, *, count: int = 3, seed: int | None = None) -> st
         lines += _described(run, records[run.id], repeated)
     if len(ours) < len(finished):
         lines.append(f"drawn from the {len(ours)} of {len(finished)} runs that were recorded on {here}")
-    note = describe_old(records)
-    return "\n".join([*lines, *([note] if note else [])])
+    if note := describe_old(records):
+        lines.append(note)
+    return "\n".join(lines)
 
 
 def _compare(run: Run, record: Record, repeated: Record) -> None:
@@ -97,9 +98,9 @@ def _differences(record: Any, repeated: Any, place: str, size: int = 0) -> Itera
     """
     if isinstance(record, Mapping) and isinstance(repeated, Mapping):
         count = record.get("n", size)
-        names = (
-            record.keys() if place.startswith("training") else record.keys() | repeated.keys()
-        )  # new log metrics
+        names = set(record)
+        if not place.startswith("training"):  # a newer version may log more metrics
+            names |= repeated.keys()
         for name in sorted(names):
             yield from _differences(record.get(name), repeated.get(name), f"{place} {name}".strip(), count)
     elif isinstance(record, list) and isinstance(repeated, list) and len(record) == len(repeated):
@@ -110,14 +111,9 @@ def _differences(record: Any, repeated: Any, place: str, size: int = 0) -> Itera
 
 
 def _agree(record: Any, repeated: Any, place: str, size: int) -> bool:
-    if (
-        record is None
-        or repeated is None
-        or not isinstance(record, float)
-        or not isinstance(repeated, int | float)
-    ):
+    if not isinstance(record, float) or not isinstance(repeated, int | float):
         return bool(record == repeated)
-    if "accuracy" in place or "recall" in place:  # an item with nearly equal scores may change sides
+    if "accuracy" in place or "recall" in place:  # one item may change sides
         tolerance = 1.5 / size if size else 0.0
     elif place.startswith("training") and not place.endswith(" loss"):
         tolerance = max(TOLERANCE, _LOGGED_SHARE * abs(record))

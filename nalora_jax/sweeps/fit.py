@@ -1,4 +1,4 @@
-"""The number of runs that train at the same time, by devices and memory, before weights are read."""
+"""The number of runs that train together, by devices and memory, before weights are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nalora_jax.models.stacks import depths, param_shapes, projection_shapes
 
 _USABLE = 0.9  # share of a device's memory
 _STATES = 4  # adapter, gradient and two moments, in float32
-_WIDTHS = 4  # arrays of width d_model, and of width d_ff, that a layer may save for the backward pass
+_WIDTHS = 4  # arrays of width d_model, and of d_ff, that a layer may save
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,21 @@ class Fitting:
 
         Args:
           config: settings of the first run.
-          base: architecture of its base; None for image and text encoders, whose memory is not estimated.
+          base: architecture of its base; None for image and text encoders (no estimate).
           count: number of runs.
 
         Raises:
-          NaloraError: rows that the mesh splits, more runs a device than fit, a mixture of experts on
-            several devices a run, or a group of devices that does not divide a batch.
+          NaloraError: rows that the mesh splits, more runs a device than fit, a mixture of experts
+            on several devices a run, or a group of devices that does not divide a batch.
         """
         if config.mesh.context not in (0, 1):
             raise NaloraError(
                 "--mesh.context", expected="1 in a sweep, whose rows are whole", found=config.mesh.context
             )
         limit = _USABLE * _memory()
-        weights, run = (0.0, 1.0) if base is None else _bytes(config, base)
+        weights, run, width = 0.0, 1.0, 0
+        if base is not None:
+            (weights, run), width = _bytes(config, base), base.d_model
         mesh = _mesh(config, count, weights / limit)
         groups = max(mesh.run, 1)
         split = max(mesh.fsdp, 1) * max(mesh.tensor, 1)
@@ -65,16 +67,14 @@ class Fitting:
             remedy = "leave the other axes at 1, or --mesh.run at 1"
             expected = "one device a run for mixtures of experts"
             raise NaloraError("--mesh.run", expected=expected, found=axes, remedy=remedy)
-        return cls(
-            replace(mesh, runs_per_device=per_group), groups * per_group, base.d_model if base else 0
-        )
+        return cls(replace(mesh, runs_per_device=per_group), groups * per_group, width)
 
     def next(self, left: int) -> int:
-        """Returns the number of runs of the next program, of ``left`` runs; programs have equal sizes."""
+        """Returns the number of runs of the next program; programs have equal sizes."""
         return math.ceil(left / math.ceil(left / self.capacity))
 
     def slots(self, count: int) -> int:
-        """Returns the length of the axis ``[runs]`` for ``count`` runs: a multiple of the mesh's groups."""
+        """Returns the length of the axis ``[runs]`` for ``count`` runs: a multiple of the groups."""
         groups = max(self.mesh.run, 1)
         return math.ceil(count / groups) * groups
 
@@ -99,7 +99,7 @@ def _memory() -> float:
 
 def _bytes(config: RunConfig, base: ModelConfig) -> tuple[float, float]:
     """Returns the estimated bytes of the base, and of each run: state and saved activations."""
-    item = 4 if config.compute.dtype == "float32" else 2
+    item = config.compute.itemsize
     stored = {"none": item, "int8": 1, "nf4": 0.5}[config.compute.quantize]
     shapes, wide = param_shapes(base), projection_shapes(base)
     weights = sum(
@@ -119,8 +119,8 @@ def _bytes(config: RunConfig, base: ModelConfig) -> tuple[float, float]:
 def _mesh(config: RunConfig, count: int, share: float) -> MeshConfig:
     """Returns the mesh with a concrete axis "run".
 
-    Each run gets as few devices as hold the base, ``share`` of one device's memory, and the open axes get
-    the rest. Without a choice every axis stays as it is.
+    Each run gets as few devices as hold the base, ``share`` of one device's memory, and the open
+    axes get the rest. Without a choice every axis stays as it is.
     """
     mesh, devices = config.mesh, distributed.platform_of().devices
     if mesh.run or devices == 1:

@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -38,7 +38,7 @@ def axes_of(texts: Sequence[str]) -> list[Axis]:
       [('optimizer.learning_rate', (0.001, 0.002)), ('seed', (0, 1))]
 
     Raises:
-      NaloraError: a setting that does not exist or cannot vary, no values, or values of another type.
+      NaloraError: an unknown setting, one that cannot vary, no values, or values of another type.
     """
     axes = [_axis(text) for text in texts]
     names = [name for name, _ in axes]
@@ -85,7 +85,7 @@ def check_names(configs: Sequence[RunConfig]) -> None:
 
 
 def recorded_sweep(folder: str) -> tuple[tuple[str, ...], RunConfig] | None:
-    """Returns the ``--sweep`` options and the settings of the sweep in a folder; None if it holds none.
+    """Returns the ``--sweep`` options and settings of a folder; None without a sweep.
 
     Raises:
       NaloraError: its file is damaged.
@@ -119,11 +119,11 @@ def _hint(name: str) -> Any:
     """Returns the type of a setting by dotted name."""
     kind: Any = RunConfig
     for name_part in name.split("."):
-        hints = get_type_hints(kind) if is_dataclass(kind) else {}
+        hints = {}
+        if is_dataclass(kind):
+            hints = get_type_hints(kind)
         if name_part not in hints:
-            names = "none"
-            if is_dataclass(kind):
-                names = ", ".join(field.name.replace("_", "-") for field in fields(kind))
+            names = ", ".join(hints).replace("_", "-") or "none"
             raise NaloraError(
                 f"--sweep {name}", expected=f"a setting of a run ({names})", found=repr(name_part)
             )
@@ -162,25 +162,28 @@ def _readings(word: str) -> list[Any]:
         except ValueError:
             continue
     flags = {"true": True, "yes": True, "false": False, "no": False}
-    readings += [flags[word.lower()]] if word.lower() in flags else []
-    parts: tuple[float, ...] = ()
+    if word.lower() in flags:
+        readings.append(flags[word.lower()])
     if re.fullmatch(r"[\d.e+-]+(/[\d.e+-]+)+", word):
-        parts = tuple(float(entry) for entry in word.split("/"))
-    return [*readings, *([parts] if parts else []), word, (word,)]
+        readings.append(tuple(float(entry) for entry in word.split("/")))
+    return [*readings, word, (word,)]
 
 
 def _with(config: Any, path: Sequence[str], value: Any) -> Any:
     """Returns ``config`` with the setting at ``path`` replaced."""
     name, *inner = path
-    return replace(config, **{name: _with(getattr(config, name), inner, value) if inner else value})
+    if inner:
+        value = _with(getattr(config, name), inner, value)
+    return replace(config, **{name: value})
 
 
 def _part(name: str, value: Any) -> str:
     """Returns a setting's part of a folder's name, e.g. ``learning-rate-0.001``."""
-    label = value
+    label = str(value)
     if isinstance(value, tuple):
-        label = "+".join(_rule_name(item) for item in value)
-    label = f"{label:g}" if isinstance(label, float) else str(label)
+        label = "+".join(map(_rule_name, value))
+    elif isinstance(value, float):
+        label = f"{value:g}"
     return f"{name.rpartition('.')[2].replace('_', '-')}-{re.sub(r'[^A-Za-z0-9.+-]+', '-', label)}"
 
 

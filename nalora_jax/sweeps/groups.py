@@ -47,7 +47,7 @@ def program_key(config: RunConfig, spec: AdapterSpec | None) -> str:
     fixed: dict[str, Any] = {
         n: v for n, v in named.items() if not any(re.search(value, n) for value in _VALUES)
     }
-    if _is_static(config):  # ranks are allocated by the step count, and divided by the number of components
+    if _is_static(config):  # ranks are allocated by the step count
         fixed |= {"steps": config.steps, "clip_norm": config.optimizer.clip_norm}
     if config.optimizer.name == "adam":  # refuses weight decay
         fixed["weight_decay"] = config.optimizer.weight_decay
@@ -68,7 +68,7 @@ def widest(specs: Sequence[AdapterSpec]) -> AdapterSpec:
 
 
 def _is_static(config: RunConfig) -> bool:
-    """Returns True if ranks cannot be padded: AdaLoRA counts components, Adafactor averages over them."""
+    """Returns True if ranks cannot be padded, because AdaLoRA or Adafactor depends on them."""
     return bool(config.adalora.target_rank) or config.optimizer.name == "adafactor"
 
 
@@ -81,7 +81,7 @@ def _adapters(config: RunConfig, spec: AdapterSpec | None) -> list[Any]:
 
 
 def _rules(config: RunConfig) -> list[Any]:
-    """Returns each mechanism's label and class, with the settings that its rule cannot take as arrays."""
+    """Returns each mechanism's label, class and settings that its rule cannot take as arrays."""
     mechanisms = make_mechanisms(config.mechanisms, activation="silu")
     described = []
     for label, mechanism in mechanisms.entries:

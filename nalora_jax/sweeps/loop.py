@@ -1,7 +1,7 @@
 """The training loop over the runs of one program.
 
-Each run logs, evaluates and saves as a solo run does. A run that is finished, stopped early or diverged
-keeps its state while the others train.
+Each run logs, evaluates and saves as a solo run does. A run that is finished, stopped early or
+diverged keeps its state while the others train.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class RunLoop:
 
 
 class StopOfAll(StopSignals):
-    """The stop request of several runs, asked once after each step, so that all end after the same one."""
+    """The stop request of several runs, asked once after each step, so that all end together."""
 
     def __init__(self, signals: StopSignals) -> None:
         super().__init__()

@@ -51,8 +51,11 @@ class SweepProgram:
         self._by_run = stacked_sharding(self.mesh, NamedSharding(self.mesh, P()))
         self.values: Values = jax.device_put(values_of(runs, width), self._by_run)
         weights, axes = shared([run.params for run in runs], self.mesh)
-        self.params = first.view(weights) if axes is None else {"params": weights}
-        of_params = None if axes is None else {"params": axes}
+        of_params: Any = None
+        if axes is None:
+            self.params = first.view(weights)
+        else:
+            self.params, of_params = {"params": weights}, {"params": axes}
         self._compiled: Any = jax.jit(
             step_of_runs(self._one, self.mesh, of_params),
             donate_argnums=(1,),
@@ -96,8 +99,10 @@ class SweepProgram:
     def measure(self, states: TrainState) -> list[dict[str, Any]]:
         """Returns `nalora_jax.train.state_metrics.StateMetrics.measure` of every run."""
         measured = jax.tree.map(distributed.fetch, self._measure(states, self.values))
-        of_runs = [jax.tree.map(lambda leaf, i=index: leaf[i], measured) for index in range(len(self.runs))]
-        return [run.state_metrics.record(*metrics) for run, metrics in zip(self.runs, of_runs, strict=True)]
+        return [
+            run.state_metrics.record(*jax.tree.map(lambda leaf, i=index: leaf[i], measured))
+            for index, run in enumerate(self.runs)
+        ]
 
     def _metrics_of_one(self, state: TrainState, values: Mapping[str, Any]) -> Any:
         mechanisms = mechanisms_with(self.runs[0].mechanisms, values)
@@ -122,7 +127,7 @@ class SweepProgram:
 
 
 def step_of_runs(step: Callable[..., Any], mesh: Mesh, params_axes: Any = None) -> Callable[..., Any]:
-    """Returns the step of all runs, ``(params, states, batch, values, active) -> (states, metrics)``.
+    """Returns the step ``(params, states, batch, values, active) -> (states, metrics)`` of all runs.
 
     Args:
       step: of one run, ``(params, state, batch, values) -> (state, metrics)``.

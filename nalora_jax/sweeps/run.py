@@ -1,6 +1,6 @@
 """Trains many runs in few programs; each leaves the folder that a solo run leaves.
 
-settings -> groups of one program -> base model, read once -> programs of as many runs as fit -> comparison
+settings -> groups of one program -> base model, read once -> programs of fitting runs -> comparison
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class _Run:
     def spec(self) -> AdapterSpec | None:
         """The adapters of a language model."""
         base = self.inputs.base
-        return None if base is None else adapter_spec(self.config, base)
+        if base is None:
+            return None
+        return adapter_spec(self.config, base)
 
 
 def sweep_grid(config: RunConfig, options: Sequence[str]) -> SweepResult:
@@ -96,10 +98,10 @@ def sweep_grid(config: RunConfig, options: Sequence[str]) -> SweepResult:
 def sweep(
     configs: Sequence[RunConfig], *, data: Data | None = None, format: Format | None = None
 ) -> SweepResult:
-    """Fine-tunes a model once for each config; runs that can share a program train at the same time.
+    """Fine-tunes a model once for each config; runs that share a program train together.
 
-    Every run gets the folder, the log, the checkpoints, the adapter and the report of `nalora_jax.run`. All
-    processes of a multi-host sweep call it.
+    Every run gets the folder, the log, the checkpoints, the adapter and the report of
+    `nalora_jax.run`. All processes of a multi-host sweep call it.
 
     Args:
       configs: settings with different ``output``; ``mesh`` and ``resume`` come from the first.
@@ -130,7 +132,7 @@ def _sweep(
             distributed.on_first_process(record)
             groups = grouped(runs, lambda run: program_key(run.config, run.spec))
             log.info("%d runs in %d group(s), each of one program", len(runs), len(groups))
-            fitting = [Fitting.of(group[0].config, group[0].inputs.base, len(group)) for group in groups]
+            fitting = [Fitting.of(g[0].config, g[0].inputs.base, len(g)) for g in groups]
             results: dict[str, RunResult | TrainingDivergedError] = {}
             try:
                 for group, fits in zip(groups, fitting, strict=True):

@@ -1,6 +1,6 @@
 """States of runs, padded with zeros to common shapes and stacked on an axis ``[runs]``.
 
-The padding of a smaller rank is exact: columns of A and rows of B that are both zero have no gradient.
+Padding a smaller rank is exact: columns of A and rows of B that are both zero have no gradient.
 """
 
 from __future__ import annotations

@@ -91,18 +91,13 @@ def accepts_traced(mechanism: Mechanism, name: str, activation: str) -> bool:
     try:
         value = jax.tree.map(jnp.asarray, getattr(mechanism, name, 0))
         jax.eval_shape(rule, value, memory, sums, jax.ShapeDtypeStruct((2,), "int32"))
-    except (
-        TypeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-    ):  # JAX's errors of concretization are TypeErrors
+    except (TypeError, ValueError, KeyError, AttributeError):  # concretization: TypeError
         return False
     return True
 
 
 def numeric_settings(mechanism: Mechanism) -> list[str]:
-    """Returns the names of the settings that are numbers or tuples of numbers, `permute` excluded."""
+    """Returns the names of the settings that are numbers or tuples of numbers, except `permute`."""
     names = [field.name for field in fields(mechanism) if field.name != "permute"]
     return [name for name in names if all(map(_is_number, jax.tree.leaves(getattr(mechanism, name))))]
 
@@ -162,7 +157,7 @@ def _settings(mechanisms: Mechanisms) -> dict[tuple[str, str], Any]:
 
 
 def _orders(runs: Sequence[Assembly]) -> dict[tuple[str, str], np.ndarray]:
-    """Returns the channel orders ``[runs, ..., d_ff]`` of permutation controls that differ between runs."""
+    """Returns the channel orders ``[runs, ..., d_ff]`` of permutation controls that differ."""
     orders, first = {}, runs[0]
     factors = jax.eval_shape(partial(own_factors, mechanisms=first.mechanisms), first.state.gate)
     for index, (label, _) in enumerate(first.mechanisms.entries):

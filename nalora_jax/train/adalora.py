@@ -141,7 +141,7 @@ def _distance(leaves: dict[str, jax.Array], spec: AdapterSpec) -> jax.Array:
         for name, product in (("a", "...dr,...ds->...rs"), ("b", "...rd,...sd->...rs")):
             factor = leaves[f"{path}/{name}"]
             gram = jnp.einsum(product, factor, factor, precision="highest")
-            norms = jnp.sqrt(jnp.sum((gram - identity) ** 2, axis=(-2, -1)) + 1e-30)  # 0 has a gradient too
+            norms = jnp.sqrt(jnp.sum((gram - identity) ** 2, axis=(-2, -1)) + 1e-30)  # differentiable at 0
             total += jnp.sum(jnp.where(used.any(-1), norms, 0.0))
             count += int(used.any(-1).sum())
     return total / count

@@ -111,7 +111,7 @@ def assemble(
     compiled = jax.jit(program.fresh, out_shardings=places)
 
     def begin(lora: Any, seed: int) -> TrainState:
-        return compiled(lora, jax.random.key_data(jax.random.key(seed)))  # one program for all seeds
+        return compiled(lora, jax.random.key_data(jax.random.key(seed)))  # one program
 
     return Assembly(
         config,
@@ -147,8 +147,7 @@ def _start(
     if config.lora.init == "pissa":
         params, lora = pissa_split(params, spec)
         return spec, _with_starts(params, lora, mesh), lora, jax.tree.map(distributed.fetch, lora)
-    lora = init_lora(base, spec, key, params if spec.starts_from_base else None)
-    return spec, params, lora, None
+    return spec, params, init_lora(base, spec, key, params), None
 
 
 def _program(
@@ -164,8 +163,9 @@ def _program(
     if isinstance(base, DualConfig):
         assert processor is not None, "a dual encoder has an image processor"
         return dual_program(config, base, spec, lora, mesh, processor, last=last)
-    model = None if shared is None else shared.model
-    options: dict[str, Any] = {"last": last, "processor": processor, "model": model}
+    options: dict[str, Any] = {"last": last, "processor": processor}
+    if shared is not None:
+        options["model"] = shared.model
     return decoder_program(config, base, spec, mesh, **options)
 
 

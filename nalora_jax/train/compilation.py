@@ -49,8 +49,9 @@ def _remove_damaged(folder: Path) -> None:
     damaged = 0
     for entry in folder.glob(f"*{_ENTRY}"):
         with contextlib.suppress(FileNotFoundError):
-            actual, digest = file_digest(entry), _beside(entry)
-            listed = digest.read_bytes() if digest.exists() else None
+            actual, digest, listed = file_digest(entry), _beside(entry), None
+            if digest.exists():
+                listed = digest.read_bytes()
             if listed == actual.encode():
                 continue
             damaged += listed is not None

@@ -132,7 +132,6 @@ def build_model(
             sharding=distributed.row_sharding(mesh),
         ),
         activation_sharding=distributed.row_sharding(mesh),
-        routing_sharding=distributed.row_sharding(mesh) if base.n_experts else None,
         experts=compute.experts,
     )
 
@@ -181,8 +180,9 @@ def head_sharding(base: ModelConfig, mesh: Mesh) -> NamedSharding | None:
     """
     if distributed.devices_per_run(mesh) == 1:
         return None
-    by_vocabulary = P("tensor", None) if base.tie_embeddings else P(None, "tensor")
-    shape = (base.vocab_size, base.d_model) if base.tie_embeddings else (base.d_model, base.vocab_size)
+    by_vocabulary, shape = P(None, "tensor"), (base.d_model, base.vocab_size)
+    if base.tie_embeddings:
+        by_vocabulary, shape = P("tensor", None), shape[::-1]
     return NamedSharding(mesh, distributed.fit_spec(by_vocabulary, shape, mesh))
 
 
@@ -198,9 +198,10 @@ def _step_shardings(base: ModelConfig, spec: AdapterSpec, mesh: Mesh) -> dict[st
         )
     for name, ids in spec.own_rows(tied=base.tie_embeddings).items():
         shapes[ROWS[name]] = jax.ShapeDtypeStruct((len(ids), base.d_model), "float32")
-    for path, _ in spec.targets if spec.dora else ():
-        b = shapes[f"{path}/b"].shape
-        shapes[f"{path}/magnitude"] = jax.ShapeDtypeStruct((*b[:-2], b[-1]), "float32")
+    if spec.dora:
+        for path, _ in spec.targets:
+            b = shapes[f"{path}/b"].shape
+            shapes[f"{path}/magnitude"] = jax.ShapeDtypeStruct((*b[:-2], b[-1]), "float32")
     return {
         "lora_sharding": distributed.shardings(trees.unflatten(shapes), mesh, distributed.STEP_RULES),
         "mask_sharding": NamedSharding(mesh, _mask_spec(measured_blocks(base, spec), mesh)),

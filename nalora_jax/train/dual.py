@@ -67,7 +67,7 @@ def dual_program(
     adapted = adapted_towers(spec)
     gates = find_gates(lora)
     names = {f"{tower}/layers/ffn": base.towers[tower].activation for tower in adapted}
-    activation = base.towers[adapted[0] if adapted else "image"].activation
+    activation = base.towers[next(iter(adapted), "image")].activation
     mechanisms = mechanisms_of(config, activation, names, gates)
     model = _model(config, base, spec, mechanisms, mesh)
 

@@ -12,9 +12,7 @@ from nalora_jax.method.state import Factors, Mechanisms
 from nalora_jax.method.step import BlockStats
 
 
-def layer_metrics(
-    mechanisms: Mechanisms,
-) -> Callable[[BlockStats, BlockStats, Factors], BlockStats]:
+def layer_metrics(mechanisms: Mechanisms) -> Callable[[BlockStats, BlockStats, Factors], BlockStats]:
     """Returns the metrics of a step's blocks, for `nalora_jax.method.step.StepConfig.metrics`.
 
     The function takes sums by block (channels ``[layers, ..., d_ff]``, counts ``[layers, ...]``,
@@ -33,10 +31,7 @@ def layer_metrics(
             if "update_b" in factors:
                 joint = _by_layer(factors["update_b"][path])
                 block["favoured"] = jnp.mean((joint >= 1.0).astype(jnp.float32), axis=1)
-                block |= {
-                    "factor_min": jnp.min(joint, axis=1),
-                    "factor_max": jnp.max(joint, axis=1),
-                }
+                block |= {"factor_min": jnp.min(joint, axis=1), "factor_max": jnp.max(joint, axis=1)}
         return blocks
 
     return metrics
@@ -51,8 +46,8 @@ def layer_means(sums: Mapping[str, Array]) -> dict[str, Array]:
     """Returns a block's log metrics: means over a layer's tokens, channels and experts, and `RATIOS`.
 
     Args:
-      sums: ``[layers, ..., d_ff]``, ``[layers, ..., parts, d_ff]``, counts ``[layers, ...]``; the axes
-        between may be experts and shards.
+      sums: ``[layers, ..., d_ff]``, ``[layers, ..., parts, d_ff]``, counts ``[layers, ...]``; the
+        axes between may be experts and shards.
 
     Returns:
       By metric ``[layers]`` or ``[layers, parts]``; NaN in a layer without a measured token.
@@ -61,7 +56,8 @@ def layer_means(sums: Mapping[str, Array]) -> dict[str, Array]:
     totals = {name: _layer_total(value, _parts(name)) for name, value in sums.items()}
     for name in (name for name in sums if name in statistics.TABLE and statistics.get(name).metric):
         count = totals[statistics.get(name).count] * sums[name].shape[-1]
-        count = count[:, None] if statistics.get(name).parts else count
+        if statistics.get(name).parts:
+            count = count[:, None]
         value = totals[name] / jnp.where(count > 0, count, 1.0)
         means[statistics.get(name).metric] = jnp.where(count > 0, value, jnp.nan)
     for name, (above, below) in statistics.RATIOS.items():

@@ -39,14 +39,7 @@ from nalora_jax import distributed, trees
 from nalora_jax.method import statistics
 from nalora_jax.method.optimizer import find_gates
 from nalora_jax.method.state import Mechanisms
-from nalora_jax.method.step import (
-    Batch,
-    Objective,
-    StepConfig,
-    accumulate,
-    micro_gradients,
-    over_shards,
-)
+from nalora_jax.method.step import Batch, Objective, StepConfig, accumulate, micro_gradients, over_shards
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
@@ -129,26 +122,18 @@ class _Search:
     """Matmuls with G, computed as gradients of adapters at scale 1 with A = 0 or B = 0."""
 
     def __init__(
-        self,
-        assembly: Assembly,
-        base: ModelConfig,
-        wide: Mapping[str, int],
-        batches: Sequence[Batch],
+        self, assembly: Assembly, base: ModelConfig, wide: Mapping[str, int], batches: Sequence[Batch]
     ) -> None:
         layers = depths(base)
         targets = tuple((path, TargetSpec.even(width, layers[path])) for path, width in wide.items())
-        self._spec, self._batches, self._params = (
-            AdapterSpec(targets),
-            batches,
-            assembly.view(assembly.params),
-        )
+        self._spec, self._batches = AdapterSpec(targets), batches
+        self._params = assembly.view(assembly.params)
         model = assembly.model.clone(adapters=self._spec)
         mesh = assembly.mesh
         config = StepConfig(Mechanisms((), base.activation), stats_sharding=model.stats.sharding)
         objective = next_token(base, model, assembly.config.compute, mesh)
         self._sums: Callable[..., dict[str, Any]] = jax.jit(
-            make_gradients(config, objective),
-            compiler_options=distributed.compiler_options(mesh),
+            make_gradients(config, objective), compiler_options=distributed.compiler_options(mesh)
         )
         self._zeros = trees.flatten(init_lora(base, self._spec, jax.random.key(0)))
         self._zeros = {path: jnp.zeros_like(leaf) for path, leaf in self._zeros.items()}
@@ -174,7 +159,9 @@ class _Search:
         for batch in self._batches:
             sums = self._sums(self._params, lora, batch)
             sums = {name: sums[name] for name in ("grads", "stats", "target_tokens")}
-            total = jax.tree.map(jnp.add, total, sums) if total else sums
+            if total:
+                sums = jax.tree.map(jnp.add, total, sums)
+            total = sums
         tokens = jnp.maximum(total["target_tokens"], 1.0)
         return total | {"grads": jax.tree.map(lambda g: g / tokens, total["grads"])}
 
@@ -197,9 +184,7 @@ def _weights(kind: str, slopes: Mapping[str, jax.Array], spec: AdapterSpec, key:
 
 def _weighted(rows: Matrices, weights: Matrices) -> Matrices:
     """Multiplies the columns of ``[..., k, d_out]`` by their weights."""
-    return {
-        path: row * weights[path][..., None, :] if path in weights else row for path, row in rows.items()
-    }
+    return rows | {path: rows[path] * weight[..., None, :] for path, weight in weights.items()}
 
 
 def _orthonormal_rows(matrix: jax.Array) -> jax.Array:
@@ -215,8 +200,7 @@ def _place(
       left: ``[layers, ..., d_in, k]``, most important first.
       right: ``[layers, ..., k, d_out]``.
     """
-    params = assembly.params if assembly.spec.dora else None
-    leaves = trees.flatten(init_lora(base, assembly.spec, jax.random.key(seed), params))
+    leaves = trees.flatten(init_lora(base, assembly.spec, jax.random.key(seed), assembly.params))
     lora_ga = assembly.config.lora.init == "lora_ga"
     for path, target in assembly.spec.targets:
         a, b = leaves[f"{path}/a"], leaves[f"{path}/b"]

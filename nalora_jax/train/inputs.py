@@ -47,8 +47,8 @@ def check_data(data: DataConfig, source: Mapping[str, Source] | None = None) -> 
         )
     if have_same_records(train, held_out):
         log.warning(
-            "--data.eval-split %s holds the records that are trained on: the evaluation shows what was memorized, not "
-            "how the model does on new records",
+            "--data.eval-split %s holds the records that are trained on: the evaluation shows "
+            "what was memorized, not how the model does on new records",
             held_out.name,
         )
     return train, held_out

@@ -52,7 +52,9 @@ def jit_step(config: RunConfig, step: Step, mesh: Mesh, shardings: Any) -> Step:
         out_shardings=(shardings, NamedSharding(mesh, P())),
         compiler_options=distributed.compiler_options(mesh),
     )
-    return compiled if not config.debug.check_gates else _checked(compiled)
+    if config.debug.check_gates:
+        return _checked(compiled)
+    return compiled
 
 
 def _is_no_reminder(record: logging.LogRecord) -> bool:

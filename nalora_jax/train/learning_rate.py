@@ -45,7 +45,9 @@ def with_learning_rate(config: RunConfig, width: int = 0) -> RunConfig:
     if settings.name not in _ADAPTIVE:
         expected = f"a learning rate with {settings.name}"
         raise NaloraError("--optimizer.learning-rate", expected=expected, found="auto", remedy="name it")
-    rate = _TUNED * min(1.0, _WIDTH / width) if width else _ENCODERS
+    rate = _ENCODERS
+    if width:
+        rate = _TUNED * min(1.0, _WIDTH / width)
     rate *= _STARTS.get(config.lora.init, 1) / math.sqrt(config.lora.plus_ratio)
     if config.preference.loss != "none":
         rate *= _PAIRS

@@ -22,8 +22,8 @@ from nalora_jax.train.profile import Profile
 from nalora_jax.train.state_metrics import first_bad_row, non_finite
 
 _ANEW = (
-    "the checkpoints of earlier steps are kept; start anew in another --output with a lower --optimizer.learning-rate "
-    "or a longer warm-up"
+    "the checkpoints of earlier steps are kept; start anew in another --output with a lower "
+    "--optimizer.learning-rate or a longer warm-up"
 )
 
 
@@ -257,13 +257,10 @@ class _Meter:
         for (step, _), row in zip(self._steps, rows, strict=True):
             if not math.isfinite(row["loss"]):
                 raise TrainingDivergedError(
-                    f"step {step}: loss",
-                    expected="a finite number",
-                    found=row["loss"],
-                    remedy=_ANEW,
+                    f"step {step}: loss", expected="a finite number", found=row["loss"], remedy=_ANEW
                 )
         _require_acting(self._steps[-1][0], fetched[2])
-        timed = rows[len(rows) - self._timed :] if self._timed else []
+        timed = rows[len(rows) - self._timed :]
         targets = sum(row["target_tokens"] for row in rows)
         record = {
             "loss": sum(row["loss"] * row["target_tokens"] for row in rows) / max(targets, 1.0),
@@ -306,15 +303,18 @@ def summarise_layers(blocks: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str
     }
     rows = {path.partition("/")[0]: len(block["feature"]) for path, block in blocks.items()}
     feature = np.nan_to_num(np.asarray(layers["feature"], np.float64))
-    weights = feature / np.sum(feature) if np.sum(feature) > 0 else None
+    total = np.sum(feature)
 
     def overall(name: str) -> float | None:
-        if weights is None:
+        if not total > 0:
             return None
-        return float(np.sum(weights * np.nan_to_num(layers[name])))
+        return float(np.sum(feature / total * np.nan_to_num(layers[name])))
 
-    return {
+    summary: dict[str, Any] = {
         "misalignment": overall("misalignment"),
         "misalignment_limit": overall("limit"),
         "layers": layers,
-    } | ({"towers": rows} if len(rows) > 1 else {})
+    }
+    if len(rows) > 1:
+        summary["towers"] = rows
+    return summary

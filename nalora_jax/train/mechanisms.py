@@ -70,7 +70,9 @@ def make(rule: str | Mechanism) -> Mechanism:
     Raises:
       NaloraError: an unknown name or setting, or a value of the wrong type or out of range.
     """
-    mechanism: Mechanism = from_text(MECHANISMS, rule) if isinstance(rule, str) else rule
+    if not isinstance(rule, str):
+        return rule
+    mechanism: Mechanism = from_text(MECHANISMS, rule)
     return mechanism
 
 

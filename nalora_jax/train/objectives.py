@@ -96,7 +96,7 @@ class NextToken:
     def kernel(self, params: Any) -> Any:
         """Returns the head's kernel in its stored form."""
         kernel = params["embed"]["embedding"] if self.head.transposed else params["lm_head"]["kernel"]
-        if self.head_sharding is not None:  # gathered once; every chunk of the loss multiplies by all of it
+        if self.head_sharding is not None:  # gathered once, for all chunks
             kernel = lax.with_sharding_constraint(kernel, self.head_sharding)
         return kernel
 

@@ -19,7 +19,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.path_rules import first_match, match_rules
 
 _OF_CONFIG = ("b1", "b2", "weight_decay", "clip_norm")
-# Numbers that may differ between the runs of one program; "rate_of_step" is the schedule as a table.
+# Numbers that may differ between runs of a program; "rate_of_step" is the schedule as a table.
 NUMBERS = ("rate_of_step", "plus_ratio", *_OF_CONFIG)
 
 
@@ -75,7 +75,8 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         )
     peak, final = config.learning_rate, config.learning_rate * config.final_ratio
     warmup = config.warmup_steps or math.ceil(config.warmup_share * total_steps)
-    warmup = warmup if config.warmup_from_zero else min(warmup, total_steps - 1)
+    if not config.warmup_from_zero:
+        warmup = min(warmup, total_steps - 1)
     decay_steps = max(1, total_steps - warmup)
     decays: dict[str, optax.Schedule] = {
         "constant": optax.constant_schedule(peak),
@@ -88,7 +89,9 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         )
     if warmup <= 0:
         return decays[config.schedule]
-    start = 0.0 if config.warmup_from_zero else peak / (warmup + 1)
+    start = peak / (warmup + 1)
+    if config.warmup_from_zero:
+        start = 0.0
     rise = optax.linear_schedule(start, peak, warmup)
     return optax.join_schedules([rise, decays[config.schedule]], [warmup])
 
@@ -123,7 +126,9 @@ def _named_optimizer(
 
 def _scale_leaves(name: str, factor: float) -> optax.GradientTransformation:
     def scale(path: str, update: jax.Array) -> jax.Array:
-        return update * factor if path.split("/")[-1] == name else update
+        if path.split("/")[-1] != name:
+            return update
+        return update * factor
 
     def update_fn(updates: Any, params: Any = None) -> Any:
         del params
@@ -156,7 +161,9 @@ def scale_by_projection(rates: Sequence[tuple[str, float]]) -> optax.GradientTra
 
         def scale(path: str, update: jax.Array) -> jax.Array:
             match = first_match(rates, _projection(path))
-            return update if match is None else update * match[1]
+            if match is None:
+                return update
+            return update * match[1]
 
         return trees.map_named(scale, updates), state
 

@@ -80,10 +80,7 @@ class Profile:
                 with file.open("rb") as source, (target / name).open("wb") as sink:
                     shutil.copyfileobj(source, sink)
         log.info(
-            "profile of steps %d to %d: xprof --logdir %s",
-            first,
-            step,
-            epath.Path(self._folder) / FOLDER,
+            "profile of steps %d to %d: xprof --logdir %s", first, step, epath.Path(self._folder) / FOLDER
         )
 
     def __enter__(self) -> Profile:

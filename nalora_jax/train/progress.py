@@ -63,13 +63,16 @@ class Progress:
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
         """Shows the numbers of a log step (keys as in metrics.jsonl; None is skipped)."""
-        left = self.seconds_left(step) if step < self.total else None
+        left = None
+        if step < self.total:
+            left = self.seconds_left(step)
         if notes.as_json():
             numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
             self._write({"step": step, "total": self.total} | numbers | {"seconds_left": left})
             return
         line = "".join(f"  {column}" for column in describe(values))
-        line += f"  {duration(left)} left" if left is not None else ""
+        if left is not None:
+            line += f"  {duration(left)} left"
         self.say(f"step {step}/{self.total}{line}")
         self._numbers = line
         if self._bar is not None:
@@ -134,7 +137,8 @@ def describe(values: Mapping[str, float | None]) -> list[str]:
         "rewards_accuracy": "preferred {:.0%}",
         "misalignment": "misalignment {:.3f}",
     }
-    return [text.format(value) for name, text in formats.items() if (value := values.get(name)) is not None]
+    shown = ((text, values.get(name)) for name, text in formats.items())
+    return [text.format(value) for text, value in shown if value is not None]
 
 
 class Stages:

@@ -49,7 +49,10 @@ def settled(
     if files is not None and (config.epochs or not config.data.max_length):
         config = _of_data(config, files, source)
     if not config.optimizer.learning_rate:
-        config = with_learning_rate(config, described(config, files).d_model if files is not None else 0)
+        width = 0
+        if files is not None:
+            width = described(config, files).d_model
+        config = with_learning_rate(config, width)
         log.info("learning rate %g", config.optimizer.learning_rate)
     every = config.train.eval_every
     if every < 0:

@@ -62,12 +62,11 @@ class StateMetrics:
     def record(self, counts: Any, norms: Any, ranks: Any) -> dict[str, Any]:
         """Returns the result of `compute`, in host memory, as `measure` does."""
         bins = {label: mechanism.bins for label, mechanism in self.mechanisms.entries}
-        return {
-            "histograms": {
-                label: {"edges": bins[label], "counts": count} for label, count in counts.items()
-            },
-            "adapters": norms,
-        } | ({"ranks": ranks} if ranks else {})
+        histograms = {label: {"edges": bins[label], "counts": count} for label, count in counts.items()}
+        metrics = {"histograms": histograms, "adapters": norms}
+        if ranks:
+            metrics["ranks"] = ranks
+        return metrics
 
     def compute(
         self, state: TrainState
@@ -80,7 +79,9 @@ class StateMetrics:
             )
             for label, mechanism in self.mechanisms.entries
         }
-        used = trees.flatten(state.opt_state.kept) if self.spec.adalora else {}
+        used = {}
+        if self.spec.adalora:
+            used = trees.flatten(state.opt_state.kept)
         ranks = {
             path.removesuffix("/singular"): jnp.sum(_rows(leaf), axis=1) for path, leaf in used.items()
         }
@@ -117,8 +118,8 @@ def adapter_norms(leaves: Mapping[str, jax.Array], spec: AdapterSpec) -> dict[st
     ``(A^T A) * (B B^T)``, both [r, r].
 
     Args:
-      leaves: adapters by path: ``<path>/a`` [layers, ..., d_in, r] and ``<path>/b`` [layers, ..., r, d_out];
-        AdaLoRA's ``<path>/singular`` [layers, ..., r].
+      leaves: adapters by path: ``<path>/a`` [layers, ..., d_in, r] and ``<path>/b`` [layers, ...,
+        r, d_out]; AdaLoRA's ``<path>/singular`` [layers, ..., r].
       spec: the adapted projections.
     """
     norms = {}

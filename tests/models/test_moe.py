@@ -18,9 +18,8 @@ from nalora_jax.method import activations
 from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.low_rank import residual
 from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, grouped_residual
-from nalora_jax.models.experts import route
 from nalora_jax.models.moe import ExpertDense, MoEFFN
-from nalora_jax.models.router import RouterSpec
+from nalora_jax.models.router import RouterSpec, route
 from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.ops.matmul import matmul
 

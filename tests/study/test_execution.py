@@ -22,6 +22,7 @@ from nalora_jax.study import execution
 from nalora_jax.study.identity import ADDED
 from nalora_jax.study.language import Language
 from nalora_jax.study.plan import Cell, Run, pending, wanted
+from nalora_jax.study.progress import RunInProgress
 from nalora_jax.study.protocol import Method, Protocol, read_protocol
 from nalora_jax.study.records import Record, Records, plain
 from nalora_jax.study.resources import Resources
@@ -205,7 +206,7 @@ def test_an_interrupted_run_is_taken_up_and_ends_as_if_it_had_not_been(
         for run in wanted(resources.protocol, records)
         if run.stage == "test" and run.cell.method == "half"
     )
-    snapshot, evaluate, seen = tmp_path / "x.npz", execution._RunInProgress.evaluate, []
+    snapshot, evaluate, seen = tmp_path / "x.npz", RunInProgress.evaluate, []
 
     def interrupted(bench: Any, step: int, state: Any) -> float:
         seen.append(step)
@@ -213,7 +214,7 @@ def test_an_interrupted_run_is_taken_up_and_ends_as_if_it_had_not_been(
             raise KeyboardInterrupt
         return evaluate(bench, step, state)
 
-    monkeypatch.setattr(execution._RunInProgress, "evaluate", interrupted)
+    monkeypatch.setattr(RunInProgress, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         execution.perform(run, resources, snapshot)
     assert snapshot.exists()
@@ -245,7 +246,7 @@ def test_runs_of_one_program_have_the_records_of_runs_alone(finished: Path, tmp_
 def test_a_snapshot_of_other_code_base_data_or_rules_is_not_resumed(
     resources: Resources, tmp_path: Path, changed: str
 ) -> None:
-    progress = execution._RunInProgress(wanted(resources.protocol, {})[0], resources, tmp_path / "x.npz")
+    progress = RunInProgress(wanted(resources.protocol, {})[0], resources, tmp_path / "x.npz")
     state = resources.start(progress.run, progress.prepared, progress.data)
     progress.save(4, state, None)
     assert progress._resumed(state)[1] == 4
@@ -254,7 +255,7 @@ def test_a_snapshot_of_other_code_base_data_or_rules_is_not_resumed(
 
 
 def test_a_damaged_snapshot_is_not_resumed(resources: Resources, tmp_path: Path) -> None:
-    progress = execution._RunInProgress(wanted(resources.protocol, {})[0], resources, tmp_path / "x.npz")
+    progress = RunInProgress(wanted(resources.protocol, {})[0], resources, tmp_path / "x.npz")
     state = resources.start(progress.run, progress.prepared, progress.data)
     progress.save(4, state, None)
     progress.snapshot.write_bytes(progress.snapshot.read_bytes()[:-1])
@@ -267,7 +268,7 @@ def test_a_run_that_diverges_has_a_record_that_says_so(
     def diverge(*_: Any, **__: Any) -> None:
         raise TrainingDivergedError("step 3: loss", expected="a finite number", found="nan")
 
-    monkeypatch.setattr(execution, "fit", diverge)
+    monkeypatch.setattr("nalora_jax.study.progress.fit", diverge)
     record = execution.perform(wanted(resources.protocol, {})[0], resources, tmp_path / "x.npz")
     assert record["diverged"]
     assert record["validation"] == {"loss": None}

@@ -59,7 +59,9 @@ class EncoderConfig:
     @property
     def kind(self) -> str:
         """The kind of input, "text" or "image"."""
-        return "text" if self.vocab_size else "image"
+        if self.vocab_size:
+            return "text"
+        return "image"
 
     @property
     def features(self) -> int:
@@ -102,13 +104,18 @@ class EncoderConfig:
                 "tokens/embedding": (self.vocab_size, d),
                 "positions/embedding": (self.max_positions, d),
             }
-            shapes |= {"types/embedding": (self.token_types, d)} if self.token_types else {}
+            if self.token_types:
+                shapes["types/embedding"] = (self.token_types, d)
         else:
             shapes["patches/kernel"] = (self.channels * self.patch_size**2, d)
-            shapes |= {"patches/bias": (d,)} if self.patch_bias else {}
-            shapes |= {"class_token": (d,)} if self.class_token else {}
+            if self.patch_bias:
+                shapes["patches/bias"] = (d,)
+            if self.class_token:
+                shapes["class_token"] = (d,)
             shapes["positions/embedding"] = (self.grid**2 + self.class_token, d)
-        return shapes | (_norm("embed_norm", d) if self.embed_norm else {})
+        if self.embed_norm:
+            shapes |= _norm("embed_norm", d)
+        return shapes
 
     def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
         d = self.d_model
@@ -124,7 +131,9 @@ class EncoderConfig:
 
     def _output_shapes(self) -> dict[str, tuple[int, ...]]:
         d = self.d_model
-        shapes = _norm("final_norm", d) if self.final_norm else {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.final_norm:
+            shapes |= _norm("final_norm", d)
         if self.pooling == "attention":
             shapes |= {"pool/probe": (d,)} | _norm("pool/norm", d)
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -135,7 +144,8 @@ class EncoderConfig:
             shapes |= {"pooler/kernel": (d, d), "pooler/bias": (d,)}
         if self.d_out:
             shapes["projection/kernel"] = (d, self.d_out)
-            shapes |= {"projection/bias": (self.d_out,)} if self.projection_bias else {}
+            if self.projection_bias:
+                shapes["projection/bias"] = (self.d_out,)
         return shapes
 
     def projection_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -176,7 +186,9 @@ class DualConfig:
         for name, tower in self.towers.items():
             shapes |= {f"{name}/{path}": shape for path, shape in tower.param_shapes().items()}
         shapes["logit_scale"] = ()
-        return shapes | ({"logit_bias": ()} if self.loss == "sigmoid" else {})
+        if self.loss == "sigmoid":
+            shapes["logit_bias"] = ()
+        return shapes
 
     def projection_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns per-layer kernel shapes of all adaptable projections, by stacked path."""

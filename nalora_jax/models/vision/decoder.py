@@ -145,4 +145,6 @@ def decoder_for(config: ModelConfig, *arguments: Any, **options: Any) -> Decoder
 
     The other arguments are passed to the module.
     """
-    return (Decoder if config.sight is None else SeeingDecoder)(config, *arguments, **options)
+    if config.sight is None:
+        return Decoder(config, *arguments, **options)
+    return SeeingDecoder(config, *arguments, **options)

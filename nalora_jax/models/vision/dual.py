@@ -148,7 +148,7 @@ def init_lora(
         their values in ``params``.
     """
     shapes, depths = config.projection_shapes(), config.depths()
-    base = {} if params is None else flatten(params)
+    base = flatten(params or {})
     leaves: dict[str, jax.Array] = {}
     for i, (path, target) in enumerate(spec.targets):
         d_in, d_out = shapes[path]
@@ -161,8 +161,9 @@ def init_lora(
                 base[f"{path}/kernel"].astype(jnp.float32), axis=-2
             )
     for path, shape in trained_shapes(config).items():
-        start = jnp.zeros(shape) if path not in base else base[path].astype(jnp.float32)
-        leaves[path] = start
+        leaves[path] = jnp.zeros(shape)
+        if path in base:
+            leaves[path] = base[path].astype(jnp.float32)
     return unflatten(leaves)
 
 

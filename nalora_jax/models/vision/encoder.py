@@ -97,19 +97,18 @@ class Encoder(nn.Module):
         if c.embed_norm:
             x = LayerNorm(c.norm_eps, name="embed_norm")(x)
         x = constrain(x.astype(self.numerics.result), self.activation_sharding)
-        shared = Shared(mask, mask if token_weights is None else token_weights, deterministic)
-        layers = stacked(EncoderBlock, self.remat, c.n_layers)(
-            c,
-            self.adapters,
-            self.numerics,
-            self.stats or GateStatsConfig(),
-            self.activation_sharding,
-            name="layers",
-        )
+        if token_weights is None:
+            token_weights = mask
+        shared = Shared(mask, token_weights, deterministic)
+        options = self.numerics, self.stats or GateStatsConfig(), self.activation_sharding
+        block = stacked(EncoderBlock, self.remat, c.n_layers)
+        layers = block(c, self.adapters, *options, name="layers")
         x, _ = layers(x, _layer_scales(self.adapters), shared)
         if c.final_norm:
             x = LayerNorm(c.norm_eps, name="final_norm")(x)
-        return self._features(x, inputs, mask) if pooled else x
+        if not pooled:
+            return x
+        return self._features(x, inputs, mask)
 
     def _embedded_text(self, tokens: jax.Array) -> jax.Array:
         c = self.config
@@ -161,9 +160,10 @@ class Encoder(nn.Module):
         if c.pooling == "last":
             return x[:, -1]
         if c.pooling == "eos":
-            # CLIP's end token is the largest id of its vocabulary; early config files have the
-            # value 2.
-            ends = inputs if c.eos_id == 2 else inputs == c.eos_id
+            # CLIP's end token is the largest id; early config files have the value 2.
+            ends = inputs
+            if c.eos_id != 2:
+                ends = inputs == c.eos_id
             return jnp.take_along_axis(x, jnp.argmax(ends, axis=1)[:, None, None], axis=1)[:, 0]
         if c.pooling == "mean":
             weights = jnp.ones(x.shape[:2]) if mask is None else mask.astype(jnp.float32)
@@ -334,13 +334,16 @@ class EncoderBlock(nn.Module):
 
         for name, block in (("attn", attend), ("ffn", feed)):
             norm = LayerNorm(c.norm_eps, name=f"{name}_norm")
-            # A post-norm layer reads the residual stream without a norm.
-            y = block(norm(x).astype(n.result) if c.pre_norm else x)
+            y = x  # a post-norm layer reads the residual stream without a norm
+            if c.pre_norm:
+                y = norm(x).astype(n.result)
+            y = block(y)
             if c.layer_scale:
                 scale = self.param(f"{name}_scale", nn.initializers.ones_init(), (c.d_model,))
                 y = y * jnp.broadcast_to(lax.stop_gradient(scale).astype(y.dtype), y.shape)
             x = x + y.astype(x.dtype)
-            x = x if c.pre_norm else norm(x).astype(n.result)
+            if not c.pre_norm:
+                x = norm(x).astype(n.result)
         return constrain(x, self.activation_sharding), None
 
     def _ffn(self) -> GatedFFN | SelfGatedFFN:

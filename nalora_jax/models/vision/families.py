@@ -9,10 +9,8 @@ from typing import Any
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
-from nalora_jax.method import activations
+from nalora_jax.models.family_fields import activation_name
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
-
-_CLIP_LEGACY_EOS = 2
 
 
 def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
@@ -44,14 +42,12 @@ def _composed(f: Fields) -> DualConfig:
 
     This is transformers' VisionTextDualEncoderModel.
     """
-    towers = [
-        read_encoder(f.mapping(f"{name}_config"), f"{f.where}: {name}_config")
-        for name in ("vision", "text")
-    ]
-    for name, tower in zip(("vision", "text"), towers, strict=True):
-        kind = "image" if name == "vision" else "text"
+    towers = []
+    for kind, field in (("image", "vision_config"), ("text", "text_config")):
+        tower = read_encoder(f.mapping(field), f"{f.where}: {field}")
         if tower.kind != kind:
-            raise f.error(f"{name}_config: model_type", f"an {kind} encoder", tower.model_type)
+            raise f.error(f"{field}: model_type", f"an {kind} encoder", tower.model_type)
+        towers.append(tower)
     width = f.integer("projection_dim")
     # That model projects the towers' pooled outputs, which for BERT and ViT include their dense
     # layers.
@@ -78,9 +74,9 @@ def compose(image: EncoderConfig, text: EncoderConfig, d_out: int, loss: str = "
             raise NaloraError(f"{name} tower", expected=f"an encoder of {name}", found=tower.model_type)
     if loss not in ("softmax", "sigmoid"):
         raise NaloraError("loss", expected="softmax or sigmoid", found=repr(loss))
-    trained = ["image/projection", "text/projection", "logit_scale"] + (
-        ["logit_bias"] if loss == "sigmoid" else []
-    )
+    trained = ["image/projection", "text/projection", "logit_scale"]
+    if loss == "sigmoid":
+        trained.append("logit_bias")
     return DualConfig(
         "vision-text-dual-encoder",
         replace(image, d_out=d_out, projection_bias=False),
@@ -126,15 +122,8 @@ def _base(f: Fields, name: str, **features: Any) -> EncoderConfig:
     if "d_ff" not in features:
         values["d_ff"] = f.integer("intermediate_size")
     if "activation" not in features:
-        values["activation"] = _activation(f)
+        values["activation"] = activation_name(f, "hidden_act")
     return EncoderConfig(**(values | features))
-
-
-def _activation(f: Fields) -> str:
-    try:
-        return activations.get(f.text("hidden_act")).name
-    except NaloraError as error:
-        raise f.error("hidden_act", error.expected, error.found) from error
 
 
 def _text(f: Fields) -> dict[str, Any]:
@@ -210,7 +199,7 @@ def _dinov2(f: Fields, name: str) -> EncoderConfig:
         layer_scale=True,
         gated=gated,
         d_ff=d_ff,
-        activation="silu" if gated else _activation(f),
+        activation="silu" if gated else activation_name(f, "hidden_act"),
         qkv_bias=f.get("qkv_bias") is not False,
     )
 

@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
-from nalora_jax.method import activations
+from nalora_jax.models.family_fields import activation_name
 from nalora_jax.models.vision.config import EncoderConfig
 from nalora_jax.models.vision.families import read_encoder
 
@@ -70,16 +69,15 @@ class Sight:
         shapes: dict[str, tuple[int, ...]] = {}
         for path, shape in self._mlp().items():
             shapes[f"{path}/kernel"] = (1, *shape)
-            shapes |= {f"{path}/bias": (1, d)} if self.bias else {}
+            if self.bias:
+                shapes[f"{path}/bias"] = (1, d)
         return shapes
 
     def _mlp(self) -> dict[str, tuple[int, ...]]:
+        if self.projector != "mlp":
+            return {}
         wide, d = self.tower.d_model, self.d_model
-        names: dict[str, tuple[int, ...]] = {
-            "projector/ffn/in_proj": (wide, d),
-            "projector/ffn/out_proj": (d, d),
-        }
-        return names if self.projector == "mlp" else {}
+        return {"projector/ffn/in_proj": (wide, d), "projector/ffn/out_proj": (d, d)}
 
     def projection_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns per-layer kernel shapes of all adaptable projections, by stacked path."""
@@ -89,16 +87,17 @@ class Sight:
 
     def depths(self) -> dict[str, int]:
         """Returns the number of stacked layers by path of `projection_shapes`."""
-        return {path: 1 if path in self._mlp() else self.used_layers for path in self.projection_shapes()}
+        of_tower = dict.fromkeys(self.projection_shapes(), self.used_layers)
+        return of_tower | dict.fromkeys(self._mlp(), 1)
 
     def gate_blocks(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns the FFN blocks; see `nalora_jax.models.stacks.gate_blocks`."""
         blocks: dict[str, tuple[tuple[int, ...], str]] = {
             "image/layers/ffn": ((self.used_layers, self.tower.d_ff), self.tower.activation)
         }
-        return blocks | (
-            {"projector/ffn": ((1, self.d_model), self.activation)} if self.projector == "mlp" else {}
-        )
+        if self.projector == "mlp":
+            blocks["projector/ffn"] = ((1, self.d_model), self.activation)
+        return blocks
 
 
 # ---------------------------------------------------------------- families
@@ -127,7 +126,7 @@ def text_part(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     A multimodal file lists only the differences from the text model's defaults.
     """
     name = raw["model_type"]
-    defaults = TEXT_ONLY[name] if name in TEXT_ONLY else MULTIMODAL[name][2]
+    defaults = TEXT_ONLY.get(name) or MULTIMODAL[name][2]
     text_config = Fields(raw, {}, where).mapping("text_config")
     tied = raw.get("tie_word_embeddings")
     if tied is None or (tied is False and text_config.get("tie_word_embeddings")):
@@ -142,7 +141,8 @@ def _tower(f: Fields, defaults: Mapping[str, Any]) -> EncoderConfig:
     settings = {**defaults, **f.mapping("vision_config")}
     headless = settings.pop("vision_use_head", None) is False
     tower = read_encoder(settings, f"{f.where}: vision_config")
-    tower = replace(tower, pooling="none") if headless else tower
+    if headless:
+        tower = replace(tower, pooling="none")
     if tower.kind != "image" or tower.any_shape:
         raise f.error("vision_config: model_type", "a tower of images of one size", tower.model_type)
     return tower
@@ -158,15 +158,12 @@ def _image_token(f: Fields) -> int:
 def _llava(f: Fields, text: ModelConfig) -> Sight:
     tower = _tower(f, _CLIP_LARGE)
     layer = f.get("vision_feature_layer")
-    layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
-    if (
-        isinstance(layer, bool)
-        or not isinstance(layer, int)
-        or not -tower.n_layers - 1 <= layer <= tower.n_layers
-    ):
+    if isinstance(layer, list) and len(layer) == 1:
+        layer = layer[0]
+    if type(layer) is not int or not -tower.n_layers - 1 <= layer <= tower.n_layers:
         expected = f"one layer of the {tower.n_layers} (several are not implemented)"
         raise f.error("vision_feature_layer", expected, repr(layer)[:60])
-    used = layer if layer >= 0 else tower.n_layers + 1 + layer
+    used = layer % (tower.n_layers + 1)  # a negative number counts from the last layer
     if used < 1:
         raise f.error("vision_feature_layer", "a layer's output, not the tower's input", layer)
     strategy = f.get("vision_feature_select_strategy")
@@ -189,16 +186,9 @@ def _llava(f: Fields, text: ModelConfig) -> Sight:
         tokens=tower.grid**2 + (tower.class_token and not drop),
         image_token=_image_token(f),
         projector="mlp",
-        activation=_activation(f, "projector_hidden_act"),
+        activation=activation_name(f, "projector_hidden_act"),
         bias=bias,
     )
-
-
-def _activation(f: Fields, name: str) -> str:
-    try:
-        return activations.get(f.text(name)).name
-    except NaloraError as error:
-        raise f.error(name, error.expected, error.found) from error
 
 
 def _gemma3(f: Fields, text: ModelConfig) -> Sight:

@@ -1,0 +1,173 @@
+"""A run of a study in progress: its state, its measures and the hooks of its training loop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nalora_jax import distributed, trees
+from nalora_jax.data.pipeline import BatchIterator
+from nalora_jax.method.step import TrainState
+from nalora_jax.runs.metrics import to_json
+from nalora_jax.study.identity import code_version
+from nalora_jax.study.plan import Run
+from nalora_jax.study.records import plain
+from nalora_jax.study.resources import Resources
+from nalora_jax.study.snapshots import read_snapshot, write_snapshot
+from nalora_jax.study.subject import Items, on_mesh
+from nalora_jax.train.loop import LoopEvaluation, Schedule, fit
+from nalora_jax.train.optimizers import make_schedule
+
+log = logging.getLogger(__name__)
+
+
+class RunInProgress:
+    """A run in progress, and the hooks of its training loop."""
+
+    def __init__(self, run: Run, resources: Resources, snapshot: Path) -> None:
+        self.run, self.resources, self.snapshot = run, resources, snapshot
+        self.prepared, self.data = resources.prepared(run), resources.data(run)
+        self.items = resources.validation_items(run)
+        self.tested: dict[str, Items] = {}
+        if run.stage == "test":
+            self.tested = {"test": resources.test_items(run)} | resources.probe_items(run)
+        self.identity = {
+            "code": code_version(),
+            **resources.identity(run, self.prepared, self.data),
+            "items": _item_digests({"validation": self.items} | self.tested),
+        }
+        self.curve: list[dict[str, float]] = []  # step and measures of the validation items
+        self.training: list[dict[str, float]] = []  # the loop's log steps
+        self.seconds_before = self.training_seconds = 0.0
+        self._began = time.perf_counter()
+
+    @property
+    def schedule(self) -> Schedule:
+        """The intervals of the loop's actions."""
+        config = self.run.config
+        return Schedule(
+            config.steps, config.train.log_every, self.run.protocol.evaluate_every, save_every=0
+        )
+
+    @property
+    def rate(self) -> Callable[[int], Any]:
+        """The learning rate by step."""
+        return make_schedule(self.run.config.optimizer, self.run.config.steps)
+
+    def begin(self) -> tuple[TrainState, int]:
+        """Returns the state to train from and its step, from the snapshot if there is one."""
+        state = self.resources.start(self.run, self.prepared, self.data)
+        self.parameters = trees.count(state.lora)
+        state, start = self._resumed(state)
+        if not start:
+            self.curve.append({"step": 0} | self._base(self.items))
+        return state, start
+
+    def rows(self, start: int) -> BatchIterator:
+        """Returns the batches after ``start`` steps."""
+        batches = self.data.batches()
+        batches.set_state({"row": start * self.run.config.train.batch_size, "data": self.data.fingerprint})
+        return batches
+
+    def train(self) -> TrainState:
+        """Trains all steps, resuming from the snapshot if there is one."""
+        assembly, params = self.prepared.assembly, self.prepared.step_params
+        state, start = self.begin()
+        batches = self.rows(start)
+        began = time.perf_counter()
+        try:
+            rows = on_mesh(batches, assembly)
+            result = fit(assembly.step, params, state, rows, self, self.schedule, self.rate, start=start)
+        finally:
+            batches.close()
+            self.training_seconds += time.perf_counter() - began
+        return result.state
+
+    def measure(self, state: TrainState) -> dict[str, Any]:
+        """Returns the final measures, for a test run including test items and probes."""
+        validation = {name: value for name, value in self.curve[-1].items() if name != "step"}
+        final: dict[str, Any] = {"validation": validation | {"n": len(self.items)}}
+        for name, items in self.tested.items():
+            size, values = {"n": len(items)}, self._measured(state.lora, items, whole=name == "test")
+            if name == "test":
+                final["test"] = values | size
+            else:
+                probe = {"loss": values["loss"], **size, "before": self._base(items)["loss"]}
+                final.setdefault("probes", {})[name] = probe
+        return final
+
+    # ------------------------------------------------------------ hooks of the loop
+
+    def advance(self, step: int) -> None:
+        """Shows no progress."""
+
+    def asked_to_stop(self, step: int) -> bool:
+        """Returns False: an interrupted run resumes from its last snapshot."""
+        del step
+        return False
+
+    def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
+        """Stores whole-model numbers of a log step, and layer means of per-layer numbers."""
+        del state
+        names = ("loss", "grad_norm", "misalignment", "misalignment_limit")
+        row = {"step": step} | {name: record[name] for name in names if record.get(name) is not None}
+        layers = record.get("layers", {}).items()
+        layers = {
+            f"mean_{n}": np.mean(v) for n, v in layers if v.ndim == 1 and n not in ("misalignment", "limit")
+        }
+        self.training.append(to_json(row | layers))
+
+    def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
+        """Measures the validation items."""
+        values = self._measured(state.lora, self.items, whole=False)
+        self.curve.append({"step": step} | values)
+        return LoopEvaluation(-values["loss"], values)
+
+    def save(self, step: int, state: TrainState, measured: LoopEvaluation | None) -> None:
+        """Writes the snapshot."""
+        del measured
+        seconds = self.seconds_before + time.perf_counter() - self._began
+        notes = {"step": step, "curve": self.curve, "training": self.training, "seconds": seconds}
+        leaves = trees.flatten(state).items()
+        arrays = {path: np.asarray(distributed.fetch(leaf)) for path, leaf in leaves}
+        write_snapshot(self.snapshot, arrays, plain(notes | {"identity": self.identity}))
+
+    # ------------------------------------------------------------
+
+    def _resumed(self, state: TrainState) -> tuple[TrainState, int]:
+        """Returns the snapshot's state and step if it has this identity, or ``state`` and 0."""
+        saved = read_snapshot(self.snapshot)
+        if saved is None:
+            return state, 0
+        notes = saved.notes
+        before = notes["identity"]
+        changed = [name for name, digest in self.identity.items() if before.get(name) != digest]
+        if changed:
+            names = ", ".join(changed)
+            log.info("  its snapshot is of other %s: the run starts from scratch", names)
+            return state, 0
+        state = trees.map_named(lambda path, leaf: jax.device_put(saved.arrays[path], leaf.sharding), state)
+        self.curve, self.training, self.seconds_before = notes["curve"], notes["training"], notes["seconds"]
+        log.info("  resumes at step %d", notes["step"])
+        return state, int(notes["step"])
+
+    def _base(self, items: Items) -> dict[str, float]:
+        return self.resources.measure_base(self.run, self.prepared, items)
+
+    def _measured(self, lora: Any, items: Items, *, whole: bool) -> dict[str, float]:
+        return self.resources.measure(self.run, self.prepared, lora, items, whole=whole)
+
+
+def _item_digests(items: Mapping[str, Items]) -> dict[str, str]:
+    """Returns the digests of all items, e.g. under "test" and "test choices"."""
+    return {
+        f"{name} {kind}".strip(): digest
+        for name, each in items.items()
+        for kind, digest in each.digests.items()
+    }
