@@ -242,15 +242,15 @@ class _Call(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """Indices and segments of a tile of tokens."""
+    """Places and segments of a tile of tokens."""
 
-    index: jax.Array  # int [size], in the order of the keys
+    places: jax.Array  # int [size], in the order of the keys
     segments: jax.Array  # int [size]
 
 
 def _seen(query: _Tile, key: _Tile, window: jax.Array) -> jax.Array:
     """Returns whether each query sees each key, bool ``[size, size]``."""
-    ahead = query.index[:, None] - key.index[None, :]
+    ahead = query.places[:, None] - key.places[None, :]
     return (query.segments[:, None] == key.segments[None, :]) & (ahead >= 0) & (ahead < window)
 
 
@@ -299,8 +299,8 @@ def _forward_kernel(
         mean = mean * before[:, None] + _product(weights.astype(value.dtype), value)
         return new, total * before + jnp.sum(weights, axis=1), mean
 
-    start = jnp.full((size,), UNSEEN, jnp.float32), jnp.zeros((size,), jnp.float32)
-    start = *start, jnp.zeros(query.shape, jnp.float32)
+    column = jnp.zeros((size,), jnp.float32)
+    start = column + UNSEEN, column, jnp.zeros(query.shape, jnp.float32)
     top, total, mean = lax.fori_loop(visits[0, number], visits[1, number], body, start)
     triton.store(out, mean / total[:, None])
     triton.store(logsumexp, top + jnp.log(total))
