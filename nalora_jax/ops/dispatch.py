@@ -22,7 +22,6 @@ devices, so a program for a TPU can be compiled on a machine without one.
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import inspect
 import platform as python
