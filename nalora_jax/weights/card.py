@@ -219,7 +219,7 @@ def _precision(card: Card) -> str:
         lines += [
             "On the same model in another precision (the hub's files, another quantization) PEFT loads this adapter "
             "without a warning and adds the same low-rank update to slightly different weights. Most of what it "
-            "learned carries over, but outputs differ as much as the two bases do, and the measured result is valid "
+            "learned carries over, but outputs differ by as much as the two bases do, and the measured result is valid "
             "only for the precision above. nalora_jax compares the digest and refuses another base."
         ]
     return "\n\n".join(lines)

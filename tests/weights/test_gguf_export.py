@@ -274,7 +274,7 @@ def test_trained_tables_and_new_tokens_go_into_the_file(base, tmp_path):
     }
     spec = replace(spec, saved=("embed_tokens", "lm_head"))
     folder = tmp_path / "adapter"
-    named = {"base_model_name": str(source), "beside": tokenizer_writer(loaded)}
+    named = {"base_model_name": str(source), "write_extra": tokenizer_writer(loaded)}
     export_adapter(unflatten(leaves), spec, loaded.config, folder, **named)
     out = tmp_path / "merged.gguf"
     assert main(["merge", str(folder), "--gguf", "F32", "--output", str(out)]) == 0
