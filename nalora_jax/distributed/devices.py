@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -81,7 +82,7 @@ def _domain(device: jax.Device) -> int:
     if platform_name(device) == "tpu":
         return int(getattr(device, "slice_index", 0))
     if platform_name(device) == "gpu":
-        index = getattr(device, "partition_index", None)
+        index: Any = getattr(device, "partition_index", None)
         if index is None:
             index = getattr(device, "slice_index", process_of(device))
         return int(index)
