@@ -35,7 +35,9 @@ _LASTING = ("train", "study")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the subcommand of ``argv`` (default: the process's); returns the exit status."""
-    words = sys.argv[1:] if argv is None else argv
+    words = argv
+    if words is None:
+        words = sys.argv[1:]
     terminal.open_closed_streams()
 
     def run() -> None:

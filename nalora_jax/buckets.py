@@ -54,13 +54,11 @@ def is_url(name: object) -> bool:
 def missing_package(flag: str, where: str) -> NaloraError:
     """Returns the error for a URL whose package is not installed, or whose scheme is unknown."""
     package, extra, _ = _STORES.get(where.partition("://")[0], ("", "", ""))
-    remedy = f"pip install {package} (or nalora_jax with its extra `{extra}`)"
-    return NaloraError(
-        flag,
-        expected="a folder, or a URL of a store that this Python can reach",
-        found=where,
-        remedy=remedy if package else "use gs:// or s3://, or a folder",
-    )
+    remedy = "use gs:// or s3://, or a folder"
+    if package:
+        remedy = f"pip install {package} (or nalora_jax with its extra `{extra}`)"
+    expected = "a folder, or a URL of a store that this Python can reach"
+    return NaloraError(flag, expected=expected, found=where, remedy=remedy)
 
 
 def version(name: str) -> str:

@@ -65,5 +65,6 @@ def _read(path: Path) -> str | None:
 def _by_name(value: Any) -> dict[str, str | None]:
     if isinstance(value, list):
         value = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-    named = value if isinstance(value, dict) else {"default": value}
-    return {name: text for name, text in named.items() if isinstance(text, str)}
+    if not isinstance(value, dict):
+        value = {"default": value}
+    return {name: text for name, text in value.items() if isinstance(text, str)}

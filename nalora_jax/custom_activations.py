@@ -32,11 +32,8 @@ def register_activation(
 
     def register(gate: activations.Selection) -> activations.Selection:
         if name in (*activations.ALIASES, *activations.BUILT_IN):
-            raise NaloraError(
-                f"activation {name!r}",
-                expected="a name that is free",
-                found="a built-in activation",
-            )
+            actual = "a built-in activation"
+            raise NaloraError(f"activation {name!r}", expected="a name that is free", found=actual)
 
         def excess(z: Array) -> Array:
             rho, slope = gate(z)

@@ -21,22 +21,13 @@ from nalora_jax.ops.storage import STACKS, Kernel, LayerStack, Stored, expand
 
 
 class LoRADense(nn.Module):
-    """The variables of a frozen dense layer with an optional low-rank adapter.
+    """The variables of a frozen dense layer with an optional low-rank adapter."""
 
-    Attributes:
-      features: ``d_out``.
-      rank: of the adapter; 0 for a plain frozen layer.
-      use_bias: True if the frozen layer adds a bias.
-      dora: True if the adapter is weight-decomposed.
-      dropout: rate on the adapter's input if not ``deterministic`` (needs the rng ``dropout``).
-      numerics: dtypes.
-    """
-
-    features: int
-    rank: int = 0
-    use_bias: bool = False
-    dora: bool = False
-    dropout: float = 0.0
+    features: int  # d_out
+    rank: int = 0  # of the adapter; 0 for a plain frozen layer
+    use_bias: bool = False  # True if the frozen layer adds a bias
+    dora: bool = False  # True if the adapter is weight-decomposed
+    dropout: float = 0.0  # rate on the adapter's input if not deterministic (needs the rng "dropout")
     numerics: Numerics = Numerics()
 
     def __call__(self, x: jax.Array, scale: jax.Array | float = 1.0, **options: Any) -> Adapted:

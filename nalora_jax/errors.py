@@ -35,7 +35,7 @@ class NaloraError(ValueError):
             [_text(text) for text in (where, expected, found, remedy)]
         )
         message = f"{place}: expected {expectation}, found {actual}"
-        super().__init__(f"{message}; {advice}" if advice else message)
+        super().__init__("; ".join(filter(None, (message, advice))))
 
 
 class TrainingDivergedError(NaloraError):
@@ -63,9 +63,10 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, signal: Signals, saved: int | None = None, resume: str = "") -> None:
         self.signal, self.saved, self.status = signal, saved, 128 + int(signal)
-        what = f"interrupted by {signal.name}"
-        what += "" if saved is None else f"; saved step {saved}"
-        super().__init__(f"{what}; {resume}" if resume else what)
+        parts = [f"interrupted by {signal.name}"]
+        if saved is not None:
+            parts.append(f"saved step {saved}")
+        super().__init__("; ".join(filter(None, (*parts, resume))))
 
 
 def shorten(text: str, limit: int) -> str:
@@ -90,6 +91,13 @@ def visible(text: str) -> str:
     """
     escaped = _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
     return escaped.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def shown(value: object) -> str:
+    """Returns the beginning of a value's representation, for messages; "nothing" for None."""
+    if value is None:
+        return "nothing"
+    return repr(value)[:80]
 
 
 def bounded_text(text: object) -> str:

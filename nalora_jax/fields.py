@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nalora_jax.errors import NaloraError
+from nalora_jax.errors import NaloraError, shown
 
 # Fields in which null has a meaning: no cap, no window, as many heads as for queries, no dropout;
 # for the base wavelength it means the default.
@@ -49,13 +49,8 @@ class Fields:
                 return self.defaults[name]
             return None
         if name in self.raw:
-            default = self.defaults[name]
-            raise self.error(
-                name,
-                "a value",
-                "null",
-                f"leave the field out for the family's default, {default!r}",
-            )
+            remedy = f"leave the field out for the family's default, {self.defaults[name]!r}"
+            raise self.error(name, "a value", "null", remedy)
         return self.defaults[name]
 
     def error(self, name: str, expected: object, found: object, remedy: str = "") -> NaloraError:
@@ -65,30 +60,24 @@ class Fields:
     def integer(self, name: str, *, low: int = 1, high: int = 2**24, default: int | None = None) -> int:
         """Returns a whole number between ``low`` and ``high``."""
         value = self.get(name)
-        value = default if value is None else value
+        if value is None:
+            value = default
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.error(
-                name,
-                f"a whole number from {low} to {high}",
-                "nothing" if value is None else repr(value),
-            )
+            raise self.error(name, f"a whole number from {low} to {high}", shown(value))
         return value
 
     def number(self, name: str, *, default: float | None = None, zero: bool = False) -> float:
         """Returns a finite number above 0 (with ``zero``, 0 or more)."""
         value = self.get(name)
-        value = default if value is None else value
-        if (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and 0 <= value <= 1e30
-            and (zero or value)
-        ):
+        if value is None:
+            value = default
+        valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1e30
+        if valid and (zero or value):
             return float(value)
         bound = "of 0 or more" if zero else "above 0"
-        raise self.error(name, f"a finite number {bound}", "nothing" if value is None else repr(value)[:40])
+        raise self.error(name, f"a finite number {bound}", shown(value))
 
     def flag(self, name: str) -> bool:
         """Returns true or false; false if absent."""
@@ -101,7 +90,7 @@ class Fields:
         """Returns a string."""
         value = self.get(name)
         if not isinstance(value, str):
-            raise self.error(name, "a string", "nothing" if value is None else repr(value))
+            raise self.error(name, "a string", shown(value))
         return value
 
     def items(

@@ -104,24 +104,23 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
       NaloraError: the system refused (a full disk, no permission); ``path`` is unchanged.
     """
+    if isinstance(content, str):
+        # A lone surrogate, of a log that was edited, must not end a run's report.
+        content = content.encode(errors="backslashreplace")
     scratch: Path | None = None
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         scratch = Path(name)
         with os.fdopen(handle, "wb") as file:
-            # A lone surrogate, of a log that was edited, must not end a run's report.
-            file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+            file.write(content)
         umask = os.umask(0)
         os.umask(umask)
         scratch.chmod(0o666 & ~umask)  # mkstemp makes private files
         scratch.replace(path)
     except OSError as error:
-        raise NaloraError(
-            str(path),
-            expected="a file that can be written",
-            found=error.strerror or error,
-            remedy="make room or choose another place; nothing of it was written",
-        ) from error
+        expected, actual = "a file that can be written", error.strerror or error
+        remedy = "make room or choose another place; nothing of it was written"
+        raise NaloraError(str(path), expected=expected, found=actual, remedy=remedy) from error
     finally:
         if scratch is not None:
             scratch.unlink(missing_ok=True)

@@ -121,7 +121,7 @@ def _run(
     with ExitStack() as stack:
         running = Running(config, output, recorded, pieces, callbacks, stop, stack)
         spent.end("preparing")
-        with running.told_of_errors():
+        with running.reporting_errors():
             # ---------------------------------------------------- evaluate, train, evaluate, export
             running.measure_before()
             spent.end("evaluating the base")
@@ -164,16 +164,14 @@ def inputs_of(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
     """Reads the settings of the model's files and the data of a run."""
     if config.compute.compilation_cache:
         use_compilation_cache()
-    files = (
-        None
-        if config.vision.task in DUAL
-        else replace(resolve(config.model), rope_scaling=config.rope_scaling)
-    )
-    if files is not None and config.vision.task == "chat":
+    if config.vision.task in DUAL:
+        records = _on_images().image_records(config)
+        settings = settled(config, None, source, images=len(records[0].indices))
+        return Inputs(settings, None, source, records)
+    files = replace(resolve(config.model), rope_scaling=config.rope_scaling)
+    if config.vision.task == "chat":
         source = _seen(config, files, source)
-    records = _on_images().image_records(config) if files is None else ()
-    settings = settled(config, files, source, images=len(records[0].indices) if records else 0)
-    return Inputs(settings, files, source, records)
+    return Inputs(settled(config, files, source), files, source, ())
 
 
 def _refuse_runs(config: RunConfig) -> None:
@@ -197,12 +195,14 @@ def continued(config: RunConfig, output: Output) -> dict[str, Any]:
     Incompatible settings raise an error here, before a model is loaded. The checkpoints are checked
     again later, because they record settings in full precision.
     """
-    done = last_step(output.checkpoints) if output.resumes else None
+    if not output.resumes:
+        return {}
+    done = last_step(output.checkpoints)
     if done is not None and done > config.steps:
         remedy = "leave --steps out to go on as the run was, or start a new run in another --output"
         expected = f"{done} or more, which the run in {output.folder} has done"
         raise NaloraError("--steps", expected=expected, found=config.steps, remedy=remedy)
-    recorded = recorded_settings(output.folder) if output.resumes else {}
+    recorded = recorded_settings(output.folder)
     if recorded:
         check_settings(f"--resume {output.folder}", recorded, to_json(redacted(config.to_dict())))
     return recorded

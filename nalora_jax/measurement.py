@@ -162,9 +162,8 @@ def block_statistics(
         weights, config = measurement.weights, measurement.config
         probed = weights if measurement.probe_weights is None else measurement.probe_weights
         movement = _movement(x, gate, delta, probed, config.probe_stride, numerics)
-        probe = take_probe(
-            z.astype(numerics.result), delta, probed, config.probe_stride, numerics, movement
-        )
+        rounded = z.astype(numerics.result)
+        probe = take_probe(rounded, delta, probed, config.probe_stride, numerics, movement)
         probe = probe._replace(weights=measurement.probe_weights)
         if count(config.sharding) > 1:
             probe = probe._replace(factors=None)  # the factors have the tokens of all shards

@@ -159,9 +159,8 @@ class Mechanism:
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise NaloraError(
-                f"mechanism {self.name}: {name}", expected=expected, found=getattr(self, name)
-            )
+            where = f"mechanism {self.name}: {name}"
+            raise NaloraError(where, expected=expected, found=getattr(self, name))
 
 
 # ---------------------------------------------------------------- registry
@@ -199,9 +198,8 @@ def register_mechanism(
       NaloraError: the name is taken or not an identifier.
     """
     if not re.fullmatch(r"[A-Za-z]\w*", name):
-        raise NaloraError(
-            "register_mechanism", expected="a name of letters, digits and _", found=repr(name)
-        )
+        expected = "a name of letters, digits and _"
+        raise NaloraError("register_mechanism", expected=expected, found=repr(name))
 
     def register(rule: Registered) -> Registered:
         kind: Any = rule

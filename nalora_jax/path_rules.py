@@ -39,12 +39,9 @@ def match_rules(rules: Sequence[tuple[str, T]], paths: Iterable[str], *, where: 
     try:
         matches = bounded.matches([pattern for pattern, _ in rules], names, how="search")
     except bounded.BoundedError as error:
-        raise NaloraError(
-            where,
-            expected="patterns that are matched against a model's names in seconds",
-            found=error,
-            remedy="repeat nothing that is itself repeated",
-        ) from error
+        expected = "patterns that are matched against a model's names in seconds"
+        remedy = "repeat nothing that is itself repeated"
+        raise NaloraError(where, expected=expected, found=error, remedy=remedy) from error
     for (pattern, _), row in zip(rules, matches, strict=True):
         if all(match is None for match in row):
             patterns_of_names = sorted({re.sub(r"/\d+/", "/*/", name) for name in names})

@@ -50,7 +50,9 @@ def refuse_linked_folders(folder: Path) -> None:
     Raises:
       NaloraError: it names the link.
     """
-    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+    if not folder.is_dir():
+        return
+    for entry in sorted(folder.iterdir()):
         if entry.is_symlink() and not entry.is_file():
             raise _refusal(entry, "a folder")
 

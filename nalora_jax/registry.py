@@ -46,13 +46,8 @@ class Registry(Generic[T]):
         """
         existing = self._values.get(name, value)
         if not replace and existing is not value and not _again(existing, value):
-            remedy = "choose another name, or pass replace=True"
-            raise NaloraError(
-                f"{self._kind} {name!r}",
-                expected="a name that is free",
-                found=repr(existing),
-                remedy=remedy,
-            )
+            where, remedy = f"{self._kind} {name!r}", "choose another name, or pass replace=True"
+            raise NaloraError(where, expected="a name that is free", found=repr(existing), remedy=remedy)
         self._values[name] = value
         return value
 
@@ -91,16 +86,12 @@ class Registry(Generic[T]):
             where = f"entry point {name} = {point.value!r} of {self._group}"
             try:
                 point.load()
-            except (
-                Exception,
-                SystemExit,
-            ) as error:  # one that ends the program must not look like a finished run
+            except (Exception, SystemExit) as error:  # an exit must not look like a finished run
                 reason = f"{type(error).__name__}: {error}"
                 raise NaloraError(where, expected="a module that can be imported", found=reason) from error
             if name not in self._values:
-                raise NaloraError(
-                    where, expected=f"to register a {self._kind} of that name", found="no such registration"
-                )
+                expected = f"to register a {self._kind} of that name"
+                raise NaloraError(where, expected=expected, found="no such registration")
         return name in self._values
 
 

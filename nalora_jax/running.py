@@ -102,19 +102,21 @@ class Running:
             config, output, recorded, assembly, self.batches, self._checkpointer
         )
         self.before = _known_before(output, pieces.questions)
-        self._told, progress = _listeners(config, output.folder, self.start, callbacks, console)
-        self.hooks = _hooks(config, pieces, self._told, progress, self._checkpointer, self.batches, stop)
-        stack.enter_context(self._told)
+        self._callbacks, progress = _listeners(config, output.folder, self.start, callbacks, console)
+        self.hooks = _hooks(
+            config, pieces, self._callbacks, progress, self._checkpointer, self.batches, stop
+        )
+        stack.enter_context(self._callbacks)
         stack.enter_context(progress)
-        self._told.start(_started(config, output, self.start, pieces))
+        self._callbacks.start(_started(config, output, self.start, pieces))
 
     @contextmanager
-    def told_of_errors(self) -> Iterator[None]:
+    def reporting_errors(self) -> Iterator[None]:
         """Notifies the callbacks of an error that ends the run."""
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:  # trackers mark every failed run
-            self._told.end(Ended(message=str(error) or "interrupted"))
+            self._callbacks.end(Ended(message=str(error) or "interrupted"))
             raise
 
     def measure_before(self, measured: BaseMetrics | None = None) -> BaseMetrics | None:
@@ -154,14 +156,14 @@ class Running:
         spent.end("evaluating the result")
         adapter = _export(self.config, self.output, self.pieces, self.state, self.before, after)
         spent.end("exporting")
-        self._told.end(Ended(step, after["step"], seconds=spent.seconds))
+        self._callbacks.end(Ended(step, after["step"], seconds=spent.seconds))
         return RunResult(
             self.output.folder, adapter, _report(self.output), self.before, after, after["step"]
         )
 
     def fail(self, error: Exception) -> None:
         """Records the error that ended the run."""
-        self._told.end(Ended(message=str(error)))
+        self._callbacks.end(Ended(message=str(error)))
 
     def stopped(self, result: FitResult) -> Interrupted:
         """Returns the error of a run that a signal stopped, once its state is saved."""
@@ -184,8 +186,11 @@ def _checkpointer(config: RunConfig, output: Output, pieces: Pieces) -> Checkpoi
 def _started(config: RunConfig, output: Output, start: int, pieces: Pieces) -> Started:
     """Returns the facts about the run that callbacks get before its first step."""
     origin = pieces.loaded.origin
-    turns = {} if pieces.in_turns is None else {"in_turns": pieces.in_turns}
-    more = {"data": pieces.data.describe() | turns} | ({"base": origin.to_dict()} if origin else {})
+    more = {"data": dict(pieces.data.describe())}
+    if pieces.in_turns is not None:
+        more["data"]["in_turns"] = pieces.in_turns
+    if origin:
+        more["base"] = origin.to_dict()
     return Started(output.folder, redacted(config.to_dict()), start, versions(), describe_device(), more)
 
 
@@ -295,20 +300,20 @@ def _hooks(
 
 
 def _record_before(
-    folder: Path, beside: RunHooks, pieces: Pieces, measured: BaseMetrics, *, chosen: bool
+    folder: Path, hooks: RunHooks, pieces: Pieces, measured: BaseMetrics, *, chosen: bool
 ) -> None:
     """Writes and logs the metrics of the base."""
     before = dict(measured.reported)
     text = json.dumps(seal(before | {"questions": pieces.questions}))
     distributed.on_first_process(lambda: write_atomically(folder / BEFORE, text))
-    beside.told.evaluation(0, before, "initial")
-    beside.progress.say(f"before: {describe(before)}")
-    choosing = beside.selected(0, measured.selecting)
+    hooks.told.evaluation(0, before, "initial")
+    hooks.progress.say(f"before: {describe(before)}")
+    choosing = hooks.selected(0, measured.selecting)
     say_counts(int(before.get("n", 0)), choosing.n, chosen=chosen)
 
 
 def _fit(
-    config: RunConfig, assembly: Assembly, state: TrainState, start: int, beside: RunHooks, profile: Profile
+    config: RunConfig, assembly: Assembly, state: TrainState, start: int, hooks: RunHooks, profile: Profile
 ) -> FitResult:
     """Runs the training steps.
 
@@ -318,15 +323,15 @@ def _fit(
     schedule = _intervals(config)
     rate = make_schedule(config.optimizer, config.steps)
     params = assembly.view(assembly.params)
-    beside.state_metrics.compile_ahead(state)
-    batches = _on_mesh(beside.batches, assembly.mesh)
-    with beside.stop.between_steps(), profile:
+    hooks.state_metrics.compile_ahead(state)
+    batches = _on_mesh(hooks.batches, assembly.mesh)
+    with hooks.stop.between_steps(), profile:
         result = fit(
-            assembly.step, params, state, batches, beside, schedule, rate, start=start, profile=profile
+            assembly.step, params, state, batches, hooks, schedule, rate, start=start, profile=profile
         )
     if result.interrupted:
-        beside.checkpointer.wait()
-        raise Interrupted(beside.stop.signal, result.step, way_on(config))
+        hooks.checkpointer.wait()
+        raise Interrupted(hooks.stop.signal, result.step, way_on(config))
     return result
 
 
@@ -354,15 +359,15 @@ def _best(result: FitResult, checkpointer: Checkpointer, assembly: Assembly) -> 
 
 
 def _measure_after(
-    best: TrainState, before: Mapping[str, Any], evaluator: Any, beside: RunHooks
+    best: TrainState, before: Mapping[str, Any], evaluator: Any, hooks: RunHooks
 ) -> dict[str, Any]:
     """Evaluates the best state on the reported examples, which were not used to select it."""
-    after: dict[str, Any] = evaluator.measure(beside.params, best.lora, samples=True)
+    after: dict[str, Any] = evaluator.measure(hooks.params, best.lora, samples=True)
     if "right" in after and len(before.get("right", ())) == len(after["right"]):
         after["paired"] = asdict(compare(before["right"], after["right"]))
     step = int(best.step)
-    beside.told.evaluation(step, after, "final")
-    beside.progress.say(f"after (step {step}): {describe(after)}")
+    hooks.told.evaluation(step, after, "final")
+    hooks.progress.say(f"after (step {step}): {describe(after)}")
     return after | {"step": step}
 
 

@@ -36,12 +36,9 @@ def unseal(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     content = {name: value for name, value in record.items() if name != FIELD}
     if FIELD in record and record[FIELD] != _digest(content):
-        raise NaloraError(
-            where,
-            expected=f"the content that its {FIELD} was computed of",
-            found="another",
-            remedy=f"restore it from a copy; if you edited it, remove the field {FIELD}",
-        )
+        expected = f"the content that its {FIELD} was computed of"
+        remedy = f"restore it from a copy; if you edited it, remove the field {FIELD}"
+        raise NaloraError(where, expected=expected, found="another", remedy=remedy)
     return content
 
 

@@ -181,12 +181,9 @@ class Tokenizer:
           NaloraError: the end-of-sequence id itself has no row; ``where`` names the tokenizer.
         """
         if self.eos_id >= rows:
-            raise NaloraError(
-                where,
-                expected=f"an end-of-sequence id below {rows}, the rows of the embedding",
-                found=self.eos_id,
-                remedy="use the tokenizer that belongs to the model",
-            )
+            expected = f"an end-of-sequence id below {rows}, the rows of the embedding"
+            remedy = "use the tokenizer that belongs to the model"
+            raise NaloraError(where, expected=expected, found=self.eos_id, remedy=remedy)
         stops = tuple(token_id for token_id in self.eos_ids if token_id < rows)
         pad_id = self.pad_id if self.pad_id < rows else self.eos_id
         return replace(self, rows=rows, eos_ids=stops, pad_id=pad_id)
@@ -231,16 +228,15 @@ class Tokenizer:
         For a multimodal model the texts contain the tokens of every image and start with the
         begin-of-sequence token, as with transformers' processors.
         """
-        template = self.chat_template if tools is None or self.tool_template is None else self.tool_template
+        template = self.chat_template
+        if tools is not None:
+            template = self.tool_template or template
         if template is None:
-            raise NaloraError(
-                "chat template",
-                expected="a model with a chat template",
-                found="none in its tokenizer"
-                if self.tool_template is None
-                else "only one for chats with tools",
-                remedy="use an instruction-tuned model, or prompt/completion data",
-            )
+            expected, actual = "a model with a chat template", "none in its tokenizer"
+            if self.tool_template is not None:
+                actual = "only one for chats with tools"
+            remedy = "use an instruction-tuned model, or prompt/completion data"
+            raise NaloraError("chat template", expected=expected, found=actual, remedy=remedy)
         common = {"tools": tools, "documents": None, **(self.special_tokens or {})}
         chats = [([_for_template(message) for message in messages], prompt) for messages, prompt in chats]
         if self.images is not None:
@@ -267,7 +263,7 @@ class Tokenizer:
         begin = ""
         if self.add_bos:
             begin = (self.special_tokens or {}).get("bos_token", "")
-        return ("" if text.startswith(begin) else begin) + self.images.expanded(text)
+        return begin + self.images.expanded(text.removeprefix(begin))
 
     @staticmethod
     def from_folder(path: str | Path, base: Tokenizer | None = None) -> Tokenizer:
@@ -290,7 +286,8 @@ class Tokenizer:
             backend.token_to_id(special.get(f"{n}_token", "")) for n in ("bos", "eos", "pad")
         )
         listed = _listed_stop_ids(folder, backend)
-        listed += [] if base is None else base.eos_ids
+        if base is not None:
+            listed += base.eos_ids
         if eos_id is None and listed:
             eos_id = listed[0]
         if eos_id is None:
@@ -357,20 +354,18 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
 
 def _token_text(value: object) -> str:
     """Returns a special token's text from a config: ``"</s>"`` or ``{"content": "</s>", ...}``."""
-    content = value.get("content") if isinstance(value, dict) else value
-    return content if isinstance(content, str) and is_unicode(content) else ""
+    if isinstance(value, dict):
+        value = value.get("content")
+    if isinstance(value, str) and is_unicode(value):
+        return value
+    return ""
 
 
 def _listed_stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
     """Returns the stop ids in generation_config.json and config.json (or its ``text_config``)."""
     config = read_json(folder / "config.json", missing={})
-    text = config.get("text_config")
-    files = [
-        read_json(folder / "generation_config.json", missing={}),
-        config,
-        text if isinstance(text, dict) else {},
-    ]
-    values = [file.get("eos_token_id") for file in files]
+    files = [read_json(folder / "generation_config.json", missing={}), config, config.get("text_config")]
+    values = [file.get("eos_token_id") for file in files if isinstance(file, dict)]
     items = [item for value in values for item in (value if isinstance(value, list) else [value])]
     numbers = [
         item for item in items if isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**31

@@ -21,12 +21,9 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
       NaloraError: the file is missing or damaged.
     """
     if not path.is_file():
-        raise NaloraError(
-            str(path),
-            expected="the file",
-            found="nothing of that name",
-            remedy="save it with transformers: AutoTokenizer.from_pretrained(model).save_pretrained(folder)",
-        )
+        expected = "the file"
+        remedy = "save it with transformers: AutoTokenizer.from_pretrained(model).save_pretrained(folder)"
+        raise NaloraError(str(path), expected=expected, found="nothing of that name", remedy=remedy)
     try:
         content = path.read_bytes()
         raw = json.loads(content)
@@ -63,14 +60,17 @@ def tokenizer_errors(what: str, *texts: str) -> Iterator[None]:
         if not is_foreign(error):
             raise
         broken = next((text for text in texts if not is_unicode(text)), None)
-        raise NaloraError(
-            what,
-            expected="Unicode text" if broken is not None else "what the model's tokenizer can take",
-            found=f"half a character in {broken[:80]!r}" if broken is not None else error,
-            remedy="write the text anew: half of a surrogate pair is no character"
-            if broken is not None
-            else "",
-        ) from error
+        if broken is None:
+            expected = "what the model's tokenizer can take"
+            raise NaloraError(what, expected=expected, found=error) from error
+        raise unicode_error(what, broken) from error
+
+
+def unicode_error(where: str, text: str) -> NaloraError:
+    """Returns the error about a text that contains half of a surrogate pair."""
+    actual = f"half a character in {text[:60]!r}"
+    remedy = "rewrite the text: half of a surrogate pair is not a character"
+    return NaloraError(where, expected="Unicode text", found=actual, remedy=remedy)
 
 
 def is_unicode(text: str) -> bool:

@@ -69,12 +69,13 @@ def test_docker_files_name_versions_and_an_example_that_parses(kind: str) -> Non
 def test_the_install_line_of_a_container_is_executed_on_the_files_that_it_copies(
     kind: str, tmp_path: Path
 ) -> None:
-    """``pip`` is a stand-in that keeps its arguments; the folder has only what the COPY lines bring."""
+    """``pip`` and others are stand-ins that keep their arguments; the folder has only what the COPY lines bring."""
     context, tools = tmp_path / "opt", tmp_path / "tools"
     for folder in (context, tools):
         folder.mkdir()
-    (tools / "pip").write_text('#!/bin/bash\nprintf "%s\\n" "$@" > "$ARGUMENTS"\n')
-    (tools / "pip").chmod(0o755)
+    for program in ("pip", "apt-get", "git"):
+        (tools / program).write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > "$ARGUMENTS.{program}"\n')
+        (tools / program).chmod(0o755)
     environment = {"PATH": f"{tools}:/usr/bin:/bin", "ARGUMENTS": str(tmp_path / "arguments")}
     for name, rest in instructions(kind):
         if name == "COPY":
@@ -85,7 +86,7 @@ def test_the_install_line_of_a_container_is_executed_on_the_files_that_it_copies
             environment[variable] = value
         elif name == "RUN":
             subprocess.run(["sh", "-c", rest], cwd=context, env=environment, check=True)
-    install, no_cache, pinned, package = (tmp_path / "arguments").read_text().splitlines()
+    install, no_cache, pinned, package = (tmp_path / "arguments.pip").read_text().splitlines()
     assert (install, no_cache) == ("install", "--no-cache-dir")
     extra = re.fullmatch(r"jax\[(\w+)\]==0\.10\.2", pinned)
     package_extras = re.fullmatch(r"\.\[(\w+),gcs,datasets\]", package)
@@ -96,6 +97,7 @@ def test_the_install_line_of_a_container_is_executed_on_the_files_that_it_copies
         line.startswith(f"jax[{extra[1]}]") for line in project["optional-dependencies"][package_extras[1]]
     )
     assert {"gcs", "datasets"} <= set(project["optional-dependencies"])
+    assert "git" in (tmp_path / "arguments.apt-get").read_text().split()
     for name in (project["readme"], *project["license-files"], "nalora_jax/__main__.py"):
         assert (context / name).exists(), name
 

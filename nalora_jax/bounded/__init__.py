@@ -221,12 +221,8 @@ class _Helper:
         """Returns the next line of the process, or ends the process if none comes in time."""
         assert self._process is not None
         assert self._process.stdout is not None
-        pipe, deadline, parts, size = (
-            self._process.stdout.fileno(),
-            time.monotonic() + seconds,
-            [],
-            0,
-        )
+        pipe, deadline = self._process.stdout.fileno(), time.monotonic() + seconds
+        parts, size = [], 0
         while True:
             ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
             piece = os.read(pipe, 1 << 20) if ready else b""
@@ -236,16 +232,13 @@ class _Helper:
                 value: dict[str, Any] = json.loads(b"".join(parts))
                 return value
             if not piece or size > _MAX_ANSWER:
-                late = time.monotonic() >= deadline - 1.5
-                self.stop()
+                reason = f"a crash, or more than {MEMORY >> 20} MB of memory"
+                if time.monotonic() >= deadline - 1.5:
+                    reason = f"more than {SECONDS:g} seconds"
                 if size > _MAX_ANSWER:
-                    raise BoundedError(f"a text of more than {_MAX_ANSWER >> 20} MB")
-                limits = (
-                    f"more than {SECONDS:g} seconds"
-                    if late
-                    else f"a crash, or more than {MEMORY >> 20} MB of memory"
-                )
-                raise BoundedError(limits)
+                    reason = f"a text of more than {_MAX_ANSWER >> 20} MB"
+                self.stop()
+                raise BoundedError(reason)
 
 
 _HELPER = _Helper()

@@ -57,9 +57,10 @@ def check_expressions(raw: Any, where: str) -> None:
 
 def _expressions(raw: Any) -> list[str]:
     """Returns the distinct values of ``Regex`` in the rules that are applied to texts."""
-    parts = ("normalizer", "pre_tokenizer", "decoder")
+    if not isinstance(raw, dict):
+        return []
     expressions: dict[str, None] = {}
-    left = [raw.get(piece) for piece in parts] if isinstance(raw, dict) else []
+    left = [raw.get(rule) for rule in ("normalizer", "pre_tokenizer", "decoder")]
     while left:
         node = left.pop()
         if isinstance(node, list):

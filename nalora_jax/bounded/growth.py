@@ -44,11 +44,8 @@ def check_growth(raw: Any, where: str) -> None:
             )
     added = _added(raw.get("post_processor"))
     if added > TOKENS:
-        raise NaloraError(
-            f"{where}: post_processor",
-            expected=f"at most {TOKENS} tokens added to a text",
-            found=f"{added}",
-        )
+        expected = f"at most {TOKENS} tokens added to a text"
+        raise NaloraError(f"{where}: post_processor", expected=expected, found=f"{added}")
 
 
 def _growth(rule: Any) -> float:
@@ -57,8 +54,8 @@ def _growth(rule: Any) -> float:
         return 1.0
     product = 1.0
     for name in ("normalizers", "decoders"):
-        for token in rule.get(name) or () if isinstance(rule.get(name), list) else ():
-            product *= _growth(token)
+        for inner in _items(rule.get(name)):
+            product *= _growth(inner)
     kind = rule.get("type")
     if kind == "Replace":
         product *= _replacement(rule.get("pattern"), rule.get("content"))
@@ -73,7 +70,7 @@ def _replacement(pattern: Any, content: Any) -> float:
     if not isinstance(content, str):
         return 1.0
     size = len(content.encode(errors="replace"))
-    text = pattern.get("String") if isinstance(pattern, Mapping) else None
+    text = _field(pattern, "String")
     if isinstance(text, str) and text:
         return max(1.0, size / len(text.encode(errors="replace")))
     return 1.0 + size  # a regular expression may match the empty text between any two bytes
@@ -94,19 +91,23 @@ def _precompiled(text: Any) -> float:
 
 def _added(rule: Any) -> int:
     """Returns the number of tokens that a post-processor adds to a text."""
-    if not isinstance(rule, Mapping):
-        return 0
-    inner = rule.get("processors")
-    total = sum(map(_added, inner)) if isinstance(inner, list) else 0
-    specials, template = rule.get("special_tokens"), rule.get("single")
-    if isinstance(specials, Mapping) and isinstance(template, list):
-        for piece in template:
-            name = None
-            if isinstance(piece, Mapping):
-                name = piece.get("SpecialToken")
-            token = None
-            if isinstance(name, Mapping):
-                token = specials.get(name.get("id"))
-            ids = token.get("ids") if isinstance(token, Mapping) else None
-            total += len(ids) if isinstance(ids, list) else 0
+    total = sum(map(_added, _items(_field(rule, "processors"))))
+    for piece in _items(_field(rule, "single")):
+        name = _field(_field(piece, "SpecialToken"), "id")
+        token = _field(_field(rule, "special_tokens"), name)
+        total += len(_items(_field(token, "ids")))
     return total
+
+
+def _field(value: Any, name: Any) -> Any:
+    """Returns ``value[name]`` of an object; None if it is another value or has no such field."""
+    if isinstance(value, Mapping):
+        return value.get(name)
+    return None
+
+
+def _items(value: Any) -> list[Any]:
+    """Returns a list; [] for another value."""
+    if isinstance(value, list):
+        return value
+    return []

@@ -84,10 +84,15 @@ def match_all(patterns: list[str], names: list[str], how: str) -> list[list[str 
         except Exception as error:  # re.error, OverflowError, RecursionError
             raise ValueError(f"{pattern[:100]!r}: {error}") from error
         match = getattr(compiled, how)
-        rows = [match(name) for name in names]
-        group = (lambda row: row["idx"] or "") if "idx" in compiled.groupindex else (lambda row: "")
-        matches.append([None if row is None else group(row) for row in rows])
+        matches.append([_index(match(name)) for name in names])
     return matches
+
+
+def _index(match: re.Match[str] | None) -> str | None:
+    """Returns the group ``idx`` of a match, "" without such a group; None if there is no match."""
+    if match is None:
+        return None
+    return match.groupdict().get("idx") or ""
 
 
 def split_by(expressions: list[str], text: str) -> list[list[Any]]:

@@ -184,7 +184,8 @@ class StudyArgs:
     study: Positional[Path]
     # run, verify: maximum number of runs that this process executes (0: all; verify: three).
     limit: int = 0
-    # run: runs of a method that train in one program; 0: one on a CPU, 16 elsewhere.
+    # run: largest number of runs of a method that train in one program; 0: one on a CPU, as many as
+    # memory allows elsewhere.
     together: int = 0
     # run: methods whose runs this process executes (none: all), to get the most urgent results
     # first.

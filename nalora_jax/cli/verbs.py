@@ -141,7 +141,7 @@ def export(args: cli.ExportArgs) -> None:
         max_lora_rank=args.max_lora_rank,
         fingerprint=base.fingerprint,
         rope_scaling=base.rope_scaling,
-        beside=tokenizer_writer(base) if base.added or base.resized else None,
+        write_extra=tokenizer_writer(base) if base.added or base.resized else None,
     )
     write_atomically(args.output / "README.md", card(model, "adapter"))
     difference = verify_export(args.output, lora, model.spec, base.config, fingerprint=base.fingerprint)

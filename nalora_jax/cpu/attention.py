@@ -70,7 +70,9 @@ def full_attention(
     if mask is not None or q.shape != k.shape or not bf16:
         return NotImplemented
     seq = q.shape[1]
-    positions = np.arange(seq, dtype=np.int32) if causal else np.zeros(seq, np.int32)
+    positions = np.zeros(seq, np.int32)
+    if causal:
+        positions = np.arange(seq, dtype=np.int32)
     places = jnp.asarray(positions[None]), jnp.ones((1, seq), jnp.int32), seq, None
     return _attention(q, k, v, *places, AttentionConfig(scale), numerics, causal).astype(jnp.float32)
 
@@ -113,7 +115,9 @@ def _fwd(
         logsumexp = summed[..., 0].swapaxes(1, 2)
     saved, total = save(out), save_residual(logsumexp, "float32", numerics)
     like = tuple(jnp.zeros((0,), x.dtype) for x in (q, k, v))
-    needed = saved if native.needs_result(q.shape[1], config.softcap) else None
+    needed = None
+    if native.needs_result(q.shape[1], config.softcap):
+        needed = saved
     return read_residual(saved, numerics.result), (arrays, rest, needed, total, like)
 
 
@@ -121,7 +125,9 @@ def _bwd(
     config: AttentionConfig, numerics: Numerics, ordered: bool, residuals: Any, g: jax.Array
 ) -> tuple[Any, ...]:
     arrays, rest, saved, logsumexp, like = residuals
-    out = None if saved is None else read_residual(saved, "bfloat16")
+    out = None
+    if saved is not None:
+        out = read_residual(saved, "bfloat16")
     g = rounded(g, "bfloat16", numerics)
     dq, dk, dv = native.attention_gradient(_heads(arrays, rest, ordered), out, logsumexp, g, config.softcap)
     grads = (rounded(x, y.dtype, numerics) for x, y in zip((dq * config.scale, dk, dv), like, strict=True))

@@ -17,7 +17,7 @@ from jax import lax
 
 from nalora_jax.cpu import native
 from nalora_jax.cpu.implementation import CPU, usable
-from nalora_jax.cpu.storage import Bits, bf16_bits, from_bits, slice_rows
+from nalora_jax.cpu.storage import Bits, bits_of, from_bits, slice_rows
 from nalora_jax.ops import cross_entropy as ops
 from nalora_jax.ops.cross_entropy import PLAIN_HEAD, Head, Tiles, in_chunks
 from nalora_jax.ops.dispatch import Numerics
@@ -74,9 +74,10 @@ def _target_rows(kernel: Kernel, targets: jax.Array, transposed: bool) -> jax.Ar
     They are read once, before the chunks: in the loop XLA:CPU would copy the bits of the whole
     table.
     """
-    table = kernel.bits if isinstance(kernel, Bits) else bf16_bits(expand(kernel))
-    rows = jnp.take(table, targets.reshape(-1), axis=0 if transposed else 1)
-    return (rows if transposed else rows.T).reshape(*targets.shape, -1)
+    rows = jnp.take(bits_of(kernel), targets.reshape(-1), axis=int(not transposed))
+    if not transposed:
+        rows = rows.T
+    return rows.reshape(*targets.shape, -1)
 
 
 # ---------------------------------------------------------------- natively
@@ -121,9 +122,9 @@ def _native_sums(
     )
     losses, back = _joined(sums, h, rows, w, head, numerics, grad)
     loss = jnp.sum(losses)
-    return loss, jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype)).reshape(
-        hidden.shape
-    ) if grad else back
+    if not grad:
+        return loss, back
+    return loss, jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype)).reshape(hidden.shape)
 
 
 def _bwd(

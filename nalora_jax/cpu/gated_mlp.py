@@ -62,7 +62,9 @@ def gated_mlp(
         return NotImplemented
     z, u = together(NativeProducts(within), x, [gate, up])
     z = z._replace(y=tapped(z.y, measurement))
-    config = GateStatsConfig() if measurement is None else measurement.config
+    config = GateStatsConfig()
+    if measurement is not None:
+        config = measurement.config
     partition = activations.partition(activation.name, config.tolerance)
     gating = Gating(Logistic(*activation.logistic), (partition.z0, partition.z1))
     measured = None
@@ -90,7 +92,8 @@ def _measured(z: Adapted, measurement: Measurement) -> Measured:
     else:
         hidden, b = jnp.zeros((weights.size, 0)), jnp.zeros((0, z.y.shape[-1]))
     of_gate = reductions.sampled_weights(weights, config.stride).reshape(-1)
-    of_probe = weights if of_probe is None else of_probe
+    if of_probe is None:
+        of_probe = weights
     probed = reductions.sampled_weights(of_probe, config.probe_stride).reshape(-1)
     return Measured(of_gate, probed, hidden, b)
 

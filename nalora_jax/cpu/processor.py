@@ -21,7 +21,9 @@ def features() -> frozenset[str]:
 
     For other CPUs the set is empty.
     """
-    return frozenset(_fields().get("flags", "").split() if platform.machine() == "x86_64" else ())
+    if platform.machine() != "x86_64":
+        return frozenset()
+    return frozenset(_fields().get("flags", "").split())
 
 
 def _fields() -> dict[str, str]:

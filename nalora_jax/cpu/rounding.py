@@ -51,4 +51,6 @@ def save_residual(x: jax.Array, dtype: str, numerics: Numerics, name: str = SAVE
     """Saves bf16 as its bits."""
     x = rounded(x, dtype, numerics)
     named: jax.Array = checkpoint_name(bf16_bits(x), name)
-    return Bits(named) if x.dtype == jnp.bfloat16 else named
+    if x.dtype == jnp.bfloat16:
+        return Bits(named)
+    return named

@@ -64,7 +64,16 @@ def from_bits(x: jax.Array) -> jax.Array:
 
 def store(x: jax.Array) -> jax.Array | Stored:
     """Returns bf16 as its bits."""
-    return Bits(bf16_bits(x)) if x.dtype == jnp.bfloat16 else x
+    if x.dtype == jnp.bfloat16:
+        return Bits(bf16_bits(x))
+    return x
+
+
+def bits_of(table: Kernel) -> jax.Array:
+    """Returns a frozen array as bits if it is bf16, otherwise as floats."""
+    if isinstance(table, Bits):
+        return table.bits
+    return bf16_bits(storage.expand(table))
 
 
 @CPU.implements(storage.take_rows)
@@ -72,14 +81,12 @@ def take_rows(table: Kernel, rows: jax.Array, numerics: Numerics, axis: int = 0)
     """Reads rows of the bits."""
     if isinstance(table, Stored) and not isinstance(table, Bits):
         return NotImplemented
-    bits = table.bits if isinstance(table, Bits) else bf16_bits(table)
-    return from_bits(jnp.take(bits, rows, axis=axis))
+    return from_bits(jnp.take(bits_of(table), rows, axis=axis))
 
 
 def slice_rows(table: Kernel, start: jax.Array, size: int, axis: int) -> jax.Array:
     """Returns ``size`` rows (or columns) of a table, starting at ``start``."""
-    bits = table.bits if isinstance(table, Bits) else bf16_bits(storage.expand(table))
-    return from_bits(lax.dynamic_slice_in_dim(bits, start, size, axis=axis))
+    return from_bits(lax.dynamic_slice_in_dim(bits_of(table), start, size, axis=axis))
 
 
 def prepare(variables: Mapping[str, Any], numerics: Numerics, *, tables: bool = True) -> dict[str, Any]:
@@ -103,8 +110,10 @@ def prepare(variables: Mapping[str, Any], numerics: Numerics, *, tables: bool = 
         stacks[path] = bits
         return jnp.arange(bits.shape[0], dtype=jnp.int32)
 
-    params = map_named(view, variables["params"])
-    return {**variables, "params": params} | ({STACKS: unflatten(stacks)} if stacks else {})
+    viewed = {**variables, "params": map_named(view, variables["params"])}
+    if stacks:
+        viewed[STACKS] = unflatten(stacks)
+    return viewed
 
 
 def view_bits(leaf: Any) -> Any:

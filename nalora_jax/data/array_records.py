@@ -36,7 +36,7 @@ class ArrayRecords:
         from array_record.python.array_record_module import ArrayRecordReader
 
         self._name = name
-        with foreign_errors(name, "a readable ArrayRecord file", "write it anew"):
+        with foreign_errors(name, "a readable ArrayRecord file", "write it again"):
             with path.open("rb") as file:
                 self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             self._reader = ArrayRecordReader(str(path))
@@ -51,7 +51,7 @@ class ArrayRecords:
         Raises:
           NaloraError: a record is not a JSON object.
         """
-        with foreign_errors(self._name, "a readable ArrayRecord file", "write it anew"):
+        with foreign_errors(self._name, "a readable ArrayRecord file", "write it again"):
             data = self._reader.read(list(map(int, indices)))
         return [self._parsed(index, record) for index, record in zip(indices, data, strict=True)]
 
@@ -61,12 +61,9 @@ class ArrayRecords:
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise NaloraError(
-                self.where(index),
-                expected="a JSON object",
-                found=f"{len(data)} bytes of another format",
-                remedy="name a data set of TFDS by its folder (with dataset_info.json), or by tfds:<name>",
-            )
+            expected, actual = "a JSON object", f"{len(data)} bytes of another format"
+            remedy = "name a data set of TFDS by its folder (with dataset_info.json), or by tfds:<name>"
+            raise NaloraError(self.where(index), expected=expected, found=actual, remedy=remedy)
         return value
 
     def where(self, index: int) -> str:

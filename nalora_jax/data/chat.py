@@ -11,7 +11,7 @@ from nalora_jax.data.forms import Parts, canonical, message_of, tools_of
 from nalora_jax.data.long_chats import shortened
 from nalora_jax.data.source import TableRecord
 from nalora_jax.errors import NaloraError
-from nalora_jax.tokenizer_backend import is_unicode
+from nalora_jax.tokenizer_backend import is_unicode, unicode_error
 
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer
@@ -125,7 +125,9 @@ def _end_of_chat(
         continued = tokenizer.render_chat(messages, add_generation_prompt=True, tools=tools)
     except NaloraError:  # a completion cannot follow this turn
         return ""
-    return "" if continued.startswith(text) or not continued.startswith(text.removesuffix(token)) else token
+    if continued.startswith(text) or not continued.startswith(text.removesuffix(token)):
+        return ""
+    return token
 
 
 def _answer(text: str, before: str, upto: str, where: str) -> tuple[int, int]:
@@ -146,11 +148,9 @@ def as_messages(prompt: str, completion: str | None = None) -> list[Message]:
     The leading space of the completion is removed.
     """
     messages = [{"role": "user", "content": prompt}]
-    return (
-        messages
-        if completion is None
-        else [*messages, {"role": "assistant", "content": completion.strip()}]
-    )
+    if completion is not None:
+        messages.append({"role": "assistant", "content": completion.strip()})
+    return messages
 
 
 def messages_of(record: dict[str, Any], config: DataConfig, where: str) -> list[Message]:
@@ -186,11 +186,12 @@ def text_field(
       NaloraError: the field is missing (the message lists the record's fields) or not a text.
     """
     if field not in record:
-        expected = f"a field {field!r}" + (f" (or {alternative!r})" if alternative else "")
-        remedy = f"name the right one by {flag}" if flag else ""
-        raise NaloraError(
-            where, expected=expected, found=", ".join(map(repr, record)) or "no field", remedy=remedy
-        )
+        expected, remedy, names = f"a field {field!r}", "", ", ".join(map(repr, record))
+        if alternative:
+            expected += f" (or {alternative!r})"
+        if flag:
+            remedy = f"name the right one by {flag}"
+        raise NaloraError(where, expected=expected, found=names or "no field", remedy=remedy)
     value = record[field]
     if not isinstance(value, str):
         raise NaloraError(f"{where}: {field}", expected="a text", found=f"a {type(value).__name__}")
@@ -204,9 +205,4 @@ def require_unicode(text: str, where: str) -> None:
     JSON can contain half a surrogate pair.
     """
     if not is_unicode(text):
-        raise NaloraError(
-            where,
-            expected="Unicode text",
-            found=f"half a character in {text[:60]!r}",
-            remedy="write the text anew: half of a surrogate pair is no character",
-        )
+        raise unicode_error(where, text)

@@ -49,11 +49,10 @@ def cut_store(store: TokenStore, source: Source, config: DataConfig, bos_id: int
     last = f"-last-{config.loss_last:g}" if config.loss_last else ""
     folder = store.folder.with_name(f"{store.folder.name}-{config.max_length}-{config.too_long}{last}")
     if not is_whole(folder):
-        examples = _examples(
-            store, np.flatnonzero(~long) if drop else np.arange(len(sizes)), source, config, bos_id
-        )
-        kind = {"drop": "dropped", "truncate": "truncated", "split": "split"}
-        write_store(folder, examples, **({kind[config.too_long]: count} if count else {}))
+        examples = _examples(store, np.flatnonzero(~(long & drop)), source, config, bos_id)
+        names = {"drop": "dropped", "truncate": "truncated", "split": "split"}
+        counts = {name: count for how, name in names.items() if how == config.too_long}
+        write_store(folder, examples, **counts)
     cut = load_store(folder)
     cut = replace(cut, counts=replace(cut.counts, longest=longest))
     report_dropped(source.name, cut.counts, config)

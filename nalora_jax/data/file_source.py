@@ -59,9 +59,6 @@ class FileSource(Source):
     def __len__(self) -> int:
         return len(self._index)
 
-    def __getitem__(self, index: int) -> Record:
-        return self.read([index])[0]
-
     def read(self, indices: Sequence[int]) -> list[Record]:
         """Returns the records at ``indices``; all records of one file are read in one call."""
         records: list[Record] = [{}] * len(indices)

@@ -26,6 +26,7 @@ from nalora_jax.data.table_rows import TableRows
 from nalora_jax.errors import NaloraError
 from nalora_jax.paths import expand_user
 
+DELIMITERS = {".csv": ",", ".tsv": "\t"}  # by extension
 # Extensions of the data files that are searched for in folders.
 ENDINGS = (
     ".jsonl",
@@ -79,13 +80,14 @@ def open_rows(path: Path | str) -> RecordFile:
     name, kind = str(path), PurePath(path).suffix.lower()
     if kind == ".parquet":
         return TableRows(path)
-    path = buckets.local_copy(path) if isinstance(path, str) else path
+    if isinstance(path, str):
+        path = buckets.local_copy(path)
     if is_array_record(name):
         return ArrayRecords(path, name)
     if kind == ".json" and _begins_with(path, b"["):
         return JsonArray(path, name)
-    if kind in (".csv", ".tsv"):
-        return DelimitedRows(path, "\t" if kind == ".tsv" else ",", name)
+    if kind in DELIMITERS:
+        return DelimitedRows(path, DELIMITERS[kind], name)
     if kind in (".arrow", ".feather"):
         return TableRows(path, name)
     return JsonLines(path, name)
@@ -144,7 +146,9 @@ def _by_split(folder: str, names: Mapping[Any, PurePath]) -> dict[str, list[Any]
             expected="a folder that datasets' save_to_disk wrote, or one with data files",
             found=f"no file that ends in {', '.join(ENDINGS)}",
         )
-    return splits if set(splits) - {""} else {"train": splits[""]}
+    if set(splits) == {""}:
+        return {"train": splits[""]}
+    return splits
 
 
 def is_path(text: str) -> bool:
@@ -246,9 +250,9 @@ class DelimitedRows:
         try:
             self._parse(data.decode("utf-8-sig"), delimiter)
         except (UnicodeDecodeError, csv.Error) as error:
-            where = f"{self._path}:{self._lines[-1] + 1 if self._lines else 1}"
+            where = f"{self._path}:{max(self._lines, default=0) + 1}"
             raise NaloraError(
-                where, expected="rows of text in UTF-8", found=error, remedy="save it anew"
+                where, expected="rows of text in UTF-8", found=error, remedy="save it again"
             ) from error
 
     def _parse(self, text: str, delimiter: str) -> None:

@@ -78,7 +78,9 @@ def form_of(record: Mapping[str, Any], config: DataConfig) -> str:
     if {"instruction", "output"} <= record.keys():
         wrapped = "the chat template" if config.chat else "Alpaca's prompt"
         return f"Alpaca fields (instruction, input, output), written by {wrapped}"
-    return f"plain text ({TEXT})" if TEXT in record else ""
+    if TEXT in record:
+        return f"plain text ({TEXT})"
+    return ""
 
 
 def in_turns(record: Record, config: DataConfig, *chosen: str) -> bool:
@@ -114,10 +116,10 @@ def canonical(record: Record, config: DataConfig, where: str) -> Record:
     if config.prompt_field in record:
         return record
     if CONVERSATIONS in record:
-        system = record.get("system")
-        first = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
-        turns = record[CONVERSATIONS]
-        return _with_messages(record, config, [*first, *turns] if isinstance(turns, list) else turns)
+        system, turns = record.get("system"), record[CONVERSATIONS]
+        if isinstance(turns, list) and isinstance(system, str) and system:
+            turns = [{"role": "system", "content": system}, *turns]
+        return _with_messages(record, config, turns)
     if {"instruction", "output"} <= record.keys():
         return _alpaca(record, config, where)
     if TEXT in record and config.completion_field not in record and not config.chat:
@@ -126,8 +128,10 @@ def canonical(record: Record, config: DataConfig, where: str) -> Record:
 
 
 def _with_messages(record: Record, config: DataConfig, messages: Any) -> Record:
-    tools = {"tools": record["tools"]} if record.get("tools") else {}
-    return type(record)({config.messages_field: messages} | tools)
+    fields = {config.messages_field: messages}
+    if record.get("tools"):
+        fields["tools"] = record["tools"]
+    return type(record)(fields)
 
 
 def _alpaca(record: Record, config: DataConfig, where: str) -> Record:
@@ -168,7 +172,8 @@ def message_of(value: Any, where: str, *, filled: bool = False) -> Record:
     check_role(message.get("role"), where)
     calls = message.get("tool_calls")
     if isinstance(calls, list) and calls:
-        calls = _without_null(calls) if filled else calls
+        if filled:
+            calls = _without_null(calls)
         message["tool_calls"] = [_call(call, f"{where}: tool_calls[{i}]") for i, call in enumerate(calls)]
         message["content"] = message.get("content") or ""
     else:
@@ -211,12 +216,16 @@ def _shared(message: Record, where: str) -> Record:
 
 def _call(call: Any, where: str) -> Record:
     """Returns a tool call with its arguments as an object (a JSON text in OpenAI's form)."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    if not isinstance(call, dict) or not _is_function(call.get("function")):
         expected = '{"type": "function", "function": {"name": ..., "arguments": ...}}'
         raise NaloraError(where, expected=expected, found=repr(call)[:80])
+    function = call["function"]
     arguments = _object(function.get("arguments") or {}, f"{where}: arguments")
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("name"), str)
 
 
 def tools_of(record: Mapping[str, Any], where: str) -> list[Record] | None:
@@ -268,11 +277,9 @@ def _without_null(value: Any) -> Any:
 
 
 def _part(content: Any, where: str) -> str:
-    text = (
-        content.get("text") if isinstance(content, dict) and content.get("type", "text") == "text" else None
-    )
-    if not isinstance(text, str):
-        raise NaloraError(
-            where, expected='a text, or parts {"type": "text", "text": ...}', found=repr(content)[:80]
-        )
-    return text
+    if isinstance(content, dict) and content.get("type", "text") == "text":
+        text = content.get("text")
+        if isinstance(text, str):
+            return text
+    expected = 'a text, or parts {"type": "text", "text": ...}'
+    raise NaloraError(where, expected=expected, found=repr(content)[:80])

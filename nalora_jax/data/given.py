@@ -68,9 +68,6 @@ class FormattedSource(Source):
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __getitem__(self, index: int) -> Record:
-        return self.read([index])[0]
-
     def read(self, indices: Sequence[int]) -> list[Record]:
         """Returns the examples at ``indices``."""
         places = self._kept[np.asarray(indices, np.int64)].tolist()
@@ -113,10 +110,8 @@ def given_sources(
         raise NaloraError("run", expected="data or source", found="both")
     sources = source
     if data is not None:
-        sources, config = (
-            {name: _records(name, records) for name, records in _by_split(data).items()},
-            replace(config, dataset=NAME),
-        )
+        sources = {name: _records(name, records) for name, records in _by_split(data).items()}
+        config = replace(config, dataset=NAME)
     if format is None:
         return config, sources
     if sources is None:
@@ -146,4 +141,4 @@ def _splits(config: DataConfig) -> list[str]:
     if config.eval_split != AUTO:
         return [config.train_split, config.eval_split]
     train = open_source(config, config.train_split)
-    return [config.train_split, *(["validation"] if "validation" in train.siblings else [])]
+    return [config.train_split, *{"validation"}.intersection(train.siblings)]

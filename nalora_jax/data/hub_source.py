@@ -28,9 +28,6 @@ class HubSource(Source):
     def __len__(self) -> int:
         return len(self._data)
 
-    def __getitem__(self, index: int) -> Record:
-        return self.read([index])[0]
-
     def read(self, indices: Sequence[int]) -> list[Record]:
         """Returns the records at ``indices``."""
         columns = self._data[list(map(int, indices))]

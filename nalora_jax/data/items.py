@@ -77,5 +77,6 @@ def digest(items: Sequence[Item]) -> str:
 
 def _stated(value: bytes | Path) -> str:
     """Returns an image's content for the digest."""
-    content = value.read_bytes() if isinstance(value, Path) else value
-    return hashlib.sha256(content).hexdigest()
+    if isinstance(value, Path):
+        value = value.read_bytes()
+    return hashlib.sha256(value).hexdigest()

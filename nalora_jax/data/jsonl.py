@@ -32,19 +32,14 @@ class JsonLines:
         self.path, self.name = Path(path), name or str(path)
         try:
             self._starts, self._blanks, self.sha256 = _index(self.path)
+            if not len(self._starts):
+                raise NaloraError(self.name, expected="at least one JSON line", found="an empty file")
             with self.path.open("rb") as handle:
-                self._bytes = (
-                    mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) if len(self._starts) else b""
-                )
+                self._bytes = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise NaloraError(
-                self.name,
-                expected="a readable file of JSON lines",
-                found=error.strerror or error,
-                remedy="check the path",
-            ) from error
-        if not len(self._starts):
-            raise NaloraError(self.name, expected="at least one JSON line", found="an empty file")
+            expected, actual = "a readable file of JSON lines", error.strerror or error
+            remedy = "check the path"
+            raise NaloraError(self.name, expected=expected, found=actual, remedy=remedy) from error
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -68,12 +63,9 @@ class JsonLines:
             ) from error
         if not isinstance(value, dict):
             kind = type(value).__name__
-            raise NaloraError(
-                self.where(index),
-                expected="a JSON object",
-                found=f"a {kind}",
-                remedy="fix this line",
-            )
+            expected, actual = "a JSON object", f"a {kind}"
+            remedy = "fix this line"
+            raise NaloraError(self.where(index), expected=expected, found=actual, remedy=remedy)
         return value
 
     def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:

@@ -64,9 +64,6 @@ class MixedSource(Source):
     def __len__(self) -> int:
         return len(self._index)
 
-    def __getitem__(self, index: int) -> Record:
-        return self._sources[self._of[index]][int(self._index[index])]
-
     def read(self, indices: Sequence[int]) -> list[Record]:
         """Returns the records at ``indices``, with one read per source."""
         places = np.asarray(indices, np.int64)
@@ -122,12 +119,8 @@ def components(dataset: str) -> list[tuple[str, float]]:
     names = []
     for text in dataset.split(","):
         match = re.fullmatch(r"\s*(.+?)(?:\*(\d+\.?\d*|\.\d+))?\s*", text)
-        weight = float(match[2] or 1) if match else 0.0
-        if match is None or not 0 < weight <= _MOST:
-            raise NaloraError(
-                "--data.dataset",
-                expected=f"data sets with weights in (0, {_MOST:g}], such as a.jsonl*3,b.parquet",
-                found=repr(dataset),
-            )
-        names.append((match[1], weight))
+        if match is None or not 0 < float(match[2] or 1) <= _MOST:
+            expected = f"data sets with weights in (0, {_MOST:g}], such as a.jsonl*3,b.parquet"
+            raise NaloraError("--data.dataset", expected=expected, found=repr(dataset))
+        names.append((match[1], float(match[2] or 1)))
     return names

@@ -82,9 +82,9 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, *, several: bool = 
     assert counts[0] == 0, "no example is empty"
     assert len(counts) <= capacity + 1, "no example is longer than a row"
     sizes = [(int(size), int(counts[size])) for size in np.flatnonzero(counts)[::-1]]
-    groups: list[Group] = (
-        _best_fit(sizes, capacity) if several else [((size,), count) for size, count in sizes]
-    )
+    groups: list[Group] = [((size,), count) for size, count in sizes]
+    if several:
+        groups = _best_fit(sizes, capacity)
     filled = int(counts @ np.arange(len(counts)))
     if several and filled < _FULL * capacity * _rows(groups) and len(sizes) * capacity <= _EFFORT:
         groups = min(groups, _fullest_first(counts, capacity), key=_rows)

@@ -244,11 +244,8 @@ def train_data(
         the batch.
     """
     if batch_size % accumulate:
-        raise NaloraError(
-            "--train.batch-size",
-            expected=f"a multiple of the {accumulate} micro-batches",
-            found=batch_size,
-        )
+        expected = f"a multiple of the {accumulate} micro-batches"
+        raise NaloraError("--train.batch-size", expected=expected, found=batch_size)
     if rows is None:
         rows = range(batch_size // accumulate)
     opened = open_train(config, cache=cache, source=source)

@@ -91,11 +91,8 @@ def render_pair(
 def _of_choices(record: dict[str, Any], where: str) -> tuple[str, str]:
     choices, gold = record["choices"], record.get("gold")
     if not isinstance(gold, int) or len(choices) < 2 or not 0 <= gold < len(choices):
-        raise NaloraError(
-            f"{where}: gold",
-            expected=f"the index of one of {len(choices)} choices",
-            found=repr(gold),
-        )
+        expected = f"the index of one of {len(choices)} choices"
+        raise NaloraError(f"{where}: gold", expected=expected, found=repr(gold))
     return f" {choices[gold]}", f" {choices[(gold + 1) % len(choices)]}"
 
 
@@ -107,10 +104,10 @@ def _answer(
         text_field(record, name, where, flag)
     prompt, answer = record.get(config.prompt_field), record[name]
     if isinstance(answer, list | dict) or isinstance(prompt, list | dict):
-        before = [] if prompt is None else _messages(record, config.prompt_field, where, "user")
-        return render_chat(
-            [*before, *_messages(record, name, where, "assistant")], "answer", tokenizer, where
-        )
+        turns = _messages(record, name, where, "assistant")
+        if prompt is not None:
+            turns = [*_messages(record, config.prompt_field, where, "user"), *turns]
+        return render_chat(turns, "answer", tokenizer, where)
     before_text = text_field(record, config.prompt_field, where, "--data.prompt-field")
     if not text_field(record, name, where).strip():
         raise NaloraError(f"{where}: {name}", expected="an answer", found="an empty text")
@@ -158,12 +155,8 @@ def _pair(texts: tuple[Rendered, Rendered], chosen: Example, rejected: Example, 
         if not example.has_target:
             raise NaloraError(f"{where}: {name}", expected="a token after the first", found="none")
     if np.array_equal(chosen.ids, rejected.ids):
-        raise NaloraError(
-            where,
-            expected="two answers that differ",
-            found="the same one twice",
-            remedy="remove it",
-        )
+        expected = "two answers that differ"
+        raise NaloraError(where, expected=expected, found="the same one twice", remedy="remove it")
     ((start, _),) = texts[0].answers
     answers = [text.text[slice(*text.answers[0])] for text in texts]
     return Pair(chosen, rejected, texts[0].text[:start], (answers[0], answers[1]))
@@ -295,9 +288,11 @@ def pair_data(
     counts = Counts(len(examples) // 2, dropped, truncated, len(tokens), targets, longest + 1)
     report_dropped(source.name, counts, config)
     pattern = pack(pair_lengths(offsets), config.max_length, several=config.pack)
-    own_rows = tuple(range(batch_size // accumulate)) if rows is None else tuple(map(int, rows))
+    if rows is None:
+        rows = range(batch_size // accumulate)
+    places = tuple(map(int, rows))
     return PairData(
-        tokens, answer, offsets, counts, pattern, seed, batch_size, accumulate, own_rows, config.workers
+        tokens, answer, offsets, counts, pattern, seed, batch_size, accumulate, places, config.workers
     )
 
 
@@ -377,5 +372,5 @@ def held_out_pairs(
         raise NaloraError("--data.eval-split", expected="at least two pairs", found=len(pairs))
     order = permutation(len(pairs), _SEED + 1).tolist()
     cut = max(1, min(config.select_limit, len(pairs) // 3))
-    selecting = order[cut : cut + config.eval_limit] if config.eval_limit else order[cut:]
-    return [pairs[i] for i in sorted(selecting)], [pairs[i] for i in sorted(order[:cut])]
+    reported = order[cut:][: config.eval_limit or None]
+    return [pairs[i] for i in sorted(reported)], [pairs[i] for i in sorted(order[:cut])]

@@ -81,8 +81,7 @@ def eval_examples(
         read = open_held_out(config, split, cache=cache, source=source)
     require_some(read)
     count = config.eval_limit if limit is None else limit
-    drawn = permutation(len(read), _SEED)
-    indices = np.sort(drawn[:count] if count else drawn).tolist()
+    indices = np.sort(permutation(len(read), _SEED)[: count or None]).tolist()
     records = zip(indices, read.read(indices), strict=True)
     questions = [_question(record, config, tokenizer, read.where(index)) for index, record in records]
     examples = iter(
@@ -91,11 +90,10 @@ def eval_examples(
     items: list[Item] = []
     for question in questions:
         scored = [next(examples) for _ in question.texts]
-        items += (
-            [_item(question, scored)]
-            if question.choices
-            else _completions(question, scored[0], config, tokenizer)
-        )
+        if question.choices:
+            items.append(_item(question, scored))
+        else:
+            items += _completions(question, scored[0], config, tokenizer)
     return items
 
 
@@ -127,8 +125,9 @@ def split_questions(items: Sequence[Item], reported: int, selecting: int) -> tup
         raise NaloraError("--data.eval-split", expected="at least two examples", found=len(items))
     order = permutation(len(items), _SEED + 1).tolist()
     cut = max(1, min(selecting, len(items) // 3))
-    reporting = order[cut:] if not reported else order[cut : cut + reported]
-    return [items[i] for i in sorted(reporting)], [items[i] for i in sorted(order[:cut])]
+    return [items[i] for i in sorted(order[cut:][: reported or None])], [
+        items[i] for i in sorted(order[:cut])
+    ]
 
 
 def _question(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, where: str) -> _Question:
@@ -164,11 +163,8 @@ def _choices(
         )
     choices, gold = _texts(record, "choices", where), record.get("gold")
     if not isinstance(gold, int) or not 0 <= gold < len(choices):
-        raise NaloraError(
-            f"{where}: gold",
-            expected=f"the index of one of {len(choices)} choices",
-            found=repr(gold),
-        )
+        expected = f"the index of one of {len(choices)} choices"
+        raise NaloraError(f"{where}: gold", expected=expected, found=repr(gold))
     if not record.get("choice_prompts"):
         return [prompt] * len(choices), [f" {choice}" for choice in choices], choices, gold
     prompts = _texts(record, "choice_prompts", where)
@@ -221,11 +217,8 @@ def _chat_text(
         answer = last["content"].strip()
         place = text.text.find(answer, start)
         if not answer or place < 0:
-            raise NaloraError(
-                where,
-                expected="an answer that the chat template writes as it is",
-                found=repr(answer[:80]),
-            )
+            expected = "an answer that the chat template writes as it is"
+            raise NaloraError(where, expected=expected, found=repr(answer[:80]))
         end = place + len(answer)
     return Rendered(text.text[:end], ((start, end),), special=False)
 

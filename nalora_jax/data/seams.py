@@ -79,11 +79,8 @@ class Seams:
 
     def divide(self, text: str, cuts: Sequence[int]) -> Division:
         """Divides ``text`` for the comparison of its tokens up to each of ``cuts`` (ascending)."""
-        division, start, done = (
-            Division(cuts_special=any(self._cuts_special(text, cut) for cut in cuts)),
-            0,
-            0,
-        )
+        division = Division(cuts_special=any(self._cuts_special(text, cut) for cut in cuts))
+        start = done = 0
         for cut in cuts:
             if cut >= done:
                 start = max(self._before(text, cut), done)
@@ -109,7 +106,8 @@ class Seams:
         best = 0
         for token in self.special:
             at = text.rfind(token, best, cut)
-            best = max(best, at + len(token)) if at >= 0 else best
+            if at >= 0:
+                best = max(best, at + len(token))
         at = cut
         while self.words and (at := text.rfind(" ", best + 1, at)) > 0:
             if _between_letters(text, at):
@@ -121,7 +119,8 @@ class Seams:
         best = len(text)
         for token in self.special:
             at = text.find(token, cut, best)
-            best = at if at >= 0 else best
+            if at >= 0:
+                best = at
         at = cut
         while self.words and (at := text.find(" ", at + 1, best)) > 0:
             if _between_letters(text, at):

@@ -41,9 +41,6 @@ class SelectedSource(Source):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int) -> Record:
-        return self._base[int(self._indices[index])]
-
     def read(self, indices: Sequence[int]) -> list[Record]:
         """Returns the records at ``indices``."""
         return self._base.read(self._indices[np.asarray(indices, np.int64)].tolist())
@@ -74,12 +71,9 @@ def draw_held_out(source: Source) -> tuple[Source, Source]:
       NaloraError: fewer than four records.
     """
     if len(source) < _FEWEST:
-        raise NaloraError(
-            source.name,
-            expected=f"at least {_FEWEST} records, of which two are held out",
-            found=len(source),
-            remedy="add records, or name others to measure on by --data.eval-split",
-        )
+        expected = f"at least {_FEWEST} records, of which two are held out"
+        remedy = "add records, or name others to measure on by --data.eval-split"
+        raise NaloraError(source.name, expected=expected, found=len(source), remedy=remedy)
     count = held_out_count(len(source))
     order = permutation(len(source), _SEED)
     parts = np.sort(order[count:]), np.sort(order[:count])

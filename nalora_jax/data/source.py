@@ -39,17 +39,17 @@ class Source(ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
-    @abstractmethod
-    def __getitem__(self, index: int) -> Record: ...
+    def __getitem__(self, index: int) -> Record:
+        return self.read([index])[0]
 
     @property
     @abstractmethod
     def spans(self) -> list[Span]:
         """Returns the parts of the underlying splits that this source reads."""
 
+    @abstractmethod
     def read(self, indices: Sequence[int]) -> list[Record]:
         """Returns the records at ``indices``; one call for many indices is fastest."""
-        return [self[int(index)] for index in indices]
 
     def where(self, index: int) -> str:
         """Returns the name of a record in messages."""
@@ -79,8 +79,9 @@ class RecordsSource(Source):
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> Record:
-        return self._records[index]
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """Returns the records at ``indices``."""
+        return [self._records[int(index)] for index in indices]
 
     @property
     def spans(self) -> list[Span]:

@@ -163,12 +163,19 @@ def open_pair(
             for trained, other in itertools.product(train.parts, held.parts):
                 check_disjoint(trained, other)
         return train, held
-    several = [(config.dataset, 1.0)] if source is not None else components(config.dataset)
+    several = _components(config, source)
     pairs = [_divided(replace(config, dataset=name), cache, source) for name, _ in several]
     if several[0][1] == len(several) == 1:
         return pairs[0]
     parts = [Part(train, weight) for (train, _), (_, weight) in zip(pairs, several, strict=True)]
     return MixedSource(parts), MixedSource([Part(held) for _, held in pairs])
+
+
+def _components(config: DataConfig, source: Mapping[str, Source] | None) -> list[tuple[str, float]]:
+    """Returns names and weights of the data sets; sources in place of ``config.dataset`` are one."""
+    if source is not None:
+        return [(config.dataset, 1.0)]
+    return components(config.dataset)
 
 
 def open_train(
@@ -177,7 +184,7 @@ def open_train(
     """Returns the training records of `open_pair`, without opening a separate evaluation split."""
     if config.eval_split == AUTO:
         return open_pair(config, cache=cache, source=source)[0]
-    several = [(config.dataset, 1.0)] if source is not None else components(config.dataset)
+    several = _components(config, source)
     sources = [
         open_source(replace(config, dataset=name), config.train_split, cache=cache, source=source)
         for name, _ in several

@@ -199,17 +199,16 @@ def _characters(value: Any) -> int:
         return len(value)
     if isinstance(value, dict):
         value = list(value.values())
-    return sum(map(_characters, value)) if isinstance(value, list) else 0
+    if isinstance(value, list):
+        return sum(map(_characters, value))
+    return 0
 
 
 def _check(example: Example, where: str) -> None:
     if not example.has_target:
-        raise NaloraError(
-            where,
-            expected="a token to learn",
-            found=f"none in {len(example.ids)} tokens",
-            remedy="remove the record, or see --data.loss-on",
-        )
+        actual = f"none in {len(example.ids)} tokens"
+        remedy = "remove the record, or see --data.loss-on"
+        raise NaloraError(where, expected="a token to learn", found=actual, remedy=remedy)
 
 
 def _check_images(example: Example, tokens: ImageTokens, count: int, where: str) -> None:
@@ -219,12 +218,9 @@ def _check_images(example: Example, tokens: ImageTokens, count: int, where: str)
     """
     n_places = int(np.sum(example.ids == tokens.token_id))
     if n_places != count * tokens.count:
-        raise NaloraError(
-            where,
-            expected=f"{count} images of {tokens.count} tokens {tokens.token!r}",
-            found=f"{n_places} such tokens",
-            remedy="the model's chat template must write one placeholder for every image",
-        )
+        expected = f"{count} images of {tokens.count} tokens {tokens.token!r}"
+        remedy = "the model's chat template must write one placeholder for every image"
+        raise NaloraError(where, expected=expected, found=f"{n_places} such tokens", remedy=remedy)
 
 
 def write_store(
@@ -259,12 +255,9 @@ def write_store(
                 ).exists():  # else another process was first, with the same content
                     raise
     except OSError as error:
-        raise NaloraError(
-            str(folder),
-            expected="room for the tokenized data",
-            found=error.strerror or error,
-            remedy="free space, or set NALORA_CACHE to another folder",
-        ) from error
+        expected, actual = "room for the tokenized data", error.strerror or error
+        remedy = "free space, or set NALORA_CACHE to another folder"
+        raise NaloraError(str(folder), expected=expected, found=actual, remedy=remedy) from error
 
 
 def _write(
@@ -280,10 +273,8 @@ def _write(
         for record, example in examples:
             size = len(example.ids)
             longest = max(longest, size)
-            ids, mask = (
-                example.ids.astype("<i4").tobytes(),
-                example.answer.astype(np.uint8).tobytes(),
-            )
+            ids = example.ids.astype("<i4").tobytes()
+            mask = example.answer.astype(np.uint8).tobytes()
             tokens.write(ids)
             answer.write(mask)
             digest.update(size.to_bytes(8, "little") + ids + mask)

@@ -38,7 +38,7 @@ class TableRows:
         return PurePath(self._name).suffix.lower()
 
     def _errors(self) -> Any:
-        return foreign_errors(self._name, f"a readable {self._kind[1:]} file", "write it anew")
+        return foreign_errors(self._name, f"a readable {self._kind[1:]} file", "write it again")
 
     def __len__(self) -> int:
         return int(self._ends[-1])

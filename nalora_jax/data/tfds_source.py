@@ -68,9 +68,6 @@ class TfdsSource(Source):
     def __len__(self) -> int:
         return len(self._data)
 
-    def __getitem__(self, index: int) -> Record:
-        return self.read([index])[0]
-
     def read(self, indices: Sequence[int]) -> list[Record]:
         """Returns the records at ``indices``, decoded to plain Python."""
         with tfds_errors(self.name, "prepare the data set again"):

@@ -163,17 +163,18 @@ def _example(
 
     ``positions`` are the tokens at ``cuts``.
     """
-    before = (
-        [tokenizer.bos_id] if text.special and tokenizer.add_bos and tokenizer.bos_id is not None else []
-    )
-    ends = stops is not None and text.answers[-1][1] == len(text.text) and not (ids and ids[-1] in stops)
+    before, after = [], []
+    if text.special and tokenizer.add_bos and tokenizer.bos_id is not None:
+        before = [tokenizer.bos_id]
+    if stops is not None and text.answers[-1][1] == len(text.text) and not stops.intersection(ids[-1:]):
+        after = [tokenizer.eos_id]
     size = len(before) + len(ids)
     position = dict(zip([0, *cuts, len(text.text)], [0, *positions, len(ids)], strict=True))
-    answer = np.zeros(size + ends, bool)
+    answer = np.zeros(size + len(after), bool)
     for start, stop in text.answers:
         answer[len(before) + position[start] : len(before) + position[stop]] = True
     answer[size:] = True
-    every = np.array([*before, *ids, *([tokenizer.eos_id] if ends else [])], np.int32)
+    every = np.array([*before, *ids, *after], np.int32)
     if tokenizer.images is not None:  # no model learns to generate images
         answer &= every != tokenizer.images.token_id
     return Example(every, answer)

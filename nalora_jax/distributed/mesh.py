@@ -89,7 +89,9 @@ def _placed(available: list[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
 def smallest_mesh(config: MeshConfig) -> Mesh:
     """Returns the mesh over the devices that its axes need: all if "data" is open or an axis is -1."""
     sizes = [int(getattr(config, name)) for name in AXES]
-    required = None if min(sizes) < 0 or config.data == 0 else math.prod(max(size, 1) for size in sizes)
+    required = None
+    if min(sizes) >= 0 and config.data > 0:
+        required = math.prod(max(size, 1) for size in [*sizes, config.run])
     return make_mesh(config, jax.devices()[:required])
 
 

@@ -55,7 +55,9 @@ def arrangements(
         shape = shapes[name]
         for transposed in (False, True):
             for cut in range(1, len(shape)):
-                inputs, outputs = (shape[cut:], shape[:cut]) if transposed else (shape[:cut], shape[cut:])
+                inputs, outputs = shape[:cut], shape[cut:]
+                if transposed:
+                    inputs, outputs = outputs, inputs
                 if x[-len(inputs) :] == inputs and out == (*x[: len(x) - len(inputs)], *outputs):
                     contractions.append(Contraction(name, inputs, outputs, transposed))
     return contractions
@@ -89,7 +91,8 @@ def examine(layer: Callable[[Any], Any], params: Mapping[str, Any], x: Any) -> C
 def no_product(shapes: Mapping[str, tuple[int, ...]], x: tuple[int, ...], out: tuple[int, ...]) -> str:
     """Returns the reason why a layer of these shapes is not dense."""
     listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-    return f"no product of its input {list(x)} with one parameter ({listed}) has the shape of its output {list(out)}"
+    product = f"no product of its input {list(x)} with one parameter ({listed})"
+    return f"{product} has the shape of its output {list(out)}"
 
 
 def randomised(tree: Any, seed: int = 0) -> Any:
@@ -175,15 +178,17 @@ def _misfit(contraction: Contraction, params: Mapping[str, Any], x: Any, out: An
         )
     largest = float(np.abs(actual - product).max())
     scale = float(np.abs(product).max())
-    reason = f"it does not compute {formula}: on random numbers up to {scale:.3g} the two differ by {largest:.3g}"
+    reason = f"it does not compute {formula}: "
+    reason += f"on random numbers up to {scale:.3g} the two differ by {largest:.3g}"
     return Unfit(f"{reason} (an activation, a factor or dropout inside?)", True)
 
 
 def _product(contraction: Contraction, params: Mapping[str, Any], x: Any) -> np.ndarray:
     """Returns ``x @ kernel`` in float32, in the shape of the layer's output."""
     d_in, d_out = math.prod(contraction.inputs), math.prod(contraction.outputs)
-    kernel = np.asarray(params[contraction.parameter], np.float32)
-    kernel = kernel.reshape(d_out, d_in).T if contraction.transposed else kernel.reshape(d_in, d_out)
+    kernel = np.asarray(params[contraction.parameter], np.float32).reshape(d_in, d_out)
+    if contraction.transposed:
+        kernel = kernel.reshape(d_out, d_in).T
     rows = np.asarray(x, np.float32).reshape(-1, d_in) @ kernel
     return rows.reshape(*x.shape[: x.ndim - len(contraction.inputs)], *contraction.outputs)
 
@@ -202,4 +207,6 @@ def _is_real(leaf: Any) -> bool:
 
 def _short(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return text if len(text) <= 160 else f"{text[:157]}..."
+    if len(text) <= 160:
+        return text
+    return f"{text[:157]}..."

@@ -27,7 +27,7 @@ from nalora_jax.integrations.model import Foreign, folded
 from nalora_jax.integrations.targets import Keymap, Projection, choose_targets
 from nalora_jax.measurement import GateStatsConfig
 
-_BESIDE = "nalora"  # name of the adapter's leaves next to a kernel during one call
+_ADAPTER = "nalora"  # name of the adapter's leaves next to a kernel during one call
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ForeignLinen(Foreign):
             if path not in by_own:
                 return base
             reached.add(path)
-            return self._adapted(by_own[path], args[0], base, module.get_variable("params", _BESIDE))
+            return self._adapted(by_own[path], args[0], base, module.get_variable("params", _ADAPTER))
 
         variables = dict(variables)
         variables["params"] = _with_leaves(unfreeze(variables["params"]), leaves)
@@ -56,11 +56,8 @@ class ForeignLinen(Foreign):
             out = self.module.apply(variables, *args, **options)
         missed = sorted(set(by_own) - reached)
         if missed:
-            raise NaloraError(
-                missed[0],
-                expected="a call, as with the example",
-                found="none: its adapter did nothing",
-            )
+            expected = "a call, as with the example"
+            raise NaloraError(missed[0], expected=expected, found="none: its adapter did nothing")
         return out
 
     def _plain(self, variables: Any, args: Any, options: Any) -> Any:
@@ -241,12 +238,12 @@ def _on_layers(function: Any) -> Any:
 
 def _has_matrix(module: nn.Module) -> bool:
     params = nn.meta.unbox(unfreeze(module.variables)).get("params", {})
-    return any(len(getattr(leaf, "shape", ())) > 1 for name, leaf in params.items() if name != _BESIDE)
+    return any(len(getattr(leaf, "shape", ())) > 1 for name, leaf in params.items() if name != _ADAPTER)
 
 
 def _with_leaves(params: dict[str, Any], leaves: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    for path, beside in leaves.items():
-        params = _set(params, path, _BESIDE, dict(beside))
+    for path, adapter in leaves.items():
+        params = _set(params, path, _ADAPTER, dict(adapter))
     return params
 
 
@@ -263,4 +260,6 @@ def _set(params: Mapping[str, Any], path: str, name: str, value: Any) -> dict[st
     """
     first, _, below = path.partition("/")
     child = params[first]
-    return {**params, first: _set(child, below, name, value) if below else {**child, name: value}}
+    if not below:
+        return {**params, first: {**child, name: value}}
+    return {**params, first: _set(child, below, name, value)}

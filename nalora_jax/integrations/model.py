@@ -70,7 +70,8 @@ class Foreign(ABC):
           NaloraError: the merged model's result differs from the adapted model's.
         """
         merged = self._merged(variables, lora)
-        args, options = (args, options) if args else self._example
+        if not args:
+            args, options = self._example
         if args and holds_numbers((variables, lora, args, options)):
             adapted = jax.jit(lambda v, a: self.apply(v, a, *args, **options))(variables, lora)
             run = jax.jit(lambda v: self._plain(v, args, options))
@@ -214,16 +215,16 @@ class Foreign(ABC):
         """
         _, d_in, d_out = flat_shape(target.projection)
         rows = base.reshape(-1, d_out)
-        delta = residual(x.reshape(-1, d_in), leaves["a"], leaves["b"], target.scale, leaves.get("mask"))
+        a, b, mask = leaves["a"], leaves["b"], leaves.get("mask")
+        delta = residual(x.reshape(-1, d_in), a, b, target.scale, mask)
         delta = delta.astype(base.dtype)
         if "taps" not in leaves:
             return (rows + delta).reshape(base.shape)
         weights = leaves.get("weights")
         tokens = base.shape[: base.ndim - len(target.projection.outputs)]
         if weights is not None and weights.shape != tokens:
-            raise NaloraError(
-                "token_weights", expected=f"shape {tokens}, as {target.path} sees it", found=weights.shape
-            )
+            expected = f"shape {tokens}, as {target.path} sees it"
+            raise NaloraError("token_weights", expected=expected, found=weights.shape)
         flat = jnp.ones(rows.shape[:1], bool) if weights is None else weights.reshape(-1)
         observe = partial(self._statistics, target.gate)
         return _observed(rows, delta, flat, dict(leaves["taps"]), observe).reshape(base.shape)

@@ -90,7 +90,9 @@ class ForeignNNX(Foreign):
         return_state = options.pop("return_state", False)
         model = nnx.merge(self.graph, variables, copy=True)
         out = model(*args, **options)
-        return (out, nnx.state(model)) if return_state else out
+        if return_state:
+            return out, nnx.state(model)
+        return out
 
     def _merged(self, variables: Any, lora: Any) -> Any:
         model, flat = nnx.merge(self.graph, variables, copy=True), trees.flatten(lora)
@@ -193,9 +195,9 @@ def _inputs(
     if isinstance(module, nnx.LinearGeneral):
         inputs = tuple(np.ravel(module.in_features).tolist())
         shape = params["kernel"]
-        n_inputs = len(inputs) + len(np.ravel(module.out_features))
-        lead = shape[: len(shape) - n_inputs] if not module.batch_axis else ()
-        return [inputs], lead
+        if module.batch_axis:
+            return [inputs], ()
+        return [inputs], shape[: len(shape) - len(inputs) - len(np.ravel(module.out_features))]
     shape = next(shape for shape in params.values() if len(shape) > 1)
     return list(dict.fromkeys([shape[:1], shape[-1:]])), ()
 

@@ -48,8 +48,9 @@ class Projection:
     @property
     def kernel_shape(self) -> tuple[int, ...]:
         """The shape of the stored kernel."""
-        sides = (self.outputs, self.inputs) if self.dense.transposed else (self.inputs, self.outputs)
-        return (*self.lead, *sides[0], *sides[1])
+        if self.dense.transposed:
+            return (*self.lead, *self.outputs, *self.inputs)
+        return (*self.lead, *self.inputs, *self.outputs)
 
 
 @dataclass(frozen=True)
@@ -87,35 +88,33 @@ def choose_targets(
     _check_variant(lora)
     activations.get(activation)  # raises an error for an unknown name, even without gates
     named = _named(projections, keymap)
-    rules = path_rules.match_rules([(rule.pattern, rule) for rule in lora.rules], named, where="lora.rules")
-    usable: dict[str, bool] = {}  # True if a pattern matches a layer that can be adapted
-    for path, rule in rules.items():
-        usable[rule.pattern] = usable.get(rule.pattern, False) or isinstance(named[path].layer, Contraction)
+    patterns = [(rule.pattern, rule) for rule in lora.rules]
+    rules = path_rules.match_rules(patterns, named, where="lora.rules")
+    dense = {path for path in rules if isinstance(named[path].layer, Contraction)}
+    usable = {rules[path].pattern for path in dense}  # patterns that match a layer that can be adapted
     targets = []
     for path, rule in rules.items():
-        if rule.rank == 0 or not _fits(
-            named[path], path, f"lora.rules {rule.pattern!r}", usable[rule.pattern]
-        ):
+        where = f"lora.rules {rule.pattern!r}"
+        if rule.rank == 0 or not _fits(named[path], path, where, rule.pattern in usable):
             continue
         _, d_in, d_out = flat_shape(named[path])
         alpha = 2.0 * rule.rank if rule.alpha is None else rule.alpha
         if not 0 < rule.rank <= min(d_in, d_out):
             limit = f"0 to {min(d_in, d_out)} (the smaller side of {path})"
-            raise NaloraError(f"lora.rules {rule.pattern!r}: rank", expected=limit, found=rule.rank)
+            raise NaloraError(f"{where}: rank", expected=limit, found=rule.rank)
         if not (math.isfinite(alpha) and alpha > 0):
-            raise NaloraError(
-                f"lora.rules {rule.pattern!r}: alpha", expected="a number above 0", found=alpha
-            )
+            raise NaloraError(f"{where}: alpha", expected="a number above 0", found=alpha)
         scale = adapter_scale(alpha, rule.rank, rslora=lora.rslora)
-        gate = activation if find_gates({path: {"b": 0}}) else ""
-        if gate:
+        gate = ""
+        if find_gates({path: {"b": 0}}):
+            gate = activation
             _check_gate(path, named)
         targets.append(Target(named[path], path, rule.rank, scale, gate))
     if not targets:
         raise NaloraError("lora.rules", expected="at least one adapter", found="rank 0 everywhere")
     if not any(target.gate for target in targets):
         log.warning(
-            "no adapter sits on a gate (gate_proj or in_proj by the keymap): the mechanisms act on nothing"
+            "no adapter is on a gate (gate_proj or in_proj by the keymap): the mechanisms have no effect"
         )
     return tuple(targets)
 
@@ -153,7 +152,7 @@ def _check_gate(path: str, named: Mapping[str, Projection]) -> None:
         )
 
 
-def _fits(projection: Projection, path: str, where: str, beside_others: bool) -> bool:
+def _fits(projection: Projection, path: str, where: str, others_fit: bool) -> bool:
     """Returns True if a layer that a rule matches is adapted.
 
     A layer that only resembles a dense one is an error. Embeddings, convolutions and the like that
@@ -161,7 +160,7 @@ def _fits(projection: Projection, path: str, where: str, beside_others: bool) ->
     """
     if isinstance(projection.layer, Contraction):
         return True
-    if beside_others and not projection.layer.dense:
+    if others_fit and not projection.layer.dense:
         log.warning("%s finds %s, which is left as it is: %s", where, path, projection.layer.reason)
         return False
     raise NaloraError(
@@ -178,15 +177,12 @@ def _check_variant(lora: LoRAConfig) -> None:
     for name, on in asked.items():
         if on:
             setting = f"{name}={getattr(lora, name)!r}"
-            raise NaloraError(
-                "lora",
-                expected="LoRA or rsLoRA, which need a layer's input and output alone",
-                found=setting,
-            )
+            expected = "LoRA or rsLoRA, which need a layer's input and output alone"
+            raise NaloraError("lora", expected=expected, found=setting)
 
 
 def _named(projections: Sequence[Projection], keymap: Keymap) -> dict[str, Projection]:
-    """Returns projections by the keymap's names; projections that it does not mention keep their path."""
+    """Returns projections by the keymap's names; unmentioned projections keep their path."""
     paths = [projection.own for projection in projections]
     path_rules.match_rules([(f"^(?:{pattern})$", to) for pattern, to in keymap], paths, where="keymap")
     named: dict[str, Projection] = {}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -32,6 +32,7 @@ from nalora_jax.weights.peft_config import CONFIG_NAME
 from nalora_jax.weights.peft_read import recorded_rope_scaling
 
 ADAPTER = "adapter"  # subfolder of a run: the exported adapter
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class AdaptedModel:
     @property
     def variables(self) -> dict[str, Any]:
         """Variables for ``module.apply``."""
-        return {"params": self.base.params} | ({} if self.lora is None else {"lora": self.lora})
+        collections = {"params": self.base.params, "lora": self.lora}
+        return {name: tree for name, tree in collections.items() if tree is not None}
 
     @property
     def spec(self) -> AdapterSpec:
@@ -133,10 +135,12 @@ def load(
     located = locate(model, adapter)
     run = config_from_dict(located.run)
     compute = run.compute
-    images = run.vision.task == "chat" if images is None else images
+    if images is None:
+        images = run.vision.task == "chat"
     dtype = dtype or compute.dtype
-    kind = compute.quantize if quantize == "run" else quantize
-    quantized = None if kind == "none" else kind
+    if quantize == "run":
+        quantize = compute.quantize
+    quantized = None if quantize == "none" else quantize
     files = resolved or resolve(located.base)
     if located.adapter is not None:
         files = replace(files, rope_scaling=recorded_rope_scaling(located.adapter))
@@ -237,9 +241,15 @@ def run_config(folder: Path) -> dict[str, Any]:
 
 def _base_of_run(folder: Path) -> str:
     """Returns the recorded name of the base's exact weights; empty if it was not recorded."""
-    base = _header(folder).get("base")
-    name = base.get("name") if isinstance(base, dict) else None
-    return name if isinstance(name, str) else ""
+    return _recorded(_header(folder), "base", "name", str) or ""
+
+
+def _recorded(header: Mapping[str, Any], group: str, name: str, kind: type[T]) -> T | None:
+    """Returns ``header[group][name]`` if it is a ``kind``."""
+    fields = header.get(group)
+    if isinstance(fields, dict) and isinstance(value := fields.get(name), kind):
+        return value
+    return None
 
 
 def _header(folder: Path) -> dict[str, Any]:
@@ -265,18 +275,19 @@ def trained_in_turns(adapter: Path) -> bool | None:
       adapter: folder in PEFT's format.
     """
     header = _header(adapter.parent)
-    run, data = header.get("run"), header.get("data")
-    if isinstance(run, dict) and isinstance(run.get("data"), dict) and run["data"].get("chat") is True:
+    settings = _recorded(header, "run", "data", dict)
+    if settings is not None and settings.get("chat") is True:
         return True
-    noted = data.get("in_turns") if isinstance(data, dict) else None
-    return noted if isinstance(noted, bool) else None
+    return _recorded(header, "data", "in_turns", bool)
 
 
 def _adapter_folder(path: Path) -> Path | None:
     """Returns the folder of an adapter, or of a run's adapter, copied if it is in a bucket."""
     url = buckets.url(str(path))
     if url is not None and buckets.is_url(url):
-        return None if url.endswith(".gguf") else _copied_adapter(url)
+        if url.endswith(".gguf"):
+            return None
+        return _copied_adapter(url)
     if not can_exist(path / ADAPTER / CONFIG_NAME):
         return None
     return next((folder for folder in (path, path / ADAPTER) if (folder / CONFIG_NAME).is_file()), None)

@@ -68,8 +68,11 @@ def read_config(
     Raises:
       NaloraError: the description cannot be read or understood.
     """
-    where = resolved.path if resolved.kind == "gguf" else resolved.path / "config.json"
-    raw = hf_config(GGUFFile(resolved.path)) if resolved.kind == "gguf" else read_json(where)
+    if resolved.kind == "gguf":
+        where, raw = resolved.path, hf_config(GGUFFile(resolved.path))
+    else:
+        where = resolved.path / "config.json"
+        raw = read_json(where)
     raw = with_rope_scaling(raw, resolved.rope_scaling, str(where))
     config = ModelConfig.from_hf(raw, str(where), images=images)
     if not added:
@@ -203,8 +206,10 @@ def _opened(
 
 
 def rope_of(loaded: LoadedModel) -> dict[str, Any]:
-    """Returns the RoPE fields of a model's ``config.json`` if they differ from its files'; otherwise {}."""
-    return rope_settings(loaded.hf_config or {}) if loaded.rope_scaling else {}
+    """Returns the RoPE fields of a model's ``config.json`` if a run changed them; otherwise {}."""
+    if not loaded.rope_scaling:
+        return {}
+    return rope_settings(loaded.hf_config or {})
 
 
 def image_tokens(sight: Sight, raw: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> ImageTokens:

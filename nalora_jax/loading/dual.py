@@ -1,4 +1,4 @@
-"""Loads a dual encoder by name with its adapter; the counterpart of `nalora_jax.loading.adapted`."""
+"""Loads a dual encoder by name, with its adapter; see `nalora_jax.loading.adapted` for decoders."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class AdaptedDual:
     @property
     def variables(self) -> dict[str, Any]:
         """Variables for the encoders."""
-        return {"params": self.base.params} | ({} if self.lora is None else {"lora": self.lora})
+        collections = {"params": self.base.params, "lora": self.lora}
+        return {name: tree for name, tree in collections.items() if tree is not None}
 
 
 def load_adapted_dual(

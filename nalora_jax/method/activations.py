@@ -44,10 +44,8 @@ class Activation:
     drho: Elementwise
     homogeneity: Elementwise  # by convention 1 where phi is identically 0
     gate: Selection
-    # True if rho is a smooth selection weight; otherwise the partition has no meaning.
-    self_gated: bool
-    # (a, b) if rho(z) = sigmoid(a z + b z^3), else None.
-    logistic: tuple[float, float] | None = None
+    self_gated: bool  # rho is a smooth selection weight; otherwise the partition has no meaning
+    logistic: tuple[float, float] | None = None  # (a, b) if rho(z) = sigmoid(a z + b z^3)
     flat_above: float = math.inf  # phi is constant above it
     # h - 1 of a Python float, in float64, for the partition; None if the only degree is ``degree``.
     excess64: Callable[[float], float] | None = None
@@ -67,8 +65,7 @@ class Partition(NamedTuple):
     activation: str
     z0: float
     z1: float
-    # Mean of h over each region for z ~ N(0, 1).
-    degrees: tuple[float, float, float, float]
+    degrees: tuple[float, float, float, float]  # means of h over each region for z ~ N(0, 1)
     meaningful: bool
     flat_above: float = math.inf  # phi is constant above it: h is 0, so the region is contracting
 
@@ -130,12 +127,9 @@ def _first_below(excess: Callable[[float], float], name: str) -> float:
     for quarter in range(1, 81):
         if excess(-quarter / 4) < -1:
             return -quarter / 4
-    raise NaloraError(
-        f"activation {name!r}",
-        expected="phi to fall somewhere below 0, as that of a self-gated activation does",
-        found="no such place above -20",
-        remedy="register it with self_gated=False",
-    )
+    actual, remedy = "no such place above -20", "register it with self_gated=False"
+    expected = "phi to fall somewhere below 0, as that of a self-gated activation does"
+    raise NaloraError(f"activation {name!r}", expected=expected, found=actual, remedy=remedy)
 
 
 def _bisect(f: Callable[[float], float], low: float, high: float) -> float:
@@ -178,11 +172,8 @@ ALIASES = {
     "linear": "identity",
 }
 BUILT_IN = ("silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "relu", "relu2", "identity", "clamped_swish")
-ACTIVATIONS: Registry[Activation] = Registry(
-    "activation",
-    "nalora_jax.activations",
-    modules=dict.fromkeys(BUILT_IN, "nalora_jax.builtin_activations"),
-)
+_MODULES = dict.fromkeys(BUILT_IN, "nalora_jax.builtin_activations")
+ACTIVATIONS: Registry[Activation] = Registry("activation", "nalora_jax.activations", modules=_MODULES)
 _NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
 _NAME = re.compile(rf"([^()]+)(?:\({_NUMBER},{_NUMBER}\))?")
 

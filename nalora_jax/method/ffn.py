@@ -59,8 +59,7 @@ def gated_mlp(
       ``[batch, seq, d_model]`` in ``numerics.result``, and the statistics or None.
     """
     if up is None:
-        z, delta = adapted_dense(x, gate, numerics.within())
-        u = None
+        (z, delta), u = adapted_dense(x, gate, numerics.within()), None
     else:
         (z, delta), (u, _) = parallel_dense(x, [gate, up], numerics.within())
     return _output(x, gate, z, delta, u, down, activation, numerics, measurement)
@@ -135,7 +134,9 @@ def gated_product(
 
 def up_factor(u: jax.Array, up_limit: float) -> jax.Array:
     """Returns the factor of phi(z): u; with a limit, ``1 + clip(u, -up_limit, up_limit)`` (gpt-oss)."""
-    return 1 + jnp.clip(u, -up_limit, up_limit) if up_limit else u
+    if not up_limit:
+        return u
+    return 1 + jnp.clip(u, -up_limit, up_limit)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -226,8 +227,9 @@ class AdaptedBlock(nn.Module):
         """Returns the block's output; writes its statistics if ``gate_stats`` is mutable."""
         measurement, taps = None, self.variables.get("gate_taps")
         if not self.is_initializing() and (taps or self.is_mutable_collection("gate_stats")):
-            weights = jnp.ones(x.shape[:-1], bool) if token_weights is None else token_weights
-            measurement = Measurement.of(weights, self.stats, taps)
+            if token_weights is None:
+                token_weights = jnp.ones(x.shape[:-1], bool)
+            measurement = Measurement.of(token_weights, self.stats, taps)
         phi = activations.get(self.activation)
         if factor is None:
             y, measured = gated_mlp(x, gate, up, down, phi, self.numerics, measurement)

@@ -99,7 +99,9 @@ def _low_rank_bwd(numerics: Numerics, saved: Any, cotangents: Any) -> tuple[Any,
     (x, a, b, scale, mask, hidden), (g, _) = saved, cotangents
     product = partial(dot, numerics=numerics, operand=numerics.adapter)
     # One matmul over the wide cotangent for both: B for dx and, below it, B * m for dA.
-    wide = b if mask is None else jnp.concatenate([b, b * mask[None, :]])
+    wide = b
+    if mask is not None:
+        wide = jnp.concatenate([b, b * mask[None, :]])
     back = scale * product(g, wide, dims=(1, 1))  # [rows, r or 2 r]
     exact, gated = back[:, : b.shape[0]], back[:, -b.shape[0] :]
     dx = product(exact, a, dims=(1, 1)).astype(x.dtype)
@@ -111,13 +113,7 @@ _low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)
 
 
 def residual(
-    x: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    scale: jax.Array | float,
-    mask: jax.Array | None = None,
-    *,
-    operand: str = "float32",
+    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | float, mask: jax.Array | None = None
 ) -> jax.Array:
     """Returns the adapter's output ``s (x A) B``, with the gated gradient of A if there is a mask.
 
@@ -127,12 +123,11 @@ def residual(
       b: ``[r, d_out]`` float32.
       scale: scalar ``s``.
       mask: ``[d_out]`` weights of the output channels, or None for the plain gradient.
-      operand: dtype that operands are rounded to; sums are float32.
 
     Returns:
       ``[..., d_out]`` float32.
     """
-    return _residual(x, Adapter(a, b, scale, mask), Numerics(adapter=operand))[0]
+    return _residual(x, Adapter(a, b, scale, mask), Numerics())[0]
 
 
 def _residual(x: jax.Array, adapter: Adapter, numerics: Numerics) -> tuple[jax.Array, jax.Array]:
@@ -189,7 +184,9 @@ def parallel_dense(x: jax.Array, layers: Sequence[Dense], numerics: Numerics) ->
 
 def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Returns ``y + bias``, or y if there is no bias."""
-    return y if bias is None else y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+    if bias is None:
+        return y
+    return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
 
 
 def moved_from(delta: jax.Array, start: jax.Array) -> jax.Array:
@@ -203,13 +200,7 @@ def moved_from(delta: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def batched_residual(
-    x: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    scale: jax.Array | float,
-    ids: jax.Array,
-    *,
-    operand: str = "float32",
+    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | float, ids: jax.Array, *, operand: str
 ) -> jax.Array:
     """Returns each example's output of its adapter in a stack.
 

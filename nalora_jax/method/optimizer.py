@@ -45,11 +45,12 @@ def nalora(
       >>> updates, state = optimizer.update(grads, state, lora, gate_factors=factors)
     """
     before, after = (
-        [scale_by_channel(gates, place)] if place in mechanisms.places else []
-        for place in ("gradient_b", "update_b")
+        [scale_by_channel(gates, place) for place in mechanisms.places if place == acting]
+        for acting in ("gradient_b", "update_b")
     )
-    chain = optax.chain(*before, inner, *after) if before or after else inner
-    return optax.with_extra_args_support(chain)
+    if before or after:
+        inner = optax.chain(*before, inner, *after)
+    return optax.with_extra_args_support(inner)
 
 
 def find_gates(lora: Any, *, leaf: str = "b") -> dict[str, str]:
@@ -115,13 +116,16 @@ def multiply_columns(
     lengths = {f"{gate}/{magnitude}": factors[block] for gate, block in gates.items()}
 
     def scale(path: str, update: Array) -> Array:
-        if path not in columns and path not in lengths:
+        if path in columns:
+            factor, expected = columns[path], (*update.shape[:-2], update.shape[-1])
+        elif path in lengths:
+            factor, expected = lengths[path], update.shape
+        else:
             return update
-        factor = columns[path] if path in columns else lengths[path]
-        expected = (*update.shape[:-2], update.shape[-1]) if path in columns else update.shape
         if factor.shape != expected:
             raise NaloraError(f"{argument} of {path}", expected=f"shape {expected}", found=factor.shape)
-        factor = jnp.expand_dims(factor, -2) if path in columns else factor
+        if path in columns:
+            factor = jnp.expand_dims(factor, -2)
         return update * factor.astype(update.dtype)
 
     return trees.map_named(scale, updates)
@@ -154,7 +158,7 @@ def scale_by_channel(
         **extra_args: Any,
     ) -> tuple[Any, optax.EmptyState]:
         del params, extra_args
-        factors = None if gate_factors is None else gate_factors.get(place)
+        factors = (gate_factors or {}).get(place)
         return multiply_columns(updates, factors, gates, argument="gate_factors", leaf=leaf), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -31,8 +31,7 @@ class Mechanisms:
     tolerance: float = 0.05  # |h - 1| at which the linear region starts
     total_steps: int = 0  # of the run; 0 if unknown
     seed: int = 0  # of the run
-    # Blocks with another activation: (path, its name).
-    others: tuple[tuple[str, str], ...] = ()
+    others: tuple[tuple[str, str], ...] = ()  # blocks with another activation: (path, its name)
     # Orders of the channels by (label, path), in place of the mechanisms' own permutations.
     orders: Mapping[tuple[str, str], Array] = field(default_factory=dict, compare=False)
 
@@ -70,8 +69,7 @@ class GateState(NamedTuple):
 
     # By label and block: averages by statistic, float32 [..., d_ff] or [..., parts, d_ff].
     memory: dict[str, dict[str, Memory]]
-    # Steps with tokens of each layer or expert, for the bias correction: [...] int32.
-    updates: dict[str, Array]
+    updates: dict[str, Array]  # [...] int32: steps with tokens of each layer or expert
     # Optimizer steps: [] int32.
     count: Array  # type: ignore[assignment]  # shadows tuple.count, which is unused here
 
@@ -154,9 +152,7 @@ def own_factors(state: GateState, mechanisms: Mechanisms) -> dict[str, dict[str,
 
 
 def channel_factors(
-    state: GateState,
-    mechanisms: Mechanisms,
-    own: Mapping[str, Mapping[str, Array]] | None = None,
+    state: GateState, mechanisms: Mechanisms, own: Mapping[str, Mapping[str, Array]] | None = None
 ) -> Factors:
     """Returns the factor of each channel in the next step by place and block, [..., d_ff] float32.
 
@@ -168,7 +164,8 @@ def channel_factors(
       mechanisms: of the run.
       own: `own_factors` of both, if already computed.
     """
-    own = own_factors(state, mechanisms) if own is None else own
+    if own is None:
+        own = own_factors(state, mechanisms)
     return {
         place: {path: _product(place, path, mechanisms, own) for path in state.updates}
         for place in mechanisms.places
@@ -180,11 +177,11 @@ def _product(
 ) -> Array:
     acting = [(m, factors[label][path]) for label, m in mechanisms.entries if place in m.places]
     product = jnp.ones_like(acting[0][1])
-    for mechanism, factor in acting:
-        product = product * factor if mechanism.reallocates else product
+    for factor in (factor for mechanism, factor in acting if mechanism.reallocates):
+        product = product * factor
     product = equalized(product)
-    for mechanism, factor in acting:
-        product = product if mechanism.reallocates else product * factor
+    for factor in (factor for mechanism, factor in acting if not mechanism.reallocates):
+        product = product * factor
     return product
 
 

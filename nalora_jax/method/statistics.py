@@ -90,14 +90,10 @@ class Statistic:
     source: Literal["gate", "probe", "cotangent"]
     # Function of a `Gate`, a `Move` or delta, per token and channel; a tuple has an axis of parts.
     values: Callable[[Any], Array | tuple[Array, ...]]
-    # Number of parts: a sum is [parts, d_ff], or [d_ff] for 0.
-    parts: int = 0
-    # True if the parts of a token add up to 1, so that the last sum follows from the others.
-    complete: bool = False
-    # cotangent: the power of delta, by which the sum scales with the loss.
-    degree: float = 0
-    # Name of its mean over a layer's tokens and channels in the log; "" leaves it out.
-    metric: str = ""
+    parts: int = 0  # number of parts: a sum is [parts, d_ff], or [d_ff] for 0
+    complete: bool = False  # the parts of a token add up to 1: the last sum follows from the others
+    degree: float = 0  # of a cotangent: the power of delta, by which the sum scales with the loss
+    metric: str = ""  # name of its mean over tokens and channels in the log; "" leaves it out
 
     @property
     def count(self) -> str:
@@ -136,8 +132,7 @@ for _entry in (
     Statistic("feature", "probe", lambda m: jnp.abs(m.rho * m.dz), metric="feature"),
     Statistic("selection", "probe", lambda m: jnp.abs(m.selection)),
     Statistic("linear", "probe", lambda m: jnp.abs(m.z * m.drho * m.dz)),
-    # X = phi(z + dz) - phi(z) - phi'(z) dz, the part of the response that the
-    # gradient does not see.
+    # X = phi(z + dz) - phi(z) - phi'(z) dz, the part of the response that the gradient does not see.
     Statistic("excess", "probe", lambda m: jnp.abs(m.selection - m.z * m.drho * m.dz)),
     Statistic("response", "probe", lambda m: jnp.abs((m.rho + m.z * m.drho) * m.dz)),
     Statistic("delta", "cotangent", jnp.abs, degree=1, metric="delta"),
@@ -149,11 +144,8 @@ for _entry in (
 STANDARD = ("slope", "occupancy", "feature", "selection", "linear")
 COUNTS = ("tokens", "probe_tokens")
 # Ratios of sums: name -> (numerator, denominator). "limit" is the misalignment for small dz.
-RATIOS = {
-    "misalignment": ("selection", "feature"),
-    "limit": ("linear", "feature"),
-    "nonlinearity": ("excess", "response"),
-}
+RATIOS = {"misalignment": ("selection", "feature"), "limit": ("linear", "feature")}
+RATIOS |= {"nonlinearity": ("excess", "response")}
 # Prefix of the outputs of `nalora_jax.gate_checks`: the largest ratios, not sums.
 CHECK = "check_"
 
@@ -177,11 +169,7 @@ def extra(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def channel_statistics(
-    z: Array,
-    weights: Array,
-    activation: Activation,
-    partition: Partition,
-    names: Iterable[str] = (),
+    z: Array, weights: Array, activation: Activation, partition: Partition, names: Iterable[str] = ()
 ) -> Sums:
     """Returns ``tokens`` and the sums of the gate statistics in `STANDARD` and in ``names``.
 

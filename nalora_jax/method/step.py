@@ -42,21 +42,14 @@ BlockStats = dict[str, dict[str, Array]]  # by block, then by statistic
 
 
 class TrainState(NamedTuple):
-    """The pytree that a step maps to the next; base weights are not in it.
+    """The pytree that a step maps to the next; base weights are not in it."""
 
-    Attributes:
-      step: int32, optimizer steps done.
-      lora: the adapters, float32.
-      opt_state: the optimizer's state.
-      gate: the mechanisms' memory.
-      key: uint32 key data; a step's dropout key is this key folded with ``step``, so that a resumed
-        run continues exactly.
-    """
-
-    step: Array
-    lora: Any
-    opt_state: Any
-    gate: GateState
+    step: Array  # int32, optimizer steps done
+    lora: Any  # the adapters, float32
+    opt_state: Any  # the optimizer's state
+    gate: GateState  # the mechanisms' memory
+    # uint32 key data. A step's dropout key is this key folded with ``step``, so that a resumed run
+    # continues exactly.
     key: Array
 
 
@@ -144,7 +137,9 @@ def make_train_step(
     def step(params: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         factors_of_rules = own_factors(state.gate, mechanisms)
         factors = channel_factors(state.gate, mechanisms, factors_of_rules)
-        masks = mask_collection(factors["gradient_a"]) if "gradient_a" in factors else None
+        masks = None
+        if "gradient_a" in factors:
+            masks = mask_collection(factors["gradient_a"])
         channels = {path: f.shape for blocks in factors_of_rules.values() for path, f in blocks.items()}
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         lora = state.lora
@@ -184,8 +179,11 @@ def micro_gradients(objective: Objective, config: StepConfig) -> Callable[..., d
         lora: Any, taps: Any, params: Any, masks: Any, batch: Batch, key: Array
     ) -> tuple[Array, tuple[BlockStats, dict[str, Array]]]:
         frozen = params if "params" in params else {"params": params}
-        variables = {**frozen, "lora": lora} | ({"gate_mask": masks} if masks else {})
-        variables |= {"gate_taps": taps} if taps else {}
+        variables = {**frozen, "lora": lora}
+        if masks:
+            variables["gate_mask"] = masks
+        if taps:
+            variables["gate_taps"] = taps
         value = objective.loss(variables, frozen["params"], batch, key)
         return value.loss, (_by_block(value.gate_stats), dict(value.measured))
 
@@ -208,9 +206,7 @@ def micro_gradients(objective: Objective, config: StepConfig) -> Callable[..., d
 
 
 def _taps(
-    names: tuple[str, ...],
-    channels: Mapping[str, tuple[int, ...]],
-    sharding: NamedSharding | None,
+    names: tuple[str, ...], channels: Mapping[str, tuple[int, ...]], sharding: NamedSharding | None
 ) -> BlockStats:
     """Returns zeros by block whose gradients are the cotangent statistics ``names``, by shard."""
     shards = count(sharding)

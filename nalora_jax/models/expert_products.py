@@ -90,11 +90,12 @@ def grouped_residual(
       mask: ``[experts, d_out]`` or None.
 
     Returns:
-      ``[rows, d_out]`` float32.
+      ``[rows, d_out]`` float32, or the platform's dtype of grouped results.
     """
     chex.assert_rank([x, a, b], [2, 3, 3])
     joined = numerics.hooks.joins_expert_factors(a.shape[0], a.shape[-1])
-    products = GroupedProducts(groups, numerics.adapter, joined)
+    wide = numerics.hooks.grouped_result(numerics.adapter)
+    products = GroupedProducts(groups, numerics.adapter, joined, wide)
     (y,), _ = gated(products, x, (Factors.of(Adapter(a, b, scale, mask)),))
     out: jax.Array = y
     return out
@@ -108,6 +109,7 @@ class GroupedProducts(Products):
     groups: Groups
     operand: str = field(metadata={"static": True})
     joined: bool = field(metadata={"static": True})  # the factors of all experts are concatenated
+    wide: str = field(metadata={"static": True})  # dtype of results ``[rows, d]`` that are not joined
 
     def _to_rank(self, x: jax.Array, factors: jax.Array) -> jax.Array:
         """Returns ``[rows, r]`` of ``[rows, d]`` times ``[experts, d, r]``."""
@@ -119,7 +121,7 @@ class GroupedProducts(Products):
         """Returns ``[rows, d]`` of ``[rows, r]`` times ``[experts, r, d]``."""
         if self.joined:
             return from_all(hidden, factors, self.groups.expert, self.operand)
-        return ragged(hidden, factors, self.groups.sizes, self.operand)
+        return ragged(hidden, factors, self.groups.sizes, self.operand, self.wide)
 
     def _per_expert(self, x: jax.Array, g: jax.Array, like: jax.Array) -> jax.Array:
         """Returns ``x_e^T g_e`` of all experts, the transpose of the grouped matmul."""

@@ -139,9 +139,14 @@ def adapter_scale(alpha: float, rank: int, *, rslora: bool = False) -> float:
     """Returns ``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA; 0 for rank 0."""
     if rank == 0:
         return 0.0
+    return alpha / scale_divisor(rank, rslora=rslora)
+
+
+def scale_divisor(rank: float, *, rslora: bool) -> float:
+    """Returns the divisor of alpha in an adapter's scale: the rank, or its square root with rsLoRA."""
     if rslora:
-        return alpha / math.sqrt(rank)
-    return alpha / rank
+        return math.sqrt(rank)
+    return rank
 
 
 def resolve(

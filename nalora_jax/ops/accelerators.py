@@ -5,6 +5,7 @@ from __future__ import annotations
 import nalora_jax.ops.cudnn_attention
 import nalora_jax.ops.splash_attention
 import nalora_jax.ops.split_splash
+import nalora_jax.ops.split_triton
 import nalora_jax.ops.triton_attention
 import nalora_jax.ops.triton_grouped_matmul  # noqa: F401
 from nalora_jax.ops.dispatch import PlatformHooks, register_platform
@@ -14,6 +15,10 @@ _LANES = 128  # columns of a TPU's matrix unit: fewer columns take the same time
 
 class TPUHooks(PlatformHooks):
     """Adapters of experts on a TPU; `lax.ragged_dot` is XLA's kernel for the frozen kernels."""
+
+    def grouped_result(self, result: str) -> str:
+        """Returns ``result``: the kernel accumulates in float32 and rounds once."""
+        return result
 
     def joins_expert_factors(self, experts: int, rank: int) -> bool:
         """Returns True if the factors of all experts fit into one tile.

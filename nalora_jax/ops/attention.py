@@ -22,6 +22,7 @@ from nalora_jax.ops.blockwise_attention import (
     by_key_head,
     by_token,
     capped,
+    joined,
     product,
     visibility,
 )
@@ -126,13 +127,15 @@ def _attend_in_blocks(
     attend = _attend if q.shape[1] < _RECOMPUTE_FROM else jax.checkpoint(_attend, static_argnums=(4, 5))
     outputs = []
     for start, end in blocks(q.shape[1]):
-        visible = keys if starts is not None else Keys(*(x[:, :end] for x in keys))
+        visible = keys
+        if starts is None:
+            visible = Keys(*(x[:, :end] for x in keys))
         rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, start)
         here = (keys.positions[:, start:end], keys.segments[:, start:end])
         outputs.append(
             attend(q[:, start:end], here, visible, window, config, numerics, cached, rng, starts, sinks)
         )
-    return jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
+    return joined(outputs, 1)
 
 
 def _attend(
@@ -152,10 +155,10 @@ def _attend(
     groups = heads // keys.k.shape[2]
     # [batch, kv_heads, groups * seq, head_dim]: one matrix per key head
     q = by_key_head(q, keys.k.shape[2]).reshape(batch, -1, groups * seq, dim)
-    sources: list[Keys | CachedKeys] = [keys] if cached is None else [cached, keys]
+    sources = [source for source in (cached, keys) if source is not None]
     scores = [_scores(q, here, source, window, config, numerics, groups, starts) for source in sources]
     # [batch, kv_heads, groups, seq, all keys]
-    scored = jnp.concatenate(scores, axis=-1) if len(scores) > 1 else scores[0]
+    scored = joined(scores, -1)
     top = jax.lax.stop_gradient(jnp.max(scored, axis=-1, keepdims=True))
     if sinks is not None:
         sink = jax.lax.stop_gradient(sinks).reshape(1, -1, groups, 1, 1)

@@ -43,7 +43,7 @@ class Head(NamedTuple):
     @property
     def axis(self) -> int:
         """The vocabulary's axis in the kernel; the other axis is the model's."""
-        return 0 if self.transposed else 1
+        return int(not self.transposed)
 
     def logits(self, products: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns logits of products ``h E^T``, and their derivative by the products."""
@@ -174,8 +174,9 @@ def _in_chunks(
 def _sums(grad: bool, *arguments: Any) -> tuple[jax.Array, jax.Array]:
     """Returns the loss, and the gradient of hidden if ``grad``."""
     *_, tiles, _ = arguments
-    run = _compacted if tiles.compact else _along_sequence
-    return run(grad, *arguments)
+    if tiles.compact:
+        return _compacted(grad, *arguments)
+    return _along_sequence(grad, *arguments)
 
 
 def _bwd(
@@ -231,7 +232,9 @@ def _compacted(
         carry = chunks(rows, start, count, carry)
         start, left = start + count * rows, jnp.maximum(left - count * rows, 0)
     loss, gradient = carry
-    return loss, gradient.reshape(shape) if grad else gradient
+    if grad:
+        gradient = gradient.reshape(shape)
+    return loss, gradient
 
 
 @dataclass(frozen=True)
@@ -289,4 +292,6 @@ def _along_sequence(
         body, jnp.zeros((batch,), jnp.float32), columns.split((hidden, weights, targets))
     )
     loss = jnp.sum(losses)
-    return loss, columns.join(parts) if grad else parts
+    if grad:
+        parts = columns.join(parts)
+    return loss, parts

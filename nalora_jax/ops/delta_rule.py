@@ -62,9 +62,10 @@ def gated_delta_rule(
     chunks = [_chunks(x, size, axis) for x, axis in zip(inputs, axes, strict=True)]
     if state is None:
         state = jnp.zeros((batch, groups, n, inputs.k.shape[-1], d_v), jnp.float32)
-    runs = segment_runs(segments) if before is None else segment_runs(segments, before[:, None])
     if before is None:
-        before = jnp.ones((batch,), segments.dtype)
+        runs, before = segment_runs(segments), jnp.ones((batch,), segments.dtype)
+    else:
+        runs = segment_runs(segments, before[:, None])
     start = state.astype(jnp.float32), before
     # Under `checkpoint` the scan saves its carry, and recomputes the chunk in the backward pass.
     (last, _), out = lax.scan(jax.checkpoint(_chunk), start, (*chunks, _chunks(runs, size, -1)))
@@ -74,7 +75,7 @@ def gated_delta_rule(
 
 
 def segment_runs(segments: jax.Array, before: jax.Array | int = 1) -> jax.Array:
-    """Returns the segment of the last token that is not padding, at or before each: int ``[batch, seq]``.
+    """Returns the segment of the last real token at or before each token: int ``[batch, seq]``.
 
     Padding at a row's start gets ``before`` (scalar or ``[batch, 1]``), the segment of an earlier state.
 
@@ -86,7 +87,7 @@ def segment_runs(segments: jax.Array, before: jax.Array | int = 1) -> jax.Array:
 
 
 def _chunks(x: jax.Array, size: int, axis: int) -> jax.Array:
-    """Returns ``[chunks, batch, ...]`` of ``[batch, seq, ...]`` with the chunk's tokens at ``axis``.
+    """Returns ``[chunks, batch, ...]`` of ``[batch, seq, ...]``, a chunk's tokens at ``axis``.
 
     The last chunk is padded: by zeros, which leave the state unchanged, or by the last segment.
     """

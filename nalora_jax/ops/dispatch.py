@@ -22,7 +22,6 @@ devices, so a program for a TPU can be compiled on a machine without one.
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import inspect
 import platform as python
@@ -59,7 +58,7 @@ class Platform:
 
 
 class PlatformHooks:
-    """Facts and preferences of a platform; the defaults hold everywhere. A subclass is one platform."""
+    """Facts and preferences of a platform, one subclass each; the defaults hold everywhere."""
 
     def device_name(self, platform: Platform) -> str:
         """Returns the name of the platform's devices for logs."""
@@ -70,7 +69,7 @@ class PlatformHooks:
         return python.processor()
 
     def best_remat(self, d_model: int, numerics: Numerics, *, gated: bool = True) -> str:
-        """Returns the rematerialization policy (`nalora_jax.models.remat.REMAT`) with the least cost.
+        """Returns the cheapest rematerialization policy (`nalora_jax.models.remat.REMAT`).
 
         Args:
           d_model: width of the residual stream.
@@ -98,6 +97,10 @@ class PlatformHooks:
         """Returns True if attention of ``seq`` tokens reads a layer's keys from the stack of all layers."""
         return False
 
+    def grouped_result(self, result: str) -> str:
+        """Returns the dtype in which `lax.ragged_dot` stores a result that is rounded to ``result``."""
+        return "float32"
+
     def joins_expert_factors(self, experts: int, rank: int) -> bool:
         """Returns True if rows are multiplied by the adapters of all experts in one matmul."""
         return False
@@ -117,7 +120,7 @@ def register_platform(name: str, hooks: PlatformHooks) -> None:
 
 @dataclass(frozen=True)
 class Numerics:
-    """Dtypes, platform and implementation of a forward pass; the defaults are plain JAX in float32."""
+    """Dtypes, platform and implementation of a forward pass; by default plain JAX in float32."""
 
     operand: str = "float32"  # of frozen kernels and their inputs
     result: str = "float32"  # of matmul results, and so of the residual stream
@@ -129,7 +132,9 @@ class Numerics:
 
     def within(self) -> Self:
         """Returns the numerics of matmuls whose results are operands again after elementwise functions."""
-        return self if self.inner is None else replace(self, result=self.inner)
+        if self.inner is None:
+            return self
+        return replace(self, result=self.inner)
 
     @property
     def hooks(self) -> PlatformHooks:
@@ -200,9 +205,8 @@ class Implementation:
         def register(function: F) -> F:
             expected, actual = (list(inspect.signature(f).parameters) for f in (op.plain, function))
             if actual != expected:
-                raise TypeError(
-                    f"{self.name}: {function.__name__} has the parameters {actual}, not {expected}"
-                )
+                where = f"{self.name}: {function.__name__}"
+                raise TypeError(f"{where} has the parameters {actual}, not {expected}")
             op.implementations[self.name] = function
             return function
 

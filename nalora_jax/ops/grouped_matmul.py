@@ -36,17 +36,22 @@ def grouped_matmul(
     Returns:
       ``[rows, d_out]`` in ``numerics.result``, accumulated in float32.
     """
-    kernels = kernels.swapaxes(1, 2) if transposed else kernels
-    return ragged(x, kernels, sizes, numerics.operand).astype(numerics.result)
+    if transposed:
+        kernels = kernels.swapaxes(1, 2)
+    stored = numerics.hooks.grouped_result(numerics.result)
+    return ragged(x, kernels, sizes, numerics.operand, stored).astype(numerics.result)
 
 
-def ragged(x: jax.Array, kernels: jax.Array, sizes: jax.Array, operand: str) -> jax.Array:
-    """Computes `lax.ragged_dot` with operands of a dtype, float32 ``[rows, d_out]``; has no gradient.
+def ragged(
+    x: jax.Array, kernels: jax.Array, sizes: jax.Array, operand: str, result: str = "float32"
+) -> jax.Array:
+    """Computes `lax.ragged_dot` ``[rows, d_out]`` with given dtypes; has no gradient.
 
     With an axis of runs (`jax.vmap`) it is one grouped matmul over the rows of all runs. Kernels that
     differ by run are separate groups; kernels that all runs share are read once.
     """
-    product: jax.Array = _ragged(x.astype(operand), kernels.astype(operand), sizes)
+    like = jnp.zeros((0,), result)
+    product: jax.Array = _ragged(x.astype(operand), kernels.astype(operand), sizes, like)
     return product
 
 
@@ -64,23 +69,28 @@ def ragged_outer(x: jax.Array, y: jax.Array, sizes: jax.Array, operand: str) -> 
 
 
 @custom_vmap
-def _ragged(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
-    return lax.ragged_dot(x, kernels, sizes, preferred_element_type=jnp.float32)
+def _ragged(x: jax.Array, kernels: jax.Array, sizes: jax.Array, like: jax.Array) -> jax.Array:
+    return lax.ragged_dot(x, kernels, sizes, preferred_element_type=like.dtype)
 
 
 @_ragged.def_vmap
 def _ragged_of_runs(
-    runs: int, batched: Sequence[bool], x: jax.Array, kernels: jax.Array, sizes: jax.Array
+    runs: int,
+    batched: Sequence[bool],
+    x: jax.Array,
+    kernels: jax.Array,
+    sizes: jax.Array,
+    like: jax.Array,
 ) -> tuple[jax.Array, bool]:
-    x, sizes = (_with_runs(*array, runs) for array in zip((x, sizes), batched[::2], strict=True))
+    x, sizes = _with_runs(x, batched[0], runs), _with_runs(sizes, batched[2], runs)
     rows = x.reshape(-1, x.shape[-1])
     if batched[1]:
-        y = _ragged(rows, kernels.reshape(-1, *kernels.shape[2:]), sizes.reshape(-1))
+        y = _ragged(rows, kernels.reshape(-1, *kernels.shape[2:]), sizes.reshape(-1), like)
         return y.reshape(*x.shape[:2], -1), True
     ends, places = jnp.cumsum(sizes, axis=1), jnp.arange(x.shape[1])
     group = jax.vmap(lambda of_run: jnp.searchsorted(of_run, places, side="right"))(ends)
     order = jnp.argsort(group.reshape(-1), stable=True)
-    y = _ragged(jnp.take(rows, order, axis=0), kernels, jnp.sum(sizes, axis=0, dtype=sizes.dtype))
+    y = _ragged(jnp.take(rows, order, axis=0), kernels, jnp.sum(sizes, axis=0, dtype=sizes.dtype), like)
     return jnp.take(y, jnp.argsort(order), axis=0).reshape(*x.shape[:2], -1), True
 
 

@@ -35,9 +35,8 @@ def dot(
     operand = operand or numerics.operand
     operands = rounded(x, operand, numerics), rounded(expand(y), operand, numerics)
     contract = (((dims[0],), (dims[1],)), ((), ()))
-    return rounded(
-        lax.dot_general(*operands, contract, preferred_element_type=jnp.float32), result, numerics
-    )
+    product = lax.dot_general(*operands, contract, preferred_element_type=jnp.float32)
+    return rounded(product, result, numerics)
 
 
 def matmul(x: jax.Array, kernel: Kernel, numerics: Numerics) -> jax.Array:

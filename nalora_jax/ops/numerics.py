@@ -20,12 +20,13 @@ def numerics_for(dtype: str, platform: Platform | str, implementation: str = AUT
     Raises:
       NaloraError: another dtype, or an implementation that is unknown or for another platform.
     """
-    platform = Platform(platform) if isinstance(platform, str) else platform
+    if isinstance(platform, str):
+        platform = Platform(platform)
     check_implementation(implementation, platform.name)
     if dtype == "float32":
         numerics = Numerics(platform=platform, implementation=implementation)
     elif dtype == "bfloat16":
-        result = "float32" if platform.name == "cpu" else "bfloat16"
+        result = {"cpu": "float32"}.get(platform.name, "bfloat16")
         numerics = Numerics("bfloat16", result, "bfloat16", "bfloat16", None, platform, implementation)
     else:
         raise NaloraError("compute.dtype", expected="'float32' or 'bfloat16'", found=repr(dtype))

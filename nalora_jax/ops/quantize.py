@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.ops import mxfp4
+from nalora_jax.ops.reductions import mesh_axes
 from nalora_jax.ops.storage import Stored
 
 Kind = Literal["int8", "nf4", "mxfp4"]
@@ -90,7 +91,9 @@ def _at(array: jax.Array, place: NamedSharding) -> jax.Array:
 
 def kernels(kind: Kind) -> str:
     """Returns the pattern of the leaves that are quantized in a model of that kind."""
-    return _FFN_KERNELS if kind == "mxfp4" else _KERNELS
+    if kind == "mxfp4":
+        return _FFN_KERNELS
+    return _KERNELS
 
 
 def quantize(kernel: jax.Array, kind: Kind) -> Quantized:
@@ -147,11 +150,9 @@ def dequantize(kernel: Quantized) -> jax.Array:
     low, high = kernel.codes & 15, kernel.codes >> 4
     # [..., d_in / 2, 2, d_out]: the two codes of a byte are neighbours along the inputs
     codes = jnp.stack([low, high], axis=-2).reshape(*lead, d_in, d_out)
-    levels, scales = (
-        (mxfp4.LEVELS, mxfp4.powers(kernel.scales))
-        if kernel.kind == "mxfp4"
-        else (NF4_LEVELS, kernel.scales)
-    )
+    levels, scales = NF4_LEVELS, kernel.scales
+    if kernel.kind == "mxfp4":
+        levels, scales = mxfp4.LEVELS, mxfp4.powers(kernel.scales)
     unit = jnp.take(jnp.asarray(levels, jnp.float32), codes.astype(jnp.int32))
     block = _BLOCKS[kernel.kind]
     blocks = unit.reshape(*lead, d_in // block, block, d_out)
@@ -188,8 +189,7 @@ def _without(sharding: Any, ndim: int, axes: Collection[str]) -> NamedSharding |
     if not isinstance(sharding, NamedSharding) or not set(axes) & set(sharding.mesh.shape):
         return None
     spec = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))[-2:]
-    parts = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
-    remaining = [tuple(name for name in names if name not in axes) or None for names in parts]
+    remaining = [tuple(name for name in mesh_axes(entry) if name not in axes) or None for entry in spec]
     return NamedSharding(sharding.mesh, P(*remaining))
 
 

@@ -19,16 +19,30 @@ from jax import Array, lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Positions that are taken together if only some are sampled.
-RUN = 8
+RUN = 8  # positions that are taken together if only some are sampled
 
 
 def count(rows: NamedSharding | None) -> int:
     """Returns the number of shards of arrays ``[batch, ...]``; 1 without a sharding."""
-    axes = None if rows is None or not rows.spec else rows.spec[0]
-    if rows is None or axes is None:
+    if rows is None or not rows.spec:
         return 1
-    return math.prod(rows.mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes))
+    return math.prod(rows.mesh.shape[name] for name in mesh_axes(rows.spec[0]))
+
+
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns the mesh axes in an entry of a `PartitionSpec`."""
+    if isinstance(entry, str):
+        return (entry,)
+    return entry or ()
+
+
+def with_zeros(x: Array, count: int, axis: int) -> Array:
+    """Returns ``x`` with ``count`` zeros at the end of an axis."""
+    if not count:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, count)
+    return jnp.pad(x, widths)
 
 
 def by_shard(sums: Callable[..., Any], rows: NamedSharding | None, *arrays: Any) -> Any:
@@ -77,8 +91,7 @@ def first_alone(value: Array, rows: NamedSharding | None) -> Array:
 def _parted(x: Array, rows: NamedSharding | None) -> Array:
     """Returns ``[shards, batch / shards, ...]`` of ``[batch, ...]``."""
     shards = count(rows)
-    missing = -x.shape[0] % shards
-    x = jnp.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]) if missing else x
+    x = with_zeros(x, -x.shape[0] % shards, 0)
     parted: Array = pinned(x.reshape(shards, -1, *x.shape[1:]), rows)
     return parted
 
@@ -116,7 +129,7 @@ def sampled(x: Array, weights: Array, stride: int, run: int = RUN) -> Array:
     run, groups = _grouping(weights.shape[-1], stride, run)
     chosen = _chosen(weights, stride, run)
     missing = groups * stride * run - weights.shape[-1]
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)]) if missing else x
+    x = with_zeros(x, missing, -2)
     # [..., groups, stride, run, n], of which one of every stride
     x = x.reshape(*x.shape[:-2], groups, stride, run, x.shape[-1])
     runs = jnp.take_along_axis(x, chosen[..., None, None, None], axis=-3, mode="promise_in_bounds")
@@ -142,7 +155,8 @@ def sampled_weights(weights: Array, stride: int) -> Array:
 
 def _grouping(length: int, stride: int, run: int) -> tuple[int, int]:
     """Returns the positions in a run (1 if groups of ``stride`` runs do not divide the length) and groups."""
-    run = run if length % (run * stride) == 0 else 1
+    if length % (run * stride):
+        run = 1
     return run, -(-length // (stride * run))
 
 
@@ -150,8 +164,7 @@ def _chosen(weights: Array, stride: int, run: int) -> Array:
     """Returns the index of the run that is taken in each group, int32 ``[..., groups]``."""
     groups = -(-weights.shape[-1] // (stride * run))
     real = lax.stop_gradient(weights) > 0
-    missing = groups * stride * run - weights.shape[-1]
-    real = jnp.pad(real, [(0, 0)] * (real.ndim - 1) + [(0, missing)]) if missing else real
+    real = with_zeros(real, groups * stride * run - weights.shape[-1], -1)
     counts = jnp.sum(real.reshape(*weights.shape[:-1], groups, stride, run), axis=-1, dtype=jnp.int32)
     preferred = jnp.arange(stride, dtype=jnp.int32) == (stride // 2 if run > 1 else 0)
     ranks = 2 * counts + jnp.broadcast_to(preferred, counts.shape).astype(jnp.int32)

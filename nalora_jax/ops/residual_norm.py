@@ -25,7 +25,9 @@ def residual_norm(
       eps: added to the mean square.
       numerics: dtypes; the norm has the dtype ``numerics.result``.
     """
-    total = x if y is None else x + y.astype(x.dtype)
+    total = x
+    if y is not None:
+        total = x + y.astype(x.dtype)
     return total, rms_norm(round_and_save(total, numerics), scale, eps).astype(numerics.result)
 
 

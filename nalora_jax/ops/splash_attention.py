@@ -70,7 +70,7 @@ def splash_attention(
     attend: Callable[..., jax.Array] = partial(_one_device, config=config)
     if config.sharding is not None:
         mesh, (rows, *_) = config.sharding.mesh, (*config.sharding.spec, None)
-        heads = P(rows, "tensor" if "tensor" in mesh.shape else None)
+        heads = P(rows, config.head_axis)
         specs = (heads, heads, heads, P(rows), P(), P(heads[1]))
         attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
     return (
@@ -114,8 +114,9 @@ def _for_window(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     heads, seq, head_dim = shape
-    local = masks.LocalMask((seq, seq), window_size=(window - 1, 0), offset=0) if window < seq else None
-    mask = masks.CausalMask((seq, seq)) if local is None else local
+    mask: Any = masks.CausalMask((seq, seq))
+    if window < seq:
+        mask = masks.LocalMask((seq, seq), window_size=(window - 1, 0), offset=0)
     return splash_attention_kernel.make_splash_mha_single_device(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=splash_attention_kernel.BlockSizes(**block_sizes(seq, window, head_dim)),

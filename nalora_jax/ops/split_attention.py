@@ -66,9 +66,10 @@ def split_attention(
     Returns:
       ``[shards * batch, 2 * block, heads, head_dim]`` in ``numerics.result``.
     """
-    return on_shards(
-        partial(_on_shard, config=config, numerics=numerics), q, k, v, row, window, config, sinks
-    )
+    block = q.shape[1] // 2
+    tile = max(n for n in range(1, min(_TILE, block) + 1) if block % n == 0)
+    attend = partial(on_shard, config=config, numerics=numerics, attend=_tiled, tile=tile)
+    return on_shards(attend, q, k, v, row, window, config, sinks)
 
 
 def on_shards(
@@ -86,9 +87,8 @@ def on_shards(
     """Returns ``attend(q, k, v, row, window, sinks, *more)``, mapped over all axes of the mesh."""
     sharding = config.sharding
     assert sharding is not None
-    heads = "tensor" if "tensor" in sharding.mesh.shape else None
-    by_head = P(sharding.spec[0], None, heads)
-    specs = (by_head, by_head, by_head, P(BATCH_AXES), P(), P(heads), *more_specs)
+    by_head = P(sharding.spec[0], None, config.head_axis)
+    specs = (by_head, by_head, by_head, P(BATCH_AXES), P(), P(config.head_axis), *more_specs)
     mapped = jax.shard_map(attend, mesh=sharding.mesh, in_specs=specs, out_specs=by_head, check_vma=False)
     out: jax.Array = mapped(q, k, v, row, jnp.asarray(window, jnp.int32), sinks, *more)
     return out
@@ -101,7 +101,7 @@ def reach(windows: tuple[int, ...], block: int, row: Row) -> int:
     return max((window - 1 for window in windows if window - 1 <= block), default=0)
 
 
-def _on_shard(
+def on_shard(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -111,10 +111,14 @@ def _on_shard(
     *,
     config: AttentionConfig,
     numerics: Numerics,
+    attend: Callable[..., jax.Array],
+    tile: int,
 ) -> jax.Array:
-    """Computes a shard's part ``[batch, 2 * block, heads, head_dim]``."""
+    """Computes a shard's part ``[batch, 2 * block, heads, head_dim]``.
+
+    ``attend`` has the arguments of `_tiled`; its tiles have ``tile`` tokens, which divides a block.
+    """
     block = q.shape[1] // 2
-    tile = max(n for n in range(1, min(_TILE, block) + 1) if block % n == 0)
     ahead = reach(config.windows, block, row)
     ahead = -(-ahead // tile) * tile
     options = (window, sinks, config, numerics)
@@ -123,14 +127,14 @@ def _on_shard(
         of_keys = row.slices(ahead)
         queries = Queries(of_keys.positions[:, ahead:], of_keys.segments[:, ahead:], jnp.full((1,), ahead))
         spread = _Preceding(ahead)
-        return by_part(_tiled(by_block(q), k, v, queries, of_keys, *options, Tiling(spread, tile)))
+        return by_part(attend(by_block(q), k, v, queries, of_keys, *options, Tiling(spread, tile)))
 
     def far(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         here = row.slices(0)
         queries = Queries(
             by_part(here.positions), by_part(here.segments), block * jnp.stack(block_numbers())
         )
-        return _tiled(q, k, v, queries, row, *options, Tiling(gathered, tile))
+        return attend(q, k, v, queries, row, *options, Tiling(gathered, tile))
 
     if not ahead:
         return far(q, k, v)

@@ -38,12 +38,9 @@ def split_conv(x: jax.Array, kernel: jax.Array, row: Row, sharding: NamedShardin
     """
     ahead, block = kernel.shape[0] - 1, x.shape[1] // 2
     if ahead > block:
-        raise NaloraError(
-            "--mesh.context",
-            expected=f"blocks of at least {ahead} tokens, which a convolution reads",
-            found=f"blocks of {block}",
-            remedy="use a smaller --mesh.context, or longer rows",
-        )
+        actual, remedy = f"blocks of {block}", "use a smaller --mesh.context, or longer rows"
+        expected = f"blocks of at least {ahead} tokens, which a convolution reads"
+        raise NaloraError("--mesh.context", expected=expected, found=actual, remedy=remedy)
 
     def local(x: jax.Array, kernel: jax.Array, row: Row) -> jax.Array:
         segments = row.slices(ahead).segments

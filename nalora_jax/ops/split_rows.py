@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.distributed.mesh import BATCH_AXES, CONTEXT
 from nalora_jax.errors import NaloraError
+from nalora_jax.ops.reductions import with_zeros
 
 _ALIGNED = 128  # blocks of at least this length are multiples of it, as kernels need
 
@@ -63,11 +64,9 @@ def shards_of(sharding: NamedSharding | None) -> int:
 
 def of_whole_rows(sharding: NamedSharding | None) -> NamedSharding | None:
     """Returns the sharding of whole rows for a sharding of their parts."""
-    return (
-        sharding
-        if sharding is None or shards_of(sharding) == 1
-        else NamedSharding(sharding.mesh, P(BATCH_AXES))
-    )
+    if sharding is None or shards_of(sharding) == 1:
+        return sharding
+    return NamedSharding(sharding.mesh, P(BATCH_AXES))
 
 
 def block_length(seq: int, shards: int) -> int:
@@ -77,21 +76,21 @@ def block_length(seq: int, shards: int) -> int:
       NaloraError: a row has fewer tokens than blocks.
     """
     if seq < 2 * shards:
-        raise NaloraError(
-            "--mesh.context",
-            expected=f"at most {max(seq // 2, 1)} for rows of {seq} tokens (two blocks of tokens a device)",
-            found=shards,
-            remedy="use longer rows (--data.max-length), or --mesh.fsdp for these devices",
-        )
+        expected = f"at most {max(seq // 2, 1)} for rows of {seq} tokens (two blocks of tokens a device)"
+        remedy = "use longer rows (--data.max-length), or --mesh.fsdp for these devices"
+        raise NaloraError("--mesh.context", expected=expected, found=shards, remedy=remedy)
     block = -(-seq // (2 * shards))
-    return block if block < _ALIGNED else -(-block // _ALIGNED) * _ALIGNED
+    if block < _ALIGNED:
+        return block
+    return -(-block // _ALIGNED) * _ALIGNED
 
 
 def padded(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
     """Returns rows ``[batch, seq, ...]`` with zeros at their end up to whole blocks."""
     shards = shards_of(sharding)
-    missing = 2 * shards * block_length(x.shape[1], shards) - x.shape[1] if shards > 1 else 0
-    return jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)]) if missing else x
+    if shards == 1:
+        return x
+    return with_zeros(x, 2 * shards * block_length(x.shape[1], shards) - x.shape[1], 1)
 
 
 def split(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:

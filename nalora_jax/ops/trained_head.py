@@ -76,10 +76,15 @@ class HeadRows:
     transposed: bool = field(metadata={"static": True})
 
     @property
+    def axis(self) -> int:
+        """The vocabulary's axis in the kernel; the other axis is the model's."""
+        return int(not self.transposed)
+
+    @property
     def vocab_size(self) -> int:
         """The size of the vocabulary."""
         assert self.kernel is not None
-        return self.kernel.shape[0 if self.transposed else 1]
+        return self.kernel.shape[self.axis]
 
     def zeros(self) -> HeadRows:
         """Returns a zero gradient."""
@@ -88,7 +93,7 @@ class HeadRows:
     def products(self, hidden: jax.Array, numerics: Numerics) -> jax.Array:
         """Returns float32 ``[rows, vocab]`` of ``[rows, d_model]``."""
         assert self.kernel is not None
-        frozen = dot(hidden, self.kernel, numerics, dims=(1, 1 if self.transposed else 0))
+        frozen = dot(hidden, self.kernel, numerics, dims=(1, 1 - self.axis))
         return frozen.at[:, np.array(self.ids)].set(dot(hidden, self.rows, numerics, dims=(1, 1)))
 
     def pull(self, hidden: jax.Array, delta: jax.Array, numerics: Numerics) -> tuple[jax.Array, HeadRows]:
@@ -100,7 +105,7 @@ class HeadRows:
         columns = np.array(self.ids)
         of_rows = delta[:, columns]
         of_others = delta.at[:, columns].set(0.0)  # the kernel's rows of these tokens are not used
-        back = dot(of_others, self.kernel, numerics, dims=(1, 0 if self.transposed else 1))
+        back = dot(of_others, self.kernel, numerics, dims=(1, self.axis))
         back = back + dot(of_rows, self.rows, numerics)
         return back, replace(self, rows=dot(of_rows, hidden, numerics, dims=(0, 0)), kernel=None)
 

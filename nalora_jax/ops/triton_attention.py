@@ -58,7 +58,7 @@ def triton_attention(
     attend: Callable[..., jax.Array] = partial(_one_device, config=config)
     if config.sharding is not None:
         mesh, (rows, *_) = config.sharding.mesh, (*config.sharding.spec, None)
-        heads = P(rows, None, "tensor" if "tensor" in mesh.shape else None)
+        heads = P(rows, None, config.head_axis)
         specs = (heads, heads, heads, P(rows))
         attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
     return attend(q, k, v, segments).astype(numerics.result)

@@ -111,7 +111,7 @@ def _kernel(
         right = triton.load(
             kernels.at[(group_index, columns, inner) if transposed else (group_index, inner, columns)]
         )
-        over = (((1,), (1 if transposed else 0,)), ((), ()))
+        over = (((1,), (int(transposed),)), ((), ()))
         return total + lax.dot_general(left, right, over, preferred_element_type=jnp.float32)
 
     total = lax.fori_loop(0, x.shape[1] // _INNER, add, jnp.zeros((_ROWS, _COLUMNS), jnp.float32))

@@ -13,6 +13,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.expert_exchange import block_rows
 from nalora_jax.models.stacks import param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.ops import split_triton
 from nalora_jax.ops.cudnn_attention import CUDNN, fits_as_bias
 from nalora_jax.ops.cudnn_attention import takes as cudnn_takes
 from nalora_jax.ops.splash_attention import SPLASH, takes
@@ -36,7 +37,10 @@ _GATHERED = 3  # kernels that are gathered at once, each as large as the largest
 # pass. v5e has more.
 _OF_EXPERTS, _OF_EXPERTS_ON_V5E = 8, 10
 # Bytes of HBM traffic for each number of an expert's row, d_model or d_ff wide.
-_READ_NARROW, _READ_WIDE = 130, 170
+_READ_NARROW, _READ_WIDE = 92, 120
+# Times that the bytes of a mixture's weights are read or written in a step: by grouped matmuls, as transposed
+# copies for the backward pass and, if they are gathered, by the gathers.
+WEIGHTS_OF_EXPERTS, GATHERED_WEIGHTS_OF_EXPERTS = 4.5, 6.5
 # Times that rows are sent to experts or back: forward, recomputed forward, backward.
 _SENT = 6
 # Times that keys and values of split rows, or their gradients, are exchanged in a step.
@@ -96,8 +100,10 @@ def gathered_keys(
     return most, received
 
 
-def attention_kernel(where: Topology, base: ModelConfig, rows: float, seq: int) -> str:
+def attention_kernel(where: Topology, base: ModelConfig, rows: float, seq: int, context: int = 1) -> str:
     """Returns attention's implementation for rows of a shard; "" for the plain function."""
+    if context > 1 and where.chip.platform == TRITON.platform:
+        return split_triton.NAME if base.head_dim in split_triton.HEAD_DIMS else ""
     if where.chip.platform == SPLASH.platform and takes(seq, base.head_dim):
         return SPLASH.name
     if base.attn_sinks:  # no kernel of a GPU has them
@@ -167,7 +173,8 @@ def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> flo
         return _saved_with(base, remat, tensor, heads)
     # With splash attention and cuDNN the result is saved with the projections; the plain function
     # also saves its inputs.
-    queries, keys = {SPLASH.name: (2, 2), CUDNN.name: (2, 2), TRITON.name: (1, 2)}.get(kernel, (3, 4))
+    both = dict.fromkeys((SPLASH.name, CUDNN.name, split_triton.NAME), (2, 2))
+    queries, keys = {**both, TRITON.name: (1, 2)}.get(kernel, (3, 4))
     # Query and key norms save their inputs, and so do norms after attention.
     normed = bool(base.qk_norm)
     heads = (
@@ -259,6 +266,8 @@ def executed_flops(
         kernels = rows * (splash_flops(base, seq, forward=passes) + 4 * mixer_flops(base, seq))
     elif kernel == CUDNN.name:
         kernels = rows * causal_flops(base, seq, 2 * passes + 5)
+    elif kernel == split_triton.NAME:
+        kernels = (passes + 3.5) * flops
     else:
         kernels = {TRITON.name: 5.5}.get(kernel, 4.5) * flops
     return tokens * (4 * active_parameters(base) + 2 * again) + adapters + kernels

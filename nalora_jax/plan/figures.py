@@ -19,7 +19,7 @@ from nalora_jax.plan.accounting import Collective, Program
 from nalora_jax.plan.machines import Chip
 from nalora_jax.plan.transfers import Transfer, transfers
 
-_ACCOUNTING = "14"  # version of the accounting; cached figures of other versions are ignored
+_ACCOUNTING = "15"  # version of the accounting; cached figures of other versions are ignored
 
 
 @dataclass(frozen=True)

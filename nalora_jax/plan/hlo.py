@@ -17,7 +17,7 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))"
+    r"(?:calls|to_apply|body|condition|(?:branch|called)_computations|(?:true|false)_computation)=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 _OPERAND = re.compile(r"%([\w.\-]+)")
 

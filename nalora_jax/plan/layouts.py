@@ -25,6 +25,8 @@ from nalora_jax.models.stacks import key_heads, projection_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.quantize import kernels
 from nalora_jax.plan.estimates import (
+    GATHERED_WEIGHTS_OF_EXPERTS,
+    WEIGHTS_OF_EXPERTS,
     WIDTHS,
     attention_kernel,
     executed_flops,
@@ -204,10 +206,14 @@ def _splits(devices: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _splits_well(base: ModelConfig, where: Topology, seq: int, context: int) -> bool:
-    """Returns True if ``--mesh auto`` may split rows: long rows on a TPU, whose kernels take parts."""
+    """Returns True if ``--mesh auto`` may split rows: long rows whose parts the platform's kernels take."""
     mixers = (stack.mixer for stack in uniform(base) if stack.mixer is not None)
     can_split = not base.attn_dropout and all(mixer.splits_rows for mixer in mixers)
-    return can_split and where.chip.platform == "tpu" and seq >= 2 * context * _LEAST_BLOCK
+    attending = [of_stack for of_stack in uniform(base) if of_stack.attends]
+    has_kernel = where.chip.platform == "tpu" or all(
+        attention_kernel(where, of_stack, 1, seq, context) for of_stack in attending
+    )
+    return can_split and has_kernel and seq >= 2 * context * _LEAST_BLOCK
 
 
 def _ways(config: RunConfig, base: ModelConfig, where: Topology, fsdp: int) -> tuple[str, ...]:
@@ -243,7 +249,7 @@ def estimate(
     layer, ends = _weight_bytes(base, config, narrow, wide)
     adapters, tables = _trained_bytes(base, spec, tensor)
     live_keys, received_keys = gathered_keys(base, rows * context, seq, context, wide)
-    kernel = attention_kernel(where, base, rows, seq)
+    kernel = attention_kernel(where, base, rows, seq, context)
     saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
     saved = mean_over_layers(base, lambda of_stack: saved_values(of_stack, saves, tensor, kernel))
     saved_bytes = saved * wide * tokens
@@ -276,7 +282,10 @@ def estimate(
         passes * (weights - stay + ends / 2) / tensor * (split - 1) / split / where.inbound(split * tensor)
     )
     traffic = _traffic(base, tokens, tensor, saved_bytes * base.n_layers, sends=stay > 0)
-    hbm = (passes * (weights - stay * (1 - 1 / split) + ends) / tensor + traffic) / where.chip.bandwidth
+    reads = passes
+    if base.n_experts:
+        reads = GATHERED_WEIGHTS_OF_EXPERTS if split > 1 else WEIGHTS_OF_EXPERTS
+    hbm = (reads * (weights - stay * (1 - 1 / split) + ends) / tensor + traffic) / where.chip.bandwidth
     gradients = 2 * (adapters + tables) / where.inbound(data * split) if data * split > 1 else 0.0
     hidden = hidden_share(where, base)
     overlapped, exposed = hidden * gathered, (1 - hidden) * gathered

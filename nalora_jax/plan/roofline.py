@@ -14,6 +14,7 @@ from nalora_jax.config import RunConfig
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes, stacks
 from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.ops import split_triton
 from nalora_jax.ops.splash_attention import block_sizes, computed_pairs
 from nalora_jax.ops.triton_attention import computed_pairs as triton_pairs
 from nalora_jax.plan.accounting import Collective
@@ -28,6 +29,7 @@ _ON_GPUS = {
     "mha_backward": 7,
     "cudnn_attention_forward": 2,
     "cudnn_attention_backward": 5,
+    **split_triton.PRODUCTS,
 }
 
 

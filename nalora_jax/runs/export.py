@@ -64,7 +64,7 @@ def export(
             fingerprint=loaded.fingerprint,
             rope_scaling=loaded.rope_scaling,
             overwrite=True,
-            beside=tokenizer_writer(loaded) if loaded.added or loaded.resized else None,
+            write_extra=tokenizer_writer(loaded) if loaded.added or loaded.resized else None,
         )
         verify_export(folder, lora, spec, loaded.config, fingerprint=loaded.fingerprint)
 

@@ -36,7 +36,6 @@ from nalora_jax.train.machine import describe_device, versions
 
 log = logging.getLogger(__name__)
 
-TOGETHER = 16  # runs that train in one program on an accelerator
 _WAIT_SECONDS = 5.0  # until another process may have finished a run that this process waits for
 
 
@@ -49,8 +48,8 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
       protocol: the study.
       limit: maximum number of runs.
       methods: methods whose runs are done; by default all. A run's result depends on no other run.
-      together: runs of a method that train in one program; 0: one on a CPU, whose kernels take one
-        run at a time, and `TOGETHER` elsewhere.
+      together: largest number of runs of a method that train in one program; 0: one on a CPU, and as many as
+        memory allows elsewhere.
 
     Returns:
       The number of runs that this process did.
@@ -63,8 +62,9 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
         if name not in protocol.methods:
             expected = f"methods of {protocol.path}: {', '.join(protocol.methods)}"
             raise NaloraError("--methods", expected=expected, found=name)
-    store, resources, done = Records(protocol.folder), Resources(protocol), 0
-    together = together or (1 if distributed.platform_of().name == "cpu" else TOGETHER)
+    if not together and distributed.platform_of().name == "cpu":
+        together = 1
+    store, resources, done = Records(protocol.folder), Resources(protocol, together), 0
     code_version()  # cached now, in case a loaded file is edited later
     if note := describe_old(store.read()):
         log.info("%s", note)
@@ -86,7 +86,7 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
                 "%s: all runs %sare done; the study has %d records", protocol.folder, which, len(records)
             )
             break
-        finished = _do_some(protocol, store, resources, left, min(together, limit - done))
+        finished = _do_some(protocol, store, resources, left, limit - done)
         if not finished:
             # Other processes do the remaining runs, whose results may add further runs.
             time.sleep(_WAIT_SECONDS)
@@ -102,7 +102,7 @@ def hours(records: Mapping[str, Record]) -> float:
 def _do_some(protocol: Protocol, store: Records, resources: Resources, left: list[Run], most: int) -> int:
     """Performs the first runs of ``left`` without a claim; returns their number.
 
-    They are at most ``most`` runs of one cell and stage, which share a program.
+    They are at most ``most`` runs of one cell and stage, which share a program and fit in memory.
     """
     with ExitStack() as claims:
         claimed: list[tuple[Run, Path]] = []
@@ -113,8 +113,8 @@ def _do_some(protocol: Protocol, store: Records, resources: Resources, left: lis
             if snapshot is not None and run.id not in checked_records(
                 protocol, store
             ):  # finished meanwhile
-                claimed.append((run, snapshot))
-            if len(claimed) == most:
+                claimed.append((resources.placed(run), snapshot))
+            if len(claimed) == min(most, resources.capacity(run)):
                 break
         if not claimed:
             return 0
@@ -125,13 +125,8 @@ def _do_some(protocol: Protocol, store: Records, resources: Resources, left: lis
                 store.begin_test({"id": run.id, "protocol": protocol.digest})
             log.info("%s", run)
         began = time.perf_counter()
-        if len(claimed) == 1:
-            ((run, snapshot),) = claimed
-            done = [perform(run, resources, snapshot, records)]
-        else:
-            done = perform_all(
-                [run for run, _ in claimed], resources, [path for _, path in claimed], records
-            )
+        runs, snapshots = zip(*claimed, strict=True)
+        done = perform_all(runs, resources, snapshots, records)
         for record, (_, snapshot) in zip(done, claimed, strict=True):
             finished = plain(record | {"commit": commit})
             store.append(finished | {"digest": record_digest(finished)})
@@ -157,7 +152,8 @@ def perform_all(
     """Trains and measures runs, and returns their records.
 
     Args:
-      runs: runs of one cell; several are trained by one program (`nalora_jax.sweeps`).
+      runs: runs of one cell, on the mesh of `Resources.placed`; several are trained by one program
+        (`nalora_jax.sweeps`).
       resources: models, data and programs of this process.
       snapshots: by run, file with the state at its last evaluation, from which it resumes.
       records: finished runs, which must have the same base, data, items and rules.
@@ -174,7 +170,8 @@ def perform_all(
         for run, progress in zip(runs, started, strict=True)
     ]
     check_records({**(records or {}), **{each["id"]: each for each in described}})
-    states = [_trained(started[0])] if len(runs) == 1 else _trained_together(started)
+    fits = resources.fitting(runs[0])
+    states = [_trained(started[0])] if fits is None else _trained_together(started, fits.slots(len(runs)))
     share = (time.perf_counter() - began) / len(runs)
     performed = []
     for progress, facts, state in zip(started, described, states, strict=True):
@@ -193,8 +190,8 @@ def _trained(progress: RunInProgress) -> TrainState | None:
         return None
 
 
-def _trained_together(started: Sequence[RunInProgress]) -> list[TrainState | None]:
-    """Returns the trained state of each run; None for diverged runs."""
+def _trained_together(started: Sequence[RunInProgress], slots: int) -> list[TrainState | None]:
+    """Returns the trained state of each run of a program with ``slots``; None for diverged runs."""
     loops, assemblies = [], []
     for progress in started:
         state, start = progress.begin()
@@ -205,7 +202,7 @@ def _trained_together(started: Sequence[RunInProgress]) -> list[TrainState | Non
         )
         loops.append(RunLoop(follower, progress.rows(start), start=start, steps=progress.run.config.steps))
     began = time.perf_counter()
-    results = fit_all(SweepProgram(assemblies), loops, StatesMetrics())
+    results = fit_all(SweepProgram(assemblies, slots=slots), loops, StatesMetrics())
     for progress in started:
         progress.training_seconds += (time.perf_counter() - began) / len(started)
     pairs = zip(loops, results, strict=True)

@@ -63,6 +63,10 @@ class DualEncoders:
         self._encoders: dict[Any, Encoders] = {}
         self._evaluators: dict[Any, ClassEvaluator | RetrievalEvaluator] = {}
 
+    def architecture(self, config: RunConfig) -> None:
+        """Returns None: the memory of encoders is not estimated."""
+        del config
+
     def model(self, config: RunConfig) -> LoadedDual:
         """Returns the run's base model; projections that join separate towers are drawn by its seed."""
         image, plus, text = config.model.partition(JOIN)

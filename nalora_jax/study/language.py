@@ -21,12 +21,13 @@ from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.sources import check_disjoint, open_source
 from nalora_jax.evaluate.multiple_choice import multiple_choice
 from nalora_jax.evaluate.perplexity import completion_loss
-from nalora_jax.loading.base import LoadedModel, load_model
+from nalora_jax.loading.base import LoadedModel, load_model, read_config
 from nalora_jax.models.adapters import init_lora
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.runs.start import first_adapters
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
-from nalora_jax.weights.hub import resolve
+from nalora_jax.weights.hub import ResolvedSource, resolve
 from nalora_jax.weights.new_tokens import with_added
 
 _SEED = 20260104  # seed of the draw of items whose choices are scored, the same for every run
@@ -73,10 +74,13 @@ class Language:
         key = json.dumps([*of_model, config.to_dict()["mesh"], added.plain, added.special])
         if key not in self._models:
             mesh = distributed.smallest_mesh(config.mesh)
-            files = replace(resolve(config.model), rope_scaling=config.rope_scaling)
-            loaded = load_model(files, dtype=compute.dtype, mesh=mesh, quantized=compute.quantized)
+            loaded = load_model(_files(config), dtype=compute.dtype, mesh=mesh, quantized=compute.quantized)
             self._models[key] = with_added(loaded, added, mesh)
         return self._models[key]
+
+    def architecture(self, config: RunConfig) -> ModelConfig:
+        """Returns the config of the base."""
+        return read_config(_files(config), added=AddedTokens.of(config.data))
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
         """Returns ``config`` without its data, and the data's length and added tokens."""
@@ -168,6 +172,10 @@ class Language:
             )
             values["accuracy"] = choices.accuracy
         return values
+
+
+def _files(config: RunConfig) -> ResolvedSource:
+    return replace(resolve(config.model), rope_scaling=config.rope_scaling)
 
 
 def _items(items: Sequence[Item]) -> LanguageItems:

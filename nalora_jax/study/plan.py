@@ -10,11 +10,11 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from nalora_jax.config import RunConfig
+from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.config.former import FormerGroups
 from nalora_jax.config.vision import DUAL
 from nalora_jax.errors import NaloraError
@@ -58,16 +58,25 @@ class Run:
     rate: float
     seed: int
     multiple: float = 1.0  # of the cell's chosen rate, which ``rate`` includes
+    # Devices that replace the protocol's choice; a run on other devices is the same run.
+    mesh: MeshConfig | None = field(default=None, compare=False)
 
     @cached_property
     def config(self) -> RunConfig:
         """Returns the settings of the run."""
+        settings = self._settings
+        return settings if self.mesh is None else replace(settings, mesh=self.mesh)
+
+    @property
+    def _settings(self) -> RunConfig:
         return self.protocol.config(*self.cell, self.rate, self.seed)
 
     @cached_property
     def config_hash(self) -> str:
         """Returns the digest of the settings and of the names of the measured items."""
-        settings = _as_first_recorded(self.config.to_dict(), self.protocol.former_groups(self.cell.method))
+        settings = _as_first_recorded(
+            self._settings.to_dict(), self.protocol.former_groups(self.cell.method)
+        )
         protocol, task = self.protocol, self.protocol.tasks[self.cell.task]
         measured: dict[str, Any] = {"evaluate_every": protocol.evaluate_every}
         if self.stage == "test":

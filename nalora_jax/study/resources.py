@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,8 +21,11 @@ from nalora_jax.study.language import Language, LanguageItems
 from nalora_jax.study.plan import Run
 from nalora_jax.study.protocol import Protocol, data_of
 from nalora_jax.study.subject import Items, StudyRows, Subject
+from nalora_jax.sweeps.fit import Fitting
 from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.mechanisms import make
+
+log = logging.getLogger(__name__)
 
 _RATE = "step_size"  # the factor of the optimizer's last stage, a traced value in its state
 
@@ -40,10 +44,12 @@ class Resources:
 
     Args:
       protocol: the study.
+      together: largest number of runs of a cell that train in one program; 0: as many as memory allows.
     """
 
-    def __init__(self, protocol: Protocol) -> None:
-        self.protocol = protocol
+    def __init__(self, protocol: Protocol, together: int = 1) -> None:
+        self.protocol, self._together = protocol, together
+        self._fitting: dict[str, Fitting] = {}
         self._subjects: dict[Callable[[], Subject], Subject] = {}
         self._assemblies: dict[str, Assembly] = {}
         self._items: dict[str, Items] = {}
@@ -55,6 +61,34 @@ class Resources:
         if kind not in self._subjects:
             self._subjects[kind] = kind()
         return self._subjects[kind]
+
+    def fitting(self, run: Run) -> Fitting | None:
+        """Returns the mesh of programs of several runs, and how many fit; None if runs train one at a time.
+
+        It is the same for all runs of a model, so that each model is loaded once.
+        """
+        if self._together == 1:
+            return None
+        if run.cell.model not in self._fitting:
+            protocol, base = self.protocol, self.subject(run.config).architecture(run.config)
+            tests = len(protocol.test_seeds) * len(protocol.test_multiples)
+            most = max(len(protocol.rates) * len(protocol.tuning_seeds), tests)
+            fits = Fitting.of(run.config, base, min(most, self._together or most))
+            mesh = replace(fits.mesh, runs_per_device=0)
+            capacity = min(fits.capacity, self._together or fits.capacity)
+            self._fitting[run.cell.model] = replace(fits, mesh=mesh, capacity=capacity)
+            log.info("%s", fits.describe(capacity))
+        return self._fitting[run.cell.model]
+
+    def capacity(self, run: Run) -> int:
+        """Returns the number of runs of this model that train at the same time."""
+        fits = self.fitting(run)
+        return 1 if fits is None else fits.capacity
+
+    def placed(self, run: Run) -> Run:
+        """Returns the run on the mesh of programs of several runs, if there are any."""
+        fits = self.fitting(run)
+        return run if fits is None else replace(run, mesh=fits.mesh)
 
     def prepared(self, run: Run) -> Prepared:
         """Returns the run's method, compiled once for all its learning rates and seeds.

@@ -11,6 +11,7 @@ import optax
 from nalora_jax import distributed
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.pipeline import BatchIterator
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.assembly import Assembly
 
 
@@ -44,6 +45,9 @@ class Subject(Protocol):
 
     In every method, ``config`` is the settings of one run.
     """
+
+    def architecture(self, config: RunConfig) -> ModelConfig | None:
+        """Returns the base's architecture without reading weights; None for image and text encoders."""
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
         """Returns the settings that determine the compiled step, and facts about the data as JSON."""

@@ -129,12 +129,14 @@ def _mesh(config: RunConfig, count: int, share: float) -> MeshConfig:
         return replace(mesh, data=1, fsdp=1, tensor=1, run=1)
     rows = config.train.batch_size // config.train.accumulate
     fixed = math.prod(size for size in (mesh.data, mesh.fsdp, mesh.tensor) if size > 0)
-    for size in (n for n in range(1, devices + 1) if devices % n == 0 and n % fixed == 0):
-        spare = size // fixed
-        is_fitting = share / size < 0.5 and rows % spare == 0
-        if is_fitting and devices // size <= max(count, 1):
-            fsdp = mesh.fsdp if mesh.fsdp > 0 else spare
-            return replace(
-                mesh, data=max(mesh.data, 1), fsdp=fsdp, tensor=max(mesh.tensor, 1), run=devices // size
-            )
-    return replace(mesh, run=1)
+    sizes = [
+        size
+        for size in range(fixed, devices + 1, fixed)
+        if devices % size == 0 and share / size < 0.5 and rows % (size // fixed) == 0
+    ]
+    if not sizes:
+        return replace(mesh, run=1)
+    # Groups without a run would be idle.
+    size = next((size for size in sizes if devices // size <= count), sizes[-1])
+    fsdp = mesh.fsdp if mesh.fsdp > 0 else size // fixed
+    return replace(mesh, data=max(mesh.data, 1), fsdp=fsdp, tensor=max(mesh.tensor, 1), run=devices // size)

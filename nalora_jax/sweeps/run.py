@@ -201,7 +201,7 @@ class _Group:
         with ExitStack() as stack:
             started = [self._started(run, concrete, mesh, stack) for run in runs]
             for running in started:
-                stack.enter_context(running.told_of_errors())
+                stack.enter_context(running.reporting_errors())
             _measure_bases(started)
             spent.end("preparing")
             loops = self._fit(started)

@@ -62,26 +62,18 @@ class AdapterBank:
           NaloraError: no slot, a rank out of range, an unknown target, or a mixture of experts.
         """
         shapes = projection_shapes(config)
-        paths = sorted(shapes) if targets is None else sorted(targets)
+        paths = sorted(targets or shapes)
         unknown = sorted(set(paths) - set(shapes))
         if unknown:
             raise NaloraError(
                 "targets", expected=f"some of {', '.join(sorted(shapes))}", found=", ".join(unknown)
             )
         if config.n_experts:
-            experts = f"{config.n_experts} experts"
-            raise NaloraError(
-                "adapter bank",
-                expected="a dense model",
-                found=experts,
-                remedy="merge, or switch trees",
-            )
+            experts, remedy = f"{config.n_experts} experts", "merge, or switch trees"
+            raise NaloraError("adapter bank", expected="a dense model", found=experts, remedy=remedy)
         if slots < 1 or rank < 1:
-            raise NaloraError(
-                "adapter bank",
-                expected="at least one slot of rank 1",
-                found=f"{slots} of rank {rank}",
-            )
+            actual = f"{slots} of rank {rank}"
+            raise NaloraError("adapter bank", expected="at least one slot of rank 1", found=actual)
         layers, leaves = depths(config), {}
         for path in paths:
             d_in, d_out = shapes[path]
@@ -97,19 +89,18 @@ class AdapterBank:
           NaloraError: no slot is free, the rank is too large, a target is missing in the bank, or
             the adapter is DoRA.
         """
-        if name not in self.names and None not in self.names:
-            held = ", ".join(str(held) for held in self.names)
-            raise NaloraError("adapter bank", expected="a free slot", found=held, remedy="unload one first")
-        if spec.dora:
+        usable = [occupant for occupant in (name, None) if occupant in self.names]
+        if not usable:
+            names = ", ".join(str(occupant) for occupant in self.names)
             raise NaloraError(
-                f"adapter {name}",
-                expected="a linear adapter",
-                found="DoRA",
-                remedy="merge it instead",
+                "adapter bank", expected="a free slot", found=names, remedy="unload one first"
             )
-        refuse_saved(spec, f"adapter {name}", "merge it instead")
-        slot = self.names.index(name if name in self.names else None)
-        bank = self._with_slot(slot, folded_scales(lora, spec), f"adapter {name}")
+        where, remedy = f"adapter {name}", "merge it instead"
+        if spec.dora:
+            raise NaloraError(where, expected="a linear adapter", found="DoRA", remedy=remedy)
+        refuse_saved(spec, where, remedy)
+        slot = self.names.index(usable[0])
+        bank = self._with_slot(slot, folded_scales(lora, spec), where)
         return replace(bank, names=(*self.names[:slot], name, *self.names[slot + 1 :]))
 
     def unload(self, name: str) -> AdapterBank:
@@ -122,7 +113,8 @@ class AdapterBank:
 
     def ids(self, names: Sequence[str | None]) -> jnp.ndarray:
         """Returns ``adapter_ids`` of a batch: each example's slot, -1 for the base."""
-        return jnp.asarray([-1 if name is None else self._slot(name) for name in names], jnp.int32)
+        slots: dict[str | None, int] = {name: self._slot(name) for name in names if name is not None}
+        return jnp.asarray([slots.get(name, -1) for name in names], jnp.int32)
 
     def _slot(self, name: str) -> int:
         if name not in self.names:
@@ -137,16 +129,14 @@ class AdapterBank:
             held = ", ".join(path for path, _ in self.spec.targets)
             raise NaloraError(where, expected=f"adapters on {held}", found=f"one on {', '.join(missing)}")
         for path, target in self.spec.targets:
-            a, b = adapter.get(path, (None, None))
-            for leaf, value, axis in ((f"{path}/a", a, -1), (f"{path}/b", b, -2)):
-                empty = stack[leaf][:, slot]
-                filled = (
-                    empty * 0 if value is None else padded(value, target.rank, axis, f"{where}: {path}")
-                )
-                if filled.shape != empty.shape:
-                    raise NaloraError(
-                        f"{where}: {leaf}", expected=f"shape {empty.shape}", found=filled.shape
-                    )
+            empty = [jnp.zeros_like(stack[f"{path}/{factor}"][:, slot]) for factor in "ab"]
+            for factor, value, zeros, axis in zip(
+                "ab", adapter.get(path, empty), empty, (-1, -2), strict=True
+            ):
+                leaf, filled = f"{path}/{factor}", padded(value, target.rank, axis, f"{where}: {path}")
+                if filled.shape != zeros.shape:
+                    expected = f"shape {zeros.shape}"
+                    raise NaloraError(f"{where}: {leaf}", expected=expected, found=filled.shape)
                 stack[leaf] = stack[leaf].at[:, slot].set(filled)
         return replace(self, lora=trees.unflatten(stack))
 

@@ -72,22 +72,22 @@ class AdapterSlot:
           NaloraError: a rank is larger than the slot's, the adapter is DoRA, whose update is not
             linear, or it has trained rows and there are no ``params``.
         """
-        if spec is not None and spec.dora:
-            raise NaloraError(
-                "adapter", expected="a linear adapter", found="DoRA", remedy="merge it instead"
-            )
-        if lora is not None and spec is not None and spec.token_indices:
+        lora, spec = lora or {}, spec or AdapterSpec()
+        if spec.dora:
+            remedy = "merge it instead"
+            raise NaloraError("adapter", expected="a linear adapter", found="DoRA", remedy=remedy)
+        if spec.token_indices:
             if params is None:
                 actual = "trained rows of the base's tables"
                 raise NaloraError("adapter", expected="the base's weights beside it", found=actual)
             lora, spec = with_whole_tables(self.config, params, lora, spec)
-        scales = {} if lora is None or spec is None else folded_scales(lora, spec)
+        scales = folded_scales(lora, spec)
         leaves: dict[str, Any] = {}
         for path, target in self.spec.targets:
             *lead, d_in, d_out = (len(target.ranks), *projection_shapes(self.config)[path])
             a, b = scales.get(path) or (jnp.zeros((*lead, d_in, 0)), jnp.zeros((*lead, 0, d_out)))
             leaves[f"{path}/a"] = padded(a, target.rank, -1, path)
             leaves[f"{path}/b"] = padded(b, target.rank, -2, path)
-        tables = {} if lora is None or spec is None else trees.flatten(lora)
-        leaves |= {TABLES[name]: tables[TABLES[name]] for name in (spec.saved if spec else ())}
+        tables = trees.flatten(lora)
+        leaves |= {TABLES[name]: tables[TABLES[name]] for name in spec.saved}
         return trees.unflatten(leaves)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from nalora_jax.models.targets import AdapterSpec, TargetSpec
+from nalora_jax.models.targets import AdapterSpec, TargetSpec, scale_divisor
 from nalora_jax.trees import flatten, unflatten
 
 
@@ -40,7 +39,7 @@ def remaining_ranks(lora: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[st
         rows = np.take_along_axis(b * nonzero[..., None], first[..., None], axis=-2)
         leaves[f"{path}/b"] = rows
         shares = [rank / max(before, 1) for rank, before in zip(ranks, target.ranks, strict=True)]
-        falls = [math.sqrt(share) if spec.rslora else share for share in shares]
+        falls = [scale_divisor(share, rslora=spec.rslora) for share in shares]
         alphas = tuple(alpha * fall or 1.0 for alpha, fall in zip(target.alphas, falls, strict=True))
         targets.append((path, TargetSpec(ranks, alphas)))
     plain = AdapterSpec(

@@ -87,6 +87,7 @@ def hub_license(name: str) -> str:
 
 _LIBRARY = {"adapter": "peft", "merged": "transformers"}  # by kind of a card
 _RELATION = {"adapter": "adapter", "merged": "finetune"}
+_TITLE = {"adapter": "adapter of", "merged": "fine-tuned from"}
 
 
 def _front_matter(card: Card) -> str:
@@ -106,9 +107,10 @@ def _front_matter(card: Card) -> str:
 
 
 def _title(card: Card) -> str:
-    what = "adapter of" if card.kind == "adapter" else "fine-tuned from"
-    data = f" for {markdown(_short(card.run.data.dataset))}" if card.run else ""
-    return f"LoRA {what} {markdown(_short(card.base_model))}{data}"
+    title = f"LoRA {_TITLE[card.kind]} {markdown(_short(card.base_model))}"
+    if card.run:
+        title += f" for {markdown(_short(card.run.data.dataset))}"
+    return title
 
 
 def _summary(card: Card) -> str:
@@ -125,7 +127,7 @@ def _summary(card: Card) -> str:
     if card.spec.saved and card.kind == "adapter":
         lines += [
             "",
-            f"Trained as a whole beside them, and part of its files: {' and '.join(card.spec.saved)}.",
+            f"Also fully trained, and part of its files: {' and '.join(card.spec.saved)}.",
         ]
     if card.spec.token_indices and card.kind == "adapter":
         listed = " and ".join(f"{len(ids)} of {name}" for name, ids in card.spec.token_indices)
@@ -147,11 +149,13 @@ def _method(run: RunConfig) -> str:
     used = [
         f"{_RULES.get(rule.partition(':')[0], 'the mechanism')} ({_shown(rule)})" for rule in run.mechanisms
     ]
-    return (
-        f"Trained with NA-LoRA (nonlinearity-aware LoRA, arXiv 2606.31717, as nalora_jax instantiates it): "
+    method = (
+        "Trained with NA-LoRA (nonlinearity-aware LoRA, arXiv 2606.31717, as nalora_jax instantiates it): "
         f"{' and '.join(used)}. They act in training only: the result is a plain adapter."
-        + (f" Of its ranks {allocated}" if mean else "")
     )
+    if mean:
+        method += f" Of its ranks {allocated}"
+    return method
 
 
 _RULES = {
@@ -189,14 +193,11 @@ def _results(card: Card) -> str:
 
 
 def _measured(metrics: Mapping[str, Any]) -> tuple[str, ...]:
-    low, high, loss = (metrics.get(name) for name in ("low", "high", "loss"))
-    accuracy = metrics.get("accuracy", metrics.get("recall"))
-    interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
-    values = (
-        "" if value is None else f"{value:.{digits}f}" for value, digits in ((accuracy, 3), (loss, 4))
-    )
-    shown_accuracy, shown_loss = values
-    return shown_accuracy, interval, shown_loss, markdown(metrics.get("n", ""))
+    digits = {"accuracy": 3, "recall": 3, "low": 3, "high": 3, "loss": 4}
+    shown = {name: f"{metrics[name]:.{n}f}" for name, n in digits.items() if metrics.get(name) is not None}
+    accuracy = shown.get("accuracy", shown.get("recall", ""))
+    interval = " to ".join(shown[name] for name in ("low", "high") if name in shown)
+    return accuracy, interval, shown.get("loss", ""), markdown(metrics.get("n", ""))
 
 
 def _precision(card: Card) -> str:
@@ -216,10 +217,10 @@ def _precision(card: Card) -> str:
         ]
     if card.kind == "adapter":
         lines += [
-            "On the same model in other numbers (the hub's own, another quantization) PEFT loads this adapter without "
-            "a word, and it adds the same low-rank update to weights that are slightly different: what it learned "
-            "mostly carries over, but outputs differ by as much as the two bases do, and the measured result holds "
-            "for the numbers above only. nalora_jax itself compares the digest and refuses another base."
+            "On the same model in another precision (the hub's files, another quantization) PEFT loads this adapter "
+            "without a warning and adds the same low-rank update to slightly different weights. Most of what it "
+            "learned carries over, but outputs differ as much as the two bases do, and the measured result is valid "
+            "only for the precision above. nalora_jax compares the digest and refuses another base."
         ]
     return "\n\n".join(lines)
 
@@ -252,8 +253,9 @@ def _held(run: RunConfig) -> str:
 
 
 def _usage(card: Card) -> str:
-    named = card.origin.copy_of if card.origin is not None and card.origin.copy_of else card.base_model
-    base = named if is_hub_id(named) else "path/to/the/base"
+    base = (card.origin and card.origin.copy_of) or card.base_model
+    if not is_hub_id(base):
+        base = "path/to/the/base"
     if card.kind == "merged":
         code = (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -313,14 +315,13 @@ def _provenance(card: Card) -> str:
     if card.command:
         lines += ["Made by this command:", "", _fenced(visible(published(card.command)), "sh"), ""]
     if card.versions:
-        lines += [
-            "Versions: "
-            + ", ".join(markdown(f"{name} {version}") for name, version in sorted(card.versions.items()))
-            + "."
-        ]
+        versions = (markdown(f"{name} {version}") for name, version in sorted(card.versions.items()))
+        lines += [f"Versions: {', '.join(versions)}."]
     if card.device:
         lines += [f"Device: {markdown(card.device)}."]
-    return "## How it was made\n\n" + "\n".join(lines).strip() if lines else ""
+    if not lines:
+        return ""
+    return "## How it was made\n\n" + "\n".join(lines).strip()
 
 
 def _licence(card: Card) -> str:
@@ -353,8 +354,8 @@ def _base_link(name: str) -> str:
 
 
 def _range(values: tuple[int, ...] | tuple[float, ...]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    """Formats the smallest and the largest value, or the only one."""
+    return " to ".join(f"{value:g}" for value in sorted({min(values), max(values)}))
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:

@@ -17,21 +17,23 @@ from nalora_jax.errors import NaloraError
 
 
 @contextmanager
-def new_folder(folder: str | Path, *, replaces: Collection[str] = ()) -> Iterator[Path]:
+def new_folder(
+    folder: str | Path, *, replaces: Collection[str] = (), overwrite: bool = False
+) -> Iterator[Path]:
     """Yields a temporary folder that is renamed to ``folder`` if the block succeeds.
 
     Args:
-      folder: must not exist or be empty, unless ``replaces`` allows more.
-      replaces: names of files, relative to ``folder``, that it may contain already; it is then
-        replaced completely. Any other content raises an error, since it was written by another
-        program or user.
+      folder: must not exist or be empty, unless ``overwrite`` allows more.
+      replaces: names of files, relative to ``folder``, that it may contain with ``overwrite``. Any
+        other content raises an error, since it was written by another program or user.
+      overwrite: replace a folder that contains such files completely.
 
     Raises:
       NaloraError: the folder has other content, or the file system refused (a full disk, no
         permission). The temporary folder is removed, and ``folder`` stays as it was.
     """
     target = Path(folder)
-    _check_free(target, replaces)
+    _check_free(target, replaces, overwrite=overwrite)
     with _scratch(target) as scratch:
         scratch.chmod(0o755)  # the rename keeps mkdtemp's 0700
         yield scratch
@@ -50,12 +52,8 @@ def new_file(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path)
     if os.path.lexists(target):
-        raise NaloraError(
-            str(target),
-            expected="a new file",
-            found="an existing one",
-            remedy="choose another name",
-        )
+        expected, remedy = "a new file", "choose another name"
+        raise NaloraError(str(target), expected=expected, found="an existing one", remedy=remedy)
     with _scratch(target) as scratch:
         yield scratch / target.name
         (scratch / target.name).rename(target)
@@ -100,17 +98,13 @@ def write_json(path: Path, value: Any) -> None:
     )
 
 
-def _check_free(target: Path, replaces: Collection[str]) -> None:
+def _check_free(target: Path, replaces: Collection[str], *, overwrite: bool) -> None:
     if not os.path.lexists(target):
         return
     if target.is_symlink() or not target.is_dir():
-        raise NaloraError(
-            str(target),
-            expected="a new folder",
-            found="a file or a link",
-            remedy="choose another name",
-        )
-    foreign = sorted(name for name in _entries(target) if name not in replaces)
+        remedy = "choose another name"
+        raise NaloraError(str(target), expected="a new folder", found="a file or a link", remedy=remedy)
+    foreign = sorted(name for name in _entries(target) if name not in replaces or not overwrite)
     if foreign:
         raise NaloraError(
             str(target),

@@ -43,7 +43,7 @@ def only(*accepted: Any, because: str) -> Callable[[Any], Any]:
 
 def choice(table: Mapping[Any, Any], because: str) -> Callable[[Any], Any]:
     """Returns a conversion by a table that refuses values that are not in it."""
-    return lambda value: table.get(value, Refused(because)) if isinstance(value, str) else Refused(because)
+    return lambda value: table.get(str(value), Refused(because))
 
 
 def converted(

@@ -224,9 +224,9 @@ class _Cursor:
             raise self.error("a value type of GGUF", kind)
         dtype = np.dtype(_SCALARS[kind])
         number = np.frombuffer(self.memory, dtype, 1, self.skip(dtype.itemsize))[0]
-        # Converts a float32 to the decimal that it was written from: 1e-05, not
-        # 9.999999747378752e-06.
-        return float(str(number)) if dtype == np.float32 else number.item()
+        if dtype == np.float32:  # the decimal that it was written from: 1e-05, not 9.999999747378752e-06
+            return float(str(number))
+        return number.item()
 
 
 def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Stored]]:

@@ -91,10 +91,10 @@ class _Reader:
     def flags(self, key: str, length: int) -> list[bool]:
         """Returns a list of ``length`` booleans."""
         name = f"{self.architecture}.{key}"
-        value = self.file.metadata.get(name)
+        value = self.file.metadata.get(name, "no such key")
         if not isinstance(value, np.ndarray) or value.dtype != bool or value.shape != (length,):
-            actual = "no such key" if value is None else str(value)[:60]
-            raise NaloraError(f"{self.file.path}: {name}", expected=f"{length} booleans", found=actual)
+            where, actual = f"{self.file.path}: {name}", str(value)[:60]
+            raise NaloraError(where, expected=f"{length} booleans", found=actual)
         return value.tolist()
 
     def tensor(self, name: str) -> np.ndarray | None:

@@ -23,7 +23,6 @@ from gguf import (
     GGMLQuantizationType,
     GGUFReader,
     GGUFType,
-    GGUFValueType,
     GGUFWriter,
     Keys,
     LlamaFileType,
@@ -150,8 +149,7 @@ def write_adapter_gguf(
     alpha = adapters[0][1].scale * adapters[0][1].rank
     tensors: dict[str, np.ndarray] = {}
     for tensor, adapter in adapters:
-        factor = adapter.scale * adapter.rank / alpha
-        b = adapter.b if factor == 1 else adapter.b * np.float32(factor)
+        b = adapter.b * np.float32(adapter.scale * adapter.rank / alpha)
         tensors[f"{tensor.name}.lora_a"] = adapter.a.swapaxes(-1, -2)  # [..., r, d_in]
         # [..., d_out, r]: B needs the same conversion as the kernel (a transposition, for some
         # also a regrouping of rows)
@@ -190,12 +188,9 @@ def verify_adapter_gguf(
         )
         worst = max(worst, float(np.abs(product - update).max() / max(np.abs(update).max(), 1e-30)))
     if worst > 1e-5 or len(file.shapes()) != 2 * len(meant):
-        raise NaloraError(
-            str(path),
-            expected="the adapter that was exported",
-            found="another one on reading it back",
-            remedy="do not use this file; please report this as a bug, with the adapter's configuration",
-        )
+        expected, actual = "the adapter that was exported", "another one on reading it back"
+        remedy = "do not use this file; please report this as a bug, with the adapter's configuration"
+        raise NaloraError(str(path), expected=expected, found=actual, remedy=remedy)
     return worst
 
 
@@ -271,12 +266,9 @@ def _open(base: str | Path) -> GGUFReader:
     try:
         return GGUFReader(base)
     except (OSError, ValueError, IndexError, KeyError) as error:
-        raise NaloraError(
-            str(base),
-            expected="the GGUF file that the base came from",
-            found=str(error)[:200],
-            remedy="for another base write a merged folder and run llama.cpp's convert_hf_to_gguf.py on it",
-        ) from error
+        expected, actual = "the GGUF file that the base came from", str(error)[:200]
+        remedy = "for another base write a merged folder and run llama.cpp's convert_hf_to_gguf.py on it"
+        raise NaloraError(str(base), expected=expected, found=actual, remedy=remedy) from error
 
 
 def _check_base(base: str | Path, reader: GGUFReader, items: Iterable[_Item], config: ModelConfig) -> None:
@@ -331,6 +323,5 @@ def _copy_fields(reader: GGUFReader, writer: GGUFWriter, changed: Mapping[str, A
     for name, stored in reader.fields.items():
         if name in _OWN_KEYS or name.startswith(_OWN_FIELDS):
             continue
-        kind = stored.types[0]
-        inner = stored.types[-1] if kind == GGUFValueType.ARRAY else None
-        writer.add_key_value(name, changed.get(name, stored.contents()), kind, inner)
+        kind, *inner = stored.types  # an array's elements have the last type
+        writer.add_key_value(name, changed.get(name, stored.contents()), kind, *inner[-1:])

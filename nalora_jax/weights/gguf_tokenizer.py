@@ -71,10 +71,11 @@ def read_tokenizer(file: GGUFFile) -> ours.Tokenizer:
     """
     kind = file.get("tokenizer.ggml.model", str)
     tokens = _strings(file, "tokenizer.ggml.tokens")
-    if kind not in ("gpt2", "llama"):
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if kind not in builders:
         raise _error(file, "model", "gpt2 (byte-level BPE) or llama (SentencePiece BPE)", repr(kind))
     try:
-        backend = _byte_level(file, tokens) if kind == "gpt2" else _sentencepiece(file, tokens)
+        backend = builders[kind](file, tokens)
         _add_special(backend, tokens, _numbers(file, "token_type", len(tokens), default=1))
     except NaloraError:
         raise
@@ -93,27 +94,27 @@ def _wrapped(file: GGUFFile, backend: Tokenizer, tokens: list[str], *, adds_bos:
         "unk": "unknown_token_id",
         "pad": "padding_token_id",
     }
-    ids = {name: _token_id(file, key, len(tokens)) for name, key in names.items()}
-    eos_id = ids["eos"]
-    if eos_id is None:
+    optional = {name: _token_id(file, key, len(tokens)) for name, key in names.items()}
+    ids = {name: token_id for name, token_id in optional.items() if token_id is not None}
+    if "eos" not in ids:
         raise _error(file, "eos_token_id", "the id of the token that ends a text", "no such key")
     other = [_token_id(file, key, len(tokens)) for key in ("eot_token_id", "eom_token_id")]
     by_name = [backend.token_to_id(name) for name in _STOPS]
-    stops = [eos_id, *(i for i in (*other, *by_name) if i is not None)]
+    stops = [ids["eos"], *(i for i in (*other, *by_name) if i is not None)]
     keys = ("tokenizer.chat_template", "tokenizer.chat_template.tool_use")
     template, tool_template = (
         value if isinstance(value := file.metadata.get(key), str) else None for key in keys
     )
     return ours.Tokenizer(
         backend=backend,
-        bos_id=ids["bos"],
-        eos_id=eos_id,
-        pad_id=eos_id if ids["pad"] is None else ids["pad"],
+        bos_id=ids.get("bos"),
+        eos_id=ids["eos"],
+        pad_id=ids.get("pad", ids["eos"]),
         eos_ids=tuple(dict.fromkeys(stops)),
         chat_template=template,
         tool_template=tool_template,
-        add_bos=ids["bos"] is not None and file.get("tokenizer.ggml.add_bos_token", bool, adds_bos),
-        special_tokens={f"{name}_token": tokens[i] for name, i in ids.items() if i is not None},
+        add_bos="bos" in ids and file.get("tokenizer.ggml.add_bos_token", bool, adds_bos),
+        special_tokens={f"{name}_token": tokens[token_id] for name, token_id in ids.items()},
     )
 
 
@@ -173,6 +174,8 @@ def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     )
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     prefix = file.get("tokenizer.ggml.add_space_prefix", bool, True)
+    if prefix:
+        steps.append(decoders.Strip(" ", left=1))
     if not prefix:
         backend.normalizer = normalizers.Replace(" ", _SPACE)
     elif file.get("general.architecture", str) == "phi3":
@@ -182,7 +185,7 @@ def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
         )
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", left=1)] if prefix else steps)
+    backend.decoder = decoders.Sequence(steps)
     return backend
 
 

@@ -125,14 +125,13 @@ class SafetensorsFolder:
 
     def _read_headers(self) -> dict[str, Stored]:
         listed = self._index()
-        files = sorted(set(listed.values())) if listed is not None else [self._only_file()]
         tensors: dict[str, Stored] = {}
-        for file in files:
+        for file in sorted(set(listed.values())) or [self._only_file()]:
             for name, stored in self._header(file).items():
-                if listed is None or listed.get(name) == file:
+                if not listed or listed.get(name) == file:
                     tensors[name] = stored
-        lost = [name for name in listed or () if name not in tensors]
-        if lost and listed is not None:
+        lost = [name for name in listed if name not in tensors]
+        if lost:
             raise NaloraError(
                 str(self.folder / INDEX),
                 expected=f"{lost[0]} in {listed[lost[0]]}",
@@ -141,28 +140,25 @@ class SafetensorsFolder:
             )
         return tensors
 
-    def _index(self) -> dict[str, str] | None:
-        """Returns the file of each tensor; None if one file has all tensors or there is no index.
+    def _index(self) -> dict[str, str]:
+        """Returns the file of each tensor; empty if one file has all tensors or there is no index.
 
         If both exist, the single file is used, as in transformers.
         """
         path = self.folder / INDEX
         if SINGLE in self._names() or not path.exists():
-            return None
+            return {}
         listed = read_json(path).get("weight_map")
-        names = listed.values() if isinstance(listed, dict) else [None]
-        if not listed or not all(isinstance(n, str) and Path(n).name == n and _is_name(n) for n in names):
-            raise NaloraError(
-                f"{path}: weight_map",
-                expected="file names of this folder by tensor name",
-                found="something else",
-            )
-        missing = sorted(set(names) - set(self._names()))
+        if not listed or not isinstance(listed, dict) or not all(map(_is_file_name, listed.values())):
+            expected = "file names of this folder by tensor name"
+            raise NaloraError(f"{path}: weight_map", expected=expected, found="something else")
+        files = set(listed.values())
+        missing = sorted(files - set(self._names()))
         if missing:
             raise NaloraError(
                 str(path),
                 expected=f"the file {missing[0]} that it names",
-                found=f"{len(missing)} of {len(set(names))} files missing",
+                found=f"{len(missing)} of {len(files)} files missing",
                 remedy="download the folder again",
             )
         return dict(listed)
@@ -181,8 +177,10 @@ class SafetensorsFolder:
         return files[0]
 
 
-def _is_name(text: str) -> bool:
-    """Returns True if ``text`` can be a file name: at most 255 bytes, and valid Unicode."""
+def _is_file_name(text: object) -> bool:
+    """Returns True if ``text`` can be a file's name: at most 255 bytes, and valid Unicode."""
+    if not isinstance(text, str) or Path(text).name != text:
+        return False
     return 0 < len(text.encode("utf-8", "replace")) <= 255 and is_unicode(text)
 
 
@@ -216,9 +214,6 @@ def _complaints(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise NaloraError(
-            str(path),
-            expected="a complete safetensors file",
-            found=str(error),
-            remedy="download it again: it is truncated, damaged or of another format",
-        ) from error
+        expected = "a complete safetensors file"
+        remedy = "download it again: it is truncated, damaged or of another format"
+        raise NaloraError(str(path), expected=expected, found=str(error), remedy=remedy) from error

@@ -140,12 +140,9 @@ def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
         if not local.exists():
             raise NaloraError(repository, expected=f"the file {file} in it", found="none of that name")
         return _resolve_local(local, source)
-    raise NaloraError(
-        source,
-        expected="a model",
-        found="no folder, no file, no hub id (owner/name) and no alias of that name",
-        remedy="aliases: " + ", ".join(ALIASES),
-    )
+    actual = "no folder, no file, no hub id (owner/name) and no alias of that name"
+    remedy = "aliases: " + ", ".join(ALIASES)
+    raise NaloraError(source, expected="a model", found=actual, remedy=remedy)
 
 
 def alias_of(name: str) -> Alias | None:
@@ -253,12 +250,9 @@ def _resolve_local(path: Path, name: str) -> ResolvedSource:
         _check_model_file(path)
         return ResolvedSource("gguf", path, name)
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        raise NaloraError(
-            str(path),
-            expected="a base model",
-            found="an adapter folder (adapter_config.json)",
-            remedy="give the adapter's base model, and the adapter as such",
-        )
+        actual = "an adapter folder (adapter_config.json)"
+        remedy = "give the adapter's base model, and the adapter as such"
+        raise NaloraError(str(path), expected="a base model", found=actual, remedy=remedy)
     if (path / "config.json").exists():
         return ResolvedSource("hf", path, name)
     files = sorted(path.glob("*.gguf"))
@@ -285,12 +279,8 @@ def _check_model_file(path: Path) -> None:
             remedy="convert it with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)",
         )
     if path.suffix == ".safetensors":
-        raise NaloraError(
-            str(path),
-            expected="the folder of a model",
-            found="one of its files",
-            remedy=f"give {path.parent}",
-        )
+        expected, actual = "the folder of a model", "one of its files"
+        raise NaloraError(str(path), expected=expected, found=actual, remedy=f"give {path.parent}")
     try:
         with path.open("rb") as file:
             magic = file.read(4)

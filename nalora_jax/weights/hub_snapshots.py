@@ -31,7 +31,9 @@ def _snapshot(repository: str, file: str, *, local: bool) -> Path:
 
     Copies of the weights in subfolders are left out.
     """
-    patterns, unwanted = ([file], None) if file else ([*HUB_FILES], ["*/*.safetensors", "consolidated*"])
+    patterns, unwanted = [*HUB_FILES], ["*/*.safetensors", "consolidated*"]
+    if file:
+        patterns, unwanted = [file], []
     return Path(
         huggingface_hub.snapshot_download(
             repository, local_files_only=local, allow_patterns=patterns, ignore_patterns=unwanted
@@ -82,12 +84,9 @@ def download_snapshot(repository: str, file: str = "") -> Path:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if constants.HF_HUB_OFFLINE:
             reason = "it is switched off by HF_HUB_OFFLINE"
-        raise NaloraError(
-            repository,
-            expected="the hub to deliver the model",
-            found=reason,
-            remedy="check the network, or give a local folder or .gguf file",
-        ) from error
+        expected = "the hub to deliver the model"
+        remedy = "check the network, or give a local folder or .gguf file"
+        raise NaloraError(repository, expected=expected, found=reason, remedy=remedy) from error
 
 
 def refusal(repository: str, error: Exception) -> NaloraError | None:
@@ -97,16 +96,18 @@ def refusal(repository: str, error: Exception) -> NaloraError | None:
     missing = isinstance(error, errors.RepositoryNotFoundError)  # GatedRepoError is a subclass
     if isinstance(error, errors.DisabledRepoError) or not (missing or status in (401, 403)):
         return None
-    gated = not missing or isinstance(error, errors.GatedRepoError)
-    refused = "one whose account has no access"
+    token = "one whose account has no access"
     if not missing:
-        refused = f"one that the hub refuses ({status})"
-    token = refused if huggingface_hub.get_token() else "none"
+        token = f"one that the hub refuses ({status})"
+    if not huggingface_hub.get_token():
+        token = "none"
     page = f"{constants.ENDPOINT}/{repository}"
-    terms = f"accept its terms at {page}" if gated else f"check that {page} exists"
+    state, step = "a gated repository", f"accept its terms at {page}"
+    if missing and not isinstance(error, errors.GatedRepoError):
+        state, step = "none of that name, or a private one", f"check that {page} exists"
     return NaloraError(
         repository,
         expected="a model of the hub that your token may read",
-        found=f"{'a gated repository' if gated else 'none of that name, or a private one'}, and as token {token}",
-        remedy=f"{terms}, then set HF_TOKEN on every host to a token that may read it, or log in with `hf auth login`",
+        found=f"{state}, and as token {token}",
+        remedy=f"{step}, then set HF_TOKEN on every host to a token that may read it, or log in with `hf auth login`",
     )

@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from nalora_jax.weights import keytables
 from nalora_jax.weights.keytables import Source, TensorRow
 
 Array = Any  # numpy or jax arrays: conversions use only methods that both have
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Slot:
     layer: int | None = None
     expert: int | None = None  # None in a mixture: the tensor contains all experts
 
+    @property
+    def index(self) -> tuple[int, ...]:
+        """The position on the leading axes of the leaf."""
+        return tuple(i for i in (self.layer, self.expert) if i is not None)
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -55,6 +61,12 @@ class Transform:
     swaps: bool = False  # exchanges the last two axes
     mixes_rows: bool = False  # a slice of the result needs more than the same slice of the tensor
     alternates: bool = False  # the slots' columns alternate along the last axis
+
+    def reordered(self, axes: tuple[T, ...]) -> tuple[T, ...]:
+        """Converts a shape or an index between the file's order of axes and ours."""
+        if not self.swaps:
+            return axes
+        return (*axes[:-2], axes[-1], axes[-2])
 
 
 @dataclass(frozen=True)
@@ -95,23 +107,6 @@ class SourceTensor:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """The source of one slot: ``leaf[layer, expert] = convert(file[source])``."""
-
-    path: str
-    layer: int | None
-    expert: int | None
-    source: str
-    source_shape: tuple[int, ...]
-    convert: Callable[[Array], Array]
-
-    @property
-    def slot(self) -> Slot:
-        """The target of the converted tensor."""
-        return Slot(self.path, self.layer, self.expert)
-
-
-@dataclass(frozen=True)
 class KeyMap:
     """The complete mapping between one family's files of one format and the parameter tree."""
 
@@ -119,20 +114,6 @@ class KeyMap:
     ignored: tuple[str, ...] = ()  # regexes of canonical names whose tensors are not loaded
     aliases: tuple[tuple[str, str], ...] = ()  # (name, other): optional, must equal `other`
     renames: tuple[tuple[str, str], ...] = ()  # (regex, replacement) to canonical names
-
-    @cached_property
-    def entries(self) -> tuple[Entry, ...]:
-        """Every slot with its source; a fused tensor has one entry for each part."""
-        return tuple(
-            Entry(slot.path, slot.layer, slot.expert, tensor.name, tensor.shape, _part(tensor, i))
-            for tensor in self.tensors
-            for i, slot in enumerate(tensor.slots)
-        )
-
-    @cached_property
-    def by_slot(self) -> dict[Slot, tuple[SourceTensor, int]]:
-        """The tensor of every slot, and the slot's index in it."""
-        return {slot: (tensor, i) for tensor in self.tensors for i, slot in enumerate(tensor.slots)}
 
     @cached_property
     def by_name(self) -> dict[str, SourceTensor]:
@@ -197,10 +178,6 @@ class KeyMap:
         return "only tensors that config.json asks for" + (f" (here {', '.join(near)})" if near else "")
 
 
-def _part(tensor: SourceTensor, index: int) -> Callable[[Array], Array]:
-    return lambda array: tensor.split(array)[index]
-
-
 def keymap_for(config: ModelConfig, source: Literal["hf", "gguf"]) -> KeyMap:
     """Returns the key map of a model's files.
 
@@ -245,8 +222,8 @@ def _of_stack(
     lead = ("{layer}" in row.name) + ("{expert}" in row.name)
     transform = _transform(row, config)
     ours = [shapes[path][lead:] for path in paths]
-    theirs = [(*s[:-2], s[-1], s[-2]) if transform.swaps else s for s in ours]
-    axis = max(len(theirs[0]) - (1 if transform.alternates else 2), 0)
+    theirs = [transform.reordered(shape) for shape in ours]
+    axis = max(len(theirs[0]) - 2 + transform.alternates, 0)
     shape = (*theirs[0][:axis], sum(s[axis] for s in theirs), *theirs[0][axis + 1 :])
     outputs = tuple(s[max(len(s) - 2, 0)] for s in theirs)
     for index, number in layers:
@@ -315,7 +292,7 @@ def params_from_tensors(
     leaves = {path: np.zeros(shape, dtype) for path, shape in param_shapes(config).items()}
     for tensor in keymap_for(config, source).tensors:
         for slot, leaf in zip(tensor.slots, tensor.split(np.asarray(get_tensor(tensor.name))), strict=True):
-            leaves[slot.path][_index(slot)] = leaf
+            leaves[slot.path][slot.index] = leaf
     return unflatten(leaves)
 
 
@@ -325,8 +302,4 @@ def tensors_from_params(
     """Yields names and tensors of a model's file: the inverse of `params_from_tensors`."""
     leaves = flatten(params)
     for tensor in keymap_for(config, source).tensors:
-        yield tensor.name, tensor.join([leaves[slot.path][_index(slot)] for slot in tensor.slots])
-
-
-def _index(slot: Slot) -> tuple[int, ...]:
-    return tuple(i for i in (slot.layer, slot.expert) if i is not None)
+        yield tensor.name, tensor.join([leaves[slot.path][slot.index] for slot in tensor.slots])

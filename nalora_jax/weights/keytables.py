@@ -71,7 +71,9 @@ def _rows(tables: dict[str, tuple[TensorRow, ...]], model_type: str) -> tuple[Te
     registered_rows = registered.tensors_of(model_type)
     if isinstance(registered_rows, str):
         return tables.get(registered_rows)
-    return registered_rows if tables is HF else None
+    if tables is HF:
+        return registered_rows
+    return None
 
 
 def _unread_keys(config: ModelConfig) -> tuple[str, ...]:
@@ -91,7 +93,7 @@ SIGHT = (r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")
 UNUSED = (
     r"^(model\.)?visual\.",
     r"^mtp\.",
-    r"^model\.(audio_tower|embed_vision|embed_audio|vision_embedder)\.",
+    r"^model\.(audio_tower|embed_(vision|audio)|vision_embedder)\.",
 )
 HF_RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
@@ -109,17 +111,20 @@ def _hf_dense(
     module: str, folder: str, names: tuple[str, ...], experts: bool | None = None
 ) -> tuple[TensorRow, ...]:
     """Returns kernels and biases of projections whose names equal transformers' names."""
-    stem = f"model.layers.{{layer}}.{module}"
-    leaves = {name: f"layers/{folder}/{name}" for name in names}
-    kernels = (
-        TensorRow(f"{stem}.{n}.weight", (f"{leaf}/kernel",), "transpose", experts)
-        for n, leaf in leaves.items()
+    stem, leaf = f"model.layers.{{layer}}.{module}", f"layers/{folder}"
+    return (
+        *(TensorRow(f"{stem}.{n}.weight", (f"{leaf}/{n}/kernel",), "transpose", experts) for n in names),
+        *(TensorRow(f"{stem}.{n}.bias", (f"{leaf}/{n}/bias",), "", experts) for n in names),
     )
-    biases = (TensorRow(f"{stem}.{n}.bias", (f"{leaf}/bias",), "", experts) for n, leaf in leaves.items())
-    return (*kernels, *biases)
 
 
-def _hf_norms(**names: str) -> tuple[TensorRow, ...]:
+def _hf_kernel(module: str, *paths: str) -> TensorRow:
+    """Returns the kernel of a layer's module, which may fuse several projections."""
+    leaves = tuple(f"layers/{path}/kernel" for path in paths)
+    return TensorRow(f"model.layers.{{layer}}.{module}.weight", leaves, "transpose")
+
+
+def _hf_norms(names: dict[str, str]) -> tuple[TensorRow, ...]:
     return tuple(
         TensorRow(f"model.layers.{{layer}}.{theirs}.weight", (f"layers/{ours}/scale",))
         for ours, theirs in names.items()
@@ -129,57 +134,40 @@ def _hf_norms(**names: str) -> tuple[TensorRow, ...]:
 _HF_ATTENTION = _hf_dense("self_attn", "attn", ("q_proj", "k_proj", "v_proj", "o_proj"))
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _HF_FFN = _hf_dense("mlp", "ffn", _GATED)
-_HF_QK_NORMS = tuple(
-    TensorRow(f"model.layers.{{layer}}.self_attn.{n}.weight", (f"layers/attn/{n}/scale",))
-    for n in ("q_norm", "k_norm")
-)
-_HF_PRE_NORMS = _hf_norms(attn_norm="input_layernorm", ffn_norm="post_attention_layernorm")
+_HF_QK_NORMS = _hf_norms({"attn/q_norm": "self_attn.q_norm", "attn/k_norm": "self_attn.k_norm"})
+_HF_PRE_NORMS = _hf_norms({"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"})
 _HF_POST_NORMS = _hf_norms(
-    attn_post_norm="post_attention_layernorm", ffn_post_norm="post_feedforward_layernorm"
+    {"attn_post_norm": "post_attention_layernorm", "ffn_post_norm": "post_feedforward_layernorm"}
 )
 _HF_FOUR_NORMS = _HF_POST_NORMS + _hf_norms(
-    attn_norm="input_layernorm", ffn_norm="pre_feedforward_layernorm"
+    {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
 )
 _HF_LLAMA = (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_FFN)
 _HF_OLMO2 = (*_HF_ENDS, *_HF_POST_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN)
 _HF_PHI3 = (
     *_HF_ENDS,
     *_HF_PRE_NORMS,
-    TensorRow(
-        "model.layers.{layer}.self_attn.qkv_proj.weight",
-        tuple(f"layers/attn/{name}_proj/kernel" for name in "qkv"),
-        "transpose",
-    ),
-    TensorRow("model.layers.{layer}.self_attn.o_proj.weight", ("layers/attn/o_proj/kernel",), "transpose"),
-    TensorRow(
-        "model.layers.{layer}.mlp.gate_up_proj.weight",
-        ("layers/ffn/gate_proj/kernel", "layers/ffn/up_proj/kernel"),
-        "transpose",
-    ),
-    TensorRow("model.layers.{layer}.mlp.down_proj.weight", ("layers/ffn/down_proj/kernel",), "transpose"),
+    _hf_kernel("self_attn.qkv_proj", "attn/q_proj", "attn/k_proj", "attn/v_proj"),
+    _hf_kernel("self_attn.o_proj", "attn/o_proj"),
+    _hf_kernel("mlp.gate_up_proj", "ffn/gate_proj", "ffn/up_proj"),
+    _hf_kernel("mlp.down_proj", "ffn/down_proj"),
 )
 
 
 def _hf_experts(module: str, names: tuple[str, ...], folder: str = "ffn") -> tuple[TensorRow, ...]:
     """Returns router and experts; ``names`` are transformers' names of gate, up and down."""
-    stem, leaf = f"model.layers.{{layer}}.{module}", f"layers/{folder}"
+    stem = f"model.layers.{{layer}}.{module}.experts.{{expert}}"
     experts = (
-        TensorRow(
-            f"{stem}.experts.{{expert}}.{theirs}.weight", (f"{leaf}/{ours}/kernel",), "transpose", True
-        )
+        TensorRow(f"{stem}.{theirs}.weight", (f"layers/{folder}/{ours}/kernel",), "transpose", True)
         for ours, theirs in zip(_GATED, names, strict=True)
     )
-    return (TensorRow(f"{stem}.gate.weight", (f"{leaf}/router/kernel",), "transpose"), *experts)
+    return (_hf_kernel(f"{module}.gate", f"{folder}/router"), *experts)
 
 
 def _hf_delta_net(*inputs: str) -> tuple[TensorRow, ...]:
     """Returns the tensors of Gated DeltaNet, with the names of the projections of its input."""
-    names = {
-        "conv1d.weight": "conv/weight",
-        "A_log": "a_log",
-        "dt_bias": "dt_bias",
-        "norm.weight": "norm/scale",
-    }
+    names = {"A_log": "a_log", "dt_bias": "dt_bias"}
+    names |= {"conv1d.weight": "conv/weight", "norm.weight": "norm/scale"}
     rows = (
         TensorRow(f"model.layers.{{layer}}.linear_attn.{theirs}", (f"layers/linear_attn/{ours}",))
         for theirs, ours in names.items()
@@ -193,11 +181,7 @@ _HF_QWEN_EXPERTS = (*_hf_experts("mlp", _GATED), *_HF_DENSE_LAYERS)
 _HF_QWEN2_EXPERTS = (
     *_hf_experts("mlp", _GATED, "ffn/experts_ffn"),
     *_hf_dense("mlp.shared_expert", "ffn/shared_ffn", _GATED),
-    TensorRow(
-        "model.layers.{layer}.mlp.shared_expert_gate.weight",
-        ("layers/ffn/shared_gate/kernel",),
-        "transpose",
-    ),
+    _hf_kernel("mlp.shared_expert_gate", "ffn/shared_gate"),
     *_HF_DENSE_LAYERS,
 )
 _HF_GLM_EXPERTS = (
@@ -228,25 +212,19 @@ _HF_GEMMA4 = (
     TensorRow(
         "model.layers.{layer}.experts.down_proj", ("layers/ffn/experts_ffn/down_proj/kernel",), "transpose"
     ),
-    TensorRow(
-        "model.layers.{layer}.router.proj.weight", ("layers/ffn/experts_ffn/router/kernel",), "transpose"
-    ),
+    _hf_kernel("router.proj", "ffn/experts_ffn/router"),
     TensorRow("model.layers.{layer}.router.scale", ("layers/ffn/router_norm/scale",)),
     TensorRow("model.layers.{layer}.router.per_expert_scale", ("layers/ffn/experts_ffn/router/scale",)),
     *_hf_norms(
-        **{
+        {
             "ffn/dense_norm": "post_feedforward_layernorm_1",
             "ffn/experts_norm": "pre_feedforward_layernorm_2",
             "ffn/experts_post_norm": "post_feedforward_layernorm_2",
             "tail/norm": "post_per_layer_input_norm",
         }
     ),
-    TensorRow(
-        "model.layers.{layer}.per_layer_input_gate.weight", ("layers/tail/gate_proj/kernel",), "transpose"
-    ),
-    TensorRow(
-        "model.layers.{layer}.per_layer_projection.weight", ("layers/tail/down_proj/kernel",), "transpose"
-    ),
+    _hf_kernel("per_layer_input_gate", "tail/gate_proj"),
+    _hf_kernel("per_layer_projection", "tail/down_proj"),
     TensorRow("model.layers.{layer}.layer_scalar", ("layers/tail/scale",)),
     TensorRow("model.embed_tokens_per_layer.weight", ("layer_embeddings/embedding",)),
     TensorRow(
@@ -258,7 +236,7 @@ _HF_GEMMA4 = (
 _HF_SINKS = TensorRow("model.layers.{layer}.self_attn.sinks", ("layers/attn/sinks",))
 _HF_GPT_OSS = (
     _HF_SINKS,
-    TensorRow("model.layers.{layer}.mlp.router.weight", ("layers/ffn/router/kernel",), "transpose"),
+    _hf_kernel("mlp.router", "ffn/router"),
     TensorRow("model.layers.{layer}.mlp.router.bias", ("layers/ffn/router/bias",)),
     *(
         TensorRow(
@@ -287,17 +265,9 @@ _HF_LFM2 = (
     _HF_ENDS[0],
     TensorRow("model.embedding_norm.weight", ("final_norm/scale",)),
     _HF_ENDS[2],
-    *_hf_norms(attn_norm="operator_norm", ffn_norm="ffn_norm"),
-    *(
-        TensorRow(
-            f"model.layers.{{layer}}.self_attn.{n}_layernorm.weight", (f"layers/attn/{n}_norm/scale",)
-        )
-        for n in ("q", "k")
-    ),
-    *(
-        TensorRow(f"model.layers.{{layer}}.{theirs}.weight", (f"layers/{ours}/kernel",), "transpose")
-        for ours, theirs in _HF_LFM2_NAMES.items()
-    ),
+    *_hf_norms({"attn_norm": "operator_norm", "ffn_norm": "ffn_norm"}),
+    *_hf_norms({"attn/q_norm": "self_attn.q_layernorm", "attn/k_norm": "self_attn.k_layernorm"}),
+    *(_hf_kernel(theirs, ours) for ours, theirs in _HF_LFM2_NAMES.items()),
     *(
         TensorRow(f"model.layers.{{layer}}.{theirs}.bias", (f"layers/{ours}/bias",))
         for ours, theirs in _HF_LFM2_NAMES.items()
@@ -342,19 +312,26 @@ GGUF_IGNORED = (r"^rope_freqs\.weight$", r"^(blk\.\d+\.)?rope_factors_(long|shor
 
 _GGUF_NAMES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
 _GGUF_FFN_NAMES = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+# Changes of a kernel and a bias, without and with llama.cpp's order of rotated rows.
+_TRANSPOSED: tuple[Change, Change] = ("transpose", "")
+_PAIRED: tuple[Change, Change] = ("pairs_transpose", "pairs")
 
 
 def _gguf_dense(folder: str, names: dict[str, str], pairs: tuple[str, ...] = ()) -> tuple[TensorRow, ...]:
     rows = []
     for ours, theirs in names.items():
         stem, leaf = f"blk.{{layer}}.{theirs}", f"layers/{folder}/{ours}"
-        rows.append(
-            TensorRow(
-                f"{stem}.weight", (f"{leaf}/kernel",), "pairs_transpose" if ours in pairs else "transpose"
-            )
-        )
-        rows.append(TensorRow(f"{stem}.bias", (f"{leaf}/bias",), "pairs" if ours in pairs else ""))
+        kernel, bias = _TRANSPOSED
+        if ours in pairs:
+            kernel, bias = _PAIRED
+        rows.append(TensorRow(f"{stem}.weight", (f"{leaf}/kernel",), kernel))
+        rows.append(TensorRow(f"{stem}.bias", (f"{leaf}/bias",), bias))
     return tuple(rows)
+
+
+def _gguf_kernel(name: str, *paths: str) -> TensorRow:
+    leaves = tuple(f"layers/{path}/kernel" for path in paths)
+    return TensorRow(f"blk.{{layer}}.{name}.weight", leaves, "transpose")
 
 
 def _gguf_norms(names: dict[str, str], change: Change = "") -> tuple[TensorRow, ...]:
@@ -383,11 +360,8 @@ _GGUF_PAIRED = _gguf_dense("attn", _GGUF_NAMES, pairs=("q_proj", "k_proj"))
 _GGUF_LLAMA = (*_gguf_ends(), *_gguf_norms(_GGUF_PRE), *_GGUF_PAIRED, *_GGUF_FFN)
 _GGUF_QWEN2 = (*_gguf_ends(), *_gguf_norms(_GGUF_PRE), *_GGUF_ATTENTION, *_GGUF_FFN)
 _GGUF_EXPERTS = (
-    TensorRow("blk.{layer}.ffn_gate_inp.weight", ("layers/ffn/router/kernel",), "transpose"),
-    *(
-        TensorRow(f"blk.{{layer}}.{theirs}_exps.weight", (f"layers/ffn/{ours}/kernel",), "transpose")
-        for ours, theirs in _GGUF_FFN_NAMES.items()
-    ),
+    _gguf_kernel("ffn_gate_inp", "ffn/router"),
+    *(_gguf_kernel(f"{theirs}_exps", f"ffn/{ours}") for ours, theirs in _GGUF_FFN_NAMES.items()),
 )
 
 
@@ -400,18 +374,10 @@ _GGUF_OLMO2 = (*_gguf_ends(), *_gguf_norms(_GGUF_POST | _GGUF_QK), *_GGUF_ATTENT
 _GGUF_PHI3 = (
     *_gguf_ends(),
     *_gguf_norms(_GGUF_PRE),
-    TensorRow(
-        "blk.{layer}.attn_qkv.weight",
-        tuple(f"layers/attn/{name}_proj/kernel" for name in "qkv"),
-        "transpose",
-    ),
-    TensorRow("blk.{layer}.attn_output.weight", ("layers/attn/o_proj/kernel",), "transpose"),
-    TensorRow(
-        "blk.{layer}.ffn_up.weight",
-        ("layers/ffn/gate_proj/kernel", "layers/ffn/up_proj/kernel"),
-        "transpose",
-    ),
-    TensorRow("blk.{layer}.ffn_down.weight", ("layers/ffn/down_proj/kernel",), "transpose"),
+    _gguf_kernel("attn_qkv", "attn/q_proj", "attn/k_proj", "attn/v_proj"),
+    _gguf_kernel("attn_output", "attn/o_proj"),
+    _gguf_kernel("ffn_up", "ffn/gate_proj", "ffn/up_proj"),
+    _gguf_kernel("ffn_down", "ffn/down_proj"),
 )
 
 GGUF: dict[str, tuple[TensorRow, ...]] = {

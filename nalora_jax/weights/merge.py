@@ -125,15 +125,13 @@ def _slot_value(
     dtype: np.dtype | None,
 ) -> np.ndarray:
     """Returns one layer's (or one expert's) merged parameter in the dtype of the written file."""
-    index = tuple(i for i in (slot.layer, slot.expert) if i is not None)
-    value = np.asarray(leaves[slot.path][index])
+    value = np.asarray(leaves[slot.path][slot.index])
     target = _file_dtype(leaves, slot, dtype)
-    path = slot.path.removesuffix("/kernel")
-    adapter = (
-        None if slot.layer is None or not adapters else layer_adapter(adapters, spec, path, slot.layer)
-    )
+    adapter = None
+    if adapters and slot.layer is not None:
+        adapter = layer_adapter(adapters, spec, slot.path.removesuffix("/kernel"), slot.layer)
     if adapter is not None:
-        expert = () if slot.expert is None else slot.expert
+        expert = slot.index[1:]
         merged = value.astype(np.float32) + np.float32(adapter.scale) * (
             adapter.a[expert] @ adapter.b[expert]
         )
@@ -199,12 +197,8 @@ def write_merged(
             tokenizer(scratch)
         if card is not None:
             (scratch / "README.md").write_text(card, encoding="utf-8")
-        write_shards(
-            scratch,
-            infos,
-            merged_tensors(config, params, lora, spec, dtype=chosen),
-            shard_bytes=shard_bytes,
-        )
+        merged = merged_tensors(config, params, lora, spec, dtype=chosen)
+        write_shards(scratch, infos, merged, shard_bytes=shard_bytes)
     return Path(folder)
 
 

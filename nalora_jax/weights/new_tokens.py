@@ -93,8 +93,8 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
     """
     held = base.config.vocab_size
     tables, needed = table_rows(folder, TENSORS_NAME, base.config), rows_of_indices(folder, base.config)
-    source_tables = needed if tables is None else tables
-    rows = held if source_tables is None else source_tables
+    source_tables = tables or needed
+    rows = source_tables or held
     new = _own_tokens(base, folder, source_tables, strict=rows != held)
     last = max(new.values(), default=-1)
     if tables is None and needed is not None:
@@ -121,12 +121,9 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
             remedy="the tokenizer is not the one that the adapter was trained with, or its tables were not saved",
         )
     if not new and rows > held and not (folder / "tokenizer.json").is_file():
-        raise NaloraError(
-            str(folder),
-            expected=f"a tokenizer, since the adapter's tables have {rows - held} rows more than the base",
-            found="no tokenizer.json",
-            remedy="save the tokenizer that it was trained with there: tokenizer.save_pretrained(folder)",
-        )
+        expected = f"a tokenizer, since the adapter's tables have {rows - held} rows more than the base"
+        remedy = "save the tokenizer that it was trained with there: tokenizer.save_pretrained(folder)"
+        raise NaloraError(str(folder), expected=expected, found="no tokenizer.json", remedy=remedy)
     tokenizer = base.tokenizer
     if new:
         tokenizer = Tokenizer.from_folder(folder, base.tokenizer)
@@ -245,9 +242,10 @@ def _resized(base: LoadedModel, rows: int, tokenizer: Tokenizer, mesh: Mesh | No
             params[group] = dict(params[group]) | {
                 name: _with_rows(path, params[group][name], rows, axis, mesh)
             }
+    if base.hf_config is not None:
+        base = replace(base, hf_config=_described(base.hf_config, rows))
     config = replace(base.config, vocab_size=rows)
-    raw = None if base.hf_config is None else _described(base.hf_config, rows)
-    return replace(base, config=config, params=params, tokenizer=tokenizer, hf_config=raw, resized=rows)
+    return replace(base, config=config, params=params, tokenizer=tokenizer, resized=rows)
 
 
 def _with_rows(path: str, table: jax.Array, rows: int, axis: int, mesh: Mesh | None) -> jax.Array:
@@ -280,4 +278,6 @@ def _described(raw: Mapping[str, Any], rows: int) -> dict[str, Any]:
 def _shown(tokens: Mapping[str, int], most: int = 5) -> str:
     """Formats the first ``most`` tokens with their ids."""
     listed = [f"{text!r} ({token_id})" for text, token_id in list(tokens.items())[:most]]
-    return ", ".join([*listed, f"and {len(tokens) - most} more"] if len(tokens) > most else listed)
+    if len(tokens) > most:
+        listed.append(f"and {len(tokens) - most} more")
+    return ", ".join(listed)

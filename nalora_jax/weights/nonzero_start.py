@@ -6,7 +6,6 @@ Tools that load the original kernel need ``s (A B - A0 B0)``, a plain adapter of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nalora_jax.models.targets import AdapterSpec, TargetSpec
+from nalora_jax.models.targets import AdapterSpec, TargetSpec, scale_divisor
 from nalora_jax.trees import flatten, unflatten
 
 
@@ -66,7 +65,7 @@ def difference_as_lora(
       spec: the trained adapter's spec.
     """
     now, before = flatten(lora), flatten(start)
-    factor = math.sqrt(2.0) if spec.rslora else 2.0
+    factor = scale_divisor(2.0, rslora=spec.rslora)
     targets, leaves = [], {}
     for path, target in spec.targets:
         ranks = tuple(2 * rank for rank in target.ranks)

@@ -118,7 +118,9 @@ def fingerprint(config: Any, source: TensorSource, *, together: bool = False) ->
     pieces = [
         (name, start) for name in names for start in range(0, max(1, source.stored(name).size), _CHUNK)
     ]
-    count, index = (jax.process_count(), jax.process_index()) if together else (1, 0)
+    count, index = 1, 0
+    if together:
+        count, index = jax.process_count(), jax.process_index()
     with ThreadPoolExecutor(WORKERS) as pool:
         mine = pool.map(lambda piece: _digest(source, *piece), pieces[index::count])
         digests = np.zeros((len(pieces), 32), np.uint8)

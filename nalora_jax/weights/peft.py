@@ -13,7 +13,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.trees import flatten
-from nalora_jax.weights.peft_modules import ModuleAdapter, ModuleLayout, compact
+from nalora_jax.weights.peft_modules import ModuleAdapter, ModuleLayout, compact, same_array
 from nalora_jax.weights.peft_read import import_adapter
 from nalora_jax.weights.peft_write import export_adapter, layer_adapter
 
@@ -72,11 +72,12 @@ def _difference(
       NaloraError: it is above the tolerance, or A or the magnitude differ.
     """
     a, b = (_effective(adapter) for adapter in (meant, reloaded))
-    if a is None or b is None:
-        same, difference = a is None and b is None, 0.0
-    else:
-        same = a.b.shape == b.b.shape and np.array_equal(a.a, b.a) and _same(a.magnitude, b.magnitude)
-        difference = _relative(a, b) if same else 1.0
+    if a is None and b is None:
+        return 0.0
+    if a is None or b is None or a.b.shape != b.b.shape:
+        raise _differs(folder, place)
+    difference = _relative(a, b)
+    same = np.array_equal(a.a, b.a) and same_array(a.magnitude, b.magnitude)
     if not same or difference > _FOLD_TOLERANCE:
         raise _differs(folder, place)
     return difference
@@ -89,10 +90,6 @@ def _differs(folder: str | Path, place: str) -> NaloraError:
         found="another one on reading it back",
         remedy="do not use these files; please report this as a bug, with the adapter's configuration",
     )
-
-
-def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    return (a is None and b is None) or (a is not None and b is not None and np.array_equal(a, b))
 
 
 def _effective(adapter: ModuleAdapter | None) -> ModuleAdapter | None:

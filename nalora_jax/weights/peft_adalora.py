@@ -87,24 +87,18 @@ def as_lora_tensors(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, 
     for name in [name for name in tensors if name.endswith(".lora_E")]:
         module = name.removesuffix(".lora_E")
         parts = [converted.pop(f"{module}.lora_{letter}", None) for letter in "EAB"]
-        shapes = [None if letter is None else letter.shape for letter in parts]
+        shapes = [getattr(letter, "shape", None) for letter in parts]
         diagonal, a, b = parts
         if diagonal is None or a is None or b is None or not a.ndim == b.ndim == 2:
             expected = "lora_A [r, d_in], lora_E [r, 1] and lora_B [d_out, r]"
             raise NaloraError(f"{where}: {module}", expected=expected, found=f"shapes of E, A, B: {shapes}")
         if diagonal.shape != (a.shape[0], 1) or b.shape[1] != a.shape[0]:
             expected = f"one rank, that of lora_A {a.shape}"
-            raise NaloraError(
-                f"{where}: {module}",
-                expected=expected,
-                found=f"lora_E, lora_B {shapes[0]}, {shapes[2]}",
-            )
+            actual = f"lora_E, lora_B {shapes[0]}, {shapes[2]}"
+            raise NaloraError(f"{where}: {module}", expected=expected, found=actual)
         if not len(a):
-            a, b, diagonal = (
-                np.zeros((1, a.shape[1]), a.dtype),
-                np.zeros((b.shape[0], 1), b.dtype),
-                np.ones((1, 1)),
-            )
+            a, b = np.zeros((1, a.shape[1]), a.dtype), np.zeros((b.shape[0], 1), b.dtype)
+            diagonal = np.ones((1, 1))
         converted[f"{module}.lora_A.weight"] = (a * diagonal).astype(np.float32)
         converted[f"{module}.lora_B.weight"] = b
     return converted
@@ -122,11 +116,8 @@ def training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
         return dict(values), {}
     total = values.get("total_step")
     if not isinstance(total, int) or isinstance(total, bool) or total < 1:
-        raise NaloraError(
-            "total_step",
-            expected="the number of steps, which AdaLoRA's schedule spans",
-            found=total,
-        )
+        expected = "the number of steps, which AdaLoRA's schedule spans"
+        raise NaloraError("total_step", expected=expected, found=total)
     ours = {name: values.get(theirs, default) for theirs, name, default in _SETTINGS}
     shares = {f"{name}_share": (values.get(theirs) or 0) / total for theirs, name in _SHARES}
     plain = {name: value for name, value in values.items() if name not in (*_OWN, "rank_pattern")}

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from nalora_jax import bounded
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.targets import ROWS
 from nalora_jax.weights import peft_adalora
-from nalora_jax.weights.peft_settings import PEFT
+from nalora_jax.weights.peft_rules import listed
+from nalora_jax.weights.peft_settings import PEFT, ids_by_table
 
 CONFIG_NAME = "adapter_config.json"
 _MAX_CONFIG_BYTES = 4 << 20
@@ -172,18 +172,18 @@ def read_peft_config(folder: Path) -> PeftConfig:
     config = PeftConfig(
         where=str(path),
         rank=fields.integer("r"),
-        alpha=fields.number("lora_alpha"),
+        alpha=fields.positive("lora_alpha"),
         target_modules=targets,
         target_parameters=fields.strings("target_parameters"),
         exclude_modules=fields.strings_or_regex("exclude_modules"),
         layers_to_transform=fields.integers("layers_to_transform"),
         layers_pattern=fields.layer_patterns(),
         rank_pattern=fields.pattern("rank_pattern", lambda sub, key: sub.integer(key)),
-        alpha_pattern=fields.pattern("alpha_pattern", lambda sub, key: sub.number(key)),
+        alpha_pattern=fields.pattern("alpha_pattern", lambda sub, key: sub.positive(key)),
         rslora=fields.flag("use_rslora"),
         dora=fields.flag("use_dora"),
         adalora=adalora,
-        dropout=fields.number("lora_dropout", default=0.0, low=0.0, high=1.0),
+        dropout=fields.probability("lora_dropout"),
         modules_to_save=fields.strings("modules_to_save"),
         tied=fields.flag("ensure_weight_tying"),
         token_indices=fields.token_indices("trainable_token_indices"),
@@ -239,6 +239,10 @@ def _refuse_unsupported(fields: _Fields) -> None:
             )
 
 
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class _Fields:
     """Typed access to a JSON object; every error names the field."""
@@ -254,31 +258,26 @@ class _Fields:
             raise self._error(key, f"at most {_MAX_RANK}", value)
         return value
 
-    def number(
-        self, key: str, *, default: float | None = None, low: float | None = None, high: float = math.inf
-    ) -> float:
-        value = self.raw.get(key, default)
-        fits = (
-            isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
-        )  # float32's range
-        if not fits or not (value > 0 if low is None else low <= value < high):
-            span = "a number above 0"
-            if low is not None:
-                span = f"a number in [{low:g}, {high:g})"
-            raise self._error(key, span, value)
+    def positive(self, key: str) -> float:
+        value = self.raw.get(key)
+        if not _is_number(value) or not 0 < value < 1e38:  # float32's range
+            raise self._error(key, "a number above 0", value)
+        return float(value)
+
+    def probability(self, key: str) -> float:
+        value = self.raw.get(key, 0.0)
+        if not _is_number(value) or not 0 <= value < 1:
+            raise self._error(key, "a number in [0, 1)", value)
         return float(value)
 
     def flag(self, key: str) -> bool:
         value = self.raw.get(key, False)
-        if value not in (True, False, None) or (
-            isinstance(value, int | float) and not isinstance(value, bool)
-        ):
+        if value not in (True, False, None) or _is_number(value):
             raise self._error(key, "true or false", value)
         return bool(value)
 
     def strings(self, key: str) -> tuple[str, ...]:
-        value = self.raw.get(key) or []
-        value = [value] if isinstance(value, str) else value
+        value = listed(self.raw.get(key) or [])
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self._error(key, "a list of names", value)
         return tuple(value)
@@ -290,9 +289,7 @@ class _Fields:
         return self._regex(key, value)
 
     def integers(self, key: str) -> tuple[int, ...]:
-        value = self.raw.get(key)
-        if value is None or isinstance(value, int):
-            value = [] if value is None else [value]
+        value = listed(self.raw.get(key))
         if not isinstance(value, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
             raise self._error(key, "a list of layer numbers", value)
         return tuple(value)
@@ -300,7 +297,7 @@ class _Fields:
     def token_indices(self, key: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
         value = self.raw.get(key) or []
         indices: list[tuple[str, tuple[int, ...]]] = []
-        for module, ids in value.items() if isinstance(value, dict) else [("embed_tokens", value)]:
+        for module, ids in ids_by_table(value).items():
             name = module.rpartition(".")[2]
             if name not in ROWS or name in dict(indices):
                 expected = f"token ids of {' and '.join(ROWS)} (rows of other modules are not supported), each once"
@@ -342,7 +339,7 @@ class _Fields:
 
     def _error(self, key: str, expected: str, found: object) -> NaloraError:
         if found is None:
-            found = "null" if key in self.raw else "nothing"
+            found = self.raw.get(key, "nothing") or "null"
         return NaloraError(f"{self.where}: {key}", expected=expected, found=str(found)[:200])
 
 
@@ -367,12 +364,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         with path.open("rb") as handle:
             text = handle.read(_MAX_CONFIG_BYTES + 1)
     except OSError as error:
-        raise NaloraError(
-            str(path),
-            expected="the configuration of a PEFT adapter",
-            found=error.strerror or str(error),
-            remedy="an adapter folder holds adapter_config.json and adapter_model.safetensors",
-        ) from error
+        expected, actual = "the configuration of a PEFT adapter", error.strerror or str(error)
+        remedy = "an adapter folder holds adapter_config.json and adapter_model.safetensors"
+        raise NaloraError(str(path), expected=expected, found=actual, remedy=remedy) from error
     if len(text) > _MAX_CONFIG_BYTES:
         raise NaloraError(str(path), expected=f"at most {_MAX_CONFIG_BYTES} bytes", found="more")
     try:

@@ -109,6 +109,6 @@ def check_fingerprint(path: Path, metadata: Mapping[str, str], fingerprint: str 
         where,
         expected=f"an adapter of the base model {fingerprint}",
         found=f"one of the base model {noted}",
-        remedy="load the very weights that the adapter was trained on (their name is in adapter_config.json); the same "
-        "model in another number format is another base",
+        remedy="load exactly the weights that the adapter was trained on (named in adapter_config.json); the same "
+        "model in another precision is another base",
     )

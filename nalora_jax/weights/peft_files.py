@@ -136,7 +136,9 @@ def _target_modules(entries: list[Entry], config: ModelConfig, layout: ModuleLay
     names: set[str] = set()
     for last, members in adapted.items():
         # A vision tower has modules with the same short names as the decoder.
-        names |= {last} if config.sight is None and members >= names_of.get(last, set()) else members
+        if config.sight is None and members >= names_of.get(last, set()):
+            members = {last}
+        names |= members
     return sorted(names)
 
 
@@ -151,11 +153,9 @@ def _target_parameters(entries: list[Entry], config: ModelConfig) -> list[str]:
     for module in {entry.module for entry in entries}:
         members = [entry for entry in entries if entry.module == module]
         stacked = members[0].stacked
-        everywhere = {entry.layer for entry in members} == layers_with(
-            config, module.parts[0], experts=stacked
-        )
+        listed = {entry.name for entry in members}
+        if {entry.layer for entry in members} == layers_with(config, module.parts[0], experts=stacked):
+            listed = {module.name}
         weight = "" if stacked else ".weight"
-        names |= {
-            f"{name}{weight}" for name in ([module.name] if everywhere else [m.name for m in members])
-        }
+        names |= {name + weight for name in listed}
     return sorted(names)

@@ -22,6 +22,7 @@ import numpy as np
 
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import locate, projection_shapes
+from nalora_jax.models.targets import scale_divisor
 from nalora_jax.weights import keytables
 from nalora_jax.weights.vision.sight import sight_modules
 
@@ -210,7 +211,7 @@ def fuse(
     row = column = 0
     for adapter, width in zip(parts, widths, strict=True):
         if adapter is not None:
-            block = adapter.b if adapter.scale == scale else adapter.b * np.float32(adapter.scale / scale)
+            block = adapter.b * np.float32(adapter.scale / scale)
             b[..., row : row + adapter.rank, column : column + width] = block
             row += adapter.rank
         column += width
@@ -255,18 +256,20 @@ def compact(adapter: ModuleAdapter) -> ModuleAdapter:
     return ModuleAdapter(adapter.a[..., keep], adapter.b[..., keep, :], adapter.scale, adapter.magnitude)
 
 
-def without_padding(adapter: ModuleAdapter) -> ModuleAdapter:
-    """Returns the adapter without ranks that have no effect; fresh ones (B = 0) unchanged."""
-    return compact(adapter) if adapter.b.any() else adapter
-
-
 def _live_ranks(b: np.ndarray) -> np.ndarray:
     """Returns bool ``[r]``: ranks with a nonzero entry in ``b [..., r, d_out]`` (of any expert)."""
     return np.any(b != 0, axis=tuple(i for i in range(b.ndim) if i != b.ndim - 2))
 
 
+def same_array(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    """Returns True for equal arrays, and for two missing ones."""
+    return (a is None and b is None) or (a is not None and b is not None and np.array_equal(a, b))
+
+
 def alpha_for(scale: float, rank: int, *, rslora: bool) -> float:
     """Returns the alpha that gives ``scale`` at ``rank``, without ``alpha / rank``'s rounding."""
-    alpha = scale * (math.sqrt(rank) if rslora else rank)
+    alpha = scale * scale_divisor(rank, rslora=rslora)
     neat = round(alpha, 6)
-    return neat if math.isclose(alpha, neat, rel_tol=1e-12) else alpha
+    if math.isclose(alpha, neat, rel_tol=1e-12):
+        return neat
+    return alpha

@@ -16,7 +16,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, locate, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale
-from nalora_jax.trees import flatten, unflatten
+from nalora_jax.trees import unflatten
 from nalora_jax.weights.peft_adalora import as_lora_tensors
 from nalora_jax.weights.peft_config import PeftConfig, read_peft_config
 from nalora_jax.weights.peft_digest import ROPE_KEY, check_digest, check_fingerprint
@@ -25,12 +25,12 @@ from nalora_jax.weights.peft_modules import (
     ModuleAdapter,
     ModuleLayout,
     alpha_for,
+    compact,
     layers_with,
     layout_of,
     module_shape,
     part_widths,
     split,
-    without_padding,
 )
 from nalora_jax.weights.saved_modules import take_saved
 from nalora_jax.weights.table_adapters import fold_table_adapters
@@ -92,8 +92,8 @@ def import_adapter(
     slots = {slot.key: slot for slot in _slots(layout or layout_of(config, modules), config, peft)}
     _check_complete(peft, folder / TENSORS_NAME, slots, modules)
     pieces = _pieces(config, peft, folder / TENSORS_NAME, [(slots[key], modules[key]) for key in modules])
-    lora, spec = _stack(config, peft, pieces)
-    return unflatten(flatten(lora) | tables | rows), replace(spec, saved=saved, token_indices=token_indices)
+    leaves, spec = stack_adapters(projection_shapes(config), depths(config), peft, pieces)
+    return unflatten(leaves | tables | rows), replace(spec, saved=saved, token_indices=token_indices)
 
 
 def recorded_rope_scaling(folder: Path) -> str:
@@ -109,15 +109,12 @@ def read_tensors(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Returns every tensor of ``adapter_model.safetensors`` in float32, and the file's metadata."""
     path = folder / TENSORS_NAME
     if not path.is_file():
-        pickles = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()]
-        raise NaloraError(
-            str(path),
-            expected="the adapter's tensors",
-            found=f"only {pickles[0]}, a pickle, which can run code when it is read"
-            if pickles
-            else "no such file",
-            remedy="save it again with safe_serialization=True" if pickles else "",
-        )
+        actual, remedy = "no such file", ""
+        for name in ("adapter_model.pt", "adapter_model.bin"):
+            if (folder / name).exists():
+                actual = f"only {name}, a pickle, which can run code when it is read"
+                remedy = "save it again with safe_serialization=True"
+        raise NaloraError(str(path), expected="the adapter's tensors", found=actual, remedy=remedy)
     try:
         with safe_open(path, framework="np") as handle:
             names = list(handle.keys())
@@ -204,13 +201,10 @@ def _linear_modules(
         if layer in layers_with(config, module.parts[0], experts=False):
             yield layout.full_name(layer, module), layer, module, None
     for path, pattern in layout.experts.items():
-        for expert in range(config.n_experts if layer in layers_with(config, path, experts=True) else 0):
-            yield (
-                layout.full_name(layer, pattern.format(expert)),
-                layer,
-                HostModule(pattern, (path,)),
-                expert,
-            )
+        if layer in layers_with(config, path, experts=True):
+            for expert in range(config.n_experts):
+                name = layout.full_name(layer, pattern.format(expert))
+                yield name, layer, HostModule(pattern, (path,)), expert
 
 
 def by_module(
@@ -220,16 +214,17 @@ def by_module(
     modules: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
-        kind = _KINDS.get(match[2], "magnitude") if match else ""
-        if match is None or (kind == "magnitude" and not dora):
+        if match is None or (match[2] not in _KINDS and not dora):
             raise NaloraError(
                 f"{path}: {key}",
                 expected="keys such as base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",
                 found="a tensor that no LoRA module reads" if key.startswith(_PREFIX) else "another prefix",
                 remedy="PEFT would ignore it silently; save the adapter with PEFT's save_pretrained",
             )
-        modules.setdefault(match[1], {})[kind] = tensor
-    kinds = {"a": "lora_A", "b": "lora_B"} | ({"magnitude": "lora_magnitude_vector"} if dora else {})
+        modules.setdefault(match[1], {})[_KINDS.get(match[2], "magnitude")] = tensor
+    kinds = {"a": "lora_A", "b": "lora_B"}
+    if dora:
+        kinds["magnitude"] = "lora_magnitude_vector"
     for module, parts in modules.items():
         missing = [name for kind, name in kinds.items() if kind not in parts]
         if missing:
@@ -260,14 +255,12 @@ def _check_complete(
             )
     missing = [slot.name for slot in slots.values() if slot.targeted and slot.key not in modules]
     if missing or not modules:
-        raise NaloraError(
-            f"{path}: {missing[0] if missing else 'tensors'}",
-            expected="lora_A and lora_B of every module that target_modules names",
-            found=f"{len(missing)} modules without"
-            if missing
-            else "none, and no module that target_modules matches",
-            remedy="the file is incomplete, or the adapter belongs to another model",
-        )
+        where, actual = "tensors", "none, and no module that target_modules matches"
+        if missing:
+            where, actual = missing[0], f"{len(missing)} modules without"
+        expected = "lora_A and lora_B of every module that target_modules names"
+        remedy = "the file is incomplete, or the adapter belongs to another model"
+        raise NaloraError(f"{path}: {where}", expected=expected, found=actual, remedy=remedy)
 
 
 # ---------------------------------------------------------------- conversion to the tree
@@ -294,11 +287,8 @@ def _pieces(
                 pieces.setdefault(stacked, {})[index] = piece
     for (part_path, layer), members in experts.items():
         if len(members) != config.n_experts:
-            raise NaloraError(
-                f"{path}: experts of layer {layer}",
-                expected=f"adapters on all {config.n_experts}",
-                found=len(members),
-            )
+            expected, actual = f"adapters on all {config.n_experts}", len(members)
+            raise NaloraError(f"{path}: experts of layer {layer}", expected=expected, found=actual)
         stacked, index = places[part_path, layer]
         pieces.setdefault(stacked, {})[index] = _join_experts([members[e] for e in range(config.n_experts)])
     return pieces
@@ -331,7 +321,9 @@ def _adapter(
         b = parts["b"].reshape(d_out, rank, count).transpose(2, 1, 0)
     scale = adapter_scale(slot.alpha, rank, rslora=peft.rslora)
     adapter = ModuleAdapter(a, b, scale, parts.get("magnitude"))
-    return without_padding(adapter) if slot.stacked else adapter
+    if slot.stacked and b.any():  # PEFT pads the ranks of stacks; a fresh adapter (B = 0) keeps its rank
+        return compact(adapter)
+    return adapter
 
 
 def _join_experts(members: list[ModuleAdapter]) -> ModuleAdapter:
@@ -345,28 +337,37 @@ def _join_experts(members: list[ModuleAdapter]) -> ModuleAdapter:
     return ModuleAdapter(a, b, scale)
 
 
-def _stack(
-    config: ModelConfig, peft: PeftConfig, pieces: Mapping[str, Mapping[int, ModuleAdapter]]
-) -> tuple[dict[str, Any], AdapterSpec]:
-    """Stacks adapters over layers with zero-padding; returns the tree and its spec."""
-    shapes, counts = projection_shapes(config), depths(config)
+def stack_adapters(
+    shapes: Mapping[str, tuple[int, ...]],
+    depths: Mapping[str, int],
+    peft: PeftConfig,
+    adapters: Mapping[str, Mapping[int, ModuleAdapter]],
+) -> tuple[dict[str, np.ndarray], AdapterSpec]:
+    """Stacks adapters over layers with zero-padding; returns leaves by path and their spec.
+
+    Args:
+      shapes: kernel shape of each projection, by stacked path.
+      depths: length of each stack.
+      peft: the adapter's settings.
+      adapters: by stacked path and layer.
+    """
     leaves: dict[str, np.ndarray] = {}
     targets = []
-    for path, layers in sorted(pieces.items()):
+    for path, layers in sorted(adapters.items()):
         *lead, d_in, d_out = shapes[path]
-        n_layers = counts[path]
-        ranks = [layers[i].rank if i in layers else 0 for i in range(n_layers)]
-        a = np.zeros((n_layers, *lead, d_in, max(ranks)), np.float32)
-        b = np.zeros((n_layers, *lead, max(ranks), d_out), np.float32)
-        alphas = [1.0] * n_layers
-        for layer, piece in layers.items():
-            a[layer, ..., : piece.rank], b[layer, ..., : piece.rank, :] = piece.a, piece.b
-            alphas[layer] = alpha_for(piece.scale, piece.rank, rslora=peft.rslora)
+        n, rank = depths[path], max(adapter.rank for adapter in layers.values())
+        a = np.zeros((n, *lead, d_in, rank), np.float32)
+        b = np.zeros((n, *lead, rank, d_out), np.float32)
+        magnitudes = np.ones((n, d_out), np.float32)  # not read by layers without an adapter
+        ranks, alphas = [0] * n, [1.0] * n
+        for i, adapter in layers.items():
+            ranks[i] = adapter.rank
+            alphas[i] = alpha_for(adapter.scale, adapter.rank, rslora=peft.rslora)
+            a[i, ..., : adapter.rank], b[i, ..., : adapter.rank, :] = adapter.a, adapter.b
+            if adapter.magnitude is not None:
+                magnitudes[i] = adapter.magnitude
         leaves |= {f"{path}/a": a, f"{path}/b": b}
         if peft.dora:
-            ones = np.ones(d_out, np.float32)  # not read by layers without an adapter
-            rows = [layers[i].magnitude if i in layers else ones for i in range(n_layers)]
-            leaves[f"{path}/magnitude"] = np.stack([row for row in rows if row is not None])
+            leaves[f"{path}/magnitude"] = magnitudes
         targets.append((path, TargetSpec(tuple(ranks), tuple(alphas))))
-    spec = AdapterSpec(tuple(targets), rslora=peft.rslora, dora=peft.dora, dropout=peft.dropout)
-    return unflatten(leaves), spec
+    return leaves, AdapterSpec(tuple(targets), rslora=peft.rslora, dora=peft.dora, dropout=peft.dropout)

@@ -51,15 +51,13 @@ def rules_of(
         raise NaloraError("exclude_modules", expected="names", found=f"the expression {excluded!r}")
     out = {_path(name, "exclude_modules") for name in excluded or ()}
     if everything and any("linear_attn/" in path for path in out):
-        raise NaloraError(
-            "exclude_modules",
-            expected="no linear attention, next to all-linear",
-            found=", ".join(excluded or ()),
-            remedy="list target_modules by name",
-        )
+        expected, actual = "no linear attention, next to all-linear", ", ".join(excluded or ())
+        remedy = "list target_modules by name"
+        raise NaloraError("exclude_modules", expected=expected, found=actual, remedy=remedy)
     plain = [name for name in targets if _path(name, "target_modules") not in out]
-    numbers = [layers] if isinstance(layers, int) else list(layers or [])
-    within = f"layers/({'|'.join(map(str, numbers))})/" if numbers else ""
+    within = ""
+    if numbers := listed(layers):
+        within = f"layers/({'|'.join(map(str, numbers))})/"
     paths = {_path(name, "target_modules") for name in plain}
     named = {name: _path(name, "rank_pattern, alpha_pattern") for name in [*ranks, *alphas]}
     # PEFT ignores a pattern for a module that is not targeted.
@@ -79,6 +77,15 @@ def rules_of(
     return list(dict.fromkeys(rules))
 
 
+def listed(value: Any) -> Any:
+    """Returns a setting as a list: an empty one for None, one item for a name or a number."""
+    if value is None:
+        return []
+    if isinstance(value, str | int):
+        return [value]
+    return value
+
+
 def _target_names(targets: Sequence[str] | str | None) -> Sequence[str]:
     """Returns the names of ``target_modules``; of "all-linear", every projection's.
 
@@ -86,21 +93,14 @@ def _target_names(targets: Sequence[str] | str | None) -> Sequence[str]:
       NaloraError: no names, or a regular expression.
     """
     if targets is None:
-        raise NaloraError(
-            "target_modules",
-            expected="names of modules",
-            found="none",
-            remedy="PEFT's default depends on the model: name them",
-        )
+        expected, remedy = "names of modules", "PEFT's default depends on the model: name them"
+        raise NaloraError("target_modules", expected=expected, found="none", remedy=remedy)
     if not isinstance(targets, str):
         return targets
     if targets.lower() != "all-linear":
-        raise NaloraError(
-            "target_modules",
-            expected='names, or "all-linear"',
-            found=f"the expression {targets!r}",
-            remedy="write it as --lora.rules: patterns are searched in paths such as layers/3/ffn/gate_proj",
-        )
+        expected, actual = 'names, or "all-linear"', f"the expression {targets!r}"
+        remedy = "write it as --lora.rules: patterns are searched in paths such as layers/3/ffn/gate_proj"
+        raise NaloraError("target_modules", expected=expected, found=actual, remedy=remedy)
     fused_or_own = (*_DELTA_NET, "qkv_proj", "gate_up_proj", "in_proj", "out_proj")
     return [name for name in MODULES if name.endswith("_proj") and name not in fused_or_own]
 
@@ -122,11 +122,7 @@ def _path(name: str, where: str) -> str:
             remedy=f"leave it out, and add --lora.modules-to-save {last}",
         )
     if not _NAME.fullmatch(bare) or last not in MODULES:
-        raise NaloraError(
-            where,
-            expected=f"modules of {', '.join(MODULES)}",
-            found=repr(name),
-            remedy="write it as --lora.rules by hand",
-        )
+        expected, remedy = f"modules of {', '.join(MODULES)}", "write it as --lora.rules by hand"
+        raise NaloraError(where, expected=expected, found=repr(name), remedy=remedy)
     layer = re.search(r"layers\.(\d+)\.", bare)
     return f"layers/{layer[1]}/{MODULES[last]}" if layer else MODULES[last]

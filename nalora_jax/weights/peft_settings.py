@@ -42,20 +42,28 @@ def _saved(value: Any) -> Any:
 
 def _indices(value: Any) -> Any:
     """Returns the token ids; `_token_modules` reads their tables from the same field."""
-    lists = [ids for ids in (value.values() if isinstance(value, Mapping) else [value]) if ids]
+    lists = [ids for ids in ids_by_table(value).values() if ids]
+    if not lists:
+        return None
     if not all(isinstance(ids, list | tuple) for ids in lists):
         return Refused("token ids are given as a list, or as lists by the table's name")
     if not set(_token_modules(value)) <= set(ROWS):
         return Refused(f"rows of {' and '.join(ROWS)} are trained alone; other modules are not")
     if any(list(ids) != list(lists[0]) for ids in lists):
         return Refused("the same rows of both tables are trained here: give both the same list")
-    return list(lists[0]) if lists else None
+    return list(lists[0])
+
+
+def ids_by_table(value: Any) -> Mapping[str, Any]:
+    """Returns ``trainable_token_indices`` by the table's name; a plain list is of the embedding."""
+    if isinstance(value, Mapping):
+        return value
+    return {"embed_tokens": value}
 
 
 def _token_modules(value: Any) -> list[str]:
-    """Returns the names of the tables; a list without a name means the embedding."""
-    named = value if isinstance(value, Mapping) else {"embed_tokens": value}
-    return sorted({str(name).rpartition(".")[2] for name, ids in named.items() if ids})
+    """Returns the names of the tables."""
+    return sorted({str(name).rpartition(".")[2] for name, ids in ids_by_table(value).items() if ids})
 
 
 # Fields that are combined into rules have the setting "lora.rules".

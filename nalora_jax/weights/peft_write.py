@@ -52,7 +52,7 @@ def export_adapter(
     extra: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     layout: ModuleLayout | None = None,
-    beside: Callable[[Path], object] | None = None,
+    write_extra: Callable[[Path], object] | None = None,
 ) -> Path:
     """Writes an adapter that PEFT (and, with ``target="vllm"``, vLLM) loads unmodified.
 
@@ -78,8 +78,8 @@ def export_adapter(
       overwrite: allow ``folder`` to contain an earlier adapter (its two files, a README.md and a
         tokenizer's files), which is replaced.
       layout: module names, for a model outside the known families.
-      beside: function that writes further files into the folder, such as a tokenizer with added
-        tokens.
+      write_extra: function that writes further files into the folder, such as a tokenizer with
+        added tokens.
 
     Raises:
       NaloraError: the tool does not support a property of the adapter (the message names it); the
@@ -88,13 +88,13 @@ def export_adapter(
     layout = layout or module_layout(config)
     settings, tensors = _contents(lora, spec, config, layout, target, max_lora_rank)
     settings |= {"base_model_name_or_path": base_model_name}
-    with new_folder(folder, replaces=OWN_FILES if overwrite else ()) as scratch:
+    with new_folder(folder, replaces=OWN_FILES, overwrite=overwrite) as scratch:
         write_json(scratch / CONFIG_NAME, settings | dict(extra or {}))
         write_tensors(
             scratch / TENSORS_NAME, tensors, file_metadata(tensors, settings, fingerprint, rope_scaling)
         )
-        if beside is not None:
-            beside(scratch)
+        if write_extra is not None:
+            write_extra(scratch)
     return Path(folder)
 
 
@@ -186,12 +186,13 @@ def _even_stacks(entries: list[Entry]) -> list[Entry]:
     PEFT applies rank_pattern to parameters too, but warns that the keys "were ignored". With equal
     ranks no pattern is needed.
     """
-    adapters = [entry.adapter for entry in entries if entry.parameter]
-    if not adapters:
+    parameters = [entry for entry in entries if entry.parameter]
+    if not parameters:
         return entries
-    rank = max(adapter.rank for adapter in adapters)
-    scale = common(adapter.scale for adapter in adapters)
-    return [replace(e, adapter=_fold(e.adapter, rank, scale)) if e.parameter else e for e in entries]
+    rank = max(entry.adapter.rank for entry in parameters)
+    scale = common(entry.adapter.scale for entry in parameters)
+    even = {entry.name: replace(entry, adapter=_fold(entry.adapter, rank, scale)) for entry in parameters}
+    return [even.get(entry.name, entry) for entry in entries]
 
 
 def _expert_entries(
@@ -202,16 +203,13 @@ def _expert_entries(
     parts: list[ModuleAdapter | None],
 ) -> Iterator[Entry]:
     for path, adapter in zip(module.parts, parts, strict=True):
-        for expert in range(config.n_experts if adapter is not None else 0):
-            assert adapter is not None
+        if adapter is None:
+            continue
+        pattern = layout.experts[path]
+        for expert in range(config.n_experts):
+            name = layout.full_name(layer, pattern.format(expert))
             of_expert = ModuleAdapter(adapter.a[expert], adapter.b[expert], adapter.scale)
-            pattern = layout.experts[path]
-            yield Entry(
-                layout.full_name(layer, pattern.format(expert)),
-                layer,
-                HostModule(pattern, (path,)),
-                of_expert,
-            )
+            yield Entry(name, layer, HostModule(pattern, (path,)), of_expert)
 
 
 def _check_known(spec: AdapterSpec, layout: ModuleLayout) -> None:
@@ -224,15 +222,16 @@ def _check_known(spec: AdapterSpec, layout: ModuleLayout) -> None:
 
 
 def _check_dora(spec: AdapterSpec, name: str, adapter: ModuleAdapter, *, parameter: bool) -> None:
-    if spec.dora and (parameter or adapter.magnitude is None):
-        raise NaloraError(
-            f"DoRA at {name}",
-            expected="a Linear module (PEFT has no DoRA for experts)"
-            if parameter
-            else "an adapter on every projection that the family fuses into this module, for its column norms",
-            found="experts" if parameter else "some without",
-            remedy="merge the adapter instead",
+    if not spec.dora or (adapter.magnitude is not None and not parameter):
+        return
+    expected, actual = "a Linear module (PEFT has no DoRA for experts)", "experts"
+    if not parameter:
+        expected = (
+            "an adapter on every projection that the family fuses into this module, for its column norms"
         )
+        actual = "some without"
+    remedy = "merge the adapter instead"
+    raise NaloraError(f"DoRA at {name}", expected=expected, found=actual, remedy=remedy)
 
 
 # ---------------------------------------------------------------- vLLM
@@ -257,12 +256,9 @@ def _one_rank(entries: list[Entry], config: ModelConfig, layout: ModuleLayout, l
     """Returns the adapters with one rank and scale, on every layer of each adapted module."""
     rank = max(entry.adapter.rank for entry in entries)
     if rank > limit:
-        raise NaloraError(
-            "--for vllm: rank",
-            expected=f"at most {limit} (vLLM's rule: max_lora_rank)",
-            found=rank,
-            remedy=f"start vLLM with --max-lora-rank {rank} or more and export with the same max_lora_rank",
-        )
+        expected = f"at most {limit} (vLLM's rule: max_lora_rank)"
+        remedy = f"start vLLM with --max-lora-rank {rank} or more and export with the same max_lora_rank"
+        raise NaloraError("--for vllm: rank", expected=expected, found=rank, remedy=remedy)
     scale = common(entry.adapter.scale for entry in entries)
     folded = {entry.name: _fold(entry.adapter, rank, scale) for entry in entries}
     lasts = {short_name(entry.module.name) for entry in entries}
@@ -308,7 +304,7 @@ def _is_expert(module: HostModule) -> bool:
 def _fold(adapter: ModuleAdapter, rank: int, scale: float) -> ModuleAdapter:
     """Zero-pads an adapter to ``rank`` and multiplies B by the ratio of its scale to ``scale``."""
     pad = rank - adapter.rank
-    b = adapter.b if adapter.scale == scale else adapter.b * np.float32(adapter.scale / scale)
+    b = adapter.b * np.float32(adapter.scale / scale)
     still = [(0, 0)] * (b.ndim - 2)
     return ModuleAdapter(
         np.pad(adapter.a, [*still, (0, 0), (0, pad)]), np.pad(b, [*still, (0, pad), (0, 0)]), scale

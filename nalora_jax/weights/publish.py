@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from huggingface_hub import constants, errors
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_atomically
+from nalora_jax.redaction import is_hub_id
 from nalora_jax.tokenizer import read_json
 from nalora_jax.weights.peft_config import CONFIG_NAME
 
@@ -51,21 +51,14 @@ def push_folder(
     """
     _check_repository(repository)
     is_adapter = _check_folder(folder)
-    named = base_model or (_base_of(folder) if is_adapter else "")
-    if is_adapter and not _is_hub_id(named):
-        raise NaloraError(
-            f"{folder / CONFIG_NAME}: base_model_name_or_path",
-            expected="a base model on the hub, which others can load",
-            found=repr(named),
-            remedy="name it with --base-model owner/name: the very weights that the adapter was trained on",
-        )
+    kind = "Merged model"
+    if is_adapter:
+        kind = "Adapter"
+        _check_base(folder, base_model)
     if huggingface_hub.get_token() is None:
-        raise NaloraError(
-            "token",
-            expected="one that may write to the hub",
-            found="none",
-            remedy="log in with `hf auth login`, or set HF_TOKEN",
-        )
+        expected = "one that may write to the hub"
+        remedy = "log in with `hf auth login`, or set HF_TOKEN"
+        raise NaloraError("token", expected=expected, found="none", remedy=remedy)
     with _prepared(folder, base_model) as ready, _complaints(repository):
         api = huggingface_hub.HfApi(endpoint=constants.ENDPOINT, library_name="nalora_jax")
         api.create_repo(repository, private=private or None, exist_ok=True)
@@ -73,18 +66,14 @@ def push_folder(
             repo_id=repository,
             folder_path=ready,
             allow_patterns=list(FILES),
-            commit_message=message or f"{'Adapter' if is_adapter else 'Merged model'} by nalora_jax",
+            commit_message=message or f"{kind} by nalora_jax",
         )
     return str(commit.commit_url)
 
 
 def _check_repository(repository: str) -> None:
-    if not _is_hub_id(repository):
+    if not is_hub_id(repository):
         raise NaloraError("--repo", expected="a hub id like owner/name", found=repr(repository))
-
-
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def _check_folder(folder: Path) -> bool:
@@ -99,9 +88,16 @@ def _check_folder(folder: Path) -> bool:
     return is_adapter
 
 
-def _base_of(folder: Path) -> str:
-    name = read_json(folder / CONFIG_NAME).get("base_model_name_or_path")
-    return name if isinstance(name, str) else ""
+def _check_base(folder: Path, base_model: str | None) -> None:
+    """Raises an error if an adapter would be uploaded without a base that others can load."""
+    name = base_model or read_json(folder / CONFIG_NAME).get("base_model_name_or_path") or ""
+    if not is_hub_id(str(name)):
+        raise NaloraError(
+            f"{folder / CONFIG_NAME}: base_model_name_or_path",
+            expected="a base model on the hub, which others can load",
+            found=repr(name),
+            remedy="name it with --base-model owner/name: the very weights that the adapter was trained on",
+        )
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.ops.quantize import Kind, Quantized, quantize
+from nalora_jax.ops.reductions import mesh_axes
 from nalora_jax.weights.slices import Index, Key, aligned, span
 
 _QUANTIZED = 1 << 18  # elements quantized at once
@@ -128,7 +129,7 @@ def _fitted(shape: tuple[int, ...], sharding: Sharding) -> Sharding:
     """Returns the float kernel's sharding, without splits that do not divide the new shape."""
     if not isinstance(sharding, NamedSharding):
         return sharding
-    parts = [(entry,) if isinstance(entry, str) else entry or () for entry in sharding.spec]
+    parts = [mesh_axes(entry) for entry in sharding.spec]
     ways = [math.prod(sharding.mesh.shape[name] for name in names) for names in parts]
     axes = [names if size % n == 0 else None for names, n, size in zip(parts, ways, shape, strict=False)]
     return NamedSharding(sharding.mesh, P(*axes))

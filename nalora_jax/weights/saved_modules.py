@@ -67,7 +67,7 @@ def table_rows(folder: Path, tensors: str, config: ModelConfig) -> int | None:
         raise NaloraError(
             f"{folder / tensors}", expected="as many rows of the head as of the embedding", found=listed
         )
-    return rows.pop() if rows else None
+    return next(iter(rows), None)
 
 
 def rows_of_indices(folder: Path, config: ModelConfig) -> int | None:
@@ -133,7 +133,7 @@ def take_saved(
                 found=f"shape {table.shape}",
                 remedy="an adapter with new tokens needs a base that is resized for them, as `nalora_jax.load` does",
             )
-        leaves[TABLES[name]] = table if name == "embed_tokens" else np.ascontiguousarray(table.T)
+        leaves[TABLES[name]] = _flipped(name, table)
     if tied and config.tie_embeddings and _EMBEDDING in leaves and _HEAD not in leaves:
         leaves[_HEAD] = np.ascontiguousarray(leaves[_EMBEDDING].T)
     return leaves, tuple(name for name in TABLES if TABLES[name] in leaves)
@@ -145,10 +145,15 @@ def saved_tensors(lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfi
     tensors = {}
     for name in spec.saved:
         table = np.asarray(leaves[TABLES[name]], np.float32)
-        tensors[f"base_model.model.{tensor_names(config)[name]}"] = (
-            table if name == "embed_tokens" else table.T.copy()
-        )
+        tensors[f"base_model.model.{tensor_names(config)[name]}"] = _flipped(name, table)
     return tensors
+
+
+def _flipped(name: str, table: np.ndarray) -> np.ndarray:
+    """Converts a table between PEFT's layout, ``[rows, d_model]``, and ours: the head is transposed."""
+    if name == "embed_tokens":
+        return table
+    return np.ascontiguousarray(table.T)
 
 
 def fold_saved(
@@ -172,10 +177,10 @@ def fold_saved(
         leaves[TABLES[name]] = jnp.asarray(trained[TABLES[name]])
     for name, ids in rows.items():
         table, new = jnp.asarray(leaves[TABLES[name]]), jnp.asarray(trained[ROWS[name]])
-        place = np.array(ids) if name == "embed_tokens" else (slice(None), np.array(ids))
-        leaves[TABLES[name]] = table.at[place].set(
-            (new if name == "embed_tokens" else new.T).astype(table.dtype)
-        )
+        rows_of_table, new = table.at[np.array(ids)], new.astype(table.dtype)
+        if name == "lm_head":
+            rows_of_table, new = table.at[:, np.array(ids)], new.T
+        leaves[TABLES[name]] = rows_of_table.set(new)
     remaining = replace(spec, saved=(), token_indices=())
     return replace(config, tie_embeddings=tied), trees.unflatten(leaves), remaining
 
@@ -197,11 +202,12 @@ def with_whole_tables(
     wide = {path: jnp.asarray(of_base[path], jnp.float32) for path in TABLES.values() if path in of_base}
     folded, tables, _ = fold_saved(config, trees.unflatten(wide), lora, spec)
     leaves, of_tables = trees.flatten(lora), trees.flatten(tables)
-    changed = {*spec.saved, *dict(spec.token_indices)} | ({"lm_head"} if folded.tie_embeddings else set())
+    changed = {*spec.saved, *dict(spec.token_indices)}
+    if folded.tie_embeddings:
+        changed.add("lm_head")
+        of_tables[_HEAD] = of_tables[_EMBEDDING].T
     saved = tuple(name for name in TABLES if name in changed)
-    for name in saved:
-        shared = folded.tie_embeddings and name == "lm_head"
-        leaves[TABLES[name]] = of_tables[_EMBEDDING].T if shared else of_tables[TABLES[name]]
+    leaves |= {TABLES[name]: of_tables[TABLES[name]] for name in saved}
     without_rows = {path: leaf for path, leaf in leaves.items() if path not in ROWS.values()}
     return trees.unflatten(without_rows), replace(spec, saved=saved, token_indices=())
 

@@ -46,11 +46,8 @@ def fold_table_adapters(
             continue
         if module not in choices.modules:
             expected = f"to cover {module}, which has tensors in {where.rpartition('/')[2]}"
-            raise NaloraError(
-                f"{peft.where}: target_modules",
-                expected=expected,
-                found=str(peft.target_modules)[:200],
-            )
+            actual = str(peft.target_modules)[:200]
+            raise NaloraError(f"{peft.where}: target_modules", expected=expected, found=actual)
         if peft.dora:
             raise NaloraError(
                 f"{peft.where}: use_dora", expected=f"false with adapters on {module}", found="true"
@@ -66,7 +63,9 @@ def fold_table_adapters(
         scale = adapter_scale(choices.alphas[module], choices.ranks[module], rslora=peft.rslora)
         flipped = names[0].endswith("lora_embedding_A")
         _check_shapes(a, b, base, choices.ranks[module], flipped=flipped, where=f"{where}: {key}")
-        product = (b @ a).T if flipped else b @ a
+        product = b @ a
+        if flipped:
+            product = product.T
         tensors[f"{key}.weight"] = base + np.float32(scale) * product
 
 

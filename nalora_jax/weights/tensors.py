@@ -125,7 +125,7 @@ def load_leaves(
     fills: dict[str, list[_Fill]] = defaultdict(list)
     for tensor in keymap.tensors:
         for number, slot in enumerate(tensor.slots):
-            lead = tuple(i for i in (slot.layer, slot.expert) if i is not None)
+            lead = slot.index
             fills[slot.path].append(_Fill(names[tensor.name], tensor, number, lead))
     where = shardings or defaultdict(lambda: SingleDeviceSharding(jax.local_devices()[0]))
     leaves: dict[str, Any] = {}
@@ -183,10 +183,8 @@ class _Fill:
 
     def __init__(self, name: str, tensor: SourceTensor, number: int, lead: tuple[int, ...]) -> None:
         self.name, self.tensor = name, tensor  # its name in the file
-        self.lead, self.number = (
-            lead,
-            number,
-        )  # the leaf's leading indices: layer, expert; number of the part
+        self.lead = lead  # the leaf's leading indices: layer, expert
+        self.number = number  # of the part
         self.first_row = 0 if tensor.transform.alternates else sum(tensor.rows[:number])
         self.rows = tensor.rows[number]
 
@@ -209,18 +207,15 @@ class _Fill:
             complete = source.read(self.name, self._shifted(_whole((self.rows, *self.tensor.shape[1:]))))
             target[...] = self.tensor.transform.into(complete)[index].astype(target.dtype)
             return
-        swaps = self.tensor.transform.swaps
-        theirs = (*index[:-2], index[-1], index[-2]) if swaps else index
+        transform = self.tensor.transform
+        theirs = transform.reordered(index)
         blocks = list(_blocks(theirs))
         for block in blocks[len(blocks) * k // n : len(blocks) * (k + 1) // n]:
             read = source.read(self.name, self._shifted(block)).astype(target.dtype, copy=False)
             relative = tuple(
                 slice(b.start - t.start, b.stop - t.start) for b, t in zip(block, theirs, strict=True)
             )
-            place = relative
-            if swaps:
-                place = (*relative[:-2], relative[-1], relative[-2])
-            target[place] = self.tensor.transform.into(read)
+            target[transform.reordered(relative)] = transform.into(read)
 
     def _shifted(self, index: Index) -> Index:
         if self.tensor.transform.alternates:

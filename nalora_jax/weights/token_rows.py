@@ -52,25 +52,19 @@ def take_token_rows(
         rows are missing or have the wrong shape.
     """
     spec = AdapterSpec(token_indices=peft.token_indices, saved=_names(peft.modules_to_save))
-    remedy = "is it an adapter of another base, or of one with more tokens? Their tokenizer belongs into its folder"
+    remedy = "use its own base; if tokens were added, their tokenizer must be in the adapter's folder"
     check_token_indices(spec, config, f"{peft.where}: trainable_token_indices", remedy)
     trained = spec.own_rows(tied=config.tie_embeddings)
     leaves: dict[str, np.ndarray] = {}
-    taken_rows = []
+    taken_rows: set[str] = set()
     for name, tensor in tensor_names(config).items():
         module = f"base_model.model.{tensor.removesuffix('.weight')}"
         # A tied head's rows, if they are in the file at all, are a copy of the embedding's.
         ids = trained.get(name, trained.get("embed_tokens", ()) if config.tie_embeddings else ())
-        rows, table = (
-            tensors.pop(f"{module}.{_ROWS}", None),
-            tensors.pop(f"{module}.{RESIZED}", None),
-        )
+        rows, table = (tensors.pop(f"{module}.{name}", None) for name in (_ROWS, RESIZED))
         if rows is None and name in trained:
-            raise NaloraError(
-                f"{where}: {module}.{_ROWS}",
-                expected=f"the trained rows of {name}",
-                found="nothing",
-            )
+            expected = f"the trained rows of {name}"
+            raise NaloraError(f"{where}: {module}.{_ROWS}", expected=expected, found="nothing")
         if rows is not None and rows.shape != (len(ids), config.d_model):
             raise NaloraError(
                 f"{where}: {module}.{_ROWS}",
@@ -84,9 +78,10 @@ def take_token_rows(
             tensors[f"{module}.weight"] = table
         elif rows is not None and name in trained:
             leaves[ROWS[name]] = rows
-            taken_rows.append(name)
-    shares = {"lm_head"} - set(trained) if "embed_tokens" in taken_rows else set()
-    return leaves, tuple((name, ids) for name, ids in peft.token_indices if name in {*taken_rows, *shares})
+            taken_rows.add(name)
+    if "embed_tokens" in taken_rows and "lm_head" not in trained:  # the head has the embedding's rows
+        taken_rows.add("lm_head")
+    return leaves, tuple((name, ids) for name, ids in peft.token_indices if name in taken_rows)
 
 
 def _names(modules: tuple[str, ...]) -> tuple[str, ...]:
@@ -113,8 +108,6 @@ def token_settings(spec: AdapterSpec) -> dict[str, Any]:
     ``{"embed_tokens": [5, 6], ...}``.
     """
     listed = {name: list(ids) for name, ids in spec.token_indices}
-    if not listed:
-        return {}
-    return {
-        "trainable_token_indices": listed["embed_tokens"] if set(listed) == {"embed_tokens"} else listed
-    }
+    if set(listed) == {"embed_tokens"}:
+        return {"trainable_token_indices": listed["embed_tokens"]}
+    return {"trainable_token_indices": listed} if listed else {}

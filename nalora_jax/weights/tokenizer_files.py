@@ -48,12 +48,8 @@ def copy_tokenizer(source: Path, folder: Path, *, images: bool = False) -> None:
     """
     present = [name for name in (*FILES, *(IMAGE_FILES if images else ())) if (source / name).is_file()]
     if not {"tokenizer.json", "tokenizer.model"} & set(present):
-        raise NaloraError(
-            str(source),
-            expected="tokenizer.json",
-            found="no tokenizer",
-            remedy="give the base's folder",
-        )
+        expected, remedy = "tokenizer.json", "give the base's folder"
+        raise NaloraError(str(source), expected=expected, found="no tokenizer", remedy=remedy)
     for name in present:
         _copy(name, source, folder)
 

@@ -12,31 +12,21 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.foreign_settings import (
-    Field,
-    Refused,
-    Settings,
-    choice,
-    converted,
-    only,
-    put,
-)
-from nalora_jax.weights.peft_rules import rules_of
+from nalora_jax.weights.foreign_settings import Field, Refused, Settings, choice, converted, only, put
+from nalora_jax.weights.peft_rules import listed, rules_of
 from nalora_jax.weights.peft_settings import PEFT
 
 Trainer = Literal["sft", "dpo"]
 _NO = ("no", False)  # YAML reads a bare no as False
-_SCHEDULES = {name: name for name in ("cosine", "linear", "constant")} | {
-    "constant_with_warmup": "constant"
-}
+_SCHEDULES = {name: name for name in ("cosine", "linear", "constant")}
+_SCHEDULES |= {"constant_with_warmup": "constant"}
 _OPTIMIZERS = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw"), "adamw")
 _OPTIMIZERS |= {"adafactor": "adafactor", "sgd": "sgd", "lion_32bit": "lion"}
 _TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
 
 def _reported(value: Any) -> Any:
-    names = [value] if isinstance(value, str) else list(value or [])
-    return [_TRACKERS[name] for name in names if name in _TRACKERS]
+    return [_TRACKERS[name] for name in listed(value) if name in _TRACKERS]
 
 
 def _dataset(value: Any) -> Any:
@@ -116,26 +106,20 @@ TRL: dict[str, Field] = {
     "save_steps": Field("train.save_every", "", _steps),
     "save_total_limit": Field("train.keep"),
     "eval_strategy": Field(
-        "train.eval_every",
-        '"no" (the default) is 0; "epoch" is left to the library',
-        lambda value: None,
+        "train.eval_every", '"no" (the default) is 0; "epoch" is left to the library', lambda value: None
     ),
-    "save_strategy": Field("train.save_every", '"no" is 0', lambda value: 0 if value in _NO else None),
+    "save_strategy": Field("train.save_every", '"no" is 0', dict.fromkeys(_NO, 0).get),
     "report_to": Field("callbacks", "tensorboard, wandb, mlflow", _reported),
     "max_length": Field(
         "data.max_length",
         "TRL's default is 1024; with DPO twice it: a row holds both answers; null is auto",
-        lambda value: 0 if value is None else value,
+        lambda value: value or 0,
     ),
     "max_seq_length": Field("data.max_length", "of earlier versions"),
     "packing": Field("data.pack", "off by default, as in TRL; exact: examples never attend to each other"),
-    "assistant_only_loss": Field(
-        "data.loss_on", '"assistant"', lambda value: "assistant" if value else None
-    ),
+    "assistant_only_loss": Field("data.loss_on", '"assistant"', {True: "assistant"}.get),
     "completion_only_loss": Field(
-        "data.loss_on",
-        '"answer"; False is "all"',
-        lambda value: {True: "answer", False: "all"}.get(value),
+        "data.loss_on", '"answer"; False is "all"', {True: "answer", False: "all"}.get
     ),
     "truncation_mode": Field(
         "data.too_long", '"truncate", always: the prompt loses its beginning', lambda value: None
@@ -146,8 +130,8 @@ TRL: dict[str, Field] = {
     "bf16": Field("compute.dtype", "the default; false is float32", lambda value: None),
     "fp16": Field("", "", only(False, because="half precision is bfloat16 here")),
     "gradient_checkpointing": Field("", "--compute.remat is chosen by what fits", ignored=True),
-    "load_in_4bit": Field("compute.quantize", '"nf4"', lambda value: "nf4" if value else None),
-    "load_in_8bit": Field("compute.quantize", '"int8"', lambda value: "int8" if value else None),
+    "load_in_4bit": Field("compute.quantize", '"nf4"', {True: "nf4"}.get),
+    "load_in_8bit": Field("compute.quantize", '"int8"', {True: "int8"}.get),
     "bnb_4bit_quant_type": Field("", "nf4", only("nf4", because="4 bits are nf4 here")),
     "use_peft": Field("", "adapters are trained in any case", lambda value: None),
     "lora_r": Field("lora.rules", "rank of each rule; TRL's default is 16"),
@@ -204,8 +188,8 @@ TRL: dict[str, Field] = {
     "dtype": Field(
         "compute.dtype",
         "bfloat16 or float32; with bf16 TRL computes in bfloat16 in any case",
-        lambda value: {"bfloat16": "bfloat16", "float32": "float32", "auto": None, None: None}.get(
-            value, Refused("there are bfloat16 and float32")
+        choice(
+            {"bfloat16": "bfloat16", "float32": "float32", "auto": None}, "there are bfloat16 and float32"
         ),
     ),
     "lora_target_parameters": PEFT["target_parameters"],
@@ -224,8 +208,7 @@ _OF_PAIRS = (
     "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "discopop_tau",
     "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
 )  # fmt: skip
-# Defaults of TrainingArguments, SFTConfig, DPOConfig and ModelConfig that change a run
-# and differ from ours.
+# Defaults of TRL's and transformers' classes that change a run and differ from ours.
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3.0,
     "per_device_train_batch_size": 8,
@@ -242,10 +225,10 @@ _PEFTS_TARGETS = ("q_proj", "v_proj")  # for Llama, Mistral, Mixtral, Gemma and 
 
 def trainer_of(values: Mapping[str, Any]) -> Trainer:
     """Returns the trainer that a file's fields belong to; DPO only if a field or the loss is of DPO."""
-    pairs = any(name in values for name in _OF_PAIRS) or str(
-        _loss_name(values.get("loss_type"))
-    ).startswith("sigmoid")
-    return "dpo" if pairs else "sft"
+    loss = str(_loss_name(values.get("loss_type")))
+    if loss.startswith("sigmoid") or any(name in values for name in _OF_PAIRS):
+        return "dpo"
+    return "sft"
 
 
 def from_trl(values: Mapping[str, Any], trainer: Trainer | None = None) -> tuple[Settings, list[str]]:
@@ -264,12 +247,12 @@ def from_trl(values: Mapping[str, Any], trainer: Trainer | None = None) -> tuple
         defaults["max_length"] = values["max_seq_length"]
     # null is the default, except for max_length, for which it means no limit
     complete = defaults | {
-        name: value for name, value in values.items() if value is not None or name == "max_length"
+        n: value for n, value in values.items() if value is not None or n == "max_length"
     }
-    settings, notes = converted(complete, TRL, "SFTConfig" if trainer == "sft" else "DPOConfig")
-    for convert in (_length, _schedule, _batch, _lora, _evaluation, _precision, _data):
+    kind, last = {"sft": ("SFTConfig", _targets), "dpo": ("DPOConfig", _pairs)}[trainer]
+    settings, notes = converted(complete, TRL, kind)
+    for convert in (_length, _schedule, _batch, _lora, _evaluation, _precision, _data, last):
         notes += convert(settings, complete)
-    notes += (_pairs if trainer == "dpo" else _targets)(settings, complete)
     return settings, notes
 
 
@@ -287,8 +270,9 @@ def _length(settings: Settings, values: Mapping[str, Any]) -> list[str]:
     if settings.get("steps"):
         settings.pop("epochs", None)
     put(settings, "data.too_long", "truncate")
-    cut = values.get("truncation_mode", "keep_start")
-    cut = "its end" if cut == "keep_start" else "its beginning"
+    cut = "its beginning"
+    if values.get("truncation_mode", "keep_start") == "keep_start":
+        cut = "its end"
     return [f"of an example longer than max_length TRL cuts {cut}; here the prompt loses its beginning"]
 
 
@@ -297,8 +281,12 @@ def _schedule(settings: Settings, values: Mapping[str, Any]) -> list[str]:
     put(settings, "optimizer.final_ratio", 0.0)
     put(settings, "optimizer.warmup_from_zero", True)
     steps = _number(values, "warmup_steps", 0)
-    share = steps if 0 < steps < 1 else _number(values, "warmup_ratio", 0)
-    put(settings, "optimizer.warmup_share", 0.0 if steps >= 1 else float(share))
+    share = _number(values, "warmup_ratio", 0)
+    if 0 < steps < 1:
+        share = steps
+    put(settings, "optimizer.warmup_share", float(share))
+    if steps >= 1:
+        put(settings, "optimizer.warmup_share", 0.0)
     if values["lr_scheduler_type"] != "constant" or not (steps or share):
         return []
     settings["optimizer"].pop("warmup_steps", None)
@@ -364,16 +352,16 @@ def _precision(settings: Settings, values: Mapping[str, Any]) -> list[str]:
 
     TRL's default stores weights in float32 and computes in bfloat16.
     """
-    mixed = values.get("bf16") in (None, True)
-    dtype = settings.get("compute", {}).get(
-        "dtype", "float32" if values.get("dtype") != "auto" else "bfloat16"
-    )
-    put(settings, "compute.dtype", "bfloat16" if mixed else dtype)
-    if mixed and dtype == "float32":
-        return [
-            "TRL stores the base in float32 and computes in bfloat16; here it is stored in bfloat16 too"
-        ]
-    return []
+    compute = settings.setdefault("compute", {})
+    if values.get("dtype") == "auto":
+        compute.setdefault("dtype", "bfloat16")
+    dtype = compute.setdefault("dtype", "float32")
+    if values.get("bf16") not in (None, True):
+        return []
+    compute["dtype"] = "bfloat16"
+    if dtype == "bfloat16":
+        return []
+    return ["TRL stores the base in float32 and computes in bfloat16; here it is stored in bfloat16 too"]
 
 
 def _data(settings: Settings, values: Mapping[str, Any]) -> list[str]:

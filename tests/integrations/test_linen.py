@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -71,7 +71,7 @@ UNROLLED = [
     (r"block_(\d+)/mlp/wo", r"layers/\1/ffn/down_proj"),
 ]
 SCANNED = [(pattern.replace(r"block_(\d+)", "blocks"), to.replace(r"\1/", "")) for pattern, to in UNROLLED]
-TOKENS = jax.random.randint(jax.random.key(9), (4, 12), 0, VOCAB)
+TOKENS = np.random.default_rng(9).integers(0, VOCAB, (4, 12)).astype(np.int32)
 
 
 def trained_like(lora: Any) -> Any:
@@ -95,6 +95,15 @@ def stacked_lora(lora: Any) -> Any:
     return {"layers": {"ffn": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}}
 
 
+@cache
+def variables_of_unrolled() -> Any:
+    return jax.jit(Unrolled().init)(jax.random.key(0), TOKENS)
+
+
+def compiled_gradients(adapted: Any, of: Any) -> Any:
+    return jax.jit(partial(adapted.gradients, of))
+
+
 def loss(call: Any) -> jax.Array:
     logits = call(TOKENS)
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], TOKENS[:, 1:]).mean()
@@ -104,7 +113,7 @@ def test_an_mlp_is_the_native_block_on_the_same_weights() -> None:
     """Value, masked gradients and statistics: everything that the mechanisms see."""
     x = jax.random.normal(jax.random.key(0), (2, 10, D))
     weights = jnp.arange(20).reshape(2, 10) % 3 > 0
-    variables = MLP().init(jax.random.key(1), x)
+    variables = jax.jit(MLP().init)(jax.random.key(1), x)
     names = {"wi_0": "gate_proj", "wi_1": "up_proj", "wo": "down_proj"}
     rules = LoRAConfig(rules=(LoRARule("_proj", 4, 12.0),))
     every = GateStatsConfig(probe_stride=1)  # a stride counts along all tokens here, along each row there
@@ -121,14 +130,18 @@ def test_an_mlp_is_the_native_block_on_the_same_weights() -> None:
         y, written = native.apply(collections, x, scales, token_weights=weights, mutable=["gate_stats"])
         return jnp.sum(y**2), written["gate_stats"]
 
-    (want, want_stats), want_grads = jax.value_and_grad(native_loss, has_aux=True)(lora)
-    got, grads, stats = adapted.gradients(
-        lambda call: jnp.sum(call(x) ** 2), variables, lora, gate_mask={"": mask}, token_weights=weights
+    (want, want_stats), want_grads = jax.jit(jax.value_and_grad(native_loss, has_aux=True))(lora)
+    gradients = partial(
+        compiled_gradients(adapted, lambda call: jnp.sum(call(x) ** 2)),
+        variables,
+        lora,
+        token_weights=weights,
     )
+    got, grads, stats = gradients(gate_mask={"": mask})
     np.testing.assert_allclose(got, want, rtol=1e-6)
     for path, leaf in trees.flatten(want_grads).items():
-        np.testing.assert_allclose(trees.flatten(grads)[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
-    plain = adapted.gradients(lambda call: jnp.sum(call(x) ** 2), variables, lora)[1]
+        np.testing.assert_allclose(trees.flatten(grads)[path], leaf, rtol=1e-5, atol=2e-5, err_msg=path)
+    plain = gradients(gate_mask={"": jnp.ones(F)})[1]
     assert np.abs(plain["gate_proj"]["a"] - grads["gate_proj"]["a"]).max() > 0.1  # the mask did act
     assert sorted(stats[""]) == sorted(want_stats)
     for name in want_stats:
@@ -137,18 +150,19 @@ def test_an_mlp_is_the_native_block_on_the_same_weights() -> None:
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_scanned_layers_are_the_unrolled_ones(remat: bool) -> None:
-    variables = jax.jit(Unrolled().init)(jax.random.key(0), TOKENS)
+    variables = variables_of_unrolled()
     unrolled = adapt_linen(Unrolled(), variables, (TOKENS,), keymap=UNROLLED, lora=LoRAConfig())
     lora = trained_like(unrolled.init(jax.random.key(1)))
     masks = {f"layers/{i}/ffn": jax.random.uniform(jax.random.key(i), (F,)) for i in range(LAYERS)}
-    gradients = lambda adapted: jax.jit(partial(adapted.gradients, loss))  # noqa: E731
-    value, grads, stats = gradients(unrolled)(variables, lora, gate_mask=masks)
+    value, grads, stats = compiled_gradients(unrolled, loss)(variables, lora, gate_mask=masks)
 
     module, packed = Scanned(remat), stacked(variables)
     scanned = adapt_linen(module, packed, (TOKENS,), keymap=SCANNED, lora=LoRAConfig())
     assert scanned.gate_shapes == {"layers/ffn": (LAYERS, F)}
     masks_of_stack = {"layers/ffn": jnp.stack(list(masks.values()))}
-    got, got_grads, got_stats = gradients(scanned)(packed, stacked_lora(lora), gate_mask=masks_of_stack)
+    got, got_grads, got_stats = compiled_gradients(scanned, loss)(
+        packed, stacked_lora(lora), gate_mask=masks_of_stack
+    )
     np.testing.assert_allclose(got, value, rtol=1e-6)
     for path, leaf in trees.flatten(stacked_lora(grads)).items():
         np.testing.assert_allclose(trees.flatten(got_grads)[path], leaf, rtol=1e-4, atol=1e-6, err_msg=path)
@@ -158,24 +172,23 @@ def test_scanned_layers_are_the_unrolled_ones(remat: bool) -> None:
 
 
 def test_attention_of_several_heads_is_adapted_and_merged() -> None:
-    variables = Unrolled().init(jax.random.key(0), TOKENS)
+    variables = variables_of_unrolled()
     adapted = adapt_linen(Unrolled(), variables, (TOKENS,), keymap=UNROLLED, lora=RULES)
+    plain, with_adapters = jax.jit(Unrolled().apply), jax.jit(adapted.apply)
     lora = adapted.init(jax.random.key(1))
     assert lora["block_1"]["attn"]["query"]["b"].shape == (2, D)
     assert lora["block_1"]["attn"]["out"]["a"].shape == (D, 2)  # heads x head_dim, flattened
-    np.testing.assert_array_equal(
-        adapted.apply(variables, lora, TOKENS), Unrolled().apply(variables, TOKENS)
-    )
+    np.testing.assert_array_equal(with_adapters(variables, lora, TOKENS), plain(variables, TOKENS))
     lora = trained_like(lora)
     merged = adapted.merge(variables, lora)
-    want = adapted.apply(variables, lora, TOKENS)
-    assert np.abs(want - Unrolled().apply(variables, TOKENS)).max() > 0.1
-    np.testing.assert_allclose(Unrolled().apply(merged, TOKENS), want, atol=2e-5)
+    want = with_adapters(variables, lora, TOKENS)
+    assert np.abs(want - plain(variables, TOKENS)).max() > 0.1
+    np.testing.assert_allclose(plain(merged, TOKENS), want, atol=2e-5)
 
 
 def test_training_moves_the_adapters_alone_and_uses_both_mechanisms() -> None:
     module = Scanned()
-    variables = module.init(jax.random.key(0), TOKENS)
+    variables = jax.jit(module.init)(jax.random.key(0), TOKENS)
     before = jax.tree.map(np.asarray, variables)
     adapted = adapt_linen(module, variables, (TOKENS,), keymap=SCANNED, lora=RULES)
     lora = adapted.init(jax.random.key(1))
@@ -237,7 +250,7 @@ def test_a_users_own_dense_class_under_remat_vmap_and_metadata() -> None:
             return nn.remat(nn.Dense)(4, name="w_out")(nn.silu(z))
 
     x = jax.random.normal(jax.random.key(0), (5, 6))
-    variables = Experts().init(jax.random.key(1), x)
+    variables = jax.jit(Experts().init)(jax.random.key(1), x)
     keymap = [("w_gate", "ffn/in_proj"), ("w_out", "ffn/out_proj")]
     adapted = adapt_linen(
         Experts(), variables, (x,), keymap=keymap, lora=LoRAConfig(rules=(LoRARule("ffn/", 4),))
@@ -247,8 +260,9 @@ def test_a_users_own_dense_class_under_remat_vmap_and_metadata() -> None:
     assert adapted.gate_shapes == {"ffn": (3, 8)}
     merged = adapted.merge(variables, lora)
     assert isinstance(merged["params"]["w_gate"]["kernel"], nn.Partitioned)
-    np.testing.assert_allclose(Experts().apply(merged, x), adapted.apply(variables, lora, x), atol=1e-5)
-    _, _, stats = adapted.gradients(lambda call: jnp.sum(call(x) ** 2), variables, lora)
+    ours, theirs = jax.jit(adapted.apply)(variables, lora, x), jax.jit(Experts().apply)(merged, x)
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+    _, _, stats = compiled_gradients(adapted, lambda call: jnp.sum(call(x) ** 2))(variables, lora)
     np.testing.assert_array_equal(stats["ffn"]["tokens"], [5.0, 5.0, 5.0])
 
 
@@ -302,9 +316,9 @@ def test_an_adapter_that_a_call_does_not_reach_is_an_error() -> None:
 
 
 def test_token_weights_of_another_shape_are_refused() -> None:
-    variables = Unrolled().init(jax.random.key(0), TOKENS)
+    variables = variables_of_unrolled()
     adapted = adapt_linen(Unrolled(), variables, (TOKENS,), keymap=UNROLLED)
-    run = partial(adapted.gradients, loss, variables, adapted.init(jax.random.key(1)))
+    run = partial(compiled_gradients(adapted, loss), variables, adapted.init(jax.random.key(1)))
     with pytest.raises(NaloraError, match=r"token_weights: expected shape \(4, 12\)"):
         run(token_weights=jnp.ones((4, 11)))
     weights = jnp.asarray(np.arange(12) < np.array([12, 5, 7, 1])[:, None])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -66,11 +65,16 @@ def test_choices_with_a_common_context_are_scored_like_single_ones(variables):
     contexts = [rng.integers(1, 48, n).tolist() for n in (9, 6, 4)]
     groups = [[(context, rng.integers(1, 48, n).tolist()) for n in (2, 3)] for context in contexts]
     together = score_groups(MODEL, variables, groups)
+
+    @jax.jit
+    def log_probs_of(tokens):
+        logits = MODEL.apply(variables, MODEL.apply(variables, tokens), method="unembed")
+        return jax.nn.log_softmax(logits)[0]
+
     for group, scores in zip(groups, together, strict=True):
         for (context, continuation), score in zip(group, scores, strict=True):
-            tokens = jnp.asarray([context + continuation])
-            logits = MODEL.apply(variables, MODEL.apply(variables, tokens), method="unembed")[0]
-            log_probs = jax.nn.log_softmax(logits)[len(context) - 1 : -1]
+            row = context + continuation
+            log_probs = log_probs_of(np.array([row + [0] * (12 - len(row))]))[len(context) - 1 :]
             expected = sum(float(log_probs[i, token]) for i, token in enumerate(continuation))
             assert score.log_prob == pytest.approx(expected, abs=1e-4)
 

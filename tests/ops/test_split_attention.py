@@ -19,13 +19,13 @@ from nalora_jax.models.places import run_starts
 from nalora_jax.models.split_statistics import sampled_as_whole
 from nalora_jax.ops.attention import Keys, attention
 from nalora_jax.ops.blockwise_attention import AttentionConfig
-from nalora_jax.ops.dispatch import Numerics, Platform
+from nalora_jax.ops.dispatch import Numerics, Platform, register_all
 from nalora_jax.ops.reductions import sampled, sampled_weights
 from nalora_jax.ops.split_attention import split_attention
 from nalora_jax.ops.split_rows import Row, block_length, joined, padded, shards_of, split
 
 FAR = 2**30
-SEQ, HEADS, KV_HEADS, DIM = 500, 4, 2, 64  # padded to 512: blocks of 128 on two shards
+SEQ, HEADS, KV_HEADS, DIM = 510, 4, 2, 64  # padded to 512: blocks of 128 on two shards
 SHARDING = distributed.row_sharding(distributed.make_mesh(MeshConfig(2, 1, 2, 2), jax.devices()))
 
 
@@ -33,7 +33,7 @@ def operands() -> tuple[Any, ...]:
     rng = np.random.default_rng(0)
     q, g = rng.normal(size=(2, 2, SEQ, HEADS, DIM)).astype(np.float32)
     k, v = rng.normal(size=(2, 2, SEQ, KV_HEADS, DIM)).astype(np.float32)
-    lengths = [[130, 40, 320, 10], [460, 40]]
+    lengths = [[130, 40, 330, 10], [470, 40]]
     segments = [np.repeat([1, 2, 3, 0], lengths[0]), np.repeat([1, 0], lengths[1])]
     positions = [np.concatenate([np.arange(n) for n in row]) for row in lengths]
     return q, k, v, g, *(np.array(x, np.int32) for x in (positions, segments))
@@ -68,11 +68,18 @@ def results(implementation: str, window: int, config: AttentionConfig, **options
     return tuple(run(q, k, v))
 
 
-@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def _unreachable(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("the plain function was called")
+
+
+@pytest.mark.parametrize("implementation", ["xla", "splash", "triton"])
 @pytest.mark.parametrize(("window", "windows"), [(FAR, (40, FAR)), (40, (40, FAR)), (150, (40, 150))])
 def test_split_rows_attend_as_whole_rows(
-    implementation: str, window: int, windows: tuple[int, ...]
+    implementation: str, window: int, windows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if implementation != "xla":
+        register_all()
+        monkeypatch.setattr(split_attention, "plain", _unreachable)  # the kernel supports the arguments
     sinks = jnp.linspace(-2.0, 3.0, HEADS)
     config = partial(AttentionConfig, 0.125, 1.5, windows=windows, interpret=True)
     ours = results(implementation, window, config(sharding=SHARDING), sinks=sinks)

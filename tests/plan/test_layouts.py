@@ -258,13 +258,18 @@ def test_a_row_that_chips_must_share_is_split_along_its_tokens():
 
 
 def test_no_row_is_split_without_a_kernel_or_through_mixers_that_need_it_whole(monkeypatch):
-    for where, seq in (("8xh100", 131_072), ("v5e:4x4", 8192)):  # blocks of less than 1,024 tokens
-        base, machine = architecture("llama-3.1-8b"), topology(where)
+    cases = (
+        ("gemma-4-31b", "8xh100", 131_072),  # heads of 256
+        ("llama-3.1-8b", "8xh100", 131_072),
+        ("llama-3.1-8b", "v5e:4x4", 8192),  # blocks of less than 1,024 tokens
+    )
+    for model, where, seq in cases:
+        base, machine = architecture(model), topology(where)
         config = RunConfig(train=TrainConfig(batch_size=1))
         spec = resolve(config.lora, projection_shapes(base), layer_numbers(base))
         layouts = [layout for layout in candidates(config, base, spec, machine, seq) if layout.context > 1]
         assert all(seq >= 2048 * layout.context for layout in layouts)
-        assert bool(layouts) is (where == "v5e:4x4")
+        assert bool(layouts) is (model == "llama-3.1-8b")
 
 
 def test_the_host_s_memory_is_taken_nowhere_else():

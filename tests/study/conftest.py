@@ -4,7 +4,7 @@ import json
 import math
 import string
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +146,12 @@ def write_study(folder: Path, base: Path, questions: Path) -> Path:
 def quick(study: Path, monkeypatch: pytest.MonkeyPatch) -> Protocol:
     """A study whose runs take no time because nothing is trained."""
 
-    def perform(run: Run, resources: Any, snapshot: Path, records: Any) -> Record:
-        del resources, snapshot, records
+    def perform_all(runs: Sequence[Run], *others: Any) -> list[Record]:
+        del others
         time.sleep(0.01)
-        return record_of(run, abs(math.log(run.rate / 1.5e-2)) + 1e-3 * run.seed)
+        return [record_of(run, abs(math.log(run.rate / 1.5e-2)) + 1e-3 * run.seed) for run in runs]
 
-    monkeypatch.setattr(execution, "perform", perform)
+    monkeypatch.setattr(execution, "perform_all", perform_all)
     monkeypatch.setattr(execution, "_WAIT_SECONDS", 0.02)
     return read_protocol(study)
 

@@ -42,7 +42,7 @@ def finished(resources: Resources) -> Path:
     """The folder of a finished study."""
     folder = resources.protocol.folder
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execution, "Resources", lambda _: resources)
+        patch.setattr(execution, "Resources", lambda *_: resources)
         assert main(["study", "run", str(folder)]) == 0
     return folder
 
@@ -224,16 +224,15 @@ def test_an_interrupted_run_is_taken_up_and_ends_as_if_it_had_not_been(
         assert plain(again[name]) == records[run.id][name]
 
 
-def test_runs_of_one_program_have_the_records_of_runs_alone(
-    finished: Path, resources: Resources, tmp_path: Path
-) -> None:
-    records = Records(finished).read()
+def test_runs_of_one_program_have_the_records_of_runs_alone(finished: Path, tmp_path: Path) -> None:
+    records, resources = Records(finished).read(), Resources(read_protocol(finished), together=0)
     runs = [
-        run
+        resources.placed(run)
         for run in wanted(resources.protocol, records)
         if run.stage == "test" and run.cell.method == "half"
     ]
     assert len(runs) == 2
+    assert runs[0].config.mesh.run * runs[0].config.mesh.fsdp == jax.device_count()
     together = execution.perform_all(runs, resources, [tmp_path / f"{run.seed}.npz" for run in runs])
     for run, record in zip(runs, together, strict=True):
         assert record.keys() | {"commit", "digest"} == records[run.id].keys() | {"commit", "digest"}

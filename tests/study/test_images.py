@@ -91,7 +91,7 @@ def pairs(
     )
     resources = Resources(write_protocol(folder, tower_folders, colours, tasks, ""))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execution, "Resources", lambda _: resources)
+        patch.setattr(execution, "Resources", lambda *_: resources)
         assert execution.run_study(resources.protocol) == 6
     return resources
 

@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -117,14 +117,14 @@ def test_tests_that_a_repository_remembers_count_after_all_their_files_were_dele
 def test_a_test_is_listed_before_it_reads_test_items(
     quick: Protocol, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    perform = execution.perform
+    perform_all = execution.perform_all
 
-    def killed(run: Run, *arguments: Any) -> Record:
-        if run.stage == "test":
+    def killed(runs: Sequence[Run], *arguments: Any) -> list[Record]:
+        if runs[0].stage == "test":
             raise KeyboardInterrupt
-        return perform(run, *arguments)
+        return perform_all(runs, *arguments)
 
-    monkeypatch.setattr(execution, "perform", killed)
+    monkeypatch.setattr(execution, "perform_all", killed)
     with pytest.raises(KeyboardInterrupt):
         execution.run_study(quick)
     (entry,) = Records(quick.folder).tests()

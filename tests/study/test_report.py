@@ -35,7 +35,8 @@ def told(study: Path) -> Path:
     path.write_text(text)
     protocol, records = read_protocol(study), Records(study)
     while left := pending(protocol, records.read()):
-        records.append(record_of(left[0]))
+        for run in left:
+            records.append(record_of(run))
     return study
 
 

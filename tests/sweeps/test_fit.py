@@ -32,6 +32,13 @@ def test_each_run_gets_the_fewest_devices_that_hold_the_base() -> None:
     assert (fitting.capacity, fitting.slots(6), fitting.next(6)) == (8, 8, 6)
 
 
+def test_few_runs_of_few_rows_leave_groups_idle() -> None:
+    config = replace(CONFIG, train=TrainConfig(batch_size=2))
+    fitting = Fitting.of(config, BASE, count=2)
+    assert (fitting.mesh.run, fitting.mesh.fsdp) == (4, 2)  # two rows cannot be split over four devices
+    assert fitting.slots(2) == 4
+
+
 def test_more_runs_than_fit_train_after_each_other_in_equal_parts() -> None:
     fitting = Fitting(MeshConfig(run=4, runs_per_device=2), capacity=8, width=1)
     assert [fitting.next(left) for left in (20, 13, 6)] == [7, 7, 6]

@@ -124,6 +124,20 @@ def test_a_sweep_that_sigterm_stopped_continues_with_other_programs(
     assert (tmp_path / "out" / "comparison.html").exists()
 
 
+def test_two_processes_train_a_run_each(
+    swept: SweepResult, base: RunConfig, tmp_path: Path, two_processes: Any
+) -> None:
+    config = replace(base, output=str(tmp_path / "out"), mesh=MeshConfig(data=1, fsdp=1, tensor=1, run=2))
+    settings = tiny.write_settings(config, tmp_path / "settings.py")
+    command = ["-m", "nalora_jax", "train", "--config", str(settings)]
+    command += ["--sweep", "optimizer.learning-rate=2e-2,1e-2"]
+    for status, _, error in two_processes(command, devices=1, JAX_DEFAULT_MATMUL_PRECISION="highest"):
+        assert status == 0, error
+    for folder, rate in zip(swept.runs, ("0.02", "0.01"), strict=True):
+        _assert_equal(tmp_path / "out" / f"learning-rate-{rate}", Path(folder))
+    assert (tmp_path / "out" / "comparison.html").exists()
+
+
 def test_bad_sweeps_are_refused_before_the_weights_are_read(
     base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,7 +11,11 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.train.optimizers import make_optimizer
 
 LORA = trees.unflatten(
-    {f"layers/ffn/{name}/{leaf}": jnp.ones((2, 3)) for name in ("gate_proj", "up_proj") for leaf in "ab"}
+    {
+        f"layers/ffn/{name}/{leaf}": np.ones((2, 3), np.float32)
+        for name in ("gate_proj", "up_proj")
+        for leaf in "ab"
+    }
 )
 GRADS = trees.map_named(lambda path, leaf: leaf * (1.0 + len(path)), LORA)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import chex
@@ -36,15 +37,25 @@ CONFIG = ModelConfig.from_hf(
         "tie_word_embeddings": True,
     }
 )
-PARAMS = init_params(CONFIG, jax.random.key(0))
-TOKENS = jax.random.randint(jax.random.key(1), (3, 9), 0, 50)
+TOKENS = np.random.default_rng(1).integers(0, 50, (3, 9)).astype(np.int32)
+
+
+@cache
+def base() -> Any:
+    with jax.ensure_compile_time_eval():  # also where a program is traced
+        return init_params(CONFIG, jax.random.key(0))
 
 
 def _adapter(seed: int, *rules: LoRARule, **variant: Any) -> tuple[dict, AdapterSpec]:
     spec = resolve(LoRAConfig(rules=rules, **variant), projection_shapes(CONFIG), CONFIG.n_layers)
     rng = np.random.default_rng(seed)
-    lora = init_lora(CONFIG, spec, jax.random.key(seed), PARAMS)
-    used = trees.map_named(lambda path, x: jnp.asarray(rng.normal(size=x.shape) * 0.3, jnp.float32), lora)
+
+    def fresh() -> Any:
+        return init_lora(CONFIG, spec, jax.random.key(0), init_params(CONFIG, jax.random.key(0)))
+
+    # The file's imports compile nothing: every process of the suite executes them.
+    shapes = jax.eval_shape(fresh)
+    used = trees.map_named(lambda path, x: np.float32(rng.normal(size=x.shape) * 0.3), shapes)
     if any(len(set(target.ranks)) > 1 for _, target in spec.targets):
         raise AssertionError("ranks of this helper do not differ by layer")
     return used, spec
@@ -54,18 +65,22 @@ LEGAL = _adapter(1, LoRARule("gate_proj", 4, 12.0), LoRARule("q_proj", 2, 2.0))
 CHAT = _adapter(2, LoRARule("ffn", 3, 3.0), rslora=True)
 
 
-def _logits(lora: Any, spec: AdapterSpec, tokens: jax.Array, **options: Any) -> jax.Array:
+def _logits(lora: Any, spec: AdapterSpec, tokens: Any, **options: Any) -> jax.Array:
     model = Decoder(CONFIG, spec)
-    variables = {"params": PARAMS} | ({} if lora is None else {"lora": lora})
+    variables = {"params": base()} | ({} if lora is None else {"lora": lora})
     return model.apply(variables, model.apply(variables, tokens, **options), method="unembed")
+
+
+def _alone(lora: Any, spec: AdapterSpec) -> jax.Array:
+    return jax.jit(lambda lora: _logits(lora, spec, TOKENS))(lora)
 
 
 def test_every_example_gets_its_own_adapter_in_one_program() -> None:
     bank = AdapterBank.empty(CONFIG, slots=3, rank=4).load("legal", *LEGAL).load("chat", *CHAT)
     alone = {
-        "legal": _logits(*LEGAL, TOKENS),
-        "chat": _logits(*CHAT, TOKENS),
-        None: _logits(None, AdapterSpec(), TOKENS),
+        "legal": _alone(*LEGAL),
+        "chat": _alone(*CHAT),
+        None: _alone(None, AdapterSpec()),
     }
     assert float(jnp.abs(alone["legal"] - alone[None]).max()) > 1e-2
     chex.clear_trace_counter()

@@ -68,10 +68,10 @@ def test_every_leaf_is_filled_and_goes_back(family, source, tied):
     keymap = keymap_for(config, source)
     tensors = draw({t.name: t.shape for t in keymap.tensors})
     filled = {path: np.zeros(shape, int) for path, shape in param_shapes(config).items()}
-    for entry in keymap.entries:
-        index = tuple(i for i in (entry.layer, entry.expert) if i is not None)
-        assert entry.convert(tensors[entry.source]).shape == filled[entry.path][index].shape
-        filled[entry.path][index] += 1
+    for tensor in keymap.tensors:
+        for slot, part in zip(tensor.slots, tensor.split(tensors[tensor.name]), strict=True):
+            assert part.shape == filled[slot.path][slot.index].shape
+            filled[slot.path][slot.index] += 1
     assert all(np.all(count == 1) for count in filled.values())
     params = params_from_tensors(config, tensors.__getitem__, source)
     back = dict(tensors_from_params(config, params, source))
@@ -90,12 +90,12 @@ def test_gguf_names_are_llama_cpps(family):
     config = config_of(family, tie_word_embeddings=tied, attention_bias=True)
     theirs = gguf.get_tensor_name_map(arch, config.n_layers)
     hf, ours = keymap_for(config, "hf"), keymap_for(config, "gguf")
-    for slot, (tensor, _) in ours.by_slot.items():
-        partner = Slot(slot.path, slot.layer, 0 if "exps" in tensor.name else None)
-        hf_name = hf.by_slot[partner][0].name
-        if "exps" in tensor.name:  # the converter stacks the experts before it renames them
+    hf_names = {slot: tensor.name for tensor in hf.tensors for slot in tensor.slots}
+    for gguf_name, slot in [(tensor.name, slot) for tensor in ours.tensors for slot in tensor.slots]:
+        hf_name = hf_names[Slot(slot.path, slot.layer, 0 if "exps" in gguf_name else None)]
+        if "exps" in gguf_name:  # the converter stacks the experts before it renames them
             hf_name = hf_name.replace("experts.0.", "experts.")
-        assert theirs.get_name(hf_name, try_suffixes=(".weight", ".bias")) == tensor.name
+        assert theirs.get_name(hf_name, try_suffixes=(".weight", ".bias")) == gguf_name
 
 
 @pytest.mark.parametrize("family", sorted(set(supported()) - set(GGUF)))

@@ -161,7 +161,8 @@ def cached_attention(
         *query_places,
         *key_places,
     )
-    sinks = jnp.full(n, -1e30) if sinks is None else sinks
+    if sinks is None:
+        sinks = jnp.full(n, -1e30)
     shapes = [jax.ShapeDtypeStruct((batch, n, dim), jnp.float32)]
     called = call("cached_attention", shapes, scale=np.float32(scale), cap=np.float32(softcap))
     window = jnp.asarray(heads.window, jnp.int32)
@@ -197,7 +198,7 @@ def over_vocabulary(
       with ``l'`` the derivative of the logits by the products.
     """
     rows, d_model = hidden.shape
-    chex.assert_axis_dimension(table, 1 if transposed else 0, d_model)
+    chex.assert_axis_dimension(table, int(transposed), d_model)
     row = jax.ShapeDtypeStruct((rows,), jnp.float32)
     shapes = [row, row, jax.ShapeDtypeStruct((rows, d_model if gradient else 0), jnp.float32)]
     attributes = {"transposed": transposed, "scale": np.float32(scale), "cap": np.float32(softcap)}
@@ -348,17 +349,20 @@ def add_rms(x: jax.Array, y: jax.Array | None, eps: float) -> tuple[jax.Array, j
       ``s = x + y``, its bits in bf16 (uint16 ``[rows, d]``), and ``1 / sqrt(mean(s^2) + eps)`` of
       the rounded sum, ``[rows]``.
     """
-    if y is not None:
-        chex.assert_equal_shape([x, y])
-    added = x.shape if y is not None else (0, x.shape[1])
+    added = y
+    if added is None:
+        added = jnp.zeros((0, x.shape[1]), jnp.float32)
+    else:
+        chex.assert_equal_shape([x, added])
     shapes = [
-        jax.ShapeDtypeStruct(added, jnp.float32),
+        jax.ShapeDtypeStruct(added.shape, jnp.float32),
         jax.ShapeDtypeStruct(x.shape, jnp.uint16),
         jax.ShapeDtypeStruct(x.shape[:1], jnp.float32),
     ]
-    other = jnp.zeros((0, x.shape[1]), jnp.float32) if y is None else y
-    s, held, inverse = row_call("add_rms", shapes, eps=np.float32(eps))(x, other)
-    return x if y is None else s, held, inverse
+    s, held, inverse = row_call("add_rms", shapes, eps=np.float32(eps))(x, added)
+    if y is None:
+        s = x
+    return s, held, inverse
 
 
 def normalise(held: jax.Array, inverse: jax.Array, scale: jax.Array) -> jax.Array:

@@ -65,12 +65,19 @@ def looped(
     called: Callable[..., list[jax.Array]], batched: Sequence[bool], operands: Sequence[jax.Array]
 ) -> list[jax.Array]:
     """Returns the results of all runs from one call for each."""
-    return jax.vmap(called, [0 if is_batched else None for is_batched in batched])(*operands)
+    return jax.vmap(called, vmap_axes(list(batched)))(*operands)
+
+
+def vmap_axes(batched: Any) -> Any:
+    """Returns ``in_axes`` of `jax.vmap` for a tree of flags: 0 for True, None for False."""
+    return jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
 
 
 def of_runs(x: jax.Array, size: int, batched: bool) -> jax.Array:
     """Returns an operand with an axis ``[runs]``."""
-    return x if batched else jnp.broadcast_to(x, (size, *x.shape))
+    if batched:
+        return x
+    return jnp.broadcast_to(x, (size, *x.shape))
 
 
 def join_rows(x: jax.Array, rows: int = 1) -> jax.Array:

@@ -106,7 +106,9 @@ def kind(choice: str) -> str | None:
     if choice in ("", "1"):
         fastest = kinds()[0]
         slow = fastest == "plain" or (fastest == "floats" and "avx512f" in processor.features())
-        return None if slow else fastest
+        if slow:
+            return None
+        return fastest
     if choice not in kinds():
         raise NaloraError(
             "NALORA_NATIVE", expected=f"0, 1 or, on this CPU, {' or '.join(kinds())}", found=choice

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from nalora_jax.cpu.native.calls import bits, call, join_rows, of_runs
+from nalora_jax.cpu.native.calls import bits, call, join_rows, of_runs, vmap_axes
 from nalora_jax.ops.storage import Stored
 
 # Columns that the adapters of a group of runs may add to the contraction of a shared kernel.
@@ -50,6 +50,11 @@ class Term(NamedTuple):
     y: Any  # an array or a `Slice`, [depth, columns] or [columns, depth]
     transposed: bool = False  # True for [columns, depth]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the product."""
+        return self.x.shape[0], self.y.shape[int(not self.transposed)]
+
 
 class Sum(NamedTuple):
     """The sum ``sum_t x_t y_t``."""
@@ -70,7 +75,7 @@ def products(*sums: Sum) -> list[jax.Array]:
       AssertionError: shapes or dtypes do not match.
     """
     for terms, _ in sums:
-        rows, columns = terms[0].x.shape[0], terms[0].y.shape[0 if terms[0].transposed else 1]
+        rows, columns = terms[0].shape
         for x, y, transposed in terms:
             chex.assert_shape(x, (rows, None))
             chex.assert_equal(y.shape, (columns, x.shape[1]) if transposed else (x.shape[1], columns))
@@ -94,7 +99,9 @@ def products(*sums: Sum) -> list[jax.Array]:
 
 
 def _view(y: Any) -> Any:
-    return y if isinstance(y, Slice) else bits(y)
+    if isinstance(y, Slice):
+        return y
+    return bits(y)
 
 
 def _call(sums: Sequence[Sum]) -> list[jax.Array]:
@@ -109,9 +116,7 @@ def _call(sums: Sequence[Sum]) -> list[jax.Array]:
         "transposed": np.array([term.transposed for term in every], np.int64),
         "stacked": np.array([isinstance(term.y, Slice) for term in every], np.int64),
     }
-    shapes = [
-        jax.ShapeDtypeStruct(_shape(terms[0]), _STORED[jnp.dtype(dtype).name]) for terms, dtype in sums
-    ]
+    shapes = [jax.ShapeDtypeStruct(terms[0].shape, _STORED[jnp.dtype(dtype).name]) for terms, dtype in sums]
     results = call("products", shapes, **attributes)(
         *operands, *(jnp.asarray(y.at, jnp.int32) for y in slices)
     )
@@ -119,11 +124,6 @@ def _call(sums: Sequence[Sum]) -> list[jax.Array]:
 
 
 _STORED = {"float32": jnp.float32, "bfloat16": jnp.uint16}
-
-
-def _shape(term: Term) -> tuple[int, int]:
-    """Returns the shape of a product."""
-    return term.x.shape[0], term.y.shape[0 if term.transposed else 1]
 
 
 # ---------------------------------------------------------------- several runs
@@ -142,8 +142,8 @@ def _of_all_runs(
     of_sum = [_groups(size, *both) for both in zip(batched, sums, strict=True)]
     results = iter(products(*itertools.chain(*of_sum)))
     joined = []
-    for groups, sum_ in zip(of_sum, sums, strict=True):
-        columns = groups[0].terms[0].y.shape[0 if sum_.terms[0].transposed else 1]
+    for groups in of_sum:
+        columns = groups[0].terms[0].shape[1]
         rows = [next(results).reshape(-1, columns) for _ in groups]
         joined.append(jnp.concatenate(rows).reshape(size, -1, columns))
     return joined, [True] * len(sums)
@@ -190,8 +190,7 @@ def _by_run(y: Any, flag: Any) -> jax.Array:
     """Returns a kernel that differs between runs, uint16 ``[runs, ...]``."""
     if not isinstance(y, Slice):
         return y
-    axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, flag)
-    copies: jax.Array = jax.vmap(Slice.copied, (axes,))(y)
+    copies: jax.Array = jax.vmap(Slice.copied, (vmap_axes(flag),))(y)
     return copies
 
 

@@ -78,16 +78,13 @@ class ChatImages(Source):
             f"images:{source.fingerprint}:{vision.image_field}:{vision.caption_field}:{vision.prompt}"
         )
         self._source, self._data, self._vision, self._tokens = source, data, vision, tokens
-        self._folder = None if folder is None else folder.resolve()
+        self._folder = folder  # absolute, without links
         self._indices = np.arange(len(source)) if indices is None else indices
         if len(self._indices) < len(source):
             self.fingerprint += f":{hashlib.sha256(self._indices.astype('<i8').tobytes()).hexdigest()}"
 
     def __len__(self) -> int:
         return len(self._indices)
-
-    def __getitem__(self, index: int) -> Record:
-        return self.read([index])[0]
 
     @property
     def spans(self) -> list[Span]:
@@ -171,11 +168,12 @@ class ChatImages(Source):
                 if isinstance(block, str):
                     parts.append({"type": "text", "text": block})
                     continue
-                if block is None and not left:
-                    raise NaloraError(
-                        here, expected=f"an image for every {_PLACEHOLDER}", found="fewer images"
-                    )
-                images.append(left.pop(0) if block is None else block)
+                if block is None:
+                    if not left:
+                        expected = f"an image for every {_PLACEHOLDER}"
+                        raise NaloraError(here, expected=expected, found="fewer images")
+                    block = left.pop(0)
+                images.append(block)
                 parts.append({"type": "image"})
             turns.append({**message, "content": self._content(message, parts, here)})
         if left:
@@ -206,7 +204,9 @@ class ChatImages(Source):
                 yield from (text for text in [text_field(block, "text", here)] if text)
             elif kind == "image_url":
                 url = block.get("image_url")
-                yield self._opened(url.get("url") if isinstance(url, dict) else url, here)
+                if isinstance(url, dict):
+                    url = url.get("url")
+                yield self._opened(url, here)
             elif kind == "image":
                 value = next(
                     (block[name] for name in ("image", "path", "url") if block.get(name) is not None),
@@ -225,10 +225,8 @@ class ChatImages(Source):
             prompt = text_field(row, data.prompt_field, where)
             answer = text_field(row, data.completion_field, where, "--data.completion-field")
         else:
-            prompt, answer = (
-                vision.prompt,
-                text_field(row, vision.caption_field, where, "--vision.caption-field"),
-            )
+            prompt = vision.prompt
+            answer = text_field(row, vision.caption_field, where, "--vision.caption-field")
         if _PLACEHOLDER not in prompt:
             prompt = f"{_PLACEHOLDER}\n" * len(images) + prompt
         if data.chat:
@@ -243,12 +241,10 @@ class ChatImages(Source):
             raise NaloraError(f"{where}: {data.prompt_field}", expected=expected, found=repr(prompt)[:80])
         texts = prompt.split(_PLACEHOLDER)
         if any(self._tokens.reserved(text) for text in (*texts, answer)):
-            raise NaloraError(
-                where,
-                expected=f"no {self._tokens.token} in a text",
-                found=repr(prompt + answer)[:80],
-            )
-        answer = answer if answer[:1].isspace() else f" {answer}"
+            actual = repr(prompt + answer)[:80]
+            raise NaloraError(where, expected=f"no {self._tokens.token} in a text", found=actual)
+        if not answer[:1].isspace():
+            answer = f" {answer}"
         prompt = self._tokens.expansion.join(texts)
         return {data.prompt_field: prompt, data.completion_field: answer, IMAGES: images}
 
@@ -261,8 +257,9 @@ class ChatImages(Source):
             value = row.get("images")
         if value is None:
             return ()
-        values = value if isinstance(value, list) else [value]
-        return tuple(self._opened(image, f"{where}: {self._vision.image_field}") for image in values)
+        if not isinstance(value, list):
+            value = [value]
+        return tuple(self._opened(image, f"{where}: {self._vision.image_field}") for image in value)
 
     def _opened(self, value: Any, where: str) -> Image:
         """Returns an image's bytes, or the path of its file."""
@@ -272,19 +269,14 @@ class ChatImages(Source):
             raise NaloraError(where, expected="an image's path", found=repr(value)[:80])
         if value.startswith("data:"):
             return _from_url(value, where)
-        scheme, colon, location = value.partition("://")
-        if colon and scheme != "file":
-            remedy = "download it, and name the file"
-            raise NaloraError(
-                where, expected="an image's path or a data: URL", found=value[:80], remedy=remedy
-            )
+        location = value.removeprefix("file://")
+        if "://" in value and location == value:
+            expected, remedy = "an image's path or a data: URL", "download it, and name the file"
+            raise NaloraError(where, expected=expected, found=value[:80], remedy=remedy)
         if self._folder is None:
-            raise NaloraError(
-                where,
-                expected="an image",
-                found=f"the path {value[:80]}, of a data set without a folder",
-            )
-        path = (self._folder / (location if colon else value)).resolve()
+            actual = f"the path {value[:80]}, of a data set without a folder"
+            raise NaloraError(where, expected="an image", found=actual)
+        path = (self._folder / location).resolve()
         if not path.is_relative_to(self._folder):  # records may come from an untrusted author
             raise NaloraError(where, expected=f"a file below {self._folder}", found=value[:80])
         return path
@@ -312,7 +304,7 @@ def open_chats(config: DataConfig, vision: VisionConfig, split: str, tokens: Ima
     if name in IMAGE_SETS or name.startswith("tfds:") or path.is_dir() or lists:
         return ChatImages(open_images(config, vision, split), config, vision, tokens, None)
     folder = path.parent if path.is_file() else Path.cwd()
-    return ChatImages(open_source(config, split), config, vision, tokens, folder)
+    return ChatImages(open_source(config, split), config, vision, tokens, folder.resolve())
 
 
 def opened(image: Image, where: str, limits: Limits) -> Any:
@@ -330,11 +322,8 @@ def asked(prompt: str, images: int, tokenizer: Tokenizer, *, chat: bool) -> list
     if tokens is None:
         raise NaloraError("--image", expected="a model that sees images", found="a language model")
     if tokens.reserved(prompt):
-        raise NaloraError(
-            "--prompt",
-            expected=f"no {tokens.token} in it: images come first",
-            found=repr(prompt)[:80],
-        )
+        expected = f"no {tokens.token} in it: images come first"
+        raise NaloraError("--prompt", expected=expected, found=repr(prompt)[:80])
     if not chat:
         return tokenizer.encode(f"{tokens.expansion}\n" * images + prompt)
     parts = Parts([*[{"type": "image"}] * images, {"type": "text", "text": prompt}])

@@ -43,12 +43,8 @@ def pillow() -> Any:
     try:
         return importlib.import_module("PIL.Image")
     except ImportError as error:
-        raise NaloraError(
-            "images",
-            expected="the package Pillow",
-            found=error,
-            remedy="pip install 'nalora_jax[vision]'",
-        ) from error
+        expected, remedy = "the package Pillow", "pip install 'nalora_jax[vision]'"
+        raise NaloraError("images", expected=expected, found=error, remedy=remedy) from error
 
 
 def open_image(source: str | Path | bytes, name: str = "", limits: Limits | None = None) -> Any:
@@ -99,19 +95,12 @@ def _check(image: Any, name: str, limits: Limits) -> None:
     if width * height > limits.max_pixels:
         raise _too_large(name, limits, f"{width} x {height}")
     if min(width, height) < 1 or max(width, height) > limits.max_ratio * min(width, height):
-        raise NaloraError(
-            name,
-            expected=f"sides that differ by at most {limits.max_ratio:g} times",
-            found=image.size,
-        )
+        expected = f"sides that differ by at most {limits.max_ratio:g} times"
+        raise NaloraError(name, expected=expected, found=image.size)
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and not limits.animated:
-        raise NaloraError(
-            name,
-            expected="a still image",
-            found=f"{frames} frames",
-            remedy="save one of them as an image of its own",
-        )
+        remedy = "save one of them as an image of its own"
+        raise NaloraError(name, expected="a still image", found=f"{frames} frames", remedy=remedy)
 
 
 def _too_large(name: str, limits: Limits, actual: object) -> NaloraError:
@@ -131,12 +120,9 @@ def _eight_bits(image: Any, kind: str, name: str) -> Any:
     """Returns a 16-bit grey image with 8 bits; Pillow's conversion would clip it to white."""
     # PNG and PPM files have at most 16 bits; some Pillow versions read them as "I".
     if image.mode == "F" or (image.mode == "I" and kind not in ("PNG", "PPM")):
-        raise NaloraError(
-            name,
-            expected="8 or 16 bits per channel",
-            found=f"mode {image.mode} (32 bits), whose range is not known",
-            remedy="scale its values to 0 to 255 and save it with 8 bits per channel",
-        )
+        actual = f"mode {image.mode} (32 bits), whose range is not known"
+        remedy = "scale its values to 0 to 255 and save it with 8 bits per channel"
+        raise NaloraError(name, expected="8 or 16 bits per channel", found=actual, remedy=remedy)
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image)

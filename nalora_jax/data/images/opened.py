@@ -52,15 +52,14 @@ def open_images(
         )
     if name in IMAGE_SETS:
         return IMAGE_SETS.get(name)(split, vision, cache or cache_dir())
-    path = Path(split) if Path(split).exists() else expand_user(name)
+    path = expand_user(name)
+    if Path(split).exists():
+        path, split = Path(split), "train"
     if not path.exists():
-        raise NaloraError(
-            "--data.dataset",
-            expected='a registered data set, "tfds:<name>", a folder of images, or a CSV or JSONL file',
-            found=repr(name),
-            remedy=f"--import FILE registers data sets; registered: {', '.join(IMAGE_SETS.names()) or 'none'}",
-        )
-    return ListedImages(path, "train" if path == Path(split) else split, vision)
+        expected = 'a registered data set, "tfds:<name>", a folder of images, or a CSV or JSONL file'
+        remedy = f"--import FILE registers data sets; registered: {', '.join(IMAGE_SETS.names()) or 'none'}"
+        raise NaloraError("--data.dataset", expected=expected, found=repr(name), remedy=remedy)
+    return ListedImages(path, split, vision)
 
 
 def usable(
@@ -89,9 +88,8 @@ def usable(
     readable = np.array([i for i, text in zip(indices, complaints, strict=True) if not text], np.int64)
     bad = [text for text in complaints if text]
     if not len(readable):
-        raise NaloraError(
-            source.name, expected="at least one readable image", found=bad[0] if bad else "none"
-        )
+        expected = "at least one readable image"
+        raise NaloraError(source.name, expected=expected, found=next(iter(bad), "none"))
     return readable, bad
 
 

@@ -86,16 +86,19 @@ class ImageProcessor:
         if target is not None:
             image = image.resize((target[1], target[0]), resample=self.resample)
         pixels = np.asarray(image, np.uint8)
-        return {"pixels": pixels if self.crop is None else _centre(pixels, self.crop)}
+        if self.crop is not None:
+            pixels = _centre(pixels, self.crop)
+        return {"pixels": pixels}
 
     def of_side(self, side: int) -> ImageProcessor:
         """Returns the processor for squares of ``side`` pixels that crops the same share of an image."""
         output = self.output or (self.shortest, self.shortest)
         height, width = self.resize or output
-        resize = (
-            (round(height * side / output[0]), round(width * side / output[1])) if self.resize else None
-        )
-        crop = (side, side) if self.shortest or self.crop else None
+        resize = crop = None
+        if self.resize:
+            resize = (round(height * side / output[0]), round(width * side / output[1]))
+        if self.shortest or self.crop:
+            crop = (side, side)
         return replace(self, resize=resize, shortest=round(self.shortest * side / min(output)), crop=crop)
 
     def batch(self, images: Sequence[Any]) -> dict[str, np.ndarray]:
@@ -157,11 +160,8 @@ def parse_processor(raw: Mapping[str, Any], where: str) -> ImageProcessor:
     kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or ""
     base_kind = str(kind).removesuffix("Fast").removesuffix("Pil")
     if base_kind not in DEFAULTS:
-        raise NaloraError(
-            f"{where}: image_processor_type",
-            expected=f"one of {', '.join(DEFAULTS)}",
-            found=repr(kind),
-        )
+        expected = f"one of {', '.join(DEFAULTS)}"
+        raise NaloraError(f"{where}: image_processor_type", expected=expected, found=repr(kind))
     f = Fields(raw, DEFAULTS[base_kind], where)
     for name in ("do_rescale", "do_normalize", "do_resize"):
         if not isinstance(f.get(name), bool):
@@ -169,21 +169,20 @@ def parse_processor(raw: Mapping[str, Any], where: str) -> ImageProcessor:
     for name in ("do_pad", "do_pan_and_scan"):
         f.refuse(name, "set it to false in the file, as the model's own is")
     resample = f.integer("resample", low=0, high=max(_FILTERS))
-    common: dict[str, Any] = {
-        "resample": resample,
-        "scale": f.number("rescale_factor") if f.get("do_rescale") else 1.0,
-        "mean": _channels(f, "image_mean") if f.get("do_normalize") else (0.0,) * 3,
-        "std": _channels(f, "image_std") if f.get("do_normalize") else (1.0,) * 3,
-    }
+    values: dict[str, Any] = {"resample": resample, "scale": 1.0}
+    if f.get("do_rescale"):
+        values["scale"] = f.number("rescale_factor")
+    if f.get("do_normalize"):
+        values |= {"mean": _channels(f, "image_mean"), "std": _channels(f, "image_std")}
     if base_kind == "Siglip2ImageProcessor":
-        common |= {
-            "patch_size": f.integer("patch_size", high=2**10),
-            "max_patches": f.integer("max_num_patches"),
-        }
-        return ImageProcessor(**common)
-    resize, shortest = _size(f, "size") if f.get("do_resize") else (None, 0)
-    crop = _size(f, "crop_size")[0] if f.get("do_center_crop") else None
-    return ImageProcessor(resize, shortest, crop=crop, **common)
+        values["patch_size"] = f.integer("patch_size", high=2**10)
+        values["max_patches"] = f.integer("max_num_patches")
+        return ImageProcessor(**values)
+    if f.get("do_resize"):
+        values["resize"], values["shortest"] = _size(f, "size")
+    if f.get("do_center_crop"):
+        values["crop"] = _size(f, "crop_size")[0]
+    return ImageProcessor(**values)
 
 
 def _size(f: Fields, name: str) -> tuple[tuple[int, int] | None, int]:
@@ -195,7 +194,9 @@ def _size(f: Fields, name: str) -> tuple[tuple[int, int] | None, int]:
     sides = Fields(value, {}, f"{f.where}: {name}")
     if set(value) == {"shortest_edge"}:
         side = sides.integer("shortest_edge", high=2**14)
-        return ((side, side), 0) if square else (None, side)
+        if square:
+            return (side, side), 0
+        return None, side
     if not {"height", "width"} <= set(value):
         raise f.error(name, "height and width, or shortest_edge", str(value)[:60])
     return (sides.integer("height", high=2**14), sides.integer("width", high=2**14)), 0

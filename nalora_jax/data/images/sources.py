@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.config import VisionConfig
+from nalora_jax.data.files import DELIMITERS
 from nalora_jax.data.images.files import ENDINGS
 from nalora_jax.data.jsonl import JsonLines
 from nalora_jax.data.source import Span
 from nalora_jax.data.tfds_source import absolute, tfds_errors
-from nalora_jax.errors import NaloraError
+from nalora_jax.errors import NaloraError, shown
 
 # Files that list a folder's images, by precedence; metadata.* are from Hugging Face's ImageFolder.
 LISTS = ("captions.jsonl", "metadata.jsonl", "metadata.csv", "captions.csv")
@@ -83,11 +84,10 @@ class ImageSource(ABC):
         field = self.fields.caption_field
         value = record.get(field)
         if not isinstance(value, str) or not value.strip():
-            actual = "nothing" if value is None else repr(value)[:80]
             raise NaloraError(
                 f"{self.where(index)}: {field}",
                 expected="a text",
-                found=actual,
+                found=shown(value),
                 remedy=f"name the field by --vision.caption-field (there are {', '.join(record)})",
             )
         return value
@@ -103,7 +103,7 @@ class ImageSource(ABC):
                     raise NaloraError(
                         f"{self.where(index)}: {field}",
                         expected="a class: a number or a name",
-                        found="nothing" if value is None else repr(value)[:80],
+                        found=shown(value),
                         remedy=f"name the field by --vision.label-field (there are {', '.join(record)})",
                     )
                 labels.append(value)
@@ -208,8 +208,9 @@ class TfdsImages(ImageSource):
             return bytes(np.asarray(value).item())
         if isinstance(value, bytes):
             return value.decode("utf-8", "replace")
-        scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim)
-        return value.item() if scalar else value
+        if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim):
+            return value.item()
+        return value
 
 
 class ListedImages(ImageSource):
@@ -223,13 +224,10 @@ class ListedImages(ImageSource):
 
     def __init__(self, path: Path, split: str, fields: VisionConfig) -> None:
         self.dataset, self.name, self.fields = str(path.resolve()), f"{path}[{split}]", fields
-        listed = (
-            path
-            if path.is_file()
-            else next((path / name for name in LISTS if (path / name).is_file()), None)
-        )
-        self._rows = _listed(listed) if listed is not None else _by_folder(path, fields)
-        self._root = (listed or path).parent if path.is_file() else path
+        self._root, lists = path, [path / name for name in LISTS if (path / name).is_file()]
+        if path.is_file():
+            self._root, lists = path.parent, [path]
+        self._rows = _listed(lists[0]) if lists else _by_folder(path, fields)
         digest = hashlib.sha256(repr(self._rows).encode())
         with tfds_errors(
             self.name,
@@ -280,11 +278,8 @@ class ListedImages(ImageSource):
         """
         path = (self._root / name).resolve()
         if not path.is_relative_to(self._root.resolve()):
-            raise NaloraError(
-                f"{self.name}: {name}",
-                expected="a file in the list's folder",
-                found="one outside of it",
-            )
+            expected = "a file in the list's folder"
+            raise NaloraError(f"{self.name}: {name}", expected=expected, found="one outside of it")
         return path
 
 
@@ -293,15 +288,12 @@ def _listed(path: Path) -> list[dict[str, Any]]:
     if path.suffix.lower() in (".jsonl", ".json", ".ndjson"):
         lines = JsonLines(path)
         return [lines[i] for i in range(len(lines))]
-    if path.suffix.lower() not in (".csv", ".tsv"):
-        raise NaloraError(
-            str(path),
-            expected="a .csv or .jsonl file, or a folder",
-            found=path.suffix or "no ending",
-        )
+    if path.suffix.lower() not in DELIMITERS:
+        expected = "a .csv or .jsonl file, or a folder"
+        raise NaloraError(str(path), expected=expected, found=path.suffix or "no ending")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
+            rows = list(csv.DictReader(file, delimiter=DELIMITERS[path.suffix.lower()]))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise NaloraError(str(path), expected="a CSV file with a header", found=error) from error
     for number, row in enumerate(rows, start=2):
@@ -337,9 +329,5 @@ def _slices(split: str, count: int) -> list[Span]:
 
 def _require_some(source: ImageSource) -> None:
     if len(source) == 0:
-        raise NaloraError(
-            source.name,
-            expected="at least one image",
-            found="none",
-            remedy=f"a folder holds one of {', '.join(LISTS)}, or a subfolder of images per class",
-        )
+        remedy = f"a folder holds one of {', '.join(LISTS)}, or a subfolder of images per class"
+        raise NaloraError(source.name, expected="at least one image", found="none", remedy=remedy)

@@ -46,16 +46,14 @@ class TextTokenizer:
           length: tokens per row; by default the longest text's, rounded up to a multiple of 8, at
             most ``max_length``.
         """
-        texts = [text.lower() for text in texts] if self.lowercase else list(texts)
+        if self.lowercase:
+            texts = [text.lower() for text in texts]
         self.backend.enable_truncation(length or self.max_length)
-        rows = [encoding.ids for encoding in self.backend.encode_batch(texts)]
+        rows = [encoding.ids for encoding in self.backend.encode_batch(list(texts))]
         longest = max((len(row) for row in rows), default=1)
-        if not length:
-            length = (
-                self.max_length
-                if self.fixed
-                else min(self.max_length, -(-longest // _MULTIPLE) * _MULTIPLE)
-            )
+        if self.fixed:
+            longest = self.max_length
+        length = length or min(self.max_length, -(-longest // _MULTIPLE) * _MULTIPLE)
         tokens = np.full((len(rows), length), self.pad_id, np.int32)
         weights = np.zeros((len(rows), length), np.float32)
         for i, row in enumerate(rows):
@@ -76,15 +74,13 @@ def read_text_tokenizer(
     path = folder / "tokenizer.json"
     backend = read_backend(path)
     if backend.get_vocab_size() > vocab_size:
-        raise NaloraError(
-            str(path),
-            expected=f"at most {vocab_size} tokens, the rows of the embedding",
-            found=backend.get_vocab_size(),
-        )
+        expected = f"at most {vocab_size} tokens, the rows of the embedding"
+        raise NaloraError(str(path), expected=expected, found=backend.get_vocab_size())
     settings = read_json(folder / "special_tokens_map.json", missing={})
     settings |= read_json(folder / "tokenizer_config.json", missing={})
     pad = settings.get("pad_token")
-    pad = pad.get("content") if isinstance(pad, dict) else pad
+    if isinstance(pad, dict):
+        pad = pad.get("content")
     pad_id = backend.token_to_id(pad) if isinstance(pad, str) else None
     if pad_id is None:
         remedy = "set pad_token to a token of the vocabulary"

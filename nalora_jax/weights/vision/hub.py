@@ -79,12 +79,9 @@ def resolve_folder(source: str, cache: Path | None = None) -> tuple[Path, str]:
         return path, source
     owner, _, name = source.partition("/")
     if not name or "/" in name or path.is_absolute() or owner in (".", "..", "~"):
-        raise NaloraError(
-            source or "model",
-            expected="an image or text encoder",
-            found="no folder, no hub id (owner/name) and no alias of that name",
-            remedy="aliases: " + ", ".join(ENCODERS.names()),
-        )
+        expected, remedy = "an image or text encoder", "aliases: " + ", ".join(ENCODERS.names())
+        actual = "no folder, no hub id (owner/name) and no alias of that name"
+        raise NaloraError(source or "model", expected=expected, found=actual, remedy=remedy)
     return _snapshot(source), source
 
 
@@ -112,9 +109,5 @@ def _snapshot(repository: str) -> Path:
             continue
         if any(folder.glob("*.safetensors")) and (folder / "config.json").is_file():
             return folder
-    raise NaloraError(
-        repository,
-        expected="config.json and safetensors files",
-        found="a repository without",
-        remedy="use another one",
-    )
+    expected, actual = "config.json and safetensors files", "a repository without"
+    raise NaloraError(repository, expected=expected, found=actual, remedy="use another one")

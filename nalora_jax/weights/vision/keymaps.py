@@ -176,12 +176,18 @@ def encoder_keymap(config: EncoderConfig) -> KeyMap:
     The prefixes of wrappers (``bert.``, ``vision_model.``) are optional.
     """
     tensors = tuple(tower_tensors(config, "", ""))
-    ignored = _IGNORED if config.pooler else (*_IGNORED, _POOLER_UNUSED)
     renames = (
         (r"^(clip\.|siglip\.)?(vision_model|text_model)\.", ""),
         (r"^(bert|vit|dinov2)\.", ""),
     )
-    return KeyMap(tensors, ignored, (), renames)
+    return KeyMap(tensors, _ignored(config), (), renames)
+
+
+def _ignored(*towers: EncoderConfig) -> tuple[str, ...]:
+    """Returns the patterns of tensors that are not loaded."""
+    if any(tower.pooler for tower in towers):
+        return _IGNORED
+    return (*_IGNORED, _POOLER_UNUSED)
 
 
 def dual_keymap(config: DualConfig) -> KeyMap:
@@ -196,11 +202,10 @@ def dual_keymap(config: DualConfig) -> KeyMap:
             row = VisionTensorRow(f"{name}.weight", (f"{tower}/projection/kernel",), "transpose")
             tensors += row_tensors(row, shapes, config.towers[tower])
     lone = (1,) if config.model_type.startswith("siglip") else ()
-    for name in ("logit_scale", "logit_bias") if config.loss == "sigmoid" else ("logit_scale",):
-        into = Transform(lambda x: x.reshape(()), lambda x: x.reshape((1,)) if lone else x, mixes_rows=True)
+    into = Transform(lambda x: x.reshape(()), lambda x: x.reshape(lone), mixes_rows=True)
+    for name in [path for path in shapes if path.startswith("logit_")]:
         tensors.append(SourceTensor(name, lone, (Slot(name),), lone or (1,), into))
-    pooled = config.image.pooler or config.text.pooler
-    return KeyMap(tuple(tensors), _IGNORED if pooled else (*_IGNORED, _POOLER_UNUSED))
+    return KeyMap(tuple(tensors), _ignored(config.image, config.text))
 
 
 def tower_tensors(config: EncoderConfig, path: str, prefix: str) -> Iterator[SourceTensor]:
@@ -287,7 +292,7 @@ def params_from_tensors(
     Raises:
       NaloraError: a tensor is missing, unknown or misshapen.
     """
-    keymap = dual_keymap(config) if isinstance(config, DualConfig) else encoder_keymap(config)
+    keymap = _keymap(config)
     names = keymap.check(
         {name: tuple(np.shape(value)) for name, value in tensors.items()}, config.model_type
     )
@@ -295,7 +300,7 @@ def params_from_tensors(
     for tensor in keymap.tensors:
         parts = tensor.split(np.asarray(tensors[names[tensor.name]]))
         for slot, leaf in zip(tensor.slots, parts, strict=True):
-            leaves[slot.path][() if slot.layer is None else slot.layer] = leaf
+            leaves[slot.path][slot.index] = leaf
     return unflatten(leaves)
 
 
@@ -304,12 +309,15 @@ def tensors_from_params(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields names and tensors of a model's file: the inverse of `params_from_tensors`."""
     leaves = flatten(params)
-    keymap = dual_keymap(config) if isinstance(config, DualConfig) else encoder_keymap(config)
-    for tensor in keymap.tensors:
-        parts = [
-            np.asarray(leaves[slot.path])[() if slot.layer is None else slot.layer] for slot in tensor.slots
-        ]
+    for tensor in _keymap(config).tensors:
+        parts = [np.asarray(leaves[slot.path])[slot.index] for slot in tensor.slots]
         yield tensor.name, tensor.join(parts).reshape(tensor.shape)
+
+
+def _keymap(config: DualConfig | EncoderConfig) -> KeyMap:
+    if isinstance(config, DualConfig):
+        return dual_keymap(config)
+    return encoder_keymap(config)
 
 
 def module_names(config: DualConfig | EncoderConfig, path: str) -> str:
@@ -318,10 +326,8 @@ def module_names(config: DualConfig | EncoderConfig, path: str) -> str:
         tower, prefix, name = config, "", path
     else:
         tower_name, _, name = path.partition("/")
-        tower, prefix = (
-            config.towers[tower_name],
-            {"image": "vision_model.", "text": "text_model."}[tower_name],
-        )
+        tower = config.towers[tower_name]
+        prefix = {"image": "vision_model.", "text": "text_model."}[tower_name]
     for row in TABLES[tower.model_type]:
         if row.paths == (f"{name}/kernel",):
             return prefix + _in_memory(tower, row.name.removesuffix(".weight"))

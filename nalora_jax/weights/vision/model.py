@@ -98,10 +98,8 @@ def load_dual(
     params = load_leaves(
         config.param_shapes(), tensors, dual_keymap(config), dtype=dtype, shardings=_shardings(config, mesh)
     )
-    tokenizer, processor = (
-        _tokenizer(folder, config.text),
-        _of_side(read_processor(folder), config.image, image_size),
-    )
+    tokenizer = _tokenizer(folder, config.text)
+    processor = _of_side(read_processor(folder), config.image, image_size)
     source_of = origin(config, ResolvedSource("hf", folder, name), tensors, together=mesh is not None)
     return LoadedDual(config, params, tokenizer, processor, name, source_of.fingerprint, source_of)
 

@@ -17,16 +17,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale
+from nalora_jax.models.targets import AdapterSpec, adapter_scale
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.models.vision.dual import trained_shapes
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.peft_adalora import as_lora_tensors
-from nalora_jax.weights.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
+from nalora_jax.weights.peft_config import CONFIG_NAME, read_peft_config
 from nalora_jax.weights.peft_digest import check_digest, check_fingerprint, file_metadata
-from nalora_jax.weights.peft_modules import ModuleAdapter, alpha_for
-from nalora_jax.weights.peft_read import TENSORS_NAME, by_module, read_tensors
+from nalora_jax.weights.peft_modules import ModuleAdapter, alpha_for, same_array
+from nalora_jax.weights.peft_read import TENSORS_NAME, by_module, read_tensors, stack_adapters
 from nalora_jax.weights.peft_write import layer_adapter
 from nalora_jax.weights.shards import write_tensors
 from nalora_jax.weights.vision.keymaps import module_names
@@ -78,7 +78,7 @@ def export_dual_adapter(
         _WHOLE[path]: _outside(np.asarray(leaves[path], np.float32)) for path in trained_shapes(config)
     }
     settings = _settings(adapters, spec)
-    with new_folder(folder, replaces=OWN_FILES if overwrite else ()) as scratch:
+    with new_folder(folder, replaces=OWN_FILES, overwrite=overwrite) as scratch:
         write_json(scratch / CONFIG_NAME, settings | {"base_model_name_or_path": base_model_name})
         write_tensors(scratch / TENSORS_NAME, tensors, file_metadata(tensors, settings, fingerprint))
         if complete:
@@ -124,17 +124,12 @@ def import_dual_adapter(
     for name in modules:
         if name not in places or name not in choices.modules:
             expected = "a module of this model's layers that target_modules covers"
-            raise NaloraError(
-                f"{path}: {name}",
-                expected=expected,
-                found="another one",
-                remedy="PEFT would drop it",
-            )
+            actual, remedy = "another one", "PEFT would drop it"
+            raise NaloraError(f"{path}: {name}", expected=expected, found=actual, remedy=remedy)
     missing = [name for name in places if name in choices.modules and name not in modules]
     if missing or not modules:
-        where = f"{path}: {missing[0] if missing else 'tensors'}"
         raise NaloraError(
-            where,
+            f"{path}: {next(iter(missing), 'tensors')}",
             expected="lora_A and lora_B of every target",
             found=f"{len(missing)} modules without",
         )
@@ -145,7 +140,7 @@ def import_dual_adapter(
         scale = adapter_scale(choices.alphas[name], rank, rslora=peft.rslora)
         shape = config.projection_shapes()[place]
         pieces.setdefault(place, {})[layer] = _read(shape, rank, scale, parts, f"{path}: {name}")
-    lora, spec = _stacked(config, peft, pieces)
+    lora, spec = stack_adapters(config.projection_shapes(), config.depths(), peft, pieces)
     return unflatten(lora | _read_whole(folder, config)), spec
 
 
@@ -181,9 +176,8 @@ def verify_dual_export(
 def _same(a: ModuleAdapter | None, b: ModuleAdapter | None) -> bool:
     if a is None or b is None:
         return a is None and b is None
-    first, second = (np.zeros(0) if x.magnitude is None else x.magnitude for x in (a, b))
-    pairs = ((a.a, b.a), (a.b, b.b), (first, second))
-    return all(np.array_equal(x, y) for x, y in pairs) and math.isclose(a.scale, b.scale, rel_tol=1e-6)
+    pairs = ((a.a, b.a), (a.b, b.b), (a.magnitude, b.magnitude))
+    return all(same_array(x, y) for x, y in pairs) and math.isclose(a.scale, b.scale, rel_tol=1e-6)
 
 
 def _adapters(
@@ -233,34 +227,6 @@ def _read(
                 f"{where} ({kind})", expected=f"shape {shapes[kind]}", found=f"shape {tensor.shape}"
             )
     return ModuleAdapter(parts["a"].T, parts["b"].T, scale, parts.get("magnitude"))
-
-
-def _stacked(
-    config: DualConfig, peft: PeftConfig, pieces: Mapping[str, Mapping[int, ModuleAdapter]]
-) -> tuple[dict[str, np.ndarray], AdapterSpec]:
-    """Stacks adapters over layers with zero-padding; returns leaves by path and their spec."""
-    shapes, depths = config.projection_shapes(), config.depths()
-    leaves: dict[str, np.ndarray] = {}
-    targets = []
-    for path, layers in sorted(pieces.items()):
-        (d_in, d_out), n = shapes[path], depths[path]
-        ranks = tuple(layers[i].rank if i in layers else 0 for i in range(n))
-        a, b = (
-            np.zeros((n, d_in, max(ranks)), np.float32),
-            np.zeros((n, max(ranks), d_out), np.float32),
-        )
-        alphas = [1.0] * n
-        for layer, piece in layers.items():
-            a[layer, :, : piece.rank], b[layer, : piece.rank] = piece.a, piece.b
-            alphas[layer] = alpha_for(piece.scale, piece.rank, rslora=peft.rslora)
-        leaves |= {f"{path}/a": a, f"{path}/b": b}
-        if peft.dora:
-            rows = [layers[i].magnitude if i in layers else None for i in range(n)]
-            leaves[f"{path}/magnitude"] = np.stack(
-                [np.ones(d_out, np.float32) if r is None else r for r in rows]
-            )
-        targets.append((path, TargetSpec(ranks, tuple(alphas))))
-    return leaves, AdapterSpec(tuple(targets), rslora=peft.rslora, dora=peft.dora, dropout=peft.dropout)
 
 
 def _read_whole(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:

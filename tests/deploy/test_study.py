@@ -1,0 +1,76 @@
+"""The files of deploy/ that run a study on several hosts."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nalora_jax.cli.command import parse
+from nalora_jax.cli.parser import StudyArgs
+from tests.deploy import kubernetes
+from tests.deploy.sandbox import ROOT
+
+STUDY = "studies/llama_8b_commonsense"
+
+
+@pytest.fixture(scope="module")
+def job() -> dict[str, Any]:
+    resource = yaml.safe_load((ROOT / "deploy" / "study_job.yaml").read_text())
+    assert (resource["apiVersion"], resource["kind"]) == ("batch/v1", "Job")
+    return resource
+
+
+def test_pods_of_the_job_run_a_committed_study_on_a_shared_volume(job: dict[str, Any]) -> None:
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    ((mount,), (volume,)) = container["volumeMounts"], pod["volumes"]
+    verb, args = parse(container["args"])
+    assert isinstance(args, StudyArgs)
+    assert (verb, args.action, args.together) == ("study", "run", 0)
+    assert mount["name"] == volume["name"]
+    assert Path(mount["mountPath"]) in args.study.parents
+    assert str(args.study).endswith(STUDY)
+    assert (ROOT / STUDY / "protocol.toml").exists()
+
+
+def test_each_pod_has_all_chips_of_its_host(job: dict[str, Any]) -> None:
+    pod = job["spec"]["template"]["spec"]
+    rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    resources = pod["containers"][0]["resources"]
+    assert resources["requests"] == resources["limits"] == {"google.com/tpu": rows * columns}
+
+
+def test_a_usage_error_fails_the_job_and_a_lost_pod_is_replaced(job: dict[str, Any]) -> None:
+    spec = job["spec"]
+    replicated = {"name": "pod", "replicas": 1, "template": {"spec": spec}}
+    assert list(kubernetes.job_violations(job["metadata"]["name"], replicated)) == []
+    assert spec["completionMode"] == "Indexed"  # required by backoffLimitPerIndex
+    assert spec["backoffLimitPerIndex"] > 0
+    assert kubernetes.reason_of(spec, 2) == "PodFailurePolicy"
+    assert kubernetes.reason_of(spec, 143) == "BackoffLimitExceeded"
+
+
+def test_each_task_of_the_array_runs_the_study_on_one_node(tmp_path: Path) -> None:
+    script = ROOT / "deploy" / "study.sbatch"
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", script.read_text(), re.MULTILINE))
+    assert (options["nodes"], options["ntasks-per-node"]) == ("1", "1")
+    assert {"array", "requeue"} <= options.keys()
+    nalora = tmp_path / "bin" / "nalora"
+    nalora.parent.mkdir()
+    nalora.write_text('#!/bin/bash\necho "$@"\nexit 143\n')
+    nalora.chmod(0o755)
+    environment = os.environ | {"NALORA_ENV": str(tmp_path)}
+    ended = subprocess.run(
+        ["bash", script, STUDY, "--limit", "3"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (143, f"study run {STUDY} --limit 3\n")
