@@ -132,6 +132,7 @@ def build_model(
             sharding=distributed.row_sharding(mesh),
         ),
         activation_sharding=distributed.row_sharding(mesh),
+        routing_sharding=distributed.row_sharding(mesh) if base.n_experts else None,
         experts=compute.experts,
     )
 

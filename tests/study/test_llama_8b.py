@@ -25,14 +25,14 @@ SMALLER = {
     'validation = "train[97%:]"': 'validation = "train[99%:]"',
     "validation_items = 2000": "validation_items = 4",
     "test_items = 1000": "test_items = 4",
-    "accuracy_items = 500": "accuracy_items = 2",
+    "accuracy_items = 500": "accuracy_items = 1",
 }
 
 
 @pytest.fixture
 def protocol(tmp_path: Path) -> Protocol:
-    """The study's protocol with a smaller model, two probes, and fewer steps, tokens and items."""
-    text = (STUDY / "protocol.toml").read_text().partition("[probes.socialiqa]")[0]
+    """The study's protocol with a smaller model, one probe, and fewer steps, tokens and items."""
+    text = (STUDY / "protocol.toml").read_text().partition("[probes.piqa]")[0]
     for old, new in SMALLER.items():
         assert text.count(old) == 1, old
         text = text.replace(old, new)
@@ -55,7 +55,7 @@ def test_two_seeds_of_the_placebo_train_in_one_program_and_are_tested(
         losses = [row["loss"] for row in record["training"]]
         assert record["curve"][-1]["step"] == 20
         assert all(map(math.isfinite, [*losses, record["test"]["loss"], record["validation"]["loss"]]))
-        assert record["test"]["accuracy"] in (0, 0.5, 1)
+        assert record["test"]["accuracy"] in (0, 1)
         assert record["probes"].keys() == protocol.probes.keys()
         assert record["curve"][-1]["loss"] < record["curve"][0]["loss"]
     assert records[0]["test"]["loss"] != records[1]["test"]["loss"]
