@@ -16,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import matplotlib
 import matplotlib.pyplot as plt
@@ -200,8 +199,8 @@ class World(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A tiny model in place of the pages' own; programs compiled once are not compiled again."""
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A tiny model in place of the pages' own; a run with the settings and data of another is its copy."""
     folder = tmp_path_factory.mktemp("pages")
     small, whole = tiny.make_config(folder, mesh=MeshConfig(data=-1)), nalora_jax.run
     finished: list[tuple[RunConfig, Any, Any]] = []  # settings, data, result
@@ -234,13 +233,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         chosen = replace(small, **given)
         return whole(chosen, data=data, **more) if more else run_once(chosen, data)
 
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(folder / "compiled"), 0), strict=True):
-        jax.config.update(name, value)
-    yield World(folder, run)
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
+    return World(folder, run)
 
 
 # What a page's code takes from the reader, by page.

@@ -24,10 +24,11 @@ from nalora_jax.loading.adapted import load
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights import hub
 from nalora_jax.weights.merge import write_merged
+from tests import xla_options
 
 pytestmark = [pytest.mark.network, pytest.mark.optimised]
 
-QUESTIONS = 5
+QUESTIONS = 3
 TRAINING = (
     "--steps 6 --optimizer.learning-rate 4e-3 --compute.dtype float32 --compute.no-compilation-cache "
     "--data.max-length 64 --data.train-limit 100 --data.eval-limit 4 --data.select-limit 2 "
@@ -51,7 +52,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "--output",
         str(found["run"]),
     ]
-    plain = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
+    plain = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    plain["XLA_FLAGS"] = xla_options.flags(1)
     subprocess.run([*command, *TRAINING.split()], check=True, env=plain)
     assert main(["export", str(found["run"]), "--output", str(found["export"])]) == 0
     assert main(["merge", str(found["run"]), "--output", str(found["merge"]), "--dtype", "float32"]) == 0

@@ -125,8 +125,8 @@ def settings(base: Path, questions: Path) -> RunConfig:
             train_split="train[:80%]",
             eval_split="train[80%:]",
             max_length=16,
-            eval_limit=30,
-            select_limit=10,
+            eval_limit=4,
+            select_limit=2,  # with so few, one program measures both
         ),
         mesh=MeshConfig(data=1, fsdp=1, tensor=1),
         train=TrainConfig(batch_size=8, log_every=5, eval_every=20, save_every=10),
@@ -184,8 +184,8 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[R
     assert lines[0]["run"]["steps"] == 40
     initial, final = (next(line for line in lines if name in line) for name in ("initial", "final"))
     assert initial["eval"]["loss"] == pytest.approx(result.before["loss"])
-    assert final["eval"]["n"] == 30
-    assert final["eval"]["paired"]["n"] == 30
+    assert final["eval"]["n"] == 4
+    assert final["eval"]["paired"]["n"] == 4
     assert {
         line["step"] for line in lines if "eval" in line and not {"initial", "final"} & line.keys()
     } == {0, 20, 40}
@@ -268,13 +268,12 @@ def test_the_run_folder_is_a_model_for_every_verb(
     assert main(["merge", config.output, "--output", config.output + "-merged", "--dtype", "float32"]) == 0
     assert main(["inspect", config.output, "--texts", "a b c", "--dtype", "float32"]) == 0
     capsys.readouterr()
-    tokens = jax.numpy.asarray([[2, 5, 9]])
+    tokens = np.array([[2, 5, 9]])
     with_adapter, merged = (
         load(config.output, dtype="float32"),
         load(config.output + "-merged", dtype="float32"),
     )
-    first = with_adapter.module.apply(with_adapter.variables, tokens)
-    second = merged.module.apply(merged.variables, tokens)
+    first, second = (tiny.logits_of(one.module, one.variables, tokens) for one in (with_adapter, merged))
     np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
 
 
@@ -297,8 +296,8 @@ def test_eval_of_a_run_gives_the_run_s_own_numbers_to_the_bit(
     found = json.loads(Path(measured).read_text())
     del reported["paired"]
     assert {name: found[name] for name in reported} == reported
-    assert 0 < reported["accuracy"] < 1
-    assert reported["n"] == 30
+    assert reported["loss"] > 0
+    assert reported["n"] == 4
 
 
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(

@@ -32,7 +32,7 @@ TAKE_TERMINAL += "os.execv(sys.argv[1], sys.argv[1:])"
 def start_run(folder: Path, prefix: Sequence[str], **options: Any) -> subprocess.Popen:
     """A run of 40 steps, with a checkpoint every two; ``prefix`` starts the command."""
     train = TrainConfig(batch_size=8, log_every=1, eval_every=0, save_every=2, keep=50)
-    config = replace(tiny.make_config(folder), steps=40, train=train)
+    config = replace(tiny.make_config(folder), steps=40, train=train, mechanisms=())
     settings = tiny.write_settings(config, folder / "settings.py")
     environment = {**os.environ, "NALORA_CACHE": tiny.new_cache(folder / "cache"), "PYTHONPATH": str(ROOT)}
     environment |= {"XLA_FLAGS": tiny.xla_options.flags(1), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

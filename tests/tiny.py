@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,13 @@ def make_model(folder: Path) -> Path:
     params = jax.tree.map(lambda leaf: 2 * leaf, init_params(config, jax.random.key(0)))
     tokenizer = Tokenizer(backend, None, 0, 0, (0,), chat_template=None, add_bos=False)
     return write_merged(folder, config, params, None, AdapterSpec(), hf_config=HF, tokenizer=tokenizer)
+
+
+@partial(jax.jit, static_argnames="module")
+def logits_of(module: Any, variables: Any, tokens: Any) -> jax.Array:
+    """Logits of a decoder's whole rows, in one program for all weights and adapters of a shape."""
+    logits: jax.Array = module.apply(variables, module.apply(variables, tokens), method="unembed")
+    return logits
 
 
 def write_gguf(writer: Any, config: ModelConfig, params: Any, **more: np.ndarray) -> None:

@@ -94,9 +94,7 @@ def run(base):
 
 def logits(source, **options):
     model = load(source, dtype="float32", **options)
-    tokens = jnp.asarray([[3, 4, 5, 6, 7]])
-    hidden = model.module.apply(model.variables, tokens)
-    return np.asarray(model.module.apply(model.variables, hidden, method="unembed"))
+    return np.asarray(tiny.logits_of(model.module, model.variables, np.array([[3, 4, 5, 6, 7]])))
 
 
 def test_a_run_and_its_parts_are_the_same_model(base, run):
@@ -247,8 +245,8 @@ def scores(model, row):
     tokenizer, found = model.base.tokenizer, []
     for choice in row["choices"]:
         prompt, answer = tokenizer.encode(row["prompt"]), tokenizer.encode(choice)
-        hidden = model.module.apply(model.variables, jnp.asarray([prompt + answer]))
-        logs = jax.nn.log_softmax(model.module.apply(model.variables, hidden, method="unembed")[0])
+        logits = tiny.logits_of(model.module, model.variables, np.array([prompt + answer]))
+        logs = jax.nn.log_softmax(logits[0])
         found.append(
             sum(float(logs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)) / len(choice)
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import xla_options
 from tests.deploy import sandbox
 
 ZONE = ("--zone", "us-west4-a")
@@ -52,6 +53,7 @@ class Cloud:
             "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
             "JAX_NUM_PROCESSES": str(len(names)),
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "XLA_FLAGS": xla_options.flags(1),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "NALORA_NATIVE": "0",
             "NALORA_CACHE": str(self.shared / "cache"),

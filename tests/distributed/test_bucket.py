@@ -79,7 +79,7 @@ def test_two_processes_write_one_run_into_a_bucket_and_go_on_from_it(two_process
 
 
 def test_two_processes_train_a_model_from_a_bucket_on_data_from_a_bucket(tmp_path):
-    config = tiny.make_config(tmp_path, steps=2, mesh=MeshConfig(1, -1, 1))
+    config = tiny.make_config(tmp_path, steps=2, mesh=MeshConfig(1, -1, 1), mechanisms=())
     data = replace(config.data, dataset="gs://bucket/data/questions.jsonl")
     config = replace(config, model="gs://bucket/llama", data=data, debug=DebugConfig(profile="2:1"))
     settings = tiny.write_settings(config, tmp_path / "settings.py")

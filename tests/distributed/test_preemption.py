@@ -17,7 +17,11 @@ def test_a_lost_terminal_ends_no_process_and_a_lost_process_ends_the_other_with_
     """tests/deploy/test_resume.py sends SIGTERM to one of two processes, and resumes."""
     train = TrainConfig(batch_size=8, log_every=1, eval_every=0, save_every=2)
     config = replace(
-        tiny.make_config(tmp_path), steps=10**6, mesh=MeshConfig(-1, 1, 1), train=train, resume="auto"
+        tiny.make_config(tmp_path, mechanisms=()),
+        steps=10**6,
+        mesh=MeshConfig(-1, 1, 1),
+        train=train,
+        resume="auto",
     )
     settings = tiny.write_settings(config, tmp_path / "settings.py")
     command = ["-m", "nalora_jax", "train", "--config", str(settings)]

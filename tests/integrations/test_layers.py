@@ -18,7 +18,7 @@ from nalora_jax.integrations import adapt_linen, adapt_nnx
 from nalora_jax.integrations.layers import Contraction, arrangements
 
 D = 8
-X = jax.random.normal(jax.random.key(0), (3, 5, D))
+X = np.random.default_rng(0).standard_normal((3, 5, D), np.float32)
 ALL = LoRAConfig(rules=(LoRARule(".", 2),))
 # What a layer may compute from its input, its kernel and its bias, and whether an adapter on it can be merged.
 SOUND = {
@@ -81,9 +81,9 @@ def moved(adapted: Any) -> Any:
     )
 
 
-def linen(layer: nn.Module, x: jax.Array = X, lora: LoRAConfig = ALL) -> Any:
+def linen(layer: nn.Module, x: Any = X, lora: LoRAConfig = ALL) -> Any:
     model = LinenModel(layer)
-    variables = model.init(jax.random.key(1), x)
+    variables = jax.jit(model.init)(jax.random.key(1), x)
     adapted = adapt_linen(model, variables, (x,), lora=lora)
     return adapted, variables, model.apply
 
@@ -93,9 +93,9 @@ def own_nnx(layer: Any, lora: LoRAConfig = ALL) -> Any:
     return adapt_nnx(graph, state, lora=lora), state, lambda state, x: nnx.merge(graph, state)(x)
 
 
-def assert_merges(adapted: Any, variables: Any, apply: Any, x: jax.Array = X) -> None:
+def assert_merges(adapted: Any, variables: Any, apply: Any, x: Any = X) -> None:
     lora = moved(adapted)
-    want = adapted.apply(variables, lora, x)
+    want = jax.jit(adapted.apply)(variables, lora, x)
     assert np.abs(want - apply(variables, x)).max() > 0.05
     np.testing.assert_allclose(apply(adapted.merge(variables, lora), x), want, atol=1e-5)
 

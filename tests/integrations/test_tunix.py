@@ -28,7 +28,7 @@ pytestmark = [
 
 KEYMAP = [(r"layers/(\d+)/mlp/(\w+)", r"layers/\1/ffn/\2")]
 LAYERS, F, VOCAB = 2, 64, 50
-TOKENS = jax.random.randint(jax.random.key(3), (4, 16), 0, VOCAB)
+TOKENS = np.random.default_rng(3).integers(0, VOCAB, (4, 16)).astype(np.int32)
 RULES = ("hard:keep=0.25,warmup=1", "homogeneity:warmup=1")
 
 

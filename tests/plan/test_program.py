@@ -53,9 +53,15 @@ def compiled(
     return figures(step, arguments, cache=tmp_path)
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A folder whose programs are compiled once for all tests."""
+    return tmp_path_factory.mktemp("figures")
+
+
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_loss_gathers_the_head_once_however_many_chunks_it_takes(tmp_path, tied):
-    found = compiled(tmp_path, mesh=MeshConfig(1, 8, 1), chunk=8, tied=tied)  # 8 chunks on each device
+def test_the_loss_gathers_the_head_once_however_many_chunks_it_takes(kept, tied):
+    found = compiled(kept, mesh=MeshConfig(1, 8, 1), chunk=8, tied=tied)  # 8 chunks on each device
     head = [c for c in found.collectives if c.received == pytest.approx(VOCAB * D * 4 * 7 / 8)]
     assert head, "nothing as large as the head is gathered: what does the loss multiply by?"
     assert {c.times for c in head} == {1.0}
@@ -66,8 +72,8 @@ def test_the_loss_gathers_the_head_once_however_many_chunks_it_takes(tmp_path, t
     assert {c.times for c in in_loops} == {float(LAYERS)}, [c for c in in_loops if c.times != LAYERS]
 
 
-def test_a_step_receives_its_weights_twice_and_little_else(tmp_path):
-    found = compiled(tmp_path, mesh=MeshConfig(1, 8, 1))
+def test_a_step_receives_its_weights_twice_and_little_else(kept):
+    found = compiled(kept, mesh=MeshConfig(1, 8, 1), chunk=8)
     weights = LAYERS * (4 * D * D - 2 * D * D // 2 + 3 * D * D_FF) * 4
     # Forward, and backward once more for the gradients and once for what is made again; head, embedding, adapters.
     assert (

@@ -345,7 +345,7 @@ def test_epochs_of_pairs_become_steps(tmp_path):
 def test_a_run_on_pairs_prefers_what_it_was_shown(tmp_path, capsys):
     """Answers z over y, whatever the prompt: rewards rise, are logged, and the exported adapter has them."""
     rng = np.random.default_rng(0)
-    prompts = [" ".join(rng.choice(list("abcdefgh"), 3)) for _ in range(60)]
+    prompts = [" ".join(rng.choice(list("abcdefgh"), 2)) for _ in range(60)]
     lines = [json.dumps({"prompt": prompt, "chosen": " z", "rejected": " y x"}) for prompt in prompts]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
     config = tiny.make_config(
@@ -357,8 +357,8 @@ def test_a_run_on_pairs_prefers_what_it_was_shown(tmp_path, capsys):
             train_split="train[:80%]",
             eval_split="train[80%:]",
             max_length=16,
-            eval_limit=8,
-            select_limit=4,
+            eval_limit=4,
+            select_limit=2,  # with so few, one program measures both
         ),
         train=TrainConfig(batch_size=8, log_every=1, eval_every=6, save_every=6),
     )

@@ -10,7 +10,6 @@ from typing import Any
 
 import gguf
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -25,6 +24,7 @@ from nalora_jax.models.targets import resolve
 from nalora_jax.trees import unflatten
 from nalora_jax.weights.keymaps import tensors_from_params
 from nalora_jax.weights.peft import export_adapter
+from tests import tiny
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp as a wheel, is not installed")
 
@@ -153,9 +153,8 @@ def llama_cpp(path: Path, lora: Path | None = None) -> np.ndarray:
 
 
 def ours(model: Any) -> np.ndarray:
-    hidden = model.module.apply(model.variables, jnp.asarray([IDS]))
-    logits = model.module.apply(model.variables, hidden[0, -1], method="unembed")
-    return np.asarray(jax.nn.log_softmax(logits), np.float64)
+    logits = tiny.logits_of(model.module, model.variables, np.array([IDS]))
+    return np.asarray(jax.nn.log_softmax(logits[0, -1]), np.float64)
 
 
 def adapted(folder: Path) -> tuple[Path, Path]:

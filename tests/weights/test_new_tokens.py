@@ -41,8 +41,7 @@ TEMPLATE = "{% for m in messages %}<go>{{ m['content'] }}<out>{% endfor %}"
 
 
 def logits_of(model: Any, tokens: np.ndarray) -> np.ndarray:
-    hidden = model.module.apply(model.variables, tokens)
-    return np.asarray(model.module.apply(model.variables, hidden, method="unembed"))
+    return np.asarray(tiny.logits_of(model.module, model.variables, tokens))
 
 
 # ---------------------------------------------------------------- a run

@@ -33,6 +33,7 @@ from nalora_jax.ops.trained_head import WholeHead, trained_cross_entropy
 from nalora_jax.train.assembly import assemble
 from nalora_jax.weights.adapter_bank import AdapterBank
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
+from tests import tiny
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -62,9 +63,7 @@ def torch_logits(model: Any) -> np.ndarray:
 
 
 def our_logits(config: ModelConfig, params: Any, lora: Any, spec: Any) -> np.ndarray:
-    module = Decoder(config, spec)
-    hidden = module.apply({"params": params, "lora": lora}, TOKENS)
-    return np.asarray(module.apply({"params": params, "lora": lora}, hidden, method="unembed"))
+    return np.asarray(tiny.logits_of(Decoder(config, spec), {"params": params, "lora": lora}, TOKENS))
 
 
 def load_in_peft(model: Any, folder: Path) -> Any:
@@ -164,7 +163,7 @@ def test_the_head_s_gradient_is_autodiff_s():
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
         return -2 * jnp.sum(weights * picked)
 
-    expected, gradients = jax.value_and_grad(plain, (0, 1))(hidden, kernel)
+    expected, gradients = jax.jit(jax.value_and_grad(plain, (0, 1)))(hidden, kernel)
     for chunk, shards in ((0, 1), (8, 1), (3, 3)):
 
         def ours(hidden, kernel, chunk=chunk, shards=shards):
@@ -172,7 +171,7 @@ def test_the_head_s_gradient_is_autodiff_s():
                 hidden, WholeHead(kernel), targets, weights, head, Numerics(), chunk=chunk, shards=shards
             )
 
-        found, back = jax.value_and_grad(ours, (0, 1))(hidden, kernel)
+        found, back = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, kernel)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), back, gradients)
 
@@ -206,7 +205,7 @@ def test_a_step_trains_the_tables_by_their_gradient(tiny_model, params_of):
         assembly = assemble(settings, config, placed, devices)
         start = jax.device_get(assembly.state.lora)
         np.testing.assert_array_equal(start["embed"]["embedding"], params["embed"]["embedding"])
-        value, gradients = jax.value_and_grad(plain)(start)
+        value, gradients = jax.jit(jax.value_and_grad(plain))(start)
         state, metrics = assembly.step(
             assembly.view(placed),
             assembly.state,
