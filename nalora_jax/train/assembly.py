@@ -111,7 +111,8 @@ def assemble(
     compiled = jax.jit(program.fresh, out_shardings=places)
 
     def begin(lora: Any, seed: int) -> TrainState:
-        return compiled(lora, jax.random.key_data(jax.random.key(seed)))  # one program
+        # The seed is an argument, so that all seeds share one program.
+        return compiled(lora, jax.random.key_data(jax.random.key(seed)))
 
     return Assembly(
         config,
