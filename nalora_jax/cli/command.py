@@ -190,7 +190,7 @@ def _spelled_out(words: list[str]) -> list[str]:
         elif pair[0] == "--resume" and not pair[-1].startswith("-") and pair[-1] not in _RESUME:
             spelled += ["--output", pair[1], "--resume", "yes"]
         else:
-            spelled += {"--no-resume": ["--resume", "no"]}.get(pair[0], [pair[0]])
+            spelled += ["--resume", "no"] if pair[0] == "--no-resume" else [pair[0]]
             pair = pair[:1]
         remaining = remaining[len(pair) :]
     return spelled

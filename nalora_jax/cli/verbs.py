@@ -156,7 +156,6 @@ def merge(args: cli.MergeArgs) -> None:
     from nalora_jax.loading.adapted import load, locate
     from nalora_jax.weights import hub
     from nalora_jax.weights.merge import write_merged
-    from nalora_jax.weights.peft_read import recorded_rope_scaling
     from nalora_jax.weights.saved_modules import fold_saved
     from nalora_jax.weights.shards import parse_size
 
@@ -171,21 +170,12 @@ def merge(args: cli.MergeArgs) -> None:
     located = locate(args.model, args.adapter)
     _require_adapter(located)
     resolved = hub.resolve(located.base)
-    if args.gguf is not None and resolved.kind != "gguf":
-        remedy = "merge without --gguf, and run llama.cpp's convert_hf_to_gguf.py on the folder"
-        raise NaloraError(
-            "--gguf", expected="a base that comes from a GGUF file", found=located.base, remedy=remedy
-        )
+    if args.gguf is not None:
+        _check_gguf_source(located, resolved)
     # Merged in float32 and rounded once: values in the files must not be rounded again on loading.
     dtype = "float32"
     if resolved.kind == "hf" and _stored_dtype(resolved.path / "config.json") == "bfloat16":
         dtype = "bfloat16"
-    scaling = recorded_rope_scaling(located.adapter) if located.adapter is not None else ""
-    if args.gguf is not None and scaling:
-        remedy = "merge without --gguf, and run llama.cpp's convert_hf_to_gguf.py on the folder"
-        raise NaloraError(
-            "--gguf", expected="an adapter of the base's own RoPE", found=scaling, remedy=remedy
-        )
     model = load(args.model, adapter=args.adapter, dtype=dtype, resolved=resolved)
     base, lora = model.base, _lora(model)
     config, params, spec = fold_saved(base.config, base.params, lora, model.spec)
@@ -216,6 +206,21 @@ def merge(args: cli.MergeArgs) -> None:
         card=card(model, "merged"),
     )
     print(f"{args.output}: merged model in {args.dtype}")
+
+
+def _check_gguf_source(located: Located, resolved: ResolvedSource) -> None:
+    """Raises a NaloraError unless base and adapter can become one GGUF file."""
+    from nalora_jax.weights.peft_read import recorded_rope_scaling
+
+    remedy = "merge without --gguf, and run llama.cpp's convert_hf_to_gguf.py on the folder"
+    if resolved.kind != "gguf":
+        expected = "a base that comes from a GGUF file"
+        raise NaloraError("--gguf", expected=expected, found=located.base, remedy=remedy)
+    assert located.adapter is not None
+    scaling = recorded_rope_scaling(located.adapter)
+    if scaling:
+        expected = "an adapter of the base's own RoPE"
+        raise NaloraError("--gguf", expected=expected, found=scaling, remedy=remedy)
 
 
 def import_(args: cli.ImportArgs) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,13 +54,13 @@ def _kernel_rules() -> Rules:
     return rules
 
 
-def _adapter_rules(place: Callable[[str | None], Any]) -> Rules:
-    """Returns the rules of every projection's adapters; ``place`` maps the kernel's mesh axes."""
+def _adapter_rules(places: Mapping[str | None, Any]) -> Rules:
+    """Returns the rules of every projection's adapters, which are split over ``places`` of the kernel's axes."""
     rules: list[tuple[str, P]] = []
     for name, inner, outer in _PROJECTIONS:
-        rules.append((rf"(^|/){name}/a$", P(place(inner), None)))
-        rules.append((rf"(^|/){name}/b$", P(None, place(outer))))
-        rules.append((rf"(^|/){name}/magnitude$", P(place(outer))))
+        rules.append((rf"(^|/){name}/a$", P(places.get(inner), None)))
+        rules.append((rf"(^|/){name}/b$", P(None, places.get(outer))))
+        rules.append((rf"(^|/){name}/magnitude$", P(places.get(outer))))
     return rules
 
 
@@ -93,7 +93,7 @@ STATE_RULES: Rules = (
         r"(^|/)v_(row|col)/",
         P(),
     ),  # factored second moments (Adafactor) are small and no longer shaped like a weight
-    *_adapter_rules(lambda axis: {"fsdp": "fsdp", "tensor": _WHOLE}.get(axis or "")),
+    *_adapter_rules({"fsdp": "fsdp", "tensor": _WHOLE}),
     *_TABLE_RULES,  # fully trained tables and their moments
     # Memories of mechanisms and statistics of blocks end in an axis of channels, except counts and
     # checks.
@@ -105,7 +105,7 @@ STATE_RULES: Rules = (
 # Adapters and masks within a step: gathered over fsdp once, before the layers, and split over
 # tensor like their kernels.
 STEP_RULES: Rules = (
-    *_adapter_rules(lambda axis: {"tensor": "tensor"}.get(axis or "")),
+    *_adapter_rules({"tensor": "tensor"}),
     (r"(^|/)embed/embedding$", P("tensor", None)),
     (r"(^|/)lm_head/kernel$", P(None, "tensor")),
     (r"(^|/)mask$", P("tensor")),

@@ -116,17 +116,8 @@ class Decoder(nn.Module):
         Returns:
           ``[batch, seq, d_model]``; with a cache, a pair of that and the extended cache.
         """
-        shared = _shared_inputs(
-            self.config,
-            tokens,
-            positions,
-            segment_ids,
-            token_weights,
-            cache,
-            adapter_ids,
-            deterministic,
-            lengths,
-        )
+        given = (positions, segment_ids, token_weights, cache, adapter_ids, deterministic, lengths)
+        shared = _shared_inputs(self.config, tokens, *given)
         sharding = self.activation_sharding
         if shards_of(sharding) > 1:
             shared = self._in_parts(shared, tokens)
@@ -144,9 +135,8 @@ class Decoder(nn.Module):
             self.unembed(hidden)
         if cache is None:
             return hidden
-        positions, segments = (
-            jnp.broadcast_to(i, tokens.shape) for i in (shared.positions, shared.segments)
-        )
+        integers = (shared.positions, shared.segments)
+        positions, segments = (jnp.broadcast_to(x, tokens.shape) for x in integers)
         return hidden, extend(cache, updates, positions, segments, self.numerics)
 
     def _in_parts(self, shared: SharedInputs, tokens: jax.Array) -> SharedInputs:

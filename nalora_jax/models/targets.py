@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax.config import LoRAConfig
+from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.paths import layer_path, uniform_path
 from nalora_jax.path_rules import match_rules
@@ -149,6 +149,22 @@ def scale_divisor(rank: float, *, rslora: bool) -> float:
     return rank
 
 
+def _checked_alpha(rule: LoRARule, path: str, shape: tuple[int, ...], config: LoRAConfig) -> float:
+    """Returns a rule's alpha, after checking its rank and alpha on a projection."""
+    limit, side = min(shape[-2:]), "the smaller side"
+    if config.init == "lora_ga":
+        limit = limit // 2
+        side = "half the smaller side, for LoRA-GA takes twice as many singular vectors,"
+    where = f"--lora.rules {rule.pattern!r}"
+    if not 0 <= rule.rank <= limit:
+        expected = f"0 to {limit} ({side} of {path} {shape})"
+        raise NaloraError(f"{where}: rank", expected=expected, found=rule.rank)
+    alpha = 2.0 * rule.rank if rule.alpha is None else rule.alpha
+    if rule.rank and not (math.isfinite(alpha) and alpha > 0):
+        raise NaloraError(f"{where}: alpha", expected="a number above 0", found=rule.alpha)
+    return alpha
+
+
 def resolve(
     config: LoRAConfig, shapes: Mapping[str, tuple[int, ...]], numbers: int | Mapping[str, Sequence[int]]
 ) -> AdapterSpec:
@@ -175,23 +191,7 @@ def resolve(
     specs: dict[str, tuple[list[int], list[float]]] = {}
     for name, rule in matched.items():
         path, layer = names[name]
-        limit, side = min(shapes[path][-2:]), "the smaller side"
-        if config.init == "lora_ga":
-            limit, side = (
-                limit // 2,
-                "half the smaller side, for LoRA-GA takes twice as many singular vectors,",
-            )
-        if not 0 <= rule.rank <= limit:
-            raise NaloraError(
-                f"--lora.rules {rule.pattern!r}: rank",
-                expected=f"0 to {limit} ({side} of {path} {shapes[path]})",
-                found=rule.rank,
-            )
-        alpha = 2.0 * rule.rank if rule.alpha is None else rule.alpha
-        if rule.rank and not (math.isfinite(alpha) and alpha > 0):
-            raise NaloraError(
-                f"--lora.rules {rule.pattern!r}: alpha", expected="a number above 0", found=rule.alpha
-            )
+        alpha = _checked_alpha(rule, path, shapes[path], config)
         ranks, alphas = specs.setdefault(path, ([0] * len(numbers[path]), [1.0] * len(numbers[path])))
         ranks[layer], alphas[layer] = rule.rank, float(alpha or 1.0)
     targets = tuple(

@@ -26,7 +26,7 @@ def numerics_for(dtype: str, platform: Platform | str, implementation: str = AUT
     if dtype == "float32":
         numerics = Numerics(platform=platform, implementation=implementation)
     elif dtype == "bfloat16":
-        result = {"cpu": "float32"}.get(platform.name, "bfloat16")
+        result = "float32" if platform.name == "cpu" else "bfloat16"
         numerics = Numerics("bfloat16", result, "bfloat16", "bfloat16", None, platform, implementation)
     else:
         raise NaloraError("compute.dtype", expected="'float32' or 'bfloat16'", found=repr(dtype))

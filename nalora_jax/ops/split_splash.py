@@ -20,7 +20,7 @@ from nalora_jax.distributed.mesh import CONTEXT
 from nalora_jax.ops.blockwise_attention import AttentionConfig
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.splash_attention import LANES, LARGEST, SPLASH, largest_block, takes
-from nalora_jax.ops.split_attention import Spread, on_shards, reach, split_attention
+from nalora_jax.ops.split_attention import split_attention
 from nalora_jax.ops.split_rows import (
     Row,
     by_block,
@@ -30,6 +30,7 @@ from nalora_jax.ops.split_rows import (
     shards_of,
     with_preceding,
 )
+from nalora_jax.ops.split_shard import Spread, on_shards, reach
 from nalora_jax.ops.storage import SAVED, round_and_save
 
 _SUMS_ENTIRE_ARRAYS = ("TPU v5 lite", "TPU v5e")  # see `gathered_exactly`

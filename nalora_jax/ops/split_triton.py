@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.ops.blockwise_attention import UNSEEN, AttentionConfig, with_sinks
+from nalora_jax.ops.blockwise_attention import UNSEEN, AttentionConfig
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.split_attention import Queries, Tiling, on_shard, on_shards, split_attention
+from nalora_jax.ops.split_attention import split_attention
 from nalora_jax.ops.split_rows import Row
-from nalora_jax.ops.storage import read_residual, save_residual
+from nalora_jax.ops.split_shard import Integers, Kernels, Options, on_shard, on_shards
 from nalora_jax.ops.triton_attention import TRITON
 
 # The kernels' names, by which `nalora plan` recognises them, and their matmuls of a pair of tiles.
@@ -47,7 +47,7 @@ def triton_split_attention(
     tile = _tile(q.shape[1] // 2)
     if tile < _LEAST or q.shape[-1] not in HEAD_DIMS or row.starts is not None:
         return NotImplemented
-    attend = partial(on_shard, config=config, numerics=numerics, attend=_attention, tile=tile)
+    attend = partial(on_shard, config=config, numerics=numerics, kernels=_KERNELS, tile=tile)
     return on_shards(attend, q, k, v, row, window, config, sinks)
 
 
@@ -64,127 +64,99 @@ class _Visits(NamedTuple):
     of_keys: jax.Array  # int32 [batch, 2, runs, tiles of keys], first tile of queries and the end, by run
 
 
-class _Integers(NamedTuple):
-    """The kernels' integers."""
-
-    queries: jax.Array  # int32 [batch, queries], segments
-    keys: jax.Array  # int32 [batch, keys], segments
-    window: jax.Array  # int32 [1]
-    visits: _Visits
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
-def _attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    queries: Queries,
-    row: Row,
-    window: jax.Array,
-    sinks: jax.Array | None,
-    config: AttentionConfig,
-    numerics: Numerics,
-    tiling: Tiling,
-) -> jax.Array:
-    """Computes attention of a shard's queries to ``tiling.spread`` of its keys, whose integers are ``row``."""
-    return _forward(q, k, v, queries, row, window, sinks, config, numerics, tiling)[0]
-
-
 def _forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    queries: Queries,
-    row: Row,
-    window: jax.Array,
-    sinks: jax.Array | None,
-    config: AttentionConfig,
-    numerics: Numerics,
-    tiling: Tiling,
-) -> tuple[jax.Array, Any]:
-    heads = tuple(save_residual(x, numerics.residual, numerics) for x in (q * config.scale, k, v))
-    query, key, value = _operands(heads, numerics, tiling)
-    integers = _integers(queries, row, window, tiling.size)
-    shapes = (
-        jax.ShapeDtypeStruct(query.shape, jnp.float32),
-        jax.ShapeDtypeStruct((query.shape[0], query.shape[2], query.shape[1]), jnp.float32),
-    )
-    call = _Call(query, key, integers, config, tiling.size)
+    query: jax.Array, key: jax.Array, value: jax.Array, integers: Integers, options: Options
+) -> tuple[jax.Array, jax.Array]:
+    """Computes `Kernels.forward`."""
+    batch, queries, heads, _ = query.shape
+    shapes = (_float32(query.shape), _float32((batch, heads, queries)))
+    call = _Call.of(query, key, integers, options)
     out, logsumexp = call.by_queries(_forward_kernel, FORWARD, [query, key, value], shapes)
-    if sinks is not None:
-        by_head = logsumexp.swapaxes(1, 2)[..., None]
-        out, by_head = with_sinks(out, by_head, sinks[None, None, :, None])
-        logsumexp = by_head[..., 0].swapaxes(1, 2)
-    saved = save_residual(out, numerics.residual, numerics)
-    total = save_residual(logsumexp, "float32", numerics)
-    like = tuple(jnp.zeros((0,), x.dtype) for x in (q, k, v))
-    return read_residual(saved, numerics.result), (*heads, saved, total, queries, row, window, like)
+    return out, logsumexp.swapaxes(1, 2)
 
 
 def _backward(
-    config: AttentionConfig, numerics: Numerics, tiling: Tiling, residuals: Any, g: jax.Array
-) -> tuple[Any, ...]:
-    *heads, out, logsumexp, queries, row, window, like = residuals
-    query, key, value = _operands(heads, numerics, tiling)
-    inner = jnp.sum(g.astype(jnp.float32) * read_residual(out, jnp.float32), axis=-1).swapaxes(1, 2)
-    call = _Call(query, key, _integers(queries, row, window, tiling.size), config, tiling.size)
-    arrays = [query, key, value, g.astype(query.dtype), read_residual(logsumexp, jnp.float32), inner]
-    (dq,) = call.by_queries(
-        _queries_kernel, QUERIES, arrays, (jax.ShapeDtypeStruct(query.shape, query.dtype),)
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    g: jax.Array,
+    logsumexp: jax.Array,
+    inner: jax.Array,
+    integers: Integers,
+    options: Options,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes `Kernels.backward`."""
+    by_head = [x.swapaxes(1, 2) for x in (logsumexp, inner)]
+    arrays = [query, key, value, g.astype(query.dtype), *by_head]
+    call = _Call.of(query, key, integers, options)
+    (dq,) = call.by_queries(_queries_kernel, QUERIES, arrays, (_like(query),))
+    dk, dv = call.by_keys(_keys_kernel, KEYS, arrays, (_like(key), _like(value)))
+    return dq, dk, dv
+
+
+_KERNELS = Kernels(_forward, _backward)
+
+
+def _float32(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _visits(integers: Integers, size: int) -> _Visits:
+    """Returns the visited pairs of tiles of ``size`` tokens."""
+    queries, window = integers.queries, integers.window
+    batch, runs, of_keys = (
+        queries.positions.shape[0],
+        queries.first.shape[0],
+        integers.keys.segments.shape[1],
     )
-    dk, dv = call.by_keys(_keys_kernel, KEYS, arrays, (jax.ShapeDtypeStruct(key.shape, key.dtype),) * 2)
-    part = jax.ShapeDtypeStruct(jax.tree.leaves(heads[1])[0].shape, key.dtype)
-    back = jax.linear_transpose(tiling.spread, part)
-    grads = dq * config.scale, *back(dk), *back(dv)
-    return (*(x.astype(y.dtype) for x, y in zip(grads, like, strict=True)), None, None, None, None)
-
-
-_attention.defvjp(_forward, _backward)
-
-
-def _operands(heads: Any, numerics: Numerics, tiling: Tiling) -> list[jax.Array]:
-    """Returns a shard's queries, and the keys and values that they may see, from the saved heads."""
-    spread = [heads[0], *(jax.tree.map(tiling.spread, x) for x in heads[1:])]
-    return [read_residual(x, numerics.operand) for x in spread]
-
-
-def _integers(queries: Queries, row: Row, window: jax.Array, size: int) -> _Integers:
-    """Returns the kernels' integers for tiles of ``size`` tokens."""
-    batch, count = queries.positions.shape
-    runs, tiles, of_keys = queries.first.shape[0], count // size, row.segments.shape[1] // size
-    first = (queries.first[:, None] + size * jnp.arange(tiles // runs)[None]).reshape(1, -1)
+    first, tile = queries.first_of_tiles(size)[None], jnp.arange(of_keys // size)[None, None]
     # Of a tile, the first query sees the earliest key: positions grow by one along a segment.
     earliest = jnp.maximum(first - queries.positions[:, ::size], first - window + 1)
     low = jnp.maximum(earliest, 0) // size
     end = jnp.broadcast_to((first + size - 1) // size + 1, low.shape)
-    tile = jnp.arange(of_keys)[None, None]
     visited = (low[..., None] <= tile) & (tile < end[..., None])  # [batch, tiles, tiles of keys]
-    visited = visited.reshape(batch, runs, tiles // runs, of_keys)
+    visited = visited.reshape(batch, runs, -1, of_keys // size)
     # The queries that see a tile of keys are neighbours.
-    begin = jnp.argmax(visited, axis=2) + (tiles // runs * jnp.arange(runs))[None, :, None]
+    begin = jnp.argmax(visited, axis=2) + (visited.shape[2] * jnp.arange(runs))[None, :, None]
     visitors = jnp.stack([begin, begin + jnp.sum(visited, axis=2)], axis=1)
-    visits = _Visits(first[0], jnp.stack([low, end], axis=1), visitors)
-    integers = _Integers(queries.segments, row.segments, window[None], visits)
-    return jax.tree.map(lambda x: x.astype(jnp.int32), integers)
+    return _Visits(first[0], jnp.stack([low, end], axis=1), visitors)
 
 
 # ---------------------------------------------------------------- kernels
 
 
 class _Call(NamedTuple):
-    """Shapes and options of the calls of one shard."""
+    """Shapes, integers and options of the calls of one shard."""
 
     query: jax.Array  # [batch, queries, heads, head_dim]
     key: jax.Array  # [batch, keys, kv_heads, head_dim]
-    integers: _Integers
-    config: AttentionConfig
-    size: int
+    of_example: list[jax.Array]  # int32 [batch, ...]: segments of queries, of keys; visits of each
+    shared: list[jax.Array]  # int32: `_Visits.first`, window [1]
+    options: Options
+
+    @classmethod
+    def of(cls, query: jax.Array, key: jax.Array, integers: Integers, options: Options) -> _Call:
+        """Returns the calls for a shard's arrays."""
+        visits = _visits(integers, options.size)
+        of_example = [
+            integers.queries.segments,
+            integers.keys.segments,
+            visits.of_queries,
+            visits.of_keys,
+        ]
+        shared = [visits.first, integers.window[None]]
+        of_example, shared = jax.tree.map(lambda x: x.astype(jnp.int32), (of_example, shared))
+        return cls(query, key, of_example, shared, options)
 
     def by_queries(self, kernel: Any, name: str, arrays: list[jax.Array], shapes: Any) -> Any:
         """Runs a kernel for each tile of queries, example and head."""
         from jax.experimental import pallas as pl
 
-        size, (batch, queries, heads, dim) = self.size, self.query.shape
+        size, (batch, queries, heads, dim) = self.options.size, self.query.shape
         groups, keys = heads // self.key.shape[2], self.key.shape[1]
         tile = pl.BlockSpec((None, size, None, dim), lambda i, b, h: (b, i, h, 0))
         all_keys = pl.BlockSpec((None, keys, None, dim), lambda i, b, h: (b, 0, h // groups, 0))
@@ -199,7 +171,7 @@ class _Call(NamedTuple):
         """Runs a kernel for each tile of keys, example and head of keys."""
         from jax.experimental import pallas as pl
 
-        size, (batch, keys, kv_heads, dim) = self.size, self.key.shape
+        size, (batch, keys, kv_heads, dim) = self.options.size, self.key.shape
         queries, groups = self.query.shape[1], self.query.shape[2] // kv_heads
         tile = pl.BlockSpec((None, size, None, dim), lambda i, b, h: (b, i, h, 0))
         all_queries = pl.BlockSpec((None, queries, groups, dim), lambda i, b, h: (b, 0, h, 0))
@@ -219,26 +191,24 @@ class _Call(NamedTuple):
         from jax.experimental.pallas import triton
 
         in_specs, out_specs, out_shape = blocks
-        visits = self.integers.visits
+        config = self.options.config
 
-        def of_example(x: jax.Array) -> Any:
+        def whole(x: jax.Array) -> Any:
             return pl.BlockSpec((None, *x.shape[1:]), lambda i, b, h: (b, *(0,) * (x.ndim - 1)))
 
-        integers = [self.integers.queries, self.integers.keys, visits.of_queries, visits.of_keys]
-        specs = [of_example(x) for x in integers]
+        specs = [whole(x) for x in self.of_example]
         specs[:2] = [given or spec for given, spec in zip(segments, specs[:2], strict=True)]
-        shared = [visits.first, self.integers.window]
-        specs += [pl.BlockSpec(x.shape, lambda i, b, h: (0,)) for x in shared]
-        options: dict[str, Any] = {"name": name, "interpret": self.config.interpret}
+        specs += [pl.BlockSpec(x.shape, lambda i, b, h: (0,)) for x in self.shared]
+        options: dict[str, Any] = {"name": name, "interpret": config.interpret}
         return pl.pallas_call(
-            partial(kernel, size=self.size, softcap=self.config.softcap),
+            partial(kernel, size=self.options.size, softcap=config.softcap),
             grid=grid,
             in_specs=[*specs, *in_specs],
             out_specs=out_specs,
             out_shape=out_shape,
             compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
             **options,
-        )(*integers, *shared, *arrays)
+        )(*self.of_example, *self.shared, *arrays)
 
 
 class _Tile(NamedTuple):

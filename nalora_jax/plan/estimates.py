@@ -40,13 +40,20 @@ _OF_EXPERTS, _OF_EXPERTS_ON_V5E = 8, 10
 _READ_NARROW, _READ_WIDE = 92, 120
 # Times that the bytes of a mixture's weights are read or written in a step: by grouped matmuls, as transposed
 # copies for the backward pass and, if they are gathered, by the gathers.
-WEIGHTS_OF_EXPERTS, GATHERED_WEIGHTS_OF_EXPERTS = 4.5, 6.5
+_WEIGHTS_OF_EXPERTS, _GATHERED_WEIGHTS_OF_EXPERTS = 4.5, 6.5
 # Times that rows are sent to experts or back: forward, recomputed forward, backward.
 _SENT = 6
 # Times that keys and values of split rows, or their gradients, are exchanged in a step.
 _KEYS_SENT = 3
 # Bytes of a quantized weight, scales included.
 WIDTHS = {"int8": 1.0, "nf4": 0.55, "mxfp4": 0.53125}
+# Arrays as wide as queries, and as keys, that a layer saves, by kernel of attention.
+_SAVED_HEADS = {
+    SPLASH.name: (2, 2),
+    CUDNN.name: (2, 2),
+    split_triton.NAME: (2, 2),
+    TRITON.name: (1, 2),
+}
 _WIDE = 4  # float32 arrays as wide as the FFN that are live within a layer
 
 
@@ -150,6 +157,13 @@ def sorted_row_bytes(base: ModelConfig, tokens: float, tensor: int) -> float:
     return base.n_layers * tokens * base.experts_per_token * each
 
 
+def weight_passes(base: ModelConfig, split: int, passes: float) -> float:
+    """Returns the times that the weights' bytes are read or written in a step; ``passes`` of a dense model."""
+    if not base.n_experts:
+        return passes
+    return _GATHERED_WEIGHTS_OF_EXPERTS if split > 1 else _WEIGHTS_OF_EXPERTS
+
+
 def rows_for_experts(
     base: ModelConfig, tokens: float, fsdp: int, narrow: float, wide: float
 ) -> tuple[float, float]:
@@ -173,8 +187,7 @@ def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> flo
         return _saved_with(base, remat, tensor, heads)
     # With splash attention and cuDNN the result is saved with the projections; the plain function
     # also saves its inputs.
-    both = dict.fromkeys((SPLASH.name, CUDNN.name, split_triton.NAME), (2, 2))
-    queries, keys = {**both, TRITON.name: (1, 2)}.get(kernel, (3, 4))
+    queries, keys = _SAVED_HEADS.get(kernel, (3, 4))
     # Query and key norms save their inputs, and so do norms after attention.
     normed = bool(base.qk_norm)
     heads = (
@@ -230,9 +243,9 @@ def _in_layer(
     fsdp, tensor = split
     chosen = max(base.experts_per_token, 1)
     kernel = max(math.prod(shape) for shape in projection_shapes(base).values()) / tensor
-    at_once = _GATHERED * (fsdp > 1)
+    at_once = _GATHERED if fsdp > 1 else 0
     if base.n_experts:
-        at_once = {"v5e": _OF_EXPERTS_ON_V5E}.get(where.kind, _OF_EXPERTS)
+        at_once = _OF_EXPERTS_ON_V5E if where.kind == "v5e" else _OF_EXPERTS
     # Each expert has separate rows.
     width = max(base.d_ff / tensor, base.d_model if base.n_experts else 0) * chosen
     return _WIDE * 4.0 * tokens * width + at_once * kernel * wide
@@ -261,7 +274,7 @@ def executed_flops(
     # Only "full" recomputes the forward pass of splash attention and cuDNN; every policy recomputes
     # it for the others. The backward pass takes five matmuls for the plain function and cuDNN,
     # seven for Triton, against two in the forward pass.
-    passes = {"full": 2}.get(remat, 1)
+    passes = 2 if remat == "full" else 1
     if kernel == SPLASH.name:
         kernels = rows * (splash_flops(base, seq, forward=passes) + 4 * mixer_flops(base, seq))
     elif kernel == CUDNN.name:
@@ -269,7 +282,7 @@ def executed_flops(
     elif kernel == split_triton.NAME:
         kernels = (passes + 3.5) * flops
     else:
-        kernels = {TRITON.name: 5.5}.get(kernel, 4.5) * flops
+        kernels = (5.5 if kernel == TRITON.name else 4.5) * flops
     return tokens * (4 * active_parameters(base) + 2 * again) + adapters + kernels
 
 

@@ -25,8 +25,6 @@ from nalora_jax.models.stacks import key_heads, projection_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.quantize import kernels
 from nalora_jax.plan.estimates import (
-    GATHERED_WEIGHTS_OF_EXPERTS,
-    WEIGHTS_OF_EXPERTS,
     WIDTHS,
     attention_kernel,
     executed_flops,
@@ -39,6 +37,7 @@ from nalora_jax.plan.estimates import (
     summed_bytes,
     transposed_bytes,
     weight_bytes,
+    weight_passes,
     working_bytes,
 )
 from nalora_jax.plan.machines import Topology
@@ -253,49 +252,40 @@ def estimate(
     saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
     saved = mean_over_layers(base, lambda of_stack: saved_values(of_stack, saves, tensor, kernel))
     saved_bytes = saved * wide * tokens
-    layout = Layout(
+    host = saved_bytes * base.n_layers if offloads else 0.0
+    times = config.train.accumulate
+    once, executed = (executed_flops(base, spec, policy, rows, seq, kernel) for policy in ("dots", saves))
+    out = host / where.chip.host_link
+    products = _matmul_seconds(where, once / tensor, executed / tensor, out)
+    passes = 2.3 if saves == "full" else 2.0
+    weights = layer * base.n_layers
+    stay, sent = rows_for_experts(base, tokens, fsdp, narrow, wide) if experts == "send" else (0.0, 0.0)
+    gathered_bytes = passes * (weights - stay + ends / 2) / tensor * (split - 1) / split
+    gathered = gathered_bytes / where.inbound(split * tensor)
+    traffic = _traffic(base, tokens, tensor, saved_bytes * base.n_layers, sends=stay > 0)
+    moved = weight_passes(base, split, passes) * (weights - stay * (1 - 1 / split) + ends)
+    hbm = (moved / tensor + traffic) / where.chip.bandwidth
+    gradients = 2 * (adapters + tables) / where.inbound(data * split) if data * split > 1 else 0.0
+    share = hidden_share(where, base)
+    overlapped, exposed = share * gathered, (1 - share) * gathered
+    sums = summed_bytes(base, tokens, tensor, saves, wide) / where.inbound(tensor)
+    exposed += sums + sent / where.inbound(fsdp)
+    exposed += received_keys / tensor / where.inbound(context)
+    seconds = times * (max(products, hbm, overlapped) + exposed) + gradients
+    return Layout(
         data, fsdp, tensor, remat, experts,
-        weights=(layer * base.n_layers + ends) / (split * tensor),
-        # A or B is split over fsdp. Tables are, too; in a step they and their gradients are
-        # gathered.
+        weights=(weights + ends) / (split * tensor),
+        # A or B is split over fsdp. So are tables; a step gathers them and their gradients.
         state=adapters * 4 / max(1, split) ** 0.5 / tensor + tables * 4 / split,
         activations=saved_bytes * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
         working=working_bytes(where, base, tokens, (split, tensor), wide=wide, offloads=offloads)
         + (2 * tables + transposed_bytes(where, base, narrow) / (split * tensor) if split > 1 else 0.0)
         + live_keys / tensor,
-        host=saved_bytes * base.n_layers if offloads else 0.0,
-        gathers=0.0,
-        transfers=0.0,
-        seconds=0.0,
-        mfu=0.0,
+        host=host, gathers=times * gathered, transfers=2 * times * out,
+        seconds=seconds,
+        mfu=times * (useful_flops(base, spec, micro, seq) / where.size) / (where.chip.flops * seconds),
         context=context,
     )  # fmt: skip
-    times = config.train.accumulate
-    useful = useful_flops(base, spec, micro, seq) / where.size
-    once, executed = (executed_flops(base, spec, policy, rows, seq, kernel) for policy in ("dots", saves))
-    out = layout.host / where.chip.host_link
-    products = _matmul_seconds(where, once / tensor, executed / tensor, out)
-    passes = {"full": 2.3}.get(saves, 2.0)
-    weights = layer * base.n_layers
-    stay, sent = rows_for_experts(base, tokens, fsdp, narrow, wide) if experts == "send" else (0.0, 0.0)
-    gathered = (
-        passes * (weights - stay + ends / 2) / tensor * (split - 1) / split / where.inbound(split * tensor)
-    )
-    traffic = _traffic(base, tokens, tensor, saved_bytes * base.n_layers, sends=stay > 0)
-    reads = passes
-    if base.n_experts:
-        reads = GATHERED_WEIGHTS_OF_EXPERTS if split > 1 else WEIGHTS_OF_EXPERTS
-    hbm = (reads * (weights - stay * (1 - 1 / split) + ends) / tensor + traffic) / where.chip.bandwidth
-    gradients = 2 * (adapters + tables) / where.inbound(data * split) if data * split > 1 else 0.0
-    hidden = hidden_share(where, base)
-    overlapped, exposed = hidden * gathered, (1 - hidden) * gathered
-    exposed += summed_bytes(base, tokens, tensor, saves, wide) / where.inbound(
-        tensor
-    ) + sent / where.inbound(fsdp)
-    exposed += received_keys / tensor / where.inbound(context)
-    seconds = times * (max(products, hbm, overlapped) + exposed) + gradients
-    mfu = times * useful / (where.chip.flops * seconds)
-    return replace(layout, gathers=times * gathered, transfers=2 * times * out, seconds=seconds, mfu=mfu)
 
 
 def _widths(config: RunConfig) -> tuple[float, float]:

@@ -114,18 +114,7 @@ def step_and_arguments(
         placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], distributed.WEIGHT_AXES
     )
     state, places = placed(jax.eval_shape(fresh, trees.unflatten(weights)), mesh, distributed.STATE_RULES)
-    micro = config.train.batch_size // config.train.accumulate
-    by_rows = NamedSharding(mesh, P(None, distributed.BATCH_AXES))
-    shape = (config.train.accumulate, micro, seq)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=by_rows)
-        for name, dtype in _BATCH.items()
-    }
-    if base.sight is not None:
-        tower, lead = base.sight.tower, shape[:2]
-        pixels_shape = (*lead, images, tower.image_size, tower.image_size, tower.channels)
-        batch["pixels"] = jax.ShapeDtypeStruct(pixels_shape, jnp.uint8, sharding=by_rows)
-        batch["images"] = jax.ShapeDtypeStruct(lead, jnp.int32, sharding=by_rows)
+    batch = _batch(config, base, mesh, seq, images)
     if not runs:
         return program.step(places), (params, state, batch)
 
@@ -152,6 +141,22 @@ def step_and_arguments(
         step_of_runs(one, mesh), donate_argnums=1, out_shardings=out, compiler_options=options
     )
     return compiled, ({"params": params}, states, batches, rates, active)
+
+
+def _batch(config: RunConfig, base: ModelConfig, mesh: Mesh, seq: int, images: int) -> dict[str, Any]:
+    """Returns the shapes of a step's batch."""
+    by_rows = NamedSharding(mesh, P(None, distributed.BATCH_AXES))
+    lead = (config.train.accumulate, config.train.batch_size // config.train.accumulate)
+
+    def of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*lead, *shape), jnp.dtype(dtype), sharding=by_rows)
+
+    batch = {name: of((seq,), dtype) for name, dtype in _BATCH.items()}
+    if base.sight is not None:
+        tower = base.sight.tower
+        batch["pixels"] = of((images, tower.image_size, tower.image_size, tower.channels), "uint8")
+        batch["images"] = of((), "int32")
+    return batch
 
 
 def _weight(path: str, shape: tuple[int, ...], compute: ComputeConfig) -> Any:

@@ -110,9 +110,8 @@ def _do_some(protocol: Protocol, store: Records, resources: Resources, left: lis
             if claimed and (run.cell, run.stage) != (claimed[0][0].cell, claimed[0][0].stage):
                 continue
             snapshot = claims.enter_context(store.claim(run.id))
-            if snapshot is not None and run.id not in checked_records(
-                protocol, store
-            ):  # finished meanwhile
+            # Another process may have finished it meanwhile.
+            if snapshot is not None and run.id not in checked_records(protocol, store):
                 claimed.append((resources.placed(run), snapshot))
             if len(claimed) == min(most, resources.capacity(run)):
                 break

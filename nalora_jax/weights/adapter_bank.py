@@ -62,7 +62,7 @@ class AdapterBank:
           NaloraError: no slot, a rank out of range, an unknown target, or a mixture of experts.
         """
         shapes = projection_shapes(config)
-        paths = sorted(targets or shapes)
+        paths = sorted(shapes if targets is None else targets)
         unknown = sorted(set(paths) - set(shapes))
         if unknown:
             raise NaloraError(

@@ -54,18 +54,14 @@ def test_it_runs_on_a_cpu_and_says_what_that_cannot_tell(accelerator, monkeypatc
     assert "MFU was not compared: a CPU's peak is not known." in shown
 
 
+RUN = {"seconds": [1.0], "tokens_per_second": [5.0], "memory_gb": 1.0, "memory_of": "a chip", "mfu": 0.5}
+
+
 def test_a_missing_or_failing_peer_is_said_and_kept_in_the_record(accelerator, monkeypatch, capsys):
-    run = {
-        "seconds": [1.0],
-        "tokens_per_second": [5.0],
-        "memory_gb": 1.0,
-        "memory_of": "a chip",
-        "mfu": 0.5,
-    }
     tpu = {"platform": "tpu", "kind": "TPU v6 lite", "chips": 4}
     monkeypatch.setattr(accelerator, "describe", lambda: tpu)
     monkeypatch.setattr(
-        accelerator, "train_ours", lambda *_: {**run, "mesh": {"data": 4, "fsdp": 1, "tensor": 1}}
+        accelerator, "train_ours", lambda *_: {**RUN, "mesh": {"data": 4, "fsdp": 1, "tensor": 1}}
     )
     monkeypatch.setattr(
         accelerator, "has", lambda packages: {"missing": [p for p in packages if p == "qwix"]}
@@ -125,14 +121,7 @@ def test_the_page_takes_the_figures_in(accelerator, tmp_path):
 def test_the_report_has_hardware_versions_and_figures_and_no_paths(
     accelerator, monkeypatch, capsys, tmp_path
 ):
-    run = {
-        "seconds": [1.0],
-        "tokens_per_second": [5.0],
-        "memory_gb": 1.0,
-        "memory_of": "a chip",
-        "mfu": 0.5,
-    }
-    run |= {"losses": [6.2, 6.1], "versions": {"jax": "0.10.2", "libtpu": "0.0.42"}}
+    run = RUN | {"losses": [6.2, 6.1], "versions": {"jax": "0.10.2", "libtpu": "0.0.42"}}
     tpu = {"platform": "tpu", "kind": "TPU v5 lite", "chips": 8}
     monkeypatch.setattr(accelerator, "describe", lambda: tpu)
     monkeypatch.setattr(
