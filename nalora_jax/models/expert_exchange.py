@@ -19,11 +19,11 @@ from jax import lax
 
 from nalora_jax.models.expert_products import Groups
 from nalora_jax.models.experts import (
-    Experts,
     Layer,
     RoutedConfig,
     SampledRows,
     expert_rows,
+    of_each,
     routed,
     routed_ffn,
     sample,
@@ -86,25 +86,22 @@ def exchanged_ffn(
         return _exchanged(x, token_weights, layer, routing, counts, block, config, over, axis)
 
     @jax.checkpoint  # saves no gathered kernel
-    def gathered(x: jax.Array, layer: Layer, routed_by: jax.Array | None) -> tuple[jax.Array, Measured]:
-        return routed_ffn(x, token_weights, None, _gathered(layer, over), config, axis, routed_by)
+    def all_here(x: jax.Array, layer: Layer, routed_by: jax.Array | None) -> tuple[jax.Array, Measured]:
+        return routed_ffn(x, token_weights, None, gathered(layer, over), config, axis, routed_by)
 
-    y, measured = lax.cond(fits, exchanged, gathered, x, layer, routed_by)
+    y, measured = lax.cond(fits, exchanged, all_here, x, layer, routed_by)
     return y, measured
 
 
-def _gathered(layer: Layer, over: str) -> Layer:
-    """Returns the layer with all experts."""
+def gathered(layer: Layer, over: str) -> Layer:
+    """Returns the layer with all experts, which the devices of a mapped mesh axis share."""
 
-    def whole(experts: Experts) -> Experts:
-        def gather(leaf: jax.Array) -> jax.Array:
-            if leaf.ndim == 0:
-                return leaf
-            return lax.all_gather(leaf, over, tiled=True)
+    def gather(leaf: jax.Array) -> jax.Array:
+        if leaf.ndim == 0:
+            return leaf
+        return lax.all_gather(leaf, over, tiled=True)
 
-        return jax.tree.map(gather, experts)
-
-    return layer._replace(gate=whole(layer.gate), up=whole(layer.up), down=whole(layer.down))
+    return of_each(layer, lambda experts: jax.tree.map(gather, experts))
 
 
 def _exchanged(

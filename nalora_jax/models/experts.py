@@ -137,6 +137,11 @@ class Layer(NamedTuple):
     expert_scale: jax.Array | None = None  # [experts], of the router's weights
 
 
+def of_each(layer: Layer, change: Callable[[Experts], Experts]) -> Layer:
+    """Returns the layer with all three projections changed."""
+    return layer._replace(gate=change(layer.gate), up=change(layer.up), down=change(layer.down))
+
+
 @dataclass(frozen=True)
 class RoutedConfig:
     """The static options of a block."""

@@ -24,8 +24,8 @@ from nalora_jax.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.method import statistics
 from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.low_rank import Adapter
-from nalora_jax.models.expert_exchange import exchanged_ffn, exchanges_less
-from nalora_jax.models.experts import Experts, Layer, RoutedConfig, routed_ffn
+from nalora_jax.models.expert_exchange import exchanged_ffn, exchanges_less, gathered
+from nalora_jax.models.experts import Experts, Layer, RoutedConfig, of_each, routed_ffn
 from nalora_jax.models.router import RouterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.quantize import Quantized
@@ -216,22 +216,23 @@ def on_mesh(
     """
     by_shard = count(config.stats.sharding) > 1
     if sharding is None or sharding.mesh.size == 1 or x.shape[0] % count(sharding):
-        layer = _of_shard(layer, config)
-        y, measured = routed_ffn(x, weights, keys, layer, config, routed_by=routed_by)
+        y, measured = routed_ffn(x, weights, keys, _of_shard(layer, config), config, routed_by=routed_by)
         return y, {name: first_alone(value, config.stats.sharding) for name, value in measured.items()}
     rows, mesh = sharding.spec[0], sharding.mesh
     axis = _AXIS if _splits(layer, mesh.shape.get(_AXIS, 1)) else None
-    over = _over(sharding, x, layer, config, experts) if keys is None else None
+    over, store = _OVER if _shares(sharding, layer) else None, config.numerics.hooks.in_stored_layout
+    sends = over and keys is None and _sends(sharding, x, layer, config, experts)
 
     def local(
         x: jax.Array, weights: jax.Array, keys: jax.Array | None, layer: Layer, routed_by: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        layer = _of_shard(layer, config)
-        if over is None:
-            y, measured = routed_ffn(x, weights, keys, layer, config, axis, routed_by)
-        else:
+        x, layer = store(x), _of_shard(layer, config)
+        if over and sends:
             y, measured = exchanged_ffn(x, weights, layer, config, over, axis, routed_by)
-        return y, {name: value[None] for name, value in measured.items()}
+        else:
+            layer = gathered(layer, over) if over else layer
+            y, measured = routed_ffn(x, weights, keys, layer, config, axis, routed_by)
+        return store(y), {name: value[None] for name, value in measured.items()}
 
     names, taps = config.measured, (rows,) if by_shard else ()
     y, parts = jax.shard_map(
@@ -250,30 +251,31 @@ def on_mesh(
     return y, {name: merge[name](arrays, axis=0) for name, arrays in parts.items()}
 
 
-def _over(
-    sharding: NamedSharding, x: jax.Array, layer: Layer, config: RoutedConfig, experts: str
-) -> str | None:
-    """Returns the mesh axis over which rows are sent to experts; None if experts are gathered."""
-    devices, n_experts = sharding.mesh.shape.get(_OVER, 1), layer.gate.kernel.shape[0]
-    if devices == 1 or n_experts % devices or _OVER not in sharding.spec[0]:
-        return None
-    sends = experts == "send"
-    if experts == "auto":
-        rows = x.shape[0] // count(sharding) * x.shape[1] * config.top_k
-        kernels = sum(
-            leaf.nbytes for e in (layer.gate, layer.up, layer.down) for leaf in jax.tree.leaves(e.kernel)
-        )
-        kernels /= sharding.mesh.shape.get(_AXIS, 1)
-        sends = exchanges_less(rows, x.shape[-1], kernels, x.dtype.itemsize, devices)
-    if not sends:
-        return None
-    return _OVER
+def _shares(sharding: NamedSharding, layer: Layer) -> bool:
+    """Returns True if the devices of a mesh axis hold the same number of experts each."""
+    devices = sharding.mesh.shape.get(_OVER, 1)
+    return devices > 1 and layer.gate.kernel.shape[0] % devices == 0 and _OVER in sharding.spec[0]
+
+
+def _sends(sharding: NamedSharding, x: jax.Array, layer: Layer, config: RoutedConfig, experts: str) -> bool:
+    """Returns True if rows are sent to experts, False if experts are gathered."""
+    if experts != "auto":
+        return experts == "send"
+    rows = x.shape[0] // count(sharding) * x.shape[1] * config.top_k
+    kernels = sum(
+        leaf.nbytes for e in (layer.gate, layer.up, layer.down) for leaf in jax.tree.leaves(e.kernel)
+    )
+    kernels /= sharding.mesh.shape.get(_AXIS, 1)
+    return exchanges_less(rows, x.shape[-1], kernels, x.dtype.itemsize, sharding.mesh.shape[_OVER])
 
 
 def _of_shard(layer: Layer, config: RoutedConfig) -> Layer:
-    """Returns ``layer`` with one shard's taps; on a device these are the first."""
+    """Returns ``layer`` with one shard's taps and with kernels in the layout of their stack."""
+    store = config.numerics.hooks.in_stored_layout
+    layer = of_each(layer, lambda experts: experts._replace(kernel=jax.tree.map(store, experts.kernel)))
     if count(config.stats.sharding) == 1:
         return layer
+    # On a device these are the first.
     return layer._replace(taps={name: tap[0] for name, tap in layer.taps.items()})
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
+from jax.experimental.layout import Layout, with_layout_constraint
+
 import nalora_jax.ops.cudnn_attention
 import nalora_jax.ops.splash_attention
 import nalora_jax.ops.split_splash
@@ -19,6 +24,15 @@ class TPUHooks(PlatformHooks):
     def grouped_result(self, result: str) -> str:
         """Returns ``result``: the kernel accumulates in float32 and rounds once."""
         return result
+
+    def in_stored_layout(self, x: jax.Array) -> Any:
+        """Returns ``x`` in row-major order.
+
+        Otherwise XLA chooses the layout that gathers, transposed matmuls or the loss prefer, and
+        copies the stack of all layers' kernels, or of their saved inputs. Qwen3-30B-A3B on
+        2 x v6e:4x4 (fsdp 8, one row a chip), compiled: 21.1 instead of 33.4 GB a chip.
+        """
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
     def joins_expert_factors(self, experts: int, rank: int) -> bool:
         """Returns True if the factors of all experts fit into one tile.

@@ -101,6 +101,10 @@ class PlatformHooks:
         """Returns the dtype in which `lax.ragged_dot` stores a result that is rounded to ``result``."""
         return "float32"
 
+    def in_stored_layout(self, x: Any) -> Any:
+        """Returns an array of one layer in the layout of the stack of all layers, if the compiler would change it."""
+        return x
+
     def joins_expert_factors(self, experts: int, rank: int) -> bool:
         """Returns True if rows are multiplied by the adapters of all experts in one matmul."""
         return False
@@ -132,9 +136,7 @@ class Numerics:
 
     def within(self) -> Self:
         """Returns the numerics of matmuls whose results are operands again after elementwise functions."""
-        if self.inner is None:
-            return self
-        return replace(self, result=self.inner)
+        return self if self.inner is None else replace(self, result=self.inner)
 
     @property
     def hooks(self) -> PlatformHooks:
@@ -154,7 +156,7 @@ def hooks_of(platform: Platform) -> PlatformHooks:
 
 
 class Operation(Generic[P, R]):
-    """A plain function that implementations may replace; created by `operation`.
+    """A plain function that implementations may replace.
 
     Attributes:
       plain: the function that defines the result.
@@ -180,9 +182,7 @@ class Operation(Generic[P, R]):
         return self.plain(*args, **kwargs)
 
 
-def operation(plain: Callable[P, R]) -> Operation[P, R]:
-    """Returns the operation of a function that has a parameter ``numerics``."""
-    return Operation(plain)
+operation = Operation  # decorates a function that has a parameter `numerics`
 
 
 @dataclass(frozen=True)

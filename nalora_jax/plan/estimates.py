@@ -139,10 +139,11 @@ def transposed_bytes(where: Topology, base: ModelConfig, wide: float) -> float:
     """Returns the bytes of kernels that are transposed at the start of a step, summed over devices.
 
     NCCL gathers along the first axis in memory. That axis differs from the split axis if fsdp
-    splits outputs. Kernels of experts are transposed on TPUs, too, for the backward pass.
+    splits outputs.
     """
-    late = ("/down_proj", "/o_proj") if where.chip.platform == "gpu" else ()
-    total = 0.0
+    if where.chip.platform != "gpu":
+        return 0.0
+    late, total = ("/down_proj", "/o_proj"), 0.0
     for config in uniform(base):
         shapes = projection_shapes(config).items()
         total += config.n_layers * sum(

@@ -12,8 +12,10 @@ are.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from nalora_jax import distributed
 from nalora_jax.config import MeshConfig, RunConfig
@@ -246,7 +248,7 @@ def estimate(
     tokens = rows * seq
     wide, narrow = _widths(config)
     layer, ends = _weight_bytes(base, config, narrow, wide)
-    adapters, tables = _trained_bytes(base, spec, tensor)
+    trained = _trained_bytes(base, spec, tensor)
     live_keys, received_keys = gathered_keys(base, rows * context, seq, context, wide)
     kernel = attention_kernel(where, base, rows, seq, context)
     saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
@@ -265,7 +267,7 @@ def estimate(
     traffic = _traffic(base, tokens, tensor, saved_bytes * base.n_layers, sends=stay > 0)
     moved = weight_passes(base, split, passes) * (weights - stay * (1 - 1 / split) + ends)
     hbm = (moved / tensor + traffic) / where.chip.bandwidth
-    gradients = 2 * (adapters + tables) / where.inbound(data * split) if data * split > 1 else 0.0
+    gradients = 2 * sum(trained) / where.inbound(data * split) if data * split > 1 else 0.0
     share = hidden_share(where, base)
     overlapped, exposed = share * gathered, (1 - share) * gathered
     sums = summed_bytes(base, tokens, tensor, saves, wide) / where.inbound(tensor)
@@ -275,11 +277,10 @@ def estimate(
     return Layout(
         data, fsdp, tensor, remat, experts,
         weights=(weights + ends) / (split * tensor),
-        # A or B is split over fsdp. So are tables; a step gathers them and their gradients.
-        state=adapters * 4 / max(1, split) ** 0.5 / tensor + tables * 4 / split,
+        state=_state_bytes(trained, split, tensor),
         activations=saved_bytes * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
         working=working_bytes(where, base, tokens, (split, tensor), wide=wide, offloads=offloads)
-        + (2 * tables + transposed_bytes(where, base, narrow) / (split * tensor) if split > 1 else 0.0)
+        + (2 * trained.tables + transposed_bytes(where, base, narrow) / (split * tensor) if split > 1 else 0.0)
         + live_keys / tensor,
         host=host, gathers=times * gathered, transfers=2 * times * out,
         seconds=seconds,
@@ -300,15 +301,38 @@ def _weight_bytes(base: ModelConfig, config: RunConfig, narrow: float, wide: flo
     return weight_bytes(base, narrow, wide, "" if quantize == "none" else kernels(quantize))
 
 
-def _trained_bytes(base: ModelConfig, spec: AdapterSpec, tensor: int) -> tuple[float, float]:
-    """Returns the bytes of the adapters and of the trained tables."""
-    adapters = 4.0 * sum(
-        sum(projection_shapes(base)[path][-2:]) * sum(target.ranks) for path, target in spec.targets
-    )
+class _Trained(NamedTuple):
+    """Bytes of trained parameters in float32."""
+
+    dense: float  # adapters of single projections
+    of_experts: float  # adapters of experts
+    tables: float
+
+
+def _trained_bytes(base: ModelConfig, spec: AdapterSpec, tensor: int) -> _Trained:
+    """Returns the bytes of the trained parameters, of which ``tensor`` splits the tables' part."""
+    shapes, adapters, of_experts = projection_shapes(base), 0.0, 0.0
+    for path, target in spec.targets:
+        *lead, d_in, d_out = shapes[path]
+        size = 4.0 * math.prod(lead) * (d_in + d_out) * sum(target.ranks)
+        if lead:
+            of_experts += size
+        else:
+            adapters += size
     tables = 4.0 * base.d_model * base.vocab_size * len(spec.saved)
     if base.vocab_size % tensor == 0:  # an axis that does not divide their rows is dropped
         tables /= tensor
-    return adapters, tables
+    return _Trained(adapters, of_experts, tables)
+
+
+def _state_bytes(trained: _Trained, split: int, tensor: int) -> float:
+    """Returns the bytes of parameters, gradients and two moments on a chip.
+
+    A or B of a dense adapter is split over ``split`` devices; adapters of experts and tables are split
+    completely. A step gathers the tables and their gradients.
+    """
+    adapters = trained.dense / max(1, split) ** 0.5 + trained.of_experts / split
+    return 4 * (adapters / tensor + trained.tables / split)
 
 
 def _traffic(base: ModelConfig, tokens: float, tensor: int, saved: float, *, sends: bool) -> float:
