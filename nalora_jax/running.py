@@ -16,6 +16,7 @@ from rich.console import Console
 
 from nalora_jax import distributed, trees
 from nalora_jax.config import RunConfig
+from nalora_jax.config.preference import UNCHANGED
 from nalora_jax.data.pipeline import BatchIterator, stream_text
 from nalora_jax.errors import Interrupted, NaloraError
 from nalora_jax.evaluate.heldout import describe
@@ -128,9 +129,9 @@ class Running:
         if self.before:
             return measured
         if measured is None:
-            base, pieces = self.pieces.loaded.params, self.pieces
-            reported = pieces.evaluator.measure(base, None, samples=True)
-            measured = BaseMetrics(reported, pieces.selector.measure(base, None))
+            base = _base(self.config, self.pieces)
+            reported = self.pieces.evaluator.measure(*base, samples=True)
+            measured = BaseMetrics(reported, self.pieces.selector.measure(*base))
         self.before = dict(measured.reported)
         chosen = self.config.train.eval_every > 0
         _record_before(self.output.folder, self.hooks, self.pieces, measured, chosen=chosen)
@@ -297,6 +298,16 @@ def _hooks(
         pieces.assembly.state_metrics,
         ranked_from=config.adalora.settled_at(config.steps),
     )
+
+
+def _base(config: RunConfig, pieces: Pieces) -> tuple[Any, Any]:
+    """Returns weights and adapters that compute the base model.
+
+    Adapters that start at zero are included: the programs that measure them are those of the result.
+    """
+    if config.lora.init in UNCHANGED:
+        return pieces.assembly.params, pieces.assembly.state.lora
+    return pieces.loaded.params, None
 
 
 def _record_before(
