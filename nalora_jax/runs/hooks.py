@@ -35,6 +35,7 @@ class RunHooks:
     stop: StopSignals
     state_metrics: StateMetrics
     ranked_from: int = 0  # first step that can be selected as the best
+    waits_for_writes: bool = False  # a checkpoint is written before the next step, not during it
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""
@@ -50,11 +51,13 @@ class RunHooks:
         return self.select(step, self.params, state.lora)
 
     def save(self, step: int, state: TrainState, measured: LoopEvaluation | None) -> None:
-        """Starts writing a checkpoint."""
+        """Starts writing a checkpoint, and waits for it if other runs write theirs."""
         metrics = None
         if measured is not None and step >= self.ranked_from:
             metrics = measured.metrics
         self.checkpointer.save(step, state, self.batches.get_state(), metrics)
+        if self.waits_for_writes:
+            self.checkpointer.wait()
         self.told.save(step, self.checkpointer.folder / str(step))
 
     def asked_to_stop(self, step: int) -> bool:

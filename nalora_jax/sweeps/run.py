@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -232,12 +233,14 @@ class _Group:
     def _fit(self, started: Sequence[Running]) -> list[RunLoop]:
         """Runs the steps of several runs in one program."""
         measured, stop = StatesMetrics(), StopOfAll(self._stop)
+        # Hosts meet at barriers while Orbax writes; those of two runs have the same name.
+        waits = jax.process_count() > 1
         assemblies = [running.pieces.assembly for running in started]
         program = SweepProgram(assemblies, self._fits.width, slots=self._fits.slots(len(started)))
         loops = []
         for index, running in enumerate(started):
             metrics: Any = measured.run(index)
-            running.hooks = replace(running.hooks, state_metrics=metrics, stop=stop)
+            running.hooks = replace(running.hooks, state_metrics=metrics, stop=stop, waits_for_writes=waits)
             loops.append(
                 RunLoop(
                     running.follower(), running.batches, start=running.start, steps=running.config.steps
