@@ -149,8 +149,15 @@ def _wanted() -> str | None:
 @cache
 def _available(choice: str, devices: int) -> bool:
     chosen = kind(choice)
-    if chosen is None or (devices != 1 and chosen != "plain"):
-        return False
+    return chosen is not None and (devices == 1 or chosen == "plain") and _registered(chosen)
+
+
+@cache
+def _registered(chosen: str) -> bool:
+    """Registers the functions of a kind, once in a process: XLA rejects a second copy of the library.
+
+    The file may be another copy by then, of a process that compiled at the same time.
+    """
     try:
         return register(build(find_compiler(), chosen), chosen)
     except (OSError, RuntimeError) as error:

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import os
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from nalora_jax.cpu import processor
 from nalora_jax.cpu.native import library
 from nalora_jax.downloads import file_sha256
 from nalora_jax.errors import NaloraError
+from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("decided_anew")
 
 
 @pytest.fixture
-def decided_anew() -> Iterator[None]:
-    library._available.cache_clear()
-    yield
-    library._available.cache_clear()
+def decided_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_available", "_registered"):
+        monkeypatch.setattr(library, name, functools.cache(getattr(library, name).__wrapped__))
+
+
+def test_another_copy_of_the_library_is_not_registered_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that compiles at the same time replaces the file, and NALORA_NATIVE names the kind in two ways."""
+    jax.jit(jnp.sin)(1.0)  # XLA compares registrations once it has run
+    monkeypatch.delenv("NALORA_NATIVE", raising=False)
+    assert library.available()
+    monkeypatch.setenv("NALORA_CACHE", tiny.new_cache(tmp_path))
+    monkeypatch.setenv("NALORA_NATIVE", library.kinds()[0])
+    assert library.available()
 
 
 @pytest.fixture
