@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
 import importlib.util
@@ -24,8 +23,7 @@ from tests import xla_options
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        xla_options.ONE_PIECE,
+        xla_options.flags(8),
         # Eight simulated devices on two busy cores meet late; by default XLA aborts the process after 40 seconds.
         "--xla_cpu_collective_call_terminate_timeout_seconds=900",
         "--xla_cpu_collective_timeout_seconds=900",
@@ -37,13 +35,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "32")
 # A program that one test has compiled is read by the others, in whichever process they run. All are kept: an operation
 # of 40 ms takes 16 ms from there, a draw of random numbers of 100 ms 40 to 80 ms.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/nalora-tests-{os.getppid()}")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/nalora-tests-{os.getpid()}")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import hypothesis
 import jax
 import pytest
-from jax._src import compiler
 
 if TYPE_CHECKING:
     from nalora_jax.ops.dispatch import Numerics
@@ -83,12 +80,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# Files that take longest begin first: for whichever comes last, the other processes wait.
+# Files that take longest begin first, the longest of all at once: for whichever comes last, the other processes wait.
 LONGEST = (
-    "test_run.py", "test_context.py", "test_real_run.py", "test_run_seeing.py", "test_elastic.py", "test_preemption.py",
-    "test_families.py", "test_program.py", "test_step.py", "test_moe_mesh.py", "test_dual.py", "test_docs_code.py",
-    "test_resume.py", "test_use.py", "test_kernels.py", "test_decoder.py", "test_token_rows.py", "test_preference.py",
-    "test_execution.py", "test_prefill.py", "test_bucket.py", "test_verbs.py", "test_linen.py",
+    "test_run.py", "test_families.py", "test_context.py", "test_moe_mesh.py", "test_step.py", "test_program.py",
+    "test_use.py", "test_real_run.py", "test_docs_code.py", "test_decoder.py", "test_run_seeing.py",
+    "test_split_attention.py", "test_config_fields.py", "test_run_images.py", "test_resume.py", "test_gemma4.py",
+    "test_prefill.py", "test_generate.py", "test_pages.py", "test_execution.py", "test_pod.py", "test_longrope.py",
+    "test_fuzz.py", "test_peft_training.py", "test_token_rows.py", "test_preference.py", "test_parser.py",
+    "test_dual.py", "test_seams.py", "test_verbs.py", "test_run_long_rows.py", "test_bucket.py", "test_elastic.py",
+    "test_linen.py", "test_kernels.py", "test_preemption.py",
 )  # fmt: skip
 
 
@@ -112,7 +112,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = set(items) - set(wanted)
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
-    items[:] = sorted(wanted, key=lambda item: item.path.name not in LONGEST)
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items[:] = sorted(wanted, key=lambda item: place.get(item.path.name, len(place)))
+
+
+def pytest_unconfigure() -> None:
+    """Removes the folder of compiled programs if this process named it."""
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if folder.endswith(f"nalora-tests-{os.getpid()}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_collection_finish() -> None:
@@ -144,36 +152,14 @@ def _pictures(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A module's compiled programs: made in a quarter of the time, unless it is marked, and let go at its end.
+    """A module's programs are optimised only if it is marked, and freed at its end.
 
     Each holds maps of memory, of which a process may have 65,530.
     """
     optimised = request.node.get_closest_marker("optimised") is not None
     jax.config.update("jax_disable_most_optimizations", not optimised)
-    with (
-        _plain_loops()
-        if not optimised and xla_options.knows(xla_options.EMITTERS)
-        else contextlib.nullcontext()
-    ):
-        yield
+    yield
     jax.clear_caches()
-
-
-@contextlib.contextmanager
-def _plain_loops() -> Iterator[None]:
-    """Programs of XLA:CPU without its emitters of fusions, which take two thirds of a small program's compilation.
-
-    The option can only be given with a compilation, and JAX has no place for options of all of them.
-    """
-    given = compiler.get_compile_options
-
-    def options(*arguments: Any, env_options_overrides: dict[str, Any] | None = None, **more: Any) -> Any:
-        asked = {xla_options.EMITTERS: "False"} | (env_options_overrides or {})
-        return given(*arguments, env_options_overrides=asked, **more)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "get_compile_options", options)
-        yield
 
 
 @pytest.fixture(params=["xla", *(["cpu", "cpu without kernels"] if HAS_CPU else [])])

@@ -110,13 +110,13 @@ def test_streams_and_the_signal_are_restored_after_the_block(monkeypatch: pytest
     closed = io.StringIO()
     closed.close()
     monkeypatch.setattr(sys, "stderr", closed)
-    before = sys.stdout
+    before, handler = sys.stdout, signal.getsignal(signal.SIGHUP)  # nohup ignores it
     with terminal.outliving_terminal(), terminal.outliving_terminal():
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         print("lost", file=sys.stderr)
         signal.raise_signal(signal.SIGHUP)
     assert (sys.stdout, sys.stderr) == (before, closed)
-    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGHUP) is handler
 
 
 def test_the_filter_of_standard_error_reads_on_after_its_reader_has_gone() -> None:

@@ -6,8 +6,10 @@ import re
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as fused
 
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
@@ -85,16 +87,53 @@ def test_other_policies_save_on_the_device(lowered):
     assert "annotate_device_placement" not in lowered("dots")
 
 
+FORWARD, BACKWARD = (
+    jax.extend.core.Primitive(fused._dot_product_attention_fwd_p_wrapper.name),
+    jax.extend.core.Primitive(fused._dot_product_attention_bwd_p_wrapper.name),
+)
+
+
+@FORWARD.def_abstract_eval
+def _(q, k, v, visible):
+    return q
+
+
+@BACKWARD.def_abstract_eval
+def _(q, k, v, visible, result, cotangent):
+    return q, k, v
+
+
+BACKWARD.multiple_results = True
+
+
+@jax.custom_vjp
+def cudnn(q, k, v, visible):
+    """cuDNN's attention, as a trace without a GPU shows it: `jax.nn.dot_product_attention` needs one to be traced."""
+    return FORWARD.bind(q, k, v, visible)
+
+
+def cudnn_forward(q, k, v, visible):
+    result = FORWARD.bind(q, k, v, visible)
+    return result, (q, k, v, visible, result)
+
+
+cudnn.defvjp(cudnn_forward, lambda saved, cotangent: (*BACKWARD.bind(*saved, cotangent), None))
+
+
+def traced_cudnn(q, k, v, visible, *_):
+    return cudnn(q, k, v, visible).astype(jnp.float32)
+
+
 @pytest.mark.parametrize(("remat", "times"), [("dots", 1), ("attention", 1), ("full", 2)])
 def test_attention_of_cudnn_and_its_projections_are_made_again_by_full_alone(
     traced, monkeypatch, remat, times
 ):
-    """Traced, which needs no cuDNN but its version. Keys and values are the products of this width: two in a layer."""
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    """Keys and values are the matmuls of this width: two in a layer."""
+    monkeypatch.setattr(cudnn_attention, "dot_product", traced_cudnn)
     monkeypatch.setattr(cudnn_attention, "compiles", lambda *_: True)
     text = str(traced(remat, Platform("gpu", "NVIDIA H100 80GB HBM3", 1), "auto").jaxpr)
-    assert text.count("= dot_product_attention_fwd_wrapper[") == times
-    assert text.count("= dot_product_attention_bwd_wrapper[") == 1
+    assert text.count(f"= {FORWARD.name} ") == times
+    assert text.count(f"= {BACKWARD.name} ") == 1
     width = KV_HEADS * D // HEADS
     assert len(re.findall(rf"\[{ROWS * SEQ},{width}\] = dot_general\[", text)) == 2 * times
 

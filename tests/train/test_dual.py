@@ -57,7 +57,7 @@ def config(model: Path | str, data: Path, **changes: object) -> RunConfig:
 
 
 def steps(settings: RunConfig, mesh, count: int = 3):
-    """The pieces of a run, its state after some steps, and the metrics of the last."""
+    """The pieces of a run, its state after some steps, the metrics of the last, and the losses."""
     pieces = dual_pieces(settings, *image_records(settings), mesh)
     state, params = pieces.assembly.state, pieces.assembly.view(pieces.assembly.params)
     batches = pieces.data.batches()
@@ -72,25 +72,6 @@ def steps(settings: RunConfig, mesh, count: int = 3):
 
 def one_device():
     return distributed.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-
-
-@pytest.mark.parametrize("task", ["classify", "contrast"])
-def test_both_towers_learn_with_the_mechanisms_on(dual_folder, colours, task) -> None:
-    rules = LoRAConfig(rules=(LoRARule("ffn", 2), LoRARule("attn", 2)))
-    vision = VisionConfig(task, shots=4, augment="none")
-    settings = config(
-        dual_folder("clip"), colours, vision=vision, lora=rules, debug=DebugConfig(check_gates=True)
-    )
-    _, state, metrics, losses = steps(settings, one_device(), 8)
-    assert np.mean(losses[-3:]) < np.mean(losses[:3])
-    assert set(metrics["layers"]) == {"image/layers/ffn", "text/layers/ffn"}
-    for layers in metrics["layers"].values():
-        assert np.all(np.asarray(layers["importance"]) > 0)
-        np.testing.assert_allclose(np.asarray(layers["occupancy"]).sum(axis=1), 1.0, rtol=1e-5)
-    moved = {
-        p: float(np.abs(leaf).max()) for p, leaf in trees.flatten(state.lora).items() if p.endswith("/b")
-    }
-    assert min(moved.values()) > 0, moved
 
 
 def test_a_frozen_text_tower_is_encoded_once_and_gives_the_loss_of_an_adapted_one(
@@ -115,19 +96,31 @@ def test_a_frozen_text_tower_is_encoded_once_and_gives_the_loss_of_an_adapted_on
 
 
 @pytest.mark.parametrize(
-    ("family", "task"), [("clip", "contrast"), ("siglip", "contrast"), ("clip", "classify")]
+    ("family", "task", "checks"),
+    [("clip", "contrast", False), ("siglip", "contrast", False), ("clip", "classify", True)],
 )
-def test_eight_devices_are_one(dual_folder, colours, family, task) -> None:
-    rules = LoRAConfig(rules=(LoRARule("ffn", 2),))
-    vision = VisionConfig(task, shots=4)
+def test_both_towers_learn_with_the_mechanisms_on_and_eight_devices_are_one(
+    dual_folder, colours, family, task, checks
+) -> None:
+    rules = LoRAConfig(rules=(LoRARule("ffn", 2), LoRARule("attn/q_proj", 2)))
+    vision = VisionConfig(task, shots=4, augment="none")
     settings = config(dual_folder(family), colours, vision=vision, lora=rules)
-    _, alone, _, losses = steps(settings, one_device(), 3)
+    checked = replace(settings, debug=DebugConfig(check_gates=checks))
+    _, alone, metrics, losses = steps(checked, one_device(), 8)
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    assert set(metrics["layers"]) == {"image/layers/ffn", "text/layers/ffn"}
+    for layers in metrics["layers"].values():
+        assert np.all(np.asarray(layers["importance"]) > 0)
+        np.testing.assert_allclose(np.asarray(layers["occupancy"]).sum(axis=1), 1.0, rtol=1e-5)
+    expected = trees.flatten(alone.lora)
+    moved = {p: float(np.abs(leaf).max()) for p, leaf in expected.items() if p.endswith("/b")}
+    assert min(moved.values()) > 0, moved
     mesh = distributed.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    _, together, _, many = steps(settings, mesh, 3)
-    np.testing.assert_allclose(many, losses, rtol=1e-4)
-    for path, leaf in trees.flatten(alone.lora).items():
+    _, together, _, many = steps(settings, mesh, 8)
+    np.testing.assert_allclose(many, losses, rtol=2e-4)
+    for path, leaf in expected.items():
         other = distributed.fetch(trees.flatten(together.lora)[path])
-        np.testing.assert_allclose(other, leaf, rtol=0, atol=3e-4, err_msg=path)
+        np.testing.assert_allclose(other, leaf, rtol=0, atol=5e-4, err_msg=path)
 
 
 def test_micro_batches_are_one_batch(dual_folder, colours) -> None:
