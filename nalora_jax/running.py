@@ -304,8 +304,9 @@ def _base(config: RunConfig, pieces: Pieces) -> tuple[Any, Any]:
     """Returns weights and adapters that compute the base model.
 
     Adapters that start at zero are included: the programs that measure them are those of the result.
+    Rewards of the base are exactly 0 only without adapters, by the program of the reference.
     """
-    if config.lora.init in UNCHANGED:
+    if config.lora.init in UNCHANGED and config.preference.loss == "none":
         return pieces.assembly.params, pieces.assembly.state.lora
     return pieces.loaded.params, None
 
