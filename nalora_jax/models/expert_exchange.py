@@ -127,10 +127,10 @@ def _exchanged(
     # Unused places count as zeros of the last expert, with weight 0 in statistics.
     labels = jnp.where(real, jnp.take(routing.expert, row) % local, local - 1).astype(jnp.float32)
     strides = config.stats.stride, config.stats.probe_stride
-    weights = [
-        jnp.where(real, jnp.take(_row_weights(routing, token_weights, s), row), 0.0) for s in strides
-    ]
-    expert, *weights = jnp.unstack(_to_devices(jnp.stack([labels, *weights], axis=1), over), axis=1)
+    of_rows = routing.weight, *(_row_weights(routing, token_weights, s) for s in strides)
+    weights = [jnp.where(real, jnp.take(weight, row), 0.0) for weight in of_rows]
+    labelled = jnp.stack([labels, *weights], axis=1)
+    expert, weight, *weights = jnp.unstack(_to_devices(labelled, over), axis=1)
     order = jnp.argsort(expert, stable=True)
     expert = expert[order].astype(jnp.int32)
     groups = Groups(jnp.bincount(expert, length=local).astype(jnp.int32), expert)
@@ -139,13 +139,12 @@ def _exchanged(
     first = lax.axis_index(over) * local
     taps = {name: lax.dynamic_slice_in_dim(tap, first, local) for name, tap in layer.taps.items()}
     layer = layer._replace(taps=taps)
-    y, measured = expert_rows(
-        jnp.take(received, order, axis=0), layer, groups, (of_gate, of_probe), config, axis
-    )
+    received = jnp.take(received, order, axis=0)
+    y, measured = expert_rows(received, weight[order], layer, groups, (of_gate, of_probe), config, axis)
     y = _to_devices(jnp.take(y, jnp.argsort(order), axis=0), over)
     target = routing.expert // local
     index = target * block + jnp.arange(target.shape[0]) - (ends - counts)[target]
-    y = summed(jnp.take(y, index, axis=0), routing, config, x.shape, axis)
+    y = summed(jnp.take(y, index[routing.back], axis=0), config, x.shape, axis)
     return y, {name: _of_all(value, first, local, devices) for name, value in measured.items()}
 
 

@@ -200,8 +200,9 @@ def routed_ffn(
     probe = samples
     if config.measure:
         probe = sample(routing, token_weights, config.stats.probe_stride)
-    y, measured = expert_rows(rows, layer, routing.groups, (samples, probe), config, axis, drop)
-    return summed(y, routing, config, x.shape, axis), measured
+    groups = routing.groups
+    y, measured = expert_rows(rows, routing.weight, layer, groups, (samples, probe), config, axis, drop)
+    return summed(y[routing.back], config, x.shape, axis), measured
 
 
 def routed(x: jax.Array, layer: Layer, config: RoutedConfig, routed_by: jax.Array | None = None) -> Routing:
@@ -221,13 +222,9 @@ def _frozen(array: jax.Array) -> jax.Array:
     return lax.stop_gradient(array).astype(jnp.float32)
 
 
-def summed(
-    y: jax.Array, routing: Routing, config: RoutedConfig, shape: tuple[int, ...], axis: str | None
-) -> jax.Array:
-    """Returns the weighted sums ``[batch, seq, d_model]`` of sorted rows ``y [rows, d_model]``."""
-    y = y * routing.weight[:, None].astype(y.dtype)
-    # [tokens, top_k, d_model] in the tokens' own order
-    y = jnp.sum(y[routing.back].reshape(-1, config.top_k, shape[-1]), axis=1).reshape(shape)
+def summed(y: jax.Array, config: RoutedConfig, shape: tuple[int, ...], axis: str | None) -> jax.Array:
+    """Returns the sums ``[batch, seq, d_model]`` over the experts of each token; ``y`` is in the tokens' order."""
+    y = jnp.sum(y.reshape(-1, config.top_k, shape[-1]), axis=1).reshape(shape)
     if axis is not None:
         y = lax.psum(y, axis)
     return y
@@ -235,6 +232,7 @@ def summed(
 
 def expert_rows(
     rows: jax.Array,
+    weight: jax.Array,
     layer: Layer,
     groups: Groups,
     samples: tuple[SampledRows, SampledRows],
@@ -242,10 +240,14 @@ def expert_rows(
     axis: str | None,
     drop: Sequence[Callable[..., jax.Array]] = (_unchanged,) * 3,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Passes rows that are sorted by expert through their experts.
+    """Passes rows that are sorted by expert through their experts, times the router's weights.
+
+    The inputs of the down projection are multiplied, ``(w h) W = w (h W)``: they are narrower than its
+    outputs, and the gradient of w does not need the outputs again.
 
     Args:
       rows: ``[rows, d_model]``.
+      weight: ``[rows]``, the router's.
       layer: arrays of the block.
       groups: the rows' experts.
       samples: rows for the gate's statistics and rows for the probe.
@@ -274,7 +276,9 @@ def expert_rows(
             if axis is not None:
                 faults = {name: lax.pmax(worst, axis) for name, worst in faults.items()}
             measured |= faults
-    return combine(*_projected(layer.down, hidden, drop[2](hidden, axis), groups, numerics, axis)), measured
+    hidden = hidden * weight[:, None].astype(hidden.dtype)
+    inner = drop[2](hidden, axis)
+    return combine(*_projected(layer.down, hidden, inner, groups, numerics, axis, weight)), measured
 
 
 def combine(base: jax.Array, delta: jax.Array | None) -> jax.Array:
@@ -291,14 +295,18 @@ def _projected(
     groups: Groups,
     numerics: Numerics,
     axis: str | None = None,
+    weight: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns the base and the adapter's output ``[rows, d_out]`` of a projection.
 
     This is `nalora_jax.method.low_rank` over grouped rows; the adapter reads ``inner``. With
-    ``axis`` the inputs are split over it, so that the results are partial sums.
+    ``axis`` the inputs are split over it, so that the results are partial sums. With ``weight``, by
+    which the inputs have been multiplied, the bias is multiplied too.
     """
     base, adapter = frozen_grouped_matmul(x, experts.kernel, groups.sizes, numerics), experts.adapter
     bias = _bias_rows(experts, groups, axis)
+    if bias is not None and weight is not None:
+        bias = bias * weight[:, None].astype(bias.dtype)
     if adapter is None:
         return combine(base, bias), None
     delta = grouped_residual(inner, *adapter[:3], groups, numerics, adapter.mask)

@@ -294,9 +294,8 @@ def _recomputed(config: ModelConfig, remat: str) -> float:
     inputs = sum(
         size for path, size in sizes.items() if path.endswith(("/gate_proj", "/up_proj", "/in_proj"))
     )
-    # No policy saves the FFN's result, which a norm after it, or the weights of experts, read in
-    # the backward pass.
-    down = outputs if config.post_norm or config.n_experts else 0.0
+    # No policy saves the FFN's result, which a norm after it reads in the backward pass.
+    down = outputs if config.post_norm else 0.0
     return {"full": sum(sizes.values()) - outputs, "attention": inputs}.get(remat, 0.0) + down
 
 

@@ -639,14 +639,19 @@ def random_adapters(config: ModelConfig) -> tuple[dict, AdapterSpec]:
 def kernel_gradients(
     pair: Pair, merged: dict, tokens: np.ndarray, real: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """transformers' gradients of the mean loss with the weights ``merged``, by our paths."""
+    """transformers' gradients of the mean loss with the weights ``merged``, in float64, by our paths."""
     with tempfile.TemporaryDirectory() as folder:
         pair.theirs.config.save_pretrained(folder)
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in merged.items()}
         safetensors.numpy.save_file(tensors, Path(folder) / "model.safetensors", {"format": "pt"})
         model = (
             type(pair.theirs)
-            .from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+            .from_pretrained(
+                folder,
+                attn_implementation="eager",
+                experts_implementation="eager",  # the others have no float64
+                dtype=torch.float64,
+            )
             .eval()
         )
         mask = torch.tensor(real.astype(np.int64))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -212,3 +214,18 @@ def test_dropout_acts_on_the_adapters_input_only():
     base = {"params": variables["params"]}
     same = noisy.apply(base, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
     np.testing.assert_array_equal(same, module.apply(base, x))
+
+
+def grouped_matmuls(jaxpr: Any) -> int:
+    """The number of grouped matmuls that a program computes, in the programs that it calls too."""
+    inner = sum(map(grouped_matmuls, jax.extend.core.subjaxprs(jaxpr)))
+    return inner + sum(eqn.primitive.name == "ragged_dot_general" for eqn in jaxpr.eqns)
+
+
+def test_the_backward_pass_computes_no_output_of_an_expert_again():
+    """Three grouped matmuls forward, gate and up again, and three for the gradients of their inputs."""
+    module, x = MoEFFN(D, F, EXPERTS, 2), jnp.asarray(normal(2, 5, D))
+    variables = module.init(jax.random.key(0), x)
+    block = jax.checkpoint(lambda x: module.apply(variables, x))
+    made = jax.make_jaxpr(jax.grad(lambda x: jnp.sum(block(jnp.sin(x)) ** 2)))(x)
+    assert grouped_matmuls(made.jaxpr) == 8
