@@ -108,11 +108,8 @@ def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
 def _visits(integers: Integers, size: int) -> _Visits:
     """Returns the visited pairs of tiles of ``size`` tokens."""
     queries, window = integers.queries, integers.window
-    batch, runs, of_keys = (
-        queries.positions.shape[0],
-        queries.first.shape[0],
-        integers.keys.segments.shape[1],
-    )
+    batch, of_keys = integers.keys.segments.shape
+    runs = queries.first.shape[0]
     first, tile = queries.first_of_tiles(size)[None], jnp.arange(of_keys // size)[None, None]
     # Of a tile, the first query sees the earliest key: positions grow by one along a segment.
     earliest = jnp.maximum(first - queries.positions[:, ::size], first - window + 1)
