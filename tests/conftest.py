@@ -292,16 +292,14 @@ def dual_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pathl
             config = join(*parts, **{"projection_dim": 24, **top})
         else:
             config = transformers.CONFIG_MAPPING[family](vision_config=image, text_config=words_of, **top)
-        model = transformers.AutoModel.from_config(config)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)  # a class embedding is one-dimensional and random, and it is kept below
+            model = transformers.AutoModel.from_config(config)
             for name, leaf in model.named_parameters():
                 if leaf.ndim == 0 or "logit" in name:
                     continue
                 wide = 1.0 / np.sqrt(leaf.shape[-1]) if leaf.ndim > 1 else 0.2
-                leaf.copy_(
-                    torch.randn(leaf.shape, generator=generator) * wide + (leaf if leaf.ndim == 1 else 0)
-                )
+                leaf.copy_(torch.randn(leaf.shape) * wide + (leaf if leaf.ndim == 1 else 0))
         model.save_pretrained(folder)
         tokenizer(
             folder, "" if family.startswith("siglip") else "[CLS] ", words_of["max_position_embeddings"]
