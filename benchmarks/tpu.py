@@ -134,7 +134,7 @@ def _step(
     shapes = {path: jax.ShapeDtypeStruct(shape, "bfloat16") for path, shape in param_shapes(base).items()}
     params, _ = described(trees.unflatten(shapes), distributed.PARAM_RULES)
     state, places = described(jax.eval_shape(fresh), distributed.STATE_RULES)
-    by_rows = NamedSharding(mesh, P(None, distributed.BATCH_AXES))
+    by_rows = NamedSharding(mesh, P(None, distributed.mesh.BATCH_AXES))
     batch = {
         name: jax.ShapeDtypeStruct((1, rows, seq), np.dtype(dtype), sharding=by_rows)
         for name, dtype in {

@@ -37,6 +37,8 @@ os.environ.setdefault("NPROC", "32")
 # of 40 ms takes 16 ms from there, a draw of random numbers of 100 ms 40 to 80 ms.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/nalora-tests-{os.getpid()}")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Lines of source for each operation of a program would take 6% of the time of a test that compiles.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import hypothesis
 import jax

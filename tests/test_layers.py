@@ -133,6 +133,34 @@ DEVICE_ATTRIBUTES = {
 }  # fmt: skip
 
 
+def _exports(source: str) -> set[str]:
+    """Names in a module's `__all__`."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+def test_what_a_package_exports_is_imported_from_the_package() -> None:
+    """One import path for each name: modules of the package itself excepted, which its `__init__` imports."""
+    exports = {
+        f"nalora_jax.{path.removesuffix('/__init__.py').replace('/', '.')}.": _exports(source)
+        for path, source in _modules()
+        if path.endswith("/__init__.py")
+    }
+    second_paths = [
+        f"{name} imports {imported}"
+        for name, source in _modules()
+        for imported in _imported(source, name)
+        for package, names in exports.items()
+        if imported.startswith(package)
+        and imported.rpartition(".")[2] in names
+        and imported.count(".") > package.count(".")
+        and not f"nalora_jax.{name.replace('/', '.')}".startswith(package)
+    ]
+    assert second_paths == []
+
+
 def _device_reads(source: str) -> Iterator[str]:
     """Expressions that read an attribute of a device, by attribute or by `getattr`."""
     for node in ast.walk(ast.parse(source)):

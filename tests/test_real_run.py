@@ -28,7 +28,7 @@ from tests import xla_options
 
 pytestmark = [pytest.mark.network, pytest.mark.optimised]
 
-QUESTIONS = 3
+QUESTIONS = 2
 TRAINING = (
     "--steps 6 --optimizer.learning-rate 4e-3 --compute.dtype float32 --compute.no-compilation-cache "
     "--data.max-length 64 --data.train-limit 100 --data.eval-limit 4 --data.select-limit 2 "

@@ -17,7 +17,7 @@ from nalora_jax import running
 from nalora_jax.__main__ import main
 from nalora_jax.cli.command import parse
 from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
-from nalora_jax.distributed.mesh import make_mesh
+from nalora_jax.distributed import make_mesh
 from nalora_jax.errors import Interrupted, NaloraError
 from nalora_jax.runs import text_pieces
 from nalora_jax.runs.metrics import to_json

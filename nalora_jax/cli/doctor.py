@@ -92,7 +92,8 @@ def _join(problems: list[str]) -> list[str]:
     JAX ends a process from C++ if another process does not connect; the report of this host is
     therefore printed first.
     """
-    from nalora_jax.distributed.processes import filter_stderr, has_peers, initialize_distributed
+    from nalora_jax.distributed import initialize_distributed
+    from nalora_jax.distributed.processes import filter_stderr, has_peers
 
     if not has_peers():
         return []

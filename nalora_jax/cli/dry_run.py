@@ -16,6 +16,7 @@ from nalora_jax.config.vision import DUAL
 from nalora_jax.data.pipeline import TrainData, stream_text, train_data
 from nalora_jax.data.questions import held_out
 from nalora_jax.distributed import platform_of
+from nalora_jax.distributed.mesh import AXES
 from nalora_jax.loading.base import read_tokenizer_of
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
@@ -119,7 +120,7 @@ def _epochs(config: RunConfig, data: TrainData) -> float:
 
 def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) -> list[str]:
     """Returns lines with an estimate of memory per device during training."""
-    sizes = {axis: mesh.shape.get(axis, 1) for axis in distributed.AXES}
+    sizes = {axis: mesh.shape.get(axis, 1) for axis in AXES}
     numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
     remat = chosen_remat(config.compute.remat, base.d_model, numerics)
     config = replace(config, mesh=MeshConfig(**sizes))

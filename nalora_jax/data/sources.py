@@ -20,17 +20,14 @@ from nalora_jax.data.files import is_path
 from nalora_jax.data.hub_source import open_hub
 from nalora_jax.data.mixture import MixedSource, Part, components
 from nalora_jax.data.selected import draw_held_out
-from nalora_jax.data.source import Record, RecordsSource, Source, Span, require_some
+from nalora_jax.data.source import Source, require_some
 from nalora_jax.data.tfds_source import (
     TfdsSource,
-    absolute,
     folder_source,
     is_tfds_folder,
     needle_source,
     open_tfds,
-    prepared,
     task_source,
-    tfds_errors,
 )
 from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
@@ -40,23 +37,17 @@ __all__ = [
     "AUTO",
     "FileSource",
     "Opener",
-    "Record",
-    "RecordsSource",
     "Source",
-    "Span",
     "TfdsSource",
-    "absolute",
     "check_disjoint",
     "have_same_records",
     "open_held_out",
     "open_pair",
     "open_source",
     "open_train",
-    "prepared",
     "register_source",
     "require_some",
     "split_to_measure",
-    "tfds_errors",
 ]
 
 _COMPARED = 16  # records of each source in a comparison

@@ -1,13 +1,11 @@
-"""Devices and processes: the mesh, array shardings, global batches and multi-host runs."""
+"""Devices and processes: the mesh, array shardings, global batches and multi-host runs.
+
+Names of the mesh's axes are in `nalora_jax.distributed.mesh`.
+"""
 
 from nalora_jax.distributed.batches import make_global_batch, process_rows, rows_of_processes
 from nalora_jax.distributed.compiler import compiler_options
 from nalora_jax.distributed.mesh import (
-    AXES,
-    BATCH_AXES,
-    CONTEXT,
-    RUN,
-    WEIGHT_AXES,
     batch_shards,
     check_axes,
     check_heads,
@@ -42,14 +40,9 @@ from nalora_jax.distributed.sharding import (
 )
 
 __all__ = [
-    "AXES",
-    "BATCH_AXES",
-    "CONTEXT",
     "PARAM_RULES",
-    "RUN",
     "STATE_RULES",
     "STEP_RULES",
-    "WEIGHT_AXES",
     "Rules",
     "batch_shards",
     "bytes_per_device",

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from nalora_jax import distributed, trees
 from nalora_jax.data.images.processor import ImageProcessor, read_processor
+from nalora_jax.distributed.mesh import WEIGHT_AXES
 from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
 from nalora_jax.image_tokens import ImageTokens
@@ -164,7 +165,7 @@ def load_model(
     shardings = None if mesh is None else _shardings(config, mesh)
     floats = with_experts(with_floats(tensors), keymap)
     params = load_params(config, floats, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
-    params = gathered(params, distributed.WEIGHT_AXES)
+    params = gathered(params, WEIGHT_AXES)
     source_of = origin(config, resolved, tensors, together=mesh is not None)
     log.info("base model: %s", source_of.describe())
     if resolved.rope_scaling:

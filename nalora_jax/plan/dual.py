@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax import distributed, trees
 from nalora_jax.config import RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.distributed.mesh import BATCH_AXES
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.models.vision.dual import init_lora
 from nalora_jax.plan.program import placed
@@ -44,7 +45,7 @@ def contrastive_step(
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     state, places = placed(jax.eval_shape(program.fresh, lora, key), mesh, distributed.STATE_RULES)
     params, _ = placed(weights, mesh, distributed.PARAM_RULES)
-    by_rows = NamedSharding(mesh, P(None, distributed.BATCH_AXES))
+    by_rows = NamedSharding(mesh, P(None, BATCH_AXES))
     rows, side = (1, config.train.batch_size), base.image.image_size
     batch = {
         "pixels": jax.ShapeDtypeStruct(

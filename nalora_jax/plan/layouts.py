@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from nalora_jax import distributed
 from nalora_jax.config import MeshConfig, RunConfig
+from nalora_jax.distributed.mesh import AXES
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.expert_exchange import SLACK
@@ -97,7 +98,7 @@ class Layout:
     def short(self) -> str:
         """The layout without its estimates."""
         sends = ", rows sent to experts" if self.experts == "send" else ""
-        axes = distributed.shown_axes({name: getattr(self, name) for name in distributed.AXES})
+        axes = distributed.shown_axes({name: getattr(self, name) for name in AXES})
         return f"{axes}, remat {self.remat}{sends}"
 
     def __str__(self) -> str:
@@ -177,7 +178,7 @@ def candidates(
     mesh = config.mesh
     if -1 in (mesh.data, mesh.fsdp, mesh.context, mesh.tensor):  # no axis is left to choose
         sizes = distributed.resolve_sizes(mesh, where.size)
-        mesh = MeshConfig(**dict(zip(distributed.AXES, sizes, strict=True)))
+        mesh = MeshConfig(**dict(zip(AXES, sizes, strict=True)))
     distributed.check_axes(mesh, where.size, where.slices)
     mesh = replace(mesh, context=distributed.context_of(mesh))
     distributed.check_tensor(max(mesh.tensor, 1), n_heads=base.n_heads, n_kv_heads=key_heads(base))

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax import distributed, trees
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.distributed.mesh import BATCH_AXES, WEIGHT_AXES
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.step import init_state
 from nalora_jax.models.adapters import adapter_spec, init_lora
@@ -110,9 +111,7 @@ def step_and_arguments(
         return init_state(lora, program.optimizer, program.blocks, program.mechanisms, 0)
 
     weights = {path: _weight(path, shape, config.compute) for path, shape in param_shapes(base).items()}
-    params = gathered(
-        placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], distributed.WEIGHT_AXES
-    )
+    params = gathered(placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], WEIGHT_AXES)
     state, places = placed(jax.eval_shape(fresh, trees.unflatten(weights)), mesh, distributed.STATE_RULES)
     batch = _batch(config, base, mesh, seq, images)
     if not runs:
@@ -145,7 +144,7 @@ def step_and_arguments(
 
 def _batch(config: RunConfig, base: ModelConfig, mesh: Mesh, seq: int, images: int) -> dict[str, Any]:
     """Returns the shapes of a step's batch."""
-    by_rows = NamedSharding(mesh, P(None, distributed.BATCH_AXES))
+    by_rows = NamedSharding(mesh, P(None, BATCH_AXES))
     lead = (config.train.accumulate, config.train.batch_size // config.train.accumulate)
 
     def of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

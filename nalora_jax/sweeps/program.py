@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax import distributed, trees
-from nalora_jax.distributed import RUN
+from nalora_jax.distributed.mesh import RUN
 from nalora_jax.method.step import Batch, TrainState
 from nalora_jax.sweeps.groups import widest
 from nalora_jax.sweeps.stack import common_shapes, shared, stack, stacked_sharding, take, unpadded

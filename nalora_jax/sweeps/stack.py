@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax import distributed, trees
-from nalora_jax.distributed import RUN
+from nalora_jax.distributed.mesh import RUN
 
 Shapes = dict[str, tuple[int, ...]]  # by path
 

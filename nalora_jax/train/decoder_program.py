@@ -16,6 +16,7 @@ from nalora_jax import distributed, trees
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.distributed import platform_of
+from nalora_jax.distributed.mesh import RUN
 from nalora_jax.errors import NaloraError
 from nalora_jax.gate_checks import GateChecks, require_compensated
 from nalora_jax.measurement import GateStatsConfig
@@ -246,7 +247,7 @@ def next_token(base: ModelConfig, model: Decoder, compute: ComputeConfig, mesh: 
         distributed.batch_shards(mesh),
         head_sharding(base, mesh),
         distributed.row_sharding(mesh),
-        distributed.RUN in mesh.shape and distributed.devices_per_run(mesh) > 1,
+        RUN in mesh.shape and distributed.devices_per_run(mesh) > 1,
     )
 
 

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax import distributed
 from nalora_jax.config import MeshConfig
+from nalora_jax.distributed.mesh import BATCH_AXES
 from nalora_jax.models.embedding import Embedding
 from nalora_jax.ops.dispatch import Numerics
 
@@ -47,7 +48,7 @@ def share_received(program: jax.stages.Compiled) -> float:
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (2, 4, 1), (1, 4, 2)], ids=str)
 def test_no_device_receives_more_of_a_lookup_than_a_quarter(sizes):
-    sharding = NamedSharding(distributed.make_mesh(MeshConfig(*sizes)), P(distributed.BATCH_AXES))
+    sharding = NamedSharding(distributed.make_mesh(MeshConfig(*sizes)), P(BATCH_AXES))
     program, (table, tokens) = compiled(sharding, sharding)
     rows = program(table, tokens)
     np.testing.assert_array_equal(rows, 2.0 * np.asarray(table["embedding"])[np.asarray(tokens)])

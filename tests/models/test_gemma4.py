@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax import distributed
 from nalora_jax.config import MeshConfig
+from nalora_jax.distributed.mesh import BATCH_AXES
 from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
@@ -112,9 +113,7 @@ def loaded(folder: Any, config: ModelConfig, mesh: MeshConfig) -> Any:
 def measured(mesh: MeshConfig | None = None) -> Any:
     """Loss, gradients of the adapters and gate statistics."""
     _, config, params, lora, spec = build()
-    sharding = (
-        None if mesh is None else NamedSharding(distributed.make_mesh(mesh), P(distributed.BATCH_AXES))
-    )
+    sharding = None if mesh is None else NamedSharding(distributed.make_mesh(mesh), P(BATCH_AXES))
     stats = GateStatsConfig(stride=2, probe_stride=2)
     model = Decoder(
         config, spec, remat="dots", stats=replace(stats, sharding=sharding), activation_sharding=sharding

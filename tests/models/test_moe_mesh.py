@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax import distributed, gate_checks, trees
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig
+from nalora_jax.distributed.mesh import BATCH_AXES
 from nalora_jax.evaluate.perplexity import _batch_log_probs
 from nalora_jax.gate_checks import GateChecks
 from nalora_jax.generate.shapes import place_batch
@@ -134,7 +135,7 @@ def results(module: MoEFFN, variables: dict[str, Any], *, dropout: bool) -> dict
 
 
 def sharding_of(mesh: MeshConfig) -> NamedSharding:
-    return NamedSharding(distributed.make_mesh(mesh), P(distributed.BATCH_AXES))
+    return NamedSharding(distributed.make_mesh(mesh), P(BATCH_AXES))
 
 
 def assert_close(spread: Any, single: Any) -> None:

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax import distributed
 from nalora_jax.config import MeshConfig
+from nalora_jax.distributed.mesh import BATCH_AXES
 from nalora_jax.method import statistics
 from nalora_jax.ops.reductions import by_shard, count, first_alone
 from nalora_jax.train.gate_metrics import layer_means
@@ -21,7 +22,7 @@ SEQ, D_FF = 3, 6
 @pytest.fixture(scope="module")
 def rows() -> NamedSharding:
     """Four shards; channels are split as well."""
-    return NamedSharding(distributed.make_mesh(MeshConfig(2, 2, 2)), P(distributed.BATCH_AXES))
+    return NamedSharding(distributed.make_mesh(MeshConfig(2, 2, 2)), P(BATCH_AXES))
 
 
 def sums(z, weights):
@@ -46,7 +47,7 @@ def test_shards_together_have_the_sums_of_the_batch(rows, batch):
 
 def test_one_shard_has_no_axis(rows):
     z, weights = jnp.ones((2, SEQ, D_FF)), jnp.ones((2, SEQ))
-    by_tensor = NamedSharding(distributed.make_mesh(MeshConfig(1, 1, 8)), P(distributed.BATCH_AXES))
+    by_tensor = NamedSharding(distributed.make_mesh(MeshConfig(1, 1, 8)), P(BATCH_AXES))
     assert (count(None), count(by_tensor), count(rows)) == (1, 1, 4)
     for sharding in (None, by_tensor):
         plain, found = (

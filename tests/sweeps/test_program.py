@@ -23,11 +23,11 @@ from nalora_jax.config import (
     LoRARule,
     MeshConfig,
     OptimizerConfig,
+    PreferenceConfig,
     RunConfig,
     TrainConfig,
+    VisionConfig,
 )
-from nalora_jax.config.preference import PreferenceConfig
-from nalora_jax.config.vision import VisionConfig
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.runs.dual_pieces import dual_pieces, image_records
