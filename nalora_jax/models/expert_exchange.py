@@ -25,8 +25,8 @@ from nalora_jax.models.experts import (
     expert_rows,
     of_each,
     routed,
-    routed_ffn,
-    sample,
+    routed_rows,
+    samples_of,
     summed,
 )
 from nalora_jax.models.router import Routing
@@ -77,19 +77,20 @@ def exchanged_ffn(
       As `routed_ffn`; statistics have all experts, with zeros for the experts of other devices.
     """
     routing = routed(x, layer, config, routed_by)
+    samples = samples_of(routing, token_weights, config)
     devices, local = lax.axis_size(over), layer.gate.kernel.shape[0]
     counts = jnp.sum(routing.sizes.reshape(devices, local), axis=1)
     block = block_rows(routing.token.shape[0], devices)
     fits = lax.pmax(jnp.max(counts), over) <= block
 
-    def exchanged(x: jax.Array, layer: Layer, _: jax.Array | None) -> tuple[jax.Array, Measured]:
-        return _exchanged(x, token_weights, layer, routing, counts, block, config, over, axis)
+    def exchanged(x: jax.Array, layer: Layer, routing: Routing) -> tuple[jax.Array, Measured]:
+        return _exchanged(x, layer, routing, samples, counts, block, config, over, axis)
 
     @jax.checkpoint  # saves no gathered kernel
-    def all_here(x: jax.Array, layer: Layer, routed_by: jax.Array | None) -> tuple[jax.Array, Measured]:
-        return routed_ffn(x, token_weights, None, gathered(layer, over), config, axis, routed_by)
+    def all_here(x: jax.Array, layer: Layer, routing: Routing) -> tuple[jax.Array, Measured]:
+        return routed_rows(x, gathered(layer, over), routing, samples, config, axis)
 
-    y, measured = lax.cond(fits, exchanged, all_here, x, layer, routed_by)
+    y, measured = lax.cond(fits, exchanged, all_here, x, layer, routing)
     return y, measured
 
 
@@ -106,9 +107,9 @@ def gathered(layer: Layer, over: str) -> Layer:
 
 def _exchanged(
     x: jax.Array,
-    token_weights: jax.Array,
     layer: Layer,
     routing: Routing,
+    samples: tuple[SampledRows, SampledRows],
     counts: jax.Array,
     block: int,
     config: RoutedConfig,
@@ -126,21 +127,21 @@ def _exchanged(
     received = _to_devices(sent, over)
     # Unused places count as zeros of the last expert, with weight 0 in statistics.
     labels = jnp.where(real, jnp.take(routing.expert, row) % local, local - 1).astype(jnp.float32)
-    strides = config.stats.stride, config.stats.probe_stride
-    of_rows = routing.weight, *(_row_weights(routing, token_weights, s) for s in strides)
+    of_rows = routing.weight, *(_row_weights(routing, rows) for rows in samples)
     weights = [jnp.where(real, jnp.take(weight, row), 0.0) for weight in of_rows]
     labelled = jnp.stack([labels, *weights], axis=1)
-    expert, weight, *weights = jnp.unstack(_to_devices(labelled, over), axis=1)
-    order = jnp.argsort(expert, stable=True)
-    expert = expert[order].astype(jnp.int32)
+    labelled = _to_devices(labelled, over)
+    order = jnp.argsort(labelled[:, 0], stable=True)
+    expert, weight, *weights = jnp.unstack(jnp.take(labelled, order, axis=0), axis=1)
+    expert = expert.astype(jnp.int32)
     groups = Groups(jnp.bincount(expert, length=local).astype(jnp.int32), expert)
     reached = expert[None, :] == jnp.arange(local)[:, None]
-    of_gate, of_probe = (SampledRows(None, jnp.where(reached, w[order][None], 0.0)) for w in weights)
+    of_gate, of_probe = (SampledRows(None, jnp.where(reached, w[None], 0.0)) for w in weights)
     first = lax.axis_index(over) * local
     taps = {name: lax.dynamic_slice_in_dim(tap, first, local) for name, tap in layer.taps.items()}
     layer = layer._replace(taps=taps)
     received = jnp.take(received, order, axis=0)
-    y, measured = expert_rows(received, weight[order], layer, groups, (of_gate, of_probe), config, axis)
+    y, measured = expert_rows(received, weight, layer, groups, (of_gate, of_probe), config, axis)
     y = _to_devices(jnp.take(y, jnp.argsort(order), axis=0), over)
     target = routing.expert // local
     index = target * block + jnp.arange(target.shape[0]) - (ends - counts)[target]
@@ -153,9 +154,8 @@ def _to_devices(blocks: jax.Array, over: str) -> jax.Array:
     return lax.all_to_all(blocks, over, split_axis=0, concat_axis=0, tiled=True)
 
 
-def _row_weights(routing: Routing, token_weights: jax.Array, stride: int) -> jax.Array:
+def _row_weights(routing: Routing, sampled: SampledRows) -> jax.Array:
     """Returns the weight of every sorted row in statistics, float32 ``[rows]``, 0 if it is not sampled."""
-    sampled = sample(routing, token_weights, stride)
     weights = jnp.sum(sampled.weights, axis=0)
     if sampled.rows is None:
         return weights

@@ -194,14 +194,33 @@ def routed_ffn(
       ``[batch, seq, d_model]``, and the statistics (``{}`` if none are computed).
     """
     routing = routed(x, layer, config, routed_by)
+    samples = samples_of(routing, token_weights, config)
     drop = [partial(_dropped, keys, routing, config, place) for place in range(3)]
-    rows = jnp.take(x.reshape(-1, x.shape[-1]), routing.token, axis=0)
+    return routed_rows(x, layer, routing, samples, config, axis, drop)
+
+
+def samples_of(
+    routing: Routing, token_weights: jax.Array, config: RoutedConfig
+) -> tuple[SampledRows, SampledRows]:
+    """Returns the rows for the gate's statistics and those for the probe."""
     samples = sample(routing, token_weights, config.stats.stride)
-    probe = samples
-    if config.measure:
-        probe = sample(routing, token_weights, config.stats.probe_stride)
-    groups = routing.groups
-    y, measured = expert_rows(rows, routing.weight, layer, groups, (samples, probe), config, axis, drop)
+    if not config.measure:
+        return samples, samples
+    return samples, sample(routing, token_weights, config.stats.probe_stride)
+
+
+def routed_rows(
+    x: jax.Array,
+    layer: Layer,
+    routing: Routing,
+    samples: tuple[SampledRows, SampledRows],
+    config: RoutedConfig,
+    axis: str | None,
+    drop: Sequence[Callable[..., jax.Array]] = (_unchanged,) * 3,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Computes `routed_ffn` with given experts and sampled rows of the tokens."""
+    rows = jnp.take(x.reshape(-1, x.shape[-1]), routing.token, axis=0)
+    y, measured = expert_rows(rows, routing.weight, layer, routing.groups, samples, config, axis, drop)
     return summed(y[routing.back], config, x.shape, axis), measured
 
 

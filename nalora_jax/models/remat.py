@@ -38,6 +38,15 @@ def chosen_remat(asked: str, d_model: int, numerics: Numerics, *, gated: bool = 
     return numerics.hooks.best_remat(d_model, numerics, gated=gated)
 
 
+def chosen_experts(asked: str, remat: str) -> str:
+    """Returns ``asked``, but "gather" for "auto" if saved activations are offloaded.
+
+    With rows that are sent and inputs that are saved on the host, libtpu 0.0.42 aborts the process
+    on most meshes of one slice, while it chooses layouts ("num_window_dims == normalized_rank - 1").
+    """
+    return "gather" if asked == "auto" and remat.endswith(OFFLOAD) else asked
+
+
 def check_remat(asked: str, platform: str) -> None:
     """Raises an error for an offloading policy on a platform without separate device memory.
 

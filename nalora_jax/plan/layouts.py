@@ -175,6 +175,8 @@ def candidates(
     """Yields every layout that divides the devices, the batch and the heads."""
     micro = config.train.batch_size // config.train.accumulate
     policies = POLICIES if config.compute.remat == "auto" else (config.compute.remat,)
+    # libtpu 0.0.42 aborts with both on most meshes of one slice (`nalora_jax.models.remat.chosen_experts`).
+    asked_for_both = "auto" not in (config.compute.remat, config.compute.experts)
     mesh = config.mesh
     if -1 in (mesh.data, mesh.fsdp, mesh.context, mesh.tensor):  # no axis is left to choose
         sizes = distributed.resolve_sizes(mesh, where.size)
@@ -196,6 +198,8 @@ def candidates(
                 fits = fits and _splits_well(base, where, seq, context) and micro == data * fsdp
             if fits and data % where.slices == 0:
                 for remat, experts in itertools.product(policies, _ways(config, base, where, fsdp)):
+                    if experts == "send" and remat.endswith(OFFLOAD) and not asked_for_both:
+                        continue
                     layout = (data, fsdp, tensor), remat, experts, context
                     yield estimate(config, base, spec, where, seq, *layout)
 

@@ -27,7 +27,7 @@ from nalora_jax.method.step import Objective, Step, StepConfig, make_train_step
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.remat import chosen_remat
+from nalora_jax.models.remat import chosen_experts, chosen_remat
 from nalora_jax.models.stacks import gate_blocks, key_heads
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.models.vision.decoder import decoder_for
@@ -134,7 +134,7 @@ def build_model(
         ),
         activation_sharding=distributed.row_sharding(mesh),
         routing_sharding=distributed.row_sharding(mesh) if base.n_experts else None,
-        experts=compute.experts,
+        experts=chosen_experts(compute.experts, compute.remat),
     )
 
 

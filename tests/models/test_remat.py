@@ -16,7 +16,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_params
-from nalora_jax.models.remat import OFFLOAD, REMAT, check_remat
+from nalora_jax.models.remat import OFFLOAD, REMAT, check_remat, chosen_experts
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops import cudnn_attention
@@ -136,6 +136,14 @@ def test_attention_of_cudnn_and_its_projections_are_made_again_by_full_alone(
     assert text.count(f"= {BACKWARD.name} ") == 1
     width = KV_HEADS * D // HEADS
     assert len(re.findall(rf"\[{ROWS * SEQ},{width}\] = dot_general\[", text)) == 2 * times
+
+
+@pytest.mark.parametrize(
+    ("asked", "remat", "way"),
+    [("auto", "full_offload", "gather"), ("auto", "full", "auto"), ("send", "full_offload", "send")],
+)
+def test_experts_are_gathered_if_inputs_are_offloaded(asked, remat, way):
+    assert chosen_experts(asked, remat) == way
 
 
 def test_a_cpu_has_no_other_memory():

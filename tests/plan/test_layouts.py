@@ -354,6 +354,18 @@ def test_few_tokens_are_sent_to_experts_and_many_gather_them():
     assert chosen(model, where, seq=64, lora=LoRAConfig(dropout=0.1)).experts == "gather"
 
 
+def test_rows_are_sent_with_offloaded_inputs_only_if_both_are_asked_for():
+    """libtpu aborts on most programs with both."""
+    model, mesh = str(RELEASED / "Qwen3-Coder-30B-A3B-Instruct.json"), MeshConfig(1, 16, 1)
+    options = {"seq": 64, "mesh": mesh}
+    offloading = chosen(model, "v6e:4x4", compute=ComputeConfig(remat="full_offload"), **options)
+    assert offloading.experts == "gather"
+    sending = chosen(model, "v6e:4x4", compute=ComputeConfig(experts="send"), **options)
+    assert not sending.remat.endswith("_offload")
+    both = chosen(model, "v6e:4x4", compute=ComputeConfig(remat="full_offload", experts="send"), **options)
+    assert both.experts == "send"
+
+
 def test_more_than_the_host_has_is_an_error_that_says_so():
     with pytest.raises(
         NaloraError, match=r"to fit in 24 GB of the host's memory for each chip, found .* the host's"
