@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -59,11 +60,13 @@ def run_harness(
         )
     except NaloraError:
         raise
-    except (OSError, ValueError) as error:  # `datasets` raises them if it cannot load a task's data
+    except Exception as error:
+        if _through_this_package(error):
+            raise
         raise NaloraError(
             f"--harness {','.join(tasks)}",
             expected="tasks that the harness can load and run",
-            found=error,
+            found=f"{type(error).__name__}: {error}",
             remedy="tasks come from the hub unless their YAML names local files; see docs/evaluate.md",
         ) from error
     assert results is not None, "the harness returns None on other processes only"
@@ -73,6 +76,15 @@ def run_harness(
         "versions": _plain(results.get("versions", {})),
         "samples": samples,
     }
+
+
+def _through_this_package(error: BaseException) -> bool:
+    """Returns True if the harness had called the model when the error was raised.
+
+    Other errors are of the harness, `datasets` and Jinja: of a task's YAML, data or templates.
+    """
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name.startswith("nalora_jax.") for name in modules[1:])  # the first is `run_harness`
 
 
 def _manager(tasks: Sequence[str], folder: Path | None) -> Any:

@@ -12,6 +12,7 @@ import tokenizers
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.harness import Requests, generation_settings, harness_model
+from nalora_jax.evaluate.harness_tasks import run_harness
 from nalora_jax.generate import Generator
 
 END = 256  # the tokenizer's end-of-text token, which begins texts here
@@ -173,3 +174,36 @@ def test_the_harness_gets_the_same_from_this_model_as_from_its_own(llama, model,
     options = {"until": ["e"], "max_gen_toks": 10, "do_sample": False}
     prompts = instances("generate_until", [("one", options), ("two", options)])
     assert ours.generate_until(prompts) == theirs.generate_until(prompts)
+
+
+@pytest.fixture
+def run_tasks(monkeypatch, requests):
+    """Makes `run_harness` evaluate with a function in place of the harness."""
+
+    def run(evaluate):
+        tasks = SimpleNamespace(TaskManager=lambda include_path: SimpleNamespace(all_tasks=["mine"]))
+        api = SimpleNamespace(LM=object)
+        for name, module in (("lm_eval.api.model", api), ("lm_eval.tasks", tasks)):
+            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=evaluate))
+        return run_harness(requests, ["mine"])
+
+    return run
+
+
+def test_errors_of_a_broken_task_are_one_error_line(run_tasks):
+    """For broken task files the harness raises KeyError, TypeError and errors of Jinja."""
+
+    def evaluate(model, **options):
+        raise TypeError("TaskConfig.__init__() got an unexpected keyword argument 'toc_to_text'")
+
+    with pytest.raises(NaloraError, match="--harness mine: expected tasks .* TypeError: TaskConfig"):
+        run_tasks(evaluate)
+
+
+def test_errors_of_the_model_are_not_blamed_on_the_task(run_tasks):
+    def evaluate(model, **options):
+        model.loglikelihood([SimpleNamespace(args=(1, 2))])
+
+    with pytest.raises(AttributeError):
+        run_tasks(evaluate)

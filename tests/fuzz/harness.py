@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from nalora_jax.evaluate.harness import generation_settings
 from nalora_jax.evaluate.harness_tasks import run_harness
@@ -42,7 +46,13 @@ def write_task(folder: Path) -> None:
 
 
 def use_task(folder: Path) -> None:
-    run_harness(_model(), ["fuzzed"], folder=folder)
+    """Runs the task, without the index of the harness's own tasks, which takes seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    only_here = partial(TaskManager, include_defaults=False)
+    # The harness prints some settings to stdout, which has the outcomes of a campaign.
+    with mock.patch("lm_eval.tasks.TaskManager", only_here), contextlib.redirect_stdout(sys.stderr):
+        run_harness(_model(), ["fuzzed"], folder=folder)
 
 
 def _model() -> Any:

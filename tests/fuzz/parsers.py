@@ -362,5 +362,5 @@ PARSERS = (
     Parser(
         "harness generation settings", "generation.json", harness.write_generation, harness.use_generation
     ),
-    Parser("harness task", "fuzzed.yaml", harness.write_task, harness.use_task, every=10, needs="lm_eval"),
+    Parser("harness task", "fuzzed.yaml", harness.write_task, harness.use_task, needs="lm_eval"),
 )
