@@ -179,15 +179,16 @@ def verify_adapter_gguf(
     file = GGUFFile(path)
     alpha = file.get(Keys.Adapter.LORA_ALPHA, float)
     meant = {tensor.name: (tensor, adapter) for tensor, adapter in _adapters(config, lora, spec)}
-    worst = 0.0
+    differences = [0.0]
     for name, (tensor, adapter) in meant.items():
         a, b = (_whole(file, f"{name}.lora_{factor}") for factor in "ab")  # [..., r, d_in], [..., d_out, r]
         product = alpha / a.shape[-2] * (b @ a)
         update = adapter.scale * (
             np.asarray(tensor.transform.back(adapter.b), np.float64) @ adapter.a.swapaxes(-1, -2)
         )
-        worst = max(worst, float(np.abs(product - update).max() / max(np.abs(update).max(), 1e-30)))
-    if worst > 1e-5 or len(file.shapes()) != 2 * len(meant):
+        differences.append(np.abs(product - update).max() / max(np.abs(update).max(), 1e-30))
+    worst = float(np.max(differences))
+    if not worst <= 1e-5 or len(file.shapes()) != 2 * len(meant):
         expected, actual = "the adapter that was exported", "another one on reading it back"
         remedy = "do not use this file; please report this as a bug, with the adapter's configuration"
         raise NaloraError(str(path), expected=expected, found=actual, remedy=remedy)

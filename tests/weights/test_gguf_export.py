@@ -224,9 +224,10 @@ def test_export_for_llama_cpp_is_the_adapter_file_read_back(base, adapter, tmp_p
     assert "adapter for llama.cpp, read back and compared" in capsys.readouterr().out
     direct = write_adapter_gguf(tmp_path / "direct.gguf", config, lora, spec)
     assert out.read_bytes() == direct.read_bytes()
-    other = {path: leaf * 1.001 for path, leaf in flatten(lora).items()}
-    with pytest.raises(NaloraError, match="expected the adapter that was exported"):
-        verify_adapter_gguf(out, config, unflatten(other), spec)
+    for factor in (1.001, np.nan):
+        other = {path: leaf * factor for path, leaf in flatten(lora).items()}
+        with pytest.raises(NaloraError, match="expected the adapter that was exported"):
+            verify_adapter_gguf(out, config, unflatten(other), spec)
 
 
 def test_merge_writes_one_gguf_file(base, adapter, tmp_path, capsys):
