@@ -9,7 +9,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import arg
 
 from nalora_jax.config import (
     ComputeConfig,
@@ -44,6 +46,8 @@ class PlanArgs:
     batch: int = 0
     # Tokens per row.
     seq: int = 4096
+    # RoPE scaling in place of the model's, for longer rows, as for nalora train: yarn:factor=4.
+    rope_scaling: Annotated[str, arg(name="model.rope-scaling")] = ""
     # Images per row, for the config.json of a model with image input (LLaVA, Gemma 3); 0: its text
     # model alone.
     images: int = 0
@@ -108,7 +112,7 @@ def plan(args: PlanArgs) -> None:
         return
     if not args.model:
         raise NaloraError("--model", expected="a model", found="none")
-    base = architecture(args.model, images=args.images > 0)
+    base = architecture(args.model, images=args.images > 0, rope_scaling=args.rope_scaling)
     base = replace(base, vocab_size=base.vocab_size + args.added_tokens)
     _check_length(args.seq, base.max_positions)
     if args.sweep:
@@ -161,7 +165,12 @@ def _plan_study(args: PlanArgs, machines: Sequence[Topology]) -> None:
 def _check_length(seq: int, positions: int) -> None:
     """Raises unless the model has a position for every token of a row."""
     if seq > positions:
-        raise NaloraError("--seq", expected=f"at most the model's {positions:,} positions", found=seq)
+        raise NaloraError(
+            "--seq",
+            expected=f"at most the model's {positions:,} positions",
+            found=seq,
+            remedy="--model.rope-scaling extends them",
+        )
 
 
 def _config(args: PlanArgs, rows: int) -> RunConfig:

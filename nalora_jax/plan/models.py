@@ -7,6 +7,7 @@ from typing import Any
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.rope_scaling import with_rope_scaling
 from nalora_jax.tokenizer import read_json
 
 _LLAMA3 = {
@@ -108,23 +109,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def architecture(name: str, *, images: bool = False) -> ModelConfig:
+def architecture(name: str, *, images: bool = False, rope_scaling: str = "") -> ModelConfig:
     """Returns the architecture called ``name``.
 
     A name is a key of `CONFIGS`, a ``config.json``, or a Hugging Face folder. With ``images`` a
     multimodal model includes its image tower and projector; by default only its text model is
-    returned.
+    returned. ``rope_scaling`` replaces the model's (`nalora_jax.models.rope_scaling`).
 
     Raises:
-      NaloraError: the name is unknown, or its config is not supported.
+      NaloraError: the name is unknown, or its config or its new RoPE scaling is not supported.
     """
+    raw, where = _raw_config(name)
+    return ModelConfig.from_hf(with_rope_scaling(raw, rope_scaling, where), where, images=images)
+
+
+def _raw_config(name: str) -> tuple[dict[str, Any], str]:
+    """Returns the fields of the ``config.json`` of a model, and their source for messages."""
     if name.lower() in CONFIGS:
-        return ModelConfig.from_hf(CONFIGS[name.lower()], name, images=images)
+        return CONFIGS[name.lower()], name
     file = Path(name)
     if file.is_dir():
         file /= "config.json"
     if file.suffix == ".json" and file.exists():
-        return ModelConfig.from_hf(read_json(file), str(file), images=images)
+        return read_json(file), str(file)
     raise NaloraError(
         "--model",
         expected="a config.json, a folder that holds one, or one of " + ", ".join(CONFIGS),

@@ -36,6 +36,12 @@ def test_an_estimate_shows_the_price_and_writes_the_figures(tmp_path, capsys):
         assert cost == f"  cost        at least {million:.4g} a million tokens, at 2.7 a chip and hour"
 
 
+def test_rope_scaling_allows_longer_rows(capsys):
+    long_row = {"batch": 1, "seq": 524_288, "rope_scaling": "llama3:factor=64"}
+    estimate("v6e:8x8", **long_row)
+    assert "context 32" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("topology", "options", "message"),
     [
@@ -51,6 +57,7 @@ def test_an_estimate_shows_the_price_and_writes_the_figures(tmp_path, capsys):
         ("2xv6e:4x4", {"mesh": MeshConfig(fsdp=32)}, "--mesh.data: .*2 slices.*found 1"),
         ("2xv6e:4x4", {"mesh": MeshConfig(fsdp=-1)}, "--mesh.data: .*2 slices.*found 1"),
         ("v6e:4x4", {"seq": 131073}, "--seq: expected at most the model's 131,072 positions, found 131073"),
+        ("v6e:4x4", {"rope_scaling": "llama3:factor=2"}, "--model.rope-scaling"),
         ("v6e:4x4", {"batch": 7}, "--train.batch-size"),
     ],
 )
