@@ -11,6 +11,7 @@ import jax
 
 from nalora_jax.cpu import heap, native, processor, storage
 from nalora_jax.cpu.implementation import usable
+from nalora_jax.cpu.native import library
 from nalora_jax.cpu.storage import Bits
 from nalora_jax.ops.dispatch import Numerics, Platform, PlatformHooks, register_platform
 from nalora_jax.ops.storage import Kernel, Stored
@@ -18,14 +19,19 @@ from nalora_jax.ops.storage import Kernel, Stored
 # Largest d_model at which recomputing tiled matmuls is faster than saving their results
 # (benchmarks/notes/versus_peft.md).
 _WIDEST_RECOMPUTED = 1024
+_INSTRUCTIONS = {"tiles": " with AMX", "vectors": " with AVX512-BF16", "floats": " with AVX2"}
 
 
 class CPUHooks(PlatformHooks):
     """A CPU, with native kernels if they compile."""
 
     def device_name(self, platform: Platform) -> str:
-        """Returns the processor's model and number of cores."""
-        return f"{processor.name()}, {os.cpu_count()} cores"
+        """Returns the processor's model, its fastest bf16 instructions, and the number of cores.
+
+        Virtual machines give several generations one name, and they sum in another order.
+        """
+        instructions = _INSTRUCTIONS.get(library.kinds()[0], "")
+        return f"{processor.name()}{instructions}, {os.cpu_count()} cores"
 
     def processor_name(self) -> str:
         """Returns the processor's model as the system names it."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from nalora_jax.cpu import native
+from nalora_jax.cpu import native, processor
+from nalora_jax.cpu.native import library
 from nalora_jax.models.remat import chosen_remat
+from nalora_jax.ops.dispatch import Platform, hooks_of
 from nalora_jax.ops.numerics import numerics_for
 
 
@@ -22,3 +24,18 @@ def test_products_are_computed_again_where_that_is_sooner(tiles, d_model, gated,
     monkeypatch.setattr(native, "available", lambda devices=1: True)
     monkeypatch.setattr(native, "multiplies_on_tiles", lambda: tiles)
     assert chosen_remat("auto", d_model, numerics_for("bfloat16", "cpu"), gated=gated) == expected
+
+
+@pytest.mark.parametrize(
+    ("kinds", "named"),
+    [
+        (("tiles", "vectors", "plain"), "Xeon with AMX, "),
+        (("vectors", "plain"), "Xeon with AVX512-BF16, "),
+        (("plain",), "Xeon, "),
+    ],
+)
+def test_a_device_is_named_with_its_fastest_instructions(monkeypatch, kinds, named):
+    monkeypatch.setattr(processor, "name", lambda: "Xeon")
+    monkeypatch.setattr(library, "kinds", lambda: kinds)
+    platform = Platform("cpu")
+    assert hooks_of(platform).device_name(platform).startswith(named)
