@@ -84,7 +84,20 @@ def _compare(run: Run, record: Record, repeated: Record) -> None:
             f"{run}: {'; '.join(differences[:5])}",
             expected=f"the record's digests, and its losses within {TOLERANCE:g}",
             found=f"{len(differences)} differences",
+            remedy=_explained(record, repeated),
         )
+
+
+def _explained(record: Record, repeated: Record) -> str:
+    """Returns what else differs between a record and its repeated run, and how to repeat it exactly."""
+    others = [name for name in ("code", "versions", "device") if record.get(name) != repeated.get(name)]
+    if not others:
+        return "code, versions and device are the record's: the record or its data were changed"
+    commit = record.get("commit", "")[:12] or "of an unknown commit"
+    return (
+        f"{' and '.join(others)} differ from the record's, so sums may be rounded in another order; "
+        f"repeat it with the code {commit} on the same kind of machine"
+    )
 
 
 def _differences(record: Any, repeated: Any, place: str, size: int = 0) -> Iterator[str]:

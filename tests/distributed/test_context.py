@@ -171,7 +171,6 @@ def assert_equal_runs(spread: tuple[Any, list[Any]], single: tuple[Any, list[Any
 ALONE, WITH_FSDP, WITH_TENSOR = MeshConfig(1, 1, 1, 8), MeshConfig(1, 2, 1, 4), MeshConfig(2, 1, 2, 2)
 CASES = [
     ("dense", ALONE),
-    ("windows in every layer", ALONE),
     ("sinks and experts", WITH_TENSOR),
     ("delta rule", WITH_TENSOR),
     ("short convolution", ALONE),

@@ -316,8 +316,20 @@ def test_an_altered_record_without_a_digest_is_found_when_its_run_is_repeated(
 ) -> None:
     rewrite(copy, lambda record: record["validation"].update(loss=record["validation"]["loss"] - 0.01))
     with pytest.raises(
-        NaloraError, match=r"validation loss .* its losses within 0\.001, found 1 differences"
+        NaloraError,
+        match=r"validation loss .* found 1 differences; code, versions and device are the record's",
     ):
+        verify(read_protocol(copy), count=1)
+
+
+def test_a_record_of_another_version_names_its_commit(copy: Path, shared: None) -> None:
+    def older(record: Record) -> None:
+        record["validation"]["loss"] -= 0.01
+        record["versions"] = {"jax": "0.4.0"}
+        record["commit"] = "abcdef0123456789"
+
+    rewrite(copy, older)
+    with pytest.raises(NaloraError, match="versions differ from the record's, .* the code abcdef012345 on"):
         verify(read_protocol(copy), count=1)
 
 

@@ -118,6 +118,8 @@ def test_both_towers_learn_with_the_mechanisms_on_and_eight_devices_are_one(
     expected = trees.flatten(alone.lora)
     moved = {p: float(np.abs(leaf).max()) for p, leaf in expected.items() if p.endswith("/b")}
     assert min(moved.values()) > 0, moved
+    if family == "siglip":  # its loss on eight devices is in test_dual_objectives.py
+        return
     mesh = distributed.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     _, together, _, many = steps(settings, mesh, 8, repeat_first=True)
     np.testing.assert_allclose(many, losses, rtol=2e-4)
