@@ -20,7 +20,7 @@ Random weights at tiny size, written by transformers as safetensors and read thr
 largest difference of logits over the largest logit; the tests require {tolerance:.0e}, and 5e-05 of families with Gated
 DeltaNet, where a norm of small values amplifies the recurrence's rounding. Sequences are longer than the
 sliding windows and the original contexts. Padded rows are compared on real tokens, with the worse side of left and
-right; a packed row is compared with separate runs of its sequences in transformers. Gradients are those of adapters on
+right; a packed row is compared with separate runs of its sequences in transformers. Gradients are of adapters on
 every projection, of a mean loss over padded rows; a figure is the largest difference over the largest entry of A or B,
 the reference is the chain rule on the kernels' gradients in transformers in float64, and the tests require 1e-04. The
 last column compares greedy decoding with the cache with `generate`: matching tokens, of 64.

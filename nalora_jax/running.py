@@ -303,7 +303,7 @@ def _hooks(
 def _base(config: RunConfig, pieces: Pieces) -> tuple[Any, Any]:
     """Returns weights and adapters that compute the base model.
 
-    Adapters that start at zero are included: the programs that measure them are those of the result.
+    Adapters that start at zero are included, so that base and result are measured with the same programs.
     Rewards of the base are exactly 0 only without adapters, by the program of the reference.
     """
     if config.lora.init in UNCHANGED and config.preference.loss == "none":

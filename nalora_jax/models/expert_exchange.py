@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from nalora_jax.models.expert_products import Groups
+from nalora_jax.models.expert_statistics import SampledRows
 from nalora_jax.models.experts import (
     Layer,
     RoutedConfig,
-    SampledRows,
     expert_rows,
     of_each,
     routed,
