@@ -16,6 +16,7 @@ from nalora_jax.models.stacks import locate
 from nalora_jax.models.targets import AdapterSpec, adapter_scale
 from nalora_jax.trees import flatten
 from nalora_jax.weights.folders import new_folder, write_json
+from nalora_jax.weights.keys_as_values import copies_for_values
 from nalora_jax.weights.peft_config import CONFIG_NAME
 from nalora_jax.weights.peft_digest import file_metadata
 from nalora_jax.weights.peft_files import Entry, adapter_settings, adapter_tensors, common, short_name
@@ -118,6 +119,8 @@ def _contents(
         spec = replace(spec, dropout=0.0)
     rslora = spec.rslora and target == "peft"
     settings = adapter_settings(entries, config, layout, spec, rslora=rslora)
+    if target == "vllm":
+        entries += copies_for_values(entries, config)
     tensors = dict(adapter_tensors(entries, layout))
     if spec.saved or spec.token_indices:
         tensors |= saved_tensors(lora, spec, config) | token_row_tensors(lora, spec, config)
