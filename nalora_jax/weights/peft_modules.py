@@ -17,12 +17,14 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import locate, projection_shapes
 from nalora_jax.models.targets import scale_divisor
+from nalora_jax.models.vision.sight import contains_text_model
 from nalora_jax.weights import keytables
 from nalora_jax.weights.vision.sight import sight_modules
 
@@ -67,6 +69,7 @@ class ModuleLayout:
 
 
 _LAYER, _EXPERT = ".{layer}.", "{expert}"
+_TEXT_PART = "model.language_model.layers"  # prefix in multimodal models
 
 
 def module_layout(config: ModelConfig) -> ModuleLayout:
@@ -92,10 +95,24 @@ def module_layout(config: ModelConfig) -> ModuleLayout:
                 stacks.append(HostModule(name, paths, alternates=row.change == "columns"))
         elif _EXPERT not in name and layers_with(config, paths[0], experts=False):
             modules.append(HostModule(name, paths))
-    prefix = "model.language_model.layers"
+    prefix = _TEXT_PART
     if config.sight is None:
         prefix = "model.layers"
     return ModuleLayout(tuple(modules), _stacks(experts) or tuple(stacks), experts, prefix)
+
+
+def layout_for(target: str, config: ModelConfig, raw: Mapping[str, Any] | None) -> ModuleLayout:
+    """Returns the layout that a tool expects for a base with this ``config.json``.
+
+    If a text model is part of a multimodal one, vLLM serves the latter and ignores adapters of
+    unknown modules, so their names must be the multimodal model's. Its Qwen3.5-MoE of that kind
+    reads stacks of experts.
+    """
+    layout, model_type = module_layout(config), (raw or {}).get("model_type")
+    if target != "vllm" or not contains_text_model(model_type, images=False):
+        return layout
+    experts = {} if model_type == "qwen3_5_moe" else layout.experts
+    return replace(layout, prefix=_TEXT_PART, experts=experts)
 
 
 def _stacks(experts: Iterable[str]) -> tuple[HostModule, ...]:
@@ -134,12 +151,13 @@ _EARLIER: tuple[dict[str, str], ...] = (
 def layout_of(config: ModelConfig, modules: Iterable[str]) -> ModuleLayout:
     """Returns `module_layout` with the names of the transformers release that wrote ``modules``.
 
-    If several releases match equally well, the latest is used.
+    If several releases match equally well, the latest is used. The modules of a text model may have
+    their names in a multimodal model.
     """
     latest, written = module_layout(config), set(modules)
-    if config.sight is None:
-        return latest
-    layouts = [latest, *(_renamed(latest, names) for names in _EARLIER)]
+    layouts = [latest, replace(latest, prefix=_TEXT_PART)]
+    if config.sight is not None:
+        layouts = [latest, *(_renamed(latest, names) for names in _EARLIER)]
     return max(layouts, key=lambda layout: len(written & _names(layout, config)))
 
 

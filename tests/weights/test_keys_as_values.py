@@ -36,7 +36,7 @@ KINDS = ("group0/block0", "group0/block1")  # sliding layers, and full layers wi
 def exported(random_lora: Any, folder: Path, target: Any) -> dict[str, np.ndarray]:
     """The tensors of an adapter on keys and down projections of all layers, and on values where they exist."""
     names = [f"{kind}/{name}" for kind in KINDS for name in ("attn/k_proj", "ffn/down_proj")]
-    targets = {name: ((2, 3), (4.0, 5.0)) for name in [*names, f"{KINDS[0]}/attn/v_proj"]}
+    targets = dict.fromkeys([*names, f"{KINDS[0]}/attn/v_proj"], ((2, 3), (4.0, 5.0)))
     lora, spec = random_lora(CONFIG, targets)
     export_adapter(lora, spec, CONFIG, folder, base_model_name="org/base", target=target)
     verify_export(folder, lora, spec, CONFIG)
