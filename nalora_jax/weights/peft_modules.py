@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -70,6 +71,7 @@ class ModuleLayout:
 
 _LAYER, _EXPERT = ".{layer}.", "{expert}"
 _TEXT_PART = "model.language_model.layers"  # prefix in multimodal models
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def module_layout(config: ModelConfig) -> ModuleLayout:
@@ -101,18 +103,37 @@ def module_layout(config: ModelConfig) -> ModuleLayout:
     return ModuleLayout(tuple(modules), _stacks(experts) or tuple(stacks), experts, prefix)
 
 
-def layout_for(target: str, config: ModelConfig, raw: Mapping[str, Any] | None) -> ModuleLayout:
+def layout_for(target: str, config: ModelConfig, raw: Mapping[str, Any] | None = None) -> ModuleLayout:
     """Returns the layout that a tool expects for a base with this ``config.json``.
 
-    If a text model is part of a multimodal one, vLLM serves the latter and ignores adapters of
-    unknown modules, so their names must be the multimodal model's. Its Qwen3.5-MoE of that kind
-    reads stacks of experts.
+    vLLM reads experts one by one, except gpt-oss's. If a text model is part of a multimodal one,
+    vLLM serves the latter and ignores adapters of unknown modules, so their names must be the
+    multimodal model's. Its Qwen3.5-MoE of that kind reads stacks of experts.
     """
     layout, model_type = module_layout(config), (raw or {}).get("model_type")
-    if target != "vllm" or not contains_text_model(model_type, images=False):
+    if target != "vllm":
         return layout
-    experts = {} if model_type == "qwen3_5_moe" else layout.experts
-    return replace(layout, prefix=_TEXT_PART, experts=experts)
+    layout = _expert_by_expert(layout)
+    if contains_text_model(model_type, images=False):
+        layout = replace(layout, prefix=_TEXT_PART)
+    if model_type == "qwen3_5_moe":
+        layout = replace(layout, experts={})
+    return layout
+
+
+def _expert_by_expert(layout: ModuleLayout) -> ModuleLayout:
+    """Returns ``layout`` with a name for each expert's modules, if its stacks do not alternate.
+
+    Example: the stack ``experts.down_proj`` (Gemma 4) gives ``experts.{}.down_proj``.
+    """
+    if layout.experts or any(stack.alternates for stack in layout.parameters):
+        return layout
+    names = {
+        path: f"{stack.name.rpartition('.')[0]}.{{}}.{path.rpartition('/')[2]}"
+        for stack in layout.parameters
+        for path in stack.parts
+    }
+    return replace(layout, experts=names)
 
 
 def _stacks(experts: Iterable[str]) -> tuple[HostModule, ...]:
@@ -158,7 +179,8 @@ def layout_of(config: ModelConfig, modules: Iterable[str]) -> ModuleLayout:
     layouts = [latest, replace(latest, prefix=_TEXT_PART)]
     if config.sight is not None:
         layouts = [latest, *(_renamed(latest, names) for names in _EARLIER)]
-    return max(layouts, key=lambda layout: len(written & _names(layout, config)))
+    layout = max(layouts, key=lambda layout: len(written & _names(layout, config)))
+    return _expert_by_expert(layout) if any(map(_ONE_EXPERT.search, written)) else layout
 
 
 def _renamed(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:

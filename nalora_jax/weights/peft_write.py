@@ -26,7 +26,7 @@ from nalora_jax.weights.peft_modules import (
     ModuleLayout,
     fuse,
     layers_with,
-    module_layout,
+    layout_for,
     module_shape,
     part_widths,
 )
@@ -86,7 +86,7 @@ def export_adapter(
       NaloraError: the tool does not support a property of the adapter (the message names it); the
         folder has other content; or a write fails.
     """
-    layout = layout or module_layout(config)
+    layout = layout or layout_for(target, config)
     settings, tensors = _contents(lora, spec, config, layout, target, max_lora_rank)
     settings |= {"base_model_name_or_path": base_model_name}
     with new_folder(folder, replaces=OWN_FILES, overwrite=overwrite) as scratch:

@@ -5,9 +5,28 @@ from __future__ import annotations
 import pytest
 from safetensors.numpy import load_file
 
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.weights.peft import export_adapter, verify_export
 from nalora_jax.weights.peft_modules import layout_for
 
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "sliding_window": 4,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 20,
+}
 TARGETS = dict.fromkeys(("attn/q_proj", "ffn/down_proj"), ((2, 2, 2), (4.0, 4.0, 4.0)))
 
 
@@ -40,3 +59,19 @@ def test_multimodal_qwen3_5_moe_gets_stacks_of_experts(tiny_model, random_lora, 
     layers = [f"model.language_model.layers.{layer}" for layer in range(3)]
     ends = ("self_attn.q_proj", "mlp.experts", "mlp.experts.base_layer")
     assert names == {f"{layer}.{end}" for layer in layers for end in ends}
+
+
+def test_gemma_4_gets_one_module_for_each_expert(random_lora, tmp_path):
+    """vLLM's class of Gemma 4 refuses the stacks of its files (lora/model_manager.py)."""
+    config = ModelConfig.from_hf(GEMMA4)
+    kinds = ("group0/block0", "group0/block1")
+    names = ("attn/q_proj", "ffn/experts_ffn/up_proj", "ffn/dense_ffn/up_proj")
+    targets = dict.fromkeys((f"{kind}/{name}" for kind in kinds for name in names), ((2,), (4.0,)))
+    lora, spec = random_lora(config, targets)
+    export_adapter(lora, spec, config, tmp_path / "a", base_model_name="base", target="vllm")
+    verify_export(tmp_path / "a", lora, spec, config)
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    modules = {name.partition(".layers.0.")[2] for name in tensors if ".layers.0." in name}
+    parts = [f"experts.{e}.{name}" for e in range(4) for name in ("gate_proj", "up_proj", "down_proj")]
+    parts += ["self_attn.q_proj", "mlp.up_proj"]
+    assert modules == {f"{part}.lora_{factor}.weight" for part in parts for factor in "AB"}
