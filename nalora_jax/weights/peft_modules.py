@@ -176,10 +176,12 @@ def layout_of(config: ModelConfig, modules: Iterable[str]) -> ModuleLayout:
     their names in a multimodal model.
     """
     latest, written = module_layout(config), set(modules)
-    layouts = [latest, replace(latest, prefix=_TEXT_PART)]
+    layout = latest
     if config.sight is not None:
         layouts = [latest, *(_renamed(latest, names) for names in _EARLIER)]
-    layout = max(layouts, key=lambda layout: len(written & _names(layout, config)))
+        layout = max(layouts, key=lambda layout: len(written & _names(layout, config)))
+    elif any(name.startswith(_TEXT_PART) for name in written):
+        layout = replace(latest, prefix=_TEXT_PART)
     return _expert_by_expert(layout) if any(map(_ONE_EXPERT.search, written)) else layout
 
 
