@@ -33,6 +33,7 @@ from nalora_jax.models.router import Routing
 
 SLACK = 1.5  # rows of a block over the rows of an even distribution
 LEAST = 64  # rows of a block, if there are as many: few rows, in generation, are never evenly distributed
+UNEVEN = "uneven_experts"  # scope of the branch for more rows than a block holds
 # Collectives of a step move a kernel, or the rows there and back, once per pass.
 _WAYS = 2
 
@@ -88,7 +89,8 @@ def exchanged_ffn(
 
     @jax.checkpoint  # saves no gathered kernel
     def all_here(x: jax.Array, layer: Layer, routing: Routing) -> tuple[jax.Array, Measured]:
-        return routed_rows(x, gathered(layer, over), routing, samples, config, axis)
+        with jax.named_scope(UNEVEN):
+            return routed_rows(x, gathered(layer, over), routing, samples, config, axis)
 
     y, measured = lax.cond(fits, exchanged, all_here, x, layer, routing)
     return y, measured
