@@ -141,7 +141,7 @@ def step_of_runs(step: Callable[..., Any], mesh: Mesh, params_axes: Any = None) 
 
     in_axes = (params_axes, 0, 0, 0, 0)
 
-    def by_axis(of_axis: Callable[[Any, Any], Any], *trees_of_params: Any) -> Any:
+    def by_axis(of_axis: Callable[..., Any], *trees_of_params: Any) -> Any:
         return jax.tree.map(of_axis, params_axes, *trees_of_params, is_leaf=lambda axis: axis is None)
 
     def on_one_device(params: Any, *of_runs: Any) -> Any:
