@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 class PlanArgs:
     """Compile a training step for TPUs or GPUs that are not attached: memory and maximum speed."""
 
-    # llama-3.1-8b, llama-3.1-70b, gemma-3-27b, gemma-4-31b, qwen3-32b, mixtral-8x7b; or a
-    # config.json, or its folder.
+    # A released checkpoint by name, without download (llama-3.1-8b, gpt-oss-20b, qwen3.5-9b; an unknown
+    # name lists all); or a config.json, or its folder.
     model: str = ""
     # One or more: v5e:16x16, v6e:16x16, v5p:8x8x16, 2xv6e:16x16 (two slices), 8xh100, 64xh100.
     topology: tuple[str, ...] = ()
