@@ -57,7 +57,7 @@ def _candidates(
     """Yields layouts with the estimated bytes of a chip and seconds of a step of every run."""
     decoder, spec = decoder_alone(base, adapter_spec(config, base))
     policies = POLICIES if config.compute.remat == "auto" else (config.compute.remat,)
-    for mesh in meshes(config, base, where.size, runs):
+    for mesh in meshes(config, base, where.size, runs, where.slices):
         together = mesh.runs_per_device
         train = replace(config.train, batch_size=config.train.batch_size * together)
         programs = math.ceil(runs / (mesh.run * together))
@@ -70,11 +70,14 @@ def _candidates(
             )
 
 
-def meshes(config: RunConfig, base: ModelConfig, size: int, runs: int) -> Iterator[MeshConfig]:
+def meshes(
+    config: RunConfig, base: ModelConfig, size: int, runs: int, slices: int = 1
+) -> Iterator[MeshConfig]:
     """Yields meshes from the smallest group of devices to all, each with fewer and fewer runs.
 
     Within a group, "fsdp" splits as many rows as there are, and "tensor" takes the other devices.
-    Mixtures of experts need one device a run, or all devices for one.
+    Mixtures of experts need one device a run, or all devices for one. A run stays within one of the
+    ``slices``.
     """
     rows = config.train.batch_size // config.train.accumulate
     groups = [size // n for n in range(1, size + 1) if size % n == 0 and size // n <= runs]
@@ -85,7 +88,7 @@ def meshes(config: RunConfig, base: ModelConfig, size: int, runs: int) -> Iterat
         tensor = size // run // fsdp
         if base.n_heads % tensor or base.n_kv_heads % tensor:
             continue
-        if base.n_experts and run > 1 and run < size:
+        if run % slices or (base.n_experts and 1 < run < size):
             continue
         shared = config.mesh.runs_per_device or math.ceil(runs / run)
         while shared >= 1:

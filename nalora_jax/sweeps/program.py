@@ -144,8 +144,8 @@ def step_of_runs(step: Callable[..., Any], mesh: Mesh, params_axes: Any = None) 
     def by_axis(of_axis: Callable[..., Any], *trees_of_params: Any) -> Any:
         return jax.tree.map(of_axis, params_axes, *trees_of_params, is_leaf=lambda axis: axis is None)
 
-    def on_one_device(params: Any, *of_runs: Any) -> Any:
-        """Returns the step of the runs of a device; one run alone has the program of a solo run."""
+    def together(params: Any, *of_runs: Any) -> Any:
+        """Returns the step of all runs; one run alone has the program of a solo run."""
         if of_runs[-1].shape[0] > 1:
             return jax.vmap(one, in_axes)(params, *of_runs)
         of_run = jax.tree.map(lambda x: x[0], of_runs)
@@ -153,13 +153,13 @@ def step_of_runs(step: Callable[..., Any], mesh: Mesh, params_axes: Any = None) 
         return jax.tree.map(lambda x: x[None], results)
 
     if RUN not in mesh.shape:
-        return on_one_device
+        return together
     if distributed.devices_per_run(mesh) > 1:
         return jax.vmap(one, in_axes, spmd_axis_name=RUN)
     # Every device runs the program of one device, so no collective crosses the axis.
     of_params = by_axis(lambda axis: P() if axis is None else P(RUN))
     in_specs = (of_params, P(RUN), P(RUN), P(RUN), P(RUN))
     mapped: Callable[..., Any] = jax.shard_map(
-        on_one_device, mesh=mesh, in_specs=in_specs, out_specs=P(RUN), check_vma=False
+        together, mesh=mesh, in_specs=in_specs, out_specs=P(RUN), check_vma=False
     )
     return mapped

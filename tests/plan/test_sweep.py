@@ -67,6 +67,11 @@ def test_experts_get_one_device_a_run_or_all_of_them() -> None:
     assert groups == {1, 8}
 
 
+def test_a_run_stays_within_a_slice() -> None:
+    config = RunConfig(train=TrainConfig(batch_size=8))
+    assert {mesh.run for mesh in meshes(config, LLAMA, 8, 8, slices=2)} == {8, 4, 2}
+
+
 def test_a_sweep_that_fits_in_no_layout_is_refused_with_the_smallest() -> None:
     config = RunConfig(train=TrainConfig(batch_size=1), mesh=MeshConfig(run=4, runs_per_device=1))
     with pytest.raises(NaloraError, match=r"--sweep: expected runs that fit in 16.9 GB a chip, found 1\d"):
