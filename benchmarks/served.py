@@ -217,6 +217,8 @@ def table(published: dict[str, Any]) -> str:
         row, cell = rows[name], "-"
         if row["served"]:
             cell = "; ".join([f"{row['equal']} of {total}", *map(described, row["differences"])])
+        if row["served"] == "adapter" and row["differences"]:
+            cell += f"; of the base alone {row['base equal to transformers']} equal transformers'"
         lines.append(f"| {row['family']} | {row['features']} | {row['served'] or 'nothing'} | {cell} |")
         refusals += [
             f"- {row['family']} ({row['features']}), {run}: {why}" for run, why in row["refusals"].items()

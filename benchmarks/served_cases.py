@@ -135,6 +135,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "gated short convolutions and attention",
         {
             "layer_types": ["conv", "full_attention"] * 2,
+            "conv_dim": 128,
             "block_auto_adjust_ff_dim": False,
         },
     ),
@@ -155,7 +156,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
             "sliding_window": WINDOW,
-            "rope_parameters": {**_YARN, "truncate": False},
+            "rope_parameters": {**_YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
         },
     ),
     "glm4_moe": (
