@@ -135,6 +135,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "gated short convolutions and attention",
         {
             "layer_types": ["conv", "full_attention"] * 2,
+            "block_dim": 128,
             "conv_dim": 128,
             "block_auto_adjust_ff_dim": False,
         },
