@@ -80,8 +80,6 @@ CONFIG = RunConfig(
     optimizer=OptimizerConfig(learning_rate=1e-2),
     compute=ComputeConfig(dtype="float32"),
 )
-# Experts are sampled in each part of a row, so that only all positions are the same.
-EVERY = ComputeConfig(dtype="float32", stats_stride=1, probe_stride=1, stats_positions=0)
 DPO = replace(CONFIG, preference=PreferenceConfig("dpo", beta=0.5))
 
 
@@ -106,9 +104,7 @@ def batch_of(seed: int, seq: int = SEQ) -> dict[str, np.ndarray]:
 
 
 def config_of(name: str) -> RunConfig:
-    if "pairs" in name:
-        return DPO
-    return replace(CONFIG, compute=EVERY) if "experts" in name else CONFIG
+    return DPO if "pairs" in name else CONFIG
 
 
 def assembled(name: str, mesh: MeshConfig) -> tuple[Assembly, Any]:
@@ -172,6 +168,7 @@ ALONE, WITH_FSDP, WITH_TENSOR = MeshConfig(1, 1, 1, 8), MeshConfig(1, 2, 1, 4), 
 CASES = [
     ("dense", ALONE),
     ("sinks and experts", WITH_TENSOR),
+    ("sinks and experts", WITH_FSDP),
     ("delta rule", WITH_TENSOR),
     ("short convolution", ALONE),
     ("pairs, windows and soft caps", WITH_FSDP),
