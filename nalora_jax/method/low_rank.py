@@ -146,13 +146,16 @@ def _residual(x: jax.Array, adapter: Adapter, numerics: Numerics) -> tuple[jax.A
 
 
 @operation
-def adapted_dense(x: jax.Array, dense: Dense, numerics: Numerics) -> Adapted:
+def adapted_dense(
+    x: jax.Array, dense: Dense, numerics: Numerics, inner: jax.Array | None = None
+) -> Adapted:
     """Returns ``x W + b + s (x A) B`` and the adapter's part of it.
 
     Args:
       x: ``[..., d_in]``.
       dense: the layer.
       numerics: dtypes of operands and result; sums are float32.
+      inner: x as the adapter's input, if its gradient is summed separately (`parallel_dense`).
 
     Returns:
       ``[..., d_out]`` in ``numerics.result``, and the adapter's part.
@@ -161,7 +164,9 @@ def adapted_dense(x: jax.Array, dense: Dense, numerics: Numerics) -> Adapted:
         base, adapter = matmul(x, dense.kernel, numerics), dense.adapter
         if adapter is None:
             return Adapted(add_bias(base, dense.bias))
-        dropped, hidden = x if dense.dropout is None else dense.dropout(x), None
+        dropped, hidden = x if inner is None else inner, None
+        if dense.dropout is not None:
+            dropped = dense.dropout(dropped)
         if adapter.ids is not None:
             delta = batched_residual(dropped, *adapter[:3], adapter.ids, operand=numerics.adapter)
         else:
@@ -179,7 +184,28 @@ def adapted_dense(x: jax.Array, dense: Dense, numerics: Numerics) -> Adapted:
 @operation
 def parallel_dense(x: jax.Array, layers: Sequence[Dense], numerics: Numerics) -> list[Adapted]:
     """Returns `adapted_dense` of several layers that read the same input."""
-    return [adapted_dense(x, layer, numerics) for layer in layers]
+    inner = None
+    if numerics.platform.tensor > 1:
+        x, inner = _forked(x)
+    return [adapted_dense(x, layer, numerics, inner) for layer in layers]
+
+
+@jax.custom_vjp
+def _forked(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns x for frozen matmuls, in float32, and for adapters; their gradients are summed separately.
+
+    If devices split outputs, the gradients of the frozen matmuls are partial sums. The compiler adds
+    them before it reduces them over devices only without roundings and other summands in between.
+    """
+    return x.astype(jnp.float32), x
+
+
+def _joined(_: None, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array]:
+    of_frozen, of_adapters = gradients
+    return (of_frozen.astype(of_adapters.dtype) + of_adapters,)
+
+
+_forked.defvjp(lambda x: (_forked(x), None), _joined)
 
 
 def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -55,6 +55,7 @@ class Platform:
     name: str = ""  # "cpu", "gpu" or "tpu"; "": unknown, every operation is its plain function
     kind: str = ""  # product name of the devices, e.g. "NVIDIA H100 80GB HBM3"
     devices: int = 1  # number of devices that share the program
+    tensor: int = 1  # number of them that split the channels of every matmul
 
 
 class PlatformHooks:
