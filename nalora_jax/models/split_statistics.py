@@ -56,7 +56,7 @@ class _PlacedRows(NamedTuple):
     A place counts the rows of a whole sequence, sorted by expert and then by token.
     """
 
-    index: Array  # int, among all sorted rows of the shard
+    row: Array  # int, among all sorted rows of the shard
     expert: Array  # int
     weight: Array  # float32, 0 for padding
     place: Array  # int
@@ -93,7 +93,7 @@ def _one_in(stride: int, rows: _PlacedRows, routing: Routing) -> SampledRows:
     most = min(chosen.shape[1], chosen.shape[1] // stride + 2 * routing.sizes.shape[0])
     taken = jnp.argsort(~chosen, axis=1, stable=True)[:, :most]
     weight = jnp.where(chosen, rows.weight, 0.0)
-    of_taken = (jnp.take_along_axis(x, taken, axis=1) for x in (rows.index, weight, rows.expert))
+    of_taken = (jnp.take_along_axis(x, taken, axis=1) for x in (rows.row, weight, rows.expert))
     index, weight, expert = (x.reshape(-1) for x in of_taken)
     return SampledRows(index, by_expert(weight, expert, routing))
 
