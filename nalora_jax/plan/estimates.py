@@ -248,7 +248,7 @@ def working_bytes(
     offloads: bool,
     recomputed: float = 0.0,
 ) -> float:
-    """Returns the peak of live bytes without saved activations; `recomputed` are those of a layer.
+    """Returns the peak of live bytes without saved activations; a layer has ``recomputed`` bytes more.
 
     It occurs in one layer, or in the loss with its head.
     """
