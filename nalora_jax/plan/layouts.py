@@ -135,24 +135,40 @@ def fitting(
             remedy=f"use a multiple of {where.size}, a smaller --train.accumulate, or a larger --mesh.context or "
             "--mesh.tensor",
         )
+    fits = usable(layouts, where)
+    if not fits:
+        raise _too_large(layouts, base, where, seq)
+    return fits
+
+
+def usable(layouts: Sequence[Layout], where: Topology) -> list[Layout]:
+    """Returns the layouts that are estimated to fit in the memory of a chip and of its host."""
     chip = where.chip
-    hosted = [layout for layout in layouts if layout.host <= _USABLE_OF_HOST * chip.host_memory]
-    usable = [layout for layout in hosted if layout.memory <= _USABLE.get(chip.platform, 0.9) * chip.memory]
-    if not usable:
-        if hosted:
-            smallest = min(hosted, key=lambda layout: layout.memory)
-            needed, room, of = smallest.memory, chip.memory, "a chip"
-        else:
-            smallest = min(layouts, key=lambda layout: layout.host)
-            needed, room = smallest.host, _USABLE_OF_HOST * chip.host_memory
-            of = "of the host's memory for each chip"
-        raise NaloraError(
-            f"{where.name}",
-            expected=f"{base.model_type} with {seq} tokens a row to fit in {room / 1e9:.0f} GB {of}",
-            found=f"{needed / 1e9:.0f} GB at the least ({smallest})",
-            remedy="use more chips, fewer rows a device (--train.accumulate), shorter rows, or --compute.quantize int8",
-        )
-    return usable
+    limit = _USABLE.get(chip.platform, 0.9) * chip.memory
+    return [layout for layout in _hosted(layouts, where) if layout.memory <= limit]
+
+
+def _hosted(layouts: Sequence[Layout], where: Topology) -> list[Layout]:
+    """Returns the layouts whose offloaded activations fit in the host's memory."""
+    return [layout for layout in layouts if layout.host <= _USABLE_OF_HOST * where.chip.host_memory]
+
+
+def _too_large(layouts: Sequence[Layout], base: ModelConfig, where: Topology, seq: int) -> NaloraError:
+    """Returns the error for a model that fits in no layout."""
+    chip, hosted = where.chip, _hosted(layouts, where)
+    if hosted:
+        smallest = min(hosted, key=lambda layout: layout.memory)
+        needed, room, of = smallest.memory, chip.memory, "a chip"
+    else:
+        smallest = min(layouts, key=lambda layout: layout.host)
+        needed, room = smallest.host, _USABLE_OF_HOST * chip.host_memory
+        of = "of the host's memory for each chip"
+    return NaloraError(
+        f"{where.name}",
+        expected=f"{base.model_type} with {seq} tokens a row to fit in {room / 1e9:.0f} GB {of}",
+        found=f"{needed / 1e9:.0f} GB at the least ({smallest})",
+        remedy="use more chips, fewer rows a device (--train.accumulate), shorter rows, or --compute.quantize int8",
+    )
 
 
 def preferred(

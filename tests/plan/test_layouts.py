@@ -33,7 +33,7 @@ from nalora_jax.plan.roofline import (
     useful_flops,
 )
 
-RELEASED = Path(__file__).parents[1] / "models" / "released"
+TABLE = ("llama-3.1-8b", "llama-3.1-70b", "gemma-3-27b", "gemma-4-31b", "qwen3-32b", "mixtral-8x7b")
 
 
 def chosen(model: str, where: str, *, seq: int = 4096, rows: int = 0, **options):
@@ -60,7 +60,7 @@ def test_a_model_that_does_not_fit_is_split_and_keeps_what_there_is_room_for():
         assert layout.gathers < layout.seconds
 
 
-@pytest.mark.parametrize("model", sorted(CONFIGS))
+@pytest.mark.parametrize("model", TABLE)
 @pytest.mark.parametrize("where", ["v5e:16x16", "v6e:16x16", "v5p:8x8x16", "8xh100", "64xh100"])
 def test_every_model_of_the_table_has_a_layout(model, where):
     layout, machine = chosen(model, where), topology(where)
@@ -178,7 +178,7 @@ def test_parameters_and_attention_are_counted_as_the_models_are():
 )
 def test_gpt_oss_takes_the_memory_of_its_released_files(name, released, active):
     """Experts of 4.25 bits a weight, biases and sinks included; as many active parameters as its model card states."""
-    base = architecture(str(RELEASED / f"gpt-oss-{name}.json"))
+    base = architecture(f"gpt-oss-{name}")
     layer, ends = weight_bytes(base, WIDTHS["mxfp4"], 2.0, kernels("mxfp4"))
     shapes = param_shapes(base).items()
     stored = [
@@ -193,7 +193,7 @@ def test_gpt_oss_takes_the_memory_of_its_released_files(name, released, active):
 @pytest.mark.parametrize("where", ["v5e:16x16", "v6e:16x16", "v5p:8x8x16", "8xh100"])
 def test_models_with_linear_attention_fit(where):
     for name, least in {"Qwen3.5-9B": 0.6, "Qwen3.5-35B-A3B": 0.05}.items():
-        layout = chosen(str(RELEASED / f"{name}.json"), where)
+        layout = chosen(name, where)
         assert layout.memory < topology(where).chip.memory
         assert layout.mfu > least
 
@@ -202,7 +202,7 @@ def test_models_with_linear_attention_fit(where):
     ("name", "active", "share"), [("Qwen3.5-9B", 7.94e9, 0.01), ("Qwen3.5-35B-A3B", 2.95e9, 0.03)]
 )
 def test_linear_attention_is_a_small_share_of_the_useful_flops(name, active, share):
-    base = architecture(str(RELEASED / f"{name}.json"))
+    base = architecture(name)
     assert active_parameters(base) == pytest.approx(active, rel=0.01)
     assert 3 * mixer_flops(base, 4096) / useful_flops(base, AdapterSpec(), 1, 4096) == pytest.approx(
         share, rel=0.15
@@ -224,7 +224,7 @@ def test_configs_are_read_like_any_other(tmp_path):
     file.write_text(json.dumps(CONFIGS["qwen3-32b"]))
     assert architecture(str(file)) == architecture(str(tmp_path)) == architecture("Qwen3-32B")
     assert isinstance(architecture("gemma-3-27b"), ModelConfig)
-    with pytest.raises(NaloraError, match=r"--model: .* or one of llama-3.1-8b"):
+    with pytest.raises(NaloraError, match=r"--model: .* or one of .*llama-3.1-8b"):
         architecture("gpt-5")
 
 
@@ -374,12 +374,9 @@ def test_rows_of_the_table_keep_their_layouts(model, where, mesh, remat):
     assert (layout.mesh, layout.remat) == (mesh, remat)
 
 
-RELEASED = Path(__file__).parents[1] / "models" / "released"
-
-
 def test_few_tokens_are_sent_to_experts_and_many_gather_them():
     """Of 128 experts a token meets 8: with 64 tokens a chip, rows are a thirtieth of the experts' bytes."""
-    model, where = str(RELEASED / "Qwen3-Coder-30B-A3B-Instruct.json"), "v6e:4x4"
+    model, where = "Qwen3-Coder-30B-A3B-Instruct", "v6e:4x4"
     few, gathered = (
         chosen(model, where, seq=64, mesh=MeshConfig(1, 16, 1), compute=ComputeConfig(experts=way))
         for way in ("auto", "gather")
@@ -393,7 +390,7 @@ def test_few_tokens_are_sent_to_experts_and_many_gather_them():
 
 def test_rows_are_sent_with_offloaded_inputs_only_if_both_are_asked_for():
     """libtpu aborts on most programs with both."""
-    model, mesh = str(RELEASED / "Qwen3-Coder-30B-A3B-Instruct.json"), MeshConfig(1, 16, 1)
+    model, mesh = "Qwen3-Coder-30B-A3B-Instruct", MeshConfig(1, 16, 1)
     options = {"seq": 64, "mesh": mesh}
     offloading = chosen(model, "v6e:4x4", compute=ComputeConfig(remat="full_offload"), **options)
     assert offloading.experts == "gather"
