@@ -329,7 +329,7 @@ def test_few_tokens_need_room_for_kernels_of_experts_and_many_for_rows():
 
 
 def test_context_that_splits_experts_copies_them():
-    base = architecture(str(RELEASED / "Qwen3-Coder-30B-A3B-Instruct.json"))
+    base = architecture("Qwen3-Coder-30B-A3B-Instruct")
     machine = topology("v6e:4x4")
     spec = resolve(LoRAConfig(), projection_shapes(base), base.n_layers)
     config = RunConfig(train=TrainConfig(batch_size=16))
