@@ -29,10 +29,8 @@ from nalora_jax.ops.storage import Kernel, expand, read_residual, rounded, save_
 
 
 @CPU.implements(ops.adapted_dense)
-def adapted_dense(
-    x: jax.Array, dense: Dense, numerics: Numerics, inner: jax.Array | None = None
-) -> Adapted:
-    """Computes a layer with one adapter, without DoRA or dropout; ``inner`` is x and not read."""
+def adapted_dense(x: jax.Array, dense: Dense, numerics: Numerics) -> Adapted:
+    """Computes a layer with one adapter, without DoRA or dropout."""
     if dense.adapter is None or not dense.is_plain:
         return NotImplemented
     if is_native(_rows(x), numerics.operand, numerics):

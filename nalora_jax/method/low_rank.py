@@ -52,12 +52,12 @@ class Dense(NamedTuple):
     bias: jax.Array | None = None  # [d_out]
     dropout: Callable[[jax.Array], jax.Array] | None = None  # of the adapter's input
     name: str = "dense"  # in profiles
+    inner: jax.Array | None = None  # x for the adapter, if its gradient is summed separately
 
     @property
     def is_plain(self) -> bool:
         """True if the layer has no DoRA, no dropout and no stack of adapters."""
-        adapter = self.adapter
-        if adapter is None:
+        if (adapter := self.adapter) is None:
             return True
         return adapter.a.ndim == 2 and adapter.magnitude is None and self.dropout is None
 
@@ -146,16 +146,13 @@ def _residual(x: jax.Array, adapter: Adapter, numerics: Numerics) -> tuple[jax.A
 
 
 @operation
-def adapted_dense(
-    x: jax.Array, dense: Dense, numerics: Numerics, inner: jax.Array | None = None
-) -> Adapted:
+def adapted_dense(x: jax.Array, dense: Dense, numerics: Numerics) -> Adapted:
     """Returns ``x W + b + s (x A) B`` and the adapter's part of it.
 
     Args:
       x: ``[..., d_in]``.
       dense: the layer.
       numerics: dtypes of operands and result; sums are float32.
-      inner: x as the adapter's input, if its gradient is summed separately (`parallel_dense`).
 
     Returns:
       ``[..., d_out]`` in ``numerics.result``, and the adapter's part.
@@ -164,9 +161,8 @@ def adapted_dense(
         base, adapter = matmul(x, dense.kernel, numerics), dense.adapter
         if adapter is None:
             return Adapted(add_bias(base, dense.bias))
-        dropped, hidden = x if inner is None else inner, None
-        if dense.dropout is not None:
-            dropped = dense.dropout(dropped)
+        inner = x if dense.inner is None else dense.inner
+        dropped, hidden = inner if dense.dropout is None else dense.dropout(inner), None
         if adapter.ids is not None:
             delta = batched_residual(dropped, *adapter[:3], adapter.ids, operand=numerics.adapter)
         else:
@@ -184,28 +180,7 @@ def adapted_dense(
 @operation
 def parallel_dense(x: jax.Array, layers: Sequence[Dense], numerics: Numerics) -> list[Adapted]:
     """Returns `adapted_dense` of several layers that read the same input."""
-    inner = None
-    if numerics.platform.tensor > 1:
-        x, inner = _forked(x)
-    return [adapted_dense(x, layer, numerics, inner) for layer in layers]
-
-
-@jax.custom_vjp
-def _forked(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns x for frozen matmuls, in float32, and for adapters; their gradients are summed separately.
-
-    If devices split outputs, the gradients of the frozen matmuls are partial sums. The compiler adds
-    them before it reduces them over devices only without roundings and other summands in between.
-    """
-    return x.astype(jnp.float32), x
-
-
-def _joined(_: None, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array]:
-    of_frozen, of_adapters = gradients
-    return (of_frozen.astype(of_adapters.dtype) + of_adapters,)
-
-
-_forked.defvjp(lambda x: (_forked(x), None), _joined)
+    return [adapted_dense(x, layer, numerics) for layer in layers]
 
 
 def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -246,9 +221,8 @@ def batched_residual(
     index = jnp.maximum(ids, 0)
     on = jnp.where(ids >= 0, jnp.asarray(scale, jnp.float32), 0.0)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    # [batch, seq, r]
     hidden = product("bsd,bdr->bsr", x.astype(operand), a[index].astype(operand))
-    hidden = (hidden * on[:, None, None]).astype(operand)
+    hidden = (hidden * on[:, None, None]).astype(operand)  # [batch, seq, r]
     return product("bsr,bro->bso", hidden, b[index].astype(operand))
 
 
