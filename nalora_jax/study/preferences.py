@@ -51,13 +51,16 @@ class PreferenceItems:
 
 
 class Preferences(Language):
-    """`nalora_jax.study.subject.Subject` of language models that train on preference pairs."""
+    """`nalora_jax.study.subject.Subject` of language models that train on preference pairs.
+
+    Its data are `PairData` and its items `PreferenceItems`; they are ``Any`` in that interface.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._rows: dict[str, PairData] = {}
 
-    def data(self, config: RunConfig) -> PairData:
+    def data(self, config: RunConfig) -> Any:
         """Returns packed pairs; they are tokenized once for all seeds."""
         data, train = config.data, config.train
         key = json.dumps([config.model, vars(data), vars(train)], default=str)
@@ -74,11 +77,12 @@ class Preferences(Language):
             )
         return replace(self._rows[key], seed=config.seed)
 
-    def source_digest(self, data: PairData) -> str:
+    def source_digest(self, data: Any) -> str:
         """Returns the digest of the tokenized pairs."""
-        return data.fingerprint.rsplit(":", 1)[0]  # without the seed
+        fingerprint: str = data.fingerprint
+        return fingerprint.rsplit(":", 1)[0]  # without the seed
 
-    def items(self, config: RunConfig, data: DataConfig) -> PreferenceItems:
+    def items(self, config: RunConfig, data: DataConfig) -> Any:
         """Returns tokenized pairs."""
         _, records = open_pair(data)
         indices = np.sort(permutation(len(records), _SEED)[: data.eval_limit or None]).tolist()
@@ -87,7 +91,7 @@ class Preferences(Language):
         return PreferenceItems(pairs, config.preference, tokenizer, _digest(pairs))
 
     def measure(
-        self, items: PreferenceItems, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
+        self, items: Any, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
     ) -> dict[str, float]:
         """Returns ``loss`` per pair, and ``accuracy``: the share of pairs whose chosen completion wins."""
         del whole  # the rewards of the loss give the accuracy
