@@ -31,7 +31,8 @@ WEIGHT_AXES = ("fsdp", CONTEXT)  # both split weights, which are gathered layer 
 def platform_of(mesh: Mesh | None = None) -> Platform:
     """Returns the platform of a mesh; by default of this process's devices."""
     devices = jax.devices() if mesh is None else list(mesh.devices.flat)
-    return Platform(platform_name(devices[0]), kind_of(devices[0]), len(devices))
+    tensor = 1 if mesh is None else int(mesh.shape.get("tensor", 1))
+    return Platform(platform_name(devices[0]), kind_of(devices[0]), len(devices), tensor)
 
 
 def platform_of_step(mesh: Mesh) -> Platform:

@@ -29,6 +29,7 @@ from nalora_jax.models.expert_statistics import (
     sample,
 )
 from nalora_jax.models.router import RouterSpec, Routing, route
+from nalora_jax.models.split_statistics import samples_of_parts
 from nalora_jax.models.token_rows import Places, spread, summed
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import Kernel, expand
@@ -72,6 +73,8 @@ class RoutedConfig:
     measure: bool = False  # compute statistics
     dropout: float = 0.0  # on the adapters' inputs
     up_limit: float = 0.0  # see `nalora_jax.method.ffn.up_factor`
+    # Tokens of the whole rows if devices hold parts of them (`nalora_jax.ops.split_rows`); 0: whole rows.
+    split_length: int = 0
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -121,10 +124,13 @@ def samples_of(
     routing: Routing, token_weights: jax.Array, config: RoutedConfig
 ) -> tuple[SampledRows, SampledRows]:
     """Returns the rows for the gate's statistics and those for the probe."""
-    samples = sample(routing, token_weights, config.stats.stride)
+    stride, probe_stride = config.stats.stride, config.stats.probe_stride
+    if config.split_length:
+        return samples_of_parts(routing, token_weights, (stride, probe_stride), config.split_length)
+    samples = sample(routing, token_weights, stride)
     if not config.measure:
         return samples, samples
-    return samples, sample(routing, token_weights, config.stats.probe_stride)
+    return samples, sample(routing, token_weights, probe_stride)
 
 
 def routed_rows(

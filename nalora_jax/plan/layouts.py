@@ -30,10 +30,12 @@ from nalora_jax.ops.quantize import kernels
 from nalora_jax.plan.estimates import (
     WIDTHS,
     attention_kernel,
+    copied_experts,
     executed_flops,
     gathered_keys,
     hidden_share,
     mean_over_layers,
+    recomputed_values,
     rows_for_experts,
     saved_values,
     sorted_row_bytes,
@@ -275,6 +277,7 @@ def estimate(
     saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
     saved = mean_over_layers(base, lambda of_stack: saved_values(of_stack, saves, tensor, kernel))
     saved_bytes = saved * wide * tokens
+    recomputed = recomputed_values(base, saves, tensor, kernel) * wide * tokens
     host = saved_bytes * base.n_layers if offloads else 0.0
     times = config.train.accumulate
     once, executed = (executed_flops(base, spec, policy, rows, seq, kernel) for policy in ("dots", saves))
@@ -282,6 +285,7 @@ def estimate(
     products = _matmul_seconds(where, once / tensor, executed / tensor, out)
     passes = 2.3 if saves == "full" else 2.0
     weights = layer * base.n_layers
+    copied = transposed_bytes(where, base, narrow) + copied_experts(base, fsdp, context, narrow)
     stay, sent = rows_for_experts(base, tokens, fsdp, narrow, wide) if experts == "send" else (0.0, 0.0)
     gathered_bytes = passes * (weights - stay + ends / 2) / tensor * (split - 1) / split
     gathered = gathered_bytes / where.inbound(split * tensor)
@@ -300,8 +304,10 @@ def estimate(
         weights=(weights + ends) / (split * tensor),
         state=_state_bytes(trained, split, tensor),
         activations=saved_bytes * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
-        working=working_bytes(where, base, tokens, (split, tensor), wide=wide, offloads=offloads)
-        + (2 * trained.tables + transposed_bytes(where, base, narrow) / (split * tensor) if split > 1 else 0.0)
+        working=working_bytes(
+            where, base, tokens, (split, tensor), wide=wide, offloads=offloads, recomputed=recomputed
+        )
+        + (2 * trained.tables + copied / (split * tensor) if split > 1 else 0.0)
         + live_keys / tensor,
         host=host, gathers=times * gathered, transfers=2 * times * out,
         seconds=seconds,

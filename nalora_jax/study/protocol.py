@@ -48,12 +48,12 @@ _OF_THE_STUDY = (
     "steps",
     "epochs",
     "data",
+    "preference",
     "vision",
     "train",
     "output",
     "resume",
     "callbacks",
-    "mesh",
     "debug",
 )
 
@@ -147,6 +147,17 @@ class Protocol:
     def folder(self) -> Path:
         """Returns the folder of the records, tables and pictures."""
         return self.path.parent
+
+    @property
+    def preference(self) -> bool:
+        """Returns True if the runs train on preference pairs."""
+        chosen = self.config(self.models[0], next(iter(self.tasks)), self.baseline, self.rates[0], 0)
+        return chosen.preference.loss != "none"
+
+    @property
+    def several_meshes(self) -> bool:
+        """Returns True if methods differ in their devices."""
+        return any("mesh" in method.settings for method in self.methods.values())
 
     def config(self, model: str, task: str, method: str, rate: float, seed: int) -> RunConfig:
         """Returns the settings of one run.
@@ -294,9 +305,7 @@ def _check(protocol: Protocol) -> None:
     for name, method in p.methods.items():
         _check_method(p, name, method)
     for name, task in p.tasks.items():
-        where, count = f"[tasks.{name}] accuracy_items", task.accuracy_items
-        _require(where, count >= 0, "0 (all) or more", count)
-        _require(where, not (count and task.vision), "none for images: one pass scores all classes", count)
+        _check_task(p, name, task)
     kinds = set()
     for model in p.models:
         for name in p.tasks:
@@ -309,6 +318,17 @@ def _check(protocol: Protocol) -> None:
                 _require("metric", fits, f"a metric that [tasks.{name}] measures during training", p.metric)
                 kinds.add("images" if measured else "text")
     _require("tasks", len(kinds) == 1, "tasks of text only or of images only", "both")
+
+
+def _check_task(p: Protocol, name: str, task: Task) -> None:
+    where, count = f"[tasks.{name}] accuracy_items", task.accuracy_items
+    _require(where, count >= 0, "0 (all) or more", count)
+    _require(where, not (count and task.vision), "none for images: one pass scores all classes", count)
+    if p.preference:
+        _require(where, count == 0, "none for pairs: the loss scores both completions", count)
+        limit = p.config(p.models[0], name, p.baseline, p.rates[0], 0).data.train_limit
+        expected = "0 for pairs: a slice such as train[:1000] is the same for every seed"
+        _require(f"[tasks.{name}] data train_limit", limit == 0, expected, limit)
 
 
 def _check_method(p: Protocol, name: str, method: Method) -> None:

@@ -19,6 +19,7 @@ from nalora_jax.method.step import TrainState
 from nalora_jax.study.identity import rule_files
 from nalora_jax.study.language import Language, LanguageItems
 from nalora_jax.study.plan import Run
+from nalora_jax.study.preferences import Preferences
 from nalora_jax.study.protocol import Protocol, data_of
 from nalora_jax.study.subject import Items, StudyRows, Subject
 from nalora_jax.sweeps.fit import Fitting
@@ -57,7 +58,11 @@ class Resources:
 
     def subject(self, config: RunConfig) -> Subject:
         """Returns the kind of model that the run's task trains."""
-        kind: Callable[[], Subject] = _dual_encoders if config.vision.task else Language
+        kind: Callable[[], Subject] = Language
+        if config.vision.task:
+            kind = _dual_encoders
+        elif config.preference.loss != "none":
+            kind = Preferences
         if kind not in self._subjects:
             self._subjects[kind] = kind()
         return self._subjects[kind]
@@ -67,7 +72,7 @@ class Resources:
 
         It is the same for all runs of a model, so that each model is loaded once.
         """
-        if self._together == 1:
+        if self._together == 1 or self.protocol.several_meshes:
             return None
         if run.cell.model not in self._fitting:
             protocol, base = self.protocol, self.subject(run.config).architecture(run.config)

@@ -46,7 +46,7 @@ def render(protocol: Protocol, records: Mapping[str, Record]) -> str:
 
 def _unit(protocol: Protocol) -> str:
     units = {
-        "": "per answer token",
+        "": "per answer token" if not protocol.preference else "per pair",
         "classify": "per image among the prompts of all classes",
         "contrast": "per image or caption among all held-out pairs (the mean of both ways)",
     }

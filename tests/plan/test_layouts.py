@@ -18,7 +18,7 @@ from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.stacks import layer_numbers, param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.ops.quantize import kernels
-from nalora_jax.plan.estimates import WIDTHS, weight_bytes
+from nalora_jax.plan.estimates import WIDTHS, copied_experts, gathered_keys, weight_bytes, working_bytes
 from nalora_jax.plan.figures import Figures
 from nalora_jax.plan.layouts import candidates, choose, estimate
 from nalora_jax.plan.machines import Topology, topology
@@ -149,7 +149,8 @@ def test_attention_is_the_kernel_that_takes_it():
         return estimate(config, made, spec, where, seq, (256, 1, 1), "attention").activations
 
     kept = 2 * 4096 * 32 * 4096.0  # bytes of attention's result in all layers
-    assert of(128, 4096) == of(64, 4096)
+    # Two arrays of queries and one of keys, which a TPU pads from 64 to 128.
+    assert of(64, 4096) - of(128, 4096) == pytest.approx(2.25 * kept)
     gpus = topology("64xh100")
     assert of(128, 4096) == of(128, 4096, gpus)  # cuDNN's result as well
     assert of(128, 16384) - of(128, 16384, gpus) == pytest.approx(4 * kept)  # Triton's is not
@@ -308,9 +309,48 @@ def test_a_link_to_the_host_that_is_slower_than_the_products_costs_its_time():
     assert slow.memory < kept.memory
 
 
+def test_recomputed_layers_hold_the_results_that_other_policies_save():
+    base, machine = architecture("qwen3-32b"), topology("v6e:16x16")
+    spec = resolve(LoRAConfig(), projection_shapes(base), base.n_layers)
+    config = RunConfig(train=TrainConfig(batch_size=256))
+    full, attention = (
+        estimate(config, base, spec, machine, 4096, (8, 32, 1), remat) for remat in ("full", "attention")
+    )
+    of_layer = (attention.activations - full.activations) / base.n_layers
+    assert full.working - attention.working == pytest.approx(of_layer)
+
+
+def test_few_tokens_need_room_for_kernels_of_experts_and_many_for_rows():
+    base, machine = architecture("mixtral-8x7b"), topology("v5p:8x8x16")
+    kernel, row = 2.0 * 8 * 4096 * 14336, 2.0 * 2 * 14336  # bytes; a token has two rows
+    few, many = (working_bytes(machine, base, n, (1, 1), wide=2.0, offloads=True) for n in (1024, 65536))
+    assert few == pytest.approx(8 * kernel + 4 * 1024 * row)
+    assert many == pytest.approx(3 * kernel + 8 * 65536 * row)
+
+
+def test_context_that_splits_experts_copies_them():
+    base = architecture("Qwen3-Coder-30B-A3B-Instruct")
+    machine = topology("v6e:4x4")
+    spec = resolve(LoRAConfig(), projection_shapes(base), base.n_layers)
+    config = RunConfig(train=TrainConfig(batch_size=16))
+
+    def working(context: int) -> float:
+        mesh = (4 // context, 4, 1)
+        return estimate(config, base, spec, machine, 16384, mesh, "attention", context=context).working
+
+    assert copied_experts(base, 4, 1, 2.0) == copied_experts(base, 4, 3, 2.0) == 0.0
+    copied = copied_experts(base, 4, 4, 2.0)
+    assert copied == 2.0 * 48 * 3 * 128 * 2048 * 768
+    keys = gathered_keys(base, 4, 16384, 4, 2.0)[0]  # of the whole rows that four chips share
+    assert working(4) - working(1) == pytest.approx(copied / 16 + keys)
+
+
 def test_estimates_agree_with_the_compiled_rows_of_the_table():
     lines = (Path(__file__).parents[2] / "benchmarks" / "results" / "pods.jsonl").read_text().splitlines()
-    rows = {(row["model"], row["topology"]): row for row in map(json.loads, lines)}
+    fitted = set(TABLE) - {"gemma-4-31b"}  # the constants of the estimates were fitted to these rows
+    rows = {
+        (row["model"], row["topology"]): row for row in map(json.loads, lines) if row["model"] in fitted
+    }
     assert len(rows) == 25
     for (model, where), row in rows.items():
         base, config = architecture(model), RunConfig(train=TrainConfig(batch_size=row["rows"]))

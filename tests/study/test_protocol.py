@@ -61,6 +61,16 @@ def test_the_digest_is_of_the_content_not_of_its_layout(study: Path) -> None:
             'accuracy_items = 5\nvision = {task = "classify"}',
             "accuracy_items: expected none for images",
         ),
+        (
+            r"^\[tasks.z\]",
+            'preference.loss = "dpo"\n\n[tasks.z]\naccuracy_items = 5',
+            "accuracy_items: expected none for pairs",
+        ),
+        (
+            r"^\[tasks.z\]",
+            'preference.loss = "dpo"\ndata.train_limit = 5\n\n[tasks.z]',
+            r"\[tasks.z\] data train_limit: expected 0 for pairs",
+        ),
         ("^steps = 8", "stepz = 8", r"\[run\] stepz: expected a setting of a run, .*did you mean steps\?"),
         ("^steps = 8", 'steps = "8"', r"\[run\] steps: expected a value of type int, found '8'"),
         ("^steps = 8", "steps = 0", "--steps: expected .*, found 0"),
@@ -73,6 +83,11 @@ def test_the_digest_is_of_the_content_not_of_its_layout(study: Path) -> None:
         (
             "^settings.*",
             "settings.steps = 9",
+            r"\[methods.half\] settings: expected no setting that belongs in \[run\]",
+        ),
+        (
+            "^settings.*",
+            'settings.preference.loss = "dpo"',
             r"\[methods.half\] settings: expected no setting that belongs in \[run\]",
         ),
         ("^settings.*", "settings.optimizer.learning_rate = 1", "no learning rate, which the grid gives"),

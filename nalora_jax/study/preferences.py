@@ -1,0 +1,107 @@
+"""Preference pairs in a study: the loss and the accuracy of a run with ``preference.loss``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from nalora_jax import distributed
+from nalora_jax.config import DataConfig, PreferenceConfig, RunConfig
+from nalora_jax.data.packing import permutation
+from nalora_jax.data.preference import Pair, PairData, pair_data, tokenize_pairs
+from nalora_jax.data.sources import open_pair
+from nalora_jax.evaluate.preference import PreferenceEvaluator
+from nalora_jax.study.language import Language
+from nalora_jax.tokenizer import Tokenizer
+from nalora_jax.train.assembly import Assembly
+
+_SEED = 20260101  # of the held-out draw: the same in every run
+
+
+@dataclass(frozen=True)
+class PreferenceItems:
+    """Held-out pairs, and an evaluator for each assembly, which scores the reference once."""
+
+    pairs: tuple[Pair, ...]
+    preference: PreferenceConfig
+    tokenizer: Tokenizer
+    digest: str  # of the token ids of both completions with their prompts
+    _evaluators: dict[int, tuple[Assembly, PreferenceEvaluator]] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Returns the digest of the pairs."""
+        return {"": self.digest}
+
+    def evaluator(self, assembly: Assembly) -> PreferenceEvaluator:
+        """Returns the evaluator of these pairs with the assembly's model and mesh."""
+        if id(assembly) not in self._evaluators:
+            model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
+            evaluator = PreferenceEvaluator(model, self.tokenizer, self.pairs, self.preference, mesh=mesh)
+            self._evaluators[id(assembly)] = assembly, evaluator  # keeps the assembly, so its id is unique
+        return self._evaluators[id(assembly)][1]
+
+
+class Preferences(Language):
+    """`nalora_jax.study.subject.Subject` of language models that train on preference pairs.
+
+    Its data are `PairData` and its items `PreferenceItems`; they are ``Any`` in that interface.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows: dict[str, PairData] = {}
+
+    def data(self, config: RunConfig) -> Any:
+        """Returns packed pairs; they are tokenized once for all seeds."""
+        data, train = config.data, config.train
+        key = json.dumps([config.model, vars(data), vars(train)], default=str)
+        if key not in self._rows:
+            source, _ = open_pair(data)
+            tokenizer = self.model(config).tokenizer
+            self._rows[key] = pair_data(
+                source,
+                data,
+                config.preference,
+                tokenizer,
+                batch_size=train.batch_size,
+                accumulate=train.accumulate,
+            )
+        return replace(self._rows[key], seed=config.seed)
+
+    def source_digest(self, data: Any) -> str:
+        """Returns the digest of the tokenized pairs."""
+        fingerprint: str = data.fingerprint
+        return fingerprint.rsplit(":", 1)[0]  # without the seed
+
+    def items(self, config: RunConfig, data: DataConfig) -> Any:
+        """Returns tokenized pairs."""
+        _, records = open_pair(data)
+        indices = np.sort(permutation(len(records), _SEED)[: data.eval_limit or None]).tolist()
+        tokenizer = self.model(config).tokenizer
+        pairs = tuple(tokenize_pairs(records, indices, data, config.preference, tokenizer))
+        return PreferenceItems(pairs, config.preference, tokenizer, _digest(pairs))
+
+    def measure(
+        self, items: Any, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
+    ) -> dict[str, float]:
+        """Returns ``loss`` per pair, and ``accuracy``: the share of pairs whose chosen completion wins."""
+        del whole  # the rewards of the loss give the accuracy
+        values = items.evaluator(assembly).measure(variables["params"], variables.get("lora"))
+        return {"loss": values["loss"], "accuracy": values["rewards_accuracy"]}
+
+
+def _digest(pairs: tuple[Pair, ...]) -> str:
+    sha256 = hashlib.sha256()
+    for pair in pairs:
+        for example in (pair.chosen, pair.rejected):
+            sha256.update(example.ids.tobytes() + example.answer.tobytes() + b"|")
+    return sha256.hexdigest()[:16]

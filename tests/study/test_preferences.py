@@ -1,0 +1,122 @@
+"""Studies of preference pairs, with methods on different numbers of devices."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from nalora_jax.__main__ import main
+from nalora_jax.data.preference import pair_data
+from nalora_jax.data.sources import open_pair
+from nalora_jax.distributed import make_global_batch, make_mesh
+from nalora_jax.study.plan import Run, wanted
+from nalora_jax.study.preferences import Preferences
+from nalora_jax.study.protocol import Protocol, read_protocol
+from nalora_jax.study.records import Records
+from nalora_jax.study.resources import Resources
+from nalora_jax.study.tables import render
+from nalora_jax.train.assembly import assemble
+
+PROTOCOL = """
+question = "Does the adapter prefer z?"
+models = [BASE]
+baseline = "b_zero"
+rates = [2e-2]
+extend = 0
+tuning_seeds = [0]
+test_seeds = [1]
+evaluate_every = 4
+
+[run]
+steps = 4
+preference.loss = "dpo"
+lora.rules = [{pattern = "ffn/gate_proj", rank = 2}]
+train = {batch_size = 4, log_every = 4}
+compute = {dtype = "float32", compilation_cache = false}
+mesh = {data = 1}
+
+[tasks.z]
+dataset = QUESTIONS
+train = "train[:60%]"
+validation = "train[60%:80%]"
+test = "train[80%:]"
+validation_items = 20
+test_items = 20
+data = {max_length = 16}
+
+[methods.b_zero]
+
+[methods.b_zero_2]
+about = "on two devices"
+settings.mesh.data = 2
+
+[methods.a_zero]
+settings.lora.init = "zero_a"
+"""
+
+
+@pytest.fixture
+def pairs_study(base: Path, questions: Path, tmp_path: Path) -> Path:
+    text = PROTOCOL.replace("BASE", json.dumps(str(base))).replace("QUESTIONS", json.dumps(str(questions)))
+    (tmp_path / "protocol.toml").write_text(text)
+    return tmp_path
+
+
+def test_a_study_of_pairs_measures_starts_and_devices(pairs_study: Path) -> None:
+    assert main(["study", "run", str(pairs_study), "--together", "4"]) == 0
+    protocol = read_protocol(pairs_study)
+    records = Records(pairs_study).read()
+    by = {(r["stage"], r["method"]): r for r in records.values()}
+    assert len(by) == 6
+    for record in by.values():
+        assert record["curve"][0] == {"step": 0, "loss": pytest.approx(math.log(2)), "accuracy": 0.0}
+        assert record["validation"]["loss"] < math.log(2) - 0.001
+    for stage in ("tune", "test"):  # the same pairs on one and on two devices, another start
+        losses = {m: by[stage, m]["training"][-1]["loss"] for m in protocol.methods}
+        assert losses["b_zero_2"] == pytest.approx(losses["b_zero"], rel=1e-5)
+        assert abs(losses["a_zero"] - losses["b_zero"]) > 1e-4
+        assert len({by[stage, m]["data"] for m in protocol.methods}) == 1
+    assert by["tune", "b_zero"]["data"] != by["test", "b_zero"]["data"]
+    assert len({record["source"] for record in by.values()}) == 1
+    assert by["test", "a_zero"]["test"]["n"] == 20
+    text = render(protocol, records)
+    assert "nats per pair" in text
+    assert "1 - accuracy" in text
+    tuned = next(run for run in wanted(protocol, records) if run.cell.method == "a_zero")
+    assert by["tune", "a_zero"]["training"][-1]["loss"] == pytest.approx(alone(protocol, tuned), rel=1e-5)
+
+
+def test_methods_with_another_mesh_keep_it(pairs_study: Path) -> None:
+    protocol = read_protocol(pairs_study)
+    resources = Resources(protocol, together=4)
+    devices = {run.cell.method: resources.placed(run).config.mesh.data for run in wanted(protocol, {})}
+    assert devices == {"b_zero": 1, "b_zero_2": 2, "a_zero": 1}
+    assert {resources.capacity(run) for run in wanted(protocol, {})} == {1}
+    assert isinstance(resources.subject(wanted(protocol, {})[0].config), Preferences)
+
+
+def alone(protocol: Protocol, run: Run) -> float:
+    """The mean training loss of the run that the settings alone make, without the study's programs."""
+    config, subject = run.config, Preferences()
+    model, mesh = subject.model(config), make_mesh(config.mesh, jax.devices()[:1])
+    pairs = pair_data(
+        open_pair(config.data)[0],
+        config.data,
+        config.preference,
+        model.tokenizer,
+        batch_size=4,
+        seed=config.seed,
+    )
+    made = assemble(config, model.config, model.params, mesh)
+    state, losses = made.state, []
+    for row in range(0, 4 * config.steps, 4):
+        batch = make_global_batch(pairs.batch_at(row), mesh, rows_axis=1)
+        state, metrics = made.step(made.view(made.params), state, batch)
+        losses.append([float(metrics[name]) for name in ("loss", "target_tokens")])
+    values = np.array(losses)
+    return float(np.average(values[:, 0], weights=values[:, 1]))
