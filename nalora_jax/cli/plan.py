@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 class PlanArgs:
     """Compile a training step for TPUs or GPUs that are not attached: memory and maximum speed."""
 
-    # llama-3.1-8b, llama-3.1-70b, gemma-3-27b, gemma-4-31b, qwen3-32b, mixtral-8x7b; or a
-    # config.json, or its folder.
+    # A released checkpoint by name, without download (llama-3.1-8b, gpt-oss-20b, qwen3.5-9b; an unknown
+    # name lists all); or a config.json, or its folder.
     model: str = ""
     # One or more: v5e:16x16, v6e:16x16, v5p:8x8x16, 2xv6e:16x16 (two slices), 8xh100, 64xh100.
     topology: tuple[str, ...] = ()
@@ -137,10 +137,11 @@ def plan(args: PlanArgs) -> None:
 
 def _plan_sweep(args: PlanArgs, base: ModelConfig, machines: Sequence[Topology]) -> None:
     """Prints the plan of a sweep on each topology."""
-    from nalora_jax.plan.sweep import describe_sweep, plan_sweep
+    from nalora_jax.plan.sweep import describe_sweep, estimate_sweep, plan_sweep
 
+    plan_one = estimate_sweep if args.estimate else plan_sweep
     for machine in machines:
-        planned = plan_sweep(
+        planned = plan_one(
             _config(args, args.batch or args.accumulate), base, machine, args.seq, args.sweep
         )
         print("\n".join(describe_sweep(planned, steps=args.steps, price=args.price)), flush=True)
@@ -152,14 +153,16 @@ def _plan_sweep(args: PlanArgs, base: ModelConfig, machines: Sequence[Topology])
 def _plan_study(args: PlanArgs, machines: Sequence[Topology]) -> None:
     """Prints the plan of a study on each topology."""
     from nalora_jax.plan.models import architecture
-    from nalora_jax.plan.sweep import describe_study, plan_study
+    from nalora_jax.plan.sweep import describe_study, estimate_sweep, plan_study, plan_sweep
     from nalora_jax.study.protocol import read_protocol
 
     assert args.study is not None
     protocol = read_protocol(args.study)
     base = architecture(args.model or protocol.models[0].rpartition("/")[2])
+    plan_one = estimate_sweep if args.estimate else plan_sweep
     for machine in machines:
-        print("\n".join(describe_study(plan_study(protocol, base, machine), args.price)), flush=True)
+        planned = plan_study(protocol, base, machine, plan_one)
+        print("\n".join(describe_study(planned, args.price)), flush=True)
 
 
 def _check_length(seq: int, positions: int) -> None:

@@ -104,6 +104,7 @@ def export(args: cli.ExportArgs) -> None:
     from nalora_jax.loading.adapted import load, locate
     from nalora_jax.weights.new_tokens import tokenizer_writer
     from nalora_jax.weights.peft import export_adapter, verify_export
+    from nalora_jax.weights.peft_modules import layout_for
 
     if args.target == "gguf":
         _check_gguf_name(args.output)
@@ -139,6 +140,7 @@ def export(args: cli.ExportArgs) -> None:
         base_model_name=base.source,
         target=args.target,
         max_lora_rank=args.max_lora_rank,
+        layout=layout_for(args.target, base.config, base.hf_config),
         fingerprint=base.fingerprint,
         rope_scaling=base.rope_scaling,
         write_extra=tokenizer_writer(base) if base.added or base.resized else None,

@@ -57,7 +57,8 @@ class ComputeConfig:
     # they are stored in the host's memory (TPU, GPU).
     remat: Remat = "auto"
     # Experts that "fsdp" splits: "gather" them for each layer, "send" each token to its experts, or
-    # "auto" (the faster by the estimates of --mesh auto; elsewhere the way that moves fewer bytes).
+    # "auto" (the faster by the estimates of --mesh auto; elsewhere the way that moves fewer bytes;
+    # "gather" with offloaded activations).
     experts: Experts = "auto"
     # Compute the channel statistics on one in n positions of each packed sequence (1: on all).
     stats_stride: int = 4

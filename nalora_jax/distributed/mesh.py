@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -30,7 +31,19 @@ WEIGHT_AXES = ("fsdp", CONTEXT)  # both split weights, which are gathered layer 
 def platform_of(mesh: Mesh | None = None) -> Platform:
     """Returns the platform of a mesh; by default of this process's devices."""
     devices = jax.devices() if mesh is None else list(mesh.devices.flat)
-    return Platform(platform_name(devices[0]), kind_of(devices[0]), len(devices))
+    tensor = 1 if mesh is None else int(mesh.shape.get("tensor", 1))
+    return Platform(platform_name(devices[0]), kind_of(devices[0]), len(devices), tensor)
+
+
+def platform_of_step(mesh: Mesh) -> Platform:
+    """Returns the platform of a training step: one device if each run of a sweep has one.
+
+    Simulated devices of a CPU share the threads of its kernels, and keep the plain functions.
+    """
+    platform = platform_of(mesh)
+    if platform.name == "cpu" or devices_per_run(mesh) > 1:
+        return platform
+    return replace(platform, devices=1)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

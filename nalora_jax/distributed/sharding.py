@@ -2,7 +2,7 @@
 
 A spec names the *trailing* axes of a leaf, so one rule covers a kernel ``[in, out]``, its layer
 stack ``[L, in, out]`` and a stack of experts ``[L, E, in, out]``. Leading axes are not split,
-except the experts of a kernel, which "fsdp" splits if it divides their number.
+except the experts of a kernel or bias, which "fsdp" splits if it divides their number.
 
     layers/ffn/gate_proj/kernel [L, in, out]   P("fsdp", "tensor")  ->  P(None, "fsdp", "tensor")
     layers/ffn/gate_proj/a      [L, in, r]     P("fsdp", None)      ->  P(None, "fsdp")            in as the kernel's in
@@ -39,7 +39,8 @@ _PROJECTIONS: tuple[tuple[str, str, str | None], ...] = (
     ("in_proj_(qkvz?|z)", "fsdp", "tensor"),
     ("in_proj_(a|b|ba)", "fsdp", None),
 )
-_KERNEL = re.compile(r"_proj/kernel(/codes|/scales)?$")
+# Frozen weights of experts and the number of their axes: [L, E, in, out] and [L, E, out].
+_WEIGHTS = ((re.compile(r"_proj/kernel(/codes|/scales)?$"), 4), (re.compile(r"_proj/bias$"), 3))
 _WHOLE = ("tensor", "fsdp")  # for axes that the train state splits over both
 
 
@@ -157,11 +158,11 @@ def _over_context(spec: P, mesh: Mesh) -> P:
 
 
 def _by_expert(path: str, spec: P, shape: Sequence[int], mesh: Mesh) -> P:
-    """Returns the spec of a leaf; "fsdp" splits experts of ``[L, E, in, out]`` if it divides them.
+    """Returns the spec of a leaf; "fsdp" splits experts of ``[L, E, (in,) out]`` if it divides them.
 
     The axis "context" splits the experts as well, or what "fsdp" splits in other kernels.
     """
-    if len(shape) != 4 or not _KERNEL.search(path):
+    if not any(len(shape) == rank and pattern.search(path) for pattern, rank in _WEIGHTS):
         return spec
     axes = tuple(name for name in WEIGHT_AXES if name in mesh.shape)
     for experts, inner in ((axes, None), (axes[:1], axes[1:] or None)):

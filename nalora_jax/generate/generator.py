@@ -61,7 +61,8 @@ class Generator:
       mesh: mesh of the weights, if they are sharded; prompts are split over its data axes.
       processor: image processor of a vision-language model.
       prefill_chunk: tokens of a prompt that are processed at a time, so that the memory of
-        activations does not grow with longer prompts; prompts with images are processed at once.
+        activations does not grow with longer prompts. Tokens of an image that see each other stay
+        in a chunk.
     """
 
     def __init__(
@@ -254,7 +255,7 @@ class _Batch:
         batch = bucket(len(ids), multiple=batch_shards(mesh))
         spare = batch - len(ids)
         rows = {
-            **padded_rows(ids, batch, chunk=self._chunk(ids)),
+            **self._padded(ids, batch),
             "live": np.arange(batch) < len(ids),
             "sampling": make_sampling(
                 batch,
@@ -337,7 +338,7 @@ class _Batch:
         ids = [[*prompt, *new_ids] for prompt, new_ids in zip(self._prompt_ids, self._ids, strict=True)]
         chunk = self._chunk(ids)
         if count:
-            rows = padded_rows(ids, prompts.tokens.shape[0], chunk=chunk)
+            rows = self._padded(ids, prompts.tokens.shape[0])
             prompts = replace(prompts, **place_batch(rows, generator.mesh))
         slots = padded_length(
             prompts.tokens.shape[1] + int(self._limits.max()) - count, minimum=32, chunk=chunk
@@ -349,9 +350,14 @@ class _Batch:
     def _chunk(self, ids: Sequence[list[int]]) -> int:
         """Returns the tokens of each prompt to process at a time; 0: all."""
         chunk = self._generator.prefill_chunk
-        if self._seeing or max(map(len, ids)) <= chunk:
-            return 0
-        return chunk
+        return chunk if max(map(len, ids)) > chunk else 0
+
+    def _padded(self, ids: Sequence[list[int]], batch: int) -> dict[str, np.ndarray]:
+        """Returns `padded_rows` of prompts, which have gaps if an image would be in two chunks."""
+        sight, uncut = self._generator.model.config.sight, None
+        if self._seeing and sight is not None and sight.mutual:
+            uncut = sight.image_token
+        return padded_rows(ids, batch, chunk=self._chunk(ids), uncut=uncut)
 
     def _steps_before_switch(self, finished: np.ndarray) -> int:
         """Returns the number of tokens until cached keys of an unfinished row become invalid.

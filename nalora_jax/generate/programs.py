@@ -41,8 +41,8 @@ class Weights(NamedTuple):
 class Prompts:
     """A batch of tokenized prompts with its generation settings."""
 
-    tokens: Array  # int32 [batch, seq], padded on the right
-    lengths: Array  # int32 [batch], at least 1
+    tokens: Array  # int32 [batch, seq], padded on the right; in chunks, negative in gaps
+    lengths: Array  # int32 [batch], at least 1, gaps included
     live: Array  # bool [batch]; false for padding rows
     stop_ids: Array  # int32 [stops]
     sampling: Sampling
@@ -113,11 +113,11 @@ def prefill(
 
 def _at_once(model: Decoder, weights: Weights, prompts: Prompts) -> tuple[jax.Array, Cache]:
     """Returns ``[batch, d_model]`` of the prompts' last tokens, and their cache."""
-    batch, seq = prompts.tokens.shape
+    batch = prompts.tokens.shape[0]
     hidden, cache = model.apply(
         weights.body,
         prompts.tokens,
-        segment_ids=_segments(prompts, jnp.arange(seq)),
+        segment_ids=_segments(prompts),
         cache=init_cache(model.config, batch, 0, model.numerics),
         adapter_ids=prompts.adapter_ids,
         features=prompts.features,
@@ -129,18 +129,23 @@ def _in_chunks(
     model: Decoder, weights: Weights, prompts: Prompts, slots: int, chunk: int
 ) -> tuple[jax.Array, Cache]:
     """Returns the same, of ``chunk`` tokens of every prompt at a time."""
-    assert prompts.features is None, "image tokens that see each other stay together"
-    tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
+    tokens, lengths, segments = (
+        jnp.asarray(prompts.tokens),
+        jnp.asarray(prompts.lengths),
+        _segments(prompts),
+    )
+    of_chunk = partial(lax.dynamic_slice_in_dim, slice_size=chunk, axis=1)
 
     def step(i: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
         last, cache = carry
         hidden, cache = model.apply(
             weights.body,
-            lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1),
-            segment_ids=_segments(prompts, i * chunk + jnp.arange(chunk)),
+            of_chunk(jnp.maximum(tokens, 0), i * chunk),
+            segment_ids=of_chunk(segments, i * chunk),
             cache=cache,
             adapter_ids=prompts.adapter_ids,
-            lengths=lengths,
+            features=_features_from(model, prompts, i * chunk, chunk),
+            lengths=jnp.sum(segments, axis=1),
         )
         place = lengths - 1 - i * chunk
         here = jnp.take_along_axis(hidden, jnp.clip(place, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
@@ -153,9 +158,26 @@ def _in_chunks(
     return chunked
 
 
-def _segments(prompts: Prompts, index: jax.Array) -> jax.Array:
-    """Returns 1 for the prompts' tokens at ``index [seq]`` and 0 for padding: int ``[batch, seq]``."""
-    return (index[None, :] < jnp.asarray(prompts.lengths)[:, None]).astype(jnp.int32)
+def _segments(prompts: Prompts) -> jax.Array:
+    """Returns 1 for the prompts' tokens, and 0 for padding and gaps: int ``[batch, seq]``."""
+    tokens = jnp.asarray(prompts.tokens)
+    within = jnp.arange(tokens.shape[1])[None] < jnp.asarray(prompts.lengths)[:, None]
+    return (within & (tokens >= 0)).astype(jnp.int32)
+
+
+def _features_from(model: Decoder, prompts: Prompts, start: jax.Array, chunk: int) -> jax.Array | None:
+    """Returns the features of the image tokens of every row starting at the token ``start``.
+
+    They are ``[batch, places, d_model]`` with at most ``chunk`` places; None without images.
+    """
+    if prompts.features is None:
+        return None
+    sight, features = model.config.sight, jnp.asarray(prompts.features)
+    assert sight is not None
+    tokens = jnp.asarray(prompts.tokens)
+    earlier = (tokens == sight.image_token) & (jnp.arange(tokens.shape[1])[None] < start)
+    index = jnp.sum(earlier, axis=1)[:, None] + jnp.arange(min(chunk, features.shape[1]))[None]
+    return jnp.take_along_axis(features, index[..., None], axis=1, mode="fill")
 
 
 @partial(jax.jit, static_argnames=("model", "size"), donate_argnames=("state",))

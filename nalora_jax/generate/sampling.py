@@ -63,8 +63,8 @@ def seen_tokens(sampling: Sampling, tokens: Array, lengths: Array, vocab: int) -
 
     Args:
       sampling: settings of each row.
-      tokens: int32 ``[batch, seq]``, padded on the right.
-      lengths: int32 ``[batch]``.
+      tokens: int32 ``[batch, seq]``, padded on the right; negative for gaps.
+      lengths: int32 ``[batch]``, gaps included.
       vocab: size of the vocabulary.
 
     Returns:
@@ -74,7 +74,8 @@ def seen_tokens(sampling: Sampling, tokens: Array, lengths: Array, vocab: int) -
         return None
     batch, seq = tokens.shape
     # Padding gets an id outside of the vocabulary, which the update drops.
-    ids = jnp.where(jnp.arange(seq)[None] < lengths[:, None], tokens, vocab)
+    real = (jnp.arange(seq)[None] < lengths[:, None]) & (tokens >= 0)
+    ids = jnp.where(real, tokens, vocab)
     return jnp.zeros((batch, vocab), bool).at[jnp.arange(batch)[:, None], ids].set(True, mode="drop")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import jax
@@ -10,6 +11,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nalora_jax.errors import NaloraError
+
+# Place in a row without a token.
+GAP = -1
 # Mesh axes that split the rows of a batch.
 _BATCH_AXES = ("data", "fsdp")
 
@@ -49,15 +54,42 @@ def padded_length(size: int, *, minimum: int, chunk: int = 0) -> int:
     return -(-size // step) * step
 
 
-def padded_rows(ids: Sequence[Sequence[int]], batch: int, *, chunk: int = 0) -> dict[str, np.ndarray]:
+def padded_rows(
+    ids: Sequence[Sequence[int]], batch: int, *, chunk: int = 0, uncut: int | None = None
+) -> dict[str, np.ndarray]:
     """Returns ``tokens``, padded on the right, and ``lengths`` of a batch; spare rows have one token.
 
-    See `padded_length` for ``chunk``.
+    See `padded_length` for ``chunk``. Runs of the token ``uncut`` are not divided among chunks.
     """
+    if chunk and uncut is not None:
+        ids = [_with_uncut_runs(row, uncut, chunk) for row in ids]
     tokens = np.zeros((batch, padded_length(max(map(len, ids)), minimum=16, chunk=chunk)), np.int32)
     for row, values in enumerate(ids):
         tokens[row, : len(values)] = values
     return {"tokens": tokens, "lengths": np.array([*map(len, ids), *[1] * (batch - len(ids))], np.int32)}
+
+
+def _with_uncut_runs(ids: Sequence[int], token: int, chunk: int) -> list[int]:
+    """Returns ``ids`` with gaps (`GAP`), so that no run of ``token`` crosses a multiple of ``chunk``.
+
+    Raises:
+      NaloraError: a run is longer than a chunk.
+
+    Example:
+      >>> _with_uncut_runs([5, 5, 7, 7, 7, 5], 7, 4)
+      [5, 5, -1, -1, 7, 7, 7, 5]
+    """
+    row: list[int] = []
+    for is_run, values in groupby(ids, key=lambda value: value == token):
+        run = list(values)
+        left = -len(row) % chunk
+        if is_run and len(run) > chunk:
+            expected = f"at least {len(run)}, the image tokens that see each other"
+            raise NaloraError("prefill_chunk", expected=expected, found=chunk, remedy="use larger chunks")
+        if is_run and len(run) > left:
+            row += [GAP] * left
+        row += run
+    return row
 
 
 def batch_shards(mesh: Mesh | None) -> int:

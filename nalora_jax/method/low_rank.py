@@ -52,12 +52,12 @@ class Dense(NamedTuple):
     bias: jax.Array | None = None  # [d_out]
     dropout: Callable[[jax.Array], jax.Array] | None = None  # of the adapter's input
     name: str = "dense"  # in profiles
+    inner: jax.Array | None = None  # x for the adapter, if its gradient is summed separately
 
     @property
     def is_plain(self) -> bool:
         """True if the layer has no DoRA, no dropout and no stack of adapters."""
-        adapter = self.adapter
-        if adapter is None:
+        if (adapter := self.adapter) is None:
             return True
         return adapter.a.ndim == 2 and adapter.magnitude is None and self.dropout is None
 
@@ -161,7 +161,8 @@ def adapted_dense(x: jax.Array, dense: Dense, numerics: Numerics) -> Adapted:
         base, adapter = matmul(x, dense.kernel, numerics), dense.adapter
         if adapter is None:
             return Adapted(add_bias(base, dense.bias))
-        dropped, hidden = x if dense.dropout is None else dense.dropout(x), None
+        inner = x if dense.inner is None else dense.inner
+        dropped, hidden = inner if dense.dropout is None else dense.dropout(inner), None
         if adapter.ids is not None:
             delta = batched_residual(dropped, *adapter[:3], adapter.ids, operand=numerics.adapter)
         else:
@@ -220,9 +221,8 @@ def batched_residual(
     index = jnp.maximum(ids, 0)
     on = jnp.where(ids >= 0, jnp.asarray(scale, jnp.float32), 0.0)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    # [batch, seq, r]
     hidden = product("bsd,bdr->bsr", x.astype(operand), a[index].astype(operand))
-    hidden = (hidden * on[:, None, None]).astype(operand)
+    hidden = (hidden * on[:, None, None]).astype(operand)  # [batch, seq, r]
     return product("bsr,bro->bso", hidden, b[index].astype(operand))
 
 

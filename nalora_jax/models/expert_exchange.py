@@ -24,15 +24,17 @@ from nalora_jax.models.experts import (
     RoutedConfig,
     expert_rows,
     of_each,
+    of_tokens,
     routed,
     routed_rows,
     samples_of,
-    summed,
 )
 from nalora_jax.models.router import Routing
+from nalora_jax.models.token_rows import Places, permuted, spread
 
 SLACK = 1.5  # rows of a block over the rows of an even distribution
 LEAST = 64  # rows of a block, if there are as many: few rows, in generation, are never evenly distributed
+UNEVEN = "uneven_experts"  # scope of the branch for more rows than a block holds
 # Collectives of a step move a kernel, or the rows there and back, once per pass.
 _WAYS = 2
 
@@ -88,7 +90,8 @@ def exchanged_ffn(
 
     @jax.checkpoint  # saves no gathered kernel
     def all_here(x: jax.Array, layer: Layer, routing: Routing) -> tuple[jax.Array, Measured]:
-        return routed_rows(x, gathered(layer, over), routing, samples, config, axis)
+        with jax.named_scope(UNEVEN):
+            return routed_rows(x, gathered(layer, over), routing, samples, config, axis)
 
     y, measured = lax.cond(fits, exchanged, all_here, x, layer, routing)
     return y, measured
@@ -122,13 +125,13 @@ def _exchanged(
     # [devices * block]: the row in each place of the blocks
     real = (place[None] < counts[:, None]).reshape(-1)
     row = jnp.where(real, ((ends - counts)[:, None] + place[None]).reshape(-1), 0)
-    flat = x.reshape(-1, x.shape[-1])
-    sent = jnp.where(real[:, None], jnp.take(flat, jnp.take(routing.token, row), axis=0), 0)
-    received = _to_devices(sent, over)
+    of_rows = _place_of_row(routing, counts, block)[routing.back]
+    places = Places(jnp.take(routing.token, row), of_rows, real)
+    received = _to_devices(spread(x.reshape(-1, x.shape[-1]), places, config.top_k), over)
     # Unused places count as zeros of the last expert, with weight 0 in statistics.
     labels = jnp.where(real, jnp.take(routing.expert, row) % local, local - 1).astype(jnp.float32)
-    of_rows = routing.weight, *(_row_weights(routing, rows) for rows in samples)
-    weights = [jnp.where(real, jnp.take(weight, row), 0.0) for weight in of_rows]
+    all_weights = routing.weight, *(_row_weights(routing, rows) for rows in samples)
+    weights = [jnp.where(real, jnp.take(weight, row), 0.0) for weight in all_weights]
     labelled = jnp.stack([labels, *weights], axis=1)
     labelled = _to_devices(labelled, over)
     order = jnp.argsort(labelled[:, 0], stable=True)
@@ -140,13 +143,19 @@ def _exchanged(
     first = lax.axis_index(over) * local
     taps = {name: lax.dynamic_slice_in_dim(tap, first, local) for name, tap in layer.taps.items()}
     layer = layer._replace(taps=taps)
-    received = jnp.take(received, order, axis=0)
+    inverse = jnp.argsort(order)
+    received = permuted(received, order, inverse)
     y, measured = expert_rows(received, weight, layer, groups, (of_gate, of_probe), config, axis)
-    y = _to_devices(jnp.take(y, jnp.argsort(order), axis=0), over)
-    target = routing.expert // local
-    index = target * block + jnp.arange(target.shape[0]) - (ends - counts)[target]
-    y = summed(jnp.take(y, index[routing.back], axis=0), config, x.shape, axis)
+    y = of_tokens(_to_devices(permuted(y, inverse, order), over), places, config, x.shape, axis)
     return y, {name: _of_all(value, first, local, devices) for name, value in measured.items()}
+
+
+def _place_of_row(routing: Routing, counts: jax.Array, block: int) -> jax.Array:
+    """Returns the place of each sorted row in the blocks, int ``[rows]``."""
+    local = routing.sizes.shape[0] // counts.shape[0]
+    target = routing.expert // local
+    starts = jnp.cumsum(counts) - counts
+    return target * block + jnp.arange(target.shape[0]) - starts[target]
 
 
 def _to_devices(blocks: jax.Array, over: str) -> jax.Array:

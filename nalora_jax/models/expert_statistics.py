@@ -53,8 +53,13 @@ def sample(routing: Routing, token_weights: jax.Array, stride: int) -> SampledRo
         positions = sampled_positions(places[..., None], jnp.take(weights, places), stride, run=1)
         rows = positions.reshape(-1)
         weights, expert = jnp.take(weights, rows), jnp.take(expert, rows)
+    return SampledRows(rows, by_expert(weights, expert, routing))
+
+
+def by_expert(weights: jax.Array, expert: jax.Array, routing: Routing) -> jax.Array:
+    """Returns the weights ``[experts, taken]`` of `SampledRows`."""
     reached = expert[None, :] == jnp.arange(routing.sizes.shape[0])[:, None]
-    return SampledRows(rows, jnp.where(reached, weights[None, :], 0.0))
+    return jnp.where(reached, weights[None, :], 0.0)
 
 
 def expert_statistics(

@@ -29,6 +29,8 @@ from nalora_jax.models.expert_statistics import (
     sample,
 )
 from nalora_jax.models.router import RouterSpec, Routing, route
+from nalora_jax.models.split_statistics import samples_of_parts
+from nalora_jax.models.token_rows import Places, spread, summed
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import Kernel, expand
 
@@ -71,6 +73,8 @@ class RoutedConfig:
     measure: bool = False  # compute statistics
     dropout: float = 0.0  # on the adapters' inputs
     up_limit: float = 0.0  # see `nalora_jax.method.ffn.up_factor`
+    # Tokens of the whole rows if devices hold parts of them (`nalora_jax.ops.split_rows`); 0: whole rows.
+    split_length: int = 0
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -120,10 +124,13 @@ def samples_of(
     routing: Routing, token_weights: jax.Array, config: RoutedConfig
 ) -> tuple[SampledRows, SampledRows]:
     """Returns the rows for the gate's statistics and those for the probe."""
-    samples = sample(routing, token_weights, config.stats.stride)
+    stride, probe_stride = config.stats.stride, config.stats.probe_stride
+    if config.split_length:
+        return samples_of_parts(routing, token_weights, (stride, probe_stride), config.split_length)
+    samples = sample(routing, token_weights, stride)
     if not config.measure:
         return samples, samples
-    return samples, sample(routing, token_weights, config.stats.probe_stride)
+    return samples, sample(routing, token_weights, probe_stride)
 
 
 def routed_rows(
@@ -136,9 +143,10 @@ def routed_rows(
     drop: Sequence[Callable[..., jax.Array]] = (_unchanged,) * 3,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes `routed_ffn` with given experts and sampled rows of the tokens."""
-    rows = jnp.take(x.reshape(-1, x.shape[-1]), routing.token, axis=0)
+    places = Places(routing.token, routing.back)
+    rows = spread(x.reshape(-1, x.shape[-1]), places, config.top_k)
     y, measured = expert_rows(rows, routing.weight, layer, routing.groups, samples, config, axis, drop)
-    return summed(y[routing.back], config, x.shape, axis), measured
+    return of_tokens(y, places, config, x.shape, axis), measured
 
 
 def routed(x: jax.Array, layer: Layer, config: RoutedConfig, routed_by: jax.Array | None = None) -> Routing:
@@ -158,9 +166,11 @@ def _frozen(array: jax.Array) -> jax.Array:
     return lax.stop_gradient(array).astype(jnp.float32)
 
 
-def summed(y: jax.Array, config: RoutedConfig, shape: tuple[int, ...], axis: str | None) -> jax.Array:
-    """Returns the sums ``[batch, seq, d_model]`` over the experts of each token; ``y`` is in the tokens' order."""
-    y = jnp.sum(y.reshape(-1, config.top_k, shape[-1]), axis=1).reshape(shape)
+def of_tokens(
+    y: jax.Array, places: Places, config: RoutedConfig, shape: tuple[int, ...], axis: str | None
+) -> jax.Array:
+    """Returns the sums ``[batch, seq, d_model]`` over the experts of each token."""
+    y = summed(y, places, config.top_k).reshape(shape)
     if axis is not None:
         y = lax.psum(y, axis)
     return y

@@ -126,9 +126,9 @@ class MoEFFN(nn.Module):
             {name: self.get_variable("gate_taps", name) for name in taps},
             *of_experts,
         )
-        length = x.shape[1]
-        if isinstance(token_weights, SampledWeights):  # each part of a row is sampled separately
-            length = token_weights.length
+        length, split_length = x.shape[1], 0
+        if isinstance(token_weights, SampledWeights):
+            length = split_length = token_weights.length
             token_weights = token_weights.every
         drops = self.adapters.dropout > 0 and not deterministic
         config = RoutedConfig(
@@ -140,6 +140,7 @@ class MoEFFN(nn.Module):
             measure=not self.is_initializing() and self.is_mutable_collection("gate_stats"),
             dropout=self.adapters.dropout,
             up_limit=self.up_limit,
+            split_length=split_length,
         )
         weights = jnp.ones(x.shape[:2], jnp.float32)
         if token_weights is not None:

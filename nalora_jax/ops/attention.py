@@ -95,10 +95,9 @@ def attention(
     if cached is None and starts is None and not drops(config, dropout_rng):
         return blockwise_attention(q, *keys, window, sinks, config, numerics)
     long = cached is not None and q.shape[1] > 1 and cached.positions.shape[1] > BLOCK
-    if cached is not None and long and starts is None and not drops(config, dropout_rng):
-        return attention_over_cache(q, keys, cached, window, config, numerics, sinks).astype(
-            numerics.result
-        )
+    if cached is not None and long and not drops(config, dropout_rng):
+        out = attention_over_cache(q, keys, cached, window, config, numerics, sinks, starts)
+        return out.astype(numerics.result)
     unsupported = cached, dropout_rng, starts, sinks
     return _attend_in_blocks(q, keys, window, config, numerics, *unsupported).astype(numerics.result)
 

@@ -44,6 +44,7 @@ def attention_over_cache(
     config: AttentionConfig,
     numerics: Numerics,
     sinks: jax.Array | None,
+    starts: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `nalora_jax.ops.attention.attention` without dropout, with at least `BLOCK` cached keys."""
     kv_heads = keys.k.shape[2]
@@ -54,8 +55,10 @@ def attention_over_cache(
         queries = by_key_head(q[:, start:end], kv_heads)
         here = keys.positions[:, start:end], keys.segments[:, start:end]
         add: Any = partial(_add, queries, here, window, config, numerics)
+        if starts is not None:  # later keys may be visible
+            end = q.shape[1]
         new = (x[:, :end].transpose(0, 2, *axes) for x, axes in ((keys.k, (3, 1)), (keys.v, (1, 3))))
-        sums = add(_start(queries, sinks), *new, keys.positions[:, :end], keys.segments[:, :end])
+        sums = add(_start(queries, sinks), *new, keys.positions[:, :end], keys.segments[:, :end], starts)
         _, total, out = _add_cached(add, sums, k, v, cached.positions, cached.segments)
         # Padding sees no key; its result must be finite, because its values are multiplied by 0 later.
         outputs.append(by_token(out / jnp.where(total > 0, total, 1.0)))
@@ -103,11 +106,12 @@ def _add(
     v: jax.Array,
     positions: jax.Array,
     segments: jax.Array,
+    starts: jax.Array | None = None,
 ) -> Sums:
     """Adds keys ``k [batch, kv_heads, head_dim, keys]`` and values ``[batch, kv_heads, keys, head_dim]``."""
     top, total, out = sums
     scores = capped(product("bkgqd,bkdt->bkgqt", queries, k, numerics) * config.scale, config)
-    visible = visibility(*here, positions, segments, window) & (segments > 0)[:, None, :]
+    visible = visibility(*here, positions, segments, window, starts) & (segments > 0)[:, None, :]
     scores = jnp.where(visible[:, None, None], scores, UNSEEN)
     higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
     weights, faded = jnp.where(visible[:, None, None], jnp.exp(scores - higher), 0.0), jnp.exp(top - higher)

@@ -188,6 +188,22 @@ def _bwd(
 _in_chunks.defvjp(partial(_sums, True), _bwd)
 
 
+def loop(count: jax.Array, most: int, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
+    """Runs ``body(i, carry)`` ``count`` times.
+
+    The compiled condition contains ``most``, the largest count, so that `nalora_jax.plan` can count
+    the iterations of a full batch.
+    """
+
+    def more(state: tuple[jax.Array, Any]) -> jax.Array:
+        return (state[0] < most) & (state[0] < count)
+
+    def step(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        return state[0] + 1, body(*state)
+
+    return lax.while_loop(more, step, (jnp.zeros((), jnp.int32), carry))[1]
+
+
 def _compacted(
     grad: bool,
     hidden: jax.Array,
@@ -206,7 +222,7 @@ def _compacted(
     sizes = sorted({min(rows, n) for rows in tiles.rows}, reverse=True)
     order = jnp.pad(order, (0, sizes[0]), constant_values=n)
 
-    def chunks(rows: int, start: jax.Array, count: jax.Array, carry: Any) -> Any:
+    def chunks(rows: int, most: int, start: jax.Array, count: jax.Array, carry: Any) -> Any:
         def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             loss, gradient = carry
             index = lax.dynamic_slice(order, (start + i * rows,), (rows,))
@@ -217,20 +233,20 @@ def _compacted(
                 gradient = gradient.at[index].set(back.astype(gradient.dtype), mode="drop")
             return loss + jnp.sum(losses), gradient
 
-        return lax.fori_loop(0, count, body, carry)
+        return loop(count, most, body, carry)
 
     carry = (
         jnp.zeros((), jnp.float32),
         jnp.zeros_like(flat) if grad else jnp.zeros((0,), flat.dtype),
     )
-    start, left = jnp.zeros((), jnp.int32), jnp.sum(weights != 0, dtype=jnp.int32)
+    start, left, most = jnp.zeros((), jnp.int32), jnp.sum(weights != 0, dtype=jnp.int32), n
     for rows in sizes:
         count = -(-left // rows)
         # Leave a remainder that fits in one of the smallest chunks to that chunk.
         if rows > sizes[-1]:
             count = jnp.where(left - (count - 1) * rows > sizes[-1], count, count - 1)
-        carry = chunks(rows, start, count, carry)
-        start, left = start + count * rows, jnp.maximum(left - count * rows, 0)
+        carry = chunks(rows, -(-most // rows), start, count, carry)
+        start, left, most = start + count * rows, jnp.maximum(left - count * rows, 0), rows
     loss, gradient = carry
     if grad:
         gradient = gradient.reshape(shape)

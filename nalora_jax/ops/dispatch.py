@@ -42,7 +42,7 @@ AUTO, XLA = "auto", "xla"
 IMPLEMENTATIONS: dict[str, Implementation] = {}  # by name
 _PLATFORMS: dict[str, PlatformHooks] = {}
 # Modules that register implementations and platforms. The package cpu may be deleted.
-_REGISTERING = ("nalora_jax.ops.accelerators", "nalora_jax.cpu.register")
+_REGISTERING = ("ops.accelerators", "distributed.split_outputs", "cpu.register")
 
 
 # ---------------------------------------------------------------- platforms
@@ -55,6 +55,7 @@ class Platform:
     name: str = ""  # "cpu", "gpu" or "tpu"; "": unknown, every operation is its plain function
     kind: str = ""  # product name of the devices, e.g. "NVIDIA H100 80GB HBM3"
     devices: int = 1  # number of devices that share the program
+    tensor: int = 1  # number of them that split the channels of every matmul
 
 
 class PlatformHooks:
@@ -226,7 +227,6 @@ def _candidates(name: str, platform: str) -> list[str]:
 @functools.cache
 def register_all() -> None:
     """Imports the modules that register implementations and platforms, once."""
-    for module in _REGISTERING:
-        package = module.rpartition(".")[0]
-        if importlib.util.find_spec(package) is not None:
+    for module in (f"nalora_jax.{name}" for name in _REGISTERING):
+        if importlib.util.find_spec(module.rpartition(".")[0]) is not None:
             importlib.import_module(module)

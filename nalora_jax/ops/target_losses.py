@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.ops.cross_entropy import PLAIN_HEAD, Columns, Head, chunk_of_rows
+from nalora_jax.ops.cross_entropy import PLAIN_HEAD, Columns, Head, chunk_of_rows, loop
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import Kernel
 
@@ -71,7 +71,7 @@ def _of_targets(
         h, targets, weights = (jnp.take(x, index, axis=0, mode="clip") for x in (flat, t, w))
         return unpadded.at[index].set(losses(h, targets, weights), mode="drop")
 
-    return lax.fori_loop(0, count, body, jnp.zeros((n,), jnp.float32)).reshape(weights.shape)
+    return loop(count, -(-n // rows), body, jnp.zeros((n,), jnp.float32)).reshape(weights.shape)
 
 
 def _along_sequence(

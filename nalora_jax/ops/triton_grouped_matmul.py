@@ -7,6 +7,7 @@ visited once per group, and each visit stores the rows of its group only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -32,10 +33,8 @@ def triton_grouped_matmul(
     *,
     transposed: bool = False,
 ) -> jax.Array:
-    """Computes `grouped_matmul` for bf16 operands whose widths are multiples of the tile sizes."""
-    d_out, d_in = kernels.shape[1:] if transposed else kernels.shape[:0:-1]
-    divides = d_out % _COLUMNS == 0 and d_in % _INNER == 0
-    if numerics.operand != "bfloat16" or not divides:
+    """Computes `grouped_matmul` for bf16 operands."""
+    if numerics.operand != "bfloat16":
         return NotImplemented
     return tiled(x, kernels, sizes, numerics, transposed=transposed)
 
@@ -66,7 +65,7 @@ def tiled(
     options: dict[str, Any] = {"name": NAME, "interpret": interpret}
     out: jax.Array = pl.pallas_call(
         partial(_kernel, transposed=transposed),
-        grid=(tiles + groups - 1, d_out // _COLUMNS),
+        grid=(tiles + groups - 1, pl.cdiv(d_out, _COLUMNS)),
         in_specs=[full_spec(array.shape) for array in (x, kernels, *visits)],
         out_specs=full_spec((x.shape[0], d_out)),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], d_out), numerics.result),
@@ -101,20 +100,50 @@ def _kernel(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
+    d_in, d_out = x.shape[1], out.shape[1]
     visit, columns = pl.program_id(0), pl.ds(pl.program_id(1) * _COLUMNS, _COLUMNS)
     group_index, first = group[visit], tile[visit] * _ROWS
     rows = pl.ds(first, _ROWS)
 
     def add(step: jax.Array, total: jax.Array) -> jax.Array:
         inner = pl.ds(step * _INNER, _INNER)
-        left = triton.load(x.at[rows, inner])
-        right = triton.load(
-            kernels.at[(group_index, columns, inner) if transposed else (group_index, inner, columns)]
-        )
+        left = _loaded(x.at[rows, inner], [None, (inner, d_in)])
+        if transposed:
+            right = _loaded(kernels.at[group_index, columns, inner], [(columns, d_out), (inner, d_in)])
+        else:
+            right = _loaded(kernels.at[group_index, inner, columns], [(inner, d_in), (columns, d_out)])
         over = (((1,), (int(transposed),)), ((), ()))
         return total + lax.dot_general(left, right, over, preferred_element_type=jnp.float32)
 
-    total = lax.fori_loop(0, x.shape[1] // _INNER, add, jnp.zeros((_ROWS, _COLUMNS), jnp.float32))
+    total = lax.fori_loop(0, pl.cdiv(d_in, _INNER), add, jnp.zeros((_ROWS, _COLUMNS), jnp.float32))
     row = first + lax.broadcasted_iota(jnp.int32, (_ROWS, _COLUMNS), 0)
     mine = (row >= start[visit]) & (row < end[visit])
+    inside = _inside([None, (columns, d_out)], (_ROWS, _COLUMNS))
+    if inside is not None:
+        mine &= inside
     triton.store(out.at[rows, columns], total.astype(out.dtype), mask=mine)
+
+
+Ranges = Sequence[tuple[Any, int] | None]  # by dimension: a tile's slice and the array's size
+
+
+def _loaded(tile: Any, ranges: Ranges) -> jax.Array:
+    """Returns a tile of an array, with zeros beyond the array's end."""
+    from jax.experimental.pallas import triton
+
+    mask = _inside(ranges, tile.shape)
+    if mask is None:
+        return triton.load(tile)
+    return triton.load(tile, mask=mask, other=0)
+
+
+def _inside(ranges: Ranges, shape: tuple[int, ...]) -> jax.Array | None:
+    """Returns True for elements of a tile within the array; None if tiles divide the array."""
+    mask = None
+    for dimension, limits in enumerate(ranges):
+        if limits is None or limits[1] % limits[0].size == 0:
+            continue
+        index = limits[0].start + lax.broadcasted_iota(jnp.int32, shape, dimension)
+        within = index < limits[1]
+        mask = within if mask is None else mask & within
+    return mask

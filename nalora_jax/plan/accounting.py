@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from nalora_jax.models.expert_exchange import UNEVEN
 from nalora_jax.plan.collectives import group_size, received
 from nalora_jax.plan.hlo import Computation, Instruction, first_count, parse
 from nalora_jax.plan.products import flops_of, kernel_name
@@ -91,7 +92,11 @@ class Program:
 
     @cached_property
     def times(self) -> dict[str, float]:
-        """Executions of each computation in one call of the program."""
+        """Executions of each computation in one call of the program.
+
+        Every branch counts as executed, except the gather of all experts that only uneven routing
+        requires (`nalora_jax.models.expert_exchange`).
+        """
         counts = dict.fromkeys(self.computations, 0.0)
 
         def visit(name: str, times: float) -> None:
@@ -101,11 +106,29 @@ class Program:
                 if instruction.opcode == "while":
                     trips = self.trips(instruction, self.computations[name])
                 for called in instruction.calls:
-                    if called in self.computations:
+                    if called in self.computations and not self._is_left_out(called):
                         visit(called, times * trips)
 
         visit(self.entry, 1.0)
         return counts
+
+    def _is_left_out(self, branch: str) -> bool:
+        """Returns True for the branch of a conditional that even routing does not take."""
+        return branch in self._branches and any(
+            f"/{UNEVEN}/" in instruction.attributes
+            for instruction in self.computations[branch].instructions.values()
+        )
+
+    @cached_property
+    def _branches(self) -> frozenset[str]:
+        """All branches of conditionals."""
+        return frozenset(
+            name
+            for computation in self.computations.values()
+            for instruction in computation.instructions.values()
+            if instruction.opcode == "conditional"
+            for name in instruction.calls
+        )
 
     def trips(self, loop: Instruction, holder: Computation) -> int:
         """Returns the iterations of a ``while``; 1 if they are unknown before execution."""

@@ -16,7 +16,7 @@ from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops import split_triton
 from nalora_jax.ops.cudnn_attention import CUDNN, fits_as_bias
 from nalora_jax.ops.cudnn_attention import takes as cudnn_takes
-from nalora_jax.ops.splash_attention import SPLASH, takes
+from nalora_jax.ops.splash_attention import LANES, SPLASH, takes
 from nalora_jax.ops.triton_attention import TRITON
 from nalora_jax.ops.triton_attention import takes as triton_takes
 from nalora_jax.plan.machines import Topology
@@ -152,6 +152,18 @@ def transposed_bytes(where: Topology, base: ModelConfig, wide: float) -> float:
     return wide * total
 
 
+def copied_experts(base: ModelConfig, fsdp: int, context: int, narrow: float) -> float:
+    """Returns the bytes of experts whose stacks are copied at the start of a step, summed over devices.
+
+    If ``context`` splits the experts too, XLA gathers them from a copy of all layers with the
+    experts' axis first.
+    """
+    if context == 1 or not base.n_experts or base.n_experts % (fsdp * context):
+        return 0.0
+    shapes = [(of.n_layers, s) for of in uniform(base) for s in projection_shapes(of).values()]
+    return narrow * sum(layers * math.prod(shape) for layers, shape in shapes if len(shape) == 3)
+
+
 def sorted_row_bytes(base: ModelConfig, tokens: float, tensor: int) -> float:
     """Returns the HBM traffic of a step for rows sorted by expert (from two compiled mixtures)."""
     each = _READ_NARROW * base.d_model + _READ_WIDE * base.d_ff / tensor
@@ -191,12 +203,11 @@ def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> flo
     queries, keys = _SAVED_HEADS.get(kernel, (3, 4))
     # Query and key norms save their inputs, and so do norms after attention.
     normed = bool(base.qk_norm)
-    heads = (
-        ((queries + normed + base.attn_gate) * base.n_heads + (keys + normed) * base.n_kv_heads)
-        * base.head_dim
-        / tensor
-    )
-    return _saved_with(base, remat, tensor, heads)
+    # A TPU pads narrow heads to whole tiles, except of values, whose tokens are the last axis.
+    padded = max(base.head_dim, LANES) if kernel == SPLASH.name else base.head_dim
+    of_queries = (queries + normed + base.attn_gate) * base.n_heads * padded
+    of_keys = base.n_kv_heads * ((keys - 1 + normed) * padded + base.head_dim)
+    return _saved_with(base, remat, tensor, (of_queries + of_keys) / tensor)
 
 
 def _saved_with(base: ModelConfig, remat: str, tensor: int, heads: float) -> float:
@@ -214,6 +225,19 @@ def _saved_with(base: ModelConfig, remat: str, tensor: int, heads: float) -> flo
     }[remat]
 
 
+def recomputed_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> float:
+    """Returns the values per token of a layer that its backward pass recomputes and reads to its end.
+
+    If only inputs are saved, these are the results that "attention" saves. They are live while the
+    FFN's gradients are computed.
+    """
+    if remat != "full":
+        return 0.0
+    return max(
+        saved_values(config, "attention", tensor, kernel) - config.d_model for config in uniform(base)
+    )
+
+
 def working_bytes(
     where: Topology,
     base: ModelConfig,
@@ -222,13 +246,14 @@ def working_bytes(
     *,
     wide: float,
     offloads: bool,
+    recomputed: float = 0.0,
 ) -> float:
-    """Returns the peak of live bytes without saved activations.
+    """Returns the peak of live bytes without saved activations; a layer has ``recomputed`` bytes more.
 
     It occurs in one layer, or in the loss with its head.
     """
     fsdp, tensor = split
-    layer = max(_in_layer(where, config, tokens, split, wide) for config in uniform(base))
+    layer = max(_in_layer(where, config, tokens, split, wide) for config in uniform(base)) + recomputed
     table = base.d_model * base.vocab_size * wide / tensor
     head = (1 + _copies(where, base, fsdp, offloads=offloads)) * table if fsdp > 1 else 0.0
     rows = min(tokens, max(_LOGITS // base.vocab_size // 128 * 128, 128))
@@ -242,14 +267,15 @@ def _in_layer(
 ) -> float:
     """Returns the live bytes within a layer of a stack."""
     fsdp, tensor = split
-    chosen = max(base.experts_per_token, 1)
-    kernel = max(math.prod(shape) for shape in projection_shapes(base).values()) / tensor
-    at_once = _GATHERED if fsdp > 1 else 0
-    if base.n_experts:
-        at_once = _OF_EXPERTS_ON_V5E if where.kind == "v5e" else _OF_EXPERTS
+    kernel = max(math.prod(shape) for shape in projection_shapes(base).values()) / tensor * wide
     # Each expert has separate rows.
-    width = max(base.d_ff / tensor, base.d_model if base.n_experts else 0) * chosen
-    return _WIDE * 4.0 * tokens * width + at_once * kernel * wide
+    width = max(base.d_ff / tensor, base.d_model if base.n_experts else 0) * max(base.experts_per_token, 1)
+    rows = _WIDE * 4.0 * tokens * width
+    if not base.n_experts:
+        return rows + (_GATHERED * kernel if fsdp > 1 else 0.0)
+    copies = _OF_EXPERTS_ON_V5E if where.kind == "v5e" else _OF_EXPERTS
+    # With all copies of kernels, half of the rows are live; with all rows, few kernels.
+    return max(copies * kernel + rows / 2, rows + _GATHERED * kernel)
 
 
 def _copies(where: Topology, base: ModelConfig, fsdp: int, *, offloads: bool) -> float:

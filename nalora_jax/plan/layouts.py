@@ -30,10 +30,12 @@ from nalora_jax.ops.quantize import kernels
 from nalora_jax.plan.estimates import (
     WIDTHS,
     attention_kernel,
+    copied_experts,
     executed_flops,
     gathered_keys,
     hidden_share,
     mean_over_layers,
+    recomputed_values,
     rows_for_experts,
     saved_values,
     sorted_row_bytes,
@@ -133,24 +135,40 @@ def fitting(
             remedy=f"use a multiple of {where.size}, a smaller --train.accumulate, or a larger --mesh.context or "
             "--mesh.tensor",
         )
+    fits = usable(layouts, where)
+    if not fits:
+        raise _too_large(layouts, base, where, seq)
+    return fits
+
+
+def usable(layouts: Sequence[Layout], where: Topology) -> list[Layout]:
+    """Returns the layouts that are estimated to fit in the memory of a chip and of its host."""
     chip = where.chip
-    hosted = [layout for layout in layouts if layout.host <= _USABLE_OF_HOST * chip.host_memory]
-    usable = [layout for layout in hosted if layout.memory <= _USABLE.get(chip.platform, 0.9) * chip.memory]
-    if not usable:
-        if hosted:
-            smallest = min(hosted, key=lambda layout: layout.memory)
-            needed, room, of = smallest.memory, chip.memory, "a chip"
-        else:
-            smallest = min(layouts, key=lambda layout: layout.host)
-            needed, room = smallest.host, _USABLE_OF_HOST * chip.host_memory
-            of = "of the host's memory for each chip"
-        raise NaloraError(
-            f"{where.name}",
-            expected=f"{base.model_type} with {seq} tokens a row to fit in {room / 1e9:.0f} GB {of}",
-            found=f"{needed / 1e9:.0f} GB at the least ({smallest})",
-            remedy="use more chips, fewer rows a device (--train.accumulate), shorter rows, or --compute.quantize int8",
-        )
-    return usable
+    limit = _USABLE.get(chip.platform, 0.9) * chip.memory
+    return [layout for layout in _hosted(layouts, where) if layout.memory <= limit]
+
+
+def _hosted(layouts: Sequence[Layout], where: Topology) -> list[Layout]:
+    """Returns the layouts whose offloaded activations fit in the host's memory."""
+    return [layout for layout in layouts if layout.host <= _USABLE_OF_HOST * where.chip.host_memory]
+
+
+def _too_large(layouts: Sequence[Layout], base: ModelConfig, where: Topology, seq: int) -> NaloraError:
+    """Returns the error for a model that fits in no layout."""
+    chip, hosted = where.chip, _hosted(layouts, where)
+    if hosted:
+        smallest = min(hosted, key=lambda layout: layout.memory)
+        needed, room, of = smallest.memory, chip.memory, "a chip"
+    else:
+        smallest = min(layouts, key=lambda layout: layout.host)
+        needed, room = smallest.host, _USABLE_OF_HOST * chip.host_memory
+        of = "of the host's memory for each chip"
+    return NaloraError(
+        f"{where.name}",
+        expected=f"{base.model_type} with {seq} tokens a row to fit in {room / 1e9:.0f} GB {of}",
+        found=f"{needed / 1e9:.0f} GB at the least ({smallest})",
+        remedy="use more chips, fewer rows a device (--train.accumulate), shorter rows, or --compute.quantize int8",
+    )
 
 
 def preferred(
@@ -259,6 +277,7 @@ def estimate(
     saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
     saved = mean_over_layers(base, lambda of_stack: saved_values(of_stack, saves, tensor, kernel))
     saved_bytes = saved * wide * tokens
+    recomputed = recomputed_values(base, saves, tensor, kernel) * wide * tokens
     host = saved_bytes * base.n_layers if offloads else 0.0
     times = config.train.accumulate
     once, executed = (executed_flops(base, spec, policy, rows, seq, kernel) for policy in ("dots", saves))
@@ -266,6 +285,7 @@ def estimate(
     products = _matmul_seconds(where, once / tensor, executed / tensor, out)
     passes = 2.3 if saves == "full" else 2.0
     weights = layer * base.n_layers
+    copied = transposed_bytes(where, base, narrow) + copied_experts(base, fsdp, context, narrow)
     stay, sent = rows_for_experts(base, tokens, fsdp, narrow, wide) if experts == "send" else (0.0, 0.0)
     gathered_bytes = passes * (weights - stay + ends / 2) / tensor * (split - 1) / split
     gathered = gathered_bytes / where.inbound(split * tensor)
@@ -284,8 +304,10 @@ def estimate(
         weights=(weights + ends) / (split * tensor),
         state=_state_bytes(trained, split, tensor),
         activations=saved_bytes * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
-        working=working_bytes(where, base, tokens, (split, tensor), wide=wide, offloads=offloads)
-        + (2 * trained.tables + transposed_bytes(where, base, narrow) / (split * tensor) if split > 1 else 0.0)
+        working=working_bytes(
+            where, base, tokens, (split, tensor), wide=wide, offloads=offloads, recomputed=recomputed
+        )
+        + (2 * trained.tables + copied / (split * tensor) if split > 1 else 0.0)
         + live_keys / tensor,
         host=host, gathers=times * gathered, transfers=2 * times * out,
         seconds=seconds,

@@ -15,6 +15,9 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, param_shapes, projection_shapes
+from nalora_jax.plan.layouts import preferred
+from nalora_jax.plan.machines import Topology, of_devices
+from nalora_jax.plan.sweep_layouts import fitting_sweep
 
 _USABLE = 0.9  # share of a device's memory
 _STATES = 4  # adapter, gradient and two moments, in float32
@@ -28,6 +31,7 @@ class Fitting:
     mesh: MeshConfig
     capacity: int
     width: int  # d_model; 0 for image and text encoders
+    remat: str = "auto"  # the rematerialization policy
 
     @classmethod
     def of(cls, config: RunConfig, base: ModelConfig | None, count: int) -> Fitting:
@@ -46,6 +50,9 @@ class Fitting:
             raise NaloraError(
                 "--mesh.context", expected="1 in a sweep, whose rows are whole", found=config.mesh.context
             )
+        where = of_devices(jax.devices())
+        if base is not None and where is not None and _is_open(config.mesh):
+            return cls._estimated(config, base, where, count)
         limit = _USABLE * _memory()
         weights, run, width = 0.0, 1.0, 0
         if base is not None:
@@ -67,7 +74,16 @@ class Fitting:
             remedy = "leave the other axes at 1, or --mesh.run at 1"
             expected = "one device a run for mixtures of experts"
             raise NaloraError("--mesh.run", expected=expected, found=axes, remedy=remedy)
-        return cls(replace(mesh, runs_per_device=per_group), groups * per_group, width)
+        mesh = replace(mesh, runs_per_device=per_group)
+        return cls(mesh, groups * per_group, width, config.compute.remat)
+
+    @classmethod
+    def _estimated(cls, config: RunConfig, base: ModelConfig, where: Topology, count: int) -> Fitting:
+        """Returns the fastest layout that `nalora_jax.plan` estimates to fit on known chips."""
+        layouts = fitting_sweep(config, base, where, config.data.max_length, count)
+        layout = preferred(list(layouts))
+        mesh = layouts[layout]
+        return cls(mesh, mesh.run * mesh.runs_per_device, base.d_model, layout.remat)
 
     def next(self, left: int) -> int:
         """Returns the number of runs of the next program; programs have equal sizes."""
@@ -82,6 +98,11 @@ class Fitting:
         """Returns a text for the log."""
         groups = max(self.mesh.run, 1)
         return f"{count} runs in one program: {groups} group(s) of devices with {self.slots(count) // groups} each"
+
+
+def _is_open(mesh: MeshConfig) -> bool:
+    """Returns True if the devices of a run are not divided by the user."""
+    return mesh.data == mesh.fsdp == mesh.tensor == 0
 
 
 def _is_split(mesh: MeshConfig) -> bool:

@@ -140,15 +140,26 @@ def step_of_runs(step: Callable[..., Any], mesh: Mesh, params_axes: Any = None) 
         return jax.tree.map(lambda new, old: jnp.where(active, new, old), after, state), metrics
 
     in_axes = (params_axes, 0, 0, 0, 0)
+
+    def by_axis(of_axis: Callable[..., Any], *trees_of_params: Any) -> Any:
+        return jax.tree.map(of_axis, params_axes, *trees_of_params, is_leaf=lambda axis: axis is None)
+
+    def together(params: Any, *of_runs: Any) -> Any:
+        """Returns the step of all runs; one run alone has the program of a solo run."""
+        if of_runs[-1].shape[0] > 1:
+            return jax.vmap(one, in_axes)(params, *of_runs)
+        of_run = jax.tree.map(lambda x: x[0], of_runs)
+        results = one(by_axis(lambda axis, x: x if axis is None else x[0], params), *of_run)
+        return jax.tree.map(lambda x: x[None], results)
+
     if RUN not in mesh.shape:
-        return jax.vmap(one, in_axes)
+        return together
     if distributed.devices_per_run(mesh) > 1:
         return jax.vmap(one, in_axes, spmd_axis_name=RUN)
     # Every device runs the program of one device, so no collective crosses the axis.
-    specs = {None: P(), 0: P(RUN)}
-    of_params = jax.tree.map(lambda axis: specs[axis], params_axes, is_leaf=lambda axis: axis is None)
+    of_params = by_axis(lambda axis: P() if axis is None else P(RUN))
     in_specs = (of_params, P(RUN), P(RUN), P(RUN), P(RUN))
     mapped: Callable[..., Any] = jax.shard_map(
-        jax.vmap(one, in_axes), mesh=mesh, in_specs=in_specs, out_specs=P(RUN), check_vma=False
+        together, mesh=mesh, in_specs=in_specs, out_specs=P(RUN), check_vma=False
     )
     return mapped

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 from jax.sharding import Mesh
@@ -184,7 +184,9 @@ class _Group:
 
     def train(self) -> dict[str, RunResult | TrainingDivergedError]:
         """Trains all runs of the group; returns results or errors by folder."""
-        concrete = replace(self._runs[0].config, mesh=self._fits.mesh)
+        config = self._runs[0].config
+        compute: Any = replace(config.compute, remat=cast(Any, self._fits.remat))
+        concrete = replace(config, mesh=self._fits.mesh, compute=compute)
         mesh = mesh_of(concrete)
         results: dict[str, RunResult | TrainingDivergedError] = {}
         left = self._runs

@@ -225,7 +225,12 @@ def make_step(
     mesh: Mesh,
     processor: ImageProcessor | None = None,
 ) -> Step:
-    """Builds the step of a decoder, not compiled."""
+    """Builds the step of a decoder, not compiled.
+
+    In a sweep whose runs have a device each, the step is a program of one device.
+    """
+    platform = distributed.platform_of_step(mesh)
+    model = model.clone(numerics=dataclasses.replace(model.numerics, platform=platform))
     settings = StepConfig(
         mechanisms=mechanisms,
         stats_sharding=distributed.row_sharding(mesh),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -88,7 +89,9 @@ def dual_program(
 
     def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
         shared = mesh if distributed.devices_per_run(mesh) > 1 else None
-        towers = Towers(model.clone(adapters=adapters), processor, adapted, shared)
+        numerics = replace(model.numerics, platform=distributed.platform_of_step(mesh))
+        module = model.clone(adapters=adapters, numerics=numerics)
+        towers = Towers(module, processor, adapted, shared)
         objective = Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
         settings = StepConfig(
             mechanisms,

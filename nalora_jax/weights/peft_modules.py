@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import locate, projection_shapes
 from nalora_jax.models.targets import scale_divisor
+from nalora_jax.models.vision.sight import contains_text_model
 from nalora_jax.weights import keytables
 from nalora_jax.weights.vision.sight import sight_modules
 
@@ -67,6 +70,8 @@ class ModuleLayout:
 
 
 _LAYER, _EXPERT = ".{layer}.", "{expert}"
+_TEXT_PART = "model.language_model.layers"  # prefix in multimodal models
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def module_layout(config: ModelConfig) -> ModuleLayout:
@@ -92,10 +97,43 @@ def module_layout(config: ModelConfig) -> ModuleLayout:
                 stacks.append(HostModule(name, paths, alternates=row.change == "columns"))
         elif _EXPERT not in name and layers_with(config, paths[0], experts=False):
             modules.append(HostModule(name, paths))
-    prefix = "model.language_model.layers"
+    prefix = _TEXT_PART
     if config.sight is None:
         prefix = "model.layers"
     return ModuleLayout(tuple(modules), _stacks(experts) or tuple(stacks), experts, prefix)
+
+
+def layout_for(target: str, config: ModelConfig, raw: Mapping[str, Any] | None = None) -> ModuleLayout:
+    """Returns the layout that a tool expects for a base with this ``config.json``.
+
+    vLLM reads experts one by one, except gpt-oss's. If a text model is part of a multimodal one,
+    vLLM serves the latter and ignores adapters of unknown modules, so their names must be the
+    multimodal model's. Its Qwen3.5-MoE of that kind reads stacks of experts.
+    """
+    layout, model_type = module_layout(config), (raw or {}).get("model_type")
+    if target != "vllm":
+        return layout
+    layout = _expert_by_expert(layout)
+    if contains_text_model(model_type, images=False):
+        layout = replace(layout, prefix=_TEXT_PART)
+    if model_type == "qwen3_5_moe":
+        layout = replace(layout, experts={})
+    return layout
+
+
+def _expert_by_expert(layout: ModuleLayout) -> ModuleLayout:
+    """Returns ``layout`` with a name for each expert's modules, if its stacks do not alternate.
+
+    Example: the stack ``experts.down_proj`` (Gemma 4) gives ``experts.{}.down_proj``.
+    """
+    if layout.experts or any(stack.alternates for stack in layout.parameters):
+        return layout
+    names = {
+        path: f"{stack.name.rpartition('.')[0]}.{{}}.{path.rpartition('/')[2]}"
+        for stack in layout.parameters
+        for path in stack.parts
+    }
+    return replace(layout, experts=names)
 
 
 def _stacks(experts: Iterable[str]) -> tuple[HostModule, ...]:
@@ -134,13 +172,17 @@ _EARLIER: tuple[dict[str, str], ...] = (
 def layout_of(config: ModelConfig, modules: Iterable[str]) -> ModuleLayout:
     """Returns `module_layout` with the names of the transformers release that wrote ``modules``.
 
-    If several releases match equally well, the latest is used.
+    If several releases match equally well, the latest is used. The modules of a text model may have
+    their names in a multimodal model.
     """
     latest, written = module_layout(config), set(modules)
-    if config.sight is None:
-        return latest
-    layouts = [latest, *(_renamed(latest, names) for names in _EARLIER)]
-    return max(layouts, key=lambda layout: len(written & _names(layout, config)))
+    layout = latest
+    if config.sight is not None:
+        layouts = [latest, *(_renamed(latest, names) for names in _EARLIER)]
+        layout = max(layouts, key=lambda layout: len(written & _names(layout, config)))
+    elif any(name.startswith(_TEXT_PART) for name in written):
+        layout = replace(latest, prefix=_TEXT_PART)
+    return _expert_by_expert(layout) if any(map(_ONE_EXPERT.search, written)) else layout
 
 
 def _renamed(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:

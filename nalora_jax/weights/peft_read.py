@@ -17,6 +17,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, locate, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale
 from nalora_jax.trees import unflatten
+from nalora_jax.weights.keys_as_values import without_copies
 from nalora_jax.weights.peft_adalora import as_lora_tensors
 from nalora_jax.weights.peft_config import PeftConfig, read_peft_config
 from nalora_jax.weights.peft_digest import ROPE_KEY, check_digest, check_fingerprint
@@ -89,7 +90,9 @@ def import_adapter(
     rows, token_indices = take_token_rows(config, tensors, peft, where)
     tables, saved = take_saved(config, tensors, peft.modules_to_save, tied=peft.tied, where=where)
     modules = by_module(tensors, folder / TENSORS_NAME, dora=peft.dora)
-    slots = {slot.key: slot for slot in _slots(layout or layout_of(config, modules), config, peft)}
+    layout = layout or layout_of(config, modules)
+    modules = without_copies(modules, config, layout)
+    slots = {slot.key: slot for slot in _slots(layout, config, peft)}
     _check_complete(peft, folder / TENSORS_NAME, slots, modules)
     pieces = _pieces(config, peft, folder / TENSORS_NAME, [(slots[key], modules[key]) for key in modules])
     leaves, spec = stack_adapters(projection_shapes(config), depths(config), peft, pieces)

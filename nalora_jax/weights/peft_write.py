@@ -16,6 +16,7 @@ from nalora_jax.models.stacks import locate
 from nalora_jax.models.targets import AdapterSpec, adapter_scale
 from nalora_jax.trees import flatten
 from nalora_jax.weights.folders import new_folder, write_json
+from nalora_jax.weights.keys_as_values import copies_for_values
 from nalora_jax.weights.peft_config import CONFIG_NAME
 from nalora_jax.weights.peft_digest import file_metadata
 from nalora_jax.weights.peft_files import Entry, adapter_settings, adapter_tensors, common, short_name
@@ -25,7 +26,7 @@ from nalora_jax.weights.peft_modules import (
     ModuleLayout,
     fuse,
     layers_with,
-    module_layout,
+    layout_for,
     module_shape,
     part_widths,
 )
@@ -85,7 +86,7 @@ def export_adapter(
       NaloraError: the tool does not support a property of the adapter (the message names it); the
         folder has other content; or a write fails.
     """
-    layout = layout or module_layout(config)
+    layout = layout or layout_for(target, config)
     settings, tensors = _contents(lora, spec, config, layout, target, max_lora_rank)
     settings |= {"base_model_name_or_path": base_model_name}
     with new_folder(folder, replaces=OWN_FILES, overwrite=overwrite) as scratch:
@@ -118,6 +119,8 @@ def _contents(
         spec = replace(spec, dropout=0.0)
     rslora = spec.rslora and target == "peft"
     settings = adapter_settings(entries, config, layout, spec, rslora=rslora)
+    if target == "vllm":
+        entries += copies_for_values(entries, config)
     tensors = dict(adapter_tensors(entries, layout))
     if spec.saved or spec.token_indices:
         tensors |= saved_tensors(lora, spec, config) | token_row_tensors(lora, spec, config)

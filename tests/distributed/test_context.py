@@ -29,6 +29,7 @@ from nalora_jax.data.items import CompletionItem
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate import split_rows
 from nalora_jax.evaluate.perplexity import completion_loss, perplexity
+from nalora_jax.loading.base import load_model
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.models.short_convolution import ShortConvolution
@@ -80,8 +81,6 @@ CONFIG = RunConfig(
     optimizer=OptimizerConfig(learning_rate=1e-2),
     compute=ComputeConfig(dtype="float32"),
 )
-# Experts are sampled in each part of a row, so that only all positions are the same.
-EVERY = ComputeConfig(dtype="float32", stats_stride=1, probe_stride=1, stats_positions=0)
 DPO = replace(CONFIG, preference=PreferenceConfig("dpo", beta=0.5))
 
 
@@ -106,18 +105,21 @@ def batch_of(seed: int, seq: int = SEQ) -> dict[str, np.ndarray]:
 
 
 def config_of(name: str) -> RunConfig:
-    if "pairs" in name:
-        return DPO
-    return replace(CONFIG, compute=EVERY) if "experts" in name else CONFIG
+    return DPO if "pairs" in name else CONFIG
 
 
 def assembled(name: str, mesh: MeshConfig) -> tuple[Assembly, Any]:
-    base, config = ModelConfig.from_hf(RAWS[name]), config_of(name)
+    base = ModelConfig.from_hf(RAWS[name])
+    return assembled_from(base, init_params(base, jax.random.key(1)), config_of(name), mesh)
+
+
+def assembled_from(
+    base: ModelConfig, params: Any, config: RunConfig, mesh: MeshConfig, **options: Any
+) -> tuple[Assembly, Any]:
     sizes = [size for size in (mesh.data, mesh.fsdp, mesh.context, mesh.tensor) if size]
     made = distributed.make_mesh(mesh, jax.devices()[: int(np.prod(sizes))])
-    params = init_params(base, jax.random.key(1))
     params = jax.device_put(params, distributed.shardings(params, made, distributed.PARAM_RULES))
-    assembly = assemble(config, base, params, made)
+    assembly = assemble(config, base, params, made, **options)
     rng = np.random.default_rng(3)
 
     def moved(path: str, x: jax.Array) -> jax.Array:
@@ -172,6 +174,7 @@ ALONE, WITH_FSDP, WITH_TENSOR = MeshConfig(1, 1, 1, 8), MeshConfig(1, 2, 1, 4), 
 CASES = [
     ("dense", ALONE),
     ("sinks and experts", WITH_TENSOR),
+    ("sinks and experts", WITH_FSDP),
     ("delta rule", WITH_TENSOR),
     ("short convolution", ALONE),
     ("pairs, windows and soft caps", WITH_FSDP),
@@ -191,6 +194,40 @@ def test_a_run_in_micro_batches_of_split_rows_resumes_on_one_device() -> None:
     state, history = trained("dense", MeshConfig(1, 1, 1, 4), range(3), accumulate=2)
     state, later = trained("dense", MeshConfig(1, 1, 1), range(3, STEPS), start=state)
     assert_equal_runs((state, history + later), on_one_device("dense"))
+
+
+def test_split_rows_with_images_train_as_whole_rows(seeing_folder: Any) -> None:
+    """Two steps of Gemma 3; an image of four tokens that see each other is in two blocks of its row."""
+    folder = seeing_folder("gemma3", vision={"num_hidden_layers": 1})
+    loaded = load_model(str(folder), dtype="float32", images=True)
+    sight, rules = loaded.config.sight, (LoRARule("image/.*ffn", 2), LoRARule("ffn", 4))
+    assert sight is not None
+    config, runs = replace(CONFIG, lora=LoRAConfig(rules=rules)), []
+    for mesh in (MeshConfig(1, 1, 1, 2), MeshConfig(1, 1, 1)):
+        assembly, params = assembled_from(
+            loaded.config, loaded.params, config, mesh, processor=loaded.processor
+        )
+        state, history = assembly.state, []
+        for step in range(2):
+            batch = batch_of(step)
+            tokens = np.where(batch["tokens"] == sight.image_token, 3, batch["tokens"]) % 48
+            images = np.array([2, 1], np.int32)
+            for row, place in ((0, 14), (0, 40), (1, 30)):  # blocks have 16 tokens
+                batch["segment_ids"][row, place - 1 : place + 5] = batch["segment_ids"][row, place]
+                tokens[row, place : place + sight.tokens] = sight.image_token
+            pixels = np.random.default_rng(step).integers(0, 256, (ROWS, 2, 16, 16, 3)).astype(np.uint8)
+            batch |= {
+                "tokens": tokens,
+                "targets": batch["targets"] % 48,
+                "pixels": pixels,
+                "images": images,
+            }
+            batch = {name: array[None] for name, array in batch.items()}
+            placed = distributed.make_global_batch(batch, assembly.mesh, rows_axis=1)
+            state, metrics = assembly.step(params, state, placed)
+            history.append(jax.device_get(metrics))
+        runs.append((jax.device_get(state), history))
+    assert_equal_runs(*runs)
 
 
 def test_layers_of_split_rows_exchange_keys_and_values_only() -> None:

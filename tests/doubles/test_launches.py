@@ -218,3 +218,11 @@ def test_a_part_of_a_slice_is_a_mesh_as_well():
     uneven = machine("2 x v6e-16")[:24]
     assert distributed.make_mesh(MeshConfig(data=2, fsdp=12), uneven).size == 24
     assert of_devices(uneven) is None
+
+
+def test_a_sweep_with_a_run_a_device_compiles_a_program_of_one_device():
+    """Kernels that the compiler cannot split (splash attention) run in it."""
+    devices = machine("v6e-8")
+    alone, pairs = MeshConfig(run=8), MeshConfig(run=4, fsdp=2)
+    assert distributed.platform_of_step(distributed.make_mesh(alone, devices)).devices == 1
+    assert distributed.platform_of_step(distributed.make_mesh(pairs, devices)).devices == 8

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.generate import Generator
+from nalora_jax.generate import Generator, generator
 from nalora_jax.generate.programs import Prompts, Weights, prefill
 from nalora_jax.generate.sampling import make_sampling
 from nalora_jax.generate.shapes import padded_length
+from nalora_jax.loading.base import load_model
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import param_shapes
+from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.ops import attention, cached_attention
 from nalora_jax.trees import unflatten
 from tests.generate.test_longrope import PHI3
@@ -48,6 +50,51 @@ def test_greedy_tokens_do_not_depend_on_chunks(case, short_blocks):
     whole = complete(case, prompts, 2048)
     assert complete(case, prompts, CHUNK) == whole
     assert all(len(set(row)) >= 3 for row in whole[:1]), "a continuation that proves little"
+
+
+@pytest.mark.parametrize(("family", "chunk"), [("llava", 12), ("gemma3", 10)])
+def test_prompts_with_images_are_processed_in_chunks(
+    family, chunk, seeing_folder, short_blocks, monkeypatch
+):
+    """Images of 16 tokens are divided; images of 4 tokens that see each other are moved to the next chunk.
+
+    Cached values of all tokens and greedy tokens are those of undivided prompts.
+    """
+    loaded = load_model(str(seeing_folder(family)), dtype="float32", images=True)
+    image, count = loaded.config.sight.image_token, loaded.config.sight.tokens
+    rng, caches = np.random.default_rng(4), []
+    texts = [
+        [3 if token == image else token for token in rng.integers(5, 40, n).tolist()] for n in (8, 3, 30)
+    ]
+    picture = [image] * count
+    rows = [texts[0] + picture + texts[1] + picture + texts[2], texts[0] + picture, texts[1]]
+    pictures = list(rng.integers(0, 256, (3, 16, 16, 3)).astype(np.uint8))
+
+    def recorded(*arguments, **options):
+        state = prefill(*arguments, **options)
+        caches.append(jax.device_get(state.cache))
+        return state
+
+    monkeypatch.setattr(generator, "prefill", recorded)
+
+    def complete(chunk):
+        options = {"processor": loaded.processor, "prefill_chunk": chunk}
+        seeing = Generator(
+            decoder_for(loaded.config), {"params": loaded.params}, loaded.tokenizer, **options
+        )
+        options = {"images": [pictures[:2], pictures[2:], ()], "max_new_tokens": 4, "stop_ids": ()}
+        return [row.ids for row in seeing.complete(rows, **options)]
+
+    assert complete(2048) == complete(chunk)
+    whole, chunked = (
+        [cache.states["layers"].v[:, row, :, cache.segments[row] > 0] for row in range(3)]
+        for cache in caches
+    )
+    for ours, expected in zip(chunked, whole, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+    if loaded.config.sight.mutual:
+        with pytest.raises(NaloraError, match="prefill_chunk: expected at least 4, the image tokens"):
+            complete(3)
 
 
 def temporary_bytes(tokens: int, chunk: int) -> int:

@@ -18,7 +18,7 @@ from nalora_jax.method.low_rank import (
     parallel_dense,
     residual,
 )
-from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.ops.quantize import quantize
 from nalora_jax.ops.storage import expand
 
@@ -162,6 +162,26 @@ def test_parallel_layers_are_each_layer_alone(dtype: str, numerics: Any) -> None
         *(jax.tree.leaves(jax.jit(run, static_argnums=0)(t)) for t in (True, False)), strict=True
     ):
         assert np.abs(one - other).max() <= (1e-5 if dtype == "float32" else 2**-6) * np.abs(other).max()
+
+
+def test_frozen_gradients_of_split_outputs_are_added_before_they_are_rounded() -> None:
+    """Adapters' gradients are added later, so that the compiler reduces one sum over devices for all layers.
+
+    Float32 sums of these integers are exact, and their roundings to bfloat16 differ from the rounded sum.
+    """
+    rng = np.random.default_rng(0)
+    x, *cotangents = (jnp.asarray(rng.integers(-9, 10, (6, n)), jnp.bfloat16) for n in (16, 40, 40, 40))
+    kernels = rng.integers(-9, 10, (3, 16, 40)).astype(np.float32)
+    zero = Adapter(jnp.ones((16, 4)), jnp.zeros((4, 40)))
+    numerics = Numerics("bfloat16", "bfloat16", "bfloat16", platform=Platform("tpu", devices=2, tensor=2))
+
+    def outputs(x: jax.Array) -> list[jax.Array]:
+        layers = [Dense(jnp.asarray(kernel), zero) for kernel in kernels]
+        return [layer.y for layer in parallel_dense(x, layers, numerics)]
+
+    (gradient,) = jax.vjp(outputs, x)[1](cotangents)
+    exact = sum(np.asarray(g, np.float32) @ kernel.T for g, kernel in zip(cotangents, kernels, strict=True))
+    np.testing.assert_array_equal(gradient, jnp.asarray(exact).astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

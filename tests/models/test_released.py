@@ -1,4 +1,4 @@
-"""Configurations of released checkpoints (`released/README.md`): read as transformers reads them."""
+"""Configurations of released checkpoints (`nalora_jax/plan/released`): read as transformers reads them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from nalora_jax.models.stacks import groups, key_heads, param_shapes, stacks
 from tests.models.test_families import SIZES, TOLERANCE, Case, measure_plain
 
 SMALL = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 16}
-FOLDER = Path(__file__).parent / "released"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "nalora_jax" / "plan" / "released"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
@@ -80,7 +81,7 @@ def test_smollm3_has_no_rotation_in_every_fourth_layer():
 
 
 def test_gemma4_has_full_layers_of_wide_heads_whose_values_are_keys():
-    config = ModelConfig.from_hf(read("gemma-4-31B-it"))
+    config = ModelConfig.from_hf(read("gemma-4-31B"))
     assert config.layer_kinds == (0, 0, 0, 0, 0, 1) * 10
     sliding, full = stacks(config)[0].config, stacks(config)[5].config
     assert [(c.head_dim, c.n_kv_heads, c.layer_windows[0]) for c in (sliding, full)] == [

@@ -43,7 +43,7 @@ CONFIG = RunConfig(
     optimizer=OptimizerConfig(name="sgd", learning_rate=0.5, clip_norm=0.0, schedule="constant"),
     compute=ComputeConfig(dtype="float32", probe_stride=1, remat="none"),
 )
-RELEASED = Path(__file__).parent / "released/LFM2-1.2B.json"
+RELEASED = Path(__file__).parents[2] / "nalora_jax/plan/released/LFM2-1.2B.json"
 
 
 def batch() -> dict[str, np.ndarray]:

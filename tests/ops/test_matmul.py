@@ -74,8 +74,8 @@ def test_numerics_by_platform() -> None:
 
 
 def test_the_platform_is_the_meshs() -> None:
-    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
-    assert platform_of(mesh) == Platform("cpu", "cpu", 4)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4])
+    assert platform_of(mesh) == Platform("cpu", "cpu", 4, 2)
     assert platform_of().devices == 8
 
 

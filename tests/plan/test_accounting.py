@@ -10,6 +10,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nalora_jax.models.expert_exchange import UNEVEN
+from nalora_jax.ops.cross_entropy import cross_entropy
 from nalora_jax.plan.accounting import Program
 from nalora_jax.plan.transfers import transfers
 
@@ -46,6 +48,27 @@ def test_nested_loops_multiply():
         compiled(twice, jnp.ones((ROWS, D)), jnp.ones((LAYERS, D, D))).flops
         == 3 * LAYERS * 2 * ROWS * D * D
     )
+
+
+def test_the_loss_of_one_device_is_counted_with_a_target_at_every_position():
+    """Its loop ends after the positions that have a target, which a batch decides."""
+    hidden, kernel = jnp.ones((2, 48, D)), jnp.ones((D, 200))
+    targets, weights = jnp.zeros((2, 48), jnp.int32), jnp.ones((2, 48))
+    loss = jax.value_and_grad(partial(cross_entropy, chunk=32))
+    logits, gradient = 2 * 96 * D * 200, 2 * 96 * D * 200
+    assert compiled(loss, hidden, kernel, targets, weights).flops == logits + gradient
+
+
+def test_the_branch_for_uneven_routing_does_not_count():
+    def uneven(x, kernel):
+        with jax.named_scope(UNEVEN):
+            return jnp.sin(x @ kernel @ kernel)
+
+    def f(even, x, kernel):
+        return jax.lax.cond(even, lambda x, kernel: jnp.cos(x @ kernel), uneven, x, kernel)
+
+    program = compiled(f, jnp.array(True), jnp.ones((ROWS, D)), jnp.ones((D, D)))
+    assert program.flops == 2 * ROWS * D * D
 
 
 def test_flops_are_xla_s_own_where_no_loop_hides_them():

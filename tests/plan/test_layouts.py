@@ -18,7 +18,7 @@ from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.stacks import layer_numbers, param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.ops.quantize import kernels
-from nalora_jax.plan.estimates import WIDTHS, weight_bytes
+from nalora_jax.plan.estimates import WIDTHS, copied_experts, gathered_keys, weight_bytes, working_bytes
 from nalora_jax.plan.figures import Figures
 from nalora_jax.plan.layouts import candidates, choose, estimate
 from nalora_jax.plan.machines import Topology, topology
@@ -33,7 +33,7 @@ from nalora_jax.plan.roofline import (
     useful_flops,
 )
 
-RELEASED = Path(__file__).parents[1] / "models" / "released"
+TABLE = ("llama-3.1-8b", "llama-3.1-70b", "gemma-3-27b", "gemma-4-31b", "qwen3-32b", "mixtral-8x7b")
 
 
 def chosen(model: str, where: str, *, seq: int = 4096, rows: int = 0, **options):
@@ -60,7 +60,7 @@ def test_a_model_that_does_not_fit_is_split_and_keeps_what_there_is_room_for():
         assert layout.gathers < layout.seconds
 
 
-@pytest.mark.parametrize("model", sorted(CONFIGS))
+@pytest.mark.parametrize("model", TABLE)
 @pytest.mark.parametrize("where", ["v5e:16x16", "v6e:16x16", "v5p:8x8x16", "8xh100", "64xh100"])
 def test_every_model_of_the_table_has_a_layout(model, where):
     layout, machine = chosen(model, where), topology(where)
@@ -149,7 +149,8 @@ def test_attention_is_the_kernel_that_takes_it():
         return estimate(config, made, spec, where, seq, (256, 1, 1), "attention").activations
 
     kept = 2 * 4096 * 32 * 4096.0  # bytes of attention's result in all layers
-    assert of(128, 4096) == of(64, 4096)
+    # Two arrays of queries and one of keys, which a TPU pads from 64 to 128.
+    assert of(64, 4096) - of(128, 4096) == pytest.approx(2.25 * kept)
     gpus = topology("64xh100")
     assert of(128, 4096) == of(128, 4096, gpus)  # cuDNN's result as well
     assert of(128, 16384) - of(128, 16384, gpus) == pytest.approx(4 * kept)  # Triton's is not
@@ -177,7 +178,7 @@ def test_parameters_and_attention_are_counted_as_the_models_are():
 )
 def test_gpt_oss_takes_the_memory_of_its_released_files(name, released, active):
     """Experts of 4.25 bits a weight, biases and sinks included; as many active parameters as its model card states."""
-    base = architecture(str(RELEASED / f"gpt-oss-{name}.json"))
+    base = architecture(f"gpt-oss-{name}")
     layer, ends = weight_bytes(base, WIDTHS["mxfp4"], 2.0, kernels("mxfp4"))
     shapes = param_shapes(base).items()
     stored = [
@@ -192,7 +193,7 @@ def test_gpt_oss_takes_the_memory_of_its_released_files(name, released, active):
 @pytest.mark.parametrize("where", ["v5e:16x16", "v6e:16x16", "v5p:8x8x16", "8xh100"])
 def test_models_with_linear_attention_fit(where):
     for name, least in {"Qwen3.5-9B": 0.6, "Qwen3.5-35B-A3B": 0.05}.items():
-        layout = chosen(str(RELEASED / f"{name}.json"), where)
+        layout = chosen(name, where)
         assert layout.memory < topology(where).chip.memory
         assert layout.mfu > least
 
@@ -201,7 +202,7 @@ def test_models_with_linear_attention_fit(where):
     ("name", "active", "share"), [("Qwen3.5-9B", 7.94e9, 0.01), ("Qwen3.5-35B-A3B", 2.95e9, 0.03)]
 )
 def test_linear_attention_is_a_small_share_of_the_useful_flops(name, active, share):
-    base = architecture(str(RELEASED / f"{name}.json"))
+    base = architecture(name)
     assert active_parameters(base) == pytest.approx(active, rel=0.01)
     assert 3 * mixer_flops(base, 4096) / useful_flops(base, AdapterSpec(), 1, 4096) == pytest.approx(
         share, rel=0.15
@@ -223,7 +224,7 @@ def test_configs_are_read_like_any_other(tmp_path):
     file.write_text(json.dumps(CONFIGS["qwen3-32b"]))
     assert architecture(str(file)) == architecture(str(tmp_path)) == architecture("Qwen3-32B")
     assert isinstance(architecture("gemma-3-27b"), ModelConfig)
-    with pytest.raises(NaloraError, match=r"--model: .* or one of llama-3.1-8b"):
+    with pytest.raises(NaloraError, match=r"--model: .* or one of .*llama-3.1-8b"):
         architecture("gpt-5")
 
 
@@ -308,9 +309,48 @@ def test_a_link_to_the_host_that_is_slower_than_the_products_costs_its_time():
     assert slow.memory < kept.memory
 
 
+def test_recomputed_layers_hold_the_results_that_other_policies_save():
+    base, machine = architecture("qwen3-32b"), topology("v6e:16x16")
+    spec = resolve(LoRAConfig(), projection_shapes(base), base.n_layers)
+    config = RunConfig(train=TrainConfig(batch_size=256))
+    full, attention = (
+        estimate(config, base, spec, machine, 4096, (8, 32, 1), remat) for remat in ("full", "attention")
+    )
+    of_layer = (attention.activations - full.activations) / base.n_layers
+    assert full.working - attention.working == pytest.approx(of_layer)
+
+
+def test_few_tokens_need_room_for_kernels_of_experts_and_many_for_rows():
+    base, machine = architecture("mixtral-8x7b"), topology("v5p:8x8x16")
+    kernel, row = 2.0 * 8 * 4096 * 14336, 2.0 * 2 * 14336  # bytes; a token has two rows
+    few, many = (working_bytes(machine, base, n, (1, 1), wide=2.0, offloads=True) for n in (1024, 65536))
+    assert few == pytest.approx(8 * kernel + 4 * 1024 * row)
+    assert many == pytest.approx(3 * kernel + 8 * 65536 * row)
+
+
+def test_context_that_splits_experts_copies_them():
+    base = architecture("Qwen3-Coder-30B-A3B-Instruct")
+    machine = topology("v6e:4x4")
+    spec = resolve(LoRAConfig(), projection_shapes(base), base.n_layers)
+    config = RunConfig(train=TrainConfig(batch_size=16))
+
+    def working(context: int) -> float:
+        mesh = (4 // context, 4, 1)
+        return estimate(config, base, spec, machine, 16384, mesh, "attention", context=context).working
+
+    assert copied_experts(base, 4, 1, 2.0) == copied_experts(base, 4, 3, 2.0) == 0.0
+    copied = copied_experts(base, 4, 4, 2.0)
+    assert copied == 2.0 * 48 * 3 * 128 * 2048 * 768
+    keys = gathered_keys(base, 4, 16384, 4, 2.0)[0]  # of the whole rows that four chips share
+    assert working(4) - working(1) == pytest.approx(copied / 16 + keys)
+
+
 def test_estimates_agree_with_the_compiled_rows_of_the_table():
     lines = (Path(__file__).parents[2] / "benchmarks" / "results" / "pods.jsonl").read_text().splitlines()
-    rows = {(row["model"], row["topology"]): row for row in map(json.loads, lines)}
+    fitted = set(TABLE) - {"gemma-4-31b"}  # the constants of the estimates were fitted to these rows
+    rows = {
+        (row["model"], row["topology"]): row for row in map(json.loads, lines) if row["model"] in fitted
+    }
     assert len(rows) == 25
     for (model, where), row in rows.items():
         base, config = architecture(model), RunConfig(train=TrainConfig(batch_size=row["rows"]))
@@ -337,12 +377,9 @@ def test_rows_of_the_table_keep_their_layouts(model, where, mesh, remat):
     assert (layout.mesh, layout.remat) == (mesh, remat)
 
 
-RELEASED = Path(__file__).parents[1] / "models" / "released"
-
-
 def test_few_tokens_are_sent_to_experts_and_many_gather_them():
     """Of 128 experts a token meets 8: with 64 tokens a chip, rows are a thirtieth of the experts' bytes."""
-    model, where = str(RELEASED / "Qwen3-Coder-30B-A3B-Instruct.json"), "v6e:4x4"
+    model, where = "Qwen3-Coder-30B-A3B-Instruct", "v6e:4x4"
     few, gathered = (
         chosen(model, where, seq=64, mesh=MeshConfig(1, 16, 1), compute=ComputeConfig(experts=way))
         for way in ("auto", "gather")
@@ -356,7 +393,7 @@ def test_few_tokens_are_sent_to_experts_and_many_gather_them():
 
 def test_rows_are_sent_with_offloaded_inputs_only_if_both_are_asked_for():
     """libtpu aborts on most programs with both."""
-    model, mesh = str(RELEASED / "Qwen3-Coder-30B-A3B-Instruct.json"), MeshConfig(1, 16, 1)
+    model, mesh = "Qwen3-Coder-30B-A3B-Instruct", MeshConfig(1, 16, 1)
     options = {"seq": 64, "mesh": mesh}
     offloading = chosen(model, "v6e:4x4", compute=ComputeConfig(remat="full_offload"), **options)
     assert offloading.experts == "gather"

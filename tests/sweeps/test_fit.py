@@ -9,6 +9,7 @@ import pytest
 from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.plan.machines import topology
 from nalora_jax.plan.models import CONFIGS
 from nalora_jax.sweeps import fit
 from nalora_jax.sweeps.fit import Fitting
@@ -58,3 +59,12 @@ def test_experts_need_one_device_a_run() -> None:
     mesh = MeshConfig(run=4, fsdp=2, data=1, tensor=1)
     with pytest.raises(NaloraError, match="--mesh.run: expected one device a run for mixtures of experts"):
         Fitting.of(replace(CONFIG, mesh=mesh), experts, count=4)
+
+
+def test_known_chips_get_the_layout_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "of_devices", lambda _: topology("v6e:2x4"))
+    fitting = Fitting.of(CONFIG, BASE, count=16)
+    assert (fitting.mesh.run, fitting.mesh.runs_per_device, fitting.remat) == (8, 1, "dots")
+    few_tokens = replace(CONFIG, train=TrainConfig(batch_size=1))
+    fitting = Fitting.of(few_tokens, BASE, count=16)
+    assert (fitting.mesh.run, fitting.mesh.runs_per_device, fitting.capacity) == (8, 2, 16)

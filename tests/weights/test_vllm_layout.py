@@ -1,0 +1,77 @@
+"""Names of modules in adapters for vLLM, whose multimodal models ignore modules that they do not have."""
+
+from __future__ import annotations
+
+import pytest
+from safetensors.numpy import load_file
+
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.weights.peft import export_adapter, verify_export
+from nalora_jax.weights.peft_modules import layout_for
+
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "sliding_window": 4,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 20,
+}
+TARGETS = dict.fromkeys(("attn/q_proj", "ffn/down_proj"), ((2, 2, 2), (4.0, 4.0, 4.0)))
+
+
+def names_of(folder, tiny_model, random_lora, family, raw, target="vllm"):
+    """The modules of an exported adapter, which is read back."""
+    _, config = tiny_model(family)
+    lora, spec = random_lora(config, TARGETS)
+    layout = layout_for(target, config, raw)
+    export_adapter(lora, spec, config, folder, base_model_name="base", target=target, layout=layout)
+    verify_export(folder, lora, spec, config)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "gemma3_text"])
+def test_a_text_part_has_its_names_in_the_multimodal_model(model_type, tiny_model, random_lora, tmp_path):
+    """Prefixes as in Gemma3ForConditionalGeneration and Gemma3ForCausalLM of transformers 5."""
+    raw = {"model_type": model_type}
+    prefix = {"gemma3": "model.language_model.layers", "gemma3_text": "model.layers"}[model_type]
+    names = names_of(tmp_path / "vllm", tiny_model, random_lora, "gemma3_text", raw)
+    ends = ("self_attn.q_proj", "mlp.down_proj")
+    assert names == {f"{prefix}.{layer}.{end}" for layer in range(3) for end in ends}
+    of_peft = names_of(tmp_path / "peft", tiny_model, random_lora, "gemma3_text", raw, "peft")
+    assert all(name.startswith("model.layers.") for name in of_peft)
+
+
+def test_multimodal_qwen3_5_moe_gets_stacks_of_experts(tiny_model, random_lora, tmp_path):
+    """vLLM's class of the released folders reads both stacks (its is_3d_moe_weight)."""
+    names = names_of(tmp_path / "a", tiny_model, random_lora, "qwen3_moe", {"model_type": "qwen3_5_moe"})
+    layers = [f"model.language_model.layers.{layer}" for layer in range(3)]
+    ends = ("self_attn.q_proj", "mlp.experts", "mlp.experts.base_layer")
+    assert names == {f"{layer}.{end}" for layer in layers for end in ends}
+
+
+def test_gemma_4_gets_one_module_for_each_expert(random_lora, tmp_path):
+    """vLLM's class of Gemma 4 refuses the stacks of its files (lora/model_manager.py)."""
+    config = ModelConfig.from_hf(GEMMA4)
+    kinds = ("group0/block0", "group0/block1")
+    names = ("attn/q_proj", "ffn/experts_ffn/up_proj", "ffn/dense_ffn/up_proj")
+    targets = dict.fromkeys((f"{kind}/{name}" for kind in kinds for name in names), ((2,), (4.0,)))
+    lora, spec = random_lora(config, targets)
+    export_adapter(lora, spec, config, tmp_path / "a", base_model_name="base", target="vllm")
+    verify_export(tmp_path / "a", lora, spec, config)
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    modules = {name.partition(".layers.0.")[2] for name in tensors if ".layers.0." in name}
+    parts = [f"experts.{e}.{name}" for e in range(4) for name in ("gate_proj", "up_proj", "down_proj")]
+    parts += ["self_attn.q_proj", "mlp.up_proj"]
+    assert modules == {f"{part}.lora_{factor}.weight" for part in parts for factor in "AB"}
