@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 
 from nalora_jax.models.expert_exchange import UNEVEN
-from nalora_jax.plan.collectives import group_size, received
+from nalora_jax.plan.collectives import BETWEEN, Collective, group_size, received
 from nalora_jax.plan.hlo import Computation, Instruction, first_count, parse
 from nalora_jax.plan.products import flops_of, kernel_name
 from nalora_jax.plan.traffic import (
@@ -27,7 +26,6 @@ from nalora_jax.plan.traffic import (
     used,
 )
 
-_BETWEEN = " between slices"  # suffix of the kind of a collective between slices
 # "fusion-start" runs overlapped with later instructions, until its "fusion-done".
 _FUSIONS = ("fusion", "fusion-start")
 # Custom calls that are not kernels: markers of the TPU compiler.
@@ -57,29 +55,6 @@ _FREE = frozenset(
 _ELEMENTWISE = frozenset(("convert", "add", "subtract", "multiply", "negate", "select"))
 
 
-@dataclass(frozen=True)
-class Collective:
-    """A collective operation from the view of one device."""
-
-    kind: str
-    received: float  # bytes that a device receives over the interconnect, per execution
-    devices: int  # number of participants; 0: one device of every slice
-    times: float  # executions per step
-    overlapped: bool  # matmuls are scheduled between its start and its end
-    in_loop: str  # the computation that contains it
-    source: str  # its origin in the model (op_name)
-
-    @property
-    def between_slices(self) -> bool:
-        """True if it uses the data-centre network that connects slices of TPUs."""
-        return self.kind.endswith(_BETWEEN)
-
-    @property
-    def total(self) -> float:
-        """Bytes received per step."""
-        return self.received * self.times
-
-
 class Program:
     """A compiled program of one device.
 
@@ -105,30 +80,18 @@ class Program:
                 trips = 1
                 if instruction.opcode == "while":
                     trips = self.trips(instruction, self.computations[name])
+                branches = instruction.opcode == "conditional"
                 for called in instruction.calls:
-                    if called in self.computations and not self._is_left_out(called):
+                    if called in self.computations and not (branches and self._is_uneven(called)):
                         visit(called, times * trips)
 
         visit(self.entry, 1.0)
         return counts
 
-    def _is_left_out(self, branch: str) -> bool:
-        """Returns True for the branch of a conditional that even routing does not take."""
-        return branch in self._branches and any(
-            f"/{UNEVEN}/" in instruction.attributes
-            for instruction in self.computations[branch].instructions.values()
-        )
-
-    @cached_property
-    def _branches(self) -> frozenset[str]:
-        """All branches of conditionals."""
-        return frozenset(
-            name
-            for computation in self.computations.values()
-            for instruction in computation.instructions.values()
-            if instruction.opcode == "conditional"
-            for name in instruction.calls
-        )
+    def _is_uneven(self, branch: str) -> bool:
+        """Returns True for a branch that even routing does not take."""
+        instructions = self.computations[branch].instructions.values()
+        return any(f"/{UNEVEN}/" in instruction.attributes for instruction in instructions)
 
     def trips(self, loop: Instruction, holder: Computation) -> int:
         """Returns the iterations of a ``while``; 1 if they are unknown before execution."""
@@ -244,7 +207,7 @@ class Program:
         back = [i for i in every if i.opcode == "recv" and name is not None and name[0] in i.attributes]
         ends = [every.index(u) for i in back for u in scheduled.users[i.name] if u.opcode == "recv-done"]
         return Collective(
-            next(iter(kinds), "transfer").lower().replace("_", "-") + _BETWEEN,
+            next(iter(kinds), "transfer").lower().replace("_", "-") + BETWEEN,
             sum(i.shapes[0].size for i in back),
             0,
             self.times[scheduled.name],

@@ -1,11 +1,37 @@
-"""Parsing of collectives in HLO: group sizes, and bytes that reach each device."""
+"""Collectives in HLO: group sizes, and bytes that reach each device."""
 
 from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 
 from nalora_jax.plan.hlo import Computation, Instruction
+
+BETWEEN = " between slices"  # suffix of the kind of a collective between slices
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective operation from the view of one device."""
+
+    kind: str
+    received: float  # bytes that a device receives over the interconnect, per execution
+    devices: int  # number of participants; 0: one device of every slice
+    times: float  # executions per step
+    overlapped: bool  # matmuls are scheduled between its start and its end
+    in_loop: str  # the computation that contains it
+    source: str  # its origin in the model (op_name)
+
+    @property
+    def between_slices(self) -> bool:
+        """True if it uses the data-centre network that connects slices of TPUs."""
+        return self.kind.endswith(BETWEEN)
+
+    @property
+    def total(self) -> float:
+        """Bytes received per step."""
+        return self.received * self.times
 
 
 def received(kind: str, instruction: Instruction, computation: Computation, devices: int) -> float:

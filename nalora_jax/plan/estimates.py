@@ -193,6 +193,12 @@ def rows_for_experts(
     return stay, sent
 
 
+def values_for_backward(base: ModelConfig, saves: str, tensor: int, kernel: str) -> tuple[float, float]:
+    """Returns numbers a token: saved by a layer in the mean, and recomputed for one layer at a time."""
+    saved = mean_over_layers(base, lambda of_stack: saved_values(of_stack, saves, tensor, kernel))
+    return saved, recomputed_values(base, saves, tensor, kernel)
+
+
 def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> float:
     """Returns the values per token and layer that are saved for the backward pass."""
     if base.mixer is not None and not base.mixer.attends:

@@ -15,7 +15,8 @@ import jax
 from nalora_jax import downloads
 from nalora_jax.distributed.devices import kind_of
 from nalora_jax.files import write_atomically
-from nalora_jax.plan.accounting import Collective, Program
+from nalora_jax.plan.accounting import Program
+from nalora_jax.plan.collectives import Collective
 from nalora_jax.plan.machines import Chip
 from nalora_jax.plan.transfers import Transfer, transfers
 

@@ -34,13 +34,11 @@ from nalora_jax.plan.estimates import (
     executed_flops,
     gathered_keys,
     hidden_share,
-    mean_over_layers,
-    recomputed_values,
     rows_for_experts,
-    saved_values,
     sorted_row_bytes,
     summed_bytes,
     transposed_bytes,
+    values_for_backward,
     weight_bytes,
     weight_passes,
     working_bytes,
@@ -275,9 +273,7 @@ def estimate(
     live_keys, received_keys = gathered_keys(base, rows * context, seq, context, wide)
     kernel = attention_kernel(where, base, rows, seq, context)
     saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
-    saved = mean_over_layers(base, lambda of_stack: saved_values(of_stack, saves, tensor, kernel))
-    saved_bytes = saved * wide * tokens
-    recomputed = recomputed_values(base, saves, tensor, kernel) * wide * tokens
+    saved_bytes, recomputed = (wide * tokens * n for n in values_for_backward(base, saves, tensor, kernel))
     host = saved_bytes * base.n_layers if offloads else 0.0
     times = config.train.accumulate
     once, executed = (executed_flops(base, spec, policy, rows, seq, kernel) for policy in ("dots", saves))

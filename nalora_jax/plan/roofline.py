@@ -17,7 +17,7 @@ from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops import split_triton
 from nalora_jax.ops.splash_attention import block_sizes, computed_pairs
 from nalora_jax.ops.triton_attention import computed_pairs as triton_pairs
-from nalora_jax.plan.accounting import Collective
+from nalora_jax.plan.collectives import Collective
 from nalora_jax.plan.figures import Figures
 from nalora_jax.plan.machines import Topology
 

@@ -13,7 +13,7 @@ from nalora_jax import distributed
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.plan.accounting import Collective
+from nalora_jax.plan.collectives import Collective
 from nalora_jax.plan.decide import EXHAUSTED, Compiled, Search, decide, is_exhausted
 from nalora_jax.plan.figures import figures
 from nalora_jax.plan.layouts import Layout, decoder_alone, preferred

@@ -25,7 +25,7 @@ _SEED = 20260101  # of the held-out draw: the same in every run
 
 @dataclass(frozen=True)
 class PreferenceItems:
-    """Held-out pairs, and an evaluator for each assembly, which scores the reference once."""
+    """Held-out pairs, and the evaluator of the last assembly, which scores the reference once."""
 
     pairs: tuple[Pair, ...]
     preference: PreferenceConfig
@@ -46,6 +46,7 @@ class PreferenceItems:
         if id(assembly) not in self._evaluators:
             model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
             evaluator = PreferenceEvaluator(model, self.tokenizer, self.pairs, self.preference, mesh=mesh)
+            self._evaluators.clear()  # frees the arrays of an earlier run
             self._evaluators[id(assembly)] = assembly, evaluator  # keeps the assembly, so its id is unique
         return self._evaluators[id(assembly)][1]
 

@@ -43,18 +43,8 @@ HF = {
 }
 
 
-PROTOCOL = """
-question = "Which method learns that the answer is z?"
-models = [BASE]
-baseline = "lora"
-rates = [1e-2, 2e-2]
-tuning_seeds = [0]
-test_seeds = [1, 2]
-evaluate_every = 4
-extend = 1
-
-[run]
-steps = 8
+# Settings of tiny runs and the task, of every protocol on `questions`.
+SETTINGS = """\
 lora.rules = [{pattern = "ffn/gate_proj", rank = 2}]
 train = {batch_size = 4, log_every = 4}
 compute = {dtype = "float32", compilation_cache = false}
@@ -68,7 +58,20 @@ test = "train[80%:]"
 validation_items = 20
 test_items = 20
 data = {max_length = 16}
+"""
+PROTOCOL = """
+question = "Which method learns that the answer is z?"
+models = [BASE]
+baseline = "lora"
+rates = [1e-2, 2e-2]
+tuning_seeds = [0]
+test_seeds = [1, 2]
+evaluate_every = 4
+extend = 1
 
+[run]
+steps = 8
+SETTINGS
 [probes.z_again]
 dataset = QUESTIONS
 split = "train[80%:]"
@@ -85,6 +88,14 @@ about = "the same method from another start"
 placebo_of = "half"
 reseed = 1000
 """
+
+
+def filled(protocol: str, base: Path, questions: Path) -> str:
+    """A protocol with the common settings, the base model and the questions."""
+    texts = {"SETTINGS": SETTINGS, "BASE": json.dumps(str(base)), "QUESTIONS": json.dumps(str(questions))}
+    for name, text in texts.items():
+        protocol = protocol.replace(name, text)
+    return protocol
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +148,7 @@ def make_study(base: Path, questions: Path) -> Callable[[Path], Path]:
 
 
 def write_study(folder: Path, base: Path, questions: Path) -> Path:
-    text = PROTOCOL.replace("BASE", json.dumps(str(base))).replace("QUESTIONS", json.dumps(str(questions)))
+    text = filled(PROTOCOL, base, questions)
     (folder / "protocol.toml").write_text(text)
     return folder
 

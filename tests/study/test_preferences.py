@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from nalora_jax.study.records import Records
 from nalora_jax.study.resources import Resources
 from nalora_jax.study.tables import render
 from nalora_jax.train.assembly import assemble
+from tests.study.conftest import filled
 
 PROTOCOL = """
 question = "Does the adapter prefer z?"
@@ -35,20 +35,7 @@ evaluate_every = 4
 [run]
 steps = 4
 preference.loss = "dpo"
-lora.rules = [{pattern = "ffn/gate_proj", rank = 2}]
-train = {batch_size = 4, log_every = 4}
-compute = {dtype = "float32", compilation_cache = false}
-mesh = {data = 1}
-
-[tasks.z]
-dataset = QUESTIONS
-train = "train[:60%]"
-validation = "train[60%:80%]"
-test = "train[80%:]"
-validation_items = 20
-test_items = 20
-data = {max_length = 16}
-
+SETTINGS
 [methods.b_zero]
 
 [methods.b_zero_2]
@@ -62,7 +49,7 @@ settings.lora.init = "zero_a"
 
 @pytest.fixture
 def pairs_study(base: Path, questions: Path, tmp_path: Path) -> Path:
-    text = PROTOCOL.replace("BASE", json.dumps(str(base))).replace("QUESTIONS", json.dumps(str(questions)))
+    text = filled(PROTOCOL, base, questions)
     (tmp_path / "protocol.toml").write_text(text)
     return tmp_path
 
