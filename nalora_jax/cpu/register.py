@@ -10,4 +10,5 @@ import nalora_jax.cpu.matmul
 import nalora_jax.cpu.programs
 import nalora_jax.cpu.residual_norm
 import nalora_jax.cpu.rounding
-import nalora_jax.cpu.storage  # noqa: F401
+import nalora_jax.cpu.storage
+import nalora_jax.cpu.triangular  # noqa: F401

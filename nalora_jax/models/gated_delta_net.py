@@ -163,7 +163,7 @@ class GatedDeltaNetLayer(nn.Module):
         """Returns the outputs of the delta rule, and the state if rows are whole."""
         sharding = self.options.sharding
         if sharding is None or shared.row is None:
-            return gated_delta_rule(inputs, shared.segments, before)
+            return gated_delta_rule(inputs, shared.segments, before, numerics=self.options.numerics)
         return split_delta_rule(inputs, shared.row, sharding), None
 
     def _convolve(

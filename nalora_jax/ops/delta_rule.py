@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nalora_jax.ops.dispatch import Numerics, operation
+
 CHUNK = 64  # tokens; a shorter row takes the next power of two
 _EPS = 1e-6  # added to the squared norm of queries and keys
 
@@ -39,6 +41,7 @@ def gated_delta_rule(
     segments: jax.Array,
     state: jax.Array | None = None,
     before: jax.Array | None = None,
+    numerics: Numerics = Numerics(),  # noqa: B008
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the outputs ``o`` and the state after the last token.
 
@@ -47,6 +50,7 @@ def gated_delta_rule(
       segments: int ``[batch or 1, seq]``, 0 for padding; each segment is one run of tokens.
       state: float32 ``[batch, groups, n, d_k, d_v]`` before the first token; zero by default.
       before: int ``[batch]``, the segment of the state; 1 by default.
+      numerics: decides how triangular systems are solved.
 
     Returns:
       float32 ``[batch, seq, groups, n, d_v]`` and the state. Outputs of padding have no meaning.
@@ -68,7 +72,8 @@ def gated_delta_rule(
         runs = segment_runs(segments, before[:, None])
     start = state.astype(jnp.float32), before
     # Under `checkpoint` the scan saves its carry, and recomputes the chunk in the backward pass.
-    (last, _), out = lax.scan(jax.checkpoint(_chunk), start, (*chunks, _chunks(runs, size, -1)))
+    step = jax.checkpoint(partial(_chunk, numerics=numerics))
+    (last, _), out = lax.scan(step, start, (*chunks, _chunks(runs, size, -1)))
     # [chunks, batch, groups, n, size, d_v] -> [batch, chunks, size, groups, n, d_v]
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, groups, n, d_v)
     return out[:, :seq], last
@@ -98,13 +103,16 @@ def _chunks(x: jax.Array, size: int, axis: int) -> jax.Array:
     return jnp.moveaxis(jnp.moveaxis(x, 2, axis), 1, 0)
 
 
-def _chunk(carry: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+def _chunk(
+    carry: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...], numerics: Numerics
+) -> tuple[Any, jax.Array]:
     """Returns the state after a chunk, with its segment, and the outputs of the chunk's tokens.
 
     Args:
       carry: state ``[batch, groups, n, d_k, d_v]`` and its segment ``[batch]``.
       chunk: q and k ``[batch, groups, size, d_k]``, v ``[batch, groups, n, size, d_v]``, decays and
         betas ``[batch, groups, n, size]``, segments ``[batch, size]``.
+      numerics: see `gated_delta_rule`.
     """
     (state, before), (q, k, v, decay, beta, runs) = carry, chunk
     q, k = _unit(q) * q.shape[-1] ** -0.5, _unit(k)
@@ -119,7 +127,7 @@ def _chunk(carry: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> 
     of_q, of_k = jnp.split(_product("bgcd,bgnde->bgnce", both, state), 2, axis=3)
     qk, kk = jnp.split(_product("bgcd,bgsd->bgcs", both, k)[:, :, None], 2, axis=3)
     system = jnp.tril(beta[..., None] * kk * pairs, -1)
-    delta = solve_unit(system, beta[..., None] * (v.astype(jnp.float32) - carried * of_k))
+    delta = solve_unit(system, beta[..., None] * (v.astype(jnp.float32) - carried * of_k), numerics)
     out = carried * of_q + _product("bgncs,bgnse->bgnce", qk * pairs, delta)
     decayed = _within(runs[:, -1:] == before[:, None], jnp.exp(last)) * state
     state = decayed + _product("bgcd,bgnce->bgnde", k, remaining * delta)
@@ -142,14 +150,20 @@ def _within(mask: jax.Array, decay: jax.Array) -> jax.Array:
 # ---------------------------------------------------------------- triangular systems
 
 
-@jax.custom_vjp
-def solve_unit(lower: jax.Array, target: jax.Array) -> jax.Array:
+@operation
+def solve_unit(lower: jax.Array, target: jax.Array, numerics: Numerics) -> jax.Array:
     """Returns ``(I + lower)^-1 target`` for strictly lower triangular matrices, in float32 products.
 
     Args:
       lower: ``[..., size, size]``, the size a power of two.
       target: ``[..., size, columns]``.
+      numerics: of the implementation.
     """
+    return _solve_unit(lower, target)
+
+
+@jax.custom_vjp
+def _solve_unit(lower: jax.Array, target: jax.Array) -> jax.Array:
     return _solve_unit_fwd(lower, target)[0]
 
 
@@ -165,7 +179,7 @@ def _solve_unit_bwd(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[j
     return jnp.tril(-back @ jnp.swapaxes(solution, -1, -2), -1), back
 
 
-solve_unit.defvjp(_solve_unit_fwd, _solve_unit_bwd)
+_solve_unit.defvjp(_solve_unit_fwd, _solve_unit_bwd)
 
 
 def _unit_inverse(lower: jax.Array) -> jax.Array:

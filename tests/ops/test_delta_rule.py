@@ -13,7 +13,10 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
 )
 
 from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule, segment_runs, solve_unit
+from nalora_jax.ops.dispatch import Numerics, Platform
+from tests import tiny
 
+PLAIN, ON_CPU = Numerics(), Numerics(platform=Platform("cpu"))
 BATCH, GROUPS, N, D_K, D_V = 2, 2, 2, 8, 4
 LENGTHS = (90, 3, 61)  # segments of a packed row: longer than a chunk, within one, over its end
 
@@ -55,13 +58,14 @@ def test_outputs_and_state_equal_the_recurrence(seq):
     close(ours_state, state)
 
 
-def test_packed_segments_and_their_gradients_equal_separate_rows():
+@pytest.mark.parametrize("numerics", [PLAIN, ON_CPU], ids=["plain", "cpu"])
+def test_packed_segments_and_their_gradients_equal_separate_rows(numerics):
     seq = sum(LENGTHS) + 4
     segments = np.repeat([0, 1, 2, 3, 0], [1, *LENGTHS, 3])[None].repeat(BATCH, axis=0)
     inputs, weights = random_inputs(seq), random_inputs(seq, 1).v
 
     def loss(inputs):
-        out, state = gated_delta_rule(inputs, segments)
+        out, state = gated_delta_rule(inputs, segments, numerics=numerics)
         return jnp.sum(jnp.where((segments > 0)[..., None, None, None], out * weights, 0.0)), (out, state)
 
     gradient, (out, state) = jax.jit(jax.grad(loss, has_aux=True))(inputs)
@@ -96,18 +100,28 @@ def test_padding_belongs_to_the_run_before_it():
     np.testing.assert_array_equal(runs, [[1, 2, 2, 2, 3], [1, 1, 1, 1, 1]])
 
 
-def test_triangular_systems_of_equal_keys_are_solved_exactly():
+@pytest.mark.parametrize("numerics", [PLAIN, ON_CPU], ids=["plain", "cpu"])
+def test_triangular_systems_of_equal_keys_are_solved_exactly(numerics):
     # Powers of this matrix reach 1e17; its inverse is 1 on the diagonal and -1 below it.
     lower = jnp.tril(jnp.ones((CHUNK, CHUNK)), -1)
-    np.testing.assert_array_equal(
-        solve_unit(lower, jnp.ones((CHUNK, 1)))[:, 0], [1.0] + [0.0] * (CHUNK - 1)
-    )
+    solution = solve_unit(lower, jnp.ones((CHUNK, 1)), numerics)
+    np.testing.assert_array_equal(solution[:, 0], [1.0] + [0.0] * (CHUNK - 1))
     system = jnp.tril(jax.random.normal(jax.random.key(0), (3, CHUNK, CHUNK)) / 4, -1)
     target = jax.random.normal(jax.random.key(1), (3, CHUNK, 5))
     exact = np.linalg.solve(np.eye(CHUNK) + np.asarray(system, np.float64), np.asarray(target, np.float64))
-    np.testing.assert_allclose(
-        solve_unit(system, target), exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max()
-    )
+    close_to = {"rtol": 1e-4, "atol": 1e-4 * np.abs(exact).max()}
+    np.testing.assert_allclose(solve_unit(system, target, numerics), exact, **close_to)
+
+
+@pytest.mark.skipif(not tiny.HAS_CPU, reason="the package nalora_jax.cpu was deleted")
+def test_triangular_systems_are_solved_by_substitution_on_one_cpu_device():
+    def primitives(devices: int) -> set[str]:
+        numerics = Numerics(platform=Platform("cpu", devices=devices))
+        jaxpr = jax.make_jaxpr(lambda x: solve_unit(x, x, numerics))(jnp.zeros((4, 4)))
+        return {equation.primitive.name for equation in jaxpr.eqns}
+
+    assert "triangular_solve" in primitives(1)
+    assert "triangular_solve" not in primitives(8)
 
 
 def test_training_saves_one_state_per_chunk():
