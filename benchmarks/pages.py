@@ -29,6 +29,7 @@ WHOLE = ("accelerator",)
 HEADLINES = {
     "versus_peft": (
         *(f"tokens/s, {case}" for case in ("bfloat16 8x128", "float32 8x128", "bfloat16 4x512")),
+        *("tokens/s, bfloat16 8x128, PEFT's autocast, qwen3.5", "tokens/s, float32 8x128, qwen3.5"),
         *(f"peak memory, {case}" for case in ("bfloat16 8x128", "float32 8x128")),
     ),
     "packed": ("useful tokens/s, bfloat16, against PEFT packed by TRL",),
@@ -53,9 +54,10 @@ HEADLINES = {
 HEADER = """# Speed and memory
 
 Figures of `benchmarks/run.py`: SmolLM2-135M, rank 8 on gate, up and down, on two CPU cores, compared with the usual
-alternatives. Both sides of a comparison run on the same machine, in turn, in separate processes, with
-`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`. A figure is the median, with minimum and maximum in brackets; a ratio is the
-ratio of the medians, or the median of paired ratios. The machines are shared: differences below 5% are noise.
+alternatives; "qwen3.5" is a Qwen3.5 of four layers and width 256, on one core. Both sides of a comparison run on the
+same machine, in turn, in separate processes, with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`. A figure is the median, with
+minimum and maximum in brackets; a ratio is the ratio of the medians, or the median of paired ratios. The machines are
+shared: differences below 5% are noise.
 
 **No TPU and no GPU has run this library**; [Pods and GPUs](pods.md) has figures of its compiled programs.
 `python benchmarks/accelerator.py` measures tokens/s, MFU and memory on your accelerator, and compares them with PEFT on
@@ -187,7 +189,8 @@ def describe(case: dict[str, Any]) -> str:
         for name, number in {"": machine["versions"], **separate}.items()
     )
     design = f" {machine['generation']}" if machine.get("generation") else ""
+    cores = "core" if machine["cores"] == 1 else "cores"
     return (
-        f"{machine['cpu']}{design} ({flags}{missing}), {machine['cores']} cores, {machine['memory_gb']:.0f} GB; "
+        f"{machine['cpu']}{design} ({flags}{missing}), {machine['cores']} {cores}, {machine['memory_gb']:.0f} GB; "
         f"Python {machine['python']}, {versions}"
     )

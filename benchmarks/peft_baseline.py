@@ -244,8 +244,10 @@ def main() -> None:
         print(
             f"{name:22} {rate['min']:6.0f} {rate['median']:6.0f} {rate['max']:6.0f} tokens/s {memory['max']:7.0f} MB"
         )
-    suffix = ", checkpointing" if options.checkpointing else ""
-    save("peft_search", f"{options.dtype} {options.batch}x{options.seq}{suffix}", {"search": table})
+    case = f"{options.dtype} {options.batch}x{options.seq}"
+    case += ", checkpointing" if options.checkpointing else ""
+    case += "" if options.architecture == "smollm2" else f", {options.architecture}"
+    save("peft_search", case, {"search": table})
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ PARTS = (
             *_lines(*(f"--dtype {{dtype}} --shape {shape}" for shape in SHAPES)),
             *(f"--dtype bfloat16 --shape {shape} --checkpointing" for shape in SHAPES[:2]),
             "--dtype bfloat16 --shape 8x128 --bf16-mode mixed",
+            "--dtype float32 --shape 8x128 --architecture qwen3.5 --peft-compile",
+            "--dtype bfloat16 --shape 8x128 --architecture qwen3.5 --bf16-mode autocast32",
         ),
         "--rounds 1 --steps 2",
     ),

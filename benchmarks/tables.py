@@ -6,7 +6,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import machines
@@ -80,6 +80,20 @@ def compared_runs(
     """Returns `compared` on field ``key`` of the runs of this library and of ``other``."""
     ours, theirs = (values(runs[name], key) for name in ("nalora_jax", other))
     return compared(what, ours, theirs, limit, digits=digits, unit=unit)
+
+
+def paired_runs(
+    what: str, runs: Mapping[str, Sequence[Mapping[str, Any]]], other: str, key: str, limit: Limit | None
+) -> Row:
+    """Returns `compared_runs` with the median of the rounds' ratios and their range.
+
+    The load of a shared machine changes less within a round than between rounds.
+    """
+    pairs = zip(runs["nalora_jax"], runs[other], strict=True)
+    ratios = [statistics.median(ours[key]) / statistics.median(theirs[key]) for ours, theirs in pairs]
+    spread = f"{ratio_text(min(ratios))} to {ratio_text(max(ratios))}"
+    row = compared_runs(what, runs, other, key, limit)
+    return replace(row, ratio=statistics.median(ratios), spread=spread)
 
 
 def spread(measured: Sequence[float], digits: int = 0, unit: str = "") -> str:

@@ -142,18 +142,20 @@ def main() -> None:
     assembly = assemble(run_config(options), base, params, mesh)
     state, step, params = assembly.state, assembly.step, assembly.view(params)
     batches = batches_of(options, base.vocab_size, mesh)
-    losses, seconds = [], []
+    losses, seconds, busy = [], [], []
     compile_ahead(step, params, state, batches[0])
     for i, batch in enumerate(batches):
-        began = time.perf_counter()
+        began, began_busy = time.perf_counter(), time.process_time()
         state, metrics = step(params, state, batch)
         losses.append(float(metrics["loss"]))
         if i == 0:
             done_at = time.time()
         seconds.append(time.perf_counter() - began)
+        busy.append(time.process_time() - began_busy)
     speeds = [options.batch * options.seq / s for s in seconds[options.warmup :]]
     record = {
         "seconds": seconds[options.warmup :],
+        "cpu_seconds_per_step": busy[options.warmup :],
         "tokens_per_second": speeds,
         "summary": summary(speeds) if speeds else None,
         "losses": losses,

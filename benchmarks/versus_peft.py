@@ -4,7 +4,8 @@
     python benchmarks/versus_peft.py --dtype float32 --shape 8x128 --add            # additional rounds
     python benchmarks/versus_peft.py --dtype bfloat16 --shape 8x256 --checkpointing
     python benchmarks/versus_peft.py --dtype float32 --peft-compile                # the faster way on a CPU with AMX
-    python benchmarks/versus_peft.py --dtype float32 --architecture qwen3.5 --method lora
+    python benchmarks/versus_peft.py --dtype float32 --architecture qwen3.5 --peft-compile
+    python benchmarks/versus_peft.py --dtype bfloat16 --architecture qwen3.5 --bf16-mode autocast32
 
 Processes alternate in random order; each runs --steps timed steps. PEFT runs at the best settings
 that peft_baseline.py knows for the dtype; with --checkpointing both rematerialize whole layers, for
@@ -19,10 +20,12 @@ import argparse
 from typing import Any
 
 from common import ARCHITECTURES, add_rounds, alternate_processes, compare, script
-from tables import Limit, Row, at_least, at_most, compared_runs, has_amx, requirements
+from tables import Limit, Row, at_least, at_most, compared_runs, has_amx, paired_runs, requirements
 
 TITLE = "Training against transformers + PEFT"
 SHORT = "Training, PEFT"
+# How bfloat16 is used by PEFT, and the words for it in a case's name (see peft_baseline.py).
+PEFT_MODES = {"pure": "", "mixed": ", PEFT's float32 adapters", "autocast32": ", PEFT's autocast"}
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
@@ -33,13 +36,18 @@ def rows(record: dict[str, Any]) -> list[Row]:
         slower = result["settings"]["checkpointing"] or result["settings"].get("bf16_mode") == "mixed"
         fast = None if slower else _speed_limit(result)
         runs, small = result["runs"], _memory_limit(result)
-        speeds.append(compared_runs(f"tokens/s, {case}", runs, "peft", "tokens_per_second", fast))
+        speed = compared_runs if _is_smollm2(result) else paired_runs
+        speeds.append(speed(f"tokens/s, {case}", runs, "peft", "tokens_per_second", fast))
         memory.append(compared_runs(f"peak memory, {case}", runs, "peft", "peak_rss_mb", small, unit="MB"))
     return speeds + memory
 
 
+def _is_smollm2(result: dict[str, Any]) -> bool:
+    return result["settings"].get("architecture", "smollm2") == "smollm2"
+
+
 def _speed_limit(result: dict[str, Any]) -> Limit:
-    if result["settings"].get("architecture", "smollm2") != "smollm2":
+    if not _is_smollm2(result):
         return at_least(0.8)
     if not has_amx(result):
         return at_least(1.2)
@@ -51,7 +59,7 @@ def _speed_limit(result: dict[str, Any]) -> Limit:
 
 def _memory_limit(result: dict[str, Any]) -> Limit | None:
     settings = result["settings"]
-    if settings.get("architecture", "smollm2") != "smollm2":
+    if not _is_smollm2(result):
         return None
     if settings["checkpointing"]:
         return at_most(0.75) if settings["dtype"] == "bfloat16" else None
@@ -78,9 +86,9 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="PEFT with gradient checkpointing")
     parser.add_argument(
         "--bf16-mode",
-        choices=("pure", "mixed"),
+        choices=tuple(PEFT_MODES),
         default="pure",
-        help="mixed: PEFT's default, float32 adapters",
+        help="mixed: PEFT's default, float32 adapters; autocast32: torch.autocast over a float32 base",
     )
     parser.add_argument(
         "--peft-compile",
@@ -114,7 +122,7 @@ def main() -> None:
         }
 
     kind = ", PEFT checkpointing" if options.checkpointing else ""
-    kind += ", PEFT's float32 adapters" if options.bf16_mode == "mixed" else ""
+    kind += PEFT_MODES[options.bf16_mode]
     kind += "" if options.architecture == "smollm2" else f", {options.architecture}"
     case = f"{options.dtype} {options.shape}{kind}"
     alternate_processes(commands(1), rounds=1)

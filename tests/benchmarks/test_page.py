@@ -170,6 +170,10 @@ def test_what_is_required_depends_on_the_cpu(run, amx):
     speed, memory = versus.rows({"cases": {"one": {"machine": machine, **_versus([1.3], [1.0])}}})
     assert (speed.verdict == "met") == (not amx)  # 1.4 with AMX, 1.2 without
     assert memory.limit.value == (0.5 if amx else 0.8)
+    other = _versus([0.9], [1.0])
+    other["settings"]["architecture"] = "qwen3.5"
+    speed, memory = versus.rows({"cases": {"one": {"machine": machine, **other}}})
+    assert (speed.limit.value, speed.verdict, memory.limit) == (0.8, "met", None)
 
 
 def test_the_least_flops_of_a_step_are_those_of_its_products(run):
