@@ -38,7 +38,6 @@ ADAPTER = "../vllm"  # seen from the folder of a request
 
 def tests() -> Any:
     """Returns the module of the parity tests, which builds the models and the adapters."""
-    sys.path.insert(0, str(ROOT))
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
 

@@ -6,28 +6,18 @@ CPU takes.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
-WINDOW, ORIGINAL = 8, 16  # prompts are longer
+sys.path.append(str(Path(__file__).parents[1]))
+from tests.models.family_fields import GRANITE, LLAMA3, WINDOW, YARN
+
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 192,
     "head_dim": 32,
     "max_position_embeddings": 128,
-}
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1e4,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": ORIGINAL,
-}
-_YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e4,
-    "factor": 4.0,
-    "original_max_position_embeddings": ORIGINAL,
 }
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _SHARED = {**_EXPERTS, "shared_expert_intermediate_size": 96}
@@ -50,22 +40,16 @@ _GEMMA4 = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     },
 }
-_GRANITE = {
-    "embedding_multiplier": 6.0,
-    "attention_multiplier": 0.2,
-    "residual_multiplier": 0.4,
-    "logits_scaling": 4.0,
-}
 
 # By name: the family (model_type of config.json), the features, and the fields of config.json.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("llama", "llama3 RoPE", {"rope_parameters": _LLAMA3}),
+    "llama": ("llama", "llama3 RoPE", {"rope_parameters": LLAMA3}),
     "mistral": ("mistral", "sliding window", {"sliding_window": WINDOW}),
     "ministral3": (
         "ministral3",
         "YaRN, query scale by position",
         {
-            "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
         },
     ),
     "qwen2": ("qwen2", "qkv biases", {}),
@@ -118,17 +102,17 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "sliding_window": WINDOW,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
             "rope_parameters": {
-                "full_attention": _YARN,
+                "full_attention": YARN,
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             },
         },
     ),
     "smollm3": ("smollm3", "every fourth layer without RoPE", {}),
-    "granite": ("granite", "four multipliers", _GRANITE),
+    "granite": ("granite", "four multipliers", GRANITE),
     "granite_swa": (
         "granite_swa",
         "windows, attention sinks, a rotary base per layer",
-        {**_GRANITE, "sliding_window": WINDOW, "layer_rope_theta": [1e4, 0.0, 1e2, 1e4]},
+        {**GRANITE, "sliding_window": WINDOW, "layer_rope_theta": [1e4, 0.0, 1e2, 1e4]},
     ),
     "lfm2": (
         "lfm2",
@@ -157,7 +141,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
             "sliding_window": WINDOW,
-            "rope_parameters": {**_YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+            "rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
         },
     ),
     "glm4_moe": (

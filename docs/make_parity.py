@@ -5,7 +5,6 @@ python docs/make_parity.py          # minutes; needs the extra `test`
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -53,13 +52,9 @@ def load_tests() -> ModuleType:
     import jax
 
     jax.config.update("jax_default_matmul_precision", "highest")
-    spec = importlib.util.spec_from_file_location("test_families", ROOT / "tests/models/test_families.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module
+    from tests.models import test_families
+
+    return test_families
 
 
 def row(tests: ModuleType, case: object) -> str:

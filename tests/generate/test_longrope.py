@@ -9,7 +9,8 @@ import torch
 
 from nalora_jax.evaluate.likelihood import score_groups
 from nalora_jax.generate import Generator
-from tests.models.test_families import LONGROPE, ORIGINAL, SIZES, Case, build, reference
+from tests.models.family_fields import ORIGINAL
+from tests.models.test_families import LONGROPE, SIZES, Case, build, reference
 from tests.test_generate import byte_tokenizer
 
 # Prompts that end 0 to 12 tokens before the switch, and two after it.

@@ -28,6 +28,7 @@ from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.keymaps import keymap_for, params_from_tensors, tensors_from_params
 from nalora_jax.weights.merge import merged_tensors
+from tests.models.family_fields import GRANITE, LLAMA3, ORIGINAL, WINDOW, YARN
 
 # Largest logit difference over the largest logit; at most 1.05e-5, with JAX 0.12.
 TOLERANCE = 2e-5
@@ -43,17 +44,7 @@ SIZES = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
-# Lengths that pass the sliding windows (8) and the original contexts (16) below.
-SEQ, SHORT, WINDOW, ORIGINAL = 40, 20, 8, 16
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1e4,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": ORIGINAL,
-}
+SEQ, SHORT = 40, 20  # longer than the sliding windows and the original contexts
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -276,14 +267,7 @@ CASES = (
     Case(
         "granite",
         "embedding, attention, residual and logit multipliers, biases",
-        {
-            "embedding_multiplier": 6.0,
-            "attention_multiplier": 0.3,
-            "residual_multiplier": 0.4,
-            "logits_scaling": 4.0,
-            "attention_bias": True,
-            "mlp_bias": True,
-        },
+        {**GRANITE, "attention_bias": True, "mlp_bias": True},
     ),
     Case(
         "qwen3_5_text",
@@ -343,10 +327,7 @@ CASES = (
             "sliding_window": WINDOW,
             "layer_rope_theta": [1e4, 0.0, 1e2, 1e4],
             "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
-            "embedding_multiplier": 6.0,
-            "attention_multiplier": 0.3,
-            "residual_multiplier": 0.4,
-            "logits_scaling": 4.0,
+            **GRANITE,
             "attention_bias": True,
             "mlp_bias": True,
             "tie_word_embeddings": False,

@@ -24,6 +24,7 @@ from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.keymaps import params_from_tensors
 from nalora_jax.weights.peft import export_adapter
+from tests.models.family_fields import YARN
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 64,
@@ -41,13 +42,7 @@ CONFIG: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": None,
     "eos_token_id": None,
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 1e4,
-        "factor": 4.0,
-        "original_max_position_embeddings": 16,
-        "truncate": False,
-    },
+    "rope_parameters": YARN | {"truncate": False},
 }
 RANK, ALPHA = 3, 5.0
 
