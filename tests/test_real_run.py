@@ -20,7 +20,7 @@ from nalora_jax.data.items import ChoiceItem
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.evaluate.likelihood import Score
 from nalora_jax.evaluate.multiple_choice import predict, score_choices
-from nalora_jax.loading.adapted import load
+from nalora_jax.loading.adapted import AdaptedModel, load
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights import hub
 from nalora_jax.weights.merge import write_merged
@@ -28,10 +28,10 @@ from tests import xla_options
 
 pytestmark = [pytest.mark.network, pytest.mark.optimised]
 
-QUESTIONS = 2
+QUESTIONS = 1
 TRAINING = (
-    "--steps 6 --optimizer.learning-rate 4e-3 --compute.dtype float32 --compute.no-compilation-cache "
-    "--data.max-length 64 --data.train-limit 100 --data.eval-limit 4 --data.select-limit 2 "
+    "--steps 3 --optimizer.learning-rate 8e-3 --compute.dtype float32 --compute.no-compilation-cache "
+    "--data.max-length 64 --data.train-limit 100 --data.eval-limit 2 --data.select-limit 2 "
     "--train.batch-size 4 --train.eval-every 0 --train.save-every 0"
 )
 
@@ -61,14 +61,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.fixture(scope="module")
-def questions(folders: dict[str, Path]) -> list[ChoiceItem]:
-    tokenizer = load(folders["run"], dtype="float32").base.tokenizer
-    return eval_examples(DataConfig(), tokenizer, limit=QUESTIONS)
-
-
-def scores_here(model: Path, questions: Sequence[ChoiceItem]) -> list[list[Score]]:
-    loaded = load(model, dtype="float32")
+def scores_here(model: Path | AdaptedModel, questions: Sequence[ChoiceItem]) -> list[list[Score]]:
+    loaded = load(model, dtype="float32") if isinstance(model, Path) else model
     return score_choices(loaded.module, loaded.variables, questions)
 
 
@@ -113,13 +107,13 @@ def values(scores: Sequence[Sequence[Score]]) -> np.ndarray:
     return np.array([score.log_prob for row in scores for score in row])
 
 
-def test_peft_transformers_and_this_library_answer_alike(
-    folders: dict[str, Path], questions: list[ChoiceItem]
-) -> None:
+def test_peft_transformers_and_this_library_answer_alike(folders: dict[str, Path]) -> None:
     import torch
     import transformers
 
-    original = load(folders["run"], dtype="float32").base
+    adapted = load(folders["run"], dtype="float32")
+    original = adapted.base
+    questions = eval_examples(DataConfig(), original.tokenizer, limit=QUESTIONS)
     write_merged(
         folders["base"],
         original.config,
@@ -133,7 +127,7 @@ def test_peft_transformers_and_this_library_answer_alike(
     base = transformers.AutoModelForCausalLM.from_pretrained(folders["base"], dtype=torch.float32)
     untrained = scores_in_torch(base, tokenizer, questions)
     scores = {
-        "this library, the run": scores_here(folders["run"], questions),
+        "this library, the run": scores_here(adapted, questions),
         "this library, the imported adapter": scores_here(folders["import"], questions),
         "this library, the merged folder": scores_here(folders["merge"], questions),
         "PEFT, the exported adapter": scores_in_torch(

@@ -357,11 +357,14 @@ def _shared_inputs(
 @partial(jax.jit, static_argnums=(0, 2))
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
     """Returns random base weights for tests and benchmarks; values differ between platforms."""
-    # Threefry would take seconds to compile, once per leaf.
+    # Threefry takes seconds to compile, and so does a draw per leaf with any generator.
     key = jax.random.wrap_key_data(jnp.resize(jax.random.key_data(key), (4,)), impl="rbg")
-    leaves = {}
-    for i, (path, shape) in enumerate(param_shapes(config).items()):
-        noise = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
+    shapes = param_shapes(config)
+    draws = jax.random.normal(key, (sum(map(math.prod, shapes.values())),), jnp.float32)
+    leaves, start = {}, 0
+    for path, shape in shapes.items():
+        noise = draws[start : start + math.prod(shape)].reshape(shape)
+        start += math.prod(shape)
         if path.endswith("/scale"):
             # Norms of encoders and of linear attention have no offset.
             plain = path.startswith(("image/", "unused/")) or path.endswith("linear_attn/norm/scale")

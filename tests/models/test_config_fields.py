@@ -140,8 +140,9 @@ def test_a_field_changes_our_model_if_it_changes_theirs(family: str) -> None:
     acting = set()
     for name, value in other_values(base).items():
         raw = base | {name: value}
-        after, changed = logits(raw), ours(raw)
-        if after is None or changed is None:
+        changed = ours(raw)
+        after = None if changed is None else logits(raw)
+        if after is None:
             continue
         same = before.shape == after.shape and torch.equal(before, after)
         assert same == (changed == plain), f"{name}: {value!r}"

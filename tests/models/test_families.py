@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -618,9 +619,9 @@ def random_adapters(config: ModelConfig) -> tuple[dict, AdapterSpec]:
 
 
 def kernel_gradients(
-    pair: Pair, merged: dict, tokens: np.ndarray, real: np.ndarray
+    pair: Pair, merged: dict, tokens: np.ndarray, real: np.ndarray, dtype: torch.dtype
 ) -> dict[str, np.ndarray]:
-    """transformers' gradients of the mean loss with the weights ``merged``, in float64, by our paths.
+    """transformers' gradients of the mean loss with the weights ``merged``, by our paths.
 
     Without a mask of the padding, which follows all real tokens: in float64 transformers returns NaN for a
     padding token whose window has padding only.
@@ -635,7 +636,7 @@ def kernel_gradients(
                 folder,
                 attn_implementation="eager",
                 experts_implementation="eager",  # the others have no float64
-                dtype=torch.float64,
+                dtype=dtype,
             )
             .eval()
         )
@@ -651,19 +652,41 @@ def kernel_gradients(
     return flatten(params_from_tensors(pair.config, gradients.__getitem__))
 
 
-def measure_gradients(case: Case) -> float:
-    """Largest difference of the adapters' gradients over the largest entry of their leaf, right padding.
+def chain_rule(
+    spec: AdapterSpec, lora: dict[str, Any], kernels: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Gradients of A and B from those of the merged weights W + s A B."""
+    leaves, gradients = flatten(lora), {}
+    for path, _ in spec.targets:
+        kernel, scale = kernels[f"{path}/kernel"], spec.scales(path)[0]
+        a, b = leaves[f"{path}/a"], leaves[f"{path}/b"]
+        gradients[f"{path}/a"] = scale * kernel @ b.swapaxes(-1, -2)
+        gradients[f"{path}/b"] = scale * a.swapaxes(-1, -2) @ kernel
+    return gradients
 
-    The reference is the chain rule on transformers' gradients of the merged weights W + s A B.
+
+def largest_error(values: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:
+    """Largest difference over the largest entry of its leaf; NaN if any is."""
+    errors = [np.abs(values[path] - leaf).max() / np.abs(leaf).max() for path, leaf in reference.items()]
+    return float(np.max(errors))
+
+
+def measure_gradients(case: Case) -> tuple[float, float]:
+    """Largest error of the adapters' gradients against transformers in float64, right padding.
+
+    The second number is the error of transformers in float32, if ours is above 1e-4, and else 0: for some tokens
+    these random models amplify rounding.
     """
     pair, tokens = build(case), random_tokens(2, SEQ)
     real = np.arange(SEQ)[None] < np.array([SEQ - 3, SEQ - 3 if case.one_length else SHORT])[:, None]
     tokens = np.where(real, tokens, 0)
     lora, spec = random_adapters(pair.config)
-    reset_rope(pair)
-    theirs = kernel_gradients(
-        pair, dict(merged_tensors(pair.config, pair.params, lora, spec)), tokens, real
-    )
+    merged = dict(merged_tensors(pair.config, pair.params, lora, spec))
+
+    def theirs(dtype: torch.dtype) -> dict[str, np.ndarray]:
+        reset_rope(pair)
+        return chain_rule(spec, lora, kernel_gradients(pair, merged, tokens, real, dtype))
+
     model = Decoder(pair.config, spec)
 
     @jax.jit
@@ -675,15 +698,9 @@ def measure_gradients(case: Case) -> float:
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1)[..., 0]
         return jnp.sum(losses * real[:, 1:]) / real[:, 1:].sum()
 
-    gradients, leaves, errors = flatten(ours(lora)), flatten(lora), []
-    for path, _ in spec.targets:
-        kernel, scale = theirs[f"{path}/kernel"], spec.scales(path)[0]
-        a, b = leaves[f"{path}/a"], leaves[f"{path}/b"]
-        expected = {"a": scale * kernel @ b.swapaxes(-1, -2), "b": scale * a.swapaxes(-1, -2) @ kernel}
-        for name, gradient in expected.items():
-            error = np.abs(gradients[f"{path}/{name}"] - gradient).max()
-            errors.append(error / np.abs(gradient).max())
-    return float(np.max(errors))  # NaN if any is
+    expected = theirs(torch.float64)
+    error = largest_error(flatten(ours(lora)), expected)
+    return error, largest_error(theirs(torch.float32), expected) if error > 1e-4 else 0.0
 
 
 # The continuation needs a program of its own to compile: one case per family, and RoPE that changes as it grows.
@@ -733,7 +750,8 @@ def test_greedy_continuation_with_cache_is_identical(case):
 
 @pytest.mark.parametrize("case", GREEDY, ids=by_name)
 def test_adapters_get_the_gradients_of_transformers(case):
-    assert measure_gradients(case) <= 1e-4
+    error, rounding = measure_gradients(case)
+    assert error <= max(1e-4, 4 * rounding)
 
 
 def test_every_family_has_a_case():
