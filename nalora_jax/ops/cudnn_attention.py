@@ -1,8 +1,8 @@
 """cuDNN's flash attention on a GPU, through `jax.nn.dot_product_attention`.
 
 It stores no ``[seq, seq]`` probabilities, but visibility is passed as a mask of that size. Long
-rows therefore use `nalora_jax.ops.triton_attention`. Cached keys, dropout, soft caps, sinks, and shapes
-that cuDNN rejects use the plain function.
+rows therefore use `nalora_jax.ops.triton_attention`. A sink is passed as one more key. Cached keys,
+dropout, soft caps, and shapes that cuDNN rejects use the plain function.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 CUDNN = Implementation("cudnn", platform="gpu")
 # bytes of a mask; for longer rows a kernel that compares segments is faster
 _LARGEST_BIAS = 256 << 20
+# Positions and columns that hold a sink. cuDNN takes even lengths and widths that 8 divides.
+_SINK_POSITIONS, _SINK_COLUMNS = 2, 8
 
 
 @CUDNN.implements(attention)
@@ -42,18 +44,60 @@ def cudnn_attention(
     sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `attention` if cuDNN supports the arguments."""
-    fits = (
-        numerics.operand == "bfloat16" and takes(q.shape[1], q.shape[-1], config.softcap) and sinks is None
-    )
+    fits = numerics.operand == "bfloat16" and takes(q.shape[1], q.shape[-1], config.softcap)
     if not fits or cached is not None or drops(config, dropout_rng) or starts is not None:
         return NotImplemented
     if numerics.implementation == AUTO and not fits_as_bias(_rows(q, config), q.shape[1]):
         return NotImplemented
-    if not compiles(q.shape, keys.k.shape, config.scale, numerics.platform.kind):
+    shapes = [x.shape if sinks is None else _with_sink(x.shape) for x in (q, keys.k)]
+    if not compiles(*shapes, config.scale, numerics.platform.kind):
         return NotImplemented
     visible = visibility(keys.positions, keys.segments, keys.positions, keys.segments, window)
     q, k, v = (round_and_save(x, numerics) for x in (q, keys.k, keys.v))
-    return dot_product(q, k, v, visible, config.scale, numerics.operand, "cudnn").astype(numerics.result)
+    attend = partial(dot_product, scale=config.scale, operand=numerics.operand, implementation="cudnn")
+    if sinks is None:
+        return attend(q, k, v, visible).astype(numerics.result)
+    operands = with_sink_key(q, k, v, visible, sinks, config.scale)
+    out = attend(*operands)[:, _SINK_POSITIONS:, :, : q.shape[-1]]
+    return out.astype(numerics.result)
+
+
+def with_sink_key(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, sinks: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns the operands of `dot_product` with one more key, whose score is the sink and whose value is 0.
+
+    The key is the first position, which all queries see. The second position is hidden and makes the length
+    even. Sinks differ between the query heads that share a key head. Queries therefore hold the sink, as the
+    sum of two bf16 numbers, in columns in which only the new key is not 0.
+
+    Args:
+      q: ``[batch, seq, heads, head_dim]``.
+      k: ``[batch, seq, kv_heads, head_dim]``.
+      v: the same.
+      visible: bool ``[batch or 1, seq, seq]``.
+      sinks: ``[heads]``.
+      scale: multiplies q . k.
+
+    Returns:
+      The same with ``seq + 2`` and ``head_dim + 8``; the results of `dot_product` start at position 2.
+    """
+    scores = jax.lax.stop_gradient(sinks) / scale
+    high = jax.lax.reduce_precision(scores, exponent_bits=8, mantissa_bits=7)
+    columns = slice(q.shape[-1], q.shape[-1] + 2)
+    before = (_SINK_POSITIONS, 0)
+    q, k, v = (jnp.pad(x, ((0, 0), before, (0, 0), (0, _SINK_COLUMNS))) for x in (q, k, v))
+    in_columns = jnp.stack([high, scores - high], axis=-1).astype(q.dtype)
+    q = q.at[:, _SINK_POSITIONS:, :, columns].set(in_columns)
+    k = k.at[:, 0, :, columns].set(1)
+    visible = jnp.pad(visible, ((0, 0), before, before)).at[:, :, 0].set(True)
+    return q, k, v, visible
+
+
+def _with_sink(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of queries or keys with the positions and columns of a sink."""
+    rows, seq, heads, dim = shape
+    return rows, seq + _SINK_POSITIONS, heads, dim + _SINK_COLUMNS
 
 
 def takes(seq: int, head_dim: int, softcap: float | None) -> bool:

@@ -113,11 +113,11 @@ def attention_kernel(where: Topology, base: ModelConfig, rows: float, seq: int, 
         return split_triton.NAME if base.head_dim in split_triton.HEAD_DIMS else ""
     if where.chip.platform == SPLASH.platform and takes(seq, base.head_dim):
         return SPLASH.name
-    if base.attn_sinks:  # no kernel of a GPU has them
-        return ""
     by_cudnn = cudnn_takes(seq, base.head_dim, base.attn_softcap) and fits_as_bias(rows, seq)
     if where.chip.platform == CUDNN.platform and by_cudnn:
         return CUDNN.name
+    if base.attn_sinks:
+        return ""
     shape = (base.head_dim, base.layer_windows, base.attn_softcap)
     if where.chip.platform == TRITON.platform and triton_takes(seq, *shape):
         return TRITON.name

@@ -136,6 +136,29 @@ def test_what_cudnn_is_given_equals_the_plain_function(window):
     )
 
 
+@pytest.mark.parametrize("window", [FAR, 40])
+def test_cudnn_with_sinks_equals_the_plain_function(monkeypatch, window):
+    """Results and gradients, with JAX's own function on its XLA implementation in place of cuDNN."""
+    shapes = []
+    monkeypatch.setattr(cudnn_attention, "compiles", lambda q, k, *_: shapes.append((q, k)) or True)
+    monkeypatch.setattr(
+        cudnn_attention,
+        "dot_product",
+        lambda *operands, **_: dot_product(*operands, 0.125, "float32", "xla"),
+    )
+    sinks = jnp.array([-2.0, 0.5, 3.0, 20.0])  # the last one takes all
+    half = {"operand": "bfloat16", "residual": "float32"}
+    ours, plain = (
+        values_and_gradients(name, window, AttentionConfig(0.125), sinks=sinks, **options)
+        for name, options in (("cudnn", half), ("xla", {}))
+    )
+    assert shapes == [((2, SEQ + 2, HEADS, DIM + 8), (2, SEQ + 2, KV_HEADS, DIM + 8))]
+    without = values_and_gradients("xla", window, AttentionConfig(0.125))
+    for array, expected, other in zip(ours, plain, without, strict=True):
+        np.testing.assert_allclose(array, expected, atol=2e-4)
+        assert np.max(np.abs(expected - other)) > 0.1
+
+
 @pytest.mark.parametrize(
     ("platform", "seq", "softcap", "dropout", "expected"),
     [
@@ -155,7 +178,7 @@ def test_the_numerics_platform_chooses(monkeypatch, platform, seq, softcap, drop
     """Whatever this machine has: the program is traced for the platform of its mesh."""
     monkeypatch.setattr(cudnn_attention, "compiles", lambda *_: True)
     asked = []
-    monkeypatch.setattr(cudnn_attention, "dot_product", lambda q, *_: asked.append("cudnn") or q)
+    monkeypatch.setattr(cudnn_attention, "dot_product", lambda q, *_, **__: asked.append("cudnn") or q)
     q, k = jnp.zeros((1, seq, HEADS, DIM)), jnp.zeros((1, seq, KV_HEADS, DIM))
     keys = Keys(k, k, jnp.zeros((1, seq), int), jnp.zeros((1, seq), int))
     numerics = numerics_for("bfloat16", Platform(platform, "", devices), "auto")
@@ -230,7 +253,7 @@ def test_triton_on_a_mesh_equals_the_plain_function():
 def test_long_rows_are_not_given_visibility_as_an_array(monkeypatch, seq, windows, named, expected):
     monkeypatch.setattr(cudnn_attention, "compiles", lambda *_: True)
     asked = []
-    monkeypatch.setattr(cudnn_attention, "dot_product", lambda q, *_: asked.append("cudnn") or q)
+    monkeypatch.setattr(cudnn_attention, "dot_product", lambda q, *_, **__: asked.append("cudnn") or q)
     q, k = (jax.ShapeDtypeStruct((1, seq, heads, DIM), jnp.bfloat16) for heads in (HEADS, KV_HEADS))
     segments = jax.ShapeDtypeStruct((1, seq), jnp.int32)
     numerics = numerics_for("bfloat16", Platform("gpu", "NVIDIA H100 80GB HBM3", 1), named)
