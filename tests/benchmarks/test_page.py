@@ -192,3 +192,11 @@ def test_growth_exponents_are_slopes_of_the_last_doubling(run):
     tables = importlib.import_module("tables")
     assert tables.growth_exponent([1, 2, 4], [5.0, 1.0, 4.0]) == pytest.approx(2.0)
     assert tables.growth_exponent([10, 20], [3.0, 3.0]) == pytest.approx(0.0)
+
+
+def test_ratios_of_rounds_are_paired(run):
+    tables = importlib.import_module("tables")
+    speeds = {"nalora_jax": (1.0, 10.0, 3.0), "peft": (1.0, 5.0, 2.0)}
+    runs = {name: [{"speed": [value]} for value in values] for name, values in speeds.items()}
+    row = tables.paired_runs("speed", runs, "peft", "speed", None)
+    assert (row.ratio, row.spread) == (1.5, "1.000 to 2.00")
