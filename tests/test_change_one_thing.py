@@ -43,17 +43,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "change_one_thing.md"
 FILES = dict(
     re.findall(r'```python title="(\w+)\.py"\n(.*?)```', PAGE.read_text(encoding="utf-8"), re.DOTALL)
 )
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "hidden_act": "silu",
-    "max_position_embeddings": 32,
-    "tie_word_embeddings": True,
-}
+LLAMA = tiny.HF | {"vocab_size": 40, "intermediate_size": 24}
 
 
 @pytest.fixture

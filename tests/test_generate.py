@@ -29,6 +29,7 @@ from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.tokenizer import Tokenizer
+from tests import tiny
 
 VOCAB = 257
 
@@ -44,21 +45,8 @@ def byte_tokenizer(eos_ids: Sequence[int] = (256,)) -> Tokenizer:
 
 
 def tiny_config() -> ModelConfig:
-    return ModelConfig.from_hf(
-        {
-            "model_type": "llama",
-            "vocab_size": VOCAB,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 96,
-            "hidden_act": "silu",
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": True,
-        }
-    )
+    sizes = {"vocab_size": VOCAB, "intermediate_size": 48, "max_position_embeddings": 96}
+    return ModelConfig.from_hf(tiny.GROUPED | sizes)
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import tokenizers
 from safetensors.numpy import load_file, save_file
-from tokenizers import models, pre_tokenizers
 
 from nalora_jax import running, trees
 from nalora_jax.__main__ import main
@@ -37,11 +35,7 @@ from nalora_jax.data.source import RecordsSource
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.loading.adapted import load
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import init_params
-from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.runs import start, text_pieces
-from nalora_jax.tokenizer import Tokenizer
-from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import import_adapter
 from tests import tiny
 
@@ -49,51 +43,19 @@ pytestmark = pytest.mark.usefixtures("surroundings")
 
 nalora_run = importlib.import_module("nalora_jax.job")
 
-WORDS = ["<end>", "<unk>", *string.ascii_lowercase]
-HF = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": len(WORDS),
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "hidden_act": "silu",
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-}
+HF = tiny.HF | {"intermediate_size": 64}
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama as a Hugging Face folder; its words are letters."""
-    backend = tokenizers.Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
-    )
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(["<end>"])
-    config = ModelConfig.from_hf(HF)
-    params = jax.tree.map(lambda leaf: 2 * leaf, init_params(config, jax.random.key(0)))
-    folder = tmp_path_factory.mktemp("models") / "base"
-    tokenizer = Tokenizer(backend, None, 0, 0, (0,), chat_template=None, add_bos=False)
-    return write_merged(folder, config, params, None, AdapterSpec(), hf_config=HF, tokenizer=tokenizer)
+    return tiny.make_model(tmp_path_factory.mktemp("models") / "base", HF)
 
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The answer is always z: a few steps learn that."""
-    path = tmp_path_factory.mktemp("data") / "z.jsonl"
-    rng = np.random.default_rng(0)
-    letters = list(string.ascii_lowercase[:-1])
-    with path.open("w") as file:
-        for _ in range(300):
-            a, b, c = rng.choice(letters, 3, replace=False)
-            record = {"prompt": f"{a} {b}", "completion": " z", "choices": [str(c), "z"], "gold": 1}
-            file.write(json.dumps(record) + "\n")
-    return path
+    return tiny.make_questions(tmp_path_factory.mktemp("data") / "z.jsonl", 300)
 
 
 @pytest.fixture(scope="module")
@@ -543,7 +505,7 @@ def _settings_of(name: str, **changes: Any) -> Any:
 def _larger_tokenizer(folder: Path) -> None:
     path = folder / "tokenizer.json"
     values = json.loads(path.read_text())
-    values["model"]["vocab"]["more"] = len(WORDS)
+    values["model"]["vocab"]["more"] = len(tiny.WORDS)
     path.write_text(json.dumps(values))
 
 

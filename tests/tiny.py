@@ -63,6 +63,8 @@ HF = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
+# A wider model, each of whose key heads serves two query heads.
+GROUPED = HF | {"vocab_size": 96, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 
 
 def new_cache(folder: Path) -> str:
@@ -87,17 +89,24 @@ def on_one_device(folder: Path) -> Iterator[None]:
         yield
 
 
-def make_model(folder: Path) -> Path:
-    """The model as a Hugging Face folder."""
+def word_tokenizer(words: Sequence[str] = WORDS, chat_template: str | None = None) -> Tokenizer:
+    """A tokenizer of ``words``, the first of which ends a text."""
     backend = tokenizers.Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens(["<end>"])
-    config = ModelConfig.from_hf(HF)
-    params = jax.tree.map(lambda leaf: 2 * leaf, init_params(config, jax.random.key(0)))
-    tokenizer = Tokenizer(backend, None, 0, 0, (0,), chat_template=None, add_bos=False)
-    return write_merged(folder, config, params, None, AdapterSpec(), hf_config=HF, tokenizer=tokenizer)
+    return Tokenizer(backend, None, 0, 0, (0,), chat_template)
+
+
+def make_model(
+    folder: Path, hf: Mapping[str, Any] = HF, tokenizer: Tokenizer | None = None, spread: float = 2.0
+) -> Path:
+    """A model as a Hugging Face folder; its weights are ``spread`` times as large as new ones."""
+    config = ModelConfig.from_hf(hf)
+    params = jax.tree.map(lambda leaf: spread * leaf, init_params(config, jax.random.key(0)))
+    options: dict[str, Any] = {"hf_config": hf, "tokenizer": tokenizer or word_tokenizer()}
+    return write_merged(folder, config, params, None, AdapterSpec(), **options)
 
 
 @partial(jax.jit, static_argnames="module")

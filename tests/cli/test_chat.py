@@ -10,37 +10,23 @@ from io import StringIO
 
 import jax
 import pytest
-import tokenizers
-from tokenizers import models, pre_tokenizers
 
 from nalora_jax.__main__ import main
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.generate import Generator, programs
 from nalora_jax.loading.adapted import load
 from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import init_params
 from nalora_jax.models.stacks import projection_shapes
-from nalora_jax.models.targets import AdapterSpec, resolve
-from nalora_jax.tokenizer import Tokenizer
-from nalora_jax.weights.merge import write_merged
+from nalora_jax.models.targets import resolve
 from nalora_jax.weights.peft import export_adapter
+from tests import tiny
 
 WORDS = ["<end>", "<unk>", "system", "user", "assistant", *string.ascii_lowercase]
-HF = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
+HF = tiny.HF | {
     "vocab_size": len(WORDS),
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "intermediate_size": 24,
-    "hidden_act": "silu",
     "max_position_embeddings": 96,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
 }
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
@@ -52,16 +38,8 @@ SETTINGS = ["--max-new-tokens", "4", "--temperature", "0", "--dtype", "float32"]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A tiny Llama with a chat template, as a Hugging Face folder."""
-    backend = tokenizers.Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
-    )
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(["<end>"])
     folder = tmp_path_factory.mktemp("models") / "base"
-    config = ModelConfig.from_hf(HF)
-    params = jax.tree.map(lambda leaf: 3 * leaf, init_params(config, jax.random.key(0)))
-    tokenizer = Tokenizer(backend, None, 0, 0, (0,), chat_template=TEMPLATE)
-    return write_merged(folder, config, params, None, AdapterSpec(), hf_config=HF, tokenizer=tokenizer)
+    return tiny.make_model(folder, HF, tiny.word_tokenizer(WORDS, TEMPLATE), spread=3.0)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import string
 import sys
 from io import BytesIO, TextIOWrapper
 
@@ -11,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import models, pre_tokenizers
 
 from nalora_jax import trees
 from nalora_jax.__main__ import main
@@ -20,56 +17,24 @@ from nalora_jax.cli.outputs import data_of
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule
 from nalora_jax.loading.adapted import load
 from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import init_params
 from nalora_jax.models.stacks import projection_shapes
-from nalora_jax.models.targets import AdapterSpec, resolve
+from nalora_jax.models.targets import resolve
 from nalora_jax.report.inspect import layer_summary
 from nalora_jax.report.inspection import inspect_texts
 from nalora_jax.runs.metrics import MetricsLog
-from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.weights import hub
-from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny
 
-WORDS = ["<end>", "<unk>", *string.ascii_lowercase]
-HF = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": len(WORDS),
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 24,
-    "hidden_act": "silu",
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-}
+HF = tiny.HF | {"num_hidden_layers": 3, "num_key_value_heads": 1, "intermediate_size": 24}
 TEXTS = ["a b c d e f", "x y z", "n o p"]
-
-
-def make_tokenizer():
-    backend = tokenizers.Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
-    )
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(["<end>"])
-    return Tokenizer(backend, None, 0, 0, (0,), chat_template="{{ messages[0]['content'] }} q")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A tiny Llama as a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("models") / "base"
-    config = ModelConfig.from_hf(HF)
-    params = jax.tree.map(lambda leaf: 3 * leaf, init_params(config, jax.random.key(0)))
-    return write_merged(
-        folder, config, params, None, AdapterSpec(), hf_config=HF, tokenizer=make_tokenizer()
-    )
+    tokenizer = tiny.word_tokenizer(chat_template="{{ messages[0]['content'] }} q")
+    return tiny.make_model(tmp_path_factory.mktemp("models") / "base", HF, tokenizer, spread=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +74,7 @@ def test_generate_prints_the_answer(base, run, capsys):
     assert main(["generate", str(base), "--prompt", "a b c", *arguments]) == 0
     plain = capsys.readouterr().out
     assert 1 <= len(plain.split()) <= 5
-    assert set(plain.split()) <= set(WORDS)
+    assert set(plain.split()) <= set(tiny.WORDS)
     assert main(["generate", str(run), "--prompt", "a b c", "--no-chat", *arguments]) == 0
     assert capsys.readouterr().out != plain
 

@@ -2,45 +2,20 @@ from __future__ import annotations
 
 import json
 import math
-import string
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import pytest
-import tokenizers
-from tokenizers import models, pre_tokenizers
 
-from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import init_params
-from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.study import execution
 from nalora_jax.study.plan import Run
 from nalora_jax.study.protocol import Protocol, read_protocol
 from nalora_jax.study.records import Record
-from nalora_jax.tokenizer import Tokenizer
-from nalora_jax.weights.merge import write_merged
 from tests import tiny
 
-WORDS = ["<end>", "<unk>", *string.ascii_lowercase]
-HF = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": len(WORDS),
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "hidden_act": "silu",
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-}
+HF = tiny.HF | {"intermediate_size": 64}
 
 
 # Settings of tiny runs and the task, of every protocol on `questions`.
@@ -101,30 +76,13 @@ def filled(protocol: str, base: Path, questions: Path) -> str:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama as a Hugging Face folder; its words are letters."""
-    backend = tokenizers.Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
-    )
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(["<end>"])
-    config = ModelConfig.from_hf(HF)
-    params = jax.tree.map(lambda leaf: 2 * leaf, init_params(config, jax.random.key(0)))
-    folder = tmp_path_factory.mktemp("models") / "base"
-    tokenizer = Tokenizer(backend, None, 0, 0, (0,), chat_template=None, add_bos=False)
-    return write_merged(folder, config, params, None, AdapterSpec(), hf_config=HF, tokenizer=tokenizer)
+    return tiny.make_model(tmp_path_factory.mktemp("models") / "base", HF)
 
 
 @pytest.fixture(scope="session")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The answer is always z: a few steps learn that."""
-    path = tmp_path_factory.mktemp("data") / "z.jsonl"
-    rng = np.random.default_rng(0)
-    letters = list(string.ascii_lowercase[:-1])
-    with path.open("w") as file:
-        for _ in range(300):
-            a, b, c = rng.choice(letters, 3, replace=False)
-            record = {"prompt": f"{a} {b}", "completion": " z", "choices": [str(c), "z"], "gold": 1}
-            file.write(json.dumps(record) + "\n")
-    return path
+    return tiny.make_questions(tmp_path_factory.mktemp("data") / "z.jsonl", 300)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -37,21 +37,7 @@ from nalora_jax.sweeps.stack import batch_of
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
 from tests import tiny
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "hidden_act": "silu",
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-}
-BASE = ModelConfig.from_hf(LLAMA)
+BASE = ModelConfig.from_hf(tiny.GROUPED)
 CONFIG = RunConfig(
     steps=20,
     lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4), LoRARule("attn/(q|v)_proj", 2))),
@@ -238,7 +224,7 @@ def test_experts_of_several_runs_are_one_grouped_matmul() -> None:
         "num_experts_per_tok": 2,
         "tie_word_embeddings": False,
     }
-    base = ModelConfig.from_hf(LLAMA | experts | {"num_hidden_layers": 1, "intermediate_size": 32})
+    base = ModelConfig.from_hf(tiny.GROUPED | experts | {"num_hidden_layers": 1, "intermediate_size": 32})
     configs = [_variant(seed, 2 + 2 * (seed % 2)) for seed in range(8)]
     runs = _assembled(configs[:2], base)
     program, (states, _) = _together(runs, 3)

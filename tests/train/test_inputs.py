@@ -13,27 +13,13 @@ from nalora_jax.loading.base import read_config
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.train.inputs import check_data
 from nalora_jax.weights.hub import ResolvedSource
-
-HF = {
-    "model_type": "llama",
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 24,
-    "hidden_act": "silu",
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-}
+from tests import tiny
 
 
 @pytest.fixture
 def described(tmp_path: Path) -> ResolvedSource:
     """A model of which there is nothing but the description."""
-    (tmp_path / "config.json").write_text(json.dumps(HF))
+    (tmp_path / "config.json").write_text(json.dumps(tiny.HF))
     return ResolvedSource("hf", tmp_path, "org/name")
 
 

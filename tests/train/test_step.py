@@ -36,23 +36,9 @@ from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.loop import _Meter
 from nalora_jax.train.mechanisms import make_mechanisms
 from nalora_jax.train.optimizers import make_optimizer
+from tests import tiny
 
-BASE = ModelConfig.from_hf(
-    {
-        "model_type": "llama",
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 64,
-        "hidden_act": "silu",
-        "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
-    }
-)
+BASE = ModelConfig.from_hf(tiny.GROUPED | {"num_hidden_layers": 3})
 CONFIG = RunConfig(
     steps=8,
     lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4), LoRARule("attn/(q|v)_proj", 2))),

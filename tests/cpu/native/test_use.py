@@ -46,6 +46,7 @@ from nalora_jax.ops.reductions import sampled
 from nalora_jax.ops.storage import STACKS, prepare
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.train.assembly import assemble
+from tests import tiny
 from tests.cpu.native.conftest import KINDS
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -365,20 +366,7 @@ def test_a_rematerialised_step_measures_once(remat: str) -> None:
     ]
 
 
-BASE = ModelConfig.from_hf(
-    {
-        "model_type": "llama",
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 64,
-        "hidden_act": "silu",
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
-    }
-)
+BASE = ModelConfig.from_hf(tiny.GROUPED | {"num_hidden_layers": 3})
 CONFIG = RunConfig(
     steps=8,
     lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4), LoRARule("attn/(q|v)_proj", 2))),
