@@ -76,7 +76,7 @@ def render_pair(
       (the last has whole conversations)
 
     A question with ``choices`` and ``gold`` (a task of this library) becomes the pair of its
-    correct choice and the choice after it in the list.
+    correct choice and the first choice after it in the list with another text.
 
     Raises:
       NaloraError: a field is missing or of the wrong type, or a completion is empty.
@@ -93,7 +93,10 @@ def _of_choices(record: dict[str, Any], where: str) -> tuple[str, str]:
     if not isinstance(gold, int) or len(choices) < 2 or not 0 <= gold < len(choices):
         expected = f"the index of one of {len(choices)} choices"
         raise NaloraError(f"{where}: gold", expected=expected, found=repr(gold))
-    return f" {choices[gold]}", f" {choices[(gold + 1) % len(choices)]}"
+    others = [choice for choice in (*choices[gold + 1 :], *choices[:gold]) if choice != choices[gold]]
+    if not others:
+        raise NaloraError(f"{where}: choices", expected="two that differ", found=repr(choices[gold]))
+    return f" {choices[gold]}", f" {others[0]}"
 
 
 def _answer(

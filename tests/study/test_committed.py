@@ -37,7 +37,7 @@ def test_a_committed_study_can_be_read_and_its_records_are_its_own(folder: Path)
     protocol, records = read_protocol(folder), Records(folder).read()
     assert records.keys() <= {run.id for run in wanted(protocol, records)}
     of_text = [t for name, t in protocol.tasks.items() if not _first(protocol, name).vision.task]
-    assert all(task.test_items == 1000 for task in of_text)
+    assert all(task.test_items >= 100 for task in of_text)
     readme = (folder / "README.md").read_text()
     assert f"nalora study run studies/{folder.name}" in readme
     for heading in ("**Question.**", "**Protocol**", "**Budget.**"):

@@ -282,6 +282,15 @@ def test_a_question_with_choices_is_its_right_one_against_the_next(tokenizer):
     assert (tokenizer.decode(chosen), tokenizer.decode(rejected)) == ("x c", "x a")
 
 
+@pytest.mark.parametrize(
+    ("choices", "gold"), [(["b", "c", "c"], 1), (["c", "b", "c"], 2), (["c", "c", "b"], 0)]
+)
+def test_a_question_with_repeated_choices_is_its_right_one_against_another_text(tokenizer, choices, gold):
+    question = {"prompt": "x", "completion": " c", "choices": choices, "gold": gold}
+    ((chosen, _), (rejected, _)) = sides(pairs(tokenizer, records=[question]))[0]
+    assert (tokenizer.decode(chosen), tokenizer.decode(rejected)) == ("x c", "x b")
+
+
 def test_long_pairs_are_dropped_cut_or_refused(tokenizer, caplog):
     long = {"prompt": "a b c d e f g h i j k l m", "chosen": " n", "rejected": " o p"}
     assert pairs(tokenizer, records=[*RECORDS, long]).describe()["dropped"] == 1
@@ -305,6 +314,7 @@ def test_long_pairs_are_dropped_cut_or_refused(tokenizer, caplog):
         ({"prompt": "a", "chosen": " b", "rejected": " b"}, "expected two answers that differ"),
         ({"prompt": "a", "chosen": " b", "rejected": 3}, "rejected: expected a text"),
         ({"prompt": [{"role": "user"}], "chosen": " b", "rejected": " c"}, "a field 'content'"),
+        ({"prompt": "a", "choices": ["b", "b"], "gold": 0}, "choices: expected two that differ, found 'b'"),
     ],
 )
 def test_records_that_are_no_pairs_name_themselves(tokenizer, record, said):
