@@ -52,8 +52,8 @@ def triton_attention(
     if not (fits and mapped) or cached is not None or drops(config, dropout_rng) or starts is not None:
         return NotImplemented
     del window
-    heads = saved_heads(q, keys.k, keys.v, config, numerics)
-    q, k, v = (x.astype(numerics.operand) for x in heads)
+    inputs = saved_heads(q, keys.k, keys.v, config, numerics)
+    q, k, v = (x.astype(numerics.operand) for x in inputs)
     segments = jnp.broadcast_to(keys.segments, q.shape[:2])
     attend: Callable[..., jax.Array] = partial(_one_device, config=config)
     if config.sharding is not None:
