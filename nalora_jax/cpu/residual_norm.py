@@ -20,9 +20,14 @@ from nalora_jax.ops.storage import SAVED
 
 @CPU.implements(ops.residual_norm)
 def residual_norm(
-    x: jax.Array, y: jax.Array | None, scale: jax.Array, eps: float, numerics: Numerics
+    x: jax.Array,
+    y: jax.Array | None,
+    scale: jax.Array,
+    eps: float,
+    numerics: Numerics,
+    recomputed: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the sum and norm of a float32 stream whose norm is a bf16 operand."""
+    """Computes the sum and norm of a float32 stream whose norm is a bf16 operand; always saves the sum."""
     rows = math.prod(x.shape[:-1])
     bf16 = numerics.within().result == numerics.residual == "bfloat16" and x.dtype == jnp.float32
     if not bf16 or not is_native(rows, numerics.operand, numerics):

@@ -78,6 +78,10 @@ class Attention(nn.Module):
         ]
         return [projection.y for projection in parallel_dense(x, layers, self.options.numerics)]
 
+    def _recomputed(self) -> str:
+        """Returns the heads that follow from saved arrays without a matmul (`AttentionConfig.recomputed`)."""
+        return "qk" if self.config.qk_norm else ""
+
     def _rope_table(self, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
         return shared.tables[self.options.prefix][0 if layer.rope is None else layer.rope]
 
@@ -101,7 +105,12 @@ class Attention(nn.Module):
         c = self.config
         windows = tuple(sorted(set(c.layer_windows)))
         config = AttentionConfig(
-            c.score_scale, c.attn_softcap, c.attn_dropout, windows, self.options.sharding
+            c.score_scale,
+            c.attn_softcap,
+            c.attn_dropout,
+            windows,
+            self.options.sharding,
+            recomputed=self._recomputed(),
         )
         window = GLOBAL_WINDOW if layer.window is None else layer.window
         sinks, numerics = None, self.options.numerics.within()

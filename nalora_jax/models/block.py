@@ -61,7 +61,7 @@ class Block(nn.Module):
             **stream,
         )
         if c.post_norm:
-            y = self._norm("ffn_post_norm", y)
+            y = self._norm("ffn_post_norm", round_and_save(y, self.numerics))
         x = self._add(x, y)
         if c.tail is not None:
             x = c.tail.module(c, self._options(c.tail.name))(x, layer, shared)
@@ -78,10 +78,14 @@ class Block(nn.Module):
         The input is the norm of the sum, if the family has a norm there.
         """
         c = self.config
+        recomputed = c.post_norm  # from the layer's input and the results that norms after parts read
         if y is not None and not (c.pre_norm and c.residual_scale == 1.0):
             x, y = self._add(x, y), None
         if c.pre_norm:
-            return ResidualNorm(c.norm_eps, c.norm_offset, self.numerics, name=name)(x, y)
+            norm = ResidualNorm(c.norm_eps, c.norm_offset, self.numerics, recomputed, name=name)
+            return norm(x, y)
+        if recomputed:
+            return x, x
         return x, round_and_save(x, self.numerics)
 
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:

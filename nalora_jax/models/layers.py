@@ -54,18 +54,20 @@ class ResidualNorm(nn.Module):
       eps: added to the mean square.
       offset: added to the stored scale, as for `RMSNorm`.
       numerics: dtypes.
+      recomputed: the summands follow from saved arrays without a matmul.
     """
 
     eps: float
     offset: float
     numerics: Numerics
+    recomputed: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, y: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Returns ``x + y`` (``x`` if y is None) and its norm, both ``[..., d]``."""
         scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],))
         added: tuple[jax.Array, jax.Array] = residual_norm(
-            x, y, scale.astype(jnp.float32) + self.offset, self.eps, self.numerics
+            x, y, scale.astype(jnp.float32) + self.offset, self.eps, self.numerics, self.recomputed
         )
         return added
 

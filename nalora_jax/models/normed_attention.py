@@ -82,6 +82,9 @@ class _NormedHeads(Attention):
         table = self._rope_table(layer, shared)
         return apply_rope(q, table), apply_rope(k, table), values, None
 
+    def _recomputed(self) -> str:
+        return "qkv"
+
 
 class _ReadingHeads(Attention):
     part: NormedAttention
@@ -92,6 +95,9 @@ class _ReadingHeads(Attention):
         q = round_and_save(q, self.options.numerics).reshape(*q.shape[:-1], -1, c.head_dim)
         keys = shared.handed[self.part.reads]
         return apply_rope(self._norm("q_norm")(q), self._rope_table(layer, shared)), keys.k, keys.v, None
+
+    def _recomputed(self) -> str:
+        return "qkv"  # keys and values are inputs of the layer
 
     def _cached_keys(self, layer: LayerInputs, shared: SharedInputs) -> CachedKeys | None:
         keys = shared.handed[self.part.reads]

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.storage import Stored, read_residual, rounded, save_residual
+from nalora_jax.ops.storage import Stored, read_residual, round_and_save, rounded, save_residual
 
 # Queries whose scores are computed together: longer blocks are split, so that memory grows with the
 # number of keys only.
@@ -38,6 +38,7 @@ class AttentionConfig:
     windows: tuple[int, ...] = ()  # all values of the window, ascending; () if no window is used
     sharding: NamedSharding | None = None  # sharding of [batch, seq, d_model] on a mesh
     interpret: bool = False  # run Pallas kernels in Python, for tests
+    recomputed: str = ""  # letters of "qkv": arrays that follow from saved ones without a matmul
 
     @property
     def head_axis(self) -> str | None:
@@ -45,6 +46,14 @@ class AttentionConfig:
         if self.sharding is None or "tensor" not in self.sharding.mesh.shape:
             return None
         return "tensor"
+
+
+def saved_heads(
+    q: jax.Array, k: jax.Array, v: jax.Array, config: AttentionConfig, numerics: Numerics
+) -> tuple[jax.Array, ...]:
+    """Returns queries, keys and values of a kernel, saved for the backward pass unless ``config`` recomputes them."""
+    named = zip("qkv", (q, k, v), strict=True)
+    return tuple(x if name in config.recomputed else round_and_save(x, numerics) for name, x in named)
 
 
 def block_size(seq: int) -> int:

@@ -17,9 +17,8 @@ from jax.sharding import SingleDeviceSharding
 
 from nalora_jax.distributed.devices import kind_of
 from nalora_jax.ops.attention import CachedKeys, Keys, attention, drops
-from nalora_jax.ops.blockwise_attention import AttentionConfig, visibility
+from nalora_jax.ops.blockwise_attention import AttentionConfig, saved_heads, visibility
 from nalora_jax.ops.dispatch import AUTO, Implementation, Numerics
-from nalora_jax.ops.storage import round_and_save
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ def cudnn_attention(
     if not compiles(*shapes, config.scale, numerics.platform.kind):
         return NotImplemented
     visible = visibility(keys.positions, keys.segments, keys.positions, keys.segments, window)
-    q, k, v = (round_and_save(x, numerics) for x in (q, keys.k, keys.v))
+    q, k, v = saved_heads(q, keys.k, keys.v, config, numerics)
     attend = partial(dot_product, scale=config.scale, operand=numerics.operand, implementation="cudnn")
     if sinks is None:
         return attend(q, k, v, visible).astype(numerics.result)

@@ -23,6 +23,7 @@ from jax import lax
 from nalora_jax.ops.dispatch import Numerics, operation
 
 CHUNK = 64  # tokens; a shorter row takes the next power of two
+SCOPE = "delta_rule"  # of all operations, for `nalora_jax.plan.scopes`
 _EPS = 1e-6  # added to the squared norm of queries and keys
 
 
@@ -36,6 +37,7 @@ class DeltaInputs(NamedTuple):
     beta: jax.Array  # float32 [batch, seq, groups, n], the rate b of the correction
 
 
+@jax.named_scope(SCOPE)
 def gated_delta_rule(
     inputs: DeltaInputs,
     segments: jax.Array,

@@ -12,7 +12,12 @@ from nalora_jax.ops.storage import SAVED, round_and_save
 
 @operation
 def residual_norm(
-    x: jax.Array, y: jax.Array | None, scale: jax.Array, eps: float, numerics: Numerics
+    x: jax.Array,
+    y: jax.Array | None,
+    scale: jax.Array,
+    eps: float,
+    numerics: Numerics,
+    recomputed: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns ``x + y`` and its norm.
 
@@ -24,11 +29,13 @@ def residual_norm(
       scale: frozen float32 ``[d]``.
       eps: added to the mean square.
       numerics: dtypes; the norm has the dtype ``numerics.result``.
+      recomputed: x and y follow from saved arrays without a matmul, so that the sum need not be saved.
     """
     total = x
     if y is not None:
         total = x + y.astype(x.dtype)
-    return total, rms_norm(round_and_save(total, numerics), scale, eps).astype(numerics.result)
+    read = total if recomputed else round_and_save(total, numerics)
+    return total, rms_norm(read, scale, eps).astype(numerics.result)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

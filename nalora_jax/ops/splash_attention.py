@@ -17,9 +17,9 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.ops.attention import CachedKeys, Keys, attention, drops
-from nalora_jax.ops.blockwise_attention import AttentionConfig
+from nalora_jax.ops.blockwise_attention import AttentionConfig, saved_heads
 from nalora_jax.ops.dispatch import Implementation, Numerics
-from nalora_jax.ops.storage import SAVED, round_and_save
+from nalora_jax.ops.storage import SAVED
 
 SPLASH = Implementation("splash", platform="tpu")
 LANES = 128  # width of a TPU register; block sizes must be multiples of it
@@ -61,7 +61,7 @@ def splash_attention(
     fits = takes(q.shape[1], q.shape[-1]) and mapped
     if not fits or cached is not None or drops(config, dropout_rng) or starts is not None:
         return NotImplemented
-    q, k, v = (round_and_save(x, numerics) for x in (q, keys.k, keys.v))
+    q, k, v = saved_heads(q, keys.k, keys.v, config, numerics)
     # [batch, heads, seq, head_dim]; splash attention has no scale parameter
     arrays = [x.astype(numerics.operand).swapaxes(1, 2) for x in (q * config.scale, k, v)]
     segments = jnp.broadcast_to(keys.segments, q.shape[:2])

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.distributed.mesh import CONTEXT
-from nalora_jax.ops.blockwise_attention import AttentionConfig
+from nalora_jax.ops.blockwise_attention import AttentionConfig, saved_heads
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.splash_attention import LANES, LARGEST, SPLASH, largest_block, takes
 from nalora_jax.ops.split_attention import split_attention
@@ -31,7 +31,7 @@ from nalora_jax.ops.split_rows import (
     with_preceding,
 )
 from nalora_jax.ops.split_shard import Spread, on_shards, reach
-from nalora_jax.ops.storage import SAVED, round_and_save
+from nalora_jax.ops.storage import SAVED
 
 _SUMS_ENTIRE_ARRAYS = ("TPU v5 lite", "TPU v5e")  # see `gathered_exactly`
 
@@ -56,7 +56,8 @@ def split_splash_attention(
     assert sharding is not None
     if not takes(block, q.shape[-1]) or row.starts is not None:
         return NotImplemented
-    q, k, v = (round_and_save(x, numerics).astype(numerics.operand) for x in (q * config.scale, k, v))
+    scaled = saved_heads(q * config.scale, k, v, config, numerics)
+    q, k, v = (x.astype(numerics.operand) for x in scaled)
     shards = shards_of(sharding)
     heads = q.shape[2] // sharding.mesh.shape.get("tensor", 1)
     windows = config.windows or (2 * shards * block,)

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.ops.attention import CachedKeys, Keys, attention, drops
-from nalora_jax.ops.blockwise_attention import AttentionConfig
+from nalora_jax.ops.blockwise_attention import AttentionConfig, saved_heads
 from nalora_jax.ops.dispatch import Implementation, Numerics
-from nalora_jax.ops.storage import round_and_save
 
 TRITON = Implementation("triton", platform="gpu")
 # Queries and keys per block; the backward pass stores four gradients and uses half of it.
@@ -53,7 +52,8 @@ def triton_attention(
     if not (fits and mapped) or cached is not None or drops(config, dropout_rng) or starts is not None:
         return NotImplemented
     del window
-    q, k, v = (round_and_save(x, numerics).astype(numerics.operand) for x in (q, keys.k, keys.v))
+    inputs = saved_heads(q, keys.k, keys.v, config, numerics)
+    q, k, v = (x.astype(numerics.operand) for x in inputs)
     segments = jnp.broadcast_to(keys.segments, q.shape[:2])
     attend: Callable[..., jax.Array] = partial(_one_device, config=config)
     if config.sharding is not None:

@@ -132,7 +132,7 @@ class Program:
     def memory_bytes(self) -> float:
         """Bytes read from and written to HBM. A slice of a stack counts as the slice."""
         return sum(
-            self.times[c.name] * self._bytes_of(i, c)
+            self.times[c.name] * self.bytes_of(i, c)
             for c in self.scheduled()
             for i in c.instructions.values()
         )
@@ -269,7 +269,7 @@ class Program:
 
     # ------------------------------------------------------------ bytes
 
-    def _bytes_of(self, instruction: Instruction, computation: Computation) -> float:
+    def bytes_of(self, instruction: Instruction, computation: Computation) -> float:
         """Returns the HBM traffic of one instruction of a scheduled computation."""
         opcode = instruction.opcode
         if host_bytes := instruction.host_bytes:

@@ -207,8 +207,8 @@ def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> flo
     # With splash attention and cuDNN the result is saved with the projections; the plain function
     # also saves its inputs.
     queries, keys = _SAVED_HEADS.get(kernel, (3, 4))
-    # Query and key norms save their inputs, and so do norms after attention.
-    normed = bool(base.qk_norm)
+    # Query and key norms save their inputs; their results are saved as well, except by kernels.
+    normed = bool(base.qk_norm) and kernel in ("", split_triton.NAME)
     # A TPU pads narrow heads to whole tiles, except of values, whose tokens are the last axis.
     padded = max(base.head_dim, LANES) if kernel == SPLASH.name else base.head_dim
     of_queries = (queries + normed + base.attn_gate) * base.n_heads * padded
@@ -218,6 +218,7 @@ def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> flo
 
 def _saved_with(base: ModelConfig, remat: str, tensor: int, heads: float) -> float:
     """Returns `saved_values` for the values that the mixer saves."""
+    # The layer's input and the FFN's; or the results of both parts, if norms follow them.
     residuals = (2 + base.post_norm) * base.d_model
     chosen = max(base.experts_per_token, 1)
     wide = (2 if base.gated else 1) * base.d_ff * chosen / tensor
@@ -287,14 +288,16 @@ def _in_layer(
 def _copies(where: Topology, base: ModelConfig, fsdp: int, *, offloads: bool) -> float:
     """Returns the number of transposed or padded copies of the gathered head (docs/pods.md).
 
-    A tied head is split along its rows' elements, and a part of an untied one may not consist of
-    whole tiles of 16 rows.
+    A tied head is gathered by rows if devices can split them, and otherwise by columns. A part of an
+    untied one may not consist of whole tiles of 16 rows.
     """
+    by_columns = base.tie_embeddings and base.vocab_size % fsdp
     if where.chip.platform == "gpu":
-        return 0.9 if base.tie_embeddings else 0.0
+        return 0.9 if by_columns else 0.0
     if where.kind == "v5e":
-        return 0.9 if base.tie_embeddings or not offloads else 0.0
-    return 2.4 if base.tie_embeddings or base.d_model // fsdp % 16 else 0.0
+        return 0.9 if by_columns or not (base.tie_embeddings or offloads) else 0.0
+    untiled = not base.tie_embeddings and base.d_model // fsdp % 16
+    return 2.4 if by_columns or untiled else 0.0
 
 
 def executed_flops(
@@ -326,9 +329,9 @@ def _recomputed(config: ModelConfig, remat: str) -> float:
     inputs = sum(
         size for path, size in sizes.items() if path.endswith(("/gate_proj", "/up_proj", "/in_proj"))
     )
-    # No policy saves the FFN's result, which a norm after it reads in the backward pass.
-    down = outputs if config.post_norm else 0.0
-    return {"full": sum(sizes.values()) - outputs, "attention": inputs}.get(remat, 0.0) + down
+    # A norm after the FFN reads its result in the backward pass.
+    every = sum(sizes.values()) - (0.0 if config.post_norm else outputs)
+    return {"full": every, "attention": inputs}.get(remat, 0.0)
 
 
 def mean_over_layers(base: ModelConfig, of_layer: Callable[[ModelConfig], float]) -> float:

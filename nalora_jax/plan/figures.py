@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from nalora_jax.files import write_atomically
 from nalora_jax.plan.accounting import Program
 from nalora_jax.plan.collectives import Collective
 from nalora_jax.plan.machines import Chip
+from nalora_jax.plan.scopes import Work, works
 from nalora_jax.plan.transfers import Transfer, transfers
 
-_ACCOUNTING = "15"  # version of the accounting; cached figures of other versions are ignored
+_ACCOUNTING = "16"  # version of the accounting; cached figures of other versions are ignored
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Figures:
     collectives: tuple[Collective, ...]
     host: float = 0.0  # bytes of the host's memory
     transfers: tuple[Transfer, ...] = ()  # between the host's and the device's memory
+    scopes: Mapping[str, Work] = field(default_factory=dict)  # by name
 
     @property
     def memory(self) -> float:
@@ -90,13 +92,15 @@ def of_compiled(compiled: Any) -> Figures:
         program.collectives,
         memory.host_temp_size_in_bytes,
         tuple(transfers(program)),
+        works(program),
     )
 
 
 def _read(record: dict[str, Any]) -> Figures:
     collectives = tuple(Collective(**entry) for entry in record.pop("collectives"))
     transfers = tuple(Transfer(**entry) for entry in record.pop("transfers"))
-    return Figures(**record, collectives=collectives, transfers=transfers)
+    scopes = {name: Work(**entry) for name, entry in record.pop("scopes").items()}
+    return Figures(**record, collectives=collectives, transfers=transfers, scopes=scopes)
 
 
 def _version(name: str) -> str:

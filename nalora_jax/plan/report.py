@@ -75,6 +75,7 @@ class Plan:
             "tokens_per_second": self.tokens_per_second,
             "bound": asdict(self.bound),
             "kernels": dict(self.nalora.custom_calls),
+            "scopes": {name: asdict(work) for name, work in self.nalora.scopes.items()},
             "over_lora": self.ratios(),
         }
 
@@ -162,6 +163,9 @@ def describe(plan: Plan, *, price: float | None = None) -> Iterator[str]:
         yield "  kernels     " + ", ".join(calls)
     yield f"  matrix unit {bound.matrix * 1e3:.0f} ms, at 75% of {chip.flops / 1e12:.0f} TFLOP/s ({chip.source})"
     yield f"  HBM         {bound.hbm * 1e3:.0f} ms, at {chip.bandwidth / 1e9:,.0f} GB/s"
+    for scope, work in nalora.scopes.items():
+        matrix, hbm = work.flops / chip.matrix_rate, work.memory_bytes / chip.bandwidth
+        yield f"  {scope:<11} {matrix * 1e3:.0f} ms of the matrix unit's and {hbm * 1e3:.0f} ms of HBM's time"
     yield (
         f"  interconn.  {bound.hidden * 1e3:.0f} ms behind products, {bound.exposed * 1e3:.0f} ms "
         f"not, at {chip.interconnect / 1e9:.0f} GB/s inbound"

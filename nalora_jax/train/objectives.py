@@ -34,7 +34,8 @@ class NextToken:
     numerics: Numerics
     loss_chunk: int = 0
     batch_shards: int = 1  # parts that the mesh splits the batch into
-    head_sharding: NamedSharding | None = None  # of the head's kernel in the loss
+    # Layouts that the head's kernel takes in turn; the loss reads the last one.
+    head_shardings: tuple[NamedSharding, ...] = ()
     row_sharding: NamedSharding | None = None  # of hidden states
     # The loss of a mesh's runs has chunks of fixed rows: the others are as many as one run needs.
     has_runs: bool = False
@@ -96,8 +97,10 @@ class NextToken:
     def kernel(self, params: Any) -> Any:
         """Returns the head's kernel in its stored form."""
         kernel = params["embed"]["embedding"] if self.head.transposed else params["lm_head"]["kernel"]
-        if self.head_sharding is not None:  # gathered once, for all chunks
-            kernel = lax.with_sharding_constraint(kernel, self.head_sharding)
+        for sharding in self.head_shardings:  # gathered once, for all chunks
+            kernel = lax.with_sharding_constraint(kernel, sharding)
+            if sharding is not self.head_shardings[-1]:
+                kernel = jax.tree.map(self.numerics.hooks.in_stored_layout, kernel)
         return kernel
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax import distributed
-from nalora_jax.config import MeshConfig
+from nalora_jax.config import ComputeConfig, MeshConfig
 from nalora_jax.distributed.mesh import BATCH_AXES
+from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.embedding import Embedding
 from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.plan.models import architecture
+from nalora_jax.train.decoder_program import next_token
 
 VOCAB, D, ROWS, SEQ = 4096, 64, 16, 32  # a table larger than its lookups, as in every model
 COLLECTIVE = re.compile(
@@ -61,3 +65,18 @@ def test_a_replicated_lookup_is_received_by_every_device():
     mesh = distributed.make_mesh(MeshConfig(2, 2, 2))
     program, _ = compiled(NamedSharding(mesh, P()), None)
     assert share_received(program) >= 1
+
+
+@pytest.mark.parametrize(("vocab", "exchanges"), [(VOCAB, True), (VOCAB + 4, False)])
+def test_a_tied_head_is_gathered_by_rows_if_the_devices_can_divide_them(vocab, exchanges):
+    """Parts of a table's columns, side by side, would be padded to tiles and transposed."""
+    base = replace(architecture("llama-3.1-8b"), vocab_size=vocab, d_model=D, tie_embeddings=True)
+    mesh = distributed.make_mesh(MeshConfig(1, 8, 1))
+    objective = next_token(base, Decoder(base), ComputeConfig(), mesh)
+    params = {"embed": {"embedding": jnp.arange(vocab * D, dtype=jnp.float32).reshape(vocab, D)}}
+    placed = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
+    program = jax.jit(objective.kernel).lower(placed).compile()
+    text = program.as_text()
+    assert (f"f32[{vocab // 8},8]" in text and " all-to-all(" in text) == exchanges
+    assert (f"= f32[{vocab},{D}]" in text and "dimensions={0}" in text) == exchanges
+    np.testing.assert_array_equal(program(placed), params["embed"]["embedding"])

@@ -20,31 +20,42 @@ from nalora_jax.models.remat import OFFLOAD, REMAT, check_remat, chosen_experts
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops import cudnn_attention
+from nalora_jax.ops.cudnn_attention import CUDNN
 from nalora_jax.ops.dispatch import Platform
 from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.plan.estimates import saved_values
 
-ROWS, SEQ, D, F, HEADS, KV_HEADS = 2, 8, 64, 48, 4, 2
+ROWS, SEQ, D, F, HEADS, KV_HEADS, LAYERS = 2, 8, 64, 48, 4, 2, 3
+
+
+def small(model_type: str, **fields: Any) -> ModelConfig:
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": D,
+        "intermediate_size": F,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": D // HEADS,
+    }
+    return ModelConfig.from_hf(sizes | {"model_type": model_type} | fields)
 
 
 @pytest.fixture(scope="module")
 def traced():
     """The gradient of a decoder's loss, traced for a platform that is not there."""
-    base = ModelConfig.from_hf(
-        {
-            "model_type": "llama",
-            "vocab_size": 64,
-            "hidden_size": D,
-            "intermediate_size": F,
-            "num_hidden_layers": 3,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": KV_HEADS,
-        }
-    )
-    spec = resolve(LoRAConfig(rules=(LoRARule("ffn/", 2),)), projection_shapes(base), base.n_layers)
-    params = jax.eval_shape(lambda: init_params(base, jax.random.key(0)))
-    lora = jax.eval_shape(lambda: init_lora(base, spec, jax.random.key(0)))
 
-    def make(remat: str, platform: Platform, implementation: str) -> Any:
+    def make(
+        remat: str,
+        platform: Platform,
+        implementation: str,
+        base: ModelConfig | None = None,
+        adapted: str = "ffn/",
+    ) -> Any:
+        base = base or small("llama")
+        spec = resolve(LoRAConfig(rules=(LoRARule(adapted, 2),)), projection_shapes(base), base.n_layers)
+        params = jax.eval_shape(lambda: init_params(base, jax.random.key(0)))
+        lora = jax.eval_shape(lambda: init_lora(base, spec, jax.random.key(0)))
         numerics = numerics_for("bfloat16", platform, implementation)
         model = Decoder(base, spec, numerics, remat=remat)
 
@@ -121,7 +132,7 @@ cudnn.defvjp(cudnn_forward, lambda saved, cotangent: (*BACKWARD.bind(*saved, cot
 
 
 def traced_cudnn(q, k, v, visible, *_):
-    return cudnn(q, k, v, visible).astype(jnp.float32)
+    return cudnn(*(x.astype(jnp.bfloat16) for x in (q, k, v)), visible).astype(jnp.float32)
 
 
 @pytest.mark.parametrize(("remat", "times"), [("dots", 1), ("attention", 1), ("full", 2)])
@@ -136,6 +147,40 @@ def test_attention_of_cudnn_and_its_projections_are_made_again_by_full_alone(
     assert text.count(f"= {BACKWARD.name} ") == 1
     width = KV_HEADS * D // HEADS
     assert len(re.findall(rf"\[{ROWS * SEQ},{width}\] = dot_general\[", text)) == 2 * times
+
+
+def saved_by_layer(jaxpr: Any) -> float:
+    """Returns the bf16 values per token and layer that forward scans save, without ranks and norms' factors."""
+    widths = 0.0
+    for equation in jaxpr.eqns:
+        inner = [value.jaxpr for value in equation.params.values() if hasattr(value, "jaxpr")]
+        if equation.primitive.name != "scan" or equation.params["reverse"]:
+            widths += sum(map(saved_by_layer, inner))
+            continue
+        stacked = [out.aval for out in equation.outvars[equation.params["num_carry"] :]]
+        floats = [aval for aval in stacked if jnp.issubdtype(aval.dtype, jnp.floating)]
+        of_tokens = [aval for aval in floats if aval.shape[1:3] == (ROWS, SEQ) and aval.ndim > 3]
+        wide = [aval for aval in of_tokens if aval.shape[-1] > 4]
+        widths += sum(aval.size * aval.dtype.itemsize / 2 for aval in wide) / (LAYERS * ROWS * SEQ)
+    return widths
+
+
+FAMILIES = {
+    "llama": {},
+    "qwen3": {},  # norms of queries and keys
+    "olmo2": {},  # norms of queries and keys as well as of the parts' results, not of their inputs
+    "gemma3_text": {"layer_types": ["full_attention"] * LAYERS},  # norms of all of these
+}
+
+
+@pytest.mark.parametrize("remat", ["full", "attention", "dots"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_estimated_values_are_those_that_a_layer_saves(traced, monkeypatch, family, remat):
+    monkeypatch.setattr(cudnn_attention, "dot_product", traced_cudnn)
+    monkeypatch.setattr(cudnn_attention, "compiles", lambda *_: True)
+    base = small(family, **FAMILIES[family])
+    program = traced(remat, Platform("gpu", "NVIDIA H100 80GB HBM3", 1), "auto", base, "_proj")
+    assert saved_by_layer(program.jaxpr) == saved_values(base, remat, 1, CUDNN.name)
 
 
 @pytest.mark.parametrize(

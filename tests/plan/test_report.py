@@ -19,6 +19,7 @@ from nalora_jax.plan.machines import topology
 from nalora_jax.plan.models import architecture
 from nalora_jax.plan.report import Plan, describe
 from nalora_jax.plan.roofline import roofline
+from nalora_jax.plan.scopes import Work
 from nalora_jax.plan.transfers import Transfer
 
 
@@ -30,6 +31,14 @@ def planned(kernels: dict[str, float], **more: Any) -> Plan:
     found = Figures(16e9, 12e9, 1e14, 1e11, kernels, (), **more)
     bound = roofline(found, machine, base, spec, 256, 4096)
     return Plan("llama-3.1-8b", machine, layout, 256, 4096, 1, found, found, bound)
+
+
+def test_the_delta_rule_has_a_roofline_of_its_own():
+    plan = planned({}, scopes={"delta_rule": Work(flops=3e13, memory_bytes=1.64e11)})
+    assert plan.to_dict()["scopes"] == {"delta_rule": {"flops": 3e13, "memory_bytes": 1.64e11}}
+    (line,) = (line for line in describe(plan) if line.startswith("  delta_rule"))
+    assert line == "  delta_rule  44 ms of the matrix unit's and 100 ms of HBM's time"
+    assert not [line for line in describe(planned({})) if "delta_rule" in line]
 
 
 def test_kernels_are_named_with_their_numbers():
