@@ -37,7 +37,6 @@ class MultipleChoiceResult:
     low: float
     high: float
     accuracy_per_choice: float  # by summed log-likelihood ("acc")
-    accuracy_per_character: float  # by log-likelihood per character of the choice ("acc_norm")
     loss: float  # of the correct choices, nats per token
     n: int
     predictions: np.ndarray  # int [n]: choice of each question, with the requested normalisation
@@ -92,7 +91,6 @@ def multiple_choice(
         low=low,
         high=high,
         accuracy_per_choice=float(np.mean(predict(items, scores) == gold)),
-        accuracy_per_character=float(np.mean(predict(items, scores, "character") == gold)),
         loss=-sum(score.log_prob for score in right) / sum(score.tokens for score in right),
         n=len(items),
         predictions=answers,
