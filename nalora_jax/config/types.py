@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import PurePath
 from typing import Any, NamedTuple, get_type_hints
@@ -58,6 +59,15 @@ def _plain(value: Any) -> Any:
     if getattr(value, "ndim", None) == 0:
         return value.item()
     return value
+
+
+def dotted(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields dotted name and value of every setting in nested dicts."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def has_type(value: Any, hint: Any) -> bool:

@@ -25,6 +25,7 @@ from nalora_jax.data.source import Record
 from nalora_jax.data.table_rows import TableRows
 from nalora_jax.errors import NaloraError
 from nalora_jax.paths import expand_user
+from nalora_jax.tokenizer import read_json
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}  # by extension
 # Extensions of the data files that are searched for in folders.
@@ -113,7 +114,7 @@ def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
     if not path.is_dir():
         return {"train": [path]}
     if (path / "dataset_dict.json").is_file():
-        names = _read_json(path / "dataset_dict.json").get("splits", [])
+        names = read_json(path / "dataset_dict.json").get("splits", [])
         return {str(split): _arrow_files(path / str(split)) for split in names}
     if (path / "state.json").is_file():
         return {"train": _arrow_files(path)}
@@ -178,7 +179,7 @@ def _split_of(file: PurePath) -> str:
 
 def _arrow_files(folder: Path) -> list[Path]:
     """Returns the Arrow files of one split as listed by save_to_disk."""
-    listed = _read_json(folder / "state.json").get("_data_files")
+    listed = read_json(folder / "state.json").get("_data_files")
     entries = listed if isinstance(listed, list) else []
     names = [entry.get("filename") for entry in entries if isinstance(entry, dict)]
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
@@ -186,18 +187,6 @@ def _arrow_files(folder: Path) -> list[Path]:
             str(folder / "state.json"), expected="_data_files, names of Arrow files", found=repr(listed)
         )
     return [folder / str(name) for name in names]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise NaloraError(
-            str(path), expected="a JSON file of datasets' save_to_disk", found=error
-        ) from error
-    if not isinstance(value, dict):
-        raise NaloraError(str(path), expected="a JSON object", found=type(value).__name__)
-    return value
 
 
 class JsonArray:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
@@ -64,56 +65,42 @@ def stream_text(figures: Mapping[str, Any]) -> str:
     return ", ".join(texts)
 
 
-@dataclass(frozen=True)
-class TrainData:
-    """Packed sequences of a run as an endless stream.
+class Stream(ABC):
+    """Endless stream of rows, each a pure function of its number.
 
-    Row r of the stream is row ``r % rows`` of epoch ``r // rows``.
+    Row r of the stream is row ``r % rows_per_epoch`` of epoch ``r // rows_per_epoch``.
+
+    Attributes:
+      batch_size: rows of a batch over all hosts.
+      accumulate: micro-batches of a batch.
+      rows: rows of every micro-batch that this process reads.
+      workers: threads that prefetch batches.
     """
 
-    store: TokenStore
-    pattern: Pattern
-    seed: int
-    # Rows of a batch over all hosts, and the micro-batches per step.
     batch_size: int
     accumulate: int
-    # Rows of every micro-batch that this process reads.
     rows: tuple[int, ...]
-    # Threads that prefetch batches.
     workers: int
-    # For models with image input: the images of every row (`nalora_jax.data.images.rows`).
-    images: RowImages | None = None
-    _plan: Any = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        lengths = self.store.lengths
-        cached = lru_cache(maxsize=2)(lambda epoch: plan(self.pattern, lengths, self.seed, epoch))
-        object.__setattr__(self, "_plan", cached)
 
     @property
+    @abstractmethod
     def rows_per_epoch(self) -> int:
-        """Returns the number of rows with every example once."""
-        return self.pattern.rows
+        """Returns the number of rows with every record once."""
 
     @property
+    @abstractmethod
     def fingerprint(self) -> str:
         """Returns the identity of the stream, which does not depend on hosts or batch size."""
-        packed = int(self.pattern.rows < len(self.pattern.lengths))
-        return f"{self.store.fingerprint}:{self.pattern.capacity}:{packed}:{self.seed}"
 
-    def describe(self) -> dict[str, Any]:
-        """Returns figures for the log."""
-        return stream_figures("examples", self.store.counts, self.pattern, self.batch_size)
+    @abstractmethod
+    def arrays(self, rows: list[int]) -> HostBatch:
+        """Returns arrays ``[len(rows), ...]`` of these rows of the stream."""
 
     def batch_at(self, row: int) -> HostBatch:
         """Returns the batch whose first row over all hosts is ``row``; pure in ``row``."""
         micro = self.batch_size // self.accumulate
         first = np.arange(self.accumulate)[:, None] * micro
-        rows = (row + first + np.array(self.rows)).ravel().tolist()
-        store, examples = self.store, [self._row(index) for index in rows]
-        flat = assemble(examples, store.tokens, store.answer, store.offsets, self.pattern.capacity)
-        if self.images is not None:
-            flat |= self.images.batch(examples)
+        flat = self.arrays((row + first + np.array(self.rows)).ravel().tolist())
         lead = (self.accumulate, len(self.rows))
         return {name: value.reshape(*lead, *value.shape[1:]) for name, value in flat.items()}
 
@@ -128,34 +115,78 @@ class TrainData:
             iterator.set_state(state)
         return iterator
 
-    def _row(self, index: int) -> np.ndarray:
-        """Returns the examples in row ``index`` of the stream."""
-        epoch, row = divmod(index, self.rows_per_epoch)
-        epoch_plan: PackingPlan = self._plan(epoch)
-        return epoch_plan.row(row)
 
+class PackedStream(Stream):
+    """`Stream` of packed rows.
 
-class Stream(Protocol):
-    """Endless stream of rows; each row is a pure function of its number."""
+    Attributes:
+      pattern: the assignment of records to rows.
+      seed: of the order of the rows.
+    """
 
-    @property
-    def batch_size(self) -> int:
-        """Returns the rows of a batch over all hosts."""
+    pattern: Pattern
+    seed: int
 
     @property
-    def workers(self) -> int:
-        """Returns the number of threads that prefetch batches."""
+    @abstractmethod
+    def lengths(self) -> np.ndarray:
+        """Returns the row positions of each record."""
 
     @property
     def rows_per_epoch(self) -> int:
         """Returns the number of rows with every record once."""
+        return self.pattern.rows
+
+    @cached_property
+    def _plan(self) -> Callable[[int], PackingPlan]:
+        lengths = self.lengths
+        return lru_cache(maxsize=2)(lambda epoch: plan(self.pattern, lengths, self.seed, epoch))
+
+    def records_of(self, index: int) -> np.ndarray:
+        """Returns the records in row ``index`` of the stream."""
+        epoch, row = divmod(index, self.rows_per_epoch)
+        return self._plan(epoch).row(row)
+
+
+@dataclass(frozen=True)
+class TrainData(PackedStream):
+    """Packed sequences of a run as an endless stream."""
+
+    store: TokenStore
+    pattern: Pattern
+    seed: int
+    # Rows of a batch over all hosts, and the micro-batches per step.
+    batch_size: int
+    accumulate: int
+    # Rows of every micro-batch that this process reads.
+    rows: tuple[int, ...]
+    # Threads that prefetch batches.
+    workers: int
+    # For models with image input: the images of every row (`nalora_jax.data.images.rows`).
+    images: RowImages | None = None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Returns the row positions of each example."""
+        return self.store.lengths
 
     @property
     def fingerprint(self) -> str:
-        """Returns the identity of the stream."""
+        """Returns the identity of the stream, which does not depend on hosts or batch size."""
+        packed = int(self.pattern.rows < len(self.pattern.lengths))
+        return f"{self.store.fingerprint}:{self.pattern.capacity}:{packed}:{self.seed}"
 
-    def batch_at(self, row: int) -> HostBatch:
-        """Returns the batch whose first row over all hosts is ``row``."""
+    def describe(self) -> dict[str, Any]:
+        """Returns figures for the log."""
+        return stream_figures("examples", self.store.counts, self.pattern, self.batch_size)
+
+    def arrays(self, rows: list[int]) -> HostBatch:
+        """Returns arrays ``[len(rows), max_length]``; of models with image input also pixels."""
+        store, examples = self.store, [self.records_of(index) for index in rows]
+        flat = assemble(examples, store.tokens, store.answer, store.offsets, self.pattern.capacity)
+        if self.images is not None:
+            flat |= self.images.batch(examples)
+        return flat
 
 
 class BatchIterator(Iterator[HostBatch]):

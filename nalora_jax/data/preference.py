@@ -10,9 +10,9 @@ chosen first:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,8 +27,8 @@ from nalora_jax.data.chat import (
     text_field,
 )
 from nalora_jax.data.lengths import drawn
-from nalora_jax.data.packing import PackingPlan, Pattern, assemble, pack, permutation, plan
-from nalora_jax.data.pipeline import BatchIterator, HostBatch, stream_figures
+from nalora_jax.data.packing import Pattern, assemble, pack, permutation
+from nalora_jax.data.pipeline import HostBatch, PackedStream, stream_figures
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_held_out
 from nalora_jax.data.store import Counts
@@ -166,7 +166,7 @@ def _pair(texts: tuple[Rendered, Rendered], chosen: Example, rejected: Example, 
 
 
 @dataclass(frozen=True)
-class PairData:
+class PairData(PackedStream):
     """Training rows of a run on pairs; the counterpart of `nalora_jax.data.pipeline.TrainData`."""
 
     tokens: np.ndarray  # int32, prompt + completion: chosen, rejected, chosen, ...
@@ -182,22 +182,11 @@ class PairData:
     rows: tuple[int, ...]
     # Threads that prefetch batches.
     workers: int
-    _plan: Any = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        lengths = self.lengths
-        cached = lru_cache(maxsize=2)(lambda epoch: plan(self.pattern, lengths, self.seed, epoch))
-        object.__setattr__(self, "_plan", cached)
 
     @property
     def lengths(self) -> np.ndarray:
         """Returns the row positions of each pair."""
         return pair_lengths(self.offsets)
-
-    @property
-    def rows_per_epoch(self) -> int:
-        """Returns the number of rows with every pair once."""
-        return self.pattern.rows
 
     @property
     def pairs_per_row(self) -> int:
@@ -217,30 +206,14 @@ class PairData:
         """Returns figures for the log."""
         return stream_figures("pairs", self.counts, self.pattern, self.batch_size)
 
-    def batch_at(self, row: int) -> HostBatch:
-        """Returns the batch whose first row over all hosts is ``row``; pure in ``row``.
-
-        In addition to the text arrays it has ``pairs`` ``[accumulate, rows, pairs_per_row]``: 1 for
-        each pair in a row.
-        """
-        micro = self.batch_size // self.accumulate
-        first = np.arange(self.accumulate)[:, None] * micro
-        pairs = [self._row(index) for index in (row + first + np.array(self.rows)).ravel().tolist()]
+    def arrays(self, rows: list[int]) -> HostBatch:
+        """Returns the text arrays, and ``pairs`` ``[len(rows), pairs_per_row]``: 1 for each pair in a row."""
+        pairs = [self.records_of(index) for index in rows]
         examples = [np.stack([2 * row, 2 * row + 1], axis=1).ravel() for row in pairs]
         flat = assemble(examples, self.tokens, self.answer, self.offsets, self.pattern.capacity)
         counts = np.array([len(row) for row in pairs])
         flat["pairs"] = (np.arange(self.pairs_per_row)[None, :] < counts[:, None]).astype(np.float32)
-        return {name: value.reshape(self.accumulate, len(self.rows), -1) for name, value in flat.items()}
-
-    def batches(self) -> BatchIterator:
-        """Returns an endless iterator from the start."""
-        return BatchIterator(self)
-
-    def _row(self, index: int) -> np.ndarray:
-        """Returns the pairs in row ``index`` of the stream."""
-        epoch, row = divmod(index, self.rows_per_epoch)
-        epoch_plan: PackingPlan = self._plan(epoch)
-        return epoch_plan.row(row)
+        return flat
 
 
 def pair_lengths(offsets: np.ndarray) -> np.ndarray:
@@ -336,6 +309,15 @@ def _fitting(
             remedy=remedy,
         )
     return fitting, dropped, truncated, longest
+
+
+def pairs_digest(pairs: Iterable[Pair]) -> str:
+    """Returns the SHA-256 of pairs; equal for equal pairs in the same order."""
+    sha256 = hashlib.sha256()
+    for pair in pairs:
+        for example in (pair.chosen, pair.rejected):
+            sha256.update(example.ids.tobytes() + example.answer.tobytes() + b"|")
+    return sha256.hexdigest()
 
 
 def pair_sizes(

@@ -263,10 +263,7 @@ def _completions(
 
 def _item(question: _Question, examples: Sequence[Example]) -> Item:
     """Splits the tokens of each text into prompt and answer."""
-    # The first token is never predicted, so it is the prompt of a text without one.
-    starts = [max(int(np.argmax(example.answer)), 1) for example in examples]
-    prompts = [example.ids[:start].tolist() for example, start in zip(examples, starts, strict=True)]
-    answers = [example.ids[start:].tolist() for example, start in zip(examples, starts, strict=True)]
+    prompts, answers = (list(ids) for ids in zip(*(example.divided for example in examples), strict=True))
     gold = question.texts[question.gold]
     ((start, stop),) = gold.answers
     prompt = gold.text[:start]

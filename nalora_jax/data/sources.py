@@ -33,23 +33,6 @@ from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
 from nalora_jax.registry import Registry
 
-__all__ = [
-    "AUTO",
-    "FileSource",
-    "Opener",
-    "Source",
-    "TfdsSource",
-    "check_disjoint",
-    "have_same_records",
-    "open_held_out",
-    "open_pair",
-    "open_source",
-    "open_train",
-    "register_source",
-    "require_some",
-    "split_to_measure",
-]
-
 _COMPARED = 16  # records of each source in a comparison
 AUTO = "auto"  # evaluation split "auto"; see `open_pair`
 

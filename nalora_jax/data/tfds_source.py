@@ -72,7 +72,7 @@ class TfdsSource(Source):
         """Returns the records at ``indices``, decoded to plain Python."""
         with tfds_errors(self.name, "prepare the data set again"):
             values = self._data.__getitems__([int(index) for index in indices])
-        return [{name: _plain(value) for name, value in value.items()} for value in values]
+        return [{name: plain(value) for name, value in value.items()} for value in values]
 
     @property
     def spans(self) -> list[Span]:
@@ -181,12 +181,12 @@ def prepared(builder: Callable[[], Any]) -> Any:
     return builder()
 
 
-def open_tfds(name: str, split: str, data_dir: str) -> Any:
+def open_tfds(name: str, split: str, data_dir: str, **options: Any) -> Any:
     """Returns random access to a split of any TFDS data set, prepared on first use."""
     import tensorflow_datasets as tfds
 
     with _tfds_output():
-        return tfds.data_source(name, split=split, data_dir=data_dir or None)
+        return tfds.data_source(name, split=split, data_dir=data_dir or None, **options)
 
 
 @contextlib.contextmanager
@@ -236,7 +236,7 @@ def absolute_of(split: str, sizes: Mapping[str, int]) -> list[Span]:
     return absolute(split, infos)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Returns a decoded TFDS feature as plain Python; bytes that are not text stay bytes."""
     if isinstance(value, bytes):
         try:
@@ -244,13 +244,13 @@ def _plain(value: Any) -> Any:
         except UnicodeDecodeError:
             return value
     if isinstance(value, dict):
-        return {name: _plain(member) for name, member in value.items()}
+        return {name: plain(member) for name, member in value.items()}
     if isinstance(value, np.ndarray) and value.dtype != object:
         if value.ndim == 0:
             return value.item()
         return value.tolist()
     if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(member) for member in value]
+        return [plain(member) for member in value]
     if isinstance(value, np.generic):
         return value.item()
     return value

@@ -38,6 +38,15 @@ class Example:
         """Returns True if a token counts in the loss; the first never does (no predecessor)."""
         return bool(self.answer[1:].any())
 
+    @property
+    def divided(self) -> tuple[list[int], list[int]]:
+        """Returns the ids of the prompt and of the completion, which is contiguous at the end.
+
+        The first token is never predicted, so it is the prompt of a text without one.
+        """
+        start, ids = max(int(np.argmax(self.answer)), 1), self.ids.tolist()
+        return ids[:start], ids[start:]
+
 
 def tokenize(texts: Sequence[Rendered], tokenizer: Tokenizer, *, end: bool = True) -> list[Example]:
     """Returns the token ids and loss masks of texts.

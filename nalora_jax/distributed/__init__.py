@@ -3,7 +3,12 @@
 Names of the mesh's axes are in `nalora_jax.distributed.mesh`.
 """
 
-from nalora_jax.distributed.batches import make_global_batch, process_rows, rows_of_processes
+from nalora_jax.distributed.batches import (
+    global_batches,
+    make_global_batch,
+    process_rows,
+    rows_of_processes,
+)
 from nalora_jax.distributed.compiler import compiler_options
 from nalora_jax.distributed.mesh import (
     batch_shards,
@@ -57,6 +62,7 @@ __all__ = [
     "devices_per_run",
     "fetch",
     "fit_spec",
+    "global_batches",
     "initialize_distributed",
     "lost_peers_named",
     "make_global_batch",

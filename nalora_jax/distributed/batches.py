@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -86,6 +86,14 @@ def make_global_batch(
         return jax.make_array_from_callback(shape, sharding, shard)
 
     return {name: whole(value) for name, value in batch.items()}
+
+
+def global_batches(
+    batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields the global arrays of micro-batches ``[accumulate, rows, ...]``; see `make_global_batch`."""
+    for batch in batches:
+        yield make_global_batch(batch, mesh, rows_axis=1)
 
 
 def _check_rows(rows: int, parts: int) -> None:

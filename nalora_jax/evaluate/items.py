@@ -157,12 +157,13 @@ def describe_comparison(values: Mapping[str, Any]) -> str:
     """
     parts = []
     if "accuracy" in values:
-        accuracy = values["accuracy"]
-        interval = f"95% interval {accuracy['low']:+.3f} to {accuracy['high']:+.3f}"
-        counts = (
-            f"{accuracy['gained']} gained, {accuracy['lost']} lost, McNemar p = {accuracy['p_value']:.2g}"
-        )
-        parts.append(f"accuracy {accuracy['difference']:+.3f} ({interval}; {counts})")
+        parts.append(f"accuracy {describe_paired(values['accuracy'])}")
     loss = values["loss"]
     parts.append(f"loss {loss['difference']:+.4f} ({loss['low']:+.4f} to {loss['high']:+.4f})")
     return ", ".join(parts)
+
+
+def describe_paired(values: Mapping[str, Any]) -> str:
+    """Returns a difference of shares with its interval and test; values as in `Comparison`."""
+    counts = f"{values['gained']} gained, {values['lost']} lost, McNemar p = {values['p_value']:.2g}"
+    return f"{values['difference']:+.3f} (95% interval {values['low']:+.3f} to {values['high']:+.3f}; {counts})"

@@ -37,8 +37,6 @@ class MultipleChoiceResult:
     low: float
     high: float
     accuracy_per_choice: float  # by summed log-likelihood ("acc")
-    accuracy_per_character: float  # by log-likelihood per character of the choice ("acc_norm")
-    accuracy_per_token: float
     loss: float  # of the correct choices, nats per token
     n: int
     predictions: np.ndarray  # int [n]: choice of each question, with the requested normalisation
@@ -93,8 +91,6 @@ def multiple_choice(
         low=low,
         high=high,
         accuracy_per_choice=float(np.mean(predict(items, scores) == gold)),
-        accuracy_per_character=float(np.mean(predict(items, scores, "character") == gold)),
-        accuracy_per_token=float(np.mean(predict(items, scores, "token") == gold)),
         loss=-sum(score.log_prob for score in right) / sum(score.tokens for score in right),
         n=len(items),
         predictions=answers,

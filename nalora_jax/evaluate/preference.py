@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 
 from nalora_jax.config import PreferenceConfig
 from nalora_jax.data.preference import Pair
-from nalora_jax.data.tokenize import Example
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.heldout import SAMPLE_TOKENS, SAMPLES, variables_of
 from nalora_jax.evaluate.likelihood import score_groups
@@ -30,7 +29,6 @@ class PreferenceEvaluator:
       pairs: the held-out pairs.
       config: settings of the loss.
       mesh: mesh of the weights, if they are sharded.
-      samples: number of prompts to show with the model's completion.
 
     Attributes:
       metric: name of the headline metric.
@@ -55,7 +53,7 @@ class PreferenceEvaluator:
         self._mesh = mesh
         self._reference: np.ndarray | None = None
         self._tokens = np.array(
-            [[len(_split(example)[1]) for example in (p.chosen, p.rejected)] for p in pairs]
+            [[len(example.divided[1]) for example in (p.chosen, p.rejected)] for p in pairs]
         )
 
     def measure(self, params: Any, lora: Any | None, *, samples: bool = False) -> dict[str, Any]:
@@ -95,23 +93,16 @@ class PreferenceEvaluator:
 
     def _scores(self, model: Decoder, variables: Mapping[str, Any]) -> np.ndarray:
         """Returns log-probabilities ``[pairs, 2]`` of both completions, chosen first."""
-        groups = [[_split(pair.chosen), _split(pair.rejected)] for pair in self._pairs]
+        groups = [[pair.chosen.divided, pair.rejected.divided] for pair in self._pairs]
         scored = score_groups(model, variables, groups, mesh=self._mesh)
         return np.array([[score.log_prob for score in row] for row in scored])
 
     def _answers(self, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
         sampled = self._pairs[:SAMPLES]
         generator = Generator(self._model, variables, self._tokenizer, mesh=self._mesh)
-        prompts = [_split(pair.chosen)[0] for pair in sampled]
+        prompts = [pair.chosen.divided[0] for pair in sampled]
         answers = generator.generate(prompts, max_new_tokens=SAMPLE_TOKENS)
         return [
             {"prompt": pair.prompt, "answer": answer.strip(), "expected": pair.texts[0].strip()}
             for pair, answer in zip(sampled, answers, strict=True)
         ]
-
-
-def _split(example: Example) -> tuple[list[int], list[int]]:
-    """Splits a tokenized text into prompt and completion, which is contiguous at the end."""
-    start = max(int(np.argmax(example.answer)), 1)  # the first token is not predicted
-    ids = example.ids.tolist()
-    return ids[:start], ids[start:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -12,10 +12,11 @@ import numpy as np
 
 # Number of resampled indices in memory at once.
 _CHUNK = 1 << 22
+_PAIRED = 10_000  # bootstrap samples of a paired comparison
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Returns Wilson's score interval of a proportion; (0, 1) for n = 0.
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Returns Wilson's 95% score interval of a proportion; (0, 1) for n = 0.
 
     Unlike the normal approximation, it keeps its coverage for small n and for rates near 0 and 1.
 
@@ -23,7 +24,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     """
     if n == 0:
         return 0.0, 1.0
-    z = _quantile(confidence)
+    z = NormalDist().inv_cdf(0.975)
     rate = successes / n
     center = rate + z * z / (2 * n)
     spread = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
@@ -35,48 +36,26 @@ def bootstrap(
     values: Sequence[float] | np.ndarray,
     weights: Sequence[float] | np.ndarray | None = None,
     *,
-    confidence: float = 0.95,
     resamples: int = 2000,
-    seed: int = 0,
 ) -> tuple[float, float]:
-    """Returns the percentile interval of the weighted mean ``sum(values) / sum(weights)``.
+    """Returns the 95% percentile interval of the weighted mean ``sum(values) / sum(weights)``.
 
     A unit's value and weight are resampled together.
 
     Args:
       values: one sum per unit (a document's loss, an item's 0 or 1).
       weights: one weight per unit (a document's tokens); 1 by default, which gives the plain mean.
-      confidence: confidence level of the interval.
       resamples: number of bootstrap samples.
-      seed: seed of the resampling, so that reports are reproducible.
     """
     sums = np.asarray(values, np.float64)
-    counts = np.ones_like(sums)
-    if weights is not None:
-        counts = np.asarray(weights, np.float64)
-    assert sums.shape == counts.shape
-    if sums.size == 0:
-        return math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    rows = max(1, _CHUNK // sums.size)
-    means = []
-    for start in range(0, resamples, rows):
-        drawn = rng.integers(sums.size, size=(min(rows, resamples - start), sums.size))
-        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
-    return _percentiles(np.concatenate(means), confidence)
+    counts = np.ones_like(sums) if weights is None else weights
+    return _interval(resamples, lambda values, weights: values / weights, sums, counts)
 
 
 def paired_bootstrap(
-    values: np.ndarray,
-    weights: np.ndarray,
-    other_values: np.ndarray,
-    other_weights: np.ndarray,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
+    values: np.ndarray, weights: np.ndarray, other_values: np.ndarray, other_weights: np.ndarray
 ) -> tuple[float, float]:
-    """Returns the percentile interval of the difference of two weighted means.
+    """Returns the 95% percentile interval of the difference of two weighted means.
 
     It is ``sum(other_values) / sum(other_weights) - sum(values) / sum(weights)``. Both models'
     results of a unit are resampled together.
@@ -84,23 +63,28 @@ def paired_bootstrap(
     Args:
       values, weights: ``[n]``, of the first model's units, as for `bootstrap`.
       other_values, other_weights: ``[n]``, of the second model on the same units.
-      confidence: confidence level of the interval.
-      resamples: number of bootstrap samples.
-      seed: seed of the resampling.
     """
-    arrays = [np.asarray(array, np.float64) for array in (values, weights, other_values, other_weights)]
+
+    def difference(first: Any, first_weight: Any, second: Any, second_weight: Any) -> Any:
+        return second / second_weight - first / first_weight
+
+    return _interval(_PAIRED, difference, values, weights, other_values, other_weights)
+
+
+def _interval(resamples: int, statistic: Callable[..., Any], *units: Any) -> tuple[float, float]:
+    """Returns the interval of a statistic of sums over units, arrays ``[n]``; the seed is fixed."""
+    arrays = [np.asarray(array, np.float64) for array in units]
     n = arrays[0].size
     assert {array.shape for array in arrays} == {(n,)}
     if n == 0:
         return math.nan, math.nan
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     rows = max(1, _CHUNK // n)
-    differences = []
+    samples = []
     for start in range(0, resamples, rows):
         drawn = rng.integers(n, size=(min(rows, resamples - start), n))
-        first, first_weight, second, second_weight = (array[drawn].sum(axis=1) for array in arrays)
-        differences.append(second / second_weight - first / first_weight)
-    return _percentiles(np.concatenate(differences), confidence)
+        samples.append(statistic(*(array[drawn].sum(axis=1) for array in arrays)))
+    return _percentiles(np.concatenate(samples))
 
 
 @dataclass(frozen=True)
@@ -116,9 +100,7 @@ class Comparison:
     n: int
 
 
-def compare(
-    before: Any, after: Any, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Comparison:
+def compare(before: Any, after: Any) -> Comparison:
     """Compares two vectors of correct (1) and incorrect (0) answers to the same questions.
 
     A paired test has more power than comparing two separate intervals, because questions that both
@@ -133,8 +115,8 @@ def compare(
     if n:
         # Resampling questions is equivalent to a multinomial draw of the three counts.
         shares = np.array([gained, lost, n - gained - lost]) / n
-        counts = np.random.default_rng(seed).multinomial(n, shares, size=resamples)
-        low, high = _percentiles((counts[:, 0] - counts[:, 1]) / n, confidence)
+        counts = np.random.default_rng(0).multinomial(n, shares, size=_PAIRED)
+        low, high = _percentiles((counts[:, 0] - counts[:, 1]) / n)
     return Comparison((gained - lost) / max(n, 1), low, high, mcnemar(gained, lost), gained, lost, n)
 
 
@@ -150,11 +132,6 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def _quantile(confidence: float) -> float:
-    return NormalDist().inv_cdf(0.5 + confidence / 2)
-
-
-def _percentiles(samples: np.ndarray, confidence: float) -> tuple[float, float]:
-    tail = 50 * (1 - confidence)
-    low, high = np.percentile(samples, [tail, 100 - tail])
+def _percentiles(samples: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(samples, [2.5, 97.5])
     return float(low), float(high)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -11,12 +12,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nalora_jax.distributed.mesh import BATCH_AXES
 from nalora_jax.errors import NaloraError
 
 # Place in a row without a token.
 GAP = -1
-# Mesh axes that split the rows of a batch.
-_BATCH_AXES = ("data", "fsdp")
 
 
 def bucket(size: int, *, minimum: int = 1, multiple: int = 1) -> int:
@@ -94,11 +94,9 @@ def _with_uncut_runs(ids: Sequence[int], token: int, chunk: int) -> list[int]:
 
 def batch_shards(mesh: Mesh | None) -> int:
     """Returns the number of parts into which the mesh splits a batch."""
-    count = 1
-    for axis in _batch_axes(mesh):
-        assert mesh is not None
-        count *= mesh.shape[axis]
-    return count
+    if mesh is None:
+        return 1
+    return math.prod(mesh.shape[axis] for axis in _batch_axes(mesh))
 
 
 def place_batch(tree: Any, mesh: Mesh | None) -> Any:
@@ -108,7 +106,5 @@ def place_batch(tree: Any, mesh: Mesh | None) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, P(_batch_axes(mesh))))
 
 
-def _batch_axes(mesh: Mesh | None) -> tuple[str, ...]:
-    if mesh is None:
-        return ()
-    return tuple(axis for axis in _BATCH_AXES if axis in mesh.axis_names)
+def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)

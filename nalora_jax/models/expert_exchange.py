@@ -120,13 +120,14 @@ def _exchanged(
     axis: str | None,
 ) -> tuple[jax.Array, Measured]:
     devices, local = counts.shape[0], layer.gate.kernel.shape[0]
-    ends = jnp.cumsum(counts)
+    starts = jnp.cumsum(counts) - counts
     place = jnp.arange(block)
     # [devices * block]: the row in each place of the blocks
     real = (place[None] < counts[:, None]).reshape(-1)
-    row = jnp.where(real, ((ends - counts)[:, None] + place[None]).reshape(-1), 0)
-    of_rows = _place_of_row(routing, counts, block)[routing.back]
-    places = Places(jnp.take(routing.token, row), of_rows, real)
+    row = jnp.where(real, (starts[:, None] + place[None]).reshape(-1), 0)
+    target = routing.expert // local
+    place_of_row = target * block + jnp.arange(target.shape[0]) - starts[target]
+    places = Places(jnp.take(routing.token, row), place_of_row[routing.back], real)
     received = _to_devices(spread(x.reshape(-1, x.shape[-1]), places, config.top_k), over)
     # Unused places count as zeros of the last expert, with weight 0 in statistics.
     labels = jnp.where(real, jnp.take(routing.expert, row) % local, local - 1).astype(jnp.float32)
@@ -148,14 +149,6 @@ def _exchanged(
     y, measured = expert_rows(received, weight, layer, groups, (of_gate, of_probe), config, axis)
     y = of_tokens(_to_devices(permuted(y, inverse, order), over), places, config, x.shape, axis)
     return y, {name: _of_all(value, first, local, devices) for name, value in measured.items()}
-
-
-def _place_of_row(routing: Routing, counts: jax.Array, block: int) -> jax.Array:
-    """Returns the place of each sorted row in the blocks, int ``[rows]``."""
-    local = routing.sizes.shape[0] // counts.shape[0]
-    target = routing.expert // local
-    starts = jnp.cumsum(counts) - counts
-    return target * block + jnp.arange(target.shape[0]) - starts[target]
 
 
 def _to_devices(blocks: jax.Array, over: str) -> jax.Array:

@@ -127,9 +127,10 @@ class Part(ABC):
     def projections(self, config: ModelConfig) -> Shapes:
         """Returns kernel shapes ``(..., d_in, d_out)`` of adaptable projections, by name."""
 
-    @abstractmethod
     def flops(self, config: ModelConfig, seq: int) -> float:
-        """Returns the forward flops of one layer and row, without `projections`."""
+        """Returns the forward flops of one layer and row, without `projections` and routers."""
+        del config, seq
+        return 0.0
 
     @abstractmethod
     def saved(self, config: ModelConfig) -> float:
@@ -157,16 +158,13 @@ class Mixer(Part):
 class AttentionMixer(Mixer):
     """A form of softmax attention.
 
-    Cache and costs follow from the config's heads and windows, as for `models.attention.Attention`.
+    Cache, flops and saved values follow from the config's heads and windows, as for
+    `models.attention.Attention`.
     """
 
     name = "attn"
     attends = True
     splits_rows = True
-
-    def flops(self, config: ModelConfig, seq: int) -> float:
-        """Returns 0: scores and weighted sums are counted by the config's heads."""
-        return 0.0
 
     def saved(self, config: ModelConfig) -> float:
         """Returns 0: saved heads are counted by the config."""

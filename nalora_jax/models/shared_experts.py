@@ -47,10 +47,6 @@ class WithExperts(FeedForward):
         shapes: Shapes = {f"experts_ffn/{name}": (config.n_experts, *s) for name, s in experts.items()}
         return shapes | {f"{self.block}/{name}": s for name, s in _gated(d, self.width).items()}
 
-    def flops(self, config: ModelConfig, seq: int) -> float:
-        """Returns 0: routers are counted with the weights."""
-        return 0.0
-
     def saved(self, config: ModelConfig) -> float:
         """See `Part`."""
         return 2.0 * (config.experts_per_token * config.d_ff + self.width)

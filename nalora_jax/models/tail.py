@@ -46,10 +46,6 @@ class ScaledTail(Tail):
             return {}
         return {"": ((self.width,), config.activation)}
 
-    def flops(self, config: ModelConfig, seq: int) -> float:
-        """Returns 0: no matmul outside of projections."""
-        return 0.0
-
     def saved(self, config: ModelConfig) -> float:
         """Returns the saved values: z and its factor."""
         return 2.0 * self.width

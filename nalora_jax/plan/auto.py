@@ -14,7 +14,7 @@ from nalora_jax import distributed
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.plan.decide import EXHAUSTED, Compiled, Search, decide, is_exhausted
+from nalora_jax.plan.decide import Compiled, Search, decide
 from nalora_jax.plan.figures import of_compiled
 from nalora_jax.plan.layouts import Layout, decoder_alone, fitting, preferred
 from nalora_jax.plan.machines import Topology, of_devices
@@ -99,14 +99,7 @@ class _Attempt:
     def __call__(self, layout: Layout) -> Compiled:
         self.pieces = None
         gc.collect()  # frees the last layout's arrays on the devices
-        try:
-            return self._compiled(with_layout(self._config, layout))
-        except jax.errors.JaxRuntimeError as error:
-            if not is_exhausted(error):
-                raise
-            return EXHAUSTED
-
-    def _compiled(self, config: RunConfig) -> Compiled:
+        config = with_layout(self._config, layout)
         pieces = self._build(config)
         assembly, batches = pieces.assembly, pieces.data.batches()
         batch = distributed.make_global_batch(next(batches), assembly.mesh, rows_axis=1)
@@ -122,10 +115,8 @@ class _Attempt:
         return result
 
     def _judged(self, program: Any, config: RunConfig) -> Compiled:
-        figures, decoder = (
-            of_compiled(program),
-            decoder_alone(self._base, adapter_spec(config, self._base)),
-        )
+        figures = of_compiled(program)
+        decoder = decoder_alone(self._base, adapter_spec(config, self._base))
         bound = bound_of(figures, self._where, *decoder, config, config.data.max_length)
         return Compiled(figures.memory, figures.fits(self._where.chip), bound.seconds)
 

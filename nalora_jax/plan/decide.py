@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+
 from nalora_jax.errors import NaloraError
 from nalora_jax.plan.layouts import Layout, preferred
 
@@ -119,17 +121,17 @@ def decide(search: Search, compiled: Callable[[Layout], Compiled]) -> tuple[Layo
 
     Args:
       search: candidates; layouts that were tried before count.
-      compiled: compiles the step of a layout.
+      compiled: compiles the step of a layout; may raise that the compiler or a device ran out of memory.
     """
     while (layout := search.next()) is not None:
-        search.tried.append((layout, compiled(layout)))
+        try:
+            search.tried.append((layout, compiled(layout)))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            search.tried.append((layout, EXHAUSTED))
     layout, result = search.best()
     tried = [f"{other.short} ({program})" for other, program in search.tried if other is not layout]
     if tried:
         log.info("mesh: %s (%s) instead of %s", layout.short, result, "; ".join(tried))
     return layout, result
-
-
-def is_exhausted(error: BaseException) -> bool:
-    """Returns True if a compiler or a device had too little memory for a program."""
-    return "RESOURCE_EXHAUSTED" in str(error)

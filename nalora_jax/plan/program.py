@@ -36,7 +36,6 @@ from nalora_jax.train.decoder_program import build_optimizer, decoder_program, m
 _BATCH = {
     "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32",
 }  # fmt: skip
-_GPU_FLAGS = "--xla_gpu_autotune_level=0"
 
 
 def devices(where: Topology) -> Sequence[jax.Device]:

@@ -13,7 +13,7 @@ from nalora_jax.config import RunConfig
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.plan.auto import with_layout
-from nalora_jax.plan.decide import EXHAUSTED, Compiled, Search, decide, is_exhausted
+from nalora_jax.plan.decide import Compiled, Search, decide
 from nalora_jax.plan.figures import Figures, figures
 from nalora_jax.plan.layouts import Layout, decoder_alone, fitting
 from nalora_jax.plan.machines import Topology
@@ -100,12 +100,7 @@ def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int, images
     def compiled(layout: Layout) -> Compiled:
         concrete = with_layout(config, layout)
         mesh = distributed.make_mesh(concrete.mesh, chips)
-        try:
-            measured = figures(*step_and_arguments(concrete, base, mesh, seq=seq, images=images))
-        except jax.errors.JaxRuntimeError as error:
-            if not is_exhausted(error):
-                raise
-            return EXHAUSTED
+        measured = figures(*step_and_arguments(concrete, base, mesh, seq=seq, images=images))
         bound = bound_of(measured, where, *decoder, concrete, seq)
         return Compiled(
             measured.memory, measured.fits(where.chip), bound.seconds, (concrete, mesh, measured, bound)

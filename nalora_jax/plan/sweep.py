@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import jax
-
 from nalora_jax import distributed
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.plan.collectives import Collective
-from nalora_jax.plan.decide import EXHAUSTED, Compiled, Search, decide, is_exhausted
+from nalora_jax.plan.decide import Compiled, Search, decide
 from nalora_jax.plan.figures import figures
 from nalora_jax.plan.layouts import Layout, decoder_alone, preferred
 from nalora_jax.plan.machines import Topology
@@ -95,12 +93,7 @@ def plan_sweep(config: RunConfig, base: ModelConfig, where: Topology, seq: int, 
         compute: Any = replace(config.compute, remat=cast(Any, layout.remat))
         concrete = replace(config, mesh=mesh, compute=compute)
         built = distributed.make_mesh(mesh, chips)
-        try:
-            measured = figures(*step_and_arguments(concrete, base, built, seq=seq, runs=together))
-        except jax.errors.JaxRuntimeError as error:
-            if not is_exhausted(error):
-                raise
-            return EXHAUSTED
+        measured = figures(*step_and_arguments(concrete, base, built, seq=seq, runs=together))
         train = replace(config.train, batch_size=config.train.batch_size * together)
         bound = bound_of(measured, where, *decoder, replace(concrete, train=train), seq)
         seconds = bound.seconds * math.ceil(runs / together)

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from nalora_jax.config.types import dotted
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_atomically
 from nalora_jax.report.history import History, read_history
-from nalora_jax.report.html import flatten, plain_text, resource, template
+from nalora_jax.report.html import plain_text, resource, template
 from nalora_jax.report.svg import COLOURS, new_figure, style, thin, to_svg
 from nalora_jax.train.progress import duration
 
@@ -113,7 +114,7 @@ def group_runs(runs: Sequence[History]) -> list[Group]:
 
 
 def _identity(run: History) -> dict[str, str]:
-    return {name: plain_text(value) for name, value in flatten(run.config) if name not in _ASIDE}
+    return {name: plain_text(value) for name, value in dotted(run.config) if name not in _ASIDE}
 
 
 def _apart(identities: Sequence[Mapping[str, str]]) -> list[str]:

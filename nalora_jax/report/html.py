@@ -7,7 +7,7 @@ dark setting and fits a phone. The template engine escapes all text from the log
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.resources import files
@@ -19,12 +19,14 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from nalora_jax.config import RunConfig
+from nalora_jax.config.types import dotted
 from nalora_jax.files import write_atomically
 from nalora_jax.report import plots, state_plots
 from nalora_jax.report.history import History, read_history
 from nalora_jax.report.images import confusions, layer_labels, picture
 from nalora_jax.report.needle import read_needle
 from nalora_jax.report.summary import headline, tiles
+from nalora_jax.runs.metrics import to_json
 from nalora_jax.weights.origin import Origin
 
 FILE = "report.html"
@@ -293,25 +295,16 @@ def _clip(value: object) -> str:
 
 def _config_rows(config: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
     """Returns (dotted name, value, differs from the default) of every field."""
-    defaults = dict(flatten(RunConfig().to_dict()))
+    defaults = dict(dotted(to_json(RunConfig().to_dict())))  # as in the log
     return [
         (name, plain_text(value), name in defaults and defaults[name] != value)
-        for name, value in flatten(config)
+        for name, value in dotted(config)
     ]
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, value) of every setting."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
 
 
 def plain_text(value: Any) -> str:
     """Returns a value as a user would type it; adapter rules as on the command line."""
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return "  ".join(map(plain_text, value)) or "none"
     if isinstance(value, Mapping) and {"pattern", "rank"} <= set(value):
         text = f"{value['pattern']}:{value['rank']}"

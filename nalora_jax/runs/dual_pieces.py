@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,8 +14,8 @@ from jax.sharding import Mesh
 
 from nalora_jax import distributed
 from nalora_jax.config import RunConfig, VisionConfig
-from nalora_jax.data.images.opened import open_images
-from nalora_jax.data.images.pipeline import ImageData, caption_tokens, draw_shots, readable
+from nalora_jax.data.images.opened import open_images, readable
+from nalora_jax.data.images.pipeline import ImageData, caption_tokens, draw_shots
 from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.sources import AUTO, check_disjoint
@@ -22,6 +23,7 @@ from nalora_jax.distributed import platform_of
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.method.step import TrainState
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.runs.pieces import Pieces
@@ -215,18 +217,18 @@ def image_evaluator(
 def _export(folder: Path, lora: Any, assembly: Assembly, loaded: LoadedDual) -> None:
     """Writes PEFT files of the trained adapter and verifies that a reload is bitwise equal."""
     lora = jax.tree.map(distributed.fetch, lora)
-
-    def write() -> None:
-        export_dual_adapter(
-            lora,
-            assembly.spec,
-            loaded.config,
-            folder,
-            base_model_name=loaded.source,
-            fingerprint=loaded.fingerprint,
-            overwrite=True,
-        )
-        verify_dual_export(folder, lora, assembly.spec, loaded.config, loaded.fingerprint)
-
-    distributed.on_first_process(write)
+    distributed.on_first_process(
+        lambda: write_dual_adapter(folder, loaded, lora, assembly.spec, overwrite=True)
+    )
     log.info("adapter: %s (read back: every number is equal)", folder)
+
+
+def write_dual_adapter(
+    folder: Path, loaded: LoadedDual, lora: Mapping[str, Any], spec: AdapterSpec, *, overwrite: bool = False
+) -> None:
+    """Writes PEFT files of an adapter and verifies that a reload is bitwise equal."""
+    config, mark = loaded.config, loaded.fingerprint
+    export_dual_adapter(
+        lora, spec, config, folder, base_model_name=loaded.source, fingerprint=mark, overwrite=overwrite
+    )
+    verify_dual_export(folder, lora, spec, config, mark)

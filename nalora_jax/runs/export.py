@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.experimental import multihost_utils
@@ -17,6 +18,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.loading.base import LoadedModel, rope_of
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.runs.pieces import RunBase
 from nalora_jax.train.assembly import Assembly, exportable_adapter
 from nalora_jax.train.machine import describe_device, versions
@@ -53,22 +55,7 @@ def export(
       NaloraError: the files cannot be written, or differ from the trained adapter.
     """
     lora, spec = exportable_adapter(assembly, state.lora)
-
-    def write() -> None:
-        export_adapter(
-            lora,
-            spec,
-            loaded.config,
-            folder,
-            base_model_name=loaded.source,
-            fingerprint=loaded.fingerprint,
-            rope_scaling=loaded.rope_scaling,
-            overwrite=True,
-            write_extra=tokenizer_writer(loaded) if loaded.added or loaded.resized else None,
-        )
-        verify_export(folder, lora, spec, loaded.config, fingerprint=loaded.fingerprint)
-
-    distributed.on_first_process(write)
+    distributed.on_first_process(lambda: write_adapter(folder, loaded, lora, spec, overwrite=True))
     share(folder.name)
     difference = _difference(loaded, assembly, state.lora, folder, batches)
     # Lowered kernels were rounded to the base's dtype once. All other differences come from the
@@ -80,6 +67,27 @@ def export(
         )
     log.info("adapter: %s (read back: logits differ by at most %.1e)", folder, difference)
     return folder
+
+
+def write_adapter(
+    folder: Path, loaded: LoadedModel, lora: Mapping[str, Any], spec: AdapterSpec, **options: Any
+) -> float:
+    """Writes PEFT files of an adapter and verifies them; returns the difference (`verify_export`).
+
+    ``options`` are passed to `export_adapter`.
+    """
+    export_adapter(
+        lora,
+        spec,
+        loaded.config,
+        folder,
+        base_model_name=loaded.source,
+        fingerprint=loaded.fingerprint,
+        rope_scaling=loaded.rope_scaling,
+        write_extra=tokenizer_writer(loaded) if loaded.added or loaded.resized else None,
+        **options,
+    )
+    return verify_export(folder, lora, spec, loaded.config, fingerprint=loaded.fingerprint)
 
 
 def _difference(
@@ -123,20 +131,22 @@ def card(
     after: Mapping[str, Any],
 ) -> Card:
     """Returns the README.md of the adapter ``lora``, with the run's settings and results."""
-    alias = alias_of(config.model)
-    changes: dict[str, Any] = {}
-    if isinstance(loaded, LoadedModel):
-        changes = {"resized": loaded.resized, "rope": rope_of(loaded)}
-    return Card(
-        "adapter",
-        loaded.source,
-        exportable_adapter(assembly, lora)[1] if assembly.spec.adalora else assembly.spec,
+    spec = exportable_adapter(assembly, lora)[1] if assembly.spec.adalora else assembly.spec
+    return replace(
+        base_card("adapter", config.model, loaded, spec),
         run=config,
-        license=alias.parts[0].licence if alias else "",
         before=before,
         after=after,
         versions=versions(),
         device=describe_device(),
-        origin=loaded.origin,
-        **changes,
     )
+
+
+def base_card(kind: Literal["adapter", "merged"], model: str, loaded: RunBase, spec: AdapterSpec) -> Card:
+    """Returns a card without settings and results of a run; ``model`` is the name of the base."""
+    alias = alias_of(model)
+    licence = alias.parts[0].licence if alias else ""
+    written = Card(kind, loaded.source, spec, license=licence, origin=loaded.origin)
+    if isinstance(loaded, LoadedModel):
+        return replace(written, resized=loaded.resized, rope=rope_of(loaded))
+    return written

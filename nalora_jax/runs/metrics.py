@@ -216,29 +216,29 @@ def recorded_settings(folder: Path | str) -> dict[str, Any]:
     return settings
 
 
-def to_json(value: Any) -> Any:
+def to_json(value: Any, digits: int = 9) -> Any:
     """Returns ``value`` as plain JSON types.
 
-    Numpy scalars and arrays become numbers and nested lists; floats keep nine significant digits
-    (enough to tell any two float32 apart); NaN and infinity become None.
+    Numpy scalars and arrays become numbers and nested lists; floats keep ``digits`` significant digits
+    (nine are enough to tell any two float32 apart, 17 keep all); NaN and infinity become None.
 
     Example:
       >>> to_json({"loss": np.float32(0.1), "mask": np.array([1.0, np.nan])})
       {'loss': 0.100000001, 'mask': [1.0, None]}
     """
     if isinstance(value, Mapping):
-        return {str(key): to_json(item) for key, item in value.items()}
+        return {str(key): to_json(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
+        return [to_json(item, digits) for item in value]
     if isinstance(value, bool | int | str | None):
         return value
     if isinstance(value, float):
         if math.isfinite(value):
-            return float(f"{value:.9g}")
+            return float(f"{value:.{digits}g}")
         return None
     if isinstance(value, Path):
         return str(value)
-    return to_json(np.asarray(value).tolist())
+    return to_json(np.asarray(value).tolist(), digits)
 
 
 def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:

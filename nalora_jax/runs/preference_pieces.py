@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from jax.sharding import Mesh
 
 from nalora_jax import distributed
 from nalora_jax.config import RunConfig
-from nalora_jax.data.preference import Pair, held_out_pairs, pair_data
+from nalora_jax.data.preference import held_out_pairs, pair_data, pairs_digest
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_pair
 from nalora_jax.errors import NaloraError
@@ -20,6 +19,7 @@ from nalora_jax.method.step import TrainState
 from nalora_jax.runs.export import export
 from nalora_jax.runs.pieces import Pieces, assembly_of
 from nalora_jax.train.assembly import assemble
+from nalora_jax.train.inputs import stream_shape
 
 
 def preference_pieces(
@@ -38,18 +38,9 @@ def preference_pieces(
     Raises:
       NaloraError: bad records, pairs that do not fit, or too few held out.
     """
-    train, data, preference = config.train, config.data, config.preference
+    data, preference = config.data, config.preference
     records, _ = open_pair(data, source=source)
-    rows = pair_data(
-        records,
-        data,
-        preference,
-        loaded.tokenizer,
-        batch_size=train.batch_size,
-        accumulate=train.accumulate,
-        seed=config.seed,
-        rows=distributed.process_rows(mesh, train.batch_size // train.accumulate).tolist(),
-    )
+    rows = pair_data(records, data, preference, loaded.tokenizer, **stream_shape(config, mesh))
     context = loaded.config.max_positions
     reported, selecting = held_out_pairs(data, preference, loaded.tokenizer, context, source=source)
     longest = int(max(b - a for a, b in zip(rows.offsets[:-1], rows.offsets[1:], strict=True))) - 1
@@ -73,14 +64,5 @@ def preference_pieces(
     def write(folder: Path, state: TrainState) -> Path:
         return export(config, folder, loaded, assembly, state, rows.batches(), share)
 
-    questions = {"reported": _digest(reported), "selecting": _digest(selecting)}
+    questions = {"reported": pairs_digest(reported), "selecting": pairs_digest(selecting)}
     return Pieces(loaded, assembly, rows, evaluator, selector, questions, write)
-
-
-def _digest(pairs: Sequence[Pair]) -> str:
-    """Returns the SHA-256 of pairs; equal for equal pairs in the same order."""
-    sha256 = hashlib.sha256()
-    for pair in pairs:
-        for example in (pair.chosen, pair.rejected):
-            sha256.update(example.ids.tobytes() + example.answer.tobytes() + b"|")
-    return sha256.hexdigest()

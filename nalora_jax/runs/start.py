@@ -75,9 +75,7 @@ def first_adapters(assembly: Assembly, base: ModelConfig, data: _Rows, seed: int
     batches = data.batches()
     try:
         first_batches = itertools.islice(batches, assembly.config.lora.gradient_batches)
-        first = [
-            distributed.make_global_batch(batch, assembly.mesh, rows_axis=1) for batch in first_batches
-        ]
+        first = list(distributed.global_batches(first_batches, assembly.mesh))
     finally:
         batches.close()
     return gradient_adapters(assembly, base, first, seed)

@@ -28,7 +28,7 @@ from nalora_jax.runs.preference_pieces import preference_pieces
 from nalora_jax.runs.start import GRADIENT, gradient_start
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.assembly import assemble
-from nalora_jax.train.inputs import check_data, check_first, check_layout, check_longest
+from nalora_jax.train.inputs import check_data, check_first, check_layout, check_longest, stream_shape
 from nalora_jax.train.seeing import with_images
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.new_tokens import with_added
@@ -109,16 +109,7 @@ def _train_data(
     config: RunConfig, loaded: LoadedModel, mesh: Mesh, source: Mapping[str, Source] | None
 ) -> TrainData:
     """Returns the packed sequences of this process, selected by the mesh."""
-    train = config.train
-    data = train_data(
-        config.data,
-        loaded.tokenizer,
-        batch_size=train.batch_size,
-        accumulate=train.accumulate,
-        seed=config.seed,
-        rows=distributed.process_rows(mesh, train.batch_size // train.accumulate).tolist(),
-        source=source,
-    )
+    data = train_data(config.data, loaded.tokenizer, source=source, **stream_shape(config, mesh))
     if loaded.config.sight is not None:
         assert source is not None
         data = with_images(data, config.data, config.vision, loaded, source)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import importlib
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nalora_jax.config.types import dotted
 from nalora_jax.errors import NaloraError
 from nalora_jax.paths import naming, open_unlinked
 from nalora_jax.runs.metrics import scalars, to_json
@@ -133,7 +134,7 @@ class MLflow(_Numbers):
         self._id = self._client.create_run(experiment, run_name=name).info.run_id
         _write_id(id_file, self._id)
         kind = self._mlflow.entities.Param
-        params = [kind(key, str(value)[:500]) for key, value in _flat(to_json(started.config))]
+        params = [kind(key, str(value)[:500]) for key, value in dotted(to_json(started.config))]
         for first in range(0, len(params), 100):  # the API's limit per call
             self._client.log_batch(self._id, params=params[first : first + 100])
 
@@ -165,14 +166,6 @@ def _write_id(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path), open_unlinked(path, "w", encoding="utf-8") as file:
         file.write(text)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _imported(name: str) -> Any:

@@ -27,6 +27,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.runs.start import first_adapters
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
+from nalora_jax.train.inputs import stream_shape
 from nalora_jax.weights.hub import ResolvedSource, resolve
 from nalora_jax.weights.new_tokens import with_added
 
@@ -122,14 +123,7 @@ class Language:
 
     def data(self, config: RunConfig) -> TrainData:
         """Returns packed sequences."""
-        tokenizer, train = self.model(config).tokenizer, config.train
-        return train_data(
-            config.data,
-            tokenizer,
-            batch_size=train.batch_size,
-            accumulate=train.accumulate,
-            seed=config.seed,
-        )
+        return train_data(config.data, self.model(config).tokenizer, **stream_shape(config))
 
     def adapters(self, config: RunConfig, assembly: Assembly, data: TrainData, seed: int) -> Any:
         """Returns adapters by the config's initialization."""

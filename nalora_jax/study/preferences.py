@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,12 +12,13 @@ import numpy as np
 from nalora_jax import distributed
 from nalora_jax.config import DataConfig, PreferenceConfig, RunConfig
 from nalora_jax.data.packing import permutation
-from nalora_jax.data.preference import Pair, PairData, pair_data, tokenize_pairs
+from nalora_jax.data.preference import Pair, PairData, pair_data, pairs_digest, tokenize_pairs
 from nalora_jax.data.sources import open_pair
 from nalora_jax.evaluate.preference import PreferenceEvaluator
 from nalora_jax.study.language import Language
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.train.assembly import Assembly
+from nalora_jax.train.inputs import stream_shape
 
 _SEED = 20260101  # of the held-out draw: the same in every run
 
@@ -67,15 +67,8 @@ class Preferences(Language):
         key = json.dumps([config.model, vars(data), vars(train)], default=str)
         if key not in self._rows:
             source, _ = open_pair(data)
-            tokenizer = self.model(config).tokenizer
-            self._rows[key] = pair_data(
-                source,
-                data,
-                config.preference,
-                tokenizer,
-                batch_size=train.batch_size,
-                accumulate=train.accumulate,
-            )
+            tokenizer, shape = self.model(config).tokenizer, stream_shape(replace(config, seed=0))
+            self._rows[key] = pair_data(source, data, config.preference, tokenizer, **shape)
         return replace(self._rows[key], seed=config.seed)
 
     def source_digest(self, data: Any) -> str:
@@ -89,7 +82,7 @@ class Preferences(Language):
         indices = np.sort(permutation(len(records), _SEED)[: data.eval_limit or None]).tolist()
         tokenizer = self.model(config).tokenizer
         pairs = tuple(tokenize_pairs(records, indices, data, config.preference, tokenizer))
-        return PreferenceItems(pairs, config.preference, tokenizer, _digest(pairs))
+        return PreferenceItems(pairs, config.preference, tokenizer, pairs_digest(pairs)[:16])
 
     def measure(
         self, items: Any, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
@@ -98,11 +91,3 @@ class Preferences(Language):
         del whole  # the rewards of the loss give the accuracy
         values = items.evaluator(assembly).measure(variables["params"], variables.get("lora"))
         return {"loss": values["loss"], "accuracy": values["rewards_accuracy"]}
-
-
-def _digest(pairs: tuple[Pair, ...]) -> str:
-    sha256 = hashlib.sha256()
-    for pair in pairs:
-        for example in (pair.chosen, pair.rejected):
-            sha256.update(example.ids.tobytes() + example.answer.tobytes() + b"|")
-    return sha256.hexdigest()[:16]

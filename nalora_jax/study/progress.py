@@ -20,7 +20,7 @@ from nalora_jax.study.plan import Run
 from nalora_jax.study.records import plain
 from nalora_jax.study.resources import Resources
 from nalora_jax.study.snapshots import read_snapshot, write_snapshot
-from nalora_jax.study.subject import Items, on_mesh
+from nalora_jax.study.subject import Items
 from nalora_jax.train.loop import LoopEvaluation, Schedule, fit
 from nalora_jax.train.optimizers import make_schedule
 
@@ -82,7 +82,7 @@ class RunInProgress:
         batches = self.rows(start)
         began = time.perf_counter()
         try:
-            rows = on_mesh(batches, assembly)
+            rows = distributed.global_batches(batches, assembly.mesh)
             result = fit(assembly.step, params, state, rows, self, self.schedule, self.rate, start=start)
         finally:
             batches.close()

@@ -14,18 +14,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nalora_jax.errors import NaloraError
 from nalora_jax.paths import make_unlinked_folder, open_unlinked
-from nalora_jax.runs.metrics import read_metrics
+from nalora_jax.runs.metrics import read_metrics, to_json
 from nalora_jax.study.fields import check_fields
 
 FILE = "records.jsonl"
@@ -151,15 +148,7 @@ def plain(value: Any) -> Any:
       >>> plain({"loss": np.float64(0.1), "steps": (1, np.int32(2)), "bad": float("nan")})
       {'loss': 0.1, 'steps': [1, 2], 'bad': None}
     """
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return to_json(value, digits=17)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

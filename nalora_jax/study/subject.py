@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-import jax
 import optax
 
-from nalora_jax import distributed
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.models.config import ModelConfig
@@ -96,9 +94,3 @@ class Subject(Protocol):
 
         With ``whole``, they include measures that need separate programs.
         """
-
-
-def on_mesh(batches: BatchIterator, assembly: Assembly) -> Iterator[dict[str, jax.Array]]:
-    """Yields the batches with the sharding of the step."""
-    for batch in batches:
-        yield distributed.make_global_batch(batch, assembly.mesh, rows_axis=1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nalora_jax.config.types import dotted
 from nalora_jax.study import comparison_tables
 from nalora_jax.study.analysis import MethodResult, comparisons, deviation, last, mean, named, results
 from nalora_jax.study.identity import old_records
@@ -137,15 +138,11 @@ def _settings(settings: Mapping[str, Any]) -> str:
       >>> _settings({"lora": {"dora": True, "init": "pissa"}})
       '`lora.dora = true`, `lora.init = "pissa"`'
     """
-    return ", ".join(f"`{name} = {value}`".replace("|", "\\|") for name, value in _flat(settings))
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, json.dumps(value, ensure_ascii=False, default=str)
+    texts = (
+        f"`{name} = {json.dumps(value, ensure_ascii=False, default=str)}`"
+        for name, value in dotted(settings)
+    )
+    return ", ".join(text.replace("|", "\\|") for text in texts)
 
 
 def _learning_rates(protocol: Protocol, cell_results: Sequence[MethodResult]) -> str:

@@ -14,14 +14,11 @@ from nalora_jax.distributed.devices import memory_statistics
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.stacks import depths, param_shapes, projection_shapes
-from nalora_jax.plan.layouts import preferred
-from nalora_jax.plan.machines import Topology, of_devices
+from nalora_jax.plan.layouts import decoder_alone, estimate, preferred
+from nalora_jax.plan.machines import Topology, of_devices, topology
 from nalora_jax.plan.sweep_layouts import fitting_sweep
 
 _USABLE = 0.9  # share of a device's memory
-_STATES = 4  # adapter, gradient and two moments, in float32
-_WIDTHS = 4  # arrays of width d_model, and of d_ff, that a layer may save
 
 
 @dataclass(frozen=True)
@@ -120,21 +117,12 @@ def _memory() -> float:
 
 def _bytes(config: RunConfig, base: ModelConfig) -> tuple[float, float]:
     """Returns the estimated bytes of the base, and of each run: state and saved activations."""
-    item = config.compute.itemsize
-    stored = {"none": item, "int8": 1, "nf4": 0.5}[config.compute.quantize]
-    shapes, wide = param_shapes(base), projection_shapes(base)
-    weights = sum(
-        math.prod(shape) * (stored if path.removesuffix("/kernel") in wide else item)
-        for path, shape in shapes.items()
-    )
-    trained = sum(
-        depths(base)[path] * target.rank * (math.prod(wide[path][:-2]) * sum(wide[path][-2:]))
-        for path, target in adapter_spec(config, base).targets
-    )
-    tokens = config.train.batch_size // config.train.accumulate * config.data.max_length
-    layers = base.n_layers if config.compute.remat in ("auto", "none") else 1
-    saved = tokens * item * (layers * _WIDTHS * (base.d_model + base.d_ff) + base.n_layers * base.d_model)
-    return float(weights), float(_STATES * 4 * trained + saved)
+    decoder, remat = decoder_alone(base, adapter_spec(config, base)), config.compute.remat
+    if remat == "auto":
+        remat = "none"
+    # Bytes do not depend on the machine.
+    layout = estimate(config, *decoder, topology("v5e:1x1"), config.data.max_length, (1, 1, 1), remat)
+    return layout.weights, layout.state + layout.activations
 
 
 def _mesh(config: RunConfig, count: int, share: float) -> MeshConfig:

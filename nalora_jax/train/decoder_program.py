@@ -169,11 +169,6 @@ def measured_blocks(base: ModelConfig, spec: AdapterSpec) -> dict[str, tuple[int
     return {path: shape for path, (shape, _) in blocks if path.startswith("layers/") or path in adapted}
 
 
-def head_of(base: ModelConfig) -> Head:
-    """Returns the settings that map hidden states to logits."""
-    return Head(base.tie_embeddings, base.final_softcap, base.logit_scale)
-
-
 def head_shardings(base: ModelConfig, mesh: Mesh) -> tuple[NamedSharding, ...]:
     """Returns the layouts that the head's kernel takes before the loss; none on one device.
 
@@ -249,7 +244,7 @@ def next_token(base: ModelConfig, model: Decoder, compute: ComputeConfig, mesh: 
     """Returns the cross-entropy of a model's next tokens, with the layout of the loss on a mesh."""
     return NextToken(
         model,
-        head_of(base),
+        Head(base.tie_embeddings, base.final_softcap, base.logit_scale),
         model.numerics,
         compute.loss_chunk,
         distributed.batch_shards(mesh),

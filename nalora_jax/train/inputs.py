@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -65,6 +66,15 @@ def check_first(config: RunConfig, train: Source, files: ResolvedSource) -> None
     if config.preference.loss == "none" and not config.vision.task:
         tokenizer = read_tokenizer_of(files, read_config(files))
         render(train.read([0])[0], config.data, tokenizer, train.where(0))
+
+
+def stream_shape(config: RunConfig, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Returns the arguments of `train_data` and `pair_data` that a run's settings and mesh determine."""
+    train = config.train
+    shape = {"batch_size": train.batch_size, "accumulate": train.accumulate, "seed": config.seed}
+    if mesh is None:
+        return shape
+    return shape | {"rows": distributed.process_rows(mesh, train.batch_size // train.accumulate).tolist()}
 
 
 def described(config: RunConfig, files: ResolvedSource) -> ModelConfig:

@@ -59,11 +59,6 @@ def mechanisms_of(
     return replace(mechanisms, others=differing)
 
 
-def mechanism_names() -> list[str]:
-    """Returns the names of all mechanisms."""
-    return MECHANISMS.names()
-
-
 def make(rule: str | Mechanism) -> Mechanism:
     """Returns the mechanism of a text such as ``"soft"`` or ``"soft:power=2,high=3"``.
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from nalora_jax.config import RunConfig
 from nalora_jax.data.lengths import with_length
@@ -17,7 +16,7 @@ from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_train
 from nalora_jax.loading.base import read_tokenizer_of
 from nalora_jax.tokenizer import AddedTokens
-from nalora_jax.train.inputs import described
+from nalora_jax.train.inputs import described, stream_shape
 from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.weights.hub import ResolvedSource
 
@@ -73,8 +72,7 @@ def _of_data(config: RunConfig, files: ResolvedSource, source: Mapping[str, Sour
     config = replace(config, data=data)
     if not config.epochs:
         return config
-    shape: dict[str, Any] = {"batch_size": config.train.batch_size, "accumulate": config.train.accumulate}
-    shape |= {"seed": config.seed}
+    shape = stream_shape(config)
     if config.preference.loss != "none":
         pairs = pair_data(open_train(data, source=source), data, config.preference, tokenizer, **shape)
         return _with_steps(config, pairs.rows_per_epoch, "rows of pairs")

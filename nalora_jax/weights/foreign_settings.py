@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,20 +85,3 @@ def put(settings: Settings, name: str, value: Any) -> None:
     for group in groups:
         settings = settings.setdefault(group, {})
     settings[last] = value
-
-
-def table_of(fields: Mapping[str, Field]) -> Iterator[str]:
-    """Yields the rows of a Markdown table: their field, our setting, and a note."""
-    yield "| field | here | |"
-    yield "|---|---|---|"
-    for name, field in fields.items():
-        if field.ours:
-            here = f"`{field.ours}`"
-        elif field.ignored:
-            here = "left out"
-        else:
-            refusal = field.value(object())  # a value that is accepted nowhere
-            here = "the same"
-            if isinstance(refusal, Refused):
-                here = f"refused: {refusal.reason}"
-        yield f"| `{name}` | {here} | {field.note} |"

@@ -129,21 +129,9 @@ class GGUFFile:
 
     def _rows(self, name: str, stored: _Stored, start: int, stop: int) -> np.ndarray:
         """Returns dequantized rows along the last axis: ``[stop - start, shape[-1]]``."""
-        raw = self._bytes(name, stored.offset + start * stored.row_bytes, (stop - start) * stored.row_bytes)
-        raw = raw.reshape(stop - start, stored.row_bytes)
-        if stored.kind is GGMLQuantizationType.F16:
-            return raw.view(np.float16)
-        if stored.kind is GGMLQuantizationType.BF16:
-            return raw.view(ml_dtypes.bfloat16)
-        values: np.ndarray = dequantize(raw, stored.kind)
-        return values
-
-    def _bytes(self, name: str, offset: int, count: int) -> np.ndarray:
+        count = (stop - start) * stored.row_bytes
         # Read, not mapped: a mapped file's pages would count as this process's memory.
-        try:
-            raw = np.fromfile(self.path, np.uint8, count, offset=offset)
-        except OSError as error:
-            raise NaloraError(str(self.path), expected="a file that can be read", found=error) from error
+        raw = self.stored(name).read(start * stored.row_bytes, count)
         if raw.size != count:
             raise NaloraError(
                 f"{self.path}: {name}",
@@ -151,7 +139,13 @@ class GGUFFile:
                 found=raw.size,
                 remedy="the file changed; load again",
             )
-        return raw
+        raw = raw.reshape(stop - start, stored.row_bytes)
+        if stored.kind is GGMLQuantizationType.F16:
+            return raw.view(np.float16)
+        if stored.kind is GGMLQuantizationType.BF16:
+            return raw.view(ml_dtypes.bfloat16)
+        values: np.ndarray = dequantize(raw, stored.kind)
+        return values
 
 
 # ---------------------------------------------------------------- the header

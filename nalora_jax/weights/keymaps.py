@@ -27,9 +27,8 @@ import numpy as np
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes, stacks
-from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights import keytables
-from nalora_jax.weights.keytables import Source, TensorRow
+from nalora_jax.weights.keytables import TensorRow
 
 Array = Any  # numpy or jax arrays: conversions use only methods that both have
 T = TypeVar("T")
@@ -235,9 +234,9 @@ def _of_stack(
 
 def _transform(row: TensorRow, config: ModelConfig) -> Transform:
     if row.change == "transpose":
-        return Transform(_swap, _swap, swaps=True)
+        return Transform(swap, swap, swaps=True)
     if row.change == "columns":
-        return Transform(_same, _same, alternates=True)
+        return Transform(same, same, alternates=True)
     if row.change == "minus_one":
         return Transform(lambda array: array - 1, lambda array: array + 1)
     if row.change in ("pairs", "pairs_transpose"):
@@ -249,19 +248,21 @@ def _transform(row: TensorRow, config: ModelConfig) -> Transform:
                 mixes_rows=True,
             )
         return Transform(
-            lambda x: _swap(halves_from_pairs(x, heads)),
-            lambda x: pairs_from_halves(_swap(x), heads),
+            lambda x: swap(halves_from_pairs(x, heads)),
+            lambda x: pairs_from_halves(swap(x), heads),
             swaps=True,
             mixes_rows=True,
         )
-    return Transform(_same, _same)
+    return Transform(same, same)
 
 
-def _same(array: Array) -> Array:
+def same(array: Array) -> Array:
+    """Returns the array."""
     return array
 
 
-def _swap(array: Array) -> Array:
+def swap(array: Array) -> Array:
+    """Exchanges the last two axes."""
     return array.swapaxes(-1, -2)
 
 
@@ -280,26 +281,3 @@ def pairs_from_halves(rows: Array, heads: int) -> Array:
     """Reorders rows to llama.cpp's order: the inverse of `halves_from_pairs`."""
     half = rows.shape[0] // heads // 2
     return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-# ---------------------------------------------------------------- complete trees (tests, small models)
-
-
-def params_from_tensors(
-    config: ModelConfig, get_tensor: Callable[[str], Array], source: Source = "hf", dtype: Any = np.float32
-) -> dict[str, Any]:
-    """Builds a model's parameter tree; ``get_tensor`` returns tensors by canonical name."""
-    leaves = {path: np.zeros(shape, dtype) for path, shape in param_shapes(config).items()}
-    for tensor in keymap_for(config, source).tensors:
-        for slot, leaf in zip(tensor.slots, tensor.split(np.asarray(get_tensor(tensor.name))), strict=True):
-            leaves[slot.path][slot.index] = leaf
-    return unflatten(leaves)
-
-
-def tensors_from_params(
-    config: ModelConfig, params: Mapping[str, Any], source: Source = "hf"
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields names and tensors of a model's file: the inverse of `params_from_tensors`."""
-    leaves = flatten(params)
-    for tensor in keymap_for(config, source).tensors:
-        yield tensor.name, tensor.join([leaves[slot.path][slot.index] for slot in tensor.slots])

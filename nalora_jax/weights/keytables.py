@@ -8,6 +8,7 @@ variant of its family.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from nalora_jax.errors import NaloraError
@@ -16,7 +17,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import stacks
 
 Source = Literal["hf", "gguf"]
-Change = Literal["", "transpose", "minus_one", "pairs", "pairs_transpose", "columns"]
+Change = Literal["", "transpose", "minus_one", "pairs", "pairs_transpose", "columns", "patches", "lead"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class TensorRow:
     name: str
     paths: tuple[str, ...]  # several if the file fuses them along its first axis
     # "transpose": kernels; "minus_one": norms stored as 1 + w; "pairs...": llama.cpp's order of rotated rows;
-    # "columns": the last axis of the paths' arrays alternates: first, second, first, ...
+    # "columns": the last axis of the paths' arrays alternates: first, second, first, ...; of encoders also
+    # "patches": kernel of a convolution, and "lead": axes of length 1.
     change: Change = ""
     experts: bool | None = None  # True: only in layers with a mixture of experts; False: only in the others
 
@@ -76,6 +78,19 @@ def _rows(tables: dict[str, tuple[TensorRow, ...]], model_type: str) -> tuple[Te
     return None
 
 
+def _kernel(stem: str, module: str, *paths: str) -> TensorRow:
+    """Returns the kernel of a layer's module, which may fuse several projections."""
+    leaves = tuple(f"layers/{path}/kernel" for path in paths)
+    return TensorRow(f"{stem}.{module}.weight", leaves, "transpose")
+
+
+def _norms(stem: str, names: dict[str, str], change: Change = "") -> tuple[TensorRow, ...]:
+    return tuple(
+        TensorRow(f"{stem}.{theirs}.weight", (f"layers/{ours}/scale",), change)
+        for ours, theirs in names.items()
+    )
+
+
 def _unread_keys(config: ModelConfig) -> tuple[str, ...]:
     """Returns the pattern of keys and values of layers that read an earlier layer's."""
     layers = [str(layer) for stack in stacks(config) if stack.config.reads for layer in stack.layers]
@@ -118,19 +133,8 @@ def _hf_dense(
     )
 
 
-def _hf_kernel(module: str, *paths: str) -> TensorRow:
-    """Returns the kernel of a layer's module, which may fuse several projections."""
-    leaves = tuple(f"layers/{path}/kernel" for path in paths)
-    return TensorRow(f"model.layers.{{layer}}.{module}.weight", leaves, "transpose")
-
-
-def _hf_norms(names: dict[str, str]) -> tuple[TensorRow, ...]:
-    return tuple(
-        TensorRow(f"model.layers.{{layer}}.{theirs}.weight", (f"layers/{ours}/scale",))
-        for ours, theirs in names.items()
-    )
-
-
+_hf_kernel = partial(_kernel, "model.layers.{layer}")
+_hf_norms = partial(_norms, "model.layers.{layer}")
 _HF_ATTENTION = _hf_dense("self_attn", "attn", ("q_proj", "k_proj", "v_proj", "o_proj"))
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _HF_FFN = _hf_dense("mlp", "ffn", _GATED)
@@ -329,16 +333,8 @@ def _gguf_dense(folder: str, names: dict[str, str], pairs: tuple[str, ...] = ())
     return tuple(rows)
 
 
-def _gguf_kernel(name: str, *paths: str) -> TensorRow:
-    leaves = tuple(f"layers/{path}/kernel" for path in paths)
-    return TensorRow(f"blk.{{layer}}.{name}.weight", leaves, "transpose")
-
-
-def _gguf_norms(names: dict[str, str], change: Change = "") -> tuple[TensorRow, ...]:
-    return tuple(
-        TensorRow(f"blk.{{layer}}.{theirs}.weight", (f"layers/{ours}/scale",), change)
-        for ours, theirs in names.items()
-    )
+_gguf_kernel = partial(_kernel, "blk.{layer}")
+_gguf_norms = partial(_norms, "blk.{layer}")
 
 
 def _gguf_ends(change: Change = "") -> tuple[TensorRow, ...]:

@@ -49,24 +49,28 @@ def verify_export(
     ours, theirs = flatten(lora), flatten(loaded)
     worst = 0.0
     if loaded_spec.token_indices != spec.token_indices:
-        raise _differs(folder, "trainable_token_indices")
+        raise differs(folder, "trainable_token_indices")
     for name in sorted({*spec.saved, *loaded_spec.saved, *dict(spec.token_indices)}):
         for path in (TABLES[name], ROWS[name]):
             trained, read = (np.asarray(leaves.get(path, 0.0), np.float32) for leaves in (ours, theirs))
             if not np.array_equal(trained, read):
-                raise _differs(folder, name)
+                raise differs(folder, name)
     for path in sorted({path for path, _ in (*spec.targets, *loaded_spec.targets)}):
         for layer in range(depths(config)[path]):
             meant = layer_adapter(ours, spec, path, layer)
             reloaded = layer_adapter(theirs, loaded_spec, path, layer)
-            worst = max(worst, _difference(folder, f"{path}, layer {layer}", meant, reloaded))
+            worst = max(worst, difference_of(folder, f"{path}, layer {layer}", meant, reloaded))
     return worst
 
 
-def _difference(
-    folder: str | Path, place: str, meant: ModuleAdapter | None, reloaded: ModuleAdapter | None
+def difference_of(
+    folder: str | Path,
+    place: str,
+    meant: ModuleAdapter | None,
+    reloaded: ModuleAdapter | None,
+    tolerance: float = _FOLD_TOLERANCE,
 ) -> float:
-    """Returns the relative difference of ``scale * B``.
+    """Returns the relative difference of ``scale * B`` of a projection in one layer.
 
     Raises:
       NaloraError: it is above the tolerance, or A or the magnitude differ.
@@ -75,15 +79,16 @@ def _difference(
     if a is None and b is None:
         return 0.0
     if a is None or b is None or a.b.shape != b.b.shape:
-        raise _differs(folder, place)
+        raise differs(folder, place)
     difference = _relative(a, b)
     same = np.array_equal(a.a, b.a) and same_array(a.magnitude, b.magnitude)
-    if not same or difference > _FOLD_TOLERANCE:
-        raise _differs(folder, place)
+    if not same or difference > tolerance:
+        raise differs(folder, place)
     return difference
 
 
-def _differs(folder: str | Path, place: str) -> NaloraError:
+def differs(folder: str | Path, place: str) -> NaloraError:
+    """Returns the error for a file that differs from the exported adapter."""
     return NaloraError(
         f"{folder}: {place}",
         expected="the adapter that was exported",

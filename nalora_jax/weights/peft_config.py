@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 from nalora_jax import bounded
 from nalora_jax.errors import NaloraError
+from nalora_jax.fields import Fields
 from nalora_jax.models.targets import ROWS
+from nalora_jax.tokenizer import read_json
 from nalora_jax.weights import peft_adalora
 from nalora_jax.weights.peft_rules import listed
 from nalora_jax.weights.peft_settings import PEFT, ids_by_table
@@ -171,15 +173,15 @@ def read_peft_config(folder: Path) -> PeftConfig:
     targets = _targets(fields)
     config = PeftConfig(
         where=str(path),
-        rank=fields.integer("r"),
-        alpha=fields.positive("lora_alpha"),
+        rank=fields.integer("r", high=_MAX_RANK),
+        alpha=fields.number("lora_alpha"),
         target_modules=targets,
         target_parameters=fields.strings("target_parameters"),
         exclude_modules=fields.strings_or_regex("exclude_modules"),
         layers_to_transform=fields.integers("layers_to_transform"),
         layers_pattern=fields.layer_patterns(),
-        rank_pattern=fields.pattern("rank_pattern", lambda sub, key: sub.integer(key)),
-        alpha_pattern=fields.pattern("alpha_pattern", lambda sub, key: sub.positive(key)),
+        rank_pattern=fields.pattern("rank_pattern", lambda sub, key: sub.integer(key, high=_MAX_RANK)),
+        alpha_pattern=fields.pattern("alpha_pattern", lambda sub, key: sub.number(key)),
         rslora=fields.flag("use_rslora"),
         dora=fields.flag("use_dora"),
         adalora=adalora,
@@ -239,47 +241,24 @@ def _refuse_unsupported(fields: _Fields) -> None:
             )
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+class _Fields(Fields):
+    """Typed access to ``adapter_config.json``; every error names the field."""
 
-
-@dataclass(frozen=True)
-class _Fields:
-    """Typed access to a JSON object; every error names the field."""
-
-    raw: Mapping[str, Any]
-    where: str
-
-    def integer(self, key: str) -> int:
-        value = self.raw.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self._error(key, "an integer of 1 or more", value)
-        if value > _MAX_RANK:
-            raise self._error(key, f"at most {_MAX_RANK}", value)
-        return value
-
-    def positive(self, key: str) -> float:
-        value = self.raw.get(key)
-        if not _is_number(value) or not 0 < value < 1e38:  # float32's range
-            raise self._error(key, "a number above 0", value)
-        return float(value)
+    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
+        super().__init__(raw, {}, where)
 
     def probability(self, key: str) -> float:
-        value = self.raw.get(key, 0.0)
-        if not _is_number(value) or not 0 <= value < 1:
-            raise self._error(key, "a number in [0, 1)", value)
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        value = self.raw.get(key, False)
-        if value not in (True, False, None) or _is_number(value):
-            raise self._error(key, "true or false", value)
-        return bool(value)
+        value = 0.0
+        if key in self.raw:
+            value = self.number(key, zero=True)
+        if value >= 1:
+            raise self._refused(key, "a number in [0, 1)", value)
+        return value
 
     def strings(self, key: str) -> tuple[str, ...]:
         value = listed(self.raw.get(key) or [])
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self._error(key, "a list of names", value)
+            raise self._refused(key, "a list of names", value)
         return tuple(value)
 
     def strings_or_regex(self, key: str) -> tuple[str, ...] | str:
@@ -291,7 +270,7 @@ class _Fields:
     def integers(self, key: str) -> tuple[int, ...]:
         value = listed(self.raw.get(key))
         if not isinstance(value, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
-            raise self._error(key, "a list of layer numbers", value)
+            raise self._refused(key, "a list of layer numbers", value)
         return tuple(value)
 
     def token_indices(self, key: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -301,12 +280,12 @@ class _Fields:
             name = module.rpartition(".")[2]
             if name not in ROWS or name in dict(indices):
                 expected = f"token ids of {' and '.join(ROWS)} (rows of other modules are not supported), each once"
-                raise self._error(key, expected, module)
+                raise self._refused(key, expected, module)
             valid = isinstance(ids, list) and all(
                 isinstance(i, int) and not isinstance(i, bool) for i in ids
             )
             if not valid or len(set(ids)) < len(ids):
-                raise self._error(
+                raise self._refused(
                     key, "a list of different token ids, or such lists by the table's name", value
                 )
             indices.append((name, tuple(ids)))
@@ -315,7 +294,7 @@ class _Fields:
     def pattern(self, key: str, read: Any) -> dict[str, Any]:
         value = self.raw.get(key) or {}
         if not isinstance(value, dict):
-            raise self._error(key, "an object of pattern: value", value)
+            raise self._refused(key, "an object of pattern: value", value)
         self._few(key, value)
         inner = _Fields(value, f"{self.where}: {key}")
         return {self._regex(key, name, _suffix_pattern): read(inner, name) for name in value}
@@ -327,20 +306,18 @@ class _Fields:
 
     def _few(self, key: str, patterns: Collection[str]) -> None:
         if len(patterns) > _MAX_PATTERNS:
-            raise self._error(key, f"at most {_MAX_PATTERNS:,} patterns", f"{len(patterns):,}")
+            raise self._refused(key, f"at most {_MAX_PATTERNS:,} patterns", f"{len(patterns):,}")
 
     def _regex(self, key: str, pattern: str, use: Callable[[str], str] = str) -> str:
         """Returns ``pattern`` if it and the expression ``use(pattern)`` are both valid."""
         try:
             bounded.matches([pattern, use(pattern)], [])
         except bounded.BoundedError as error:
-            raise self._error(key, "a regular expression", f"{pattern!r} ({error})") from error
+            raise self._refused(key, "a regular expression", f"{pattern!r} ({error})") from error
         return pattern
 
-    def _error(self, key: str, expected: str, found: object) -> NaloraError:
-        if found is None:
-            found = self.raw.get(key, "nothing") or "null"
-        return NaloraError(f"{self.where}: {key}", expected=expected, found=str(found)[:200])
+    def _refused(self, key: str, expected: str, found: object) -> NaloraError:
+        return self.error(key, expected, str(found)[:200])
 
 
 def _suffix_pattern(key: str) -> str:
@@ -360,21 +337,12 @@ def _has_suffix(name: str, suffixes: frozenset[str]) -> bool:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as handle:
-            text = handle.read(_MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        expected, actual = "the configuration of a PEFT adapter", error.strerror or str(error)
-        remedy = "an adapter folder holds adapter_config.json and adapter_model.safetensors"
-        raise NaloraError(str(path), expected=expected, found=actual, remedy=remedy) from error
-    if len(text) > _MAX_CONFIG_BYTES:
+    if not path.is_file():
+        expected, remedy = (
+            "the configuration of a PEFT adapter",
+            f"an adapter folder holds {CONFIG_NAME} and tensors",
+        )
+        raise NaloraError(str(path), expected=expected, found="no such file", remedy=remedy)
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise NaloraError(str(path), expected=f"at most {_MAX_CONFIG_BYTES} bytes", found="more")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise NaloraError(
-            str(path), expected="a JSON object", found=f"unreadable text ({error})"
-        ) from error
-    if not isinstance(value, dict):
-        raise NaloraError(str(path), expected="a JSON object", found=type(value).__name__)
-    return value
+    return read_json(path)

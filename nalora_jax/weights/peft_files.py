@@ -61,10 +61,24 @@ def adapter_tensors(entries: list[Entry], layout: ModuleLayout) -> Iterator[tupl
             )
 
 
-def adapter_settings(
+def decoder_settings(
     entries: list[Entry], config: ModelConfig, layout: ModuleLayout, spec: AdapterSpec, *, rslora: bool
 ) -> dict[str, Any]:
-    """Returns ``adapter_config.json`` without the base model's name."""
+    """Returns ``adapter_config.json`` of a decoder's adapter without the base model's name."""
+    modules = [entry for entry in entries if not entry.parameter]
+    parameters = [entry for entry in entries if entry.parameter]
+    targets = _target_modules(modules, config, layout)
+    settings = adapter_settings(entries, spec, targets, rslora=rslora)
+    settings |= {"task_type": "CAUSAL_LM"} | token_settings(spec)
+    if parameters:
+        settings["target_parameters"] = _target_parameters(parameters, config)
+    return settings
+
+
+def adapter_settings(
+    entries: list[Entry], spec: AdapterSpec, targets: list[str], *, rslora: bool
+) -> dict[str, Any]:
+    """Returns the fields of ``adapter_config.json`` that adapters of all kinds of models have."""
     ranks = {entry.name: entry.adapter.rank for entry in entries}
     alphas = {
         entry.name: _number(alpha_for(entry.adapter.scale, entry.adapter.rank, rslora=rslora))
@@ -72,9 +86,7 @@ def adapter_settings(
     }
     rank, rank_pattern = _pattern(ranks, entries)
     alpha, alpha_pattern = _pattern(alphas, entries)
-    modules = [entry for entry in entries if not entry.parameter]
-    parameters = [entry for entry in entries if entry.parameter]
-    settings = {
+    return {
         "alpha_pattern": alpha_pattern,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -86,15 +98,11 @@ def adapter_settings(
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": rank_pattern,
-        "target_modules": _target_modules(modules, config, layout),
-        "task_type": "CAUSAL_LM",
+        "target_modules": targets,
+        "task_type": None,
         "use_dora": spec.dora,
         "use_rslora": rslora,
     }
-    settings |= token_settings(spec)
-    if parameters:
-        settings["target_parameters"] = _target_parameters(parameters, config)
-    return settings
 
 
 def _number(value: float) -> int | float:

@@ -79,13 +79,8 @@ def import_adapter(
         or tensor.
     """
     folder = Path(folder)
-    peft = read_peft_config(folder)
-    tensors, metadata = read_tensors(folder)
-    check_digest(folder / TENSORS_NAME, tensors, metadata)
-    check_fingerprint(folder / TENSORS_NAME, metadata, fingerprint)
+    peft, tensors = read_adapter(folder, fingerprint)
     where = str(folder / TENSORS_NAME)
-    if peft.adalora:
-        tensors = as_lora_tensors(tensors, where)
     fold_table_adapters(config, tensors, peft, where)
     rows, token_indices = take_token_rows(config, tensors, peft, where)
     tables, saved = take_saved(config, tensors, peft.modules_to_save, tied=peft.tied, where=where)
@@ -93,10 +88,22 @@ def import_adapter(
     layout = layout or layout_of(config, modules)
     modules = without_copies(modules, config, layout)
     slots = {slot.key: slot for slot in _slots(layout, config, peft)}
-    _check_complete(peft, folder / TENSORS_NAME, slots, modules)
+    check_complete(peft, folder / TENSORS_NAME, slots, modules)
     pieces = _pieces(config, peft, folder / TENSORS_NAME, [(slots[key], modules[key]) for key in modules])
     leaves, spec = stack_adapters(projection_shapes(config), depths(config), peft, pieces)
     return unflatten(leaves | tables | rows), replace(spec, saved=saved, token_indices=token_indices)
+
+
+def read_adapter(folder: Path, fingerprint: str | None) -> tuple[PeftConfig, dict[str, np.ndarray]]:
+    """Returns the settings of an adapter and its checked tensors, those of AdaLoRA as plain LoRA."""
+    path = folder / TENSORS_NAME
+    peft = read_peft_config(folder)
+    tensors, metadata = read_tensors(folder)
+    check_digest(path, tensors, metadata)
+    check_fingerprint(path, metadata, fingerprint)
+    if peft.adalora:
+        tensors = as_lora_tensors(tensors, str(path))
+    return peft, tensors
 
 
 def recorded_rope_scaling(folder: Path) -> str:
@@ -149,7 +156,7 @@ def _floats(path: Path, handle: Any, name: str) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     """A possible location of tensors: a Linear module, an expert, or a stack of experts."""
 
     key: str  # module name in the tensors' keys
@@ -163,7 +170,7 @@ class _Slot:
     stacked: bool = False
 
 
-def _slots(layout: ModuleLayout, config: ModelConfig, peft: PeftConfig) -> Iterator[_Slot]:
+def _slots(layout: ModuleLayout, config: ModelConfig, peft: PeftConfig) -> Iterator[Slot]:
     most = 1 + max(layer for _, layer in locate(config))
     linear = [place for layer in range(most) for place in _linear_modules(layout, config, layer)]
     stacks: dict[int, list[tuple[str, HostModule]]] = {}
@@ -177,7 +184,7 @@ def _slots(layout: ModuleLayout, config: ModelConfig, peft: PeftConfig) -> Itera
         # An adapter on a Linear module's weight computes the same as an adapter on the module.
         key = weight if weight in choices.parameters else name
         rank_and_alpha = (choices.ranks[key], choices.alphas[key])
-        yield _Slot(
+        yield Slot(
             name,
             name,
             layer,
@@ -191,7 +198,7 @@ def _slots(layout: ModuleLayout, config: ModelConfig, peft: PeftConfig) -> Itera
         # PEFT wraps the module once per parameter: the first one registered is the innermost.
         for depth, (name, stack) in enumerate(reversed(chosen)):
             key = name.rpartition(".")[0] + ".base_layer" * depth
-            yield _Slot(
+            yield Slot(
                 key, name, layer, stack, True, choices.ranks[name], choices.alphas[name], stacked=True
             )
 
@@ -235,8 +242,8 @@ def by_module(
     return modules
 
 
-def _check_complete(
-    peft: PeftConfig, path: Path, slots: Mapping[str, _Slot], modules: Mapping[str, dict[str, np.ndarray]]
+def check_complete(
+    peft: PeftConfig, path: Path, slots: Mapping[str, Slot], modules: Mapping[str, dict[str, np.ndarray]]
 ) -> None:
     """Checks that the file's modules and the targeted modules are the same."""
     for key in modules:
@@ -270,14 +277,15 @@ def _check_complete(
 
 
 def _pieces(
-    config: ModelConfig, peft: PeftConfig, path: Path, filled: list[tuple[_Slot, dict[str, np.ndarray]]]
+    config: ModelConfig, peft: PeftConfig, path: Path, filled: list[tuple[Slot, dict[str, np.ndarray]]]
 ) -> dict[str, dict[int, ModuleAdapter]]:
     """Returns adapters by stacked path and layer."""
     pieces: dict[str, dict[int, ModuleAdapter]] = {}
     experts: dict[tuple[str, int], dict[int, ModuleAdapter]] = {}
     places = locate(config)
     for slot, parts in filled:
-        adapter = _adapter(config, peft, path, slot, parts)
+        shape = module_shape(config, slot.module, slot.layer)
+        adapter = adapter_of(shape, config.n_experts, peft, path, slot, parts)
         if slot.expert is not None:
             experts.setdefault((slot.module.parts[0], slot.layer), {})[slot.expert] = adapter
             continue
@@ -297,14 +305,27 @@ def _pieces(
     return pieces
 
 
-def _adapter(
-    config: ModelConfig, peft: PeftConfig, path: Path, slot: _Slot, parts: dict[str, np.ndarray]
+def adapter_of(
+    shape: tuple[int, ...],
+    experts: int,
+    peft: PeftConfig,
+    path: Path,
+    slot: Slot,
+    parts: Mapping[str, np.ndarray],
 ) -> ModuleAdapter:
-    """Checks one slot's tensors and converts them to this library's layout."""
-    shape = module_shape(config, slot.module, slot.layer)
+    """Checks one slot's tensors and converts them to this library's layout.
+
+    Args:
+      shape: of the module's kernel.
+      experts: number of experts in a stack.
+      peft: settings of the adapter.
+      path: file of the tensors.
+      slot: their location.
+      parts: the tensors by kind.
+    """
     d_in, d_out = shape[-2:]
     rank = slot.rank
-    count = config.n_experts if slot.stacked else 1
+    count = experts if slot.stacked else 1
     shapes = {"a": (count * rank, d_in), "b": (d_out, count * rank), "magnitude": (d_out,)}
     for kind, tensor in parts.items():
         if tensor.shape != shapes[kind]:

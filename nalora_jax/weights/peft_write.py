@@ -19,7 +19,7 @@ from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.keys_as_values import copies_for_values
 from nalora_jax.weights.peft_config import CONFIG_NAME
 from nalora_jax.weights.peft_digest import file_metadata
-from nalora_jax.weights.peft_files import Entry, adapter_settings, adapter_tensors, common, short_name
+from nalora_jax.weights.peft_files import Entry, adapter_tensors, common, decoder_settings, short_name
 from nalora_jax.weights.peft_modules import (
     HostModule,
     ModuleAdapter,
@@ -118,7 +118,7 @@ def _contents(
         # Dropout acts in training only, and PEFT refuses to load it for experts.
         spec = replace(spec, dropout=0.0)
     rslora = spec.rslora and target == "peft"
-    settings = adapter_settings(entries, config, layout, spec, rslora=rslora)
+    settings = decoder_settings(entries, config, layout, spec, rslora=rslora)
     if target == "vllm":
         entries += copies_for_values(entries, config)
     tensors = dict(adapter_tensors(entries, layout))

@@ -16,6 +16,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_atomically
 from nalora_jax.redaction import is_hub_id
 from nalora_jax.tokenizer import read_json
+from nalora_jax.weights.hub_snapshots import reason_of
 from nalora_jax.weights.peft_config import CONFIG_NAME
 
 CARD = "README.md"
@@ -143,12 +144,5 @@ def _complaints(repository: str) -> Iterator[None]:
             repository, expected=expected, found=f"{status}: {message}", remedy=remedy
         ) from error
     except (OSError, errors.HFValidationError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if constants.HF_HUB_OFFLINE:
-            reason = "it is switched off by HF_HUB_OFFLINE"
-        raise NaloraError(
-            repository,
-            expected="the hub to take the files",
-            found=reason,
-            remedy="check the network",
-        ) from error
+        expected, found = "the hub to take the files", reason_of(error)
+        raise NaloraError(repository, expected=expected, found=found, remedy="check the network") from error

@@ -441,10 +441,13 @@ def test_a_config_file_gives_the_defaults_of_all_flags(tmp_path, capsys, monkeyp
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("def config(:", "a Python file that can be run, found SyntaxError"),
-        ("1 / 0", "a Python file that can be run, found ZeroDivisionError: division by zero"),
-        ("import sys\nsys.exit(0)", "a Python file that can be run, found SystemExit: 0"),
-        ("class Own(BaseException): pass\nraise Own('x')", "a Python file that can be run, found Own: x"),
+        ("def config(:", "a Python file that can be executed, found SyntaxError"),
+        ("1 / 0", "a Python file that can be executed, found ZeroDivisionError: division by zero"),
+        ("import sys\nsys.exit(0)", "a Python file that can be executed, found SystemExit: 0"),
+        (
+            "class Own(BaseException): pass\nraise Own('x')",
+            "a Python file that can be executed, found Own: x",
+        ),
         (
             "class Own(BaseException): pass\ndef config():\n    raise Own",
             r"config\(\) to return a RunConfig, found Own",

@@ -1,4 +1,4 @@
-"""Loss of packed documents against transformers, one document at a time."""
+"""Loss of completions against transformers, one document at a time."""
 
 from __future__ import annotations
 
@@ -12,30 +12,12 @@ from jax.sharding import AxisType
 from nalora_jax.data.items import CompletionItem
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate import likelihood
-from nalora_jax.evaluate import perplexity as perplexity_module
-from nalora_jax.evaluate.perplexity import completion_loss, perplexity
+from nalora_jax.evaluate.perplexity import completion_loss
 from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.trees import unflatten
-
-
-def pack(rows: list[list[list[int]]], seq: int, first_target: int) -> dict[str, np.ndarray]:
-    """Rows of documents; targets before ``first_target`` don't count."""
-    names = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "segment_ids": np.int32}
-    batch = {
-        name: np.zeros((len(rows), seq), dtype) for name, dtype in {**names, "positions": np.int32}.items()
-    }
-    for r, documents in enumerate(rows):
-        begin = 0
-        for segment, ids in enumerate(documents, start=1):
-            at = (r, slice(begin, begin + len(ids) - 1))
-            batch["tokens"][at], batch["targets"][at] = ids[:-1], ids[1:]
-            batch["segment_ids"][at], batch["positions"][at] = segment, np.arange(len(ids) - 1)
-            batch["loss_weights"][r, begin + first_target - 1 : begin + len(ids) - 1] = 1
-            begin += len(ids) - 1
-    return batch
 
 
 @pytest.fixture
@@ -53,9 +35,8 @@ def expected_sums(documents, torch_log_probs, first_target):
 def test_loss_equals_transformers_and_is_weighted_by_tokens(
     model, variables, documents, torch_log_probs, first_target
 ):
-    a, b, c, d, e, f = documents
-    batches = [pack([[a, b], [c]], 16, first_target), pack([[d], [e, f]], 16, first_target)]
-    result = perplexity(model, variables, batches)
+    items = [CompletionItem(d[:first_target], d[first_target:], "", "") for d in documents]
+    result = completion_loss(model, variables, items)
     sums, counts = expected_sums(documents, torch_log_probs, first_target)
     np.testing.assert_allclose(result.loss, sums.sum() / counts.sum(), rtol=1e-5)
     np.testing.assert_allclose(result.perplexity, math.exp(sums.sum() / counts.sum()), rtol=1e-4)
@@ -63,36 +44,21 @@ def test_loss_equals_transformers_and_is_weighted_by_tokens(
     np.testing.assert_allclose((result.low, result.high), bootstrap(sums, counts), rtol=1e-4)
 
 
-def test_batches_on_a_mesh_give_the_same_loss(model, variables, documents):
-    batch = pack([[document] for document in documents[:4]], 16, 1)
+def test_items_on_a_mesh_give_the_same_loss(model, variables, documents):
+    items = [CompletionItem(d[:1], d[1:], "", "") for d in documents]
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices())
-    batch = {name: np.concatenate([values, values]) for name, values in batch.items()}
-    sharded, single = (
-        perplexity(model, variables, [batch], mesh=mesh),
-        perplexity(model, variables, [batch]),
-    )
+    sharded, single = (completion_loss(model, variables, items, mesh=one) for one in (mesh, None))
     np.testing.assert_allclose(sharded.loss, single.loss, rtol=1e-6)
-    assert sharded.n == single.n == 8
+    assert sharded.n == single.n == 6
 
 
-def test_completions_are_scored_after_their_prompts(model, variables, documents, torch_log_probs):
-    items = [CompletionItem(d[:3], d[3:], "", "") for d in documents]
-    sums, counts = expected_sums(documents, torch_log_probs, 3)
-    result = completion_loss(model, variables, items)
-    np.testing.assert_allclose(result.loss, sums.sum() / counts.sum(), rtol=1e-5)
-    assert result.n == 6
-
-
-def test_nothing_to_predict_is_an_error(model, variables, documents):
-    batch = pack([[documents[0]]], 16, 1)
-    batch["loss_weights"][:] = 0
-    for batches in ([batch], []):
-        with pytest.raises(NaloraError, match="at least one target token"):
-            perplexity(model, variables, batches)
+def test_nothing_to_predict_is_an_error(model, variables):
+    with pytest.raises(NaloraError, match="at least one target token"):
+        completion_loss(model, variables, [])
 
 
 def test_logits_of_a_long_row_are_never_held_together():
-    """Compiled memory of held-out losses: packed rows, and completions with or without a shared prefix."""
+    """Compiled memory of held-out losses: completions with or without a shared prefix."""
     sizes = {"vocab_size": 32768, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8}
     raw = {"model_type": "llama", "num_attention_heads": 2, "rms_norm_eps": 1e-5, **sizes}
     config = ModelConfig.from_hf(raw | {"max_position_embeddings": 2**15})
@@ -103,10 +69,7 @@ def test_logits_of_a_long_row_are_never_held_together():
     def rows(*shape: int, names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
         return {name: jax.ShapeDtypeStruct(shape, "int32") for name in names}
 
-    of_batch = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
-    compiled = [
-        perplexity_module._batch_log_probs.lower(model, variables, rows(1, seq, names=of_batch)).compile()
-    ]
+    compiled = []
     of_texts = ("tokens", "positions", "segments")
     for stem, tail in ((seq, 32), (0, seq)):
         shape = (1, 1, tail)

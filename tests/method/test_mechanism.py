@@ -24,7 +24,7 @@ from nalora_jax.method.state import (
     update_gate_state,
 )
 from nalora_jax.method.step import idle
-from nalora_jax.train.mechanisms import make, make_mechanisms, mechanism_names
+from nalora_jax.train.mechanisms import make, make_mechanisms
 
 PATH, L, F = "layers/ffn", 3, 40
 
@@ -58,7 +58,7 @@ def state_after(mechanisms: Mechanisms, steps: int = 12, tokens: float = 20.0) -
     return state
 
 
-@pytest.mark.parametrize("name", sorted(mechanism_names()))
+@pytest.mark.parametrize("name", sorted(MECHANISMS.names()))
 def test_every_entry_keeps_the_contract(name: str) -> None:
     mechanisms = only(f"{name}:warmup=3", total_steps=100, seed=5)
     (label, one), *_ = mechanisms.entries
@@ -261,7 +261,7 @@ def test_an_entry_point_is_loaded_when_it_is_asked_for(
     points = "from_a_package = my_rules\nabsent = my_rules:nothing\nending = my_end\n"
     (info / "entry_points.txt").write_text(f"[nalora_jax.mechanisms]\n{points}")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert "from_a_package" in mechanism_names()
+    assert "from_a_package" in MECHANISMS.names()
     assert make("from_a_package:warmup=1").warmup == 1
     with pytest.raises(NaloraError, match=r"entry point absent = 'my_rules:nothing'.*AttributeError"):
         make("absent")

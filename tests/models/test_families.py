@@ -27,9 +27,10 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import depths, param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.trees import flatten, unflatten
-from nalora_jax.weights.keymaps import keymap_for, params_from_tensors, tensors_from_params
+from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.merge import merged_tensors
 from tests.models.family_fields import GRANITE, LLAMA3, ORIGINAL, WINDOW, YARN
+from tests.param_trees import params_from_tensors, tensors_from_params
 
 # Largest logit difference over the largest logit; at most 1.05e-5, with JAX 0.12.
 TOLERANCE = 2e-5

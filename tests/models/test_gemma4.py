@@ -27,11 +27,12 @@ from nalora_jax.models.stacks import depths, gate_blocks, locate, param_shapes, 
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.hf import SafetensorsFolder
-from nalora_jax.weights.keymaps import keymap_for, params_from_tensors
+from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.merge import merge, write_merged
 from nalora_jax.weights.peft import export_adapter, import_adapter
 from nalora_jax.weights.peft_modules import module_layout
 from nalora_jax.weights.tensors import load_params
+from tests.param_trees import params_from_tensors
 
 # Every feature of the released sizes at once.
 CONFIG: dict[str, Any] = {

@@ -22,9 +22,9 @@ from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.trees import flatten, unflatten
-from nalora_jax.weights.keymaps import params_from_tensors
 from nalora_jax.weights.peft import export_adapter
 from tests.models.family_fields import YARN
+from tests.param_trees import params_from_tensors
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 64,

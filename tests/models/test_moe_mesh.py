@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax import distributed, gate_checks, trees
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig
 from nalora_jax.distributed.mesh import BATCH_AXES
-from nalora_jax.evaluate.perplexity import _batch_log_probs
+from nalora_jax.evaluate.likelihood import target_log_probs
 from nalora_jax.gate_checks import GateChecks
 from nalora_jax.generate.shapes import place_batch
 from nalora_jax.loading.adapted import load
@@ -313,6 +313,14 @@ def test_a_decoder_s_loss_gradients_and_statistics(family):
     assert_close(spread | {"gate_stats": over_shards(spread["gate_stats"], axis=1)}, run(None))
 
 
+@partial(jax.jit, static_argnames=("model",))
+def _log_probs(model: Decoder, variables: Any, batch: Any) -> jax.Array:
+    hidden = model.apply(
+        variables, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+    )
+    return target_log_probs(model, variables, hidden, batch["targets"], batch["loss_weights"] > 0)[0]
+
+
 def test_evaluation_routes_by_shard_as_training_does(monkeypatch):
     """The model that a run evaluates, and the one that other verbs load, as it is compiled for one device of eight."""
     monkeypatch.setattr(moe, "exchanges_less", lambda *_: False)  # flops of both branches would be counted
@@ -343,7 +351,7 @@ def test_evaluation_routes_by_shard_as_training_does(monkeypatch):
         )
         assert load("some", mesh=one, resolved=loaded).module.routing_sharding == model.routing_sharding
         arguments = {"params": placed, "lora": lora}, place_batch(batch, one)
-        program = _batch_log_probs.lower(model, *arguments).compile()
+        program = _log_probs.lower(model, *arguments).compile()
         return program(*arguments), float(program.cost_analysis()["flops"])
 
     alone, whole = evaluated(MeshConfig(1, 1, 1), first=1)

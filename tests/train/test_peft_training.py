@@ -24,8 +24,8 @@ from nalora_jax.config import (
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
 from nalora_jax.train.initialise import gradient_adapters
-from nalora_jax.weights.keymaps import params_from_tensors
 from tests import tiny
+from tests.param_trees import params_from_tensors
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")

@@ -148,7 +148,7 @@ def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(toke
     data = pairs(tokenizer, preference=preference)
     made, state = assembled(preference)
     batch = data.batch_at(0)
-    which = np.concatenate([data._row(i) for i in range(2)])
+    which = np.concatenate([data.records_of(i) for i in range(2)])
     assert batch["pairs"].sum() == len(which) > 2
     value, grads = jax.value_and_grad(plain_loss)(
         state.lora, made.eval_model, made.params, data, preference, which

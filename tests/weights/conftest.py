@@ -14,7 +14,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.trees import flatten, unflatten
-from nalora_jax.weights.keymaps import params_from_tensors
+from tests.param_trees import params_from_tensors
 
 COMMON = {
     "vocab_size": 48,

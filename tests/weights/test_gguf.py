@@ -25,8 +25,9 @@ from nalora_jax.trees import flatten
 from nalora_jax.weights import tensors
 from nalora_jax.weights.gguf import READABLE, GGUFFile
 from nalora_jax.weights.gguf_config import hf_config
-from nalora_jax.weights.keymaps import keymap_for, params_from_tensors, tensors_from_params
+from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.tensors import load_params
+from tests.param_trees import params_from_tensors, tensors_from_params
 
 TOKENS = [
     "<unk>",

@@ -22,9 +22,9 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes, projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.trees import unflatten
-from nalora_jax.weights.keymaps import tensors_from_params
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny
+from tests.param_trees import tensors_from_params
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp as a wheel, is not installed")
 

@@ -25,10 +25,11 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.trees import flatten, size_bytes
 from nalora_jax.weights import tensors
 from nalora_jax.weights.hf import INDEX, SafetensorsFolder
-from nalora_jax.weights.keymaps import keymap_for, params_from_tensors
+from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.origin import fingerprint
 from nalora_jax.weights.slices import Index
 from nalora_jax.weights.tensors import load_params
+from tests.param_trees import params_from_tensors
 
 RAW: dict[str, Any] = {
     "model_type": "llama",

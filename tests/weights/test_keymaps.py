@@ -10,15 +10,9 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families import supported
 from nalora_jax.models.stacks import param_shapes
-from nalora_jax.weights.keymaps import (
-    Slot,
-    halves_from_pairs,
-    keymap_for,
-    pairs_from_halves,
-    params_from_tensors,
-    tensors_from_params,
-)
+from nalora_jax.weights.keymaps import Slot, halves_from_pairs, keymap_for, pairs_from_halves
 from nalora_jax.weights.keytables import GGUF
+from tests.param_trees import params_from_tensors, tensors_from_params
 
 SIZES = {
     "vocab_size": 32,

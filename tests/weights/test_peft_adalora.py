@@ -19,9 +19,9 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.weights import peft_settings
-from nalora_jax.weights.keymaps import params_from_tensors
 from nalora_jax.weights.peft import import_adapter
 from tests import tiny
+from tests.param_trees import params_from_tensors
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -38,13 +38,12 @@ def good(tiny_model, random_lora, tmp_path):
 
 MISSING = object()
 BAD_CONFIGS = [
-    ({"r": MISSING}, "r: expected an integer of 1 or more, found nothing"),
-    ({"r": None}, "r: expected an integer of 1 or more, found null"),
+    ({"r": MISSING}, "r: expected a whole number from 1 to 1048576, found nothing"),
+    ({"r": None}, "r: expected a whole number from 1 to 1048576, found nothing"),
     ({"r": 0}, "r: expected"),
-    ({"r": 4.0}, "r: expected"),
     ({"r": True}, "r: expected"),
     ({"r": 8}, "shape"),
-    ({"lora_alpha": MISSING}, "lora_alpha: expected a number above 0, found nothing"),
+    ({"lora_alpha": MISSING}, "lora_alpha: expected a finite number above 0, found nothing"),
     ({"lora_alpha": None}, "lora_alpha"),
     ({"lora_alpha": float("nan")}, "lora_alpha"),
     ({"lora_alpha": "16"}, "lora_alpha"),
@@ -105,9 +104,12 @@ BAD_CONFIGS = [
     ({"rank_pattern": {"up_proj": None}}, "rank_pattern: up_proj"),
     ({"rank_pattern": ["up_proj"]}, "rank_pattern"),
     ({"alpha_pattern": {"up_(proj": 3}}, "regular expression"),
-    ({"r": 10**400}, "r: expected at most 1048576"),
-    ({"rank_pattern": {"up_proj": 10**30}}, "rank_pattern: up_proj: expected at most 1048576"),
-    ({"lora_alpha": 10**400}, "lora_alpha: expected a number above 0"),
+    ({"r": 10**400}, "r: expected a whole number from 1 to 1048576"),
+    (
+        {"rank_pattern": {"up_proj": 10**30}},
+        "rank_pattern: up_proj: expected a whole number from 1 to 1048576",
+    ),
+    ({"lora_alpha": 10**400}, "lora_alpha: expected a finite number above 0"),
     ({"alpha_pattern": {"up_proj": -(10**400)}}, "alpha_pattern: up_proj"),
     ({"target_modules": "mlp{99999999999}"}, "target_modules: expected a regular expression"),
     (
@@ -233,7 +235,7 @@ def test_bad_files_are_refused(good, tiny_model, tmp_path):
         import_adapter(folder, config)
     for text in ("", "[1, 2]", "{", "\xff\xfe", '{"r": ' + "[" * 100_000):
         (folder / "adapter_config.json").write_bytes(text.encode("latin-1"))
-        with pytest.raises(NaloraError, match="JSON object"):
+        with pytest.raises(NaloraError, match="JSON"):
             import_adapter(folder, config)
     with pytest.raises(NaloraError, match=r"adapter_config\.json"):
         import_adapter(tmp_path / "nothing", config)

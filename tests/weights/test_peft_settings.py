@@ -16,9 +16,9 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
-from nalora_jax.weights.foreign_settings import table_of
 from nalora_jax.weights.peft_rules import rules_of
 from nalora_jax.weights.peft_settings import PEFT, from_peft
+from tests.weights.settings_tables import table_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 LLAMA = {

@@ -23,8 +23,8 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.ops.quantize import quantize, quantize_params
 from nalora_jax.trees import flatten, size_bytes
-from nalora_jax.weights.keymaps import tensors_from_params
 from nalora_jax.weights.quantized_tensors import quantized_parts
+from tests.param_trees import tensors_from_params
 
 RAW = {
     "model_type": "llama",

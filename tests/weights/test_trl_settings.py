@@ -14,8 +14,8 @@ from nalora_jax.cli.config_files import load_config, settings_of
 from nalora_jax.config import LoRARule, OptimizerConfig, RunConfig, check
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.optimizers import make_schedule
-from nalora_jax.weights.foreign_settings import table_of
 from nalora_jax.weights.trl_settings import DEFAULTS, LORA, RATES, TRL, from_trl, trainer_of
+from tests.weights.settings_tables import table_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 QV = (LoRARule("attn/q_proj", 16, 32.0), LoRARule("attn/v_proj", 16, 32.0))

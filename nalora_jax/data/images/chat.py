@@ -19,9 +19,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +29,7 @@ from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.chat import text_field
 from nalora_jax.data.forms import IMAGES, ROLES, Parts, canonical
 from nalora_jax.data.images.files import Limits, open_image
-from nalora_jax.data.images.opened import IMAGE_SETS, open_images
+from nalora_jax.data.images.opened import IMAGE_SETS, open_images, places_without_error
 from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.mixture import components
 from nalora_jax.data.source import Record, Source, Span
@@ -43,9 +41,6 @@ from nalora_jax.paths import expand_user
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
-
-_THREADS, _SHOWN = 4, 20  # threads that check images before a run; maximum of errors in the log
 _PLACEHOLDER = "<image>"  # in LLaVA's texts, for every model
 
 Image = bytes | Path
@@ -114,28 +109,14 @@ class ChatImages(Source):
         """
         limits = Limits(max_pixels=self._vision.max_pixels)
 
-        def error_of(index: int) -> str:
-            try:
-                for image in self.images(index):
-                    opened(image, self.where(index), limits)
-            except NaloraError as error:
-                if self._vision.broken == "error":
-                    raise
-                return str(error)
-            return ""
+        def check(index: int) -> None:
+            for image in self.images(index):
+                opened(image, self.where(index), limits)
 
-        with ThreadPoolExecutor(_THREADS) as pool:
-            errors = list(pool.map(error_of, range(len(self))))
-        bad = [text for text in errors if text]
-        for text in bad[:_SHOWN]:
-            log.warning("left out: %s", text)
-        if len(bad) > _SHOWN:
-            log.warning("left out: %d more records", len(bad) - _SHOWN)
-        if len(bad) == len(errors):
-            raise NaloraError(self.name, expected="at least one record with readable images", found=bad[0])
-        if not bad:
+        places = places_without_error(self.name, len(self), check, self._vision.broken)
+        if len(places) == len(self):
             return self
-        good = self._indices[np.array([not text for text in errors], bool)]
+        good = self._indices[places]
         return ChatImages(self._source, self._data, self._vision, self._tokens, self._folder, good)
 
     def _record(self, row: Record, where: str) -> Record:

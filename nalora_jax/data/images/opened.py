@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.images.files import Limits, open_image
 from nalora_jax.data.images.sources import ImageSource, ListedImages, TfdsImages
+from nalora_jax.data.tfds_source import open_tfds
 from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
 from nalora_jax.paths import expand_user
 from nalora_jax.registry import Registry
 
+log = logging.getLogger(__name__)
+
 # Opens a split of a registered data set: (split, fields, cache) -> source.
 ImageOpener = Callable[[str, VisionConfig, Path], ImageSource]
 IMAGE_SETS: Registry[ImageOpener] = Registry("image data set", "nalora_jax.image_sources")
-_THREADS = 4
+_THREADS, _SHOWN = 4, 20  # threads that check images; maximum of errors in the log
 
 
 def register_images(name: str) -> Callable[[ImageOpener], ImageOpener]:
@@ -47,9 +50,8 @@ def open_images(
     """
     name = config.dataset
     if name.startswith("tfds:"):
-        return TfdsImages(
-            name, split, partial(_tfds, name.removeprefix("tfds:"), split, config.data_dir), vision
-        )
+        opener = partial(open_tfds, name.removeprefix("tfds:"), split, config.data_dir)
+        return TfdsImages(name, split, opener, vision)
     if name in IMAGE_SETS:
         return IMAGE_SETS.get(name)(split, vision, cache or cache_dir())
     path = expand_user(name)
@@ -62,38 +64,49 @@ def open_images(
     return ListedImages(path, split, vision)
 
 
-def usable(
-    source: ImageSource, indices: Sequence[int], vision: VisionConfig
-) -> tuple[np.ndarray, list[str]]:
-    """Returns the ``indices`` whose images can be read, and the errors of the others.
-
-    Raises:
-      NaloraError: an image cannot be read and ``vision.broken`` is "error", or none can be read.
-    """
+def readable(source: ImageSource, indices: np.ndarray, vision: VisionConfig) -> np.ndarray:
+    """Returns the ``indices`` whose images can be read; see `places_without_error`."""
     limits = Limits(max_pixels=vision.max_pixels)
 
-    def complaint(index: int) -> str:
+    def check(place: int) -> None:
+        index = int(indices[place])
         (record,) = source.read([index])
+        open_image(source.image(record, source.where(index)), source.where(index), limits)
+
+    places = places_without_error(source.name, len(indices), check, vision.broken)
+    return np.asarray(indices, np.int64)[places]
+
+
+def places_without_error(name: str, count: int, check: Callable[[int], None], broken: str) -> np.ndarray:
+    """Returns the places of ``count`` records that pass a check; logs the others.
+
+    Args:
+      name: of the source.
+      count: number of records.
+      check: opens the images of the record at a place.
+      broken: ``vision.broken``.
+
+    Raises:
+      NaloraError: ``check`` raises it and ``broken`` is "error", or no record passes.
+    """
+
+    def error_of(place: int) -> str:
         try:
-            where = source.where(index)
-            open_image(source.image(record, where), where, limits)
+            check(place)
         except NaloraError as error:
-            if vision.broken == "error":
+            if broken == "error":
                 raise
             return str(error)
         return ""
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        complaints = list(pool.map(complaint, map(int, indices)))
-    readable = np.array([i for i, text in zip(indices, complaints, strict=True) if not text], np.int64)
-    bad = [text for text in complaints if text]
-    if not len(readable):
-        expected = "at least one readable image"
-        raise NaloraError(source.name, expected=expected, found=next(iter(bad), "none"))
-    return readable, bad
-
-
-def _tfds(name: str, split: str, data_dir: str, **options: Any) -> Any:
-    import tensorflow_datasets as tfds
-
-    return tfds.data_source(name, split=split, data_dir=data_dir or None, **options)
+        errors = list(pool.map(error_of, range(count)))
+    bad = [text for text in errors if text]
+    for text in bad[:_SHOWN]:
+        log.warning("left out: %s", text)
+    if len(bad) > _SHOWN:
+        log.warning("left out: %d more records", len(bad) - _SHOWN)
+    if len(bad) == count:
+        found = next(iter(bad), "none")
+        raise NaloraError(name, expected="at least one record with readable images", found=found)
+    return np.flatnonzero([not text for text in errors])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,17 +14,14 @@ import numpy as np
 from nalora_jax.config import VisionConfig
 from nalora_jax.data.images.augment import augmented, generator
 from nalora_jax.data.images.files import Limits, open_image
-from nalora_jax.data.images.opened import usable
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.images.text import TextTokenizer
 from nalora_jax.data.packing import permutation
-from nalora_jax.data.pipeline import BatchIterator, HostBatch
+from nalora_jax.data.pipeline import HostBatch, Stream
 from nalora_jax.errors import NaloraError
 
 log = logging.getLogger(__name__)
-
-_SHOWN = 20  # maximum of errors in the log
 
 
 def draw_shots(labels: np.ndarray, classes: Sequence[str], shots: int, seed: int) -> np.ndarray:
@@ -54,21 +51,11 @@ def draw_shots(labels: np.ndarray, classes: Sequence[str], shots: int, seed: int
     return np.sort(np.concatenate(chosen))
 
 
-def readable(source: ImageSource, indices: np.ndarray, vision: VisionConfig) -> np.ndarray:
-    """Returns the ``indices`` whose images can be read; logs the others or raises an error."""
-    good, errors = usable(source, indices.tolist(), vision)
-    for text in errors[:_SHOWN]:
-        log.warning("left out: %s", text)
-    if len(errors) > _SHOWN:
-        log.warning("left out: %d more images", len(errors) - _SHOWN)
-    return good
-
-
 @dataclass(frozen=True, eq=False)
-class ImageData:
+class ImageData(Stream):
     """Training records of a run as an endless stream of rows.
 
-    Row r of the stream is row ``r % records`` of epoch ``r // records``. A batch has ``pixels``
+    A batch has ``pixels``
     (and ``shapes``, ``mask``) of `ImageProcessor`, ``labels`` int32 if there are classes, and
     ``tokens``, ``token_weights`` if there are captions; each ``[accumulate, rows, ...]``.
     """
@@ -84,13 +71,11 @@ class ImageData:
     workers: int
     labels: np.ndarray | None = None  # int32, by the source's index
     tokens: dict[str, np.ndarray] | None = None  # of captions, by the position in ``indices``
-    _order: Any = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def _order(self) -> Callable[[int], np.ndarray]:
         count = len(self.indices)
-        object.__setattr__(
-            self, "_order", lru_cache(maxsize=2)(lambda epoch: permutation(count, self.seed, epoch))
-        )
+        return lru_cache(maxsize=2)(lambda epoch: permutation(count, self.seed, epoch))
 
     @property
     def rows_per_epoch(self) -> int:
@@ -112,31 +97,14 @@ class ImageData:
             "steps_per_epoch": round(len(self.indices) / self.batch_size, 2),
         }
 
-    def batch_at(self, row: int) -> HostBatch:
-        """Returns the batch whose first row over all hosts is ``row``; pure in ``row``."""
-        micro = self.batch_size // self.accumulate
-        first = np.arange(self.accumulate)[:, None] * micro
-        rows = (row + first + np.array(self.rows)).ravel()
-        flat = self._assembled(rows)
-        return {
-            name: value.reshape(self.accumulate, len(self.rows), *value.shape[1:])
-            for name, value in flat.items()
-        }
-
-    def batches(self, state: dict[str, Any] | None = None) -> BatchIterator:
-        """Returns an endless iterator, from the start or from a saved state; see `BatchIterator`."""
-        iterator = BatchIterator(self)
-        if state is not None:
-            iterator.set_state(state)
-        return iterator
-
-    def _assembled(self, rows: np.ndarray) -> HostBatch:
+    def arrays(self, rows: list[int]) -> HostBatch:
+        """Returns the arrays of these rows; images are opened and augmented."""
         epochs, positions = np.divmod(rows, len(self.indices))
         places = np.array([self._order(int(e))[p] for e, p in zip(epochs, positions, strict=True)])
         indices = self.indices[places]
         prepared = []
         for row, index, record in zip(
-            rows.tolist(), indices.tolist(), self.source.read(indices.tolist()), strict=True
+            rows, indices.tolist(), self.source.read(indices.tolist()), strict=True
         ):
             where = self.source.where(index)
             image = open_image(

@@ -5,7 +5,6 @@ The image of a record is encoded or the path of a file, and is decoded on use.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -16,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.config import VisionConfig
-from nalora_jax.data.files import DELIMITERS
+from nalora_jax.data.files import DELIMITERS, open_rows
 from nalora_jax.data.images.files import ENDINGS
-from nalora_jax.data.jsonl import JsonLines
 from nalora_jax.data.source import Span
-from nalora_jax.data.tfds_source import absolute, tfds_errors
+from nalora_jax.data.tfds_source import absolute, absolute_of, plain, tfds_errors
 from nalora_jax.errors import NaloraError, shown
 
 # Files that list a folder's images, by precedence; metadata.* are from Hugging Face's ImageFolder.
@@ -203,14 +201,8 @@ class TfdsImages(ImageSource):
 
     def _plain(self, name: str, value: Any) -> Any:
         if name == self.fields.image_field:
-            if isinstance(value, bytes):
-                return bytes(value)
-            return bytes(np.asarray(value).item())
-        if isinstance(value, bytes):
-            return value.decode("utf-8", "replace")
-        if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim):
-            return value.item()
-        return value
+            return value if isinstance(value, bytes) else bytes(np.asarray(value).item())
+        return plain(value)
 
 
 class ListedImages(ImageSource):
@@ -233,7 +225,7 @@ class ListedImages(ImageSource):
             self.name,
             'an image folder has one split, "train", or slices of it such as "train[-20%:]"',
         ):
-            self._spans = _slices(split, len(self._rows))
+            self._spans = absolute_of(split, {"train": len(self._rows)})
         self._index = np.concatenate([np.arange(start, stop) for _, start, stop in self._spans])
         self.fingerprint = f"images:{digest.hexdigest()}:{split}"
         _require_some(self)
@@ -285,25 +277,11 @@ class ListedImages(ImageSource):
 
 def _listed(path: Path) -> list[dict[str, Any]]:
     """Returns the rows of a CSV file with a header, or of a JSONL file."""
-    if path.suffix.lower() in (".jsonl", ".json", ".ndjson"):
-        lines = JsonLines(path)
-        return [lines[i] for i in range(len(lines))]
-    if path.suffix.lower() not in DELIMITERS:
+    if path.suffix.lower() not in (".jsonl", ".json", ".ndjson", *DELIMITERS):
         expected = "a .csv or .jsonl file, or a folder"
         raise NaloraError(str(path), expected=expected, found=path.suffix or "no ending")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, delimiter=DELIMITERS[path.suffix.lower()]))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise NaloraError(str(path), expected="a CSV file with a header", found=error) from error
-    for number, row in enumerate(rows, start=2):
-        if None in row or None in row.values():
-            raise NaloraError(
-                f"{path}:{number}",
-                expected="as many cells as the header has",
-                found="more or fewer",
-            )
-    return [dict(row) for row in rows]
+    rows = open_rows(path)
+    return rows.read(range(len(rows)))
 
 
 def _by_folder(path: Path, fields: VisionConfig) -> list[dict[str, Any]]:
@@ -317,14 +295,6 @@ def _by_folder(path: Path, fields: VisionConfig) -> list[dict[str, Any]]:
         for p in files
         if p.parent != path
     ]
-
-
-def _slices(split: str, count: int) -> list[Span]:
-    if split == "train":
-        return [("train", 0, count)]
-    import tensorflow_datasets as tfds
-
-    return absolute(split, {"train": tfds.core.SplitInfo(name="train", shard_lengths=[count], num_bytes=0)})
 
 
 def _require_some(source: ImageSource) -> None:

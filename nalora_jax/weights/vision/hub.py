@@ -6,15 +6,12 @@ from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
-import huggingface_hub
-from huggingface_hub import errors
-
 from nalora_jax import buckets, downloads
 from nalora_jax.downloads import PackageFile
 from nalora_jax.errors import NaloraError
 from nalora_jax.paths import expand_user
 from nalora_jax.registry import Registry
-from nalora_jax.weights.hub_snapshots import HUB_FILES, refusal
+from nalora_jax.weights.hub_snapshots import HUB_FILES, cached_snapshot, download_snapshot
 
 _MINILM = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 _MINILM_FILES = {
@@ -82,32 +79,4 @@ def resolve_folder(source: str, cache: Path | None = None) -> tuple[Path, str]:
         expected, remedy = "an image or text encoder", "aliases: " + ", ".join(ENCODERS.names())
         actual = "no folder, no hub id (owner/name) and no alias of that name"
         raise NaloraError(source or "model", expected=expected, found=actual, remedy=remedy)
-    return _snapshot(source), source
-
-
-def _snapshot(repository: str) -> Path:
-    """Returns a hub repository's files, from the cache if complete, otherwise from the hub."""
-    patterns = [*HUB_FILES, "1_Pooling/config.json"]
-    for local in (True, False):
-        try:
-            downloaded = huggingface_hub.snapshot_download(
-                repository, local_files_only=local, allow_patterns=patterns
-            )
-            folder = Path(downloaded)
-        except (OSError, ValueError, errors.HfHubHTTPError, errors.HFValidationError) as error:
-            if not local:
-                refused = refusal(repository, error)
-                if refused is not None:
-                    raise refused from error
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise NaloraError(
-                    repository,
-                    expected="the hub to deliver the model",
-                    found=reason,
-                    remedy="check the name and the network, or give a local folder",
-                ) from error
-            continue
-        if any(folder.glob("*.safetensors")) and (folder / "config.json").is_file():
-            return folder
-    expected, actual = "config.json and safetensors files", "a repository without"
-    raise NaloraError(repository, expected=expected, found=actual, remedy="use another one")
+    return cached_snapshot(source, needed=("config.json",)) or download_snapshot(source), source

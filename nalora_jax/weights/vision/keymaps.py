@@ -8,39 +8,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
-from nalora_jax.trees import flatten, unflatten
-from nalora_jax.weights.keymaps import Array, KeyMap, Slot, SourceTensor, Transform
+from nalora_jax.trees import flatten
+from nalora_jax.weights.keymaps import Array, KeyMap, Slot, SourceTensor, Transform, same, swap
+from nalora_jax.weights.keytables import TensorRow
 
 
-@dataclass(frozen=True)
-class VisionTensorRow:
-    """One kind of tensor: ``{layer}`` in a name runs over the stack."""
-
-    name: str
-    paths: tuple[str, ...]  # several if the file fuses them along its first axis
-    change: str = ""  # "transpose" (kernels), "patches" (a convolution's kernel), "lead" (axes of length 1)
+def _dense(name: str, path: str) -> tuple[TensorRow, TensorRow]:
+    kernel = TensorRow(f"{name}.weight", (f"{path}/kernel",), "transpose")
+    return kernel, TensorRow(f"{name}.bias", (f"{path}/bias",))
 
 
-def _dense(name: str, path: str) -> tuple[VisionTensorRow, VisionTensorRow]:
-    return VisionTensorRow(f"{name}.weight", (f"{path}/kernel",), "transpose"), VisionTensorRow(
-        f"{name}.bias", (f"{path}/bias",)
-    )
+def _norm(name: str, path: str) -> tuple[TensorRow, TensorRow]:
+    scale = TensorRow(f"{name}.weight", (f"{path}/scale",))
+    return scale, TensorRow(f"{name}.bias", (f"{path}/bias",))
 
 
-def _norm(name: str, path: str) -> tuple[VisionTensorRow, VisionTensorRow]:
-    return VisionTensorRow(f"{name}.weight", (f"{path}/scale",)), VisionTensorRow(
-        f"{name}.bias", (f"{path}/bias",)
-    )
-
-
-def _layers(stem: str, names: Mapping[str, str], norms: Mapping[str, str]) -> tuple[VisionTensorRow, ...]:
-    rows: list[VisionTensorRow] = []
+def _layers(stem: str, names: Mapping[str, str], norms: Mapping[str, str]) -> tuple[TensorRow, ...]:
+    rows: list[TensorRow] = []
     for theirs, ours in names.items():
         rows += _dense(f"{stem}.{{layer}}.{theirs}", f"layers/{ours}")
     for theirs, ours in norms.items():
@@ -55,44 +44,44 @@ _CLIP_LAYERS = _layers(
     {"layer_norm1": "attn_norm", "layer_norm2": "ffn_norm"},
 )
 _CLIP_TOKENS = (
-    VisionTensorRow("embeddings.token_embedding.weight", ("tokens/embedding",)),
-    VisionTensorRow("embeddings.position_embedding.weight", ("positions/embedding",)),
+    TensorRow("embeddings.token_embedding.weight", ("tokens/embedding",)),
+    TensorRow("embeddings.position_embedding.weight", ("positions/embedding",)),
     *_norm("final_layer_norm", "final_norm"),
 )
 _CLIP_VISION = (
-    VisionTensorRow("embeddings.class_embedding", ("class_token",)),
-    VisionTensorRow("embeddings.patch_embedding.weight", ("patches/kernel",), "patches"),
-    VisionTensorRow("embeddings.position_embedding.weight", ("positions/embedding",)),
+    TensorRow("embeddings.class_embedding", ("class_token",)),
+    TensorRow("embeddings.patch_embedding.weight", ("patches/kernel",), "patches"),
+    TensorRow("embeddings.position_embedding.weight", ("positions/embedding",)),
     *_norm("pre_layrnorm", "embed_norm"),  # the spelling in the files
     *_norm("post_layernorm", "final_norm"),
     *_CLIP_LAYERS,
 )
 _SIGLIP_HEAD = (
-    VisionTensorRow("head.probe", ("pool/probe",), "lead"),
-    VisionTensorRow(
+    TensorRow("head.probe", ("pool/probe",), "lead"),
+    TensorRow(
         "head.attention.in_proj_weight",
         tuple(f"pool/attn/{n}_proj/kernel" for n in "qkv"),
         "transpose",
     ),
-    VisionTensorRow("head.attention.in_proj_bias", tuple(f"pool/attn/{n}_proj/bias" for n in "qkv")),
+    TensorRow("head.attention.in_proj_bias", tuple(f"pool/attn/{n}_proj/bias" for n in "qkv")),
     *_dense("head.attention.out_proj", "pool/attn/o_proj"),
     *_norm("head.layernorm", "pool/norm"),
     *_dense("head.mlp.fc1", "pool/ffn/in_proj"),
     *_dense("head.mlp.fc2", "pool/ffn/out_proj"),
 )
 _SIGLIP_REST = (
-    VisionTensorRow("embeddings.patch_embedding.bias", ("patches/bias",)),
-    VisionTensorRow("embeddings.position_embedding.weight", ("positions/embedding",)),
+    TensorRow("embeddings.patch_embedding.bias", ("patches/bias",)),
+    TensorRow("embeddings.position_embedding.weight", ("positions/embedding",)),
     *_norm("post_layernorm", "final_norm"),
     *_CLIP_LAYERS,
     *_SIGLIP_HEAD,
 )
 _SIGLIP_TEXT = (*_CLIP_TOKENS, *_CLIP_LAYERS, *_dense("head", "projection"))
 _VIT_ENDS = (
-    VisionTensorRow("embeddings.cls_token", ("class_token",), "lead"),
-    VisionTensorRow("embeddings.patch_embeddings.projection.weight", ("patches/kernel",), "patches"),
-    VisionTensorRow("embeddings.patch_embeddings.projection.bias", ("patches/bias",)),
-    VisionTensorRow("embeddings.position_embeddings", ("positions/embedding",), "lead"),
+    TensorRow("embeddings.cls_token", ("class_token",), "lead"),
+    TensorRow("embeddings.patch_embeddings.projection.weight", ("patches/kernel",), "patches"),
+    TensorRow("embeddings.patch_embeddings.projection.bias", ("patches/bias",)),
+    TensorRow("embeddings.position_embeddings", ("positions/embedding",), "lead"),
     *_norm("layernorm", "final_norm"),
 )
 _VIT_ATTENTION = {f"attention.attention.{n}": f"attn/{n[0]}_proj" for n in ("query", "key", "value")} | {
@@ -108,22 +97,22 @@ _DINOV2 = (
         {"norm1": "attn_norm", "norm2": "ffn_norm"},
     ),
     # The files fuse the two halves of a gated FFN into one tensor.
-    VisionTensorRow(
+    TensorRow(
         "encoder.layer.{layer}.mlp.weights_in.weight",
         ("layers/ffn/gate_proj/kernel", "layers/ffn/up_proj/kernel"),
         "transpose",
     ),
-    VisionTensorRow(
+    TensorRow(
         "encoder.layer.{layer}.mlp.weights_in.bias",
         ("layers/ffn/gate_proj/bias", "layers/ffn/up_proj/bias"),
     ),
-    VisionTensorRow("encoder.layer.{layer}.layer_scale1.lambda1", ("layers/attn_scale",)),
-    VisionTensorRow("encoder.layer.{layer}.layer_scale2.lambda1", ("layers/ffn_scale",)),
+    TensorRow("encoder.layer.{layer}.layer_scale1.lambda1", ("layers/attn_scale",)),
+    TensorRow("encoder.layer.{layer}.layer_scale2.lambda1", ("layers/ffn_scale",)),
 )
 _BERT = (
-    VisionTensorRow("embeddings.word_embeddings.weight", ("tokens/embedding",)),
-    VisionTensorRow("embeddings.position_embeddings.weight", ("positions/embedding",)),
-    VisionTensorRow("embeddings.token_type_embeddings.weight", ("types/embedding",)),
+    TensorRow("embeddings.word_embeddings.weight", ("tokens/embedding",)),
+    TensorRow("embeddings.position_embeddings.weight", ("positions/embedding",)),
+    TensorRow("embeddings.token_type_embeddings.weight", ("types/embedding",)),
     *_norm("embeddings.LayerNorm", "embed_norm"),
     *_layers(
         "encoder.layer",
@@ -138,16 +127,16 @@ _BERT = (
     *_POOLER,
 )
 
-TABLES: dict[str, tuple[VisionTensorRow, ...]] = {
+TABLES: dict[str, tuple[TensorRow, ...]] = {
     "clip_vision_model": _CLIP_VISION,
     "clip_text_model": (*_CLIP_TOKENS, *_CLIP_LAYERS),
     "siglip_vision_model": (
-        VisionTensorRow("embeddings.patch_embedding.weight", ("patches/kernel",), "patches"),
+        TensorRow("embeddings.patch_embedding.weight", ("patches/kernel",), "patches"),
         *_SIGLIP_REST,
     ),
     "siglip_text_model": _SIGLIP_TEXT,
     "siglip2_vision_model": (
-        VisionTensorRow("embeddings.patch_embedding.weight", ("patches/kernel",), "transpose"),
+        TensorRow("embeddings.patch_embedding.weight", ("patches/kernel",), "transpose"),
         *_SIGLIP_REST,
     ),
     "siglip2_text_model": _SIGLIP_TEXT,
@@ -199,7 +188,7 @@ def dual_keymap(config: DualConfig) -> KeyMap:
     shapes = config.param_shapes()
     if config.model_type in ("clip", "vision-text-dual-encoder"):
         for name, tower in (("visual_projection", "image"), ("text_projection", "text")):
-            row = VisionTensorRow(f"{name}.weight", (f"{tower}/projection/kernel",), "transpose")
+            row = TensorRow(f"{name}.weight", (f"{tower}/projection/kernel",), "transpose")
             tensors += row_tensors(row, shapes, config.towers[tower])
     lone = (1,) if config.model_type.startswith("siglip") else ()
     into = Transform(lambda x: x.reshape(()), lambda x: x.reshape(lone), mixes_rows=True)
@@ -213,7 +202,7 @@ def tower_tensors(config: EncoderConfig, path: str, prefix: str) -> Iterator[Sou
     shapes = {f"{path}{name}": shape for name, shape in config.param_shapes().items()}
     covered: set[str] = set()
     for row in TABLES[config.model_type]:
-        ours = VisionTensorRow(prefix + row.name, tuple(path + name for name in row.paths), row.change)
+        ours = TensorRow(prefix + row.name, tuple(path + name for name in row.paths), row.change)
         if all(name in shapes for name in ours.paths):
             covered |= set(ours.paths)
             yield from row_tensors(ours, shapes, config)
@@ -223,7 +212,7 @@ def tower_tensors(config: EncoderConfig, path: str, prefix: str) -> Iterator[Sou
 
 
 def row_tensors(
-    row: VisionTensorRow, shapes: Mapping[str, tuple[int, ...]], config: EncoderConfig
+    row: TensorRow, shapes: Mapping[str, tuple[int, ...]], config: EncoderConfig
 ) -> Iterator[SourceTensor]:
     """Yields the tensors of one row: one, or one per layer."""
     layers = range(config.n_layers) if "{layer}" in row.name else [None]
@@ -243,7 +232,7 @@ def _turned(
     first = ours[0]
     if change == "transpose":
         rows = [shape[-1] for shape in ours]
-        return (sum(rows), first[0]), rows, Transform(_swap, _swap, swaps=True)
+        return (sum(rows), first[0]), rows, Transform(swap, swap, swaps=True)
     if change == "patches":
         p, d = config.patch_size, first[-1]
         return (
@@ -258,15 +247,7 @@ def _turned(
         )
         return shape, [1], into
     rows = [shape[0] for shape in ours]
-    return (sum(rows), *first[1:]), rows, Transform(_same, _same)
-
-
-def _same(array: Array) -> Array:
-    return array
-
-
-def _swap(array: Array) -> Array:
-    return array.swapaxes(-1, -2)
+    return (sum(rows), *first[1:]), rows, Transform(same, same)
 
 
 def _from_conv(kernel: Array) -> Array:
@@ -281,40 +262,18 @@ def _to_conv(kernel: Array, patch: int) -> Array:
     return kernel.reshape(patch, patch, -1, kernel.shape[-1]).transpose(3, 2, 0, 1)
 
 
-# ---------------------------------------------------------------- complete trees
-
-
-def params_from_tensors(
-    config: DualConfig | EncoderConfig, tensors: Mapping[str, Array], dtype: Any = np.float32
-) -> dict[str, Any]:
-    """Builds a parameter tree from in-memory tensors by the file's names; for exporters, tests.
-
-    Raises:
-      NaloraError: a tensor is missing, unknown or misshapen.
-    """
-    keymap = _keymap(config)
-    names = keymap.check(
-        {name: tuple(np.shape(value)) for name, value in tensors.items()}, config.model_type
-    )
-    leaves = {path: np.zeros(shape, dtype) for path, shape in config.param_shapes().items()}
-    for tensor in keymap.tensors:
-        parts = tensor.split(np.asarray(tensors[names[tensor.name]]))
-        for slot, leaf in zip(tensor.slots, parts, strict=True):
-            leaves[slot.path][slot.index] = leaf
-    return unflatten(leaves)
-
-
 def tensors_from_params(
     config: DualConfig | EncoderConfig, params: Mapping[str, Any]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields names and tensors of a model's file: the inverse of `params_from_tensors`."""
+    """Yields names and tensors of a model's file."""
     leaves = flatten(params)
-    for tensor in _keymap(config).tensors:
+    for tensor in keymap_of(config).tensors:
         parts = [np.asarray(leaves[slot.path])[slot.index] for slot in tensor.slots]
         yield tensor.name, tensor.join(parts).reshape(tensor.shape)
 
 
-def _keymap(config: DualConfig | EncoderConfig) -> KeyMap:
+def keymap_of(config: DualConfig | EncoderConfig) -> KeyMap:
+    """Returns the key map of an encoder's folder."""
     if isinstance(config, DualConfig):
         return dual_keymap(config)
     return encoder_keymap(config)

@@ -7,8 +7,6 @@ stored there and are written to ``trained.safetensors``, under transformers' nam
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,22 +15,33 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.targets import AdapterSpec, adapter_scale
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.models.vision.dual import trained_shapes
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.folders import new_folder, write_json
-from nalora_jax.weights.peft_adalora import as_lora_tensors
-from nalora_jax.weights.peft_config import CONFIG_NAME, read_peft_config
-from nalora_jax.weights.peft_digest import check_digest, check_fingerprint, file_metadata
-from nalora_jax.weights.peft_modules import ModuleAdapter, alpha_for, same_array
-from nalora_jax.weights.peft_read import TENSORS_NAME, by_module, read_tensors, stack_adapters
+from nalora_jax.weights.peft import difference_of, differs
+from nalora_jax.weights.peft_config import CONFIG_NAME, PeftConfig
+from nalora_jax.weights.peft_digest import check_digest, file_metadata
+from nalora_jax.weights.peft_files import Entry, adapter_settings, adapter_tensors
+from nalora_jax.weights.peft_modules import HostModule, ModuleAdapter, ModuleLayout
+from nalora_jax.weights.peft_read import (
+    TENSORS_NAME,
+    Slot,
+    adapter_of,
+    by_module,
+    check_complete,
+    read_adapter,
+    stack_adapters,
+)
 from nalora_jax.weights.peft_write import layer_adapter
 from nalora_jax.weights.shards import write_tensors
 from nalora_jax.weights.vision.keymaps import module_names
 
 TRAINED = "trained.safetensors"
 OWN_FILES = frozenset({CONFIG_NAME, TENSORS_NAME, TRAINED, "README.md"})
+# Relative; alpha in the files is rounded, and all other numbers are equal.
+_TOLERANCE = 1e-9
 # Leaves that may be fully trained, with transformers' names; kernels are transposed there.
 _WHOLE = {
     "image/projection/kernel": "visual_projection.weight",
@@ -67,17 +76,14 @@ def export_dual_adapter(
       NaloraError: a folder with other content, or a failed write.
     """
     leaves = flatten(lora)
-    adapters = dict(_adapters(leaves, spec, config))
-    tensors: dict[str, np.ndarray] = {}
-    for name, adapter in adapters.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = np.ascontiguousarray(adapter.a.T)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = np.ascontiguousarray(adapter.b.T)
-        if adapter.magnitude is not None:
-            tensors[f"base_model.model.{name}.lora_magnitude_vector"] = adapter.magnitude
+    entries = list(_entries(leaves, spec, config))
+    tensors = dict(adapter_tensors(entries, ModuleLayout(())))
     complete = {
         _WHOLE[path]: _outside(np.asarray(leaves[path], np.float32)) for path in trained_shapes(config)
     }
-    settings = _settings(adapters, spec)
+    # Full names: both towers have modules with the same short names, and perhaps only one is adapted.
+    targets = sorted(entry.name for entry in entries)
+    settings = adapter_settings(entries, spec, targets, rslora=spec.rslora)
     with new_folder(folder, replaces=OWN_FILES, overwrite=overwrite) as scratch:
         write_json(scratch / CONFIG_NAME, settings | {"base_model_name_or_path": base_model_name})
         write_tensors(scratch / TENSORS_NAME, tensors, file_metadata(tensors, settings, fingerprint))
@@ -98,7 +104,8 @@ def import_dual_adapter(
         or tensor.
     """
     folder = Path(folder)
-    peft = read_peft_config(folder)
+    path = folder / TENSORS_NAME
+    peft, tensors = read_adapter(folder, fingerprint)
     for field, listed in (
         ("modules_to_save", peft.modules_to_save),
         ("trainable_token_indices", peft.token_indices),
@@ -108,40 +115,36 @@ def import_dual_adapter(
             raise NaloraError(
                 f"{peft.where}: {field}", expected="null for image and text encoders", found=numbers
             )
-    tensors, metadata = read_tensors(folder)
-    check_digest(folder / TENSORS_NAME, tensors, metadata)
-    check_fingerprint(folder / TENSORS_NAME, metadata, fingerprint)
-    path = folder / TENSORS_NAME
-    if peft.adalora:
-        tensors = as_lora_tensors(tensors, str(path))
     modules = by_module(tensors, path, dora=peft.dora)
-    places = {
-        module_names(config, p).format(layer=i): (p, i)
-        for p, n in config.depths().items()
-        for i in range(n)
-    }
-    choices = peft.choose(list(places))
-    for name in modules:
-        if name not in places or name not in choices.modules:
-            expected = "a module of this model's layers that target_modules covers"
-            actual, remedy = "another one", "PEFT would drop it"
-            raise NaloraError(f"{path}: {name}", expected=expected, found=actual, remedy=remedy)
-    missing = [name for name in places if name in choices.modules and name not in modules]
-    if missing or not modules:
-        raise NaloraError(
-            f"{path}: {next(iter(missing), 'tensors')}",
-            expected="lora_A and lora_B of every target",
-            found=f"{len(missing)} modules without",
-        )
+    slots = _slots(config, peft)
+    check_complete(peft, path, slots, modules)
+    shapes = config.projection_shapes()
     pieces: dict[str, dict[int, ModuleAdapter]] = {}
     for name, parts in modules.items():
-        place, layer = places[name]
-        rank = choices.ranks[name]
-        scale = adapter_scale(choices.alphas[name], rank, rslora=peft.rslora)
-        shape = config.projection_shapes()[place]
-        pieces.setdefault(place, {})[layer] = _read(shape, rank, scale, parts, f"{path}: {name}")
-    lora, spec = stack_adapters(config.projection_shapes(), config.depths(), peft, pieces)
+        slot = slots[name]
+        (place,) = slot.module.parts
+        pieces.setdefault(place, {})[slot.layer] = adapter_of(shapes[place], 0, peft, path, slot, parts)
+    lora, spec = stack_adapters(shapes, config.depths(), peft, pieces)
     return unflatten(lora | _read_whole(folder, config)), spec
+
+
+def _slots(config: DualConfig, peft: PeftConfig) -> dict[str, Slot]:
+    """Returns the modules of the towers' layers by name, as the adapter's settings target them."""
+    choices = peft.choose([name for name, *_ in _modules(config)])
+    return {
+        name: Slot(
+            name, name, layer, module, name in choices.modules, choices.ranks[name], choices.alphas[name]
+        )
+        for name, layer, module in _modules(config)
+    }
+
+
+def _modules(config: DualConfig) -> Iterator[tuple[str, int, HostModule]]:
+    """Yields full name, layer and module of each projection of the towers' layers."""
+    for path, layers in config.depths().items():
+        module = HostModule(module_names(config, path), (path,), whole=True)
+        for layer in range(layers):
+            yield module.name.format(layer=layer), layer, module
 
 
 def verify_dual_export(
@@ -158,75 +161,20 @@ def verify_dual_export(
     """
     theirs, read = import_dual_adapter(folder, config, fingerprint=fingerprint)
     ours, back = flatten(lora), flatten(theirs)
-    for path, layers in config.depths().items():
-        for layer in range(layers):
-            meant, reloaded = (layer_adapter(t, s, path, layer) for t, s in ((ours, spec), (back, read)))
-            if not _same(meant, reloaded):
-                raise NaloraError(
-                    f"{folder}: {path}, layer {layer}",
-                    expected="the adapter that was exported",
-                    found="another one on reading it back",
-                    remedy="do not use these files; please report this as a bug, with the adapter's configuration",
-                )
+    for name, layer, module in _modules(config):
+        (path,) = module.parts
+        meant, reloaded = (layer_adapter(t, s, path, layer) for t, s in ((ours, spec), (back, read)))
+        difference_of(folder, name, meant, reloaded, _TOLERANCE)
     for path in trained_shapes(config):
         if not np.array_equal(np.asarray(ours[path]), back[path]):
-            raise NaloraError(f"{folder}: {path}", expected="what was exported", found="other numbers")
+            raise differs(folder, path)
 
 
-def _same(a: ModuleAdapter | None, b: ModuleAdapter | None) -> bool:
-    if a is None or b is None:
-        return a is None and b is None
-    pairs = ((a.a, b.a), (a.b, b.b), (a.magnitude, b.magnitude))
-    return all(same_array(x, y) for x, y in pairs) and math.isclose(a.scale, b.scale, rel_tol=1e-6)
-
-
-def _adapters(
-    leaves: Mapping[str, Any], spec: AdapterSpec, config: DualConfig
-) -> Iterator[tuple[str, ModuleAdapter]]:
-    for path, layers in config.depths().items():
-        for layer in range(layers):
-            adapter = layer_adapter(leaves, spec, path, layer)
-            if adapter is not None:
-                yield module_names(config, path).format(layer=layer), adapter
-
-
-def _settings(adapters: Mapping[str, ModuleAdapter], spec: AdapterSpec) -> dict[str, Any]:
-    ranks = {name: adapter.rank for name, adapter in adapters.items()}
-    alphas = {name: alpha_for(a.scale, a.rank, rslora=spec.rslora) for name, a in adapters.items()}
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    return {
-        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": alpha,
-        "lora_dropout": spec.dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
-        # Full names: both towers have modules with the same short names, and perhaps only one is
-        # adapted.
-        "target_modules": sorted(adapters),
-        "task_type": None,
-        "use_dora": spec.dora,
-        "use_rslora": spec.rslora,
-    }
-
-
-def _read(
-    shape: tuple[int, ...], rank: int, scale: float, parts: Mapping[str, np.ndarray], where: str
-) -> ModuleAdapter:
-    """Checks one module's tensors and converts them to this library's layout."""
-    d_in, d_out = shape
-    shapes = {"a": (rank, d_in), "b": (d_out, rank), "magnitude": (d_out,)}
-    for kind, tensor in parts.items():
-        if tensor.shape != shapes[kind]:
-            raise NaloraError(
-                f"{where} ({kind})", expected=f"shape {shapes[kind]}", found=f"shape {tensor.shape}"
-            )
-    return ModuleAdapter(parts["a"].T, parts["b"].T, scale, parts.get("magnitude"))
+def _entries(leaves: Mapping[str, Any], spec: AdapterSpec, config: DualConfig) -> Iterator[Entry]:
+    for name, layer, module in _modules(config):
+        adapter = layer_adapter(leaves, spec, module.parts[0], layer)
+        if adapter is not None:
+            yield Entry(name, layer, module, adapter)
 
 
 def _read_whole(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:

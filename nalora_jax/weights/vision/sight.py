@@ -9,8 +9,8 @@ from dataclasses import replace
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.vision.sight import UNUSED, Sight
 from nalora_jax.weights.keymaps import KeyMap, Slot, SourceTensor, keymap_for
-from nalora_jax.weights.keytables import SIGHT, Source
-from nalora_jax.weights.vision.keymaps import TABLES, VisionTensorRow, row_tensors, tower_tensors
+from nalora_jax.weights.keytables import SIGHT, Source, TensorRow
+from nalora_jax.weights.vision.keymaps import TABLES, row_tensors, tower_tensors
 
 _TOWER, _PROJECTOR = "vision_tower.", "multi_modal_projector."
 # Prefixes in files of transformers 4 and 5, and in the models' original repositories.
@@ -18,22 +18,16 @@ _RENAMES = (
     (r"^(model\.)?vision_tower\.(vision_model\.)?", _TOWER),
     (r"^(model\.)?multi_modal_projector\.", _PROJECTOR),
 )
-_PROJECTORS: dict[str, tuple[VisionTensorRow, ...]] = {
+_PROJECTORS: dict[str, tuple[TensorRow, ...]] = {
     "mlp": (
-        VisionTensorRow(
-            "multi_modal_projector.linear_1.weight", ("projector/ffn/in_proj/kernel",), "transpose"
-        ),
-        VisionTensorRow("multi_modal_projector.linear_1.bias", ("projector/ffn/in_proj/bias",)),
-        VisionTensorRow(
-            "multi_modal_projector.linear_2.weight", ("projector/ffn/out_proj/kernel",), "transpose"
-        ),
-        VisionTensorRow("multi_modal_projector.linear_2.bias", ("projector/ffn/out_proj/bias",)),
+        TensorRow("multi_modal_projector.linear_1.weight", ("projector/ffn/in_proj/kernel",), "transpose"),
+        TensorRow("multi_modal_projector.linear_1.bias", ("projector/ffn/in_proj/bias",)),
+        TensorRow("multi_modal_projector.linear_2.weight", ("projector/ffn/out_proj/kernel",), "transpose"),
+        TensorRow("multi_modal_projector.linear_2.bias", ("projector/ffn/out_proj/bias",)),
     ),
     "pooled": (
-        VisionTensorRow("multi_modal_projector.mm_soft_emb_norm.weight", ("projector/norm/scale",)),
-        VisionTensorRow(
-            "multi_modal_projector.mm_input_projection_weight", ("projector/projection/kernel",)
-        ),
+        TensorRow("multi_modal_projector.mm_soft_emb_norm.weight", ("projector/norm/scale",)),
+        TensorRow("multi_modal_projector.mm_input_projection_weight", ("projector/projection/kernel",)),
     ),
 }
 

@@ -13,7 +13,7 @@ import pytest
 
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.images.files import open_image
-from nalora_jax.data.images.opened import open_images, usable
+from nalora_jax.data.images.opened import open_images, readable
 from nalora_jax.errors import NaloraError
 
 PLAIN = VisionConfig()
@@ -61,19 +61,18 @@ def test_a_list_cannot_reach_other_files(picture_folder) -> None:
         source.read([0])
 
 
-def test_broken_images_are_named_and_left_out_or_refused(picture_folder) -> None:
+def test_broken_images_are_named_and_left_out_or_refused(picture_folder, caplog) -> None:
     folder = picture_folder(cat=4)
     (folder / "cat" / "1.png").write_bytes(b"nothing of the kind")
     whole = (folder / "cat" / "2.png").read_bytes()
     (folder / "cat" / "2.png").write_bytes(whole[:60])
     source = open_images(DataConfig(dataset=str(folder)), PLAIN, "train")
-    kept, bad = usable(source, range(4), PLAIN)
-    np.testing.assert_array_equal(kept, [0, 3])
-    assert [text.split(":")[0] for text in bad] == ["cat/1.png", "cat/2.png"]
+    np.testing.assert_array_equal(readable(source, np.arange(4), PLAIN), [0, 3])
+    assert [text.split(":")[1] for text in caplog.messages] == [" cat/1.png", " cat/2.png"]
     with pytest.raises(NaloraError, match=r"cat/[12]\.png"):
-        usable(source, range(4), VisionConfig(broken="error"))
-    with pytest.raises(NaloraError, match="at least one readable image"):
-        usable(source, range(4), VisionConfig(max_pixels=10))
+        readable(source, np.arange(4), VisionConfig(broken="error"))
+    with pytest.raises(NaloraError, match="at least one record with readable images"):
+        readable(source, np.arange(4), VisionConfig(max_pixels=10))
 
 
 def test_what_is_missing_is_named(picture_folder, tmp_path) -> None:

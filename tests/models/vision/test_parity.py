@@ -18,7 +18,8 @@ from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.models.vision.encoder import Encoder
 from nalora_jax.models.vision.families import read_encoder
-from nalora_jax.weights.vision.keymaps import params_from_tensors, tensors_from_params
+from nalora_jax.weights.vision.keymaps import tensors_from_params
+from tests.param_trees import encoder_params
 
 TOLERANCE = 1e-5  # largest absolute difference of features and logits
 DUAL = {
@@ -54,7 +55,7 @@ def opened(folder: Path) -> tuple[DualConfig, dict, transformers.PreTrainedModel
     config = DualConfig.from_hf(json.loads((folder / "config.json").read_text()))
     tensors = load_file(folder / "model.safetensors")
     model = transformers.AutoModel.from_pretrained(folder).eval()
-    return config, params_from_tensors(config, tensors), model
+    return config, encoder_params(config, tensors), model
 
 
 @pytest.mark.parametrize("case", DUAL)
@@ -113,7 +114,7 @@ def test_positions_are_resized_for_images_of_another_size() -> None:
     pixels = np.random.default_rng(0).standard_normal((2, 20, 32, 3)).astype(np.float32)
     with torch.no_grad():
         theirs = model(torch.tensor(pixels.transpose(0, 3, 1, 2)))
-    variables = {"params": params_from_tensors(ours, tensors)}
+    variables = {"params": encoder_params(ours, tensors)}
     np.testing.assert_allclose(
         Encoder(ours).apply(variables, pixels), theirs.pooler_output.numpy(), rtol=0, atol=TOLERANCE
     )
@@ -140,7 +141,7 @@ def test_tensors_survive_the_way_in_and_out(dual_folder, case) -> None:
     folder = dual_folder(family, **changes)
     config = DualConfig.from_hf(json.loads((folder / "config.json").read_text()))
     tensors = load_file(folder / "model.safetensors")
-    back = dict(tensors_from_params(config, params_from_tensors(config, tensors)))
+    back = dict(tensors_from_params(config, encoder_params(config, tensors)))
     assert {name for name in tensors if name not in back} <= {"vision_model.embeddings.mask_token"} | {
         name for name in tensors if "pooler" in name
     }

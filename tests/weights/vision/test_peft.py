@@ -128,8 +128,8 @@ def test_what_peft_would_drop_silently_is_refused(dual_folder, tmp_path) -> None
         import_dual_adapter(tmp_path / "a", loaded.config)
     save_file(load_file(file), file)  # as another tool would have written it: without our digest
     for change, message in (
-        ({"target_modules": settings["target_modules"][1:]}, "target_modules covers"),
-        ({"target_modules": ["fc1", "fc2", "q_proj"]}, "every target"),
+        ({"target_modules": settings["target_modules"][1:]}, "to cover"),
+        ({"target_modules": ["fc1", "fc2", "q_proj"]}, "every module that target_modules names"),
         ({"r": 3}, "shape"),
     ):
         path.write_text(json.dumps(settings | change))

@@ -1,0 +1,50 @@
+"""Complete parameter trees of small models from tensors in memory, and back, by the library's key maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import param_shapes
+from nalora_jax.models.vision.config import DualConfig, EncoderConfig
+from nalora_jax.trees import flatten, unflatten
+from nalora_jax.weights.keymaps import KeyMap, keymap_for
+from nalora_jax.weights.keytables import Source
+from nalora_jax.weights.vision.keymaps import keymap_of
+
+
+def params_from_tensors(
+    config: ModelConfig, get_tensor: Callable[[str], Any], source: Source = "hf", dtype: Any = np.float32
+) -> dict[str, Any]:
+    """A model's parameter tree; ``get_tensor`` returns tensors by canonical name."""
+    return _tree(keymap_for(config, source), param_shapes(config), get_tensor, dtype)
+
+
+def tensors_from_params(
+    config: ModelConfig, params: Mapping[str, Any], source: Source = "hf"
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and tensors of a model's file: the inverse of `params_from_tensors`."""
+    leaves = flatten(params)
+    for tensor in keymap_for(config, source).tensors:
+        yield tensor.name, tensor.join([leaves[slot.path][slot.index] for slot in tensor.slots])
+
+
+def encoder_params(config: DualConfig | EncoderConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """An encoder's parameter tree, of tensors by the file's names."""
+    keymap = keymap_of(config)
+    shapes = {name: tuple(np.shape(value)) for name, value in tensors.items()}
+    names = keymap.check(shapes, config.model_type)
+    return _tree(keymap, config.param_shapes(), lambda name: tensors[names[name]], np.float32)
+
+
+def _tree(
+    keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]], get_tensor: Callable[[str], Any], dtype: Any
+) -> dict[str, Any]:
+    leaves = {path: np.zeros(shape, dtype) for path, shape in shapes.items()}
+    for tensor in keymap.tensors:
+        for slot, leaf in zip(tensor.slots, tensor.split(np.asarray(get_tensor(tensor.name))), strict=True):
+            leaves[slot.path][slot.index] = leaf
+    return unflatten(leaves)
