@@ -288,16 +288,14 @@ def _in_layer(
 def _copies(where: Topology, base: ModelConfig, fsdp: int, *, offloads: bool) -> float:
     """Returns the number of transposed or padded copies of the gathered head (docs/pods.md).
 
-    A tied head is gathered by rows if devices can split them, and otherwise by columns. A part of an
-    untied one may not consist of whole tiles of 16 rows.
+    A tied head is split along its rows' elements, and a part of an untied one may not consist of
+    whole tiles of 16 rows.
     """
-    by_columns = base.tie_embeddings and base.vocab_size % fsdp
     if where.chip.platform == "gpu":
-        return 0.9 if by_columns else 0.0
+        return 0.9 if base.tie_embeddings else 0.0
     if where.kind == "v5e":
-        return 0.9 if by_columns or not (base.tie_embeddings or offloads) else 0.0
-    untiled = not base.tie_embeddings and base.d_model // fsdp % 16
-    return 2.4 if by_columns or untiled else 0.0
+        return 0.9 if base.tie_embeddings or not offloads else 0.0
+    return 2.4 if base.tie_embeddings or base.d_model // fsdp % 16 else 0.0
 
 
 def executed_flops(
