@@ -157,7 +157,10 @@ def saved_by_layer(jaxpr: Any) -> float:
         if equation.primitive.name != "scan" or equation.params["reverse"]:
             widths += sum(map(saved_by_layer, inner))
             continue
-        stacked = [out.aval for out in equation.outvars[equation.params["num_carry"] :]]
+        body = equation.params["jaxpr"].jaxpr.outvars
+        stacked = [
+            o.aval for o, i in zip(equation.outvars, body, strict=True) if o.aval.shape != i.aval.shape
+        ]
         floats = [aval for aval in stacked if jnp.issubdtype(aval.dtype, jnp.floating)]
         of_tokens = [aval for aval in floats if aval.shape[1:3] == (ROWS, SEQ) and aval.ndim > 3]
         wide = [aval for aval in of_tokens if aval.shape[-1] > 4]
