@@ -65,6 +65,7 @@ def stream_text(figures: Mapping[str, Any]) -> str:
     return ", ".join(texts)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Stream(ABC):
     """Endless stream of rows, each a pure function of its number.
 
@@ -116,6 +117,7 @@ class Stream(ABC):
         return iterator
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PackedStream(Stream):
     """`Stream` of packed rows.
 
@@ -153,15 +155,6 @@ class TrainData(PackedStream):
     """Packed sequences of a run as an endless stream."""
 
     store: TokenStore
-    pattern: Pattern
-    seed: int
-    # Rows of a batch over all hosts, and the micro-batches per step.
-    batch_size: int
-    accumulate: int
-    # Rows of every micro-batch that this process reads.
-    rows: tuple[int, ...]
-    # Threads that prefetch batches.
-    workers: int
     # For models with image input: the images of every row (`nalora_jax.data.images.rows`).
     images: RowImages | None = None
 
@@ -283,4 +276,12 @@ def train_data(
     config = with_length(config, opened, tokenizer)
     store = cut_store(open_store(opened, config, tokenizer, seed, cache), opened, config, tokenizer.bos_id)
     pattern = pack(store.lengths, config.max_length, several=config.pack)
-    return TrainData(store, pattern, seed, batch_size, accumulate, tuple(map(int, rows)), config.workers)
+    return TrainData(
+        store,
+        pattern=pattern,
+        seed=seed,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        rows=tuple(map(int, rows)),
+        workers=config.workers,
+    )

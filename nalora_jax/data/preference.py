@@ -27,7 +27,7 @@ from nalora_jax.data.chat import (
     text_field,
 )
 from nalora_jax.data.lengths import drawn
-from nalora_jax.data.packing import Pattern, assemble, pack, permutation
+from nalora_jax.data.packing import assemble, pack, permutation
 from nalora_jax.data.pipeline import HostBatch, PackedStream, stream_figures
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_held_out
@@ -173,15 +173,6 @@ class PairData(PackedStream):
     answer: np.ndarray  # uint8, 1 for tokens of a completion
     offsets: np.ndarray  # int64 [2 * pairs + 1], start of each segment
     counts: Counts
-    pattern: Pattern
-    seed: int
-    # Rows of a batch over all hosts, and the micro-batches per step.
-    batch_size: int
-    accumulate: int
-    # Rows of every micro-batch that this process reads.
-    rows: tuple[int, ...]
-    # Threads that prefetch batches.
-    workers: int
 
     @property
     def lengths(self) -> np.ndarray:
@@ -266,9 +257,17 @@ def pair_data(
     pattern = pack(pair_lengths(offsets), config.max_length, several=config.pack)
     if rows is None:
         rows = range(batch_size // accumulate)
-    places = tuple(map(int, rows))
     return PairData(
-        tokens, answer, offsets, counts, pattern, seed, batch_size, accumulate, places, config.workers
+        tokens,
+        answer,
+        offsets,
+        counts,
+        pattern=pattern,
+        seed=seed,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        rows=tuple(map(int, rows)),
+        workers=config.workers,
     )
 
 

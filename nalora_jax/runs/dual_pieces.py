@@ -30,6 +30,7 @@ from nalora_jax.runs.pieces import Pieces
 from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.dual import resolve_dual, trains_text
 from nalora_jax.train.dual_objectives import CLASSES
+from nalora_jax.train.inputs import stream_shape
 from nalora_jax.weights.vision.model import JOIN, LoadedDual, load_dual
 from nalora_jax.weights.vision.peft import export_dual_adapter, verify_dual_export
 
@@ -147,7 +148,7 @@ def with_classes(
 
 def image_data(config: RunConfig, loaded: LoadedDual, records: ImageRecords, mesh: Mesh) -> ImageData:
     """Returns the training rows of a run: images with classes, or with captions."""
-    train, vision = config.train, config.vision
+    vision = config.vision
     source, indices = records.source, records.indices
     tokens = None
     if not records.classes:
@@ -161,13 +162,10 @@ def image_data(config: RunConfig, loaded: LoadedDual, records: ImageRecords, mes
         indices,
         loaded.processor,
         vision,
-        config.seed,
-        train.batch_size,
-        train.accumulate,
-        tuple(distributed.process_rows(mesh, train.batch_size // train.accumulate).tolist()),
-        config.data.workers,
-        records.labels,
-        tokens,
+        labels=records.labels,
+        tokens=tokens,
+        workers=config.data.workers,
+        **stream_shape(config, mesh),
     )
 
 

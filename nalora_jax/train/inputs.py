@@ -69,12 +69,13 @@ def check_first(config: RunConfig, train: Source, files: ResolvedSource) -> None
 
 
 def stream_shape(config: RunConfig, mesh: Mesh | None = None) -> dict[str, Any]:
-    """Returns the arguments of `train_data` and `pair_data` that a run's settings and mesh determine."""
+    """Returns the arguments of a stream of training rows that a run's settings and mesh determine."""
     train = config.train
     shape = {"batch_size": train.batch_size, "accumulate": train.accumulate, "seed": config.seed}
     if mesh is None:
         return shape
-    return shape | {"rows": distributed.process_rows(mesh, train.batch_size // train.accumulate).tolist()}
+    rows = distributed.process_rows(mesh, train.batch_size // train.accumulate)
+    return shape | {"rows": tuple(rows.tolist())}
 
 
 def described(config: RunConfig, files: ResolvedSource) -> ModelConfig:

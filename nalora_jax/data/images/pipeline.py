@@ -65,10 +65,6 @@ class ImageData(Stream):
     processor: ImageProcessor
     vision: VisionConfig
     seed: int
-    batch_size: int  # rows of a batch over all hosts
-    accumulate: int
-    rows: tuple[int, ...]  # rows of every micro-batch that this process reads
-    workers: int
     labels: np.ndarray | None = None  # int32, by the source's index
     tokens: dict[str, np.ndarray] | None = None  # of captions, by the position in ``indices``
 

@@ -26,11 +26,11 @@ def data(folder, *, rows=(0, 1, 2, 3), accumulate=1, seed=1, workers=0, **vision
         PROCESSOR,
         fields,
         seed,
-        4 * accumulate,
-        accumulate,
-        rows,
-        workers,
         labels,
+        batch_size=4 * accumulate,
+        accumulate=accumulate,
+        rows=rows,
+        workers=workers,
     )
 
 
