@@ -65,10 +65,17 @@ def _grid(
     for axis, ((model, task), group) in zip(axes[: len(groups)], groups.items(), strict=True):
         drawn |= panel(axis, group, marks)
         axis.set_title(f"{task}, {model}", fontsize=10)
+        if not axis.has_data():
+            axis.set_axis_off()
+            axis.text(0.5, 0.5, "no run yet", ha="center", va="center", transform=axis.transAxes)
     if not drawn:
         return ""
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(2 * columns, 4), fontsize=8)
+    legend: dict[str, Any] = {}
+    for axis in axes[: len(groups)]:
+        handles, labels = axis.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles, strict=True))
+    lines, names = list(legend.values()), list(legend)
+    figure.legend(lines, names, loc="outside lower center", ncols=min(2 * columns, 4), fontsize=8)
     return _svg(figure, name)
 
 

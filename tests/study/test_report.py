@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from scipy import stats
 from nalora_jax.__main__ import main
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.analysis import comparisons, results
+from nalora_jax.study.pictures import draw
 from nalora_jax.study.plan import Run, pending
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Record, Records
@@ -167,6 +169,16 @@ def test_pictures_are_whole_and_name_every_method(told: Path) -> None:
         text = " ".join(ElementTree.parse(path).getroot().itertext())
         assert all(name in text for name in ("lora", "half", "again")), path
         assert f"](pictures/{path.name})" in (told / "results.md").read_text()
+
+
+def test_a_picture_of_an_unfinished_study_names_its_methods_and_the_tasks_without_runs(told: Path) -> None:
+    protocol = read_protocol(told)
+    (task,) = protocol.tasks.values()
+    unfinished = replace(protocol, tasks={"later": task, **protocol.tasks})
+    picture = draw(unfinished, Records(told).read())["loss_by_rate.svg"]
+    text = " ".join(ElementTree.fromstring(picture).itertext())
+    assert text.count("no run yet") == 1
+    assert all(name in text for name in ("lora", "half", "again"))
 
 
 def test_a_report_of_tuning_alone_has_no_tests(told: Path) -> None:
