@@ -34,7 +34,8 @@ class MeshConfig:
 # Activations stored for the backward pass: `nalora_jax.models.remat.REMAT`, or "auto" for the
 # best.
 Remat = Literal[
-    "auto", "none", "full", "attention", "dots", "full_offload", "attention_offload", "dots_offload"
+    "auto", "none", "full", "attention", "dots_last", "dots",
+    "full_offload", "attention_offload", "dots_offload",
 ]  # fmt: skip
 Experts = Literal["auto", "gather", "send"]
 
@@ -53,8 +54,9 @@ class ComputeConfig:
     # an implementation by name, such as "cpu".
     implementation: str = "auto"
     # Rematerialization: "auto" (by platform, as measured), "none", "full", "dots" (store the
-    # results of matmuls), or "attention" (the same without results of width d_ff). With _offload,
-    # they are stored in the host's memory (TPU, GPU).
+    # results of matmuls), "attention" (the same without results of width d_ff), or "dots_last"
+    # ("dots" in the last layer of each period of different layers, "attention" in the others). With
+    # _offload, they are stored in the host's memory (TPU, GPU).
     remat: Remat = "auto"
     # Experts that "fsdp" splits: "gather" them for each layer, "send" each token to its experts, or
     # "auto" (the faster by the estimates of --mesh auto; elsewhere the way that moves fewer bytes;

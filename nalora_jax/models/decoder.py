@@ -25,7 +25,7 @@ from nalora_jax.models.layers import RMSNorm, rope_tables
 from nalora_jax.models.parts import HandedKeys, LayerInputs, SharedInputs, constrain
 from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.places import with_images
-from nalora_jax.models.remat import rematerialized, scanned, stacked
+from nalora_jax.models.remat import of_position, rematerialized, scanned, stacked
 from nalora_jax.models.split_statistics import sampled_as_whole
 from nalora_jax.models.stacks import Stack, groups, param_shapes, stacks
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
@@ -212,8 +212,9 @@ class Period(nn.Module):
         self, x: jax.Array, layers: tuple[LayerInputs, ...], shared: SharedInputs
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         """Returns ``[batch, seq, d_model]``, and the update of every layer's state."""
-        block, updates = rematerialized(Block, self.remat), []
+        updates = []
         for number, (stack, layer) in enumerate(zip(self.stacks, layers, strict=True)):
+            block = rematerialized(Block, of_position(self.remat, number, len(self.stacks)))
             x, update = block(stack.config, *self.options, stack.prefix, name=f"block{number}")(
                 x, layer, shared
             )

@@ -22,7 +22,9 @@ OFFLOAD = "_offload"
 # Activations saved for the backward pass: "none" saves all, "full" the layer's input only, "dots"
 # also the results of matmuls, and "attention" the same without arrays as wide as the FFN.
 _SAVES: dict[str, tuple[str, ...]] = {"full": (), "attention": (SAVED,), "dots": (SAVED, SAVED_WIDE)}
-REMAT = ("none", *_SAVES, *(name + OFFLOAD for name in _SAVES))
+# "dots" in the last layer of each period of layers (`nalora_jax.models.stacks`), "attention" in the others.
+DOTS_LAST = "dots_last"
+REMAT = ("none", *_SAVES, DOTS_LAST, *(name + OFFLOAD for name in _SAVES))
 _WITH_HOST_MEMORY = ("tpu", "gpu")  # platforms whose devices have memory separate from the host's
 
 
@@ -62,9 +64,16 @@ def check_remat(asked: str, platform: str) -> None:
         )
 
 
+def of_position(remat: str, position: int, period: int) -> str:
+    """Returns the policy of the layers at one position of a period; uniform layers have a period of 1."""
+    if remat != DOTS_LAST:
+        return remat
+    return "dots" if position == period - 1 else "attention"
+
+
 def stacked(block: Any, remat: str, n_layers: int) -> Any:
     """Returns ``block``, a module of one layer, scanned over layers and rematerialized."""
-    return scanned(rematerialized(block, remat), n_layers)
+    return scanned(rematerialized(block, of_position(remat, 0, 1)), n_layers)
 
 
 def rematerialized(block: Any, remat: str) -> Any:

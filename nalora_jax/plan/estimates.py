@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.expert_exchange import block_rows
-from nalora_jax.models.stacks import param_shapes, projection_shapes
+from nalora_jax.models.remat import of_position
+from nalora_jax.models.stacks import groups, param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops import split_triton
 from nalora_jax.ops.cudnn_attention import CUDNN, fits_as_bias
@@ -54,7 +55,8 @@ _SAVED_HEADS = {
     split_triton.NAME: (2, 2),
     TRITON.name: (1, 2),
 }
-_WIDE = 4  # float32 arrays as wide as the FFN that are live within a layer
+# Float32 arrays as wide as the FFN that are live within a layer.
+_WIDE, _WIDE_ON_TPUS = 4, 3
 
 
 def weight_bytes(base: ModelConfig, narrow: float, wide: float, pattern: str) -> tuple[float, float]:
@@ -195,8 +197,16 @@ def rows_for_experts(
 
 def values_for_backward(base: ModelConfig, saves: str, tensor: int, kernel: str) -> tuple[float, float]:
     """Returns numbers a token: saved by a layer in the mean, and recomputed for one layer at a time."""
-    saved = mean_over_layers(base, lambda of_stack: saved_values(of_stack, saves, tensor, kernel))
-    return saved, recomputed_values(base, saves, tensor, kernel)
+    stacks = stack_policies(base, saves)
+    saved = sum(config.n_layers * saved_values(config, policy, tensor, kernel) for config, policy in stacks)
+    return saved / base.n_layers, recomputed_values(base, saves, tensor, kernel)
+
+
+def stack_policies(base: ModelConfig, remat: str) -> Iterator[tuple[ModelConfig, str]]:
+    """Yields the uniform config and the rematerialization policy of every stack."""
+    for group in groups(base):
+        for position, stack in enumerate(group):
+            yield stack.config, of_position(remat, position, len(group))
 
 
 def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> float:
@@ -262,9 +272,13 @@ def working_bytes(
     fsdp, tensor = split
     layer = max(_in_layer(where, config, tokens, split, wide) for config in uniform(base)) + recomputed
     table = base.d_model * base.vocab_size * wide / tensor
-    head = (1 + _copies(where, base, fsdp, offloads=offloads)) * table if fsdp > 1 else 0.0
+    if fsdp == 1:
+        table = 0.0
+    head = (1 + _copies(where, base, fsdp, offloads=offloads)) * table
     rows = min(tokens, max(_LOGITS // base.vocab_size // 128 * 128, 128))
     loss = 2 * 4.0 * rows * base.vocab_size / tensor + 2 * tokens * base.d_model * 4.0
+    if where.chip.platform == "tpu" and not base.n_experts:
+        return max(layer, head, table + loss)
     # If activations are offloaded, the head is gathered after the last layer has been computed.
     return max(layer, head + loss) if offloads else head + max(layer, loss)
 
@@ -277,9 +291,10 @@ def _in_layer(
     kernel = max(math.prod(shape) for shape in projection_shapes(base).values()) / tensor * wide
     # Each expert has separate rows.
     width = max(base.d_ff / tensor, base.d_model if base.n_experts else 0) * max(base.experts_per_token, 1)
-    rows = _WIDE * 4.0 * tokens * width
     if not base.n_experts:
-        return rows + (_GATHERED * kernel if fsdp > 1 else 0.0)
+        arrays = _WIDE_ON_TPUS if where.chip.platform == "tpu" else _WIDE
+        return arrays * 4.0 * tokens * width + (_GATHERED * kernel if fsdp > 1 else 0.0)
+    rows = _WIDE * 4.0 * tokens * width
     copies = _OF_EXPERTS_ON_V5E if where.kind == "v5e" else _OF_EXPERTS
     # With all copies of kernels, half of the rows are live; with all rows, few kernels.
     return max(copies * kernel + rows / 2, rows + _GATHERED * kernel)
@@ -295,14 +310,14 @@ def _copies(where: Topology, base: ModelConfig, fsdp: int, *, offloads: bool) ->
         return 0.9 if base.tie_embeddings else 0.0
     if where.kind == "v5e":
         return 0.9 if base.tie_embeddings or not offloads else 0.0
-    return 2.4 if base.tie_embeddings or base.d_model // fsdp % 16 else 0.0
+    return 1.0 if base.tie_embeddings or base.d_model // fsdp % 16 else 0.0
 
 
 def executed_flops(
     base: ModelConfig, spec: AdapterSpec, remat: str, rows: float, seq: int, kernel: str
 ) -> float:
     """Returns the flops of a step on the rows of one shard, recomputation included."""
-    again = sum(config.n_layers * _recomputed(config, remat) for config in uniform(base))
+    again = sum(config.n_layers * _recomputed(config, policy) for config, policy in stack_policies(base, remat))
     tokens, flops = rows * seq, rows * attention_flops(base, seq)
     adapters = useful_flops(base, spec, rows, seq) - tokens * 4 * active_parameters(base) - 3 * flops
     # Only "full" recomputes the forward pass of splash attention and cuDNN; every policy recomputes
@@ -330,8 +345,3 @@ def _recomputed(config: ModelConfig, remat: str) -> float:
     # A norm after the FFN reads its result in the backward pass.
     every = sum(sizes.values()) - (0.0 if config.post_norm else outputs)
     return {"full": every, "attention": inputs}.get(remat, 0.0)
-
-
-def mean_over_layers(base: ModelConfig, of_layer: Callable[[ModelConfig], float]) -> float:
-    """Returns the mean over layers of a function of their stack's config."""
-    return sum(config.n_layers * of_layer(config) for config in uniform(base)) / base.n_layers

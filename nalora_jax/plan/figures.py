@@ -21,7 +21,7 @@ from nalora_jax.plan.machines import Chip
 from nalora_jax.plan.scopes import Work, works
 from nalora_jax.plan.transfers import Transfer, transfers
 
-_ACCOUNTING = "16"  # version of the accounting; cached figures of other versions are ignored
+_ACCOUNTING = "17"  # version of the accounting; cached figures of other versions are ignored
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Figures:
     """Resources that one program needs on each device."""
 
     arguments: float  # bytes
-    temporary: float  # bytes
+    temporary: float  # bytes that are live at once, besides the arguments
     flops: float  # of XLA's matmuls
     memory_bytes: float  # read from and written to HBM in a step
     custom_calls: Mapping[str, float]  # executions of kernels that XLA did not generate
@@ -83,9 +83,13 @@ def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None)
 def of_compiled(compiled: Any) -> Figures:
     """Returns the figures of a ``jax.stages.Compiled``."""
     memory, program = compiled.memory_analysis(), Program(compiled.as_text())
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    if memory.peak_memory_in_bytes:
+        # libtpu 0.0.42 adds up temporary arrays of which some are never live together.
+        temporary = min(temporary, memory.peak_memory_in_bytes - arguments)
     return Figures(
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
+        arguments,
+        temporary,
         program.flops,
         program.memory_bytes,
         program.custom_calls,

@@ -23,8 +23,8 @@ from nalora_jax.distributed.mesh import AXES
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.expert_exchange import SLACK
-from nalora_jax.models.remat import OFFLOAD
-from nalora_jax.models.stacks import key_heads, projection_shapes
+from nalora_jax.models.remat import DOTS_LAST, OFFLOAD
+from nalora_jax.models.stacks import groups, key_heads, projection_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.quantize import kernels
 from nalora_jax.plan.estimates import (
@@ -47,7 +47,7 @@ from nalora_jax.plan.machines import Topology
 from nalora_jax.plan.roofline import uniform, useful_flops
 
 # Policies ordered by the amount that they save, most first; on the chip, then in the host's memory.
-POLICIES = tuple(name + where for where in ("", OFFLOAD) for name in ("dots", "attention", "full"))
+_POLICIES = tuple(name + where for where in ("", OFFLOAD) for name in ("dots", "attention", "full"))
 # With more, sums of activations cost more than gathers of weights on every machine of the table.
 _MOST_TENSOR = 8
 # Usable share of the memory, a margin for the error of the estimates (docs/pods.md).
@@ -190,7 +190,7 @@ def candidates(
 ) -> Iterator[Layout]:
     """Yields every layout that divides the devices, the batch and the heads."""
     micro = config.train.batch_size // config.train.accumulate
-    policies = POLICIES if config.compute.remat == "auto" else (config.compute.remat,)
+    policies = policies_of(config, base)
     # libtpu 0.0.42 aborts with both on most meshes of one slice (`nalora_jax.models.remat.chosen_experts`).
     asked_for_both = "auto" not in (config.compute.remat, config.compute.experts)
     mesh = config.mesh
@@ -218,6 +218,15 @@ def candidates(
                         continue
                     layout = (data, fsdp, tensor), remat, experts, context
                     yield estimate(config, base, spec, where, seq, *layout)
+
+
+def policies_of(config: RunConfig, base: ModelConfig) -> tuple[str, ...]:
+    """Returns the rematerialization policies to choose from."""
+    if config.compute.remat != "auto":
+        return (config.compute.remat,)
+    if max(map(len, groups(base))) > 1:
+        return (DOTS_LAST, *_POLICIES)
+    return _POLICIES
 
 
 def _splits(devices: int) -> Iterator[tuple[int, int, int]]:

@@ -10,7 +10,7 @@ from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.plan.layouts import POLICIES, Layout, decoder_alone, estimate, usable
+from nalora_jax.plan.layouts import Layout, decoder_alone, estimate, policies_of, usable
 from nalora_jax.plan.machines import Topology
 
 SweepLayouts = dict[Layout, MeshConfig]  # layouts of a group's rows; seconds are of all programs
@@ -56,12 +56,11 @@ def _candidates(
 ) -> Iterator[tuple[Layout, MeshConfig]]:
     """Yields layouts with the estimated bytes of a chip and seconds of a step of every run."""
     decoder, spec = decoder_alone(base, adapter_spec(config, base))
-    policies = POLICIES if config.compute.remat == "auto" else (config.compute.remat,)
     for mesh in meshes(config, base, where.size, runs, where.slices):
         together = mesh.runs_per_device
         train = replace(config.train, batch_size=config.train.batch_size * together)
         programs = math.ceil(runs / (mesh.run * together))
-        for remat in policies:
+        for remat in policies_of(config, base):
             sizes = 1, mesh.fsdp, mesh.tensor
             layout = estimate(replace(config, train=train), decoder, spec, where, seq, sizes, remat)
             yield (

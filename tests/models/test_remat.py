@@ -17,13 +17,13 @@ from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.models.remat import OFFLOAD, REMAT, check_remat, chosen_experts
-from nalora_jax.models.stacks import projection_shapes
+from nalora_jax.models.stacks import layer_numbers, projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops import cudnn_attention
 from nalora_jax.ops.cudnn_attention import CUDNN
 from nalora_jax.ops.dispatch import Platform
 from nalora_jax.ops.numerics import numerics_for
-from nalora_jax.plan.estimates import saved_values
+from nalora_jax.plan.estimates import saved_values, values_for_backward
 
 ROWS, SEQ, D, F, HEADS, KV_HEADS, LAYERS = 2, 8, 64, 48, 4, 2, 3
 
@@ -53,7 +53,7 @@ def traced():
         adapted: str = "ffn/",
     ) -> Any:
         base = base or small("llama")
-        spec = resolve(LoRAConfig(rules=(LoRARule(adapted, 2),)), projection_shapes(base), base.n_layers)
+        spec = resolve(LoRAConfig(rules=(LoRARule(adapted, 2),)), projection_shapes(base), layer_numbers(base))
         params = jax.eval_shape(lambda: init_params(base, jax.random.key(0)))
         lora = jax.eval_shape(lambda: init_lora(base, spec, jax.random.key(0)))
         numerics = numerics_for("bfloat16", platform, implementation)
@@ -184,6 +184,28 @@ def test_estimated_values_are_those_that_a_layer_saves(traced, monkeypatch, fami
     base = small(family, **FAMILIES[family])
     program = traced(remat, Platform("gpu", "NVIDIA H100 80GB HBM3", 1), "auto", base, "_proj")
     assert saved_by_layer(program.jaxpr) == saved_values(base, remat, 1, CUDNN.name)
+
+
+def test_the_last_layer_of_a_period_may_save_more_than_the_others(traced, monkeypatch):
+    monkeypatch.setattr(cudnn_attention, "dot_product", traced_cudnn)
+    monkeypatch.setattr(cudnn_attention, "compiles", lambda *_: True)
+    period = ["sliding_attention", "full_attention"]
+    base = small(
+        "gemma4_text",
+        layer_types=period * LAYERS,
+        num_hidden_layers=2 * LAYERS,
+        sliding_window=4,
+        hidden_size_per_layer_input=0,
+    )
+
+    def of_period(remat: str) -> float:
+        program = traced(remat, Platform("gpu", "NVIDIA H100 80GB HBM3", 1), "auto", base, "_proj")
+        return saved_by_layer(program.jaxpr)
+
+    assert of_period("dots_last") - of_period("attention") == 2 * F
+    assert of_period("dots") - of_period("dots_last") == 2 * F
+    estimated = [values_for_backward(base, remat, 1, CUDNN.name)[0] for remat in ("dots_last", "attention")]
+    assert estimated[0] - estimated[1] == 2 * F / len(period)
 
 
 @pytest.mark.parametrize(

@@ -229,13 +229,13 @@ def test_configs_are_read_like_any_other(tmp_path):
 
 
 def test_the_host_s_memory_is_taken_where_no_chip_has_room():
-    """65,536 tokens a chip: the layers' inputs alone are 17 GB, and leave behind products that take far longer."""
-    long = {"seq": 65536, "mesh": MeshConfig(tensor=1)}
+    """98,304 tokens a chip: the layers' inputs alone are 26 GB, and leave behind products that take far longer."""
+    long = {"seq": 98304, "mesh": MeshConfig(tensor=1)}
     layout, machine = chosen("llama-3.1-8b", "v6e:16x16", **long), topology("v6e:16x16")
     assert layout.remat.endswith("_offload")
     assert layout.memory < 0.9 * machine.chip.memory
     base = architecture("llama-3.1-8b")
-    inputs = 2.0 * 65536 * base.d_model * base.n_layers
+    inputs = 2.0 * 98304 * base.d_model * base.n_layers
     assert inputs <= layout.host < 0.5 * machine.chip.host_memory
     assert layout.transfers == pytest.approx(2 * layout.host / machine.chip.host_link)
     assert f"{layout.host / 1e9:.1f} of the host's" in str(layout)
@@ -314,7 +314,7 @@ def test_recomputed_layers_hold_the_results_that_other_policies_save():
     spec = resolve(LoRAConfig(), projection_shapes(base), base.n_layers)
     config = RunConfig(train=TrainConfig(batch_size=256))
     full, attention = (
-        estimate(config, base, spec, machine, 4096, (8, 32, 1), remat) for remat in ("full", "attention")
+        estimate(config, base, spec, machine, 16384, (8, 32, 1), remat) for remat in ("full", "attention")
     )
     of_layer = (attention.activations - full.activations) / base.n_layers
     assert full.working - attention.working == pytest.approx(of_layer)
