@@ -1,10 +1,11 @@
 """Quantized frozen kernels: int8 or 4-bit codes with scales per block (QLoRA, arXiv 2305.14314).
 
     kernel [d_in, d_out]   int8: codes int8 [d_in, d_out], one scale per output channel
-                           nf4:  codes uint8 [d_in / 2, d_out], two codes per byte;
-                                 one scale per 64 inputs and output channel
-                           mxfp4: the same with one scale uint8 per 32 inputs and output channel;
-                                 feed-forward kernels only, as gpt-oss's files store experts
+                           nf4:  codes uint8 [d_in / 2, d_out], one scale per block of 64 inputs and
+                                 output channel; a byte has the codes of an input in the first half
+                                 of its block and of the one 32 inputs later
+                           mxfp4: the same with blocks of 32 inputs and scales uint8; feed-forward
+                                 kernels only, as gpt-oss's files store experts
 
 A quantized kernel replaces the array in the ``params`` tree. Operations expand it one layer at a
 time, in the forward pass and again in the backward pass, so that the float kernel is never saved.
@@ -15,7 +16,7 @@ Adapters and their gradients stay float32. Norms, biases, embeddings and routers
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -74,13 +75,17 @@ class Quantized(Stored):
         return (*lead, rows * (1 if self.kind == "int8" else 2), d_out)
 
     def expand(self) -> jax.Array:
-        """Returns the float32 kernel; codes are gathered before they are expanded."""
+        """Returns the float32 kernel."""
+        return self.expand_to(jnp.float32)
+
+    def expand_to(self, dtype: Any) -> jax.Array:
+        """See `Stored`; codes are gathered before they are expanded."""
         if self.places is None:
-            return dequantize(self)
+            return dequantize(self, dtype)
         codes, scales = (
             _at(array, place) for array, place in zip((self.codes, self.scales), self.places, strict=True)
         )
-        return dequantize(Quantized(codes, scales, self.kind))
+        return dequantize(Quantized(codes, scales, self.kind), dtype)
 
 
 def _at(array: jax.Array, place: NamedSharding) -> jax.Array:
@@ -117,9 +122,7 @@ def quantize(kernel: jax.Array, kind: Kind) -> Quantized:
     largest = jnp.max(jnp.abs(w), axis=-2)
     if kind == "mxfp4":
         scales = mxfp4.exponents(largest)
-        return Quantized(
-            _packed(mxfp4.codes(w / mxfp4.powers(scales)[..., None, :]), kernel.shape), scales, kind
-        )
+        return Quantized(_packed(mxfp4.codes(w / mxfp4.powers(scales)[..., None, :])), scales, kind)
     unit = w / jnp.where(largest > 0, largest, 1.0)[..., None, :]
     if kind == "int8":
         codes = jnp.round(unit * 127).astype(jnp.int8).reshape(kernel.shape)
@@ -128,13 +131,14 @@ def quantize(kernel: jax.Array, kind: Kind) -> Quantized:
     # copies of the kernel.
     middle = jnp.asarray(_midpoints())
     nearest = jnp.searchsorted(middle, unit, method="compare_all").astype(jnp.uint8)
-    return Quantized(_packed(nearest, kernel.shape), largest, kind)
+    return Quantized(_packed(nearest), largest, kind)
 
 
-def _packed(codes: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns 4-bit codes of a kernel of ``shape``, two inputs per byte."""
-    codes = codes.reshape(shape)
-    return codes[..., 0::2, :] | (codes[..., 1::2, :] << 4)
+def _packed(codes: jax.Array) -> jax.Array:
+    """Returns 4-bit codes ``[..., blocks, block, d_out]`` as bytes ``[..., blocks * block / 2, d_out]``."""
+    *lead, blocks, block, d_out = codes.shape
+    halves = codes.reshape(*lead, blocks, 2, block // 2, d_out)
+    return (halves[..., 0, :, :] | (halves[..., 1, :, :] << 4)).reshape(*lead, blocks * block // 2, d_out)
 
 
 def _midpoints() -> np.ndarray:
@@ -142,21 +146,31 @@ def _midpoints() -> np.ndarray:
     return (levels[1:] + levels[:-1]) / 2
 
 
-def dequantize(kernel: Quantized) -> jax.Array:
-    """Returns the float32 kernel of codes and scales."""
+def dequantize(kernel: Quantized, dtype: Any = jnp.float32) -> jax.Array:
+    """Returns the kernel of codes and scales, computed in float32 and rounded to ``dtype``."""
     *lead, d_in, d_out = kernel.shape
     if kernel.kind == "int8":
-        return kernel.codes.astype(jnp.float32) * kernel.scales
-    low, high = kernel.codes & 15, kernel.codes >> 4
-    # [..., d_in / 2, 2, d_out]: the two codes of a byte are neighbours along the inputs
-    codes = jnp.stack([low, high], axis=-2).reshape(*lead, d_in, d_out)
+        return (kernel.codes.astype(jnp.float32) * kernel.scales).astype(dtype)
     levels, scales = NF4_LEVELS, kernel.scales
     if kernel.kind == "mxfp4":
         levels, scales = mxfp4.LEVELS, mxfp4.powers(kernel.scales)
-    unit = jnp.take(jnp.asarray(levels, jnp.float32), codes.astype(jnp.int32))
     block = _BLOCKS[kernel.kind]
-    blocks = unit.reshape(*lead, d_in // block, block, d_out)
-    return (blocks * scales[..., None, :]).reshape(*lead, d_in, d_out)
+    pairs = kernel.codes.reshape(*lead, d_in // block, 1, block // 2, d_out)
+    in_second_half = jnp.arange(2)[:, None, None] == 1
+    codes = jnp.where(in_second_half, pairs >> 4, pairs & 15)
+    blocks = (_of_levels(codes, levels) * scales[..., None, None, :]).astype(dtype)
+    # One pass over HBM: without the barrier, the TPU compiler multiplies in the final shape and stores the
+    # repeated codes and scales, three times the traffic.
+    return jax.lax.optimization_barrier(blocks).reshape(*lead, d_in, d_out)
+
+
+def _of_levels(codes: jax.Array, levels: Sequence[float]) -> jax.Array:
+    """Returns float32 ``levels[codes]``, selected bit by bit: a TPU has no fast gather from a small table."""
+    if len(levels) == 1:
+        return jnp.float32(levels[0])
+    half = len(levels) // 2
+    low, high = _of_levels(codes, levels[:half]), _of_levels(codes, levels[half:])
+    return jnp.where((codes & half) > 0, high, low)
 
 
 def gathered(params: Any, axes: Collection[str]) -> Any:

@@ -47,6 +47,10 @@ class Stored(ABC):
     def expand(self) -> jax.Array:
         """Returns the float array."""
 
+    def expand_to(self, dtype: Any) -> jax.Array:
+        """Returns the float array rounded to ``dtype``."""
+        return self.expand().astype(dtype)
+
 
 class LayerStack(Stored):
     """Arrays of all layers ``[layers, ...]``, of which a program reads one without a copy."""
@@ -62,6 +66,11 @@ Kernel = jax.Array | Stored  # a frozen kernel
 def expand(array: Kernel) -> jax.Array:
     """Returns a frozen array as floats."""
     return array.expand() if isinstance(array, Stored) else array
+
+
+def as_operand(kernel: Kernel, dtype: Any) -> jax.Array:
+    """Returns a frozen kernel for a matmul that rounds its operands to ``dtype``."""
+    return kernel.expand_to(dtype) if isinstance(kernel, Stored) else kernel
 
 
 @operation

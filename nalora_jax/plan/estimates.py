@@ -317,7 +317,9 @@ def executed_flops(
     base: ModelConfig, spec: AdapterSpec, remat: str, rows: float, seq: int, kernel: str
 ) -> float:
     """Returns the flops of a step on the rows of one shard, recomputation included."""
-    again = sum(config.n_layers * _recomputed(config, policy) for config, policy in stack_policies(base, remat))
+    again = sum(
+        config.n_layers * _recomputed(config, policy) for config, policy in stack_policies(base, remat)
+    )
     tokens, flops = rows * seq, rows * attention_flops(base, seq)
     adapters = useful_flops(base, spec, rows, seq) - tokens * 4 * active_parameters(base) - 3 * flops
     # Only "full" recomputes the forward pass of splash attention and cuDNN; every policy recomputes

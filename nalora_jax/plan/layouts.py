@@ -51,7 +51,7 @@ _POLICIES = tuple(name + where for where in ("", OFFLOAD) for name in ("dots", "
 # With more, sums of activations cost more than gathers of weights on every machine of the table.
 _MOST_TENSOR = 8
 # Usable share of the memory, a margin for the error of the estimates (docs/pods.md).
-_USABLE = {"tpu": 0.95, "gpu": 0.9}
+_USABLE = {"tpu": 0.97, "gpu": 0.9}
 _USABLE_OF_HOST = 0.5  # the rest is for processes that read data, for loading, and for the system
 _LEAST_BLOCK = (
     1024  # tokens of a block of a split row (`nalora_jax.ops.split_rows`), if --mesh auto splits it

@@ -53,7 +53,9 @@ def traced():
         adapted: str = "ffn/",
     ) -> Any:
         base = base or small("llama")
-        spec = resolve(LoRAConfig(rules=(LoRARule(adapted, 2),)), projection_shapes(base), layer_numbers(base))
+        spec = resolve(
+            LoRAConfig(rules=(LoRARule(adapted, 2),)), projection_shapes(base), layer_numbers(base)
+        )
         params = jax.eval_shape(lambda: init_params(base, jax.random.key(0)))
         lora = jax.eval_shape(lambda: init_lora(base, spec, jax.random.key(0)))
         numerics = numerics_for("bfloat16", platform, implementation)
