@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 
+@jax.custom_vjp
 def causal_conv(x: jax.Array, kernel: jax.Array, segments: jax.Array) -> jax.Array:
     """Returns ``sum_j kernel[width - 1 - j] x[t - j]`` over tokens of t's segment.
 
     Args:
       x: ``[batch, seq, channels]``.
-      kernel: float32 ``[width, channels]``; the last row weighs the token itself.
+      kernel: float32 ``[width, channels]``, without a gradient; the last row weighs the token itself.
       segments: int ``[batch or 1, seq]``, 0 for padding, which no other segment reads.
 
     Returns:
       float32 ``[batch, seq, channels]``.
     """
-    width, x = kernel.shape[0], x.astype(jnp.float32)
-    total = x * kernel[-1][None, None]
-    for back in range(1, min(width, x.shape[1])):
-        same = (segments[:, back:] == segments[:, :-back])[..., None]
-        earlier = jnp.where(same, x[:, :-back] * kernel[width - 1 - back][None, None], 0.0)
-        total = total + jnp.pad(earlier, ((0, 0), (back, 0), (0, 0)))
-    return total
+    return _weighed(x, kernel, segments, ahead=False)
+
+
+def _causal_conv_fwd(x: jax.Array, kernel: jax.Array, segments: jax.Array) -> tuple[jax.Array, Any]:
+    return causal_conv(x, kernel, segments), (kernel, segments, jnp.zeros((0,), x.dtype))
+
+
+def _causal_conv_bwd(saved: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
+    kernel, segments, like_x = saved
+    return _weighed(g, kernel, segments, ahead=True).astype(like_x.dtype), None, None
+
+
+causal_conv.defvjp(_causal_conv_fwd, _causal_conv_bwd)
+
+
+def _weighed(x: jax.Array, kernel: jax.Array, segments: jax.Array, *, ahead: bool) -> jax.Array:
+    """Returns float32 sums over each token and the ``width - 1`` tokens before it, or ahead of it.
+
+    All terms are slices of one padded array, so that XLA adds them in one pass over memory.
+    """
+    width, seq = kernel.shape[0], x.shape[1]
+    sides = (0, width - 1) if ahead else (width - 1, 0)
+    padded = jnp.pad(x, ((0, 0), sides, (0, 0)))
+    ids = jnp.pad(segments, ((0, 0), sides), constant_values=-1)  # of no segment
+    terms = [x.astype(jnp.float32) * kernel[-1][None, None]]
+    for distance in range(1, width):
+        first = distance if ahead else width - 1 - distance
+        same = (ids[:, first : first + seq] == segments)[..., None]
+        shifted = jnp.where(same, padded[:, first : first + seq].astype(jnp.float32), 0.0)
+        terms.append(shifted * kernel[width - 1 - distance][None, None])
+    return functools.reduce(jnp.add, terms)
 
 
 def causal_conv_after(
