@@ -26,7 +26,7 @@ from nalora_jax.ops.storage import Kernel
 
 # Floats of one chunk of logits on a device: 512 MB. Each chunk reads the whole head twice, so an
 # accelerator needs some thousand rows per chunk to be limited by its matrix unit.
-_CHUNK_FLOATS = 1 << 27
+_CHUNK_FLOATS, _LEAST_ROWS = 1 << 27, 1024
 
 # ``(hidden [rows, d_model], kernel, targets [rows], weights [rows], with_gradient)`` -> each row's
 # loss ``[rows]`` and the gradient of hidden, of shape ``[rows, 0]`` if it is not requested.
@@ -99,7 +99,7 @@ def cross_entropy(
 def rows_of_chunk(vocab: int) -> int:
     """Returns the default number of rows in a chunk of logits on each device."""
     # A multiple of 128, the rows that a TPU's matrix unit processes at once.
-    return max(_CHUNK_FLOATS // vocab // 128 * 128, 128)
+    return max(_CHUNK_FLOATS // vocab // 128 * 128, _LEAST_ROWS)
 
 
 def chunk_of_rows(

@@ -15,6 +15,7 @@ from nalora_jax.models.remat import of_position
 from nalora_jax.models.stacks import groups, param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops import split_triton
+from nalora_jax.ops.cross_entropy import rows_of_chunk
 from nalora_jax.ops.cudnn_attention import CUDNN, fits_as_bias
 from nalora_jax.ops.cudnn_attention import takes as cudnn_takes
 from nalora_jax.ops.splash_attention import LANES, SPLASH, takes
@@ -32,7 +33,6 @@ from nalora_jax.plan.roofline import (
     useful_flops,
 )
 
-_LOGITS = 1 << 27  # floats of a chunk of the loss (`nalora_jax.ops.cross_entropy`)
 _GATHERED = 3  # kernels that are gathered at once, each as large as the largest of a layer
 # Kernels of experts in memory at once, gathered or not: of two layers, with copies for the backward
 # pass. v5e has more.
@@ -275,7 +275,7 @@ def working_bytes(
     if fsdp == 1:
         table = 0.0
     head = (1 + _copies(where, base, fsdp, offloads=offloads)) * table
-    rows = min(tokens, max(_LOGITS // base.vocab_size // 128 * 128, 128))
+    rows = min(tokens, rows_of_chunk(base.vocab_size))
     loss = 2 * 4.0 * rows * base.vocab_size / tensor + 2 * tokens * base.d_model * 4.0
     if where.chip.platform == "tpu" and not base.n_experts:
         return max(layer, head, table + loss)
