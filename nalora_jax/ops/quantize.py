@@ -156,7 +156,8 @@ def dequantize(kernel: Quantized, dtype: Any = jnp.float32) -> jax.Array:
         levels, scales = mxfp4.LEVELS, mxfp4.powers(kernel.scales)
     block = _BLOCKS[kernel.kind]
     pairs = kernel.codes.reshape(*lead, d_in // block, 1, block // 2, d_out)
-    codes = (pairs >> jnp.array([0, 4], jnp.uint8)[:, None, None]) & 15
+    shifts = jnp.array([0, 4], jnp.uint8).reshape(*[1] * (len(lead) + 1), 2, 1, 1)
+    codes = (pairs >> shifts) & 15
     blocks = (_of_levels(codes, levels) * scales[..., None, None, :]).astype(dtype)
     # One pass over HBM: without the barrier, the TPU compiler multiplies in the final shape and stores the
     # repeated codes and scales, three times the traffic.
