@@ -295,7 +295,13 @@ def estimate(
     gathered_bytes = passes * (weights - stay + ends / 2) / tensor * (split - 1) / split
     gathered = gathered_bytes / where.inbound(split * tensor)
     traffic = _traffic(base, tokens, tensor, saved_bytes * base.n_layers, sends=stay > 0)
-    moved = weight_passes(base, split, passes) * (weights - stay * (1 - 1 / split) + ends)
+    reads = weight_passes(base, split, passes)
+    moved = reads * (weights - stay * (1 - 1 / split) + ends)
+    if narrow < wide:
+        # Quantized kernels are written as floats in every pass, and read by the matmuls.
+        floats, _ = _weight_bytes(base, config, wide, wide)
+        quantized = (floats - layer) * base.n_layers / (wide - narrow)
+        moved += (passes + reads) * wide * quantized
     hbm = (moved / tensor + traffic) / where.chip.bandwidth
     gradients = 2 * sum(trained) / where.inbound(data * split) if data * split > 1 else 0.0
     share = hidden_share(where, base)
