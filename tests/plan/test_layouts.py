@@ -361,18 +361,20 @@ def test_context_that_splits_experts_copies_them():
 def test_estimates_agree_with_the_compiled_rows_of_the_table():
     lines = (Path(__file__).parents[2] / "benchmarks" / "results" / "pods.jsonl").read_text().splitlines()
     # Rows of Gemma 3 and Qwen3 are older than the arrays that their layers save now.
-    fitted = {"llama-3.1-8b", "llama-3.1-70b", "mixtral-8x7b"}
-    rows = {
-        (row["model"], row["topology"]): row for row in map(json.loads, lines) if row["model"] in fitted
-    }
-    assert len(rows) == 15
+    fitted, others = {"llama-3.1-8b", "llama-3.1-70b", "mixtral-8x7b"}, {"gemma-4-31b", "qwen3.5-9b"}
+    rows = {(row["model"], row["topology"]): row for row in map(json.loads, lines)}
+    assert len([model for model, _ in rows if model in fitted]) == 15
     for (model, where), row in rows.items():
         base, config = architecture(model), RunConfig(train=TrainConfig(batch_size=row["rows"]))
-        spec, sizes = resolve(config.lora, projection_shapes(base), base.n_layers), row["layout"]
+        spec, sizes = adapter_spec(config, base), row["layout"]
         mesh = sizes["data"], sizes["fsdp"], sizes["tensor"]
         layout = estimate(config, base, spec, topology(where), row["seq"], mesh, sizes["remat"])
-        assert layout.memory == pytest.approx(row["memory"], rel=0.07), (model, where)
-        assert 0.8 < row["seconds"] / layout.seconds < 1.25, (model, where)
+        if model in fitted:
+            assert layout.memory == pytest.approx(row["memory"], rel=0.07), (model, where)
+        if model in others:
+            assert row["memory"] < 1.05 * layout.memory, (model, where)
+        if model in fitted | others:
+            assert 0.8 < row["seconds"] / layout.seconds < 1.25, (model, where)
 
 
 @pytest.mark.parametrize(
