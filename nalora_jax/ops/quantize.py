@@ -156,8 +156,8 @@ def dequantize(kernel: Quantized, dtype: Any = jnp.float32) -> jax.Array:
         levels, scales = mxfp4.LEVELS, mxfp4.powers(kernel.scales)
     block = _BLOCKS[kernel.kind]
     pairs = kernel.codes.reshape(*lead, d_in // block, 1, block // 2, d_out)
-    in_second_half = jnp.arange(2)[:, None, None] == 1
-    codes = jnp.where(in_second_half, pairs >> 4, pairs & 15)
+    shifts = jnp.array([0, 4], jnp.uint8).reshape(*[1] * (len(lead) + 1), 2, 1, 1)
+    codes = (pairs >> shifts) & 15
     blocks = (_of_levels(codes, levels) * scales[..., None, None, :]).astype(dtype)
     # One pass over HBM: without the barrier, the TPU compiler multiplies in the final shape and stores the
     # repeated codes and scales, three times the traffic.

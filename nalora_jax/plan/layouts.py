@@ -44,7 +44,7 @@ from nalora_jax.plan.estimates import (
     working_bytes,
 )
 from nalora_jax.plan.machines import Topology
-from nalora_jax.plan.roofline import uniform, useful_flops
+from nalora_jax.plan.roofline import mixer_flops, uniform, useful_flops
 
 # Policies ordered by the amount that they save, most first; on the chip, then in the host's memory.
 _POLICIES = tuple(name + where for where in ("", OFFLOAD) for name in ("dots", "attention", "full"))
@@ -56,6 +56,9 @@ _USABLE_OF_HOST = 0.5  # the rest is for processes that read data, for loading, 
 _LEAST_BLOCK = (
     1024  # tokens of a block of a split row (`nalora_jax.ops.split_rows`), if --mesh auto splits it
 )
+# Bytes of HBM traffic for each forward flop of a delta rule and its layer's elementwise functions: GPUs write
+# the arrays of its loop over chunks, TPUs keep them in VMEM (from compiled steps of Qwen3.5).
+_MIXER_BYTES = {"gpu": 1.3, "tpu": 0.06}
 _UNDER_WAY = 2  # layers whose activations are on the chip while all others are in the host's memory
 
 
@@ -295,7 +298,14 @@ def estimate(
     gathered_bytes = passes * (weights - stay + ends / 2) / tensor * (split - 1) / split
     gathered = gathered_bytes / where.inbound(split * tensor)
     traffic = _traffic(base, tokens, tensor, saved_bytes * base.n_layers, sends=stay > 0)
-    moved = weight_passes(base, split, passes) * (weights - stay * (1 - 1 / split) + ends)
+    traffic += rows * mixer_flops(base, seq) * _MIXER_BYTES.get(where.chip.platform, 0.0) / tensor
+    reads = weight_passes(base, split, passes)
+    moved = reads * (weights - stay * (1 - 1 / split) + ends)
+    if narrow < wide:
+        # Quantized kernels are written as floats in every pass, and read by the matmuls.
+        floats, _ = _weight_bytes(base, config, wide, wide)
+        quantized = (floats - layer) * base.n_layers / (wide - narrow)
+        moved += (passes + reads) * wide * quantized
     hbm = (moved / tensor + traffic) / where.chip.bandwidth
     gradients = 2 * sum(trained) / where.inbound(data * split) if data * split > 1 else 0.0
     share = hidden_share(where, base)

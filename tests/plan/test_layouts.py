@@ -14,6 +14,7 @@ import pytest
 from nalora_jax.cli.plan import PlanArgs, plan
 from nalora_jax.config import ComputeConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.stacks import layer_numbers, param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
@@ -320,6 +321,18 @@ def test_recomputed_layers_hold_the_results_that_other_policies_save():
     assert full.working - attention.working == pytest.approx(of_layer)
 
 
+def test_quantized_experts_are_expanded_through_hbm():
+    """Compiled for v6e: 0.0821 s, of which 0.0814 are HBM's; matmuls take 0.034."""
+    raw = CONFIGS["gpt-oss-20b"]
+    raw = raw | {"num_hidden_layers": 4, "layer_types": raw["layer_types"][:4]}
+    base = ModelConfig.from_hf(raw)
+    config = RunConfig(train=TrainConfig(batch_size=256), compute=ComputeConfig(quantize="mxfp4"))
+    layout = estimate(
+        config, base, adapter_spec(config, base), topology("v6e:16x16"), 4096, (256, 1, 1), "full"
+    )
+    assert layout.seconds == pytest.approx(0.0821, rel=0.25)
+
+
 def test_few_tokens_need_room_for_kernels_of_experts_and_many_for_rows():
     base, machine = architecture("mixtral-8x7b"), topology("v5p:8x8x16")
     kernel, row = 2.0 * 8 * 4096 * 14336, 2.0 * 2 * 14336  # bytes; a token has two rows
@@ -348,18 +361,20 @@ def test_context_that_splits_experts_copies_them():
 def test_estimates_agree_with_the_compiled_rows_of_the_table():
     lines = (Path(__file__).parents[2] / "benchmarks" / "results" / "pods.jsonl").read_text().splitlines()
     # Rows of Gemma 3 and Qwen3 are older than the arrays that their layers save now.
-    fitted = {"llama-3.1-8b", "llama-3.1-70b", "mixtral-8x7b"}
-    rows = {
-        (row["model"], row["topology"]): row for row in map(json.loads, lines) if row["model"] in fitted
-    }
-    assert len(rows) == 15
+    fitted, others = {"llama-3.1-8b", "llama-3.1-70b", "mixtral-8x7b"}, {"gemma-4-31b", "qwen3.5-9b"}
+    rows = {(row["model"], row["topology"]): row for row in map(json.loads, lines)}
+    assert len([model for model, _ in rows if model in fitted]) == 15
     for (model, where), row in rows.items():
         base, config = architecture(model), RunConfig(train=TrainConfig(batch_size=row["rows"]))
-        spec, sizes = resolve(config.lora, projection_shapes(base), base.n_layers), row["layout"]
+        spec, sizes = adapter_spec(config, base), row["layout"]
         mesh = sizes["data"], sizes["fsdp"], sizes["tensor"]
         layout = estimate(config, base, spec, topology(where), row["seq"], mesh, sizes["remat"])
-        assert layout.memory == pytest.approx(row["memory"], rel=0.07), (model, where)
-        assert 0.8 < row["seconds"] / layout.seconds < 1.25, (model, where)
+        if model in fitted:
+            assert layout.memory == pytest.approx(row["memory"], rel=0.07), (model, where)
+        if model in others:
+            assert row["memory"] < 1.05 * layout.memory, (model, where)
+        if model in fitted | others:
+            assert 0.8 < row["seconds"] / layout.seconds < 1.25, (model, where)
 
 
 @pytest.mark.parametrize(
