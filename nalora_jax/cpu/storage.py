@@ -39,9 +39,9 @@ class Bits(LayerStack):
         """The shape of the array."""
         return tuple(self.bits.shape)
 
-    def expand(self) -> jax.Array:
-        """Returns the bf16 array."""
-        return lax.bitcast_convert_type(self.bits, jnp.bfloat16)
+    def expand(self, dtype: Any = None) -> jax.Array:
+        """Returns the array in ``dtype``, by default bf16."""
+        return lax.bitcast_convert_type(self.bits, jnp.bfloat16).astype(dtype or jnp.bfloat16)
 
     def layer(self, index: jax.Array) -> native.Slice:
         """Returns a layer of a stack without a copy."""

@@ -22,7 +22,7 @@ from nalora_jax.ops.grouped_matmul import (
     ragged,
     ragged_outer,
 )
-from nalora_jax.ops.storage import Kernel, as_operand
+from nalora_jax.ops.storage import Kernel, expand
 
 
 class Groups(NamedTuple):
@@ -51,7 +51,7 @@ def frozen_grouped_matmul(x: jax.Array, kernels: Kernel, sizes: jax.Array, numer
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _frozen(x: jax.Array, kernels: Any, sizes: jax.Array, numerics: Numerics) -> jax.Array:
-    return grouped_matmul(x, as_operand(kernels, numerics.operand), sizes, numerics)
+    return grouped_matmul(x, expand(kernels, numerics.operand), sizes, numerics)
 
 
 def _frozen_fwd(x: jax.Array, kernels: Any, sizes: jax.Array, numerics: Numerics) -> tuple[jax.Array, Any]:
@@ -61,7 +61,7 @@ def _frozen_fwd(x: jax.Array, kernels: Any, sizes: jax.Array, numerics: Numerics
 def _frozen_bwd(numerics: Numerics, residuals: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
     kernels, sizes, like_x = residuals
     numerics = replace(numerics, result=like_x.dtype.name)
-    floats = as_operand(kernels, numerics.operand)
+    floats = expand(kernels, numerics.operand)
     return grouped_matmul(g, floats, sizes, numerics, transposed=True), None, None
 
 

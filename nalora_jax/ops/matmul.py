@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nalora_jax.ops.dispatch import Numerics, operation
-from nalora_jax.ops.storage import Kernel, as_operand, rounded
+from nalora_jax.ops.storage import Kernel, expand, rounded
 
 
 @operation
@@ -33,7 +33,7 @@ def dot(
       result: dtype of the result.
     """
     operand = operand or numerics.operand
-    operands = rounded(x, operand, numerics), rounded(as_operand(y, operand), operand, numerics)
+    operands = rounded(x, operand, numerics), rounded(expand(y, operand), operand, numerics)
     contract = (((dims[0],), (dims[1],)), ((), ()))
     product = lax.dot_general(*operands, contract, preferred_element_type=jnp.float32)
     return rounded(product, result, numerics)

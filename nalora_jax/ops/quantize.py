@@ -74,12 +74,9 @@ class Quantized(Stored):
         *lead, rows, d_out = self.codes.shape
         return (*lead, rows * (1 if self.kind == "int8" else 2), d_out)
 
-    def expand(self) -> jax.Array:
-        """Returns the float32 kernel."""
-        return self.expand_to(jnp.float32)
-
-    def expand_to(self, dtype: Any) -> jax.Array:
-        """See `Stored`; codes are gathered before they are expanded."""
+    def expand(self, dtype: Any = None) -> jax.Array:
+        """Returns the kernel in ``dtype``, by default float32; codes are gathered before they are expanded."""
+        dtype = dtype or jnp.float32
         if self.places is None:
             return dequantize(self, dtype)
         codes, scales = (

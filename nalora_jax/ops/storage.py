@@ -44,12 +44,8 @@ class Stored(ABC):
         return len(self.shape)
 
     @abstractmethod
-    def expand(self) -> jax.Array:
-        """Returns the float array."""
-
-    def expand_to(self, dtype: Any) -> jax.Array:
-        """Returns the float array rounded to ``dtype``."""
-        return self.expand().astype(dtype)
+    def expand(self, dtype: Any = None) -> jax.Array:
+        """Returns the float array, rounded to ``dtype`` if it is given."""
 
 
 class LayerStack(Stored):
@@ -63,14 +59,9 @@ class LayerStack(Stored):
 Kernel = jax.Array | Stored  # a frozen kernel
 
 
-def expand(array: Kernel) -> jax.Array:
-    """Returns a frozen array as floats."""
-    return array.expand() if isinstance(array, Stored) else array
-
-
-def as_operand(kernel: Kernel, dtype: Any) -> jax.Array:
-    """Returns a frozen kernel for a matmul that rounds its operands to ``dtype``."""
-    return kernel.expand_to(dtype) if isinstance(kernel, Stored) else kernel
+def expand(array: Kernel, dtype: Any = None) -> jax.Array:
+    """Returns a frozen array as floats; forms other than floats are rounded to ``dtype`` if it is given."""
+    return array.expand(dtype) if isinstance(array, Stored) else array
 
 
 @operation

@@ -38,9 +38,9 @@ class Slice(Stored):
         """Returns a copy of the array, uint16."""
         return lax.dynamic_index_in_dim(self.stack, self.at, keepdims=False)
 
-    def expand(self) -> jax.Array:
-        """Returns a copy of the array as bf16."""
-        return lax.bitcast_convert_type(self.copied(), jnp.bfloat16)
+    def expand(self, dtype: Any = None) -> jax.Array:
+        """Returns a copy of the array in ``dtype``, by default bf16."""
+        return lax.bitcast_convert_type(self.copied(), jnp.bfloat16).astype(dtype or jnp.bfloat16)
 
 
 class Term(NamedTuple):
