@@ -239,6 +239,11 @@ class BatchIterator(Iterator[HostBatch]):
         self._batches.close()
 
 
+def rows_read(rows: Sequence[int] | None, micro: int) -> tuple[int, ...]:
+    """Returns the rows that a process reads of a micro-batch of ``micro`` rows; None: all."""
+    return tuple(range(micro) if rows is None else map(int, rows))
+
+
 def train_data(
     config: DataConfig,
     tokenizer: Tokenizer,
@@ -270,8 +275,6 @@ def train_data(
     if batch_size % accumulate:
         expected = f"a multiple of the {accumulate} micro-batches"
         raise NaloraError("--train.batch-size", expected=expected, found=batch_size)
-    if rows is None:
-        rows = range(batch_size // accumulate)
     opened = open_train(config, cache=cache, source=source)
     config = with_length(config, opened, tokenizer)
     store = cut_store(open_store(opened, config, tokenizer, seed, cache), opened, config, tokenizer.bos_id)
@@ -282,6 +285,6 @@ def train_data(
         seed=seed,
         batch_size=batch_size,
         accumulate=accumulate,
-        rows=tuple(map(int, rows)),
+        rows=rows_read(rows, batch_size // accumulate),
         workers=config.workers,
     )

@@ -28,7 +28,7 @@ from nalora_jax.data.chat import (
 )
 from nalora_jax.data.lengths import drawn
 from nalora_jax.data.packing import assemble, pack, permutation
-from nalora_jax.data.pipeline import HostBatch, PackedStream, stream_figures
+from nalora_jax.data.pipeline import HostBatch, PackedStream, rows_read, stream_figures
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_held_out
 from nalora_jax.data.store import Counts
@@ -255,8 +255,6 @@ def pair_data(
     counts = Counts(len(examples) // 2, dropped, truncated, len(tokens), targets, longest + 1)
     report_dropped(source.name, counts, config)
     pattern = pack(pair_lengths(offsets), config.max_length, several=config.pack)
-    if rows is None:
-        rows = range(batch_size // accumulate)
     return PairData(
         tokens,
         answer,
@@ -266,7 +264,7 @@ def pair_data(
         seed=seed,
         batch_size=batch_size,
         accumulate=accumulate,
-        rows=tuple(map(int, rows)),
+        rows=rows_read(rows, batch_size // accumulate),
         workers=config.workers,
     )
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.expert_exchange import block_rows
+from nalora_jax.models.expert_exchange import SLACK, block_rows
 from nalora_jax.models.remat import of_position
 from nalora_jax.models.stacks import groups, param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec
@@ -42,6 +43,9 @@ _READ_NARROW, _READ_WIDE = 92, 120
 # Times that the bytes of a mixture's weights are read or written in a step: by grouped matmuls, as transposed
 # copies for the backward pass and, if they are gathered, by the gathers.
 _WEIGHTS_OF_EXPERTS, _GATHERED_WEIGHTS_OF_EXPERTS = 4.5, 6.5
+# Bytes of HBM traffic for each forward flop of a delta rule and its layer's elementwise functions: GPUs write
+# the arrays of its loop over chunks, TPUs keep them in VMEM (from compiled steps of Qwen3.5).
+_MIXER_BYTES = {"gpu": 1.3, "tpu": 0.06}
 # Times that rows are sent to experts or back: forward, recomputed forward, backward.
 _SENT = 6
 # Times that keys and values of split rows, or their gradients, are exchanged in a step.
@@ -166,6 +170,18 @@ def copied_experts(base: ModelConfig, fsdp: int, context: int, narrow: float) ->
     return narrow * sum(layers * math.prod(shape) for layers, shape in shapes if len(shape) == 3)
 
 
+def activation_traffic(
+    where: Topology, base: ModelConfig, rows: float, seq: int, tensor: int, saved: float, *, sends: bool
+) -> float:
+    """Returns the HBM traffic of a step for the activations of ``rows``; all layers save ``saved`` bytes."""
+    mixers = rows * mixer_flops(base, seq) * _MIXER_BYTES.get(where.chip.platform, 0.0) / tensor
+    if not base.n_experts:
+        return 8 * saved + mixers
+    slack = SLACK if sends else 1.0
+    sorted_rows = sum(sorted_row_bytes(of_stack, rows * seq, tensor) for of_stack in uniform(base))
+    return slack * sorted_rows + mixers
+
+
 def sorted_row_bytes(base: ModelConfig, tokens: float, tensor: int) -> float:
     """Returns the HBM traffic of a step for rows sorted by expert (from two compiled mixtures)."""
     each = _READ_NARROW * base.d_model + _READ_WIDE * base.d_ff / tensor
@@ -193,6 +209,40 @@ def rows_for_experts(
         blocks = block_rows(int(tokens * config.experts_per_token), fsdp) * (fsdp - 1)
         sent += config.n_layers * _SENT * blocks * config.d_model * wide
     return stay, sent
+
+
+class Trained(NamedTuple):
+    """Bytes of trained parameters in float32."""
+
+    dense: float  # adapters of single projections
+    of_experts: float  # adapters of experts
+    tables: float
+
+
+def trained_bytes(base: ModelConfig, spec: AdapterSpec, tensor: int) -> Trained:
+    """Returns the bytes of the trained parameters, of which ``tensor`` splits the tables' part."""
+    shapes, adapters, of_experts = projection_shapes(base), 0.0, 0.0
+    for path, target in spec.targets:
+        *lead, d_in, d_out = shapes[path]
+        size = 4.0 * math.prod(lead) * (d_in + d_out) * sum(target.ranks)
+        if lead:
+            of_experts += size
+        else:
+            adapters += size
+    tables = 4.0 * base.d_model * base.vocab_size * len(spec.saved)
+    if base.vocab_size % tensor == 0:  # an axis that does not divide their rows is dropped
+        tables /= tensor
+    return Trained(adapters, of_experts, tables)
+
+
+def state_bytes(trained: Trained, split: int, tensor: int) -> float:
+    """Returns the bytes of parameters, gradients and two moments on a chip.
+
+    A or B of a dense adapter is split over ``split`` devices; adapters of experts and tables are split
+    completely. A step gathers the tables and their gradients.
+    """
+    adapters = trained.dense / max(1, split) ** 0.5 + trained.of_experts / split
+    return 4 * (adapters / tensor + trained.tables / split)
 
 
 def values_for_backward(base: ModelConfig, saves: str, tensor: int, kernel: str) -> tuple[float, float]:

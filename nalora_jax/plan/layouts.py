@@ -12,31 +12,30 @@ are.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from nalora_jax import distributed
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.distributed.mesh import AXES
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.expert_exchange import SLACK
 from nalora_jax.models.remat import DOTS_LAST, OFFLOAD
-from nalora_jax.models.stacks import groups, key_heads, projection_shapes
+from nalora_jax.models.stacks import groups, key_heads
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.quantize import kernels
 from nalora_jax.plan.estimates import (
     WIDTHS,
+    activation_traffic,
     attention_kernel,
     copied_experts,
     executed_flops,
     gathered_keys,
     hidden_share,
     rows_for_experts,
-    sorted_row_bytes,
+    state_bytes,
     summed_bytes,
+    trained_bytes,
     transposed_bytes,
     values_for_backward,
     weight_bytes,
@@ -44,7 +43,7 @@ from nalora_jax.plan.estimates import (
     working_bytes,
 )
 from nalora_jax.plan.machines import Topology
-from nalora_jax.plan.roofline import mixer_flops, uniform, useful_flops
+from nalora_jax.plan.roofline import uniform, useful_flops
 
 # Policies ordered by the amount that they save, most first; on the chip, then in the host's memory.
 _POLICIES = tuple(name + where for where in ("", OFFLOAD) for name in ("dots", "attention", "full"))
@@ -56,9 +55,6 @@ _USABLE_OF_HOST = 0.5  # the rest is for processes that read data, for loading, 
 _LEAST_BLOCK = (
     1024  # tokens of a block of a split row (`nalora_jax.ops.split_rows`), if --mesh auto splits it
 )
-# Bytes of HBM traffic for each forward flop of a delta rule and its layer's elementwise functions: GPUs write
-# the arrays of its loop over chunks, TPUs keep them in VMEM (from compiled steps of Qwen3.5).
-_MIXER_BYTES = {"gpu": 1.3, "tpu": 0.06}
 _UNDER_WAY = 2  # layers whose activations are on the chip while all others are in the host's memory
 
 
@@ -281,7 +277,7 @@ def estimate(
     tokens = rows * seq
     wide, narrow = _widths(config)
     layer, ends = _weight_bytes(base, config, narrow, wide)
-    trained = _trained_bytes(base, spec, tensor)
+    trained = trained_bytes(base, spec, tensor)
     live_keys, received_keys = gathered_keys(base, rows * context, seq, context, wide)
     kernel = attention_kernel(where, base, rows, seq, context)
     saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
@@ -297,15 +293,13 @@ def estimate(
     stay, sent = rows_for_experts(base, tokens, fsdp, narrow, wide) if experts == "send" else (0.0, 0.0)
     gathered_bytes = passes * (weights - stay + ends / 2) / tensor * (split - 1) / split
     gathered = gathered_bytes / where.inbound(split * tensor)
-    traffic = _traffic(base, tokens, tensor, saved_bytes * base.n_layers, sends=stay > 0)
-    traffic += rows * mixer_flops(base, seq) * _MIXER_BYTES.get(where.chip.platform, 0.0) / tensor
+    traffic = activation_traffic(
+        where, base, rows, seq, tensor, saved_bytes * base.n_layers, sends=stay > 0
+    )
     reads = weight_passes(base, split, passes)
     moved = reads * (weights - stay * (1 - 1 / split) + ends)
-    if narrow < wide:
-        # Quantized kernels are written as floats in every pass, and read by the matmuls.
-        floats, _ = _weight_bytes(base, config, wide, wide)
-        quantized = (floats - layer) * base.n_layers / (wide - narrow)
-        moved += (passes + reads) * wide * quantized
+    # Quantized kernels are written as floats in every pass, and read by the matmuls.
+    moved += (passes + reads) * _expanded_bytes(base, config)
     hbm = (moved / tensor + traffic) / where.chip.bandwidth
     gradients = 2 * sum(trained) / where.inbound(data * split) if data * split > 1 else 0.0
     share = hidden_share(where, base)
@@ -317,7 +311,7 @@ def estimate(
     return Layout(
         data, fsdp, tensor, remat, experts,
         weights=(weights + ends) / (split * tensor),
-        state=_state_bytes(trained, split, tensor),
+        state=state_bytes(trained, split, tensor),
         activations=saved_bytes * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
         working=working_bytes(
             where, base, tokens, (split, tensor), wide=wide, offloads=offloads, recomputed=recomputed
@@ -343,46 +337,13 @@ def _weight_bytes(base: ModelConfig, config: RunConfig, narrow: float, wide: flo
     return weight_bytes(base, narrow, wide, "" if quantize == "none" else kernels(quantize))
 
 
-class _Trained(NamedTuple):
-    """Bytes of trained parameters in float32."""
-
-    dense: float  # adapters of single projections
-    of_experts: float  # adapters of experts
-    tables: float
-
-
-def _trained_bytes(base: ModelConfig, spec: AdapterSpec, tensor: int) -> _Trained:
-    """Returns the bytes of the trained parameters, of which ``tensor`` splits the tables' part."""
-    shapes, adapters, of_experts = projection_shapes(base), 0.0, 0.0
-    for path, target in spec.targets:
-        *lead, d_in, d_out = shapes[path]
-        size = 4.0 * math.prod(lead) * (d_in + d_out) * sum(target.ranks)
-        if lead:
-            of_experts += size
-        else:
-            adapters += size
-    tables = 4.0 * base.d_model * base.vocab_size * len(spec.saved)
-    if base.vocab_size % tensor == 0:  # an axis that does not divide their rows is dropped
-        tables /= tensor
-    return _Trained(adapters, of_experts, tables)
-
-
-def _state_bytes(trained: _Trained, split: int, tensor: int) -> float:
-    """Returns the bytes of parameters, gradients and two moments on a chip.
-
-    A or B of a dense adapter is split over ``split`` devices; adapters of experts and tables are split
-    completely. A step gathers the tables and their gradients.
-    """
-    adapters = trained.dense / max(1, split) ** 0.5 + trained.of_experts / split
-    return 4 * (adapters / tensor + trained.tables / split)
-
-
-def _traffic(base: ModelConfig, tokens: float, tensor: int, saved: float, *, sends: bool) -> float:
-    """Returns the HBM traffic of a step for activations; all layers save ``saved`` bytes."""
-    if not base.n_experts:
-        return 8 * saved
-    slack = SLACK if sends else 1.0
-    return slack * sum(sorted_row_bytes(of_stack, tokens, tensor) for of_stack in uniform(base))
+def _expanded_bytes(base: ModelConfig, config: RunConfig) -> float:
+    """Returns the bytes of all quantized kernels as floats."""
+    wide, narrow = _widths(config)
+    if narrow == wide:
+        return 0.0
+    floats, codes = (_weight_bytes(base, config, width, wide)[0] for width in (wide, narrow))
+    return wide * (floats - codes) * base.n_layers / (wide - narrow)
 
 
 def _matmul_seconds(where: Topology, once: float, executed: float, transfer: float) -> float:
