@@ -239,9 +239,16 @@ class BatchIterator(Iterator[HostBatch]):
         self._batches.close()
 
 
-def rows_read(rows: Sequence[int] | None, micro: int) -> tuple[int, ...]:
-    """Returns the rows that a process reads of a micro-batch of ``micro`` rows; None: all."""
-    return tuple(range(micro) if rows is None else map(int, rows))
+def rows_read(rows: Sequence[int] | None, batch_size: int, accumulate: int) -> tuple[int, ...]:
+    """Returns the rows that a process reads of each of the ``accumulate`` micro-batches; None: all.
+
+    Raises:
+      NaloraError: ``accumulate`` does not divide the batch.
+    """
+    if batch_size % accumulate:
+        expected = f"a multiple of the {accumulate} micro-batches"
+        raise NaloraError("--train.batch-size", expected=expected, found=batch_size)
+    return tuple(range(batch_size // accumulate) if rows is None else map(int, rows))
 
 
 def train_data(
@@ -272,9 +279,7 @@ def train_data(
       NaloraError: bad data (see `open_source` and `open_store`), or ``accumulate`` does not divide
         the batch.
     """
-    if batch_size % accumulate:
-        expected = f"a multiple of the {accumulate} micro-batches"
-        raise NaloraError("--train.batch-size", expected=expected, found=batch_size)
+    rows = rows_read(rows, batch_size, accumulate)
     opened = open_train(config, cache=cache, source=source)
     config = with_length(config, opened, tokenizer)
     store = cut_store(open_store(opened, config, tokenizer, seed, cache), opened, config, tokenizer.bos_id)
@@ -285,6 +290,6 @@ def train_data(
         seed=seed,
         batch_size=batch_size,
         accumulate=accumulate,
-        rows=rows_read(rows, batch_size // accumulate),
+        rows=rows,
         workers=config.workers,
     )

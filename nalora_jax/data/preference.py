@@ -240,8 +240,9 @@ def pair_data(
       rows: rows of a micro-batch that this process reads; all by default.
 
     Raises:
-      NaloraError: bad records, or most pairs do not fit.
+      NaloraError: bad records, most pairs do not fit, or ``accumulate`` does not divide the batch.
     """
+    rows = rows_read(rows, batch_size, accumulate)
     indices = np.arange(len(source))
     if 0 < config.train_limit < len(source):
         indices = np.sort(permutation(len(source), seed)[: config.train_limit])
@@ -264,7 +265,7 @@ def pair_data(
         seed=seed,
         batch_size=batch_size,
         accumulate=accumulate,
-        rows=rows_read(rows, batch_size // accumulate),
+        rows=rows,
         workers=config.workers,
     )
 

@@ -136,6 +136,13 @@ def plain_loss(lora, model, params, data, preference, which):
     return total / len(which)
 
 
+def test_rows_that_micro_batches_do_not_divide(tokenizer):
+    with pytest.raises(
+        NaloraError, match=r"--train.batch-size: expected a multiple of the 3 micro-batches, found 2"
+    ):
+        pairs(tokenizer, accumulate=3)
+
+
 @pytest.mark.parametrize(
     "preference",
     [
