@@ -325,7 +325,12 @@ def test_the_quick_start_and_what_it_leaves_is_served_by_peft(
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", local)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        served = execute(world, "serving.md", monkeypatch, folder="quick_start")["model"]
+        space = execute(world, "serving.md", monkeypatch, folder="quick_start")
+    tuned, texts = space["tuned"], space["texts"]
+    generator = nalora_jax.Generator(tuned.module, tuned.variables, tuned.base.tokenizer)
+    assert texts[:1] == generator.generate(["Hello"], max_new_tokens=8)
+    assert texts[1:] == generator.with_lora(None).generate(["Hello"], max_new_tokens=8)
+    served = space["peft_model"]
     assert isinstance(served, peft.PeftModel)
     assert any(float(p.abs().max()) > 0 for name, p in served.named_parameters() if "lora_B" in name)
 
