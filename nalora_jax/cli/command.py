@@ -12,7 +12,6 @@ from nalora_jax.cli import (
     chat,
     doctor,
     evaluate,
-    former,
     from_peft,
     images,
     parser,
@@ -129,7 +128,6 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
         names = import_files(files)
         if names and verb.arguments is parser.TrainArgs:
             words = [*words, "--imports", *names]
-        _check_former(verb.arguments, words)
         usage.check(name, verb.arguments, words)
     start = None
     if verb.arguments is parser.TrainArgs:
@@ -152,19 +150,6 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
                 # Positional arguments have their name in the help.
                 check_path(flags.get(argument.name, argument.name.upper()), path)
     return args
-
-
-def _check_former(kind: type, words: list[str]) -> None:
-    """Raises an error for flags of an earlier version; the rules of a config file count."""
-    if not any(word.startswith(("--mask", "--step-scale", "--step_scale")) for word in words):
-        return
-    if kind is parser.TrainArgs:
-        start = parser.defaults(words).run.mechanisms
-    elif kind is plan.PlanArgs:
-        start = plan.PlanArgs.mechanisms
-    else:
-        return
-    former.check_flags(words, start, parser.values_of(words, "--mechanisms"))
 
 
 # Accepted spellings, and the flags that replace them.

@@ -25,7 +25,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from nalora_jax.cli.former import check_file
 from nalora_jax.cli.usage import did_you_mean
 from nalora_jax.config import LoRARule, RunConfig
 from nalora_jax.config.types import first_wrong, type_name
@@ -89,7 +88,6 @@ def settings_of(values: Any, path: Path) -> RunConfig:
     Raises:
       NaloraError: an unknown field, or a value of the wrong type.
     """
-    check_file(values, f"--config {path}")
     config: RunConfig = _made(RunConfig, {} if values is None else values, f"--config {path}", "")
     _check_types(config, path)
     if config.imports:
