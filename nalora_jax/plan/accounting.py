@@ -31,6 +31,8 @@ _FUSIONS = ("fusion", "fusion-start")
 # Custom calls that are not kernels: markers of the TPU compiler.
 _MARKS = re.compile(r'custom_call_target="(AsyncCollective\w+|PrepareAsyncCall\w+|AllocateBuffer)"')
 _COUNTERS = ("s32", "s64", "u32")  # dtypes of loop counters
+# Instructions that run other computations in sequence.
+_BLOCKS = ("while", "conditional", "call")
 # Instructions without direct memory traffic.
 _FREE = frozenset(
     (
@@ -152,34 +154,46 @@ class Program:
     @staticmethod
     def _inner(instruction: Instruction) -> tuple[str, ...]:
         """Returns the computations whose instructions are part of this one."""
-        if instruction.opcode in ("while", "conditional", "call"):
-            return ()
-        return instruction.calls
+        return () if instruction.opcode in _BLOCKS else instruction.calls
 
     # ------------------------------------------------------------ collectives
 
     def _collectives(self) -> Iterator[Collective]:
-        for scheduled in self.scheduled():
-            groups: dict[str, list[tuple[str, Instruction, Computation]]] = {}
-            for caller in scheduled.instructions.values():
-                for instruction, holder in self._inside(caller, scheduled):
-                    if instruction.opcode.removesuffix("-start") in COLLECTIVES:
-                        # The TPU compiler splits a collective into parts that share its channel and
-                        # its chain. All collectives of `jax.shard_map` share a channel.
-                        channels = re.findall(r'(?:channel_id=|chain_id=")(\d+)', instruction.attributes)
-                        key = (
-                            " ".join(channels) if channels and holder is not scheduled else instruction.name
-                        )
-                        groups.setdefault(key, []).append((caller.name, instruction, holder))
-                    elif (
-                        instruction.opcode == "send"
-                        and holder is scheduled
-                        and is_between_slices(instruction)
-                    ):
-                        yield self._between(instruction, scheduled)
-            for parts in groups.values():
-                callers = [caller for caller, _, _ in parts]
-                yield self._collective(parts[0][1], parts[0][2], scheduled, callers)
+        several = list(self.scheduled())
+        parts_in = {scheduled.name: self._parts(scheduled) for scheduled in several}
+        parents = {
+            called: scheduled.name
+            for scheduled in several
+            for instruction in scheduled.instructions.values()
+            if instruction.opcode in _BLOCKS
+            for called in instruction.calls
+        }
+        for scheduled in several:
+            # A chain that began before a loop continues in the loop's matmuls.
+            begun = parts_in.get(parents.get(scheduled.name, ""), {})
+            for key, parts in parts_in[scheduled.name].items():
+                if not ("chain" in key and key in begun):
+                    callers = [caller for caller, _, _ in parts]
+                    yield self._collective(parts[0][1], parts[0][2], scheduled, callers)
+            for instruction in scheduled.instructions.values():
+                if instruction.opcode == "send" and is_between_slices(instruction):
+                    yield self._between(instruction, scheduled)
+
+    def _parts(self, scheduled: Computation) -> dict[str, list[tuple[str, Instruction, Computation]]]:
+        """Returns the parts of each collective: the scheduled instruction, the collective, its computation.
+
+        The TPU compiler splits a collective into parts that share its channel and its chain. All
+        collectives of `jax.shard_map` share a channel.
+        """
+        found: dict[str, list[tuple[str, Instruction, Computation]]] = {}
+        for caller in scheduled.instructions.values():
+            for instruction, holder in self._inside(caller, scheduled):
+                if instruction.opcode.removesuffix("-start") in COLLECTIVES:
+                    names = re.findall(r'(?:channel_id=|chain_id=")\d+', instruction.attributes)
+                    in_parts = names and holder is not scheduled
+                    key = " ".join(names) if in_parts else instruction.name
+                    found.setdefault(key, []).append((caller.name, instruction, holder))
+        return found
 
     def _collective(
         self, instruction: Instruction, holder: Computation, scheduled: Computation, callers: list[str]

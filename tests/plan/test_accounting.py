@@ -307,6 +307,46 @@ def test_collectives_that_share_a_channel_differ_by_their_chain():
     assert len(Program(text).collectives) == len(Program(TPU_STYLE).collectives) + 1
 
 
+def test_a_collective_that_continues_in_a_loop_counts_once():
+    """On v5e a gather that begins before the loop of a delta rule is advanced by the loop's matmuls."""
+    chained = TPU_STYLE.replace("channel_id=7", 'channel_id=7, frontend_attributes={chain_id="1"}')
+    chained = chained.replace("fusion(%a, %x, %all-gather.3), kind=kOutput, calls=%step", "negate(%again0)")
+    state = "(s32[], f32[8,16], bf16[4,16], bf16[8,32], bf16[32,16])"
+    loop = f"""\
+%condition (c: {state}) -> pred[] {{
+  %c = {state} parameter(0)
+  %n = s32[] get-tuple-element(%c), index=0
+  %limit = s32[] constant(64)
+  ROOT %less = pred[] compare(%n, %limit), direction=LT
+}}
+
+%body (s: {state}) -> {state} {{
+  %s = {state} parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %piece = bf16[4,16]{{1,0}} get-tuple-element(%s), index=2
+  %rows = bf16[8,32]{{1,0}} get-tuple-element(%s), index=3
+  %kernel = bf16[32,16]{{1,0}} get-tuple-element(%s), index=4
+  %advanced = f32[8,16]{{1,0}} fusion(%piece, %rows, %kernel), kind=kOutput, calls=%step
+  ROOT %next = {state} tuple(%i, %advanced, %piece, %rows, %kernel)
+}}
+
+ENTRY"""
+    run = (
+        f"  %zero = s32[] constant(0)\n  %again0 = f32[8,16]{{1,0}} copy(%async_collective_fusion)\n"
+        f"  %begin = {state} tuple(%zero, %again0, %a, %x, %w)\n"
+        f"  %loop = {state} while(%begin), condition=%condition, body=%body, "
+        'backend_config={"known_trip_count":{"n":"64"}}\n  %g ='
+    )
+    text = chained.replace("ENTRY", loop).replace("  %g =", run)
+    assert Program(text).times["body"] == 64
+    assert [c.total for c in Program(text).collectives] == [c.total for c in Program(chained).collectives]
+    own = text.replace("calls=%step", "calls=%own", 1).replace("%start (", "OWN\n\n%start (")
+    apart = chained.split("%step (")[1].split("\n}\n")[0].replace('chain_id="1"', 'chain_id="2"')
+    own = own.replace("OWN", "%own (" + apart + "\n}")
+    several = sum(c.times for c in Program(own).collectives)
+    assert several == sum(c.times for c in Program(text).collectives) + 64
+
+
 def test_what_lies_beside_the_cores_is_no_traffic_of_the_memory():
     text = TPU_STYLE.replace("S(1)", "")
     assert Program(text).memory_bytes - Program(TPU_STYLE).memory_bytes == pytest.approx(32 * 16 * 2)
