@@ -21,7 +21,7 @@ from nalora_jax.plan.machines import Chip
 from nalora_jax.plan.scopes import Work, works
 from nalora_jax.plan.transfers import Transfer, transfers
 
-_ACCOUNTING = "17"  # version of the accounting; cached figures of other versions are ignored
+_ACCOUNTING = "18"  # version of the accounting; cached figures of other versions are ignored
 
 
 @dataclass(frozen=True)
