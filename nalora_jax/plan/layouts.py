@@ -55,7 +55,8 @@ _USABLE_OF_HOST = 0.5  # the rest is for processes that read data, for loading, 
 _LEAST_BLOCK = (
     1024  # tokens of a block of a split row (`nalora_jax.ops.split_rows`), if --mesh auto splits it
 )
-_UNDER_WAY = 2  # layers whose activations are on the chip while all others are in the host's memory
+# Periods of layers whose activations are on the chip while all others are in the host's memory.
+_UNDER_WAY = 2
 
 
 @dataclass(frozen=True)
@@ -283,6 +284,7 @@ def estimate(
     saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
     saved_bytes, recomputed = (wide * tokens * n for n in values_for_backward(base, saves, tensor, kernel))
     host = saved_bytes * base.n_layers if offloads else 0.0
+    under_way = _UNDER_WAY * max(map(len, groups(base)))
     times = config.train.accumulate
     once, executed = (executed_flops(base, spec, policy, rows, seq, kernel) for policy in ("dots", saves))
     out = host / where.chip.host_link
@@ -312,7 +314,7 @@ def estimate(
         data, fsdp, tensor, remat, experts,
         weights=(weights + ends) / (split * tensor),
         state=state_bytes(trained, split, tensor),
-        activations=saved_bytes * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
+        activations=saved_bytes * min(under_way if offloads else base.n_layers, base.n_layers),
         working=working_bytes(
             where, base, tokens, (split, tensor), wide=wide, offloads=offloads, recomputed=recomputed
         )
