@@ -1,7 +1,11 @@
-"""Prints over how many doublings of the learning rate each start stays close to its best loss."""
+"""Prints over how many doublings of the learning rate each start stays close to its best loss.
+
+    python studies/starts/widths.py [FOLDER]    # of another study; without a folder: of this one
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,7 +43,7 @@ def by_seed(result: MethodResult, seed: int) -> list[float]:
 
 def main() -> None:
     """Prints a line for the mean curve of each start, and for each of its tuning seeds."""
-    protocol = read_protocol(Path(__file__).parent)
+    protocol = read_protocol(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
     for result in results(protocol, Records(protocol.folder).read()):
         rates, mean = result.tuning.rates, result.tuning.losses
         if result.tuning.chosen is None:
