@@ -30,25 +30,29 @@ class Compiled:
     """Resources that a compiled step needs on each chip.
 
     Attributes:
-      memory: bytes of the chip's memory; None if the compiler or the chip ran out of memory.
+      memory: bytes of the chip's memory; None if there is no program.
       fits: True if the memory of the chip and of its host is large enough.
       seconds: duration of a step, by roofline.
       program: for the caller.
+      failure: why there is no program.
     """
 
     memory: float | None
     fits: bool
     seconds: float
     program: Any = None
+    failure: str = ""
 
     def __str__(self) -> str:
         """Returns the text for messages."""
         if self.memory is None:
-            return "out of memory"
+            return self.failure
         return f"compiled: {self.memory / 1e9:.1f} GB, {self.seconds:.3g} s"
 
 
-EXHAUSTED = Compiled(None, False, float("inf"))
+EXHAUSTED = Compiled(None, False, float("inf"), failure="out of memory")
+# An internal error of the compiler, such as collectives for which libtpu has no route on a mesh.
+FAILED = Compiled(None, False, float("inf"), failure="the compiler failed")
 
 
 @dataclass
@@ -76,7 +80,12 @@ class Search:
         if len(self.tried) >= MOST or (last.fits and last.seconds <= SLOWER * layout.seconds):
             return None
         best = min((result.seconds for _, result in self.tried if result.fits), default=float("inf"))
-        left = [layout for layout in self.candidates if all(layout is not other for other, _ in self.tried)]
+        failed = [other.mesh for other, result in self.tried if result is FAILED]
+        left = [
+            layout
+            for layout in self.candidates
+            if layout.mesh not in failed and all(layout is not other for other, _ in self.tried)
+        ]
         small = [layout for layout in left if self._memory(layout) <= self.limit]
         fitting = [layout for layout in small if self._seconds(layout) < best]
         if fitting:
@@ -103,7 +112,8 @@ class Search:
 
     def _memory(self, layout: Layout) -> float:
         """Returns estimated bytes times the largest ratio of compiled to estimated bytes so far."""
-        ratios = ((result.memory or _EXHAUSTED * self.limit) / other.memory for other, result in self.tried)
+        known = ((other, result) for other, result in self.tried if result is not FAILED)
+        ratios = ((result.memory or _EXHAUSTED * self.limit) / other.memory for other, result in known)
         return layout.memory * max((1.0, *ratios))
 
     def _seconds(self, layout: Layout) -> float:
@@ -121,15 +131,25 @@ def decide(search: Search, compiled: Callable[[Layout], Compiled]) -> tuple[Layo
 
     Args:
       search: candidates; layouts that were tried before count.
-      compiled: compiles the step of a layout; may raise that the compiler or a device ran out of memory.
+      compiled: compiles the step of a layout; may raise that the compiler or a device ran out of memory, or
+        an internal error, which excludes the layout's mesh.
+
+    Raises:
+      JaxRuntimeError: another error, or internal errors for all layouts.
     """
     while (layout := search.next()) is not None:
         try:
             search.tried.append((layout, compiled(layout)))
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if "RESOURCE_EXHAUSTED" in str(error):
+                search.tried.append((layout, EXHAUSTED))
+            elif str(error).startswith("INTERNAL"):
+                log.warning("mesh: %s: %s", layout.short, str(error).splitlines()[0])
+                search.tried.append((layout, FAILED))
+                if search.next() is None and all(result is FAILED for _, result in search.tried):
+                    raise
+            else:
                 raise
-            search.tried.append((layout, EXHAUSTED))
     layout, result = search.best()
     tried = [f"{other.short} ({program})" for other, program in search.tried if other is not layout]
     if tried:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import jax
 import pytest
 
 from nalora_jax.config import RunConfig, TrainConfig
@@ -81,6 +82,31 @@ def test_programs_that_run_out_of_memory_lead_to_the_smallest_layouts():
     taken, _, tried = searched(candidates, lambda one: compiled(7, 4.0) if one.memory == 7e9 else EXHAUSTED)
     assert taken is candidates[3]
     assert tried == [candidates[0], candidates[2], candidates[3]]
+
+
+def without_routes(one: Layout) -> Compiled:
+    """A compiler like libtpu, which has no route for some replica groups of v5e."""
+    if one.fsdp == 8:
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure (net_util.cc:2295)\nat %all-reduce")
+    return compiled(one.memory / 1e9, one.seconds)
+
+
+def test_an_internal_error_of_the_compiler_excludes_its_mesh(caplog):
+    candidates = [layout(14, 1.0, fsdp=8), layout(12, 1.1, fsdp=8, remat="full"), layout(15, 1.3)]
+    with caplog.at_level(logging.INFO, logger="nalora_jax.plan.decide"):
+        taken, _, tried = searched(candidates, without_routes)
+    assert taken is candidates[2]
+    assert tried == [candidates[0], candidates[2]]
+    warning, line = caplog.messages
+    assert warning.endswith(
+        "data 1 x fsdp 8 x tensor 1, remat dots: INTERNAL: RET_CHECK failure (net_util.cc:2295)"
+    )
+    assert line.endswith("instead of data 1 x fsdp 8 x tensor 1, remat dots (the compiler failed)")
+
+
+def test_internal_errors_for_all_layouts_are_raised():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: RET_CHECK"):
+        searched([layout(14, 1.0, fsdp=8), layout(12, 1.1, fsdp=8, remat="full")], without_routes)
 
 
 def test_at_most_four_layouts_are_compiled_and_the_refusal_names_them():
