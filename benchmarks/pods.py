@@ -5,8 +5,8 @@
     python benchmarks/pods.py --page                                       # only the page, from the record
 
 Each entry is `nalora plan` with the user's defaults and the paper's two mechanisms on: 4,096 tokens
-a row, one row a chip, rank 8 on every projection of the FFNs, automatic mesh and rematerialization.
-Recorded entries are not compiled again (unless --again).
+a row, one row a chip (unless --rows), rank 8 on every projection of the FFNs, automatic mesh and
+rematerialization. Recorded entries are not compiled again (unless --again).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any
 
 from markers import write_between
 
+from nalora_jax.plan.machines import topology as machine
+
 RECORD = Path(__file__).parent / "results" / "pods.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "pods.md"
 START, END = "<!-- table: benchmarks/pods.py -->", "<!-- end of table -->"
@@ -31,15 +33,21 @@ MECHANISMS = ("--mechanisms", "soft:power=2", "homogeneity")  # explicit, indepe
 TOPOLOGIES = {"tpu": ("v5e:16x16", "v6e:16x16", "v5p:8x8x16"), "gpu": ("8xh100", "64xh100")}
 
 
-def recorded() -> dict[tuple[str, str], dict[str, Any]]:
-    """Returns the newest entry of each model and topology."""
+def recorded() -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Returns the newest entry of each model, topology and number of rows a chip."""
     lines = RECORD.read_text().splitlines() if RECORD.exists() else []
     records = [json.loads(line) for line in lines]
-    return {(entry["model"], entry["topology"]): entry for entry in records}
+    return {(entry["model"], entry["topology"], entry["rows"] // chips(entry)): entry for entry in records}
 
 
-def compile_entry(model: str, topology: str) -> bool:
+def chips(entry: dict[str, Any]) -> int:
+    """Returns the number of chips of an entry's machine."""
+    return entry["layout"]["data"] * entry["layout"]["fsdp"] * entry["layout"]["tensor"]
+
+
+def compile_entry(model: str, topology: str, rows: int) -> bool:
     """Adds an entry to the record in a separate process; returns True on success."""
+    batch = () if rows == 1 else ("--batch", str(rows * machine(topology).size))
     command = [
         sys.executable,
         "-m",
@@ -49,6 +57,7 @@ def compile_entry(model: str, topology: str) -> bool:
         model,
         "--topology",
         topology,
+        *batch,
         *MECHANISMS,
     ]
     finished = subprocess.run([*command, "--json", str(RECORD)], check=False)
@@ -65,18 +74,19 @@ def table() -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for model in MODELS:
-        for topology in (name for names in TOPOLOGIES.values() for name in names):
-            entry = entries.get((model, topology))
-            if entry is None:
-                continue
+        names = [name for names in TOPOLOGIES.values() for name in names]
+        for key in sorted(
+            (key for key in entries if key[0] == model), key=lambda key: (names.index(key[1]), key[2])
+        ):
+            entry, rows = entries[key], key[2]
             layout, over = entry["layout"], entry["over_lora"]
             misfit = "" if entry["fits"] else " **does not fit**"
-            chips = layout["data"] * layout["fsdp"] * layout["tensor"]
+            where = entry["topology"] if rows == 1 else f"{entry['topology']}, {rows} rows a chip"
             lines.append(
-                f"| {model} | {topology} | {layout['data']} x {layout['fsdp']} x {layout['tensor']}, {layout['remat']} "
+                f"| {model} | {where} | {layout['data']} x {layout['fsdp']} x {layout['tensor']}, {layout['remat']} "
                 f"| {entry['memory'] / 1e9:.1f} ({entry['limit'] / 1e9:.1f}){misfit} "
                 f"| {entry['moved'] / 1e9:.2f} ({entry['hidden'] / 1e9:.2f}) | {entry['seconds']:.3f} s "
-                f"| {entry['mfu']:.0%} | {entry['tokens_per_second'] / chips:,.0f} "
+                f"| {entry['mfu']:.0%} | {entry['tokens_per_second'] / chips(entry):,.0f} "
                 f"| {over['flops']:.4f}, {over['HBM bytes']:.4f}, {over['collective bytes']:.4f} |"
             )
     return "\n".join(lines)
@@ -89,15 +99,15 @@ def main() -> None:
     parser.add_argument("--platform", choices=tuple(TOPOLOGIES), default="tpu")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--topologies", nargs="+", help="by default all of the platform's")
+    parser.add_argument("--rows", type=int, default=1, help="rows of 4,096 tokens a chip")
     parser.add_argument("--again", action="store_true", help="compile what is recorded as well")
     parser.add_argument("--page", action="store_true", help="nothing but the page")
     options = parser.parse_args()
     failed = []
     for model in () if options.page else options.models:
         for topology in options.topologies or TOPOLOGIES[options.platform]:
-            if (options.again or (model, topology) not in recorded()) and not compile_entry(
-                model, topology
-            ):
+            known = (model, topology, options.rows) in recorded()
+            if (options.again or not known) and not compile_entry(model, topology, options.rows):
                 failed.append(f"{model} on {topology}")
     write_between(PAGE, START, END, table())
     if failed:
