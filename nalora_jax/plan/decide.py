@@ -132,10 +132,10 @@ def decide(search: Search, compiled: Callable[[Layout], Compiled]) -> tuple[Layo
     Args:
       search: candidates; layouts that were tried before count.
       compiled: compiles the step of a layout; may raise that the compiler or a device ran out of memory, or
-        an internal error, which excludes the layout's mesh.
+        an internal error of the compiler, which excludes the layout's mesh.
 
     Raises:
-      JaxRuntimeError: another error, or internal errors for all layouts.
+      JaxRuntimeError: another error, or such internal errors for all layouts.
     """
     while (layout := search.next()) is not None:
         try:
@@ -143,7 +143,7 @@ def decide(search: Search, compiled: Callable[[Layout], Compiled]) -> tuple[Layo
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
                 search.tried.append((layout, EXHAUSTED))
-            elif str(error).startswith("INTERNAL"):
+            elif str(error).startswith("INTERNAL") and "while compiling" in str(error):
                 log.warning("mesh: %s: %s", layout.short, str(error).splitlines()[0])
                 search.tried.append((layout, FAILED))
                 if search.next() is None and all(result is FAILED for _, result in search.tried):

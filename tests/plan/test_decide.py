@@ -87,7 +87,9 @@ def test_programs_that_run_out_of_memory_lead_to_the_smallest_layouts():
 def without_routes(one: Layout) -> Compiled:
     """A compiler like libtpu, which has no route for some replica groups of v5e."""
     if one.fsdp == 8:
-        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure (net_util.cc:2295)\nat %all-reduce")
+        raise jax.errors.JaxRuntimeError(
+            "INTERNAL: RET_CHECK failure (net_util.cc:2295)\nError encountered while compiling %a"
+        )
     return compiled(one.memory / 1e9, one.seconds)
 
 
@@ -102,6 +104,14 @@ def test_an_internal_error_of_the_compiler_excludes_its_mesh(caplog):
         "data 1 x fsdp 8 x tensor 1, remat dots: INTERNAL: RET_CHECK failure (net_util.cc:2295)"
     )
     assert line.endswith("instead of data 1 x fsdp 8 x tensor 1, remat dots (the compiler failed)")
+
+
+def test_an_error_of_the_devices_is_raised():
+    def lost(one: Layout) -> Compiled:
+        raise jax.errors.JaxRuntimeError("INTERNAL: core halted unexpectedly")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="core halted"):
+        searched([layout(14, 1.0, fsdp=8), layout(15, 1.3)], lost)
 
 
 def test_internal_errors_for_all_layouts_are_raised():
