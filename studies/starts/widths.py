@@ -1,6 +1,6 @@
 """Prints over how many doublings of the learning rate each start stays close to its best loss.
 
-    python studies/starts/widths.py [FOLDER]    # of another study; without a folder: of this one
+python studies/starts/widths.py [FOLDER]    # of another study; without a folder: of this one
 """
 
 from __future__ import annotations
