@@ -283,8 +283,8 @@ def estimate(
     kernel = attention_kernel(where, base, rows, seq, context)
     saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
     saved_bytes, recomputed = (wide * tokens * n for n in values_for_backward(base, saves, tensor, kernel))
-    host = saved_bytes * base.n_layers if offloads else 0.0
-    under_way = _UNDER_WAY * max(map(len, groups(base)))
+    saved = saved_bytes * base.n_layers
+    host = saved if offloads else 0.0
     times = config.train.accumulate
     once, executed = (executed_flops(base, spec, policy, rows, seq, kernel) for policy in ("dots", saves))
     out = host / where.chip.host_link
@@ -293,19 +293,13 @@ def estimate(
     weights = layer * base.n_layers
     copied = transposed_bytes(where, base, narrow) + copied_experts(base, fsdp, context, narrow)
     stay, sent = rows_for_experts(base, tokens, fsdp, narrow, wide) if experts == "send" else (0.0, 0.0)
-    gathered_bytes = passes * (weights - stay + ends / 2) / tensor * (split - 1) / split
-    gathered = gathered_bytes / where.inbound(split * tensor)
-    traffic = activation_traffic(
-        where, base, rows, seq, tensor, saved_bytes * base.n_layers, sends=stay > 0
-    )
-    reads = weight_passes(base, split, passes)
-    moved = reads * (weights - stay * (1 - 1 / split) + ends)
-    # Quantized kernels are written as floats in every pass, and read by the matmuls.
-    moved += (passes + reads) * _expanded_bytes(base, config)
+    received = passes * (weights - stay + ends / 2) / tensor * (split - 1) / split
+    gathered = received / where.inbound(split * tensor)
+    traffic = activation_traffic(where, base, rows, seq, tensor, saved, sends=stay > 0)
+    moved = _weight_traffic(base, config, split, passes, weights - stay * (1 - 1 / split) + ends)
     hbm = (moved / tensor + traffic) / where.chip.bandwidth
     gradients = 2 * sum(trained) / where.inbound(data * split) if data * split > 1 else 0.0
-    share = hidden_share(where, base)
-    overlapped, exposed = share * gathered, (1 - share) * gathered
+    overlapped, exposed = _overlap(where, base, gathered)
     sums = summed_bytes(base, tokens, tensor, saves, wide) / where.inbound(tensor)
     exposed += sums + sent / where.inbound(fsdp)
     exposed += received_keys / tensor / where.inbound(context)
@@ -314,7 +308,7 @@ def estimate(
         data, fsdp, tensor, remat, experts,
         weights=(weights + ends) / (split * tensor),
         state=state_bytes(trained, split, tensor),
-        activations=saved_bytes * min(under_way if offloads else base.n_layers, base.n_layers),
+        activations=_under_way(base, saved_bytes) if offloads else saved,
         working=working_bytes(
             where, base, tokens, (split, tensor), wide=wide, offloads=offloads, recomputed=recomputed
         )
@@ -337,6 +331,24 @@ def _weight_bytes(base: ModelConfig, config: RunConfig, narrow: float, wide: flo
     """Returns `weight_bytes` of a base, quantized or not."""
     quantize = config.compute.quantize
     return weight_bytes(base, narrow, wide, "" if quantize == "none" else kernels(quantize))
+
+
+def _weight_traffic(base: ModelConfig, config: RunConfig, split: int, passes: float, held: float) -> float:
+    """Returns the HBM traffic of a step for weights, of which a chip holds or gathers ``held`` bytes."""
+    reads = weight_passes(base, split, passes)
+    # Quantized kernels are written as floats in every pass, and read by the matmuls.
+    return reads * held + (passes + reads) * _expanded_bytes(base, config)
+
+
+def _overlap(where: Topology, base: ModelConfig, gathered: float) -> tuple[float, float]:
+    """Returns the seconds of gathers that matmuls overlap, and those of all others."""
+    share = hidden_share(where, base)
+    return share * gathered, (1 - share) * gathered
+
+
+def _under_way(base: ModelConfig, saved: float) -> float:
+    """Returns the saved activations on the chip if others are in the host's memory; a layer saves ``saved`` bytes."""
+    return saved * min(_UNDER_WAY * max(map(len, groups(base))), base.n_layers)
 
 
 def _expanded_bytes(base: ModelConfig, config: RunConfig) -> float:
