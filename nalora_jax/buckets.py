@@ -126,6 +126,19 @@ def opened(name: str) -> Any:
         return _filesystem(name).open(name, "rb")
 
 
+def local_file(name: str) -> Path | None:
+    """Returns a file's path, or that of a cached copy if ``name`` is a URL; None if there is no such file.
+
+    Raises:
+      NaloraError: the bucket refuses or cannot be reached, or the disk is full.
+    """
+    where = url(name)
+    if where is None:
+        path = Path(name)
+        return path if path.is_file() else None
+    return local_copy(where) if exists(where) else None
+
+
 def local_copy(name: str) -> Path:
     """Returns a cached copy of a file's current content; raises as `local_folder` does."""
     return local_folder([name]) / name.rpartition("/")[2]

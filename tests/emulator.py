@@ -123,6 +123,8 @@ def emulator(folder: Path, requests: list[tuple[str, str]] | None = None) -> Ite
         with Server(("localhost", 0), partial(RequestHandler, held)) as server:
             thread = threading.Thread(target=server.serve_forever)
             thread.start()
-            yield held, f"http://localhost:{server.server_address[1]}"
-            server.shutdown()
-            thread.join()
+            try:
+                yield held, f"http://localhost:{server.server_address[1]}"
+            finally:
+                server.shutdown()
+                thread.join()

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax import buckets
 from nalora_jax.config.recorded import recorded_config
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_atomically
@@ -198,11 +199,14 @@ def _is_torn(error: Exception) -> bool:
 def recorded_settings(folder: Path | str) -> dict[str, Any]:
     """Returns the settings that the run in ``folder`` was last started or resumed with, or {}.
 
+    Args:
+      folder: a path or a URL.
+
     Raises:
       NaloraError: the log cannot be read, or the settings have other types than a run writes.
     """
-    path = Path(folder) / FILE
-    if not path.is_file():
+    path = buckets.local_file(f"{str(folder).rstrip('/')}/{FILE}")
+    if path is None:
         return {}
     settings: dict[str, Any] = {}
     where = ""

@@ -54,6 +54,20 @@ def listing(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
+def write_text(folder: str, name: str, text: str) -> None:
+    """Writes a file of ``folder``, a path or a URL, in one step.
+
+    Raises:
+      NaloraError: the folder cannot be written.
+    """
+    where = buckets.url(folder)
+    if where is None:
+        files.write_atomically(Path(folder) / name, text)
+        return
+    with _store_errors(where, "a folder that can be written"):
+        (open_store(where) / name).write_text(text)
+
+
 @contextmanager
 def mirrored(
     where: str, *, fresh: bool, without: tuple[str, ...] = (), every: float = _EVERY
@@ -78,7 +92,7 @@ def mirrored(
     if jax.process_index():  # several processes may share a machine
         name += f"-{jax.process_index()}"
     folder = downloads.cache_dir() / "runs" / name
-    mirror = Mirror(where, _opened(where), folder, without)
+    mirror = Mirror(where, open_store(where), folder, without)
 
     def begin() -> None:
         with _store_errors(where, "a folder that can be read and written"):
@@ -234,8 +248,12 @@ def _keep_copying(mirror: Mirror, stop: threading.Event, every: float) -> None:
             warned = True
 
 
-def _opened(where: str) -> epath.Path:
-    """Opens the path in the store; checks its packages and that it can be read."""
+def open_store(where: str) -> epath.Path:
+    """Returns the folder in the store.
+
+    Raises:
+      NaloraError: the store's package is missing, or the store cannot be read.
+    """
     try:
         if is_written_directly(where):
             _see_what_others_write()

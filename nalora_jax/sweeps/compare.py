@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.heldout import describe
-from nalora_jax.report.compare import write_comparison
+from nalora_jax.report.compare import render_comparison
+from nalora_jax.report.history import read_history
 from nalora_jax.running import RunResult
 
 log = logging.getLogger(__name__)
@@ -16,16 +17,17 @@ log = logging.getLogger(__name__)
 _MOST = 7  # settings on a page
 
 
-def write_page(results: Sequence[RunResult], page: Path) -> None:
-    """Writes the comparison; with too many settings for one page, of the best runs."""
-    ranked = sorted(results, key=_score, reverse=True)
-    for result in ranked:
-        log.info("%s: %s", result.folder.name, describe(result.after))
+def render_page(results: Mapping[str, RunResult]) -> str:
+    """Returns the comparison of runs, by their output; with too many settings for one page, of the best runs."""
+    ranked = sorted(results.items(), key=lambda named: _score(named[1]), reverse=True)
+    for output, result in ranked:
+        log.info("%s: %s", Path(output).name, describe(result.after))
+    histories = {output: read_history(result.folder) for output, result in results.items()}
     try:
-        write_comparison([result.folder for result in results], page)
+        return render_comparison(list(histories.values()))
     except NaloraError:
         log.info("the comparison shows the best %d of %d runs", _MOST, len(results))
-        write_comparison([result.folder for result in ranked[:_MOST]], page)
+        return render_comparison([histories[output] for output, _ in ranked[:_MOST]])
 
 
 def _score(result: RunResult) -> float:

@@ -67,15 +67,10 @@ def grid(config: RunConfig, axes: Sequence[Axis]) -> list[RunConfig]:
 
 
 def check_names(configs: Sequence[RunConfig]) -> None:
-    """Raises a NaloraError unless there are runs, all with different folders of a file system."""
+    """Raises a NaloraError unless there are runs, all with different folders."""
     if not configs:
         raise NaloraError("sweep", expected="at least one run", found="none")
     outputs = [config.output for config in configs]
-    remote = [output for output in outputs if buckets.url(output) is not None]
-    if remote:
-        remedy = "mount the bucket on every host and name a folder in it"
-        expected = "folders of a file system for a sweep"
-        raise NaloraError("--output", expected=expected, found=remote[0], remedy=remedy)
     twice = sorted({Path(output).name for output in outputs if outputs.count(output) > 1})
     if twice:
         remedy = "leave equal values out; settings that differ in their group only need different names"
@@ -85,24 +80,23 @@ def check_names(configs: Sequence[RunConfig]) -> None:
 
 
 def recorded_sweep(folder: str) -> tuple[tuple[str, ...], RunConfig] | None:
-    """Returns the ``--sweep`` options and settings of a folder; None without a sweep.
+    """Returns the ``--sweep`` options and settings of a folder, a path or a URL; None without a sweep.
 
     Raises:
-      NaloraError: its file is damaged.
+      NaloraError: its file is damaged, or the bucket cannot be read.
     """
-    path = Path(folder) / FILE
-    if not path.is_file():
+    name = f"{folder.rstrip('/')}/{FILE}"
+    path = buckets.local_file(name)
+    if path is None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return tuple(map(str, record["sweep"])), recorded_config(record["run"], str(path))
+        return tuple(map(str, record["sweep"])), recorded_config(record["run"], name)
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         if isinstance(error, NaloraError):
             raise
         remedy = "start the sweep again in another --output"
-        raise NaloraError(
-            str(path), expected="the options of a sweep", found=error, remedy=remedy
-        ) from None
+        raise NaloraError(name, expected="the options of a sweep", found=error, remedy=remedy) from None
 
 
 def _axis(text: str) -> Axis:

@@ -17,22 +17,22 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from nalora_jax import distributed
+from nalora_jax import buckets, distributed
 from nalora_jax.config import RunConfig, check
 from nalora_jax.data.given import Data, Format, given_sources
 from nalora_jax.errors import Interrupted, TrainingDivergedError
-from nalora_jax.files import write_atomically
 from nalora_jax.imports import import_files
 from nalora_jax.job import Inputs, continued, inputs_of, mesh_of
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.redaction import redacted
 from nalora_jax.running import BaseMetrics, Running, RunResult, way_on
+from nalora_jax.runs import remote
 from nalora_jax.runs.metrics import to_json
 from nalora_jax.runs.output import Output, open_output
 from nalora_jax.runs.pieces import Pieces
 from nalora_jax.runs.preemption import StopSignals, stop_signals
-from nalora_jax.sweeps.compare import write_page
+from nalora_jax.sweeps.compare import render_page
 from nalora_jax.sweeps.fit import Fitting
 from nalora_jax.sweeps.grid import FILE, axes_of, check_names, grid
 from nalora_jax.sweeps.groups import grouped, program_key
@@ -43,6 +43,7 @@ from nalora_jax.train.callbacks import Callback, make_callbacks
 from nalora_jax.train.progress import Stages
 
 log = logging.getLogger(__name__)
+PAGE = "comparison.html"  # in the folder of a sweep
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ class SweepResult:
     """The outputs of a sweep.
 
     Attributes:
-      runs: results by folder.
-      diverged: errors of the runs that diverged, by folder.
-      page: the comparison.
+      runs: results by the ``output`` of their configs.
+      diverged: errors of the runs that diverged, likewise.
+      page: path or URL of the comparison.
     """
 
     runs: Mapping[str, RunResult]
     diverged: Mapping[str, TrainingDivergedError]
-    page: Path
+    page: str
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def sweep_grid(config: RunConfig, options: Sequence[str]) -> SweepResult:
     configs = grid(config, axes_of(options))
     record = {"sweep": list(options), "run": to_json(redacted(replace(config, resume=False).to_dict()))}
     return _sweep(
-        configs, lambda: write_atomically(Path(config.output) / FILE, json.dumps(record, indent=1) + "\n")
+        configs, lambda: remote.write_text(config.output, FILE, json.dumps(record, indent=1) + "\n")
     )
 
 
@@ -139,7 +140,7 @@ def _sweep(
                 for group, fits in zip(groups, fitting, strict=True):
                     results |= _Group(group, fits, stop).train()
             except Interrupted as stopped:
-                way = way_on(replace(configs[0], output=str(folder)))
+                way = way_on(replace(configs[0], output=folder))
                 raise Interrupted(stopped.signal, stopped.saved, way) from None
     return _concluded(folder, results)
 
@@ -154,12 +155,16 @@ def _opened(config: RunConfig, data: Data | None, format: Format | None, stack: 
     return _Run(inputs, output, continued(inputs.config, output), make_callbacks(config.callbacks))
 
 
-def _common_folder(configs: Sequence[RunConfig]) -> Path:
-    """Returns the folder of the sweep: the parent of the first run's."""
-    return Path(configs[0].output).parent
+def _common_folder(configs: Sequence[RunConfig]) -> str:
+    """Returns the folder of the sweep: the parent of the first run's, a path or a URL."""
+    first = configs[0].output
+    where = buckets.url(first)
+    if where is None:
+        return str(Path(first).parent)
+    return where.rstrip("/").rpartition("/")[0]
 
 
-def _concluded(folder: Path, results: Mapping[str, RunResult | TrainingDivergedError]) -> SweepResult:
+def _concluded(folder: str, results: Mapping[str, RunResult | TrainingDivergedError]) -> SweepResult:
     """Reports the runs that diverged, and writes the comparison of the others."""
     diverged = {
         name: result for name, result in results.items() if isinstance(result, TrainingDivergedError)
@@ -169,8 +174,8 @@ def _concluded(folder: Path, results: Mapping[str, RunResult | TrainingDivergedE
         log.warning("%s diverged and was frozen: %s", Path(name).name, error)
     if not finished:
         raise next(iter(diverged.values()))
-    page = folder / "comparison.html"
-    distributed.on_first_process(lambda: write_page(list(finished.values()), page))
+    distributed.on_first_process(lambda: remote.write_text(folder, PAGE, render_page(finished)))
+    page = f"{folder}/{PAGE}"
     log.info("comparison: %s", page)
     return SweepResult(finished, diverged, page)
 

@@ -100,3 +100,28 @@ def test_two_processes_train_a_model_from_a_bucket_on_data_from_a_bucket(tmp_pat
         path.name for path in (tmp_path / "run" / "profile" / "plugins" / "profile" / "steps_2-2").iterdir()
     }
     assert traces == {"process_0.xplane.pb", "process_1.xplane.pb"}
+
+
+def test_two_processes_sweep_into_a_bucket_and_resume(tmp_path):
+    """Recorded options and settings are read from the bucket; each run is resumed from its checkpoint there."""
+    config = tiny.make_config(tmp_path, steps=2, mesh=MeshConfig(run=2, fsdp=1), mechanisms=())
+    settings = str(tiny.write_settings(config, tmp_path / "settings.py"))
+    url = "gs://bucket/rates"
+    started = ["--config", settings, "--sweep", "seed=0,1", "--output", url]
+    with emulator(tmp_path / "objects") as (held, address):
+        for number, options in enumerate((started, ["--resume", url, "--steps", "3"])):
+            command = ["-m", "nalora_jax", "train", *options]
+            cache = tiny.new_cache(tmp_path / f"cache{number}")
+            finished = tiny.finish(tiny.start(command, count=2, NALORA_CACHE=cache, **variables(address)))
+            for status, _, error in finished:
+                assert status == 0, error
+            assert ("step 1/" in finished[0][1]) == (not number)
+            names = {name.removeprefix("rates/") for name in held.objects["bucket"]}
+            assert {"sweep.json", "comparison.html"} <= names
+            for seed in (0, 1):
+                files = {
+                    "adapter/adapter_model.safetensors",
+                    "report.html",
+                    f"checkpoints/{2 + number}/commit_success.txt",
+                }
+                assert {f"seed-{seed}/{file}" for file in files} <= names

@@ -15,10 +15,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 from orbax.checkpoint import path as ocp_path
 
 from nalora_jax import buckets
+from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.runs import remote
 from nalora_jax.runs.checkpoint import Checkpointer
+from nalora_jax.runs.metrics import recorded_settings
 from nalora_jax.runs.output import CHECKPOINTS, open_output
+from nalora_jax.seals import seal
+from nalora_jax.sweeps.grid import recorded_sweep
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -42,11 +46,13 @@ def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str,
     """What the store holds, by path."""
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     fsspec.register_implementation("s3", Store, clobber=True)
-    backend.fsspec_backend._get_filesystem.cache_clear()
+    for cached in (backend.fsspec_backend._get_filesystem, buckets._filesystem_of):
+        cached.cache_clear()
     Store.store.clear()
     yield Store.store
     Store.store.clear()
-    backend.fsspec_backend._get_filesystem.cache_clear()
+    for cached in (backend.fsspec_backend._get_filesystem, buckets._filesystem_of):
+        cached.cache_clear()
 
 
 def names(store: dict[str, Any]) -> set[str]:
@@ -152,3 +158,18 @@ def test_a_store_that_is_not_known_is_refused():
         pass
     assert buckets.url("runs/gs") is None
     assert buckets.url("C:/runs") is None
+
+
+@pytest.mark.parametrize("folder", [URL, f"{URL}/"])
+def test_settings_of_a_run_and_of_a_sweep_are_read_from_the_store(store, folder):
+    config = RunConfig(steps=7)
+    assert recorded_settings(folder) == {}
+    assert recorded_sweep(folder) is None
+    remote.write_text(folder, "sweep.json", json.dumps({"sweep": ["seed=0,1"], "run": config.to_dict()}))
+    remote.write_text(folder, "metrics.jsonl", json.dumps(seal({"run": config.to_dict()})) + "\n")
+    assert names(store) == {"sweep.json", "metrics.jsonl"}
+    assert recorded_settings(folder)["steps"] == 7
+    assert recorded_sweep(folder) == (("seed=0,1",), config)
+    remote.write_text(folder, "sweep.json", "{")
+    with pytest.raises(NaloraError, match="s3://bucket/run/sweep.json: expected the options of a sweep"):
+        recorded_sweep(folder)

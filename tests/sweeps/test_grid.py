@@ -56,13 +56,6 @@ def test_bad_options_are_one_error(options: list[str], message: str) -> None:
         grid(RunConfig(), axes_of(options))
 
 
-def test_a_bucket_is_refused() -> None:
-    with pytest.raises(
-        NaloraError, match="--output: expected folders of a file system for a sweep, found gs://"
-    ):
-        grid(RunConfig(output="gs://bucket/runs"), axes_of(["seed=0,1"]))
-
-
 def test_a_damaged_record_of_options_is_one_error(tmp_path: Path) -> None:
     assert recorded_sweep(str(tmp_path)) is None
     file = tmp_path / "sweep.json"

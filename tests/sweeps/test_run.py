@@ -98,7 +98,7 @@ def test_a_run_that_diverges_is_frozen_and_reported(swept: SweepResult) -> None:
     done = json.loads((Path(folder) / "metrics.jsonl").read_text().splitlines()[-1])["done"]
     assert "expected" in done["message"]
     assert len(swept.runs) == 2
-    assert swept.page.exists()
+    assert Path(swept.page).exists()
 
 
 def test_a_sweep_that_sigterm_stopped_continues_with_other_programs(
