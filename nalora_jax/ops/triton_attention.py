@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+# The order of registration is the order of choice: cuDNN is asked before Triton, whichever module is imported first.
+import nalora_jax.ops.cudnn_attention  # noqa: F401
 from nalora_jax.ops.attention import CachedKeys, Keys, attention, drops
 from nalora_jax.ops.blockwise_attention import AttentionConfig, saved_heads
 from nalora_jax.ops.dispatch import Implementation, Numerics

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nalora_jax import buckets
 from tests import xla_options
 from tests.deploy import sandbox
 
@@ -104,6 +105,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture(autouse=True)
+def no_earlier_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buckets of the pages are empty: `--resume auto` finds no settings of an earlier run there."""
+    monkeypatch.setattr(buckets, "exists", lambda name: False)
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
@@ -227,6 +229,15 @@ def test_triton_equals_the_plain_function():
     ours, plain = (values_and_gradients(name, FAR, config) for name in ("triton", "xla"))
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", ["triton_attention", "split_triton", "triton_grouped_matmul"])
+def test_cudnn_is_asked_before_triton_whichever_is_imported_first(first):
+    program = f"import nalora_jax.ops.{first}\nfrom nalora_jax.ops import dispatch\nprint(*dispatch.IMPLEMENTATIONS)"
+    names = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert names.index("cudnn") < names.index("triton")
 
 
 def test_triton_on_a_mesh_equals_the_plain_function():
