@@ -12,20 +12,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from common import CLIP_B16, write
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from markers import write_between
 from methods import with_method
 
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from nalora_jax.config import RunConfig
-    from nalora_jax.models.vision.config import DualConfig
+from nalora_jax import distributed, trees
+from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig, VisionConfig
+from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.distributed.mesh import BATCH_AXES
+from nalora_jax.models.vision.config import DualConfig
+from nalora_jax.models.vision.dual import init_lora
+from nalora_jax.plan.figures import figures
+from nalora_jax.plan.machines import topology
+from nalora_jax.plan.program import devices, placed
+from nalora_jax.train.dual import check_dual, dual_program, resolve_dual
 
 RECORD = Path(__file__).parent / "results" / "contrastive.json"
 PAGE = Path(__file__).parents[1] / "docs" / "images.md"
@@ -47,18 +55,6 @@ def contrastive_step(
       mesh: real or abstract devices.
       seq: tokens of a caption.
     """
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P
-
-    from nalora_jax import distributed, trees
-    from nalora_jax.data.images.processor import ImageProcessor
-    from nalora_jax.distributed.mesh import BATCH_AXES
-    from nalora_jax.models.vision.dual import init_lora
-    from nalora_jax.plan.program import placed
-    from nalora_jax.train.dual import check_dual, dual_program, resolve_dual
-
     check_dual(config, base, mesh)
     spec = resolve_dual(config, base)
     shapes = base.param_shapes().items()
@@ -85,20 +81,12 @@ def contrastive_step(
 
 def compiled(name: str) -> dict[str, Any]:
     """Returns the bytes that a chip receives per step, by kind of collective and its use."""
-    from nalora_jax import config as c
-    from nalora_jax import distributed
-    from nalora_jax.config import VisionConfig
-    from nalora_jax.models.vision.config import DualConfig
-    from nalora_jax.plan.figures import figures
-    from nalora_jax.plan.machines import topology
-    from nalora_jax.plan.program import devices
-
     machine = topology(name)
-    mesh = distributed.make_mesh(c.MeshConfig(data=machine.size), devices(machine))
+    mesh = distributed.make_mesh(MeshConfig(data=machine.size), devices(machine))
     rows = PAIRS * machine.size
-    config = c.RunConfig(
-        lora=c.LoRAConfig(rules=(c.LoRARule("ffn", RANK),)),
-        train=c.TrainConfig(batch_size=rows),
+    config = RunConfig(
+        lora=LoRAConfig(rules=(LoRARule("ffn", RANK),)),
+        train=TrainConfig(batch_size=rows),
         vision=VisionConfig("contrast"),
     )
     config = with_method(config, "nalora", warmup=None)
@@ -148,7 +136,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="nothing but the page")
     options = parser.parse_args()
     if not options.page:
-        os.environ["JAX_PLATFORMS"] = "cpu"
+        jax.config.update("jax_platforms", "cpu")  # the compiler of TPUs is used, no TPU
         write(RECORD, compiled(options.topology))
     write_between(PAGE, START, END, table(json.loads(RECORD.read_text())))
 

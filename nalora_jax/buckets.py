@@ -127,7 +127,7 @@ def opened(name: str) -> Any:
 
 
 def local_file(name: str) -> Path | None:
-    """Returns a file's path, or that of a cached copy if ``name`` is a URL; None if there is no such file.
+    """Returns the path of a file, or of its cached copy if ``name`` is a URL; None if there is no such file.
 
     Raises:
       NaloraError: the bucket refuses or cannot be reached, or the disk is full.

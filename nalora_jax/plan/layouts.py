@@ -341,7 +341,7 @@ def _weight_traffic(base: ModelConfig, config: RunConfig, split: int, passes: fl
 
 
 def _overlap(where: Topology, base: ModelConfig, gathered: float) -> tuple[float, float]:
-    """Returns the seconds of gathers that matmuls overlap, and those of all others."""
+    """Returns the seconds of gathers that matmuls overlap, and of all other gathers."""
     share = hidden_share(where, base)
     return share * gathered, (1 - share) * gathered
 

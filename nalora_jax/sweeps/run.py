@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -158,10 +159,7 @@ def _opened(config: RunConfig, data: Data | None, format: Format | None, stack: 
 def _common_folder(configs: Sequence[RunConfig]) -> str:
     """Returns the folder of the sweep: the parent of the first run's, a path or a URL."""
     first = configs[0].output
-    where = buckets.url(first)
-    if where is None:
-        return str(Path(first).parent)
-    return where.rstrip("/").rpartition("/")[0]
+    return str(epath.Path(buckets.url(first) or first).parent)
 
 
 def _concluded(folder: str, results: Mapping[str, RunResult | TrainingDivergedError]) -> SweepResult:
