@@ -39,7 +39,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 # What else than commands of this library the pages tell people to type.
-OTHERS = {"pip", "export", "gcloud", "printf", "pre-commit", ".ci/run", "python3", ".", "jupyter"}
+OTHERS = {"pip", "hf", "export", "gcloud", "printf", "pre-commit", ".ci/run", "python3", ".", "jupyter"}
 OTHERS |= {
     "deploy/tpu_pod.sh",
     "sbatch",

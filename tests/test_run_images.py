@@ -106,7 +106,7 @@ def test_a_run_leaves_an_adapter_metrics_and_a_report(trained) -> None:
     page = (folder / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == 8
     assert "Confusion" in page
-    assert f"nalora classify IMAGE --model {folder}" in page
+    assert f"nalora eval {folder}" in page
     logged = [r for r in records if "layers" in r]
     assert len(logged[-1]["layers"]["importance"]) == 2  # the image tower's layers alone
     assert len(list((folder / "checkpoints").iterdir())) >= 1
@@ -186,39 +186,18 @@ def test_captions_of_two_towers_that_never_met(tower_folders, pictures, tmp_path
     assert adapted.base.config.image.d_out == 16
 
 
-def test_the_verbs_classify_and_retrieve(trained, pictures, capsys) -> None:
-    model, folder = trained
-    images = [str(pictures / f"{i}.png") for i in (0, 1)]
-    assert main(["classify", *images, "--model", str(folder), "--labels", "red, green,blue"]) == 0
-    lines = [line.split("\t") for line in capsys.readouterr().out.strip().splitlines()]
-    assert [line[0] for line in lines] == images
-    for line in lines:
-        shares = [float(cell.split()[-1]) for cell in line[1:]]
-        assert len(shares) == 3
-        assert shares == sorted(shares, reverse=True)
-        np.testing.assert_allclose(sum(shares), 1.0, atol=0.002)
-    base = main(
-        ["classify", *images, "--model", str(model), "--adapter", str(folder), "--labels", "red,green,blue"]
-    )
-    assert base == 0
-    # The same model and adapter by their own names; the prompts are the run's.
-    assert [line.split("\t") for line in capsys.readouterr().out.strip().splitlines()] == lines
-    assert (
-        main(
-            ["retrieve", "the red square", "--images", str(pictures), "--model", str(folder), "--top", "2"]
-        )
-        == 0
-    )
-    shown = capsys.readouterr()
-    assert len(shown.out.strip().splitlines()) == 2
-    assert f"left out: {pictures / '4.png'}" in shown.err
-    for bad, message in (
-        (["classify", images[0], "--model", str(model), "--labels", "red"], "--labels"),
-        (["classify", str(pictures / "4.png"), "--model", str(model), "--labels", "a,b"], "4.png"),
-        (["retrieve", "x", "--images", str(pictures / "none"), "--model", str(model)], "--images"),
-    ):
-        assert main(bad) == 2
-        assert message in capsys.readouterr().err
+def test_the_page_classifies_and_retrieves(trained, pictures) -> None:
+    _, folder = trained
+    page = (Path(__file__).parent.parent / "docs" / "images.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    code = code.replace("runs/eurosat", str(folder)).replace('Path("pictures").glob("*.png")', "chosen")
+    space = {"chosen": [pictures / f"{i}.png" for i in (0, 1, 2)]}
+    exec(code, space)
+    np.testing.assert_allclose(space["shares"].sum(axis=-1), 1.0, rtol=1e-5)
+    assert space["shares"].shape == (3, 2)
+    np.testing.assert_allclose(np.linalg.norm(space["features"], axis=-1), 1.0, rtol=1e-5)
+    cosines = (space["features"] @ space["query"].T)[:, 0]
+    np.testing.assert_array_equal(space["best_first"], np.argsort(-cosines))
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

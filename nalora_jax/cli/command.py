@@ -13,10 +13,8 @@ from nalora_jax.cli import (
     doctor,
     evaluate,
     from_peft,
-    images,
     parser,
     plan,
-    push,
     usage,
     verbs,
 )
@@ -63,14 +61,11 @@ VERBS = {
     "merge": Verb(parser.MergeArgs, verbs.merge),
     "import": Verb(parser.ImportArgs, verbs.import_),
     "from-peft": Verb(from_peft.FromPeftArgs, from_peft.from_peft),
-    "push": Verb(push.PushArgs, push.push),
     "inspect": Verb(parser.InspectArgs, verbs.inspect),
     "report": Verb(parser.ReportArgs, verbs.report),
     "study": Verb(parser.StudyArgs, verbs.study),
     "plan": Verb(plan.PlanArgs, plan.plan),
     "doctor": Verb(parser.DoctorArgs, doctor.doctor),
-    "classify": Verb(images.ClassifyArgs, images.classify),
-    "retrieve": Verb(images.RetrieveArgs, images.retrieve),
 }
 
 

@@ -15,10 +15,9 @@ from tyro.conf import Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from nalora_jax.cli.config_files import format_rule, load_config, parse_rule
-from nalora_jax.cli.images import ClassifyArgs, RetrieveArgs
 from nalora_jax.cli.usage import until_flag
 from nalora_jax.config import LoRARule, MeshConfig, RunConfig, config_from_dict
-from nalora_jax.config.ranges import COUNT, MESH, SAMPLING, SEED, SIZE, TOKENS, Range, check_path
+from nalora_jax.config.ranges import COUNT, MESH, SAMPLING, SEED, TOKENS, Range, check_path
 from nalora_jax.errors import NaloraError
 from nalora_jax.sweeps.grid import recorded_sweep
 
@@ -204,8 +203,6 @@ RANGES: dict[type, dict[str, Range]] = {
     ExportArgs: {"max_lora_rank": Range("a whole number", "[1, 65536]")},
     InspectArgs: {"limit": COUNT, "max_length": TOKENS, "seed": SEED},
     StudyArgs: {"limit": COUNT, "together": COUNT},
-    ClassifyArgs: {"top": SIZE},
-    RetrieveArgs: {"top": SIZE},
 }
 
 

@@ -54,7 +54,7 @@ def write_merged_dual(
             "merge",
             expected="a pair that is one model, such as CLIP or SigLIP",
             found="two towers that were joined for the run",
-            remedy="use the run's folder itself: nalora classify and nalora retrieve read it",
+            remedy="use the run's folder itself: load_adapted_dual reads it (docs/images.md)",
         )
     if dtype not in DTYPES:
         raise NaloraError("dtype", expected=f"one of {', '.join(DTYPES)}", found=repr(dtype))
