@@ -1,4 +1,4 @@
-"""``nalora from-peft``: converts PEFT or TRL settings to a file for ``nalora train --config``."""
+"""``nalora from-peft``: converts PEFT settings to a file for ``nalora train --config``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from tyro.conf import Positional
 
@@ -16,42 +15,35 @@ from nalora_jax.errors import NaloraError
 
 @dataclass(frozen=True)
 class FromPeftArgs:
-    """Write the settings of PEFT (adapter_config.json) or of TRL (config.yaml) as a config of nalora train."""
+    """Write the settings of PEFT (adapter_config.json) as a config of nalora train."""
 
-    # adapter_config.json, or an adapter's folder; a LoraConfig or the flat settings of TRL's
-    # scripts as YAML or JSON.
+    # adapter_config.json, or an adapter's folder, or a LoraConfig as YAML or JSON.
     file: Positional[Path]
     # New YAML file to write; by default it is printed.
     output: Path | None = None
-    # TRL trainer of the settings. By default dpo if the file has beta or loss_type sigmoid, else
-    # sft.
-    trainer: Literal["sft", "dpo"] | None = None
 
 
 def from_peft(args: FromPeftArgs) -> None:
     """Converts a file; comments in the output name every setting that is not carried over.
 
     Raises:
-      NaloraError: the file has no settings of PEFT or TRL, or unsupported settings, all of which
-        are listed.
+      NaloraError: the file has no settings of PEFT, or unsupported settings, all of which are listed.
     """
     from nalora_jax.cli import config_files
     from nalora_jax.files import write_atomically
     from nalora_jax.weights.peft_settings import PEFT
-    from nalora_jax.weights.peft_settings import from_peft as convert_peft
-    from nalora_jax.weights.trl_settings import TRL, from_trl
+    from nalora_jax.weights.peft_settings import from_peft as convert
 
     path = args.file
     if path.is_dir():
         path /= "adapter_config.json"
     values = config_files.read_values(path)
     fields = set(values) if isinstance(values, Mapping) else set()
-    if not fields & {*PEFT, *TRL}:
-        raise NaloraError(
-            str(path), expected="settings of PEFT or TRL", found=", ".join(map(str, fields)) or "none"
-        )
-    of_trl = args.trainer or fields & (set(TRL) - set(PEFT))
-    settings, notes = from_trl(values, args.trainer) if of_trl else convert_peft(values)
+    if not fields & set(PEFT):
+        found = ", ".join(map(str, fields)) or "none"
+        remedy = "settings of TRL have a table in docs/from_trl.md"
+        raise NaloraError(str(path), expected="settings of PEFT", found=found, remedy=remedy)
+    settings, notes = convert(values)
     config = check(config_files.settings_of(settings, path))
     text = "".join(f"# {note}\n" for note in notes) + config_files.as_yaml(config, changed_only=True)
     if args.output is None:

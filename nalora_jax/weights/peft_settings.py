@@ -7,13 +7,47 @@ silently; docs/from_peft.md shows the table.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from nalora_jax.errors import NaloraError
 from nalora_jax.models.targets import ROWS, TABLES
-from nalora_jax.weights.foreign_settings import Field, Refused, Settings, converted, only, put
 from nalora_jax.weights.peft_adalora import training_settings
 from nalora_jax.weights.peft_rules import rules_of
+
+# Settings as nested dicts, by the names of `nalora_jax.config`.
+Settings = dict[str, Any]
+_RESIZED = (
+    "if the tokenizer got new tokens: name them in data.add_tokens or data.add_special_tokens, in their order; the "
+    "embedding is resized for them"
+)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A value that is not supported, with the reason."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Field:
+    """Conversion of a field."""
+
+    ours: str = ""  # the setting, dotted; empty without one
+    note: str = ""  # for the table
+    value: Callable[[Any], Any] = lambda value: value  # our value of theirs; may be `Refused`
+    ignored: bool = False  # no effect on the result
+    in_files: bool = False  # read from the files of an adapter, although a run has no setting for it
+
+
+def only(*accepted: Any, because: str) -> Callable[[Any], Any]:
+    """Returns a conversion that accepts only ``accepted``, values without effect here."""
+    return lambda value: (
+        None if any(value == default for default in (None, *accepted, {}, [])) else Refused(because)
+    )
+
 
 _OTHER_METHOD = "it is another method than LoRA, and is not implemented here"
 _PISSA = re.compile(r"pissa(_niter_\d+)?")
@@ -152,12 +186,12 @@ def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
       NaloraError: names every unsupported field, with the reason.
     """
     values, allocation = training_settings(values)
-    settings, notes = converted(values, PEFT, "LoraConfig")
+    settings, notes = _converted(values)
     settings |= allocation
     indices = values.get("trainable_token_indices")
     if isinstance(indices, Mapping) and "trainable_token_indices" in settings.get("lora", {}):
-        put(settings, "lora.trainable_token_modules", _token_modules(indices))
-    put(settings, "lora.rules", rules_of(
+        _put(settings, "lora.trainable_token_modules", _token_modules(indices))
+    _put(settings, "lora.rules", rules_of(
         rank=values.get("r", 8),
         alpha=values.get("lora_alpha", 8),
         targets=values.get("target_modules"),
@@ -167,3 +201,44 @@ def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
         alphas=values.get("alpha_pattern"),
     ))  # fmt: skip
     return settings, notes
+
+
+def _converted(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+    """Returns the settings of single fields, and notes; adapter rules, which need several fields, are left out.
+
+    Raises:
+      NaloraError: names every field that is refused, with the reason.
+    """
+    settings: Settings = {}
+    notes, refused = [], []
+    for name, value in values.items():
+        field = PEFT.get(name)
+        if field is None:
+            notes.append(f"{name} is not known here: left out")
+            continue
+        if field.ignored or field.ours == "lora.rules":
+            if field.ignored and value not in (None, False, {}, []):
+                notes.append(f"{name} is left out: {field.note}")
+            continue
+        ours = field.value(value)
+        if isinstance(ours, Refused):
+            refused.append(f"{name} = {value!r} ({ours.reason})")
+        elif ours is not None and field.ours:
+            _put(settings, field.ours, ours)
+    if refused:
+        expected = "settings that are supported here"
+        raise NaloraError(
+            "LoraConfig", expected=expected, found="; ".join(refused), remedy="remove or change them"
+        )
+    lora = settings.get("lora", {})
+    if "embed_tokens" in lora.get("modules_to_save", ()) or "trainable_token_indices" in lora:
+        notes.append(_RESIZED)
+    return settings, notes
+
+
+def _put(settings: Settings, name: str, value: Any) -> None:
+    """Sets a dotted name in nested dicts."""
+    *groups, last = name.split(".")
+    for group in groups:
+        settings = settings.setdefault(group, {})
+    settings[last] = value

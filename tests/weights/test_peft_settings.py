@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,25 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.weights.peft_rules import rules_of
-from nalora_jax.weights.peft_settings import PEFT, from_peft
-from tests.weights.settings_tables import table_of
+from nalora_jax.weights.peft_settings import PEFT, Field, Refused, from_peft
+
+
+def table_of(fields: Mapping[str, Field]) -> Iterator[str]:
+    """Yields the rows of a Markdown table: their field, our setting, and a note."""
+    yield "| field | here | |"
+    yield "|---|---|---|"
+    for name, field in fields.items():
+        if field.ours:
+            here = f"`{field.ours}`"
+        elif field.ignored:
+            here = "left out"
+        else:
+            refusal = field.value(object())  # a value that is accepted nowhere
+            here = "the same"
+            if isinstance(refusal, Refused):
+                here = f"refused: {refusal.reason}"
+        yield f"| `{name}` | {here} | {field.note} |"
+
 
 DOCS = Path(__file__).parents[2] / "docs"
 LLAMA = {
