@@ -18,7 +18,6 @@ import pytest
 
 from nalora_jax import terminal
 from nalora_jax.config import TrainConfig
-from nalora_jax.distributed import lost_peer
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -117,12 +116,3 @@ def test_streams_and_the_signal_are_restored_after_the_block(monkeypatch: pytest
         signal.raise_signal(signal.SIGHUP)
     assert (sys.stdout, sys.stderr) == (before, closed)
     assert signal.getsignal(signal.SIGHUP) is handler
-
-
-def test_the_filter_of_standard_error_reads_on_after_its_reader_has_gone() -> None:
-    read, write = os.pipe()
-    os.close(read)
-    command = [sys.executable, "-S", "-E", lost_peer.__file__]
-    done = subprocess.run(command, input=b"line\n" * 100_000 + lost_peer.END, stderr=write, check=False)
-    os.close(write)
-    assert done.returncode == 0

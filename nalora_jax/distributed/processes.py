@@ -5,18 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from nalora_jax.distributed import lost_peer
 from nalora_jax.errors import LostPeerError, NaloraError
 
 T = TypeVar("T")
@@ -84,12 +80,10 @@ def has_peers() -> bool:
 
 @contextmanager
 def lost_peers_named() -> Iterator[None]:
-    """Ends this process with a one-line error within two minutes after another process has ended.
+    """Ends this process within two minutes after another process has ended.
 
-    There are two ways to detect it. A collective fails, which raises a `LostPeerError`. Or JAX's
-    coordination service misses the process's heartbeat and ends this process from C++, with a stack
-    trace and SIGABRT. For this case, standard error is piped through the separate process
-    `nalora_jax.distributed.lost_peer`, which prints one line instead.
+    Either a collective fails, which raises a `LostPeerError`, or JAX's coordination service misses the
+    process's heartbeat and ends this process from C++ with SIGABRT and a stack trace.
 
     Raises:
       LostPeerError: a collective failed.
@@ -97,7 +91,6 @@ def lost_peers_named() -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    restore = filter_stderr()
     try:
         yield
     except NaloraError:
@@ -107,8 +100,6 @@ def lost_peers_named() -> Iterator[None]:
         if signs is None:
             raise
         raise _lost(signs[0]) from error
-    # Not after an error: leaving JAX's group at the end of the process may fail as well.
-    restore()
 
 
 def check_lost_peer(error: BaseException) -> None:
@@ -125,27 +116,6 @@ def _lost(sign: str) -> LostPeerError:
         found=f"that one is gone ({sign})",
         remedy="its own log says why; start all of them again with --resume",
     )
-
-
-def filter_stderr() -> Callable[[], None]:
-    """Pipes standard error, including C++'s, through `lost_peer`; returns a function to undo it."""
-    sys.stderr.flush()
-    original = os.dup(2)
-    command = [sys.executable, "-S", "-E", str(Path(lost_peer.__file__))]
-    # In a new session, so that a Ctrl-C at the terminal does not end it before this process.
-    helper = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=original, start_new_session=True)
-    assert helper.stdin is not None
-    os.dup2(helper.stdin.fileno(), 2)
-    helper.stdin.close()
-
-    def restore() -> None:
-        sys.stderr.flush()
-        os.write(2, lost_peer.END)
-        os.dup2(original, 2)  # closes the helper's last writer, which ends the helper
-        os.close(original)
-        helper.wait(timeout=10)
-
-    return restore
 
 
 def fetch(x: jax.Array) -> np.ndarray:
