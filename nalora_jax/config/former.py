@@ -1,7 +1,6 @@
 """Translates mechanism settings of earlier versions, the groups ``mask`` and ``step_scale``, to rules.
 
-They occur in logs and checkpoints of old runs and in protocols of studies, which are still read,
-and on old command lines and in old config files, whose errors print the new spelling.
+They occur in logs and checkpoints of old runs and in protocols of studies.
 """
 
 from __future__ import annotations

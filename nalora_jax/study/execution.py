@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,6 @@ from typing import Any
 import jax
 
 from nalora_jax import distributed
-from nalora_jax.distributed.devices import memory_statistics
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.method.step import TrainState
 from nalora_jax.ops.dispatch import Platform, hooks_of
@@ -32,7 +30,7 @@ from nalora_jax.sweeps.loop import RunLoop, StatesMetrics, fit_all
 from nalora_jax.sweeps.program import SweepProgram
 from nalora_jax.train.compilation import use_compilation_cache
 from nalora_jax.train.loop import Follower
-from nalora_jax.train.machine import describe_device, versions
+from nalora_jax.train.machine import describe_device, peak_memory, versions
 
 log = logging.getLogger(__name__)
 
@@ -260,12 +258,9 @@ _compilations = _Compilations()
 
 
 def peak_bytes() -> int:
-    """Returns the peak memory: of the first device if it has statistics, else of the process."""
-    statistics = memory_statistics(jax.local_devices()[0])
-    if "peak_bytes_in_use" in statistics:
-        return statistics["peak_bytes_in_use"]
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    """Returns the peak memory: of the fullest device if it has statistics, else of the process."""
+    peaks = peak_memory()
+    return peaks.get("peak_device_memory", peaks.get("peak_memory", 0))
 
 
 def _outcome(record: Record) -> str:

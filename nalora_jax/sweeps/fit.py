@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, replace
 
 import jax
@@ -17,6 +16,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.plan.layouts import decoder_alone, estimate, preferred
 from nalora_jax.plan.machines import Topology, of_devices, topology
 from nalora_jax.plan.sweep_layouts import fitting_sweep
+from nalora_jax.train.machine import host_memory
 
 _USABLE = 0.9  # share of a device's memory
 
@@ -112,7 +112,8 @@ def _memory() -> float:
     limit = memory_statistics(device).get("bytes_limit")
     if limit:
         return float(limit)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(jax.local_devices())
+    _, total = host_memory()
+    return total / len(jax.local_devices())
 
 
 def _bytes(config: RunConfig, base: ModelConfig) -> tuple[float, float]:

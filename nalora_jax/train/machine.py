@@ -47,6 +47,34 @@ def peak_memory() -> dict[str, int]:
     return peaks
 
 
+def host_memory(
+    info: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")
+) -> tuple[int, int]:
+    """Returns free and total bytes of host or container memory, the smaller; zeros if unknown."""
+    if not info.exists():
+        return 0, 0
+    lines = dict(re.findall(r"^(\w+):\s+(\d+) kB", info.read_text(), re.MULTILINE))
+    free, total = (1024 * int(lines.get(name, 0)) for name in ("MemAvailable", "MemTotal"))
+    limit = _number(group / "memory.max")
+    if limit is None:
+        return free, total
+    cached = re.findall(r"^inactive_file (\d+)", _text(group / "memory.stat"), re.MULTILINE)
+    used = (_number(group / "memory.current") or 0) - sum(map(int, cached))
+    return min(free, max(0, limit - used)), min(total, limit)
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path).strip()
+    return int(text) if text.isdecimal() else None  # "max" without a limit
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
 def _version(name: str) -> str:
     try:
         return version(name)

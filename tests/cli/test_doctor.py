@@ -8,7 +8,7 @@ import platform
 import pytest
 
 from nalora_jax.__main__ import main
-from nalora_jax.cli.doctor import environment_problems, huge_pages, requirement_problems
+from nalora_jax.cli.doctor import huge_pages
 from tests import tiny
 
 
@@ -16,14 +16,13 @@ def test_it_reports_versions_devices_kernels_and_caches(monkeypatch, tmp_path, c
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path))
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens" / "data").write_bytes(bytes(2_500_000))
-    with pytest.raises(SystemExit):  # the devices of these tests are simulated
-        main(["doctor"])
+    assert main(["doctor"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert f"python {platform.python_version()}" in lines
     assert f"jax {importlib.metadata.version('jax')}" in lines
     assert "devices 8 (cpu)" in lines
-    assert any(line.startswith("! XLA_FLAGS simulates several CPU devices") for line in lines)
     assert f"folder {tmp_path}" in lines
+    assert "No problem found." in lines
     assert "tokenized data 2.5 MB" in lines
     if tiny.HAS_CPU:
         assert any(line.startswith("kernels ") and line.endswith("plain") for line in lines)
@@ -70,33 +69,3 @@ HUGE = {"GLIBC_TUNABLES": "glibc.pthread.rseq=0:glibc.malloc.hugetlb=1"}
 )
 def test_huge_pages_are_recommended_if_the_system_has_them(environ, libc, kernel, shown):
     assert huge_pages(environ, libc, kernel).startswith(shown)
-
-
-@pytest.mark.parametrize(
-    ("environ", "said"),
-    [
-        ({}, []),
-        ({"https_proxy": "x"}, []),
-        ({"https_proxy": "x", "JAX_COORDINATOR_ADDRESS": "y"}, ["a proxy is set"]),
-        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, ["XLA_FLAGS simulates"]),
-    ],
-)
-def test_variables_that_go_wrong_together(environ, said):
-    found = list(environment_problems(environ))
-    assert len(found) == len(said)
-    assert all(one.startswith(start) for one, start in zip(found, said, strict=True))
-
-
-def test_packages_of_other_versions_are_named():
-    needed = [
-        "jax<0.13,>=0.10",
-        "flax>=0.12",
-        "grain>=0.2",
-        'torch>=2; extra == "bench"',
-        'old>=1; python_version < "3"',
-    ]
-    installed = {"jax": "0.9.1", "flax": "0.12.8"}
-    assert list(requirement_problems(needed, lambda name: installed.get(name, "not installed"))) == [
-        "jax <0.13,>=0.10 is needed, and 0.9.1 is installed",
-        "grain >=0.2 is needed, and not installed",
-    ]
