@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from nalora_jax import bounded
-from nalora_jax.chat_templates import PROCESSOR_FILE, read_templates
+from nalora_jax.chat_templates import PROCESSOR_FILE, read_templates, render_template
 from nalora_jax.errors import NaloraError
 from nalora_jax.image_tokens import ImageTokens, as_parts
 from nalora_jax.tokenizer_backend import is_unicode, read_backend, tokenizer_errors
@@ -214,7 +213,7 @@ class Tokenizer:
 
         Raises:
           NaloraError: the model has no chat template, or the template rejects the messages or
-            exceeds a limit of time or memory.
+            makes a text that is too long.
         """
         return self.render_chats([(messages, add_generation_prompt)], tools)[0]
 
@@ -223,7 +222,7 @@ class Tokenizer:
         chats: Sequence[tuple[Sequence[Mapping[str, Any]], bool]],
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[str]:
-        """Renders several (messages, add_generation_prompt) pairs at about the cost of one.
+        """Renders several (messages, add_generation_prompt) pairs.
 
         For a multimodal model the texts contain the tokens of every image and start with the
         begin-of-sequence token, as with transformers' processors.
@@ -245,14 +244,14 @@ class Tokenizer:
             {"messages": messages, "add_generation_prompt": prompt, **common} for messages, prompt in chats
         ]
         try:
-            texts = bounded.render(template, variables)
-        except bounded.BoundedError as error:
+            texts = [render_template(template, values) for values in variables]
+        except Exception as error:  # a template may raise any
             raise NaloraError(
                 "chat template",
                 expected=f"messages that the model's template accepts (roles: {[m.get('role') for m in chats[0][0]]})",
-                found=error,
-                remedy="change the messages' roles or their order; a template that is no jinja2, or goes beyond the "
-                "limits of time and memory, is the model's own fault",
+                found=f"{type(error).__name__}: {error}",
+                remedy="change the messages' roles or their order; a template that is no jinja2, or makes a text "
+                "without end, is the model's own fault",
             ) from error
         if self.images is None:
             return texts

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from nalora_jax import bounded
 from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
 from nalora_jax.models.targets import ROWS
@@ -98,51 +98,31 @@ class PeftConfig:
             return {name for name in names if _has_suffix(name, suffixes)}
         if every and pattern.lower() == every:
             return set(names)
-        (matches,) = self._matches("target_modules or exclude_modules", [pattern], names, how="fullmatch")
-        return {name for name, match in zip(names, matches, strict=True) if match is not None}
+        matches = re.compile(pattern).fullmatch
+        return {name for name in names if matches(name)}
 
     def _in_layers(self, names: Sequence[str]) -> set[str]:
         """Returns the members of ``names`` in the layers of ``layers_to_transform``."""
         if not self.layers_to_transform:
             return set(names)
         layers = {str(index) for index in self.layers_to_transform}
-        patterns = [_layer_pattern(p) for p in self.layers_pattern] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-        matches = self._matches("layers_pattern", patterns, names)
-        first = [
-            next((match for match in row if match is not None), None) for row in zip(*matches, strict=True)
-        ]
-        return {name for name, match in zip(names, first, strict=True) if match in layers}
+        layer_patterns = [_layer_pattern(p) for p in self.layers_pattern] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+        patterns = [re.compile(pattern) for pattern in layer_patterns]
+        first = [next(filter(None, (p.match(name) for p in patterns)), None) for name in names]
+        return {
+            name
+            for name, match in zip(names, first, strict=True)
+            if match and match.groupdict().get("idx") in layers
+        }
 
     def _keys(self, field_name: str, names: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Yields each name with the first key that matches a suffix (``get_pattern_key``).
 
         A suffix starts at the beginning of the name or after a dot; the key is "" if none matches.
         """
-        keys = list(getattr(self, field_name))
-        matches = self._matches(field_name, [_suffix_pattern(key) for key in keys], names)
-        for number, name in enumerate(names):
-            yield (
-                name,
-                next((key for key, row in zip(keys, matches, strict=True) if row[number] is not None), ""),
-            )
-
-    def _matches(
-        self,
-        field_name: str,
-        patterns: list[str],
-        names: Sequence[str],
-        *,
-        how: Literal["match", "fullmatch"] = "match",
-    ) -> list[list[str | None]]:
-        try:
-            return bounded.matches(patterns, names, how=how)
-        except bounded.BoundedError as error:
-            raise NaloraError(
-                f"{self.where}: {field_name}",
-                expected="regular expressions that match a model's module names in seconds",
-                found=error,
-                remedy="do not trust this file; name the modules in a list instead",
-            ) from error
+        patterns = {key: re.compile(_suffix_pattern(key)) for key in getattr(self, field_name)}
+        for name in names:
+            yield name, next((key for key, pattern in patterns.items() if pattern.match(name)), "")
 
 
 @dataclass(frozen=True)
@@ -311,8 +291,9 @@ class _Fields(Fields):
     def _regex(self, key: str, pattern: str, use: Callable[[str], str] = str) -> str:
         """Returns ``pattern`` if it and the expression ``use(pattern)`` are both valid."""
         try:
-            bounded.matches([pattern, use(pattern)], [])
-        except bounded.BoundedError as error:
+            re.compile(pattern)
+            re.compile(use(pattern))
+        except (re.error, OverflowError, RecursionError) as error:
             raise self._refused(key, "a regular expression", f"{pattern!r} ({error})") from error
         return pattern
 

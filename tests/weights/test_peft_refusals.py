@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from nalora_jax import bounded
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.trees import map_named
@@ -137,30 +136,6 @@ def test_bad_configs_are_refused_by_name(change, message, good, tmp_path):
         import_adapter(tmp_path / "bad", config)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"target_modules": "(.*.*)*[.](gate|up|down)_projX"},
-        {"exclude_modules": "([a-z0-9_.]+)+X"},
-        {"rank_pattern": {"([a-z0-9_.]+)+X": 2}},
-        {"alpha_pattern": {"([a-z0-9_.]+)+X": 2}},
-        {"layers_to_transform": [0, 1, 2], "layers_pattern": ["([a-z0-9_.]+)+X"]},
-    ],
-    ids=lambda change: list(change)[-1],
-)
-def test_expressions_that_backtrack_for_ever_are_refused(change, good, tmp_path, monkeypatch):
-    config, _, settings_, tensors = good
-    helper = bounded._Helper()
-    monkeypatch.setattr(bounded, "SECONDS", 0.5)
-    monkeypatch.setattr(bounded, "_HELPER", helper)
-    write(tmp_path / "bad", settings_ | change, tensors)
-    with pytest.raises(
-        NaloraError, match=r"regular expressions that match .* found more than 0\.5 seconds"
-    ):
-        import_adapter(tmp_path / "bad", config)
-    helper.stop()
-
-
 KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
 BAD_TENSORS = [
     (lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()}, "another prefix"),
@@ -187,9 +162,8 @@ BAD_TENSORS = [
 
 
 @pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern", "layers_pattern"])
-def test_more_patterns_than_a_model_has_modules_are_refused_at_once(name, good, tmp_path, monkeypatch):
+def test_more_patterns_than_a_model_has_modules_are_refused(name, good, tmp_path):
     config, _, settings_, tensors = good
-    monkeypatch.setattr(bounded, "matches", lambda *args, **kwargs: pytest.fail("a pattern was compiled"))
     patterns = {f"layers.{i}.mlp": 4 for i in range(100_000)}
     write(
         tmp_path / "bad",

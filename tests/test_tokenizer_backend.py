@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, processors
 
-from nalora_jax import bounded
 from nalora_jax.errors import NaloraError
 from nalora_jax.tokenizer import Tokenizer
-from nalora_jax.weights import gguf_tokenizer
 
 
 def folder(path: Path, **parts: Any) -> Path:
@@ -74,31 +72,3 @@ def test_what_real_models_have(tmp_path: Path) -> None:
         normalizers.BertNormalizer(),
     ):
         assert Tokenizer.from_folder(folder(tmp_path, normalizer=normalizer)).eos_id == 1
-
-
-def test_expressions_that_do_not_end_are_refused_before_a_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    helper = bounded._Helper()
-    monkeypatch.setattr(bounded, "SECONDS", 0.5)
-    monkeypatch.setattr(bounded, "_HELPER", helper)
-    endless = tokenizers.Regex("(?:.|.){21}$^")
-    for rules in (
-        {"pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.Split(endless, "isolated")])},
-        {"normalizer": normalizers.Replace(endless, " ")},
-    ):
-        with pytest.raises(
-            NaloraError, match=r"tokenizer\.json: Regex: expected .* found more than 0\.5 seconds"
-        ):
-            Tokenizer.from_folder(folder(tmp_path, **rules))
-    helper.stop()
-
-
-def test_expressions_of_real_models_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for rule in (gguf_tokenizer._SPLITS["tekken"], r"\p{N}{1,3}", "(?:\r?\n)+|[^\r\n]+"):
-        split = pre_tokenizers.Split(tokenizers.Regex(rule), "isolated")
-        assert Tokenizer.from_folder(folder(tmp_path, pre_tokenizer=split)).eos_id == 1
-    monkeypatch.setattr(bounded, "split", lambda *_: pytest.fail("tried, though it is known"))
-    for name in ("qwen2", "llama-bpe"):
-        split = pre_tokenizers.Split(tokenizers.Regex(gguf_tokenizer._SPLITS[name]), "isolated")
-        assert Tokenizer.from_folder(folder(tmp_path, pre_tokenizer=split)).eos_id == 1
