@@ -29,7 +29,7 @@ def logging_as_before() -> Iterator[None]:
         (["FAILED to go on: error: no"] * 2, 1),
         (["REFUSED: 2: expected a checkpoint", "the one before taken, right"], 1),
         (["status 143, SILENT, went on, identical"] * 2, 1),
-        (["the other ends within two minutes, non-zero, 1 line(s), A TRACE"] * 2, 1),
+        (["the other ends within two minutes, non-zero, A TRACEBACK"] * 2, 1),
     ],
 )
 def test_an_outcome_that_should_not_be_is_the_exit_status(
