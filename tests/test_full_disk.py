@@ -7,7 +7,6 @@ import resource
 from pathlib import Path
 from typing import Any
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +26,7 @@ from nalora_jax.report.inspect import LayerSummary, save_picture
 from nalora_jax.runs.checkpoint import Checkpointer
 from nalora_jax.runs.metrics import MetricsLog
 from nalora_jax.tokenizer import Tokenizer
-from nalora_jax.weights.gguf_export import write_adapter_gguf, write_merged_gguf
+from nalora_jax.weights.gguf_export import write_adapter_gguf
 from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny
@@ -95,18 +94,6 @@ def test_merged_model(small_disk: Path, tmp_path: Path) -> None:
 
 # 340 kB in F16, or as adapters of rank 8, in tensors that each fit the buffer of a C stream: 1 or 2 kB.
 NARROW = tiny.HF | {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 24}
-
-
-def test_merged_gguf(small_disk: Path, tmp_path: Path) -> None:
-    config = ModelConfig.from_hf(NARROW)
-    params = init_params(config, jax.random.key(0))
-    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "llama")
-    tiny.write_gguf(writer, config, params)
-    with pytest.raises(NaloraError, match=rf"{small_disk}/m.gguf: .*({FULL})"):
-        write_merged_gguf(
-            small_disk / "m.gguf", config, params, None, AdapterSpec(), base=tmp_path / "base.gguf"
-        )
-    assert list(small_disk.iterdir()) == []
 
 
 def test_adapter_gguf(small_disk: Path) -> None:

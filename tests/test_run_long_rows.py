@@ -21,7 +21,6 @@ from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.evaluate import needle as evaluate_needle
 from nalora_jax.loading.adapted import load
 from nalora_jax.runs.metrics import recorded_settings
-from nalora_jax.weights import hub
 from tests import tiny
 
 SCALING = "yarn:factor=2"
@@ -149,13 +148,3 @@ def test_a_dry_run_shows_the_memory_of_long_rows(
         )
         activations.append(float(re.search(r"activations ([\d.]+)", out)[1]))
     assert activations[1] > 0.1 > activations[0]
-
-
-def test_a_gguf_file_without_the_scaling_is_refused(
-    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(
-        hub, "resolve", lambda name: hub.ResolvedSource("gguf", tmp_path / "base.gguf", name)
-    )
-    assert main(["merge", run.output, "--output", str(tmp_path / "m.gguf"), "--gguf", "F16"]) == 2
-    assert f"--gguf: expected an adapter of the base's own RoPE, found {SCALING}" in capsys.readouterr().err

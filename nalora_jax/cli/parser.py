@@ -107,18 +107,16 @@ class ExportArgs:
 
 @dataclass(frozen=True)
 class MergeArgs:
-    """Merge an adapter into its base model and write a Hugging Face folder, or a GGUF file."""
+    """Merge an adapter into its base model and write a Hugging Face folder."""
 
     # Folder of a run; or a base model, with --adapter.
     model: Positional[str]
-    # New folder to write; with --gguf a new file.
+    # New folder to write.
     output: Path
     # Adapter folder in PEFT's format, or the folder of a run.
     adapter: Path | None = None
     # Dtype of the written weights.
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    # Write one GGUF file for llama.cpp in this format instead; the base must come from a GGUF file.
-    gguf: Literal["F32", "F16", "BF16", "Q8_0"] | None = None
     # Maximum size of a weight file, such as 5GB or 500MB; larger models are written as several
     # files with an index.
     shard_size: str = "5GB"

@@ -106,7 +106,10 @@ def export(args: cli.ExportArgs) -> None:
     from nalora_jax.weights.peft_modules import layout_for
 
     if args.target == "gguf":
-        _check_gguf_name(args.output)
+        check_new_file("--output", args.output)
+        if args.output.suffix != ".gguf":
+            expected = "a name that ends in .gguf"
+            raise NaloraError("--output", expected=expected, found=str(args.output))
     else:
         refuse_existing(args.output)
     name, adapter = args.names
@@ -142,7 +145,7 @@ def export(args: cli.ExportArgs) -> None:
 
 
 def merge(args: cli.MergeArgs) -> None:
-    """Writes base and adapter as one Hugging Face folder, or as one GGUF file."""
+    """Writes base and adapter as one Hugging Face folder."""
     from nalora_jax.loading.adapted import load, locate
     from nalora_jax.weights import hub
     from nalora_jax.weights.merge import write_merged
@@ -150,18 +153,13 @@ def merge(args: cli.MergeArgs) -> None:
     from nalora_jax.weights.shards import parse_size
 
     shard_bytes = parse_size(args.shard_size)
-    if args.gguf is None:
-        refuse_existing(args.output)
-    else:
-        _check_gguf_name(args.output)
+    refuse_existing(args.output)
     if images.is_dual(args.model, args.adapter):
         images.merge(args, card)
         return
     located = locate(args.model, args.adapter)
     _require_adapter(located)
     resolved = hub.resolve(located.base)
-    if args.gguf is not None:
-        _check_gguf_source(located, resolved)
     # Merged in float32 and rounded once: values in the files must not be rounded again on loading.
     dtype = "float32"
     if resolved.kind == "hf" and _stored_dtype(resolved.path / "config.json") == "bfloat16":
@@ -169,15 +167,6 @@ def merge(args: cli.MergeArgs) -> None:
     model = load(args.model, adapter=args.adapter, dtype=dtype, resolved=resolved)
     base, lora = model.base, _lora(model)
     config, params, spec = fold_saved(base.config, base.params, lora, model.spec)
-    if args.gguf is not None:
-        from nalora_jax.weights.gguf_export import write_merged_gguf
-
-        names = base.tokenizer if base.added else None
-        write_merged_gguf(
-            args.output, config, params, lora, spec, base=resolved.path, kind=args.gguf, tokenizer=names
-        )
-        print(f"{args.output}: merged model in {args.gguf}")
-        return
     if base.hf_config is None:
         raise NaloraError(located.base, expected="a model with a config.json", found="none")
     hf_config = base.hf_config
@@ -196,21 +185,6 @@ def merge(args: cli.MergeArgs) -> None:
         card=card(model, "merged"),
     )
     print(f"{args.output}: merged model in {args.dtype}")
-
-
-def _check_gguf_source(located: Located, resolved: ResolvedSource) -> None:
-    """Raises a NaloraError unless base and adapter can become one GGUF file."""
-    from nalora_jax.weights.peft_read import recorded_rope_scaling
-
-    remedy = "merge without --gguf, and run llama.cpp's convert_hf_to_gguf.py on the folder"
-    if resolved.kind != "gguf":
-        expected = "a base that comes from a GGUF file"
-        raise NaloraError("--gguf", expected=expected, found=located.base, remedy=remedy)
-    assert located.adapter is not None
-    scaling = recorded_rope_scaling(located.adapter)
-    if scaling:
-        expected = "an adapter of the base's own RoPE"
-        raise NaloraError("--gguf", expected=expected, found=scaling, remedy=remedy)
 
 
 def import_(args: cli.ImportArgs) -> None:
@@ -360,12 +334,6 @@ def _tokenizer_of(base: LoadedModel, resolved: ResolvedSource) -> Any:
     if base.added:
         return tokenizer_writer(base, files=resolved.path)
     return resolved.path
-
-
-def _check_gguf_name(path: Path) -> None:
-    check_new_file("--output", path)
-    if path.suffix != ".gguf":
-        raise NaloraError("--output", expected="a name that ends in .gguf", found=str(path))
 
 
 def _stored_dtype(path: Path) -> str:
