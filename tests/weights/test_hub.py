@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from nalora_jax.downloads import PackageFile, file_sha256
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights import hub
-from nalora_jax.weights.hub import Alias, Terms, resolve
+from nalora_jax.weights.hub import Alias, resolve
 from nalora_jax.weights.vision.hub import resolve_folder
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -41,7 +41,6 @@ def model_folder(folder: Path) -> Path:
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub that cannot be reached and has nothing cached, unless a test says otherwise."""
     use_hub(monkeypatch, online=OSError("Name or service not known"))
-    monkeypatch.delenv(hub.ACCEPT_VARIABLE, raising=False)
 
 
 def use_hub(
@@ -82,26 +81,22 @@ def package(cache: Path, name: str, content: bytes) -> PackageFile:
     return PackageFile(name, "1.0", file_sha256(wheel), f"{module}/model.gguf", "MIT")
 
 
-def use_alias(monkeypatch: pytest.MonkeyPatch, cache: Path, *contents: bytes, **changes: Any) -> bytes:
-    """An alias "tiny" whose package holds ``contents``; returns the whole."""
-    whole = b"".join(contents)
-    parts = tuple(package(cache, f"tiny-part{i}", content) for i, content in enumerate(contents))
-    fields = {"hub_id": "owner/tiny", "parts": parts, "file_name": "tiny.gguf"}
-    alias = Alias(**(fields | {"sha256": hashlib.sha256(whole).hexdigest()} | changes))
+def use_alias(monkeypatch: pytest.MonkeyPatch, cache: Path, content: bytes, **changes: Any) -> bytes:
+    """An alias "tiny" whose package holds ``content``; returns it."""
+    fields = {"hub_id": "owner/tiny", "package": package(cache, "tiny-package", content)}
+    alias = Alias(**(fields | {"sha256": hashlib.sha256(content).hexdigest()} | changes))
     monkeypatch.setattr(hub, "ALIASES", {"tiny": alias})
-    return whole
+    return content
 
 
 # ---------------------------------------------------------------- the table
 
 
 def test_the_alias_table_is_well_formed() -> None:
-    assert {"smollm2-135m-instruct", "gemma-3-270m"} <= hub.ALIASES.keys()
     for alias in hub.ALIASES.values():
-        digests = [alias.sha256, *(part.wheel_sha256 for part in alias.parts)]
+        digests = [alias.sha256, alias.package.wheel_sha256]
         assert all(len(digest) == 64 and int(digest, 16) for digest in digests)
         assert alias.hub_id.count("/") == 1
-    assert hub.ALIASES["gemma-3-270m"].terms is not None
 
 
 # ---------------------------------------------------------------- the alias chain
@@ -118,16 +113,16 @@ def test_an_alias_without_the_hub_comes_from_its_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = tmp_path / "cache"
-    whole = use_alias(monkeypatch, cache, b"GGUF", b"12", b"345")
+    whole = use_alias(monkeypatch, cache, b"GGUF12345")
     found = resolve("tiny", cache)
     assert (found.kind, found.name, found.path.name) == (
         "gguf",
-        "pypi:tiny-part0==1.0/tiny.gguf",
-        "tiny.gguf",
+        "pypi:tiny-package==1.0/model.gguf",
+        "model.gguf",
     )
     assert found.copy_of == "owner/tiny"
     assert found.path.read_bytes() == whole
-    assert "package mirror (tiny.gguf) instead of the hub: Name or service not known" in caplog.text
+    assert "package mirror (model.gguf) instead of the hub: Name or service not known" in caplog.text
     assert [path for path in (cache / "packages").rglob("*") if path.is_file()] == [found.path]
 
 
@@ -148,21 +143,21 @@ def test_a_fetched_package_does_not_win_over_a_hub_that_is_reachable(
     caplog.clear()
     use_hub(monkeypatch, online=OSError("Name or service not known"))
     assert resolve("tiny", cache) == mirrored
-    assert "using the package mirror (tiny.gguf) instead of the hub" in caplog.text
+    assert "using the package mirror (model.gguf) instead of the hub" in caplog.text
 
 
 def test_the_packages_file_has_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
     whole = use_alias(monkeypatch, cache, b"GGUF1")
     calls = use_hub(monkeypatch, online=model_folder(tmp_path / "snapshot"))
-    found = resolve("pypi:tiny-part0==1.0/tiny.gguf", cache)
+    found = resolve("pypi:tiny-package==1.0/model.gguf", cache)
     assert (found.kind, found.path.read_bytes(), calls) == ("gguf", whole, [])
     assert resolve(found.name, cache) == found
     assert hub.alias_of(found.name) == hub.alias_of("tiny") == hub.ALIASES["tiny"]
     with pytest.raises(
-        NaloraError, match=r"expected one of pypi:tiny-part0==1\.0/tiny\.gguf, found another package"
+        NaloraError, match=r"expected one of pypi:tiny-package==1\.0/model\.gguf, found another package"
     ):
-        resolve("pypi:tiny-part0==2.0/tiny.gguf", cache)
+        resolve("pypi:tiny-package==2.0/model.gguf", cache)
 
 
 def test_an_incomplete_snapshot_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +174,7 @@ def test_an_incomplete_snapshot_does_not_count(tmp_path: Path, monkeypatch: pyte
 
 def test_a_damaged_whole_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
-    use_alias(monkeypatch, cache, b"GGUF", b"12", sha256="0" * 64)
+    use_alias(monkeypatch, cache, b"GGUF12", sha256="0" * 64)
     with pytest.raises(NaloraError, match="expected sha256 0000"):
         resolve("tiny", cache)
     assert not [
@@ -189,15 +184,14 @@ def test_a_damaged_whole_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     ]
 
 
-@pytest.mark.parametrize("contents", [(b"GGUF12345",), (b"GGUF", b"12345")], ids=["one part", "two parts"])
 def test_a_flipped_bit_of_the_cached_package_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: tuple[bytes, ...]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
-    whole = use_alias(monkeypatch, cache, *contents)
+    whole = use_alias(monkeypatch, cache, b"GGUF12345")
     path = resolve("tiny", cache).path
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    for name in ("tiny", "pypi:tiny-part0==1.0/tiny.gguf"):
+    for name in ("tiny", "pypi:tiny-package==1.0/model.gguf"):
         with pytest.raises(
             NaloraError, match=r"gguf: expected sha256 .* the cached file is damaged: delete it"
         ):
@@ -209,29 +203,9 @@ def test_both_reasons_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     use_alias(monkeypatch, cache, b"GGUF1")
     monkeypatch.setattr(hub.downloads, "fetch", lambda part, cache: refuse(f"package {part.package}"))
     with pytest.raises(
-        NaloraError, match=r"tiny: .*Name or service not known.*package tiny-part0.*local folder"
+        NaloraError, match=r"tiny: .*Name or service not known.*package tiny-package.*local folder"
     ):
         resolve("tiny", cache)
-
-
-def test_terms_must_be_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = tmp_path / "cache"
-    use_alias(
-        monkeypatch,
-        cache,
-        b"GGUF1",
-        terms=Terms("gemma", "the Gemma Terms of Use", "https://example.org/terms"),
-    )
-    for value in ("", "other", "gemma2"):
-        monkeypatch.setenv(hub.ACCEPT_VARIABLE, value)
-        with pytest.raises(
-            NaloraError, match=r"acceptance of the Gemma Terms of Use \(https://example.org/terms\)"
-        ) as e:
-            resolve("tiny", cache)
-        assert "NALORA_ACCEPT_LICENSE=gemma" in str(e.value)
-        assert not (cache / "packages").exists()
-    monkeypatch.setenv(hub.ACCEPT_VARIABLE, "llama, gemma")
-    assert resolve("tiny", cache).kind == "gguf"
 
 
 # ---------------------------------------------------------------- hub ids
@@ -344,7 +318,7 @@ def test_paths_that_do_not_exist(source: str) -> None:
 
 @pytest.mark.parametrize("source", ["smollm", "", "a/b/c/d", "model.gguf", "x" * 300])
 def test_names_of_nothing(source: str) -> None:
-    with pytest.raises(NaloraError, match="aliases: smollm2-135m-instruct, gemma-3-270m"):
+    with pytest.raises(NaloraError, match="aliases: smollm2-135m-instruct"):
         resolve(source)
 
 

@@ -112,17 +112,3 @@ def test_smollm2_tokens_and_chat_equal_transformers(smollm: LoadedModel) -> None
     for text in ["a  12  x", "\n\n7", "\u0661\u0662 \u00b2", *TEXTS]:
         assert smollm.tokenizer.encode(text) == theirs.encode(text), text
     assert (smollm.tokenizer.bos_id, smollm.tokenizer.eos_id, smollm.tokenizer.add_bos) == (1, 2, False)
-
-
-@pytest.mark.gemma_terms
-def test_gemma_3_equals_transformers() -> None:
-    import transformers
-
-    path = mirrored("gemma-3-270m")
-    model = load_model(str(path), dtype="float32")
-    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    for text in TEXTS:
-        ids = theirs.encode(text)
-        assert model.tokenizer.encode(text) == ids, text
-        assert model.tokenizer.decode(ids, skip_special=False) == theirs.decode(ids)
-    assert_logits_agree(model, path)
