@@ -17,7 +17,6 @@ that need a separate environment: see the help of the parts multiple_choice, pee
 from __future__ import annotations
 
 import argparse
-import importlib
 import subprocess
 import sys
 import time
@@ -84,7 +83,6 @@ PARTS = (
         _lines("--format safetensors --dtype {dtype}", "--format gguf --dtype {dtype}"),
         "--rounds 1",
     ),
-    Part("compile_time", _lines("--dtype {dtype}"), "--rounds 1"),
     Part(
         "generation",
         _lines("--dtype {dtype} --batch 1", "--dtype {dtype} --batch 16"),
@@ -96,7 +94,6 @@ PARTS = (
         "--rounds 1 --repeats 1 --count 20",
     ),
     Part("quantized", ("",), "--steps 3 --questions 8"),
-    Part("growth", ("",), "--quick"),
     Part("accelerator", ("",), "--tiny --steps 2"),
 )
 NAMES = tuple(part.name for part in PARTS)
@@ -146,14 +143,6 @@ def publish(
     return written
 
 
-def draw(written: Sequence[Path]) -> None:
-    """Draws the plots of the parts that have a plot."""
-    for path in written:
-        module = importlib.import_module(path.stem) if path.stem in NAMES else None
-        if hasattr(module, "plot"):
-            module.plot(common.load(path.stem, path.parent), module.PLOT)
-
-
 def write_pages() -> None:
     """Writes docs/benchmarks.md and notes/figures.md from the committed figures."""
     for path, text in ((pages.PAGE, pages.render(NAMES)), (pages.FIGURES, pages.details(NAMES))):
@@ -182,7 +171,8 @@ def main() -> None:
     parser.add_argument("--tpu-path", default="", help="folder that libtpu was installed into")
     options = parser.parse_args()
     if options.publish or options.page:
-        draw(publish(options.only) if options.publish else [])
+        if options.publish:
+            publish(options.only)
         write_pages()
         return
     chosen = [benchmark for benchmark in PARTS if benchmark.name in options.only]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -153,11 +152,3 @@ def machine(case: Mapping[str, Any]) -> str:
     cpu = re.sub(r"\((R|TM)\)", "", recorded["cpu"]).removesuffix(" Processor")
     design = f" ({recorded['generation']})" if recorded.get("generation") else ""
     return f"{cpu}{design}, {_WORDS[machines.instructions(recorded)]}"
-
-
-def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """Returns the slope of log cost over log size between the last two points.
-
-    1 is linear growth, 2 quadratic.
-    """
-    return math.log(costs[-1] / costs[-2]) / math.log(sizes[-1] / sizes[-2])

@@ -188,12 +188,6 @@ def test_the_least_flops_of_a_step_are_those_of_its_products(run):
     assert flops.minimum(1, 1, 1) == forward + backward
 
 
-def test_growth_exponents_are_slopes_of_the_last_doubling(run):
-    tables = importlib.import_module("tables")
-    assert tables.growth_exponent([1, 2, 4], [5.0, 1.0, 4.0]) == pytest.approx(2.0)
-    assert tables.growth_exponent([10, 20], [3.0, 3.0]) == pytest.approx(0.0)
-
-
 def test_ratios_of_rounds_are_paired(run):
     tables = importlib.import_module("tables")
     speeds = {"nalora_jax": (1.0, 10.0, 3.0), "peft": (1.0, 5.0, 2.0)}
