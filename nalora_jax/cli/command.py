@@ -17,6 +17,7 @@ from nalora_jax.cli import (
     plan,
     usage,
     verbs,
+    verify,
 )
 from nalora_jax.config.documented import summaries_only
 from nalora_jax.config.ranges import check_path, check_ranges
@@ -64,6 +65,7 @@ VERBS = {
     "inspect": Verb(parser.InspectArgs, verbs.inspect),
     "report": Verb(parser.ReportArgs, verbs.report),
     "study": Verb(parser.StudyArgs, verbs.study),
+    "verify": Verb(verify.VerifyArgs, verify.verify),
     "plan": Verb(plan.PlanArgs, plan.plan),
     "doctor": Verb(parser.DoctorArgs, doctor.doctor),
 }

@@ -5,6 +5,7 @@ The wheel is no part of the extra `test`.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes, projection_shapes
 from nalora_jax.models.targets import resolve
-from nalora_jax.trees import unflatten
+from nalora_jax.trees import flatten, unflatten
+from nalora_jax.weights.gguf_export import write_adapter_gguf
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny
 from tests.param_trees import tensors_from_params
@@ -132,8 +134,8 @@ def random_blocks(kind: GGMLQuantizationType, rows: int, rng: np.random.Generato
     return raw.reshape(rows, -1)
 
 
-def llama_cpp(path: Path, lora: Path | None = None) -> np.ndarray:
-    """llama.cpp's log-probabilities of the next token after `IDS`, float64 ``[vocab]``."""
+def server_params(path: Path) -> Any:
+    """Settings of llama.cpp's server in float32."""
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_ctx = 64
@@ -141,6 +143,12 @@ def llama_cpp(path: Path, lora: Path | None = None) -> np.ndarray:
     params.warmup = False
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    return params
+
+
+def llama_cpp(path: Path, lora: Path | None = None) -> np.ndarray:
+    """llama.cpp's log-probabilities of the next token after `IDS`, float64 ``[vocab]``."""
+    params = server_params(path)
     if lora is not None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
     server = xllamacpp.Server(params)
@@ -231,3 +239,32 @@ def test_windows_and_rotations_of_newer_families_are_llama_cpps(tmp_path, archit
     add_tensors(writer, config)
     assert load(str(finish(writer, path)), dtype="float32").base.config == config
     np.testing.assert_allclose(llama_cpp(path), ours(load(str(path), dtype="float32")), atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("served", "scale", "verdict"),
+    [
+        ("whole", 1.0, "served: "),
+        ("", 1.0, "ignored: "),
+        ("whole", 0.5, "served wrongly: with about 0.5 times its scale"),
+        ("half", 1.0, "served wrongly: the modules of ffn alone"),
+    ],
+)
+def test_a_server_is_asked_what_it_does_with_an_adapter(served, scale, verdict, tmp_path, capsys):
+    base, adapter = adapted(tmp_path)
+    params = server_params(base)
+    if served:
+        model = load(str(base), adapter=adapter, dtype="float32")
+        lora = flatten(model.lora)
+        if served == "half":
+            lora |= {
+                path: 0 * leaf for path, leaf in lora.items() if "attn/" in path and path.endswith("/b")
+            }
+        file = write_adapter_gguf(tmp_path / "served.gguf", model.base.config, unflatten(lora), model.spec)
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(file), scale)]
+    server = xllamacpp.Server(params)
+    texts = ["ab a b c", "c d e f", "x y z a"]
+    command = ["verify", server.listening_address, "--model", str(base), "--adapter", str(adapter)]
+    with contextlib.suppress(SystemExit) if verdict != "served: " else contextlib.nullcontext():
+        assert main([*command, "--texts", *texts]) == 0
+    assert verdict in capsys.readouterr().out
