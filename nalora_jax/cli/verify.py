@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from tyro.conf import Positional
 
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from nalora_jax.loading.adapted import AdaptedModel
 
 _TOP = 20  # log probabilities that a server is asked for; vLLM's largest number
@@ -56,6 +57,8 @@ def verify(args: VerifyArgs) -> None:
       NaloraError: the server cannot be reached, has no log probabilities or no model of that name, or the
         adapter changes too little to tell.
     """
+    import numpy as np
+
     from nalora_jax.loading.adapted import load
     from nalora_jax.report.inspection import TEXTS
 
@@ -141,6 +144,8 @@ def judge(model: AdaptedModel, prompts: np.ndarray, base: LogProbs, adapted: Log
 
     Compared is the change by the adapter, which hardly depends on the precision of the server's base.
     """
+    import numpy as np
+
     places = [(row, token) for row, top in enumerate(base) for token in top if token in adapted[row]]
     rows, tokens = np.array(places).T
     before = np.array([base[row][token] for row, token in places])
@@ -176,6 +181,7 @@ def judge(model: AdaptedModel, prompts: np.ndarray, base: LogProbs, adapted: Log
 def _candidates(model: AdaptedModel, prompts: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Yields our log probabilities ``[prompts, vocab]`` of base, adapter, other scales and parts of the modules."""
     import jax
+    import numpy as np
 
     from nalora_jax.models.targets import AdapterSpec
     from nalora_jax.trees import flatten, unflatten
@@ -202,12 +208,13 @@ def _candidates(model: AdaptedModel, prompts: np.ndarray) -> Iterator[tuple[str,
 
 def _log_probs(module: Any, variables: Mapping[str, Any], prompts: np.ndarray) -> Any:
     import jax
+    import jax.numpy as jnp
 
     hidden = module.apply(variables, prompts)  # [prompts, tokens, d_model]
     logits = module.apply(variables, hidden[:, -1:], method="unembed")  # [prompts, 1, vocab]
-    return jax.nn.log_softmax(logits[:, 0].astype(np.float32))
+    return jax.nn.log_softmax(logits[:, 0].astype(jnp.float32))
 
 
 def _size(difference: np.ndarray) -> float:
     """Returns the root mean square."""
-    return float(np.sqrt(np.mean(np.square(difference))))
+    return float((difference**2).mean() ** 0.5)

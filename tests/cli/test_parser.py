@@ -350,7 +350,6 @@ ALLOWED = {"0": ZERO, "-1": {"--mesh.data", "--mesh.fsdp", "--mesh.context", "--
 ALLOWED["-1"].add("--train.eval-every")
 POSITIONAL = {"eval": ["m"], "chat": ["m"], "generate": ["m", "--prompt", "x"], "inspect": ["m"]}
 POSITIONAL |= {"export": ["r", "--output", "o"]}
-POSITIONAL |= {}
 POSITIONAL |= {"study": ["run", "s"], "plan": ["--model", "m", "--topology", "v5e:4x4"]}
 
 
