@@ -9,10 +9,9 @@ from dataclasses import replace
 import numpy as np
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.chat import render
 from nalora_jax.data.packing import permutation
+from nalora_jax.data.rendered import rendered
 from nalora_jax.data.source import Source
-from nalora_jax.data.store import batches
 from nalora_jax.data.tokenize import tokenize
 from nalora_jax.notes import counting
 from nalora_jax.tokenizer import Tokenizer
@@ -75,9 +74,7 @@ def example_lengths(source: Source, config: DataConfig, tokenizer: Tokenizer) ->
     indices = drawn(source)
     lengths: list[int] = []
     with counting("measuring examples", len(indices)) as done:
-        for chunk, records in batches(source, indices):
-            pairs = zip(chunk, records, strict=True)
-            texts = [render(record, config, tokenizer, source.where(index)) for index, record in pairs]
+        for chunk, _, texts in rendered(source, indices, config, tokenizer):
             lengths += [len(example.ids) - 1 for example in tokenize(texts, tokenizer)]
             done(len(chunk))
     return np.array(lengths, np.int64)

@@ -29,6 +29,7 @@ from nalora_jax.data.chat import (
 from nalora_jax.data.lengths import drawn
 from nalora_jax.data.packing import assemble, pack, permutation
 from nalora_jax.data.pipeline import HostBatch, PackedStream, rows_read, stream_figures
+from nalora_jax.data.rendered import broken_records
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_held_out
 from nalora_jax.data.store import Counts
@@ -139,14 +140,18 @@ def tokenize_pairs(
     Raises:
       NaloraError: a record is not a pair, or both of its completions are equal.
     """
+
+    def texts_of(record: dict[str, Any], where: str) -> tuple[Rendered, Rendered]:
+        return render_pair(record, config, preference, tokenizer, where)
+
     with counting("tokenizing", len(indices)) as done:
         for start in range(0, len(indices), _CHUNK):
             chunk = [int(index) for index in indices[start : start + _CHUNK]]
-            records = zip(chunk, source.read(chunk), strict=True)
-            texts = [
-                render_pair(record, config, preference, tokenizer, source.where(index))
-                for index, record in records
-            ]
+            try:
+                records = zip(chunk, source.read(chunk), strict=True)
+                texts = [texts_of(record, source.where(index)) for index, record in records]
+            except NaloraError as error:
+                raise broken_records(error, source, indices[start:], texts_of) from error
             examples = iter(tokenize([text for pair in texts for text in pair], tokenizer))
             for index, pair in zip(chunk, texts, strict=True):
                 yield _pair(pair, next(examples), next(examples), source.where(index))

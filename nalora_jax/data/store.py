@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.chat import render
 from nalora_jax.data.forms import IMAGES
 from nalora_jax.data.packing import permutation
+from nalora_jax.data.rendered import rendered
 from nalora_jax.data.source import Source, require_some
 from nalora_jax.data.tokenize import Example, tokenize
 from nalora_jax.data.too_long import mostly_too_long, too_long
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 # Increase it when the same records and tokenizer would produce other tokens.
 _FORMAT = 4
-# Records read, rendered and tokenized together, and their characters: enough to use every core with
-# little memory.
-_CHUNK, _CHARACTERS = 2048, 8_000_000
 # Records that are checked before the others are tokenized, and the share of too long records at
 # which all are refused: more than half of the file, by five standard deviations of a draw.
 _JUDGED = 1000
@@ -162,9 +159,7 @@ def _examples(
 ) -> Iterator[tuple[int, Example]]:
     """Yields the records' indices and their tokens, not yet cut."""
     with counting("tokenizing", len(indices)) as done:
-        for chunk, records in batches(source, indices):
-            pairs = zip(chunk, records, strict=True)
-            texts = [render(record, config, tokenizer, source.where(index)) for index, record in pairs]
+        for chunk, records, texts in rendered(source, indices, config, tokenizer):
             for index, record, example in zip(chunk, records, tokenize(texts, tokenizer), strict=True):
                 _check(example, source.where(index))
                 if tokenizer.images is not None:
@@ -173,35 +168,6 @@ def _examples(
                     )
                 yield index, example
             done(len(chunk))
-
-
-def batches(source: Source, indices: np.ndarray) -> Iterator[tuple[list[int], list[Any]]]:
-    """Yields indices and records to tokenize together: fewer if records are long."""
-    start, count = 0, 1
-    while start < len(indices):
-        chunk = indices[start : start + count].tolist()
-        records = source.read(chunk)
-        sizes = [_characters(record) for record in records]
-        first = total = 0
-        for i, size in enumerate(sizes):
-            if i > first and total + size > _CHARACTERS:
-                yield chunk[first:i], records[first:i]
-                first, total = i, 0
-            total += size
-        yield chunk[first:], records[first:]
-        start += len(chunk)
-        count = int(min(_CHARACTERS * len(sizes) / max(sum(sizes), 1), 4 * count, _CHUNK)) or 1
-
-
-def _characters(value: Any) -> int:
-    """Returns the number of characters in a record's texts."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return sum(map(_characters, value))
-    return 0
 
 
 def _check(example: Example, where: str) -> None:
