@@ -68,7 +68,8 @@ def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
     mesh = distributed.make_mesh(concrete.mesh)
     check_layout(concrete, files, mesh)
     spec = adapter_spec(config, base)
-    data = train_data(config.data, tokenizer, source=source, **stream_shape(config))
+    shape = stream_shape(config) | {"context": base.max_positions}
+    data = train_data(config.data, tokenizer, source=source, **shape)
     check_longest(int(data.store.lengths.max()), base)
     reported, selecting = held_out(config.data, tokenizer, source=source)
     return config, [

@@ -24,7 +24,7 @@ from nalora_jax.data.packing import permutation
 from nalora_jax.data.rendered import rendered
 from nalora_jax.data.source import Source, require_some
 from nalora_jax.data.tokenize import Example, tokenize
-from nalora_jax.data.too_long import mostly_too_long, too_long
+from nalora_jax.data.too_long import UNLIMITED, advice, mostly_too_long, too_long
 from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import find_damage, write_array, write_digests
@@ -93,7 +93,12 @@ class TokenStore:
 
 
 def open_store(
-    source: Source, config: DataConfig, tokenizer: Tokenizer, seed: int, cache: Path | None
+    source: Source,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    cache: Path | None,
+    context: int = UNLIMITED,
 ) -> TokenStore:
     """Returns the tokens of ``source``, uncut, from the cache or tokenized now.
 
@@ -103,6 +108,7 @@ def open_store(
       tokenizer: tokenizer of the model.
       seed: seed of the run; has an effect only with a limit.
       cache: folder of the cache; `downloads.cache_dir` by default.
+      context: maximum tokens of the model, for advice on long records.
 
     Raises:
       NaloraError: a record is broken or has no loss tokens; a sampled record is too long and
@@ -120,7 +126,7 @@ def open_store(
     if not is_whole(folder):
         require_some(source)
         indices = _selection(len(source), config.train_limit, seed)
-        _judge(source, indices, config, tokenizer)
+        _judge(source, indices, config, tokenizer, context)
         began = time.perf_counter()
         write_store(folder, _examples(source, indices, config, tokenizer))
         seconds = time.perf_counter() - began
@@ -128,7 +134,9 @@ def open_store(
     return load_store(folder)
 
 
-def _judge(source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer) -> None:
+def _judge(
+    source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer, context: int
+) -> None:
     """Refuses data with too long records after a random sample of a thousand records."""
     if len(indices) <= 2 * _JUDGED or config.too_long in ("truncate", "split"):
         return
@@ -139,12 +147,11 @@ def _judge(source: Source, indices: np.ndarray, config: DataConfig, tokenizer: T
         if len(example.ids) > config.max_length + 1
     ]
     if long and config.too_long == "error":
-        raise too_long(source.where(long[0][0]), long[0][1], config)
+        raise too_long(source.where(long[0][0]), long[0][1], config, context)
     if len(long) > _TOO_MANY * _JUDGED:
-        longest = max(size for _, size in long)
-        raise mostly_too_long(
-            source.name, len(long), f"{_JUDGED} records drawn from {len(indices)}", longest, config
-        )
+        remedy = advice(max(size for _, size in long) - 1, context)
+        drawn_from = f"{_JUDGED} records drawn from {len(indices)}"
+        raise mostly_too_long(source.name, len(long), drawn_from, config, remedy)
 
 
 def _selection(size: int, limit: int, seed: int) -> np.ndarray:
