@@ -80,6 +80,22 @@ class History:
         """Returns the last step in the log."""
         return max((int(record["step"]) for record in (*self.steps, *self.evals)), default=0)
 
+    @property
+    def exported_step(self) -> int | None:
+        """Returns the step of the exported adapter; None before it is evaluated."""
+        step = self.final.get("step")
+        if step is None:
+            return None
+        return int(step)
+
+    @property
+    def unreached_step(self) -> int | None:
+        """Returns the first step in which mechanisms act if the adapter was exported before it, else None."""
+        first = self.header.get("mechanisms_from")
+        if first is None or self.exported_step is None or self.exported_step >= first:
+            return None
+        return int(first)
+
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (steps [T], values [T]) of a scalar of the log steps.
 

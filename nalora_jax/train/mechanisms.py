@@ -59,6 +59,17 @@ def mechanisms_of(
     return replace(mechanisms, others=differing)
 
 
+def log_first_step(mechanisms: Mechanisms, steps: int) -> None:
+    """Logs the step from which mechanisms act; warns if a run of ``steps`` steps ends before."""
+    if mechanisms.first_step > steps:
+        log.warning(
+            "mechanisms act from step %d, and the run ends at step %d: it is plain LoRA",
+            *(mechanisms.first_step, steps),
+        )
+    elif mechanisms.entries:
+        log.info("mechanisms act from step %d", mechanisms.first_step)
+
+
 def make(rule: str | Mechanism) -> Mechanism:
     """Returns the mechanism of a text such as ``"soft"`` or ``"soft:power=2,high=3"``.
 
