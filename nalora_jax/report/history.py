@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,11 +214,26 @@ def read_history(folder: str | Path) -> History:
       NaloraError: metrics.jsonl is missing, damaged, or has no line of a run.
     """
     path = Path(folder) / FILE
+    if not path.exists():
+        _refuse_folder_of_runs(Path(folder))
     history = history_of(read_metrics(path))
     if not history.header and not history.steps and not history.measured:
         raise NaloraError(str(path), expected="the lines of a run", found="none", remedy="train first")
     _check_layers(history, path)
     return history
+
+
+def _refuse_folder_of_runs(folder: Path) -> None:
+    """Raises a NaloraError that names the runs below a folder, if there are any."""
+    runs = sorted(str(path.parent) for path in folder.glob(f"*/{FILE}"))
+    if runs:
+        others = " ..." if len(runs) > 2 else ""
+        raise NaloraError(
+            str(folder),
+            expected="the folder of a run",
+            found=f"a folder of {len(runs)} run{'s' if len(runs) > 1 else ''}",
+            remedy=f"give one of them, or several to compare: nalora report {shlex.join(runs[:2])}{others}",
+        )
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
