@@ -84,14 +84,14 @@ def eval_examples(
     count = config.eval_limit if limit is None else limit
     indices = np.sort(permutation(len(read), _SEED)[: count or None]).tolist()
 
-    def question(record: dict[str, Any], where: str) -> _Question:
+    def convert(record: dict[str, Any], where: str) -> _Question:
         return _question(record, config, tokenizer, where)
 
     try:
         records = zip(indices, read.read(indices), strict=True)
-        questions = [question(record, read.where(index)) for index, record in records]
+        questions = [convert(record, read.where(index)) for index, record in records]
     except NaloraError as error:
-        raise broken_records(error, read, indices, question, config) from error
+        raise broken_records(error, read, indices, convert, config) from error
     examples = iter(
         tokenize([text for question in questions for text in question.texts], tokenizer, end=False)
     )
