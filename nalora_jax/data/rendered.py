@@ -11,7 +11,7 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import MissingFieldError, Rendered, render
 from nalora_jax.data.forms import form_of
 from nalora_jax.data.source import Record, Source
-from nalora_jax.errors import NaloraError, shorten
+from nalora_jax.errors import ListedError, NaloraError, shorten
 
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer
@@ -89,11 +89,12 @@ def broken_records(
     reasons = {(str(error.expected), str(error.found)) for error in errors}
     if len(errors) < 2 or (known is None and len(reasons) == 1):
         return next(iter(errors), first)
-    lines = [shorten(str(NaloraError(e.where, expected=e.expected, found=e.found)), _SHOWN) for e in errors]
+    texts = [str(NaloraError(e.where, expected=e.expected, found=e.found)) for e in errors]
+    lines = [shorten(" ".join(text.split()), _SHOWN) for text in texts]
     count = f"{len(errors)} broken ones" if len(errors) < _NAMED else f"{_NAMED} or more broken ones"
     remedy = errors[0].remedy if len(reasons) == 1 else ""
     found = "\n  ".join([f"{count}:", *lines])
-    return NaloraError(source.name, expected="records without errors", found=found, remedy=remedy)
+    return ListedError(source.name, expected="records without errors", found=found, remedy=remedy)
 
 
 def _with_form(error: NaloraError, form: str) -> NaloraError:

@@ -20,7 +20,7 @@ from nalora_jax.cli import command, usage
 from nalora_jax.cli import parser as cli
 from nalora_jax.config import LoRARule, RunConfig, check
 from nalora_jax.data import lengths
-from nalora_jax.errors import NaloraError
+from nalora_jax.errors import ListedError, NaloraError
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -586,6 +586,8 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
 def test_an_error_of_many_lines_becomes_one(capsys):
     assert guarded(raising(NaloraError("a\nfile", expected="b", found="c\n  d"))) == 2
     assert capsys.readouterr().err == "error: a file: expected b, found c d\n"
+    assert guarded(raising(ListedError("a", expected="b", found="2:\n c   d\n e"))) == 2
+    assert capsys.readouterr().err == "error: a: expected b, found 2:\n  c d\n  e\n"
 
 
 def test_an_interrupt_is_status_130(monkeypatch, capsys):
