@@ -34,6 +34,7 @@ from nalora_jax.runs.hooks import say_counts
 from nalora_jax.sweeps.fit import device_memory
 from nalora_jax.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.train.inputs import check_data, check_layout, check_longest, described, stream_shape
+from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.train.mechanisms import log_first_step, make, mechanisms_of
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
@@ -57,16 +58,15 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
         from nalora_jax.cli.dry_run_images import describe_images  # Pillow is an extra
 
         config, lines = describe_images(runs[0])
-        settings = list(runs)
+        lines += _differences(runs)
     else:
-        settings, lines = _describe(runs)
-        config = settings[0]
+        config, lines = _describe(runs)
     print(config_files.as_yaml(config, changed_only=not every_setting), end="")
-    print("\n".join(f"# {line}" for line in [*lines, *_differences(settings)]))
+    print("\n".join(f"# {line}" for line in lines))
 
 
-def _describe(runs: Sequence[RunConfig]) -> tuple[list[RunConfig], list[str]]:
-    """Returns the final settings of runs on text, and lines that describe the first one."""
+def _describe(runs: Sequence[RunConfig]) -> tuple[RunConfig, list[str]]:
+    """Returns the final settings of the first of several runs on text, and lines that describe them."""
     config = runs[0]
     files = replace(find_model(config.model), rope_scaling=config.rope_scaling)
     images = config.vision.task == "chat"
@@ -86,7 +86,9 @@ def _describe(runs: Sequence[RunConfig]) -> tuple[list[RunConfig], list[str]]:
     check_longest(int(data.store.lengths.max()), base)
     reported, selecting = held_out(config.data, tokenizer, source=source)
     say_counts(len(reported), len(selecting), chosen=config.train.eval_every > 0)
-    lines = [
+    for run in runs[1:]:
+        adapter_spec(run, base)  # raises for rules that match nothing
+    return config, [
         f"base model: {sum(map(math.prod, param_shapes(base).values())):,} parameters, {files.path}",
         *_added(added, tokenizer, base),
         f"adapters: {adapter_parameters(base, spec):,} trained parameters, {len(spec.targets)} projections a layer",
@@ -96,14 +98,8 @@ def _describe(runs: Sequence[RunConfig]) -> tuple[list[RunConfig], list[str]]:
         f"held out: {len(reported)} examples that results are reported on, {len(selecting)} that choose the checkpoint",
         f"steps: {config.steps} of {config.train.batch_size} rows, {_epochs(config, data):.2f} epochs",
         *_memory(concrete, base, spec, mesh),
+        *_differences([with_learning_rate(run, base.d_model) for run in runs]),
     ]
-    others = []
-    for run in runs[1:]:
-        if run.data == runs[0].data:
-            run = replace(run, data=config.data)
-        others.append(settled(run, files, source))
-        adapter_spec(others[-1], base)  # raises for rules that match nothing
-    return [config, *others], lines
 
 
 def _differences(runs: Sequence[RunConfig]) -> list[str]:
