@@ -36,7 +36,7 @@ from nalora_jax.seals import seal
 from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started
 from nalora_jax.train.loop import FitResult, Follower, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
-from nalora_jax.train.mechanisms import log_first_step
+from nalora_jax.train.mechanisms import first_step, log_first_step
 from nalora_jax.train.optimizers import make_schedule
 from nalora_jax.train.profile import Profile
 from nalora_jax.train.progress import Progress, Stages
@@ -199,7 +199,7 @@ class Running:
         """Evaluates and exports the state after the last ``step``."""
         assert self.before is not None
         after = _measure_after(self.state, self.before, self.pieces.evaluator, self.hooks)
-        first = self.pieces.assembly.mechanisms.first_step
+        first = first_step(self.pieces.assembly.mechanisms)
         if after["step"] < first:
             log.warning(
                 "the exported adapter of step %d is that of plain LoRA: mechanisms act from step %d",
@@ -260,7 +260,7 @@ class Running:
         if origin:
             more["base"] = origin.to_dict()
         if pieces.assembly.mechanisms.entries:
-            more["mechanisms_from"] = pieces.assembly.mechanisms.first_step
+            more["mechanisms_from"] = first_step(pieces.assembly.mechanisms)
         settings = redacted(self.config.to_dict())
         return Started(self.output.folder, settings, self.start, versions(), describe_device(), more)
 

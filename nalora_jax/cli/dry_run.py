@@ -35,7 +35,7 @@ from nalora_jax.sweeps.fit import device_memory
 from nalora_jax.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.train.inputs import check_data, check_layout, check_longest, described, stream_shape
 from nalora_jax.train.learning_rate import with_learning_rate
-from nalora_jax.train.mechanisms import log_first_step, make, mechanisms_of
+from nalora_jax.train.mechanisms import first_step, log_first_step, make, mechanisms_of
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
 from nalora_jax.weights.hub import resolve as find_model
@@ -130,7 +130,7 @@ def _mechanisms(config: RunConfig, base: ModelConfig, spec: AdapterSpec) -> str:
     log_first_step(mechanisms, config.steps)
     if not mechanisms.entries:
         return "none, plain LoRA"
-    return f"{' '.join(config.mechanisms)}, from step {mechanisms.first_step}"
+    return f"{' '.join(config.mechanisms)}, from step {first_step(mechanisms)}"
 
 
 def _context(config: RunConfig, base: ModelConfig) -> str:

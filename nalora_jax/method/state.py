@@ -54,11 +54,6 @@ class Mechanisms:
         """The places where at least one of them acts."""
         return tuple(place for place in PLACES if any(place in m.places for _, m in self.entries))
 
-    @property
-    def first_step(self) -> int:
-        """The first optimizer step in which one of them acts, counted from 1; 0 without mechanisms."""
-        return min((m.warmup + 1 for _, m in self.entries), default=0)
-
     def context(self, count: Array, block: str) -> Context:
         """Returns the arguments of the rules at a step."""
         name = dict(self.others).get(block, self.activation)
