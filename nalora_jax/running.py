@@ -254,7 +254,7 @@ class Running:
     def _started(self) -> Started:
         """Returns the facts about the run that callbacks get before its first step."""
         pieces, origin = self.pieces, self.pieces.loaded.origin
-        more = {"data": dict(pieces.data.describe())}
+        more: dict[str, Any] = {"data": dict(pieces.data.describe())}
         if pieces.in_turns is not None:
             more["data"]["in_turns"] = pieces.in_turns
         if origin:

@@ -39,13 +39,13 @@ class Verb:
 # Flags of the short help, by heading.
 _TRAIN = {
     "Run": ("--config", "--model", "--output", "--resume", "--steps", "--epochs", "--seed", "--dry-run"),
-    "Data": (
-        *("--data.dataset", "--data.eval-split", "--data.max-length", "--data.chat"),
-        *("--data.loss-on",),
-    ),
+    "Data": ("--data.dataset", "--data.eval-split", "--data.max-length", "--data.chat", "--data.loss-on"),
     "Adapters, and the steps of their gates": ("--lora.rules", "--mechanisms"),
     "Training and evaluation": (
-        *("--optimizer.learning-rate", "--train.batch-size", "--train.eval-every", "--compute.quantize"),
+        "--optimizer.learning-rate",
+        "--train.batch-size",
+        "--train.eval-every",
+        "--compute.quantize",
     ),
     "Several runs at once": ("--sweep",),
 }

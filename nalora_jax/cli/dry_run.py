@@ -86,19 +86,23 @@ def _describe(runs: Sequence[RunConfig]) -> tuple[RunConfig, list[str]]:
     check_longest(int(data.store.lengths.max()), base)
     reported, selecting = held_out(config.data, tokenizer, source=source)
     say_counts(len(reported), len(selecting), chosen=config.train.eval_every > 0)
-    for run in runs[1:]:
-        adapter_spec(run, base)  # raises for rules that match nothing
+    settings = []
+    for run in runs:
+        if run.model == runs[0].model:
+            adapter_spec(run, base)  # raises for rules that match nothing
+            run = with_learning_rate(run, base.d_model)
+        settings.append(run)
     return config, [
         f"base model: {sum(map(math.prod, param_shapes(base).values())):,} parameters, {files.path}",
         *_added(added, tokenizer, base),
         f"adapters: {adapter_parameters(base, spec):,} trained parameters, {len(spec.targets)} projections a layer",
-        f"mechanisms: {_mechanisms(config, base, spec)}",
+        f"mechanisms: {mechanisms_text(config, base.activation, spec)}",
         f"training data: {stream_text(data.describe())}",
         f"rows: {config.data.max_length:,} tokens; {_context(config, base)}",
         f"held out: {len(reported)} examples that results are reported on, {len(selecting)} that choose the checkpoint",
         f"steps: {config.steps} of {config.train.batch_size} rows, {_epochs(config, data):.2f} epochs",
         *_memory(concrete, base, spec, mesh),
-        *_differences([with_learning_rate(run, base.d_model) for run in runs]),
+        *_differences(settings),
     ]
 
 
@@ -123,10 +127,10 @@ def _value_text(value: Any) -> str:
     return str(value)
 
 
-def _mechanisms(config: RunConfig, base: ModelConfig, spec: AdapterSpec) -> str:
+def mechanisms_text(config: RunConfig, activation: str, spec: AdapterSpec) -> str:
     """Returns the mechanisms of a run as text; logs the warnings that the run would log."""
     gates = find_gates(trees.unflatten({f"{path}/b": 0 for path, _ in spec.targets}))
-    mechanisms = mechanisms_of(config, base.activation, {}, gates)
+    mechanisms = mechanisms_of(config, activation, {}, gates)
     log_first_step(mechanisms, config.steps)
     if not mechanisms.entries:
         return "none, plain LoRA"
