@@ -8,11 +8,13 @@ from typing import Any
 import jax
 
 from nalora_jax import trees
+from nalora_jax.cli.dry_run import mechanisms_text
 from nalora_jax.config import RunConfig
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.models.vision.dual import init_lora
 from nalora_jax.runs.dual_pieces import held_out_indices, image_records
+from nalora_jax.runs.hooks import say_counts
 from nalora_jax.train.dual import resolve_dual
 from nalora_jax.train.settle import settled
 from nalora_jax.weights.vision.model import read_dual
@@ -29,6 +31,7 @@ def describe_images(config: RunConfig) -> tuple[RunConfig, list[str]]:
     base = read_dual(config.model, d_out=config.vision.features, loss=config.vision.loss)
     spec = resolve_dual(config, base)
     reported, selecting = held_out_indices(config, held_out)
+    say_counts(len(reported), len(selecting), chosen=config.train.eval_every > 0)
     total, trained = sum(map(math.prod, base.param_shapes().values())), _trained(base, spec)
     of = f"{len(records.classes)} classes, " if records.classes else ""
     epochs = config.steps * config.train.batch_size / len(records.indices)
@@ -37,6 +40,7 @@ def describe_images(config: RunConfig) -> tuple[RunConfig, list[str]]:
     return config, [
         f"base model: {total:,} parameters, {config.model}",
         f"trained parameters: {trained:,}, on {len(spec.targets)} projections a layer of both towers",
+        f"mechanisms: {mechanisms_text(config, base.towers['image'].activation, spec)}",
         f"training data: {of}{len(records.indices)} images of {len(records.source)}",
         f"held out: {len(reported)} images that results are reported on, {len(selecting)} that choose the checkpoint",
         f"steps: {config.steps} of {config.train.batch_size} images, {epochs:.2f} epochs",
