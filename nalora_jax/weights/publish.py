@@ -14,6 +14,7 @@ from huggingface_hub import constants, errors
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_atomically
+from nalora_jax.paths import refuse_link_out
 from nalora_jax.redaction import is_hub_id
 from nalora_jax.tokenizer import read_json
 from nalora_jax.weights.hub_snapshots import reason_of
@@ -47,8 +48,9 @@ def push_folder(
       The address of the commit.
 
     Raises:
-      NaloraError: the folder is not an adapter or a merged model, has no card, or names a base
-        that is not on the hub; there is no token; or the hub refuses or cannot be reached.
+      NaloraError: the folder is not an adapter or a merged model, has no card, contains a link
+        that leaves it, or names a base that is not on the hub; there is no token; or the hub
+        refuses or cannot be reached.
     """
     _check_repository(repository)
     is_adapter = _check_folder(folder)
@@ -78,7 +80,9 @@ def _check_repository(repository: str) -> None:
 
 
 def _check_folder(folder: Path) -> bool:
-    """Returns True for an adapter, False for a merged model; raises an error for other folders."""
+    """Returns True for an adapter, False for a merged model; raises an error for others and for links out of them."""
+    for path in folder.rglob("*"):
+        refuse_link_out(folder, path.relative_to(folder))
     is_adapter = (folder / CONFIG_NAME).is_file()
     if not is_adapter and not ((folder / "config.json").is_file() and any(folder.glob("*.safetensors"))):
         expected = "the folder of a run, an adapter or a merged model"

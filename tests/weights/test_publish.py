@@ -79,6 +79,14 @@ def test_a_run_s_adapter_goes_up_with_its_card_and_nothing_else(adapter, hub, ca
     }
 
 
+def test_a_link_out_of_the_folder_is_not_uploaded(adapter, hub, capsys):
+    (adapter.parent.parent / "key.json").write_text("{}")
+    (adapter / "vocab.json").symlink_to("../../key.json")
+    assert main(["push", str(adapter), "--repo", "me/mine"]) == 2
+    assert "vocab.json: expected a file of that folder, found a link to" in capsys.readouterr().err
+    assert not hub.commits
+
+
 def test_another_base_is_named_in_what_goes_up_and_not_here(adapter, hub, tmp_path):
     before = {path.name: path.read_bytes() for path in adapter.iterdir()}
     assert main(["push", str(adapter), "--repo", "me/mine", "--base-model", "other/base"]) == 0
