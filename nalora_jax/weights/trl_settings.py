@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from nalora_jax.errors import NaloraError
+from nalora_jax.errors import NaloraError, shown
 from nalora_jax.weights.foreign_settings import Field, Refused, Settings, choice, converted, only, put
 from nalora_jax.weights.peft_rules import listed, rules_of
 from nalora_jax.weights.peft_settings import PEFT
@@ -260,8 +260,8 @@ def _number(values: Mapping[str, Any], name: str, default: float) -> Any:
     value = values.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise NaloraError(name, expected="a number", found=repr(value))
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e38:
+        raise NaloraError(name, expected="a number", found=shown(value))
     return value
 
 
@@ -307,7 +307,7 @@ def _lora(settings: Settings, values: Mapping[str, Any]) -> list[str]:
 
     If TRL trains all weights, this library's default rules apply.
     """
-    named = [name for name in values if name.startswith("lora_") and values[name] is not None]
+    named = [name for name in values if str(name).startswith("lora_") and values[name] is not None]
     notes = []
     if not values.get("use_peft"):
         notes = ["without use_peft TRL trains all weights; here adapters are trained"]
