@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 from nalora_jax import notes, terminal
 from nalora_jax.errors import Interrupted, LostPeerError, NaloraError, visible
+from nalora_jax.redaction import redacted
 
 # Error codes that are caused by the machine or a path, not by the library.
 _MACHINE = (
@@ -62,7 +63,7 @@ def guarded(run: Callable[[], None]) -> int:
     except NaloraError as error:
         return _fail(str(error))
     except Interrupted as stopped:
-        print(visible(str(stopped)), file=sys.stderr)
+        print(redacted(visible(str(stopped))), file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -103,7 +104,7 @@ def _jax_complaint(error: Exception) -> str | None:
 
 
 def _fail(message: str) -> int:
-    line = visible(" ".join(message.split()))
+    line = redacted(visible(" ".join(message.split())))
     print(
         json.dumps({"level": "ERROR", "message": line}) if notes.as_json() else f"error: {line}",
         file=sys.stderr,
