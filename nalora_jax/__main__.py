@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 from nalora_jax import notes, terminal
 from nalora_jax.errors import Interrupted, ListedError, LostPeerError, NaloraError, visible
+from nalora_jax.redaction import redacted
 
 # Error codes that are caused by the machine or a path, not by the library.
 _MACHINE = (
@@ -64,7 +65,7 @@ def guarded(run: Callable[[], None]) -> int:
     except NaloraError as error:
         return _fail(str(error))
     except Interrupted as stopped:
-        print(visible(str(stopped)), file=sys.stderr)
+        print(redacted(visible(str(stopped))), file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -105,7 +106,7 @@ def _jax_complaint(error: Exception) -> str | None:
 
 
 def _fail(*lines: str) -> int:
-    message = visible("\n  ".join(" ".join(line.split()) for line in lines))
+    message = redacted(visible("\n  ".join(" ".join(line.split()) for line in lines)))
     print(
         json.dumps({"level": "ERROR", "message": message}) if notes.as_json() else f"error: {message}",
         file=sys.stderr,

@@ -104,6 +104,11 @@ def shown(value: object) -> str:
     return repr(value)[:80]
 
 
+def described(error: BaseException) -> str:
+    """Returns type and message of an error of the user's code, whose message may fail to print."""
+    return f"{type(error).__name__}: {_text(error)}"
+
+
 def bounded_text(text: object) -> str:
     """Returns ``text`` with at most `MAX_MESSAGE` bytes, safe to print; a longer text loses its middle."""
     (line,) = _bounded([_text(text)])
@@ -111,11 +116,11 @@ def bounded_text(text: object) -> str:
 
 
 def _text(value: object) -> str:
-    """Returns ``part`` as text that is safe to print."""
+    """Returns ``value`` as text that is safe to print."""
     try:
         text = str(value)
-    except (ValueError, RecursionError, MemoryError) as error:  # e.g. an integer of 5,000 digits
-        text = f"a {type(value).__name__} that cannot be shown ({error})"
+    except Exception as error:  # e.g. an integer of 5,000 digits, or an error of the user's code
+        text = f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
     return visible(shorten(text, MAX_MESSAGE))
 
 

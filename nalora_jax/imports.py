@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from nalora_jax.errors import NaloraError
+from nalora_jax.errors import NaloraError, described
+from nalora_jax.paths import expand_user
 
 _DIGITS = 12
 
@@ -56,7 +58,8 @@ def import_file(name: str, folder: str | Path = ".") -> ImportedFile:
         or it changed after this process imported it.
     """
     where, (path_text, _, recorded_digest) = f"--import {name}", name.partition("@")
-    path = (Path(folder).expanduser() / Path(path_text).expanduser()).resolve()
+    # Not Path.resolve, which raises an error for a link to itself.
+    path = Path(os.path.realpath(expand_user(folder) / expand_user(path_text)))
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except (OSError, ValueError) as error:
@@ -103,7 +106,7 @@ def execute(path: Path, name: str, where: str) -> ModuleType:
         del sys.modules[name]
         if isinstance(error, NaloraError | KeyboardInterrupt):
             raise
-        reason = f"{type(error).__name__}: {error}"  # also of a file that ends the program
+        reason = described(error)  # also of a file that ends the program
         raise NaloraError(where, expected="a Python file that can be executed", found=reason) from error
     finally:
         sys.dont_write_bytecode = write_bytecode

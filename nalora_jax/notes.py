@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from nalora_jax.errors import bounded_text
+from nalora_jax.redaction import redacted
 
 LOG_FORMAT = "NALORA_LOG_FORMAT"
 EVERY = 10.0  # seconds between log lines about the same work if no listener shows its progress
@@ -32,10 +33,10 @@ def as_json() -> bool:
 
 
 class _Bounded(logging.Formatter):
-    """Limits messages to 2 kB, like errors, since they quote files; tracebacks are not cut."""
+    """Limits messages to 2 kB, like errors, since they quote files, without secrets; tracebacks are not cut."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return bounded_text(super().formatMessage(record))
+        return bounded_text(redacted(super().formatMessage(record)))
 
 
 class StderrHandler(logging.Handler):

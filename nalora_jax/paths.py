@@ -65,6 +65,31 @@ def make_unlinked_folder(folder: Path) -> Path:
     return folder
 
 
+def refuse_link_out(folder: Path, name: str | Path) -> None:
+    """Raises an error if a file of a model's folder, which may be a stranger's, is a link that leaves the folder.
+
+    Example: through a link ``merges.txt -> ../id_rsa``, the key would become a file of the merged model. In the hub's
+    cache, files of ``snapshots/REVISION`` are links to ``blobs`` of the same repository.
+
+    Args:
+      folder: of the model.
+      name: of the file, relative to ``folder``.
+
+    Raises:
+      NaloraError: it names the link and its target.
+    """
+    # Not Path.resolve, which raises an error for a link to itself.
+    home, target = (Path(os.path.realpath(path)) for path in (folder, folder / name))
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
+        raise NaloraError(
+            str(folder / name),
+            expected="a file of that folder",
+            found=f"a link to {target}",
+            remedy="if the folder is your own, replace the link by a copy of its file",
+        )
+
+
 def _refusal(path: str | Path, expected: str) -> NaloraError:
     remedy = "links in an output folder are not followed: remove it, or choose another folder"
     return NaloraError(str(path), expected=expected, found="a symbolic link", remedy=remedy)

@@ -1,6 +1,6 @@
 """Redacts passwords and private paths of a run, and escapes names in Markdown.
 
-`redacted` is for all files of a run (log, checkpoints, report, trackers), `published` for model
+`redacted` is for error lines and all files of a run (log, checkpoints, report, trackers), `published` for model
 cards, which others read, and `markdown` and `code` for texts in Markdown, which would otherwise
 pass HTML through.
 """
@@ -17,11 +17,17 @@ from nalora_jax.errors import visible
 MARK = "***"  # in place of a password or token
 _SECRET = r"(?:password|passwd|pwd|secret|token|(?:api|access|private)[_-]?key|credentials?|signature|sig)"
 _NAMED = re.compile(rf"(?i){_SECRET}$")
-_ASSIGNED = re.compile(rf"(?i)({_SECRET}=)[^\s,;&\"']+")
-_USER = re.compile(r"(?<=://)[^/\s\"',]*@")  # scheme://user:password@host; the user may be a token
-# Tokens by their form: Hugging Face, GitHub, AWS, OpenAI, Slack.
+# password=x, --password x, Bearer x
+_ASSIGNED = re.compile(
+    rf"(?i)({_SECRET}=|--[\w.-]{{0,60}}{_SECRET}[ ]+(?!-)|\bbearer[ ]+(?=\S{{8}}))"
+    r"(?:\"[^\"]*\"|'[^']*'|[^\s,;&\"']+)"
+)
+# scheme://user:password@host; the user may be a token, and a secret of AWS may contain slashes.
+_USER = re.compile(r"(?<=://)(?:[^/\s\"',]*|[^/\s\"',@]{1,200}:(?!\d+/)[^\s\"',@]{1,200})@")
+# Tokens by their form: Hugging Face, GitHub, GitLab, AWS, Google, OpenAI, Slack, JSON Web Tokens.
 _TOKEN = re.compile(
-    r"\b(?:hf_\w{20,}|gh[pousr]_\w{20,}|A[KS]IA[0-9A-Z]{16}|sk-[\w-]{20,}|xox[a-z]-[\w-]{10,})"
+    r"\b(?:hf_\w{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|gl[a-z]{2,6}-[\w-]{20,}|A[KS]IA[0-9A-Z]{16}|AIza[\w-]{35}"
+    r"|sk-[\w-]{20,}|xox[a-z]-[\w-]{10,}|eyJ[\w-]{8,2000}\.[\w-]{8,4000}(?:\.[\w-]+)?)"
 )
 # The folders of an absolute path, or of one in the home or working folder, also as a URL
 # (file:///, sqlite:///).

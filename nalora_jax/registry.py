@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from nalora_jax.errors import NaloraError
+from nalora_jax.errors import NaloraError, described
 
 T = TypeVar("T")
 
@@ -87,8 +87,8 @@ class Registry(Generic[T]):
             try:
                 point.load()
             except (Exception, SystemExit) as error:  # an exit must not look like a finished run
-                reason = f"{type(error).__name__}: {error}"
-                raise NaloraError(where, expected="a module that can be imported", found=reason) from error
+                expected = "a module that can be imported"
+                raise NaloraError(where, expected=expected, found=described(error)) from error
             if name not in self._values:
                 expected = f"to register a {self._kind} of that name"
                 raise NaloraError(where, expected=expected, found="no such registration")

@@ -17,7 +17,7 @@ from nalora_jax import distributed, trees
 from nalora_jax.config import RunConfig
 from nalora_jax.config.preference import UNCHANGED
 from nalora_jax.data.pipeline import stream_text
-from nalora_jax.errors import Interrupted, NaloraError
+from nalora_jax.errors import Interrupted, NaloraError, bounded_text
 from nalora_jax.evaluate.heldout import describe
 from nalora_jax.evaluate.statistics import compare
 from nalora_jax.files import write_atomically
@@ -132,7 +132,7 @@ class Running:
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:  # trackers mark every failed run
-            self._callbacks.end(Ended(message=str(error) or "interrupted"))
+            self._callbacks.end(Ended(message=redacted(bounded_text(error)) or "interrupted"))
             raise
 
     def measure_before(self, measured: BaseMetrics | None = None) -> BaseMetrics | None:
@@ -219,7 +219,7 @@ class Running:
 
     def fail(self, error: Exception) -> None:
         """Records the error that ended the run."""
-        self._callbacks.end(Ended(message=str(error)))
+        self._callbacks.end(Ended(message=redacted(str(error))))
 
     def stopped(self, result: FitResult) -> Interrupted:
         """Returns the error of a run that a signal stopped, once its state is saved."""

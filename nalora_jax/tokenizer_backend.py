@@ -20,18 +20,22 @@ from nalora_jax.errors import NaloraError
 # 970.
 LONGEST, TOKENS = 1024.0, 4096
 _UNICODE = {"NFKC": 18.0, "NFKD": 18.0, "NFC": 3.0, "NFD": 4.0, "Lowercase": 3.0, "ByteLevel": 2.0}
+_MAX_BYTES = 256 << 20  # Gemma's, among the largest, has 33 MB
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
     """Reads a ``tokenizer.json`` and turns truncation and padding off.
 
     Raises:
-      NaloraError: the file is missing or damaged.
+      NaloraError: the file is missing, larger than any tokenizer's, or damaged.
     """
     if not path.is_file():
         expected = "the file"
         remedy = "save it with transformers: AutoTokenizer.from_pretrained(model).save_pretrained(folder)"
         raise NaloraError(str(path), expected=expected, found="nothing of that name", remedy=remedy)
+    if path.stat().st_size > _MAX_BYTES:
+        size = f"{path.stat().st_size >> 20} MB"
+        raise NaloraError(str(path), expected=f"a tokenizer of up to {_MAX_BYTES >> 20} MB", found=size)
     try:
         content = path.read_bytes()
         raw = json.loads(content)

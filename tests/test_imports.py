@@ -92,6 +92,17 @@ def test_a_file_that_cannot_be_executed_is_one_error(tmp_path, content, complain
     assert not imports.imported()
 
 
+def test_a_link_to_itself_and_an_error_without_a_message_are_one_error(tmp_path):
+    (tmp_path / "mine.py").symlink_to(tmp_path / "mine.py")
+    with pytest.raises(
+        NaloraError, match=r"mine.py: expected a Python file that can be read, found Too many levels"
+    ):
+        import_file("mine.py", tmp_path)
+    (tmp_path / "other.py").write_text("class E(Exception):\n    def __str__(self): return 1 / 0\nraise E")
+    with pytest.raises(NaloraError, match=r"found E: a E that cannot be shown \(ZeroDivisionError\)"):
+        import_file("other.py", tmp_path)
+
+
 def test_the_command_line_imports_files_and_records_them(tmp_path):
     path = written(tmp_path / "mine.py", "flag")
     _, args = command.parse(["train", "--import", str(path), "--mechanisms", "plain_of_flag"])

@@ -14,7 +14,7 @@ import pytest
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_atomically
-from nalora_jax.paths import expand_user, naming, open_unlinked, scratch_folder
+from nalora_jax.paths import expand_user, naming, open_unlinked, refuse_link_out, scratch_folder
 from nalora_jax.runs.lock import Lock
 from nalora_jax.runs.metrics import MetricsLog
 from nalora_jax.runs.output import open_output
@@ -187,3 +187,31 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
             "incomplete-otherhost-1",
         }
     assert [path.name for path in tmp_path.iterdir()] == ["incomplete-otherhost-1"]
+
+
+@pytest.mark.parametrize(
+    ("link", "accepted"),
+    [
+        ("vocab.json", True),
+        ("../../blobs/1f0a", True),  # the hub's cache
+        ("../../id_rsa", False),
+        ("../other/vocab.json", False),
+        ("../../blobs/../id_rsa", False),
+        ("../../blobs/link", False),
+        ("/etc/passwd", False),
+    ],
+)
+def test_a_file_of_a_model_may_be_a_link_within_its_folder_and_the_hub_s_cache(tmp_path, link, accepted):
+    folder = tmp_path / "models--a--b" / "snapshots" / "main"
+    for place in (folder, folder.parent / "other", folder.parents[1] / "blobs"):
+        place.mkdir(parents=True)
+    (folder.parents[1] / "id_rsa").touch()
+    (folder.parents[1] / "blobs" / "link").symlink_to("../id_rsa")
+    (folder / "merges.txt").symlink_to(link)
+    if accepted:
+        refuse_link_out(folder, "merges.txt")
+    else:
+        with pytest.raises(
+            NaloraError, match=r"merges.txt: expected a file of that folder, found a link to"
+        ):
+            refuse_link_out(folder, "merges.txt")

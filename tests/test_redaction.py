@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nalora_jax.__main__ import guarded
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.redaction import MARK, code, markdown, published, redacted
+from nalora_jax.running import Running
 from nalora_jax.train.callbacks import make_callbacks
 
 
@@ -26,6 +30,17 @@ from nalora_jax.train.callbacks import make_callbacks
         ("https://host/x?sig=abc%3D&n=1", f"https://host/x?sig={MARK}&n=1"),
         ("nalora push --with hf_abcdefghijklmnopqrstuvwx", f"nalora push --with {MARK}"),
         ("key AKIAABCDEFGHIJKLMNOP", f"key {MARK}"),
+        ("s3://AKIAABCDEFGHIJKLMNOP:ab/cd+e@bucket/x", f"s3://{MARK}@bucket/x"),
+        ("https://host/x?token=hf_abc&n=1", f"https://host/x?token={MARK}&n=1"),
+        ("Authorization: Bearer abc.def-123", f"Authorization: Bearer {MARK}"),
+        ("run --password x --hub-token 'a b' --n 5", f"run --password {MARK} --hub-token {MARK} --n 5"),
+        ("glpat-abcdefghij0123456789", MARK),
+        ("github_pat_abcdefghij0123456789", MARK),
+        ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl.", f"{MARK}."),
+        (
+            "https://host:80/a@b, --token --n 5, the bearer of it",
+            "https://host:80/a@b, --token --n 5, the bearer of it",
+        ),
         ("--max-new-tokens=5 --data.add-tokens=<a>", "--max-new-tokens=5 --data.add-tokens=<a>"),
         ("s3://bucket/a@b, https://host:80/x", "s3://bucket/a@b, https://host:80/x"),
     ],
@@ -33,6 +48,23 @@ from nalora_jax.train.callbacks import make_callbacks
 def test_passwords_and_tokens_are_replaced(text: str, expected: str) -> None:
     assert redacted(text) == expected
     assert redacted({"callbacks": (text,), "n": 3}) == {"callbacks": (expected,), "n": 3}
+
+
+def test_errors_on_the_terminal_and_in_the_log_of_a_run_have_no_secrets(capsys: Any) -> None:
+    error = NaloraError("s3://KEY:SECRET@b/x?token=abc&n=1", expected="a folder", found="Bearer abcdefghi")
+    said = f"s3://{MARK}@b/x?token={MARK}&n=1: expected a folder, found Bearer {MARK}"
+    ended: list[Any] = []
+    running: Any = SimpleNamespace(_callbacks=SimpleNamespace(end=ended.append))
+
+    def failing() -> None:
+        logging.getLogger("nalora_jax").warning("%s", error)
+        with Running.reporting_errors(running):
+            raise error
+
+    assert guarded(failing) == 2
+    Running.fail(running, error)
+    assert capsys.readouterr().err == f"{said}\nerror: {said}\n"
+    assert [end.message for end in ended] == [said, said]
 
 
 def test_a_setting_with_the_name_of_a_secret_is_replaced() -> None:

@@ -87,6 +87,18 @@ def test_ids_and_text_equal_transformers(tmp_path: Path) -> None:
     assert not ours.add_bos
 
 
+def test_a_file_larger_than_any_tokenizer_is_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(1 << 30)  # without blocks on the disk
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("it was read"))
+    with pytest.raises(
+        NaloraError, match="tokenizer.json: expected a tokenizer of up to 256 MB, found 1024 MB"
+    ):
+        Tokenizer.from_folder(tmp_path)
+
+
 def test_begin_of_sequence_comes_from_the_post_processor(tmp_path: Path) -> None:
     backend = byte_level()
     backend.post_processor = processors.TemplateProcessing(

@@ -28,7 +28,7 @@ import yaml
 from nalora_jax.cli.usage import did_you_mean
 from nalora_jax.config import LoRARule, RunConfig
 from nalora_jax.config.types import first_wrong, type_name
-from nalora_jax.errors import NaloraError
+from nalora_jax.errors import NaloraError, described
 from nalora_jax.imports import execute
 
 _AUTO = ("data.max_length", "optimizer.learning_rate")  # 0: the library chooses
@@ -57,9 +57,7 @@ def load_config(path: str | Path) -> RunConfig:
     except (NaloraError, KeyboardInterrupt):
         raise
     except BaseException as error:  # includes errors that the file raises
-        raise _bad_config(
-            path, "config() to return a RunConfig", f"{type(error).__name__}: {error}"
-        ) from error
+        raise _bad_config(path, "config() to return a RunConfig", described(error)) from error
     if not isinstance(config, RunConfig):
         raise _bad_config(path, "config() to return a RunConfig", type(config).__name__)
     _check_types(config, path)

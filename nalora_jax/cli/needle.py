@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,10 +67,9 @@ def _lengths(args: EvalArgs) -> list[int]:
         if value:
             raise NaloraError("--needle", expected=f"--needle or {flag}", found="both")
     texts = [text.strip() for text in args.needle.split(",")]
-    if not all(text.isdecimal() and int(text) for text in texts):
-        raise NaloraError(
-            "--needle", expected="lengths in tokens, separated by commas", found=repr(args.needle)
-        )
+    if not all(re.fullmatch(r"0*[1-9]\d{0,7}", text) for text in texts):
+        expected = "lengths of 1 to 8 digits in tokens, separated by commas"
+        raise NaloraError("--needle", expected=expected, found=repr(args.needle))
     return sorted(set(map(int, texts)))
 
 

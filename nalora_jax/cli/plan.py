@@ -23,7 +23,7 @@ from nalora_jax.config import (
     TrainConfig,
     check,
 )
-from nalora_jax.config.ranges import COUNT, MESH, ROWS, TOKENS, Range
+from nalora_jax.config.ranges import COUNT, MESH, ROWS, TOKENS, Range, check_path
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def plan(args: PlanArgs) -> None:
     """Prints the plan of each topology."""
     from nalora_jax.plan.machines import topology
 
+    _check_json(args.json)
     machines = [topology(name) for name in args.topology]
     if not machines:
         raise NaloraError("--topology", expected="at least one machine", found="none")
@@ -134,6 +135,15 @@ def plan(args: PlanArgs) -> None:
         if args.json is not None:
             with args.json.open("a") as file:
                 file.write(json.dumps(record) + "\n")
+
+
+def _check_json(path: Path | None) -> None:
+    """Refuses a file for the figures that cannot be opened, before a compilation of minutes."""
+    if path is None:
+        return
+    check_path("--json", path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise NaloraError("--json", expected="a file in an existing folder", found=path)
 
 
 def _plan_sweep(args: PlanArgs, base: ModelConfig, machines: Sequence[Topology]) -> None:

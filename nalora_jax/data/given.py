@@ -13,7 +13,7 @@ import numpy as np
 from nalora_jax.config import DataConfig
 from nalora_jax.data.source import Record, RecordsSource, Source, Span, TableRecord
 from nalora_jax.data.sources import AUTO, open_source
-from nalora_jax.errors import NaloraError
+from nalora_jax.errors import NaloraError, described
 
 NAME = "in memory"  # name of a data set that a program passed in
 # Returns an example (of any form of `nalora_jax.data.forms`) for a record, or None to skip it.
@@ -51,9 +51,8 @@ class FormattedSource(Source):
         try:
             example = self._function(record)
         except Exception as error:
-            actual = f"{type(error).__name__}: {error}"
             raise NaloraError(
-                f"format, {self._base.where(index)}", expected="an example", found=actual
+                f"format, {self._base.where(index)}", expected="an example", found=described(error)
             ) from error
         if example is not None and not isinstance(example, dict):
             actual = type(example).__name__

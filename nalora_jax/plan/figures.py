@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -20,8 +21,10 @@ from nalora_jax.plan.collectives import Collective
 from nalora_jax.plan.machines import Chip
 from nalora_jax.plan.scopes import Work, works
 from nalora_jax.plan.transfers import Transfer, transfers
+from nalora_jax.seals import FIELD, seal, unseal
 
-_ACCOUNTING = "18"  # version of the accounting; cached figures of other versions are ignored
+log = logging.getLogger(__name__)
+_ACCOUNTING = "19"  # version of the accounting; cached figures of other versions are ignored
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Figures:
 def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None) -> Figures:
     """Returns the figures of ``step`` for shapes of its arguments, from the cache or the compiler.
 
+    A damaged file of the cache is replaced.
+
     Args:
       step: a jitted function.
       arguments: ``jax.ShapeDtypeStruct`` trees with shardings.
@@ -73,10 +78,13 @@ def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None)
     digest = hashlib.sha256(text.encode()).hexdigest()
     file = (cache or downloads.cache_dir()) / "plans" / f"{digest[:32]}.json"
     if file.exists():
-        return _read(json.loads(file.read_text()))
+        try:
+            return _read(file)
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            log.warning("%s is damaged: the program is compiled again", file)
     compiled = of_compiled(lowered.compile())
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(asdict(compiled)))
+    write_atomically(file, json.dumps(seal(asdict(compiled))))
     return compiled
 
 
@@ -100,7 +108,16 @@ def of_compiled(compiled: Any) -> Figures:
     )
 
 
-def _read(record: dict[str, Any]) -> Figures:
+def _read(file: Path) -> Figures:
+    """Returns the figures in a file of the cache.
+
+    Raises:
+      OSError, ValueError, TypeError, KeyError, RecursionError: the file is damaged.
+    """
+    record = json.loads(file.read_bytes())
+    if FIELD not in record:  # `unseal` accepts that
+        raise KeyError(FIELD)
+    record = unseal(record, str(file))
     collectives = tuple(Collective(**entry) for entry in record.pop("collectives"))
     transfers = tuple(Transfer(**entry) for entry in record.pop("transfers"))
     scopes = {name: Work(**entry) for name, entry in record.pop("scopes").items()}

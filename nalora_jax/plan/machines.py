@@ -181,13 +181,13 @@ def topology(name: str) -> Topology:
     Raises:
       NaloraError: an unknown chip, or a shape that it does not have.
     """
-    gpus = re.fullmatch(r"(\d+)x(h100)", name.lower())
+    gpus = re.fullmatch(r"(\d{1,7})x(h100)", name.lower())
     if gpus:
         count = int(gpus.group(1))
         if count and (count <= _GPUS_A_NODE or count % _GPUS_A_NODE == 0):
             a_node = min(count, _GPUS_A_NODE)
             return Topology(name, CHIPS["h100"], "h100", (count // a_node, a_node))
-    tpus = re.fullmatch(r"(?:(\d+)x)?(v5e|v6e|v5p):(\d+(?:x\d+){1,2})", name.lower())
+    tpus = re.fullmatch(r"(?:(\d{1,7})x)?(v5e|v6e|v5p):(\d{1,7}(?:x\d{1,7}){1,2})", name.lower())
     if tpus:
         kind, dims = tpus.group(2), tuple(int(size) for size in tpus.group(3).split("x"))
         slices = int(tpus.group(1) or 1)

@@ -265,10 +265,11 @@ class Checkpointer:
         Raises:
           NaloraError: the last write failed.
         """
-        try:
-            self.wait()
-        finally:
-            self._manager.close()
+        with self._write_errors():
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -300,13 +301,16 @@ class Checkpointer:
                     with suppress(OSError):
                         files.remove_tree(scrap)
             check_lost_peer(error)
-            self._manager.reload()
-            raise NaloraError(
-                f"checkpoint in {self.folder}",
-                expected="to be written whole",
-                found=_reason(error),
-                remedy=f"steps {list(self._manager.all_steps())} are intact; make room, then continue with --resume",
-            ) from error
+            steps: list[int] = []
+            with suppress(OSError):  # the folder may have been deleted
+                self._manager.reload()
+                steps = list(self._manager.all_steps())
+            remedy = f"steps {steps} are intact; make room, then continue with --resume"
+            if not steps:
+                remedy = "no step is saved: make room, and start again in another --output"
+            where = f"checkpoint in {self.folder}"
+            expected, actual = "to be written whole", _reason(error)
+            raise NaloraError(where, expected=expected, found=actual, remedy=remedy) from error
 
     def _find(self, which: Literal["latest", "best"] | int) -> int:
         self.wait()

@@ -6,13 +6,18 @@ from nalora_jax.study.analysis import named
 from nalora_jax.study.execution import hours
 from nalora_jax.study.plan import Cell, cells, tuning, wanted
 from nalora_jax.study.protocol import Protocol
+from nalora_jax.study.provenance import checked_records
 from nalora_jax.study.records import Record, Records
 
 
 def status(protocol: Protocol) -> str:
-    """Returns the numbers of runs, the time spent and estimated, and the chosen learning rates."""
+    """Returns the numbers of runs, the time spent and estimated, and the chosen learning rates.
+
+    Raises:
+      NaloraError: records or protocol were changed (`checked_records`).
+    """
     store = Records(protocol.folder)
-    records = store.read()
+    records = checked_records(protocol, store)
     runs = wanted(protocol, records)
     left = [run for run in runs if run.id not in records]
     busy = [run for run in left if store.claimed(run.id)]

@@ -20,8 +20,9 @@ from nalora_jax.config import RunConfig, check
 from nalora_jax.config.recorded import recorded_config
 from nalora_jax.config.types import has_type, type_name
 from nalora_jax.errors import NaloraError
+from nalora_jax.seals import unseal
 
-FILE = "sweep.json"  # in the folder of a sweep: its options and the names of its runs
+FILE = "sweep.json"  # in the folder of a sweep: its options, its settings and their digest
 # Settings that all runs of a sweep have in common.
 _COMMON = re.compile(
     r"^(output|resume|imports|callbacks|mesh\b.*|debug\b.*|data\.workers|compute\.compilation_cache)$"
@@ -83,16 +84,16 @@ def recorded_sweep(folder: str) -> tuple[tuple[str, ...], RunConfig] | None:
     """Returns the ``--sweep`` options and settings of a folder, a path or a URL; None without a sweep.
 
     Raises:
-      NaloraError: its file is damaged, or the bucket cannot be read.
+      NaloraError: its file is damaged or differs from its digest, or the bucket cannot be read.
     """
     name = f"{folder.rstrip('/')}/{FILE}"
     path = buckets.local_file(name)
     if path is None:
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = unseal(json.loads(path.read_text(encoding="utf-8")), name)
         return tuple(map(str, record["sweep"])), recorded_config(record["run"], name)
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         if isinstance(error, NaloraError):
             raise
         remedy = "start the sweep again in another --output"

@@ -33,6 +33,7 @@ from nalora_jax.runs.metrics import to_json
 from nalora_jax.runs.output import Output, open_output
 from nalora_jax.runs.pieces import Pieces
 from nalora_jax.runs.preemption import StopSignals, stop_signals
+from nalora_jax.seals import seal
 from nalora_jax.sweeps.compare import render_page
 from nalora_jax.sweeps.fit import Fitting
 from nalora_jax.sweeps.grid import FILE, axes_of, check_names, grid
@@ -92,10 +93,9 @@ def sweep_grid(config: RunConfig, options: Sequence[str]) -> SweepResult:
       NaloraError: an option that cannot vary, and the errors of `sweep`.
     """
     configs = grid(config, axes_of(options))
-    record = {"sweep": list(options), "run": to_json(redacted(replace(config, resume=False).to_dict()))}
-    return _sweep(
-        configs, lambda: remote.write_text(config.output, FILE, json.dumps(record, indent=1) + "\n")
-    )
+    settings = to_json(redacted(replace(config, resume=False).to_dict()))
+    text = json.dumps(seal({"sweep": list(options), "run": settings}), indent=1) + "\n"
+    return _sweep(configs, lambda: remote.write_text(config.output, FILE, text))
 
 
 def sweep(

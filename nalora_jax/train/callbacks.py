@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from nalora_jax.errors import NaloraError
+from nalora_jax.errors import NaloraError, described
 from nalora_jax.redaction import MARK
 from nalora_jax.registry import Registry
 from nalora_jax.settings_text import from_text
@@ -110,7 +110,7 @@ class Callbacks:
             except NaloraError:
                 raise
             except Exception as error:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+                reason = " ".join(described(error).split())[:400]
                 expected = "a callback that can begin"
                 raise NaloraError(
                     f"--callbacks, {type(callback).__name__}", expected=expected, found=reason

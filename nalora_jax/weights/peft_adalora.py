@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax.errors import NaloraError
+from nalora_jax.errors import NaloraError, shown
 
 KIND = "ADALORA"  # of peft_type
 _OWN = (
@@ -110,7 +110,7 @@ def training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     Any other configuration is returned unchanged.
 
     Raises:
-      NaloraError: ``total_step`` is missing.
+      NaloraError: ``total_step`` is missing, or ``tinit`` or ``tfinal`` is no number of its steps.
     """
     if values.get("peft_type") != KIND:
         return dict(values), {}
@@ -119,7 +119,12 @@ def training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
         expected = "the number of steps, which AdaLoRA's schedule spans"
         raise NaloraError("total_step", expected=expected, found=total)
     ours = {name: values.get(theirs, default) for theirs, name, default in _SETTINGS}
-    shares = {f"{name}_share": (values.get(theirs) or 0) / total for theirs, name in _SHARES}
+    shares = {}
+    for theirs, name in _SHARES:
+        steps = values.get(theirs) or 0
+        if not isinstance(steps, int) or not 0 <= steps <= total:
+            raise NaloraError(theirs, expected=f"a number of steps up to {total}", found=shown(steps))
+        shares[f"{name}_share"] = steps / total
     plain = {name: value for name, value in values.items() if name not in (*_OWN, "rank_pattern")}
     plain |= {"peft_type": "LORA", "r": values.get("init_r", 12)}
     return plain, {"steps": total, "adalora": ours | shares}

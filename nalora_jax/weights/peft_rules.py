@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nalora_jax.errors import NaloraError
+from nalora_jax.errors import NaloraError, shown
 from nalora_jax.models.targets import TABLES
 
 # transformers' name of each projection, and its pattern in the paths that rules are searched in.
@@ -43,13 +43,17 @@ def rules_of(
       ['attn/v_proj:4:16', 'attn/q_proj:8:16', 'attn/v_proj:8:16']
 
     Raises:
-      NaloraError: a regular expression, a name that no supported model has, or no names at all.
+      NaloraError: a regular expression, a name that no supported model has, no names at all, or a
+        value of another type.
     """
+    for where, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+        if not isinstance(pattern, Mapping | None):
+            raise NaloraError(where, expected="values by name", found=shown(pattern))
     ranks, alphas = dict(ranks or {}), dict(alphas or {})
     everything, targets = isinstance(targets, str), _target_names(targets)
     if isinstance(excluded, str):
         raise NaloraError("exclude_modules", expected="names", found=f"the expression {excluded!r}")
-    out = {_path(name, "exclude_modules") for name in excluded or ()}
+    out = {_path(name, "exclude_modules") for name in _names(excluded or [], "exclude_modules")}
     if everything and any("linear_attn/" in path for path in out):
         expected, actual = "no linear attention, next to all-linear", ", ".join(excluded or ())
         remedy = "list target_modules by name"
@@ -57,6 +61,8 @@ def rules_of(
     plain = [name for name in targets if _path(name, "target_modules") not in out]
     within = ""
     if numbers := listed(layers):
+        if not isinstance(numbers, Sequence) or not all(type(number) is int for number in numbers):
+            raise NaloraError("layers_to_transform", expected="layer numbers", found=shown(layers))
         within = f"layers/({'|'.join(map(str, numbers))})/"
     paths = {_path(name, "target_modules") for name in plain}
     named = {name: _path(name, "rank_pattern, alpha_pattern") for name in [*ranks, *alphas]}
@@ -96,7 +102,7 @@ def _target_names(targets: Sequence[str] | str | None) -> Sequence[str]:
         expected, remedy = "names of modules", "PEFT's default depends on the model: name them"
         raise NaloraError("target_modules", expected=expected, found="none", remedy=remedy)
     if not isinstance(targets, str):
-        return targets
+        return _names(targets, "target_modules")
     if targets.lower() != "all-linear":
         expected, actual = 'names, or "all-linear"', f"the expression {targets!r}"
         remedy = "write it as --lora.rules: patterns are searched in paths such as layers/3/ffn/gate_proj"
@@ -105,7 +111,15 @@ def _target_names(targets: Sequence[str] | str | None) -> Sequence[str]:
     return [name for name in MODULES if name.endswith("_proj") and name not in fused_or_own]
 
 
+def _names(value: Any, where: str) -> Sequence[str]:
+    if not isinstance(value, Sequence) or not all(isinstance(name, str) for name in value):
+        raise NaloraError(where, expected="a list of names", found=shown(value))
+    return value
+
+
 def _rule(path: str, rank: Any, alpha: Any, within: str) -> str:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e38:
+        raise NaloraError("lora_alpha or alpha_pattern", expected="a number", found=shown(alpha))
     pattern = path if path.startswith("layers/") else within + path
     return f"{pattern}:{rank}:{alpha:g}"
 

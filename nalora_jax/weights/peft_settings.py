@@ -220,7 +220,10 @@ def _converted(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
             if field.ignored and value not in (None, False, {}, []):
                 notes.append(f"{name} is left out: {field.note}")
             continue
-        ours = field.value(value)
+        try:
+            ours = field.value(value)
+        except (AttributeError, OverflowError, TypeError, ValueError):
+            ours = Refused("its value has another type")
         if isinstance(ours, Refused):
             refused.append(f"{name} = {value!r} ({ours.reason})")
         elif ours is not None and field.ours:

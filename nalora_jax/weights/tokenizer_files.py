@@ -17,6 +17,7 @@ from nalora_jax.chat_templates import (
     write_templates,
 )
 from nalora_jax.errors import NaloraError
+from nalora_jax.paths import refuse_link_out
 from nalora_jax.tokenizer import Tokenizer, read_json
 from nalora_jax.weights.folders import write_json
 
@@ -44,7 +45,7 @@ def copy_tokenizer(source: Path, folder: Path, *, images: bool = False) -> None:
     """Copies ``source``'s files that are in `FILES` or, with ``images``, in `IMAGE_FILES`.
 
     Raises:
-      NaloraError: there is no tokenizer among them.
+      NaloraError: there is no tokenizer among them, or one of them is a link out of the folder.
     """
     present = [name for name in (*FILES, *(IMAGE_FILES if images else ())) if (source / name).is_file()]
     if not {"tokenizer.json", "tokenizer.model"} & set(present):
@@ -55,6 +56,7 @@ def copy_tokenizer(source: Path, folder: Path, *, images: bool = False) -> None:
 
 
 def _copy(name: str, source: Path, folder: Path) -> None:
+    refuse_link_out(source, name)
     (folder / name).parent.mkdir(exist_ok=True)
     shutil.copyfile(source / name, folder / name)
 
@@ -68,6 +70,9 @@ def write_extended(tokenizer: Tokenizer, source: Path, folder: Path, *, base: Pa
       folder: an existing folder.
       base: folder of the base, whose generation_config.json and image settings are copied; None
         for an adapter.
+
+    Raises:
+      NaloraError: a file is a link out of its folder.
     """
     of_base = ("generation_config.json", *IMAGE_FILES)
     for name in (*FILES, *IMAGE_FILES):

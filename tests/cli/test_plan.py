@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +72,12 @@ def test_rope_scaling_allows_longer_rows(capsys):
         ("v6e:4x4", {"seq": 131073}, "--seq: expected at most the model's 131,072 positions, found 131073"),
         ("v6e:4x4", {"rope_scaling": "llama3:factor=2"}, "--model.rope-scaling"),
         ("v6e:4x4", {"batch": 7}, "--train.batch-size"),
+        (
+            "v6e:4x4",
+            {"json": Path("/no/such/x")},
+            "--json: expected a file in an existing folder, found /no/such/x",
+        ),
+        ("v6e:4x4", {"json": Path("/")}, "--json: expected a file in an existing folder, found /"),
     ],
 )
 def test_a_refusal_names_its_cause(topology, options, message):

@@ -65,10 +65,13 @@ def test_recall_is_of_the_own_caption_both_ways(scene) -> None:
     found = RetrievalEvaluator(encoders, images, captions).measure(loaded.params, None, samples=True)
     variables = {"params": loaded.params}
     cosines = encoders.records(variables, images) @ encoders.texts(variables, captions).T
+    others = ~np.eye(70, dtype=bool)
     for way, matrix in (("image_to_text", cosines), ("text_to_image", cosines.T)):
-        beaten = (matrix > np.diagonal(matrix)[:, None]).sum(axis=1)
-        np.testing.assert_allclose(found[f"{way}_recall_1"], (beaten < 1).mean())
-        np.testing.assert_allclose(found[f"{way}_recall_5"], (beaten < 5).mean())
+        ahead = matrix - np.diagonal(matrix)[:, None]
+        for count in (1, 5):
+            # Captions that repeat tie, in an order that the rounding of each program decides.
+            least, most = (((ahead > t) & others).sum(axis=1) < count for t in (-1e-6, 1e-6))
+            assert least.mean() - 1e-6 <= found[f"{way}_recall_{count}"] <= most.mean() + 1e-6
     np.testing.assert_allclose(
         found["recall"], (found["image_to_text_recall_1"] + found["text_to_image_recall_1"]) / 2
     )

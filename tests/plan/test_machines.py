@@ -52,6 +52,12 @@ def test_accelerator_types_are_names(name, shape):
             topology(wrong)
 
 
+@pytest.mark.parametrize("name", ["v5e:{}x1", "{}xv5e:1x1", "{}xh100"])
+def test_sizes_of_thousands_of_digits_are_refused(name):
+    with pytest.raises(NaloraError, match="--topology: expected a TPU topology such as"):
+        topology(name.format("9" * 5000))
+
+
 def test_slices_have_the_sizes_of_cloud_tpu():
     for kind in ("v5e", "v6e"):
         assert [math.prod(shape) for shape in shapes(kind)] == [1, 4, 8, 16, 32, 64, 128, 256]

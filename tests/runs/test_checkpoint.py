@@ -353,6 +353,23 @@ def test_a_failed_write_does_not_hide_the_error_that_ended_the_run(tmp_path):
     assert "File too large" in caught.value.__notes__[0]
 
 
+@pytest.mark.parametrize("failing", ["reload", "close"])
+def test_a_folder_that_is_deleted_during_a_run_is_one_error(tmp_path, monkeypatch, failing):
+    checkpoints = opened(tmp_path / "c")
+
+    def gone():  # Orbax raises this in about one of a hundred runs whose folder is deleted
+        raise FileNotFoundError(2, "No such file or directory")
+
+    for name in ("wait_until_finished", failing):
+        monkeypatch.setattr(checkpoints._manager, name, gone)
+    with pytest.raises(
+        NaloraError, match="c: expected to be written whole, found No such file.*; no step is saved"
+    ):
+        checkpoints.close()
+    monkeypatch.undo()
+    checkpoints.close()
+
+
 def test_a_write_that_another_process_left_is_no_fault_of_the_disk(tmp_path):
     said = "UNKNOWN: Gloo AllGather failed: [pair.cc:538] Read error [127.0.0.1]:40843: Connection reset by peer"
     with opened(tmp_path) as checkpoints:

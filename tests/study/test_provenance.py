@@ -30,6 +30,7 @@ from nalora_jax.study.provenance import check_committed, check_rules
 from nalora_jax.study.records import Record, Records
 from nalora_jax.study.report import write_report
 from nalora_jax.study.resources import Resources
+from nalora_jax.study.status import status
 from tests.study.conftest import write_study
 
 OTHER_PROTOCOL = "expected the protocol that test items were read under"
@@ -141,6 +142,8 @@ def test_a_finished_test_that_was_altered_is_refused(quick: Protocol) -> None:
     altered = {**records[name], "test": {"loss": 0.0}}
     records[name] = altered | {"digest": record_digest(altered)}  # as a careful forger would
     store.path.write_text("".join(json.dumps(record) + "\n" for record in records.values()))
+    with pytest.raises(NaloraError, match=f"found 1 missing or altered: {name}"):
+        status(quick)
     with pytest.raises(NaloraError, match=f"found 1 missing or altered: {name}"):
         write_report(quick)
 

@@ -9,6 +9,7 @@ import pytest
 
 from nalora_jax.config import LoRARule, RunConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.seals import seal
 from nalora_jax.sweeps.grid import axes_of, grid, recorded_sweep
 
 
@@ -77,6 +78,13 @@ def test_a_damaged_record_of_options_is_one_error(tmp_path: Path) -> None:
     options, config = recorded_sweep(str(tmp_path)) or ((), RunConfig())
     assert options == ("seed=0,1",)
     assert config.steps == 7
-    file.write_text("{")
-    with pytest.raises(NaloraError, match=r"sweep.json: expected the options of a sweep"):
+    sealed = json.dumps(seal(json.loads(file.read_text())), indent=1)
+    file.write_text(sealed)
+    assert recorded_sweep(str(tmp_path)) == (options, config)
+    file.write_text(sealed.replace('"steps": 7', '"steps": 5'))
+    with pytest.raises(NaloraError, match=r"sweep.json: expected the content that its sha256"):
         recorded_sweep(str(tmp_path))
+    for text in ("{", "[1]", "\x00"):
+        file.write_text(text)
+        with pytest.raises(NaloraError, match=r"sweep.json: expected the options of a sweep"):
+            recorded_sweep(str(tmp_path))

@@ -118,6 +118,7 @@ def test_a_sweep_that_sigterm_stopped_continues_with_other_programs(
         options = ["--sweep", "optimizer.learning-rate=2e-2,1e-2"]
         assert main(["train", "--config", str(settings), *options]) == 143
     assert f"saved step 3; continue with --output {tmp_path / 'out'} --resume" in capsys.readouterr().err
+    assert '"sha256": ' in (tmp_path / "out" / "sweep.json").read_text()
     assert main(["train", "--resume", str(tmp_path / "out"), "--mesh.runs-per-device", "1"]) == 0
     for folder, rate in zip(swept.runs, ("0.02", "0.01"), strict=True):
         _assert_equal(tmp_path / "out" / f"learning-rate-{rate}", Path(folder))

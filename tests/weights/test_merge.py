@@ -352,6 +352,18 @@ def test_tokenizer_files_of_the_base_are_copied(small, tmp_path):
         write(tmp_path / "n", config, params, lora, spec, raw, tokenizer=tmp_path / "empty")
 
 
+def test_files_of_the_base_that_are_links_out_of_it_are_not_copied(small, tmp_path):
+    config, params, lora, spec, raw = small
+    (tmp_path / "id_rsa").write_text("PRIVATE KEY")
+    write(tmp_path / "base", config, params, None, NO_ADAPTERS, raw)
+    (tmp_path / "base" / "merges.txt").symlink_to("../id_rsa")
+    with pytest.raises(
+        NaloraError, match=r"merges.txt: expected a file of that folder, found a link to .*/id_rsa"
+    ):
+        write(tmp_path / "m", config, params, lora, spec, raw, tokenizer=tmp_path / "base")
+    assert not (tmp_path / "m").exists()
+
+
 @pytest.mark.parametrize(
     ("family", "text", "name"),
     [("gemma3", "gemma3_text", "Gemma3ForCausalLM"), ("mistral3", "ministral3", "Ministral3ForCausalLM")],

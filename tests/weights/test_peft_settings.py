@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -129,6 +132,55 @@ def test_what_is_refused_is_named_with_the_reason() -> None:
     ]:
         with pytest.raises(NaloraError, match=f"target_modules: .*{said}"):
             from_peft({"target_modules": targets})
+
+
+@pytest.mark.parametrize(
+    ("convert", "table", "fine"),
+    [
+        (from_peft, PEFT, {"r": 8, "lora_alpha": 16, 5: "a key of YAML"}),
+        (from_peft, ["tinit", "tfinal", "init_r"], {"peft_type": "ADALORA", "total_step": 9}),
+    ],
+    ids=["PEFT", "AdaLoRA"],
+)
+def test_no_value_of_any_field_is_another_error(convert: Any, table: Any, fine: dict[str, Any]) -> None:
+    fine = fine | {"target_modules": ["q_proj"]}
+    values = [
+        5,
+        1.5,
+        math.inf,
+        True,
+        "x",
+        [],
+        [5],
+        [["q_proj"]],
+        {"q_proj": "x"},
+        {"q_proj": None},
+        10**400,
+    ]
+    for name, value in itertools.product(table, values):
+        with contextlib.suppress(NaloraError):
+            convert(fine | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"modules_to_save": 5}, r"modules_to_save = 5 \(its value has another type\)"),
+        ({"target_modules": 5}, "target_modules: expected a list of names, found 5"),
+        (
+            {"target_modules": [["q_proj"]]},
+            r"target_modules: expected a list of names, found \[\['q_proj'\]\]",
+        ),
+        ({"lora_alpha": "16"}, "lora_alpha or alpha_pattern: expected a number, found '16'"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "lora_alpha or alpha_pattern: expected a number, found 'x'"),
+        ({"alpha_pattern": 5}, "alpha_pattern: expected values by name, found 5"),
+        ({"layers_to_transform": ["x"]}, r"layers_to_transform: expected layer numbers, found \['x'\]"),
+    ],
+    ids=str,
+)
+def test_a_value_of_another_type_is_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(NaloraError, match=message):
+        from_peft({"target_modules": ["q_proj"]} | values)
 
 
 def test_tables_that_are_trained_as_a_whole_are_kept(tmp_path: Path) -> None:
