@@ -35,6 +35,7 @@ def from_peft(args: FromPeftArgs) -> None:
       NaloraError: the file has no settings of PEFT or TRL, or unsupported settings, all of which
         are listed.
     """
+    from nalora_jax import buckets
     from nalora_jax.cli import config_files
     from nalora_jax.files import write_atomically
     from nalora_jax.weights.peft_settings import PEFT
@@ -42,7 +43,10 @@ def from_peft(args: FromPeftArgs) -> None:
     from nalora_jax.weights.trl_settings import TRL, from_trl
 
     path = args.file
-    if path.is_dir():
+    where = buckets.bucket_url(path)
+    if where is not None:
+        path = buckets.local_copy(where if path.suffix else f"{where}/adapter_config.json")
+    elif path.is_dir():
         path /= "adapter_config.json"
     values = config_files.read_values(path)
     fields = set(values) if isinstance(values, Mapping) else set()

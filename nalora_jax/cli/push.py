@@ -27,9 +27,14 @@ class PushArgs:
 
 def push(args: PushArgs) -> None:
     """Uploads and prints the address."""
+    from nalora_jax import buckets
     from nalora_jax.weights.publish import push_folder
 
     folder = args.folder
+    if buckets.bucket_url(folder):
+        from nalora_jax.loading.adapted import adapter_folder, holds_adapter
+
+        folder = adapter_folder(folder) if holds_adapter(folder) else buckets.local_path(folder)
     if (folder / "adapter").is_dir() and not (folder / "config.json").is_file():
         folder /= "adapter"
     print(
