@@ -233,8 +233,11 @@ def filesystem(name: str) -> Any:
 
 
 @contextmanager
-def store_errors(name: str) -> Iterator[None]:
-    """Converts any error of a store's package to an error of this library."""
+def store_errors(name: str, access: str = "read") -> Iterator[None]:
+    """Converts any error of a store's package to an error of this library.
+
+    ``access`` is the right that the block needs: "read" or "write".
+    """
     try:
         yield
     except NaloraError:
@@ -253,9 +256,11 @@ def store_errors(name: str) -> Iterator[None]:
             ) from error
         if _REFUSALS.search(f"{type(error).__name__} {reason}"):
             login = _STORES[name.partition("://")[0]][2]
-            remedy = f"log in with `{login}`, or give the machine's account the right to read the bucket"
+            remedy = (
+                f"log in with `{login}`, or give the machine's account the right to {access} the bucket"
+            )
             raise NaloraError(
-                name, expected="credentials that may read it", found=reason, remedy=remedy
+                name, expected=f"credentials that may {access} it", found=reason, remedy=remedy
             ) from error
         raise NaloraError(
             name, expected="the bucket to answer", found=reason, remedy="check the network"

@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ MARK = ".nalora-upload"
 # Files without which a folder is neither a model nor an adapter.
 _LAST = ("adapter_config.json", "config.json")
 _BEAT = 30.0  # seconds between two writes of a mark
+_store_errors = partial(buckets.store_errors, access="write")
 _STALE = 4 * _BEAT  # age after which a mark of another machine belongs to a process that has ended
 
 
@@ -46,7 +48,7 @@ def require_free(where: str) -> None:
 
     Files of an upload that was killed do not count.
     """
-    with buckets.store_errors(where):
+    with _store_errors(where):
         _leftovers(where)
 
 
@@ -56,7 +58,7 @@ def upload_file(path: Path, where: str) -> None:
     Raises:
       NaloraError: it exists, the bucket cannot be reached, or it refuses.
     """
-    with buckets.store_errors(where):
+    with _store_errors(where):
         try:
             _put(buckets.filesystem(where), path, where, mode="create")
         except FileExistsError as error:
@@ -106,7 +108,7 @@ class _Upload:
 
     def claim(self) -> None:
         """Removes the files of a killed upload, and writes this one's mark."""
-        with buckets.store_errors(self.where):
+        with _store_errors(self.where):
             self.remove(_leftovers(self.where))
             try:
                 self._store.pipe_file(f"{self.where}/{MARK}", self._mark(), mode="create")
@@ -121,7 +123,7 @@ class _Upload:
             if path.is_file()
         }
         self.names = sorted(sizes, key=lambda name: (name in _LAST, name))
-        with buckets.store_errors(self.where):
+        with _store_errors(self.where):
             self.sign()
             for name in self.names:
                 if name in _LAST:
@@ -141,7 +143,7 @@ class _Upload:
 
     def owns(self) -> bool:
         """Returns True if the folder's mark is this process's."""
-        return _read_mark(self.where).get("token") == self.token
+        return bool(_read_mark(self.where)["token"] == self.token)
 
     def sign(self) -> None:
         """Writes the mark again, unless another process has taken the folder over."""
@@ -157,7 +159,7 @@ class _Upload:
 
     def remove(self, names: Sequence[str]) -> None:
         """Removes ``names``, from the last one on, and then the mark."""
-        with buckets.store_errors(self.where):
+        with _store_errors(self.where):
             for removed in (names, [MARK, *names]):  # again: a cancelled request may have arrived meanwhile
                 present = _sizes(self.where)
                 for name in removed[::-1]:
@@ -193,11 +195,11 @@ def _leftovers(where: str) -> list[str]:
     names: list[str] = []
     if marked and not any(name in sizes for name in _LAST):
         mark = _read_mark(where)
-        age = time.time() - mark.get("time", 0.0)
-        here = (mark.get("host"), mark.get("stage")) == (socket.gethostname(), str(stage(where)))
+        age = time.time() - mark["time"]
+        here = (mark["host"], mark["stage"]) == (socket.gethostname(), str(stage(where)))
         if not here and age < _STALE:
             raise _busy(where, f"{mark['host']}, which wrote to it {age:.0f} seconds ago")
-        names = list(mark.get("names", []))
+        names = mark["names"]
     if "" in sizes:
         raise _taken(where, "an existing file")
     if others := sorted(set(sizes) - set(names)):
@@ -207,19 +209,21 @@ def _leftovers(where: str) -> list[str]:
 
 def _sizes(where: str) -> dict[str, int]:
     """Returns the size of each file below a folder in a bucket by its relative name."""
-    with buckets.store_errors(where):
+    with _store_errors(where):
         store = buckets.filesystem(where)
         start = len(store._strip_protocol(where)) + 1
         return {path[start:]: about["size"] for path, about in store.find(where, detail=True).items()}
 
 
 def _read_mark(where: str) -> dict[str, Any]:
-    with buckets.store_errors(where):
+    """Returns a folder's mark; one without an owner if it is missing or damaged."""
+    with _store_errors(where):
         try:
             mark = json.loads(buckets.filesystem(where).cat_file(f"{where}/{MARK}"))
-        except (FileNotFoundError, ValueError, RecursionError):
-            return {}
-    return mark if isinstance(mark, dict) else {}
+            texts = {name: str(mark[name]) for name in ("host", "stage", "token")}
+            return texts | {"time": float(mark["time"]), "names": [str(name) for name in mark["names"]]}
+        except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
+            return {"host": "", "stage": "", "token": "", "time": 0.0, "names": []}
 
 
 def _taken(where: str, found: str) -> NaloraError:
@@ -229,4 +233,4 @@ def _taken(where: str, found: str) -> NaloraError:
 
 def _busy(where: str, who: str) -> NaloraError:
     remedy = f"wait for it; if it has ended, start again in {_STALE:.0f} seconds"
-    return NaloraError(where, expected="a folder that nobody else writes to", found=who, remedy=remedy)
+    return NaloraError(where, expected="a folder that no other process writes to", found=who, remedy=remedy)

@@ -86,6 +86,12 @@ def put(address: str, name: str, content: bytes) -> str:
     return f"gs://bucket/{name}"
 
 
+def stored(held: Storage, folder: str) -> dict[str, bytes]:
+    """Returns the objects of a folder by their names in it."""
+    names = [name for name in held.objects.get("bucket", {}) if name.startswith(f"{folder}/")]
+    return {name.removeprefix(f"{folder}/"): held.get_file("bucket", name) for name in names}
+
+
 def refuse(handler: RequestHandler) -> None:
     """Answers as Google does to whoever has no credentials."""
     message = (

@@ -62,13 +62,6 @@ def google(
         buckets._filesystem_of.cache_clear()
 
 
-def stored(held: Storage, folder: str) -> dict[str, bytes]:
-    """Returns the objects of a folder."""
-    prefix = f"{folder}/"
-    names = [name for name in held.objects["bucket"] if name.startswith(prefix)]
-    return {name.removeprefix(prefix): held.get_file("bucket", name) for name in names}
-
-
 def fill(folder: Path) -> None:
     for name, content in FILES.items():
         (folder / name).write_bytes(content)
@@ -102,16 +95,16 @@ def test_a_folder_appears_whole_or_not_at_all(google: Any, cache: Path) -> None:
     held, _ = google
     with new_folder(Path("gs://bucket/whole")) as folder:  # a Path has lost a slash
         fill(folder)
-        assert list(stored(held, "whole")) == [uploads.MARK]
-    assert stored(held, "whole") == FILES
+        assert list(emulator.stored(held, "whole")) == [uploads.MARK]
+    assert emulator.stored(held, "whole") == FILES
     fail("gs://bucket/absent")
-    assert not stored(held, "absent")
+    assert not emulator.stored(held, "absent")
     assert not list((cache / "uploads").iterdir())
     with pytest.raises(NaloraError, match="whole: expected a new name .*found one that holds README.md"):
         uploads.require_free("gs://bucket/whole")
     with pytest.raises(NaloraError, match="whole: expected a new name"), new_folder("gs://bucket/whole"):
         pass
-    assert stored(held, "whole") == FILES
+    assert emulator.stored(held, "whole") == FILES
 
 
 def test_an_upload_that_fails_leaves_nothing(google: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +118,7 @@ def test_an_upload_that_fails_leaves_nothing(google: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(uploads, "_put", fail)
     with pytest.raises(NaloraError, match="connection lost"), new_folder("gs://bucket/fails") as folder:
         fill(folder)
-    assert not stored(google[0], "fails")
+    assert not emulator.stored(google[0], "fails")
 
 
 def test_a_file_appears_whole_and_replaces_none(google: Any) -> None:
@@ -148,12 +141,12 @@ def test_what_a_killed_upload_left_is_no_model_and_is_removed_by_the_next(google
         wait_for(requests, kind, process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert "config.json" not in stored(held, "killed")
-    assert uploads.MARK in stored(held, "killed")
+        assert "config.json" not in emulator.stored(held, "killed")
+    assert uploads.MARK in emulator.stored(held, "killed")
     assert len(list((cache / "uploads").iterdir())) == 1  # the second one has removed the first one's
     with new_folder("gs://bucket/killed") as folder:
         fill(folder)
-    assert stored(held, "killed") == FILES
+    assert emulator.stored(held, "killed") == FILES
     assert not list((cache / "uploads").iterdir())
 
 
@@ -165,7 +158,7 @@ def test_sigterm_removes_what_was_uploaded_and_says_so(google: Any, cache: Path)
     output, error = process.communicate()
     assert (process.returncode, output) == (143, "written\n")
     assert error == "interrupted by SIGTERM; no unfinished output was left\n"
-    assert not stored(held, "stopped")
+    assert not emulator.stored(held, "stopped")
     assert not list((cache / "uploads").iterdir())
 
 
@@ -177,7 +170,7 @@ def test_a_second_writer_is_refused(google: Any) -> None:
             new_folder("gs://bucket/shared/"),
         ):
             pass
-    assert stored(google[0], "shared") == FILES
+    assert emulator.stored(google[0], "shared") == FILES
 
 
 def test_a_second_machine_is_refused_until_the_first_is_silent(
@@ -202,7 +195,19 @@ def test_a_second_machine_is_refused_until_the_first_is_silent(
 
     with pytest.raises(NaloraError, match="found those of another process"):
         first()
-    assert stored(google[0], "two") == FILES
+    assert emulator.stored(google[0], "two") == FILES
+
+
+@pytest.mark.parametrize("mark", [b"{", b"[]", b'{"time": "x"}', b'{"host": 1, "names": null}', b"9" * 5000])
+def test_a_damaged_mark_is_nobody_s(google: Any, mark: bytes) -> None:
+    emulator.put(os.environ["STORAGE_EMULATOR_HOST"], f"damaged/{uploads.MARK}", mark)
+    emulator.put(os.environ["STORAGE_EMULATOR_HOST"], f"own/{uploads.MARK}", mark)
+    own = emulator.put(os.environ["STORAGE_EMULATOR_HOST"], "own/notes.txt", b"mine")
+    with new_folder("gs://bucket/damaged") as folder:
+        fill(folder)
+    assert emulator.stored(google[0], "damaged") == FILES
+    with pytest.raises(NaloraError, match="found one that holds notes.txt"):
+        uploads.require_free(own.rpartition("/")[0])
 
 
 def test_s3_takes_the_same_path(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -181,7 +182,7 @@ def _remove_abandoned(hidden: Path) -> None:
     with suppress(OSError):
         changed = max(path.stat().st_mtime for path in (hidden, *hidden.rglob("*")))
         if dead or time.time() - changed > _ABANDONED:
-            unique = Path(tempfile.mkdtemp(prefix=".", suffix=_PARTIAL, dir=hidden.parent))
+            unique = hidden.with_name(f".{secrets.token_hex(8)}{_PARTIAL}")
             hidden.rename(unique)  # at once, while the lock is held
             _remove(unique)
     os.close(descriptor)
