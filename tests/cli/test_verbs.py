@@ -23,7 +23,7 @@ from nalora_jax.models.targets import resolve
 from nalora_jax.report.inspect import layer_summary
 from nalora_jax.report.inspection import inspect_texts
 from nalora_jax.runs.metrics import MetricsLog
-from nalora_jax.weights import hub
+from nalora_jax.weights import hub, publish
 from nalora_jax.weights.peft import export_adapter, import_adapter
 from tests import emulator, tiny
 
@@ -166,7 +166,9 @@ def google(tmp_path, monkeypatch):
         buckets._filesystem_of.cache_clear()
 
 
-def test_results_are_written_to_a_bucket_and_read_from_there(run, base, google, tmp_path, capsys):
+def test_results_are_written_to_a_bucket_and_read_from_there(
+    run, base, google, tmp_path, capsys, monkeypatch
+):
     expected = logits(run)
     for folder in (base, run, run / "adapter"):
         for path in folder.iterdir():
@@ -183,6 +185,11 @@ def test_results_are_written_to_a_bucket_and_read_from_there(run, base, google, 
         np.testing.assert_array_equal(logits("gs://bucket/base", adapter=source), expected)
     np.testing.assert_allclose(logits("gs://bucket/merged"), expected, atol=1e-4)
     assert main(["from-peft", "gs://bucket/exported"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "push_folder", lambda folder, *_, **__: (folder / "config.json").is_file())
+        for name in ("exported", "merged"):
+            assert main(["push", f"gs://bucket/{name}", "--repo", "a/b"]) == 0
+    assert capsys.readouterr().out.endswith("False\nTrue\n")
     config = load(base, dtype="float32").base.config
     tree = import_adapter("gs://bucket/exported", config)[0]
     jax.tree.map(np.testing.assert_array_equal, tree, import_adapter(run / "adapter", config)[0])
