@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from io import BytesIO, TextIOWrapper
 
@@ -199,6 +200,21 @@ def test_results_are_written_to_a_bucket_and_read_from_there(
     assert {path.name for path in tmp_path.iterdir()} <= {"cache", "google"}  # no folder ./gs:
     assert main([*merge, "--output", "gs://bucket/merged"]) == 2
     assert "expected a new name in the bucket, found one that holds README.md" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "writes"),
+    [("merge", "merge.write_shards"), ("export", "peft_write.write_tensors")],
+)
+def test_sigterm_leaves_no_unfinished_output(verb, writes, run, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        assert [path.name for path in tmp_path.iterdir()] == [".out.nalora-partial"]
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(f"nalora_jax.weights.{writes}", stop)
+    assert main([verb, str(run), "--output", str(tmp_path / "out")]) == 143
+    assert capsys.readouterr().err.endswith("interrupted by SIGTERM; no unfinished output was left\n")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
