@@ -38,7 +38,7 @@ stopped() { # the run's last words: those since the line with which `supervise` 
   if sed -n '/^=== [^ ]* [^ ]*$/h; /^interrupted by/H; ${x; p}' "$run/log" | grep -qs 'saved step'; then
     echo "stopped, with a checkpoint"
   else
-    echo "stopped before it saved its last step"
+    echo "stopped, without a new checkpoint"
   fi
 }
 

@@ -34,8 +34,8 @@ MARK = ".nalora-upload"
 # Files without which a folder is neither a model nor an adapter.
 _LAST = ("adapter_config.json", "config.json")
 _BEAT = 30.0  # seconds between two writes of a mark
-_store_errors = partial(buckets.store_errors, access="write")
 _STALE = 4 * _BEAT  # age after which a mark of another machine belongs to a process that has ended
+_store_errors = partial(buckets.store_errors, access="write")
 
 
 def stage(where: str) -> Path:

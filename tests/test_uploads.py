@@ -198,8 +198,10 @@ def test_a_second_machine_is_refused_until_the_first_is_silent(
     assert emulator.stored(google[0], "two") == FILES
 
 
-@pytest.mark.parametrize("mark", [b"{", b"[]", b'{"time": "x"}', b'{"host": 1, "names": null}', b"9" * 5000])
-def test_a_damaged_mark_is_nobody_s(google: Any, mark: bytes) -> None:
+@pytest.mark.parametrize(
+    "mark", [b"{", b"[]", b'{"time": "x"}', b'{"host": 1, "names": null}', b"9" * 5000]
+)
+def test_a_damaged_mark_has_no_owner(google: Any, mark: bytes) -> None:
     emulator.put(os.environ["STORAGE_EMULATOR_HOST"], f"damaged/{uploads.MARK}", mark)
     emulator.put(os.environ["STORAGE_EMULATOR_HOST"], f"own/{uploads.MARK}", mark)
     own = emulator.put(os.environ["STORAGE_EMULATOR_HOST"], "own/notes.txt", b"mine")

@@ -45,7 +45,8 @@ def from_peft(args: FromPeftArgs) -> None:
     path = args.file
     where = buckets.bucket_url(path)
     if where is not None:
-        path = buckets.local_copy(where if path.suffix else f"{where}/adapter_config.json")
+        is_file = path.suffix in (".json", ".yaml", ".yml")
+        path = buckets.local_copy(where if is_file else f"{where}/adapter_config.json")
     elif path.is_dir():
         path /= "adapter_config.json"
     values = config_files.read_values(path)

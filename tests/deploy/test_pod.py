@@ -184,8 +184,7 @@ def test_status_tells_a_stop_with_a_checkpoint_from_one_without(make_cloud) -> N
     cloud.pod("start", "pod", *ZONE, *RUN)
     stopped = cloud.pod("stop", "pod", *ZONE)
     assert (
-        stopped.stdout.count(": ended, status 143: stopped before it saved its last step; start resumes")
-        == 2
+        stopped.stdout.count(": ended, status 143: stopped, without a new checkpoint; start resumes") == 2
     )
 
 
