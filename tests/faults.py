@@ -95,11 +95,14 @@ def killed(place: Place, rng: random.Random) -> str:
 
 
 def terminated(place: Place, rng: random.Random) -> str:
-    """SIGTERM at a random step, then the same command again"""
+    """SIGTERM at a random step and again within a second, then the same command again"""
     config = place.new_run()
     (process,) = place.start(config)
     tiny.wait_for_line(process, f"step {rng.randrange(2, STEPS - 4)}/")
     process.send_signal(signal.SIGTERM)
+    time.sleep(rng.random())
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
     ((status, _, error),) = tiny.finish([process])
     said = re.search(r"interrupted by SIGTERM; saved step \d+; continue with", error)
     return f"status {status}, {'said how to go on' if said else 'SILENT'}, {place.verdict(config)}"
