@@ -4,7 +4,7 @@
 #   deploy/tpu_pod.sh create NAME --zone ZONE --type v5litepod-16 [--spot] [--slices N]
 #   deploy/tpu_pod.sh start  NAME --zone ZONE [--slices N] [--delete-when-done] -- --output gs://BUCKET/RUN [flags]
 #   deploy/tpu_pod.sh status NAME --zone ZONE [--slices N]     state of the slice and of each worker's run
-#   deploy/tpu_pod.sh logs   NAME --zone ZONE [--worker N]     the end of a worker's log, of the first by default
+#   deploy/tpu_pod.sh logs   NAME --zone ZONE [--slices N] [--worker N] [--follow]     the end of the first worker's log
 #   deploy/tpu_pod.sh stop   NAME --zone ZONE [--slices N]     saves a checkpoint and ends the run; the slice remains
 #   deploy/tpu_pod.sh delete NAME --zone ZONE [--slices N]     deletes the slice, which ends its billing
 #
@@ -30,7 +30,7 @@ fail() { # MESSAGE
 (($# >= 2)) || usage
 action=$1 name=$2
 shift 2
-place=() flags=() zone='' type='' spot='' worker=0 slices=1 delete_when_done='' deletes='' folder=''
+place=() flags=() zone='' type='' spot='' worker=0 follow='' slices=1 delete_when_done='' deletes='' folder=''
 while (($#)); do
   case $1 in
     --zone | --type | --slices | --worker) (($# > 1)) || fail "$1: expected a value" ;;
@@ -41,6 +41,7 @@ while (($#)); do
     --slices) slices=$2 && shift ;;
     --worker) worker=$2 && shift ;;
     --spot) spot=--spot ;;
+    --follow) follow=-F ;;
     --delete-when-done) delete_when_done=yes ;;
     --) shift && flags=("$@") && break ;;
     *) fail "$1: expected an option of $action; flags of nalora train follow --" ;;
@@ -75,8 +76,21 @@ worker_states() { # a line "HOST: STATE" for each worker, followed by the end of
   on_workers 'f=nalora-launch/worker.sh; if test -e $f; then bash $f status; else echo "worker: not started"; fi'
 }
 
+command_for() { # ACTION on this slice
+  local words="deploy/tpu_pod.sh $1 $name --zone $zone"
+  ((slices == 1)) || words+=" --slices $slices"
+  echo "$words"
+}
+
 bills() {
-  echo "The slice is billed until it is deleted: deploy/tpu_pod.sh delete $name --zone $zone"
+  echo "The slice is billed until it is deleted: $(command_for delete)"
+}
+
+slice_state() { # ACTIVE: the workers can be reached
+  queue describe "$name" --format 'value(state.state)' 2>/dev/null && return
+  tpu describe "${nodes[0]}" --format 'value(state)' >/dev/null || # made without a queued resource
+    fail "$name: expected a slice in $zone, found none; create it first"
+  echo ACTIVE
 }
 
 # ------------------------------------------------------------------ actions
@@ -91,7 +105,7 @@ create() {
   esac
   ((slices == 1)) || what=(--node-count "$slices" --node-prefix "$name")
   queue create "$name" "${what[@]}" --accelerator-type "$type" --runtime-version "$runtime" ${spot:+"$spot"}
-  echo "Wait until its state is ACTIVE: deploy/tpu_pod.sh status $name --zone $zone"
+  echo "Wait until its state is ACTIVE: $(command_for status)"
   bills
 }
 
@@ -125,14 +139,16 @@ pack() { # FOLDER
 start() {
   local state node running workers
   check_flags
+  state=$(slice_state)
+  [[ $state == ACTIVE ]] || fail "$name: expected the state ACTIVE, found $state; wait: $(command_for status)"
+  trap 'rm -rf "$folder"; [[ -n $deletes ]] || bills' EXIT # also after a failure: a slice never bills silently
   state=$(worker_states)
   folder=$(mktemp -d)
-  trap 'rm -rf "$folder"; [[ -n $deletes ]] || bills' EXIT # also after a failure: a slice never bills silently
   running=$(grep -c '^[^ ]*: running' <<<"$state" || true)
   workers=$(grep -c '^[^ ]*: ' <<<"$state" || true)
   if ((running)); then
     echo "$state"
-    ((running == workers)) || fail "$name: $running of $workers workers run; stop it first: deploy/tpu_pod.sh stop"
+    ((running == workers)) || fail "$name: $running of $workers workers run; stop it first: $(command_for stop)"
     echo "already running: left as it is"
     return
   fi
@@ -145,13 +161,24 @@ start() {
     tpu ssh "${nodes[0]}" --worker=0 --command "bash nalora-launch/worker.sh delete-when-done $name $zone" </dev/null
     deletes=yes
   fi
-  echo "Log: deploy/tpu_pod.sh logs $name --zone $zone"
+  echo "Log: $(command_for logs)"
 }
 
 status() {
-  queue describe "$name" --format 'value(state.state)' 2>/dev/null || true
+  local state
+  state=$(slice_state)
+  echo "$state"
+  if [[ $state != ACTIVE ]]; then
+    echo "The workers can be reached, and are billed, while the state is ACTIVE."
+    return
+  fi
+  trap bills EXIT
   worker_states
-  bills
+}
+
+stop() {
+  trap bills EXIT
+  on_workers 'bash nalora-launch/worker.sh stop'
 }
 
 delete() {
@@ -169,8 +196,8 @@ delete() {
     start) start ;;
     status) status ;;
     delete) delete ;;
-    logs) tpu ssh "${nodes[0]}" --worker="$worker" --command 'tail -n 100 nalora-run/log' ;;
-    stop) on_workers 'bash nalora-launch/worker.sh stop' && bills ;;
+    logs) tpu ssh "${nodes[0]}" --worker="$worker" --command "tail -n 100 $follow nalora-run/log" ;;
+    stop) stop ;;
     *) usage ;;
   esac
   exit

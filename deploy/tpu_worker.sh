@@ -28,9 +28,17 @@ state() {
       0) echo "ended, status 0: done" ;;
       2) echo "ended, status 2: see the error in the log" ;;
       75 | 134) echo "ended, status $(cat "$run/status"): another worker was lost; start resumes" ;;
-      143) echo "ended, status 143: stopped, with a checkpoint; start resumes" ;;
+      143) echo "ended, status 143: $(stopped); start resumes" ;;
       *) echo "ended, status $(cat "$run/status"): see the log" ;;
     esac
+  fi
+}
+
+stopped() { # the run's last words: those since the line with which `supervise` began it
+  if sed -n '/^=== [^ ]* [^ ]*$/h; /^interrupted by/H; ${x; p}' "$run/log" | grep -qs 'saved step'; then
+    echo "stopped, with a checkpoint"
+  else
+    echo "stopped, without a new checkpoint"
   fi
 }
 
@@ -58,6 +66,7 @@ start() {
     status
     return
   fi
+  keep_slice
   install
   rm -f "$run/pid" "$run/status"
   # Without lingering, systemd-logind may remove the user's shared memory when the last ssh session ends (RemoveIPC).
@@ -91,6 +100,7 @@ supervise() {
 }
 
 stop() {
+  keep_slice
   ! alive || kill -TERM "$(pid)"
   for ((i = 0; i < 300; i++)); do # at most five minutes for a step and a checkpoint
     sleep 1
@@ -99,9 +109,18 @@ stop() {
   status
 }
 
+# Ends the process of `delete-when-done`: a run that is stopped, or started without it, leaves the slice as it is.
+keep_slice() {
+  local deleter
+  deleter=$(cat "$run/deleter" 2>/dev/null) || return 0
+  ! grep -qsa delete-now "/proc/$deleter/cmdline" || kill -TERM -- "-$deleter" 2>/dev/null || true
+  rm -f "$run/deleter"
+}
+
 # Deletes the slice a minute after the run has ended, unless it was started again by then.
 delete_when_done() { # NAME ZONE
   local pause=${NALORA_DELETE_AFTER:-60}
+  echo "$$" >"$run/deleter" # the leader of its process group
   until ! alive && sleep "$pause" && ! alive; do sleep 5; done
   gcloud compute tpus queued-resources delete "$1" --zone "$2" --force --quiet --async ||
     gcloud compute tpus tpu-vm delete "$1" --zone "$2" --quiet --async ||
@@ -115,7 +134,9 @@ delete_when_done() { # NAME ZONE
     stop) stop ;;
     supervise) supervise ;;
     delete-when-done)
+      keep_slice
       setsid nohup bash "$0" delete-now "$2" "$3" >>"$run/log" 2>&1 </dev/null &
+      until [[ -s $run/deleter ]]; do sleep 0.1; done
       echo "The slice $2 will be deleted when the run has ended."
       ;;
     delete-now) delete_when_done "$2" "$3" ;;

@@ -10,6 +10,7 @@ import errno
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -47,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     lasts = any(word in _LASTING for word in words[:1])
     with terminal.outliving_terminal() if lasts else terminal.lasting("stderr"):
-        return guarded(run)
+        status = guarded(run)
+    if argv is None and status == 128 + signal.SIGTERM:
+        # The process ends now: the same request, sent twice, must not kill it instead.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return status
 
 
 def guarded(run: Callable[[], None]) -> int:

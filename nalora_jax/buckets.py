@@ -1,5 +1,7 @@
 """Files in ``gs://`` and ``s3://`` buckets: listed, read by ranges, or copied to the cache.
 
+`nalora_jax.uploads` writes to them.
+
 Any process may read any file; each process requests only the files and ranges that it uses. The
 stores' packages (gcsfs, s3fs) find the credentials in the same way as their command-line tools.
 """
@@ -49,6 +51,18 @@ def is_url(name: object) -> bool:
     return isinstance(name, str) and name.partition("://")[0] in _STORES and "://" in name
 
 
+def bucket_url(name: str | Path) -> str | None:
+    """Returns ``name`` as the URL of a file or folder in a bucket, or None for a path.
+
+    Raises:
+      NaloraError: ``name`` looks like a URL of another store.
+    """
+    where = url(str(name))
+    if where is not None and not is_url(where):
+        raise missing_package(where, where)
+    return where
+
+
 def missing_package(flag: str, where: str) -> NaloraError:
     """Returns the error for a URL whose package is not installed, or whose scheme is unknown."""
     package, extra, _ = _STORES.get(where.partition("://")[0], ("", "", ""))
@@ -65,8 +79,8 @@ def version(name: str) -> str:
     Raises:
       NaloraError: there is no such file, the bucket cannot be reached, or it refuses.
     """
-    with _store_errors(name):
-        about = _filesystem(name).info(name)
+    with store_errors(name):
+        about = filesystem(name).info(name)
         if about["type"] == "directory":
             raise FileNotFoundError(name)
     recorded = next((str(about[field]) for field in _VERSIONS if about.get(field)), "")
@@ -85,9 +99,9 @@ def files(name: str) -> list[str]:
       NaloraError: there is no such file, the bucket cannot be reached, or it refuses.
     """
     scheme = name.partition("://")[0]
-    with _store_errors(name):
-        filesystem = _filesystem(name)
-        paths = filesystem.glob(name) if "*" in name else filesystem.find(name)
+    with store_errors(name):
+        store = filesystem(name)
+        paths = store.glob(name) if "*" in name else store.find(name)
         if not paths:
             raise FileNotFoundError(name)
     return sorted(f"{scheme}://{path.lstrip('/')}" for path in paths)
@@ -95,16 +109,16 @@ def files(name: str) -> list[str]:
 
 def names(folder: str) -> list[str]:
     """Returns the names of a folder's files, without subfolders; raises as `files` does."""
-    with _store_errors(folder):
-        entries = _filesystem(folder).ls(folder, detail=True)
+    with store_errors(folder):
+        entries = filesystem(folder).ls(folder, detail=True)
     return sorted(entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file")
 
 
 def exists(name: str) -> bool:
     """Returns True if the file ``name`` exists; raises as `version` if the bucket fails."""
-    with _store_errors(name):
+    with store_errors(name):
         try:
-            return bool(_filesystem(name).info(name)["type"] == "file")
+            return bool(filesystem(name).info(name)["type"] == "file")
         except FileNotFoundError:
             return False
 
@@ -115,15 +129,15 @@ def read(name: str, start: int, stop: int) -> bytes:
     Raises:
       NaloraError: there is no such file, the bucket cannot be reached, or it refuses.
     """
-    with _store_errors(name):
-        data: bytes = _filesystem(name).cat_file(name, start=start, end=stop)
+    with store_errors(name):
+        data: bytes = filesystem(name).cat_file(name, start=start, end=stop)
     return data
 
 
 def opened(name: str) -> Any:
     """Returns a file object that reads ranges on demand; raises as `read` does."""
-    with _store_errors(name):
-        return _filesystem(name).open(name, "rb")
+    with store_errors(name):
+        return filesystem(name).open(name, "rb")
 
 
 def local_file(name: str) -> Path | None:
@@ -164,6 +178,17 @@ def local_tree(folder: str, names: Sequence[str]) -> Path:
     return _copies({name: f"{folder.rstrip('/')}/{name}" for name in names})
 
 
+def local_path(folder: str | Path) -> Path:
+    """Returns a folder's path, or of a folder in a bucket a cached copy of its files (not of its subfolders).
+
+    Raises as `bucket_url`, `names` and `local_folder` do.
+    """
+    where = bucket_url(folder)
+    if where is None:
+        return Path(folder)
+    return local_tree(where, names(where))
+
+
 def _copies(sources: Mapping[str, str]) -> Path:
     """Returns a cache folder with a copy of each URL under its relative name."""
     versions = [f"{name}\n{version(name)}" for name in sources.values()]
@@ -180,8 +205,8 @@ def _copies(sources: Mapping[str, str]) -> Path:
 
 def _copy(name: str, target: Path) -> None:
     """Fetches a file and renames it when it is complete; several processes may do so at once."""
-    with _store_errors(name), downloads.scratch_file(target) as scratch:
-        _filesystem(name).get_file(name, scratch.name)
+    with store_errors(name), downloads.scratch_file(target) as scratch:
+        filesystem(name).get_file(name, scratch.name)
 
 
 @cache
@@ -194,7 +219,12 @@ def _filesystem_of(scheme: str) -> Any:
     return fsspec.filesystem(scheme, use_listings_cache=False)
 
 
-def _filesystem(name: str) -> Any:
+def filesystem(name: str) -> Any:
+    """Returns fsspec's file system of a URL.
+
+    Raises:
+      NaloraError: its package is not installed, or the scheme is unknown.
+    """
     scheme = name.partition("://")[0]
     try:
         return _filesystem_of(scheme)
@@ -203,8 +233,11 @@ def _filesystem(name: str) -> Any:
 
 
 @contextmanager
-def _store_errors(name: str) -> Iterator[None]:
-    """Converts any error of a store's package to an error of this library."""
+def store_errors(name: str, access: str = "read") -> Iterator[None]:
+    """Converts any error of a store's package to an error of this library.
+
+    ``access`` is the right that the block needs: "read" or "write".
+    """
     try:
         yield
     except NaloraError:
@@ -223,9 +256,11 @@ def _store_errors(name: str) -> Iterator[None]:
             ) from error
         if _REFUSALS.search(f"{type(error).__name__} {reason}"):
             login = _STORES[name.partition("://")[0]][2]
-            remedy = f"log in with `{login}`, or give the machine's account the right to read the bucket"
+            remedy = (
+                f"log in with `{login}`, or give the machine's account the right to {access} the bucket"
+            )
             raise NaloraError(
-                name, expected="credentials that may read it", found=reason, remedy=remedy
+                name, expected=f"credentials that may {access} it", found=reason, remedy=remedy
             ) from error
         raise NaloraError(
             name, expected="the bucket to answer", found=reason, remedy="check the network"

@@ -6,7 +6,7 @@ import json
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http import HTTPStatus
@@ -47,19 +47,24 @@ def honour_generations(monkeypatch: pytest.MonkeyPatch) -> None:
     emulator knows neither: a manifest that had not changed was sent whole, without a generation, and now and then the
     writer waited for ever.
     """
-    upload, download = objects._media_upload, objects.download
+    download = objects.download
 
     def generation(storage: Storage, bucket: str, name: str) -> str:
         held = storage.objects.get(bucket, {}).get(name)
         return "0" if held is None else held["generation"]
 
-    def uploaded(request: Request, response: Response, storage: Storage) -> None:
-        found = generation(storage, request.params["bucket_name"], request.query["name"][0])
-        if request.query.get("ifGenerationMatch", [found]) == [found]:
-            upload(request, response, storage)
-        else:
-            assert request.data is not None  # what is not read resets the connection
-            response.status = HTTPStatus.PRECONDITION_FAILED
+    def guarded(upload: Callable[..., None]) -> Callable[..., None]:
+        def uploaded(request: Request, response: Response, storage: Storage) -> None:
+            data = request.data  # what is not read resets the connection
+            named = data.get("meta", data) if isinstance(data, dict) else {}
+            name = request.query.get("name", [named.get("name")])[0]
+            found = generation(storage, request.params["bucket_name"], name)
+            if request.query.get("ifGenerationMatch", [found]) == [found]:
+                upload(request, response, storage)
+            else:
+                response.status = HTTPStatus.PRECONDITION_FAILED
+
+        return uploaded
 
     def downloaded(request: Request, response: Response, storage: Storage) -> None:
         found = generation(storage, request.params["bucket_name"], request.params["object_id"])
@@ -69,7 +74,8 @@ def honour_generations(monkeypatch: pytest.MonkeyPatch) -> None:
             response["x-goog-generation"] = found
             download(request, response, storage)
 
-    monkeypatch.setattr(objects, "_media_upload", uploaded)
+    for name in ("_media_upload", "_multipart_upload", "_create_resumable_upload"):
+        monkeypatch.setattr(objects, name, guarded(getattr(objects, name)))
     monkeypatch.setattr(objects, "download", downloaded)
 
 
@@ -78,6 +84,12 @@ def put(address: str, name: str, content: bytes) -> str:
     query = urllib.parse.urlencode({"uploadType": "media", "name": name})
     urllib.request.urlopen(f"{address}/upload/storage/v1/b/bucket/o?{query}", content).close()
     return f"gs://bucket/{name}"
+
+
+def stored(held: Storage, folder: str) -> dict[str, bytes]:
+    """Returns the objects of a folder by their names in it."""
+    names = [name for name in held.objects.get("bucket", {}) if name.startswith(f"{folder}/")]
+    return {name.removeprefix(f"{folder}/"): held.get_file("bucket", name) for name in names}
 
 
 def refuse(handler: RequestHandler) -> None:

@@ -31,7 +31,7 @@ from benchmarks.markers import write_between
 from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.runs.checkpoint import Checkpointer
-from tests import tiny
+from tests import emulator, tiny
 
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- faults: python -m tests.faults -->", "<!-- end of faults -->"
@@ -44,6 +44,7 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0
+        self.requests: dict[str, int] = {}  # to the bucket, of an undisturbed command
         os.environ["NALORA_CACHE"] = tiny.new_cache(folder / "cache")
         self.config = replace(tiny.make_config(folder), steps=STEPS)
         self.whole = self.new_run()
@@ -94,11 +95,14 @@ def killed(place: Place, rng: random.Random) -> str:
 
 
 def terminated(place: Place, rng: random.Random) -> str:
-    """SIGTERM at a random step, then the same command again"""
+    """SIGTERM at a random step and again within a second, then the same command again"""
     config = place.new_run()
     (process,) = place.start(config)
     tiny.wait_for_line(process, f"step {rng.randrange(2, STEPS - 4)}/")
     process.send_signal(signal.SIGTERM)
+    time.sleep(rng.random())
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
     ((status, _, error),) = tiny.finish([process])
     said = re.search(r"interrupted by SIGTERM; saved step \d+; continue with", error)
     return f"status {status}, {'said how to go on' if said else 'SILENT'}, {place.verdict(config)}"
@@ -130,6 +134,45 @@ def lost(place: Place, rng: random.Random) -> str:
     status, _, error = tiny.finish(processes, timeout=150)[1 - gone]
     soon = "within two minutes" if time.monotonic() - began < 120 else "LATE"
     return f"the other ends {soon}, {'non-zero' if status else 'ZERO'}{', A TRACEBACK' * ('Traceback' in error)}"
+
+
+def uploaded(place: Place, rng: random.Random) -> str:
+    """SIGKILL at a random request of a merge or an export to a bucket, then the same command again"""
+    verb = rng.choice(["merge", "export"])
+    reference, requests = place.folder / verb, list[tuple[str, str]]()
+    if not reference.exists():
+        _expect(_written(verb, place, str(reference))[0], 0)
+    files = {path.name: path.read_bytes() for path in reference.iterdir()}
+    with emulator.emulator(place.folder / "google", requests) as (held, address):
+        variables = emulator.variables(address)
+        if verb not in place.requests:
+            _expect(_written(verb, place, "gs://bucket/first", **variables)[0], 0)
+            place.requests[verb] = len(requests)
+            requests.clear()
+        wanted = rng.randrange(1, place.requests[verb] + 1)
+        (process,) = _writing(verb, place, "gs://bucket/result", **variables)
+        while len(requests) < wanted and process.poll() is None:
+            time.sleep(0.0005)
+        time.sleep(rng.random() / 200)
+        process.send_signal(signal.SIGKILL)
+        tiny.finish([process])
+        state, left = "absent", emulator.stored(held, "result")
+        if {"config.json", "adapter_config.json"} & left.keys():  # tools load it
+            state = "whole" if files.items() <= left.items() else "HALF"
+        status, error = _written(verb, place, "gs://bucket/result", **variables)
+        if status == 0:
+            same = emulator.stored(held, "result") == files
+            return f"{state}; again: {'written' if same else 'WRONG'}"
+        return f"{state}; again: {'refused' if 'found one that holds' in error else 'FAILED'}"
+
+
+def _writing(verb: str, place: Place, output: str, **variables: str) -> list[subprocess.Popen]:
+    return tiny.start(["-m", "nalora_jax", verb, place.whole.output, "--output", output], **variables)
+
+
+def _written(verb: str, place: Place, output: str, **variables: str) -> tuple[int, str]:
+    ((status, _, error),) = tiny.finish(_writing(verb, place, output, **variables))
+    return status, error
 
 
 def _two_checkpoints(place: Place) -> Path:
@@ -201,6 +244,7 @@ FAULTS: tuple[tuple[Callable[[Place, random.Random], str], int], ...] = (
     (flipped, 30),
     (truncated, 30),
     (full, 1),
+    (uploaded, 6),
     (second, 1),
     (lost, 1),
 )

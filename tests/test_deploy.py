@@ -29,17 +29,63 @@ def test_each_states_its_versions_and_that_it_was_not_run_on_hardware(path: Path
     assert f"`{path.name}`" in (ROOT / "docs" / "deploy.md").read_text()
 
 
+# Runs the tasks of a step one after another; returns the highest status, as srun does.
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do echo "$1" >>"$HOME/options"; shift; done
+highest=0
+for STATUS in $STATUSES; do
+  export STATUS
+  "$@"
+  status=$?
+  ((status <= highest)) || highest=$status
+done
+exit $highest
+"""
+
+
+def submitted(script: str, home: Path, statuses: str, restarts: int) -> tuple[int, str]:
+    """Runs a job whose tasks end with ``statuses``; returns its status, and the job that was requeued."""
+    commands = {"scontrol": '#!/bin/bash\necho "$*" >"$HOME/requeued"\n', "srun": SRUN}
+    for name, text in (commands | {"bin/nalora": "#!/bin/bash\nexit $STATUS\n"}).items():
+        (home / name).parent.mkdir(exist_ok=True)
+        (home / name).write_text(text)
+        (home / name).chmod(0o755)
+    environment = {"PATH": f"{home}:{os.environ['PATH']}", "HOME": str(home), "NALORA_ENV": str(home)}
+    environment |= {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "1"}
+    environment |= {"SLURM_CPUS_PER_TASK": "8", "SLURM_RESTART_COUNT": str(restarts), "STATUSES": statuses}
+    done = subprocess.run(["bash", DEPLOY / script, "x"], env=environment, check=False)
+    assert "--cpus-per-task=8" in (home / "options").read_text().split()
+    requeued = home / "requeued"
+    return done.returncode, requeued.read_text().strip() if requeued.exists() else ""
+
+
 @pytest.mark.parametrize(
-    ("status", "requeued"), [(0, False), (2, False), (75, True), (134, True), (143, True)]
+    ("statuses", "restarts", "status", "requeued"),
+    [
+        ("0 0", 0, 0, False),
+        ("2 2", 0, 255, False),
+        ("1 75 134", 0, 255, False),  # a task crashed, and the others noticed
+        ("134 137", 3, 255, False),
+        ("75 134 75", 0, 134, True),
+        ("143 143", 19, 143, True),
+        ("143 143", 20, 143, False),
+    ],
 )
-def test_slurm_requeues_interrupted_jobs_only(tmp_path: Path, status: int, requeued: bool) -> None:
-    for name, script in (("scontrol", f'echo "$@" > {tmp_path}/requeued'), ("srun", f"exit {status}")):
-        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "SLURM_JOB_ID": "9"}
-    done = subprocess.run(["bash", DEPLOY / "slurm.sbatch", "--model", "m"], env=environment, check=False)
-    assert done.returncode == status
-    assert (tmp_path / "requeued").exists() == requeued
+def test_slurm_requeues_interrupted_jobs_only(
+    tmp_path: Path, statuses: str, restarts: int, status: int, requeued: bool
+) -> None:
+    expected = (status, "requeue 9" if requeued else "")
+    assert submitted("slurm.sbatch", tmp_path, statuses, restarts) == expected
+
+
+@pytest.mark.parametrize(
+    ("status", "restarts", "requeued"), [(0, 0, False), (2, 0, False), (143, 19, True), (143, 20, False)]
+)
+def test_slurm_requeues_the_interrupted_task_of_a_study(
+    tmp_path: Path, status: int, restarts: int, requeued: bool
+) -> None:
+    expected = (status, "requeue 9_1" if requeued else "")
+    assert submitted("study.sbatch", tmp_path, str(status), restarts) == expected
 
 
 def instructions(kind: str) -> list[list[str]]:

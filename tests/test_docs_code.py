@@ -47,6 +47,9 @@ OTHERS |= {
     "docker",
     "python3.11",
     "~/nalora/bin/pip",
+    "ssh-keygen",
+    "eval",
+    "ssh-add",
 }  # executed in tests/deploy
 
 

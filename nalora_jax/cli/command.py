@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from nalora_jax import buckets
 from nalora_jax.cli import (
     chat,
     doctor,
@@ -66,6 +67,14 @@ VERBS = {
 }
 
 
+# Paths that may be in a bucket, besides those of `--adapter`.
+_IN_BUCKETS = {
+    "export": ("run", "output"),
+    "merge": ("output",),
+    "import": ("output",),
+    "push": ("folder",),
+    "from-peft": ("file",),
+}
 _RESUME = ("yes", "no", "auto")
 _ASSIGNED = ("--mesh=", "--data.max-length=", "--optimizer.learning-rate=", "--resume=", "--mechanisms=")
 
@@ -140,7 +149,14 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path):
                 # Positional arguments have their name in the help.
-                check_path(flags.get(argument.name, argument.name.upper()), path)
+                flag = flags.get(argument.name, argument.name.upper())
+                check_path(flag, path)
+                if (where := buckets.bucket_url(path)) and argument.name not in (
+                    "adapter",
+                    *_IN_BUCKETS.get(name, ()),
+                ):
+                    expected, remedy = "a path on this machine", "copy it from or to the bucket"
+                    raise NaloraError(flag, expected=expected, found=where, remedy=remedy)
     return args
 
 

@@ -29,13 +29,18 @@ def from_peft(args: FromPeftArgs) -> None:
     Raises:
       NaloraError: the file has no settings of PEFT, or unsupported settings, all of which are listed.
     """
+    from nalora_jax import buckets
     from nalora_jax.cli import config_files
     from nalora_jax.files import write_atomically
     from nalora_jax.weights.peft_settings import PEFT
     from nalora_jax.weights.peft_settings import from_peft as convert
 
     path = args.file
-    if path.is_dir():
+    where = buckets.bucket_url(path)
+    if where is not None:
+        is_file = path.suffix in (".json", ".yaml", ".yml")
+        path = buckets.local_copy(where if is_file else f"{where}/adapter_config.json")
+    elif path.is_dir():
         path /= "adapter_config.json"
     values = config_files.read_values(path)
     fields = set(values) if isinstance(values, Mapping) else set()

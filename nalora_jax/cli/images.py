@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nalora_jax.cli.outputs import shown_output
 from nalora_jax.config import config_from_dict
 from nalora_jax.config.vision import DUAL
 from nalora_jax.errors import NaloraError
@@ -54,15 +55,17 @@ def export(args: ExportArgs, card: Callable[[Any, Literal["adapter", "merged"]],
     from nalora_jax.files import write_atomically
     from nalora_jax.loading.dual import load_adapted_dual
     from nalora_jax.runs.dual_pieces import write_dual_adapter
+    from nalora_jax.weights.folders import new_folder
 
     if args.target != "peft":
         raise NaloraError("--for", expected="peft for image and text encoders", found=args.target)
     name, adapter = args.names
     model = load_adapted_dual(name, adapter=adapter)
     assert model.lora is not None
-    write_dual_adapter(args.output, model.base, model.lora, model.spec)
-    write_atomically(args.output / "README.md", card(model, "adapter"))
-    print(f"{args.output}: adapter for peft, read back and compared (every number is equal)")
+    with new_folder(args.output) as folder:
+        write_dual_adapter(folder, model.base, model.lora, model.spec)
+        write_atomically(folder / "README.md", card(model, "adapter"))
+    print(f"{shown_output(args.output)}: adapter for peft, read back and compared (every number is equal)")
 
 
 def merge(args: MergeArgs, card: Callable[[Any, Literal["adapter", "merged"]], str]) -> None:
@@ -82,4 +85,4 @@ def merge(args: MergeArgs, card: Callable[[Any, Literal["adapter", "merged"]], s
     options: dict[str, Any] = {"dtype": args.dtype, "shard_bytes": parse_size(args.shard_size)}
     options["card"] = card(model, "merged")
     write_merged_dual(args.output, config, base.params, model.lora, model.spec, source=source, **options)
-    print(f"{args.output}: merged model in {args.dtype}")
+    print(f"{shown_output(args.output)}: merged model in {args.dtype}")

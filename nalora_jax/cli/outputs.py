@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nalora_jax import buckets, uploads
 from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
 from nalora_jax.config.ranges import check_path
-from nalora_jax.errors import NaloraError
+from nalora_jax.errors import Interrupted, NaloraError
+from nalora_jax.weights.folders import refuse_claimed
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -45,13 +47,38 @@ def data_of(run: Mapping[str, Any], changes: dict[str, Any]) -> DataConfig:
     )
 
 
+def shown_output(path: Path) -> str:
+    """Returns an --output as the user wrote it; `Path` drops a slash of a URL."""
+    return buckets.bucket_url(path) or str(path)
+
+
+@contextlib.contextmanager
+def removed_if_stopped() -> Iterator[None]:
+    """Lets SIGTERM and Ctrl-C end the block as errors do, so that unfinished outputs are removed.
+
+    Raises:
+      Interrupted: a signal arrived.
+    """
+    from nalora_jax.runs.preemption import stop_signals
+
+    try:
+        with stop_signals():
+            yield
+    except Interrupted as stopped:
+        raise Interrupted(stopped.signal, resume="no unfinished output was left") from None
+
+
 def refuse_existing(folder: Path) -> None:
     """Refuses a non-empty --output folder before a model is loaded.
 
     Raises:
-      NaloraError: the folder has content, or a file has its name.
+      NaloraError: the folder has content, a file has its name, or another process writes to it.
     """
+    if (where := buckets.bucket_url(folder)) is not None:
+        uploads.require_free(where)
+        return
     check_new_path("--output", folder)
+    refuse_claimed(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         remedy = "choose another --output; nothing was changed"
         raise NaloraError("--output", expected="a new or empty folder", found=f"{folder}", remedy=remedy)

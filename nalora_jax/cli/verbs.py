@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nalora_jax import buckets, uploads
 from nalora_jax.cli import images
 from nalora_jax.cli import parser as cli
 from nalora_jax.cli.outputs import (
@@ -21,11 +22,14 @@ from nalora_jax.cli.outputs import (
     flags_of_verb,
     mesh_of,
     refuse_existing,
+    removed_if_stopped,
     shown_model,
+    shown_output,
 )
 from nalora_jax.config import DataConfig, check, config_from_dict
 from nalora_jax.config.ranges import SAMPLING
 from nalora_jax.errors import NaloraError
+from nalora_jax.weights.folders import refuse_claimed
 
 if TYPE_CHECKING:
     from nalora_jax.loading.adapted import AdaptedModel, Located
@@ -99,15 +103,21 @@ def generate(args: cli.GenerateArgs) -> None:
     print()
 
 
+@removed_if_stopped()
 def export(args: cli.ExportArgs) -> None:
     """Writes an adapter for another tool, and verifies it by reloading."""
     from nalora_jax.files import write_atomically
     from nalora_jax.loading.adapted import load, locate
     from nalora_jax.runs.export import write_adapter
+    from nalora_jax.weights.folders import new_file, new_folder
     from nalora_jax.weights.peft_modules import layout_for
 
     if args.target == "gguf":
-        check_new_file("--output", args.output)
+        if (where := buckets.bucket_url(args.output)) is not None:
+            uploads.require_free(where)
+        else:
+            check_new_file("--output", args.output)
+            refuse_claimed(args.output)
         if args.output.suffix != ".gguf":
             expected = "a name that ends in .gguf"
             raise NaloraError("--output", expected=expected, found=str(args.output))
@@ -120,31 +130,33 @@ def export(args: cli.ExportArgs) -> None:
     _require_adapter(locate(name, adapter))
     model = load(name, adapter=adapter)
     base, lora = model.base, _lora(model)
+    output = shown_output(args.output)
     if args.target == "gguf":
         from nalora_jax.weights.gguf_export import verify_adapter_gguf, write_adapter_gguf
 
-        write_adapter_gguf(args.output, base.config, lora, model.spec)
-        difference = verify_adapter_gguf(args.output, base.config, lora, model.spec)
+        with new_file(args.output) as path:
+            write_adapter_gguf(path, base.config, lora, model.spec)
+            difference = verify_adapter_gguf(path, base.config, lora, model.spec)
         print(
-            f"{args.output}: adapter for llama.cpp, read back and compared (largest difference "
-            f"{difference:.1e})"
+            f"{output}: adapter for llama.cpp, read back and compared (largest difference {difference:.1e})"
         )
         if base.rope_scaling:
             print(
-                f"{args.output}: trained with RoPE scaling {base.rope_scaling}: set it in "
+                f"{output}: trained with RoPE scaling {base.rope_scaling}: set it in "
                 "llama.cpp (--rope-scaling)"
             )
         return
     layout = layout_for(args.target, base.config, base.hf_config)
     options = {"target": args.target, "max_lora_rank": args.max_lora_rank, "layout": layout}
-    difference = write_adapter(args.output, base, lora, model.spec, **options)
-    write_atomically(args.output / "README.md", card(model, "adapter"))
+    with new_folder(args.output) as folder:
+        difference = write_adapter(folder, base, lora, model.spec, **options)
+        write_atomically(folder / "README.md", card(model, "adapter"))
     print(
-        f"{args.output}: adapter for {args.target}, read back and compared (largest difference "
-        f"{difference:.1e})"
+        f"{output}: adapter for {args.target}, read back and compared (largest difference {difference:.1e})"
     )
 
 
+@removed_if_stopped()
 def merge(args: cli.MergeArgs) -> None:
     """Writes base and adapter as one Hugging Face folder."""
     from nalora_jax.loading.adapted import load, locate
@@ -185,7 +197,7 @@ def merge(args: cli.MergeArgs) -> None:
         shard_bytes=shard_bytes,
         card=card(model, "merged"),
     )
-    print(f"{args.output}: merged model in {args.dtype}")
+    print(f"{shown_output(args.output)}: merged model in {args.dtype}")
 
 
 def import_(args: cli.ImportArgs) -> None:

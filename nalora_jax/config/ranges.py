@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from nalora_jax import buckets
 from nalora_jax.errors import NaloraError
 
 
@@ -85,9 +86,9 @@ def check_ranges(values: object, ranges: Mapping[str, Range], prefix: str = "") 
 
 
 def check_path(flag: str, path: object) -> None:
-    """Raises an error for a path that no file system accepts.
+    """Raises an error for a path that no file system accepts, or a URL of an unknown store.
 
-    Examples: a part of more than 255 bytes, a null character, or an empty path.
+    Examples: a part of more than 255 bytes, a null character, an empty path, or foo://x.
 
     Raises:
       NaloraError: names the flag.
@@ -95,6 +96,9 @@ def check_path(flag: str, path: object) -> None:
     text = str(path)
     shown = repr(text[:80]) + ("..." if len(text) > 80 else "")
     require(flag, is_path(text), "a path whose parts have 1 to 255 bytes", shown)
+    where = buckets.url(text)
+    if where is not None and not buckets.is_url(where):
+        raise buckets.missing_package(flag, where)
 
 
 def is_path(text: str) -> bool:

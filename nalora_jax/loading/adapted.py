@@ -283,8 +283,8 @@ def trained_in_turns(adapter: Path) -> bool | None:
 
 def _adapter_folder(path: Path) -> Path | None:
     """Returns the folder of an adapter, or of a run's adapter, copied if it is in a bucket."""
-    url = buckets.url(str(path))
-    if url is not None and buckets.is_url(url):
+    url = buckets.bucket_url(path)
+    if url is not None:
         if url.endswith(".gguf"):
             return None
         return _copied_adapter(url)

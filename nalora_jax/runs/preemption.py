@@ -1,16 +1,21 @@
 """Stop requests: Ctrl-C, and SIGTERM, which schedulers send before they reclaim a machine.
 
 During training steps, the first signal is a request: the loop finishes its step and saves. Before
-and after the steps there is no state to save, and a signal stops the process at once, like a second
-Ctrl-C does at any time. In a run of several processes JAX receives SIGTERM, and all processes agree
-on the step after which they stop
+and after the steps there is no state to save, and a signal stops the process at once.
+
+Further signals do not cut the save short: systemd signals every process of a session, and a
+supervisor forwards its own, so one request may arrive twice. Only a second Ctrl-C on the terminal,
+or a signal 30 seconds after the first, stops the process at once. In a run of several processes JAX
+receives SIGTERM, and all processes agree on the step after which they stop
 (`jax.experimental.multihost_utils.reached_preemption_sync_point`).
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from signal import Signals
@@ -21,6 +26,8 @@ from jax.experimental import multihost_utils
 
 from nalora_jax.errors import Interrupted
 
+_PATIENCE = 30.0  # seconds after the first signal in which another one is taken for the same request
+
 
 class StopSignals:
     """Stop requests that a run received, from `nalora_jax.runs.preemption.stop_signals`."""
@@ -28,6 +35,7 @@ class StopSignals:
     def __init__(self) -> None:
         self._polled = False
         self._received: Signals | None = None
+        self._since = 0.0  # time of the first signal
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
@@ -55,10 +63,28 @@ class StopSignals:
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Handles a signal."""
         del frame
-        again = self._received is not None
-        self._received = Signals(number)
-        if again or not self._polled:
-            raise Interrupted(self._received)
+        if self._received is None:
+            self._received, self._since = Signals(number), time.monotonic()
+            if not self._polled:
+                raise Interrupted(self._received)
+            return
+        second_ctrl_c = number == self._received == signal.SIGINT and in_foreground()
+        if second_ctrl_c or time.monotonic() - self._since >= _PATIENCE:
+            raise Interrupted(Signals(number))
+
+
+def in_foreground() -> bool:
+    """Returns True if a Ctrl-C on the terminal reaches this process."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
 
 
 @contextmanager

@@ -1,85 +1,216 @@
-"""Output folders that appear complete or not at all."""
+"""Outputs that appear complete or not at all, on a file system or in a bucket.
+
+They are written to a hidden folder next to the output (``.NAME.nalora-partial``), or in the cache
+if the output is in a bucket, and moved at the end. A lock shows that the writing process lives: the
+next output in the same folder removes the hidden folders of killed processes.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import secrets
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from nalora_jax import buckets, uploads
 from nalora_jax.errors import NaloraError
+from nalora_jax.paths import open_descriptor
+
+_PARTIAL = ".nalora-partial"
+_OWNER = "owner.json"  # in a hidden folder: host and id of the process, which holds a lock on it
+# Seconds without a change after which a hidden folder is removed if locks do not tell: of another
+# host, or on a file system without locks.
+_ABANDONED = 86_400.0
 
 
 @contextmanager
 def new_folder(
     folder: str | Path, *, replaces: Collection[str] = (), overwrite: bool = False
 ) -> Iterator[Path]:
-    """Yields a temporary folder that is renamed to ``folder`` if the block succeeds.
+    """Yields a temporary folder that becomes ``folder`` if the block succeeds.
 
     Args:
-      folder: must not exist or be empty, unless ``overwrite`` allows more.
+      folder: a path or the URL of a folder in a bucket. It must not exist or be empty, unless
+        ``overwrite`` allows more.
       replaces: names of files, relative to ``folder``, that it may contain with ``overwrite``. Any
         other content raises an error, since it was written by another program or user.
-      overwrite: replace a folder that contains such files completely.
+      overwrite: replace a folder that contains such files completely; not in a bucket.
 
     Raises:
-      NaloraError: the folder has other content, or the file system refused (a full disk, no
-        permission). The temporary folder is removed, and ``folder`` stays as it was.
+      NaloraError: the folder has other content, another process writes to it, or the file system or
+        the bucket refused (a full disk, no permission). The temporary folder is removed, and
+        ``folder`` stays as it was.
     """
+    where = buckets.bucket_url(folder)
     target = Path(folder)
-    _check_free(target, replaces, overwrite=overwrite)
-    with _scratch(target) as scratch:
-        scratch.chmod(0o755)  # the rename keeps mkdtemp's 0700
+    if where is not None:
+        target = uploads.stage(where)
+    else:
+        check_free(target, replaces, overwrite=overwrite)
+    with _hidden(target, where) as hidden:
+        scratch = hidden / target.name
+        scratch.mkdir()
+        scratch.chmod(0o755)  # independent of the umask
+        if where is not None:
+            with uploads.new_tree(where, scratch):
+                yield scratch
+            return
         yield scratch
         for path in scratch.iterdir():
             if path.is_file():
                 path.chmod(0o644)  # safetensors makes private files; others may need access
+        check_free(target, replaces, overwrite=overwrite)  # another process may have been first
         _move(scratch, target)
 
 
 @contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary file name; the file is renamed to ``path`` if the block succeeds.
+    """Yields a temporary file name; the file becomes ``path`` if the block succeeds.
+
+    ``path`` may be a URL in a bucket.
 
     Raises:
-      NaloraError: ``path`` exists, or the file system refused. Temporary files are removed.
+      NaloraError: ``path`` exists, another process writes it, or the file system or the bucket
+        refused. Temporary files are removed.
     """
+    where = buckets.bucket_url(path)
     target = Path(path)
+    if where is not None:
+        uploads.require_free(where)
+        target = uploads.stage(where)
+    with _hidden(target, where) as hidden:
+        _check_new(target)
+        yield hidden / target.name
+        if where is not None:
+            uploads.upload_file(hidden / target.name, where)
+        else:
+            _check_new(target)  # another process may have been first
+            (hidden / target.name).rename(target)
+
+
+def _check_new(target: Path) -> None:
     if os.path.lexists(target):
         expected, remedy = "a new file", "choose another name"
         raise NaloraError(str(target), expected=expected, found="an existing one", remedy=remedy)
-    with _scratch(target) as scratch:
-        yield scratch / target.name
-        (scratch / target.name).rename(target)
 
 
 @contextmanager
-def _scratch(target: Path) -> Iterator[Path]:
-    """Yields a temporary folder next to ``target`` and removes it at the end.
+def _hidden(target: Path, where: str | None) -> Iterator[Path]:
+    """Yields a hidden folder next to ``target``, which no other process has, and removes it at the end.
 
     File system errors become a `NaloraError`.
     """
-    scratch = None
+    hidden = target.parent / f".{target.name}{_PARTIAL}"
+    remedy = "free some space or choose another folder; nothing was left behind"
+    if where is not None:
+        remedy = "free some space, or set NALORA_CACHE to another folder; nothing was left behind"
+    unique, owner = None, -1
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        yield scratch
+        for folder in target.parent.glob(f".*{_PARTIAL}"):
+            _remove_abandoned(folder)
+        unique = Path(tempfile.mkdtemp(prefix=".", suffix=_PARTIAL, dir=target.parent))
+        owner = _locked_owner(unique)
+        try:
+            unique.rename(hidden)  # fails if that folder has content
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise _busy(where or str(target), hidden) from error
+        yield hidden
     except (OSError, SafetensorError) as error:  # safetensors' writer wraps the system's errors
         raise NaloraError(
             str(target),
             expected="a place that can be written",
             found=getattr(error, "strerror", None) or str(error),
-            remedy="free some space or choose another folder; nothing was left behind",
+            remedy=remedy,
         ) from error
     finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+        if unique is not None:
+            with suppress(OSError):
+                if not unique.exists():
+                    hidden.rename(unique)  # so that the next process cannot claim what is being removed
+                _remove(unique)
+            if owner >= 0:
+                os.close(owner)
+            shutil.rmtree(unique, ignore_errors=True)  # on NFS only possible once the file is closed
+
+
+def _locked_owner(folder: Path) -> int:
+    """Writes the owner's file of a hidden folder; returns its descriptor, which holds the lock."""
+    new = folder / f"{_OWNER}.new"
+    descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    os.write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    new.rename(folder / _OWNER)  # nobody sees it before it is locked
+    return descriptor
+
+
+def _owner(hidden: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((hidden / _OWNER).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _remove_abandoned(hidden: Path) -> None:
+    """Removes a hidden folder if the process that made it has ended."""
+    try:
+        descriptor = open_descriptor(hidden / _OWNER, os.O_RDWR)
+    except (OSError, NaloraError):  # another program's, or another user's
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        dead = _owner(hidden).get("host") == socket.gethostname()
+    except BlockingIOError:
+        os.close(descriptor)
+        return
+    except OSError:  # no locks
+        dead = False
+    with suppress(OSError):
+        changed = max(path.stat().st_mtime for path in (hidden, *hidden.rglob("*")))
+        if dead or time.time() - changed > _ABANDONED:
+            unique = hidden.with_name(f".{secrets.token_hex(8)}{_PARTIAL}")
+            hidden.rename(unique)  # at once, while the lock is held
+            _remove(unique)
+    os.close(descriptor)
+
+
+def _remove(hidden: Path) -> None:
+    """Removes a hidden folder; its owner's file last, by which a later process finds what remains."""
+    for path in hidden.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != _OWNER:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def refuse_claimed(target: Path) -> None:
+    """Raises an error if a living process writes to ``target``; `new_folder` and `new_file` do so too."""
+    hidden = target.parent / f".{target.name}{_PARTIAL}"
+    _remove_abandoned(hidden)
+    if (hidden / _OWNER).exists():
+        raise _busy(str(target), hidden)
+
+
+def _busy(target: str, hidden: Path) -> NaloraError:
+    owner = _owner(hidden)
+    who = f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}"
+    remedy = f"wait for it, or choose another name; if it has ended, remove {hidden}"
+    return NaloraError(target, expected="a name that no other process writes", found=who, remedy=remedy)
 
 
 def can_exist(path: Path) -> bool:
@@ -98,7 +229,8 @@ def write_json(path: Path, value: Any) -> None:
     )
 
 
-def _check_free(target: Path, replaces: Collection[str], *, overwrite: bool) -> None:
+def check_free(target: Path, replaces: Collection[str] = (), *, overwrite: bool = False) -> None:
+    """Raises an error unless ``target`` is new, empty, or has only files that may be replaced."""
     if not os.path.lexists(target):
         return
     if target.is_symlink() or not target.is_dir():

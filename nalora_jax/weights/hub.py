@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nalora_jax import buckets, downloads
+from nalora_jax import buckets, downloads, uploads
 from nalora_jax.downloads import PackageFile
 from nalora_jax.errors import NaloraError
 from nalora_jax.paths import expand_user
@@ -90,8 +90,8 @@ def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
         return _resolve_alias(source, ALIASES[source], cache)
     if source.startswith(_MIRROR):
         return _resolve_mirror(source, cache)
-    if buckets.is_url(source):
-        return _resolve_bucket(source)
+    if (where := buckets.bucket_url(source)) is not None:
+        return _resolve_bucket(where)
     path = expand_user(source)
     if source and can_exist(path) and path.exists():
         return _resolve_local(path, source)
@@ -215,6 +215,8 @@ def _resolve_bucket(source: str) -> ResolvedSource:
     names = buckets.names(folder)
     if "config.json" not in names:
         listed = ", ".join(names[:4]) or "no file in it"
+        if uploads.MARK in names:
+            listed = "an upload that is not complete"
         raise NaloraError(source, expected="a folder with config.json and safetensors files", found=listed)
     small = [f"{folder}/{name}" for name in names if name in HUB_FILES]
     return ResolvedSource("hf", buckets.local_folder(small), source, streamed=folder)

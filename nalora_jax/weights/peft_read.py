@@ -12,6 +12,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensor
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from nalora_jax import buckets
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, locate, projection_shapes
@@ -64,7 +65,7 @@ def import_adapter(
     silently.
 
     Args:
-      folder: contains ``adapter_config.json`` and ``adapter_model.safetensors``.
+      folder: contains ``adapter_config.json`` and ``adapter_model.safetensors``; may be in a bucket.
       config: the base model.
       fingerprint: of the base model's weights; compared with the fingerprint recorded by
         `export_adapter`, if any.
@@ -78,7 +79,7 @@ def import_adapter(
       NaloraError: anything missing, unknown, misshapen or unsupported; the message names the field
         or tensor.
     """
-    folder = Path(folder)
+    folder = buckets.local_path(folder)
     peft, tensors = read_adapter(folder, fingerprint)
     where = str(folder / TENSORS_NAME)
     fold_table_adapters(config, tensors, peft, where)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from io import BytesIO, TextIOWrapper
 
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax import trees
+from nalora_jax import buckets, trees
 from nalora_jax.__main__ import main
 from nalora_jax.cli.outputs import data_of
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule
@@ -22,9 +24,9 @@ from nalora_jax.models.targets import resolve
 from nalora_jax.report.inspect import layer_summary
 from nalora_jax.report.inspection import inspect_texts
 from nalora_jax.runs.metrics import MetricsLog
-from nalora_jax.weights import hub
-from nalora_jax.weights.peft import export_adapter
-from tests import tiny
+from nalora_jax.weights import hub, publish
+from nalora_jax.weights.peft import export_adapter, import_adapter
+from tests import emulator, tiny
 
 HF = tiny.HF | {"num_hidden_layers": 3, "num_key_value_heads": 1, "intermediate_size": 24}
 TEXTS = ["a b c d e f", "x y z", "n o p"]
@@ -150,6 +152,93 @@ def test_export_writes_an_adapter_that_means_the_same(run, base, tmp_path, capsy
     assert "0.999" in (out / "README.md").read_text()
     settings = json.loads((out / "adapter_config.json").read_text())
     assert bool(settings["rank_pattern"]) == (target == "peft")
+
+
+@pytest.fixture
+def google(tmp_path, monkeypatch):
+    """An emulator of Google's store."""
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    with emulator.emulator(tmp_path / "google") as (held, address):
+        for name, value in emulator.variables(address).items():
+            monkeypatch.setenv(name, value)
+        buckets._filesystem_of.cache_clear()
+        yield held
+        buckets._filesystem_of.cache_clear()
+
+
+def test_results_are_written_to_a_bucket_and_read_from_there(
+    run, base, google, tmp_path, capsys, monkeypatch
+):
+    expected = logits(run)
+    for folder in (base, run, run / "adapter"):
+        for path in folder.iterdir():
+            if path.is_file():
+                name = path.relative_to(base.parent)
+                emulator.put(os.environ["STORAGE_EMULATOR_HOST"], str(name), path.read_bytes())
+    assert main(["export", "gs://bucket/run", "--output", "gs://bucket/exported"]) == 0
+    assert capsys.readouterr().out.startswith("gs://bucket/exported: adapter for peft, read back")
+    assert main(["import", "gs://bucket/exported", "--output", "gs://bucket/imported"]) == 0
+    assert main(["export", str(run), "--output", "gs://bucket/a.gguf", "--for", "gguf"]) == 0
+    merge = ["merge", "gs://bucket/base", "--adapter", "gs://bucket/imported", "--dtype", "float32"]
+    assert main([*merge, "--output", "gs://bucket/merged"]) == 0
+    for source in ("gs://bucket/run", "gs://bucket/exported", "gs://bucket/imported"):
+        np.testing.assert_array_equal(logits("gs://bucket/base", adapter=source), expected)
+    np.testing.assert_allclose(logits("gs://bucket/merged"), expected, atol=1e-4)
+    assert main(["from-peft", "gs://bucket/exported"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "push_folder", lambda folder, *_, **__: (folder / "config.json").is_file())
+        for name in ("exported", "merged"):
+            assert main(["push", f"gs://bucket/{name}", "--repo", "a/b"]) == 0
+    assert capsys.readouterr().out.endswith("False\nTrue\n")
+    config = load(base, dtype="float32").base.config
+    tree = import_adapter("gs://bucket/exported", config)[0]
+    jax.tree.map(np.testing.assert_array_equal, tree, import_adapter(run / "adapter", config)[0])
+    written = {name.partition("/")[0] for name in google.objects["bucket"]}
+    assert written == {"base", "run", "exported", "imported", "a.gguf", "merged"}
+    assert not [name for name in google.objects["bucket"] if "nalora-upload" in name]
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache", "google"}  # no folder ./gs:
+    assert main([*merge, "--output", "gs://bucket/merged"]) == 2
+    assert "expected a new name in the bucket, found one that holds README.md" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "writes"),
+    [("merge", "merge.write_shards"), ("export", "peft_write.write_tensors")],
+)
+def test_sigterm_leaves_no_unfinished_output(verb, writes, run, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        assert [path.name for path in tmp_path.iterdir()] == [".out.nalora-partial"]
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(f"nalora_jax.weights.{writes}", stop)
+    assert main([verb, str(run), "--output", str(tmp_path / "out")]) == 143
+    assert capsys.readouterr().err.endswith("interrupted by SIGTERM; no unfinished output was left\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["export", "runs/x", "--output", "foo://x"], "--output: expected a folder, or a URL of a store"),
+        (
+            ["merge", "runs/x", "--output", "http://x/y"],
+            "found http://x/y; use gs:// or s3://, or a folder",
+        ),
+        (["merge", "foo://x", "--output", "out"], "foo://x: expected a folder, or a URL of a store"),
+        (["generate", "a", "--prompt", "a", "--adapter", "foo://x"], "--adapter: expected a folder, or a"),
+        (
+            ["eval", "a", "--output", "gs://bucket/x.json"],
+            "--output: expected a path on this machine, found gs://",
+        ),
+        (["train", "--output", "foo://x"], "--output: expected a folder, or a URL of a store"),
+    ],
+)
+def test_urls_that_cannot_be_used_are_refused(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_import_checks_an_adapter_and_writes_it_again(run, base, tmp_path):

@@ -26,6 +26,7 @@ COMMANDS: dict[tuple[str, str], tuple[tuple[str, dict], ...]] = {
         ("--quiet", {"action": "store_true"}),
         ("--async", {"action": "store_true"}),
     ),
+    ("tpu-vm", "describe"): (ZONE, ("--format", {})),
     ("queued-resources", "list"): (ZONE,),
     ("queued-resources", "describe"): (ZONE, ("--format", {})),
     ("queued-resources", "delete"): (
@@ -43,6 +44,12 @@ COMMANDS: dict[tuple[str, str], tuple[tuple[str, dict], ...]] = {
 OTHERS: dict[tuple[str, ...], set[str]] = {
     ("auth", "login"): set(),
     ("config", "set", "project"): set(),
+    ("projects", "create"): set(),
+    ("projects", "describe"): {"--format"},
+    ("billing", "accounts", "list"): set(),
+    ("billing", "projects", "link"): {"--billing-account"},
+    ("artifacts", "repositories", "create"): {"--repository-format", "--location"},
+    ("auth", "configure-docker"): set(),
     ("services", "enable"): set(),
     ("storage", "buckets", "create"): {"--location", "--uniform-bucket-level-access"},
     ("storage", "buckets", "add-iam-policy-binding"): {"--member", "--role"},
@@ -115,6 +122,15 @@ def tpu_vm_scp(args: argparse.Namespace) -> int:
     return 0
 
 
+def tpu_vm_describe(args: argparse.Namespace) -> int:
+    """Prints the state of a node."""
+    if not (cloud() / f"{args.name}.node").exists():
+        print(f"ERROR: {args.name} was not found", file=sys.stderr)
+        return 1
+    print("READY")
+    return 0
+
+
 def tpu_vm_delete(args: argparse.Namespace) -> int:
     """Deletes a node."""
     (cloud() / f"{args.name}.node").unlink()
@@ -135,10 +151,11 @@ def queued_resources_create(args: argparse.Namespace) -> int:
 
 
 def queued_resources_describe(args: argparse.Namespace) -> int:
-    """Prints the state of a queued resource."""
+    """Prints the state of a queued resource, or the one that a test has written."""
     if not (cloud() / f"{args.name}.queue").exists():
         return 1
-    print("ACTIVE")
+    state = cloud() / f"{args.name}.state"
+    print(state.read_text() if state.exists() else "ACTIVE")
     return 0
 
 

@@ -51,6 +51,7 @@ def sbatch(*words: str) -> int:
     assert job.signal.startswith("TERM@")
     requeued, again = Path(os.environ["REQUEUED"]), int(os.environ["REQUEUES"])
     variables = {"SLURM_NTASKS": str(tasks), "SLURM_NTASKS_PER_NODE": str(gpus)}
+    variables |= {"SLURM_CPUS_PER_TASK": str(given.cpus_per_task or job.cpus_per_task)}
     for _ in range(again + 1):
         requeued.unlink(missing_ok=True)
         status = subprocess.run(
@@ -61,9 +62,13 @@ def sbatch(*words: str) -> int:
     return status
 
 
-def srun(option: str, *words: str) -> int:
-    """Runs ``words`` as all tasks of the job; a SIGTERM goes to all of them. Returns the largest exit status."""
+def srun(option: str, cpus: str, *words: str) -> int:
+    """Runs ``words`` as all tasks of the job; a SIGTERM goes to all of them. Returns the largest exit status.
+
+    Only the program that Slurm started gets the signal, not its children, as with proctrack/cgroup.
+    """
     assert option == "--kill-on-bad-exit=0"
+    assert cpus == f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}"
     node, count = json.loads(os.environ["NODE"]), int(os.environ["SLURM_NTASKS"])
     shared = {name: os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_NTASKS")}
     shared |= {

@@ -56,7 +56,8 @@ def test_the_commands_run_in_their_order_and_leave_no_slice_behind(
     for worker in cloud.settings["workers"].values():
         worker["NALORA_DELETE_AFTER"] = "60"  # the slice serves the rest of the page
     cloud.save()
-    for name in ("docker", "kubectl", "sbatch", "nalora", "pip", "python3.11"):
+    names = ("docker", "kubectl", "sbatch", "nalora", "pip", "python3.11")
+    for name in (*names, "ssh-keygen", "ssh-agent", "ssh-add"):
         sandbox.write_program(cloud.laptop / name, "tools")
     script = f"set -euo pipefail\n{commands(page)}"
     done = subprocess.run(
@@ -93,8 +94,9 @@ def check_call(call: list[str]) -> None:
         assert not list(kubernetes.violations(resource))
     elif name == "kubectl" and words[0] == "logs":
         resource = yaml.safe_load((sandbox.ROOT / "deploy" / "jobset.yaml").read_text())
-        (replicated,) = resource["spec"]["replicatedJobs"]
-        assert words[-1] == f"jobs/{resource['metadata']['name']}-{replicated['name']}-0"
+        labels = dict(label.split("=") for label in words[-1].split(","))
+        assert labels.pop("jobset.sigs.k8s.io/jobset-name") == resource["metadata"]["name"]
+        assert labels == {"batch.kubernetes.io/job-completion-index": "0"}
 
 
 def test_the_commands_of_the_readme_are_those_of_the_page() -> None:

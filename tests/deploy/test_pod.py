@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -14,7 +16,12 @@ import pytest
 from tests.deploy.conftest import ZONE
 from tests.deploy.sandbox import IMAGE, ROOT
 
-WAITS = "#!/bin/bash\ntrap 'exit 143' TERM\necho \"$HF_TOKEN: $*\"\nwhile true; do sleep 0.05; done\n"
+WAITS = """#!/bin/bash
+trap 'echo "interrupted by SIGTERM; {saved}continue with --resume"; exit 143' TERM
+echo "$HF_TOKEN: $*"
+while true; do sleep 0.05; done
+"""
+SAVES = WAITS.format(saved="saved step 3; ")
 ENDS = "#!/bin/bash\nexit {status}\n"
 RUN = ("--", "--output", "gs://bucket/run", "--model", "a model")
 
@@ -55,7 +62,7 @@ def test_create_asks_for_a_queued_resource_and_names_the_runtime_of_the_type(mak
 
 
 def test_a_run_starts_detached_with_a_private_token_and_stops_with_its_status(make_cloud) -> None:
-    cloud = make_cloud(program=WAITS)
+    cloud = make_cloud(program=SAVES)
     cloud.pod("create", "pod", *ZONE, "--type", "v6e-8")
     started = cloud.pod("start", "pod", *ZONE, *RUN, HF_TOKEN="hf_secret")
     assert started.returncode == 0, started.stderr
@@ -85,7 +92,7 @@ def test_a_run_starts_detached_with_a_private_token_and_stops_with_its_status(ma
 
 
 def test_start_leaves_a_run_alone(make_cloud) -> None:
-    cloud = make_cloud(program=WAITS)
+    cloud = make_cloud(program=SAVES)
     cloud.pod("create", "pod", *ZONE, "--type", "v6e-8")
     cloud.pod("start", "pod", *ZONE, *RUN)
     pids = cloud.pids()
@@ -116,7 +123,7 @@ def test_start_refuses_an_output_that_workers_do_not_share(make_cloud, flags: tu
 
 
 def test_a_start_that_fails_states_that_the_slice_is_billed(make_cloud) -> None:
-    cloud = make_cloud(program=WAITS)
+    cloud = make_cloud(program=SAVES)
     cloud.pod("create", "pod", *ZONE, "--type", "v6e-8")
     cloud.home("pod-1").mkdir()
     (cloud.home("pod-1") / ".local").touch()  # uv cannot be installed there
@@ -129,7 +136,7 @@ def test_a_start_that_fails_states_that_the_slice_is_billed(make_cloud) -> None:
 
 
 def test_two_slices_are_started_together(make_cloud) -> None:
-    cloud = make_cloud("two-0", "two-1", program=WAITS)
+    cloud = make_cloud("two-0", "two-1", program=SAVES)
     slices = (*ZONE, "--slices", "2")
     cloud.pod("create", "two", *slices, "--type", "v6e-16")
     assert "--node-count" in cloud.record.calls("gcloud")[0]
@@ -147,3 +154,99 @@ def test_the_slice_is_deleted_when_the_run_has_ended(make_cloud, status: int) ->
     # The worker's gcloud is called from a read-only sandbox: the call is the evidence.
     deletes = ("gcloud", "compute", "tpus", "queued-resources", "delete", "pod")
     wait_until(lambda: cloud.record.calls(*deletes))
+
+
+@pytest.mark.parametrize("next_action", ["stop", "start"])
+def test_a_slice_whose_run_is_stopped_or_started_anew_is_not_deleted(make_cloud, next_action: str) -> None:
+    cloud = make_cloud(program=SAVES)
+    cloud.pod("create", "pod", *ZONE, "--type", "v6e-8")
+    cloud.pod("start", "pod", *ZONE, "--delete-when-done", *RUN)
+    deleter = int((cloud.home("pod-0") / "nalora-run" / "deleter").read_text())
+    assert Path(f"/proc/{deleter}").exists()
+    if next_action == "start":
+        for pid in cloud.pids():
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in cloud.pids()))
+    assert cloud.pod(next_action, "pod", *ZONE, *(RUN if next_action == "start" else ())).returncode == 0
+    wait_until(lambda: not Path(f"/proc/{deleter}").exists())
+    assert not cloud.record.calls("gcloud", "compute", "tpus", "queued-resources", "delete")
+    cloud.pod("stop", "pod", *ZONE)
+
+
+def test_status_tells_a_stop_with_a_checkpoint_from_one_without(make_cloud) -> None:
+    cloud = make_cloud(program=SAVES)
+    cloud.pod("create", "pod", *ZONE, "--type", "v6e-8")
+    cloud.pod("start", "pod", *ZONE, *RUN)
+    cloud.pod("stop", "pod", *ZONE)
+    nalora = [cloud.home(f"pod-{i}") / "nalora-env" / "bin" / "nalora" for i in range(2)]
+    for program in nalora:  # the next run, in the same log, is stopped before it has saved
+        program.write_text(WAITS.format(saved=""))
+    cloud.pod("start", "pod", *ZONE, *RUN)
+    stopped = cloud.pod("stop", "pod", *ZONE)
+    assert (
+        stopped.stdout.count(": ended, status 143: stopped, without a new checkpoint; start resumes") == 2
+    )
+
+
+def test_a_slice_without_hosts_has_a_status_and_starts_nothing(make_cloud) -> None:
+    cloud = make_cloud()
+    cloud.pod("create", "pod", *ZONE, "--type", "v6e-8")
+    (cloud.folder / "pod.state").write_text("WAITING_FOR_RESOURCES")
+    (cloud.folder / "pod.node").unlink()
+    status = cloud.pod("status", "pod", *ZONE)
+    assert (status.returncode, status.stderr) == (0, "")
+    assert status.stdout.splitlines() == [
+        "WAITING_FOR_RESOURCES",
+        "The workers can be reached, and are billed, while the state is ACTIVE.",
+    ]
+    refused = cloud.pod("start", "pod", *ZONE, *RUN)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert (
+        "pod: expected the state ACTIVE, found WAITING_FOR_RESOURCES; wait: deploy/tpu_pod.sh"
+        in refused.stderr
+    )
+    for action in ("status", "start"):
+        absent = cloud.pod(action, "other", *ZONE, *(RUN if action == "start" else ()))
+        assert (absent.returncode, absent.stdout) == (2, "")
+        assert "error: other: expected a slice in us-west4-a, found none; create it first" in absent.stderr
+
+
+@pytest.mark.parametrize("action", ["start", "status", "stop"])
+def test_an_ssh_that_fails_states_that_the_slice_is_billed(make_cloud, action: str) -> None:
+    cloud = make_cloud("pod-0", "pod-1")
+    slices = (*ZONE, "--slices", "2")
+    cloud.pod("create", "pod", *slices, "--type", "v6e-16")
+    (cloud.folder / "pod-1.node").unlink()
+    failed = cloud.pod(action, "pod", *slices, *(RUN if action == "start" else ()))
+    assert failed.returncode == 1
+    bill = "billed until it is deleted: deploy/tpu_pod.sh delete pod --zone us-west4-a --slices 2"
+    assert bill in failed.stdout
+
+
+def test_hints_about_several_slices_name_their_number(make_cloud) -> None:
+    cloud = make_cloud("two-0", "two-1", program=ENDS.format(status=0))
+    slices = (*ZONE, "--slices", "2")
+    printed = cloud.pod("create", "two", *slices, "--type", "v6e-16").stdout
+    printed += cloud.pod("start", "two", *slices, *RUN).stdout + cloud.pod("status", "two", *slices).stdout
+    hints = re.findall(r"deploy/tpu_pod.sh .*", printed)
+    assert len(hints) == 5
+    assert all(hint.endswith("--zone us-west4-a --slices 2") for hint in hints)
+
+
+def test_the_log_can_be_followed(make_cloud) -> None:
+    cloud = make_cloud()
+    cloud.pod("create", "pod", *ZONE, "--type", "v6e-8")
+    cloud.home("pod-0").mkdir()
+    command = [str(ROOT / "deploy" / "tpu_pod.sh"), "logs", "pod", *ZONE, "--follow"]
+    log = cloud.home("pod-0") / "nalora-run" / "log"
+    log.parent.mkdir()
+    log.write_text("step 1\n")
+    with subprocess.Popen(
+        command, env=cloud.environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "step 1\n"
+        with log.open("a") as file:
+            file.write("step 2\n")
+        assert process.stdout.readline() == "step 2\n"
+        os.killpg(process.pid, signal.SIGKILL)

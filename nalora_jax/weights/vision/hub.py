@@ -64,11 +64,11 @@ def resolve_folder(source: str, cache: Path | None = None) -> tuple[Path, str]:
     """
     if source in ENCODERS:
         return ENCODERS.get(source)(cache)
-    if buckets.is_url(source):
+    if (where := buckets.bucket_url(source)) is not None:
         names = [
-            name for name in buckets.names(source) if any(fnmatch(name, pattern) for pattern in HUB_FILES)
+            name for name in buckets.names(where) if any(fnmatch(name, pattern) for pattern in HUB_FILES)
         ]
-        return buckets.local_folder([f"{source.rstrip('/')}/{name}" for name in names]), source
+        return buckets.local_folder([f"{where.rstrip('/')}/{name}" for name in names]), where
     path = expand_user(source)
     if source and path.exists():
         if not (path / "config.json").is_file():

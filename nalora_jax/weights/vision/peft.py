@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from nalora_jax import buckets
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import DualConfig
@@ -103,7 +104,7 @@ def import_dual_adapter(
       NaloraError: anything missing, unknown, misshapen or unsupported; the message names the field
         or tensor.
     """
-    folder = Path(folder)
+    folder = buckets.local_path(folder)
     path = folder / TENSORS_NAME
     peft, tensors = read_adapter(folder, fingerprint)
     for field, listed in (
