@@ -53,7 +53,7 @@ class AddedTokens:
 
 NO_TOKENS = AddedTokens()
 # Fields of a message that may hold its reasoning; the first field that is present is used.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +94,13 @@ class Tokenizer:
         return max(
             self.backend.get_vocab_size(with_added_tokens=False), *(token_id + 1 for token_id in added), 0
         )
+
+    @cached_property
+    def turn_ends(self) -> dict[int, str]:
+        """Ids and texts of the tokens that can end a turn: stop ids and every special token."""
+        added = self.backend.get_added_tokens_decoder()
+        ids = {*self.eos_ids, *(index for index, token in added.items() if token.special)}
+        return {index: text for index in ids if (text := self.backend.id_to_token(index)) is not None}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Returns the ids of ``text``; with ``special``, after the begin id if the model uses it.
@@ -325,7 +332,7 @@ def _for_template(message: Any) -> Any:
     if not isinstance(message, Mapping):
         return message
     message = {name: value for name, value in message.items() if value is not None}
-    reasoning = next((message[name] for name in _REASONING if name in message), None)
+    reasoning = next((message[name] for name in REASONING_FIELDS if name in message), None)
     if reasoning is None:
         return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}

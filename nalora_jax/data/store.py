@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 # Increase it when the same records and tokenizer would produce other tokens.
-_FORMAT = 4
+_FORMAT = 5
 # Records read, rendered and tokenized together, and their characters: enough to use every core with
 # little memory.
 _CHUNK, _CHARACTERS = 2048, 8_000_000
