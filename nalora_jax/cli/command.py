@@ -54,6 +54,20 @@ _TRAIN = (
     "--train.batch-size",
     "--compute.quantize",
 )
+_PLAN = (
+    "--model",
+    "--topology",
+    "--study",
+    "--batch",
+    "--seq",
+    "--estimate",
+    "--sweep",
+    "--price",
+    "--json",
+    "--lora.rules",
+    "--mechanisms",
+    "--compute.quantize",
+)
 VERBS = {
     "train": Verb(parser.TrainArgs, verbs.train, _TRAIN),
     "eval": Verb(evaluate.EvalArgs, evaluate.evaluate),
@@ -67,7 +81,7 @@ VERBS = {
     "inspect": Verb(parser.InspectArgs, verbs.inspect),
     "report": Verb(parser.ReportArgs, verbs.report),
     "study": Verb(parser.StudyArgs, verbs.study),
-    "plan": Verb(plan.PlanArgs, plan.plan),
+    "plan": Verb(plan.PlanArgs, plan.plan, _PLAN),
     "doctor": Verb(parser.DoctorArgs, doctor.doctor),
     "classify": Verb(images.ClassifyArgs, images.classify),
     "retrieve": Verb(images.RetrieveArgs, images.retrieve),

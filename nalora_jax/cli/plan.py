@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from nalora_jax.config import DataConfig, RunConfig, TrainConfig, check
-from nalora_jax.config.ranges import COUNT, Range
+from nalora_jax.config.ranges import COUNT, ROWS, TOKENS, Range, check_ranges
 from nalora_jax.config.vision import DUAL
 from nalora_jax.errors import NaloraError
 
@@ -35,12 +35,7 @@ def _planned_run() -> RunConfig:
 
 @dataclass(frozen=True)
 class PlanArgs:
-    """Compile a training step for TPUs or GPUs that are not attached: memory and maximum speed.
-
-    All flags of nalora train are accepted; those that do not change the step have no effect. --model is
-    a released checkpoint by its name or hub id, without download (llama-3.1-8b, openai/gpt-oss-20b; an
-    unknown name lists all), another hub id (its config.json is downloaded), a config.json, or its folder.
-    """
+    """Compile a run's training step for TPUs or GPUs that are not attached: memory and maximum speed."""
 
     # One or more: v5e:16x16, v6e:16x16, v5p:8x8x16, 2xv6e:16x16 (two slices), 8xh100, 64xh100.
     topology: tuple[str, ...] = ()
@@ -50,7 +45,7 @@ class PlanArgs:
     # micro-batch.
     batch: int = 0
     # Short for --data.max-length: tokens per row. By default 4096.
-    seq: int = 0
+    seq: int | None = None
     # Images per row, for the config.json of a model with image input (LLaVA, Gemma 3); 0: its text
     # model alone.
     images: int = 0
@@ -67,10 +62,24 @@ class PlanArgs:
     sweep: int = 0
     run: Annotated[RunConfig, arg(name="")] = field(default_factory=_planned_run)
 
+    def config(self, chips: int) -> RunConfig:
+        """Returns the settings of the planned run, by default with a row for each chip and micro-batch.
+
+        Raises:
+          NaloraError: a setting of the run is out of range, or its model is a dual encoder.
+        """
+        train, task = self.run.train, self.run.vision.task
+        if task in DUAL:
+            expected = "a language model: dual encoders are not planned"
+            raise NaloraError("--vision.task", expected=expected, found=task)
+        check_ranges(self.run, {"train.accumulate": ROWS})
+        rows = self.batch or train.batch_size or chips * train.accumulate
+        return check(replace(self.run, train=replace(train, batch_size=rows)))
+
 
 RANGES = {
     "batch": COUNT,
-    "seq": COUNT,
+    "seq": TOKENS,
     "images": COUNT,
     "added_tokens": COUNT,
     "sweep": COUNT,
@@ -92,20 +101,20 @@ def plan(args: PlanArgs) -> None:
         return
     file = cache_dir() / "plan-compiler.log"
     log.info("messages of the compilers: %s", file)
-    with native_messages_in(file):
+    with compiler_messages_in(file):
         _print_plans(args, machines)
 
 
 @contextmanager
-def native_messages_in(file: Path) -> Iterator[None]:
-    """Writes the standard error of native libraries into a file; Python's stays where it is.
+def compiler_messages_in(file: Path) -> Iterator[None]:
+    """Writes the standard error of the compilers into a file; Python's stays where it is.
 
     libtpu reports on any machine without a TPU that it finds none.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     shown, terminal = sys.stderr, os.dup(2)
-    with file.open("w") as native, os.fdopen(terminal, "w", buffering=1) as python:
-        os.dup2(native.fileno(), 2)
+    with file.open("w") as messages, os.fdopen(terminal, "w", buffering=1) as python:
+        os.dup2(messages.fileno(), 2)
         if shown is sys.__stderr__:
             sys.stderr = python
         try:
@@ -136,7 +145,7 @@ def _print_plans(args: PlanArgs, machines: Sequence[Topology]) -> None:
         _plan_sweep(args, base, machines, seq)
         return
     for machine in machines:
-        config = _config(args, machine.size)
+        config = args.config(machine.size)
         if args.estimate:
             layout = choose(config, *decoder_alone(base, adapter_spec(config, base)), machine, seq)
             record = estimate_record(run.model, machine, layout, config.train.batch_size, seq)
@@ -158,7 +167,7 @@ def _plan_sweep(args: PlanArgs, base: ModelConfig, machines: Sequence[Topology],
 
     plan_one = estimate_sweep if args.estimate else plan_sweep
     for machine in machines:
-        planned = plan_one(_config(args, 1), base, machine, seq, args.sweep)
+        planned = plan_one(args.config(1), base, machine, seq, args.sweep)
         print("\n".join(describe_sweep(planned, steps=args.run.steps, price=args.price)), flush=True)
         if args.json is not None:
             with args.json.open("a") as file:
@@ -192,16 +201,6 @@ def _check_length(seq: int, positions: int) -> None:
             found=seq,
             remedy="--model.rope-scaling extends them",
         )
-
-
-def _config(args: PlanArgs, shares: int) -> RunConfig:
-    """Returns the settings of the planned run; by default it has a row for each of ``shares``."""
-    run = args.run
-    if run.vision.task in DUAL:
-        expected = "a language model: dual encoders are not planned"
-        raise NaloraError("--vision.task", expected=expected, found=run.vision.task)
-    rows = args.batch or run.train.batch_size or shares * run.train.accumulate
-    return check(replace(run, train=replace(run.train, batch_size=rows)))
 
 
 def _prepare(*, gpus: bool) -> None:

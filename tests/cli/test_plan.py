@@ -173,8 +173,8 @@ def test_the_refusal_of_a_large_model_tells_need_and_limit_apart():
 
 def test_messages_of_native_libraries_go_to_a_file(tmp_path):
     program = (
-        "import os, sys; from pathlib import Path; from nalora_jax.cli.plan import native_messages_in\n"
-        "with native_messages_in(Path(sys.argv[1])):\n"
+        "import os, sys; from pathlib import Path; from nalora_jax.cli.plan import compiler_messages_in\n"
+        "with compiler_messages_in(Path(sys.argv[1])):\n"
         "    os.write(2, b'E0000 no TPU\\n'); print('a note', file=sys.stderr)\n"
         "print('an end', file=sys.stderr); os.write(2, b'a later line\\n')"
     )
