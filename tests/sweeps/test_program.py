@@ -29,13 +29,13 @@ from nalora_jax.config import (
     VisionConfig,
 )
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import init_params
 from nalora_jax.runs.dual_pieces import dual_pieces, image_records
 from nalora_jax.sweeps.groups import program_key
 from nalora_jax.sweeps.program import SweepProgram
 from nalora_jax.sweeps.stack import batch_of
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
 from tests import tiny
+from tests.param_trees import init_params
 
 BASE = ModelConfig.from_hf(tiny.GROUPED)
 CONFIG = RunConfig(

@@ -16,7 +16,6 @@ from nalora_jax.__main__ import main
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import init_params
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.tokenizer import Tokenizer
@@ -24,6 +23,7 @@ from nalora_jax.weights.card import Card, write_card
 from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter, import_adapter
 from tests import tiny
+from tests.param_trees import init_params
 
 CONFIG = ModelConfig.from_hf(tiny.HF)
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
