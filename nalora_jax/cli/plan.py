@@ -110,10 +110,18 @@ def compiler_messages_in(file: Path) -> Iterator[None]:
     """Writes the standard error of the compilers into a file; Python's stays where it is.
 
     libtpu reports on any machine without a TPU that it finds none.
+
+    Raises:
+      NaloraError: the file cannot be written.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        messages = file.open("w")
+    except OSError as error:
+        expected, remedy = "a file that can be written", "set NALORA_CACHE to another folder"
+        raise NaloraError(str(file), expected=expected, found=error, remedy=remedy) from error
     shown, terminal = sys.stderr, os.dup(2)
-    with file.open("w") as messages, os.fdopen(terminal, "w", buffering=1) as python:
+    with messages, os.fdopen(terminal, "w", buffering=1) as python:
         os.dup2(messages.fileno(), 2)
         if shown is sys.__stderr__:
             sys.stderr = python

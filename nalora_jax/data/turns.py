@@ -140,8 +140,8 @@ def _stop_after(message: Message, tokenizer: Tokenizer, tools: Sequence[Message]
 def _stop_at(text: str, place: int, tokenizer: Tokenizer) -> str:
     """Returns the stop token at ``place``, with white space before it, or "" if there is none."""
     begin = len(text) - len(text[place:].lstrip())
-    stops = [tokenizer.turn_ends[index] for index in tokenizer.eos_ids]
-    stop = next((stop for stop in stops if text.startswith(stop, begin)), "")
+    stops = (tokenizer.turn_ends.get(index) for index in tokenizer.eos_ids)
+    stop = next((stop for stop in stops if stop and text.startswith(stop, begin)), "")
     return text[place : begin + len(stop)] if stop else ""
 
 

@@ -84,4 +84,6 @@ def _domain(device: jax.Device) -> int:
         index: Any = getattr(device, name, None)  # a client may have the attribute without a value
         if index is not None:
             return int(index)
-    return process_of(device) if platform_name(device) == "gpu" else 0
+    if platform_name(device) == "gpu":
+        return process_of(device)
+    return 0

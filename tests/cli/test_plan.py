@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from nalora_jax.cli.command import parse
-from nalora_jax.cli.plan import PlanArgs, plan
+from nalora_jax.cli.plan import PlanArgs, compiler_messages_in, plan
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
 
@@ -184,3 +184,12 @@ def test_messages_of_native_libraries_go_to_a_file(tmp_path):
     )
     assert result.stderr.splitlines() == ["a note", "an end", "a later line"]
     assert file.read_text() == "E0000 no TPU\n"
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(NaloraError, match="compiler.log: expected a file that can be written.*NALORA_CACHE"),
+        compiler_messages_in(tmp_path / "file" / "compiler.log"),
+    ):
+        raise AssertionError("not reached")
