@@ -42,11 +42,12 @@ def _raw_config(name: str) -> tuple[dict[str, Any], str]:
         file /= "config.json"
     if file.suffix == ".json" and file.exists():
         return read_json(file), str(file)
-    known = name.rpartition("/")[2].lower()
+    on_hub = _HUB_ID.fullmatch(name) is not None
+    known = name.rpartition("/")[2].lower() if on_hub else name.lower()
     if known in CONFIGS:
         return CONFIGS[known], name
     found, remedy = repr(name), "download the model's config.json: planning needs nothing else"
-    if _HUB_ID.fullmatch(name):
+    if on_hub:
         from nalora_jax.weights.hub_snapshots import cached_snapshot, download_snapshot
 
         try:
