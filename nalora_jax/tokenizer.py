@@ -94,6 +94,13 @@ class Tokenizer:
             self.backend.get_vocab_size(with_added_tokens=False), *(token_id + 1 for token_id in added), 0
         )
 
+    @cached_property
+    def turn_ends(self) -> dict[int, str]:
+        """Ids and texts of the tokens that can end a turn: stop ids and every special token."""
+        added = self.backend.get_added_tokens_decoder()
+        ids = {*self.eos_ids, *(index for index, token in added.items() if token.special)}
+        return {index: text for index in ids if (text := self.backend.id_to_token(index)) is not None}
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Returns the ids of ``text``; with ``special``, after the begin id if the model uses it.
 

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 
 
-def flatten(tree: Any) -> dict[str, Any]:
-    """Returns the leaves by slash-joined path.
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """Returns the leaves by slash-joined path; ``is_leaf`` as in ``jax.tree.flatten``.
 
     Example:
       >>> flatten({"ffn": {"gate_proj": {"a": 1, "b": 2}}})
       {'ffn/gate_proj/a': 1, 'ffn/gate_proj/b': 2}
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
     return {path_name(path): leaf for path, leaf in leaves}
 
 

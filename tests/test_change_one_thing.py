@@ -33,11 +33,11 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.method import activations, statistics
 from nalora_jax.models import families, registered
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import init_params
 from nalora_jax.runs.metrics import recorded_settings
 from nalora_jax.train.assembly import assemble
 from nalora_jax.weights import keytables
 from tests import tiny
+from tests.param_trees import init_params
 
 PAGE = Path(__file__).parent.parent / "docs" / "change_one_thing.md"
 FILES = dict(

@@ -18,7 +18,6 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_array
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import init_params
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.report.html import write_report
@@ -30,6 +29,7 @@ from nalora_jax.weights.gguf_export import write_adapter_gguf
 from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny
+from tests.param_trees import init_params
 
 FULL = r"No space left on device|File too large"
 

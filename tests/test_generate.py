@@ -24,12 +24,13 @@ from nalora_jax.generate.shapes import bucket
 from nalora_jax.generate.text import TextStream
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder, init_params
+from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.tokenizer import Tokenizer
 from tests import tiny
+from tests.param_trees import init_params
 
 VOCAB = 257
 

@@ -39,12 +39,11 @@ from nalora_jax.config import (
 )
 from nalora_jax.downloads import cache_dir
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import init_params
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.weights.merge import write_merged
 from tests import xla_options
-from tests.param_trees import tensors_from_params
+from tests.param_trees import init_params, tensors_from_params
 
 HAS_CPU = importlib.util.find_spec("nalora_jax.cpu") is not None  # it may be deleted
 WORDS = ["<end>", "<unk>", *string.ascii_lowercase]

@@ -49,6 +49,11 @@ _TRAIN = {
     ),
     "Several runs at once": ("--sweep",),
 }
+_PLAN = {
+    "Model and machine": ("--model", "--topology", "--study", "--batch", "--seq"),
+    "Run": ("--lora.rules", "--mechanisms", "--compute.quantize", "--sweep", "--steps"),
+    "Result": ("--estimate", "--price", "--json"),
+}
 VERBS = {
     "train": Verb(parser.TrainArgs, verbs.train, _TRAIN),
     "eval": Verb(evaluate.EvalArgs, evaluate.evaluate),
@@ -62,7 +67,7 @@ VERBS = {
     "report": Verb(parser.ReportArgs, verbs.report),
     "study": Verb(parser.StudyArgs, verbs.study),
     "verify": Verb(verify.VerifyArgs, verify.verify),
-    "plan": Verb(plan.PlanArgs, plan.plan),
+    "plan": Verb(plan.PlanArgs, plan.plan, _PLAN),
     "doctor": Verb(parser.DoctorArgs, doctor.doctor),
 }
 

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from nalora_jax.config import (
-    ComputeConfig,
-    LoRAConfig,
-    LoRARule,
-    MeshConfig,
-    Remat,
-    RunConfig,
-    TrainConfig,
-    check,
-)
-from nalora_jax.config.ranges import COUNT, MESH, ROWS, TOKENS, Range, check_path
+from nalora_jax.config import DataConfig, RunConfig, TrainConfig, check
+from nalora_jax.config.ranges import COUNT, ROWS, TOKENS, Range, check_path, check_ranges
+from nalora_jax.config.vision import DUAL
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -31,70 +25,71 @@ if TYPE_CHECKING:
     from nalora_jax.plan.machines import Topology
 
 
+log = logging.getLogger(__name__)
+
+
+def _planned_run() -> RunConfig:
+    """Returns the defaults of the run's flags: those of ``nalora train``, without its model and rows."""
+    return RunConfig(model="", data=DataConfig(max_length=4096), train=TrainConfig(batch_size=0))
+
+
 @dataclass(frozen=True)
 class PlanArgs:
-    """Compile a training step for TPUs or GPUs that are not attached: memory and maximum speed."""
+    """Compile a run's training step for TPUs or GPUs that are not attached: memory and maximum speed."""
 
-    # A released checkpoint by name, without download (llama-3.1-8b, gpt-oss-20b, qwen3.5-9b; an unknown
-    # name lists all); or a config.json, or its folder.
-    model: str = ""
     # One or more: v5e:16x16 or v5litepod-256, v6e:16x16, v5p:8x8x16, 2xv6e:16x16 (two slices), 8xh100, 64xh100.
     topology: tuple[str, ...] = ()
     # Plan all runs of a study, a folder with protocol.toml, with its first model and its settings.
     study: Path | None = None
-    # Rows per step over all chips (0: one per chip).
+    # Short for --train.batch-size: rows per step over all chips. By default one per chip and
+    # micro-batch.
     batch: int = 0
-    # Tokens per row.
-    seq: int = 4096
-    # RoPE scaling in place of the model's, for longer rows, as for nalora train: yarn:factor=4.
-    rope_scaling: Annotated[str, arg(name="model.rope-scaling")] = ""
+    # Short for --data.max-length: tokens per row. By default 4096.
+    seq: int | None = None
     # Images per row, for the config.json of a model with image input (LLaVA, Gemma 3); 0: its text
     # model alone.
     images: int = 0
-    # Micro-batches that are accumulated in each step.
-    accumulate: int = 1
-    # Adapters: PATTERN:RANK[:ALPHA] ..., as for nalora train.
-    rules: tuple[LoRARule, ...] = LoRAConfig().rules
-    # Also train all weights of token embedding and output head: embed_tokens, lm_head, as for
-    # nalora train.
-    modules_to_save: tuple[Literal["embed_tokens", "lm_head"], ...] = ()
     # Rows of the embedding and the head for added tokens.
     added_tokens: int = 0
-    # Rematerialization; "auto" chooses it together with the mesh.
-    remat: Remat = "auto"
-    # Quantize the adapted model's projections.
-    quantize: Literal["none", "int8", "nf4", "mxfp4"] = "none"
-    # Price of one chip per hour: shows the cost of a million tokens and, with --steps, of the run.
+    # Price of one chip per hour: shows the cost of a million tokens, and of the --steps of the run.
     price: float | None = None
     # Also write the figures to this file, one JSON line per topology.
     json: Path | None = None
     # Print the layout that would be chosen, without compiling.
     estimate: bool = False
-    # Plan a sweep of this number of runs, each with --batch rows a step; 0: one run.
+    # Plan a sweep of this number of runs, each with --batch rows a step; 0: one run. Hours and, with
+    # --price, the price of all runs are those of --steps.
     sweep: int = 0
-    # Steps of the run, or of each run of the sweep: shows hours and, with --price, the cost.
-    steps: int = 0
-    # Axes of the mesh; axes without a size are chosen automatically.
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    # Rules that weigh the gates' gradients and updates, as for nalora train.
-    mechanisms: tuple[str, ...] = RunConfig().mechanisms
+    run: Annotated[RunConfig, arg(name="")] = field(default_factory=_planned_run)
+
+    def config(self, chips: int) -> RunConfig:
+        """Returns the settings of the planned run, by default with a row for each chip and micro-batch.
+
+        Raises:
+          NaloraError: a setting of the run is out of range, or its model is a dual encoder.
+        """
+        train, task = self.run.train, self.run.vision.task
+        if task in DUAL:
+            expected = "a language model: dual encoders are not planned"
+            raise NaloraError("--vision.task", expected=expected, found=task)
+        check_ranges(self.run, {"train.accumulate": ROWS})
+        rows = self.batch or train.batch_size or chips * train.accumulate
+        return check(replace(self.run, train=replace(train, batch_size=rows)))
 
 
 RANGES = {
     "batch": COUNT,
     "seq": TOKENS,
     "images": COUNT,
-    "accumulate": ROWS,
     "added_tokens": COUNT,
     "sweep": COUNT,
-    "steps": COUNT,
     "price": Range("a number", "[0, 1e6]"),
-    **MESH,
 }
 
 
 def plan(args: PlanArgs) -> None:
     """Prints the plan of each topology."""
+    from nalora_jax.downloads import cache_dir
     from nalora_jax.plan.machines import topology
 
     _check_json(args.json)
@@ -102,6 +97,43 @@ def plan(args: PlanArgs) -> None:
     if not machines:
         raise NaloraError("--topology", expected="at least one machine", found="none")
     _prepare(gpus=any(machine.chip.platform == "gpu" for machine in machines))
+    if args.estimate:
+        _print_plans(args, machines)
+        return
+    file = cache_dir() / "plan-compiler.log"
+    log.info("messages of the compilers: %s", file)
+    with compiler_messages_in(file):
+        _print_plans(args, machines)
+
+
+@contextmanager
+def compiler_messages_in(file: Path) -> Iterator[None]:
+    """Writes the standard error of the compilers into a file; Python's stays where it is.
+
+    libtpu reports on any machine without a TPU that it finds none.
+
+    Raises:
+      NaloraError: the file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        messages = file.open("w")
+    except OSError as error:
+        expected, remedy = "a file that can be written", "set NALORA_CACHE to another folder"
+        raise NaloraError(str(file), expected=expected, found=error, remedy=remedy) from error
+    shown, terminal = sys.stderr, os.dup(2)
+    with messages, os.fdopen(terminal, "w", buffering=1) as python:
+        os.dup2(messages.fileno(), 2)
+        if shown is sys.__stderr__:
+            sys.stderr = python
+        try:
+            yield
+        finally:
+            sys.stderr = shown
+            os.dup2(terminal, 2)
+
+
+def _print_plans(args: PlanArgs, machines: Sequence[Topology]) -> None:
     from nalora_jax.models.adapters import adapter_spec
     from nalora_jax.plan.layouts import choose, decoder_alone
     from nalora_jax.plan.models import architecture
@@ -111,26 +143,28 @@ def plan(args: PlanArgs) -> None:
     if args.study is not None:
         _plan_study(args, machines)
         return
-    if not args.model:
+    run = args.run
+    if not run.model:
         raise NaloraError("--model", expected="a model", found="none")
-    base = architecture(args.model, images=args.images > 0, rope_scaling=args.rope_scaling)
+    base = architecture(run.model, images=args.images > 0, rope_scaling=run.rope_scaling)
     base = replace(base, vocab_size=base.vocab_size + args.added_tokens)
-    _check_length(args.seq, base.max_positions)
+    seq = args.seq or run.data.max_length
+    _check_length(seq, base.max_positions)
     if args.sweep:
-        _plan_sweep(args, base, machines)
+        _plan_sweep(args, base, machines, seq)
         return
     for machine in machines:
-        config = _config(args, args.batch or machine.size * args.accumulate)
+        config = args.config(machine.size)
         if args.estimate:
-            layout = choose(config, *decoder_alone(base, adapter_spec(config, base)), machine, args.seq)
-            record = estimate_record(args.model, machine, layout, config.train.batch_size, args.seq)
-            lines = [f"{args.model} on {machine.name}: {layout}"]
+            layout = choose(config, *decoder_alone(base, adapter_spec(config, base)), machine, seq)
+            record = estimate_record(run.model, machine, layout, config.train.batch_size, seq)
+            lines = [f"{run.model} on {machine.name}: {layout}"]
             rate, seconds = record["tokens_per_second"], record["seconds"]
-            costs = describe_costs(machine, rate, seconds, args.steps, args.price)
+            costs = describe_costs(machine, rate, seconds, run.steps, args.price)
             lines += [f"  {line}" for line in costs]
         else:
-            planned = compiled(config, base, machine, args.seq, args.images)
-            record, lines = planned.to_dict(), list(describe(planned, steps=args.steps, price=args.price))
+            planned = compiled(config, base, machine, seq, args.images)
+            record, lines = planned.to_dict(), list(describe(planned, steps=run.steps, price=args.price))
         print("\n".join(lines), flush=True)
         if args.json is not None:
             with args.json.open("a") as file:
@@ -146,16 +180,14 @@ def _check_json(path: Path | None) -> None:
         raise NaloraError("--json", expected="a file in an existing folder", found=path)
 
 
-def _plan_sweep(args: PlanArgs, base: ModelConfig, machines: Sequence[Topology]) -> None:
+def _plan_sweep(args: PlanArgs, base: ModelConfig, machines: Sequence[Topology], seq: int) -> None:
     """Prints the plan of a sweep on each topology."""
     from nalora_jax.plan.sweep import describe_sweep, estimate_sweep, plan_sweep
 
     plan_one = estimate_sweep if args.estimate else plan_sweep
     for machine in machines:
-        planned = plan_one(
-            _config(args, args.batch or args.accumulate), base, machine, args.seq, args.sweep
-        )
-        print("\n".join(describe_sweep(planned, steps=args.steps, price=args.price)), flush=True)
+        planned = plan_one(args.config(1), base, machine, seq, args.sweep)
+        print("\n".join(describe_sweep(planned, steps=args.run.steps, price=args.price)), flush=True)
         if args.json is not None:
             with args.json.open("a") as file:
                 file.write(json.dumps(planned.to_dict()) + "\n")
@@ -169,7 +201,7 @@ def _plan_study(args: PlanArgs, machines: Sequence[Topology]) -> None:
 
     assert args.study is not None
     protocol = read_protocol(args.study)
-    base = architecture(args.model or protocol.models[0].rpartition("/")[2])
+    base = architecture(args.run.model or protocol.models[0])
     plan_one = estimate_sweep if args.estimate else plan_sweep
     for machine in machines:
         planned = plan_study(protocol, base, machine, plan_one)
@@ -177,7 +209,10 @@ def _plan_study(args: PlanArgs, machines: Sequence[Topology]) -> None:
 
 
 def _check_length(seq: int, positions: int) -> None:
-    """Raises unless the model has a position for every token of a row."""
+    """Raises unless rows have a length and the model has a position for each of their tokens."""
+    if seq == 0:
+        expected = "the tokens of a row: a plan reads no data"
+        raise NaloraError("--data.max-length", expected=expected, found="auto")
     if seq > positions:
         raise NaloraError(
             "--seq",
@@ -185,20 +220,6 @@ def _check_length(seq: int, positions: int) -> None:
             found=seq,
             remedy="--model.rope-scaling extends them",
         )
-
-
-def _config(args: PlanArgs, rows: int) -> RunConfig:
-    return check(
-        replace(
-            RunConfig(),
-            model=args.model,
-            lora=LoRAConfig(rules=args.rules, modules_to_save=args.modules_to_save),
-            mesh=args.mesh,
-            mechanisms=args.mechanisms,
-            train=TrainConfig(batch_size=rows, accumulate=args.accumulate),
-            compute=ComputeConfig(remat=args.remat, quantize=args.quantize),
-        )
-    )
 
 
 def _prepare(*, gpus: bool) -> None:

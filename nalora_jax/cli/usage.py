@@ -41,6 +41,7 @@ class Flag:
     type: Any  # of its value, without None
     field: Field[Any]
     owner: type  # the dataclass that has the field
+    default: Any
 
     @property
     def numbers(self) -> tuple[type, int] | None:
@@ -55,16 +56,12 @@ class Flag:
         """Returns the comment above its field, which help shows."""
         return field_comments(self.owner)[self.field.name]
 
-    @property
-    def default(self) -> Any:
-        """Returns its default value."""
-        if self.field.default_factory is not MISSING:
-            return self.field.default_factory()
-        return self.field.default
 
+def flags(kind: type, prefix: str = "", values: Any = None) -> Iterator[Flag]:
+    """Yields every flag of a field of a (nested) dataclass; positional arguments are not flags.
 
-def flags(kind: type, prefix: str = "") -> Iterator[Flag]:
-    """Yields every flag of a field of a (nested) dataclass; positional arguments are not flags."""
+    Defaults are those of ``values``, an instance of ``kind``; without it those of the fields.
+    """
     hints = get_type_hints(kind, include_extras=True)
     for entry in fields(kind):
         declared = hints[entry.name]
@@ -75,10 +72,16 @@ def flags(kind: type, prefix: str = "") -> Iterator[Flag]:
         explicit = next(
             (extra.name for extra in extras if getattr(extra, "name", None) is not None), entry.name
         )
+        default: Any = entry.default
+        if values is not None:
+            default = getattr(values, entry.name)
+        elif entry.default_factory is not MISSING:
+            default = entry.default_factory()
         if isinstance(bare, type) and is_dataclass(bare):
-            yield from flags(bare, f"{prefix}{explicit}." if explicit else prefix)
+            yield from flags(bare, f"{prefix}{explicit}." if explicit else prefix, default)
         else:
-            yield Flag(f"--{prefix}{explicit}".replace("_", "-"), _without_none(bare), entry, kind)
+            name = f"--{prefix}{explicit}".replace("_", "-")
+            yield Flag(name, _without_none(bare), entry, kind, default)
 
 
 def _without_none(hint: Any) -> Any:

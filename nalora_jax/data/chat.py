@@ -10,14 +10,14 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data.forms import Parts, canonical, message_of, tools_of
 from nalora_jax.data.long_chats import shortened
 from nalora_jax.data.source import TableRecord
+from nalora_jax.data.turns import Message as Message
+from nalora_jax.data.turns import completions, with_stops
 from nalora_jax.errors import NaloraError
 from nalora_jax.tokenizer import REASONING
 from nalora_jax.tokenizer_backend import is_unicode, unicode_error
 
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer
-
-Message = dict[str, Any]
 
 
 class MissingFieldError(NaloraError):
@@ -82,10 +82,14 @@ def render_chat(
     A completion runs from the position at which generation would start to the end of its
     end-of-turn token. It excludes white space that a template writes between turns, and an
     end-of-sequence token that a template writes only after the last turn (as Phi-3's does). If the
-    loss is computed on the last completion only, the text after it is left out.
+    template ends turns by the next role's token, that token is part of the completion. If the loss
+    is computed on the last completion only, the text after it is left out.
 
     Example (ChatML, completions in brackets, loss on every assistant turn):
       <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n[Hello<|im_end|>]\\n
+
+    Raises:
+      NaloraError: there is no assistant turn to learn, or the template leaves no exact mask.
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns and loss_on != "all":
@@ -103,62 +107,40 @@ def render_chat(
                 found="an empty text",
                 remedy="the model would learn to end at once: write the answer, or remove the record",
             )
+    ends_in_turn = messages[-1]["role"] == "assistant"
     if loss_on == "all":
         text = tokenizer.render_chat(messages, tools=tools).rstrip()
-        return Rendered(text, ((0, len(text)),), special=False)
-    if loss_on == "assistant" and (short := shortened(messages, len(turns))) is not None:
-        rendered = render_chat(short.messages, loss_on, tokenizer, where, tools)
-        expanded = short.expanded(rendered.text, [place for answer in rendered.answers for place in answer])
-        if expanded is not None and tokenizer.render_chat(messages, tools=tools).startswith(expanded[0]):
+        answers: tuple[tuple[int, int], ...] = ((0, len(text)),)
+    else:
+        text, answers = _completions(messages, turns, tokenizer, where, tools)
+        text = text[: answers[-1][1]] if ends_in_turn else text
+    if ends_in_turn or loss_on != "all":
+        text, answers = with_stops(text, answers, messages[-1], tokenizer, tools)
+    return Rendered(text, answers, special=False)
+
+
+def _completions(
+    messages: Sequence[Message],
+    turns: Sequence[int],
+    tokenizer: Tokenizer,
+    where: str,
+    tools: Sequence[Message] | None,
+) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Returns the text and the completions; of long chats from short contents, if their text is the same."""
+    short = shortened(messages, len(turns))
+    if short is not None:
+        text, answers = completions(short.messages, turns, tokenizer, where, tools)
+        expanded = short.expanded(text, [place for answer in answers for place in answer])
+        if expanded is not None and expanded[0] == tokenizer.render_chat(messages, tools=tools):
             places = iter(expanded[1])
-            return Rendered(expanded[0], tuple(zip(places, places, strict=True)), special=False)
-    # The full text, then for each completion the text before it and the text up to its end.
-    parts = [part for turn in turns for part in ((messages[:turn], True), (messages[: turn + 1], False))]
-    text, *texts = tokenizer.render_chats([(messages, False), *parts], tools)
-    end_of_chat = _end_of_chat(text, messages, tokenizer, tools)
-    texts = [part.removesuffix(end_of_chat) for part in texts]
-    answers = tuple(
-        _answer(text, before, upto, where) for before, upto in zip(texts[::2], texts[1::2], strict=True)
-    )
-    end = answers[-1][1] if turns[-1] == len(messages) - 1 else len(text)
-    return Rendered(text[:end], answers, special=False)
+            return expanded[0], tuple(zip(places, places, strict=True))
+    return completions(messages, turns, tokenizer, where, tools)
 
 
 def _is_empty(message: Message) -> bool:
     """Returns True if an assistant's message has no text, tool call or reasoning."""
     texts = [message.get(name) for name in ("content", *REASONING)]
     return not message.get("tool_calls") and not any(isinstance(t, str) and t.strip() for t in texts)
-
-
-def _end_of_chat(
-    text: str, messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Message] | None
-) -> str:
-    """Returns the end-of-sequence token after a conversation that is not part of its last turn.
-
-    It is "" if there is none, or if the token remains when the template continues the conversation.
-    """
-    token = (tokenizer.special_tokens or {}).get("eos_token", "")
-    if not token or not text.endswith(token):
-        return ""
-    try:
-        continued = tokenizer.render_chat(messages, add_generation_prompt=True, tools=tools)
-    except NaloraError:  # a completion cannot follow this turn
-        return ""
-    if continued.startswith(text) or not continued.startswith(text.removesuffix(token)):
-        return ""
-    return token
-
-
-def _answer(text: str, before: str, upto: str, where: str) -> tuple[int, int]:
-    """Returns the character range of a completion in ``text``, the full conversation."""
-    if not (text.startswith(upto) and upto.startswith(before)):
-        raise NaloraError(
-            where,
-            expected="a chat template whose earlier turns stay as they are when turns are added",
-            found="one that rewrites them, so that no exact loss mask exists",
-            remedy="use --data.loss-on answer (one turn a record), --data.loss-on all, or prompt/completion records",
-        )
-    return len(before), len(upto.rstrip())
 
 
 def as_messages(prompt: str, completion: str | None = None) -> list[Message]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -37,7 +37,11 @@ class ShortChat:
         longer = (len(content) - len(mark[0]) for content, mark in zip(contents, marks, strict=True))
         shifts = [0, *accumulate(longer)]
         places = [position + shifts[bisect_right(ends, position)] for position in positions]
-        return _MARK.sub(lambda mark: self.contents[int(mark[1])], text), places
+        return self.restored(text), places
+
+    def restored(self, text: str) -> str:
+        """Returns a rendered text with its contents."""
+        return _MARK.sub(lambda mark: self.contents[int(mark[1])], text)
 
 
 def shortened(messages: Sequence[dict[str, Any]], turns: int) -> ShortChat | None:
@@ -50,10 +54,15 @@ def shortened(messages: Sequence[dict[str, Any]], turns: int) -> ShortChat | Non
     long = {i for i, message in enumerate(messages) if _is_long(message.get("content"))}
     if turns * sum(len(messages[i]["content"]) for i in long) <= _MOST:
         return None
+    return marked(messages, long)
+
+
+def marked(messages: Sequence[dict[str, Any]], places: Collection[int]) -> ShortChat:
+    """Returns the chat with marks in place of the contents at ``places``."""
     short: list[dict[str, Any]] = []
     contents: list[str] = []
     for i, message in enumerate(messages):
-        if i in long:
+        if i in places:
             text: str = message["content"]
             content = text.strip()
             start = text.index(content)

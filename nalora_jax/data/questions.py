@@ -27,6 +27,7 @@ from nalora_jax.data.rendered import broken_records
 from nalora_jax.data.source import Source, require_some
 from nalora_jax.data.sources import open_held_out, open_pair
 from nalora_jax.data.tokenize import Example, divided, tokenize, with_loss_last
+from nalora_jax.data.turns import THOUGHT_END
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -222,8 +223,9 @@ def _chat_text(
         stop = next((stop_text for stop_text in stops if written.endswith(stop_text)), "")
         end = start + len(written.removesuffix(stop).rstrip())
     else:
-        answer = last["content"].strip()
-        place = text.text.find(answer, start)
+        # Templates write the rest of a content as it is, but not always the reasoning at its start.
+        answer = last["content"].rpartition(THOUGHT_END)[2].strip()
+        place = text.text.find(answer, max(start, text.text.rfind(THOUGHT_END, start, end)))
         if not answer or place < 0:
             expected = "an answer that the chat template writes as it is"
             raise NaloraError(where, expected=expected, found=repr(answer[:80]))

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 # Increase it when the same records and tokenizer would produce other tokens.
-_FORMAT = 4
+_FORMAT = 5
 # Records that are checked before the others are tokenized, and the share of too long records at
 # which all are refused: more than half of the file, by five standard deviations of a draw.
 _JUDGED = 1000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
@@ -64,7 +64,7 @@ def tokenize(texts: Sequence[Rendered], tokenizer: Tokenizer, *, end: bool = Tru
     cuts = [_cuts(text) for text in texts]
     divided = [seams.divide(text.text, at) for text, at in zip(texts, cuts, strict=True)]
     encoded = iter(tokenizer.encode_batch([piece for division in divided for piece in division.texts]))
-    stops, recut = _special_ids(tokenizer), partial(_encode_pieces, tokenizer=tokenizer)
+    stops, recut = tokenizer.turn_ends, partial(_encode_pieces, tokenizer=tokenizer)
     examples = []
     for text, at, division in zip(texts, cuts, divided, strict=True):
         joined = division.join([next(encoded) for _ in division.texts], recut)
@@ -154,19 +154,13 @@ def _cut(text: str, cuts: list[int], tokenizer: Tokenizer) -> tuple[list[int], l
     return ids + remaining_ids, positions
 
 
-def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Returns the ids that can end a turn: stop ids and every special token."""
-    added = tokenizer.backend.get_added_tokens_decoder()
-    return frozenset(tokenizer.eos_ids) | {index for index, token in added.items() if token.special}
-
-
 def _example(
     text: Rendered,
     cuts: list[int],
     ids: list[int],
     positions: list[int],
     tokenizer: Tokenizer,
-    stops: frozenset[int] | None,
+    stops: Mapping[int, str] | None,
 ) -> Example:
     """Adds loss mask, end and begin of sequence to the ids of ``text``.
 
@@ -175,7 +169,7 @@ def _example(
     before, after = [], []
     if text.special and tokenizer.add_bos and tokenizer.bos_id is not None:
         before = [tokenizer.bos_id]
-    if stops is not None and text.answers[-1][1] == len(text.text) and not stops.intersection(ids[-1:]):
+    if stops is not None and text.answers[-1][1] == len(text.text) and not (ids and ids[-1] in stops):
         after = [tokenizer.eos_id]
     size = len(before) + len(ids)
     position = dict(zip([0, *cuts, len(text.text)], [0, *positions, len(ids)], strict=True))

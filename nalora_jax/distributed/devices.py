@@ -79,11 +79,11 @@ def torus(devices: Sequence[jax.Device]) -> tuple[int, ...] | None:
 
 
 def _domain(device: jax.Device) -> int:
-    if platform_name(device) == "tpu":
-        return int(getattr(device, "slice_index", 0))
+    names = {"tpu": ("slice_index",), "gpu": ("partition_index", "slice_index")}
+    for name in names.get(platform_name(device), ()):
+        index: Any = getattr(device, name, None)  # a client may have the attribute without a value
+        if index is not None:
+            return int(index)
     if platform_name(device) == "gpu":
-        index: Any = getattr(device, "partition_index", None)
-        if index is None:
-            index = getattr(device, "slice_index", process_of(device))
-        return int(index)
+        return process_of(device)
     return 0

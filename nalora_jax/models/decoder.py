@@ -358,21 +358,21 @@ def _shared_inputs(
 @partial(jax.jit, static_argnums=(0, 2))
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
     """Returns random base weights for tests and benchmarks; values differ between platforms."""
-    # Threefry takes seconds to compile, and so does a draw per leaf with any generator.
+    # Threefry takes seconds to compile. One draw for each leaf: a draw of all leaves would be the peak of the memory.
     key = jax.random.wrap_key_data(jnp.resize(jax.random.key_data(key), (4,)), impl="rbg")
-    shapes = param_shapes(config)
-    draws = jax.random.normal(key, (sum(map(math.prod, shapes.values())),), jnp.float32)
-    leaves, start = {}, 0
-    for path, shape in shapes.items():
-        noise = draws[start : start + math.prod(shape)].reshape(shape)
-        start += math.prod(shape)
-        if path.endswith("/scale"):
-            # Norms of encoders and of linear attention have no offset.
-            plain = path.startswith(("image/", "unused/")) or path.endswith("linear_attn/norm/scale")
-            leaf = 1.0 - (0.0 if plain else config.norm_offset) + 0.1 * noise
-        elif path.endswith(("/bias", "/correction", "/embedding", "/class_token", "/probe")):
-            leaf = 0.02 * noise
-        else:
-            leaf = noise * (1.0 / math.sqrt(shape[-2]))
-        leaves[path] = leaf.astype(leaf_dtype(path, dtype))
+    leaves = {}
+    for i, (path, shape) in enumerate(param_shapes(config).items()):
+        noise = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
+        leaves[path] = scaled_noise(config, path, noise).astype(leaf_dtype(path, dtype))
     return unflatten(leaves)
+
+
+def scaled_noise(config: ModelConfig, path: str, noise: jax.Array) -> jax.Array:
+    """Returns the random base weight at ``path`` from standard normal ``noise`` of its shape."""
+    if path.endswith("/scale"):
+        # Norms of encoders and of linear attention have no offset.
+        plain = path.startswith(("image/", "unused/")) or path.endswith("linear_attn/norm/scale")
+        return 1.0 - (0.0 if plain else config.norm_offset) + 0.1 * noise
+    if path.endswith(("/bias", "/correction", "/embedding", "/class_token", "/probe")):
+        return 0.02 * noise
+    return noise * (1.0 / math.sqrt(noise.shape[-2]))

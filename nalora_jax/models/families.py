@@ -63,6 +63,13 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfi
     """Returns the `ModelConfig` of a parsed ``config.json``; see `ModelConfig.from_hf`."""
     if not isinstance(raw, Mapping):
         raise NaloraError(where, expected="a JSON object", found=type(raw).__name__)
+    if not raw.get("is_causal", True):  # transformers then attends in both directions, also for null
+        raise NaloraError(
+            f"{where}: is_causal",
+            expected="true, or no such field: attention to later tokens is not implemented",
+            found=repr(raw["is_causal"])[:60],
+            remedy="use a causal language model",
+        )
     name = raw.get("model_type")
     if contains_text_model(name, images=images):  # the text model is one of its parts
         text = read(text_part(raw, where), f"{where}: text_config", False)

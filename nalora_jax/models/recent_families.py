@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from nalora_jax.config.rope_scaling import ORIGINAL, WITH_ORIGINAL
 from nalora_jax.fields import Fields
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family_fields import (
@@ -64,15 +65,20 @@ def _check_olmo3_rope(f: Fields) -> None:
 def _ministral3(f: Fields, name: str) -> ModelConfig:
     beta = "llama_4_scaling_beta"
     ropes, _ = read_ropes(f, head_dim_of(f), None, further=(beta, "max_position_embeddings"))
-    scaling = f.mapping("rope_scaling") or f.mapping("rope_parameters")
-    growth = Fields(scaling, {}, f"{f.where}: rope_parameters").number(beta, default=0.0, zero=True)
-    if growth and not ropes[0].max_positions:
-        raise f.error(
-            f"rope_parameters: {beta}", "0 without a rope_type that has an original context", growth
-        )
+    rope = Fields(
+        f.mapping("rope_scaling") or f.mapping("rope_parameters"), {}, f"{f.where}: rope_parameters"
+    )
+    growth = rope.number(beta, default=0.0, zero=True)
     growing: dict[str, Any] = {}
     if growth:
-        growing = {"query_growth": growth, "growth_length": ropes[0].max_positions}
+        # Queries grow from the original context; dynamic scaling starts at the model's context.
+        if ropes[0].kind in (*WITH_ORIGINAL, "longrope"):
+            length = ropes[0].max_positions
+        elif rope.get(ORIGINAL) is not None:
+            length = rope.integer(ORIGINAL, high=2**30)
+        else:
+            raise rope.error(beta, f"0 without {ORIGINAL}", growth)
+        growing = {"query_growth": growth, "growth_length": length}
     return base_config(f, name, ropes=ropes, windows=same_window(f), **growing)
 
 

@@ -23,6 +23,7 @@ from nalora_jax.models.vision.sight import contains_text_model, text_part
 
 _FULL = "full_attention"
 _SCALING = {"type", "rope_type", ORIGINAL, "short_factor", "long_factor"}.union(*FIELDS.values())
+_GROWTH = "llama_4_scaling_beta"
 # These follow from the factor if they are absent.
 _DERIVED = {"factor", "attention_factor"}
 
@@ -134,6 +135,8 @@ def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, A
             for field in FIELDS[settings["rope_type"]]
             if field in scaling.keys() - _DERIVED
         }
+    if ORIGINAL in scaling and _GROWTH in rope:  # Ministral 3's queries grow from the original context
+        rope[ORIGINAL] = scaling[ORIGINAL]
     rope |= settings
     if nested:
         rope = held | {_FULL: rope}

@@ -224,7 +224,8 @@ def trained_bytes(base: ModelConfig, spec: AdapterSpec, tensor: int) -> Trained:
     shapes, adapters, of_experts = projection_shapes(base), 0.0, 0.0
     for path, target in spec.targets:
         *lead, d_in, d_out = shapes[path]
-        size = 4.0 * math.prod(lead) * (d_in + d_out) * sum(target.ranks)
+        magnitudes = d_out * len(target.ranks) if spec.dora else 0
+        size = 4.0 * math.prod(lead) * ((d_in + d_out) * sum(target.ranks) + magnitudes)
         if lead:
             of_experts += size
         else:

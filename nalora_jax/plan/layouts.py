@@ -141,9 +141,13 @@ def fitting(
 
 def usable(layouts: Sequence[Layout], where: Topology) -> list[Layout]:
     """Returns the layouts that are estimated to fit in the memory of a chip and of its host."""
-    chip = where.chip
-    limit = _USABLE.get(chip.platform, 0.9) * chip.memory
+    limit = usable_memory(where)
     return [layout for layout in _hosted(layouts, where) if layout.memory <= limit]
+
+
+def usable_memory(where: Topology) -> float:
+    """Returns the bytes of a chip's memory that a layout's estimate may have."""
+    return _USABLE.get(where.chip.platform, 0.9) * where.chip.memory
 
 
 def _hosted(layouts: Sequence[Layout], where: Topology) -> list[Layout]:
@@ -153,18 +157,18 @@ def _hosted(layouts: Sequence[Layout], where: Topology) -> list[Layout]:
 
 def _too_large(layouts: Sequence[Layout], base: ModelConfig, where: Topology, seq: int) -> NaloraError:
     """Returns the error for a model that fits in no layout."""
-    chip, hosted = where.chip, _hosted(layouts, where)
+    hosted = _hosted(layouts, where)
     if hosted:
         smallest = min(hosted, key=lambda layout: layout.memory)
-        needed, room, of = smallest.memory, chip.memory, "a chip"
+        needed, room, of = smallest.memory, usable_memory(where), "a chip"
     else:
         smallest = min(layouts, key=lambda layout: layout.host)
-        needed, room = smallest.host, _USABLE_OF_HOST * chip.host_memory
+        needed, room = smallest.host, _USABLE_OF_HOST * where.chip.host_memory
         of = "of the host's memory for each chip"
     return NaloraError(
         f"{where.name}",
-        expected=f"{base.model_type} with {seq} tokens a row to fit in {room / 1e9:.0f} GB {of}",
-        found=f"{needed / 1e9:.0f} GB at the least ({smallest})",
+        expected=f"{base.model_type} with {seq} tokens a row to fit in {room / 1e9:.2f} GB {of}",
+        found=f"{needed / 1e9:.2f} GB at the least ({smallest})",
         remedy="use more chips, fewer rows a device (--train.accumulate), shorter rows, or --compute.quantize int8",
     )
 

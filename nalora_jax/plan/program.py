@@ -150,6 +150,8 @@ def _batch(config: RunConfig, base: ModelConfig, mesh: Mesh, seq: int, images: i
         return jax.ShapeDtypeStruct((*lead, *shape), jnp.dtype(dtype), sharding=by_rows)
 
     batch = {name: of((seq,), dtype) for name, dtype in _BATCH.items()}
+    if config.preference.loss != "none":
+        batch["pairs"] = of((1,), "float32")
     if base.sight is not None:
         tower = base.sight.tower
         batch["pixels"] = of((images, tower.image_size, tower.image_size, tower.channels), "uint8")

@@ -10,7 +10,7 @@ from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.plan.layouts import Layout, decoder_alone, estimate, policies_of, usable
+from nalora_jax.plan.layouts import Layout, decoder_alone, estimate, policies_of, usable, usable_memory
 from nalora_jax.plan.machines import Topology
 
 SweepLayouts = dict[Layout, MeshConfig]  # layouts of a group's rows; seconds are of all programs
@@ -44,8 +44,8 @@ def fitting_sweep(
         smallest = min(layouts, key=lambda layout: layout.memory)
         raise NaloraError(
             "--sweep",
-            expected=f"runs that fit in {where.chip.memory / 1e9:.1f} GB a chip",
-            found=f"{smallest.memory / 1e9:.1f} GB ({shown(layouts[smallest])})",
+            expected=f"runs that fit in {usable_memory(where) / 1e9:.2f} GB a chip",
+            found=f"{smallest.memory / 1e9:.2f} GB ({shown(layouts[smallest])})",
             remedy="use shorter rows, --compute.quantize int8, or fewer runs on a device (--mesh.runs-per-device)",
         )
     return fits

@@ -40,8 +40,8 @@ class Fitting:
           count: number of runs.
 
         Raises:
-          NaloraError: rows that the mesh splits, more runs a device than fit, a mixture of experts
-            on several devices a run, or a group of devices that does not divide a batch.
+          NaloraError: rows that the mesh splits, more runs a device than fit, several groups of
+            devices for a mixture of experts, or a group that does not divide a batch.
         """
         if config.mesh.context not in (0, 1):
             raise NaloraError(
@@ -54,8 +54,11 @@ class Fitting:
         weights, run, width = 0.0, 1.0, 0
         if base is not None:
             (weights, run), width = _bytes(config, base), base.d_model
-        mesh = _mesh(config, count, weights / limit)
+        experts = base is not None and base.n_experts > 0
+        mesh = _mesh(config, count, weights / limit, experts)
         groups = max(mesh.run, 1)
+        if experts:
+            _check_experts(mesh)
         split = max(mesh.fsdp, 1) * max(mesh.tensor, 1)
         fits = max(1, int((limit - weights / split) / (run / max(mesh.data, 1) / split)))
         requested = mesh.runs_per_device
@@ -66,11 +69,6 @@ class Fitting:
                 found=requested,
             )
         per_group = requested or min(fits, math.ceil(count / groups))
-        if base is not None and base.n_experts and groups > 1 and _is_split(mesh):
-            axes = f"data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor}"
-            remedy = "leave the other axes at 1, or --mesh.run at 1"
-            expected = "one device a run for mixtures of experts"
-            raise NaloraError("--mesh.run", expected=expected, found=axes, remedy=remedy)
         mesh = replace(mesh, runs_per_device=per_group)
         return cls(mesh, groups * per_group, width, config.compute.remat)
 
@@ -102,8 +100,17 @@ def _is_open(mesh: MeshConfig) -> bool:
     return mesh.data == mesh.fsdp == mesh.tensor == 0
 
 
-def _is_split(mesh: MeshConfig) -> bool:
-    return max(mesh.data, mesh.fsdp, mesh.tensor) > 1 or min(mesh.data, mesh.fsdp, mesh.tensor) < 0
+def _check_experts(mesh: MeshConfig) -> None:
+    """Raises a NaloraError if several groups of several devices each train a mixture of experts."""
+    devices, axes = distributed.platform_of().devices, (mesh.data, mesh.fsdp, mesh.tensor)
+    if mesh.run in (0, 1) or (mesh.run == devices and max(axes) <= 1 and min(axes) >= 0):
+        return
+    raise NaloraError(
+        "--mesh.run",
+        expected="one device a run for mixtures of experts, or all devices for each",
+        found=f"{mesh.run} on {devices} devices (data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor})",
+        remedy=f"use --mesh.run {devices} with the other axes at 0, or --mesh.run 1",
+    )
 
 
 def device_memory() -> float:
@@ -126,11 +133,12 @@ def _bytes(config: RunConfig, base: ModelConfig) -> tuple[float, float]:
     return layout.weights, layout.state + layout.activations
 
 
-def _mesh(config: RunConfig, count: int, share: float) -> MeshConfig:
+def _mesh(config: RunConfig, count: int, share: float, experts: bool) -> MeshConfig:
     """Returns the mesh with a concrete axis "run".
 
     Each run gets as few devices as hold the base, ``share`` of one device's memory, and the open
-    axes get the rest. Without a choice every axis stays as it is.
+    axes get the rest; a run of a mixture of experts gets one device or all. Without a choice every
+    axis stays as it is.
     """
     mesh, devices = config.mesh, distributed.platform_of().devices
     if mesh.run or devices == 1:
@@ -142,7 +150,10 @@ def _mesh(config: RunConfig, count: int, share: float) -> MeshConfig:
     sizes = [
         size
         for size in range(fixed, devices + 1, fixed)
-        if devices % size == 0 and share / size < 0.5 and rows % (size // fixed) == 0
+        if devices % size == 0
+        and share / size < 0.5
+        and rows % (size // fixed) == 0
+        and not (experts and 1 < size < devices)
     ]
     if not sizes:
         return replace(mesh, run=1)

@@ -134,6 +134,8 @@ def _shape(r: _Reader) -> dict[str, Any]:
         "attention_bias": r.has_tensor("blk.0.attn_q.bias"),
         "mlp_bias": r.has_tensor("blk.0.ffn_up.bias"),
     }
+    if r.has("attention.causal"):
+        raw["is_causal"] = r.number("attention.causal", bool)
     if r.has("feed_forward_length"):
         raw["intermediate_size"] = r.number("feed_forward_length", int)
     return raw

@@ -3,7 +3,8 @@
     W' = W + s A B                         LoRA
     W' = m (W + s A B) / |W + s A B|       DoRA, norm over the inputs of each output channel
 
-The result is computed in float32 and rounded once to the weight's dtype.
+The result is computed in float32 and rounded once to the weight's dtype. Quantized weights count as
+the floats that they expand to.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.sight import contains_text_model, text_part
+from nalora_jax.ops.storage import Kernel, Stored, expand
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.folders import new_folder, write_json
@@ -55,31 +57,32 @@ def merge(params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec)
     """Returns the base parameters with every adapter merged, for use without ``lora``.
 
     Args:
-      params: base parameters, layers stacked; adapted kernels are replaced, all other leaves are
-        shared.
+      params: base parameters, layers stacked; adapted kernels are replaced (quantized ones by
+        float32), all other leaves are shared.
       lora: adapters, stacked.
       spec: their ranks, alphas and variant.
     """
     refuse_saved(spec, "merge", "fold them in first (weights.saved_modules.fold_saved)")
-    leaves, adapters = dict(flatten(params)), flatten(lora)
+    leaves, adapters = flatten(params, _is_stored), flatten(lora)
     for path, _ in spec.targets:
         a, b = (jnp.asarray(adapters[f"{path}/{name}"]) for name in ("a", "b"))
         magnitude = None
         if spec.dora:
             magnitude = jnp.asarray(adapters[f"{path}/magnitude"])
-        kernel = jnp.asarray(leaves[f"{path}/kernel"])
+        kernel = jax.tree.map(jnp.asarray, leaves[f"{path}/kernel"])
         leaves[f"{path}/kernel"] = _merge_stack(kernel, a, b, jnp.asarray(spec.scales(path)), magnitude)
     return unflatten(leaves)
 
 
 @partial(jax.jit)
 def _merge_stack(
-    kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, magnitude: jax.Array | None
+    kernel: Kernel, a: jax.Array, b: jax.Array, scale: jax.Array, magnitude: jax.Array | None
 ) -> jax.Array:
     """Merges every layer of a stacked kernel ``[layers, ..., d_in, d_out]``, one at a time."""
 
     def one(layer: tuple[Any, ...]) -> jax.Array:
-        w, a, b, s, m = layer
+        stored, a, b, s, m = layer
+        w = expand(stored)
         merged = w.astype(jnp.float32) + s * jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
         if m is not None:
             scaled = merged * jnp.expand_dims(m / jnp.linalg.norm(merged, axis=-2), -2)
@@ -106,15 +109,18 @@ def merged_tensors(
       params: base parameters, on any device.
       lora: adapters, or None for the unmodified base.
       spec: their spec.
-      dtype: of every tensor; by default its parameter's dtype.
+      dtype: of every tensor; by default its parameter's dtype, for quantized ones the embedding's.
       source: format of names and layouts: transformers' ("hf") or llama.cpp's ("gguf").
     """
     refuse_saved(spec, "merge", "fold them in first (weights.saved_modules.fold_saved)")
-    leaves, adapters = flatten(params), flatten(lora or {})
+    leaves, adapters = flatten(params, _is_stored), flatten(lora or {})
     for tensor in model_keymap(config, source).tensors:
         parts = [_slot_value(leaves, adapters, spec, slot, dtype) for slot in tensor.slots]
         name = file_name(config, tensor.name) if source == "hf" else tensor.name
         yield name, tensor.join(parts).reshape(tensor.shape)
+
+
+_expanded = jax.jit(expand)
 
 
 def _slot_value(
@@ -125,7 +131,7 @@ def _slot_value(
     dtype: np.dtype | None,
 ) -> np.ndarray:
     """Returns one layer's (or one expert's) merged parameter in the dtype of the written file."""
-    value = np.asarray(leaves[slot.path][slot.index])
+    value = np.asarray(_expanded(jax.tree.map(lambda array: array[slot.index], leaves[slot.path])))
     target = _file_dtype(leaves, slot, dtype)
     adapter = None
     if adapters and slot.layer is not None:
@@ -180,7 +186,7 @@ def write_merged(
         other content, or a failed write (temporary files are removed).
     """
     chosen = _dtype(dtype)
-    leaves = flatten(params)
+    leaves = flatten(params, _is_stored)
     tensors = model_keymap(config, "hf").tensors
     infos = [
         TensorInfo(file_name(config, t.name), t.shape, _file_dtype(leaves, t.slots[0], chosen))
@@ -211,7 +217,13 @@ def _dtype(name: str | None) -> np.dtype | None:
 
 
 def _file_dtype(leaves: Mapping[str, Any], slot: Slot, chosen: np.dtype | None) -> np.dtype:
-    return np.dtype(leaf_dtype(slot.path, chosen or leaves[slot.path].dtype))
+    """Returns the dtype of a tensor in the file; of a quantized one, that of the embedding."""
+    like = leaves["embed/embedding" if _is_stored(leaves[slot.path]) else slot.path]
+    return np.dtype(leaf_dtype(slot.path, chosen or like.dtype))
+
+
+def _is_stored(leaf: Any) -> bool:
+    return isinstance(leaf, Stored)
 
 
 def _settings(raw: Mapping[str, Any], config: ModelConfig, infos: list[TensorInfo]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def flags(kind, prefix=""):
         default = (
             field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         )
-        inner = "" if field.name == "run" and kind is cli.TrainArgs else f"{field.name}."
+        inner = "" if field.name == "run" and kind in (cli.TrainArgs, KINDS["plan"]) else f"{field.name}."
         if dataclasses.is_dataclass(default):
             yield from flags(type(default), f"{prefix}{inner}")
         else:
@@ -102,15 +102,16 @@ def test_every_verb_has_a_line_in_the_help(capsys, monkeypatch):
 HELP = r".*[a-z]{2,}.{6,} \((default: .*|required)\)"
 
 
-def test_every_setting_of_a_run_has_a_flag_with_help_and_default(capsys, monkeypatch):
-    shown = entries(help_of(capsys, monkeypatch, "train"))
-    found = list(flags(cli.TrainArgs))
+@pytest.mark.parametrize("verb", ["train", "plan"])
+def test_every_setting_of_a_run_has_a_flag_with_help_and_default(capsys, monkeypatch, verb):
+    shown = entries(help_of(capsys, monkeypatch, verb))
+    found = list(flags(KINDS[verb]))
     assert len(found) > 60
     for flag in found:
         assert re.fullmatch(HELP, shown[flag]), flag
 
 
-@pytest.mark.parametrize("verb", [verb for verb in KINDS if verb != "train"])
+@pytest.mark.parametrize("verb", [verb for verb in KINDS if verb not in ("train", "plan")])
 def test_every_flag_of_a_verb_has_help(capsys, monkeypatch, verb):
     shown = entries(help_of(capsys, monkeypatch, verb))
     for flag in flags(KINDS[verb]):
@@ -369,8 +370,10 @@ def test_every_number_has_a_range(verb, flag, bad):
         _, args = command.parse(argv)
         if verb == "train":
             check(args.run)
+        if verb == "plan":
+            args.config(4)
 
-    unset = (verb, flag.name, bad) == ("plan", "--steps", "0")  # no total of a run is printed
+    unset = (verb, flag.name, bad) == ("plan", "--train.batch-size", "0")  # a row for each chip
     if unset or flag.name in ALLOWED.get(bad, ()):
         judge()
         return

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from nalora_jax.cli.plan import PlanArgs, plan
+from nalora_jax.cli.command import parse
+from nalora_jax.cli.plan import PlanArgs, compiler_messages_in, plan
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
 
@@ -19,8 +24,15 @@ def prepared(monkeypatch):
     monkeypatch.setattr("nalora_jax.cli.plan._prepare", lambda **_: None)  # JAX runs already
 
 
-def estimate(*topology: str, **options) -> None:
-    plan(PlanArgs("llama-3.1-8b", topology, estimate=True, **options))
+def estimate(*topology: str, mesh=MeshConfig(), rope_scaling="", **options) -> None:  # noqa: B008
+    run = dataclasses.replace(PlanArgs().run, model="llama-3.1-8b", mesh=mesh, rope_scaling=rope_scaling)
+    plan(PlanArgs(topology, estimate=True, run=run, **options))
+
+
+def command(text: str) -> None:
+    """Executes ``nalora plan`` with the words of a text."""
+    _, args = parse(["plan", "--estimate", *text.split()])
+    plan(args)
 
 
 def test_an_estimate_shows_the_price_and_writes_the_figures(tmp_path, capsys):
@@ -83,3 +95,120 @@ def test_rope_scaling_allows_longer_rows(capsys):
 def test_a_refusal_names_its_cause(topology, options, message):
     with pytest.raises(NaloraError, match=message):
         estimate(topology, **options)
+
+
+def test_hub_ids_of_known_models_are_planned_without_a_download(capsys):
+    for name in ("llama-3.1-8b", "meta-llama/Llama-3.1-8B"):
+        command(f"--model {name} --topology v6e:4x4")
+    short, hub = capsys.readouterr().out.splitlines()
+    assert hub == short.replace("llama-3.1-8b", "meta-llama/Llama-3.1-8B")
+
+
+def test_other_hub_ids_are_read_from_the_hubs_cache(monkeypatch, tmp_path, capsys):
+    llama = {
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(llama | {"max_position_embeddings": 8192}))
+    asked = []
+
+    def cached(name, file):
+        asked.append((name, file))
+        return tmp_path
+
+    monkeypatch.setattr("nalora_jax.weights.hub_snapshots.cached_snapshot", cached)
+    command("--model somebody/a-llama --topology v6e:2x2")
+    assert asked == [("somebody/a-llama", "config.json")]
+    assert "somebody/a-llama on v6e:2x2" in capsys.readouterr().out
+
+
+def test_a_hub_that_does_not_answer_is_named_with_the_known_models(monkeypatch):
+    def refused(name, file):
+        raise NaloraError(name, expected="the hub", found="no network", remedy="check the network")
+
+    monkeypatch.setattr("nalora_jax.weights.hub_snapshots.cached_snapshot", lambda *_: None)
+    monkeypatch.setattr("nalora_jax.weights.hub_snapshots.download_snapshot", refused)
+    message = "--model: .*one of .*llama-3.1-8b.*found no network .somebody/a-llama on the hub.; check the network"
+    with pytest.raises(NaloraError, match=message):
+        command("--model somebody/a-llama --topology v6e:2x2")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--lora.dora",
+        "--lora.rules ffn:64 attn:64",
+        "--lora.modules-to-save embed_tokens lm_head",
+        "--compute.dtype float32",
+        "--train.batch-size 64",
+        "--data.max-length 8192",
+    ],
+)
+def test_flags_of_a_run_change_the_plan(tmp_path, flags):
+    base = (
+        "--model llama-3.1-8b --topology v6e:4x4 --mesh.fsdp 16 --train.batch-size 16 --compute.remat full"
+    )
+    for words in ("", flags):
+        command(f"{base} --json {tmp_path / 'plans.jsonl'} {words}")
+    lines = (tmp_path / "plans.jsonl").read_text().splitlines()
+    before, after = (json.loads(line)["memory"] for line in lines)
+    assert after > before
+
+
+def test_flags_without_an_effect_on_the_step_are_accepted(capsys):
+    base = "--model llama-3.1-8b --topology v6e:4x4"
+    command(base)
+    command(f"{base} --output runs/x --data.dataset hf:org/data --optimizer.learning-rate 1e-4 --seed 3")
+    before, after = capsys.readouterr().out.splitlines()
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--data.max-length auto", "--data.max-length: expected the tokens of a row: a plan reads no data"),
+        ("--vision.task classify", "--vision.task: expected a language model"),
+        ("--lora.rules ffn:-1", "--lora.rules: expected PATTERN:RANK"),
+        ("--rules ffn:4", "--rules: .*did you mean --lora.rules"),
+        ("--quantize nf4", "--quantize: .*did you mean --compute.quantize"),
+    ],
+)
+def test_flags_that_cannot_be_planned_are_refused(flags, message):
+    with pytest.raises(NaloraError, match=message):
+        command(f"--model llama-3.1-8b --topology v6e:4x4 {flags}")
+
+
+def test_the_refusal_of_a_large_model_tells_need_and_limit_apart():
+    with pytest.raises(NaloraError) as error:
+        command("--model llama-3.1-8b --topology v5e:1x1 --seq 128")
+    limit, need = (float(number) for number in re.findall(r"([\d.]+\.\d\d) GB", str(error.value))[:2])
+    assert limit == pytest.approx(0.97 * 15.75 * 2**30 / 1e9, abs=0.005)
+    assert need > limit
+
+
+def test_messages_of_native_libraries_go_to_a_file(tmp_path):
+    program = (
+        "import os, sys; from pathlib import Path; from nalora_jax.cli.plan import compiler_messages_in\n"
+        "with compiler_messages_in(Path(sys.argv[1])):\n"
+        "    os.write(2, b'E0000 no TPU\\n'); print('a note', file=sys.stderr)\n"
+        "print('an end', file=sys.stderr); os.write(2, b'a later line\\n')"
+    )
+    file = tmp_path / "logs" / "compiler.log"
+    result = subprocess.run(
+        [sys.executable, "-c", program, file], stderr=subprocess.PIPE, text=True, check=True
+    )
+    assert result.stderr.splitlines() == ["a note", "an end", "a later line"]
+    assert file.read_text() == "E0000 no TPU\n"
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(NaloraError, match="compiler.log: expected a file that can be written.*NALORA_CACHE"),
+        compiler_messages_in(tmp_path / "file" / "compiler.log"),
+    ):
+        raise AssertionError("not reached")

@@ -31,11 +31,12 @@ from nalora_jax.evaluate import split_rows
 from nalora_jax.evaluate.perplexity import completion_loss
 from nalora_jax.loading.base import load_model
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder, init_params
+from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.short_convolution import ShortConvolution
 from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.split_rows import check_context
 from tests import tiny
+from tests.param_trees import init_params
 
 RAW = {
     "vocab_size": 96,

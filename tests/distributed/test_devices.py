@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from nalora_jax.distributed import devices
+from nalora_jax.plan.machines import of_devices
 from tests.doubles.machines import NAMES, machine
 
 # Machine: fast domains, slices of a data-centre network, devices.
@@ -37,6 +38,21 @@ def test_domains_are_slices_nodes_or_racks(name):
 def test_gpus_without_a_domain_are_grouped_by_process():
     gpus = [type("Gpu", (), {"id": i, "platform": "gpu", "process_index": i // 4})() for i in range(8)]
     assert [[gpu.id for gpu in group] for group in devices.domains(gpus)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_domain_without_a_number_counts_as_none(platform):
+    names = {
+        "platform": platform,
+        "slice_index": None,
+        "partition_index": None,
+        "device_kind": "TPU v5 lite",
+    }
+    chips = [
+        type("Chip", (), {"id": i, "process_index": 0, "coords": (i, 0, 0), **names})() for i in range(4)
+    ]
+    assert devices.domains(chips) == [chips]
+    assert of_devices(chips).dims == (4, 1, 1)
 
 
 def test_cpus_are_one_domain():

@@ -218,6 +218,8 @@ REFUSED = {
         "layer_types",
     ),
     "attention to the future": ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "bidirectional"),
+    "a mask in both directions": ({"is_causal": False}, "is_causal: expected true, .*found False; use a causal"),
+    "a mask in both directions, by null": ({"model_type": "lfm2", "is_causal": None}, "is_causal: .*found None"),
     "capped scores in Gemma 3": ({"model_type": "gemma3_text", "attn_logit_softcapping": 5.0}, "logit_softcapping"),
     "one rotation for both kinds of OLMo 3's layers": (
         {"model_type": "olmo3", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
@@ -303,6 +305,18 @@ def test_refused_by_name(change, message):
     with pytest.raises(NaloraError, match=message) as error:
         ModelConfig.from_hf(raw, "some/config.json")
     assert error.value.where.startswith("some/config.json")
+
+
+@pytest.mark.parametrize("family", [*supported(), "gemma3", "mistral3"])
+def test_every_family_refuses_attention_in_both_directions(family):
+    with pytest.raises(NaloraError, match="is_causal: expected true, or no such field"):
+        ModelConfig.from_hf({**LLAMA, "model_type": family, "is_causal": False})
+
+
+def test_attention_in_both_directions_is_refused_in_a_nested_config():
+    with pytest.raises(NaloraError, match="text_config: is_causal: expected true"):
+        ModelConfig.from_hf({"model_type": "gemma3", "text_config": {"is_causal": False}})
+    assert ModelConfig.from_hf({**LLAMA, "is_causal": True}) == ModelConfig.from_hf(LLAMA)
 
 
 JSON = st.recursive(

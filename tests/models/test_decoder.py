@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +13,18 @@ import pytest
 
 from nalora_jax.config import LoRAConfig
 from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.models import decoder
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.cache import default_positions, init_cache
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder, init_params
-from nalora_jax.models.stacks import projection_shapes
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.stacks import param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, resolve
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.ops.storage import prepare
 from nalora_jax.trees import flatten, unflatten
+from tests.param_trees import init_params
 
 BASE = {
     "vocab_size": 64,
@@ -333,3 +336,30 @@ def test_logits_are_float32_of_the_numerics_given():
     hidden = jax.eval_shape(model.apply, {"params": params}, tokens_of(1, 4))
     logits = jax.eval_shape(functools.partial(model.apply, method="unembed"), {"params": params}, hidden)
     assert logits.dtype == jnp.float32
+
+
+def test_random_weights_are_drawn_leaf_by_leaf():
+    """The program holds one leaf in float32, not all of them, which the tests' own draw does."""
+    raw = BASE | {"model_type": "llama", "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 512}
+    config = ModelConfig.from_hf(raw)
+    sizes = [4 * math.prod(shape) for shape in param_shapes(config).values()]
+
+    def temporary(init):
+        compiled = init.lower(config, jax.random.key(0), "bfloat16").compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(decoder.init_params) < 0.5 * sum(sizes) < temporary(init_params)
+
+
+def test_random_weights_have_the_scale_of_their_leaf():
+    config = ModelConfig.from_hf(
+        BASE | {"model_type": "gemma3_text", "sliding_window": 5, "hidden_size": 128}
+    )
+    for init in (decoder.init_params, init_params):
+        leaves = flatten(init(config, jax.random.key(0)))
+        assert np.std(leaves["embed/embedding"]) == pytest.approx(0.02, rel=0.1)
+        assert np.std(leaves["layers/ffn/gate_proj/kernel"]) == pytest.approx(128**-0.5, rel=0.1)
+        assert np.mean(leaves["final_norm/scale"]) == pytest.approx(0.0, abs=0.1)  # 1 + w
+        assert not np.array_equal(
+            leaves["layers/ffn/gate_proj/kernel"], leaves["layers/ffn/up_proj/kernel"]
+        )

@@ -11,11 +11,12 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.likelihood import score_groups
 from nalora_jax.models.cache import init_cache
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder, init_params
+from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import layer_numbers, projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule
 from nalora_jax.weights.peft_rules import rules_of
+from tests.param_trees import init_params
 
 RAW = {
     "model_type": "qwen3_5_text",

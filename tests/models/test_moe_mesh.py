@@ -29,7 +29,7 @@ from nalora_jax.method.ffn import Adapters
 from nalora_jax.models import expert_exchange, moe
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder, init_params
+from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.moe import MoEFFN
 from nalora_jax.models.stacks import layer_numbers, projection_shapes
 from nalora_jax.models.targets import resolve
@@ -38,6 +38,7 @@ from nalora_jax.ops.quantize import quantize
 from nalora_jax.ops.reductions import count
 from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.decoder_program import build_model
+from tests.param_trees import init_params
 
 EXPERTS, D, F, RANK, ROWS, SEQ = 4, 64, 128, 3, 8, 12
 STATS = GateStatsConfig(stride=2, probe_stride=3, checks=GateChecks(1e-5), extra=("excess",))

@@ -15,7 +15,7 @@ from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder, init_params
+from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.remat import OFFLOAD, REMAT, check_remat, chosen_experts
 from nalora_jax.models.stacks import layer_numbers, projection_shapes
 from nalora_jax.models.targets import resolve
@@ -24,6 +24,7 @@ from nalora_jax.ops.cudnn_attention import CUDNN
 from nalora_jax.ops.dispatch import Platform
 from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.plan.estimates import saved_values, values_for_backward
+from tests.param_trees import init_params
 
 ROWS, SEQ, D, F, HEADS, KV_HEADS, LAYERS = 2, 8, 64, 48, 4, 2, 3
 

@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.models.ministral3.modeling_ministral3 import (
+    Ministral3RotaryEmbedding,
+    get_llama_4_attn_scale,
+)
 
 from nalora_jax.config.rope_scaling import parse_rope_scaling
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.layers import rope_table, sequence_lengths
+from nalora_jax.models.layers import query_scales, rope_table, sequence_lengths
 from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
 from tests.models.test_families import LONGROPE, SIZES, Case, build, difference, random_tokens
 
@@ -99,6 +103,43 @@ def test_logits_beyond_the_limit_equal_transformers():
 
     assert difference(run(tokens), expected) < 1e-5
     assert difference(pair.logits(tokens, np.ones_like(tokens)), expected) > 1e-2
+
+
+MINISTRAL = {**LLAMA, "model_type": "ministral3", "head_dim": 16}
+GROWING = {"rope_theta": 1e4, "original_max_position_embeddings": 6, "llama_4_scaling_beta": 0.6}
+
+
+@pytest.mark.parametrize(
+    ("rope", "text"),
+    [
+        ({"rope_type": "dynamic", "factor": 3.0}, ""),
+        ({"rope_type": "linear", "factor": 3.0}, ""),
+        ({"rope_type": "default"}, ""),
+        ({"rope_type": "yarn", "factor": 3.0}, ""),
+        ({"rope_type": "yarn", "factor": 3.0}, "dynamic:factor=8"),
+        ({"rope_type": "yarn", "factor": 3.0}, "linear:factor=8"),
+        ({"rope_type": "dynamic", "factor": 3.0}, "yarn:factor=8,original_max_position_embeddings=16"),
+    ],
+)
+def test_rotated_queries_of_ministral_3_equal_transformers_in_float64(rope, text):
+    """A rotation by transformers' frequencies, times its scale of queries by position."""
+    changed = with_rope_scaling({**MINISTRAL, "rope_parameters": GROWING | rope}, text, "config.json")
+    ours, theirs = ModelConfig.from_hf(changed), transformers.AutoConfig.for_model(**changed)
+    rotary = Ministral3RotaryEmbedding(theirs)
+    positions = np.arange(40)[None]
+    rotary(torch.zeros(1, 1), torch.tensor(positions))  # dynamic frequencies follow the length
+    angles = positions[..., None] * rotary.inv_freq.double().numpy()
+    parameters = theirs.rope_parameters
+    scales = get_llama_4_attn_scale(
+        torch.tensor(positions).double(),
+        parameters["llama_4_scaling_beta"],
+        parameters["original_max_position_embeddings"],
+    )[:, 0].numpy()
+    expected = np.stack([np.cos(angles), np.sin(angles)]) * rotary.attention_scaling * scales
+    table = rope_table(ours.ropes[0], positions, sequence_lengths(positions, np.ones_like(positions)))
+    grown = query_scales(positions, ours.query_growth, ours.growth_length)
+    found = np.asarray(table) * np.asarray(grown)[..., None]
+    np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 def test_settings_for_other_tools_are_the_changed_fields():

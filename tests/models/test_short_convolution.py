@@ -14,11 +14,11 @@ from nalora_jax import distributed, trees
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, OptimizerConfig, RunConfig
 from nalora_jax.method.optimizer import find_gates
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import init_params
 from nalora_jax.models.stacks import gate_blocks
 from nalora_jax.ops.causal_conv import causal_conv
 from nalora_jax.plan.roofline import attention_flops
 from nalora_jax.train.assembly import assemble
+from tests.param_trees import init_params
 
 BASE = ModelConfig.from_hf(
     {

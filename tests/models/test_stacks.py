@@ -15,7 +15,7 @@ from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.cache import init_cache
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder, init_params
+from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.paths import layer_path, uniform_path
 from nalora_jax.models.stacks import (
     depths,
@@ -28,6 +28,7 @@ from nalora_jax.models.stacks import (
 )
 from nalora_jax.models.targets import resolve
 from nalora_jax.trees import flatten, unflatten
+from tests.param_trees import init_params
 
 RAW = {
     "model_type": "gemma3_text",

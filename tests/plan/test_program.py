@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 
+import jax
 import pytest
 
 from nalora_jax import distributed
 from nalora_jax.config import (
+    AdaLoRAConfig,
     ComputeConfig,
     LoRAConfig,
     LoRARule,
     MeshConfig,
+    OptimizerConfig,
+    PreferenceConfig,
     RunConfig,
     TrainConfig,
 )
@@ -48,6 +52,26 @@ def compiled(
     base = ModelConfig.from_hf(BASE | {"tie_word_embeddings": tied})
     step, arguments = step_and_arguments(config, base, distributed.make_mesh(mesh), seq=SEQ)
     return figures(step, arguments, cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora": LoRAConfig(dora=True)},
+        {"lora": LoRAConfig(init="lora_ga")},
+        {"lora": LoRAConfig(trainable_token_indices=(1, 2))},
+        {"adalora": AdaLoRAConfig(target_rank=4)},
+        {"optimizer": OptimizerConfig("adafactor")},
+        {"preference": PreferenceConfig("dpo")},
+    ],
+)
+def test_steps_of_all_methods_of_a_run_have_arguments(changes):
+    mesh = distributed.make_mesh(MeshConfig(data=2, fsdp=4, tensor=1))
+    config = RunConfig(train=TrainConfig(batch_size=8), **changes)
+    step, arguments = step_and_arguments(config, ModelConfig.from_hf(BASE), mesh, seq=SEQ)
+    state, metrics = jax.eval_shape(step, *arguments)
+    assert jax.tree.structure(state) == jax.tree.structure(arguments[1])
+    assert metrics["loss"].shape == ()
 
 
 @pytest.fixture(scope="module")

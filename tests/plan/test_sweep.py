@@ -74,7 +74,9 @@ def test_a_run_stays_within_a_slice() -> None:
 
 def test_a_sweep_that_fits_in_no_layout_is_refused_with_the_smallest() -> None:
     config = RunConfig(train=TrainConfig(batch_size=1), mesh=MeshConfig(run=4, runs_per_device=1))
-    with pytest.raises(NaloraError, match=r"--sweep: expected runs that fit in 16.9 GB a chip, found 1\d"):
+    with pytest.raises(
+        NaloraError, match=r"--sweep: expected runs that fit in 16\.40 GB a chip, found 1\d\.\d\d GB"
+    ):
         fitting_sweep(config, LLAMA, topology("v5e:2x2"), 4096, 4)
 
 

@@ -16,11 +16,11 @@ from nalora_jax import distributed, trees
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import init_params
 from nalora_jax.runs import start
 from nalora_jax.runs.output import START, Output
 from nalora_jax.train.assembly import Assembly, assemble
 from tests import tiny
+from tests.param_trees import init_params
 
 BASE = ModelConfig.from_hf(tiny.HF)
 

@@ -54,11 +54,30 @@ def test_more_runs_a_device_than_fit_are_refused_with_the_number_that_fits() -> 
         Fitting.of(replace(CONFIG, mesh=mesh), BASE, count=1000)
 
 
-def test_experts_need_one_device_a_run() -> None:
-    experts = ModelConfig.from_hf(CONFIGS["mixtral-8x7b"])
-    mesh = MeshConfig(run=4, fsdp=2, data=1, tensor=1)
-    with pytest.raises(NaloraError, match="--mesh.run: expected one device a run for mixtures of experts"):
-        Fitting.of(replace(CONFIG, mesh=mesh), experts, count=4)
+EXPERTS = ModelConfig.from_hf(CONFIGS["mixtral-8x7b"])
+
+
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(run=4), MeshConfig(run=4, fsdp=2, data=1, tensor=1), MeshConfig(run=2)]
+)
+def test_experts_need_one_device_a_run(mesh: MeshConfig) -> None:
+    """Also if the other axes are open: two devices of each of four groups would compute one run."""
+    message = (
+        "--mesh.run: expected one device a run for mixtures of experts.*on 8 devices.*use --mesh.run 8"
+    )
+    with pytest.raises(NaloraError, match=message):
+        Fitting.of(replace(CONFIG, mesh=mesh), EXPERTS, count=4)
+
+
+def test_groups_for_experts_are_chosen_with_one_device_or_all() -> None:
+    small = replace(EXPERTS, n_layers=2)
+    for count in (2, 4, 20):
+        assert Fitting.of(CONFIG, small, count=count).mesh.run == 8
+    eight_rows = replace(CONFIG, train=TrainConfig(batch_size=8))
+    mesh = Fitting.of(eight_rows, EXPERTS, count=4).mesh
+    assert (mesh.run, mesh.data, mesh.fsdp, mesh.tensor) == (1, 1, 8, 1)  # 93 GB
+    for mesh in (MeshConfig(run=8), MeshConfig(run=1, fsdp=8)):
+        assert Fitting.of(replace(CONFIG, mesh=mesh), small, count=4).mesh.run == mesh.run
 
 
 def test_known_chips_get_the_layout_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:

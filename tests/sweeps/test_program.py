@@ -29,13 +29,13 @@ from nalora_jax.config import (
     VisionConfig,
 )
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import init_params
 from nalora_jax.runs.dual_pieces import dual_pieces, image_records
 from nalora_jax.sweeps.groups import program_key
 from nalora_jax.sweeps.program import SweepProgram
 from nalora_jax.sweeps.stack import batch_of
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
 from tests import tiny
+from tests.param_trees import init_params
 
 BASE = ModelConfig.from_hf(tiny.GROUPED)
 CONFIG = RunConfig(
@@ -217,7 +217,7 @@ def _variant(seed: int, rank: int = 2, **changes: Any) -> RunConfig:
 
 
 def test_experts_of_several_runs_are_one_grouped_matmul() -> None:
-    """Runs of a mixture of experts with different ranks, on one device and with one run on each of eight."""
+    """Runs of a mixture of experts with different ranks, on one device, one on each of eight, and all on all."""
     experts = {
         "model_type": "mixtral",
         "num_local_experts": 4,
@@ -229,10 +229,13 @@ def test_experts_of_several_runs_are_one_grouped_matmul() -> None:
     runs = _assembled(configs[:2], base)
     program, (states, _) = _together(runs, 3)
     on_mesh, (placed, _) = _together(_assembled(configs, base, distributed.make_mesh(MeshConfig(run=8))), 3)
+    mesh = distributed.make_mesh(MeshConfig(run=1, data=1, fsdp=4, tensor=2))
+    on_all, (shared, _) = _together(_assembled(configs[:2], base, mesh), 3)
     together = [jax.device_get(program.state_of(states, index).lora) for index in range(2)]
     assert _difference(together[1], _solo(runs[1], 3)[0]) < 1e-4
     for index, lora in enumerate(together):
         assert _difference(jax.device_get(on_mesh.state_of(placed, index).lora), lora) < 1e-4
+        assert _difference(jax.device_get(on_all.state_of(shared, index).lora), lora) < 1e-4
 
 
 def _assert_like_solo(runs: Sequence[Assembly], batches: Any = None) -> None:

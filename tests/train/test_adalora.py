@@ -15,11 +15,12 @@ from nalora_jax.config import AdaLoRAConfig, LoRAConfig, LoRARule, MeshConfig, R
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder, init_params
+from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.train.adalora import adalora
 from nalora_jax.weights.allocated import remaining_ranks
 from tests import tiny
+from tests.param_trees import init_params
 
 DENSE, EXPERTS = "layers/ffn/gate_proj", "layers/ffn/up_proj"
 # Layers of other ranks, one without an adapter, and a projection of two experts.

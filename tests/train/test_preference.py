@@ -31,7 +31,7 @@ from nalora_jax.data.source import RecordsSource
 from nalora_jax.errors import NaloraError
 from nalora_jax.job import run
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder, init_params
+from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.cross_entropy import Head, cross_entropy
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.target_losses import target_losses
@@ -41,6 +41,7 @@ from nalora_jax.train.preference import dpo
 from nalora_jax.train.settle import settled
 from nalora_jax.weights.hub import resolve
 from tests import tiny
+from tests.param_trees import init_params
 
 pytestmark = pytest.mark.pictures  # of runs' reports
 

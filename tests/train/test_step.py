@@ -29,7 +29,6 @@ from nalora_jax.method import activations, ffn, low_rank
 from nalora_jax.method.state import own_factors
 from nalora_jax.method.step import StepConfig, make_train_step
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import init_params
 from nalora_jax.ops import gated_products
 from nalora_jax.train import decoder_program, jitted
 from nalora_jax.train.assembly import Assembly, assemble
@@ -37,6 +36,7 @@ from nalora_jax.train.loop import _Meter
 from nalora_jax.train.mechanisms import make_mechanisms
 from nalora_jax.train.optimizers import make_optimizer
 from tests import tiny
+from tests.param_trees import init_params
 
 BASE = ModelConfig.from_hf(tiny.GROUPED | {"num_hidden_layers": 3})
 CONFIG = RunConfig(

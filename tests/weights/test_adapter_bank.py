@@ -16,10 +16,11 @@ from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder, init_params
+from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.weights.adapter_bank import AdapterBank, combine_adapters
+from tests.param_trees import init_params
 
 CONFIG = ModelConfig.from_hf(
     {

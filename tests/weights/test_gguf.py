@@ -483,6 +483,7 @@ def test_gguf_errors_name_file_and_field(tmp_path: Path) -> None:
             r"output.weight.*\(48, 16\).*\(48, 8\)",
         ),
         (lambda w: w.add_uint32("llama.attention.sliding_window", 64), "sliding_window.*not supported"),
+        (lambda w: w.add_causal_attention(False), "is_causal: expected true"),
         (lambda w: w.add_rope_dimension_count(2), "partial_rotary_factor"),
         (lambda w: w.add_string("llama.rope.scaling.type", "magic"), "scaling.factor"),
     ],

@@ -21,9 +21,12 @@ from nalora_jax.distributed import make_mesh
 from nalora_jax.errors import NaloraError
 from nalora_jax.loading.base import load_model
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.ops import mxfp4
 from nalora_jax.ops.quantize import dequantize, quantize
+from nalora_jax.trees import unflatten
 from nalora_jax.weights.hf import SafetensorsFolder
+from nalora_jax.weights.merge import merge, write_merged
 from nalora_jax.weights.mxfp4 import with_floats
 
 RELEASED = {
@@ -123,6 +126,36 @@ def test_the_quantized_model_has_transformers_logits(released: Path) -> None:
     model, variables = Decoder(found.config), {"params": found.params}
     ours = jax.jit(lambda t: model.apply(variables, model.apply(variables, t), method="unembed"))(tokens)
     assert np.abs(ours - want).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_the_quantized_model_is_merged_as_its_floats(released: Path, tmp_path: Path) -> None:
+    base = load_model(str(released), dtype="bfloat16")
+    stored = load_model(str(released), dtype="bfloat16", quantized="mxfp4")
+    rng, path, spec = np.random.default_rng(0), "layers/ffn/down_proj", TargetSpec((2, 2), (4.0, 4.0))
+    leaves = {
+        f"{path}/{name}": rng.normal(0, 0.1, (2, 4, *shape)).astype(np.float32)
+        for name, shape in {"a": (96, 2), "b": (2, 64)}.items()
+    }
+    lora, spec = unflatten(leaves), AdapterSpec(((path, spec),))
+    for name, adapters in (("base", None), ("merged", lora)):
+        files = []
+        for source, model in (("floats", base), ("stored", stored)):
+            folder = tmp_path / f"{name}-{source}"
+            options: dict[str, Any] = {"hf_config": model.hf_config, "tokenizer": released}
+            write_merged(folder, model.config, model.params, adapters, spec, **options)
+            files.append(load_file(folder / "model.safetensors"))
+        want, found = files
+        assert want.keys() == found.keys()
+        for tensor, value in want.items():
+            assert found[tensor].dtype == value.dtype == torch.bfloat16
+            assert torch.equal(found[tensor], value), (name, tensor)
+    stem = "model.layers.1.mlp.experts.gate_up_proj"
+    np.testing.assert_array_equal(found[stem].float(), transformers_floats(released, 1, "gate_up_proj"))
+    merged = merge(stored.params, lora, spec)["layers"]["ffn"]["down_proj"]["kernel"]
+    floats = transformers_floats(released, 1, "down_proj")
+    np.testing.assert_allclose(
+        merged[1], floats + 2 * leaves[f"{path}/a"][1] @ leaves[f"{path}/b"][1], atol=1e-5
+    )
 
 
 def test_any_slice_reads_the_same_floats(released: Path) -> None:

@@ -20,11 +20,10 @@ from nalora_jax.config import MeshConfig
 from nalora_jax.distributed import make_mesh
 from nalora_jax.loading.base import load_model
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import init_params
 from nalora_jax.ops.quantize import quantize, quantize_params
 from nalora_jax.trees import flatten, size_bytes
 from nalora_jax.weights.quantized_tensors import quantized_parts
-from tests.param_trees import tensors_from_params
+from tests.param_trees import init_params, tensors_from_params
 
 RAW = {
     "model_type": "llama",

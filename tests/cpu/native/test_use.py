@@ -33,7 +33,7 @@ from nalora_jax.method import activations, ffn
 from nalora_jax.method.ffn import gated_product
 from nalora_jax.method.low_rank import Adapter, Dense, adapted_dense, parallel_dense
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder, init_params
+from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.layers import ResidualNorm
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.ops.attention import Keys, attention
@@ -48,6 +48,7 @@ from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.train.assembly import assemble
 from tests import tiny
 from tests.cpu.native.conftest import KINDS
+from tests.param_trees import init_params
 
 pytestmark = pytest.mark.usefixtures("kernels")
 CPU = Numerics("bfloat16", "float32", "bfloat16", "bfloat16", platform=Platform("cpu"))
