@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Verb:
 _TRAIN = (
     "--config",
     "--model",
+    "--adapter",
     "--output",
     "--resume",
     "--steps",
@@ -139,6 +140,10 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
     if epochs and parser.values_of(words, "--steps") is not None:
         remedy = "leave one of them out"
         raise NaloraError("--steps", expected="steps or epochs", found="both", remedy=remedy)
+    if verb.arguments is parser.TrainArgs and args.run.adapter and not args.run.adapter_sha256:
+        from nalora_jax.loading.initial_adapter import with_adapter
+
+        args = replace(args, run=with_adapter(args.run, named=_named(words)))
     check_ranges(args, RANGES.get(verb.arguments, {}))
     flags = {
         flag.field.name: flag.name for flag in usage.flags(verb.arguments) if flag.owner is verb.arguments
@@ -150,6 +155,13 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
                 # Positional arguments have their name in the help.
                 check_path(flags.get(argument.name, argument.name.upper()), path)
     return args
+
+
+def _named(words: list[str]) -> set[str]:
+    """Returns the settings of a run that a command line names, by dotted name."""
+    flags = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    names = {flag.replace("-", "_").replace(".no_", ".") for flag in flags}
+    return {{"model.rope_scaling": "rope_scaling"}.get(name, name) for name in names}
 
 
 # Accepted spellings, and the flags that replace them.

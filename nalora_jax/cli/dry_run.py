@@ -18,6 +18,7 @@ from nalora_jax.data.questions import held_out
 from nalora_jax.distributed import platform_of
 from nalora_jax.distributed.mesh import AXES
 from nalora_jax.loading.base import read_tokenizer_of
+from nalora_jax.loading.initial_adapter import with_adapter
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.remat import chosen_remat
@@ -27,6 +28,7 @@ from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.plan.auto import laid_out
 from nalora_jax.plan.layouts import Layout, estimate
 from nalora_jax.plan.machines import of_devices, topology
+from nalora_jax.runs.metrics import recorded_settings
 from nalora_jax.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.train.inputs import check_data, check_layout, check_longest, described, stream_shape
 from nalora_jax.train.mechanisms import make
@@ -43,6 +45,7 @@ def dry_run(config: RunConfig) -> None:
     """
     for text in config.mechanisms:
         make(text)
+    config = with_adapter(config, recorded_settings(config.output) if config.resume else None)
     if config.vision.task in DUAL:
         from nalora_jax.cli.dry_run_images import describe_images  # Pillow is an extra
 

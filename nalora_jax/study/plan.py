@@ -36,7 +36,8 @@ _LATER = {
     "debug": ("profile",),
     "mesh": ("context", "run", "runs_per_device"),
 }
-_LATER_GROUPS = ("adalora", "imports", "rope_scaling")  # groups and single settings that are newer
+# Groups and single settings that are newer.
+_LATER_GROUPS = ("adalora", "imports", "rope_scaling", "adapter", "adapter_sha256")
 _FIRST_LENGTH = 128  # the default row length of the first records, which image tasks ignore
 
 
