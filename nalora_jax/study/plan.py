@@ -14,10 +14,12 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+from nalora_jax.buckets import is_url
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.config.former import FormerGroups
 from nalora_jax.config.vision import DUAL
 from nalora_jax.errors import NaloraError
+from nalora_jax.loading.initial_adapter import with_adapter
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 
@@ -64,8 +66,11 @@ class Run:
 
     @cached_property
     def config(self) -> RunConfig:
-        """Returns the settings of the run."""
+        """Returns the settings of the run, with those of an adapter that it starts from."""
         settings = self._settings
+        if settings.adapter:
+            path = settings.adapter if is_url(settings.adapter) else self.protocol.folder / settings.adapter
+            settings = with_adapter(replace(settings, adapter=str(path)), named={"model"})
         return settings if self.mesh is None else replace(settings, mesh=self.mesh)
 
     @property
