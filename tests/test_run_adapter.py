@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,16 @@ import pytest
 from safetensors.numpy import load_file
 
 from nalora_jax import job
-from nalora_jax.config import LoRAConfig, OptimizerConfig, RunConfig, TrainConfig
+from nalora_jax.__main__ import main
+from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 from nalora_jax.loading.adapted import load
 from nalora_jax.loading.initial_adapter import with_adapter
+from nalora_jax.report import html
+from nalora_jax.running import RunResult
+from nalora_jax.runs.metrics import recorded_settings
 from nalora_jax.runs.output import open_output
+from nalora_jax.sweeps.run import sweep
+from nalora_jax.train.callbacks import Callback
 from tests import tiny
 
 torch = pytest.importorskip("torch")
@@ -33,18 +41,13 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "target_modules": ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
         "modules_to_save": ["embed_tokens"],
     },
-    "dora": {
+    "dora-ranks-and-rows": {
         "r": 4,
         "lora_alpha": 6,
         "use_dora": True,
-        "target_modules": ["gate_proj", "up_proj", "down_proj", "o_proj"],
-    },
-    "ranks-and-rows": {
-        "r": 4,
-        "lora_alpha": 8,
         "rank_pattern": {"up_proj": 2, "layers.1.mlp.down_proj": 3},
         "alpha_pattern": {"up_proj": 5},
-        "target_modules": ["gate_proj", "up_proj", "down_proj"],
+        "target_modules": ["gate_proj", "up_proj", "down_proj", "o_proj"],
         "trainable_token_indices": {"embed_tokens": [3, 27]},
     },
 }
@@ -54,7 +57,8 @@ TOKENS = np.array([[2, 9, 27, 0, 4, 8, 27, 0]])
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("adapters")
-    with tiny.on_one_device(folder / "cache"):
+    with tiny.on_one_device(folder / "cache"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html, "_draw", lambda pictures, history: [])  # pictures take seconds
         yield tiny.make_config(
             folder,
             steps=50,
@@ -121,5 +125,89 @@ def test_an_adapter_goes_from_peft_to_a_run_and_back(config: RunConfig, tmp_path
     assert files[0].keys() == files[1].keys()
     assert {n: t.shape for n, t in files[0].items()} == {n: t.shape for n, t in files[1].items()}
     then = their_steps(back, config, 5, 1e-3)
-    print(kind, first, tiny.losses(run.output), then)
     assert first[0] > first[-1] > then[0] > then[-1]
+
+
+@pytest.fixture(scope="module")
+def earlier(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """A run of this library, which others continue."""
+    folder = tmp_path_factory.mktemp("earlier") / "run"
+    rules = (LoRARule("gate_proj", 4), LoRARule("ffn", 2, 8.0))
+    lora = LoRAConfig(rules, dropout=0.1)
+    return job.run(replace(config, steps=4, lora=lora, output=str(folder)))
+
+
+class _Killed(BaseException):
+    """Raised in place of a signal, which nothing can catch."""
+
+
+class _Kill(Callback):
+    """Ends a run before the last step is saved."""
+
+    def on_log(self, step: int, record: Any) -> None:
+        del record
+        if step == 5:
+            raise _Killed
+
+
+def test_a_killed_run_resumes_from_its_checkpoint_though_its_adapter_has_changed(
+    config: RunConfig, earlier: RunResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "nalora_jax")
+    shutil.copytree(earlier.folder, tmp_path / "earlier")
+    train = TrainConfig(batch_size=8, log_every=1, eval_every=0, save_every=3)
+    run = replace(config, steps=8, train=train, adapter=str(tmp_path / "earlier"))
+    whole, parts = (replace(run, output=str(tmp_path / name)) for name in ("whole", "parts"))
+    job.run(whole)
+    with pytest.raises(_Killed):
+        job.run(parts, callbacks=[_Kill()])
+    tensors = tmp_path / "earlier" / "adapter" / "adapter_model.safetensors"
+    tensors.write_bytes(tensors.read_bytes() + b" ")
+    job.run(replace(parts, resume=True))
+    assert "has changed since the run started from it (SHA-256" in caplog.text
+    first, second = (load_file(Path(one.output) / "adapter" / tensors.name) for one in (whole, parts))
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    for run in (whole, parts):  # both start where the earlier run ended
+        before = json.loads((Path(run.output) / "before.json").read_text())
+        np.testing.assert_allclose(before["loss"], earlier.after["loss"], rtol=1e-6)
+
+
+def test_runs_of_a_sweep_start_from_one_adapter(
+    config: RunConfig, earlier: RunResult, tmp_path: Path
+) -> None:
+    mesh = MeshConfig(data=1, fsdp=1, tensor=1, run=1)
+    train = replace(config.train, log_every=1)
+    run = replace(config, steps=2, train=train, mesh=mesh, adapter=str(earlier.folder))
+    runs = [
+        replace(run, output=str(tmp_path / f"{rate}"), optimizer=OptimizerConfig(learning_rate=rate))
+        for rate in (1e-3, 2e-3)
+    ]
+    sweep(runs)
+    recorded = [recorded_settings(one.output) for one in runs]
+    assert recorded[0]["adapter_sha256"] == recorded[1]["adapter_sha256"] != ""
+    assert recorded[0]["lora"] == recorded[1]["lora"]
+    first, second = (tiny.losses(one.output) for one in runs)
+    assert first[1] == second[1]
+    assert first[2] != second[2]
+
+
+def test_words_of_the_command_line_about_an_adapter(
+    config: RunConfig, earlier: RunResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each in one line, with a way on that exists."""
+    adapter, data = str(earlier.adapter), ["--data.dataset", config.data.dataset]
+    for words, expected in (
+        (["--resume", adapter], f"an adapter, not a run: continue it with --adapter {adapter} and a new"),
+        (["--model", adapter, *data], f"found an adapter, or a run with one; train it with --adapter {adapter}"),
+        (["--model", str(earlier.folder), *data], f"train it with --adapter {earlier.folder}"),
+        (["--adaptor", adapter], "did you mean --adapter?"),
+        (["--adapter", adapter, "--lora.no-dora", "--lora.rules", "ffn:8"], "--lora.rules: expected rank 2"),
+        (["--adapter", adapter, "--lora.rslora"], "--lora.rslora: expected False, as in the adapter"),
+    ):  # fmt: skip
+        assert main(["train", *words]) == 2
+        assert expected in capsys.readouterr().err
+    more = ["--lora.dropout", "0", "--data.train-split", "train[:80%]", "--data.eval-split", "train[80%:]"]
+    assert main(["train", "--dry-run", "--adapter", str(earlier.folder), *data, *more]) == 0
+    printed = capsys.readouterr().out
+    assert "dropout: 0.0" in printed
+    assert r"- ^layers/\d+/(ffn/gate_proj)$:4:8" in printed

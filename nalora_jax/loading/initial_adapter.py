@@ -14,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, RunConfig, check, config_from_dict
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import file_digest
@@ -213,14 +211,12 @@ def check_equal(run: AdapterSpec, adapter: AdapterSpec, folder: Path) -> None:
 
 
 def _ranks(spec: AdapterSpec) -> dict[str, str]:
-    """Returns rank and alpha of each projection, or the list of its layers' if they differ."""
-
-    def shown(values: tuple[float, ...]) -> str:
-        return " ".join(f"{value:.9g}" for value in (values[:1] if len(set(values)) == 1 else values))
-
+    """Returns rank and alpha of every adapter, by path and index on its stack."""
     return {
-        path: f"rank {shown(target.ranks)}, alpha {shown(tuple(np.where(target.ranks, target.alphas, 0)))}"
+        f"{path}[{index}]": f"rank {rank}, alpha {alpha:.9g}"
         for path, target in spec.targets
+        for index, (rank, alpha) in enumerate(zip(target.ranks, target.alphas, strict=True))
+        if rank
     }
 
 

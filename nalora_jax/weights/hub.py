@@ -244,7 +244,7 @@ def _resolve_local(path: Path, name: str) -> ResolvedSource:
         return ResolvedSource("gguf", path, name)
     adapters = [folder for folder in (path, path / "adapter") if (folder / "adapter_config.json").exists()]
     if adapters and not (path / "config.json").exists():
-        actual = "an adapter folder (adapter_config.json)"
+        actual = "an adapter, or a run with one"
         remedy = f"train it with --adapter {path}; its base is then the model"
         raise NaloraError(str(path), expected="a base model", found=actual, remedy=remedy)
     if (path / "config.json").exists():
