@@ -96,6 +96,10 @@ def execute(argv: Sequence[str]) -> None:
       SystemExit: help or the version was requested, and printed.
     """
     verb, args = parse(argv)
+    if verb == "train" and args.run.adapter and not args.run.adapter_sha256:
+        from nalora_jax.loading.initial_adapter import with_adapter
+
+        args = replace(args, run=with_adapter(args.run, named=_named(argv)))
     VERBS[verb].handler(args)
 
 
@@ -140,10 +144,6 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
     if epochs and parser.values_of(words, "--steps") is not None:
         remedy = "leave one of them out"
         raise NaloraError("--steps", expected="steps or epochs", found="both", remedy=remedy)
-    if verb.arguments is parser.TrainArgs and args.run.adapter and not args.run.adapter_sha256:
-        from nalora_jax.loading.initial_adapter import with_adapter
-
-        args = replace(args, run=with_adapter(args.run, named=_named(words)))
     check_ranges(args, RANGES.get(verb.arguments, {}))
     flags = {
         flag.field.name: flag.name for flag in usage.flags(verb.arguments) if flag.owner is verb.arguments
@@ -157,9 +157,9 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
     return args
 
 
-def _named(words: list[str]) -> set[str]:
+def _named(argv: Sequence[str]) -> set[str]:
     """Returns the settings of a run that a command line names, by dotted name."""
-    flags = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    flags = {word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
     names = {flag.replace("-", "_").replace(".no_", ".") for flag in flags}
     return {{"model.rope_scaling": "rope_scaling"}.get(name, name) for name in names}
 
