@@ -188,26 +188,26 @@ def check_equal(run: AdapterSpec, adapter: AdapterSpec, folder: Path) -> None:
     Raises:
       NaloraError: names the first setting that differs.
     """
-    pairs = {
-        "--lora.rslora": (run.rslora, adapter.rslora),
-        "--lora.dora": (run.dora, adapter.dora),
-        "--lora.modules-to-save": (" ".join(run.saved) or "none", " ".join(adapter.saved) or "none"),
-        "--lora.trainable-token-indices": (dict(run.token_indices), dict(adapter.token_indices)),
-        "--lora.rules": (_ranks(run), _ranks(adapter)),
-    }
-    flag = next((flag for flag, (ours, theirs) in pairs.items() if ours != theirs), None)
-    if flag is None:
-        return
-    ours, theirs = pairs[flag]
-    if flag == "--lora.rules":
-        path = next(path for path in ours | theirs if ours.get(path) != theirs.get(path))
-        ours, theirs = (f"{ranks.get(path, 'no adapter')} at {path}" for ranks in (ours, theirs))
-    raise NaloraError(
-        flag,
-        expected=f"{theirs}, as in the adapter {folder}",
-        found=ours,
-        remedy=f"leave {flag} out: a run continues an adapter with the adapter's own settings",
-    )
+    ours, theirs = _ranks(run), _ranks(adapter)
+    pairs: list[tuple[str, Any, Any]] = [
+        ("--lora.rslora", run.rslora, adapter.rslora),
+        ("--lora.dora", run.dora, adapter.dora),
+        ("--lora.modules-to-save", " ".join(run.saved) or "none", " ".join(adapter.saved) or "none"),
+        ("--lora.trainable-token-indices", dict(run.token_indices), dict(adapter.token_indices)),
+        *(("--lora.rules", _at(ours, place), _at(theirs, place)) for place in ours | theirs),
+    ]
+    for flag, found, expected in pairs:
+        if found != expected:
+            raise NaloraError(
+                flag,
+                expected=f"{expected}, as in the adapter {folder}",
+                found=found,
+                remedy=f"leave {flag} out: a run continues an adapter with the adapter's own settings",
+            )
+
+
+def _at(ranks: Mapping[str, str], place: str) -> str:
+    return f"{ranks.get(place, 'no adapter')} at {place}"
 
 
 def _ranks(spec: AdapterSpec) -> dict[str, str]:
@@ -222,8 +222,14 @@ def _ranks(spec: AdapterSpec) -> dict[str, str]:
 
 def _lora(spec: AdapterSpec, base: ModelConfig, folder: Path) -> LoRAConfig:
     """Returns settings whose adapters on a model are those of ``spec``."""
-    lora = LoRAConfig(rules_of(spec, base), spec.rslora, spec.dora, modules_to_save=spec.saved)  # type: ignore[arg-type]
-    lora = replace(lora, dropout=spec.dropout)
+    saved: Any = spec.saved
+    lora = LoRAConfig(
+        rules=rules_of(spec, base),
+        rslora=spec.rslora,
+        dora=spec.dora,
+        modules_to_save=saved,
+        dropout=spec.dropout,
+    )
     ids = dict(spec.token_indices)
     if not ids:
         return lora
@@ -235,7 +241,8 @@ def _lora(spec: AdapterSpec, base: ModelConfig, folder: Path) -> LoRAConfig:
             found="other rows of the head than of the embedding",
             remedy="a run trains equal rows of both tables",
         )
-    return replace(lora, trainable_token_indices=rows, trainable_token_modules=tuple(ids))  # type: ignore[arg-type]
+    modules: Any = tuple(ids)
+    return replace(lora, trainable_token_indices=rows, trainable_token_modules=modules)
 
 
 def _with_tokens(files: ResolvedSource, folder: Path, *, images: bool) -> tuple[ModelConfig, AddedTokens]:
@@ -245,9 +252,9 @@ def _with_tokens(files: ResolvedSource, folder: Path, *, images: bool) -> tuple[
     loaded = for_adapter(LoadedModel(config, {}, tokenizer, files.name, "", None), folder)
     backend = loaded.tokenizer.backend
     ids = {text: backend.token_to_id(text) for text in loaded.added}
-    known = backend.get_added_tokens_decoder()
-    special = tuple(text for text, token_id in ids.items() if known[token_id].special)
-    added = AddedTokens(tuple(text for text in ids if text not in special), special)
+    marks = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    plain = tuple(text for text in ids if text not in marks)
+    added = AddedTokens(plain, tuple(text for text in ids if text in marks))
     config = replace(config, vocab_size=loaded.config.vocab_size)
     if added_ids(files, added) != ids or read_config(files, images=images, added=added) != config:
         listed = ", ".join(f"{text!r} ({token_id})" for text, token_id in ids.items()) or "no added tokens"

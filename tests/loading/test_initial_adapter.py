@@ -134,12 +134,15 @@ def test_a_resumed_run_has_its_recorded_settings_without_its_adapter(
 
 
 def test_added_tokens_become_settings_of_the_run(loaded: LoadedModel, tmp_path: Path) -> None:
-    longer = with_added(loaded, AddedTokens(("hello", "world"), ("<turn>",)))
+    longer = with_added(loaded, AddedTokens(("hello", "world"), ("<turn>", "<call>")))
     folder = write(tmp_path / "adapter", longer, modules_to_save=("embed_tokens", "lm_head"))
     config = with_adapter(RunConfig(adapter=str(folder)))
-    assert (config.data.add_tokens, config.data.add_special_tokens) == (("hello", "world"), ("<turn>",))
+    assert (config.data.add_tokens, config.data.add_special_tokens) == (
+        ("hello", "world"),
+        ("<turn>", "<call>"),
+    )
     again = with_added(loaded, AddedTokens.of(config.data))
-    assert read_initial(config, again)["embed"]["embedding"].shape == (len(tiny.WORDS) + 3, 16)
+    assert read_initial(config, again)["embed"]["embedding"].shape == (len(tiny.WORDS) + 4, 16)
 
 
 # Layers of different kinds, whose projections are in several stacks.
