@@ -22,6 +22,7 @@ from nalora_jax.distributed import platform_of
 from nalora_jax.errors import Interrupted, NaloraError
 from nalora_jax.imports import import_files
 from nalora_jax.loading.base import read_config, read_tokenizer_of
+from nalora_jax.loading.initial_adapter import with_adapter
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.remat import check_remat
 from nalora_jax.ops.numerics import check_implementation
@@ -108,7 +109,7 @@ def _run(
 ) -> RunResult:
     spent = Stages()
     # ---------------------------------------------------------------- devices, files and settings
-    inputs = inputs_of(config, source)
+    inputs = inputs_of(of_adapter(config, output), source)
     config = inputs.config
     recorded = continued(config, output)
     # ---------------------------------------------------------------- model, adapters, step, training rows, questions
@@ -172,6 +173,11 @@ def inputs_of(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
     if config.vision.task == "chat":
         source = _seen(config, files, source)
     return Inputs(settled(config, files, source), files, source, ())
+
+
+def of_adapter(config: RunConfig, output: Output) -> RunConfig:
+    """Returns the settings with those of ``config.adapter``; of a resumed run, as it recorded them."""
+    return with_adapter(config, recorded_settings(output.folder) if output.resumes else None)
 
 
 def _refuse_runs(config: RunConfig) -> None:

@@ -41,6 +41,7 @@ _QUOTED = re.compile(
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PATHS = (
     "model",
+    "adapter",
     "output",
     "dataset",
     "data_dir",

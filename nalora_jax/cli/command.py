@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,17 @@ class Verb:
 
 # Flags of the short help, by heading.
 _TRAIN = {
-    "Run": ("--config", "--model", "--output", "--resume", "--steps", "--epochs", "--seed", "--dry-run"),
+    "Run": (
+        "--config",
+        "--model",
+        "--adapter",
+        "--output",
+        "--resume",
+        "--steps",
+        "--epochs",
+        "--seed",
+        "--dry-run",
+    ),
     "Data": ("--data.dataset", "--data.eval-split", "--data.max-length", "--data.chat", "--data.loss-on"),
     "Adapters, and the steps of their gates": ("--lora.rules", "--mechanisms"),
     "Training and evaluation": (
@@ -101,6 +111,10 @@ def execute(argv: Sequence[str]) -> None:
       SystemExit: help or the version was requested, and printed.
     """
     verb, args = parse(argv)
+    if verb == "train" and args.run.adapter and not args.run.adapter_sha256:
+        from nalora_jax.loading.initial_adapter import with_adapter
+
+        args = replace(args, run=with_adapter(args.run, named=_named(argv)))
     VERBS[verb].handler(args)
 
 
@@ -163,6 +177,13 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
                     expected, remedy = "a path on this machine", "copy it from or to the bucket"
                     raise NaloraError(flag, expected=expected, found=where, remedy=remedy)
     return args
+
+
+def _named(argv: Sequence[str]) -> set[str]:
+    """Returns the settings of a run that a command line names, by dotted name."""
+    flags = {word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
+    names = {flag.replace("-", "_").replace(".no_", ".") for flag in flags}
+    return {{"model.rope_scaling": "rope_scaling"}.get(name, name) for name in names}
 
 
 # Accepted spellings, and the flags that replace them.

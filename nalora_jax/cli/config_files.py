@@ -222,7 +222,7 @@ def format_rule(rule: LoRARule) -> str:
     """Returns the text that `parse_rule` reads as ``rule``."""
     text = f"{rule.pattern}:{rule.rank}"
     if rule.alpha is not None:
-        text += f":{rule.alpha:g}"
+        text += f":{rule.alpha:.9g}"
     return text
 
 

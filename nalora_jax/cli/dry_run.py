@@ -20,6 +20,7 @@ from nalora_jax.data.questions import held_out
 from nalora_jax.distributed import platform_of
 from nalora_jax.distributed.mesh import AXES
 from nalora_jax.loading.base import read_tokenizer_of
+from nalora_jax.loading.initial_adapter import with_adapter
 from nalora_jax.method.optimizer import find_gates
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
@@ -31,6 +32,7 @@ from nalora_jax.plan.auto import laid_out
 from nalora_jax.plan.layouts import Layout, estimate
 from nalora_jax.plan.machines import of_devices, topology
 from nalora_jax.runs.hooks import say_counts
+from nalora_jax.runs.metrics import recorded_settings
 from nalora_jax.sweeps.fit import device_memory
 from nalora_jax.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.train.inputs import check_data, check_layout, check_longest, described, stream_shape
@@ -54,6 +56,7 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
     for run in runs:
         for text in run.mechanisms:
             make(text)
+    runs = [with_adapter(run, recorded_settings(run.output) if run.resume else None) for run in runs]
     if runs[0].vision.task in DUAL:
         from nalora_jax.cli.dry_run_images import describe_images  # Pillow is an extra
 

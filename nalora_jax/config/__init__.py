@@ -124,6 +124,11 @@ class RunConfig:
     # RoPE scaling in place of the model's, for rows beyond its context, as TYPE:field=value,... with the types and
     # fields of transformers: "yarn:factor=4", "linear:factor=2", "dynamic:factor=2", "llama3:factor=16".
     rope_scaling: Annotated[str, arg(name="model.rope-scaling")] = ""
+    # Adapter to continue: the folder of a run, or of an adapter in PEFT's format. The run starts from
+    # its values and has its base model, ranks, alphas, variant and trained tables.
+    adapter: str = ""
+    # SHA-256 of that adapter's tensors; recorded with the run, and checked if it is set.
+    adapter_sha256: str = ""
     # Folder of the run: checkpoints, adapter, metrics.jsonl, report.html. Must be new, or the same
     # run's with --resume.
     output: str = "runs/default"
@@ -306,7 +311,27 @@ def check(config: RunConfig) -> RunConfig:
     _check_saved(config)
     _check_added(config)
     check_preference(config.preference, init=config.lora.init, task=config.vision.task)
+    if config.adapter:
+        _check_adapter(config)
     return config
+
+
+def _check_adapter(config: RunConfig) -> None:
+    """Checks that the settings leave the adapter's values and ranks as they are."""
+    check_path("--adapter", config.adapter)
+    for flag, value, fits in (
+        ("--lora.init", config.lora.init, "default"),
+        ("--adalora.target-rank", config.adalora.target_rank, 0),
+        ("--vision.task", config.vision.task.replace("chat", "") or "none", "none"),
+    ):
+        require(flag, value == fits, f"{fits} with --adapter, whose values the run starts from", value)
+    if config.preference.loss != "none":
+        raise NaloraError(
+            "--preference.loss",
+            expected="none with --adapter",
+            found=config.preference.loss,
+            remedy="its reference is the base without an adapter: merge this one first (nalora merge)",
+        )
 
 
 def _check_type(wrong: WrongType | None) -> None:

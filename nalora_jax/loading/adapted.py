@@ -25,11 +25,11 @@ from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.runs.metrics import FILE as METRICS
 from nalora_jax.seals import unseal
 from nalora_jax.weights.folders import can_exist
-from nalora_jax.weights.hub import ResolvedSource, resolve
+from nalora_jax.weights.hub import ResolvedSource, alias_of, resolve
 from nalora_jax.weights.new_tokens import check_adapter, for_adapter
 from nalora_jax.weights.peft import import_adapter
 from nalora_jax.weights.peft_config import CONFIG_NAME
-from nalora_jax.weights.peft_read import recorded_rope_scaling
+from nalora_jax.weights.peft_read import recorded_base, recorded_rope_scaling
 
 ADAPTER = "adapter"  # subfolder of a run: the exported adapter
 T = TypeVar("T")
@@ -208,7 +208,7 @@ def adapter_folder(path: Path) -> Path:
 
 
 def base_of(adapter: Path) -> str:
-    """Returns the base model that an adapter's config names.
+    """Returns the base model that an adapter's config names; of a copy, the copy that was trained on.
 
     Raises:
       NaloraError: the config cannot be read, or names none.
@@ -223,7 +223,9 @@ def base_of(adapter: Path) -> str:
         raise NaloraError(
             f"{path}: base_model_name_or_path", expected="a model", found=repr(name), remedy=remedy
         )
-    return name
+    copy = recorded_base(adapter)
+    alias = alias_of(copy)
+    return copy if alias and alias.hub_id == name else name
 
 
 def run_config(folder: Path) -> dict[str, Any]:

@@ -41,6 +41,8 @@ def _source(history: History) -> str:
     before, after = history.ends
     at = before["step"]
     first = "the base model, before the first step"
+    if history.config.get("adapter"):
+        first = "the adapter that the run continues, before the first step"
     if at:
         first = f"the evaluation at step {at}"
     if "final" not in after:

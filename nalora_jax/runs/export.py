@@ -81,13 +81,19 @@ def write_adapter(
         spec,
         loaded.config,
         folder,
-        base_model_name=loaded.source,
+        base_model_name=original(loaded),
+        base_weights=loaded.source if original(loaded) != loaded.source else "",
         fingerprint=loaded.fingerprint,
         rope_scaling=loaded.rope_scaling,
         write_extra=tokenizer_writer(loaded) if loaded.added or loaded.resized else None,
         **options,
     )
     return verify_export(folder, lora, spec, loaded.config, fingerprint=loaded.fingerprint)
+
+
+def original(loaded: RunBase) -> str:
+    """Returns the name under which other tools load the base: of a copy, its original's hub id."""
+    return (loaded.origin and loaded.origin.copy_of) or loaded.source
 
 
 def _difference(
@@ -146,7 +152,7 @@ def base_card(kind: Literal["adapter", "merged"], model: str, loaded: RunBase, s
     """Returns a card without settings and results of a run; ``model`` is the name of the base."""
     alias = alias_of(model)
     licence = alias.package.licence if alias else ""
-    written = Card(kind, loaded.source, spec, license=licence, origin=loaded.origin)
+    written = Card(kind, original(loaded), spec, license=licence, origin=loaded.origin)
     if isinstance(loaded, LoadedModel):
         return replace(written, resized=loaded.resized, rope=rope_of(loaded))
     return written

@@ -242,12 +242,15 @@ def last_step(checkpoints: Any) -> int | None:
 def _require_checkpoint(path: Path, checkpoints: Any) -> None:
     if has_checkpoint(checkpoints):
         return
-    stopped = (
-        "the run in it stopped before its first checkpoint: delete the folder, or start in another one"
-    )
     remedy = "start without --resume, or name the run's own --output"
-    if _files(path):
-        remedy = stopped
+    if (path / "adapter_config.json").exists():
+        remedy = (
+            f"the folder is an adapter, not a run: continue it with --adapter {path} and a new --output"
+        )
+    elif _files(path) and set(_files(path)) <= _BEGINNING:
+        remedy = (
+            "the run in it stopped before its first checkpoint: delete the folder, or start in another one"
+        )
     raise NaloraError("--resume", expected=f"a checkpoint in {checkpoints}", found="none", remedy=remedy)
 
 

@@ -24,7 +24,7 @@ from nalora_jax.weights.origin import is_comparable
 # not the result of a step (except for summation order). The model's name is included because the
 # fingerprint identifies the base.
 FREE_SETTINGS = (
-    r"^(model|output|resume|steps|epochs|tensorboard|callbacks)$",
+    r"^(model|adapter|output|resume|steps|epochs|tensorboard|callbacks)$",
     r"^train\.(log_every|eval_every|save_every|keep|patience)$",
     r"^mesh\.",
     r"^data\.workers$",

@@ -1,4 +1,4 @@
-"""Gradient-subspace initialization of a run, stored for resumption if it lowered the kernels.
+"""Initial adapters of a run: read from disk, or computed from the gradient of its first batches.
 
 LoRA-GA's kernels are the base's kernels minus the initial update of its adapters. Another machine,
 or another number of devices, would compute singular vectors with other signs, and so other kernels.
@@ -27,6 +27,8 @@ from safetensors.numpy import load_file, save_file
 from nalora_jax import distributed, files, trees
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.errors import NaloraError
+from nalora_jax.loading.base import LoadedModel
+from nalora_jax.loading.initial_adapter import read_initial, warn_if_changed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.runs.output import START, Output
 from nalora_jax.train.assembly import Assembly, starting_at
@@ -68,6 +70,23 @@ def gradient_start(assembly: Assembly, base: ModelConfig, data: _Rows, output: O
     assembly = starting_at(assembly, lora)
     distributed.on_first_process(lambda: _write(folder, assembly.initial))
     return assembly
+
+
+def adapter_start(assembly: Assembly, loaded: LoadedModel, output: Output) -> Assembly:
+    """Returns the assembly with the values of the adapter that the run continues.
+
+    A resumed run reads its checkpoint instead, and logs if the adapter has changed since.
+
+    Raises:
+      NaloraError: see `nalora_jax.loading.initial_adapter.read_initial`.
+    """
+    config = assembly.config
+    if output.resumes:
+        warn_if_changed(config)
+        return assembly
+    lora = read_initial(config, loaded)
+    log.info("adapters start from %s (SHA-256 %s...)", config.adapter, config.adapter_sha256[:16])
+    return replace(assembly, state=assembly.begin(lora, config.seed))
 
 
 def first_adapters(assembly: Assembly, base: ModelConfig, data: _Rows, seed: int) -> dict[str, Any]:

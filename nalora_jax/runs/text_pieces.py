@@ -25,7 +25,7 @@ from nalora_jax.runs.export import export
 from nalora_jax.runs.output import Output
 from nalora_jax.runs.pieces import Pieces, assembly_of
 from nalora_jax.runs.preference_pieces import preference_pieces
-from nalora_jax.runs.start import GRADIENT, gradient_start
+from nalora_jax.runs.start import GRADIENT, adapter_start, gradient_start
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.assembly import assemble
 from nalora_jax.train.inputs import check_data, check_first, check_layout, check_longest, stream_shape
@@ -72,6 +72,8 @@ def text_pieces(
     data = _train_data(config, loaded, mesh, source)
     if config.lora.init in GRADIENT:
         assembly = gradient_start(assembly, loaded.config, data, output)
+    if config.adapter:
+        assembly = adapter_start(assembly, loaded, output)
     reported, selecting = held_out(config.data, loaded.tokenizer, source=source)
     if like is not None and like.assembly.spec == assembly.spec:
         evaluator, selector = like.evaluator, like.selector

@@ -5,6 +5,7 @@ A record has, next to its settings and measures,
     protocol   sha256 of the protocol's content, without comments and layout
     code       sha256 of the package's sources
     rules      {file name: sha256} of the user's files that define rules and activation
+    adapter    digest of the adapter that the run started from, if any
     base       digest of the base's weights
     source     digest of the training data, the same for every seed
     data       digest of the training rows in the seed's order
@@ -36,6 +37,7 @@ ADDED = ("rules", "base", "source", "digest")  # fields that records of earlier 
 # Fields that must agree, each with the fields of the records among which they must.
 _SHARED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("base", ("model",)),
+    ("adapter", ("model", "task", "method")),
     ("source", ("model", "task")),
     ("data", ("model", "task", "seed")),
     ("items", ("model", "task")),
@@ -148,6 +150,7 @@ def _check_shared(records: Mapping[str, Record], field: str, group: tuple[str, .
 
 _MEANING = {
     "base": "base model",
+    "adapter": "adapter that the runs start from",
     "source": "training data",
     "data": "training data or its order",
     "items": "held-out items",

@@ -22,6 +22,7 @@ from nalora_jax.data.sources import check_disjoint, open_source
 from nalora_jax.evaluate.multiple_choice import multiple_choice
 from nalora_jax.evaluate.perplexity import completion_loss
 from nalora_jax.loading.base import LoadedModel, load_model, read_config
+from nalora_jax.loading.initial_adapter import read_initial
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.runs.start import first_adapters
@@ -128,6 +129,8 @@ class Language:
     def adapters(self, config: RunConfig, assembly: Assembly, data: TrainData, seed: int) -> Any:
         """Returns adapters by the config's initialization."""
         model = self.model(config)
+        if config.adapter:
+            return read_initial(config, model)
         if assembly.initial is not None:  # PiSSA: determined by the base, not by the seed
             return assembly.initial
         if config.lora.init == "lora_ga":  # determined by the batches, like `params`

@@ -14,10 +14,12 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+from nalora_jax.buckets import is_url
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.config.former import FormerGroups
 from nalora_jax.config.vision import DUAL
 from nalora_jax.errors import NaloraError
+from nalora_jax.loading.initial_adapter import with_adapter
 from nalora_jax.study.locations import located
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
@@ -37,7 +39,8 @@ _LATER = {
     "debug": ("profile",),
     "mesh": ("context", "run", "runs_per_device"),
 }
-_LATER_GROUPS = ("adalora", "imports", "rope_scaling")  # groups and single settings that are newer
+# Groups and single settings that are newer.
+_LATER_GROUPS = ("adalora", "imports", "rope_scaling", "adapter", "adapter_sha256")
 _FIRST_LENGTH = 128  # the default row length of the first records, which image tasks ignore
 
 
@@ -64,8 +67,11 @@ class Run:
 
     @cached_property
     def config(self) -> RunConfig:
-        """Returns the settings of the run, with paths as seen from the current folder."""
+        """Returns the settings of the run, with those of an adapter that it starts from; paths are from here."""
         settings = located(self._settings, self.protocol.folder)
+        if settings.adapter:
+            path = settings.adapter if is_url(settings.adapter) else self.protocol.folder / settings.adapter
+            settings = with_adapter(replace(settings, adapter=str(path)), named={"model"})
         return settings if self.mesh is None else replace(settings, mesh=self.mesh)
 
     @property

@@ -122,9 +122,10 @@ class Resources:
         return rows
 
     def identity(self, run: Run, prepared: Prepared, data: StudyRows) -> dict[str, Any]:
-        """Returns the digests of rule files, base weights and training data; see `study.identity`."""
+        """Returns the digests of rule files, adapter, base weights and training data; see `study.identity`."""
         subject = self.subject(run.config)
-        return {
+        adapter = {"adapter": run.config.adapter_sha256} if run.config.adapter else {}
+        return adapter | {
             "rules": rule_files(_definitions(prepared.assembly.mechanisms)),
             "base": subject.base_digest(run.config),
             "source": subject.source_digest(data),

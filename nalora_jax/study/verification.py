@@ -23,7 +23,7 @@ from nalora_jax.train.machine import describe_device
 # a larger one.
 TOLERANCE = 1e-3
 _MEASURED = ("validation", "test", "probes", "curve", "training", "diverged", "parameters")
-_DIGESTS = ("rules", "base", "source", "data", "items")
+_DIGESTS = ("rules", "adapter", "base", "source", "data", "items")
 _LOGGED_SHARE = 0.02  # tolerance of other numbers of a log step, as a share of their value
 
 

@@ -23,7 +23,7 @@ from nalora_jax.config import RunConfig, check
 from nalora_jax.data.given import Data, Format, given_sources
 from nalora_jax.errors import Interrupted, TrainingDivergedError
 from nalora_jax.imports import import_files
-from nalora_jax.job import Inputs, continued, inputs_of, mesh_of
+from nalora_jax.job import Inputs, continued, inputs_of, mesh_of, of_adapter
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.redaction import redacted
@@ -152,7 +152,7 @@ def _opened(config: RunConfig, data: Data | None, format: Format | None, stack: 
     settings, source = given_sources(config.data, data=data, format=format)
     resume: bool | Literal["auto"] = "auto" if config.resume else False
     output = stack.enter_context(open_output(config.output, resume))
-    inputs = inputs_of(replace(config, data=settings), source)
+    inputs = inputs_of(of_adapter(replace(config, data=settings), output), source)
     return _Run(inputs, output, continued(inputs.config, output), make_callbacks(config.callbacks))
 
 

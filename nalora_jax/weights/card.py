@@ -27,7 +27,7 @@ class Card:
     """
 
     kind: Literal["adapter", "merged"]
-    base_model: str  # loads the exact base again: a hub id, a path, or a package's file
+    base_model: str  # a hub id, or a path; of a copy, its original (`origin` names the copy)
     spec: AdapterSpec
     run: RunConfig | None = None  # settings of the training run, if this library ran it
     command: str = ""  # the command line as typed
@@ -126,6 +126,12 @@ def _summary(card: Card) -> str:
         lines += ["", f"Trained rows beside them, one a token, and part of its files: {listed}."]
     if card.run:
         lines += ["", _method(card.run)]
+        if card.run.adapter:
+            digest = code(card.run.adapter_sha256)
+            lines += [
+                "",
+                f"It continues the adapter {code(_short(card.run.adapter))} (SHA-256 of its tensors: {digest}).",
+            ]
     if card.kind == "merged":
         lines += ["", "The adapters are folded into these weights: in float32, rounded once."]
     return "\n".join(lines)
@@ -163,9 +169,10 @@ def _shown(rule: str) -> str:
 
 
 def _results(card: Card) -> str:
+    first = "first adapter" if card.run and card.run.adapter else "base"
     rows = [
         (name, *_measured(metrics))
-        for name, metrics in (("base", card.before), ("with the adapter", card.after))
+        for name, metrics in ((first, card.before), ("with the adapter", card.after))
         if metrics is not None
     ]
     if not rows:

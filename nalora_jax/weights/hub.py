@@ -166,9 +166,10 @@ def _resolve_local(path: Path, name: str) -> ResolvedSource:
     if path.is_file():
         _check_model_file(path)
         return ResolvedSource("gguf", path, name)
-    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        actual = "an adapter folder (adapter_config.json)"
-        remedy = "give the adapter's base model, and the adapter as such"
+    adapters = [folder for folder in (path, path / "adapter") if (folder / "adapter_config.json").exists()]
+    if adapters and not (path / "config.json").exists():
+        actual = "an adapter, or a run with one"
+        remedy = f"train it with --adapter {path}; its base is then the model"
         raise NaloraError(str(path), expected="a base model", found=actual, remedy=remedy)
     if (path / "config.json").exists():
         return ResolvedSource("hf", path, name)

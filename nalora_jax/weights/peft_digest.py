@@ -18,6 +18,7 @@ from nalora_jax.weights.peft_config import CONFIG_NAME
 log = logging.getLogger(__name__)
 
 FINGERPRINT_KEY = "nalora.base_fingerprint"
+BASE_KEY = "nalora.base"  # name of the base's weights if the settings name their original
 ROPE_KEY = "nalora.rope_scaling"  # `ResolvedSource.rope_scaling` of the base
 DIGEST_KEY = "nalora.sha256"
 # Written with every digest, so that a file without its digest's key is not mistaken for another
@@ -45,6 +46,7 @@ def file_metadata(
     settings: Mapping[str, Any],
     fingerprint: str | None = None,
     rope_scaling: str = "",
+    base_weights: str = "",
 ) -> dict[str, str]:
     """Returns the metadata of a file of ``tensors``: properties of the base and a digest of the adapter.
 
@@ -53,8 +55,9 @@ def file_metadata(
       settings: of ``adapter_config.json``.
       fingerprint: of the base model's weights.
       rope_scaling: of the base, if it is not its files'.
+      base_weights: name of the base's weights, if it is not in the settings.
     """
-    base = {FINGERPRINT_KEY: fingerprint, ROPE_KEY: rope_scaling}
+    base = {FINGERPRINT_KEY: fingerprint, ROPE_KEY: rope_scaling, BASE_KEY: base_weights}
     metadata = {"format": "pt", LAYOUT_KEY: "1"} | {name: value for name, value in base.items() if value}
     return metadata | {DIGEST_KEY: _digest(tensors, settings, metadata)}
 

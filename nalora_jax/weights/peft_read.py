@@ -21,7 +21,7 @@ from nalora_jax.trees import unflatten
 from nalora_jax.weights.keys_as_values import without_copies
 from nalora_jax.weights.peft_adalora import as_lora_tensors
 from nalora_jax.weights.peft_config import PeftConfig, read_peft_config
-from nalora_jax.weights.peft_digest import ROPE_KEY, check_digest, check_fingerprint
+from nalora_jax.weights.peft_digest import BASE_KEY, ROPE_KEY, check_digest, check_fingerprint
 from nalora_jax.weights.peft_modules import (
     HostModule,
     ModuleAdapter,
@@ -109,9 +109,18 @@ def read_adapter(folder: Path, fingerprint: str | None) -> tuple[PeftConfig, dic
 
 def recorded_rope_scaling(folder: Path) -> str:
     """Returns the RoPE scaling that an adapter was trained with; "" if it is the base's or unknown."""
+    return _recorded(folder, ROPE_KEY)
+
+
+def recorded_base(folder: Path) -> str:
+    """Returns the name that loads exactly the weights that an adapter was trained on; "" if unknown."""
+    return _recorded(folder, BASE_KEY)
+
+
+def _recorded(folder: Path, key: str) -> str:
     try:
         with safe_open(folder / TENSORS_NAME, framework="np") as handle:
-            return str((handle.metadata() or {}).get(ROPE_KEY, ""))
+            return str((handle.metadata() or {}).get(key, ""))
     except (SafetensorError, OSError):  # `import_adapter` reports a missing or damaged file
         return ""
 

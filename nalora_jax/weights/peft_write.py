@@ -48,6 +48,7 @@ def export_adapter(
     base_model_name: str,
     target: Literal["peft", "vllm"] = "peft",
     max_lora_rank: int = 16,
+    base_weights: str = "",
     fingerprint: str | None = None,
     rope_scaling: str = "",
     extra: Mapping[str, Any] | None = None,
@@ -72,6 +73,8 @@ def export_adapter(
       base_model_name: hub id or path that other tools load as the base.
       target: the tool that must be able to load the files.
       max_lora_rank: vLLM's setting of that name.
+      base_weights: name by which this library loads a copy of that model, if the adapter was trained
+        on one; recorded in the file, from which `loading.adapted.base_of` reads it.
       fingerprint: of the base weights; recorded in the file, checked by `import_adapter`.
       rope_scaling: RoPE scaling of the base if it is not its files'; recorded in the file, from which
         `loading.adapted.load` reads it.
@@ -89,11 +92,10 @@ def export_adapter(
     layout = layout or layout_for(target, config)
     settings, tensors = _contents(lora, spec, config, layout, target, max_lora_rank)
     settings |= {"base_model_name_or_path": base_model_name}
+    metadata = file_metadata(tensors, settings, fingerprint, rope_scaling, base_weights)
     with new_folder(folder, replaces=OWN_FILES, overwrite=overwrite) as scratch:
         write_json(scratch / CONFIG_NAME, settings | dict(extra or {}))
-        write_tensors(
-            scratch / TENSORS_NAME, tensors, file_metadata(tensors, settings, fingerprint, rope_scaling)
-        )
+        write_tensors(scratch / TENSORS_NAME, tensors, metadata)
         if write_extra is not None:
             write_extra(scratch)
     return Path(folder)

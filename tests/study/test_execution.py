@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import threading
@@ -18,6 +19,9 @@ from nalora_jax import trees
 from nalora_jax.__main__ import main
 from nalora_jax.distributed import make_global_batch, make_mesh
 from nalora_jax.errors import NaloraError, TrainingDivergedError
+from nalora_jax.loading.base import load_model
+from nalora_jax.models.adapters import adapter_spec, init_lora
+from nalora_jax.runs.export import write_adapter
 from nalora_jax.study import execution
 from nalora_jax.study.identity import ADDED
 from nalora_jax.study.language import Language
@@ -107,6 +111,24 @@ def test_lora_ga_lowers_the_kernels_by_each_run_s_own_start(
         np.testing.assert_allclose(kernels[-1] + added, base, atol=1e-6)
         assert np.abs(added).max() > 0.02
     assert np.abs(kernels[0] - kernels[1]).max() > 0.02  # of other batches
+
+
+def test_runs_start_from_an_adapter_in_the_study_s_folder(study: Path) -> None:
+    text = (study / "protocol.toml").read_text().replace("steps = 8", 'steps = 8\nadapter = "given"')
+    (study / "protocol.toml").write_text(text)
+    protocol = read_protocol(study)
+    loaded = load_model(protocol.models[0], dtype="float32")
+    spec = adapter_spec(protocol.config(protocol.models[0], "z", "lora", 1e-2, 0), loaded.config)
+    fresh = init_lora(loaded.config, spec, jax.random.key(9))
+    given = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(0.5), fresh)
+    write_adapter(study / "given", loaded, given, spec)
+    run, resources = wanted(protocol, {})[0], Resources(protocol)
+    prepared, data = resources.prepared(run), resources.data(run)
+    started = trees.flatten(jax.device_get(resources.start(run, prepared, data).lora))
+    for path, leaf in trees.flatten(given).items():
+        np.testing.assert_array_equal(started[path], leaf)
+    digest = hashlib.sha256((study / "given" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert resources.identity(run, prepared, data)["adapter"] == digest
 
 
 def test_a_pair_shares_data_start_and_items(finished: Path, resources: Resources) -> None:

@@ -282,7 +282,7 @@ def test_local_folders_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         ({}, "expected config.json with safetensors files, or one .gguf file, found neither"),
         ({"a.gguf": b"GGUF", "b.gguf": b"GGUF"}, "found a.gguf, b.gguf; give one of the files"),
-        ({"adapter_config.json": b"{}"}, "expected a base model, found an adapter folder"),
+        ({"adapter_config.json": b"{}"}, "expected a base model, found an adapter, or a run with one"),
     ],
 )
 def test_folders_that_are_no_model(tmp_path: Path, files: dict[str, bytes], match: str) -> None:

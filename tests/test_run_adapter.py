@@ -1,0 +1,213 @@
+"""Runs that continue an adapter on disk: PEFT trains, this library continues, PEFT continues."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from nalora_jax import job
+from nalora_jax.__main__ import main
+from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
+from nalora_jax.loading.adapted import load
+from nalora_jax.loading.initial_adapter import with_adapter
+from nalora_jax.report import html
+from nalora_jax.running import RunResult
+from nalora_jax.runs.metrics import recorded_settings
+from nalora_jax.runs.output import open_output
+from nalora_jax.sweeps.run import sweep
+from nalora_jax.train.callbacks import Callback
+from tests import tiny
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("default")  # of torch, transformers and PEFT
+
+# Settings of PEFT's adapters.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "rslora-and-table": {
+        "r": 16,
+        "lora_alpha": 32,
+        "use_rslora": True,
+        "target_modules": ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
+        "modules_to_save": ["embed_tokens"],
+    },
+    "dora-ranks-and-rows": {
+        "r": 4,
+        "lora_alpha": 6,
+        "use_dora": True,
+        "rank_pattern": {"up_proj": 2, "layers.1.mlp.down_proj": 3},
+        "alpha_pattern": {"up_proj": 5},
+        "target_modules": ["gate_proj", "up_proj", "down_proj", "o_proj"],
+        "trainable_token_indices": {"embed_tokens": [3, 27]},
+    },
+}
+TOKENS = np.array([[2, 9, 27, 0, 4, 8, 27, 0]])
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("adapters")
+    with tiny.on_one_device(folder / "cache"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html, "_draw", lambda pictures, history: [])  # pictures take seconds
+        yield tiny.make_config(
+            folder,
+            steps=50,
+            lora=LoRAConfig(),
+            mechanisms=(),
+            optimizer=OptimizerConfig(learning_rate=5e-3),
+            train=TrainConfig(batch_size=8, log_every=10, eval_every=0, save_every=0),
+        )
+
+
+def their_base(config: RunConfig) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+
+
+def their_logits(model: Any) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.numpy()
+
+
+def their_steps(model: Any, config: RunConfig, steps: int, rate: float = 5e-3) -> list[float]:
+    """Trains PEFT's model on the training questions; returns the loss before each step and at the end."""
+    lines = Path(config.data.dataset).read_text().splitlines()[:48]
+    ids = {word: index for index, word in enumerate(tiny.WORDS)}
+    words = [[*(json.loads(line)["prompt"] + " z").split(), "<end>"] for line in lines]
+    tokens = torch.tensor([[ids[word] for word in row] for row in words])
+    labels = tokens.clone()
+    labels[:, :2] = -100
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
+    losses = []
+    for _ in range(steps + 1):
+        loss = model(tokens, labels=labels).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        if len(losses) <= steps:
+            optimizer.step()
+    return losses
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_goes_from_peft_to_a_run_and_back(config: RunConfig, tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **ADAPTERS[kind])
+    theirs = peft.get_peft_model(their_base(config), settings)
+    first = their_steps(theirs, config, 5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    # ---------------------------------------------------------------- from PEFT
+    run = replace(config, adapter=str(tmp_path / "theirs"), output=str(tmp_path / "run"))
+    settled = with_adapter(run)
+    with open_output(tmp_path / "start", resume=False) as output:
+        inputs = job.inputs_of(settled, None)
+        assembly = inputs.pieces(inputs.config, output, job.mesh_of(inputs.config)).assembly
+    variables = {"params": assembly.params, "lora": assembly.state.lora}
+    ours = tiny.logits_of(assembly.eval_model, variables, jnp.asarray(TOKENS))
+    np.testing.assert_allclose(ours, their_logits(theirs), rtol=2e-4, atol=2e-4)
+    # ---------------------------------------------------------------- 50 steps here
+    result = job.run(run)
+    loaded = load(run.output, dtype="float32")
+    ours = tiny.logits_of(loaded.module, loaded.variables, jnp.asarray(TOKENS))
+    # ---------------------------------------------------------------- back to PEFT
+    back = peft.PeftModel.from_pretrained(their_base(config), str(result.adapter), is_trainable=True)
+    np.testing.assert_allclose(ours, their_logits(back), rtol=2e-4, atol=2e-4)
+    files = [load_file(f / "adapter_model.safetensors") for f in (tmp_path / "theirs", result.adapter)]
+    assert files[0].keys() == files[1].keys()
+    assert {n: t.shape for n, t in files[0].items()} == {n: t.shape for n, t in files[1].items()}
+    then = their_steps(back, config, 5, 1e-3)
+    assert first[0] > first[-1] > then[0] > then[-1]
+
+
+@pytest.fixture(scope="module")
+def earlier(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """A run of this library, which others continue."""
+    folder = tmp_path_factory.mktemp("earlier") / "run"
+    rules = (LoRARule("gate_proj", 4), LoRARule("ffn", 2, 8.0))
+    lora = LoRAConfig(rules, dropout=0.1)
+    return job.run(replace(config, steps=4, lora=lora, output=str(folder)))
+
+
+class _Killed(BaseException):
+    """Raised in place of a signal, which nothing can catch."""
+
+
+class _Kill(Callback):
+    """Ends a run before the last step is saved."""
+
+    def on_log(self, step: int, record: Any) -> None:
+        del record
+        if step == 5:
+            raise _Killed
+
+
+def test_a_killed_run_resumes_from_its_checkpoint_though_its_adapter_has_changed(
+    config: RunConfig, earlier: RunResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "nalora_jax")
+    shutil.copytree(earlier.folder, tmp_path / "earlier")
+    train = TrainConfig(batch_size=8, log_every=1, eval_every=0, save_every=3)
+    run = replace(config, steps=8, train=train, adapter=str(tmp_path / "earlier"))
+    whole, parts = (replace(run, output=str(tmp_path / name)) for name in ("whole", "parts"))
+    job.run(whole)
+    with pytest.raises(_Killed):
+        job.run(parts, callbacks=[_Kill()])
+    tensors = tmp_path / "earlier" / "adapter" / "adapter_model.safetensors"
+    tensors.write_bytes(tensors.read_bytes() + b" ")
+    job.run(replace(parts, resume=True))
+    assert "has changed since the run started from it (SHA-256" in caplog.text
+    first, second = (load_file(Path(one.output) / "adapter" / tensors.name) for one in (whole, parts))
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    for run in (whole, parts):  # both start where the earlier run ended
+        before = json.loads((Path(run.output) / "before.json").read_text())
+        np.testing.assert_allclose(before["loss"], earlier.after["loss"], rtol=1e-6)
+
+
+def test_runs_of_a_sweep_start_from_one_adapter(
+    config: RunConfig, earlier: RunResult, tmp_path: Path
+) -> None:
+    mesh = MeshConfig(data=1, fsdp=1, tensor=1, run=1)
+    train = replace(config.train, log_every=1)
+    run = replace(config, steps=2, train=train, mesh=mesh, adapter=str(earlier.folder))
+    runs = [
+        replace(run, output=str(tmp_path / f"{rate}"), optimizer=OptimizerConfig(learning_rate=rate))
+        for rate in (1e-3, 2e-3)
+    ]
+    sweep(runs)
+    recorded = [recorded_settings(one.output) for one in runs]
+    assert recorded[0]["adapter_sha256"] == recorded[1]["adapter_sha256"] != ""
+    assert recorded[0]["lora"] == recorded[1]["lora"]
+    first, second = (tiny.losses(one.output) for one in runs)
+    assert first[1] == second[1]
+    assert first[2] != second[2]
+
+
+def test_words_of_the_command_line_about_an_adapter(
+    config: RunConfig, earlier: RunResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each in one line, with a way on that exists."""
+    adapter, data = str(earlier.adapter), ["--data.dataset", config.data.dataset]
+    for words, expected in (
+        (["--resume", adapter], f"an adapter, not a run: continue it with --adapter {adapter} and a new"),
+        (["--model", adapter, *data], f"found an adapter, or a run with one; train it with --adapter {adapter}"),
+        (["--model", str(earlier.folder), *data], f"train it with --adapter {earlier.folder}"),
+        (["--adaptor", adapter], "did you mean --adapter?"),
+        (["--adapter", adapter, "--lora.no-dora", "--lora.rules", "ffn:8"], "--lora.rules: expected rank 2"),
+        (["--adapter", adapter, "--lora.rslora"], "--lora.rslora: expected False, as in the adapter"),
+    ):  # fmt: skip
+        assert main(["train", *words]) == 2
+        assert expected in capsys.readouterr().err
+    more = ["--lora.dropout", "0", "--data.train-split", "train[:80%]", "--data.eval-split", "train[80%:]"]
+    assert main(["train", "--dry-run", "--adapter", str(earlier.folder), *data, *more]) == 0
+    printed = capsys.readouterr().out
+    assert "dropout: 0.0" in printed
+    assert r"- ^layers/\d+/(ffn/gate_proj)$:4:8" in printed
