@@ -1,7 +1,7 @@
 """The command line: ``nalora SUBCOMMAND ...``, also ``python -m nalora_jax SUBCOMMAND ...``.
 
-Bad input prints one line on standard error with exit status 2. Ctrl-C has status 130, SIGTERM 143,
-a lost process of a multi-host run 75. A traceback is a bug.
+Bad input prints one line on standard error with exit status 2, several broken records a line each.
+Ctrl-C has status 130, SIGTERM 143, a lost process of a multi-host run 75. A traceback is a bug.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from nalora_jax import notes, terminal
-from nalora_jax.errors import Interrupted, LostPeerError, NaloraError, visible
+from nalora_jax.errors import Interrupted, ListedError, LostPeerError, NaloraError, visible
 
 # Error codes that are caused by the machine or a path, not by the library.
 _MACHINE = (
@@ -59,6 +59,8 @@ def guarded(run: Callable[[], None]) -> int:
         _fail(str(error))
         sys.stdout.flush()
         os._exit(error.status)  # a normal exit from JAX's group would wait for the lost processes
+    except ListedError as error:
+        return _fail(*str(error).splitlines())
     except NaloraError as error:
         return _fail(str(error))
     except Interrupted as stopped:
@@ -102,10 +104,10 @@ def _jax_complaint(error: Exception) -> str | None:
     )
 
 
-def _fail(message: str) -> int:
-    line = visible(" ".join(message.split()))
+def _fail(*lines: str) -> int:
+    message = visible("\n  ".join(" ".join(line.split()) for line in lines))
     print(
-        json.dumps({"level": "ERROR", "message": line}) if notes.as_json() else f"error: {line}",
+        json.dumps({"level": "ERROR", "message": message}) if notes.as_json() else f"error: {message}",
         file=sys.stderr,
     )
     return 2

@@ -38,6 +38,10 @@ class NaloraError(ValueError):
         super().__init__("; ".join(filter(None, (message, advice))))
 
 
+class ListedError(NaloraError):
+    """Reports several errors, one a line; the command line keeps the lines."""
+
+
 class TrainingDivergedError(NaloraError):
     """The loss, an adapter or a moment became NaN or infinite; the checkpoints of earlier steps are kept."""
 

@@ -36,6 +36,7 @@ from nalora_jax.seals import seal
 from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started
 from nalora_jax.train.loop import FitResult, Follower, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
+from nalora_jax.train.mechanisms import first_step, log_first_step
 from nalora_jax.train.optimizers import make_schedule
 from nalora_jax.train.profile import Profile
 from nalora_jax.train.progress import Progress, Stages
@@ -96,6 +97,7 @@ class Running:
             "%s trained parameters on %s", f"{trees.count(assembly.state.lora):,}", assembly.spec.describe()
         )
         log.info("training data: %s", stream_text(pieces.data.describe()))
+        log_first_step(assembly.mechanisms, config.steps)
         self._checkpointer = stack.enter_context(
             Checkpointer(
                 output.checkpoints,
@@ -197,6 +199,12 @@ class Running:
         """Evaluates and exports the state after the last ``step``."""
         assert self.before is not None
         after = _measure_after(self.state, self.before, self.pieces.evaluator, self.hooks)
+        first = first_step(self.pieces.assembly.mechanisms)
+        if after["step"] < first:
+            log.warning(
+                "the exported adapter of step %d is that of plain LoRA: mechanisms act from step %d",
+                *(after["step"], first),
+            )
         spent.end("evaluating the result")
         adapter = self.pieces.export(self.output.folder / ADAPTER, self.state)
         readme = card(
@@ -251,6 +259,8 @@ class Running:
             more["data"]["in_turns"] = pieces.in_turns
         if origin:
             more["base"] = origin.to_dict()
+        if pieces.assembly.mechanisms.entries:
+            more["mechanisms_from"] = first_step(pieces.assembly.mechanisms)
         settings = redacted(self.config.to_dict())
         return Started(self.output.folder, settings, self.start, versions(), describe_device(), more)
 

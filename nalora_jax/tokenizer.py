@@ -52,7 +52,7 @@ class AddedTokens:
 
 NO_TOKENS = AddedTokens()
 # Fields of a message that may hold its reasoning; the first field that is present is used.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,7 +324,7 @@ def _for_template(message: Any) -> Any:
     if not isinstance(message, Mapping):
         return message
     message = {name: value for name, value in message.items() if value is not None}
-    reasoning = next((message[name] for name in _REASONING if name in message), None)
+    reasoning = next((message[name] for name in REASONING if name in message), None)
     if reasoning is None:
         return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}

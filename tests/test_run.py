@@ -144,6 +144,7 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[R
     assert {p.stat().st_mode & 0o777 for p in result.adapter.iterdir()} == {0o644}
     lines = _lines(config.output)
     assert lines[0]["run"]["steps"] == 40
+    assert lines[0]["mechanisms_from"] == 4  # after a warm-up of 3 steps
     initial, final = (next(line for line in lines if name in line) for name in ("initial", "final"))
     assert initial["eval"]["loss"] == pytest.approx(result.before["loss"])
     assert final["eval"]["n"] == 4
@@ -375,6 +376,16 @@ def test_every_variant_runs_through(config: RunConfig, changes: dict[str, Any]) 
     assert result.after["loss"] < result.before["loss"]
     model = load(config.output, dtype="float32")
     assert any(np.any(leaf) for path, leaf in trees.flatten(model.lora).items() if path.endswith("/b"))
+
+
+def test_a_run_that_ends_before_mechanisms_act_is_called_plain_lora(
+    config: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = TrainConfig(batch_size=8, eval_every=0, save_every=0)
+    result = nalora_run.run(replace(config, steps=2, train=train))
+    assert "mechanisms act from step 4, and the run ends at step 2: it is plain LoRA" in caplog.text
+    assert "the exported adapter of step 2 is that of plain LoRA: mechanisms act from" in caplog.text
+    assert "It is plain LoRA: mechanisms act from step 4." in result.report.read_text()
 
 
 def test_adalora_leaves_the_ranks_that_were_asked_for(config: RunConfig) -> None:

@@ -238,7 +238,7 @@ def test_a_language_model_is_shown_nothing(seeing_folder, chats, monkeypatch, ca
 def test_a_dry_run_says_what_would_run(seeing_folder, chats, tmp_path, capsys) -> None:
     model = seeing_folder("llava")
     sizes = [leaf.size for leaf in load_file(model / "model.safetensors").values()]
-    dry_run(settings(model, chats, tmp_path / "run", epochs=2.0))
+    dry_run([settings(model, chats, tmp_path / "run", epochs=2.0)])
     text = capsys.readouterr().out
     (steps,) = re.findall(r"^steps: (\d+)$", text, re.MULTILINE)
     assert f"# steps: {steps} of 8 rows, " in text

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +31,23 @@ class Verb:
 
     arguments: type  # the dataclass that defines its flags
     handler: Callable[[Any], None]
-    shown: tuple[str, ...] = ()  # flags of its short help; without any it has only full help
+    # Flags of its short help by heading; without any it has only full help.
+    shown: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-_TRAIN = (
-    "--config",
-    "--model",
-    "--output",
-    "--resume",
-    "--steps",
-    "--epochs",
-    "--dry-run",
-    "--seed",
-    "--data.dataset",
-    "--data.eval-split",
-    "--data.max-length",
-    "--data.chat",
-    "--lora.rules",
-    "--mechanisms",
-    "--optimizer.learning-rate",
-    "--train.batch-size",
-    "--compute.quantize",
-)
+# Flags of the short help, by heading.
+_TRAIN = {
+    "Run": ("--config", "--model", "--output", "--resume", "--steps", "--epochs", "--seed", "--dry-run"),
+    "Data": (
+        *("--data.dataset", "--data.eval-split", "--data.max-length", "--data.chat"),
+        *("--data.loss-on",),
+    ),
+    "Adapters, and the steps of their gates": ("--lora.rules", "--mechanisms"),
+    "Training and evaluation": (
+        *("--optimizer.learning-rate", "--train.batch-size", "--train.eval-every", "--compute.quantize"),
+    ),
+    "Several runs at once": ("--sweep",),
+}
 VERBS = {
     "train": Verb(parser.TrainArgs, verbs.train, _TRAIN),
     "eval": Verb(evaluate.EvalArgs, evaluate.evaluate),

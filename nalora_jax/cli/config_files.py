@@ -172,6 +172,12 @@ def as_yaml(config: RunConfig, *, changed_only: bool = False) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
 
+def plain_settings(config: RunConfig) -> dict[str, Any]:
+    """Returns all settings as nested dicts, lists and texts; rules as on the command line."""
+    settings: dict[str, Any] = _plain(config, None)
+    return settings
+
+
 def _plain(value: Any, default: Any) -> Any:
     if isinstance(value, LoRARule):
         return format_rule(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,12 +13,14 @@ import jax
 from nalora_jax import distributed, trees
 from nalora_jax.cli import config_files
 from nalora_jax.config import MeshConfig, RunConfig
+from nalora_jax.config.types import dotted
 from nalora_jax.config.vision import DUAL
 from nalora_jax.data.pipeline import TrainData, stream_text, train_data
 from nalora_jax.data.questions import held_out
 from nalora_jax.distributed import platform_of
 from nalora_jax.distributed.mesh import AXES
 from nalora_jax.loading.base import read_tokenizer_of
+from nalora_jax.method.optimizer import find_gates
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.remat import chosen_remat
@@ -27,34 +30,44 @@ from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.plan.auto import laid_out
 from nalora_jax.plan.layouts import Layout, estimate
 from nalora_jax.plan.machines import of_devices, topology
+from nalora_jax.runs.hooks import say_counts
+from nalora_jax.sweeps.fit import device_memory
 from nalora_jax.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.train.inputs import check_data, check_layout, check_longest, described, stream_shape
-from nalora_jax.train.mechanisms import make
+from nalora_jax.train.learning_rate import with_learning_rate
+from nalora_jax.train.mechanisms import first_step, log_first_step, make, mechanisms_of
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
 from nalora_jax.weights.hub import resolve as find_model
 
 
-def dry_run(config: RunConfig) -> None:
+def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
     """Prints the settings as a YAML file for ``--config``, with comments on their results.
+
+    Args:
+      runs: settings of a run, or of all runs of a sweep, of which the first one is described.
+      every_setting: also print settings with their default values.
 
     Raises:
       NaloraError: any error that a run would raise before it reads weights.
     """
-    for text in config.mechanisms:
-        make(text)
-    if config.vision.task in DUAL:
+    for run in runs:
+        for text in run.mechanisms:
+            make(text)
+    if runs[0].vision.task in DUAL:
         from nalora_jax.cli.dry_run_images import describe_images  # Pillow is an extra
 
-        config, lines = describe_images(config)
+        config, lines = describe_images(runs[0])
+        lines += _differences(runs)
     else:
-        config, lines = _describe(config)
-    print(config_files.as_yaml(config), end="")
+        config, lines = _describe(runs)
+    print(config_files.as_yaml(config, changed_only=not every_setting), end="")
     print("\n".join(f"# {line}" for line in lines))
 
 
-def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """Returns the final settings of a run on text, and lines that describe the run."""
+def _describe(runs: Sequence[RunConfig]) -> tuple[RunConfig, list[str]]:
+    """Returns the final settings of the first of several runs on text, and lines that describe them."""
+    config = runs[0]
     files = replace(find_model(config.model), rope_scaling=config.rope_scaling)
     images = config.vision.task == "chat"
     added = AddedTokens.of(config.data)
@@ -68,19 +81,56 @@ def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
     mesh = distributed.make_mesh(concrete.mesh)
     check_layout(concrete, files, mesh)
     spec = adapter_spec(config, base)
-    data = train_data(config.data, tokenizer, source=source, **stream_shape(config))
+    shape = stream_shape(config) | {"context": base.max_positions}
+    data = train_data(config.data, tokenizer, source=source, **shape)
     check_longest(int(data.store.lengths.max()), base)
     reported, selecting = held_out(config.data, tokenizer, source=source)
+    say_counts(len(reported), len(selecting), chosen=config.train.eval_every > 0)
+    for run in runs[1:]:
+        adapter_spec(run, base)  # raises for rules that match nothing
     return config, [
         f"base model: {sum(map(math.prod, param_shapes(base).values())):,} parameters, {files.path}",
         *_added(added, tokenizer, base),
         f"adapters: {adapter_parameters(base, spec):,} trained parameters, {len(spec.targets)} projections a layer",
+        f"mechanisms: {_mechanisms(config, base, spec)}",
         f"training data: {stream_text(data.describe())}",
         f"rows: {config.data.max_length:,} tokens; {_context(config, base)}",
         f"held out: {len(reported)} examples that results are reported on, {len(selecting)} that choose the checkpoint",
         f"steps: {config.steps} of {config.train.batch_size} rows, {_epochs(config, data):.2f} epochs",
         *_memory(concrete, base, spec, mesh),
+        *_differences([with_learning_rate(run, base.d_model) for run in runs]),
     ]
+
+
+def _differences(runs: Sequence[RunConfig]) -> list[str]:
+    """Returns a line on each run of a sweep: its folder, and the settings that differ between runs."""
+    if len(runs) == 1:
+        return []
+    rows = [dict(dotted(config_files.plain_settings(run))) for run in runs]
+    names = [
+        name for name in rows[0] if name != "output" and any(row[name] != rows[0][name] for row in rows)
+    ]
+    lines = [f"{len(runs)} runs, the first one as above:"]
+    for run, row in zip(runs, rows, strict=True):
+        settings = ", ".join(f"{name} {_value_text(row[name])}" for name in names)
+        lines.append(f"  {run.output}: {settings}")
+    return lines
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def _mechanisms(config: RunConfig, base: ModelConfig, spec: AdapterSpec) -> str:
+    """Returns the mechanisms of a run as text; logs the warnings that the run would log."""
+    gates = find_gates(trees.unflatten({f"{path}/b": 0 for path, _ in spec.targets}))
+    mechanisms = mechanisms_of(config, base.activation, {}, gates)
+    log_first_step(mechanisms, config.steps)
+    if not mechanisms.entries:
+        return "none, plain LoRA"
+    return f"{' '.join(config.mechanisms)}, from step {first_step(mechanisms)}"
 
 
 def _context(config: RunConfig, base: ModelConfig) -> str:
@@ -129,7 +179,14 @@ def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) 
         "working space": layout.working,
     }
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    return [
+    lines = [
         f"mesh: {distributed.shown_axes(sizes)}, remat {remat}",
         f"memory of a device, estimated: {layout.memory / 1e9:.2f} GB ({listed})",
     ]
+    room = device_memory()
+    if layout.memory > room:
+        lines += [
+            f"that is more than the {room / 1e9:.0f} GB of this machine; for TPUs and GPUs:",
+            f"  nalora plan --model {config.model} --topology v5e:4x4 --seq {config.data.max_length}",
+        ]
+    return lines

@@ -39,6 +39,8 @@ class TrainArgs:
     # Print the run's plan (the settings as YAML, parameters, rows, steps, an estimate of memory)
     # and stop; no weights are loaded and only the data's cache is written.
     dry_run: bool = False
+    # With --dry-run: also print settings that have their default values.
+    all: bool = False
     # Train one run for each of these values, in as few programs as possible: SETTING=VALUE,VALUE,...; the
     # option may be repeated, for all combinations. Each run gets a folder below --output.
     sweep: tuple[str, ...] = ()

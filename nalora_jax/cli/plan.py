@@ -38,7 +38,7 @@ class PlanArgs:
     # A released checkpoint by name, without download (llama-3.1-8b, gpt-oss-20b, qwen3.5-9b; an unknown
     # name lists all); or a config.json, or its folder.
     model: str = ""
-    # One or more: v5e:16x16, v6e:16x16, v5p:8x8x16, 2xv6e:16x16 (two slices), 8xh100, 64xh100.
+    # One or more: v5e:16x16 or v5litepod-256, v6e:16x16, v5p:8x8x16, 2xv6e:16x16 (two slices), 8xh100, 64xh100.
     topology: tuple[str, ...] = ()
     # Plan all runs of a study, a folder with protocol.toml, with its first model and its settings.
     study: Path | None = None
@@ -64,7 +64,7 @@ class PlanArgs:
     remat: Remat = "auto"
     # Quantize the adapted model's projections.
     quantize: Literal["none", "int8", "nf4", "mxfp4"] = "none"
-    # Price of one chip per hour: shows the cost of a million tokens.
+    # Price of one chip per hour: shows the cost of a million tokens and, with --steps, of the run.
     price: float | None = None
     # Also write the figures to this file, one JSON line per topology.
     json: Path | None = None
@@ -72,7 +72,7 @@ class PlanArgs:
     estimate: bool = False
     # Plan a sweep of this number of runs, each with --batch rows a step; 0: one run.
     sweep: int = 0
-    # Steps of each run of the sweep: shows hours and, with --price, the price of all runs.
+    # Steps of the run, or of each run of the sweep: shows hours and, with --price, the cost.
     steps: int = 0
     # Axes of the mesh; axes without a size are chosen automatically.
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -104,7 +104,7 @@ def plan(args: PlanArgs) -> None:
     from nalora_jax.models.adapters import adapter_spec
     from nalora_jax.plan.layouts import choose, decoder_alone
     from nalora_jax.plan.models import architecture
-    from nalora_jax.plan.report import describe, describe_cost, estimate_record
+    from nalora_jax.plan.report import describe, describe_costs, estimate_record
     from nalora_jax.plan.report import plan as compiled
 
     if args.study is not None:
@@ -124,11 +124,12 @@ def plan(args: PlanArgs) -> None:
             layout = choose(config, *decoder_alone(base, adapter_spec(config, base)), machine, args.seq)
             record = estimate_record(args.model, machine, layout, config.train.batch_size, args.seq)
             lines = [f"{args.model} on {machine.name}: {layout}"]
-            if args.price is not None:
-                lines.append("  " + describe_cost(args.price, machine, record["tokens_per_second"]))
+            rate, seconds = record["tokens_per_second"], record["seconds"]
+            costs = describe_costs(machine, rate, seconds, args.steps, args.price)
+            lines += [f"  {line}" for line in costs]
         else:
             planned = compiled(config, base, machine, args.seq, args.images)
-            record, lines = planned.to_dict(), list(describe(planned, price=args.price))
+            record, lines = planned.to_dict(), list(describe(planned, steps=args.steps, price=args.price))
         print("\n".join(lines), flush=True)
         if args.json is not None:
             with args.json.open("a") as file:

@@ -24,6 +24,9 @@ from nalora_jax.errors import NaloraError
 _OF_RULES = ("rank", "r", "lora_rank", "lora_r", "alpha", "lora_alpha")
 _RULES = "--lora.rules PATTERN:RANK[:ALPHA], e.g. --lora.rules ffn:16:32"
 
+# What a group's name alone most likely means.
+_OF_GROUPS = {"--data": "--data.dataset", "--lora": "--lora.rules", "--optimizer": "--optimizer.name"}
+
 _NUMBERS: dict[type, tuple[Callable[[str], Any], str]] = {
     int: (int, "a whole number"),
     float: (float, "a number"),
@@ -165,6 +168,8 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str | None:
             return _RULES
         return 'rules: ["PATTERN:RANK[:ALPHA]"], e.g. rules: ["ffn:16:32"]'
     names = sorted(candidates, key=lambda candidate: (len(candidate), candidate))
+    if _OF_GROUPS.get(name) in names:
+        return _OF_GROUPS[name]
     begun = [candidate for candidate in names if candidate.startswith(name)]
     if begun:
         return begun[0]
@@ -279,32 +284,39 @@ def overview(verbs: Mapping[str, type]) -> str:
     return "\n".join(lines)
 
 
-def short_help(verb: str, kind: type, common: Sequence[str], written: Callable[[Any], str]) -> str:
+def short_help(
+    verb: str, kind: type, common: Mapping[str, Sequence[str]], written: Callable[[Any], str]
+) -> str:
     """Returns the most used flags, and one line about each group of other flags.
 
     Args:
       verb: name of the subcommand.
       kind: its arguments.
-      common: names of the flags to show.
+      common: names of the flags to show, by heading.
       written: formats a default as it would be typed, or "".
     """
     every = list(flags(kind))
-    lines = [f"usage: nalora {verb} [FLAGS]", "", fill(first_line(kind), width()), ""]
-    for flag in (flag for flag in every if flag.name in common):
-        default = written(flag.default)
-        note = f" (default: {default})" if default else ""
-        lines += [
-            f"  {flag.name}",
-            fill(f"{flag.text}{note}", width(), initial_indent=" " * 6, subsequent_indent=" " * 6),
-        ]
+    by_name = {flag.name: flag for flag in every}
+    lines = [f"usage: nalora {verb} [FLAGS]", "", fill(first_line(kind), width())]
+    for heading, names in common.items():
+        lines += ["", f"{heading}:"]
+        for flag in (by_name[name] for name in names):
+            default = written(flag.default)
+            note = f" (default: {default})" if default else ""
+            lines += [
+                f"  {flag.name}",
+                fill(f"{flag.text}{note}", width(), initial_indent=" " * 6, subsequent_indent=" " * 6),
+            ]
     lines += ["", f"All {len(every)} flags: nalora {verb} --help-all"]
     groups: dict[type, list[Flag]] = {}
     for flag in every:
         if "." in flag.name:
             groups.setdefault(flag.owner, []).append(flag)
     for owner, members in groups.items():
-        name = f"{members[0].name.partition('.')[0]}.*"
-        lines.append(_entry(name, f"{first_line(owner)} ({len(members)})", indent=17))
+        name, text = f"{members[0].name.partition('.')[0]}.*", f"{first_line(owner)} ({len(members)} flags)"
+        if len(members) == 1:
+            name, text = members[0].name, members[0].text
+        lines.append(_entry(name, text, indent=max(17, len(name) + 4)))
     return "\n".join(lines)
 
 

@@ -43,7 +43,8 @@ def train(args: cli.TrainArgs) -> None:
         from nalora_jax.cli.dry_run import dry_run
         from nalora_jax.sweeps.grid import axes_of, grid
 
-        return dry_run(grid(args.run, axes_of(args.sweep))[0] if args.sweep else args.run)
+        runs = grid(args.run, axes_of(args.sweep)) if args.sweep else [args.run]
+        return dry_run(runs, every_setting=args.all)
     if args.sweep:
         from nalora_jax.sweeps.run import sweep_grid
 

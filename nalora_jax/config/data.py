@@ -32,7 +32,8 @@ class DataConfig:
     # exported.
     select_limit: int = 200
     # Tokens per packed sequence; 0, "auto" on the command line: a multiple of 8 that fits 99% of
-    # the examples without truncation, at least 128 with packing, at most the model's context.
+    # the examples without truncation, at least 128 with packing and up to four times as long where
+    # shorter rows are less than 90% full, at most the model's context.
     max_length: int = 0
     # Pack several examples into one sequence (they never attend to each other); off: one example
     # per sequence.

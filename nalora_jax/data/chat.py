@@ -11,12 +11,17 @@ from nalora_jax.data.forms import Parts, canonical, message_of, tools_of
 from nalora_jax.data.long_chats import shortened
 from nalora_jax.data.source import TableRecord
 from nalora_jax.errors import NaloraError
+from nalora_jax.tokenizer import REASONING
 from nalora_jax.tokenizer_backend import is_unicode, unicode_error
 
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer
 
 Message = dict[str, Any]
+
+
+class MissingFieldError(NaloraError):
+    """A record does not have a required field."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ def render(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, whe
       where: names the record in messages.
 
     Raises:
-      NaloraError: a field is missing or of the wrong type, there is no completion, or the chat
+      NaloraError: a field is missing or of the wrong type, a completion is empty, or the chat
         template changes earlier turns when later turns are added, so that no exact mask exists.
     """
     record = canonical(record, config, where)
@@ -90,6 +95,14 @@ def render_chat(
         messages = messages[: turns[0] + 1]
     if turns and turns[0] == 0 and loss_on != "all":
         raise NaloraError(where, expected="a user's or system's message first", found="an assistant's")
+    for turn in turns:
+        if _is_empty(messages[turn]):
+            raise NaloraError(
+                f"{where}: message {turn + 1} of {len(messages)}",
+                expected="an assistant's answer",
+                found="an empty text",
+                remedy="the model would learn to end at once: write the answer, or remove the record",
+            )
     if loss_on == "all":
         text = tokenizer.render_chat(messages, tools=tools).rstrip()
         return Rendered(text, ((0, len(text)),), special=False)
@@ -109,6 +122,12 @@ def render_chat(
     )
     end = answers[-1][1] if turns[-1] == len(messages) - 1 else len(text)
     return Rendered(text[:end], answers, special=False)
+
+
+def _is_empty(message: Message) -> bool:
+    """Returns True if an assistant's message has no text, tool call or reasoning."""
+    texts = [message.get(name) for name in ("content", *REASONING)]
+    return not message.get("tool_calls") and not any(isinstance(t, str) and t.strip() for t in texts)
 
 
 def _end_of_chat(
@@ -191,7 +210,7 @@ def text_field(
             expected += f" (or {alternative!r})"
         if flag:
             remedy = f"name the right one by {flag}"
-        raise NaloraError(where, expected=expected, found=names or "no field", remedy=remedy)
+        raise MissingFieldError(where, expected=expected, found=names or "no field", remedy=remedy)
     value = record[field]
     if not isinstance(value, str):
         raise NaloraError(f"{where}: {field}", expected="a text", found=f"a {type(value).__name__}")

@@ -11,11 +11,13 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data.source import Source
 from nalora_jax.data.store import TokenStore, is_whole, load_store, write_store
 from nalora_jax.data.tokenize import Example, divided, fit, with_loss_last
-from nalora_jax.data.too_long import report_dropped, too_long
+from nalora_jax.data.too_long import UNLIMITED, advice, report_dropped, too_long
 from nalora_jax.errors import NaloraError
 
 
-def cut_store(store: TokenStore, source: Source, config: DataConfig, bos_id: int | None) -> TokenStore:
+def cut_store(
+    store: TokenStore, source: Source, config: DataConfig, bos_id: int | None, context: int = UNLIMITED
+) -> TokenStore:
     """Returns examples of at most ``config.max_length`` positions with the loss on ``config.loss_last``.
 
     It is ``store`` itself if no example changes. Changed examples are cached next to the store.
@@ -25,6 +27,7 @@ def cut_store(store: TokenStore, source: Source, config: DataConfig, bos_id: int
       source: names records in messages.
       config: gives ``max_length``, ``too_long`` and ``loss_last``.
       bos_id: id that stays at the beginning of a truncated example.
+      context: maximum tokens of the model, for advice.
 
     Raises:
       NaloraError: a record is too long and ``too_long`` is an error; fewer than half of the records
@@ -36,7 +39,7 @@ def cut_store(store: TokenStore, source: Source, config: DataConfig, bos_id: int
         return store
     if long.any() and config.too_long == "error":
         first = int(np.argmax(long))
-        raise too_long(source.where(int(store.records[first])), int(sizes[first]), config)
+        raise too_long(source.where(int(store.records[first])), int(sizes[first]), config, context)
     longest, count = store.counts.longest, int(long.sum())
     drop = config.too_long == "drop" and count > 0
     if drop and count == len(sizes):
@@ -44,7 +47,7 @@ def cut_store(store: TokenStore, source: Source, config: DataConfig, bos_id: int
             source.name,
             expected=f"records of at most {config.max_length} tokens",
             found=f"{count} records, all of them longer",
-            remedy=f"--data.max-length {longest - 1} keeps all, --data.too-long split or truncate shortens them",
+            remedy=advice(longest - 1, context),
         )
     last = f"-last-{config.loss_last:g}" if config.loss_last else ""
     folder = store.folder.with_name(f"{store.folder.name}-{config.max_length}-{config.too_long}{last}")
@@ -55,7 +58,7 @@ def cut_store(store: TokenStore, source: Source, config: DataConfig, bos_id: int
         write_store(folder, examples, **counts)
     cut = load_store(folder)
     cut = replace(cut, counts=replace(cut.counts, longest=longest))
-    report_dropped(source.name, cut.counts, config)
+    report_dropped(source.name, cut.counts, config, context)
     return cut
 
 

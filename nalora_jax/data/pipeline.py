@@ -20,6 +20,7 @@ from nalora_jax.data.packing import PackingPlan, Pattern, assemble, pack, plan
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_train
 from nalora_jax.data.store import Counts, TokenStore, open_store
+from nalora_jax.data.too_long import UNLIMITED
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -261,6 +262,7 @@ def train_data(
     rows: Sequence[int] | None = None,
     cache: Path | None = None,
     source: Mapping[str, Source] | None = None,
+    context: int = UNLIMITED,
 ) -> TrainData:
     """Opens, tokenizes and packs the training split.
 
@@ -274,6 +276,7 @@ def train_data(
         all by default.
       cache: folder for prepared and tokenized data; `downloads.cache_dir` by default.
       source: sources by split, in place of the data set in ``config``.
+      context: maximum tokens of the model.
 
     Raises:
       NaloraError: bad data (see `open_source` and `open_store`), or ``accumulate`` does not divide
@@ -281,8 +284,9 @@ def train_data(
     """
     rows = rows_read(rows, batch_size, accumulate)
     opened = open_train(config, cache=cache, source=source)
-    config = with_length(config, opened, tokenizer)
-    store = cut_store(open_store(opened, config, tokenizer, seed, cache), opened, config, tokenizer.bos_id)
+    config = with_length(config, opened, tokenizer, context)
+    uncut = open_store(opened, config, tokenizer, seed, cache, context)
+    store = cut_store(uncut, opened, config, tokenizer.bos_id, context)
     pattern = pack(store.lengths, config.max_length, several=config.pack)
     return TrainData(
         store,

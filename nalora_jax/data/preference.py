@@ -29,11 +29,12 @@ from nalora_jax.data.chat import (
 from nalora_jax.data.lengths import drawn
 from nalora_jax.data.packing import assemble, pack, permutation
 from nalora_jax.data.pipeline import HostBatch, PackedStream, rows_read, stream_figures
+from nalora_jax.data.rendered import broken_records
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_held_out
 from nalora_jax.data.store import Counts
 from nalora_jax.data.tokenize import Example, fit, tokenize
-from nalora_jax.data.too_long import report_dropped
+from nalora_jax.data.too_long import UNLIMITED, advice, report_dropped
 from nalora_jax.errors import NaloraError
 from nalora_jax.notes import counting
 
@@ -139,14 +140,18 @@ def tokenize_pairs(
     Raises:
       NaloraError: a record is not a pair, or both of its completions are equal.
     """
+
+    def texts_of(record: dict[str, Any], where: str) -> tuple[Rendered, Rendered]:
+        return render_pair(record, config, preference, tokenizer, where)
+
     with counting("tokenizing", len(indices)) as done:
         for start in range(0, len(indices), _CHUNK):
             chunk = [int(index) for index in indices[start : start + _CHUNK]]
-            records = zip(chunk, source.read(chunk), strict=True)
-            texts = [
-                render_pair(record, config, preference, tokenizer, source.where(index))
-                for index, record in records
-            ]
+            try:
+                records = zip(chunk, source.read(chunk), strict=True)
+                texts = [texts_of(record, source.where(index)) for index, record in records]
+            except NaloraError as error:
+                raise broken_records(error, source, indices[start:], texts_of) from error
             examples = iter(tokenize([text for pair in texts for text in pair], tokenizer))
             for index, pair in zip(chunk, texts, strict=True):
                 yield _pair(pair, next(examples), next(examples), source.where(index))
@@ -222,6 +227,7 @@ def pair_data(
     accumulate: int = 1,
     seed: int = 0,
     rows: Sequence[int] | None = None,
+    context: int = UNLIMITED,
 ) -> PairData:
     """Tokenizes and packs the pairs of ``source``.
 
@@ -238,6 +244,7 @@ def pair_data(
       accumulate: micro-batches per step.
       seed: seed of the shuffle.
       rows: rows of a micro-batch that this process reads; all by default.
+      context: maximum tokens of the model; a row has two texts.
 
     Raises:
       NaloraError: bad records, most pairs do not fit, or ``accumulate`` does not divide the batch.
@@ -247,14 +254,14 @@ def pair_data(
     if 0 < config.train_limit < len(source):
         indices = np.sort(permutation(len(source), seed)[: config.train_limit])
     examples, dropped, truncated, longest = _fitting(
-        source, indices.tolist(), config, preference, tokenizer
+        source, indices.tolist(), config, preference, tokenizer, 2 * context
     )
     tokens = np.concatenate([example.ids for example in examples]).astype(np.int32)
     answer = np.concatenate([example.answer for example in examples]).astype(np.uint8)
     offsets = np.concatenate([[0], np.cumsum([len(example.ids) for example in examples])]).astype(np.int64)
     targets = sum(int(example.answer[1:].sum()) for example in examples)
     counts = Counts(len(examples) // 2, dropped, truncated, len(tokens), targets, longest + 1)
-    report_dropped(source.name, counts, config)
+    report_dropped(source.name, counts, config, 2 * context, "truncate")
     pattern = pack(pair_lengths(offsets), config.max_length, several=config.pack)
     return PairData(
         tokens,
@@ -276,6 +283,7 @@ def _fitting(
     config: DataConfig,
     preference: PreferenceConfig,
     tokenizer: Tokenizer,
+    context: int,
 ) -> tuple[list[Example], int, int, int]:
     """Returns both segments of each pair that fits a row.
 
@@ -299,7 +307,7 @@ def _fitting(
         fitting += examples
     if not fitting:
         actual = f"{dropped} pairs, all of them longer"
-        remedy = f"--data.max-length {longest} keeps all"
+        remedy = advice(longest, context, "truncate")
         raise NaloraError(
             source.name,
             expected=f"pairs of at most {config.max_length} tokens",

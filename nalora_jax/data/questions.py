@@ -23,6 +23,7 @@ from nalora_jax.data.chat import (
 from nalora_jax.data.forms import IMAGES, Parts, canonical, tools_of
 from nalora_jax.data.items import ChoiceItem, CompletionItem, Item, SeenItem
 from nalora_jax.data.packing import permutation
+from nalora_jax.data.rendered import broken_records
 from nalora_jax.data.source import Source, require_some
 from nalora_jax.data.sources import open_held_out, open_pair
 from nalora_jax.data.tokenize import Example, divided, tokenize, with_loss_last
@@ -82,8 +83,15 @@ def eval_examples(
     require_some(read)
     count = config.eval_limit if limit is None else limit
     indices = np.sort(permutation(len(read), _SEED)[: count or None]).tolist()
-    records = zip(indices, read.read(indices), strict=True)
-    questions = [_question(record, config, tokenizer, read.where(index)) for index, record in records]
+
+    def convert(record: dict[str, Any], where: str) -> _Question:
+        return _question(record, config, tokenizer, where)
+
+    try:
+        records = zip(indices, read.read(indices), strict=True)
+        questions = [convert(record, read.where(index)) for index, record in records]
+    except NaloraError as error:
+        raise broken_records(error, read, indices, convert, config) from error
     examples = iter(
         tokenize([text for question in questions for text in question.texts], tokenizer, end=False)
     )

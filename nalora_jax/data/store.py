@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.chat import render
 from nalora_jax.data.forms import IMAGES
 from nalora_jax.data.packing import permutation
+from nalora_jax.data.rendered import rendered
 from nalora_jax.data.source import Source, require_some
 from nalora_jax.data.tokenize import Example, tokenize
-from nalora_jax.data.too_long import mostly_too_long, too_long
+from nalora_jax.data.too_long import UNLIMITED, advice, mostly_too_long, too_long
 from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import find_damage, write_array, write_digests
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 # Increase it when the same records and tokenizer would produce other tokens.
 _FORMAT = 4
-# Records read, rendered and tokenized together, and their characters: enough to use every core with
-# little memory.
-_CHUNK, _CHARACTERS = 2048, 8_000_000
 # Records that are checked before the others are tokenized, and the share of too long records at
 # which all are refused: more than half of the file, by five standard deviations of a draw.
 _JUDGED = 1000
@@ -96,7 +93,12 @@ class TokenStore:
 
 
 def open_store(
-    source: Source, config: DataConfig, tokenizer: Tokenizer, seed: int, cache: Path | None
+    source: Source,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    cache: Path | None,
+    context: int = UNLIMITED,
 ) -> TokenStore:
     """Returns the tokens of ``source``, uncut, from the cache or tokenized now.
 
@@ -106,6 +108,7 @@ def open_store(
       tokenizer: tokenizer of the model.
       seed: seed of the run; has an effect only with a limit.
       cache: folder of the cache; `downloads.cache_dir` by default.
+      context: maximum tokens of the model, for advice on long records.
 
     Raises:
       NaloraError: a record is broken or has no loss tokens; a sampled record is too long and
@@ -123,7 +126,7 @@ def open_store(
     if not is_whole(folder):
         require_some(source)
         indices = _selection(len(source), config.train_limit, seed)
-        _judge(source, indices, config, tokenizer)
+        _judge(source, indices, config, tokenizer, context)
         began = time.perf_counter()
         write_store(folder, _examples(source, indices, config, tokenizer))
         seconds = time.perf_counter() - began
@@ -131,7 +134,9 @@ def open_store(
     return load_store(folder)
 
 
-def _judge(source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer) -> None:
+def _judge(
+    source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer, context: int
+) -> None:
     """Refuses data with too long records after a random sample of a thousand records."""
     if len(indices) <= 2 * _JUDGED or config.too_long in ("truncate", "split"):
         return
@@ -142,12 +147,11 @@ def _judge(source: Source, indices: np.ndarray, config: DataConfig, tokenizer: T
         if len(example.ids) > config.max_length + 1
     ]
     if long and config.too_long == "error":
-        raise too_long(source.where(long[0][0]), long[0][1], config)
+        raise too_long(source.where(long[0][0]), long[0][1], config, context)
     if len(long) > _TOO_MANY * _JUDGED:
-        longest = max(size for _, size in long)
-        raise mostly_too_long(
-            source.name, len(long), f"{_JUDGED} records drawn from {len(indices)}", longest, config
-        )
+        remedy = advice(max(size for _, size in long) - 1, context)
+        drawn_from = f"{_JUDGED} records drawn from {len(indices)}"
+        raise mostly_too_long(source.name, len(long), drawn_from, config, remedy)
 
 
 def _selection(size: int, limit: int, seed: int) -> np.ndarray:
@@ -162,9 +166,7 @@ def _examples(
 ) -> Iterator[tuple[int, Example]]:
     """Yields the records' indices and their tokens, not yet cut."""
     with counting("tokenizing", len(indices)) as done:
-        for chunk, records in batches(source, indices):
-            pairs = zip(chunk, records, strict=True)
-            texts = [render(record, config, tokenizer, source.where(index)) for index, record in pairs]
+        for chunk, records, texts in rendered(source, indices, config, tokenizer):
             for index, record, example in zip(chunk, records, tokenize(texts, tokenizer), strict=True):
                 _check(example, source.where(index))
                 if tokenizer.images is not None:
@@ -173,35 +175,6 @@ def _examples(
                     )
                 yield index, example
             done(len(chunk))
-
-
-def batches(source: Source, indices: np.ndarray) -> Iterator[tuple[list[int], list[Any]]]:
-    """Yields indices and records to tokenize together: fewer if records are long."""
-    start, count = 0, 1
-    while start < len(indices):
-        chunk = indices[start : start + count].tolist()
-        records = source.read(chunk)
-        sizes = [_characters(record) for record in records]
-        first = total = 0
-        for i, size in enumerate(sizes):
-            if i > first and total + size > _CHARACTERS:
-                yield chunk[first:i], records[first:i]
-                first, total = i, 0
-            total += size
-        yield chunk[first:], records[first:]
-        start += len(chunk)
-        count = int(min(_CHARACTERS * len(sizes) / max(sum(sizes), 1), 4 * count, _CHUNK)) or 1
-
-
-def _characters(value: Any) -> int:
-    """Returns the number of characters in a record's texts."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return sum(map(_characters, value))
-    return 0
 
 
 def _check(example: Example, where: str) -> None:

@@ -131,11 +131,12 @@ def without_statistics(step: Any, mesh: Any) -> Any:
     return jax.jit(plain, donate_argnums=1, compiler_options=distributed.compiler_options(mesh))
 
 
-def describe(plan: Plan, *, price: float | None = None) -> Iterator[str]:
+def describe(plan: Plan, *, steps: int = 0, price: float | None = None) -> Iterator[str]:
     """Yields the plan as lines of text.
 
     Args:
       plan: the plan.
+      steps: of the run; 0: hours and their price are not shown.
       price: of one chip and hour, in any currency.
     """
     chip, nalora, bound, where = plan.where.chip, plan.nalora, plan.bound, plan.where
@@ -180,14 +181,35 @@ def describe(plan: Plan, *, price: float | None = None) -> Iterator[str]:
     yield f"  at most     {rate:,.0f} tokens/s ({rate / where.size:,.0f} a chip), {bound.seconds:.3g} s a step"
     yield f"  implied MFU {bound.mfu:.1%}"
     yield "  over LoRA   " + ", ".join(f"{name} {ratio:.4f}" for name, ratio in plan.ratios().items())
+    for line in describe_costs(where, rate, bound.seconds, steps, price):
+        yield f"  {line}"
+
+
+def describe_costs(
+    where: Topology, tokens_per_second: float, seconds: float, steps: int, price: float | None
+) -> Iterator[str]:
+    """Yields lines with the hours of a run and with costs at ``price`` for a chip and hour.
+
+    Args:
+      where: the machine.
+      tokens_per_second: of all chips.
+      seconds: of a step.
+      steps: of the run; 0: no hours.
+      price: None: no costs.
+    """
+    if steps:
+        yield describe_hours(where, steps * seconds / 3600, f"{steps:,} steps", price)
     if price is not None:
-        yield "  " + describe_cost(price, where, rate)
+        cost = price * where.size / (tokens_per_second * 3600 / 1e6)
+        yield f"cost        at least {cost:.4g} a million tokens, at {price:g} a chip and hour"
 
 
-def describe_cost(price: float, where: Topology, tokens_per_second: float) -> str:
-    """Returns the line with the cost of a million tokens, at ``price`` for a chip and hour."""
-    cost = price * where.size / (tokens_per_second * 3600 / 1e6)
-    return f"cost        at least {cost:.4g} a million tokens, at {price:g} a chip and hour"
+def describe_hours(where: Topology, hours: float, work: str, price: float | None) -> str:
+    """Returns the line with the hours of ``work`` and, with a price, their cost."""
+    cost = ""
+    if price is not None:
+        cost = f", {hours * where.size * price:,.2f} at {price:g} a chip and hour"
+    return f"time        at least {hours:.2f} hours for {work}{cost}"
 
 
 def estimate_record(model: str, where: Topology, layout: Layout, rows: int, seq: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from nalora_jax.plan.figures import figures
 from nalora_jax.plan.layouts import Layout, decoder_alone, preferred
 from nalora_jax.plan.machines import Topology
 from nalora_jax.plan.program import devices, step_and_arguments
+from nalora_jax.plan.report import describe_hours
 from nalora_jax.plan.roofline import bound_of
 from nalora_jax.plan.sweep_layouts import fitting_sweep, shown
 from nalora_jax.study.protocol import Protocol
@@ -203,8 +204,4 @@ def describe_sweep(plan: SweepPlan, *, steps: int = 0, price: float | None = Non
     yield f"  at most     {rate:,.0f} tokens/s, {plan.seconds:.3g} s a step"
     yield f"  implied MFU {plan.mfu:.1%}"
     if steps:
-        hours = plan.hours(steps)
-        cost = ""
-        if price is not None:
-            cost = f", {hours * plan.where.size * price:,.0f} at {price:g} a chip and hour"
-        yield f"  time        at least {hours:.2f} hours for {steps} steps of every run{cost}"
+        yield "  " + describe_hours(plan.where, plan.hours(steps), f"{steps} steps of every run", price)

@@ -75,10 +75,14 @@ def render_comparison(runs: Sequence[History]) -> str:
     return template("compare.html.j2").render(
         css=Markup(resource("style.css")),
         title=f"{len(runs)} runs, {len(groups)} {'setting' if len(groups) == 1 else 'settings'}",
-        heads=("before", "after", "difference", "loss after", "misalignment", "tokens/s", "time", "runs"),
+        heads=(
+            *("before", "after", "difference", "exported step", "loss after"),
+            *("misalignment", "tokens/s", "time", "runs"),
+        ),
         rows=[(group.label, f"var(--{group.colour})", _row(group)) for group in groups],
         metric=_metric(groups),
         apart=_tasks_apart(groups),
+        plain=list(_plain_exports(groups)),
         pictures=list(_pictures(groups)),
         settings=_settings(groups),
     )
@@ -159,6 +163,17 @@ def _tasks_apart(groups: Sequence[Group]) -> list[str]:
     return apart
 
 
+def _plain_exports(groups: Sequence[Group]) -> Iterator[str]:
+    """Yields a sentence on every group with adapters that were exported before its mechanisms acted."""
+    for group in groups:
+        steps = {run.exported_step: run.unreached_step for run in group.runs if run.unreached_step}
+        for step, first in steps.items():
+            yield (
+                f"{group.label}: the adapter of step {step} was exported, and mechanisms act from step {first}: "
+                "it is plain LoRA."
+            )
+
+
 def _row(group: Group) -> list[str]:
     """Returns a group's cells: means over its runs, with minimum and maximum of several runs."""
     ends = [run.outcome for run in group.runs if len(run.outcome) == 2]
@@ -170,6 +185,7 @@ def _row(group: Group) -> list[str]:
         _spread([end[0].value for end in ends]),
         _spread([end[1].value for end in ends]),
         _spread([end[1].value - end[0].value for end in ends], "+.3f"),
+        ", ".join(dict.fromkeys(str(run.exported_step or "–") for run in group.runs)),
         _spread(losses),
         _spread([_last(run.column("misalignment")[1]) for run in group.runs]),
         _spread([float(np.nanmedian(s)) for s in speeds if np.isfinite(s).any()], ",.0f"),

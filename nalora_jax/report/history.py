@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,22 @@ class History:
     def last_step(self) -> int:
         """Returns the last step in the log."""
         return max((int(record["step"]) for record in (*self.steps, *self.evals)), default=0)
+
+    @property
+    def exported_step(self) -> int | None:
+        """Returns the step of the exported adapter; None before it is evaluated."""
+        step = self.final.get("step")
+        if step is None:
+            return None
+        return int(step)
+
+    @property
+    def unreached_step(self) -> int | None:
+        """Returns the first step in which mechanisms act if the adapter was exported before it, else None."""
+        first = self.header.get("mechanisms_from")
+        if first is None or self.exported_step is None or self.exported_step >= first:
+            return None
+        return int(first)
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (steps [T], values [T]) of a scalar of the log steps.
@@ -197,11 +214,26 @@ def read_history(folder: str | Path) -> History:
       NaloraError: metrics.jsonl is missing, damaged, or has no line of a run.
     """
     path = Path(folder) / FILE
+    if not path.exists():
+        _refuse_folder_of_runs(Path(folder))
     history = history_of(read_metrics(path))
     if not history.header and not history.steps and not history.measured:
         raise NaloraError(str(path), expected="the lines of a run", found="none", remedy="train first")
     _check_layers(history, path)
     return history
+
+
+def _refuse_folder_of_runs(folder: Path) -> None:
+    """Raises a NaloraError that names the runs below a folder, if there are any."""
+    runs = sorted(str(path.parent) for path in folder.glob(f"*/{FILE}"))
+    if runs:
+        others = " ..." if len(runs) > 2 else ""
+        raise NaloraError(
+            str(folder),
+            expected="the folder of a run",
+            found=f"a folder of {len(runs)} run{'s' if len(runs) > 1 else ''}",
+            remedy=f"give one of them, or several to compare: nalora report {shlex.join(runs[:2])}{others}",
+        )
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:

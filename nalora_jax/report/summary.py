@@ -52,7 +52,10 @@ def _source(history: History) -> str:
     same = ""
     if "initial" in before:
         same = " Both on the same questions, which had no say in choosing it."
-    return f"Before: {first}. After: {last}.{same}{_choice(history)}"
+    plain = ""
+    if history.unreached_step is not None:
+        plain = f" It is plain LoRA: mechanisms act from step {history.unreached_step}."
+    return f"Before: {first}. After: {last}.{same}{_choice(history)}{plain}"
 
 
 def _choice(history: History) -> str:

@@ -40,8 +40,9 @@ def preference_pieces(
     """
     data, preference = config.data, config.preference
     records, _ = open_pair(data, source=source)
-    rows = pair_data(records, data, preference, loaded.tokenizer, **stream_shape(config, mesh))
     context = loaded.config.max_positions
+    shape = stream_shape(config, mesh) | {"context": context}
+    rows = pair_data(records, data, preference, loaded.tokenizer, **shape)
     reported, selecting = held_out_pairs(data, preference, loaded.tokenizer, context, source=source)
     longest = int(max(b - a for a, b in zip(rows.offsets[:-1], rows.offsets[1:], strict=True))) - 1
     if longest > context:

@@ -114,6 +114,8 @@ def _check_header(record: Mapping[str, Any], where: str) -> None:
         raise _error(f"{where}: run", "the settings that a run writes", error) from error
     if "steps" in run:
         _check_step(run["steps"], f"{where}: run: steps")
+    if record.get("mechanisms_from") is not None:
+        _check_step(record["mechanisms_from"], f"{where}: mechanisms_from")
     for name in ("versions", "base"):
         if record.get(name) is not None:
             _mapping(record, name, where)

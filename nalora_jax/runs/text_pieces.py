@@ -109,7 +109,8 @@ def _train_data(
     config: RunConfig, loaded: LoadedModel, mesh: Mesh, source: Mapping[str, Source] | None
 ) -> TrainData:
     """Returns the packed sequences of this process, selected by the mesh."""
-    data = train_data(config.data, loaded.tokenizer, source=source, **stream_shape(config, mesh))
+    shape = stream_shape(config, mesh) | {"context": loaded.config.max_positions}
+    data = train_data(config.data, loaded.tokenizer, source=source, **shape)
     if loaded.config.sight is not None:
         assert source is not None
         data = with_images(data, config.data, config.vision, loaded, source)

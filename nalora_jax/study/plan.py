@@ -18,6 +18,7 @@ from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.config.former import FormerGroups
 from nalora_jax.config.vision import DUAL
 from nalora_jax.errors import NaloraError
+from nalora_jax.study.locations import located
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 
@@ -63,8 +64,8 @@ class Run:
 
     @cached_property
     def config(self) -> RunConfig:
-        """Returns the settings of the run."""
-        settings = self._settings
+        """Returns the settings of the run, with paths as seen from the current folder."""
+        settings = located(self._settings, self.protocol.folder)
         return settings if self.mesh is None else replace(settings, mesh=self.mesh)
 
     @property

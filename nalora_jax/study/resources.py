@@ -18,6 +18,7 @@ from nalora_jax.method.state import Mechanisms
 from nalora_jax.method.step import TrainState
 from nalora_jax.study.identity import rule_files
 from nalora_jax.study.language import Language, LanguageItems
+from nalora_jax.study.locations import locate, locate_dataset
 from nalora_jax.study.plan import Run
 from nalora_jax.study.preferences import Preferences
 from nalora_jax.study.protocol import Protocol, data_of
@@ -151,9 +152,10 @@ class Resources:
           NaloraError: some of them are used for training or tuning.
         """
         task, data = self.protocol.tasks[run.cell.task], run.config.data
+        test = locate(task.test, self.protocol.folder)
         # The error names the training split; test items must not overlap with validation items.
-        self.subject(run.config).check_apart(run.config, task.validation, task.test)
-        items = self._drawn(run.config, data_of(data.dataset, task.test, task.test_items, data))
+        self.subject(run.config).check_apart(run.config, data.eval_split, test)
+        items = self._drawn(run.config, data_of(data.dataset, test, task.test_items, data))
         if task.accuracy_items:
             assert isinstance(items, LanguageItems), "the protocol refuses it for images"
             items = items.scoring(task.accuracy_items)
@@ -161,11 +163,10 @@ class Resources:
 
     def probe_items(self, run: Run) -> dict[str, Items]:
         """Returns items of other data, by the name of the probe."""
-        items = {}
+        items, folder = {}, self.protocol.folder
         for name, probe in self.protocol.probes.items():
-            data = replace(
-                data_of(probe.dataset, probe.split, probe.items, run.config.data), train_split=probe.split
-            )
+            dataset, split = locate_dataset(probe.dataset, folder), locate(probe.split, folder)
+            data = replace(data_of(dataset, split, probe.items, run.config.data), train_split=split)
             items[name] = self._drawn(run.config, data)
         return items
 

@@ -50,7 +50,7 @@ class Fitting:
         where = of_devices(jax.devices())
         if base is not None and where is not None and _is_open(config.mesh):
             return cls._estimated(config, base, where, count)
-        limit = _USABLE * _memory()
+        limit = _USABLE * device_memory()
         weights, run, width = 0.0, 1.0, 0
         if base is not None:
             (weights, run), width = _bytes(config, base), base.d_model
@@ -106,7 +106,7 @@ def _is_split(mesh: MeshConfig) -> bool:
     return max(mesh.data, mesh.fsdp, mesh.tensor) > 1 or min(mesh.data, mesh.fsdp, mesh.tensor) < 0
 
 
-def _memory() -> float:
+def device_memory() -> float:
     """Returns the bytes of a device's memory; devices of a CPU share the host's."""
     device = jax.local_devices()[0]
     limit = memory_statistics(device).get("bytes_limit")

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from nalora_jax import buckets
 from nalora_jax.config import RunConfig, check
@@ -103,9 +103,10 @@ def _axis(text: str) -> Axis:
     name, equals, listed = text.partition("=")
     name = name.strip().removeprefix("--").replace("-", "_")
     hint = _hint(name)
-    words = [word.strip() for word in listed.split(",") if word.strip()]
-    if not equals or not words:
+    if not equals or not listed.strip():
         raise NaloraError(f"--sweep {text}", expected="SETTING=VALUE,VALUE,...", found="no values")
+    # A mechanism's settings have commas too: soft:power=2,high=3 is one value.
+    words = [word.strip() for word in re.split(r",(?!\s*\w+=)", listed)]
     return name, tuple(_typed(text, word, hint) for word in words)
 
 
@@ -131,7 +132,15 @@ def _hint(name: str) -> Any:
 
 
 def _typed(text: str, word: str, hint: Any) -> Any:
-    """Returns a value of the setting's type; rules are joined by ``+``."""
+    """Returns a value of the setting's type; rules are joined by ``+``, and ``none`` is no rule."""
+    is_list = get_origin(hint) is tuple and get_args(hint)[1:] == (...,)
+    if is_list and word == "none":
+        return ()
+    if not word:
+        remedy = "for no entry write none" if is_list else "remove the comma"
+        raise NaloraError(
+            f"--sweep {text}", expected="a value", found="nothing after a comma", remedy=remedy
+        )
     if "LoRARule" in str(hint):
         from nalora_jax.cli.config_files import parse_rule
 
@@ -160,7 +169,7 @@ def _readings(word: str) -> list[Any]:
         readings.append(flags[word.lower()])
     if re.fullmatch(r"[\d.e+-]+(/[\d.e+-]+)+", word):
         readings.append(tuple(float(entry) for entry in word.split("/")))
-    return [*readings, word, (word,)]
+    return [*readings, word, tuple(re.split(r"\+(?=[A-Za-z])", word))]
 
 
 def _with(config: Any, path: Sequence[str], value: Any) -> Any:
@@ -175,7 +184,7 @@ def _part(name: str, value: Any) -> str:
     """Returns a setting's part of a folder's name, e.g. ``learning-rate-0.001``."""
     label = str(value)
     if isinstance(value, tuple):
-        label = "+".join(map(_rule_name, value))
+        label = "+".join(map(_rule_name, value)) or "none"
     elif isinstance(value, float):
         label = f"{value:g}"
     return f"{name.rpartition('.')[2].replace('_', '-')}-{re.sub(r'[^A-Za-z0-9.+-]+', '-', label)}"

@@ -59,6 +59,21 @@ def mechanisms_of(
     return replace(mechanisms, others=differing)
 
 
+def first_step(mechanisms: Mechanisms) -> int:
+    """Returns the first optimizer step in which a mechanism acts, counted from 1; 0 without mechanisms."""
+    return min((mechanism.warmup + 1 for _, mechanism in mechanisms.entries), default=0)
+
+
+def log_first_step(mechanisms: Mechanisms, steps: int) -> None:
+    """Logs the step from which mechanisms act; warns if a run of ``steps`` steps ends before."""
+    first = first_step(mechanisms)
+    if first > steps:
+        message = "mechanisms act from step %d, and the run ends at step %d: it is plain LoRA"
+        log.warning(message, first, steps)
+    elif first:
+        log.info("mechanisms act from step %d", first)
+
+
 def make(rule: str | Mechanism) -> Mechanism:
     """Returns the mechanism of a text such as ``"soft"`` or ``"soft:power=2,high=3"``.
 

@@ -72,7 +72,7 @@ def _of_data(config: RunConfig, files: ResolvedSource, source: Mapping[str, Sour
     config = replace(config, data=data)
     if not config.epochs:
         return config
-    shape = stream_shape(config)
+    shape = stream_shape(config) | {"context": base.max_positions}
     if config.preference.loss != "none":
         pairs = pair_data(open_train(data, source=source), data, config.preference, tokenizer, **shape)
         return _with_steps(config, pairs.rows_per_epoch, "rows of pairs")

@@ -193,9 +193,12 @@ def test_a_dry_run_says_what_would_run_and_loads_no_weight(
     (tmp_path / "resolved.yaml").write_text(text)
     resolved = load_config(tmp_path / "resolved.yaml")
     assert resolved.optimizer.learning_rate == 0.004
-    assert resolved.data.max_length == 8  # 2 letters, the answer and its end: 3 positions, in steps of 8
-    # 48 records of 3 positions, two in a row of 8, 8 rows a step.
-    assert resolved.steps == -(-3 * 24 // 8)
+    # 2 letters, the answer and its end: 3 positions. Rows of 8 would be 75% full, of 16 they are 94%.
+    assert resolved.data.max_length == 16
+    # 48 records, five in a row, 8 rows a step.
+    assert resolved.steps == -(-3 * 10 // 8)
+    assert "optimizer:" in text
+    assert "weight_decay" not in text  # the default
     base = tiny.ModelConfig.from_hf(tiny.HF)
     spec = resolve(config.lora, tiny_shapes(base), base.n_layers)
     count = sum(leaf.size for leaf in jax.tree.leaves(init_lora(base, spec, jax.random.key(0))))
@@ -204,6 +207,10 @@ def test_a_dry_run_says_what_would_run_and_loads_no_weight(
     assert f"# base model: {embed + 2 * (attention + ffn + 2 * 16) + 16:,} parameters" in text
     assert "# held out: 4 examples that results are reported on, 2 that choose the checkpoint" in text
     assert re.search(r"# memory of a device, estimated: 0\.0\d GB \(weights 0\.00, ", text)
+    verbs.train(command.parse(["train", "--config", str(settings), "--dry-run", "--all"])[1])
+    (tmp_path / "every.yaml").write_text(capsys.readouterr().out)
+    assert "weight_decay: 0.0" in (tmp_path / "every.yaml").read_text()
+    assert load_config(tmp_path / "every.yaml") == resolved
     words = ["train", "--config", str(settings), "--lora.modules-to-save", "embed_tokens", "--dry-run"]
     verbs.train(command.parse(words)[1])
     assert f"# adapters: {count + embed:,} trained parameters" in capsys.readouterr().out
@@ -222,6 +229,52 @@ def test_a_dry_run_says_what_would_run_and_loads_no_weight(
     assert f"# adapters: {count + 2 * rows:,} trained parameters" in text
     (tmp_path / "resolved.yaml").write_text(text)
     assert load_config(tmp_path / "resolved.yaml").data.add_special_tokens == ("<go>",)
+
+
+def test_a_dry_run_shows_every_warning_of_the_run_and_every_run_of_a_sweep(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("nalora_jax.cli.dry_run.device_memory", lambda: 1000)
+    config = tiny.make_config(tmp_path, mesh=MeshConfig(), steps=9, mechanisms=("hard",))
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(as_yaml(config))
+    words = ["train", "--config", str(settings), "--dry-run", "--train.eval-every", "3"]
+    verbs.train(command.parse(words)[1])
+    text = capsys.readouterr().out
+    assert "# mechanisms: hard, from step 11" in text
+    assert (
+        f"#   nalora plan --model {config.model} --topology v5e:4x4 --seq {config.data.max_length}" in text
+    )
+    assert "mechanisms act from step 11, and the run ends at step 9: it is plain LoRA" in caplog.text
+    assert "only 2 examples choose the checkpoint" in caplog.text
+    sweep = [
+        "--sweep",
+        "mechanisms=hard,none",
+        "--sweep",
+        "lora.rules=gate_proj:2,up_proj:4:8",
+        "--steps",
+        "20",
+    ]
+    verbs.train(command.parse([*words, *sweep])[1])
+    lines = capsys.readouterr().out.splitlines()[-5:]
+    output = f"#   {config.output}/mechanisms"
+    assert lines == [
+        "# 4 runs, the first one as above:",
+        f"{output}-hard_rules-gate-proj-2: mechanisms hard, lora.rules gate_proj:2",
+        f"{output}-hard_rules-up-proj-4-8.0: mechanisms hard, lora.rules up_proj:4:8",
+        f"{output}-none_rules-gate-proj-2: mechanisms none, lora.rules gate_proj:2",
+        f"{output}-none_rules-up-proj-4-8.0: mechanisms none, lora.rules up_proj:4:8",
+    ]
+    assert "no adapter sits on a gate" not in caplog.text
+    verbs.train(command.parse([*words, "--lora.rules", "up_proj:2"])[1])
+    assert "no adapter sits on a gate" in caplog.text
+    for value, message in (("[]", "mechanism"), ("harder", "mechanism")):
+        with pytest.raises(NaloraError, match=message):
+            verbs.train(command.parse([*words, "--sweep", f"mechanisms=hard,{value}"])[1])
 
 
 def tiny_shapes(base: Any) -> Any:

@@ -20,7 +20,7 @@ from nalora_jax.cli import command, usage
 from nalora_jax.cli import parser as cli
 from nalora_jax.config import LoRARule, RunConfig, check
 from nalora_jax.data import lengths
-from nalora_jax.errors import NaloraError
+from nalora_jax.errors import ListedError, NaloraError
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -159,7 +159,11 @@ def test_the_short_help_shows_what_most_need_and_where_the_rest_is(capsys, monke
     whole = help_of(capsys, monkeypatch, "train")
     assert len(text.splitlines()) < len(whole.splitlines()) / 3
     shown = set(re.findall(r"^  (--[\w.-]+)$", text, flags=re.MULTILINE))
-    assert shown == set(command.VERBS["train"].shown) <= set(flags(cli.TrainArgs))
+    headings = command.VERBS["train"].shown
+    assert shown == {name for names in headings.values() for name in names} <= set(flags(cli.TrainArgs))
+    assert {"--data.loss-on", "--sweep", "--train.eval-every"} <= shown
+    assert all(f"\n{heading}:\n" in text for heading in headings)
+    assert "--model.rope-scaling RoPE scaling" in " ".join(text.split())  # a group of one
     assert f"All {len(list(flags(cli.TrainArgs)))} flags: nalora train --help-all" in text
     assert "Optimizer steps. (default: 100)" in text
     assert "use only files that you trust." in " ".join(text.split())
@@ -225,6 +229,8 @@ OF_TRAIN = "expected a flag of nalora train, found none of that name"
             ["train", "--learning-rate", "1"],
             f"--learning-rate: {OF_TRAIN}; did you mean --optimizer.learning-rate?",
         ),
+        (["train", "--data", "x.jsonl"], f"--data: {OF_TRAIN}; did you mean --data.dataset?"),
+        (["train", "--lora", "ffn:4"], f"--lora: {OF_TRAIN}; did you mean --lora.rules?"),
         (["train", "--xyzzy"], f"--xyzzy: {OF_TRAIN}; see nalora train --help-all"),
         (["train", "--steps", "many"], "--steps: expected a whole number, found 'many'"),
         (["train", "--steps", "1.5"], "--steps: expected a whole number, found '1.5'"),
@@ -576,6 +582,8 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
 def test_an_error_of_many_lines_becomes_one(capsys):
     assert guarded(raising(NaloraError("a\nfile", expected="b", found="c\n  d"))) == 2
     assert capsys.readouterr().err == "error: a file: expected b, found c d\n"
+    assert guarded(raising(ListedError("a", expected="b", found="2:\n c   d\n e"))) == 2
+    assert capsys.readouterr().err == "error: a: expected b, found 2:\n  c d\n  e\n"
 
 
 def test_an_interrupt_is_status_130(monkeypatch, capsys):

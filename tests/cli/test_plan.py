@@ -36,6 +36,18 @@ def test_an_estimate_shows_the_price_and_writes_the_figures(tmp_path, capsys):
         assert cost == f"  cost        at least {million:.4g} a million tokens, at 2.7 a chip and hour"
 
 
+def test_steps_and_a_price_give_hours_and_cost(tmp_path, capsys):
+    file = tmp_path / "plans.jsonl"
+    estimate("v5litepod-16", steps=2000, price=1.2, json=file)
+    estimate("v5e:4x4", steps=2000)
+    hours = 2000 * json.loads(file.read_text())["seconds"] / 3600
+    lines = capsys.readouterr().out.splitlines()
+    time = f"  time        at least {hours:.2f} hours for 2,000 steps"
+    assert lines[1] == f"{time}, {16 * 1.2 * hours:,.2f} at 1.2 a chip and hour"
+    assert lines[2].startswith("  cost        at least")
+    assert lines[4] == time
+
+
 def test_rope_scaling_allows_longer_rows(capsys):
     long_row = {"batch": 1, "seq": 524_288, "rope_scaling": "llama3:factor=64"}
     estimate("v6e:8x8", **long_row)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from nalora_jax.config import DataConfig, PreferenceConfig
@@ -29,6 +30,24 @@ def test_rows_take_the_length_of_most_examples_within_bounds(tokenizer, size, pa
     chosen = with_length(config, records, tokenizer, context).max_length
     assert chosen == (length or -(-fitting // 8) * 8)
     assert with_length(DataConfig(max_length=7), records, tokenizer, context).max_length == 7
+
+
+@pytest.mark.parametrize(
+    ("sizes", "context", "pack", "length"),
+    [
+        ([80], 4096, True, 160),  # 128 would be 62.5% full
+        ([70, 90], 4096, True, 160),
+        ([80], 150, True, 128),  # no room for two
+        ([80], 4096, False, 80),
+        ([60], 4096, True, 128),
+        ([81], 4096, True, 256),
+        ([80, 20], 4096, True, 160),
+    ],
+)
+def test_rows_become_longer_if_short_ones_stay_empty(tokenizer, sizes, context, pack, length):
+    config = DataConfig(pack=pack)
+    measured = with_length(config, source(1), tokenizer, context, lambda *_: np.array(sizes * 50))
+    assert measured.max_length == length
 
 
 def test_a_pair_s_length_is_that_of_both_answers(tokenizer):

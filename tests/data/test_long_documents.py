@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nalora_jax.config import DataConfig, PreferenceConfig, RunConfig, check
-from nalora_jax.data import long_chats, store
+from nalora_jax.data import long_chats, rendered
 from nalora_jax.data.chat import render
 from nalora_jax.data.pipeline import train_data
 from nalora_jax.data.questions import eval_examples
@@ -152,9 +152,9 @@ def test_plain_text_is_learned_and_evaluated_without_a_prompt(open_data, tokeniz
 
 
 def test_long_records_are_tokenized_few_at_a_time(monkeypatch):
-    monkeypatch.setattr(store, "_CHARACTERS", 1000)
+    monkeypatch.setattr(rendered, "_CHARACTERS", 1000)
     records = [{"text": "x" * size} for size in [10] * 20 + [600] * 6 + [10] * 20]
-    chunks = list(store.batches(RecordsSource("sizes", records), np.arange(46)))
+    chunks = list(rendered.batches(RecordsSource("sizes", records), np.arange(46)))
     assert list(chain.from_iterable(chunk for chunk, _ in chunks)) == list(range(46))
     sizes = [[len(record["text"]) for record in found] for _, found in chunks]
     assert max(map(sum, sizes)) <= 1000

@@ -345,6 +345,17 @@ def test_the_length_that_keeps_all_is_named_every_time(open_data, write_jsonl, t
     )
 
 
+def test_no_length_beyond_the_model_s_context_is_advised(open_data, write_jsonl, caplog):
+    texts = [{"prompt": "sky " * size, "completion": "blue"} for size in (1, 1, 1, 9)]
+    config = DataConfig(eval_split="unread", dataset=write_jsonl(*texts), max_length=8)
+    assert open_data(config, context=9).describe()["dropped"] == 1
+    assert "longer than the 9 tokens that a row may have with this model, --data.too-long" in caplog.text
+    assert "keeps all" not in caplog.text
+    config = dataclasses.replace(config, too_long="error")
+    with pytest.raises(NaloraError, match="; choose --data.too-long .*: the model has 9 positions"):
+        open_data(config, context=9)
+
+
 def test_more_than_half_dropped_is_an_error(open_data, write_jsonl):
     texts = [{"prompt": "sky " * size, "completion": "blue"} for size in (1, 9, 9, 1, 9)]
     with pytest.raises(

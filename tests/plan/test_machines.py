@@ -30,6 +30,28 @@ def test_slices_that_do_not_exist_are_refused_with_those_that_do(name, known):
         topology(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [  # cloud.google.com/tpu/docs: v5e, v6e, v5p
+        ("v5litepod-1", "v5e:1x1"),
+        ("v5litepod-16", "v5e:4x4"),
+        ("v6e-256", "v6e:16x16"),
+        ("2xv6e-16", "2xv6e:4x4"),
+        ("v5p-8", "v5p:2x2x1"),
+        ("v5p-128", "v5p:4x4x4"),
+        ("v5p-512", "v5p:4x8x8"),
+        ("v5p-2048", "v5p:8x8x16"),
+        ("v5p-4096", "v5p:8x16x16"),
+    ],
+)
+def test_accelerator_types_are_names(name, shape):
+    machine, other = topology(name), topology(shape)
+    assert (machine.kind, machine.dims, machine.slices) == (other.kind, other.dims, other.slices)
+    for wrong in ("v5litepod-5", "v5p-9", "v6e-512"):
+        with pytest.raises(NaloraError, match="expected a slice of v"):
+            topology(wrong)
+
+
 def test_slices_have_the_sizes_of_cloud_tpu():
     for kind in ("v5e", "v6e"):
         assert [math.prod(shape) for shape in shapes(kind)] == [1, 4, 8, 16, 32, 64, 128, 256]

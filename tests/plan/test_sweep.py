@@ -101,7 +101,7 @@ def test_hours_count_every_program_of_a_sweep() -> None:
     assert (plan.together, plan.programs) == (4, 3)
     assert plan.hours(1200) == pytest.approx(3 * 1200 * plan.seconds / 3600)
     text = "\n".join(describe_sweep(plan, steps=1200, price=2.0))
-    assert f"{plan.hours(1200) * 4 * 2:,.0f} at 2 a chip and hour" in text
+    assert f"{plan.hours(1200) * 4 * 2:,.2f} at 2 a chip and hour" in text
 
 
 def test_the_plan_of_a_study_has_its_tuning_and_its_test_runs() -> None:

@@ -97,11 +97,11 @@ def evaluation(step, accuracy, loss, n=400, samples=()):
     return {"step": step, "eval": found}
 
 
-def write_run(folder, records=None, config=None):
+def write_run(folder, records=None, config=None, **more):
     """A run's folder that holds these records (those of `fake_records` by default)."""
     with MetricsLog(folder) as log:
         versions = {"nalora_jax": "0.1.0", "jax": "0.10.2", "flax": "0.12.8"}
-        log.start((config or RunConfig(steps=200)).to_dict(), versions=versions, device="2 x cpu")
+        log.start((config or RunConfig(steps=200)).to_dict(), versions=versions, device="2 x cpu", **more)
         for record in fake_records() if records is None else records:
             log.write(record)
     return folder
@@ -115,4 +115,4 @@ def fake_run(tmp_path_factory):
 @pytest.fixture
 def make_run(tmp_path):
     """Writes given records to a run's folder and returns the folder."""
-    return lambda records, config=None: write_run(tmp_path / "run", records, config)
+    return lambda records, config=None, **more: write_run(tmp_path / "run", records, config, **more)

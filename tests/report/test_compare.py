@@ -76,6 +76,11 @@ def test_the_verb_writes_one_page(
     with pytest.raises(NaloraError, match="expected different runs"):
         write_comparison([folders[0], folders[0]], page)
     assert main(["report"]) == 2
+    capsys.readouterr()
+    assert main(["report", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "expected the folder of a run, found a folder of 4 runs; give one of them" in error
+    assert error.endswith(f"nalora report {tmp_path}/lora-0 {tmp_path}/lora-1 ...\n")
 
 
 def test_runs_of_different_tasks_are_marked(folders: list[Path], tmp_path: Path) -> None:

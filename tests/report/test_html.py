@@ -9,6 +9,8 @@ import pytest
 
 from nalora_jax.config import LoRAConfig, LoRARule, RunConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.report.compare import render_comparison
+from nalora_jax.report.history import read_history
 from nalora_jax.report.html import write_report
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
@@ -302,6 +304,17 @@ def test_it_is_said_where_before_and_after_come_from(make_run, records, value, s
     words = page_of(make_run(records)).words
     assert value in words
     assert said in words
+
+
+def test_an_adapter_exported_before_mechanisms_act_is_called_plain_lora(make_run):
+    records = [of(0, 5.0, initial=True), of(9, 3.0), of(9, 2.0, final=True)]
+    folder = make_run(records, mechanisms_from=10)
+    assert "It is plain LoRA: mechanisms act from step 10." in page_of(folder).words
+    comparison = render_comparison([read_history(folder)])
+    assert "the adapter of step 9 was exported, and mechanisms act from step 10" in comparison
+    assert '<td data-head="exported step">9</td>' in comparison
+    (folder / "metrics.jsonl").unlink()
+    assert "plain LoRA" not in page_of(make_run(records, mechanisms_from=9)).words
 
 
 def test_memory_of_devices_and_the_time_since_a_resumption_are_named_so(make_run):

@@ -23,7 +23,7 @@ CONFIG = replace(RunConfig(train=TrainConfig(batch_size=4)), data=replace(RunCon
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Devices of 32 GB; the tests have eight."""
-    monkeypatch.setattr(fit, "_memory", lambda: 32e9)
+    monkeypatch.setattr(fit, "device_memory", lambda: 32e9)
 
 
 def test_each_run_gets_the_fewest_devices_that_hold_the_base() -> None:

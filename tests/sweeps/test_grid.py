@@ -32,6 +32,18 @@ def test_values_have_the_type_of_their_setting() -> None:
     assert names == ["rules-ffn-2+attn-4-8.0", "rules-ffn-16"]
 
 
+def test_no_mechanism_is_a_value_and_settings_of_a_rule_are_one() -> None:
+    axis = axes_of(["mechanisms=soft:power=2,high=3,none,hard+squared"])[0]
+    assert axis == ("mechanisms", (("soft:power=2,high=3",), (), ("hard", "squared")))
+    runs = grid(RunConfig(output="out"), [axis])
+    assert [run.output for run in runs] == [
+        "out/mechanisms-soft-power-2-high-3",
+        "out/mechanisms-none",
+        "out/mechanisms-hard+squared",
+    ]
+    assert runs[1].mechanisms == ()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -43,6 +55,8 @@ def test_values_have_the_type_of_their_setting() -> None:
         (["mesh.tensor=1,2"], "expected a setting that may differ between runs, found mesh.tensor"),
         (["seed="], "expected SETTING=VALUE,VALUE,..., found no values"),
         (["seed"], "expected SETTING=VALUE,VALUE,..., found no values"),
+        (["mechanisms=hard,"], "expected a value, found nothing after a comma; for no entry write none"),
+        (["seed=0,,1"], "expected a value, found nothing after a comma; remove the comma"),
         (["seed=one"], "expected values of type int, found 'one'"),
         (["seed=0", "seed=1"], "expected each setting once, found seed"),
         (["seed=0,0"], "expected runs with different names, found seed-0"),
