@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
 
 from nalora_jax.study.analysis import (
@@ -171,8 +172,10 @@ def _differences(protocol: Protocol, compared: Sequence[MethodComparison]) -> st
         return ""
     figure = Figure(figsize=(6.4, 0.9 + 0.3 * len(compared)), layout="constrained")
     axis = figure.subplots()
-    axis.axvspan(-protocol.margin, protocol.margin, color="#eeeeee", zorder=0)
     axis.axvline(0, color="#888888", linewidth=0.8)
+    margins = np.repeat([max(comparison.paired.margin, 0.0) for comparison in compared], 2)
+    edges = np.repeat(np.arange(len(compared) + 1) - 0.5, 2)[1:-1]
+    axis.fill_betweenx(edges, -margins, margins, color="#eeeeee", linewidth=0, zorder=0)
     labels = []
     for row, comparison in enumerate(compared):
         cell, statistics = comparison.cell, comparison.paired
@@ -185,7 +188,7 @@ def _differences(protocol: Protocol, compared: Sequence[MethodComparison]) -> st
     axis.set_yticks(range(len(compared)), labels, fontsize=8)
     axis.set_ylim(len(compared) - 0.5, -0.5)  # the first on top
     text = f"difference of the test {named(protocol.metric)}"
-    axis.set_xlabel(f"{text}\n95% t interval; grey: the margin of {protocol.margin:g}", fontsize=9)
+    axis.set_xlabel(f"{text}\n95% t interval; grey: the margin of equivalence", fontsize=9)
     return _svg(figure, "differences.svg")
 
 
