@@ -193,7 +193,12 @@ def test_a_report_is_made_from_protocol_and_records_alone_to_the_byte(
     assert len(capsys.readouterr().out.splitlines()) == len(first)
     assert {path: (other / path).read_bytes() for path in first} == first
     assert {path.name for path in first} == {
-        *("results.md", "loss_by_rate.svg", "loss_by_step.svg", "misalignment.svg"),  # importance: lines within 1%
+        *(
+            "results.md",
+            "loss_by_rate.svg",
+            "loss_by_step.svg",
+            "misalignment.svg",
+        ),  # importance: lines within 1%
         "differences.svg",
     }
 
