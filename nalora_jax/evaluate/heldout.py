@@ -15,7 +15,8 @@ from nalora_jax.generate import Completion, Generator
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.tokenizer import Tokenizer
 
-SAMPLES = 4  # examples that are shown with their answers
+SAMPLES = 4  # examples that are shown with generated completions
+CHOICES = 48  # questions from which the report draws its samples
 SAMPLE_TOKENS = 96  # length limit of a sample completion
 
 
@@ -55,8 +56,8 @@ class Evaluator:
         """Returns the metrics of ``params`` with adapter ``lora`` (None: the base alone).
 
         Returns:
-          ``accuracy`` (of multiple choice, by log-likelihood per character), ``loss`` per
-          completion token, ``low`` and ``high`` (95% interval of the headline metric), and ``n``.
+          ``accuracy`` (of multiple choice, by log-likelihood per character) and its ``chance`` level,
+          ``loss`` per completion token, ``low`` and ``high`` (95% interval of the headline metric), and ``n``.
           With ``samples`` also a few examples with the model's answers, and for multiple choice
           ``right``: for each question, True if it was answered correctly.
         """
@@ -69,10 +70,11 @@ class Evaluator:
         # Per character, because the summed log-likelihood favours short choices. It makes no
         # difference for choices of equal length.
         result = multiple_choice(
-            self._model, variables, self.choices, per="character", mesh=self._mesh, samples=SAMPLES
+            self._model, variables, self.choices, per="character", mesh=self._mesh, samples=CHOICES
         )
         names = ("accuracy", "low", "high", "accuracy_per_choice", "loss", "n")
         values = {name: getattr(result, name) for name in names}
+        values["chance"] = sum(1 / len(item.choices) for item in self.choices) / len(self.choices)
         if samples:
             values |= {
                 "samples": [vars(sample) for sample in result.samples],

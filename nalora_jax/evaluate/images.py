@@ -175,7 +175,7 @@ class ClassEvaluator:
         losses = np.asarray(jax.nn.logsumexp(jnp.asarray(logits), axis=1)) - chosen
         low, high = wilson(int(right.sum()), len(right))
         values: dict[str, Any] = {"accuracy": float(right.mean()), "low": low, "high": high}
-        values |= {"loss": float(losses.mean()), "n": len(right)}
+        values |= {"loss": float(losses.mean()), "n": len(right), "chance": 1 / len(self._classes)}
         if samples:
             names, true = (
                 [self._classes[label] for label in labels] for labels in (predicted, self._labels)

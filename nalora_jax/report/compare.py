@@ -41,6 +41,7 @@ _TASK = (
     "vision.task",
     "preference.loss",
 )
+_LABEL, _SETTINGS = 32, 3  # characters of a setting in a label, and settings
 _GROUP_COLOURS = ("c1", "c2", "c3", "r0", "r3", "r1", "r2")  # also the maximum number of groups
 
 
@@ -75,11 +76,8 @@ def render_comparison(runs: Sequence[History]) -> str:
     return template("compare.html.j2").render(
         css=Markup(resource("style.css")),
         title=f"{len(runs)} runs, {len(groups)} {'setting' if len(groups) == 1 else 'settings'}",
-        heads=(
-            *("before", "after", "difference", "exported step", "loss after"),
-            *("misalignment", "tokens/s", "time", "runs"),
-        ),
-        rows=[(group.label, f"var(--{group.colour})", _row(group)) for group in groups],
+        heads=list(_row(groups[0])),
+        rows=[(group.label, f"var(--{group.colour})", list(_row(group).values())) for group in groups],
         metric=_metric(groups),
         apart=_tasks_apart(groups),
         plain=list(_plain_exports(groups)),
@@ -106,11 +104,12 @@ def group_runs(runs: Sequence[History]) -> list[Group]:
         settings = [
             setting for setting in apart if names.count(name) > 1 or not setting.startswith("mechanisms")
         ]
-        labels.append(
-            ", ".join(
-                [name, *(f"{setting} {identity.get(setting, 'unknown')}" for setting in settings[:4])]
-            )
-        )
+        values = [
+            f"{setting.rpartition('.')[2]} {identity.get(setting, 'unknown')}" for setting in settings
+        ]
+        labels.append(", ".join([name, *(value[:_LABEL] for value in values[:_SETTINGS])]))
+    # The table below the pictures has every setting in full.
+    labels = [f"{label} ({n})" if labels.count(label) > 1 else label for n, label in enumerate(labels, 1)]
     return [
         Group(label, colour, tuple(ones))
         for label, colour, ones in zip(labels, _GROUP_COLOURS, groups.values(), strict=False)
@@ -174,24 +173,27 @@ def _plain_exports(groups: Sequence[Group]) -> Iterator[str]:
             )
 
 
-def _row(group: Group) -> list[str]:
-    """Returns a group's cells: means over its runs, with minimum and maximum of several runs."""
+def _row(group: Group) -> dict[str, str]:
+    """Returns a group's cells by column: means over its runs, with minimum and maximum of several runs."""
     ends = [run.outcome for run in group.runs if len(run.outcome) == 2]
     losses = [run.measured[-1]["eval"].get("loss") for run in group.runs if run.measured]
     seeds = ", ".join(str(run.config.get("seed", "?")) for run in group.runs)
     count = len(group.runs)
     speeds = [run.column("tokens_per_second")[1] for run in group.runs]
-    return [
-        _spread([end[0].value for end in ends]),
-        _spread([end[1].value for end in ends]),
-        _spread([end[1].value - end[0].value for end in ends], "+.3f"),
-        ", ".join(dict.fromkeys(str(run.exported_step or "–") for run in group.runs)),
-        _spread(losses),
-        _spread([_last(run.column("misalignment")[1]) for run in group.runs]),
-        _spread([float(np.nanmedian(s)) for s in speeds if np.isfinite(s).any()], ",.0f"),
-        _spread([run.total("seconds") for run in group.runs], "time"),
-        f"{count} ({'seed' if count == 1 else 'seeds'} {seeds})",
-    ]
+    row = {
+        "before": _spread([end[0].value for end in ends]),
+        "after": _spread([end[1].value for end in ends]),
+        "difference": _spread([end[1].value - end[0].value for end in ends], "+.3f"),
+        "loss after": _spread(losses),
+        "exported step": ", ".join(dict.fromkeys(str(run.exported_step or "–") for run in group.runs)),
+        "misalignment": _spread([_last(run.column("misalignment")[1]) for run in group.runs]),
+        "tokens/s": _spread([float(np.nanmedian(s)) for s in speeds if np.isfinite(s).any()], ",.0f"),
+        "time": _spread([run.total("seconds") for run in group.runs], "time"),
+        "runs": f"{count} ({'seed' if count == 1 else 'seeds'} {seeds})",
+    }
+    if "loss" in _metric([group]):
+        del row["loss after"]  # it is the metric
+    return row
 
 
 def _last(values: np.ndarray) -> float:

@@ -30,6 +30,14 @@ from nalora_jax.runs.metrics import to_json
 from nalora_jax.weights.origin import Origin
 
 FILE = "report.html"
+SHOWN = 8  # samples on the page
+_WRONG = "wrong both times"
+_CHANGES = {
+    (False, True): "gained",
+    (True, False): "lost",
+    (True, True): "right both times",
+    (False, False): _WRONG,
+}
 HEADS = {"favoured": "share with mask ≥ 1"}  # column heads that differ from metric names
 LONGEST_SAMPLE = 1200  # maximum characters shown of a sample's completion
 _LONGEST_PROMPT = 20_000  # maximum characters of an unfolded prompt
@@ -49,20 +57,26 @@ TRAINING = (
     Picture(
         plots.metric,
         "Held-out metric",
-        "Each point is one evaluation on the questions that choose the checkpoint; its bar is the "
-        "95% interval, and the dashed line is the first one, before training. The headline's "
-        "before and after are of other questions, which had no say in that choice, so that its "
-        "before is not this one.",
+        "Each point is one evaluation on the examples that select the checkpoint, its bar the 95% interval, and the "
+        "dashed line the evaluation before training. The headline uses other examples, which were not used to select "
+        "the checkpoint, so its first value differs.",
     ),
     Picture(
         plots.loss,
-        "Loss",
-        "Mean negative log-likelihood per target token; held out: on the questions that choose the checkpoint.",
+        "Training loss",
+        "Mean negative log-likelihood per loss token, lower is better. The loss tokens include the token that ends a "
+        "completion, which is easy to predict.",
+    ),
+    Picture(
+        plots.held_out_loss,
+        "Held-out loss",
+        "Mean negative log-likelihood of the completions of the examples that select the checkpoint, lower is better. "
+        "Of multiple choice it leaves out the token that ends a completion, so it is larger than the training loss.",
     ),
     Picture(
         plots.rewards,
         "Rewards",
-        "Beta times the log-ratio to the base, of chosen and of rejected answers; the margin is their difference.",
+        "Beta times the log-ratio to the base, of chosen and of rejected responses; the margin is their difference.",
     ),
     Picture(plots.learning_rate, "Learning rate", "The schedule, as applied."),
     Picture(
@@ -74,9 +88,8 @@ TRAINING = (
     Picture(
         state_plots.adapters,
         "Adapter norms",
-        "Frobenius norm of the low-rank update s·AB: how far each kind of module has moved from "
-        "its base weight. Above: of all layers together, over the steps. Below: of every layer, "
-        "at the last one.",
+        "Update norm of each kind of module: the Frobenius norm of s·AB. Above: of all layers together, over the "
+        "steps. Below: of every layer, at the last step.",
     ),
     Picture(
         state_plots.ranks,
@@ -88,12 +101,10 @@ GATES = (
     Picture(
         plots.misalignment,
         "Misalignment",
-        "What the adapters move by changing the gate's selection (S), over what they move in its "
-        "features (F). The dashed line is its linear limit: the value for a residual of the same "
-        "direction and vanishing size. It depends on where the pre-activations lie and on which "
-        "channels and tokens the adapters move, so it changes in training, and as a rule falls; "
-        "only the excess above it comes from how far they move the gate. Both are for the whole "
-        "model: sums over all layers.",
+        "The adapters' change of the gate's selection (S) over their change of its features (F), summed over all "
+        "layers. The dashed line is the linear limit: the value for an update of the same direction and vanishing "
+        "size. It depends on the pre-activations and on the channels that the adapters change, so it falls in most "
+        "runs. Only the excess above it comes from the size of the update.",
     ),
     Picture(
         plots.misalignment_map,
@@ -103,30 +114,30 @@ GATES = (
     Picture(
         plots.excess_map,
         "Excess over the limit",
-        "The difference of the two maps: the effect of how far the adapters move the gate.",
+        "The difference of the two maps: the effect of the size of the gates' updates.",
     ),
     Picture(
         plots.feature,
         "Feature movement",
-        "How far the adapters move the gate's features. Compare misalignment at equal movement.",
+        "The adapters' change of the gate's features. Compare misalignment at equal values of it.",
     ),
     Picture(
         plots.importance,
         "Importance and mask",
-        "Importance is the mean slope E|φ′| of a layer's gate channels; where a mask is on, "
-        "channels above their layer's mean get the larger updates.",
+        "Importance is the mean slope E|φ′| of a layer's gate channels; the mask gives channels above their layer's "
+        "mean larger updates.",
     ),
     Picture(
         plots.occupancy,
         "Region occupancy",
-        "Where the gate's pre-activations lie: inverted (output falls as the input rises), "
+        "Shares of the gate's pre-activations: inverted (output falls as the input rises), "
         "contracting, expanding, linear (selection saturated open).",
     ),
     Picture(
         plots.step_scale,
         "Step scale",
-        "What the step-scaling rule multiplies the gate's updates by: by homogeneity 1 on average "
-        "over a layer, by curvature at most 1.",
+        "Factors of the gate's updates by the step-scaling rule: by homogeneity 1 on average over a layer, by "
+        "curvature at most 1.",
     ),
 )
 
@@ -165,6 +176,7 @@ def render(history: History, *, has_adapter: bool = False, needle: Sequence[Mapp
         ],
         samples=_samples(history),
         sampled_after=_sampled_after(history),
+        changes=_changes(history),
         confusion=confusions(history),
         needle=needle,
         task=config.get("vision", {}).get("task", ""),
@@ -226,31 +238,69 @@ def _status(history: History) -> str:
 
 
 def _samples(history: History) -> list[dict[str, Any]]:
-    """Returns samples of the first evaluation with any, paired with the last one's by prompt."""
+    """Returns samples of the first evaluation with any, paired with the last one's by prompt.
+
+    Of paired multiple choice there are `SHOWN`, in the proportions of `_changes`.
+    """
     sampled = [record for record in history.measured if record["eval"].get("samples")]
     if not sampled:
         return []
     last = {str(sample["prompt"]): sample for sample in sampled[-1]["eval"]["samples"]}
-    rows = []
+    pairs = []
     for sample in sampled[0]["eval"]["samples"]:
-        prompt = str(sample["prompt"])
         answers = [("before", sample)]
-        if len(sampled) > 1 and prompt in last:
-            answers.append(("after", last[prompt]))
-        rows.append(
-            {
-                "prompt": _ends(prompt),
-                "full": "" if _ends(prompt) == prompt or _turns(sample) else prompt[:_LONGEST_PROMPT],
-                "image": picture(sample),
-                "expected": _clip(sample["expected"]) if sample.get("expected") is not None else None,
-                "turns": _turns(sample),
-                "answers": [
-                    (label, _clip(answer.get("answer")), answer.get("correct"), _end(answer))
-                    for label, answer in answers
-                ],
-            }
+        if len(sampled) > 1 and str(sample["prompt"]) in last:
+            answers.append(("after", last[str(sample["prompt"])]))
+        pairs.append(answers)
+    return [_sample_row(answers) for answers in _proportional(pairs, _changes(history))]
+
+
+def _changes(history: History) -> dict[str, int]:
+    """Returns the number of items by what training changed; {} without paired items."""
+    values = history.final.get("eval", {})
+    if not values.get("paired"):
+        return {}
+    gained, lost = values["paired"]["gained"], values["paired"]["lost"]
+    right = round(values["accuracy"] * values["n"]) - gained  # both times
+    return {
+        "gained": gained,
+        "lost": lost,
+        "right both times": right,
+        _WRONG: values["n"] - right - gained - lost,
+    }
+
+
+def _proportional(pairs: list[list[Any]], changes: Mapping[str, int]) -> list[list[Any]]:
+    """Returns samples such that the shares of ``changes`` among them are about those of all items."""
+    if not changes:
+        return pairs[:SHOWN]
+    kinds: dict[str, list[list[Any]]] = {name: [] for name in changes}
+    for answers in pairs:
+        kinds[_CHANGES[bool(answers[0][1].get("correct")), bool(answers[-1][1].get("correct"))]].append(
+            answers
         )
-    return rows
+    total = sum(changes.values())
+    counts = {name: SHOWN * count // total for name, count in changes.items()}
+    by_remainder = sorted(changes, key=lambda name: -(SHOWN * changes[name] % total))
+    for name in by_remainder[: SHOWN - sum(counts.values())]:
+        counts[name] += 1
+    return [answers for name in changes for answers in kinds[name][: counts[name]]]
+
+
+def _sample_row(answers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    sample = answers[0][1]
+    prompt = str(sample["prompt"])
+    return {
+        "prompt": _ends(prompt),
+        "full": "" if _ends(prompt) == prompt or _turns(sample) else prompt[:_LONGEST_PROMPT],
+        "image": picture(sample),
+        "expected": _clip(sample["expected"]) if sample.get("expected") is not None else None,
+        "turns": _turns(sample),
+        "answers": [
+            (label, _clip(answer.get("answer")), answer.get("correct"), _end(answer))
+            for label, answer in answers
+        ],
+    }
 
 
 def _sampled_after(history: History) -> int | None:

@@ -11,6 +11,7 @@ from nalora_jax.report.svg import (
     COLOURS,
     REGION_COLOURS,
     evenly,
+    legend,
     new_figure,
     percents,
     smooth,
@@ -24,20 +25,20 @@ MAP_COLUMNS = 160  # maximum steps drawn in a heat map
 
 
 def loss(history: History) -> str | None:
-    """Plots the training loss (each log step, and its running mean) and the held-out loss."""
-    steps, values = history.column("loss")
-    eval_steps, eval_values = history.eval_column("loss")
-    if not np.isfinite(values).any() and not np.isfinite(eval_values).any():
+    """Plots the training loss of each log step, and its running mean."""
+    return _single_line(history, "loss", "training loss", "c1", noisy=True)
+
+
+def held_out_loss(history: History) -> str | None:
+    """Plots the held-out loss by evaluation."""
+    steps, values = history.eval_column("loss")
+    if not np.isfinite(values).any():
         return None
     with style():
         figure, axis = new_figure()
-        if values.size:
-            _noisy_line(axis, steps, values, "c1", "training")
-        if eval_values.size:
-            axis.plot(eval_steps, eval_values, "o-", color=COLOURS["c2"], markersize=4.5, label="held out")
-        axis.set(xlabel="step", ylabel="loss per target token")
-        axis.legend(loc="best")
-        return to_svg(figure, "loss", "Training and held-out loss over the steps")
+        axis.plot(steps, values, "o-", color=COLOURS["c2"], markersize=4.5)
+        axis.set(xlabel="step", ylabel="loss per completion token")
+        return to_svg(figure, "held-out-loss", "Held-out loss over the steps")
 
 
 def metric(history: History) -> str | None:
@@ -49,7 +50,7 @@ def metric(history: History) -> str | None:
     steps, values = [s.step for s in scores], np.array([s.value for s in scores])
     with style():
         figure, axis = new_figure()
-        before = "before training, same questions"  # not the headline metric's
+        before = "before training, same examples"  # not the headline metric's
         axis.axhline(values[0], color=COLOURS["muted"], linewidth=1.2, linestyle="--", label=before)
         bounded = [s for s in scores if s.low is not None and s.high is not None]
         if bounded:
@@ -63,7 +64,7 @@ def metric(history: History) -> str | None:
             )
         axis.plot(steps, values, "o-", color=COLOURS["c2"], markersize=5, label=name)
         axis.set(xlabel="step", ylabel=name)
-        axis.legend(loc="best")
+        legend(axis)
         return to_svg(figure, "metric", f"Held-out {name} over the steps")
 
 
@@ -84,8 +85,8 @@ def rewards(history: History) -> str | None:
                 eval_steps, held_out, "o-", color=COLOURS["c2"], markersize=4.5, label="held-out margin"
             )
         axis.set(xlabel="step", ylabel="reward")
-        axis.legend(loc="best")
-        return to_svg(figure, "rewards", "Rewards of chosen and rejected answers over the steps")
+        legend(axis)
+        return to_svg(figure, "rewards", "Rewards of chosen and rejected responses over the steps")
 
 
 def learning_rate(history: History) -> str | None:
@@ -118,7 +119,7 @@ def misalignment(history: History) -> str | None:
             axis.plot(*thin(steps, limit), "--", color=COLOURS["c3"], label="linear limit (dz → 0)")
         axis.plot(*thin(steps, values), color=COLOURS["c1"], label="misalignment E|S| / E|F|")
         axis.set(xlabel="step", ylabel="whole model")
-        axis.legend(loc="best")
+        legend(axis)
         return to_svg(figure, "misalignment", "Misalignment and its linear limit over the steps")
 
 
@@ -154,7 +155,7 @@ def feature(history: History) -> str | None:
         _band(axis, steps, values, "c3", "mean over layers", "lowest to highest layer")
         axis.set(xlabel="step", ylabel="feature movement E|F|")
         axis.set_ylim(bottom=0)
-        axis.legend(loc="best")
+        legend(axis)
         return to_svg(figure, "feature", "Feature movement over the steps")
 
 
@@ -164,7 +165,8 @@ def importance(history: History) -> str | None:
     The mask is shown below by its mean and its share of favoured channels.
     """
     steps, slope = history.layers("importance")
-    if slope.ndim != 2 or not np.isfinite(slope).any():
+    _, mask = history.layers("mask_mean")
+    if slope.ndim != 2 or mask.ndim != 2 or not np.isfinite(slope).any():
         return None
     with style():
         figure, (upper, lower) = new_figure(4.6, rows=2, sharex=True)
@@ -174,7 +176,7 @@ def importance(history: History) -> str | None:
             layers, slope[-1], "o-", markersize=3, color=COLOURS["c1"], label=f"step {steps[-1]:.0f}"
         )
         upper.set(ylabel="mean slope E|φ′|")
-        upper.legend(loc="best")
+        legend(upper)
         for name, label, colour in (
             ("mask_mean", "mean mask", "c2"),
             ("favoured", "share of channels with a factor ≥ 1", "c3"),
@@ -185,7 +187,7 @@ def importance(history: History) -> str | None:
         lower.set(xlabel="layer", ylabel="at the last step")
         lower.set_ylim(bottom=0)
         if lower.lines:
-            lower.legend(loc="best")
+            legend(lower)
         return to_svg(figure, "importance", "Importance and mask of every layer")
 
 

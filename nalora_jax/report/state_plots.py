@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.report.history import Histograms, History
-from nalora_jax.report.svg import COLOURS, new_figure, style, thin, ticks, to_svg
+from nalora_jax.report.svg import COLOURS, legend, new_figure, style, thin, ticks, to_svg
 
 _LINES = ("c1", "c2", "c3", "r0", "r3", "r1", "r2")
 _MOST_TICKS = 7
@@ -34,7 +34,7 @@ def histogram(history: History, mechanism: str) -> str | None:
             label = f"step {histograms.steps[acting]:.0f}"
             upper.step(at, first, where="mid", color=COLOURS["fg"], linewidth=1.3, label=label)
         upper.set(ylabel="share of all channels")
-        upper.legend(loc="best")
+        legend(upper)
         image = lower.imshow(
             _shares(histograms.counts[-1])[:, bins],
             aspect="auto",

@@ -20,7 +20,9 @@ def headline(history: History) -> dict[str, Any] | None:
     outcome = history.outcome
     if not outcome:
         return None
+    chance = history.ends[-1]["eval"].get("chance")
     edges = [edge for s in outcome for edge in (s.low, s.value, s.high) if edge is not None]
+    edges += [chance] if chance is not None else []
     low, high = min(edges), max(edges)
     pad = 0.08 * (high - low) or 1.0
     scale = (low - pad, high + pad)
@@ -30,6 +32,8 @@ def headline(history: History) -> dict[str, Any] | None:
     return {
         "name": name,
         "rows": [_range(label, score, scale) for label, score in zip(labels, outcome, strict=True)],
+        "ends": [f"{edge:.2f}" for edge in scale],
+        "chance": None if chance is None else {"value": f"{chance:.2f}", "at": _at(chance, scale)},
         "verdict": _verdict(outcome, more_is_better, history.final.get("eval", {}).get("paired")),
         "n": outcome[-1].n,
         "source": source,
@@ -48,12 +52,12 @@ def _source(history: History) -> str:
     if "final" not in after:
         return (
             f"Before: {first}. After: the evaluation at step {after['step']}. Both on the "
-            "questions that choose the checkpoint: the result has not been measured."
+            "examples that select the checkpoint: the result has not been evaluated."
         )
     last = f"the adapter of step {after['step']}, which was exported"
     same = ""
     if "initial" in before:
-        same = " Both on the same questions, which had no say in choosing it."
+        same = " Both on the same examples, which were not used to select the checkpoint."
     plain = ""
     if history.unreached_step is not None:
         plain = f" It is plain LoRA: mechanisms act from step {history.unreached_step}."
@@ -67,24 +71,29 @@ def _choice(history: History) -> str:
         return ""
     few = ""
     if last < FEW:
-        few = ", too few to tell checkpoints apart: the choice is mostly chance"
-    return f" It was chosen on {last} others{few}."
+        few = ", too few to distinguish checkpoints: the selection is mostly chance"
+    return f" It was selected on {last} other examples{few}."
 
 
 def _range(label: str, score: EvaluationScore, scale: tuple[float, float]) -> dict[str, Any]:
-    def at(value: float) -> str:
-        return f"{100 * (value - scale[0]) / (scale[1] - scale[0]):.1f}%"
-
     row: dict[str, Any] = {
         "label": label,
         "value": f"{score.value:.3f}",
-        "at": at(score.value),
+        "at": _at(score.value, scale),
         "interval": None,
     }
     if score.low is not None and score.high is not None:
         width = f"{100 * (score.high - score.low) / (scale[1] - scale[0]):.1f}%"
-        row |= {"interval": f"{score.low:.3f} to {score.high:.3f}", "low": at(score.low), "width": width}
+        row |= {
+            "interval": f"{score.low:.3f} to {score.high:.3f}",
+            "low": _at(score.low, scale),
+            "width": width,
+        }
     return row
+
+
+def _at(value: float, scale: tuple[float, float]) -> str:
+    return f"{100 * (value - scale[0]) / (scale[1] - scale[0]):.1f}%"
 
 
 def _verdict(
@@ -110,7 +119,8 @@ def _verdict(
     apart = _apart(scores[0], scores[1])
     if apart is None:
         return f"{change}."
-    return f"{change}; the intervals {'do not overlap' if apart else 'overlap, so more items would be needed to tell'}."
+    overlap = "do not overlap" if apart else "overlap: more items are needed for a conclusion"
+    return f"{change}; the intervals {overlap}."
 
 
 def _apart(first: EvaluationScore, second: EvaluationScore) -> bool | None:
@@ -126,25 +136,14 @@ def tiles(history: History) -> Iterator[tuple[str, str, str]]:
     losses = [values["loss"] for values in ends if values.get("loss") is not None]
     if len(losses) > 1:
         change = f"{losses[0]:.3f} → {losses[-1]:.3f}"
-        yield "Held-out loss", change, "before → after, same questions as above"
+        yield "Held-out loss", change, "before → after, lower is better"
     speed = history.column("tokens_per_second")[1]
     if np.isfinite(speed).any():
         tokens, note = history.total("tokens"), "median"
         if tokens:
             note = f"median; {tokens:,.0f} tokens"
         yield "Tokens per second", f"{np.nanmedian(speed):,.0f}", note
-    seconds = history.total("seconds")
-    if seconds:
-        note = "min:s, without compiling" if seconds < 3600 else "h:min:s"
-        yield "Training time", duration(seconds), note
     yield from _costs(history)
-    values, limit = history.column("misalignment")[1], history.column("misalignment_limit")[1]
-    if values.size and np.isfinite(values[-1]):
-        measured = limit.size and np.isfinite(limit[-1])
-        note = "of the whole model"
-        if measured:
-            note = f"limit {limit[-1]:.3f}, excess {values[-1] - limit[-1]:.4f}"
-        yield "Misalignment", f"{values[-1]:.3f}", note
 
 
 def _costs(history: History) -> Iterator[tuple[str, str, str]]:

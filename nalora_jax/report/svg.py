@@ -75,6 +75,11 @@ def new_figure(height: float = 2.9, rows: int = 1, columns: int = 1, **options: 
     return figure, axes
 
 
+def legend(axis: Any) -> None:
+    """Draws the legend above the axes, so that no line runs through it."""
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, columnspacing=1, handlelength=1.4)
+
+
 def ticks(most: int, **options: Any) -> Any:
     """Returns Matplotlib's locator for at most ``most`` intervals; options as in `MaxNLocator`."""
     from matplotlib.ticker import MaxNLocator

@@ -69,6 +69,7 @@ class MethodComparison:
     other: str
     measure: Measure
     paired: Paired
+    gain: float  # of the baseline by training (`training_gain`)
     # p-values by Holm over the study's `family` comparisons with the baseline or with controls.
     t_holm: float = math.nan
     wilcoxon_holm: float = math.nan
@@ -149,10 +150,25 @@ def _compared(
         for cell, other in _sides(protocol, pairs):
             cells_of_pair = cell, cell._replace(method=other)
             sides = [by_cell[side].finite(measure.multiple) for side in cells_of_pair]
-            statistics = _paired(sides[0], sides[1], protocol.margin, measure)
+            gain = training_gain(by_cell[cell._replace(method=protocol.baseline)])
+            margin = protocol.margin or protocol.margin_share * gain
+            statistics = _paired(sides[0], sides[1], margin, measure)
             if statistics is not None:
-                compared.append(MethodComparison(cell, other, measure, statistics))
+                compared.append(MethodComparison(cell, other, measure, statistics, gain))
     return compared
+
+
+def training_gain(baseline: MethodResult) -> float:
+    """Returns the fall of the validation cost by training at the chosen rate.
+
+    Returns:
+      The mean over the tuning runs, so that it is known before a test item is read; NaN without any.
+    """
+    if baseline.tuning.chosen is None:
+        return math.nan
+    metric, runs = baseline.metric, baseline.at_rate(baseline.tuning.chosen)
+    falls = [cost(metric, r["curve"][0]) - cost(metric, r["validation"]) for r in runs if r["curve"]]
+    return mean(falls)
 
 
 def _sides(protocol: Protocol, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[Cell, str]]:

@@ -17,6 +17,7 @@ from nalora_jax.study.markdown import grouped, interval, number, p_value, signed
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 
+_SKEWED = 1  # absolute sample skewness of the differences above which the report warns
 _BRIEF = ["method", "against", "task", "seeds", "difference", "95% interval", "better", "t p (Holm)"]
 
 
@@ -62,11 +63,26 @@ def primary_table(protocol: Protocol, compared: Sequence[MethodComparison]) -> s
     primary = [comparison for comparison in compared if comparison.measure.kind == "primary"]
     if not primary:
         return ""
-    within = f"equivalent within {protocol.margin:g}"
-    header = [*_BRIEF, "Wilcoxon p (Holm)", "sign p", "effect", within, "deviation"]
+    header = [*_BRIEF, "Wilcoxon p (Holm)", "sign p", "effect", "equivalent", "deviation", "seeds needed"]
     rows = [_primary_row(protocol, comparison) for comparison in primary]
     title = f"## Paired differences of the test {named(protocol.metric)}"
-    return f"{title}\n\n{_explained(protocol, compared)}\n\n" + table([*header, "seeds needed"], rows)
+    parts = [title, _explained(protocol, compared), table([*header, "margin (of the gain)"], rows)]
+    return "\n\n".join([*parts, *_skewed(primary)])
+
+
+def _skewed(primary: Sequence[MethodComparison]) -> list[str]:
+    """Returns a warning that names the comparisons with skewed differences; [] without any."""
+    names = [
+        f"`{c.cell.method}` - `{c.other}` on {c.cell.task} ({c.paired.skewness:+.1f})"
+        for c in primary
+        if abs(c.paired.skewness) > _SKEWED
+    ]
+    if not names:
+        return []
+    return [
+        "**Skewed differences.** Intervals, t tests and equivalence tests assume differences without strong "
+        f"skewness. The sample skewness is above {_SKEWED} here, so they may be wrong too often: {', '.join(names)}."
+    ]
 
 
 def _explained(protocol: Protocol, compared: Sequence[MethodComparison]) -> str:
@@ -75,13 +91,16 @@ def _explained(protocol: Protocol, compared: Sequence[MethodComparison]) -> str:
     families = f"the {baseline} comparisons with `{protocol.baseline}` in this and the following tables"
     if placebo:
         families += f", or the {placebo} with placebos"
-    margin = f"{protocol.margin:g}"
+    margin = f"{protocol.margin_share:.0%} of the training gain"
+    if protocol.margin:
+        margin = f"{protocol.margin:g}"
     return (
         "This is the study's primary metric. Interval and t p: Student's t over seeds. Wilcoxon "
         f"and sign test: exact, two-sided. Holm: corrected over {families}. Better: seeds on which "
         "the method has the lower value. Equivalent: two one-sided t tests at 5% reject a "
-        f"difference of {margin} or more. Effect: mean over deviation. Seeds needed: pairs that "
-        f"detect {margin} with a power of 80%."
+        f"difference of the margin, {margin}, or more. The training gain is the fall of the validation "
+        f"{named(protocol.metric)} in the tuning runs of `{protocol.baseline}` at its chosen rate. Effect: mean over "
+        "deviation. Seeds needed: pairs that detect the margin with a power of 80%."
     )
 
 
@@ -94,8 +113,18 @@ def _primary_row(protocol: Protocol, comparison: MethodComparison) -> list[str]:
         number(p.effect, 2),
         "yes" if p.equivalent else "no",
         number(p.deviation),
-        "-" if p.n < 2 else str(p.seeds_needed or "over 10,000"),
+        "-" if p.n < 2 or not p.margin > 0 else str(p.seeds_needed or "over 10,000"),
+        _margin(p.margin, comparison.gain),
     ]
+
+
+def _margin(margin: float, gain: float) -> str:
+    """Returns a margin and its share of the training gain."""
+    if not margin > 0:
+        return "-"
+    if not gain > 0:
+        return f"{margin:.3g} (no gain)"
+    return f"{margin:.3g} ({margin / gain:.1%})"
 
 
 def _brief_row(comparison: MethodComparison, *, several_models: bool) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
 
 from nalora_jax.study.analysis import (
@@ -26,15 +27,18 @@ from nalora_jax.study.records import Record
 _STYLE = {"svg.fonttype": "none", "font.size": 10, "axes.grid": True, "grid.color": "#dddddd"}
 _STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 _STYLE |= {"legend.frameon": False, "legend.fontsize": 8}
-_COLOURS = mpl.color_sequences["tab10"]
+# Of methods; a control has its method's colour, lighter.
+_COLOURS = (*mpl.color_sequences["tab10"], *mpl.color_sequences["Dark2"])
 _MARKERS = "osD^vP*X"
 _COLUMNS = 4  # panels in a row of a picture
+_ROWS = 12  # comparisons in a picture
+_VISIBLE = 0.01  # least spread of the methods' lines, as a share of their values
 
 
 def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
     """Returns SVG text by file name, without the pictures that would be empty."""
     cell_results = results(protocol, records)
-    marks = {name: _mark(index) for index, name in enumerate(protocol.methods)}
+    marks = _marks(protocol)
     panels: dict[str, Callable[[Any, Sequence[MethodResult], dict[str, Any]], bool]] = {
         "loss_by_rate.svg": _loss_by_rate,
         "loss_by_step.svg": _loss_by_step,
@@ -44,7 +48,13 @@ def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
     with mpl.rc_context(_STYLE):
         pictures = {name: _grid(name, cell_results, marks, panel) for name, panel in panels.items()}
         primary = [c for c in comparisons(protocol, cell_results) if c.measure.kind == "primary"]
-        pictures["differences.svg"] = _differences(protocol, primary)
+        parts = [primary]
+        if len(primary) > _ROWS:
+            parts = [[c for c in primary if c.cell.task == task] for task in protocol.tasks]
+        parts = [part[start : start + _ROWS] for part in parts for start in range(0, len(part), _ROWS)]
+        for number, part in enumerate(parts, start=1):
+            name = f"differences_{number}.svg" if len(parts) > 1 else "differences.svg"
+            pictures[name] = _differences(protocol, part)
     return {name: text for name, text in pictures.items() if text}
 
 
@@ -79,12 +89,21 @@ def _grid(
     return _svg(figure, name)
 
 
-def _mark(index: int) -> dict[str, Any]:
-    return {
-        "color": _COLOURS[index % len(_COLOURS)],
-        "marker": _MARKERS[index % len(_MARKERS)],
-        "markersize": 4,
-    }
+def _marks(protocol: Protocol) -> dict[str, dict[str, Any]]:
+    """Returns colour and marker of each method: no two methods share both."""
+    methods = [name for name, method in protocol.methods.items() if not method.placebo_of]
+    marks = {}
+    for number, (name, method) in enumerate(protocol.methods.items()):
+        index = methods.index(method.placebo_of or name)
+        colour = np.array(mpl.colors.to_rgb(_COLOURS[index % len(_COLOURS)]))
+        if method.placebo_of:
+            colour = 0.5 + 0.5 * colour
+        marks[name] = {"color": tuple(colour), "marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
+    return marks
+
+
+def _cost(group: Sequence[MethodResult]) -> str:
+    return f"validation {named(group[0].metric)}"
 
 
 def _loss_by_rate(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
@@ -106,7 +125,7 @@ def _loss_by_rate(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any
         top += [min(loss, best + 0.5) for loss in losses]
     if not top:
         return False
-    axis.set(xlabel="learning rate", ylabel=f"validation {named(group[0].metric)}", xscale="log")
+    axis.set(xlabel="learning rate", ylabel=f"{_cost(group)}, lower is better", xscale="log")
     axis.minorticks_off()
     axis.set_xticks(sorted(tried), [f"{rate:g}" for rate in sorted(tried)], rotation=30, fontsize=8)
     spread = max(top) - min(top)
@@ -129,7 +148,7 @@ def _loss_by_step(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any
             values = [mean([curve[step] for curve in curves]) for step in steps]
             axis.plot(steps, values, label=result.cell.method, linewidth=1.2, **marks[result.cell.method])
             drawn |= len(steps) > 1
-    axis.set(xlabel="step", ylabel=f"validation {named(group[0].metric)}")
+    axis.set(xlabel="step", ylabel=f"{_cost(group)}, lower is better")
     return drawn
 
 
@@ -150,7 +169,7 @@ def _misalignment(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any
 
 def _importance(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
     """Plots the mean slope E|phi'| of the gates along the test runs."""
-    drawn = False
+    lines = []
     for result in group:
         rows = [
             {r["step"]: r.get("mean_importance") for r in record["training"]}
@@ -160,9 +179,10 @@ def _importance(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any])
         values = [mean([float(row[step]) for row in rows if row[step] is not None]) for step in steps]
         if any(map(math.isfinite, values)):
             axis.plot(steps, values, label=result.cell.method, linewidth=1.2, **marks[result.cell.method])
-            drawn = True
+            lines.append(values)
     axis.set(xlabel="step", ylabel="mean importance E|φ′|")
-    return drawn
+    spreads = [max(values) - min(values) for values in zip(*lines, strict=False)]
+    return bool(lines) and max(spreads) > _VISIBLE * max(map(abs, lines[0]))
 
 
 def _differences(protocol: Protocol, compared: Sequence[MethodComparison]) -> str:
@@ -171,8 +191,10 @@ def _differences(protocol: Protocol, compared: Sequence[MethodComparison]) -> st
         return ""
     figure = Figure(figsize=(6.4, 0.9 + 0.3 * len(compared)), layout="constrained")
     axis = figure.subplots()
-    axis.axvspan(-protocol.margin, protocol.margin, color="#eeeeee", zorder=0)
     axis.axvline(0, color="#888888", linewidth=0.8)
+    margins = np.repeat([max(comparison.paired.margin, 0.0) for comparison in compared], 2)
+    edges = np.repeat(np.arange(len(compared) + 1) - 0.5, 2)[1:-1]
+    axis.fill_betweenx(edges, -margins, margins, color="#eeeeee", linewidth=0, zorder=0)
     labels = []
     for row, comparison in enumerate(compared):
         cell, statistics = comparison.cell, comparison.paired
@@ -184,8 +206,8 @@ def _differences(protocol: Protocol, compared: Sequence[MethodComparison]) -> st
         labels.append(f"{cell.method} - {comparison.other}, {cell.task}{model}")
     axis.set_yticks(range(len(compared)), labels, fontsize=8)
     axis.set_ylim(len(compared) - 0.5, -0.5)  # the first on top
-    text = f"difference of the test {named(protocol.metric)}"
-    axis.set_xlabel(f"{text}\n95% t interval; grey: the margin of {protocol.margin:g}", fontsize=9)
+    text = f"difference of the test {named(protocol.metric)}, lower is better"
+    axis.set_xlabel(f"{text}\n95% t interval; grey: the margin of equivalence", fontsize=9)
     return _svg(figure, "differences.svg")
 
 

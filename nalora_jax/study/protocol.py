@@ -33,7 +33,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from nalora_jax.config import DataConfig, RunConfig, check
+from nalora_jax.config import DataConfig, LoRARule, RunConfig, check
 from nalora_jax.config.former import GROUPS, FormerGroups, FormerMask, FormerStepScale, without_groups
 from nalora_jax.errors import NaloraError
 from nalora_jax.imports import import_files
@@ -56,6 +56,8 @@ _OF_THE_STUDY = (
     "callbacks",
     "debug",
 )
+
+_GATES = "ffn/(gate|in)_proj"  # as `nalora_jax.method.optimizer.find_gates`
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class Method:
     placebo_of: str = ""
     # Added to the seed of the fresh adapters only: pairs share their data but not their A.
     reseed: int = 0
+    # No adapter on the gate: the rules of the method, or of [run], act on other projections only.
+    no_gate: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,11 @@ class Protocol:
     extend: int = 2
     # Multiples of the chosen rate at which each method is tested, including 1.
     test_multiples: tuple[float, ...] = (1.0,)
-    # Margin of equivalence, in the metric's unit (nats per token or image).
-    margin: float = 0.005
+    # Margin of equivalence as a share of the training gain: of the fall of the validation loss (or 1 -
+    # metric) from the base model to the baseline's tuning runs at its chosen rate.
+    margin_share: float = 0.05
+    # Margin in the metric's unit (nats per token or image), in place of a share; 0: by the share.
+    margin: float = 0.0
     # Total hours of all runs after which no further run starts (0: no limit).
     budget_hours: float = 0.0
     # Not in the file: its path, and the sha256 of its content without comments and layout.
@@ -186,6 +193,9 @@ class Protocol:
         common = replace(common, data=data, vision=vision)
         settings = without_groups(self.methods[method].settings)
         config = override(common, settings, f"[methods.{method}] settings")
+        if self.methods[method].no_gate:
+            rules = (LoRARule(_GATES, rank=0), *config.lora.rules)
+            config = replace(config, lora=replace(config.lora, rules=rules))
         mechanisms = (*self.former_groups(method).rules, *config.mechanisms)
         for rule in mechanisms:
             make(rule)  # raises for an unknown name or setting
@@ -291,7 +301,8 @@ def _check(protocol: Protocol) -> None:
     _require("rates", p.extend == 0 or len(p.rates) > 1, "two rates, to extend the grid", p.rates)
     _require("extend", p.extend >= 0, "0 or more", p.extend)
     _require("evaluate_every", p.evaluate_every >= 1, "1 or more", p.evaluate_every)
-    _require("margin", p.margin > 0, "a number above 0", p.margin)
+    _require("margin_share", 0 < p.margin_share < 1, "a share between 0 and 1", p.margin_share)
+    _require("margin", p.margin >= 0, "0 (by margin_share) or more", p.margin)
     _require("budget_hours", p.budget_hours >= 0, "0 or more", p.budget_hours)
     _require(
         "test_multiples",

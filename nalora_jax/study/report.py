@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 from nalora_jax.errors import NaloraError
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 TABLES = "results.md"
 PICTURES = "pictures"
+_OURS = re.compile(r"(loss_by_rate|loss_by_step|misalignment|importance|differences(_\d+)?)\.svg")
 
 
 def write_report(protocol: Protocol) -> list[Path]:
@@ -42,6 +44,9 @@ def write_report(protocol: Protocol) -> list[Path]:
         )
         text += f"\n## Pictures\n\n{links}\n"
     folder = make_unlinked_folder(protocol.folder / PICTURES)
+    for path in folder.glob("*.svg"):
+        if _OURS.fullmatch(path.name) and path.name not in drawn:  # of an earlier report
+            path.unlink()
     written = [protocol.folder / TABLES, *(folder / name for name in drawn)]
     for path, content in zip(written, [text, *drawn.values()], strict=True):
         write_atomically(path, content)

@@ -32,6 +32,8 @@ class Paired:
     sign_p: float  # exact two-sided sign test, without pairs that do not differ
     wilcoxon_p: float  # exact two-sided signed-rank test, without pairs that do not differ
     effect: float  # mean over deviation (Cohen's d_z)
+    skewness: float  # of the sample; 0 for equal differences
+    margin: float  # of equivalence; NaN if it is unknown
     equivalent: bool  # two one-sided t tests at 5% reject a difference of the margin or more
     seeds_needed: int | None  # pairs that detect the margin with a power of 80%; None above 10,000
 
@@ -42,7 +44,8 @@ def paired(method: Sequence[float], other: Sequence[float], margin: float) -> Pa
     Args:
       method: losses ``[n]``, finite.
       other: losses ``[n]`` of the same seeds in the same order.
-      margin: equivalence margin, in the unit of the losses.
+      margin: equivalence margin, in the unit of the losses. Without a margin above 0, NaN included,
+        the methods are not equivalent.
     """
     first, second = np.asarray(method, np.float64), np.asarray(other, np.float64)
     assert first.shape == second.shape == (first.size,)
@@ -65,6 +68,8 @@ def paired(method: Sequence[float], other: Sequence[float], margin: float) -> Pa
         sign_test(below, above),
         signed_rank_test(difference, resolution),
         mean / deviation if deviation > 0 else math.nan,
+        skewness(difference),
+        margin,
         is_equivalent(difference, margin),
         seeds_needed(deviation, margin),
     )
@@ -143,13 +148,20 @@ def is_equivalent(difference: np.ndarray, margin: float) -> bool:
     return -margin < low and high < margin
 
 
+def skewness(difference: np.ndarray) -> float:
+    """Returns the sample skewness of ``[n]`` values (g1, without a correction for n); 0 for equal values."""
+    if np.ptp(difference) <= _RESOLUTION * np.abs(difference).max():
+        return 0.0
+    return float(stats.skew(difference))
+
+
 def seeds_needed(deviation: float, effect: float) -> int | None:
     """Returns the number of pairs with which a t test at 5% detects ``effect`` with a power of 80%.
 
     Returns:
-      At least 2; None if the deviation is unknown or 10,000 pairs are not enough.
+      At least 2; None if the deviation is unknown, the effect is not above 0, or 10,000 pairs are not enough.
     """
-    if not math.isfinite(deviation):
+    if not math.isfinite(deviation) or not effect > 0:
         return None
     if deviation == 0:
         return 2

@@ -13,7 +13,7 @@ from nalora_jax.study.analysis import MethodResult, comparisons, deviation, last
 from nalora_jax.study.identity import old_records
 from nalora_jax.study.markdown import grouped, number, table
 from nalora_jax.study.plan import MEASURES, wanted
-from nalora_jax.study.protocol import Protocol
+from nalora_jax.study.protocol import Method, Protocol
 from nalora_jax.study.records import Record
 
 # Columns of a run's last log step.
@@ -123,12 +123,18 @@ def _methods(protocol: Protocol) -> str:
         [
             name,
             method.about or "-",
-            _settings(method.settings | ({"reseed": method.reseed} if method.reseed else {})) or "-",
+            _settings(method.settings | _named(method)) or "-",
             f"`{method.placebo_of}`" if method.placebo_of else "-",
         ]
         for name, method in protocol.methods.items()
     ]
     return "## Methods\n\n" + table(["method", "description", "settings", "placebo of"], rows)
+
+
+def _named(method: Method) -> dict[str, Any]:
+    """Returns the method's keys other than its settings that change a run, if they are not the default."""
+    keys = {"reseed": method.reseed, "no_gate": method.no_gate}
+    return {name: value for name, value in keys.items() if value}
 
 
 def _settings(settings: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from nalora_jax.errors import NaloraError
 _TUNED, _WIDTH = 4e-3, 576
 # Image and text encoders: best rate of plain LoRA in each task of studies/few_shot_seeds.
 _ENCODERS = 1e-3
-# Factors on these rates. For preference losses (docs/preference.md):
+# Factors on these rates. For preference losses: a guess, without evidence (docs/preference.md).
 _PAIRS = 1 / 8
 # Non-zero initializations of A and B, with lowered kernels: best rates 5e-4 and 1e-3 in
 # studies/full_ffn_table, compared with 4e-3 of plain LoRA.

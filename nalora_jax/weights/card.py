@@ -203,15 +203,15 @@ def _precision(card: Card) -> str:
     """Describes the base's precision during the evaluation, and the effect of another one."""
     if card.origin is None:
         return ""
-    held = f", held as {_held(card.run)}" if card.run else ""
+    held = f", {_held(card.run)}" if card.run else ""
     lines = [
         "## Precision of the base",
-        f"Trained and measured on {code(_short(card.origin.file))} ({markdown(card.origin.format)}, numbers in "
+        f"Trained and measured on {code(_short(card.origin.file))} ({markdown(card.origin.format)}, "
         f"{markdown(card.origin.numbers)}{held}); digest of all its weights: {code(card.origin.fingerprint)}.",
     ]
     if card.origin.copy_of:
         lines += [
-            f"That file is a third party's copy of {_base_link(card.origin.copy_of)}, not the model that the hub has. "
+            f"That file is a community GGUF of {_base_link(card.origin.copy_of)}, not the model on the hub. "
             f"nalora_jax loads it by the name {code(card.origin.name)}."
         ]
     if card.kind == "adapter":
@@ -241,14 +241,14 @@ def _rope(card: Card) -> str:
 def _numbers(origin: Origin | None, run: RunConfig) -> str:
     if origin is None:
         return _held(run)
-    return f"{markdown(origin.numbers)} in the file, held as {_held(run)}"
+    return f"{markdown(origin.numbers)} in the file, {_held(run)}"
 
 
 def _held(run: RunConfig) -> str:
     kind = run.compute.quantize
     if kind == "none":
-        return run.compute.dtype
-    return f"{kind} and {run.compute.dtype}"
+        return f"loaded as {run.compute.dtype}"
+    return f"quantized to {kind}, computed in {run.compute.dtype}"
 
 
 def _usage(card: Card) -> str:
@@ -295,7 +295,7 @@ def _settings(card: Card) -> str:
         ),
         ("adapter dropout", f"{run.lora.dropout:g}"),
         ("initialisation", run.lora.init),
-        ("numbers of the base", _numbers(card.origin, run)),
+        ("precision of the base", _numbers(card.origin, run)),
         ("seed", run.seed),
     ]
     everything = _fenced(json.dumps(published(run.to_dict()), indent=2), "json")

@@ -47,8 +47,8 @@ class Origin:
         """Returns one line for logs, reports and cards."""
         copied = ""
         if self.copy_of:
-            copied = f", a third party's copy of {self.copy_of}"
-        return f"{self.file}: {self.format}, numbers in {self.numbers}{copied}, weights {self.fingerprint[:20]}"
+            copied = f", a community GGUF of {self.copy_of}"
+        return f"{self.file}: {self.format}, {_of_weights(self.numbers)}{copied}, digest {self.fingerprint[:20]}"
 
     def to_dict(self) -> dict[str, str]:
         """Returns plain values, for a log."""
@@ -58,6 +58,11 @@ class Origin:
     def from_dict(values: Mapping[str, str]) -> Origin:
         """Builds an Origin from `to_dict`'s result; missing fields (other versions) are empty."""
         return Origin(**{field.name: values.get(field.name, "") for field in dataclasses.fields(Origin)})
+
+
+def _of_weights(numbers: str) -> str:
+    """Returns "Q4_1 (79% of the weights), Q8_0 (21%)"."""
+    return numbers.replace("%)", "% of the weights)", 1)
 
 
 def origin(

@@ -42,8 +42,8 @@ def test_seeds_are_one_group_and_methods_have_their_names(folders: list[Path]) -
     faster = replace(LORA, optimizer=replace(LORA.optimizer, learning_rate=2e-3), seed=5)
     other = write_run(folders[0].parent / "faster", list(fake_records(40, layers=4)), faster)
     labels = [group.label for group in group_runs([*runs, read_history(other)])]
-    assert labels[0] == "NA-LoRA, optimizer.learning_rate 0.001"
-    assert labels[2] == "LoRA, mechanisms none, optimizer.learning_rate 0.002"
+    assert labels[0] == "NA-LoRA, learning_rate 0.001"
+    assert labels[2] == "LoRA, mechanisms none, learning_rate 0.002"
 
 
 def test_the_page_holds_every_group_and_loads_nothing(folders: list[Path]) -> None:

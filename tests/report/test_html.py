@@ -72,7 +72,6 @@ def test_the_page_says_what_the_run_did(page):
     assert "after 0.523 95%: 0.474 to 0.572" in words
     assert "+0.122, better; the intervals do not overlap. Measured on 400 held-out items." in words
     assert "Held-out loss 5.100 → 3.310" in words
-    assert "Training time 3:40" in words
     assert "Wall time 5:20 preparing 0:20, training 5:00" in words
     assert "Peak memory 1.2 GB of the process" in words
     assert "200,000 tokens" in words
@@ -85,7 +84,8 @@ def test_every_picture_is_there_and_described(page):
     labels = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
     assert labels == [
         "Held-out accuracy over the steps",
-        "Training and held-out loss over the steps",
+        "training loss over the steps",
+        "Held-out loss over the steps",
         "learning rate over the steps",
         "tokens per second over the steps",
         "gradient norm over the steps",
@@ -115,9 +115,9 @@ def test_the_page_is_small_and_loads_nothing(written, text, page):
 
 def test_the_page_says_which_questions_a_number_is_of_and_what_the_limit_depends_on(text):
     text = " ".join(text.split())
-    assert "one evaluation on the questions that choose the checkpoint" in text
-    assert "before and after are of other questions" in text
-    assert "which channels and tokens the adapters move, so it changes in training" in text
+    assert "one evaluation on the examples that select the checkpoint" in text
+    assert "which were not used to select the checkpoint" in text
+    assert "It depends on the pre-activations and on the channels that the adapters change" in text
     assert "share with mask ≥ 1" in text
     assert "responsive" not in text.lower()  # that is a share of another kind, which `nalora inspect` shows
 
@@ -273,6 +273,34 @@ def test_a_comparison_item_by_item_is_said_where_there_is_one(make_run):
     )
 
 
+def answered(*corrects):
+    return [
+        {"prompt": f"q{n}", "answer": "a", "expected": "b", "correct": c} for n, c in enumerate(corrects)
+    ]
+
+
+def test_samples_have_the_proportions_of_all_items_and_bars_have_a_chance_level(make_run):
+    paired = {"difference": 0.1, "low": 0.0, "high": 0.2, "p_value": 0.1, "gained": 20, "lost": 10, "n": 80}
+    before = {"accuracy": 0.5, "n": 80, "samples": answered(*[False] * 20, *[True] * 20)}
+    after = {"accuracy": 0.625, "n": 80, "chance": 0.25, "paired": paired}
+    after["samples"] = answered(
+        *[True] * 10, *[False] * 15, *[True] * 15
+    )  # gained 10, wrong 10, lost 5, right 15
+    text = page_of(
+        make_run([{"step": 0, "initial": True, "eval": before}, {"step": 9, "final": True, "eval": after}])
+    ).words
+    assert "Of 80 examples 20 gained, 10 lost, 30 right both times, 20 wrong both times." in text
+    pairs = re.findall(r"before a [✗✓] (\w+) after a [✗✓] (\w+)", text)
+    counts = {pair: pairs.count(pair) for pair in sorted(set(pairs))}
+    assert counts == {
+        ("right", "right"): 3,
+        ("right", "wrong"): 1,
+        ("wrong", "right"): 2,
+        ("wrong", "wrong"): 2,
+    }
+    assert "chance 0.25" in text
+
+
 def of(step, loss, n=None, **kind):
     return {"step": step, "eval": {"loss": loss} | ({"n": n} if n else {}), **kind}
 
@@ -284,17 +312,17 @@ def of(step, loss, n=None, **kind):
             [of(0, 5.0, initial=True), of(0, 4.0), of(9, 3.0), of(9, 2.0, final=True)],
             "5.000 → 2.000",
             "Before: the base model, before the first step. After: the adapter of step 9, which was exported. Both on "
-            "the same questions, which had no say in choosing it.",
+            "the same examples, which were not used to select the checkpoint.",
         ),
         (
             [of(0, 5.0, initial=True), of(5, 4.0, n=4), of(9, 3.0, n=4), of(9, 2.0, final=True)],
             "5.000 → 2.000",
-            "It was chosen on 4 others, too few to tell checkpoints apart: the choice is mostly chance.",
+            "It was selected on 4 other examples, too few to distinguish checkpoints: the selection is mostly chance.",
         ),
         (  # while the result is not measured, both are of the questions along the way
             [of(0, 5.0, initial=True), of(0, 4.0), of(9, 3.0)],
             "4.000 → 3.000",
-            "After: the evaluation at step 9. Both on the questions that choose the checkpoint: the result has not",
+            "After: the evaluation at step 9. Both on the examples that select the checkpoint: the result has not",
         ),
         ([of(3, 4.0), of(9, 3.0)], "4.000 → 3.000", "Before: the evaluation at step 3. After"),
         ([of(0, 5.0, initial=True), of(0, 4.0)], "step 0 5.000", "Held-out loss"),

@@ -36,7 +36,7 @@ def test_pictures_confusion_and_towers_are_on_the_page() -> None:
     history = history_of(RECORDS)
     page = render(history, has_adapter=True)
     assert page.count(f'src="{PICTURE}"') == 1
-    assert "nalora classify IMAGE --model runs/x" in page
+    assert "nalora eval runs/x" in page
     assert "nalora generate" not in page
     assert "&lt;dog&gt;" in page
     assert "<dog>" not in page

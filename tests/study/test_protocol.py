@@ -9,6 +9,7 @@ import pytest
 
 from nalora_jax.config import LoRARule
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.targets import resolve
 from nalora_jax.study.protocol import read_protocol
 
 
@@ -37,6 +38,16 @@ def test_a_method_is_the_common_settings_with_its_own(study: Path) -> None:
     assert read_protocol(study / "protocol.toml") == protocol  # the file does as well as its folder
 
 
+def test_a_method_without_gate_adapters_keeps_the_other_rules(study: Path) -> None:
+    changed(study, "^lora.rules.*", 'lora.rules = [{pattern = "ffn/(gate|up)_proj", rank = 2}]')
+    protocol = read_protocol(changed(study, "^about = .*", "no_gate = true"))
+    config = protocol.config(protocol.models[0], "z", "half", 0.01, 7)
+    shapes = {f"layers/ffn/{name}_proj": (8, 16) for name in ("gate", "up", "down")}
+    assert [path for path, _ in resolve(config.lora, shapes, 2).targets] == ["layers/ffn/up_proj"]
+    others = protocol.config(protocol.models[0], "z", "lora", 0.01, 7).lora
+    assert len(resolve(others, shapes, 2).targets) == 2
+
+
 def test_the_digest_is_of_the_content_not_of_its_layout(study: Path) -> None:
     digest = read_protocol(study).digest
     assert (
@@ -50,6 +61,8 @@ def test_the_digest_is_of_the_content_not_of_its_layout(study: Path) -> None:
     ("pattern", "text", "message"),
     [
         ("^question.*", "", "top level: expected a value of question, found none"),
+        ("^extend.*", "margin = -0.1", r"margin: expected 0 \(by margin_share\) or more, found -0.1"),
+        ("^extend.*", "margin_share = 5.0", "margin_share: expected a share between 0 and 1, found 5.0"),
         ("^margin|^extend", "margins", r"top level: expected only question, .*margin.*, found margins"),
         (
             "^test_items.*",

