@@ -4,8 +4,7 @@
     python benchmarks/growth.py --axis seq depth
 
 A small model (4 layers, width 256, feed-forward 1024, 4 heads, vocabulary 8,192, rank 8 on gate, up
-and down, 4 rows of 256 tokens, float32) trains NA-LoRA steps while one size at a time doubles;
-"adapters" is the number of adapters in one compiled forward pass with one adapter per row. Time is
+and down, 4 rows of 256 tokens, float32) trains NA-LoRA steps while one size at a time doubles. Time is
 the fastest of several steps, memory the compiled program's arguments and temporaries. The growth is
 the exponent between the last two sizes: 1 doubles with the size, 0 is constant. The expected
 exponent follows from the number of operations once that size dominates; smaller is better. In the
@@ -37,7 +36,6 @@ AXES = {
     "batch": ((2, 4, 8, 16), 1, 1),
     "rank": ((4, 8, 16, 32, 64), 1, 1),
     "vocabulary": ((8192, 16384, 32768, 65536, 131072), 1, 1),
-    "adapters": ((1, 2, 4, 8, 16), 1, 1),
 }
 
 
@@ -92,27 +90,6 @@ def training_step(sizes: dict[str, int]) -> tuple[Any, int]:
     return step, _bytes(program)
 
 
-def served_forward(adapters: int) -> tuple[Any, int]:
-    """Returns a forward pass of 16 rows over a bank of adapters, and the program's memory."""
-    import jax
-
-    from nalora_jax.models.decoder import Decoder, init_params
-    from nalora_jax.weights.adapter_bank import AdapterBank
-
-    sizes = {**BASE, "batch": 16}
-    base = base_config(sizes)
-    targets = [f"layers/ffn/{name}_proj" for name in ("gate", "up", "down")]
-    bank = AdapterBank.empty(base, slots=adapters, rank=sizes["rank"], targets=targets)
-    model = Decoder(base, bank.spec)
-    rows = (sizes["batch"], sizes["seq"])
-    tokens = np.random.default_rng(0).integers(0, base.vocab_size, rows).astype(np.int32)
-    ids = np.arange(rows[0], dtype=np.int32) % adapters
-    variables = {"params": init_params(base, jax.random.key(0)), "lora": bank.lora}
-    apply = jax.jit(lambda variables, tokens, ids: model.apply(variables, tokens, adapter_ids=ids))
-    program = apply.lower(variables, tokens, ids).compile()
-    return lambda: jax.block_until_ready(program(variables, tokens, ids)), _bytes(program)
-
-
 def _bytes(program: Any) -> int:
     analysis = program.memory_analysis()
     return int(analysis.argument_size_in_bytes + analysis.temp_size_in_bytes)
@@ -122,12 +99,9 @@ def measure(axis: str, sizes: tuple[int, ...], repeats: int) -> dict[str, list[f
     """Returns the fastest seconds and the bytes at every size."""
     seconds, sized = [], []
     for size in sizes:
-        if axis == "adapters":
-            run, memory = served_forward(size)
-        else:
-            # The longest sequences are measured on one row.
-            rows = {"batch": 1} if axis == "seq" else {}
-            run, memory = training_step({**BASE, **rows, axis: size})
+        # The longest sequences are measured on one row.
+        rows = {"batch": 1} if axis == "seq" else {}
+        run, memory = training_step({**BASE, **rows, axis: size})
         run()
         seconds.append(min(_timed(run) for _ in range(repeats)))
         sized.append(memory)

@@ -43,7 +43,6 @@ class LoRADense(nn.Module):
         mask: jax.Array | None = None,
         *,
         deterministic: bool = True,
-        adapter_ids: jax.Array | None = None,
     ) -> Dense:
         """Returns the layer's arrays. Without a ``lora`` collection the layer has no adapter.
 
@@ -52,7 +51,6 @@ class LoRADense(nn.Module):
           scale: the layer's ``s``.
           mask: ``[d_out]`` for the gated gradient of A (gates only).
           deterministic: True to switch dropout off.
-          adapter_ids: ``[batch]``, needed with a stack of adapters in the ``lora`` collection.
         """
         kernel = frozen_kernel(self, (d_in, self.features))
         bias = None
@@ -66,14 +64,12 @@ class LoRADense(nn.Module):
         b = self.variable("lora", "b", jnp.zeros, (self.rank, self.features), jnp.float32).value
         if self.has_variable("lora", "singular"):  # AdaLoRA, in training
             a = a * self.get_variable("lora", "singular")[None, :]
-        if a.ndim == 3 and adapter_ids is None:
-            raise ValueError("a stack of adapters needs adapter_ids")
-        ids, start = adapter_ids if a.ndim == 3 else None, initial_factors(self)
+        start = initial_factors(self)
         magnitude = magnitude_of(self, kernel, axis=0) if self.dora else None
         dropout = None
         if self.dropout > 0 and not deterministic:
             dropout = nn.Dropout(self.dropout, deterministic=False)
-        return Dense(kernel, Adapter(a, b, scale, mask, magnitude, ids, start), bias, dropout, name)
+        return Dense(kernel, Adapter(a, b, scale, mask, magnitude, start), bias, dropout, name)
 
 
 def initial_factors(module: nn.Module) -> tuple[jax.Array, jax.Array] | None:

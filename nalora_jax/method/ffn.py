@@ -251,7 +251,6 @@ class GatedFFN(AdaptedBlock):
         *,
         token_weights: jax.Array | SampledWeights | None = None,
         deterministic: bool = True,
-        adapter_ids: jax.Array | None = None,
     ) -> jax.Array:
         """Returns ``[batch, seq, d_model]``.
 
@@ -260,9 +259,8 @@ class GatedFFN(AdaptedBlock):
           scales: the adapters' ``s`` by projection name; 1 by default.
           token_weights: ``[batch, seq]``, weights of the tokens in the statistics.
           deterministic: True to switch adapter dropout off.
-          adapter_ids: ``[batch]``, see `LoRADense`.
         """
-        options: dict[str, Any] = {"deterministic": deterministic, "adapter_ids": adapter_ids}
+        options: dict[str, Any] = {"deterministic": deterministic}
         gate = self._dense("gate_proj", self.d_model, self.d_ff, scales, mask=self._mask(), **options)
         up = self._dense("up_proj", self.d_model, self.d_ff, scales, **options)
         down = self._dense("down_proj", self.d_ff, self.d_model, scales, **options)
@@ -280,10 +278,9 @@ class SelfGatedFFN(AdaptedBlock):
         *,
         token_weights: jax.Array | SampledWeights | None = None,
         deterministic: bool = True,
-        adapter_ids: jax.Array | None = None,
     ) -> jax.Array:
         """Returns ``[batch, seq, d_model]`` for ``[batch, seq, d_in]``; see `GatedFFN`."""
-        options: dict[str, Any] = {"deterministic": deterministic, "adapter_ids": adapter_ids}
+        options: dict[str, Any] = {"deterministic": deterministic}
         gate = self._dense("in_proj", x.shape[-1], self.d_ff, scales, mask=self._mask(), **options)
         down = self._dense("out_proj", self.d_ff, self.d_model, scales, **options)
         return self._output(x, gate, None, down, token_weights)

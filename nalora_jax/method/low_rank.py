@@ -33,14 +33,13 @@ from nalora_jax.ops.storage import SAVED, Kernel, expand
 
 
 class Adapter(NamedTuple):
-    """A low-rank adapter, or a stack of n adapters of which every example uses one."""
+    """A low-rank adapter."""
 
-    a: jax.Array  # float32 [d_in, r], or [n, d_in, r]
-    b: jax.Array  # float32 [r, d_out], or [n, r, d_out]
+    a: jax.Array  # float32 [d_in, r]
+    b: jax.Array  # float32 [r, d_out]
     scale: jax.Array | float = 1.0  # scalar s
     mask: jax.Array | None = None  # [d_out], weights of the output channels in A's gradient
     magnitude: jax.Array | None = None  # [d_out], of a weight-decomposed adapter (DoRA)
-    ids: jax.Array | None = None  # int [batch], index into the stack; -1: no adapter
     start: tuple[jax.Array, jax.Array] | None = None  # initial A and B if B is not 0 (PiSSA, LoRA-GA)
 
 
@@ -56,10 +55,8 @@ class Dense(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """True if the layer has no DoRA, no dropout and no stack of adapters."""
-        if (adapter := self.adapter) is None:
-            return True
-        return adapter.a.ndim == 2 and adapter.magnitude is None and self.dropout is None
+        """True if the layer has no DoRA and no dropout of an adapter."""
+        return self.adapter is None or (self.adapter.magnitude is None and self.dropout is None)
 
 
 class LowRankHidden(NamedTuple):
@@ -162,16 +159,13 @@ def adapted_dense(x: jax.Array, dense: Dense, numerics: Numerics) -> Adapted:
         if adapter is None:
             return Adapted(add_bias(base, dense.bias))
         inner = x if dense.inner is None else dense.inner
-        dropped, hidden = inner if dense.dropout is None else dense.dropout(inner), None
-        if adapter.ids is not None:
-            delta = batched_residual(dropped, *adapter[:3], adapter.ids, operand=numerics.adapter)
-        else:
-            delta, hidden = _residual(dropped, adapter, numerics)
+        dropped = inner if dense.dropout is None else dense.dropout(inner)
+        delta, hidden = _residual(dropped, adapter, numerics)
         if adapter.magnitude is not None:
             delta = _dora(base, delta, dense.kernel, adapter)
         delta = delta.astype(base.dtype)
         y = add_bias(base, dense.bias) + delta
-        if hidden is None or not dense.is_plain:
+        if not dense.is_plain:
             return Adapted(y, delta)
         # The factors: a returned delta would be written to memory for the few rows of a probe.
         return Adapted(y, LowRankHidden(hidden, adapter.b))
@@ -198,32 +192,6 @@ def moved_from(delta: jax.Array, start: jax.Array) -> jax.Array:
 
 
 # ---------------------------------------------------------------- variants
-
-
-def batched_residual(
-    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | float, ids: jax.Array, *, operand: str
-) -> jax.Array:
-    """Returns each example's output of its adapter in a stack.
-
-    Args:
-      x: ``[batch, seq, d_in]``.
-      a: ``[n, d_in, r]``.
-      b: ``[n, r, d_out]``.
-      scale: scalar, the same for the stack.
-      ids: int ``[batch]``, the adapter of each example; -1 means no adapter.
-      operand: dtype that operands are rounded to.
-
-    Returns:
-      ``[batch, seq, d_out]`` float32.
-    """
-    chex.assert_rank([x, a, b], 3)
-    chex.assert_shape(ids, (x.shape[0],))
-    index = jnp.maximum(ids, 0)
-    on = jnp.where(ids >= 0, jnp.asarray(scale, jnp.float32), 0.0)
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    hidden = product("bsd,bdr->bsr", x.astype(operand), a[index].astype(operand))
-    hidden = (hidden * on[:, None, None]).astype(operand)  # [batch, seq, r]
-    return product("bsr,bro->bso", hidden, b[index].astype(operand))
 
 
 def column_norm(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | float) -> jax.Array:

@@ -91,9 +91,7 @@ class Attention(nn.Module):
         adapters, scale = self.options.adapters, layer.scales.get("attn", {}).get(name, 1.0)
         rank, numerics = adapters.rank(name), self.options.numerics
         module = LoRADense(d_out, rank, bias, adapters.dora, adapters.dropout, numerics, name=name)
-        dense: Dense = module.dense(
-            d_in, scale, deterministic=shared.deterministic, adapter_ids=shared.adapter_ids
-        )
+        dense: Dense = module.dense(d_in, scale, deterministic=shared.deterministic)
         return dense
 
     def _norm(self, name: str) -> RMSNorm:

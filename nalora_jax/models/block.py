@@ -57,7 +57,6 @@ class Block(nn.Module):
             layer.scales.get(ffn.name, {}),
             token_weights=shared.token_weights,
             deterministic=shared.deterministic,
-            adapter_ids=shared.adapter_ids,
             **stream,
         )
         if c.post_norm:

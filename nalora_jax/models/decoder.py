@@ -87,7 +87,6 @@ class Decoder(nn.Module):
         token_weights: jax.Array | None = None,
         cache: Cache | None = None,
         deterministic: bool = True,
-        adapter_ids: jax.Array | None = None,
         features: jax.Array | None = None,
         lengths: jax.Array | None = None,
     ) -> Any:
@@ -103,7 +102,6 @@ class Decoder(nn.Module):
             tokens that are not padding.
           cache: keys and values of earlier calls (`init_cache`); all segments must then be 1.
           deterministic: no dropout; if False and a rate is set, the rng ``dropout`` is needed.
-          adapter_ids: int ``[batch]``, index of each example's adapter in a stack.
           features: ``[batch, places, d_model]`` of images, which replace each row's image tokens in
             order (`nalora_jax.models.vision.decoder.SeeingDecoder.see`); a row may have fewer such
             tokens than places.
@@ -116,7 +114,7 @@ class Decoder(nn.Module):
         Returns:
           ``[batch, seq, d_model]``; with a cache, a pair of that and the extended cache.
         """
-        given = (positions, segment_ids, token_weights, cache, adapter_ids, deterministic, lengths)
+        given = (positions, segment_ids, token_weights, cache, deterministic, lengths)
         shared = _shared_inputs(self.config, tokens, *given)
         sharding = self.activation_sharding
         if shards_of(sharding) > 1:
@@ -315,7 +313,6 @@ def _shared_inputs(
     segment_ids: jax.Array | None,
     token_weights: jax.Array | None,
     cache: Cache | None,
-    adapter_ids: jax.Array | None,
     deterministic: bool,
     lengths: jax.Array | None,
 ) -> SharedInputs:
@@ -346,7 +343,6 @@ def _shared_inputs(
         positions=positions,
         segments=segments,
         token_weights=token_weights,
-        adapter_ids=adapter_ids,
         deterministic=deterministic,
         **of_cache,
     )

@@ -152,9 +152,7 @@ class GatedDeltaNetLayer(nn.Module):
         adapters, scale = self.options.adapters, layer.scales.get(self.sizes.name, {}).get(name, 1.0)
         rank, numerics = adapters.rank(name), self.options.numerics
         module = LoRADense(d_out, rank, False, adapters.dora, adapters.dropout, numerics, name=name)
-        dense: Dense = module.dense(
-            d_in, scale, deterministic=shared.deterministic, adapter_ids=shared.adapter_ids
-        )
+        dense: Dense = module.dense(d_in, scale, deterministic=shared.deterministic)
         return dense
 
     def _recur(

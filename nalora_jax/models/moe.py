@@ -19,7 +19,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.dense import frozen_kernel, init_a, initial_factors, magnitude_of
-from nalora_jax.errors import NaloraError
 from nalora_jax.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.method import statistics
 from nalora_jax.method.ffn import Adapters
@@ -63,10 +62,6 @@ class ExpertDense(nn.Module):
         ).value
         if self.has_variable("lora", "singular"):  # AdaLoRA, in training
             a = a * self.get_variable("lora", "singular")[:, None, :]
-        if a.ndim != 3:
-            raise NaloraError(
-                "adapters", expected="one adapter on expert projections", found="a stack of adapters"
-            )
         magnitude = magnitude_of(self, kernel, axis=1) if self.dora else None
         start = initial_factors(self)
         return Experts(
@@ -100,14 +95,12 @@ class MoEFFN(nn.Module):
         *,
         token_weights: jax.Array | SampledWeights | None = None,
         deterministic: bool = True,
-        adapter_ids: jax.Array | None = None,
         routed_by: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns ``[batch, seq, d_model]`` as ``x``; ``adapter_ids`` is ignored.
+        """Returns ``[batch, seq, d_model]`` as ``x``.
 
         ``routed_by`` is the input of the router, ``x`` by default.
         """
-        del adapter_ids
         scales = scales or {}
         mask = None
         if self.has_variable("gate_mask", "mask"):
@@ -309,7 +302,7 @@ def _specs(layer: Layer, axis: str | None, taps: tuple[Any, ...], over: str | No
         bias: Any = _if_present(experts.bias, of_outputs)
         if experts.adapter is None:
             return Experts(kernels, bias=bias)
-        places: Any = (a, b, P(), of_outputs, of_outputs, None, (a, b))
+        places: Any = (a, b, P(), of_outputs, of_outputs, (a, b))
         return Experts(kernels, Adapter(*map(_if_present, experts.adapter, places)), bias)
 
     places: Any = (

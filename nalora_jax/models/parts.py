@@ -63,7 +63,6 @@ class SharedInputs:
     positions: jax.Array  # int [batch or 1, seq]
     segments: jax.Array  # int [batch or 1, seq]
     token_weights: jax.Array | SampledWeights | None  # [batch, seq], for statistics
-    adapter_ids: jax.Array | None  # int [batch]
     cached_positions: jax.Array | None = None  # int [batch, slots]
     cached_segments: jax.Array | None = None  # int [batch, slots]
     cache: dict[str, tuple[LayerStack, LayerStack]] | None = None  # by stack: all layers' keys and values

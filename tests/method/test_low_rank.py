@@ -13,7 +13,6 @@ from nalora_jax.method.low_rank import (
     Adapter,
     Dense,
     adapted_dense,
-    batched_residual,
     column_norm,
     parallel_dense,
     residual,
@@ -63,16 +62,6 @@ def test_without_a_mask_the_gradient_is_autodiffs() -> None:
 def test_a_mask_never_changes_the_value() -> None:
     x, a, b, mask, _ = (jnp.asarray(v, jnp.float32) for v in _arrays(2))
     np.testing.assert_array_equal(residual(x, a, b, 2.0), residual(x, a, b, 2.0, mask))
-
-
-def test_batched_residual_is_one_adapter_per_example() -> None:
-    rng = np.random.default_rng(3)
-    x, a, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(3, 5, 8), (2, 8, 4), (2, 4, 6)])
-    ids = jnp.array([1, -1, 0])
-    got = batched_residual(x, a, b, 1.5, ids, operand="float32")
-    np.testing.assert_allclose(got[0], residual(x[0], a[1], b[1], 1.5), rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(got[1], np.zeros_like(got[1]))
-    np.testing.assert_allclose(got[2], residual(x[2], a[0], b[0], 1.5), rtol=1e-5, atol=1e-5)
 
 
 def test_column_norm_is_the_norm_of_the_sum() -> None:

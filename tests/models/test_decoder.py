@@ -228,19 +228,6 @@ def test_statistics_are_sums_over_real_tokens(config, params):
         np.testing.assert_allclose(value, alone[0][path] + alone[1][path], rtol=1e-4, atol=1e-4)
 
 
-def test_each_example_uses_its_own_adapter():
-    config = CONFIGS["dense"]
-    spec, tokens = everywhere(config), tokens_of(3, 8)
-    params, adapters = init_params(config, jax.random.key(0)), [trained(config, everywhere(config))]
-    adapters.append(jax.tree.map(lambda x: -0.5 * x, adapters[0]))
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *adapters)
-    model = Decoder(config, spec)
-    ours = run(model, params, tokens, stacked, adapter_ids=jnp.array([1, -1, 0]))
-    np.testing.assert_allclose(ours[0], run(model, params, tokens, adapters[1])[0], atol=1e-5)
-    np.testing.assert_allclose(ours[1], run(model, params, tokens)[1], atol=1e-5)
-    np.testing.assert_allclose(ours[2], run(model, params, tokens, adapters[0])[2], atol=1e-5)
-
-
 def test_the_program_does_not_grow_with_depth(config):
     def size(n_layers: int) -> int:
         c = dataclasses.replace(config, n_layers=n_layers, windows=(), rope_index=())

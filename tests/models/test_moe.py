@@ -13,14 +13,13 @@ import pytest
 import torch
 
 from nalora_jax import gate_checks
-from nalora_jax.errors import NaloraError
 from nalora_jax.gate_checks import GateChecks
 from nalora_jax.measurement import GateStatsConfig, Probe, gate_statistics
 from nalora_jax.method import activations
 from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.low_rank import residual
 from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, grouped_residual
-from nalora_jax.models.moe import ExpertDense, MoEFFN
+from nalora_jax.models.moe import MoEFFN
 from nalora_jax.models.router import RouterSpec, route
 from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.ops.matmul import matmul
@@ -193,14 +192,6 @@ def test_identity_check_measures_the_live_gate():
     stats = out["gate_stats"]
     for name in gate_checks.NAMES:
         assert stats[name] < 1, name
-
-
-def test_a_stack_of_adapters_is_refused_by_name():
-    module, variables = ExpertDense(EXPERTS, F, RANK), {}
-    variables["params"] = {"kernel": normal(EXPERTS, D, F)}
-    variables["lora"] = {"a": normal(2, EXPERTS, D, RANK), "b": normal(2, EXPERTS, RANK, F)}
-    with pytest.raises(NaloraError, match="stack of adapters"):
-        module.apply(variables, D)
 
 
 def test_dropout_acts_on_the_adapters_input_only():
