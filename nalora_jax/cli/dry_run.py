@@ -18,6 +18,7 @@ from nalora_jax.data.questions import held_out
 from nalora_jax.distributed import platform_of
 from nalora_jax.distributed.mesh import AXES
 from nalora_jax.loading.base import read_tokenizer_of
+from nalora_jax.method.rules import make
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.remat import chosen_remat
@@ -29,7 +30,6 @@ from nalora_jax.plan.layouts import Layout, estimate
 from nalora_jax.plan.machines import of_devices, topology
 from nalora_jax.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.train.inputs import check_data, check_layout, check_longest, described, stream_shape
-from nalora_jax.train.mechanisms import make
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
 from nalora_jax.weights.hub import resolve as find_model

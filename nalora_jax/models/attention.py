@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nalora_jax.dense import LoRADense
+from nalora_jax.method.ffn import LoRADense
 from nalora_jax.method.low_rank import Dense, adapted_dense, parallel_dense
 from nalora_jax.models.cache import KeyValues
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
-from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method.ffn import GatedFFN, SelfGatedFFN
+from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.attention import Attention
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.layers import ResidualNorm, RMSNorm

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.block import Block
 from nalora_jax.models.cache import Cache, KeyValues, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
@@ -37,14 +37,14 @@ from nalora_jax.trees import flatten, unflatten
 
 
 class Decoder(nn.Module):
-    """A causal language model with collections ``params``, ``lora``, ``gate_mask``, ``gate_stats``.
+    """A causal language model with collections ``params``, ``lora``, ``gate_mask``, ``gate_taps``.
 
     Attributes:
       config: the architecture.
       adapters: ranks and alphas of the adapters; without a collection ``lora`` the base model runs.
       numerics: dtypes, platform, implementation.
       remat: one of `nalora_jax.models.remat.REMAT`.
-      stats: strides of the gate statistics, which are computed if ``gate_stats`` is mutable.
+      stats: strides of the gate statistics, which are the gradients of ``gate_taps``.
       activation_sharding: sharding of ``[batch, seq, d_model]`` between layers on a mesh; None
         leaves it to the compiler.
       routing_sharding: sharding of the same arrays when tokens are routed to experts: every device

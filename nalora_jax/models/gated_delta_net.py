@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.dense import LoRADense
 from nalora_jax.method import activations
+from nalora_jax.method.ffn import LoRADense
 from nalora_jax.method.low_rank import Dense, adapted_dense, parallel_dense
 from nalora_jax.models.cache import Recurrent
 from nalora_jax.models.config import ModelConfig

@@ -18,11 +18,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.dense import frozen_kernel, init_a, initial_factors, magnitude_of
-from nalora_jax.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.method import statistics
-from nalora_jax.method.ffn import Adapters
-from nalora_jax.method.low_rank import Adapter
+from nalora_jax.method.ffn import Adapters, frozen_kernel, initial_factors, magnitude_of
+from nalora_jax.method.low_rank import Adapter, init_a
+from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.models.expert_exchange import exchanged_ffn, exchanges_less, gathered
 from nalora_jax.models.experts import Experts, Layer, RoutedConfig, of_each, routed_ffn
 from nalora_jax.models.router import RouterSpec
@@ -46,7 +45,7 @@ class ExpertDense(nn.Module):
 
     @nn.compact
     def __call__(self, d_in: int, scale: jax.Array | float = 1.0, mask: jax.Array | None = None) -> Experts:
-        """Returns the projection's arrays; see `nalora_jax.dense.LoRADense.dense`; mask ``[experts, d_out]``."""
+        """Returns the projection's arrays; see `nalora_jax.method.ffn.LoRADense.dense`; mask ``[experts, d_out]``."""
         shape = (self.n_experts, d_in, self.features)
         kernel = frozen_kernel(self, shape, nn.initializers.lecun_normal(batch_axis=(0,)))
         bias = None
@@ -116,7 +115,7 @@ class MoEFFN(nn.Module):
             self._experts("gate_proj", self.d_model, self.d_ff, scales, mask),
             self._experts("up_proj", self.d_model, self.d_ff, scales),
             self._experts("down_proj", self.d_ff, self.d_model, scales),
-            {name: self.get_variable("gate_taps", name) for name in taps},
+            {name: taps[name] for name in statistics.cotangent(taps)},
             *of_experts,
         )
         length, split_length = x.shape[1], 0
@@ -130,7 +129,7 @@ class MoEFFN(nn.Module):
             self.activation,
             self.numerics,
             self.stats.of_rows(length),
-            measure=not self.is_initializing() and self.is_mutable_collection("gate_stats"),
+            names=statistics.forward(taps),
             dropout=self.adapters.dropout,
             up_limit=self.up_limit,
             split_length=split_length,
@@ -144,9 +143,10 @@ class MoEFFN(nn.Module):
         y, measured = on_mesh(
             self.sharding, x, weights, keys, layer, config, routed_by, experts=self.experts
         )
-        for name, value in measured.items():
-            self.sow("gate_stats", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
-        return y
+        of_forward = {name: tap for name, tap in taps.items() if name in measured}
+        if not of_forward:
+            return y
+        return statistics.emit(y, of_forward, {name: measured[name] for name in of_forward}, None)
 
     def _experts(
         self, name: str, d_in: int, d_out: int, scales: Mapping[str, Any], mask: jax.Array | None = None

@@ -16,8 +16,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import NamedSharding
 
-from nalora_jax.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.method.ffn import Adapters
+from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.split_rows import Row

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nalora_jax.dense import LoRADense
+from nalora_jax.method.ffn import LoRADense
 from nalora_jax.models.cache import Recurrent
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.parts import LayerInputs, Mixer, PartOptions, Shapes, SharedInputs

@@ -25,6 +25,7 @@ from nalora_jax.runs.metrics import MetricsLog
 from nalora_jax.weights import hub
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny
+from tests.observed import observed
 
 HF = tiny.HF | {"num_hidden_layers": 3, "num_key_value_heads": 1, "intermediate_size": 24}
 TEXTS = ["a b c d e f", "x y z", "n o p"]
@@ -247,11 +248,11 @@ def test_inspect_measures_what_the_blocks_compute(base):
     """Against the statistics of one unpadded text at a time, added up here."""
     model = load(base, dtype="float32")
     summary = inspect_texts(model, TEXTS, max_length=5)
-    observe = jax.jit(lambda tokens: model.module.apply(model.variables, tokens, mutable=["gate_stats"])[1])
+    observe = jax.jit(lambda tokens: observed(model.module, model.variables, tokens)[1])
     total = {}
     for text in TEXTS:
         written = observe(jnp.asarray([model.base.tokenizer.encode(text)[:5]]))
-        for path, value in trees.flatten(written["gate_stats"]).items():
+        for path, value in trees.flatten(written).items():
             name = path.rpartition("/")[2]
             total[name] = total.get(name, 0) + np.asarray(value, np.float64)
     assert total["tokens"].tolist() == [11.0, 11.0, 11.0]

@@ -14,8 +14,8 @@ from nalora_jax.method.low_rank import (
     Dense,
     adapted_dense,
     column_norm,
+    low_rank,
     parallel_dense,
-    residual,
 )
 from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.ops.quantize import quantize
@@ -40,7 +40,7 @@ def test_residual_value_and_gradients_are_the_formulas_of_the_design(masked: boo
     args = [jnp.asarray(v, jnp.float32) for v in (x, a, b)]
     given = jnp.asarray(mask, jnp.float32) if masked else None
 
-    value, vjp = jax.vjp(lambda x, a, b: residual(x, a, b, scale, given), *args)
+    value, vjp = jax.vjp(lambda x, a, b: low_rank(x, a, b, scale, given), *args)
     dx, da, db = vjp(jnp.asarray(g, jnp.float32))
 
     flat, gf = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]) * scale
@@ -53,7 +53,7 @@ def test_residual_value_and_gradients_are_the_formulas_of_the_design(masked: boo
 
 def test_without_a_mask_the_gradient_is_autodiffs() -> None:
     x, a, b, _, g = (jnp.asarray(v, jnp.float32) for v in _arrays(1))
-    ours = jax.grad(lambda *v: jnp.sum(residual(*v, 0.5) * g), argnums=(0, 1, 2))(x, a, b)
+    ours = jax.grad(lambda *v: jnp.sum(low_rank(*v, 0.5) * g), argnums=(0, 1, 2))(x, a, b)
     plain = jax.grad(lambda x, a, b: jnp.sum(0.5 * ((x @ a) @ b) * g), argnums=(0, 1, 2))(x, a, b)
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
@@ -61,7 +61,7 @@ def test_without_a_mask_the_gradient_is_autodiffs() -> None:
 
 def test_a_mask_never_changes_the_value() -> None:
     x, a, b, mask, _ = (jnp.asarray(v, jnp.float32) for v in _arrays(2))
-    np.testing.assert_array_equal(residual(x, a, b, 2.0), residual(x, a, b, 2.0, mask))
+    np.testing.assert_array_equal(low_rank(x, a, b, 2.0), low_rank(x, a, b, 2.0, mask))
 
 
 def test_column_norm_is_the_norm_of_the_sum() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.config import LoRAConfig
-from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.cache import default_positions, init_cache
 from nalora_jax.models.config import ModelConfig
@@ -22,6 +22,7 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.ops.storage import prepare
 from nalora_jax.trees import flatten, unflatten
+from tests.observed import observed
 
 BASE = {
     "vocab_size": 64,
@@ -200,7 +201,7 @@ def test_mask_shapes_the_gates_a_and_nothing_else(config, params):
 
 @functools.partial(jax.jit, static_argnums=0)
 def with_statistics(model, variables, tokens, segments):
-    return model.apply(variables, tokens, segment_ids=segments, mutable=["gate_stats"])[1]["gate_stats"]
+    return observed(model, variables, tokens, segment_ids=segments)[1]
 
 
 def statistics(config, params, lora, tokens, segments):
