@@ -215,6 +215,7 @@ class LoRADense(nn.Module):
     dora: bool = False  # True if the adapter is weight-decomposed
     dropout: float = 0.0  # rate on the adapter's input if not deterministic (needs the rng "dropout")
     numerics: Numerics = Numerics()
+    experts: int = 0  # the leading axis of all arrays, if the layer is one of each expert
 
     def __call__(self, x: jax.Array, scale: jax.Array | float = 1.0, **options: Any) -> Adapted:
         """Returns the layer's output for ``[..., d_in]``; ``options`` are those of `dense`."""
@@ -238,20 +239,21 @@ class LoRADense(nn.Module):
           mask: ``[d_out]`` for the gated gradient of A (gates only).
           deterministic: True to switch dropout off.
         """
-        kernel = frozen_kernel(self, (d_in, self.features))
-        bias = None
+        lead = (self.experts,) if self.experts else ()
+        init = nn.initializers.lecun_normal(batch_axis=tuple(range(len(lead))))
+        kernel, bias = frozen_kernel(self, (*lead, d_in, self.features), init), None
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+            bias = self.param("bias", nn.initializers.zeros_init(), (*lead, self.features))
         name = self.name or "dense"
         if not self.rank or not (self.is_initializing() or self.has_variable("lora", "a")):
             return Dense(kernel, None, bias, name=name)
-        random = lambda: init_a(self.make_rng("params"), (d_in, self.rank))  # noqa: E731
+        random = lambda: init_a(self.make_rng("params"), (*lead, d_in, self.rank))  # noqa: E731
         a = self.variable("lora", "a", random).value
-        b = self.variable("lora", "b", jnp.zeros, (self.rank, self.features), jnp.float32).value
+        b = self.variable("lora", "b", jnp.zeros, (*lead, self.rank, self.features), jnp.float32).value
         if self.has_variable("lora", "singular"):  # AdaLoRA, in training
-            a = a * self.get_variable("lora", "singular")[None, :]
+            a = a * self.get_variable("lora", "singular")[..., None, :]
         start = initial_factors(self)
-        magnitude = magnitude_of(self, kernel, axis=0) if self.dora else None
+        magnitude = magnitude_of(self, kernel) if self.dora else None
         dropout = None
         if self.dropout > 0 and not deterministic:
             dropout = nn.Dropout(self.dropout, deterministic=False)
@@ -265,9 +267,9 @@ def initial_factors(module: nn.Module) -> tuple[jax.Array, jax.Array] | None:
     return module.get_variable("params", "start_a"), module.get_variable("params", "start_b")
 
 
-def magnitude_of(module: nn.Module, kernel: Kernel, axis: int) -> jax.Array:
+def magnitude_of(module: nn.Module, kernel: Kernel) -> jax.Array:
     """Returns DoRA's magnitudes of a module; they start as the norms of the kernel's columns."""
-    norms = lambda: jnp.linalg.norm(expand(kernel).astype(jnp.float32), axis=axis)  # noqa: E731
+    norms = lambda: jnp.linalg.norm(expand(kernel).astype(jnp.float32), axis=-2)  # noqa: E731
     magnitude: jax.Array = module.variable("lora", "magnitude", norms).value
     return magnitude
 
@@ -359,8 +361,7 @@ class AdaptedBlock(nn.Module):
             y, measured = factored_mlp(x, gate, factor, down, phi, self.numerics, measurement)
         if measured is None:
             return y
-        of_forward = {name: tap for name, tap in taps.items() if name in measured}
-        return statistics.emit(y, of_forward, {name: measured[name] for name in of_forward}, None)
+        return statistics.emit_measured(y, taps, measured)
 
 
 class GatedFFN(AdaptedBlock):

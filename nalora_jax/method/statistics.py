@@ -369,6 +369,12 @@ def _emit_bwd(of_cotangent: Any, saved: Any, g: Array) -> tuple[Any, ...]:
 emit.defvjp(_emit_fwd, _emit_bwd)
 
 
+def emit_measured(y: Array, taps: Mapping[str, Array], measured: Mapping[str, Array]) -> Array:
+    """Returns ``y``; the gradients of the taps that name a sum in ``measured`` are these sums."""
+    of_forward = {name: tap for name, tap in taps.items() if name in measured}
+    return emit(y, of_forward, {name: measured[name] for name in of_forward}, None)
+
+
 # ---------------------------------------------------------------- sums to means
 
 

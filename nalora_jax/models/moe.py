@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.method import statistics
-from nalora_jax.method.ffn import Adapters, frozen_kernel, initial_factors, magnitude_of
-from nalora_jax.method.low_rank import Adapter, init_a
+from nalora_jax.method.ffn import Adapters, LoRADense
+from nalora_jax.method.low_rank import Adapter, Dense
 from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.models.expert_exchange import exchanged_ffn, exchanges_less, gathered
 from nalora_jax.models.experts import Experts, Layer, RoutedConfig, of_each, routed_ffn
@@ -32,40 +32,6 @@ from nalora_jax.ops.storage import Kernel
 
 _AXIS = "tensor"  # the mesh axis that splits the experts' channels
 _OVER = "fsdp"  # the mesh axis that splits the experts
-
-
-class ExpertDense(nn.Module):
-    """The frozen kernels of one projection of all experts, with optional adapters."""
-
-    n_experts: int
-    features: int
-    rank: int = 0
-    dora: bool = False
-    use_bias: bool = False
-
-    @nn.compact
-    def __call__(self, d_in: int, scale: jax.Array | float = 1.0, mask: jax.Array | None = None) -> Experts:
-        """Returns the projection's arrays; see `nalora_jax.method.ffn.LoRADense.dense`; mask ``[experts, d_out]``."""
-        shape = (self.n_experts, d_in, self.features)
-        kernel = frozen_kernel(self, shape, nn.initializers.lecun_normal(batch_axis=(0,)))
-        bias = None
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (self.n_experts, self.features))
-        if not self.rank or not (self.is_initializing() or self.has_variable("lora", "a")):
-            return Experts(kernel, bias=bias)
-        a = self.variable(
-            "lora", "a", lambda: init_a(self.make_rng("params"), (*shape[:2], self.rank))
-        ).value
-        b = self.variable(
-            "lora", "b", lambda: jnp.zeros((self.n_experts, self.rank, self.features), jnp.float32)
-        ).value
-        if self.has_variable("lora", "singular"):  # AdaLoRA, in training
-            a = a * self.get_variable("lora", "singular")[:, None, :]
-        magnitude = magnitude_of(self, kernel, axis=1) if self.dora else None
-        start = initial_factors(self)
-        return Experts(
-            kernel, Adapter(a, b, jnp.asarray(scale, jnp.float32), mask, magnitude, start=start), bias
-        )
 
 
 class MoEFFN(nn.Module):
@@ -143,18 +109,15 @@ class MoEFFN(nn.Module):
         y, measured = on_mesh(
             self.sharding, x, weights, keys, layer, config, routed_by, experts=self.experts
         )
-        of_forward = {name: tap for name, tap in taps.items() if name in measured}
-        if not of_forward:
-            return y
-        return statistics.emit(y, of_forward, {name: measured[name] for name in of_forward}, None)
+        return statistics.emit_measured(y, taps, measured) if measured else y
 
     def _experts(
         self, name: str, d_in: int, d_out: int, scales: Mapping[str, Any], mask: jax.Array | None = None
     ) -> Experts:
         rank, dora = self.adapters.rank(name), self.adapters.dora
-        module = ExpertDense(self.n_experts, d_out, rank, dora, self.use_bias, name=name)
-        experts: Experts = module(d_in, scales.get(name, 1.0), mask)
-        return experts
+        module = LoRADense(d_out, rank, self.use_bias, dora, experts=self.n_experts, name=name)
+        dense: Dense = module.dense(d_in, jnp.asarray(scales.get(name, 1.0), jnp.float32), mask)
+        return Experts(dense.kernel, dense.adapter, dense.bias)
 
 
 class Router(nn.Module):
