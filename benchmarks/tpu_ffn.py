@@ -41,9 +41,11 @@ def compiled(topology: str, tokens: int, compiler: dict[str, str] | None) -> Any
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    from nalora_jax.measurement import GateStatsConfig
+    from nalora_jax.method import statistics
     from nalora_jax.method.ffn import Adapters, GatedFFN
+    from nalora_jax.method.measurement import GateStatsConfig
     from nalora_jax.ops.numerics import numerics_for
+    from nalora_jax.ops.storage import SUMS
 
     place = SingleDeviceSharding(
         topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
@@ -58,12 +60,14 @@ def compiled(topology: str, tokens: int, compiler: dict[str, str] | None) -> Any
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     def step(lora: Any, params: Any, mask: Any, x: jax.Array, g: jax.Array) -> Any:
-        def ffn(lora: Any, x: jax.Array) -> Any:
-            variables = {"params": params, "lora": lora, "gate_mask": {"mask": mask}}
-            return block.apply(variables, x, mutable=["gate_stats"])
+        def ffn(lora: Any, x: jax.Array, taps: Any) -> Any:
+            variables = {"params": params, "lora": lora, "gate_mask": {"mask": mask}, "gate_taps": taps}
+            return block.apply(variables, x)
 
-        y, pull, stats = jax.vjp(jax.checkpoint(ffn), lora, x, has_aux=True)
-        return y, stats, pull(g)
+        policy = jax.checkpoint_policies.save_only_these_names(SUMS)
+        taps = statistics.taps(statistics.STANDARD, (d_ff,))
+        y, pull = jax.vjp(jax.checkpoint(ffn, policy=policy), lora, x, taps)
+        return y, pull(g)
 
     wide = ("gate_proj", "up_proj")
     kernels = {name: {"kernel": described((d_model, d_ff))} for name in wide}

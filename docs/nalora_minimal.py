@@ -1,6 +1,7 @@
 """NA-LoRA on one page: a tiny gated Transformer, LoRA, the channel statistics, three rules, training.
 
-This file needs only jax and optax and is not used by the library. Its updates equal those of
+This file needs only jax and optax and is not used by the library; its functions have the names of
+those in `nalora_jax.method`. Its updates equal those of
 `nalora_jax` over 12 steps in float32 (tests/test_minimal.py). Run it: python docs/nalora_minimal.py
 
 Shapes: B rows, T tokens, D model width, F feed-forward width, L layers, R rank, V vocabulary.
@@ -62,7 +63,7 @@ def low_rank_bwd(saved, g):
 low_rank.defvjp(lambda *args: (low_rank(*args), args), low_rank_bwd)
 
 
-def dense(p, lora, x, scale, mask=None):
+def adapted_dense(p, lora, x, scale, mask=None):
     """Returns the frozen output and the adapter's: x W and scale (x A) B."""
     mask = jnp.ones(p["kernel"].shape[1]) if mask is None else mask
     return x @ p["kernel"], low_rank(x, lora["a"], lora["b"], jnp.asarray(scale), mask)
@@ -71,15 +72,15 @@ def dense(p, lora, x, scale, mask=None):
 # ---------------------------------------------------------------- the feed-forward block
 
 
-def ffn(p, lora, x, scale, mask):
+def gated_mlp(p, lora, x, scale, mask):
     """Returns (phi(x W_gate) * x W_up) W_down and the statistics of the gate's channels."""
-    z_base, dz = dense(p["gate_proj"], lora["gate_proj"], x, scale, mask)
-    z, u = z_base + dz, sum(dense(p["up_proj"], lora["up_proj"], x, scale))
-    y = sum(dense(p["down_proj"], lora["down_proj"], phi(z) * u, scale))
-    return y, jax.lax.stop_gradient(statistics(z, z - dz, dz))
+    z_base, dz = adapted_dense(p["gate_proj"], lora["gate_proj"], x, scale, mask)
+    z, u = z_base + dz, sum(adapted_dense(p["up_proj"], lora["up_proj"], x, scale))
+    y = sum(adapted_dense(p["down_proj"], lora["down_proj"], phi(z) * u, scale))
+    return y, jax.lax.stop_gradient(channel_statistics(z, z - dz, dz))
 
 
-def statistics(z, z_base, dz):
+def channel_statistics(z, z_base, dz):
     """Returns means over tokens, [F] each and [4, F] for the occupancy of the regions."""
     mean = functools.partial(jnp.mean, axis=(0, 1))
     # phi(z + dz) - phi(z) = F + S. The excess X = S - z rho'(z) dz is what the gradient does not see.
@@ -104,12 +105,12 @@ def relative(x):
     return jnp.where(mean > 0, x / jnp.where(mean > 0, mean, 1), 1)
 
 
-def importance_mask(averages):
+def soft_mask(averages):
     """Mechanism 1: responsive channels take longer steps."""
     return jnp.clip(relative(averages["slope"]) ** 2, 0, 4)
 
 
-def step_scale(averages):
+def homogeneity_scale(averages):
     """Mechanism 2: the mean gain of the occupied regions; smaller where phi is far from linear."""
     gains = jnp.array([0.5, 0.75, 1.0, 1.0])
     return relative(jnp.einsum("k,lkf->lf", gains, averages["occupancy"]))
@@ -131,9 +132,9 @@ def channel_factors(averages, step, config):
     """Returns the factor of B's columns and the mask of A's gradient, [L, F] each."""
     factor = mask = ones = jnp.ones_like(averages["slope"])
     if config.rule == "mask":
-        factor = mask = equalized(importance_mask(averages))
+        factor = mask = equalized(soft_mask(averages))
     elif config.rule == "step_scale":
-        factor = equalized(step_scale(averages))
+        factor = equalized(homogeneity_scale(averages))
     elif config.rule == "curvature_cap":
         factor = curvature_cap(averages)
     acts = step >= config.warmup
@@ -173,7 +174,7 @@ def loss_and_statistics(lora, params, tokens, masks, config):
         p, adapters, mask = inputs
         x = x + attention(p["attn"], rms_norm(x, p["attn_norm"]["scale"], config.eps), config)
         normed = rms_norm(x, p["ffn_norm"]["scale"], config.eps)
-        y, stats = ffn(p["ffn"], adapters["ffn"], normed, config.alpha / config.rank, mask)
+        y, stats = gated_mlp(p["ffn"], adapters["ffn"], normed, config.alpha / config.rank, mask)
         return x + y, stats
 
     embedding = params["embed"]["embedding"]

@@ -29,11 +29,35 @@ if TYPE_CHECKING:
     from nalora_jax.job import run
     from nalora_jax.loading.adapted import AdaptedModel, load
     from nalora_jax.loading.base import LoadedModel, load_model
+    from nalora_jax.method.adapt import adapt, merge_nnx
+    from nalora_jax.method.ffn import GatedFFN
+    from nalora_jax.method.low_rank import low_rank
+    from nalora_jax.method.rules import CurvatureCap, HardMask, HomogeneityStep, SoftMask, SquaredMask
+    from nalora_jax.method.statistics import observe, token_weights
+    from nalora_jax.method.transform import gate_leaves, make_mechanisms, masks, nalora, scale_by_gates
     from nalora_jax.running import RunResult
     from nalora_jax.sweeps.run import SweepResult, sweep
     from nalora_jax.weights.peft import export_adapter, import_adapter
 
-__all__ = [
+__all__ = [  # noqa: RUF022
+    # The method, in any Flax model (docs/own_models.md).
+    "adapt",
+    "nalora",
+    "merge_nnx",
+    "scale_by_gates",
+    "make_mechanisms",
+    "gate_leaves",
+    "masks",
+    "low_rank",
+    "observe",
+    "token_weights",
+    "CurvatureCap",
+    "HomogeneityStep",
+    "HardMask",
+    "SoftMask",
+    "SquaredMask",
+    "GatedFFN",
+    # The trainer.
     "AdaLoRAConfig",
     "AdaptedModel",
     "ComputeConfig",
@@ -61,6 +85,22 @@ __all__ = [
 ]
 
 _HOMES = {
+    "adapt": "method.adapt",
+    "merge_nnx": "method.adapt",
+    "nalora": "method.transform",
+    "scale_by_gates": "method.transform",
+    "make_mechanisms": "method.transform",
+    "gate_leaves": "method.transform",
+    "masks": "method.transform",
+    "low_rank": "method.low_rank",
+    "observe": "method.statistics",
+    "token_weights": "method.statistics",
+    "CurvatureCap": "method.rules",
+    "HomogeneityStep": "method.rules",
+    "HardMask": "method.rules",
+    "SoftMask": "method.rules",
+    "SquaredMask": "method.rules",
+    "GatedFFN": "method.ffn",
     "AdaLoRAConfig": "config",
     "AdaptedModel": "loading.adapted",
     "ComputeConfig": "config",

@@ -23,6 +23,7 @@ from nalora_jax.errors import Interrupted, NaloraError
 from nalora_jax.imports import import_files
 from nalora_jax.loading.base import read_config, read_tokenizer_of
 from nalora_jax.loading.initial_adapter import with_adapter
+from nalora_jax.method.rules import make
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.remat import check_remat
 from nalora_jax.ops.numerics import check_implementation
@@ -39,7 +40,6 @@ from nalora_jax.terminal import outliving_terminal
 from nalora_jax.train.callbacks import Callback, make_callbacks
 from nalora_jax.train.compilation import use_compilation_cache
 from nalora_jax.train.inputs import described
-from nalora_jax.train.mechanisms import make
 from nalora_jax.train.profile import Profile
 from nalora_jax.train.progress import Stages
 from nalora_jax.train.seeing import seen_sources

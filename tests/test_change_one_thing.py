@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from nalora_jax import custom_activations, distributed, imports, mechanism
+from nalora_jax import distributed, imports
 from nalora_jax.cli import command
 from nalora_jax.config import (
     ComputeConfig,
@@ -30,7 +30,7 @@ from nalora_jax.config import (
 )
 from nalora_jax.data import sources
 from nalora_jax.errors import NaloraError
-from nalora_jax.method import activations, statistics
+from nalora_jax.method import activations, rules, statistics
 from nalora_jax.models import families, registered
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.runs.metrics import recorded_settings
@@ -50,7 +50,7 @@ LLAMA = tiny.HF | {"vocab_size": 40, "intermediate_size": 24}
 def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Imports a file of the page; afterwards the registries are as they were."""
     activations.get("silu")  # registers the built-in activations
-    registries = (mechanism.MECHANISMS, statistics.TABLE, activations.ACTIVATIONS, registered.FAMILIES)
+    registries = (rules.MECHANISMS, statistics.TABLE, activations.ACTIVATIONS, registered.FAMILIES)
     for registry in (*registries, sources._OPENERS):
         monkeypatch.setattr(registry, "_values", dict(registry._values))
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -112,9 +112,9 @@ def test_an_activation_whose_derivative_is_wrong_is_refused(use: Any) -> None:
     with pytest.raises(
         NaloraError, match=r"activation 'bad': expected a function that returns rho\(z\) and its deriv"
     ):
-        custom_activations.register_activation("bad")(lambda z: (jax.nn.sigmoid(z), jax.nn.sigmoid(z)))
+        activations.register_activation("bad")(lambda z: (jax.nn.sigmoid(z), jax.nn.sigmoid(z)))
     with pytest.raises(NaloraError, match="'silu': expected a name that is free"):
-        custom_activations.register_activation("silu")(lambda z: (jax.nn.sigmoid(z), jax.nn.sigmoid(z)))
+        activations.register_activation("silu")(lambda z: (jax.nn.sigmoid(z), jax.nn.sigmoid(z)))
     with pytest.raises(NaloraError, match="one of .*gelu.*'bad'"):
         activations.get("bad")
 
@@ -151,7 +151,7 @@ def test_the_command_of_the_page_trains_with_the_rule(
         command.execute(["train", "--resume", "runs/loud", "--steps", "3"])
     (tmp_path / "loud.py").write_text(FILES["loud"] + "# changed\n")
     monkeypatch.setattr(imports, "_IMPORTED", {})
-    mechanism.MECHANISMS._values.pop("loud")
+    rules.MECHANISMS._values.pop("loud")
     with pytest.raises(NaloraError, match=r"expected the settings that it was made with: imports.0 = "):
         command.execute(["train", "--import", "loud.py", "--resume", "runs/loud", "--steps", "3"])
 

@@ -14,7 +14,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 EXPORTING = (
     "nalora_jax",
-    *(f"nalora_jax.{room}" for room in ("distributed", "generate", "integrations")),
+    *(f"nalora_jax.{room}" for room in ("distributed", "generate")),
 )
 
 

@@ -120,17 +120,6 @@ def test_another_adapter_changes_the_text_but_compiles_nothing(model, generator)
     assert generator.with_lora(None).generate(prompt, max_new_tokens=8) not in (first, other)
 
 
-def test_adapters_of_a_stack_are_chosen_per_prompt(model, variables, generator):
-    adapters = [random_lora(model, seed) for seed in (1, 5)]
-    # [layers, adapters, ...]
-    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *adapters)
-    prompt = prompts_of([7])
-    alone = [generator.with_lora(lora).generate(prompt, max_new_tokens=8)[0] for lora in adapters]
-    base = generator.with_lora(None).generate(prompt, max_new_tokens=8)[0]
-    together = generator.with_lora(stack).generate(prompt * 3, max_new_tokens=8, adapter_ids=[1, -1, 0])
-    assert together == [alone[1], base, alone[0]]
-
-
 def test_generation_ends_at_a_stop_token_and_leaves_it_out(generator):
     prompt = prompts_of([8], seed=3)
     whole = generator.complete(prompt, max_new_tokens=10, stop_ids=())[0].ids
@@ -361,7 +350,7 @@ def test_prompts_that_cannot_be_continued_are_named(generator, prompt, found):
     assert (caught.value.where, caught.value.found) == ("prompt 1", found)
 
 
-@pytest.mark.parametrize("bad", [{"batch_size": 0}, {"adapter_ids": [0]}, {"seed": [1]}])
+@pytest.mark.parametrize("bad", [{"batch_size": 0}, {"seed": [1]}])
 def test_arguments_that_do_not_fit_the_prompts_are_named(generator, bad):
     with pytest.raises(NaloraError) as caught:
         generator.generate(["a", "b"], **bad)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from nalora_jax import imports, mechanism
+from nalora_jax import imports
 from nalora_jax.cli import command
 from nalora_jax.errors import NaloraError
 from nalora_jax.imports import import_file
+from nalora_jax.method import rules
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.train import mechanisms
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("registries")
 
 RULE = """
 from dataclasses import dataclass
-from nalora_jax.mechanism import Mechanism, register_mechanism
+from nalora_jax.method.rules import Mechanism, register_mechanism
 
 @register_mechanism("plain_of_{name}")
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ settings.mechanisms = ["plain_of_study"]
 @pytest.fixture
 def registries(monkeypatch):
     monkeypatch.setattr(imports, "_IMPORTED", {})
-    monkeypatch.setattr(mechanism.MECHANISMS, "_values", dict(mechanism.MECHANISMS._values))
+    monkeypatch.setattr(rules.MECHANISMS, "_values", dict(rules.MECHANISMS._values))
 
 
 def written(path: Path, name: str) -> Path:

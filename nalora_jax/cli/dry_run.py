@@ -21,7 +21,8 @@ from nalora_jax.distributed import platform_of
 from nalora_jax.distributed.mesh import AXES
 from nalora_jax.loading.base import read_tokenizer_of
 from nalora_jax.loading.initial_adapter import with_adapter
-from nalora_jax.method.optimizer import find_gates
+from nalora_jax.method.rules import make
+from nalora_jax.method.transform import find_gates
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.remat import chosen_remat
@@ -37,7 +38,7 @@ from nalora_jax.sweeps.fit import device_memory
 from nalora_jax.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.train.inputs import check_data, check_layout, check_longest, described, stream_shape
 from nalora_jax.train.learning_rate import with_learning_rate
-from nalora_jax.train.mechanisms import first_step, log_first_step, make, mechanisms_of
+from nalora_jax.train.mechanisms import first_step, log_first_step, mechanisms_of
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
 from nalora_jax.weights.hub import resolve as find_model

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from nalora_jax.config.types import first_wrong, type_name
 
 GROUPS = ("mask", "step_scale")
-_COMMON = ("decay", "warmup", "frozen_after", "permute")
+_COMMON = ("decay", "warmup", "permute")
 # By group and kind: the rule, and the names of its settings.
 RULES: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("mask", "hard"): ("hard", ("keep", "mask_gradient", *_COMMON)),
@@ -35,7 +35,6 @@ class FormerMask:
     decay: float = 0.95
     warmup: int = 10
     mask_gradient: bool = True
-    frozen_after: int = 0
     permute: int = -1
 
 
@@ -49,7 +48,6 @@ class FormerStepScale:
     min_occupancy: float = 0.02
     decay: float = 0.95
     warmup: int = 10
-    frozen_after: int = 0
     permute: int = -1
 
 
@@ -82,7 +80,7 @@ def _rule(name: str, group: FormerMask | FormerStepScale) -> str:
 
 
 def _text(value: Any) -> str:
-    """Returns the value of a setting as `nalora_jax.settings_text.from_text` reads it."""
+    """Returns the value of a setting as `nalora_jax.registry.from_text` reads it."""
     if isinstance(value, tuple):
         return "/".join(map(str, value))
     return str(value)

@@ -21,9 +21,8 @@ from nalora_jax.cpu.matmul import is_native, native_sums
 from nalora_jax.cpu.native import Sum, Term
 from nalora_jax.cpu.storage import bf16_bits, from_bits
 from nalora_jax.method import low_rank as ops
-from nalora_jax.method.low_rank import Adapted, Dense, LowRankHidden, add_bias
+from nalora_jax.method.low_rank import Adapted, Dense, Factors, LowRankHidden, Products, add_bias, gated
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.gated_products import Factors, Products, gated
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.storage import Kernel, expand, read_residual, rounded, save_residual
 

@@ -20,20 +20,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax import measurement as measurement_module
 from nalora_jax.cpu import native
 from nalora_jax.cpu.adapted_dense import NativeProducts, together
 from nalora_jax.cpu.implementation import CPU, usable
 from nalora_jax.cpu.matmul import is_native, native_sums
 from nalora_jax.cpu.native import Logistic, Measured, Sum, Term
-from nalora_jax.measurement import GateStatsConfig, Measurement, Probe, tapped
-from nalora_jax.method import activations
+from nalora_jax.method import activations, statistics
 from nalora_jax.method import ffn as ops
+from nalora_jax.method import measurement as measurement_module
 from nalora_jax.method.activations import Activation
-from nalora_jax.method.low_rank import Adapted, Dense, LowRankHidden, add_bias
+from nalora_jax.method.low_rank import Adapted, Dense, Factors, LowRankHidden, add_bias
+from nalora_jax.method.measurement import GateStatsConfig, Measurement, Probe, tapped
 from nalora_jax.ops import reductions
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.gated_products import Factors
 from nalora_jax.ops.storage import SAVED_WIDE, read_residual, save_residual
 
 
@@ -56,7 +55,7 @@ def gated_mlp(
         return NotImplemented
     elsewhere = gate.adapter is not None and gate.adapter.start is not None
     # Not implemented by the native kernel.
-    if measurement is not None and (elsewhere or measurement.config.extra):
+    if measurement is not None and (elsewhere or statistics.extra(measurement.names)):
         return NotImplemented
     if not all(layer.is_plain for layer in (gate, up, down)):
         return NotImplemented
@@ -73,12 +72,12 @@ def gated_mlp(
     y, sums, h = gated_down(z.y, u.y, down, gating, measured, numerics)
     if measured is None or measurement is None or sums is None:
         return add_bias(y, down.bias), None
-    statistics = _named(sums, measured.weights, measured.probe_weights)
+    values = _named(sums, measured.weights, measured.probe_weights)
     if config.checks is not None:
         live = z.y, u.y, h
         sharding = config.sharding
-        statistics |= config.checks.block(x, gate, live, z.delta, activation, numerics, sharding)
-    return add_bias(y, down.bias), statistics
+        values |= config.checks.block(x, gate, live, z.delta, activation, numerics, sharding)
+    return add_bias(y, down.bias), values
 
 
 def _measured(z: Adapted, measurement: Measurement) -> Measured:
@@ -232,10 +231,11 @@ def gate_statistics(
     activation: Activation,
     config: GateStatsConfig,
     numerics: Numerics = Numerics(),  # noqa: B008
+    names: tuple[str, ...] = statistics.STANDARD,
 ) -> dict[str, jax.Array]:
     """Computes the statistics in one pass over the sampled tokens, which need not be contiguous."""
     logistic = _logistic(z, activation, numerics)
-    if logistic is None or config.extra or probe.weights is not None:
+    if logistic is None or statistics.extra(names) or probe.weights is not None:
         return NotImplemented
     chex.assert_shape(weights, z.shape[:-1])
     z, probe, weights = lax.stop_gradient((z, probe, weights.astype(jnp.float32)))

@@ -99,7 +99,7 @@ STATE_RULES: Rules = (
     # Memories of mechanisms and statistics of blocks end in an axis of channels, except counts and
     # checks.
     (rf"(^|/)({'|'.join(COUNTS)}|{CHECK}\w*)$", P()),
-    (r"(^|/)(gate/memory|gate_mask|gate_stats|gate_taps)/", P(_WHOLE)),
+    (r"(^|/)(memory|gate_mask|gate_taps)/", P(_WHOLE)),
     (r"", P()),
 )
 

@@ -103,7 +103,6 @@ class Generator:
         prompts: Sequence[Prompt],
         *,
         batch_size: int = 16,
-        adapter_ids: Sequence[int] | None = None,
         images: Sequence[Images] | None = None,
         **settings: Any,
     ) -> list[str]:
@@ -112,7 +111,6 @@ class Generator:
         Args:
           prompts: texts, or token ids.
           batch_size: prompts per batch.
-          adapter_ids: the adapter of each prompt, if ``lora`` is a stack; -1 for none.
           images: the images of each prompt, processed (uint8 ``[height, width, 3]`` of the model's
             processor), in the order of its image tokens.
           **settings: the fields of `Settings`.
@@ -121,7 +119,7 @@ class Generator:
           NaloraError: a prompt is empty or fills the context, a setting is out of range, or a
             prompt's number of images differs from the number in its tokens.
         """
-        more = {"batch_size": batch_size, "adapter_ids": adapter_ids, "images": images}
+        more = {"batch_size": batch_size, "images": images}
         completions = self.complete(prompts, **more, **settings)  # type: ignore[arg-type]
         return [completion.text for completion in completions]
 
@@ -131,7 +129,6 @@ class Generator:
         prompts: Sequence[Prompt],
         *,
         batch_size: int = 16,
-        adapter_ids: Sequence[int] | None = None,
         images: Sequence[Images] | None = None,
         **settings: Any,
     ) -> list[Completion]:
@@ -140,13 +137,6 @@ class Generator:
         ids = [self._encode(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
         seeds = chosen.seeds(len(ids))
         require_setting("batch_size", batch_size >= 1, "at least 1", batch_size)
-        if adapter_ids is not None:
-            require_setting(
-                "adapter_ids",
-                len(adapter_ids) == len(ids),
-                f"one for each of {len(ids)} prompts",
-                len(adapter_ids),
-            )
         if images is None:
             images = [()] * len(ids)
         require_setting(
@@ -158,28 +148,22 @@ class Generator:
         completions: dict[int, Completion] = {}
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            adapters = None if adapter_ids is None else [adapter_ids[i] for i in rows]
             images_of_batch = [images[i] for i in rows]
-            batch = _Batch(
-                self, [ids[i] for i in rows], chosen, [seeds[i] for i in rows], adapters, images_of_batch
-            )
+            batch = _Batch(self, [ids[i] for i in rows], chosen, [seeds[i] for i in rows], images_of_batch)
             completions |= zip(rows, batch.run(), strict=True)
         return [completions[i] for i in range(len(ids))]
 
     @with_options(Settings)
-    def stream(
-        self, prompt: Prompt, *, adapter_id: int | None = None, images: Images = (), **settings: Any
-    ) -> Iterator[str]:
+    def stream(self, prompt: Prompt, *, images: Images = (), **settings: Any) -> Iterator[str]:
         """Yields pieces of the completion; joined, they equal the result of `generate`.
 
         A piece has no incomplete character and no part of a stop text. Errors are raised like in
         `generate`, at the call.
         """
         chosen = Settings(**settings)
-        adapters = None if adapter_id is None else [adapter_id]
         ids = self._encode(prompt, "prompt")
         self._check_images(ids, images, "prompt")
-        batch = _Batch(self, [ids], chosen, chosen.seeds(1), adapters, [images])
+        batch = _Batch(self, [ids], chosen, chosen.seeds(1), [images])
         return (pieces[0] for pieces in batch.pieces(_STREAM_TOKENS) if pieces[0])
 
     def _check_images(self, ids: Sequence[int], images: Images, where: str) -> None:
@@ -225,7 +209,6 @@ class _Batch:
         ids: Sequence[list[int]],
         settings: Settings,
         seeds: Sequence[int],
-        adapters: Sequence[int] | None,
         images: Sequence[Images],
     ) -> None:
         self._generator, self._count, self._seeing = generator, len(ids), any(images)
@@ -240,7 +223,7 @@ class _Batch:
         self._ids: list[list[int]] = [[] for _ in ids]
         self._ended = np.zeros(len(ids), bool)  # by a stop token or text
         self._prompt_ids = ids
-        self._prompts = self._make_prompts(ids, settings, seeds, adapters)
+        self._prompts = self._make_prompts(ids, settings, seeds)
         if self._seeing:
             self._prompts = replace(self._prompts, features=self._features(images))
 
@@ -249,11 +232,9 @@ class _Batch:
         ids: Sequence[list[int]],
         settings: Settings,
         seeds: Sequence[int],
-        adapters: Sequence[int] | None,
     ) -> Prompts:
         mesh = self._generator.mesh
         batch = bucket(len(ids), multiple=batch_shards(mesh))
-        spare = batch - len(ids)
         rows = {
             **self._padded(ids, batch),
             "live": np.arange(batch) < len(ids),
@@ -266,7 +247,6 @@ class _Batch:
                 repetition_penalty=settings.repetition_penalty,
                 seeds=seeds,
             ),
-            "adapter_ids": None if adapters is None else np.array([*adapters, *[-1] * spare], np.int32),
         }
         # Padded to a bucket, so that the number of stop ids rarely changes the program.
         stops = sorted(self._stop_ids)

@@ -46,7 +46,6 @@ class Prompts:
     live: Array  # bool [batch]; false for padding rows
     stop_ids: Array  # int32 [stops]
     sampling: Sampling
-    adapter_ids: Array | None = None  # int32 [batch], with a stack of adapters
     features: Array | None = None  # [batch, places, d_model] of images, from `see`
 
 
@@ -119,7 +118,6 @@ def _at_once(model: Decoder, weights: Weights, prompts: Prompts) -> tuple[jax.Ar
         prompts.tokens,
         segment_ids=_segments(prompts),
         cache=init_cache(model.config, batch, 0, model.numerics),
-        adapter_ids=prompts.adapter_ids,
         features=prompts.features,
     )
     return jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0], cache
@@ -143,7 +141,6 @@ def _in_chunks(
             of_chunk(jnp.maximum(tokens, 0), i * chunk),
             segment_ids=of_chunk(segments, i * chunk),
             cache=cache,
-            adapter_ids=prompts.adapter_ids,
             features=_features_from(model, prompts, i * chunk, chunk),
             lengths=jnp.sum(segments, axis=1),
         )
@@ -208,9 +205,7 @@ def decode(
 
     def body(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
         i, state, new_tokens = carry
-        hidden, cache = model.apply(
-            weights.body, state.token[:, None], cache=state.cache, adapter_ids=prompts.adapter_ids
-        )
+        hidden, cache = model.apply(weights.body, state.token[:, None], cache=state.cache)
         logits = model.apply(weights.head, hidden[:, 0], method="unembed")
         token = next_tokens(logits, prompts.sampling, state.step, state.seen)
         column = jnp.where(state.done, NO_TOKEN, token)[:, None]

@@ -1,5 +1,16 @@
-"""NA-LoRA: the equations, the channel statistics, the rules and one training step.
+"""NA-LoRA, whole: equations, statistics, rules, the optax transform, adapters and one training step.
 
-Read `nalora_jax.method.ffn` and `nalora_jax.method.step` first. The package contains no code for a
-particular platform: implementations register themselves for the operations that it defines.
+    activations   phi(z) = rho(z) z: derivatives, homogeneity, regions, registration
+    low_rank      s (x A) B with the gated gradient of A
+    statistics    the compensation identity, the table of statistics, and `observe`, their way out
+    measurement   which positions of a block the statistics are taken of
+    rules         averages of statistics -> one factor for each channel
+    transform     `scale_by_gates` and `nalora`: the averages and the factors around an optax optimizer
+    ffn           the gated feed-forward blocks of this library's models
+    adapt         adapters around models of Flax Linen and NNX
+    step          one training step of the trainer
+    checks        chex checks of the identity in a live step
+
+Read `rules`, `transform` and `low_rank` first. The package contains no code for a particular platform:
+implementations register themselves for the operations that it defines.
 """

@@ -6,9 +6,8 @@
 
 Every matmul may have an adapter. An adapter on the gate changes the selection weight rho(z), not only
 the feature. A block therefore reads a channel mask (collection ``gate_mask``, training only), which
-weighs the gradient of the gate's A, and writes the channel statistics from which the rules compute
-the next step's factors (collection ``gate_stats``). Neither changes the forward value. Statistics of
-the backward pass are the gradients of the zeros in ``gate_taps``.
+weighs the gradient of the gate's A. The channel statistics from which the rules compute the next
+step's factors are the gradients of the zeros in ``gate_taps``. Neither changes the forward value.
 """
 
 from __future__ import annotations
@@ -23,13 +22,36 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nalora_jax.dense import LoRADense
-from nalora_jax.measurement import GateStatsConfig, Measurement, SampledWeights, block_statistics, tapped
-from nalora_jax.method import activations
+from nalora_jax.method import activations, statistics
 from nalora_jax.method.activations import Activation
-from nalora_jax.method.low_rank import Dense, LowRankHidden, adapted_dense, parallel_dense
+from nalora_jax.method.low_rank import (
+    Adapted,
+    Adapter,
+    Dense,
+    LowRankHidden,
+    adapted_dense,
+    init_a,
+    parallel_dense,
+)
+from nalora_jax.method.measurement import (
+    GateStatsConfig,
+    Measurement,
+    SampledWeights,
+    block_statistics,
+    tapped,
+)
 from nalora_jax.ops.dispatch import Numerics, operation
-from nalora_jax.ops.storage import SAVED_WIDE, read_residual, rounded, save_residual
+from nalora_jax.ops.storage import (
+    SAVED_WIDE,
+    STACKS,
+    Kernel,
+    LayerStack,
+    Stored,
+    expand,
+    read_residual,
+    rounded,
+    save_residual,
+)
 
 Scales = Mapping[str, jax.Array | float]
 
@@ -176,7 +198,109 @@ def _gated_product_bwd(
 _gated_product.defvjp(_gated_product_fwd, _gated_product_bwd)
 
 
-# ---------------------------------------------------------------- modules
+# ---------------------------------------------------------------- dense layers
+#
+# Adapters are in the collection ``lora``:
+#
+#     params: {"gate_proj": {"kernel": [d_in, d_out]}}
+#     lora:   {"gate_proj": {"a": [d_in, r], "b": [r, d_out]}}           # DoRA adds "magnitude": [d_out]
+
+
+class LoRADense(nn.Module):
+    """The variables of a frozen dense layer with an optional low-rank adapter."""
+
+    features: int  # d_out
+    rank: int = 0  # of the adapter; 0 for a plain frozen layer
+    use_bias: bool = False  # True if the frozen layer adds a bias
+    dora: bool = False  # True if the adapter is weight-decomposed
+    dropout: float = 0.0  # rate on the adapter's input if not deterministic (needs the rng "dropout")
+    numerics: Numerics = Numerics()
+    experts: int = 0  # the leading axis of all arrays, if the layer is one of each expert
+
+    def __call__(self, x: jax.Array, scale: jax.Array | float = 1.0, **options: Any) -> Adapted:
+        """Returns the layer's output for ``[..., d_in]``; ``options`` are those of `dense`."""
+        output: Adapted = adapted_dense(x, self.dense(x.shape[-1], scale, **options), self.numerics)
+        return output
+
+    @nn.compact
+    def dense(
+        self,
+        d_in: int,
+        scale: jax.Array | float = 1.0,
+        mask: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Dense:
+        """Returns the layer's arrays. Without a ``lora`` collection the layer has no adapter.
+
+        Args:
+          d_in: width of the input.
+          scale: the layer's ``s``.
+          mask: ``[d_out]`` for the gated gradient of A (gates only).
+          deterministic: True to switch dropout off.
+        """
+        lead = (self.experts,) if self.experts else ()
+        init = nn.initializers.lecun_normal(batch_axis=tuple(range(len(lead))))
+        kernel, bias = frozen_kernel(self, (*lead, d_in, self.features), init), None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (*lead, self.features))
+        name = self.name or "dense"
+        if not self.rank or not (self.is_initializing() or self.has_variable("lora", "a")):
+            return Dense(kernel, None, bias, name=name)
+        random = lambda: init_a(self.make_rng("params"), (*lead, d_in, self.rank))  # noqa: E731
+        a = self.variable("lora", "a", random).value
+        b = self.variable("lora", "b", jnp.zeros, (*lead, self.rank, self.features), jnp.float32).value
+        if self.has_variable("lora", "singular"):  # AdaLoRA, in training
+            a = a * self.get_variable("lora", "singular")[..., None, :]
+        start = initial_factors(self)
+        magnitude = magnitude_of(self, kernel) if self.dora else None
+        dropout = None
+        if self.dropout > 0 and not deterministic:
+            dropout = nn.Dropout(self.dropout, deterministic=False)
+        return Dense(kernel, Adapter(a, b, scale, mask, magnitude, start), bias, dropout, name)
+
+
+def initial_factors(module: nn.Module) -> tuple[jax.Array, jax.Array] | None:
+    """Returns A and B at the first step, if the parameters of a module contain them."""
+    if not module.has_variable("params", "start_a"):
+        return None
+    return module.get_variable("params", "start_a"), module.get_variable("params", "start_b")
+
+
+def magnitude_of(module: nn.Module, kernel: Kernel) -> jax.Array:
+    """Returns DoRA's magnitudes of a module; they start as the norms of the kernel's columns."""
+    norms = lambda: jnp.linalg.norm(expand(kernel).astype(jnp.float32), axis=-2)  # noqa: E731
+    magnitude: jax.Array = module.variable("lora", "magnitude", norms).value
+    return magnitude
+
+
+def frozen_kernel(
+    module: nn.Module,
+    shape: tuple[int, ...],
+    init: nn.initializers.Initializer | None = None,
+    name: str = "kernel",
+) -> Kernel:
+    """Returns the frozen array ``name`` of a module, in its storage form.
+
+    Args:
+      module: a module within a compact method or ``setup``.
+      shape: of the float array.
+      init: LeCun-normal by default.
+      name: of the parameter.
+    """
+    if module.has_variable("params", name):
+        stored: Kernel = module.get_variable("params", name)
+        if module.has_variable(STACKS, name):
+            stack: LayerStack = module.get_variable(STACKS, name)
+            assert isinstance(stored, jax.Array)
+            return stack.layer(stored)
+        if isinstance(stored, Stored):  # `param` would compare the shapes of its leaves
+            return stored
+    kernel: jax.Array = module.param(name, init or nn.initializers.lecun_normal(), shape)
+    return kernel
+
+
+# ---------------------------------------------------------------- blocks
 
 
 @dataclass(frozen=True)
@@ -224,9 +348,9 @@ class AdaptedBlock(nn.Module):
         token_weights: jax.Array | SampledWeights | None,
         factor: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns the block's output; writes its statistics if ``gate_stats`` is mutable."""
-        measurement, taps = None, self.variables.get("gate_taps")
-        if not self.is_initializing() and (taps or self.is_mutable_collection("gate_stats")):
+        """Returns the block's output; statistics are the gradients of its ``gate_taps``."""
+        measurement, taps = None, self.variables.get("gate_taps", {})
+        if taps and not self.is_initializing():
             if token_weights is None:
                 token_weights = jnp.ones(x.shape[:-1], bool)
             measurement = Measurement.of(token_weights, self.stats, taps)
@@ -235,9 +359,9 @@ class AdaptedBlock(nn.Module):
             y, measured = gated_mlp(x, gate, up, down, phi, self.numerics, measurement)
         else:
             y, measured = factored_mlp(x, gate, factor, down, phi, self.numerics, measurement)
-        for name, value in (measured or {}).items():
-            self.sow("gate_stats", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
-        return y
+        if measured is None:
+            return y
+        return statistics.emit_measured(y, taps, measured)
 
 
 class GatedFFN(AdaptedBlock):
@@ -251,7 +375,6 @@ class GatedFFN(AdaptedBlock):
         *,
         token_weights: jax.Array | SampledWeights | None = None,
         deterministic: bool = True,
-        adapter_ids: jax.Array | None = None,
     ) -> jax.Array:
         """Returns ``[batch, seq, d_model]``.
 
@@ -260,9 +383,8 @@ class GatedFFN(AdaptedBlock):
           scales: the adapters' ``s`` by projection name; 1 by default.
           token_weights: ``[batch, seq]``, weights of the tokens in the statistics.
           deterministic: True to switch adapter dropout off.
-          adapter_ids: ``[batch]``, see `LoRADense`.
         """
-        options: dict[str, Any] = {"deterministic": deterministic, "adapter_ids": adapter_ids}
+        options: dict[str, Any] = {"deterministic": deterministic}
         gate = self._dense("gate_proj", self.d_model, self.d_ff, scales, mask=self._mask(), **options)
         up = self._dense("up_proj", self.d_model, self.d_ff, scales, **options)
         down = self._dense("down_proj", self.d_ff, self.d_model, scales, **options)
@@ -280,10 +402,9 @@ class SelfGatedFFN(AdaptedBlock):
         *,
         token_weights: jax.Array | SampledWeights | None = None,
         deterministic: bool = True,
-        adapter_ids: jax.Array | None = None,
     ) -> jax.Array:
         """Returns ``[batch, seq, d_model]`` for ``[batch, seq, d_in]``; see `GatedFFN`."""
-        options: dict[str, Any] = {"deterministic": deterministic, "adapter_ids": adapter_ids}
+        options: dict[str, Any] = {"deterministic": deterministic}
         gate = self._dense("in_proj", x.shape[-1], self.d_ff, scales, mask=self._mask(), **options)
         down = self._dense("out_proj", self.d_ff, self.d_model, scales, **options)
         return self._output(x, gate, None, down, token_weights)

@@ -10,15 +10,18 @@ output channel (mechanism 1). The mask does not change the value. With g the cot
     dA = s x^T (g (B * m)^T)            gated: the mask weighs the channels that shape A
 
 A masked dB would starve the optimizer's moments; a masked dx would bias the gradients of the layers
-below.
+below. `gated` is this gradient; implementations that fuse the adapter's matmuls with the frozen one
+(CPU), or multiply rows by the adapters of several experts, provide their matmuls as `Products`.
 
 Sources: LoRA, arXiv 2106.09685; DoRA, 2402.09353.
 """
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import chex
@@ -33,14 +36,13 @@ from nalora_jax.ops.storage import SAVED, Kernel, expand
 
 
 class Adapter(NamedTuple):
-    """A low-rank adapter, or a stack of n adapters of which every example uses one."""
+    """A low-rank adapter."""
 
-    a: jax.Array  # float32 [d_in, r], or [n, d_in, r]
-    b: jax.Array  # float32 [r, d_out], or [n, r, d_out]
+    a: jax.Array  # float32 [d_in, r]
+    b: jax.Array  # float32 [r, d_out]
     scale: jax.Array | float = 1.0  # scalar s
     mask: jax.Array | None = None  # [d_out], weights of the output channels in A's gradient
     magnitude: jax.Array | None = None  # [d_out], of a weight-decomposed adapter (DoRA)
-    ids: jax.Array | None = None  # int [batch], index into the stack; -1: no adapter
     start: tuple[jax.Array, jax.Array] | None = None  # initial A and B if B is not 0 (PiSSA, LoRA-GA)
 
 
@@ -56,10 +58,8 @@ class Dense(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """True if the layer has no DoRA, no dropout and no stack of adapters."""
-        if (adapter := self.adapter) is None:
-            return True
-        return adapter.a.ndim == 2 and adapter.magnitude is None and self.dropout is None
+        """True if the layer has no DoRA and no dropout of an adapter."""
+        return self.adapter is None or (self.adapter.magnitude is None and self.dropout is None)
 
 
 class LowRankHidden(NamedTuple):
@@ -80,39 +80,151 @@ class Adapted(NamedTuple):
 # ---------------------------------------------------------------- the gated gradient of A
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _low_rank(
-    x: jax.Array, a: jax.Array, b: jax.Array, scale: Any, mask: jax.Array | None, numerics: Numerics
-) -> tuple[jax.Array, jax.Array]:
-    """Returns ``s (x A) B`` and ``s x A``; see the equations above."""
-    return _low_rank_fwd(x, a, b, scale, mask, numerics)[0]
+class Factors(NamedTuple):
+    """The arrays of a layer; a gradient has the same form, with None for frozen arrays."""
+
+    a: Any  # float32 [d_in, r]; None, like b and scale, for a layer without an adapter
+    b: Any  # float32 [r, d_out]
+    scale: Any = None  # float32 scalar
+    mask: jax.Array | None = None  # [d_out]
+    kernel: Any = None  # frozen; None if the matmuls are the adapter's alone
+
+    @classmethod
+    def of(cls, adapter: Adapter | None, kernel: Kernel | None = None) -> Factors:
+        """Returns the factors of a plain layer."""
+        if adapter is None:
+            return cls(None, None, kernel=kernel)
+        a, b, scale, mask, *_ = adapter
+        chex.assert_equal(a.shape[-1], b.shape[-2])
+        if mask is not None:
+            chex.assert_shape(mask, (*b.shape[:-2], b.shape[-1]))
+        return cls(a, b, jnp.asarray(scale, jnp.float32), mask, kernel)
 
 
-def _low_rank_fwd(x: Any, a: Any, b: Any, scale: Any, mask: Any, numerics: Numerics) -> Any:
-    product = partial(dot, numerics=numerics, operand=numerics.adapter)
-    # [rows, r]; saved by a rematerialized layer, which would multiply x by A again otherwise
-    hidden = checkpoint_name(scale * product(x, a), SAVED)
-    return (product(hidden, b), hidden), (x, a, b, scale, mask, hidden)
+class Products(ABC):
+    """One way to compute the matmuls of layers that read the same x ``[rows, d_in]``; a pytree."""
+
+    @abstractmethod
+    def forward(self, x: jax.Array, layers: Sequence[Factors]) -> tuple[list[jax.Array], list[Any]]:
+        """Returns every layer's ``x W + h B`` and its ``h = s x A`` (None without an adapter)."""
+
+    @abstractmethod
+    def narrow(
+        self, gs: Sequence[jax.Array], layers: Sequence[Factors], wides: Sequence[Any]
+    ) -> tuple[list[Any], Any]:
+        """Returns every layer's ``g wide^T`` for its wide ``[r or 2 r, d_out]``.
+
+        The second result is passed to `gradients` as ``extra``.
+        """
+
+    @abstractmethod
+    def gradients(
+        self,
+        x: jax.Array,
+        gs: Sequence[jax.Array],
+        layers: Sequence[Factors],
+        hidden: Sequence[Any],
+        exact: Sequence[Any],
+        masked: Sequence[Any],
+        extra: Any,
+    ) -> tuple[jax.Array, list[Any], list[Any]]:
+        """Returns ``dx``, the sum of ``g W^T + exact A^T``, and every layer's gradients of A and B.
+
+        They are ``dA = x^T masked`` and ``dB = h^T g``.
+        """
 
 
-def _low_rank_bwd(numerics: Numerics, saved: Any, cotangents: Any) -> tuple[Any, ...]:
-    (x, a, b, scale, mask, hidden), (g, _) = saved, cotangents
-    product = partial(dot, numerics=numerics, operand=numerics.adapter)
-    # One matmul over the wide cotangent for both: B for dx and, below it, B * m for dA.
-    wide = b
-    if mask is not None:
-        wide = jnp.concatenate([b, b * mask[None, :]])
-    back = scale * product(g, wide, dims=(1, 1))  # [rows, r or 2 r]
-    exact, gated = back[:, : b.shape[0]], back[:, -b.shape[0] :]
-    dx = product(exact, a, dims=(1, 1)).astype(x.dtype)
-    da, db = product(x, gated, dims=(0, 0)), product(hidden, g, dims=(0, 0))
-    return dx, da, db, jnp.zeros_like(scale), jax.tree.map(jnp.zeros_like, mask)
+@jax.custom_vjp
+def gated(
+    products: Products, x: jax.Array, layers: tuple[Factors, ...]
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Returns every layer's ``x W + s (x A) B`` and ``s x A``; the gradient of A is gated."""
+    ys, hidden = products.forward(x, layers)
+    return tuple(ys), tuple(hidden)
 
 
-_low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)
+def _gated_fwd(
+    products: Products, x: jax.Array, layers: tuple[Factors, ...]
+) -> tuple[Any, tuple[Any, ...]]:
+    ys, hidden = products.forward(x, layers)
+    saved = x
+    if not any(layer.a is not None for layer in layers):
+        saved = jnp.zeros((0,), x.dtype)
+    return (tuple(ys), tuple(hidden)), (products, saved, layers, hidden)
 
 
-def residual(
+def _gated_bwd(
+    saved: tuple[Any, ...], cotangents: tuple[Any, Any]
+) -> tuple[None, jax.Array, tuple[Factors, ...]]:
+    products, x, layers, hidden = saved
+    gs, _ = cotangents
+    # B for dx and, below it, B * m for dA: one matmul over the wide cotangent computes both.
+    backs, extra = products.narrow(gs, layers, [_with_masked(layer) for layer in layers])
+    # The scale multiplies these rank-wide arrays, not [rows, d_out].
+    scaled = [
+        None if back is None else layer.scale * back for layer, back in zip(layers, backs, strict=True)
+    ]
+    ranks = [0 if layer.b is None else layer.b.shape[-2] for layer in layers]
+    exact = [None if s is None else s[:, :rank] for s, rank in zip(scaled, ranks, strict=True)]
+    masked = [None if s is None else s[:, -rank:] for s, rank in zip(scaled, ranks, strict=True)]
+    dx, das, dbs = products.gradients(x, gs, layers, hidden, exact, masked, extra)
+    zero = [jax.tree.map(jnp.zeros_like, (layer.scale, layer.mask)) for layer in layers]
+    return (
+        None,
+        dx,
+        tuple(Factors(da, db, *zeros) for da, db, zeros in zip(das, dbs, zero, strict=True)),
+    )
+
+
+gated.defvjp(_gated_fwd, _gated_bwd)
+
+
+def _with_masked(layer: Factors) -> jax.Array | None:
+    """Returns B ``[r, d_out]``, with ``B * m`` below it if there is a mask: ``[2 r, d_out]``."""
+    if layer.b is None or layer.mask is None:
+        return layer.b
+    return jnp.concatenate([layer.b, layer.b * layer.mask[..., None, :]], axis=-2)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AdapterProducts(Products):
+    """The matmuls of one adapter alone."""
+
+    numerics: Numerics = field(metadata={"static": True})
+
+    def _dot(self, x: jax.Array, y: jax.Array, dims: tuple[int, int] = (1, 0)) -> jax.Array:
+        return dot(x, y, self.numerics, dims, operand=self.numerics.adapter)
+
+    def forward(self, x: jax.Array, layers: Sequence[Factors]) -> tuple[list[jax.Array], list[Any]]:
+        """See `Products`."""
+        (layer,) = layers
+        # [rows, r]; saved by a rematerialized layer, which would multiply x by A again otherwise
+        hidden = checkpoint_name(layer.scale * self._dot(x, layer.a), SAVED)
+        return [self._dot(hidden, layer.b)], [hidden]
+
+    def narrow(
+        self, gs: Sequence[jax.Array], layers: Sequence[Factors], wides: Sequence[Any]
+    ) -> tuple[list[Any], None]:
+        """See `Products`."""
+        return [self._dot(gs[0], wides[0], (1, 1))], None
+
+    def gradients(
+        self,
+        x: jax.Array,
+        gs: Sequence[jax.Array],
+        layers: Sequence[Factors],
+        hidden: Sequence[Any],
+        exact: Sequence[Any],
+        masked: Sequence[Any],
+        extra: Any,
+    ) -> tuple[jax.Array, list[Any], list[Any]]:
+        """See `Products`."""
+        dx = self._dot(exact[0], layers[0].a, (1, 1)).astype(x.dtype)
+        return dx, [self._dot(x, masked[0], (0, 0))], [self._dot(hidden[0], gs[0], (0, 0))]
+
+
+def low_rank(
     x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | float, mask: jax.Array | None = None
 ) -> jax.Array:
     """Returns the adapter's output ``s (x A) B``, with the gated gradient of A if there is a mask.
@@ -130,16 +242,23 @@ def residual(
     return _residual(x, Adapter(a, b, scale, mask), Numerics())[0]
 
 
+def init_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns A of a fresh adapter ``[..., d_in, r]``, uniform in +-1/sqrt(d_in).
+
+    PEFT draws from the same distribution (Kaiming-uniform with a = sqrt 5).
+    """
+    bound = 1.0 / math.sqrt(shape[-2])
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
 def _residual(x: jax.Array, adapter: Adapter, numerics: Numerics) -> tuple[jax.Array, jax.Array]:
     """Returns ``s (x A) B`` float32 ``[..., d_out]`` and ``s x A``."""
-    a, b, scale, mask, *_ = adapter
-    chex.assert_shape(a, (x.shape[-1], b.shape[0]))
-    if mask is not None:
-        chex.assert_shape(mask, b.shape[1:])
+    factors = Factors.of(adapter)
+    chex.assert_axis_dimension(factors.a, 0, x.shape[-1])
     flat = x.reshape(-1, x.shape[-1])  # [rows, d_in]
-    y, hidden = _low_rank(flat, a, b, jnp.asarray(scale, jnp.float32), mask, numerics)
+    (y,), (hidden,) = gated(AdapterProducts(numerics), flat, (factors,))
     lead = x.shape[:-1]
-    return y.reshape(*lead, b.shape[1]), hidden.reshape(*lead, b.shape[0])
+    return y.reshape(*lead, factors.b.shape[1]), hidden.reshape(*lead, factors.b.shape[0])
 
 
 # ---------------------------------------------------------------- the layer
@@ -162,16 +281,13 @@ def adapted_dense(x: jax.Array, dense: Dense, numerics: Numerics) -> Adapted:
         if adapter is None:
             return Adapted(add_bias(base, dense.bias))
         inner = x if dense.inner is None else dense.inner
-        dropped, hidden = inner if dense.dropout is None else dense.dropout(inner), None
-        if adapter.ids is not None:
-            delta = batched_residual(dropped, *adapter[:3], adapter.ids, operand=numerics.adapter)
-        else:
-            delta, hidden = _residual(dropped, adapter, numerics)
+        dropped = inner if dense.dropout is None else dense.dropout(inner)
+        delta, hidden = _residual(dropped, adapter, numerics)
         if adapter.magnitude is not None:
             delta = _dora(base, delta, dense.kernel, adapter)
         delta = delta.astype(base.dtype)
         y = add_bias(base, dense.bias) + delta
-        if hidden is None or not dense.is_plain:
+        if not dense.is_plain:
             return Adapted(y, delta)
         # The factors: a returned delta would be written to memory for the few rows of a probe.
         return Adapted(y, LowRankHidden(hidden, adapter.b))
@@ -198,32 +314,6 @@ def moved_from(delta: jax.Array, start: jax.Array) -> jax.Array:
 
 
 # ---------------------------------------------------------------- variants
-
-
-def batched_residual(
-    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | float, ids: jax.Array, *, operand: str
-) -> jax.Array:
-    """Returns each example's output of its adapter in a stack.
-
-    Args:
-      x: ``[batch, seq, d_in]``.
-      a: ``[n, d_in, r]``.
-      b: ``[n, r, d_out]``.
-      scale: scalar, the same for the stack.
-      ids: int ``[batch]``, the adapter of each example; -1 means no adapter.
-      operand: dtype that operands are rounded to.
-
-    Returns:
-      ``[batch, seq, d_out]`` float32.
-    """
-    chex.assert_rank([x, a, b], 3)
-    chex.assert_shape(ids, (x.shape[0],))
-    index = jnp.maximum(ids, 0)
-    on = jnp.where(ids >= 0, jnp.asarray(scale, jnp.float32), 0.0)
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    hidden = product("bsd,bdr->bsr", x.astype(operand), a[index].astype(operand))
-    hidden = (hidden * on[:, None, None]).astype(operand)  # [batch, seq, r]
-    return product("bsr,bro->bso", hidden, b[index].astype(operand))
 
 
 def column_norm(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | float) -> jax.Array:

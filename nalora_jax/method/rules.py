@@ -1,26 +1,235 @@
-"""The rules in use: masks by slope, step scales by homogeneity and by curvature.
+"""The rules: factors of a gate's channels, from running averages of channel statistics.
 
-Each rule is a pure function of averages over tokens, with a `Mechanism` that holds its settings. The
-masks and `homogeneity_scale` follow the paper's abstract (arXiv 2606.31717); `curvature_cap` is this
-library's default. Rules that no default uses are in `nalora_jax.experimental_rules`.
+A rule gives every channel of a gate a factor, a function of averages over tokens
+(`nalora_jax.method.statistics`). Its entry names the statistics and the places where the factor acts:
+
+    gradient_a   the gradient of A through the gate (`nalora_jax.method.low_rank`)
+    update_b     the update of B's columns, after the preconditioner and the weight decay
+
+Most rules are one pure function of averages:
+
+    @register_mechanism("flat", statistics=("slope",))
+    def flat(averages, context):
+        return 1 / (1 + averages["slope"])      # [..., d_ff]
+
+A rule with settings, or with another memory than averages, is a frozen dataclass derived from
+`Mechanism`. The masks and `homogeneity_scale` follow the paper's abstract (arXiv 2606.31717);
+`curvature_cap` is this library's default.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+import math
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import chex
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from nalora_jax.mechanism import Context, Mechanism, register_mechanism
+from nalora_jax.errors import NaloraError
+from nalora_jax.method import statistics
 from nalora_jax.method.activations import Partition
+from nalora_jax.registry import Registry, from_text
 
 _log = logging.getLogger(__name__)
+
+PLACES = ("gradient_a", "update_b")
+Memory = dict[str, Array]
+Rule = Callable[[Mapping[str, Array], "Context"], Array]
+
+
+class Context(NamedTuple):
+    """The arguments of a rule besides its averages."""
+
+    step: Array  # optimizer steps done, [] int32
+    total_steps: int  # of the run; 0 if unknown
+    partition: Partition  # of the gates' activation
+    block: str  # path, e.g. "layers/ffn"
+    seed: int  # of the run
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """A rule with its settings; see the module's docstring.
+
+    Derive from it and register the class with `register_mechanism`. Fields are settings, written as
+    ``--mechanisms name:field=value,field=value`` on the command line.
+    """
+
+    # Decay of the averages.
+    decay: float = 0.95
+    # Optimizer steps before the rule acts.
+    warmup: int = 10
+    # Permutation control: seed of a permutation of the factors over each layer's channels; -1: none.
+    permute: int = -1
+
+    # Name in the registry.
+    name: ClassVar[str] = ""
+    # Name of its memory in checkpoints and of its metrics in logs, for the first rule of a run with
+    # this label; other rules have their name in the registry.
+    label: ClassVar[str] = ""
+    # False for a rule that never reads the run's seed: studies compile it once for all seeds.
+    draws: ClassVar[bool] = True
+    # Names of its statistics.
+    statistics: ClassVar[tuple[str, ...]] = ()
+    # Edges of the histogram of its factors in the log; by default from 1/8 to 8, four per doubling.
+    bins: ClassVar[tuple[float, ...]] = tuple(2.0 ** (k / 4) for k in range(-12, 13))
+    # True for a rule that redistributes steps: the product of such factors at a place is normalized to
+    # a root mean square of 1 over each layer's channels. False for one that shortens or stops steps.
+    reallocates: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self._require("decay", 0 <= self.decay < 1, "a number in [0, 1)")
+        self._require("warmup", 0 <= self.warmup < 2**31, "a whole number in [0, 2147483647]")
+        self._require("permute", -1 <= self.permute < 2**32, "a seed in [0, 4294967295], or -1")
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The places where its factor acts, a subset of `PLACES`."""
+        return ("update_b",)
+
+    def factor(self, memory: Mapping[str, Array], context: Context) -> Array:
+        """Returns the factors of a block, [..., d_ff] float32, not negative.
+
+        They are used after the warm-up, for layers with at least one measured token.
+
+        Args:
+          memory: the block's averages by statistic, [..., d_ff] or [..., parts, d_ff] (`init`).
+          context: see `Context`.
+        """
+        raise NotImplementedError
+
+    def init(self, channels: tuple[int, ...]) -> Memory:
+        """Returns the memory of a block of ``channels`` (..., d_ff) before the first step."""
+        shapes = {name: statistics.get(name).shape(channels) for name in self.statistics}
+        return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
+
+    def advance(self, memory: Mapping[str, Array], sums: Mapping[str, Array], updates: Array) -> Memory:
+        """Returns the memory after an optimizer step: bias-corrected exponential moving averages.
+
+        Args:
+          memory: of one block.
+          sums: the block's sums of this step and their counts (``tokens`` [...]).
+          updates: [...] int32, measured steps of each layer or expert, this one included.
+        """
+        return {name: self._average(name, memory[name], sums, updates) for name in memory}
+
+    def metrics(self, factor: Array) -> dict[str, Array]:
+        """Returns the log metrics of its factor ``[layers, channels]``, ``[layers]`` each."""
+        mean, low, high = (f(factor, axis=1) for f in (jnp.mean, jnp.min, jnp.max))
+        return {"mean": mean, "min": low, "max": high}
+
+    def permuted(self, factor: Array, context: Context, order: Array | None = None) -> Array:
+        """Returns ``factor`` with channels in ``order``; by default the permutation control's order."""
+        if order is None:
+            if self.permute < 0:
+                return factor
+            order = jnp.asarray(self.permutation(factor.shape, context.block, context.seed))
+        return jnp.take_along_axis(factor, order, axis=-1)
+
+    def permutation(self, shape: tuple[int, ...], block: str, seed: int) -> np.ndarray:
+        """Returns the order of the channels in a run of ``seed``, int32 ``[..., d_ff]``."""
+        channels = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
+        if self.permute < 0:
+            return channels
+        rng = np.random.default_rng([self.permute, seed, zlib.crc32(block.encode())])
+        return rng.permuted(channels, axis=-1)
+
+    def _average(self, name: str, average: Array, sums: Mapping[str, Array], updates: Array) -> Array:
+        """Returns the next average of a statistic; unchanged without a token.
+
+        With n updates the corrected average moves by (1 - decay) / (1 - decay^n) of the difference.
+        """
+        count, value = sums[statistics.get(name).count], sums[name]
+        n = jnp.maximum(updates, 1).astype(jnp.float32)
+        library: Any = jnp if isinstance(self.decay, Array) else math  # an array in a sweep
+        log_decay = library.log(self.decay) if library is jnp or self.decay > 0 else -math.inf
+        rate = library.expm1(log_decay) / jnp.expm1(log_decay * n)
+        pad = lambda x: x.reshape(x.shape + (1,) * (average.ndim - x.ndim))  # noqa: E731
+        rate, count = pad(rate), pad(count)
+        mean = value / jnp.where(count > 0, count, 1)
+        return jnp.where(count > 0, average + rate * (mean - average), average)
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            where = f"mechanism {self.name}: {name}"
+            raise NaloraError(where, expected=expected, found=getattr(self, name))
+
+
+# ---------------------------------------------------------------- registry
+
+MECHANISMS: Registry[type[Mechanism]] = Registry("mechanism", "nalora_jax.mechanisms", "--mechanisms")
+Registered = TypeVar("Registered", bound=Any)
+
+
+def register_mechanism(
+    name: str,
+    *,
+    statistics: tuple[str, ...] = (),
+    places: tuple[str, ...] = ("update_b",),
+    reallocates: bool = True,
+    replace: bool = False,
+) -> Callable[[Registered], Registered]:
+    """Returns a decorator that registers a rule.
+
+    Args:
+      name: for ``--mechanisms`` and ``RunConfig.mechanisms``.
+      statistics: of a function ``(averages, context) -> factor``; a class derived from `Mechanism` has
+        its own, like the next two arguments.
+      places: where the factor acts.
+      reallocates: True to normalize the factors to a root mean square of 1 over channels.
+      replace: True to allow a name that is taken.
+
+    Raises:
+      NaloraError: the name is taken or not an identifier.
+    """
+    if not re.fullmatch(r"[A-Za-z]\w*", name):
+        expected = "a name of letters, digits and _"
+        raise NaloraError("register_mechanism", expected=expected, found=repr(name))
+
+    def register(rule: Registered) -> Registered:
+        kind: Any = rule
+        if not isinstance(rule, type):
+            kind = _from_function(name, rule, statistics, places, reallocates)
+        kind.name = name
+        MECHANISMS.add(name, kind, replace=replace)
+        return rule
+
+    return register
+
+
+def _from_function(
+    name: str, rule: Rule, names: tuple[str, ...], places: tuple[str, ...], reallocates: bool
+) -> type[Mechanism]:
+    members = {
+        "__module__": rule.__module__,
+        "__qualname__": rule.__qualname__,
+        "__doc__": rule.__doc__,
+        "statistics": names,
+        "reallocates": reallocates,
+        "places": property(lambda self: places),
+        "factor": lambda self, memory, context: rule(memory, context),
+    }
+    return dataclass(frozen=True)(type(name, (Mechanism,), members))
+
+
+def make(rule: str | Mechanism) -> Mechanism:
+    """Returns the mechanism of a text such as ``"soft"`` or ``"soft:power=2,high=3"``.
+
+    Raises:
+      NaloraError: an unknown name or setting, or a value of the wrong type or out of range.
+    """
+    if not isinstance(rule, str):
+        return rule
+    mechanism: Mechanism = from_text(MECHANISMS, rule)
+    return mechanism
 
 
 # ---------------------------------------------------------------- mechanism 1: masks by slope
@@ -243,3 +452,45 @@ class CurvatureCap(Mechanism):
     def factor(self, memory: Mapping[str, Array], context: Context) -> Array:
         """Returns factors of at most 1."""
         return curvature_cap(memory["excess"], memory["response"], self.tau)
+
+
+# ---------------------------------------------------------------- importance by cotangent
+
+
+def delta_importance(delta_squared: Array, q: float, limit: float) -> Array:
+    """Returns ``(D / mean D)^(q / 2)``, ``D = E[delta^2]``, clipped to ``[1 / limit, limit]``.
+
+    delta = phi'(z) u g is the cotangent of the pre-activation; means are over a layer's channels.
+
+    Args:
+      delta_squared: [..., d_ff], not negative.
+      q: 0 gives ones (plain Adam), 1 nearly one second moment for a layer (Adam-mini), -1 a
+        preconditioner by the output's curvature.
+      limit: 1 or more; bounds the factor of a channel without gradient.
+    """
+    if q == 0:
+        return jnp.ones_like(delta_squared)
+    widest = limit ** (2 / abs(q))  # clipped before the power, so 0 is never raised to a power
+    return jnp.clip(relative(delta_squared), 1 / widest, widest) ** (q / 2)
+
+
+@register_mechanism("delta")
+@dataclass(frozen=True)
+class DeltaImportance(Mechanism):
+    """`delta_importance` on the update of B's columns."""
+
+    # Exponent on the root mean square of delta.
+    q: float = 1.0
+    # Clip of the factor, before the normalization.
+    limit: float = 10.0
+
+    statistics: ClassVar[tuple[str, ...]] = ("delta_squared",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("limit", self.limit >= 1, "1 or more")
+        self._require("q", -8 <= self.q <= 8, "a number from -8 to 8")
+
+    def factor(self, memory: Mapping[str, Array], context: Context) -> Array:
+        """Returns factors from ``1 / limit`` to ``limit``."""
+        return delta_importance(memory["delta_squared"], self.q, self.limit)

@@ -13,14 +13,18 @@ float32, without gradients. Its entry in the table determines gate state, shardi
     probe       a function of z and dz, on a thinner sample
     cotangent   a function of delta, the cotangent of z, on the gate's sample
 
-The sums are written to the collection ``gate_stats``. Sums of cotangents are the gradients of zeros
-in the collection ``gate_taps`` (`tap`). Two counts turn sums into means: ``tokens`` and
-``probe_tokens``, the summed weights of the sampled positions.
+Sums leave a model as the gradients of zeros, its taps (`observe`). The zeros pass through every
+transformation of parameters (scan, remat, vmap, shards), and micro-batches and devices add gradients
+up. Flax's float8 matmuls return their scales in the same way (``_overwrite_with_gradient``). Two
+counts turn sums into means: ``tokens`` and ``probe_tokens``, the summed weights of the sampled
+positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -29,8 +33,12 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
+from nalora_jax.errors import NaloraError
+from nalora_jax.method import activations
 from nalora_jax.method.activations import Activation, Partition, regions
+from nalora_jax.ops.storage import SUMS
 from nalora_jax.registry import Registry
 
 Sums = dict[str, Array]
@@ -146,18 +154,23 @@ COUNTS = ("tokens", "probe_tokens")
 # Ratios of sums: name -> (numerator, denominator). "limit" is the misalignment for small dz.
 RATIOS = {"misalignment": ("selection", "feature"), "limit": ("linear", "feature")}
 RATIOS |= {"nonlinearity": ("excess", "response")}
-# Prefix of the outputs of `nalora_jax.gate_checks`: the largest ratios, not sums.
+# Prefix of the outputs of `nalora_jax.method.checks`: the largest ratios, not sums.
 CHECK = "check_"
 
 
 def forward(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the statistics of the forward pass among ``names``."""
-    return tuple(name for name in names if get(name).source != "cotangent")
+    """Returns the statistics of the forward pass among ``names``; counts are left out."""
+    return tuple(name for name in names if _is_entry(name) and get(name).source != "cotangent")
 
 
 def cotangent(names: Iterable[str]) -> tuple[str, ...]:
     """Returns the statistics of the backward pass among ``names``."""
-    return tuple(name for name in names if get(name).source == "cotangent")
+    return tuple(name for name in names if _is_entry(name) and get(name).source == "cotangent")
+
+
+def _is_entry(name: str) -> bool:
+    """Returns False for a count or a check."""
+    return name not in COUNTS and not name.startswith(CHECK)
 
 
 def extra(names: Iterable[str]) -> tuple[str, ...]:
@@ -169,16 +182,16 @@ def extra(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def channel_statistics(
-    z: Array, weights: Array, activation: Activation, partition: Partition, names: Iterable[str] = ()
+    z: Array, weights: Array, activation: Activation, partition: Partition, names: Iterable[str] = STANDARD
 ) -> Sums:
-    """Returns ``tokens`` and the sums of the gate statistics in `STANDARD` and in ``names``.
+    """Returns ``tokens`` and the sums of the gate statistics in ``names``.
 
     Args:
       z: [..., tokens, d_ff] full gate pre-activations, adapter included.
       weights: [..., tokens] token weights, 0 for padding; or a bool mask.
       activation: the gate's.
       partition: its regions.
-      names: further statistics; other sources are ignored.
+      names: statistics; other sources are ignored.
     """
     z = _float32(z, weights)
     values = Gate(z, *activation.gate(z), partition)
@@ -186,9 +199,9 @@ def channel_statistics(
 
 
 def probe_statistics(
-    z_base: Array, dz: Array, weights: Array, activation: Activation, names: Iterable[str] = ()
+    z_base: Array, dz: Array, weights: Array, activation: Activation, names: Iterable[str] = STANDARD
 ) -> Sums:
-    """Returns ``probe_tokens`` and the sums of the probe statistics in `STANDARD` and in ``names``.
+    """Returns ``probe_tokens`` and the sums of the probe statistics in ``names``.
 
     Args:
       z_base: [..., tokens, d_ff] pre-activations without the adapter.
@@ -213,7 +226,7 @@ def cotangent_statistics(delta: Array, weights: Array, names: Iterable[str]) -> 
 
 
 def _sums(source: str, values: Any, weights: Array, names: Iterable[str]) -> Sums:
-    entries = [get(name) for name in dict.fromkeys((*STANDARD, *names))]
+    entries = [get(name) for name in dict.fromkeys(names)]
     return {e.name: _summed(e.values(values), weights) for e in entries if e.source == source}
 
 
@@ -244,45 +257,122 @@ def total(values: Array, weights: Array) -> Array:
     return lax.dot_general(weights, values, contract, precision=lax.Precision.HIGHEST)[0]
 
 
-# ---------------------------------------------------------------- cotangents
+# ---------------------------------------------------------------- the way out of a model
 
 
 def taps(names: Iterable[str], channels: tuple[int, ...]) -> Sums:
-    """Returns zeros whose gradients become the cotangent statistics in ``names``.
+    """Returns zeros whose gradients become the statistics in ``names`` and their counts.
 
     Example:
       >>> {name: tap.shape for name, tap in taps(("slope", "delta_squared"), (30, 1536)).items()}
-      {'delta_squared': (30, 1536)}
+      {'slope': (30, 1536), 'delta_squared': (30, 1536), 'tokens': (30,)}
     """
-    return {name: jnp.zeros(get(name).shape(channels), jnp.float32) for name in cotangent(names)}
+    names = tuple(names)
+    shapes = {name: get(name).shape(channels) for name in names}
+    shapes |= {count: channels[:-1] for count in ("tokens", *(get(name).count for name in names)) if names}
+    return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def tap(z: Array, taps: Mapping[str, Array], weights: Any, sums: Callable[..., Sums]) -> Array:
-    """Returns ``z``; the backward pass makes the statistics of its cotangent the gradients of ``taps``.
+_WEIGHTS: ContextVar[Array | None] = ContextVar("token_weights", default=None)
 
-    Value and gradient of z are unchanged. The zeros pass through every transformation of the model's
-    variables (scan, remat, vmap), so statistics of the backward pass need no other output.
+
+@contextmanager
+def token_weights(weights: Array) -> Iterator[None]:
+    """Sets the weights of the tokens in the statistics of `observe`, 0 for padding, for calls inside.
 
     Args:
-      z: any shape.
-      taps: zeros by statistic, in the shapes that ``sums`` returns (see `taps`).
-      weights: token weights, in the form that ``sums`` takes.
-      sums: ``(cotangent of z, weights, names) -> sums by name``, such as `cotangent_statistics`.
+      weights: shaped like the gates' pre-activations without their last axis, e.g. ``[batch, seq]``.
+    """
+    token = _WEIGHTS.set(weights)
+    try:
+        yield
+    finally:
+        _WEIGHTS.reset(token)
+
+
+def observe(
+    z: Array,
+    dz: Array,
+    taps: Mapping[str, Array],
+    activation: Activation | str,
+    weights: Array | None = None,
+) -> Array:
+    """Returns ``z``; the gradient with respect to ``taps`` is the statistics of the gate.
+
+    Value and gradient of z are unchanged.
+
+    Args:
+      z: ``[..., d_ff]``, the gate's pre-activation with the adapter's output, the argument of phi.
+      dz: the adapter's output, same shape.
+      taps: zeros by statistic (`taps`), which are the request for statistics.
+      activation: phi.
+      weights: ``[...]``, weights of the tokens; by default those of `token_weights`, or ones.
+
+    Raises:
+      NaloraError: weights of another shape, or an unknown activation or statistic.
+
+    Example:
+      >>> z = observe(x @ kernel + dz, dz, lora["taps"], "silu")
+      >>> y = (jax.nn.silu(z) * u) @ down
+    """
+    if isinstance(activation, str):
+        activation = activations.get(activation)
+    if weights is None:
+        weights = _WEIGHTS.get()
+    if weights is None:
+        weights = jnp.ones(z.shape[:-1], bool)
+    if weights.shape != z.shape[:-1]:
+        expected = f"shape {z.shape[:-1]}, the tokens of the gate"
+        raise NaloraError("token_weights", expected=expected, found=weights.shape)
+    rows, moved = (x.reshape(-1, x.shape[-1]).astype(jnp.float32) for x in lax.stop_gradient((z, dz)))
+    flat, partition, names = weights.reshape(-1), activations.partition(activation.name), forward(taps)
+    sums = channel_statistics(rows, flat, activation, partition, names)
+    sums |= probe_statistics(rows - moved, moved, flat, activation, names)
+    return emit(z, taps, {name: sums[name] for name in taps if name in sums}, weights, _of_tokens)
+
+
+def _of_tokens(delta: Array, weights: Array, names: Iterable[str]) -> Sums:
+    return cotangent_statistics(delta.reshape(-1, delta.shape[-1]), weights.reshape(-1), names)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def emit(
+    z: Array, taps: Mapping[str, Array], sums: Mapping[str, Array], weights: Any, of_cotangent: Any = None
+) -> Array:
+    """Returns ``z``; the gradients of ``taps`` are ``sums`` and the statistics of z's cotangent.
+
+    Args:
+      z: any shape; its value and gradient are unchanged.
+      taps: zeros by statistic.
+      sums: statistics of the forward pass, in the shapes of their taps.
+      weights: token weights, in the form that ``of_cotangent`` takes.
+      of_cotangent: ``(cotangent of z, weights, names) -> sums by name``, for the other taps.
     """
     return z
 
 
-def _tap_fwd(z: Array, taps: Mapping[str, Array], weights: Any, sums: Any) -> tuple[Array, Any]:
-    return z, (dict.fromkeys(taps), weights)
+def _emit_fwd(
+    z: Array, taps: Mapping[str, Array], sums: Mapping[str, Array], weights: Any, of_cotangent: Any
+) -> tuple[Array, Any]:
+    # Saved by a rematerialized layer, which would compute the sums again otherwise.
+    sums = {name: checkpoint_name(value, SUMS) for name, value in sums.items()}
+    return z, (dict.fromkeys(taps), sums, weights)
 
 
-def _tap_bwd(sums: Callable[..., Sums], saved: Any, g: Array) -> tuple[Any, ...]:
-    names, weights = saved
-    return g, sums(g, weights, tuple(names)), None
+def _emit_bwd(of_cotangent: Any, saved: Any, g: Array) -> tuple[Any, ...]:
+    names, sums, weights = saved
+    others = tuple(name for name in names if name not in sums)
+    measured = dict(sums) | (of_cotangent(g, weights, others) if others else {})
+    return g, {name: measured[name] for name in names}, jax.tree.map(jnp.zeros_like, sums), None
 
 
-tap.defvjp(_tap_fwd, _tap_bwd)
+emit.defvjp(_emit_fwd, _emit_bwd)
+
+
+def emit_measured(y: Array, taps: Mapping[str, Array], measured: Mapping[str, Array]) -> Array:
+    """Returns ``y``; the gradients of the taps that name a sum in ``measured`` are these sums."""
+    of_forward = {name: tap for name, tap in taps.items() if name in measured}
+    return emit(y, of_forward, {name: measured[name] for name in of_forward}, None)
 
 
 # ---------------------------------------------------------------- sums to means

@@ -2,12 +2,11 @@
 
 Step t:
 
-1. computes the factors of the mechanisms from their averages after step t - 1;
+1. computes the masks of the rules from their averages after step t - 1;
 2. sums loss, gradients and statistics over the micro-batches of the global batch (on a mesh the
    statistics are summed by shard first, and over shards once);
 3. divides the gradients by the number of target tokens, so that any split of the batch is the same step;
-4. updates the adapters, with the factors before or after the preconditioner;
-5. updates the averages with the statistics.
+4. updates the adapters, and the averages with the statistics (`nalora_jax.method.transform`).
 """
 
 from __future__ import annotations
@@ -25,15 +24,13 @@ from jax.sharding import NamedSharding
 
 from nalora_jax import trees
 from nalora_jax.method import statistics
-from nalora_jax.method.state import (
+from nalora_jax.method.transform import (
     Factors,
     GateState,
     Mechanisms,
     channel_factors,
-    init_gate_state,
-    mask_collection,
+    gate_state,
     own_factors,
-    update_gate_state,
 )
 from nalora_jax.ops.reductions import count, pinned
 
@@ -46,18 +43,21 @@ class TrainState(NamedTuple):
 
     step: Array  # int32, optimizer steps done
     lora: Any  # the adapters, float32
-    opt_state: Any  # the optimizer's state
-    gate: GateState  # the mechanisms' memory
+    opt_state: Any  # the optimizer's state, with the averages of the gates
     # uint32 key data. A step's dropout key is this key folded with ``step``, so that a resumed run
     # continues exactly.
     key: Array
 
+    @property
+    def gate(self) -> GateState | None:
+        """The averages of the gates; None without rules on gates."""
+        return gate_state(self.opt_state)
+
 
 class Evaluated(NamedTuple):
-    """The value of an objective on one micro-batch."""
+    """The value of an objective on one micro-batch; the gradients of the taps are the statistics."""
 
     loss: Array  # summed
-    gate_stats: Any  # the collection that the blocks wrote
     measured: Mapping[str, Array] = MappingProxyType({})  # sums of further log metrics by name
 
 
@@ -65,7 +65,7 @@ class Objective(Protocol):
     """A loss over one micro-batch; implementations are in `nalora_jax.train.objectives`."""
 
     def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: Array) -> Evaluated:
-        """Returns the summed loss and the statistics.
+        """Returns the summed loss.
 
         Args:
           variables: argument of the model's ``apply``, with the collections of the step.
@@ -83,36 +83,30 @@ class StepConfig:
     """The static settings of a step."""
 
     mechanisms: Mechanisms
+    blocks: Mapping[str, tuple[int, ...]]  # channel shape of each measured block, e.g. (L, d_ff)
     # Of adapters and masks within the step, if the state is sharded further.
     lora_sharding: Any = None
     mask_sharding: NamedSharding | None = None
     stats_sharding: NamedSharding | None = None  # the blocks' (`measurement.GateStatsConfig`)
     # Log metrics from a block's statistics, the mechanisms' own factors and their products.
     metrics: Callable[[BlockStats, BlockStats, Factors], Any] | None = None
+    checks: tuple[str, ...] = ()  # names of the blocks' checks
     verify: Callable[[BlockStats], None] | None = None  # asserts with chex
 
 
 Step = Callable[[Any, TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
 
-def init_state(
-    lora: Any,
-    optimizer: optax.GradientTransformation,
-    gate_shapes: Mapping[str, tuple[int, ...]],
-    mechanisms: Mechanisms,
-    seed: int,
-) -> TrainState:
+def init_state(lora: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """Returns the state before the first step.
 
     Args:
       lora: fresh adapters.
       optimizer: of the step.
-      gate_shapes: shape of the channel statistics by path, e.g. ``{"layers/ffn": (30, 1536)}``.
-      mechanisms: of the run.
       seed: of the dropout keys.
     """
-    key, gate = jax.random.key_data(jax.random.key(seed)), init_gate_state(gate_shapes, mechanisms)
-    return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), gate, key)
+    key = jax.random.key_data(jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), key)
 
 
 def make_train_step(
@@ -121,7 +115,7 @@ def make_train_step(
     """Returns the pure step ``(params, state, batch) -> (state, metrics)``, which the caller jits.
 
     Args:
-      optimizer: from `nalora_jax.method.optimizer.nalora`; takes ``gate_factors``.
+      optimizer: from `nalora_jax.method.transform.nalora`; takes ``gate_stats``.
       config: static settings.
       objective: the loss.
 
@@ -135,27 +129,25 @@ def make_train_step(
     mechanisms, evaluate = config.mechanisms, micro_gradients(objective, config)
 
     def step(params: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        factors_of_rules = own_factors(state.gate, mechanisms)
-        factors = channel_factors(state.gate, mechanisms, factors_of_rules)
-        masks = None
-        if "gradient_a" in factors:
-            masks = mask_collection(factors["gradient_a"])
-        channels = {path: f.shape for blocks in factors_of_rules.values() for path, f in blocks.items()}
+        factors_of_rules, factors = {}, {}
+        if state.gate is not None:
+            factors_of_rules = own_factors(state.gate, mechanisms)
+            factors = channel_factors(state.gate, mechanisms, factors_of_rules)
+        masks = _nested({path: {"mask": mask} for path, mask in factors.get("gradient_a", {}).items()})
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         lora = state.lora
         if config.lora_sharding is not None:  # gathered once, not in every layer
             lora = lax.with_sharding_constraint(lora, config.lora_sharding)
             place = lambda mask: lax.with_sharding_constraint(mask, config.mask_sharding)  # noqa: E731
             masks = jax.tree.map(place, masks)
-        sums = accumulate(lambda b, k: evaluate(params, lora, channels, masks, b, k), batch, key)
+        sums = accumulate(lambda b, k: evaluate(params, lora, masks, b, k), batch, key)
         if config.verify is not None:
             config.verify(sums["stats"])
         targets = jnp.maximum(sums["target_tokens"], 1.0)
         grads = jax.tree.map(lambda g: g / targets, sums["grads"])
         stats = {path: statistics.per_target(s, targets) for path, s in sums["stats"].items()}
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.lora, gate_factors=factors)
         reduced = over_shards(stats, mechanisms.statistics, config.stats_sharding)
-        gate = update_gate_state(state.gate, reduced, mechanisms)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.lora, gate_stats=reduced)
         lora = optax.apply_updates(state.lora, updates)
         metrics = {
             "loss": sums["loss"] / targets,
@@ -164,40 +156,30 @@ def make_train_step(
             "tokens": sums["tokens"],
             "target_tokens": sums["target_tokens"],
             "layers": {} if config.metrics is None else config.metrics(stats, factors_of_rules, factors),
-            "idle": idle(gate, mechanisms),
+            "idle": idle(gate_state(opt_state), mechanisms),
         }
-        return TrainState(state.step + 1, lora, opt_state, gate, state.key), metrics
+        return TrainState(state.step + 1, lora, opt_state, state.key), metrics
 
     return step
 
 
 def micro_gradients(objective: Objective, config: StepConfig) -> Callable[..., dict[str, Any]]:
     """Returns the function that sums loss, grads, statistics and counts of one micro-batch."""
-    names, sharding = statistics.cotangent(config.mechanisms.statistics), config.stats_sharding
 
     def loss_sum(
         lora: Any, taps: Any, params: Any, masks: Any, batch: Batch, key: Array
-    ) -> tuple[Array, tuple[BlockStats, dict[str, Array]]]:
+    ) -> tuple[Array, dict[str, Array]]:
         frozen = params if "params" in params else {"params": params}
-        variables = {**frozen, "lora": lora}
+        variables = {**frozen, "lora": lora, "gate_taps": taps}
         if masks:
             variables["gate_mask"] = masks
-        if taps:
-            variables["gate_taps"] = taps
         value = objective.loss(variables, frozen["params"], batch, key)
-        return value.loss, (_by_block(value.gate_stats), dict(value.measured))
+        return value.loss, dict(value.measured)
 
-    def sums(params: Any, lora: Any, channels: Any, masks: Any, batch: Batch, key: Array) -> dict[str, Any]:
-        taps = _taps(names, channels, sharding) if names else {}
-        argnums = (0, 1) if names else 0
-        differentiate = jax.value_and_grad(loss_sum, argnums=argnums, has_aux=True)
-        (loss, aux), grads = differentiate(lora, _nested(taps), params, masks, batch, key)
-        stats, measured = aux
-        if names:
-            grads, cotangents = grads
-            for path, block in _by_block(cotangents).items():
-                stats[path] = stats[path] | block
-        stats = pinned(stats, sharding, axis=1)
+    def sums(params: Any, lora: Any, masks: Any, batch: Batch, key: Array) -> dict[str, Any]:
+        differentiate = jax.value_and_grad(loss_sum, argnums=(0, 1), has_aux=True)
+        (loss, measured), (grads, of_taps) = differentiate(lora, _taps(config), params, masks, batch, key)
+        stats = pinned(_by_block(of_taps), config.stats_sharding, axis=1)
         tokens, targets = objective.counts(batch)
         counts = {"tokens": tokens, "target_tokens": targets}
         return {"loss": loss, "grads": grads, "stats": stats, "measured": measured} | counts
@@ -205,17 +187,15 @@ def micro_gradients(objective: Objective, config: StepConfig) -> Callable[..., d
     return sums
 
 
-def _taps(
-    names: tuple[str, ...], channels: Mapping[str, tuple[int, ...]], sharding: NamedSharding | None
-) -> BlockStats:
-    """Returns zeros by block whose gradients are the cotangent statistics ``names``, by shard."""
-    shards = count(sharding)
-    shapes = dict(channels)
-    if shards > 1:
-        shapes = {path: (shape[0], shards, *shape[1:]) for path, shape in channels.items()}
-    zeros = {path: statistics.taps(names, shape) for path, shape in shapes.items()}
-    sharded: BlockStats = pinned(zeros, sharding, axis=1)
-    return sharded
+def _taps(config: StepConfig) -> Any:
+    """Returns zeros, nested by block, whose gradients are the statistics and checks, by shard."""
+    names, shards = (*statistics.STANDARD, *config.mechanisms.statistics), count(config.stats_sharding)
+    zeros: BlockStats = {}
+    for path, (layers, *channels) in config.blocks.items():
+        lead = (layers, shards) if shards > 1 else (layers,)
+        zeros[path] = statistics.taps(dict.fromkeys(names), (*lead, *channels))
+        zeros[path] |= {name: jnp.zeros(lead, jnp.float32) for name in config.checks}
+    return _nested(pinned(zeros, config.stats_sharding, axis=1))
 
 
 def over_shards(stats: BlockStats, names: tuple[str, ...], sharding: NamedSharding | None) -> BlockStats:
@@ -259,8 +239,10 @@ def _nested(blocks: BlockStats) -> Any:
     return trees.unflatten({path.removeprefix("/"): x for path, x in leaves})
 
 
-def idle(state: GateState, mechanisms: Mechanisms, patience: int = 10) -> dict[str, Array]:
+def idle(state: GateState | None, mechanisms: Mechanisms, patience: int = 10) -> dict[str, Array]:
     """Returns True by label for a mechanism without a token ``patience`` steps after its warm-up."""
+    if state is None:
+        return {}
     measured = [jnp.max(updates) > 0 for updates in state.updates.values()]
     none = ~jnp.any(jnp.stack(measured)) if measured else jnp.asarray(True)
     return {label: none & (state.count >= m.warmup + patience) for label, m in mechanisms.entries}

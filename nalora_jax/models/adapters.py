@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nalora_jax.config import RunConfig
-from nalora_jax.dense import init_a
 from nalora_jax.errors import NaloraError
+from nalora_jax.method.low_rank import init_a
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, layer_numbers, projection_shapes
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, TargetSpec, resolve

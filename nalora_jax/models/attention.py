@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nalora_jax.dense import LoRADense
+from nalora_jax.method.ffn import LoRADense
 from nalora_jax.method.low_rank import Dense, adapted_dense, parallel_dense
 from nalora_jax.models.cache import KeyValues
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
@@ -91,9 +91,7 @@ class Attention(nn.Module):
         adapters, scale = self.options.adapters, layer.scales.get("attn", {}).get(name, 1.0)
         rank, numerics = adapters.rank(name), self.options.numerics
         module = LoRADense(d_out, rank, bias, adapters.dora, adapters.dropout, numerics, name=name)
-        dense: Dense = module.dense(
-            d_in, scale, deterministic=shared.deterministic, adapter_ids=shared.adapter_ids
-        )
+        dense: Dense = module.dense(d_in, scale, deterministic=shared.deterministic)
         return dense
 
     def _norm(self, name: str) -> RMSNorm:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
-from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method.ffn import GatedFFN, SelfGatedFFN
+from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.attention import Attention
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.layers import ResidualNorm, RMSNorm
@@ -57,7 +57,6 @@ class Block(nn.Module):
             layer.scales.get(ffn.name, {}),
             token_weights=shared.token_weights,
             deterministic=shared.deterministic,
-            adapter_ids=shared.adapter_ids,
             **stream,
         )
         if c.post_norm:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.block import Block
 from nalora_jax.models.cache import Cache, KeyValues, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
@@ -37,14 +37,14 @@ from nalora_jax.trees import flatten, unflatten
 
 
 class Decoder(nn.Module):
-    """A causal language model with collections ``params``, ``lora``, ``gate_mask``, ``gate_stats``.
+    """A causal language model with collections ``params``, ``lora``, ``gate_mask``, ``gate_taps``.
 
     Attributes:
       config: the architecture.
       adapters: ranks and alphas of the adapters; without a collection ``lora`` the base model runs.
       numerics: dtypes, platform, implementation.
       remat: one of `nalora_jax.models.remat.REMAT`.
-      stats: strides of the gate statistics, which are computed if ``gate_stats`` is mutable.
+      stats: strides of the gate statistics, which are the gradients of ``gate_taps``.
       activation_sharding: sharding of ``[batch, seq, d_model]`` between layers on a mesh; None
         leaves it to the compiler.
       routing_sharding: sharding of the same arrays when tokens are routed to experts: every device
@@ -87,7 +87,6 @@ class Decoder(nn.Module):
         token_weights: jax.Array | None = None,
         cache: Cache | None = None,
         deterministic: bool = True,
-        adapter_ids: jax.Array | None = None,
         features: jax.Array | None = None,
         lengths: jax.Array | None = None,
     ) -> Any:
@@ -103,7 +102,6 @@ class Decoder(nn.Module):
             tokens that are not padding.
           cache: keys and values of earlier calls (`init_cache`); all segments must then be 1.
           deterministic: no dropout; if False and a rate is set, the rng ``dropout`` is needed.
-          adapter_ids: int ``[batch]``, index of each example's adapter in a stack.
           features: ``[batch, places, d_model]`` of images, which replace each row's image tokens in
             order (`nalora_jax.models.vision.decoder.SeeingDecoder.see`); a row may have fewer such
             tokens than places.
@@ -116,7 +114,7 @@ class Decoder(nn.Module):
         Returns:
           ``[batch, seq, d_model]``; with a cache, a pair of that and the extended cache.
         """
-        given = (positions, segment_ids, token_weights, cache, adapter_ids, deterministic, lengths)
+        given = (positions, segment_ids, token_weights, cache, deterministic, lengths)
         shared = _shared_inputs(self.config, tokens, *given)
         sharding = self.activation_sharding
         if shards_of(sharding) > 1:
@@ -315,7 +313,6 @@ def _shared_inputs(
     segment_ids: jax.Array | None,
     token_weights: jax.Array | None,
     cache: Cache | None,
-    adapter_ids: jax.Array | None,
     deterministic: bool,
     lengths: jax.Array | None,
 ) -> SharedInputs:
@@ -346,7 +343,6 @@ def _shared_inputs(
         positions=positions,
         segments=segments,
         token_weights=token_weights,
-        adapter_ids=adapter_ids,
         deterministic=deterministic,
         **of_cache,
     )

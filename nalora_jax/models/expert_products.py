@@ -11,9 +11,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from nalora_jax.method.low_rank import Adapter
+from nalora_jax.method.low_rank import Adapter, Factors, Products, gated
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.gated_products import Factors, Products, gated
 from nalora_jax.ops.grouped_matmul import (
     from_all,
     grouped_matmul,
@@ -79,7 +78,7 @@ def grouped_residual(
 ) -> jax.Array:
     """Returns ``s (x A_e) B_e`` per expert, with the gated gradient.
 
-    This is `nalora_jax.method.low_rank.residual` over grouped rows.
+    This is `nalora_jax.method.low_rank.low_rank` over grouped rows.
 
     Args:
       x: ``[rows, d_in]`` sorted by expert.

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method import activations, statistics
+from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.router import Routing
 from nalora_jax.ops.reductions import sampled as sampled_positions
 
@@ -69,8 +69,9 @@ def expert_statistics(
     samples: tuple[SampledRows, SampledRows],
     activation: activations.Activation,
     config: GateStatsConfig,
+    names: Iterable[str],
 ) -> dict[str, jax.Array]:
-    """Returns `nalora_jax.measurement.gate_statistics` of every expert over its tokens.
+    """Returns `nalora_jax.method.measurement.gate_statistics` of every expert over its tokens.
 
     Args:
       z: ``[taken, d_ff]`` full pre-activations of the first sample's rows.
@@ -78,7 +79,8 @@ def expert_statistics(
       dz: ``[probed, d_ff]`` the adapter's change of them.
       samples: rows for the gate's statistics and rows for the probe.
       activation: the gate's.
-      config: tolerance and names of further statistics.
+      config: tolerance.
+      names: statistics of the forward pass.
 
     Returns:
       The same names with a leading ``[experts]`` axis.
@@ -86,8 +88,8 @@ def expert_statistics(
     partition = activations.partition(activation.name, config.tolerance)
 
     def one(of_gate: jax.Array, of_probe: jax.Array) -> dict[str, jax.Array]:
-        stats = statistics.channel_statistics(z, of_gate, activation, partition, config.extra)
-        return stats | statistics.probe_statistics(start, dz, of_probe, activation, config.extra)
+        stats = statistics.channel_statistics(z, of_gate, activation, partition, names)
+        return stats | statistics.probe_statistics(start, dz, of_probe, activation, names)
 
     return jax.vmap(one)(samples[0].weights, samples[1].weights)
 

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.gate_checks import NAMES, GateChecks, Live
-from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method import activations, statistics
+from nalora_jax.method.checks import NAMES, GateChecks, Live
 from nalora_jax.method.ffn import gated_product, up_factor
 from nalora_jax.method.low_rank import Adapter, column_norm, moved_from
+from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, grouped_residual
 from nalora_jax.models.expert_statistics import (
     SampledRows,
@@ -70,7 +70,7 @@ class RoutedConfig:
     activation: str
     numerics: Numerics
     stats: GateStatsConfig
-    measure: bool = False  # compute statistics
+    names: tuple[str, ...] = ()  # statistics of the forward pass
     dropout: float = 0.0  # on the adapters' inputs
     up_limit: float = 0.0  # see `nalora_jax.method.ffn.up_factor`
     # Tokens of the whole rows if devices hold parts of them (`nalora_jax.ops.split_rows`); 0: whole rows.
@@ -78,13 +78,10 @@ class RoutedConfig:
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """The names of the statistics."""
-        if not self.measure:
+        """The names of the forward pass's sums and checks."""
+        if not self.names:
             return ()
-        names = (*statistics.COUNTS, *statistics.STANDARD, *statistics.forward(self.stats.extra))
-        if self.stats.checks:
-            names = (*names, *NAMES)
-        return names
+        return (*statistics.COUNTS, *self.names, *(NAMES if self.stats.checks else ()))
 
 
 def _unchanged(x: jax.Array, axis: str | None = None) -> jax.Array:
@@ -128,7 +125,7 @@ def samples_of(
     if config.split_length:
         return samples_of_parts(routing, token_weights, (stride, probe_stride), config.split_length)
     samples = sample(routing, token_weights, stride)
-    if not config.measure:
+    if not config.names:
         return samples, samples
     return samples, sample(routing, token_weights, probe_stride)
 
@@ -208,13 +205,15 @@ def expert_rows(
     base, delta = _projected(layer.gate, rows, inner, groups, numerics)
     z = combine(base, delta)
     if layer.taps:
-        z = statistics.tap(z, layer.taps, samples[0], expert_cotangent_statistics)
+        z = statistics.emit(z, layer.taps, {}, samples[0], expert_cotangent_statistics)
     u = combine(*_projected(layer.up, rows, drop[1](rows), groups, numerics))
     hidden, _ = gated_product(z, u, activation, numerics, config.up_limit)
     measured: dict[str, jax.Array] = {}
-    if config.measure:
+    if config.names:
         start, dz = _probed(layer.gate, rows, inner, z, delta, groups, samples[1], numerics)
-        measured = expert_statistics(samples[0].take(z), start, dz, samples, activation, config.stats)
+        measured = expert_statistics(
+            samples[0].take(z), start, dz, samples, activation, config.stats, config.names
+        )
         if config.stats.checks is not None:
             live = Live(z, base, delta, up_factor(u.astype(numerics.residual), config.up_limit), hidden)
             assert isinstance(config.stats.checks, GateChecks)

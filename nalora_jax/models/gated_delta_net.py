@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.dense import LoRADense
 from nalora_jax.method import activations
+from nalora_jax.method.ffn import LoRADense
 from nalora_jax.method.low_rank import Dense, adapted_dense, parallel_dense
 from nalora_jax.models.cache import Recurrent
 from nalora_jax.models.config import ModelConfig
@@ -152,9 +152,7 @@ class GatedDeltaNetLayer(nn.Module):
         adapters, scale = self.options.adapters, layer.scales.get(self.sizes.name, {}).get(name, 1.0)
         rank, numerics = adapters.rank(name), self.options.numerics
         module = LoRADense(d_out, rank, False, adapters.dora, adapters.dropout, numerics, name=name)
-        dense: Dense = module.dense(
-            d_in, scale, deterministic=shared.deterministic, adapter_ids=shared.adapter_ids
-        )
+        dense: Dense = module.dense(d_in, scale, deterministic=shared.deterministic)
         return dense
 
     def _recur(

@@ -18,12 +18,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.dense import frozen_kernel, init_a, initial_factors, magnitude_of
-from nalora_jax.errors import NaloraError
-from nalora_jax.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.method import statistics
-from nalora_jax.method.ffn import Adapters
-from nalora_jax.method.low_rank import Adapter
+from nalora_jax.method.ffn import Adapters, LoRADense
+from nalora_jax.method.low_rank import Adapter, Dense
+from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.models.expert_exchange import exchanged_ffn, exchanges_less, gathered
 from nalora_jax.models.experts import Experts, Layer, RoutedConfig, of_each, routed_ffn
 from nalora_jax.models.router import RouterSpec
@@ -34,44 +32,6 @@ from nalora_jax.ops.storage import Kernel
 
 _AXIS = "tensor"  # the mesh axis that splits the experts' channels
 _OVER = "fsdp"  # the mesh axis that splits the experts
-
-
-class ExpertDense(nn.Module):
-    """The frozen kernels of one projection of all experts, with optional adapters."""
-
-    n_experts: int
-    features: int
-    rank: int = 0
-    dora: bool = False
-    use_bias: bool = False
-
-    @nn.compact
-    def __call__(self, d_in: int, scale: jax.Array | float = 1.0, mask: jax.Array | None = None) -> Experts:
-        """Returns the projection's arrays; see `nalora_jax.dense.LoRADense.dense`; mask ``[experts, d_out]``."""
-        shape = (self.n_experts, d_in, self.features)
-        kernel = frozen_kernel(self, shape, nn.initializers.lecun_normal(batch_axis=(0,)))
-        bias = None
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (self.n_experts, self.features))
-        if not self.rank or not (self.is_initializing() or self.has_variable("lora", "a")):
-            return Experts(kernel, bias=bias)
-        a = self.variable(
-            "lora", "a", lambda: init_a(self.make_rng("params"), (*shape[:2], self.rank))
-        ).value
-        b = self.variable(
-            "lora", "b", lambda: jnp.zeros((self.n_experts, self.rank, self.features), jnp.float32)
-        ).value
-        if self.has_variable("lora", "singular"):  # AdaLoRA, in training
-            a = a * self.get_variable("lora", "singular")[:, None, :]
-        if a.ndim != 3:
-            raise NaloraError(
-                "adapters", expected="one adapter on expert projections", found="a stack of adapters"
-            )
-        magnitude = magnitude_of(self, kernel, axis=1) if self.dora else None
-        start = initial_factors(self)
-        return Experts(
-            kernel, Adapter(a, b, jnp.asarray(scale, jnp.float32), mask, magnitude, start=start), bias
-        )
 
 
 class MoEFFN(nn.Module):
@@ -100,14 +60,12 @@ class MoEFFN(nn.Module):
         *,
         token_weights: jax.Array | SampledWeights | None = None,
         deterministic: bool = True,
-        adapter_ids: jax.Array | None = None,
         routed_by: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns ``[batch, seq, d_model]`` as ``x``; ``adapter_ids`` is ignored.
+        """Returns ``[batch, seq, d_model]`` as ``x``.
 
         ``routed_by`` is the input of the router, ``x`` by default.
         """
-        del adapter_ids
         scales = scales or {}
         mask = None
         if self.has_variable("gate_mask", "mask"):
@@ -123,7 +81,7 @@ class MoEFFN(nn.Module):
             self._experts("gate_proj", self.d_model, self.d_ff, scales, mask),
             self._experts("up_proj", self.d_model, self.d_ff, scales),
             self._experts("down_proj", self.d_ff, self.d_model, scales),
-            {name: self.get_variable("gate_taps", name) for name in taps},
+            {name: taps[name] for name in statistics.cotangent(taps)},
             *of_experts,
         )
         length, split_length = x.shape[1], 0
@@ -137,7 +95,7 @@ class MoEFFN(nn.Module):
             self.activation,
             self.numerics,
             self.stats.of_rows(length),
-            measure=not self.is_initializing() and self.is_mutable_collection("gate_stats"),
+            names=statistics.forward(taps),
             dropout=self.adapters.dropout,
             up_limit=self.up_limit,
             split_length=split_length,
@@ -151,17 +109,15 @@ class MoEFFN(nn.Module):
         y, measured = on_mesh(
             self.sharding, x, weights, keys, layer, config, routed_by, experts=self.experts
         )
-        for name, value in measured.items():
-            self.sow("gate_stats", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
-        return y
+        return statistics.emit_measured(y, taps, measured) if measured else y
 
     def _experts(
         self, name: str, d_in: int, d_out: int, scales: Mapping[str, Any], mask: jax.Array | None = None
     ) -> Experts:
         rank, dora = self.adapters.rank(name), self.adapters.dora
-        module = ExpertDense(self.n_experts, d_out, rank, dora, self.use_bias, name=name)
-        experts: Experts = module(d_in, scales.get(name, 1.0), mask)
-        return experts
+        module = LoRADense(d_out, rank, self.use_bias, dora, experts=self.n_experts, name=name)
+        dense: Dense = module.dense(d_in, jnp.asarray(scales.get(name, 1.0), jnp.float32), mask)
+        return Experts(dense.kernel, dense.adapter, dense.bias)
 
 
 class Router(nn.Module):
@@ -309,7 +265,7 @@ def _specs(layer: Layer, axis: str | None, taps: tuple[Any, ...], over: str | No
         bias: Any = _if_present(experts.bias, of_outputs)
         if experts.adapter is None:
             return Experts(kernels, bias=bias)
-        places: Any = (a, b, P(), of_outputs, of_outputs, None, (a, b))
+        places: Any = (a, b, P(), of_outputs, of_outputs, (a, b))
         return Experts(kernels, Adapter(*map(_if_present, experts.adapter, places)), bias)
 
     places: Any = (

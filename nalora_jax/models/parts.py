@@ -16,8 +16,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import NamedSharding
 
-from nalora_jax.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.method.ffn import Adapters
+from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.split_rows import Row
@@ -63,7 +63,6 @@ class SharedInputs:
     positions: jax.Array  # int [batch or 1, seq]
     segments: jax.Array  # int [batch or 1, seq]
     token_weights: jax.Array | SampledWeights | None  # [batch, seq], for statistics
-    adapter_ids: jax.Array | None  # int [batch]
     cached_positions: jax.Array | None = None  # int [batch, slots]
     cached_segments: jax.Array | None = None  # int [batch, slots]
     cache: dict[str, tuple[LayerStack, LayerStack]] | None = None  # by stack: all layers' keys and values

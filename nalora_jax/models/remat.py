@@ -16,7 +16,7 @@ import jax
 from nalora_jax.errors import NaloraError
 from nalora_jax.ops import cudnn_attention
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.storage import LAYER_INPUT, SAVED, SAVED_WIDE, STACKS
+from nalora_jax.ops.storage import LAYER_INPUT, SAVED, SAVED_WIDE, STACKS, SUMS
 
 OFFLOAD = "_offload"
 # Activations saved for the backward pass: "none" saves all, "full" the layer's input only, "dots"
@@ -93,25 +93,26 @@ def scanned(block: Any, n_layers: int) -> Any:
     return nn.scan(
         block,
         variable_broadcast=STACKS,
-        variable_axes={"params": 0, "lora": 0, "gate_mask": 0, "gate_stats": 0, "gate_taps": 0},
+        variable_axes={"params": 0, "lora": 0, "gate_mask": 0, "gate_taps": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),
         length=n_layers,
     )
 
 
-def _policy(remat: str) -> Callable[..., Any] | None:
-    """Returns the policy of `jax.checkpoint`; None saves only a layer's input."""
+def _policy(remat: str) -> Callable[..., Any]:
+    """Returns the policy of `jax.checkpoint`; all save a layer's input and the sums of its statistics."""
     saved, policies = _SAVES[remat.removesuffix(OFFLOAD)], jax.checkpoint_policies
-    policy: Callable[..., Any] | None = None
+    policy: Callable[..., Any]
     if remat.endswith(OFFLOAD):
         policy = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=(),
+            names_which_can_be_saved=(SUMS,),
             names_which_can_be_offloaded=(LAYER_INPUT, *saved),
             offload_src="device",
             offload_dst="pinned_host",
         )
-    elif saved:
-        named = policies.save_only_these_names(*saved)
-        policy = policies.save_from_both_policies(named, cudnn_attention.is_forward_pass)
+    else:
+        policy = policies.save_only_these_names(SUMS, *saved)
+        if saved:
+            policy = policies.save_from_both_policies(policy, cudnn_attention.is_forward_pass)
     return policy

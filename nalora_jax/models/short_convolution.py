@@ -7,13 +7,13 @@ sequences do not mix. In generation the state is the last ``width - 1`` inputs o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nalora_jax.dense import LoRADense
+from nalora_jax.method.ffn import LoRADense
 from nalora_jax.models.cache import Recurrent
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.parts import LayerInputs, Mixer, PartOptions, Shapes, SharedInputs
@@ -105,5 +105,4 @@ class GatedConvolution(nn.Module):
         dense = LoRADense(
             d_out, adapters.rank(name), self.part.bias, adapters.dora, adapters.dropout, numerics, name=name
         )
-        options: dict[str, Any] = {"deterministic": shared.deterministic, "adapter_ids": shared.adapter_ids}
-        return dense(x, scale, **options).y
+        return dense(x, scale, deterministic=shared.deterministic).y

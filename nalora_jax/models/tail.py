@@ -76,10 +76,9 @@ class FactoredFFN(AdaptedBlock):
         *,
         token_weights: jax.Array | None = None,
         deterministic: bool = True,
-        adapter_ids: jax.Array | None = None,
     ) -> jax.Array:
         """Returns ``[batch, seq, d_model]`` for ``factor [batch, seq, d_ff]``; see `GatedFFN`."""
-        options: dict[str, Any] = {"deterministic": deterministic, "adapter_ids": adapter_ids}
+        options: dict[str, Any] = {"deterministic": deterministic}
         gate = self._dense("gate_proj", self.d_model, self.d_ff, scales, mask=self._mask(), **options)
         down = self._dense("down_proj", self.d_ff, self.d_model, scales, **options)
         return self._output(x, gate, None, down, token_weights, factor)
@@ -98,7 +97,6 @@ class _ScaledTail(FactoredFFN):
                 layer.scales.get("tail", {}),
                 token_weights=shared.token_weights,
                 deterministic=shared.deterministic,
-                adapter_ids=shared.adapter_ids,
             )
             x = x + RMSNorm(self.eps, dtype=self.numerics.result, name="norm")(y).astype(x.dtype)
         scale = self.param("scale", nn.initializers.ones_init(), (1,))

@@ -28,6 +28,7 @@ from nalora_jax.ops.dispatch import Numerics, operation
 # both is the kernel.
 STACKS = "stacks"
 SAVED, SAVED_WIDE, LAYER_INPUT = "saved", "saved_wide", "layer_input"
+SUMS = "sums"  # a block's statistics, which every policy saves
 
 
 class Stored(ABC):

@@ -107,7 +107,7 @@ def step_and_arguments(
 
     def fresh(params: Any) -> Any:
         lora = init_lora(base, spec, jax.random.key(0), params)
-        return init_state(lora, program.optimizer, program.blocks, program.mechanisms, 0)
+        return init_state(lora, program.optimizer, 0)
 
     weights = {path: _weight(path, shape, config.compute) for path, shape in param_shapes(base).items()}
     params = gathered(placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], WEIGHT_AXES)

@@ -10,6 +10,7 @@ import jax
 
 from nalora_jax import distributed
 from nalora_jax.config import RunConfig
+from nalora_jax.method.transform import with_gate_state
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.plan.auto import with_layout
@@ -126,7 +127,8 @@ def without_statistics(step: Any, mesh: Any) -> Any:
 
     def plain(params: Any, state: Any, batch: Any) -> Any:
         new, metrics = inner(params, state, batch)
-        return new._replace(gate=state.gate), {"loss": metrics["loss"]}
+        opt_state = with_gate_state(new.opt_state, state.gate)
+        return new._replace(opt_state=opt_state), {"loss": metrics["loss"]}
 
     return jax.jit(plain, donate_argnums=1, compiler_options=distributed.compiler_options(mesh))
 

@@ -73,7 +73,7 @@ def layer_summary(stats: Mapping[str, Any], probe: Mapping[str, Any] | None = No
     """Returns means per layer of one block's statistics.
 
     Args:
-      stats: sums over real tokens as in ``gate_stats``: ``tokens [L, ...]``, ``slope [L, ..., C]``,
+      stats: sums over real tokens: ``tokens [L, ...]``, ``slope [L, ..., C]``,
         ``occupancy [L, ..., 4, C]``, ``feature``, ``selection`` and ``linear`` ``[L, ..., C]``; the
         dots are an expert axis, or absent. Sums of several batches may be added up.
       probe: the same from a run with a small random residual. The linear limit is a property of the

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +13,8 @@ import numpy as np
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.loading.adapted import AdaptedModel
-from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method import statistics
+from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import depths, gate_blocks, layer_numbers, stacks
@@ -89,12 +89,19 @@ def _gate_sums(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Returns the statistics of every gated block, summed over batches."""
     observed = replace(module, stats=GateStatsConfig(stride=1, probe_stride=1))
+    zeros: dict[str, jax.Array] = {}
+    for block, (shape, _) in gate_blocks(module.config).items():
+        if block.startswith("layers/"):
+            of_block = statistics.taps(statistics.STANDARD, shape)
+            zeros |= {f"{block}/{name}": tap for name, tap in of_block.items()}
+    taps = trees.unflatten(zeros)
 
-    @partial(jax.jit)
+    @jax.jit
     def run(variables: dict[str, Any], tokens: jax.Array, segments: jax.Array) -> Any:
-        return observed.apply(variables, tokens, segment_ids=segments, mutable=["gate_stats"])[1][
-            "gate_stats"
-        ]
+        def output(taps: Any) -> jax.Array:
+            return jnp.sum(observed.apply({**variables, "gate_taps": taps}, tokens, segment_ids=segments))
+
+        return jax.grad(output)(taps)
 
     total: dict[str, dict[str, Any]] = {}
     for tokens, segments in batches:

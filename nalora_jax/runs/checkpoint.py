@@ -222,16 +222,24 @@ class Checkpointer:
             meta = self._manager.restore(step, args=small)
             saved = trees.flatten(self._manager.item_metadata(step).state.tree)
         snapshot.check_run(where, meta.run, self._run)
-        labels = former_labels(meta.run["config"])
-        abstract = snapshot.with_labels(snapshot.abstract(like), labels)
-        snapshot.check_arrays(where, saved, trees.flatten(abstract))
+        expected = trees.flatten(snapshot.abstract(like))
+        names = snapshot.saved_names(expected, saved, former_labels(meta.run["config"]))
+        wanted = {names[path]: leaf for path, leaf in expected.items()}
+        # Earlier versions saved the averages of blocks without a rule as well.
+        unused = {name for name in saved.keys() - wanted.keys() if name.startswith("gate/")}
+        snapshot.check_arrays(where, {name: saved[name] for name in saved if name not in unused}, wanted)
+        place = min(expected.values(), key=lambda leaf: leaf.ndim).sharding  # of a scalar: replicated
+        for name in unused:
+            wanted[name] = jax.ShapeDtypeStruct(saved[name].shape, saved[name].dtype, sharding=place)
+        abstract = trees.unflatten(wanted)
         with _io_errors(where, "a readable checkpoint"):
             restore_args = ocp.args.PyTreeRestore(
                 abstract, ocp.checkpoint_utils.construct_restore_args(abstract)
             )
             restored = self._manager.restore(step, args=ocp.args.Composite(state=restore_args))
-        arrays = snapshot.with_labels(restored.state, {before: now for now, before in labels.items()})
-        return snapshot.from_arrays(arrays, like), meta.data
+        arrays = trees.flatten(restored.state)
+        state = trees.unflatten({path: arrays[name] for path, name in names.items()})
+        return snapshot.from_arrays(state, like), meta.data
 
     def latest_step(self) -> int | None:
         """Returns the newest checkpoint's step; None without checkpoints."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from nalora_jax import trees
 from nalora_jax.config import RunConfig
 from nalora_jax.config.former import translated
 from nalora_jax.errors import NaloraError
-from nalora_jax.train.mechanisms import make
+from nalora_jax.method.rules import make
 from nalora_jax.weights.origin import is_comparable
 
 # Settings that may change on resume: they affect location, length, speed and output of the run, but
@@ -154,22 +154,31 @@ def _equal_rules(before: Any, after: Any) -> bool:
     return list(map(make, before)) == list(map(make, after))
 
 
-def with_labels(arrays: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the result of `to_arrays` with other labels of the mechanisms' memory.
+def saved_names(
+    paths: Collection[str], saved: Collection[str], labels: Mapping[str, str]
+) -> dict[str, str]:
+    """Returns the name in a checkpoint of every array of a state, by its path.
+
+    Earlier versions stored the averages of the gates in ``gate`` of the train state, and had other
+    labels for rules of the groups ``mask`` and ``step_scale``.
 
     Args:
-      arrays: nested dicts.
-      labels: new label by present label; others stay.
+      paths: of the state, the keys of the flat result of `abstract`.
+      saved: names of the checkpoint's arrays.
+      labels: label in the checkpoint by present label; others are equal.
     """
-    memory = "gate/memory/"
+    owner = next((path.partition("/memory/")[0] for path in paths if "/memory/" in path), "gate")
 
-    def renamed(path: str) -> str:
-        label, _, block = path.removeprefix(memory).partition("/")
-        if not path.startswith(memory):
+    def name(path: str) -> str:
+        if not path.startswith(f"{owner}/"):
             return path
-        return f"{memory}{labels.get(label, label)}/{block}"
+        of_gate = path.removeprefix(f"{owner}/")
+        if of_gate.startswith("memory/"):
+            _, label, block = of_gate.split("/", 2)
+            of_gate = f"memory/{labels.get(label, label)}/{block}"
+        return f"{'gate' if 'gate/count' in saved else owner}/{of_gate}"
 
-    return trees.unflatten({renamed(path): leaf for path, leaf in trees.flatten(arrays).items()})
+    return {path: name(path) for path in paths}
 
 
 def check_arrays(where: str, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -37,8 +37,8 @@ from nalora_jax.config import DataConfig, LoRARule, RunConfig, check
 from nalora_jax.config.former import GROUPS, FormerGroups, FormerMask, FormerStepScale, without_groups
 from nalora_jax.errors import NaloraError
 from nalora_jax.imports import import_files
+from nalora_jax.method.rules import make
 from nalora_jax.study.overrides import checked, override, whole_as_float
-from nalora_jax.train.mechanisms import make
 
 FILE = "protocol.toml"
 # Settings that methods must share, because their runs are paired, and settings of a run's files.

@@ -9,10 +9,10 @@ from typing import Any
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import statistics
+from nalora_jax.method.rules import make
 from nalora_jax.study.identity import check_records, rule_files
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import FILE, Record, Records
-from nalora_jax.train.mechanisms import make
 
 
 def checked_records(protocol: Protocol, store: Records) -> dict[str, Record]:

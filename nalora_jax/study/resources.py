@@ -14,8 +14,9 @@ import optax
 
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.method import activations, statistics
-from nalora_jax.method.state import Mechanisms
+from nalora_jax.method.rules import make
 from nalora_jax.method.step import TrainState
+from nalora_jax.method.transform import Mechanisms
 from nalora_jax.study.identity import rule_files
 from nalora_jax.study.language import Language, LanguageItems
 from nalora_jax.study.locations import locate, locate_dataset
@@ -25,7 +26,6 @@ from nalora_jax.study.protocol import Protocol, data_of
 from nalora_jax.study.subject import Items, StudyRows, Subject
 from nalora_jax.sweeps.fit import Fitting
 from nalora_jax.train.assembly import Assembly
-from nalora_jax.train.mechanisms import make
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from nalora_jax import trees
 from nalora_jax.config import RunConfig
+from nalora_jax.method.transform import make_mechanisms
 from nalora_jax.models.targets import AdapterSpec, ScaledTarget
 from nalora_jax.sweeps.values import accepts_traced, numeric_settings
-from nalora_jax.train.mechanisms import make_mechanisms
 
 T = TypeVar("T")
 

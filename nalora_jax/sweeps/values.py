@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nalora_jax.mechanism import Mechanism
 from nalora_jax.method import statistics
-from nalora_jax.method.state import Mechanisms, own_factors
+from nalora_jax.method.rules import Mechanism
+from nalora_jax.method.transform import Mechanisms, own_factors
 from nalora_jax.models.targets import AdapterSpec, ScaledTarget
 from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.learning_rate import with_learning_rate
@@ -73,7 +73,7 @@ def spec_with(spec: AdapterSpec, scales: Mapping[str, Any]) -> AdapterSpec:
 def accepts_traced(mechanism: Mechanism, name: str, activation: str) -> bool:
     """Returns True if a rule can be traced with an array in place of its setting ``name``.
 
-    ``name`` may also be a fact of `nalora_jax.mechanism.Context`: seed or total_steps.
+    ``name`` may also be a fact of `nalora_jax.method.rules.Context`: seed or total_steps.
     """
     context = Mechanisms((("", mechanism),), activation).context(jnp.zeros((), jnp.int32), "layers/ffn")
     memory = jax.eval_shape(partial(mechanism.init, (2, 8)))
@@ -159,6 +159,8 @@ def _settings(mechanisms: Mechanisms) -> dict[tuple[str, str], Any]:
 def _orders(runs: Sequence[Assembly]) -> dict[tuple[str, str], np.ndarray]:
     """Returns the channel orders ``[runs, ..., d_ff]`` of permutation controls that differ."""
     orders, first = {}, runs[0]
+    if first.state.gate is None:
+        return {}
     factors = jax.eval_shape(partial(own_factors, mechanisms=first.mechanisms), first.state.gate)
     for index, (label, _) in enumerate(first.mechanisms.entries):
         controls = [(run.mechanisms.entries[index][1], run.mechanisms.seed) for run in runs]

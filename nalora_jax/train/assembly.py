@@ -14,9 +14,8 @@ from jax.sharding import Mesh
 from nalora_jax import distributed, trees
 from nalora_jax.config import RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
-from nalora_jax.method.optimizer import find_gates
-from nalora_jax.method.state import Mechanisms
 from nalora_jax.method.step import Step, TrainState
+from nalora_jax.method.transform import Mechanisms, find_gates
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder

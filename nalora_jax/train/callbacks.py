@@ -23,8 +23,7 @@ from typing import Any, TypeVar
 
 from nalora_jax.errors import NaloraError, described
 from nalora_jax.redaction import MARK
-from nalora_jax.registry import Registry
-from nalora_jax.settings_text import from_text
+from nalora_jax.registry import Registry, from_text
 
 log = logging.getLogger(__name__)
 

@@ -18,12 +18,10 @@ from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.distributed import platform_of
 from nalora_jax.distributed.mesh import RUN, WEIGHT_AXES
 from nalora_jax.errors import NaloraError
-from nalora_jax.gate_checks import GateChecks, require_compensated
-from nalora_jax.measurement import GateStatsConfig
-from nalora_jax.method import statistics
-from nalora_jax.method.optimizer import find_gates, nalora
-from nalora_jax.method.state import Mechanisms
+from nalora_jax.method.checks import NAMES, GateChecks, require_compensated
+from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.method.step import Objective, Step, StepConfig, make_train_step
+from nalora_jax.method.transform import Mechanisms, find_gates, nalora
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
@@ -78,8 +76,7 @@ def decoder_program(
     names = {path: name for path, (_, name) in gate_blocks(base).items() if path in blocks}
     mechanisms = mechanisms_of(config, base.activation, names, gates)
     if model is None:
-        checks, measured = gate_checks_of(config), mechanisms.statistics
-        model = build_model(base, spec, config.compute, mesh, checks=checks, measured=measured)
+        model = build_model(base, spec, config.compute, mesh, checks=gate_checks_of(config))
     optimizer = build_optimizer(config, base, spec, mechanisms, last)
     pure = _pure_step(config, base, model, mesh, processor, last)
     return Program(config, model, spec, mesh, mechanisms, optimizer, blocks, pure)
@@ -109,14 +106,12 @@ def build_model(
     mesh: Mesh,
     *,
     checks: GateChecks | None = None,
-    measured: tuple[str, ...] = (),
 ) -> Decoder:
     """Builds the decoder for training steps.
 
     Args:
       base, spec, compute, mesh: architecture, adapters, compute settings and devices.
       checks: value checks of the gates.
-      measured: statistics that mechanisms need.
     """
     numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
     return decoder_for(
@@ -129,7 +124,6 @@ def build_model(
             compute.probe_stride,
             compute.stats_positions,
             checks=checks,
-            extra=statistics.extra(measured),
             sharding=distributed.row_sharding(mesh),
         ),
         activation_sharding=distributed.row_sharding(mesh),
@@ -149,7 +143,7 @@ def build_optimizer(
     """Chains inner optimizer, mechanisms on gates, ``last``, and AdaLoRA's rank allocation."""
     settings = with_learning_rate(config, base.d_model).optimizer
     inner = make_optimizer(settings, config.steps, config.lora.plus_ratio, numbers)
-    optimizer = nalora(inner, _gates(base, spec), mechanisms)
+    optimizer = nalora(inner, mechanisms, _gates(base, spec))
     if last is not None:
         optimizer = optax.with_extra_args_support(optax.chain(optimizer, last))
     if spec.adalora:
@@ -231,9 +225,11 @@ def make_step(
     model = model.clone(numerics=dataclasses.replace(model.numerics, platform=platform))
     settings = StepConfig(
         mechanisms=mechanisms,
+        blocks=measured_blocks(base, model.adapters),
         stats_sharding=distributed.row_sharding(mesh),
         **_step_shardings(base, model.adapters, mesh),
         metrics=layer_metrics(mechanisms),
+        checks=tuple(NAMES) if config.debug.check_gates else (),
         verify=require_compensated if config.debug.check_gates else None,
     )
     objective = text_objective(config, base, model, mesh, processor)
@@ -269,6 +265,5 @@ def text_objective(
         return Preference(plain, config.preference)
     if base.sight is None:
         return plain
-    blocks = tuple(measured_blocks(base, model.adapters))
     fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
-    return SeenNextToken(**fields, processor=processor, measured=blocks)
+    return SeenNextToken(**fields, processor=processor)

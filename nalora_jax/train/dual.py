@@ -16,12 +16,10 @@ from nalora_jax.config import RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.distributed import platform_of
 from nalora_jax.errors import NaloraError
-from nalora_jax.gate_checks import require_compensated
-from nalora_jax.measurement import GateStatsConfig
-from nalora_jax.method import statistics
-from nalora_jax.method.optimizer import find_gates, nalora
-from nalora_jax.method.state import Mechanisms
+from nalora_jax.method.checks import NAMES, require_compensated
+from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.method.step import Step, StepConfig, make_train_step
+from nalora_jax.method.transform import Mechanisms, find_gates, nalora
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.config import TOWERS, DualConfig
@@ -70,7 +68,7 @@ def dual_program(
     names = {f"{tower}/layers/ffn": base.towers[tower].activation for tower in adapted}
     activation = base.towers[next(iter(adapted), "image")].activation
     mechanisms = mechanisms_of(config, activation, names, gates)
-    model = _model(config, base, spec, mechanisms, mesh)
+    model = _model(config, base, spec, mesh)
 
     def optimizer_of(
         mechanisms: Mechanisms, numbers: Mapping[str, Any]
@@ -78,7 +76,7 @@ def dual_program(
         inner = make_optimizer(
             with_learning_rate(config).optimizer, config.steps, config.lora.plus_ratio, numbers
         )
-        optimizer = nalora(inner, gates, mechanisms)
+        optimizer = nalora(inner, mechanisms, gates)
         if last is None:
             return optimizer
         return optax.with_extra_args_support(optax.chain(optimizer, last))
@@ -91,13 +89,15 @@ def dual_program(
         shared = mesh if distributed.devices_per_run(mesh) > 1 else None
         numerics = replace(model.numerics, platform=distributed.platform_of_step(mesh))
         module = model.clone(adapters=adapters, numerics=numerics)
-        towers = Towers(module, processor, adapted, shared)
+        towers = Towers(module, processor, shared)
         objective = Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
         settings = StepConfig(
             mechanisms,
+            shapes,
             stats_sharding=distributed.row_sharding(mesh),
             **_shardings(lora, mesh),
             metrics=layer_metrics(mechanisms),
+            checks=tuple(NAMES) if config.debug.check_gates else (),
             verify=require_compensated if config.debug.check_gates else None,
         )
         return make_train_step(optimizer_of(mechanisms, numbers), settings, objective)
@@ -105,9 +105,7 @@ def dual_program(
     return Program(config, model, spec, mesh, mechanisms, optimizer, shapes, pure)
 
 
-def _model(
-    config: RunConfig, base: DualConfig, spec: AdapterSpec, mechanisms: Mechanisms, mesh: Mesh
-) -> DualEncoder:
+def _model(config: RunConfig, base: DualConfig, spec: AdapterSpec, mesh: Mesh) -> DualEncoder:
     """Builds the module of both towers for training."""
     compute = config.compute
     numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
@@ -121,7 +119,6 @@ def _model(
             compute.probe_stride,
             compute.stats_positions,
             checks=gate_checks_of(config),
-            extra=statistics.extra(mechanisms.statistics),
             sharding=distributed.row_sharding(mesh),
         ),
         activation_sharding=distributed.row_sharding(mesh),

@@ -31,17 +31,16 @@ class Towers:
 
     model: DualEncoder
     processor: ImageProcessor
-    observed: tuple[str, ...]  # towers with adapters: their gates are measured
     mesh: Mesh | None = None
 
-    def images(self, variables: Mapping[str, Any], batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        """Returns normalised features ``[rows, features]`` of uint8 ``pixels``; gate statistics."""
+    def images(self, variables: Mapping[str, Any], batch: Batch, key: jax.Array) -> jax.Array:
+        """Returns normalised features ``[rows, features]`` of uint8 ``pixels``."""
         inputs = {name: batch[name] for name in ("shapes", "mask") if name in batch}
         inputs["pixels"] = self.processor.normalise(batch["pixels"])
         return self._encode("image", variables, inputs, key)
 
-    def texts(self, variables: Mapping[str, Any], batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        """Returns normalised features ``[rows, features]`` of ``tokens``, and gate statistics."""
+    def texts(self, variables: Mapping[str, Any], batch: Batch, key: jax.Array) -> jax.Array:
+        """Returns normalised features ``[rows, features]`` of ``tokens``."""
         return self._encode("text", variables, {n: batch[n] for n in ("tokens", "token_weights")}, key)
 
     def temperature(self, variables: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
@@ -49,18 +48,9 @@ class Towers:
         temperature: tuple[jax.Array, jax.Array] = self.model.apply(variables, method="temperature")
         return temperature
 
-    def _encode(
-        self, tower: str, variables: Mapping[str, Any], inputs: Batch, key: jax.Array
-    ) -> tuple[jax.Array, Any]:
-        options: dict[str, Any] = {
-            "method": f"encode_{tower}",
-            "deterministic": False,
-            "rngs": {"dropout": key},
-        }
-        if tower not in self.observed:
-            return normalised(self.model.apply(variables, inputs, **options)), {}
-        features, written = self.model.apply(variables, inputs, mutable=["gate_stats"], **options)
-        return normalised(features), written["gate_stats"]
+    def _encode(self, tower: str, variables: Mapping[str, Any], inputs: Batch, key: jax.Array) -> jax.Array:
+        options: dict[str, Any] = {"method": f"encode_{tower}", "rngs": {"dropout": key}}
+        return normalised(self.model.apply(variables, inputs, deterministic=False, **options))
 
 
 @dataclass(frozen=True)
@@ -80,12 +70,12 @@ class Classify:
         The batch has ``pixels`` and ``labels [rows]``.
         """
         first, second = jax.random.split(key)
-        images, written = self.towers.images(variables, batch, first)
-        classes, more = class_features(self.towers, variables, params[CLASSES], second)
+        images = self.towers.images(variables, batch, first)
+        classes = class_features(self.towers, variables, params[CLASSES], second)
         scale, _ = self.towers.temperature(variables)
         logits = scale * jnp.einsum("if,cf->ic", images, classes, precision="highest")
         chosen = jnp.take_along_axis(logits, batch["labels"][:, None], axis=1)[:, 0]
-        return Evaluated(jnp.sum(jax.nn.logsumexp(logits, axis=1) - chosen), {**written, **more})
+        return Evaluated(jnp.sum(jax.nn.logsumexp(logits, axis=1) - chosen))
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Returns the number of images, twice."""
@@ -95,17 +85,17 @@ class Classify:
 
 def class_features(
     towers: Towers, variables: Mapping[str, Any], classes: Mapping[str, jax.Array], key: jax.Array
-) -> tuple[jax.Array, Any]:
-    """Returns normalised features ``[classes, features]``, and gate statistics.
+) -> jax.Array:
+    """Returns normalised features ``[classes, features]``.
 
     The features of several prompts are averaged and normalised again.
     """
     if "features" in classes:
-        return classes["features"], {}
+        return classes["features"]
     count, prompts, _ = classes["tokens"].shape
     flat = {name: value.reshape(count * prompts, -1) for name, value in classes.items()}
-    features, written = towers.texts(variables, flat, key)
-    return normalised(jnp.mean(features.reshape(count, prompts, -1), axis=1)), written
+    features = towers.texts(variables, flat, key)
+    return normalised(jnp.mean(features.reshape(count, prompts, -1), axis=1))
 
 
 @dataclass(frozen=True)
@@ -122,13 +112,13 @@ class Contrast:
         """
         del params
         first, second = jax.random.split(key)
-        images, written = self.towers.images(variables, batch, first)
-        texts, more = self.towers.texts(variables, batch, second)
+        images = self.towers.images(variables, batch, first)
+        texts = self.towers.texts(variables, batch, second)
         scale, bias = self.towers.temperature(variables)
         function = sigmoid_contrastive
         if self.kind == "softmax":
             function = softmax_contrastive
-        return Evaluated(function(images, texts, scale, bias, self.towers.mesh), {**written, **more})
+        return Evaluated(function(images, texts, scale, bias, self.towers.mesh))
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Returns the number of pairs, twice."""

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from nalora_jax.method import statistics
-from nalora_jax.method.state import Factors, Mechanisms
 from nalora_jax.method.step import BlockStats
+from nalora_jax.method.transform import Factors, Mechanisms
 
 
 def layer_metrics(mechanisms: Mechanisms) -> Callable[[BlockStats, BlockStats, Factors], BlockStats]:
@@ -26,9 +26,11 @@ def layer_metrics(mechanisms: Mechanisms) -> Callable[[BlockStats, BlockStats, F
         blocks = {path: layer_means(sums) for path, sums in stats.items()}
         for path, block in blocks.items():
             for label, mechanism in mechanisms.entries:
+                if path not in own_factors.get(label, {}):
+                    continue
                 values = mechanism.metrics(_by_layer(own_factors[label][path]))
                 block |= {f"{label}_{name}": value for name, value in values.items()}
-            if "update_b" in factors:
+            if path in factors.get("update_b", {}):
                 joint = _by_layer(factors["update_b"][path])
                 block["favoured"] = jnp.mean((joint >= 1.0).astype(jnp.float32), axis=1)
                 block |= {"factor_min": jnp.min(joint, axis=1), "factor_max": jnp.max(joint, axis=1)}

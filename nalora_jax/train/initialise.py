@@ -37,15 +37,14 @@ import numpy as np
 
 from nalora_jax import distributed, trees
 from nalora_jax.method import statistics
-from nalora_jax.method.optimizer import find_gates
-from nalora_jax.method.state import Mechanisms
 from nalora_jax.method.step import Batch, Objective, StepConfig, accumulate, micro_gradients, over_shards
+from nalora_jax.method.transform import Mechanisms, find_gates
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.train.assembly import Assembly
-from nalora_jax.train.decoder_program import next_token
+from nalora_jax.train.decoder_program import measured_blocks, next_token
 
 _ITERATIONS = 2
 # Mean length of A's columns in default LoRA: d_in entries, uniform in +-1/sqrt(d_in).
@@ -111,7 +110,7 @@ def make_gradients(config: StepConfig, objective: Objective) -> Callable[[Any, A
 
     def gradients(params: Any, lora: Any, batch: Batch) -> dict[str, Any]:
         key = jax.random.key(0)
-        sums = accumulate(lambda b, k: evaluate(params, lora, {}, None, b, k), batch, key)
+        sums = accumulate(lambda b, k: evaluate(params, lora, {}, b, k), batch, key)
         stats = over_shards(sums["stats"], statistics.STANDARD, config.stats_sharding)
         return sums | {"stats": stats}
 
@@ -130,7 +129,8 @@ class _Search:
         self._params = assembly.view(assembly.params)
         model = assembly.model.clone(adapters=self._spec)
         mesh = assembly.mesh
-        config = StepConfig(Mechanisms((), base.activation), stats_sharding=model.stats.sharding)
+        none, blocks = Mechanisms((), base.activation), measured_blocks(base, self._spec)
+        config = StepConfig(none, blocks, stats_sharding=model.stats.sharding)
         objective = next_token(base, model, assembly.config.compute, mesh)
         self._sums: Callable[..., dict[str, Any]] = jax.jit(
             make_gradients(config, objective), compiler_options=distributed.compiler_options(mesh)

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax import distributed
 from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.gate_checks import BROKEN
-from nalora_jax.method.state import Mechanisms
+from nalora_jax.method.checks import BROKEN
 from nalora_jax.method.step import Step, TrainState
+from nalora_jax.method.transform import Mechanisms
 from nalora_jax.models.targets import AdapterSpec
 
 _STEPS = itertools.count()

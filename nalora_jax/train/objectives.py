@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 
-from nalora_jax import trees
 from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.targets import ROWS
 from nalora_jax.ops.cross_entropy import Head, cross_entropy, rows_of_chunk
@@ -42,7 +41,7 @@ class NextToken:
 
     def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
         """Returns the loss of ``[rows, seq]`` arrays; see `nalora_jax.method.step.Objective`."""
-        hidden, written = self.hidden(variables, batch, key)
+        hidden = self.hidden(variables, batch, key)
         if (trained := self.trained_head(variables["lora"], params)) is not None:
             loss = trained_cross_entropy(
                 hidden,
@@ -54,28 +53,27 @@ class NextToken:
                 chunk=self.loss_chunk,
                 shards=self.batch_shards,
             )
-            return Evaluated(loss, written)
-        return Evaluated(self.cross_entropy(hidden, params, batch, batch["loss_weights"]), written)
+            return Evaluated(loss)
+        return Evaluated(self.cross_entropy(hidden, params, batch, batch["loss_weights"]))
 
     def hidden(
         self, variables: Mapping[str, Any], batch: Batch, key: jax.Array, **options: Any
-    ) -> tuple[jax.Array, Any]:
-        """Returns hidden states ``[rows, seq, d_model]`` after the final norm; gate statistics.
+    ) -> jax.Array:
+        """Returns hidden states ``[rows, seq, d_model]`` after the final norm.
 
         If the mesh splits the tokens of rows, the hidden states are of the rows' `parts`.
         """
         chex.assert_rank(batch["tokens"], 2)
-        hidden, written = self.model.apply(
+        hidden: jax.Array = self.model.apply(
             variables,
             batch["tokens"],
             positions=batch["positions"],
             segment_ids=batch["segment_ids"],
             deterministic=False,
             rngs={"dropout": key},
-            mutable=["gate_stats"],
             **options,
         )
-        return hidden, written["gate_stats"]
+        return hidden
 
     def parts(self, values: jax.Array) -> jax.Array:
         """Returns values of tokens ``[rows, seq]`` in the layout of the hidden states."""
@@ -143,25 +141,20 @@ class SeenNextToken(NextToken):
     """`NextToken` of a vision-language model whose packed sequences contain images."""
 
     processor: Any = None  # `nalora_jax.data.images.ImageProcessor`: uint8 pixels to floats
-    measured: tuple[str, ...] = ()  # blocks whose statistics are kept: the blocks with adapters
 
     def hidden(
         self, variables: Mapping[str, Any], batch: Batch, key: jax.Array, **options: Any
-    ) -> tuple[jax.Array, Any]:
-        """Returns hidden states and gate statistics, see `NextToken`.
+    ) -> jax.Array:
+        """Returns hidden states, see `NextToken`.
 
         The batch also has ``pixels [rows, images, height, width, 3]`` and ``images [rows]``.
         """
-        features, vision_updates = self.model.apply(
+        features = self.model.apply(
             variables,
             self.processor.normalise(batch["pixels"]),
             batch["images"],
             deterministic=False,
             rngs={"dropout": jax.random.fold_in(key, 1)},
-            mutable=["gate_stats"],
             method="see",
         )
-        hidden, written = super().hidden(variables, batch, key, features=features, **options)
-        leaves = trees.flatten(vision_updates["gate_stats"]) | trees.flatten(written)
-        measured = {path: leaf for path, leaf in leaves.items() if path.rpartition("/")[0] in self.measured}
-        return hidden, trees.unflatten(measured)
+        return super().hidden(variables, batch, key, features=features, **options)

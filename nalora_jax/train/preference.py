@@ -64,7 +64,7 @@ class Preference:
 
         The batch has the arrays of text and ``pairs [rows, pairs]``.
         """
-        hidden, written = self.policy.hidden(variables, batch, key)
+        hidden = self.policy.hidden(variables, batch, key)
         base = {name: tree for name, tree in variables.items() if name not in _ADAPTED}
         reference = self.policy.model.clone(adapters=AdapterSpec()).apply(
             base, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
@@ -89,9 +89,7 @@ class Preference:
             "rewards_accuracy": jnp.sum(real * (losses.chosen > losses.rejected)),
         }
         # Value of the loss, gradient of the surrogate.
-        return Evaluated(
-            lax.stop_gradient(value - surrogate) + surrogate, written, lax.stop_gradient(measured)
-        )
+        return Evaluated(lax.stop_gradient(value - surrogate) + surrogate, lax.stop_gradient(measured))
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Returns the numbers of real tokens and of pairs."""

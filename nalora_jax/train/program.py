@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from nalora_jax import distributed
 from nalora_jax.config import RunConfig
-from nalora_jax.gate_checks import GateChecks
-from nalora_jax.method.state import Mechanisms
+from nalora_jax.method.checks import GateChecks
 from nalora_jax.method.step import Step, TrainState, init_state
+from nalora_jax.method.transform import Mechanisms
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.train.jitted import PureStep, jit_step
 
@@ -33,8 +33,7 @@ class Program:
 
     def fresh(self, lora: Any, key: jax.Array) -> TrainState:
         """Returns the state before the first step, for adapters and the data of a random key."""
-        state = init_state(lora, self.optimizer, self.blocks, self.mechanisms, 0)
-        return state._replace(key=key)
+        return init_state(lora, self.optimizer, 0)._replace(key=key)
 
     def places(self, lora: Any) -> Any:
         """Returns the shardings of the state; ``lora`` has the adapters or their shapes."""

@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax import trees
-from nalora_jax.method.state import Mechanisms, own_factors
 from nalora_jax.method.step import TrainState
+from nalora_jax.method.transform import Mechanisms, own_factors
 from nalora_jax.models.targets import AdapterSpec
 
 
@@ -72,12 +72,13 @@ class StateMetrics:
         self, state: TrainState
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
         """Returns counts of factors, norms and ranks of ``state``; not compiled."""
-        factors = own_factors(state.gate, self.mechanisms)
+        factors = {}
+        if state.gate is not None:
+            factors = own_factors(state.gate, self.mechanisms)
+        bins = {label: mechanism.bins for label, mechanism in self.mechanisms.entries}
         counts = {
-            label: jnp.concatenate(
-                [histogram(factor, mechanism.bins) for factor in factors[label].values()]
-            )
-            for label, mechanism in self.mechanisms.entries
+            label: jnp.concatenate([histogram(factor, bins[label]) for factor in of_blocks.values()])
+            for label, of_blocks in factors.items()
         }
         used = {}
         if self.spec.adalora:

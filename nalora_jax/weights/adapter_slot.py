@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import TABLES, AdapterSpec, TargetSpec
-from nalora_jax.weights.adapter_bank import folded_scales, padded
 from nalora_jax.weights.saved_modules import with_whole_tables
 
 
@@ -91,3 +91,26 @@ class AdapterSlot:
         tables = trees.flatten(lora)
         leaves |= {TABLES[name]: tables[TABLES[name]] for name in spec.saved}
         return trees.unflatten(leaves)
+
+
+def folded_scales(lora: Mapping[str, Any], spec: AdapterSpec) -> dict[str, tuple[Any, Any]]:
+    """Returns A and ``s B`` by path, ``[layers, ...]`` each."""
+    flat = trees.flatten(lora)
+    folded = {}
+    for path, _ in spec.targets:
+        b = jnp.asarray(flat[f"{path}/b"], jnp.float32)
+        scales = np.reshape(spec.scales(path), (-1,) + (1,) * (b.ndim - 1))
+        folded[path] = (jnp.asarray(flat[f"{path}/a"], jnp.float32), b * scales)
+    return folded
+
+
+def padded(value: Any, rank: int, axis: int, where: str) -> Any:
+    """Zero-pads ``value`` to ``rank`` along its rank axis."""
+    if value.shape[axis] > rank:
+        remedy = "make the slot with a larger rank"
+        raise NaloraError(
+            f"{where}: rank", expected=f"at most {rank}", found=value.shape[axis], remedy=remedy
+        )
+    widths = [(0, 0)] * value.ndim
+    widths[axis] = (0, rank - value.shape[axis])
+    return jnp.pad(value, widths)

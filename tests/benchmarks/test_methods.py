@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 
 from nalora_jax.config import RunConfig
-from nalora_jax.mechanism import Mechanism
-from nalora_jax.train.mechanisms import make
+from nalora_jax.method.rules import Mechanism, make
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,10 @@ from nalora_jax.models.targets import resolve
 from nalora_jax.report.inspect import layer_summary
 from nalora_jax.report.inspection import inspect_texts
 from nalora_jax.runs.metrics import MetricsLog
-from nalora_jax.weights import hub, publish
+from nalora_jax.weights import hub
 from nalora_jax.weights.peft import export_adapter, import_adapter
 from tests import emulator, tiny
+from tests.observed import observed
 
 HF = tiny.HF | {"num_hidden_layers": 3, "num_key_value_heads": 1, "intermediate_size": 24}
 TEXTS = ["a b c d e f", "x y z", "n o p"]
@@ -186,11 +187,6 @@ def test_results_are_written_to_a_bucket_and_read_from_there(
         np.testing.assert_array_equal(logits("gs://bucket/base", adapter=source), expected)
     np.testing.assert_allclose(logits("gs://bucket/merged"), expected, atol=1e-4)
     assert main(["from-peft", "gs://bucket/exported"]) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(publish, "push_folder", lambda folder, *_, **__: (folder / "config.json").is_file())
-        for name in ("exported", "merged"):
-            assert main(["push", f"gs://bucket/{name}", "--repo", "a/b"]) == 0
-    assert capsys.readouterr().out.endswith("False\nTrue\n")
     config = load(base, dtype="float32").base.config
     tree = import_adapter("gs://bucket/exported", config)[0]
     jax.tree.map(np.testing.assert_array_equal, tree, import_adapter(run / "adapter", config)[0])
@@ -336,11 +332,11 @@ def test_inspect_measures_what_the_blocks_compute(base):
     """Against the statistics of one unpadded text at a time, added up here."""
     model = load(base, dtype="float32")
     summary = inspect_texts(model, TEXTS, max_length=5)
-    observe = jax.jit(lambda tokens: model.module.apply(model.variables, tokens, mutable=["gate_stats"])[1])
+    observe = jax.jit(lambda tokens: observed(model.module, model.variables, tokens)[1])
     total = {}
     for text in TEXTS:
         written = observe(jnp.asarray([model.base.tokenizer.encode(text)[:5]]))
-        for path, value in trees.flatten(written["gate_stats"]).items():
+        for path, value in trees.flatten(written).items():
             name = path.rpartition("/")[2]
             total[name] = total.get(name, 0) + np.asarray(value, np.float64)
     assert total["tokens"].tolist() == [11.0, 11.0, 11.0]

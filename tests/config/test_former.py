@@ -8,11 +8,11 @@ import pytest
 
 from nalora_jax.config import RunConfig, config_from_dict
 from nalora_jax.config.former import RULES, FormerGroups, FormerMask, FormerStepScale, translated
-from nalora_jax.mechanism import MECHANISMS
-from nalora_jax.method.rules import CurvatureCap, HardMask, HomogeneityStep, SoftMask
-from nalora_jax.train.mechanisms import former_labels, make, make_mechanisms
+from nalora_jax.method.rules import MECHANISMS, CurvatureCap, HardMask, HomogeneityStep, SoftMask, make
+from nalora_jax.method.transform import make_mechanisms
+from nalora_jax.train.mechanisms import former_labels
 
-COMMON = {"decay": 0.5, "warmup": 3, "frozen_after": 7, "permute": 2}
+COMMON = {"decay": 0.5, "warmup": 3, "permute": 2}
 
 
 @pytest.mark.parametrize(

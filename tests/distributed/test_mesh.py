@@ -11,8 +11,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax import distributed, trees
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.method.state import init_gate_state
-from nalora_jax.train.mechanisms import make_mechanisms
+from nalora_jax.method.transform import init_gate_state, make_mechanisms
 
 L, D, F, V, R = 3, 64, 128, 256, 8
 HEADS, KV, HEAD_DIM, EXPERTS = 8, 4, 16, 2
@@ -183,9 +182,8 @@ def test_gate_state_follows_the_gates_channels(mesh):
     mechanisms = make_mechanisms(("soft:power=2", "homogeneity"), activation="silu")
     state = {
         "gate": jax.eval_shape(lambda: init_gate_state(shapes, mechanisms)),
-        "gate_taps": {"layers": {"ffn": {"delta": struct(L, F)}}},
+        "gate_taps": {"layers": {"ffn": {"tokens": struct(L), "delta": struct(L, F)}}},
         "gate_mask": {"layers": {"ffn": {"mask": struct(L, F)}}},
-        "gate_stats": {"layers": {"ffn": {"tokens": struct(L), "slope": struct(L, F)}}},
         "step": struct(),
     }
     placed = specs(state, mesh, distributed.STATE_RULES)
@@ -195,9 +193,9 @@ def test_gate_state_follows_the_gates_channels(mesh):
     )
     assert placed["gate/memory/step_scale/layers/ffn/occupancy"] == P(None, None, both)
     assert placed["gate/memory/step_scale/layers/moe/occupancy"] == P(None, None, None, both)
-    assert placed["gate_mask/layers/ffn/mask"] == placed["gate_stats/layers/ffn/slope"] == P(None, both)
+    assert placed["gate_mask/layers/ffn/mask"] == P(None, both)
     assert placed["gate/updates/layers/ffn"] == placed["gate/count"] == P()
-    assert placed["gate_stats/layers/ffn/tokens"] == placed["step"] == P()
+    assert placed["gate_taps/layers/ffn/tokens"] == placed["step"] == P()
 
 
 def test_every_array_is_covered_or_named():

@@ -7,8 +7,7 @@ import numpy as np
 
 from nalora_jax.method import activations
 from nalora_jax.method.rules import CurvatureCap, curvature_cap
-from nalora_jax.method.state import GateState, own_factors
-from nalora_jax.train.mechanisms import make_mechanisms
+from nalora_jax.method.transform import GateState, make_mechanisms, own_factors
 
 PATH = "layers/ffn"
 

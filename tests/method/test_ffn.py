@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 from scipy import special
 
-from nalora_jax import gate_checks
-from nalora_jax.gate_checks import GateChecks
-from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method import activations, ffn, low_rank
+from nalora_jax.method import checks as gate_checks
+from nalora_jax.method.checks import GateChecks
 from nalora_jax.method.ffn import Adapters, GatedFFN, SelfGatedFFN, gated_product
+from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.moe import MoEFFN
 from nalora_jax.models.tail import FactoredFFN
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.reductions import sampled, sampled_positions
+from tests.observed import observed, taps_of
 
 D, F, R = 8, 20, 3
 GATED = Adapters((("gate_proj", R), ("up_proj", R), ("down_proj", R)))
@@ -72,18 +73,11 @@ def test_a_factored_block_is_a_gated_block_whose_factor_is_given(numerics: Any) 
     only = Adapters(tuple((name, R) for name in variables["lora"]))
 
     def run(block: Any, lora: Any, x: jax.Array, *factor: jax.Array) -> Any:
-        def loss(lora: Any, x: jax.Array) -> Any:
-            y, written = block.apply(
-                {"params": variables["params"], "lora": lora},
-                x,
-                *factor,
-                SCALES,
-                token_weights=weights,
-                mutable=["gate_stats"],
-            )
-            return jnp.sum(jnp.sin(y)), written["gate_stats"]
+        def loss(lora: Any, taps: Any, x: jax.Array) -> Any:
+            given = {"params": variables["params"], "lora": lora, "gate_taps": taps}
+            return jnp.sum(jnp.sin(block.apply(given, x, *factor, SCALES, token_weights=weights)))
 
-        return jax.jit(jax.value_and_grad(loss, has_aux=True))(lora, x)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(lora, taps_of(block), x)
 
     wanted = run(gated.clone(adapters=only), variables["lora"], x)
     found = run(factored.clone(adapters=only), variables["lora"], x, x @ kernel)
@@ -96,8 +90,7 @@ def test_statistics_are_sums_over_real_tokens(kind: type, numerics: Any) -> None
     adapters, stats = GATED if kind is GatedFFN else SELF_GATED, GateStatsConfig(probe_stride=1)
     block = kind(D, F, "silu", adapters, stats=stats, numerics=numerics())
     variables, x, weights = _build(block)
-    _, written = block.apply(variables, x, SCALES, token_weights=weights, mutable=["gate_stats"])
-    stats = written["gate_stats"]
+    _, stats = observed(block, variables, x, SCALES, token_weights=weights)
 
     base, dz = (
         v.reshape(-1, F)[np.asarray(weights).reshape(-1) > 0]
@@ -126,7 +119,7 @@ def test_strides_take_one_in_n_positions(length: int) -> None:
 
     @partial(jax.jit, static_argnums=0)
     def measured(block: GatedFFN, x: jax.Array, weights: jax.Array) -> Any:
-        return block.apply(variables, x, SCALES, token_weights=weights, mutable=["gate_stats"])[1]
+        return observed(block, variables, x, SCALES, token_weights=weights)[1]
 
     got = measured(thin, x, weights)
     for stride, names in {
@@ -136,7 +129,7 @@ def test_strides_take_one_in_n_positions(length: int) -> None:
         picked, counted = sampled(x, weights, stride), sampled_positions(weights, stride)[1]
         want = measured(dense, picked, counted)
         for name in names:
-            np.testing.assert_allclose(got["gate_stats"][name], want["gate_stats"][name], rtol=1e-5)
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-5)
 
 
 @pytest.mark.parametrize("experts", [0, 3])
@@ -151,8 +144,7 @@ def test_long_rows_give_no_more_positions_than_they_may(experts: int) -> None:
             block = GatedFFN(D, F, "silu", GATED, stats=config)
         variables = jax.jit(block.init)(jax.random.key(0), jnp.zeros((1, 2, D)))
         x = jax.random.normal(jax.random.key(1), (2, 64, D))
-        found = jax.jit(lambda v: block.apply(v, x, mutable=["gate_stats"]))(variables)[1]["gate_stats"]
-        return dict(found)
+        return jax.jit(lambda v: observed(block, v, x)[1])(variables)
 
     bounded, strides = measured(stride=4, probe_stride=8, positions=8), measured(stride=8, probe_stride=16)
     for name, value in strides.items():
@@ -167,7 +159,7 @@ def test_mechanisms_leave_the_forward_pass_alone() -> None:
     variables, x, weights = _build(block)
     plain = block.apply(variables, x, SCALES)
     masked = variables | {"gate_mask": {"mask": jnp.linspace(0, 2, F)}}
-    with_all, _ = block.apply(masked, x, SCALES, token_weights=weights, mutable=["gate_stats"])
+    with_all, _ = observed(block, masked, x, SCALES, token_weights=weights)
     np.testing.assert_allclose(plain, with_all, rtol=1e-6, atol=1e-6)
 
 
@@ -242,8 +234,8 @@ FAULTS = {
 
 
 def _worst_check(block: Any, variables: dict, x: jax.Array) -> float:
-    _, written = block.apply(variables, x, SCALES, mutable=["gate_stats"])
-    return float(np.max([written["gate_stats"][name] for name in gate_checks.NAMES]))
+    _, stats = observed(block, variables, x, SCALES)
+    return float(np.max([stats[name] for name in gate_checks.NAMES]))
 
 
 @pytest.mark.parametrize("kind", [GatedFFN, SelfGatedFFN])
@@ -284,11 +276,12 @@ def test_a_block_in_every_implementation_is_the_plain_one(numerics: Any) -> None
 
         @jax.jit
         def value_and_gradients(lora: Any, x: jax.Array) -> Any:
-            def value(lora: Any, x: jax.Array) -> Any:
-                return block.apply({**variables, "lora": lora} | mask, x, SCALES, mutable=["gate_stats"])
+            def value(lora: Any, x: jax.Array, taps: Any) -> Any:
+                return block.apply({**variables, "lora": lora, "gate_taps": taps} | mask, x, SCALES)
 
-            y, back, written = jax.vjp(value, lora, x, has_aux=True)
-            return y, back(g), written["gate_stats"]
+            y, back = jax.vjp(value, lora, x, taps_of(block))
+            *gradients, stats = back(g)
+            return y, gradients, stats
 
         return value_and_gradients(variables["lora"], x)
 

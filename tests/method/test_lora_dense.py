@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nalora_jax.dense import LoRADense
-from nalora_jax.measurement import take_probe
+from nalora_jax.method.ffn import LoRADense
 from nalora_jax.method.low_rank import LowRankHidden
+from nalora_jax.method.measurement import take_probe
 from nalora_jax.ops.dispatch import Numerics
 
 

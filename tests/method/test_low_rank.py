@@ -13,10 +13,9 @@ from nalora_jax.method.low_rank import (
     Adapter,
     Dense,
     adapted_dense,
-    batched_residual,
     column_norm,
+    low_rank,
     parallel_dense,
-    residual,
 )
 from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.ops.quantize import quantize
@@ -41,7 +40,7 @@ def test_residual_value_and_gradients_are_the_formulas_of_the_design(masked: boo
     args = [jnp.asarray(v, jnp.float32) for v in (x, a, b)]
     given = jnp.asarray(mask, jnp.float32) if masked else None
 
-    value, vjp = jax.vjp(lambda x, a, b: residual(x, a, b, scale, given), *args)
+    value, vjp = jax.vjp(lambda x, a, b: low_rank(x, a, b, scale, given), *args)
     dx, da, db = vjp(jnp.asarray(g, jnp.float32))
 
     flat, gf = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]) * scale
@@ -54,7 +53,7 @@ def test_residual_value_and_gradients_are_the_formulas_of_the_design(masked: boo
 
 def test_without_a_mask_the_gradient_is_autodiffs() -> None:
     x, a, b, _, g = (jnp.asarray(v, jnp.float32) for v in _arrays(1))
-    ours = jax.grad(lambda *v: jnp.sum(residual(*v, 0.5) * g), argnums=(0, 1, 2))(x, a, b)
+    ours = jax.grad(lambda *v: jnp.sum(low_rank(*v, 0.5) * g), argnums=(0, 1, 2))(x, a, b)
     plain = jax.grad(lambda x, a, b: jnp.sum(0.5 * ((x @ a) @ b) * g), argnums=(0, 1, 2))(x, a, b)
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
@@ -62,17 +61,7 @@ def test_without_a_mask_the_gradient_is_autodiffs() -> None:
 
 def test_a_mask_never_changes_the_value() -> None:
     x, a, b, mask, _ = (jnp.asarray(v, jnp.float32) for v in _arrays(2))
-    np.testing.assert_array_equal(residual(x, a, b, 2.0), residual(x, a, b, 2.0, mask))
-
-
-def test_batched_residual_is_one_adapter_per_example() -> None:
-    rng = np.random.default_rng(3)
-    x, a, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(3, 5, 8), (2, 8, 4), (2, 4, 6)])
-    ids = jnp.array([1, -1, 0])
-    got = batched_residual(x, a, b, 1.5, ids, operand="float32")
-    np.testing.assert_allclose(got[0], residual(x[0], a[1], b[1], 1.5), rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(got[1], np.zeros_like(got[1]))
-    np.testing.assert_allclose(got[2], residual(x[2], a[0], b[0], 1.5), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(low_rank(x, a, b, 2.0), low_rank(x, a, b, 2.0, mask))
 
 
 def test_column_norm_is_the_norm_of_the_sum() -> None:

@@ -8,14 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nalora_jax.method.rules import hard_mask, soft_mask
-from nalora_jax.method.state import (
+from nalora_jax.method.transform import (
     GateState,
     channel_factors,
     init_gate_state,
-    mask_collection,
+    make_mechanisms,
     own_factors,
 )
-from nalora_jax.train.mechanisms import make_mechanisms
 
 PATH = "layers/ffn"
 
@@ -110,11 +109,3 @@ def test_where_the_mask_acts_and_how_long_it_is():
         for place in factors.values():
             np.testing.assert_allclose(jnp.mean(place[PATH] ** 2, axis=-1), np.ones(2), rtol=1e-6)
     assert set(channel_factors(state_with(importance), alone("soft:mask_gradient=false"))) == {"update_b"}
-
-
-def test_collection_of_masks():
-    assert mask_collection({"layers/ffn": 1, "vision/layers/ffn": 2}) == {
-        "layers": {"ffn": {"mask": 1}},
-        "vision": {"layers": {"ffn": {"mask": 2}}},
-    }
-    assert mask_collection({"": 3}) == {"mask": 3}

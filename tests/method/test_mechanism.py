@@ -10,21 +10,26 @@ import numpy as np
 import pytest
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.experimental_rules import delta_importance, keep_probability
-from nalora_jax.mechanism import MECHANISMS, Mechanism, register_mechanism
 from nalora_jax.method import activations, statistics
-from nalora_jax.method.rules import curvature_cap
-from nalora_jax.method.state import (
+from nalora_jax.method.rules import (
+    MECHANISMS,
+    Mechanism,
+    curvature_cap,
+    delta_importance,
+    make,
+    register_mechanism,
+)
+from nalora_jax.method.step import idle
+from nalora_jax.method.transform import (
     GateState,
     Mechanisms,
     channel_factors,
     equalized,
     init_gate_state,
+    make_mechanisms,
     own_factors,
     update_gate_state,
 )
-from nalora_jax.method.step import idle
-from nalora_jax.train.mechanisms import make, make_mechanisms
 
 PATH, L, F = "layers/ffn", 3, 40
 
@@ -125,39 +130,12 @@ def test_a_placebo_has_the_same_factors_on_other_channels() -> None:
     assert len(set(places)) > 1
 
 
-def test_a_frozen_mask_is_that_of_its_calibration_batch() -> None:
-    frozen = make_mechanisms(("soft:power=2,frozen_after=1",), activation="silu")
-    one, many = state_after(frozen, 1), state_after(frozen, 9)
-    np.testing.assert_array_equal(many.memory["mask"][PATH]["slope"], one.memory["mask"][PATH]["slope"])
-    moving = make_mechanisms(("soft:power=2",), activation="silu")
-    assert (state_after(moving, 9).memory["mask"][PATH]["slope"] != one.memory["mask"][PATH]["slope"]).any()
-
-
 def test_a_mechanism_that_has_measured_nothing_is_idle() -> None:
     mechanisms = make_mechanisms(("soft:power=2,warmup=2", "homogeneity:warmup=30"), activation="silu")
     for count, expected in ((11, [False, False]), (12, [True, False]), (40, [True, True])):
         state = init_gate_state({PATH: (L, F)}, mechanisms)._replace(count=jnp.int32(count))
         assert [bool(x) for x in idle(state, mechanisms).values()] == expected
     assert not any(bool(x) for x in idle(state_after(mechanisms, 60), mechanisms).values())
-
-
-def test_random_masks_are_unbiased_and_drawn_anew() -> None:
-    mechanisms = only("random:keep=0.25,warmup=0", seed=3)
-    state = state_after(mechanisms)
-    draw = jax.jit(lambda count: own_factors(state._replace(count=count), mechanisms)["random"][PATH])
-    draws = np.stack([draw(jnp.int32(count)) for count in range(200)])
-    assert set(np.unique(draws)) == {0.0, 4.0}
-    assert draws.mean() == pytest.approx(1.0, abs=0.03)
-    assert (draws[0] != draws[1]).any()
-    np.testing.assert_array_equal(draws[7], draw(jnp.int32(7)))
-
-
-def test_a_stochastic_mask_keeps_by_importance() -> None:
-    importance = jnp.asarray(np.random.default_rng(0).uniform(0.1, 1.0, (2, 9)), jnp.float32)
-    ratio = np.asarray(importance) / np.asarray(importance).mean(-1, keepdims=True)
-    np.testing.assert_allclose(
-        keep_probability(importance, 0.5, 2.0), np.clip(0.5 * ratio**2, 0.05, 1), rtol=1e-5
-    )
 
 
 def test_importance_by_delta_is_a_power_of_its_second_moment() -> None:
@@ -174,17 +152,6 @@ def test_importance_by_delta_is_a_power_of_its_second_moment() -> None:
 def test_the_cap_acts_where_the_response_is_curved() -> None:
     excess, response = jnp.asarray([[0.0, 0.05, 0.4, 0.0]]), jnp.asarray([[1.0, 1.0, 1.0, 0.0]])
     np.testing.assert_allclose(curvature_cap(excess, response, 0.1), [[1.0, 1.0, 0.25, 1.0]], rtol=1e-6)
-
-
-def test_the_gate_rests_after_its_share_of_the_run() -> None:
-    mechanisms = only("freeze:share=0.6,warmup=0", total_steps=10)
-    state = state_after(mechanisms)
-    for count, expected in ((0, 1), (5, 1), (6, 0), (9, 0)):
-        factors = channel_factors(state._replace(count=jnp.int32(count)), mechanisms)
-        assert set(factors) == {"gradient_a", "update_b"}
-        assert all((place[PATH] == expected).all() for place in factors.values())
-    with pytest.raises(NaloraError, match="total_steps"):
-        own_factors(state, only("freeze"))
 
 
 def test_settings_are_read_by_type_and_refused_by_name() -> None:
@@ -213,7 +180,7 @@ def scratch_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_rule_from_outside_is_one_function(scratch_registry: None) -> None:
-    @register_mechanism("flat", statistics=("slope",), places=("gradient_b",))
+    @register_mechanism("flat", statistics=("slope",), places=("gradient_a",))
     def flat(averages: Any, context: Any) -> jax.Array:
         return 1 / (1 + averages["slope"])
 
@@ -221,7 +188,7 @@ def test_a_rule_from_outside_is_one_function(scratch_registry: None) -> None:
     state = state_after(mechanisms)
     want = 1 / (1 + np.asarray(state.memory["flat"][PATH]["slope"], np.float64))
     want /= np.sqrt((want**2).mean(-1, keepdims=True))
-    np.testing.assert_allclose(channel_factors(state, mechanisms)["gradient_b"][PATH], want, rtol=1e-5)
+    np.testing.assert_allclose(channel_factors(state, mechanisms)["gradient_a"][PATH], want, rtol=1e-5)
     with pytest.raises(NaloraError, match="mechanism 'flat': expected a name that is free"):
         register_mechanism("flat", statistics=("slope",))(lambda averages, context: averages["slope"])
     with pytest.raises(NaloraError, match="a name of letters"):
@@ -250,7 +217,7 @@ def test_an_entry_point_is_loaded_when_it_is_asked_for(
     scratch_registry: None, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_rules.py").write_text(
-        "from nalora_jax.mechanism import register_mechanism\n"
+        "from nalora_jax.method.rules import register_mechanism\n"
         "@register_mechanism('from_a_package', statistics=('slope',))\n"
         "def rule(averages, context):\n    return averages['slope']\n"
     )

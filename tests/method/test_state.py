@@ -7,8 +7,7 @@ import pytest
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.rules import HomogeneityStep, SoftMask
-from nalora_jax.method.state import gate_shapes, init_gate_state, update_gate_state
-from nalora_jax.train.mechanisms import make_mechanisms
+from nalora_jax.method.transform import init_gate_state, make_mechanisms, update_gate_state
 
 BOTH = make_mechanisms(("soft:power=2,decay=0.9", "homogeneity:decay=0.6"), activation="silu")
 
@@ -98,14 +97,6 @@ def test_state_is_stable_under_scan_and_cond():
         False
     )
     jax.tree.map(np.testing.assert_array_equal, kept, first)
-
-
-def test_blocks_of_a_collection_are_found():
-    stats = jax.eval_shape(lambda: {"layers": {"ffn": {"slope": jnp.ones((2, 3)), "tokens": jnp.ones(2)}}})
-    assert gate_shapes(stats) == {"layers/ffn": (2, 3)}
-    single = {"slope": jnp.ones(3), "tokens": jnp.ones(()), "occupancy": jnp.ones((4, 3))}
-    assert gate_shapes(single) == {"": (3,)}
-    np.testing.assert_allclose(importance(advance(start({"": (3,)}), single), ""), jnp.ones(3), rtol=1e-6)
 
 
 def test_missing_statistics_are_named():

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from nalora_jax.config import RunConfig
 from nalora_jax.method import activations, rules
-from nalora_jax.method.rules import CurvatureCap, HomogeneityStep, degrees_vary, homogeneity_scale
-from nalora_jax.method.state import GateState, own_factors
-from nalora_jax.train.mechanisms import make, make_mechanisms
+from nalora_jax.method.rules import CurvatureCap, HomogeneityStep, degrees_vary, homogeneity_scale, make
+from nalora_jax.method.transform import GateState, make_mechanisms, own_factors
 
 PATH, SILU = "layers/ffn", activations.partition("silu")
 RULE = HomogeneityStep(warmup=0)
@@ -34,8 +33,8 @@ def step_scales(state, rule, activation="silu"):
 
 
 def test_the_rule_by_curvature_is_the_cap_with_the_scales_settings():
-    cap = make("curvature_cap:tau=0.25,decay=0.5,warmup=3,frozen_after=7,permute=2")
-    assert cap == CurvatureCap(tau=0.25, decay=0.5, warmup=3, frozen_after=7, permute=2)
+    cap = make("curvature_cap:tau=0.25,decay=0.5,warmup=3,permute=2")
+    assert cap == CurvatureCap(tau=0.25, decay=0.5, warmup=3, permute=2)
     excess, response = jnp.array([[0.0, 1.0, 4.0]]), jnp.array([[1.0, 8.0, 4.0]])
     memory = {"step_scale": {PATH: {"excess": excess, "response": response}}}
     state = GateState(memory, {PATH: jnp.array([9], jnp.int32)}, jnp.int32(9))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.config import LoRAConfig
-from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models import decoder
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.cache import default_positions, init_cache
@@ -24,6 +24,7 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.ops.storage import prepare
 from nalora_jax.trees import flatten, unflatten
+from tests.observed import observed
 from tests.param_trees import init_params
 
 BASE = {
@@ -203,7 +204,7 @@ def test_mask_shapes_the_gates_a_and_nothing_else(config, params):
 
 @functools.partial(jax.jit, static_argnums=0)
 def with_statistics(model, variables, tokens, segments):
-    return model.apply(variables, tokens, segment_ids=segments, mutable=["gate_stats"])[1]["gate_stats"]
+    return observed(model, variables, tokens, segment_ids=segments)[1]
 
 
 def statistics(config, params, lora, tokens, segments):
@@ -229,19 +230,6 @@ def test_statistics_are_sums_over_real_tokens(config, params):
     )
     for path, value in packed.items():
         np.testing.assert_allclose(value, alone[0][path] + alone[1][path], rtol=1e-4, atol=1e-4)
-
-
-def test_each_example_uses_its_own_adapter():
-    config = CONFIGS["dense"]
-    spec, tokens = everywhere(config), tokens_of(3, 8)
-    params, adapters = init_params(config, jax.random.key(0)), [trained(config, everywhere(config))]
-    adapters.append(jax.tree.map(lambda x: -0.5 * x, adapters[0]))
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *adapters)
-    model = Decoder(config, spec)
-    ours = run(model, params, tokens, stacked, adapter_ids=jnp.array([1, -1, 0]))
-    np.testing.assert_allclose(ours[0], run(model, params, tokens, adapters[1])[0], atol=1e-5)
-    np.testing.assert_allclose(ours[1], run(model, params, tokens)[1], atol=1e-5)
-    np.testing.assert_allclose(ours[2], run(model, params, tokens, adapters[0])[2], atol=1e-5)
 
 
 def test_the_program_does_not_grow_with_depth(config):

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax import distributed
 from nalora_jax.config import MeshConfig
 from nalora_jax.distributed.mesh import BATCH_AXES
-from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import depths, gate_blocks, locate, param_shapes, projection_shapes
@@ -32,6 +32,7 @@ from nalora_jax.weights.merge import merge, write_merged
 from nalora_jax.weights.peft import export_adapter, import_adapter
 from nalora_jax.weights.peft_modules import module_layout
 from nalora_jax.weights.tensors import load_params
+from tests.observed import taps_of
 from tests.param_trees import params_from_tensors
 
 # Every feature of the released sizes at once.
@@ -128,15 +129,14 @@ def measured(mesh: MeshConfig | None = None) -> Any:
 
     @jax.jit
     def run(lora: Any, params: Any, tokens: Any) -> Any:
-        def loss(lora: Any) -> Any:
-            variables = {"params": params, "lora": lora}
-            hidden, written = model.apply(variables, tokens, mutable=["gate_stats"])
+        def loss(lora: Any, taps: Any) -> Any:
+            variables = {"params": params, "lora": lora, "gate_taps": taps}
+            hidden = model.apply(variables, tokens)
             logits = jax.nn.log_softmax(model.apply(variables, hidden, method="unembed")[:, :-1])
-            return -jnp.mean(jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)), written[
-                "gate_stats"
-            ]
+            return -jnp.mean(jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1))
 
-        return jax.value_and_grad(loss, has_aux=True)(lora)
+        value, (grads, stats) = jax.value_and_grad(loss, argnums=(0, 1))(lora, taps_of(model))
+        return (value, stats), grads
 
     return jax.device_get(run(lora, params, tokens))
 

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from nalora_jax import gate_checks
-from nalora_jax.errors import NaloraError
-from nalora_jax.gate_checks import GateChecks
-from nalora_jax.measurement import GateStatsConfig, Probe, gate_statistics
-from nalora_jax.method import activations
+from nalora_jax.method import activations, statistics
+from nalora_jax.method import checks as gate_checks
+from nalora_jax.method.checks import GateChecks
 from nalora_jax.method.ffn import Adapters
-from nalora_jax.method.low_rank import residual
+from nalora_jax.method.low_rank import low_rank
+from nalora_jax.method.measurement import GateStatsConfig, Probe, gate_statistics
 from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, grouped_residual
-from nalora_jax.models.moe import ExpertDense, MoEFFN
+from nalora_jax.models.moe import MoEFFN
 from nalora_jax.models.router import RouterSpec, route
 from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.ops.matmul import matmul
+from tests.observed import observed
 
 EXPERTS, D, F, RANK = 4, 8, 12, 3
 SIZES = np.array([5, 0, 3, 2], np.int32)
@@ -72,7 +72,7 @@ def test_grouped_adapter_is_each_experts_own_with_gradients(masked, platform):
         ends = np.cumsum(SIZES)
         rows = [slice(end - n, end) for end, n in zip(ends, SIZES, strict=True)]
         own = [None if mask is None else mask[e] for e in range(EXPERTS)]
-        return jnp.concatenate([residual(x[rows[e]], a[e], b[e], 0.7, own[e]) for e in range(EXPERTS)])
+        return jnp.concatenate([low_rank(x[rows[e]], a[e], b[e], 0.7, own[e]) for e in range(EXPERTS)])
 
     ours, back = jax.vjp(lambda x, a, b: grouped_residual(x, a, b, 0.7, groups, numerics, mask), x, a, b)
     theirs, back_loop = jax.vjp(loop, x, a, b)
@@ -99,8 +99,7 @@ def variables_of(module: MoEFFN):
 def test_statistics_are_those_of_the_tokens_that_reached_each_expert():
     module, x = block(stats=GateStatsConfig(stride=1, probe_stride=1)), normal(2, 5, D)
     variables, weights = variables_of(module), np.array([[1, 1, 0.5, 1, 0], [1, 0, 1, 1, 1]], np.float32)
-    apply = jax.jit(lambda v: module.apply(v, x, token_weights=weights, mutable=["gate_stats"]))
-    _, out = apply(variables)
+    _, out = jax.jit(lambda v: observed(module, v, x, token_weights=weights))(variables)
     flat, w = x.reshape(-1, D), weights.ravel()
     gate, lora = variables["params"]["gate_proj"]["kernel"], variables["lora"]["gate_proj"]
     chosen = jax.lax.top_k(flat @ variables["params"]["router"]["kernel"], 2)[1]
@@ -111,14 +110,12 @@ def test_statistics_are_those_of_the_tokens_that_reached_each_expert():
         probe = Probe(flat @ gate[e], flat @ lora["a"][e] @ lora["b"][e])
         one = one_expert(probe.base + probe.delta, probe, np.where(reached, w, 0.0))
         for name, value in one.items():
-            np.testing.assert_allclose(
-                out["gate_stats"][name][e], value, rtol=1e-4, atol=1e-4, err_msg=name
-            )
+            np.testing.assert_allclose(out[name][e], value, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
 def test_gpt_oss_experts_against_float64():
     """Biases of router and experts, the clamped gate, ``1 + clip(u)``: output and statistics of every expert."""
-    stats, limit, slope = GateStatsConfig(stride=1, probe_stride=1, extra=("excess",)), 0.9, 1.3
+    stats, limit, slope = GateStatsConfig(stride=1, probe_stride=1), 0.9, 1.3
     name = f"clamped_swish({slope!r},{limit!r})"
     module = block(stats=stats, use_bias=True, router_bias=True, up_limit=limit, activation=name)
     x, variables = normal(2, 9, D), variables_of(module)
@@ -126,7 +123,9 @@ def test_gpt_oss_experts_against_float64():
         n: {k: normal(*v.shape, seed=i) for i, (k, v) in enumerate(p.items())}
         for n, p in variables["params"].items()
     }
-    y, out = jax.jit(lambda v: module.apply(v, x, mutable=["gate_stats"]))(variables | {"params": params})
+    names = (*statistics.STANDARD, "excess")
+    run = jax.jit(lambda v: observed(module, v, x, names=names))
+    y, out = run(variables | {"params": params})
 
     def projected(name, rows, e):
         p, a = params[name], variables["lora"][name]
@@ -165,7 +164,7 @@ def test_gpt_oss_experts_against_float64():
             "linear": np.abs(z * drho * dz),
             "excess": np.abs(moved - z * drho * dz),
         }
-        found = {key: value[e] for key, value in out["gate_stats"].items()}
+        found = {key: value[e] for key, value in out.items()}
         assert found["tokens"] == len(tokens)
         for key, value in sums.items():
             np.testing.assert_allclose(found[key], value.sum(axis=0), rtol=1e-4, atol=1e-5, err_msg=key)
@@ -181,7 +180,7 @@ def test_statistics_are_the_same_where_adapters_lie_side_by_side(stride):
     found = []
     for platform in ("cpu", "gpu", "tpu"):
         module = block(stats=stats, numerics=Numerics(platform=Platform(platform)))
-        apply = jax.jit(lambda v, module=module: module.apply(v, x, mutable=["gate_stats"]))
+        apply = jax.jit(lambda v, module=module: observed(module, v, x))
         found.append(apply(variables_of(module)))
     for other in found[1:]:
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), other, found[0])
@@ -189,18 +188,9 @@ def test_statistics_are_the_same_where_adapters_lie_side_by_side(stride):
 
 def test_identity_check_measures_the_live_gate():
     module, x = block(stats=GateStatsConfig(checks=GateChecks(1e-5))), normal(2, 5, D)
-    _, out = jax.jit(lambda v: module.apply(v, x, mutable=["gate_stats"]))(variables_of(module))
-    stats = out["gate_stats"]
+    _, stats = jax.jit(lambda v: observed(module, v, x))(variables_of(module))
     for name in gate_checks.NAMES:
         assert stats[name] < 1, name
-
-
-def test_a_stack_of_adapters_is_refused_by_name():
-    module, variables = ExpertDense(EXPERTS, F, RANK), {}
-    variables["params"] = {"kernel": normal(EXPERTS, D, F)}
-    variables["lora"] = {"a": normal(2, EXPERTS, D, RANK), "b": normal(2, EXPERTS, RANK, F)}
-    with pytest.raises(NaloraError, match="stack of adapters"):
-        module.apply(variables, D)
 
 
 def test_dropout_acts_on_the_adapters_input_only():

@@ -16,16 +16,17 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax import distributed, gate_checks, trees
+from nalora_jax import distributed, trees
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig
 from nalora_jax.distributed.mesh import BATCH_AXES
 from nalora_jax.evaluate.likelihood import target_log_probs
-from nalora_jax.gate_checks import GateChecks
 from nalora_jax.generate.shapes import place_batch
 from nalora_jax.loading.adapted import load
-from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method import checks as gate_checks
 from nalora_jax.method import statistics
+from nalora_jax.method.checks import GateChecks
 from nalora_jax.method.ffn import Adapters
+from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models import expert_exchange, moe
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
@@ -38,10 +39,12 @@ from nalora_jax.ops.quantize import quantize
 from nalora_jax.ops.reductions import count
 from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.decoder_program import build_model
+from tests.observed import taps_of
 from tests.param_trees import init_params
 
 EXPERTS, D, F, RANK, ROWS, SEQ = 4, 64, 128, 3, 8, 12
-STATS = GateStatsConfig(stride=2, probe_stride=3, checks=GateChecks(1e-5), extra=("excess",))
+STATS = GateStatsConfig(stride=2, probe_stride=3, checks=GateChecks(1e-5))
+NAMES = (*statistics.STANDARD, "excess", "delta", "delta_squared")
 
 
 GPT_OSS = {"use_bias": True, "router_bias": True, "up_limit": 1.0, "activation": "clamped_swish(1.702,1.0)"}
@@ -89,10 +92,9 @@ def variables_of(module: MoEFFN, kind: str = "") -> dict[str, Any]:
         }
         params["gate_proj"] = {**params["gate_proj"], **gate}
     mask = {"mask": rng.uniform(size=(EXPERTS, F))}
-    taps = statistics.taps(("delta", "delta_squared"), (EXPERTS, F))
     return jax.tree.map(
         lambda x: x if np.issubdtype(x.dtype, np.integer) else jnp.asarray(x, jnp.float32),
-        {"params": params, "lora": lora, "gate_mask": mask, "gate_taps": taps},
+        {"params": params, "lora": lora, "gate_mask": mask},
     )
 
 
@@ -107,31 +109,26 @@ def results(module: MoEFFN, variables: dict[str, Any], *, dropout: bool) -> dict
         x, g, weights = (jax.device_put(v, module.sharding) for v in (x, g, weights))
         places = distributed.shardings(variables["params"], mesh, distributed.PARAM_RULES)
         variables = variables | {"params": jax.device_put(variables["params"], places)}
-    shards = count(module.stats.sharding)
-    if shards > 1:
-        taps = {name: jnp.stack([zeros] * shards) for name, zeros in variables["gate_taps"].items()}
-        variables = variables | {"gate_taps": taps}
 
     @jax.jit
     def run(lora, taps, x, variables):
         def loss(lora, taps, x):
-            y, written = module.apply(
+            y = module.apply(
                 {**variables, "lora": lora, "gate_taps": taps},
                 x,
                 {"gate_proj": 2.0, "up_proj": 1.5, "down_proj": jnp.float32(0.5)},
                 token_weights=weights,
                 deterministic=not dropout,
                 rngs={"dropout": jax.random.key(7)},
-                mutable=["gate_stats"],
             )
-            return jnp.sum(y * g), (y, written)
+            return jnp.sum(y * g), y
 
-        grads, (y, written) = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(lora, taps, x)
-        return {"y": y, "lora": grads[0], "taps": grads[1], "x": grads[2], **written}
+        grads, y = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(lora, taps, x)
+        return {"y": y, "lora": grads[0], "taps": grads[1], "x": grads[2]}
 
-    found: dict[str, Any] = jax.device_get(run(variables["lora"], variables["gate_taps"], x, variables))
-    if shards > 1:
-        found |= {name: over_shards(found[name], axis=0) for name in ("taps", "gate_stats")}
+    found: dict[str, Any] = jax.device_get(run(variables["lora"], taps_of(module, NAMES), x, variables))
+    if count(module.stats.sharding) > 1:
+        found["taps"] = over_shards(found["taps"], axis=0)
     return found
 
 
@@ -229,7 +226,7 @@ def test_every_device_routes_its_own_tokens():
         x = jax.ShapeDtypeStruct((ROWS, SEQ, D), jnp.float32, sharding=sharding)
 
         def loss(lora, x, variables):
-            return jnp.sum(module.apply({**variables, "lora": lora}, x, mutable=["gate_stats"])[0])
+            return jnp.sum(module.apply({**variables, "lora": lora}, x))
 
         made = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(variables["lora"], x, variables).compile()
         return float(made.cost_analysis()["flops"])
@@ -299,19 +296,17 @@ def test_a_decoder_s_loss_gradients_and_statistics(family):
 
         @jax.jit
         def step(lora, params, tokens):
-            def loss(lora):
-                hidden, written = model.apply(
-                    {"params": params, "lora": lora}, tokens, mutable=["gate_stats"]
-                )
-                return jnp.mean(jnp.square(hidden)) + jnp.mean(hidden[..., 0]), written
+            def loss(lora, taps):
+                hidden = model.apply({"params": params, "lora": lora, "gate_taps": taps}, tokens)
+                return jnp.mean(jnp.square(hidden)) + jnp.mean(hidden[..., 0])
 
-            (value, written), grads = jax.value_and_grad(loss, has_aux=True)(lora)
-            return {"loss": value, "grads": grads, **written}
+            value, (grads, stats) = jax.value_and_grad(loss, argnums=(0, 1))(lora, taps_of(model))
+            return {"loss": value, "grads": grads, "stats": stats}
 
         return jax.device_get(step(lora, placed, rows))
 
     spread = run(sharding_of(MeshConfig(2, 2, 2)))
-    assert_close(spread | {"gate_stats": over_shards(spread["gate_stats"], axis=1)}, run(None))
+    assert_close(spread | {"stats": over_shards(spread["stats"], axis=1)}, run(None))
 
 
 @partial(jax.jit, static_argnames=("model",))

@@ -12,7 +12,7 @@ import numpy as np
 
 from nalora_jax import distributed, trees
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, OptimizerConfig, RunConfig
-from nalora_jax.method.optimizer import find_gates
+from nalora_jax.method.transform import find_gates
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import gate_blocks
 from nalora_jax.ops.causal_conv import causal_conv

@@ -28,6 +28,7 @@ from nalora_jax.models.stacks import (
 )
 from nalora_jax.models.targets import resolve
 from nalora_jax.trees import flatten, unflatten
+from tests.observed import taps_of
 from tests.param_trees import init_params
 
 RAW = {
@@ -119,14 +120,15 @@ def test_a_rematerialized_mixed_decoder_equals_the_uniform_one():
     lora = jax.tree.map(lambda leaf: leaf + 0.02, init_lora(UNIFORM, spec, jax.random.key(1)))
     tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, 64)
 
-    def loss(lora, model, params):
-        variables = {"params": params, "lora": lora}
-        hidden, written = model.apply(variables, tokens, mutable=["gate_stats"])
-        return jnp.sum(jnp.square(model.apply(variables, hidden, method="unembed"))), written["gate_stats"]
+    def loss(lora, taps, model, params):
+        variables = {"params": params, "lora": lora, "gate_taps": taps}
+        hidden = model.apply(variables, tokens)
+        return jnp.sum(jnp.square(model.apply(variables, hidden, method="unembed")))
 
-    gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
-    theirs = gradient(lora, Decoder(UNIFORM, spec, remat="full"), params)
-    ours = gradient(to_stacks(lora), Decoder(MIXED, mixed_spec, remat="full"), to_stacks(params))
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    uniform_model, mixed = Decoder(UNIFORM, spec, remat="full"), Decoder(MIXED, mixed_spec, remat="full")
+    theirs = gradient(lora, taps_of(uniform_model), uniform_model, params)
+    ours = gradient(to_stacks(lora), taps_of(mixed), mixed, to_stacks(params))
     for mine, uniform in zip(ours, theirs, strict=True):
         expected = flatten(to_stacks(uniform))
         assert flatten(mine).keys() == expected.keys()

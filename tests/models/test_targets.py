@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from nalora_jax.config import LoRAConfig, LoRARule
-from nalora_jax.dense import init_a
 from nalora_jax.errors import NaloraError
+from nalora_jax.method.low_rank import init_a
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale, resolve
 
 SHAPES = {"layers/ffn/gate_proj": (16, 40), "layers/ffn/up_proj": (16, 40), "layers/attn/q_proj": (16, 12)}

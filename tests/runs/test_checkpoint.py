@@ -582,3 +582,22 @@ def test_checkpoints_of_versions_with_other_labels_and_groups_of_mechanisms_are_
         pytest.raises(NaloraError, match="mechanisms.1 = 'soft'"),
     ):
         checkpoints.restore("latest", state("step_scale", "mask"))
+
+
+def test_averages_of_gates_outside_of_the_optimizer_s_state_are_restored(tmp_path):
+    """As earlier versions saved them, also for blocks and runs without a rule."""
+    slopes, updates = jnp.arange(4.0), jnp.ones(2, jnp.int32)
+    gate = {
+        "memory": {"mask": {"ffn": {"slope": slopes}}},
+        "updates": {"ffn": updates},
+        "count": jnp.int32(3),
+    }
+    before = {"step": jnp.int32(3), "opt_state": {"0": {"mu": jnp.ones(4)}}, "gate": gate}
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(3, before, {})
+    now = {"step": jnp.int32(3), "opt_state": {"0": {"mu": jnp.ones(4)}, "1": gate}}
+    plain = {"step": jnp.int32(3), "opt_state": {"0": {"mu": jnp.ones(4)}}}
+    with opened(tmp_path) as checkpoints:
+        for state in (now, plain):
+            restored, _ = checkpoints.restore("latest", jax.tree.map(jnp.zeros_like, state))
+            assert_same_bits(restored, state)

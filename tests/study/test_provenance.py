@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from nalora_jax.__main__ import main
 from nalora_jax.errors import NaloraError
-from nalora_jax.mechanism import MECHANISMS
+from nalora_jax.method.rules import MECHANISMS
 from nalora_jax.study import execution
 from nalora_jax.study.identity import check_records, record_digest, rule_files
 from nalora_jax.study.plan import Run, wanted
@@ -217,7 +217,7 @@ def test_a_base_that_was_scaled_between_two_runs_is_refused(
 
 
 RULE = """
-from nalora_jax.mechanism import register_mechanism
+from nalora_jax.method.rules import register_mechanism
 
 @register_mechanism("of_a_user", statistics=("slope",))
 def of_a_user(averages, context):

@@ -11,7 +11,7 @@ from scipy.special import expit
 
 from nalora_jax.imports import import_file
 from nalora_jax.method import activations, statistics
-from nalora_jax.train.mechanisms import make
+from nalora_jax.method.rules import make
 
 STUDIES = Path(__file__).parents[2] / "studies"
 

@@ -22,7 +22,7 @@ from nalora_jax.sweeps.groups import grouped, program_key, widest
 
 BASE = ModelConfig.from_hf(CONFIGS["llama-3.1-8b"])
 CONFIG = RunConfig(mechanisms=("soft", "curvature_cap"), optimizer=OptimizerConfig(learning_rate=1e-3))
-_SOFT = "soft:power=1.5,low=0.1,high=3,decay=0.9,warmup=2,frozen_after=4,permute=1"
+_SOFT = "soft:power=1.5,low=0.1,high=3,decay=0.9,warmup=2,permute=1"
 RULE = LoRAConfig(rules=(LoRARule("ffn", 4, 5.0),))
 
 

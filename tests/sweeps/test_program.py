@@ -111,7 +111,7 @@ def test_runs_of_one_program_equal_their_solo_runs() -> None:
             rules=(LoRARule("ffn/(gate|up|down)_proj", 2, 5.0), LoRARule("attn/(q|v)_proj", 2))
         ),
         mechanisms=(
-            "soft:warmup=3,power=1.5,decay=0.9,frozen_after=5",
+            "soft:warmup=3,power=1.5,decay=0.9",
             "curvature_cap:warmup=2,tau=0.05",
         ),
         optimizer=OptimizerConfig(

@@ -63,7 +63,7 @@ def run(
         return state._replace(step=now, **parts), metrics | {"layers": {}}
 
     moments = {"mu": {"a": jnp.zeros(3)}, "count": jnp.int32(0)}
-    state = TrainState(jnp.int32(0), {"a": jnp.ones(3)}, moments, None, jnp.zeros(2, jnp.uint32))  # type: ignore[arg-type]
+    state = TrainState(jnp.int32(0), {"a": jnp.ones(3)}, moments, jnp.zeros(2, jnp.uint32))
     return fit(step, params or {}, state, itertools.repeat(jnp.zeros(1)), hooks, schedule, lambda _: 0.1)
 
 

@@ -15,16 +15,15 @@ import numpy as np
 import optax
 import pytest
 
-from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method import activations
 from nalora_jax.method.ffn import Adapters, GatedFFN
-from nalora_jax.method.optimizer import find_gates, nalora
+from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.method.rules import HomogeneityStep, SoftMask
 from nalora_jax.method.step import StepConfig, init_state, make_train_step
+from nalora_jax.method.transform import find_gates, make_mechanisms, nalora, with_gate_state
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.train.gate_metrics import layer_metrics
-from nalora_jax.train.mechanisms import make_mechanisms
 from nalora_jax.train.objectives import NextToken
 
 LAYERS, D, F, R, V = 2, 6, 10, 3, 17
@@ -57,7 +56,7 @@ class Tower(nn.Module):
         block = GatedFFN(D, F, "silu", adapters, stats=GateStatsConfig(probe_stride=1), name="layers")
         scan = nn.scan(
             body,
-            variable_axes={"params": 0, "lora": 0, "gate_mask": 0, "gate_stats": 0, "gate_taps": 0},
+            variable_axes={"params": 0, "lora": 0, "gate_mask": 0, "gate_taps": 0},
             split_rngs={"params": True, "dropout": True},
             length=LAYERS,
         )
@@ -225,10 +224,11 @@ def test_twelve_steps_agree_with_numpy(mechanisms: bool) -> None:
     # One with a statistic of the backward pass rides along, with an exponent of 0: it measures, and changes nothing.
     rules = (MASK, STEP, "delta:q=0,decay=0") if mechanisms else ()
     chosen = make_mechanisms(rules, activation="silu")
-    optimizer = nalora(inner, find_gates(lora), chosen)
+    optimizer = nalora(inner, chosen, find_gates(lora))
     objective = NextToken(model, Head(transposed=True), Numerics())
-    step = jax.jit(make_train_step(optimizer, StepConfig(chosen, metrics=layer_metrics(chosen)), objective))
-    state = init_state(lora, optimizer, {"layers": (LAYERS, F)}, chosen, seed=0)
+    settings = StepConfig(chosen, {"layers": (LAYERS, F)}, metrics=layer_metrics(chosen))
+    step = jax.jit(make_train_step(optimizer, settings, objective))
+    state = init_state(lora, optimizer, seed=0)
 
     # Averages of a run under way, far from uniform.
     importance = rng.uniform(0.05, 1.0, (LAYERS, F)).astype(np.float32)
@@ -236,12 +236,13 @@ def test_twelve_steps_agree_with_numpy(mechanisms: bool) -> None:
     count = 5
     memory = {"mask": {"slope": importance}, "step_scale": {"occupancy": occupancy}} if mechanisms else {}
     kept = {label: {"layers": jax.tree.map(jnp.asarray, averages)} for label, averages in memory.items()}
-    gate = state.gate._replace(
-        memory=state.gate.memory | kept,
-        updates={"layers": jnp.full((LAYERS,), count, jnp.int32)},
-        count=jnp.asarray(count, jnp.int32),
-    )
-    state = state._replace(gate=gate)
+    if state.gate is not None:
+        gate = state.gate._replace(
+            memory=state.gate.memory | kept,
+            updates={"layers": jnp.full((LAYERS,), count, jnp.int32)},
+            count=jnp.asarray(count, jnp.int32),
+        )
+        state = state._replace(opt_state=with_gate_state(state.opt_state, gate))
     raw = (importance * (1 - MASK.decay**count), occupancy * (1 - STEP.decay**count))
     reference = Reference(params, lora, *(x.astype(np.float64) for x in raw), count)
     if mechanisms:

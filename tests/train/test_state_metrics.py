@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from nalora_jax.mechanism import Mechanism
+from nalora_jax.method.rules import Mechanism
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.train.state_metrics import adapter_norms, histogram
 

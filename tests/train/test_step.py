@@ -26,14 +26,12 @@ from nalora_jax.config import (
 )
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import activations, ffn, low_rank
-from nalora_jax.method.state import own_factors
 from nalora_jax.method.step import StepConfig, make_train_step
+from nalora_jax.method.transform import make_mechanisms, own_factors, with_gate_state
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.ops import gated_products
 from nalora_jax.train import decoder_program, jitted
 from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.loop import _Meter
-from nalora_jax.train.mechanisms import make_mechanisms
 from nalora_jax.train.optimizers import make_optimizer
 from tests import tiny
 from tests.param_trees import init_params
@@ -264,7 +262,7 @@ def test_the_debug_check_catches_injected_faults(
     fault: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     factor = 1.1 if fault == "scale" else -1.0
-    sound, residual = gated_products.Factors.of, low_rank._residual
+    sound = low_rank.Factors.of
 
     def scaled(adapter: Any, kernel: Any = None) -> Any:
         """Factors of adapters that add ``factor`` of what they should, whatever computes the products."""
@@ -276,9 +274,7 @@ def test_the_debug_check_catches_injected_faults(
             ffn, "gated_product", lambda z, u, *_, **__: (jax.nn.gelu(z) * u, jax.nn.gelu(z))
         )
     else:
-        monkeypatch.setattr(gated_products.Factors, "of", scaled)
-        plain = lambda x, adapter, numerics: residual(x, adapter._replace(b=factor * adapter.b), numerics)  # noqa: E731
-        monkeypatch.setattr(low_rank, "_residual", plain)
+        monkeypatch.setattr(low_rank.Factors, "of", scaled)
     with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
         _run_checked(implementation=implementation)
 
@@ -347,7 +343,8 @@ def test_what_was_not_measured_is_not_a_number_and_stops_the_run() -> None:
     assembly, params = _assemble(CONFIG)
     batch = _batch(0)
     batch |= {name: np.zeros_like(batch[name]) for name in ("segment_ids", "loss_weights")}
-    late = assembly.state._replace(gate=assembly.state.gate._replace(count=jnp.int32(10)))
+    gate = assembly.state.gate._replace(count=jnp.int32(10))
+    late = assembly.state._replace(opt_state=with_gate_state(assembly.state.opt_state, gate))
     _, metrics = assembly.step(params, late, batch)
     for name in ("importance", "occupancy", "feature", "misalignment", "limit"):
         assert np.isnan(metrics["layers"]["layers/ffn"][name]).all(), name
@@ -391,7 +388,9 @@ def test_without_a_cotangent_statistic_the_program_is_the_same(monkeypatch: pyte
         made, _ = _assemble(config)
         mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
         objective = decoder_program.next_token(BASE, made.model, config.compute, mesh)
-        step = make_train_step(made.optimizer, StepConfig(made.mechanisms), objective)
+        step = make_train_step(
+            made.optimizer, StepConfig(made.mechanisms, {"layers/ffn": (3, 64)}), objective
+        )
         return str(jax.make_jaxpr(step)(params, made.state, _batch(0)))
 
     plain = program(CONFIG)

@@ -13,8 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method.ffn import Adapters, SelfGatedFFN
+from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.layers import RMSNorm

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from nalora_jax.dense import init_a
-from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method.low_rank import init_a
+from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.models.vision.encoder import Encoder

@@ -16,12 +16,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
-from nalora_jax.dense import LoRADense, frozen_kernel
-from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method import activations
-from nalora_jax.method.ffn import GatedFFN, SelfGatedFFN
+from nalora_jax.method.ffn import GatedFFN, LoRADense, SelfGatedFFN, frozen_kernel
 from nalora_jax.method.low_rank import Dense as AdaptedDense
 from nalora_jax.method.low_rank import adapted_dense, parallel_dense
+from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.embedding import Embedding
 from nalora_jax.models.parts import constrain, part_adapters
 from nalora_jax.models.remat import stacked
@@ -45,7 +44,7 @@ class Shared:
 
 
 class Encoder(nn.Module):
-    """A tower with collections ``params``, ``lora``, ``gate_mask`` and ``gate_stats``.
+    """A tower with collections ``params``, ``lora``, ``gate_mask`` and ``gate_taps``.
 
     Attributes:
       config: the architecture.

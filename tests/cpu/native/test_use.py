@@ -28,10 +28,10 @@ from nalora_jax.cpu.native import calls
 from nalora_jax.cpu.native.library import name_of
 from nalora_jax.errors import NaloraError
 from nalora_jax.generate import Generator
-from nalora_jax.measurement import GateStatsConfig, Probe, gate_statistics
 from nalora_jax.method import activations, ffn
 from nalora_jax.method.ffn import gated_product
 from nalora_jax.method.low_rank import Adapter, Dense, adapted_dense, parallel_dense
+from nalora_jax.method.measurement import GateStatsConfig, Probe, gate_statistics
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.layers import ResidualNorm
@@ -48,6 +48,7 @@ from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.train.assembly import assemble
 from tests import tiny
 from tests.cpu.native.conftest import KINDS
+from tests.observed import taps_of
 from tests.param_trees import init_params
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -247,7 +248,7 @@ def test_cross_entropy(compact: bool, transposed: bool, viewed: bool, both: Any)
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu_tanh", "quick_gelu", "gelu", "mish"])
-def test_gated_products(name: str, both: Any) -> None:
+def test_low_rank(name: str, both: Any) -> None:
     """The last two are no logistic functions, and stay XLA's."""
     z, u, g = (3 * x.astype(jnp.bfloat16) for x in draw(4, *[(3, 7, 33)] * 3))
     activation = activations.get(name)
@@ -336,14 +337,15 @@ def test_a_gated_block_at_once(adapted: str, use_bias: bool, name: str, both: An
         variables = start(jax.random.key(0))
         mask = {"gate_mask": {"mask": jnp.linspace(0, 2, 80)}}
 
-        def value(lora: Any, x: jax.Array) -> Any:
-            given = {"params": variables["params"], "lora": lora} | mask
-            return block.apply(given, x, scales, token_weights=weights, mutable=["gate_stats"])
+        def value(lora: Any, x: jax.Array, taps: Any) -> Any:
+            given = {"params": variables["params"], "lora": lora, "gate_taps": taps} | mask
+            return block.apply(given, x, scales, token_weights=weights)
 
         @jax.jit
         def value_and_gradients(lora: Any, x: jax.Array) -> Any:
-            y, back, written = jax.vjp(value, lora, x, has_aux=True)
-            return y, back(g), written["gate_stats"]
+            y, back = jax.vjp(value, lora, x, taps_of(block))
+            *gradients, stats = back(g)
+            return y, gradients, stats
 
         return value_and_gradients(variables.get("lora", {}), 3 * x)
 

@@ -1,9 +1,11 @@
-"""Rules that no default uses: importance by cotangent, random and stochastic masks, a freeze.
+"""Rules that no study has tested: random and stochastic masks, and a gate that stops training.
 
-They are registered like every other rule (``--mechanisms delta``). Stochastic masks are drawn anew
-at every step: a column trains with a probability p, with a step of 1/p. The mean over draws is 1,
-so no channel's expected step changes; the root mean square is ``1 / sqrt(p)``, as with dropout.
-These masks are not normalized, because that would shorten every expected step.
+    nalora train --import studies/stochastic_masks.py --mechanisms stochastic
+
+Stochastic masks are drawn anew at every step: a column trains with a probability p, with a step of
+1/p. The mean over draws is 1, so no channel's expected step changes; the root mean square is
+``1 / sqrt(p)``, as with dropout. These masks are not normalized, because that would shorten every
+expected step.
 """
 
 from __future__ import annotations
@@ -22,45 +24,6 @@ from nalora_jax.mechanism import Context, Mechanism, register_mechanism
 from nalora_jax.method.rules import relative
 
 _LEAST = 0.05  # lowest probability: rarer channels would take steps over 20 times as long
-
-
-def delta_importance(delta_squared: Array, q: float, limit: float) -> Array:
-    """Returns ``(D / mean D)^(q / 2)``, ``D = E[delta^2]``, clipped to ``[1 / limit, limit]``.
-
-    delta = phi'(z) u g is the cotangent of the pre-activation; means are over a layer's channels.
-
-    Args:
-      delta_squared: [..., d_ff], not negative.
-      q: 0 gives ones (plain Adam), 1 nearly one second moment for a layer (Adam-mini), -1 a
-        preconditioner by the output's curvature.
-      limit: 1 or more; bounds the factor of a channel without gradient.
-    """
-    if q == 0:
-        return jnp.ones_like(delta_squared)
-    widest = limit ** (2 / abs(q))  # clipped before the power, so 0 is never raised to a power
-    return jnp.clip(relative(delta_squared), 1 / widest, widest) ** (q / 2)
-
-
-@register_mechanism("delta")
-@dataclass(frozen=True)
-class DeltaImportance(Mechanism):
-    """`delta_importance` on the update of B's columns."""
-
-    # Exponent on the root mean square of delta.
-    q: float = 1.0
-    # Clip of the factor, before the normalization.
-    limit: float = 10.0
-
-    statistics: ClassVar[tuple[str, ...]] = ("delta_squared",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require("limit", self.limit >= 1, "1 or more")
-        self._require("q", -8 <= self.q <= 8, "a number from -8 to 8")
-
-    def factor(self, memory: Mapping[str, Array], context: Context) -> Array:
-        """Returns factors from ``1 / limit`` to ``limit``."""
-        return delta_importance(memory["delta_squared"], self.q, self.limit)
 
 
 @register_mechanism("freeze")

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
-from nalora_jax.measurement import take_probe
 from nalora_jax.method import statistics
 from nalora_jax.method.activations import Activation
 from nalora_jax.method.low_rank import Dense, LowRankHidden, adapted_dense
+from nalora_jax.method.measurement import take_probe
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.reductions import by_shard
 

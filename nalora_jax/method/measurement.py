@@ -27,7 +27,7 @@ from nalora_jax.ops.reductions import by_shard, count, sampled
 
 
 class Checks(Protocol):
-    """Checks of a block's live arrays; `nalora_jax.gate_checks.GateChecks`."""
+    """Checks of a block's live arrays; `nalora_jax.method.checks.GateChecks`."""
 
     def block(
         self,
@@ -50,8 +50,7 @@ class GateStatsConfig:
     probe_stride: int = 8  # probe statistics use one in n positions
     positions: int = 0  # most positions of a row: longer rows have larger strides; 0: no limit
     tolerance: float = 0.05  # |h - 1| at which the linear region starts
-    checks: Checks | None = None  # of live arrays, see `nalora_jax.gate_checks`
-    extra: tuple[str, ...] = ()  # forward statistics beyond `statistics.STANDARD`
+    checks: Checks | None = None  # of live arrays, see `nalora_jax.method.checks`
     # Of [batch, seq, d_model]. If it splits the rows, sums have a leading axis [shards].
     sharding: NamedSharding | None = None
 
@@ -69,11 +68,16 @@ class Measurement(NamedTuple):
 
     weights: Array  # [batch, seq], weights of the tokens
     config: GateStatsConfig
-    taps: Mapping[str, Array] | None = None  # zeros whose gradients are statistics of z's cotangent
+    taps: Mapping[str, Array]  # zeros whose gradients are the statistics (`statistics.emit`)
     probe_weights: Array | None = None  # [batch, seq], weights for the probe, if they differ
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The statistics of the forward pass."""
+        return statistics.forward(self.taps)
+
     @classmethod
-    def of(cls, weights: Array | SampledWeights, config: GateStatsConfig, taps: Any = None) -> Measurement:
+    def of(cls, weights: Array | SampledWeights, config: GateStatsConfig, taps: Any) -> Measurement:
         """Returns the request for rows with these weights ``[batch, seq]``."""
         if isinstance(weights, SampledWeights):
             gate, probe = weights.strides
@@ -114,6 +118,7 @@ def gate_statistics(
     activation: Activation,
     config: GateStatsConfig,
     numerics: Numerics = Numerics(),  # noqa: B008
+    names: tuple[str, ...] = statistics.STANDARD,
 ) -> dict[str, Array]:
     """Returns sums over real tokens of the statistics, without gradients.
 
@@ -124,10 +129,11 @@ def gate_statistics(
       activation: the gate's.
       config: strides and tolerance.
       numerics: selects the implementation; sums are float32.
+      names: statistics of the forward pass.
 
     Returns:
-      ``tokens []``, ``slope [d_ff]``, ``occupancy [4, d_ff]``, ``probe_tokens []``, ``feature``,
-      ``selection`` and ``linear`` ``[d_ff]``, all float32 (see `nalora_jax.method.statistics`).
+      ``tokens []``, ``probe_tokens []``, ``slope [d_ff]``, ``occupancy [4, d_ff]``, ..., all float32
+      (see `nalora_jax.method.statistics`).
     """
     chex.assert_shape(weights, z.shape[:-1])
     z, probe, weights = lax.stop_gradient((z, probe, weights.astype(jnp.float32)))
@@ -135,8 +141,8 @@ def gate_statistics(
     of_probe = weights if probe.weights is None else probe.weights
     of_gate, probed = _taken(weights, config.stride), _taken(of_probe, config.probe_stride)
     z = sampled(z, weights, config.stride)
-    sums = statistics.channel_statistics(z, of_gate, activation, partition, config.extra)
-    return sums | statistics.probe_statistics(probe.base, probe.delta, probed, activation, config.extra)
+    sums = statistics.channel_statistics(z, of_gate, activation, partition, names)
+    return sums | statistics.probe_statistics(probe.base, probe.delta, probed, activation, names)
 
 
 def block_statistics(
@@ -167,7 +173,8 @@ def block_statistics(
         probe = probe._replace(weights=measurement.probe_weights)
         if count(config.sharding) > 1:
             probe = probe._replace(factors=None)  # the factors have the tokens of all shards
-        sums = partial(gate_statistics, activation=activation, config=config, numerics=numerics)
+        options: dict[str, Any] = {"config": config, "numerics": numerics, "names": measurement.names}
+        sums = partial(gate_statistics, activation=activation, **options)
         measured: dict[str, Array] = by_shard(sums, config.sharding, z, probe, weights)
         return measured
 
@@ -178,9 +185,10 @@ def _taken(weights: Array, stride: int) -> Array:
 
 
 def tapped(z: Array, measurement: Measurement | None) -> Array:
-    """Returns ``z`` with taps on its cotangent if the measurement has any (`statistics.tap`)."""
-    if measurement is None or not measurement.taps:
+    """Returns ``z`` whose cotangent's statistics are the gradients of the measurement's taps for them."""
+    if measurement is None or not (of_cotangent := statistics.cotangent(measurement.taps)):
         return z
+    taps = {name: measurement.taps[name] for name in of_cotangent}
     stride, sharding = measurement.config.stride, measurement.config.sharding
 
     def row_sums(delta: Array, weights: Array, names: Iterable[str]) -> dict[str, Array]:
@@ -191,7 +199,7 @@ def tapped(z: Array, measurement: Measurement | None) -> Array:
         by: dict[str, Array] = by_shard(partial(row_sums, names=names), sharding, delta, weights)
         return by
 
-    return statistics.tap(z, dict(measurement.taps), measurement.weights.astype(jnp.float32), sums)
+    return statistics.emit(z, taps, {}, measurement.weights.astype(jnp.float32), sums)
 
 
 def take_probe(

@@ -1,0 +1,441 @@
+"""NA-LoRA as an optax transform, which owns the averages of the gates.
+
+    inner (clip, preconditioner, weight decay, learning rate) -> `scale_by_gates`
+
+`scale_by_gates` multiplies the updates of every gate's B by the factors of the rules, one for each
+channel. It acts after the preconditioner, because Adam undoes a constant factor before it. Its state
+is a `GateState`: the averages of the statistics. A step reads the factors, which were computed from
+the averages after the step before, and then updates the averages with its own statistics.
+
+`nalora` wraps an inner optimizer for adapters with gate leaves (`gate_leaves`): the gradient of their
+``taps`` is the statistics (`nalora_jax.method.statistics.observe`), and their ``mask`` weighs the
+gradient of A in the next step. A training loop of plain LoRA then trains NA-LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from nalora_jax import trees
+from nalora_jax.errors import NaloraError
+from nalora_jax.method import activations, statistics
+from nalora_jax.method.rules import PLACES, Context, Mechanism, Memory, make
+
+# By place (`nalora_jax.method.rules.PLACES`), then by block: [..., d_ff] float32.
+Factors = dict[str, dict[str, Array]]
+DEFAULT = ("curvature_cap",)
+# Projections that compute a gate's pre-activation, in a gated and in a self-gated block.
+_GATE_NAMES = ("gate_proj", "in_proj")
+TAPS, MASK = "taps", "mask"  # names of the leaves of a gate next to A and B
+
+
+@dataclass(frozen=True)
+class Mechanisms:
+    """The rules of a run, each with the label of its memory and its metrics."""
+
+    entries: tuple[tuple[str, Mechanism], ...]
+    activation: str
+    tolerance: float = 0.05  # |h - 1| at which the linear region starts
+    total_steps: int = 0  # of the run; 0 if unknown
+    seed: int = 0  # of the run
+    others: tuple[tuple[str, str], ...] = ()  # blocks with another activation: (path, its name)
+    # Orders of the channels by (label, path), in place of the mechanisms' own permutations.
+    orders: Mapping[tuple[str, str], Array] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        for _, mechanism in self.entries:
+            for name in mechanism.statistics:
+                statistics.get(name)
+            unknown = sorted(set(mechanism.places) - set(PLACES))
+            if unknown:
+                field = f"mechanism {mechanism.name}"
+                raise NaloraError(field, expected=f"places of {PLACES}", found=unknown)
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The statistics that blocks measure for them, sorted."""
+        return tuple(sorted({name for _, m in self.entries for name in m.statistics}))
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The places where at least one of them acts."""
+        return tuple(place for place in PLACES if any(place in m.places for _, m in self.entries))
+
+    def activation_of(self, block: str) -> str:
+        """Returns the name of a block's activation."""
+        return dict(self.others).get(block, self.activation)
+
+    def context(self, count: Array, block: str) -> Context:
+        """Returns the arguments of the rules at a step."""
+        partition = activations.partition(self.activation_of(block), self.tolerance)
+        return Context(count, self.total_steps, partition, block, self.seed)
+
+
+def make_mechanisms(
+    rules: Sequence[str | Mechanism], *, activation: str, total_steps: int = 0, seed: int = 0
+) -> Mechanisms:
+    """Returns the mechanisms of a run.
+
+    Args:
+      rules: in the order in which their factors are multiplied: ``"NAME"`` or
+        ``"NAME:setting=value,..."`` as in ``RunConfig.mechanisms``, or rules themselves.
+      activation: activation function of the gates.
+      total_steps: steps of the run, for rules that depend on its progress.
+      seed: seed of the run, for rules that draw random numbers.
+
+    Raises:
+      NaloraError: an unknown name, setting or factor location.
+    """
+    mechanisms = [make(rule) for rule in rules]
+    names = labels([(mechanism.label, mechanism.name) for mechanism in mechanisms])
+    entries = tuple(zip(names, mechanisms, strict=True))
+    return Mechanisms(entries, activation, total_steps=total_steps, seed=seed)
+
+
+def labels(names: Sequence[tuple[str, str]]) -> list[str]:
+    """Returns distinct labels of rules, given the label and the name of each.
+
+    A rule has its label if no earlier rule has it, else its name; repeated names are numbered,
+    starting at 2.
+    """
+    distinct: list[str] = []
+    for label, name in names:
+        chosen, number = name if label in ("", *distinct) else label, 2
+        while chosen in distinct:
+            chosen, number = f"{name}_{number}", number + 1
+        distinct.append(chosen)
+    return distinct
+
+
+# ---------------------------------------------------------------- averages
+
+
+class GateState(NamedTuple):
+    """The averages of the statistics by path of the block that measures them ("layers/ffn").
+
+    Channel axes are [L, d_ff], of mixtures of experts [L, E, d_ff], of an unstacked block [d_ff].
+    """
+
+    # By label and block: averages by statistic, float32 [..., d_ff] or [..., parts, d_ff].
+    memory: dict[str, dict[str, Memory]]
+    updates: dict[str, Array]  # [...] int32: steps with tokens of each layer or expert
+    # Optimizer steps: [] int32.
+    count: Array  # type: ignore[assignment]  # shadows tuple.count, which is unused here
+
+
+def init_gate_state(shapes: Mapping[str, tuple[int, ...]], mechanisms: Mechanisms) -> GateState:
+    """Returns the averages before the first step.
+
+    Args:
+      shapes: channel shape of each block, e.g. ``{"layers/ffn": (L, d_ff)}``.
+      mechanisms: of the run.
+    """
+    return GateState(
+        memory={
+            label: {path: mechanism.init(shape) for path, shape in shapes.items()}
+            for label, mechanism in mechanisms.entries
+        },
+        updates={path: jnp.zeros(shape[:-1], jnp.int32) for path, shape in shapes.items()},
+        count=jnp.zeros((), jnp.int32),
+    )
+
+
+def update_gate_state(state: GateState, stats: Any, mechanisms: Mechanisms) -> GateState:
+    """Returns the averages after one optimizer step.
+
+    A layer or expert without a token keeps its averages and its number of updates.
+
+    Args:
+      state: before the step.
+      stats: the step's sums (nested or by block), added up over micro-batches and hosts, with the
+        sums of cotangents (`nalora_jax.method.statistics.per_target`).
+      mechanisms: of the run.
+
+    Raises:
+      NaloraError: a block's statistics are missing.
+    """
+    flat = trees.flatten(stats)
+    updates, memory = {}, {label: dict(blocks) for label, blocks in state.memory.items()}
+    for path, before in state.updates.items():
+        updates[path] = before + (_leaf(flat, path, "tokens") > 0).astype(jnp.int32)
+        for label, mechanism in mechanisms.entries:
+            counts = (statistics.get(name).count for name in mechanism.statistics)
+            names = sorted({*mechanism.statistics, *counts})
+            sums = {name: _leaf(flat, path, name) for name in names}
+            memory[label][path] = mechanism.advance(memory[label][path], sums, updates[path])
+    return GateState(memory, updates, state.count + 1)
+
+
+def _leaf(flat: Mapping[str, Array], path: str, name: str) -> Array:
+    key = f"{path}/{name}".removeprefix("/")
+    if key not in flat:
+        paths = ", ".join(sorted(flat)) or "nothing"
+        remedy = "measure with the rules of the optimizer (`taps`)"
+        raise NaloraError("gate_stats", expected=f"a leaf {key}", found=paths, remedy=remedy)
+    return flat[key]
+
+
+# ---------------------------------------------------------------- factors
+
+
+def own_factors(state: GateState, mechanisms: Mechanisms) -> dict[str, dict[str, Array]]:
+    """Returns each mechanism's factors for the next step by label and block, not normalized.
+
+    They are [..., d_ff] float32, and 1 during a warm-up and for layers without a token so far.
+    """
+    factors: dict[str, dict[str, Array]] = {}
+    for label, mechanism in mechanisms.entries:
+        factors[label] = {}
+        for path, updates in state.updates.items():
+            context = mechanisms.context(state.count, path)
+            factor = mechanism.factor(state.memory[label][path], context)
+            factor = mechanism.permuted(factor, context, mechanisms.orders.get((label, path)))
+            active = (state.count >= mechanism.warmup) & (updates > 0)
+            factors[label][path] = jnp.where(active[..., None], factor, 1).astype(jnp.float32)
+    return factors
+
+
+def channel_factors(
+    state: GateState, mechanisms: Mechanisms, own: Mapping[str, Mapping[str, Array]] | None = None
+) -> Factors:
+    """Returns the factor of each channel in the next step by place and block, [..., d_ff] float32.
+
+    Factors that reallocate are multiplied and normalized to a root mean square of 1 over each layer's
+    channels (`equalized`); then the other factors are multiplied on.
+
+    Args:
+      state: after the step before.
+      mechanisms: of the run.
+      own: `own_factors` of both, if already computed.
+    """
+    if own is None:
+        own = own_factors(state, mechanisms)
+    return {
+        place: {path: _product(place, path, mechanisms, own) for path in state.updates}
+        for place in mechanisms.places
+    }
+
+
+def _product(
+    place: str, path: str, mechanisms: Mechanisms, factors: Mapping[str, Mapping[str, Array]]
+) -> Array:
+    acting = [(m, factors[label][path]) for label, m in mechanisms.entries if place in m.places]
+    product = jnp.ones_like(acting[0][1])
+    for factor in (factor for mechanism, factor in acting if mechanism.reallocates):
+        product = product * factor
+    product = equalized(product)
+    for factor in (factor for mechanism, factor in acting if not mechanism.reallocates):
+        product = product * factor
+    return product
+
+
+def equalized(factor: Array) -> Array:
+    """Returns ``factor`` [..., d_ff] over its root mean square in each layer.
+
+    The norm of a layer's update stays about the same, so the factor is not a hidden learning rate. A
+    layer whose channels all have one factor, 0 included, gets ones.
+    """
+    low, high = (
+        jnp.broadcast_to(f(factor, axis=-1, keepdims=True), factor.shape) for f in (jnp.min, jnp.max)
+    )
+    size = jnp.sqrt(jnp.mean(jnp.square(factor), axis=-1, keepdims=True))
+    return jnp.where(low == high, 1.0, factor / jnp.where(size > 0, size, 1.0))
+
+
+# ---------------------------------------------------------------- the transform
+
+
+def find_gates(lora: Any, *, leaf: str = "b") -> dict[str, str]:
+    """Returns the block of each adapted gate of a LoRA tree with this library's names.
+
+    Example:
+      >>> adapter = {"a": a, "b": b}
+      >>> find_gates({"layers": {"ffn": {"gate_proj": adapter, "up_proj": adapter}}})
+      {'layers/ffn/gate_proj': 'layers/ffn'}
+    """
+    suffix = f"/{leaf}"
+    paths = (path.removesuffix(suffix) for path in trees.flatten(lora) if path.endswith(suffix))
+    split = {path: path.rpartition("/") for path in sorted(paths)}
+    return {path: block for path, (block, _, name) in split.items() if name in _GATE_NAMES}
+
+
+def gate_leaves(mechanisms: Mechanisms, channels: tuple[int, ...]) -> dict[str, Any]:
+    """Returns the leaves of a gate next to its A and B: zeros ``taps`` and, for masks, ones.
+
+    Args:
+      mechanisms: of the run.
+      channels: ``(..., d_ff)``; leading axes are stacked layers.
+    """
+    leaves: dict[str, Any] = {TAPS: statistics.taps(mechanisms.statistics, channels)}
+    if "gradient_a" in mechanisms.places:
+        leaves[MASK] = jnp.ones(channels, jnp.float32)
+    return leaves
+
+
+def scale_by_gates(
+    mechanisms: Mechanisms, gates: Mapping[str, str] | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the transform that multiplies the columns of every gate's B by the rules' factors.
+
+    DoRA's magnitudes are multiplied as well: a column with factor 0 keeps length and direction.
+
+    Args:
+      mechanisms: the rules (`make_mechanisms`).
+      gates: block of each gate, e.g. ``{"layers/ffn/gate_proj": "layers/ffn"}`` (`find_gates`): the
+        gate's B is ``<gate>/b [..., r, d_ff]``, and ``gate_stats`` has the statistics of the block.
+        By default the nodes with ``taps`` (`gate_leaves`), each of which is its own block.
+
+    Returns:
+      A transform whose state is a `GateState` and whose ``update`` takes ``gate_stats``: sums by
+      block and statistic of this step. It ignores other keyword arguments.
+
+    Example:
+      >>> optimizer = optax.chain(optax.adamw(1e-3), scale_by_gates(mechanisms, {"gate": "ffn"}))
+      >>> updates, state = optimizer.update(grads, state, lora, gate_stats={"ffn": sums})
+    """
+
+    def init_fn(params: Any) -> GateState:
+        flat, chosen = _named(params), _gates_of(params) if gates is None else gates
+        for gate in chosen:
+            if f"{gate}/b" not in flat:
+                present = ", ".join(path for path in flat if path.endswith("/b")) or "no leaf named 'b'"
+                raise NaloraError("gates", expected=f"a parameter {gate}/b", found=present)
+        shapes = {block: _channels(flat[f"{gate}/b"].shape) for gate, block in chosen.items()}
+        return init_gate_state(shapes, mechanisms)
+
+    def update_fn(
+        updates: Any, state: GateState, params: Any = None, *, gate_stats: Any = None, **extra_args: Any
+    ) -> tuple[Any, GateState]:
+        del params, extra_args
+        if gate_stats is None:
+            expected = f"the statistics of {', '.join(state.updates)}"
+            raise NaloraError("optimizer.update(..., gate_stats=)", expected=expected, found="no argument")
+        chosen = _gates_of(updates) if gates is None else gates
+        factors = channel_factors(state, mechanisms).get("update_b", {})
+        if factors:
+            updates = multiply_columns(updates, factors, chosen)
+        return updates, update_gate_state(state, gate_stats, mechanisms)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def multiply_columns(updates: Any, factors: Mapping[str, Array], gates: Mapping[str, str]) -> Any:
+    """Returns ``updates`` with the columns of every gate's B, and DoRA's magnitudes, times factors.
+
+    Args:
+      updates: a tree with leaves ``<gate>/b [..., r, d_ff]`` and maybe ``<gate>/magnitude [..., d_ff]``.
+      factors: by block, [..., d_ff].
+      gates: block of each gate.
+    """
+    of_leaf = {f"{gate}/b": factors[block][..., None, :] for gate, block in gates.items()}
+    of_leaf |= {f"{gate}/magnitude": factors[block] for gate, block in gates.items()}
+
+    def scale(path: str, update: Array) -> Array:
+        path = _without_value(path)
+        return update * of_leaf[path].astype(update.dtype) if path in of_leaf else update
+
+    return trees.map_named(scale, updates)
+
+
+def nalora(
+    inner: optax.GradientTransformation,
+    mechanisms: Mechanisms,
+    gates: Mapping[str, str] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns ``inner`` with the rules' factors on the gates' B.
+
+    Args:
+      inner: any optax optimizer.
+      mechanisms: the rules of the run. Without a rule the updates are bit-identical to those of
+        ``inner``.
+      gates: as in `scale_by_gates`, for adapters without gate leaves; ``update`` then takes
+        ``gate_stats``. By default adapters have gate leaves (`gate_leaves`): ``inner`` does not see
+        them, the gradient of ``taps`` is the statistics, and ``mask`` is set to the mask of the next
+        step, as Flax's ``_overwrite_with_gradient`` sets the scales of float8 matmuls.
+
+    Example:
+      >>> adapted, mechanisms = adapt(model, ...)
+      >>> optimizer = nalora(optax.adamw(1e-3), mechanisms)
+      >>> updates, state = optimizer.update(grads, state, lora)
+    """
+    scale = scale_by_gates(mechanisms, gates)
+    if gates is not None:
+        if not mechanisms.entries or not gates:
+            return optax.with_extra_args_support(inner)
+        return optax.with_extra_args_support(optax.chain(inner, scale))
+    adapters = optax.with_extra_args_support(
+        optax.masked(inner, lambda tree: trees.map_named(lambda path, _: not _is_gate_leaf(path), tree))
+    )
+
+    def init_fn(params: Any) -> tuple[Any, GateState]:
+        return adapters.init(params), scale.init(params)
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        inner_state, gate_state = state
+        flat = _named(updates)
+        stats = {path.replace(f"/{TAPS}/", "/"): x for path, x in flat.items() if f"/{TAPS}/" in path}
+        updates, inner_state = adapters.update(updates, inner_state, params, **extra_args)
+        updates, gate_state = scale.update(updates, gate_state, params, gate_stats=stats)
+        weights = channel_factors(gate_state, mechanisms).get("gradient_a", {})
+
+        def set_leaf(path: str, update: Array, param: Array) -> Array:
+            gate, _, name = _without_value(path).rpartition("/")
+            if not _is_gate_leaf(path):
+                return update
+            return weights[gate] - param if name == MASK else jnp.zeros_like(update)
+
+        if params is None:
+            raise NaloraError("optimizer.update(..., params)", expected="the adapters", found=None)
+        return trees.map_named(set_leaf, updates, params), (inner_state, gate_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def gate_state(opt_state: Any) -> GateState | None:
+    """Returns the averages in the state of an optimizer with `scale_by_gates`; None without one."""
+    is_state = lambda node: isinstance(node, GateState)  # noqa: E731
+    return next(filter(is_state, jax.tree.leaves(opt_state, is_leaf=is_state)), None)
+
+
+def with_gate_state(opt_state: Any, state: GateState | None) -> Any:
+    """Returns the state of an optimizer with other averages."""
+    is_state = lambda node: isinstance(node, GateState)  # noqa: E731
+    return jax.tree.map(lambda node: state if is_state(node) else node, opt_state, is_leaf=is_state)
+
+
+def masks(opt_state: Any, mechanisms: Mechanisms) -> dict[str, Array]:
+    """Returns the masks of the next step's gradient of A by block, [..., d_ff]; empty without masks."""
+    state = gate_state(opt_state)
+    return {} if state is None else channel_factors(state, mechanisms).get("gradient_a", {})
+
+
+def _channels(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns ``(..., d_ff)`` of the shape ``(..., r, d_ff)`` of B."""
+    return (*shape[:-2], shape[-1])
+
+
+def _gates_of(tree: Any) -> dict[str, str]:
+    """Returns the nodes of a tree that have taps, as gates that are their own blocks."""
+    nodes = {path.partition(f"/{TAPS}/")[0] for path in _named(tree) if f"/{TAPS}/" in path}
+    return {node: node for node in sorted(nodes)}
+
+
+def _is_gate_leaf(path: str) -> bool:
+    path = _without_value(path)
+    return f"/{TAPS}/" in path or path.endswith(f"/{MASK}")
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    return {_without_value(path): leaf for path, leaf in trees.flatten(tree).items()}
+
+
+def _without_value(path: str) -> str:
+    """Returns a path without the attribute of an `nnx.Variable` that holds its array."""
+    return path.removesuffix("/value")
