@@ -138,6 +138,8 @@ class Copy:
             output.seek(0)
             lines = [line for line in output.read().splitlines() if line.strip()]
         status = max(os.waitstatus_to_exitcode(ended[1]), -1)
+        if any(line.startswith("E ") and "NameError" in line for line in lines):
+            status = pytest.ExitCode.INTERRUPTED  # the fault does not run at all
         return status, "\n".join(lines[-5:]), ended[2].ru_utime + ended[2].ru_stime
 
     def _become_pytest(self, arguments: Sequence[str], output: int) -> NoReturn:

@@ -83,7 +83,9 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def test_a_fault_is_caught_missed_stale_or_broken_and_taken_out_again(checkout: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", RUN, checkout], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, checkout], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert dict(map(str.split, done.stdout.splitlines())) == {
         "difference": "caught",
