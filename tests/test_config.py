@@ -131,6 +131,21 @@ def test_a_config_comes_back_from_json():
     assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_every_setting_comes_back_from_json():
+    def changed(value):
+        if dataclasses.is_dataclass(value):
+            names = [entry.name for entry in dataclasses.fields(value)]
+            return dataclasses.replace(value, **{name: changed(getattr(value, name)) for name in names})
+        if isinstance(value, bool):
+            return not value
+        if isinstance(value, int | float):
+            return value + 1
+        return f"{value}x" if isinstance(value, str) else value
+
+    config = changed(RunConfig())
+    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 def test_logs_of_other_versions_can_be_read():
     assert config_from_dict({"steps": 7, "gone": 1, "lora": {"dora": True, "gone": 1}}) == RunConfig(
         steps=7, lora=LoRAConfig(dora=True)

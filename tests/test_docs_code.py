@@ -38,7 +38,19 @@ ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 # What else than commands of this library the pages tell people to type.
-OTHERS = {"pip", "hf", "export", "gcloud", "printf", "pre-commit", ".ci/run", "python3", ".", "jupyter"}
+OTHERS = {
+    "pip",
+    "hf",
+    "export",
+    "gcloud",
+    "printf",
+    "pre-commit",
+    ".ci/run",
+    "python3",
+    ".",
+    "jupyter",
+    "git",
+}
 OTHERS |= {
     "deploy/tpu_pod.sh",
     "sbatch",
@@ -143,6 +155,9 @@ def check_command(words: list[str]) -> None:
                 check(args.run)
     elif words[:3] == ["python", "-m", "pytest"]:
         assert all((ROOT / word).exists() for word in rest if word.startswith("tests/")), words
+    elif words[:2] == ["python", "-m"] and rest[1].startswith("tests."):
+        module = ROOT / rest[1].replace(".", "/")
+        assert module.with_suffix(".py").exists() or (module / "__main__.py").exists(), words
     elif name == "python" and rest[0].startswith("benchmarks/"):
         assert (ROOT / rest[0]).exists(), words
     elif name == "pip":

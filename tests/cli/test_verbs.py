@@ -17,6 +17,7 @@ from nalora_jax import buckets, trees
 from nalora_jax.__main__ import main
 from nalora_jax.cli.outputs import data_of
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule
+from nalora_jax.errors import NaloraError
 from nalora_jax.loading.adapted import load
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.stacks import projection_shapes
@@ -70,6 +71,12 @@ def test_a_run_and_its_parts_are_the_same_model(base, run):
     np.testing.assert_array_equal(logits(base, adapter=run), together)
     np.testing.assert_array_equal(logits(run / "adapter"), together)
     assert np.abs(together - logits(base)).max() > 0.1
+
+
+def test_an_adapter_of_another_base_is_refused(run, tmp_path):
+    other = tiny.make_model(tmp_path / "other", HF, spread=2.0)
+    with pytest.raises(NaloraError, match="expected an adapter of the base model"):
+        load(other, adapter=run, dtype="float32")
 
 
 def test_generate_prints_the_answer(base, run, capsys):

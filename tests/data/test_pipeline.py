@@ -118,6 +118,12 @@ def test_state_can_be_set_on_a_running_iterator(open_data, config):
     batches.close()
 
 
+def test_micro_batches_divide_the_rows_of_a_batch(open_data, config):
+    whole, _ = take(open_data(config, batch_size=8), 3)
+    parts, _ = take(open_data(config, batch_size=8, accumulate=4), 3)
+    assert_same(whole, [{name: x.reshape(1, 8, -1) for name, x in batch.items()} for batch in parts])
+
+
 def test_hosts_read_parts_of_the_same_batches(open_data, config):
     whole, state = take(open_data(config, batch_size=8, accumulate=2), 5)
     # Hosts of a TPU pod do not hold runs of rows: the mesh follows the torus.

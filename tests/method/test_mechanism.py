@@ -120,14 +120,16 @@ def test_a_placebo_has_the_same_factors_on_other_channels() -> None:
     np.testing.assert_array_equal(np.sort(moved[PATH], axis=-1), np.sort(rule[PATH], axis=-1))
     order = [np.argsort(np.argsort(x, axis=-1), axis=-1) for x in (moved[PATH], rule[PATH])]
     assert (order[0] != order[1]).mean() > 0.8
-    # Fixed in a run, another one in a run of another seed, and of its own in every layer.
+    # Fixed in a run, another one in a run of another seed, and another one in every layer and block.
     (later,) = own_factors(state_after(placebo)._replace(count=jnp.int32(90)), placebo).values()
     np.testing.assert_array_equal(later[PATH], moved[PATH])
     other = only("squared:warmup=0,permute=4", seed=1)
     (differs,) = own_factors(state_after(other), other).values()
     assert (differs[PATH] != moved[PATH]).mean() > 0.8
-    places = [int(np.argmax(moved[PATH][i] == np.max(rule[PATH][i]))) for i in range(L)]
-    assert len(set(places)) > 1
+    ((_, mechanism),) = placebo.entries
+    orders = [mechanism.permutation((L, 64), block, 0) for block in (PATH, f"{PATH}/shared_ffn")]
+    assert len({tuple(order) for order in np.concatenate(orders)}) == 2 * L
+    np.testing.assert_array_equal(np.sort(orders[0], axis=-1), np.tile(np.arange(64), (L, 1)))
 
 
 def test_a_mechanism_that_has_measured_nothing_is_idle() -> None:

@@ -23,7 +23,7 @@ WIDE = st.floats(-1e4, 1e4, width=32)
 
 
 channel_statistics = jax.jit(statistics.channel_statistics, static_argnums=(2, 3))
-probe_statistics = jax.jit(statistics.probe_statistics, static_argnums=3)
+probe_statistics = jax.jit(statistics.probe_statistics, static_argnums=(3, 4))
 
 
 def normal(seed, *shape, scale=1.0):
@@ -153,7 +153,7 @@ def test_padding_does_not_count():
 def test_probe_statistics_are_the_sums_of_the_terms():
     z, dz = normal(13, 50, 4), normal(14, 50, 4, scale=0.5)
     weights = jnp.asarray(np.random.default_rng(15).uniform(size=50), jnp.float32)
-    stats = probe_statistics(z, dz, weights, SILU)
+    stats = probe_statistics(z, dz, weights, SILU, ("excess", "response"))
     z64, dz64, w = (
         np.asarray(z, np.float64),
         np.asarray(dz, np.float64),
@@ -166,10 +166,35 @@ def test_probe_statistics_are_the_sums_of_the_terms():
         "feature": (w * np.abs(rho * dz64)).sum(0),
         "selection": (w * np.abs(moved)).sum(0),
         "linear": (w * np.abs(z64 * slope * dz64)).sum(0),
+        "excess": (w * np.abs(moved - z64 * slope * dz64)).sum(0),
+        "response": (w * np.abs((rho + z64 * slope) * dz64)).sum(0),
     }
     assert stats.keys() == expected.keys()
     for key, value in expected.items():
         np.testing.assert_allclose(stats[key], value, rtol=2e-5, err_msg=key)
+
+
+def test_a_tap_leaves_value_and_gradient_alone_and_sums_the_cotangents():
+    z, weights = normal(20, 12, 4), jnp.asarray(np.random.default_rng(21).uniform(size=12), jnp.float32)
+    taps = statistics.taps(("delta", "delta_squared"), (4,))
+
+    def loss(z, taps):
+        return jnp.sum(jnp.sin(statistics.tap(z, taps, weights, statistics.cotangent_statistics)))
+
+    value, (gradient, sums) = jax.value_and_grad(loss, argnums=(0, 1))(z, taps)
+    np.testing.assert_allclose(value, np.sum(np.sin(z)), rtol=1e-6)
+    np.testing.assert_allclose(gradient, np.cos(z), rtol=1e-6)
+    w = np.asarray(weights)[:, None]
+    np.testing.assert_allclose(sums["delta"], np.sum(w * np.abs(np.cos(z)), axis=0), rtol=1e-5)
+    np.testing.assert_allclose(sums["delta_squared"], np.sum(w * np.cos(z) ** 2, axis=0), rtol=1e-5)
+
+
+def test_cotangents_are_those_of_the_mean_loss():
+    delta, weights, names = normal(22, 12, 4), jnp.ones(12), ("delta", "delta_squared")
+    of_sum = statistics.cotangent_statistics(delta, weights, names)
+    of_mean = statistics.cotangent_statistics(delta / 5, weights, names)
+    for name, got in statistics.per_target(of_sum, jnp.float32(5)).items():
+        np.testing.assert_allclose(got, of_mean[name], rtol=1e-6)
 
 
 def test_statistics_are_float32_constants_of_differentiation():

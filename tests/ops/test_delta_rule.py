@@ -24,7 +24,9 @@ LENGTHS = (90, 3, 61)  # segments of a packed row: longer than a chunk, within o
 def random_inputs(seq: int, seed: int = 0) -> DeltaInputs:
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.normal(size=(BATCH, seq, GROUPS, *shape)).astype(np.float32)  # noqa: E731
-    decay, beta = -0.2 * np.exp(draw(N)), 1 / (1 + np.exp(-draw(N)))
+    # Of one head nothing is left after a chunk, of the other half.
+    rates = np.array([0.2, 0.006], np.float32)
+    decay, beta = -rates * np.exp(draw(N)), 1 / (1 + np.exp(-draw(N)))
     return DeltaInputs(draw(D_K), draw(D_K), draw(N, D_V), decay, beta)
 
 

@@ -23,10 +23,11 @@ class Hooks:
     def __init__(self, stop_at: int = 0) -> None:
         self.saved: list[tuple[int, float | None]] = []
         self.evaluated: list[int] = []
+        self.logged: list[float] = []
         self.stop_at = stop_at
 
     def log(self, step: int, record: Any, state: TrainState) -> None:
-        pass
+        self.logged.append(record["loss"])
 
     def advance(self, step: int) -> None:
         pass
@@ -59,7 +60,8 @@ def run(
             for name in [poison]
             if name
         }
-        metrics = {name: jnp.float32(1) for name in ("loss", "tokens", "target_tokens", "grad_norm")}
+        metrics = {name: jnp.float32(1) for name in ("tokens", "grad_norm")}
+        metrics |= {name: now.astype(jnp.float32) for name in ("loss", "target_tokens")}
         return state._replace(step=now, **parts), metrics | {"layers": {}}
 
     moments = {"mu": {"a": jnp.zeros(3)}, "count": jnp.int32(0)}
@@ -73,6 +75,34 @@ def test_it_evaluates_and_saves_at_its_intervals_and_after_the_last_step() -> No
     assert (result.step, result.interrupted, result.stopped_early) == (7, False, False)
     assert hooks.evaluated == [4, 7]
     assert hooks.saved == [(3, None), (4, -4.0), (6, None), (7, -7.0)]
+
+
+def test_the_logged_loss_is_the_mean_over_loss_tokens() -> None:
+    """Here the loss of step n is n, of n tokens."""
+    hooks = Hooks()
+    run(hooks, Schedule(steps=5, log_every=3, eval_every=0, save_every=0))
+    assert hooks.logged == pytest.approx([(1 + 4 + 9) / 6, (16 + 25) / 9])
+
+
+@pytest.mark.parametrize(
+    ("patience", "scores", "last"),
+    [
+        (1, [3, 5, 4, 6], 3),
+        (2, [3, 5, 4, 6], 4),
+        (2, [5, 3, 4, 6], 3),
+        (2, [5, 5, 5, 5], 3),
+        (0, [4, 3, 2, 1], 4),
+    ],
+)
+def test_a_run_stops_after_evaluations_without_a_better_metric(
+    patience: int, scores: list[float], last: int
+) -> None:
+    class Scored(Hooks):
+        def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
+            return LoopEvaluation(scores[step - 1], {"loss": -scores[step - 1]})
+
+    result = run(Scored(), Schedule(steps=4, log_every=1, eval_every=1, save_every=0, patience=patience))
+    assert (result.step, result.stopped_early) == (last, last < 4)
 
 
 def test_bad_numbers_of_the_base_model_are_named_as_the_reason() -> None:

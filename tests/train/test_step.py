@@ -26,7 +26,7 @@ from nalora_jax.config import (
 )
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import activations, ffn, low_rank
-from nalora_jax.method.step import StepConfig, make_train_step
+from nalora_jax.method.step import Evaluated, StepConfig, init_state, make_train_step
 from nalora_jax.method.transform import make_mechanisms, own_factors, with_gate_state
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train import decoder_program, jitted
@@ -149,6 +149,31 @@ def _assert_as_alone(state: Any, history: Sequence[Any]) -> None:
     _assert_close(alone.gate, state.gate, atol=1e-6)
     for one, other in zip(metrics, history, strict=True):
         _assert_close(one, other, atol=1e-5)
+
+
+def test_every_step_and_every_micro_batch_has_its_own_key_for_dropout() -> None:
+    class Draw:
+        """Measures a number drawn by its key."""
+
+        def loss(self, variables: Any, params: Any, batch: Any, key: jax.Array) -> Evaluated:
+            return Evaluated(0.0 * jnp.sum(variables["lora"]), {}, {"drawn": jax.random.uniform(key)})
+
+        def counts(self, batch: Any) -> tuple[jax.Array, jax.Array]:
+            return jnp.float32(1), jnp.float32(1)
+
+    optimizer = optax.with_extra_args_support(optax.sgd(0.1))
+    mechanisms = make_mechanisms((), activation="silu")
+    step = make_train_step(optimizer, StepConfig(mechanisms), Draw())
+    state = init_state(jnp.ones(2), optimizer, {}, mechanisms, seed=0)
+    means = []
+    for micro_batches in (1, 2, 3):
+        _, metrics = step({}, state, {"tokens": jnp.zeros((micro_batches, 1))})
+        means.append(float(metrics["measured"]["drawn"]))
+    for _ in range(3):
+        state, metrics = step({}, state, {"tokens": jnp.zeros((1, 1))})
+        means.append(float(metrics["measured"]["drawn"]))
+    assert means[3] == means[0]  # the first step again
+    assert len(set(means)) == 5
 
 
 def test_a_split_into_micro_batches_is_the_same_step() -> None:

@@ -1,0 +1,352 @@
+"""Digests of the adapters of fixed runs, and their comparison with another checkout on the same machine.
+
+    python -m tests.digests                            # a line for each run
+    python -m tests.digests --against ../other         # the same runs in both; exits with 1 if an adapter differs
+    python -m tests.digests text dpo --devices 8       # some of them
+
+A change that moves code must leave every adapter equal. One that reorders additions may change the last bits: then the
+largest relative difference of an update, ||dW - dW'|| / ||dW'||, is printed. Runs are started by command line, on
+models and data that are written once for both checkouts, so modules may move between them. Each checkout has its own
+cache, in which only downloads are shared. Digests depend on the machine: compare checkouts, not machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+HERE = Path(__file__).resolve().parents[1]
+DEVICES = (1, 8)
+TINY = "--steps 4 --train.batch-size 8 --train.log-every 1 --train.eval-every 0 --train.save-every 4"
+TINY += " --data.eval-limit 4 --data.select-limit 2 --data.workers 1 --optimizer.learning-rate 1e-2"
+TINY += " --compute.dtype float32 --compute.no-compilation-cache"
+NALORA = "--mechanisms soft:power=2,warmup=2 homogeneity:warmup=2 --compute.stats-stride 1"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: its program, its flags with names of inputs in braces, and more flags on eight devices."""
+
+    program: str
+    flags: str
+    on_eight: str
+
+    def arguments(self, inputs: Path, output: Path, devices: int) -> list[str]:
+        flags = self.flags + (f" {self.on_eight}" if devices == 8 else " --mesh.data 1")
+        return [*self.program.split(), *flags.format(inputs=inputs).split(), "--output", str(output)]
+
+
+TEXT = "--model {inputs}/llama --data.dataset {inputs}/questions.jsonl --data.max-length 16"
+RUNS = {
+    "main": Run("train.py", "--steps 20 --data.eval-limit 8 --data.select-limit 4", "--mesh.data -1"),
+    "text": Run(
+        "-m nalora_jax train",
+        f"{TEXT} {TINY} {NALORA} --lora.rules ffn:4 attn:2 --lora.dropout 0.1",
+        "--mesh.data 2 --mesh.fsdp 2 --mesh.tensor 2",
+    ),
+    "chat": Run(
+        "-m nalora_jax train",
+        "--model {inputs}/llava --data.dataset {inputs}/chats.jsonl --data.max-length 96 --data.chat --vision.task chat"
+        f" {TINY} {NALORA} --lora.rules image/.*ffn:2 projector:4 layers/.*:8",
+        "--mesh.data 4 --mesh.fsdp 2",
+    ),
+    "dpo": Run(
+        "-m nalora_jax train",
+        "--model {inputs}/llama --data.dataset {inputs}/pairs.jsonl --data.max-length 24 --preference.loss dpo"
+        f" {TINY} {NALORA} --lora.rules ffn:4 q_proj:2",
+        "--mesh.data 4 --mesh.fsdp 2",
+    ),
+    "dual": Run(
+        "-m nalora_jax train",
+        "--model {inputs}/clip --data.dataset {inputs}/pictures --vision.task contrast"
+        " --data.train-split train[:36] --data.eval-split train[36:]"
+        f" {TINY} {NALORA} --lora.rules ffn:4 attn:2",
+        "--mesh.data 4 --mesh.fsdp 2",
+    ),
+    "sweep": Run(
+        "-m nalora_jax train",
+        f"{TEXT} {TINY} {NALORA} --lora.rules ffn:4 --sweep optimizer.learning-rate=1e-2,2e-2 --sweep seed=0,1",
+        "--mesh.run 4 --mesh.data 2",
+    ),
+}
+
+COLOURS = ("red", "green", "blue")
+QUESTION = "What colour is this?"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def write_inputs(folder: Path) -> None:
+    """Writes tiny random models as transformers saves them, and data for each kind of run."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = sizes | {"vocab_size": 64, "num_key_value_heads": 4, "max_position_embeddings": 128}
+    text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    image = sizes | {"image_size": 16, "patch_size": 4}
+    llama = transformers.LlamaConfig(**text)
+    _save(transformers.LlamaForCausalLM(llama), folder / "llama")
+    _tokenizer().save_pretrained(folder / "llama")
+
+    clip_vision = transformers.CLIPVisionConfig(**image)
+    llava = transformers.LlavaConfig(vision_config=clip_vision, text_config=llama, image_token_index=4)
+    _save(transformers.LlavaForConditionalGeneration(llava), folder / "llava")
+    square = {"height": 16, "width": 16}
+    pictures = transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=square)
+    transformers.LlavaProcessor(
+        pictures,
+        _tokenizer(),
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    ).save_pretrained(folder / "llava")
+
+    words = {name: value for name, value in text.items() if name != "num_key_value_heads"}
+    clip = transformers.CLIPConfig(vision_config=image, text_config=words | {"max_position_embeddings": 16})
+    _save(transformers.CLIPModel(clip), folder / "clip")
+    _tokenizer(length=16).save_pretrained(folder / "clip")
+    pictures.save_pretrained(folder / "clip")
+    _write_data(folder)
+
+
+def _save(model, folder: Path) -> None:
+    """Saves a model with weights that are not small, so that its gates are not all open half."""
+    import torch
+
+    with torch.no_grad():
+        for leaf in model.parameters():
+            if leaf.ndim > 1:
+                leaf.copy_(torch.randn(leaf.shape) / leaf[0].numel() ** 0.5)
+    model.save_pretrained(folder)
+
+
+def _tokenizer(length: int = 128):
+    import tokenizers
+    import transformers
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    words = ["USER", "ASSISTANT", "photo", "of", "the", *COLOURS, "square", "What", "colour", "is", "this"]
+    names = [*special, " ", "\n", ":", ".", "?", *LETTERS, *words]
+    vocabulary = {word: index for index, word in enumerate(names)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    split = tokenizers.Regex(r"\w+|\n|[^\w\n]")
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(split, "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>" if length == 16 else "<s> $A", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        extra_special_tokens={"image_token": "<image>"},
+        model_max_length=length,
+    )
+
+
+def _write_data(folder: Path) -> None:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    letters = [rng.choice(list(LETTERS), 5, replace=False) for _ in range(60)]
+    _write_lines(
+        folder / "questions.jsonl",
+        [{"prompt": f"{a} {b}", "completion": f" {b} z"} for a, b, *_ in letters],
+    )
+    pairs = [
+        {"prompt": f"{a} {b}", "chosen": f" {c}", "rejected": f" {d} {e}"} for a, b, c, d, e in letters
+    ]
+    _write_lines(folder / "pairs.jsonl", pairs)
+    chats, captions = [], []
+    (folder / "pictures").mkdir()
+    for index in range(48):
+        colour = COLOURS[index % 3]
+        pixels = np.full((20, 24, 3), 30.0)
+        pixels[..., index % 3] = 220.0
+        pixels = np.clip(pixels + rng.normal(0, 10, pixels.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / "pictures" / f"{index}.png")
+        parts = [{"type": "image_url", "image_url": {"url": f"pictures/{index}.png"}}]
+        user = {"role": "user", "content": [*parts, {"type": "text", "text": QUESTION}]}
+        chats.append({"messages": [user, {"role": "assistant", "content": f"{colour} square."}]})
+        captions.append({"file_name": f"{index}.png", "caption": f"a photo of the {colour} square"})
+    _write_lines(folder / "chats.jsonl", chats)
+    _write_lines(folder / "pictures" / "captions.jsonl", captions)
+
+
+def _write_lines(path: Path, records: Sequence[dict]) -> None:
+    path.write_text("\n".join(map(json.dumps, records)) + "\n")
+
+
+def users_cache() -> Path:
+    """Returns the folder that NALORA_CACHE names, or its default."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nalora_jax"
+    return Path(os.environ.get("NALORA_CACHE") or root)
+
+
+def copy_kernels(cache: Path) -> None:
+    """Copies the compiled CPU kernels into a new cache; to compile them takes half a minute."""
+    if (users_cache() / "native").exists():
+        shutil.copytree(
+            users_cache() / "native", cache / "native", ignore=shutil.ignore_patterns("making-*")
+        )
+
+
+def make_cache(cache: Path) -> None:
+    """Makes a folder to be NALORA_CACHE, with copies of the compiled kernels and links to the downloads."""
+    cache.mkdir()
+    copy_kernels(cache)
+    for name in ("packages", "wheels"):
+        (users_cache() / name).mkdir(parents=True, exist_ok=True)
+        (cache / name).symlink_to(users_cache() / name)
+
+
+def train(checkout: Path, run: Run, inputs: Path, scratch: Path, devices: int) -> dict[str, Path]:
+    """Executes a run in a checkout and returns the folders of its adapters by name."""
+    cache = scratch / "cache"
+    if not cache.exists():
+        make_cache(cache)
+    output = Path(tempfile.mkdtemp(dir=scratch)) / "run"
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "NALORA_CACHE": str(cache),
+        "PYTHONPATH": str(checkout),
+    }
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    if run.program != "train.py":
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # tiny programs compile in half the time
+    command = [sys.executable, *run.arguments(inputs, output, devices)]
+    done = subprocess.run(
+        command, cwd=checkout, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(
+            f"{checkout}: {' '.join(command)}\nended with {done.returncode}:\n{done.stderr[-4000:]}"
+        )
+    folders = sorted(
+        path.parent for path in output.rglob("adapter_model.safetensors") if path.parent.name == "adapter"
+    )
+    return {str(folder.parent.relative_to(output)): folder for folder in folders}
+
+
+def digest(adapter: Path) -> str:
+    """Returns a digest of an adapter's tensors: names, dtypes, shapes and bytes."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(_tensors(adapter).items()):
+        whole.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+        whole.update(np.ascontiguousarray(tensor).tobytes())
+    return whole.hexdigest()[:16]
+
+
+def _tensors(adapter: Path) -> dict[str, np.ndarray]:
+    return load_file(adapter / "adapter_model.safetensors")
+
+
+def _updates(adapter: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the product B A of each module, and other tensors as they are."""
+    tensors = _tensors(adapter)
+    for name, tensor in tensors.items():
+        second = name.replace("lora_A", "lora_B")
+        if second != name and tensor.ndim == 2:
+            yield name, tensors[second].astype(np.float64) @ tensor.astype(np.float64)
+        elif "lora_B" not in name:
+            yield name, tensor.astype(np.float64)
+
+
+def difference(adapter: Path, other: Path) -> str:
+    """Returns "equal", or what differs: settings, tensors, or the largest relative difference of an update."""
+    notes = []
+    settings, others = (
+        json.loads((folder / "adapter_config.json").read_text()) for folder in (adapter, other)
+    )
+    if names := [name for name in sorted({*settings, *others}) if settings.get(name) != others.get(name)]:
+        notes.append(f"adapter_config.json differs in {', '.join(names)}")
+    first, second = dict(_updates(adapter)), dict(_updates(other))
+    shapes, other_shapes = (
+        {name: update.shape for name, update in side.items()} for side in (first, second)
+    )
+    if shapes != other_shapes:
+        notes.append("other tensors")
+    elif digest(adapter) != digest(other):
+        distances = {
+            name: float(np.linalg.norm(update - second[name]) / max(np.linalg.norm(second[name]), 1e-30))
+            for name, update in first.items()
+        }
+        name = max(distances, key=distances.__getitem__)
+        notes.append(f"updates differ by up to {distances[name]:.2e} ({name})")
+    return "; ".join(notes) or "equal"
+
+
+def main() -> int:
+    """Prints the digests, and with --against their comparison."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"{', '.join(RUNS)}; by default all")
+    parser.add_argument("--devices", type=int, nargs="+", choices=DEVICES, default=DEVICES)
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="the other checkout")
+    args = parser.parse_args()
+    if unknown := set(args.runs) - set(RUNS):
+        parser.error(f"RUN: expected {', '.join(RUNS)}, found {', '.join(sorted(unknown))}")
+    checkouts = [HERE, *([args.against.resolve()] if args.against else [])]
+    for checkout in checkouts:
+        if not (checkout / "nalora_jax" / "__main__.py").exists():
+            parser.error(
+                f"{checkout}: expected a checkout of this repository, found no nalora_jax/__main__.py"
+            )
+    began, differ = time.monotonic(), False
+    with tempfile.TemporaryDirectory(prefix="nalora-digests-") as root:
+        inputs = Path(root) / "inputs"
+        inputs.mkdir()
+        write_inputs(inputs)
+        places = [Path(root) / str(index) for index in range(len(checkouts))]
+        for place in places:
+            place.mkdir()
+        for name in args.runs or RUNS:
+            for devices in args.devices:
+                sides = [
+                    train(checkout, RUNS[name], inputs, place, devices)
+                    for checkout, place in zip(checkouts, places, strict=True)
+                ]
+                for part, adapter in sides[0].items():
+                    line = f"{name:6} {devices} device{'s'[: devices > 1]:1}  {digest(adapter)}"
+                    if args.against:
+                        verdict = (
+                            difference(adapter, sides[1][part]) if part in sides[1] else "missing there"
+                        )
+                        differ |= verdict != "equal"
+                        line += f"  {verdict}"
+                    print(line + (f"  {part}" if part != "." else ""), flush=True)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = (used.ru_utime + used.ru_stime) / 60
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes, {cpu:.1f} CPU minutes", file=sys.stderr)
+    return int(differ)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
