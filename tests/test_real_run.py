@@ -57,7 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     subprocess.run([*command, *TRAINING.split()], check=True, env=plain)
     assert main(["export", str(found["run"]), "--output", str(found["export"])]) == 0
     assert main(["merge", str(found["run"]), "--output", str(found["merge"]), "--dtype", "float32"]) == 0
-    assert main(["import", str(found["export"]), "--output", str(found["import"])]) == 0
+    assert main(["export", str(found["export"]), "--output", str(found["import"])]) == 0
     return found
 
 
@@ -128,7 +128,7 @@ def test_peft_transformers_and_this_library_answer_alike(folders: dict[str, Path
     untrained = scores_in_torch(base, tokenizer, questions)
     scores = {
         "this library, the run": scores_here(adapted, questions),
-        "this library, the imported adapter": scores_here(folders["import"], questions),
+        "this library, the adapter exported again": scores_here(folders["import"], questions),
         "this library, the merged folder": scores_here(folders["merge"], questions),
         "PEFT, the exported adapter": scores_in_torch(
             with_adapter(base, folders["export"]), tokenizer, questions

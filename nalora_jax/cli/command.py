@@ -71,7 +71,6 @@ VERBS = {
     "chat": Verb(chat.ChatArgs, chat.chat),
     "export": Verb(parser.ExportArgs, verbs.export),
     "merge": Verb(parser.MergeArgs, verbs.merge),
-    "import": Verb(parser.ImportArgs, verbs.import_),
     "from-peft": Verb(from_peft.FromPeftArgs, from_peft.from_peft),
     "inspect": Verb(parser.InspectArgs, verbs.inspect),
     "report": Verb(parser.ReportArgs, verbs.report),
@@ -86,8 +85,6 @@ VERBS = {
 _IN_BUCKETS = {
     "export": ("run", "output"),
     "merge": ("output",),
-    "import": ("output",),
-    "push": ("folder",),
     "from-peft": ("file",),
 }
 _RESUME = ("yes", "no", "auto")

@@ -59,14 +59,47 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
             make(text)
     runs = [with_adapter(run, recorded_settings(run.output) if run.resume else None) for run in runs]
     if runs[0].vision.task in DUAL:
-        from nalora_jax.cli.dry_run_images import describe_images  # Pillow is an extra
-
-        config, lines = describe_images(runs[0])
+        config, lines = _describe_images(runs[0])
         lines += _differences(runs)
     else:
         config, lines = _describe(runs)
     print(config_files.as_yaml(config, changed_only=not every_setting), end="")
     print("\n".join(f"# {line}" for line in lines))
+
+
+def _describe_images(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """Returns the final settings of a run on images, and lines that describe the run.
+
+    Raises:
+      NaloraError: any error that a run would raise before it reads weights.
+    """
+    from nalora_jax.models.vision.dual import init_lora as init_dual  # Pillow is an extra
+    from nalora_jax.runs.dual_pieces import held_out_indices, image_records
+    from nalora_jax.train.dual import resolve_dual
+    from nalora_jax.weights.vision.model import read_dual
+
+    records, held_out = image_records(config)
+    config = settled(config, None, images=len(records.indices))
+    base = read_dual(config.model, d_out=config.vision.features, loss=config.vision.loss)
+    spec = resolve_dual(config, base)
+    reported, selecting = held_out_indices(config, held_out)
+    say_counts(len(reported), len(selecting), chosen=config.train.eval_every > 0)
+    shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in base.param_shapes().items()}
+    lora = jax.eval_shape(partial(init_dual, base, spec), jax.random.key(0), trees.unflatten(shapes))
+    total, trained = sum(map(math.prod, base.param_shapes().values())), trees.count(lora)
+    of = f"{len(records.classes)} classes, " if records.classes else ""
+    epochs = config.steps * config.train.batch_size / len(records.indices)
+    weights = config.compute.itemsize * total
+    held = f"{4 * trained / 1e9:.2f} GB each for trained parameters, their gradients and what the optimizer remembers"
+    return config, [
+        f"base model: {total:,} parameters, {config.model}",
+        f"trained parameters: {trained:,}, on {len(spec.targets)} projections a layer of both towers",
+        f"mechanisms: {mechanisms_text(config, base.towers['image'].activation, spec)}",
+        f"training data: {of}{len(records.indices)} images of {len(records.source)}",
+        f"held out: {len(reported)} images that results are reported on, {len(selecting)} that choose the checkpoint",
+        f"steps: {config.steps} of {config.train.batch_size} images, {epochs:.2f} epochs",
+        f"memory: {weights / 1e9:.2f} GB for the weights, {held}; activations are not estimated",
+    ]
 
 
 def _describe(runs: Sequence[RunConfig]) -> tuple[RunConfig, list[str]]:

@@ -125,18 +125,6 @@ class MergeArgs:
 
 
 @dataclass(frozen=True)
-class ImportArgs:
-    """Read a PEFT adapter, check it against its base, and write it in this library's format."""
-
-    # Adapter folder in PEFT's format.
-    adapter: Positional[Path]
-    # New folder to write.
-    output: Path
-    # Base model. By default the base that the adapter names.
-    model: str | None = None
-
-
-@dataclass(frozen=True)
 class InspectArgs:
     """Show gate statistics of a model on texts, layer by layer: useful before any training."""
 

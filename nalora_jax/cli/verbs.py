@@ -200,14 +200,6 @@ def merge(args: cli.MergeArgs) -> None:
     print(f"{shown_output(args.output)}: merged model in {args.dtype}")
 
 
-def import_(args: cli.ImportArgs) -> None:
-    """Reads a PEFT adapter, checks it against its base, and writes it in this library's format."""
-    from nalora_jax.loading.adapted import adapter_folder
-
-    source = adapter_folder(args.adapter)
-    export(cli.ExportArgs(run=source, output=args.output, model=args.model))
-
-
 def inspect(args: cli.InspectArgs) -> None:
     """Prints the table of every layer's gates, and draws the plot if requested."""
     from rich.console import Console

@@ -186,7 +186,7 @@ def test_results_are_written_to_a_bucket_and_read_from_there(
                 emulator.put(os.environ["STORAGE_EMULATOR_HOST"], str(name), path.read_bytes())
     assert main(["export", "gs://bucket/run", "--output", "gs://bucket/exported"]) == 0
     assert capsys.readouterr().out.startswith("gs://bucket/exported: adapter for peft, read back")
-    assert main(["import", "gs://bucket/exported", "--output", "gs://bucket/imported"]) == 0
+    assert main(["export", "gs://bucket/exported", "--output", "gs://bucket/imported"]) == 0
     assert main(["export", str(run), "--output", "gs://bucket/a.gguf", "--for", "gguf"]) == 0
     merge = ["merge", "gs://bucket/base", "--adapter", "gs://bucket/imported", "--dtype", "float32"]
     assert main([*merge, "--output", "gs://bucket/merged"]) == 0
@@ -246,7 +246,7 @@ def test_urls_that_cannot_be_used_are_refused(words, said, tmp_path, monkeypatch
 
 def test_import_checks_an_adapter_and_writes_it_again(run, base, tmp_path):
     out = tmp_path / "out"
-    assert main(["import", str(run / "adapter"), "--output", str(out)]) == 0
+    assert main(["export", str(run / "adapter"), "--output", str(out)]) == 0
     np.testing.assert_array_equal(logits(base, adapter=out), logits(run))
 
 
@@ -270,7 +270,7 @@ def test_merge_looks_for_its_model_once_and_writes_files_of_the_size_that_is_ask
     assert len(list((tmp_path / "merged").glob("model-*-of-*.safetensors"))) > 1
 
 
-@pytest.mark.parametrize("verb", ["export", "merge", "import"])
+@pytest.mark.parametrize("verb", ["export", "merge"])
 def test_what_is_there_is_never_overwritten(run, tmp_path, capsys, verb):
     (tmp_path / "mine.txt").write_text("keep")
     assert main([verb, str(run), "--output", str(tmp_path)]) == 2
