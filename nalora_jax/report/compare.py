@@ -222,26 +222,26 @@ def _settings(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
 
 def _pictures(groups: Sequence[Group]) -> Iterator[tuple[str, Markup, str]]:
     """Yields (title, plot, how to read it)."""
-    band = "Lines are means over the runs of a group, bands their lowest and highest."
+    band = "Lines are means over the runs of a group, bands their range."
     columns: list[tuple[str, str, Callable[[History], tuple[np.ndarray, np.ndarray]], str]] = [
         (
             _held_out(_metric(groups)),
             "metric",
             _scores,
-            f"On the questions that choose the checkpoint. {band}",
+            f"On the examples that select the checkpoint. {band}",
         ),
-        ("Loss", "loss", lambda run: run.column("loss"), f"Of training, per target token. {band}"),
+        ("Training loss", "loss", lambda run: run.column("loss"), f"Per loss token. {band}"),
         (
             "Misalignment",
             "misalignment",
             lambda run: run.column("misalignment"),
-            f"Compare it at equal movement. {band}",
+            f"Compare it at equal feature movement. {band}",
         ),
         (
             "Feature movement",
             "feature",
             _movement,
-            f"Mean over layers of E|F|: how far adapters move the gates. {band}",
+            f"Mean over layers of E|F|, the adapters' change of the gates' features. {band}",
         ),
         ("Gradient norm", "grad_norm", lambda run: run.column("grad_norm"), f"Before clipping. {band}"),
     ]
