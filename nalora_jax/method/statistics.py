@@ -57,12 +57,6 @@ def gate_decomposition(z: Array, dz: Array, activation: Activation) -> tuple[Arr
     return rho * dz, (activation.rho(z + dz) - rho) * (z + dz)
 
 
-def compensated_gate(z: Array, dz: Array, activation: Activation) -> Array:
-    """Returns ``rho(z) (z + dz)``, the adapted gate with frozen selection: S is removed."""
-    chex.assert_equal_shape([z, dz])
-    return activation.rho(z) * (z + dz)
-
-
 # ---------------------------------------------------------------- the table
 
 

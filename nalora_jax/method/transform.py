@@ -375,15 +375,21 @@ def nalora(
     )
 
     def init_fn(params: Any) -> tuple[Any, GateState]:
+        if mechanisms.entries and not _gates_of(params):
+            expected = "adapters with taps below the name of a gate, from adapt or gate_leaves"
+            found = ", ".join(_named(params)) or "nothing"
+            raise NaloraError("optimizer.init", expected=expected, found=found)
         return adapters.init(params), scale.init(params)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        inner_state, gate_state = state
+        if params is None:
+            raise NaloraError("optimizer.update(..., params)", expected="the adapters", found=None)
+        inner_state, averages = state
         flat = _named(updates)
         stats = {path.replace(f"/{TAPS}/", "/"): x for path, x in flat.items() if f"/{TAPS}/" in path}
         updates, inner_state = adapters.update(updates, inner_state, params, **extra_args)
-        updates, gate_state = scale.update(updates, gate_state, params, gate_stats=stats)
-        weights = channel_factors(gate_state, mechanisms).get("gradient_a", {})
+        updates, averages = scale.update(updates, averages, params, gate_stats=stats)
+        weights = channel_factors(averages, mechanisms).get("gradient_a", {})
 
         def set_leaf(path: str, update: Array, param: Array) -> Array:
             gate, _, name = _without_value(path).rpartition("/")
@@ -391,9 +397,7 @@ def nalora(
                 return update
             return weights[gate] - param if name == MASK else jnp.zeros_like(update)
 
-        if params is None:
-            raise NaloraError("optimizer.update(..., params)", expected="the adapters", found=None)
-        return trees.map_named(set_leaf, updates, params), (inner_state, gate_state)
+        return trees.map_named(set_leaf, updates, params), (inner_state, averages)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -361,3 +361,12 @@ def test_a_rule_whose_statistics_were_not_measured_is_named() -> None:
     optimizer = nalora(optax.sgd(0.1), make_mechanisms(("delta",), activation="silu"))
     with pytest.raises(NaloraError, match="gate_stats: expected a leaf gate/delta_squared, found"):
         optimizer.update(gradients(adapted, variables, lora), optimizer.init(lora), lora)
+
+
+def test_an_optimizer_without_a_gate_or_without_parameters_is_refused() -> None:
+    adapted, _, lora = linen(Block())
+    optimizer = nalora(optax.sgd(0.1), adapted.mechanisms)
+    with pytest.raises(NaloraError, match="optimizer.init: expected adapters with taps below.*found a, b"):
+        optimizer.init({"a": lora["up"]["a"], "b": lora["up"]["b"]})
+    with pytest.raises(NaloraError, match=r"optimizer.update\(..., params\): expected the adapters"):
+        optimizer.update(lora, optimizer.init(lora))

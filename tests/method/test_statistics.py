@@ -60,15 +60,6 @@ def test_decomposition_agrees_with_float64():
     np.testing.assert_allclose(moved, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_compensated_gate_is_the_output_without_the_selection_term(name):
-    activation = activations.get(name)
-    z, dz = normal(2, 300), normal(3, 300)
-    _, moved = statistics.gate_decomposition(z, dz, activation)
-    compensated = statistics.compensated_gate(z, dz, activation)
-    np.testing.assert_allclose(compensated, activation.phi(z + dz) - moved, rtol=1e-5, atol=1e-6)
-
-
 def test_misalignment_of_a_normal_gate():
     # Design: 0.275 in the limit, 0.297 at dz of deviation 0.3, for SiLU with z ~ N(0, 1) and an independent dz.
     z, dz = normal(4, 400_000, 1), normal(5, 400_000, 1, scale=0.3)
