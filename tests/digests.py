@@ -237,7 +237,11 @@ def train(checkout: Path, run: Run, inputs: Path, scratch: Path, devices: int) -
         "NALORA_CACHE": str(cache),
         "PYTHONPATH": str(checkout),
     }
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    # As in tests/conftest.py: eight devices on a busy machine meet late, and need more threads than there are cores.
+    waits = (
+        "--xla_cpu_collective_call_terminate_timeout_seconds=900 --xla_cpu_collective_timeout_seconds=900"
+    )
+    environment |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {waits}", "NPROC": "32"}
     if run.program != "train.py":
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # tiny programs compile in half the time
     command = [sys.executable, *run.arguments(inputs, output, devices)]

@@ -172,6 +172,9 @@ def test_parameters_and_attention_are_counted_as_the_models_are():
     windowed = replace(base, windows=(16,))
     mask = np.tril(np.ones((64, 64))) - np.tril(np.ones((64, 64)), -16)
     assert attention_flops(windowed, 64) == 4 * mask.sum() * 4096
+    # Two flops a weight forward, two for the gradient of the input, none for a frozen weight's own.
+    frozen = useful_flops(base, AdapterSpec(), 2, 64) - 3 * 2 * attention_flops(base, 64)
+    assert frozen == 4 * 2 * 64 * active_parameters(base)
 
 
 @pytest.mark.parametrize(
