@@ -67,7 +67,7 @@ class OptimizerConfig:
     # "adamw", "adam", "sgd", "lion" or "adafactor".
     name: Literal["adamw", "adam", "sgd", "lion", "adafactor"] = "adamw"
     # Peak learning rate; 0, "auto" on the command line: 4e-3 on SmolLM2-135M; lower on wider
-    # models and with non-zero initializations, higher with AdaLoRA.
+    # models, with an alpha above 16 and with non-zero initializations, higher with AdaLoRA.
     learning_rate: float = 0.0
     # "cosine", "linear" or "constant", after a linear warm-up.
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

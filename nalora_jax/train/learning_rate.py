@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from nalora_jax.config import RunConfig
+from nalora_jax.config import LoRAConfig, RunConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.targets import adapter_scale
 
 # Best rate of plain LoRA on SmolLM2-135M in each of studies/stability (rank 2),
 # studies/full_ffn_table (rank 8) and studies/gate_only_small_rank, from grids of factor 2.
 # Wider models: inversely proportional to the width, close to a public sweep (docs/method.md); not
 # measured here.
 _TUNED, _WIDTH = 4e-3, 576
+# Largest alpha with this rate. Above it the best rate falls with this power of alpha, at any rank
+# (studies/rate_by_rank, ranks 2 to 64).
+_ALPHA, _POWER = 16, 1 / 2
 # Image and text encoders: best rate of plain LoRA in each task of studies/few_shot_seeds.
 _ENCODERS = 1e-3
 # Factors on these rates. For preference losses: a guess, without evidence (docs/preference.md).
@@ -28,9 +32,10 @@ def with_learning_rate(config: RunConfig, width: int = 0) -> RunConfig:
     """Returns ``config`` with a concrete learning rate in place of 0, the automatic choice.
 
     The rate is 4e-3 up to a width of 576, as the studies found, and ``4e-3 * 576 / width`` for
-    wider models; 1e-3 for image and text encoders. It is divided by 8 for preference losses and for
-    LoRA-GA and by 4 for PiSSA, multiplied by 4 for AdaLoRA, and divided by the square root of
-    LoRA+'s ratio, which keeps the product of A's and B's rates. It does not depend on the rank.
+    wider models, times ``sqrt(16 / alpha)`` if the largest alpha of the rules is above 16 (not with
+    AdaLoRA); 1e-3 for image and text encoders. It is divided by 8 for preference losses and for
+    LoRA-GA and by 4 for PiSSA, multiplied by 4 for AdaLoRA, and divided by the square root of LoRA+'s
+    ratio, which keeps the product of A's and B's rates.
 
     Args:
       config: the run's settings.
@@ -48,6 +53,8 @@ def with_learning_rate(config: RunConfig, width: int = 0) -> RunConfig:
     rate = _ENCODERS
     if width:
         rate = _TUNED * min(1.0, _WIDTH / width)
+        if not config.adalora.target_rank:
+            rate *= _by_alpha(config.lora)
     rate *= _STARTS.get(config.lora.init, 1) / math.sqrt(config.lora.plus_ratio)
     if config.preference.loss != "none":
         rate *= _PAIRS
@@ -55,3 +62,13 @@ def with_learning_rate(config: RunConfig, width: int = 0) -> RunConfig:
         rate *= _ADALORA
     rate = float(f"{rate:.2g}")
     return replace(config, optimizer=replace(settings, learning_rate=rate))
+
+
+def _by_alpha(lora: LoRAConfig) -> float:
+    """Returns the factor of the largest alpha, which is the residual's scale times the rank."""
+    alphas = [
+        rule.rank
+        * adapter_scale(2 * rule.rank if rule.alpha is None else rule.alpha, rule.rank, rslora=lora.rslora)
+        for rule in lora.rules
+    ]
+    return (_ALPHA / max(_ALPHA, *alphas)) ** _POWER

@@ -48,38 +48,40 @@ def rank_and_scale(protocol: Protocol, result: MethodResult) -> tuple[int, float
 
 
 def main() -> None:
-    """Prints a line for every method and task, then fits and rules by series."""
+    """Prints a line for every method and task, then the fit and the rules of each series."""
     protocol = read_protocol(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
-    series: dict[str, list[tuple[int, float, MethodResult]]] = {}
+    twice: list[tuple[int, float, MethodResult]] = []
+    constant: list[tuple[int, float, MethodResult]] = []
     for result in results(protocol, Records(protocol.folder).read()):
         (rank, scale), tuned = rank_and_scale(protocol, result), result.tuning
+        name = f"{result.cell.task} {result.cell.method}"
         if tuned.chosen is None:
-            print(f"{result.cell.task} {result.cell.method}: its grid is not complete")
+            print(f"{name}: its grid is not complete")
             continue
-        vertex = optimum(tuned.rates, tuned.losses)
-        print(
-            f"{result.cell.task} {result.cell.method}: best {tuned.chosen:g}, vertex {vertex:.2g}", end=""
-        )
-        print(f", at {AT_RANK_8:g} {excess(tuned.rates, tuned.losses, AT_RANK_8):+.4f}")
-        for name in (["alpha twice the rank"] if scale == 2 else []) + (
-            ["alpha 16"] if scale * rank == 16 else []
-        ):
-            series.setdefault(name, []).append((rank, vertex, result))
-    for name, members in series.items():
-        ranks, vertices = np.array([[rank, vertex] for rank, vertex, _ in members]).T
-        inside = np.isfinite(vertices)
-        slope, level = np.polyfit(np.log2(ranks[inside] / 8), np.log2(vertices[inside]), 1)
-        print(
-            f"{name}: {2**level:.2g} * (8 / rank)^{-slope:.2f} from {inside.sum()} of {len(members)} methods"
-        )
-        for power in POWERS:
-            costs = [
-                excess(result.tuning.rates, result.tuning.losses, AT_RANK_8 * (8 / rank) ** power)
-                for rank, _, result in members
-            ]
-            print(
-                f"  {AT_RANK_8:g} * (8 / rank)^{power:.2g}: mean excess {np.mean(costs):.4f}, largest {max(costs):.4f}"
-            )
+        vertex, cost = optimum(tuned.rates, tuned.losses), excess(tuned.rates, tuned.losses, AT_RANK_8)
+        print(f"{name}: best {tuned.chosen:g}, vertex {vertex:.2g}, at {AT_RANK_8:g} {cost:+.4f}")
+        if scale == 2:
+            twice.append((rank, vertex, result))
+        if scale * rank == 16:
+            constant.append((rank, vertex, result))
+    for name, members in (("alpha twice the rank", twice), ("alpha 16", constant)):
+        if members:
+            _print_rules(name, members)
+
+
+def _print_rules(name: str, members: Sequence[tuple[int, float, MethodResult]]) -> None:
+    inside = [(rank, vertex) for rank, vertex, _ in members if np.isfinite(vertex)]
+    ranks, vertices = np.array(inside).T
+    slope, level = np.polyfit(np.log2(ranks / 8), np.log2(vertices), 1)
+    print(f"{name}: {2**level:.2g} * (8 / rank)^{-slope:.2f} from {len(inside)} of {len(members)} optima")
+    for power in POWERS:
+        for highest in (AT_RANK_8, np.inf):
+            rates = [min(AT_RANK_8 * (8 / rank) ** power, highest) for rank, _, _ in members]
+            tunings = [result.tuning for _, _, result in members]
+            costs = [excess(t.rates, t.losses, rate) for t, rate in zip(tunings, rates, strict=True)]
+            if np.isfinite(costs).all():
+                rule = f"{AT_RANK_8:g} * (8 / rank)^{power:.2g}, at most {highest:g}"
+                print(f"  {rule}: mean excess {np.mean(costs):.4f}, largest {max(costs):.4f}")
 
 
 if __name__ == "__main__":

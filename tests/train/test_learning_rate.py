@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from nalora_jax.config import AdaLoRAConfig, LoRAConfig, OptimizerConfig, PreferenceConfig, RunConfig
+from nalora_jax.config import (
+    AdaLoRAConfig,
+    LoRAConfig,
+    LoRARule,
+    OptimizerConfig,
+    PreferenceConfig,
+    RunConfig,
+)
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.train.optimizers import make_schedule
@@ -32,6 +39,26 @@ def rate_of(config: RunConfig, width: int = 576) -> float:
 )
 def test_it_is_what_studies_chose_and_falls_with_the_width(width: int, rate: float) -> None:
     assert rate_of(LEFT, width) == rate
+
+
+@pytest.mark.parametrize(
+    ("rules", "rslora", "rate"),
+    [
+        ([LoRARule("ffn", 8)], False, 0.004),
+        ([LoRARule("ffn", 16)], False, 0.0028),
+        ([LoRARule("ffn", 64)], False, 0.0014),
+        ([LoRARule("ffn", 2, alpha=16.0)], False, 0.004),
+        ([LoRARule("ffn", 64, alpha=16.0)], False, 0.004),
+        ([LoRARule("ffn", 64, alpha=16.0)], True, 0.0014),  # its scale is that of alpha 128
+        ([LoRARule("gate", 0, alpha=99.0), LoRARule("up", 2), LoRARule("attn", 16)], False, 0.0028),
+        ([LoRARule("ffn", 2)], False, 0.004),  # it does not rise
+    ],
+)
+def test_it_falls_with_the_root_of_a_large_alpha(rules: list[LoRARule], rslora: bool, rate: float) -> None:
+    config = replace(LEFT, lora=LoRAConfig(rules=tuple(rules), rslora=rslora))
+    assert rate_of(config) == rate
+    assert rate_of(config, width=0) == 0.001  # encoders were measured at rank 8 only
+    assert rate_of(replace(config, adalora=AdaLoRAConfig(target_rank=1))) == 0.016
 
 
 def test_a_rate_that_is_named_stays() -> None:
