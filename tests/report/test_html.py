@@ -246,6 +246,14 @@ def test_a_long_run_stays_small(make_run):
             {"accuracy": 0.55, "low": 0.45, "high": 0.65},
             "intervals overlap",
         ),
+        *(
+            (
+                {"accuracy": 0.5, "low": 0.4, "high": 0.6},
+                {"accuracy": value, "low": value - 0.1, "high": value + 0.1},
+                said,
+            )
+            for value, said in ((0.65, "intervals overlap"), (0.75, "intervals do not overlap"))
+        ),
         ({"loss": 3.0}, {"loss": 2.5}, "-0.500, better."),
         ({"loss": 3.0}, {"loss": 3.0}, "No change."),
     ],
