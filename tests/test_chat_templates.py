@@ -35,7 +35,7 @@ TOOLS = [
 ]
 # Templates of widely used models, as they were published (Qwen's without its longest branches).
 TEMPLATES = {
-    path.stem: path.read_text() for path in sorted((Path(__file__).parent / "data/templates").iterdir())
+    path.stem: path.read_text() for path in sorted((Path(__file__).parent / "data/templates").glob("*.jinja"))
 }
 
 

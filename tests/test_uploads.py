@@ -213,6 +213,7 @@ def test_a_damaged_mark_has_no_owner(google: Any, mark: bytes) -> None:
 
 
 def test_s3_takes_the_same_path(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InMemory, "store", {})  # of the class, and so of other tests
     store = InMemory()
     monkeypatch.setattr(buckets, "_filesystem_of", lambda scheme: store)
     with new_folder("s3://bucket/model") as folder:

@@ -258,16 +258,12 @@ def _samples(history: History) -> list[dict[str, Any]]:
 def _changes(history: History) -> dict[str, int]:
     """Returns the number of items by what training changed; {} without paired items."""
     values = history.final.get("eval", {})
-    if not values.get("paired"):
-        return {}
-    gained, lost = values["paired"]["gained"], values["paired"]["lost"]
-    right = round(values["accuracy"] * values["n"]) - gained  # both times
-    return {
-        "gained": gained,
-        "lost": lost,
-        "right both times": right,
-        _WRONG: values["n"] - right - gained - lost,
-    }
+    paired = values.get("paired") or {}
+    accuracy, n, gained, lost = (values.get("accuracy"), values.get("n"), paired.get("gained"), paired.get("lost"))
+    if not (isinstance(accuracy, float) and all(isinstance(count, int) for count in (n, gained, lost))):
+        return {}  # no multiple choice
+    right = round(accuracy * n) - gained  # both times
+    return {"gained": gained, "lost": lost, "right both times": right, _WRONG: n - right - gained - lost}
 
 
 def _proportional(pairs: list[list[Any]], changes: Mapping[str, int]) -> list[list[Any]]:

@@ -144,7 +144,8 @@ def test_padding_does_not_count():
 def test_probe_statistics_are_the_sums_of_the_terms():
     z, dz = normal(13, 50, 4), normal(14, 50, 4, scale=0.5)
     weights = jnp.asarray(np.random.default_rng(15).uniform(size=50), jnp.float32)
-    stats = probe_statistics(z, dz, weights, SILU, ("excess", "response"))
+    names = ("feature", "selection", "linear", "excess", "response")
+    stats = probe_statistics(z, dz, weights, SILU, names)
     z64, dz64, w = (
         np.asarray(z, np.float64),
         np.asarray(dz, np.float64),
@@ -163,21 +164,6 @@ def test_probe_statistics_are_the_sums_of_the_terms():
     assert stats.keys() == expected.keys()
     for key, value in expected.items():
         np.testing.assert_allclose(stats[key], value, rtol=2e-5, err_msg=key)
-
-
-def test_a_tap_leaves_value_and_gradient_alone_and_sums_the_cotangents():
-    z, weights = normal(20, 12, 4), jnp.asarray(np.random.default_rng(21).uniform(size=12), jnp.float32)
-    taps = statistics.taps(("delta", "delta_squared"), (4,))
-
-    def loss(z, taps):
-        return jnp.sum(jnp.sin(statistics.tap(z, taps, weights, statistics.cotangent_statistics)))
-
-    value, (gradient, sums) = jax.value_and_grad(loss, argnums=(0, 1))(z, taps)
-    np.testing.assert_allclose(value, np.sum(np.sin(z)), rtol=1e-6)
-    np.testing.assert_allclose(gradient, np.cos(z), rtol=1e-6)
-    w = np.asarray(weights)[:, None]
-    np.testing.assert_allclose(sums["delta"], np.sum(w * np.abs(np.cos(z)), axis=0), rtol=1e-5)
-    np.testing.assert_allclose(sums["delta_squared"], np.sum(w * np.cos(z) ** 2, axis=0), rtol=1e-5)
 
 
 def test_cotangents_are_those_of_the_mean_loss():

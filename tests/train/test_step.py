@@ -163,8 +163,8 @@ def test_every_step_and_every_micro_batch_has_its_own_key_for_dropout() -> None:
 
     optimizer = optax.with_extra_args_support(optax.sgd(0.1))
     mechanisms = make_mechanisms((), activation="silu")
-    step = make_train_step(optimizer, StepConfig(mechanisms), Draw())
-    state = init_state(jnp.ones(2), optimizer, {}, mechanisms, seed=0)
+    step = make_train_step(optimizer, StepConfig(mechanisms, {}), Draw())
+    state = init_state(jnp.ones(2), optimizer, seed=0)
     means = []
     for micro_batches in (1, 2, 3):
         _, metrics = step({}, state, {"tokens": jnp.zeros((micro_batches, 1))})

