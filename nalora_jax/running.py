@@ -110,7 +110,9 @@ class Running:
         )
         self.state, self.start = self._start(recorded)
         self.before = _known_before(output, pieces.questions)
-        self._callbacks, progress = _listeners(config, output.folder, self.start, callbacks, console)
+        self._callbacks, progress, self._begun = _listeners(
+            config, output.folder, self.start, callbacks, console
+        )
         self.hooks = RunHooks(
             self._callbacks,
             progress,
@@ -175,6 +177,7 @@ class Running:
                 hooks,
                 *self._schedules(),
                 start=self.start,
+                begun=self._begun,
                 profile=profile,
             )
         if result.interrupted:
@@ -184,7 +187,8 @@ class Running:
     def follower(self) -> Follower:
         """Returns the actions after each step, for a loop over several runs."""
         schedule, rate = self._schedules()
-        return Follower(self.hooks, schedule, rate, self.state, self.start, self.pieces.assembly.params)
+        params = self.pieces.assembly.params
+        return Follower(self.hooks, schedule, rate, self.state, self.start, params, self._begun)
 
     def restore_best(self, result: FitResult) -> None:
         """Sets the state to the one with the best evaluation; to the last one without evaluations."""
@@ -314,12 +318,19 @@ def _known_before(output: Output, questions: Mapping[str, str]) -> dict[str, Any
 
 def _listeners(
     config: RunConfig, folder: Path, start: int, callbacks: Sequence[Callback], console: Console | None
-) -> tuple[Callbacks, Progress]:
-    """Returns the callbacks and the progress display; both are silent in processes other than 0."""
+) -> tuple[Callbacks, Progress, Mapping[str, Any]]:
+    """Returns the callbacks, the progress display and `MetricsLog.begun`.
+
+    Processes other than 0 show and log nothing.
+    """
     if jax.process_index():
-        return Callbacks(None), Progress(config.steps, console=Console(quiet=True))
-    listeners = Callbacks(MetricsLog(folder, resume=start or None), callbacks)
-    return listeners, Progress(config.steps, start=start, console=console)
+        return Callbacks(None), Progress(config.steps, console=Console(quiet=True)), {}
+    metrics = MetricsLog(folder, resume=start or None, goes_on=start < config.steps)
+    return (
+        Callbacks(metrics, callbacks),
+        Progress(config.steps, start=start, console=console),
+        metrics.begun,
+    )
 
 
 def way_on(config: RunConfig) -> str:

@@ -266,5 +266,10 @@ def wait_for_line(process: subprocess.Popen, text: str) -> str:
 
 def losses(folder: Path | str) -> dict[int, float]:
     """Loss of every logged step."""
+    return logged(folder, "loss")
+
+
+def logged(folder: Path | str, name: str) -> dict[int, float]:
+    """A number of every logged step."""
     lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return {line["step"]: line[name] for line in lines if name in line}

@@ -5,9 +5,14 @@ The key distinguishes the kinds of lines:
     {"run": {...config...}, "versions": {...}, "device": "...", "base": {...}}      the first line
     {"resumed": {"step": 50, "settings": {...config...}, "versions": {...}, ...}}   once per resume
     {"step": 10, "loss": 3.2, "learning_rate": 1e-3, "layers": {...}, ...}          a log step, with `StateMetrics`
+    {"step": 15, ..., "target_tokens": 900}    beyond the log steps, where a signal stopped the run
     {"step": 50, "eval": {"accuracy": 0.5, "low": 0.45, "high": 0.55, ...}}         an evaluation
     {"step": 50, "final": true, "eval": {...}}                                      exported adapter
     {"done": {"step": 100, "best_step": 50, "seconds": {"training": 90.0, ...}}}    the run's end
+
+Means are weighted by target tokens. The resumed run takes the line of the step where it was stopped
+into the mean of its next log step: it removes the line, whose numbers stay in ``"resumed": {"begun":
+{...}}``.
 
 The evaluations before training and of the exported adapter may contain ``"samples": [{"prompt",
 "answer", "expected", "correct"}]``, the last two optional.
@@ -51,13 +56,18 @@ class MetricsLog(Callback):
       resume: step of the restored checkpoint, or None for a new run. Lines of later steps are
         removed, because the resumed run writes them again. So is an incomplete last line after a
         crash.
+      goes_on: False if no step follows, so that the line of a stopped run's last step stays.
+
+    Attributes:
+      begun: the line of the step where the resumed run was stopped, if its next log step includes
+        those steps; else empty.
 
     Raises:
       NaloraError: a new run's folder contains a log, or the log to resume is damaged before its
         last line.
     """
 
-    def __init__(self, folder: str | Path, *, resume: int | None = None) -> None:
+    def __init__(self, folder: str | Path, *, resume: int | None = None, goes_on: bool = True) -> None:
         self.path = Path(folder) / FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume is None and self.path.exists():
@@ -68,9 +78,10 @@ class MetricsLog(Callback):
                 remedy="choose another --output, or continue that run with --resume",
             )
         self._resume = resume
-        earlier = []
+        earlier: list[dict[str, Any]] = []
+        self.begun: dict[str, Any] = {}
         if resume is not None:
-            earlier = _rewind(self.path, resume)
+            earlier, self.begun = _rewind(self.path, resume, goes_on=goes_on)
         self._has_header = any("run" in record for record in earlier)
         self._file = open_unlinked(self.path, "a", encoding="utf-8")
 
@@ -79,6 +90,8 @@ class MetricsLog(Callback):
     ) -> None:
         """Writes the first line of a new run (config, versions, device) or of a resumption."""
         machine = {"versions": dict(versions), "device": device}
+        if self.begun:
+            more["begun"] = self.begun
         if self._has_header:
             self.write({"resumed": {"step": self._resume, **machine, **more}})
         else:
@@ -263,16 +276,23 @@ def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
     ]
 
 
-def _rewind(path: Path, step: int) -> list[dict[str, Any]]:
-    """Removes the lines after ``step`` from the file, and returns the remaining ones."""
+def _rewind(path: Path, step: int, *, goes_on: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Removes the lines after ``step`` from the file; returns the remaining ones and `MetricsLog.begun`."""
     if not path.exists():
-        return []
+        return [], {}
     records = read_metrics(path)
     earlier = [
         r for r in records if _step(r) <= step and not {"done", "final"} & r.keys()
     ]  # a run has one end
+    begun: dict[str, Any] = {}
+    if goes_on:
+        for record in [r for r in earlier if _step(r) == step]:
+            begun = record.get("resumed", {}).get("begun", begun)
+            if "target_tokens" in record:
+                begun = {name: value for name, value in record.items() if isinstance(value, int | float)}
+                earlier.remove(record)
     write_atomically(path, "".join(json.dumps(seal(record)) + "\n" for record in earlier))
-    return earlier
+    return earlier, begun
 
 
 def _step(record: Mapping[str, Any]) -> int:

@@ -41,6 +41,8 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
     if "resumed" in record:
         resumed = _mapping(record, "resumed", where)
         _check_step(resumed.get("step"), f"{where}: resumed: step")
+        if resumed.get("begun") is not None:
+            _check_numbers(_mapping(resumed, "begun", f"{where}: resumed"), f"{where}: resumed: begun")
     if "done" in record:
         done = _mapping(record, "done", where)
         for name in ("step", "best_step"):

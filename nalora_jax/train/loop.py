@@ -86,6 +86,7 @@ def fit(
     learning_rate: Callable[[int], Any],
     *,
     start: int = 0,
+    begun: Mapping[str, Any] | None = None,
     profile: Profile | None = None,
 ) -> FitResult:
     """Runs steps ``start + 1 .. schedule.steps``.
@@ -101,13 +102,15 @@ def fit(
       schedule: intervals.
       learning_rate: schedule value at a step count, for the log.
       start: steps completed before.
+      begun: the log record of the steps up to ``start`` whose log step is still due, if any.
       profile: traces some of the steps.
 
     Raises:
       TrainingDivergedError: a loss is not finite, or an adapter or optimizer moment of a state to
         save. Checkpoints of earlier steps are kept; a diverged state is never saved.
     """
-    follower, profile = Follower(hooks, schedule, learning_rate, state, start, params), profile or Profile()
+    follower = Follower(hooks, schedule, learning_rate, state, start, params, begun)
+    profile = profile or Profile()
     for step in range(start + 1, schedule.steps + 1):
         batch = next(batches)
         if step == start + 1:
@@ -133,6 +136,7 @@ class Follower:
       state: state after ``start`` steps.
       start: steps completed before.
       params: frozen base weights, for the message about a diverged run.
+      begun: see `fit`.
 
     Attributes:
       result: the outcome so far.
@@ -146,10 +150,11 @@ class Follower:
         state: TrainState,
         start: int,
         params: Any,
+        begun: Mapping[str, Any] | None = None,
     ) -> None:
         self.result = FitResult(state, start)
         self._hooks, self._schedule, self._rate, self._params = hooks, schedule, learning_rate, params
-        self._meter = _Meter()
+        self._meter = _Meter(begun or {})
 
     def after(self, step: int, metrics: Mapping[str, Any], state: Callable[[], TrainState]) -> bool:
         """Acts after ``step``; returns False if the run ends.
@@ -167,12 +172,16 @@ class Follower:
         self._meter.add(step, metrics)
         last = step == schedule.steps
         result.interrupted = hooks.asked_to_stop(step) and not last
-        evaluates = not result.interrupted and (last or _due(step, schedule.eval_every))
-        saves = last or _due(step, schedule.save_every) or evaluates or result.interrupted
-        if saves or _due(step, schedule.log_every):
+        to_evaluate = last or _due(step, schedule.eval_every)
+        to_save = to_evaluate or _due(step, schedule.save_every)
+        to_log = to_save or _due(step, schedule.log_every)  # also without the interruption
+        evaluates = to_evaluate and not result.interrupted
+        saves = to_save or result.interrupted
+        if to_log or result.interrupted:
             result.state, result.step = state(), step
             with _naming_bad_weights(self._params):
-                hooks.log(step, self._meter.record(float(self._rate(step - 1))), result.state)
+                record = self._meter.record(float(self._rate(step - 1)), complete=to_log)
+                hooks.log(step, record, result.state)
                 if saves:
                     _refuse_diverged(step, result.state)
         measured = None
@@ -225,9 +234,14 @@ def _exhausted(metrics: list[float], patience: int) -> bool:
 
 
 class _Meter:
-    """Device metrics of the steps since the last record, fetched together for the next one."""
+    """Device metrics of the steps since the last record, fetched together for the next one.
 
-    def __init__(self) -> None:
+    Args:
+      begun: an incomplete record, whose steps count for the next one.
+    """
+
+    def __init__(self, begun: Mapping[str, Any]) -> None:
+        self._begun = begun
         self._steps: list[tuple[int, Mapping[str, Any]]] = []
         self._compiled = False
         self.restart_clock()
@@ -247,8 +261,11 @@ class _Meter:
             self._timed += 1
         self._steps.append((step, metrics))
 
-    def record(self, learning_rate: float) -> dict[str, Any]:
-        """Returns means over the steps since the last record, and layers of the last step."""
+    def record(self, learning_rate: float, *, complete: bool = True) -> dict[str, Any]:
+        """Returns means over the steps since the last record, and layers of the last step.
+
+        A record that is not complete has ``target_tokens``, the weight of its means.
+        """
         names = ("loss", "tokens", "target_tokens", "grad_norm")
         slim = [{k: m[k] for k in names} | dict(m.get("measured", {})) for _, m in self._steps]
         fetched = jax.device_get((slim, self._steps[-1][1]["layers"], self._steps[-1][1].get("idle", {})))
@@ -261,6 +278,11 @@ class _Meter:
                 )
         _require_acting(self._steps[-1][0], fetched[2])
         timed = rows[len(rows) - self._timed :]
+        spent = seconds
+        if self._begun:  # its means have the weight of all its steps
+            begun = {name: _number(self._begun.get(name)) for name in (*rows[0], "seconds")}
+            spent += begun.pop("seconds")
+            rows.insert(0, begun)
         targets = sum(row["target_tokens"] for row in rows)
         record = {
             "loss": sum(row["loss"] * row["target_tokens"] for row in rows) / max(targets, 1.0),
@@ -268,14 +290,21 @@ class _Meter:
             "grad_norm": rows[-1]["grad_norm"],
             "tokens": sum(row["tokens"] for row in rows),
             "tokens_per_second": sum(row["tokens"] for row in timed) / seconds if timed else None,
-            "seconds": seconds,
+            "seconds": spent,
         }
         for name in sorted({*rows[0]} - {*names}):
             record[name] = sum(row[name] * row["target_tokens"] for row in rows) / max(targets, 1.0)
         record |= summarise_layers(fetched[1])
-        self._steps = []
+        if not complete:
+            record["target_tokens"] = targets
+        self._steps, self._begun = [], {}
         self.restart_clock()
         return record
+
+
+def _number(value: float | None) -> float:
+    """Returns a value of the log, where null is written for NaN."""
+    return math.nan if value is None else float(value)
 
 
 def _require_acting(step: int, idle: Mapping[str, Any]) -> None:

@@ -113,6 +113,23 @@ def test_resume_from_before_an_earlier_resume_forgets_it_and_the_end(tmp_path):
     assert [sorted(record)[-1] for record in records] == ["versions", "step"]
 
 
+def test_the_line_where_a_run_was_stopped_is_kept_for_the_next_log_step(tmp_path):
+    write_steps(tmp_path, [10])
+    with MetricsLog(tmp_path, resume=10) as log:
+        log.on_log(15, {"loss": 2.0, "grad_norm": None, "target_tokens": 30.0, "layers": {"limit": [1.0]}})
+    with MetricsLog(tmp_path, resume=15, goes_on=False) as log:
+        assert log.begun == {}
+    assert steps_of(tmp_path) == [10, 15]  # nothing follows
+    for _ in range(2):  # the second one after a crash before the next line
+        with MetricsLog(tmp_path, resume=15) as log:
+            log.start({}, **MACHINE)
+            assert log.begun == {"step": 15, "loss": 2.0, "target_tokens": 30.0}
+            assert steps_of(tmp_path) == [10]
+            log.write({"step": 20, "loss": 3.0})
+    with MetricsLog(tmp_path, resume=20) as log:
+        assert log.begun == {}
+
+
 def test_a_line_that_a_crash_tore_is_dropped(tmp_path):
     write_steps(tmp_path, [10, 20])
     path = tmp_path / "metrics.jsonl"

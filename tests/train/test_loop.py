@@ -24,10 +24,12 @@ class Hooks:
         self.saved: list[tuple[int, float | None]] = []
         self.evaluated: list[int] = []
         self.logged: list[float] = []
+        self.record: dict[str, Any] = {}
         self.stop_at = stop_at
 
     def log(self, step: int, record: Any, state: TrainState) -> None:
         self.logged.append(record["loss"])
+        self.record = record
 
     def advance(self, step: int) -> None:
         pass
@@ -44,7 +46,14 @@ class Hooks:
 
 
 def run(
-    hooks: Hooks, schedule: Schedule, *, poison: str = "", at: int = 0, params: Any = None
+    hooks: Hooks,
+    schedule: Schedule,
+    *,
+    poison: str = "",
+    at: int = 0,
+    params: Any = None,
+    start: int = 0,
+    begun: Any = None,
 ) -> FitResult:
     """Steps whose loss is always finite; at step ``at`` the part ``poison`` of the state becomes infinite."""
 
@@ -65,8 +74,9 @@ def run(
         return state._replace(step=now, **parts), metrics | {"layers": {}}
 
     moments = {"mu": {"a": jnp.zeros(3)}, "count": jnp.int32(0)}
-    state = TrainState(jnp.int32(0), {"a": jnp.ones(3)}, moments, jnp.zeros(2, jnp.uint32))
-    return fit(step, params or {}, state, itertools.repeat(jnp.zeros(1)), hooks, schedule, lambda _: 0.1)
+    state = TrainState(jnp.int32(start), {"a": jnp.ones(3)}, moments, jnp.zeros(2, jnp.uint32))
+    batches = itertools.repeat(jnp.zeros(1))
+    return fit(step, params or {}, state, batches, hooks, schedule, lambda _: 0.1, start=start, begun=begun)
 
 
 def test_it_evaluates_and_saves_at_its_intervals_and_after_the_last_step() -> None:
@@ -82,6 +92,22 @@ def test_the_logged_loss_is_the_mean_over_loss_tokens() -> None:
     hooks = Hooks()
     run(hooks, Schedule(steps=5, log_every=3, eval_every=0, save_every=0))
     assert hooks.logged == pytest.approx([(1 + 4 + 9) / 6, (16 + 25) / 9])
+
+
+def test_a_run_that_was_stopped_twice_logs_what_an_uninterrupted_run_logs() -> None:
+    schedule = Schedule(steps=8, log_every=4, eval_every=0, save_every=0)
+    whole = Hooks()
+    run(whole, schedule)
+    begun: dict[str, Any] = {}
+    for start, stop in ((0, 1), (1, 3), (3, 4)):
+        part = Hooks(stop_at=stop)
+        run(part, schedule, start=start, begun=begun)
+        begun = part.record
+        assert ("target_tokens" in begun) == (stop < 4)  # step 4 is a log step
+    rest = Hooks()
+    run(rest, schedule, start=4)
+    assert [*part.logged, *rest.logged] == pytest.approx(whole.logged)
+    assert begun["tokens"] == whole.record["tokens"] == 4
 
 
 @pytest.mark.parametrize(

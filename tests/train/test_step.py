@@ -374,7 +374,7 @@ def test_what_was_not_measured_is_not_a_number_and_stops_the_run() -> None:
     for name in ("importance", "occupancy", "feature", "misalignment", "limit"):
         assert np.isnan(metrics["layers"]["layers/ffn"][name]).all(), name
     assert {label: bool(x) for label, x in metrics["idle"].items()} == {"mask": True, "step_scale": True}
-    meter = _Meter()
+    meter = _Meter({})
     meter.add(11, metrics)
     with pytest.raises(NaloraError, match="step 11: mask, step_scale: .*no token measured"):
         meter.record(1e-3)
