@@ -35,7 +35,8 @@ TOOLS = [
 ]
 # Templates of widely used models, as they were published (Qwen's without its longest branches).
 TEMPLATES = {
-    path.stem: path.read_text() for path in sorted((Path(__file__).parent / "data/templates").glob("*.jinja"))
+    path.stem: path.read_text()
+    for path in sorted((Path(__file__).parent / "data/templates").glob("*.jinja"))
 }
 
 

@@ -206,7 +206,15 @@ def test_words_of_the_command_line_about_an_adapter(
     ):  # fmt: skip
         assert main(["train", *words]) == 2
         assert expected in capsys.readouterr().err
-    more = ["--lora.dropout", "0", "--data.train-split", "train[:80%]", "--data.eval-split", "train[80%:]", "--all"]
+    more = [
+        "--lora.dropout",
+        "0",
+        "--data.train-split",
+        "train[:80%]",
+        "--data.eval-split",
+        "train[80%:]",
+        "--all",
+    ]
     assert main(["train", "--dry-run", "--adapter", str(earlier.folder), *data, *more]) == 0
     printed = capsys.readouterr().out
     assert "dropout: 0.0" in printed

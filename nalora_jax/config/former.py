@@ -13,7 +13,8 @@ from typing import Any, Literal
 from nalora_jax.config.types import first_wrong, type_name
 
 GROUPS = ("mask", "step_scale")
-_COMMON = ("decay", "warmup", "permute")
+# Rules no longer have frozen_after: a value other than 0 is an unknown setting of the rule.
+_COMMON = ("decay", "warmup", "frozen_after", "permute")
 # By group and kind: the rule, and the names of its settings.
 RULES: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("mask", "hard"): ("hard", ("keep", "mask_gradient", *_COMMON)),
@@ -35,6 +36,7 @@ class FormerMask:
     decay: float = 0.95
     warmup: int = 10
     mask_gradient: bool = True
+    frozen_after: int = 0
     permute: int = -1
 
 
@@ -48,6 +50,7 @@ class FormerStepScale:
     min_occupancy: float = 0.02
     decay: float = 0.95
     warmup: int = 10
+    frozen_after: int = 0
     permute: int = -1
 
 

@@ -259,7 +259,12 @@ def _changes(history: History) -> dict[str, int]:
     """Returns the number of items by what training changed; {} without paired items."""
     values = history.final.get("eval", {})
     paired = values.get("paired") or {}
-    accuracy, n, gained, lost = (values.get("accuracy"), values.get("n"), paired.get("gained"), paired.get("lost"))
+    accuracy, n, gained, lost = (
+        values.get("accuracy"),
+        values.get("n"),
+        paired.get("gained"),
+        paired.get("lost"),
+    )
     if not (isinstance(accuracy, float) and all(isinstance(count, int) for count in (n, gained, lost))):
         return {}  # no multiple choice
     right = round(accuracy * n) - gained  # both times

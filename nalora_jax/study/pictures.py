@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from nalora_jax.study.analysis import (
     MethodComparison,
@@ -48,13 +49,13 @@ def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
     with mpl.rc_context(_STYLE):
         pictures = {name: _grid(name, cell_results, marks, panel) for name, panel in panels.items()}
         primary = [c for c in comparisons(protocol, cell_results) if c.measure.kind == "primary"]
-        parts = [primary]
-        if len(primary) > _ROWS:
-            parts = [[c for c in primary if c.cell.task == task] for task in protocol.tasks]
-        parts = [part[start : start + _ROWS] for part in parts for start in range(0, len(part), _ROWS)]
-        for number, part in enumerate(parts, start=1):
-            name = f"differences_{number}.svg" if len(parts) > 1 else "differences.svg"
-            pictures[name] = _differences(protocol, part)
+        ordered = sorted(primary, key=lambda comparison: list(protocol.tasks).index(comparison.cell.task))
+        count = math.ceil(len(ordered) / _ROWS)
+        for number, part in enumerate(
+            np.array_split(np.array(ordered, object), count) if count else (), start=1
+        ):
+            name = f"differences_{number}.svg" if count > 1 else "differences.svg"
+            pictures[name] = _differences(protocol, list(part))
     return {name: text for name, text in pictures.items() if text}
 
 
@@ -206,6 +207,7 @@ def _differences(protocol: Protocol, compared: Sequence[MethodComparison]) -> st
         labels.append(f"{cell.method} - {comparison.other}, {cell.task}{model}")
     axis.set_yticks(range(len(compared)), labels, fontsize=8)
     axis.set_ylim(len(compared) - 0.5, -0.5)  # the first on top
+    axis.xaxis.set_major_locator(MaxNLocator(4))
     text = f"difference of the test {named(protocol.metric)}, lower is better"
     axis.set_xlabel(f"{text}\n95% t interval; grey: the margin of equivalence", fontsize=9)
     return _svg(figure, "differences.svg")

@@ -109,9 +109,9 @@ def test_hours_count_every_program_of_a_sweep() -> None:
 def test_the_plan_of_a_study_has_its_tuning_and_its_test_runs() -> None:
     protocol = read_protocol(STUDY)
     plan = plan_study(protocol, LLAMA, topology("v6e:4x4"), _planned)
-    assert len(plan.parts) == 10
+    assert len(plan.parts) == 12
     assert {part.runs for part in plan.parts.values()} == {8, 6}
-    assert plan.hours == pytest.approx(10 * 2 * 1000 * plan.parts["commonsense lora tune"].seconds / 3600)
+    assert plan.hours == pytest.approx(12 * 2 * 1000 * plan.parts["commonsense lora tune"].seconds / 3600)
     assert "in all at least" in "\n".join(describe_study(plan, price=2.7))
 
 

@@ -156,7 +156,7 @@ def test_every_step_and_every_micro_batch_has_its_own_key_for_dropout() -> None:
         """Measures a number drawn by its key."""
 
         def loss(self, variables: Any, params: Any, batch: Any, key: jax.Array) -> Evaluated:
-            return Evaluated(0.0 * jnp.sum(variables["lora"]), {}, {"drawn": jax.random.uniform(key)})
+            return Evaluated(0.0 * jnp.sum(variables["lora"]), {"drawn": jax.random.uniform(key)})
 
         def counts(self, batch: Any) -> tuple[jax.Array, jax.Array]:
             return jnp.float32(1), jnp.float32(1)
