@@ -17,6 +17,9 @@ _TUNED, _WIDTH = 4e-3, 576
 # Largest alpha with this rate. Above it the best rate falls with this power of alpha, at any rank
 # (studies/rate_by_rank, ranks 2 to 64).
 _ALPHA, _POWER = 16, 1 / 2
+# Gradient-subspace initialization has half of that from this alpha on (studies/rate_by_rank_gradient,
+# rank 64; at rank 16 its fixed criterion holds for one of two tasks).
+_GRADIENT_ALPHA, _GRADIENT = 128, 1 / 2
 # Image and text encoders: best rate of plain LoRA in each task of studies/few_shot_seeds.
 _ENCODERS = 1e-3
 # Factors on these rates. For preference losses: a guess, without evidence (docs/preference.md).
@@ -33,7 +36,8 @@ def with_learning_rate(config: RunConfig, width: int = 0) -> RunConfig:
 
     The rate is 4e-3 up to a width of 576, as the studies found, and ``4e-3 * 576 / width`` for
     wider models, times ``sqrt(16 / alpha)`` if the largest alpha of the rules is above 16 (not with
-    AdaLoRA); 1e-3 for image and text encoders. It is divided by 8 for preference losses and for
+    AdaLoRA), and half of that for gradient-subspace initialization with an alpha of 128 or more; 1e-3
+    for image and text encoders. It is divided by 8 for preference losses and for
     LoRA-GA and by 4 for PiSSA, multiplied by 4 for AdaLoRA, and divided by the square root of LoRA+'s
     ratio, which keeps the product of A's and B's rates.
 
@@ -71,4 +75,8 @@ def _by_alpha(lora: LoRAConfig) -> float:
         * adapter_scale(2 * rule.rank if rule.alpha is None else rule.alpha, rule.rank, rslora=lora.rslora)
         for rule in lora.rules
     ]
-    return (_ALPHA / max(_ALPHA, *alphas)) ** _POWER
+    alpha = max(_ALPHA, *alphas)
+    factor: float = (_ALPHA / alpha) ** _POWER
+    if lora.init == "gradient" and alpha >= _GRADIENT_ALPHA:
+        factor *= _GRADIENT
+    return factor
