@@ -89,7 +89,11 @@ def broken_records(
     reasons = {(str(error.expected), str(error.found)) for error in errors}
     if len(errors) < 2 or (known is None and len(reasons) == 1):
         return next(iter(errors), first)
-    texts = [str(NaloraError(e.where, expected=e.expected, found=e.found)) for e in errors]
+    # Without the folders, which the first line names: a long path would leave no room for the error.
+    names = [error.where.rpartition("/")[2] for error in errors]
+    texts = [
+        str(NaloraError(n, expected=e.expected, found=e.found)) for n, e in zip(names, errors, strict=True)
+    ]
     lines = [shorten(" ".join(text.split()), _SHOWN) for text in texts]
     count = f"{len(errors)} broken ones" if len(errors) < _NAMED else f"{_NAMED} or more broken ones"
     remedy = errors[0].remedy if len(reasons) == 1 else ""

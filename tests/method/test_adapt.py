@@ -176,7 +176,8 @@ def test_scanned_and_rematerialized_layers_are_the_unrolled_ones() -> None:
     apart = lambda tree: {f"block_{i}": jax.tree.map(lambda v: v[i], tree) for i in range(3)}  # noqa: B023, E731
     theirs = gradients(unrolled, {"params": apart(variables["params"]["blocks"])}, apart(lora["blocks"]))
     ours = apart(gradients(scanned, variables, lora)["blocks"])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
+    # In float32, with other fusions: the largest relative difference is 1.4e-4 with JAX 0.12.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), ours, theirs)
 
 
 def test_micro_batches_are_one_step_on_the_mean_gradient() -> None:
