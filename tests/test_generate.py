@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from tokenizers import decoders, models, pre_tokenizers
@@ -185,6 +185,7 @@ def test_every_step_draws_anew(generator):
     min_p=st.sampled_from([0.0, 1e-3, 0.1, 0.5, 1.0]),
     spread=st.sampled_from([0.01, 1.0, 30.0]),
 )
+@example(seed=0, top_k=7, top_p=0.5, min_p=0.0, spread=0.01)  # half of seven tokens, not of all
 def test_filters_keep_what_transformers_keeps(seed, top_k, top_p, min_p, spread):
     import torch
     from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
