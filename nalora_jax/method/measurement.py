@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import chex
 import jax
@@ -25,21 +25,8 @@ from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.reductions import by_shard, count, sampled
 
-
-class Checks(Protocol):
-    """Checks of a block's live arrays; `nalora_jax.method.checks.GateChecks`."""
-
-    def block(
-        self,
-        x: Array,
-        gate: Dense,
-        live: tuple[Array, Array | None, Array],
-        delta: Array | LowRankHidden | None,
-        activation: Activation,
-        numerics: Numerics,
-        sharding: NamedSharding | None,
-    ) -> dict[str, Array]:
-        """Returns float32 scalars by name for the live ``(z, u, phi(z) u)``; above 1 is a fault."""
+if TYPE_CHECKING:
+    from nalora_jax.method.checks import GateChecks  # which imports this module
 
 
 @dataclass(frozen=True)
@@ -50,7 +37,7 @@ class GateStatsConfig:
     probe_stride: int = 8  # probe statistics use one in n positions
     positions: int = 0  # most positions of a row: longer rows have larger strides; 0: no limit
     tolerance: float = 0.05  # |h - 1| at which the linear region starts
-    checks: Checks | None = None  # of live arrays, see `nalora_jax.method.checks`
+    checks: GateChecks | None = None  # of live arrays, see `nalora_jax.method.checks`
     # Of [batch, seq, d_model]. If it splits the rows, sums have a leading axis [shards].
     sharding: NamedSharding | None = None
 
