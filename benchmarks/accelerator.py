@@ -69,7 +69,7 @@ RANK = 8
 
 def shape_of(name: str) -> dict[str, Any]:
     """Returns the ``config.json`` of a model by name; "tiny" is `TINY`."""
-    from nalora_jax.plan.models import CONFIGS
+    from nalora_jax.cli.planning.models import CONFIGS
 
     return TINY if name == "tiny" else CONFIGS[name]
 
@@ -82,16 +82,16 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
     import jax
     import training
 
-    import nalora_jax.loading.adapted  # noqa: F401  which registers the CPU's implementations where they are, as a run does
+    import nalora_jax.train.adapted  # noqa: F401  which registers the CPU's implementations where they are, as a run does
     from nalora_jax import config as c
-    from nalora_jax import distributed
+    from nalora_jax.cli.planning.auto import laid_out
+    from nalora_jax.layout import distributed
+    from nalora_jax.layout.machines import of_devices
+    from nalora_jax.layout.roofline import useful_flops
     from nalora_jax.models.config import ModelConfig
     from nalora_jax.models.decoder import init_params
     from nalora_jax.models.stacks import projection_shapes
     from nalora_jax.models.targets import resolve
-    from nalora_jax.plan.auto import laid_out
-    from nalora_jax.plan.machines import of_devices
-    from nalora_jax.plan.roofline import useful_flops
     from nalora_jax.train.assembly import assemble
 
     devices, base = jax.devices(), ModelConfig.from_hf(shape_of(options.model), options.model)

@@ -43,10 +43,10 @@ def options() -> argparse.Namespace:
 def main() -> None:
     import jax
 
-    from nalora_jax import distributed
     from nalora_jax.config import MeshConfig
-    from nalora_jax.runs.checkpoint import Checkpointer
+    from nalora_jax.layout import distributed
     from nalora_jax.train.assembly import assemble
+    from nalora_jax.train.checkpoint import Checkpointer
 
     chosen = options()
     shared = parse(["--dtype", chosen.dtype, "--layers", str(chosen.layers)])

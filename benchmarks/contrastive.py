@@ -24,15 +24,16 @@ from jax.sharding import PartitionSpec as P
 from markers import write_between
 from methods import with_method
 
-from nalora_jax import distributed, trees
+from nalora_jax.cli.planning.program import devices, placed
+from nalora_jax.common import trees
+from nalora_jax.common.axes import BATCH_AXES
 from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig, VisionConfig
 from nalora_jax.data.images.processor import ImageProcessor
-from nalora_jax.distributed.mesh import BATCH_AXES
+from nalora_jax.layout import distributed
+from nalora_jax.layout.figures import figures
+from nalora_jax.layout.machines import topology
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.models.vision.dual import init_lora
-from nalora_jax.plan.figures import figures
-from nalora_jax.plan.machines import topology
-from nalora_jax.plan.program import devices, placed
 from nalora_jax.train.dual import check_dual, dual_program, resolve_dual
 
 RECORD = Path(__file__).parent / "results" / "contrastive.json"

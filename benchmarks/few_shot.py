@@ -106,9 +106,9 @@ def train_ours(options: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     from nalora_jax import config as c
-    from nalora_jax import distributed
     from nalora_jax.config import VisionConfig
     from nalora_jax.data.images.processor import ImageProcessor
+    from nalora_jax.layout import distributed
     from nalora_jax.models.vision.config import DualConfig
     from nalora_jax.models.vision.dual import init_params
     from nalora_jax.train.assembly import assemble

@@ -71,8 +71,8 @@ def assembled(
     layers: int, batch: int, seq: int, dtype: str, method: str, *, remat: str = "auto", loss_chunk: int = 0
 ) -> tuple[Any, list[Any]]:
     """Returns a step and its arguments."""
-    from nalora_jax import distributed
     from nalora_jax.config import MeshConfig
+    from nalora_jax.layout import distributed
     from nalora_jax.train.assembly import assemble
 
     options = parse(["--dtype", dtype, "--layers", str(layers), "--method", method, "--remat", remat])

@@ -46,8 +46,8 @@ def prompts(batch: int) -> Any:
 
 def generate_ours(options: argparse.Namespace) -> Any:
     """Returns a function that generates once and returns the new tokens."""
-    from nalora_jax.generate import Generator
-    from nalora_jax.loading.adapted import load
+    from nalora_jax.evaluate.generate import Generator
+    from nalora_jax.train.adapted import load
 
     adapted = load(options.model, adapter=options.adapter, dtype=options.dtype)
     generator = Generator(adapted.module, adapted.variables, adapted.base.tokenizer)

@@ -34,7 +34,7 @@ def load_ours(path: Path, dtype: str) -> tuple[float, int]:
     """Returns the seconds of a load, and the number of loaded parameters."""
     import jax
 
-    from nalora_jax.loading.base import load_model
+    from nalora_jax.weights.base import load_model
 
     jax.devices()
     start = time.perf_counter()

@@ -20,10 +20,10 @@ def temporary_bytes(context: int, options: argparse.Namespace) -> int:
     """Returns the temporary memory of one of ``context`` devices."""
     import jax
 
-    from nalora_jax import distributed
+    from nalora_jax.cli.planning.program import step_and_arguments
     from nalora_jax.config import ComputeConfig, MeshConfig, RunConfig, TrainConfig
+    from nalora_jax.layout import distributed
     from nalora_jax.models.config import ModelConfig
-    from nalora_jax.plan.program import step_and_arguments
 
     config = RunConfig(
         steps=100,

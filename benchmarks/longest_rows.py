@@ -13,13 +13,13 @@ from pathlib import Path
 
 from markers import write_between
 
+from nalora_jax.cli.planning.models import CONFIGS
 from nalora_jax.config import RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.layout.layouts import Layout, fitting, preferred
+from nalora_jax.layout.machines import topology
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.plan.layouts import Layout, fitting, preferred
-from nalora_jax.plan.machines import topology
-from nalora_jax.plan.models import CONFIGS
 
 PAGE = Path(__file__).parents[1] / "docs" / "long_rows.md"
 START, END = "<!-- table: benchmarks/longest_rows.py -->", "<!-- end of table -->"

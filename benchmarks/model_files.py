@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common import run_script
 
-from nalora_jax.downloads import cache_dir
+from nalora_jax.common.downloads import cache_dir
 from nalora_jax.weights.hub import resolve
 
 ALIAS = "smollm2-135m-instruct"

@@ -43,7 +43,7 @@ def write_requests(path: Path, task: str, count: int) -> None:
     """Writes contexts, choices and correct choices of ``count`` held-out questions."""
     from nalora_jax.config import DataConfig
     from nalora_jax.data.questions import eval_examples
-    from nalora_jax.loading.base import load_model
+    from nalora_jax.weights.base import load_model
 
     tokenizer = load_model(files("float32")["model"], dtype="float32").tokenizer
     items = eval_examples(DataConfig(dataset=task, chat=False), tokenizer, split="validation", limit=count)
@@ -54,9 +54,9 @@ def write_requests(path: Path, task: str, count: int) -> None:
 
 def answers_ours(options: argparse.Namespace) -> Any:
     """Returns a function from requests to their log-likelihoods."""
+    from nalora_jax.evaluate.generate import Generator
     from nalora_jax.evaluate.harness import Requests
-    from nalora_jax.generate import Generator
-    from nalora_jax.loading.adapted import load
+    from nalora_jax.train.adapted import load
 
     adapted = load(options.model, dtype=options.dtype)
     return Requests(Generator(adapted.module, adapted.variables, adapted.base.tokenizer)).loglikelihood

@@ -24,7 +24,7 @@ from nalora_jax.config import config_from_dict
 from nalora_jax.data.items import ChoiceItem
 from nalora_jax.data.questions import held_out
 from nalora_jax.evaluate.heldout import Evaluator
-from nalora_jax.loading.adapted import AdaptedModel, load
+from nalora_jax.train.adapted import AdaptedModel, load
 
 KINDS = ("none", "int8", "nf4")
 _COMPARED = 100  # examples whose distributions are compared

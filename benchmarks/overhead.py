@@ -36,8 +36,8 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
-    from nalora_jax import distributed
     from nalora_jax.config import MeshConfig
+    from nalora_jax.layout import distributed
     from nalora_jax.train.assembly import assemble
 
     chosen = options()

@@ -41,7 +41,7 @@ def examples(count: int) -> Examples:
     from nalora_jax.config import DataConfig
     from nalora_jax.data.sources import open_source
     from nalora_jax.data.store import open_store
-    from nalora_jax.loading.base import load_model
+    from nalora_jax.weights.base import load_model
 
     tokenizer = load_model("smollm2-135m-instruct", dtype="bfloat16").tokenizer
     rows: Examples = []

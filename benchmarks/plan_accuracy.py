@@ -6,7 +6,7 @@
     python benchmarks/plan_accuracy.py --seed 7 --pairs 10        # other pairs, to calibrate estimates with
 
 Each pair is decided as `nalora plan` does it: estimates rank the layouts, and
-`nalora_jax.plan.decide` compiles them until one is accepted. A program is compiled once for each
+`nalora_jax.layout.decide` compiles them until one is accepted. A program is compiled once for each
 pair, layout and set of compiler options, and recorded, so that the script resumes, and changed
 estimates are compared with recorded programs.
 """
@@ -30,16 +30,16 @@ import numpy as np
 from markers import write_between
 from plan_pairs import KNOWN, Pair, drawn
 
-from nalora_jax import distributed
 from nalora_jax.cli.plan import _prepare
+from nalora_jax.cli.planning.auto import with_layout
+from nalora_jax.cli.planning.program import devices, step_and_arguments
+from nalora_jax.layout import distributed
+from nalora_jax.layout.decide import EXHAUSTED, Compiled, Search, decide
+from nalora_jax.layout.figures import of_compiled
+from nalora_jax.layout.layouts import Layout, fitting
+from nalora_jax.layout.machines import topology
+from nalora_jax.layout.roofline import bound_of
 from nalora_jax.models.adapters import adapter_spec
-from nalora_jax.plan.auto import with_layout
-from nalora_jax.plan.decide import EXHAUSTED, Compiled, Search, decide
-from nalora_jax.plan.figures import of_compiled
-from nalora_jax.plan.layouts import Layout, fitting
-from nalora_jax.plan.machines import topology
-from nalora_jax.plan.program import devices, step_and_arguments
-from nalora_jax.plan.roofline import bound_of
 
 RECORD = Path(__file__).parent / "results" / "plan_accuracy.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "pods.md"

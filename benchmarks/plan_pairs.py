@@ -9,11 +9,11 @@ from typing import Any
 
 from nalora_jax.config import RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.layout.layouts import choose
+from nalora_jax.layout.machines import topology
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
-from nalora_jax.plan.layouts import choose
-from nalora_jax.plan.machines import topology
 
 # As published in the models' repositories: width, FFN, layers, heads, KV heads, head size,
 # vocabulary, tied.

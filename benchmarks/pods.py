@@ -20,7 +20,7 @@ from typing import Any
 
 from markers import write_between
 
-from nalora_jax.plan.machines import topology as machine
+from nalora_jax.layout.machines import topology as machine
 
 RECORD = Path(__file__).parent / "results" / "pods.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "pods.md"

@@ -48,13 +48,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the record of one kind: loads, evaluates, trains and evaluates again."""
     from nalora_jax import config as c
-    from nalora_jax import distributed
     from nalora_jax.data.pipeline import train_data
     from nalora_jax.data.questions import eval_examples
     from nalora_jax.evaluate.heldout import Evaluator
-    from nalora_jax.loading.base import load_model
+    from nalora_jax.layout import distributed
     from nalora_jax.train.assembly import assemble
     from nalora_jax.train.compilation import compile_ahead
+    from nalora_jax.weights.base import load_model
 
     kind = None if options.measure == "bfloat16" else options.measure
     start, floor = time.perf_counter(), peak_rss_mb()
@@ -95,7 +95,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def sizes(params: Any) -> dict[str, int]:
     """Returns the bytes of the projections' kernels, of the embedding, and of all weights."""
-    from nalora_jax import trees
+    from nalora_jax.common import trees
 
     flat = {path: leaf.nbytes for path, leaf in trees.flatten(params).items()}
     kernels = sum(size for path, size in flat.items() if re.search(r"layers/.*_proj/kernel", path))

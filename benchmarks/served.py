@@ -83,9 +83,9 @@ def decode(pair: Any, lora: Any, spec: Any, ids: list[list[int]]) -> list[list[i
     """Returns this library's greedy tokens of each prompt."""
     import tokenizers
 
-    from nalora_jax.generate.generator import Generator
+    from nalora_jax.data.tokenizer import Tokenizer
+    from nalora_jax.evaluate.generate.generator import Generator
     from nalora_jax.models.decoder import Decoder
-    from nalora_jax.tokenizer import Tokenizer
 
     words = {str(number): number for number in range(pair.config.vocab_size)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))

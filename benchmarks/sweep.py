@@ -44,9 +44,9 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from nalora_jax import distributed
     from nalora_jax.config import MeshConfig
-    from nalora_jax.sweeps.program import SweepProgram
+    from nalora_jax.layout import distributed
+    from nalora_jax.study.sweeps.program import SweepProgram
     from nalora_jax.train.assembly import assemble
 
     mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])

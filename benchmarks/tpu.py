@@ -66,8 +66,8 @@ def topology_mesh(name: str) -> Any:
     """Returns a mesh of the topology's abstract chips, all of them on the axis "fsdp"."""
     from jax.experimental import topologies
 
-    from nalora_jax import distributed
     from nalora_jax.config import MeshConfig
+    from nalora_jax.layout import distributed
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     return distributed.make_mesh(MeshConfig(data=1, fsdp=-1), list(devices))
@@ -103,7 +103,9 @@ def _step(
     from jax.sharding import PartitionSpec as P
 
     from nalora_jax import config as c
-    from nalora_jax import distributed, trees
+    from nalora_jax.common import trees
+    from nalora_jax.common.axes import BATCH_AXES
+    from nalora_jax.layout import distributed
     from nalora_jax.models.adapters import init_lora
     from nalora_jax.models.config import ModelConfig
     from nalora_jax.models.stacks import param_shapes, projection_shapes
@@ -134,7 +136,7 @@ def _step(
     shapes = {path: jax.ShapeDtypeStruct(shape, "bfloat16") for path, shape in param_shapes(base).items()}
     params, _ = described(trees.unflatten(shapes), distributed.PARAM_RULES)
     state, places = described(jax.eval_shape(fresh), distributed.STATE_RULES)
-    by_rows = NamedSharding(mesh, P(None, distributed.mesh.BATCH_AXES))
+    by_rows = NamedSharding(mesh, P(None, BATCH_AXES))
     batch = {
         name: jax.ShapeDtypeStruct((1, rows, seq), np.dtype(dtype), sharding=by_rows)
         for name, dtype in {

@@ -83,9 +83,9 @@ def base_model(options: argparse.Namespace, mesh: Any) -> tuple[Any, Any]:
     """Returns architecture and weights."""
     import jax
 
-    from nalora_jax.loading.base import load_model
     from nalora_jax.models.config import ModelConfig
     from nalora_jax.models.decoder import init_params
+    from nalora_jax.weights.base import load_model
 
     if options.model:
         loaded = load_model(options.model, dtype=options.dtype, mesh=mesh)
@@ -113,7 +113,7 @@ def batch_of(tokens: np.ndarray, mesh: Any) -> Any:
 
 def placed(batch: dict[str, np.ndarray], mesh: Any) -> Any:
     """Returns a batch of the library's pipeline, [micro-batches, rows, seq], on the mesh."""
-    from nalora_jax import distributed
+    from nalora_jax.layout import distributed
 
     return distributed.make_global_batch(batch, mesh, rows_axis=1)
 
@@ -131,8 +131,8 @@ def batches_of(options: argparse.Namespace, vocab: int, mesh: Any) -> list[Any]:
 
 def main() -> None:
     options = parse()
-    from nalora_jax import distributed
     from nalora_jax.config import MeshConfig
+    from nalora_jax.layout import distributed
     from nalora_jax.train.assembly import assemble
     from nalora_jax.train.compilation import compile_ahead
 

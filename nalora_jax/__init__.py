@@ -25,18 +25,18 @@ if TYPE_CHECKING:
         VisionConfig,
     )
     from nalora_jax.errors import NaloraError
-    from nalora_jax.generate import Generator
-    from nalora_jax.job import run
-    from nalora_jax.loading.adapted import AdaptedModel, load
-    from nalora_jax.loading.base import LoadedModel, load_model
+    from nalora_jax.evaluate.generate import Generator
     from nalora_jax.method.adapt import adapt, merge_nnx
     from nalora_jax.method.ffn import GatedFFN
     from nalora_jax.method.low_rank import low_rank
     from nalora_jax.method.rules import CurvatureCap, HardMask, HomogeneityStep, SoftMask, SquaredMask
     from nalora_jax.method.statistics import observe, token_weights
     from nalora_jax.method.transform import gate_leaves, make_mechanisms, masks, nalora, scale_by_gates
-    from nalora_jax.running import RunResult
-    from nalora_jax.sweeps.run import SweepResult, sweep
+    from nalora_jax.study.sweeps.run import SweepResult, sweep
+    from nalora_jax.train.adapted import AdaptedModel, load
+    from nalora_jax.train.job import run
+    from nalora_jax.train.running import RunResult
+    from nalora_jax.weights.base import LoadedModel, load_model
     from nalora_jax.weights.peft import export_adapter, import_adapter
 
 __all__ = [  # noqa: RUF022
@@ -102,29 +102,29 @@ _HOMES = {
     "SquaredMask": "method.rules",
     "GatedFFN": "method.ffn",
     "AdaLoRAConfig": "config",
-    "AdaptedModel": "loading.adapted",
+    "AdaptedModel": "train.adapted",
     "ComputeConfig": "config",
     "DataConfig": "config",
     "DebugConfig": "config",
-    "Generator": "generate",
+    "Generator": "evaluate.generate",
     "LoRAConfig": "config",
     "LoRARule": "config",
-    "LoadedModel": "loading.base",
+    "LoadedModel": "weights.base",
     "MeshConfig": "config",
     "NaloraError": "errors",
     "OptimizerConfig": "config",
     "PreferenceConfig": "config",
     "RunConfig": "config",
-    "RunResult": "running",
-    "SweepResult": "sweeps.run",
+    "RunResult": "train.running",
+    "SweepResult": "study.sweeps.run",
     "TrainConfig": "config",
     "VisionConfig": "config",
     "export_adapter": "weights.peft",
     "import_adapter": "weights.peft",
-    "load": "loading.adapted",
-    "load_model": "loading.base",
-    "run": "job",
-    "sweep": "sweeps.run",
+    "load": "train.adapted",
+    "load_model": "weights.base",
+    "run": "train.job",
+    "sweep": "study.sweeps.run",
 }
 
 

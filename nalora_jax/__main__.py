@@ -15,9 +15,9 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from nalora_jax import notes, terminal
+from nalora_jax.common import notes, terminal
+from nalora_jax.common.redaction import redacted
 from nalora_jax.errors import Interrupted, ListedError, LostPeerError, NaloraError, visible
-from nalora_jax.redaction import redacted
 
 # Error codes that are caused by the machine or a path, not by the library.
 _MACHINE = (

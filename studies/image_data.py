@@ -36,12 +36,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
 
+from nalora_jax.common.downloads import cache_dir, file_sha256
 from nalora_jax.config import VisionConfig
 from nalora_jax.data.images.files import pillow
 from nalora_jax.data.images.opened import register_images
 from nalora_jax.data.images.sources import ImageSource, TfdsImages
 from nalora_jax.data.tfds_source import prepared
-from nalora_jax.downloads import cache_dir, file_sha256
 from nalora_jax.errors import NaloraError
 
 _RELEASE = "1.0.0"

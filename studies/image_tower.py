@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from nalora_jax.downloads import PackageFile, cache_dir, fetch
-from nalora_jax.paths import scratch_folder
+from nalora_jax.common.downloads import PackageFile, cache_dir, fetch
+from nalora_jax.common.paths import scratch_folder
 from nalora_jax.weights.vision.hub import register_encoder
 
 NAME = "vit-s-focus"

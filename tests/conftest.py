@@ -184,7 +184,7 @@ def numerics(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs take one of the simulated devices."""
-    from nalora_jax import distributed
+    from nalora_jax.layout import distributed
 
     make = distributed.make_mesh
     monkeypatch.setattr(distributed, "make_mesh", lambda mesh, devices=None: make(mesh, jax.devices()[:1]))

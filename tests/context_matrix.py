@@ -3,7 +3,7 @@
     python -m tests.context_matrix
 
 Five steps each in float32, of packed rows with padding. Takes some ten minutes on two cores; the test suite has the
-diagonal of this table (tests/distributed/test_context.py).
+diagonal of this table (tests/layout/test_context.py).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ os.environ.setdefault("NPROC", "32")
 import jax
 import numpy as np
 
-from nalora_jax import trees
+from nalora_jax.common import trees
 from nalora_jax.config import MeshConfig
-from tests.distributed.test_context import RAWS, on_one_device, trained
+from tests.layout.test_context import RAWS, on_one_device, trained
 
 MESHES = {
     "context 2": MeshConfig(1, 1, 1, 2),

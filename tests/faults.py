@@ -30,7 +30,7 @@ import numpy as np
 from benchmarks.markers import write_between
 from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.runs.checkpoint import Checkpointer
+from nalora_jax.train.checkpoint import Checkpointer
 from tests import emulator, tiny
 
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"

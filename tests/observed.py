@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nalora_jax import trees
+from nalora_jax.common import trees
 from nalora_jax.method import checks as gate_checks
 from nalora_jax.method import statistics
 from nalora_jax.method.measurement import GateStatsConfig

@@ -24,8 +24,8 @@ import pytest
 import yaml
 
 import nalora_jax
-from nalora_jax import imports
 from nalora_jax.cli import command, config_files
+from nalora_jax.common import imports
 from nalora_jax.config import DataConfig, MeshConfig, RunConfig, check
 from nalora_jax.data import sources
 from nalora_jax.data.chat import messages_of

@@ -9,7 +9,7 @@ import transformers
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.config import MeshConfig
-from nalora_jax.distributed import PARAM_RULES, make_mesh, shardings
+from nalora_jax.layout.distributed import PARAM_RULES, make_mesh, shardings
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families import supported
 from nalora_jax.models.stacks import param_shapes

@@ -12,19 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nalora_jax.common.files import write_array
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule
 from nalora_jax.data.pipeline import train_data
+from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.files import write_array
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.report.html import write_report
 from nalora_jax.report.inspect import LayerSummary, save_picture
-from nalora_jax.runs.checkpoint import Checkpointer
-from nalora_jax.runs.metrics import MetricsLog
-from nalora_jax.tokenizer import Tokenizer
+from nalora_jax.train.checkpoint import Checkpointer
+from nalora_jax.train.metrics import MetricsLog
 from nalora_jax.weights.gguf_export import write_adapter_gguf
 from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter

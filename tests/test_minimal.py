@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from nalora_jax import distributed, trees
+from nalora_jax.common import trees
 from nalora_jax.config import (
     ComputeConfig,
     LoRAConfig,
@@ -24,6 +24,7 @@ from nalora_jax.config import (
     RunConfig,
     TrainConfig,
 )
+from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.assembly import assemble
 

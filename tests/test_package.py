@@ -25,8 +25,8 @@ def _python(code: str) -> str:
     "first",
     [
         "from nalora_jax import RunResult, run, load",
-        "import nalora_jax.loading.adapted, nalora_jax.job; from nalora_jax import run, load",
-        "from nalora_jax.loading.adapted import AdaptedModel; from nalora_jax import run, load",
+        "import nalora_jax.train.adapted, nalora_jax.train.job; from nalora_jax import run, load",
+        "from nalora_jax.train.adapted import AdaptedModel; from nalora_jax import run, load",
     ],
 )
 def test_run_and_load_are_functions_whatever_was_imported_before(first):
@@ -52,7 +52,7 @@ def test_every_name_of_the_package_can_be_imported_and_generate_names_its_option
 
     import nalora_jax
     from nalora_jax import config
-    from nalora_jax.generate import Settings
+    from nalora_jax.evaluate.generate import Settings
 
     for name in nalora_jax.__all__:
         assert getattr(nalora_jax, name).__name__ == name

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nalora_jax import downloads
 from nalora_jax.__main__ import main
+from nalora_jax.common import downloads
 from nalora_jax.config import DataConfig
 from nalora_jax.data.items import ChoiceItem
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.evaluate.likelihood import Score
 from nalora_jax.evaluate.multiple_choice import predict, score_choices
-from nalora_jax.loading.adapted import AdaptedModel, load
 from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.train.adapted import AdaptedModel, load
 from nalora_jax.weights import hub
 from nalora_jax.weights.merge import write_merged
 from tests import xla_options

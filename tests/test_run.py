@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from nalora_jax import running, trees
 from nalora_jax.__main__ import main
+from nalora_jax.common import trees
 from nalora_jax.config import (
     AdaLoRAConfig,
     ComputeConfig,
@@ -33,15 +33,15 @@ from nalora_jax.config import (
 )
 from nalora_jax.data.source import RecordsSource
 from nalora_jax.errors import NaloraError, TrainingDivergedError
-from nalora_jax.loading.adapted import load
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.runs import start, text_pieces
+from nalora_jax.train import running, start, text_pieces
+from nalora_jax.train.adapted import load
 from nalora_jax.weights.peft import import_adapter
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("surroundings")
 
-nalora_run = importlib.import_module("nalora_jax.job")
+nalora_run = importlib.import_module("nalora_jax.train.job")
 
 HF = tiny.HF | {"intermediate_size": 64}
 

@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import pytest
 
-from nalora_jax import distributed, run
+from nalora_jax import run
 from nalora_jax.__main__ import main
 from nalora_jax.config import DataConfig, TrainConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.layout import distributed
 from nalora_jax.train.callbacks import Callback
 from tests import tiny
 

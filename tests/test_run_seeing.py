@@ -30,9 +30,9 @@ from nalora_jax.config import (
 )
 from nalora_jax.data.images.chat import asked
 from nalora_jax.errors import NaloraError
-from nalora_jax.job import run
-from nalora_jax.loading.adapted import Located, load
-from nalora_jax.runs.metrics import read_metrics
+from nalora_jax.train.adapted import Located, load
+from nalora_jax.train.job import run
+from nalora_jax.train.metrics import read_metrics
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -228,7 +228,7 @@ def test_a_language_model_is_shown_nothing(seeing_folder, chats, monkeypatch, ca
     model = seeing_folder("llava")
     assert chat._sees(chat.ChatArgs(str(model)))
     textual = Located(str(model), None, {"vision": {"task": ""}})
-    monkeypatch.setattr(importlib.import_module("nalora_jax.loading.adapted"), "locate", lambda *_: textual)
+    monkeypatch.setattr(importlib.import_module("nalora_jax.train.adapted"), "locate", lambda *_: textual)
     assert not chat._sees(chat.ChatArgs(str(model)))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {chats.parent / '1.png'}\n"))
     assert main(["chat", str(model), "--dtype", "float32"]) == 0

@@ -13,20 +13,19 @@ from typing import Any
 import jax
 import pytest
 
-from nalora_jax import running
 from nalora_jax.__main__ import main
 from nalora_jax.cli.command import parse
 from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
-from nalora_jax.distributed import make_mesh
 from nalora_jax.errors import Interrupted, NaloraError
-from nalora_jax.runs import text_pieces
-from nalora_jax.runs.metrics import to_json
+from nalora_jax.layout.distributed import make_mesh
+from nalora_jax.train import running, text_pieces
+from nalora_jax.train.metrics import to_json
 from nalora_jax.train.progress import Progress
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("surroundings")
 
-nalora_run = import_module("nalora_jax.job")
+nalora_run = import_module("nalora_jax.train.job")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from nalora_jax import distributed
+from nalora_jax.common.downloads import cache_dir
 from nalora_jax.config import (
     ComputeConfig,
     DataConfig,
@@ -37,10 +37,10 @@ from nalora_jax.config import (
     RunConfig,
     TrainConfig,
 )
-from nalora_jax.downloads import cache_dir
+from nalora_jax.data.tokenizer import Tokenizer
+from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.weights.merge import write_merged
 from tests import xla_options
 from tests.param_trees import init_params, tensors_from_params

@@ -18,9 +18,9 @@ from nalora_jax.config.ranges import MESH, SAMPLING, SEED, Range
 from nalora_jax.errors import NaloraError, visible
 
 if TYPE_CHECKING:
-    from nalora_jax.generate import Generator
-    from nalora_jax.generate.conversation import Conversation
-    from nalora_jax.loading.adapted import AdaptedModel
+    from nalora_jax.evaluate.generate import Generator
+    from nalora_jax.evaluate.generate.conversation import Conversation
+    from nalora_jax.train.adapted import AdaptedModel
     from nalora_jax.weights.adapter_slot import AdapterSlot
 
 HELP = """\
@@ -71,8 +71,8 @@ RANGES = {**SAMPLING, "seed": SEED, "max_lora_rank": Range("a whole number", "[1
 
 def chat(args: ChatArgs) -> None:
     """Reads lines until end of input; streams responses to stdout and messages to stderr."""
-    from nalora_jax.generate.conversation import Conversation
-    from nalora_jax.loading.adapted import load
+    from nalora_jax.evaluate.generate.conversation import Conversation
+    from nalora_jax.train.adapted import load
 
     mesh = mesh_of(args.mesh)
     options: dict[str, Any] = {"dtype": args.dtype, "quantize": args.quantize or "run", "mesh": mesh}
@@ -97,8 +97,8 @@ def _sees(args: ChatArgs) -> bool:
     It is if the model has one, unless the adapter's run did not use it.
     """
     from nalora_jax.config import VisionConfig
-    from nalora_jax.loading.adapted import locate
-    from nalora_jax.loading.base import read_config
+    from nalora_jax.train.adapted import locate
+    from nalora_jax.weights.base import read_config
     from nalora_jax.weights.hub import resolve
 
     located = locate(args.model, args.adapter)
@@ -125,8 +125,8 @@ class _Adapters:
         Raises:
           NaloraError: it is not an adapter of this base.
         """
-        from nalora_jax.loading.adapted import adapter_folder, adapter_for
         from nalora_jax.models.targets import AdapterSpec
+        from nalora_jax.train.adapted import adapter_folder, adapter_for
 
         base = self._model.base
         if path == "none":
@@ -147,8 +147,8 @@ class _Adapters:
         """
         import jax
 
-        from nalora_jax import distributed
-        from nalora_jax.generate import Generator
+        from nalora_jax.evaluate.generate import Generator
+        from nalora_jax.layout import distributed
         from nalora_jax.weights.adapter_slot import AdapterSlot
 
         model, rank = self._model, AdapterSlot.rank_of(spec)
@@ -214,8 +214,8 @@ class _Talk:
         _say(self.adapters.name)
 
     def _image(self, path: str) -> None:
+        from nalora_jax.common.paths import expand_user
         from nalora_jax.data.images.files import open_image
-        from nalora_jax.paths import expand_user
 
         processor = self.model.base.processor
         if processor is None:
@@ -254,7 +254,7 @@ class _Talk:
 
 def _warn_without_turns(adapter: Path | None) -> None:
     """Warns if an adapter was trained without the chat template that a conversation uses."""
-    from nalora_jax.loading.adapted import trained_in_turns
+    from nalora_jax.train.adapted import trained_in_turns
 
     if adapter is not None and trained_in_turns(adapter) is False:
         _say(

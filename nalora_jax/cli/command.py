@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from nalora_jax import buckets
 from nalora_jax.cli import (
     chat,
     doctor,
@@ -20,10 +19,11 @@ from nalora_jax.cli import (
     verbs,
     verify,
 )
+from nalora_jax.common import buckets
+from nalora_jax.common.imports import import_files
 from nalora_jax.config.documented import summaries_only
 from nalora_jax.config.ranges import check_path, check_ranges
 from nalora_jax.errors import NaloraError
-from nalora_jax.imports import import_files
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def execute(argv: Sequence[str]) -> None:
     """
     verb, args = parse(argv)
     if verb == "train" and args.run.adapter and not args.run.adapter_sha256:
-        from nalora_jax.loading.initial_adapter import with_adapter
+        from nalora_jax.train.initial_adapter import with_adapter
 
         args = replace(args, run=with_adapter(args.run, named=_named(argv)))
     VERBS[verb].handler(args)

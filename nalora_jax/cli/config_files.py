@@ -26,10 +26,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from nalora_jax.cli.usage import did_you_mean
+from nalora_jax.common.imports import execute
 from nalora_jax.config import LoRARule, RunConfig
 from nalora_jax.config.types import first_wrong, type_name
 from nalora_jax.errors import NaloraError, described
-from nalora_jax.imports import execute
 
 _AUTO = ("data.max_length", "optimizer.learning_rate")  # 0: the library chooses
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nalora_jax.downloads import cache_dir, private_dir
+from nalora_jax.common.downloads import cache_dir, private_dir
 from nalora_jax.errors import NaloraError
 
 PACKAGES = (
@@ -75,8 +75,8 @@ def _versions() -> dict[str, str]:
 def _devices() -> tuple[dict[str, str], list[str]]:
     import jax
 
-    from nalora_jax.distributed import initialize_distributed
-    from nalora_jax.distributed.devices import kind_of, memory_statistics, platform_name
+    from nalora_jax.common.devices import kind_of, memory_statistics, platform_name
+    from nalora_jax.layout.distributed import initialize_distributed
 
     try:
         initialize_distributed(within=_WAIT)

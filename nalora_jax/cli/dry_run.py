@@ -10,17 +10,20 @@ from typing import Any
 
 import jax
 
-from nalora_jax import distributed, trees
 from nalora_jax.cli import config_files
+from nalora_jax.cli.planning.auto import laid_out
+from nalora_jax.common import trees
+from nalora_jax.common.axes import AXES
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.config.types import dotted
 from nalora_jax.config.vision import DUAL
 from nalora_jax.data.pipeline import TrainData, stream_text, train_data
 from nalora_jax.data.questions import held_out
-from nalora_jax.distributed import platform_of
-from nalora_jax.distributed.mesh import AXES
-from nalora_jax.loading.base import read_tokenizer_of
-from nalora_jax.loading.initial_adapter import with_adapter
+from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
+from nalora_jax.layout import distributed
+from nalora_jax.layout.distributed import platform_of
+from nalora_jax.layout.layouts import Layout, estimate
+from nalora_jax.layout.machines import of_devices, topology
 from nalora_jax.method.rules import make
 from nalora_jax.method.transform import find_gates
 from nalora_jax.models.adapters import adapter_spec, init_lora
@@ -29,18 +32,16 @@ from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.numerics import numerics_for
-from nalora_jax.plan.auto import laid_out
-from nalora_jax.plan.layouts import Layout, estimate
-from nalora_jax.plan.machines import of_devices, topology
-from nalora_jax.runs.hooks import say_counts
-from nalora_jax.runs.metrics import recorded_settings
-from nalora_jax.sweeps.fit import device_memory
-from nalora_jax.tokenizer import AddedTokens, Tokenizer
+from nalora_jax.study.sweeps.fit import device_memory
+from nalora_jax.train.hooks import say_counts
+from nalora_jax.train.initial_adapter import with_adapter
 from nalora_jax.train.inputs import check_data, check_layout, check_longest, described, stream_shape
 from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.train.mechanisms import first_step, log_first_step, mechanisms_of
+from nalora_jax.train.metrics import recorded_settings
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
+from nalora_jax.weights.base import read_tokenizer_of
 from nalora_jax.weights.hub import resolve as find_model
 
 
@@ -74,8 +75,8 @@ def _describe_images(config: RunConfig) -> tuple[RunConfig, list[str]]:
       NaloraError: any error that a run would raise before it reads weights.
     """
     from nalora_jax.models.vision.dual import init_lora as init_dual  # Pillow is an extra
-    from nalora_jax.runs.dual_pieces import held_out_indices, image_records
     from nalora_jax.train.dual import resolve_dual
+    from nalora_jax.train.dual_pieces import held_out_indices, image_records
     from nalora_jax.weights.vision.model import read_dual
 
     records, held_out = image_records(config)

@@ -18,8 +18,8 @@ from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
     from nalora_jax.evaluate.items import Answers
-    from nalora_jax.loading.adapted import AdaptedModel
     from nalora_jax.models.decoder import Decoder
+    from nalora_jax.train.adapted import AdaptedModel
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def evaluate(args: EvalArgs) -> None:
     number of devices. With PiSSA or LoRA-GA it is equal up to rounding, because the adapter is
     exported to another base than it was trained on.
     """
-    from nalora_jax.loading.adapted import holds_adapter, locate
+    from nalora_jax.train.adapted import holds_adapter, locate
     from nalora_jax.weights import hub
 
     for flag, path in (("--output", args.output), ("--records", args.records)):
@@ -166,8 +166,8 @@ def other_side(
     args: EvalArgs, model: AdaptedModel, mesh: Any
 ) -> tuple[AdaptedModel, Decoder, dict[str, Any]]:
     """Returns the model to compare with, on the same base weights if it is an adapter or "base"."""
-    from nalora_jax.loading.adapted import load, put_on
     from nalora_jax.models.targets import AdapterSpec
+    from nalora_jax.train.adapted import load, put_on
 
     against = str(args.against)
     if against == "base":
@@ -260,7 +260,7 @@ def _harness(
 
 def load_model(args: EvalArgs, mesh: Any) -> AdaptedModel:
     """Loads the model and the adapter to evaluate."""
-    from nalora_jax.loading.adapted import load
+    from nalora_jax.train.adapted import load
 
     quantize = args.quantize or "run"
     return load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=quantize, mesh=mesh)
@@ -325,8 +325,8 @@ def _report(args: EvalArgs, model: AdaptedModel, data: DataConfig, values: dict[
 
 def write_results(args: EvalArgs, results: dict[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
     """Writes the files that the user requested."""
-    from nalora_jax.files import write_atomically
-    from nalora_jax.runs.metrics import to_json
+    from nalora_jax.common.files import write_atomically
+    from nalora_jax.train.metrics import to_json
 
     for path, text in (
         (args.output, json.dumps(to_json(results), indent=2) + "\n"),

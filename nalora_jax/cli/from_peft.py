@@ -29,9 +29,9 @@ def from_peft(args: FromPeftArgs) -> None:
     Raises:
       NaloraError: the file has no settings of PEFT, or unsupported settings, all of which are listed.
     """
-    from nalora_jax import buckets
     from nalora_jax.cli import config_files
-    from nalora_jax.files import write_atomically
+    from nalora_jax.common import buckets
+    from nalora_jax.common.files import write_atomically
     from nalora_jax.weights.peft_settings import PEFT
     from nalora_jax.weights.peft_settings import from_peft as convert
 

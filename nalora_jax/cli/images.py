@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def is_dual(model: str | Path, adapter: str | Path | None = None) -> bool:
     """Returns True if the model or adapter is from a run that trained a dual encoder."""
-    from nalora_jax.loading.adapted import locate
+    from nalora_jax.train.adapted import locate
 
     return locate(model, adapter).run.get("vision", {}).get("task", "") in DUAL
 
@@ -28,8 +28,8 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
     """Returns the held-out metric of a run on images, by default on the run's reported images."""
     from nalora_jax.data.images.opened import open_images
     from nalora_jax.evaluate.heldout import describe
-    from nalora_jax.loading.dual import load_adapted_dual
-    from nalora_jax.runs.dual_pieces import held_out_images
+    from nalora_jax.train.adapted_dual import load_adapted_dual
+    from nalora_jax.train.dual_pieces import held_out_images
 
     if args.quantize not in (None, "none"):
         raise NaloraError("--quantize", expected="none for image and text encoders", found=args.quantize)
@@ -52,9 +52,9 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
 
 def export(args: ExportArgs, card: Callable[[Any, Literal["adapter", "merged"]], str]) -> None:
     """Writes an adapter of a dual encoder for PEFT, and verifies it by reloading."""
-    from nalora_jax.files import write_atomically
-    from nalora_jax.loading.dual import load_adapted_dual
-    from nalora_jax.runs.dual_pieces import write_dual_adapter
+    from nalora_jax.common.files import write_atomically
+    from nalora_jax.train.adapted_dual import load_adapted_dual
+    from nalora_jax.train.dual_pieces import write_dual_adapter
     from nalora_jax.weights.folders import new_folder
 
     if args.target != "peft":
@@ -70,7 +70,7 @@ def export(args: ExportArgs, card: Callable[[Any, Literal["adapter", "merged"]],
 
 def merge(args: MergeArgs, card: Callable[[Any, Literal["adapter", "merged"]], str]) -> None:
     """Writes a dual encoder merged with its adapter as one Hugging Face folder."""
-    from nalora_jax.loading.dual import load_adapted_dual
+    from nalora_jax.train.adapted_dual import load_adapted_dual
     from nalora_jax.weights.shards import parse_size
     from nalora_jax.weights.vision.hub import resolve_folder
     from nalora_jax.weights.vision.merge import write_merged_dual

@@ -14,7 +14,7 @@ from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
     from nalora_jax.cli.evaluate import EvalArgs
-    from nalora_jax.loading.adapted import AdaptedModel
+    from nalora_jax.train.adapted import AdaptedModel
 
 _PER_CELL = 10
 
@@ -25,10 +25,10 @@ def evaluate_needle(args: EvalArgs) -> None:
     The results of a run are also written to its ``needle.json``, and shown in its report.
     """
     from nalora_jax.cli.evaluate import load_model, other_side, write_results
+    from nalora_jax.evaluate.generate import Generator
     from nalora_jax.evaluate.items import describe_paired
     from nalora_jax.evaluate.needle import difference, needle_items, needle_records, needle_table, retrieve
-    from nalora_jax.generate import Generator
-    from nalora_jax.loading.adapted import locate
+    from nalora_jax.train.adapted import locate
 
     lengths = _lengths(args)
     located = locate(args.model, args.adapter)
@@ -80,10 +80,10 @@ def _summary(grid: dict[str, Any]) -> str:
 
 def _report(model: AdaptedModel, grids: dict[str, Any]) -> None:
     """Writes the results and the report again to the folder of the adapter's run, if it has one."""
-    from nalora_jax.files import write_atomically
+    from nalora_jax.common.files import write_atomically
     from nalora_jax.report.html import write_report
     from nalora_jax.report.needle import FILE
-    from nalora_jax.runs.metrics import to_json
+    from nalora_jax.train.metrics import to_json
 
     if not model.located.run or model.located.adapter is None:
         return

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nalora_jax import buckets, uploads
+from nalora_jax.common import buckets, uploads
 from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
 from nalora_jax.config.ranges import check_path
 from nalora_jax.errors import Interrupted, NaloraError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def mesh_of(config: MeshConfig) -> Mesh | None:
     """Returns the mesh over as many devices as its axes need (-1: all); None for one device."""
-    from nalora_jax.distributed import smallest_mesh, unless_single
+    from nalora_jax.layout.distributed import smallest_mesh, unless_single
 
     return unless_single(smallest_mesh(config))
 
@@ -59,7 +59,7 @@ def removed_if_stopped() -> Iterator[None]:
     Raises:
       Interrupted: a signal arrived.
     """
-    from nalora_jax.runs.preemption import stop_signals
+    from nalora_jax.train.preemption import stop_signals
 
     try:
         with stop_signals():

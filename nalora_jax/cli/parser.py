@@ -19,7 +19,7 @@ from nalora_jax.cli.usage import until_flag
 from nalora_jax.config import LoRARule, MeshConfig, RunConfig, config_from_dict
 from nalora_jax.config.ranges import COUNT, MESH, SAMPLING, SEED, TOKENS, Range, check_path
 from nalora_jax.errors import NaloraError
-from nalora_jax.sweeps.grid import recorded_sweep
+from nalora_jax.study.sweeps.grid import recorded_sweep
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -280,7 +280,7 @@ def defaults(argv: Sequence[str]) -> TrainArgs:
 
 def _recorded(output: str) -> RunConfig:
     """Returns the settings of the run in ``output`` for resuming it, else the defaults."""
-    from nalora_jax.runs.metrics import recorded_settings
+    from nalora_jax.train.metrics import recorded_settings
 
     settings = recorded_settings(output)
     config = config_from_dict(settings)

@@ -21,8 +21,8 @@ from nalora_jax.config.vision import DUAL
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
+    from nalora_jax.layout.machines import Topology
     from nalora_jax.models.config import ModelConfig
-    from nalora_jax.plan.machines import Topology
 
 
 log = logging.getLogger(__name__)
@@ -89,8 +89,8 @@ RANGES = {
 
 def plan(args: PlanArgs) -> None:
     """Prints the plan of each topology."""
-    from nalora_jax.downloads import cache_dir
-    from nalora_jax.plan.machines import topology
+    from nalora_jax.common.downloads import cache_dir
+    from nalora_jax.layout.machines import topology
 
     _check_json(args.json)
     machines = [topology(name) for name in args.topology]
@@ -134,11 +134,11 @@ def compiler_messages_in(file: Path) -> Iterator[None]:
 
 
 def _print_plans(args: PlanArgs, machines: Sequence[Topology]) -> None:
+    from nalora_jax.cli.planning.models import architecture
+    from nalora_jax.cli.planning.report import describe, describe_costs, estimate_record
+    from nalora_jax.cli.planning.report import plan as compiled
+    from nalora_jax.layout.layouts import choose, decoder_alone
     from nalora_jax.models.adapters import adapter_spec
-    from nalora_jax.plan.layouts import choose, decoder_alone
-    from nalora_jax.plan.models import architecture
-    from nalora_jax.plan.report import describe, describe_costs, estimate_record
-    from nalora_jax.plan.report import plan as compiled
 
     if args.study is not None:
         _plan_study(args, machines)
@@ -182,7 +182,7 @@ def _check_json(path: Path | None) -> None:
 
 def _plan_sweep(args: PlanArgs, base: ModelConfig, machines: Sequence[Topology], seq: int) -> None:
     """Prints the plan of a sweep on each topology."""
-    from nalora_jax.plan.sweep import describe_sweep, estimate_sweep, plan_sweep
+    from nalora_jax.cli.planning.sweep import describe_sweep, estimate_sweep, plan_sweep
 
     plan_one = estimate_sweep if args.estimate else plan_sweep
     for machine in machines:
@@ -195,8 +195,8 @@ def _plan_sweep(args: PlanArgs, base: ModelConfig, machines: Sequence[Topology],
 
 def _plan_study(args: PlanArgs, machines: Sequence[Topology]) -> None:
     """Prints the plan of a study on each topology."""
-    from nalora_jax.plan.models import architecture
-    from nalora_jax.plan.sweep import describe_study, estimate_sweep, plan_study, plan_sweep
+    from nalora_jax.cli.planning.models import architecture
+    from nalora_jax.cli.planning.sweep import describe_study, estimate_sweep, plan_study, plan_sweep
     from nalora_jax.study.protocol import read_protocol
 
     assert args.study is not None

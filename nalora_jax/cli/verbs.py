@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nalora_jax import buckets, uploads
 from nalora_jax.cli import images
 from nalora_jax.cli import parser as cli
 from nalora_jax.cli.outputs import (
@@ -26,35 +25,36 @@ from nalora_jax.cli.outputs import (
     shown_model,
     shown_output,
 )
+from nalora_jax.common import buckets, uploads
 from nalora_jax.config import DataConfig, check, config_from_dict
 from nalora_jax.config.ranges import SAMPLING
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.folders import refuse_claimed
 
 if TYPE_CHECKING:
-    from nalora_jax.loading.adapted import AdaptedModel, Located
-    from nalora_jax.loading.base import LoadedModel
-    from nalora_jax.loading.dual import AdaptedDual
-    from nalora_jax.tokenizer import Tokenizer
+    from nalora_jax.data.tokenizer import Tokenizer
+    from nalora_jax.train.adapted import AdaptedModel, Located
+    from nalora_jax.train.adapted_dual import AdaptedDual
+    from nalora_jax.weights.base import LoadedModel
     from nalora_jax.weights.hub import ResolvedSource
 
 
 def train(args: cli.TrainArgs) -> None:
-    """Fine-tunes a model by its config; `nalora_jax.job.run` prints the progress."""
+    """Fine-tunes a model by its config; `nalora_jax.train.job.run` prints the progress."""
     check(args.run)  # before heavy imports
     check_new_path("--output", Path(args.run.output))
     if args.dry_run:
         from nalora_jax.cli.dry_run import dry_run
-        from nalora_jax.sweeps.grid import axes_of, grid
+        from nalora_jax.study.sweeps.grid import axes_of, grid
 
         runs = grid(args.run, axes_of(args.sweep)) if args.sweep else [args.run]
         return dry_run(runs, every_setting=args.all)
     if args.sweep:
-        from nalora_jax.sweeps.run import sweep_grid
+        from nalora_jax.study.sweeps.run import sweep_grid
 
         sweep_grid(args.run, args.sweep)
         return None
-    from nalora_jax.job import run
+    from nalora_jax.train.job import run
 
     run(args.run)
 
@@ -63,9 +63,9 @@ def generate(args: cli.GenerateArgs) -> None:
     """Prints the response while it is generated."""
     from nalora_jax.data.images.chat import asked
     from nalora_jax.data.images.files import open_image
-    from nalora_jax.generate import Generator
-    from nalora_jax.generate.conversation import chat_tokens, read_messages
-    from nalora_jax.loading.adapted import load, trained_in_turns
+    from nalora_jax.evaluate.generate import Generator
+    from nalora_jax.evaluate.generate.conversation import chat_tokens, read_messages
+    from nalora_jax.train.adapted import load, trained_in_turns
 
     if (args.prompt is None) == (args.messages is None):
         prompts = "neither" if args.prompt is None else "both"
@@ -106,9 +106,9 @@ def generate(args: cli.GenerateArgs) -> None:
 @removed_if_stopped()
 def export(args: cli.ExportArgs) -> None:
     """Writes an adapter for another tool, and verifies it by reloading."""
-    from nalora_jax.files import write_atomically
-    from nalora_jax.loading.adapted import load, locate
-    from nalora_jax.runs.export import write_adapter
+    from nalora_jax.common.files import write_atomically
+    from nalora_jax.train.adapted import load, locate
+    from nalora_jax.train.export import write_adapter
     from nalora_jax.weights.folders import new_file, new_folder
     from nalora_jax.weights.peft_modules import layout_for
 
@@ -159,7 +159,7 @@ def export(args: cli.ExportArgs) -> None:
 @removed_if_stopped()
 def merge(args: cli.MergeArgs) -> None:
     """Writes base and adapter as one Hugging Face folder."""
-    from nalora_jax.loading.adapted import load, locate
+    from nalora_jax.train.adapted import load, locate
     from nalora_jax.weights import hub
     from nalora_jax.weights.merge import write_merged
     from nalora_jax.weights.saved_modules import fold_saved
@@ -205,9 +205,9 @@ def inspect(args: cli.InspectArgs) -> None:
     from rich.console import Console
 
     from nalora_jax.data.sources import open_held_out
-    from nalora_jax.loading.adapted import load, locate
     from nalora_jax.report.inspect import check_picture, layer_table, save_picture
     from nalora_jax.report.inspection import TEXTS, inspect_texts
+    from nalora_jax.train.adapted import load, locate
 
     if args.picture is not None:
         check_picture(args.picture)  # before minutes of computation
@@ -271,7 +271,7 @@ def study(args: cli.StudyArgs) -> None:
 def card(model: AdaptedModel | AdaptedDual, kind: Literal["adapter", "merged"]) -> str:
     """Returns a model card's README.md, with settings and results if ``model`` is from a run."""
     from nalora_jax.report.history import read_history
-    from nalora_jax.runs.export import base_card
+    from nalora_jax.train.export import base_card
     from nalora_jax.weights.card import render_card
 
     written = base_card(kind, model.located.base, model.base, model.spec)
@@ -305,10 +305,10 @@ def _require_template(model: str, adapter: Path | None, messages: Sequence[dict[
 
     A base without a template is refused too.
     """
-    from nalora_jax.generate.conversation import chat_tokens
-    from nalora_jax.loading.adapted import locate
-    from nalora_jax.loading.base import read_config, read_tokenizer_of
+    from nalora_jax.evaluate.generate.conversation import chat_tokens
+    from nalora_jax.train.adapted import locate
     from nalora_jax.weights import hub
+    from nalora_jax.weights.base import read_config, read_tokenizer_of
 
     located = locate(model, adapter)
     if located.adapter is None:  # an adapter with added tokens has its tokenizer
@@ -343,7 +343,7 @@ def _tokenizer_of(base: LoadedModel, resolved: ResolvedSource) -> Any:
 
 def _stored_dtype(path: Path) -> str:
     """Returns the dtype that a config.json names."""
-    from nalora_jax.tokenizer import read_json
+    from nalora_jax.data.tokenizer import read_json
 
     settings = read_json(path)
     return str(settings.get("dtype") or settings.get("torch_dtype"))

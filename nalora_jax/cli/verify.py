@@ -19,7 +19,7 @@ from nalora_jax.errors import NaloraError
 if TYPE_CHECKING:
     import numpy as np
 
-    from nalora_jax.loading.adapted import AdaptedModel
+    from nalora_jax.train.adapted import AdaptedModel
 
 _TOP = 20  # log probabilities that a server is asked for; vLLM's largest number
 _TOKENS = 24  # length of a prompt, at most
@@ -59,8 +59,8 @@ def verify(args: VerifyArgs) -> None:
     """
     import numpy as np
 
-    from nalora_jax.loading.adapted import load
     from nalora_jax.report.inspection import TEXTS
+    from nalora_jax.train.adapted import load
 
     server = Server(args.url, args.name)  # fails before a model is loaded
     names = (args.model, args.adapter) if args.model else (args.adapter, None)
@@ -183,8 +183,8 @@ def _candidates(model: AdaptedModel, prompts: np.ndarray) -> Iterator[tuple[str,
     import jax
     import numpy as np
 
+    from nalora_jax.common.trees import flatten, unflatten
     from nalora_jax.models.targets import AdapterSpec
-    from nalora_jax.trees import flatten, unflatten
 
     assert model.lora is not None
     params, leaves = {"params": model.base.params}, flatten(model.lora)

@@ -83,7 +83,7 @@ def _rule(name: str, group: FormerMask | FormerStepScale) -> str:
 
 
 def _text(value: Any) -> str:
-    """Returns the value of a setting as `nalora_jax.registry.from_text` reads it."""
+    """Returns the value of a setting as `nalora_jax.common.registry.from_text` reads it."""
     if isinstance(value, tuple):
         return "/".join(map(str, value))
     return str(value)

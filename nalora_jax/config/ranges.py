@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from nalora_jax import buckets
+from nalora_jax.common import buckets
 from nalora_jax.errors import NaloraError
 
 

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from nalora_jax.common.trees import map_named, unflatten
 from nalora_jax.cpu import native
 from nalora_jax.cpu.implementation import CPU, usable
 from nalora_jax.ops import storage
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import STACKS, Kernel, LayerStack, Stored
-from nalora_jax.trees import map_named, unflatten
 
 # Embedding and output head.
 _TABLES = ("embed/embedding", "lm_head/kernel")

@@ -10,14 +10,14 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data.forms import Parts, canonical, message_of, tools_of
 from nalora_jax.data.long_chats import shortened
 from nalora_jax.data.source import TableRecord
+from nalora_jax.data.tokenizer import REASONING
+from nalora_jax.data.tokenizer_backend import is_unicode, unicode_error
 from nalora_jax.data.turns import Message as Message
 from nalora_jax.data.turns import completions, with_stops
 from nalora_jax.errors import NaloraError
-from nalora_jax.tokenizer import REASONING
-from nalora_jax.tokenizer_backend import is_unicode, unicode_error
 
 if TYPE_CHECKING:
-    from nalora_jax.tokenizer import Tokenizer
+    from nalora_jax.data.tokenizer import Tokenizer
 
 
 class MissingFieldError(NaloraError):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nalora_jax import buckets
+from nalora_jax.common import buckets
 from nalora_jax.errors import NaloraError
 
 

@@ -17,15 +17,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
-from nalora_jax import buckets
+from nalora_jax.common import buckets
+from nalora_jax.common.paths import expand_user
 from nalora_jax.data.array_records import ArrayRecords, is_array_record
 from nalora_jax.data.digests import readable
 from nalora_jax.data.jsonl import JsonLines
 from nalora_jax.data.source import Record
 from nalora_jax.data.table_rows import TableRows
+from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
-from nalora_jax.paths import expand_user
-from nalora_jax.tokenizer import read_json
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}  # by extension
 # Extensions of the data files that are searched for in folders.

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from nalora_jax.common.notes import counting
 from nalora_jax.config import DataConfig
 from nalora_jax.data.packing import pack, permutation
 from nalora_jax.data.rendered import rendered
 from nalora_jax.data.source import Source
 from nalora_jax.data.tokenize import tokenize
+from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.data.too_long import UNLIMITED
-from nalora_jax.notes import counting
-from nalora_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

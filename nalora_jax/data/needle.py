@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax.common.downloads import fetch
 from nalora_jax.data import tasks
-from nalora_jax.downloads import fetch
 
 VERSION = "1.0.0"
 SIZES = {"train": 1000, "validation": 200}

@@ -25,7 +25,7 @@ from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
     from nalora_jax.data.images.rows import RowImages
-    from nalora_jax.tokenizer import Tokenizer
+    from nalora_jax.data.tokenizer import Tokenizer
 
 # Arrays [accumulate, rows of this process, max_length]: tokens, targets, loss_weights,
 # segment_ids, positions.
@@ -272,7 +272,7 @@ def train_data(
       batch_size: rows per step over all hosts.
       accumulate: micro-batches per step.
       seed: seed of the shuffle.
-      rows: rows of a micro-batch that this process reads (`nalora_jax.distributed.process_rows`);
+      rows: rows of a micro-batch that this process reads (`nalora_jax.layout.distributed.process_rows`);
         all by default.
       cache: folder for prepared and tokenized data; `downloads.cache_dir` by default.
       source: sources by split, in place of the data set in ``config``.

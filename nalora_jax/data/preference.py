@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nalora_jax.common.notes import counting
 from nalora_jax.config import DataConfig, PreferenceConfig
 from nalora_jax.data.chat import (
     Message,
@@ -36,10 +37,9 @@ from nalora_jax.data.store import Counts
 from nalora_jax.data.tokenize import Example, fit, tokenize
 from nalora_jax.data.too_long import UNLIMITED, advice, report_dropped
 from nalora_jax.errors import NaloraError
-from nalora_jax.notes import counting
 
 if TYPE_CHECKING:
-    from nalora_jax.tokenizer import Tokenizer
+    from nalora_jax.data.tokenizer import Tokenizer
 
 _SEED = 20260101  # of the held-out draw: the same in every run
 _CHUNK = 1024  # records that are rendered and tokenized together

@@ -31,7 +31,7 @@ from nalora_jax.data.turns import THOUGHT_END
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
-    from nalora_jax.tokenizer import Tokenizer
+    from nalora_jax.data.tokenizer import Tokenizer
 
 # The same draw in every run, so that runs with different seeds are evaluated on the same examples.
 _SEED = 20260101

@@ -14,7 +14,7 @@ from nalora_jax.data.source import Record, Source
 from nalora_jax.errors import ListedError, NaloraError, shorten
 
 if TYPE_CHECKING:
-    from nalora_jax.tokenizer import Tokenizer
+    from nalora_jax.data.tokenizer import Tokenizer
 
 # Records read, rendered and tokenized together, and their characters: enough to use every core with
 # little memory.

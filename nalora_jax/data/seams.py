@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nalora_jax.tokenizer import Tokenizer
+    from nalora_jax.data.tokenizer import Tokenizer
 
 _WORDS = "ab cd ef, gh"
 # Returns the ids of a text and the token positions of boundaries at the given characters.

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nalora_jax.common.downloads import cache_dir
+from nalora_jax.common.registry import Registry
 from nalora_jax.config import DataConfig
 from nalora_jax.data import tasks
 from nalora_jax.data.file_source import FileSource
@@ -29,9 +31,7 @@ from nalora_jax.data.tfds_source import (
     open_tfds,
     task_source,
 )
-from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
-from nalora_jax.registry import Registry
 
 _COMPARED = 16  # records of each source in a comparison
 AUTO = "auto"  # evaluation split "auto"; see `open_pair`

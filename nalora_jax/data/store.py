@@ -18,22 +18,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nalora_jax.common.downloads import cache_dir
+from nalora_jax.common.files import find_damage, write_array, write_digests
+from nalora_jax.common.notes import counting
+from nalora_jax.common.paths import scratch_folder
 from nalora_jax.config import DataConfig
 from nalora_jax.data.forms import IMAGES
+from nalora_jax.data.image_tokens import ImageTokens
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.rendered import rendered
 from nalora_jax.data.source import Source, require_some
 from nalora_jax.data.tokenize import Example, tokenize
 from nalora_jax.data.too_long import UNLIMITED, advice, mostly_too_long, too_long
-from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
-from nalora_jax.files import find_damage, write_array, write_digests
-from nalora_jax.image_tokens import ImageTokens
-from nalora_jax.notes import counting
-from nalora_jax.paths import scratch_folder
 
 if TYPE_CHECKING:
-    from nalora_jax.tokenizer import Tokenizer
+    from nalora_jax.data.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
 # Increase it when the same records and tokenizer would produce other tokens.

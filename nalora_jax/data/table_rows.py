@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax import buckets
+from nalora_jax.common import buckets
 from nalora_jax.data.digests import file_digest
 from nalora_jax.data.source import Record, TableRecord, foreign_errors
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nalora_jax.downloads import PackageFile
+from nalora_jax.common.downloads import PackageFile
 
 # Version of the records that the builder extracts; part of every cache key.
 VERSION = "1.0.0"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax import buckets
+from nalora_jax.common import buckets
 from nalora_jax.data import needle, tasks
 from nalora_jax.data.files import ENDINGS
 from nalora_jax.data.source import Record, Source, Span, foreign_errors

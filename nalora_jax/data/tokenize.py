@@ -15,7 +15,7 @@ from nalora_jax.data.chat import Rendered
 from nalora_jax.data.seams import seams_of
 
 if TYPE_CHECKING:
-    from nalora_jax.tokenizer import Tokenizer
+    from nalora_jax.data.tokenizer import Tokenizer
 
 _SEEN = 32  # texts that are searched for special tokens
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nalora_jax.data.long_chats import marked
+from nalora_jax.data.tokenizer import REASONING
 from nalora_jax.errors import NaloraError
-from nalora_jax.tokenizer import REASONING
 
 if TYPE_CHECKING:
-    from nalora_jax.tokenizer import Tokenizer
+    from nalora_jax.data.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 # Texts of (messages, add_generation_prompt) pairs.

@@ -13,8 +13,8 @@ import numpy as np
 
 from nalora_jax.data.items import CompletionItem
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.generate import Generator
 from nalora_jax.evaluate.statistics import wilson
-from nalora_jax.generate import Generator
 
 Normalise = Callable[[str], str]
 
@@ -53,7 +53,7 @@ def exact_match(
       normalise: applied to both before the comparison; `plain_text` by default, `last_number` for
         arithmetic.
       batch_size: prompts per batch.
-      **settings: generation settings, the fields of `nalora_jax.generate.Settings`.
+      **settings: generation settings, the fields of `nalora_jax.evaluate.generate.Settings`.
 
     Raises:
       NaloraError: there are no items, or a prompt cannot be continued.

@@ -15,11 +15,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.generate import Generator, Settings
 from nalora_jax.evaluate.likelihood import Score, score_groups
-from nalora_jax.generate import Generator, Settings
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.tokenizer import Tokenizer
 
 
 def harness_model(

@@ -8,12 +8,12 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from nalora_jax.data.items import CompletionItem, Item
+from nalora_jax.data.tokenizer import Tokenizer
+from nalora_jax.evaluate.generate import Completion, Generator
 from nalora_jax.evaluate.items import by_kind
 from nalora_jax.evaluate.multiple_choice import multiple_choice
 from nalora_jax.evaluate.perplexity import PerplexityResult, completion_loss
-from nalora_jax.generate import Completion, Generator
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.tokenizer import Tokenizer
 
 SAMPLES = 4  # examples that are shown with generated completions
 CHOICES = 48  # questions from which the report draws its samples

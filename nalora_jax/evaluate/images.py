@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nalora_jax import distributed
 from nalora_jax.data.images.files import Limits, open_image
 from nalora_jax.data.images.processor import ImageProcessor, resized_to
 from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.images.text import TextTokenizer
 from nalora_jax.evaluate.heldout import variables_of
 from nalora_jax.evaluate.statistics import bootstrap, wilson
+from nalora_jax.layout import distributed
 from nalora_jax.models.vision.dual import DualEncoder, normalised
 
 _BATCH = 64  # images or texts at a time

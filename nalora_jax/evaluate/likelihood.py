@@ -12,17 +12,17 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from nalora_jax.distributed import fetch
+from nalora_jax.common.notes import counting
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.generate.shapes import batch_shards, place_batch
 from nalora_jax.evaluate.plan import Pair, ScoringBatch, Split, choose_layout, make_batches, split_group
 from nalora_jax.evaluate.split_rows import for_rows
-from nalora_jax.generate.shapes import batch_shards, place_batch
+from nalora_jax.layout.distributed import fetch
 from nalora_jax.models.cache import Cache, grow, init_cache, repeat
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import sharing_length
 from nalora_jax.models.stacks import stacks
-from nalora_jax.notes import counting
 from nalora_jax.ops.split_rows import joined
 from nalora_jax.ops.storage import prepare
 

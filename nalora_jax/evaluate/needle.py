@@ -18,11 +18,11 @@ from nalora_jax.data.items import CompletionItem
 from nalora_jax.data.needle import DEPTHS, needle_record, sentences
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.source import RecordsSource
+from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.exact_match import exact_match
+from nalora_jax.evaluate.generate import Generator
 from nalora_jax.evaluate.statistics import compare, wilson
-from nalora_jax.generate import Generator
-from nalora_jax.tokenizer import Tokenizer
 
 _NEW_TOKENS = 16
 # Tokens of the prompts that are processed together.

@@ -10,14 +10,14 @@ from jax.sharding import Mesh
 
 from nalora_jax.config import PreferenceConfig
 from nalora_jax.data.preference import Pair
+from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.generate import Generator
 from nalora_jax.evaluate.heldout import SAMPLE_TOKENS, SAMPLES, variables_of
 from nalora_jax.evaluate.likelihood import score_groups
 from nalora_jax.evaluate.statistics import bootstrap
-from nalora_jax.generate import Generator
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.tokenizer import Tokenizer
 
 
 class PreferenceEvaluator:

@@ -14,15 +14,15 @@ from nalora_jax.data.images.chat import opened
 from nalora_jax.data.images.files import Limits
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.data.items import CompletionItem, Item, SeenItem
-from nalora_jax.distributed import fetch
+from nalora_jax.data.tokenizer import Tokenizer
+from nalora_jax.evaluate.generate import Completion, Generator
+from nalora_jax.evaluate.generate.shapes import batch_shards, bucket, place_batch
 from nalora_jax.evaluate.heldout import SAMPLE_TOKENS, Evaluator
 from nalora_jax.evaluate.likelihood import target_log_probs
 from nalora_jax.evaluate.perplexity import PerplexityResult, result
-from nalora_jax.generate import Completion, Generator
-from nalora_jax.generate.shapes import batch_shards, bucket, place_batch
+from nalora_jax.layout.distributed import fetch
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.storage import prepare
-from nalora_jax.tokenizer import Tokenizer
 
 _BATCH = 8  # items
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jax.sharding import Mesh
 
-from nalora_jax.distributed import context_size, row_sharding
+from nalora_jax.layout.distributed import context_size, row_sharding
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import stacks
 

@@ -2,7 +2,7 @@
 
 Every function is elementwise, finite for |z| up to 1e7, and computed in float32 for narrower inputs;
 the result has the input's dtype. phi and rho have closed-form derivatives, so ``jax.grad`` never
-differentiates their formulas (`nalora_jax.builtin_activations`).
+differentiates their formulas (`nalora_jax.models.builtin_activations`).
 
 Accuracy in float32 against float64: phi' within 1e-5 |phi'| + 2^-21 |rho| (the second term is the
 rounding of a sum that vanishes at z0), h within 1e-5 |h| + 2^-21.
@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from nalora_jax.common.registry import Registry
 from nalora_jax.errors import NaloraError
-from nalora_jax.registry import Registry
 
 Elementwise = Callable[[Array], Array]
 # z -> (rho(z), rho'(z)), evaluated together because they share their exponential.
@@ -172,7 +172,7 @@ ALIASES = {
     "linear": "identity",
 }
 BUILT_IN = ("silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "relu", "relu2", "identity", "clamped_swish")
-_MODULES = dict.fromkeys(BUILT_IN, "nalora_jax.builtin_activations")
+_MODULES = dict.fromkeys(BUILT_IN, "nalora_jax.models.builtin_activations")
 ACTIVATIONS: Registry[Activation] = Registry("activation", "nalora_jax.activations", modules=_MODULES)
 _NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
 _NAME = re.compile(rf"([^()]+)(?:\({_NUMBER},{_NUMBER}\))?")

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.core import unfreeze
 
-from nalora_jax import trees
+from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import activations
 from nalora_jax.method.low_rank import init_a, low_rank

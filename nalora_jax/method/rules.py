@@ -33,10 +33,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from nalora_jax.common.registry import Registry, from_text
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import statistics
 from nalora_jax.method.activations import Partition
-from nalora_jax.registry import Registry, from_text
 
 _log = logging.getLogger(__name__)
 

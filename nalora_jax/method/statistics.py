@@ -35,11 +35,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from nalora_jax.common.registry import Registry
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import activations
 from nalora_jax.method.activations import Activation, Partition, regions
 from nalora_jax.ops.storage import SUMS
-from nalora_jax.registry import Registry
 
 Sums = dict[str, Array]
 

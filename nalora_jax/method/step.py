@@ -22,7 +22,7 @@ import optax
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
-from nalora_jax import trees
+from nalora_jax.common import trees
 from nalora_jax.method import statistics
 from nalora_jax.method.transform import (
     Factors,

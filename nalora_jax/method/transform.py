@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from nalora_jax import trees
+from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import activations, statistics
 from nalora_jax.method.rules import PLACES, Context, Mechanism, Memory, make

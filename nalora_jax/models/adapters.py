@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.low_rank import init_a
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, layer_numbers, projection_shapes
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, TargetSpec, resolve
-from nalora_jax.trees import flatten, unflatten
 
 _ADALORA_STD = 0.02  # standard deviation of AdaLoRA's A and B, as in PEFT
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.block import Block
 from nalora_jax.models.cache import Cache, KeyValues, default_positions, extend
@@ -33,7 +34,6 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.split_rows import Row, block_length, padded, shards_of, split
 from nalora_jax.ops.storage import LayerStack
-from nalora_jax.trees import flatten, unflatten
 
 
 class Decoder(nn.Module):

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from nalora_jax.common.fields import Fields
 from nalora_jax.errors import NaloraError
-from nalora_jax.fields import Fields
 from nalora_jax.models import qwen_hybrid, recent_families, registered
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family_fields import (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from nalora_jax.common.fields import Fields
 from nalora_jax.errors import NaloraError
-from nalora_jax.fields import Fields
 from nalora_jax.method import activations
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.ropes import context_length, read_ropes

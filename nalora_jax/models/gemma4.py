@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nalora_jax.fields import Fields
+from nalora_jax.common.fields import Fields
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.dense_and_experts import DenseAndExperts
 from nalora_jax.models.embedding import LayerEmbeddings

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nalora_jax.fields import Fields
+from nalora_jax.common.fields import Fields
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family_fields import attention_bias, base_config, first_present, optional_windows
 from nalora_jax.models.router import RouterSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nalora_jax.fields import Fields
+from nalora_jax.common.fields import Fields
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family_fields import FULL, attention_bias, base_config, head_dim_of
 from nalora_jax.models.gated_delta_net import GatedDeltaNet

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from nalora_jax.common.fields import Fields
 from nalora_jax.config.rope_scaling import ORIGINAL, WITH_ORIGINAL
-from nalora_jax.fields import Fields
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family_fields import (
     FULL,

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from nalora_jax.common.fields import Fields
+from nalora_jax.common.registry import Registry
 from nalora_jax.errors import NaloraError
-from nalora_jax.fields import Fields
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def register_family(
 ) -> Callable[[Callable[[Fields, str], ModelConfig]], Callable[[Fields, str], ModelConfig]]:
     """Returns a decorator that registers a reader of configs for a ``model_type``.
 
-    The reader receives the file's `nalora_jax.fields.Fields` and the name, and returns a
+    The reader receives the file's `nalora_jax.common.fields.Fields` and the name, and returns a
     `ModelConfig`; `base_config` reads the fields that all families share.
 
     Args:

@@ -11,8 +11,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from nalora_jax.common.fields import Fields
 from nalora_jax.config.rope_scaling import FIELDS, ORIGINAL
-from nalora_jax.fields import Fields
 from nalora_jax.models.layers import ROPE_KINDS, RopeSpec
 
 _LAYER_KINDS = ("full_attention", "sliding_attention")

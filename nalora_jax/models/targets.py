@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax.common.path_rules import match_rules
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.paths import layer_path, uniform_path
-from nalora_jax.path_rules import match_rules
 
 # Tables that can be trained entirely, by PEFT's module name: their path in ``params`` and ``lora``.
 TABLES = {"embed_tokens": "embed/embedding", "lm_head": "lm_head/kernel"}

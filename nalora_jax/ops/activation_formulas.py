@@ -1,4 +1,4 @@
-"""Formulas of `nalora_jax.builtin_activations`: rho and rho' in float32, h - 1 in both precisions."""
+"""Formulas of `nalora_jax.models.builtin_activations`: rho and rho' in float32, h - 1 in both precisions."""
 
 from __future__ import annotations
 

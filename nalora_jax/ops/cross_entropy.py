@@ -191,7 +191,7 @@ _in_chunks.defvjp(partial(_sums, True), _bwd)
 def loop(count: jax.Array, most: int, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
     """Runs ``body(i, carry)`` ``count`` times.
 
-    The compiled condition contains ``most``, the largest count, so that `nalora_jax.plan` can count
+    The compiled condition contains ``most``, the largest count, so that `nalora_jax.layout` can count
     the iterations of a full batch.
     """
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from nalora_jax.distributed.devices import kind_of
+from nalora_jax.common.devices import kind_of
 from nalora_jax.ops.attention import CachedKeys, Keys, attention, drops
 from nalora_jax.ops.blockwise_attention import AttentionConfig, saved_heads, visibility
 from nalora_jax.ops.dispatch import AUTO, Implementation, Numerics

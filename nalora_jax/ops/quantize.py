@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax import trees
+from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.ops import mxfp4
 from nalora_jax.ops.reductions import mesh_axes

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax.common.redaction import redacted
+from nalora_jax.common.seals import unseal
 from nalora_jax.config.former import translated
+from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
-from nalora_jax.redaction import redacted
-from nalora_jax.runs.metrics import FILE, read_metrics
-from nalora_jax.runs.records import check_evaluation
-from nalora_jax.seals import unseal
-from nalora_jax.tokenizer import read_json
+from nalora_jax.train.metrics import FILE, read_metrics
+from nalora_jax.train.records import check_evaluation
 
 REGIONS = ("inverted", "contracting", "expanding", "linear")
 # Headline metrics by preference: key in an evaluation, its name, and True if more is better.

@@ -16,8 +16,8 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from nalora_jax.common.files import write_atomically
 from nalora_jax.errors import NaloraError
-from nalora_jax.files import write_atomically
 from nalora_jax.report.history import REGIONS
 from nalora_jax.report.plots import stacked_bars
 

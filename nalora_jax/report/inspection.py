@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nalora_jax import trees
+from nalora_jax.common import trees
+from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.method import statistics
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.adapters import init_lora
@@ -20,7 +20,7 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import depths, gate_blocks, layer_numbers, stacks
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.report.inspect import LayerSummary, by_layer, layer_summary
-from nalora_jax.tokenizer import Tokenizer
+from nalora_jax.train.adapted import AdaptedModel
 
 ROWS = 8  # texts in one batch
 PROBE_RANK = 8

@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 
-from nalora_jax import distributed
 from nalora_jax.errors import NaloraError, TrainingDivergedError
+from nalora_jax.layout import distributed
 from nalora_jax.method.step import TrainState
 from nalora_jax.ops.dispatch import Platform, hooks_of
 from nalora_jax.study.identity import check_records, code_version, describe_old, record_digest
@@ -26,8 +26,8 @@ from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.provenance import check_committed, checked_records
 from nalora_jax.study.records import Record, Records, plain
 from nalora_jax.study.resources import Resources
-from nalora_jax.sweeps.loop import RunLoop, StatesMetrics, fit_all
-from nalora_jax.sweeps.program import SweepProgram
+from nalora_jax.study.sweeps.loop import RunLoop, StatesMetrics, fit_all
+from nalora_jax.study.sweeps.program import SweepProgram
 from nalora_jax.train.compilation import use_compilation_cache
 from nalora_jax.train.loop import Follower
 from nalora_jax.train.machine import describe_device, peak_memory, versions
@@ -150,7 +150,7 @@ def perform_all(
 
     Args:
       runs: runs of one cell, on the mesh of `Resources.placed`; several are trained by one program
-        (`nalora_jax.sweeps`).
+        (`nalora_jax.study.sweeps`).
       resources: models, data and programs of this process.
       snapshots: by run, file with the state at its last evaluation, from which it resumes.
       records: finished runs, which must have the same base, data, items and rules.

@@ -12,23 +12,23 @@ import jax
 import numpy as np
 import optax
 
-from nalora_jax import distributed
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.items import ChoiceItem, CompletionItem, Item
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.pipeline import TrainData, train_data
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.sources import check_disjoint, open_source
+from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.evaluate.multiple_choice import multiple_choice
 from nalora_jax.evaluate.perplexity import completion_loss
-from nalora_jax.loading.base import LoadedModel, load_model, read_config
-from nalora_jax.loading.initial_adapter import read_initial
+from nalora_jax.layout import distributed
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.runs.start import first_adapters
-from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
+from nalora_jax.train.initial_adapter import read_initial
 from nalora_jax.train.inputs import stream_shape
+from nalora_jax.train.start import first_adapters
+from nalora_jax.weights.base import LoadedModel, load_model, read_config
 from nalora_jax.weights.hub import ResolvedSource, resolve
 from nalora_jax.weights.new_tokens import with_added
 

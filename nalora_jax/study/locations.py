@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from nalora_jax import buckets
+from nalora_jax.common import buckets
+from nalora_jax.common.paths import expand_user
 from nalora_jax.config import RunConfig
 from nalora_jax.config.vision import DUAL
 from nalora_jax.data.files import ENDINGS
 from nalora_jax.data.mixture import components
 from nalora_jax.errors import NaloraError
-from nalora_jax.paths import expand_user
 
 
 def located(config: RunConfig, folder: Path) -> RunConfig:

@@ -14,15 +14,15 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from nalora_jax.buckets import is_url
+from nalora_jax.common.buckets import is_url
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.config.former import FormerGroups
 from nalora_jax.config.vision import DUAL
 from nalora_jax.errors import NaloraError
-from nalora_jax.loading.initial_adapter import with_adapter
 from nalora_jax.study.locations import located
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
+from nalora_jax.train.initial_adapter import with_adapter
 
 Stage = Literal["tune", "test"]
 _WAYS = ("image_to_text", "text_to_image")

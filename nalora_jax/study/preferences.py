@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax import distributed
 from nalora_jax.config import DataConfig, PreferenceConfig, RunConfig
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.preference import Pair, PairData, pair_data, pairs_digest, tokenize_pairs
 from nalora_jax.data.sources import open_pair
+from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.evaluate.preference import PreferenceEvaluator
+from nalora_jax.layout import distributed
 from nalora_jax.study.language import Language
-from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.inputs import stream_shape
 

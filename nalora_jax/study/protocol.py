@@ -33,10 +33,10 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from nalora_jax.common.imports import import_files
 from nalora_jax.config import DataConfig, LoRARule, RunConfig, check
 from nalora_jax.config.former import GROUPS, FormerGroups, FormerMask, FormerStepScale, without_groups
 from nalora_jax.errors import NaloraError
-from nalora_jax.imports import import_files
 from nalora_jax.method.rules import make
 from nalora_jax.study.overrides import checked, override, whole_as_float
 

@@ -20,10 +20,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from nalora_jax.common.paths import make_unlinked_folder, open_unlinked
 from nalora_jax.errors import NaloraError
-from nalora_jax.paths import make_unlinked_folder, open_unlinked
-from nalora_jax.runs.metrics import read_metrics, to_json
 from nalora_jax.study.fields import check_fields
+from nalora_jax.train.metrics import read_metrics, to_json
 
 FILE = "records.jsonl"
 TESTS = "tests.jsonl"

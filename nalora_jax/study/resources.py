@@ -24,7 +24,7 @@ from nalora_jax.study.plan import Run
 from nalora_jax.study.preferences import Preferences
 from nalora_jax.study.protocol import Protocol, data_of
 from nalora_jax.study.subject import Items, StudyRows, Subject
-from nalora_jax.sweeps.fit import Fitting
+from nalora_jax.study.sweeps.fit import Fitting
 from nalora_jax.train.assembly import Assembly
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nalora_jax.common.paths import open_unlinked
 from nalora_jax.errors import NaloraError
-from nalora_jax.paths import open_unlinked
 
 log = logging.getLogger(__name__)
 

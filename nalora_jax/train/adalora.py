@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nalora_jax import trees
+from nalora_jax.common import trees
 from nalora_jax.config import AdaLoRAConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.targets import AdapterSpec

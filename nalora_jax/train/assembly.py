@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from nalora_jax import distributed, trees
+from nalora_jax.common import trees
 from nalora_jax.config import RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.layout import distributed
 from nalora_jax.method.step import Step, TrainState
 from nalora_jax.method.transform import Mechanisms, find_gates
 from nalora_jax.models.adapters import adapter_spec, init_lora

@@ -6,7 +6,7 @@
 
     run(config, callbacks=[Loudest()])
 
-``config.callbacks`` names callbacks of `nalora_jax.runs.trackers` or of `register_callback`, with
+``config.callbacks`` names callbacks of `nalora_jax.train.trackers` or of `register_callback`, with
 settings: ``"wandb:project=gates,mode=offline"``. The run's log, metrics.jsonl, is a callback too;
 it is called first, except at the start of a run.
 """
@@ -21,9 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from nalora_jax.common.redaction import MARK
+from nalora_jax.common.registry import Registry, from_text
 from nalora_jax.errors import NaloraError, described
-from nalora_jax.redaction import MARK
-from nalora_jax.registry import Registry, from_text
 
 log = logging.getLogger(__name__)
 
@@ -189,5 +189,5 @@ def make_callbacks(texts: Sequence[str]) -> list[Callback]:
             raise NaloraError(
                 "--callbacks", expected="the callback with its password", found=text, remedy=remedy
             )
-    importlib.import_module("nalora_jax.runs.trackers")  # registers the built-in callbacks
+    importlib.import_module("nalora_jax.train.trackers")  # registers the built-in callbacks
     return [from_text(_CALLBACKS, text) for text in texts]

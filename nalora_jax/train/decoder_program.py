@@ -12,12 +12,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax import distributed, trees
+from nalora_jax.common import trees
+from nalora_jax.common.axes import RUN, WEIGHT_AXES
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
-from nalora_jax.distributed import platform_of
-from nalora_jax.distributed.mesh import RUN, WEIGHT_AXES
 from nalora_jax.errors import NaloraError
+from nalora_jax.layout import distributed
+from nalora_jax.layout.distributed import platform_of
 from nalora_jax.method.checks import NAMES, GateChecks, require_compensated
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.method.step import Objective, Step, StepConfig, make_train_step

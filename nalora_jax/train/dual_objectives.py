@@ -16,8 +16,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nalora_jax.common.axes import BATCH_AXES
 from nalora_jax.data.images.processor import ImageProcessor
-from nalora_jax.distributed.mesh import BATCH_AXES
 from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.vision.dual import DualEncoder, normalised
 

@@ -35,7 +35,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nalora_jax import distributed, trees
+from nalora_jax.common import trees
+from nalora_jax.layout import distributed
 from nalora_jax.method import statistics
 from nalora_jax.method.step import Batch, Objective, StepConfig, accumulate, micro_gradients, over_shards
 from nalora_jax.method.transform import Mechanisms, find_gates

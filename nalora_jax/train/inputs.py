@@ -8,7 +8,6 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from nalora_jax import distributed
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.chat import render
 from nalora_jax.data.forms import form_of
@@ -16,14 +15,15 @@ from nalora_jax.data.mixture import MixedSource
 from nalora_jax.data.selected import SelectedSource
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import have_same_records, open_pair
+from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
-from nalora_jax.loading.base import added_ids, read_config, read_tokenizer_of
+from nalora_jax.layout import distributed
 from nalora_jax.models.adapters import adapter_spec, check_token_indices
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import key_heads
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.split_rows import check_context
+from nalora_jax.weights.base import added_ids, read_config, read_tokenizer_of
 from nalora_jax.weights.hub import ResolvedSource
 
 log = logging.getLogger(__name__)

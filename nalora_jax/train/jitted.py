@@ -12,9 +12,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax import distributed
 from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.layout import distributed
 from nalora_jax.method.checks import BROKEN
 from nalora_jax.method.step import Step, TrainState
 from nalora_jax.method.transform import Mechanisms

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from nalora_jax import trees
+from nalora_jax.common import trees
+from nalora_jax.common.notes import counting
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.method.step import TrainState
-from nalora_jax.notes import counting
 from nalora_jax.train.compilation import compile_ahead
 from nalora_jax.train.profile import Profile
 from nalora_jax.train.state_metrics import first_bad_row, non_finite

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import jax
 
-from nalora_jax.distributed import platform_of
-from nalora_jax.distributed.devices import memory_statistics
+from nalora_jax.common.devices import memory_statistics
+from nalora_jax.layout.distributed import platform_of
 from nalora_jax.ops.dispatch import hooks_of
 
 

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nalora_jax import trees
+from nalora_jax.common import trees
+from nalora_jax.common.path_rules import first_match, match_rules
 from nalora_jax.config import OptimizerConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.path_rules import first_match, match_rules
 
 _OF_CONFIG = ("b1", "b2", "weight_decay", "clip_norm")
 # Numbers that may differ between runs of a program; "rate_of_step" is the schedule as a table.

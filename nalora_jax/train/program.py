@@ -9,8 +9,8 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from nalora_jax import distributed
 from nalora_jax.config import RunConfig
+from nalora_jax.layout import distributed
 from nalora_jax.method.checks import GateChecks
 from nalora_jax.method.step import Step, TrainState, init_state
 from nalora_jax.method.transform import Mechanisms

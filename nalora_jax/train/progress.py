@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-from nalora_jax import notes
+from nalora_jax.common import notes
 
 STARTING = "  starting ..."
 

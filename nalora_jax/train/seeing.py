@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nalora_jax.config import DataConfig, VisionConfig
+from nalora_jax.data.image_tokens import ImageTokens
 from nalora_jax.data.images.chat import ChatImages, open_chats
 from nalora_jax.data.images.files import Limits
 from nalora_jax.data.images.rows import row_images
@@ -14,8 +15,7 @@ from nalora_jax.data.pipeline import TrainData
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO, open_train
 from nalora_jax.errors import NaloraError
-from nalora_jax.image_tokens import ImageTokens
-from nalora_jax.loading.base import LoadedModel
+from nalora_jax.weights.base import LoadedModel
 
 
 def seen_sources(

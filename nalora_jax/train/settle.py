@@ -14,10 +14,10 @@ from nalora_jax.data.pipeline import train_data
 from nalora_jax.data.preference import pair_data, pair_sizes
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_train
-from nalora_jax.loading.base import read_tokenizer_of
-from nalora_jax.tokenizer import AddedTokens
+from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.train.inputs import described, stream_shape
 from nalora_jax.train.learning_rate import with_learning_rate
+from nalora_jax.weights.base import read_tokenizer_of
 from nalora_jax.weights.hub import ResolvedSource
 
 log = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ import logging
 
 from jax.sharding import Mesh
 
-from nalora_jax import distributed
 from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import stacks
 from nalora_jax.ops.split_rows import block_length

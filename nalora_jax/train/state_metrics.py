@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax import trees
+from nalora_jax.common import trees
 from nalora_jax.method.step import TrainState
 from nalora_jax.method.transform import Mechanisms, own_factors
 from nalora_jax.models.targets import AdapterSpec

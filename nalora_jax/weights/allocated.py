@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, scale_divisor
-from nalora_jax.trees import flatten, unflatten
 
 
 def remaining_ranks(lora: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[str, Any], AdapterSpec]:

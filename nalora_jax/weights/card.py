@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
 
+from nalora_jax.common.files import write_atomically
+from nalora_jax.common.redaction import code, is_hub_id, markdown, published
 from nalora_jax.config import OptimizerConfig, RunConfig
 from nalora_jax.errors import visible
-from nalora_jax.files import write_atomically
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.redaction import code, is_hub_id, markdown, published
 from nalora_jax.weights.origin import Origin
 
 

@@ -23,9 +23,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from nalora_jax import buckets, uploads
+from nalora_jax.common import buckets, uploads
+from nalora_jax.common.paths import open_descriptor
 from nalora_jax.errors import NaloraError
-from nalora_jax.paths import open_descriptor
 
 _PARTIAL = ".nalora-partial"
 _OWNER = "owner.json"  # in a hidden folder: host and id of the process, which holds a lock on it

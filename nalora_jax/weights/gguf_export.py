@@ -16,10 +16,10 @@ from gguf import (
     LlamaFileType,
 )
 
+from nalora_jax.common.trees import flatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.trees import flatten
 from nalora_jax.weights.folders import new_file
 from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.keymaps import SourceTensor, keymap_for

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from nalora_jax import tokenizer as ours
+from nalora_jax.data import tokenizer as ours
+from nalora_jax.data.tokenizer_backend import is_foreign
 from nalora_jax.errors import NaloraError
-from nalora_jax.tokenizer_backend import is_foreign
 from nalora_jax.weights.gguf import GGUFFile
 
 _CONTROL, _USER_DEFINED = 3, 4

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nalora_jax import buckets, downloads, uploads
-from nalora_jax.downloads import PackageFile
+from nalora_jax.common import buckets, downloads, uploads
+from nalora_jax.common.downloads import PackageFile
+from nalora_jax.common.paths import expand_user
 from nalora_jax.errors import NaloraError
-from nalora_jax.paths import expand_user
 from nalora_jax.weights.folders import can_exist
 from nalora_jax.weights.hf import PICKLES
 from nalora_jax.weights.hub_snapshots import HUB_FILES, cached_snapshot, download_snapshot

@@ -20,14 +20,14 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
+from nalora_jax.common.trees import flatten, unflatten
+from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.sight import contains_text_model, text_part
 from nalora_jax.ops.storage import Kernel, Stored, expand
-from nalora_jax.tokenizer import Tokenizer
-from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.keymaps import Slot
 from nalora_jax.weights.keytables import Source

@@ -28,12 +28,12 @@ import tokenizers
 from jax import lax
 from jax.sharding import Mesh
 
-from nalora_jax import distributed
+from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
+from nalora_jax.data.tokenizer_backend import read_backend
 from nalora_jax.errors import NaloraError
-from nalora_jax.loading.base import LoadedModel
+from nalora_jax.layout import distributed
 from nalora_jax.models.targets import TABLES
-from nalora_jax.tokenizer import AddedTokens, Tokenizer
-from nalora_jax.tokenizer_backend import read_backend
+from nalora_jax.weights.base import LoadedModel
 from nalora_jax.weights.peft_config import CONFIG_NAME
 from nalora_jax.weights.peft_read import TENSORS_NAME, recorded_rope_scaling
 from nalora_jax.weights.saved_modules import rows_of_indices, table_rows

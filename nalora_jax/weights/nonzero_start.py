@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, scale_divisor
-from nalora_jax.trees import flatten, unflatten
 
 
 def lower_kernels(params: Mapping[str, Any], start: Mapping[str, Any], spec: AdapterSpec) -> dict[str, Any]:

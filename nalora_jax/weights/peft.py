@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax.common.trees import flatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
-from nalora_jax.trees import flatten
 from nalora_jax.weights.peft_modules import ModuleAdapter, ModuleLayout, compact, same_array
 from nalora_jax.weights.peft_read import import_adapter
 from nalora_jax.weights.peft_write import export_adapter, layer_adapter

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nalora_jax.common.fields import Fields
+from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
-from nalora_jax.fields import Fields
 from nalora_jax.models.targets import ROWS
-from nalora_jax.tokenizer import read_json
 from nalora_jax.weights import peft_adalora
 from nalora_jax.weights.peft_rules import listed
 from nalora_jax.weights.peft_settings import PEFT, ids_by_table

@@ -12,12 +12,12 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensor
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from nalora_jax import buckets
+from nalora_jax.common import buckets
+from nalora_jax.common.trees import unflatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, locate, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale
-from nalora_jax.trees import unflatten
 from nalora_jax.weights.keys_as_values import without_copies
 from nalora_jax.weights.peft_adalora import as_lora_tensors
 from nalora_jax.weights.peft_config import PeftConfig, read_peft_config

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from nalora_jax.common.trees import flatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.paths import uniform_path
 from nalora_jax.models.stacks import locate
 from nalora_jax.models.targets import AdapterSpec, adapter_scale
-from nalora_jax.trees import flatten
 from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.keys_as_values import copies_for_values
 from nalora_jax.weights.peft_config import CONFIG_NAME

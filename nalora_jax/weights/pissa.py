@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.trees import flatten, unflatten
 
 
 def pissa_init(

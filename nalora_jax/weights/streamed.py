@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nalora_jax import buckets
+from nalora_jax.common import buckets
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.hf import SafetensorsFolder, Stored, read_header
 from nalora_jax.weights.slices import Index

@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from nalora_jax import trees
+from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.paths import leaf_dtype

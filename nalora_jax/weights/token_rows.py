@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax import trees
+from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import check_token_indices
 from nalora_jax.models.config import ModelConfig

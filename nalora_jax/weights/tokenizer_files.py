@@ -9,16 +9,16 @@ from typing import Any
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from nalora_jax.chat_templates import (
+from nalora_jax.common.paths import refuse_link_out
+from nalora_jax.data.chat_templates import (
     DEFAULT_FILE,
     PROCESSOR_FILE,
     TOOL_FILE,
     has_templates,
     write_templates,
 )
+from nalora_jax.data.tokenizer import Tokenizer, read_json
 from nalora_jax.errors import NaloraError
-from nalora_jax.paths import refuse_link_out
-from nalora_jax.tokenizer import Tokenizer, read_json
 from nalora_jax.weights.folders import write_json
 
 # All files except the weights that a causal language model's folder may have for its text side.

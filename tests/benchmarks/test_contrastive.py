@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 
-from nalora_jax import distributed
 from nalora_jax.config import (
     ComputeConfig,
     LoRAConfig,
@@ -12,8 +11,9 @@ from nalora_jax.config import (
     TrainConfig,
     VisionConfig,
 )
+from nalora_jax.layout import distributed
+from nalora_jax.layout.figures import figures
 from nalora_jax.models.vision.config import DualConfig
-from nalora_jax.plan.figures import figures
 
 
 def test_the_contrastive_step_gathers_features_and_nothing_else(script, tmp_path):

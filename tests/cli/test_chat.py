@@ -13,11 +13,11 @@ import pytest
 
 from nalora_jax.__main__ import main
 from nalora_jax.config import LoRAConfig, LoRARule
-from nalora_jax.generate import Generator, programs
-from nalora_jax.loading.adapted import load
+from nalora_jax.evaluate.generate import Generator, programs
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
+from nalora_jax.train.adapted import load
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny
 

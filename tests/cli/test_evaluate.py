@@ -18,10 +18,10 @@ from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.evaluate.heldout import Evaluator
 from nalora_jax.evaluate.items import Answers, compare_answers
-from nalora_jax.loading.adapted import load
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
+from nalora_jax.train.adapted import load
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny
 
@@ -172,7 +172,7 @@ def test_bad_requests_are_one_line(place, capsys, flags, said):
 
 
 def test_a_model_to_compare_with_that_is_not_there_is_said_before_one_is_loaded(place, capsys, monkeypatch):
-    monkeypatch.setattr(sys.modules["nalora_jax.loading.adapted"], "load_model", None)
+    monkeypatch.setattr(sys.modules["nalora_jax.train.adapted"], "load_model", None)
     assert (
         main(["eval", str(place / "model"), "--tasks", f"{place}/choices.jsonl", "--against", "nowhere"])
         == 2

@@ -13,18 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax import buckets, trees
 from nalora_jax.__main__ import main
 from nalora_jax.cli.outputs import data_of
+from nalora_jax.common import buckets, trees
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
-from nalora_jax.loading.adapted import load
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.report.inspect import layer_summary
 from nalora_jax.report.inspection import inspect_texts
-from nalora_jax.runs.metrics import MetricsLog
+from nalora_jax.train.adapted import load
+from nalora_jax.train.metrics import MetricsLog
 from nalora_jax.weights import hub
 from nalora_jax.weights.peft import export_adapter, import_adapter
 from tests import emulator, tiny
@@ -118,7 +118,7 @@ def test_a_prompt_that_is_no_text_is_refused_before_anything_is_loaded(monkeypat
 
 def test_a_chat_without_a_template_is_refused_before_weights_are_read(tmp_path, monkeypatch, capsys):
     model = tiny.make_model(tmp_path / "model")
-    monkeypatch.setattr(sys.modules["nalora_jax.loading.adapted"], "load_model", None)
+    monkeypatch.setattr(sys.modules["nalora_jax.train.adapted"], "load_model", None)
     assert main(["generate", str(model), "--chat", "--prompt", "a"]) == 2
     assert "chat template: expected a model with a chat template" in capsys.readouterr().err
 
@@ -281,7 +281,7 @@ def test_what_is_there_is_never_overwritten(run, tmp_path, capsys, verb):
 def test_a_base_alone_has_nothing_to_merge_or_export_which_is_said_before_it_is_loaded(
     base, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(sys.modules["nalora_jax.loading.adapted"], "load_model", None)
+    monkeypatch.setattr(sys.modules["nalora_jax.train.adapted"], "load_model", None)
     for verb in ("merge", "export"):
         assert main([verb, str(base), "--output", str(tmp_path / "out")]) == 2
         assert "expected an adapter, found a base model" in capsys.readouterr().err
@@ -385,7 +385,7 @@ def test_inspect_refuses_a_picture_it_cannot_draw_before_it_loads_anything(capsy
 
 
 def test_texts_without_tokens_are_refused_before_a_model_is_loaded(base, capsys, monkeypatch):
-    monkeypatch.setattr(sys.modules["nalora_jax.loading.adapted"], "load_model", None)
+    monkeypatch.setattr(sys.modules["nalora_jax.train.adapted"], "load_model", None)
     assert main(["inspect", str(base), "--texts", " "]) == 2
     assert "--texts: expected at least one text with a token in it" in capsys.readouterr().err
 

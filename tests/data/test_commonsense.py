@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from nalora_jax.common.downloads import cache_dir
 from nalora_jax.config import DataConfig
 from nalora_jax.data import tasks
 from nalora_jax.data.sources import open_source
-from nalora_jax.downloads import cache_dir
 
 READ = """
 import sys, time

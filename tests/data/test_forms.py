@@ -16,8 +16,8 @@ from nalora_jax.data.chat import render
 from nalora_jax.data.forms import form_of
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.sources import open_source
+from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.tokenizer import Tokenizer
 
 CONFIG = DataConfig()
 TEMPLATE = (Path(__file__).parent / "templates" / "qwen_tools.jinja").read_text()

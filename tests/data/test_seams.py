@@ -11,7 +11,7 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers, trainers
 from nalora_jax.data import tokenize as module
 from nalora_jax.data.chat import Rendered
 from nalora_jax.data.seams import Seams, seams_of
-from nalora_jax.tokenizer import Tokenizer
+from nalora_jax.data.tokenizer import Tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 FRAGMENTS = [*SPECIAL, " ", "  ", "\n", "\n\n", "a", " the way", "Paris is", "é ", "’s", "42", ", and", "▁"]

@@ -15,8 +15,8 @@ from nalora_jax.data.preference import render_pair
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.source import RecordsSource
 from nalora_jax.data.tokenize import tokenize
+from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.tokenizer import AddedTokens, Tokenizer
 
 FOLDER = Path(__file__).parent / "templates"
 # Of each released model: special tokens, then those at which its generation_config.json stops, the first is eos_token.

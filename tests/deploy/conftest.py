@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nalora_jax import buckets
+from nalora_jax.common import buckets
 from tests import xla_options
 from tests.deploy import sandbox
 

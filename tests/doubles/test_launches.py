@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from nalora_jax import distributed
+from nalora_jax.cli.planning.auto import laid_out
+from nalora_jax.cli.planning.models import architecture
 from nalora_jax.config import DataConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.layout import distributed
+from nalora_jax.layout.layouts import choose
+from nalora_jax.layout.machines import of_devices, topology
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
-from nalora_jax.plan.auto import laid_out
-from nalora_jax.plan.layouts import choose
-from nalora_jax.plan.machines import of_devices, topology
-from nalora_jax.plan.models import architecture
 from tests.doubles.machines import NAMES, machine
 
 ROOT = Path(__file__).parents[2]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import pytest
 
-from nalora_jax import distributed
 from nalora_jax.cli import doctor
 from nalora_jax.config import MeshConfig
-from nalora_jax.distributed import platform_of
+from nalora_jax.layout import distributed
+from nalora_jax.layout.distributed import platform_of
 from nalora_jax.study.execution import peak_bytes
 from nalora_jax.train.machine import describe_device, peak_memory
 from tests.doubles.machines import NAMES, machine

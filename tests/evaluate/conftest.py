@@ -10,9 +10,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

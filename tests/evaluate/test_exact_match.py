@@ -7,8 +7,8 @@ import pytest
 from nalora_jax.data.items import CompletionItem
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.exact_match import exact_match, last_number, matches, plain_text
+from nalora_jax.evaluate.generate import Generator
 from nalora_jax.evaluate.statistics import wilson
-from nalora_jax.generate import Generator
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import pytest
 import tokenizers
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.generate import Generator
 from nalora_jax.evaluate.harness import Requests, generation_settings, harness_model
 from nalora_jax.evaluate.harness_tasks import run_harness
-from nalora_jax.generate import Generator
 
 END = 256  # the tokenizer's end-of-text token, which begins texts here
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from nalora_jax.common.trees import unflatten
 from nalora_jax.data.items import CompletionItem
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate import likelihood
@@ -17,7 +18,6 @@ from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import param_shapes
-from nalora_jax.trees import unflatten
 
 
 @pytest.fixture

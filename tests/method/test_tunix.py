@@ -15,7 +15,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from nalora_jax import adapt, export_adapter, merge_nnx, nalora, trees
+from nalora_jax import adapt, export_adapter, merge_nnx, nalora
+from nalora_jax.common import trees
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.method.transform import gate_state
 from nalora_jax.models.config import ModelConfig

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from nalora_jax.common.trees import flatten
 from nalora_jax.config import AdaLoRAConfig, LoRAConfig, LoRARule, RunConfig, check
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.trees import flatten
 from tests import tiny
 
 BASE = ModelConfig.from_hf(tiny.HF | {"hidden_size": 64, "intermediate_size": 512})

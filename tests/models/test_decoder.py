@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import LoRAConfig
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models import decoder
@@ -23,7 +24,6 @@ from nalora_jax.models.targets import AdapterSpec, TargetSpec, resolve
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.ops.storage import prepare
-from nalora_jax.trees import flatten, unflatten
 from tests.observed import observed
 from tests.param_trees import init_params
 

@@ -13,13 +13,13 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax import distributed
+from nalora_jax.cli.planning.models import architecture
+from nalora_jax.common.axes import BATCH_AXES
 from nalora_jax.config import ComputeConfig, MeshConfig
-from nalora_jax.distributed.mesh import BATCH_AXES
+from nalora_jax.layout import distributed
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.embedding import Embedding
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.plan.models import architecture
 from nalora_jax.train.decoder_program import next_token
 
 VOCAB, D, ROWS, SEQ = 4096, 64, 16, 32  # a table larger than its lookups, as in every model

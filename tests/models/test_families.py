@@ -21,12 +21,12 @@ import safetensors.numpy
 import torch
 import transformers
 
+from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.models.cache import init_cache
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import depths, param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.merge import merged_tensors
 from tests.models.family_fields import GRANITE, LLAMA3, ORIGINAL, WINDOW, YARN

@@ -17,15 +17,15 @@ import transformers
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax import distributed
+from nalora_jax.common.axes import BATCH_AXES
+from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import MeshConfig
-from nalora_jax.distributed.mesh import BATCH_AXES
+from nalora_jax.layout import distributed
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import depths, gate_blocks, locate, param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.merge import merge, write_merged

@@ -16,12 +16,12 @@ import tokenizers
 import torch
 import transformers
 
+from nalora_jax.common.trees import flatten, unflatten
+from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.tokenizer import Tokenizer
-from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.peft import export_adapter
 from tests.models.family_fields import YARN
 from tests.param_trees import params_from_tensors

@@ -16,12 +16,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax import distributed, trees
+from nalora_jax.common import trees
+from nalora_jax.common.axes import BATCH_AXES
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig
-from nalora_jax.distributed.mesh import BATCH_AXES
+from nalora_jax.evaluate.generate.shapes import place_batch
 from nalora_jax.evaluate.likelihood import target_log_probs
-from nalora_jax.generate.shapes import place_batch
-from nalora_jax.loading.adapted import load
+from nalora_jax.layout import distributed
 from nalora_jax.method import checks as gate_checks
 from nalora_jax.method import statistics
 from nalora_jax.method.checks import GateChecks
@@ -37,6 +37,7 @@ from nalora_jax.models.targets import resolve
 from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.ops.quantize import quantize
 from nalora_jax.ops.reductions import count
+from nalora_jax.train.adapted import load
 from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.decoder_program import build_model
 from tests.observed import taps_of
@@ -343,7 +344,7 @@ def test_evaluation_routes_by_shard_as_training_does(monkeypatch):
         model = Assembly.eval_model.fget(made)
         loaded = SimpleNamespace(config=base, params=placed)
         monkeypatch.setattr(
-            import_module("nalora_jax.loading.adapted"), "load_model", lambda *_, **__: loaded
+            import_module("nalora_jax.train.adapted"), "load_model", lambda *_, **__: loaded
         )
         assert load("some", mesh=one, resolved=loaded).module.routing_sharding == model.routing_sharding
         arguments = {"params": placed, "lora": lora}, place_batch(batch, one)

@@ -17,7 +17,7 @@ from tests.models.test_families import SIZES, TOLERANCE, Case, measure_plain
 
 SMALL = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 16}
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "nalora_jax" / "plan" / "released"
+FOLDER = ROOT / "nalora_jax" / "cli" / "planning" / "released"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 
 

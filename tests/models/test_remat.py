@@ -13,6 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
+from nalora_jax.layout.estimates import saved_values, values_for_backward
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
@@ -23,7 +24,6 @@ from nalora_jax.ops import cudnn_attention
 from nalora_jax.ops.cudnn_attention import CUDNN
 from nalora_jax.ops.dispatch import Platform
 from nalora_jax.ops.numerics import numerics_for
-from nalora_jax.plan.estimates import saved_values, values_for_backward
 from tests.param_trees import init_params
 
 ROWS, SEQ, D, F, HEADS, KV_HEADS, LAYERS = 2, 8, 64, 48, 4, 2, 3

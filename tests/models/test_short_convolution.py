@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nalora_jax import distributed, trees
+from nalora_jax.common import trees
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, OptimizerConfig, RunConfig
+from nalora_jax.layout import distributed
+from nalora_jax.layout.roofline import attention_flops
 from nalora_jax.method.transform import find_gates
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import gate_blocks
 from nalora_jax.ops.causal_conv import causal_conv
-from nalora_jax.plan.roofline import attention_flops
 from nalora_jax.train.assembly import assemble
 from tests.param_trees import init_params
 

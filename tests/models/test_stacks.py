@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.cache import init_cache
@@ -27,7 +28,6 @@ from nalora_jax.models.stacks import (
     stacks,
 )
 from nalora_jax.models.targets import resolve
-from nalora_jax.trees import flatten, unflatten
 from tests.observed import taps_of
 from tests.param_trees import init_params
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax.distributed import platform_of
 from nalora_jax.errors import NaloraError
+from nalora_jax.layout.distributed import platform_of
 from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.ops.matmul import matmul
 from nalora_jax.ops.numerics import numerics_for

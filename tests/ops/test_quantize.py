@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax import trees
+from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig

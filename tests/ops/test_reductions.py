@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax import distributed
+from nalora_jax.common.axes import BATCH_AXES
 from nalora_jax.config import MeshConfig
-from nalora_jax.distributed.mesh import BATCH_AXES
+from nalora_jax.layout import distributed
 from nalora_jax.method import statistics
 from nalora_jax.ops.reductions import by_shard, count, first_alone
 from nalora_jax.train.gate_metrics import layer_means

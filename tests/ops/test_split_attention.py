@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax import distributed
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.layout import distributed
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.places import run_starts
 from nalora_jax.models.split_statistics import sampled_as_whole

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nalora_jax import imports
+from nalora_jax.common import imports
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.images import opened
 from nalora_jax.data.images.files import open_image

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from nalora_jax import downloads, imports
+from nalora_jax.common import downloads, imports
 from nalora_jax.models.vision.encoder import Encoder
 from nalora_jax.weights.vision.hub import ENCODERS
 from nalora_jax.weights.vision.model import load_encoder

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nalora_jax import imports
+from nalora_jax.common import imports
 from nalora_jax.config import DataConfig
 from nalora_jax.data import sources
 from nalora_jax.data.sources import open_source

@@ -15,13 +15,11 @@ import jax
 import numpy as np
 import pytest
 
-from nalora_jax import trees
 from nalora_jax.__main__ import main
-from nalora_jax.distributed import make_global_batch, make_mesh
+from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError, TrainingDivergedError
-from nalora_jax.loading.base import load_model
+from nalora_jax.layout.distributed import make_global_batch, make_mesh
 from nalora_jax.models.adapters import adapter_spec, init_lora
-from nalora_jax.runs.export import write_adapter
 from nalora_jax.study import execution
 from nalora_jax.study.identity import ADDED
 from nalora_jax.study.language import Language
@@ -33,6 +31,8 @@ from nalora_jax.study.resources import Resources
 from nalora_jax.study.status import status
 from nalora_jax.study.verification import verify
 from nalora_jax.train.assembly import assemble
+from nalora_jax.train.export import write_adapter
+from nalora_jax.weights.base import load_model
 
 
 @pytest.fixture(scope="module")

@@ -10,19 +10,19 @@ import jax
 import numpy as np
 import pytest
 
-from nalora_jax import trees
+from nalora_jax.common import trees
 from nalora_jax.data.images.opened import open_images
-from nalora_jax.distributed import make_global_batch, make_mesh
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images
+from nalora_jax.layout.distributed import make_global_batch, make_mesh
 from nalora_jax.models.vision.dual import DualEncoder
-from nalora_jax.runs.dual_pieces import dual_pieces, image_records
 from nalora_jax.study import execution
 from nalora_jax.study.plan import Cell, Run, wanted
 from nalora_jax.study.protocol import Method, Protocol, read_protocol
 from nalora_jax.study.records import Record, Records
 from nalora_jax.study.report import write_report
 from nalora_jax.study.resources import Resources
+from nalora_jax.train.dual_pieces import dual_pieces, image_records
 from tests import tiny
 
 PROTOCOL = """

@@ -12,7 +12,7 @@ import pytest
 from nalora_jax.__main__ import main
 from nalora_jax.data.preference import pair_data
 from nalora_jax.data.sources import open_pair
-from nalora_jax.distributed import make_global_batch, make_mesh
+from nalora_jax.layout.distributed import make_global_batch, make_mesh
 from nalora_jax.study.plan import Run, wanted
 from nalora_jax.study.preferences import Preferences
 from nalora_jax.study.protocol import Protocol, read_protocol

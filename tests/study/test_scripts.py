@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
+from nalora_jax.common.imports import import_file
 from nalora_jax.errors import NaloraError
-from nalora_jax.imports import import_file
 from nalora_jax.method import activations, statistics
 from nalora_jax.method.rules import make
 from nalora_jax.method.transform import make_mechanisms

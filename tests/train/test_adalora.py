@@ -10,9 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from nalora_jax import distributed, trees
+from nalora_jax.common import trees
 from nalora_jax.config import AdaLoRAConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig, check
 from nalora_jax.errors import NaloraError
+from nalora_jax.layout import distributed
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder

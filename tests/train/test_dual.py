@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from nalora_jax import distributed, trees
+from nalora_jax.common import trees
 from nalora_jax.config import (
     ComputeConfig,
     DataConfig,
@@ -23,7 +23,8 @@ from nalora_jax.config import (
     check,
 )
 from nalora_jax.errors import NaloraError
-from nalora_jax.runs.dual_pieces import dual_pieces, image_records
+from nalora_jax.layout import distributed
+from nalora_jax.train.dual_pieces import dual_pieces, image_records
 from tests import tiny
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 200), "dark": (15, 15, 15)}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax import distributed, trees
+from nalora_jax.common import trees
 from nalora_jax.config import (
     ComputeConfig,
     LoRAConfig,
@@ -19,6 +19,7 @@ from nalora_jax.config import (
     check,
 )
 from nalora_jax.errors import NaloraError
+from nalora_jax.layout import distributed
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.assembly import Assembly, assemble, starting_at

@@ -9,9 +9,9 @@ import pytest
 
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, RunConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.loading.base import read_config
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.train.inputs import check_data
+from nalora_jax.weights.base import read_config
 from nalora_jax.weights.hub import ResolvedSource
 from tests import tiny
 

@@ -12,8 +12,8 @@ import pytest
 
 from nalora_jax.errors import Interrupted, TrainingDivergedError
 from nalora_jax.method.step import TrainState
-from nalora_jax.runs.preemption import stop_signals
 from nalora_jax.train.loop import FitResult, LoopEvaluation, Schedule, fit
+from nalora_jax.train.preemption import stop_signals
 from nalora_jax.train.state_metrics import non_finite
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from nalora_jax import trees
+from nalora_jax.common import trees
 from nalora_jax.config import OptimizerConfig, RunConfig, check, config_from_dict
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.optimizers import make_optimizer

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax import distributed, trees
+from nalora_jax.common import trees
 from nalora_jax.config import (
     AdaLoRAConfig,
     ComputeConfig,
@@ -21,6 +21,7 @@ from nalora_jax.config import (
     OptimizerConfig,
     RunConfig,
 )
+from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
 from nalora_jax.train.initialise import gradient_adapters

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from scipy.special import log_expit
 
-from nalora_jax import distributed, trees
 from nalora_jax.__main__ import main
+from nalora_jax.common import trees
 from nalora_jax.config import (
     ComputeConfig,
     DataConfig,
@@ -28,15 +28,16 @@ from nalora_jax.config import (
 )
 from nalora_jax.data.preference import pair_data
 from nalora_jax.data.source import RecordsSource
+from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.job import run
+from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.cross_entropy import Head, cross_entropy
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.target_losses import target_losses
-from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.train.assembly import assemble
+from nalora_jax.train.job import run
 from nalora_jax.train.preference import dpo
 from nalora_jax.train.settle import settled
 from nalora_jax.weights.hub import resolve

@@ -9,12 +9,12 @@ import pytest
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, PreferenceConfig
 from nalora_jax.data.preference import pair_data
 from nalora_jax.data.source import RecordsSource
-from nalora_jax.loading.adapted import load
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.train.adapted import load
 from nalora_jax.train.objectives import NextToken
 from nalora_jax.train.preference import Preference
 from nalora_jax.weights.peft import export_adapter

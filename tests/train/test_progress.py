@@ -7,7 +7,7 @@ import json
 
 from rich.console import Console
 
-from nalora_jax import notes
+from nalora_jax.common import notes
 from nalora_jax.train.progress import Progress, describe, duration
 
 VALUES = {"loss": 3.21, "learning_rate": 1e-3, "tokens_per_second": 1234.0, "misalignment": 0.26}

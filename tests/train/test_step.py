@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from nalora_jax import distributed, trees
+from nalora_jax.common import trees
 from nalora_jax.config import (
     ComputeConfig,
     DebugConfig,
@@ -25,6 +25,7 @@ from nalora_jax.config import (
     RunConfig,
 )
 from nalora_jax.errors import NaloraError
+from nalora_jax.layout import distributed
 from nalora_jax.method import activations, ffn, low_rank
 from nalora_jax.method.step import Evaluated, StepConfig, init_state, make_train_step
 from nalora_jax.method.transform import make_mechanisms, own_factors, with_gate_state

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.trees import flatten, unflatten
 from tests.param_trees import params_from_tensors
 
 COMMON = {

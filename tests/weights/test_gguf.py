@@ -16,13 +16,13 @@ import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from safetensors.numpy import load_file
 
+from nalora_jax.common.trees import flatten
 from nalora_jax.config import MeshConfig
-from nalora_jax.distributed import make_mesh
 from nalora_jax.errors import NaloraError
-from nalora_jax.loading.base import load_model
+from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.trees import flatten
 from nalora_jax.weights import tensors
+from nalora_jax.weights.base import load_model
 from nalora_jax.weights.gguf import READABLE, GGUFFile
 from nalora_jax.weights.gguf_config import hf_config
 from nalora_jax.weights.keymaps import keymap_for

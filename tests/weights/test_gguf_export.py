@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from nalora_jax.__main__ import main
+from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.errors import NaloraError
-from nalora_jax.loading.base import load_model
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.trees import flatten, unflatten
+from nalora_jax.weights.base import load_model
 from nalora_jax.weights.gguf_export import (
     ARCHITECTURES,
     verify_adapter_gguf,

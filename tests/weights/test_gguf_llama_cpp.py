@@ -16,13 +16,13 @@ import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from nalora_jax.__main__ import main
+from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import LoRAConfig, LoRARule
-from nalora_jax.loading.adapted import load
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes, projection_shapes
 from nalora_jax.models.targets import resolve
-from nalora_jax.trees import flatten, unflatten
+from nalora_jax.train.adapted import load
 from nalora_jax.weights.gguf_export import write_adapter_gguf
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny

@@ -12,8 +12,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
+from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.gguf_tokenizer import read_tokenizer
 

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from nalora_jax.common.trees import flatten, size_bytes
 from nalora_jax.config import MeshConfig
-from nalora_jax.distributed import PARAM_RULES, bytes_per_device, make_mesh, shardings
 from nalora_jax.errors import NaloraError
-from nalora_jax.loading.base import load_model
+from nalora_jax.layout.distributed import PARAM_RULES, bytes_per_device, make_mesh, shardings
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.trees import flatten, size_bytes
 from nalora_jax.weights import tensors
+from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hf import INDEX, SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.origin import fingerprint
@@ -212,8 +212,8 @@ def test_peak_memory_is_the_parameters_and_a_block(tmp_path: Path) -> None:
     code = """
         import re, sys
         import jax
-        from nalora_jax.trees import size_bytes
-        from nalora_jax.loading.base import load_model
+        from nalora_jax.common.trees import size_bytes
+        from nalora_jax.weights.base import load_model
         # not getrusage, whose peak a child process inherits from its parent
         peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1e3
         jax.block_until_ready(jax.numpy.ones(3) + 1)

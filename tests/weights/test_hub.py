@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub import errors
 from safetensors.numpy import save_file
 
-from nalora_jax.downloads import PackageFile, file_sha256
+from nalora_jax.common.downloads import PackageFile, file_sha256
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights import hub
 from nalora_jax.weights.hub import Alias, resolve

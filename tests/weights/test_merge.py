@@ -15,13 +15,13 @@ import pytest
 import tokenizers
 from safetensors import safe_open
 
+from nalora_jax.common.trees import flatten, map_named, size_bytes, unflatten
+from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.tokenizer import Tokenizer
-from nalora_jax.trees import flatten, map_named, size_bytes, unflatten
 from nalora_jax.weights.merge import merge, merged_tensors, write_merged
 from nalora_jax.weights.peft import export_adapter, max_logit_difference
 from nalora_jax.weights.shards import parse_size

@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from nalora_jax.common.trees import unflatten
 from nalora_jax.config import MeshConfig
-from nalora_jax.distributed import make_mesh
 from nalora_jax.errors import NaloraError
-from nalora_jax.loading.base import load_model
+from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.ops import mxfp4
 from nalora_jax.ops.quantize import dequantize, quantize
-from nalora_jax.trees import unflatten
+from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.merge import merge, write_merged
 from nalora_jax.weights.mxfp4 import with_floats

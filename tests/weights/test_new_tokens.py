@@ -16,16 +16,16 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 from tokenizers import models, pre_tokenizers
 
-from nalora_jax import distributed
 from nalora_jax.__main__ import main
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig, check
+from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
-from nalora_jax.generate import Generator
-from nalora_jax.job import run
-from nalora_jax.loading.adapted import load, put_on
-from nalora_jax.loading.base import load_model
-from nalora_jax.runs import snapshot
-from nalora_jax.tokenizer import AddedTokens
+from nalora_jax.evaluate.generate import Generator
+from nalora_jax.layout import distributed
+from nalora_jax.train import snapshot
+from nalora_jax.train.adapted import load, put_on
+from nalora_jax.train.job import run
+from nalora_jax.weights.base import load_model
 from nalora_jax.weights.new_tokens import with_added
 from tests import tiny
 from tests.weights.test_saved_modules import save, wrap

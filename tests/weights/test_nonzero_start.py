@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax import distributed
+from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import MeshConfig
+from nalora_jax.layout import distributed
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.nonzero_start import lower_kernels
 
 

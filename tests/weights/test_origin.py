@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nalora_jax.loading.base import load_model
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.weights import origin
+from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.origin import Origin, fingerprint, is_comparable, number_formats
 

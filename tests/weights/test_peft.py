@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from nalora_jax.common.trees import flatten, map_named
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import locate, projection_shapes
-from nalora_jax.trees import flatten, map_named
 from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
 from nalora_jax.weights.peft_modules import layers_with, module_layout
 

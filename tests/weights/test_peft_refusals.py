@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from nalora_jax.common.trees import map_named
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.trees import map_named
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 
 FFN = {f"ffn/{name}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for name in ("gate", "up", "down")}

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.nonzero_start import difference_as_lora
 from nalora_jax.weights.peft import export_adapter, import_adapter
 from nalora_jax.weights.pissa import pissa_init

@@ -16,12 +16,12 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
+from nalora_jax.common.trees import flatten, size_bytes
 from nalora_jax.config import MeshConfig
-from nalora_jax.distributed import make_mesh
-from nalora_jax.loading.base import load_model
+from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.ops.quantize import quantize, quantize_params
-from nalora_jax.trees import flatten, size_bytes
+from nalora_jax.weights.base import load_model
 from nalora_jax.weights.quantized_tensors import quantized_parts
 from tests.param_trees import init_params, tensors_from_params
 
@@ -155,8 +155,8 @@ def test_peak_memory_is_the_codes_and_one_tensor(tmp_path: Path) -> None:
     code = """
         import re, sys
         import jax
-        from nalora_jax.trees import size_bytes
-        from nalora_jax.loading.base import load_model
+        from nalora_jax.common.trees import size_bytes
+        from nalora_jax.weights.base import load_model
         # not getrusage, whose peak a child process inherits from its parent
         peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1e3
         jax.block_until_ready(jax.numpy.ones(3) + 1)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
-from nalora_jax import downloads
-from nalora_jax.loading.base import LoadedModel, load_model
+from nalora_jax.common import downloads
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.weights import hub
+from nalora_jax.weights.base import LoadedModel, load_model
 
 pytestmark = [pytest.mark.network, pytest.mark.optimised]
 

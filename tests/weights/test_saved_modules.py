@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from nalora_jax import distributed, trees
+from nalora_jax.common import trees
 from nalora_jax.config import (
     ComputeConfig,
     LoRAConfig,
@@ -25,6 +25,7 @@ from nalora_jax.config import (
     check,
 )
 from nalora_jax.errors import NaloraError
+from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.cross_entropy import Head

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from nalora_jax import distributed, trees
 from nalora_jax.__main__ import main
+from nalora_jax.common import trees
 from nalora_jax.config import (
     ComputeConfig,
     LoRAConfig,
@@ -27,9 +27,8 @@ from nalora_jax.config import (
     check,
 )
 from nalora_jax.errors import NaloraError
-from nalora_jax.generate.programs import view_weights
-from nalora_jax.job import run
-from nalora_jax.loading.adapted import load, put_on
+from nalora_jax.evaluate.generate.programs import view_weights
+from nalora_jax.layout import distributed
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import projection_shapes
@@ -37,8 +36,10 @@ from nalora_jax.models.targets import resolve
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.trained_head import HeadRows, trained_cross_entropy
-from nalora_jax.runs import snapshot
+from nalora_jax.train import snapshot
+from nalora_jax.train.adapted import load, put_on
 from nalora_jax.train.assembly import assemble
+from nalora_jax.train.job import run
 from nalora_jax.weights.adapter_slot import AdapterSlot
 from nalora_jax.weights.merge import merge
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from nalora_jax.generate.generator import Generator
+from nalora_jax.data.tokenizer import Tokenizer
+from nalora_jax.evaluate.generate.generator import Generator
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.weights.peft import export_adapter
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/served_vllm.py"

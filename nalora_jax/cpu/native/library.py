@@ -18,8 +18,8 @@ from pathlib import Path
 import jax
 import jaxlib.version
 
+from nalora_jax.common.downloads import cache_dir, file_sha256, private_dir
 from nalora_jax.cpu import processor
-from nalora_jax.downloads import cache_dir, file_sha256, private_dir
 from nalora_jax.errors import NaloraError
 
 _log = logging.getLogger(__name__)

@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nalora_jax.common.paths import expand_user
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.chat import text_field
 from nalora_jax.data.forms import IMAGES, ROLES, Parts, canonical
+from nalora_jax.data.image_tokens import ImageTokens
 from nalora_jax.data.images.files import Limits, open_image
 from nalora_jax.data.images.opened import IMAGE_SETS, open_images, places_without_error
 from nalora_jax.data.images.sources import ImageSource
@@ -35,11 +37,9 @@ from nalora_jax.data.mixture import components
 from nalora_jax.data.source import Record, Source, Span
 from nalora_jax.data.sources import open_source
 from nalora_jax.errors import NaloraError
-from nalora_jax.image_tokens import ImageTokens
-from nalora_jax.paths import expand_user
 
 if TYPE_CHECKING:
-    from nalora_jax.tokenizer import Tokenizer
+    from nalora_jax.data.tokenizer import Tokenizer
 
 _PLACEHOLDER = "<image>"  # in LLaVA's texts, for every model
 

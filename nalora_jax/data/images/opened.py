@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from nalora_jax.common.downloads import cache_dir
+from nalora_jax.common.paths import expand_user
+from nalora_jax.common.registry import Registry
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.images.files import Limits, open_image
 from nalora_jax.data.images.sources import ImageSource, ListedImages, TfdsImages
 from nalora_jax.data.tfds_source import open_tfds
-from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
-from nalora_jax.paths import expand_user
-from nalora_jax.registry import Registry
 
 log = logging.getLogger(__name__)
 

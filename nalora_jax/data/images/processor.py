@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nalora_jax.common.fields import Fields
 from nalora_jax.data.images.files import pillow
+from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
-from nalora_jax.fields import Fields
-from nalora_jax.tokenizer import read_json
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 # Pillow's numbers of the resize filters that processors name.

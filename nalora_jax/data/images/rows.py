@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from nalora_jax.data.forms import IMAGES
+from nalora_jax.data.image_tokens import ImageTokens
 from nalora_jax.data.images.chat import opened
 from nalora_jax.data.images.files import Limits
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.data.packing import Pattern
 from nalora_jax.data.source import Source
 from nalora_jax.data.store import TokenStore
-from nalora_jax.image_tokens import ImageTokens
 
 
 @dataclass(frozen=True, eq=False)

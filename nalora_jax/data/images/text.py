@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from nalora_jax.data.tokenizer import read_json
+from nalora_jax.data.tokenizer_backend import read_backend
 from nalora_jax.errors import NaloraError
-from nalora_jax.tokenizer import read_json
-from nalora_jax.tokenizer_backend import read_backend
 
 _MULTIPLE = 8  # lengths are rounded up to it, so that few programs are compiled
 

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.method.low_rank import init_a
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.models.vision.encoder import Encoder
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.trees import flatten, unflatten
 
 # CLIP's initial temperature is log(1 / 0.07); SigLIP starts at log 10 and a bias of -10.
 _START = {"softmax": math.log(1 / 0.07), "sigmoid": math.log(10.0)}

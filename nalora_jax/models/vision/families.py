@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from nalora_jax.common.fields import Fields
 from nalora_jax.errors import NaloraError
-from nalora_jax.fields import Fields
 from nalora_jax.models.family_fields import activation_name
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 

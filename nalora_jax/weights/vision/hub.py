@@ -6,11 +6,11 @@ from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
-from nalora_jax import buckets, downloads
-from nalora_jax.downloads import PackageFile
+from nalora_jax.common import buckets, downloads
+from nalora_jax.common.downloads import PackageFile
+from nalora_jax.common.paths import expand_user
+from nalora_jax.common.registry import Registry
 from nalora_jax.errors import NaloraError
-from nalora_jax.paths import expand_user
-from nalora_jax.registry import Registry
 from nalora_jax.weights.hub_snapshots import HUB_FILES, cached_snapshot, download_snapshot
 
 _MINILM = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax.common.trees import flatten, unflatten
+from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import DualConfig
-from nalora_jax.tokenizer import read_json
-from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.merge import DTYPES, merge
 from nalora_jax.weights.shards import TensorInfo, write_shards

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from nalora_jax import buckets
+from nalora_jax.common import buckets
+from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.models.vision.dual import trained_shapes
-from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.peft import difference_of, differs
 from nalora_jax.weights.peft_config import CONFIG_NAME, PeftConfig

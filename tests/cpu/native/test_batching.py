@@ -13,9 +13,9 @@ import pytest
 
 from nalora_jax.cpu import native
 from nalora_jax.cpu.native import Heads, Logistic, Slice, Sum, Term
-from nalora_jax.sweeps.stack import batch_of
+from nalora_jax.study.sweeps.stack import batch_of
 from tests.cpu.native.test_kernels import draw
-from tests.sweeps.test_program import CONFIG, EIGHT, _assembled, _batch, _difference, _solo, _together
+from tests.study.sweeps.test_program import CONFIG, EIGHT, _assembled, _batch, _difference, _solo, _together
 
 pytestmark = pytest.mark.usefixtures("kernels")
 RUNS, ROWS = 5, 20

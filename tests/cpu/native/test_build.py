@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from nalora_jax.common.downloads import file_sha256
 from nalora_jax.cpu import processor
 from nalora_jax.cpu.native import library
-from nalora_jax.downloads import file_sha256
 from nalora_jax.errors import NaloraError
 from tests import tiny
 

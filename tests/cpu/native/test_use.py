@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from nalora_jax import distributed, trees
+from nalora_jax.common import trees
 from nalora_jax.config import (
     ComputeConfig,
     DebugConfig,
@@ -26,8 +26,10 @@ from nalora_jax.config import (
 from nalora_jax.cpu import native
 from nalora_jax.cpu.native import calls
 from nalora_jax.cpu.native.library import name_of
+from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.generate import Generator
+from nalora_jax.evaluate.generate import Generator
+from nalora_jax.layout import distributed
 from nalora_jax.method import activations, ffn
 from nalora_jax.method.ffn import gated_product
 from nalora_jax.method.low_rank import Adapter, Dense, adapted_dense, parallel_dense
@@ -44,7 +46,6 @@ from nalora_jax.ops.matmul import matmul
 from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.ops.reductions import sampled
 from nalora_jax.ops.storage import STACKS, prepare
-from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.train.assembly import assemble
 from tests import tiny
 from tests.cpu.native.conftest import KINDS

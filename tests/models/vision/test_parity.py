@@ -163,7 +163,7 @@ def test_layers_of_one_tower_cost_one_trace(dual_folder) -> None:
             config.param_shapes(),
             is_leaf=lambda x: isinstance(x, tuple),
         )
-        from nalora_jax.trees import unflatten
+        from nalora_jax.common.trees import unflatten
 
         pixels = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
         jaxpr = jax.make_jaxpr(lambda p, x, c=config: Encoder(c).apply({"params": p}, x))(

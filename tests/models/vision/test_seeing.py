@@ -13,9 +13,9 @@ from PIL import Image
 
 from nalora_jax.data.forms import Parts
 from nalora_jax.errors import NaloraError
-from nalora_jax.loading.base import LoadedModel, load_model
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.vision.decoder import decoder_for
+from nalora_jax.weights.base import LoadedModel, load_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -13,10 +13,10 @@ import transformers
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from nalora_jax import trees
+from nalora_jax.common import trees
 from nalora_jax.config import MeshConfig
-from nalora_jax.distributed import make_mesh
 from nalora_jax.errors import NaloraError
+from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.models.vision.encoder import Encoder
 from nalora_jax.weights.vision.model import load_dual, load_encoder

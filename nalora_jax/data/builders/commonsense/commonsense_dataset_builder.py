@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from nalora_jax.common.downloads import fetch
 from nalora_jax.data import tasks
-from nalora_jax.downloads import fetch
 from nalora_jax.errors import NaloraError
 
 # Ends the row of a question's first choice. The other rows repeat the question with another choice;

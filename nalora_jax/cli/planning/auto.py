@@ -1,0 +1,132 @@
+"""The choice of a run's layout on the devices of this process."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import jax
+
+from nalora_jax.config import MeshConfig, RunConfig
+from nalora_jax.layout import distributed
+from nalora_jax.layout.decide import Compiled, Search, decide
+from nalora_jax.layout.figures import of_compiled
+from nalora_jax.layout.layouts import Layout, decoder_alone, fitting, preferred
+from nalora_jax.layout.machines import Topology, of_devices
+from nalora_jax.layout.roofline import bound_of
+from nalora_jax.models.adapters import adapter_spec
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.train.compilation import compile_ahead
+from nalora_jax.train.pieces import Pieces
+
+log = logging.getLogger(__name__)
+
+
+def laid_out(
+    config: RunConfig, base: ModelConfig, devices: Sequence[jax.Device] | None = None
+) -> RunConfig:
+    """Returns ``config`` with all mesh axes set to the layout with the best estimate.
+
+    On TPUs and GPUs the rematerialization policy is set, too. On a CPU or an unknown chip
+    ``config`` is returned unchanged.
+
+    Args:
+      config: the run; axes of 0 and a remat of "auto" are chosen by this function.
+      base: architecture of the base model.
+      devices: default: all devices of all processes.
+
+    Raises:
+      NaloraError: no layout fits, or the axes do not fit the devices, the batch or the heads.
+    """
+    where = of_devices(list(devices or jax.devices()))
+    if where is None:  # a CPU or an unknown chip: the simplest mesh
+        return config
+    layout = preferred(_candidates(config, base, where))
+    log.info("mesh: %s", layout)
+    return with_layout(config, layout)
+
+
+def accepted(
+    config: RunConfig,
+    base: ModelConfig,
+    build: Callable[[RunConfig], Pieces],
+    devices: Sequence[jax.Device] | None = None,
+) -> Pieces:
+    """Returns the pieces of a run in a layout that the compiler and the devices accept.
+
+    Layouts are tried in the order of `nalora_jax.layout.decide`. The step of a layout is compiled
+    once, here; training reuses it. The first step is then run and its result dropped. If a device
+    lacks memory for a layout, the next layout is tried, and weights and state are placed again. All
+    processes compile the same program and so choose the same layout.
+
+    Args:
+      config: the run; axes of 0 and a remat of "auto" are chosen by this function.
+      base: architecture of the base model.
+      build: loads and assembles a run whose layout is decided.
+      devices: default: all devices of all processes.
+
+    Raises:
+      NaloraError: no layout fits, or ``build`` raises it.
+    """
+    where = of_devices(list(devices or jax.devices()))
+    candidates = [] if where is None else _candidates(config, base, where)
+    if where is None or len(candidates) == 1:  # the layout is fixed by the settings
+        return build(laid_out(config, base, devices))
+    search = Search(candidates, where.chip.memory)
+    attempt = _Attempt(config, base, where, build)
+    layout, result = decide(search, attempt)
+    if not result.fits:
+        raise search.refusal()
+    if layout is not search.tried[-1][0]:
+        attempt(layout)
+    log.info("mesh: %s", layout)
+    assert attempt.pieces is not None
+    return attempt.pieces
+
+
+class _Attempt:
+    """Builds, compiles and tries a run in several layouts; keeps the last arrays only."""
+
+    def __init__(
+        self, config: RunConfig, base: ModelConfig, where: Topology, build: Callable[[RunConfig], Pieces]
+    ) -> None:
+        self.pieces: Pieces | None = None
+        self._config, self._base, self._where, self._build = config, base, where, build
+
+    def __call__(self, layout: Layout) -> Compiled:
+        self.pieces = None
+        gc.collect()  # frees the last layout's arrays on the devices
+        config = with_layout(self._config, layout)
+        pieces = self._build(config)
+        assembly, batches = pieces.assembly, pieces.data.batches()
+        batch = distributed.make_global_batch(next(batches), assembly.mesh, rows_axis=1)
+        batches.close()
+        params = assembly.view(assembly.params)
+        program = compile_ahead(assembly.step, params, assembly.state, batch)
+        result = Compiled(0.0, True, 0.0) if program is None else self._judged(program, config)
+        if result.fits:
+            lora = jax.tree.map(distributed.fetch, assembly.state.lora)
+            jax.block_until_ready(assembly.step(params, assembly.state, batch))  # donates the state
+            pieces = replace(pieces, assembly=replace(assembly, state=assembly.begin(lora, config.seed)))
+        self.pieces = pieces
+        return result
+
+    def _judged(self, program: Any, config: RunConfig) -> Compiled:
+        figures = of_compiled(program)
+        decoder = decoder_alone(self._base, adapter_spec(config, self._base))
+        bound = bound_of(figures, self._where, *decoder, config, config.data.max_length)
+        return Compiled(figures.memory, figures.fits(self._where.chip), bound.seconds)
+
+
+def _candidates(config: RunConfig, base: ModelConfig, where: Topology) -> list[Layout]:
+    return fitting(config, *decoder_alone(base, adapter_spec(config, base)), where, config.data.max_length)
+
+
+def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
+    """Returns ``config`` with the mesh and the rematerialization policy of ``layout``."""
+    mesh = MeshConfig(*layout.mesh)
+    compute: Any = replace(config.compute, remat=cast(Any, layout.remat), experts=cast(Any, layout.experts))
+    return replace(config, mesh=mesh, compute=compute)

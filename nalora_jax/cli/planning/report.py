@@ -1,0 +1,234 @@
+"""``nalora plan``: the resources of a run on absent hardware, as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+
+from nalora_jax.cli.planning.auto import with_layout
+from nalora_jax.cli.planning.program import devices, step_and_arguments
+from nalora_jax.config import RunConfig
+from nalora_jax.layout import distributed
+from nalora_jax.layout.decide import Compiled, Search, decide
+from nalora_jax.layout.figures import Figures, figures
+from nalora_jax.layout.layouts import Layout, decoder_alone, fitting
+from nalora_jax.layout.machines import Topology
+from nalora_jax.layout.roofline import Roofline, bound_of
+from nalora_jax.method.transform import with_gate_state
+from nalora_jax.models.adapters import adapter_spec
+from nalora_jax.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on a topology: the chosen layout and the figures of the compiled program."""
+
+    model: str
+    where: Topology
+    layout: Layout
+    rows: int
+    seq: int
+    accumulate: int
+    nalora: Figures
+    lora: Figures  # the same run without the mechanisms and their statistics
+    bound: Roofline  # of a micro-batch of NA-LoRA
+
+    @property
+    def fits(self) -> bool:
+        """True if the chip and its share of the host have enough memory."""
+        return self.nalora.fits(self.where.chip)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """An upper bound of the tokens per second of all chips."""
+        return self.rows * self.seq / self.bound.seconds
+
+    def ratios(self) -> dict[str, float]:
+        """Returns the ratios of NA-LoRA to LoRA."""
+        pairs = {
+            "flops": (self.nalora.flops, self.lora.flops),
+            "HBM bytes": (self.nalora.memory_bytes, self.lora.memory_bytes),
+            "collective bytes": (self.nalora.moved(), self.lora.moved()),
+            "memory": (self.nalora.memory, self.lora.memory),
+        }
+        return {name: ours / other if other else 1.0 for name, (ours, other) in pairs.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values for JSON."""
+        return {
+            "model": self.model,
+            "topology": self.where.name,
+            "rows": self.rows,
+            "seq": self.seq,
+            "layout": asdict(self.layout),
+            "fits": self.fits,
+            "memory": self.nalora.memory,
+            "limit": self.where.chip.memory,
+            "arguments": self.nalora.arguments,
+            "host": self.nalora.host,
+            "moved": self.nalora.moved(),
+            "hidden": self.nalora.moved(overlapped=True),
+            "seconds": self.bound.seconds,
+            "mfu": self.bound.mfu,
+            "tokens_per_second": self.tokens_per_second,
+            "bound": asdict(self.bound),
+            "kernels": dict(self.nalora.custom_calls),
+            "scopes": {name: asdict(work) for name, work in self.nalora.scopes.items()},
+            "over_lora": self.ratios(),
+        }
+
+
+def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int, images: int = 0) -> Plan:
+    """Decides a layout by compiled steps of NA-LoRA, compiles LoRA's step and bounds the time.
+
+    Args:
+      config: the run; open settings of its mesh and remat are chosen.
+      base: the model.
+      where: the machine.
+      seq: tokens of a row.
+      images: images per row, for a vision-language model; bounds and MFU count only the decoder's
+        work.
+
+    Raises:
+      NaloraError: no layout fits, or the compiler is missing.
+    """
+    spec = adapter_spec(config, base)
+    decoder, chips = decoder_alone(base, spec), devices(where)
+
+    def compiled(layout: Layout) -> Compiled:
+        concrete = with_layout(config, layout)
+        mesh = distributed.make_mesh(concrete.mesh, chips)
+        measured = figures(*step_and_arguments(concrete, base, mesh, seq=seq, images=images))
+        bound = bound_of(measured, where, *decoder, concrete, seq)
+        return Compiled(
+            measured.memory, measured.fits(where.chip), bound.seconds, (concrete, mesh, measured, bound)
+        )
+
+    search = Search(fitting(config, *decoder, where, seq), where.chip.memory)
+    layout, result = decide(search, compiled)
+    if result.program is None:
+        raise search.refusal()
+    concrete, mesh, ours, bound = result.program
+    step, arguments = step_and_arguments(concrete.without_mechanisms(), base, mesh, seq=seq, images=images)
+    other = figures(without_statistics(step, mesh), arguments)
+    rows, accumulate = config.train.batch_size, config.train.accumulate
+    return Plan(config.model, where, layout, rows, seq, accumulate, ours, other, bound)
+
+
+def without_statistics(step: Any, mesh: Any) -> Any:
+    """Returns a step of plain LoRA that computes no gate statistics.
+
+    Outputs that read them are removed, so the compiler drops them.
+    """
+    inner = step.__wrapped__  # compiler options cannot be nested
+
+    def plain(params: Any, state: Any, batch: Any) -> Any:
+        new, metrics = inner(params, state, batch)
+        opt_state = with_gate_state(new.opt_state, state.gate)
+        return new._replace(opt_state=opt_state), {"loss": metrics["loss"]}
+
+    return jax.jit(plain, donate_argnums=1, compiler_options=distributed.compiler_options(mesh))
+
+
+def describe(plan: Plan, *, steps: int = 0, price: float | None = None) -> Iterator[str]:
+    """Yields the plan as lines of text.
+
+    Args:
+      plan: the plan.
+      steps: of the run; 0: hours and their price are not shown.
+      price: of one chip and hour, in any currency.
+    """
+    chip, nalora, bound, where = plan.where.chip, plan.nalora, plan.bound, plan.where
+    yield f"{plan.model} on {where.name} ({where.size} x {chip.name}), {plan.rows} rows of {plan.seq} tokens a step"
+    yield f"  layout      {plan.layout}"
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    yield f"  memory      {nalora.memory / 1e9:.2f} GB a chip of {chip.memory / 1e9:.1f}: {verdict}"
+    yield (
+        f"              arguments {nalora.arguments / 1e9:.2f} GB (weights "
+        f"{plan.layout.weights / 1e9:.2f}), temporary {nalora.temporary / 1e9:.2f}"
+    )
+    for kind in sorted({c.kind for c in nalora.collectives}):
+        same = [c for c in nalora.collectives if c.kind == kind]
+        received, hidden = (
+            sum(c.total for c in same if c.overlapped or every) / 1e9 for every in (True, False)
+        )
+        yield f"  {kind:<11} {received:.2f} GB received a chip and step, {hidden:.2f} of them behind products"
+    if nalora.custom_calls:
+        calls = (f"{name} x {times:g}" for name, times in sorted(nalora.custom_calls.items()))
+        yield "  kernels     " + ", ".join(calls)
+    yield f"  matrix unit {bound.matrix * 1e3:.0f} ms, at 75% of {chip.flops / 1e12:.0f} TFLOP/s ({chip.source})"
+    yield f"  HBM         {bound.hbm * 1e3:.0f} ms, at {chip.bandwidth / 1e9:,.0f} GB/s"
+    for scope, work in nalora.scopes.items():
+        matrix, hbm = work.flops / chip.matrix_rate, work.memory_bytes / chip.bandwidth
+        yield f"  {scope:<11} {matrix * 1e3:.0f} ms of the matrix unit's and {hbm * 1e3:.0f} ms of HBM's time"
+    yield (
+        f"  interconn.  {bound.hidden * 1e3:.0f} ms behind products, {bound.exposed * 1e3:.0f} ms "
+        f"not, at {chip.interconnect / 1e9:.0f} GB/s inbound"
+    )
+    if nalora.host:
+        there, back = (sum(t.total for t in nalora.transfers if t.to_host == out) for out in (True, False))
+        yield (
+            f"  host        {nalora.host / 1e9:.2f} GB a chip of {chip.host_memory / 1e9:.0f} "
+            f"({there / 1e9:.2f} GB out and {back / 1e9:.2f} back a step)"
+        )
+        yield (
+            f"  host link   {bound.host * 1e3:.0f} ms behind products, "
+            f"{bound.host_exposed * 1e3:.0f} ms not, at {chip.host_link / 1e9:.0f} GB/s "
+            f"({chip.host_source})"
+        )
+    rate = plan.tokens_per_second
+    yield f"  at most     {rate:,.0f} tokens/s ({rate / where.size:,.0f} a chip), {bound.seconds:.3g} s a step"
+    yield f"  implied MFU {bound.mfu:.1%}"
+    yield "  over LoRA   " + ", ".join(f"{name} {ratio:.4f}" for name, ratio in plan.ratios().items())
+    for line in describe_costs(where, rate, bound.seconds, steps, price):
+        yield f"  {line}"
+
+
+def describe_costs(
+    where: Topology, tokens_per_second: float, seconds: float, steps: int, price: float | None
+) -> Iterator[str]:
+    """Yields lines with the hours of a run and with costs at ``price`` for a chip and hour.
+
+    Args:
+      where: the machine.
+      tokens_per_second: of all chips.
+      seconds: of a step.
+      steps: of the run; 0: no hours.
+      price: None: no costs.
+    """
+    if steps:
+        yield describe_hours(where, steps * seconds / 3600, f"{steps:,} steps", price)
+    if price is not None:
+        cost = price * where.size / (tokens_per_second * 3600 / 1e6)
+        yield f"cost        at least {cost:.4g} a million tokens, at {price:g} a chip and hour"
+
+
+def describe_hours(where: Topology, hours: float, work: str, price: float | None) -> str:
+    """Returns the line with the hours of ``work`` and, with a price, their cost."""
+    cost = ""
+    if price is not None:
+        cost = f", {hours * where.size * price:,.2f} at {price:g} a chip and hour"
+    return f"time        at least {hours:.2f} hours for {work}{cost}"
+
+
+def estimate_record(model: str, where: Topology, layout: Layout, rows: int, seq: int) -> dict[str, Any]:
+    """Returns the estimate of a run for JSON, from its layout only.
+
+    The names are the same as in `Plan.to_dict`.
+    """
+    return {
+        "model": model,
+        "topology": where.name,
+        "rows": rows,
+        "seq": seq,
+        "layout": asdict(layout),
+        "estimate": True,
+        "memory": layout.memory,
+        "limit": where.chip.memory,
+        "seconds": layout.seconds,
+        "mfu": layout.mfu,
+        "tokens_per_second": rows * seq / layout.seconds,
+    }

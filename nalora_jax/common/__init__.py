@@ -1,0 +1,1 @@
+"""Files, logs, registries and trees: no module here knows what is trained."""

@@ -1,0 +1,267 @@
+"""Files in ``gs://`` and ``s3://`` buckets: listed, read by ranges, or copied to the cache.
+
+`nalora_jax.common.uploads` writes to them.
+
+Any process may read any file; each process requests only the files and ranges that it uses. The
+stores' packages (gcsfs, s3fs) find the credentials in the same way as their command-line tools.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from nalora_jax.common import downloads
+from nalora_jax.errors import NaloraError
+
+# By scheme: the package that reads it, the extra that has the package, and the
+# command that logs in.
+_STORES = {
+    "gs": ("gcsfs", "gcs", "gcloud auth application-default login"),
+    "s3": ("s3fs", "s3", "aws configure"),
+}
+_REFUSALS = re.compile(
+    r"\b40[13]\b|Forbidden|Unauthorized|Access ?Denied|[Cc]redentials|Anonymous caller|PermissionError"
+)
+# Fields of a store's listing that change with a file's content, the best one first.
+_VERSIONS = ("md5Hash", "crc32c", "etag", "ETag", "generation", "LastModified", "mtime", "created")
+_LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
+def url(name: str) -> str | None:
+    """Returns ``name`` as a URL, or None for a path.
+
+    It repairs ``Path("gs://bucket")``, which has lost a slash.
+    """
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])", name)
+    if match:
+        return f"{match[1]}://{name[match.end() :]}"
+    return None
+
+
+def is_url(name: object) -> bool:
+    """Returns True if ``name`` is the URL of a file or folder in a bucket."""
+    return isinstance(name, str) and name.partition("://")[0] in _STORES and "://" in name
+
+
+def bucket_url(name: str | Path) -> str | None:
+    """Returns ``name`` as the URL of a file or folder in a bucket, or None for a path.
+
+    Raises:
+      NaloraError: ``name`` looks like a URL of another store.
+    """
+    where = url(str(name))
+    if where is not None and not is_url(where):
+        raise missing_package(where, where)
+    return where
+
+
+def missing_package(flag: str, where: str) -> NaloraError:
+    """Returns the error for a URL whose package is not installed, or whose scheme is unknown."""
+    package, extra, _ = _STORES.get(where.partition("://")[0], ("", "", ""))
+    remedy = "use gs:// or s3://, or a folder"
+    if package:
+        remedy = f"pip install {package} (or nalora_jax with its extra `{extra}`)"
+    expected = "a folder, or a URL of a store that this Python can reach"
+    return NaloraError(flag, expected=expected, found=where, remedy=remedy)
+
+
+def version(name: str) -> str:
+    """Returns a text that changes with the file's content: its size and the store's checksum.
+
+    Raises:
+      NaloraError: there is no such file, the bucket cannot be reached, or it refuses.
+    """
+    with store_errors(name):
+        about = filesystem(name).info(name)
+        if about["type"] == "directory":
+            raise FileNotFoundError(name)
+    recorded = next((str(about[field]) for field in _VERSIONS if about.get(field)), "")
+    return f"{about['size']}:{recorded}"
+
+
+def size(name: str) -> int:
+    """Returns the size of a file in bytes; raises as `version` does."""
+    return int(version(name).partition(":")[0])
+
+
+def files(name: str) -> list[str]:
+    """Returns the sorted URLs of the files in the folder, or matching the pattern, ``name``.
+
+    Raises:
+      NaloraError: there is no such file, the bucket cannot be reached, or it refuses.
+    """
+    scheme = name.partition("://")[0]
+    with store_errors(name):
+        store = filesystem(name)
+        paths = store.glob(name) if "*" in name else store.find(name)
+        if not paths:
+            raise FileNotFoundError(name)
+    return sorted(f"{scheme}://{path.lstrip('/')}" for path in paths)
+
+
+def names(folder: str) -> list[str]:
+    """Returns the names of a folder's files, without subfolders; raises as `files` does."""
+    with store_errors(folder):
+        entries = filesystem(folder).ls(folder, detail=True)
+    return sorted(entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file")
+
+
+def exists(name: str) -> bool:
+    """Returns True if the file ``name`` exists; raises as `version` if the bucket fails."""
+    with store_errors(name):
+        try:
+            return bool(filesystem(name).info(name)["type"] == "file")
+        except FileNotFoundError:
+            return False
+
+
+def read(name: str, start: int, stop: int) -> bytes:
+    """Returns bytes ``start`` to ``stop`` of a file in one request; fewer at the file's end.
+
+    Raises:
+      NaloraError: there is no such file, the bucket cannot be reached, or it refuses.
+    """
+    with store_errors(name):
+        data: bytes = filesystem(name).cat_file(name, start=start, end=stop)
+    return data
+
+
+def opened(name: str) -> Any:
+    """Returns a file object that reads ranges on demand; raises as `read` does."""
+    with store_errors(name):
+        return filesystem(name).open(name, "rb")
+
+
+def local_file(name: str) -> Path | None:
+    """Returns the path of a file, or of its cached copy if ``name`` is a URL; None if there is no such file.
+
+    Raises:
+      NaloraError: the bucket refuses or cannot be reached, or the disk is full.
+    """
+    where = url(name)
+    if where is None:
+        path = Path(name)
+        return path if path.is_file() else None
+    return local_copy(where) if exists(where) else None
+
+
+def local_copy(name: str) -> Path:
+    """Returns a cached copy of a file's current content; raises as `local_folder` does."""
+    return local_folder([name]) / name.rpartition("/")[2]
+
+
+def local_folder(names: Sequence[str]) -> Path:
+    """Returns a cache folder with copies of ``names``, whose last parts differ.
+
+    Each version of a file is fetched once.
+
+    Raises:
+      NaloraError: there is no such file, the bucket refuses or cannot be reached, or the disk is
+        full.
+    """
+    return _copies({name.rpartition("/")[2]: name for name in names})
+
+
+def local_tree(folder: str, names: Sequence[str]) -> Path:
+    """Returns a cache folder with copies of the files ``names`` of a bucket's folder.
+
+    ``names`` are relative to ``folder`` and may contain slashes. Raises as `local_folder` does.
+    """
+    return _copies({name: f"{folder.rstrip('/')}/{name}" for name in names})
+
+
+def local_path(folder: str | Path) -> Path:
+    """Returns a folder's path, or of a folder in a bucket a cached copy of its files (not of its subfolders).
+
+    Raises as `bucket_url`, `names` and `local_folder` do.
+    """
+    where = bucket_url(folder)
+    if where is None:
+        return Path(folder)
+    return local_tree(where, names(where))
+
+
+def _copies(sources: Mapping[str, str]) -> Path:
+    """Returns a cache folder with a copy of each URL under its relative name."""
+    versions = [f"{name}\n{version(name)}" for name in sources.values()]
+    folder = (
+        downloads.cache_dir() / "buckets" / hashlib.sha256("\n".join(versions).encode()).hexdigest()[:24]
+    )
+    for relative, name in sources.items():
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            _copy(name, target)
+    return folder
+
+
+def _copy(name: str, target: Path) -> None:
+    """Fetches a file and renames it when it is complete; several processes may do so at once."""
+    with store_errors(name), downloads.scratch_file(target) as scratch:
+        filesystem(name).get_file(name, scratch.name)
+
+
+@cache
+def _filesystem_of(scheme: str) -> Any:
+    import fsspec
+
+    logging.getLogger("gcsfs").setLevel(
+        logging.CRITICAL
+    )  # else it logs whole responses, which the errors quote
+    return fsspec.filesystem(scheme, use_listings_cache=False)
+
+
+def filesystem(name: str) -> Any:
+    """Returns fsspec's file system of a URL.
+
+    Raises:
+      NaloraError: its package is not installed, or the scheme is unknown.
+    """
+    scheme = name.partition("://")[0]
+    try:
+        return _filesystem_of(scheme)
+    except (ImportError, ValueError) as error:
+        raise missing_package(name, name) from error
+
+
+@contextmanager
+def store_errors(name: str, access: str = "read") -> Iterator[None]:
+    """Converts any error of a store's package to an error of this library.
+
+    ``access`` is the right that the block needs: "read" or "write".
+    """
+    try:
+        yield
+    except NaloraError:
+        raise
+    except FileNotFoundError as error:
+        remedy = "check the bucket and the name"
+        raise NaloraError(
+            name, expected="a file or a folder with files", found="none of that name", remedy=remedy
+        ) from error
+    except Exception as error:
+        reason = " ".join((str(error).strip() or type(error).__name__).split())[:200]
+        if isinstance(error, OSError) and error.errno in _LOCAL:
+            remedy = "free space, or set NALORA_CACHE to another folder"
+            raise NaloraError(
+                name, expected="room for a copy in the cache", found=error.strerror, remedy=remedy
+            ) from error
+        if _REFUSALS.search(f"{type(error).__name__} {reason}"):
+            login = _STORES[name.partition("://")[0]][2]
+            remedy = (
+                f"log in with `{login}`, or give the machine's account the right to {access} the bucket"
+            )
+            raise NaloraError(
+                name, expected=f"credentials that may {access} it", found=reason, remedy=remedy
+            ) from error
+        raise NaloraError(
+            name, expected="the bucket to answer", found=reason, remedy="check the network"
+        ) from error

@@ -1,0 +1,113 @@
+"""Executes the user's Python files first; they register rules, activations, families, sources.
+
+A file is recorded with the first digits of its digest, ``my_rule.py@3f2a9c0d5e11``: settings name
+the executed content, and a resumed run rejects a file whose content has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from nalora_jax.common.paths import expand_user
+from nalora_jax.errors import NaloraError, described
+
+_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class ImportedFile:
+    """A file that was executed.
+
+    Attributes:
+      path: as it was named.
+      digest: SHA-256 of its content, in hexadecimal.
+    """
+
+    path: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.path}@{self.digest[:_DIGITS]}"
+
+
+_IMPORTED: dict[Path, ImportedFile] = {}
+
+
+def imported() -> list[ImportedFile]:
+    """Returns the files that this process has imported, in their order."""
+    return list(_IMPORTED.values())
+
+
+def import_file(name: str, folder: str | Path = ".") -> ImportedFile:
+    """Executes a Python file, once in a process.
+
+    Args:
+      name: its path, relative to ``folder``; with ``@`` and a digest, as recorded, only if its
+        content has that digest.
+      folder: of the study or the working directory.
+
+    Raises:
+      NaloraError: there is no such file, it fails, its content differs from the recorded digest,
+        or it changed after this process imported it.
+    """
+    where, (path_text, _, recorded_digest) = f"--import {name}", name.partition("@")
+    # Not Path.resolve, which raises an error for a link to itself.
+    path = Path(os.path.realpath(expand_user(folder) / expand_user(path_text)))
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise NaloraError(where, expected="a Python file that can be read", found=reason) from error
+    imported_file = _IMPORTED.get(path)
+    expected = recorded_digest or (imported_file.digest if imported_file else digest)
+    if not digest.startswith(expected):
+        remedy = "restore the file, or start a new run"
+        raise NaloraError(
+            where,
+            expected=f"content with SHA-256 {expected[:_DIGITS]}",
+            found=digest[:_DIGITS],
+            remedy=remedy,
+        )
+    if imported_file is None:
+        imported_file = ImportedFile(path_text, digest)
+        execute(path, f"nalora_import_{path.stem}_{digest[:_DIGITS]}", where)
+        _IMPORTED[path] = imported_file
+    return imported_file
+
+
+def import_files(names: Sequence[str], folder: str | Path = ".") -> tuple[str, ...]:
+    """Executes Python files in their order; returns them as they are recorded (see `import_file`)."""
+    return tuple(str(import_file(name, folder)) for name in names)
+
+
+def execute(path: Path, name: str, where: str) -> ModuleType:
+    """Executes a Python file as the module ``name``, and returns it; ``where`` names it in errors.
+
+    Raises:
+      NaloraError: it is no Python file, or it fails.
+    """
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise NaloraError(where, expected="a Python file, with a name that ends in .py", found=path.name)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    # Leave no cache next to the user's file.
+    write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, NaloraError | KeyboardInterrupt):
+            raise
+        reason = described(error)  # also of a file that ends the program
+        raise NaloraError(where, expected="a Python file that can be executed", found=reason) from error
+    finally:
+        sys.dont_write_bytecode = write_bytecode
+    return module

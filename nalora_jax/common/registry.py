@@ -1,0 +1,150 @@
+"""Names that can be added to from outside: by a decorator in an imported file, or by an entry point in a pyproject.
+
+    [project.entry-points."nalora_jax.mechanisms"]
+    my_rule = "my_package.my_module"
+
+A file is imported by ``--import`` (`nalora_jax.common.imports`). An entry point is loaded when its name is asked for
+and no value of that name has been registered. Loading it registers the name, because the module that it points to
+carries the decorator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from nalora_jax.errors import NaloraError, described
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Values by name.
+
+    Args:
+      kind: the noun for a value in errors, e.g. "mechanism".
+      group: group of entry points, e.g. "nalora_jax.mechanisms".
+      flag: the setting in errors about unknown names, e.g. "--mechanisms".
+      modules: modules of this package by the name that they register, imported on first use.
+    """
+
+    def __init__(
+        self, kind: str, group: str, flag: str = "", modules: Mapping[str, str] | None = None
+    ) -> None:
+        self._kind, self._group, self.flag = kind, group, flag
+        self._modules = dict(modules or {})
+        self._values: dict[str, T] = {}
+
+    def add(self, name: str, value: T, *, replace: bool = False) -> T:
+        """Registers ``value`` and returns it.
+
+        Raises:
+          NaloraError: the name is taken by another value, and ``replace`` is off.
+        """
+        existing = self._values.get(name, value)
+        if not replace and existing is not value and not _again(existing, value):
+            where, remedy = f"{self._kind} {name!r}", "choose another name, or pass replace=True"
+            raise NaloraError(where, expected="a name that is free", found=repr(existing), remedy=remedy)
+        self._values[name] = value
+        return value
+
+    def decorator(self, name: str, *, replace: bool = False) -> Callable[[T], T]:
+        """Returns `add` as a decorator."""
+        return lambda value: self.add(name, value, replace=replace)
+
+    def get(self, name: str) -> T:
+        """Returns the value of ``name``, from an entry point if it is not registered.
+
+        Raises:
+          NaloraError: the name is unknown (the message lists those that are known), or its entry point fails or
+            registers something else.
+        """
+        if name not in self._values and not self._load(name):
+            imports = sys.modules.get("nalora_jax.common.imports")  # loaded if files were imported
+            files = ", ".join(map(str, imports.imported() if imports else ())) or "none"
+            remedy = f"--import FILE registers a {self._kind} of your own (imported: {files}), or an entry point does"
+            expected = f"one of {', '.join(self.names())}"
+            raise NaloraError(self.flag or self._kind, expected=expected, found=repr(name), remedy=remedy)
+        return self._values[name]
+
+    def names(self) -> list[str]:
+        """Returns all known names, entry points included, sorted."""
+        return sorted({*self._values, *self._modules, *entry_points(group=self._group).names})
+
+    def __contains__(self, name: object) -> bool:
+        registered = name in self._values or name in self._modules
+        return registered or name in entry_points(group=self._group).names
+
+    def _load(self, name: str) -> bool:
+        if name in self._modules:
+            import_module(self._modules[name])
+            return name in self._values
+        for point in entry_points(group=self._group, name=name):
+            where = f"entry point {name} = {point.value!r} of {self._group}"
+            try:
+                point.load()
+            except (Exception, SystemExit) as error:  # an exit must not look like a finished run
+                expected = "a module that can be imported"
+                raise NaloraError(where, expected=expected, found=described(error)) from error
+            if name not in self._values:
+                expected = f"to register a {self._kind} of that name"
+                raise NaloraError(where, expected=expected, found="no such registration")
+        return name in self._values
+
+
+def _again(existing: object, value: object) -> bool:
+    """Returns True if a module was executed again, as by an edited notebook cell."""
+    name = (getattr(existing, "__module__", None), getattr(existing, "__qualname__", None))
+    return None not in name and name == (
+        getattr(value, "__module__", None),
+        getattr(value, "__qualname__", None),
+    )
+
+
+# ---------------------------------------------------------------- settings in a text
+
+
+def from_text(registry: Registry[Any], text: str) -> Any:
+    """Returns an instance of a registered class with the settings in a text.
+
+    The settings are the fields of its dataclass, with the types of their defaults. Tuples are
+    written with slashes.
+
+    Args:
+      registry: of the classes.
+      text: ``"soft"``, ``"soft:power=2,high=3"`` or ``"homogeneity:gains=0.5/0.75/1/1"``.
+
+    Raises:
+      NaloraError: an unknown name or setting, or a value of another type.
+    """
+    name, _, options = text.partition(":")
+    kind: Any = registry.get(name)
+    fields: dict[str, Any] = {}
+    if dataclasses.is_dataclass(kind):
+        fields = {field.name: field for field in dataclasses.fields(kind)}
+    settings: dict[str, Any] = {}
+    for option in filter(None, options.split(",")):
+        key, equals, value = option.partition("=")
+        if key not in fields or not equals:
+            expected = f"NAME:setting=value, with a setting of {', '.join(fields) or 'none'}"
+            raise NaloraError(f"{registry.flag} {text}", expected=expected, found=option)
+        default = fields[key].default
+        try:
+            settings[key] = _typed(value, default)
+        except (KeyError, ValueError):
+            expected = f"{key} of type {type(default).__name__}"
+            raise NaloraError(f"{registry.flag} {text}", expected=expected, found=repr(value)) from None
+    return kind(**settings)
+
+
+def _typed(text: str, default: Any) -> Any:
+    """Returns ``text`` with the type of ``default``."""
+    if isinstance(default, bool):
+        return {"true": True, "false": False}[text.lower()]
+    if isinstance(default, tuple):
+        return tuple(type(default[0])(item) for item in text.split("/"))
+    return type(default)(text)

@@ -1,0 +1,185 @@
+"""Chat templates: reading them from a Hugging Face folder, and rendering in jinja2's sandbox.
+
+A template is a program of somebody else. The sandbox gives it no access to Python; texts that it
+repeats, joins or returns have at most 4 million characters. Its time is not limited.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+from jinja2.compiler import CodeGenerator
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from nalora_jax.errors import NaloraError
+
+if TYPE_CHECKING:
+    from nalora_jax.data.tokenizer import Tokenizer
+
+DEFAULT_FILE = "chat_template.jinja"
+TOOL_FILE = "additional_chat_templates/tool_use.jinja"
+PROCESSOR_FILE = "chat_template.json"  # of multimodal models, as their processors saved it
+_MAX_TEXT = 4_000_000  # characters: a million tokens
+_MAX_DIGITS = 4300  # of a power, as in Python's conversion to text
+
+
+def read_templates(folder: Path, *settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Returns the default template and the template ``tool_use``; None for missing ones.
+
+    Template files come first, then the first of ``settings`` with a ``chat_template`` (one text,
+    or several by name), as in transformers.
+
+    Args:
+      folder: of the tokenizer.
+      *settings: the folder's JSON files that may hold templates.
+
+    Raises:
+      NaloraError: a template's file cannot be read.
+    """
+    files = {"default": _read(folder / DEFAULT_FILE), "tool_use": _read(folder / TOOL_FILE)}
+    places = [files, *(_by_name(each.get("chat_template")) for each in settings)]
+    named = next((place for place in places if any(place.values())), files)
+    return named.get("default"), named.get("tool_use")
+
+
+def write_templates(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes the templates of ``tokenizer`` as files."""
+    for name, template in (
+        (DEFAULT_FILE, tokenizer.chat_template),
+        (TOOL_FILE, tokenizer.tool_template),
+    ):
+        if template is not None:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(template, encoding="utf-8")
+
+
+def has_templates(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Returns True if a folder has a template in any of the places that `read_templates` reads."""
+    files = (DEFAULT_FILE, TOOL_FILE, PROCESSOR_FILE)
+    return "chat_template" in settings or any((folder / name).is_file() for name in files)
+
+
+def _read(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        remedy = "download the file again"
+        raise NaloraError(str(path), expected="a chat template", found=error, remedy=remedy) from error
+
+
+def _by_name(value: Any) -> dict[str, str | None]:
+    if isinstance(value, list):
+        value = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+    if not isinstance(value, dict):
+        value = {"default": value}
+    return {name: text for name, text in value.items() if isinstance(text, str)}
+
+
+def render_template(source: str, variables: Mapping[str, Any]) -> str:
+    """Returns a chat template's text as transformers renders it.
+
+    Raises:
+      Exception: of any type: the template does not compile, fails, or makes a text of more than 4
+        million characters.
+    """
+    pieces, length = [], 0
+    for piece in _compiled(source).generate(variables):
+        pieces.append(piece)
+        length += len(piece)
+        if length > _MAX_TEXT:
+            raise OverflowError(f"a text of more than {_MAX_TEXT:,} characters")
+    return "".join(pieces)
+
+
+@lru_cache(maxsize=16)
+def _compiled(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """Renders the body of ``{% generation %} ... {% endgeneration %}``, which marks an assistant's text."""
+
+    tags = {"generation"}  # noqa: RUF012  (the base class declares it so)
+
+    def parse(self, parser: Any) -> jinja2.nodes.Node:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(lineno)
+
+
+class _CodeGenerator(CodeGenerator):
+    """Calls the environment for ``~``, which jinja2 does not intercept."""
+
+    def visit_Concat(self, node: jinja2.nodes.Concat, frame: Any) -> None:
+        self.write("environment.concatenated((")
+        for argument in node.nodes:
+            self.visit(argument, frame)
+            self.write(", ")
+        self.write("))")
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with limits of the operators that make long texts of short ones."""
+
+    intercepted_binops = frozenset({"*", "**", "+", "%"})
+    code_generator_class = _CodeGenerator
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            for value, times in ((left, right), (right, left)):
+                if hasattr(value, "__len__") and isinstance(times, int) and len(value) * times > _MAX_TEXT:
+                    raise OverflowError(f"a repetition of more than {_MAX_TEXT:,} characters")
+        if operator == "**" and isinstance(right, int) and abs(right) > _MAX_DIGITS:
+            raise OverflowError(f"a power above {_MAX_DIGITS:,}")
+        if operator == "%" and isinstance(left, str) and re.search(r"%[^a-zA-Z%]*(\*|\d{5})", left):
+            raise OverflowError("a width of more than 4 digits")
+        return _bounded(super().call_binop(context, operator, left, right))
+
+    def concatenated(self, values: tuple[Any, ...]) -> str:
+        """Returns the result of ``~``."""
+        return str(_bounded("".join(map(str, values))))
+
+
+def _bounded(value: Any) -> Any:
+    if isinstance(value, str | list | tuple) and len(value) > _MAX_TEXT:
+        raise OverflowError(f"a text of more than {_MAX_TEXT:,} characters")
+    return value
+
+
+@cache
+def _environment() -> _Environment:
+    """Returns the environment of chat templates, with the additions of transformers."""
+    env = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
+    )
+    env.filters["tojson"] = _to_json
+    env.globals["raise_exception"] = _raise_exception
+    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return env
+
+
+def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
+    """Returns JSON without HTML escapes, which jinja2's filter adds and no model was trained on."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, default=_plain, **options)
+
+
+def _plain(value: Any) -> Any:
+    """Returns one of NumPy's values, as table files have them, as a JSON value."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__}")
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,391 @@
+"""Tokenization and chat templates for every model that this library loads.
+
+A `Tokenizer` wraps a ``tokenizers.Tokenizer``: it adds the ids that a decoder needs (begin, end,
+padding and stop tokens) and renders chat templates as transformers does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+
+from nalora_jax.data.chat_templates import PROCESSOR_FILE, read_templates, render_template
+from nalora_jax.data.image_tokens import ImageTokens, as_parts
+from nalora_jax.data.tokenizer_backend import is_unicode, read_backend, tokenizer_errors
+from nalora_jax.errors import NaloraError
+
+if TYPE_CHECKING:
+    from nalora_jax.config import DataConfig
+
+
+@dataclass(frozen=True)
+class AddedTokens:
+    """Tokens that are added to a model's tokenizer, as transformers' ``add_tokens`` does.
+
+    Args:
+      plain: parts of a text; decoding shows them.
+      special: marks, for example of a chat template; decoding leaves them out.
+    """
+
+    plain: tuple[str, ...] = ()
+    special: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(data: DataConfig) -> AddedTokens:
+        """Returns the tokens that a run's settings add."""
+        return AddedTokens(data.add_tokens, data.add_special_tokens)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All added tokens, in the order of their ids."""
+        return (*self.special, *self.plain)
+
+    def __bool__(self) -> bool:
+        return bool(self.texts)
+
+
+NO_TOKENS = AddedTokens()
+# Fields of a message that may hold its reasoning; the first field that is present is used.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A tokenizer with its special ids and its chat template.
+
+    Args:
+      backend: splits the text; its post-processor is not used.
+      bos_id: id that precedes a text, or None if the model has none.
+      eos_id: id that ends a text.
+      pad_id: id that fills unused positions; ``eos_id`` if the model has no padding token.
+      eos_ids: every id at which generation stops.
+      chat_template: jinja2 source, or None.
+      tool_template: jinja2 source for chats with tools, if the model has a separate one
+        (``tool_use`` in transformers).
+      add_bos: True if the model was trained with ``bos_id`` at the start of each text.
+      special_tokens: by the names that chat templates use, e.g. ``{"eos_token": "<|im_end|>"}``.
+      rows: rows of the model's embedding, if known: a text that needs a larger id raises an error.
+      images: how a multimodal model writes images into its text.
+    """
+
+    backend: tokenizers.Tokenizer
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    eos_ids: tuple[int, ...]
+    chat_template: str | None = None
+    add_bos: bool = False
+    special_tokens: Mapping[str, str] | None = None
+    rows: int | None = None
+    images: ImageTokens | None = None
+    tool_template: str | None = None
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Number of rows that an embedding needs: the largest id plus one."""
+        added = self.backend.get_added_tokens_decoder()
+        return max(
+            self.backend.get_vocab_size(with_added_tokens=False), *(token_id + 1 for token_id in added), 0
+        )
+
+    @cached_property
+    def turn_ends(self) -> dict[int, str]:
+        """Ids and texts of the tokens that can end a turn: stop ids and every special token."""
+        added = self.backend.get_added_tokens_decoder()
+        ids = {*self.eos_ids, *(index for index, token in added.items() if token.special)}
+        return {index: text for index in ids if (text := self.backend.id_to_token(index)) is not None}
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Returns the ids of ``text``; with ``special``, after the begin id if the model uses it.
+
+        Special tokens written out in ``text`` become their ids, as in transformers.
+
+        Raises:
+          NaloraError: the text is not valid Unicode, the tokenizer fails, or an id has no row in
+            the embedding.
+        """
+        with tokenizer_errors("text", text):
+            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        if special and self.add_bos and self.bos_id is not None:
+            ids = [self.bos_id, *ids]
+        self._check_rows(ids)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns ``encode(text, special=False)`` for each text, computed on all cores."""
+        with tokenizer_errors("texts", *texts):
+            token_ids = [
+                encoding.ids
+                for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            ]
+        for ids in token_ids:
+            self._check_rows(ids)
+        return token_ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Returns the text of ``ids``."""
+        with tokenizer_errors("token ids"):
+            text: str = self.backend.decode(
+                [int(token_id) for token_id in ids], skip_special_tokens=skip_special
+            )
+        return text
+
+    def with_tokens(self, added: AddedTokens) -> Tokenizer:
+        """Returns this tokenizer with further tokens, each encoded as a single id.
+
+        New ids follow the last existing id. Tokens that were added before stay as they are; a text
+        that is in the vocabulary already keeps its id.
+
+        Raises:
+          NaloraError: the tokenizer cannot encode one of the texts as a single token.
+        """
+        if not added:
+            return self
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        added_texts = {token.content for token in backend.get_added_tokens_decoder().values()}
+        with tokenizer_errors("added tokens", *added.texts):
+            for texts, add in (
+                (added.special, backend.add_special_tokens),
+                (added.plain, backend.add_tokens),
+            ):
+                # normalized=False: otherwise matching would depend on how a normalizer changes the
+                # surrounding text.
+                special = texts is added.special
+                new = (t for t in texts if t not in added_texts)
+                add([tokenizers.AddedToken(t, special=special, normalized=False) for t in new])
+        for text in added.texts:
+            ids = backend.encode(f"a{text}a", add_special_tokens=False).ids
+            if backend.token_to_id(text) not in ids:
+                raise NaloraError(
+                    "added tokens", expected="texts that are one token each", found=repr(text)
+                )
+        return replace(self, backend=backend)
+
+    def rows_for(self, added: AddedTokens, rows: int) -> int:
+        """Returns the number of embedding rows, at least ``rows``, for the ids of ``added``.
+
+        The tokens must already be in this tokenizer; if their ids fit, the result is ``rows``.
+        """
+        ids = [self.backend.token_to_id(text) for text in added.texts]
+        return max([rows, *(token_id + 1 for token_id in ids if token_id is not None)])
+
+    def for_embedding(self, rows: int, where: str) -> Tokenizer:
+        """Returns this tokenizer for a model whose embedding has ``rows`` rows.
+
+        Tokenizer files may list more tokens than the model has rows (a ``[PAD]`` that was added
+        later, or the image tokens of a multimodal model of which only the text part is loaded).
+        Such ids are dropped from the stop and padding ids, and a text that contains one raises an
+        error.
+
+        Raises:
+          NaloraError: the end-of-sequence id itself has no row; ``where`` names the tokenizer.
+        """
+        if self.eos_id >= rows:
+            expected = f"an end-of-sequence id below {rows}, the rows of the embedding"
+            remedy = "use the tokenizer that belongs to the model"
+            raise NaloraError(where, expected=expected, found=self.eos_id, remedy=remedy)
+        stops = tuple(token_id for token_id in self.eos_ids if token_id < rows)
+        pad_id = self.pad_id if self.pad_id < rows else self.eos_id
+        return replace(self, rows=rows, eos_ids=stops, pad_id=pad_id)
+
+    def _check_rows(self, ids: Sequence[int]) -> None:
+        if self.rows is None or self.vocab_size <= self.rows or not ids or max(ids) < self.rows:
+            return
+        raise NaloraError(
+            "text",
+            expected=f"tokens below {self.rows}, the rows of the model's embedding",
+            found=f"{self.backend.id_to_token(max(ids))!r}, which is token {max(ids)}",
+            remedy="remove that token from the text, or use the tokenizer that belongs to the model",
+        )
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """Returns the text of a chat in the format that the model was tuned on.
+
+        Args:
+          messages: ``{"role": ..., "content": ...}`` dicts, in order.
+          add_generation_prompt: end with the text that precedes an assistant turn.
+          tools: JSON schemas of the tools that the assistant may call.
+
+        Raises:
+          NaloraError: the model has no chat template, or the template rejects the messages or
+            makes a text that is too long.
+        """
+        return self.render_chats([(messages, add_generation_prompt)], tools)[0]
+
+    def render_chats(
+        self,
+        chats: Sequence[tuple[Sequence[Mapping[str, Any]], bool]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[str]:
+        """Renders several (messages, add_generation_prompt) pairs.
+
+        For a multimodal model the texts contain the tokens of every image and start with the
+        begin-of-sequence token, as with transformers' processors.
+        """
+        template = self.chat_template
+        if tools is not None:
+            template = self.tool_template or template
+        if template is None:
+            expected, actual = "a model with a chat template", "none in its tokenizer"
+            if self.tool_template is not None:
+                actual = "only one for chats with tools"
+            remedy = "use an instruction-tuned model, or prompt/completion data"
+            raise NaloraError("chat template", expected=expected, found=actual, remedy=remedy)
+        common = {"tools": tools, "documents": None, **(self.special_tokens or {})}
+        chats = [([_for_template(message) for message in messages], prompt) for messages, prompt in chats]
+        if self.images is not None:
+            chats = [(as_parts(messages), prompt) for messages, prompt in chats]
+        variables = [
+            {"messages": messages, "add_generation_prompt": prompt, **common} for messages, prompt in chats
+        ]
+        try:
+            texts = [render_template(template, values) for values in variables]
+        except Exception as error:  # a template may raise any
+            raise NaloraError(
+                "chat template",
+                expected=f"messages that the model's template accepts (roles: {[m.get('role') for m in chats[0][0]]})",
+                found=f"{type(error).__name__}: {error}",
+                remedy="change the messages' roles or their order; a template that is no jinja2, or makes a text "
+                "without end, is the model's own fault",
+            ) from error
+        if self.images is None:
+            return texts
+        return [self._with_images(text) for text in texts]
+
+    def _with_images(self, text: str) -> str:
+        assert self.images is not None
+        begin = ""
+        if self.add_bos:
+            begin = (self.special_tokens or {}).get("bos_token", "")
+        return begin + self.images.expanded(text.removeprefix(begin))
+
+    @staticmethod
+    def from_folder(path: str | Path, base: Tokenizer | None = None) -> Tokenizer:
+        """Returns the tokenizer in a model's or adapter's folder; ``base`` completes it.
+
+        Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json,
+        generation_config.json and config.json (stop ids) and chat templates; only the first must
+        exist.
+
+        Raises:
+          NaloraError: a file is missing or damaged, or there is no end-of-sequence token.
+        """
+        folder = Path(path)
+        backend = read_backend(folder / "tokenizer.json")
+        settings = read_json(folder / "special_tokens_map.json", missing={})
+        settings |= read_json(folder / "tokenizer_config.json", missing={})
+        named = {name: _token_text(value) for name, value in settings.items() if name.endswith("_token")}
+        special = {name: text for name, text in named.items() if text}
+        bos_id, eos_id, pad_id = (
+            backend.token_to_id(special.get(f"{n}_token", "")) for n in ("bos", "eos", "pad")
+        )
+        listed = _listed_stop_ids(folder, backend)
+        if base is not None:
+            listed += base.eos_ids
+        if eos_id is None and listed:
+            eos_id = listed[0]
+        if eos_id is None:
+            raise NaloraError(
+                str(folder / "tokenizer_config.json"),
+                expected="eos_token, a token of the vocabulary, or eos_token_id in config.json",
+                found=repr(special.get("eos_token")),
+                remedy="set eos_token to the token that ends a text",
+            )
+        template, tool_template = read_templates(
+            folder, settings, read_json(folder / PROCESSOR_FILE, missing={})
+        )
+        if template is None and tool_template is None and base is not None:
+            template, tool_template = base.chat_template, base.tool_template
+        return Tokenizer(
+            backend=backend,
+            bos_id=bos_id,
+            eos_id=eos_id,
+            pad_id=eos_id if pad_id is None else pad_id,
+            eos_ids=tuple(dict.fromkeys([eos_id, *listed])),
+            chat_template=template,
+            tool_template=tool_template,
+            add_bos=_adds_bos(backend, bos_id, settings.get("add_bos_token")),
+            special_tokens=special,
+            images=None if base is None else base.images,
+        )
+
+
+def _for_template(message: Any) -> Any:
+    """Returns a message as transformers passes it to a template.
+
+    Null fields are dropped, and reasoning is present under both ``thinking`` and
+    ``reasoning_content``.
+    """
+    if not isinstance(message, Mapping):
+        return message
+    message = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((message[name] for name in REASONING if name in message), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the JSON object in ``path``; if there is no file, a copy of ``missing``, if given.
+
+    Raises:
+      NaloraError: the file does not exist, is not JSON, or is not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        if missing is not None:
+            return dict(missing)
+        raise NaloraError(str(path), expected="the file", found="nothing of that name") from error
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON or bad UTF-8
+        raise NaloraError(
+            str(path), expected="a JSON file", found=error, remedy="download the file again"
+        ) from error
+    if not isinstance(value, dict):
+        raise NaloraError(str(path), expected="a JSON object", found=type(value).__name__)
+    return value
+
+
+def _token_text(value: object) -> str:
+    """Returns a special token's text from a config: ``"</s>"`` or ``{"content": "</s>", ...}``."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    if isinstance(value, str) and is_unicode(value):
+        return value
+    return ""
+
+
+def _listed_stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
+    """Returns the stop ids in generation_config.json and config.json (or its ``text_config``)."""
+    config = read_json(folder / "config.json", missing={})
+    files = [read_json(folder / "generation_config.json", missing={}), config, config.get("text_config")]
+    values = [file.get("eos_token_id") for file in files if isinstance(file, dict)]
+    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    numbers = [
+        item for item in items if isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**31
+    ]
+    return [number for number in numbers if backend.id_to_token(number) is not None]
+
+
+def _adds_bos(backend: tokenizers.Tokenizer, bos_id: int | None, setting: object) -> bool:
+    """Returns True if texts start with ``bos_id``.
+
+    The config's setting decides; without one, the backend's post-processor does.
+    """
+    if bos_id is None:
+        return False
+    if isinstance(setting, bool):
+        return setting
+    return backend.encode("a").ids[:1] == [bos_id]

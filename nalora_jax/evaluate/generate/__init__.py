@@ -1,0 +1,6 @@
+"""Text generation: KV cache, sampling, streaming."""
+
+from nalora_jax.evaluate.generate.generator import Completion, Generator
+from nalora_jax.evaluate.generate.settings import Settings
+
+__all__ = ["Completion", "Generator", "Settings"]

@@ -1,0 +1,388 @@
+"""Text generation with a model: batches of prompts, or one streamed prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from jax.sharding import Mesh
+
+from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.data.tokenizer import Tokenizer
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.generate.programs import (
+    NO_TOKEN,
+    Prompts,
+    State,
+    decode,
+    prefill,
+    see,
+    view_weights,
+)
+from nalora_jax.evaluate.generate.sampling import make_sampling
+from nalora_jax.evaluate.generate.settings import Settings, require_setting
+from nalora_jax.evaluate.generate.shapes import (
+    batch_shards,
+    bucket,
+    padded_length,
+    padded_rows,
+    place_batch,
+)
+from nalora_jax.evaluate.generate.signature import with_options
+from nalora_jax.evaluate.generate.text import TextStream, special_stops
+from nalora_jax.layout.distributed import fetch
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.ropes import switch_length
+
+Prompt = str | Sequence[int]  # a text, or its token ids
+Images = Sequence[np.ndarray]  # of one prompt, uint8 [height, width, 3] each
+
+# Tokens per call. Calls are cheap, so these are small, for smooth streams and early stops.
+_STREAM_TOKENS = 4
+_BATCH_TOKENS = 32  # also the maximum of one call
+PREFILL_CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The model's completion of one prompt."""
+
+    text: str
+    # Without the stop token. If a stop text ended it: the tokens whose text is part of `text`,
+    # without a token that extends into the stop text.
+    ids: tuple[int, ...]
+    reason: Literal["stop", "length"]  # a stop token or text, or the maximum number of tokens
+
+
+class Generator:
+    """A model that generates completions of prompts.
+
+    Example:
+      >>> generator = Generator(model, {"params": params, "lora": lora}, tokenizer)
+      >>> generator.generate(["The capital of France is"], max_new_tokens=8)
+      [' Paris.']
+
+    Programs are compiled once per bucket of batch, prompt length and total length, and shared by
+    all generators of the same model, so `with_lora` does not compile.
+
+    Args:
+      model: the decoder.
+      variables: ``{"params": ...}``, and ``"lora"`` if there are adapters.
+      tokenizer: tokenizer of the model.
+      max_length: maximum length of prompt plus completion; the model's context by default.
+      mesh: mesh of the weights, if they are sharded; prompts are split over its data axes.
+      processor: image processor of a vision-language model.
+      prefill_chunk: tokens of a prompt that are processed at a time, so that the memory of
+        activations does not grow with longer prompts. Tokens of an image that see each other stay
+        in a chunk.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        variables: Mapping[str, Any],
+        tokenizer: Tokenizer,
+        *,
+        max_length: int | None = None,
+        mesh: Mesh | None = None,
+        processor: ImageProcessor | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> None:
+        self.prefill_chunk = prefill_chunk
+        self.model, self.tokenizer, self.mesh, self.processor = model, tokenizer, mesh, processor
+        context = model.config.max_positions
+        self.max_length = context if max_length is None else min(max_length, context)
+        require_setting("max_length", self.max_length > 1, "at least 2", max_length)
+        require_setting("prefill_chunk", prefill_chunk >= 1, "at least 1", prefill_chunk)
+        self.variables = variables
+        self._weights = view_weights(model, variables)
+
+    def with_lora(self, lora: Any) -> Generator:
+        """Returns a generator with another adapter of the same shape (None: the base).
+
+        It does not compile.
+        """
+        variables = {name: tree for name, tree in self.variables.items() if name != "lora"}
+        if lora is not None:
+            variables["lora"] = lora
+        options = {"max_length": self.max_length, "mesh": self.mesh, "processor": self.processor}
+        options |= {"prefill_chunk": self.prefill_chunk}
+        return Generator(self.model, variables, self.tokenizer, **options)  # type: ignore[arg-type]
+
+    @with_options(Settings)
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        batch_size: int = 16,
+        images: Sequence[Images] | None = None,
+        **settings: Any,
+    ) -> list[str]:
+        """Returns the completion of each prompt, without the prompt.
+
+        Args:
+          prompts: texts, or token ids.
+          batch_size: prompts per batch.
+          images: the images of each prompt, processed (uint8 ``[height, width, 3]`` of the model's
+            processor), in the order of its image tokens.
+          **settings: the fields of `Settings`.
+
+        Raises:
+          NaloraError: a prompt is empty or fills the context, a setting is out of range, or a
+            prompt's number of images differs from the number in its tokens.
+        """
+        more = {"batch_size": batch_size, "images": images}
+        completions = self.complete(prompts, **more, **settings)  # type: ignore[arg-type]
+        return [completion.text for completion in completions]
+
+    @with_options(Settings)
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        batch_size: int = 16,
+        images: Sequence[Images] | None = None,
+        **settings: Any,
+    ) -> list[Completion]:
+        """Returns completions like `generate`, with token ids and the reason for their end."""
+        chosen = Settings(**settings)
+        ids = [self._encode(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
+        seeds = chosen.seeds(len(ids))
+        require_setting("batch_size", batch_size >= 1, "at least 1", batch_size)
+        if images is None:
+            images = [()] * len(ids)
+        require_setting(
+            "images", len(images) == len(ids), f"those of each of {len(ids)} prompts", len(images)
+        )
+        for number, (row, images_of_row) in enumerate(zip(ids, images, strict=True)):
+            self._check_images(row, images_of_row, f"prompt {number}")
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of similar lengths
+        completions: dict[int, Completion] = {}
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            images_of_batch = [images[i] for i in rows]
+            batch = _Batch(self, [ids[i] for i in rows], chosen, [seeds[i] for i in rows], images_of_batch)
+            completions |= zip(rows, batch.run(), strict=True)
+        return [completions[i] for i in range(len(ids))]
+
+    @with_options(Settings)
+    def stream(self, prompt: Prompt, *, images: Images = (), **settings: Any) -> Iterator[str]:
+        """Yields pieces of the completion; joined, they equal the result of `generate`.
+
+        A piece has no incomplete character and no part of a stop text. Errors are raised like in
+        `generate`, at the call.
+        """
+        chosen = Settings(**settings)
+        ids = self._encode(prompt, "prompt")
+        self._check_images(ids, images, "prompt")
+        batch = _Batch(self, [ids], chosen, chosen.seeds(1), [images])
+        return (pieces[0] for pieces in batch.pieces(_STREAM_TOKENS) if pieces[0])
+
+    def _check_images(self, ids: Sequence[int], images: Images, where: str) -> None:
+        tokens = self.tokenizer.images
+        if tokens is None or self.processor is None:
+            require_setting(
+                "images", not images, "a model that sees, for images", f"{len(images)} for a language model"
+            )
+        elif (places := ids.count(tokens.token_id)) != len(images) * tokens.count:
+            expected = f"{tokens.count} tokens {tokens.token!r} for each of {len(images)} images"
+            raise NaloraError(where, expected=expected, found=places)
+
+    def _encode(self, prompt: Prompt, where: str) -> list[int]:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not prompt or not ids:
+            raise NaloraError(
+                where, expected="a text", found="an empty one", remedy="write a prompt to go on from"
+            )
+        vocab = self.model.config.vocab_size
+        if not 0 <= min(ids) <= max(ids) < vocab:
+            raise NaloraError(
+                where,
+                expected=f"token ids of the model, 0 to {vocab - 1}",
+                found=f"{min(ids)} to {max(ids)}",
+                remedy="use the model's own tokenizer",
+            )
+        if len(ids) >= self.max_length:
+            raise NaloraError(
+                where,
+                expected=f"fewer than {self.max_length} tokens (the context)",
+                found=len(ids),
+                remedy="shorten it",
+            )
+        return ids
+
+
+class _Batch:
+    """Prompts that are completed together."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        ids: Sequence[list[int]],
+        settings: Settings,
+        seeds: Sequence[int],
+        images: Sequence[Images],
+    ) -> None:
+        self._generator, self._count, self._seeing = generator, len(ids), any(images)
+        self._limits = np.array(
+            [min(settings.max_new_tokens, generator.max_length - len(row)) for row in ids]
+        )
+        chosen = settings.stop_ids
+        if chosen is None:
+            chosen = generator.tokenizer.eos_ids
+        self._stop_ids = frozenset(chosen) | special_stops(generator.tokenizer, settings.stop_texts)
+        self._streams = [TextStream(generator.tokenizer, settings.stop_texts) for _ in ids]
+        self._ids: list[list[int]] = [[] for _ in ids]
+        self._ended = np.zeros(len(ids), bool)  # by a stop token or text
+        self._prompt_ids = ids
+        self._prompts = self._make_prompts(ids, settings, seeds)
+        if self._seeing:
+            self._prompts = replace(self._prompts, features=self._features(images))
+
+    def _make_prompts(
+        self,
+        ids: Sequence[list[int]],
+        settings: Settings,
+        seeds: Sequence[int],
+    ) -> Prompts:
+        mesh = self._generator.mesh
+        batch = bucket(len(ids), multiple=batch_shards(mesh))
+        rows = {
+            **self._padded(ids, batch),
+            "live": np.arange(batch) < len(ids),
+            "sampling": make_sampling(
+                batch,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                min_p=settings.min_p,
+                repetition_penalty=settings.repetition_penalty,
+                seeds=seeds,
+            ),
+        }
+        # Padded to a bucket, so that the number of stop ids rarely changes the program.
+        stops = sorted(self._stop_ids)
+        padded = np.full((bucket(len(stops), minimum=8),), NO_TOKEN, np.int32)
+        padded[: len(stops)] = stops
+        return Prompts(**place_batch(rows, mesh), stop_ids=padded)
+
+    def _features(self, images: Sequence[Images]) -> Any:
+        """Returns the image features of every row of the batch."""
+        generator = self._generator
+        assert generator.processor is not None
+        assert generator.processor.output is not None
+        rows, places = self._prompts.tokens.shape[0], bucket(max(map(len, images)))
+        pixels = np.zeros((rows, places, *generator.processor.output, 3), np.uint8)
+        for row, images_of_row in enumerate(images):
+            for place, image in enumerate(images_of_row):
+                pixels[row, place] = image
+        on_mesh = place_batch(pixels, generator.mesh)
+        return see(generator.model, generator.processor, generator._weights, on_mesh)
+
+    def run(self) -> list[Completion]:
+        """Generates all tokens of all rows."""
+        texts = [""] * self._count
+        for pieces in self.pieces(_BATCH_TOKENS):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        reasons = np.where(self._ended, "stop", "length").tolist()
+        ids = [self._ids_of(row, text) for row, text in enumerate(texts)]
+        return [Completion(*row) for row in zip(texts, ids, reasons, strict=True)]
+
+    def _ids_of(self, row: int, text: str) -> tuple[int, ...]:
+        """Returns the tokens of a row's ``text``: all tokens, unless a stop text ended it."""
+        ids = self._ids[row]
+        count = len(ids)
+        if self._streams[row].stopped:
+            decode = self._generator.tokenizer.decode
+            while count and len(decode(ids[:count])) > len(text):
+                count -= 1
+        return tuple(ids[:count])
+
+    def pieces(self, tokens: int) -> Iterator[list[str]]:
+        """Yields each row's new text, at most ``tokens`` (up to `_BATCH_TOKENS`) at a time."""
+        generator, limit = self._generator, int(self._limits.max())
+        state, count = self._prefill(0), 1
+        new_tokens = fetch(state.token)[:, None]
+        while True:
+            pieces = [self._take(row, new_tokens[row]) for row in range(self._count)]
+            counts = np.array([len(ids) for ids in self._ids])
+            finished = self._ended | (counts >= self._limits)
+            if finished.all() or count >= limit:
+                yield [p + stream.finish() for p, stream in zip(pieces, self._streams, strict=True)]
+                return
+            yield pieces
+            if steps := min(tokens, limit - count, self._steps_before_switch(finished)):
+                padded = place_batch(
+                    np.pad(finished, (0, state.token.shape[0] - self._count)), generator.mesh
+                )
+                arguments = state, self._prompts, padded, np.int32(steps)
+                state, new = decode(generator.model, generator._weights, *arguments, size=_BATCH_TOKENS)
+                new_tokens = fetch(new)[:, :steps]
+            else:
+                del state  # frees its cache before the new one is allocated
+                state = self._prefill(count)
+                new_tokens = fetch(state.token)[:, None]
+            count += new_tokens.shape[1]
+
+    def _prefill(self, count: int) -> State:
+        """Processes the prompts and ``count`` generated tokens, and generates one more token."""
+        generator, prompts = self._generator, self._prompts
+        ids = [[*prompt, *new_ids] for prompt, new_ids in zip(self._prompt_ids, self._ids, strict=True)]
+        chunk = self._chunk(ids)
+        if count:
+            rows = self._padded(ids, prompts.tokens.shape[0])
+            prompts = replace(prompts, **place_batch(rows, generator.mesh))
+        slots = padded_length(
+            prompts.tokens.shape[1] + int(self._limits.max()) - count, minimum=32, chunk=chunk
+        )
+        return prefill(
+            generator.model, generator._weights, prompts, np.int32(count), slots=slots, chunk=chunk
+        )
+
+    def _chunk(self, ids: Sequence[list[int]]) -> int:
+        """Returns the tokens of each prompt to process at a time; 0: all."""
+        chunk = self._generator.prefill_chunk
+        return chunk if max(map(len, ids)) > chunk else 0
+
+    def _padded(self, ids: Sequence[list[int]], batch: int) -> dict[str, np.ndarray]:
+        """Returns `padded_rows` of prompts, which have gaps if an image would be in two chunks."""
+        sight, uncut = self._generator.model.config.sight, None
+        if self._seeing and sight is not None and sight.mutual:
+            uncut = sight.image_token
+        return padded_rows(ids, batch, chunk=self._chunk(ids), uncut=uncut)
+
+    def _steps_before_switch(self, finished: np.ndarray) -> int:
+        """Returns the number of tokens until cached keys of an unfinished row become invalid.
+
+        It is 0 if a row's newest token, which is not yet in the cache, is the first beyond the
+        length at which LongRoPE changes its factors.
+        """
+        switch = switch_length(self._generator.model.config.ropes)
+        if switch is None:
+            return _BATCH_TOKENS
+        lengths = [
+            len(self._prompt_ids[row]) + len(self._ids[row]) for row in np.flatnonzero(~finished).tolist()
+        ]
+        return min(
+            (switch + 1 - length for length in lengths if length <= switch + 1), default=_BATCH_TOKENS
+        )
+
+    def _take(self, row: int, new_tokens: np.ndarray) -> str:
+        """Returns the text of a row's new tokens, up to its end."""
+        if self._ended[row]:
+            return ""
+        ids = self._ids[row]
+        lengths: list[int] = []
+        for token in new_tokens[: self._limits[row] - len(ids)].tolist():
+            if token == NO_TOKEN:
+                break
+            if token in self._stop_ids:
+                self._ended[row] = True
+                break
+            lengths.append(token)
+        ids.extend(lengths)
+        piece = self._streams[row].push(lengths)
+        self._ended[row] |= self._streams[row].stopped
+        return piece

@@ -1,6 +1,0 @@
-"""Text generation: KV cache, sampling, streaming."""
-
-from nalora_jax.generate.generator import Completion, Generator
-from nalora_jax.generate.settings import Settings
-
-__all__ = ["Completion", "Generator", "Settings"]

@@ -1,0 +1,393 @@
+"""The mesh and the rematerialization policy of a run: the fastest by roofline that fits.
+
+A frozen base has no gradients and no optimizer state, so the best layout is not the one for
+full training. A model of 16 GB may be replicated on chips of 32 GB, which then gather no weights. A
+split model is gathered once in the forward and once in the backward pass, and the saved activations
+determine how much is recomputed. Activations that do not fit on the chip may be stored in the
+host's memory, if their transfers take no longer than the matmuls. The estimates here need no
+compiler and take milliseconds; `nalora plan` compiles the chosen layout and shows how accurate they
+are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from nalora_jax.common.axes import AXES
+from nalora_jax.config import MeshConfig, RunConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.layout import distributed
+from nalora_jax.layout.estimates import (
+    WIDTHS,
+    activation_traffic,
+    attention_kernel,
+    copied_experts,
+    executed_flops,
+    gathered_keys,
+    hidden_share,
+    rows_for_experts,
+    state_bytes,
+    summed_bytes,
+    trained_bytes,
+    transposed_bytes,
+    values_for_backward,
+    weight_bytes,
+    weight_passes,
+    working_bytes,
+)
+from nalora_jax.layout.machines import Topology
+from nalora_jax.layout.roofline import uniform, useful_flops
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.remat import DOTS_LAST, OFFLOAD
+from nalora_jax.models.stacks import groups, key_heads
+from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.ops.quantize import kernels
+
+# Policies ordered by the amount that they save, most first; on the chip, then in the host's memory.
+_POLICIES = tuple(name + where for where in ("", OFFLOAD) for name in ("dots", "attention", "full"))
+# With more, sums of activations cost more than gathers of weights on every machine of the table.
+_MOST_TENSOR = 8
+# Usable share of the memory, a margin for the error of the estimates (docs/pods.md).
+_USABLE = {"tpu": 0.97, "gpu": 0.9}
+_USABLE_OF_HOST = 0.5  # the rest is for processes that read data, for loading, and for the system
+_LEAST_BLOCK = (
+    1024  # tokens of a block of a split row (`nalora_jax.ops.split_rows`), if --mesh auto splits it
+)
+# Periods of layers whose activations are on the chip while all others are in the host's memory.
+_UNDER_WAY = 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh with a rematerialization policy, and its estimated resources on each chip."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    remat: str
+    experts: str  # "gather" or "send" (`nalora_jax.config.ComputeConfig`)
+    weights: float  # bytes of the frozen base
+    state: float  # bytes of adapters and optimizer
+    activations: float  # bytes saved for the backward pass
+    working: float  # bytes of gathered kernels, of one layer's arrays and of the loss
+    host: float  # bytes saved for the backward pass in the host's memory
+    # seconds per step to gather kernels, overlapped with matmuls if the compiler can
+    gathers: float
+    # seconds per step to offload activations and load them again, overlapped with matmuls
+    transfers: float
+    seconds: float  # duration of a step, by roofline
+    mfu: float
+    context: int = 1
+
+    @property
+    def memory(self) -> float:
+        """The total bytes."""
+        return self.weights + self.state + self.activations + self.working
+
+    @property
+    def mesh(self) -> tuple[int, ...]:
+        """The sizes of data, fsdp and tensor, and of context if it is above 1."""
+        sizes = (self.data, self.fsdp, self.tensor)
+        if self.context == 1:
+            return sizes
+        return *sizes, self.context
+
+    @property
+    def short(self) -> str:
+        """The layout without its estimates."""
+        sends = ", rows sent to experts" if self.experts == "send" else ""
+        axes = distributed.shown_axes({name: getattr(self, name) for name in AXES})
+        return f"{axes}, remat {self.remat}{sends}"
+
+    def __str__(self) -> str:
+        """Returns one line for the log and for `nalora plan`."""
+        of_host = f" and {self.host / 1e9:.1f} of the host's" if self.host else ""
+        return (
+            f"{self.short}: {self.memory / 1e9:.1f} GB a chip{of_host}, "
+            f"at least {self.seconds:.3g} s a step (MFU at most {self.mfu:.0%})"
+        )
+
+
+def choose(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int) -> Layout:
+    """Returns the layout with the best estimate; see `fitting`."""
+    return preferred(fitting(config, base, spec, where, seq))
+
+
+def fitting(
+    config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int
+) -> list[Layout]:
+    """Returns layouts that are estimated to fit and match the axes and policy of ``config``.
+
+    Raises:
+      NaloraError: no layout fits, or no mesh divides the batch.
+    """
+    layouts = list(candidates(config, base, spec, where, seq))
+    if not layouts:
+        micro = config.train.batch_size // config.train.accumulate
+        raise NaloraError(
+            "--train.batch-size",
+            expected=f"rows per micro-batch that {where.size} devices can share (a multiple of mesh axes data x fsdp)",
+            found=micro,
+            remedy=f"use a multiple of {where.size}, a smaller --train.accumulate, or a larger --mesh.context or "
+            "--mesh.tensor",
+        )
+    fits = usable(layouts, where)
+    if not fits:
+        raise _too_large(layouts, base, where, seq)
+    return fits
+
+
+def usable(layouts: Sequence[Layout], where: Topology) -> list[Layout]:
+    """Returns the layouts that are estimated to fit in the memory of a chip and of its host."""
+    limit = usable_memory(where)
+    return [layout for layout in _hosted(layouts, where) if layout.memory <= limit]
+
+
+def usable_memory(where: Topology) -> float:
+    """Returns the bytes of a chip's memory that a layout's estimate may have."""
+    return _USABLE.get(where.chip.platform, 0.9) * where.chip.memory
+
+
+def _hosted(layouts: Sequence[Layout], where: Topology) -> list[Layout]:
+    """Returns the layouts whose offloaded activations fit in the host's memory."""
+    return [layout for layout in layouts if layout.host <= _USABLE_OF_HOST * where.chip.host_memory]
+
+
+def _too_large(layouts: Sequence[Layout], base: ModelConfig, where: Topology, seq: int) -> NaloraError:
+    """Returns the error for a model that fits in no layout."""
+    hosted = _hosted(layouts, where)
+    if hosted:
+        smallest = min(hosted, key=lambda layout: layout.memory)
+        needed, room, of = smallest.memory, usable_memory(where), "a chip"
+    else:
+        smallest = min(layouts, key=lambda layout: layout.host)
+        needed, room = smallest.host, _USABLE_OF_HOST * where.chip.host_memory
+        of = "of the host's memory for each chip"
+    return NaloraError(
+        f"{where.name}",
+        expected=f"{base.model_type} with {seq} tokens a row to fit in {room / 1e9:.2f} GB {of}",
+        found=f"{needed / 1e9:.2f} GB at the least ({smallest})",
+        remedy="use more chips, fewer rows a device (--train.accumulate), shorter rows, or --compute.quantize int8",
+    )
+
+
+def preferred(
+    layouts: Sequence[Layout], seconds: Callable[[Layout], float] = lambda layout: layout.seconds
+) -> Layout:
+    """Returns the fastest layout.
+
+    Among layouts within 1% of the fastest it prefers the least communication to hide, then the
+    least ``tensor``, then the least memory.
+    """
+    fastest = min(seconds(layout) for layout in layouts)
+    equal = [layout for layout in layouts if seconds(layout) <= 1.01 * fastest]
+    return min(
+        equal,
+        key=lambda layout: (round(layout.gathers + layout.transfers, 3), layout.tensor, layout.memory),
+    )
+
+
+def candidates(
+    config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int
+) -> Iterator[Layout]:
+    """Yields every layout that divides the devices, the batch and the heads."""
+    micro = config.train.batch_size // config.train.accumulate
+    policies = policies_of(config, base)
+    # libtpu 0.0.42 aborts with both on most meshes of one slice (`nalora_jax.models.remat.chosen_experts`).
+    asked_for_both = "auto" not in (config.compute.remat, config.compute.experts)
+    mesh = config.mesh
+    if -1 in (mesh.data, mesh.fsdp, mesh.context, mesh.tensor):  # no axis is left to choose
+        sizes = distributed.resolve_sizes(mesh, where.size)
+        mesh = MeshConfig(**dict(zip(AXES, sizes, strict=True)))
+    distributed.check_axes(mesh, where.size, where.slices)
+    mesh = replace(mesh, context=distributed.context_of(mesh))
+    distributed.check_tensor(max(mesh.tensor, 1), n_heads=base.n_heads, n_kv_heads=key_heads(base))
+    for tensor in _divisors(where.size):
+        if mesh.tensor == 0 and (
+            tensor > _MOST_TENSOR or base.n_heads % tensor or key_heads(base) % tensor
+        ):
+            continue
+        if where.chip.platform == "gpu" and mesh.tensor == 0 and where.dims[-1] % tensor:
+            continue
+        for data, fsdp, context in _splits(where.size // tensor):
+            pairs = (mesh.data, data), (mesh.fsdp, fsdp), (mesh.context, context), (mesh.tensor, tensor)
+            fits = all(requested in (0, size) for requested, size in pairs) and micro % (data * fsdp) == 0
+            if context > 1 and not mesh.context:
+                fits = fits and _splits_well(base, where, seq, context) and micro == data * fsdp
+            if fits and data % where.slices == 0:
+                for remat, experts in itertools.product(policies, _ways(config, base, where, fsdp)):
+                    if experts == "send" and remat.endswith(OFFLOAD) and not asked_for_both:
+                        continue
+                    layout = (data, fsdp, tensor), remat, experts, context
+                    yield estimate(config, base, spec, where, seq, *layout)
+
+
+def policies_of(config: RunConfig, base: ModelConfig) -> tuple[str, ...]:
+    """Returns the rematerialization policies to choose from."""
+    if config.compute.remat != "auto":
+        return (config.compute.remat,)
+    if max(map(len, groups(base))) > 1:
+        return (DOTS_LAST, *_POLICIES)
+    return _POLICIES
+
+
+def _splits(devices: int) -> Iterator[tuple[int, int, int]]:
+    """Yields the sizes of data, fsdp and context whose product is ``devices``."""
+    for fsdp in _divisors(devices):
+        for context in _divisors(devices // fsdp):
+            yield devices // fsdp // context, fsdp, context
+
+
+def _splits_well(base: ModelConfig, where: Topology, seq: int, context: int) -> bool:
+    """Returns True if ``--mesh auto`` may split rows: long rows whose parts the platform's kernels take."""
+    mixers = (stack.mixer for stack in uniform(base) if stack.mixer is not None)
+    can_split = not base.attn_dropout and all(mixer.splits_rows for mixer in mixers)
+    attending = [of_stack for of_stack in uniform(base) if of_stack.attends]
+    has_kernel = where.chip.platform == "tpu" or all(
+        attention_kernel(where, of_stack, 1, seq, context) for of_stack in attending
+    )
+    return can_split and has_kernel and seq >= 2 * context * _LEAST_BLOCK
+
+
+def _ways(config: RunConfig, base: ModelConfig, where: Topology, fsdp: int) -> tuple[str, ...]:
+    """Returns the values of ``--compute.experts`` to choose from."""
+    if fsdp == 1 or not base.n_experts or base.n_experts % fsdp or config.lora.dropout:
+        return ("gather",)
+    if config.compute.experts != "auto":
+        return (config.compute.experts,)
+    # On GPUs the estimates are fitted to programs that gather experts or split their channels.
+    if where.chip.platform == "gpu":
+        return ("gather",)
+    return ("gather", "send")
+
+
+def estimate(
+    config: RunConfig,
+    base: ModelConfig,
+    spec: AdapterSpec,
+    where: Topology,
+    seq: int,
+    sizes: tuple[int, int, int],
+    remat: str,
+    experts: str = "gather",
+    context: int = 1,
+) -> Layout:
+    """Returns the memory and time of one layout; ``sizes`` has data, fsdp and tensor."""
+    data, fsdp, tensor = sizes
+    split = fsdp * context  # devices that share the weights
+    micro = config.train.batch_size // config.train.accumulate
+    rows = micro / (data * split)  # of a chip, which may have part of one
+    tokens = rows * seq
+    wide, narrow = _widths(config)
+    layer, ends = _weight_bytes(base, config, narrow, wide)
+    trained = trained_bytes(base, spec, tensor)
+    live_keys, received_keys = gathered_keys(base, rows * context, seq, context, wide)
+    kernel = attention_kernel(where, base, rows, seq, context)
+    saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
+    saved_bytes, recomputed = (wide * tokens * n for n in values_for_backward(base, saves, tensor, kernel))
+    saved = saved_bytes * base.n_layers
+    host = saved if offloads else 0.0
+    times = config.train.accumulate
+    once, executed = (executed_flops(base, spec, policy, rows, seq, kernel) for policy in ("dots", saves))
+    out = host / where.chip.host_link
+    products = _matmul_seconds(where, once / tensor, executed / tensor, out)
+    passes = 2.3 if saves == "full" else 2.0
+    weights = layer * base.n_layers
+    copied = transposed_bytes(where, base, narrow) + copied_experts(base, fsdp, context, narrow)
+    stay, sent = rows_for_experts(base, tokens, fsdp, narrow, wide) if experts == "send" else (0.0, 0.0)
+    received = passes * (weights - stay + ends / 2) / tensor * (split - 1) / split
+    gathered = received / where.inbound(split * tensor)
+    traffic = activation_traffic(where, base, rows, seq, tensor, saved, sends=stay > 0)
+    moved = _weight_traffic(base, config, split, passes, weights - stay * (1 - 1 / split) + ends)
+    hbm = (moved / tensor + traffic) / where.chip.bandwidth
+    gradients = 2 * sum(trained) / where.inbound(data * split) if data * split > 1 else 0.0
+    overlapped, exposed = _overlap(where, base, gathered)
+    sums = summed_bytes(base, tokens, tensor, saves, wide) / where.inbound(tensor)
+    exposed += sums + sent / where.inbound(fsdp)
+    exposed += received_keys / tensor / where.inbound(context)
+    seconds = times * (max(products, hbm, overlapped) + exposed) + gradients
+    return Layout(
+        data, fsdp, tensor, remat, experts,
+        weights=(weights + ends) / (split * tensor),
+        state=state_bytes(trained, split, tensor),
+        activations=_under_way(base, saved_bytes) if offloads else saved,
+        working=working_bytes(
+            where, base, tokens, (split, tensor), wide=wide, offloads=offloads, recomputed=recomputed
+        )
+        + (2 * trained.tables + copied / (split * tensor) if split > 1 else 0.0)
+        + live_keys / tensor,
+        host=host, gathers=times * gathered, transfers=2 * times * out,
+        seconds=seconds,
+        mfu=times * (useful_flops(base, spec, micro, seq) / where.size) / (where.chip.flops * seconds),
+        context=context,
+    )  # fmt: skip
+
+
+def _widths(config: RunConfig) -> tuple[float, float]:
+    """Returns the bytes of a number, and of a weight of the base's projections."""
+    wide = float(config.compute.itemsize)
+    return wide, WIDTHS.get(config.compute.quantize, wide)
+
+
+def _weight_bytes(base: ModelConfig, config: RunConfig, narrow: float, wide: float) -> tuple[float, float]:
+    """Returns `weight_bytes` of a base, quantized or not."""
+    quantize = config.compute.quantize
+    return weight_bytes(base, narrow, wide, "" if quantize == "none" else kernels(quantize))
+
+
+def _weight_traffic(base: ModelConfig, config: RunConfig, split: int, passes: float, held: float) -> float:
+    """Returns the HBM traffic of a step for weights, of which a chip holds or gathers ``held`` bytes."""
+    reads = weight_passes(base, split, passes)
+    # Quantized kernels are written as floats in every pass, and read by the matmuls.
+    return reads * held + (passes + reads) * _expanded_bytes(base, config)
+
+
+def _overlap(where: Topology, base: ModelConfig, gathered: float) -> tuple[float, float]:
+    """Returns the seconds of gathers that matmuls overlap, and of all other gathers."""
+    share = hidden_share(where, base)
+    return share * gathered, (1 - share) * gathered
+
+
+def _under_way(base: ModelConfig, saved: float) -> float:
+    """Returns the saved activations on the chip if others are in the host's memory; a layer saves ``saved`` bytes."""
+    return saved * min(_UNDER_WAY * max(map(len, groups(base))), base.n_layers)
+
+
+def _expanded_bytes(base: ModelConfig, config: RunConfig) -> float:
+    """Returns the bytes of all quantized kernels as floats."""
+    wide, narrow = _widths(config)
+    if narrow == wide:
+        return 0.0
+    floats, codes = (_weight_bytes(base, config, width, wide)[0] for width in (wide, narrow))
+    return wide * (floats - codes) * base.n_layers / (wide - narrow)
+
+
+def _matmul_seconds(where: Topology, once: float, executed: float, transfer: float) -> float:
+    """Returns the time of a chip's matmuls with the transfers that they overlap.
+
+    Args:
+      where: the machine.
+      once: flops without recomputation.
+      executed: flops with recomputation.
+      transfer: seconds in which the activations move to the host; they return in the same time.
+    """
+    matrix = executed / where.chip.matrix_rate
+    # The GPU compiler overlaps only a sixth of the transfers with matmuls.
+    if where.chip.platform == "gpu":
+        return matrix + 2 * transfer
+    # Activations are offloaded during matmuls of the forward pass, which are half of all matmuls
+    # without recomputation.
+    ahead = matrix * once / executed / 2
+    return max(ahead, transfer) + max(matrix - ahead, transfer)
+
+
+def decoder_alone(base: ModelConfig, spec: AdapterSpec) -> tuple[ModelConfig, AdapterSpec]:
+    """Returns a model without its image tower and projector, which estimates ignore as small."""
+    targets = tuple((path, target) for path, target in spec.targets if path.startswith("layers/"))
+    return replace(base, sight=None), replace(spec, targets=targets)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,216 @@
+"""Shardings of all arrays: ordered (path regex, PartitionSpec) rules for every tree of a run.
+
+A spec names the *trailing* axes of a leaf, so one rule covers a kernel ``[in, out]``, its layer
+stack ``[L, in, out]`` and a stack of experts ``[L, E, in, out]``. Leading axes are not split,
+except the experts of a kernel or bias, which "fsdp" splits if it divides their number.
+
+    layers/ffn/gate_proj/kernel [L, in, out]   P("fsdp", "tensor")  ->  P(None, "fsdp", "tensor")
+    layers/ffn/gate_proj/a      [L, in, r]     P("fsdp", None)      ->  P(None, "fsdp")            in as the kernel's in
+    layers/ffn/gate_proj/b      [L, r, out]    P(None, ("tensor", "fsdp"))                         out over both
+
+On a mesh with the axis "context", that axis and "fsdp" split the same dimensions.
+The path of an optimizer's moment ends in the path of its parameter, so the same rules apply to it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax.common import path_rules, trees
+from nalora_jax.common.axes import CONTEXT, WEIGHT_AXES
+from nalora_jax.errors import NaloraError
+from nalora_jax.method.statistics import CHECK, COUNTS
+
+Rules = Sequence[tuple[str, P]]
+
+
+# Per projection: name, mesh axis of its input, mesh axis of its output.
+_PROJECTIONS: tuple[tuple[str, str, str | None], ...] = (
+    ("(q|k|v|gate|up|in)_proj", "fsdp", "tensor"),  # outputs are split over tensor
+    ("(o|down|out)_proj", "tensor", "fsdp"),  # outputs are summed over tensor
+    ("(router|bcx_proj)", "fsdp", None),
+    ("in_proj_(qkvz?|z)", "fsdp", "tensor"),
+    ("in_proj_(a|b|ba)", "fsdp", None),
+)
+# Frozen weights of experts and the number of their axes: [L, E, in, out] and [L, E, out].
+_WEIGHTS = ((re.compile(r"_proj/kernel(/codes|/scales)?$"), 4), (re.compile(r"_proj/bias$"), 3))
+_WHOLE = ("tensor", "fsdp")  # for axes that the train state splits over both
+
+
+def _kernel_rules() -> Rules:
+    """Returns the rules of the frozen weights of every projection."""
+    rules: list[tuple[str, P]] = []
+    for name, inner, outer in _PROJECTIONS:
+        rules.append((rf"(^|/){name}/kernel(/codes|/scales)?$", P(inner, outer)))
+        rules.append((rf"(^|/){name}/bias$", P(outer)))
+        rules.append((rf"(^|/){name}/start_a$", P(inner, None)))  # initial adapters, if B != 0
+        rules.append((rf"(^|/){name}/start_b$", P(None, outer)))
+    return rules
+
+
+def _adapter_rules(places: Mapping[str | None, Any]) -> Rules:
+    """Returns the rules of every projection's adapters, which are split over ``places`` of the kernel's axes."""
+    rules: list[tuple[str, P]] = []
+    for name, inner, outer in _PROJECTIONS:
+        rules.append((rf"(^|/){name}/a$", P(places.get(inner), None)))
+        rules.append((rf"(^|/){name}/b$", P(None, places.get(outer))))
+        rules.append((rf"(^|/){name}/magnitude$", P(places.get(outer))))
+    return rules
+
+
+# Frozen weights. There is no trailing default, so that a weight without a rule is an error and not
+# silently replicated.
+_TABLE_RULES: Rules = (
+    (r"(^|/)embed/embedding$", P("tensor", "fsdp")),
+    (r"(^|/)lm_head/kernel$", P("fsdp", "tensor")),
+)
+PARAM_RULES: Rules = (
+    *_kernel_rules(),
+    *_TABLE_RULES,
+    (r"(^|/)layer_embeddings/embedding$", P("tensor", "fsdp")),
+    (r"(^|/)layer_embeddings/projection/kernel$", P("fsdp", None)),
+    (r"norm/(scale|bias)$", P()),
+    (r"(^|/)(conv/weight|a_log|dt_bias)$", P()),
+    (r"(^|/)(router/(correction|scale)|shared_gate/kernel)$", P()),
+    # Encoders: weights that are small compared with their layers.
+    (r"(^|/)tokens/embedding$", P("tensor", "fsdp")),
+    (r"(^|/)(positions|types)/embedding$", P()),
+    (r"(^|/)(patches|pooler|projection)/(kernel|bias)$", P()),
+    (r"(^|/)(class_token|probe|sinks|taps|taps_bias|attn_scale|ffn_scale|logit_scale|logit_bias)$", P()),
+    (r"(^|/)tail/scale$", P()),
+)
+
+# The train state between steps: adapters, optimizer, gate EMAs, counters. Both mesh axes that split
+# weights split one axis of each leaf, because moments of large ranks take gigabytes.
+STATE_RULES: Rules = (
+    (
+        r"(^|/)v_(row|col)/",
+        P(),
+    ),  # factored second moments (Adafactor) are small and no longer shaped like a weight
+    *_adapter_rules({"fsdp": "fsdp", "tensor": _WHOLE}),
+    *_TABLE_RULES,  # fully trained tables and their moments
+    # Memories of mechanisms and statistics of blocks end in an axis of channels, except counts and
+    # checks.
+    (rf"(^|/)({'|'.join(COUNTS)}|{CHECK}\w*)$", P()),
+    (r"(^|/)(memory|gate_mask|gate_taps)/", P(_WHOLE)),
+    (r"", P()),
+)
+
+# Adapters and masks within a step: gathered over fsdp once, before the layers, and split over
+# tensor like their kernels.
+STEP_RULES: Rules = (
+    *_adapter_rules({"tensor": "tensor"}),
+    (r"(^|/)embed/embedding$", P("tensor", None)),
+    (r"(^|/)lm_head/kernel$", P(None, "tensor")),
+    (r"(^|/)mask$", P("tensor")),
+    (r"", P()),
+)
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+    """Returns a tree like ``tree`` with the `NamedSharding` of each leaf.
+
+    Args:
+      tree: arrays or ``ShapeDtypeStruct`` leaves.
+      rules: ordered (regex, spec) pairs, searched in the slash-joined path; the first match wins. A
+        spec covers the trailing axes of the leaf. A mesh axis that does not divide a dimension is
+        dropped for that dimension only, and a leaf with fewer axes than its spec is replicated, so
+        a layout is always valid, but may use more memory.
+
+    Raises:
+      NaloraError: a leaf that no rule matches.
+    """
+    uncovered = [path for path in trees.flatten(tree) if path_rules.first_match(rules, path) is None]
+    if uncovered:
+        raise NaloraError(
+            "sharding rules",
+            expected="a rule for every array",
+            found="none for " + ", ".join(uncovered),
+            remedy='add a (regex, PartitionSpec) rule, or the trailing default ("", P()) to replicate what is left',
+        )
+
+    def place(path: str, leaf: Any) -> NamedSharding:
+        match = path_rules.first_match(rules, path)
+        assert match is not None
+        spec = _by_expert(path, _over_context(match[1], mesh), leaf.shape, mesh)
+        return NamedSharding(mesh, fit_spec(spec, leaf.shape, mesh))
+
+    return trees.map_named(place, tree)
+
+
+def _over_context(spec: P, mesh: Mesh) -> P:
+    """Returns the spec on a mesh: if it has the axis "context", that splits what "fsdp" splits."""
+    if CONTEXT not in mesh.shape:
+        return spec
+
+    def widened(axis: Any) -> Any:
+        names = (name for old in _names(axis) for name in (WEIGHT_AXES if old == "fsdp" else (old,)))
+        return tuple(names) or None
+
+    return P(*map(widened, spec))
+
+
+def _by_expert(path: str, spec: P, shape: Sequence[int], mesh: Mesh) -> P:
+    """Returns the spec of a leaf; "fsdp" splits experts of ``[L, E, (in,) out]`` if it divides them.
+
+    The axis "context" splits the experts as well, or what "fsdp" splits in other kernels.
+    """
+    if not any(len(shape) == rank and pattern.search(path) for pattern, rank in _WEIGHTS):
+        return spec
+    axes = tuple(name for name in WEIGHT_AXES if name in mesh.shape)
+    for experts, inner in ((axes, None), (axes[:1], axes[1:] or None)):
+        if shape[1] % math.prod(mesh.shape[name] for name in experts) == 0:
+            return P(experts, *(inner if axis in ("fsdp", axes) else axis for axis in spec))
+    return spec
+
+
+def fit_spec(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
+    """Returns ``spec`` for the trailing axes of ``shape``; drops mesh axes that do not divide them.
+
+    Example (mesh 2 x 4 x 1):
+      >>> fit_spec(P("fsdp", "tensor"), (30, 576, 1536), mesh)
+      PartitionSpec(None, 'fsdp', 'tensor')
+      >>> fit_spec(P("tensor", "fsdp"), (50257, 766), mesh)    # 766 is no multiple of 4
+      PartitionSpec('tensor',)
+    """
+    lead = len(shape) - len(spec)
+    if lead < 0:
+        return P()
+    entries = [None] * lead + [
+        _fit_axis(axis, size, mesh) for axis, size in zip(spec, shape[lead:], strict=True)
+    ]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return P(*entries)
+
+
+def _fit_axis(axis: Any, size: int, mesh: Mesh) -> Any:
+    """Returns the longest prefix of one or several axes that divides ``size``, or None."""
+    names = _names(axis)
+    for count in range(len(names), 0, -1):
+        if size % math.prod(mesh.shape[name] for name in names[:count]) == 0:
+            return names[0] if count == 1 else tuple(names[:count])
+    return None
+
+
+def bytes_per_device(tree: Any) -> dict[jax.Device, int]:
+    """Returns the bytes of the arrays of ``tree`` on each of this process's devices."""
+    totals: dict[jax.Device, int] = {}
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            totals[shard.device] = totals.get(shard.device, 0) + shard.data.nbytes
+    return totals
+
+
+def _names(axis: Any) -> tuple[str, ...]:
+    """Returns the mesh axes of an entry of a spec: a name, several names, or None."""
+    if isinstance(axis, str):
+        return (axis,)
+    return tuple(axis or ())

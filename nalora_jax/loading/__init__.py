@@ -1,1 +1,0 @@
-"""Loads models by name: a base, a base with its adapter, or a dual encoder."""

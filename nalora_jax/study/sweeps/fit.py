@@ -1,0 +1,163 @@
+"""The number of runs that train together, by devices and memory, before weights are read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import jax
+
+from nalora_jax.common.devices import memory_statistics
+from nalora_jax.config import MeshConfig, RunConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.layout import distributed
+from nalora_jax.layout.layouts import decoder_alone, estimate, preferred
+from nalora_jax.layout.machines import Topology, of_devices, topology
+from nalora_jax.layout.sweep_layouts import fitting_sweep
+from nalora_jax.models.adapters import adapter_spec
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.train.machine import host_memory
+
+_USABLE = 0.9  # share of a device's memory
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """The mesh of a group of runs and the number of runs that fit on it at the same time."""
+
+    mesh: MeshConfig
+    capacity: int
+    width: int  # d_model; 0 for image and text encoders
+    remat: str = "auto"  # the rematerialization policy
+
+    @classmethod
+    def of(cls, config: RunConfig, base: ModelConfig | None, count: int) -> Fitting:
+        """Returns the fitting of ``count`` runs.
+
+        Args:
+          config: settings of the first run.
+          base: architecture of its base; None for image and text encoders (no estimate).
+          count: number of runs.
+
+        Raises:
+          NaloraError: rows that the mesh splits, more runs a device than fit, several groups of
+            devices for a mixture of experts, or a group that does not divide a batch.
+        """
+        if config.mesh.context not in (0, 1):
+            raise NaloraError(
+                "--mesh.context", expected="1 in a sweep, whose rows are whole", found=config.mesh.context
+            )
+        where = of_devices(jax.devices())
+        if base is not None and where is not None and _is_open(config.mesh):
+            return cls._estimated(config, base, where, count)
+        limit = _USABLE * device_memory()
+        weights, run, width = 0.0, 1.0, 0
+        if base is not None:
+            (weights, run), width = _bytes(config, base), base.d_model
+        experts = base is not None and base.n_experts > 0
+        mesh = _mesh(config, count, weights / limit, experts)
+        groups = max(mesh.run, 1)
+        if experts:
+            _check_experts(mesh)
+        split = max(mesh.fsdp, 1) * max(mesh.tensor, 1)
+        fits = max(1, int((limit - weights / split) / (run / max(mesh.data, 1) / split)))
+        requested = mesh.runs_per_device
+        if requested > fits:
+            raise NaloraError(
+                "--mesh.runs-per-device",
+                expected=f"at most {fits} runs, which fit in {limit / 1e9:.1f} GB with the base",
+                found=requested,
+            )
+        per_group = requested or min(fits, math.ceil(count / groups))
+        mesh = replace(mesh, runs_per_device=per_group)
+        return cls(mesh, groups * per_group, width, config.compute.remat)
+
+    @classmethod
+    def _estimated(cls, config: RunConfig, base: ModelConfig, where: Topology, count: int) -> Fitting:
+        """Returns the fastest layout that `nalora_jax.layout` estimates to fit on known chips."""
+        layouts = fitting_sweep(config, base, where, config.data.max_length, count)
+        layout = preferred(list(layouts))
+        mesh = layouts[layout]
+        return cls(mesh, mesh.run * mesh.runs_per_device, base.d_model, layout.remat)
+
+    def next(self, left: int) -> int:
+        """Returns the number of runs of the next program; programs have equal sizes."""
+        return math.ceil(left / math.ceil(left / self.capacity))
+
+    def slots(self, count: int) -> int:
+        """Returns the length of the axis ``[runs]`` for ``count`` runs: a multiple of the groups."""
+        groups = max(self.mesh.run, 1)
+        return math.ceil(count / groups) * groups
+
+    def describe(self, count: int) -> str:
+        """Returns a text for the log."""
+        groups = max(self.mesh.run, 1)
+        return f"{count} runs in one program: {groups} group(s) of devices with {self.slots(count) // groups} each"
+
+
+def _is_open(mesh: MeshConfig) -> bool:
+    """Returns True if the devices of a run are not divided by the user."""
+    return mesh.data == mesh.fsdp == mesh.tensor == 0
+
+
+def _check_experts(mesh: MeshConfig) -> None:
+    """Raises a NaloraError if several groups of several devices each train a mixture of experts."""
+    devices, axes = distributed.platform_of().devices, (mesh.data, mesh.fsdp, mesh.tensor)
+    if mesh.run in (0, 1) or (mesh.run == devices and max(axes) <= 1 and min(axes) >= 0):
+        return
+    raise NaloraError(
+        "--mesh.run",
+        expected="one device a run for mixtures of experts, or all devices for each",
+        found=f"{mesh.run} on {devices} devices (data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor})",
+        remedy=f"use --mesh.run {devices} with the other axes at 0, or --mesh.run 1",
+    )
+
+
+def device_memory() -> float:
+    """Returns the bytes of a device's memory; devices of a CPU share the host's."""
+    device = jax.local_devices()[0]
+    limit = memory_statistics(device).get("bytes_limit")
+    if limit:
+        return float(limit)
+    _, total = host_memory()
+    return total / len(jax.local_devices())
+
+
+def _bytes(config: RunConfig, base: ModelConfig) -> tuple[float, float]:
+    """Returns the estimated bytes of the base, and of each run: state and saved activations."""
+    decoder, remat = decoder_alone(base, adapter_spec(config, base)), config.compute.remat
+    if remat == "auto":
+        remat = "none"
+    # Bytes do not depend on the machine.
+    layout = estimate(config, *decoder, topology("v5e:1x1"), config.data.max_length, (1, 1, 1), remat)
+    return layout.weights, layout.state + layout.activations
+
+
+def _mesh(config: RunConfig, count: int, share: float, experts: bool) -> MeshConfig:
+    """Returns the mesh with a concrete axis "run".
+
+    Each run gets as few devices as hold the base, ``share`` of one device's memory, and the open
+    axes get the rest; a run of a mixture of experts gets one device or all. Without a choice every
+    axis stays as it is.
+    """
+    mesh, devices = config.mesh, distributed.platform_of().devices
+    if mesh.run or devices == 1:
+        if mesh.run:
+            return mesh
+        return replace(mesh, data=1, fsdp=1, tensor=1, run=1)
+    rows = config.train.batch_size // config.train.accumulate
+    fixed = math.prod(size for size in (mesh.data, mesh.fsdp, mesh.tensor) if size > 0)
+    sizes = [
+        size
+        for size in range(fixed, devices + 1, fixed)
+        if devices % size == 0
+        and share / size < 0.5
+        and rows % (size // fixed) == 0
+        and not (experts and 1 < size < devices)
+    ]
+    if not sizes:
+        return replace(mesh, run=1)
+    # Groups without a run would be idle.
+    size = next((size for size in sizes if devices // size <= count), sizes[-1])
+    fsdp = mesh.fsdp if mesh.fsdp > 0 else size // fixed
+    return replace(mesh, data=max(mesh.data, 1), fsdp=fsdp, tensor=max(mesh.tensor, 1), run=devices // size)

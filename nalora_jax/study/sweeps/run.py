@@ -1,0 +1,278 @@
+"""Trains many runs in few programs; each leaves the folder that a solo run leaves.
+
+settings -> groups of one program -> base model, read once -> programs of fitting runs -> comparison
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from rich.console import Console
+
+from nalora_jax.common import buckets
+from nalora_jax.common.imports import import_files
+from nalora_jax.common.redaction import redacted
+from nalora_jax.common.seals import seal
+from nalora_jax.common.terminal import outliving_terminal
+from nalora_jax.config import RunConfig, check
+from nalora_jax.data.given import Data, Format, given_sources
+from nalora_jax.errors import Interrupted, TrainingDivergedError
+from nalora_jax.layout import distributed
+from nalora_jax.models.adapters import adapter_spec
+from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.study.sweeps.compare import render_page
+from nalora_jax.study.sweeps.fit import Fitting
+from nalora_jax.study.sweeps.grid import FILE, axes_of, check_names, grid
+from nalora_jax.study.sweeps.groups import grouped, program_key
+from nalora_jax.study.sweeps.loop import RunLoop, StatesMetrics, StopOfAll, fit_all
+from nalora_jax.study.sweeps.program import SweepProgram
+from nalora_jax.train import remote
+from nalora_jax.train.callbacks import Callback, make_callbacks
+from nalora_jax.train.job import Inputs, continued, inputs_of, mesh_of, of_adapter
+from nalora_jax.train.metrics import to_json
+from nalora_jax.train.output import Output, open_output
+from nalora_jax.train.pieces import Pieces
+from nalora_jax.train.preemption import StopSignals, stop_signals
+from nalora_jax.train.progress import Stages
+from nalora_jax.train.running import BaseMetrics, Running, RunResult, way_on
+
+log = logging.getLogger(__name__)
+PAGE = "comparison.html"  # in the folder of a sweep
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The outputs of a sweep.
+
+    Attributes:
+      runs: results by the ``output`` of their configs.
+      diverged: errors of the runs that diverged, likewise.
+      page: path or URL of the comparison.
+    """
+
+    runs: Mapping[str, RunResult]
+    diverged: Mapping[str, TrainingDivergedError]
+    page: str
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run before its weights are read."""
+
+    inputs: Inputs
+    output: Output
+    recorded: Mapping[str, Any]
+    callbacks: Sequence[Callback]
+
+    @property
+    def config(self) -> RunConfig:
+        """The settled settings."""
+        return self.inputs.config
+
+    @property
+    def spec(self) -> AdapterSpec | None:
+        """The adapters of a language model."""
+        base = self.inputs.base
+        if base is None:
+            return None
+        return adapter_spec(self.config, base)
+
+
+def sweep_grid(config: RunConfig, options: Sequence[str]) -> SweepResult:
+    """Trains all combinations of ``--sweep`` options, which are recorded for ``--resume``.
+
+    Raises:
+      NaloraError: an option that cannot vary, and the errors of `sweep`.
+    """
+    configs = grid(config, axes_of(options))
+    settings = to_json(redacted(replace(config, resume=False).to_dict()))
+    text = json.dumps(seal({"sweep": list(options), "run": settings}), indent=1) + "\n"
+    return _sweep(configs, lambda: remote.write_text(config.output, FILE, text))
+
+
+def sweep(
+    configs: Sequence[RunConfig], *, data: Data | None = None, format: Format | None = None
+) -> SweepResult:
+    """Fine-tunes a model once for each config; runs that share a program train together.
+
+    Every run gets the folder, the log, the checkpoints, the adapter and the report of
+    `nalora_jax.run`. All processes of a multi-host sweep call it.
+
+    Args:
+      configs: settings with different ``output``; ``mesh`` and ``resume`` come from the first.
+      data, format: see `nalora_jax.run`.
+
+    Raises:
+      NaloraError: bad settings, files or data, before weights are read.
+      TrainingDivergedError: all runs diverged.
+      Interrupted: Ctrl-C or SIGTERM; the last completed step of every run is saved.
+    """
+    return _sweep(configs, lambda: None, data, format)
+
+
+def _sweep(
+    configs: Sequence[RunConfig],
+    record: Callable[[], None],
+    data: Data | None = None,
+    format: Format | None = None,
+) -> SweepResult:
+    """Trains all runs; ``record`` is called once their folders are locked."""
+    check_names(configs)
+    configs = [replace(check(config), mesh=configs[0].mesh, resume=configs[0].resume) for config in configs]
+    folder = _common_folder(configs)
+    with outliving_terminal():
+        distributed.initialize_distributed()
+        with distributed.lost_peers_named(), stop_signals() as stop, ExitStack() as stack:
+            runs = [_opened(config, data, format, stack) for config in configs]
+            distributed.on_first_process(record)
+            groups = grouped(runs, lambda run: program_key(run.config, run.spec))
+            log.info("%d runs in %d group(s), each of one program", len(runs), len(groups))
+            fitting = [Fitting.of(g[0].config, g[0].inputs.base, len(g)) for g in groups]
+            results: dict[str, RunResult | TrainingDivergedError] = {}
+            try:
+                for group, fits in zip(groups, fitting, strict=True):
+                    results |= _Group(group, fits, stop).train()
+            except Interrupted as stopped:
+                way = way_on(replace(configs[0], output=folder))
+                raise Interrupted(stopped.signal, stopped.saved, way) from None
+    return _concluded(folder, results)
+
+
+def _opened(config: RunConfig, data: Data | None, format: Format | None, stack: ExitStack) -> _Run:
+    """Locks the folder of a run and reads its settings, files and data."""
+    config = replace(config, imports=import_files(config.imports))
+    settings, source = given_sources(config.data, data=data, format=format)
+    resume: bool | Literal["auto"] = "auto" if config.resume else False
+    output = stack.enter_context(open_output(config.output, resume))
+    inputs = inputs_of(of_adapter(replace(config, data=settings), output), source)
+    return _Run(inputs, output, continued(inputs.config, output), make_callbacks(config.callbacks))
+
+
+def _common_folder(configs: Sequence[RunConfig]) -> str:
+    """Returns the folder of the sweep: the parent of the first run's, a path or a URL."""
+    first = configs[0].output
+    return str(epath.Path(buckets.url(first) or first).parent)
+
+
+def _concluded(folder: str, results: Mapping[str, RunResult | TrainingDivergedError]) -> SweepResult:
+    """Reports the runs that diverged, and writes the comparison of the others."""
+    diverged = {
+        name: result for name, result in results.items() if isinstance(result, TrainingDivergedError)
+    }
+    finished = {name: result for name, result in results.items() if isinstance(result, RunResult)}
+    for name, error in diverged.items():
+        log.warning("%s diverged and was frozen: %s", Path(name).name, error)
+    if not finished:
+        raise next(iter(diverged.values()))
+    distributed.on_first_process(lambda: remote.write_text(folder, PAGE, render_page(finished)))
+    page = f"{folder}/{PAGE}"
+    log.info("comparison: %s", page)
+    return SweepResult(finished, diverged, page)
+
+
+class _Group:
+    """Runs that share a program: one base, as many programs after each other as memory requires."""
+
+    def __init__(self, runs: Sequence[_Run], fits: Fitting, stop: StopSignals) -> None:
+        self._runs, self._fits, self._stop = list(runs), fits, stop
+        self._first: Pieces | None = None
+
+    def train(self) -> dict[str, RunResult | TrainingDivergedError]:
+        """Trains all runs of the group; returns results or errors by folder."""
+        config = self._runs[0].config
+        compute: Any = replace(config.compute, remat=cast(Any, self._fits.remat))
+        concrete = replace(config, mesh=self._fits.mesh, compute=compute)
+        mesh = mesh_of(concrete)
+        results: dict[str, RunResult | TrainingDivergedError] = {}
+        left = self._runs
+        while left:
+            count = self._fits.next(len(left))
+            results |= self._train_together(left[:count], concrete, mesh)
+            left = left[count:]
+        return results
+
+    def _train_together(
+        self, runs: Sequence[_Run], concrete: RunConfig, mesh: Mesh
+    ) -> dict[str, RunResult | TrainingDivergedError]:
+        spent = Stages()
+        results: dict[str, RunResult | TrainingDivergedError] = {}
+        with ExitStack() as stack:
+            started = [self._started(run, concrete, mesh, stack) for run in runs]
+            for running in started:
+                stack.enter_context(running.reporting_errors())
+            _measure_bases(started)
+            spent.end("preparing")
+            loops = self._fit(started)
+            spent.end("training")
+            pairs = list(zip(started, loops, strict=True))
+            stopped = [running.stopped(loop.follower.result) for running, loop in pairs if loop.interrupted]
+            if stopped:
+                raise stopped[0]
+            for running, loop in pairs:
+                if loop.error is not None:
+                    running.fail(loop.error)
+                    results[running.config.output] = loop.error
+                    continue
+                running.restore_best(loop.follower.result)
+                results[running.config.output] = running.finish(loop.follower.result.step, spent)
+        return results
+
+    def _started(self, run: _Run, concrete: RunConfig, mesh: Mesh, stack: ExitStack) -> Running:
+        """Builds a run on the group's base."""
+        config = replace(run.config, mesh=concrete.mesh, compute=concrete.compute)
+        pieces = run.inputs.pieces(config, run.output, mesh, self._first)
+        self._first = self._first or pieces
+        console = _Named(Path(run.config.output).name)
+        return Running(
+            run.config, run.output, run.recorded, pieces, run.callbacks, self._stop, stack, console
+        )
+
+    def _fit(self, started: Sequence[Running]) -> list[RunLoop]:
+        """Runs the steps of several runs in one program."""
+        measured, stop = StatesMetrics(), StopOfAll(self._stop)
+        # Hosts meet at barriers while Orbax writes; those of two runs have the same name.
+        waits = jax.process_count() > 1
+        assemblies = [running.pieces.assembly for running in started]
+        program = SweepProgram(assemblies, self._fits.width, slots=self._fits.slots(len(started)))
+        loops = []
+        for index, running in enumerate(started):
+            metrics: Any = measured.run(index)
+            running.hooks = replace(running.hooks, state_metrics=metrics, stop=stop, waits_for_writes=waits)
+            loops.append(
+                RunLoop(
+                    running.follower(), running.batches, start=running.start, steps=running.config.steps
+                )
+            )
+        log.info("%s", self._fits.describe(len(started)))
+        with self._stop.between_steps():
+            fit_all(program, loops, measured, stop)
+        return loops
+
+
+def _measure_bases(started: Sequence[Running]) -> None:
+    """Evaluates the base once for all runs that ask the same questions."""
+    measured: dict[str, BaseMetrics | None] = {}
+    for running in started:
+        questions = json.dumps(running.pieces.questions, sort_keys=True)
+        measured[questions] = running.measure_before(measured.get(questions))
+
+
+class _Named(Console):
+    """A console that prints a run's name before each line."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(highlight=False, force_terminal=False)
+        self._name = name
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Prints the objects after the name."""
+        super().print(f"{self._name}:", *objects, **options)

@@ -1,0 +1,174 @@
+"""Values in which the runs of one program differ, as arrays ``[runs, ...]`` that the step reads.
+
+A setting that is equal in all runs stays a constant of the program, as in a solo run.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nalora_jax.method import statistics
+from nalora_jax.method.rules import Mechanism
+from nalora_jax.method.transform import Mechanisms, own_factors
+from nalora_jax.models.targets import AdapterSpec, ScaledTarget
+from nalora_jax.train.assembly import Assembly
+from nalora_jax.train.learning_rate import with_learning_rate
+from nalora_jax.train.optimizers import NUMBERS, make_schedule
+
+# By kind, then by name: arrays [runs, ...].
+Values = dict[str, dict[Any, Any]]
+
+
+def values_of(runs: Sequence[Assembly], width: int) -> Values:
+    """Returns the values of runs that share a program (`nalora_jax.study.sweeps.groups`).
+
+    Args:
+      runs: assemblies, in the order of the axis ``[runs]``.
+      width: of the model, for automatic learning rates; 0 for image and text encoders.
+
+    Returns:
+      ``numbers`` of the optimizer, ``scales`` of the adapters by path, ``settings`` of the mechanisms by
+      (label, field), ``orders`` of permuted channels by (label, path), and ``facts``: seed and total steps.
+    """
+    mechanisms = [run.mechanisms for run in runs]
+    return {
+        "numbers": _differing([_numbers(run, width) for run in runs]) | _rates(runs, width),
+        "scales": _differing(
+            [{path: run.spec.scales(path) for path, _ in run.spec.targets} for run in runs]
+        ),
+        "settings": _differing([_settings(each) for each in mechanisms]),
+        "orders": _orders(runs),
+        "facts": _differing([{"seed": each.seed, "total_steps": each.total_steps} for each in mechanisms]),
+    }
+
+
+def mechanisms_with(mechanisms: Mechanisms, values: Mapping[str, Mapping[Any, Any]]) -> Mechanisms:
+    """Returns mechanisms with one run's values in place of their settings."""
+    entries = tuple(
+        (label, _with_settings(label, m, values["settings"])) for label, m in mechanisms.entries
+    )
+    facts: dict[str, Any] = dict(values["facts"])
+    return replace(mechanisms, entries=entries, orders=values["orders"], **facts)
+
+
+def spec_with(spec: AdapterSpec, scales: Mapping[str, Any]) -> AdapterSpec:
+    """Returns adapters with one run's scales by path."""
+
+    def scaled(path: str, target: Any) -> Any:
+        if path not in scales:
+            return target
+        return ScaledTarget(target.ranks, target.alphas, scales[path])
+
+    return replace(spec, targets=tuple((path, scaled(path, target)) for path, target in spec.targets))
+
+
+def accepts_traced(mechanism: Mechanism, name: str, activation: str) -> bool:
+    """Returns True if a rule can be traced with an array in place of its setting ``name``.
+
+    ``name`` may also be a fact of `nalora_jax.method.rules.Context`: seed or total_steps.
+    """
+    context = Mechanisms((("", mechanism),), activation).context(jnp.zeros((), jnp.int32), "layers/ffn")
+    memory = jax.eval_shape(partial(mechanism.init, (2, 8)))
+    counts = {statistics.get(key).count for key in mechanism.statistics}
+    sums = memory | {key: jax.ShapeDtypeStruct((2,), "float32") for key in counts}
+
+    def rule(value: Any, memory: Any, sums: Any, updates: Any) -> Any:
+        traced, traced_context = mechanism, context
+        if name in context._fields:
+            traced_context = context._replace(**{name: value})
+        else:
+            traced = _with_settings("", mechanism, {("", name): value})
+        return traced.factor(memory, traced_context), traced.advance(memory, sums, updates)
+
+    try:
+        value = jax.tree.map(jnp.asarray, getattr(mechanism, name, 0))
+        jax.eval_shape(rule, value, memory, sums, jax.ShapeDtypeStruct((2,), "int32"))
+    except (TypeError, ValueError, KeyError, AttributeError):  # concretization: TypeError
+        return False
+    return True
+
+
+def numeric_settings(mechanism: Mechanism) -> list[str]:
+    """Returns the names of the settings that are numbers or tuples of numbers, except `permute`."""
+    names = [field.name for field in fields(mechanism) if field.name != "permute"]
+    return [name for name in names if all(map(_is_number, jax.tree.leaves(getattr(mechanism, name))))]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _with_settings(label: str, mechanism: Mechanism, settings: Mapping[tuple[str, str], Any]) -> Mechanism:
+    """Returns a copy with traced settings, whose ranges the runs have checked already."""
+    traced = copy.copy(mechanism)
+    for (owner, name), value in settings.items():
+        if owner == label:
+            object.__setattr__(traced, name, value)
+    return traced
+
+
+def _differing(runs: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
+    """Returns stacked values of the names whose values differ between runs."""
+    names = [name for name in runs[0] if any(not _equal(run[name], runs[0][name]) for run in runs)]
+    return {name: _stacked([run[name] for run in runs]) for name in names}
+
+
+def _equal(first: Any, other: Any) -> bool:
+    return np.shape(first) == np.shape(other) and bool(np.all(np.asarray(first) == np.asarray(other)))
+
+
+def _stacked(values: Sequence[Any]) -> Any:
+    """Returns ``[runs, ...]``; of tuples a tuple of arrays."""
+    if isinstance(values[0], tuple):
+        return tuple(_stacked(fields) for fields in zip(*values, strict=True))
+    array = np.stack([np.asarray(value) for value in values])
+    return array.astype(np.int32 if array.dtype.kind in "iu" else np.float32)
+
+
+def _numbers(run: Assembly, width: int) -> dict[str, Any]:
+    settings = with_learning_rate(run.config, width).optimizer
+    named = {name: getattr(settings, name) for name in NUMBERS if hasattr(settings, name)}
+    return named | {"plus_ratio": run.config.lora.plus_ratio}
+
+
+def _rates(runs: Sequence[Assembly], width: int) -> dict[str, np.ndarray]:
+    """Returns the learning rate of every step, ``[runs, steps]``, if the schedules differ."""
+    configs = [with_learning_rate(run.config, width) for run in runs]
+    steps = jnp.arange(max(config.steps for config in configs))
+    schedules = [make_schedule(config.optimizer, config.steps) for config in configs]
+    rates = np.stack([np.broadcast_to(schedule(steps), steps.shape) for schedule in schedules])
+    if np.all(rates == rates[0]):
+        return {}
+    return {"rate_of_step": rates.astype(np.float32)}
+
+
+def _settings(mechanisms: Mechanisms) -> dict[tuple[str, str], Any]:
+    return {
+        (label, name): getattr(m, name) for label, m in mechanisms.entries for name in numeric_settings(m)
+    }
+
+
+def _orders(runs: Sequence[Assembly]) -> dict[tuple[str, str], np.ndarray]:
+    """Returns the channel orders ``[runs, ..., d_ff]`` of permutation controls that differ."""
+    orders, first = {}, runs[0]
+    if first.state.gate is None:
+        return {}
+    factors = jax.eval_shape(partial(own_factors, mechanisms=first.mechanisms), first.state.gate)
+    for index, (label, _) in enumerate(first.mechanisms.entries):
+        controls = [(run.mechanisms.entries[index][1], run.mechanisms.seed) for run in runs]
+        if len({(control.permute, seed) for control, seed in controls}) == 1:
+            continue
+        if all(control.permute < 0 for control, _ in controls):
+            continue
+        for path, factor in factors[label].items():
+            stacked = [control.permutation(factor.shape, path, seed) for control, seed in controls]
+            orders[label, path] = np.stack(stacked)
+    return orders

@@ -1,0 +1,202 @@
+"""Conversion of train states for checkpoints, and checks that a checkpoint belongs to this run."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from nalora_jax.common import trees
+from nalora_jax.config import RunConfig
+from nalora_jax.config.former import translated
+from nalora_jax.errors import NaloraError
+from nalora_jax.method.rules import make
+from nalora_jax.weights.origin import is_comparable
+
+# Settings that may change on resume: they affect location, length, speed and output of the run, but
+# not the result of a step (except for summation order). The model's name is included because the
+# fingerprint identifies the base.
+FREE_SETTINGS = (
+    r"^(model|adapter|output|resume|steps|epochs|tensorboard|callbacks)$",
+    r"^train\.(log_every|eval_every|save_every|keep|patience)$",
+    r"^mesh\.",
+    r"^data\.workers$",
+    r"^compute\.(implementation|remat|experts|loss_chunk|compilation_cache)$",
+    r"^debug\.",
+)
+
+
+def plain(value: Any) -> Any:
+    """Returns ``value`` after a JSON round trip: tuples become lists, numpy scalars numbers."""
+    return json.loads(json.dumps(value, default=lambda other: other.item()))
+
+
+def _is_key(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
+def to_arrays(state: Any) -> dict[str, Any]:
+    """Returns ``state`` as nested dicts of plain arrays, with typed random keys as their key data.
+
+    Empty arrays are left out, because Orbax rejects them.
+    """
+    flat = {path: leaf for path, leaf in trees.flatten(state).items() if math.prod(leaf.shape)}
+    return trees.unflatten(
+        {path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in flat.items()}
+    )
+
+
+def abstract(like: Any) -> dict[str, Any]:
+    """Returns shapes, dtypes and shardings of `to_arrays` of ``like``."""
+
+    def describe(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+        words = leaf
+        if _is_key(leaf):
+            words = jax.eval_shape(jax.random.key_data, leaf)
+        return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=sharding)
+
+    return trees.unflatten(
+        {path: describe(leaf) for path, leaf in trees.flatten(like).items() if math.prod(leaf.shape)}
+    )
+
+
+def from_arrays(arrays: Mapping[str, Any], like: Any) -> Any:
+    """Converts the result of `to_arrays` back to the structure of ``like``."""
+    flat = trees.flatten(arrays)
+
+    def back(path: str, leaf: Any) -> Any:
+        if not math.prod(leaf.shape):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        if _is_key(leaf):
+            return jax.random.wrap_key_data(flat[path], impl=_key_impl(leaf))
+        return flat[path]
+
+    return trees.map_named(back, like)
+
+
+def _key_impl(leaf: Any) -> str:
+    """Returns the name of a random key's generator, for an array or its abstract value."""
+    names: list[str] = []
+    jax.eval_shape(lambda key: names.append(str(jax.random.key_impl(key))), leaf)
+    return names[0]
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """Returns the settings that must not change on resume, by dotted name; None is a value."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(config, is_leaf=lambda value: value is None)
+    named = {trees.path_name(path).replace("/", "."): value for path, value in leaves}
+    return {
+        name: value
+        for name, value in named.items()
+        if not any(re.search(free, name) for free in FREE_SETTINGS)
+    }
+
+
+def check_run(where: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises an error for a checkpoint of another base model or of incompatible settings."""
+    if not is_comparable(saved["base"], now["base"]):
+        raise NaloraError(
+            where,
+            expected="a checkpoint of this version, whose digest of the base model covers all of its weights",
+            found="one of an earlier version, whose digest covered a part of them and cannot be compared",
+            remedy="finish that run with the version that began it, or start a new run in another --output",
+        )
+    if saved["base"] != now["base"]:
+        raise NaloraError(
+            where,
+            expected=f"the base model that it was trained on, {saved['config'].get('model')} ({saved['base']})",
+            found=f"{now['config'].get('model')} ({now['base']})",
+            remedy="name that model with --model, or start a new run in another --output; the first line of "
+            "metrics.jsonl has its full name as base: the same model in another number format is another base",
+        )
+    check_settings(where, saved["config"], now["config"])
+
+
+def check_settings(where: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises a NaloraError for settings that change the result of a run; the message lists them.
+
+    A setting that is newer than the saved run counts as its default there, which is how the run was
+    computed.
+    """
+    saved = translated(saved)
+    if _equal_rules(saved.get("mechanisms"), now.get("mechanisms")):
+        saved = saved | {"mechanisms": now["mechanisms"]}
+    before, after = _settings(saved), _settings(now)
+    defaults, absent = _settings(RunConfig().to_dict()), "(absent)"
+    before = {name: defaults[name] for name in after.keys() & defaults.keys()} | before
+    pairs = {
+        name: (before.get(name, absent), after.get(name, absent))
+        for name in sorted(before.keys() | after.keys())
+    }
+    differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    if differing:
+        raise NaloraError(
+            where,
+            expected="the settings that it was made with: "
+            + ", ".join(f"{n} = {b!r}" for n, (b, _) in differing.items()),
+            found=", ".join(f"{name} = {value!r}" for name, (_, value) in differing.items()),
+            remedy="restore these settings, or start a new run in another --output",
+        )
+
+
+def _equal_rules(before: Any, after: Any) -> bool:
+    """Returns True if both lists name equal rules, perhaps one of them with settings at their default."""
+    if not isinstance(before, list | tuple) or not isinstance(after, list | tuple):
+        return False
+    return list(map(make, before)) == list(map(make, after))
+
+
+def saved_names(
+    paths: Collection[str], saved: Collection[str], labels: Mapping[str, str]
+) -> dict[str, str]:
+    """Returns the name in a checkpoint of every array of a state, by its path.
+
+    Earlier versions stored the averages of the gates in ``gate`` of the train state, and had other
+    labels for rules of the groups ``mask`` and ``step_scale``.
+
+    Args:
+      paths: of the state, the keys of the flat result of `abstract`.
+      saved: names of the checkpoint's arrays.
+      labels: label in the checkpoint by present label; others are equal.
+    """
+    owner = next((path.partition("/memory/")[0] for path in paths if "/memory/" in path), "gate")
+
+    def name(path: str) -> str:
+        if not path.startswith(f"{owner}/"):
+            return path
+        of_gate = path.removeprefix(f"{owner}/")
+        if of_gate.startswith("memory/"):
+            _, label, block = of_gate.split("/", 2)
+            of_gate = f"memory/{labels.get(label, label)}/{block}"
+        return f"{'gate' if 'gate/count' in saved else owner}/{of_gate}"
+
+    return {path: name(path) for path in paths}
+
+
+def check_arrays(where: str, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises an error for arrays with other names, shapes or dtypes, naming the first five."""
+
+    def show(tree: Mapping[str, Any], name: str) -> str:
+        if name not in tree:
+            return "absent"
+        return f"{np.dtype(tree[name].dtype)}{list(tree[name].shape)}"
+
+    differing = [
+        name for name in sorted(saved.keys() | expected.keys()) if show(saved, name) != show(expected, name)
+    ]
+    if differing:
+        listed = differing[:5]
+        raise NaloraError(
+            where,
+            expected=", ".join(f"{name} {show(expected, name)}" for name in listed),
+            found=", ".join(f"{name} {show(saved, name)}" for name in listed),
+            remedy=f"{len(differing)} array(s) differ: it was written by another version or for another model",
+        )

@@ -1,0 +1,189 @@
+"""The collectives of a run's own training step, compiled for eight devices."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import jax
+import pytest
+
+from nalora_jax.cli.planning.program import step_and_arguments
+from nalora_jax.cli.planning.report import without_statistics
+from nalora_jax.config import (
+    AdaLoRAConfig,
+    ComputeConfig,
+    LoRAConfig,
+    LoRARule,
+    MeshConfig,
+    OptimizerConfig,
+    PreferenceConfig,
+    RunConfig,
+    TrainConfig,
+)
+from nalora_jax.layout import distributed
+from nalora_jax.layout.figures import figures
+from nalora_jax.models.config import ModelConfig
+
+LAYERS, D, D_FF, VOCAB, SEQ, RANK = 3, 64, 128, 1024, 32, 4
+BASE = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": D,
+    "intermediate_size": D_FF,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+
+def compiled(
+    tmp_path, *, mesh: MeshConfig, chunk: int = 16, tied: bool = False, accumulate: int = 1, **compute: str
+):
+    config = RunConfig(
+        lora=LoRAConfig(rules=(LoRARule("ffn/", RANK),)),
+        mesh=mesh,
+        train=TrainConfig(batch_size=16 * accumulate, accumulate=accumulate),
+        compute=ComputeConfig(**{"dtype": "float32", "loss_chunk": chunk, "remat": "full", **compute}),
+    )
+    base = ModelConfig.from_hf(BASE | {"tie_word_embeddings": tied})
+    step, arguments = step_and_arguments(config, base, distributed.make_mesh(mesh), seq=SEQ)
+    return figures(step, arguments, cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora": LoRAConfig(dora=True)},
+        {"lora": LoRAConfig(init="lora_ga")},
+        {"lora": LoRAConfig(trainable_token_indices=(1, 2))},
+        {"adalora": AdaLoRAConfig(target_rank=4)},
+        {"optimizer": OptimizerConfig("adafactor")},
+        {"preference": PreferenceConfig("dpo")},
+    ],
+)
+def test_steps_of_all_methods_of_a_run_have_arguments(changes):
+    mesh = distributed.make_mesh(MeshConfig(data=2, fsdp=4, tensor=1))
+    config = RunConfig(train=TrainConfig(batch_size=8), **changes)
+    step, arguments = step_and_arguments(config, ModelConfig.from_hf(BASE), mesh, seq=SEQ)
+    state, metrics = jax.eval_shape(step, *arguments)
+    assert jax.tree.structure(state) == jax.tree.structure(arguments[1])
+    assert metrics["loss"].shape == ()
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A folder whose programs are compiled once for all tests."""
+    return tmp_path_factory.mktemp("figures")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_gathers_the_head_once_however_many_chunks_it_takes(kept, tied):
+    found = compiled(kept, mesh=MeshConfig(1, 8, 1), chunk=8, tied=tied)  # 8 chunks on each device
+    head = [c for c in found.collectives if c.received == pytest.approx(VOCAB * D * 4 * 7 / 8)]
+    assert head, "nothing as large as the head is gathered: what does the loss multiply by?"
+    assert {c.times for c in head} == {1.0}
+    # Whatever else stands in a loop is of one layer, not of the vocabulary.
+    in_loops = [c for c in found.collectives if c.times > 1]
+    assert in_loops
+    assert max(c.received for c in in_loops) < VOCAB * D * 4 / 8
+    assert {c.times for c in in_loops} == {float(LAYERS)}, [c for c in in_loops if c.times != LAYERS]
+
+
+def test_a_step_receives_its_weights_twice_and_little_else(kept):
+    found = compiled(kept, mesh=MeshConfig(1, 8, 1), chunk=8)
+    weights = LAYERS * (4 * D * D - 2 * D * D // 2 + 3 * D * D_FF) * 4
+    # Forward, and backward once more for the gradients and once for what is made again; head, embedding, adapters.
+    assert (
+        found.moved()
+        < 3 * weights + 3 * VOCAB * D * 4 + 40 * LAYERS * D_FF * 4 + 12 * LAYERS * RANK * (D + D_FF) * 4
+    )
+
+
+def test_replicated_weights_are_never_moved_and_a_program_is_compiled_once(tmp_path, monkeypatch):
+    found = compiled(tmp_path, mesh=MeshConfig(8, 1, 1))
+    assert {c.kind for c in found.collectives} == {"all-reduce"}
+    assert found.moved() < LAYERS * (D * D_FF) * 4
+    monkeypatch.setattr("nalora_jax.layout.figures.of_compiled", lambda _: pytest.fail("compiled again"))
+    assert compiled(tmp_path, mesh=MeshConfig(8, 1, 1)) == found
+
+
+def test_lora_is_the_same_step_without_what_measures_gates(tmp_path, monkeypatch):
+    # Options of the compiler, as there are on TPUs and GPUs: those of a nested function are an error.
+    monkeypatch.setattr(
+        distributed, "compiler_options", lambda mesh: {"xla_cpu_enable_fast_min_max": False}
+    )
+    found = []
+    for mechanisms in (("soft", "homogeneity"), ()):
+        config = RunConfig(
+            lora=LoRAConfig(rules=(LoRARule("ffn/", RANK),)),
+            mesh=MeshConfig(2, 4, 1),
+            train=TrainConfig(batch_size=32, accumulate=2),
+            compute=ComputeConfig(dtype="float32", remat="full"),
+            mechanisms=mechanisms,
+        )
+        mesh = distributed.make_mesh(config.mesh)
+        step, arguments = step_and_arguments(config, ModelConfig.from_hf(BASE), mesh, seq=SEQ)
+        found.append(
+            figures(step if mechanisms else without_statistics(step, mesh), arguments, cache=tmp_path)
+        )
+    ours, plain = found
+    assert plain.flops < ours.flops
+    loops, behind = ([_moved(one, inner) for one in found] for inner in (True, False))
+    # In the loops over layers nothing is reduced for the statistics; B of the gate travels again, for what it moves ...
+    assert {kind: loops[0][kind] for kind in REDUCTIONS} == {kind: loops[1][kind] for kind in REDUCTIONS}
+    assert 0 < loops[1].total() <= loops[0].total() <= loops[1].total() + 3 * (2 * LAYERS) * RANK * D_FF * 4
+    # ... and once behind them slope and three of four occupancies, besides a layer's figures for the log.
+    reduced = LAYERS * 4 * D_FF * 4
+    assert 1.5 * reduced < behind[0].total() - behind[1].total() < 2 * reduced + 3000
+
+
+REDUCTIONS = ("all-reduce", "reduce-scatter")
+
+
+def _moved(found, inner):
+    """Bytes by kind of collective, of those within the loops over layers or of the others."""
+    moved = Counter()
+    for one in found.collectives:
+        if (one.times >= LAYERS) == inner:
+            moved[one.kind] += one.received * one.times
+    return moved
+
+
+@pytest.mark.parametrize(("kind", "least", "most"), [("int8", 1.0, 1.1), ("nf4", 0.5, 0.6)])
+def test_quantized_kernels_are_gathered_as_codes(tmp_path, kind, least, most):
+    found = compiled(tmp_path, mesh=MeshConfig(1, 8, 1), quantize=kind)
+    weights = (4 * D * D - 2 * D * D // 2 + 3 * D * D_FF) * 7 / 8
+    in_loops = sum(c.total for c in found.collectives if c.times > 1 and c.kind == "all-gather") / LAYERS
+    # Once forward and once backward, where the layer is made again from what has been gathered.
+    assert 2 * least * weights <= in_loops < 2 * most * weights
+
+
+def test_the_step_of_a_model_that_sees_takes_images():
+    """Traced for a mesh: its pixels are split by rows, and the tower's adapters are in the state."""
+    tower = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+    }
+    tower |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 4}
+    raw = {"model_type": "llava", "text_config": BASE, "vision_config": tower, "image_token_index": 3}
+    config = RunConfig(
+        lora=LoRAConfig(rules=(LoRARule("ffn/", RANK),)),
+        train=TrainConfig(batch_size=16),
+        compute=ComputeConfig(dtype="float32", loss_chunk=16, remat="full"),
+    )
+    mesh = distributed.make_mesh(MeshConfig(2, 4, 1))
+    step, arguments = step_and_arguments(
+        config, ModelConfig.from_hf(raw, images=True), mesh, seq=SEQ, images=2
+    )
+    _, state, batch = arguments
+    assert batch["pixels"].shape == (1, 16, 2, 16, 16, 3)
+    assert batch["pixels"].sharding.spec == batch["tokens"].sharding.spec
+    assert set(state.lora) == {"image", "layers", "projector"}
+    _, metrics = step.lower(*arguments).out_info
+    assert set(metrics["layers"]) == {"image/layers/ffn", "layers/ffn", "projector/ffn"}

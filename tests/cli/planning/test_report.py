@@ -1,0 +1,102 @@
+"""What ``nalora plan`` says of a compiled program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import pytest
+
+from nalora_jax.cli.planning import report
+from nalora_jax.cli.planning.models import architecture
+from nalora_jax.cli.planning.report import Plan, describe
+from nalora_jax.config import ComputeConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.layout.figures import Figures
+from nalora_jax.layout.layouts import estimate
+from nalora_jax.layout.machines import topology
+from nalora_jax.layout.roofline import roofline
+from nalora_jax.layout.scopes import Work
+from nalora_jax.layout.transfers import Transfer
+from nalora_jax.models.stacks import projection_shapes
+from nalora_jax.models.targets import resolve
+
+
+def planned(kernels: dict[str, float], **more: Any) -> Plan:
+    base, machine = architecture("llama-3.1-8b"), topology("v6e:16x16")
+    config = RunConfig(train=TrainConfig(batch_size=256))
+    spec = resolve(LoRAConfig(), projection_shapes(base), base.n_layers)
+    layout = estimate(config, base, spec, machine, 4096, (256, 1, 1), "dots")
+    found = Figures(16e9, 12e9, 1e14, 1e11, kernels, (), **more)
+    bound = roofline(found, machine, base, spec, 256, 4096)
+    return Plan("llama-3.1-8b", machine, layout, 256, 4096, 1, found, found, bound)
+
+
+def test_the_delta_rule_has_a_roofline_of_its_own():
+    plan = planned({}, scopes={"delta_rule": Work(flops=3e13, memory_bytes=1.64e11)})
+    assert plan.to_dict()["scopes"] == {"delta_rule": {"flops": 3e13, "memory_bytes": 1.64e11}}
+    (line,) = (line for line in describe(plan) if line.startswith("  delta_rule"))
+    assert line == "  delta_rule  44 ms of the matrix unit's and 100 ms of HBM's time"
+    assert not [line for line in describe(planned({})) if "delta_rule" in line]
+
+
+def test_kernels_are_named_with_their_numbers():
+    kernels = {"splash_mha_fwd_segmented_residuals": 32.0, "splash_mha_dkv_segmented": 32.0}
+    plan = planned(kernels)
+    assert plan.to_dict()["kernels"] == kernels
+    (line,) = (line for line in describe(plan) if line.startswith("  kernels"))
+    assert line == "  kernels     splash_mha_dkv_segmented x 32, splash_mha_fwd_segmented_residuals x 32"
+    assert not [line for line in describe(planned({})) if line.startswith("  kernels")]
+
+
+def test_what_waits_in_the_host_s_memory_has_a_roofline_of_its_own():
+    moved = (Transfer(True, 1e9, 32.0, True), Transfer(False, 1e9, 32.0, False))
+    plan = planned({}, host=32e9, transfers=moved)
+    lines = [line for line in describe(plan) if line.startswith("  host")]
+    assert lines == [
+        "  host        32.00 GB a chip of 180 (32.00 GB out and 32.00 back a step)",
+        "  host link   1000 ms behind products, 1000 ms not, at 32 GB/s (jax-ml.github.io/scaling-book/tpus)",
+    ]
+    assert plan.bound.seconds == 1.0 + 1.0
+    assert plan.fits
+    assert not planned({}, host=200e9, transfers=moved).fits
+    assert not [line for line in describe(planned({})) if line.startswith("  host")]
+
+
+def decided(monkeypatch: pytest.MonkeyPatch, temporary: Callable[[Any], float], **options: Any) -> Plan:
+    """A plan for Llama-3.1-8B on eight v6e, by a compiler that is a function of the mesh."""
+
+    def compiled(mesh: Any, _: Any) -> Figures:
+        return Figures(5e9, temporary(mesh), 1e14, 1e11, {}, ())
+
+    monkeypatch.setattr(report, "devices", lambda _: jax.devices())
+    monkeypatch.setattr(report, "step_and_arguments", lambda config, base, mesh, **_: (mesh, ()))
+    monkeypatch.setattr(report, "without_statistics", lambda step, mesh: step)
+    monkeypatch.setattr(report, "figures", compiled)
+    config = RunConfig(train=TrainConfig(batch_size=8), **options)
+    return report.plan(config, architecture("llama-3.1-8b"), topology("v6e:2x4"), 4096)
+
+
+def test_a_plan_is_of_the_layout_whose_program_fits(monkeypatch):
+    assert decided(monkeypatch, lambda mesh: 1e9).layout.mesh == (8, 1, 1)
+    plan = decided(monkeypatch, lambda mesh: 1e9 if mesh.shape["fsdp"] > 1 else 1e11)
+    assert plan.layout.fsdp > 1
+    assert plan.fits
+
+
+def test_a_given_layout_that_does_not_fit_is_shown(monkeypatch):
+    given = {"mesh": MeshConfig(8, 1, 1), "compute": ComputeConfig(remat="dots")}
+    plan = decided(monkeypatch, lambda mesh: 1e11, **given)
+    assert not plan.fits
+    assert any("DOES NOT FIT" in line for line in describe(plan))
+
+
+def test_a_compiler_out_of_memory_in_all_layouts_is_an_error_that_names_them(monkeypatch):
+    def exhausted(mesh: Any) -> float:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm")
+
+    with pytest.raises(
+        NaloraError, match=r"--mesh: expected .* fits in 33\.6 GB.*data 8 .*out of memory.*more chips"
+    ):
+        decided(monkeypatch, exhausted)

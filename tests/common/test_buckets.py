@@ -1,0 +1,323 @@
+"""Data and models in buckets: an emulator of Google's store, and a store in memory under the scheme of S3."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from fsspec.implementations.memory import MemoryFileSystem
+from gcp_storage_emulator.storage import Storage
+
+from nalora_jax.common import buckets
+from nalora_jax.config import DataConfig, MeshConfig
+from nalora_jax.data.sources import open_pair, open_source
+from nalora_jax.data.tfds_source import prepared
+from nalora_jax.errors import NaloraError
+from nalora_jax.layout.distributed import make_mesh
+from nalora_jax.train.adapted import locate
+from nalora_jax.weights import streamed
+from nalora_jax.weights.base import load_model
+from nalora_jax.weights.hub import resolve
+from nalora_jax.weights.vision.hub import resolve_folder
+from tests import emulator, tiny
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+Requests = list[tuple[str, str]]
+RECORDS = [{"prompt": f"q{i}", "completion": f" a{i}"} for i in range(40)]
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+
+
+@pytest.fixture(scope="module")
+def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Storage, Requests]]:
+    """The emulator, which gcsfs takes for Google's store, and the requests that it gets."""
+    requests: Requests = []
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        emulator.emulator(tmp_path_factory.mktemp("google"), requests) as (held, address),
+    ):
+        for name, value in emulator.variables(address).items():
+            patch.setenv(name, value)
+        buckets._filesystem_of.cache_clear()
+        yield held, requests
+        buckets._filesystem_of.cache_clear()
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def put(name: str, content: bytes) -> str:
+    """Uploads an object; returns its URL."""
+    return emulator.put(os.environ["STORAGE_EMULATOR_HOST"], name, content)
+
+
+def array_records(folder: Path) -> bytes:
+    writer = ArrayRecordWriter(str(folder / "a"), "group_size:1")
+    for record in RECORDS:
+        writer.write(json.dumps(record).encode())
+    writer.close()
+    return (folder / "a").read_bytes()
+
+
+def parquet(**options: Any) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(RECORDS), file, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.array_record"])
+def test_a_file_in_a_bucket_gives_the_records_by_index(google: Any, tmp_path: Path, name: str) -> None:
+    content = {"a.jsonl": LINES, "a.parquet": parquet(row_group_size=8)}.get(name) or array_records(
+        tmp_path
+    )
+    url = put(name, content)
+    train, held = open_pair(DataConfig(dataset=url, train_split="train[:30]", eval_split="train[30:]"))
+    assert train.read([29, 0]) == [RECORDS[29], RECORDS[0]]
+    assert held[0] == RECORDS[30]
+    assert train.where(2).startswith(url)
+
+
+def test_folders_and_patterns_in_a_bucket_have_their_splits(google: Any) -> None:
+    for name in ("many/train-0.jsonl", "many/train-1.jsonl", "many/validation/x.jsonl"):
+        put(name, LINES)
+    put("many/dataset_info.json", b"{}")
+    train, held = open_pair(DataConfig(dataset="gs://bucket/many"))
+    assert (len(train), len(held)) == (80, 40)
+    assert len(open_source(DataConfig(dataset="gs://bucket/many/train-*.jsonl*2"), "train")) == 80
+    assert len(open_source(DataConfig(dataset="x.jsonl"), "gs://bucket/many/train-1.jsonl")) == 40
+
+
+class Pond(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text()
+        features = tfds.features.FeaturesDict({"prompt": text, "completion": text})
+        return tfds.core.DatasetInfo(builder=self, disable_shuffling=True, features=features)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {"train": enumerate(RECORDS), "test": enumerate(RECORDS[:5])}
+
+    def _generate_examples(self) -> None:
+        raise AssertionError
+
+
+def test_a_folder_that_tfds_prepared_is_read_from_a_bucket(google: Any, tmp_path: Path) -> None:
+    builder = prepared(lambda: Pond(data_dir=tmp_path, file_format="array_record"))
+    for path in Path(builder.data_dir).iterdir():
+        put(f"tfds/pond/1.0.0/{path.name}", path.read_bytes())
+    google[1].clear()
+    source = open_source(DataConfig(dataset="gs://bucket/tfds/pond/1.0.0"), "train[5:]")
+    assert (len(source), source[0]) == (35, RECORDS[5])
+    assert "test" in source.siblings
+    assert not [path for path, _ in google[1] if "/download/" in path and "-test." in path]
+    assert open_source(DataConfig(dataset=str(builder.data_dir)), "test")[0] == RECORDS[0]
+
+
+def test_a_copy_is_made_once_and_again_after_the_object_has_changed(google: Any) -> None:
+    url = put("changing.jsonl", LINES)
+    before = open_source(DataConfig(dataset=url), "train")
+    google[1].clear()
+    assert open_source(DataConfig(dataset=url), "train").fingerprint == before.fingerprint
+    assert not [path for path, _ in google[1] if "/download/" in path]
+    put("changing.jsonl", LINES.replace(b"a39", b"b39"))
+    assert open_source(DataConfig(dataset=url), "train")[39] == {"prompt": "q39", "completion": " b39"}
+
+
+def test_only_the_row_groups_of_a_parquet_file_that_are_read_are_fetched(
+    google: Any, monkeypatch: Any
+) -> None:
+    wide = [
+        {"prompt": f"{i}", "completion": " " + np.random.default_rng(i).bytes(60_000).hex()}
+        for i in range(96)
+    ]
+    file = io.BytesIO()
+    pq.write_table(
+        pa.Table.from_pylist(wide), file, row_group_size=1, compression="none", use_dictionary=False
+    )
+    url = put("wide.parquet", file.getvalue())
+    google[1].clear()
+    source = open_source(DataConfig(dataset=url), "train")
+    assert source[60] == wide[60]
+    assert 0 < fetched(google[1]) < 0.6 * len(file.getvalue())
+
+
+def fetched(requests: Requests) -> int:
+    """Bytes of all ranges that were asked for."""
+    spans = [range_[6:].split("-") for _, range_ in requests if range_]
+    return sum(int(stop) - int(start) + 1 for start, stop in spans)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny.make_model(tmp_path / "model")
+
+
+def put_model(folder: Path, name: str) -> str:
+    for path in folder.iterdir():
+        put(f"{name}/{path.name}", path.read_bytes())
+    return f"gs://bucket/{name}"
+
+
+def test_a_model_is_streamed_from_a_bucket_into_the_same_shards(
+    google: Any, model: Path, cache: Path
+) -> None:
+    url = put_model(model, "llama")
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    expected, loaded = (load_model(name, dtype="float32", mesh=mesh) for name in (str(model), url))
+    jax.tree.map(
+        lambda one, other: np.testing.assert_array_equal(one, other), expected.params, loaded.params
+    )
+    assert loaded.fingerprint == expected.fingerprint
+    assert (loaded.source, loaded.origin.file) == (url, "llama")
+    assert not list(cache.rglob("*.safetensors"))
+
+
+def test_a_gguf_file_in_a_bucket_is_copied_to_the_cache(google: Any, cache: Path) -> None:
+    found = resolve(put("m.gguf", b"GGUF"))
+    assert (found.kind, found.name, found.path.read_bytes()) == ("gguf", "gs://bucket/m.gguf", b"GGUF")
+    assert found.path.is_relative_to(cache)
+
+
+@pytest.mark.parametrize("of_run", [False, True])
+def test_an_adapter_in_a_bucket_is_copied_with_its_run(google: Any, tmp_path: Path, of_run: bool) -> None:
+    name, folder = f"adapted-{of_run}", "adapter/" if of_run else ""
+    for file, content in {
+        "adapter_config.json": b'{"base_model_name_or_path": "base"}',
+        "a.safetensors": b"A",
+    }.items():
+        put(f"{name}/{folder}{file}", content)
+    put(f"{name}/metrics.jsonl", b'{"run": {"model": "gs://bucket/base"}}\n')
+    put(f"{name}/checkpoints/1/state", b"large")
+    located = locate(f"gs://bucket/{name}")
+    assert located.adapter is not None
+    assert sorted(path.name for path in located.adapter.iterdir() if path.suffix) >= ["a.safetensors"]
+    assert located.base == ("gs://bucket/base" if of_run else "base")
+    assert not list(located.adapter.parent.rglob("checkpoints"))
+    assert locate("base", f"gs://bucket/{name}").adapter == located.adapter
+    assert locate(put("only/m.gguf", b"GGUF")).adapter is None
+
+
+def test_an_encoder_s_folder_in_a_bucket_is_copied_to_the_cache(google: Any, model: Path) -> None:
+    folder, name = resolve_folder(put_model(model, "encoder"))
+    assert name == "gs://bucket/encoder"
+    assert (folder / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+
+
+def test_a_process_fetches_the_rows_that_its_devices_hold(
+    google: Any, model: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(streamed, "CHUNK", 256)
+    found = resolve(put_model(model, "rows"))
+    folder = streamed.StreamedFolder(found.path, found.streamed)
+    (name,) = (
+        name for name, shape in folder.shapes().items() if shape == (28, 16)
+    )  # of float32: 64 bytes a row
+    google[1].clear()
+    rows = folder.read(name, (slice(6, 9), slice(0, 16)))
+    assert rows.shape == (3, 16)
+    assert fetched(google[1]) == 512
+    folder.read(name, (slice(8, 10), slice(4, 8)))  # again from the chunks in memory
+    assert fetched(google[1]) == 512
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (
+            lambda data: data[:100],
+            "gs://bucket/damaged-0/model.safetensors: expected a complete safetensors file",
+        ),
+        (
+            lambda data: data[:-8],
+            "gs://bucket/damaged-1/model.safetensors: expected a complete safetensors file",
+        ),
+        (lambda data: b"\xff" * 8 + data, "gs://bucket/damaged-2/model.safetensors: expected a complete"),
+    ],
+)
+def test_damaged_weights_in_a_bucket_are_refused(
+    google: Any, model: Path, damage: Any, said: str, request: pytest.FixtureRequest
+) -> None:
+    url = put_model(model, said.split("/")[3])
+    put(f"{said.split('/')[3]}/model.safetensors", damage((model / "model.safetensors").read_bytes()))
+    with pytest.raises(NaloraError, match=said):
+        load_model(url, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "gs://bucket/none.jsonl",
+            r"gs://bucket/none.jsonl.*: expected a file or a folder .*none of that name",
+        ),
+        (
+            "gs://nobody/none.jsonl",
+            r"gs://nobody/none.jsonl.*: expected a file or a folder .*none of that name",
+        ),
+        (
+            "gs://private/a.jsonl",
+            r"gs://private/a.jsonl: expected credentials that may read it, found Anonymous .*gcloud auth appl",
+        ),
+        (
+            "s3://bucket/a.jsonl",
+            r"s3://bucket/a.jsonl: .*pip install s3fs \(or nalora_jax with its extra `s3`\)",
+        ),
+    ],
+)
+def test_what_a_bucket_refuses_is_one_error(google: Any, monkeypatch: Any, name: str, said: str) -> None:
+    def missing(scheme: str, **_: Any) -> Any:
+        raise ImportError(f"install {scheme}")
+
+    if name.startswith("s3"):
+        monkeypatch.setattr(fsspec, "filesystem", missing)
+    for action in (lambda: open_source(DataConfig(dataset=name), "train"), lambda: resolve(name)):
+        with pytest.raises(NaloraError, match=said):
+            action()
+
+
+class InMemory(MemoryFileSystem):
+    """S3, as far as names and files go."""
+
+    protocol = ("s3",)
+    store: dict[str, Any] = {}  # noqa: RUF012
+    pseudo_dirs = [""]  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return MemoryFileSystem._strip_protocol(path.removeprefix("s3://"))
+
+
+def test_s3_takes_the_same_path(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    monkeypatch.setattr(buckets, "_filesystem_of", lambda scheme: InMemory())
+    for path in model.iterdir():
+        InMemory().pipe_file(f"s3://bucket/llama/{path.name}", path.read_bytes())
+    InMemory().pipe_file("s3://bucket/data/train.jsonl", LINES)
+    assert open_source(DataConfig(dataset="s3://bucket/data"), "train")[3] == RECORDS[3]
+    assert (
+        load_model("s3://bucket/llama", dtype="float32").fingerprint
+        == load_model(str(model), dtype="float32").fingerprint
+    )
+
+
+def test_other_schemes_are_no_buckets() -> None:
+    assert [buckets.is_url(name) for name in ("gs://a", "s3://a", "ftp://a", "gs", "tfds:a")] == [
+        True,
+        True,
+        *[False] * 3,
+    ]

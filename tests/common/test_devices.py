@@ -1,0 +1,75 @@
+"""What is read from devices of every machine."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from nalora_jax.layout import devices
+from nalora_jax.layout.machines import of_devices
+from tests.doubles.machines import NAMES, machine
+
+# Machine: fast domains, slices of a data-centre network, devices.
+DOMAINS = {
+    "v5litepod-256": (1, 1, 256),
+    "2 x v6e-16": (2, 2, 32),
+    "4 x v5litepod-16": (4, 4, 64),
+    "v5p-2048": (1, 1, 1024),
+    "2 x 8 H100": (2, 1, 16),
+    "8 x 8 H100": (8, 1, 64),
+    "1 x 8 H100, a process a GPU": (1, 1, 8),
+    "2 x 8 H100, a process a GPU": (2, 1, 16),
+    "2 x 8 H100, cyclic": (2, 1, 16),
+    "2 x 8 H100, old client": (2, 1, 16),
+    "T4": (1, 1, 1),
+    "GB200 NVL72": (1, 1, 72),
+}
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_domains_are_slices_nodes_or_racks(name):
+    domains, slices, count = DOMAINS[name]
+    groups = devices.domains(machine(name))
+    assert [len(group) for group in groups] == [count // domains] * domains
+    assert devices.slice_count(machine(name)) == slices
+    assert {device for group in groups for device in group} == set(machine(name))
+
+
+def test_gpus_without_a_domain_are_grouped_by_process():
+    gpus = [type("Gpu", (), {"id": i, "platform": "gpu", "process_index": i // 4})() for i in range(8)]
+    assert [[gpu.id for gpu in group] for group in devices.domains(gpus)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_domain_without_a_number_counts_as_none(platform):
+    names = {
+        "platform": platform,
+        "slice_index": None,
+        "partition_index": None,
+        "device_kind": "TPU v5 lite",
+    }
+    chips = [
+        type("Chip", (), {"id": i, "process_index": 0, "coords": (i, 0, 0), **names})() for i in range(4)
+    ]
+    assert devices.domains(chips) == [chips]
+    assert of_devices(chips).dims == (4, 1, 1)
+
+
+def test_cpus_are_one_domain():
+    assert devices.domains(jax.devices()) == [jax.devices()]
+    assert devices.slice_count(jax.devices()) == 1
+    assert devices.memory_statistics(jax.devices()[0]) == {}
+
+
+def test_a_torus_has_no_holes():
+    chips = machine("v5litepod-16")
+    assert devices.torus(chips) == (4, 4, 1)
+    assert devices.torus(chips[:8]) == (4, 2, 1)
+    assert devices.torus(chips[:3]) is None
+    assert devices.torus(machine("v5p-2048")) == (8, 8, 16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_is_read_from_local_devices(name):
+    local = [device for device in machine(name) if devices.process_of(device) == 0]
+    assert all(devices.memory_statistics(device)["bytes_limit"] > 0 for device in local)

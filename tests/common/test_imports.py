@@ -1,0 +1,149 @@
+"""Files of a user's own that are executed before a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nalora_jax.cli import command
+from nalora_jax.common import imports
+from nalora_jax.common.imports import import_file
+from nalora_jax.errors import NaloraError
+from nalora_jax.method import rules
+from nalora_jax.study.protocol import read_protocol
+from nalora_jax.train import mechanisms
+
+pytestmark = pytest.mark.usefixtures("registries")
+
+RULE = """
+from dataclasses import dataclass
+from nalora_jax.method.rules import Mechanism, register_mechanism
+
+@register_mechanism("plain_of_{name}")
+@dataclass(frozen=True)
+class Plain(Mechanism):
+    share: float = 0.5
+"""
+PROTOCOL = """
+question = "Is it better?"
+models = ["m"]
+baseline = "lora"
+rates = [1e-3, 2e-3]
+tuning_seeds = [0]
+test_seeds = [1, 2]
+imports = ["rules/mine.py"]
+[tasks.t]
+dataset = "socialiqa"
+[methods.lora]
+[methods.mine]
+settings.mechanisms = ["plain_of_study"]
+"""
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    monkeypatch.setattr(imports, "_IMPORTED", {})
+    monkeypatch.setattr(rules.MECHANISMS, "_values", dict(rules.MECHANISMS._values))
+
+
+def written(path: Path, name: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(RULE.format(name=name), encoding="utf-8")
+    return path
+
+
+def test_a_file_is_executed_once_and_recorded_with_its_digest(tmp_path):
+    path = written(tmp_path / "mine.py", "file")
+    first = import_file(str(path))
+    assert import_file(f"{path}@{first.digest[:12]}") is first
+    assert str(first) == f"{path}@{first.digest[:12]}"
+    assert mechanisms.make("plain_of_file:share=0.25").share == 0.25
+    assert not (tmp_path / "__pycache__").exists()
+
+
+def test_a_file_that_changed_is_refused(tmp_path):
+    path = written(tmp_path / "mine.py", "changed")
+    before = import_file(str(path))
+    written(path, "changed_too")
+    for name in (str(path), str(before)):
+        with pytest.raises(
+            NaloraError, match=f"--import .*expected content with SHA-256 {before.digest[:12]}"
+        ):
+            import_file(name)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "No such file"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("raise SystemExit", "SystemExit"),
+        ("(", "SyntaxError"),
+    ],
+)
+def test_a_file_that_cannot_be_executed_is_one_error(tmp_path, content, complaint):
+    path = tmp_path / "mine.py"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(
+        NaloraError, match=rf"--import .*mine.py: expected a Python file that can be .*{complaint}"
+    ):
+        import_file(str(path))
+    assert not imports.imported()
+
+
+def test_a_link_to_itself_and_an_error_without_a_message_are_one_error(tmp_path):
+    (tmp_path / "mine.py").symlink_to(tmp_path / "mine.py")
+    with pytest.raises(
+        NaloraError, match=r"mine.py: expected a Python file that can be read, found Too many levels"
+    ):
+        import_file("mine.py", tmp_path)
+    (tmp_path / "other.py").write_text("class E(Exception):\n    def __str__(self): return 1 / 0\nraise E")
+    with pytest.raises(NaloraError, match=r"found E: a E that cannot be shown \(ZeroDivisionError\)"):
+        import_file("other.py", tmp_path)
+
+
+def test_the_command_line_imports_files_and_records_them(tmp_path):
+    path = written(tmp_path / "mine.py", "flag")
+    _, args = command.parse(["train", "--import", str(path), "--mechanisms", "plain_of_flag"])
+    assert args.run.imports == (str(imports.imported()[0]),)
+    _, args = command.parse(["report", f"--import={path}", "runs/a"])
+    assert args.run == (Path("runs/a"),)
+    with pytest.raises(NaloraError, match="--import: expected Python files"):
+        command.parse(["train", "--import", "--steps", "5"])
+
+
+def test_an_unknown_rule_names_the_imported_files(tmp_path):
+    path = written(tmp_path / "mine.py", "named")
+    with pytest.raises(
+        NaloraError, match=r"--import FILE registers a mechanism of your own \(imported: none\)"
+    ):
+        mechanisms.make("absent")
+    import_file(str(path))
+    with pytest.raises(
+        NaloraError, match=r"--mechanisms: .*'absent'; .*\(imported: .*mine.py@[0-9a-f]{12}\)"
+    ):
+        mechanisms.make("absent")
+
+
+def test_settings_files_and_recorded_runs_execute_no_files(tmp_path, monkeypatch):
+    path = written(tmp_path / "mine.py", "settings")
+    config = tmp_path / "run.yaml"
+    config.write_text(f"imports: [{path}]\n", encoding="utf-8")
+    with pytest.raises(NaloraError, match=f"no imports, which execute files.*give --import {path}"):
+        command.parse(["train", "--config", str(config)])
+    run = {"kind": "config", "config": {"imports": [str(path)], "steps": 7}}
+    monkeypatch.setattr("nalora_jax.train.metrics.recorded_settings", lambda folder: run["config"])
+    _, args = command.parse(["train", "--output", str(tmp_path), "--resume"])
+    assert (args.run.steps, args.run.imports) == (7, ())
+    assert not imports.imported()
+
+
+def test_a_protocol_imports_files_next_to_it(tmp_path):
+    (tmp_path / "protocol.toml").write_text(PROTOCOL, encoding="utf-8")
+    written(tmp_path / "rules" / "mine.py", "study")
+    protocol = read_protocol(tmp_path)
+    assert [file.path for file in imports.imported()] == ["rules/mine.py"]
+    config = protocol.config("m", "t", "mine", 1e-3, 1)
+    assert mechanisms.make(config.mechanisms[0]).name == "plain_of_study"

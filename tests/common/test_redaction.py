@@ -1,0 +1,156 @@
+"""Passwords, private paths and foreign names in what is written about a run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nalora_jax.__main__ import guarded
+from nalora_jax.common.redaction import MARK, code, markdown, published, redacted
+from nalora_jax.config import DataConfig, RunConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.train.callbacks import make_callbacks
+from nalora_jax.train.running import Running
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("mlflow:uri=https://me:pass@host/x,name=a", f"mlflow:uri=https://{MARK}@host/x,name=a"),
+        ("https://me:p@ss:w@host", f"https://{MARK}@host"),
+        ("https://hf_token_alone@host", f"https://{MARK}@host"),
+        ("own:password=secret,token=abc,name=a", f"own:password={MARK},token={MARK},name=a"),
+        ("own:API_KEY=a own:hub-token=b", f"own:API_KEY={MARK} own:hub-token={MARK}"),
+        ("https://host/x?sig=abc%3D&n=1", f"https://host/x?sig={MARK}&n=1"),
+        ("nalora push --with hf_abcdefghijklmnopqrstuvwx", f"nalora push --with {MARK}"),
+        ("key AKIAABCDEFGHIJKLMNOP", f"key {MARK}"),
+        ("s3://AKIAABCDEFGHIJKLMNOP:ab/cd+e@bucket/x", f"s3://{MARK}@bucket/x"),
+        ("https://host/x?token=hf_abc&n=1", f"https://host/x?token={MARK}&n=1"),
+        ("Authorization: Bearer abc.def-123", f"Authorization: Bearer {MARK}"),
+        ("run --password x --hub-token 'a b' --n 5", f"run --password {MARK} --hub-token {MARK} --n 5"),
+        ("glpat-abcdefghij0123456789", MARK),
+        ("github_pat_abcdefghij0123456789", MARK),
+        ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl.", f"{MARK}."),
+        (
+            "https://host:80/a@b, --token --n 5, the bearer of it",
+            "https://host:80/a@b, --token --n 5, the bearer of it",
+        ),
+        ("--max-new-tokens=5 --data.add-tokens=<a>", "--max-new-tokens=5 --data.add-tokens=<a>"),
+        ("s3://bucket/a@b, https://host:80/x", "s3://bucket/a@b, https://host:80/x"),
+    ],
+)
+def test_passwords_and_tokens_are_replaced(text: str, expected: str) -> None:
+    assert redacted(text) == expected
+    assert redacted({"callbacks": (text,), "n": 3}) == {"callbacks": (expected,), "n": 3}
+
+
+def test_errors_on_the_terminal_and_in_the_log_of_a_run_have_no_secrets(capsys: Any) -> None:
+    error = NaloraError("s3://KEY:SECRET@b/x?token=abc&n=1", expected="a folder", found="Bearer abcdefghi")
+    said = f"s3://{MARK}@b/x?token={MARK}&n=1: expected a folder, found Bearer {MARK}"
+    ended: list[Any] = []
+    running: Any = SimpleNamespace(_callbacks=SimpleNamespace(end=ended.append))
+
+    def failing() -> None:
+        logging.getLogger("nalora_jax").warning("%s", error)
+        with Running.reporting_errors(running):
+            raise error
+
+    assert guarded(failing) == 2
+    Running.fail(running, error)
+    assert capsys.readouterr().err == f"{said}\nerror: {said}\n"
+    assert [end.message for end in ended] == [said, said]
+
+
+def test_a_setting_with_the_name_of_a_secret_is_replaced() -> None:
+    settings = {"auth": {"password": "x", "hub_token": "y", "user": "z", "add_tokens": ["<a>"]}}
+    assert redacted(settings)["auth"] == {
+        "password": MARK,
+        "hub_token": MARK,
+        "user": "z",
+        "add_tokens": ["<a>"],
+    }
+
+
+def test_the_settings_of_a_run_without_secrets_are_unchanged() -> None:
+    assert redacted(RunConfig().to_dict()) == published(RunConfig(output="default").to_dict()) | {
+        "output": "runs/default"
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("nalora train --data.train-split /home/me/a/x.jsonl", "nalora train --data.train-split x.jsonl"),
+        ("nalora train --output '/home/me/a b/x'", "nalora train --output 'x'"),
+        ("--config=~/secret/x.yaml ../up/y ./here/z", "--config=x.yaml y z"),
+        ("mlflow:uri=file:///home/me/runs", "mlflow:uri=runs"),
+        ("mlflow:uri=sqlite:////home/me/db", "mlflow:uri=db"),
+        (r"C:\\Users\\me\\x", "x"),
+        ("owner/model 1/2 and/or https://host/a/b", "owner/model 1/2 and/or https://host/a/b"),
+    ],
+)
+def test_private_folders_are_not_published(text: str, expected: str) -> None:
+    assert published(text.replace("\\\\", "\\")) == expected
+
+
+def test_every_path_of_the_settings_is_shortened_and_patterns_stay() -> None:
+    private = "/home/me/a project/x.jsonl"
+    data = DataConfig(
+        dataset=f"{private}*2,hf:org/set", data_dir=private, train_split=private, eval_split=private
+    )
+    config = RunConfig(model=private, output=private, data=data, callbacks=("mlflow:uri=/home/me/runs",))
+    settings = published(config.to_dict())
+    assert "home" not in repr(settings)
+    assert settings["data"]["dataset"] == "x.jsonl*2,hf:org/set"
+    assert settings["lora"]["rules"][0]["pattern"] == RunConfig().lora.rules[0].pattern
+
+
+HOSTILE = (
+    "</td><script>alert(1)</script> [x](javascript:y) ![z](u) # *a* _b_ `c` ~~d~~ &lt; \\ \x1b[31m\n# e"
+)
+
+
+def rendered(text: str) -> str:
+    """HTML of Markdown as the hub shows it; raw HTML passes."""
+    from markdown_it import MarkdownIt
+
+    return MarkdownIt("commonmark", {"html": True}).render(text)
+
+
+def test_names_are_shown_and_not_interpreted() -> None:
+    for text in (markdown(HOSTILE), code(HOSTILE)):
+        html = rendered(f"before {text} after")
+        assert not any(tag in html for tag in ("<script", "</td>", "<a ", "<img", "<h1", "<em", "<strong"))
+        assert "\x1b" not in html
+
+
+@given(st.text(max_size=40))
+def test_any_text_stays_one_paragraph_without_tags(text: str) -> None:
+    for escaped in (markdown(text), code(text)):
+        html = rendered(f"a {escaped} b").replace("<code>", "").replace("</code>", "")
+        assert html.startswith("<p>a")
+        assert html.count("<") == 2
+
+
+@pytest.mark.parametrize(
+    "part", ["x", "token", "-", "+", "/", "/x", "'/", "~", "://", ":/@", "sk-", "`", "_"]
+)
+def test_long_texts_take_linear_time(part: str) -> None:
+    text = part * 50_000
+    began = time.process_time()
+    for function in (redacted, published, markdown, code):
+        function(text)
+    redacted({text: text})
+    assert time.process_time() - began < 5  # quadratic ones take minutes
+
+
+def test_a_resumed_run_asks_for_the_password_that_its_log_does_not_hold() -> None:
+    recorded: Any = redacted(("mlflow:uri=https://me:pass@host",))
+    with pytest.raises(NaloraError, match="--callbacks: .* name --callbacks again: passwords"):
+        make_callbacks(recorded)

@@ -1,0 +1,228 @@
+"""Results in buckets: whole or absent, whatever kills the process that writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gcp_storage_emulator.storage import Storage
+from tests.test_buckets import InMemory
+
+from nalora_jax.common import buckets, uploads
+from nalora_jax.errors import NaloraError
+from nalora_jax.weights.folders import new_file, new_folder
+from tests import emulator
+
+# gcsfs sends its chunks as bytes.
+pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")
+
+FILES = {"README.md": b"card", "config.json": b"{}", "model.safetensors": bytes(6 << 20)}
+Requests = list[tuple[str, str]]
+WRITE = """
+import os, sys
+from nalora_jax.weights.folders import new_folder
+from nalora_jax.cli.outputs import removed_if_stopped
+from nalora_jax.__main__ import guarded
+
+def write():
+    with new_folder(sys.argv[1]) as folder:
+        for name, size in (("README.md", 4), ("config.json", 2), ("model.safetensors", 6 << 20)):
+            (folder / name).write_bytes(bytes(size))
+        print("written", flush=True)
+    print("done", flush=True)
+
+sys.exit(guarded(removed_if_stopped()(write) if "stops" in sys.argv else write))
+"""
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def google(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Storage, Requests]]:
+    requests: Requests = []
+    with emulator.emulator(tmp_path / "google", requests) as (held, address):
+        for name, value in emulator.variables(address).items():
+            monkeypatch.setenv(name, value)
+        buckets._filesystem_of.cache_clear()
+        yield held, requests
+        buckets._filesystem_of.cache_clear()
+
+
+def fill(folder: Path) -> None:
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content)
+
+
+def fail(where: str) -> None:
+    """Fills a folder, in a block that ends with an error."""
+    with contextlib.suppress(KeyError), new_folder(where) as folder:
+        fill(folder)
+        raise KeyError
+
+
+def start(folder: str, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WRITE, f"gs://bucket/{folder}", *words]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
+
+
+def wait_for(requests: Requests, kind: str, process: subprocess.Popen[str]) -> None:
+    """Waits until an upload of a kind begins: "resumable" is that of the large file."""
+    until = time.monotonic() + 60
+    while not any(f"uploadType={kind}" in path for path, _ in requests):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+def test_a_folder_appears_whole_or_not_at_all(google: Any, cache: Path) -> None:
+    held, _ = google
+    with new_folder(Path("gs://bucket/whole")) as folder:  # a Path has lost a slash
+        fill(folder)
+        assert list(emulator.stored(held, "whole")) == [uploads.MARK]
+    assert emulator.stored(held, "whole") == FILES
+    fail("gs://bucket/absent")
+    assert not emulator.stored(held, "absent")
+    assert not list((cache / "uploads").iterdir())
+    with pytest.raises(NaloraError, match="whole: expected a new name .*found one that holds README.md"):
+        uploads.require_free("gs://bucket/whole")
+    with pytest.raises(NaloraError, match="whole: expected a new name"), new_folder("gs://bucket/whole"):
+        pass
+    assert emulator.stored(held, "whole") == FILES
+
+
+def test_an_upload_that_fails_leaves_nothing(google: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = uploads._put
+
+    def fail(store: Any, path: Path, where: str, **options: Any) -> None:
+        if path.name == "config.json":
+            raise OSError("connection lost")
+        put(store, path, where, **options)
+
+    monkeypatch.setattr(uploads, "_put", fail)
+    with pytest.raises(NaloraError, match="connection lost"), new_folder("gs://bucket/fails") as folder:
+        fill(folder)
+    assert not emulator.stored(google[0], "fails")
+
+
+def test_a_file_appears_whole_and_replaces_none(google: Any) -> None:
+    for size in (10, 6 << 20):  # in one request, and in several
+        with new_file(f"gs://bucket/{size}.gguf") as path:
+            path.write_bytes(bytes(size))
+            assert not buckets.exists(f"gs://bucket/{size}.gguf")
+        with pytest.raises(NaloraError, match="found an existing file"):
+            uploads.upload_file(Path(__file__), f"gs://bucket/{size}.gguf")
+        assert google[0].get_file("bucket", f"{size}.gguf") == bytes(size)
+        with pytest.raises(NaloraError, match="found an existing file"):
+            uploads.require_free(f"gs://bucket/{size}.gguf")
+
+
+def test_what_a_killed_upload_left_is_no_model_and_is_removed_by_the_next(google: Any, cache: Path) -> None:
+    held, requests = google
+    for kind in ("multipart", "resumable"):
+        requests.clear()
+        process = start("killed")
+        wait_for(requests, kind, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert "config.json" not in emulator.stored(held, "killed")
+    assert uploads.MARK in emulator.stored(held, "killed")
+    assert len(list((cache / "uploads").iterdir())) == 1  # the second one has removed the first one's
+    with new_folder("gs://bucket/killed") as folder:
+        fill(folder)
+    assert emulator.stored(held, "killed") == FILES
+    assert not list((cache / "uploads").iterdir())
+
+
+def test_sigterm_removes_what_was_uploaded_and_says_so(google: Any, cache: Path) -> None:
+    held, requests = google
+    process = start("stopped", "stops")
+    wait_for(requests, "resumable", process)
+    process.send_signal(signal.SIGTERM)
+    output, error = process.communicate()
+    assert (process.returncode, output) == (143, "written\n")
+    assert error == "interrupted by SIGTERM; no unfinished output was left\n"
+    assert not emulator.stored(held, "stopped")
+    assert not list((cache / "uploads").iterdir())
+
+
+def test_a_second_writer_is_refused(google: Any) -> None:
+    with new_folder("gs://bucket/shared") as folder:
+        fill(folder)
+        with (
+            pytest.raises(NaloraError, match=f"found process {os.getpid()} on "),
+            new_folder("gs://bucket/shared/"),
+        ):
+            pass
+    assert emulator.stored(google[0], "shared") == FILES
+
+
+def test_a_second_machine_is_refused_until_the_first_is_silent(
+    google: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first() -> None:
+        with new_folder("gs://bucket/two") as folder:
+            fill(folder)
+            second()
+
+    def second() -> None:
+        monkeypatch.setattr(uploads.socket, "gethostname", lambda: "elsewhere")
+        monkeypatch.setenv("NALORA_CACHE", str(cache / "elsewhere"))
+        with (
+            pytest.raises(NaloraError, match=r"which wrote to it \d+ seconds ago; wait for it"),
+            new_folder("gs://bucket/two"),
+        ):
+            pass
+        monkeypatch.setattr(uploads, "_STALE", 0.0)
+        with new_folder("gs://bucket/two") as folder:
+            fill(folder)
+
+    with pytest.raises(NaloraError, match="found those of another process"):
+        first()
+    assert emulator.stored(google[0], "two") == FILES
+
+
+@pytest.mark.parametrize(
+    "mark", [b"{", b"[]", b'{"time": "x"}', b'{"host": 1, "names": null}', b"9" * 5000]
+)
+def test_a_damaged_mark_has_no_owner(google: Any, mark: bytes) -> None:
+    emulator.put(os.environ["STORAGE_EMULATOR_HOST"], f"damaged/{uploads.MARK}", mark)
+    emulator.put(os.environ["STORAGE_EMULATOR_HOST"], f"own/{uploads.MARK}", mark)
+    own = emulator.put(os.environ["STORAGE_EMULATOR_HOST"], "own/notes.txt", b"mine")
+    with new_folder("gs://bucket/damaged") as folder:
+        fill(folder)
+    assert emulator.stored(google[0], "damaged") == FILES
+    with pytest.raises(NaloraError, match="found one that holds notes.txt"):
+        uploads.require_free(own.rpartition("/")[0])
+
+
+def test_s3_takes_the_same_path(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InMemory, "store", {})  # of the class, and so of other tests
+    store = InMemory()
+    monkeypatch.setattr(buckets, "_filesystem_of", lambda scheme: store)
+    with new_folder("s3://bucket/model") as folder:
+        fill(folder)
+    fail("s3://bucket/absent")
+    with new_file("s3://bucket/model.gguf") as path:
+        path.write_bytes(b"GGUF")
+    with pytest.raises(NaloraError, match="an existing file"), new_file("s3://bucket/model.gguf"):
+        pass
+    assert sorted(store.find("s3://bucket")) == sorted(
+        ["/bucket/model.gguf", *(f"/bucket/model/{name}" for name in FILES)]
+    )

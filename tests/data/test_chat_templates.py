@@ -1,0 +1,96 @@
+"""Chat templates render as in transformers, and cannot make texts without end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from nalora_jax.data.chat_templates import render_template
+
+MESSAGES = [
+    {"role": "system", "content": "Be <b>brief</b> & kind — 東京 🙂."},
+    {"role": "user", "content": "What's the weather in Paris?  \n"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "days": 2}}}
+        ],
+    },
+    {"role": "tool", "name": "weather", "content": '{"celsius": 12.5}'},
+    {"role": "assistant", "content": "<think>\nrain?\n</think>\n\n12.5 degrees."},
+]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+# Templates of widely used models, as they were published (Qwen's without its longest branches).
+TEMPLATES = {
+    path.stem: path.read_text() for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["plain", "tools"])
+def test_templates_render_as_in_transformers(name: str, tools: Any) -> None:
+    settings = {"bos_token": "<s>", "eos_token": "</s>"}
+    for prompt in (False, True):
+        variables = {"messages": MESSAGES, "tools": tools, "add_generation_prompt": prompt, **settings}
+        expected, _ = render_jinja_template(
+            conversations=[MESSAGES],
+            tools=tools,
+            chat_template=TEMPLATES[name],
+            add_generation_prompt=prompt,
+            **settings,
+        )
+        assert [render_template(TEMPLATES[name], variables)] == expected
+
+
+def test_numpy_values_of_table_files_are_json() -> None:
+    values = {"x": {"a": np.float64(0.5), "b": np.arange(2)}}
+    assert render_template("{{ x | tojson }}", values) == '{"a": 0.5, "b": [0, 1]}'
+
+
+HOSTILE = {
+    "a repetition": ("{{ 'a' * 10**9 }}", "4,000,000 characters"),
+    "a constant list": ("{{ 10**9 * [1] }}", "4,000,000 characters"),
+    "a long text": ("{% for i in range(9999) %}{{ 'a' * 1000 }}{% endfor %}", "4,000,000 characters"),
+    "a format's width": ("{{ '%1000000000d' % 1 }}", "width"),
+    "a format's width as a value": ("{{ '%*d' % (10**9, 1) }}", "width"),
+    "a namespace that doubles": (
+        "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+        "4,000,000 characters",
+    ),
+    "a namespace that doubles by ~": (
+        "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+        "4,000,000 characters",
+    ),
+    "a long number": ("{{ 10**5000 }}", "power above 4,300"),
+    "break outside a loop": ("{% break %}", "outside"),
+    "no template": ("{{ x", "unexpected end"),
+    "nested brackets": ("{{ " + "(" * 10**5 + "1" + ")" * 10**5 + " }}", "recursion"),
+    "nested blocks": ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "recursion|nested"),
+    "foreign classes": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+    "a change of the messages": ("{{ messages.append(1) }}", "unsafe"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_templates_end_in_an_error(name: str) -> None:
+    template, reason = HOSTILE[name]
+    with pytest.raises(Exception, match=f"(?i){reason}"):
+        render_template(template, {"messages": MESSAGES})
+
+
+def test_operators_of_real_templates_are_those_of_jinja() -> None:
+    template = "{{ 2 ** 3 }} {{ 7 % 4 }} {{ 'ab' * 2 }} {{ 1 ~ 'b' ~ none }} {{ '%s-%d' % ('a', 2) }} {{ [1] + [2] }}"
+    assert render_template(template, {}) == "8 3 abab 1bNone a-2 [1, 2]"

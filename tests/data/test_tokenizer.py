@@ -1,0 +1,393 @@
+"""Tokenizers of Hugging Face folders, against transformers reading the same folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from nalora_jax.data.tokenizer import AddedTokens, Tokenizer, read_json
+from nalora_jax.errors import NaloraError
+from nalora_jax.weights.tokenizer_files import write_tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+CORPUS = [
+    "The capital of France is Paris, and the capital of Italy is Rome.",
+    "def add(first, second):\n    return first + second\n",
+    "I have 12345 apples; you've got 67.890 pears — naïve café, 東京, Привет 🙂",
+]
+TEXTS = [
+    *CORPUS,
+    "",
+    " ",
+    "  two  spaces\n\n\tand tabs\r\n",
+    "<|im_start|>user\nHi<|im_end|>\n",
+    "<|im_start|><|im_start|>nested<|im_end",
+    "e\u0301 \u00e9 \u200d \ufeff \U0001f468\u200d\U0001f469\u200d\U0001f467",
+]
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHAT = [
+    {"role": "system", "content": "Be <b>brief</b> & kind."},
+    {"role": "user", "content": "What's 2+2?"},
+    {"role": "assistant", "content": "4"},
+]
+
+
+def byte_level() -> Backend:
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return backend
+
+
+def save(folder: Path, backend: Backend | None = None, **settings: Any) -> Path:
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend or byte_level(), **(names | settings)
+    )
+    fast.save_pretrained(folder)
+    return folder
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_ids_and_text_equal_transformers(tmp_path: Path) -> None:
+    ours, theirs = (
+        Tokenizer.from_folder(save(tmp_path)),
+        transformers.AutoTokenizer.from_pretrained(tmp_path),
+    )
+    for text in TEXTS:
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        assert ours.decode(ids, skip_special=False) == theirs.decode(ids, skip_special_tokens=False)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (
+        theirs.bos_token_id,
+        theirs.eos_token_id,
+        theirs.pad_token_id,
+    )
+    assert ours.vocab_size == len(theirs) == 320
+    assert not ours.add_bos
+
+
+def test_a_file_larger_than_any_tokenizer_is_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(1 << 30)  # without blocks on the disk
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("it was read"))
+    with pytest.raises(
+        NaloraError, match="tokenizer.json: expected a tokenizer of up to 256 MB, found 1024 MB"
+    ):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_begin_of_sequence_comes_from_the_post_processor(tmp_path: Path) -> None:
+    backend = byte_level()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", backend.token_to_id("<|im_start|>"))]
+    )
+    ours, theirs = (
+        Tokenizer.from_folder(save(tmp_path, backend)),
+        transformers.AutoTokenizer.from_pretrained(tmp_path),
+    )
+    assert ours.add_bos
+    assert ours.encode("Paris") == theirs.encode("Paris")
+    assert ours.encode("Paris", special=False) == theirs.encode("Paris", add_special_tokens=False)
+    assert ours.encode("Paris")[1:] == ours.encode("Paris", special=False)
+
+
+def test_begin_of_sequence_setting_wins(tmp_path: Path) -> None:
+    ours = Tokenizer.from_folder(save(tmp_path, add_bos_token=True))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.encode("Paris") == theirs.encode("Paris")
+    assert ours.encode("Paris")[0] == ours.bos_id
+
+
+def test_truncation_and_padding_of_the_saver_are_dropped(tmp_path: Path) -> None:
+    backend = byte_level()
+    save(tmp_path, backend)
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert len(Tokenizer.from_folder(tmp_path).encode(CORPUS[0])) == len(byte_level().encode(CORPUS[0]).ids)
+
+
+def test_vocabulary_counts_added_tokens_beyond_a_gap(tmp_path: Path) -> None:
+    save(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    raw["added_tokens"].append(raw["added_tokens"][0] | {"id": 320, "content": "<extra>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    assert Tokenizer.from_folder(tmp_path).vocab_size == 321
+
+
+def test_special_tokens_as_objects_and_stop_ids(tmp_path: Path) -> None:
+    save(tmp_path)
+    edit(
+        tmp_path / "tokenizer_config.json",
+        eos_token={"content": "<|im_end|>", "lstrip": False},
+        pad_token=None,
+    )
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    ours = Tokenizer.from_folder(tmp_path)
+    assert ours.eos_id == ours.pad_id == 2
+    assert ours.eos_ids == (2, 0)
+
+
+def test_stop_ids_of_config_json_count_too(tmp_path: Path) -> None:
+    save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0}))
+    assert Tokenizer.from_folder(tmp_path).eos_ids == (2, 0)
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": [2, 1]}}))
+    assert Tokenizer.from_folder(tmp_path).eos_ids == (2, 1)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0]}))
+    assert Tokenizer.from_folder(tmp_path).eos_ids == (2, 0, 1)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_a_folder_without_an_eos_token_takes_the_configs_id(tmp_path: Path, file: str) -> None:
+    save(tmp_path, eos_token=None)
+    (tmp_path / file).write_text(json.dumps({"eos_token_id": [2, 0]}))
+    ours = Tokenizer.from_folder(tmp_path)
+    assert (ours.eos_id, ours.eos_ids) == (2, (2, 0))
+
+
+@pytest.mark.parametrize("value", [-1, 10**30, 320, True, 2.0, "2", [[2]], None])
+def test_stop_ids_that_are_no_tokens_are_ignored(tmp_path: Path, value: object) -> None:
+    save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
+    assert Tokenizer.from_folder(tmp_path).eos_ids == (2,)
+
+
+def test_tokens_beyond_the_embedding_are_refused_only_where_they_are_used(tmp_path: Path) -> None:
+    save(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    raw["added_tokens"].append(raw["added_tokens"][0] | {"id": 320, "content": "[PAD]"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    edit(tmp_path / "tokenizer_config.json", pad_token="[PAD]")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 320]}))
+    free = Tokenizer.from_folder(tmp_path)
+    assert (free.pad_id, free.eos_ids, free.encode("[PAD]")) == (320, (2, 320), [320])
+
+    bound = free.for_embedding(320, "here")
+    assert (bound.pad_id, bound.eos_id, bound.eos_ids) == (2, 2, (2,))
+    assert bound.encode(CORPUS[0]) == free.encode(CORPUS[0])
+    for encode in (bound.encode, lambda text: bound.encode_batch([CORPUS[0], text])):
+        with pytest.raises(
+            NaloraError, match=r"expected tokens below 320, .*found '\[PAD\]', which is token 320"
+        ):
+            encode("some [PAD]")
+    with pytest.raises(NaloraError, match="here: expected an end-of-sequence id below 2"):
+        free.for_embedding(2, "here")
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfffb"])
+def test_half_a_character_is_no_text(tmp_path: Path, text: str) -> None:
+    ours = Tokenizer.from_folder(save(tmp_path))
+    for encode in (ours.encode, lambda text: ours.encode_batch(["fine", text])):
+        with pytest.raises(NaloraError, match="expected Unicode text, found half a character"):
+            encode(text)
+
+
+# ---------------------------------------------------------------- chat templates
+
+TEMPLATES = {
+    "chatml": CHATML,
+    "special tokens": "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
+    "whitespace control": "{% for m in messages %}\n  {%- if m.role == 'user' %}\n"
+    "    {{ m.content }}\n  {% endif %}\n{% endfor %}",
+    "loop controls": "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "generation": "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}[{{ m.content }}]{% endif %}{% endfor %}",
+    "json": "{{ messages | tojson }} {{ messages[0] | tojson(indent=2) }} {{ 'é' | tojson }}",
+    "tools": "{% if tools %}tools{% endif %}{% if documents is defined and documents %}docs{% endif %}ok",
+    "namespace": "{% set n = namespace(x=0) %}{% for m in messages %}{% set n.x = n.x + 1 %}{% endfor %}{{ n.x }}",
+    "scope": "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+    "strings": "{{ messages[0].content.strip().split(' ')[0] | trim | upper }}{{ messages[1:] | length }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("prompt", [False, True])
+def test_chat_templates_render_as_in_transformers(tmp_path: Path, name: str, prompt: bool) -> None:
+    ours = Tokenizer.from_folder(save(tmp_path, chat_template=TEMPLATES[name]))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=prompt)
+    assert ours.render_chat(CHAT, add_generation_prompt=prompt) == expected
+
+
+def test_template_may_ask_for_the_date(tmp_path: Path) -> None:
+    ours = Tokenizer.from_folder(save(tmp_path, chat_template="{{ strftime_now('%Y') }}"))
+    assert ours.render_chat(CHAT) in (time.strftime("%Y"), str(int(time.strftime("%Y")) - 1))
+
+
+@pytest.mark.parametrize("where", ["file", "config", "named"])
+def test_where_a_template_is_found(tmp_path: Path, where: str) -> None:
+    save(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    if where == "file":
+        (tmp_path / "chat_template.jinja").write_text("new{{ messages[0].role }}")
+        edit(tmp_path / "tokenizer_config.json", chat_template="old")
+    elif where == "config":
+        edit(tmp_path / "tokenizer_config.json", chat_template="new{{ messages[0].role }}")
+    else:
+        listed = [
+            {"name": "rag", "template": "other"},
+            {"name": "default", "template": "new{{ messages[0].role }}"},
+        ]
+        edit(tmp_path / "tokenizer_config.json", chat_template=listed)
+    assert Tokenizer.from_folder(tmp_path).render_chat(CHAT) == "newsystem"
+
+
+TOOL_USE = "tools{{ tools | length }}{{ messages[0].role }}"
+WHERE_TOOL_TEMPLATES_ARE = {
+    "both in the config": ("config", True),
+    "only for tools in the config": ("config", False),
+    "both in files": ("files", True),
+    "only for tools in a file": ("files", False),
+}
+
+
+@pytest.mark.parametrize("case", WHERE_TOOL_TEMPLATES_ARE)
+def test_a_template_for_tools_is_used_as_transformers_uses_it(tmp_path: Path, case: str) -> None:
+    place, default = WHERE_TOOL_TEMPLATES_ARE[case]
+    save(tmp_path)
+    templates = {"tool_use": TOOL_USE, **({"default": "plain{{ messages[0].role }}"} if default else {})}
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    if place == "config":
+        listed = [{"name": name, "template": text} for name, text in templates.items()]
+        edit(tmp_path / "tokenizer_config.json", chat_template=listed)
+    else:
+        (tmp_path / "additional_chat_templates").mkdir()
+        (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(TOOL_USE)
+        if default:
+            (tmp_path / "chat_template.jinja").write_text(templates["default"])
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.render_chat(CHAT, tools=tools) == theirs.apply_chat_template(
+        CHAT, tools=tools, tokenize=False
+    )
+    if default:
+        assert ours.render_chat(CHAT) == theirs.apply_chat_template(CHAT, tokenize=False)
+    else:
+        with pytest.raises(NaloraError, match="chat template: .*found only one for chats with tools"):
+            ours.render_chat(CHAT)
+    # Written files are read in the same way.
+    (tmp_path / "copy").mkdir()
+    write_tokenizer(ours, tmp_path / "copy", max_length=64)
+    assert Tokenizer.from_folder(tmp_path / "copy").tool_template == TOOL_USE
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[7].content }}", "UndefinedError"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+        ("{{ messages.append(1) }}", "SecurityError"),
+        ("{% for m in messages %}", "endfor"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_template_failures_are_user_errors(tmp_path: Path, template: str, found: str) -> None:
+    ours = Tokenizer.from_folder(save(tmp_path, chat_template=template))
+    with pytest.raises(NaloraError, match="chat template") as error:
+        ours.render_chat(CHAT)
+    assert found in str(error.value)
+
+
+def test_a_template_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (save(tmp_path) / "chat_template.jinja").write_bytes(b"{{ \xff }}")
+    with pytest.raises(NaloraError, match=r"chat_template\.jinja: expected a chat template"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
+    with pytest.raises(NaloraError, match="chat template.*prompt/completion"):
+        Tokenizer.from_folder(save(tmp_path)).render_chat(CHAT)
+
+
+# ---------------------------------------------------------------- bad folders
+
+
+def test_missing_tokenizer_file(tmp_path: Path) -> None:
+    with pytest.raises(NaloraError, match=r"tokenizer\.json.*save_pretrained"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", '{"model": 3}', "\0\1", '{"version": "1.0", "model": {"type": "BPE"}}']
+)
+def test_damaged_tokenizer_file(tmp_path: Path, content: str) -> None:
+    save(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(NaloraError, match=r"tokenizer\.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    save(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    raw["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(NaloraError, match=r"tokenizer\.json: expected a tokenizer, found Precompiled"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("eos", [None, "<nowhere>", 7, "\ud800"])
+def test_an_end_of_sequence_token_is_needed(tmp_path: Path, eos: object) -> None:
+    save(tmp_path)
+    edit(tmp_path / "tokenizer_config.json", eos_token=eos)
+    with pytest.raises(NaloraError, match="eos_token"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [(b"[]", "list"), (b"{", "Expecting"), (b"\xff\xfe", "decode"), (b"[" * 100_000, "recursion")],
+)
+def test_json_files_that_are_not_objects(tmp_path: Path, content: bytes, found: str) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(NaloraError, match=r"x\.json") as error:
+        read_json(tmp_path / "x.json")
+    assert found in str(error.value)
+
+
+def test_missing_json_file(tmp_path: Path) -> None:
+    with pytest.raises(NaloraError, match="nothing of that name"):
+        read_json(tmp_path / "x.json")
+    assert read_json(tmp_path / "x.json", missing={"a": 1}) == {"a": 1}
+
+
+def test_added_tokens_are_those_of_transformers(tmp_path: Path) -> None:
+    """Ids and splits; a word of the vocabulary is a token of its own, and what is one already stays as it is."""
+    folder = save(tmp_path)
+    ours = Tokenizer.from_folder(folder).with_tokens(AddedTokens(("<id>", "the"), ("<call>", "<|im_end|>")))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.add_special_tokens({"additional_special_tokens": ["<call>"]})
+    theirs.add_tokens(["<id>", "the"])
+    assert len(theirs) == ours.vocab_size == ours.rows_for(AddedTokens(("<id>",)), 0)
+    assert ours.rows_for(AddedTokens(("the",)), 5000) == 5000
+    for text in ("a<call>b<id>c", "<id><id> <call>", "the cathedral of them<|im_end|>", *TEXTS):
+        ids = ours.encode(text, special=False)
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    with pytest.raises(NaloraError, match="added tokens: expected texts that are one token each, found ''"):
+        ours.with_tokens(AddedTokens(("",)))

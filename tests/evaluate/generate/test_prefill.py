@@ -1,0 +1,154 @@
+"""Prompts processed in chunks: greedy tokens of every kind of cache, and memory."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.test_generate import byte_tokenizer
+
+from nalora_jax.common.trees import unflatten
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.generate import Generator, generator
+from nalora_jax.evaluate.generate.programs import Prompts, Weights, prefill
+from nalora_jax.evaluate.generate.sampling import make_sampling
+from nalora_jax.evaluate.generate.shapes import padded_length
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.stacks import param_shapes
+from nalora_jax.models.vision.decoder import decoder_for
+from nalora_jax.ops import attention, cached_attention
+from nalora_jax.weights.base import load_model
+from tests.evaluate.generate.test_longrope import PHI3
+from tests.models.test_families import CASES, Case, build, by_name
+
+CHUNK, NEW_TOKENS = 16, 9
+BY_FAMILY = {case.family: case for case in CASES}
+# Keys and values with windows and sinks; shared between layers; a recurrent state; a convolution; RoPE by length.
+KINDS = [BY_FAMILY["gpt_oss"], BY_FAMILY["gemma4_text"], BY_FAMILY["qwen3_5_text"], BY_FAMILY["lfm2"], PHI3]
+
+
+@pytest.fixture
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (attention, cached_attention):
+        monkeypatch.setattr(module, "BLOCK", 24)
+
+
+def complete(case: Case, prompts: list[list[int]], chunk: int) -> list[tuple[int, ...]]:
+    pair = build(case)
+    generator = Generator(pair.model, {"params": pair.params}, byte_tokenizer(), prefill_chunk=chunk)
+    return [row.ids for row in generator.complete(prompts, max_new_tokens=NEW_TOKENS, stop_ids=())]
+
+
+@pytest.mark.parametrize("case", KINDS, ids=by_name)
+def test_greedy_tokens_do_not_depend_on_chunks(case, short_blocks):
+    """Rows end in the first, a middle and the last chunk, and at the end of one."""
+    longest = min(build(case).config.max_positions - NEW_TOKENS, 60)
+    rng = np.random.default_rng(4)
+    prompts = [rng.integers(1, 128, length).tolist() for length in (longest, 7, 32, 33)]
+    whole = complete(case, prompts, 2048)
+    assert complete(case, prompts, CHUNK) == whole
+    assert all(len(set(row)) >= 3 for row in whole[:1]), "a continuation that proves little"
+
+
+@pytest.mark.parametrize(("family", "chunk"), [("llava", 12), ("gemma3", 10)])
+def test_prompts_with_images_are_processed_in_chunks(
+    family, chunk, seeing_folder, short_blocks, monkeypatch
+):
+    """Images of 16 tokens are divided; images of 4 tokens that see each other are moved to the next chunk.
+
+    Cached values of all tokens and greedy tokens are those of undivided prompts.
+    """
+    loaded = load_model(str(seeing_folder(family)), dtype="float32", images=True)
+    image, count = loaded.config.sight.image_token, loaded.config.sight.tokens
+    rng, caches = np.random.default_rng(4), []
+    texts = [
+        [3 if token == image else token for token in rng.integers(5, 40, n).tolist()] for n in (8, 3, 30)
+    ]
+    picture = [image] * count
+    rows = [texts[0] + picture + texts[1] + picture + texts[2], texts[0] + picture, texts[1]]
+    pictures = list(rng.integers(0, 256, (3, 16, 16, 3)).astype(np.uint8))
+
+    def recorded(*arguments, **options):
+        state = prefill(*arguments, **options)
+        caches.append(jax.device_get(state.cache))
+        return state
+
+    monkeypatch.setattr(generator, "prefill", recorded)
+
+    def complete(chunk):
+        options = {"processor": loaded.processor, "prefill_chunk": chunk}
+        seeing = Generator(
+            decoder_for(loaded.config), {"params": loaded.params}, loaded.tokenizer, **options
+        )
+        options = {"images": [pictures[:2], pictures[2:], ()], "max_new_tokens": 4, "stop_ids": ()}
+        return [row.ids for row in seeing.complete(rows, **options)]
+
+    assert complete(2048) == complete(chunk)
+    whole, chunked = (
+        [cache.states["layers"].v[:, row, :, cache.segments[row] > 0] for row in range(3)]
+        for cache in caches
+    )
+    for ours, expected in zip(chunked, whole, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+    if loaded.config.sight.mutual:
+        with pytest.raises(NaloraError, match="prefill_chunk: expected at least 4, the image tokens"):
+            complete(3)
+
+
+def temporary_bytes(tokens: int, chunk: int) -> int:
+    """Memory of the compiled prefill except arguments and results, which hold the cache."""
+    raw = {"model_type": "llama", "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 8}
+    raw |= {"intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 4}
+    model = Decoder(ModelConfig.from_hf(raw | {"max_position_embeddings": 2**20, "rms_norm_eps": 1e-5}))
+    shapes = {
+        path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in param_shapes(model.config).items()
+    }
+    params = unflatten(shapes)
+    weights = Weights({"params": params}, {"params": {name: params[name] for name in ("embed", "lm_head")}})
+    sampling = make_sampling(
+        1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seeds=(0,)
+    )
+    prompts = Prompts(
+        jax.ShapeDtypeStruct((1, tokens), jnp.int32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+        jax.ShapeDtypeStruct((1,), jnp.bool_),
+        jax.ShapeDtypeStruct((8,), jnp.int32),
+        sampling,
+    )
+    compiled = prefill.lower(model, weights, prompts, slots=tokens + 64, chunk=chunk).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_of_activations_does_not_grow_with_the_prompt():
+    cache_of_a_token = 2 * 8 * 4 * 4  # keys and values of 8 layers, one head of 4, float32
+    short, long = (temporary_bytes(tokens, 256) for tokens in (4096, 16384))
+    assert long - short < 3 * cache_of_a_token * (16384 - 4096)
+    assert temporary_bytes(16384, 0) > 4 * long
+
+
+def test_lengths_of_long_prompts_are_few_and_close():
+    lengths = range(2049, 200_000, 999)
+    padded = [padded_length(length, minimum=16, chunk=2048) for length in lengths]
+    assert all(
+        size % 2048 == 0 and length <= size <= max(1.125 * length, length + 2047) + 1
+        for size, length in zip(padded, lengths, strict=True)
+    )
+    assert len(set(padded)) < 50
+
+
+def test_chunks_have_tokens():
+    config = ModelConfig.from_hf(
+        {
+            "model_type": "llama",
+            "vocab_size": 257,
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "intermediate_size": 16,
+            "num_attention_heads": 2,
+            "rms_norm_eps": 1e-5,
+        }
+    )
+    with pytest.raises(NaloraError, match="prefill_chunk: expected at least 1"):
+        Generator(Decoder(config), {"params": {}}, byte_tokenizer(), prefill_chunk=0)

@@ -1,0 +1,399 @@
+"""Generation against full recomputation, one prompt at a time, and against transformers' filters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+from tokenizers import decoders, models, pre_tokenizers
+
+from nalora_jax.config import LoRAConfig, LoRARule
+from nalora_jax.data.tokenizer import Tokenizer
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.generate import Generator, Settings
+from nalora_jax.evaluate.generate.programs import decode, prefill
+from nalora_jax.evaluate.generate.sampling import kept_tokens, make_sampling, next_tokens
+from nalora_jax.evaluate.generate.shapes import bucket
+from nalora_jax.evaluate.generate.text import TextStream
+from nalora_jax.models.adapters import init_lora
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.stacks import projection_shapes
+from nalora_jax.models.targets import resolve
+from nalora_jax.ops.numerics import numerics_for
+from tests import tiny
+from tests.param_trees import init_params
+
+VOCAB = 257
+
+
+def byte_tokenizer(eos_ids: Sequence[int] = (256,)) -> Tokenizer:
+    """One token per byte, so that most characters beyond ASCII take several."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: i for i, character in enumerate(alphabet)} | {"<end>": 256}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend, bos_id=None, eos_id=256, pad_id=256, eos_ids=tuple(eos_ids))
+
+
+def tiny_config() -> ModelConfig:
+    sizes = {"vocab_size": VOCAB, "intermediate_size": 48, "max_position_embeddings": 96}
+    return ModelConfig.from_hf(tiny.GROUPED | sizes)
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    config = tiny_config()
+    spec = resolve(LoRAConfig(rules=(LoRARule("ffn", rank=2),)), projection_shapes(config), config.n_layers)
+    return Decoder(config, spec)
+
+
+@pytest.fixture(scope="module")
+def variables(model: Decoder) -> dict:
+    params = jax.jit(lambda key: init_params(model.config, key))(jax.random.key(0))
+    # Sharper logits than a random model's, so that greedy choices are no coin tosses.
+    params["embed"]["embedding"] = params["embed"]["embedding"] * 20
+    return {"params": params, "lora": random_lora(model, 1)}
+
+
+def random_lora(model: Decoder, seed: int) -> dict:
+    lora = jax.eval_shape(lambda: init_lora(model.config, model.adapters, jax.random.key(0)))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), lora)
+
+
+@pytest.fixture(scope="module")
+def generator(model: Decoder, variables: dict) -> Generator:
+    return Generator(model, variables, byte_tokenizer())
+
+
+def without_cache(model: Decoder, variables: dict, prompt: Sequence[int], count: int) -> list[int]:
+    """Greedy tokens, every one from a forward pass over the whole text so far."""
+    apply = jax.jit(lambda v, t: model.apply(v, model.apply(v, t), method="unembed"))
+    ids = list(prompt)
+    for _ in range(count):
+        padded = np.zeros((1, 32), np.int32)
+        padded[0, : len(ids)] = ids
+        ids.append(int(jnp.argmax(apply(variables, padded)[0, len(ids) - 1])))
+    return ids[len(prompt) :]
+
+
+def prompts_of(lengths: Iterable[int], seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, 250, n).tolist() for n in lengths]
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def test_greedy_equals_recomputation_for_every_prompt_of_a_batch(model, variables, generator):
+    prompts = prompts_of([3, 15, 9])
+    made = generator.complete(prompts, max_new_tokens=16, stop_ids=())
+    assert [list(c.ids) for c in made] == [without_cache(model, variables, p, 16) for p in prompts]
+    assert {c.reason for c in made} == {"length"}
+
+
+def test_batches_of_any_size_give_what_single_prompts_give(generator):
+    prompts = prompts_of([5, 14, 2])
+    single = [generator.generate([p], max_new_tokens=12)[0] for p in prompts]
+    assert generator.generate(prompts, max_new_tokens=12) == single
+    assert generator.generate(prompts, max_new_tokens=12, batch_size=2) == single
+
+
+def test_another_adapter_changes_the_text_but_compiles_nothing(model, generator):
+    prompt = prompts_of([6])
+    first = generator.generate(prompt, max_new_tokens=8)
+    sizes = prefill._cache_size(), decode._cache_size()
+    other = generator.with_lora(random_lora(model, 5)).generate(prompt, max_new_tokens=8)
+    hot = generator.generate(prompt, max_new_tokens=6, temperature=0.7, top_k=5, stop_ids=[1, 2, 3])
+    assert (prefill._cache_size(), decode._cache_size()) == sizes
+    assert len({*first, *other, *hot}) == 3
+    assert generator.with_lora(None).generate(prompt, max_new_tokens=8) not in (first, other)
+
+
+def test_generation_ends_at_a_stop_token_and_leaves_it_out(generator):
+    prompt = prompts_of([8], seed=3)
+    whole = generator.complete(prompt, max_new_tokens=10, stop_ids=())[0].ids
+    stop = next(i for i in range(2, 10) if whole[i] not in whole[:i])
+    ended = generator.complete(prompt, max_new_tokens=10, stop_ids=[whole[stop]])[0]
+    assert ended.ids == whole[:stop]
+    assert ended.reason == "stop"
+
+
+def test_a_full_context_ends_generation(model, variables):
+    generator = Generator(model, variables, byte_tokenizer(()), max_length=24)
+    made = generator.complete(prompts_of([20, 10]), max_new_tokens=50)
+    assert [len(c.ids) for c in made] == [4, 14]
+
+
+def test_weights_and_prompts_on_a_mesh_give_the_same_text(model, variables, generator):
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    spec = jax.sharding.PartitionSpec
+    split = jax.tree.map(
+        lambda x: (
+            jax.device_put(x, jax.sharding.NamedSharding(mesh, spec(*[None] * (x.ndim - 1), "fsdp")))
+            if x.shape[-1] % 2 == 0
+            else jax.device_put(x, jax.sharding.NamedSharding(mesh, spec()))
+        ),
+        variables,
+    )
+    prompts = prompts_of([3, 9, 5])
+    sharded = Generator(model, split, byte_tokenizer(), mesh=mesh)
+    assert sharded.generate(prompts, max_new_tokens=6) == generator.generate(prompts, max_new_tokens=6)
+
+
+def test_bf16_weights_generate_what_they_do_without_a_cache(model, variables):
+    half = {**variables, "params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])}
+    low = model.clone(numerics=numerics_for("bfloat16", "cpu"))
+    prompt = prompts_of([6])
+    made = Generator(low, half, byte_tokenizer()).complete(prompt, max_new_tokens=5, stop_ids=())
+    assert list(made[0].ids) == without_cache(low, half, prompt[0], 5)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def test_a_draw_depends_on_the_seed_but_not_on_the_place_in_the_batch(generator):
+    prompts = prompts_of([9, 9, 9])  # of one length, so that batches keep their order
+    options = {"max_new_tokens": 10, "temperature": 1.0, "top_p": 0.95, "stop_ids": ()}
+    drawn = generator.complete(prompts, seed=[1, 2, 3], **options)
+    again = generator.complete(prompts[::-1], seed=[3, 2, 1], **options)[::-1]
+    assert drawn == again
+    assert generator.complete([prompts[1]], seed=2, **options)[0] == drawn[1]
+    assert generator.complete([prompts[1]], seed=4, **options)[0] != drawn[1]
+
+
+def test_every_step_draws_anew(generator):
+    hot = generator.complete(prompts_of([9]), max_new_tokens=16, temperature=1e4, stop_ids=())[0]
+    assert len(set(hot.ids)) > 8
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    top_k=st.sampled_from([0, 1, 2, 7, 40, 64]),
+    top_p=st.sampled_from([1e-6, 0.1, 0.5, 0.9, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 1e-3, 0.1, 0.5, 1.0]),
+    spread=st.sampled_from([0.01, 1.0, 30.0]),
+)
+@example(seed=0, top_k=7, top_p=0.5, min_p=0.0, spread=0.01)  # half of seven tokens, not of all
+def test_filters_keep_what_transformers_keeps(seed, top_k, top_p, min_p, spread):
+    import torch
+    from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = spread * np.random.default_rng(seed).standard_normal((3, 64)).astype(np.float32)
+    expected = torch.tensor(logits)
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    if min_p:
+        expected = MinPLogitsWarper(min_p)(None, expected)
+    shares = np.full(3, top_p, np.float32), np.full(3, min_p, np.float32)
+    ours = jax.jit(kept_tokens)(logits, np.full(3, top_k, np.int32), *shares)
+    kept = torch.isfinite(expected).numpy()
+    # Tokens whose probability float32 rounds to nothing can't be drawn: either way is right.
+    p = torch.softmax(torch.tensor(logits), -1).numpy()
+    np.testing.assert_array_equal(np.asarray(ours)[p > 1e-9], kept[p > 1e-9])
+
+
+def penalised(model, variables, prompt, count, penalty):
+    """Greedy tokens of the whole text at each step, after transformers' own penalty."""
+    import torch
+    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+    apply = jax.jit(lambda v, t: model.apply(v, model.apply(v, t), method="unembed"))
+    ids = list(prompt)
+    for _ in range(count):
+        padded = np.zeros((1, 32), np.int32)
+        padded[0, : len(ids)] = ids
+        scores = torch.tensor(np.asarray(apply(variables, padded)[:, len(ids) - 1]))
+        ids.append(int(RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), scores).argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("penalty", [1.3, 5.0, 0.5])
+def test_repetitions_are_penalised_as_in_transformers(generator, model, variables, penalty):
+    prompts = prompts_of([9, 4])
+    options = {"max_new_tokens": 20, "stop_ids": ()}
+    drawn = generator.complete(prompts, repetition_penalty=penalty, **options)
+    assert [list(one.ids) for one in drawn] == [
+        penalised(model, variables, one, 20, penalty) for one in prompts
+    ]
+    assert drawn != generator.complete(prompts, **options)
+
+
+def test_a_seen_token_becomes_less_likely_whatever_the_sign_of_its_logit():
+    logits = np.array([[-1.0, -1.2, -9.0], [1.0, 0.9, -9.0]], np.float32)
+    sampling, seen = make_sampling(2, repetition_penalty=1.3), jnp.array([[True, False, False]] * 2)
+    drawn = next_tokens(jnp.asarray(logits), sampling, jnp.int32(0), seen)
+    assert drawn.tolist() == [1, 1]
+
+
+def test_a_penalty_acts_on_draws_and_on_streams_too(generator):
+    options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3, "repetition_penalty": 1000.0}
+    prompt = prompts_of([9])[0]
+    (made,) = generator.complete([prompt], stop_ids=(), **options)
+    assert not set(made.ids) & set(prompt)
+    assert len(set(made.ids)) == 12
+    assert "".join(generator.stream(prompt, stop_ids=(), **options)) == made.text
+
+
+def test_tokens_are_drawn_as_often_as_the_tempered_softmax_says():
+    logits = np.array([2.0, 1.0, 0.0, -1.0, -30.0], np.float32)
+    rows = 4000
+    sampling = make_sampling(rows, temperature=2.0, top_k=3, seeds=range(rows))
+    drawn = np.asarray(next_tokens(jnp.tile(logits, (rows, 1)), sampling, jnp.int32(0)))
+    expected = np.exp(logits[:3] / 2) / np.exp(logits[:3] / 2).sum()
+    share = np.bincount(drawn, minlength=5) / rows
+    assert share[3:].sum() == 0
+    np.testing.assert_allclose(share[:3], expected, atol=4 * 0.5 / np.sqrt(rows))
+
+
+def test_a_greedy_row_stays_greedy_beside_a_drawn_one():
+    logits = jax.random.normal(jax.random.key(0), (2, 50))
+    sampling = make_sampling(2, temperature=0.0, seeds=[0])
+    sampling = replace(sampling, temperature=np.array([0.0, 5.0], np.float32))
+    draw = jax.jit(next_tokens)
+    drawn = {tuple(np.asarray(draw(logits, sampling, jnp.int32(i)))) for i in range(8)}
+    assert {row[0] for row in drawn} == {int(jnp.argmax(logits[0]))}
+    assert len(drawn) > 1
+
+
+# ---------------------------------------------------------------- text
+
+
+def test_streamed_pieces_join_to_the_whole_text(generator):
+    for seed in range(4):
+        prompt = prompts_of([5], seed)[0]
+        options = {"max_new_tokens": 15, "temperature": 1.5, "seed": seed}
+        pieces = list(generator.stream(prompt, **options))
+        assert len(pieces) > 1
+        assert "".join(pieces) == generator.generate([prompt], **options)[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(text=st.text(max_size=12), cuts=st.lists(st.integers(0, 40), max_size=6))
+def test_text_streams_hold_back_halves_of_characters(text, cuts):
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode(text)
+    stream = TextStream(tokenizer)
+    ends = [*sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
+    pieces = [stream.push(ids[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+    assert "".join([*pieces, stream.finish()]) == tokenizer.decode(ids)
+    shown = ""
+    for piece in pieces:
+        shown += piece
+        assert text.startswith(shown)
+
+
+def test_text_streams_stop_before_a_stop_text_that_comes_in_parts():
+    tokenizer = byte_tokenizer()
+    stream = TextStream(tokenizer, ["###", "END"])
+    pieces = [stream.push(tokenizer.encode(text)) for text in ("one #", "# two EN", "D three", "more")]
+    assert pieces == ["one ", "## two ", "", ""]
+    assert stream.stopped
+    assert stream.finish() == ""
+
+
+def test_what_might_have_become_a_stop_text_comes_at_the_end():
+    tokenizer = byte_tokenizer()
+    stream = TextStream(tokenizer, ["END"])
+    assert stream.push(tokenizer.encode("the EN")) == "the "
+    assert stream.finish() == "EN"
+
+
+def test_a_decoder_that_strips_the_first_space_keeps_the_others():
+    vocab = {"▁": 0, "▁a": 1, "▁b": 2, "c": 3}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.decoder = decoders.Metaspace()
+    tokenizer = Tokenizer(backend, bos_id=None, eos_id=0, pad_id=0, eos_ids=())
+    stream = TextStream(tokenizer)
+    pieces = [stream.push([i]) for i in (1, 2, 3, 2, 1)]
+    assert "".join([*pieces, stream.finish()]) == tokenizer.decode([1, 2, 3, 2, 1]) == "a bc b a"
+
+
+def test_a_stop_text_ends_generation(generator):
+    prompt = prompts_of([7], seed=2)
+    options = {"max_new_tokens": 16, "temperature": 1.0, "stop_ids": ()}
+    whole = generator.generate(prompt, **options)[0]
+    stop = whole[6:8]
+    made = generator.complete(prompt, stop=stop, **options)[0]
+    assert made.text == whole[: whole.index(stop)]
+    assert made.reason == "stop"
+    assert "".join(generator.stream(prompt[0], stop=stop, **options)) == made.text
+    ids = generator.complete(prompt, **options)[0].ids
+    assert made.ids == ids[: len(made.ids)]  # nothing of the stop text, nor of what was made after it
+    decode = generator.tokenizer.decode
+    assert made.text.startswith(decode(made.ids))
+    assert len(decode(ids[: len(made.ids) + 1])) > len(made.text)
+
+
+# ---------------------------------------------------------------- bad input, shapes
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("", "an empty one"),
+        ([], "an empty one"),
+        ([1] * 96, 96),
+        ("x" * 200, 200),
+        ([1, 257], "1 to 257"),
+        ([-1], "-1 to -1"),
+    ],
+)
+def test_prompts_that_cannot_be_continued_are_named(generator, prompt, found):
+    with pytest.raises(NaloraError) as caught:
+        generator.generate(["fine", prompt])
+    assert (caught.value.where, caught.value.found) == ("prompt 1", found)
+
+
+@pytest.mark.parametrize("bad", [{"batch_size": 0}, {"seed": [1]}])
+def test_arguments_that_do_not_fit_the_prompts_are_named(generator, bad):
+    with pytest.raises(NaloraError) as caught:
+        generator.generate(["a", "b"], **bad)
+    assert caught.value.where == next(iter(bad))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": "hot"},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"min_p": 1.5},
+        {"min_p": None},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": [1.1]},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 1.5},
+        {"stop": 5},
+        {"stop": [b"x"]},
+        {"seed": "x"},
+        {"seed": 1.5},
+    ],
+)
+def test_settings_out_of_range_are_named(bad):
+    with pytest.raises(NaloraError) as caught:
+        Settings(**bad)
+    assert caught.value.where == next(iter(bad))
+
+
+@given(size=st.integers(1, 5000), multiple=st.sampled_from([1, 3, 8]))
+def test_buckets_hold_their_size_with_at_most_a_third_of_padding(size, multiple):
+    rounded = bucket(size, multiple=multiple)
+    assert rounded >= size
+    assert rounded % multiple == 0
+    assert rounded < 1.5 * size + multiple

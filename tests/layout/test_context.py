@@ -1,0 +1,366 @@
+"""Rows that the mesh axis "context" splits train as whole rows on one device do."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax.common import trees
+from nalora_jax.config import (
+    ComputeConfig,
+    LoRAConfig,
+    LoRARule,
+    MeshConfig,
+    OptimizerConfig,
+    PreferenceConfig,
+    RunConfig,
+    TrainConfig,
+)
+from nalora_jax.data.items import CompletionItem
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate import split_rows
+from nalora_jax.evaluate.perplexity import completion_loss
+from nalora_jax.layout import distributed
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.short_convolution import ShortConvolution
+from nalora_jax.train import job, running
+from nalora_jax.train.assembly import Assembly, assemble
+from nalora_jax.train.split_rows import check_context
+from nalora_jax.weights.base import load_model
+from tests import tiny
+from tests.param_trees import init_params
+
+RAW = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+DELTA_NET = {
+    "model_type": "qwen3_5_text",
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
+RAWS: dict[str, dict[str, Any]] = {
+    "dense": {**RAW, "model_type": "llama"},
+    "pairs, windows and soft caps": {**RAW, "model_type": "gemma2", **WINDOWS},
+    "windows in every layer": {**RAW, "model_type": "mistral", "sliding_window": 4},
+    "sinks and experts": {
+        **RAW,
+        "model_type": "gpt_oss",
+        **WINDOWS,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "delta rule": {**RAW, **DELTA_NET},
+    "short convolution": {**RAW, "model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+}
+ROWS, SEQ, STEPS = 2, 64, 5
+CONFIG = RunConfig(
+    steps=8,
+    lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4), LoRARule("attn/(q|k|v|o)_proj", 2))),
+    mechanisms=("soft:power=2,warmup=1", "homogeneity:warmup=1"),
+    optimizer=OptimizerConfig(learning_rate=1e-2),
+    compute=ComputeConfig(dtype="float32"),
+)
+DPO = replace(CONFIG, preference=PreferenceConfig("dpo", beta=0.5))
+
+
+def batch_of(seed: int, seq: int = SEQ) -> dict[str, np.ndarray]:
+    """Returns rows of three segments, which end within blocks, and padding."""
+    rng = np.random.default_rng(seed)
+    cuts = np.sort(rng.integers(3, seq - 4, (ROWS, 2)), axis=1)
+    ends = np.concatenate([cuts, rng.integers(seq - 3, seq + 1, (ROWS, 1))], axis=1)
+    place = np.arange(seq)[None]
+    number = (place[..., None] >= ends[:, None]).sum(-1)
+    first = np.take_along_axis(np.pad(ends, ((0, 0), (1, 0))), number, axis=1)
+    segments = np.where(number < 3, number + 1, 0).astype(np.int32)
+    weights = (rng.uniform(size=segments.shape) < 0.6) & (segments > 0)
+    tokens, targets = rng.integers(0, 96, (2, ROWS, seq)).astype(np.int32)
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "loss_weights": weights.astype(np.float32),
+        "segment_ids": segments,
+        "positions": np.where(segments > 0, place - first, 0).astype(np.int32),
+    }
+
+
+def config_of(name: str) -> RunConfig:
+    return DPO if "pairs" in name else CONFIG
+
+
+def assembled(name: str, mesh: MeshConfig) -> tuple[Assembly, Any]:
+    base = ModelConfig.from_hf(RAWS[name])
+    return assembled_from(base, init_params(base, jax.random.key(1)), config_of(name), mesh)
+
+
+def assembled_from(
+    base: ModelConfig, params: Any, config: RunConfig, mesh: MeshConfig, **options: Any
+) -> tuple[Assembly, Any]:
+    sizes = [size for size in (mesh.data, mesh.fsdp, mesh.context, mesh.tensor) if size]
+    made = distributed.make_mesh(mesh, jax.devices()[: int(np.prod(sizes))])
+    params = jax.device_put(params, distributed.shardings(params, made, distributed.PARAM_RULES))
+    assembly = assemble(config, base, params, made, **options)
+    rng = np.random.default_rng(3)
+
+    def moved(path: str, x: jax.Array) -> jax.Array:
+        if not path.endswith("/b"):
+            return x
+        return jax.device_put(jnp.asarray(rng.normal(size=x.shape) * 0.2, jnp.float32), x.sharding)
+
+    lora = trees.map_named(moved, assembly.state.lora)
+    return replace(assembly, state=assembly.state._replace(lora=lora)), params
+
+
+def trained(
+    name: str, mesh: MeshConfig, steps: range = range(STEPS), *, accumulate: int = 1, start: Any = None
+) -> tuple[Any, list[Any]]:
+    """Returns the state after some steps of a run, and their metrics; ``start`` is the state before."""
+    assembly, params = assembled(name, mesh)
+    state, history = assembly.state, []
+    if start is not None:
+        state = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, state))
+    for i in steps:
+        flat = batch_of(i)
+        if "pairs" in name:  # the first two segments
+            flat["pairs"] = np.tile(np.float32([1, 0]), (ROWS, 1))
+        batch = {k: v.reshape(accumulate, v.shape[0] // accumulate, *v.shape[1:]) for k, v in flat.items()}
+        state, metrics = assembly.step(
+            params, state, distributed.make_global_batch(batch, assembly.mesh, rows_axis=1)
+        )
+        history.append(jax.device_get(metrics))
+    return jax.device_get(state), history
+
+
+@cache
+def on_one_device(name: str) -> tuple[Any, list[Any]]:
+    return trained(name, MeshConfig(1, 1, 1))
+
+
+def assert_equal_runs(spread: tuple[Any, list[Any]], single: tuple[Any, list[Any]]) -> None:
+    (state, history), (expected, of_one) = spread, single
+    for ours, theirs in zip(history, of_one, strict=True):
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-6, atol=2e-6)
+        assert ours["target_tokens"] == theirs["target_tokens"]
+    for path, leaf in trees.flatten(expected.lora).items():
+        error = np.max(np.abs(trees.flatten(state.lora)[path] - leaf))
+        assert error <= 1e-3 * np.max(np.abs(leaf)), (path, error)
+    for path, leaf in trees.flatten(expected.gate).items():
+        np.testing.assert_allclose(
+            trees.flatten(state.gate)[path], leaf, rtol=2e-4, atol=1e-6, err_msg=path
+        )
+
+
+ALONE, WITH_FSDP, WITH_TENSOR = MeshConfig(1, 1, 1, 8), MeshConfig(1, 2, 1, 4), MeshConfig(2, 1, 2, 2)
+CASES = [
+    ("dense", ALONE),
+    ("sinks and experts", WITH_TENSOR),
+    ("sinks and experts", WITH_FSDP),
+    ("delta rule", WITH_TENSOR),
+    ("short convolution", ALONE),
+    ("pairs, windows and soft caps", WITH_FSDP),
+]
+
+
+@pytest.mark.parametrize(("name", "mesh"), CASES)
+def test_split_rows_train_as_whole_rows(
+    name: str, mesh: MeshConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spread = trained(name, mesh)
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+    assert_equal_runs(spread, on_one_device(name))
+
+
+def test_a_run_in_micro_batches_of_split_rows_resumes_on_one_device() -> None:
+    state, history = trained("dense", MeshConfig(1, 1, 1, 4), range(3), accumulate=2)
+    state, later = trained("dense", MeshConfig(1, 1, 1), range(3, STEPS), start=state)
+    assert_equal_runs((state, history + later), on_one_device("dense"))
+
+
+def test_split_rows_with_images_train_as_whole_rows(seeing_folder: Any) -> None:
+    """Two steps of Gemma 3; an image of four tokens that see each other is in two blocks of its row."""
+    folder = seeing_folder("gemma3", vision={"num_hidden_layers": 1})
+    loaded = load_model(str(folder), dtype="float32", images=True)
+    sight, rules = loaded.config.sight, (LoRARule("image/.*ffn", 2), LoRARule("ffn", 4))
+    assert sight is not None
+    config, runs = replace(CONFIG, lora=LoRAConfig(rules=rules)), []
+    for mesh in (MeshConfig(1, 1, 1, 2), MeshConfig(1, 1, 1)):
+        assembly, params = assembled_from(
+            loaded.config, loaded.params, config, mesh, processor=loaded.processor
+        )
+        state, history = assembly.state, []
+        for step in range(2):
+            batch = batch_of(step)
+            tokens = np.where(batch["tokens"] == sight.image_token, 3, batch["tokens"]) % 48
+            images = np.array([2, 1], np.int32)
+            for row, place in ((0, 14), (0, 40), (1, 30)):  # blocks have 16 tokens
+                batch["segment_ids"][row, place - 1 : place + 5] = batch["segment_ids"][row, place]
+                tokens[row, place : place + sight.tokens] = sight.image_token
+            pixels = np.random.default_rng(step).integers(0, 256, (ROWS, 2, 16, 16, 3)).astype(np.uint8)
+            batch |= {
+                "tokens": tokens,
+                "targets": batch["targets"] % 48,
+                "pixels": pixels,
+                "images": images,
+            }
+            batch = {name: array[None] for name, array in batch.items()}
+            placed = distributed.make_global_batch(batch, assembly.mesh, rows_axis=1)
+            state, metrics = assembly.step(params, state, placed)
+            history.append(jax.device_get(metrics))
+        runs.append((jax.device_get(state), history))
+    assert_equal_runs(*runs)
+
+
+def test_layers_of_split_rows_exchange_keys_and_values_only() -> None:
+    """Both passes gather keys and values, and their gradients are summed; all other collectives are of weights."""
+    assembly, params = assembled("dense", ALONE)
+    batch = {k: v[None] for k, v in batch_of(0).items()}
+    placed = distributed.make_global_batch(batch, assembly.mesh, rows_axis=1)
+    text = assembly.step.lower(params, assembly.state, placed).compile().as_text()
+    names = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    collectives = [line for line in text.splitlines() if re.search(rf" ({names})(-start)?\(", line)]
+    of_layers = [line for line in collectives if "_through_layers" in line]
+    of_rows = [line for line in of_layers if "shard_map" in line]
+    counts = [
+        sum(f"shard_map/{name}" in line for line in of_rows)
+        for name in ("all_gather", "transpose()/reduce_")
+    ]
+    assert counts == [4, 2]
+    assert len(of_rows) == 6
+    of_tokens = rf"f32\[({ROWS}|{ROWS * 8}),{SEQ // 8},"  # activations, local or of all shards
+    assert not [line for line in of_layers if line not in of_rows and re.search(of_tokens, line)]
+
+
+@pytest.mark.parametrize(
+    ("raw", "mesh", "message"),
+    [
+        ({"attention_dropout": 0.1}, ALONE, "--mesh.context: expected 1: the attention dropout of llama"),
+        ({}, replace(ALONE, context=7), "--mesh.context.*at most 6 for rows of 12 tokens.*found 7"),
+    ],
+)
+def test_models_and_rows_that_cannot_be_split_are_refused(
+    raw: dict[str, Any], mesh: MeshConfig, message: str
+) -> None:
+    base, made = (
+        ModelConfig.from_hf(RAWS["dense"] | raw),
+        distributed.make_mesh(mesh, jax.devices()[: mesh.context]),
+    )
+    config = replace(CONFIG, data=replace(CONFIG.data, max_length=12))
+    with pytest.raises(NaloraError, match=message):
+        check_context(config, base, made)
+
+
+def test_mixers_that_need_whole_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ShortConvolution, "splits_rows", False)
+    base, made = ModelConfig.from_hf(RAWS["short convolution"]), distributed.make_mesh(ALONE)
+    with pytest.raises(NaloraError, match="--mesh.context: expected 1: the layers conv of lfm2"):
+        check_context(CONFIG, base, made)
+
+
+def test_rows_that_the_axis_does_not_divide_are_padded(caplog: pytest.LogCaptureFixture) -> None:
+    made = distributed.make_mesh(ALONE)
+    with caplog.at_level("INFO", logger="nalora_jax"):
+        check_context(
+            replace(CONFIG, data=replace(CONFIG.data, max_length=100)),
+            ModelConfig.from_hf(RAWS["dense"]),
+            made,
+        )
+    assert "rows of 100 tokens are padded to 112" in caplog.text
+
+
+def test_held_out_losses_of_split_rows_are_those_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_rows, "_LEAST_BLOCK", 4)
+    base, results = ModelConfig.from_hf(RAWS["dense"]), []
+    params, items = (
+        init_params(base, jax.random.key(1)),
+        [CompletionItem([5, 6, 7], list(range(8, 68)), "", "")] * 2,
+    )
+    for mesh in (None, distributed.make_mesh(ALONE)):
+        placed = params
+        if mesh is not None:
+            placed = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
+        results.append(completion_loss(Decoder(base), {"params": placed}, items, mesh=mesh).loss)
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A finished run on one device."""
+    folder = tmp_path_factory.mktemp("finished")
+    train = TrainConfig(batch_size=4, log_every=1, eval_every=0, save_every=2)
+    config = tiny.make_config(folder, train=train, steps=6)
+    with tiny.on_one_device(folder / "cache"):
+        job.run(config)
+    return config
+
+
+def assert_same_losses(config: RunConfig, expected: RunConfig) -> None:
+    ours, theirs = (tiny.losses(one.output) for one in (config, expected))
+    assert ours.keys() == theirs.keys()
+    np.testing.assert_allclose([*ours.values()], [*theirs.values()], rtol=1e-4)
+
+
+def test_two_processes_that_share_every_row_run_like_one(
+    finished: RunConfig, tmp_path: Path, two_processes: Any
+) -> None:
+    config = replace(finished, output=str(tmp_path / "run"), mesh=MeshConfig(1, 1, 1, 2))
+    command = [
+        "-m",
+        "nalora_jax",
+        "train",
+        "--config",
+        str(tiny.write_settings(config, tmp_path / "settings.py")),
+    ]
+    (first, _, error), (second, _, _) = two_processes(
+        command, devices=1, JAX_DEFAULT_MATMUL_PRECISION="highest"
+    )
+    assert (first, second) == (0, 0), error
+    assert_same_losses(config, finished)
+
+
+def test_an_interrupted_run_resumes_with_whole_rows(
+    finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(finished, output=str(tmp_path / "run"), mesh=ALONE)
+    monkeypatch.setenv("NALORA_CACHE", tiny.new_cache(tmp_path / "cache"))
+
+    def three_steps(step: Any, *arguments: Any, **options: Any) -> Any:
+        steps = itertools.count()
+
+        def interrupted(*inner: Any) -> Any:
+            if next(steps) == 3:
+                raise KeyboardInterrupt
+            return step(*inner)
+
+        return fit(interrupted, *arguments, **options)
+
+    fit = running.fit
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "fit", three_steps)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(config)
+    with tiny.on_one_device(tmp_path / "other"):
+        job.run(replace(config, mesh=finished.mesh, resume=True))
+    assert_same_losses(config, finished)

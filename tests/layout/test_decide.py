@@ -1,0 +1,140 @@
+"""The search among ranked layouts, with a compiler that is a function of the layout."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import jax
+import pytest
+
+from nalora_jax.cli.planning.models import architecture
+from nalora_jax.config import RunConfig, TrainConfig
+from nalora_jax.layout.decide import EXHAUSTED, MOST, Compiled, Search, decide
+from nalora_jax.layout.layouts import Layout, choose, fitting
+from nalora_jax.layout.machines import topology
+from nalora_jax.models.stacks import projection_shapes
+from nalora_jax.models.targets import resolve
+
+LIMIT = 16e9
+
+
+def layout(memory: float, seconds: float, *, fsdp: int = 1, remat: str = "dots") -> Layout:
+    return Layout(
+        8 // fsdp, fsdp, 1, remat, "auto", memory * 1e9, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, seconds, 0.5
+    )
+
+
+def searched(
+    candidates: list[Layout], compiler: Callable[[Layout], Compiled]
+) -> tuple[Layout, Compiled, list[Layout]]:
+    search = Search(candidates, LIMIT)
+    taken, result = decide(search, compiler)
+    return taken, result, [one for one, _ in search.tried]
+
+
+def compiled(memory: float, seconds: float) -> Compiled:
+    return Compiled(memory * 1e9, memory * 1e9 <= LIMIT, seconds)
+
+
+def test_a_layout_that_compiles_as_estimated_is_compiled_alone():
+    candidates = [layout(15, 1.0), layout(10, 1.2, fsdp=8), layout(12, 1.4, remat="full")]
+    taken, result, tried = searched(candidates, lambda one: compiled(one.memory / 1e9, 1.29 * one.seconds))
+    assert taken is candidates[0]
+    assert tried == [taken]
+    assert result.seconds == 1.29
+
+
+def test_a_layout_that_does_not_fit_leads_to_a_smaller_one_in_one_line_of_the_log(caplog):
+    """The ratio of compiled to estimated memory applies to the others: 15 GB more of them would not fit either."""
+    candidates = [layout(14, 1.0), layout(13.9, 1.1, fsdp=2), layout(10, 1.3, fsdp=8)]
+    with caplog.at_level(logging.INFO, logger="nalora_jax.layout.decide"):
+        taken, _, tried = searched(candidates, lambda one: compiled(1.2 * one.memory / 1e9, one.seconds))
+    assert taken is candidates[2]
+    assert tried == [candidates[0], candidates[2]]
+    (line,) = caplog.messages
+    assert line == (
+        "mesh: data 1 x fsdp 8 x tensor 1, remat dots (compiled: 12.0 GB, 1.3 s) instead of "
+        "data 8 x fsdp 1 x tensor 1, remat dots (compiled: 16.8 GB, 1 s)"
+    )
+
+
+def test_a_slow_program_is_compared_with_the_next_layouts_and_kept_if_they_are_slower():
+    candidates = [
+        layout(10, 1.0, fsdp=8),
+        layout(8, 1.1, fsdp=8, remat="full"),
+        layout(12, 1.5),
+        layout(9, 2.5),
+    ]
+    slow = {8: 3.0, 1: 1.0}
+    taken, _, tried = searched(
+        candidates, lambda one: compiled(one.memory / 1e9, slow[one.fsdp] * one.seconds)
+    )
+    # Of the same mesh the other policy is taken to be as slow, so that it is not compiled.
+    assert tried == [candidates[0], candidates[2]]
+    assert taken is candidates[2]
+    taken, _, tried = searched(candidates[:2] + candidates[3:], lambda one: compiled(9, 1.4 * one.seconds))
+    assert (taken, tried) == (candidates[0], candidates[:1])  # 2.5 s is more than 1.4
+
+
+def test_programs_that_run_out_of_memory_lead_to_the_smallest_layouts():
+    candidates = [layout(size, 1 + index, fsdp=1 << index) for index, size in enumerate((14, 13.5, 8, 7))]
+    taken, _, tried = searched(candidates, lambda one: compiled(7, 4.0) if one.memory == 7e9 else EXHAUSTED)
+    assert taken is candidates[3]
+    assert tried == [candidates[0], candidates[2], candidates[3]]
+
+
+def without_routes(one: Layout) -> Compiled:
+    """A compiler like libtpu, which has no route for some replica groups of v5e."""
+    if one.fsdp == 8:
+        raise jax.errors.JaxRuntimeError(
+            "INTERNAL: RET_CHECK failure (net_util.cc:2295)\nError encountered while compiling %a"
+        )
+    return compiled(one.memory / 1e9, one.seconds)
+
+
+def test_an_internal_error_of_the_compiler_excludes_its_mesh(caplog):
+    candidates = [layout(14, 1.0, fsdp=8), layout(12, 1.1, fsdp=8, remat="full"), layout(15, 1.3)]
+    with caplog.at_level(logging.INFO, logger="nalora_jax.layout.decide"):
+        taken, _, tried = searched(candidates, without_routes)
+    assert taken is candidates[2]
+    assert tried == [candidates[0], candidates[2]]
+    warning, line = caplog.messages
+    assert warning.endswith(
+        "data 1 x fsdp 8 x tensor 1, remat dots: INTERNAL: RET_CHECK failure (net_util.cc:2295)"
+    )
+    assert line.endswith("instead of data 1 x fsdp 8 x tensor 1, remat dots (the compiler failed)")
+
+
+def test_an_error_of_the_devices_is_raised():
+    def lost(one: Layout) -> Compiled:
+        raise jax.errors.JaxRuntimeError("INTERNAL: core halted unexpectedly")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="core halted"):
+        searched([layout(14, 1.0, fsdp=8), layout(15, 1.3)], lost)
+
+
+def test_internal_errors_for_all_layouts_are_raised():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: RET_CHECK"):
+        searched([layout(14, 1.0, fsdp=8), layout(12, 1.1, fsdp=8, remat="full")], without_routes)
+
+
+def test_at_most_four_layouts_are_compiled_and_the_refusal_names_them():
+    candidates = [layout(14 - index, 1 + index, fsdp=1 << index) for index in range(4)] * 2
+    search = Search(candidates, LIMIT)
+    taken, result = decide(search, lambda one: compiled(17 + one.fsdp, 1.0))
+    assert len(search.tried) == MOST
+    assert not result.fits
+    assert taken is candidates[0]
+    with pytest.raises(
+        Exception, match=r"fits in 16\.0 GB a chip, found .*18\.0 GB.*25\.0 GB.*; use more chips"
+    ):
+        raise search.refusal()
+
+
+def test_estimates_rank_the_layouts():
+    base, machine = architecture("llama-3.1-8b"), topology("v5e:16x16")
+    config = RunConfig(train=TrainConfig(batch_size=256))
+    spec = resolve(config.lora, projection_shapes(base), base.n_layers)
+    search = Search(fitting(config, base, spec, machine, 4096), machine.chip.memory)
+    assert search.next() == choose(config, base, spec, machine, 4096)

@@ -1,0 +1,112 @@
+"""Topologies that users name, and what the compilers are asked for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from nalora_jax.cli.planning import program
+from nalora_jax.errors import NaloraError
+from nalora_jax.layout.machines import CHIPS, shapes, topology
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("v5e:4x4x2", "16x16, found 'v5e:4x4x2'"),  # aborts libtpu's compiler
+        ("v5e:4x8x2", "1x1, 2x2, 2x4"),
+        ("v5e:16x32", "16x16, found"),
+        ("v6e:8x4", "4x8"),
+        ("v6e:3x3", "4x4"),
+        ("2xv6e:4x5", "4x4"),
+        ("v5p:4x4", "4x4x4"),
+        ("v5p:4x4x6", "4a x 4b x 4c"),
+        ("v5p:16x16x28", "up to 16x16x24"),
+    ],
+)
+def test_slices_that_do_not_exist_are_refused_with_those_that_do(name, known):
+    with pytest.raises(NaloraError, match=f"--topology: expected a slice of .*{known}"):
+        topology(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [  # cloud.google.com/tpu/docs: v5e, v6e, v5p
+        ("v5litepod-1", "v5e:1x1"),
+        ("v5litepod-16", "v5e:4x4"),
+        ("v6e-256", "v6e:16x16"),
+        ("2xv6e-16", "2xv6e:4x4"),
+        ("v5p-8", "v5p:2x2x1"),
+        ("v5p-128", "v5p:4x4x4"),
+        ("v5p-512", "v5p:4x8x8"),
+        ("v5p-2048", "v5p:8x8x16"),
+        ("v5p-4096", "v5p:8x16x16"),
+    ],
+)
+def test_accelerator_types_are_names(name, shape):
+    machine, other = topology(name), topology(shape)
+    assert (machine.kind, machine.dims, machine.slices) == (other.kind, other.dims, other.slices)
+    for wrong in ("v5litepod-5", "v5p-9", "v6e-512"):
+        with pytest.raises(NaloraError, match="expected a slice of v"):
+            topology(wrong)
+
+
+@pytest.mark.parametrize("name", ["v5e:{}x1", "{}xv5e:1x1", "{}xh100"])
+def test_sizes_of_thousands_of_digits_are_refused(name):
+    with pytest.raises(NaloraError, match="--topology: expected a TPU topology such as"):
+        topology(name.format("9" * 5000))
+
+
+def test_slices_have_the_sizes_of_cloud_tpu():
+    for kind in ("v5e", "v6e"):
+        assert [math.prod(shape) for shape in shapes(kind)] == [1, 4, 8, 16, 32, 64, 128, 256]
+    v5p = list(shapes("v5p"))
+    documented = [(2, 2, 1), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16), (8, 16, 16)]
+    assert {*documented, (16, 16, 16), (16, 16, 24)} <= set(v5p)
+    assert math.prod(v5p[-1]) == 6144
+    assert len(v5p) == len(set(v5p))
+
+
+@pytest.mark.parametrize("kind", ["v5e", "v6e", "v5p"])
+def test_every_slice_can_be_named(kind):
+    for shape in shapes(kind):
+        name = f"{kind}:{'x'.join(map(str, shape))}"
+        assert topology(name).size == math.prod(shape)
+        assert topology(f"2x{name}").slices == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("v5e:1x1", {"topology_name": "v5e:1x1", "chips_per_host_bounds": (1, 1, 1)}),
+        ("v6e:1x1", {"topology_name": "v6e:1x1", "chips_per_host_bounds": (1, 1, 1)}),
+        ("v5e:2x4", {"topology_name": "v5e:2x4"}),
+        ("v5p:2x2x1", {"topology_name": "v5p:2x2x1"}),
+        ("2xv6e:16x16", {"topology_name": "v6e:16x16", "num_slices": 2}),
+    ],
+)
+def test_the_tpu_compiler_is_asked_for_the_slice(monkeypatch, name, arguments):
+    asked = {}
+    described = type("Described", (), {"devices": ["chip"]})()
+    monkeypatch.setattr(program, "_require", lambda where: None)
+    monkeypatch.setattr(
+        program.topologies, "get_topology_desc", lambda **given: asked.update(given) or described
+    )
+    assert program.devices(topology(name)) == ["chip"]
+    assert asked == {"platform": "tpu"} | arguments
+
+
+def test_the_gpu_compiler_is_asked_for_nodes_and_gpus():
+    arguments = topology("64xh100").description()
+    assert "H100" in arguments.pop("target_config")
+    assert arguments == {"platform": "cuda", "topology_name": "h100", "topology": "8x1x8"}
+
+
+def test_a_rack_is_one_node():
+    """72 GPUs of an NVL72 share NVLink; beyond it every GPU's network adds up, and NVLink is the bound."""
+    chip = CHIPS["gb200"]
+    where = topology("16xh100")
+    assert where.inbound(8) == where.chip.interconnect
+    assert where.inbound(16) == 8 * where.chip.network
+    assert type(where)("", chip, "gb200", (2, 72)).inbound(72) == chip.interconnect

@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax.common import trees
+from nalora_jax.config import MeshConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.layout import distributed
+from nalora_jax.method.transform import init_gate_state, make_mechanisms
+
+L, D, F, V, R = 3, 64, 128, 256, 8
+HEADS, KV, HEAD_DIM, EXPERTS = 8, 4, 16, 2
+
+
+def struct(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def projections(lora: bool, moe: bool = False):
+    """Stacked projections of a decoder: weights, or their adapters."""
+    attn, kv = HEADS * HEAD_DIM, KV * HEAD_DIM
+    shapes = {
+        "attn/q_proj": (D, attn),
+        "attn/k_proj": (D, kv),
+        "attn/v_proj": (D, kv),
+        "attn/o_proj": (attn, D),
+    }
+    shapes |= {"ffn/gate_proj": (D, F), "ffn/up_proj": (D, F), "ffn/down_proj": (F, D)}
+    flat = {}
+    for name, (inner, outer) in shapes.items():
+        lead = (L, EXPERTS) if moe and name.startswith("ffn") else (L,)
+        if lora:
+            flat[f"layers/{name}/a"] = struct(*lead, inner, R)
+            flat[f"layers/{name}/b"] = struct(*lead, R, outer)
+        else:
+            flat[f"layers/{name}/kernel"] = struct(*lead, inner, outer)
+    return flat
+
+
+def params(moe: bool = False):
+    flat = projections(lora=False, moe=moe)
+    flat |= {"embed/embedding": struct(V, D), "lm_head/kernel": struct(D, V), "final_norm/scale": struct(D)}
+    flat |= {f"layers/{name}/scale": struct(L, D) for name in ("attn_norm", "ffn_norm", "attn_post_norm")}
+    flat |= {
+        "layers/attn/q_norm/scale": struct(L, HEAD_DIM),
+        "layers/attn/q_proj/bias": struct(L, HEADS * HEAD_DIM),
+    }
+    if moe:
+        flat["layers/ffn/router/kernel"] = struct(L, D, EXPERTS)
+    return trees.unflatten(flat)
+
+
+def lora(moe: bool = False):
+    return trees.unflatten(projections(lora=True, moe=moe))
+
+
+def specs(tree, mesh, rules):
+    return {
+        path: sharding.spec
+        for path, sharding in trees.flatten(distributed.shardings(tree, mesh, rules)).items()
+    }
+
+
+@pytest.fixture(params=[(2, 4, 1), (1, 2, 4), (8, 1, 1)], ids=lambda sizes: "x".join(map(str, sizes)))
+def mesh(request):
+    return distributed.make_mesh(MeshConfig(*request.param))
+
+
+def test_axes_are_auto_and_minus_one_takes_what_is_left():
+    mesh = distributed.make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert distributed.make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
+
+
+def test_axes_that_are_left_open_are_the_simplest_that_work():
+    assert dict(distributed.make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(distributed.make_mesh(MeshConfig(fsdp=4)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(distributed.make_mesh(MeshConfig(fsdp=-1)).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(3, 1, 1), "8 device.*data 3 x fsdp 1 x tensor 1"),
+        (MeshConfig(4, 4, 1), "8 device.*product of the fixed axes: 16"),
+        (MeshConfig(-1, 3, 1), "divides the 8 device"),
+        (MeshConfig(-1, -1, 1), "at most one axis of -1"),
+        (MeshConfig(1, -3, 1), "axis sizes of 1 or more"),
+        (MeshConfig(-2, 1, 1), "axis sizes of 1 or more"),
+    ],
+)
+def test_wrong_products_are_refused(config, message):
+    with pytest.raises(NaloraError, match=message):
+        distributed.make_mesh(config)
+
+
+@pytest.mark.parametrize(
+    ("path", "spec"),
+    [
+        ("embed/embedding", P("tensor", "fsdp")),
+        ("lm_head/kernel", P("fsdp", "tensor")),
+        ("final_norm/scale", P()),
+        ("layers/attn_norm/scale", P()),
+        ("layers/attn_post_norm/scale", P()),
+        ("layers/attn/q_norm/scale", P()),
+        ("layers/attn/q_proj/kernel", P(None, "fsdp", "tensor")),
+        ("layers/attn/q_proj/bias", P(None, "tensor")),
+        ("layers/attn/o_proj/kernel", P(None, "tensor", "fsdp")),
+        ("layers/ffn/gate_proj/kernel", P(None, "fsdp", "tensor")),
+        ("layers/ffn/down_proj/kernel", P(None, "tensor", "fsdp")),
+    ],
+)
+def test_weight_specs_by_path(mesh, path, spec):
+    assert specs(params(), mesh, distributed.PARAM_RULES)[path] == spec
+
+
+def test_fsdp_splits_experts_by_their_number_if_it_divides_it(mesh):
+    weights, adapters = (
+        specs(params(moe=True), mesh, distributed.PARAM_RULES),
+        specs(lora(moe=True), mesh, distributed.STATE_RULES),
+    )
+    whole = EXPERTS % mesh.shape["fsdp"] > 0
+    split = P(None, None, "tensor", "fsdp") if whole else P(None, "fsdp", "tensor")
+    assert weights["layers/ffn/down_proj/kernel"] == split
+    assert weights["layers/ffn/router/kernel"] == P(None, "fsdp")
+    assert adapters["layers/ffn/down_proj/a"] == P(None, None, ("tensor", "fsdp"))
+    assert adapters["layers/ffn/down_proj/b"] == P(None, None, None, "fsdp")
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_adapters_are_split_like_the_weight_that_they_adapt(mesh, moe):
+    weights = specs(
+        params(), mesh, distributed.PARAM_RULES
+    )  # adapters of experts follow a dense layer's weight
+    between, within = (
+        specs(lora(moe), mesh, rules) for rules in (distributed.STATE_RULES, distributed.STEP_RULES)
+    )
+    for path in projections(lora=False, moe=moe):
+        rank = 4 if moe and "/ffn/" in path else 3
+        full = [*weights[path], *[None] * (3 - len(weights[path]))]
+        axes = {"a": full[-2], "b": full[-1]}
+        for name, at in (("a", -2), ("b", -1)):
+            adapter = path.replace("kernel", name)
+            step, state = (
+                [*spec[adapter], *[None] * (rank - len(spec[adapter]))] for spec in (within, between)
+            )
+            # Within a step as the weight is over tensor, and whole over fsdp; between steps over what else there is.
+            assert step[at] == ("tensor" if axes[name] == "tensor" else None)
+            assert state[at] == (("tensor", "fsdp") if axes[name] == "tensor" else axes[name])
+            assert all(axis is None for i, axis in enumerate(step) if i != rank + at)
+            assert all(axis is None for i, axis in enumerate(state) if i != rank + at)
+
+
+def test_optimizer_leaves_follow_their_parameter(mesh):
+    chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1e-3)))
+    adapters = lora()
+    state = jax.eval_shape(lambda tree: {"lora": tree, "opt_state": chain.init(tree)}, adapters)
+    placed = specs(state, mesh, distributed.STATE_RULES)
+    moments = [path for path in placed if "/mu/" in path or "/nu/" in path]
+    assert len(moments) == 2 * len(trees.flatten(adapters))
+    for path in moments:
+        assert placed[path] == placed["lora/layers/" + path.split("/layers/")[1]]
+    assert all(placed[path] == P() for path in placed if path.endswith("count"))
+
+
+def test_factored_moments_have_another_shape_and_are_replicated(mesh):
+    state = jax.eval_shape(optax.adafactor(1e-3, min_dim_size_to_factor=8).init, lora())
+    placed = specs({"opt_state": state}, mesh, distributed.STATE_RULES)
+    rows = [path for path in placed if "/v_row/" in path]
+    assert rows
+    assert all(placed[path] == P() for path in rows)
+
+
+def test_gate_state_follows_the_gates_channels(mesh):
+    shapes = {"layers/ffn": (L, F), "layers/moe": (L, EXPERTS, F)}
+    mechanisms = make_mechanisms(("soft:power=2", "homogeneity"), activation="silu")
+    state = {
+        "gate": jax.eval_shape(lambda: init_gate_state(shapes, mechanisms)),
+        "gate_taps": {"layers": {"ffn": {"tokens": struct(L), "delta": struct(L, F)}}},
+        "gate_mask": {"layers": {"ffn": {"mask": struct(L, F)}}},
+        "step": struct(),
+    }
+    placed = specs(state, mesh, distributed.STATE_RULES)
+    both = ("tensor", "fsdp")
+    assert (
+        placed["gate/memory/mask/layers/ffn/slope"] == placed["gate_taps/layers/ffn/delta"] == P(None, both)
+    )
+    assert placed["gate/memory/step_scale/layers/ffn/occupancy"] == P(None, None, both)
+    assert placed["gate/memory/step_scale/layers/moe/occupancy"] == P(None, None, None, both)
+    assert placed["gate_mask/layers/ffn/mask"] == P(None, both)
+    assert placed["gate/updates/layers/ffn"] == placed["gate/count"] == P()
+    assert placed["gate_taps/layers/ffn/tokens"] == placed["step"] == P()
+
+
+def test_every_array_is_covered_or_named():
+    mesh = distributed.make_mesh(MeshConfig())
+    tree = params() | {"vision": {"patch": struct(8, 8)}}
+    with pytest.raises(NaloraError, match="vision/patch"):
+        distributed.shardings(tree, mesh, distributed.PARAM_RULES)
+    placed = specs(tree, mesh, [*distributed.PARAM_RULES, ("", P())])
+    assert placed["vision/patch"] == P()
+
+
+def test_a_dimension_that_does_not_divide_is_replicated_alone():
+    mesh = distributed.make_mesh(MeshConfig(1, 2, 4))
+    assert distributed.fit_spec(P("fsdp", "tensor"), (3, 64, 126), mesh) == P(None, "fsdp")
+    assert distributed.fit_spec(P("fsdp", "tensor"), (3, 63, 128), mesh) == P(None, None, "tensor")
+    assert distributed.fit_spec(P(("data", "fsdp"), None), (6, 5), mesh) == P(("data", "fsdp"))
+    assert distributed.fit_spec(P(None, "tensor"), (128,), mesh) == P()
+
+
+def test_heads_that_tensor_does_not_divide_are_refused_by_name():
+    mesh = distributed.make_mesh(MeshConfig(1, 2, 4))
+    distributed.check_heads(mesh, n_heads=8, n_kv_heads=4)
+    with pytest.raises(
+        NaloraError, match=r"--mesh.tensor.*9 query heads and 3 key/value heads.*found 4; use 1 or 3"
+    ):
+        distributed.check_heads(mesh, n_heads=9, n_kv_heads=3)
+    with pytest.raises(NaloraError, match="8 query heads and 2 key/value heads"):
+        distributed.check_heads(mesh, n_heads=8, n_kv_heads=2)
+
+
+def test_bytes_per_device_show_shards_not_replicas(mesh):
+    shapes = params()
+    whole = trees.size_bytes(shapes)
+    replicated = sum(
+        trees.size_bytes(leaf) for path, leaf in trees.flatten(shapes).items() if "norm" in path
+    )
+    bias = trees.size_bytes(shapes["layers"]["attn"]["q_proj"]["bias"])
+    arrays = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    placed = jax.device_put(arrays, distributed.shardings(shapes, mesh, distributed.PARAM_RULES))
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    expected = (whole - replicated - bias) // (fsdp * tensor) + bias // tensor + replicated
+    assert distributed.bytes_per_device(placed) == dict.fromkeys(jax.devices(), expected)
+    if fsdp * tensor == 8:
+        assert expected < 0.2 * whole
+
+
+def test_batch_rows_are_split_over_data_and_fsdp(mesh):
+    batch = {"tokens": np.arange(16 * 6, dtype=np.int32).reshape(16, 6)}
+    placed = distributed.make_global_batch(batch, mesh)["tokens"]
+    assert placed.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"))), 2)
+    assert placed.addressable_shards[0].data.shape == (16 // (mesh.shape["data"] * mesh.shape["fsdp"]), 6)
+    np.testing.assert_array_equal(placed, batch["tokens"])
+    np.testing.assert_array_equal(distributed.process_rows(mesh, 16), np.arange(16))
+
+
+def test_micro_batches_are_split_along_their_rows():
+    mesh = distributed.make_mesh(MeshConfig(2, 4, 1))
+    micro = {"tokens": np.arange(2 * 8 * 6, dtype=np.int32).reshape(2, 8, 6)}
+    placed = distributed.make_global_batch(micro, mesh, rows_axis=1)["tokens"]
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 1, 6)}
+    np.testing.assert_array_equal(placed, micro["tokens"])
+
+
+def test_rows_that_do_not_divide_are_refused():
+    mesh = distributed.make_mesh(MeshConfig(2, 4, 1))
+    with pytest.raises(NaloraError, match=r"--train.batch-size.*multiples of 8.*found 6"):
+        distributed.make_global_batch({"tokens": np.zeros((6, 4), np.int32)}, mesh)
+    with pytest.raises(NaloraError, match=r"--train.batch-size"):
+        distributed.process_rows(mesh, 12)
+
+
+CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NUM_TASKS")
+CLUSTER += (
+    "OMPI_COMM_WORLD_SIZE",
+    "TPU_WORKER_HOSTNAMES",
+    "TPU_ML_PLATFORM",
+    "TPU_SKIP_MDS_QUERY",
+    "MEGASCALE_NUM_SLICES",
+)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """A single machine's environment, and the arguments with which jax.distributed.initialize was called."""
+    for name in CLUSTER:
+        monkeypatch.delenv(name, raising=False)
+    seen = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: seen.append(arguments))
+    return seen
+
+
+def test_one_machine_needs_no_coordinator(calls):
+    assert distributed.initialize_distributed() is False
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments"),
+    [
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {"num_processes": None, "process_id": None}),
+        # Two slices of one host on GKE.
+        (
+            {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2", "TPU_SKIP_MDS_QUERY": "true"},
+            {"num_processes": None, "process_id": None},
+        ),
+        ({"TPU_ML_PLATFORM": "JAX"}, {"num_processes": None, "process_id": None}),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, {"num_processes": None, "process_id": None}),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
+            {"num_processes": 2, "process_id": 1},
+        ),
+    ],
+)
+def test_many_hosts_are_recognised_from_the_environment(calls, monkeypatch, environment, arguments):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.initialize_distributed() is True
+    (call,) = calls
+    assert {name: call[name] for name in arguments} == arguments
+    assert call["heartbeat_timeout_seconds"] <= 60  # a lost peer is found within two minutes
+
+
+def test_an_incomplete_environment_is_named(calls, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(NaloraError, match=r"JAX_NUM_PROCESSES: expected a whole number, found 'two'"):
+        distributed.initialize_distributed()
+    monkeypatch.undo()
+    for name in CLUSTER:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
+
+    def refuse(**arguments):
+        raise ValueError("Number of processes must be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    with pytest.raises(NaloraError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID"):
+        distributed.initialize_distributed()

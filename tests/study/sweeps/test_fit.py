@@ -1,0 +1,89 @@
+"""The mesh of a sweep and the number of runs that train together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from nalora_jax.cli.planning.models import CONFIGS
+from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.layout.machines import topology
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.study.sweeps import fit
+from nalora_jax.study.sweeps.fit import Fitting
+
+pytestmark = pytest.mark.usefixtures("memory")
+
+BASE = ModelConfig.from_hf(CONFIGS["llama-3.1-8b"])
+CONFIG = replace(RunConfig(train=TrainConfig(batch_size=4)), data=replace(RunConfig().data, max_length=256))
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices of 32 GB; the tests have eight."""
+    monkeypatch.setattr(fit, "device_memory", lambda: 32e9)
+
+
+def test_each_run_gets_the_fewest_devices_that_hold_the_base() -> None:
+    fitting = Fitting.of(CONFIG, BASE, count=6)
+    assert (fitting.mesh.run, fitting.mesh.fsdp) == (4, 2)  # 16 GB of weights on two devices
+    assert fitting.mesh.runs_per_device == 2
+    assert (fitting.capacity, fitting.slots(6), fitting.next(6)) == (8, 8, 6)
+
+
+def test_few_runs_of_few_rows_leave_groups_idle() -> None:
+    config = replace(CONFIG, train=TrainConfig(batch_size=2))
+    fitting = Fitting.of(config, BASE, count=2)
+    assert (fitting.mesh.run, fitting.mesh.fsdp) == (4, 2)  # two rows cannot be split over four devices
+    assert fitting.slots(2) == 4
+
+
+def test_more_runs_than_fit_train_after_each_other_in_equal_parts() -> None:
+    fitting = Fitting(MeshConfig(run=4, runs_per_device=2), capacity=8, width=1)
+    assert [fitting.next(left) for left in (20, 13, 6)] == [7, 7, 6]
+    assert fitting.slots(7) == 8
+
+
+def test_more_runs_a_device_than_fit_are_refused_with_the_number_that_fits() -> None:
+    mesh = MeshConfig(run=4, fsdp=2, data=1, tensor=1, runs_per_device=1000)
+    with pytest.raises(
+        NaloraError, match=r"--mesh.runs-per-device: expected at most \d+ runs, .* found 1000"
+    ):
+        Fitting.of(replace(CONFIG, mesh=mesh), BASE, count=1000)
+
+
+EXPERTS = ModelConfig.from_hf(CONFIGS["mixtral-8x7b"])
+
+
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(run=4), MeshConfig(run=4, fsdp=2, data=1, tensor=1), MeshConfig(run=2)]
+)
+def test_experts_need_one_device_a_run(mesh: MeshConfig) -> None:
+    """Also if the other axes are open: two devices of each of four groups would compute one run."""
+    message = (
+        "--mesh.run: expected one device a run for mixtures of experts.*on 8 devices.*use --mesh.run 8"
+    )
+    with pytest.raises(NaloraError, match=message):
+        Fitting.of(replace(CONFIG, mesh=mesh), EXPERTS, count=4)
+
+
+def test_groups_for_experts_are_chosen_with_one_device_or_all() -> None:
+    small = replace(EXPERTS, n_layers=2)
+    for count in (2, 4, 20):
+        assert Fitting.of(CONFIG, small, count=count).mesh.run == 8
+    eight_rows = replace(CONFIG, train=TrainConfig(batch_size=8))
+    mesh = Fitting.of(eight_rows, EXPERTS, count=4).mesh
+    assert (mesh.run, mesh.data, mesh.fsdp, mesh.tensor) == (1, 1, 8, 1)  # 93 GB
+    for mesh in (MeshConfig(run=8), MeshConfig(run=1, fsdp=8)):
+        assert Fitting.of(replace(CONFIG, mesh=mesh), small, count=4).mesh.run == mesh.run
+
+
+def test_known_chips_get_the_layout_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "of_devices", lambda _: topology("v6e:2x4"))
+    fitting = Fitting.of(CONFIG, BASE, count=16)
+    assert (fitting.mesh.run, fitting.mesh.runs_per_device, fitting.remat) == (8, 1, "dots")
+    few_tokens = replace(CONFIG, train=TrainConfig(batch_size=1))
+    fitting = Fitting.of(few_tokens, BASE, count=16)
+    assert (fitting.mesh.run, fitting.mesh.runs_per_device, fitting.capacity) == (8, 2, 16)

@@ -1,0 +1,90 @@
+"""The configs of --sweep options, and what cannot be swept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nalora_jax.common.seals import seal
+from nalora_jax.config import LoRARule, RunConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.study.sweeps.grid import axes_of, grid, recorded_sweep
+
+
+def test_all_combinations_become_runs_with_folders_named_by_their_values() -> None:
+    runs = grid(RunConfig(output="out/"), axes_of(["optimizer.learning-rate=1e-3,2e-3", "--seed=0,1"]))
+    assert [(run.optimizer.learning_rate, run.seed) for run in runs] == [
+        (1e-3, 0),
+        (1e-3, 1),
+        (2e-3, 0),
+        (2e-3, 1),
+    ]
+    assert runs[2].output == "out/learning-rate-0.002_seed-0"
+
+
+def test_values_have_the_type_of_their_setting() -> None:
+    rules, wide = axes_of(["lora.rules=ffn:2+attn:4:8,ffn:16", "lora.dora=true,no"])
+    assert rules == ("lora.rules", ((LoRARule("ffn", 2), LoRARule("attn", 4, 8.0)), (LoRARule("ffn", 16),)))
+    assert wide == ("lora.dora", (True, False))
+    assert axes_of(["optimizer.weight-decay=0,1"])[0][1] == (0.0, 1.0)
+    names = [Path(run.output).name for run in grid(RunConfig(), [rules])]
+    assert names == ["rules-ffn-2+attn-4-8.0", "rules-ffn-16"]
+
+
+def test_no_mechanism_is_a_value_and_settings_of_a_rule_are_one() -> None:
+    axis = axes_of(["mechanisms=soft:power=2,high=3,none,hard+squared"])[0]
+    assert axis == ("mechanisms", (("soft:power=2,high=3",), (), ("hard", "squared")))
+    runs = grid(RunConfig(output="out"), [axis])
+    assert [run.output for run in runs] == [
+        "out/mechanisms-soft-power-2-high-3",
+        "out/mechanisms-none",
+        "out/mechanisms-hard+squared",
+    ]
+    assert runs[1].mechanisms == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["optimizer.learning-rat=1"],
+            r"expected a setting of a run \(.*learning-rate.*\), found 'learning_rat'",
+        ),
+        (["optimizer=1"], "expected a setting that may differ between runs, found optimizer"),
+        (["mesh.tensor=1,2"], "expected a setting that may differ between runs, found mesh.tensor"),
+        (["seed="], "expected SETTING=VALUE,VALUE,..., found no values"),
+        (["seed"], "expected SETTING=VALUE,VALUE,..., found no values"),
+        (["mechanisms=hard,"], "expected a value, found nothing after a comma; for no entry write none"),
+        (["seed=0,,1"], "expected a value, found nothing after a comma; remove the comma"),
+        (["seed=one"], "expected values of type int, found 'one'"),
+        (["seed=0", "seed=1"], "expected each setting once, found seed"),
+        (["seed=0,0"], "expected runs with different names, found seed-0"),
+        (["optimizer.learning-rate=1e-3,0.001"], "expected runs with different names"),
+        (["optimizer.learning-rate=-1"], "--optimizer.learning-rate: expected a number in"),
+        (["lora.rules=ffn"], "expected rules PATTERN:RANK"),
+    ],
+)
+def test_bad_options_are_one_error(options: list[str], message: str) -> None:
+    with pytest.raises(NaloraError, match=message):
+        grid(RunConfig(), axes_of(options))
+
+
+def test_a_damaged_record_of_options_is_one_error(tmp_path: Path) -> None:
+    assert recorded_sweep(str(tmp_path)) is None
+    file = tmp_path / "sweep.json"
+    file.write_text(json.dumps({"sweep": ["seed=0,1"], "run": RunConfig(steps=7).to_dict()}))
+    options, config = recorded_sweep(str(tmp_path)) or ((), RunConfig())
+    assert options == ("seed=0,1",)
+    assert config.steps == 7
+    sealed = json.dumps(seal(json.loads(file.read_text())), indent=1)
+    file.write_text(sealed)
+    assert recorded_sweep(str(tmp_path)) == (options, config)
+    file.write_text(sealed.replace('"steps": 7', '"steps": 5'))
+    with pytest.raises(NaloraError, match=r"sweep.json: expected the content that its sha256"):
+        recorded_sweep(str(tmp_path))
+    for text in ("{", "[1]", "\x00"):
+        file.write_text(text)
+        with pytest.raises(NaloraError, match=r"sweep.json: expected the options of a sweep"):
+            recorded_sweep(str(tmp_path))

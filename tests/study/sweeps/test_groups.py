@@ -1,0 +1,93 @@
+"""Which runs share a program, and the widest adapters of a group."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from nalora_jax.cli.planning.models import CONFIGS
+from nalora_jax.config import (
+    AdaLoRAConfig,
+    LoRAConfig,
+    LoRARule,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+from nalora_jax.models.adapters import adapter_spec
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.study.sweeps.groups import grouped, program_key, widest
+
+BASE = ModelConfig.from_hf(CONFIGS["llama-3.1-8b"])
+CONFIG = RunConfig(mechanisms=("soft", "curvature_cap"), optimizer=OptimizerConfig(learning_rate=1e-3))
+_SOFT = "soft:power=1.5,low=0.1,high=3,decay=0.9,warmup=2,permute=1"
+RULE = LoRAConfig(rules=(LoRARule("ffn", 4, 5.0),))
+
+
+def _key(config: RunConfig) -> str:
+    return program_key(config, adapter_spec(config, BASE))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 3, "steps": 7, "output": "runs/other"},
+        {
+            "optimizer": OptimizerConfig(
+                "adamw", 2e-3, "linear", weight_decay=0.1, b1=0.8, b2=0.9, clip_norm=2.0
+            )
+        },
+        {"lora": RULE},
+        {"mechanisms": (_SOFT, "curvature_cap:tau=0.3")},
+        {"train": TrainConfig(log_every=3, patience=2)},
+    ],
+    ids=lambda changes: "+".join(changes),
+)
+def test_values_do_not_need_another_program(changes: dict[str, Any]) -> None:
+    assert _key(replace(CONFIG, **changes)) == _key(CONFIG)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": OptimizerConfig("lion", 1e-3)},
+        {"optimizer": OptimizerConfig(learning_rate=1e-3, clip_norm=0.0)},
+        {"lora": LoRAConfig(rules=(LoRARule("ffn/gate", 8),))},
+        {"lora": LoRAConfig(init="pissa")},
+        {"lora": LoRAConfig(plus_ratio=4.0)},
+        {"mechanisms": ("hard", "curvature_cap")},
+        {"mechanisms": ("curvature_cap", "soft")},
+        {"mechanisms": ()},
+        {"adalora": AdaLoRAConfig(target_rank=2)},
+        {"train": TrainConfig(batch_size=16)},
+    ],
+    ids=lambda changes: "+".join(changes),
+)
+def test_other_programs_are_other_groups(changes: dict[str, Any]) -> None:
+    assert _key(replace(CONFIG, **changes)) != _key(CONFIG)
+
+
+def test_a_setting_that_a_rule_cannot_trace_is_a_group() -> None:
+    """The hard mask rounds its share to a number of channels, with which it calls `top_k`."""
+    keeps = [
+        replace(CONFIG, mechanisms=(f"hard:keep={keep},decay={decay}",))
+        for keep in (0.5, 0.25)
+        for decay in (0.9, 0.8)
+    ]
+    assert [len(group) for group in grouped(keeps, _key)] == [2, 2]
+
+
+def test_ranks_of_adalora_are_static() -> None:
+    adalora = replace(CONFIG, adalora=AdaLoRAConfig(target_rank=2))
+    assert _key(replace(adalora, lora=RULE)) != _key(adalora)
+    assert _key(replace(adalora, steps=7)) != _key(adalora)
+
+
+def test_the_widest_adapters_keep_the_scales_of_the_first() -> None:
+    first, second = (adapter_spec(replace(CONFIG, lora=lora), BASE) for lora in (RULE, LoRAConfig()))
+    joined = widest([first, second])
+    path = "layers/ffn/gate_proj"
+    assert joined.target(path).rank == 8
+    assert joined.scales(path)[0] == first.scales(path)[0] == pytest.approx(5.0 / 4)

@@ -1,0 +1,300 @@
+"""The step of several runs against the steps of the same runs alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax.common import trees
+from nalora_jax.config import (
+    AdaLoRAConfig,
+    ComputeConfig,
+    DataConfig,
+    LoRAConfig,
+    LoRARule,
+    MeshConfig,
+    OptimizerConfig,
+    PreferenceConfig,
+    RunConfig,
+    TrainConfig,
+    VisionConfig,
+)
+from nalora_jax.layout import distributed
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.study.sweeps.groups import program_key
+from nalora_jax.study.sweeps.program import SweepProgram
+from nalora_jax.study.sweeps.stack import batch_of
+from nalora_jax.train.assembly import Assembly, assemble, starting_at
+from nalora_jax.train.dual_pieces import dual_pieces, image_records
+from tests import tiny
+from tests.param_trees import init_params
+
+BASE = ModelConfig.from_hf(tiny.GROUPED)
+CONFIG = RunConfig(
+    steps=20,
+    lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4), LoRARule("attn/(q|v)_proj", 2))),
+    mechanisms=("soft:warmup=1,power=2,permute=3", "curvature_cap:warmup=1"),
+    optimizer=OptimizerConfig(learning_rate=1e-2),
+    compute=ComputeConfig(dtype="float32", probe_stride=1, implementation="xla"),
+)
+ROWS, SEQ = 4, 16
+
+
+def _batch(seed: int) -> dict[str, np.ndarray]:
+    """Rows of two packed examples and padding."""
+    rng = np.random.default_rng(seed)
+    cut, end = rng.integers(2, 7, (ROWS, 1)), rng.integers(9, SEQ + 1, (ROWS, 1))
+    place = np.arange(SEQ)[None, :]
+    segments = np.where(place < cut, 1, np.where(place < end, 2, 0)).astype(np.int32)
+    weights = (rng.uniform(size=(ROWS, SEQ)) < 0.7) & (segments > 0)
+    flat = {
+        "tokens": rng.integers(0, 96, (ROWS, SEQ)).astype(np.int32),
+        "targets": rng.integers(0, 96, (ROWS, SEQ)).astype(np.int32),
+        "loss_weights": weights.astype(np.float32),
+        "segment_ids": segments,
+        "positions": np.where(place < cut, place, place - cut).astype(np.int32),
+    }
+    return {name: value[None] for name, value in flat.items()}
+
+
+def _assembled(configs: Sequence[RunConfig], base: ModelConfig = BASE, mesh: Any = None) -> list[Assembly]:
+    mesh = mesh or distributed.make_mesh(MeshConfig(), jax.devices()[:1])
+    params = init_params(base, jax.random.key(1))
+    params = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
+    return [assemble(config, base, params, mesh) for config in configs]
+
+
+def _solo(run: Assembly, steps: int, batches: Any = None) -> Any:
+    """The adapters and the last metrics of a run's steps, alone; donates its state."""
+    state, params, batches = run.state, run.view(run.params), batches or _batch
+    for i in range(steps):
+        batch = distributed.make_global_batch(batches(100 * run.config.seed + i), run.mesh, rows_axis=1)
+        state, metrics = run.step(params, state, batch)
+    return jax.device_get(state.lora), jax.device_get(metrics)
+
+
+def _together(runs: Sequence[Assembly], steps: int, batches: Any = None) -> tuple[SweepProgram, Any]:
+    """The states and the last metrics of all runs after some steps of one program."""
+    program, batches = SweepProgram(runs), batches or _batch
+    states = program.begin([run.state for run in runs])
+    for i in range(steps):
+        batch = batch_of([batches(100 * run.config.seed + i) for run in runs], program.mesh)
+        states, metrics = program.step(states, batch, [True] * len(runs))
+    return program, (states, jax.device_get(metrics))
+
+
+def _difference(one: Any, other: Any) -> float:
+    """The largest difference of any array, over that array's largest value."""
+    flat = trees.flatten(other)
+    differences = [
+        np.max(np.abs(leaf - flat[path])) / np.max(np.abs(flat[path]))
+        for path, leaf in trees.flatten(one).items()
+    ]
+    return float(np.max(differences))
+
+
+def test_runs_of_one_program_equal_their_solo_runs() -> None:
+    """They differ in everything that may differ: rates, schedule, decay, betas, clip, seed, alpha, rank, rules."""
+    other = replace(
+        CONFIG,
+        seed=1,
+        steps=30,
+        lora=LoRAConfig(
+            rules=(LoRARule("ffn/(gate|up|down)_proj", 2, 5.0), LoRARule("attn/(q|v)_proj", 2))
+        ),
+        mechanisms=(
+            "soft:warmup=3,power=1.5,decay=0.9",
+            "curvature_cap:warmup=2,tau=0.05",
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3,
+            weight_decay=0.1,
+            b1=0.8,
+            b2=0.95,
+            clip_norm=0.3,
+            warmup_steps=4,
+            schedule="linear",
+        ),
+    )
+    third = replace(CONFIG, seed=2, optimizer=replace(CONFIG.optimizer, learning_rate=2e-2))
+    runs = _assembled([CONFIG, other, third])
+    assert len({program_key(run.config, run.spec) for run in runs}) == 1
+    program, (states, metrics) = _together(runs, 20)
+    for index, run in enumerate(runs[1:], start=1):
+        lora, alone = _solo(run, 20)
+        state = program.state_of(states, index)
+        assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, run.state)
+        assert _difference(jax.device_get(state.lora), lora) < 1e-4
+        assert metrics["loss"][index] == pytest.approx(float(alone["loss"]), rel=1e-4)
+    padding = trees.flatten(jax.device_get(states.lora))["layers/ffn/gate_proj/a"][1, :, :, 2:]
+    assert np.all(padding == 0)
+
+
+# SGD: Adam's first updates divide rounding errors by gradients of the same size.
+EIGHT = [
+    replace(CONFIG, seed=seed, steps=4, optimizer=OptimizerConfig("sgd", 0.1 * (seed + 1), clip_norm=0.0))
+    for seed in range(8)
+]
+
+
+def _ids(sizes: str | None, order: str | None, count: int) -> np.ndarray:
+    """Device numbers in HLO's notation ``[sizes]T(order)``."""
+    devices = np.arange(count).reshape([int(size) for size in sizes.split(",")] if sizes else [count])
+    return devices.transpose([int(axis) for axis in order.split(",")]) if order else devices
+
+
+def _groups(text: str) -> list[list[list[int]]]:
+    """The device groups of every collective in a compiled program, by partition number."""
+    groups = []
+    for line in text.splitlines():
+        if not re.search(
+            r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(", line
+        ):
+            continue
+        if match := re.search(
+            r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}",
+            line,
+        ):
+            axes, sizes, order, joined = match.groups()
+            named = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+            devices = _ids(sizes, order, math.prod(named.values())).reshape(tuple(named.values()))
+            within = [list(named).index(name) for name in re.findall(r"'(\w+)'", joined)]
+            devices = np.moveaxis(devices, within, range(-len(within), 0))
+            groups.append(devices.reshape(-1, math.prod(devices.shape[-len(within) :])).tolist())
+        elif match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+            rows, columns, sizes, order = match.groups()
+            groups.append(
+                _ids(sizes, order, int(rows) * int(columns)).reshape(int(rows), int(columns)).tolist()
+            )
+        elif match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line):
+            groups.append(
+                [[int(n) for n in part.split(",")] for part in re.findall(r"\{([\d,]+)\}", match[1])]
+            )
+        else:
+            raise AssertionError(f"a collective without groups: {line}")
+    return groups
+
+
+@pytest.fixture(scope="module")
+def on_one_device() -> Any:
+    """Adapters of eight runs after two steps, all on one device."""
+    program, (states, _) = _together(_assembled(EIGHT), 2)
+    return [jax.device_get(program.state_of(states, index).lora) for index in range(8)]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [MeshConfig(run=8), MeshConfig(run=4, fsdp=2), MeshConfig(run=2, data=1, fsdp=2, tensor=2)],
+    ids=str,
+)
+def test_runs_on_a_mesh_equal_those_on_one_device(sizes: MeshConfig, on_one_device: Any) -> None:
+    """No collective of the step joins devices of two runs."""
+    mesh = distributed.make_mesh(sizes)
+    program, (states, _) = _together(_assembled(EIGHT, mesh=mesh), 2)
+    for index, lora in enumerate(on_one_device):
+        assert _difference(jax.device_get(program.state_of(states, index).lora), lora) < 1e-4
+    batch = batch_of([_batch(index) for index in range(8)], mesh)
+    compiled = program.lower(states, batch).compile().as_text()
+    per_run = mesh.devices.size // sizes.run
+    groups = _groups(compiled)
+    assert bool(groups) == (per_run > 1)
+    assert all(len({device // per_run for device in group}) == 1 for each in groups for group in each)
+
+
+def _variant(seed: int, rank: int = 2, **changes: Any) -> RunConfig:
+    """A run of three steps whose rate depends on its seed."""
+    lora = LoRAConfig(rules=(LoRARule("ffn", rank), LoRARule("q_proj", 2)))
+    optimizer = OptimizerConfig("sgd", 0.1 * (seed + 1), clip_norm=0.0)
+    return replace(CONFIG, **{"seed": seed, "steps": 3, "lora": lora, "optimizer": optimizer} | changes)
+
+
+def test_experts_of_several_runs_are_one_grouped_matmul() -> None:
+    """Runs of a mixture of experts with different ranks, on one device, one on each of eight, and all on all."""
+    experts = {
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    }
+    base = ModelConfig.from_hf(tiny.GROUPED | experts | {"num_hidden_layers": 1, "intermediate_size": 32})
+    configs = [_variant(seed, 2 + 2 * (seed % 2)) for seed in range(8)]
+    runs = _assembled(configs[:2], base)
+    program, (states, _) = _together(runs, 3)
+    on_mesh, (placed, _) = _together(_assembled(configs, base, distributed.make_mesh(MeshConfig(run=8))), 3)
+    mesh = distributed.make_mesh(MeshConfig(run=1, data=1, fsdp=4, tensor=2))
+    on_all, (shared, _) = _together(_assembled(configs[:2], base, mesh), 3)
+    together = [jax.device_get(program.state_of(states, index).lora) for index in range(2)]
+    assert _difference(together[1], _solo(runs[1], 3)[0]) < 1e-4
+    for index, lora in enumerate(together):
+        assert _difference(jax.device_get(on_mesh.state_of(placed, index).lora), lora) < 1e-4
+        assert _difference(jax.device_get(on_all.state_of(shared, index).lora), lora) < 1e-4
+
+
+def _assert_like_solo(runs: Sequence[Assembly], batches: Any = None) -> None:
+    """Compares the last run of a program with its solo run; all of them share the code of the step."""
+    program, (states, metrics) = _together(runs, 3, batches)
+    lora, alone = _solo(runs[-1], 3, batches)
+    assert _difference(jax.device_get(program.state_of(states, len(runs) - 1).lora), lora) < 1e-4
+    assert metrics["loss"][-1] == pytest.approx(float(alone["loss"]), rel=1e-4)
+
+
+def test_preference_pairs_with_magnitudes_and_zero_a() -> None:
+    lora = LoRAConfig(rules=(LoRARule("ffn", 2),), dora=True, init="zero_a", plus_ratio=2.0)
+    settings = {"lora": lora, "preference": PreferenceConfig("dpo"), "mechanisms": ("hard",)}
+    configs = [_variant(0, **settings), _variant(1, **settings | {"lora": replace(lora, plus_ratio=3.0)})]
+    _assert_like_solo(
+        _assembled(configs), lambda seed: _batch(seed) | {"pairs": np.ones((1, ROWS, 1), np.float32)}
+    )
+
+
+def test_adalora_allocates_the_ranks_of_each_run() -> None:
+    settings = {"adalora": AdaLoRAConfig(target_rank=1, warmup_share=0.0, final_share=0.3, interval=1)}
+    lora = LoRAConfig(rules=(LoRARule("ffn", 2),), dropout=0.1)
+    rates = [OptimizerConfig(learning_rate=rate, warmup_share=0.0) for rate in (1e-2, 2e-2)]
+    configs = [_variant(seed, lora=lora, optimizer=rates[seed], **settings) for seed in range(2)]
+    _assert_like_solo(_assembled(configs))
+
+
+def test_lowered_kernels_belong_to_their_run() -> None:
+    """LoRA-GA lowers the kernels by initial adapters that depend on the run's batches."""
+    runs = []
+    for run in _assembled(
+        [_variant(seed, lora=LoRAConfig(rules=(LoRARule("ffn", 2),))) for seed in range(2)]
+    ):
+        rng = np.random.default_rng(run.config.seed)
+        start = jax.tree.map(
+            lambda x, rng=rng: jnp.asarray(rng.normal(size=x.shape) * 0.1, x.dtype), run.state.lora
+        )
+        runs.append(starting_at(run, start))
+    _assert_like_solo(runs)
+
+
+def test_both_towers_of_a_dual_encoder(dual_folder: Any, tmp_path: Path) -> None:
+    colours = {"red": (200, 30, 30), "green": (30, 180, 40)}
+    data = str(tiny.make_pictures(tmp_path, colours, count=8, size=(18, 20)))
+    config = _variant(
+        0,
+        model=str(dual_folder("clip")),
+        lora=LoRAConfig(rules=(LoRARule("ffn", 2),)),
+        data=DataConfig(data, train_split="train[:60%]", eval_split="train[60%:]", workers=0),
+        train=TrainConfig(batch_size=4),
+        vision=VisionConfig("contrast", augment="none"),
+    )
+    mesh, records = distributed.make_mesh(MeshConfig(), jax.devices()[:1]), image_records(config)
+    first = dual_pieces(config, *records, mesh)
+    other = replace(config, seed=1, optimizer=replace(config.optimizer, learning_rate=0.2))
+    pieces = [first, dual_pieces(other, *records, mesh, like=first)]
+
+    def batches(seed: int) -> Any:
+        return pieces[seed // 100].data.batch_at(4 * (seed % 100))
+
+    _assert_like_solo([each.assembly for each in pieces], batches)

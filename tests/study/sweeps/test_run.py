@@ -1,0 +1,170 @@
+"""Whole sweeps on a tiny model: the folders that they leave, divergence, interruption and resumption."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from nalora_jax.__main__ import main
+from nalora_jax.config import MeshConfig, RunConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.study.sweeps.run import SweepResult, sweep
+from nalora_jax.train import text_pieces
+from nalora_jax.train.progress import Progress
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("surroundings")
+
+nalora_run = import_module("nalora_jax.train.job")  # the package's attribute of this name is the function
+
+RATES = (2e-2, 1e-2, 1e3)  # the last one diverges, with a weight decay of the same size
+
+
+@pytest.fixture(scope="module")
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of this module's own, and runs on one device."""
+    with tiny.on_one_device(tmp_path_factory.mktemp("new") / "cache"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    folder = tmp_path_factory.mktemp("sweeps")
+    config = tiny.make_config(folder, mesh=MeshConfig(data=1, fsdp=1, tensor=1, run=1))
+    return replace(config, train=replace(config.train, log_every=4))
+
+
+def _configs(base: RunConfig, folder: Path) -> list[RunConfig]:
+    decay = {1e3: 1e3}
+    rates = [
+        replace(base.optimizer, learning_rate=rate, weight_decay=decay.get(rate, 0.0)) for rate in RATES
+    ]
+    return [
+        replace(base, output=str(folder / f"rate-{rate.learning_rate:g}"), optimizer=rate) for rate in rates
+    ]
+
+
+@pytest.fixture(scope="module")
+def swept(base: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
+    return sweep(_configs(base, tmp_path_factory.mktemp("swept")))
+
+
+def _adapter(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def _assert_equal(one: Path, other: Path) -> None:
+    first, second = _adapter(one), _adapter(other)
+    assert first.keys() == second.keys()
+    for name, leaf in first.items():
+        np.testing.assert_allclose(
+            leaf, second[name], rtol=0, atol=1e-4 * np.max(np.abs(second[name])), err_msg=name
+        )
+
+
+def test_each_run_leaves_what_its_solo_run_leaves(
+    swept: SweepResult, base: RunConfig, tmp_path: Path
+) -> None:
+    folder, result = next(iter(swept.runs.items()))
+    config = replace(
+        base, output=str(tmp_path / "alone"), compute=replace(base.compute, implementation="xla")
+    )
+    alone = nalora_run.run(config)
+    _assert_equal(Path(folder), alone.folder)
+    assert tiny.losses(folder) == pytest.approx(tiny.losses(alone.folder), rel=1e-5)
+    assert result.after["n"] == alone.after["n"]
+    listings = [
+        sorted(p.relative_to(f).as_posix() for p in Path(f).glob("*")) for f in (folder, alone.folder)
+    ]
+    assert listings[0] == listings[1]
+    first, second = (
+        json.loads((Path(f) / "metrics.jsonl").read_text().splitlines()[1]) for f in (folder, alone.folder)
+    )
+    assert first.keys() == second.keys()
+
+
+def test_a_run_that_diverges_is_frozen_and_reported(swept: SweepResult) -> None:
+    ((folder, error),) = swept.diverged.items()
+    assert folder.endswith("rate-1000")
+    assert "the checkpoints of earlier steps are kept" in str(error)
+    done = json.loads((Path(folder) / "metrics.jsonl").read_text().splitlines()[-1])["done"]
+    assert "expected" in done["message"]
+    assert len(swept.runs) == 2
+    assert Path(swept.page).exists()
+
+
+def test_a_sweep_that_sigterm_stopped_continues_with_other_programs(
+    swept: SweepResult, base: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tiny.write_settings(replace(base, output=str(tmp_path / "out")), tmp_path / "settings.py")
+    log, signals = Progress.log, []
+
+    def stop_at_3(self: Progress, step: int, values: Any) -> None:
+        log(self, step, values)
+        if step == 2 and not signals:  # a second signal would stop the process at once
+            signals.append(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "log", stop_at_3)
+        options = ["--sweep", "optimizer.learning-rate=2e-2,1e-2"]
+        assert main(["train", "--config", str(settings), *options]) == 143
+    assert f"saved step 3; continue with --output {tmp_path / 'out'} --resume" in capsys.readouterr().err
+    assert '"sha256": ' in (tmp_path / "out" / "sweep.json").read_text()
+    assert main(["train", "--resume", str(tmp_path / "out"), "--mesh.runs-per-device", "1"]) == 0
+    for folder, rate in zip(swept.runs, ("0.02", "0.01"), strict=True):
+        resumed = tmp_path / "out" / f"learning-rate-{rate}"
+        _assert_equal(resumed, Path(folder))
+        assert tiny.losses(resumed) == pytest.approx(tiny.losses(folder), rel=1e-5)
+    assert (tmp_path / "out" / "comparison.html").exists()
+
+
+def test_two_processes_train_a_run_each(
+    swept: SweepResult, base: RunConfig, tmp_path: Path, two_processes: Any
+) -> None:
+    config = replace(base, output=str(tmp_path / "out"), mesh=MeshConfig(data=1, fsdp=1, tensor=1, run=2))
+    settings = tiny.write_settings(config, tmp_path / "settings.py")
+    command = ["-m", "nalora_jax", "train", "--config", str(settings)]
+    command += ["--sweep", "optimizer.learning-rate=2e-2,1e-2"]
+    for status, _, error in two_processes(command, devices=1, JAX_DEFAULT_MATMUL_PRECISION="highest"):
+        assert status == 0, error
+    for folder, rate in zip(swept.runs, ("0.02", "0.01"), strict=True):
+        _assert_equal(tmp_path / "out" / f"learning-rate-{rate}", Path(folder))
+    assert (tmp_path / "out" / "comparison.html").exists()
+
+
+def test_bad_sweeps_are_refused_before_the_weights_are_read(
+    base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*args: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(text_pieces, "_load", read)
+    configs = _configs(base, tmp_path)
+    with pytest.raises(NaloraError, match="expected at least one run, found none"):
+        sweep([])
+    with pytest.raises(NaloraError, match="expected runs with different names, found rate-0.02"):
+        sweep([configs[0], configs[0]])
+    with pytest.raises(NaloraError, match="--mesh.run: expected 0 or 1 without --sweep, found 8"):
+        nalora_run.run(replace(configs[0], mesh=MeshConfig(run=8)))
+    many = replace(base.mesh, runs_per_device=10**9)
+    with pytest.raises(NaloraError, match=r"--mesh.runs-per-device: expected at most \d+ runs, which fit"):
+        sweep([replace(config, mesh=many) for config in configs])
+    with pytest.raises(
+        NaloraError, match=r"--mesh.run: expected a divisor of the 1 device\(s\): 1, found 3"
+    ):
+        sweep(
+            [
+                replace(config, output=f"{config.output}-3", mesh=replace(base.mesh, run=3))
+                for config in configs
+            ]
+        )

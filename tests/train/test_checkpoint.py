@@ -1,0 +1,603 @@
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from orbax.checkpoint import path as ocp_path
+
+from nalora_jax.common import trees
+from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig
+from nalora_jax.errors import LostPeerError, NaloraError
+from nalora_jax.layout.distributed import STATE_RULES, bytes_per_device, make_mesh, shardings
+from nalora_jax.train.checkpoint import Checkpointer, _reason
+from nalora_jax.train.output import CHECKPOINTS as FOLDER
+from nalora_jax.train.snapshot import check_arrays, check_run
+
+
+class State(NamedTuple):
+    step: jax.Array
+    lora: dict
+    opt_state: optax.OptState
+    gate: dict
+    rng: jax.Array
+
+
+CHAIN = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+DATA = {"epoch": 1, "row": 48, "seed": 7, "sources": ["socialiqa"]}
+
+
+def make_state(seed: int, width: int = 64) -> State:
+    """A small train state with every kind of leaf: float32, integers, bfloat16, an empty array, typed keys."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    adapter = {"a": jax.random.normal(keys[0], (3, width, 8)), "b": jax.random.normal(keys[1], (3, 8, 128))}
+    lora = {"layers": {"ffn": {"gate_proj": adapter}}}
+    opt_state = jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf), CHAIN.init(lora))
+    gate = {
+        "memory": {"mask": {"layers": {"ffn": {"slope": jax.random.uniform(keys[2], (3, 128))}}}},
+        "half": jnp.full((4,), 1 / 3, jnp.bfloat16),
+        "none": jnp.zeros((0, 4)),
+    }
+    return State(jnp.int32(seed), lora, opt_state, gate, jax.random.split(keys[3], 2))
+
+
+def assert_same_bits(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for path, a, b in zip(trees.flatten(left), jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            assert jax.random.key_impl(a) == jax.random.key_impl(b)
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        assert a.dtype == b.dtype, path
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+
+
+DEFAULT = RunConfig()
+
+
+def opened(folder, config: RunConfig = DEFAULT, fingerprint: str = "sha256:aa", **options) -> Checkpointer:
+    return Checkpointer(folder, fingerprint=fingerprint, config=config.to_dict(), **options)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_round_trip_is_bit_exact_through_a_new_manager(tmp_path, asynchronous):
+    state = make_state(3)
+    with opened(tmp_path, asynchronous=asynchronous) as checkpoints:
+        assert checkpoints.save(3, state, DATA)
+    with opened(tmp_path) as checkpoints:
+        abstract = jax.eval_shape(lambda: make_state(0))
+        for like in (abstract, make_state(0)):
+            restored, data = checkpoints.restore("latest", like)
+            assert_same_bits(restored, state)
+            assert data == DATA
+
+
+def test_base_weights_and_only_base_weights_are_absent(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(3, make_state(3), DATA)
+    assert sorted(entry.name for entry in (tmp_path / "3").iterdir() if entry.is_dir()) == [
+        "data",
+        "run",
+        "state",
+    ]
+
+
+def test_other_generators_keep_their_name(tmp_path):
+    state = {"rng": jax.random.key(5, impl="rbg")}
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        restored, _ = checkpoints.restore(1, {"rng": jax.random.key(0, impl="rbg")})
+    assert_same_bits(restored, state)
+
+
+def place(state, sizes):
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    return jax.device_put(state, shardings(state, mesh, STATE_RULES))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((1, 1, 1), (1, 2, 4)), ((2, 4, 1), (1, 1, 1)), ((2, 4, 1), (1, 2, 4))]
+)
+def test_another_topology_restores_the_same_bits_where_it_wants_them(tmp_path, before, after):
+    state, target = place(make_state(3), before), place(make_state(0), after)
+    with opened(tmp_path, RunConfig(mesh=MeshConfig(*before))) as checkpoints:
+        checkpoints.save(3, state, DATA)
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), target
+    )
+    with opened(tmp_path, RunConfig(mesh=MeshConfig(*after))) as checkpoints:
+        restored, _ = checkpoints.restore("latest", like)
+    assert_same_bits(restored, state)
+    for path, leaf in trees.flatten(restored).items():
+        assert leaf.sharding == trees.flatten(target)[path].sharding or not leaf.size, path
+    sizes = bytes_per_device(restored.lora)
+    assert len(sizes) == np.prod(after)
+    a, b = state.lora["layers"]["ffn"]["gate_proj"].values()
+    assert set(sizes.values()) == {a.nbytes // after[1] + b.nbytes // (after[1] * after[2])}
+
+
+def test_small_arrays_that_devices_share_are_written_by_one_of_them(tmp_path, monkeypatch):
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2, tensor=1))
+    state = make_state(0)
+    state = jax.device_put(state, shardings(state, mesh, STATE_RULES))
+    monkeypatch.setattr(
+        jax.lax, "slice_in_dim", lambda *_, **__: pytest.fail("a slice is compiled for every device")
+    )
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        restored, _ = checkpoints.restore(1, state)
+    assert_same_bits(restored, state)
+
+
+def test_donating_the_state_right_after_save_changes_nothing_that_is_written(tmp_path):
+    advance = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
+    state = {"lora": {f"layer_{i}": jnp.full((256, 1024), float(i)) for i in range(8)}}
+    expected = jax.tree.map(np.array, state)
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        for _ in range(3):
+            state = advance(state)
+        restored, _ = checkpoints.restore(1, expected)
+    assert_same_bits(restored, expected)
+
+
+def test_the_best_is_kept_beside_the_latest(tmp_path):
+    with opened(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest_step() is None
+        assert checkpoints.best_step() is None
+        for step, accuracy in enumerate([0.2, 0.9, float("nan"), 0.3, 0.4], start=1):
+            checkpoints.save(step, make_state(step), {"row": step}, {"accuracy": accuracy, "loss": 1.0})
+        checkpoints.save(6, make_state(6), {"row": 6})
+        checkpoints.wait()
+        kept = sorted(entry.name for entry in tmp_path.iterdir())
+        assert kept == ["2", "5", "6"]
+        assert (checkpoints.best_step(), checkpoints.latest_step()) == (2, 6)
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.metrics(2) == {"accuracy": 0.9, "loss": 1.0}
+        best, data = checkpoints.restore("best", make_state(0))
+        assert (int(best.step), data) == (2, {"row": 2})
+        assert int(checkpoints.restore("latest", make_state(0))[0].step) == 6
+        assert int(checkpoints.restore(5, make_state(0))[0].step) == 5
+
+
+def test_smaller_is_better_where_asked(tmp_path):
+    with opened(tmp_path, keep=1, best_metric="loss", best_mode="min") as checkpoints:
+        for step, loss in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 4.0)]:
+            checkpoints.save(step, {"x": jnp.ones(3)}, {}, {"loss": loss})
+        checkpoints.wait()
+        assert checkpoints.best_step() == 2
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["2", "4"]
+
+
+def test_a_step_is_written_once_and_an_earlier_one_can_follow(tmp_path):
+    with opened(tmp_path, keep=5) as checkpoints:
+        assert checkpoints.save(4, {"x": jnp.ones(3)}, {})
+        assert not checkpoints.save(4, {"x": jnp.zeros(3)}, {})
+        assert checkpoints.save(2, {"x": jnp.ones(3)}, {})
+        np.testing.assert_array_equal(checkpoints.restore(4, {"x": jnp.ones(3)})[0]["x"], np.ones(3))
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        with pytest.raises(NaloraError, match="expected a latest checkpoint, found no checkpoint"):
+            checkpoints.restore("latest", {})
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+        with pytest.raises(NaloraError, match=r"expected a checkpoint of step 7, found steps \[1\]"):
+            checkpoints.restore(7, {})
+        with pytest.raises(NaloraError, match="expected a best checkpoint"):
+            checkpoints.restore("best", {})
+
+
+def test_another_base_model_is_refused_by_both_names(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    other = opened(tmp_path, RunConfig(model="gemma-3-270m"), fingerprint="sha256:bb")
+    with other as checkpoints, pytest.raises(NaloraError) as caught:
+        checkpoints.restore("latest", {"x": jnp.ones(3)})
+    for part in ("smollm2-135m-instruct (sha256:aa)", "gemma-3-270m (sha256:bb)", "--model"):
+        assert part in str(caught.value)
+
+
+def test_a_digest_of_an_earlier_version_is_said_not_to_be_comparable(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    with (
+        opened(tmp_path, fingerprint="all:" + "0" * 64) as checkpoints,
+        pytest.raises(
+            NaloraError, match="found one of an earlier version, whose digest covered a part of them"
+        ),
+    ):
+        checkpoints.restore("latest", {"x": jnp.ones(3)})
+
+
+def test_settings_that_change_the_result_are_refused_with_both_values(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    rules = (LoRARule("ffn/gate_proj", rank=4, alpha=8.0), LoRARule("attn"))
+    changed = RunConfig(
+        mechanisms=("soft:power=2", "curvature_cap"), lora=LoRAConfig(rules=rules, dropout=0.1), seed=1
+    )
+    with opened(tmp_path, changed) as checkpoints, pytest.raises(NaloraError) as caught:
+        checkpoints.restore("latest", {"x": jnp.ones(3)})
+    before, after = str(caught.value).split("found ")
+    for part in (
+        "mechanisms.0 = 'curvature_cap'",
+        "lora.dropout = 0.0",
+        "seed = 0",
+        "lora.rules.0.rank = 8",
+        "lora.rules.1.rank = '(ab",
+    ):
+        assert part in before
+    for part in (
+        "mechanisms.0 = 'soft:power=2'",
+        "lora.dropout = 0.1",
+        "seed = 1",
+        "lora.rules.0.rank = 4",
+        "lora.rules.1.rank = 8",
+    ):
+        assert part in after
+    assert "lora.rules.0.alpha = None" in before
+    assert "lora.rules.0.alpha = 8.0" in after
+    assert "lora.dora" not in str(caught.value)
+
+
+def test_settings_that_do_not_may_change(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    train = TrainConfig(log_every=1, eval_every=7, save_every=3, keep=9, patience=2)
+    moved = RunConfig(
+        model="elsewhere", output="b", resume=True, steps=500, mesh=MeshConfig(1, 1, -1), train=train
+    )
+    with opened(tmp_path, moved) as checkpoints:
+        checkpoints.restore("latest", {"x": jnp.ones(3)})
+
+
+def test_arrays_of_another_shape_dtype_or_name_are_refused(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"lora": {"a": jnp.ones((3, 4))}, "count": jnp.int32(1)}, {})
+        like = {"lora": {"a": jnp.ones((3, 8))}, "count": jnp.float32(1), "extra": jnp.ones(2)}
+        with pytest.raises(NaloraError) as caught:
+            checkpoints.restore("latest", like)
+    for part in ("float32[3, 8]", "float32[3, 4]", "count float32[]", "count int32[]", "extra absent"):
+        assert part in str(caught.value)
+
+
+@contextmanager
+def no_file_above(n_bytes: int):
+    """As a full disk does, refuse to write beyond a size; unlike one it needs no privileges to set up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+
+
+def test_a_write_that_fails_in_the_background_surfaces_and_spares_earlier_checkpoints(tmp_path, caplog):
+    state = {"x": jax.random.normal(jax.random.key(0), (700, 1000))}
+    checkpoints = opened(tmp_path, keep=1)
+    checkpoints.save(1, state, DATA)
+    checkpoints.wait()
+    caplog.set_level(logging.ERROR)
+    with no_file_above(100_000):
+        checkpoints.save(2, state, DATA)
+        with pytest.raises(NaloraError, match=r"found File too large; steps \[1\] are intact.*--resume"):
+            checkpoints.wait()
+        checkpoints.save(3, state, DATA)
+        with pytest.raises(NaloraError, match="File too large"):
+            checkpoints.save(4, state, DATA)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["1"]
+    assert checkpoints.latest_step() == 1
+    assert not caplog.records
+    assert_same_bits(checkpoints.restore("latest", state)[0], state)
+    checkpoints.save(5, state, DATA)
+    checkpoints.close()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["5"]
+
+
+FULL = """
+import resource, signal, sys, time
+import jax.numpy as jnp
+from nalora_jax.errors import NaloraError
+from nalora_jax.train.checkpoint import Checkpointer
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+state = {f"x{i}": jnp.arange(1 << 18) * i for i in range(48)}
+try:
+    with Checkpointer(sys.argv[1], fingerprint="f", config={}) as checkpoints:
+        checkpoints.save(1, state, {})
+        time.sleep(0.5)
+        checkpoints.wait()
+except NaloraError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_is_full_gives_one_error_and_no_traceback(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "found File too large" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("behind", ["os_error_code='27'", 'tensorstore_spec=\'{"driver":"zarr"}\''])
+def test_what_the_system_said_is_found_whatever_stands_behind_it(behind):
+    text = f'OUT_OF_RANGE: Error opening "zarr" driver: Failed to write 9 bytes to file 11: File too large [{behind}]'
+    assert _reason(ValueError(text)) == "File too large"
+
+
+def test_a_failed_write_does_not_hide_the_error_that_ended_the_run(tmp_path):
+    state = {"x": jax.random.normal(jax.random.key(0), (700, 1000))}
+
+    def run():
+        with opened(tmp_path) as checkpoints:
+            checkpoints.save(1, state, DATA)
+            raise ZeroDivisionError
+
+    with no_file_above(100_000), pytest.raises(ZeroDivisionError) as caught:
+        run()
+    assert "File too large" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("failing", ["reload", "close"])
+def test_a_folder_that_is_deleted_during_a_run_is_one_error(tmp_path, monkeypatch, failing):
+    checkpoints = opened(tmp_path / "c")
+
+    def gone():  # Orbax raises this in about one of a hundred runs whose folder is deleted
+        raise FileNotFoundError(2, "No such file or directory")
+
+    for name in ("wait_until_finished", failing):
+        monkeypatch.setattr(checkpoints._manager, name, gone)
+    with pytest.raises(
+        NaloraError, match="c: expected to be written whole, found No such file.*; no step is saved"
+    ):
+        checkpoints.close()
+    monkeypatch.undo()
+    checkpoints.close()
+
+
+def test_a_write_that_another_process_left_is_no_fault_of_the_disk(tmp_path):
+    said = "UNKNOWN: Gloo AllGather failed: [pair.cc:538] Read error [127.0.0.1]:40843: Connection reset by peer"
+    with opened(tmp_path) as checkpoints:
+        gone = pytest.raises(LostPeerError, match="found that one is gone .Gloo AllGather failed")
+        with gone, checkpoints._write_errors():
+            raise jax.errors.JaxRuntimeError(said)
+        failed = pytest.raises(NaloraError, match="found UNAVAILABLE: the bucket; .*make room")
+        with failed, checkpoints._write_errors():
+            raise ValueError("UNAVAILABLE: the bucket")
+
+
+def test_an_interrupted_save_is_neither_seen_nor_kept(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    scrap = tmp_path / f"2{ocp_path.atomicity_types.TMP_DIR_SUFFIX}"
+    (scrap / "state").mkdir(parents=True)
+    (scrap / "state" / "half").write_bytes(b"x" * 100)
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 1
+        checkpoints.save(2, {"x": jnp.zeros(3)}, {})
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["1", "2"]
+
+
+KILLED = """
+import sys, jax.numpy as jnp
+from nalora_jax.train.checkpoint import Checkpointer
+checkpoints = Checkpointer(sys.argv[1], fingerprint="f", config={})
+state = {f"x{i}": jnp.full((1 << 18,), float(i)) for i in range(16)}
+checkpoints.save(1, state, {})
+checkpoints.wait()
+print("first", flush=True)
+for step in range(2, 10_000):
+    checkpoints.save(step, state, {})
+"""
+
+
+def test_a_run_that_is_killed_while_it_saves_leaves_whole_checkpoints(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"first\n"
+        time.sleep(0.3)
+        process.kill()
+    like = {f"x{i}": jnp.zeros((1 << 18,)) for i in range(16)}
+    with Checkpointer(tmp_path, fingerprint="f", config={}) as checkpoints:
+        latest = checkpoints.latest_step()
+        assert latest is not None
+        restored, _ = checkpoints.restore("latest", like)
+        # Orbax removes what was interrupted in the background, and waits for that before it saves.
+        assert checkpoints.save(latest + 1, like, {})
+        checkpoints.wait()
+        assert not list(tmp_path.glob(f"*{ocp_path.atomicity_types.TMP_DIR_SUFFIX}*"))
+    assert all(np.all(restored[f"x{i}"] == i) for i in range(16))
+
+
+def saved_twice(folder):
+    """Two checkpoints, steps 1 and 2, the second with the better metric."""
+    with opened(folder, keep=3) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, make_state(step, width=8), {"row": 8 * step}, {"accuracy": step / 4})
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    bit = position % (8 * len(content))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+# Orbax's notes of when it wrote what; nothing is restored from them.
+NOTES = ("commit_success.txt", "_CHECKPOINT_METADATA")
+
+
+def test_one_flipped_bit_anywhere_in_the_newest_is_found_and_the_one_before_taken(tmp_path, caplog):
+    """The newest is the best as well: of every second file, the best is restored."""
+    saved_twice(tmp_path / "whole")
+    names = [
+        path.relative_to(tmp_path / "whole")
+        for path in (tmp_path / "whole" / "2").rglob("*")
+        if path.is_file()
+    ]
+    positions = np.random.default_rng(0).integers(0, 2**31, len(names)).tolist()
+    for number, (name, position) in enumerate(zip(names, positions, strict=True)):
+        folder = tmp_path / str(number) / FOLDER
+        shutil.copytree(tmp_path / "whole", folder)
+        flip(folder / name, position)
+        caplog.clear()
+        with opened(folder) as checkpoints:
+            restored, data = checkpoints.restore(("latest", "best")[number % 2], make_state(0, width=8))
+            assert checkpoints.latest_step() == (2 if name.name in NOTES else 1), name
+        step = int(restored.step)
+        assert_same_bits(restored, make_state(step, width=8))
+        assert data == {"row": 8 * step}
+        if name.name not in NOTES:
+            assert step == 1, name
+            assert "checkpoint 2 is damaged (" in caplog.text
+            assert (tmp_path / str(number) / f"{FOLDER}.damaged" / "2").is_dir()
+
+
+def as_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def as_file(path):
+    shutil.rmtree(path)
+    path.write_text("")
+
+
+@pytest.mark.parametrize(
+    ("name", "misplace"),
+    [
+        ("state/_METADATA", as_folder),
+        ("state/manifest.ocdbt", as_folder),
+        ("state/digests.json", as_folder),
+        ("data/metadata", as_folder),
+        ("metrics/metrics", as_folder),
+        ("run", as_file),
+        ("state", as_file),
+        ("metrics", as_file),
+        ("", as_file),
+    ],
+)
+def test_a_folder_in_the_place_of_a_file_counts_as_damage(tmp_path, name, misplace, caplog):
+    saved_twice(tmp_path / FOLDER)
+    misplace(tmp_path / FOLDER / "2" / name)
+    with opened(tmp_path / FOLDER) as checkpoints:
+        restored, _ = checkpoints.restore("latest", make_state(0, width=8))
+        assert int(restored.step) == checkpoints.latest_step() == 1
+        assert checkpoints.save(2, make_state(2, width=8), {"row": 16}, {"accuracy": 0.5})
+    assert ("checkpoint 2 is damaged" in caplog.text) == bool(name)
+
+
+def test_a_truncated_checkpoint_is_set_aside_and_its_step_can_be_written_again(tmp_path):
+    saved_twice(tmp_path / FOLDER)
+    files = [path for path in (tmp_path / FOLDER / "2" / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    with opened(tmp_path / FOLDER) as checkpoints:
+        assert int(checkpoints.restore("latest", make_state(0, width=8))[0].step) == 1
+        assert checkpoints.save(2, make_state(2, width=8), {"row": 16}, {"accuracy": 0.5})
+        assert int(checkpoints.restore("best", make_state(0, width=8))[0].step) == 2
+
+
+def test_without_a_whole_checkpoint_the_last_one_is_named_and_kept(tmp_path):
+    saved_twice(tmp_path / FOLDER)
+    for step in (1, 2):
+        (tmp_path / FOLDER / str(step) / "data" / "metadata").unlink()
+    with opened(tmp_path / FOLDER) as checkpoints:
+        with pytest.raises(
+            NaloraError, match=r"1: .*found a damaged one \(data: metadata is missing\); start a new run"
+        ):
+            checkpoints.restore("latest", make_state(0, width=8))
+        assert checkpoints.latest_step() == 1
+
+
+def test_checkpoints_of_versions_without_digests_are_restored(tmp_path):
+    saved_twice(tmp_path)
+    for path in tmp_path.rglob("digests.json"):
+        path.unlink()
+    with opened(tmp_path) as checkpoints:
+        assert_same_bits(checkpoints.restore("latest", make_state(0, width=8))[0], make_state(2, width=8))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(NaloraError, match="expected a folder that can be written"):
+        opened(tmp_path / "file")
+
+
+def test_a_checkpoint_of_an_older_layout_is_refused_by_name_and_newer_settings_have_their_defaults():
+    """The message names the arrays, not a shape deep inside a step."""
+    average = np.zeros((2, 8), np.float32)
+    saved = {"gate/importance/layers/ffn": average, "step": np.int32(3)}
+    wanted = {"gate/memory/mask/layers/ffn/slope": average, "step": np.int32(0)}
+    with pytest.raises(
+        NaloraError, match=r"gate/memory/mask.*\[2, 8\], found .*absent.*written by another version"
+    ):
+        check_arrays("checkpoint 3", saved, wanted)
+    settings = RunConfig().to_dict()
+    older = {**settings, "lora": {name: x for name, x in settings["lora"].items() if name != "dora"}}
+    check_run("checkpoint 3", {"base": "b", "config": older}, {"base": "b", "config": settings})
+    changed = {**settings, "lora": {**settings["lora"], "dora": True}}
+    with pytest.raises(NaloraError, match=r"lora\.dora = False, found lora\.dora = True; restore these"):
+        check_run("checkpoint 3", {"base": "b", "config": older}, {"base": "b", "config": changed})
+
+
+def test_checkpoints_of_versions_with_other_labels_and_groups_of_mechanisms_are_restored(tmp_path):
+    off = {
+        "mask": {"kind": "off"},
+        "step_scale": {"kind": "off"},
+        "mechanisms": ["curvature_cap:tau=0.1", "soft"],
+    }
+    rules = ("curvature_cap", "soft:power=1.0")  # equal to those
+    arrays = {"ffn": {"slope": jnp.arange(4.0)}}, {"ffn": {"slope": jnp.ones(4)}}
+
+    def state(*labels):
+        return {"gate": {"memory": dict(zip(labels, arrays, strict=True)), "count": jnp.int32(1)}}
+
+    with Checkpointer(tmp_path, fingerprint="a", config={**RunConfig().to_dict(), **off}) as checkpoints:
+        checkpoints.save(1, state("curvature_cap", "soft"), {})
+    with opened(tmp_path, RunConfig(mechanisms=rules), fingerprint="a") as checkpoints:
+        restored, _ = checkpoints.restore("latest", jax.eval_shape(lambda: state("step_scale", "mask")))
+    assert_same_bits(restored, state("step_scale", "mask"))
+    with (
+        opened(tmp_path, fingerprint="a") as checkpoints,
+        pytest.raises(NaloraError, match="mechanisms.1 = 'soft'"),
+    ):
+        checkpoints.restore("latest", state("step_scale", "mask"))
+
+
+def test_averages_of_gates_outside_of_the_optimizer_s_state_are_restored(tmp_path):
+    """As earlier versions saved them, also for blocks and runs without a rule."""
+    slopes, updates = jnp.arange(4.0), jnp.ones(2, jnp.int32)
+    gate = {
+        "memory": {"mask": {"ffn": {"slope": slopes}}},
+        "updates": {"ffn": updates},
+        "count": jnp.int32(3),
+    }
+    before = {"step": jnp.int32(3), "opt_state": {"0": {"mu": jnp.ones(4)}}, "gate": gate}
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(3, before, {})
+    now = {"step": jnp.int32(3), "opt_state": {"0": {"mu": jnp.ones(4)}, "1": gate}}
+    plain = {"step": jnp.int32(3), "opt_state": {"0": {"mu": jnp.ones(4)}}}
+    with opened(tmp_path) as checkpoints:
+        for state in (now, plain):
+            restored, _ = checkpoints.restore("latest", jax.tree.map(jnp.zeros_like, state))
+            assert_same_bits(restored, state)

@@ -1,0 +1,169 @@
+"""What a run takes over from an adapter on disk, before any weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from nalora_jax.common.trees import flatten
+from nalora_jax.config import AdaLoRAConfig, LoRAConfig, LoRARule, PreferenceConfig, RunConfig, VisionConfig
+from nalora_jax.data.tokenizer import AddedTokens
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.adapters import adapter_spec, init_lora
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import depths
+from nalora_jax.models.targets import AdapterSpec, TargetSpec
+from nalora_jax.train.export import write_adapter
+from nalora_jax.train.initial_adapter import read_initial, rules_of, warn_if_changed, with_adapter
+from nalora_jax.weights.base import LoadedModel, load_model
+from nalora_jax.weights.new_tokens import with_added
+from tests import tiny
+
+RULES = (LoRARule("layers/1/ffn/up_proj", 3, 5.0), LoRARule("ffn", 4, 6.0), LoRARule("q_proj", 2, 2.0))
+TENSORS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def loaded(model: Path) -> LoadedModel:
+    return load_model(str(model), dtype="float32")
+
+
+def write(folder: Path, loaded: LoadedModel, **settings: Any) -> Path:
+    """An adapter of random values with the settings of `LoRAConfig`."""
+    spec = adapter_spec(RunConfig(lora=LoRAConfig(**{"rules": RULES} | settings)), loaded.config)
+    rng = np.random.default_rng(0)
+    fresh = init_lora(loaded.config, spec, jax.random.key(0), loaded.params)
+    lora = jax.tree.map(lambda leaf: leaf + rng.normal(size=leaf.shape).astype("float32"), fresh)
+    write_adapter(folder, loaded, lora, spec)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("adapters") / "adapter", loaded, rslora=True, dropout=0.25)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rslora": True, "dropout": 0.25},
+        {"dora": True},
+        {"modules_to_save": ("embed_tokens",)},
+        {"trainable_token_indices": (3, 5), "trainable_token_modules": ("embed_tokens", "lm_head")},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_run_has_the_adapter_s_base_settings_digest_and_values(
+    model: Path, loaded: LoadedModel, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    folder = write(tmp_path / "adapter", loaded, **settings)
+    config = with_adapter(RunConfig(adapter=str(folder)))
+    assert config.model == str(model)
+    assert config.adapter_sha256 == hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
+    assert replace(config.lora, rules=RULES) == LoRAConfig(rules=RULES, **settings)
+    assert adapter_spec(config, loaded.config) == adapter_spec(
+        replace(config, lora=LoRAConfig(rules=RULES, **settings)), loaded.config
+    )
+    assert with_adapter(config) == config
+    values = flatten(read_initial(config, loaded))
+    spec, key = adapter_spec(config, loaded.config), jax.random.key(0)
+    assert values.keys() == flatten(init_lora(loaded.config, spec, key, loaded.params)).keys()
+    assert np.abs(values["layers/ffn/up_proj/b"]).max() > 0.1
+
+
+def test_named_settings_stay(adapter: Path) -> None:
+    lora = LoRAConfig(dropout=0.5, plus_ratio=4.0, rules=RULES)
+    config = with_adapter(RunConfig(adapter=str(adapter), lora=lora, seed=3))
+    assert config.lora == replace(lora, rslora=True)
+    assert with_adapter(RunConfig(adapter=str(adapter)), named={"lora.dropout"}).lora.dropout == 0.0
+    assert with_adapter(RunConfig(adapter=str(adapter))).lora.dropout == 0.25
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"lora": LoRAConfig(rules=(LoRARule("ffn", 8),))}, r"--lora\.rules: expected .*rank 4.*found rank 8"),
+        ({"lora": LoRAConfig(rules=(LoRARule("k_proj", 8),))}, r"--lora\.rules: expected no adapter at .*k_proj"),
+        ({"lora": LoRAConfig(rules=(LoRARule("1/ffn/up_proj", 3, 6.0), *RULES[1:]))}, r"alpha 5 at .*1\],.*alpha 6"),
+        ({"lora": LoRAConfig(dora=True)}, r"--lora\.dora: expected False, as in the adapter"),
+        ({"lora": LoRAConfig(modules_to_save=("lm_head",))}, "modules-to-save: expected none"),
+        ({"lora": LoRAConfig(init="pissa")}, r"--lora\.init: expected default with --adapter"),
+        ({"lora": LoRAConfig(init="gradient")}, r"--lora\.init: expected default with --adapter"),
+        ({"adalora": AdaLoRAConfig(target_rank=4)}, r"--adalora\.target-rank: expected 0 with --adapter"),
+        ({"preference": PreferenceConfig(loss="dpo")}, "--preference.loss: expected none .*nalora merge"),
+        ({"vision": VisionConfig(task="classify")}, r"--vision\.task: expected none with --adapter"),
+        ({"adapter_sha256": "0" * 64}, "expected tensors with SHA-256 0000000000000000"),
+        ({"adapter": "nothing"}, "expected a folder with adapter_config.json"),
+    ],
+)  # fmt: skip
+def test_settings_that_differ_from_the_adapter_are_one_error(
+    adapter: Path, changes: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(NaloraError, match=match):
+        with_adapter(replace(RunConfig(adapter=str(adapter)), **changes))
+
+
+def test_a_default_that_is_named_is_not_replaced(adapter: Path) -> None:
+    with pytest.raises(NaloraError, match=r"--lora\.rslora: expected True"):
+        with_adapter(RunConfig(adapter=str(adapter)), named={"lora.rslora"})
+
+
+def test_a_resumed_run_has_its_recorded_settings_without_its_adapter(
+    adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(adapter, tmp_path / "adapter")
+    config = RunConfig(adapter=str(tmp_path / "adapter"))
+    settled = with_adapter(config)
+    shutil.rmtree(tmp_path / "adapter")
+    assert with_adapter(config, settled.to_dict()) == settled
+    caplog.set_level("INFO", "nalora_jax")
+    warn_if_changed(settled)
+    assert "cannot be read, and is not needed" in caplog.text
+
+
+def test_added_tokens_become_settings_of_the_run(loaded: LoadedModel, tmp_path: Path) -> None:
+    longer = with_added(loaded, AddedTokens(("hello", "world"), ("<turn>", "<call>")))
+    folder = write(tmp_path / "adapter", longer, modules_to_save=("embed_tokens", "lm_head"))
+    config = with_adapter(RunConfig(adapter=str(folder)))
+    assert (config.data.add_tokens, config.data.add_special_tokens) == (
+        ("hello", "world"),
+        ("<turn>", "<call>"),
+    )
+    again = with_added(loaded, AddedTokens.of(config.data))
+    assert read_initial(config, again)["embed"]["embedding"].shape == (len(tiny.WORDS) + 4, 16)
+
+
+# Layers of different kinds, whose projections are in several stacks.
+MIXED = tiny.HF | {
+    "model_type": "qwen3_moe", "num_hidden_layers": 5, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8, "decoder_sparse_step": 2, "mlp_only_layers": [], "norm_topk_prob": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("hf", [tiny.HF, MIXED], ids=["llama", "layers of two kinds"])
+def test_rules_select_exactly_the_adapters_that_they_were_made_of(hf: dict[str, Any]) -> None:
+    base = ModelConfig.from_hf(hf)
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        targets = {}
+        for path, depth in depths(base).items():
+            ranks = rng.choice([0, 2, 3], depth) if rng.random() < 0.5 else [2] * depth
+            alphas = [float(rng.choice([1, 2.5, 22.6274169979695])) if rank else 1.0 for rank in ranks]
+            targets[path] = TargetSpec(tuple(map(int, ranks)), tuple(alphas))
+        spec = AdapterSpec(tuple((path, t) for path, t in sorted(targets.items()) if max(t.ranks)))
+        found = adapter_spec(RunConfig(lora=LoRAConfig(rules_of(spec, base))), base)
+        for (path, meant), (path_of_found, resolved) in zip(spec.targets, found.targets, strict=True):
+            assert (path, meant.ranks) == (path_of_found, resolved.ranks)
+            np.testing.assert_allclose(resolved.scales(rslora=False), meant.scales(rslora=False), rtol=1e-7)
