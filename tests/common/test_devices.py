@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import pytest
 
-from nalora_jax.layout import devices
+from nalora_jax.common import devices
 from nalora_jax.layout.machines import of_devices
 from tests.doubles.machines import NAMES, machine
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from gcp_storage_emulator.storage import Storage
-from tests.test_buckets import InMemory
+from tests.common.test_buckets import InMemory
 
 from nalora_jax.common import buckets, uploads
 from nalora_jax.errors import NaloraError

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from tests.test_generate import byte_tokenizer
+from tests.evaluate.test_generate import byte_tokenizer
 
 from nalora_jax.evaluate.generate import Generator
 from nalora_jax.evaluate.likelihood import score_groups

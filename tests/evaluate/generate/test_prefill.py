@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.test_generate import byte_tokenizer
+from tests.evaluate.test_generate import byte_tokenizer
 
 from nalora_jax.common.trees import unflatten
 from nalora_jax.errors import NaloraError
