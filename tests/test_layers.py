@@ -82,7 +82,6 @@ ORDER = (
     "config", "common", "errors",
 )  # fmt: skip
 UPWARD = {
-    ("study/sweeps/grid.py", "cli.config_files"),
     ("train/job.py", "cli.planning.auto"),
     ("train/running.py", "report.history"),
     ("train/running.py", "report.html"),

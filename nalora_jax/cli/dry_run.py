@@ -15,8 +15,8 @@ from nalora_jax.cli.planning.auto import laid_out
 from nalora_jax.common import trees
 from nalora_jax.common.axes import AXES
 from nalora_jax.config import MeshConfig, RunConfig
-from nalora_jax.config.types import dotted
-from nalora_jax.config.vision import DUAL
+from nalora_jax.config.settings import DUAL
+from nalora_jax.config.structured import dotted
 from nalora_jax.data.pipeline import TrainData, stream_text, train_data
 from nalora_jax.data.questions import held_out
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from nalora_jax.common import buckets
 from nalora_jax.common.seals import unseal
 from nalora_jax.config import config_from_dict
-from nalora_jax.config.recorded import recorded_config
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
@@ -238,7 +237,7 @@ def run_config(folder: Path) -> dict[str, Any]:
     settings = _header(folder).get("run", {})
     if not isinstance(settings, dict):
         return {}
-    recorded_config(settings, f"{folder / METRICS}: line 1: run")
+    config_from_dict(settings, f"{folder / METRICS}: line 1: run")
     return settings
 
 

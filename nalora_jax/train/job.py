@@ -18,7 +18,7 @@ from nalora_jax.common.imports import import_files
 from nalora_jax.common.redaction import redacted
 from nalora_jax.common.terminal import outliving_terminal
 from nalora_jax.config import RunConfig, check
-from nalora_jax.config.vision import DUAL
+from nalora_jax.config.settings import DUAL
 from nalora_jax.data.given import Data, Format, given_sources
 from nalora_jax.data.source import Source
 from nalora_jax.errors import Interrupted, NaloraError

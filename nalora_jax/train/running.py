@@ -18,7 +18,7 @@ from nalora_jax.common.files import write_atomically
 from nalora_jax.common.redaction import redacted
 from nalora_jax.common.seals import seal
 from nalora_jax.config import RunConfig
-from nalora_jax.config.preference import UNCHANGED
+from nalora_jax.config.settings import UNCHANGED
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.errors import Interrupted, NaloraError, bounded_text
 from nalora_jax.evaluate.heldout import describe
