@@ -34,7 +34,7 @@ from nalora_jax.study.sweeps.fit import device_memory
 from nalora_jax.train.initial_adapter import with_adapter
 from nalora_jax.train.inputs import check_layout
 from nalora_jax.train.job import Inputs
-from nalora_jax.train.kinds import kind_of
+from nalora_jax.train.kinds import run_kind
 from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.train.mechanisms import first_step, log_first_step, mechanisms_of
 from nalora_jax.train.metrics import recorded_settings
@@ -55,7 +55,7 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
         for text in run.mechanisms:
             make(text)
     runs = [with_adapter(run, recorded_settings(run.output) if run.resume else None) for run in runs]
-    inputs = kind_of(runs[0]).read(runs[0], None)
+    inputs = run_kind(runs[0]).open_inputs(runs[0], None)
     lines = (
         _describe_images(inputs) + _differences(runs) if inputs.base is None else _describe(inputs, runs)
     )

@@ -61,7 +61,7 @@ class Program:
         state = jax.eval_shape(self.fresh, lora, key)
         return distributed.shardings(state, self.mesh, distributed.STATE_RULES)
 
-    def step(self, places: Any) -> Step:
+    def compiled_step(self, places: Any) -> Step:
         """Returns the step, which is compiled on first use and donates the state."""
         step = self.pure(self.spec, self.mechanisms, {})
         return jit_step(self.config, step, self.mesh, places)

@@ -117,7 +117,7 @@ def step_and_arguments(
     state, places = placed(jax.eval_shape(fresh, trees.unflatten(weights)), mesh, distributed.STATE_RULES)
     batch = _batch(config, base, mesh, seq, images)
     if not runs:
-        return program.step(places), (params, state, batch)
+        return program.compiled_step(places), (params, state, batch)
 
     def one(params: Any, state: Any, batch: Any, rates: jax.Array) -> Any:
         mechanisms = program.mechanisms

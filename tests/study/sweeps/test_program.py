@@ -290,7 +290,7 @@ def test_both_towers_of_a_dual_encoder(dual_folder: Any, tmp_path: Path) -> None
         train=TrainConfig(batch_size=4),
         vision=VisionConfig("contrast", augment="none"),
     )
-    mesh, inputs = distributed.make_mesh(MeshConfig(), jax.devices()[:1]), dual.read(config, None)
+    mesh, inputs = distributed.make_mesh(MeshConfig(), jax.devices()[:1]), dual.open_inputs(config, None)
     first = built(inputs, dual, config, mesh, None)
     other = replace(config, seed=1, optimizer=replace(config.optimizer, learning_rate=0.2))
     pieces = [first, built(inputs, dual, other, mesh, None, first)]
