@@ -18,7 +18,7 @@ from tyro.conf import arg
 from nalora_jax.config import DataConfig, RunConfig, TrainConfig, check
 from nalora_jax.config.checks import check_path
 from nalora_jax.config.settings import DUAL
-from nalora_jax.config.structured import COUNT, TOKENS, Range, check_ranges
+from nalora_jax.config.structured import AMOUNT, COUNT, TOKENS, check_ranges
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class PlanArgs:
     # Rows of the embedding and the head for added tokens.
     added_tokens: Annotated[int, COUNT] = 0
     # Price of one chip per hour: shows the cost of a million tokens, and of the --steps of the run.
-    price: Annotated[float | None, Range("a number", "[0, 1e6]")] = None
+    price: Annotated[float | None, AMOUNT] = None
     # Also write the figures to this file, one JSON line per topology.
     json: Path | None = None
     # Print the layout that would be chosen, without compiling.

@@ -16,13 +16,14 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from nalora_jax.config.structured import (
-    ALPHA,
+    AMOUNT,
     AUTO,
     AXIS,
     BELOW_ONE,
     COUNT,
     INTERVAL,
     LENGTH,
+    POSITIVE,
     POSITIVE_SHARE,
     RANK,
     ROWS,
@@ -50,7 +51,7 @@ class LoRARule:
     # Rank r of the adapter; with 0 the matched projections get no adapter.
     rank: Annotated[int, RANK] = 8
     # Alpha: the residual's scale is alpha / rank, with rsLoRA alpha / sqrt(rank). None: 2 * rank.
-    alpha: Annotated[float | None, ALPHA] = None
+    alpha: Annotated[float | None, POSITIVE] = None
 
     @classmethod
     def from_text(cls, text: str) -> LoRARule:
@@ -119,7 +120,7 @@ class LoRAConfig:
     # Dropout rate on the adapters' input, in training only.
     dropout: Annotated[float, BELOW_ONE] = 0.0
     # LoRA+ (arXiv 2402.12354): ratio of the learning rates of B and A.
-    plus_ratio: Annotated[float, Range("a number", "(0, 1e6]")] = 1.0
+    plus_ratio: Annotated[float, POSITIVE] = 1.0
 
 
 @documented
@@ -472,7 +473,7 @@ class RunConfig:
     # Optimizer steps.
     steps: Annotated[int, SIZE] = 100
     # Passes over the data, in place of steps; 0: `steps` decides.
-    epochs: Annotated[float, Range("a number", "[0, 1e6]")] = 0.0
+    epochs: Annotated[float, AMOUNT] = 0.0
     # Seed of adapters, data order and dropout.
     seed: Annotated[int, SEED] = 0
     # Further outputs of the log: NAME or NAME:setting=value,... of tensorboard, wandb, mlflow
