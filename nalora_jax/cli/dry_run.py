@@ -11,10 +11,9 @@ from typing import Any
 import jax
 
 from nalora_jax.cli import config_files
-from nalora_jax.cli.planning.auto import laid_out
 from nalora_jax.common import trees
 from nalora_jax.common.axes import AXES
-from nalora_jax.config import MeshConfig, RunConfig
+from nalora_jax.config import RunConfig
 from nalora_jax.config.types import dotted
 from nalora_jax.config.vision import DUAL
 from nalora_jax.data.pipeline import TrainData, stream_text, train_data
@@ -22,7 +21,7 @@ from nalora_jax.data.questions import held_out
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
-from nalora_jax.layout.layouts import Layout, estimate
+from nalora_jax.layout.layouts import Layout, estimate, laid_out
 from nalora_jax.layout.machines import of_devices, topology
 from nalora_jax.method.rules import make
 from nalora_jax.method.transform import find_gates
@@ -32,11 +31,11 @@ from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.numerics import numerics_for
-from nalora_jax.study.sweeps.fit import device_memory
 from nalora_jax.train.hooks import say_counts
 from nalora_jax.train.initial_adapter import with_adapter
 from nalora_jax.train.inputs import check_data, check_layout, check_longest, described, stream_shape
 from nalora_jax.train.learning_rate import with_learning_rate
+from nalora_jax.train.machine import device_memory
 from nalora_jax.train.mechanisms import first_step, log_first_step, mechanisms_of
 from nalora_jax.train.metrics import recorded_settings
 from nalora_jax.train.seeing import seen_sources
@@ -207,13 +206,11 @@ def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) 
     sizes = {axis: mesh.shape.get(axis, 1) for axis in AXES}
     numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
     remat = chosen_remat(config.compute.remat, base.d_model, numerics)
-    config = replace(config, mesh=MeshConfig(**sizes))
+    data, fsdp, context, tensor = sizes.values()
+    placed = Layout(data, fsdp, tensor, remat, config.compute.experts, context=context).into(config)
     # Bytes do not depend on the machine; times of an unknown machine are not shown.
     where = of_devices(list(mesh.devices.flat)) or topology("v5e:1x1")
-    data, fsdp, context, tensor = sizes.values()
-    layout: Layout = estimate(
-        config, base, spec, where, config.data.max_length, (data, fsdp, tensor), remat, context=context
-    )
+    layout = estimate(placed, base, spec, where)
     parts = {
         "weights": layout.weights,
         "adapters and optimizer": layout.state,
