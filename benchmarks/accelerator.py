@@ -69,7 +69,7 @@ RANK = 8
 
 def shape_of(name: str) -> dict[str, Any]:
     """Returns the ``config.json`` of a model by name; "tiny" is `TINY`."""
-    from nalora_jax.cli.planning.models import CONFIGS
+    from nalora_jax.cli.planning.program import CONFIGS
 
     return TINY if name == "tiny" else CONFIGS[name]
 
@@ -84,10 +84,10 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
 
     import nalora_jax.train.adapted  # noqa: F401  which registers the CPU's implementations where they are, as a run does
     from nalora_jax import config as c
-    from nalora_jax.cli.planning.auto import laid_out
     from nalora_jax.layout import distributed
+    from nalora_jax.layout.estimates import useful_flops
+    from nalora_jax.layout.layouts import laid_out
     from nalora_jax.layout.machines import of_devices
-    from nalora_jax.layout.roofline import useful_flops
     from nalora_jax.models.config import ModelConfig
     from nalora_jax.models.decoder import init_params
     from nalora_jax.models.stacks import projection_shapes

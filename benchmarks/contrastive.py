@@ -107,7 +107,6 @@ def compiled(name: str) -> dict[str, Any]:
                 "times": sum(collective.times for collective in several),
                 "received": sum(collective.total for collective in several),
                 "largest": max(collective.received for collective in several),
-                "of": sorted({collective.source.rpartition("/")[0][-80:] for collective in several})[:8],
             }
             for kind, several in sorted(kinds.items())
         },

@@ -21,7 +21,7 @@ def temporary_bytes(context: int, options: argparse.Namespace) -> int:
     import jax
 
     from nalora_jax.cli.planning.program import step_and_arguments
-    from nalora_jax.config import ComputeConfig, MeshConfig, RunConfig, TrainConfig
+    from nalora_jax.config import ComputeConfig, DataConfig, MeshConfig, RunConfig, TrainConfig
     from nalora_jax.layout import distributed
     from nalora_jax.models.config import ModelConfig
 
@@ -29,12 +29,11 @@ def temporary_bytes(context: int, options: argparse.Namespace) -> int:
         steps=100,
         mesh=MeshConfig(data=1, fsdp=1, tensor=1, context=context),
         train=TrainConfig(batch_size=1),
+        data=DataConfig(max_length=options.seq),
         compute=ComputeConfig(dtype=options.dtype, remat=options.remat),
     )
     mesh = distributed.make_mesh(config.mesh, jax.devices()[:context])
-    step, arguments = step_and_arguments(
-        config, ModelConfig.from_hf(ARCHITECTURES["smollm2"]), mesh, seq=options.seq
-    )
+    step, arguments = step_and_arguments(config, ModelConfig.from_hf(ARCHITECTURES["smollm2"]), mesh)
     return int(step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes)
 
 

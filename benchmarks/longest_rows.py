@@ -13,12 +13,11 @@ from pathlib import Path
 
 from markers import write_between
 
-from nalora_jax.cli.planning.models import CONFIGS
-from nalora_jax.config import RunConfig, TrainConfig
+from nalora_jax.cli.planning.program import CONFIGS
+from nalora_jax.config import DataConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.layouts import Layout, fitting, preferred
 from nalora_jax.layout.machines import topology
-from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "long_rows.md"
@@ -38,9 +37,10 @@ SHORTEST, LONGEST = 2**15, 2**23
 
 def layout_for(base: ModelConfig, machine: str, seq: int) -> Layout | None:
     """Returns the fastest layout for one row of ``seq`` tokens, or None if none fits."""
-    where, config = topology(machine), RunConfig(train=TrainConfig(batch_size=1))
+    where = topology(machine)
+    config = RunConfig(train=TrainConfig(batch_size=1), data=DataConfig(max_length=seq))
     try:
-        layouts = fitting(config, base, adapter_spec(config, base), where, seq)
+        layouts = fitting(config, base, where)
     except NaloraError:
         return None
     layouts = [layout for layout in layouts if MARGIN * layout.memory <= where.chip.memory]

@@ -31,15 +31,12 @@ from markers import write_between
 from plan_pairs import KNOWN, Pair, drawn
 
 from nalora_jax.cli.plan import _prepare
-from nalora_jax.cli.planning.auto import with_layout
 from nalora_jax.cli.planning.program import devices, step_and_arguments
 from nalora_jax.layout import distributed
 from nalora_jax.layout.decide import EXHAUSTED, Compiled, Search, decide
-from nalora_jax.layout.figures import of_compiled
+from nalora_jax.layout.figures import of_compiled, roofline
 from nalora_jax.layout.layouts import Layout, fitting
 from nalora_jax.layout.machines import topology
-from nalora_jax.layout.roofline import bound_of
-from nalora_jax.models.adapters import adapter_spec
 
 RECORD = Path(__file__).parent / "results" / "plan_accuracy.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "pods.md"
@@ -69,9 +66,9 @@ def options_of(pair: Pair, layout: Layout) -> str:
 
 def compile_one(pair: Pair, layout: Layout) -> dict[str, Any]:
     """Returns the record of one program."""
-    base, where, config = pair.base, topology(pair.machine), with_layout(pair.config, layout)
+    base, where, config = pair.base, topology(pair.machine), layout.into(pair.config)
     mesh = distributed.make_mesh(config.mesh, devices(where))
-    step, arguments = step_and_arguments(config, base, mesh, seq=pair.seq)
+    step, arguments = step_and_arguments(config, base, mesh)
     record = {
         "pair": str(pair),
         "layout": layout.short,
@@ -84,7 +81,7 @@ def compile_one(pair: Pair, layout: Layout) -> dict[str, Any]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return record | {"exhausted": str(error)[:500]}
-    bound = bound_of(figures, where, base, adapter_spec(config, base), config, pair.seq)
+    bound = roofline(figures, config, base, where)
     return record | {
         "memory": figures.memory,
         "fits": figures.fits(where.chip),
@@ -110,8 +107,8 @@ def decided(pair: Pair, *, compiles: bool) -> tuple[Search, Layout, dict[str, An
     Raises:
       NotRecorded: a program is not recorded, and ``compiles`` is False.
     """
-    where, spec = topology(pair.machine), adapter_spec(pair.config, pair.base)
-    search = Search(fitting(pair.config, pair.base, spec, where, pair.seq), where.chip.memory)
+    where = topology(pair.machine)
+    search = Search(fitting(pair.config, pair.base, where), where.chip.memory)
 
     def compiled(layout: Layout) -> Compiled:
         key = (str(pair), layout.short, options_of(pair, layout))
@@ -136,7 +133,7 @@ def _one(request: str) -> None:
     """Runs the process of `_compile_apart`."""
     what = json.loads(request)
     pair, where = Pair(**what["pair"]), topology(what["pair"]["machine"])
-    layouts = fitting(pair.config, pair.base, adapter_spec(pair.config, pair.base), where, pair.seq)
+    layouts = fitting(pair.config, pair.base, where)
     (layout,) = (candidate for candidate in layouts if candidate.short == what["layout"])
     record = compile_one(pair, layout)
     RECORD.parent.mkdir(exist_ok=True)

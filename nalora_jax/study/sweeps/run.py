@@ -23,18 +23,19 @@ from nalora_jax.common.redaction import redacted
 from nalora_jax.common.seals import seal
 from nalora_jax.config import RunConfig, check
 from nalora_jax.data.given import Data, Format
-from nalora_jax.errors import Interrupted, TrainingDivergedError
+from nalora_jax.errors import Interrupted, NaloraError, TrainingDivergedError
+from nalora_jax.evaluate.heldout import describe
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.report.compare import render_comparison
+from nalora_jax.report.history import read_history
 from nalora_jax.report.html import write_report
-from nalora_jax.study.sweeps.compare import render_page
 from nalora_jax.study.sweeps.fit import Fitting
 from nalora_jax.study.sweeps.grid import FILE, axes_of, check_names, grid
-from nalora_jax.study.sweeps.groups import grouped, program_key
-from nalora_jax.study.sweeps.loop import RunLoop, StatesMetrics, StopOfAll, fit_all
-from nalora_jax.study.sweeps.program import SweepProgram
+from nalora_jax.study.sweeps.program import RunLoop, StatesMetrics, StopOfAll, SweepProgram, fit_all
+from nalora_jax.study.sweeps.values import grouped, program_key
 from nalora_jax.train import remote
 from nalora_jax.train.callbacks import make_callbacks
 from nalora_jax.train.job import Inputs, Job
@@ -59,6 +60,7 @@ from nalora_jax.train.session import Session, open_session, way_on
 
 log = logging.getLogger(__name__)
 PAGE = "comparison.html"  # in the folder of a sweep
+_MOST = 7  # settings on a page
 
 
 @dataclass(frozen=True)
@@ -197,8 +199,7 @@ class _Group:
     def train(self) -> dict[str, RunResult | TrainingDivergedError]:
         """Trains all runs of the group; returns results or errors by folder."""
         config = self._runs[0].config
-        compute: Any = replace(config.compute, remat=cast(Any, self._fits.remat))
-        concrete = replace(config, mesh=self._fits.mesh, compute=compute)
+        concrete = self._fits.layout.into(config)
         mesh = checked_mesh(concrete)
         results: dict[str, RunResult | TrainingDivergedError] = {}
         left = self._runs
@@ -290,3 +291,24 @@ class _Named(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         """Prints the objects after the name."""
         super().print(f"{self._name}:", *objects, **options)
+
+
+def render_page(results: Mapping[str, RunResult]) -> str:
+    """Returns the comparison of runs, by their output; with too many settings for one page, of the best runs."""
+    ranked = sorted(results.items(), key=lambda named: _score(named[1]), reverse=True)
+    for output, result in ranked:
+        log.info("%s: %s", Path(output).name, describe(result.after))
+    histories = {output: read_history(result.folder) for output, result in results.items()}
+    try:
+        return render_comparison(list(histories.values()))
+    except NaloraError:
+        log.info("the comparison shows the best %d of %d runs", _MOST, len(results))
+        return render_comparison([histories[output] for output, _ in ranked[:_MOST]])
+
+
+def _score(result: RunResult) -> float:
+    """Returns the metric of the exported adapter, higher for better."""
+    after = result.after
+    if "accuracy" in after:
+        return float(after["accuracy"])
+    return -float(after.get("loss", 0.0))

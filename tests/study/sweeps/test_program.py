@@ -30,9 +30,8 @@ from nalora_jax.config import (
 )
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.study.sweeps.groups import program_key
-from nalora_jax.study.sweeps.program import SweepProgram
-from nalora_jax.study.sweeps.stack import batch_of
+from nalora_jax.study.sweeps.program import SweepProgram, batch_of
+from nalora_jax.study.sweeps.values import program_key
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
 from nalora_jax.train.kinds import dual
 from nalora_jax.train.run import built
