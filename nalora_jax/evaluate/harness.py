@@ -8,13 +8,13 @@ results = simple_evaluate(harness_model(model, variables, tokenizer), tasks=["ar
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from jax.sharding import Mesh
 
+from nalora_jax.common.digests import digest_of
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import Generator, Settings
@@ -109,7 +109,7 @@ class Requests:
     @property
     def tokenizer_name(self) -> str:
         """Returns the name for the harness's caches: a fingerprint, since file names repeat."""
-        return hashlib.sha256(self._generator.tokenizer.backend.to_str().encode()).hexdigest()[:16]
+        return digest_of(self._generator.tokenizer.backend.to_str())[:16]
 
     @property
     def _start(self) -> int:

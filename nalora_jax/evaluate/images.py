@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nalora_jax.common.digests import digest_of
 from nalora_jax.data.images.files import Limits, open_image
 from nalora_jax.data.images.processor import ImageProcessor, resized_to
 from nalora_jax.data.images.sources import ImageSource
@@ -44,7 +44,7 @@ class Images:
     @property
     def digest(self) -> str:
         """Returns a digest that changes if the records may have changed."""
-        return hashlib.sha256(f"{self.source.fingerprint} {self.indices.tolist()}".encode()).hexdigest()
+        return digest_of(f"{self.source.fingerprint} {self.indices.tolist()}")
 
     def opened(self, places: Sequence[int]) -> list[Any]:
         """Returns the RGB images at positions ``places`` of the indices."""

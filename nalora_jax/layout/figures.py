@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -15,8 +14,8 @@ import jax
 
 from nalora_jax.common import downloads
 from nalora_jax.common.devices import kind_of
+from nalora_jax.common.digests import FIELD, digest_of, seal, unseal
 from nalora_jax.common.files import write_atomically
-from nalora_jax.common.seals import FIELD, seal, unseal
 from nalora_jax.layout.accounting import Program
 from nalora_jax.layout.collectives import Collective
 from nalora_jax.layout.machines import Chip
@@ -75,7 +74,7 @@ def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None)
     versions = map(_version, ("jaxlib", "libtpu"))
     text = "\n".join([_ACCOUNTING, lowered.as_text(), kind_of(device), *versions])
     text += repr(sorted((lowered._lowering.compile_args or {}).get("compiler_options_kvs", ())))
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    digest = digest_of(text)
     file = (cache or downloads.cache_dir()) / "plans" / f"{digest[:32]}.json"
     if file.exists():
         try:

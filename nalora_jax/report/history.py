@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax.common.digests import unseal
 from nalora_jax.common.redaction import redacted
-from nalora_jax.common.seals import unseal
 from nalora_jax.config.former import translated
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError

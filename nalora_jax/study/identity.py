@@ -21,12 +21,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nalora_jax.common.digests import digest_of, json_digest
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.records import Record
 
@@ -66,7 +66,7 @@ def rule_files(definitions: Iterable[Any]) -> dict[str, str]:
         if module.partition(".")[0] not in _LIBRARIES:
             path = _file(module)
             contents[path.name] = contents.get(path.name, b"") + path.read_bytes()
-    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    return {name: digest_of(content) for name, content in contents.items()}
 
 
 def _module(definition: Any) -> str:
@@ -90,7 +90,7 @@ def _file(module: str) -> Path:
 def record_digest(record: Mapping[str, Any]) -> str:
     """Returns the sha256 of a record's JSON without its ``digest``."""
     content = {name: value for name, value in record.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_digest(content, sort_keys=True)
 
 
 def old_records(records: Mapping[str, Record]) -> list[str]:

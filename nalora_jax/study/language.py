@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 import optax
 
+from nalora_jax.common.digests import json_digest
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.items import ChoiceItem, CompletionItem, Item
 from nalora_jax.data.packing import permutation
@@ -191,4 +191,4 @@ def _items(items: Sequence[Item]) -> LanguageItems:
 
 
 def _digest(ids: Any) -> str:
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+    return json_digest(ids)[:16]

@@ -12,7 +12,6 @@ snapshots are not needed once all runs are done; the list of tests belongs with 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from nalora_jax.common.paths import make_unlinked_folder, open_unlinked
+from nalora_jax.common.files import make_unlinked_folder, open_unlinked
+from nalora_jax.common.locks import locked
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.fields import check_fields
 from nalora_jax.train.metrics import read_metrics, to_json
@@ -107,7 +107,7 @@ class Records:
         """Adds a line atomically, under a lock and after removing an incomplete line."""
         content = (json.dumps(plain(line), allow_nan=False) + "\n").encode()
         try:
-            with _locked(self._claims() / "records.lock"), open_unlinked(path, "ab+") as file:
+            with locked(self._claims() / "records.lock", wait=True), open_unlinked(path, "ab+") as file:
                 file.seek(0)
                 file.seek(file.read().rfind(b"\n") + 1)
                 file.truncate()
@@ -121,14 +121,8 @@ class Records:
     @contextlib.contextmanager
     def claim(self, run: str) -> Iterator[Path | None]:
         """Claims ``run`` within the context; yields its snapshot's path, or None if it is taken."""
-        lock = self._claims() / f"{run}.lock"
-        with open_unlinked(lock, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield None
-                return
-            yield self._claims() / f"{run}.npz"  # closing the file releases the lock
+        with locked(self._claims() / f"{run}.lock") as free:
+            yield None if free is False else self._claims() / f"{run}.npz"
 
     def claimed(self, run: str) -> bool:
         """Returns True if a process works on ``run``."""
@@ -156,10 +150,3 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return read_metrics(path)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open_unlinked(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -6,8 +6,7 @@ import logging
 import re
 from pathlib import Path
 
-from nalora_jax.common.files import write_atomically
-from nalora_jax.common.paths import make_unlinked_folder
+from nalora_jax.common.files import make_unlinked_folder, write_atomically
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.identity import describe_old
 from nalora_jax.study.pictures import draw

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -13,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nalora_jax.common.paths import open_unlinked
+from nalora_jax.common.digests import digest_of
+from nalora_jax.common.files import open_unlinked
 from nalora_jax.errors import NaloraError
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def write_snapshot(path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[
     content, scratch = buffer.getvalue(), path.with_suffix(".new")
     try:
         with open_unlinked(scratch, "wb") as file:
-            file.write(hashlib.sha256(content).hexdigest().encode() + content)
+            file.write(digest_of(content).encode() + content)
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
@@ -56,7 +56,7 @@ def read_snapshot(path: Path) -> Snapshot | None:
     if not path.exists():
         return None
     content = path.read_bytes()
-    if hashlib.sha256(content[_DIGEST:]).hexdigest().encode() != content[:_DIGEST]:
+    if digest_of(content[_DIGEST:]).encode() != content[:_DIGEST]:
         log.warning("  the snapshot %s is damaged: the run starts from scratch", path.name)
         return None
     with np.load(io.BytesIO(content[_DIGEST:])) as saved:

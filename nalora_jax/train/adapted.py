@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from nalora_jax.common import buckets
-from nalora_jax.common.seals import unseal
+from nalora_jax.common.digests import unseal
 from nalora_jax.config import config_from_dict
 from nalora_jax.config.recorded import recorded_config
 from nalora_jax.errors import NaloraError

@@ -33,7 +33,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
-from nalora_jax.common import buckets, files, trees
+from nalora_jax.common import buckets, digests, files, trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import check_lost_peer, on_first_process, tell_all
 from nalora_jax.train import snapshot
@@ -177,11 +177,11 @@ class Checkpointer:
     def _damage(self, step: int, metrics: Mapping[str, float] | None) -> str | None:
         """Returns the difference between a checkpoint and its digests; None if there is none."""
         folder = epath.Path(self.folder / str(step))
-        if not any((folder / item / files.DIGESTS).exists() for item in _ITEMS):
+        if not any((folder / item / digests.DIGESTS).exists() for item in _ITEMS):
             return None  # written by a version without digests
         try:
             for item in _ITEMS:
-                if (damage := files.find_damage(folder / item)) is not None:
+                if (damage := digests.find_damage(folder / item)) is not None:
                     return f"{item}: {damage}"
             written = json.loads((folder / "run" / JSON).read_text()).get("metrics")
         # Other errors are failures of the disk to read, not damage.
@@ -307,7 +307,7 @@ class Checkpointer:
             if jax.process_index() == 0:
                 for scrap in list(self.folder.glob(f"*{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*")):
                     with suppress(OSError):
-                        files.remove_tree(scrap)
+                        epath.Path(scrap).rmtree()
             check_lost_peer(error)
             steps: list[int] = []
             with suppress(OSError):  # the folder may have been deleted

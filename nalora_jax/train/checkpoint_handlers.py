@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from nalora_jax.common import files
+from nalora_jax.common import digests
 
 JSON = "metadata"  # Orbax's name for the file of a JSON item
 # Replicas of an array share its writing if each has at least this many bytes to write. With Orbax's
@@ -34,7 +34,7 @@ class _DigestedArrays(ocp.PyTreeCheckpointHandler):
 
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
-        files.write_digests(directory)
+        digests.write_digests(directory)
 
 
 class _DigestedJson(ocp.JsonCheckpointHandler):
@@ -42,7 +42,7 @@ class _DigestedJson(ocp.JsonCheckpointHandler):
 
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
-        files.write_digests(directory)
+        digests.write_digests(directory)
 
 
 def handlers() -> Any:

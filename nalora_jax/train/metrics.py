@@ -37,9 +37,8 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.common import buckets
-from nalora_jax.common.files import write_atomically
-from nalora_jax.common.paths import open_unlinked
-from nalora_jax.common.seals import seal, unseal
+from nalora_jax.common.digests import seal, unseal
+from nalora_jax.common.files import open_unlinked, write_atomically
 from nalora_jax.config.recorded import recorded_config
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.callbacks import Callback, Ended, Started

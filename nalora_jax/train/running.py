@@ -14,9 +14,9 @@ import jax
 from rich.console import Console
 
 from nalora_jax.common import trees
+from nalora_jax.common.digests import seal
 from nalora_jax.common.files import write_atomically
 from nalora_jax.common.redaction import redacted
-from nalora_jax.common.seals import seal
 from nalora_jax.config import RunConfig
 from nalora_jax.config.preference import UNCHANGED
 from nalora_jax.data.pipeline import stream_text

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nalora_jax.common.seals import seal
+from nalora_jax.common.digests import seal
 from nalora_jax.errors import NaloraError
 from nalora_jax.report.history import read_evaluation, read_history
 from nalora_jax.train.metrics import read_metrics

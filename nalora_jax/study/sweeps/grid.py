@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from nalora_jax.common import buckets
-from nalora_jax.common.seals import unseal
+from nalora_jax.common.digests import unseal
 from nalora_jax.config import RunConfig, check
 from nalora_jax.config.recorded import recorded_config
 from nalora_jax.config.types import has_type, type_name

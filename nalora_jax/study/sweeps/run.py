@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from nalora_jax.common import buckets
+from nalora_jax.common.digests import seal
 from nalora_jax.common.imports import import_files
 from nalora_jax.common.redaction import redacted
-from nalora_jax.common.seals import seal
 from nalora_jax.common.terminal import outliving_terminal
 from nalora_jax.config import RunConfig, check
 from nalora_jax.data.given import Data, Format, given_sources
@@ -35,11 +35,10 @@ from nalora_jax.study.sweeps.grid import FILE, axes_of, check_names, grid
 from nalora_jax.study.sweeps.groups import grouped, program_key
 from nalora_jax.study.sweeps.loop import RunLoop, StatesMetrics, StopOfAll, fit_all
 from nalora_jax.study.sweeps.program import SweepProgram
-from nalora_jax.train import remote
 from nalora_jax.train.callbacks import Callback, make_callbacks
 from nalora_jax.train.job import Inputs, continued, inputs_of, mesh_of, of_adapter
 from nalora_jax.train.metrics import to_json
-from nalora_jax.train.output import Output, open_output
+from nalora_jax.train.output import Output, open_output, write_text
 from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.preemption import StopSignals, stop_signals
 from nalora_jax.train.progress import Stages
@@ -96,7 +95,7 @@ def sweep_grid(config: RunConfig, options: Sequence[str]) -> SweepResult:
     configs = grid(config, axes_of(options))
     settings = to_json(redacted(replace(config, resume=False).to_dict()))
     text = json.dumps(seal({"sweep": list(options), "run": settings}), indent=1) + "\n"
-    return _sweep(configs, lambda: remote.write_text(config.output, FILE, text))
+    return _sweep(configs, lambda: write_text(config.output, FILE, text))
 
 
 def sweep(
@@ -173,7 +172,7 @@ def _concluded(folder: str, results: Mapping[str, RunResult | TrainingDivergedEr
         log.warning("%s diverged and was frozen: %s", Path(name).name, error)
     if not finished:
         raise next(iter(diverged.values()))
-    distributed.on_first_process(lambda: remote.write_text(folder, PAGE, render_page(finished)))
+    distributed.on_first_process(lambda: write_text(folder, PAGE, render_page(finished)))
     page = f"{folder}/{PAGE}"
     log.info("comparison: %s", page)
     return SweepResult(finished, diverged, page)
