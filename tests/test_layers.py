@@ -84,7 +84,6 @@ ORDER = (
 UPWARD = {
     ("study/sweeps/grid.py", "cli.config_files"),
     ("train/job.py", "cli.planning.auto"),
-    ("train/running.py", "report.history"),
     ("train/running.py", "report.html"),
 }
 

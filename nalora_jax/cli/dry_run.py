@@ -20,6 +20,7 @@ from nalora_jax.config.vision import DUAL
 from nalora_jax.data.pipeline import TrainData, stream_text, train_data
 from nalora_jax.data.questions import held_out
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
+from nalora_jax.evaluate.run_log import recorded_settings
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
 from nalora_jax.layout.layouts import Layout, estimate
@@ -38,7 +39,6 @@ from nalora_jax.train.initial_adapter import with_adapter
 from nalora_jax.train.inputs import check_data, check_layout, check_longest, described, stream_shape
 from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.train.mechanisms import first_step, log_first_step, mechanisms_of
-from nalora_jax.train.metrics import recorded_settings
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
 from nalora_jax.weights.base import read_tokenizer_of

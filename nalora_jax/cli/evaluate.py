@@ -326,7 +326,7 @@ def _report(args: EvalArgs, model: AdaptedModel, data: DataConfig, values: dict[
 def write_results(args: EvalArgs, results: dict[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
     """Writes the files that the user requested."""
     from nalora_jax.common.files import write_atomically
-    from nalora_jax.train.metrics import to_json
+    from nalora_jax.evaluate.run_log import to_json
 
     for path, text in (
         (args.output, json.dumps(to_json(results), indent=2) + "\n"),

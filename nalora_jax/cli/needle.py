@@ -81,9 +81,9 @@ def _summary(grid: dict[str, Any]) -> str:
 def _report(model: AdaptedModel, grids: dict[str, Any]) -> None:
     """Writes the results and the report again to the folder of the adapter's run, if it has one."""
     from nalora_jax.common.files import write_atomically
+    from nalora_jax.evaluate.run_log import to_json
     from nalora_jax.report.html import write_report
     from nalora_jax.report.needle import FILE
-    from nalora_jax.train.metrics import to_json
 
     if not model.located.run or model.located.adapter is None:
         return

@@ -21,12 +21,12 @@ from markupsafe import Markup
 from nalora_jax.common.files import write_atomically
 from nalora_jax.config import RunConfig
 from nalora_jax.config.types import dotted
+from nalora_jax.evaluate.run_log import to_json
 from nalora_jax.report import plots, state_plots
 from nalora_jax.report.history import History, read_history
 from nalora_jax.report.images import confusions, layer_labels, picture
 from nalora_jax.report.needle import read_needle
 from nalora_jax.report.summary import headline, tiles
-from nalora_jax.train.metrics import to_json
 from nalora_jax.weights.origin import Origin
 
 FILE = "report.html"

@@ -22,8 +22,8 @@ from typing import Any
 from nalora_jax.common.files import make_unlinked_folder, open_unlinked
 from nalora_jax.common.locks import locked
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.run_log import read_metrics, to_json
 from nalora_jax.study.fields import check_fields
-from nalora_jax.train.metrics import read_metrics, to_json
 
 FILE = "records.jsonl"
 TESTS = "tests.jsonl"

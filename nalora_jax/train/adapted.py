@@ -16,6 +16,7 @@ from nalora_jax.common.digests import unseal
 from nalora_jax.config import config_from_dict
 from nalora_jax.config.recorded import recorded_config
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.run_log import FILE as METRICS
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
 from nalora_jax.models.decoder import Decoder
@@ -23,7 +24,6 @@ from nalora_jax.models.stacks import key_heads
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.ops.numerics import numerics_for
-from nalora_jax.train.metrics import FILE as METRICS
 from nalora_jax.weights.base import LoadedModel, load_model
 from nalora_jax.weights.folders import can_exist
 from nalora_jax.weights.hub import ResolvedSource, alias_of, resolve

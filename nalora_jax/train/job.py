@@ -22,6 +22,7 @@ from nalora_jax.config.vision import DUAL
 from nalora_jax.data.given import Data, Format, given_sources
 from nalora_jax.data.source import Source
 from nalora_jax.errors import Interrupted, NaloraError
+from nalora_jax.evaluate.run_log import recorded_settings, to_json
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
 from nalora_jax.method.rules import make
@@ -32,7 +33,6 @@ from nalora_jax.train.callbacks import Callback, make_callbacks
 from nalora_jax.train.compilation import use_compilation_cache
 from nalora_jax.train.initial_adapter import with_adapter
 from nalora_jax.train.inputs import described
-from nalora_jax.train.metrics import recorded_settings, to_json
 from nalora_jax.train.output import Output, has_checkpoint, last_step, open_output
 from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.preemption import StopSignals, stop_signals

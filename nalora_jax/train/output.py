@@ -1,7 +1,7 @@
 """A run's output folder: its lock, its checks, its visibility to all processes, its copy in a store.
 
 <output>/run.lock         the process that writes here, during a run
-        /metrics.jsonl    metrics and settings (`nalora_jax.train.metrics`)
+        /metrics.jsonl    metrics and settings (`nalora_jax.evaluate.run_log`)
         /checkpoints/     checkpoints to resume from (`nalora_jax.train.checkpoint`)
         /before.json      held-out metrics of the base model
         /start/           LoRA-GA's adapters before the first step (`nalora_jax.train.start`)

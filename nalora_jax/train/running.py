@@ -22,19 +22,19 @@ from nalora_jax.config.preference import UNCHANGED
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.errors import Interrupted, NaloraError, bounded_text
 from nalora_jax.evaluate.heldout import describe
+from nalora_jax.evaluate.run_log import read_evaluation
 from nalora_jax.evaluate.statistics import compare
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import TrainState
-from nalora_jax.report.history import read_evaluation
 from nalora_jax.train.adapted import ADAPTER
 from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.export import card
 from nalora_jax.train.hooks import RunHooks, say_counts
+from nalora_jax.train.log import MetricsLog
 from nalora_jax.train.loop import FitResult, Follower, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
 from nalora_jax.train.mechanisms import first_step, log_first_step
-from nalora_jax.train.metrics import MetricsLog
 from nalora_jax.train.optimizers import make_schedule
 from nalora_jax.train.output import Output
 from nalora_jax.train.pieces import Pieces

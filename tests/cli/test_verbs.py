@@ -24,7 +24,7 @@ from nalora_jax.models.targets import resolve
 from nalora_jax.report.inspect import layer_summary
 from nalora_jax.report.inspection import inspect_texts
 from nalora_jax.train.adapted import load
-from nalora_jax.train.metrics import MetricsLog
+from nalora_jax.train.log import MetricsLog
 from nalora_jax.weights import hub
 from nalora_jax.weights.peft import export_adapter, import_adapter
 from tests import emulator, tiny

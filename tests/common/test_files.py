@@ -14,9 +14,8 @@ from nalora_jax.common.locks import RunLock
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.records import CLAIMS, Records
 from nalora_jax.study.snapshots import write_snapshot
-from nalora_jax.train.metrics import MetricsLog
+from nalora_jax.train.log import MetricsLog, _write_id
 from nalora_jax.train.output import open_output
-from nalora_jax.train.trackers import _write_id
 
 
 @pytest.fixture

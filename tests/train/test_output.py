@@ -25,10 +25,10 @@ from nalora_jax.common.digests import seal
 from nalora_jax.common.locks import RUN_LOCK as LOCK
 from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.run_log import recorded_settings
 from nalora_jax.study.sweeps.grid import recorded_sweep
 from nalora_jax.train import output as output_module
 from nalora_jax.train.checkpoint import Checkpointer
-from nalora_jax.train.metrics import recorded_settings
 from nalora_jax.train.output import CHECKPOINTS as FOLDER
 from nalora_jax.train.output import HOLDER, Mirror, Resume, open_output, write_text
 from tests import tiny

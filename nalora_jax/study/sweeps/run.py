@@ -26,6 +26,7 @@ from nalora_jax.common.terminal import outliving_terminal
 from nalora_jax.config import RunConfig, check
 from nalora_jax.data.given import Data, Format, given_sources
 from nalora_jax.errors import Interrupted, TrainingDivergedError
+from nalora_jax.evaluate.run_log import to_json
 from nalora_jax.layout import distributed
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.targets import AdapterSpec
@@ -37,7 +38,6 @@ from nalora_jax.study.sweeps.loop import RunLoop, StatesMetrics, StopOfAll, fit_
 from nalora_jax.study.sweeps.program import SweepProgram
 from nalora_jax.train.callbacks import Callback, make_callbacks
 from nalora_jax.train.job import Inputs, continued, inputs_of, mesh_of, of_adapter
-from nalora_jax.train.metrics import to_json
 from nalora_jax.train.output import Output, open_output, write_text
 from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.preemption import StopSignals, stop_signals
