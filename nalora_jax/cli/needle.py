@@ -25,9 +25,9 @@ def evaluate_needle(args: EvalArgs) -> None:
     The results of a run are also written to its ``needle.json``, and shown in its report.
     """
     from nalora_jax.cli.evaluate import load_model, other_side, write_results
+    from nalora_jax.evaluate.evaluator import compare_records, describe_paired
     from nalora_jax.evaluate.generate import Generator
-    from nalora_jax.evaluate.items import describe_paired
-    from nalora_jax.evaluate.needle import difference, needle_items, needle_records, needle_table, retrieve
+    from nalora_jax.evaluate.needle import needle_items, needle_records, needle_summary, needle_table
     from nalora_jax.train.adapted import locate
 
     lengths = _lengths(args)
@@ -43,17 +43,20 @@ def evaluate_needle(args: EvalArgs) -> None:
     chat = args.chat
     if chat is None:
         chat = config_from_dict(located.run).data.chat
-    results, records = [], []
+    results: list[list[dict[str, Any]]] = []
+    summaries, records = [], []
     for label, side, module, variables in sides:
         questions = needle_items(side.base.tokenizer, lengths, per_cell=args.limit or _PER_CELL, chat=chat)
-        results.append(retrieve(Generator(module, variables, side.base.tokenizer, mesh=mesh), questions))
-        grid = results[-1].to_dict()
+        generator = Generator(module, variables, side.base.tokenizer, mesh=mesh)
+        results.append(needle_records(generator, questions))
+        grid = needle_summary(results[-1])
+        summaries.append(grid)
         title = labelled("needle retrieval", label)
         print(f"{title}: {_summary(grid)}\n{needle_table(grid)}", flush=True)
-        records += [{"model": label, **record} for record in needle_records(questions, results[-1])]
-    grids: dict[str, Any] = {"after" if against else "before": results[0].to_dict()}
+        records += [{"model": label, **record} for record in results[-1]]
+    grids: dict[str, Any] = {"after" if against else "before": summaries[0]}
     if against is not None:
-        grids |= {"before": results[1].to_dict(), "comparison": difference(results[1], results[0])}
+        grids |= {"before": summaries[1], "comparison": compare_records(*results[::-1])["accuracy"]}
         print(f"difference: {describe_paired(grids['comparison'])}", flush=True)
     write_results(
         args, {"model": located.base, "adapter": located.adapter, "against": against, **grids}, records

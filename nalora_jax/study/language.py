@@ -19,8 +19,7 @@ from nalora_jax.data.pipeline import TrainData, train_data
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.sources import check_disjoint, open_source
 from nalora_jax.data.tokenizer import AddedTokens
-from nalora_jax.evaluate.multiple_choice import multiple_choice
-from nalora_jax.evaluate.perplexity import completion_loss
+from nalora_jax.evaluate.text import choice_records, completion_records, text_summary
 from nalora_jax.layout import distributed
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
@@ -162,12 +161,11 @@ class Language:
     ) -> dict[str, float]:
         """Returns ``loss`` per completion token, and ``accuracy`` if there are choices."""
         model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
-        values = {"loss": completion_loss(model, variables, items.completions, mesh=mesh).loss}
+        records = completion_records(model, variables, items.completions, mesh=mesh)
+        values = {"loss": text_summary(records)["loss"]}
         if whole and items.choices:
-            choices = multiple_choice(
-                model, variables, items.choices, per="character", mesh=mesh, samples=0
-            )
-            values["accuracy"] = choices.accuracy
+            records = choice_records(model, variables, items.choices, per="character", mesh=mesh)
+            values["accuracy"] = text_summary(records)["accuracy"]
         return values
 
 

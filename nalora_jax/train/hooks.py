@@ -9,7 +9,7 @@ from typing import Any
 
 from nalora_jax.data.items import FEW
 from nalora_jax.data.pipeline import BatchIterator
-from nalora_jax.evaluate.heldout import describe
+from nalora_jax.evaluate.evaluator import describe
 from nalora_jax.method.step import TrainState
 from nalora_jax.train.callbacks import Callbacks
 from nalora_jax.train.checkpoint import Checkpointer

@@ -50,7 +50,7 @@ class Pieces:
     loaded: RunBase
     assembly: Assembly
     data: TrainingRows
-    evaluator: Any  # evaluates the reported examples; see `nalora_jax.evaluate.heldout.Evaluator`
+    evaluator: Any  # evaluates the reported examples; see `nalora_jax.evaluate.evaluator.Evaluator`
     selector: Any  # evaluates the examples that select the checkpoint
     questions: Mapping[str, str]  # digests of the examples of both
     # Writes the adapter of a state to a folder, verifies it by reloading, and returns the folder.

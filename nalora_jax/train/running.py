@@ -21,7 +21,7 @@ from nalora_jax.config import RunConfig
 from nalora_jax.config.preference import UNCHANGED
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.errors import Interrupted, NaloraError, bounded_text
-from nalora_jax.evaluate.heldout import describe
+from nalora_jax.evaluate.evaluator import describe
 from nalora_jax.evaluate.run_log import read_evaluation
 from nalora_jax.evaluate.statistics import compare
 from nalora_jax.layout import distributed

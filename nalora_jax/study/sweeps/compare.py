@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.heldout import describe
+from nalora_jax.evaluate.evaluator import describe
 from nalora_jax.report.compare import render_comparison
 from nalora_jax.report.history import read_history
 from nalora_jax.train.running import RunResult
