@@ -27,7 +27,9 @@ def evaluate_needle(args: EvalArgs) -> None:
     from nalora_jax.cli.evaluate import load_model, other_side, write_results
     from nalora_jax.evaluate.evaluator import compare_records, describe_paired
     from nalora_jax.evaluate.generate import Generator
-    from nalora_jax.evaluate.needle import needle_items, needle_records, needle_summary, needle_table
+    from nalora_jax.evaluate.needle import needle_items, needle_records, needle_summary
+    from nalora_jax.report.sections import needle_cells
+    from nalora_jax.report.tables import aligned
     from nalora_jax.train.adapted import locate
 
     lengths = _lengths(args)
@@ -52,7 +54,7 @@ def evaluate_needle(args: EvalArgs) -> None:
         grid = needle_summary(results[-1])
         summaries.append(grid)
         title = labelled("needle retrieval", label)
-        print(f"{title}: {_summary(grid)}\n{needle_table(grid)}", flush=True)
+        print(f"{title}: {_summary(grid)}\n{aligned(*needle_cells(grid))}", flush=True)
         records += [{"model": label, **record} for record in results[-1]]
     grids: dict[str, Any] = {"after" if against else "before": summaries[0]}
     if against is not None:
@@ -86,10 +88,10 @@ def _report(model: AdaptedModel, grids: dict[str, Any]) -> None:
     from nalora_jax.common.files import write_atomically
     from nalora_jax.evaluate.run_log import to_json
     from nalora_jax.report.html import write_report
-    from nalora_jax.report.needle import FILE
+    from nalora_jax.report.sections import NEEDLE_FILE
 
     if not model.located.run or model.located.adapter is None:
         return
     folder: Path = model.located.adapter.parent
-    write_atomically(folder / FILE, json.dumps(to_json(grids), indent=2) + "\n")
+    write_atomically(folder / NEEDLE_FILE, json.dumps(to_json(grids), indent=2) + "\n")
     print(f"{write_report(folder)}: with these results")

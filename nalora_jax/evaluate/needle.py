@@ -246,18 +246,3 @@ def _accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def first_number(text: str) -> str:
     """Returns the first run of digits in a text, or "" if there is none."""
     return next(iter(re.findall(r"\d+", text)), "")
-
-
-def needle_table(result: Mapping[str, Any]) -> str:
-    """Returns the accuracies of `needle_summary` as lines of text.
-
-    Example:
-      tokens     0%    25%    50%    75%   100%    all
-      512      1.00   1.00   0.90   1.00   1.00   0.98
-    """
-    heads = ["tokens", *(f"{depth}%" for depth in result["depths"]), "all"]
-    lines = [f"{heads[0]:<9}" + "".join(f"{head:>7}" for head in heads[1:])]
-    for row in result["rows"]:
-        cells = [*row["cells"], row["accuracy"]]
-        lines.append(f"{row['length']:<9}" + "".join(f"{cell:>7.2f}" for cell in cells))
-    return "\n".join(lines)

@@ -23,7 +23,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common import path_rules, trees
+from nalora_jax.common import trees
 from nalora_jax.common.axes import CONTEXT, WEIGHT_AXES
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.statistics import CHECK, COUNTS
@@ -127,7 +127,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     Raises:
       NaloraError: a leaf that no rule matches.
     """
-    uncovered = [path for path in trees.flatten(tree) if path_rules.first_match(rules, path) is None]
+    uncovered = [path for path in trees.flatten(tree) if trees.first_match(rules, path) is None]
     if uncovered:
         raise NaloraError(
             "sharding rules",
@@ -137,7 +137,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
         )
 
     def place(path: str, leaf: Any) -> NamedSharding:
-        match = path_rules.first_match(rules, path)
+        match = trees.first_match(rules, path)
         assert match is not None
         spec = _by_expert(path, _over_context(match[1], mesh), leaf.shape, mesh)
         return NamedSharding(mesh, fit_spec(spec, leaf.shape, mesh))

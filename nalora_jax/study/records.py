@@ -12,13 +12,18 @@ snapshots are not needed once all runs are done; the list of tests belongs with 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from nalora_jax.common.digests import digest_of
 from nalora_jax.common.files import make_unlinked_folder, open_unlinked
 from nalora_jax.common.locks import locked
 from nalora_jax.errors import NaloraError
@@ -135,6 +140,11 @@ class Records:
         return make_unlinked_folder(self.folder / CLAIMS)
 
 
+def hours(records: Mapping[str, Record]) -> float:
+    """Returns the total time of all runs in hours."""
+    return sum(float(record["seconds"]) for record in records.values()) / 3600
+
+
 def plain(value: Any) -> Any:
     """Returns ``value`` as JSON types with all digits of its numbers, to show every difference.
 
@@ -150,3 +160,61 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return read_metrics(path)
+
+
+# ---------------------------------------------------------------- snapshots
+
+log = logging.getLogger(__name__)
+
+_DIGEST = 64  # hexadecimal digits of a sha256, at the start of the file
+
+
+class Snapshot(NamedTuple):
+    """State of a run at an evaluation."""
+
+    arrays: dict[str, np.ndarray]
+    notes: dict[str, Any]
+
+
+def write_snapshot(path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> None:
+    """Replaces the file atomically, by a rename after its content is synced to the disk.
+
+    Raises:
+      NaloraError: the system refused, e.g. because the disk is full; an earlier snapshot stays.
+    """
+    buffer = io.BytesIO()
+    entries: dict[str, Any] = {f"array/{name}": value for name, value in arrays.items()}
+    np.savez(buffer, notes=np.array(json.dumps(notes)), **entries)
+    content, scratch = buffer.getvalue(), path.with_suffix(".new")
+    try:
+        with open_unlinked(scratch, "wb") as file:
+            file.write(digest_of(content).encode() + content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise NaloraError(
+            str(path), expected="to write a snapshot", found=error, remedy="make room"
+        ) from error
+
+
+def read_snapshot(path: Path) -> Snapshot | None:
+    """Returns the snapshot; None if there is none, or with a warning if the file is damaged."""
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    if digest_of(content[_DIGEST:]).encode() != content[:_DIGEST]:
+        log.warning("  the snapshot %s is damaged: the run starts from scratch", path.name)
+        return None
+    with np.load(io.BytesIO(content[_DIGEST:])) as saved:
+        arrays = {name.removeprefix("array/"): saved[name] for name in saved.files if name != "notes"}
+        return Snapshot(arrays, json.loads(str(saved["notes"])))
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

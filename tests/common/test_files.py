@@ -12,8 +12,7 @@ from nalora_jax.common.digests import DIGESTS, file_digest, find_damage, write_d
 from nalora_jax.common.files import expand_user, naming, open_unlinked, refuse_link_out, write_atomically
 from nalora_jax.common.locks import RunLock
 from nalora_jax.errors import NaloraError
-from nalora_jax.study.records import CLAIMS, Records
-from nalora_jax.study.snapshots import write_snapshot
+from nalora_jax.study.records import CLAIMS, Records, write_snapshot
 from nalora_jax.train.log import MetricsLog, _write_id
 from nalora_jax.train.output import open_output
 

@@ -16,10 +16,11 @@ from nalora_jax.evaluate.needle import (
     needle_items,
     needle_records,
     needle_summary,
-    needle_table,
     plain_text,
 )
 from nalora_jax.evaluate.statistics import wilson
+from nalora_jax.report.sections import needle_cells
+from nalora_jax.report.tables import aligned
 from tests.data.test_needle import HAYSTACK
 
 LENGTHS = (520, 800)
@@ -64,7 +65,7 @@ def test_accuracy_by_length_and_depth(questions, tokenizer):
     assert [row["cells"] for row in grid["rows"]] == [[0, 0, 1, 1, 1]] * 2
     assert (grid["accuracy"], grid["n"], grid["depths"]) == (0.6, 20, [0, 25, 50, 75, 100])
     assert (grid["low"], grid["high"]) == wilson(12, 20)
-    assert needle_table(grid).splitlines() == [
+    assert aligned(*needle_cells(grid)).splitlines() == [
         "tokens        0%    25%    50%    75%   100%    all",
         "520         0.00   0.00   1.00   1.00   1.00   0.60",
         "800         0.00   0.00   1.00   1.00   1.00   0.60",

@@ -25,12 +25,14 @@ from nalora_jax.common.redaction import redacted
 from nalora_jax.common.terminal import outliving_terminal
 from nalora_jax.config import RunConfig, check
 from nalora_jax.data.given import Data, Format, given_sources
-from nalora_jax.errors import Interrupted, TrainingDivergedError
+from nalora_jax.errors import Interrupted, NaloraError, TrainingDivergedError
+from nalora_jax.evaluate.evaluator import describe
 from nalora_jax.evaluate.run_log import to_json
 from nalora_jax.layout import distributed
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.study.sweeps.compare import render_page
+from nalora_jax.report.compare import render_comparison
+from nalora_jax.report.history import read_history
 from nalora_jax.study.sweeps.fit import Fitting
 from nalora_jax.study.sweeps.grid import FILE, axes_of, check_names, grid
 from nalora_jax.study.sweeps.groups import grouped, program_key
@@ -275,3 +277,30 @@ class _Named(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         """Prints the objects after the name."""
         super().print(f"{self._name}:", *objects, **options)
+
+
+# ---------------------------------------------------------------- comparison of the runs
+
+
+_MOST = 7  # settings on a page
+
+
+def render_page(results: Mapping[str, RunResult]) -> str:
+    """Returns the comparison of runs, by their output; with too many settings for one page, of the best runs."""
+    ranked = sorted(results.items(), key=lambda named: _score(named[1]), reverse=True)
+    for output, result in ranked:
+        log.info("%s: %s", Path(output).name, describe(result.after))
+    histories = {output: read_history(result.folder) for output, result in results.items()}
+    try:
+        return render_comparison(list(histories.values()))
+    except NaloraError:
+        log.info("the comparison shows the best %d of %d runs", _MOST, len(results))
+        return render_comparison([histories[output] for output, _ in ranked[:_MOST]])
+
+
+def _score(result: RunResult) -> float:
+    """Returns the metric of the exported adapter, higher for better."""
+    after = result.after
+    if "accuracy" in after:
+        return float(after["accuracy"])
+    return -float(after.get("loss", 0.0))
