@@ -9,6 +9,7 @@ from __future__ import annotations
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
+    from nalora_jax.cli.training import run
     from nalora_jax.config import (
         AdaLoRAConfig,
         ComputeConfig,
@@ -33,9 +34,9 @@ with epy.lazy_api_imports(globals()):
     from nalora_jax.method.transform import gate_leaves, make_mechanisms, masks, nalora, scale_by_gates
     from nalora_jax.study.sweeps.run import SweepResult, sweep
     from nalora_jax.train.adapted import AdaptedModel, load
-    from nalora_jax.train.job import run
-    from nalora_jax.train.running import RunResult
-    from nalora_jax.weights.base import LoadedModel, load_model
+    from nalora_jax.train.run import RunResult
+    from nalora_jax.weights.base import load_model
+    from nalora_jax.weights.model_files import LoadedModel
     from nalora_jax.weights.peft import export_adapter, import_adapter
 
 __all__ = [  # noqa: RUF022

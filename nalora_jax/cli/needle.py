@@ -27,10 +27,14 @@ def evaluate_needle(args: EvalArgs) -> None:
     from nalora_jax.cli.evaluate import load_model, other_side, write_results
     from nalora_jax.evaluate.evaluator import compare_records, describe_paired
     from nalora_jax.evaluate.generate import Generator
-    from nalora_jax.evaluate.needle import needle_items, needle_records, needle_summary
+    from nalora_jax.evaluate.needle import (
+        needle_items,
+        needle_records,
+        needle_summary,
+    )
     from nalora_jax.report.sections import needle_cells
     from nalora_jax.report.tables import aligned
-    from nalora_jax.train.adapted import locate
+    from nalora_jax.train.located import locate
 
     lengths = _lengths(args)
     located = locate(args.model, args.adapter)

@@ -38,9 +38,7 @@ import numpy as np
 
 from nalora_jax.common import buckets
 from nalora_jax.common.digests import unseal
-from nalora_jax.config import RunConfig
-from nalora_jax.config.former import translated
-from nalora_jax.config.recorded import recorded_config
+from nalora_jax.config import RunConfig, config_from_dict
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 
@@ -127,7 +125,7 @@ def recorded_settings(folder: Path | str) -> dict[str, Any]:
             if newest:
                 settings, where = newest, f"{path}: {name}"
     if settings:
-        recorded_config(settings, where)
+        config_from_dict(settings, where)
     return settings
 
 
@@ -251,10 +249,6 @@ def _check_header(record: Mapping[str, Any], where: str) -> None:
         raise NaloraError(f"{where}: run", expected="a run's settings", found="objects nested too deeply")
     for name in _GROUPS & run.keys():
         _mapping(run, name, f"{where}: run")
-    try:
-        translated(run)
-    except (AttributeError, TypeError) as error:
-        raise _error(f"{where}: run", "the settings that a run writes", error) from error
     if "steps" in run:
         _check_step(run["steps"], f"{where}: run: steps")
     if record.get("mechanisms_from") is not None:

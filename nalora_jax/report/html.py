@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from nalora_jax.common.files import write_atomically
 from nalora_jax.config import RunConfig
-from nalora_jax.config.types import dotted
+from nalora_jax.config.structured import dotted
 from nalora_jax.evaluate.run_log import to_json
 from nalora_jax.report import plots
 from nalora_jax.report.history import History, read_history

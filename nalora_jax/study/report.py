@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nalora_jax.common.files import make_unlinked_folder, write_atomically
-from nalora_jax.config.types import dotted
+from nalora_jax.config.structured import dotted
 from nalora_jax.errors import NaloraError
 from nalora_jax.report import tables
 from nalora_jax.report.tables import markdown
@@ -125,6 +125,7 @@ def _runs(protocol: Protocol, records: Mapping[str, Record]) -> str:
         ["hours", f"{hours(records):.1f}{budget}"],
         ["settings of every run", _settings(protocol.run)],
         ["protocol", f"sha256 {protocol.digest[:16]}"],
+        ["respelled from protocol", ", ".join(digest[:16] for digest in protocol.respelled_from)],
         ["protocol committed in", _committed(tests)],
         ["records made under protocol", _distinct(records, "protocol", 16)],
         ["code (sha256 of the package)", _distinct(records, "code", 12)],

@@ -19,7 +19,7 @@ from typing import Any
 
 from nalora_jax.common.digests import seal
 from nalora_jax.common.files import naming, open_unlinked, write_atomically
-from nalora_jax.config.types import dotted
+from nalora_jax.config.structured import dotted
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import FILE, read_metrics, to_json
 from nalora_jax.train.callbacks import Callback, Ended, Started, register_callback

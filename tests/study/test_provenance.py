@@ -29,6 +29,7 @@ from nalora_jax.study.provenance import (
     check_committed,
     check_records,
     check_rules,
+    checked_records,
     record_digest,
     rule_files,
 )
@@ -117,6 +118,8 @@ def test_tests_that_a_repository_remembers_count_after_all_their_files_were_dele
     git(folder, "commit", "-am", "another protocol")
     with pytest.raises(NaloraError, match=OTHER_PROTOCOL):
         execution.run_study(changed)
+    respelled = edit(changed, "extend = 1", f'extend = 1\nrespelled_from = ["{quick.digest}"]')
+    assert checked_records(respelled, Records(folder)) == {}
 
 
 def test_a_test_is_listed_before_it_reads_test_items(
