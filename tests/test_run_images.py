@@ -28,9 +28,9 @@ from nalora_jax.config import (
     VisionConfig,
 )
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.run_log import read_metrics
 from nalora_jax.train import loop
 from nalora_jax.train.adapted_dual import load_adapted_dual
-from nalora_jax.train.metrics import read_metrics
 from nalora_jax.weights.vision.peft import import_dual_adapter
 
 pytestmark = pytest.mark.pictures  # of runs' reports

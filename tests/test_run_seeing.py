@@ -31,9 +31,9 @@ from nalora_jax.config import (
 )
 from nalora_jax.data.images.chat import asked
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.run_log import read_metrics
 from nalora_jax.train.adapted import load
 from nalora_jax.train.located import Located
-from nalora_jax.train.metrics import read_metrics
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -17,11 +17,11 @@ from nalora_jax.__main__ import main
 from nalora_jax.cli.command import parse
 from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import Interrupted, NaloraError
+from nalora_jax.evaluate.run_log import to_json
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.train import run as run_module
 from nalora_jax.train.kinds import text
-from nalora_jax.train.metrics import to_json
 from nalora_jax.train.progress import Progress
 from tests import tiny
 

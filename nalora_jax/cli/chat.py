@@ -222,7 +222,7 @@ class _Talk:
         _say(self.adapters.name)
 
     def _image(self, path: str) -> None:
-        from nalora_jax.common.paths import expand_user
+        from nalora_jax.common.files import expand_user
         from nalora_jax.data.images.files import open_image
 
         processor = self.model.base.processor

@@ -16,6 +16,7 @@ from nalora_jax.config import RunConfig
 from nalora_jax.config.structured import dotted
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
+from nalora_jax.evaluate.run_log import recorded_settings
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
 from nalora_jax.layout.layouts import Layout, estimate, laid_out
@@ -35,7 +36,6 @@ from nalora_jax.train.kinds import run_kind
 from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.train.machine import device_memory
 from nalora_jax.train.mechanisms import first_step, log_first_step, mechanisms_of
-from nalora_jax.train.metrics import recorded_settings
 from nalora_jax.train.session import say_counts
 
 

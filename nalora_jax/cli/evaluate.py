@@ -17,7 +17,6 @@ from nalora_jax.config.structured import COUNT
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
-    from nalora_jax.evaluate.items import Answers
     from nalora_jax.models.decoder import Decoder
     from nalora_jax.train.adapted import AdaptedModel
 
@@ -189,13 +188,14 @@ def _tasks(
     """Prints and returns metrics by data set, with the comparison if there are two sides."""
     from nalora_jax.data.questions import eval_examples, held_out
     from nalora_jax.data.sources import open_pair
-    from nalora_jax.evaluate.heldout import describe
-    from nalora_jax.evaluate.items import answer_items, compare_answers, describe_comparison
+    from nalora_jax.evaluate.evaluator import compare_records, describe, describe_comparison
+    from nalora_jax.evaluate.text import TextEvaluator
 
     tasks: dict[str, Any] = {}
     for data in sets:
         name = f"{data.dataset}[{data.eval_split}]"
-        answers: list[Answers] = []
+        records_of: list[list[dict[str, Any]]] = []
+        summaries: list[dict[str, Any]] = []
         for label, model, module, variables in sides:
             tokenizer = model.base.tokenizer
             # For a run's data set, the examples of its reported results.
@@ -203,15 +203,14 @@ def _tasks(
                 items, _ = held_out(open_pair(data)[1], data, tokenizer)
             else:
                 items = eval_examples(data, tokenizer, split=data.eval_split)
-            answers.append(answer_items(module, variables, items, mesh=mesh))
-            print(f"{labelled(name, label)}: {describe(answers[-1].summary)}", flush=True)
-            records += [{"task": name, "model": label, **record} for record in answers[-1].records]
-        tasks[name] = dict(answers[0].summary)
-        if len(answers) == 2:
-            tasks[name] |= {
-                "against": answers[1].summary,
-                "comparison": compare_answers(answers[1], answers[0]),
-            }
+            evaluator = TextEvaluator(module, tokenizer, items, mesh=mesh)
+            records_of.append(evaluator.records(variables["params"], variables.get("lora")))
+            summaries.append(evaluator.summary(records_of[-1]))
+            print(f"{labelled(name, label)}: {describe(summaries[-1])}", flush=True)
+            records += [{"task": name, "model": label, **record} for record in records_of[-1]]
+        tasks[name] = dict(summaries[0])
+        if len(summaries) == 2:
+            tasks[name] |= {"against": summaries[1], "comparison": compare_records(*records_of[::-1])}
             print(f"{name}, difference: {describe_comparison(tasks[name]['comparison'])}", flush=True)
     return tasks
 
@@ -220,8 +219,7 @@ def _harness(
     args: EvalArgs, sides: Sequence[Side], mesh: Any, records: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Prints and returns the harness's results, with the comparison if there are two sides."""
-    from nalora_jax.evaluate.harness import harness_model
-    from nalora_jax.evaluate.harness_tasks import compare_samples, run_harness
+    from nalora_jax.evaluate.harness import compare_samples, harness_model, run_harness
 
     tasks = [name.strip() for name in args.harness.split(",") if name.strip()]
     options: dict[str, Any] = {"folder": args.harness_tasks, "limit": args.limit or 0, "shots": args.shots}
@@ -318,7 +316,7 @@ def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
 
 
 def _report(args: EvalArgs, model: AdaptedModel, data: DataConfig, values: dict[str, Any]) -> None:
-    from nalora_jax.evaluate.heldout import describe
+    from nalora_jax.evaluate.evaluator import describe
 
     print(f"{data.dataset}[{data.eval_split}]: {describe(values)}")
     origin = {"model": model.located.base, "adapter": model.located.adapter, "data": vars(data)}
@@ -328,7 +326,7 @@ def _report(args: EvalArgs, model: AdaptedModel, data: DataConfig, values: dict[
 def write_results(args: EvalArgs, results: dict[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
     """Writes the files that the user requested."""
     from nalora_jax.common.files import write_atomically
-    from nalora_jax.train.metrics import to_json
+    from nalora_jax.evaluate.run_log import to_json
 
     for path, text in (
         (args.output, json.dumps(to_json(results), indent=2) + "\n"),

@@ -27,7 +27,7 @@ def is_dual(model: str | Path, adapter: str | Path | None = None) -> bool:
 def evaluate(args: EvalArgs) -> dict[str, Any]:
     """Returns the held-out metric of a run on images, by default on the run's reported images."""
     from nalora_jax.data.images.opened import open_images
-    from nalora_jax.evaluate.heldout import describe
+    from nalora_jax.evaluate.evaluator import describe
     from nalora_jax.train.adapted_dual import load_adapted_dual
     from nalora_jax.train.kinds.dual import held_out_images
 

@@ -291,7 +291,7 @@ def defaults(argv: Sequence[str]) -> TrainArgs:
 
 def _recorded(output: str) -> RunConfig:
     """Returns the settings of the run in ``output`` for resuming it, else the defaults."""
-    from nalora_jax.train.metrics import recorded_settings
+    from nalora_jax.evaluate.run_log import recorded_settings
 
     settings = recorded_settings(output)
     config = config_from_dict(settings)

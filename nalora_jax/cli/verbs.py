@@ -209,8 +209,7 @@ def inspect(args: cli.InspectArgs) -> None:
     from rich.console import Console
 
     from nalora_jax.data.sources import open_held_out
-    from nalora_jax.report.inspect import check_picture, layer_table, save_picture
-    from nalora_jax.report.inspection import TEXTS, inspect_texts
+    from nalora_jax.report.inspect import TEXTS, check_picture, inspect_texts, layer_table, save_picture
     from nalora_jax.train.adapted import load
     from nalora_jax.train.located import locate
 
@@ -263,7 +262,7 @@ def study(args: cli.StudyArgs) -> None:
 
         print(verify(protocol, count=args.limit or 3))
     elif args.action == "status":
-        from nalora_jax.study.status import status
+        from nalora_jax.study.report import status
 
         print(status(protocol))
     else:

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nalora_jax.common.digests import find_damage, write_digests
 from nalora_jax.common.downloads import cache_dir
-from nalora_jax.common.files import find_damage, write_array, write_digests
+from nalora_jax.common.files import write_array
+from nalora_jax.common.locks import scratch_folder
 from nalora_jax.common.notes import counting
-from nalora_jax.common.paths import scratch_folder
 from nalora_jax.config import DataConfig
 from nalora_jax.data.forms import IMAGES
 from nalora_jax.data.image_tokens import ImageTokens
@@ -222,7 +223,7 @@ def write_store(
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(folder.parent, "incomplete-") as scratch:
+        with scratch_folder(folder.parent, ".incomplete") as scratch:
             _write(scratch, examples, dropped, truncated, split)
             try:
                 scratch.rename(folder)

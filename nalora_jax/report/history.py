@@ -12,7 +12,7 @@ import numpy as np
 
 from nalora_jax.common.redaction import redacted
 from nalora_jax.errors import NaloraError
-from nalora_jax.train.metrics import FILE, read_metrics
+from nalora_jax.evaluate.run_log import FILE, read_metrics
 
 REGIONS = ("inverted", "contracting", "expanding", "linear")
 # Headline metrics by preference: key in an evaluation, its name, and True if more is better.

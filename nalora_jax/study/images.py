@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from nalora_jax.common.digests import digest_of
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig
 from nalora_jax.data.images.opened import open_images
 from nalora_jax.data.images.pipeline import ImageData
@@ -171,7 +171,7 @@ class DualEncoders:
         images = Images(held, indices[indices.argsort()])
         classes, loaded = self._classes(config, data), self.model(config)
         asked = json.dumps([images.digest, classes, config.vision.templates, loaded.processor.output])
-        digest = hashlib.sha256(asked.encode()).hexdigest()[:16]
+        digest = digest_of(asked)[:16]
         return ImageItems(images, classes, config.vision, loaded, digest)
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:

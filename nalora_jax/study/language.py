@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 import optax
 
+from nalora_jax.common.digests import json_digest
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.items import ChoiceItem, CompletionItem, Item
 from nalora_jax.data.packing import permutation
@@ -19,8 +19,7 @@ from nalora_jax.data.pipeline import TrainData, train_data
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.sources import check_disjoint, open_source
 from nalora_jax.data.tokenizer import AddedTokens
-from nalora_jax.evaluate.multiple_choice import multiple_choice
-from nalora_jax.evaluate.perplexity import completion_loss
+from nalora_jax.evaluate.text import choice_records, completion_records, text_summary
 from nalora_jax.layout import distributed
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
@@ -163,12 +162,11 @@ class Language:
     ) -> dict[str, float]:
         """Returns ``loss`` per completion token, and ``accuracy`` if there are choices."""
         model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
-        values = {"loss": completion_loss(model, variables, items.completions, mesh=mesh).loss}
+        records = completion_records(model, variables, items.completions, mesh=mesh)
+        values = {"loss": text_summary(records)["loss"]}
         if whole and items.choices:
-            choices = multiple_choice(
-                model, variables, items.choices, per="character", mesh=mesh, samples=0
-            )
-            values["accuracy"] = choices.accuracy
+            records = choice_records(model, variables, items.choices, per="character", mesh=mesh)
+            values["accuracy"] = text_summary(records)["accuracy"]
         return values
 
 
@@ -192,4 +190,4 @@ def _items(items: Sequence[Item]) -> LanguageItems:
 
 
 def _digest(ids: Any) -> str:
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+    return json_digest(ids)[:16]

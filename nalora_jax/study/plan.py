@@ -6,8 +6,6 @@ best rate is at an end of the grid, the grid grows there. The test seeds then ru
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +13,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from nalora_jax.common.buckets import is_url
+from nalora_jax.common.digests import json_digest
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.locations import located
@@ -215,4 +214,4 @@ def _changed(value: Any, default: Any) -> Any:
 
 
 def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return json_digest(value, sort_keys=True)[:16]

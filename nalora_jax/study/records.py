@@ -12,18 +12,23 @@ snapshots are not needed once all runs are done; the list of tests belongs with 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import io
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from nalora_jax.common.paths import make_unlinked_folder, open_unlinked
+import numpy as np
+
+from nalora_jax.common.digests import digest_of
+from nalora_jax.common.files import make_unlinked_folder, open_unlinked
+from nalora_jax.common.locks import locked
 from nalora_jax.config.structured import has_type
 from nalora_jax.errors import NaloraError
-from nalora_jax.train.metrics import read_metrics, to_json
+from nalora_jax.evaluate.run_log import read_metrics, to_json
 
 FILE = "records.jsonl"
 TESTS = "tests.jsonl"
@@ -122,7 +127,7 @@ class Records:
         """Adds a line atomically, under a lock and after removing an incomplete line."""
         content = (json.dumps(plain(line), allow_nan=False) + "\n").encode()
         try:
-            with _locked(self._claims() / "records.lock"), open_unlinked(path, "ab+") as file:
+            with locked(self._claims() / "records.lock", wait=True), open_unlinked(path, "ab+") as file:
                 file.seek(0)
                 file.seek(file.read().rfind(b"\n") + 1)
                 file.truncate()
@@ -136,14 +141,8 @@ class Records:
     @contextlib.contextmanager
     def claim(self, run: str) -> Iterator[Path | None]:
         """Claims ``run`` within the context; yields its snapshot's path, or None if it is taken."""
-        lock = self._claims() / f"{run}.lock"
-        with open_unlinked(lock, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield None
-                return
-            yield self._claims() / f"{run}.npz"  # closing the file releases the lock
+        with locked(self._claims() / f"{run}.lock") as free:
+            yield None if free is False else self._claims() / f"{run}.npz"
 
     def claimed(self, run: str) -> bool:
         """Returns True if a process works on ``run``."""
@@ -154,6 +153,11 @@ class Records:
 
     def _claims(self) -> Path:
         return make_unlinked_folder(self.folder / CLAIMS)
+
+
+def hours(records: Mapping[str, Record]) -> float:
+    """Returns the total time of all runs in hours."""
+    return sum(float(record["seconds"]) for record in records.values()) / 3600
 
 
 def plain(value: Any) -> Any:
@@ -203,8 +207,59 @@ def _error(where: str, expected: str, value: object) -> NaloraError:
     return NaloraError(where, expected=expected, found=value, remedy=remedy)
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open_unlinked(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+# ---------------------------------------------------------------- snapshots
+
+log = logging.getLogger(__name__)
+
+_DIGEST = 64  # hexadecimal digits of a sha256, at the start of the file
+
+
+class Snapshot(NamedTuple):
+    """State of a run at an evaluation."""
+
+    arrays: dict[str, np.ndarray]
+    notes: dict[str, Any]
+
+
+def write_snapshot(path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> None:
+    """Replaces the file atomically, by a rename after its content is synced to the disk.
+
+    Raises:
+      NaloraError: the system refused, e.g. because the disk is full; an earlier snapshot stays.
+    """
+    buffer = io.BytesIO()
+    entries: dict[str, Any] = {f"array/{name}": value for name, value in arrays.items()}
+    np.savez(buffer, notes=np.array(json.dumps(notes)), **entries)
+    content, scratch = buffer.getvalue(), path.with_suffix(".new")
+    try:
+        with open_unlinked(scratch, "wb") as file:
+            file.write(digest_of(content).encode() + content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise NaloraError(
+            str(path), expected="to write a snapshot", found=error, remedy="make room"
+        ) from error
+
+
+def read_snapshot(path: Path) -> Snapshot | None:
+    """Returns the snapshot; None if there is none, or with a warning if the file is damaged."""
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    if digest_of(content[_DIGEST:]).encode() != content[:_DIGEST]:
+        log.warning("  the snapshot %s is damaged: the run starts from scratch", path.name)
+        return None
+    with np.load(io.BytesIO(content[_DIGEST:])) as saved:
+        arrays = {name.removeprefix("array/"): saved[name] for name in saved.files if name != "notes"}
+        return Snapshot(arrays, json.loads(str(saved["notes"])))
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nalora_jax.common.files import file_digest
+from nalora_jax.common.digests import file_digest
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, RunConfig, check, config_from_dict
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError

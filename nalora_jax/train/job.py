@@ -74,7 +74,7 @@ class Job:
     loaded: RunBase
     assembly: Assembly
     data: TrainingRows  # the rows of this process
-    evaluator: Any  # evaluates the reported examples; see `nalora_jax.evaluate.heldout.Evaluator`
+    evaluator: Any  # evaluates the reported examples; see `nalora_jax.evaluate.evaluator.Evaluator`
     selector: Any  # evaluates the examples that select the checkpoint
 
     @property

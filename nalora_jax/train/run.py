@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from nalora_jax.common import trees
+from nalora_jax.common.digests import seal
 from nalora_jax.common.files import write_atomically
 from nalora_jax.common.imports import import_files
-from nalora_jax.common.seals import seal
 from nalora_jax.common.terminal import outliving_terminal
 from nalora_jax.config import RunConfig, check
 from nalora_jax.config.settings import UNCHANGED
@@ -26,7 +26,8 @@ from nalora_jax.data.given import Data, Format, given_sources
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.source import Source
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.heldout import describe
+from nalora_jax.evaluate.evaluator import describe
+from nalora_jax.evaluate.run_log import read_evaluation
 from nalora_jax.evaluate.statistics import compare
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
@@ -48,7 +49,6 @@ from nalora_jax.train.output import Output
 from nalora_jax.train.preemption import StopSignals, stop_signals
 from nalora_jax.train.profile import Profile
 from nalora_jax.train.progress import Stages
-from nalora_jax.train.records import read_evaluation
 from nalora_jax.train.session import Session, open_session, say_counts
 from nalora_jax.weights.card import write_card
 

@@ -15,15 +15,16 @@ from nalora_jax.config import RunConfig
 from nalora_jax.data.items import FEW
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.errors import Interrupted, NaloraError, bounded_text
-from nalora_jax.evaluate.heldout import describe
+from nalora_jax.evaluate.evaluator import describe
+from nalora_jax.evaluate.run_log import recorded_settings, to_json
 from nalora_jax.method.step import TrainState
 from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.job import Job
+from nalora_jax.train.log import MetricsLog
 from nalora_jax.train.loop import FitResult, Follower, LoopEvaluation, Schedule
 from nalora_jax.train.machine import describe_device, peak_memory, versions
 from nalora_jax.train.mechanisms import first_step
-from nalora_jax.train.metrics import MetricsLog, recorded_settings, to_json
 from nalora_jax.train.optimizers import make_schedule
 from nalora_jax.train.output import Output, has_checkpoint, last_step, open_output
 from nalora_jax.train.preemption import StopSignals

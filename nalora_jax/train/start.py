@@ -24,7 +24,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from nalora_jax.common import files, trees
+from nalora_jax.common import digests, trees
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
@@ -108,7 +108,7 @@ def _write(folder: Path, initial: Mapping[str, Any]) -> None:
             {path: np.ascontiguousarray(leaf) for path, leaf in trees.flatten(initial).items()},
             scratch / _FILE,
         )
-        files.write_digests(scratch)
+        digests.write_digests(scratch)
         scratch.rename(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -121,7 +121,7 @@ def _read(folder: Path, assembly: Assembly) -> dict[str, Any]:
     """Reads the adapters that `_write` wrote, and checks them against the assembly's."""
     leaves = {}
     try:
-        damage = files.find_damage(folder)
+        damage = digests.find_damage(folder)
         if damage is None:
             leaves = load_file(folder / _FILE)
     except (OSError, SafetensorError) as error:

@@ -28,8 +28,8 @@ from nalora_jax.config import (
 )
 from nalora_jax.data.items import CompletionItem
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate import split_rows
-from nalora_jax.evaluate.perplexity import completion_loss
+from nalora_jax.evaluate import likelihood
+from nalora_jax.evaluate.text import completion_records, text_summary
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
@@ -293,7 +293,7 @@ def test_rows_that_the_axis_does_not_divide_are_padded(caplog: pytest.LogCapture
 
 
 def test_held_out_losses_of_split_rows_are_those_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_rows, "_LEAST_BLOCK", 4)
+    monkeypatch.setattr(likelihood, "_LEAST_BLOCK", 4)
     base, results = ModelConfig.from_hf(RAWS["dense"]), []
     params, items = (
         init_params(base, jax.random.key(1)),
@@ -303,7 +303,8 @@ def test_held_out_losses_of_split_rows_are_those_of_whole_rows(monkeypatch: pyte
         placed = params
         if mesh is not None:
             placed = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
-        results.append(completion_loss(Decoder(base), {"params": placed}, items, mesh=mesh).loss)
+        records = completion_records(Decoder(base), {"params": placed}, items, mesh=mesh)
+        results.append(text_summary(records)["loss"])
     np.testing.assert_allclose(results[1], results[0], rtol=1e-6)
 
 

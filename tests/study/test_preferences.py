@@ -17,8 +17,8 @@ from nalora_jax.study.plan import Run, wanted
 from nalora_jax.study.preferences import Preferences
 from nalora_jax.study.protocol import Protocol, read_protocol
 from nalora_jax.study.records import Records
+from nalora_jax.study.report import render
 from nalora_jax.study.resources import Resources
-from nalora_jax.study.tables import render
 from nalora_jax.train.assembly import assemble
 from nalora_jax.train.kinds.preference import parts
 from tests.study.conftest import filled

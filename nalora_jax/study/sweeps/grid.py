@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nalora_jax.common import buckets
-from nalora_jax.common.seals import unseal
+from nalora_jax.common.digests import unseal
 from nalora_jax.config import RunConfig, check, config_from_dict
 from nalora_jax.config.structured import structured
 from nalora_jax.errors import NaloraError

@@ -19,12 +19,13 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from nalora_jax.common import buckets
+from nalora_jax.common.digests import seal
 from nalora_jax.common.redaction import redacted
-from nalora_jax.common.seals import seal
 from nalora_jax.config import RunConfig, check
 from nalora_jax.data.given import Data, Format
 from nalora_jax.errors import Interrupted, NaloraError, TrainingDivergedError
-from nalora_jax.evaluate.heldout import describe
+from nalora_jax.evaluate.evaluator import describe
+from nalora_jax.evaluate.run_log import to_json
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.adapters import adapter_spec
@@ -36,11 +37,10 @@ from nalora_jax.study.sweeps.fit import Fitting
 from nalora_jax.study.sweeps.grid import FILE, axes_of, check_names, grid
 from nalora_jax.study.sweeps.program import RunLoop, StatesMetrics, StopOfAll, SweepProgram, fit_all
 from nalora_jax.study.sweeps.values import grouped, program_key
-from nalora_jax.train import remote
 from nalora_jax.train.callbacks import make_callbacks
 from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.kinds import run_kind
-from nalora_jax.train.metrics import to_json
+from nalora_jax.train.output import write_text
 from nalora_jax.train.preemption import StopSignals
 from nalora_jax.train.progress import Stages
 from nalora_jax.train.run import (
@@ -107,7 +107,7 @@ def sweep_grid(config: RunConfig, options: Sequence[str]) -> SweepResult:
     configs = grid(config, axes_of(options))
     settings = to_json(redacted(replace(config, resume=False).to_dict()))
     text = json.dumps(seal({"sweep": list(options), "run": settings}), indent=1) + "\n"
-    return _sweep(configs, lambda: remote.write_text(config.output, FILE, text))
+    return _sweep(configs, lambda: write_text(config.output, FILE, text))
 
 
 def sweep(
@@ -183,7 +183,7 @@ def _concluded(folder: str, results: Mapping[str, RunResult | TrainingDivergedEr
         log.warning("%s diverged and was frozen: %s", Path(name).name, error)
     if not finished:
         raise next(iter(diverged.values()))
-    distributed.on_first_process(lambda: remote.write_text(folder, PAGE, render_page(finished)))
+    distributed.on_first_process(lambda: write_text(folder, PAGE, render_page(finished)))
     page = f"{folder}/{PAGE}"
     log.info("comparison: %s", page)
     return SweepResult(finished, diverged, page)
@@ -291,6 +291,12 @@ class _Named(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         """Prints the objects after the name."""
         super().print(f"{self._name}:", *objects, **options)
+
+
+# ---------------------------------------------------------------- comparison of the runs
+
+
+_MOST = 7  # settings on a page
 
 
 def render_page(results: Mapping[str, RunResult]) -> str:

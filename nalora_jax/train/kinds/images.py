@@ -21,8 +21,8 @@ from nalora_jax.data.pipeline import TrainData
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.heldout import Evaluator
 from nalora_jax.evaluate.seeing import SeeingEvaluator
+from nalora_jax.evaluate.text import TextEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch
 from nalora_jax.models.vision.decoder import SeeingDecoder
@@ -66,7 +66,7 @@ def build_step(
 
 def evaluators(
     inputs: Inputs, loaded: LoadedModel, assembly: Assembly, like: Job | None
-) -> tuple[Evaluator, Evaluator]:
+) -> tuple[TextEvaluator, TextEvaluator]:
     """Returns the evaluators of the held-out conversations."""
     if like is not None and like.assembly.spec == assembly.spec:
         return like.evaluator, like.selector

@@ -22,7 +22,7 @@ from nalora_jax.data.questions import held_out
 from nalora_jax.data.source import Source
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.heldout import Evaluator
+from nalora_jax.evaluate.text import TextEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.adapters import adapter_spec
@@ -111,12 +111,12 @@ def _loaded(files: ModelFiles, config: RunConfig, mesh: Mesh) -> LoadedModel:
 
 def evaluators(
     inputs: Inputs, loaded: LoadedModel, assembly: Assembly, like: Job | None
-) -> tuple[Evaluator, Evaluator]:
+) -> tuple[TextEvaluator, TextEvaluator]:
     """Returns the evaluators of the held-out examples."""
     if like is not None and like.assembly.spec == assembly.spec:
         return like.evaluator, like.selector
     reported, selecting = (
-        Evaluator(
+        TextEvaluator(
             assembly.eval_model, loaded.tokenizer, items, mesh=distributed.unless_single(assembly.mesh)
         )
         for items in inputs.held_out

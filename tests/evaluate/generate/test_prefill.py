@@ -10,9 +10,8 @@ import pytest
 from nalora_jax.common.trees import unflatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import Generator, generator
-from nalora_jax.evaluate.generate.programs import Prompts, Weights, prefill
+from nalora_jax.evaluate.generate.programs import Prompts, Weights, padded_length, prefill
 from nalora_jax.evaluate.generate.sampling import make_sampling
-from nalora_jax.evaluate.generate.shapes import padded_length
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import param_shapes

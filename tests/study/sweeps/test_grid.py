@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nalora_jax.common.seals import seal
+from nalora_jax.common.digests import seal
 from nalora_jax.config import LoRARule, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.sweeps.grid import axes_of, grid, recorded_sweep

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from nalora_jax.common.seals import seal
+from nalora_jax.common.digests import seal
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.run_log import check_record, read_evaluation, read_metrics
 from nalora_jax.report.history import read_history
-from nalora_jax.train.metrics import read_metrics
-from nalora_jax.train.records import check_record, read_evaluation
 
 EVAL = {
     "accuracy": 0.5,

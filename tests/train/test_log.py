@@ -9,8 +9,9 @@ import pytest
 
 from nalora_jax.common.files import write_atomically
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.run_log import read_metrics, to_json
 from nalora_jax.train.callbacks import Ended, Started
-from nalora_jax.train.metrics import MetricsLog, read_metrics, scalars, to_json
+from nalora_jax.train.log import MetricsLog, scalars
 
 MACHINE = {"versions": {"jax": "0.10"}, "device": "cpu"}
 

@@ -1,8 +1,9 @@
-"""Matplotlib figures as inline SVG whose colours follow the page: light or dark, by CSS variables.
+"""The style of all figures: inline SVG of a page, or a file of its own.
 
-Figures are drawn in placeholder colours, and each placeholder is replaced by ``var(--name)`` in the
-SVG. Text stays text, in the page's font. A figure is about as wide as a phone, so that its text is
-never scaled down too far to read.
+A page's figures follow its colours, light or dark, by CSS variables: they are drawn in placeholder
+colours, and each placeholder is replaced by ``var(--name)`` in the SVG. Text stays text, in the
+page's font. A figure is about as wide as a phone, so that its text is never scaled down too far to
+read.
 
 The first figure imports Matplotlib, a fifth of a run's imports, so that training does not wait for
 it.
@@ -31,8 +32,15 @@ REGION_COLOURS = tuple(COLOURS[f"r{index}"] for index in range(4))
 WIDTH = 5.0  # inches at 72 points: 360 CSS pixels
 POINTS = 400  # maximum points drawn of a line
 
-_STYLE = {
+_COMMON = {
     "svg.fonttype": "none",
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+_PAGE = {
+    **_COMMON,
     "text.parse_math": False,  # names come from the log, and a $ in a name is literal
     "font.size": 11,
     "axes.titlesize": 11,
@@ -40,28 +48,32 @@ _STYLE = {
     "axes.labelcolor": COLOURS["muted"],
     "axes.titlecolor": COLOURS["fg"],
     "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": COLOURS["grid"],
     "grid.linewidth": 0.8,
     "text.color": COLOURS["fg"],
     "xtick.color": COLOURS["muted"],
     "ytick.color": COLOURS["muted"],
-    "legend.frameon": False,
     "legend.fontsize": 10,
     "lines.linewidth": 1.8,
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
 }
+_FILE = {**_COMMON, "font.size": 10, "grid.color": "#dddddd", "legend.fontsize": 8}
 
 
 def style() -> Any:
-    """Returns the context in which figures are made: ``with style(): ...``."""
+    """Returns the context in which figures of a page are made: ``with style(): ...``."""
     import matplotlib as mpl
 
-    return mpl.rc_context(_STYLE)
+    return mpl.rc_context(_PAGE)
+
+
+def file_style() -> Any:
+    """Returns the context in which figures for files are made, on white, readable on light and dark pages."""
+    import matplotlib as mpl
+
+    return mpl.rc_context(_FILE)
 
 
 def new_figure(height: float = 2.9, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
@@ -109,7 +121,7 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
             line.set_marker("o")  # a line through a single point is invisible
             line.set_markersize(4)
     buffer = io.StringIO()
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name, "svg.id": None}):
+    with mpl.rc_context({**_PAGE, "svg.hashsalt": name, "svg.id": None}):
         figure.savefig(buffer, format="svg", dpi=144, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -123,6 +135,16 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
     text = re.sub(r'<svg([^>]*?) height="[^"]*"', r"<svg\1", text, count=1)
     text = text.replace("<svg", f'<svg role="img" aria-label="{escape(label, quote=True)}"', 1)
     return re.sub(r"\n\s*", "\n", text)
+
+
+def to_svg_file(figure: Figure, name: str) -> str:
+    """Returns a figure of `file_style` as the text of an SVG file; equal figures give equal texts."""
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name, "svg.id": None}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, facecolor="white")
+    return buffer.getvalue()
 
 
 def thin(*columns: np.ndarray, most: int = POINTS) -> tuple[np.ndarray, ...]:

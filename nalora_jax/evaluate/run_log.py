@@ -1,19 +1,48 @@
-"""Validation of a run's log: lines may have been edited, and all readers rely on their types."""
+"""The run's log ``metrics.jsonl``, one JSON object per line, as all its readers get it.
+
+The key distinguishes the kinds of lines:
+
+    {"run": {...config...}, "versions": {...}, "device": "...", "base": {...}}      the first line
+    {"resumed": {"step": 50, "settings": {...config...}, "versions": {...}, ...}}   once per resume
+    {"step": 10, "loss": 3.2, "learning_rate": 1e-3, "layers": {...}, ...}          a log step, with `StateMetrics`
+    {"step": 15, ..., "target_tokens": 900}    beyond the log steps, where a signal stopped the run
+    {"step": 50, "eval": {"accuracy": 0.5, "low": 0.45, "high": 0.55, ...}}         an evaluation
+    {"step": 50, "final": true, "eval": {...}}                                      exported adapter
+    {"done": {"step": 100, "best_step": 50, "seconds": {"training": 90.0, ...}}}    the run's end
+
+Means are weighted by target tokens. The resumed run takes the line of the step where it was stopped
+into the mean of its next log step: it removes the line, whose numbers stay in ``"resumed": {"begun":
+{...}}``.
+
+The evaluations before training and of the exported adapter may contain ``"samples": [{"prompt",
+"answer", "expected", "correct"}]``, the last two optional.
+
+Every line ends with a digest of its content (`nalora_jax.common.digests`), which `read_metrics` checks and
+removes.
+
+Every value is a host number: the loop fetches from the device at log steps only. NaN and infinity
+are written as null, since JSON does not have them.
+"""
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from nalora_jax.common.seals import unseal
-from nalora_jax.config import RunConfig
+import numpy as np
+
+from nalora_jax.common import buckets
+from nalora_jax.common.digests import unseal
+from nalora_jax.config import RunConfig, config_from_dict
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 
+FILE = "metrics.jsonl"
 _MAX_STEP = 2**53
 _MAX_DEPTH = 12  # nesting of a run's config
 # Layers of all towers together. No model has more, and the report has a row and a curve for each.
@@ -26,6 +55,114 @@ _GROUPS = {
 _NESTED = ("layers", "towers", "adapters", "ranks", "histograms")  # non-numbers of a log step
 # Values of an evaluation that are not numbers.
 _OTHERS = ("samples", "right", "paired", "questions", "classes", "confusion")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Returns all lines of a log in order; an incomplete last line after a crash is ignored.
+
+    Raises:
+      NaloraError: the file is missing, a line before the last is not a JSON object, a line's
+        content differs from its digest, or its fields have other types than a run writes.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise NaloraError(
+            str(path),
+            expected="the log of a run",
+            found=error.strerror or error,
+            remedy="give the folder that `nalora train --output` wrote",
+        ) from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("not an object")
+        except (ValueError, RecursionError) as error:
+            if number == len(lines) and _is_torn(error):
+                break
+            raise NaloraError(
+                f"{path}: line {number}",
+                expected="one JSON object",
+                found=repr(line[:60].decode(errors="replace")),
+                remedy="repair or delete that line",
+            ) from error
+        record = unseal(record, f"{path}: line {number}")
+        check_record(record, f"{path}: line {number}")
+        records.append(record)
+    return records
+
+
+def _is_torn(error: Exception) -> bool:
+    """Returns True if a line without a newline is a truncated object.
+
+    It is False for an object whose newline is damaged.
+    """
+    return isinstance(error, json.JSONDecodeError) and error.msg != "Extra data"
+
+
+def recorded_settings(folder: Path | str) -> dict[str, Any]:
+    """Returns the settings that the run in ``folder`` was last started or resumed with, or {}.
+
+    Args:
+      folder: a path or a URL.
+
+    Raises:
+      NaloraError: the log cannot be read, or the settings have other types than a run writes.
+    """
+    path = buckets.local_file(f"{str(folder).rstrip('/')}/{FILE}")
+    if path is None:
+        return {}
+    settings: dict[str, Any] = {}
+    where = ""
+    for record in read_metrics(path):
+        resumed = record.get("resumed", {}).get("settings")
+        for name, newest in (("resumed: settings", resumed), ("run", record.get("run"))):
+            if newest:
+                settings, where = newest, f"{path}: {name}"
+    if settings:
+        config_from_dict(settings, where)
+    return settings
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """Returns the evaluation in a separate file (before.json).
+
+    Raises:
+      NaloraError: the file cannot be read, is not an evaluation, or differs from its digest.
+    """
+    values = unseal(read_json(path), str(path))
+    check_evaluation(values, str(path))
+    return values
+
+
+def to_json(value: Any, digits: int = 9) -> Any:
+    """Returns ``value`` as plain JSON types.
+
+    Numpy scalars and arrays become numbers and nested lists; floats keep ``digits`` significant digits
+    (nine are enough to tell any two float32 apart, 17 keep all); NaN and infinity become None.
+
+    Example:
+      >>> to_json({"loss": np.float32(0.1), "mask": np.array([1.0, np.nan])})
+      {'loss': 0.100000001, 'mask': [1.0, None]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item, digits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item, digits) for item in value]
+    if isinstance(value, bool | int | str | None):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(f"{value:.{digits}g}")
+        return None
+    if isinstance(value, Path):
+        return str(value)
+    return to_json(np.asarray(value).tolist(), digits)
 
 
 def check_record(record: Mapping[str, Any], where: str) -> None:
@@ -211,14 +348,3 @@ def _mapping(record: Mapping[str, Any], name: str, where: str) -> Mapping[str, A
 def _error(where: str, expected: str, value: object) -> NaloraError:
     remedy = "the file was edited or damaged: restore that line, or delete it"
     return NaloraError(where, expected=expected, found=repr(value)[:100], remedy=remedy)
-
-
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """Returns the evaluation in a separate file (before.json).
-
-    Raises:
-      NaloraError: the file cannot be read, is not an evaluation, or differs from its digest.
-    """
-    values = unseal(read_json(path), str(path))
-    check_evaluation(values, str(path))
-    return values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nalora_jax.report.svg import evenly, smooth, thin
+from nalora_jax.report.drawing import evenly, smooth, thin
 
 
 @pytest.mark.parametrize("window", [1, 3, 7])
