@@ -1,7 +1,7 @@
-"""The checks of ``--debug.check-gates``: the gate-compensation identity on a block's live arrays.
+"""The checks of ``--debug.check-gates``: the gate-compensation identity in a live step.
 
-A check is the ratio of an error to its allowance, both summed over tokens, at its largest over
-channels. A ratio above 1 is a fault:
+A check of a block is the ratio of an error to its allowance, both summed over tokens, at its largest
+over channels. A ratio above 1 is a fault:
 
     check_preactivation   z = x W + s (x A) B, with both terms computed separately
     check_identity        phi(z) - phi(z - dz) = F + S, and phi(z) = rho(z) z
@@ -9,6 +9,8 @@ channels. A ratio above 1 is a fault:
     check_product         the input of the down projection is phi(z) u
 
 Identity and gate are evaluated in float32 at the program's z, so rounding cannot hide a wrong function.
+Two more checks compare the sums of a step with its batch and its masks (`require_real_tokens`,
+`require_gated_gradient`).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -24,23 +26,29 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
+from nalora_jax import trees
 from nalora_jax.method import statistics
 from nalora_jax.method.activations import Activation
 from nalora_jax.method.low_rank import Dense, LowRankHidden, adapted_dense
-from nalora_jax.method.measurement import take_probe
+from nalora_jax.method.measurement import GateStatsConfig, take_probe
+from nalora_jax.method.transform import find_gates
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.reductions import by_shard
+from nalora_jax.ops.reductions import by_shard, count, sampled_weights
 
 _EPS = float(jnp.finfo(jnp.float32).eps)
 _STEP = 1e-2  # of the finite difference that rho' is compared with
+# Largest relative error of A's gradient: bfloat16 rounds it by 0.006, a mask of another layer changes it by 0.5.
+_GRADIENT = 0.1
 # Start of the message of a failed check.
-BROKEN = "gate-compensation identity broken"
+BROKEN = "gate check failed"
 NAMES = {
     "check_preactivation": "the gate's pre-activation is not x W + s (x A) B",
     "check_identity": "phi(z + dz) - phi(z) is not F + S: phi and rho of the activation do not match",
     "check_gate": "Activation.gate is not (rho, rho')",
     "check_product": "the gate's output is not phi(z + dz)",
 }
+PADDING = "its statistics are not sums over the sampled tokens, without padding"
+MASK = "the gradient of A is not gated by this block's mask"
 
 
 class Live(NamedTuple):
@@ -138,17 +146,85 @@ def _worst(error: Array, allowed: Array) -> Array:
     return jnp.max(sums[0] / (sums[1] + 1e-30))
 
 
-def require_compensated(stats: Mapping[str, Mapping[str, Array]]) -> None:
-    """Asserts with chex that no check of any block is above 1; the caller must be chexified.
+def require_sound(
+    batch: Mapping[str, Array],
+    lora: Any,
+    masks: Mapping[str, Array],
+    sums: Mapping[str, Any],
+    config: GateStatsConfig,
+) -> None:
+    """Asserts all checks with chex; the caller must be chexified.
 
     It runs outside of the model, because a check inside a differentiated scan is dropped silently.
 
     Args:
-      stats: a step's statistics by block.
+      batch: ``[micro_batches, rows, ...]``; without ``segment_ids`` padding is not checked.
+      lora: the adapters.
+      masks: the weights of A's gradient by block, ``[..., d_ff]``; 1 by default.
+      sums: the step's ``stats`` by block and its ``grads``, before any division.
+      config: of the blocks.
     """
-    for path, sums in stats.items():
+    stats = sums["stats"]
+    for path, measured in stats.items():
         for name, meaning in NAMES.items():
-            excess = jnp.maximum(sums[name] - 1.0, 0.0)
-            message = f"{BROKEN} in {path}: {meaning}"
-            zeros = jnp.zeros_like(excess)
-            chex.assert_trees_all_close(excess, zeros, rtol=0.0, atol=0.0, custom_message=message)
+            _require(jnp.maximum(measured[name] - 1.0, 0.0), path, meaning)
+    if "segment_ids" in batch:
+        require_real_tokens(batch["segment_ids"] > 0, stats, config)
+    require_gated_gradients(trees.flatten(lora), trees.flatten(sums["grads"]), masks, find_gates(lora))
+
+
+def require_real_tokens(
+    real: Array, stats: Mapping[str, Mapping[str, Array]], config: GateStatsConfig
+) -> None:
+    """Asserts that counts and occupancy sum over the sampled tokens of ``real [..., rows, seq]`` alone.
+
+    Experts, each of which counts its own tokens, are left out.
+    """
+    config = config.of_rows(real.shape[-1])
+    of_gate, of_probe = (
+        jnp.sum(sampled_weights(real, stride)) for stride in (config.stride, config.probe_stride)
+    )
+    shards = count(config.sharding) > 1
+    for path, sums in stats.items():
+        if sums["tokens"].ndim > 1 + shards:
+            continue
+        counted = {name: jnp.sum(sums[name], axis=1) if shards else sums[name] for name in sums}
+        errors = (
+            counted["tokens"] - of_gate,
+            counted["probe_tokens"] - of_probe,
+            jnp.sum(counted["occupancy"], axis=-2) - of_gate,
+        )
+        off = jnp.stack([jnp.max(jnp.abs(error)) for error in errors])
+        _require(jnp.maximum(off - 1e-4 * of_gate, 0.0), path, PADDING)
+
+
+def require_gated_gradients(
+    lora: Mapping[str, Array],
+    grads: Mapping[str, Array],
+    masks: Mapping[str, Array],
+    gates: Mapping[str, str],
+) -> None:
+    """Asserts ``A^T dA = dB diag(m) B^T`` for every gate: both are ``s (x A)^T (g (B * m)^T)``.
+
+    Args:
+      lora: the adapters by path, of a gate ``a [..., d_in, r]``, ``b [..., r, d_ff]`` and, in AdaLoRA,
+        ``singular [..., r]``, which multiplies the columns of A.
+      grads: their gradients, by the same paths.
+      masks: m by block, ``[..., d_ff]``; 1 by default.
+      gates: block of each gate.
+    """
+    exact = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    for gate, path in gates.items():
+        a, b = lora[f"{gate}/a"], lora[f"{gate}/b"]
+        sigma = lora.get(f"{gate}/singular", jnp.ones((*a.shape[:-2], a.shape[-1])))
+        masked = b * masks[path][..., None, :] if path in masks else b
+        of_a = sigma[..., :, None] * exact(jnp.swapaxes(a, -1, -2), grads[f"{gate}/a"])
+        of_b = exact(grads[f"{gate}/b"], jnp.swapaxes(masked, -1, -2)) * sigma[..., None, :]
+        error, size = (jnp.linalg.norm(x, axis=(-2, -1)) for x in (of_a - of_b, of_b))
+        _require(jnp.maximum(error - _GRADIENT * size, 0.0), path, MASK)
+
+
+def _require(excess: Array, path: str, meaning: str) -> None:
+    """Asserts that ``excess`` is 0."""
+    message, zeros = f"{BROKEN} in {path}: {meaning}", jnp.zeros_like(excess)
+    chex.assert_trees_all_close(excess, zeros, rtol=0.0, atol=0.0, custom_message=message)

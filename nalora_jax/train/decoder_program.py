@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +19,7 @@ from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.distributed import platform_of
 from nalora_jax.distributed.mesh import RUN, WEIGHT_AXES
 from nalora_jax.errors import NaloraError
-from nalora_jax.method.checks import NAMES, GateChecks, require_compensated
+from nalora_jax.method.checks import NAMES, GateChecks, require_sound
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.method.step import Objective, Step, StepConfig, make_train_step
 from nalora_jax.method.transform import Mechanisms, find_gates, nalora
@@ -223,6 +224,7 @@ def make_step(
     """
     platform = distributed.platform_of_step(mesh)
     model = model.clone(numerics=dataclasses.replace(model.numerics, platform=platform))
+    verify = partial(require_sound, config=model.stats or GateStatsConfig())
     settings = StepConfig(
         mechanisms=mechanisms,
         blocks=measured_blocks(base, model.adapters),
@@ -230,7 +232,7 @@ def make_step(
         **_step_shardings(base, model.adapters, mesh),
         metrics=layer_metrics(mechanisms),
         checks=tuple(NAMES) if config.debug.check_gates else (),
-        verify=require_compensated if config.debug.check_gates else None,
+        verify=verify if config.debug.check_gates else None,
     )
     objective = text_objective(config, base, model, mesh, processor)
     return make_train_step(optimizer, settings, objective)

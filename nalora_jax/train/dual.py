@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from nalora_jax.config import RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.distributed import platform_of
 from nalora_jax.errors import NaloraError
-from nalora_jax.method.checks import NAMES, require_compensated
+from nalora_jax.method.checks import NAMES, require_sound
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.method.step import Step, StepConfig, make_train_step
 from nalora_jax.method.transform import Mechanisms, find_gates, nalora
@@ -91,6 +92,7 @@ def dual_program(
         module = model.clone(adapters=adapters, numerics=numerics)
         towers = Towers(module, processor, shared)
         objective = Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
+        verify = partial(require_sound, config=model.stats or GateStatsConfig())
         settings = StepConfig(
             mechanisms,
             shapes,
@@ -98,7 +100,7 @@ def dual_program(
             **_shardings(lora, mesh),
             metrics=layer_metrics(mechanisms),
             checks=tuple(NAMES) if config.debug.check_gates else (),
-            verify=require_compensated if config.debug.check_gates else None,
+            verify=verify if config.debug.check_gates else None,
         )
         return make_train_step(optimizer_of(mechanisms, numbers), settings, objective)
 

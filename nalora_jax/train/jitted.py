@@ -75,9 +75,9 @@ def _checked(step: Step) -> Step:
                 raise
             raise NaloraError(
                 "--debug.check-gates",
-                expected="phi(z + dz) - phi(z) = F + S in every layer",
+                expected="the formulas of docs/method.md in every gate",
                 found=str(error).split("[failed at")[0].strip(),
-                remedy="a gate computes something else than its activation says; report this with the model's name",
+                remedy="report this with the model's name and the settings of the run",
             ) from error
 
     return run
