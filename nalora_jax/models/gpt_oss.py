@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nalora_jax.builtin_activations import clamped_swish
 from nalora_jax.fields import Fields
+from nalora_jax.method.activations import clamped_swish
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family_fields import (
     alternating,
