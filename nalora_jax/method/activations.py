@@ -101,6 +101,8 @@ def _derivative(gate: Selection, z: Array) -> Array:
 
 # ---------------------------------------------------------------- homogeneity
 
+_LINEAR = 1.05  # h at which the linear region starts
+
 
 class Partition(NamedTuple):
     """Coarse partition of the line by effective homogeneity: inverted, contracting, expanding, linear.
@@ -142,21 +144,15 @@ def homogeneity(z: Array, activation: Activation) -> Array:
 
 
 @functools.lru_cache(maxsize=64)
-def partition(name: str, tol: float = 0.05) -> Partition:
-    """Returns the cut points z0 < 0 < z1 with phi'(z0) = 0 and h(z) - 1 <= tol for all z >= z1.
+def partition(name: str) -> Partition:
+    """Returns the cut points z0 < 0 < z1 with phi'(z0) = 0 and h(z) - 1 <= 0.05 for all z >= z1.
 
     ReLU, squared ReLU and the identity have a single degree; their partition has no meaning
     (z0 = -inf, z1 = 0).
 
-    Args:
-      name: of the activation.
-      tol: |h - 1| at which the linear region starts.
-
     Raises:
-      NaloraError: unknown name, or a tolerance that is not above 0.
+      NaloraError: unknown name, or a phi that does not fall anywhere below 0.
     """
-    if not tol > 0:
-        raise NaloraError("partition tolerance", expected="a number above 0", found=tol)
     activation = get(name)
     if not activation.self_gated:
         return Partition(activation.name, -math.inf, 0.0, (activation.degree,) * 4, meaningful=False)
@@ -174,9 +170,9 @@ def partition(name: str, tol: float = 0.05) -> Partition:
         raise NaloraError(f"activation {name!r}", expected=expected, found=actual, remedy=remedy)
     z0 = _crossing(degree, falling[-1], 0.0)
     above = _grid(0.0, 10.0)
-    if degree(above).max() > 1 + tol:
+    if degree(above).max() > _LINEAR:
         peak = above[np.argmax(degree(above))]
-        z1 = _crossing(lambda z: 1 + tol - degree(z), peak, 700.0)
+        z1 = _crossing(lambda z: _LINEAR - degree(z), peak, 700.0)
     bounds = ((z0 - 8, z0), (z0, 0.0), (0.0, z1), (z1, z1 + 8))
     inverted, contracting, expanding, linear = (_normal_mean(degree, *b) for b in bounds)
     degrees = (inverted, contracting, expanding, linear)

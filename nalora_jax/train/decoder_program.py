@@ -19,8 +19,7 @@ from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.distributed import platform_of
 from nalora_jax.distributed.mesh import RUN, WEIGHT_AXES
 from nalora_jax.errors import NaloraError
-from nalora_jax.method.checks import NAMES, GateChecks, require_sound
-from nalora_jax.method.measurement import GateStatsConfig
+from nalora_jax.method.measurement import CHECKS, GateChecks, GateStatsConfig, require_sound
 from nalora_jax.method.step import Objective, Step, StepConfig, make_train_step
 from nalora_jax.method.transform import Mechanisms, find_gates, nalora
 from nalora_jax.models.adapters import init_lora
@@ -231,7 +230,7 @@ def make_step(
         stats_sharding=distributed.row_sharding(mesh),
         **_step_shardings(base, model.adapters, mesh),
         metrics=layer_metrics(mechanisms),
-        checks=tuple(NAMES) if config.debug.check_gates else (),
+        checks=tuple(CHECKS) if config.debug.check_gates else (),
         verify=verify if config.debug.check_gates else None,
     )
     objective = text_objective(config, base, model, mesh, processor)

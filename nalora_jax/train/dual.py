@@ -17,8 +17,7 @@ from nalora_jax.config import RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.distributed import platform_of
 from nalora_jax.errors import NaloraError
-from nalora_jax.method.checks import NAMES, require_sound
-from nalora_jax.method.measurement import GateStatsConfig
+from nalora_jax.method.measurement import CHECKS, GateStatsConfig, require_sound
 from nalora_jax.method.step import Step, StepConfig, make_train_step
 from nalora_jax.method.transform import Mechanisms, find_gates, nalora
 from nalora_jax.models.remat import chosen_remat
@@ -99,7 +98,7 @@ def dual_program(
             stats_sharding=distributed.row_sharding(mesh),
             **_shardings(lora, mesh),
             metrics=layer_metrics(mechanisms),
-            checks=tuple(NAMES) if config.debug.check_gates else (),
+            checks=tuple(CHECKS) if config.debug.check_gates else (),
             verify=verify if config.debug.check_gates else None,
         )
         return make_train_step(optimizer_of(mechanisms, numbers), settings, objective)

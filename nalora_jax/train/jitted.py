@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax import distributed
 from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.method.checks import BROKEN
+from nalora_jax.method.measurement import CHECK_FAILED
 from nalora_jax.method.step import Step, TrainState
 from nalora_jax.method.transform import Mechanisms
 from nalora_jax.models.targets import AdapterSpec
@@ -71,7 +71,7 @@ def _checked(step: Step) -> Step:
         try:
             return armed(params, state, batch)
         except AssertionError as error:
-            if BROKEN not in str(error):
+            if CHECK_FAILED not in str(error):
                 raise
             raise NaloraError(
                 "--debug.check-gates",

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from nalora_jax import distributed
 from nalora_jax.config import RunConfig
-from nalora_jax.method.checks import GateChecks
+from nalora_jax.method.measurement import GateChecks
 from nalora_jax.method.step import Step, TrainState, init_state
 from nalora_jax.method.transform import Mechanisms
 from nalora_jax.models.targets import AdapterSpec
