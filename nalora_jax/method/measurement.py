@@ -358,11 +358,8 @@ def _gate(z: Array, activation: Activation, tolerance: float) -> Array:
         smooth = (jnp.abs(z) > 2 * _STEP).astype(jnp.float32)
     smooth = smooth * (jnp.abs(z - activation.flat_above) > 2 * _STEP)  # rho has a kink there
     difference = (activation.rho(z + _STEP) - activation.rho(z - _STEP)) / (2 * _STEP)
-    errors = (
-        _worst(rho - exact, tolerance * jnp.abs(exact) + 16 * _EPS),
-        _worst(smooth * (drho - difference), 0.01 * jnp.abs(difference) + 2e-4),
-    )
-    return jnp.max(jnp.stack(errors))
+    slopes = _worst(smooth * (drho - difference), 0.01 * jnp.abs(difference) + 2e-4)
+    return jnp.maximum(_worst(rho - exact, tolerance * jnp.abs(exact) + 16 * _EPS), slopes)
 
 
 def _worst(error: Array, allowed: Array) -> Array:
@@ -395,7 +392,7 @@ def require_sound(
             _require(measured[name] - 1.0, path, meaning)
     if "segment_ids" in batch:
         require_real_tokens(batch["segment_ids"] > 0, stats, config)
-    require_gated_gradients(trees.flatten(lora), trees.flatten(sums["grads"]), masks, find_gates(lora))
+    require_gated_gradients(lora, sums["grads"], masks)
 
 
 def require_real_tokens(
@@ -409,35 +406,27 @@ def require_real_tokens(
     of_gate, of_probe = (
         jnp.sum(sampled_weights(real, stride)) for stride in (config.stride, config.probe_stride)
     )
-    shards = count(config.sharding) > 1
+    axes = 1 if count(config.sharding) == 1 else 2  # [layers] or [layers, shards]
     for path, sums in stats.items():
-        if sums["tokens"].ndim > 1 + shards:
+        if sums["tokens"].ndim > axes:
             continue
-        counted = {name: jnp.sum(sums[name], axis=1) if shards else sums[name] for name in sums}
-        errors = (
-            counted["tokens"] - of_gate,
-            counted["probe_tokens"] - of_probe,
-            jnp.sum(counted["occupancy"], axis=-2) - of_gate,
-        )
-        off = jnp.stack([jnp.max(jnp.abs(error)) for error in errors])
-        _require(off - 1e-4 * of_gate, path, _PADDING)
+        layers, *_, d_ff = sums["occupancy"].shape
+        occupied = jnp.sum(sums["occupancy"].reshape(layers, -1, d_ff), axis=1)
+        gate, probe = (jnp.sum(sums[name].reshape(layers, -1), axis=1) for name in statistics.COUNTS)
+        for counted, total in ((gate, of_gate), (probe, of_probe), (occupied, of_gate)):
+            _require(jnp.abs(counted - total) - 1e-4 * total, path, _PADDING)
 
 
-def require_gated_gradients(
-    lora: Mapping[str, Array],
-    grads: Mapping[str, Array],
-    masks: Mapping[str, Array],
-    gates: Mapping[str, str],
-) -> None:
+def require_gated_gradients(lora: Any, grads: Any, masks: Mapping[str, Array]) -> None:
     """Asserts ``A^T dA = dB diag(m) B^T`` for every gate: both are ``s (x A)^T (g (B * m)^T)``.
 
     Args:
-      lora: the adapters by path, of a gate ``a [..., d_in, r]``, ``b [..., r, d_ff]`` and, in AdaLoRA,
+      lora: the adapters, of a gate ``a [..., d_in, r]``, ``b [..., r, d_ff]`` and, in AdaLoRA,
         ``singular [..., r]``, which multiplies the columns of A.
-      grads: their gradients, by the same paths.
+      grads: their gradients.
       masks: m by block, ``[..., d_ff]``; 1 by default.
-      gates: block of each gate.
     """
+    gates, lora, grads = find_gates(lora), trees.flatten(lora), trees.flatten(grads)
     exact = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     for gate, path in gates.items():
         a, b = lora[f"{gate}/a"], lora[f"{gate}/b"]
