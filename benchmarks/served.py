@@ -211,8 +211,10 @@ def table(published: dict[str, Any]) -> str:
     groups: dict[str, list[str]] = {}
     refusals: dict[str, list[str]] = {}
     rows = [published["rows"][name] for name in CASES if name in published["rows"]]
+    families = [row["family"] for row in rows]
     for row in rows:
-        name, served = f"{row['family']} ({row['features']})", row["served"] or "nothing"
+        name, served = row["family"], row["served"] or "refused"
+        name += f" ({row['features']})" if families.count(name) > 1 else ""
         if row["served"]:
             equal_all = row["equal"] == total
             served += f", all {total} tokens equal" if equal_all else ", tokens differ"
