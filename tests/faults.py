@@ -119,8 +119,8 @@ def second(place: Place, rng: random.Random) -> str:
     status, error = place.train(config)
     named = f"process {process.pid} on" in error and error.count("error:") == 1
     tiny.finish([process])
-    outcome = f"second one: status {status}, {'names the first' if named else 'NAMES NOBODY'}"
-    return f"{outcome}; first one {place.verdict(config)}"
+    outcome = f"second: status {status}, {'names the first' if named else 'NAMES NOBODY'}"
+    return f"{outcome}; first: {place.verdict(config)}"
 
 
 def lost(place: Place, rng: random.Random) -> str:
@@ -198,7 +198,7 @@ def _restored(folder: Path) -> str:
         return f"REFUSED: {error}"
     step = int(state["step"])
     right = data == {"row": step} and np.all(np.asarray(state["a"]) == step)
-    return f"{'the one before taken' if step == 1 else 'RESTORED'}, {'right' if right else 'WRONG'}"
+    return f"{'previous checkpoint restored' if step == 1 else 'RESTORED'}, {'correct' if right else 'WRONG'}"
 
 
 def _file(folder: Path, rng: random.Random) -> Path:
