@@ -198,7 +198,9 @@ def _restored(folder: Path) -> str:
         return f"REFUSED: {error}"
     step = int(state["step"])
     right = data == {"row": step} and np.all(np.asarray(state["a"]) == step)
-    return f"{'previous checkpoint restored' if step == 1 else 'RESTORED'}, {'correct' if right else 'WRONG'}"
+    return (
+        f"{'previous checkpoint restored' if step == 1 else 'RESTORED'}, {'correct' if right else 'WRONG'}"
+    )
 
 
 def _file(folder: Path, rng: random.Random) -> Path:
