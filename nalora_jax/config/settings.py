@@ -478,7 +478,7 @@ class RunConfig:
     # Seed of adapters, data order and dropout.
     seed: Annotated[int, SEED] = 0
     # Further outputs of the log: NAME or NAME:setting=value,... of tensorboard, wandb, mlflow
-    # (docs/callbacks.md).
+    # (docs/quick_start.md).
     callbacks: tuple[str, ...] = ()
     # Rules that weigh the gates' gradients and updates, in this order: NAME or
     # NAME:setting=value,... (docs/method.md lists them); "none" on the command line: plain LoRA.
