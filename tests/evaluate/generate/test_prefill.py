@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.evaluate.test_generate import byte_tokenizer
 
 from nalora_jax.common.trees import unflatten
 from nalora_jax.errors import NaloraError
@@ -21,6 +20,7 @@ from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.ops import attention, cached_attention
 from nalora_jax.weights.base import load_model
 from tests.evaluate.generate.test_longrope import PHI3
+from tests.evaluate.test_generate import byte_tokenizer
 from tests.models.test_families import CASES, Case, build, by_name
 
 CHUNK, NEW_TOKENS = 16, 9
