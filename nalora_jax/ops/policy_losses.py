@@ -44,11 +44,11 @@ class PolicyLoss(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Sums over a batch, float32 scalars."""
+    """Results for a batch, float32."""
 
-    loss: jax.Array
-    divergence: jax.Array  # of the tokens, from the base
-    clipped: jax.Array  # tokens without a gradient because of the clip
+    loss: jax.Array  # [], summed
+    divergence: jax.Array  # [samples, tokens], from the base
+    clipped: jax.Array  # [samples, tokens], 1 for tokens without a gradient because of the clip
 
 
 def advantages(rewards: np.ndarray, name: Name) -> np.ndarray:
@@ -132,7 +132,7 @@ def policy_loss(
         per_sample = jnp.sum(loss * mask, axis=1) / settings.length
     else:
         per_sample = jnp.sum(loss * mask, axis=1) / jnp.maximum(tokens[:, 0], 1.0)
-    return Losses(jnp.sum(per_sample), jnp.sum(divergence), jnp.sum(clipped))
+    return Losses(jnp.sum(per_sample), divergence, clipped)
 
 
 def divergence_penalty(old: np.ndarray, base: np.ndarray, mask: np.ndarray, beta: float) -> np.ndarray:

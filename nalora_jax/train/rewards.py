@@ -69,8 +69,7 @@ def choice(prompt: str, completion: str, record: Record) -> float:
     texts = [str(text) for text in record.get("choices", ())]
     letters = [chr(ord("A") + index) for index in range(len(texts) or 26)]
     gold = letters[record["gold"]] if texts else str(record["answer"]).strip().upper()[:1]
-    named = {letter: letter for letter in letters} | {"A(?! [a-z])": "A"}
-    del named["A"]
+    named = {"A(?! [a-z])" if letter == "A" else letter: letter for letter in letters}
     named |= {re.escape(text): letter for letter, text in zip(letters, texts, strict=False)}
     places = [
         (match.start(), -len(match.group()), letter)
@@ -139,10 +138,10 @@ def _reward(text: str) -> Reward:
         except (Exception, SystemExit) as error:
             expected = "MODULE:FUNCTION that can be imported"
             raise NaloraError(f"--rl.rewards {text}", expected=expected, found=described(error)) from error
-        return reward  # type: ignore[no-any-return]
+        return reward
     kind = _REWARDS.get(name)
     reward = from_text(_REWARDS, text) if isinstance(kind, type) else kind
-    return reward  # type: ignore[no-any-return]
+    return reward
 
 
 @dataclass(frozen=True)
