@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nalora_jax.cli.training import run
     from nalora_jax.config import (
         AdaLoRAConfig,
         ComputeConfig,
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
     from nalora_jax.method.transform import gate_leaves, make_mechanisms, masks, nalora, scale_by_gates
     from nalora_jax.study.sweeps.run import SweepResult, sweep
     from nalora_jax.train.adapted import AdaptedModel, load
-    from nalora_jax.train.job import run
-    from nalora_jax.train.running import RunResult
-    from nalora_jax.weights.base import LoadedModel, load_model
+    from nalora_jax.train.run import RunResult
+    from nalora_jax.weights.base import load_model
+    from nalora_jax.weights.model_files import LoadedModel
     from nalora_jax.weights.peft import export_adapter, import_adapter
 
 __all__ = [  # noqa: RUF022
@@ -109,13 +110,13 @@ _HOMES = {
     "Generator": "evaluate.generate",
     "LoRAConfig": "config",
     "LoRARule": "config",
-    "LoadedModel": "weights.base",
+    "LoadedModel": "weights.model_files",
     "MeshConfig": "config",
     "NaloraError": "errors",
     "OptimizerConfig": "config",
     "PreferenceConfig": "config",
     "RunConfig": "config",
-    "RunResult": "train.running",
+    "RunResult": "train.run",
     "SweepResult": "study.sweeps.run",
     "TrainConfig": "config",
     "VisionConfig": "config",
@@ -123,7 +124,7 @@ _HOMES = {
     "import_adapter": "weights.peft",
     "load": "train.adapted",
     "load_model": "weights.base",
-    "run": "train.job",
+    "run": "cli.training",
     "sweep": "study.sweeps.run",
 }
 

@@ -83,9 +83,6 @@ ORDER = (
 )  # fmt: skip
 UPWARD = {
     ("study/sweeps/grid.py", "cli.config_files"),
-    ("train/job.py", "cli.planning.auto"),
-    ("train/running.py", "report.history"),
-    ("train/running.py", "report.html"),
 }
 
 

@@ -24,7 +24,7 @@ from nalora_jax.train.callbacks import Callback
 from nalora_jax.train.initial_adapter import with_adapter
 from nalora_jax.train.metrics import recorded_settings
 from nalora_jax.train.output import open_output
-from nalora_jax.train.running import RunResult
+from nalora_jax.train.run import RunResult
 from tests import tiny
 
 torch = pytest.importorskip("torch")

@@ -97,15 +97,15 @@ def _sees(args: ChatArgs) -> bool:
     It is if the model has one, unless the adapter's run did not use it.
     """
     from nalora_jax.config import VisionConfig
-    from nalora_jax.train.adapted import locate
-    from nalora_jax.weights.base import read_config
+    from nalora_jax.train.located import locate
     from nalora_jax.weights.hub import resolve
+    from nalora_jax.weights.model_files import open_files
 
     located = locate(args.model, args.adapter)
     if located.run:
         return bool(located.run.get("vision", {}).get("task", VisionConfig().task) == "chat")
     with contextlib.suppress(NaloraError):  # language model, or loading will report the error
-        return read_config(resolve(located.base), images=True).sight is not None
+        return open_files(resolve(located.base), images=True).config.sight is not None
     return False
 
 
@@ -126,7 +126,8 @@ class _Adapters:
           NaloraError: it is not an adapter of this base.
         """
         from nalora_jax.models.targets import AdapterSpec
-        from nalora_jax.train.adapted import adapter_folder, adapter_for
+        from nalora_jax.train.adapted import adapter_for
+        from nalora_jax.train.located import adapter_folder
 
         base = self._model.base
         if path == "none":
@@ -254,7 +255,7 @@ class _Talk:
 
 def _warn_without_turns(adapter: Path | None) -> None:
     """Warns if an adapter was trained without the chat template that a conversation uses."""
-    from nalora_jax.train.adapted import trained_in_turns
+    from nalora_jax.train.located import trained_in_turns
 
     if adapter is not None and trained_in_turns(adapter) is False:
         _say(

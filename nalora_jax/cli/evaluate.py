@@ -76,7 +76,7 @@ def evaluate(args: EvalArgs) -> None:
     number of devices. With PiSSA or LoRA-GA it is equal up to rounding, because the adapter is
     exported to another base than it was trained on.
     """
-    from nalora_jax.train.adapted import holds_adapter, locate
+    from nalora_jax.train.located import holds_adapter, locate
     from nalora_jax.weights import hub
 
     for flag, path in (("--output", args.output), ("--records", args.records)):
@@ -191,6 +191,7 @@ def _tasks(
 ) -> dict[str, Any]:
     """Prints and returns metrics by data set, with the comparison if there are two sides."""
     from nalora_jax.data.questions import eval_examples, held_out
+    from nalora_jax.data.sources import open_pair
     from nalora_jax.evaluate.heldout import describe
     from nalora_jax.evaluate.items import answer_items, compare_answers, describe_comparison
 
@@ -202,7 +203,7 @@ def _tasks(
             tokenizer = model.base.tokenizer
             # For a run's data set, the examples of its reported results.
             if custom:
-                items, _ = held_out(data, tokenizer)
+                items, _ = held_out(open_pair(data)[1], data, tokenizer)
             else:
                 items = eval_examples(data, tokenizer, split=data.eval_split)
             answers.append(answer_items(module, variables, items, mesh=mesh))
@@ -276,8 +277,9 @@ def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 def _held_out(args: EvalArgs, model: AdaptedModel, data: DataConfig, mesh: Any) -> None:
     """Prints the held-out metric as a run computes it."""
     from nalora_jax.data.questions import eval_examples, held_out
+    from nalora_jax.data.sources import open_pair
     from nalora_jax.evaluate.seeing import evaluator_of
-    from nalora_jax.train.seeing import seen_sources
+    from nalora_jax.train.kinds.images import seen_sources
 
     tokenizer, source = model.base.tokenizer, None
     if model.base.processor is not None:
@@ -288,7 +290,7 @@ def _held_out(args: EvalArgs, model: AdaptedModel, data: DataConfig, mesh: Any) 
     if _asked(args):
         items = eval_examples(data, tokenizer, split=data.eval_split, source=source)
     else:  # the examples of the run's reported results
-        items, _ = held_out(data, tokenizer, source=source)
+        items, _ = held_out(open_pair(data, source=source)[1], data, tokenizer)
     values = evaluator_of(model.base, model.module, items, mesh).measure(
         model.base.params, model.lora, samples=args.output is not None
     )
@@ -298,6 +300,7 @@ def _held_out(args: EvalArgs, model: AdaptedModel, data: DataConfig, mesh: Any) 
 def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
     """Prints the held-out loss and rewards of a run on pairs, computed as in the run."""
     from nalora_jax.data.preference import held_out_pairs
+    from nalora_jax.data.sources import open_held_out
     from nalora_jax.evaluate.preference import PreferenceEvaluator
 
     for flag, value in (("--against", args.against), ("--records", args.records)):
@@ -309,7 +312,9 @@ def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
     data, preference = data_of(run, _asked(args)), config_from_dict(run).preference
     mesh = mesh_of(args.mesh)
     model = load_model(args, mesh)
-    pairs, _ = held_out_pairs(data, preference, model.base.tokenizer, model.base.config.max_positions)
+    records = open_held_out(data, data.eval_split)
+    context = model.base.config.max_positions
+    pairs, _ = held_out_pairs(records, data, preference, model.base.tokenizer, context)
     evaluator = PreferenceEvaluator(model.module, model.base.tokenizer, pairs, preference, mesh=mesh)
     values = evaluator.measure(model.base.params, model.lora, samples=args.output is not None)
     _report(args, model, data, values)

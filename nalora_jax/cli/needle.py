@@ -28,7 +28,7 @@ def evaluate_needle(args: EvalArgs) -> None:
     from nalora_jax.evaluate.generate import Generator
     from nalora_jax.evaluate.items import describe_paired
     from nalora_jax.evaluate.needle import difference, needle_items, needle_records, needle_table, retrieve
-    from nalora_jax.train.adapted import locate
+    from nalora_jax.train.located import locate
 
     lengths = _lengths(args)
     located = locate(args.model, args.adapter)

@@ -33,14 +33,15 @@ from nalora_jax.weights.folders import refuse_claimed
 
 if TYPE_CHECKING:
     from nalora_jax.data.tokenizer import Tokenizer
-    from nalora_jax.train.adapted import AdaptedModel, Located
+    from nalora_jax.train.adapted import AdaptedModel
     from nalora_jax.train.adapted_dual import AdaptedDual
-    from nalora_jax.weights.base import LoadedModel
+    from nalora_jax.train.located import Located
     from nalora_jax.weights.hub import ResolvedSource
+    from nalora_jax.weights.model_files import LoadedModel
 
 
 def train(args: cli.TrainArgs) -> None:
-    """Fine-tunes a model by its config; `nalora_jax.train.job.run` prints the progress."""
+    """Fine-tunes a model by its config; `nalora_jax.cli.training.run` prints the progress."""
     check(args.run)  # before heavy imports
     check_new_path("--output", Path(args.run.output))
     if args.dry_run:
@@ -54,7 +55,7 @@ def train(args: cli.TrainArgs) -> None:
 
         sweep_grid(args.run, args.sweep)
         return None
-    from nalora_jax.train.job import run
+    from nalora_jax.cli.training import run
 
     run(args.run)
 
@@ -65,7 +66,8 @@ def generate(args: cli.GenerateArgs) -> None:
     from nalora_jax.data.images.files import open_image
     from nalora_jax.evaluate.generate import Generator
     from nalora_jax.evaluate.generate.conversation import chat_tokens, read_messages
-    from nalora_jax.train.adapted import load, trained_in_turns
+    from nalora_jax.train.adapted import load
+    from nalora_jax.train.located import trained_in_turns
 
     if (args.prompt is None) == (args.messages is None):
         prompts = "neither" if args.prompt is None else "both"
@@ -107,8 +109,9 @@ def generate(args: cli.GenerateArgs) -> None:
 def export(args: cli.ExportArgs) -> None:
     """Writes an adapter for another tool, and verifies it by reloading."""
     from nalora_jax.common.files import write_atomically
-    from nalora_jax.train.adapted import load, locate
+    from nalora_jax.train.adapted import load
     from nalora_jax.train.export import write_adapter
+    from nalora_jax.train.located import locate
     from nalora_jax.weights.folders import new_file, new_folder
     from nalora_jax.weights.peft_modules import layout_for
 
@@ -159,7 +162,8 @@ def export(args: cli.ExportArgs) -> None:
 @removed_if_stopped()
 def merge(args: cli.MergeArgs) -> None:
     """Writes base and adapter as one Hugging Face folder."""
-    from nalora_jax.train.adapted import load, locate
+    from nalora_jax.train.adapted import load
+    from nalora_jax.train.located import locate
     from nalora_jax.weights import hub
     from nalora_jax.weights.merge import write_merged
     from nalora_jax.weights.saved_modules import fold_saved
@@ -207,7 +211,8 @@ def inspect(args: cli.InspectArgs) -> None:
     from nalora_jax.data.sources import open_held_out
     from nalora_jax.report.inspect import check_picture, layer_table, save_picture
     from nalora_jax.report.inspection import TEXTS, inspect_texts
-    from nalora_jax.train.adapted import load, locate
+    from nalora_jax.train.adapted import load
+    from nalora_jax.train.located import locate
 
     if args.picture is not None:
         check_picture(args.picture)  # before minutes of computation
@@ -306,14 +311,14 @@ def _require_template(model: str, adapter: Path | None, messages: Sequence[dict[
     A base without a template is refused too.
     """
     from nalora_jax.evaluate.generate.conversation import chat_tokens
-    from nalora_jax.train.adapted import locate
+    from nalora_jax.train.located import locate
     from nalora_jax.weights import hub
-    from nalora_jax.weights.base import read_config, read_tokenizer_of
+    from nalora_jax.weights.model_files import open_files
 
     located = locate(model, adapter)
     if located.adapter is None:  # an adapter with added tokens has its tokenizer
         base = hub.resolve(located.base)
-        chat_tokens(read_tokenizer_of(base, read_config(base)), messages)
+        chat_tokens(open_files(base).tokenizer_with(), messages)
 
 
 def _require_adapter(located: Located) -> None:

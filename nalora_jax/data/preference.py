@@ -10,7 +10,7 @@ chosen first:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,6 @@ from nalora_jax.data.packing import assemble, pack, permutation
 from nalora_jax.data.pipeline import HostBatch, PackedStream, rows_read, stream_figures
 from nalora_jax.data.rendered import broken_records
 from nalora_jax.data.source import Source
-from nalora_jax.data.sources import open_held_out
 from nalora_jax.data.store import Counts
 from nalora_jax.data.tokenize import Example, fit, tokenize
 from nalora_jax.data.too_long import UNLIMITED, advice, report_dropped
@@ -335,26 +334,24 @@ def pair_sizes(
 
 
 def held_out_pairs(
+    records: Source,
     config: DataConfig,
     preference: PreferenceConfig,
     tokenizer: Tokenizer,
     context: int,
-    *,
-    source: Mapping[str, Source] | None = None,
 ) -> tuple[list[Pair], list[Pair]]:
     """Returns held-out pairs in two lists: for the reported results, and to choose the checkpoint.
 
     Args:
-      config: the evaluation split and its limits.
+      records: the held-out records.
+      config: limits of the evaluation.
       preference: names of the fields.
       tokenizer: tokenizer of the model.
       context: positions of the model; pairs with a longer text are left out.
-      source: sources by split, in place of the data set in ``config``.
 
     Raises:
       NaloraError: bad records, or fewer than two pairs.
     """
-    records = open_held_out(config, config.eval_split, source=source)
     count = config.eval_limit + config.select_limit if config.eval_limit else len(records)
     indices = np.sort(permutation(len(records), _SEED)[:count]).tolist()
     pairs = list(tokenize_pairs(records, indices, config, preference, tokenizer))

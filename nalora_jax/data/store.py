@@ -137,8 +137,12 @@ def open_store(
 def _judge(
     source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer, context: int
 ) -> None:
-    """Refuses data with too long records after a random sample of a thousand records."""
-    if len(indices) <= 2 * _JUDGED or config.too_long in ("truncate", "split"):
+    """Refuses data with too long records after a random sample of a thousand records.
+
+    Without a row length there is nothing to judge: it will be chosen by these records.
+    """
+    few = len(indices) <= 2 * _JUDGED
+    if few or not config.max_length or config.too_long in ("truncate", "split"):
         return
     drawn = indices[np.sort(permutation(len(indices), _SEED)[:_JUDGED])]
     long = [

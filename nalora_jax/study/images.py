@@ -22,9 +22,10 @@ from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, Retriev
 from nalora_jax.layout import distributed
 from nalora_jax.models.vision.dual import init_lora
 from nalora_jax.study.plan import MEASURES
-from nalora_jax.train.assembly import Assembly, assemble
+from nalora_jax.train.assembly import Assembly
+from nalora_jax.train.dual import assemble_dual
 from nalora_jax.train.dual_objectives import CLASSES
-from nalora_jax.train.dual_pieces import drawn_images, image_data, image_evaluator, trained_on, with_classes
+from nalora_jax.train.kinds.dual import drawn_images, image_data, image_evaluator, trained_on, with_classes
 from nalora_jax.weights.vision.model import JOIN, LoadedDual, LoadedEncoder, join, load_dual, load_encoder
 
 
@@ -115,7 +116,7 @@ class DualEncoders:
         """Assembles the run as ``nalora train`` does."""
         loaded = self.model(config)
         params, mesh = self.params(config), _mesh(config)
-        return assemble(general, loaded.config, params, mesh, processor=loaded.processor, last=last)
+        return assemble_dual(general, loaded.config, params, mesh, loaded.processor, last=last)
 
     def params(self, config: RunConfig, assembly: Assembly | None = None) -> Any:
         """Returns both towers and the prompts of the task's classes."""

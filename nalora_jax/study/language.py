@@ -27,9 +27,11 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
 from nalora_jax.train.initial_adapter import read_initial
 from nalora_jax.train.inputs import stream_shape
+from nalora_jax.train.kinds import decoder_parts
 from nalora_jax.train.start import first_adapters
-from nalora_jax.weights.base import LoadedModel, load_model, read_config
+from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hub import ResolvedSource, resolve
+from nalora_jax.weights.model_files import LoadedModel, open_files
 from nalora_jax.weights.new_tokens import with_added
 
 _SEED = 20260104  # seed of the draw of items whose choices are scored, the same for every run
@@ -82,7 +84,7 @@ class Language:
 
     def architecture(self, config: RunConfig) -> ModelConfig:
         """Returns the config of the base."""
-        return read_config(_files(config), added=AddedTokens.of(config.data))
+        return open_files(_files(config)).described(AddedTokens.of(config.data))
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
         """Returns ``config`` without its data, and the data's length and added tokens."""
@@ -97,9 +99,8 @@ class Language:
     ) -> Assembly:
         """Assembles the run as ``nalora train`` does."""
         model = self.model(config)
-        return assemble(
-            general, model.config, model.params, distributed.smallest_mesh(config.mesh), last=last
-        )
+        mesh, parts = distributed.smallest_mesh(config.mesh), decoder_parts(general, model.config)
+        return assemble(general, model.config, model.params, mesh, last=last, **parts)
 
     def params(self, config: RunConfig, assembly: Assembly) -> Any:
         """Returns the base minus the initial adapters.

@@ -21,7 +21,7 @@ from nalora_jax.study.records import plain
 from nalora_jax.study.resources import Resources
 from nalora_jax.study.snapshots import read_snapshot, write_snapshot
 from nalora_jax.study.subject import Items
-from nalora_jax.train.loop import LoopEvaluation, Schedule, fit
+from nalora_jax.train.loop import Follower, LoopEvaluation, Schedule, fit
 from nalora_jax.train.metrics import to_json
 from nalora_jax.train.optimizers import make_schedule
 
@@ -84,7 +84,8 @@ class RunInProgress:
         began = time.perf_counter()
         try:
             rows = distributed.global_batches(batches, assembly.mesh)
-            result = fit(assembly.step, params, state, rows, self, self.schedule, self.rate, start=start)
+            follower = Follower(self, self.schedule, self.rate, state, start, params)
+            result = fit(assembly.step, params, state, rows, follower)
         finally:
             batches.close()
             self.training_seconds += time.perf_counter() - began

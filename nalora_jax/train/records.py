@@ -6,10 +6,13 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
+from nalora_jax.common.seals import unseal
 from nalora_jax.config import RunConfig
 from nalora_jax.config.former import translated
+from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 
 _MAX_STEP = 2**53
@@ -213,3 +216,14 @@ def _mapping(record: Mapping[str, Any], name: str, where: str) -> Mapping[str, A
 def _error(where: str, expected: str, value: object) -> NaloraError:
     remedy = "the file was edited or damaged: restore that line, or delete it"
     return NaloraError(where, expected=expected, found=repr(value)[:100], remedy=remedy)
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """Returns the evaluation in a separate file (before.json).
+
+    Raises:
+      NaloraError: the file cannot be read, is not an evaluation, or differs from its digest.
+    """
+    values = unseal(read_json(path), str(path))
+    check_evaluation(values, str(path))
+    return values

@@ -132,7 +132,7 @@ def test_a_split_of_its_own_is_taken(tmp_path: Path, tokenizer: Tokenizer) -> No
     config = DataConfig(dataset=f"{tmp_path}/")
     train, held = open_pair(config)
     assert (len(train), len(held)) == (9, 5)
-    reported, selecting = held_out(config, tokenizer)
+    reported, selecting = held_out(held, config, tokenizer)
     assert len(reported) + len(selecting) == 5
     assert split_to_measure(config) == "validation"
     assert split_to_measure(DataConfig(dataset=str(tmp_path / "train.jsonl"))) == "train"

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.train.adapted import Located, adapter_folder, locate, run_config
+from nalora_jax.train.located import Located, adapter_folder, locate, run_config
 
 
 def make_adapter(folder, **settings):

@@ -10,8 +10,8 @@ import pytest
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import adapter_spec
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.inputs import check_data
-from nalora_jax.weights.base import read_config
 from nalora_jax.weights.hub import ResolvedSource
 from tests import tiny
 
@@ -24,7 +24,7 @@ def described(tmp_path: Path) -> ResolvedSource:
 
 
 def test_rules_are_judged_without_weights(described: ResolvedSource) -> None:
-    base = read_config(described)
+    base = ModelConfig.from_hf(json.loads((described.path / "config.json").read_text()))
     spec = adapter_spec(RunConfig(lora=LoRAConfig(rules=(LoRARule("ffn/gate_proj", 4),))), base)
     assert [path for path, _ in spec.targets] == ["layers/ffn/gate_proj"]
     with pytest.raises(NaloraError, match="which matches nothing"):

@@ -9,9 +9,9 @@ import pytest
 
 from nalora_jax.common.seals import seal
 from nalora_jax.errors import NaloraError
-from nalora_jax.report.history import read_evaluation, read_history
+from nalora_jax.report.history import read_history
 from nalora_jax.train.metrics import read_metrics
-from nalora_jax.train.records import check_record
+from nalora_jax.train.records import check_record, read_evaluation
 
 EVAL = {
     "accuracy": 0.5,

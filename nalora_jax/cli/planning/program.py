@@ -33,6 +33,7 @@ from nalora_jax.ops.quantize import gathered, kernels, quantize
 from nalora_jax.study.sweeps.program import step_of_runs
 from nalora_jax.study.sweeps.stack import stacked_sharding
 from nalora_jax.train.decoder_program import build_optimizer, decoder_program, make_step
+from nalora_jax.train.kinds import decoder_parts
 
 _BATCH = {
     "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32",
@@ -104,7 +105,8 @@ def step_and_arguments(
       runs: of a sweep, which differ in their learning rates; 0: the step of one run.
     """
     spec = adapter_spec(config, base)
-    program = decoder_program(config, base, spec, mesh, processor=ImageProcessor())
+    parts = decoder_parts(config, base, ImageProcessor())
+    program = decoder_program(config, base, spec, mesh, **parts)
 
     def fresh(params: Any) -> Any:
         lora = init_lora(base, spec, jax.random.key(0), params)
@@ -120,7 +122,8 @@ def step_and_arguments(
     def one(params: Any, state: Any, batch: Any, rates: jax.Array) -> Any:
         mechanisms = program.mechanisms
         trained = build_optimizer(config, base, spec, mechanisms, numbers={"rate_of_step": rates})
-        step = make_step(config, base, program.model, trained, mechanisms, mesh)
+        objective = parts.get("objective")
+        step = make_step(config, base, program.model, trained, mechanisms, mesh, objective)
         return step(params, state, batch)
 
     def of_runs(leaf: Any) -> Any:

@@ -10,7 +10,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.heldout import describe
 from nalora_jax.report.compare import render_comparison
 from nalora_jax.report.history import read_history
-from nalora_jax.train.running import RunResult
+from nalora_jax.train.run import RunResult
 
 log = logging.getLogger(__name__)
 

@@ -1,9 +1,9 @@
-"""Builds the pieces of a run on images before its first step, and exports its adapter."""
+"""Runs on dual encoders: images with classes or captions."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from nalora_jax.data.images.opened import open_images, readable
 from nalora_jax.data.images.pipeline import ImageData, caption_tokens, draw_shots
 from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.packing import permutation
+from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO, check_disjoint
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
@@ -26,11 +27,12 @@ from nalora_jax.method.step import TrainState
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.ops.numerics import numerics_for
-from nalora_jax.train.assembly import Assembly, assemble
-from nalora_jax.train.dual import resolve_dual, trains_text
+from nalora_jax.train.assembly import Assembly
+from nalora_jax.train.dual import assemble_dual, resolve_dual, trains_text
 from nalora_jax.train.dual_objectives import CLASSES
-from nalora_jax.train.inputs import stream_shape
-from nalora_jax.train.pieces import Pieces
+from nalora_jax.train.inputs import settled, stream_shape
+from nalora_jax.train.job import Inputs, Job
+from nalora_jax.train.output import Output
 from nalora_jax.weights.vision.model import JOIN, LoadedDual, load_dual
 from nalora_jax.weights.vision.peft import export_dual_adapter, verify_dual_export
 
@@ -80,42 +82,72 @@ def trained_on(config: RunConfig, source: ImageSource, classes: tuple[str, ...])
     return ImageRecords(source, readable(source, indices, vision), classes, labels)
 
 
-def dual_pieces(
-    config: RunConfig, records: ImageRecords, held: ImageSource, mesh: Mesh, like: Pieces | None = None
-) -> Pieces:
-    """Builds model, adapters, step, data and evaluators of a run with ``vision.task``.
-
-    ``like`` are pieces of a run with the same program. Its base is shared, unless the seed draws the
-    projections between two separate towers.
+def read(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
+    """Opens the images and settles the settings.
 
     Raises:
-      NaloraError: bad settings, files or data.
+      NaloraError: bad data, or records given from Python.
     """
-    vision, compute = config.vision, config.compute
-    if like is None or JOIN in config.model:
+    del source
+    records, held = image_records(config)
+    config = settled(config, 0, len(records.indices), "images")
+    images = tuple(Images(held, indices) for indices in held_out_indices(config, held))
+    questions = {"reported": images[0].digest, "selecting": images[1].digest}
+    return Inputs(config, None, None, records, (images[0], images[1]), questions)
+
+
+def build(
+    inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None
+) -> tuple[LoadedDual, Assembly, ImageData]:
+    """Loads both towers, and builds adapters, step and this process's rows.
+
+    ``like`` is a job with the same program. Its base is shared, unless the seed draws the projections
+    between two separate towers.
+
+    Raises:
+      NaloraError: bad settings or files.
+    """
+    del output
+    records, vision, compute = inputs.data, placed.vision, placed.compute
+    if like is None or JOIN in placed.model:
         loaded = load_dual(
-            config.model,
+            placed.model,
             dtype=compute.dtype,
             mesh=mesh,
             d_out=vision.features,
             loss=vision.loss,
-            seed=config.seed,
+            seed=placed.seed,
             image_size=vision.image_size,
         )
-        params = with_classes(config, loaded, records.classes, mesh)
+        params = with_classes(placed, loaded, records.classes, mesh)
     else:
         loaded, params = cast(LoadedDual, like.loaded), like.assembly.params
-    assembly = assemble(config, loaded.config, params, mesh, processor=loaded.processor)
-    data = image_data(config, loaded, records, mesh)
+    assembly = assemble_dual(placed, loaded.config, params, mesh, loaded.processor)
+    return loaded, assembly, image_data(placed, loaded, records, mesh)
+
+
+def evaluators(
+    inputs: Inputs, loaded: LoadedDual, assembly: Assembly, like: Job | None
+) -> tuple[ClassEvaluator | RetrievalEvaluator, ClassEvaluator | RetrievalEvaluator]:
+    """Returns the evaluators of the held-out images."""
+    del like
     encoders = Encoders(assembly.eval_model, loaded.processor, loaded.tokenizer)
-    reported, selecting = held_out_images(config, held, encoders, records.classes)
+    reported, selecting = (
+        image_evaluator(encoders, images, inputs.data.classes, inputs.config.vision)
+        for images in inputs.held_out
+    )
+    return reported, selecting
 
-    def export(folder: Path, state: TrainState) -> Path:
-        _export(folder, state.lora, assembly, loaded)
-        return folder
 
-    questions = {"reported": reported.digest, "selecting": selecting.digest}
-    return Pieces(loaded, assembly, data, reported, selecting, questions, export)
+def export(job: Job, folder: Path, state: TrainState, share: Callable[[str], None]) -> None:
+    """Writes PEFT files of the trained adapter and verifies that a reload is bitwise equal."""
+    del share
+    loaded, assembly = cast(LoadedDual, job.loaded), job.assembly
+    lora = jax.tree.map(distributed.fetch, state.lora)
+    distributed.on_first_process(
+        lambda: write_dual_adapter(folder, loaded, lora, assembly.spec, overwrite=True)
+    )
+    log.info("adapter: %s (read back: every number is equal)", folder)
 
 
 def with_classes(
@@ -210,15 +242,6 @@ def image_evaluator(
         return RetrievalEvaluator(encoders, images, images.source.captions(images.indices.tolist()))
     labels = images.source.labels(classes)[images.indices]
     return ClassEvaluator(encoders, images, labels, classes, vision.templates)
-
-
-def _export(folder: Path, lora: Any, assembly: Assembly, loaded: LoadedDual) -> None:
-    """Writes PEFT files of the trained adapter and verifies that a reload is bitwise equal."""
-    lora = jax.tree.map(distributed.fetch, lora)
-    distributed.on_first_process(
-        lambda: write_dual_adapter(folder, loaded, lora, assembly.spec, overwrite=True)
-    )
-    log.info("adapter: %s (read back: every number is equal)", folder)
 
 
 def write_dual_adapter(

@@ -1,4 +1,4 @@
-"""Direct preference optimisation (arXiv 2305.18290) as an objective of the training step.
+"""Runs on preference pairs: direct preference optimisation (arXiv 2305.18290).
 
     delta = log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)
     loss  = -(1 - s) log sigmoid(beta delta) - s log sigmoid(-beta delta)
@@ -12,19 +12,101 @@ computed in chunks like in any other step.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
-from nalora_jax.config import PreferenceConfig
+from nalora_jax.config import PreferenceConfig, RunConfig
+from nalora_jax.data.forms import in_turns
+from nalora_jax.data.lengths import with_length
+from nalora_jax.data.preference import PairData, held_out_pairs, pair_data, pair_sizes, pairs_digest
+from nalora_jax.data.source import Source
+from nalora_jax.data.tokenizer import AddedTokens
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.preference import PreferenceEvaluator
+from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch, Evaluated
+from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.split_rows import joined
 from nalora_jax.ops.target_losses import target_losses
+from nalora_jax.train.assembly import Assembly
+from nalora_jax.train.inputs import check_data, settled, stream_shape
+from nalora_jax.train.job import Inputs, Job
+from nalora_jax.train.kinds import text
 from nalora_jax.train.objectives import NextToken
+from nalora_jax.train.output import Output
+from nalora_jax.weights.hub import resolve
+from nalora_jax.weights.model_files import LoadedModel, open_files
+
+
+def read(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
+    """Opens the model's files and the pairs, tokenizes them and settles the settings.
+
+    Raises:
+      NaloraError: a model or pairs that cannot be read, pairs that do not fit, or too few held out.
+    """
+    files = open_files(replace(resolve(config.model), rope_scaling=config.rope_scaling))
+    added, preference = AddedTokens.of(config.data), config.preference
+    base, tokenizer = files.described(added), files.tokenizer_with(added)
+    adapter_spec(config, base)  # raises for rules that match nothing, before data is tokenized
+    context = base.max_positions
+    train, held = check_data(config.data, source)
+    turns = in_turns(train.read([0])[0], config.data, preference.chosen_field)
+    measure = partial(pair_sizes, preference=preference)
+    config = replace(config, data=with_length(config.data, train, tokenizer, context, measure))
+    shape = stream_shape(config) | {"context": context}
+    data = pair_data(train, config.data, preference, tokenizer, **shape)
+    longest = int(max(b - a for a, b in zip(data.offsets[:-1], data.offsets[1:], strict=True))) - 1
+    if longest > context:
+        raise NaloraError(
+            "training data",
+            expected=f"answers with their prompts of at most {context} tokens, the model's context",
+            found=f"one of {longest}",
+            remedy=f"set --data.max-length to {2 * context} or less",
+        )
+    config = settled(config, base.d_model, data.rows_per_epoch, "rows of pairs")
+    pairs = held_out_pairs(held, config.data, preference, tokenizer, context)
+    questions = {"reported": pairs_digest(pairs[0]), "selecting": pairs_digest(pairs[1])}
+    return Inputs(config, base, files, data, pairs, questions, turns)
+
+
+def build(
+    inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None
+) -> tuple[LoadedModel, Assembly, PairData]:
+    """Loads the base, and builds adapters, step and this process's rows of pairs."""
+    loaded, assembly, data = text.build(inputs, placed, mesh, output, like, **parts(placed.preference))
+    rows: Any = data
+    return loaded, assembly, rows
+
+
+def evaluators(
+    inputs: Inputs, loaded: LoadedModel, assembly: Assembly, like: Job | None
+) -> tuple[PreferenceEvaluator, PreferenceEvaluator]:
+    """Returns the evaluators of the held-out pairs."""
+    if like is not None and like.assembly.spec == assembly.spec:
+        return like.evaluator, like.selector
+    model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
+    settings = inputs.config.preference
+    reported, selecting = (
+        PreferenceEvaluator(model, loaded.tokenizer, pairs, settings, mesh=mesh)
+        for pairs in inputs.held_out
+    )
+    return reported, selecting
+
+
+export = text.export
+
+
+def parts(config: PreferenceConfig) -> dict[str, Any]:
+    """Returns the objective of a preference loss, for `nalora_jax.train.assembly.assemble`."""
+    return {"objective": partial(Preference, config=config)}
+
 
 # Collections that the policy has in addition to the base's.
 ADAPTED = ("lora", "gate_mask", "gate_taps")

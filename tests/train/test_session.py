@@ -1,15 +1,17 @@
-"""What is said beside a run's steps."""
+"""What a run says and writes beside its steps."""
 
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from nalora_jax.train.hooks import RunHooks, say_counts
+from nalora_jax.config import RunConfig
+from nalora_jax.train.session import Session, say_counts
 
 
 @pytest.mark.parametrize(
@@ -33,9 +35,10 @@ def test_a_write_ends_before_another_runs_write_begins(waits: bool) -> None:
     checkpointer: Any = SimpleNamespace(
         save=lambda *_: calls.append("save"), wait=lambda: calls.append("wait"), folder=Path("run")
     )
-    silent: Any = SimpleNamespace(save=lambda *_: None, get_state=dict)
-    parts: dict[str, Any] = dict.fromkeys(("progress", "selector", "params", "stop", "state_metrics"))
-    hooks = RunHooks(silent, checkpointer=checkpointer, batches=silent, waits_for_writes=waits, **parts)
+    silent: Any = SimpleNamespace(save=lambda *_: None, get_state=dict, resumes=False)
+    session = Session(silent, silent, (), ExitStack())
+    session.checkpointer, session.batches, session.callbacks = checkpointer, silent, silent
+    session.job, session.waits_for_writes = SimpleNamespace(config=RunConfig()), waits  # type: ignore[assignment]
     state: Any = None
-    hooks.save(3, state, None)
+    session.save(3, state, None)
     assert calls == ["save"] + ["wait"] * waits
