@@ -15,7 +15,7 @@ from nalora_jax.cli.planning.auto import laid_out
 from nalora_jax.common import trees
 from nalora_jax.common.axes import AXES
 from nalora_jax.config import MeshConfig, RunConfig
-from nalora_jax.config.types import dotted
+from nalora_jax.config.structured import dotted
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.layout import distributed

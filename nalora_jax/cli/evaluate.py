@@ -6,14 +6,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional
 
 from nalora_jax.cli import images
 from nalora_jax.cli.outputs import check_new_file, data_of, flags_of_verb, labelled, mesh_of
 from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
-from nalora_jax.config.ranges import COUNT, MESH
+from nalora_jax.config.structured import COUNT
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class EvalArgs:
     # Split. By default the run's; for another --dataset its "validation", or else all of "train".
     split: str | None = None
     # Maximum number of examples (0: all). By default the run's, else 400.
-    limit: int | None = None
+    limit: Annotated[int | None, COUNT] = None
     # Wrap prompts in the model's chat template. By default as in the run, else not.
     chat: bool | None = None
     # Data sets separated by commas, each as for --dataset, optionally with a split:
@@ -50,7 +50,7 @@ class EvalArgs:
     # (10 by default) at depths of 0, 25, 50, 75 and 100%. An adapter is compared with its base.
     needle: str = ""
     # Worked examples before each question of the harness. By default as defined by the task.
-    shots: int | None = None
+    shots: Annotated[int | None, COUNT] = None
     # Compare item by item with "base" (without the adapter), another adapter or run, or another
     # model.
     against: str | None = None
@@ -64,9 +64,6 @@ class EvalArgs:
     quantize: Literal["none", "int8", "nf4", "mxfp4"] | None = None
     # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1))
-
-
-RANGES = {"limit": COUNT, "shots": COUNT, **MESH}
 
 
 def evaluate(args: EvalArgs) -> None:

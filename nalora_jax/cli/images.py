@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nalora_jax.cli.outputs import shown_output
 from nalora_jax.config import config_from_dict
-from nalora_jax.config.vision import DUAL
+from nalora_jax.config.settings import DUAL
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:

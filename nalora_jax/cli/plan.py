@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from nalora_jax.config import DataConfig, RunConfig, TrainConfig, check
-from nalora_jax.config.ranges import COUNT, ROWS, TOKENS, Range, check_path, check_ranges
-from nalora_jax.config.vision import DUAL
+from nalora_jax.config.checks import check_path
+from nalora_jax.config.settings import DUAL
+from nalora_jax.config.structured import COUNT, TOKENS, Range, check_ranges
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -39,27 +40,25 @@ class PlanArgs:
 
     # One or more: v5e:16x16 or v5litepod-256, v6e:16x16, v5p:8x8x16, 2xv6e:16x16 (two slices), 8xh100, 64xh100.
     topology: tuple[str, ...] = ()
-    # Plan all runs of a study, a folder with protocol.toml, with its first model and its settings.
-    study: Path | None = None
     # Short for --train.batch-size: rows per step over all chips. By default one per chip and
     # micro-batch.
-    batch: int = 0
+    batch: Annotated[int, COUNT] = 0
     # Short for --data.max-length: tokens per row. By default 4096.
-    seq: int | None = None
+    seq: Annotated[int | None, TOKENS] = None
     # Images per row, for the config.json of a model with image input (LLaVA, Gemma 3); 0: its text
     # model alone.
-    images: int = 0
+    images: Annotated[int, COUNT] = 0
     # Rows of the embedding and the head for added tokens.
-    added_tokens: int = 0
+    added_tokens: Annotated[int, COUNT] = 0
     # Price of one chip per hour: shows the cost of a million tokens, and of the --steps of the run.
-    price: float | None = None
+    price: Annotated[float | None, Range("a number", "[0, 1e6]")] = None
     # Also write the figures to this file, one JSON line per topology.
     json: Path | None = None
     # Print the layout that would be chosen, without compiling.
     estimate: bool = False
     # Plan a sweep of this number of runs, each with --batch rows a step; 0: one run. Hours and, with
     # --price, the price of all runs are those of --steps.
-    sweep: int = 0
+    sweep: Annotated[int, COUNT] = 0
     run: Annotated[RunConfig, arg(name="")] = field(default_factory=_planned_run)
 
     def config(self, chips: int) -> RunConfig:
@@ -72,19 +71,9 @@ class PlanArgs:
         if task in DUAL:
             expected = "a language model: dual encoders are not planned"
             raise NaloraError("--vision.task", expected=expected, found=task)
-        check_ranges(self.run, {"train.accumulate": ROWS})
+        check_ranges(replace(self.run, train=replace(train, batch_size=1)))  # of what rows are counted by
         rows = self.batch or train.batch_size or chips * train.accumulate
         return check(replace(self.run, train=replace(train, batch_size=rows)))
-
-
-RANGES = {
-    "batch": COUNT,
-    "seq": TOKENS,
-    "images": COUNT,
-    "added_tokens": COUNT,
-    "sweep": COUNT,
-    "price": Range("a number", "[0, 1e6]"),
-}
 
 
 def plan(args: PlanArgs) -> None:
@@ -140,9 +129,6 @@ def _print_plans(args: PlanArgs, machines: Sequence[Topology]) -> None:
     from nalora_jax.layout.layouts import choose, decoder_alone
     from nalora_jax.models.adapters import adapter_spec
 
-    if args.study is not None:
-        _plan_study(args, machines)
-        return
     run = args.run
     if not run.model:
         raise NaloraError("--model", expected="a model", found="none")
@@ -191,21 +177,6 @@ def _plan_sweep(args: PlanArgs, base: ModelConfig, machines: Sequence[Topology],
         if args.json is not None:
             with args.json.open("a") as file:
                 file.write(json.dumps(planned.to_dict()) + "\n")
-
-
-def _plan_study(args: PlanArgs, machines: Sequence[Topology]) -> None:
-    """Prints the plan of a study on each topology."""
-    from nalora_jax.cli.planning.models import architecture
-    from nalora_jax.cli.planning.sweep import describe_study, estimate_sweep, plan_study, plan_sweep
-    from nalora_jax.study.protocol import read_protocol
-
-    assert args.study is not None
-    protocol = read_protocol(args.study)
-    base = architecture(args.run.model or protocol.models[0])
-    plan_one = estimate_sweep if args.estimate else plan_sweep
-    for machine in machines:
-        planned = plan_study(protocol, base, machine, plan_one)
-        print("\n".join(describe_study(planned, args.price)), flush=True)
 
 
 def _check_length(seq: int, positions: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from nalora_jax.common.files import write_atomically
-from nalora_jax.config.types import dotted
+from nalora_jax.config.structured import dotted
 from nalora_jax.errors import NaloraError
 from nalora_jax.report.history import History, read_history
 from nalora_jax.report.html import plain_text, resource, template

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.common.redaction import redacted
-from nalora_jax.config.former import translated
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.metrics import FILE, read_metrics
 
@@ -65,7 +64,7 @@ class History:
     @property
     def config(self) -> Mapping[str, Any]:
         """Returns the run's config as nested dicts, without passwords (earlier logs have them)."""
-        settings: Mapping[str, Any] = translated(redacted(self.header.get("run", {})))
+        settings: Mapping[str, Any] = redacted(self.header.get("run", {}))
         return settings
 
     @property

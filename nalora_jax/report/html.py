@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from nalora_jax.common.files import write_atomically
 from nalora_jax.config import RunConfig
-from nalora_jax.config.types import dotted
+from nalora_jax.config.structured import dotted
 from nalora_jax.report import plots, state_plots
 from nalora_jax.report.history import History, read_history
 from nalora_jax.report.images import confusions, layer_labels, picture

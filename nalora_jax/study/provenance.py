@@ -84,7 +84,7 @@ def check_tests(
     """
     tests = [record for record in records.values() if record["stage"] == "test"]
     digests = {str(entry["protocol"]) for entry in [*tests, *listed, *_committed_tests(protocol)]}
-    earlier = sorted(digests - {protocol.digest})
+    earlier = sorted(digests - {protocol.digest, *protocol.respelled_from})
     if earlier:
         raise NaloraError(
             str(protocol.path),

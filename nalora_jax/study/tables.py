@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nalora_jax.config.types import dotted
+from nalora_jax.config.structured import dotted
 from nalora_jax.study import comparison_tables
 from nalora_jax.study.analysis import MethodResult, comparisons, deviation, last, mean, named, results
 from nalora_jax.study.identity import old_records
@@ -66,6 +66,7 @@ def _runs(protocol: Protocol, records: Mapping[str, Record]) -> str:
         ["hours", f"{hours:.1f}{budget}"],
         ["settings of every run", _settings(protocol.run)],
         ["protocol", f"sha256 {protocol.digest[:16]}"],
+        ["respelled from protocol", ", ".join(digest[:16] for digest in protocol.respelled_from)],
         ["protocol committed in", _committed(tests)],
         ["records made under protocol", _distinct(records, "protocol", 16)],
         ["code (sha256 of the package)", _distinct(records, "code", 12)],

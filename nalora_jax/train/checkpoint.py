@@ -38,7 +38,6 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import check_lost_peer, on_first_process, tell_all
 from nalora_jax.train import snapshot
 from nalora_jax.train.checkpoint_handlers import JSON, handlers
-from nalora_jax.train.mechanisms import former_labels
 
 log = logging.getLogger(__name__)
 _ITEMS = ("state", "data", "run")
@@ -223,7 +222,7 @@ class Checkpointer:
             saved = trees.flatten(self._manager.item_metadata(step).state.tree)
         snapshot.check_run(where, meta.run, self._run)
         expected = trees.flatten(snapshot.abstract(like))
-        names = snapshot.saved_names(expected, saved, former_labels(meta.run["config"]))
+        names = snapshot.saved_names(expected, saved)
         wanted = {names[path]: leaf for path, leaf in expected.items()}
         # Earlier versions saved the averages of blocks without a rule as well.
         unused = {name for name in saved.keys() - wanted.keys() if name.startswith("gate/")}

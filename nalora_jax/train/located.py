@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from nalora_jax.common import buckets
 from nalora_jax.common.seals import unseal
-from nalora_jax.config.recorded import recorded_config
+from nalora_jax.config import config_from_dict
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.metrics import FILE as METRICS
 from nalora_jax.weights.folders import can_exist
@@ -118,7 +118,7 @@ def run_config(folder: Path) -> dict[str, Any]:
     settings = _header(folder).get("run", {})
     if not isinstance(settings, dict):
         return {}
-    recorded_config(settings, f"{folder / METRICS}: line 1: run")
+    config_from_dict(settings, f"{folder / METRICS}: line 1: run")
     return settings
 
 

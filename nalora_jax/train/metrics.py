@@ -40,7 +40,7 @@ from nalora_jax.common import buckets
 from nalora_jax.common.files import write_atomically
 from nalora_jax.common.paths import open_unlinked
 from nalora_jax.common.seals import seal, unseal
-from nalora_jax.config.recorded import recorded_config
+from nalora_jax.config import config_from_dict
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.callbacks import Callback, Ended, Started
 from nalora_jax.train.records import check_record
@@ -229,7 +229,7 @@ def recorded_settings(folder: Path | str) -> dict[str, Any]:
             if newest:
                 settings, where = newest, f"{path}: {name}"
     if settings:
-        recorded_config(settings, where)
+        config_from_dict(settings, where)
     return settings
 
 

@@ -28,8 +28,8 @@ from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.policy_losses import Losses, PolicyLoss, denominator, policy_loss
 from nalora_jax.ops.split_rows import joined
 from nalora_jax.ops.target_losses import target_losses
+from nalora_jax.train.kinds.preference import ADAPTED
 from nalora_jax.train.objectives import NextToken
-from nalora_jax.train.preference import ADAPTED
 
 
 @dataclass(frozen=True)

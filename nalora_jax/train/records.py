@@ -11,7 +11,6 @@ from typing import Any
 
 from nalora_jax.common.seals import unseal
 from nalora_jax.config import RunConfig
-from nalora_jax.config.former import translated
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 
@@ -113,10 +112,6 @@ def _check_header(record: Mapping[str, Any], where: str) -> None:
         raise NaloraError(f"{where}: run", expected="a run's settings", found="objects nested too deeply")
     for name in _GROUPS & run.keys():
         _mapping(run, name, f"{where}: run")
-    try:
-        translated(run)
-    except (AttributeError, TypeError) as error:
-        raise _error(f"{where}: run", "the settings that a run writes", error) from error
     if "steps" in run:
         _check_step(run["steps"], f"{where}: run: steps")
     if record.get("mechanisms_from") is not None:

@@ -21,7 +21,7 @@ from nalora_jax.common.imports import import_files
 from nalora_jax.common.seals import seal
 from nalora_jax.common.terminal import outliving_terminal
 from nalora_jax.config import RunConfig, check
-from nalora_jax.config.preference import UNCHANGED
+from nalora_jax.config.settings import UNCHANGED
 from nalora_jax.data.given import Data, Format, given_sources
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.source import Source

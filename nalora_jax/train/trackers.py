@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nalora_jax.common.paths import naming, open_unlinked
-from nalora_jax.config.types import dotted
+from nalora_jax.config.structured import dotted
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.callbacks import Callback, Ended, Started, register_callback
 from nalora_jax.train.metrics import scalars, to_json

@@ -229,7 +229,7 @@ def test_the_metric_chooses_the_rate(shots: Resources, tmp_path: Path) -> None:
         (
             'task = "classify", shot = 1',
             "",
-            r"\[tasks.t\] vision shot: expected a setting.*did you mean shots",
+            r"\[tasks.t\] vision.shot: expected a field of VisionConfig.*did you mean shots",
         ),
         (
             "image_size = 12",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -20,7 +20,6 @@ from nalora_jax.layout.roofline import bound_of
 from nalora_jax.layout.sweep_layouts import fitting_sweep, shown
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.study.protocol import Protocol
 
 
 @dataclass(frozen=True)
@@ -122,64 +121,6 @@ def estimate_sweep(config: RunConfig, base: ModelConfig, where: Topology, seq: i
         config.model, where, runs, mesh, layout.remat, config.train.batch_size, seq,
         layout.memory, layout.seconds / programs, layout.mfu * mesh.run, None,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StudyPlan:
-    """The plans of a study's runs, by method and stage."""
-
-    where: Topology
-    parts: dict[str, SweepPlan]
-    steps: int
-
-    @property
-    def hours(self) -> float:
-        """The least hours of all runs, without evaluation."""
-        return sum(method_plan.hours(self.steps) for method_plan in self.parts.values())
-
-
-def plan_study(
-    protocol: Protocol,
-    base: ModelConfig,
-    where: Topology,
-    plan_one: Callable[[RunConfig, ModelConfig, Topology, int, int], SweepPlan] = plan_sweep,
-) -> StudyPlan:
-    """Plans the runs that choose the rates, and the test runs, of every method of a study.
-
-    Rates that are added at an end of a grid are not counted. ``plan_one`` plans the runs of a
-    method and stage: `plan_sweep` or `estimate_sweep`.
-
-    Raises:
-      NaloraError: see `plan_sweep`.
-    """
-    stages = {
-        "tune": len(protocol.rates) * len(protocol.tuning_seeds),
-        "test": len(protocol.test_seeds) * len(protocol.test_multiples),
-    }
-    model, parts, steps = protocol.models[0], {}, 0
-    for task in protocol.tasks:
-        for method in protocol.methods:
-            config = protocol.config(model, task, method, protocol.rates[0], protocol.tuning_seeds[0])
-            steps = config.steps
-            for stage, runs in stages.items():
-                length = config.data.max_length
-                parts[f"{task} {method} {stage}"] = plan_one(config, base, where, length, runs)
-    return StudyPlan(where, parts, steps)
-
-
-def describe_study(plan: StudyPlan, price: float | None = None) -> Iterator[str]:
-    """Yields the plan of a study as lines of text."""
-    yield f"{len(plan.parts)} sweeps of {plan.steps} steps on {plan.where.name}"
-    for name, method_plan in plan.parts.items():
-        memory = method_plan.memory / 1e9
-        yield (
-            f"  {name}: {method_plan.runs} runs, {shown(method_plan.mesh)}, {memory:.1f} GB a "
-            f"chip, MFU {method_plan.mfu:.0%}, {method_plan.hours(plan.steps):.2f} hours"
-        )
-    cost = ""
-    if price is not None:
-        cost = f", {plan.hours * plan.where.size * price:,.0f} at {price:g} a chip and hour"
-    yield f"  in all at least {plan.hours:.2f} hours{cost}, without evaluation"
 
 
 def describe_sweep(plan: SweepPlan, *, steps: int = 0, price: float | None = None) -> Iterator[str]:

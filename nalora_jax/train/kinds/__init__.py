@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nalora_jax.config import RunConfig
-from nalora_jax.config.vision import DUAL
+from nalora_jax.config.settings import DUAL
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.job import Kind
 

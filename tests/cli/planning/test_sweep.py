@@ -1,9 +1,8 @@
-"""Plans of sweeps and studies: meshes, hours, and the program of many runs."""
+"""Plans of sweeps: meshes, hours, and the program of many runs."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +11,8 @@ from nalora_jax.cli.planning.models import CONFIGS
 from nalora_jax.cli.planning.program import step_and_arguments
 from nalora_jax.cli.planning.sweep import (
     SweepPlan,
-    describe_study,
     describe_sweep,
     estimate_sweep,
-    plan_study,
 )
 from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
@@ -25,11 +22,9 @@ from nalora_jax.layout.layouts import preferred
 from nalora_jax.layout.machines import topology
 from nalora_jax.layout.sweep_layouts import fitting_sweep, meshes
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.study.protocol import read_protocol
 from tests import tiny
 
 LLAMA = ModelConfig.from_hf(CONFIGS["llama-3.1-8b"])
-STUDY = Path(__file__).parents[3] / "studies" / "llama_8b_commonsense"
 
 
 def _planned(config: RunConfig, base: Any, where: Any, seq: int, runs: int) -> SweepPlan:
@@ -92,16 +87,13 @@ def test_groups_that_cannot_share_a_run_are_refused() -> None:
         fitting_sweep(config, LLAMA, topology("v6e:4x4"), 128, 4)
 
 
-def test_a_sweep_and_a_study_are_estimated_without_a_compiler() -> None:
+def test_a_sweep_is_estimated_without_a_compiler() -> None:
     config = RunConfig(train=TrainConfig(batch_size=1))
     plan = estimate_sweep(config, LLAMA, topology("v6e:16x16"), 4096, 512)
     assert (plan.programs, plan.remat, plan.collectives) == (2, "dots", None)
     # Compiled with the TPU's compiler: 0.207 s and 71.8% for a program.
     assert (plan.seconds, plan.mfu) == pytest.approx((0.207, 0.718), rel=0.05)
     assert "by estimates, not compiled" in "\n".join(describe_sweep(plan))
-    study = plan_study(read_protocol(STUDY), LLAMA, topology("8xh100"), estimate_sweep)
-    assert 0.5 < study.hours < 1.5
-    assert all(0.3 < part.mfu < 0.8 for part in study.parts.values())
 
 
 def test_hours_count_every_program_of_a_sweep() -> None:
@@ -110,15 +102,6 @@ def test_hours_count_every_program_of_a_sweep() -> None:
     assert plan.hours(1200) == pytest.approx(3 * 1200 * plan.seconds / 3600)
     text = "\n".join(describe_sweep(plan, steps=1200, price=2.0))
     assert f"{plan.hours(1200) * 4 * 2:,.2f} at 2 a chip and hour" in text
-
-
-def test_the_plan_of_a_study_has_its_tuning_and_its_test_runs() -> None:
-    protocol = read_protocol(STUDY)
-    plan = plan_study(protocol, LLAMA, topology("v6e:4x4"), _planned)
-    assert len(plan.parts) == 12
-    assert {part.runs for part in plan.parts.values()} == {8, 6}
-    assert plan.hours == pytest.approx(12 * 2 * 1000 * plan.parts["commonsense lora tune"].seconds / 3600)
-    assert "in all at least" in "\n".join(describe_study(plan, price=2.7))
 
 
 def test_the_planned_program_of_one_run_a_device_has_no_collective() -> None:
