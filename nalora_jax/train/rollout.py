@@ -4,25 +4,27 @@ The generator has the frozen weights and the mesh of the training step; nothing 
 pure function of seed, step, weights and adapter: each row has its key. Groups that are complete are stored
 in the run's folder, so that a run that was killed within a rollout repeats at most one group of programs:
 
-    <output>/rollouts/<step>-<digest of the adapter>.npz
+    <output>/rollouts/<step>-<attempt>-<digest of the adapter>.npz
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from nalora_jax.common import files, trees
+from nalora_jax.data.prompts import Prompt
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import NO_TOKEN, Prompts, sample_groups, view_weights
@@ -38,22 +40,13 @@ ROWS = 64
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One prompt of the data set."""
-
-    ids: Sequence[int]
-    text: str
-    record: Mapping[str, Any]  # with ``answer``, the reference completion
-    where: str  # for errors
-
-
-@dataclass(frozen=True)
 class Samples:
     """Completions of prompts, those of one prompt next to each other."""
 
     tokens: np.ndarray  # int32 [prompts * samples, limit], with the stop token; NO_TOKEN after it
     log_probs: np.ndarray  # float32, same shape, by the generator
     rewards: np.ndarray  # float64 [prompts * samples, rewards]; NaN for a reward that failed
+    cut: np.ndarray  # bool [prompts * samples], True for samples without a stop token
 
     @property
     def lengths(self) -> np.ndarray:
@@ -64,8 +57,25 @@ class Samples:
     @staticmethod
     def joined(parts: Sequence[Samples]) -> Samples:
         """Returns the samples of several parts."""
-        names = ("tokens", "log_probs", "rewards")
-        return Samples(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        return Samples(*(np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS))
+
+    def replaced(self, prompts: np.ndarray, by: Samples, samples: int) -> Samples:
+        """Returns the samples with those of ``prompts`` replaced by others.
+
+        Args:
+          prompts: places of the prompts, int ``[n]``.
+          by: the samples of n other prompts.
+          samples: of a prompt.
+        """
+        arrays = [getattr(self, name).copy() for name in _ARRAYS]
+        for array, name in zip(arrays, _ARRAYS, strict=True):
+            array.reshape(-1, samples, *array.shape[1:])[prompts] = getattr(by, name).reshape(
+                -1, samples, *array.shape[1:]
+            )
+        return Samples(*arrays)
+
+
+_ARRAYS = tuple(field.name for field in fields(Samples))
 
 
 @dataclass(frozen=True)
@@ -123,20 +133,23 @@ class Sampler:
         shards = batch_shards(self.mesh)
         return max(self.rows // self.samples, 1) * shards
 
-    def __call__(self, lora: Any, step: int, prompts: Sequence[Prompt]) -> Samples:
+    def __call__(self, lora: Any, step: int, prompts: Sequence[Prompt], *, attempt: int = 0) -> Samples:
         """Returns the samples of ``prompts``.
 
         Args:
           lora: the current adapter.
           step: the training step that the samples are for; with the run's seed it determines the keys.
           prompts: any number; a row's key depends on its place in the list.
+          attempt: number of the rollout within the step; its keys differ.
 
         Raises:
           NaloraError: a reward fails.
         """
         weights = view_weights(self.model, {"params": self.params, "lora": lora})
-        seeds = np.random.SeedSequence((self.seed, step)).generate_state(len(prompts) * self.samples)
-        store = _Store(self.folder, step, lora)
+        seeds = np.random.SeedSequence((self.seed, step, attempt)).generate_state(
+            len(prompts) * self.samples
+        )
+        store = _Store(self.folder, f"{step}-{attempt}", lora)
         parts: list[Samples] = []
         for start in range(0, len(prompts), self.prompts_at_once):
             group = prompts[start : start + self.prompts_at_once]
@@ -173,13 +186,16 @@ class Sampler:
         rewards = self.scorer(
             [p.text for p in of_rows], texts, [p.record for p in of_rows], [p.where for p in of_rows]
         )
-        return Samples(tokens, log_probs, rewards)
+        if jax.process_count() > 1:  # a reward may not be the same in every process
+            rewards = multihost_utils.broadcast_one_to_all(rewards)
+        cut = (tokens[:, -1] != NO_TOKEN) & ~np.isin(tokens[:, -1], self._stops)
+        return Samples(tokens, log_probs, np.asarray(rewards, np.float64), cut)
 
 
 class _Store:
     """Complete groups of the current rollout; one process reads and writes them."""
 
-    def __init__(self, folder: Path | None, step: int, lora: Any) -> None:
+    def __init__(self, folder: Path | None, name: str, lora: Any) -> None:
         self._path: Path | None = None
         self._parts: dict[str, np.ndarray] = {}
         if folder is None or jax.process_count() > 1:
@@ -187,15 +203,15 @@ class _Store:
         digest = hashlib.sha256()
         for path, leaf in trees.flatten(lora).items():
             digest.update(path.encode() + np.asarray(leaf).tobytes())
-        self._path = folder / f"{step}-{digest.hexdigest()[:16]}.npz"
+        self._path = folder / f"{name}-{digest.hexdigest()[:16]}.npz"
         with suppress(OSError, ValueError, BadZipFile):  # absent or damaged: sampled again
             self._parts = dict(np.load(io.BytesIO(self._path.read_bytes())))
-        if not self._parts:  # files of earlier steps
+        if not self._parts and name.endswith("-0"):  # a new step: remove the files of earlier ones
             files.remove_tree(folder)
 
     def read(self, start: int) -> Samples | None:
         """Returns the samples of the prompts starting at ``start``, if they are stored."""
-        names = [f"{start}-{name}" for name in ("tokens", "log_probs", "rewards")]
+        names = [f"{start}-{name}" for name in _ARRAYS]
         if not set(names) <= set(self._parts):
             return None
         return Samples(*(self._parts[name] for name in names))
@@ -204,7 +220,7 @@ class _Store:
         """Adds samples to the file."""
         if self._path is None:
             return
-        for name in ("tokens", "log_probs", "rewards"):
+        for name in _ARRAYS:
             self._parts[f"{start}-{name}"] = getattr(part, name)
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **self._parts)
@@ -213,19 +229,15 @@ class _Store:
 
 
 def batch_of(
-    prompts: Sequence[Sequence[int]],
-    samples: Samples,
-    advantages: np.ndarray,
-    length: int,
-    *,
-    masks_cut: bool = False,
+    prompts: Sequence[Sequence[int]], samples: Samples, length: int, *, masks_cut: bool = False
 ) -> dict[str, np.ndarray]:
-    """Returns the arrays ``[rows, ...]`` that `nalora_jax.train.policy` reads, a sample in each row.
+    """Returns the arrays ``[rows, ...]`` that `nalora_jax.train.policy` reads, except for the advantages.
+
+    Each row has a sample.
 
     Args:
       prompts: token ids of each row's prompt.
       samples: of the rows.
-      advantages: float ``[rows]``.
       length: positions of a row, at least those of the longest prompt and sample.
       masks_cut: leave samples that the limit cut out of the loss.
     """
@@ -233,12 +245,11 @@ def batch_of(
     ids, sampled = np.zeros((rows, length + 1), np.int32), np.zeros((rows, length + 1), np.float32)
     mask, segments = np.zeros_like(sampled), np.zeros_like(ids)
     lengths = samples.lengths
-    cut = masks_cut & (lengths == samples.tokens.shape[1])
     for row, (prompt, count) in enumerate(zip(prompts, lengths, strict=True)):
         new = slice(len(prompt), len(prompt) + count)
         ids[row, : len(prompt)], ids[row, new] = prompt, samples.tokens[row, :count]
         sampled[row, new] = samples.log_probs[row, :count]
-        mask[row, new], segments[row, : new.stop] = not cut[row], 1
+        mask[row, new], segments[row, : new.stop] = not (masks_cut and samples.cut[row]), 1
     return {
         "tokens": ids[:, :-1],
         "targets": ids[:, 1:],
@@ -246,6 +257,5 @@ def batch_of(
         "segment_ids": segments[:, :-1],
         "loss_weights": mask[:, 1:],
         "sampled": sampled[:, 1:],
-        "advantages": advantages.astype(np.float32),
         "real": np.ones(rows, np.float32),
     }
