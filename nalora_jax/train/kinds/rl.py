@@ -427,7 +427,7 @@ class RewardEvaluator(Evaluator):
         ]
 
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Returns the mean ``reward`` with its 95% interval ``low`` and ``high``, ``n``, and the mean of each reward."""
+        """Returns the mean ``reward``, its 95% interval ``low`` and ``high``, ``n``, and the mean of each reward."""
         known = [record["reward"] for record in records if not math.isnan(record["reward"])]
         if not known:
             raise NaloraError("held-out prompts", expected="a reward of at least one", found="none")
