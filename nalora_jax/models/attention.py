@@ -13,7 +13,7 @@ from nalora_jax.method.ffn import LoRADense
 from nalora_jax.method.low_rank import Dense, adapted_dense, parallel_dense
 from nalora_jax.models.cache import KeyValues
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
-from nalora_jax.models.layers import RMSNorm, apply_rope, query_scales
+from nalora_jax.models.layers import RMSNorm, apply_rope, halves_from_adjacent, query_scales
 from nalora_jax.models.parts import LayerInputs, PartOptions, SharedInputs
 from nalora_jax.ops.attention import CachedKeys, Keys, attention
 from nalora_jax.ops.blockwise_attention import AttentionConfig
@@ -62,7 +62,11 @@ class Attention(nn.Module):
         if c.qk_norm == "head":
             q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
         table = self._rope_table(layer, shared)
+        if c.rope_adjacent:  # scores do not depend on the order of dimensions
+            q, k = halves_from_adjacent(q, table), halves_from_adjacent(k, table)
         q, k = apply_rope(q, table), apply_rope(k, table)
+        if c.qk_norm == "rotated":
+            q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
         if c.query_growth:
             q = q * query_scales(shared.positions, c.query_growth, c.growth_length)[..., None, None]
         return q, k, v, gate

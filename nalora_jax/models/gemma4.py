@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from nalora_jax.fields import Fields
-from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.config import ModelConfig, activation_name
 from nalora_jax.models.dense_and_experts import DenseAndExperts
 from nalora_jax.models.embedding import LayerEmbeddings
-from nalora_jax.models.family_fields import (
+from nalora_jax.models.families.shared import (
     FULL,
     SLIDING,
-    activation_name,
     alternating,
     attention_bias,
     base_config,

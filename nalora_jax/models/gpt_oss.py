@@ -12,7 +12,7 @@ from typing import Any
 from nalora_jax.builtin_activations import clamped_swish
 from nalora_jax.fields import Fields
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.family_fields import (
+from nalora_jax.models.families.shared import (
     alternating,
     attention_bias,
     base_config,

@@ -10,7 +10,7 @@ from typing import Any
 
 from nalora_jax.fields import Fields
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.family_fields import attention_bias, base_config, first_present, optional_windows
+from nalora_jax.models.families.shared import attention_bias, base_config, first_present, optional_windows
 from nalora_jax.models.router import RouterSpec
 from nalora_jax.models.shared_experts import SharedExperts
 

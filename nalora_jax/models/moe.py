@@ -10,7 +10,8 @@ splits the experts: they are gathered for the layer, or rows are sent to them
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -22,8 +23,10 @@ from nalora_jax.method import statistics
 from nalora_jax.method.ffn import Adapters, LoRADense
 from nalora_jax.method.low_rank import Adapter, Dense
 from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.expert_exchange import exchanged_ffn, exchanges_less, gathered
 from nalora_jax.models.experts import Experts, Layer, RoutedConfig, of_each, routed_ffn
+from nalora_jax.models.parts import FeedForward, PartOptions, Shapes
 from nalora_jax.models.router import RouterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.quantize import Quantized
@@ -118,6 +121,60 @@ class MoEFFN(nn.Module):
         module = LoRADense(d_out, rank, self.use_bias, dora, experts=self.n_experts, name=name)
         dense: Dense = module.dense(d_in, jnp.asarray(scales.get(name, 1.0), jnp.float32), mask)
         return Experts(dense.kernel, dense.adapter, dense.bias)
+
+
+@dataclass(frozen=True)
+class Mixture(FeedForward):
+    """A mixture of experts; number, width and biases of the experts are fields of the config."""
+
+    router: RouterSpec
+    name: ClassVar[str] = "ffn"
+
+    def param_shapes(self, config: ModelConfig) -> Shapes:
+        """See `Part`."""
+        shapes: Shapes = {"router/kernel": (config.d_model, config.n_experts)}
+        if config.router_bias:
+            shapes["router/bias"] = (config.n_experts,)
+        if self.router.correction:
+            shapes["router/correction"] = (config.n_experts,)
+        for name, shape in self.projections(config).items():
+            shapes[f"{name}/kernel"] = shape
+            if config.ffn_bias:
+                shapes[f"{name}/bias"] = (shape[0], shape[-1])
+        return shapes
+
+    def projections(self, config: ModelConfig) -> Shapes:
+        """See `Part`."""
+        n, d, f = config.n_experts, config.d_model, config.d_ff
+        return {"gate_proj": (n, d, f), "up_proj": (n, d, f), "down_proj": (n, f, d)}
+
+    def saved(self, config: ModelConfig) -> float:
+        """See `Part`."""
+        return 2.0 * config.experts_per_token * config.d_ff
+
+    def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+        """See `FeedForward`."""
+        return {"": ((config.n_experts, config.d_ff), config.activation)}
+
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """See `FeedForward`."""
+        return MoEFFN(
+            config.d_model,
+            config.d_ff,
+            config.n_experts,
+            config.experts_per_token,
+            self.router,
+            config.activation,
+            options.adapters,
+            use_bias=config.ffn_bias,
+            numerics=options.numerics,
+            stats=options.stats,
+            router_bias=config.router_bias,
+            up_limit=config.up_limit,
+            sharding=options.routing,
+            experts=options.experts,
+            name=self.name,
+        )
 
 
 class Router(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 
 from nalora_jax.fields import Fields
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.family_fields import FULL, attention_bias, base_config, head_dim_of
+from nalora_jax.models.families.shared import FULL, attention_bias, base_config, head_dim_of
 from nalora_jax.models.gated_delta_net import GatedDeltaNet
 from nalora_jax.models.mixture_families import qwen_experts
 from nalora_jax.models.ropes import read_ropes

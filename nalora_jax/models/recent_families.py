@@ -9,14 +9,13 @@ from typing import Any
 from nalora_jax.config.rope_scaling import ORIGINAL, WITH_ORIGINAL
 from nalora_jax.fields import Fields
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.family_fields import (
+from nalora_jax.models.families.shared import (
     FULL,
     GRANITE,
     SLIDING,
     alternating,
     attention_bias,
     base_config,
-    first_present,
     granite_scales,
     head_dim_of,
     layer_types,
@@ -25,7 +24,6 @@ from nalora_jax.models.family_fields import (
 )
 from nalora_jax.models.layers import RopeSpec
 from nalora_jax.models.ropes import read_ropes
-from nalora_jax.models.short_convolution import ShortConvolution
 
 _OLMO3_THETA = 500_000.0
 
@@ -110,67 +108,6 @@ def _layer_ropes(f: Fields, n_layers: int) -> tuple[tuple[RopeSpec, ...], tuple[
     return tuple(replace(spec, theta=base) for base in distinct), index
 
 
-def _lfm2(f: Fields, name: str) -> ModelConfig:
-    _check_lfm2(f)
-    return base_config(
-        f,
-        name,
-        d_ff=_lfm2_width(f),
-        activation="silu",
-        norm_eps=f.number("norm_eps", zero=True),
-        tie_embeddings=f.flag(first_present(f, "tie_embedding", "tie_word_embeddings")),
-        ropes=read_ropes(f, head_dim_of(f), None)[0],
-        qk_norm="head",
-        attn_dropout=0.0,
-        **_lfm2_layers(f),
-    )
-
-
-def _check_lfm2(f: Fields) -> None:
-    """Refuses variants that the released files could name and that transformers does not have."""
-    for field in ("block_use_swiglu", "use_pos_enc"):
-        if f.get(field) is False:
-            raise f.error(field, "true", "false")
-    d_model = f.integer("hidden_size")
-    for field in ("block_dim", "conv_dim", "conv_dim_out"):
-        if f.get(field) not in (None, d_model):
-            raise f.error(field, f"hidden_size ({d_model})", f.get(field))
-
-
-def _lfm2_width(f: Fields) -> int:
-    """Returns the channels of the feed-forward block, by default two thirds of its field."""
-    width = f.integer(first_present(f, "block_ff_dim", "intermediate_size"))
-    if not f.flag("block_auto_adjust_ff_dim"):
-        return width
-    multiple = f.integer("block_multiple_of")
-    width = int(f.number("block_ffn_dim_multiplier") * int(2 * width / 3))
-    return multiple * -(-width // multiple)
-
-
-def _lfm2_layers(f: Fields) -> dict[str, Any]:
-    """Returns the kinds of layers: attention and convolution."""
-    n_layers = f.integer("num_hidden_layers", high=2**10)
-    attending = f.get("full_attn_idxs")
-    if attending is not None and not (
-        isinstance(attending, list) and set(attending) <= set(range(n_layers))
-    ):
-        raise f.error("full_attn_idxs", f"a list of layers below {n_layers}", repr(attending)[:60])
-    names = f.items("layer_types", n_layers, str)
-    if names is None:
-        names = [FULL if attending is None or i in attending else _CONV for i in range(n_layers)]
-    unknown = sorted(set(names) - {FULL, _CONV})
-    if unknown:
-        raise f.error("layer_types", f"{FULL!r} or {_CONV!r}", repr(unknown[0]))
-    mixer = ShortConvolution(f.integer("conv_L_cache", low=2, high=2**8), f.flag("conv_bias"))
-    if set(names) == {_CONV}:
-        return {"mixer": mixer}
-    kinds = ((), (("mixer", mixer),))
-    if _CONV not in names:
-        return {}
-    return {"kinds": kinds, "layer_kinds": tuple(int(kind == _CONV) for kind in names)}
-
-
-_CONV = "conv"
 _MINISTRAL3_ROPE: dict[str, Any] = {
     "rope_type": "yarn",
     "rope_theta": 1e6,
@@ -204,20 +141,6 @@ READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]] 
             "rms_norm_eps": 1e-5,
             "tie_word_embeddings": True,
             "sliding_window": 128,
-        },
-    ),
-    "lfm2": (
-        _lfm2,
-        {
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 128_000,
-            "norm_eps": 1e-5,
-            "tie_word_embeddings": True,
-            "rope_theta": 1e6,
-            "conv_L_cache": 3,
-            "block_multiple_of": 256,
-            "block_ffn_dim_multiplier": 1.0,
-            "block_auto_adjust_ff_dim": True,
         },
     ),
 }

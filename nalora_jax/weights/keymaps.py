@@ -26,9 +26,9 @@ import numpy as np
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.families.tensors import TensorRow
 from nalora_jax.models.stacks import param_shapes, stacks
 from nalora_jax.weights import keytables
-from nalora_jax.weights.keytables import TensorRow
 
 Array = Any  # numpy or jax arrays: conversions use only methods that both have
 T = TypeVar("T")

@@ -8,29 +8,45 @@ variant of its family.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models import registered
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.families import BUILT_IN
+from nalora_jax.models.families.tensors import (
+    GATED,
+    GGUF_ATTENTION,
+    GGUF_EXPERTS,
+    GGUF_FFN,
+    GGUF_LLAMA,
+    GGUF_PAIRED,
+    GGUF_POST,
+    GGUF_PRE,
+    GGUF_QK,
+    GGUF_QWEN2,
+    HF_ATTENTION,
+    HF_DENSE_LAYERS,
+    HF_ENDS,
+    HF_FFN,
+    HF_FOUR_NORMS,
+    HF_LLAMA,
+    HF_OLMO2,
+    HF_PRE_NORMS,
+    HF_QK_NORMS,
+    HF_SINKS,
+    TensorRow,
+    gguf_ends,
+    gguf_kernel,
+    gguf_norms,
+    hf_dense,
+    hf_experts,
+    hf_kernel,
+    hf_norms,
+)
 from nalora_jax.models.stacks import stacks
 
 Source = Literal["hf", "gguf"]
-Change = Literal["", "transpose", "minus_one", "pairs", "pairs_transpose", "columns", "patches", "lead"]
-
-
-@dataclass(frozen=True)
-class TensorRow:
-    """One kind of tensor."""
-
-    name: str
-    paths: tuple[str, ...]  # several if the file fuses them along its first axis
-    # "transpose": kernels; "minus_one": norms stored as 1 + w; "pairs...": llama.cpp's order of rotated rows;
-    # "columns": the last axis of the paths' arrays alternates: first, second, first, ...; of encoders also
-    # "patches": kernel of a convolution, and "lead": axes of length 1.
-    change: Change = ""
-    experts: bool | None = None  # True: only in layers with a mixture of experts; False: only in the others
 
 
 @dataclass(frozen=True)
@@ -70,25 +86,14 @@ def _rows(tables: dict[str, tuple[TensorRow, ...]], model_type: str) -> tuple[Te
     """Returns the rows of a family, built-in or added by `models.families.register_family`."""
     if model_type in tables:
         return tables[model_type]
+    if tables is HF and model_type in BUILT_IN:
+        return BUILT_IN[model_type].tensors
     registered_rows = registered.tensors_of(model_type)
     if isinstance(registered_rows, str):
         return tables.get(registered_rows)
     if tables is HF:
         return registered_rows
     return None
-
-
-def _kernel(stem: str, module: str, *paths: str) -> TensorRow:
-    """Returns the kernel of a layer's module, which may fuse several projections."""
-    leaves = tuple(f"layers/{path}/kernel" for path in paths)
-    return TensorRow(f"{stem}.{module}.weight", leaves, "transpose")
-
-
-def _norms(stem: str, names: dict[str, str], change: Change = "") -> tuple[TensorRow, ...]:
-    return tuple(
-        TensorRow(f"{stem}.{theirs}.weight", (f"layers/{ours}/scale",), change)
-        for ours, theirs in names.items()
-    )
 
 
 def _unread_keys(config: ModelConfig) -> tuple[str, ...]:
@@ -115,57 +120,14 @@ HF_RENAMES = (
     (r"^(model\.)?language_model\.(model\.)?(?=(embed_tokens|layers|norm)\.)", "model."),
 )
 
-_HF_ENDS = (
-    TensorRow("model.embed_tokens.weight", ("embed/embedding",)),
-    TensorRow("model.norm.weight", ("final_norm/scale",)),
-    TensorRow("lm_head.weight", ("lm_head/kernel",), "transpose"),
-)
-
-
-def _hf_dense(
-    module: str, folder: str, names: tuple[str, ...], experts: bool | None = None
-) -> tuple[TensorRow, ...]:
-    """Returns kernels and biases of projections whose names equal transformers' names."""
-    stem, leaf = f"model.layers.{{layer}}.{module}", f"layers/{folder}"
-    return (
-        *(TensorRow(f"{stem}.{n}.weight", (f"{leaf}/{n}/kernel",), "transpose", experts) for n in names),
-        *(TensorRow(f"{stem}.{n}.bias", (f"{leaf}/{n}/bias",), "", experts) for n in names),
-    )
-
-
-_hf_kernel = partial(_kernel, "model.layers.{layer}")
-_hf_norms = partial(_norms, "model.layers.{layer}")
-_HF_ATTENTION = _hf_dense("self_attn", "attn", ("q_proj", "k_proj", "v_proj", "o_proj"))
-_GATED = ("gate_proj", "up_proj", "down_proj")
-_HF_FFN = _hf_dense("mlp", "ffn", _GATED)
-_HF_QK_NORMS = _hf_norms({"attn/q_norm": "self_attn.q_norm", "attn/k_norm": "self_attn.k_norm"})
-_HF_PRE_NORMS = _hf_norms({"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"})
-_HF_POST_NORMS = _hf_norms(
-    {"attn_post_norm": "post_attention_layernorm", "ffn_post_norm": "post_feedforward_layernorm"}
-)
-_HF_FOUR_NORMS = _HF_POST_NORMS + _hf_norms(
-    {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
-)
-_HF_LLAMA = (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_FFN)
-_HF_OLMO2 = (*_HF_ENDS, *_HF_POST_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN)
 _HF_PHI3 = (
-    *_HF_ENDS,
-    *_HF_PRE_NORMS,
-    _hf_kernel("self_attn.qkv_proj", "attn/q_proj", "attn/k_proj", "attn/v_proj"),
-    _hf_kernel("self_attn.o_proj", "attn/o_proj"),
-    _hf_kernel("mlp.gate_up_proj", "ffn/gate_proj", "ffn/up_proj"),
-    _hf_kernel("mlp.down_proj", "ffn/down_proj"),
+    *HF_ENDS,
+    *HF_PRE_NORMS,
+    hf_kernel("self_attn.qkv_proj", "attn/q_proj", "attn/k_proj", "attn/v_proj"),
+    hf_kernel("self_attn.o_proj", "attn/o_proj"),
+    hf_kernel("mlp.gate_up_proj", "ffn/gate_proj", "ffn/up_proj"),
+    hf_kernel("mlp.down_proj", "ffn/down_proj"),
 )
-
-
-def _hf_experts(module: str, names: tuple[str, ...], folder: str = "ffn") -> tuple[TensorRow, ...]:
-    """Returns router and experts; ``names`` are transformers' names of gate, up and down."""
-    stem = f"model.layers.{{layer}}.{module}.experts.{{expert}}"
-    experts = (
-        TensorRow(f"{stem}.{theirs}.weight", (f"layers/{folder}/{ours}/kernel",), "transpose", True)
-        for ours, theirs in zip(_GATED, names, strict=True)
-    )
-    return (_hf_kernel(f"{module}.gate", f"{folder}/router"), *experts)
 
 
 def _hf_delta_net(*inputs: str) -> tuple[TensorRow, ...]:
@@ -176,38 +138,37 @@ def _hf_delta_net(*inputs: str) -> tuple[TensorRow, ...]:
         TensorRow(f"model.layers.{{layer}}.linear_attn.{theirs}", (f"layers/linear_attn/{ours}",))
         for theirs, ours in names.items()
     )
-    return (*_hf_dense("linear_attn", "linear_attn", (*inputs, "out_proj")), *rows)
+    return (*hf_dense("linear_attn", "linear_attn", (*inputs, "out_proj")), *rows)
 
 
-_HF_MIXTRAL = _hf_experts("block_sparse_moe", ("w1", "w3", "w2"))
-_HF_DENSE_LAYERS = _hf_dense("mlp", "ffn", _GATED, experts=False)
-_HF_QWEN_EXPERTS = (*_hf_experts("mlp", _GATED), *_HF_DENSE_LAYERS)
+_HF_MIXTRAL = hf_experts("block_sparse_moe", ("w1", "w3", "w2"))
+_HF_QWEN_EXPERTS = (*hf_experts("mlp", GATED), *HF_DENSE_LAYERS)
 _HF_QWEN2_EXPERTS = (
-    *_hf_experts("mlp", _GATED, "ffn/experts_ffn"),
-    *_hf_dense("mlp.shared_expert", "ffn/shared_ffn", _GATED),
-    _hf_kernel("mlp.shared_expert_gate", "ffn/shared_gate"),
-    *_HF_DENSE_LAYERS,
+    *hf_experts("mlp", GATED, "ffn/experts_ffn"),
+    *hf_dense("mlp.shared_expert", "ffn/shared_ffn", GATED),
+    hf_kernel("mlp.shared_expert_gate", "ffn/shared_gate"),
+    *HF_DENSE_LAYERS,
 )
 _HF_GLM_EXPERTS = (
-    *_hf_experts("mlp", _GATED, "ffn/experts_ffn"),
+    *hf_experts("mlp", GATED, "ffn/experts_ffn"),
     TensorRow(
         "model.layers.{layer}.mlp.gate.e_score_correction_bias",
         ("layers/ffn/experts_ffn/router/correction",),
     ),
-    *_hf_dense("mlp.shared_experts", "ffn/shared_ffn", _GATED),
-    *_HF_DENSE_LAYERS,
+    *hf_dense("mlp.shared_experts", "ffn/shared_ffn", GATED),
+    *HF_DENSE_LAYERS,
 )
-_HF_HYBRID = (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS)
+_HF_HYBRID = (*HF_ENDS, *HF_PRE_NORMS, *HF_ATTENTION, *HF_QK_NORMS)
 _HF_QWEN3_5 = (*_HF_HYBRID, *_hf_delta_net("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
 _HF_QWEN3_NEXT = (*_HF_HYBRID, *_hf_delta_net("in_proj_qkvz", "in_proj_ba"))
 
 _HF_GEMMA4 = (
-    *_HF_ENDS,
-    *_HF_FOUR_NORMS,
-    *_HF_ATTENTION,
-    *_HF_QK_NORMS,
-    *_HF_FFN,
-    *_hf_dense("mlp", "ffn/dense_ffn", _GATED),
+    *HF_ENDS,
+    *HF_FOUR_NORMS,
+    *HF_ATTENTION,
+    *HF_QK_NORMS,
+    *HF_FFN,
+    *hf_dense("mlp", "ffn/dense_ffn", GATED),
     TensorRow(
         "model.layers.{layer}.experts.gate_up_proj",
         ("layers/ffn/experts_ffn/gate_proj/kernel", "layers/ffn/experts_ffn/up_proj/kernel"),
@@ -216,10 +177,10 @@ _HF_GEMMA4 = (
     TensorRow(
         "model.layers.{layer}.experts.down_proj", ("layers/ffn/experts_ffn/down_proj/kernel",), "transpose"
     ),
-    _hf_kernel("router.proj", "ffn/experts_ffn/router"),
+    hf_kernel("router.proj", "ffn/experts_ffn/router"),
     TensorRow("model.layers.{layer}.router.scale", ("layers/ffn/router_norm/scale",)),
     TensorRow("model.layers.{layer}.router.per_expert_scale", ("layers/ffn/experts_ffn/router/scale",)),
-    *_hf_norms(
+    *hf_norms(
         {
             "ffn/dense_norm": "post_feedforward_layernorm_1",
             "ffn/experts_norm": "pre_feedforward_layernorm_2",
@@ -227,8 +188,8 @@ _HF_GEMMA4 = (
             "tail/norm": "post_per_layer_input_norm",
         }
     ),
-    _hf_kernel("per_layer_input_gate", "tail/gate_proj"),
-    _hf_kernel("per_layer_projection", "tail/down_proj"),
+    hf_kernel("per_layer_input_gate", "tail/gate_proj"),
+    hf_kernel("per_layer_projection", "tail/down_proj"),
     TensorRow("model.layers.{layer}.layer_scalar", ("layers/tail/scale",)),
     TensorRow("model.embed_tokens_per_layer.weight", ("layer_embeddings/embedding",)),
     TensorRow(
@@ -237,10 +198,9 @@ _HF_GEMMA4 = (
     TensorRow("model.per_layer_projection_norm.weight", ("layer_embeddings/norm/scale",)),
 )
 
-_HF_SINKS = TensorRow("model.layers.{layer}.self_attn.sinks", ("layers/attn/sinks",))
 _HF_GPT_OSS = (
-    _HF_SINKS,
-    _hf_kernel("mlp.router", "ffn/router"),
+    HF_SINKS,
+    hf_kernel("mlp.router", "ffn/router"),
     TensorRow("model.layers.{layer}.mlp.router.bias", ("layers/ffn/router/bias",)),
     *(
         TensorRow(
@@ -254,58 +214,31 @@ _HF_GPT_OSS = (
     TensorRow("model.layers.{layer}.mlp.experts.down_proj_bias", ("layers/ffn/down_proj/bias",)),
 )
 
-_HF_LFM2_NAMES = {
-    "attn/q_proj": "self_attn.q_proj",
-    "attn/k_proj": "self_attn.k_proj",
-    "attn/v_proj": "self_attn.v_proj",
-    "attn/o_proj": "self_attn.out_proj",
-    "conv/bcx_proj": "conv.in_proj",
-    "conv/o_proj": "conv.out_proj",
-    "ffn/gate_proj": "feed_forward.w1",
-    "ffn/up_proj": "feed_forward.w3",
-    "ffn/down_proj": "feed_forward.w2",
-}
-_HF_LFM2 = (
-    _HF_ENDS[0],
-    TensorRow("model.embedding_norm.weight", ("final_norm/scale",)),
-    _HF_ENDS[2],
-    *_hf_norms({"attn_norm": "operator_norm", "ffn_norm": "ffn_norm"}),
-    *_hf_norms({"attn/q_norm": "self_attn.q_layernorm", "attn/k_norm": "self_attn.k_layernorm"}),
-    *(_hf_kernel(theirs, ours) for ours, theirs in _HF_LFM2_NAMES.items()),
-    *(
-        TensorRow(f"model.layers.{{layer}}.{theirs}.bias", (f"layers/{ours}/bias",))
-        for ours, theirs in _HF_LFM2_NAMES.items()
-    ),
-    TensorRow("model.layers.{layer}.conv.conv.weight", ("layers/conv/taps",)),
-    TensorRow("model.layers.{layer}.conv.conv.bias", ("layers/conv/taps_bias",)),
-)
-
 HF: dict[str, tuple[TensorRow, ...]] = {
-    "llama": _HF_LLAMA,
-    "mistral": _HF_LLAMA,
-    "qwen2": _HF_LLAMA,
-    "qwen3": (*_HF_LLAMA, *_HF_QK_NORMS),
-    "gemma": _HF_LLAMA,
-    "gemma2": (*_HF_ENDS, *_HF_FOUR_NORMS, *_HF_ATTENTION, *_HF_FFN),
-    "gemma3_text": (*_HF_ENDS, *_HF_FOUR_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN),
+    "llama": HF_LLAMA,
+    "mistral": HF_LLAMA,
+    "qwen2": HF_LLAMA,
+    "qwen3": (*HF_LLAMA, *HF_QK_NORMS),
+    "gemma": HF_LLAMA,
+    "gemma2": (*HF_ENDS, *HF_FOUR_NORMS, *HF_ATTENTION, *HF_FFN),
+    "gemma3_text": (*HF_ENDS, *HF_FOUR_NORMS, *HF_ATTENTION, *HF_QK_NORMS, *HF_FFN),
     "gemma4_text": _HF_GEMMA4,
     "gemma4_unified_text": _HF_GEMMA4,
     "phi3": _HF_PHI3,
-    "olmo2": _HF_OLMO2,
-    "olmo3": _HF_OLMO2,
-    "ministral3": _HF_LLAMA,
-    "qwen3_5_text": (*_HF_QWEN3_5, *_HF_FFN),
+    "olmo2": HF_OLMO2,
+    "olmo3": HF_OLMO2,
+    "ministral3": HF_LLAMA,
+    "qwen3_5_text": (*_HF_QWEN3_5, *HF_FFN),
     "qwen3_5_moe_text": (*_HF_QWEN3_5, *_HF_QWEN2_EXPERTS),
     "qwen3_next": (*_HF_QWEN3_NEXT, *_HF_QWEN2_EXPERTS),
-    "smollm3": _HF_LLAMA,
-    "granite": _HF_LLAMA,
-    "granite_swa": (*_HF_LLAMA, _HF_SINKS),
-    "lfm2": _HF_LFM2,
-    "mixtral": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_MIXTRAL),
-    "qwen3_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_QWEN_EXPERTS),
-    "qwen2_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QWEN2_EXPERTS),
-    "glm4_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_GLM_EXPERTS),
-    "gpt_oss": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_GPT_OSS),
+    "smollm3": HF_LLAMA,
+    "granite": HF_LLAMA,
+    "granite_swa": (*HF_LLAMA, HF_SINKS),
+    "mixtral": (*HF_ENDS, *HF_PRE_NORMS, *HF_ATTENTION, *_HF_MIXTRAL),
+    "qwen3_moe": (*HF_ENDS, *HF_PRE_NORMS, *HF_ATTENTION, *HF_QK_NORMS, *_HF_QWEN_EXPERTS),
+    "qwen2_moe": (*HF_ENDS, *HF_PRE_NORMS, *HF_ATTENTION, *_HF_QWEN2_EXPERTS),
+    "glm4_moe": (*HF_ENDS, *HF_PRE_NORMS, *HF_ATTENTION, *HF_QK_NORMS, *_HF_GLM_EXPERTS),
+    "gpt_oss": (*HF_ENDS, *HF_PRE_NORMS, *HF_ATTENTION, *_HF_GPT_OSS),
 }
 
 # ---------------------------------------------------------------- llama.cpp
@@ -314,82 +247,36 @@ HF: dict[str, tuple[TensorRow, ...]] = {
 # not into parameters.
 GGUF_IGNORED = (r"^rope_freqs\.weight$", r"^(blk\.\d+\.)?rope_factors_(long|short)\.weight$")
 
-_GGUF_NAMES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-_GGUF_FFN_NAMES = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
-# Changes of a kernel and a bias, without and with llama.cpp's order of rotated rows.
-_TRANSPOSED: tuple[Change, Change] = ("transpose", "")
-_PAIRED: tuple[Change, Change] = ("pairs_transpose", "pairs")
-
-
-def _gguf_dense(folder: str, names: dict[str, str], pairs: tuple[str, ...] = ()) -> tuple[TensorRow, ...]:
-    rows = []
-    for ours, theirs in names.items():
-        stem, leaf = f"blk.{{layer}}.{theirs}", f"layers/{folder}/{ours}"
-        kernel, bias = _TRANSPOSED
-        if ours in pairs:
-            kernel, bias = _PAIRED
-        rows.append(TensorRow(f"{stem}.weight", (f"{leaf}/kernel",), kernel))
-        rows.append(TensorRow(f"{stem}.bias", (f"{leaf}/bias",), bias))
-    return tuple(rows)
-
-
-_gguf_kernel = partial(_kernel, "blk.{layer}")
-_gguf_norms = partial(_norms, "blk.{layer}")
-
-
-def _gguf_ends(change: Change = "") -> tuple[TensorRow, ...]:
-    return (
-        TensorRow("token_embd.weight", ("embed/embedding",)),
-        TensorRow("output_norm.weight", ("final_norm/scale",), change),
-        TensorRow("output.weight", ("lm_head/kernel",), "transpose"),
-    )
-
-
-_GGUF_PRE = {"attn_norm": "attn_norm", "ffn_norm": "ffn_norm"}
-_GGUF_POST = {"attn_post_norm": "post_attention_norm", "ffn_post_norm": "post_ffw_norm"}
-_GGUF_QK = {"attn/q_norm": "attn_q_norm", "attn/k_norm": "attn_k_norm"}
-_GGUF_FFN = _gguf_dense("ffn", _GGUF_FFN_NAMES)
-_GGUF_ATTENTION = _gguf_dense("attn", _GGUF_NAMES)
-# Families for which llama.cpp rotates adjacent pairs; in others it pairs channels half a head
-# apart, like transformers.
-_GGUF_PAIRED = _gguf_dense("attn", _GGUF_NAMES, pairs=("q_proj", "k_proj"))
-_GGUF_LLAMA = (*_gguf_ends(), *_gguf_norms(_GGUF_PRE), *_GGUF_PAIRED, *_GGUF_FFN)
-_GGUF_QWEN2 = (*_gguf_ends(), *_gguf_norms(_GGUF_PRE), *_GGUF_ATTENTION, *_GGUF_FFN)
-_GGUF_EXPERTS = (
-    _gguf_kernel("ffn_gate_inp", "ffn/router"),
-    *(_gguf_kernel(f"{theirs}_exps", f"ffn/{ours}") for ours, theirs in _GGUF_FFN_NAMES.items()),
-)
-
 
 def _gguf_gemma(norms: dict[str, str]) -> tuple[TensorRow, ...]:
     """Returns Gemma's norms; llama.cpp's Gemma files store 1 + w."""
-    return (*_gguf_ends("minus_one"), *_gguf_norms(norms, "minus_one"), *_GGUF_ATTENTION, *_GGUF_FFN)
+    return (*gguf_ends("minus_one"), *gguf_norms(norms, "minus_one"), *GGUF_ATTENTION, *GGUF_FFN)
 
 
-_GGUF_OLMO2 = (*_gguf_ends(), *_gguf_norms(_GGUF_POST | _GGUF_QK), *_GGUF_ATTENTION, *_GGUF_FFN)
+_GGUF_OLMO2 = (*gguf_ends(), *gguf_norms(GGUF_POST | GGUF_QK), *GGUF_ATTENTION, *GGUF_FFN)
 _GGUF_PHI3 = (
-    *_gguf_ends(),
-    *_gguf_norms(_GGUF_PRE),
-    _gguf_kernel("attn_qkv", "attn/q_proj", "attn/k_proj", "attn/v_proj"),
-    _gguf_kernel("attn_output", "attn/o_proj"),
-    _gguf_kernel("ffn_up", "ffn/gate_proj", "ffn/up_proj"),
-    _gguf_kernel("ffn_down", "ffn/down_proj"),
+    *gguf_ends(),
+    *gguf_norms(GGUF_PRE),
+    gguf_kernel("attn_qkv", "attn/q_proj", "attn/k_proj", "attn/v_proj"),
+    gguf_kernel("attn_output", "attn/o_proj"),
+    gguf_kernel("ffn_up", "ffn/gate_proj", "ffn/up_proj"),
+    gguf_kernel("ffn_down", "ffn/down_proj"),
 )
 
 GGUF: dict[str, tuple[TensorRow, ...]] = {
-    "llama": _GGUF_LLAMA,
-    "mistral": _GGUF_LLAMA,
-    "qwen2": _GGUF_QWEN2,
-    "qwen3": (*_GGUF_QWEN2, *_gguf_norms(_GGUF_QK)),
-    "gemma": _gguf_gemma(_GGUF_PRE),
-    "gemma2": _gguf_gemma(_GGUF_PRE | _GGUF_POST),
-    "gemma3_text": _gguf_gemma(_GGUF_PRE | _GGUF_POST | _GGUF_QK),
+    "llama": GGUF_LLAMA,
+    "mistral": GGUF_LLAMA,
+    "qwen2": GGUF_QWEN2,
+    "qwen3": (*GGUF_QWEN2, *gguf_norms(GGUF_QK)),
+    "gemma": _gguf_gemma(GGUF_PRE),
+    "gemma2": _gguf_gemma(GGUF_PRE | GGUF_POST),
+    "gemma3_text": _gguf_gemma(GGUF_PRE | GGUF_POST | GGUF_QK),
     "phi3": _GGUF_PHI3,
     "olmo2": _GGUF_OLMO2,
     "olmo3": _GGUF_OLMO2,
-    "ministral3": _GGUF_LLAMA,
-    "smollm3": _GGUF_LLAMA,
-    "granite": _GGUF_LLAMA,
-    "mixtral": (*_gguf_ends(), *_gguf_norms(_GGUF_PRE), *_GGUF_PAIRED, *_GGUF_EXPERTS),
-    "qwen3_moe": (*_gguf_ends(), *_gguf_norms(_GGUF_PRE | _GGUF_QK), *_GGUF_ATTENTION, *_GGUF_EXPERTS),
+    "ministral3": GGUF_LLAMA,
+    "smollm3": GGUF_LLAMA,
+    "granite": GGUF_LLAMA,
+    "mixtral": (*gguf_ends(), *gguf_norms(GGUF_PRE), *GGUF_PAIRED, *GGUF_EXPERTS),
+    "qwen3_moe": (*gguf_ends(), *gguf_norms(GGUF_PRE | GGUF_QK), *GGUF_ATTENTION, *GGUF_EXPERTS),
 }

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.families import BUILT_IN
 from nalora_jax.models.stacks import locate, projection_shapes
 from nalora_jax.models.targets import scale_divisor
 from nalora_jax.models.vision.sight import contains_text_model
@@ -100,7 +101,8 @@ def module_layout(config: ModelConfig) -> ModuleLayout:
     prefix = _TEXT_PART
     if config.sight is None:
         prefix = "model.layers"
-    return ModuleLayout(tuple(modules), _stacks(experts) or tuple(stacks), experts, prefix)
+    fused = _stacks(experts, config.model_type)
+    return ModuleLayout(tuple(modules), fused or tuple(stacks), experts, prefix)
 
 
 def layout_for(target: str, config: ModelConfig, raw: Mapping[str, Any] | None = None) -> ModuleLayout:
@@ -136,11 +138,13 @@ def _expert_by_expert(layout: ModuleLayout) -> ModuleLayout:
     return replace(layout, experts=names)
 
 
-def _stacks(experts: Iterable[str]) -> tuple[HostModule, ...]:
+def _stacks(experts: Iterable[str], model_type: str) -> tuple[HostModule, ...]:
     """Returns the two parameters that hold all experts of a layer in transformers 5."""
+    family = BUILT_IN.get(model_type)
+    module = family.experts if family else "mlp.experts"
     folders = dict.fromkeys(path.rpartition("/")[0] for path in experts)
     return tuple(
-        HostModule(f"mlp.experts.{name}", tuple(f"{folder}/{path_of_part}" for path_of_part in parts))
+        HostModule(f"{module}.{name}", tuple(f"{folder}/{path_of_part}" for path_of_part in parts))
         for folder in folders
         for name, parts in {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.items()
     )

@@ -38,9 +38,14 @@ ARCHITECTURES = {
 
 def config_of(family: str, **changes) -> ModelConfig:
     raw = {**SIZES, "model_type": family, **changes}
-    if family in ("gemma2", "gemma3_text", "olmo3", "gpt_oss", "granite_swa") or family.startswith(
-        "gemma4"
-    ):
+    if family in (
+        "gemma2",
+        "gemma3_text",
+        "olmo3",
+        "exaone4",
+        "gpt_oss",
+        "granite_swa",
+    ) or family.startswith("gemma4"):
         raw["sliding_window"] = 8
     if family == "gemma4_text":
         raw |= {"vocab_size_per_layer_input": 32, "hidden_size_per_layer_input": 4}

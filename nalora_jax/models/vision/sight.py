@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from nalora_jax.fields import Fields
-from nalora_jax.models.family_fields import activation_name
+from nalora_jax.models.config import activation_name
 from nalora_jax.models.vision.config import EncoderConfig
 from nalora_jax.models.vision.families import read_encoder
 

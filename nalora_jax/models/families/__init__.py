@@ -6,6 +6,7 @@ Features that are not implemented raise an error that names them.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
 from nalora_jax.models import qwen_hybrid, recent_families, registered
-from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.family_fields import (
+from nalora_jax.models.config import ModelConfig, activation_name
+from nalora_jax.models.families import lfm2, llama, olmo
+from nalora_jax.models.families.record import Family
+from nalora_jax.models.families.shared import (
     FULL,
     GRANITE,
     SLIDING,
-    activation_name,
     alternating,
     attention_bias,
     first_present,
@@ -29,7 +31,7 @@ from nalora_jax.models.family_fields import (
     same_window,
     windows_of,
 )
-from nalora_jax.models.family_fields import base_config as base_config
+from nalora_jax.models.families.shared import base_config as base_config
 from nalora_jax.models.gemma4 import DEFAULTS as GEMMA4
 from nalora_jax.models.gemma4 import read_gemma4
 from nalora_jax.models.gpt_oss import DEFAULTS as GPT_OSS
@@ -83,16 +85,22 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfi
             found=repr(name),
             remedy="use such a model, or leave --vision.task (or --image) out",
         )
-    if not isinstance(name, str) or (name not in _READERS and name not in registered.FAMILIES):
+    if not isinstance(name, str) or (name not in built_in() and name not in registered.FAMILIES):
+        near = difflib.get_close_matches(str(name), supported(), 3, 0.0)
         raise NaloraError(
-            f"{where}: model_type", expected=f"one of {', '.join(supported())}", found=repr(name)
+            f"{where}: model_type",
+            expected=f"one of {', '.join(supported())}",
+            found=repr(name),
+            remedy=f"no model is loaded as a similar one; the nearest names are {', '.join(near)}",
         )
-    if name in _READERS:
+    if name in BUILT_IN:
+        reader, defaults = BUILT_IN[name].read, BUILT_IN[name].defaults
+    elif name in _READERS:
         reader, defaults = _READERS[name]
     else:
         family = registered.FAMILIES.get(name)
         reader, defaults = family.reader, dict(family.defaults)
-    fields = Fields(raw, _COMMON | defaults, where)
+    fields = Fields(raw, {**_COMMON, **defaults}, where)
     if name not in GEMMA4 or fields.get("use_bidirectional_attention") != "vision":  # of image tokens only
         fields.refuse("use_bidirectional_attention")
     for feature in ("output_router_logits", "router_jitter_noise"):
@@ -105,13 +113,13 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfi
 
 
 def built_in() -> tuple[str, ...]:
-    """Returns the values of ``model_type`` that this module reads."""
-    return tuple(_READERS)
+    """Returns the values of ``model_type`` that this package reads."""
+    return (*_READERS, *BUILT_IN)
 
 
 def supported() -> tuple[str, ...]:
     """Returns the supported values of ``model_type``."""
-    return tuple(sorted({*_READERS, *registered.FAMILIES.names()}))
+    return tuple(sorted({*built_in(), *registered.FAMILIES.names()}))
 
 
 def _check(config: ModelConfig, f: Fields) -> None:
@@ -311,3 +319,7 @@ _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]]
 }
 
 _READERS |= recent_families.READERS | qwen_hybrid.READERS
+
+BUILT_IN: dict[str, Family] = {
+    family.name: family for family in (*llama.FAMILIES, *olmo.FAMILIES, *lfm2.FAMILIES)
+}
