@@ -18,9 +18,10 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
 from nalora_jax.image_tokens import ImageTokens
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.families import contains_text_model
 from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
-from nalora_jax.models.vision.sight import Sight, contains_text_model
+from nalora_jax.models.vision.sight import Sight
 from nalora_jax.ops.quantize import Kind, gathered
 from nalora_jax.tokenizer import NO_TOKENS, AddedTokens, Tokenizer, read_json
 from nalora_jax.weights import hub

@@ -1,6 +1,6 @@
 """The architecture of a decoder as one frozen dataclass, read from a ``config.json``.
 
-`families.py` has one reader per ``model_type``. This module defines the fields that the readers
+`families` has one record per ``model_type``. This module defines the fields that the readers
 set and does not import them.
 """
 
@@ -30,7 +30,7 @@ GLOBAL_WINDOW = 2**30
 class ModelConfig:
     """A decoder-only transformer. Every default means "the feature is absent"."""
 
-    model_type: str  # the family, e.g. "llama", "gemma3_text"
+    model_type: str  # the family (`nalora_jax.models.families`)
     vocab_size: int
     d_model: int
     n_layers: int

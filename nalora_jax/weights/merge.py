@@ -22,30 +22,21 @@ from jax import lax
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.families import contains_text_model, family_of, text_part
+from nalora_jax.models.families.tensors import Source
 from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.models.vision.sight import contains_text_model, text_part
 from nalora_jax.ops.storage import Kernel, Stored, expand
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.keymaps import Slot
-from nalora_jax.weights.keytables import Source
 from nalora_jax.weights.peft_write import layer_adapter
 from nalora_jax.weights.saved_modules import refuse_saved
 from nalora_jax.weights.shards import TensorInfo, write_shards
 from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_tokenizer
 from nalora_jax.weights.vision.sight import file_name, model_keymap
 
-# Class names of the text models of multimodal models.
-_TEXT_CLASSES = {
-    "gemma3_text": "Gemma3ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-}
-_TEXT_CLASSES |= {"qwen2": "Qwen2ForCausalLM", "ministral3": "Ministral3ForCausalLM"}
-_TEXT_CLASSES |= {"qwen3_5_text": "Qwen3_5ForCausalLM", "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"}
-_TEXT_CLASSES |= {"gemma4_text": "Gemma4ForCausalLM", "gemma4_unified_text": "Gemma4UnifiedForCausalLM"}
 DTYPES = {
     "float32": np.dtype("float32"),
     "float16": np.dtype("float16"),
@@ -233,7 +224,7 @@ def _settings(raw: Mapping[str, Any], config: ModelConfig, infos: list[TensorInf
         raw.get("model_type"), images=False
     ):  # only the text model is here
         settings = text_part(raw, "config.json")
-        named = _TEXT_CLASSES.get(settings["model_type"])
+        named = family_of(settings["model_type"]).class_name
         settings["architectures"] = [named] if named else []
     described = ModelConfig.from_hf(settings, images=config.sight is not None)
     if described != config:

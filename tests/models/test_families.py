@@ -21,6 +21,8 @@ import safetensors.numpy
 import torch
 import transformers
 
+import nalora_jax
+from nalora_jax.models import families
 from nalora_jax.models.cache import init_cache
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
@@ -824,9 +826,29 @@ def test_adapters_get_the_gradients_of_transformers(case):
 
 
 def test_every_family_has_a_case():
-    from nalora_jax.models.families import supported
+    assert {case.family for case in CASES} == set(families.supported())
 
-    assert {case.family for case in CASES} == set(supported())
+
+# Default of `register_family`, llama.cpp's architecture of Mistral and Mixtral, PEFT's "all-linear", and the text
+# models of LLaVA 1.5 and of Gemma 3 with images.
+ELSEWHERE = {
+    "llama": {"models/families/__init__.py", "models/families/mistral.py", "weights/peft_rules.py"}
+    | {"models/vision/sight.py"},
+    "gemma3_text": {"models/vision/sight.py"},
+}
+
+
+@pytest.mark.parametrize("family", families.BUILT_IN)
+def test_a_family_is_named_in_its_record_alone(family):
+    package = Path(nalora_jax.__file__).parent
+    (group,) = (group for group in families._GROUPS if families.BUILT_IN[family] in group.FAMILIES)
+    named = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if f'"{family}"' in path.read_text(encoding="utf-8")
+    }
+    named -= {"weights/gguf_tokenizer.py"}  # llama.cpp's names of pre-tokenizers
+    assert named - ELSEWHERE.get(family, set()) == {Path(group.__file__).relative_to(package).as_posix()}
 
 
 NO_CAPS = Case(

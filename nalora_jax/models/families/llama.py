@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from nalora_jax.config.rope_scaling import ORIGINAL
 from nalora_jax.fields import Fields
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families.record import Family
+from nalora_jax.models.families.record import GGUF, Family
 from nalora_jax.models.families.shared import (
     FULL,
     alternating,
@@ -12,19 +13,117 @@ from nalora_jax.models.families.shared import (
     base_config,
     head_dim_of,
     layer_types,
+    optional_windows,
+    same_window,
     windows_of,
 )
 from nalora_jax.models.families.tensors import (
+    GGUF_LLAMA,
+    GGUF_PRE,
     HF_ATTENTION,
     HF_ENDS,
     HF_FFN,
     HF_LLAMA,
     HF_OLMO2,
     HF_PRE_NORMS,
+    gguf_ends,
+    gguf_kernel,
+    gguf_norms,
+    hf_kernel,
     hf_norms,
 )
 from nalora_jax.models.layers import RopeSpec
-from nalora_jax.models.ropes import read_ropes
+from nalora_jax.models.ropes import RopeRules, read_ropes
+
+
+def _llama(f: Fields, name: str) -> ModelConfig:
+    return base_config(f, name, ffn_bias=f.flag("mlp_bias"), **attention_bias(f))
+
+
+LLAMA = Family(
+    "llama",
+    "LlamaForCausalLM",
+    _llama,
+    HF_LLAMA,
+    gguf=GGUF("llama", GGUF_LLAMA, matches=lambda r: not r.number("expert_count", int, 0)),
+)
+
+
+def _smollm3(f: Fields, name: str) -> ModelConfig:
+    n_layers = f.integer("num_hidden_layers", high=2**10)
+    interval = f.integer("no_rope_layer_interval")
+    rotates = f.items("no_rope_layers", n_layers, int, longer=True)
+    if rotates is None:
+        rotates = [(i + 1) % interval != 0 for i in range(n_layers)]
+    ropes, _ = read_ropes(f, head_dim_of(f), layer_types(f, n_layers))
+    return base_config(
+        f,
+        name,
+        ropes=ropes,
+        rope_index=tuple(0 if rotate else -1 for rotate in rotates),
+        windows=optional_windows(f, lambda i: not rotates[i]),
+        ffn_bias=f.flag("mlp_bias"),
+        **attention_bias(f),
+    )
+
+
+SMOLLM3 = Family(
+    "smollm3",
+    "SmolLM3ForCausalLM",
+    _smollm3,
+    HF_LLAMA,
+    {
+        "tie_word_embeddings": True,
+        "rope_theta": 2e6,
+        "no_rope_layer_interval": 4,
+        "max_position_embeddings": 32_768,
+    },
+    GGUF("smollm3", GGUF_LLAMA),
+)
+
+_PHI3 = RopeRules(
+    ("default", "longrope"),
+    names=(("su", "longrope"), ("yarn", "longrope")),  # LongRoPE in earlier files
+    defaults=((ORIGINAL, 4096),),
+)
+
+
+def _phi3(f: Fields, name: str) -> ModelConfig:
+    for feature in ("resid_pdrop", "embd_pdrop"):
+        f.refuse(feature, "set it to 0: only attention and adapter dropout exist")
+    ropes, _ = read_ropes(
+        f, head_dim_of(f), layer_types(f, f.integer("num_hidden_layers", high=2**10)), rules=_PHI3
+    )
+    return base_config(f, name, ropes=ropes, windows=same_window(f))
+
+
+PHI3 = Family(
+    "phi3",
+    "Phi3ForCausalLM",
+    _phi3,
+    (
+        *HF_ENDS,
+        *HF_PRE_NORMS,
+        hf_kernel("self_attn.qkv_proj", "attn/q_proj", "attn/k_proj", "attn/v_proj"),
+        hf_kernel("self_attn.o_proj", "attn/o_proj"),
+        hf_kernel("mlp.gate_up_proj", "ffn/gate_proj", "ffn/up_proj"),
+        hf_kernel("mlp.down_proj", "ffn/down_proj"),
+    ),
+    {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "partial_rotary_factor": 1.0},
+    GGUF(
+        "phi3",
+        (
+            *gguf_ends(),
+            *gguf_norms(GGUF_PRE),
+            gguf_kernel("attn_qkv", "attn/q_proj", "attn/k_proj", "attn/v_proj"),
+            gguf_kernel("attn_output", "attn/o_proj"),
+            gguf_kernel("ffn_up", "ffn/gate_proj", "ffn/up_proj"),
+            gguf_kernel("ffn_down", "ffn/down_proj"),
+        ),
+        lambda r: {"sliding_window": r.number("attention.sliding_window", int, 0) or None},
+    ),
+    ropes=_PHI3,
+)
 
 
 def _seed_oss(f: Fields, name: str) -> ModelConfig:
@@ -131,4 +230,4 @@ HUNYUAN = Family(
     {"rms_norm_eps": 1e-5},
 )
 
-FAMILIES = (SEED_OSS, ERNIE4_5, EXAONE4, HUNYUAN)
+FAMILIES = (LLAMA, SMOLLM3, PHI3, SEED_OSS, ERNIE4_5, EXAONE4, HUNYUAN)

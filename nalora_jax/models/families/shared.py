@@ -10,10 +10,6 @@ from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, activation_name
 from nalora_jax.models.ropes import context_length, read_ropes
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-# Granite's multipliers.
-GRANITE: dict[str, Any] = dict.fromkeys(
-    ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.0
-)
 
 
 Overrides = tuple[tuple[str, Any], ...]  # fields of `ModelConfig` of one kind of layer
@@ -124,17 +120,6 @@ def first_present(f: Fields, *names: str) -> str:
     return next((name for name in names if f.get(name) is not None), names[0])
 
 
-def granite_scales(f: Fields) -> dict[str, Any]:
-    """Returns the multipliers and the bias of the feed-forward block of Granite's families."""
-    return {
-        "ffn_bias": f.flag("mlp_bias"),
-        "embed_scale": f.number("embedding_multiplier"),
-        "residual_scale": f.number("residual_multiplier"),
-        "query_scale": f.number("attention_multiplier"),
-        "logit_scale": 1.0 / f.number("logits_scaling"),
-    }
-
-
 # ---------------------------------------------------------------- layers of several kinds
 
 
@@ -149,3 +134,18 @@ def fields_of_layers(layers: Sequence[Overrides]) -> dict[str, Any]:
 def dense_layer(d_ff: int) -> Overrides:
     """Returns the fields of a dense layer in a model with experts."""
     return (("d_ff", d_ff), ("n_experts", 0), ("experts_per_token", 0), ("ffn", None))
+
+
+def expert_fields(
+    f: Fields, n_experts: int, dense: Sequence[bool]
+) -> tuple[dict[str, Any], list[Overrides]]:
+    """Returns the fields of narrow experts, and of every layer: ``dense`` marks layers without experts."""
+    fields = {
+        "d_ff": f.integer("moe_intermediate_size"),
+        "n_experts": n_experts,
+        "experts_per_token": f.integer("num_experts_per_tok", high=2**12),
+    }
+    if not any(dense):
+        return fields, [()] * len(dense)
+    layer = dense_layer(f.integer("intermediate_size"))
+    return fields, [layer if is_dense else () for is_dense in dense]

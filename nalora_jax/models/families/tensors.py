@@ -15,6 +15,9 @@ from typing import Literal
 Change = Literal["", "transpose", "minus_one", "pairs", "pairs_transpose", "columns", "patches", "lead"]
 
 
+Source = Literal["hf", "gguf"]  # names of transformers or of llama.cpp
+
+
 @dataclass(frozen=True)
 class TensorRow:
     """One kind of tensor."""
