@@ -17,7 +17,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.layers import ResidualNorm, RMSNorm
 from nalora_jax.models.moe import Mixture
 from nalora_jax.models.parts import LayerInputs, PartOptions, SharedInputs, constrain, part_adapters
-from nalora_jax.models.router import RouterSpec
+from nalora_jax.models.routing import RouterSpec
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import LAYER_INPUT, round_and_save

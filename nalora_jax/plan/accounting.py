@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 
-from nalora_jax.models.expert_exchange import UNEVEN
+from nalora_jax.models.moe import UNEVEN
 from nalora_jax.plan.collectives import BETWEEN, Collective, group_size, received
 from nalora_jax.plan.hlo import Computation, Instruction, first_count, parse
 from nalora_jax.plan.products import flops_of, kernel_name
@@ -72,7 +72,7 @@ class Program:
         """Executions of each computation in one call of the program.
 
         Every branch counts as executed, except the gather of all experts that only uneven routing
-        requires (`nalora_jax.models.expert_exchange`).
+        requires (`nalora_jax.models.moe`).
         """
         counts = dict.fromkeys(self.computations, 0.0)
 

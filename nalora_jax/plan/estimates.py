@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.expert_exchange import SLACK, block_rows
+from nalora_jax.models.moe import SLACK, block_rows
 from nalora_jax.models.remat import of_position
 from nalora_jax.models.stacks import groups, param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec
@@ -200,7 +200,7 @@ def rows_for_experts(
 ) -> tuple[float, float]:
     """Returns the bytes of experts that are not gathered, and of rows that reach a chip in a step.
 
-    All rows are sent to their experts (`nalora_jax.models.expert_exchange`).
+    All rows are sent to their experts (`nalora_jax.models.moe`).
     """
     stay = sent = 0.0
     for config in uniform(base):

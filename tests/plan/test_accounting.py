@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.models.expert_exchange import UNEVEN
+from nalora_jax.models.moe import UNEVEN
 from nalora_jax.ops.cross_entropy import cross_entropy
 from nalora_jax.plan.accounting import Program
 from nalora_jax.plan.transfers import transfers

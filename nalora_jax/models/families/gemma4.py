@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from nalora_jax.fields import Fields
+from nalora_jax.models.attention import NormedAttention
 from nalora_jax.models.config import ModelConfig, activation_name
-from nalora_jax.models.dense_and_experts import DenseAndExperts
 from nalora_jax.models.embedding import LayerEmbeddings
 from nalora_jax.models.families.record import Family
 from nalora_jax.models.families.shared import (
@@ -38,8 +38,8 @@ from nalora_jax.models.families.tensors import (
     hf_norms,
 )
 from nalora_jax.models.layers import RopeSpec
-from nalora_jax.models.normed_attention import NormedAttention
 from nalora_jax.models.ropes import read_ropes
+from nalora_jax.models.shared_experts import DenseAndExperts
 from nalora_jax.models.tail import ScaledTail
 
 _UNIFIED: dict[str, Any] = {

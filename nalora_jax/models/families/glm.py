@@ -17,7 +17,7 @@ from nalora_jax.models.families.tensors import (
     hf_experts,
     hf_row,
 )
-from nalora_jax.models.router import RouterSpec
+from nalora_jax.models.routing import RouterSpec
 from nalora_jax.models.shared_experts import SharedExperts
 
 

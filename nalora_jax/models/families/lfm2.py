@@ -19,7 +19,7 @@ from nalora_jax.models.families.shared import (
 from nalora_jax.models.families.tensors import hf_dense, hf_ends, hf_experts, hf_norms, hf_row
 from nalora_jax.models.moe import Mixture
 from nalora_jax.models.ropes import read_ropes
-from nalora_jax.models.router import RouterSpec
+from nalora_jax.models.routing import RouterSpec
 from nalora_jax.models.short_convolution import ShortConvolution
 
 _CONV = "conv"

@@ -41,7 +41,7 @@ from nalora_jax.models.families.tensors import (
 )
 from nalora_jax.models.gated_delta_net import GatedDeltaNet
 from nalora_jax.models.ropes import read_ropes
-from nalora_jax.models.router import RouterSpec
+from nalora_jax.models.routing import RouterSpec
 from nalora_jax.models.shared_experts import SharedExperts
 
 _DEFAULTS = {"sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32_768}
