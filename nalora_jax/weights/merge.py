@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.adapters import merged_kernel
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families import contains_text_model, family_of, text_part
 from nalora_jax.models.families.tensors import Source
@@ -74,10 +75,9 @@ def _merge_stack(
     def one(layer: tuple[Any, ...]) -> jax.Array:
         stored, a, b, s, m = layer
         w = expand(stored)
-        merged = w.astype(jnp.float32) + s * jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+        merged = merged_kernel(w, a, b, s, m)
         if m is not None:
-            scaled = merged * jnp.expand_dims(m / jnp.linalg.norm(merged, axis=-2), -2)
-            merged = jnp.where(s == 0, merged, scaled)  # scale 0 means rank 0: no adapter
+            merged = jnp.where(s == 0, w.astype(jnp.float32), merged)  # scale 0 means rank 0: no adapter
         return merged.astype(w.dtype)
 
     merged: jax.Array = lax.map(one, (kernel, a, b, scale, magnitude))
@@ -129,13 +129,10 @@ def _slot_value(
         adapter = layer_adapter(adapters, spec, slot.path.removesuffix("/kernel"), slot.layer)
     if adapter is not None:
         expert = slot.index[1:]
-        merged = value.astype(np.float32) + np.float32(adapter.scale) * (
-            adapter.a[expert] @ adapter.b[expert]
+        magnitude = None if adapter.magnitude is None else adapter.magnitude[expert]
+        value = merged_kernel(
+            value, adapter.a[expert], adapter.b[expert], np.float32(adapter.scale), magnitude
         )
-        if adapter.magnitude is not None:
-            norm = np.linalg.norm(merged, axis=-2)
-            merged *= np.expand_dims(adapter.magnitude[expert] / norm, -2)
-        value = merged
     return value.astype(target)
 
 
