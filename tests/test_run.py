@@ -37,7 +37,7 @@ from nalora_jax.loading.adapted import load
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.runs import start, text_pieces
 from nalora_jax.weights.peft import import_adapter
-from tests import tiny
+from tests import emulator, tiny
 
 pytestmark = pytest.mark.usefixtures("surroundings")
 
@@ -322,33 +322,42 @@ def test_a_mesh_of_eight_runs_like_one_device(finished: tuple[RunConfig, Any], c
     assert spread.after["loss"] == pytest.approx(finished[1].after["loss"], rel=5e-2)
 
 
-def test_two_processes_run_like_one(config: RunConfig, tmp_path: Path, two_processes: Any) -> None:
+def test_two_processes_run_like_one_with_model_and_data_from_a_bucket(
+    config: RunConfig, tmp_path: Path, two_processes: Any
+) -> None:
     train = TrainConfig(batch_size=8, accumulate=2, log_every=5, eval_every=5, save_every=5)
-    lora = LoRAConfig(
-        rules=(LoRARule("ffn", 4),), init="pissa"
-    )  # exported against what all processes started from
-    config = replace(config, steps=10, mesh=MeshConfig(data=1, fsdp=2), train=train, lora=lora)
+    # PiSSA is exported relative to the adapters that all processes started from.
+    lora = LoRAConfig(rules=(LoRARule("ffn", 4),), init="pissa")
+    mesh, debug = MeshConfig(data=1, fsdp=2), DebugConfig(profile="3:1")
+    config = replace(config, steps=10, mesh=mesh, train=train, lora=lora, debug=debug)
     alone = nalora_run.run(replace(config, output=str(tmp_path / "alone")))
-    settings = tiny.write_settings(config, tmp_path / "settings.py")
-    command = ["-m", "nalora_jax", "train", "--config", str(settings)]
-    matmuls = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    (first, out, error), (second, *silence) = two_processes(command, devices=1, **matmuls)
+    with emulator.emulator(tmp_path / "objects") as (_, address):
+        for file in Path(config.model).iterdir():
+            emulator.put(address, f"llama/{file.name}", file.read_bytes())
+        dataset = emulator.put(address, "questions.jsonl", Path(config.data.dataset).read_bytes())
+        remote = replace(config, model="gs://bucket/llama", data=replace(config.data, dataset=dataset))
+        settings = tiny.write_settings(remote, tmp_path / "settings.py")
+        variables = emulator.variables(address) | {"NALORA_CACHE": tiny.new_cache(tmp_path / "cache")}
+        command = ["-m", "nalora_jax", "train", "--config", str(settings)]
+        finished = two_processes(command, devices=1, JAX_DEFAULT_MATMUL_PRECISION="highest", **variables)
+    (first, out, error), (second, *silence) = finished
     assert (first, second) == (0, 0), error + silence[1]
     assert "after (step" in out
     assert "parameters in float32" in error
     assert [line for line in silence[0].splitlines() if not line.startswith("[Gloo]")] == []
     assert "parameters in float32" not in silence[1]
     for name, tensor in _adapter(config.output).items():
-        np.testing.assert_allclose(
-            tensor, _adapter(str(tmp_path / "alone"))[name], rtol=1e-3, atol=1e-5, err_msg=name
-        )
+        expected = _adapter(str(tmp_path / "alone"))[name]
+        np.testing.assert_allclose(tensor, expected, rtol=1e-3, atol=1e-5, err_msg=name)
     ours, theirs = (_lines(str(folder)) for folder in (config.output, tmp_path / "alone"))
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
     done = [{name: line["done"][name] for name in ("step", "best_step")} for line in (ours[-1], theirs[-1])]
     assert done == [{"step": 10, "best_step": alone.best_step}] * 2
-    assert {path.name for path in Path(config.output).iterdir()} == {
-        path.name for path in alone.folder.iterdir()
-    }
+    folder = Path(config.output)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in alone.folder.iterdir()}
+    traces = {path.name for path in (folder / "profile" / "plugins" / "profile" / "steps_3-3").iterdir()}
+    assert traces == {"process_0.xplane.pb", "process_1.xplane.pb"}
+    assert not list((tmp_path / "cache" / "buckets").rglob("*.safetensors"))  # weights are streamed
 
 
 @pytest.mark.parametrize(

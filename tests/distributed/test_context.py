@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax import distributed, job, running, trees
+from nalora_jax import distributed, trees
 from nalora_jax.config import (
     ComputeConfig,
     LoRAConfig,
@@ -23,7 +21,6 @@ from nalora_jax.config import (
     OptimizerConfig,
     PreferenceConfig,
     RunConfig,
-    TrainConfig,
 )
 from nalora_jax.data.items import CompletionItem
 from nalora_jax.errors import NaloraError
@@ -35,7 +32,6 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.short_convolution import ShortConvolution
 from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.split_rows import check_context
-from tests import tiny
 from tests.param_trees import init_params
 
 RAW = {
@@ -301,64 +297,3 @@ def test_held_out_losses_of_split_rows_are_those_of_whole_rows(monkeypatch: pyte
             placed = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
         results.append(completion_loss(Decoder(base), {"params": placed}, items, mesh=mesh).loss)
     np.testing.assert_allclose(results[1], results[0], rtol=1e-6)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A finished run on one device."""
-    folder = tmp_path_factory.mktemp("finished")
-    train = TrainConfig(batch_size=4, log_every=1, eval_every=0, save_every=2)
-    config = tiny.make_config(folder, train=train, steps=6)
-    with tiny.on_one_device(folder / "cache"):
-        job.run(config)
-    return config
-
-
-def assert_same_losses(config: RunConfig, expected: RunConfig) -> None:
-    ours, theirs = (tiny.losses(one.output) for one in (config, expected))
-    assert ours.keys() == theirs.keys()
-    np.testing.assert_allclose([*ours.values()], [*theirs.values()], rtol=1e-4)
-
-
-def test_two_processes_that_share_every_row_run_like_one(
-    finished: RunConfig, tmp_path: Path, two_processes: Any
-) -> None:
-    config = replace(finished, output=str(tmp_path / "run"), mesh=MeshConfig(1, 1, 1, 2))
-    command = [
-        "-m",
-        "nalora_jax",
-        "train",
-        "--config",
-        str(tiny.write_settings(config, tmp_path / "settings.py")),
-    ]
-    (first, _, error), (second, _, _) = two_processes(
-        command, devices=1, JAX_DEFAULT_MATMUL_PRECISION="highest"
-    )
-    assert (first, second) == (0, 0), error
-    assert_same_losses(config, finished)
-
-
-def test_an_interrupted_run_resumes_with_whole_rows(
-    finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = replace(finished, output=str(tmp_path / "run"), mesh=ALONE)
-    monkeypatch.setenv("NALORA_CACHE", tiny.new_cache(tmp_path / "cache"))
-
-    def three_steps(step: Any, *arguments: Any, **options: Any) -> Any:
-        steps = itertools.count()
-
-        def interrupted(*inner: Any) -> Any:
-            if next(steps) == 3:
-                raise KeyboardInterrupt
-            return step(*inner)
-
-        return fit(interrupted, *arguments, **options)
-
-    fit = running.fit
-    with monkeypatch.context() as patch:
-        patch.setattr(running, "fit", three_steps)
-        with pytest.raises(KeyboardInterrupt):
-            job.run(config)
-    with tiny.on_one_device(tmp_path / "other"):
-        job.run(replace(config, mesh=finished.mesh, resume=True))
-    assert_same_losses(config, finished)
