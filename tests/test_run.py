@@ -317,11 +317,6 @@ def test_lora_ga_goes_on_from_the_start_that_it_kept(
     assert {target.rank for _, target in spec.targets} == {8}
 
 
-def test_a_mesh_of_eight_runs_like_one_device(finished: tuple[RunConfig, Any], config: RunConfig) -> None:
-    spread = nalora_run.run(replace(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
-    assert spread.after["loss"] == pytest.approx(finished[1].after["loss"], rel=5e-2)
-
-
 def test_two_processes_run_like_one_with_model_and_data_from_a_bucket(
     config: RunConfig, tmp_path: Path, two_processes: Any
 ) -> None:

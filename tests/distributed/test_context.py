@@ -171,9 +171,8 @@ ALONE, WITH_FSDP, WITH_TENSOR = MeshConfig(1, 1, 1, 8), MeshConfig(1, 2, 1, 4), 
 CASES = [
     ("dense", ALONE),
     ("sinks and experts", WITH_TENSOR),
-    ("sinks and experts", WITH_FSDP),
     ("delta rule", WITH_TENSOR),
-    ("short convolution", ALONE),
+    ("short convolution", MeshConfig(1, 2, 2, 2)),
     ("pairs, windows and soft caps", WITH_FSDP),
 ]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from nalora_jax import distributed, trees
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, OptimizerConfig, RunConfig
@@ -44,45 +43,6 @@ CONFIG = RunConfig(
     compute=ComputeConfig(dtype="float32", probe_stride=1, remat="none"),
 )
 RELEASED = Path(__file__).parents[2] / "nalora_jax/plan/released/LFM2-1.2B.json"
-
-
-def batch() -> dict[str, np.ndarray]:
-    """Two packed sequences and padding in every row."""
-    rng, place = np.random.default_rng(0), np.arange(16)[None]
-    cut, end = rng.integers(2, 7, (8, 1)), rng.integers(9, 17, (8, 1))
-    segments = np.where(place < cut, 1, np.where(place < end, 2, 0)).astype(np.int32)
-    tokens, targets = rng.integers(0, 96, (2, 8, 16)).astype(np.int32)
-    arrays = {"tokens": tokens, "targets": targets, "segment_ids": segments}
-    arrays |= {"positions": np.where(place < cut, place, place - cut).astype(np.int32)}
-    return {name: x[None] for name, x in arrays.items()} | {
-        "loss_weights": (segments > 0).astype(np.float32)[None]
-    }
-
-
-def trained(mesh: MeshConfig, remat: str):
-    devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
-    devices_in_mesh = distributed.make_mesh(mesh, devices)
-    params = init_params(BASE, jax.random.key(1))
-    params = jax.device_put(params, distributed.shardings(params, devices_in_mesh, distributed.PARAM_RULES))
-    assembly = assemble(
-        replace(CONFIG, compute=replace(CONFIG.compute, remat=remat)), BASE, params, devices_in_mesh
-    )
-    state, losses = assembly.state, []
-    for _ in range(3):
-        state, metrics = assembly.step(
-            params, state, distributed.make_global_batch(batch(), assembly.mesh, rows_axis=1)
-        )
-        losses.append(float(metrics["loss"]))
-    return trees.flatten(jax.device_get((state.lora, state.gate))), losses
-
-
-def test_eight_devices_and_rematerialization_train_as_one_device():
-    alone, losses = trained(MeshConfig(1, 1, 1), "none")
-    spread, spread_losses = trained(MeshConfig(2, 2, 2), "dots")
-    assert losses[2] < losses[0]
-    np.testing.assert_allclose(spread_losses, losses, rtol=1e-5)
-    for path, leaf in alone.items():
-        np.testing.assert_allclose(spread[path], leaf, rtol=1e-4, atol=2e-6, err_msg=path)
 
 
 def test_gates_are_those_of_the_feed_forward_blocks():
