@@ -15,7 +15,7 @@ from tests.fuzz.parsers import PARSERS, Parser
 
 pytestmark = pytest.mark.pictures  # of runs' reports
 
-INPUTS = 60
+INPUTS = 25
 
 
 CASES = [
