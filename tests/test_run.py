@@ -254,14 +254,14 @@ def test_the_run_folder_is_a_model_for_every_verb(
         ),
         (
             {
-                "lora": LoRAConfig(rules=(LoRARule("attn", 4),), init="pissa"),
+                "lora": LoRAConfig(rules=(LoRARule("attn", 4),)),
                 "compute": ComputeConfig(compilation_cache=False),
                 "mesh": MeshConfig(1, 2, 1),
             },
             ["--mesh.fsdp", "2"],
         ),
     ],
-    ids=["dora, check-gates, float32", "rslora, int8", "no gates, pissa, bfloat16 on a mesh"],
+    ids=["dora, check-gates, float32", "rslora, int8", "no gates, bfloat16 on a mesh"],
 )
 def test_every_variant_learns_and_eval_gives_its_numbers_to_the_bit(
     config: RunConfig, changes: dict[str, Any], flags: list[str]
