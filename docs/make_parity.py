@@ -21,10 +21,10 @@ DeltaNet, where a norm of small values amplifies the recurrence's rounding. Sequ
 sliding windows and the original contexts. Padded rows are compared on real tokens, with the worse side of left and
 right; a packed row is compared with separate runs of its sequences in transformers. Gradients are of adapters on
 every projection, of a mean loss over padded rows; a figure is the largest difference over the largest entry of A or B,
-the reference is the chain rule on the kernels' gradients in transformers in float64. The tests require 1e-04, or four
-times the error of transformers in float32: with some tokens the random models with Gated DeltaNet amplify rounding
-(3e-05 to 9e-04 here with four draws of tokens, 2e-05 to 2e-03 in transformers). The last column compares greedy
-decoding with the cache with `generate`: matching tokens, of 64.
+the reference is the chain rule on the kernels' gradients in transformers in float64. The tests require 1e-04 of one
+family for each kind of layer, or four times the error of transformers in float32: with some tokens the random models
+with Gated DeltaNet amplify rounding (3e-05 to 9e-04 here with four draws of tokens, 2e-05 to 2e-03 in transformers).
+The last column compares greedy decoding with the cache with `generate`: matching tokens, of 64.
 
 | family | switched on | logits | padded | packed | gradients | greedy |
 |---|---|---|---|---|---|---|

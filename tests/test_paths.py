@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_atomically
-from nalora_jax.paths import expand_user, naming, open_unlinked, refuse_link_out, scratch_folder
+from nalora_jax.paths import expand_user, open_unlinked, refuse_link_out, scratch_folder
 from nalora_jax.runs.lock import Lock
 from nalora_jax.runs.metrics import MetricsLog
 from nalora_jax.runs.output import open_output
@@ -45,10 +44,6 @@ def planted(tmp_path: Path) -> Path:
 
 def acquire(folder: Path) -> None:
     Lock.acquire(folder / "run.lock")
-
-
-def append_metrics(folder: Path) -> None:
-    MetricsLog(folder, resume=0).close()
 
 
 def append_record(folder: Path) -> None:
@@ -144,15 +139,6 @@ def test_a_folder_of_a_study_that_is_a_link_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NaloraError, match="found a symbolic link"), Records(tmp_path).claim("x"):
         pass
     assert not any((tmp_path / "elsewhere").iterdir())
-
-
-def test_a_full_disk_is_reported_with_the_file() -> None:
-    with pytest.raises(OSError, match="a/file") as caught, naming("a/file"):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert caught.value.filename == "a/file"
-    with pytest.raises(OSError, match="another") as caught, naming("a/file"):
-        raise OSError(errno.ENOSPC, "No space left on device", "another")
-    assert caught.value.filename == "another"
 
 
 def test_a_home_folder_of_nobody_stays_as_it_is_written() -> None:

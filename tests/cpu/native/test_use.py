@@ -455,9 +455,10 @@ def test_rematerialisation_changes_roundings_at_most() -> None:
             np.testing.assert_allclose(one, same, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kernels", "rows"), [(KINDS[0], 1), (KINDS[-1], 5)], indirect=["kernels"])
-def test_generated_text(rows: int, kernels: str, both: Any, called: list[str]) -> None:
+@pytest.mark.parametrize("kernels", dict.fromkeys((KINDS[0], KINDS[-1])), indirect=True)
+def test_generated_text(kernels: str, both: Any, called: list[str]) -> None:
     """Products of few rows and attention to the cache, where they are native; the widest margins leave no tie."""
+    rows = 1 if kernels == KINDS[0] else 5
     params = jax.tree.map(lambda x: 4 * x, initial())
     numerics = numerics_for("bfloat16", "cpu")
     prompts = np.random.default_rng(rows).integers(0, 96, (rows, 9)).tolist()
