@@ -31,7 +31,6 @@ from nalora_jax.config import (
     RunConfig,
     TrainConfig,
 )
-from nalora_jax.data.source import RecordsSource
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.loading.adapted import load
 from nalora_jax.models.config import ModelConfig
@@ -201,20 +200,6 @@ def test_every_file_names_the_very_weights_that_were_trained_on(finished: tuple[
         assert all(
             fact in text for fact in (noted["file"], "safetensors", "F32", noted["fingerprint"][:20])
         )
-
-
-def test_records_of_the_callers_own(settings: RunConfig, tmp_path: Path) -> None:
-    records = [{"prompt": f"{a} {b}", "completion": " z"} for a in "abcdefgh" for b in "ijkl"]
-    source = {"train": RecordsSource("mine", records[:24]), "held": RecordsSource("held", records[24:])}
-    config = replace(
-        settings,
-        output=str(tmp_path / "run"),
-        steps=2,
-        data=replace(settings.data, dataset="nothing of that name", train_split="train", eval_split="held"),
-    )
-    result = nalora_run.run(config, source=source)
-    assert result.before["n"] > 0
-    assert result.adapter.is_dir()
 
 
 def test_the_run_folder_is_a_model_for_every_verb(
