@@ -710,7 +710,7 @@ GREEDY = tuple({case.family: case for case in reversed(CASES)}.values()) + tuple
 )
 
 
-# The gradients of one family for each kind of layer: attention, caps, sinks, experts, recurrences and convolutions.
+# The gradients of one family for each kind of layer; those of Gemma 4 are in test_gemma4.py.
 KINDS = (
     "llama",
     "gemma2",
