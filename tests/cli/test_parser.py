@@ -7,7 +7,6 @@ import errno
 import importlib.metadata
 import json
 import logging
-import pydoc
 import re
 import subprocess
 import sys
@@ -497,24 +496,6 @@ def test_ranks_by_other_names_suggest_rules(flag):
         command.parse(["train", flag, "16"])
     _, args = command.parse(["train", "--lora.rules", "ffn:16:32"])  # the example
     assert args.run.lora.rules == (LoRARule("ffn", 16, 32.0),)
-
-
-@pytest.mark.parametrize("columns", [50, 80, 200])
-def test_help_fits_the_terminal(capsys, monkeypatch, columns):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    for argv in (["--help"], ["train", "--help"]):
-        with pytest.raises(SystemExit):
-            command.parse(argv)
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.count(" ") > 8]
-        assert 40 < max(map(len, lines)) <= max(min(columns, 100), 68)
-
-
-def test_python_s_help_explains_every_setting():
-    assert "rank: Rank r of the adapter" in pydoc.render_doc(LoRARule)
-    text = " ".join(pydoc.render_doc(RunConfig).split())
-    for flag in usage.flags(cli.TrainArgs):
-        if flag.owner is RunConfig:
-            assert f"{flag.field.name}: {flag.text}"[:60] in text.replace("| ", "")
 
 
 # ---------------------------------------------------------------- how a command ends
