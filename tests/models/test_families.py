@@ -780,6 +780,20 @@ GREEDY = tuple({case.family: case for case in reversed(CASES)}.values()) + tuple
 )
 
 
+# The gradients of one family for each kind of layer; those of Gemma 4 are in test_gemma4.py.
+KINDS = (
+    "llama",
+    "gemma2",
+    "gpt_oss",
+    "mixtral",
+    "glm4_moe",
+    "qwen2_moe",
+    "qwen3_next",
+    "lfm2",
+    "gemma4_text",
+)
+
+
 def by_name(case: Case) -> str:
     return f"{case.family}: {case.features}"
 
@@ -816,10 +830,10 @@ class TestFamily:
 
 @pytest.mark.parametrize("case", GREEDY, ids=by_name)
 def test_greedy_continuation_with_cache_is_identical(case):
-    assert measure_greedy(case) == 64
+    assert measure_greedy(case, 32) == 32
 
 
-@pytest.mark.parametrize("case", GREEDY, ids=by_name)
+@pytest.mark.parametrize("case", [case for case in GREEDY if case.family in KINDS], ids=by_name)
 def test_adapters_get_the_gradients_of_transformers(case):
     error, rounding = measure_gradients(case)
     assert error <= max(1e-4, 4 * rounding)

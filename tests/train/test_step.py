@@ -278,18 +278,14 @@ def _run_checked(**compute: str) -> None:
     _train(*_assemble(replace(CHECKED, lora=FFN_ONLY, mechanisms=(), compute=chosen)), steps=1)
 
 
-@pytest.mark.parametrize("compute", [{"implementation": "xla"}, {"dtype": "bfloat16"}], ids=str)
-def test_the_debug_check_passes_the_sound_model(compute: dict[str, str]) -> None:
-    _run_checked(**compute)
+def test_the_debug_check_passes_the_sound_model() -> None:
+    _run_checked(dtype="bfloat16")  # of float32 `test_the_check_runs_on_the_program_that_trains`
 
 
-@pytest.mark.parametrize(
-    ("fault", "implementation"), [("activation", "xla"), ("scale", "auto"), ("sign", "xla")]
-)
-def test_the_debug_check_catches_injected_faults(
-    fault: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("factor", "implementation"), [(1.1, "auto"), (-1.0, "xla")])
+def test_the_debug_check_catches_adapters_of_another_scale_or_sign(
+    factor: float, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    factor = 1.1 if fault == "scale" else -1.0
     sound = low_rank.Factors.of
 
     def scaled(adapter: Any, kernel: Any = None) -> Any:
@@ -297,12 +293,7 @@ def test_the_debug_check_catches_injected_faults(
         made = sound(adapter, kernel)
         return made if made.a is None else made._replace(b=factor * made.b)
 
-    if fault == "activation":
-        monkeypatch.setattr(
-            ffn, "gated_product", lambda z, u, *_, **__: (jax.nn.gelu(z) * u, jax.nn.gelu(z))
-        )
-    else:
-        monkeypatch.setattr(low_rank.Factors, "of", scaled)
+    monkeypatch.setattr(low_rank.Factors, "of", scaled)
     with pytest.raises(NaloraError, match=r"check-gates.*gate check failed in layers/ffn"):
         _run_checked(implementation=implementation)
 

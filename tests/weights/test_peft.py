@@ -327,17 +327,11 @@ def test_import_converted_pissa(tiny_model, deltas, tmp_path):
 # ---------------------------------------------------------------- here -> PEFT
 
 
+# tests/weights/test_merge.py has the other families.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "llama ffn": ("llama", FFN, {}),
     "llama rslora": ("llama", FFN | ATTENTION, {"rslora": True}),
     "llama mixed": ("llama", MIXED, {"dropout": 0.25}),
-    "llama mixed rslora": ("llama", MIXED, {"rslora": True}),
     "llama dora": ("llama", MIXED, {"dora": True}),
-    "qwen2": ("qwen2", FFN | ATTENTION, {}),
-    "gemma2": ("gemma2", FFN, {}),
-    "olmo2": ("olmo2", FFN | ATTENTION, {}),
-    "olmo3": ("olmo3", MIXED, {}),
-    "ministral3": ("ministral3", FFN | ATTENTION, {}),
     "lfm2": ("lfm2", LFM2, {}),
     "lfm2_moe": ("lfm2_moe", LFM2_MOE, {}),
     "seed_oss": ("seed_oss", MIXED, {}),
@@ -345,17 +339,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "exaone4": ("exaone4", MIXED, {"rslora": True}),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", FFN | ATTENTION, {}),
     "olmoe": ("olmoe", MIXED, {}),
-    "phi3": ("phi3", FFN | ATTENTION, {}),
     "phi3 mixed": ("phi3", MIXED, {}),
     "phi3 rslora": ("phi3", MIXED, {"rslora": True}),
     "phi3 dora": ("phi3", FFN | ATTENTION, {"dora": True}),
-    "mixtral": ("mixtral", FFN | ATTENTION, {}),
     "mixtral mixed": ("mixtral", MIXED, {"rslora": True}),
-    "qwen3_moe": ("qwen3_moe", FFN, {}),
-    "gpt_oss": ("gpt_oss", FFN | ATTENTION, {}),
     "gpt_oss mixed": ("gpt_oss", MIXED, {"rslora": True}),
     "qwen3_moe gate": ("qwen3_moe", {"ffn/gate_proj": FFN["ffn/gate_proj"]}, {"dropout": 0.5}),
-    "qwen3_moe mixed": ("qwen3_moe", MIXED, {}),
     "qwen3_moe dense layer": ("qwen3_moe", DENSE_BETWEEN, {}),
     "qwen2_moe": ("qwen2_moe", SHARED, {}),
     "glm4_moe": ("glm4_moe", GLM, {}),
