@@ -117,8 +117,9 @@ def _spec(
     defaults = {"rope_theta": f.get("rope_theta") or 10_000.0, **dict(rules.defaults)}
     rope = Fields(raw_rope, defaults, f"{f.where}: {name}")
     kind = raw_rope.get("rope_type") or raw_rope.get("type") or "default"
-    kind = dict(rules.names).get(kind, kind)
-    if kind not in rules.kinds:
+    if isinstance(kind, str):
+        kind = dict(rules.names).get(kind, kind)
+    if not isinstance(kind, str) or kind not in rules.kinds:
         raise rope.error(
             "rope_type", f"one of {', '.join(rules.kinds)}", repr(kind), "this scaling is not implemented"
         )
