@@ -173,6 +173,7 @@ class Rollout:
     """The batch of a rollout that serves several updates; empty between rollouts."""
 
     arrays: dict[str, np.ndarray] = field(default_factory=dict)  # [accumulate, rows of this process, ...]
+    figures: dict[str, float] = field(default_factory=dict)  # log metrics of the latest rollout
 
 
 class RolloutBatches(BatchIterator):
@@ -189,6 +190,7 @@ class RolloutBatches(BatchIterator):
             buffer = io.BytesIO()
             np.savez_compressed(buffer, allow_pickle=False, **self._rollout.arrays)
             state["rollout"] = base64.b64encode(buffer.getvalue()).decode()
+            state["figures"] = self._rollout.figures
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -197,6 +199,7 @@ class RolloutBatches(BatchIterator):
         self._rollout.arrays = {}
         if "rollout" in state:
             self._rollout.arrays = dict(np.load(io.BytesIO(base64.b64decode(state["rollout"]))))
+            self._rollout.figures = dict(state["figures"])
 
 
 @dataclass(frozen=True)
@@ -242,13 +245,12 @@ class RolloutStep:
         self._scores = jax.jit(partial(_scored, scoring))
         self._said: set[str] = set()
         self._first: dict[str, float] = {}
-        self._last: dict[str, float] = {}  # figures of the latest rollout
 
     def __call__(self, params: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """Returns the state after one update, on a new rollout or on the one in progress."""
         rl, rollout, number = self._config.rl, self._data.rollout, int(state.step)
         if number % rl.updates == 0 or not rollout.arrays:
-            rollout.arrays, self._last = self._new(params, state, batch, number)
+            rollout.arrays, rollout.figures = self._new(params, state, batch, number)
         started = time.perf_counter()
         arrays = distributed.make_global_batch(rollout.arrays, self._mesh, rows_axis=1)
         state, metrics = self._update(params, state, arrays)
@@ -256,8 +258,8 @@ class RolloutStep:
         if (number + 1) % rl.updates == 0:
             rollout.arrays = {}
         measured = dict(metrics["measured"]) | {"update_seconds": time.perf_counter() - started}
-        self._warn(measured | self._last)
-        return state, metrics | {"measured": measured | self._last}
+        self._warn(measured | rollout.figures)
+        return state, metrics | {"measured": measured | rollout.figures}
 
     def _new(
         self, params: Any, state: TrainState, batch: Batch, number: int
