@@ -22,6 +22,7 @@ from nalora_jax.cli.training import run
 from nalora_jax.config import (
     ComputeConfig,
     DataConfig,
+    DebugConfig,
     LoRAConfig,
     LoRARule,
     MeshConfig,
@@ -109,7 +110,8 @@ def trained(request, seeing_folder, chats, tmp_path_factory) -> tuple[Path, Path
     model = seeing_folder(request.param)
     folder = tmp_path_factory.mktemp("runs") / request.param
     rules, mesh = LoRAConfig(rules=RULES[request.param]), MESHES[request.param]
-    run(settings(model, chats, folder, lora=rules, mesh=mesh))
+    checked = DebugConfig(check_gates=True)  # also of the tower and the projector, which read other tokens
+    run(settings(model, chats, folder, lora=rules, mesh=mesh, debug=checked))
     return model, folder
 
 

@@ -203,9 +203,9 @@ def _normal_mean(f: Callable[[np.ndarray], np.ndarray], low: float, high: float)
 
 # ---------------------------------------------------------------- formulas of released models
 
-TANH_SLOPE = 2 * math.sqrt(2 / math.pi)
-TANH_CUBIC = TANH_SLOPE * 0.044715
-QUICK_SLOPE = 1.702
+_TANH_SLOPE = 2 * math.sqrt(2 / math.pi)
+_TANH_CUBIC = _TANH_SLOPE * 0.044715
+_QUICK_SLOPE = 1.702
 _DENSITY_AT_0 = 1 / math.sqrt(2 * math.pi)
 # Phi(-x) = exp(-x^2 / 2) P(x) / Q(x) for x >= 0, relative error below 6e-8: a rational minimax fit,
 # computed for this module by reweighted least squares on [0, inf) against scipy.special.erfcx.
@@ -223,8 +223,8 @@ def _silu(z: Array) -> tuple[Array, Array]:
 
 def _quick_gelu(z: Array) -> tuple[Array, Array]:
     """Returns (rho, rho') of QuickGELU."""
-    s = lax.logistic(QUICK_SLOPE * z)
-    return s, QUICK_SLOPE * (s * (1 - s))
+    s = lax.logistic(_QUICK_SLOPE * z)
+    return s, _QUICK_SLOPE * (s * (1 - s))
 
 
 @functools.lru_cache(maxsize=16)
@@ -246,8 +246,8 @@ def clamped_swish(slope: float, limit: float) -> Activation:
 def _gelu_tanh(z: Array) -> tuple[Array, Array]:
     """Returns (rho, rho') of the tanh form of GELU."""
     square = z * z
-    s = lax.logistic(z * (TANH_SLOPE + TANH_CUBIC * square))
-    return s, s * (1 - s) * (TANH_SLOPE + 3 * TANH_CUBIC * square)
+    s = lax.logistic(z * (_TANH_SLOPE + _TANH_CUBIC * square))
+    return s, s * (1 - s) * (_TANH_SLOPE + 3 * _TANH_CUBIC * square)
 
 
 def _gelu(z: Array) -> tuple[Array, Array]:
@@ -309,8 +309,8 @@ ALIASES = {
 _BUILT_IN = (
     activation_of("silu", _silu, logistic=(1.0, 0.0)),
     activation_of("gelu", _gelu),
-    activation_of("gelu_tanh", _gelu_tanh, logistic=(TANH_SLOPE, TANH_CUBIC)),
-    activation_of("quick_gelu", _quick_gelu, logistic=(QUICK_SLOPE, 0.0)),
+    activation_of("gelu_tanh", _gelu_tanh, logistic=(_TANH_SLOPE, _TANH_CUBIC)),
+    activation_of("quick_gelu", _quick_gelu, logistic=(_QUICK_SLOPE, 0.0)),
     activation_of("mish", _mish),
     activation_of("relu", _relu, self_gated=False),
     activation_of("relu2", _relu2, self_gated=False, degree=2.0),
@@ -331,9 +331,8 @@ def get(name: str) -> Activation:
     """
     clamped = _CLAMPED.fullmatch(str(name))
     if clamped is not None:
-        return clamped_swish(
-            float(clamped[1] or QUICK_SLOPE), float(clamped[2] or 7.0)
-        )  # gpt-oss's numbers
+        slope, limit = clamped[1] or _QUICK_SLOPE, clamped[2] or 7.0  # without numbers: gpt-oss's
+        return clamped_swish(float(slope), float(limit))
     canonical = ALIASES.get(str(name), str(name))
     if canonical in ACTIVATIONS:
         return ACTIVATIONS.get(canonical)

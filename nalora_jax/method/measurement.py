@@ -374,42 +374,38 @@ def require_sound(
     masks: Mapping[str, Array],
     sums: Mapping[str, Any],
     config: GateStatsConfig,
+    readers: Iterable[str] = (),
 ) -> None:
     """Asserts all checks with chex; the caller must be chexified.
 
     It runs outside of the model, because a check inside a differentiated scan is dropped silently.
 
     Args:
-      batch: ``[micro_batches, rows, ...]``; without ``segment_ids`` padding is not checked.
+      batch: arrays ``[micro_batches, rows, ...]``.
       lora: the adapters.
       masks: the weights of A's gradient by block, ``[..., d_ff]``; 1 by default.
       sums: the step's ``stats`` by block and its ``grads``, before any division.
       config: of the blocks.
+      readers: paths of the blocks that read every token of the batch, whose segment is 0 in padding.
     """
     stats = sums["stats"]
     for path, measured in stats.items():
         for name, meaning in CHECKS.items():
             _require(measured[name] - 1.0, path, meaning)
-    if "segment_ids" in batch:
-        require_real_tokens(batch["segment_ids"] > 0, stats, config)
+    if readers:
+        require_real_tokens(batch["segment_ids"] > 0, {path: stats[path] for path in readers}, config)
     require_gated_gradients(lora, sums["grads"], masks)
 
 
 def require_real_tokens(
     real: Array, stats: Mapping[str, Mapping[str, Array]], config: GateStatsConfig
 ) -> None:
-    """Asserts that counts and occupancy sum over the sampled tokens of ``real [..., rows, seq]`` alone.
-
-    Experts, each of which counts its own tokens, are left out.
-    """
+    """Asserts that counts and occupancy sum over the sampled tokens of ``real [..., rows, seq]`` alone."""
     config = config.of_rows(real.shape[-1])
     of_gate, of_probe = (
         jnp.sum(sampled_weights(real, stride)) for stride in (config.stride, config.probe_stride)
     )
-    axes = 1 if count(config.sharding) == 1 else 2  # [layers] or [layers, shards]
     for path, sums in stats.items():
-        if sums["tokens"].ndim > axes:
-            continue
         layers, *_, d_ff = sums["occupancy"].shape
         occupied = jnp.sum(sums["occupancy"].reshape(layers, -1, d_ff), axis=1)
         gate, probe = (jnp.sum(sums[name].reshape(layers, -1), axis=1) for name in statistics.COUNTS)

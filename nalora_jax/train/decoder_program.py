@@ -215,10 +215,13 @@ def make_step(
     assert objective is not None or config.preference.loss == "none", "a preference loss has its objective"
     platform = distributed.platform_of_step(mesh)
     model = model.clone(numerics=dataclasses.replace(model.numerics, platform=platform))
-    verify = partial(require_sound, config=model.stats or GateStatsConfig())
+    blocks = measured_blocks(base, model.adapters)
+    # Experts count their own tokens, and blocks of other towers read images.
+    readers = [path for path, shape in blocks.items() if path.startswith("layers/") and len(shape) == 2]
+    verify = partial(require_sound, config=model.stats or GateStatsConfig(), readers=readers)
     settings = StepConfig(
         mechanisms=mechanisms,
-        blocks=measured_blocks(base, model.adapters),
+        blocks=blocks,
         stats_sharding=distributed.row_sharding(mesh),
         **_step_shardings(base, model.adapters, mesh),
         metrics=layer_metrics(mechanisms),
