@@ -135,10 +135,8 @@ def plan(config: RunConfig, base: ModelConfig, where: Topology, images: int = 0)
     Raises:
       NaloraError: no layout fits, or the compiler is missing.
     """
-    search, layout, result = _decided(config, base, where, fitting(config, base, where), images=images)
-    if result.program is None:
-        raise search.refusal()
-    ours, bound = result.program
+    layouts = fitting(config, base, where)
+    layout, ours, bound = _decided(config, base, where, layouts, images=images, must_fit=False)
     concrete = layout.into(config).without_mechanisms()
     mesh = distributed.make_mesh(concrete.mesh, devices(where))
     step, arguments = step_and_arguments(concrete, base, mesh, images=images)
@@ -171,10 +169,7 @@ def plan_sweep(
         return SweepPlan(
             config.model, where, runs, layout, *facts, layout.memory, seconds, layout.mfu, None
         )
-    search, layout, result = _decided(config, base, where, layouts, runs=runs)
-    if not result.fits:
-        raise search.refusal()
-    measured, bound = result.program
+    layout, measured, bound = _decided(config, base, where, layouts, runs=runs)
     return SweepPlan(
         config.model,
         where,
@@ -196,7 +191,8 @@ def _decided(
     *,
     images: int = 0,
     runs: int = 0,
-) -> tuple[Search, Layout, Compiled]:
+    must_fit: bool = True,
+) -> tuple[Layout, Figures, Roofline]:
     """Returns the layout that the compiler accepts, with figures and roofline of its step."""
     chips = devices(where)
 
@@ -213,8 +209,8 @@ def _decided(
             measured.memory, measured.fits(where.chip), bound.seconds * programs, (measured, bound)
         )
 
-    search = Search(layouts, where.chip.memory)
-    return search, *decide(search, compiled)
+    layout, result = decide(Search(layouts, where.chip.memory), compiled, must_fit=must_fit)
+    return layout, *result.program
 
 
 def without_statistics(step: Any, mesh: Any) -> Any:
