@@ -29,7 +29,7 @@ def planned(kernels: dict[str, float], **more: Any) -> Plan:
     layout = estimate(layout, config, base, adapter_spec(config, base), machine)
     found = Figures(16e9, 12e9, 1e14, 1e11, kernels, (), **more)
     bound = roofline(found, config, base, machine)
-    return Plan("llama-3.1-8b", machine, layout, 256, 4096, found, found, bound)
+    return Plan(config, machine, layout, found, found, bound)
 
 
 def test_the_delta_rule_has_a_roofline_of_its_own():
