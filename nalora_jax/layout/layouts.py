@@ -21,7 +21,7 @@ from typing import Any, cast
 import jax
 
 from nalora_jax.common.axes import AXES
-from nalora_jax.config import MeshConfig, RunConfig
+from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.layout.estimates import (
@@ -259,12 +259,7 @@ def candidates(config: RunConfig, base: ModelConfig, where: Topology) -> Iterato
     policies = policies_of(config, base)
     # libtpu 0.0.42 aborts with both on most meshes of one slice (`nalora_jax.models.remat.chosen_experts`).
     asked_for_both = "auto" not in (config.compute.remat, config.compute.experts)
-    mesh = config.mesh
-    if -1 in (mesh.data, mesh.fsdp, mesh.context, mesh.tensor):  # no axis is left to choose
-        sizes = distributed.resolve_sizes(mesh, where.size)
-        mesh = MeshConfig(**dict(zip(AXES, sizes, strict=True)))
-    distributed.check_axes(mesh, where.size, where.slices)
-    mesh = replace(mesh, context=distributed.context_of(mesh))
+    mesh = distributed.requested_axes(config.mesh, where.size, where.slices)
     distributed.check_tensor(max(mesh.tensor, 1), n_heads=base.n_heads, n_kv_heads=key_heads(base))
     for tensor in _divisors(where.size):
         if mesh.tensor == 0 and (
