@@ -77,7 +77,7 @@ def contrastive_step(
         "tokens": jax.ShapeDtypeStruct((*rows, seq), jnp.int32, sharding=by_rows),
         "token_weights": jax.ShapeDtypeStruct((*rows, seq), jnp.float32, sharding=by_rows),
     }
-    return program.step(places), (params, state, batch)
+    return program.compiled_step(places), (params, state, batch)
 
 
 def compiled(name: str) -> dict[str, Any]:

@@ -111,8 +111,8 @@ def train_ours(options: argparse.Namespace) -> dict[str, Any]:
     from nalora_jax.layout import distributed
     from nalora_jax.models.vision.config import DualConfig
     from nalora_jax.models.vision.dual import init_params
-    from nalora_jax.train.assembly import assemble
     from nalora_jax.train.compilation import use_compilation_cache
+    from nalora_jax.train.dual import assemble_dual
     from nalora_jax.train.dual_objectives import CLASSES as PROMPTS
 
     use_compilation_cache()
@@ -131,7 +131,7 @@ def train_ours(options: argparse.Namespace) -> dict[str, Any]:
     )
     config = with_method(config, "nalora")
     processor = ImageProcessor(resize=(options.image_size,) * 2, mean=MEAN, std=STD)
-    assembly = assemble(config, base, params, mesh, processor=processor)
+    assembly = assemble_dual(config, base, params, mesh, processor)
     state, params = assembly.state, assembly.view(params)
     losses, seconds = [], []
     for pixels, labels in batches(options):

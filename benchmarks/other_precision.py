@@ -23,7 +23,8 @@ import numpy as np
 from nalora_jax.config import config_from_dict
 from nalora_jax.data.items import ChoiceItem
 from nalora_jax.data.questions import held_out
-from nalora_jax.evaluate.heldout import Evaluator
+from nalora_jax.data.sources import open_pair
+from nalora_jax.evaluate.text import TextEvaluator
 from nalora_jax.train.adapted import AdaptedModel, load
 
 KINDS = ("none", "int8", "nf4")
@@ -42,8 +43,8 @@ def main() -> None:
     for kind in KINDS:
         model = load(run, quantize=kind)
         config = config_from_dict(model.located.run)
-        items, _ = held_out(config.data, model.base.tokenizer)
-        evaluator = Evaluator(model.module, model.base.tokenizer, items)
+        items, _ = held_out(open_pair(config.data)[1], config.data, model.base.tokenizer)
+        evaluator = TextEvaluator(model.module, model.base.tokenizer, items)
         before, after = (evaluator.measure(model.base.params, lora) for lora in (None, model.lora))
         computed = log_probabilities(model, items[:_COMPARED])
         reference = computed if reference is None else reference

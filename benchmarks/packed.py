@@ -55,7 +55,7 @@ def examples(count: int) -> Examples:
 
 def our_batches(data: Examples, steps: int) -> list[dict[str, np.ndarray]]:
     """Returns packed sequences of this library's pipeline."""
-    from nalora_jax.data.packing import assemble, pack, plan
+    from nalora_jax.data.packing import fill_rows, pack, plan
 
     lengths = np.array([len(ids) - 1 for ids, _ in data])
     offsets = np.concatenate([[0], np.cumsum(lengths + 1)])
@@ -65,7 +65,7 @@ def our_batches(data: Examples, steps: int) -> list[dict[str, np.ndarray]]:
     batches = []
     for step in range(steps):
         rows = [epoch.row(step * ROWS + i) for i in range(ROWS)]
-        flat = assemble(rows, tokens, answer, offsets, LENGTH)
+        flat = fill_rows(rows, tokens, answer, offsets, LENGTH)
         batches.append({name: value[None] for name, value in flat.items()})
     return batches
 

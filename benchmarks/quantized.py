@@ -50,7 +50,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from nalora_jax import config as c
     from nalora_jax.data.pipeline import train_data
     from nalora_jax.data.questions import eval_examples
-    from nalora_jax.evaluate.heldout import Evaluator
+    from nalora_jax.evaluate.text import TextEvaluator
     from nalora_jax.layout import distributed
     from nalora_jax.train.assembly import assemble
     from nalora_jax.train.compilation import compile_ahead
@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     evaluators = {}
     for task in TASKS:
         items = eval_examples(c.DataConfig(dataset=task), loaded.tokenizer, limit=options.questions)
-        evaluators[task] = Evaluator(assembly.eval_model, loaded.tokenizer, items)
+        evaluators[task] = TextEvaluator(assembly.eval_model, loaded.tokenizer, items)
     state, batches, params = assembly.state, iter(data.batches()), assembly.view(loaded.params)
     inputs = [distributed.make_global_batch(next(batches), mesh, rows_axis=1) for _ in range(options.steps)]
     compile_ahead(assembly.step, params, state, inputs[0])

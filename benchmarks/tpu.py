@@ -147,7 +147,7 @@ def _step(
             "positions": "int32",
         }.items()
     }
-    compiled = program.step(places)
+    compiled = program.compiled_step(places)
     return without_statistics(compiled) if method == "lora" else compiled, (params, state, batch)
 
 

@@ -6,10 +6,10 @@ nalora_jax`` is instant.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from etils import epy
 
-if TYPE_CHECKING:
+with epy.lazy_api_imports(globals()):
+    from nalora_jax.cli.training import run
     from nalora_jax.config import (
         AdaLoRAConfig,
         ComputeConfig,
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from nalora_jax.method.transform import gate_leaves, make_mechanisms, masks, nalora, scale_by_gates
     from nalora_jax.study.sweeps.run import SweepResult, sweep
     from nalora_jax.train.adapted import AdaptedModel, load
-    from nalora_jax.train.job import run
-    from nalora_jax.train.running import RunResult
-    from nalora_jax.weights.base import LoadedModel, load_model
+    from nalora_jax.train.run import RunResult
+    from nalora_jax.weights.base import load_model
+    from nalora_jax.weights.model_files import LoadedModel
     from nalora_jax.weights.peft import export_adapter, import_adapter
 
 __all__ = [  # noqa: RUF022
@@ -83,62 +83,7 @@ __all__ = [  # noqa: RUF022
     "run",
     "sweep",
 ]
-
-_HOMES = {
-    "adapt": "method.adapt",
-    "merge_nnx": "method.adapt",
-    "nalora": "method.transform",
-    "scale_by_gates": "method.transform",
-    "make_mechanisms": "method.transform",
-    "gate_leaves": "method.transform",
-    "masks": "method.transform",
-    "low_rank": "method.low_rank",
-    "observe": "method.statistics",
-    "token_weights": "method.statistics",
-    "CurvatureCap": "method.rules",
-    "HomogeneityStep": "method.rules",
-    "HardMask": "method.rules",
-    "SoftMask": "method.rules",
-    "SquaredMask": "method.rules",
-    "GatedFFN": "method.ffn",
-    "AdaLoRAConfig": "config",
-    "AdaptedModel": "train.adapted",
-    "ComputeConfig": "config",
-    "DataConfig": "config",
-    "DebugConfig": "config",
-    "Generator": "evaluate.generate",
-    "LoRAConfig": "config",
-    "LoRARule": "config",
-    "LoadedModel": "weights.base",
-    "MeshConfig": "config",
-    "NaloraError": "errors",
-    "OptimizerConfig": "config",
-    "PreferenceConfig": "config",
-    "RunConfig": "config",
-    "RunResult": "train.running",
-    "SweepResult": "study.sweeps.run",
-    "TrainConfig": "config",
-    "VisionConfig": "config",
-    "export_adapter": "weights.peft",
-    "import_adapter": "weights.peft",
-    "load": "train.adapted",
-    "load_model": "weights.base",
-    "run": "train.job",
-    "sweep": "study.sweeps.run",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        value: Any = version("nalora_jax")
-    elif name in _HOMES:
-        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+__version__ = "0.1.0"
 
 
 def __dir__() -> list[str]:

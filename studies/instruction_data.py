@@ -21,7 +21,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from nalora_jax.common.downloads import cache_dir, file_sha256
+from nalora_jax.common.digests import file_digest
+from nalora_jax.common.downloads import cache_dir
 from nalora_jax.data.file_source import FileSource
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import register_source
@@ -43,7 +44,7 @@ def fetch_archive(cache: Path) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         _download(path)
-    if (digest := file_sha256(path)) != SHA256:
+    if (digest := file_digest(path)) != SHA256:
         remedy = "delete it and run again: the download was damaged, or another file is served"
         raise NaloraError(str(path), expected=f"sha256 {SHA256}", found=digest, remedy=remedy)
     return path

@@ -30,12 +30,12 @@ from nalora_jax.config import (
 )
 from nalora_jax.data import sources
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.run_log import recorded_settings
 from nalora_jax.layout import distributed
 from nalora_jax.method import activations, rules, statistics
 from nalora_jax.models import families, registered
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.assembly import assemble
-from nalora_jax.train.metrics import recorded_settings
 from nalora_jax.weights import keytables
 from tests import tiny
 from tests.param_trees import init_params

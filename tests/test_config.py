@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -132,17 +133,20 @@ def test_a_config_comes_back_from_json():
 
 
 def test_every_setting_comes_back_from_json():
-    def changed(value):
+    def changed(value, hint):
         if dataclasses.is_dataclass(value):
-            names = [entry.name for entry in dataclasses.fields(value)]
-            return dataclasses.replace(value, **{name: changed(getattr(value, name)) for name in names})
+            hints = get_type_hints(type(value))
+            fields = {name: changed(getattr(value, name), hint) for name, hint in hints.items()}
+            return dataclasses.replace(value, **fields)
         if isinstance(value, bool):
             return not value
         if isinstance(value, int | float):
             return value + 1
+        if get_origin(hint) is Literal:
+            return next(choice for choice in get_args(hint) if choice != value)
         return f"{value}x" if isinstance(value, str) else value
 
-    config = changed(RunConfig())
+    config = changed(RunConfig(), RunConfig)
     assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

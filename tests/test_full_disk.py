@@ -24,7 +24,7 @@ from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.report.html import write_report
 from nalora_jax.report.inspect import LayerSummary, save_picture
 from nalora_jax.train.checkpoint import Checkpointer
-from nalora_jax.train.metrics import MetricsLog
+from nalora_jax.train.log import MetricsLog
 from nalora_jax.weights.gguf_export import write_adapter_gguf
 from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter

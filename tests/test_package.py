@@ -25,7 +25,7 @@ def _python(code: str) -> str:
     "first",
     [
         "from nalora_jax import RunResult, run, load",
-        "import nalora_jax.train.adapted, nalora_jax.train.job; from nalora_jax import run, load",
+        "import nalora_jax.train.adapted, nalora_jax.cli.training; from nalora_jax import run, load",
         "from nalora_jax.train.adapted import AdaptedModel; from nalora_jax import run, load",
     ],
 )

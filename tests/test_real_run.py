@@ -18,8 +18,8 @@ from nalora_jax.common import downloads
 from nalora_jax.config import DataConfig
 from nalora_jax.data.items import ChoiceItem
 from nalora_jax.data.questions import eval_examples
-from nalora_jax.evaluate.likelihood import Score
-from nalora_jax.evaluate.multiple_choice import predict, score_choices
+from nalora_jax.evaluate.likelihood import Score, score_groups
+from nalora_jax.evaluate.text import predict
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.train.adapted import AdaptedModel, load
 from nalora_jax.weights import hub
@@ -63,7 +63,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def scores_here(model: Path | AdaptedModel, questions: Sequence[ChoiceItem]) -> list[list[Score]]:
     loaded = load(model, dtype="float32") if isinstance(model, Path) else model
-    return score_choices(loaded.module, loaded.variables, questions)
+    groups = [list(zip(item.contexts, item.choice_ids, strict=True)) for item in questions]
+    return score_groups(loaded.module, loaded.variables, groups)
 
 
 def scores_in_torch(model: Any, tokenizer: Any, questions: Sequence[ChoiceItem]) -> list[list[Score]]:

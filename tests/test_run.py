@@ -33,15 +33,17 @@ from nalora_jax.config import (
 )
 from nalora_jax.data.source import RecordsSource
 from nalora_jax.errors import NaloraError, TrainingDivergedError
+from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train import running, start, text_pieces
+from nalora_jax.train import loop, start
 from nalora_jax.train.adapted import load
+from nalora_jax.train.kinds import text
 from nalora_jax.weights.peft import import_adapter
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("surroundings")
 
-nalora_run = importlib.import_module("nalora_jax.train.job")
+nalora_run = importlib.import_module("nalora_jax.cli.training")
 
 HF = tiny.HF | {"intermediate_size": 64}
 
@@ -61,7 +63,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of this module's own; runs use one or two of the simulated devices where their mesh is no larger."""
-    make = nalora_run.distributed.make_mesh
+    make = distributed.make_mesh
 
     def make_mesh(mesh: MeshConfig, devices: Any = None) -> Any:
         count = mesh.data * (mesh.fsdp or 1) * (mesh.tensor or 1)  # 0 is left to the library
@@ -69,7 +71,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NALORA_CACHE", tiny.new_cache(tmp_path_factory.mktemp("new") / "cache"))
-        patch.setattr(nalora_run.distributed, "make_mesh", make_mesh)
+        patch.setattr(distributed, "make_mesh", make_mesh)
         yield
 
 
@@ -106,7 +108,7 @@ def settings(base: Path, questions: Path) -> RunConfig:
 def test_inputs_are_judged_before_the_weights_are_read(
     settings: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
 ) -> None:
-    monkeypatch.setattr(text_pieces, "load_model", lambda *args, **options: pytest.fail("it was loaded"))
+    monkeypatch.setattr(text, "load_weights", lambda *args, **options: pytest.fail("it was loaded"))
     with pytest.raises(NaloraError, match=said):
         nalora_run.run(replace(settings, output=str(tmp_path / "run"), **changes))
 
@@ -196,9 +198,9 @@ def test_every_file_names_the_very_weights_that_were_trained_on(finished: tuple[
         json.loads((result.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
         == noted["name"]
     )
-    for text in ((result.adapter / "README.md").read_text(), result.report.read_text()):
+    for page in ((result.adapter / "README.md").read_text(), result.report.read_text()):
         assert all(
-            fact in text for fact in (noted["file"], "safetensors", "F32", noted["fingerprint"][:20])
+            fact in page for fact in (noted["file"], "safetensors", "F32", noted["fingerprint"][:20])
         )
 
 
@@ -271,7 +273,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
     class Interrupt(Exception):
         pass
 
-    fit = running.fit
+    fit = loop.run_steps
 
     def interrupted(step_fn: Any, *args: Any, **options: Any) -> Any:
         done = 0
@@ -288,7 +290,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
         return fit(step, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "fit", interrupted)
+        patch.setattr(loop, "run_steps", interrupted)
         with pytest.raises(Interrupt):
             nalora_run.run(parts)
     nalora_run.run(replace(parts, resume=True))
@@ -414,7 +416,7 @@ def test_adalora_leaves_the_ranks_that_were_asked_for(config: RunConfig) -> None
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
     config: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fit = running.fit
+    fit = loop.run_steps
 
     def poisoned(step_fn: Any, *args: Any, **options: Any) -> Any:
         done = 0
@@ -428,7 +430,7 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
         return fit(step, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "fit", poisoned)
+        patch.setattr(loop, "run_steps", poisoned)
         with pytest.raises(
             TrainingDivergedError,
             match=r"step 17: loss.*nan.*earlier steps are kept; start anew",

@@ -16,15 +16,15 @@ from safetensors.numpy import load_file
 
 from nalora_jax.__main__ import main
 from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
+from nalora_jax.evaluate.run_log import recorded_settings
 from nalora_jax.report import html
 from nalora_jax.study.sweeps.run import sweep
 from nalora_jax.train import job
 from nalora_jax.train.adapted import load
 from nalora_jax.train.callbacks import Callback
 from nalora_jax.train.initial_adapter import with_adapter
-from nalora_jax.train.metrics import recorded_settings
 from nalora_jax.train.output import open_output
-from nalora_jax.train.running import RunResult
+from nalora_jax.train.run import RunResult
 from tests import tiny
 
 torch = pytest.importorskip("torch")

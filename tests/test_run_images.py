@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from nalora_jax.__main__ import main
 from nalora_jax.cli.config_files import as_yaml, load_config
+from nalora_jax.cli.training import run
 from nalora_jax.config import (
     ComputeConfig,
     DataConfig,
@@ -27,10 +28,9 @@ from nalora_jax.config import (
     VisionConfig,
 )
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.run_log import read_metrics
 from nalora_jax.train import loop
 from nalora_jax.train.adapted_dual import load_adapted_dual
-from nalora_jax.train.job import run
-from nalora_jax.train.metrics import read_metrics
 from nalora_jax.weights.vision.peft import import_dual_adapter
 
 pytestmark = pytest.mark.pictures  # of runs' reports

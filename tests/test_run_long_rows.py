@@ -18,9 +18,9 @@ import transformers
 from nalora_jax.__main__ import main
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.evaluate import needle as evaluate_needle
+from nalora_jax.evaluate.run_log import recorded_settings
 from nalora_jax.train import job
 from nalora_jax.train.adapted import load
-from nalora_jax.train.metrics import recorded_settings
 from tests import tiny
 
 SCALING = "yarn:factor=2"

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from nalora_jax.__main__ import main
 from nalora_jax.cli.config_files import load_config
 from nalora_jax.cli.dry_run import dry_run
+from nalora_jax.cli.training import run
 from nalora_jax.config import (
     ComputeConfig,
     DataConfig,
@@ -30,9 +31,9 @@ from nalora_jax.config import (
 )
 from nalora_jax.data.images.chat import asked
 from nalora_jax.errors import NaloraError
-from nalora_jax.train.adapted import Located, load
-from nalora_jax.train.job import run
-from nalora_jax.train.metrics import read_metrics
+from nalora_jax.evaluate.run_log import read_metrics
+from nalora_jax.train.adapted import load
+from nalora_jax.train.located import Located
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

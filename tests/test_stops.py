@@ -17,15 +17,17 @@ from nalora_jax.__main__ import main
 from nalora_jax.cli.command import parse
 from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import Interrupted, NaloraError
+from nalora_jax.evaluate.run_log import to_json
+from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import make_mesh
-from nalora_jax.train import running, text_pieces
-from nalora_jax.train.metrics import to_json
+from nalora_jax.train import run as run_module
+from nalora_jax.train.kinds import text
 from nalora_jax.train.progress import Progress
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("surroundings")
 
-nalora_run = import_module("nalora_jax.train.job")
+nalora_run = import_module("nalora_jax.cli.training")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,7 @@ def test_a_run_that_is_stopped_after_its_steps_says_how_to_go_on(
     def measure(*_: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(running, "_measure_after", measure)
+    monkeypatch.setattr(run_module, "finish", measure)
     output = str(folder / "whole")
     with pytest.raises(Interrupted) as caught:
         nalora_run.run(replace(stopped, output=output, steps=8, resume=True))
@@ -145,7 +147,7 @@ def test_settings_of_another_run_and_fewer_steps_are_refused_before_weights_are_
     config = tiny.make_config(folder, output=str(tmp_path / "run"))
     (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
     (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps({"run": to_json(config.to_dict())}) + "\n")
-    monkeypatch.setattr(text_pieces, "load_model", None)
+    monkeypatch.setattr(text, "load_weights", None)
     with pytest.raises(NaloraError, match=r"--resume .*seed = 0, found seed = 3"):
         nalora_run.run(replace(config, resume=True, seed=3))
     with pytest.raises(NaloraError, match=r"--steps: expected 3 or more, .*found 2; leave --steps out"):
@@ -173,9 +175,7 @@ def test_what_cannot_be_laid_out_is_refused_before_weights_are_read(
     config = tiny.make_config(folder, output=str(tmp_path / "run"))
     config = replace(config, **(changes | {"data": replace(config.data, **changes.get("data", {}))}))
     count = config.mesh.data * config.mesh.tensor
-    monkeypatch.setattr(
-        nalora_run.distributed, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:count])
-    )
-    monkeypatch.setattr(text_pieces, "load_model", None)
+    monkeypatch.setattr(distributed, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:count]))
+    monkeypatch.setattr(text, "load_weights", None)
     with pytest.raises(NaloraError, match=message):
         nalora_run.run(config)

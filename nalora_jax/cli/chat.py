@@ -8,13 +8,23 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional
 
 from nalora_jax.cli.outputs import mesh_of, shown_model
 from nalora_jax.config import MeshConfig
-from nalora_jax.config.ranges import MESH, SAMPLING, SEED, Range
+from nalora_jax.config.structured import (
+    AMOUNT,
+    COUNT,
+    MAX_RANK,
+    POSITIVE,
+    POSITIVE_SHARE,
+    SEED,
+    SHARE,
+    TOKENS,
+    ranges,
+)
 from nalora_jax.errors import NaloraError, visible
 
 if TYPE_CHECKING:
@@ -43,30 +53,27 @@ class ChatArgs:
     # System prompt.
     system: str | None = None
     # Maximum tokens of a response.
-    max_new_tokens: int = 512
+    max_new_tokens: Annotated[int, TOKENS] = 512
     # Sampling temperature; 0 takes the likeliest token each time.
-    temperature: float = 0.7
+    temperature: Annotated[float, AMOUNT] = 0.7
     # Sample from the k likeliest tokens only (0: from all).
-    top_k: int = 0
+    top_k: Annotated[int, COUNT] = 0
     # Sample from the likeliest tokens that together have this probability.
-    top_p: float = 0.95
+    top_p: Annotated[float, POSITIVE_SHARE] = 0.95
     # Sample from tokens with at least this share of the highest probability (0: from all).
-    min_p: float = 0.0
+    min_p: Annotated[float, SHARE] = 0.0
     # Penalty of tokens that occur in the conversation; 1: none, above 1 repeats less.
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float, POSITIVE] = 1.0
     # Seed of the sampling; the n-th response uses this seed plus n.
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     # Adapters up to this rank can be switched without compilation.
-    max_lora_rank: int = 16
+    max_lora_rank: Annotated[int, MAX_RANK] = 16
     # Dtype of the base weights. By default the run's, else bfloat16.
     dtype: Literal["bfloat16", "float32"] | None = None
     # Quantize the adapted model's projections. By default as in the run, else not.
     quantize: Literal["none", "int8", "nf4", "mxfp4"] | None = None
     # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1))
-
-
-RANGES = {**SAMPLING, "seed": SEED, "max_lora_rank": Range("a whole number", "[1, 65536]"), **MESH}
 
 
 def chat(args: ChatArgs) -> None:
@@ -97,15 +104,15 @@ def _sees(args: ChatArgs) -> bool:
     It is if the model has one, unless the adapter's run did not use it.
     """
     from nalora_jax.config import VisionConfig
-    from nalora_jax.train.adapted import locate
-    from nalora_jax.weights.base import read_config
+    from nalora_jax.train.located import locate
     from nalora_jax.weights.hub import resolve
+    from nalora_jax.weights.model_files import open_files
 
     located = locate(args.model, args.adapter)
     if located.run:
         return bool(located.run.get("vision", {}).get("task", VisionConfig().task) == "chat")
     with contextlib.suppress(NaloraError):  # language model, or loading will report the error
-        return read_config(resolve(located.base), images=True).sight is not None
+        return open_files(resolve(located.base), images=True).config.sight is not None
     return False
 
 
@@ -126,7 +133,8 @@ class _Adapters:
           NaloraError: it is not an adapter of this base.
         """
         from nalora_jax.models.targets import AdapterSpec
-        from nalora_jax.train.adapted import adapter_folder, adapter_for
+        from nalora_jax.train.adapted import adapter_for
+        from nalora_jax.train.located import adapter_folder
 
         base = self._model.base
         if path == "none":
@@ -214,7 +222,7 @@ class _Talk:
         _say(self.adapters.name)
 
     def _image(self, path: str) -> None:
-        from nalora_jax.common.paths import expand_user
+        from nalora_jax.common.files import expand_user
         from nalora_jax.data.images.files import open_image
 
         processor = self.model.base.processor
@@ -236,8 +244,10 @@ class _Talk:
         _say("a new conversation")
 
     def _answer(self, text: str) -> None:
+        from nalora_jax.evaluate.generate import Settings
+
         args = self.args
-        settings = {name: getattr(args, name) for name in SAMPLING}
+        settings = {name: getattr(args, name) for name in ranges(Settings)}
         seed = (args.seed + self.answers) % 2**32
         pieces = self.conversation.ask(
             text, self.adapters.generator, images=self.pictures, seed=seed, **settings
@@ -254,7 +264,7 @@ class _Talk:
 
 def _warn_without_turns(adapter: Path | None) -> None:
     """Warns if an adapter was trained without the chat template that a conversation uses."""
-    from nalora_jax.train.adapted import trained_in_turns
+    from nalora_jax.train.located import trained_in_turns
 
     if adapter is not None and trained_in_turns(adapter) is False:
         _say(

@@ -12,7 +12,6 @@ from nalora_jax.cli import (
     chat,
     doctor,
     evaluate,
-    from_peft,
     parser,
     plan,
     usage,
@@ -21,8 +20,8 @@ from nalora_jax.cli import (
 )
 from nalora_jax.common import buckets
 from nalora_jax.common.imports import import_files
-from nalora_jax.config.documented import summaries_only
-from nalora_jax.config.ranges import check_path, check_ranges
+from nalora_jax.config.checks import check_path
+from nalora_jax.config.structured import check_ranges, summaries_only, unknown
 from nalora_jax.errors import NaloraError
 
 
@@ -60,7 +59,7 @@ _TRAIN = {
     "Several runs at once": ("--sweep",),
 }
 _PLAN = {
-    "Model and machine": ("--model", "--topology", "--study", "--batch", "--seq"),
+    "Model and machine": ("--model", "--topology", "--batch", "--seq"),
     "Run": ("--lora.rules", "--mechanisms", "--compute.quantize", "--sweep", "--steps"),
     "Result": ("--estimate", "--price", "--json"),
 }
@@ -71,7 +70,7 @@ VERBS = {
     "chat": Verb(chat.ChatArgs, chat.chat),
     "export": Verb(parser.ExportArgs, verbs.export),
     "merge": Verb(parser.MergeArgs, verbs.merge),
-    "from-peft": Verb(from_peft.FromPeftArgs, from_peft.from_peft),
+    "from-peft": Verb(parser.FromPeftArgs, verbs.from_peft),
     "inspect": Verb(parser.InspectArgs, verbs.inspect),
     "report": Verb(parser.ReportArgs, verbs.report),
     "study": Verb(parser.StudyArgs, verbs.study),
@@ -89,14 +88,6 @@ _IN_BUCKETS = {
 }
 _RESUME = ("yes", "no", "auto")
 _ASSIGNED = ("--mesh=", "--data.max-length=", "--optimizer.learning-rate=", "--resume=", "--mechanisms=")
-
-# Ranges of the numeric flags of each subcommand.
-RANGES = {
-    **parser.RANGES,
-    plan.PlanArgs: plan.RANGES,
-    chat.ChatArgs: chat.RANGES,
-    evaluate.EvalArgs: evaluate.RANGES,
-}
 
 
 def execute(argv: Sequence[str]) -> None:
@@ -131,7 +122,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         raise SystemExit(0)
     name, arguments = words[0], words[1:]
     if name not in VERBS:
-        raise usage.unknown(name, VERBS, f"a verb: {', '.join(VERBS)}", "see nalora --help")
+        raise unknown(name, name, VERBS, f"a verb: {', '.join(VERBS)}", "see nalora --help")
     return name, _arguments(name, VERBS[name], arguments)
 
 
@@ -156,7 +147,7 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
     if epochs and parser.values_of(words, "--steps") is not None:
         remedy = "leave one of them out"
         raise NaloraError("--steps", expected="steps or epochs", found="both", remedy=remedy)
-    check_ranges(args, RANGES.get(verb.arguments, {}))
+    check_ranges(args)
     flags = {
         flag.field.name: flag.name for flag in usage.flags(verb.arguments) if flag.owner is verb.arguments
     }

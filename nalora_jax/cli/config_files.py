@@ -15,25 +15,18 @@ Rules may be written as on the command line. Code in such a file is never execut
 from __future__ import annotations
 
 import json
-import re
 import reprlib
-from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
-from nalora_jax.cli.usage import did_you_mean
 from nalora_jax.common.imports import execute
 from nalora_jax.config import LoRARule, RunConfig
-from nalora_jax.config.types import first_wrong, type_name
+from nalora_jax.config.structured import first_wrong, structured, type_name
 from nalora_jax.errors import NaloraError, described
 
-_AUTO = ("data.max_length", "optimizer.learning_rate")  # 0: the library chooses
-
-RULE = re.compile(r"(?P<pattern>.+?):(?P<rank>\d+)(?::(?P<alpha>[^:]+))?")
 ENDINGS = (".yaml", ".yml", ".json")
 
 
@@ -60,7 +53,9 @@ def load_config(path: str | Path) -> RunConfig:
         raise _bad_config(path, "config() to return a RunConfig", described(error)) from error
     if not isinstance(config, RunConfig):
         raise _bad_config(path, "config() to return a RunConfig", type(config).__name__)
-    _check_types(config, path)
+    if (wrong := first_wrong(config)) is not None:
+        found = reprlib.repr(wrong.value)[:80]
+        raise _bad_config(path, f"{wrong.field} of type {type_name(wrong.hint)}", found)
     return config
 
 
@@ -86,75 +81,13 @@ def settings_of(values: Any, path: Path) -> RunConfig:
     Raises:
       NaloraError: an unknown field, or a value of the wrong type.
     """
-    config: RunConfig = _made(RunConfig, {} if values is None else values, f"--config {path}", "")
-    _check_types(config, path)
+    config = structured(RunConfig, {} if values is None else values, f"--config {path}: ")
     if config.imports:
         remedy = f"give --import {' '.join(config.imports)}"
         raise NaloraError(
             f"--config {path}", expected="no imports, which execute files", found="some", remedy=remedy
         )
     return config
-
-
-def _made(kind: Any, values: Any, where: str, prefix: str) -> Any:
-    """Returns a dataclass with the fields in ``values``."""
-    if not isinstance(values, Mapping):
-        raise NaloraError(
-            where, expected=f"settings by name in {prefix or 'the file'}", found=_shown(values)
-        )
-    hints, names = get_type_hints(kind), {entry.name for entry in fields(kind)}
-    arguments = {}
-    for name, value in values.items():
-        full = f"{prefix}.{name}" if prefix else str(name)
-        if name not in names:
-            near = did_you_mean(str(name), names)
-            remedy = "nalora train --help-all lists all"
-            if near:
-                remedy = f"did you mean {near}?"
-            raise NaloraError(where, expected="settings of a run", found=full, remedy=remedy)
-        arguments[name] = _value(hints[name], value, where, full)
-    return kind(**arguments)
-
-
-def _value(hint: Any, value: Any, where: str, name: str) -> Any:
-    """Converts ``value`` to the field type ``hint`` if YAML or JSON do not distinguish it.
-
-    Examples are tuples, which are lists there, and dataclasses.
-    """
-    if is_dataclass(hint):
-        if hint is LoRARule:
-            return _rule(value, where, name)
-        return _made(hint, value, where, name)
-    inner = get_args(hint)
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            raise NaloraError(where, expected=f"a list in {name}", found=_shown(value))
-        kinds = [inner[0]] * len(value) if inner[1:] == (...,) else inner
-        if len(kinds) != len(value):
-            raise NaloraError(where, expected=f"{len(kinds)} values in {name}", found=len(value))
-        return tuple(_value(kind, item, where, name) for kind, item in zip(kinds, value, strict=True))
-    if get_origin(hint) in (Union, UnionType):
-        kinds = [kind for kind in inner if kind is not type(None) and get_origin(kind) is not Literal]
-        if value is None or isinstance(value, str):
-            return value
-        return _value(kinds[0], value, where, name)
-    if name in _AUTO and value == "auto":
-        return hint(0)
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-3 as a text
-        except (ValueError, OverflowError):
-            raise NaloraError(where, expected=f"a number in {name}", found=_shown(value)) from None
-    return value
-
-
-def _rule(value: Any, where: str, name: str) -> Any:
-    if isinstance(value, Mapping):
-        return _made(LoRARule, value, where, name)
-    try:
-        return parse_rule(value if isinstance(value, str) else _shown(value))
-    except ValueError as error:
-        raise NaloraError(where, expected=f"rules PATTERN:RANK[:ALPHA] in {name}", found=error) from None
 
 
 def as_yaml(config: RunConfig, *, changed_only: bool = False) -> str:
@@ -178,7 +111,7 @@ def plain_settings(config: RunConfig) -> dict[str, Any]:
 
 def _plain(value: Any, default: Any) -> Any:
     if isinstance(value, LoRARule):
-        return format_rule(value)
+        return value.text
     if is_dataclass(value):
         plain = {}
         for entry in fields(value):
@@ -192,52 +125,6 @@ def _plain(value: Any, default: Any) -> Any:
     if not isinstance(value, tuple):
         return value
     return [_plain(entry, None) for entry in value]
-
-
-def parse_rule(text: str) -> LoRARule:
-    """Parses an adapter rule as typed on the command line.
-
-    Example:
-      >>> parse_rule("ffn/gate_proj:16")
-      LoRARule(pattern='ffn/gate_proj', rank=16, alpha=None)
-      >>> parse_rule("attn:8:32")
-      LoRARule(pattern='attn', rank=8, alpha=32.0)
-
-    Raises:
-      ValueError: not of the form PATTERN:RANK[:ALPHA]; tyro turns this into its message.
-    """
-    match = RULE.fullmatch(text)
-    try:
-        if match is None:
-            raise ValueError
-        alpha = match["alpha"]
-        return LoRARule(match["pattern"], int(match["rank"]), None if alpha is None else float(alpha))
-    except ValueError:
-        raise ValueError(
-            f"expected PATTERN:RANK[:ALPHA], e.g. 'ffn/gate_proj:16', found {text!r}"
-        ) from None
-
-
-def format_rule(rule: LoRARule) -> str:
-    """Returns the text that `parse_rule` reads as ``rule``."""
-    text = f"{rule.pattern}:{rule.rank}"
-    if rule.alpha is not None:
-        text += f":{rule.alpha:.9g}"
-    return text
-
-
-def _check_types(config: Any, path: Path) -> None:
-    """Raises unless every field has its declared type."""
-    if (wrong := first_wrong(config)) is not None:
-        raise _bad_config(path, f"{wrong.field} of type {type_name(wrong.hint)}", _shown(wrong.value))
-
-
-def _shown(value: Any) -> str:
-    """Returns the start of a value for a message.
-
-    YAML's aliases can define a value that would fill the memory when written in full.
-    """
-    return reprlib.repr(value)[:80]
 
 
 def _bad_config(path: Path, expected: str, actual: str) -> NaloraError:

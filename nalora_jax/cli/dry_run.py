@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,11 +13,10 @@ from nalora_jax.cli import config_files
 from nalora_jax.common import trees
 from nalora_jax.common.axes import AXES
 from nalora_jax.config import RunConfig
-from nalora_jax.config.types import dotted
-from nalora_jax.config.vision import DUAL
-from nalora_jax.data.pipeline import TrainData, stream_text, train_data
-from nalora_jax.data.questions import held_out
+from nalora_jax.config.structured import dotted
+from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
+from nalora_jax.evaluate.run_log import recorded_settings
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
 from nalora_jax.layout.layouts import Layout, estimate, laid_out
@@ -31,17 +29,14 @@ from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.numerics import numerics_for
-from nalora_jax.train.hooks import say_counts
 from nalora_jax.train.initial_adapter import with_adapter
-from nalora_jax.train.inputs import check_data, check_layout, check_longest, described, stream_shape
+from nalora_jax.train.inputs import check_layout
+from nalora_jax.train.job import Inputs
+from nalora_jax.train.kinds import run_kind
 from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.train.machine import device_memory
 from nalora_jax.train.mechanisms import first_step, log_first_step, mechanisms_of
-from nalora_jax.train.metrics import recorded_settings
-from nalora_jax.train.seeing import seen_sources
-from nalora_jax.train.settle import settled
-from nalora_jax.weights.base import read_tokenizer_of
-from nalora_jax.weights.hub import resolve as find_model
+from nalora_jax.train.session import say_counts
 
 
 def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
@@ -58,31 +53,27 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
         for text in run.mechanisms:
             make(text)
     runs = [with_adapter(run, recorded_settings(run.output) if run.resume else None) for run in runs]
-    if runs[0].vision.task in DUAL:
-        config, lines = _describe_images(runs[0])
-        lines += _differences(runs)
-    else:
-        config, lines = _describe(runs)
-    print(config_files.as_yaml(config, changed_only=not every_setting), end="")
+    inputs = run_kind(runs[0]).open_inputs(runs[0], None)
+    lines = (
+        _describe_images(inputs) + _differences(runs) if inputs.base is None else _describe(inputs, runs)
+    )
+    print(config_files.as_yaml(inputs.config, changed_only=not every_setting), end="")
     print("\n".join(f"# {line}" for line in lines))
 
 
-def _describe_images(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """Returns the final settings of a run on images, and lines that describe the run.
+def _describe_images(inputs: Inputs) -> list[str]:
+    """Returns lines that describe a run on image and text encoders.
 
     Raises:
       NaloraError: any error that a run would raise before it reads weights.
     """
     from nalora_jax.models.vision.dual import init_lora as init_dual  # Pillow is an extra
     from nalora_jax.train.dual import resolve_dual
-    from nalora_jax.train.dual_pieces import held_out_indices, image_records
     from nalora_jax.weights.vision.model import read_dual
 
-    records, held_out = image_records(config)
-    config = settled(config, None, images=len(records.indices))
+    config, records, (reported, selecting) = inputs.config, inputs.data, inputs.held_out
     base = read_dual(config.model, d_out=config.vision.features, loss=config.vision.loss)
     spec = resolve_dual(config, base)
-    reported, selecting = held_out_indices(config, held_out)
     say_counts(len(reported), len(selecting), chosen=config.train.eval_every > 0)
     shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in base.param_shapes().items()}
     lora = jax.eval_shape(partial(init_dual, base, spec), jax.random.key(0), trees.unflatten(shapes))
@@ -91,7 +82,7 @@ def _describe_images(config: RunConfig) -> tuple[RunConfig, list[str]]:
     epochs = config.steps * config.train.batch_size / len(records.indices)
     weights = config.compute.itemsize * total
     held = f"{4 * trained / 1e9:.2f} GB each for trained parameters, their gradients and what the optimizer remembers"
-    return config, [
+    return [
         f"base model: {total:,} parameters, {config.model}",
         f"trained parameters: {trained:,}, on {len(spec.targets)} projections a layer of both towers",
         f"mechanisms: {mechanisms_text(config, base.towers['image'].activation, spec)}",
@@ -102,26 +93,16 @@ def _describe_images(config: RunConfig) -> tuple[RunConfig, list[str]]:
     ]
 
 
-def _describe(runs: Sequence[RunConfig]) -> tuple[RunConfig, list[str]]:
-    """Returns the final settings of the first of several runs on text, and lines that describe them."""
-    config = runs[0]
-    files = replace(find_model(config.model), rope_scaling=config.rope_scaling)
-    images = config.vision.task == "chat"
-    added = AddedTokens.of(config.data)
-    base = described(config, files)
-    tokenizer, source = read_tokenizer_of(files, base, added), None
-    if images:
-        source = seen_sources(config.data, config.vision, tokenizer.images)
-    check_data(config.data, source)
-    config = settled(config, files, source)
+def _describe(inputs: Inputs, runs: Sequence[RunConfig]) -> list[str]:
+    """Returns lines that describe the first of several runs on a decoder, and how the others differ."""
+    config, base, files, data = inputs.config, inputs.base, inputs.files, inputs.data
+    assert base is not None
+    assert files is not None
     concrete = laid_out(config, base)
     mesh = distributed.make_mesh(concrete.mesh)
-    check_layout(concrete, files, mesh)
+    check_layout(concrete, base, files, mesh)
     spec = adapter_spec(config, base)
-    shape = stream_shape(config) | {"context": base.max_positions}
-    data = train_data(config.data, tokenizer, source=source, **shape)
-    check_longest(int(data.store.lengths.max()), base)
-    reported, selecting = held_out(config.data, tokenizer, source=source)
+    reported, selecting = inputs.held_out
     say_counts(len(reported), len(selecting), chosen=config.train.eval_every > 0)
     settings = []
     for run in runs:
@@ -129,15 +110,17 @@ def _describe(runs: Sequence[RunConfig]) -> tuple[RunConfig, list[str]]:
             adapter_spec(run, base)  # raises for rules that match nothing
             run = with_learning_rate(run, base.d_model)
         settings.append(run)
-    return config, [
-        f"base model: {sum(map(math.prod, param_shapes(base).values())):,} parameters, {files.path}",
-        *_added(added, tokenizer, base),
+    added = AddedTokens.of(config.data)
+    epochs = config.steps * config.train.batch_size / data.rows_per_epoch
+    return [
+        f"base model: {sum(map(math.prod, param_shapes(base).values())):,} parameters, {files.resolved.path}",
+        *_added(added, files.tokenizer_with(added), base),
         f"adapters: {adapter_parameters(base, spec):,} trained parameters, {len(spec.targets)} projections a layer",
         f"mechanisms: {mechanisms_text(config, base.activation, spec)}",
         f"training data: {stream_text(data.describe())}",
         f"rows: {config.data.max_length:,} tokens; {_context(config, base)}",
         f"held out: {len(reported)} examples that results are reported on, {len(selecting)} that choose the checkpoint",
-        f"steps: {config.steps} of {config.train.batch_size} rows, {_epochs(config, data):.2f} epochs",
+        f"steps: {config.steps} of {config.train.batch_size} rows, {epochs:.2f} epochs",
         *_memory(concrete, base, spec, mesh),
         *_differences(settings),
     ]
@@ -195,10 +178,6 @@ def adapter_parameters(base: ModelConfig, spec: AdapterSpec) -> int:
     initialized = partial(init_lora, base, spec)
     lora: Any = jax.eval_shape(initialized, jax.random.key(0), trees.unflatten(shapes))
     return trees.count(lora)
-
-
-def _epochs(config: RunConfig, data: TrainData) -> float:
-    return config.steps * config.train.batch_size / data.rows_per_epoch
 
 
 def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) -> list[str]:

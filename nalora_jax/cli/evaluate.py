@@ -6,18 +6,17 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional
 
 from nalora_jax.cli import images
 from nalora_jax.cli.outputs import check_new_file, data_of, flags_of_verb, labelled, mesh_of
 from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
-from nalora_jax.config.ranges import COUNT, MESH
+from nalora_jax.config.structured import COUNT
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
-    from nalora_jax.evaluate.items import Answers
     from nalora_jax.models.decoder import Decoder
     from nalora_jax.train.adapted import AdaptedModel
 
@@ -36,7 +35,7 @@ class EvalArgs:
     # Split. By default the run's; for another --dataset its "validation", or else all of "train".
     split: str | None = None
     # Maximum number of examples (0: all). By default the run's, else 400.
-    limit: int | None = None
+    limit: Annotated[int | None, COUNT] = None
     # Wrap prompts in the model's chat template. By default as in the run, else not.
     chat: bool | None = None
     # Data sets separated by commas, each as for --dataset, optionally with a split:
@@ -50,7 +49,7 @@ class EvalArgs:
     # (10 by default) at depths of 0, 25, 50, 75 and 100%. An adapter is compared with its base.
     needle: str = ""
     # Worked examples before each question of the harness. By default as defined by the task.
-    shots: int | None = None
+    shots: Annotated[int | None, COUNT] = None
     # Compare item by item with "base" (without the adapter), another adapter or run, or another
     # model.
     against: str | None = None
@@ -66,9 +65,6 @@ class EvalArgs:
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1))
 
 
-RANGES = {"limit": COUNT, "shots": COUNT, **MESH}
-
-
 def evaluate(args: EvalArgs) -> None:
     """Prints metrics with their intervals, and writes metrics and records to files if requested.
 
@@ -76,7 +72,7 @@ def evaluate(args: EvalArgs) -> None:
     number of devices. With PiSSA or LoRA-GA it is equal up to rounding, because the adapter is
     exported to another base than it was trained on.
     """
-    from nalora_jax.train.adapted import holds_adapter, locate
+    from nalora_jax.train.located import holds_adapter, locate
     from nalora_jax.weights import hub
 
     for flag, path in (("--output", args.output), ("--records", args.records)):
@@ -191,29 +187,30 @@ def _tasks(
 ) -> dict[str, Any]:
     """Prints and returns metrics by data set, with the comparison if there are two sides."""
     from nalora_jax.data.questions import eval_examples, held_out
-    from nalora_jax.evaluate.heldout import describe
-    from nalora_jax.evaluate.items import answer_items, compare_answers, describe_comparison
+    from nalora_jax.data.sources import open_pair
+    from nalora_jax.evaluate.evaluator import compare_records, describe, describe_comparison
+    from nalora_jax.evaluate.text import TextEvaluator
 
     tasks: dict[str, Any] = {}
     for data in sets:
         name = f"{data.dataset}[{data.eval_split}]"
-        answers: list[Answers] = []
+        records_of: list[list[dict[str, Any]]] = []
+        summaries: list[dict[str, Any]] = []
         for label, model, module, variables in sides:
             tokenizer = model.base.tokenizer
             # For a run's data set, the examples of its reported results.
             if custom:
-                items, _ = held_out(data, tokenizer)
+                items, _ = held_out(open_pair(data)[1], data, tokenizer)
             else:
                 items = eval_examples(data, tokenizer, split=data.eval_split)
-            answers.append(answer_items(module, variables, items, mesh=mesh))
-            print(f"{labelled(name, label)}: {describe(answers[-1].summary)}", flush=True)
-            records += [{"task": name, "model": label, **record} for record in answers[-1].records]
-        tasks[name] = dict(answers[0].summary)
-        if len(answers) == 2:
-            tasks[name] |= {
-                "against": answers[1].summary,
-                "comparison": compare_answers(answers[1], answers[0]),
-            }
+            evaluator = TextEvaluator(module, tokenizer, items, mesh=mesh)
+            records_of.append(evaluator.records(variables["params"], variables.get("lora")))
+            summaries.append(evaluator.summary(records_of[-1]))
+            print(f"{labelled(name, label)}: {describe(summaries[-1])}", flush=True)
+            records += [{"task": name, "model": label, **record} for record in records_of[-1]]
+        tasks[name] = dict(summaries[0])
+        if len(summaries) == 2:
+            tasks[name] |= {"against": summaries[1], "comparison": compare_records(*records_of[::-1])}
             print(f"{name}, difference: {describe_comparison(tasks[name]['comparison'])}", flush=True)
     return tasks
 
@@ -222,8 +219,7 @@ def _harness(
     args: EvalArgs, sides: Sequence[Side], mesh: Any, records: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Prints and returns the harness's results, with the comparison if there are two sides."""
-    from nalora_jax.evaluate.harness import harness_model
-    from nalora_jax.evaluate.harness_tasks import compare_samples, run_harness
+    from nalora_jax.evaluate.harness import compare_samples, harness_model, run_harness
 
     tasks = [name.strip() for name in args.harness.split(",") if name.strip()]
     options: dict[str, Any] = {"folder": args.harness_tasks, "limit": args.limit or 0, "shots": args.shots}
@@ -276,8 +272,9 @@ def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 def _held_out(args: EvalArgs, model: AdaptedModel, data: DataConfig, mesh: Any) -> None:
     """Prints the held-out metric as a run computes it."""
     from nalora_jax.data.questions import eval_examples, held_out
+    from nalora_jax.data.sources import open_pair
     from nalora_jax.evaluate.seeing import evaluator_of
-    from nalora_jax.train.seeing import seen_sources
+    from nalora_jax.train.kinds.images import seen_sources
 
     tokenizer, source = model.base.tokenizer, None
     if model.base.processor is not None:
@@ -288,7 +285,7 @@ def _held_out(args: EvalArgs, model: AdaptedModel, data: DataConfig, mesh: Any) 
     if _asked(args):
         items = eval_examples(data, tokenizer, split=data.eval_split, source=source)
     else:  # the examples of the run's reported results
-        items, _ = held_out(data, tokenizer, source=source)
+        items, _ = held_out(open_pair(data, source=source)[1], data, tokenizer)
     values = evaluator_of(model.base, model.module, items, mesh).measure(
         model.base.params, model.lora, samples=args.output is not None
     )
@@ -298,6 +295,7 @@ def _held_out(args: EvalArgs, model: AdaptedModel, data: DataConfig, mesh: Any) 
 def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
     """Prints the held-out loss and rewards of a run on pairs, computed as in the run."""
     from nalora_jax.data.preference import held_out_pairs
+    from nalora_jax.data.sources import open_held_out
     from nalora_jax.evaluate.preference import PreferenceEvaluator
 
     for flag, value in (("--against", args.against), ("--records", args.records)):
@@ -309,14 +307,16 @@ def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
     data, preference = data_of(run, _asked(args)), config_from_dict(run).preference
     mesh = mesh_of(args.mesh)
     model = load_model(args, mesh)
-    pairs, _ = held_out_pairs(data, preference, model.base.tokenizer, model.base.config.max_positions)
+    records = open_held_out(data, data.eval_split)
+    context = model.base.config.max_positions
+    pairs, _ = held_out_pairs(records, data, preference, model.base.tokenizer, context)
     evaluator = PreferenceEvaluator(model.module, model.base.tokenizer, pairs, preference, mesh=mesh)
     values = evaluator.measure(model.base.params, model.lora, samples=args.output is not None)
     _report(args, model, data, values)
 
 
 def _report(args: EvalArgs, model: AdaptedModel, data: DataConfig, values: dict[str, Any]) -> None:
-    from nalora_jax.evaluate.heldout import describe
+    from nalora_jax.evaluate.evaluator import describe
 
     print(f"{data.dataset}[{data.eval_split}]: {describe(values)}")
     origin = {"model": model.located.base, "adapter": model.located.adapter, "data": vars(data)}
@@ -326,7 +326,7 @@ def _report(args: EvalArgs, model: AdaptedModel, data: DataConfig, values: dict[
 def write_results(args: EvalArgs, results: dict[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
     """Writes the files that the user requested."""
     from nalora_jax.common.files import write_atomically
-    from nalora_jax.train.metrics import to_json
+    from nalora_jax.evaluate.run_log import to_json
 
     for path, text in (
         (args.output, json.dumps(to_json(results), indent=2) + "\n"),

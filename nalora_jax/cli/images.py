@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nalora_jax.cli.outputs import shown_output
 from nalora_jax.config import config_from_dict
-from nalora_jax.config.vision import DUAL
+from nalora_jax.config.settings import DUAL
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def is_dual(model: str | Path, adapter: str | Path | None = None) -> bool:
     """Returns True if the model or adapter is from a run that trained a dual encoder."""
-    from nalora_jax.train.adapted import locate
+    from nalora_jax.train.located import locate
 
     return locate(model, adapter).run.get("vision", {}).get("task", "") in DUAL
 
@@ -27,9 +27,9 @@ def is_dual(model: str | Path, adapter: str | Path | None = None) -> bool:
 def evaluate(args: EvalArgs) -> dict[str, Any]:
     """Returns the held-out metric of a run on images, by default on the run's reported images."""
     from nalora_jax.data.images.opened import open_images
-    from nalora_jax.evaluate.heldout import describe
+    from nalora_jax.evaluate.evaluator import describe
     from nalora_jax.train.adapted_dual import load_adapted_dual
-    from nalora_jax.train.dual_pieces import held_out_images
+    from nalora_jax.train.kinds.dual import held_out_images
 
     if args.quantize not in (None, "none"):
         raise NaloraError("--quantize", expected="none for image and text encoders", found=args.quantize)
@@ -54,7 +54,7 @@ def export(args: ExportArgs, card: Callable[[Any, Literal["adapter", "merged"]],
     """Writes an adapter of a dual encoder for PEFT, and verifies it by reloading."""
     from nalora_jax.common.files import write_atomically
     from nalora_jax.train.adapted_dual import load_adapted_dual
-    from nalora_jax.train.dual_pieces import write_dual_adapter
+    from nalora_jax.train.kinds.dual import write_dual_adapter
     from nalora_jax.weights.folders import new_folder
 
     if args.target != "peft":

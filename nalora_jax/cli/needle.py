@@ -25,10 +25,16 @@ def evaluate_needle(args: EvalArgs) -> None:
     The results of a run are also written to its ``needle.json``, and shown in its report.
     """
     from nalora_jax.cli.evaluate import load_model, other_side, write_results
+    from nalora_jax.evaluate.evaluator import compare_records, describe_paired
     from nalora_jax.evaluate.generate import Generator
-    from nalora_jax.evaluate.items import describe_paired
-    from nalora_jax.evaluate.needle import difference, needle_items, needle_records, needle_table, retrieve
-    from nalora_jax.train.adapted import locate
+    from nalora_jax.evaluate.needle import (
+        needle_items,
+        needle_records,
+        needle_summary,
+    )
+    from nalora_jax.report.sections import needle_cells
+    from nalora_jax.report.tables import aligned
+    from nalora_jax.train.located import locate
 
     lengths = _lengths(args)
     located = locate(args.model, args.adapter)
@@ -43,17 +49,20 @@ def evaluate_needle(args: EvalArgs) -> None:
     chat = args.chat
     if chat is None:
         chat = config_from_dict(located.run).data.chat
-    results, records = [], []
+    results: list[list[dict[str, Any]]] = []
+    summaries, records = [], []
     for label, side, module, variables in sides:
         questions = needle_items(side.base.tokenizer, lengths, per_cell=args.limit or _PER_CELL, chat=chat)
-        results.append(retrieve(Generator(module, variables, side.base.tokenizer, mesh=mesh), questions))
-        grid = results[-1].to_dict()
+        generator = Generator(module, variables, side.base.tokenizer, mesh=mesh)
+        results.append(needle_records(generator, questions))
+        grid = needle_summary(results[-1])
+        summaries.append(grid)
         title = labelled("needle retrieval", label)
-        print(f"{title}: {_summary(grid)}\n{needle_table(grid)}", flush=True)
-        records += [{"model": label, **record} for record in needle_records(questions, results[-1])]
-    grids: dict[str, Any] = {"after" if against else "before": results[0].to_dict()}
+        print(f"{title}: {_summary(grid)}\n{aligned(*needle_cells(grid))}", flush=True)
+        records += [{"model": label, **record} for record in results[-1]]
+    grids: dict[str, Any] = {"after" if against else "before": summaries[0]}
     if against is not None:
-        grids |= {"before": results[1].to_dict(), "comparison": difference(results[1], results[0])}
+        grids |= {"before": summaries[1], "comparison": compare_records(*results[::-1])["accuracy"]}
         print(f"difference: {describe_paired(grids['comparison'])}", flush=True)
     write_results(
         args, {"model": located.base, "adapter": located.adapter, "against": against, **grids}, records
@@ -81,12 +90,12 @@ def _summary(grid: dict[str, Any]) -> str:
 def _report(model: AdaptedModel, grids: dict[str, Any]) -> None:
     """Writes the results and the report again to the folder of the adapter's run, if it has one."""
     from nalora_jax.common.files import write_atomically
+    from nalora_jax.evaluate.run_log import to_json
     from nalora_jax.report.html import write_report
-    from nalora_jax.report.needle import FILE
-    from nalora_jax.train.metrics import to_json
+    from nalora_jax.report.sections import NEEDLE_FILE
 
     if not model.located.run or model.located.adapter is None:
         return
     folder: Path = model.located.adapter.parent
-    write_atomically(folder / FILE, json.dumps(to_json(grids), indent=2) + "\n")
+    write_atomically(folder / NEEDLE_FILE, json.dumps(to_json(grids), indent=2) + "\n")
     print(f"{write_report(folder)}: with these results")

@@ -14,10 +14,20 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from nalora_jax.cli.config_files import format_rule, load_config, parse_rule
+from nalora_jax.cli.config_files import load_config
 from nalora_jax.cli.usage import until_flag
 from nalora_jax.config import LoRARule, MeshConfig, RunConfig, config_from_dict
-from nalora_jax.config.ranges import COUNT, MESH, SAMPLING, SEED, TOKENS, Range, check_path
+from nalora_jax.config.checks import check_path
+from nalora_jax.config.structured import (
+    AMOUNT,
+    COUNT,
+    MAX_RANK,
+    POSITIVE,
+    POSITIVE_SHARE,
+    SEED,
+    SHARE,
+    TOKENS,
+)
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.sweeps.grid import recorded_sweep
 
@@ -60,19 +70,19 @@ class GenerateArgs:
     # Adapter folder in PEFT's format, or the folder of a run.
     adapter: Path | None = None
     # Maximum number of generated tokens.
-    max_new_tokens: int = 128
+    max_new_tokens: Annotated[int, TOKENS] = 128
     # Sampling temperature; 0 takes the likeliest token each time.
-    temperature: float = 0.0
+    temperature: Annotated[float, AMOUNT] = 0.0
     # Sample from the k likeliest tokens only (0: from all).
-    top_k: int = 0
+    top_k: Annotated[int, COUNT] = 0
     # Sample from the likeliest tokens that together have this probability.
-    top_p: float = 1.0
+    top_p: Annotated[float, POSITIVE_SHARE] = 1.0
     # Sample from tokens with at least this share of the highest probability (0: from all).
-    min_p: float = 0.0
+    min_p: Annotated[float, SHARE] = 0.0
     # Penalty of tokens that occur in the prompt or the response; 1: none, above 1 repeats less.
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float, POSITIVE] = 1.0
     # Seed of the sampling.
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     # Wrap the prompt in the model's chat template. By default as in the run, else not; with images,
     # always.
     chat: bool | None = None
@@ -97,7 +107,7 @@ class ExportArgs:
     # Base model. By default the base that the adapter names.
     model: str | None = None
     # vLLM's setting of that name, an upper limit of the rank.
-    max_lora_rank: int = 16
+    max_lora_rank: Annotated[int, MAX_RANK] = 16
 
     @property
     def names(self) -> tuple[str, Path | None]:
@@ -125,6 +135,16 @@ class MergeArgs:
 
 
 @dataclass(frozen=True)
+class FromPeftArgs:
+    """Write the settings of PEFT (adapter_config.json) as a config of nalora train."""
+
+    # adapter_config.json, or an adapter's folder, or a LoraConfig as YAML or JSON.
+    file: Positional[Path]
+    # New YAML file to write; by default it is printed.
+    output: Path | None = None
+
+
+@dataclass(frozen=True)
 class InspectArgs:
     """Show gate statistics of a model on texts, layer by layer: useful before any training."""
 
@@ -139,14 +159,14 @@ class InspectArgs:
     # Split of that data set.
     split: str = "validation"
     # Maximum number of examples of that data set.
-    limit: int = 32
+    limit: Annotated[int, COUNT] = 32
     # Maximum tokens per text.
-    max_length: int = 256
+    max_length: Annotated[int, TOKENS] = 256
     # Also draw a plot into this file (.png, .svg or .pdf).
     picture: Path | None = None
     # Seed of the small random adapter from which the linear limit is computed if no adapter changes
     # the gate.
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     # Dtype of the base weights.
     dtype: Dtype = "float32"
 
@@ -171,10 +191,10 @@ class StudyArgs:
     # The study: a folder with protocol.toml, or that file.
     study: Positional[Path]
     # run, verify: maximum number of runs that this process executes (0: all; verify: three).
-    limit: int = 0
+    limit: Annotated[int, COUNT] = 0
     # run: largest number of runs of a method that train in one program; 0: one on a CPU, as many as
     # memory allows elsewhere.
-    together: int = 0
+    together: Annotated[int, COUNT] = 0
     # run: methods whose runs this process executes (none: all), to get the most urgent results
     # first.
     methods: tuple[str, ...] = ()
@@ -183,15 +203,6 @@ class StudyArgs:
 @dataclass(frozen=True)
 class DoctorArgs:
     """Show versions, devices, CPU kernels and caches, and known issues."""
-
-
-# Ranges of the subcommands' numeric flags; a run's are in `nalora_jax.config`.
-RANGES: dict[type, dict[str, Range]] = {
-    GenerateArgs: {**SAMPLING, "seed": SEED, **MESH},
-    ExportArgs: {"max_lora_rank": Range("a whole number", "[1, 65536]")},
-    InspectArgs: {"limit": COUNT, "max_length": TOKENS, "seed": SEED},
-    StudyArgs: {"limit": COUNT, "together": COUNT},
-}
 
 
 def registry() -> ConstructorRegistry:
@@ -205,11 +216,11 @@ def registry() -> ConstructorRegistry:
         return PrimitiveConstructorSpec(
             nargs="*",
             metavar="PATTERN:RANK[:ALPHA] ...",
-            instance_from_str=lambda texts: tuple(map(parse_rule, texts)),
+            instance_from_str=lambda texts: tuple(map(LoRARule.from_text, texts)),
             is_instance=lambda value: (
                 isinstance(value, tuple) and all(isinstance(item, LoRARule) for item in value)
             ),
-            str_from_instance=lambda value: [format_rule(rule) for rule in value],
+            str_from_instance=lambda value: [rule.text for rule in value],
         )
 
     @rules.primitive_rule
@@ -249,7 +260,7 @@ def typed(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(map(typed, value))
     if isinstance(value, LoRARule):
-        return format_rule(value)
+        return value.text
     if value is None or value is False:
         return ""
     return str(value)
@@ -280,7 +291,7 @@ def defaults(argv: Sequence[str]) -> TrainArgs:
 
 def _recorded(output: str) -> RunConfig:
     """Returns the settings of the run in ``output`` for resuming it, else the defaults."""
-    from nalora_jax.train.metrics import recorded_settings
+    from nalora_jax.evaluate.run_log import recorded_settings
 
     settings = recorded_settings(output)
     config = config_from_dict(settings)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from nalora_jax.config import DataConfig, RunConfig, TrainConfig, check
-from nalora_jax.config.ranges import COUNT, ROWS, TOKENS, Range, check_path, check_ranges
-from nalora_jax.config.vision import DUAL
+from nalora_jax.config.checks import check_path
+from nalora_jax.config.settings import DUAL
+from nalora_jax.config.structured import AMOUNT, COUNT, TOKENS, check_ranges
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -41,23 +42,23 @@ class PlanArgs:
     topology: tuple[str, ...] = ()
     # Short for --train.batch-size: rows per step over all chips. By default one per chip and
     # micro-batch.
-    batch: int = 0
+    batch: Annotated[int, COUNT] = 0
     # Short for --data.max-length: tokens per row. By default 4096.
-    seq: int | None = None
+    seq: Annotated[int | None, TOKENS] = None
     # Images per row, for the config.json of a model with image input (LLaVA, Gemma 3); 0: its text
     # model alone.
-    images: int = 0
+    images: Annotated[int, COUNT] = 0
     # Rows of the embedding and the head for added tokens.
-    added_tokens: int = 0
+    added_tokens: Annotated[int, COUNT] = 0
     # Price of one chip per hour: shows the cost of a million tokens, and of the --steps of the run.
-    price: float | None = None
+    price: Annotated[float | None, AMOUNT] = None
     # Also write the figures to this file, one JSON line per topology.
     json: Path | None = None
     # Print the layout that would be chosen, without compiling.
     estimate: bool = False
     # Plan a sweep of this number of runs, each with --batch rows a step; 0: one run. Hours and, with
     # --price, the price of all runs are those of --steps.
-    sweep: int = 0
+    sweep: Annotated[int, COUNT] = 0
     run: Annotated[RunConfig, arg(name="")] = field(default_factory=_planned_run)
 
     def config(self, chips: int) -> RunConfig:
@@ -72,20 +73,10 @@ class PlanArgs:
         if task in DUAL:
             expected = "a language model: dual encoders are not planned"
             raise NaloraError("--vision.task", expected=expected, found=task)
-        check_ranges(self.run, {"train.accumulate": ROWS})
+        check_ranges(replace(self.run, train=replace(train, batch_size=1)))  # of what rows are counted by
         rows = self.batch or train.batch_size or chips * train.accumulate
         data = replace(self.run.data, max_length=self.seq or self.run.data.max_length)
         return check(replace(self.run, data=data, train=replace(train, batch_size=rows)))
-
-
-RANGES = {
-    "batch": COUNT,
-    "seq": TOKENS,
-    "images": COUNT,
-    "added_tokens": COUNT,
-    "sweep": COUNT,
-    "price": Range("a number", "[0, 1e6]"),
-}
 
 
 def plan(args: PlanArgs) -> None:

@@ -1,36 +1,20 @@
-"""Checks of the command line before it is parsed, one-line errors, and help.
-
-The checks find unknown flags and invalid numbers.
-"""
+"""The flags of a subcommand: unknown flags, errors in one line, and help."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import os
 import re
 import shutil
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from textwrap import fill
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from nalora_jax.config.documented import field_comments
+from nalora_jax.config.structured import field_comments, unknown
 from nalora_jax.errors import NaloraError
-
-# PEFT's names of settings that `--lora.rules` sets by pattern.
-_OF_RULES = ("rank", "r", "lora_rank", "lora_r", "alpha", "lora_alpha")
-_RULES = "--lora.rules PATTERN:RANK[:ALPHA], e.g. --lora.rules ffn:16:32"
-
-# What a group's name alone most likely means.
-_OF_GROUPS = {"--data": "--data.dataset", "--lora": "--lora.rules", "--optimizer": "--optimizer.name"}
-
-_NUMBERS: dict[type, tuple[Callable[[str], Any], str]] = {
-    int: (int, "a whole number"),
-    float: (float, "a number"),
-}
 
 
 @dataclass(frozen=True)
@@ -42,14 +26,6 @@ class Flag:
     field: Field[Any]
     owner: type  # the dataclass that has the field
     default: Any
-
-    @property
-    def numbers(self) -> tuple[type, int] | None:
-        """Returns type and count of the numbers that it takes; None if it takes other values."""
-        kinds = get_args(self.type) or (self.type,)
-        if set(kinds) <= {int, float} and len(set(kinds)) == 1:
-            return (kinds[0], len(kinds))
-        return None
 
     @property
     def text(self) -> str:
@@ -92,7 +68,7 @@ def _without_none(hint: Any) -> Any:
 
 
 def check(verb: str, kind: type, argv: Sequence[str]) -> None:
-    """Refuses unknown flags of the subcommand, and invalid numbers.
+    """Refuses unknown flags of the subcommand.
 
     Raises:
       NaloraError: names the flag as it was typed, and a similar flag if there is one.
@@ -100,89 +76,17 @@ def check(verb: str, kind: type, argv: Sequence[str]) -> None:
     by_name = {flag.name: flag for flag in flags(kind)}
     switches = {name for name, flag in by_name.items() if flag.type is bool or bool in get_args(flag.type)}
     off = {re.sub(r"^(--(?:.*\.)?)", r"\1no-", name) for name in switches}
-    for index, word in enumerate(argv):
-        if not word.startswith("--") or word == "--":
-            continue
-        name, assigned, value = word.partition("=")
-        name = name.replace("_", "-")
-        if name in by_name:
-            values = [value] if assigned else until_flag(argv[index + 1 :])
-            _check_numbers(by_name[name], values)
-            if by_name[name].type is bool and values and not assigned and not _has_positional(kind):
-                raise NaloraError(name, expected="no value: it is a switch", found=repr(values[0][:40]))
-        elif name not in off:
-            raise unknown(
-                name, [*by_name, *off], f"a flag of nalora {verb}", f"see nalora {verb} --help-all"
-            )
-
-
-def _has_positional(kind: type) -> bool:
-    """Returns True if a subcommand takes positional arguments, which may follow a switch."""
-    hints = get_type_hints(kind, include_extras=True)
-    return any(
-        "Positional" in str(extra) for hint in hints.values() for extra in getattr(hint, "__metadata__", ())
-    )
+    for word in argv:
+        name = word.partition("=")[0].replace("_", "-")
+        if name.startswith("--") and name != "--" and name not in by_name and name not in off:
+            expected, remedy = f"a flag of nalora {verb}", f"see nalora {verb} --help-all"
+            raise unknown(name, name, [*by_name, *off], expected, remedy)
 
 
 def until_flag(words: Sequence[str]) -> list[str]:
     """Returns the words up to the next flag; a negative number is not a flag."""
     end = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
     return list(words[:end])
-
-
-def _check_numbers(flag: Flag, values: Sequence[str]) -> None:
-    if flag.numbers is None:
-        return
-    kind, count = flag.numbers
-    convert, noun = _NUMBERS[kind]
-    expected, found = noun, "none"
-    if count > 1:
-        expected, found = f"{count} numbers", f"{len(values)} values"
-    if len(values) < count:
-        raise NaloraError(flag.name, expected=expected, found=found)
-    for value in values[:count]:
-        try:
-            convert(value)
-        except ValueError:
-            raise NaloraError(flag.name, expected=expected, found=repr(value[:40])) from None
-
-
-def unknown(name: str, names: Iterable[str], expected: str, otherwise: str) -> NaloraError:
-    """Returns the error for a name that is not in ``known``, with a similar name as suggestion."""
-    meant = did_you_mean(name, names)
-    return NaloraError(
-        name,
-        expected=expected,
-        found="none of that name",
-        remedy=f"did you mean {meant}?" if meant else otherwise,
-    )
-
-
-def did_you_mean(name: str, candidates: Iterable[str]) -> str | None:
-    """Returns the member of ``known`` that is similar to ``name``.
-
-    It prefers the shortest member that starts with ``name`` (``--step``: ``--steps``), then a
-    member whose last part is similar (``--batch-size``: ``--train.batch-size``), then the most
-    similar.
-    """
-    last = name.lstrip("-").rpartition(".")[2]
-    if last.replace("-", "_") in _OF_RULES and {"--lora.rules", "rules"} & {*candidates}:
-        if "--lora.rules" in candidates:
-            return _RULES
-        return 'rules: ["PATTERN:RANK[:ALPHA]"], e.g. rules: ["ffn:16:32"]'
-    names = sorted(candidates, key=lambda candidate: (len(candidate), candidate))
-    if _OF_GROUPS.get(name) in names:
-        return _OF_GROUPS[name]
-    begun = [candidate for candidate in names if candidate.startswith(name)]
-    if begun:
-        return begun[0]
-    parts: dict[str, str] = {}
-    for candidate in names:
-        parts.setdefault(candidate.lstrip("-").rpartition(".")[2], candidate)
-    close = difflib.get_close_matches(name, names, 1, 0.8)
-    close_parts = difflib.get_close_matches(last, parts, 1, 0.8)
-    similar = difflib.get_close_matches(name, names, 1, 0.6)
-    return next(iter(close or [parts[part] for part in close_parts] or similar), None)
 
 
 @contextlib.contextmanager
@@ -205,29 +109,26 @@ def one_line_errors(verb: str) -> Iterator[None]:
 
 
 def _as_error(verb: str, box: str) -> NaloraError:
-    """Returns the error in a box of tyro: the text between its title and the next rule, or ""."""
+    """Returns the error in a box of tyro, whose first paragraph names the flag and the bad value."""
     plain = (line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines())
-    lines = [line for line in plain if line][1:]
-    rules = [i for i, line in enumerate(lines) if set(line) <= {"─", "-"}]
+    lines = [line for line in plain if line][1:]  # after the title
+    rules = [index for index, line in enumerate(lines) if set(line) <= {"─", "-"}]
     start = int(rules[:1] == [0])
-    end = next((i for i in rules if i > 0), len(lines))
-    lines = lines[start:end]
-    text, where, remedy = " ".join(lines), f"nalora {verb}", f"see nalora {verb} --help"
-    if match := re.match(r"Error parsing (\S+?): expected (.*), found (.*)", text):
+    text = " ".join(lines[start : next((index for index in rules if index > 0), len(lines))])
+    where, remedy = f"nalora {verb}", f"see nalora {verb} --help-all"
+    if match := re.match(r"Error parsing (\S+?): (?:.*: )?expected (.*), found (.*)", text):
         return NaloraError(match[1], expected=match[2], found=match[3])
-    if match := re.match(r"Error parsing (\S+?): Could not find valid parse for arguments: \[(.*)\]", text):
-        remedy = f"see nalora {verb} --help-all"
-        return NaloraError(match[1], expected="values of its type", found=match[2], remedy=remedy)
+    if match := re.match(r"Error parsing (\S+?): (.*)", text):
+        form = next((line for line in lines if line.startswith(f"{match[1]} ")), "a value of its type")
+        value = re.search(r"'.*'", match[2])
+        expected, found = form.removeprefix(f"{match[1]} "), value[0] if value else match[2]
+        return NaloraError(match[1], expected=expected, found=found)
     if match := re.match(r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)", text):
         return NaloraError(match[2], expected=f"one of {match[3].replace(chr(39), '')}", found=match[1])
     if match := re.match(r"Missing value for argument '(\S+)'\. Expected (\d+)", text):
-        return NaloraError(
-            match[1], expected="a value" if match[2] == "1" else f"{match[2]} values", found="none"
-        )
+        return NaloraError(match[1], expected="a value", found="none")
     if match := re.match(r"Missing from .*?: (\S+)", text):
         return NaloraError(where, expected=match[1], found="nothing", remedy=remedy)
-    if match := re.match(r"Unrecognized options: (.*)", text):
-        return NaloraError(where, expected="flags and their values", found=repr(match[1]), remedy=remedy)
     return NaloraError(where, expected="arguments that fit", found=text, remedy=remedy)
 
 

@@ -7,7 +7,7 @@ JAX.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,20 +27,21 @@ from nalora_jax.cli.outputs import (
 )
 from nalora_jax.common import buckets, uploads
 from nalora_jax.config import DataConfig, check, config_from_dict
-from nalora_jax.config.ranges import SAMPLING
+from nalora_jax.config.structured import ranges
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.folders import refuse_claimed
 
 if TYPE_CHECKING:
     from nalora_jax.data.tokenizer import Tokenizer
-    from nalora_jax.train.adapted import AdaptedModel, Located
+    from nalora_jax.train.adapted import AdaptedModel
     from nalora_jax.train.adapted_dual import AdaptedDual
-    from nalora_jax.weights.base import LoadedModel
+    from nalora_jax.train.located import Located
     from nalora_jax.weights.hub import ResolvedSource
+    from nalora_jax.weights.model_files import LoadedModel
 
 
 def train(args: cli.TrainArgs) -> None:
-    """Fine-tunes a model by its config; `nalora_jax.train.job.run` prints the progress."""
+    """Fine-tunes a model by its config; `nalora_jax.cli.training.run` prints the progress."""
     check(args.run)  # before heavy imports
     check_new_path("--output", Path(args.run.output))
     if args.dry_run:
@@ -54,7 +55,7 @@ def train(args: cli.TrainArgs) -> None:
 
         sweep_grid(args.run, args.sweep)
         return None
-    from nalora_jax.train.job import run
+    from nalora_jax.cli.training import run
 
     run(args.run)
 
@@ -63,9 +64,10 @@ def generate(args: cli.GenerateArgs) -> None:
     """Prints the response while it is generated."""
     from nalora_jax.data.images.chat import asked
     from nalora_jax.data.images.files import open_image
-    from nalora_jax.evaluate.generate import Generator
+    from nalora_jax.evaluate.generate import Generator, Settings
     from nalora_jax.evaluate.generate.conversation import chat_tokens, read_messages
-    from nalora_jax.train.adapted import load, trained_in_turns
+    from nalora_jax.train.adapted import load
+    from nalora_jax.train.located import trained_in_turns
 
     if (args.prompt is None) == (args.messages is None):
         prompts = "neither" if args.prompt is None else "both"
@@ -75,7 +77,7 @@ def generate(args: cli.GenerateArgs) -> None:
         messages = read_messages(args.messages)
     if prompt == "-":
         prompt = _standard_input()
-    settings = {name: getattr(args, name) for name in (*SAMPLING, "seed")}
+    settings = {name: getattr(args, name) for name in (*ranges(Settings), "seed")}
     mesh = mesh_of(args.mesh)
     pictures = [open_image(path) for path in args.image]  # fails before a model is loaded
     if args.chat and not pictures:
@@ -107,8 +109,9 @@ def generate(args: cli.GenerateArgs) -> None:
 def export(args: cli.ExportArgs) -> None:
     """Writes an adapter for another tool, and verifies it by reloading."""
     from nalora_jax.common.files import write_atomically
-    from nalora_jax.train.adapted import load, locate
+    from nalora_jax.train.adapted import load
     from nalora_jax.train.export import write_adapter
+    from nalora_jax.train.located import locate
     from nalora_jax.weights.folders import new_file, new_folder
     from nalora_jax.weights.peft_modules import layout_for
 
@@ -159,7 +162,8 @@ def export(args: cli.ExportArgs) -> None:
 @removed_if_stopped()
 def merge(args: cli.MergeArgs) -> None:
     """Writes base and adapter as one Hugging Face folder."""
-    from nalora_jax.train.adapted import load, locate
+    from nalora_jax.train.adapted import load
+    from nalora_jax.train.located import locate
     from nalora_jax.weights import hub
     from nalora_jax.weights.merge import write_merged
     from nalora_jax.weights.saved_modules import fold_saved
@@ -205,9 +209,9 @@ def inspect(args: cli.InspectArgs) -> None:
     from rich.console import Console
 
     from nalora_jax.data.sources import open_held_out
-    from nalora_jax.report.inspect import check_picture, layer_table, save_picture
-    from nalora_jax.report.inspection import TEXTS, inspect_texts
-    from nalora_jax.train.adapted import load, locate
+    from nalora_jax.report.inspect import TEXTS, check_picture, inspect_texts, layer_table, save_picture
+    from nalora_jax.train.adapted import load
+    from nalora_jax.train.located import locate
 
     if args.picture is not None:
         check_picture(args.picture)  # before minutes of computation
@@ -258,7 +262,7 @@ def study(args: cli.StudyArgs) -> None:
 
         print(verify(protocol, count=args.limit or 3))
     elif args.action == "status":
-        from nalora_jax.study.status import status
+        from nalora_jax.study.report import status
 
         print(status(protocol))
     else:
@@ -266,6 +270,42 @@ def study(args: cli.StudyArgs) -> None:
 
         for path in write_report(protocol):
             print(path)
+
+
+def from_peft(args: cli.FromPeftArgs) -> None:
+    """Converts a file; comments in the output name every setting that is not carried over.
+
+    Raises:
+      NaloraError: the file has no settings of PEFT, or unsupported settings, all of which are listed.
+    """
+    from nalora_jax.cli import config_files
+    from nalora_jax.common.files import write_atomically
+    from nalora_jax.weights.peft_settings import PEFT
+    from nalora_jax.weights.peft_settings import from_peft as convert
+
+    path = args.file
+    where = buckets.bucket_url(path)
+    if where is not None:
+        is_file = path.suffix in (".json", ".yaml", ".yml")
+        path = buckets.local_copy(where if is_file else f"{where}/adapter_config.json")
+    elif path.is_dir():
+        path /= "adapter_config.json"
+    values = config_files.read_values(path)
+    fields = set(values) if isinstance(values, Mapping) else set()
+    if not fields & set(PEFT):
+        found = ", ".join(map(str, fields)) or "none"
+        remedy = "settings of TRL have a table in docs/from_trl.md"
+        raise NaloraError(str(path), expected="settings of PEFT", found=found, remedy=remedy)
+    settings, notes = convert(values)
+    config = check(config_files.settings_of(settings, path))
+    text = "".join(f"# {note}\n" for note in notes) + config_files.as_yaml(config, changed_only=True)
+    if args.output is None:
+        sys.stdout.write(text)
+        return
+    if args.output.exists():
+        raise NaloraError("--output", expected="a new file", found=f"{args.output}, which exists")
+    write_atomically(args.output, text)
+    print(f"{args.output}: nalora train --config {args.output}")
 
 
 def card(model: AdaptedModel | AdaptedDual, kind: Literal["adapter", "merged"]) -> str:
@@ -306,14 +346,14 @@ def _require_template(model: str, adapter: Path | None, messages: Sequence[dict[
     A base without a template is refused too.
     """
     from nalora_jax.evaluate.generate.conversation import chat_tokens
-    from nalora_jax.train.adapted import locate
+    from nalora_jax.train.located import locate
     from nalora_jax.weights import hub
-    from nalora_jax.weights.base import read_config, read_tokenizer_of
+    from nalora_jax.weights.model_files import open_files
 
     located = locate(model, adapter)
     if located.adapter is None:  # an adapter with added tokens has its tokenizer
         base = hub.resolve(located.base)
-        chat_tokens(read_tokenizer_of(base, read_config(base)), messages)
+        chat_tokens(open_files(base).tokenizer_with(), messages)
 
 
 def _require_adapter(located: Located) -> None:

@@ -59,7 +59,7 @@ def verify(args: VerifyArgs) -> None:
     """
     import numpy as np
 
-    from nalora_jax.report.inspection import TEXTS
+    from nalora_jax.report.inspect import TEXTS
     from nalora_jax.train.adapted import load
 
     server = Server(args.url, args.name)  # fails before a model is loaded

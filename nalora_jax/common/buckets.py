@@ -9,7 +9,6 @@ stores' packages (gcsfs, s3fs) find the credentials in the same way as their com
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nalora_jax.common import downloads
+from nalora_jax.common.digests import digest_of
 from nalora_jax.errors import NaloraError
 
 # By scheme: the package that reads it, the extra that has the package, and the
@@ -192,9 +192,7 @@ def local_path(folder: str | Path) -> Path:
 def _copies(sources: Mapping[str, str]) -> Path:
     """Returns a cache folder with a copy of each URL under its relative name."""
     versions = [f"{name}\n{version(name)}" for name in sources.values()]
-    folder = (
-        downloads.cache_dir() / "buckets" / hashlib.sha256("\n".join(versions).encode()).hexdigest()[:24]
-    )
+    folder = downloads.cache_dir() / "buckets" / digest_of("\n".join(versions))[:24]
     for relative, name in sources.items():
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)

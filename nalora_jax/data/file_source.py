@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.common.buckets import is_url
-from nalora_jax.common.paths import expand_user
+from nalora_jax.common.files import expand_user
 from nalora_jax.data.files import RecordFile, open_rows, splits_of
 from nalora_jax.data.source import Record, Source, Span, foreign_errors, require_some
 from nalora_jax.data.tfds_source import absolute_of

@@ -18,7 +18,7 @@ from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 from nalora_jax.common import buckets
-from nalora_jax.common.paths import expand_user
+from nalora_jax.common.files import expand_user
 from nalora_jax.data.array_records import ArrayRecords, is_array_record
 from nalora_jax.data.digests import readable
 from nalora_jax.data.jsonl import JsonLines

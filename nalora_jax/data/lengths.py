@@ -23,7 +23,7 @@ KEPT = 0.99  # share of the examples that fit a row
 SHORTEST = 128  # minimum of packed rows: shorter rows make batches too small
 FULL = 0.9  # packing efficiency for which rows become longer, at most four times
 _LONGER = (1, 1.25, 1.5, 2, 3, 4)
-_SAMPLE = 10_000  # maximum of measured examples
+SAMPLE = 10_000  # maximum of measured examples
 _REPEATED = 1000  # examples: of fewer, the last row would decide the efficiency
 _MULTIPLE = 8
 _SEED = 20260103  # of the draw of measured examples: the same in every run
@@ -87,7 +87,7 @@ def _filled(lengths: np.ndarray, length: int, context: int) -> tuple[int, float]
 
 def drawn(source: Source) -> np.ndarray:
     """Returns the ascending indices of the measured records, at most 10,000, equal in all runs."""
-    return np.sort(permutation(len(source), _SEED)[:_SAMPLE])
+    return np.sort(permutation(len(source), _SEED)[:SAMPLE])
 
 
 def example_lengths(source: Source, config: DataConfig, tokenizer: Tokenizer) -> np.ndarray:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nalora_jax.config.ranges import check_path, is_path
+from nalora_jax.config.checks import check_path, is_path
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Record, Source, Span
 from nalora_jax.errors import NaloraError

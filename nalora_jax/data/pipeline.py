@@ -15,8 +15,8 @@ import numpy as np
 
 from nalora_jax.config import DataConfig
 from nalora_jax.data.cut import cut_store
-from nalora_jax.data.lengths import with_length
-from nalora_jax.data.packing import PackingPlan, Pattern, assemble, pack, plan
+from nalora_jax.data.lengths import SAMPLE, with_length
+from nalora_jax.data.packing import PackingPlan, Pattern, fill_rows, pack, plan
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_train
 from nalora_jax.data.store import Counts, TokenStore, open_store
@@ -177,7 +177,7 @@ class TrainData(PackedStream):
     def arrays(self, rows: list[int]) -> HostBatch:
         """Returns arrays ``[len(rows), max_length]``; of models with image input also pixels."""
         store, examples = self.store, [self.records_of(index) for index in rows]
-        flat = assemble(examples, store.tokens, store.answer, store.offsets, self.pattern.capacity)
+        flat = fill_rows(examples, store.tokens, store.answer, store.offsets, self.pattern.capacity)
         if self.images is not None:
             flat |= self.images.batch(examples)
         return flat
@@ -256,37 +256,63 @@ def train_data(
     config: DataConfig,
     tokenizer: Tokenizer,
     *,
-    batch_size: int,
-    accumulate: int = 1,
-    seed: int = 0,
-    rows: Sequence[int] | None = None,
     cache: Path | None = None,
     source: Mapping[str, Source] | None = None,
-    context: int = UNLIMITED,
+    **options: Any,
 ) -> TrainData:
     """Opens, tokenizes and packs the training split.
 
     Args:
       config: data settings.
       tokenizer: tokenizer of the model.
+      cache: folder for prepared and tokenized data; `downloads.cache_dir` by default.
+      source: sources by split, in place of the data set in ``config``.
+      options: passed to `packed_data`.
+
+    Raises:
+      NaloraError: see `open_source` and `packed_data`.
+    """
+    records = open_train(config, cache=cache, source=source)
+    return packed_data(records, config, tokenizer, cache=cache, **options)
+
+
+def packed_data(
+    records: Source,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    accumulate: int = 1,
+    seed: int = 0,
+    rows: Sequence[int] | None = None,
+    cache: Path | None = None,
+    context: int = UNLIMITED,
+) -> TrainData:
+    """Tokenizes and packs training records.
+
+    Args:
+      records: the records.
+      config: data settings; without ``max_length`` the row length is chosen (`with_length`).
+      tokenizer: tokenizer of the model.
       batch_size: rows per step over all hosts.
       accumulate: micro-batches per step.
       seed: seed of the shuffle.
       rows: rows of a micro-batch that this process reads (`nalora_jax.layout.distributed.process_rows`);
         all by default.
-      cache: folder for prepared and tokenized data; `downloads.cache_dir` by default.
-      source: sources by split, in place of the data set in ``config``.
+      cache: folder for tokenized data; `downloads.cache_dir` by default.
       context: maximum tokens of the model.
 
     Raises:
-      NaloraError: bad data (see `open_source` and `open_store`), or ``accumulate`` does not divide
-        the batch.
+      NaloraError: bad data (see `open_store`), or ``accumulate`` does not divide the batch.
     """
     rows = rows_read(rows, batch_size, accumulate)
-    opened = open_train(config, cache=cache, source=source)
-    config = with_length(config, opened, tokenizer, context)
-    uncut = open_store(opened, config, tokenizer, seed, cache, context)
-    store = cut_store(uncut, opened, config, tokenizer.bos_id, context)
+    if config.max_length or config.train_limit or len(records) > SAMPLE:
+        config = with_length(config, records, tokenizer, context)
+        uncut = open_store(records, config, tokenizer, seed, cache, context)
+    else:  # all records are measured, so their tokens are stored first and read for it
+        uncut = open_store(records, config, tokenizer, seed, cache, context)
+        config = with_length(config, records, tokenizer, context, lambda *_: uncut.lengths)
+    store = cut_store(uncut, records, config, tokenizer.bos_id, context)
     pattern = pack(store.lengths, config.max_length, several=config.pack)
     return TrainData(
         store,

@@ -10,7 +10,7 @@ chosen first:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -28,13 +28,12 @@ from nalora_jax.data.chat import (
     text_field,
 )
 from nalora_jax.data.lengths import drawn
-from nalora_jax.data.packing import assemble, pack, permutation
+from nalora_jax.data.packing import fill_rows, pack, permutation
 from nalora_jax.data.pipeline import HostBatch, PackedStream, rows_read, stream_figures
 from nalora_jax.data.rendered import broken_records
 from nalora_jax.data.source import Source
-from nalora_jax.data.sources import open_held_out
 from nalora_jax.data.store import Counts
-from nalora_jax.data.tokenize import Example, fit, tokenize
+from nalora_jax.data.tokenize import Example, fit_example, tokenize
 from nalora_jax.data.too_long import UNLIMITED, advice, report_dropped
 from nalora_jax.errors import NaloraError
 
@@ -206,7 +205,7 @@ class PairData(PackedStream):
         """Returns the text arrays, and ``pairs`` ``[len(rows), pairs_per_row]``: 1 for each pair in a row."""
         pairs = [self.records_of(index) for index in rows]
         examples = [np.stack([2 * row, 2 * row + 1], axis=1).ravel() for row in pairs]
-        flat = assemble(examples, self.tokens, self.answer, self.offsets, self.pattern.capacity)
+        flat = fill_rows(examples, self.tokens, self.answer, self.offsets, self.pattern.capacity)
         counts = np.array([len(row) for row in pairs])
         flat["pairs"] = (np.arange(self.pairs_per_row)[None, :] < counts[:, None]).astype(np.float32)
         return flat
@@ -303,7 +302,9 @@ def _fitting(
                 dropped += 1
                 continue
             truncated += 1
-            examples = [fit(example, config.max_length // 2, tokenizer.bos_id) for example in examples]
+            examples = [
+                fit_example(example, config.max_length // 2, tokenizer.bos_id) for example in examples
+            ]
         fitting += examples
     if not fitting:
         actual = f"{dropped} pairs, all of them longer"
@@ -335,26 +336,24 @@ def pair_sizes(
 
 
 def held_out_pairs(
+    records: Source,
     config: DataConfig,
     preference: PreferenceConfig,
     tokenizer: Tokenizer,
     context: int,
-    *,
-    source: Mapping[str, Source] | None = None,
 ) -> tuple[list[Pair], list[Pair]]:
     """Returns held-out pairs in two lists: for the reported results, and to choose the checkpoint.
 
     Args:
-      config: the evaluation split and its limits.
+      records: the held-out records.
+      config: limits of the evaluation.
       preference: names of the fields.
       tokenizer: tokenizer of the model.
       context: positions of the model; pairs with a longer text are left out.
-      source: sources by split, in place of the data set in ``config``.
 
     Raises:
       NaloraError: bad records, or fewer than two pairs.
     """
-    records = open_held_out(config, config.eval_split, source=source)
     count = config.eval_limit + config.select_limit if config.eval_limit else len(records)
     indices = np.sort(permutation(len(records), _SEED)[:count]).tolist()
     pairs = list(tokenize_pairs(records, indices, config, preference, tokenizer))

@@ -58,16 +58,10 @@ def eval_examples(
     cache: Path | None = None,
     source: Mapping[str, Source] | None = None,
 ) -> list[Item]:
-    """Returns the examples of the evaluation split: multiple choice if records have choices.
-
-    All other records become completions. Prompt and completion are tokenized exactly as in
-    training, so that the scored tokens are the trained tokens, except for the end-of-turn token,
-    which is left out.
+    """Opens the evaluation split and returns its examples; see `examples_of`.
 
     Args:
-      config: data settings; records with "choices" (texts) and "gold" (an index) are multiple
-        choice, with "choice_prompts" if the choices differ in their prompts instead of their
-        completions.
+      config: data settings.
       tokenizer: tokenizer of the model.
       split: in place of ``config.eval_split``.
       limit: in place of ``config.eval_limit``; 0 means all.
@@ -82,8 +76,27 @@ def eval_examples(
     else:
         read = open_held_out(config, split, cache=cache, source=source)
     require_some(read)
-    count = config.eval_limit if limit is None else limit
-    indices = np.sort(permutation(len(read), _SEED)[: count or None]).tolist()
+    return examples_of(read, config, tokenizer, config.eval_limit if limit is None else limit)
+
+
+def examples_of(read: Source, config: DataConfig, tokenizer: Tokenizer, limit: int) -> list[Item]:
+    """Returns evaluation examples: multiple choice if records have choices.
+
+    All other records become completions. Prompt and completion are tokenized exactly as in
+    training, so that the scored tokens are the trained tokens, except for the end-of-turn token,
+    which is left out.
+
+    Args:
+      read: records; those with "choices" (texts) and "gold" (an index) are multiple choice, with
+        "choice_prompts" if the choices differ in their prompts instead of their completions.
+      config: names of the fields.
+      tokenizer: tokenizer of the model.
+      limit: number of records, drawn once for all runs; 0 means all.
+
+    Raises:
+      NaloraError: bad records.
+    """
+    indices = np.sort(permutation(len(read), _SEED)[: limit or None]).tolist()
 
     def convert(record: dict[str, Any], where: str) -> _Question:
         return _question(record, config, tokenizer, where)
@@ -106,16 +119,19 @@ def eval_examples(
     return items
 
 
-def held_out(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    cache: Path | None = None,
-    source: Mapping[str, Source] | None = None,
-) -> tuple[list[Item], list[Item]]:
-    """Returns held-out examples in two lists: for reported results, and to choose a checkpoint."""
+def held_out(records: Source, config: DataConfig, tokenizer: Tokenizer) -> tuple[list[Item], list[Item]]:
+    """Returns held-out examples in two lists: for reported results, and to choose a checkpoint.
+
+    Args:
+      records: the held-out records.
+      config: names of the fields, ``eval_limit`` and ``select_limit``.
+      tokenizer: tokenizer of the model.
+
+    Raises:
+      NaloraError: bad records, or fewer than two.
+    """
     limit = config.eval_limit + config.select_limit if config.eval_limit else 0
-    items = eval_examples(config, tokenizer, limit=limit, cache=cache, source=source)
+    items = examples_of(records, config, tokenizer, limit)
     return split_questions(items, config.eval_limit, config.select_limit)
 
 

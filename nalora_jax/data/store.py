@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nalora_jax.common.digests import find_damage, write_digests
 from nalora_jax.common.downloads import cache_dir
-from nalora_jax.common.files import find_damage, write_array, write_digests
+from nalora_jax.common.files import write_array
+from nalora_jax.common.locks import scratch_folder
 from nalora_jax.common.notes import counting
-from nalora_jax.common.paths import scratch_folder
 from nalora_jax.config import DataConfig
 from nalora_jax.data.forms import IMAGES
 from nalora_jax.data.image_tokens import ImageTokens
@@ -137,8 +138,12 @@ def open_store(
 def _judge(
     source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer, context: int
 ) -> None:
-    """Refuses data with too long records after a random sample of a thousand records."""
-    if len(indices) <= 2 * _JUDGED or config.too_long in ("truncate", "split"):
+    """Refuses data with too long records after a random sample of a thousand records.
+
+    Without a row length there is nothing to judge: it will be chosen by these records.
+    """
+    few = len(indices) <= 2 * _JUDGED
+    if few or not config.max_length or config.too_long in ("truncate", "split"):
         return
     drawn = indices[np.sort(permutation(len(indices), _SEED)[:_JUDGED])]
     long = [
@@ -218,7 +223,7 @@ def write_store(
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(folder.parent, "incomplete-") as scratch:
+        with scratch_folder(folder.parent, ".incomplete") as scratch:
             _write(scratch, examples, dropped, truncated, split)
             try:
                 scratch.rename(folder)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nalora_jax.common.digests import digest_of
 from nalora_jax.data.images.files import Limits, open_image
 from nalora_jax.data.images.processor import ImageProcessor, resized_to
 from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.images.text import TextTokenizer
-from nalora_jax.evaluate.heldout import variables_of
+from nalora_jax.evaluate.evaluator import Evaluator, Record, variables_of
 from nalora_jax.evaluate.statistics import bootstrap, wilson
 from nalora_jax.layout import distributed
 from nalora_jax.models.vision.dual import DualEncoder, normalised
@@ -28,6 +28,7 @@ _BATCH = 64  # images or texts at a time
 _THREADS = 4
 _SAMPLES = 8  # images that are shown with their answers
 _MOST_CLASSES = 60  # size limit of a confusion matrix
+_WAYS = ("image_to_text", "text_to_image")
 _THUMBNAIL = 64  # pixels of a thumbnail's side
 
 
@@ -44,7 +45,11 @@ class Images:
     @property
     def digest(self) -> str:
         """Returns a digest that changes if the records may have changed."""
-        return hashlib.sha256(f"{self.source.fingerprint} {self.indices.tolist()}".encode()).hexdigest()
+        return digest_of(f"{self.source.fingerprint} {self.indices.tolist()}")
+
+    def places(self) -> list[str]:
+        """Returns the name of every record, for messages and reports."""
+        return [self.source.where(int(index)) for index in self.indices]
 
     def opened(self, places: Sequence[int]) -> list[Any]:
         """Returns the RGB images at positions ``places`` of the indices."""
@@ -131,8 +136,8 @@ def _parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
     return (items[start : start + _BATCH] for start in range(0, len(items), _BATCH))
 
 
-class ClassEvaluator:
-    """Classification accuracy by class prompts; the counterpart of `evaluate.heldout.Evaluator`.
+class ClassEvaluator(Evaluator):
+    """Classification accuracy by class prompts.
 
     Args:
       encoders: the towers.
@@ -142,8 +147,7 @@ class ClassEvaluator:
       templates: prompt templates of a class.
     """
 
-    metric: Literal["accuracy"] = "accuracy"
-    mode: Literal["max"] = "max"
+    metric, mode = "accuracy", "max"
 
     def __init__(
         self,
@@ -157,88 +161,129 @@ class ClassEvaluator:
         self._classes, self._templates = tuple(classes), tuple(templates)
         self.digest = images.digest
 
-    def measure(self, params: Any, lora: Any | None, *, samples: bool = False) -> dict[str, Any]:
-        """Returns the metrics of ``params`` with adapter ``lora`` (None: the base alone).
-
-        Returns:
-          ``accuracy`` with ``low`` and ``high`` (95%), ``loss`` (cross-entropy), ``n``; with
-          ``samples`` a few images with their predictions, ``right`` of every image, and, for up to
-          60 classes, ``classes`` with the ``confusion`` matrix ``[true, predicted]``.
-        """
+    def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
+        """Returns ``prompt`` (the image's place), ``label``, ``answer``, ``correct`` and ``loss`` (cross-entropy)."""
         variables = variables_of(params, lora)
         features = self._encoders.records(variables, self._images)
         classes = self._encoders.classes(variables, self._classes, self._templates)
         logits = self._encoders.logits(variables, features, classes)
-        predicted = logits.argmax(axis=1)
-        right = predicted == self._labels
-        chosen = np.take_along_axis(logits, self._labels[:, None], axis=1)[:, 0]
-        losses = np.asarray(jax.nn.logsumexp(jnp.asarray(logits), axis=1)) - chosen
-        low, high = wilson(int(right.sum()), len(right))
-        values: dict[str, Any] = {"accuracy": float(right.mean()), "low": low, "high": high}
-        values |= {"loss": float(losses.mean()), "n": len(right), "chance": 1 / len(self._classes)}
-        if samples:
-            names, true = (
-                [self._classes[label] for label in labels] for labels in (predicted, self._labels)
+        labels, predicted = self._labels.tolist(), logits.argmax(axis=1).tolist()
+        return [
+            {"prompt": place, "label": label, "answer": answer, "correct": label == answer, "loss": loss}
+            for place, label, answer, loss in zip(
+                self._images.places(), labels, predicted, _losses(logits, self._labels), strict=True
             )
-            values |= {"samples": _shown(self._images, names, true, right), "right": right.tolist()}
-            if len(self._classes) <= _MOST_CLASSES:
-                count = len(self._classes)
-                matrix = np.bincount(self._labels * count + predicted, minlength=count * count).reshape(
-                    count, count
-                )
-                values |= {"classes": list(self._classes), "confusion": matrix.tolist()}
+        ]
+
+    def summary(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Returns ``accuracy`` with ``low`` and ``high`` (95%), ``loss``, ``n`` and ``chance``."""
+        right, count = sum(record["correct"] for record in records), len(records)
+        low, high = wilson(right, count)
+        loss = float(np.mean([record["loss"] for record in records]))
+        values = {"accuracy": right / count, "low": low, "high": high, "loss": loss, "n": count}
+        return values | {"chance": 1 / len(self._classes)}
+
+    def samples(self, params: Any, lora: Any | None, records: Sequence[Record]) -> dict[str, Any]:
+        """Returns a few images with their predictions, and ``right`` of every image.
+
+        For up to 60 classes also ``classes`` with the ``confusion`` matrix ``[true, predicted]``.
+        """
+        del params, lora
+        shown = [
+            dict(record)
+            | {"answer": self._classes[record["answer"]], "expected": self._classes[record["label"]]}
+            for record in records
+        ]
+        values = {
+            "samples": _shown(self._images, shown),
+            "right": [record["correct"] for record in records],
+        }
+        if (count := len(self._classes)) <= _MOST_CLASSES:
+            matrix = np.zeros((count, count), int)
+            np.add.at(matrix, ([r["label"] for r in records], [r["answer"] for r in records]), 1)
+            values |= {"classes": list(self._classes), "confusion": matrix.tolist()}
         return values
 
 
-class RetrievalEvaluator:
-    """Recall of an image's caption and of a caption's image; counterpart of `ClassEvaluator`."""
+class RetrievalEvaluator(Evaluator):
+    """Recall of an image's caption and of a caption's image."""
 
-    metric: Literal["recall"] = "recall"
-    mode: Literal["max"] = "max"
+    metric, mode = "recall", "max"
 
     def __init__(self, encoders: Encoders, images: Images, captions: Sequence[str]) -> None:
         self._encoders, self._images, self._captions = encoders, images, list(captions)
         self.digest = images.digest
 
-    def measure(self, params: Any, lora: Any | None, *, samples: bool = False) -> dict[str, Any]:
-        """Returns the retrieval metrics of ``params`` with adapter ``lora``.
+    def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
+        """Returns, for every image, its place (``prompt``), its caption (``expected``) and the best one (``answer``).
 
-        Returns:
-          ``recall`` at 1 (mean of both directions), ``low``, ``high`` (95%), ``<way>_recall_1`` and
-          ``_5``, ``n``, ``loss``; with ``samples`` a few images with their best captions.
+        Also ``image_to_text`` and ``text_to_image``, the number of others that are ranked before the
+        matching one, ``correct`` (the first of them is 0), and ``loss``, the mean of both ways.
         """
         variables = variables_of(params, lora)
         images = self._encoders.records(variables, self._images)
         texts = self._encoders.texts(variables, self._captions)
         logits = self._encoders.logits(variables, images, texts)
-        ranks = {"image_to_text": own_ranks(logits), "text_to_image": own_ranks(logits.T)}
-        values: dict[str, Any] = {}
-        for way, ranks_of_way in ranks.items():
-            values |= {f"{way}_recall_{k}": float((ranks_of_way < k).mean()) for k in (1, 5)}
-        hits = np.mean([ranks_of_way < 1 for ranks_of_way in ranks.values()], axis=0)
+        own = np.arange(len(logits))
+        columns = zip(
+            self._images.places(),
+            self._captions,
+            logits.argmax(axis=1).tolist(),
+            own_ranks(logits).tolist(),
+            own_ranks(logits.T).tolist(),
+            np.mean([_losses(logits, own), _losses(logits.T, own)], axis=0).tolist(),
+            strict=True,
+        )
+        return [
+            {
+                "prompt": place,
+                "expected": caption,
+                "answer": self._captions[best],
+                "correct": of_image == 0,
+                "image_to_text": of_image,
+                "text_to_image": of_text,
+                "loss": loss,
+            }
+            for place, caption, best, of_image, of_text, loss in columns
+        ]
+
+    def summary(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Returns the retrieval metrics.
+
+        Returns:
+          ``recall`` at 1 (mean of both directions), ``low``, ``high`` (95%), ``<way>_recall_1`` and
+          ``_5``, ``n``, ``loss``.
+        """
+        ranks = {way: np.array([record[way] for record in records]) for way in _WAYS}
+        recalls = {
+            f"{way}_recall_{k}": float((of_way < k).mean()) for way, of_way in ranks.items() for k in (1, 5)
+        }
+        hits = np.mean([of_way < 1 for of_way in ranks.values()], axis=0)
         low, high = bootstrap(hits)
-        values = {"recall": float(hits.mean()), "low": low, "high": high, **values, "n": len(hits)}
-        matching = np.diagonal(logits)
-        sums = [np.asarray(jax.nn.logsumexp(jnp.asarray(x), axis=1)) for x in (logits, logits.T)]
-        values["loss"] = float(np.mean([x - matching for x in sums]))
-        if samples:
-            best = [self._captions[index] for index in logits.argmax(axis=1)]
-            values["samples"] = _shown(self._images, best, self._captions, ranks["image_to_text"] < 1)
-        return values
+        values = {"recall": float(hits.mean()), "low": low, "high": high, **recalls, "n": len(hits)}
+        return values | {"loss": float(np.mean([record["loss"] for record in records]))}
+
+    def samples(self, params: Any, lora: Any | None, records: Sequence[Record]) -> dict[str, Any]:
+        """Returns a few images with their best captions."""
+        del params, lora
+        return {"samples": _shown(self._images, records)}
 
 
-def _shown(
-    images: Images, answers: Sequence[str], expected: Sequence[str], correct: np.ndarray
-) -> list[dict[str, Any]]:
+def _losses(logits: np.ndarray, targets: np.ndarray) -> list[float]:
+    """Returns the cross-entropy of every row of ``logits`` with its target column."""
+    chosen = np.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    losses: list[float] = (np.asarray(jax.nn.logsumexp(jnp.asarray(logits), axis=1)) - chosen).tolist()
+    return losses
+
+
+def _shown(images: Images, records: Sequence[Record]) -> list[dict[str, Any]]:
     """Returns a few images, evenly spaced, with their answers as an evaluation reports them."""
-    places = np.linspace(0, len(answers) - 1, min(_SAMPLES, len(answers))).astype(int).tolist()
+    places = np.linspace(0, len(records) - 1, min(_SAMPLES, len(records))).astype(int).tolist()
     return [
         {
-            "prompt": images.source.where(int(images.indices[place])),
+            "prompt": records[place]["prompt"],
             "image": thumbnail(image),
-            "answer": answers[place],
-            "expected": expected[place],
-            "correct": bool(correct[place]),
+            **{name: records[place][name] for name in ("answer", "expected", "correct")},
         }
         for place, image in zip(places, images.opened(places), strict=True)
     ]

@@ -1,14 +1,16 @@
-"""Accuracy of needle retrieval by length and depth of the text.
+"""Exact match of generated completions with references, and accuracy of needle retrieval by length and depth.
 
-The texts come from `nalora_jax.data.needle`, with lengths in tokens of the model, the question
-included. Every model with the same tokenizer gets the same texts.
+The texts of needle retrieval come from `nalora_jax.data.needle`, with lengths in tokens of the model, the
+question included. Every model with the same tokenizer gets the same texts.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import string
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,94 @@ from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.source import RecordsSource
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.exact_match import exact_match
 from nalora_jax.evaluate.generate import Generator
-from nalora_jax.evaluate.statistics import compare, wilson
+from nalora_jax.evaluate.statistics import wilson
+
+Normalise = Callable[[str], str]
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# A sign belongs to the number unless it is a subtraction ("10-5" contains 5); a comma only between
+# groups of three digits.
+_NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+
+
+def exact_match(
+    generator: Generator,
+    items: Sequence[CompletionItem],
+    *,
+    normalise: Normalise | None = None,
+    batch_size: int = 16,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Generates a completion of every prompt and compares it with the reference.
+
+    Args:
+      generator: the model.
+      items: prompts with reference completions.
+      normalise: applied to both before the comparison; `plain_text` by default, `last_number` for
+        arithmetic.
+      batch_size: prompts per batch.
+      **settings: generation settings, the fields of `nalora_jax.evaluate.generate.Settings`.
+
+    Returns:
+      Records with ``prompt``, ``expected`` and ``answer`` (texts) and ``correct``.
+
+    Raises:
+      NaloraError: there are no items, or a prompt cannot be continued.
+    """
+    if not items:
+        raise NaloraError("evaluation data", expected="at least one question", found="none")
+    clean = normalise or plain_text
+    answers = generator.generate([item.prompt_ids for item in items], batch_size=batch_size, **settings)
+    return [
+        {
+            "prompt": item.prompt,
+            "expected": item.completion,
+            "answer": answer,
+            "correct": matches(answer, item.completion, clean),
+        }
+        for item, answer in zip(items, answers, strict=True)
+    ]
+
+
+def matches(answer: str, reference: str, normalise: Normalise) -> bool:
+    """Returns True if both are equal and not empty after normalisation.
+
+    If they are empty after normalisation, they must be equal without it.
+    """
+    expected = normalise(reference)
+    normalised = normalise(answer)
+    return normalised == expected and (bool(normalised) or answer.strip() == reference.strip())
+
+
+def plain_text(text: str) -> str:
+    """Returns the text in lower case, without punctuation, English articles and repeated spaces.
+
+    This is SQuAD's normalisation.
+
+    Example:
+      >>> plain_text("  The Eiffel-Tower, Paris. ")
+      'eiffeltower paris'
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def last_number(text: str) -> str:
+    """Returns the last number in a text in its shortest form, or "" if there is none.
+
+    Example:
+      >>> last_number("12 eggs at $3 make $1,036.50. #### 1,036.50")
+      '1036.5'
+    """
+    numbers = _NUMBER.findall(text)
+    if not numbers:
+        return ""
+    number = format(Decimal(numbers[-1].replace(",", "")).normalize(), "f")
+    return "0" if number in ("-0", "+0") else number
+
+
+# ---------------------------------------------------------------- needles
 
 _NEW_TOKENS = 16
 # Tokens of the prompts that are processed together.
@@ -36,28 +123,6 @@ class NeedleItems:
     lengths: tuple[int, ...]
     per_cell: int
     items: tuple[CompletionItem, ...]
-
-
-@dataclass(frozen=True)
-class NeedleResult:
-    """Answers to the questions of a grid."""
-
-    lengths: tuple[int, ...]
-    correct: np.ndarray  # bool [lengths, depths, questions of a cell]
-    answers: tuple[str, ...]  # as generated
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the accuracies as JSON values: by cell, by length and of all with their 95% intervals."""
-        rows = []
-        for length, row in zip(self.lengths, self.correct, strict=True):
-            low, high = wilson(int(row.sum()), row.size)
-            cells = row.mean(axis=1).tolist()
-            rows.append(
-                {"length": length, "cells": cells, "accuracy": float(row.mean()), "low": low, "high": high}
-            )
-        low, high = wilson(int(self.correct.sum()), self.correct.size)
-        total = {"accuracy": float(self.correct.mean()), "low": low, "high": high, "n": self.correct.size}
-        return {"depths": list(DEPTHS), "rows": rows} | total
 
 
 def needle_items(
@@ -130,8 +195,11 @@ def _items(records: list[dict[str, Any]], tokenizer: Tokenizer, data: DataConfig
     return [item for item in items if isinstance(item, CompletionItem)]
 
 
-def retrieve(generator: Generator, questions: NeedleItems) -> NeedleResult:
+def needle_records(generator: Generator, questions: NeedleItems) -> list[dict[str, Any]]:
     """Answers every question greedily; an answer is correct if its first number is the needle's.
+
+    Returns:
+      Records with ``length``, ``depth``, ``expected`` and ``answer`` (texts) and ``correct``.
 
     Raises:
       NaloraError: a length exceeds the model's context.
@@ -144,59 +212,37 @@ def retrieve(generator: Generator, questions: NeedleItems) -> NeedleResult:
             found=longest,
             remedy="a run with --model.rope-scaling has a longer context",
         )
-    per_length, correct = len(DEPTHS) * questions.per_cell, []
-    answers: list[str] = []
+    per_length, records = len(DEPTHS) * questions.per_cell, []
     for i, length in enumerate(questions.lengths):
         items = questions.items[i * per_length : (i + 1) * per_length]
         batch = max(1, min(16, _BATCH_TOKENS // length))
         options: dict[str, Any] = {"batch_size": batch, "max_new_tokens": _NEW_TOKENS, "stop": ("\n",)}
-        result = exact_match(generator, items, normalise=first_number, **options)
-        correct.append(result.correct.reshape(len(DEPTHS), questions.per_cell))
-        answers += result.answers
-    return NeedleResult(questions.lengths, np.stack(correct), tuple(answers))
+        answers = exact_match(generator, items, normalise=first_number, **options)
+        for number, record in enumerate(answers):
+            del record["prompt"]  # as long as the context
+            records.append({"length": length, "depth": DEPTHS[number // questions.per_cell], **record})
+    return records
+
+
+def needle_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the accuracies as JSON values: by cell, by length and of all with their 95% intervals."""
+    rows = []
+    for length in dict.fromkeys(record["length"] for record in records):
+        of_length = [record for record in records if record["length"] == length]
+        cells = [
+            float(np.mean([record["correct"] for record in of_length if record["depth"] == depth]))
+            for depth in DEPTHS
+        ]
+        rows.append({"length": length, "cells": cells} | _accuracy(of_length))
+    return {"depths": list(DEPTHS), "rows": rows} | _accuracy(records) | {"n": len(records)}
+
+
+def _accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    right = sum(record["correct"] for record in records)
+    low, high = wilson(right, len(records))
+    return {"accuracy": right / len(records), "low": low, "high": high}
 
 
 def first_number(text: str) -> str:
     """Returns the first run of digits in a text, or "" if there is none."""
     return next(iter(re.findall(r"\d+", text)), "")
-
-
-def needle_table(result: Mapping[str, Any]) -> str:
-    """Returns the accuracies of `NeedleResult.to_dict` as lines of text.
-
-    Example:
-      tokens     0%    25%    50%    75%   100%    all
-      512      1.00   1.00   0.90   1.00   1.00   0.98
-    """
-    heads = ["tokens", *(f"{depth}%" for depth in result["depths"]), "all"]
-    lines = [f"{heads[0]:<9}" + "".join(f"{head:>7}" for head in heads[1:])]
-    for row in result["rows"]:
-        cells = [*row["cells"], row["accuracy"]]
-        lines.append(f"{row['length']:<9}" + "".join(f"{cell:>7.2f}" for cell in cells))
-    return "\n".join(lines)
-
-
-def difference(before: NeedleResult, after: NeedleResult) -> dict[str, Any]:
-    """Returns the paired comparison of two models on the same questions."""
-    return vars(compare(before.correct.ravel(), after.correct.ravel()))
-
-
-def needle_records(questions: NeedleItems, result: NeedleResult) -> list[dict[str, Any]]:
-    """Returns one record per question: length, depth, expected and generated text."""
-    cells = [
-        (length, depth)
-        for length in questions.lengths
-        for depth in DEPTHS
-        for _ in range(questions.per_cell)
-    ]
-    columns = zip(cells, questions.items, result.answers, result.correct.ravel().tolist(), strict=True)
-    return [
-        {
-            "length": length,
-            "depth": depth,
-            "expected": item.completion,
-            "answer": answer,
-            "correct": correct,
-        }
-        for (length, depth), item, answer, correct in columns
-    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -12,16 +12,16 @@ from nalora_jax.config import PreferenceConfig
 from nalora_jax.data.preference import Pair
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.evaluator import SAMPLE_TOKENS, SAMPLES, Evaluator, Record, variables_of
 from nalora_jax.evaluate.generate import Generator
-from nalora_jax.evaluate.heldout import SAMPLE_TOKENS, SAMPLES, variables_of
 from nalora_jax.evaluate.likelihood import score_groups
 from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
 
 
-class PreferenceEvaluator:
-    """Evaluator of different adapters on the same pairs; the base is scored once.
+class PreferenceEvaluator(Evaluator):
+    """Evaluates adapters on the same pairs; the base, whose rewards are 0, is scored once.
 
     Args:
       model: the decoder, with the adapters' spec.
@@ -29,14 +29,9 @@ class PreferenceEvaluator:
       pairs: the held-out pairs.
       config: settings of the loss.
       mesh: mesh of the weights, if they are sharded.
-
-    Attributes:
-      metric: name of the headline metric.
-      mode: "min", since a smaller loss is better.
     """
 
-    metric: Literal["loss"] = "loss"
-    mode: Literal["min"] = "min"
+    metric, mode = "loss", "min"
 
     def __init__(
         self,
@@ -56,19 +51,11 @@ class PreferenceEvaluator:
             [[len(example.divided[1]) for example in (p.chosen, p.rejected)] for p in pairs]
         )
 
-    def measure(self, params: Any, lora: Any | None, *, samples: bool = False) -> dict[str, Any]:
-        """Returns the metrics of ``params`` with adapter ``lora`` (None: the base, rewards 0).
-
-        Returns:
-          ``loss`` per pair with its 95% interval ``low`` and ``high``, ``n``, and means over pairs:
-          ``rewards_chosen``, ``rewards_rejected``, ``rewards_margin``, and ``rewards_accuracy``,
-          the share of pairs whose chosen completion has the larger reward; with ``samples`` a few
-          prompts with the model's completion.
-        """
+    def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
+        """Returns ``prompt``, ``loss``, ``rewards_chosen`` and ``rewards_rejected`` of every pair."""
         if self._reference is None:
             self._reference = self._scores(self._model.clone(adapters=AdapterSpec()), {"params": params})
-        variables = variables_of(params, lora)
-        scores = self._reference if lora is None else self._scores(self._model, variables)
+        scores = self._reference if lora is None else self._scores(self._model, variables_of(params, lora))
         ratios = scores - self._reference
         if self._config.per_token:
             ratios = ratios / self._tokens
@@ -76,33 +63,53 @@ class PreferenceEvaluator:
         margin = rewards[:, 0] - rewards[:, 1]
         smoothing = self._config.label_smoothing
         losses = (1 - smoothing) * np.logaddexp(0.0, -margin) + smoothing * np.logaddexp(0.0, margin)
+        return [
+            {"prompt": pair.prompt, "loss": loss, "rewards_chosen": chosen, "rewards_rejected": rejected}
+            for pair, loss, (chosen, rejected) in zip(
+                self._pairs, losses.tolist(), rewards.tolist(), strict=True
+            )
+        ]
+
+    def summary(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Returns means over pairs.
+
+        Returns:
+          ``loss`` per pair with its 95% interval ``low`` and ``high``, ``n``, ``rewards_chosen``,
+          ``rewards_rejected``, ``rewards_margin``, and ``rewards_accuracy``, the share of pairs whose
+          chosen completion has the larger reward.
+        """
+        losses, chosen, rejected = (
+            np.array([record[name] for record in records])
+            for name in ("loss", "rewards_chosen", "rewards_rejected")
+        )
         low, high = bootstrap(losses)
-        values: dict[str, Any] = {
+        return {
             "loss": float(losses.mean()),
             "low": low,
             "high": high,
             "n": len(losses),
-            "rewards_chosen": float(rewards[:, 0].mean()),
-            "rewards_rejected": float(rewards[:, 1].mean()),
-            "rewards_margin": float(margin.mean()),
-            "rewards_accuracy": float((margin > 0).mean()),
+            "rewards_chosen": float(chosen.mean()),
+            "rewards_rejected": float(rejected.mean()),
+            "rewards_margin": float((chosen - rejected).mean()),
+            "rewards_accuracy": float((chosen > rejected).mean()),
         }
-        if samples:
-            values["samples"] = self._answers(variables)
-        return values
+
+    def samples(self, params: Any, lora: Any | None, records: Sequence[Record]) -> dict[str, Any]:
+        """Returns a few prompts with the model's completion and the chosen one."""
+        del records
+        sampled = self._pairs[:SAMPLES]
+        generator = Generator(self._model, variables_of(params, lora), self._tokenizer, mesh=self._mesh)
+        prompts = [pair.chosen.divided[0] for pair in sampled]
+        answers = generator.generate(prompts, max_new_tokens=SAMPLE_TOKENS)
+        return {
+            "samples": [
+                {"prompt": pair.prompt, "answer": answer.strip(), "expected": pair.texts[0].strip()}
+                for pair, answer in zip(sampled, answers, strict=True)
+            ]
+        }
 
     def _scores(self, model: Decoder, variables: Mapping[str, Any]) -> np.ndarray:
         """Returns log-probabilities ``[pairs, 2]`` of both completions, chosen first."""
         groups = [[pair.chosen.divided, pair.rejected.divided] for pair in self._pairs]
         scored = score_groups(model, variables, groups, mesh=self._mesh)
         return np.array([[score.log_prob for score in row] for row in scored])
-
-    def _answers(self, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
-        sampled = self._pairs[:SAMPLES]
-        generator = Generator(self._model, variables, self._tokenizer, mesh=self._mesh)
-        prompts = [pair.chosen.divided[0] for pair in sampled]
-        answers = generator.generate(prompts, max_new_tokens=SAMPLE_TOKENS)
-        return [
-            {"prompt": pair.prompt, "answer": answer.strip(), "expected": pair.texts[0].strip()}
-            for pair, answer in zip(sampled, answers, strict=True)
-        ]

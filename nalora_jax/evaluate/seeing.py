@@ -15,11 +15,11 @@ from nalora_jax.data.images.files import Limits
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.data.items import CompletionItem, Item, SeenItem
 from nalora_jax.data.tokenizer import Tokenizer
+from nalora_jax.evaluate.evaluator import SAMPLE_TOKENS
 from nalora_jax.evaluate.generate import Completion, Generator
-from nalora_jax.evaluate.generate.shapes import batch_shards, bucket, place_batch
-from nalora_jax.evaluate.heldout import SAMPLE_TOKENS, Evaluator
+from nalora_jax.evaluate.generate.programs import batch_shards, bucket, place_batch
 from nalora_jax.evaluate.likelihood import target_log_probs
-from nalora_jax.evaluate.perplexity import PerplexityResult, result
+from nalora_jax.evaluate.text import TextEvaluator, of_completions
 from nalora_jax.layout.distributed import fetch
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.storage import prepare
@@ -39,8 +39,8 @@ class LoadedModel(Protocol):
         """Returns its image processor; None for a language model."""
 
 
-class SeeingEvaluator(Evaluator):
-    """`Evaluator` of prompts with images; the metric is the loss per completion token."""
+class SeeingEvaluator(TextEvaluator):
+    """`TextEvaluator` of prompts with images; the metric is the loss per completion token."""
 
     def __init__(
         self,
@@ -58,9 +58,12 @@ class SeeingEvaluator(Evaluator):
             for item in items
         }
 
-    def _losses(self, variables: Mapping[str, Any]) -> PerplexityResult:
+    def _completion_records(self, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
         pixels = [self._pixels[id(item)] for item in self.completions]
-        return seen_loss(self._model, variables, self.completions, pixels, self._processor, mesh=self._mesh)
+        losses, tokens = seen_losses(
+            self._model, variables, self.completions, pixels, self._processor, mesh=self._mesh
+        )
+        return of_completions(self.completions, losses.tolist(), tokens.tolist())
 
     def _generated(self, variables: Mapping[str, Any], items: Sequence[CompletionItem]) -> list[Completion]:
         generator = Generator(
@@ -79,14 +82,14 @@ class SeeingEvaluator(Evaluator):
 
 def evaluator_of(
     loaded: LoadedModel, model: Decoder, items: Sequence[Item], mesh: Mesh | None = None
-) -> Evaluator:
+) -> TextEvaluator:
     """Returns the evaluator of a loaded model: with images if it has an image processor."""
     if loaded.processor is None:
-        return Evaluator(model, loaded.tokenizer, items, mesh=mesh)
+        return TextEvaluator(model, loaded.tokenizer, items, mesh=mesh)
     return SeeingEvaluator(model, loaded.tokenizer, items, loaded.processor, mesh=mesh)  # type: ignore[arg-type]
 
 
-def seen_loss(
+def seen_losses(
     model: Decoder,
     variables: Mapping[str, Any],
     items: Sequence[Any],
@@ -94,8 +97,8 @@ def seen_loss(
     processor: ImageProcessor,
     *,
     mesh: Mesh | None = None,
-) -> PerplexityResult:
-    """Computes the loss of reference completions after prompts and images, one document per item.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the summed loss ``[items]`` of each reference completion after its prompt and images, and its tokens.
 
     Args:
       model: a decoder with the method `see`.
@@ -116,7 +119,7 @@ def seen_loss(
         log_probs = fetch(_log_probs(model, processor, variables, place_batch(batch, mesh)))[: len(chunk)]
         sums.append(-log_probs.astype(np.float64).sum(axis=1))
         counts.append(batch["scored"][: len(chunk)].sum(axis=1))
-    return result(np.concatenate(sums), np.concatenate(counts).astype(np.float64))
+    return np.concatenate(sums), np.concatenate(counts)
 
 
 def _batch(

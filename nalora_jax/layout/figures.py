@@ -8,7 +8,6 @@ program and the data sheet, not measured.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -21,8 +20,8 @@ import jax
 
 from nalora_jax.common import downloads
 from nalora_jax.common.devices import kind_of
+from nalora_jax.common.digests import FIELD, digest_of, seal, unseal
 from nalora_jax.common.files import write_atomically
-from nalora_jax.common.seals import FIELD, seal, unseal
 from nalora_jax.config import RunConfig
 from nalora_jax.layout.accounting import Collective, Program, Transfer, Work
 from nalora_jax.layout.estimates import attending, causal_flops, decoder_alone, splash_flops, useful_flops
@@ -95,7 +94,7 @@ def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None)
     versions = map(_version, ("jaxlib", "libtpu"))
     text = "\n".join([_ACCOUNTING, lowered.as_text(), kind_of(device), *versions])
     text += repr(sorted((lowered._lowering.compile_args or {}).get("compiler_options_kvs", ())))
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    digest = digest_of(text)
     file = (cache or downloads.cache_dir()) / "plans" / f"{digest[:32]}.json"
     if file.exists():
         try:

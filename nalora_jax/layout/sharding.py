@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common import path_rules, trees
+from nalora_jax.common import trees
 from nalora_jax.common.axes import CONTEXT, WEIGHT_AXES
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.low_rank import Adapted, Dense, adapted_dense, parallel_dense
@@ -130,7 +130,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     Raises:
       NaloraError: a leaf that no rule matches.
     """
-    uncovered = [path for path in trees.flatten(tree) if path_rules.first_match(rules, path) is None]
+    uncovered = [path for path in trees.flatten(tree) if trees.first_match(rules, path) is None]
     if uncovered:
         raise NaloraError(
             "sharding rules",
@@ -140,7 +140,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
         )
 
     def place(path: str, leaf: Any) -> NamedSharding:
-        match = path_rules.first_match(rules, path)
+        match = trees.first_match(rules, path)
         assert match is not None
         spec = _by_expert(path, _over_context(match[1], mesh), leaf.shape, mesh)
         return NamedSharding(mesh, fit_spec(spec, leaf.shape, mesh))

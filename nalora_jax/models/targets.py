@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax.common.path_rules import match_rules
+from nalora_jax.common.trees import match_rules
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.paths import layer_path, uniform_path

@@ -14,11 +14,11 @@ import numpy as np
 from markupsafe import Markup
 
 from nalora_jax.common.files import write_atomically
-from nalora_jax.config.types import dotted
+from nalora_jax.config.structured import dotted
 from nalora_jax.errors import NaloraError
+from nalora_jax.report.drawing import COLOURS, new_figure, style, thin, to_svg
 from nalora_jax.report.history import History, read_history
 from nalora_jax.report.html import plain_text, resource, template
-from nalora_jax.report.svg import COLOURS, new_figure, style, thin, to_svg
 from nalora_jax.train.progress import duration
 
 # Settings of output and storage, which do not change a run's results.
@@ -82,6 +82,7 @@ def render_comparison(runs: Sequence[History]) -> str:
         apart=_tasks_apart(groups),
         plain=list(_plain_exports(groups)),
         pictures=list(_pictures(groups)),
+        labels=[group.label for group in groups],
         settings=_settings(groups),
     )
 
@@ -214,10 +215,10 @@ def _spread(values: Sequence[float | None], form: str = ".3f") -> str:
     return f"{mean} ({low} to {high})"
 
 
-def _settings(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
+def _settings(groups: Sequence[Group]) -> list[list[str]]:
     """Returns the rows of the table of settings in which groups differ."""
     identities = [_identity(group.runs[0]) for group in groups]
-    return [(name, [identity.get(name, "–") for identity in identities]) for name in _apart(identities)]
+    return [[name, *(identity.get(name, "–") for identity in identities)] for name in _apart(identities)]
 
 
 def _pictures(groups: Sequence[Group]) -> Iterator[tuple[str, Markup, str]]:

@@ -11,12 +11,8 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.common.redaction import redacted
-from nalora_jax.common.seals import unseal
-from nalora_jax.config.former import translated
-from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
-from nalora_jax.train.metrics import FILE, read_metrics
-from nalora_jax.train.records import check_evaluation
+from nalora_jax.evaluate.run_log import FILE, read_metrics
 
 REGIONS = ("inverted", "contracting", "expanding", "linear")
 # Headline metrics by preference: key in an evaluation, its name, and True if more is better.
@@ -68,7 +64,7 @@ class History:
     @property
     def config(self) -> Mapping[str, Any]:
         """Returns the run's config as nested dicts, without passwords (earlier logs have them)."""
-        settings: Mapping[str, Any] = translated(redacted(self.header.get("run", {})))
+        settings: Mapping[str, Any] = redacted(self.header.get("run", {}))
         return settings
 
     @property
@@ -234,17 +230,6 @@ def _refuse_folder_of_runs(folder: Path) -> None:
             found=f"a folder of {len(runs)} run{'s' if len(runs) > 1 else ''}",
             remedy=f"give one of them, or several to compare: nalora report {shlex.join(runs[:2])}{others}",
         )
-
-
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """Returns the evaluation in a separate file (before.json).
-
-    Raises:
-      NaloraError: the file cannot be read, is not an evaluation, or differs from its digest.
-    """
-    values = unseal(read_json(path), str(path))
-    check_evaluation(values, str(path))
-    return values
 
 
 def _check_layers(history: History, path: Path) -> None:

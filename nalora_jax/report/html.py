@@ -14,34 +14,30 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from nalora_jax.common.files import write_atomically
 from nalora_jax.config import RunConfig
-from nalora_jax.config.types import dotted
-from nalora_jax.report import plots, state_plots
+from nalora_jax.config.structured import dotted
+from nalora_jax.evaluate.run_log import to_json
+from nalora_jax.report import plots
 from nalora_jax.report.history import History, read_history
-from nalora_jax.report.images import confusions, layer_labels, picture
-from nalora_jax.report.needle import read_needle
-from nalora_jax.report.summary import headline, tiles
-from nalora_jax.train.metrics import to_json
+from nalora_jax.report.sections import (
+    changes,
+    confusions,
+    headline,
+    layer_labels,
+    read_needle,
+    sampled_after,
+    samples,
+    tiles,
+)
+from nalora_jax.report.tables import number
 from nalora_jax.weights.origin import Origin
 
 FILE = "report.html"
-SHOWN = 8  # samples on the page
-_WRONG = "wrong both times"
-_CHANGES = {
-    (False, True): "gained",
-    (True, False): "lost",
-    (True, True): "right both times",
-    (False, False): _WRONG,
-}
 HEADS = {"favoured": "share with mask ≥ 1"}  # column heads that differ from metric names
-LONGEST_SAMPLE = 1200  # maximum characters shown of a sample's completion
-_LONGEST_PROMPT = 20_000  # maximum characters of an unfolded prompt
-_PROMPT_ENDS = 320  # characters at both ends of a long prompt; the page unfolds the middle
 
 
 @dataclass(frozen=True)
@@ -86,13 +82,13 @@ TRAINING = (
     ),
     Picture(plots.gradient, "Gradient norm", "Over all adapters, before clipping."),
     Picture(
-        state_plots.adapters,
+        plots.adapters,
         "Adapter norms",
         "Update norm of each kind of module: the Frobenius norm of s·AB. Above: of all layers together, over the "
         "steps. Below: of every layer, at the last step.",
     ),
     Picture(
-        state_plots.ranks,
+        plots.ranks,
         "Ranks",
         "Ranks that AdaLoRA keeps of each kind of module: above by step, below by layer at the last step.",
     ),
@@ -161,7 +157,7 @@ def render(history: History, *, has_adapter: bool = False, needle: Sequence[Mapp
     Args:
       history: the run's log.
       has_adapter: the run's folder has an exported adapter, so the page explains how to use it.
-      needle: tables of `nalora_jax.report.needle.read_needle`.
+      needle: tables of `nalora_jax.report.sections.read_needle`.
     """
     config = history.config
     return template("page.html.j2").render(
@@ -174,9 +170,9 @@ def render(history: History, *, has_adapter: bool = False, needle: Sequence[Mapp
             ("Training", _draw(TRAINING, history)),
             ("Gates", _draw((*GATES, *_spreads(history)), history)),
         ],
-        samples=_samples(history),
-        sampled_after=_sampled_after(history),
-        changes=_changes(history),
+        samples=samples(history),
+        sampled_after=sampled_after(history),
+        changes=changes(history),
         confusion=confusions(history),
         needle=needle,
         task=config.get("vision", {}).get("task", ""),
@@ -199,7 +195,7 @@ def _spreads(history: History) -> list[Picture]:
     )
     return [
         Picture(
-            partial(state_plots.histogram, mechanism=label),
+            partial(plots.histogram, mechanism=label),
             f"{label[:40].replace('_', ' ').capitalize()}: spread over channels",
             caption,
         )
@@ -235,113 +231,6 @@ def _status(history: History) -> str:
     if best is not None and best != last:
         return f"{ended}, best at step {best}"
     return str(ended)
-
-
-def _samples(history: History) -> list[dict[str, Any]]:
-    """Returns samples of the first evaluation with any, paired with the last one's by prompt.
-
-    Of paired multiple choice there are `SHOWN`, in the proportions of `_changes`.
-    """
-    sampled = [record for record in history.measured if record["eval"].get("samples")]
-    if not sampled:
-        return []
-    last = {str(sample["prompt"]): sample for sample in sampled[-1]["eval"]["samples"]}
-    pairs = []
-    for sample in sampled[0]["eval"]["samples"]:
-        answers = [("before", sample)]
-        if len(sampled) > 1 and str(sample["prompt"]) in last:
-            answers.append(("after", last[str(sample["prompt"])]))
-        pairs.append(answers)
-    return [_sample_row(answers) for answers in _proportional(pairs, _changes(history))]
-
-
-def _changes(history: History) -> dict[str, int]:
-    """Returns the number of items by what training changed; {} without paired items."""
-    values = history.final.get("eval", {})
-    paired = values.get("paired") or {}
-    accuracy, n, gained, lost = (
-        values.get("accuracy"),
-        values.get("n"),
-        paired.get("gained"),
-        paired.get("lost"),
-    )
-    if not (isinstance(accuracy, float) and all(isinstance(count, int) for count in (n, gained, lost))):
-        return {}  # no multiple choice
-    right = round(accuracy * n) - gained  # both times
-    return {"gained": gained, "lost": lost, "right both times": right, _WRONG: n - right - gained - lost}
-
-
-def _proportional(pairs: list[list[Any]], changes: Mapping[str, int]) -> list[list[Any]]:
-    """Returns samples such that the shares of ``changes`` among them are about those of all items."""
-    if not changes:
-        return pairs[:SHOWN]
-    kinds: dict[str, list[list[Any]]] = {name: [] for name in changes}
-    for answers in pairs:
-        kinds[_CHANGES[bool(answers[0][1].get("correct")), bool(answers[-1][1].get("correct"))]].append(
-            answers
-        )
-    total = sum(changes.values())
-    counts = {name: SHOWN * count // total for name, count in changes.items()}
-    by_remainder = sorted(changes, key=lambda name: -(SHOWN * changes[name] % total))
-    for name in by_remainder[: SHOWN - sum(counts.values())]:
-        counts[name] += 1
-    return [answers for name in changes for answers in kinds[name][: counts[name]]]
-
-
-def _sample_row(answers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    sample = answers[0][1]
-    prompt = str(sample["prompt"])
-    return {
-        "prompt": _ends(prompt),
-        "full": "" if _ends(prompt) == prompt or _turns(sample) else prompt[:_LONGEST_PROMPT],
-        "image": picture(sample),
-        "expected": _clip(sample["expected"]) if sample.get("expected") is not None else None,
-        "turns": _turns(sample),
-        "answers": [
-            (label, _clip(answer.get("answer")), answer.get("correct"), _end(answer))
-            for label, answer in answers
-        ],
-    }
-
-
-def _sampled_after(history: History) -> int | None:
-    """Returns the step of the adapter whose samples are shown with the base's, or None."""
-    sampled = [record for record in history.measured if record["eval"].get("samples")]
-    if len(sampled) > 1 and sampled[0]["step"] == 0:
-        return int(sampled[-1]["step"])
-    return None
-
-
-def _turns(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns the conversation before a completion as (role, text), if logged."""
-    turns = sample.get("turns") or []
-    return [
-        (str(turn["role"]), _ends(str(turn["text"]))) for turn in turns if {"role", "text"} <= turn.keys()
-    ]
-
-
-def _end(sample: Mapping[str, Any]) -> str:
-    """Returns the reason why a completion ended, or "" if not logged."""
-    if "cut" not in sample:
-        return ""
-    if sample["cut"]:
-        return "did not stop: cut off at the evaluation's limit"
-    return "stopped by itself"
-
-
-def _ends(text: str) -> str:
-    """Returns a text, with its middle left out if it is long."""
-    left_out = len(text) - 2 * _PROMPT_ENDS
-    if left_out <= 0:
-        return text
-    return f"{text[:_PROMPT_ENDS]} [… {left_out:,} characters …] {text[-_PROMPT_ENDS:]}"
-
-
-def _clip(value: object) -> str:
-    if value is None:
-        return ""
-    text = str(value)
-    return text if len(text) <= LONGEST_SAMPLE else text[:LONGEST_SAMPLE] + " …"
 
 
 def _config_rows(config: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
@@ -382,23 +271,21 @@ def _layer_rows(history: History) -> tuple[list[str], list[list[str]]]:
     if not columns:
         return [], []
     labels = layer_labels(history, len(columns[0][1]))
-    rows = [[label, *(_number(values[i]) for _, values in columns)] for i, label in enumerate(labels)]
+    rows = [[label, *(number(values[i]) for _, values in columns)] for i, label in enumerate(labels)]
     return ["layer", *(HEADS.get(name, name.replace("_", " ")) for name, _ in columns)], rows
-
-
-def _number(value: float) -> str:
-    if not np.isfinite(value):
-        return "–"
-    return f"{value:.4f}"
 
 
 @cache
 def template(name: str) -> Template:
     """Returns a page's template, with autoescaping."""
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FunctionLoader(resource),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return environment.from_string(resource(name))
+    return environment.get_template(name)
 
 
 def resource(name: str) -> str:

@@ -19,12 +19,18 @@ from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import TrainState
 from nalora_jax.ops.dispatch import Platform, hooks_of
-from nalora_jax.study.identity import check_records, code_version, describe_old, record_digest
 from nalora_jax.study.plan import Run, pending
 from nalora_jax.study.progress import RunInProgress
 from nalora_jax.study.protocol import Protocol
-from nalora_jax.study.provenance import check_committed, checked_records
-from nalora_jax.study.records import Record, Records, plain
+from nalora_jax.study.provenance import (
+    check_committed,
+    check_records,
+    checked_records,
+    code_version,
+    describe_old,
+    record_digest,
+)
+from nalora_jax.study.records import Record, Records, hours, plain
 from nalora_jax.study.resources import Resources
 from nalora_jax.study.sweeps.program import RunLoop, StatesMetrics, SweepProgram, fit_all
 from nalora_jax.train.compilation import use_compilation_cache
@@ -89,11 +95,6 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
             time.sleep(_WAIT_SECONDS)
         done += finished
     return done
-
-
-def hours(records: Mapping[str, Record]) -> float:
-    """Returns the total time of all runs in hours."""
-    return sum(float(record["seconds"]) for record in records.values()) / 3600
 
 
 def _do_some(protocol: Protocol, store: Records, resources: Resources, left: list[Run], most: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from nalora_jax.common.digests import digest_of
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig
 from nalora_jax.data.images.opened import open_images
 from nalora_jax.data.images.pipeline import ImageData
@@ -22,9 +22,10 @@ from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, Retriev
 from nalora_jax.layout import distributed
 from nalora_jax.models.vision.dual import init_lora
 from nalora_jax.study.plan import MEASURES
-from nalora_jax.train.assembly import Assembly, assemble
+from nalora_jax.train.assembly import Assembly
+from nalora_jax.train.dual import assemble_dual
 from nalora_jax.train.dual_objectives import CLASSES
-from nalora_jax.train.dual_pieces import drawn_images, image_data, image_evaluator, trained_on, with_classes
+from nalora_jax.train.kinds.dual import drawn_images, image_data, image_evaluator, trained_on, with_classes
 from nalora_jax.weights.vision.model import JOIN, LoadedDual, LoadedEncoder, join, load_dual, load_encoder
 
 
@@ -115,7 +116,7 @@ class DualEncoders:
         """Assembles the run as ``nalora train`` does."""
         loaded = self.model(config)
         params, mesh = self.params(config), _mesh(config)
-        return assemble(general, loaded.config, params, mesh, processor=loaded.processor, last=last)
+        return assemble_dual(general, loaded.config, params, mesh, loaded.processor, last=last)
 
     def params(self, config: RunConfig, assembly: Assembly | None = None) -> Any:
         """Returns both towers and the prompts of the task's classes."""
@@ -170,7 +171,7 @@ class DualEncoders:
         images = Images(held, indices[indices.argsort()])
         classes, loaded = self._classes(config, data), self.model(config)
         asked = json.dumps([images.digest, classes, config.vision.templates, loaded.processor.output])
-        digest = hashlib.sha256(asked.encode()).hexdigest()[:16]
+        digest = digest_of(asked)[:16]
         return ImageItems(images, classes, config.vision, loaded, digest)
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:

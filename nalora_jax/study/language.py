@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 import optax
 
+from nalora_jax.common.digests import json_digest
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.items import ChoiceItem, CompletionItem, Item
 from nalora_jax.data.packing import permutation
@@ -19,17 +19,18 @@ from nalora_jax.data.pipeline import TrainData, train_data
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.sources import check_disjoint, open_source
 from nalora_jax.data.tokenizer import AddedTokens
-from nalora_jax.evaluate.multiple_choice import multiple_choice
-from nalora_jax.evaluate.perplexity import completion_loss
+from nalora_jax.evaluate.text import choice_records, completion_records, text_summary
 from nalora_jax.layout import distributed
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
 from nalora_jax.train.initial_adapter import read_initial
 from nalora_jax.train.inputs import stream_shape
+from nalora_jax.train.kinds import decoder_parts
 from nalora_jax.train.start import first_adapters
-from nalora_jax.weights.base import LoadedModel, load_model, read_config
+from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hub import ResolvedSource, resolve
+from nalora_jax.weights.model_files import LoadedModel, open_files
 from nalora_jax.weights.new_tokens import with_added
 
 _SEED = 20260104  # seed of the draw of items whose choices are scored, the same for every run
@@ -82,7 +83,7 @@ class Language:
 
     def architecture(self, config: RunConfig) -> ModelConfig:
         """Returns the config of the base."""
-        return read_config(_files(config), added=AddedTokens.of(config.data))
+        return open_files(_files(config)).described(AddedTokens.of(config.data))
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
         """Returns ``config`` without its data, and the data's length and added tokens."""
@@ -97,9 +98,8 @@ class Language:
     ) -> Assembly:
         """Assembles the run as ``nalora train`` does."""
         model = self.model(config)
-        return assemble(
-            general, model.config, model.params, distributed.smallest_mesh(config.mesh), last=last
-        )
+        mesh, parts = distributed.smallest_mesh(config.mesh), decoder_parts(general, model.config)
+        return assemble(general, model.config, model.params, mesh, last=last, **parts)
 
     def params(self, config: RunConfig, assembly: Assembly) -> Any:
         """Returns the base minus the initial adapters.
@@ -162,12 +162,11 @@ class Language:
     ) -> dict[str, float]:
         """Returns ``loss`` per completion token, and ``accuracy`` if there are choices."""
         model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
-        values = {"loss": completion_loss(model, variables, items.completions, mesh=mesh).loss}
+        records = completion_records(model, variables, items.completions, mesh=mesh)
+        values = {"loss": text_summary(records)["loss"]}
         if whole and items.choices:
-            choices = multiple_choice(
-                model, variables, items.choices, per="character", mesh=mesh, samples=0
-            )
-            values["accuracy"] = choices.accuracy
+            records = choice_records(model, variables, items.choices, per="character", mesh=mesh)
+            values["accuracy"] = text_summary(records)["accuracy"]
         return values
 
 
@@ -191,4 +190,4 @@ def _items(items: Sequence[Item]) -> LanguageItems:
 
 
 def _digest(ids: Any) -> str:
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+    return json_digest(ids)[:16]

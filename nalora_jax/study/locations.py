@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from nalora_jax.common import buckets
-from nalora_jax.common.paths import expand_user
+from nalora_jax.common.files import expand_user
 from nalora_jax.config import RunConfig
-from nalora_jax.config.vision import DUAL
+from nalora_jax.config.settings import DUAL
 from nalora_jax.data.files import ENDINGS
 from nalora_jax.data.mixture import components
 from nalora_jax.errors import NaloraError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from nalora_jax.report.drawing import file_style, to_svg_file
 from nalora_jax.study.analysis import (
     MethodComparison,
     MethodResult,
@@ -25,9 +25,6 @@ from nalora_jax.study.plan import cost
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 
-_STYLE = {"svg.fonttype": "none", "font.size": 10, "axes.grid": True, "grid.color": "#dddddd"}
-_STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
-_STYLE |= {"legend.frameon": False, "legend.fontsize": 8}
 # Of methods; a control has its method's colour, lighter.
 _COLOURS = (*mpl.color_sequences["tab10"], *mpl.color_sequences["Dark2"])
 _MARKERS = "osD^vP*X"
@@ -46,7 +43,7 @@ def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
         "misalignment.svg": _misalignment,
         "importance.svg": _importance,
     }
-    with mpl.rc_context(_STYLE):
+    with file_style():
         pictures = {name: _grid(name, cell_results, marks, panel) for name, panel in panels.items()}
         primary = [c for c in comparisons(protocol, cell_results) if c.measure.kind == "primary"]
         ordered = sorted(primary, key=lambda comparison: list(protocol.tasks).index(comparison.cell.task))
@@ -87,7 +84,7 @@ def _grid(
         legend |= dict(zip(labels, handles, strict=True))
     lines, names = list(legend.values()), list(legend)
     figure.legend(lines, names, loc="outside lower center", ncols=min(2 * columns, 4), fontsize=8)
-    return _svg(figure, name)
+    return to_svg_file(figure, name)
 
 
 def _marks(protocol: Protocol) -> dict[str, dict[str, Any]]:
@@ -210,11 +207,4 @@ def _differences(protocol: Protocol, compared: Sequence[MethodComparison]) -> st
     axis.xaxis.set_major_locator(MaxNLocator(4))
     text = f"difference of the test {named(protocol.metric)}, lower is better"
     axis.set_xlabel(f"{text}\n95% t interval; grey: the margin of equivalence", fontsize=9)
-    return _svg(figure, "differences.svg")
-
-
-def _svg(figure: Figure, name: str) -> str:
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": name, "svg.id": None}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, facecolor="white")
-    return buffer.getvalue()
+    return to_svg_file(figure, "differences.svg")

@@ -6,8 +6,6 @@ best rate is at an end of the grid, the grid grows there. The test seeds then ru
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,9 +13,8 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from nalora_jax.common.buckets import is_url
+from nalora_jax.common.digests import json_digest
 from nalora_jax.config import MeshConfig, RunConfig
-from nalora_jax.config.former import FormerGroups
-from nalora_jax.config.vision import DUAL
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.locations import located
 from nalora_jax.study.protocol import Protocol
@@ -28,20 +25,6 @@ Stage = Literal["tune", "test"]
 _WAYS = ("image_to_text", "text_to_image")
 # Measures of items in records.
 MEASURES = ("loss", "accuracy", "recall", *(f"{way}_recall_{k}" for way in _WAYS for k in (1, 5)))
-# Settings newer than the first records, by group: their defaults do not change a run's id, so that
-# old records stay valid. New settings belong here.
-_LATER = {
-    "data": ("add_tokens", "add_special_tokens", "loss_last"),
-    "lora": ("trainable_token_indices", "trainable_token_modules"),
-    "compute": ("stats_positions", "experts"),
-    "step_scale": ("tau",),
-    "optimizer": ("warmup_steps", "warmup_from_zero"),
-    "debug": ("profile",),
-    "mesh": ("context", "run", "runs_per_device"),
-}
-# Groups and single settings that are newer.
-_LATER_GROUPS = ("adalora", "imports", "rope_scaling", "adapter", "adapter_sha256")
-_FIRST_LENGTH = 128  # the default row length of the first records, which image tasks ignore
 
 
 class Cell(NamedTuple):
@@ -80,10 +63,11 @@ class Run:
 
     @cached_property
     def config_hash(self) -> str:
-        """Returns the digest of the settings and of the names of the measured items."""
-        settings = _as_first_recorded(
-            self._settings.to_dict(), self.protocol.former_groups(self.cell.method)
-        )
+        """Returns the digest of the settings and of the names of the measured items.
+
+        Settings at their default are left out, so that records stay valid when settings are added.
+        """
+        settings = _changed(self._settings.to_dict(), RunConfig().to_dict())
         protocol, task = self.protocol, self.protocol.tasks[self.cell.task]
         measured: dict[str, Any] = {"evaluate_every": protocol.evaluate_every}
         if self.stage == "test":
@@ -222,26 +206,12 @@ def _mean_loss(protocol: Protocol, cell: Cell, rate: float, records: Mapping[str
     return sum(costs) / len(costs)
 
 
-def _as_first_recorded(settings: dict[str, Any], former: FormerGroups) -> dict[str, Any]:
-    """Returns ``settings`` without settings of `_LATER` and `_LATER_GROUPS` that have their default.
-
-    Mechanisms that the protocol sets in the former groups are there, not in the list of rules.
-    """
-    usual = RunConfig().to_dict() | asdict(FormerGroups())
-    added = settings["mechanisms"][len(former.rules) :]
-    settings = settings | asdict(former) | {"mechanisms": added}
-    settings = {name: v for name, v in settings.items() if name not in _LATER_GROUPS or v != usual[name]}
-    if settings["vision"]["task"] in DUAL and not settings["data"]["max_length"]:
-        settings["data"] = settings["data"] | {"max_length": _FIRST_LENGTH}
-    return settings | {
-        group: {
-            name: value
-            for name, value in settings[group].items()
-            if name not in names or value != usual[group][name]
-        }
-        for group, names in _LATER.items()
-    }
+def _changed(value: Any, default: Any) -> Any:
+    """Returns the settings in nested dicts that differ from their defaults."""
+    if not isinstance(value, dict):
+        return value
+    return {name: _changed(each, default[name]) for name, each in value.items() if each != default[name]}
 
 
 def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return json_digest(value, sort_keys=True)[:16]

@@ -13,16 +13,15 @@ import numpy as np
 
 from nalora_jax.common import trees
 from nalora_jax.data.pipeline import BatchIterator
+from nalora_jax.evaluate.run_log import to_json
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import TrainState
-from nalora_jax.study.identity import code_version
 from nalora_jax.study.plan import Run
-from nalora_jax.study.records import plain
+from nalora_jax.study.provenance import code_version
+from nalora_jax.study.records import plain, read_snapshot, write_snapshot
 from nalora_jax.study.resources import Resources
-from nalora_jax.study.snapshots import read_snapshot, write_snapshot
 from nalora_jax.study.subject import Items
-from nalora_jax.train.loop import LoopEvaluation, Schedule, fit
-from nalora_jax.train.metrics import to_json
+from nalora_jax.train.loop import Follower, LoopEvaluation, Schedule, run_steps
 from nalora_jax.train.optimizers import make_schedule
 
 log = logging.getLogger(__name__)
@@ -84,7 +83,8 @@ class RunInProgress:
         began = time.perf_counter()
         try:
             rows = distributed.global_batches(batches, assembly.mesh)
-            result = fit(assembly.step, params, state, rows, self, self.schedule, self.rate, start=start)
+            follower = Follower(self, self.schedule, self.rate, state, start, params)
+            result = run_steps(assembly.step, params, state, rows, follower)
         finally:
             batches.close()
             self.training_seconds += time.perf_counter() - began

@@ -28,17 +28,15 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 from nalora_jax.common.imports import import_files
-from nalora_jax.config import DataConfig, LoRARule, RunConfig, check
-from nalora_jax.config.former import GROUPS, FormerGroups, FormerMask, FormerStepScale, without_groups
+from nalora_jax.config import DataConfig, LoRARule, RunConfig, VisionConfig, check
+from nalora_jax.config.structured import AMOUNT, COUNT, INTERNAL, SIZE, Range, check_ranges, structured
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.rules import make
-from nalora_jax.study.overrides import checked, override, whole_as_float
 
 FILE = "protocol.toml"
 # Settings that methods must share, because their runs are paired, and settings of a run's files.
@@ -71,11 +69,11 @@ class Task:
     validation: str = "validation"
     test: str = "test"
     # Largest number of items of each, drawn once by a fixed seed (0: all).
-    validation_items: int = 1000
-    test_items: int = 1000
+    validation_items: Annotated[int, COUNT] = 1000
+    test_items: Annotated[int, COUNT] = 1000
     # Number of test items whose choices are scored for the accuracy, drawn by a fixed seed (0:
     # all). A choice takes as long as the loss of the correct completion.
-    accuracy_items: int = 0
+    accuracy_items: Annotated[int, COUNT] = 0
     # Other settings of the data, fields of DataConfig, e.g. {max_length = 256}.
     data: dict[str, Any] = field(default_factory=dict)
     # Settings of images, fields of VisionConfig, e.g. {task = "classify", shots = 4}.
@@ -88,7 +86,7 @@ class ForgettingProbe:
 
     dataset: str
     split: str = "validation"
-    items: int = 1000
+    items: Annotated[int, COUNT] = 1000
 
 
 @dataclass(frozen=True)
@@ -131,21 +129,24 @@ class Protocol:
     # Primary metric, which chooses learning rates; accuracy and recall count as 1 - value.
     metric: Literal["loss", "accuracy", "recall"] = "loss"
     # Steps between evaluations on the validation items.
-    evaluate_every: int = 100
+    evaluate_every: Annotated[int, SIZE] = 100
     # Largest number of rates added at either end of the grid while the best rate is there.
-    extend: int = 2
+    extend: Annotated[int, COUNT] = 2
     # Multiples of the chosen rate at which each method is tested, including 1.
     test_multiples: tuple[float, ...] = (1.0,)
     # Margin of equivalence as a share of the training gain: of the fall of the validation loss (or 1 -
     # metric) from the base model to the baseline's tuning runs at its chosen rate.
-    margin_share: float = 0.05
+    margin_share: Annotated[float, Range("a share", "(0, 1)")] = 0.05
     # Margin in the metric's unit (nats per token or image), in place of a share; 0: by the share.
-    margin: float = 0.0
+    margin: Annotated[float, AMOUNT] = 0.0
     # Total hours of all runs after which no further run starts (0: no limit).
-    budget_hours: float = 0.0
+    budget_hours: Annotated[float, AMOUNT] = 0.0
+    # sha256 of this protocol in earlier spellings of the same settings, which the records' history in the
+    # repository has; the tables show them.
+    respelled_from: tuple[str, ...] = ()
     # Not in the file: its path, and the sha256 of its content without comments and layout.
-    path: Path = field(default=Path(FILE), compare=False)
-    digest: str = field(default="", compare=False)
+    path: Path = field(default=Path(FILE), compare=False, metadata=INTERNAL)
+    digest: str = field(default="", compare=False, metadata=INTERNAL)
     _settings: dict[tuple[str, str], RunConfig] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -181,41 +182,26 @@ class Protocol:
 
     def _of_method(self, task: str, method: str) -> RunConfig:
         chosen = self.tasks[task]
-        common = override(RunConfig().without_mechanisms(), without_groups(self.run), "[run]")
-        data = override(replace(common.data, dataset=chosen.dataset), chosen.data, f"[tasks.{task}] data")
+        common = structured(RunConfig, self.run, "[run] ", base=RunConfig().without_mechanisms())
+        data = replace(common.data, dataset=chosen.dataset)
+        data = structured(DataConfig, chosen.data, f"[tasks.{task}] data.", base=data)
         data = replace(
             data, train_split=chosen.train, eval_split=chosen.validation, eval_limit=chosen.validation_items
         )
-        vision = override(common.vision, chosen.vision, f"[tasks.{task}] vision")
+        vision = structured(VisionConfig, chosen.vision, f"[tasks.{task}] vision.", base=common.vision)
         if vision.task == "chat":
             where = f"[tasks.{task}] vision task"
             raise NaloraError(where, expected='"classify", "contrast", or none for text', found='"chat"')
         common = replace(common, data=data, vision=vision)
-        settings = without_groups(self.methods[method].settings)
-        config = override(common, settings, f"[methods.{method}] settings")
+        settings, where = self.methods[method].settings, f"[methods.{method}] settings."
+        config = structured(RunConfig, settings, where, base=common)
         if self.methods[method].no_gate:
             rules = (LoRARule(_GATES, rank=0), *config.lora.rules)
             config = replace(config, lora=replace(config.lora, rules=rules))
-        mechanisms = (*self.former_groups(method).rules, *config.mechanisms)
-        for rule in mechanisms:
+        for rule in config.mechanisms:
             make(rule)  # raises for an unknown name or setting
-        config = replace(config, mechanisms=mechanisms, output=RunConfig().output, resume=False)
+        config = replace(config, output=RunConfig().output, resume=False)
         return check(config)  # runs of a study have no folder
-
-    def former_groups(self, method: str) -> FormerGroups:
-        """Returns the mechanisms that the protocol sets as an earlier version did; off by default.
-
-        Raises:
-          NaloraError: a setting is unknown or of another type.
-        """
-        groups = FormerGroups(FormerMask("off"), FormerStepScale("off"))
-        for settings, where in (
-            (self.run, "[run]"),
-            (self.methods[method].settings, f"[methods.{method}] settings"),
-        ):
-            former = {name: value for name, value in settings.items() if name in GROUPS}
-            groups = override(groups, former, where)
-        return groups
 
 
 def read_protocol(path: str | Path) -> Protocol:
@@ -244,7 +230,7 @@ def read_protocol(path: str | Path) -> Protocol:
         json.dumps(table, sort_keys=True, default=str).encode()
     ).hexdigest()  # dates as text
     try:
-        protocol = replace(_build(Protocol, table, "top level"), path=path, digest=digest)
+        protocol = replace(structured(Protocol, table), path=path, digest=digest)
         import_files(protocol.imports, path.parent)
         _check(protocol)
     except NaloraError as error:
@@ -255,42 +241,10 @@ def read_protocol(path: str | Path) -> Protocol:
     return protocol
 
 
-_NOT_IN_THE_FILE = ("path", "digest", "_settings")
-_TABLES: dict[str, type] = {"tasks": Task, "methods": Method, "probes": ForgettingProbe}
-
-
-def _build(kind: type, table: Mapping[str, Any], where: str) -> Any:
-    """Returns a dataclass with the values of a TOML table."""
-    if not isinstance(table, Mapping):
-        raise NaloraError(where, expected="one table", found=type(table).__name__)
-    declared = [each for each in fields(kind) if each.name not in _NOT_IN_THE_FILE]
-    hints = {each.name: get_type_hints(kind)[each.name] for each in declared}
-    unknown = sorted(table.keys() - hints.keys())
-    if unknown:
-        raise NaloraError(where, expected=f"only {', '.join(hints)}", found=unknown[0])
-    values = {}
-    for name, value in table.items():
-        place = f"{where} {name}".removeprefix("top level ")
-        if name in _TABLES and isinstance(value, Mapping):
-            value = {key: _build(_TABLES[name], entry, f"[{name}.{key}]") for key, entry in value.items()}
-        elif isinstance(value, list):
-            if "float" in str(hints[name]):
-                value = map(whole_as_float, value)
-            value = tuple(value)
-        values[name] = checked(value, hints[name], place)
-    missing = [each.name for each in declared if each.name not in values and _required(each)]
-    if missing:
-        raise NaloraError(where, expected=f"a value of {missing[0]}", found="none")
-    return kind(**values)
-
-
-def _required(field: Any) -> bool:
-    return field.default is MISSING and field.default_factory is MISSING
-
-
 def _check(protocol: Protocol) -> None:
     """Raises an error unless all values are consistent and every run's settings are in range."""
     p = protocol
+    check_ranges(p, "")
     for name in ("models", "tasks", "methods", "rates", "tuning_seeds", "test_seeds"):
         _require(name, bool(getattr(p, name)), "at least one", "none")
         value = getattr(p, name)
@@ -299,11 +253,6 @@ def _check(protocol: Protocol) -> None:
         "rates", list(p.rates) == sorted(p.rates) and p.rates[0] > 0, "ascending rates above 0", p.rates
     )
     _require("rates", p.extend == 0 or len(p.rates) > 1, "two rates, to extend the grid", p.rates)
-    _require("extend", p.extend >= 0, "0 or more", p.extend)
-    _require("evaluate_every", p.evaluate_every >= 1, "1 or more", p.evaluate_every)
-    _require("margin_share", 0 < p.margin_share < 1, "a share between 0 and 1", p.margin_share)
-    _require("margin", p.margin >= 0, "0 (by margin_share) or more", p.margin)
-    _require("budget_hours", p.budget_hours >= 0, "0 or more", p.budget_hours)
     _require(
         "test_multiples",
         1.0 in p.test_multiples and min(p.test_multiples) > 0,
@@ -332,8 +281,8 @@ def _check(protocol: Protocol) -> None:
 
 
 def _check_task(p: Protocol, name: str, task: Task) -> None:
+    check_ranges(task, f"[tasks.{name}] ")
     where, count = f"[tasks.{name}] accuracy_items", task.accuracy_items
-    _require(where, count >= 0, "0 (all) or more", count)
     _require(where, not (count and task.vision), "none for images: one pass scores all classes", count)
     if p.preference:
         _require(where, count == 0, "none for pairs: the loss scores both completions", count)

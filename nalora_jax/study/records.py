@@ -12,24 +12,44 @@ snapshots are not needed once all runs are done; the list of tests belongs with 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import io
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from nalora_jax.common.paths import make_unlinked_folder, open_unlinked
+import numpy as np
+
+from nalora_jax.common.digests import digest_of
+from nalora_jax.common.files import make_unlinked_folder, open_unlinked
+from nalora_jax.common.locks import locked
+from nalora_jax.config.structured import has_type
 from nalora_jax.errors import NaloraError
-from nalora_jax.study.fields import check_fields
-from nalora_jax.train.metrics import read_metrics, to_json
+from nalora_jax.evaluate.run_log import read_metrics, to_json
 
 FILE = "records.jsonl"
 TESTS = "tests.jsonl"
 CLAIMS = ".runs"
 
 Record = dict[str, Any]
+# Fields that a study reads: their type, and its description.
+_Row = dict[str, float | None]
+_NEEDED: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("stage", "model", "task", "method", "data", "protocol"), (str, "a text")),
+    **dict.fromkeys(("rate", "multiple", "seed", "seconds"), (float, "a finite number")),
+    **dict.fromkeys(("curve", "training"), (list[_Row], "rows of numbers by name")),
+    "diverged": (bool, "true or false"),
+    "validation": (_Row, "numbers by name"),
+    "items": (dict[str, str], "texts by name"),
+}
+_OPTIONAL: dict[str, tuple[Any, str]] = {
+    "test": (_Row, "numbers by name"),
+    "probes": (dict[str, _Row], "numbers by name, by probe"),
+    "parameters": (float, "a finite number"),
+}
 
 
 class Records:
@@ -52,7 +72,7 @@ class Records:
         """
         records: dict[str, Record] = {}
         for number, record in enumerate(_lines(self.path), start=1):
-            check_fields(record, f"{self.path}: line {number}")
+            _check_fields(record, f"{self.path}: line {number}")
             name = record.get("id")
             if not isinstance(name, str) or name in records:
                 expected = "a record of a run that has none yet"
@@ -107,7 +127,7 @@ class Records:
         """Adds a line atomically, under a lock and after removing an incomplete line."""
         content = (json.dumps(plain(line), allow_nan=False) + "\n").encode()
         try:
-            with _locked(self._claims() / "records.lock"), open_unlinked(path, "ab+") as file:
+            with locked(self._claims() / "records.lock", wait=True), open_unlinked(path, "ab+") as file:
                 file.seek(0)
                 file.seek(file.read().rfind(b"\n") + 1)
                 file.truncate()
@@ -121,14 +141,8 @@ class Records:
     @contextlib.contextmanager
     def claim(self, run: str) -> Iterator[Path | None]:
         """Claims ``run`` within the context; yields its snapshot's path, or None if it is taken."""
-        lock = self._claims() / f"{run}.lock"
-        with open_unlinked(lock, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield None
-                return
-            yield self._claims() / f"{run}.npz"  # closing the file releases the lock
+        with locked(self._claims() / f"{run}.lock") as free:
+            yield None if free is False else self._claims() / f"{run}.npz"
 
     def claimed(self, run: str) -> bool:
         """Returns True if a process works on ``run``."""
@@ -139,6 +153,11 @@ class Records:
 
     def _claims(self) -> Path:
         return make_unlinked_folder(self.folder / CLAIMS)
+
+
+def hours(records: Mapping[str, Record]) -> float:
+    """Returns the total time of all runs in hours."""
+    return sum(float(record["seconds"]) for record in records.values()) / 3600
 
 
 def plain(value: Any) -> Any:
@@ -158,8 +177,89 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return read_metrics(path)
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open_unlinked(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _check_fields(record: Mapping[str, Any], where: str) -> None:
+    """Checks that a record has every field that a study reads, each of its type.
+
+    Raises:
+      NaloraError: a field has another type, or some fields are missing.
+    """
+    for name, (hint, expected) in (_NEEDED | _OPTIONAL).items():
+        if name not in record:
+            continue
+        if not has_type(record[name], hint) or (hint is not bool and not _is_finite(record[name])):
+            raise _error(f"{where}: {name}", expected, repr(record[name])[:100])
+    missing = [name for name in _NEEDED if name not in record]
+    if 0 < len(missing) < len(_NEEDED):
+        raise _error(f"{where}: {missing[0]}", _NEEDED[missing[0]][1], "none")
+
+
+def _is_finite(value: Any) -> bool:
+    """Returns True if parsed JSON has no NaN, no infinity and, in place of a number, no true or false."""
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, bool) and (not isinstance(value, int | float) or abs(value) < 1e300)
+
+
+def _error(where: str, expected: str, value: object) -> NaloraError:
+    remedy = "the file was edited or damaged: restore that line, or delete it and do the run again"
+    return NaloraError(where, expected=expected, found=value, remedy=remedy)
+
+
+# ---------------------------------------------------------------- snapshots
+
+log = logging.getLogger(__name__)
+
+_DIGEST = 64  # hexadecimal digits of a sha256, at the start of the file
+
+
+class Snapshot(NamedTuple):
+    """State of a run at an evaluation."""
+
+    arrays: dict[str, np.ndarray]
+    notes: dict[str, Any]
+
+
+def write_snapshot(path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> None:
+    """Replaces the file atomically, by a rename after its content is synced to the disk.
+
+    Raises:
+      NaloraError: the system refused, e.g. because the disk is full; an earlier snapshot stays.
+    """
+    buffer = io.BytesIO()
+    entries: dict[str, Any] = {f"array/{name}": value for name, value in arrays.items()}
+    np.savez(buffer, notes=np.array(json.dumps(notes)), **entries)
+    content, scratch = buffer.getvalue(), path.with_suffix(".new")
+    try:
+        with open_unlinked(scratch, "wb") as file:
+            file.write(digest_of(content).encode() + content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise NaloraError(
+            str(path), expected="to write a snapshot", found=error, remedy="make room"
+        ) from error
+
+
+def read_snapshot(path: Path) -> Snapshot | None:
+    """Returns the snapshot; None if there is none, or with a warning if the file is damaged."""
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    if digest_of(content[_DIGEST:]).encode() != content[:_DIGEST]:
+        log.warning("  the snapshot %s is damaged: the run starts from scratch", path.name)
+        return None
+    with np.load(io.BytesIO(content[_DIGEST:])) as saved:
+        arrays = {name.removeprefix("array/"): saved[name] for name in saved.files if name != "notes"}
+        return Snapshot(arrays, json.loads(str(saved["notes"])))
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -17,12 +17,12 @@ from nalora_jax.method import activations, statistics
 from nalora_jax.method.rules import make
 from nalora_jax.method.step import TrainState
 from nalora_jax.method.transform import Mechanisms
-from nalora_jax.study.identity import rule_files
 from nalora_jax.study.language import Language, LanguageItems
 from nalora_jax.study.locations import locate, locate_dataset
 from nalora_jax.study.plan import Run
 from nalora_jax.study.preferences import Preferences
 from nalora_jax.study.protocol import Protocol, data_of
+from nalora_jax.study.provenance import rule_files
 from nalora_jax.study.subject import Items, StudyRows, Subject
 from nalora_jax.study.sweeps.fit import Fitting
 from nalora_jax.train.assembly import Assembly
@@ -122,7 +122,7 @@ class Resources:
         return rows
 
     def identity(self, run: Run, prepared: Prepared, data: StudyRows) -> dict[str, Any]:
-        """Returns the digests of rule files, adapter, base weights and training data; see `study.identity`."""
+        """Returns the digests of rule files, adapter, base weights and training data; see `study.provenance`."""
         subject = self.subject(run.config)
         adapter = {"adapter": run.config.adapter_sha256} if run.config.adapter else {}
         return adapter | {

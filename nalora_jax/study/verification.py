@@ -10,10 +10,9 @@ from typing import Any
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.execution import perform
-from nalora_jax.study.identity import describe_old
 from nalora_jax.study.plan import Run, wanted
 from nalora_jax.study.protocol import Protocol
-from nalora_jax.study.provenance import checked_records
+from nalora_jax.study.provenance import checked_records, describe_old
 from nalora_jax.study.records import Record, Records, plain
 from nalora_jax.study.resources import Resources
 from nalora_jax.train.machine import describe_device

@@ -13,20 +13,15 @@ from jax.sharding import Mesh
 
 from nalora_jax.common import trees
 from nalora_jax.config import RunConfig
-from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Step, TrainState
-from nalora_jax.method.transform import Mechanisms, find_gates
+from nalora_jax.method.transform import find_gates
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.models.vision.config import DualConfig
-from nalora_jax.models.vision.dual import init_lora as init_dual_lora
 from nalora_jax.ops.storage import prepare
-from nalora_jax.train.decoder_program import check_decoder, decoder_program
-from nalora_jax.train.dual import check_dual, dual_program, resolve_dual
-from nalora_jax.train.jitted import PureStep
+from nalora_jax.train.decoder_program import MakeObjective, check_decoder, decoder_program
 from nalora_jax.train.program import Program
 from nalora_jax.train.state_metrics import StateMetrics
 from nalora_jax.weights.allocated import remaining_ranks
@@ -35,22 +30,15 @@ from nalora_jax.weights.pissa import pissa_split
 
 
 @dataclass(frozen=True)
-class Assembly:
-    """A compiled training run: model, optimizer, step function and initial state."""
+class Assembly(Program):
+    """A compiled training run: a program with weights and an initial state."""
 
-    config: RunConfig
-    model: Decoder
-    spec: AdapterSpec
-    mesh: Mesh
-    mechanisms: Mechanisms
-    optimizer: optax.GradientTransformationExtraArgs
     state: TrainState  # before the first step, on the mesh
     params: Any  # frozen base weights, minus the initial update of adapters with B != 0
     step: Step  # compiled on first use; donates the state
     begin: Callable[[Any, int], TrainState]  # initial state for an adapter and a seed
     state_metrics: StateMetrics  # compiled on first use
     initial: Any = None  # adapters before the first step in host memory, if B != 0
-    pure: PureStep | None = None  # builds the step that is not compiled
 
     @property
     def eval_model(self) -> Decoder:
@@ -73,24 +61,26 @@ class Assembly:
 
 def assemble(
     config: RunConfig,
-    base: ModelConfig | DualConfig,
+    base: ModelConfig,
     params: Any,
     mesh: Mesh,
     *,
     last: optax.GradientTransformation | None = None,
-    processor: ImageProcessor | None = None,
+    objective: MakeObjective | None = None,
+    module: type[Decoder] = Decoder,
     like: Assembly | None = None,
 ) -> Assembly:
-    """Builds adapters, optimizer and step of a run.
+    """Builds adapters, optimizer and step of a run on a decoder.
 
     Args:
       config: the run's settings, checked.
       base: architecture of the base model.
-      params: its weights on ``mesh``; of a dual encoder with the class prompts
-        (`nalora_jax.train.dual_objectives.Classify`).
+      params: its weights on ``mesh``.
       mesh: the run's devices.
       last: transform applied to the updates after all transforms of the config.
-      processor: image processor of a model with images.
+      objective: makes the run's objective of the cross-entropy of the next token, which is the
+        objective by default.
+      module: class of the model.
       like: an assembly with the same program. With the same adapters, its compiled functions are
         shared.
 
@@ -98,16 +88,29 @@ def assemble(
       NaloraError: rules that match nothing or ask for impossible ranks, a variant that the model
         does not have, rows that the tables do not have, or a tensor axis that splits a head.
     """
-    spec, params, lora, initial = _start(config, base, params, mesh)
-    shared = None
-    if like is not None and like.spec == spec and initial is None:
-        shared = like
-    program = _program(config, base, lora, spec, mesh, last, processor, shared)
-    if shared is not None:
-        changes: dict[str, Any] = {"state": shared.begin(lora, config.seed), "params": params}
-        changes |= {"mechanisms": program.mechanisms, "pure": program.pure, "initial": None}
-        return replace(shared, config=config, **changes)
-    places = program.places(lora)
+    check_decoder(config, base, mesh)
+    spec = adapter_spec(config, base)
+    initial = None
+    if config.lora.init == "pissa":
+        params, lora = pissa_split(params, spec)
+        params, initial = _with_starts(params, lora, mesh), jax.tree.map(distributed.fetch, lora)
+    else:
+        lora = init_lora(base, spec, jax.random.key(config.seed), params)
+    if like is None or like.spec != spec or initial is not None:
+        program = decoder_program(config, base, spec, mesh, last=last, objective=objective, module=module)
+        return assembled(program, params, lora, initial)
+    program = decoder_program(config, base, spec, mesh, last=last, objective=objective, model=like.model)
+    changes: dict[str, Any] = {"state": like.begin(lora, config.seed), "params": params}
+    changes |= {"mechanisms": program.mechanisms, "pure": program.pure, "initial": None}
+    return replace(like, config=config, **changes)
+
+
+def assembled(program: Program, params: Any, lora: Any, initial: Any = None) -> Assembly:
+    """Returns the assembly of a program with weights and initial adapters.
+
+    ``initial`` are the adapters in host memory if their B is not 0.
+    """
+    places, seed = program.places(lora), program.config.seed
     compiled = jax.jit(program.fresh, out_shardings=places)
 
     def begin(lora: Any, seed: int) -> TrainState:
@@ -115,59 +118,14 @@ def assemble(
         return compiled(lora, jax.random.key_data(jax.random.key(seed)))
 
     return Assembly(
-        config,
-        program.model,
-        spec,
-        mesh,
-        program.mechanisms,
-        program.optimizer,
-        begin(lora, config.seed),
-        params,
-        program.step(places),
-        begin,
-        StateMetrics(program.mechanisms, spec, mesh),
-        initial,
-        program.pure,
+        **vars(program),
+        state=begin(lora, seed),
+        params=params,
+        step=program.compiled_step(places),
+        begin=begin,
+        state_metrics=StateMetrics(program.mechanisms, program.spec, program.mesh),
+        initial=initial,
     )
-
-
-def _start(
-    config: RunConfig, base: ModelConfig | DualConfig, params: Any, mesh: Mesh
-) -> tuple[AdapterSpec, Any, Any, Any]:
-    """Returns the adapters' spec, the frozen weights, and the first adapters, also on the host.
-
-    The copy on the host is None if B is 0.
-    """
-    key = jax.random.key(config.seed)
-    if isinstance(base, DualConfig):
-        check_dual(config, base, mesh)
-        spec = resolve_dual(config, base)
-        return spec, params, init_dual_lora(base, spec, key, params), None
-    check_decoder(config, base, mesh)
-    spec = adapter_spec(config, base)
-    if config.lora.init == "pissa":
-        params, lora = pissa_split(params, spec)
-        return spec, _with_starts(params, lora, mesh), lora, jax.tree.map(distributed.fetch, lora)
-    return spec, params, init_lora(base, spec, key, params), None
-
-
-def _program(
-    config: RunConfig,
-    base: ModelConfig | DualConfig,
-    lora: Any,
-    spec: AdapterSpec,
-    mesh: Mesh,
-    last: optax.GradientTransformation | None,
-    processor: ImageProcessor | None,
-    shared: Assembly | None,
-) -> Program:
-    if isinstance(base, DualConfig):
-        assert processor is not None, "a dual encoder has an image processor"
-        return dual_program(config, base, spec, lora, mesh, processor, last=last)
-    options: dict[str, Any] = {"last": last, "processor": processor}
-    if shared is not None:
-        options["model"] = shared.model
-    return decoder_program(config, base, spec, mesh, **options)
 
 
 def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:

@@ -6,7 +6,7 @@
 
     run(config, callbacks=[Loudest()])
 
-``config.callbacks`` names callbacks of `nalora_jax.train.trackers` or of `register_callback`, with
+``config.callbacks`` names callbacks of `nalora_jax.train.log` or of `register_callback`, with
 settings: ``"wandb:project=gates,mode=offline"``. The run's log, metrics.jsonl, is a callback too;
 it is called first, except at the start of a run.
 """
@@ -189,5 +189,5 @@ def make_callbacks(texts: Sequence[str]) -> list[Callback]:
             raise NaloraError(
                 "--callbacks", expected="the callback with its password", found=text, remedy=remedy
             )
-    importlib.import_module("nalora_jax.train.trackers")  # registers the built-in callbacks
+    importlib.import_module("nalora_jax.train.log")  # registers the built-in callbacks
     return [from_text(_CALLBACKS, text) for text in texts]

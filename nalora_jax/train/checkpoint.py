@@ -29,16 +29,15 @@ from types import TracebackType
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
-from nalora_jax.common import buckets, files, trees
+from nalora_jax.common import buckets, digests, files, trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import check_lost_peer, on_first_process, tell_all
 from nalora_jax.train import snapshot
-from nalora_jax.train.checkpoint_handlers import JSON, handlers
-from nalora_jax.train.mechanisms import former_labels
 
 log = logging.getLogger(__name__)
 _ITEMS = ("state", "data", "run")
@@ -177,11 +176,11 @@ class Checkpointer:
     def _damage(self, step: int, metrics: Mapping[str, float] | None) -> str | None:
         """Returns the difference between a checkpoint and its digests; None if there is none."""
         folder = epath.Path(self.folder / str(step))
-        if not any((folder / item / files.DIGESTS).exists() for item in _ITEMS):
+        if not any((folder / item / digests.DIGESTS).exists() for item in _ITEMS):
             return None  # written by a version without digests
         try:
             for item in _ITEMS:
-                if (damage := files.find_damage(folder / item)) is not None:
+                if (damage := digests.find_damage(folder / item)) is not None:
                     return f"{item}: {damage}"
             written = json.loads((folder / "run" / JSON).read_text()).get("metrics")
         # Other errors are failures of the disk to read, not damage.
@@ -223,7 +222,7 @@ class Checkpointer:
             saved = trees.flatten(self._manager.item_metadata(step).state.tree)
         snapshot.check_run(where, meta.run, self._run)
         expected = trees.flatten(snapshot.abstract(like))
-        names = snapshot.saved_names(expected, saved, former_labels(meta.run["config"]))
+        names = snapshot.saved_names(expected, saved)
         wanted = {names[path]: leaf for path, leaf in expected.items()}
         # Earlier versions saved the averages of blocks without a rule as well.
         unused = {name for name in saved.keys() - wanted.keys() if name.startswith("gate/")}
@@ -307,7 +306,7 @@ class Checkpointer:
             if jax.process_index() == 0:
                 for scrap in list(self.folder.glob(f"*{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*")):
                     with suppress(OSError):
-                        files.remove_tree(scrap)
+                        epath.Path(scrap).rmtree()
             check_lost_peer(error)
             steps: list[int] = []
             with suppress(OSError):  # the folder may have been deleted
@@ -383,3 +382,50 @@ def _reason(error: Exception) -> str:
         return system[1]
     text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().splitlines()[0]
     return text if len(text) <= 200 else text[:200] + "..."
+
+
+JSON = "metadata"  # Orbax's name for the file of a JSON item
+# Replicas of an array share its writing if each has at least this many bytes to write. With Orbax's
+# default, any size, the first save compiles a slice for every array and device, which costs more
+# than it gains for arrays as small as adapters.
+_LEAST_SHARE = 16 << 20  # bytes
+
+
+class _DigestedArrays(ocp.PyTreeCheckpointHandler):
+    """Handler of arrays and the digests of their files.
+
+    Orbax finalises an item once all processes have written their parts.
+    """
+
+    def __init__(self) -> None:
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_SHARE)
+        on_host = ocp.type_handlers.NumpyHandler()
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, arrays), (np.ndarray, on_host)
+        )
+        super().__init__(type_handler_registry=registry)
+
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(directory)
+        digests.write_digests(directory)
+
+
+class _DigestedJson(ocp.JsonCheckpointHandler):
+    """Handler of JSON and the digest of its file."""
+
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(directory)
+        digests.write_digests(directory)
+
+
+def handlers() -> Any:
+    """Returns the registry of checkpoint handlers by item."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    arrays = _DigestedArrays()
+    for arguments in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
+        registry.add("state", arguments, arrays)
+    for item in ("data", "run"):
+        handler = _DigestedJson(JSON)
+        for arguments in (ocp.args.JsonSave, ocp.args.JsonRestore):
+            registry.add(item, arguments, handler)
+    return registry

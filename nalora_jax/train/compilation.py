@@ -16,8 +16,9 @@ from typing import Any
 import jax
 
 from nalora_jax.common.devices import platform_name
+from nalora_jax.common.digests import file_digest
 from nalora_jax.common.downloads import cache_dir, private_dir
-from nalora_jax.common.files import file_digest, write_atomically
+from nalora_jax.common.files import write_atomically
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.step import Batch, Step, TrainState
 from nalora_jax.ops.dispatch import Platform, hooks_of
@@ -40,7 +41,7 @@ def use_compilation_cache() -> None:
         log.warning("compiled programs are not kept: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update(_SECONDS, 1.0)
+    jax.config.update(_SECONDS, 0.1)  # also those of tiny models, so that a second run compiles little
     _write_digests(folder)
 
 

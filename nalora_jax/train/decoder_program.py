@@ -1,9 +1,9 @@
-"""The program of a run on text, or of a decoder that sees images."""
+"""The program of a run on a decoder. Kinds of runs give it their objective and their module."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax.common import trees
 from nalora_jax.common.axes import RUN, WEIGHT_AXES
 from nalora_jax.config import ComputeConfig, RunConfig
-from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
@@ -29,18 +28,19 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.remat import chosen_experts, chosen_remat
 from nalora_jax.models.stacks import gate_blocks, key_heads
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
-from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.train.adalora import adalora
 from nalora_jax.train.gate_metrics import layer_metrics
-from nalora_jax.train.jitted import PureStep
 from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.train.mechanisms import mechanisms_of
-from nalora_jax.train.objectives import NextToken, SeenNextToken
+from nalora_jax.train.objectives import NextToken
 from nalora_jax.train.optimizers import make_optimizer
 from nalora_jax.train.program import Program, gate_checks_of
 from nalora_jax.train.split_rows import check_context
+
+# Returns a kind's objective, given the cross-entropy of the next token.
+MakeObjective = Callable[[NextToken], Objective]
 
 
 def check_decoder(config: RunConfig, base: ModelConfig, mesh: Mesh) -> None:
@@ -63,13 +63,14 @@ def decoder_program(
     mesh: Mesh,
     *,
     last: optax.GradientTransformation | None = None,
-    processor: ImageProcessor | None = None,
+    objective: MakeObjective | None = None,
+    module: type[Decoder] = Decoder,
     model: Decoder | None = None,
 ) -> Program:
     """Returns the program of a decoder.
 
     Args:
-      config, base, mesh, last, processor: see `nalora_jax.train.assembly.assemble`.
+      config, base, mesh, last, objective, module: see `nalora_jax.train.assembly.assemble`.
       spec: the adapters.
       model: of another program that this one shares it with.
     """
@@ -77,27 +78,14 @@ def decoder_program(
     names = {path: name for path, (_, name) in gate_blocks(base).items() if path in blocks}
     mechanisms = mechanisms_of(config, base.activation, names, gates)
     if model is None:
-        model = build_model(base, spec, config.compute, mesh, checks=gate_checks_of(config))
+        model = build_model(base, spec, config.compute, mesh, checks=gate_checks_of(config), module=module)
     optimizer = build_optimizer(config, base, spec, mechanisms, last)
-    pure = _pure_step(config, base, model, mesh, processor, last)
-    return Program(config, model, spec, mesh, mechanisms, optimizer, blocks, pure)
-
-
-def _pure_step(
-    config: RunConfig,
-    base: ModelConfig,
-    model: Decoder,
-    mesh: Mesh,
-    processor: ImageProcessor | None,
-    last: optax.GradientTransformation | None,
-) -> PureStep:
-    """Returns the builder of a decoder's step."""
 
     def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
         trained = build_optimizer(config, base, model.adapters, mechanisms, last, numbers)
-        return make_step(config, base, model.clone(adapters=adapters), trained, mechanisms, mesh, processor)
+        return make_step(config, base, model.clone(adapters=adapters), trained, mechanisms, mesh, objective)
 
-    return pure
+    return Program(config, model, spec, mesh, mechanisms, optimizer, blocks, pure)
 
 
 def build_model(
@@ -107,15 +95,17 @@ def build_model(
     mesh: Mesh,
     *,
     checks: GateChecks | None = None,
+    module: type[Decoder] = Decoder,
 ) -> Decoder:
     """Builds the decoder for training steps.
 
     Args:
       base, spec, compute, mesh: architecture, adapters, compute settings and devices.
       checks: value checks of the gates.
+      module: its class, with an image tower for a ``base`` with one.
     """
     numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
-    return decoder_for(
+    return module(
         base,
         spec,
         numerics,
@@ -216,12 +206,13 @@ def make_step(
     optimizer: optax.GradientTransformationExtraArgs,
     mechanisms: Mechanisms,
     mesh: Mesh,
-    processor: ImageProcessor | None = None,
+    objective: MakeObjective | None = None,
 ) -> Step:
     """Builds the step of a decoder, not compiled.
 
     In a sweep whose runs have a device each, the step is a program of one device.
     """
+    assert objective is not None or config.preference.loss == "none", "a preference loss has its objective"
     platform = distributed.platform_of_step(mesh)
     model = model.clone(numerics=dataclasses.replace(model.numerics, platform=platform))
     settings = StepConfig(
@@ -233,8 +224,8 @@ def make_step(
         checks=tuple(NAMES) if config.debug.check_gates else (),
         verify=require_compensated if config.debug.check_gates else None,
     )
-    objective = text_objective(config, base, model, mesh, processor)
-    return make_train_step(optimizer, settings, objective)
+    plain = next_token(base, model, config.compute, mesh)
+    return make_train_step(optimizer, settings, plain if objective is None else objective(plain))
 
 
 def next_token(base: ModelConfig, model: Decoder, compute: ComputeConfig, mesh: Mesh) -> NextToken:
@@ -249,22 +240,3 @@ def next_token(base: ModelConfig, model: Decoder, compute: ComputeConfig, mesh: 
         distributed.row_sharding(mesh),
         RUN in mesh.shape and distributed.devices_per_run(mesh) > 1,
     )
-
-
-def text_objective(
-    config: RunConfig,
-    base: ModelConfig,
-    model: Decoder,
-    mesh: Mesh,
-    processor: ImageProcessor | None = None,
-) -> Objective:
-    """Returns the objective of a run on text, on conversations about images, or on preference pairs."""
-    plain = next_token(base, model, config.compute, mesh)
-    if config.preference.loss != "none":
-        from nalora_jax.train.preference import Preference
-
-        return Preference(plain, config.preference)
-    if base.sight is None:
-        return plain
-    fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
-    return SeenNextToken(**fields, processor=processor)

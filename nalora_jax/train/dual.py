@@ -23,8 +23,9 @@ from nalora_jax.method.transform import Mechanisms, find_gates, nalora
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.config import TOWERS, DualConfig
-from nalora_jax.models.vision.dual import DualEncoder
+from nalora_jax.models.vision.dual import DualEncoder, init_lora
 from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.train.assembly import Assembly, assembled
 from nalora_jax.train.dual_objectives import Classify, Contrast, Towers
 from nalora_jax.train.gate_metrics import layer_metrics
 from nalora_jax.train.learning_rate import with_learning_rate
@@ -45,6 +46,32 @@ def check_dual(config: RunConfig, base: DualConfig, mesh: Mesh) -> None:
         raise NaloraError("--lora.init", expected=expected, found=config.lora.init)
 
 
+def assemble_dual(
+    config: RunConfig,
+    base: DualConfig,
+    params: Any,
+    mesh: Mesh,
+    processor: ImageProcessor,
+    *,
+    last: optax.GradientTransformation | None = None,
+) -> Assembly:
+    """Builds adapters, optimizer and step of a run on a dual encoder.
+
+    Args:
+      config, base, mesh, last: see `nalora_jax.train.assembly.assemble`.
+      params: both towers' weights on ``mesh``, with the class prompts
+        (`nalora_jax.train.dual_objectives.Classify`).
+      processor: its image processor.
+
+    Raises:
+      NaloraError: see `check_dual` and `resolve_dual`.
+    """
+    check_dual(config, base, mesh)
+    spec = resolve_dual(config, base)
+    lora = init_lora(base, spec, jax.random.key(config.seed), params)
+    return assembled(dual_program(config, base, spec, lora, mesh, processor, last=last), params, lora)
+
+
 def dual_program(
     config: RunConfig,
     base: DualConfig,
@@ -58,8 +85,8 @@ def dual_program(
     """Returns the program of a dual encoder.
 
     Args:
-      config, base, mesh, processor, last: see `nalora_jax.train.assembly.assemble`;
-        ``config.vision.task`` chooses the objective.
+      config, base, mesh, processor, last: see `assemble_dual`; ``config.vision.task`` chooses the
+        objective.
       spec: the adapters.
       lora: the trained leaves, or their shapes.
     """

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nalora_jax.common.files import file_digest
+from nalora_jax.common.digests import file_digest
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, RunConfig, check, config_from_dict
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
@@ -23,9 +23,9 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.paths import layer_path
 from nalora_jax.models.stacks import layer_numbers
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.train.adapted import adapter_folder, locate
-from nalora_jax.weights.base import LoadedModel, added_ids, read_config, read_tokenizer_of
+from nalora_jax.train.located import adapter_folder, locate
 from nalora_jax.weights.hub import ResolvedSource, resolve
+from nalora_jax.weights.model_files import LoadedModel, open_files
 from nalora_jax.weights.new_tokens import for_adapter
 from nalora_jax.weights.peft import import_adapter
 from nalora_jax.weights.peft_read import TENSORS_NAME, recorded_rope_scaling
@@ -153,7 +153,7 @@ def _spec(folder: Path, digest: str, base: ModelConfig) -> AdapterSpec:
     return import_adapter(folder, base)[1]
 
 
-def rules_of(spec: AdapterSpec, base: ModelConfig) -> tuple[LoRARule, ...]:
+def lora_rules(spec: AdapterSpec, base: ModelConfig) -> tuple[LoRARule, ...]:
     """Returns rules that select exactly the adapters of ``spec`` on a model.
 
     Example:
@@ -224,7 +224,7 @@ def _lora(spec: AdapterSpec, base: ModelConfig, folder: Path) -> LoRAConfig:
     """Returns settings whose adapters on a model are those of ``spec``."""
     saved: Any = spec.saved
     lora = LoRAConfig(
-        rules=rules_of(spec, base),
+        rules=lora_rules(spec, base),
         rslora=spec.rslora,
         dora=spec.dora,
         modules_to_save=saved,
@@ -247,16 +247,16 @@ def _lora(spec: AdapterSpec, base: ModelConfig, folder: Path) -> LoRAConfig:
 
 def _with_tokens(files: ResolvedSource, folder: Path, *, images: bool) -> tuple[ModelConfig, AddedTokens]:
     """Returns the architecture of an adapter's base with the adapter's added tokens, and the tokens."""
-    config = read_config(files, images=images)
-    tokenizer = read_tokenizer_of(files, config)
-    loaded = for_adapter(LoadedModel(config, {}, tokenizer, files.name, "", None), folder)
+    opened = open_files(files, images=images)
+    loaded = LoadedModel(opened.config, {}, opened.tokenizer_with(), files.name, "", None)
+    loaded = for_adapter(loaded, folder)
     backend = loaded.tokenizer.backend
     ids = {text: backend.token_to_id(text) for text in loaded.added}
     marks = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     plain = tuple(text for text in ids if text not in marks)
     added = AddedTokens(plain, tuple(text for text in ids if text in marks))
-    config = replace(config, vocab_size=loaded.config.vocab_size)
-    if added_ids(files, added) != ids or read_config(files, images=images, added=added) != config:
+    config = replace(opened.config, vocab_size=loaded.config.vocab_size)
+    if opened.added_ids(added) != ids or opened.described(added) != config:
         listed = ", ".join(f"{text!r} ({token_id})" for text, token_id in ids.items()) or "no added tokens"
         raise NaloraError(
             str(folder),

@@ -1,15 +1,16 @@
-"""Checks of a run's inputs before its model is loaded: data, splits and rules."""
+"""Settings and checks of a run before its model is loaded: data, steps, learning rate, mesh and rules."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from jax.sharding import Mesh
 
 from nalora_jax.config import DataConfig, RunConfig
-from nalora_jax.data.chat import render
 from nalora_jax.data.forms import form_of
 from nalora_jax.data.mixture import MixedSource
 from nalora_jax.data.selected import SelectedSource
@@ -22,14 +23,16 @@ from nalora_jax.models.adapters import adapter_spec, check_token_indices
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import key_heads
 from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.train.split_rows import check_context
-from nalora_jax.weights.base import added_ids, read_config, read_tokenizer_of
-from nalora_jax.weights.hub import ResolvedSource
+from nalora_jax.weights.model_files import ModelFiles
 
 log = logging.getLogger(__name__)
 
+_EVAL_EVERY = 50
 
-def check_data(data: DataConfig, source: Mapping[str, Source] | None = None) -> tuple[Source, Source]:
+
+def open_records(data: DataConfig, source: Mapping[str, Source] | None = None) -> tuple[Source, Source]:
     """Opens the training and the held-out records, reads the first of each and logs their form.
 
     Raises:
@@ -55,17 +58,30 @@ def check_data(data: DataConfig, source: Mapping[str, Source] | None = None) -> 
     return train, held_out
 
 
-def check_first(config: RunConfig, train: Source, files: ResolvedSource) -> None:
-    """Checks that the first record of a text run has the configured form and chat template.
+def settled(config: RunConfig, width: int, examples: int, noun: str) -> RunConfig:
+    """Returns ``config`` with concrete steps, learning rate and evaluation interval.
 
-    Preference and image data are not checked here, because their checks need more than a tokenizer.
+    Args:
+      config: the run's settings.
+      width: of the decoder's hidden states; 0 for image and text encoders.
+      examples: number of rows or images in an epoch.
+      noun: their name in the log.
 
     Raises:
-      NaloraError: see `data.chat.render`.
+      NaloraError: an optimizer without an automatic learning rate.
     """
-    if config.preference.loss == "none" and not config.vision.task:
-        tokenizer = read_tokenizer_of(files, read_config(files))
-        render(train.read([0])[0], config.data, tokenizer, train.where(0))
+    if config.epochs:
+        batch = config.train.batch_size
+        steps = max(1, math.ceil(config.epochs * examples / batch))
+        log.info("%g epochs of %d %s: %d steps of %d", config.epochs, examples, noun, steps, batch)
+        config = replace(config, steps=steps)
+    if not config.optimizer.learning_rate:
+        config = with_learning_rate(config, width)
+        log.info("learning rate %g", config.optimizer.learning_rate)
+    every = config.train.eval_every
+    if every < 0:
+        every = min(_EVAL_EVERY, max(config.steps // 2, 1))
+    return replace(config, train=replace(config.train, eval_every=every))
 
 
 def stream_shape(config: RunConfig, mesh: Mesh | None = None) -> dict[str, Any]:
@@ -76,11 +92,6 @@ def stream_shape(config: RunConfig, mesh: Mesh | None = None) -> dict[str, Any]:
         return shape
     rows = distributed.process_rows(mesh, train.batch_size // train.accumulate)
     return shape | {"rows": tuple(rows.tolist())}
-
-
-def described(config: RunConfig, files: ResolvedSource) -> ModelConfig:
-    """Returns the architecture of a run's base model, with rows for added tokens."""
-    return read_config(files, images=config.vision.task == "chat", added=AddedTokens.of(config.data))
 
 
 def check_longest(longest: int, base: ModelConfig) -> None:
@@ -99,27 +110,32 @@ def check_longest(longest: int, base: ModelConfig) -> None:
         )
 
 
-def check_layout(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> None:
+def check_layout(config: RunConfig, base: ModelConfig, files: ModelFiles, mesh: Mesh) -> None:
     """Checks that the model fits the mesh and the rules, from its config files only.
+
+    Args:
+      config: the run's settings.
+      base: the model's architecture, with rows for added tokens.
+      files: its files.
+      mesh: the devices.
 
     Raises:
       NaloraError: an axis that splits a head or a row that must be whole, rows that the mesh does not
         divide, rules that match nothing, an added token without a trained row, or a trained row without a token.
     """
-    base = described(config, files)
     distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=key_heads(base))
     check_context(config, base, mesh)
     distributed.process_rows(mesh, config.train.batch_size // config.train.accumulate)
     _check_rows(config, files, base, adapter_spec(config, base))
 
 
-def _check_rows(config: RunConfig, files: ResolvedSource, base: ModelConfig, spec: AdapterSpec) -> None:
+def _check_rows(config: RunConfig, files: ModelFiles, base: ModelConfig, spec: AdapterSpec) -> None:
     """Checks that trained rows exist, and that added tokens have trained rows on both sides."""
     check_token_indices(spec, base)
     trained = dict(spec.token_indices)
     if not trained:
         return
-    new = added_ids(files, AddedTokens.of(config.data))
+    new = files.added_ids(AddedTokens.of(config.data))
     head = spec.head_rows(tied=base.tie_embeddings)
     for name, ids in (
         ("embed_tokens", trained.get("embed_tokens", ())),

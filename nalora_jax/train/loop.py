@@ -76,42 +76,31 @@ class FitResult:
     interrupted: bool = False  # stopped by request; the state was saved, but not evaluated
 
 
-def fit(
+def run_steps(
     step_fn: Callable[[Any, TrainState, Any], tuple[TrainState, dict[str, Any]]],
     params: Any,
     state: TrainState,
     batches: Iterator[Any],
-    hooks: Hooks,
-    schedule: Schedule,
-    learning_rate: Callable[[int], Any],
+    follower: Follower,
     *,
-    start: int = 0,
-    begun: Mapping[str, Any] | None = None,
     profile: Profile | None = None,
 ) -> FitResult:
-    """Runs steps ``start + 1 .. schedule.steps``.
-
-    Evaluates and saves at the schedule's intervals and after the last step.
+    """Runs the remaining steps of a run.
 
     Args:
       step_fn: the compiled step.
       params: frozen base weights.
-      state: state after ``start`` steps; donated to the step.
-      batches: one (sharded) batch per step, starting at step ``start + 1``.
-      hooks: logging, evaluation, saving.
-      schedule: intervals.
-      learning_rate: schedule value at a step count, for the log.
-      start: steps completed before.
-      begun: the log record of the steps up to ``start`` whose log step is still due, if any.
+      state: the follower's state; donated to the step.
+      batches: one (sharded) batch per step, starting at the next step.
+      follower: logs, evaluates and saves at its schedule's intervals and after the last step.
       profile: traces some of the steps.
 
     Raises:
       TrainingDivergedError: a loss is not finite, or an adapter or optimizer moment of a state to
         save. Checkpoints of earlier steps are kept; a diverged state is never saved.
     """
-    follower = Follower(hooks, schedule, learning_rate, state, start, params, begun)
-    profile = profile or Profile()
-    for step in range(start + 1, schedule.steps + 1):
+    profile, start = profile or Profile(), follower.result.step
+    for step in range(start + 1, follower.schedule.steps + 1):
         batch = next(batches)
         if step == start + 1:
             with counting("compiling the step"):
@@ -132,13 +121,16 @@ class Follower:
     """The actions after each step of one run: logging, evaluation, saving and the end.
 
     Args:
-      hooks, schedule, learning_rate: see `fit`.
+      hooks: logging, evaluation, saving.
+      schedule: intervals.
+      learning_rate: schedule value at a step count, for the log.
       state: state after ``start`` steps.
       start: steps completed before.
       params: frozen base weights, for the message about a diverged run.
-      begun: see `fit`.
+      begun: the log record of the steps up to ``start`` whose log step is still due, if any.
 
     Attributes:
+      schedule: intervals.
       result: the outcome so far.
     """
 
@@ -153,7 +145,8 @@ class Follower:
         begun: Mapping[str, Any] | None = None,
     ) -> None:
         self.result = FitResult(state, start)
-        self._hooks, self._schedule, self._rate, self._params = hooks, schedule, learning_rate, params
+        self.schedule = schedule
+        self._hooks, self._rate, self._params = hooks, learning_rate, params
         self._meter = _Meter(begun or {})
 
     def after(self, step: int, metrics: Mapping[str, Any], state: Callable[[], TrainState]) -> bool:
@@ -165,9 +158,9 @@ class Follower:
           state: returns the state after it.
 
         Raises:
-          TrainingDivergedError: see `fit`.
+          TrainingDivergedError: see `run_steps`.
         """
-        hooks, schedule, result = self._hooks, self._schedule, self.result
+        hooks, schedule, result = self._hooks, self.schedule, self.result
         hooks.advance(step)
         self._meter.add(step, metrics)
         last = step == schedule.steps

@@ -5,12 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from nalora_jax.config import RunConfig
-from nalora_jax.config.former import groups_of, has_groups, translated
-from nalora_jax.method.rules import make
-from nalora_jax.method.transform import Mechanisms, labels, make_mechanisms
+from nalora_jax.method.transform import Mechanisms, make_mechanisms
 
 log = logging.getLogger(__name__)
 
@@ -50,20 +47,3 @@ def log_first_step(mechanisms: Mechanisms, steps: int) -> None:
         log.warning(message, first, steps)
     elif first:
         log.info("mechanisms act from step %d", first)
-
-
-def former_labels(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the labels in the checkpoints of an earlier version, by their label today; or {}.
-
-    Rules of the groups ``mask`` and ``step_scale`` had the group's label, all others their name.
-
-    Args:
-      settings: recorded settings of the run.
-    """
-    if not has_groups(settings):
-        return {}
-    rules = [make(text) for text in translated(settings)["mechanisms"]]
-    groups = groups_of(settings).labels
-    names = [*groups, *(rule.name for rule in rules[len(groups) :])]
-    now = labels([(rule.label, rule.name) for rule in rules])
-    return dict(zip(now, labels([(name, name) for name in names]), strict=True))

@@ -134,27 +134,3 @@ class NextToken:
         """Returns the numbers of real tokens and of loss tokens."""
         tokens = jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
         return tokens, jnp.sum(batch["loss_weights"], dtype=jnp.float32)
-
-
-@dataclass(frozen=True)
-class SeenNextToken(NextToken):
-    """`NextToken` of a vision-language model whose packed sequences contain images."""
-
-    processor: Any = None  # `nalora_jax.data.images.ImageProcessor`: uint8 pixels to floats
-
-    def hidden(
-        self, variables: Mapping[str, Any], batch: Batch, key: jax.Array, **options: Any
-    ) -> jax.Array:
-        """Returns hidden states, see `NextToken`.
-
-        The batch also has ``pixels [rows, images, height, width, 3]`` and ``images [rows]``.
-        """
-        features = self.model.apply(
-            variables,
-            self.processor.normalise(batch["pixels"]),
-            batch["images"],
-            deterministic=False,
-            rngs={"dropout": jax.random.fold_in(key, 1)},
-            method="see",
-        )
-        return super().hidden(variables, batch, key, features=features, **options)

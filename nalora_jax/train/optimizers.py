@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from nalora_jax.common import trees
-from nalora_jax.common.path_rules import first_match, match_rules
+from nalora_jax.common.trees import first_match, match_rules
 from nalora_jax.config import OptimizerConfig
 from nalora_jax.errors import NaloraError
 

@@ -1,7 +1,7 @@
-"""A run's output folder: its lock, its checks, and its visibility to all processes.
+"""A run's output folder: its lock, its checks, its visibility to all processes, its copy in a store.
 
 <output>/run.lock         the process that writes here, during a run
-        /metrics.jsonl    metrics and settings (`nalora_jax.train.metrics`)
+        /metrics.jsonl    metrics and settings (`nalora_jax.evaluate.run_log`)
         /checkpoints/     checkpoints to resume from (`nalora_jax.train.checkpoint`)
         /before.json      held-out metrics of the base model
         /start/           LoRA-GA's adapters before the first step (`nalora_jax.train.start`)
@@ -9,33 +9,47 @@
         /adapter/         PEFT files of the best checkpoint
         /report.html      generated from metrics.jsonl
 
-In a bucket (``gs://...``), all processes write the checkpoints directly; all other files are
-written to a local folder of the first process and copied (`nalora_jax.train.remote`).
+In an object store (``gs://bucket/run``, ``s3://bucket/run``), the first process writes to a local
+folder. Its finished files are copied to the store every 30 seconds and once more at the end; files
+that the run removed are removed from the store. A resumed run, on the same or another machine, first
+fetches the files of the store. Other processes fetch them too, but write no files.
+
+In Google's store, all processes write checkpoints directly, through Orbax, and a commit file
+completes each; they are never copied. In other stores, one process copies its checkpoints like the
+other files. The digests are copied first, so that an incomplete copy is detected as damaged, and
+the previous checkpoint is restored.
+
+Paths are etils' `epath`, which supports ``gs://`` and ``s3://`` through fsspec's packages.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import secrets
 import shutil
+import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import path as ocp_path
 
-from nalora_jax.common import buckets, files
-from nalora_jax.common.paths import refuse_linked_folders
+from nalora_jax.common import buckets, downloads, files
+from nalora_jax.common.digests import DIGESTS, digest_of
+from nalora_jax.common.files import refuse_linked_folders
+from nalora_jax.common.locks import RUN_LOCK, RunLock
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import on_first_process
-from nalora_jax.train import remote
-from nalora_jax.train.lock import FILE as LOCK
-from nalora_jax.train.lock import Lock
 from nalora_jax.train.profile import FOLDER as PROFILE
 
 CHECKPOINTS = "checkpoints"
@@ -55,7 +69,7 @@ class Output:
 
     folder: Path
     resumes: bool
-    mirror: remote.Mirror | None = None  # copies the folder to a URL
+    mirror: Mirror | None = None  # copies the folder to a URL
 
     @property
     def checkpoints(self) -> Any:
@@ -83,7 +97,7 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
     lock.
 
     Args:
-      folder: a folder on storage that all processes share, or a URL (`nalora_jax.train.remote`);
+      folder: a folder on storage that all processes share, or a URL (`nalora_jax.train.output`);
         several processes need ``gs://``.
       resume: resume the run in the folder. "auto" resumes if there is a checkpoint, and otherwise
         starts a new run, replacing the log of a run that stopped before its first checkpoint.
@@ -101,8 +115,8 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
             yield output
         return
     _refuse_url(where)
-    excluded = (CHECKPOINTS,) if remote.is_written_directly(where) else ()
-    with remote.mirrored(where, fresh=not resume, without=excluded) as mirror:
+    excluded = (CHECKPOINTS,) if is_written_directly(where) else ()
+    with mirrored(where, fresh=not resume, without=excluded) as mirror:
         if jax.process_count() > 1:
             check_shared(mirror.store)
         if jax.process_index():
@@ -112,9 +126,9 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
 
 
 @contextmanager
-def _claimed(path: Path, resume: Resume, mirror: remote.Mirror | None) -> Iterator[Output]:
+def _claimed(path: Path, resume: Resume, mirror: Mirror | None) -> Iterator[Output]:
     """Opens a local folder for `open_output`, with the mirror that copies it to a URL."""
-    held: list[Lock] = []
+    held: list[RunLock] = []
     try:
         resumes = on_first_process(lambda: _claim(path, _checkpoints(path, mirror), resume, held))
         if jax.process_count() > 1:
@@ -125,7 +139,7 @@ def _claimed(path: Path, resume: Resume, mirror: remote.Mirror | None) -> Iterat
             lock.release()
 
 
-def _checkpoints(folder: Path, mirror: remote.Mirror | None) -> Any:
+def _checkpoints(folder: Path, mirror: Mirror | None) -> Any:
     if mirror is not None and CHECKPOINTS in mirror.without:
         return mirror.store / CHECKPOINTS
     return folder / CHECKPOINTS
@@ -169,13 +183,13 @@ def _is_seen(mark: Any) -> bool:
 
 def _refuse_url(where: str) -> None:
     """Raises an error for URLs that several processes cannot write checkpoints to."""
-    if jax.process_count() > 1 and not remote.is_written_directly(where):
+    if jax.process_count() > 1 and not is_written_directly(where):
         remedy = "mount the bucket on every host (mountpoint-s3 for s3://) and name a folder in it"
         expected = f"a folder of a file system or gs://..., with {jax.process_count()} processes"
         raise NaloraError("--output", expected=expected, found=where, remedy=remedy)
 
 
-def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[Lock]) -> bool:
+def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[RunLock]) -> bool:
     """Creates or checks the folder and locks it; returns True if there is a run to resume."""
     if path.exists() and not path.is_dir():
         raise NaloraError(
@@ -185,7 +199,7 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[Lock]) -> bo
         _require_checkpoint(path, checkpoints)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = Lock.acquire(path / LOCK)
+        lock = RunLock(path / RUN_LOCK)
     except OSError as error:
         reason = error.strerror or error
         raise NaloraError(
@@ -202,7 +216,7 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[Lock]) -> bo
     if resume == "auto" and not resumes and set(_files(path)) <= _BEGINNING:
         _clear(path)
         if checkpoints.exists():  # in a bucket
-            files.remove_tree(checkpoints)
+            epath.Path(checkpoints).rmtree()
     if not resumes and _files(path):
         way = ""
         if has_checkpoint(checkpoints):
@@ -210,7 +224,7 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[Lock]) -> bo
         raise NaloraError(
             "--output",
             expected="a new or empty folder",
-            found=f"{path}, which holds {remote.listing(_files(path))}",
+            found=f"{path}, which holds {listing(_files(path))}",
             remedy=f"choose another folder{way}",
         )
     return resumes
@@ -258,4 +272,257 @@ def _files(path: Path) -> list[str]:
     """Returns the names of a run's files in ``path``, without the lock."""
     if not path.is_dir():
         return []
-    return sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
+    return sorted(entry.name for entry in path.iterdir() if entry.name != RUN_LOCK)
+
+
+log = logging.getLogger(__name__)
+HOLDER = "lock"  # in the store: the machine that copies to it, and the time of its last copy
+_EVERY = 30.0  # seconds between two copies
+_DIRECT = "gs://"  # paths that Orbax and TensorStore write directly
+
+
+def is_written_directly(where: str) -> bool:
+    """Returns True if all processes write checkpoints directly to the URL ``where``."""
+    return where.startswith(_DIRECT)
+
+
+def listing(names: Sequence[str]) -> str:
+    """Returns the first names of a folder's files, for messages."""
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def write_text(folder: str, name: str, text: str) -> None:
+    """Writes a file of ``folder``, a path or a URL, in one step.
+
+    Raises:
+      NaloraError: the folder cannot be written.
+    """
+    where = buckets.url(folder)
+    if where is None:
+        files.write_atomically(Path(folder) / name, text)
+        return
+    with _store_errors(where, "a folder that can be written"):
+        (open_store(where) / name).write_text(text)
+
+
+@contextmanager
+def mirrored(
+    where: str, *, fresh: bool, without: tuple[str, ...] = (), every: float = _EVERY
+) -> Iterator[Mirror]:
+    """Opens a local folder whose finished files are copied to the URL ``where``.
+
+    Copying stops when the context ends. With several processes, each has a local folder. Only the
+    first one's is copied; the others are empty until `Mirror.fetch`.
+
+    Args:
+      where: the run's folder in the store.
+      fresh: require an empty folder in the store; otherwise its files are fetched first.
+      without: names of top-level folders that are neither fetched nor copied.
+      every: seconds between two copies.
+
+    Raises:
+      NaloraError: the store cannot be reached or written; another machine writes to that folder; or
+        ``fresh`` and the folder contains a run. At the end: the last copy failed; the message names
+        the local folder, which still contains all files.
+    """
+    name = digest_of(where)[:16]
+    if jax.process_index():  # several processes may share a machine
+        name += f"-{jax.process_index()}"
+    folder = downloads.cache_dir() / "runs" / name
+    mirror = Mirror(where, open_store(where), folder, without)
+
+    def begin() -> None:
+        with _store_errors(where, "a folder that can be read and written"):
+            mirror.refuse_others(fresh=fresh)
+            mirror.claim()
+            mirror.fetch()
+            mirror.push()
+
+    on_first_process(begin)
+    if jax.process_index():
+        yield mirror
+        return
+    stop = threading.Event()
+    thread = threading.Thread(
+        target=_keep_copying, args=(mirror, stop, every), name="output copies", daemon=True
+    )
+    thread.start()
+    try:
+        yield mirror
+    finally:
+        stop.set()
+        thread.join()
+        with _store_errors(where, f"to take the last files of the run, which are in {folder}"):
+            mirror.push()
+            mirror.release()
+        log.info("output: %s", where)
+
+
+@dataclass
+class Mirror:
+    """Copy of one local folder in one folder of a store."""
+
+    where: str
+    store: epath.Path
+    folder: Path
+    without: tuple[str, ...] = ()  # folders at its top that are neither fetched nor copied
+    # Size and time of each file at its last copy.
+    _copied: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _copies: threading.Lock = field(default_factory=threading.Lock)
+
+    def claim(self) -> None:
+        """Records in the store that this machine writes there.
+
+        Raises:
+          NaloraError: another machine writes there.
+        """
+        lock = self.store / HOLDER
+        if lock.exists():
+            try:
+                holder = json.loads(lock.read_text())
+                age = time.time() - float(holder["time"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                holder, age = {}, 0.0
+            if holder.get("host") != socket.gethostname() and age < 4 * _EVERY:
+                raise NaloraError(
+                    f"--output {self.where}",
+                    expected="a folder that no other run writes to",
+                    found=f"that {holder.get('host', 'another machine')} wrote to it {age:.0f} seconds ago",
+                    remedy=f"wait for that run or stop it; if it is gone, start again in {4 * _EVERY:.0f} seconds",
+                )
+        self._sign()
+
+    def release(self) -> None:
+        """Removes the record of `claim`."""
+        (self.store / HOLDER).unlink(missing_ok=True)
+
+    def refuse_others(self, *, fresh: bool) -> None:
+        """Checks that the store's folder is empty if the run is ``fresh``.
+
+        Raises:
+          NaloraError: it is not empty.
+        """
+        if fresh and (names := sorted(self._held())):
+            raise NaloraError(
+                "--output",
+                expected="a new or empty folder",
+                found=f"{self.where}, which holds {listing(names)}",
+                remedy="choose another folder, or continue that run with --resume",
+            )
+
+    def fetch(self, within: str = "") -> None:
+        """Replaces the local folder, or a folder ``within`` it, by its copy in the store."""
+        here = self.folder / within
+        if here.exists():  # of an earlier run on this machine; the store has its last copies
+            shutil.rmtree(here)
+        here.mkdir(parents=True, exist_ok=True)
+        for name in self._held():
+            if name.partition("/")[0] in self.without or not name.startswith(
+                f"{within}/" if within else ""
+            ):
+                continue
+            target = self.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (self.store / name).copy(target, overwrite=True)
+            self._copied[name] = _state(target)
+
+    def push(self) -> None:
+        """Copies new and changed files, and removes deleted ones."""
+        with self._copies:
+            self._sign()
+            self._push()
+
+    def _push(self) -> None:
+        states = {name: _state(self.folder / name) for name in finished(self.folder)}
+        for name in sorted(states, key=_order):
+            if self._copied.get(name) == states[name]:
+                continue
+            epath.Path(self.folder / name).copy(self.store / name, overwrite=True)
+            self._copied[name] = states[name]
+        for name in [name for name in self._copied if name not in states]:
+            (self.store / name).unlink(missing_ok=True)
+            del self._copied[name]
+
+    def _held(self) -> Iterator[str]:
+        """Returns the names of the run's files in the store."""
+        if not self.store.exists():
+            return iter(())
+        names = files.names_below(self.store)
+        return (name for name in names if name != HOLDER and not name.startswith("."))
+
+    def _sign(self) -> None:
+        (self.store / HOLDER).write_text(json.dumps({"host": socket.gethostname(), "time": time.time()}))
+
+
+def finished(folder: Path) -> list[str]:
+    """Returns the files below ``folder`` except scratch files and uncommitted checkpoints."""
+    names_found = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if ocp_path.atomicity_types.TMP_DIR_SUFFIX not in name]
+        within = Path(root).relative_to(folder)
+        names_found += [
+            str(within / name) for name in names if not name.startswith(".") and name != RUN_LOCK
+        ]
+    return names_found
+
+
+def _order(name: str) -> tuple[bool, str]:
+    """Returns a sort key that puts digests first: they list the files that have to follow."""
+    return (Path(name).name != DIGESTS, name)
+
+
+def _keep_copying(mirror: Mirror, stop: threading.Event, every: float) -> None:
+    warned = False
+    while not stop.wait(every):
+        try:
+            mirror.push()
+            warned = False
+        except FileNotFoundError:  # the run removed a file during the copy
+            continue
+        except Exception as error:  # stores raise any type; the last copy does not suppress it
+            if not warned:
+                log.warning("%s cannot be written (%s); trying again", mirror.where, error)
+            warned = True
+
+
+def open_store(where: str) -> epath.Path:
+    """Returns the folder in the store.
+
+    Raises:
+      NaloraError: the store's package is missing, or the store cannot be read.
+    """
+    with _store_errors(where, "a folder that can be read"):
+        try:
+            if is_written_directly(where):
+                _see_what_others_write()
+            store = epath.Path(where)
+            store.exists()
+        except (ImportError, ValueError, KeyError) as error:
+            raise buckets.missing_package("--output", where) from error
+    return store
+
+
+def _see_what_others_write() -> None:
+    """Disables gcsfs's cache of folder listings, so that it lists files of other processes."""
+    from fsspec.config import conf
+
+    conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Returns size and modification time, which change with a file's content."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@contextmanager
+def _store_errors(where: str, expected: str) -> Iterator[None]:
+    """Converts all errors of a store to this library's error."""
+    try:
+        yield
+    except NaloraError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        remedy = "check the bucket and your rights"
+        raise NaloraError(f"--output {where}", expected=expected, found=reason, remedy=remedy) from error

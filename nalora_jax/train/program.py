@@ -1,21 +1,41 @@
-"""The program of a run: model, mechanisms, optimizer and step, built without weights."""
+"""The program of a run: model, mechanisms, optimizer and compiled step, built without weights."""
 
 from __future__ import annotations
 
+import itertools
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import chex
 import jax
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from nalora_jax.config import RunConfig
+from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
-from nalora_jax.method.checks import GateChecks
+from nalora_jax.method.checks import BROKEN, GateChecks
 from nalora_jax.method.step import Step, TrainState, init_state
 from nalora_jax.method.transform import Mechanisms
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.train.jitted import PureStep, jit_step
+
+_STEPS = itertools.count()
+
+
+class PureStep(Protocol):
+    """Builds the step of an assembly for other values of its settings."""
+
+    def __call__(self, adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
+        """Returns a step that is not compiled.
+
+        Args:
+          adapters: of the assembly's projections, with other scales or larger ranks.
+          mechanisms: with the assembly's memory and maybe other settings.
+          numbers: of the optimizer, see `nalora_jax.train.optimizers.make_optimizer`.
+        """
 
 
 @dataclass(frozen=True)
@@ -41,7 +61,7 @@ class Program:
         state = jax.eval_shape(self.fresh, lora, key)
         return distributed.shardings(state, self.mesh, distributed.STATE_RULES)
 
-    def step(self, places: Any) -> Step:
+    def compiled_step(self, places: Any) -> Step:
         """Returns the step, which is compiled on first use and donates the state."""
         step = self.pure(self.spec, self.mechanisms, {})
         return jit_step(self.config, step, self.mesh, places)
@@ -52,3 +72,50 @@ def gate_checks_of(config: RunConfig) -> GateChecks | None:
     if not config.debug.check_gates:
         return None
     return GateChecks(config.debug.tolerance)
+
+
+def jit_step(config: RunConfig, step: Step, mesh: Mesh, shardings: Any) -> Step:
+    """Jits a pure step: one trace per run, state donated, chexified if gates are checked.
+
+    ``placed`` is the sharding of the state.
+    """
+    step.__name__ = (
+        f"train_step_{next(_STEPS)}"  # chex counts traces by name and call site; a process may run twice
+    )
+    step = chex.assert_max_traces(step, n=1)
+    step.__name__ = "train_step"  # the name is part of the compilation cache's key
+    compiled = jax.jit(
+        step,
+        donate_argnums=(1,),
+        out_shardings=(shardings, NamedSharding(mesh, P())),
+        compiler_options=distributed.compiler_options(mesh),
+    )
+    if config.debug.check_gates:
+        return _checked(compiled)
+    return compiled
+
+
+def _is_no_reminder(record: logging.LogRecord) -> bool:
+    """Returns False for Chex's reminder at exit of unawaited checks; here all are awaited."""
+    return "chexify assertion statuses were not inspected" not in str(record.msg)
+
+
+def _checked(step: Step) -> Step:
+    """Returns the step with value checks; a failed check raises this library's error."""
+    armed = chex.chexify(step, async_check=False)
+    logging.getLogger("absl").addFilter(_is_no_reminder)
+
+    def run(params: Any, state: TrainState, batch: Any) -> Any:
+        try:
+            return armed(params, state, batch)
+        except AssertionError as error:
+            if BROKEN not in str(error):
+                raise
+            raise NaloraError(
+                "--debug.check-gates",
+                expected="phi(z + dz) - phi(z) = F + S in every layer",
+                found=str(error).split("[failed at")[0].strip(),
+                remedy="a gate computes something else than its activation says; report this with the model's name",
+            ) from error
+
+    return run

@@ -15,7 +15,6 @@ from jax.sharding import SingleDeviceSharding
 
 from nalora_jax.common import trees
 from nalora_jax.config import RunConfig
-from nalora_jax.config.former import translated
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.rules import make
 from nalora_jax.weights.origin import is_comparable
@@ -126,9 +125,8 @@ def check_settings(where: str, saved: Mapping[str, Any], now: Mapping[str, Any])
     A setting that is newer than the saved run counts as its default there, which is how the run was
     computed.
     """
-    saved = translated(saved)
     if _equal_rules(saved.get("mechanisms"), now.get("mechanisms")):
-        saved = saved | {"mechanisms": now["mechanisms"]}
+        saved = {**saved, "mechanisms": now["mechanisms"]}
     before, after = _settings(saved), _settings(now)
     defaults, absent = _settings(RunConfig().to_dict()), "(absent)"
     before = {name: defaults[name] for name in after.keys() & defaults.keys()} | before
@@ -154,29 +152,21 @@ def _equal_rules(before: Any, after: Any) -> bool:
     return list(map(make, before)) == list(map(make, after))
 
 
-def saved_names(
-    paths: Collection[str], saved: Collection[str], labels: Mapping[str, str]
-) -> dict[str, str]:
+def saved_names(paths: Collection[str], saved: Collection[str]) -> dict[str, str]:
     """Returns the name in a checkpoint of every array of a state, by its path.
 
-    Earlier versions stored the averages of the gates in ``gate`` of the train state, and had other
-    labels for rules of the groups ``mask`` and ``step_scale``.
+    Earlier versions stored the averages of the gates in ``gate`` of the train state.
 
     Args:
       paths: of the state, the keys of the flat result of `abstract`.
       saved: names of the checkpoint's arrays.
-      labels: label in the checkpoint by present label; others are equal.
     """
     owner = next((path.partition("/memory/")[0] for path in paths if "/memory/" in path), "gate")
 
     def name(path: str) -> str:
         if not path.startswith(f"{owner}/"):
             return path
-        of_gate = path.removeprefix(f"{owner}/")
-        if of_gate.startswith("memory/"):
-            _, label, block = of_gate.split("/", 2)
-            of_gate = f"memory/{labels.get(label, label)}/{block}"
-        return f"{'gate' if 'gate/count' in saved else owner}/{of_gate}"
+        return f"{'gate' if 'gate/count' in saved else owner}/{path.removeprefix(f'{owner}/')}"
 
     return {path: name(path) for path in paths}
 

@@ -24,7 +24,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from nalora_jax.common import files, trees
+from nalora_jax.common import digests, trees
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
@@ -33,7 +33,7 @@ from nalora_jax.train.assembly import Assembly, starting_at
 from nalora_jax.train.initial_adapter import read_initial, warn_if_changed
 from nalora_jax.train.initialise import gradient_adapters
 from nalora_jax.train.output import START, Output
-from nalora_jax.weights.base import LoadedModel
+from nalora_jax.weights.model_files import LoadedModel
 
 log = logging.getLogger(__name__)
 _FILE = "adapter.safetensors"
@@ -44,50 +44,48 @@ class _Rows(Protocol):
     def batches(self) -> BatchIterator: ...
 
 
-def gradient_start(assembly: Assembly, base: ModelConfig, data: _Rows, output: Output) -> Assembly:
-    """Returns the assembly with adapters initialised in the gradient of the run's first batches.
+def with_start(assembly: Assembly, loaded: LoadedModel, data: _Rows, output: Output) -> Assembly:
+    """Returns the assembly with the initial adapters that the run's settings ask for.
+
+    They are initialised in the gradient of the run's first batches, read from the adapter that the run
+    continues, or those of the assembly. A resumed run gets its adapters from its checkpoint later;
+    LoRA-GA's kernels are lowered by the stored initial adapters.
 
     Args:
-      assembly: an assembly with ``lora.init`` in `GRADIENT`.
-      base: architecture of its base model.
-      data: the run's rows.
-      output: the run's folder. If it resumes a run, the adapters come from its checkpoint later,
-        and LoRA-GA's kernels are lowered by the stored initial adapters.
+      assembly: the run's program and weights.
+      loaded: its base model.
+      data: its rows.
+      output: its folder.
 
     Raises:
-      NaloraError: the initial adapters cannot be written, or are missing or damaged.
+      NaloraError: the initial adapters cannot be written or read, or are damaged; see also
+        `nalora_jax.train.initial_adapter.read_initial`.
     """
     config, folder = assembly.config, output.folder / START
-    if output.resumes:
-        if config.lora.init == "lora_ga":
-            return starting_at(assembly, _read(folder, assembly))
+    if config.lora.init in GRADIENT:
+        if output.resumes:
+            return (
+                starting_at(assembly, _read(folder, assembly))
+                if config.lora.init == "lora_ga"
+                else assembly
+            )
+        started = time.perf_counter()
+        lora = first_adapters(assembly, loaded.config, data, config.seed)
+        count = config.lora.gradient_batches
+        seconds = time.perf_counter() - started
+        log.info("adapters start in the gradient of %d batches: %.1f s", count, seconds)
+        if config.lora.init == "gradient":
+            return replace(assembly, state=assembly.begin(lora, config.seed))
+        assembly = starting_at(assembly, lora)
+        distributed.on_first_process(lambda: _write(folder, assembly.initial))
         return assembly
-    started = time.perf_counter()
-    lora = first_adapters(assembly, base, data, config.seed)
-    count = config.lora.gradient_batches
-    log.info("adapters start in the gradient of %d batches: %.1f s", count, time.perf_counter() - started)
-    if config.lora.init == "gradient":
-        return replace(assembly, state=assembly.begin(lora, config.seed))
-    assembly = starting_at(assembly, lora)
-    distributed.on_first_process(lambda: _write(folder, assembly.initial))
-    return assembly
-
-
-def adapter_start(assembly: Assembly, loaded: LoadedModel, output: Output) -> Assembly:
-    """Returns the assembly with the values of the adapter that the run continues.
-
-    A resumed run reads its checkpoint instead, and logs if the adapter has changed since.
-
-    Raises:
-      NaloraError: see `nalora_jax.train.initial_adapter.read_initial`.
-    """
-    config = assembly.config
-    if output.resumes:
+    if config.adapter and output.resumes:
         warn_if_changed(config)
-        return assembly
-    lora = read_initial(config, loaded)
-    log.info("adapters start from %s (SHA-256 %s...)", config.adapter, config.adapter_sha256[:16])
-    return replace(assembly, state=assembly.begin(lora, config.seed))
+    elif config.adapter:
+        lora = read_initial(config, loaded)
+        log.info("adapters start from %s (SHA-256 %s...)", config.adapter, config.adapter_sha256[:16])
+        return replace(assembly, state=assembly.begin(lora, config.seed))
+    return assembly
 
 
 def first_adapters(assembly: Assembly, base: ModelConfig, data: _Rows, seed: int) -> dict[str, Any]:
@@ -110,7 +108,7 @@ def _write(folder: Path, initial: Mapping[str, Any]) -> None:
             {path: np.ascontiguousarray(leaf) for path, leaf in trees.flatten(initial).items()},
             scratch / _FILE,
         )
-        files.write_digests(scratch)
+        digests.write_digests(scratch)
         scratch.rename(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -123,7 +121,7 @@ def _read(folder: Path, assembly: Assembly) -> dict[str, Any]:
     """Reads the adapters that `_write` wrote, and checks them against the assembly's."""
     leaves = {}
     try:
-        damage = files.find_damage(folder)
+        damage = digests.find_damage(folder)
         if damage is None:
             leaves = load_file(folder / _FILE)
     except (OSError, SafetensorError) as error:

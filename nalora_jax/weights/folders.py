@@ -8,14 +8,10 @@ next output in the same folder removes the hidden folders of killed processes.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
-import secrets
 import shutil
-import socket
 import tempfile
-import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,14 +20,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from nalora_jax.common import buckets, uploads
-from nalora_jax.common.paths import open_descriptor
+from nalora_jax.common.locks import OWNER, owned_folder, owner_of, remove_abandoned, remove_owned
 from nalora_jax.errors import NaloraError
 
 _PARTIAL = ".nalora-partial"
-_OWNER = "owner.json"  # in a hidden folder: host and id of the process, which holds a lock on it
-# Seconds without a change after which a hidden folder is removed if locks do not tell: of another
-# host, or on a file system without locks.
-_ABANDONED = 86_400.0
 
 
 @contextmanager
@@ -115,13 +107,12 @@ def _hidden(target: Path, where: str | None) -> Iterator[Path]:
     remedy = "free some space or choose another folder; nothing was left behind"
     if where is not None:
         remedy = "free some space, or set NALORA_CACHE to another folder; nothing was left behind"
-    unique, owner = None, -1
+    unique, lock = None, None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for folder in target.parent.glob(f".*{_PARTIAL}"):
-            _remove_abandoned(folder)
-        unique = Path(tempfile.mkdtemp(prefix=".", suffix=_PARTIAL, dir=target.parent))
-        owner = _locked_owner(unique)
+            remove_abandoned(folder)
+        unique, lock = owned_folder(target.parent, _PARTIAL)
         try:
             unique.rename(hidden)  # fails if that folder has content
         except OSError as error:
@@ -141,73 +132,22 @@ def _hidden(target: Path, where: str | None) -> Iterator[Path]:
             with suppress(OSError):
                 if not unique.exists():
                     hidden.rename(unique)  # so that the next process cannot claim what is being removed
-                _remove(unique)
-            if owner >= 0:
-                os.close(owner)
+                remove_owned(unique)
+            assert lock is not None
+            lock.release()
             shutil.rmtree(unique, ignore_errors=True)  # on NFS only possible once the file is closed
-
-
-def _locked_owner(folder: Path) -> int:
-    """Writes the owner's file of a hidden folder; returns its descriptor, which holds the lock."""
-    new = folder / f"{_OWNER}.new"
-    descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    os.write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    new.rename(folder / _OWNER)  # nobody sees it before it is locked
-    return descriptor
-
-
-def _owner(hidden: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((hidden / _OWNER).read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def _remove_abandoned(hidden: Path) -> None:
-    """Removes a hidden folder if the process that made it has ended."""
-    try:
-        descriptor = open_descriptor(hidden / _OWNER, os.O_RDWR)
-    except (OSError, NaloraError):  # another program's, or another user's
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        dead = _owner(hidden).get("host") == socket.gethostname()
-    except BlockingIOError:
-        os.close(descriptor)
-        return
-    except OSError:  # no locks
-        dead = False
-    with suppress(OSError):
-        changed = max(path.stat().st_mtime for path in (hidden, *hidden.rglob("*")))
-        if dead or time.time() - changed > _ABANDONED:
-            unique = hidden.with_name(f".{secrets.token_hex(8)}{_PARTIAL}")
-            hidden.rename(unique)  # at once, while the lock is held
-            _remove(unique)
-    os.close(descriptor)
-
-
-def _remove(hidden: Path) -> None:
-    """Removes a hidden folder; its owner's file last, by which a later process finds what remains."""
-    for path in hidden.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != _OWNER:
-            path.unlink(missing_ok=True)
-    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def refuse_claimed(target: Path) -> None:
     """Raises an error if a living process writes to ``target``; `new_folder` and `new_file` do so too."""
     hidden = target.parent / f".{target.name}{_PARTIAL}"
-    _remove_abandoned(hidden)
-    if (hidden / _OWNER).exists():
+    remove_abandoned(hidden)
+    if (hidden / OWNER).exists():
         raise _busy(str(target), hidden)
 
 
 def _busy(target: str, hidden: Path) -> NaloraError:
-    owner = _owner(hidden)
+    owner = owner_of(hidden)
     who = f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}"
     remedy = f"wait for it, or choose another name; if it has ended, remove {hidden}"
     return NaloraError(target, expected="a name that no other process writes", found=who, remedy=remedy)

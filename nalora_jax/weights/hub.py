@@ -19,7 +19,7 @@ from typing import Literal
 
 from nalora_jax.common import buckets, downloads, uploads
 from nalora_jax.common.downloads import PackageFile
-from nalora_jax.common.paths import expand_user
+from nalora_jax.common.files import expand_user
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.folders import can_exist
 from nalora_jax.weights.hf import PICKLES

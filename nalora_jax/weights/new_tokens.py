@@ -33,7 +33,7 @@ from nalora_jax.data.tokenizer_backend import read_backend
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.models.targets import TABLES
-from nalora_jax.weights.base import LoadedModel
+from nalora_jax.weights.model_files import LoadedModel
 from nalora_jax.weights.peft_config import CONFIG_NAME
 from nalora_jax.weights.peft_read import TENSORS_NAME, recorded_rope_scaling
 from nalora_jax.weights.saved_modules import rows_of_indices, table_rows

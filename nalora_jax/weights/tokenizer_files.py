@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from nalora_jax.common.paths import refuse_link_out
+from nalora_jax.common.files import refuse_link_out
 from nalora_jax.data.chat_templates import (
     DEFAULT_FILE,
     PROCESSOR_FILE,

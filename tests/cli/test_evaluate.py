@@ -16,8 +16,8 @@ from scipy import stats
 from nalora_jax.__main__ import main
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.data.questions import eval_examples
-from nalora_jax.evaluate.heldout import Evaluator
-from nalora_jax.evaluate.items import Answers, compare_answers
+from nalora_jax.evaluate.evaluator import compare_records
+from nalora_jax.evaluate.text import TextEvaluator
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
@@ -75,7 +75,9 @@ def test_several_tasks_are_measured_as_each_alone_and_every_item_is_written(plac
             tiny.make_config(place).data, dataset=name.partition("[")[0], train_split=split, eval_limit=20
         )
         items = eval_examples(config, model.base.tokenizer, split=split)
-        alone = Evaluator(model.module, model.base.tokenizer, items).measure(model.base.params, model.lora)
+        alone = TextEvaluator(model.module, model.base.tokenizer, items).measure(
+            model.base.params, model.lora
+        )
         assert {key: pytest.approx(value, rel=1e-6) for key, value in numbers.items()} == {
             key: value for key, value in alone.items() if key in numbers
         }
@@ -136,13 +138,12 @@ def test_the_interval_of_a_difference_in_loss_is_scipys():
     others = losses + tokens * rng.normal(0.1, 0.5, 150)
 
     def answers(sums):
-        records = [
+        return [
             {"prompt": str(i), "loss": s, "tokens": int(t)}
             for i, (s, t) in enumerate(zip(sums, tokens, strict=True))
         ]
-        return Answers(records, {"loss": sums.sum() / tokens.sum()})
 
-    found = compare_answers(answers(losses), answers(others))["loss"]
+    found = compare_records(answers(losses), answers(others))["loss"]
 
     def statistic(first, second, count, axis):
         return (second.sum(axis) - first.sum(axis)) / count.sum(axis)

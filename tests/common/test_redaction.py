@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -16,7 +16,7 @@ from nalora_jax.common.redaction import MARK, code, markdown, published, redacte
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.callbacks import make_callbacks
-from nalora_jax.train.running import Running
+from nalora_jax.train.session import Session
 
 
 @pytest.mark.parametrize(
@@ -54,15 +54,16 @@ def test_errors_on_the_terminal_and_in_the_log_of_a_run_have_no_secrets(capsys: 
     error = NaloraError("s3://KEY:SECRET@b/x?token=abc&n=1", expected="a folder", found="Bearer abcdefghi")
     said = f"s3://{MARK}@b/x?token={MARK}&n=1: expected a folder, found Bearer {MARK}"
     ended: list[Any] = []
-    running: Any = SimpleNamespace(_callbacks=SimpleNamespace(end=ended.append))
+    session = Session.__new__(Session)
+    session.callbacks = cast(Any, SimpleNamespace(end=ended.append))
 
     def failing() -> None:
         logging.getLogger("nalora_jax").warning("%s", error)
-        with Running.reporting_errors(running):
+        with session.reporting_errors():
             raise error
 
     assert guarded(failing) == 2
-    Running.fail(running, error)
+    session.fail(error)
     assert capsys.readouterr().err == f"{said}\nerror: {said}\n"
     assert [end.message for end in ended] == [said, said]
 

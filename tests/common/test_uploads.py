@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from gcp_storage_emulator.storage import Storage
-from tests.common.test_buckets import InMemory
 
 from nalora_jax.common import buckets, uploads
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.folders import new_file, new_folder
 from tests import emulator
+from tests.common.test_buckets import InMemory
 
 # gcsfs sends its chunks as bytes.
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")

@@ -263,7 +263,7 @@ def test_tokens_are_made_once(open_data, config, tokenizer, tmp_path, monkeypatc
         bos = dataclasses.replace(tokenizer, add_bos=True)
         with pytest.raises(AssertionError, match="tokenized again"):
             train_data(config, bos, batch_size=4, cache=tmp_path / "cache")
-    assert sorted(path.name for path in (tmp_path / "cache" / "tokens").glob("incomplete-*")) == []
+    assert sorted(path.name for path in (tmp_path / "cache" / "tokens").glob(".*")) == []
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "answer.bin", "offsets.npy", "meta.json", "digests.json"])

@@ -13,7 +13,7 @@ from nalora_jax.data.jsonl import JsonLines
 from nalora_jax.data.pipeline import train_data
 from nalora_jax.data.questions import held_out
 from nalora_jax.data.source import RecordsSource
-from nalora_jax.data.sources import check_disjoint, open_source
+from nalora_jax.data.sources import check_disjoint, open_pair, open_source
 from nalora_jax.errors import NaloraError
 
 RECORDS = [{"prompt": f"p{index}", "completion": f"ü{index}"} for index in range(20)]
@@ -210,7 +210,7 @@ def test_sources_by_split_take_the_place_of_a_data_set(tokenizer, tmp_path):
     config = DataConfig(dataset="nowhere", train_split="mine", eval_split="other", max_length=64)
     data = train_data(config, tokenizer, batch_size=4, cache=tmp_path, source=given)
     assert data.store.counts.examples == 12
-    reported, selecting = held_out(config, tokenizer, cache=tmp_path, source=given)
+    reported, selecting = held_out(open_pair(config, source=given)[1], config, tokenizer)
     assert len(reported) + len(selecting) == 8
     with pytest.raises(NaloraError, match="source: expected a split 'third', found mine, other"):
         open_source(config, "third", source=given)
@@ -218,4 +218,4 @@ def test_sources_by_split_take_the_place_of_a_data_set(tokenizer, tmp_path):
         RecordsSource("same", [])
     same = {"mine": given["mine"], "other": given["mine"]}
     with pytest.raises(NaloraError, match="shares 12"):
-        held_out(config, tokenizer, cache=tmp_path, source=same)
+        open_pair(config, source=same)

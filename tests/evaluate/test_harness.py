@@ -12,8 +12,7 @@ import tokenizers
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import Generator
-from nalora_jax.evaluate.harness import Requests, generation_settings, harness_model
-from nalora_jax.evaluate.harness_tasks import run_harness
+from nalora_jax.evaluate.harness import Requests, generation_settings, harness_model, run_harness
 
 END = 256  # the tokenizer's end-of-text token, which begins texts here
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.images.opened import open_images
-from nalora_jax.evaluate.heldout import describe
+from nalora_jax.evaluate.evaluator import describe
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator, own_ranks
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.weights.vision.model import load_dual

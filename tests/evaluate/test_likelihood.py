@@ -14,8 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate import likelihood
-from nalora_jax.evaluate.likelihood import score_groups
-from nalora_jax.evaluate.plan import choose_layout, make_batches, split_group
+from nalora_jax.evaluate.likelihood import choose_layout, make_batches, score_groups, split_group
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve

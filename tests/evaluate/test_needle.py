@@ -5,9 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from nalora_jax.data.items import CompletionItem
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.needle import difference, needle_items, needle_records, needle_table, retrieve
+from nalora_jax.evaluate.evaluator import compare_records
+from nalora_jax.evaluate.generate import Generator
+from nalora_jax.evaluate.needle import (
+    exact_match,
+    last_number,
+    matches,
+    needle_items,
+    needle_records,
+    needle_summary,
+    plain_text,
+)
 from nalora_jax.evaluate.statistics import wilson
+from nalora_jax.report.sections import needle_cells
+from nalora_jax.report.tables import aligned
 from tests.data.test_needle import HAYSTACK
 
 LENGTHS = (520, 800)
@@ -47,21 +60,20 @@ def test_prompts_have_the_length_in_tokens(questions, tokenizer):
 
 
 def test_accuracy_by_length_and_depth(questions, tokenizer):
-    result = retrieve(Deep(tokenizer, questions, 2), questions)
-    grid = result.to_dict()
+    records = needle_records(Deep(tokenizer, questions, 2), questions)
+    grid = needle_summary(records)
     assert [row["cells"] for row in grid["rows"]] == [[0, 0, 1, 1, 1]] * 2
     assert (grid["accuracy"], grid["n"], grid["depths"]) == (0.6, 20, [0, 25, 50, 75, 100])
     assert (grid["low"], grid["high"]) == wilson(12, 20)
-    assert needle_table(grid).splitlines() == [
+    assert aligned(*needle_cells(grid)).splitlines() == [
         "tokens        0%    25%    50%    75%   100%    all",
         "520         0.00   0.00   1.00   1.00   1.00   0.60",
         "800         0.00   0.00   1.00   1.00   1.00   0.60",
     ]
-    records = needle_records(questions, result)
     assert [record["depth"] for record in records[:4]] == [0, 0, 25, 25]
     assert records[-1]["correct"] is True
     assert records[0]["answer"] == " 7654321."
-    better = difference(result, retrieve(Deep(tokenizer, questions, 0), questions))
+    better = compare_records(records, needle_records(Deep(tokenizer, questions, 0), questions))["accuracy"]
     assert (better["gained"], better["lost"], better["difference"]) == (8, 0, 0.4)
 
 
@@ -73,4 +85,61 @@ def test_lengths_fit_the_question_and_the_context(questions, tokenizer):
     with pytest.raises(
         NaloraError, match=r"--needle: expected lengths of at most 784 tokens, .*; a run with --model.rope"
     ):
-        retrieve(short, questions)
+        needle_records(short, questions)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("  The Eiffel-Tower, Paris. ", "eiffeltower paris"),
+        ("An apple a day", "apple day"),
+        ("theatre", "theatre"),
+        ("Über-Größe!", "übergröße"),
+        ("...", ""),
+    ],
+)
+def test_plain_text(text, expected):
+    assert plain_text(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("12 eggs at $3 make $1,036.50.", "1036.5"),
+        ("#### -42", "-42"),
+        ("about 007", "7"),
+        ("1, 2", "2"),
+        ("10-5", "5"),
+        ("x = -5.", "-5"),
+        ("1,2345", "2345"),
+        ("1,000,000 people", "1000000"),
+        (".5 of it", "0.5"),
+        ("-0.0", "0"),
+        ("120", "120"),
+        ("none", ""),
+    ],
+)
+def test_last_number(text, expected):
+    assert last_number(text) == expected
+
+
+def test_an_answer_without_a_number_matches_no_other_answer_without_one():
+    assert matches("so it is 7.0", "#### 7", last_number)
+    assert not matches("no idea", "none", last_number)
+    assert not matches("a", "the", plain_text)
+    assert matches("a", "a", plain_text)
+
+
+def test_generated_answers_are_compared_with_references(model, variables, tokenizer):
+    generator = Generator(model, variables, tokenizer)
+    prompts = [list(b"one"), list(b"two two"), list(b"3")]
+    texts = generator.generate(prompts, max_new_tokens=6, batch_size=2)
+    references = [f" {texts[0].upper()}", "something else", texts[2]]
+    items = [CompletionItem(p, [1], "", r) for p, r in zip(prompts, references, strict=True)]
+    records = exact_match(
+        generator, items, normalise=lambda text: text.strip().lower(), max_new_tokens=6, batch_size=2
+    )
+    assert [record["correct"] for record in records] == [True, False, True]
+    assert [record["answer"] for record in records] == texts
+    with pytest.raises(NaloraError, match="at least one question"):
+        exact_match(generator, [])

@@ -11,8 +11,7 @@ from typing import Any
 from unittest import mock
 
 from nalora_jax.data.tokenizer import read_json
-from nalora_jax.evaluate.harness import generation_settings
-from nalora_jax.evaluate.harness_tasks import run_harness
+from nalora_jax.evaluate.harness import generation_settings, run_harness
 
 GENERATION = {"until": ["\n", "."], "max_gen_toks": 12, "do_sample": True, "temperature": 0.7, "top_k": 5}
 GENERATION |= {"top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2}

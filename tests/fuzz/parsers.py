@@ -18,12 +18,11 @@ from nalora_jax.data.chat import render
 from nalora_jax.data.jsonl import JsonLines
 from nalora_jax.data.tokenize import tokenize
 from nalora_jax.data.tokenizer import Tokenizer, read_json
+from nalora_jax.evaluate.run_log import read_evaluation, recorded_settings
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.report.compare import write_comparison
-from nalora_jax.report.history import read_evaluation
 from nalora_jax.report.html import write_report
-from nalora_jax.train.adapted import locate, run_config
-from nalora_jax.train.metrics import recorded_settings
+from nalora_jax.train.located import locate, run_config
 from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.gguf_config import hf_config
 from nalora_jax.weights.gguf_tokenizer import read_tokenizer

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from nalora_jax.study.protocol import read_protocol
-from nalora_jax.study.status import status
+from nalora_jax.study.report import status
 
 # The smallest study of the repository, with enough of its records to have a rate chosen.
 STUDY = Path(__file__).parents[2] / "studies" / "emoji_alignment"

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nalora_jax.cli.training import run
 from nalora_jax.common import trees
 from nalora_jax.config import (
     ComputeConfig,
@@ -27,14 +28,15 @@ from nalora_jax.config import (
 )
 from nalora_jax.data.items import CompletionItem
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate import split_rows
-from nalora_jax.evaluate.perplexity import completion_loss
+from nalora_jax.evaluate import likelihood
+from nalora_jax.evaluate.text import completion_records, text_summary
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.short_convolution import ShortConvolution
-from nalora_jax.train import job, running
+from nalora_jax.train import loop
 from nalora_jax.train.assembly import Assembly, assemble
+from nalora_jax.train.kinds import decoder_parts
 from nalora_jax.train.split_rows import check_context
 from nalora_jax.weights.base import load_model
 from tests import tiny
@@ -117,12 +119,12 @@ def assembled(name: str, mesh: MeshConfig) -> tuple[Assembly, Any]:
 
 
 def assembled_from(
-    base: ModelConfig, params: Any, config: RunConfig, mesh: MeshConfig, **options: Any
+    base: ModelConfig, params: Any, config: RunConfig, mesh: MeshConfig, processor: Any = None
 ) -> tuple[Assembly, Any]:
     sizes = [size for size in (mesh.data, mesh.fsdp, mesh.context, mesh.tensor) if size]
     made = distributed.make_mesh(mesh, jax.devices()[: int(np.prod(sizes))])
     params = jax.device_put(params, distributed.shardings(params, made, distributed.PARAM_RULES))
-    assembly = assemble(config, base, params, made, **options)
+    assembly = assemble(config, base, params, made, **decoder_parts(config, base, processor))
     rng = np.random.default_rng(3)
 
     def moved(path: str, x: jax.Array) -> jax.Array:
@@ -291,7 +293,7 @@ def test_rows_that_the_axis_does_not_divide_are_padded(caplog: pytest.LogCapture
 
 
 def test_held_out_losses_of_split_rows_are_those_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_rows, "_LEAST_BLOCK", 4)
+    monkeypatch.setattr(likelihood, "_LEAST_BLOCK", 4)
     base, results = ModelConfig.from_hf(RAWS["dense"]), []
     params, items = (
         init_params(base, jax.random.key(1)),
@@ -301,7 +303,8 @@ def test_held_out_losses_of_split_rows_are_those_of_whole_rows(monkeypatch: pyte
         placed = params
         if mesh is not None:
             placed = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
-        results.append(completion_loss(Decoder(base), {"params": placed}, items, mesh=mesh).loss)
+        records = completion_records(Decoder(base), {"params": placed}, items, mesh=mesh)
+        results.append(text_summary(records)["loss"])
     np.testing.assert_allclose(results[1], results[0], rtol=1e-6)
 
 
@@ -312,7 +315,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     train = TrainConfig(batch_size=4, log_every=1, eval_every=0, save_every=2)
     config = tiny.make_config(folder, train=train, steps=6)
     with tiny.on_one_device(folder / "cache"):
-        job.run(config)
+        run(config)
     return config
 
 
@@ -356,11 +359,11 @@ def test_an_interrupted_run_resumes_with_whole_rows(
 
         return fit(interrupted, *arguments, **options)
 
-    fit = running.fit
+    fit = loop.run_steps
     with monkeypatch.context() as patch:
-        patch.setattr(running, "fit", three_steps)
+        patch.setattr(loop, "run_steps", three_steps)
         with pytest.raises(KeyboardInterrupt):
-            job.run(config)
+            run(config)
     with tiny.on_one_device(tmp_path / "other"):
-        job.run(replace(config, mesh=finished.mesh, resume=True))
+        run(replace(config, mesh=finished.mesh, resume=True))
     assert_same_losses(config, finished)

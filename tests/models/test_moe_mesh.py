@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax.common import trees
 from nalora_jax.common.axes import BATCH_AXES
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig
-from nalora_jax.evaluate.generate.shapes import place_batch
+from nalora_jax.evaluate.generate.programs import place_batch
 from nalora_jax.evaluate.likelihood import target_log_probs
 from nalora_jax.layout import distributed
 from nalora_jax.method import checks as gate_checks

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.config import RunConfig
-from nalora_jax.train.metrics import MetricsLog
+from nalora_jax.train.log import MetricsLog
 
 QUESTIONS = (
     ("Kai lent Sam the car. How would Sam feel afterwards?", "grateful", "angry at Kai", "grateful"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nalora_jax.report.history import history_of
 from nalora_jax.report.html import render
-from nalora_jax.report.images import confusions, layer_labels, picture
+from nalora_jax.report.sections import confusions, layer_labels, picture
 
 PICTURE = "data:image/png;base64,iVBORw0KGgo="
 EVAL = {

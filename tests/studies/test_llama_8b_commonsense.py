@@ -12,7 +12,7 @@ from nalora_jax.study.analysis import comparisons, results
 from nalora_jax.study.execution import run_study
 from nalora_jax.study.protocol import Protocol, read_protocol
 from nalora_jax.study.records import Record, Records
-from nalora_jax.study.tables import render
+from nalora_jax.study.report import render
 
 pytestmark = [pytest.mark.network, pytest.mark.optimised]
 

@@ -11,7 +11,7 @@ from nalora_jax.study.plan import wanted
 from nalora_jax.study.protocol import Protocol, read_protocol
 from nalora_jax.study.provenance import checked_records
 from nalora_jax.study.records import Records
-from nalora_jax.study.tables import render
+from nalora_jax.study.report import render
 
 STUDIES = Path(__file__).parents[2] / "studies"
 FOLDERS = sorted(path.parent for path in STUDIES.glob("*/protocol.toml"))

@@ -21,14 +21,14 @@ from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.layout.distributed import make_global_batch, make_mesh
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.study import execution
-from nalora_jax.study.identity import ADDED
 from nalora_jax.study.language import Language
 from nalora_jax.study.plan import Cell, Run, pending, wanted
 from nalora_jax.study.progress import RunInProgress
 from nalora_jax.study.protocol import Method, Protocol, read_protocol
+from nalora_jax.study.provenance import ADDED
 from nalora_jax.study.records import Record, Records, plain
+from nalora_jax.study.report import status
 from nalora_jax.study.resources import Resources
-from nalora_jax.study.status import status
 from nalora_jax.study.verification import verify
 from nalora_jax.train.assembly import assemble
 from nalora_jax.train.export import write_adapter

@@ -22,7 +22,8 @@ from nalora_jax.study.protocol import Method, Protocol, read_protocol
 from nalora_jax.study.records import Record, Records
 from nalora_jax.study.report import write_report
 from nalora_jax.study.resources import Resources
-from nalora_jax.train.dual_pieces import dual_pieces, image_records
+from nalora_jax.train.kinds import dual
+from nalora_jax.train.run import built
 from tests import tiny
 
 PROTOCOL = """
@@ -123,7 +124,8 @@ def test_a_run_is_the_run_that_its_settings_alone_make(pairs: Resources) -> None
     config = pairs.protocol.config(
         pairs.protocol.models[0], "pairs", "lora", record["rate"], record["seed"]
     )
-    pieces = dual_pieces(config, *image_records(config), make_mesh(config.mesh, jax.devices()[:1]))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    pieces = built(dual.open_inputs(config, None), dual, config, mesh, None)
     state, losses, batches = pieces.assembly.state, [], pieces.data.batches()
     for _ in range(4):
         batch = make_global_batch(next(batches), pieces.assembly.mesh, rows_axis=1)
@@ -227,7 +229,7 @@ def test_the_metric_chooses_the_rate(shots: Resources, tmp_path: Path) -> None:
         (
             'task = "classify", shot = 1',
             "",
-            r"\[tasks.t\] vision shot: expected a setting.*did you mean shots",
+            r"\[tasks.t\] vision.shot: expected a field of VisionConfig.*did you mean shots",
         ),
         (
             "image_size = 12",

@@ -23,14 +23,19 @@ from nalora_jax.__main__ import main
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.rules import MECHANISMS
 from nalora_jax.study import execution
-from nalora_jax.study.identity import check_records, record_digest, rule_files
 from nalora_jax.study.plan import Run, wanted
 from nalora_jax.study.protocol import Method, Protocol, read_protocol
-from nalora_jax.study.provenance import check_committed, check_rules
+from nalora_jax.study.provenance import (
+    check_committed,
+    check_records,
+    check_rules,
+    checked_records,
+    record_digest,
+    rule_files,
+)
 from nalora_jax.study.records import Record, Records
-from nalora_jax.study.report import write_report
+from nalora_jax.study.report import status, write_report
 from nalora_jax.study.resources import Resources
-from nalora_jax.study.status import status
 from tests.study.conftest import write_study
 
 OTHER_PROTOCOL = "expected the protocol that test items were read under"
@@ -113,6 +118,8 @@ def test_tests_that_a_repository_remembers_count_after_all_their_files_were_dele
     git(folder, "commit", "-am", "another protocol")
     with pytest.raises(NaloraError, match=OTHER_PROTOCOL):
         execution.run_study(changed)
+    respelled = edit(changed, "extend = 1", f'extend = 1\nrespelled_from = ["{quick.digest}"]')
+    assert checked_records(respelled, Records(folder)) == {}
 
 
 def test_a_test_is_listed_before_it_reads_test_items(

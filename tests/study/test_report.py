@@ -20,9 +20,8 @@ from nalora_jax.study.pictures import draw
 from nalora_jax.study.plan import Run, pending
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Record, Records
-from nalora_jax.study.report import write_report
+from nalora_jax.study.report import render, write_report
 from nalora_jax.study.statistics import holm
-from nalora_jax.study.tables import render
 
 SEEDS = range(1, 7)
 

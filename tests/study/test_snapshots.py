@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.study.snapshots import read_snapshot, write_snapshot
+from nalora_jax.study.records import read_snapshot, write_snapshot
 
 ARRAYS = {
     "lora/layers/ffn/gate_proj/a": np.arange(6.0).reshape(2, 3),
@@ -56,7 +56,7 @@ def test_a_full_disk_keeps_the_earlier_snapshot(tmp_path: Path, monkeypatch: pyt
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nalora_jax.study.snapshots.os.fsync", full)
+    monkeypatch.setattr("nalora_jax.study.records.os.fsync", full)
     with pytest.raises(NaloraError, match="run.npz: expected to write a snapshot, .*No space left"):
         write_snapshot(path, ARRAYS, {"step": 8})
     monkeypatch.undo()

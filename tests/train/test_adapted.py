@@ -7,7 +7,7 @@ import json
 import pytest
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.train.adapted import Located, adapter_folder, locate, run_config
+from nalora_jax.train.located import Located, adapter_folder, locate, run_config
 
 
 def make_adapter(folder, **settings):
@@ -112,19 +112,16 @@ def test_what_is_not_a_log_is_no_run(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "said"),
     [
-        {"data": 3},
-        {"steps": "ten"},
-        {"lora": {"rules": [3]}},
-        {"lora": {"rules": [{"x": 1}]}},
-        {"mask": []},
+        ({"data": 3}, "data: expected settings by name, found 3"),
+        ({"steps": "ten"}, "steps: expected a whole number, found 'ten'"),
+        ({"lora": {"rules": [3]}}, r"lora\.rules\[0\]: expected settings by name, found 3"),
+        ({"lora": {"rules": [{"x": 1}]}}, r"lora\.rules\[0\]\.pattern: expected a value, found none"),
     ],
 )
-def test_settings_that_no_run_writes_are_refused(run, config):
+def test_settings_that_no_run_writes_are_refused(run, config, said):
     (run / "metrics.jsonl").write_text(json.dumps({"run": {"model": "an-alias", **config}}) + "\n")
     for read in (lambda: locate(run), lambda: run_config(run)):
-        with pytest.raises(
-            NaloraError, match=r"metrics\.jsonl: line 1: run: expected the settings that a run writes"
-        ):
+        with pytest.raises(NaloraError, match=rf"metrics\.jsonl: line 1: run: {said}; .*restore that line"):
             read()

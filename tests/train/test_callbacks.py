@@ -21,7 +21,7 @@ from nalora_jax.train.callbacks import (
     make_callbacks,
     register_callback,
 )
-from nalora_jax.train.trackers import TensorBoard
+from nalora_jax.train.log import TensorBoard
 
 RECORD = {"loss": np.float32(1.5), "tokens_per_second": None, "layers": {"limit": np.array([0.25, np.nan])}}
 EVAL = {"loss": 2.0, "n": 4, "samples": [{"prompt": "x"}], "right": [True]}

@@ -24,7 +24,8 @@ from nalora_jax.config import (
 )
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
-from nalora_jax.train.dual_pieces import dual_pieces, image_records
+from nalora_jax.train.kinds import dual
+from nalora_jax.train.run import built
 from tests import tiny
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 200), "dark": (15, 15, 15)}
@@ -62,7 +63,7 @@ def steps(settings: RunConfig, mesh, count: int = 3, repeat_first: bool = False)
 
     With ``repeat_first`` one more step takes the first batch again.
     """
-    pieces = dual_pieces(settings, *image_records(settings), mesh)
+    pieces = built(dual.open_inputs(settings, None), dual, settings, mesh, None)
     state, params = pieces.assembly.state, pieces.assembly.view(pieces.assembly.params)
     source = pieces.data.batches()
     batches = [distributed.make_global_batch(next(source), mesh, rows_axis=1) for _ in range(count)]
@@ -157,4 +158,4 @@ def test_towers_that_never_met_train_their_projections(dual_folder, tower_folder
             assert np.abs(moved[path] - trees.flatten(pieces.loaded.params)[path]).max() > 0, path
     settings = config(dual_folder("clip"), colours, lora=LoRAConfig(rules=(LoRARule("ffn", 0),)))
     with pytest.raises(NaloraError, match="at least one adapter"):
-        dual_pieces(settings, *image_records(settings), one_device())
+        dual.open_inputs(settings, None)

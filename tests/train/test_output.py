@@ -7,18 +7,30 @@ import os
 import signal
 import socket
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import jax.numpy as jnp
 import pytest
+from etils import epath
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
 from orbax.checkpoint import path as ocp_path
 
+from nalora_jax.common import buckets, locks
+from nalora_jax.common.digests import seal
+from nalora_jax.common.locks import RUN_LOCK as LOCK
+from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.train import lock as lock_module
+from nalora_jax.evaluate.run_log import recorded_settings
+from nalora_jax.study.sweeps.grid import recorded_sweep
+from nalora_jax.train import output as output_module
 from nalora_jax.train.checkpoint import Checkpointer
-from nalora_jax.train.lock import FILE as LOCK
 from nalora_jax.train.output import CHECKPOINTS as FOLDER
-from nalora_jax.train.output import Resume, open_output
+from nalora_jax.train.output import HOLDER, Mirror, Resume, open_output, write_text
 from tests import tiny
 
 
@@ -103,7 +115,7 @@ def test_a_url_is_refused_with_several_processes_and_no_folder_of_that_name_appe
     assert list(tmp_path.iterdir()) == []
 
 
-HOLDER = """
+HOLDING = """
 import sys, time
 from nalora_jax.train.output import open_output
 with open_output(sys.argv[1], False):
@@ -114,7 +126,7 @@ with open_output(sys.argv[1], False):
 
 def test_a_second_process_is_refused_by_name_and_a_dead_one_s_lock_is_taken_over(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    (holder,) = tiny.start(["-c", HOLDER, str(folder)])
+    (holder,) = tiny.start(["-c", HOLDING, str(folder)])
     tiny.wait_for_line(holder, "held")
     save(folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -134,7 +146,7 @@ def test_a_second_process_is_refused_by_name_and_a_dead_one_s_lock_is_taken_over
 def test_a_holder_on_another_host_is_believed_while_it_touches_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock_module, "_STALE", 1.0)
+    monkeypatch.setattr(locks, "_STALE", 1.0)
     (tmp_path / LOCK).write_text(
         json.dumps({"host": "pod-7", "pid": 12, "since": "today", "command": "train.py"})
     )
@@ -153,3 +165,151 @@ def test_a_holder_on_another_host_is_believed_while_it_touches_the_file(
         done.set()
         thread.join()
     assert not opened(tmp_path, "auto")  # nobody touches it any more
+
+
+URL = "s3://bucket/run"
+
+
+class Store(MemoryFileSystem):
+    """A store, as far as paths and files go."""
+
+    protocol = ("s3", "s3a")
+    store: dict[str, Any] = {}  # noqa: RUF012
+    pseudo_dirs = [""]  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return MemoryFileSystem._strip_protocol(path.removeprefix("s3://"))
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """What the store holds, by path."""
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
+    fsspec.register_implementation("s3", Store, clobber=True)
+    for cached in (backend.fsspec_backend._get_filesystem, buckets._filesystem_of):
+        cached.cache_clear()
+    Store.store.clear()
+    yield Store.store
+    Store.store.clear()
+    for cached in (backend.fsspec_backend._get_filesystem, buckets._filesystem_of):
+        cached.cache_clear()
+
+
+def names(store: dict[str, Any]) -> set[str]:
+    return {path.removeprefix("/bucket/run/") for path in store}
+
+
+def save_steps(folder: Path, *steps: int) -> None:
+    with Checkpointer(folder / FOLDER, fingerprint="f", config={}) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, {"x": jnp.full(3, float(step))}, {"row": step})
+
+
+def test_what_is_finished_is_in_the_store_and_another_machine_goes_on_from_it(store, monkeypatch):
+    with open_output(URL, False) as output:
+        assert not output.resumes
+        (output.folder / "metrics.jsonl").write_text("one\n")
+        (output.folder / ".scratch").write_text("half")
+        save_steps(output.folder, 1, 2)
+        (output.folder / FOLDER / f"3{ocp_path.atomicity_types.TMP_DIR_SUFFIX}").mkdir()
+        (output.folder / FOLDER / f"3{ocp_path.atomicity_types.TMP_DIR_SUFFIX}" / "part").write_text("half")
+        assert HOLDER in names(store)
+    there = names(store)
+    assert {"metrics.jsonl", f"{FOLDER}/2/state/digests.json"} <= there
+    assert not [
+        name for name in there if "half" in name or "tmp" in name or "lock" in name or ".scratch" in name
+    ]
+    monkeypatch.setenv("NALORA_CACHE", str(output.folder.parents[2] / "another machine"))
+    with open_output(URL, "auto") as again:
+        assert again.resumes
+        assert again.folder != output.folder
+        assert (again.folder / "metrics.jsonl").read_text() == "one\n"
+        with Checkpointer(again.folder / FOLDER, fingerprint="f", config={}) as checkpoints:
+            state, data = checkpoints.restore("latest", {"x": jnp.zeros(3)})
+        assert (state["x"][0], data) == (2.0, {"row": 2})
+        save_steps(again.folder, 5, 6)  # two are kept
+    assert not [name for name in names(store) if name.startswith(f"{FOLDER}/1/")]
+
+
+def test_a_copy_that_was_cut_off_is_damaged_and_the_checkpoint_before_it_taken(store):
+    with open_output(URL, False) as output:
+        save_steps(output.folder, 1, 2)
+    order = [path for path in store if f"{FOLDER}/2/" in path]
+    digests = [path for path in order if path.endswith("digests.json")]
+    assert order[: len(digests)] == digests
+    for path in order[len(digests) + 1 :]:  # all but the first few never came
+        del store[path]
+    with (
+        open_output(URL, True) as output,
+        Checkpointer(output.folder / FOLDER, fingerprint="f", config={}) as found,
+    ):
+        state, _ = found.restore("latest", {"x": jnp.zeros(3)})
+        assert state["x"][0] == 1.0
+
+
+def test_a_store_that_holds_a_run_or_that_another_machine_writes_to_is_refused(store):
+    with open_output(URL, False) as output:
+        (output.folder / "metrics.jsonl").write_text("one\n")
+    with (
+        pytest.raises(
+            NaloraError, match=r"new or empty folder, found s3://bucket/run, which holds metrics.jsonl"
+        ),
+        open_output(URL, False),
+    ):
+        pass
+    lock = epath.Path(URL) / HOLDER
+    lock.write_text(json.dumps({"host": "elsewhere", "time": time.time() - 10}))
+    with (
+        pytest.raises(NaloraError, match=r"that elsewhere wrote to it 10 seconds ago"),
+        open_output(URL, "auto"),
+    ):
+        pass
+    lock.write_text(json.dumps({"host": "elsewhere", "time": time.time() - 1000}))
+    with open_output("s3:/bucket/run", "auto"):  # what a path makes of the URL
+        assert json.loads(lock.read_text())["host"] != "elsewhere"
+
+
+def test_a_store_that_fails_is_tried_again_and_at_the_end_an_error_that_names_the_folder(
+    store, monkeypatch, caplog
+):
+    def full(*_: Any) -> None:
+        raise OSError("quota exceeded")
+
+    mirrored = output_module.mirrored(URL, fresh=True, every=0.01)
+    folder = mirrored.__enter__().folder
+    (folder / "metrics.jsonl").write_text("one\n")
+    while "metrics.jsonl" not in names(store):
+        time.sleep(0.01)
+    monkeypatch.setattr(Mirror, "push", full)
+    while "trying again" not in caplog.text:
+        time.sleep(0.01)
+    with pytest.raises(NaloraError, match=r"last files of the run, which are in .*, found quota exceeded"):
+        mirrored.__exit__(None, None, None)
+    assert (folder / "metrics.jsonl").exists()
+
+
+@pytest.mark.usefixtures("store")
+def test_a_store_that_is_not_known_is_refused():
+    with (
+        pytest.raises(NaloraError, match=r"--output: .*found ftp://host/run"),
+        open_output("ftp://host/run", False),
+    ):
+        pass
+    assert buckets.url("runs/gs") is None
+    assert buckets.url("C:/runs") is None
+
+
+@pytest.mark.parametrize("folder", [URL, f"{URL}/"])
+def test_settings_of_a_run_and_of_a_sweep_are_read_from_the_store(store, folder):
+    config = RunConfig(steps=7)
+    assert recorded_settings(folder) == {}
+    assert recorded_sweep(folder) is None
+    write_text(folder, "sweep.json", json.dumps({"sweep": ["seed=0,1"], "run": config.to_dict()}))
+    write_text(folder, "metrics.jsonl", json.dumps(seal({"run": config.to_dict()})) + "\n")
+    assert names(store) == {"sweep.json", "metrics.jsonl"}
+    assert recorded_settings(folder)["steps"] == 7
+    assert recorded_sweep(folder) == (("seed=0,1",), config)
+    write_text(folder, "sweep.json", "{")
+    with pytest.raises(NaloraError, match="s3://bucket/run/sweep.json: expected the options of a sweep"):
+        recorded_sweep(folder)

@@ -13,6 +13,7 @@ import pytest
 from scipy.special import log_expit
 
 from nalora_jax.__main__ import main
+from nalora_jax.cli.training import run
 from nalora_jax.common import trees
 from nalora_jax.config import (
     ComputeConfig,
@@ -37,10 +38,7 @@ from nalora_jax.ops.cross_entropy import Head, cross_entropy
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.target_losses import target_losses
 from nalora_jax.train.assembly import assemble
-from nalora_jax.train.job import run
-from nalora_jax.train.preference import dpo
-from nalora_jax.train.settle import settled
-from nalora_jax.weights.hub import resolve
+from nalora_jax.train.kinds.preference import dpo, open_inputs, parts
 from tests import tiny
 from tests.param_trees import init_params
 
@@ -93,7 +91,7 @@ def assembled(preference, mesh=None):
     params = jax.tree.map(lambda leaf: 2 * leaf, init_params(BASE, jax.random.key(0)))
     mesh = mesh or distributed.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     params = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
-    made = assemble(settings(preference), BASE, params, mesh)
+    made = assemble(settings(preference), BASE, params, mesh, **parts(preference))
     moved = {
         path: leaf + 0.3 * jax.random.normal(jax.random.key(i), leaf.shape)
         for i, (path, leaf) in enumerate(trees.flatten(made.state.lora).items())
@@ -355,9 +353,9 @@ def test_epochs_of_pairs_become_steps(tmp_path):
     data, train = DataConfig(max_length=24, pack=False), TrainConfig(batch_size=2)
     config = tiny.make_config(tmp_path, preference=DPO, epochs=2.0, data=data, train=train)
     source = dict.fromkeys(("train", "validation"), RecordsSource("pairs", RECORDS))
-    assert settled(config, resolve(config.model), source).steps == 5  # twice 5 pairs, 2 in a step
-    automatic = settled(replace(config, data=replace(data, max_length=0)), resolve(config.model), source)
-    assert automatic.data.max_length > 0
+    assert open_inputs(config, source).config.steps == 5  # twice 5 pairs, 2 in a step
+    automatic = open_inputs(replace(config, data=replace(data, max_length=0)), source)
+    assert automatic.config.data.max_length > 0
 
 
 @pytest.mark.usefixtures("one_device")

@@ -15,8 +15,8 @@ from nalora_jax.models.targets import resolve
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.train.adapted import load
+from nalora_jax.train.kinds.preference import Preference
 from nalora_jax.train.objectives import NextToken
-from nalora_jax.train.preference import Preference
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny
 

@@ -30,7 +30,7 @@ from nalora_jax.method import activations, ffn, low_rank
 from nalora_jax.method.step import Evaluated, StepConfig, init_state, make_train_step
 from nalora_jax.method.transform import make_mechanisms, own_factors, with_gate_state
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train import decoder_program, jitted
+from nalora_jax.train import decoder_program, program
 from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.loop import _Meter
 from nalora_jax.train.optimizers import make_optimizer
@@ -334,7 +334,7 @@ def test_other_assertions_stay_what_they_are(caplog: pytest.LogCaptureFixture) -
         raise AssertionError("something else")
 
     with pytest.raises(AssertionError, match="something else") as caught:
-        jitted._checked(step)({}, {}, {})
+        program._checked(step)({}, {}, {})
     assert not isinstance(caught.value, NaloraError)
     logging.getLogger("absl").warning(
         "[Chex] Some of chexify assertion statuses were not inspected due to async exec"

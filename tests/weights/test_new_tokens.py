@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import models, pre_tokenizers
 
 from nalora_jax.__main__ import main
+from nalora_jax.cli.training import run
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig, check
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
@@ -24,7 +25,6 @@ from nalora_jax.evaluate.generate import Generator
 from nalora_jax.layout import distributed
 from nalora_jax.train import snapshot
 from nalora_jax.train.adapted import load, put_on
-from nalora_jax.train.job import run
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.new_tokens import with_added
 from tests import tiny

@@ -13,7 +13,8 @@ from tokenizers import pre_tokenizers
 from nalora_jax.common import downloads
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.weights import hub
-from nalora_jax.weights.base import LoadedModel, load_model
+from nalora_jax.weights.base import load_model
+from nalora_jax.weights.model_files import LoadedModel
 
 pytestmark = [pytest.mark.network, pytest.mark.optimised]
 

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nalora_jax.__main__ import main
+from nalora_jax.cli.training import run
 from nalora_jax.common import trees
 from nalora_jax.config import (
     ComputeConfig,
@@ -39,7 +40,6 @@ from nalora_jax.ops.trained_head import HeadRows, trained_cross_entropy
 from nalora_jax.train import snapshot
 from nalora_jax.train.adapted import load, put_on
 from nalora_jax.train.assembly import assemble
-from nalora_jax.train.job import run
 from nalora_jax.weights.adapter_slot import AdapterSlot
 from nalora_jax.weights.merge import merge
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export

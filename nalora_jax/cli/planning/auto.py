@@ -18,7 +18,7 @@ from nalora_jax.layout.layouts import Layout, fitting
 from nalora_jax.layout.machines import Topology, of_devices
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.compilation import compile_ahead
-from nalora_jax.train.pieces import Pieces
+from nalora_jax.train.job import Job
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 def accepted(
     config: RunConfig,
     base: ModelConfig,
-    build: Callable[[RunConfig], Pieces],
+    build: Callable[[RunConfig], Job],
     devices: Sequence[jax.Device] | None = None,
-) -> Pieces:
-    """Returns the pieces of a run in a layout that the compiler and the devices accept.
+) -> Job:
+    """Returns a run in a layout that the compiler and the devices accept.
 
     Layouts are tried in the order of `nalora_jax.layout.decide`. The step of a layout is compiled
     once, here; training reuses it. The first step is then run and its result dropped. If a device
@@ -58,25 +58,25 @@ def accepted(
     if layout is not search.tried[-1][0]:
         attempt(layout)
     log.info("mesh: %s", layout)
-    assert attempt.pieces is not None
-    return attempt.pieces
+    assert attempt.job is not None
+    return attempt.job
 
 
 class _Attempt:
     """Builds, compiles and tries a run in several layouts; keeps the last arrays only."""
 
     def __init__(
-        self, config: RunConfig, base: ModelConfig, where: Topology, build: Callable[[RunConfig], Pieces]
+        self, config: RunConfig, base: ModelConfig, where: Topology, build: Callable[[RunConfig], Job]
     ) -> None:
-        self.pieces: Pieces | None = None
+        self.job: Job | None = None
         self._config, self._base, self._where, self._build = config, base, where, build
 
     def __call__(self, layout: Layout) -> Compiled:
-        self.pieces = None
+        self.job = None
         gc.collect()  # frees the last layout's arrays on the devices
         config = layout.into(self._config)
-        pieces = self._build(config)
-        assembly, batches = pieces.assembly, pieces.data.batches()
+        job = self._build(config)
+        assembly, batches = job.assembly, job.data.batches()
         batch = distributed.make_global_batch(next(batches), assembly.mesh, rows_axis=1)
         batches.close()
         params = assembly.view(assembly.params)
@@ -85,8 +85,8 @@ class _Attempt:
         if result.fits:
             lora = jax.tree.map(distributed.fetch, assembly.state.lora)
             jax.block_until_ready(assembly.step(params, assembly.state, batch))  # donates the state
-            pieces = replace(pieces, assembly=replace(assembly, state=assembly.begin(lora, config.seed)))
-        self.pieces = pieces
+            job = replace(job, assembly=replace(assembly, state=assembly.begin(lora, config.seed)))
+        self.job = job
         return result
 
     def _judged(self, program: Any, config: RunConfig) -> Compiled:

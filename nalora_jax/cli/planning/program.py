@@ -35,6 +35,7 @@ from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import gathered, kernels, quantize
 from nalora_jax.study.sweeps.program import stacked_sharding, step_of_runs
 from nalora_jax.train.decoder_program import decoder_program
+from nalora_jax.train.kinds import decoder_parts
 
 _BATCH = {
     "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32",
@@ -157,7 +158,8 @@ def step_and_arguments(
       runs: of a sweep, which differ in their learning rates; 0: the step of one run.
     """
     spec = adapter_spec(config, base)
-    program = decoder_program(config, base, spec, mesh, processor=ImageProcessor())
+    parts = decoder_parts(config, base, ImageProcessor())
+    program = decoder_program(config, base, spec, mesh, **parts)
 
     def fresh(params: Any) -> Any:
         lora = init_lora(base, spec, jax.random.key(0), params)
@@ -168,7 +170,7 @@ def step_and_arguments(
     state, places = placed(jax.eval_shape(fresh, trees.unflatten(weights)), mesh, distributed.STATE_RULES)
     batch = _batch(config, base, mesh, images)
     if not runs:
-        return program.step(places), (params, state, batch)
+        return program.compiled_step(places), (params, state, batch)
 
     def one(params: Any, state: Any, batch: Any, rates: jax.Array) -> Any:
         return program.pure(spec, program.mechanisms, {"rate_of_step": rates})(params, state, batch)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import logging
 import os
 import shutil
@@ -18,7 +17,8 @@ from pathlib import Path
 import jax
 import jaxlib.version
 
-from nalora_jax.common.downloads import cache_dir, file_sha256, private_dir
+from nalora_jax.common.digests import digest_of, file_digest
+from nalora_jax.common.downloads import cache_dir, private_dir
 from nalora_jax.cpu import processor
 from nalora_jax.errors import NaloraError
 
@@ -198,7 +198,7 @@ def build(compiler: str, kind: str) -> Path:
         str(Path(compiler).resolve()),
         *flags,
     ]
-    name = f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+    name = f"kernels-{digest_of(chr(0).join(parts))[:16]}"
     folder = private_dir(cache_dir() / "native")
     for existing in folder.glob(f"{name}-*.so"):
         if _digest(existing) == existing.stem.rpartition("-")[2]:
@@ -239,7 +239,7 @@ def _compile(command: list[str], scratch: str) -> None:
 
 
 def _digest(path: Path) -> str:
-    return file_sha256(path)[:32]
+    return file_digest(path)[:32]
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nalora_jax.common.paths import expand_user
+from nalora_jax.common.files import expand_user
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.chat import text_field
 from nalora_jax.data.forms import IMAGES, ROLES, Parts, canonical

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from nalora_jax.common.downloads import cache_dir
-from nalora_jax.common.paths import expand_user
+from nalora_jax.common.files import expand_user
 from nalora_jax.common.registry import Registry
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.images.files import Limits, open_image

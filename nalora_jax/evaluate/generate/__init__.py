@@ -1,6 +1,5 @@
 """Text generation: KV cache, sampling, streaming."""
 
-from nalora_jax.evaluate.generate.generator import Completion, Generator
-from nalora_jax.evaluate.generate.settings import Settings
+from nalora_jax.evaluate.generate.generator import Completion, Generator, Settings
 
 __all__ = ["Completion", "Generator", "Settings"]

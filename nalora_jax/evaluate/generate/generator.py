@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from numbers import Integral
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from jax.sharding import Mesh
 
+from nalora_jax.config.structured import AMOUNT, COUNT, POSITIVE, POSITIVE_SHARE, SHARE, TOKENS, ranges
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
@@ -16,25 +19,198 @@ from nalora_jax.evaluate.generate.programs import (
     NO_TOKEN,
     Prompts,
     State,
+    batch_shards,
+    bucket,
     decode,
+    padded_length,
+    padded_rows,
+    place_batch,
     prefill,
     see,
     view_weights,
 )
 from nalora_jax.evaluate.generate.sampling import make_sampling
-from nalora_jax.evaluate.generate.settings import Settings, require_setting
-from nalora_jax.evaluate.generate.shapes import (
-    batch_shards,
-    bucket,
-    padded_length,
-    padded_rows,
-    place_batch,
-)
-from nalora_jax.evaluate.generate.signature import with_options
-from nalora_jax.evaluate.generate.text import TextStream, special_stops
 from nalora_jax.layout.distributed import fetch
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import switch_length
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of generation."""
+
+    # Maximum number of generated tokens; fewer at the end of the context.
+    max_new_tokens: Annotated[int, TOKENS] = 128
+    # 0 selects the most likely token; otherwise logits are divided by it.
+    temperature: Annotated[float, AMOUNT] = 0.0
+    # Sample from this many most likely tokens; 0: from all.
+    top_k: Annotated[int, COUNT] = 0
+    # Sample from the smallest set of tokens with at least this total probability.
+    top_p: Annotated[float, POSITIVE_SHARE] = 1.0
+    # Sample from tokens with at least this fraction of the maximum probability; 0: from all.
+    min_p: Annotated[float, SHARE] = 0.0
+    # Penalty of tokens that occur in the prompt or the completion, also for greedy decoding;
+    # 1: none, above 1: fewer repetitions.
+    repetition_penalty: Annotated[float, POSITIVE] = 1.0
+    # Samples are a function of seed, prompt and weights; a sequence has one seed per prompt.
+    seed: int | Sequence[int] = 0
+    # Texts that end the completion and are not part of it. If a text starts with a special token,
+    # that token ends the completion.
+    stop: str | Sequence[str] = ()
+    # Tokens that end the completion; None: the tokenizer's end-of-text tokens.
+    stop_ids: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises a NaloraError that names the first setting out of range."""
+        for name, allowed in ranges(Settings).items():
+            require_setting(name, allowed.holds(getattr(self, name)), str(allowed), getattr(self, name))
+        texts = isinstance(self.stop, Sequence) and all(isinstance(text, str) for text in self.stop)
+        require_setting("stop", texts, "a text, or texts", self.stop)
+        seeds = self.seed if isinstance(self.seed, Sequence | np.ndarray) else [self.seed]
+        valid = all(isinstance(seed, Integral) for seed in seeds)
+        require_setting("seed", valid, "a whole number, or one for each prompt", self.seed)
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """Returns ``stop`` as a tuple."""
+        if isinstance(self.stop, str):
+            return (self.stop,)
+        return tuple(self.stop)
+
+    def seeds(self, count: int) -> tuple[int, ...]:
+        """Returns one seed for each of ``count`` prompts."""
+        if not isinstance(self.seed, Sequence):
+            return (int(self.seed),) * count
+        require_setting(
+            "seed", len(self.seed) == count, f"one number, or {count}: one for each prompt", len(self.seed)
+        )
+        return tuple(self.seed)
+
+
+def require_setting(setting: str, holds: bool, expected: str, value: object) -> None:
+    """Raises a NaloraError unless the setting ``holds``."""
+    if not holds:
+        raise NaloraError(setting, expected=expected, found=value)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def with_options(settings: type) -> Callable[[Function], Function]:
+    """Returns a decorator that replaces ``**settings`` in a signature by the fields of a dataclass."""
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        options = [
+            inspect.Parameter(option.name, keyword, default=option.default, annotation=option.type)
+            for option in fields(settings)
+        ]
+        function.__signature__ = signature.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+# ---------------------------------------------------------------- streamed text
+
+# Decoders write it for bytes that do not (yet) form a character.
+_REPLACEMENT = "\ufffd"
+
+
+class Decodes(Protocol):
+    """The part of a tokenizer that streaming uses."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ``ids``."""
+
+
+class TextStream:
+    """Converts pieces of token ids to pieces of text, whose concatenation is the text of all ids.
+
+    Text that may still change is held back: an incomplete character, or the beginning of a stop
+    string. A stop string and all text after it are dropped.
+
+    Example (a tokenizer of bytes; "é" is two bytes):
+      >>> stream = TextStream(tokenizer, stop=("END",))
+      >>> [stream.push(ids) for ids in ([99, 195], [169, 69], [78, 33])], stream.finish()
+      (['c', 'é', 'EN!'], '')
+    """
+
+    def __init__(self, tokenizer: Decodes, stop: Iterable[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(text for text in stop if text)
+        self._ids: list[int] = []
+        # Decoding starts some tokens back, never at the newest: decoders treat a first token specially.
+        self._start = 0
+        self._complete = 0  # tokens before this end in a whole character
+        self._shown = 0  # characters of the text since `_start` that were returned or held back
+        self._held = ""  # possibly the beginning of a stop string
+        self.stopped = False
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Returns the text that is final after ``ids``."""
+        if self.stopped:
+            return ""
+        self._ids.extend(ids)
+        return self._release(self._take(final=False), final=False)
+
+    def finish(self) -> str:
+        """Returns the text that was held back."""
+        if self.stopped:
+            return ""
+        return self._release(self._take(final=True), final=True)
+
+    def _take(self, *, final: bool) -> str:
+        """Returns new characters of the decoded text, up to the first incomplete one."""
+        text = self._tokenizer.decode(self._ids[self._start :])
+        stable = text if final else text.rstrip(_REPLACEMENT)
+        piece = stable[self._shown :]
+        self._shown = max(self._shown, len(stable))
+        if len(stable) == len(text):
+            self._start, self._complete = self._complete, len(self._ids)
+            self._shown = len(self._tokenizer.decode(self._ids[self._start :]))
+        return piece
+
+    def _release(self, piece: str, *, final: bool) -> str:
+        text = self._held + piece
+        ends = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if ends:
+            self.stopped, self._held = True, ""
+            return text[: min(ends)]
+        held = 0
+        if not final:
+            held = _open_stop(text, self._stop)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _open_stop(text: str, stops: Sequence[str]) -> int:
+    """Returns the length of the longest suffix of ``text`` that is a prefix of a stop string.
+
+    Example:
+      >>> _open_stop("abc###", ["### End"])
+      3
+    """
+    sizes = (size for stop in stops for size in range(len(stop) - 1, 0, -1) if text.endswith(stop[:size]))
+    return max(sizes, default=0)
+
+
+def special_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> frozenset[int]:
+    """Returns the ids of special tokens at the start of stop strings, after white space.
+
+    Decoded text has no special tokens, so such a string can only be detected by the token.
+    """
+    added = tokenizer.backend.get_added_tokens_decoder()
+    special = {token.content: number for number, token in added.items() if token.special and token.content}
+    texts = [stop.lstrip() for stop in stops]
+    return frozenset(
+        number for content, number in special.items() if any(t.startswith(content) for t in texts)
+    )
+
+
+# ---------------------------------------------------------------- generation
 
 Prompt = str | Sequence[int]  # a text, or its token ids
 Images = Sequence[np.ndarray]  # of one prompt, uint8 [height, width, 3] each

@@ -7,19 +7,20 @@ gives four runs in the folders ``learning-rate-0.001_seed-0`` and so on, below `
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from nalora_jax.common import buckets
-from nalora_jax.common.seals import unseal
-from nalora_jax.config import RunConfig, check
-from nalora_jax.config.recorded import recorded_config
-from nalora_jax.config.types import has_type, type_name
+from nalora_jax.common.digests import unseal
+from nalora_jax.config import RunConfig, check, config_from_dict
+from nalora_jax.config.structured import structured
 from nalora_jax.errors import NaloraError
 
 FILE = "sweep.json"  # in the folder of a sweep: its options, its settings and their digest
@@ -58,9 +59,7 @@ def grid(config: RunConfig, axes: Sequence[Axis]) -> list[RunConfig]:
     runs = []
     for values in itertools.product(*(values for _, values in axes)):
         pairs = [(name, value) for (name, _), value in zip(axes, values, strict=True)]
-        changed = config
-        for name, value in pairs:
-            changed = _with(changed, name.split("."), value)
+        changed = structured(RunConfig, _table(dict(pairs)), base=config)
         folder = f"{config.output.rstrip('/')}/{'_'.join(_part(name, value) for name, value in pairs)}"
         runs.append(check(replace(changed, output=folder)))
     check_names(runs)
@@ -92,7 +91,7 @@ def recorded_sweep(folder: str) -> tuple[tuple[str, ...], RunConfig] | None:
         return None
     try:
         record = unseal(json.loads(path.read_text(encoding="utf-8")), name)
-        return tuple(map(str, record["sweep"])), recorded_config(record["run"], name)
+        return tuple(map(str, record["sweep"])), config_from_dict(record["run"], name)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         if isinstance(error, NaloraError):
             raise
@@ -103,82 +102,63 @@ def recorded_sweep(folder: str) -> tuple[tuple[str, ...], RunConfig] | None:
 def _axis(text: str) -> Axis:
     name, equals, listed = text.partition("=")
     name = name.strip().removeprefix("--").replace("-", "_")
-    hint = _hint(name)
     if not equals or not listed.strip():
         raise NaloraError(f"--sweep {text}", expected="SETTING=VALUE,VALUE,...", found="no values")
-    # A mechanism's settings have commas too: soft:power=2,high=3 is one value.
-    words = [word.strip() for word in re.split(r",(?!\s*\w+=)", listed)]
-    return name, tuple(_typed(text, word, hint) for word in words)
-
-
-def _hint(name: str) -> Any:
-    """Returns the type of a setting by dotted name."""
-    kind: Any = RunConfig
-    for name_part in name.split("."):
-        hints = {}
-        if is_dataclass(kind):
-            hints = get_type_hints(kind)
-        if name_part not in hints:
-            names = ", ".join(hints).replace("_", "-") or "none"
-            raise NaloraError(
-                f"--sweep {name}", expected=f"a setting of a run ({names})", found=repr(name_part)
-            )
-        kind = hints[name_part]
-    if is_dataclass(kind) or _COMMON.match(name):
+    if _COMMON.match(name) or is_dataclass(getattr(RunConfig(), name, None)):
         remedy = "give it once, outside of --sweep"
         raise NaloraError(
             "--sweep", expected="a setting that may differ between runs", found=name, remedy=remedy
         )
-    return kind
-
-
-def _typed(text: str, word: str, hint: Any) -> Any:
-    """Returns a value of the setting's type; rules are joined by ``+``, and ``none`` is no rule."""
-    is_list = get_origin(hint) is tuple and get_args(hint)[1:] == (...,)
-    if is_list and word == "none":
-        return ()
-    if not word:
-        remedy = "for no entry write none" if is_list else "remove the comma"
+    # A mechanism's settings have commas too: soft:power=2,high=3 is one value.
+    words = [word.strip() for word in re.split(r",(?!\s*\w+=)", listed)]
+    if "" in words:
+        remedy = "remove the comma; a list without entries is none"
         raise NaloraError(
             f"--sweep {text}", expected="a value", found="nothing after a comma", remedy=remedy
         )
-    if "LoRARule" in str(hint):
-        from nalora_jax.cli.config_files import parse_rule
-
-        try:
-            return tuple(map(parse_rule, word.split("+")))
-        except ValueError as error:
-            raise NaloraError(
-                f"--sweep {text}", expected="rules PATTERN:RANK[:ALPHA]", found=error
-            ) from None
-    for value in _readings(word):
-        if has_type(value, hint):
-            return value
-    raise NaloraError(f"--sweep {text}", expected=f"values of type {type_name(hint)}", found=repr(word))
+    return name, tuple(_value(name, word, f"--sweep {text}: ") for word in words)
 
 
-def _readings(word: str) -> list[Any]:
-    """Returns the values that a word may mean, from the narrowest type."""
-    readings: list[Any] = []
-    for convert in (int, float):
-        try:
-            readings.append(convert(word))
-        except ValueError:
-            continue
+def _value(name: str, word: str, where: str) -> Any:
+    """Returns the value of a word, of the narrowest type that the setting takes."""
+    *others, last = _readings(word, listed=isinstance(_setting(RunConfig(), name), tuple))
+    for reading in others:
+        with contextlib.suppress(NaloraError):
+            return _setting(structured(RunConfig, _table({name: reading})), name)
+    return _setting(structured(RunConfig, _table({name: last}), where), name)
+
+
+def _readings(word: str, *, listed: bool) -> list[Any]:
+    """Returns what a word may mean; entries of a list are joined by ``+``, numbers by ``/``."""
+    if listed:
+        words = re.split(r"\+(?=[A-Za-z(^])", word)
+        return [[] if word == "none" else words, [_number(entry) for entry in word.split("/")], words]
     flags = {"true": True, "yes": True, "false": False, "no": False}
-    if word.lower() in flags:
-        readings.append(flags[word.lower()])
-    if re.fullmatch(r"[\d.e+-]+(/[\d.e+-]+)+", word):
-        readings.append(tuple(float(entry) for entry in word.split("/")))
-    return [*readings, word, tuple(re.split(r"\+(?=[A-Za-z])", word))]
+    return [_number(word), flags.get(word.lower(), word), word]
 
 
-def _with(config: Any, path: Sequence[str], value: Any) -> Any:
-    """Returns ``config`` with the setting at ``path`` replaced."""
-    name, *inner = path
-    if inner:
-        value = _with(getattr(config, name), inner, value)
-    return replace(config, **{name: value})
+def _number(word: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(word)
+    return word
+
+
+def _table(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings by dotted name as nested tables."""
+    table: dict[str, Any] = {}
+    for name, value in settings.items():
+        *groups, last = name.split(".")
+        inner = table
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[last] = value
+    return table
+
+
+def _setting(config: Any, name: str) -> Any:
+    """Returns a setting by its dotted name; None if there is none of that name."""
+    return functools.reduce(lambda group, part: getattr(group, part, None), name.split("."), config)
 
 
 def _part(name: str, value: Any) -> str:

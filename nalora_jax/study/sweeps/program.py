@@ -216,7 +216,6 @@ class SweepProgram:
     def _one(self, params: Any, state: TrainState, batch: Batch, values: Mapping[str, Any]) -> Any:
         """Returns the step of one run."""
         first = self.runs[0]
-        assert first.pure is not None
         mechanisms = mechanisms_with(first.mechanisms, values)
         step = first.pure(spec_with(self._spec, values["scales"]), mechanisms, values["numbers"])
         return step(params, state, batch)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 from etils import epath
@@ -19,32 +19,44 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from nalora_jax.common import buckets
-from nalora_jax.common.imports import import_files
+from nalora_jax.common.digests import seal
 from nalora_jax.common.redaction import redacted
-from nalora_jax.common.seals import seal
-from nalora_jax.common.terminal import outliving_terminal
 from nalora_jax.config import RunConfig, check
-from nalora_jax.data.given import Data, Format, given_sources
+from nalora_jax.data.given import Data, Format
 from nalora_jax.errors import Interrupted, NaloraError, TrainingDivergedError
-from nalora_jax.evaluate.heldout import describe
+from nalora_jax.evaluate.evaluator import describe
+from nalora_jax.evaluate.run_log import to_json
 from nalora_jax.layout import distributed
+from nalora_jax.method.step import TrainState
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.report.compare import render_comparison
 from nalora_jax.report.history import read_history
+from nalora_jax.report.html import write_report
 from nalora_jax.study.sweeps.fit import Fitting
 from nalora_jax.study.sweeps.grid import FILE, axes_of, check_names, grid
 from nalora_jax.study.sweeps.program import RunLoop, StatesMetrics, StopOfAll, SweepProgram, fit_all
 from nalora_jax.study.sweeps.values import grouped, program_key
-from nalora_jax.train import remote
-from nalora_jax.train.callbacks import Callback, make_callbacks
-from nalora_jax.train.job import Inputs, continued, inputs_of, mesh_of, of_adapter
-from nalora_jax.train.metrics import to_json
-from nalora_jax.train.output import Output, open_output
-from nalora_jax.train.pieces import Pieces
-from nalora_jax.train.preemption import StopSignals, stop_signals
+from nalora_jax.train.callbacks import make_callbacks
+from nalora_jax.train.job import Inputs, Job
+from nalora_jax.train.kinds import run_kind
+from nalora_jax.train.output import write_text
+from nalora_jax.train.preemption import StopSignals
 from nalora_jax.train.progress import Stages
-from nalora_jax.train.running import BaseMetrics, Running, RunResult, way_on
+from nalora_jax.train.run import (
+    BaseMetrics,
+    RunResult,
+    attended,
+    best_state,
+    built,
+    checked_mesh,
+    checked_settings,
+    evaluate_base,
+    finish,
+    read_inputs,
+    restore,
+)
+from nalora_jax.train.session import Session, open_session, way_on
 
 log = logging.getLogger(__name__)
 PAGE = "comparison.html"  # in the folder of a sweep
@@ -71,9 +83,7 @@ class _Run:
     """A run before its weights are read."""
 
     inputs: Inputs
-    output: Output
-    recorded: Mapping[str, Any]
-    callbacks: Sequence[Callback]
+    session: Session
 
     @property
     def config(self) -> RunConfig:
@@ -83,10 +93,9 @@ class _Run:
     @property
     def spec(self) -> AdapterSpec | None:
         """The adapters of a language model."""
-        base = self.inputs.base
-        if base is None:
+        if self.inputs.base is None:
             return None
-        return adapter_spec(self.config, base)
+        return adapter_spec(self.config, self.inputs.base)
 
 
 def sweep_grid(config: RunConfig, options: Sequence[str]) -> SweepResult:
@@ -98,7 +107,7 @@ def sweep_grid(config: RunConfig, options: Sequence[str]) -> SweepResult:
     configs = grid(config, axes_of(options))
     settings = to_json(redacted(replace(config, resume=False).to_dict()))
     text = json.dumps(seal({"sweep": list(options), "run": settings}), indent=1) + "\n"
-    return _sweep(configs, lambda: remote.write_text(config.output, FILE, text))
+    return _sweep(configs, lambda: write_text(config.output, FILE, text))
 
 
 def sweep(
@@ -131,32 +140,31 @@ def _sweep(
     check_names(configs)
     configs = [replace(check(config), mesh=configs[0].mesh, resume=configs[0].resume) for config in configs]
     folder = _common_folder(configs)
-    with outliving_terminal():
-        distributed.initialize_distributed()
-        with distributed.lost_peers_named(), stop_signals() as stop, ExitStack() as stack:
-            runs = [_opened(config, data, format, stack) for config in configs]
-            distributed.on_first_process(record)
-            groups = grouped(runs, lambda run: program_key(run.config, run.spec))
-            log.info("%d runs in %d group(s), each of one program", len(runs), len(groups))
-            fitting = [Fitting.of(g[0].config, g[0].inputs.base, len(g)) for g in groups]
-            results: dict[str, RunResult | TrainingDivergedError] = {}
-            try:
-                for group, fits in zip(groups, fitting, strict=True):
-                    results |= _Group(group, fits, stop).train()
-            except Interrupted as stopped:
-                way = way_on(replace(configs[0], output=folder))
-                raise Interrupted(stopped.signal, stopped.saved, way) from None
+    with attended() as stop, ExitStack() as stack:
+        runs = [_opened(config, data, format, stop, stack) for config in configs]
+        distributed.on_first_process(record)
+        groups = grouped(runs, lambda run: program_key(run.config, run.spec))
+        log.info("%d runs in %d group(s), each of one program", len(runs), len(groups))
+        fitting = [Fitting.of(g[0].config, g[0].inputs.base, len(g)) for g in groups]
+        results: dict[str, RunResult | TrainingDivergedError] = {}
+        try:
+            for group, fits in zip(groups, fitting, strict=True):
+                results |= _Group(group, fits, stop).train()
+        except Interrupted as stopped:
+            way = way_on(replace(configs[0], output=folder))
+            raise Interrupted(stopped.signal, stopped.saved, way) from None
     return _concluded(folder, results)
 
 
-def _opened(config: RunConfig, data: Data | None, format: Format | None, stack: ExitStack) -> _Run:
+def _opened(
+    config: RunConfig, data: Data | None, format: Format | None, stop: StopSignals, stack: ExitStack
+) -> _Run:
     """Locks the folder of a run and reads its settings, files and data."""
-    config = replace(config, imports=import_files(config.imports))
-    settings, source = given_sources(config.data, data=data, format=format)
+    config, source = checked_settings(config, data, format, None)
     resume: bool | Literal["auto"] = "auto" if config.resume else False
-    output = stack.enter_context(open_output(config.output, resume))
-    inputs = inputs_of(of_adapter(replace(config, data=settings), output), source)
-    return _Run(inputs, output, continued(inputs.config, output), make_callbacks(config.callbacks))
+    console, callbacks = _Named(Path(config.output).name), make_callbacks(config.callbacks)
+    session = stack.enter_context(open_session(replace(config, resume=resume), stop, callbacks, console))
+    return _Run(read_inputs(config, run_kind(config), session, source), session)
 
 
 def _common_folder(configs: Sequence[RunConfig]) -> str:
@@ -175,7 +183,7 @@ def _concluded(folder: str, results: Mapping[str, RunResult | TrainingDivergedEr
         log.warning("%s diverged and was frozen: %s", Path(name).name, error)
     if not finished:
         raise next(iter(diverged.values()))
-    distributed.on_first_process(lambda: remote.write_text(folder, PAGE, render_page(finished)))
+    distributed.on_first_process(lambda: write_text(folder, PAGE, render_page(finished)))
     page = f"{folder}/{PAGE}"
     log.info("comparison: %s", page)
     return SweepResult(finished, diverged, page)
@@ -186,13 +194,13 @@ class _Group:
 
     def __init__(self, runs: Sequence[_Run], fits: Fitting, stop: StopSignals) -> None:
         self._runs, self._fits, self._stop = list(runs), fits, stop
-        self._first: Pieces | None = None
+        self._first: Job | None = None
 
     def train(self) -> dict[str, RunResult | TrainingDivergedError]:
         """Trains all runs of the group; returns results or errors by folder."""
         config = self._runs[0].config
         concrete = self._fits.layout.into(config)
-        mesh = mesh_of(concrete)
+        mesh = checked_mesh(concrete)
         results: dict[str, RunResult | TrainingDivergedError] = {}
         left = self._runs
         while left:
@@ -207,64 +215,70 @@ class _Group:
         spent = Stages()
         results: dict[str, RunResult | TrainingDivergedError] = {}
         with ExitStack() as stack:
-            started = [self._started(run, concrete, mesh, stack) for run in runs]
-            for running in started:
-                stack.enter_context(running.reporting_errors())
-            _measure_bases(started)
+            jobs, states = [], []
+            for run in runs:
+                stack.enter_context(run.session.closing)
+                jobs.append(self._built(run, concrete, mesh))
+                states.append(restore(jobs[-1], run.session))
+            for run in runs:
+                stack.enter_context(run.session.reporting_errors())
+            _measure_bases(runs, jobs)
             spent.end("preparing")
-            loops = self._fit(started)
+            loops = self._fit(runs, jobs, states)
             spent.end("training")
-            pairs = list(zip(started, loops, strict=True))
-            stopped = [running.stopped(loop.follower.result) for running, loop in pairs if loop.interrupted]
+            trained = list(zip(runs, jobs, loops, strict=True))
+            stopped = [
+                run.session.stopped(loop.follower.result) for run, _, loop in trained if loop.interrupted
+            ]
             if stopped:
                 raise stopped[0]
-            for running, loop in pairs:
+            for run, job, loop in trained:
                 if loop.error is not None:
-                    running.fail(loop.error)
-                    results[running.config.output] = loop.error
+                    run.session.fail(loop.error)
+                    results[run.config.output] = loop.error
                     continue
-                running.restore_best(loop.follower.result)
-                results[running.config.output] = running.finish(loop.follower.result.step, spent)
+                result = loop.follower.result
+                best = best_state(job, result, run.session)
+                results[run.config.output] = finish(
+                    job, best, result.step, run.session, spent, write_report
+                )
         return results
 
-    def _started(self, run: _Run, concrete: RunConfig, mesh: Mesh, stack: ExitStack) -> Running:
+    def _built(self, run: _Run, concrete: RunConfig, mesh: Mesh) -> Job:
         """Builds a run on the group's base."""
-        config = replace(run.config, mesh=concrete.mesh, compute=concrete.compute)
-        pieces = run.inputs.pieces(config, run.output, mesh, self._first)
-        self._first = self._first or pieces
-        console = _Named(Path(run.config.output).name)
-        return Running(
-            run.config, run.output, run.recorded, pieces, run.callbacks, self._stop, stack, console
-        )
+        placed = replace(run.config, mesh=concrete.mesh, compute=concrete.compute)
+        kind = run_kind(placed)
+        job = built(run.inputs, kind, placed, mesh, run.session.output, self._first)
+        self._first = self._first or job
+        return job
 
-    def _fit(self, started: Sequence[Running]) -> list[RunLoop]:
+    def _fit(
+        self, runs: Sequence[_Run], jobs: Sequence[Job], states: Sequence[TrainState]
+    ) -> list[RunLoop]:
         """Runs the steps of several runs in one program."""
         measured, stop = StatesMetrics(), StopOfAll(self._stop)
         # Hosts meet at barriers while Orbax writes; those of two runs have the same name.
         waits = jax.process_count() > 1
-        assemblies = [running.pieces.assembly for running in started]
-        program = SweepProgram(assemblies, self._fits.width, slots=self._fits.slots(len(started)))
+        assemblies = [job.assembly for job in jobs]
+        program = SweepProgram(assemblies, self._fits.width, slots=self._fits.slots(len(jobs)))
         loops = []
-        for index, running in enumerate(started):
-            metrics: Any = measured.run(index)
-            running.hooks = replace(running.hooks, state_metrics=metrics, stop=stop, waits_for_writes=waits)
-            loops.append(
-                RunLoop(
-                    running.follower(), running.batches, start=running.start, steps=running.config.steps
-                )
-            )
-        log.info("%s", self._fits.describe(len(started)))
+        for index, (run, state) in enumerate(zip(runs, states, strict=True)):
+            session, metrics, stops = run.session, cast(Any, measured.run(index)), cast(Any, stop)
+            session.state_metrics, session.stop, session.waits_for_writes = metrics, stops, waits
+            start, steps = int(state.step), run.config.steps
+            loops.append(RunLoop(session.follower(state), session.batches, start=start, steps=steps))
+        log.info("%s", self._fits.describe(len(jobs)))
         with self._stop.between_steps():
             fit_all(program, loops, measured, stop)
         return loops
 
 
-def _measure_bases(started: Sequence[Running]) -> None:
+def _measure_bases(runs: Sequence[_Run], jobs: Sequence[Job]) -> None:
     """Evaluates the base once for all runs that ask the same questions."""
     measured: dict[str, BaseMetrics | None] = {}
-    for running in started:
-        questions = json.dumps(running.pieces.questions, sort_keys=True)
-        measured[questions] = running.measure_before(measured.get(questions))
+    for run, job in zip(runs, jobs, strict=True):
+        questions = json.dumps(job.inputs.questions, sort_keys=True)
+        measured[questions] = evaluate_base(job, run.session, measured.get(questions))
 
 
 class _Named(Console):
@@ -277,6 +291,12 @@ class _Named(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         """Prints the objects after the name."""
         super().print(f"{self._name}:", *objects, **options)
+
+
+# ---------------------------------------------------------------- comparison of the runs
+
+
+_MOST = 7  # settings on a page
 
 
 def render_page(results: Mapping[str, RunResult]) -> str:

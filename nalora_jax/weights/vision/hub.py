@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nalora_jax.common import buckets, downloads
 from nalora_jax.common.downloads import PackageFile
-from nalora_jax.common.paths import expand_user
+from nalora_jax.common.files import expand_user
 from nalora_jax.common.registry import Registry
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.hub_snapshots import HUB_FILES, cached_snapshot, download_snapshot

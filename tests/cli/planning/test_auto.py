@@ -25,7 +25,7 @@ from nalora_jax.layout.figures import of_compiled
 from nalora_jax.layout.machines import CHIPS, Topology
 from tests import tiny
 
-nalora_run = importlib.import_module("nalora_jax.train.job")
+nalora_run = importlib.import_module("nalora_jax.cli.training")
 V6E = Topology("eight simulated chips", CHIPS["v6e"], "v6e", (2, 4))
 EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes"
 

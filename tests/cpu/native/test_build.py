@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nalora_jax.common.downloads import file_sha256
+from nalora_jax.common.digests import file_digest
 from nalora_jax.cpu import processor
 from nalora_jax.cpu.native import library
 from nalora_jax.errors import NaloraError
@@ -273,4 +273,4 @@ def test_folders_that_killed_compilations_left_are_removed(compiled: Path) -> No
 
 
 def test_the_name_of_a_library_holds_its_digest(compiled: Path) -> None:
-    assert compiled.stem.rpartition("-")[2] == file_sha256(compiled)[:32]
+    assert compiled.stem.rpartition("-")[2] == file_digest(compiled)[:32]

@@ -126,7 +126,7 @@ import sys
 from nalora_jax.config import DataConfig
 from nalora_jax.data.images.files import open_image
 from nalora_jax.data.images.opened import open_images
-from nalora_jax.config.vision import VisionConfig
+from nalora_jax.config import VisionConfig
 
 config = DataConfig(dataset="tfds:pond_life", data_dir=sys.argv[1])
 source = open_images(config, VisionConfig(), "train[2:]")

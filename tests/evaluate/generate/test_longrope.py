@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 import torch
-from tests.evaluate.test_generate import byte_tokenizer
 
 from nalora_jax.evaluate.generate import Generator
 from nalora_jax.evaluate.likelihood import score_groups
+from tests.evaluate.test_generate import byte_tokenizer
 from tests.models.family_fields import ORIGINAL
 from tests.models.test_families import LONGROPE, SIZES, Case, build, reference
 

@@ -6,14 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.evaluate.test_generate import byte_tokenizer
 
 from nalora_jax.common.trees import unflatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import Generator, generator
-from nalora_jax.evaluate.generate.programs import Prompts, Weights, prefill
+from nalora_jax.evaluate.generate.programs import Prompts, Weights, padded_length, prefill
 from nalora_jax.evaluate.generate.sampling import make_sampling
-from nalora_jax.evaluate.generate.shapes import padded_length
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import param_shapes
@@ -21,6 +19,7 @@ from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.ops import attention, cached_attention
 from nalora_jax.weights.base import load_model
 from tests.evaluate.generate.test_longrope import PHI3
+from tests.evaluate.test_generate import byte_tokenizer
 from tests.models.test_families import CASES, Case, build, by_name
 
 CHUNK, NEW_TOKENS = 16, 9

@@ -15,7 +15,8 @@ from nalora_jax.data.forms import Parts
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.vision.decoder import decoder_for
-from nalora_jax.weights.base import LoadedModel, load_model
+from nalora_jax.weights.base import load_model
+from nalora_jax.weights.model_files import LoadedModel
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

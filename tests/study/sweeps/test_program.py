@@ -33,7 +33,8 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.study.sweeps.program import SweepProgram, batch_of
 from nalora_jax.study.sweeps.values import program_key
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
-from nalora_jax.train.dual_pieces import dual_pieces, image_records
+from nalora_jax.train.kinds import dual
+from nalora_jax.train.run import built
 from tests import tiny
 from tests.param_trees import init_params
 
@@ -288,10 +289,10 @@ def test_both_towers_of_a_dual_encoder(dual_folder: Any, tmp_path: Path) -> None
         train=TrainConfig(batch_size=4),
         vision=VisionConfig("contrast", augment="none"),
     )
-    mesh, records = distributed.make_mesh(MeshConfig(), jax.devices()[:1]), image_records(config)
-    first = dual_pieces(config, *records, mesh)
+    mesh, inputs = distributed.make_mesh(MeshConfig(), jax.devices()[:1]), dual.open_inputs(config, None)
+    first = built(inputs, dual, config, mesh, None)
     other = replace(config, seed=1, optimizer=replace(config.optimizer, learning_rate=0.2))
-    pieces = [first, dual_pieces(other, *records, mesh, like=first)]
+    pieces = [first, built(inputs, dual, other, mesh, None, first)]
 
     def batches(seed: int) -> Any:
         return pieces[seed // 100].data.batch_at(4 * (seed % 100))

@@ -18,13 +18,15 @@ from nalora_jax.__main__ import main
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.sweeps.run import SweepResult, sweep
-from nalora_jax.train import text_pieces
+from nalora_jax.train.kinds import text
 from nalora_jax.train.progress import Progress
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("surroundings")
 
-nalora_run = import_module("nalora_jax.train.job")  # the package's attribute of this name is the function
+nalora_run = import_module(
+    "nalora_jax.cli.training"
+)  # the package's attribute of this name is the function
 
 RATES = (2e-2, 1e-2, 1e3)  # the last one diverges, with a weight decay of the same size
 
@@ -148,7 +150,7 @@ def test_bad_sweeps_are_refused_before_the_weights_are_read(
     def read(*args: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(text_pieces, "_load", read)
+    monkeypatch.setattr(text, "_loaded", read)
     configs = _configs(base, tmp_path)
     with pytest.raises(NaloraError, match="expected at least one run, found none"):
         sweep([])

@@ -1,0 +1,60 @@
+"""Fine-tuning as ``nalora train`` and `nalora_jax.run` start it: with automatic layouts and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from nalora_jax.cli.planning.auto import accepted
+from nalora_jax.config import RunConfig
+from nalora_jax.data.given import Data, Format
+from nalora_jax.data.source import Source
+from nalora_jax.train.callbacks import Callback
+from nalora_jax.train.kinds import run_kind
+from nalora_jax.train.run import RunResult, fine_tune
+
+
+def run(
+    config: RunConfig,
+    *,
+    data: Data | None = None,
+    format: Format | None = None,
+    callbacks: Sequence[Callback] = (),
+    source: Mapping[str, Source] | None = None,
+) -> RunResult:
+    """Fine-tunes a model: settings -> data -> layout -> evaluate -> train -> evaluate -> export -> report.
+
+    All processes of a multi-host run call it; the first one logs and writes.
+
+    Args:
+      config: the run's settings.
+      data: records, or records by split, which replace ``config.data.dataset``; see
+        `data.given.given_sources`.
+      format: converts each record to an example, or to None to leave it out.
+      callbacks: callbacks for log steps, evaluations and checkpoints, in addition to the
+        config's.
+      source: sources by split (``{"train": ..., "validation": ...}``), which replace
+        ``config.data.dataset``.
+
+    Raises:
+      NaloraError: bad settings, files or data; files of an earlier run are not changed.
+      TrainingDivergedError: the loss or the state is no longer finite; the last good checkpoint is
+        kept.
+      Interrupted: Ctrl-C or SIGTERM; the last completed step, if any, is saved.
+    """
+    return fine_tune(
+        config,
+        run_kind(config),
+        choose_layout=accepted,
+        write_report=_write_report,
+        data=data,
+        format=format,
+        callbacks=callbacks,
+        source=source,
+    )
+
+
+def _write_report(folder: Path) -> Path:
+    from nalora_jax.report.html import write_report  # not earlier: a run needs it at its end only
+
+    return write_report(folder)

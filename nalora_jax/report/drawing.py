@@ -1,0 +1,174 @@
+"""The style of all figures: inline SVG of a page, or a file of its own.
+
+A page's figures follow its colours, light or dark, by CSS variables: they are drawn in placeholder
+colours, and each placeholder is replaced by ``var(--name)`` in the SVG. Text stays text, in the
+page's font. A figure is about as wide as a phone, so that its text is never scaled down too far to
+read.
+
+The first figure imports Matplotlib, a fifth of a run's imports, so that training does not wait for
+it.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Placeholder colour of each CSS variable of the page; figures use none of them for other purposes.
+COLOURS = {
+    name: f"#0102{index:02x}"
+    for index, name in enumerate(
+        ("fg", "muted", "grid", "paper", "c1", "c2", "c3", "r0", "r1", "r2", "r3"), start=1
+    )
+}
+REGION_COLOURS = tuple(COLOURS[f"r{index}"] for index in range(4))
+WIDTH = 5.0  # inches at 72 points: 360 CSS pixels
+POINTS = 400  # maximum points drawn of a line
+
+_COMMON = {
+    "svg.fonttype": "none",
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+_PAGE = {
+    **_COMMON,
+    "text.parse_math": False,  # names come from the log, and a $ in a name is literal
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.edgecolor": COLOURS["muted"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.titlecolor": COLOURS["fg"],
+    "axes.facecolor": "none",
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["grid"],
+    "grid.linewidth": 0.8,
+    "text.color": COLOURS["fg"],
+    "xtick.color": COLOURS["muted"],
+    "ytick.color": COLOURS["muted"],
+    "legend.fontsize": 10,
+    "lines.linewidth": 1.8,
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+_FILE = {**_COMMON, "font.size": 10, "grid.color": "#dddddd", "legend.fontsize": 8}
+
+
+def style() -> Any:
+    """Returns the context in which figures of a page are made: ``with style(): ...``."""
+    import matplotlib as mpl
+
+    return mpl.rc_context(_PAGE)
+
+
+def file_style() -> Any:
+    """Returns the context in which figures for files are made, on white, readable on light and dark pages."""
+    import matplotlib as mpl
+
+    return mpl.rc_context(_FILE)
+
+
+def new_figure(height: float = 2.9, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """Returns a phone-wide figure and its axes; call it inside `style`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots(rows, columns, **options)
+    for axis in np.ravel(axes):
+        axis.xaxis.set_major_locator(ticks(5, integer=True, min_n_ticks=1))
+    return figure, axes
+
+
+def legend(axis: Any) -> None:
+    """Draws the legend above the axes, so that no line runs through it."""
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, columnspacing=1, handlelength=1.4)
+
+
+def ticks(most: int, **options: Any) -> Any:
+    """Returns Matplotlib's locator for at most ``most`` intervals; options as in `MaxNLocator`."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(most, **options)
+
+
+def percents() -> Any:
+    """Returns a formatter of shares as percentages."""
+    from matplotlib.ticker import PercentFormatter
+
+    return PercentFormatter(1.0)
+
+
+def to_svg(figure: Figure, name: str, label: str) -> str:
+    """Returns the figure as an ``<svg>`` element.
+
+    Args:
+      figure: drawn in `COLOURS`.
+      name: unique in the page; keeps the ids of two figures apart.
+      label: text for screen readers.
+    """
+    import matplotlib as mpl
+
+    for line in (line for axis in figure.axes for line in axis.lines):
+        if np.size(line.get_xdata()) == 1 and line.get_marker() == "None":
+            line.set_marker("o")  # a line through a single point is invisible
+            line.set_markersize(4)
+    buffer = io.StringIO()
+    with mpl.rc_context({**_PAGE, "svg.hashsalt": name, "svg.id": None}):
+        figure.savefig(buffer, format="svg", dpi=144, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # unused ids; the other ids are salted
+    text = re.sub(r' id="image[0-9a-f]*"', "", text)
+    for variable, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{variable})")
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
+    text = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", text, count=1)
+    text = re.sub(r'<svg([^>]*?) height="[^"]*"', r"<svg\1", text, count=1)
+    text = text.replace("<svg", f'<svg role="img" aria-label="{escape(label, quote=True)}"', 1)
+    return re.sub(r"\n\s*", "\n", text)
+
+
+def to_svg_file(figure: Figure, name: str) -> str:
+    """Returns a figure of `file_style` as the text of an SVG file; equal figures give equal texts."""
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name, "svg.id": None}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, facecolor="white")
+    return buffer.getvalue()
+
+
+def thin(*columns: np.ndarray, most: int = POINTS) -> tuple[np.ndarray, ...]:
+    """Returns the same rows of every column, at most about ``most``, including the last."""
+    count = len(columns[0])
+    rows = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+    return tuple(column[rows] for column in columns)
+
+
+def evenly(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns values at ``most`` or fewer evenly spaced steps.
+
+    Each is taken from the nearest log step, because log steps need not be evenly spaced.
+    """
+    spaced = np.linspace(steps[0], steps[-1], int(min(most, steps[-1] - steps[0] + 1)))
+    nearest = np.abs(steps[None, :] - spaced[:, None]).argmin(1)
+    return spaced, values[nearest]
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Returns the mean of each value and those before it, at most ``window``; NaN are left out."""
+    finite = np.isfinite(values)
+    total = np.cumsum(np.where(finite, values, 0.0))
+    count = np.cumsum(finite)
+    total[window:] -= total[:-window].copy()
+    count[window:] -= count[:-window].copy()
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

@@ -1,0 +1,48 @@
+"""Kinds of runs: each is a module with the four functions of `nalora_jax.train.job.Kind`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nalora_jax.config import RunConfig
+from nalora_jax.config.settings import DUAL
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.train.job import Kind
+
+
+def run_kind(config: RunConfig) -> Kind:
+    """Returns the kind of a run, imported only now: runs on images need Pillow, an extra."""
+    if config.vision.task in DUAL:
+        from nalora_jax.train.kinds import dual
+
+        return dual
+    if config.vision.task == "chat":
+        from nalora_jax.train.kinds import images
+
+        return images
+    if config.preference.loss != "none":
+        from nalora_jax.train.kinds import preference
+
+        return preference
+    from nalora_jax.train.kinds import text
+
+    return text
+
+
+def decoder_parts(config: RunConfig, base: ModelConfig, processor: Any = None) -> dict[str, Any]:
+    """Returns the objective and the module of a kind on a decoder, for `nalora_jax.train.assembly.assemble`.
+
+    Args:
+      config: the run's settings.
+      base: architecture of the base model.
+      processor: image processor of a model that sees.
+    """
+    if base.sight is not None:
+        from nalora_jax.train.kinds import images
+
+        return images.parts(processor)
+    if config.preference.loss != "none":
+        from nalora_jax.train.kinds import preference
+
+        return preference.parts(config.preference)
+    return {}

@@ -1,0 +1,204 @@
+"""Runs on preference pairs: direct preference optimisation (arXiv 2305.18290).
+
+    delta = log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)
+    loss  = -(1 - s) log sigmoid(beta delta) - s log sigmoid(-beta delta)
+
+p_ref is the base with the adapter off: a second forward pass with the same frozen weights. The loss
+depends on tokens only through delta. So its gradient equals the gradient of a cross-entropy whose
+weights are the derivative of the loss with respect to each token's log-probability, and logits are
+computed in chunks like in any other step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from nalora_jax.config import PreferenceConfig, RunConfig
+from nalora_jax.data.forms import in_turns
+from nalora_jax.data.lengths import with_length
+from nalora_jax.data.preference import PairData, held_out_pairs, pair_data, pair_sizes, pairs_digest
+from nalora_jax.data.source import Source
+from nalora_jax.data.tokenizer import AddedTokens
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.preference import PreferenceEvaluator
+from nalora_jax.layout import distributed
+from nalora_jax.method.step import Batch, Evaluated
+from nalora_jax.models.adapters import adapter_spec
+from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.ops.split_rows import joined
+from nalora_jax.ops.target_losses import target_losses
+from nalora_jax.train.assembly import Assembly
+from nalora_jax.train.inputs import open_records, settled, stream_shape
+from nalora_jax.train.job import Inputs, Job
+from nalora_jax.train.kinds import text
+from nalora_jax.train.objectives import NextToken
+from nalora_jax.train.output import Output
+from nalora_jax.weights.hub import resolve
+from nalora_jax.weights.model_files import LoadedModel, open_files
+
+
+def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
+    """Opens the model's files and the pairs, tokenizes them and settles the settings.
+
+    Raises:
+      NaloraError: a model or pairs that cannot be read, pairs that do not fit, or too few held out.
+    """
+    files = open_files(replace(resolve(config.model), rope_scaling=config.rope_scaling))
+    added, preference = AddedTokens.of(config.data), config.preference
+    base, tokenizer = files.described(added), files.tokenizer_with(added)
+    adapter_spec(config, base)  # raises for rules that match nothing, before data is tokenized
+    context = base.max_positions
+    train, held = open_records(config.data, source)
+    turns = in_turns(train.read([0])[0], config.data, preference.chosen_field)
+    measure = partial(pair_sizes, preference=preference)
+    config = replace(config, data=with_length(config.data, train, tokenizer, context, measure))
+    shape = stream_shape(config) | {"context": context}
+    data = pair_data(train, config.data, preference, tokenizer, **shape)
+    longest = int(max(b - a for a, b in zip(data.offsets[:-1], data.offsets[1:], strict=True))) - 1
+    if longest > context:
+        raise NaloraError(
+            "training data",
+            expected=f"answers with their prompts of at most {context} tokens, the model's context",
+            found=f"one of {longest}",
+            remedy=f"set --data.max-length to {2 * context} or less",
+        )
+    config = settled(config, base.d_model, data.rows_per_epoch, "rows of pairs")
+    pairs = held_out_pairs(held, config.data, preference, tokenizer, context)
+    questions = {"reported": pairs_digest(pairs[0]), "selecting": pairs_digest(pairs[1])}
+    return Inputs(config, base, files, data, pairs, questions, turns)
+
+
+def build_step(
+    inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None
+) -> tuple[LoadedModel, Assembly, PairData]:
+    """Loads the base, and builds adapters, step and this process's rows of pairs."""
+    loaded, assembly, data = text.build_step(inputs, placed, mesh, output, like, **parts(placed.preference))
+    rows: Any = data
+    return loaded, assembly, rows
+
+
+def evaluators(
+    inputs: Inputs, loaded: LoadedModel, assembly: Assembly, like: Job | None
+) -> tuple[PreferenceEvaluator, PreferenceEvaluator]:
+    """Returns the evaluators of the held-out pairs."""
+    if like is not None and like.assembly.spec == assembly.spec:
+        return like.evaluator, like.selector
+    model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
+    settings = inputs.config.preference
+    reported, selecting = (
+        PreferenceEvaluator(model, loaded.tokenizer, pairs, settings, mesh=mesh)
+        for pairs in inputs.held_out
+    )
+    return reported, selecting
+
+
+export_run = text.export_run
+
+
+def parts(config: PreferenceConfig) -> dict[str, Any]:
+    """Returns the objective of a preference loss, for `nalora_jax.train.assembly.assemble`."""
+    return {"objective": partial(Preference, config=config)}
+
+
+# Collections that the policy has in addition to the base's.
+_ADAPTED = ("lora", "gate_mask", "gate_taps")
+
+
+class Pairs(NamedTuple):
+    """Loss and rewards of pairs, each float32 with the shape of the log-ratios."""
+
+    loss: jax.Array
+    chosen: jax.Array  # rewards: beta times the log-ratio
+    rejected: jax.Array
+
+
+def dpo(chosen: jax.Array, rejected: jax.Array, config: PreferenceConfig) -> Pairs:
+    """Returns the DPO loss and the rewards of pairs.
+
+    Args:
+      chosen, rejected: log-ratios of policy and reference; per completion token with
+        ``config.per_token``.
+      config: beta and label smoothing.
+    """
+    margin = config.beta * (chosen - rejected)
+    smoothing = config.label_smoothing
+    loss = (1 - smoothing) * jax.nn.softplus(-margin) + smoothing * jax.nn.softplus(margin)
+    return Pairs(loss, config.beta * chosen, config.beta * rejected)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """`nalora_jax.method.step.Objective` of DPO on packed pairs (`nalora_jax.data.preference`)."""
+
+    policy: NextToken
+    config: PreferenceConfig
+
+    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
+        """Returns the loss, see `nalora_jax.method.step.Objective`.
+
+        The batch has the arrays of text and ``pairs [rows, pairs]``.
+        """
+        hidden = self.policy.hidden(variables, batch, key)
+        base = {name: tree for name, tree in variables.items() if name not in _ADAPTED}
+        reference = self.policy.model.clone(adapters=AdapterSpec()).apply(
+            base, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+        )
+        policy_losses, reference_losses = (self._losses(h, params, batch) for h in (hidden, reference))
+        # [rows, pairs, 2]: log-ratios of the completions, chosen first, and their token counts.
+        ratios = self._by_answer(reference_losses - policy_losses, batch)
+        tokens = jnp.maximum(self._by_answer(batch["loss_weights"], batch), 1.0)
+        per = 1.0 / tokens if self.config.per_token else jnp.ones_like(tokens)
+        real = batch["pairs"]
+
+        def total(ratios: jax.Array) -> tuple[jax.Array, Pairs]:
+            losses = dpo(ratios[..., 0] * per[..., 0], ratios[..., 1] * per[..., 1], self.config)
+            return jnp.sum(real * losses.loss), losses
+
+        (value, losses), slope = jax.value_and_grad(total, has_aux=True)(ratios)
+        surrogate = self.policy.cross_entropy(hidden, params, batch, self._by_token(-slope, batch))
+        measured = {
+            "rewards_chosen": jnp.sum(real * losses.chosen),
+            "rewards_rejected": jnp.sum(real * losses.rejected),
+            "rewards_margin": jnp.sum(real * (losses.chosen - losses.rejected)),
+            "rewards_accuracy": jnp.sum(real * (losses.chosen > losses.rejected)),
+        }
+        # Value of the loss, gradient of the surrogate.
+        return Evaluated(lax.stop_gradient(value - surrogate) + surrogate, lax.stop_gradient(measured))
+
+    def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Returns the numbers of real tokens and of pairs."""
+        return self.policy.counts(batch)[0], jnp.sum(batch["pairs"])
+
+    def _losses(self, hidden: jax.Array, params: Any, batch: Batch) -> jax.Array:
+        policy = self.policy
+        losses = target_losses(
+            hidden,
+            policy.kernel(params),
+            policy.parts(batch["targets"]),
+            policy.parts(batch["loss_weights"]),
+            policy.head,
+            policy.numerics,
+            chunk=policy.loss_chunk,
+            compact=policy.is_compact,
+            shards=policy.batch_shards,
+        )
+        return joined(losses, policy.row_sharding, batch["tokens"].shape[1])
+
+    def _by_answer(self, values: jax.Array, batch: Batch) -> jax.Array:
+        """Sums ``[rows, seq]`` over each segment to ``[rows, pairs, 2]``; segment 0 is padding."""
+        count = 2 * batch["pairs"].shape[1]
+        sums = jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, count + 1))(values, batch["segment_ids"])
+        return sums[:, 1:].reshape(sums.shape[0], -1, 2)
+
+    def _by_token(self, values: jax.Array, batch: Batch) -> jax.Array:
+        """Spreads ``[rows, pairs, 2]`` over the loss tokens of ``[rows, seq]``; 0 elsewhere."""
+        flat = jnp.pad(values.reshape(values.shape[0], -1), ((0, 0), (1, 0)))
+        return jnp.take_along_axis(flat, batch["segment_ids"], axis=1) * batch["loss_weights"]

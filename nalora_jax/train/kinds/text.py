@@ -1,0 +1,183 @@
+"""Runs on text: completions, conversations and plain text."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from nalora_jax.common import trees
+from nalora_jax.config import RunConfig
+from nalora_jax.data.forms import in_turns
+from nalora_jax.data.items import digest
+from nalora_jax.data.pipeline import BatchIterator, TrainData, packed_data
+from nalora_jax.data.questions import held_out
+from nalora_jax.data.source import Source
+from nalora_jax.data.tokenizer import AddedTokens
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.text import TextEvaluator
+from nalora_jax.layout import distributed
+from nalora_jax.method.step import TrainState
+from nalora_jax.models.adapters import adapter_spec
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.train.assembly import Assembly, assemble, exportable_adapter
+from nalora_jax.train.export import write_adapter
+from nalora_jax.train.inputs import check_layout, check_longest, open_records, settled, stream_shape
+from nalora_jax.train.job import Inputs, Job
+from nalora_jax.train.output import Output
+from nalora_jax.train.start import with_start
+from nalora_jax.weights.hub import resolve
+from nalora_jax.weights.model_files import LoadedModel, ModelFiles, load_weights, open_files
+from nalora_jax.weights.new_tokens import with_added
+from nalora_jax.weights.peft import import_adapter, max_logit_difference
+
+log = logging.getLogger(__name__)
+
+
+def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
+    """Opens the model's files and the data, tokenizes the data and settles the settings.
+
+    Raises:
+      NaloraError: a model or data that cannot be read, or settings that do not fit them.
+    """
+    files = open_files(replace(resolve(config.model), rope_scaling=config.rope_scaling))
+    return tokenized(config, files, *open_records(config.data, source))
+
+
+def tokenized(config: RunConfig, files: ModelFiles, train: Source, held: Source) -> Inputs:
+    """Returns the inputs of a run on text, given opened files and records."""
+    added = AddedTokens.of(config.data)
+    base, tokenizer = files.described(added), files.tokenizer_with(added)
+    adapter_spec(config, base)  # raises for rules that match nothing, before data is tokenized
+    turns = in_turns(train.read([0])[0], config.data, config.preference.chosen_field)
+    shape = stream_shape(config) | {"context": base.max_positions}
+    data = packed_data(train, config.data, tokenizer, **shape)
+    check_longest(int(data.store.lengths.max()), base)
+    config = replace(config, data=replace(config.data, max_length=data.pattern.capacity))
+    config = settled(config, base.d_model, data.rows_per_epoch, "rows")
+    items = held_out(held, config.data, tokenizer)
+    questions = {"reported": digest(items[0]), "selecting": digest(items[1])}
+    return Inputs(config, base, files, data, items, questions, turns)
+
+
+def build_step(
+    inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None, **parts: Any
+) -> tuple[LoadedModel, Assembly, TrainData]:
+    """Loads the base, and builds adapters, step and this process's rows.
+
+    Args:
+      inputs: the run's inputs.
+      placed: its settings with a concrete layout.
+      mesh: its devices.
+      output: its folder.
+      like: a job with the same program, whose base and programs are shared.
+      parts: of another kind's program; see `nalora_jax.train.assembly.assemble`.
+
+    Raises:
+      NaloraError: the model does not fit the mesh or the rules, or its weights are damaged.
+    """
+    assert inputs.base is not None
+    assert inputs.files is not None
+    check_layout(placed, inputs.base, inputs.files, mesh)
+    loaded = _loaded(inputs.files, placed, mesh) if like is None else cast(LoadedModel, like.loaded)
+    shared = None if like is None else like.assembly
+    assembly = assemble(placed, loaded.config, loaded.params, mesh, like=shared, **parts)
+    data: TrainData = replace(inputs.data, **stream_shape(placed, mesh))
+    return loaded, with_start(assembly, loaded, data, output), data
+
+
+def _loaded(files: ModelFiles, config: RunConfig, mesh: Mesh) -> LoadedModel:
+    """Loads the base model onto the mesh."""
+    started = time.perf_counter()
+    kind = config.compute.quantized
+    loaded = load_weights(files, dtype=config.compute.dtype, mesh=mesh, quantized=kind)
+    loaded = with_added(loaded, AddedTokens.of(config.data), mesh)
+    log.info(
+        "%s: %.0f MB of parameters in %s, loaded in %.1f s",
+        loaded.source,
+        trees.size_bytes(loaded.params) / 1e6,
+        f"{kind} and {config.compute.dtype}" if kind else config.compute.dtype,
+        time.perf_counter() - started,
+    )
+    return loaded
+
+
+def evaluators(
+    inputs: Inputs, loaded: LoadedModel, assembly: Assembly, like: Job | None
+) -> tuple[TextEvaluator, TextEvaluator]:
+    """Returns the evaluators of the held-out examples."""
+    if like is not None and like.assembly.spec == assembly.spec:
+        return like.evaluator, like.selector
+    reported, selecting = (
+        TextEvaluator(
+            assembly.eval_model, loaded.tokenizer, items, mesh=distributed.unless_single(assembly.mesh)
+        )
+        for items in inputs.held_out
+    )
+    return reported, selecting
+
+
+def export_run(job: Job, folder: Path, state: TrainState, share: Callable[[str], None]) -> None:
+    """Writes PEFT files of the adapter and verifies them by reloading.
+
+    Args:
+      job: the run.
+      folder: new, or an earlier export, which is replaced.
+      state: the state to export.
+      share: makes a folder of the first process readable in all processes.
+
+    Raises:
+      NaloraError: the files cannot be written, or differ from the trained adapter.
+    """
+    loaded, assembly = cast(LoadedModel, job.loaded), job.assembly
+    lora, spec = exportable_adapter(assembly, state.lora)
+    distributed.on_first_process(lambda: write_adapter(folder, loaded, lora, spec, overwrite=True))
+    share(folder.name)
+    difference = _difference(loaded, assembly, state.lora, folder, job.data.batches())
+    # Lowered kernels were rounded to the base's dtype once. All other differences come from the
+    # order of summation.
+    rounded = assembly.initial is not None and job.config.compute.dtype == "bfloat16"
+    if not difference < (0.05 if rounded else 1e-3):
+        raise NaloraError(
+            str(folder), expected="the trained adapter's logits", found=f"a difference of {difference:.1e}"
+        )
+    log.info("adapter: %s (read back: logits differ by at most %.1e)", folder, difference)
+
+
+def _difference(
+    loaded: LoadedModel, assembly: Assembly, lora: Any, folder: Path, batches: BatchIterator
+) -> float:
+    """Returns the largest logit difference of trained and exported adapter on one training row."""
+    batch = next(iter(batches))
+    names = ("tokens", "positions", "segment_ids", "pixels")
+    row = {name: batch[name][0, :1] for name in names if name in batch}
+    row = multihost_utils.broadcast_one_to_all(row)
+    files, spec = import_adapter(folder, loaded.config, fingerprint=loaded.fingerprint)
+
+    def logits(model: Decoder, params: Any, lora: Any) -> Any:
+        @jax.jit
+        def apply(variables: Any) -> jax.Array:
+            images = {}
+            if "pixels" in row:
+                assert loaded.processor is not None
+                pixels = loaded.processor.normalise(row["pixels"])
+                images["features"] = model.apply(variables, pixels, method="see")
+            layout = {"positions": row["positions"], "segment_ids": row["segment_ids"]}
+            hidden = model.apply(variables, row["tokens"], **layout, **images)
+            return model.apply(variables, hidden[:, ::8], method="unembed")
+
+        return distributed.fetch(apply({"params": params, "lora": lora}))
+
+    model = assembly.eval_model
+    return max_logit_difference(
+        lambda _: logits(model, assembly.params, lora),
+        lambda _: logits(model.clone(adapters=spec), loaded.params, files),
+        row["tokens"],
+    )

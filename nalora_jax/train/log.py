@@ -1,0 +1,339 @@
+"""Callbacks that write a run's log, and send its numbers to TensorBoard, Weights & Biases or MLflow.
+
+`nalora_jax.evaluate.run_log` describes the log's lines and reads them. Each tracker imports its library
+when it is used, so a run only needs the libraries that its settings name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from nalora_jax.common.digests import seal
+from nalora_jax.common.files import naming, open_unlinked, write_atomically
+from nalora_jax.config.structured import dotted
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.run_log import FILE, read_metrics, to_json
+from nalora_jax.train.callbacks import Callback, Ended, Started, register_callback
+
+
+class MetricsLog(Callback):
+    """The log ``folder/metrics.jsonl`` of a run; a context manager that closes the file.
+
+    Args:
+      folder: the run's folder; created if missing.
+      resume: step of the restored checkpoint, or None for a new run. Lines of later steps are
+        removed, because the resumed run writes them again. So is an incomplete last line after a
+        crash.
+      goes_on: False if no step follows, so that the line of a stopped run's last step stays.
+
+    Attributes:
+      begun: the line of the step where the resumed run was stopped, if its next log step includes
+        those steps; else empty.
+
+    Raises:
+      NaloraError: a new run's folder contains a log, or the log to resume is damaged before its
+        last line.
+    """
+
+    def __init__(self, folder: str | Path, *, resume: int | None = None, goes_on: bool = True) -> None:
+        self.path = Path(folder) / FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if resume is None and self.path.exists():
+            raise NaloraError(
+                str(self.path),
+                expected="a new run's folder",
+                found="the log of another run",
+                remedy="choose another --output, or continue that run with --resume",
+            )
+        self._resume = resume
+        earlier: list[dict[str, Any]] = []
+        self.begun: dict[str, Any] = {}
+        if resume is not None:
+            earlier, self.begun = _rewind(self.path, resume, goes_on=goes_on)
+        self._has_header = any("run" in record for record in earlier)
+        self._file = open_unlinked(self.path, "a", encoding="utf-8")
+
+    def start(
+        self, config: Mapping[str, Any], *, versions: Mapping[str, str], device: str, **more: Any
+    ) -> None:
+        """Writes the first line of a new run (config, versions, device) or of a resumption."""
+        machine = {"versions": dict(versions), "device": device}
+        if self.begun:
+            more["begun"] = self.begun
+        if self._has_header:
+            self.write({"resumed": {"step": self._resume, **machine, **more}})
+        else:
+            self.write({"run": dict(config), **machine, **more})
+            self._has_header = True
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one line.
+
+        Args:
+          record: nested dicts and lists of numbers, strings, booleans, None,
+            numpy scalars and arrays.
+
+        Raises:
+          NaloraError: the line cannot be written, e.g. because the disk is full.
+        """
+        line = json.dumps(seal(to_json(record)), allow_nan=False)
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            remedy = "free some space, then continue with --resume"
+            raise NaloraError(
+                str(self.path), expected="to append a line", found=error, remedy=remedy
+            ) from error
+
+    def on_start(self, started: Started) -> None:
+        """Writes the first line, or the line of a resumed run."""
+        settings = {}
+        if started.step:
+            settings["settings"] = started.config
+        self.start(
+            started.config, versions=started.versions, device=started.device, **settings, **started.more
+        )
+
+    def on_log(self, step: int, record: Mapping[str, Any]) -> None:
+        """Writes the line of a log step."""
+        self.write({"step": step, **record})
+
+    def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:
+        """Writes the line of an evaluation; per-example ``right`` only during training."""
+        logged = {name: value for name, value in values.items() if not (kind and name == "right")}
+        record: dict[str, Any] = {"step": step}
+        if kind:
+            record[kind] = True
+        self.write(record | {"eval": logged})
+
+    def on_end(self, ended: Ended) -> None:
+        """Writes the last line."""
+        ending: dict[str, Any] = {"step": ended.step, "best_step": ended.best_step}
+        if ended.message:
+            ending = {"message": ended.message}
+        if ended.seconds:
+            ending["seconds"] = ended.seconds
+        self.write({"done": ending})
+
+    def close(self) -> None:
+        """Closes the file; later calls have no effect."""
+        with suppress(OSError):  # `write` has already raised if the disk is full
+            self._file.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        del kind, error, trace
+        self.close()
+
+
+def _rewind(path: Path, step: int, *, goes_on: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Removes the lines after ``step`` from the file; returns the remaining ones and `MetricsLog.begun`."""
+    if not path.exists():
+        return [], {}
+    records = read_metrics(path)
+    earlier = [
+        r for r in records if _step(r) <= step and not {"done", "final"} & r.keys()
+    ]  # a run has one end
+    begun: dict[str, Any] = {}
+    if goes_on:
+        for record in [r for r in earlier if _step(r) == step]:
+            begun = record.get("resumed", {}).get("begun", begun)
+            if "target_tokens" in record:
+                begun = {name: value for name, value in record.items() if isinstance(value, int | float)}
+                earlier.remove(record)
+    write_atomically(path, "".join(json.dumps(seal(record)) + "\n" for record in earlier))
+    return earlier, begun
+
+
+def _step(record: Mapping[str, Any]) -> int:
+    return int(record.get("step", record.get("resumed", {}).get("step", 0)))
+
+
+def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Returns tags and numbers of one line, for trackers; layers have one tag each.
+
+    Example:
+      >>> scalars({"step": 1, "loss": 2.0, "eval": {"n": 4}, "layers": {"limit": [0.2, None]}})
+      [('train/loss', 2.0), ('eval/n', 4), ('limit/layer_00', 0.2)]
+    """
+    numbers = [(f"train/{name}", value) for name, value in record.items() if name != "step"]
+    numbers += [(f"eval/{name}", value) for name, value in record.get("eval", {}).items()]
+    for name, rows in record.get("layers", {}).items():
+        numbers += [(f"{name}/layer_{index:02d}", row) for index, row in enumerate(rows)]
+    return [
+        (tag, value)
+        for tag, value in numbers
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+
+
+_RUN_ID = "nalora_run_id"  # file in a tracker's folder: id of its run, for resumption
+
+
+class _Numbers(Callback):
+    """Base of the trackers: tags every number, e.g. "train/loss" or "misalignment/layer_03"."""
+
+    def on_log(self, step: int, record: Mapping[str, Any]) -> None:
+        """Writes the numbers of a log step."""
+        self.write(step, dict(scalars(to_json({"step": step, **record}))))
+
+    def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:
+        """Writes the numbers of an evaluation; base and result have separate tags."""
+        numbers = scalars(
+            to_json({"eval": {name: value for name, value in values.items() if name != "right"}})
+        )
+        tag = {"initial": "before/", "final": "after/"}.get(kind, "eval/")
+        self.write(step, {tag + name.removeprefix("eval/"): value for name, value in numbers})
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes numbers by tag."""
+        raise NotImplementedError
+
+
+@register_callback("tensorboard")
+@dataclass
+class TensorBoard(_Numbers):
+    """TensorBoard: event files in the run's folder ``tensorboard``."""
+
+    def on_start(self, started: Started) -> None:
+        """Opens the files; a resumed run removes later steps, because it writes them again."""
+        from tensorboardX import SummaryWriter  # slow to import (protobuf), and rarely needed
+
+        purge = started.step + 1 if started.step else None
+        self._events: Any = SummaryWriter(str(started.folder / "tensorboard"), purge_step=purge)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one event per number."""
+        for tag, value in values.items():
+            self._events.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        if hasattr(self, "_events"):
+            self._events.close()
+
+
+@register_callback("wandb")
+@dataclass
+class Wandb(_Numbers):
+    """Weights & Biases (extra ``wandb``), with its files in the run's folder.
+
+    ``mode=offline`` needs no account.
+    """
+
+    project: str = "nalora_jax"
+    name: str = ""  # by default the name of the run's folder
+    entity: str = ""
+    mode: str = ""  # "online", "offline" or "disabled"; by default WANDB_MODE
+
+    def __post_init__(self) -> None:
+        self._wandb = _imported("wandb")
+
+    def on_start(self, started: Started) -> None:
+        """Starts a tracker run, or resumes the tracker run of a resumed training run."""
+        self._run: Any = self._wandb.init(
+            project=self.project,
+            name=self.name or started.folder.resolve().name,
+            entity=self.entity or None,
+            mode=self.mode or None,
+            dir=str(started.folder),
+            id=_run_id(started, "wandb"),
+            resume="allow",
+            config=to_json({**started.config, "versions": started.versions, "device": started.device}),
+        )
+        # The step is an ordinary metric, because a resumed run may write some steps again.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one row of its table."""
+        self._run.log({"step": step, **values})
+
+    def on_end(self, ended: Ended) -> None:
+        """Finishes the tracker run; as failed if the training run was aborted."""
+        if ended.best_step is not None:
+            self._run.summary["best_step"] = ended.best_step
+        self._run.finish(exit_code=1 if ended.message else 0)
+
+
+@register_callback("mlflow")
+@dataclass
+class MLflow(_Numbers):
+    """MLflow (extra ``mlflow``)."""
+
+    experiment: str = "nalora_jax"
+    name: str = ""  # by default the name of the run's folder
+    uri: str = ""  # of the tracking server or store; by default MLFLOW_TRACKING_URI
+
+    def __post_init__(self) -> None:
+        self._mlflow = _imported("mlflow")
+
+    def on_start(self, started: Started) -> None:
+        """Starts a tracker run, with the settings as parameters, or resumes it."""
+        self._client = self._mlflow.MlflowClient(tracking_uri=self.uri or None)
+        id_file = started.folder / "mlflow" / _RUN_ID
+        if started.step and id_file.exists():
+            self._id = id_file.read_text(encoding="utf-8")
+            self._client.update_run(self._id, status="RUNNING")
+            return
+        existing = self._client.get_experiment_by_name(self.experiment)
+        experiment = existing.experiment_id if existing else self._client.create_experiment(self.experiment)
+        name = self.name or started.folder.resolve().name
+        self._id = self._client.create_run(experiment, run_name=name).info.run_id
+        _write_id(id_file, self._id)
+        kind = self._mlflow.entities.Param
+        params = [kind(key, str(value)[:500]) for key, value in dotted(to_json(started.config))]
+        for first in range(0, len(params), 100):  # the API's limit per call
+            self._client.log_batch(self._id, params=params[first : first + 100])
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one batch of metrics."""
+        now = int(time.time() * 1000)
+        metrics = [
+            self._mlflow.entities.Metric(tag, float(value), now, step) for tag, value in values.items()
+        ]
+        for first in range(0, len(metrics), 1000):
+            self._client.log_batch(self._id, metrics=metrics[first : first + 1000])
+
+    def on_end(self, ended: Ended) -> None:
+        """Finishes the tracker run."""
+        self._client.set_terminated(self._id, "FAILED" if ended.message else "FINISHED")
+
+
+def _run_id(started: Started, folder: str) -> str:
+    """Returns the id of the tracker's run: the recorded one if the run is resumed, or a new one."""
+    path = started.folder / folder / _RUN_ID
+    if started.step and path.exists():
+        return path.read_text(encoding="utf-8")
+    run_id = uuid.uuid4().hex
+    _write_id(path, run_id)
+    return run_id
+
+
+def _write_id(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path), open_unlinked(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _imported(name: str) -> Any:
+    """Imports the tracker's library, before a run writes any file."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        remedy = f"pip install {name} (or nalora_jax with its extra `{name}`)"
+        raise NaloraError(
+            f"--callbacks {name}", expected=f"the library {name}", found=error, remedy=remedy
+        ) from error

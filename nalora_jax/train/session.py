@@ -1,0 +1,263 @@
+"""A run while it lasts: its locked folder, its log, and the actions between its steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from nalora_jax.common.redaction import redacted
+from nalora_jax.config import RunConfig
+from nalora_jax.data.items import FEW
+from nalora_jax.data.pipeline import BatchIterator
+from nalora_jax.errors import Interrupted, NaloraError, bounded_text
+from nalora_jax.evaluate.evaluator import describe
+from nalora_jax.evaluate.run_log import recorded_settings, to_json
+from nalora_jax.method.step import TrainState
+from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started
+from nalora_jax.train.checkpoint import Checkpointer
+from nalora_jax.train.job import Job
+from nalora_jax.train.log import MetricsLog
+from nalora_jax.train.loop import FitResult, Follower, LoopEvaluation, Schedule
+from nalora_jax.train.machine import describe_device, peak_memory, versions
+from nalora_jax.train.mechanisms import first_step
+from nalora_jax.train.optimizers import make_schedule
+from nalora_jax.train.output import Output, has_checkpoint, last_step, open_output
+from nalora_jax.train.preemption import StopSignals
+from nalora_jax.train.progress import Progress
+from nalora_jax.train.snapshot import check_settings
+from nalora_jax.train.state_metrics import StateMetrics
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """The `nalora_jax.train.loop.Hooks` of a run, and what it holds until it ends.
+
+    Args:
+      output: its locked folder.
+      stop: stop requests.
+      callbacks: its callbacks.
+      closing: closes what the run opens.
+      console: of its messages; the terminal, with a progress bar, by default.
+
+    Attributes:
+      recorded: last recorded settings of a resumed run; {} otherwise.
+      before: held-out metrics of the base model, once they are known.
+      waits_for_writes: True if a checkpoint is written before the next step, not during it.
+    """
+
+    job: Job
+    checkpointer: Checkpointer
+    batches: BatchIterator
+    state_metrics: StateMetrics
+
+    def __init__(
+        self,
+        output: Output,
+        stop: StopSignals,
+        callbacks: Sequence[Callback],
+        closing: ExitStack,
+        console: Console | None = None,
+    ) -> None:
+        self.output, self.stop, self.closing, self.console = output, stop, closing, console
+        self.recorded: Mapping[str, Any] = {}
+        if output.resumes:
+            self.recorded = recorded_settings(output.folder)
+        self.before: Mapping[str, Any] | None = None
+        self.waits_for_writes = False
+        self._given = callbacks
+        self._begun: Mapping[str, Any] = {}
+
+    def check_continues(self, config: RunConfig) -> None:
+        """Checks that a resumed run has its recorded settings, before a model is loaded.
+
+        The checkpoints are checked again later, because they record settings in full precision.
+
+        Raises:
+          NaloraError: the run has done more steps than ``config`` has, or a setting must not change.
+        """
+        if not self.output.resumes:
+            return
+        done = last_step(self.output.checkpoints)
+        if done is not None and done > config.steps:
+            remedy = "leave --steps out to go on as the run was, or start a new run in another --output"
+            expected = f"{done} or more, which the run in {self.output.folder} has done"
+            raise NaloraError("--steps", expected=expected, found=config.steps, remedy=remedy)
+        if self.recorded:
+            where = f"--resume {self.output.folder}"
+            check_settings(where, self.recorded, to_json(redacted(config.to_dict())))
+
+    def open_checkpoints(self, job: Job) -> None:
+        """Opens the checkpoints and the batches of a job."""
+        config = job.config
+        self.job, self.batches, self.state_metrics = job, job.data.batches(), job.assembly.state_metrics
+        self.checkpointer = self.closing.enter_context(
+            Checkpointer(
+                self.output.checkpoints,
+                fingerprint=job.loaded.fingerprint,
+                config=redacted(config.to_dict()),
+                keep=config.train.keep,
+                best_metric=job.evaluator.metric,
+                best_mode=job.evaluator.mode,
+            )
+        )
+
+    def begin(self, start: int) -> None:
+        """Opens the log and the progress display, and calls the callbacks' ``on_start``.
+
+        Processes other than 0 show and log nothing.
+
+        Args:
+          start: steps that the run has done.
+        """
+        config = self.job.config
+        if jax.process_index():
+            self.callbacks = Callbacks(None)
+            self.progress = Progress(config.steps, console=Console(quiet=True))
+        else:
+            goes_on = start < config.steps
+            metrics = MetricsLog(self.output.folder, resume=start or None, goes_on=goes_on)
+            self._begun = metrics.begun
+            self.callbacks = Callbacks(metrics, self._given)
+            self.progress = Progress(config.steps, start=start, console=self.console)
+        self.closing.enter_context(self.callbacks)
+        self.closing.enter_context(self.progress)
+        self.callbacks.start(_started(self.job, self.output, start))
+
+    @contextmanager
+    def naming_checkpoints(self, config: RunConfig) -> Iterator[None]:
+        """Adds the way to resume to a stop outside of training, if there are checkpoints."""
+        try:
+            yield
+        except Interrupted as stopped:
+            if stopped.saved is None and has_checkpoint(self.output.checkpoints):
+                raise Interrupted(stopped.signal, resume=way_on(config)) from None
+            raise
+
+    @contextmanager
+    def reporting_errors(self) -> Iterator[None]:
+        """Notifies the callbacks of an error that ends the run."""
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:  # trackers mark every failed run
+            self.fail(error)
+            raise
+
+    def fail(self, error: BaseException) -> None:
+        """Records the error that ended the run."""
+        self.callbacks.end(Ended(message=redacted(bounded_text(error)) or "interrupted"))
+
+    def follower(self, state: TrainState) -> Follower:
+        """Returns the actions after each step, which continue from a state."""
+        config, train = self.job.config, self.job.config.train
+        schedule = Schedule(
+            config.steps, train.log_every, train.eval_every, train.save_every, train.patience
+        )
+        rate = make_schedule(config.optimizer, config.steps)
+        params = self.job.assembly.params
+        return Follower(self, schedule, rate, state, int(state.step), params, self._begun)
+
+    def stopped(self, result: FitResult) -> Interrupted:
+        """Returns the error of a run that a signal stopped, once its state is saved."""
+        self.checkpointer.wait()
+        return Interrupted(self.stop.signal, result.step, way_on(self.job.config))
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar."""
+        self.progress.advance(step)
+
+    def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
+        """Writes and shows a log step, with metrics of the state and peak memory."""
+        self.callbacks.log(step, {**record, **self.state_metrics.measure(state), **peak_memory()})
+        self.progress.log(step, record)
+
+    def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
+        """Evaluates the adapter on the held-out examples that select the checkpoint."""
+        return self.selected(step, self.job.selector.measure(self.job.assembly.params, state.lora))
+
+    def selected(self, step: int, values: Mapping[str, Any]) -> LoopEvaluation:
+        """Logs the metrics of an adapter that may be selected, and returns the one that ranks it."""
+        selector = self.job.selector
+        self.callbacks.evaluation(step, values)
+        self.progress.say(f"step {step}: {describe(values)}")
+        score = value = float(values[selector.metric])
+        if selector.mode == "min":
+            score = -value
+        return LoopEvaluation(score, {selector.metric: value}, int(values.get("n", 0)))
+
+    def save(self, step: int, state: TrainState, measured: LoopEvaluation | None) -> None:
+        """Starts writing a checkpoint, and waits for it if other runs write theirs.
+
+        Checkpoints before AdaLoRA's ranks are settled are not ranked.
+        """
+        config, metrics = self.job.config, None
+        if measured is not None and step >= config.adalora.settled_at(config.steps):
+            metrics = measured.metrics
+        self.checkpointer.save(step, state, self.batches.get_state(), metrics)
+        if self.waits_for_writes:
+            self.checkpointer.wait()
+        self.callbacks.save(step, self.checkpointer.folder / str(step))
+
+    def asked_to_stop(self, step: int) -> bool:
+        """Returns True if a stop signal arrived."""
+        return self.stop.asked(step)
+
+
+@contextmanager
+def open_session(
+    config: RunConfig, stop: StopSignals, callbacks: Sequence[Callback], console: Console | None = None
+) -> Iterator[Session]:
+    """Locks the folder of a run, and closes at the end all that the run opened.
+
+    Args:
+      config: the run's settings, with the folder.
+      stop, callbacks, console: see `Session`.
+
+    Raises:
+      NaloraError: see `nalora_jax.train.output.open_output`.
+    """
+    with open_output(config.output, config.resume) as output, ExitStack() as closing:
+        yield Session(output, stop, callbacks, closing, console)
+
+
+def way_on(config: RunConfig) -> str:
+    """Returns the options that resume a stopped run."""
+    return f"continue with --output {config.output} --resume"
+
+
+def say_counts(reported: int, choosing: int, *, chosen: bool) -> None:
+    """Logs the numbers of held-out examples, and warns if too few select the checkpoint.
+
+    Args:
+      reported: examples that results are reported on.
+      choosing: separate examples that select the checkpoint.
+      chosen: True if a checkpoint is selected, that is if there are evaluations during training.
+    """
+    by = ""
+    if chosen:
+        by = f", the choice of the checkpoint on {choosing} others"
+    log.info("results rest on %d held-out examples%s", reported, by)
+    if chosen and choosing < FEW:
+        log.warning(
+            "only %d examples choose the checkpoint, so that the choice is mostly chance: hold "
+            "out more (--data.eval-split), or take the last step's with --train.eval-every 0",
+            choosing,
+        )
+
+
+def _started(job: Job, output: Output, start: int) -> Started:
+    """Returns the facts about the run that callbacks get before its first step."""
+    more: dict[str, Any] = {"data": dict(job.data.describe())}
+    if job.inputs.in_turns is not None:
+        more["data"]["in_turns"] = job.inputs.in_turns
+    if job.loaded.origin:
+        more["base"] = job.loaded.origin.to_dict()
+    if job.assembly.mechanisms.entries:
+        more["mechanisms_from"] = first_step(job.assembly.mechanisms)
+    settings = redacted(job.config.to_dict())
+    return Started(output.folder, settings, start, versions(), describe_device(), more)

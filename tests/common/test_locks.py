@@ -1,0 +1,73 @@
+"""Locks, and temporary folders of processes that were killed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nalora_jax.common.locks import RunLock, locked, scratch_folder
+from nalora_jax.errors import NaloraError
+
+
+def test_a_lock_is_one_process_s_and_of_no_link(tmp_path: Path) -> None:
+    with locked(tmp_path / "a") as first, locked(tmp_path / "a") as second, locked(tmp_path / "b") as other:
+        assert (first, second, other) == (True, False, True)
+    with locked(tmp_path / "a", wait=True) as again:
+        assert again
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with (
+        pytest.raises(NaloraError, match="expected a file, found a symbolic link"),
+        locked(tmp_path / "link"),
+    ):
+        pass
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_file_system_without_locks_does_not_stop_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with locked(tmp_path / "a") as held, scratch_folder(tmp_path, ".incomplete") as scratch:
+        assert held is None
+        assert scratch.is_dir()
+    RunLock(tmp_path / "run.lock").release()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from nalora_jax.common.locks import scratch_folder
+with scratch_folder(Path(sys.argv[1]), ".incomplete") as scratch:
+    (scratch / "tokens.bin").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False).returncode < 0
+    (left,) = tmp_path.iterdir()
+    for name in (".now.incomplete", ".longago.incomplete"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "owner.json").write_text('{"host": "elsewhere", "pid": 1}')
+    for path in (tmp_path / ".longago.incomplete" / "owner.json", tmp_path / ".longago.incomplete"):
+        os.utime(path, (0, 0))
+    with (
+        scratch_folder(tmp_path, ".incomplete") as first,
+        scratch_folder(tmp_path, ".incomplete") as second,
+    ):
+        assert not left.exists()
+        assert {path.name for path in tmp_path.iterdir()} == {
+            first.parent.name,
+            second.parent.name,
+            ".now.incomplete",
+        }
+    assert [path.name for path in tmp_path.iterdir()] == [".now.incomplete"]

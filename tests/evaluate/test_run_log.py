@@ -1,0 +1,170 @@
+"""Logs that somebody edited: the line and the field are named."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from nalora_jax.common.digests import seal
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.run_log import check_record, read_evaluation, read_metrics
+from nalora_jax.report.history import read_history
+
+EVAL = {
+    "accuracy": 0.5,
+    "low": 0.4,
+    "high": 0.6,
+    "loss": 3.0,
+    "n": 10,
+    "samples": [{"prompt": "a", "answer": "b"}],
+}
+PAIRED = {"low": -0.1, "high": 0.2, "gained": 3, "lost": 1, "p_value": 0.3, "difference": 0.1, "n": 10}
+GOOD: tuple[dict[str, Any], ...] = (
+    {
+        "run": {"steps": 10, "data": {"dataset": "x"}},
+        "versions": {"jax": "1"},
+        "device": "cpu",
+        "base": {"name": "x"},
+    },
+    {"step": 0, "initial": True, "eval": EVAL},
+    {
+        "step": 5,
+        "loss": None,
+        "seconds": 1.5,
+        "layers": {"limit": [0.1, None], "occupancy": [[1, 0], [0, 1]], "x": None},
+    },
+    {"resumed": {"step": 5, "device": "cpu"}},
+    {"step": 10, "final": True, "eval": {**EVAL, "paired": PAIRED, "right": [True, False]}},
+    {
+        "step": 5,
+        "histograms": {"mask": {"edges": [0.5, 1, 2], "counts": [[0, 3, 1, 0]]}},
+        "adapters": {"q": [0.1]},
+    },
+    {"done": {"step": 10, "best_step": 5, "seconds": {"training": 1.5}}},
+    {"done": {"message": "interrupted"}},
+    {"of a later version": ["anything"]},
+)
+BAD = {
+    "run": ({"run": []}, "run: expected a JSON object"),
+    "data": ({"run": {"data": 3}}, "data: expected a JSON object"),
+    "steps": ({"run": {"steps": "ten"}}, "run: steps: expected a count"),
+    "deep": ({"run": json.loads('{"a":' * 50 + "1" + "}" * 50)}, "nested too deeply"),
+    "versions": ({"run": {}, "versions": "1.0"}, "versions: expected a JSON object"),
+    "base": ({"run": {}, "base": {"name": 3}}, "base: expected texts"),
+    "step": ({"step": "five"}, "step: expected a count"),
+    "huge step": ({"step": 10**400}, "step: expected a count"),
+    "half a step": ({"step": 1.5}, "step: expected a count"),
+    "true": ({"step": True}, "step: expected a count"),
+    "loss": ({"step": 1, "loss": "low"}, "loss: expected a finite number"),
+    "huge": ({"step": 1, "loss": 10**400}, "loss: expected a finite number"),
+    "infinite": ({"step": 1, "loss": float("inf")}, "loss: expected a finite number"),
+    "layers": ({"step": 1, "layers": [1]}, "layers: expected a JSON object"),
+    "one layer": ({"step": 1, "layers": {"limit": 0.1}}, "limit: expected a list"),
+    "no layer": ({"step": 1, "layers": {"limit": []}}, "limit: expected a list"),
+    "ragged": ({"step": 1, "layers": {"limit": [[1], [1, 2]]}}, "limit: expected rows of one length"),
+    "mixed": ({"step": 1, "layers": {"limit": [1, [1]]}}, "limit: expected rows of one length"),
+    "text in a layer": ({"step": 1, "layers": {"limit": ["x"]}}, "limit: expected a finite number"),
+    "adapters": ({"step": 1, "adapters": {"q": "x"}}, "adapters: q: expected a list"),
+    "histograms": ({"step": 1, "histograms": {"mask": [1]}}, "mask: expected a JSON object"),
+    "edges": (
+        {"step": 1, "histograms": {"mask": {"edges": [2, 1], "counts": [[1, 1, 1]]}}},
+        "edges: expected rising",
+    ),
+    "an edge": (
+        {"step": 1, "histograms": {"mask": {"edges": [1, "2"]}}},
+        "edges: expected a finite number",
+    ),
+    "no edges": (
+        {"step": 1, "histograms": {"mask": {"counts": [[1]]}}},
+        "edges: expected a list of at least two",
+    ),
+    "counts": (
+        {"step": 1, "histograms": {"mask": {"edges": [1, 2], "counts": [[1, 2]]}}},
+        "counts: expected rows of 3",
+    ),
+    "no counts": (
+        {"step": 1, "histograms": {"mask": {"edges": [1, 2], "counts": []}}},
+        "counts: expected rows of 3",
+    ),
+    "a count": (
+        {"step": 1, "histograms": {"mask": {"edges": [1, 2], "counts": [[1, 2, -1]]}}},
+        "counts: expected a co",
+    ),
+    "layers without end": (
+        {"step": 1, "layers": {"limit": [0.1] * 513}},
+        "limit: expected a list .* at most 512",
+    ),
+    "adapters without end": (
+        {"step": 1, "adapters": {"q": [0.1] * 513}},
+        "q: expected a list .* at most 512",
+    ),
+    "towers without end": (
+        {"step": 1, "towers": {"image": 500, "text": 13}},
+        "towers: expected at most 512 layers",
+    ),
+    "a tower": ({"step": 1, "towers": {"image": 2**53}}, "towers: expected at most 512 layers"),
+    "pictures without end": (
+        {"step": 1, "histograms": {f"m{i}": {"edges": [1, 2], "counts": [[1, 2, 3]]} for i in range(17)}},
+        "histograms: expected those of at most 16 mechanisms",
+    ),
+    "eval": ({"step": 1, "eval": 0.5}, "eval: expected a JSON object"),
+    "no step": ({"eval": {"loss": 1.0}}, "expected the step of the evaluation"),
+    "accuracy": ({"step": 1, "eval": {"accuracy": {}}}, "accuracy: expected a finite number"),
+    "n": ({"step": 1, "eval": {"n": -1}}, "n: expected a count"),
+    "samples": ({"step": 1, "eval": {"samples": [{"answer": "b"}]}}, "samples: expected a list of prompts"),
+    "paired": ({"step": 1, "eval": {"paired": {**PAIRED, "low": None}}}, "low: expected a number"),
+    "right": ({"step": 1, "eval": {"right": [1]}}, "right: expected a list of true and false"),
+    "resumed": ({"resumed": 5}, "resumed: expected a JSON object"),
+    "stages": ({"done": {"seconds": {"training": "long"}}}, "training: expected a finite number"),
+    "done": ({"done": {"best_step": "last"}}, "best_step: expected a count"),
+}
+
+
+def test_what_a_run_writes_is_accepted() -> None:
+    for record in GOOD:
+        check_record(record, "here")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_field_of_the_wrong_kind_is_named_with_its_line(tmp_path: Any, name: str) -> None:
+    record, message = BAD[name]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(GOOD[0]) + "\n\n" + (json.dumps(record) + "\n"))
+    for read in (lambda: read_metrics(path), lambda: read_history(tmp_path)):
+        with pytest.raises(NaloraError, match=f"line 3.*{message}"):
+            read()
+
+
+def test_layers_keep_their_shape(tmp_path: Any) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for layers in ({"limit": [0.1]}, {"limit": [[0.1, 0.2], [0.1, 0.2]]}, {"feature": [0.1, 0.2, 0.3]}):
+        lines = [GOOD[0], {"step": 1, "layers": {"limit": [0.1, 0.2]}}, {"step": 2, "layers": layers}]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(NaloraError, match="layers.*expected"):
+            read_history(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"loss": "low"}', '{"right": 3}', "\x00"])
+def test_an_evaluation_of_its_own_file_is_checked(tmp_path: Any, text: str) -> None:
+    path = tmp_path / "before.json"
+    path.write_text(json.dumps(EVAL))
+    assert read_evaluation(path) == EVAL
+    path.write_text(text)
+    with pytest.raises(NaloraError, match=r"before\.json"):
+        read_evaluation(path)
+
+
+def test_a_changed_figure_of_the_base_is_reported(tmp_path: Any) -> None:
+    path = tmp_path / "before.json"
+    text = json.dumps(seal(EVAL | {"questions": {"all": "1f0a"}}))
+    path.write_text(text)
+    assert read_evaluation(path) == EVAL | {"questions": {"all": "1f0a"}}
+    damaged = text.replace("0.4", "0.5", 1)
+    assert damaged != text
+    path.write_text(damaged)
+    with pytest.raises(
+        NaloraError, match=r"before\.json: expected the content that its sha256 was computed of"
+    ):
+        read_evaluation(path)

@@ -1,0 +1,164 @@
+"""Multiple choice and the loss of completions, by hand and against transformers, one document at a time."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from nalora_jax.common.trees import unflatten
+from nalora_jax.data.items import ChoiceItem, CompletionItem
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate import likelihood
+from nalora_jax.evaluate.likelihood import Score
+from nalora_jax.evaluate.statistics import bootstrap, wilson
+from nalora_jax.evaluate.text import (
+    TextEvaluator,
+    choice_records,
+    completion_records,
+    predict,
+    text_summary,
+)
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.stacks import param_shapes
+
+
+def question(prompt: str, choices: list[str], gold: int) -> ChoiceItem:
+    return ChoiceItem(list(prompt.encode()), [list(c.encode()) for c in choices], gold, prompt, choices)
+
+
+QUESTIONS = [
+    question("Which way is up?", [" up", " down", " sideways"], 0),
+    question("Two and two", [" is four", " is five"], 0),
+    question("Q", [" a", " bb", " ccc", " dddd"], 2),
+    question("Left or right", [" left", " right"], 1),
+]
+
+
+def test_accuracy_and_loss_equal_transformers(model, variables, torch_log_probs):
+    records = choice_records(model, variables, QUESTIONS)
+    tables = [[torch_log_probs(q.prompt_ids, c)[0] for c in q.choice_ids] for q in QUESTIONS]
+    answers = [int(np.argmax([t.sum() for t in row])) for row in tables]
+    per_token = [int(np.argmax([t.mean() for t in row])) for row in tables]
+    gold = [q.gold for q in QUESTIONS]
+    right = np.concatenate([row[q.gold] for row, q in zip(tables, QUESTIONS, strict=True)])
+    correct = [a == g for a, g in zip(answers, gold, strict=True)]
+    assert [record["answer"] for record in records] == answers
+    assert [record["correct"] for record in records] == correct
+    summary = text_summary(records)
+    assert summary["accuracy"] == summary["accuracy_per_choice"] == np.mean(correct)
+    assert (summary["low"], summary["high"], summary["n"]) == (*wilson(sum(correct), 4), 4)
+    assert summary["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 4 + 1 / 2) / 4)
+    np.testing.assert_allclose(summary["loss"], -right.mean(), rtol=1e-5)
+    by_token = choice_records(model, variables, QUESTIONS, per="token")
+    assert [record["answer"] for record in by_token] == per_token
+    assert text_summary(by_token)["accuracy_per_choice"] == summary["accuracy"]
+
+
+def test_samples_are_the_first_questions_with_answers_per_character(model, variables, tokenizer):
+    evaluator = TextEvaluator(model, tokenizer, QUESTIONS)
+    measured = evaluator.measure(variables["params"], None, samples=True)
+    records = choice_records(model, variables, QUESTIONS, per="character")
+    first = measured["samples"][0]
+    assert (first["prompt"], first["expected"]) == ("Which way is up?", "up")
+    assert first["answer"] == QUESTIONS[0].choices[records[0]["answer"]].strip()
+    assert measured["right"] == [record["correct"] for record in records]
+    assert {name: measured[name] for name in text_summary(records)} == text_summary(records)
+
+
+def test_choices_with_prompts_of_their_own(model, variables, torch_log_probs):
+    prompts = [list(f"The trophy is too {x}".encode()) for x in ("big", "small")]
+    ending = list(b" for the case")
+    item = ChoiceItem(prompts[0], [ending, ending], 0, "...", ["big", "small"], prompts)
+    expected = [torch_log_probs(prompt, ending)[0].sum() for prompt in prompts]
+    (record,) = choice_records(model, variables, [item])
+    assert record["answer"] == int(np.argmax(expected))
+    np.testing.assert_allclose(record["loss"] / record["tokens"], -expected[0] / len(ending), rtol=1e-5)
+
+
+def test_normalisation_divides_by_what_it_says():
+    item = question("?", [" ab", " äö", " abcdef"], 0)
+    scores = [[Score(-4.0, 2, False), Score(-5.0, 4, False), Score(-6.0, 1, False)]]
+    assert predict([item], scores).tolist() == [0]
+    # -4 / 2, -5 / 4, -6 / 1
+    assert predict([item], scores, "token").tolist() == [1]
+    # -4 / 2, -5 / 2, -6 / 6
+    assert predict([item], scores, "character").tolist() == [2]
+    # -4 / 2, -5 / 4, -9 / 6: an umlaut has two bytes
+    longer = [[scores[0][0], scores[0][1], Score(-9.0, 1, False)]]
+    assert predict([item], longer, "byte").tolist() == [1]
+
+
+def test_items_of_no_kind_or_of_both_are_errors(model, tokenizer):
+    with pytest.raises(NaloraError, match="found no questions"):
+        TextEvaluator(model, tokenizer, [])
+    with pytest.raises(NaloraError, match="found both"):
+        TextEvaluator(model, tokenizer, [QUESTIONS[0], CompletionItem([1], [2], "", "")])
+
+
+@pytest.fixture
+def documents() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, n).tolist() for n in (5, 9, 4, 12, 7, 6)]
+
+
+def expected_sums(documents, torch_log_probs, first_target):
+    tables = [torch_log_probs(d[:first_target], d[first_target:])[0] for d in documents]
+    return np.array([-t.sum() for t in tables]), np.array([len(t) for t in tables])
+
+
+@pytest.mark.parametrize("first_target", [1, 3])
+def test_loss_equals_transformers_and_is_weighted_by_tokens(
+    model, variables, documents, torch_log_probs, first_target
+):
+    items = [CompletionItem(d[:first_target], d[first_target:], "", "") for d in documents]
+    records = completion_records(model, variables, items)
+    summary = text_summary(records)
+    sums, counts = expected_sums(documents, torch_log_probs, first_target)
+    np.testing.assert_allclose(summary["loss"], sums.sum() / counts.sum(), rtol=1e-5)
+    np.testing.assert_allclose(summary["perplexity"], math.exp(sums.sum() / counts.sum()), rtol=1e-4)
+    assert [record["tokens"] for record in records] == counts.tolist()
+    assert summary["n"] == 6
+    np.testing.assert_allclose((summary["low"], summary["high"]), bootstrap(sums, counts), rtol=1e-4)
+
+
+def test_items_on_a_mesh_give_the_same_loss(model, variables, documents):
+    items = [CompletionItem(d[:1], d[1:], "", "") for d in documents]
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices())
+    sharded, single = (
+        text_summary(completion_records(model, variables, items, mesh=one)) for one in (mesh, None)
+    )
+    np.testing.assert_allclose(sharded["loss"], single["loss"], rtol=1e-6)
+    assert sharded["n"] == single["n"] == 6
+
+
+def test_nothing_to_predict_is_an_error(model, variables):
+    with pytest.raises(NaloraError, match="at least one target token"):
+        text_summary(completion_records(model, variables, []))
+
+
+def test_logits_of_a_long_row_are_never_held_together():
+    """Compiled memory of held-out losses: completions with or without a shared prefix."""
+    sizes = {"vocab_size": 32768, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8}
+    raw = {"model_type": "llama", "num_attention_heads": 2, "rms_norm_eps": 1e-5, **sizes}
+    config = ModelConfig.from_hf(raw | {"max_position_embeddings": 2**15})
+    model, seq = Decoder(config), 8192
+    params = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(config).items()}
+    variables = {"params": unflatten(params)}
+
+    def rows(*shape: int, names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+        return {name: jax.ShapeDtypeStruct(shape, "int32") for name in names}
+
+    compiled = []
+    of_texts = ("tokens", "positions", "segments")
+    for stem, tail in ((seq, 32), (0, seq)):
+        shape = (1, 1, tail)
+        scored = jax.ShapeDtypeStruct(shape, "int32"), jax.ShapeDtypeStruct(shape, "bool")
+        texts = rows(1, stem, names=of_texts), rows(*shape, names=of_texts)
+        compiled.append(likelihood._stems_and_tails.lower(model, variables, *texts, *scored).compile())
+    logits = 4 * seq * config.vocab_size
+    assert max(program.memory_analysis().temp_size_in_bytes for program in compiled) < logits / 8

@@ -1,0 +1,231 @@
+"""metrics.jsonl: what is written, what survives a crash and a resume, and TensorBoard."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import numpy as np
+import pytest
+
+from nalora_jax.common.files import write_atomically
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.run_log import read_metrics, to_json
+from nalora_jax.train.callbacks import Ended, Started
+from nalora_jax.train.log import MetricsLog, scalars
+
+MACHINE = {"versions": {"jax": "0.10"}, "device": "cpu"}
+
+
+def write_steps(folder, steps, **options):
+    with MetricsLog(folder, **options) as log:
+        log.start({"steps": 100}, **MACHINE)
+        for step in steps:
+            log.write({"step": step, "loss": np.float32(1.0 / step)})
+
+
+def steps_of(folder):
+    return [record["step"] for record in read_metrics(folder / "metrics.jsonl") if "step" in record]
+
+
+def test_lines_are_json_and_values_are_plain(tmp_path):
+    with MetricsLog(tmp_path / "run") as log:
+        log.start({"steps": 2, "rules": ({"rank": 8},)}, **MACHINE)
+        log.write(
+            {"step": 1, "loss": np.float32(0.1), "layers": {"limit": np.array([[1.0, 2.0]], np.float32)}}
+        )
+    first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert first == {"run": {"steps": 2, "rules": [{"rank": 8}]}, **MACHINE}
+    assert second == {"step": 1, "loss": 0.100000001, "layers": {"limit": [[1.0, 2.0]]}}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan"), np.array(-np.inf)])
+def test_what_json_lacks_becomes_null(tmp_path, value):
+    with MetricsLog(tmp_path) as log:
+        log.write({"step": 1, "loss": value, "list": [value, 1]})
+    assert (
+        (tmp_path / "metrics.jsonl")
+        .read_text()
+        .startswith('{"step": 1, "loss": null, "list": [null, 1], "sha256')
+    )
+
+
+def test_every_flipped_bit_of_a_log_is_reported(tmp_path):
+    write_steps(tmp_path, [10])
+    path = tmp_path / "metrics.jsonl"
+    records, content = read_metrics(path), path.read_bytes()
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with suppress(NaloraError):
+            # Otherwise the name of the digest is damaged, or a blank between fields.
+            for record, original in zip(read_metrics(path), records, strict=True):
+                assert {name: record[name] for name in original} == original
+
+
+def test_lines_without_a_digest_are_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert steps_of(tmp_path) == [1]
+
+
+def test_floats_tell_any_two_float32_apart():
+    value = np.float32(0.1)
+    nearby = np.nextafter(value, np.float32(1))
+    assert np.float32(to_json(value)) == value
+    assert np.float32(to_json(nearby)) == nearby
+
+
+def test_every_line_is_on_disk_at_once(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write({"step": 1})
+    assert steps_of(tmp_path) == [1]
+    log.close()
+
+
+def test_a_new_run_never_touches_another_runs_log(tmp_path):
+    write_steps(tmp_path, [10])
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(NaloraError, match=r"metrics\.jsonl: expected a new run's folder.*--resume"):
+        MetricsLog(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_drops_what_comes_after_the_restored_step(tmp_path):
+    write_steps(tmp_path, [10, 20, 30])
+    with MetricsLog(tmp_path, resume=20) as log:
+        assert steps_of(tmp_path) == [10, 20]  # before anything new is written
+        log.start({"steps": 100}, **MACHINE)
+        log.write({"step": 30, "loss": 9.0})
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record.get("step") for record in records] == [None, 10, 20, None, 30]
+    assert records[3]["resumed"] == {"step": 20, **MACHINE}
+    assert records[4]["loss"] == 9.0
+
+
+def test_resume_from_before_an_earlier_resume_forgets_it_and_the_end(tmp_path):
+    write_steps(tmp_path, [10, 20])
+    with MetricsLog(tmp_path, resume=20) as log:
+        log.start({}, **MACHINE)
+        log.write({"step": 10, "final": True, "eval": {"loss": 1.0}})
+        log.write({"done": {"step": 20}})
+    with MetricsLog(tmp_path, resume=10):
+        pass
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [sorted(record)[-1] for record in records] == ["versions", "step"]
+
+
+def test_the_line_where_a_run_was_stopped_is_kept_for_the_next_log_step(tmp_path):
+    write_steps(tmp_path, [10])
+    with MetricsLog(tmp_path, resume=10) as log:
+        log.on_log(15, {"loss": 2.0, "grad_norm": None, "target_tokens": 30.0, "layers": {"limit": [1.0]}})
+    with MetricsLog(tmp_path, resume=15, goes_on=False) as log:
+        assert log.begun == {}
+    assert steps_of(tmp_path) == [10, 15]  # nothing follows
+    for _ in range(2):  # the second one after a crash before the next line
+        with MetricsLog(tmp_path, resume=15) as log:
+            log.start({}, **MACHINE)
+            assert log.begun == {"step": 15, "loss": 2.0, "target_tokens": 30.0}
+            assert steps_of(tmp_path) == [10]
+            log.write({"step": 20, "loss": 3.0})
+    with MetricsLog(tmp_path, resume=20) as log:
+        assert log.begun == {}
+
+
+def test_a_line_that_a_crash_tore_is_dropped(tmp_path):
+    write_steps(tmp_path, [10, 20])
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert steps_of(tmp_path) == [10]
+    with MetricsLog(tmp_path, resume=20) as log:
+        log.write({"step": 30})
+    assert steps_of(tmp_path) == [10, 30]
+
+
+def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
+    write_steps(tmp_path, [10, 20])
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-1])
+    with MetricsLog(tmp_path, resume=20) as log:
+        log.write({"step": 30})
+    assert steps_of(tmp_path) == [10, 20, 30]
+
+
+@pytest.mark.parametrize("line", [b'{"step": 1', b"[1]", b"\xff\xfe", b"NaN {"])
+def test_a_broken_line_before_the_last_is_named_and_nothing_is_changed(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    before = path.read_bytes()
+    with pytest.raises(NaloraError, match="line 2: expected one JSON object"):
+        MetricsLog(tmp_path, resume=1)
+    assert path.read_bytes() == before
+
+
+def test_resume_without_a_log_starts_one(tmp_path):
+    write_steps(tmp_path, [30], resume=20)
+    assert "run" in read_metrics(tmp_path / "metrics.jsonl")[0]
+
+
+def test_a_missing_log_says_what_to_give(tmp_path):
+    with pytest.raises(NaloraError, match="expected the log of a run, found No such file"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_full_disk_is_said_in_one_error(tmp_path):
+    class Full:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            pass
+
+    log = MetricsLog(tmp_path)
+    log.close()
+    log._file = Full()
+    with pytest.raises(NaloraError, match=r"metrics\.jsonl: .*No space left on device; free some space"):
+        log.write({"step": 1})
+
+
+def test_a_failed_replacement_leaves_the_old_file_and_no_scratch(tmp_path):
+    path = tmp_path / "page"
+    write_atomically(path, "old")
+    with pytest.raises(TypeError):
+        write_atomically(path, 5)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    write_atomically(path, "half a character \ud800")
+    assert path.read_text() == "half a character \\ud800"
+
+
+def test_scalars_name_layers_and_leave_out_what_is_not_a_number():
+    record = {
+        "step": 5,
+        "loss": 2.0,
+        "grad_norm": None,
+        "note": "x",
+        "layers": {"limit": [0.2, None], "occ": [[1, 0]]},
+    }
+    assert scalars(record) == [("train/loss", 2.0), ("limit/layer_00", 0.2)]
+    assert scalars({"step": 5, "eval": {"accuracy": 0.5, "samples": [1]}}) == [("eval/accuracy", 0.5)]
+
+
+def test_the_log_is_a_callback(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.on_start(Started(tmp_path, {"steps": 9}, more={"base": {"name": "x"}}))
+        log.on_eval(0, {"loss": 2.0, "n": 4, "right": [True]}, "initial")
+        log.on_log(7, {"loss": 1.5, "layers": {"limit": [0.25]}})
+        log.on_eval(7, {"loss": 1.0, "n": 2}, "")
+        log.on_end(Ended(9, 7))
+    first, *rest = read_metrics(tmp_path / "metrics.jsonl")
+    assert (first["run"], first["base"]) == ({"steps": 9}, {"name": "x"})
+    assert rest == [
+        {"step": 0, "initial": True, "eval": {"loss": 2.0, "n": 4}},
+        {"step": 7, "loss": 1.5, "layers": {"limit": [0.25]}},
+        {"step": 7, "eval": {"loss": 1.0, "n": 2}},
+        {"done": {"step": 9, "best_step": 7}},
+    ]
+    with MetricsLog(tmp_path, resume=7) as log:
+        log.on_start(Started(tmp_path, {"steps": 12}, 7))
+        log.on_end(Ended(message="stopped"))
+    resumed, done = read_metrics(tmp_path / "metrics.jsonl")[-2:]
+    assert (resumed["resumed"]["step"], resumed["resumed"]["settings"]) == (7, {"steps": 12})
+    assert done == {"done": {"message": "stopped"}}
