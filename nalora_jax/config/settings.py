@@ -363,7 +363,8 @@ class DebugConfig:
 
     # Check the gates of the live model in every step, channel by channel (chexify): the
     # pre-activation, the gate-compensation identity, Activation.gate against rho and its
-    # derivative, and the input of the down projection.
+    # derivative, the input of the down projection, padding in the statistics, and the mask in the
+    # gradient of A.
     check_gates: bool = False
     # Tolerance of that check, relative to |F| + |S|; bfloat16 rounding is allowed in addition.
     tolerance: Annotated[float, Range("a number", "(0, 1]")] = 1e-4
@@ -477,7 +478,7 @@ class RunConfig:
     # Seed of adapters, data order and dropout.
     seed: Annotated[int, SEED] = 0
     # Further outputs of the log: NAME or NAME:setting=value,... of tensorboard, wandb, mlflow
-    # (docs/callbacks.md).
+    # (docs/quick_start.md).
     callbacks: tuple[str, ...] = ()
     # Rules that weigh the gates' gradients and updates, in this order: NAME or
     # NAME:setting=value,... (docs/method.md lists them); "none" on the command line: plain LoRA.
