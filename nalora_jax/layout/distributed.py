@@ -31,7 +31,6 @@ from nalora_jax.layout.sharding import PARAM_RULES as PARAM_RULES
 from nalora_jax.layout.sharding import STATE_RULES as STATE_RULES
 from nalora_jax.layout.sharding import STEP_RULES as STEP_RULES
 from nalora_jax.layout.sharding import Rules as Rules
-from nalora_jax.layout.sharding import bytes_per_device as bytes_per_device
 from nalora_jax.layout.sharding import fit_spec as fit_spec
 from nalora_jax.layout.sharding import shardings as shardings
 from nalora_jax.ops.dispatch import Platform
