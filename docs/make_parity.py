@@ -1,6 +1,7 @@
 """Writes docs/parity.md: every family against transformers, by the measurements of tests/models/test_families.py.
 
-python docs/make_parity.py          # minutes; needs the extra `test`
+python docs/make_parity.py            # minutes; needs the extra `test`
+python docs/make_parity.py --missing  # measures only models that the page, of the same versions, does not have
 """
 
 from __future__ import annotations
@@ -74,11 +75,18 @@ def main() -> None:
     import transformers
 
     versions = {module.__name__: module.__version__ for module in (jax, torch, transformers)}
-    page = HEAD.format(tolerance=tests.TOLERANCE, **versions)
+    page, path = HEAD.format(tolerance=tests.TOLERANCE, **versions), ROOT / "docs/parity.md"
+    measured = []
+    if sys.argv[1:] == ["--missing"]:
+        former = path.read_text(encoding="utf-8")
+        if not former.startswith(page):
+            raise SystemExit(f"{path} was measured with other versions: measure all models")
+        measured = former.splitlines(keepends=True)
     for case in tests.CASES:
-        page += row(tests, case)
+        start = f"| {case.family} | {case.features} |"
+        page += next((line for line in measured if line.startswith(start)), "") or row(tests, case)
         print(page.rsplit("\n", 2)[1], flush=True)
-    (ROOT / "docs/parity.md").write_text(page + TAIL, encoding="utf-8")
+    path.write_text(page + TAIL, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class Evaluator:
       mode: "max" if a larger value of it is better, "min" if a smaller one is.
     """
 
-    metric: Literal["accuracy", "recall", "loss"]
+    metric: Literal["accuracy", "recall", "reward", "loss"]
     mode: Literal["max", "min"]
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
@@ -76,6 +76,14 @@ def describe(values: Mapping[str, Any]) -> str:
             f"reward margin {values['rewards_margin']:+.3f}, preferred {values['rewards_accuracy']:.1%}"
         )
         return f"held-out preference loss {values['loss']:.4f} ({interval}), {rewards}"
+    if "reward" in values:
+        each = [
+            f"{name.removeprefix('reward_')} {values[name]:.3f}"
+            for name in values
+            if name.startswith("reward_")
+        ]
+        more = f": {', '.join(each)}" if len(each) > 1 else ""
+        return f"held-out reward {values['reward']:.3f} ({interval}){more}"
     if "accuracy" in values:
         return f"held-out accuracy {values['accuracy']:.3f} ({interval}), loss {values['loss']:.3f}"
     return f"held-out loss {values['loss']:.3f} ({interval})"

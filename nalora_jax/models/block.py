@@ -15,9 +15,9 @@ from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.attention import Attention
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.layers import ResidualNorm, RMSNorm
-from nalora_jax.models.moe import MoEFFN
+from nalora_jax.models.moe import Mixture
 from nalora_jax.models.parts import LayerInputs, PartOptions, SharedInputs, constrain, part_adapters
-from nalora_jax.models.router import RouterSpec
+from nalora_jax.models.routing import RouterSpec
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import LAYER_INPUT, round_and_save
@@ -46,6 +46,7 @@ class Block(nn.Module):
         x = checkpoint_name(x, LAYER_INPUT)
         x, normed = self._added("attn_norm", x, None)
         y, update = self._mixer()(normed, layer, shared)
+        y = self._dropped(y, shared)
         if c.post_norm:
             y = self._norm("attn_post_norm", round_and_save(y, self.numerics))
         x, normed = self._added("ffn_norm", x, y)
@@ -59,6 +60,7 @@ class Block(nn.Module):
             deterministic=shared.deterministic,
             **stream,
         )
+        y = self._dropped(y, shared)
         if c.post_norm:
             y = self._norm("ffn_post_norm", round_and_save(y, self.numerics))
         x = self._add(x, y)
@@ -67,6 +69,13 @@ class Block(nn.Module):
         if layer.cached is None and not c.hands:
             update = None
         return constrain(x, self.activation_sharding), update
+
+    def _dropped(self, y: jax.Array, shared: SharedInputs) -> jax.Array:
+        """Returns a part's output with the family's dropout."""
+        if not self.config.residual_dropout or shared.deterministic:
+            return y
+        dropped: jax.Array = nn.Dropout(self.config.residual_dropout, deterministic=False)(y)
+        return dropped
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, self.numerics.result, name=name)(x)
@@ -110,6 +119,8 @@ class Block(nn.Module):
         if c.ffn is not None:
             return c.ffn.module(c, self._options(c.ffn.name))
         options = self._options("ffn")
+        if c.n_experts:
+            return Mixture(RouterSpec(normalize=c.norm_topk)).module(c, options)
         shared: dict[str, Any] = {
             "d_model": c.d_model,
             "d_ff": c.d_ff,
@@ -120,17 +131,6 @@ class Block(nn.Module):
             "stats": options.stats,
             "name": "ffn",
         }
-        if c.n_experts:
-            return MoEFFN(
-                **shared,
-                n_experts=c.n_experts,
-                top_k=c.experts_per_token,
-                routing=RouterSpec(normalize=c.norm_topk),
-                router_bias=c.router_bias,
-                up_limit=c.up_limit,
-                sharding=options.routing,
-                experts=options.experts,
-            )
         if c.gated:
             return GatedFFN(**shared)
         return SelfGatedFFN(**shared)

@@ -1,6 +1,6 @@
 """The arithmetic of a mixture of gated experts: pure functions of one device's tokens.
 
-Rows of tokens are sorted by expert, so every projection is one grouped matmul (`expert_products`)
+Rows of tokens are sorted by expert, so every projection is one grouped matmul (`nalora_jax.models.routing`)
 over exactly the tokens of each expert. No token is dropped and there is no capacity limit. The
 mechanisms work per expert channel. `nalora_jax.models.moe` runs these functions on a mesh.
 """
@@ -20,14 +20,18 @@ from nalora_jax.method import activations, statistics
 from nalora_jax.method.ffn import gated_product, up_factor
 from nalora_jax.method.low_rank import Adapter, column_norm, moved_from
 from nalora_jax.method.measurement import CHECKS, GateStatsConfig, Live
-from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, grouped_residual
-from nalora_jax.models.expert_statistics import (
+from nalora_jax.models.routing import (
+    Groups,
+    RouterSpec,
+    Routing,
     SampledRows,
     expert_cotangent_statistics,
     expert_statistics,
+    frozen_grouped_matmul,
+    grouped_residual,
+    route,
     sample,
 )
-from nalora_jax.models.router import RouterSpec, Routing, route
 from nalora_jax.models.split_statistics import samples_of_parts
 from nalora_jax.models.token_rows import Places, spread, summed
 from nalora_jax.ops.dispatch import Numerics

@@ -207,7 +207,7 @@ def _qk_norm_shapes(config: ModelConfig) -> Shapes:
     if not config.qk_norm:
         return {}
     heads = {"q": config.n_heads, "k": config.n_kv_heads}
-    if config.qk_norm == "head":
+    if config.qk_norm != "projection":
         heads = dict.fromkeys(heads, 1)
     return {f"attn/{name}_norm/scale": (count * config.head_dim,) for name, count in heads.items()}
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nalora_jax.common.trees import flatten, unflatten
+from nalora_jax.models.adapters import merged_kernel
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, scale_divisor
 
 
@@ -44,7 +44,8 @@ def _lower(kernel: jax.Array, a: jax.Array, b: jax.Array, scales: jax.Array) -> 
 
     def one(layer: tuple[jax.Array, ...]) -> jax.Array:
         w, a, b, scale = layer
-        return (w.astype(jnp.float32) - scale * jnp.matmul(a, b, precision="highest")).astype(w.dtype)
+        lowered: jax.Array = merged_kernel(w, a, b, -scale)
+        return lowered.astype(w.dtype)
 
     lowered: jax.Array = jax.lax.map(one, (kernel, a, b, scales))
     return lowered

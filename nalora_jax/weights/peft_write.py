@@ -11,6 +11,7 @@ import numpy as np
 
 from nalora_jax.common.trees import flatten
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.adapters import pad_rank
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.paths import uniform_path
 from nalora_jax.models.stacks import locate
@@ -308,12 +309,8 @@ def _is_expert(module: HostModule) -> bool:
 
 def _fold(adapter: ModuleAdapter, rank: int, scale: float) -> ModuleAdapter:
     """Zero-pads an adapter to ``rank`` and multiplies B by the ratio of its scale to ``scale``."""
-    pad = rank - adapter.rank
     b = adapter.b * np.float32(adapter.scale / scale)
-    still = [(0, 0)] * (b.ndim - 2)
-    return ModuleAdapter(
-        np.pad(adapter.a, [*still, (0, 0), (0, pad)]), np.pad(b, [*still, (0, pad), (0, 0)]), scale
-    )
+    return ModuleAdapter(*pad_rank(adapter.a, b, rank), scale)
 
 
 def _zeros(

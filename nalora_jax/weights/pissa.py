@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from nalora_jax.common.trees import flatten, unflatten
+from nalora_jax.models.adapters import merged_kernel, pad_rank
 from nalora_jax.models.targets import AdapterSpec
 
 
@@ -47,8 +48,7 @@ def pissa_init(
         u, s, vt = _randomized_svd(w, rank, iterations, jax.random.key(0) if key is None else key)
     root = jnp.sqrt(s / scale)
     a, b = u * root[..., None, :], jnp.swapaxes(vt * root[..., None, :], -1, -2)
-    residual = w - scale * jnp.matmul(a, b, precision="highest")
-    return a, b, residual.astype(kernel.dtype)
+    return a, b, merged_kernel(w, a, b, -scale).astype(kernel.dtype)
 
 
 def pissa_split(
@@ -97,9 +97,7 @@ def _padded_init(
         )
         return (*zeros, kernel)
     a, b, residual = _init(kernel, rank, scale, iterations=iterations)
-    widen = [(0, 0)] * (a.ndim - 2)
-    missing = (0, stored - rank)
-    return jnp.pad(a, [*widen, (0, 0), missing]), jnp.pad(b, [*widen, missing, (0, 0)]), residual
+    return *pad_rank(a, b, stored), residual
 
 
 def _svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

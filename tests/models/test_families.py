@@ -21,7 +21,9 @@ import safetensors.numpy
 import torch
 import transformers
 
+import nalora_jax
 from nalora_jax.common.trees import flatten, unflatten
+from nalora_jax.models import families
 from nalora_jax.models.cache import init_cache
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
@@ -246,6 +248,57 @@ CASES = (
         },
     ),
     Case(
+        "olmoe",
+        "8 experts, top-3, not normalised, qk-norm over projections, biases",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": False,
+            "attention_bias": True,
+            "intermediate_size": 24,
+        },
+    ),
+    Case(
+        "exaone4",
+        "post-norms only, qk-norm, windows with llama3 RoPE, no RoPE in full layers, tied",
+        {
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "sliding_window_pattern": 3,
+            "rope_parameters": LLAMA3,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Case(
+        "exaone4",
+        "no windows, RoPE in all layers",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 4},
+    ),
+    Case(
+        "hunyuan_v1_dense",
+        "qk-norm after RoPE, dynamic RoPE with a fixed alpha, biases",
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e3, "alpha": 50.0, "factor": 1.0},
+        },
+    ),
+    Case(
+        "seed_oss",
+        "biases of queries, keys and values, of outputs and of the FFN, YaRN",
+        {
+            "head_dim": 16,
+            "attention_out_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": YARN,
+        },
+    ),
+    Case(
+        "ernie4_5",
+        "RoPE of adjacent dimensions, biases, untied",
+        {"head_dim": 16, "use_bias": True, "tie_word_embeddings": False, "rope_parameters": YARN},
+    ),
+    Case(
         "ministral3",
         "YaRN with mscale, query scale by position, sliding window, MHA",
         {
@@ -345,6 +398,23 @@ CASES = (
             "norm_eps": 1e-3,
             "block_multiple_of": 20,
             "block_ffn_dim_multiplier": 1.3,
+        },
+    ),
+    Case(
+        "lfm2_moe",
+        "gated short convolutions of width 4 and attention, two dense layers, top-3 of 8 experts, scores corrected, "
+        "scaled, qk-norm, untied",
+        {
+            "num_hidden_layers": 5,
+            "layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"],
+            "conv_L_cache": 4,
+            "norm_eps": 1e-3,
+            "num_dense_layers": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "routed_scaling_factor": 1.5,
+            "tie_word_embeddings": False,
         },
     ),
     Case(
@@ -496,7 +566,7 @@ def build(case: Case) -> Pair:
             centre = float(of_scale and not offset)
             parameter.copy_(torch.randn_like(parameter) * spread + centre)
         for name, buffer in theirs.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.copy_(torch.randn_like(buffer) * 0.1)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
@@ -513,7 +583,7 @@ def random_tokens(rows: int, length: int) -> np.ndarray:
 
 def reset_rope(pair: Pair) -> None:
     """Dynamic RoPE in transformers remembers the longest sequence that it has seen: each comparison starts afresh."""
-    rope = pair.theirs.model.rotary_emb
+    rope = getattr(pair.theirs.model, "rotary_emb", None)
     if getattr(rope, "rope_type", None) == "dynamic":
         rope.inv_freq, rope.max_seq_len_cached = rope.original_inv_freq, rope.original_max_seq_len
 
@@ -756,9 +826,29 @@ def test_adapters_get_the_gradients_of_transformers(case):
 
 
 def test_every_family_has_a_case():
-    from nalora_jax.models.families import supported
+    assert {case.family for case in CASES} == set(families.supported())
 
-    assert {case.family for case in CASES} == set(supported())
+
+# Default of `register_family`, llama.cpp's architecture of Mistral and Mixtral, PEFT's "all-linear", and the text
+# models of LLaVA 1.5 and of Gemma 3 with images.
+ELSEWHERE = {
+    "llama": {"models/families/__init__.py", "models/families/mistral.py", "weights/peft_rules.py"}
+    | {"models/vision/sight.py"},
+    "gemma3_text": {"models/vision/sight.py"},
+}
+
+
+@pytest.mark.parametrize("family", families.BUILT_IN)
+def test_a_family_is_named_in_its_record_alone(family):
+    package = Path(nalora_jax.__file__).parent
+    (group,) = (group for group in families._GROUPS if families.BUILT_IN[family] in group.FAMILIES)
+    named = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if f'"{family}"' in path.read_text(encoding="utf-8")
+    }
+    named -= {"weights/gguf_tokenizer.py"}  # llama.cpp's names of pre-tokenizers
+    assert named - ELSEWHERE.get(family, set()) == {Path(group.__file__).relative_to(package).as_posix()}
 
 
 NO_CAPS = Case(

@@ -16,9 +16,8 @@ from nalora_jax.method import activations, statistics
 from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.low_rank import low_rank
 from nalora_jax.method.measurement import CHECKS, GateChecks, GateStatsConfig, Probe, gate_statistics
-from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, grouped_residual
 from nalora_jax.models.moe import MoEFFN
-from nalora_jax.models.router import RouterSpec, route
+from nalora_jax.models.routing import Groups, RouterSpec, frozen_grouped_matmul, grouped_residual, route
 from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.ops.matmul import matmul
 from tests.observed import observed

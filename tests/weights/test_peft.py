@@ -47,6 +47,14 @@ LFM2 = {
     "group0/block1/ffn/up_proj": ((2,), (3.0,)),
     "group0/block2/conv/o_proj": ((4,), (3.0,)),
 }
+# LFM2 with a dense layer, one of attention and one of convolution, both with experts.
+LFM2_MOE = {
+    "group0/block0/conv/bcx_proj": ((3,), (8.0,)),
+    "group0/block0/ffn/up_proj": ((2,), (3.0,)),
+    "group0/block1/attn/o_proj": ((2,), (5.0,)),
+    "group0/block1/ffn/gate_proj": ((4,), (8.0,)),
+    "group0/block2/ffn/down_proj": ((3,), (2.0,)),
+}
 # Qwen3.5 with two layers of linear attention and one of attention.
 DELTA_NET = {
     "group0/block0/linear_attn/in_proj_qkv": ((4, 2), (8.0, 3.0)),
@@ -331,6 +339,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "olmo3": ("olmo3", MIXED, {}),
     "ministral3": ("ministral3", FFN | ATTENTION, {}),
     "lfm2": ("lfm2", LFM2, {}),
+    "lfm2_moe": ("lfm2_moe", LFM2_MOE, {}),
+    "seed_oss": ("seed_oss", MIXED, {}),
+    "ernie4_5": ("ernie4_5", FFN | ATTENTION, {"dora": True}),
+    "exaone4": ("exaone4", MIXED, {"rslora": True}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", FFN | ATTENTION, {}),
+    "olmoe": ("olmoe", MIXED, {}),
     "phi3": ("phi3", FFN | ATTENTION, {}),
     "phi3 mixed": ("phi3", MIXED, {}),
     "phi3 rslora": ("phi3", MIXED, {"rslora": True}),

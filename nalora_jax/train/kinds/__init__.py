@@ -24,6 +24,10 @@ def run_kind(config: RunConfig) -> Kind:
         from nalora_jax.train.kinds import preference
 
         return preference
+    if config.rl.rewards:
+        from nalora_jax.train.kinds import rl
+
+        return rl
     from nalora_jax.train.kinds import text
 
     return text
@@ -45,4 +49,8 @@ def decoder_parts(config: RunConfig, base: ModelConfig, processor: Any = None) -
         from nalora_jax.train.kinds import preference
 
         return preference.parts(config.preference)
+    if config.rl.rewards:
+        from nalora_jax.train.kinds import rl
+
+        return rl.parts(config.rl)
     return {}

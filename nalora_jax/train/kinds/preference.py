@@ -109,7 +109,7 @@ def parts(config: PreferenceConfig) -> dict[str, Any]:
 
 
 # Collections that the policy has in addition to the base's.
-_ADAPTED = ("lora", "gate_mask", "gate_taps")
+ADAPTED = ("lora", "gate_mask", "gate_taps")
 
 
 class Pairs(NamedTuple):
@@ -147,7 +147,7 @@ class Preference:
         The batch has the arrays of text and ``pairs [rows, pairs]``.
         """
         hidden = self.policy.hidden(variables, batch, key)
-        base = {name: tree for name, tree in variables.items() if name not in _ADAPTED}
+        base = {name: tree for name, tree in variables.items() if name not in ADAPTED}
         reference = self.policy.model.clone(adapters=AdapterSpec()).apply(
             base, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
         )

@@ -1,4 +1,4 @@
-"""Reader of the text models of Gemma 4.
+"""The text models of Gemma 4.
 
 Sliding and full layers differ in head size, key/value heads and RoPE; in full layers the values may
 be the unnormalized keys. Every layer ends in a scale of the residual stream. In small models every
@@ -12,22 +12,34 @@ from collections.abc import Sequence
 from typing import Any
 
 from nalora_jax.common.fields import Fields
-from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.dense_and_experts import DenseAndExperts
+from nalora_jax.models.attention import NormedAttention
+from nalora_jax.models.config import ModelConfig, activation_name
 from nalora_jax.models.embedding import LayerEmbeddings
-from nalora_jax.models.family_fields import (
+from nalora_jax.models.families.record import Family
+from nalora_jax.models.families.shared import (
     FULL,
     SLIDING,
-    activation_name,
     alternating,
     attention_bias,
     base_config,
     layer_types,
     windows_of,
 )
+from nalora_jax.models.families.tensors import (
+    GATED,
+    HF_ATTENTION,
+    HF_ENDS,
+    HF_FFN,
+    HF_FOUR_NORMS,
+    HF_QK_NORMS,
+    TensorRow,
+    hf_dense,
+    hf_kernel,
+    hf_norms,
+)
 from nalora_jax.models.layers import RopeSpec
-from nalora_jax.models.normed_attention import NormedAttention
 from nalora_jax.models.ropes import read_ropes
+from nalora_jax.models.shared_experts import DenseAndExperts
 from nalora_jax.models.tail import ScaledTail
 
 _UNIFIED: dict[str, Any] = {
@@ -50,8 +62,6 @@ _GEMMA4 = _UNIFIED | {
     "hidden_size_per_layer_input": 256,
     "vocab_size_per_layer_input": 262_144,
 }
-# By ``model_type``: transformers' defaults of missing fields.
-DEFAULTS: dict[str, dict[str, Any]] = {"gemma4_text": _GEMMA4, "gemma4_unified_text": _UNIFIED}
 _ROPES: dict[str, dict[str, Any]] = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
     FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
@@ -60,13 +70,17 @@ Features = tuple[tuple[str, Any], ...]
 _ROPE_TYPES = ("default", "linear", "proportional")
 
 
-def read_gemma4(f: Fields, name: str) -> ModelConfig:
-    """Returns the config of a text model of Gemma 4."""
+def _unified(f: Fields, name: str) -> ModelConfig:
+    for feature in ("hidden_size_per_layer_input", "enable_moe_block"):
+        f.refuse(feature, "this family has no such layers")
+    return _gemma4(f, name)
+
+
+def _gemma4(f: Fields, name: str) -> ModelConfig:
+    if f.get("use_bidirectional_attention") != "vision":  # which is of image tokens only
+        f.refuse("use_bidirectional_attention")
     for field in ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"):
         f.refuse(field, "rotary embeddings are read from rope_parameters")
-    if name == "gemma4_unified_text":
-        for feature in ("hidden_size_per_layer_input", "enable_moe_block"):
-            f.refuse(feature, "this family has no such layers")
     types = _types(f)
     layers = _layers(f, types)
     kinds = tuple(dict.fromkeys(layers))
@@ -217,3 +231,57 @@ def _ropes(f: Fields, kind: str, head_dim: int) -> tuple[RopeSpec, ...]:
             f"rope_parameters: {kind}: rope_type", f"one of {', '.join(_ROPE_TYPES)}", specs[0].kind
         )
     return specs
+
+
+_TENSORS = (
+    *HF_ENDS,
+    *HF_FOUR_NORMS,
+    *HF_ATTENTION,
+    *HF_QK_NORMS,
+    *HF_FFN,
+    *hf_dense("mlp", "ffn/dense_ffn", GATED),
+    TensorRow(
+        "model.layers.{layer}.experts.gate_up_proj",
+        ("layers/ffn/experts_ffn/gate_proj/kernel", "layers/ffn/experts_ffn/up_proj/kernel"),
+        "transpose",
+    ),
+    TensorRow(
+        "model.layers.{layer}.experts.down_proj", ("layers/ffn/experts_ffn/down_proj/kernel",), "transpose"
+    ),
+    hf_kernel("router.proj", "ffn/experts_ffn/router"),
+    TensorRow("model.layers.{layer}.router.scale", ("layers/ffn/router_norm/scale",)),
+    TensorRow("model.layers.{layer}.router.per_expert_scale", ("layers/ffn/experts_ffn/router/scale",)),
+    *hf_norms(
+        {
+            "ffn/dense_norm": "post_feedforward_layernorm_1",
+            "ffn/experts_norm": "pre_feedforward_layernorm_2",
+            "ffn/experts_post_norm": "post_feedforward_layernorm_2",
+            "tail/norm": "post_per_layer_input_norm",
+        }
+    ),
+    hf_kernel("per_layer_input_gate", "tail/gate_proj"),
+    hf_kernel("per_layer_projection", "tail/down_proj"),
+    TensorRow("model.layers.{layer}.layer_scalar", ("layers/tail/scale",)),
+    TensorRow("model.embed_tokens_per_layer.weight", ("layer_embeddings/embedding",)),
+    TensorRow(
+        "model.per_layer_model_projection.weight", ("layer_embeddings/projection/kernel",), "transpose"
+    ),
+    TensorRow("model.per_layer_projection_norm.weight", ("layer_embeddings/norm/scale",)),
+)
+_COMMON: dict[str, Any] = {
+    "tensors": _TENSORS,
+    "checks": ("use_bidirectional_attention",),
+    # Towers of images and sounds.
+    "ignored": (r"^model\.(audio_tower|embed_(vision|audio)|vision_embedder)\.",),
+}
+FAMILIES = (
+    Family("gemma4_text", "Gemma4ForCausalLM", _gemma4, defaults=_GEMMA4, multimodal="gemma4", **_COMMON),
+    Family(
+        "gemma4_unified_text",
+        "Gemma4UnifiedForCausalLM",
+        _unified,
+        defaults=_UNIFIED,
+        multimodal="gemma4_unified",
+        **_COMMON,
+    ),
+)

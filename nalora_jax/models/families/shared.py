@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nalora_jax.common.fields import Fields
-from nalora_jax.errors import NaloraError
-from nalora_jax.method import activations
-from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, activation_name
 from nalora_jax.models.ropes import context_length, read_ropes
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-# Granite's multipliers.
-GRANITE: dict[str, Any] = dict.fromkeys(
-    ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.0
-)
+
+
+Overrides = tuple[tuple[str, Any], ...]  # fields of `ModelConfig` of one kind of layer
 
 
 def base_config(f: Fields, name: str, **features: Any) -> ModelConfig:
@@ -25,7 +22,7 @@ def base_config(f: Fields, name: str, **features: Any) -> ModelConfig:
     """
     heads = f.integer("num_attention_heads", high=2**16)
     d_model = f.integer("hidden_size")
-    if f.get("head_dim") is None and d_model % heads:
+    if f.get("head_dim") is None and "head_dim" not in features and d_model % heads:
         raise f.error("hidden_size", f"a multiple of num_attention_heads ({heads})", d_model)
     values: dict[str, Any] = {
         "model_type": name,
@@ -50,14 +47,6 @@ def base_config(f: Fields, name: str, **features: Any) -> ModelConfig:
         values |= {"ropes": ropes, "rope_index": index}
     values["max_positions"] = context_length(values["ropes"], values["max_positions"])
     return ModelConfig(**values)
-
-
-def activation_name(f: Fields, name: str) -> str:
-    """Returns the registered activation that the field ``name`` names."""
-    try:
-        return activations.get(f.text(name)).name
-    except NaloraError as error:
-        raise f.error(name, error.expected, error.found) from error
 
 
 def attention_bias(f: Fields) -> dict[str, bool]:
@@ -118,8 +107,10 @@ def alternating(n_layers: int, pattern: int) -> list[str]:
     return [FULL if (i + 1) % pattern == 0 else SLIDING for i in range(n_layers)]
 
 
-def head_dim_of(f: Fields) -> int:
-    """Returns the dimensions of a head."""
+def head_dim_of(f: Fields, absent: int | None = None) -> int:
+    """Returns the dimensions of a head; ``absent`` if the file has no such field, not even null."""
+    if absent is not None and "head_dim" not in f.raw:
+        return absent
     heads = f.integer("num_attention_heads", high=2**16)
     return f.integer("head_dim", high=2**16, default=f.integer("hidden_size") // heads)
 
@@ -129,12 +120,32 @@ def first_present(f: Fields, *names: str) -> str:
     return next((name for name in names if f.get(name) is not None), names[0])
 
 
-def granite_scales(f: Fields) -> dict[str, Any]:
-    """Returns the multipliers and the bias of the feed-forward block of Granite's families."""
-    return {
-        "ffn_bias": f.flag("mlp_bias"),
-        "embed_scale": f.number("embedding_multiplier"),
-        "residual_scale": f.number("residual_multiplier"),
-        "query_scale": f.number("attention_multiplier"),
-        "logit_scale": 1.0 / f.number("logits_scaling"),
+# ---------------------------------------------------------------- layers of several kinds
+
+
+def fields_of_layers(layers: Sequence[Overrides]) -> dict[str, Any]:
+    """Returns the fields of a config each of whose layers has the given fields; () is the first kind."""
+    kinds = tuple(sorted(dict.fromkeys(layers), key=bool))
+    if len(kinds) == 1:
+        return dict(kinds[0])
+    return {"kinds": kinds, "layer_kinds": tuple(kinds.index(layer) for layer in layers)}
+
+
+def dense_layer(d_ff: int) -> Overrides:
+    """Returns the fields of a dense layer in a model with experts."""
+    return (("d_ff", d_ff), ("n_experts", 0), ("experts_per_token", 0), ("ffn", None))
+
+
+def expert_fields(
+    f: Fields, n_experts: int, dense: Sequence[bool]
+) -> tuple[dict[str, Any], list[Overrides]]:
+    """Returns the fields of narrow experts, and of every layer: ``dense`` marks layers without experts."""
+    fields = {
+        "d_ff": f.integer("moe_intermediate_size"),
+        "n_experts": n_experts,
+        "experts_per_token": f.integer("num_experts_per_tok", high=2**12),
     }
+    if not any(dense):
+        return fields, [()] * len(dense)
+    layer = dense_layer(f.integer("intermediate_size"))
+    return fields, [layer if is_dense else () for is_dense in dense]

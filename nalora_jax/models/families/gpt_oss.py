@@ -1,4 +1,4 @@
-"""Reader of gpt-oss's ``config.json``.
+"""gpt-oss.
 
 Attention has a sink per head, biases and alternating windows. Experts and router have biases; the
 gate is the clamped swish, and its factor is ``1 + clip(x W_up)``. The released files store the
@@ -12,7 +12,8 @@ from typing import Any
 from nalora_jax.common.fields import Fields
 from nalora_jax.method.activations import clamped_swish
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.family_fields import (
+from nalora_jax.models.families.record import Family
+from nalora_jax.models.families.shared import (
     alternating,
     attention_bias,
     base_config,
@@ -20,8 +21,16 @@ from nalora_jax.models.family_fields import (
     layer_types,
     windows_of,
 )
+from nalora_jax.models.families.tensors import (
+    HF_ATTENTION,
+    HF_ENDS,
+    HF_PRE_NORMS,
+    HF_SINKS,
+    TensorRow,
+    hf_kernel,
+)
 
-DEFAULTS: dict[str, Any] = {
+_DEFAULTS: dict[str, Any] = {
     "head_dim": 64,
     "num_key_value_heads": 8,
     "max_position_embeddings": 131_072,
@@ -43,8 +52,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def read_gpt_oss(f: Fields, name: str) -> ModelConfig:
-    """Returns the config of a gpt-oss model."""
+def _gpt_oss(f: Fields, name: str) -> ModelConfig:
     _check_quantization(f)
     if f.text("hidden_act") != "silu":
         raise f.error(
@@ -84,3 +92,32 @@ def _check_quantization(f: Fields) -> None:
         raise stored.error(
             "modules_to_not_convert", "a list of modules other than the experts", repr(listed)[:60]
         )
+
+
+GPT_OSS = Family(
+    "gpt_oss",
+    "GptOssForCausalLM",
+    _gpt_oss,
+    (
+        *HF_ENDS,
+        *HF_PRE_NORMS,
+        *HF_ATTENTION,
+        HF_SINKS,
+        hf_kernel("mlp.router", "ffn/router"),
+        TensorRow("model.layers.{layer}.mlp.router.bias", ("layers/ffn/router/bias",)),
+        *(
+            TensorRow(
+                f"model.layers.{{layer}}.mlp.experts.gate_up_proj{theirs}",
+                (f"layers/ffn/gate_proj/{ours}", f"layers/ffn/up_proj/{ours}"),
+                "columns",
+            )
+            for ours, theirs in {"kernel": "", "bias": "_bias"}.items()
+        ),
+        TensorRow("model.layers.{layer}.mlp.experts.down_proj", ("layers/ffn/down_proj/kernel",)),
+        TensorRow("model.layers.{layer}.mlp.experts.down_proj_bias", ("layers/ffn/down_proj/bias",)),
+    ),
+    _DEFAULTS,
+    checks=("quantization_config",),
+)
+
+FAMILIES = (GPT_OSS,)
