@@ -115,7 +115,7 @@ def decided(pair: Pair, *, compiles: bool) -> tuple[Search, Layout, dict[str, An
             raise NotRecorded(f"{pair}: {layout.short}")
         return result_of(pair, recorded()[key])
 
-    layout, result = decide(search, compiled)
+    layout, result = decide(search, compiled, must_fit=False)
     return search, layout, result.program
 
 

@@ -1,4 +1,4 @@
-"""Complete parameter trees of small models from tensors in memory, and back, by the library's key maps."""
+"""Complete parameter trees of small models from tensors in memory, and back, by the library's key maps; their sizes."""
 
 from __future__ import annotations
 
@@ -68,3 +68,12 @@ def _tree(
         for slot, leaf in zip(tensor.slots, tensor.split(np.asarray(get_tensor(tensor.name))), strict=True):
             leaves[slot.path][slot.index] = leaf
     return unflatten(leaves)
+
+
+def bytes_per_device(tree: Any) -> dict[jax.Device, int]:
+    """Returns the bytes of the arrays of ``tree`` on each of this process's devices."""
+    totals: dict[jax.Device, int] = {}
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            totals[shard.device] = totals.get(shard.device, 0) + shard.data.nbytes
+    return totals

@@ -205,10 +205,10 @@ def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) 
     numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
     remat = chosen_remat(config.compute.remat, base.d_model, numerics)
     data, fsdp, context, tensor = sizes.values()
-    placed = Layout(data, fsdp, tensor, remat, config.compute.experts, context=context).into(config)
+    placed = Layout(data, fsdp, tensor, remat, config.compute.experts, context=context)
     # Bytes do not depend on the machine; times of an unknown machine are not shown.
     where = of_devices(list(mesh.devices.flat)) or topology("v5e:1x1")
-    layout = estimate(placed, base, spec, where)
+    layout = estimate(placed, config, base, spec, where)
     parts = {
         "weights": layout.weights,
         "adapters and optimizer": layout.state,

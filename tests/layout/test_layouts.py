@@ -54,7 +54,7 @@ def estimated(
 ) -> Layout:
     """The estimate for a mesh of sizes of data, fsdp, tensor and maybe context, and a policy."""
     layout = Layout(*sizes[:3], remat, "gather", context=(*sizes, 1)[3])
-    return estimate(layout.into(config), base, adapter_spec(config, base), where)
+    return estimate(layout, config, base, adapter_spec(config, base), where)
 
 
 def test_a_model_that_fits_is_whole_on_every_chip():

@@ -21,10 +21,11 @@ from orbax.checkpoint import path as ocp_path
 from nalora_jax.common import trees
 from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import LostPeerError, NaloraError
-from nalora_jax.layout.distributed import STATE_RULES, bytes_per_device, make_mesh, shardings
+from nalora_jax.layout.distributed import STATE_RULES, make_mesh, shardings
 from nalora_jax.train.checkpoint import Checkpointer, _reason
 from nalora_jax.train.output import CHECKPOINTS as FOLDER
 from nalora_jax.train.snapshot import check_arrays, check_run
+from tests.param_trees import bytes_per_device
 
 
 class State(NamedTuple):

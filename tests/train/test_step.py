@@ -37,7 +37,7 @@ from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.loop import _Meter
 from nalora_jax.train.optimizers import make_optimizer
 from tests import tiny
-from tests.param_trees import init_params
+from tests.param_trees import bytes_per_device, init_params
 
 BASE = ModelConfig.from_hf(tiny.GROUPED | {"num_hidden_layers": 3})
 CONFIG = RunConfig(
@@ -197,7 +197,7 @@ def test_a_mesh_is_one_device(mesh: MeshConfig, accumulate: int, capfd: pytest.C
     # Norms are replicated.
     sizes = mesh.fsdp * mesh.tensor, min(mesh.fsdp, mesh.tensor)
     for tree, parts in zip((params, {"lora": state.lora, "opt": state.opt_state}), sizes, strict=True):
-        per_device = distributed.bytes_per_device(tree)
+        per_device = bytes_per_device(tree)
         assert len(per_device) == 8
         assert max(per_device.values()) < (1 / parts + 0.05) * trees.size_bytes(tree)
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from nalora_jax.common.trees import flatten, size_bytes
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.distributed import PARAM_RULES, bytes_per_device, make_mesh, shardings
+from nalora_jax.layout.distributed import PARAM_RULES, make_mesh, shardings
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.weights import tensors
 from nalora_jax.weights.base import load_model
@@ -27,7 +27,7 @@ from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.origin import fingerprint
 from nalora_jax.weights.slices import Index
 from nalora_jax.weights.tensors import load_params
-from tests.param_trees import params_from_tensors
+from tests.param_trees import bytes_per_device, params_from_tensors
 
 RAW: dict[str, Any] = {
     "model_type": "llama",
