@@ -17,9 +17,9 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.plan import Pair, ScoringBatch, Split, choose_layout, make_batches, split_group
 from nalora_jax.evaluate.split_rows import for_rows
 from nalora_jax.generate.shapes import batch_shards, place_batch
-from nalora_jax.models.cache import Cache, grow, init_cache, repeat
+from nalora_jax.models.cache import Cache, grow, repeat
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.models.ropes import sharing_length
 from nalora_jax.models.stacks import stacks
 from nalora_jax.notes import counting

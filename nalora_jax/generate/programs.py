@@ -19,8 +19,8 @@ from jax import lax
 
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.generate.sampling import Array, Sampling, next_tokens, seen_tokens, with_token
-from nalora_jax.models.cache import Cache, grow, init_cache
-from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.cache import Cache, grow
+from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.ops.storage import prepare
 
 # Parameters of the logits, tied or not.

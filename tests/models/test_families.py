@@ -23,9 +23,8 @@ import transformers
 
 import nalora_jax
 from nalora_jax.models import families
-from nalora_jax.models.cache import init_cache
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.models.stacks import depths, param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.trees import flatten, unflatten
