@@ -27,6 +27,16 @@ greedy tokens with the cache equal `generate` unless a row states another number
 |---|---|---|---|---|---|
 """
 
+NAMES = """
+## Names
+
+Read from the families' records (`nalora_jax.models.families`). Text models of multimodal models are loaded without the
+image tower.
+
+| family | class of transformers | architecture in GGUF files | also within |
+|---|---|---|---|
+"""
+
 TAIL = """
 ## Intended differences
 
@@ -50,6 +60,18 @@ def load_tests() -> ModuleType:
     from tests.models import test_families
 
     return test_families
+
+
+def names() -> str:
+    """The table of the families' names."""
+    from nalora_jax.models.families import BUILT_IN
+
+    lines = (
+        f"| {name} | {family.class_name} | {family.gguf.architecture if family.gguf else '-'} | "
+        f"{family.multimodal or '-'} |\n"
+        for name, family in sorted(BUILT_IN.items())
+    )
+    return NAMES + "".join(lines)
 
 
 def row(tests: ModuleType, case: object) -> str:
@@ -86,7 +108,7 @@ def main() -> None:
         start = f"| {case.family} | {case.features} |"
         page += next((line for line in measured if line.startswith(start)), "") or row(tests, case)
         print(page.rsplit("\n", 2)[1], flush=True)
-    path.write_text(page + TAIL, encoding="utf-8")
+    path.write_text(page + names() + TAIL, encoding="utf-8")
 
 
 if __name__ == "__main__":

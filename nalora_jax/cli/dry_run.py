@@ -25,8 +25,8 @@ from nalora_jax.layout.machines import of_devices, topology
 from nalora_jax.method.rules import make
 from nalora_jax.method.transform import find_gates
 from nalora_jax.models.adapters import adapter_spec, init_lora
-from nalora_jax.models.cache import init_cache
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import init_cache
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec

@@ -145,11 +145,8 @@ def merged_kernel(kernel: Any, a: Any, b: Any, scale: Any, magnitude: Any = None
       scale: s.
       magnitude: None or ``[..., d_out]``; the norm is over the inputs of each output.
     """
-    arrays: Any
-    if isinstance(a, np.ndarray):
-        arrays, product = np, a @ b
-    else:
-        arrays, product = jnp, jnp.matmul(a, b, precision="highest")
+    arrays: Any = np if isinstance(a, np.ndarray) else jnp
+    product = a @ b if arrays is np else jnp.matmul(a, b, precision="highest")
     merged = kernel.astype(np.float32) + scale * product
     if magnitude is None:
         return merged
@@ -158,6 +155,6 @@ def merged_kernel(kernel: Any, a: Any, b: Any, scale: Any, magnitude: Any = None
 
 def pad_rank(a: Any, b: Any, rank: int) -> tuple[Any, Any]:
     """Zero-pads ``a [..., d_in, r]`` and ``b [..., r, d_out]``, of NumPy or of JAX, to ``rank``."""
-    arrays = np if isinstance(a, np.ndarray) else jnp
+    arrays: Any = np if isinstance(a, np.ndarray) else jnp
     lead, missing = [(0, 0)] * (a.ndim - 2), (0, rank - a.shape[-1])
     return arrays.pad(a, [*lead, (0, 0), missing]), arrays.pad(b, [*lead, missing, (0, 0)])

@@ -10,8 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nalora_jax.method.ffn import LoRADense
-from nalora_jax.method.low_rank import Dense, adapted_dense, parallel_dense
+from nalora_jax.method.low_rank import adapted_dense, parallel_dense
 from nalora_jax.models.cache import KeyValues
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.layers import RMSNorm, apply_rope, halves_from_adjacent, query_scales
@@ -25,6 +24,47 @@ from nalora_jax.ops.storage import round_and_save
 
 NewKeys = tuple[jax.Array, jax.Array]
 Heads = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
+
+
+@dataclass(frozen=True)
+class SoftmaxAttention(AttentionMixer):
+    """Attention as the fields of the config describe it."""
+
+    def param_shapes(self, config: ModelConfig) -> Shapes:
+        """Returns the shapes of one layer's parameters."""
+        shapes: Shapes = {}
+        if config.qk_norm:
+            heads = {"q": 1, "k": 1}
+            if config.qk_norm == "projection":
+                heads = {"q": config.n_heads, "k": config.n_kv_heads}
+            shapes = {f"{name}_norm/scale": (n * config.head_dim,) for name, n in heads.items()}
+        if config.attn_sinks:
+            shapes["sinks"] = (config.n_heads,)
+        return shapes | _dense_shapes(self.projections(config), config)
+
+    def projections(self, config: ModelConfig) -> Shapes:
+        """Returns the kernel shapes of the projections."""
+        d, q, kv = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        return {
+            "q_proj": (d, (1 + config.attn_gate) * q),
+            "k_proj": (d, kv),
+            "v_proj": (d, kv),
+            "o_proj": (q, d),
+        }
+
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """Returns the module."""
+        return Attention(config, options, name=self.name)
+
+
+def _dense_shapes(projections: Shapes, config: ModelConfig) -> Shapes:
+    """Returns the shapes of kernels and biases."""
+    shapes: Shapes = {}
+    for name, shape in projections.items():
+        shapes[f"{name}/kernel"] = shape
+        if config.has_bias(name):
+            shapes[f"{name}/bias"] = shape[-1:]
+    return shapes
 
 
 class Attention(nn.Module):
@@ -41,7 +81,9 @@ class Attention(nn.Module):
         out = self._attend(q, k, v, layer, shared).reshape(*x.shape[:-1], -1)
         if gate is not None:
             out = out * jax.nn.sigmoid(round_and_save(gate, self.options.numerics)).astype(out.dtype)
-        o_proj = self._dense("o_proj", c.n_heads * c.head_dim, c.d_model, c.o_bias, layer, shared)
+        o_proj = self.options.dense(
+            "o_proj", c.n_heads * c.head_dim, c.d_model, layer, shared, bias=c.o_bias
+        )
         return adapted_dense(out, o_proj, self.options.numerics).y, (k, v)
 
     def _heads(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> Heads:
@@ -79,7 +121,7 @@ class Attention(nn.Module):
         """Returns ``[batch, seq, heads * head_dim]`` of projections, for heads by name."""
         c = self.config
         layers = [
-            self._dense(name, c.d_model, heads * c.head_dim, c.qkv_bias, layer, shared)
+            self.options.dense(name, c.d_model, heads * c.head_dim, layer, shared, bias=c.qkv_bias)
             for name, heads in widths.items()
         ]
         return [projection.y for projection in parallel_dense(x, layers, self.options.numerics)]
@@ -90,15 +132,6 @@ class Attention(nn.Module):
 
     def _rope_table(self, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
         return shared.tables[self.options.prefix][0 if layer.rope is None else layer.rope]
-
-    def _dense(
-        self, name: str, d_in: int, d_out: int, bias: bool, layer: LayerInputs, shared: SharedInputs
-    ) -> Dense:
-        adapters, scale = self.options.adapters, layer.scales.get("attn", {}).get(name, 1.0)
-        rank, numerics = adapters.rank(name), self.options.numerics
-        module = LoRADense(d_out, rank, bias, adapters.dora, adapters.dropout, numerics, name=name)
-        dense: Dense = module.dense(d_in, scale, deterministic=shared.deterministic)
-        return dense
 
     def _norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, name=name)
@@ -168,11 +201,7 @@ class NormedAttention(AttentionMixer):
 
     def param_shapes(self, config: ModelConfig) -> Shapes:
         """Returns the shapes of one layer's parameters."""
-        shapes: Shapes = {}
-        for name, (d_in, d_out) in self.projections(config).items():
-            shapes[f"{name}/kernel"] = (d_in, d_out)
-            if config.has_bias(name):
-                shapes[f"{name}/bias"] = (d_out,)
+        shapes = _dense_shapes(self.projections(config), config)
         normed = ["q_norm"]
         if not self.reads:
             normed.append("k_norm")

@@ -28,7 +28,7 @@ from nalora_jax.models.parts import HandedKeys, LayerInputs, SharedInputs, const
 from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.remat import of_position, rematerialized, scanned, stacked
 from nalora_jax.models.split_statistics import sampled_as_whole
-from nalora_jax.models.stacks import Stack, groups, param_shapes, stacks
+from nalora_jax.models.stacks import Stack, groups, param_shapes, parts, stacks
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import dot
@@ -345,6 +345,43 @@ def _shared_inputs(
         token_weights=token_weights,
         deterministic=deterministic,
         **of_cache,
+    )
+
+
+# ---------------------------------------------------------------- cache
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, numerics: Numerics = Numerics()) -> Cache:  # noqa: B008
+    """Returns an empty cache of ``numerics.operand`` with ``length`` slots.
+
+    The slots must hold the tokens of all calls, padding included. With ``length`` 0 the first call
+    attends to its own tokens only and allocates slots for exactly those; `grow` adds more.
+
+    A compiled program does not detect writes beyond the last slot: they overwrite the last slots.
+    The caller must choose ``length`` accordingly.
+    """
+    slots = jnp.zeros((batch, length), jnp.int32)
+    return Cache(
+        states={
+            stack.prefix: _init_state(stack.config, batch, length, numerics)
+            for stack in stacks(config)
+            if not stack.config.reads
+        },
+        positions=slots,
+        segments=slots,
+        lengths=jnp.zeros((batch,), jnp.int32),
+        index=jnp.zeros((), jnp.int32),
+    )
+
+
+def _init_state(config: ModelConfig, batch: int, length: int, numerics: Numerics) -> Any:
+    state = parts(config)[0].init_state(config, batch, numerics)
+    if state is not None:
+        return state
+    lead, store = (config.n_layers, batch, config.n_kv_heads), numerics.hooks.store
+    return KeyValues(
+        store(jnp.zeros((*lead, config.head_dim, length), numerics.operand)),
+        store(jnp.zeros((*lead, length, config.head_dim), numerics.operand)),
     )
 
 

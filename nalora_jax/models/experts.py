@@ -22,6 +22,7 @@ from nalora_jax.method.low_rank import Adapter, column_norm, moved_from
 from nalora_jax.method.measurement import CHECKS, GateStatsConfig, Live
 from nalora_jax.models.routing import (
     Groups,
+    Places,
     RouterSpec,
     Routing,
     SampledRows,
@@ -31,9 +32,10 @@ from nalora_jax.models.routing import (
     grouped_residual,
     route,
     sample,
+    spread,
+    summed,
 )
 from nalora_jax.models.split_statistics import samples_of_parts
-from nalora_jax.models.token_rows import Places, spread, summed
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import Kernel, expand
 

@@ -45,8 +45,7 @@ from nalora_jax.models.experts import (
     samples_of,
 )
 from nalora_jax.models.parts import FeedForward, PartOptions, Shapes
-from nalora_jax.models.routing import Groups, RouterSpec, Routing, SampledRows
-from nalora_jax.models.token_rows import Places, permuted, spread
+from nalora_jax.models.routing import Groups, Places, RouterSpec, Routing, SampledRows, permuted, spread
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.quantize import Quantized
 from nalora_jax.ops.reductions import count, first_alone

@@ -17,9 +17,9 @@ from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models import decoder
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.block import Block
-from nalora_jax.models.cache import default_positions, init_cache
+from nalora_jax.models.cache import default_positions
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.models.layers import rope_tables
 from nalora_jax.models.parts import LayerInputs, SharedInputs
 from nalora_jax.models.stacks import param_shapes, projection_shapes

@@ -20,13 +20,13 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import nalora_jax
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.models import families
-from nalora_jax.models.cache import init_cache
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.models.stacks import depths, param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.weights.keymaps import keymap_for
@@ -863,6 +863,13 @@ def test_a_family_is_named_in_its_record_alone(family):
     }
     named -= {"weights/gguf_tokenizer.py"}  # llama.cpp's names of pre-tokenizers
     assert named - ELSEWHERE.get(family, set()) == {Path(group.__file__).relative_to(package).as_posix()}
+
+
+@pytest.mark.parametrize("family", families.BUILT_IN.values(), ids=lambda family: family.name)
+def test_a_class_is_the_one_of_transformers_and_in_the_documentation(family):
+    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.name] == family.class_name
+    page = Path(__file__).parents[2] / "docs" / "parity.md"
+    assert f"| {family.name} | {family.class_name} |" in page.read_text(encoding="utf-8")
 
 
 NO_CAPS = Case(

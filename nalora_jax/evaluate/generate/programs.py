@@ -25,8 +25,8 @@ from nalora_jax.common.axes import BATCH_AXES
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.sampling import Array, Sampling, next_tokens, seen_tokens, with_token
-from nalora_jax.models.cache import Cache, grow, init_cache, repeat
-from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.cache import Cache, grow, repeat
+from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.ops.storage import prepare
 
 # Parameters of the logits, tied or not.

@@ -149,7 +149,7 @@ def text_part(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     if tied is None or (tied is False and text_config.get("tie_word_embeddings")):
         tied = text_config.get("tie_word_embeddings", defaults["tie_word_embeddings"])
     if raw["model_type"] == "gemma3":
-        text_config["model_type"] = "gemma3_text"
+        text_config["model_type"] = defaults["model_type"]
         tied = raw.get("tie_word_embeddings", True)
     return {**defaults, **text_config, "tie_word_embeddings": tied}
 

@@ -231,6 +231,6 @@ MULTIMODAL: dict[str, tuple[Reader, dict[str, Any], dict[str, Any]]] = {
     "gemma3": (
         _gemma3,
         {"mm_tokens_per_image": 256, "image_token_index": 262_144},
-        {"tie_word_embeddings": True},
+        {"model_type": "gemma3_text", "tie_word_embeddings": True},
     ),
 }

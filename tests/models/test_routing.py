@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax.models.token_rows import Places, permuted, spread, summed
+from nalora_jax.models.routing import Places, permuted, spread, summed
 
 TOKENS, TOP_K, WIDTH = 6, 3, 4
 
