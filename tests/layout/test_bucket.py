@@ -11,7 +11,7 @@ from tests.emulator import emulator, put, variables
 WORKER = """
 import sys
 import jax, numpy as np
-from nalora_jax import distributed
+from nalora_jax.layout import distributed
 from nalora_jax.config import DebugConfig, MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.checkpoint import Checkpointer
