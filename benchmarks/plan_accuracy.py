@@ -1,8 +1,8 @@
-"""The second table of docs/pods.md: layouts of `--mesh auto` for random pairs, accepted by the real compiler.
+"""Accuracy of `nalora plan`: layouts of `--mesh auto` for random pairs, accepted by the real compiler.
 
     pip install '.[tpu]' && python benchmarks/plan_accuracy.py                    # in a separate environment
     pip install '.[cuda]' && python benchmarks/plan_accuracy.py --platform gpu    # in another one
-    python benchmarks/plan_accuracy.py --page                     # write the page from the record, compile no program
+    python benchmarks/plan_accuracy.py --recorded                 # the table from the record, without compiling
     python benchmarks/plan_accuracy.py --seed 7 --pairs 10        # other pairs, to calibrate estimates with
 
 Each pair is decided as `nalora plan` does it: estimates rank the layouts, and
@@ -27,23 +27,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from markers import write_between
 from plan_pairs import KNOWN, Pair, drawn
 
 from nalora_jax.cli.plan import _prepare
-from nalora_jax.cli.planning.auto import with_layout
 from nalora_jax.cli.planning.program import devices, step_and_arguments
 from nalora_jax.layout import distributed
 from nalora_jax.layout.decide import EXHAUSTED, Compiled, Search, decide
-from nalora_jax.layout.figures import of_compiled
+from nalora_jax.layout.figures import of_compiled, roofline
 from nalora_jax.layout.layouts import Layout, fitting
 from nalora_jax.layout.machines import topology
-from nalora_jax.layout.roofline import bound_of
-from nalora_jax.models.adapters import adapter_spec
 
 RECORD = Path(__file__).parent / "results" / "plan_accuracy.jsonl"
-PAGE = Path(__file__).parents[1] / "docs" / "pods.md"
-START, END = "<!-- table: benchmarks/plan_accuracy.py -->", "<!-- end of the table of pairs -->"
 SEED, PAIRS = 35, 40
 
 
@@ -69,9 +63,9 @@ def options_of(pair: Pair, layout: Layout) -> str:
 
 def compile_one(pair: Pair, layout: Layout) -> dict[str, Any]:
     """Returns the record of one program."""
-    base, where, config = pair.base, topology(pair.machine), with_layout(pair.config, layout)
+    base, where, config = pair.base, topology(pair.machine), layout.into(pair.config)
     mesh = distributed.make_mesh(config.mesh, devices(where))
-    step, arguments = step_and_arguments(config, base, mesh, seq=pair.seq)
+    step, arguments = step_and_arguments(config, base, mesh)
     record = {
         "pair": str(pair),
         "layout": layout.short,
@@ -84,7 +78,7 @@ def compile_one(pair: Pair, layout: Layout) -> dict[str, Any]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return record | {"exhausted": str(error)[:500]}
-    bound = bound_of(figures, where, base, adapter_spec(config, base), config, pair.seq)
+    bound = roofline(figures, config, base, where)
     return record | {
         "memory": figures.memory,
         "fits": figures.fits(where.chip),
@@ -110,8 +104,8 @@ def decided(pair: Pair, *, compiles: bool) -> tuple[Search, Layout, dict[str, An
     Raises:
       NotRecorded: a program is not recorded, and ``compiles`` is False.
     """
-    where, spec = topology(pair.machine), adapter_spec(pair.config, pair.base)
-    search = Search(fitting(pair.config, pair.base, spec, where, pair.seq), where.chip.memory)
+    where = topology(pair.machine)
+    search = Search(fitting(pair.config, pair.base, where), where.chip.memory)
 
     def compiled(layout: Layout) -> Compiled:
         key = (str(pair), layout.short, options_of(pair, layout))
@@ -136,7 +130,7 @@ def _one(request: str) -> None:
     """Runs the process of `_compile_apart`."""
     what = json.loads(request)
     pair, where = Pair(**what["pair"]), topology(what["pair"]["machine"])
-    layouts = fitting(pair.config, pair.base, adapter_spec(pair.config, pair.base), where, pair.seq)
+    layouts = fitting(pair.config, pair.base, where)
     (layout,) = (candidate for candidate in layouts if candidate.short == what["layout"])
     record = compile_one(pair, layout)
     RECORD.parent.mkdir(exist_ok=True)
@@ -228,10 +222,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--platform", choices=("tpu", "gpu"), default="tpu", help="of the pairs to compile")
-    parser.add_argument(
-        "--page", action="store_true", help="write the page from the record, compile no program"
-    )
-    parser.add_argument("--show", action="store_true", help="print the table in place of writing the page")
+    parser.add_argument("--recorded", action="store_true", help="compile no program")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     _prepare(gpus=options.platform == "gpu")
@@ -239,13 +230,9 @@ def main() -> None:
         return _one(options.one)
     pairs = pairs_of(options.seed, options.pairs)
     here = [pair for pair in order(pairs) if topology(pair.machine).chip.platform == options.platform]
-    for pair in () if options.page else here:
+    for pair in () if options.recorded else here:
         decided(pair, compiles=True)
-    lines = table(rows(pairs))
-    if options.show or options.seed != SEED:
-        print(lines)
-    else:
-        write_between(PAGE, START, END, lines)
+    print(table(rows(pairs)))
     return None
 
 

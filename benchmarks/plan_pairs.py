@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nalora_jax.config import RunConfig, TrainConfig
+from nalora_jax.config import DataConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.layouts import choose
+from nalora_jax.layout.layouts import fitting
 from nalora_jax.layout.machines import topology
-from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
 
@@ -97,8 +96,8 @@ class Pair:
     @property
     def config(self) -> RunConfig:
         """Returns the run, with the paper's two mechanisms, as in `benchmarks/pods.py`."""
-        train = TrainConfig(batch_size=self.rows)
-        return RunConfig(train=train, mechanisms=("soft:power=2", "homogeneity"))
+        train, data = TrainConfig(batch_size=self.rows), DataConfig(max_length=self.seq)
+        return RunConfig(train=train, data=data, mechanisms=("soft:power=2", "homogeneity"))
 
 
 # Pairs for which earlier estimates accepted a layout that did not fit.
@@ -145,9 +144,7 @@ def _parameters(base: ModelConfig) -> float:
 def _fits(pair: Pair) -> bool:
     """Returns True if a layout is estimated to fit."""
     try:
-        choose(
-            pair.config, pair.base, adapter_spec(pair.config, pair.base), topology(pair.machine), pair.seq
-        )
+        fitting(pair.config, pair.base, topology(pair.machine))
     except NaloraError:
         return False
     return True

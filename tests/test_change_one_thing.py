@@ -50,7 +50,6 @@ LLAMA = tiny.HF | {"vocab_size": 40, "intermediate_size": 24}
 @pytest.fixture
 def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Imports a file of the page; afterwards the registries are as they were."""
-    activations.get("silu")  # registers the built-in activations
     registries = (rules.MECHANISMS, statistics.TABLE, activations.ACTIVATIONS, registered.FAMILIES)
     for registry in (*registries, sources._OPENERS):
         monkeypatch.setattr(registry, "_values", dict(registry._values))
@@ -63,7 +62,7 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield use
     for name in FILES:
         sys.modules.pop(name, None)
-    activations.partition_of.cache_clear()
+    activations.partition.cache_clear()
 
 
 def train(base: ModelConfig, *mechanisms: str, steps: int = 3) -> tuple[Any, dict[str, Any]]:

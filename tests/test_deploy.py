@@ -26,7 +26,7 @@ def test_each_states_its_versions_and_that_it_was_not_run_on_hardware(path: Path
     assert re.search(r"Not (built and not )?run on hardware\.", text)
     assert "Python 3.11" in text
     assert "0.10.2" in text
-    assert f"`{path.name}`" in (ROOT / "docs" / "deploy.md").read_text()
+    assert f"`{path.name}`" in (ROOT / "docs" / "tpu_from_zero.md").read_text()
 
 
 # Runs the tasks of a step one after another; returns the highest status, as srun does.

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
-EXPORTING = ("nalora_jax", "nalora_jax.layout.distributed", "nalora_jax.evaluate.generate")
+EXPORTING = ("nalora_jax", "nalora_jax.evaluate.generate")
 
 
 def test_every_page_is_in_the_index_and_in_the_navigation() -> None:

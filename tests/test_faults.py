@@ -24,11 +24,11 @@ def logging_as_before() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("outcomes", "status"),
     [
-        (["went on, identical"] * 2, 0),
-        (["went on, identical", "went on, DIFFERENT"], 1),
-        (["FAILED to go on: error: no"] * 2, 1),
-        (["REFUSED: 2: expected a checkpoint", "the one before taken, right"], 1),
-        (["status 143, SILENT, went on, identical"] * 2, 1),
+        (["resumed, identical"] * 2, 0),
+        (["resumed, identical", "resumed, DIFFERENT"], 1),
+        (["FAILED to resume: error: no"] * 2, 1),
+        (["REFUSED: 2: expected a checkpoint", "previous checkpoint restored, correct"], 1),
+        (["status 143, SILENT, resumed, identical"] * 2, 1),
         (["the other ends within two minutes, non-zero, A TRACEBACK"] * 2, 1),
     ],
 )

@@ -273,7 +273,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
     class Interrupt(Exception):
         pass
 
-    fit = loop.fit
+    fit = loop.run_steps
 
     def interrupted(step_fn: Any, *args: Any, **options: Any) -> Any:
         done = 0
@@ -290,7 +290,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
         return fit(step, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "fit", interrupted)
+        patch.setattr(loop, "run_steps", interrupted)
         with pytest.raises(Interrupt):
             nalora_run.run(parts)
     nalora_run.run(replace(parts, resume=True))
@@ -416,7 +416,7 @@ def test_adalora_leaves_the_ranks_that_were_asked_for(config: RunConfig) -> None
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
     config: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fit = loop.fit
+    fit = loop.run_steps
 
     def poisoned(step_fn: Any, *args: Any, **options: Any) -> Any:
         done = 0
@@ -430,7 +430,7 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
         return fit(step, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "fit", poisoned)
+        patch.setattr(loop, "run_steps", poisoned)
         with pytest.raises(
             TrainingDivergedError,
             match=r"step 17: loss.*nan.*earlier steps are kept; start anew",

@@ -15,13 +15,13 @@ from tyro.conf import Positional
 from nalora_jax.cli.outputs import mesh_of, shown_model
 from nalora_jax.config import MeshConfig
 from nalora_jax.config.structured import (
+    AMOUNT,
     COUNT,
     MAX_RANK,
-    PENALTY,
+    POSITIVE,
     POSITIVE_SHARE,
     SEED,
     SHARE,
-    TEMPERATURE,
     TOKENS,
     ranges,
 )
@@ -55,7 +55,7 @@ class ChatArgs:
     # Maximum tokens of a response.
     max_new_tokens: Annotated[int, TOKENS] = 512
     # Sampling temperature; 0 takes the likeliest token each time.
-    temperature: Annotated[float, TEMPERATURE] = 0.7
+    temperature: Annotated[float, AMOUNT] = 0.7
     # Sample from the k likeliest tokens only (0: from all).
     top_k: Annotated[int, COUNT] = 0
     # Sample from the likeliest tokens that together have this probability.
@@ -63,7 +63,7 @@ class ChatArgs:
     # Sample from tokens with at least this share of the highest probability (0: from all).
     min_p: Annotated[float, SHARE] = 0.0
     # Penalty of tokens that occur in the conversation; 1: none, above 1 repeats less.
-    repetition_penalty: Annotated[float, PENALTY] = 1.0
+    repetition_penalty: Annotated[float, POSITIVE] = 1.0
     # Seed of the sampling; the n-th response uses this seed plus n.
     seed: Annotated[int, SEED] = 0
     # Adapters up to this rank can be switched without compilation.

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 
 from nalora_jax.cli import config_files
-from nalora_jax.cli.planning.auto import laid_out
 from nalora_jax.common import trees
 from nalora_jax.common.axes import AXES
-from nalora_jax.config import MeshConfig, RunConfig
+from nalora_jax.config import RunConfig
 from nalora_jax.config.structured import dotted
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.evaluate.run_log import recorded_settings
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
-from nalora_jax.layout.layouts import Layout, estimate
+from nalora_jax.layout.layouts import Layout, estimate, laid_out
 from nalora_jax.layout.machines import of_devices, topology
 from nalora_jax.method.rules import make
 from nalora_jax.method.transform import find_gates
@@ -31,12 +29,12 @@ from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.numerics import numerics_for
-from nalora_jax.study.sweeps.fit import device_memory
 from nalora_jax.train.initial_adapter import with_adapter
 from nalora_jax.train.inputs import check_layout
 from nalora_jax.train.job import Inputs
-from nalora_jax.train.kinds import kind_of
+from nalora_jax.train.kinds import run_kind
 from nalora_jax.train.learning_rate import with_learning_rate
+from nalora_jax.train.machine import device_memory
 from nalora_jax.train.mechanisms import first_step, log_first_step, mechanisms_of
 from nalora_jax.train.session import say_counts
 
@@ -55,7 +53,7 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
         for text in run.mechanisms:
             make(text)
     runs = [with_adapter(run, recorded_settings(run.output) if run.resume else None) for run in runs]
-    inputs = kind_of(runs[0]).read(runs[0], None)
+    inputs = run_kind(runs[0]).open_inputs(runs[0], None)
     lines = (
         _describe_images(inputs) + _differences(runs) if inputs.base is None else _describe(inputs, runs)
     )
@@ -187,13 +185,11 @@ def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) 
     sizes = {axis: mesh.shape.get(axis, 1) for axis in AXES}
     numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
     remat = chosen_remat(config.compute.remat, base.d_model, numerics)
-    config = replace(config, mesh=MeshConfig(**sizes))
+    data, fsdp, context, tensor = sizes.values()
+    placed = Layout(data, fsdp, tensor, remat, config.compute.experts, context=context).into(config)
     # Bytes do not depend on the machine; times of an unknown machine are not shown.
     where = of_devices(list(mesh.devices.flat)) or topology("v5e:1x1")
-    data, fsdp, context, tensor = sizes.values()
-    layout: Layout = estimate(
-        config, base, spec, where, config.data.max_length, (data, fsdp, tensor), remat, context=context
-    )
+    layout = estimate(placed, base, spec, where)
     parts = {
         "weights": layout.weights,
         "adapters and optimizer": layout.state,

@@ -19,13 +19,13 @@ from nalora_jax.cli.usage import until_flag
 from nalora_jax.config import LoRARule, MeshConfig, RunConfig, config_from_dict
 from nalora_jax.config.checks import check_path
 from nalora_jax.config.structured import (
+    AMOUNT,
     COUNT,
     MAX_RANK,
-    PENALTY,
+    POSITIVE,
     POSITIVE_SHARE,
     SEED,
     SHARE,
-    TEMPERATURE,
     TOKENS,
 )
 from nalora_jax.errors import NaloraError
@@ -72,7 +72,7 @@ class GenerateArgs:
     # Maximum number of generated tokens.
     max_new_tokens: Annotated[int, TOKENS] = 128
     # Sampling temperature; 0 takes the likeliest token each time.
-    temperature: Annotated[float, TEMPERATURE] = 0.0
+    temperature: Annotated[float, AMOUNT] = 0.0
     # Sample from the k likeliest tokens only (0: from all).
     top_k: Annotated[int, COUNT] = 0
     # Sample from the likeliest tokens that together have this probability.
@@ -80,7 +80,7 @@ class GenerateArgs:
     # Sample from tokens with at least this share of the highest probability (0: from all).
     min_p: Annotated[float, SHARE] = 0.0
     # Penalty of tokens that occur in the prompt or the response; 1: none, above 1 repeats less.
-    repetition_penalty: Annotated[float, PENALTY] = 1.0
+    repetition_penalty: Annotated[float, POSITIVE] = 1.0
     # Seed of the sampling.
     seed: Annotated[int, SEED] = 0
     # Wrap the prompt in the model's chat template. By default as in the run, else not; with images,
@@ -132,6 +132,16 @@ class MergeArgs:
     # Maximum size of a weight file, such as 5GB or 500MB; larger models are written as several
     # files with an index.
     shard_size: str = "5GB"
+
+
+@dataclass(frozen=True)
+class FromPeftArgs:
+    """Write the settings of PEFT (adapter_config.json) as a config of nalora train."""
+
+    # adapter_config.json, or an adapter's folder, or a LoraConfig as YAML or JSON.
+    file: Positional[Path]
+    # New YAML file to write; by default it is printed.
+    output: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tyro.conf import arg
 from nalora_jax.config import DataConfig, RunConfig, TrainConfig, check
 from nalora_jax.config.checks import check_path
 from nalora_jax.config.settings import DUAL
-from nalora_jax.config.structured import COUNT, TOKENS, Range, check_ranges
+from nalora_jax.config.structured import AMOUNT, COUNT, TOKENS, check_ranges
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class PlanArgs:
     # Rows of the embedding and the head for added tokens.
     added_tokens: Annotated[int, COUNT] = 0
     # Price of one chip per hour: shows the cost of a million tokens, and of the --steps of the run.
-    price: Annotated[float | None, Range("a number", "[0, 1e6]")] = None
+    price: Annotated[float | None, AMOUNT] = None
     # Also write the figures to this file, one JSON line per topology.
     json: Path | None = None
     # Print the layout that would be chosen, without compiling.
@@ -64,6 +64,8 @@ class PlanArgs:
     def config(self, chips: int) -> RunConfig:
         """Returns the settings of the planned run, by default with a row for each chip and micro-batch.
 
+        Its ``data.max_length`` is the length of the planned rows.
+
         Raises:
           NaloraError: a setting of the run is out of range, or its model is a dual encoder.
         """
@@ -73,7 +75,8 @@ class PlanArgs:
             raise NaloraError("--vision.task", expected=expected, found=task)
         check_ranges(replace(self.run, train=replace(train, batch_size=1)))  # of what rows are counted by
         rows = self.batch or train.batch_size or chips * train.accumulate
-        return check(replace(self.run, train=replace(train, batch_size=rows)))
+        data = replace(self.run.data, max_length=self.seq or self.run.data.max_length)
+        return check(replace(self.run, data=data, train=replace(train, batch_size=rows)))
 
 
 def plan(args: PlanArgs) -> None:
@@ -123,33 +126,31 @@ def compiler_messages_in(file: Path) -> Iterator[None]:
 
 
 def _print_plans(args: PlanArgs, machines: Sequence[Topology]) -> None:
-    from nalora_jax.cli.planning.models import architecture
+    from nalora_jax.cli.planning.program import architecture
     from nalora_jax.cli.planning.report import describe, describe_costs, estimate_record
     from nalora_jax.cli.planning.report import plan as compiled
-    from nalora_jax.layout.layouts import choose, decoder_alone
-    from nalora_jax.models.adapters import adapter_spec
+    from nalora_jax.layout.layouts import fitting, preferred
 
     run = args.run
     if not run.model:
         raise NaloraError("--model", expected="a model", found="none")
     base = architecture(run.model, images=args.images > 0, rope_scaling=run.rope_scaling)
     base = replace(base, vocab_size=base.vocab_size + args.added_tokens)
-    seq = args.seq or run.data.max_length
-    _check_length(seq, base.max_positions)
+    _check_length(args.seq or run.data.max_length, base.max_positions)
     if args.sweep:
-        _plan_sweep(args, base, machines, seq)
+        _plan_sweep(args, base, machines)
         return
     for machine in machines:
         config = args.config(machine.size)
         if args.estimate:
-            layout = choose(config, *decoder_alone(base, adapter_spec(config, base)), machine, seq)
-            record = estimate_record(run.model, machine, layout, config.train.batch_size, seq)
+            layout = preferred(fitting(config, base, machine))
+            record = estimate_record(config, machine, layout)
             lines = [f"{run.model} on {machine.name}: {layout}"]
             rate, seconds = record["tokens_per_second"], record["seconds"]
             costs = describe_costs(machine, rate, seconds, run.steps, args.price)
             lines += [f"  {line}" for line in costs]
         else:
-            planned = compiled(config, base, machine, seq, args.images)
+            planned = compiled(config, base, machine, args.images)
             record, lines = planned.to_dict(), list(describe(planned, steps=run.steps, price=args.price))
         print("\n".join(lines), flush=True)
         if args.json is not None:
@@ -166,13 +167,12 @@ def _check_json(path: Path | None) -> None:
         raise NaloraError("--json", expected="a file in an existing folder", found=path)
 
 
-def _plan_sweep(args: PlanArgs, base: ModelConfig, machines: Sequence[Topology], seq: int) -> None:
+def _plan_sweep(args: PlanArgs, base: ModelConfig, machines: Sequence[Topology]) -> None:
     """Prints the plan of a sweep on each topology."""
-    from nalora_jax.cli.planning.sweep import describe_sweep, estimate_sweep, plan_sweep
+    from nalora_jax.cli.planning.report import describe_sweep, plan_sweep
 
-    plan_one = estimate_sweep if args.estimate else plan_sweep
     for machine in machines:
-        planned = plan_one(args.config(1), base, machine, seq, args.sweep)
+        planned = plan_sweep(args.config(1), base, machine, args.sweep, compiles=not args.estimate)
         print("\n".join(describe_sweep(planned, steps=args.run.steps, price=args.price)), flush=True)
         if args.json is not None:
             with args.json.open("a") as file:

@@ -10,7 +10,7 @@ from nalora_jax.config import RunConfig
 from nalora_jax.data.given import Data, Format
 from nalora_jax.data.source import Source
 from nalora_jax.train.callbacks import Callback
-from nalora_jax.train.kinds import kind_of
+from nalora_jax.train.kinds import run_kind
 from nalora_jax.train.run import RunResult, fine_tune
 
 
@@ -44,7 +44,7 @@ def run(
     """
     return fine_tune(
         config,
-        kind_of(config),
+        run_kind(config),
         choose_layout=accepted,
         write_report=_write_report,
         data=data,

@@ -7,7 +7,7 @@ JAX.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -270,6 +270,42 @@ def study(args: cli.StudyArgs) -> None:
 
         for path in write_report(protocol):
             print(path)
+
+
+def from_peft(args: cli.FromPeftArgs) -> None:
+    """Converts a file; comments in the output name every setting that is not carried over.
+
+    Raises:
+      NaloraError: the file has no settings of PEFT, or unsupported settings, all of which are listed.
+    """
+    from nalora_jax.cli import config_files
+    from nalora_jax.common.files import write_atomically
+    from nalora_jax.weights.peft_settings import PEFT
+    from nalora_jax.weights.peft_settings import from_peft as convert
+
+    path = args.file
+    where = buckets.bucket_url(path)
+    if where is not None:
+        is_file = path.suffix in (".json", ".yaml", ".yml")
+        path = buckets.local_copy(where if is_file else f"{where}/adapter_config.json")
+    elif path.is_dir():
+        path /= "adapter_config.json"
+    values = config_files.read_values(path)
+    fields = set(values) if isinstance(values, Mapping) else set()
+    if not fields & set(PEFT):
+        found = ", ".join(map(str, fields)) or "none"
+        remedy = "settings of TRL have a table in docs/from_peft.md"
+        raise NaloraError(str(path), expected="settings of PEFT", found=found, remedy=remedy)
+    settings, notes = convert(values)
+    config = check(config_files.settings_of(settings, path))
+    text = "".join(f"# {note}\n" for note in notes) + config_files.as_yaml(config, changed_only=True)
+    if args.output is None:
+        sys.stdout.write(text)
+        return
+    if args.output.exists():
+        raise NaloraError("--output", expected="a new file", found=f"{args.output}, which exists")
+    write_atomically(args.output, text)
+    print(f"{args.output}: nalora train --config {args.output}")
 
 
 def card(model: AdaptedModel | AdaptedDual, kind: Literal["adapter", "merged"]) -> str:

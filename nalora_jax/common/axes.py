@@ -1,4 +1,4 @@
-"""Names of the axes of a mesh of devices; see `nalora_jax.layout.mesh`."""
+"""Names of the axes of a mesh of devices; see `nalora_jax.layout.distributed`."""
 
 AXES = ("data", "fsdp", "context", "tensor")
 RUN = "run"

@@ -19,9 +19,9 @@ from nalora_jax.config.settings import (
     VisionConfig,
 )
 from nalora_jax.config.structured import (
-    ALPHA,
+    AMOUNT,
     COUNT,
-    GAIN,
+    POSITIVE,
     RANK,
     WrongType,
     check_ranges,
@@ -70,7 +70,9 @@ def check(config: RunConfig) -> RunConfig:
     weighted = init == "lora_ga" and weights != "ones"
     require("--lora.gradient-weights", not weighted, 'ones with --lora.init "lora_ga"', weights)
     for _, factor in config.optimizer.rates:
-        require("--optimizer.rates", GAIN.holds(factor), f"factors, each {GAIN}", config.optimizer.rates)
+        require(
+            "--optimizer.rates", AMOUNT.holds(factor), f"factors, each {AMOUNT}", config.optimizer.rates
+        )
     check_path("--output", config.output)
     _check_data(config.data, compares=config.preference.loss != "none")
     if config.rope_scaling:
@@ -168,8 +170,8 @@ def _check_rules(rules: tuple[LoRARule, ...]) -> None:
     for rule in rules:
         name = f"{rule.pattern}:{rule.rank}"
         require("--lora.rules", RANK.holds(rule.rank), f"a rank that is {RANK}", name)
-        scale = rule.alpha is None or ALPHA.holds(rule.alpha)
-        require("--lora.rules", scale, f"an alpha that is {ALPHA}", f"{name}:{rule.alpha}")
+        scale = rule.alpha is None or POSITIVE.holds(rule.alpha)
+        require("--lora.rules", scale, f"an alpha that is {POSITIVE}", f"{name}:{rule.alpha}")
         try:
             re.compile(rule.pattern)
         except (re.error, OverflowError, RecursionError) as error:

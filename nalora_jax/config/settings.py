@@ -16,13 +16,14 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from nalora_jax.config.structured import (
-    ALPHA,
+    AMOUNT,
     AUTO,
     AXIS,
     BELOW_ONE,
     COUNT,
     INTERVAL,
     LENGTH,
+    POSITIVE,
     POSITIVE_SHARE,
     RANK,
     ROWS,
@@ -50,7 +51,7 @@ class LoRARule:
     # Rank r of the adapter; with 0 the matched projections get no adapter.
     rank: Annotated[int, RANK] = 8
     # Alpha: the residual's scale is alpha / rank, with rsLoRA alpha / sqrt(rank). None: 2 * rank.
-    alpha: Annotated[float | None, ALPHA] = None
+    alpha: Annotated[float | None, POSITIVE] = None
 
     @classmethod
     def from_text(cls, text: str) -> LoRARule:
@@ -119,7 +120,7 @@ class LoRAConfig:
     # Dropout rate on the adapters' input, in training only.
     dropout: Annotated[float, BELOW_ONE] = 0.0
     # LoRA+ (arXiv 2402.12354): ratio of the learning rates of B and A.
-    plus_ratio: Annotated[float, Range("a number", "(0, 1e6]")] = 1.0
+    plus_ratio: Annotated[float, POSITIVE] = 1.0
 
 
 @documented
@@ -362,7 +363,8 @@ class DebugConfig:
 
     # Check the gates of the live model in every step, channel by channel (chexify): the
     # pre-activation, the gate-compensation identity, Activation.gate against rho and its
-    # derivative, and the input of the down projection.
+    # derivative, the input of the down projection, padding in the statistics, and the mask in the
+    # gradient of A.
     check_gates: bool = False
     # Tolerance of that check, relative to |F| + |S|; bfloat16 rounding is allowed in addition.
     tolerance: Annotated[float, Range("a number", "(0, 1]")] = 1e-4
@@ -472,11 +474,11 @@ class RunConfig:
     # Optimizer steps.
     steps: Annotated[int, SIZE] = 100
     # Passes over the data, in place of steps; 0: `steps` decides.
-    epochs: Annotated[float, Range("a number", "[0, 1e6]")] = 0.0
+    epochs: Annotated[float, AMOUNT] = 0.0
     # Seed of adapters, data order and dropout.
     seed: Annotated[int, SEED] = 0
     # Further outputs of the log: NAME or NAME:setting=value,... of tensorboard, wandb, mlflow
-    # (docs/callbacks.md).
+    # (docs/quick_start.md).
     callbacks: tuple[str, ...] = ()
     # Rules that weigh the gates' gradients and updates, in this order: NAME or
     # NAME:setting=value,... (docs/method.md lists them); "none" on the command line: plain LoRA.

@@ -68,9 +68,8 @@ INTERVAL = Range("a whole number", f"[0, {_INDEX}]", also=-1)  # -1: the library
 ROWS, AXIS = Range("a whole number", "[1, 1000000]"), Range("a whole number", "[0, 1000000]", also=-1)
 BELOW_ONE, SHARE = Range("a number", "[0, 1)"), Range("a share", "[0, 1]")
 POSITIVE_SHARE = Range("a share", "(0, 1]")
-RANK, ALPHA = Range("a whole number", "[0, 65536]"), Range("a number", "(0, 1e6]")
-MAX_RANK, GAIN = Range("a whole number", "[1, 65536]"), Range("a number", "[0, 1e6]")
-TEMPERATURE, PENALTY = Range("a number", "[0, 1e6]"), Range("a number", "(0, 1e6]")
+RANK, MAX_RANK = Range("a whole number", "[0, 65536]"), Range("a whole number", "[1, 65536]")
+AMOUNT, POSITIVE = Range("a number", "[0, 1e6]"), Range("a number", "(0, 1e6]")
 
 AUTO = "auto"  # marks a field that this text sets to 0: the library chooses
 
@@ -91,16 +90,21 @@ def ranges(kind: type) -> Mapping[str, Range]:
     return named
 
 
-def check_ranges(values: object) -> None:
+def check_ranges(values: object, where: str = "--") -> None:
     """Raises an error for the first number of a dataclass that is out of its range; None is not set.
 
+    Args:
+      values: the dataclass.
+      where: start of the place in messages; ``--`` for flags, which have dashes in their names.
+
     Raises:
-      NaloraError: names the flag, the range and the value.
+      NaloraError: names the flag or field, the range and the value.
     """
     for name, allowed in ranges(type(values)).items():
         value: Any = reduce(getattr, name.split("."), values)
         if value is not None and not allowed.holds(value):
-            raise NaloraError(f"--{name}".replace("_", "-"), expected=allowed, found=value)
+            place = where + (name.replace("_", "-") if where == "--" else name)
+            raise NaloraError(place, expected=allowed, found=value)
 
 
 # ---------------------------------------------------------------- types

@@ -10,7 +10,7 @@ import numpy as np
 from nalora_jax.config import DataConfig
 from nalora_jax.data.source import Source
 from nalora_jax.data.store import TokenStore, is_whole, load_store, write_store
-from nalora_jax.data.tokenize import Example, divided, fit, with_loss_last
+from nalora_jax.data.tokenize import Example, divided, fit_example, with_loss_last
 from nalora_jax.data.too_long import UNLIMITED, advice, report_dropped, too_long
 from nalora_jax.errors import NaloraError
 
@@ -79,7 +79,7 @@ def rows_of(example: Example, config: DataConfig, bos_id: int | None, where: str
       NaloraError: the last part of a row that was not split has no loss token.
     """
     if config.too_long != "split":
-        row = with_loss_last(fit(example, config.max_length, bos_id), config.loss_last)
+        row = with_loss_last(fit_example(example, config.max_length, bos_id), config.loss_last)
         if row.has_target:
             return [row]
         raise NaloraError(

@@ -118,7 +118,7 @@ def permutation(n: int, *key: int) -> np.ndarray:
     return np.argsort(draws, kind="stable")
 
 
-def assemble(
+def fill_rows(
     rows: Sequence[np.ndarray],
     tokens: np.ndarray,
     answer: np.ndarray,

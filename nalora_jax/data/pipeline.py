@@ -16,7 +16,7 @@ import numpy as np
 from nalora_jax.config import DataConfig
 from nalora_jax.data.cut import cut_store
 from nalora_jax.data.lengths import SAMPLE, with_length
-from nalora_jax.data.packing import PackingPlan, Pattern, assemble, pack, plan
+from nalora_jax.data.packing import PackingPlan, Pattern, fill_rows, pack, plan
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_train
 from nalora_jax.data.store import Counts, TokenStore, open_store
@@ -177,7 +177,7 @@ class TrainData(PackedStream):
     def arrays(self, rows: list[int]) -> HostBatch:
         """Returns arrays ``[len(rows), max_length]``; of models with image input also pixels."""
         store, examples = self.store, [self.records_of(index) for index in rows]
-        flat = assemble(examples, store.tokens, store.answer, store.offsets, self.pattern.capacity)
+        flat = fill_rows(examples, store.tokens, store.answer, store.offsets, self.pattern.capacity)
         if self.images is not None:
             flat |= self.images.batch(examples)
         return flat

@@ -28,12 +28,12 @@ from nalora_jax.data.chat import (
     text_field,
 )
 from nalora_jax.data.lengths import drawn
-from nalora_jax.data.packing import assemble, pack, permutation
+from nalora_jax.data.packing import fill_rows, pack, permutation
 from nalora_jax.data.pipeline import HostBatch, PackedStream, rows_read, stream_figures
 from nalora_jax.data.rendered import broken_records
 from nalora_jax.data.source import Source
 from nalora_jax.data.store import Counts
-from nalora_jax.data.tokenize import Example, fit, tokenize
+from nalora_jax.data.tokenize import Example, fit_example, tokenize
 from nalora_jax.data.too_long import UNLIMITED, advice, report_dropped
 from nalora_jax.errors import NaloraError
 
@@ -205,7 +205,7 @@ class PairData(PackedStream):
         """Returns the text arrays, and ``pairs`` ``[len(rows), pairs_per_row]``: 1 for each pair in a row."""
         pairs = [self.records_of(index) for index in rows]
         examples = [np.stack([2 * row, 2 * row + 1], axis=1).ravel() for row in pairs]
-        flat = assemble(examples, self.tokens, self.answer, self.offsets, self.pattern.capacity)
+        flat = fill_rows(examples, self.tokens, self.answer, self.offsets, self.pattern.capacity)
         counts = np.array([len(row) for row in pairs])
         flat["pairs"] = (np.arange(self.pairs_per_row)[None, :] < counts[:, None]).astype(np.float32)
         return flat
@@ -302,7 +302,9 @@ def _fitting(
                 dropped += 1
                 continue
             truncated += 1
-            examples = [fit(example, config.max_length // 2, tokenizer.bos_id) for example in examples]
+            examples = [
+                fit_example(example, config.max_length // 2, tokenizer.bos_id) for example in examples
+            ]
         fitting += examples
     if not fitting:
         actual = f"{dropped} pairs, all of them longer"

@@ -73,7 +73,7 @@ def tokenize(texts: Sequence[Rendered], tokenizer: Tokenizer, *, end: bool = Tru
     return examples
 
 
-def fit(example: Example, max_length: int, bos_id: int | None) -> Example:
+def fit_example(example: Example, max_length: int, bos_id: int | None) -> Example:
     """Returns ``example`` cut to ``max_length + 1`` tokens: inputs, each with its next token.
 
     The prompt is cut first, from its left (a begin-of-sequence id stays), down to the one token

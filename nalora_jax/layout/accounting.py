@@ -10,21 +10,29 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
-from nalora_jax.layout.collectives import BETWEEN, Collective, group_size, received
-from nalora_jax.layout.hlo import Computation, Instruction, first_count, parse
-from nalora_jax.layout.products import flops_of, kernel_name
-from nalora_jax.layout.traffic import (
+from nalora_jax.layout.hlo import (
     COLLECTIVES,
     STARTS,
+    Computation,
+    Instruction,
     changed,
+    first_count,
+    flops_of,
+    group_size,
     is_between_slices,
     is_continued,
+    kernel_name,
     origin,
+    parse,
+    received,
     used,
 )
 from nalora_jax.models.expert_exchange import UNEVEN
+
+BETWEEN = " between slices"  # suffix of the kind of a collective between slices
 
 # "fusion-start" runs overlapped with later instructions, until its "fusion-done".
 _FUSIONS = ("fusion", "fusion-start")
@@ -55,6 +63,50 @@ _FREE = frozenset(
 
 
 _ELEMENTWISE = frozenset(("convert", "add", "subtract", "multiply", "negate", "select"))
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective operation from the view of one device."""
+
+    kind: str
+    received: float  # bytes that a device receives over the interconnect, per execution
+    devices: int  # number of participants; 0: one device of every slice
+    times: float  # executions per step
+    overlapped: bool  # matmuls are scheduled between its start and its end
+
+    @property
+    def between_slices(self) -> bool:
+        """True if it uses the data-centre network that connects slices of TPUs."""
+        return self.kind.endswith(BETWEEN)
+
+    @property
+    def total(self) -> float:
+        """Bytes received per step."""
+        return self.received * self.times
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A transfer of an array between a device and its host."""
+
+    to_host: bool
+    moved: float  # bytes per execution
+    times: float  # executions per step
+    overlapped: bool  # matmuls are scheduled between its start and its end
+
+    @property
+    def total(self) -> float:
+        """Bytes per step."""
+        return self.moved * self.times
+
+
+@dataclass(frozen=True)
+class Work:
+    """Flops of matmuls and bytes of HBM traffic in a step."""
+
+    flops: float
+    memory_bytes: float
 
 
 class Program:
@@ -123,11 +175,13 @@ class Program:
     def custom_calls(self) -> dict[str, float]:
         """Executions of each kernel that XLA did not generate, by its name."""
         calls: dict[str, float] = {}
-        for computation, instruction in self._running("custom-call"):
-            if _MARKS.search(instruction.attributes):
-                continue
-            name = kernel_name(instruction)
-            calls[name] = calls.get(name, 0.0) + self.times[computation.name]
+        for computation in self.computations.values():
+            times = self.times[computation.name]
+            for instruction in computation.instructions.values():
+                is_call = instruction.opcode == "custom-call" and not _MARKS.search(instruction.attributes)
+                if times and is_call:
+                    name = kernel_name(instruction)
+                    calls[name] = calls.get(name, 0.0) + times
         return calls
 
     @cached_property
@@ -144,12 +198,47 @@ class Program:
         """All collectives, in the order of the text."""
         return tuple(self._collectives())
 
-    def _running(self, opcode: str) -> Iterator[tuple[Computation, Instruction]]:
-        for computation in self.computations.values():
-            if self.times[computation.name]:
-                for instruction in computation.instructions.values():
-                    if instruction.opcode == opcode:
-                        yield computation, instruction
+    @cached_property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """All transfers between device and host, for offloaded activations, in the order of the text."""
+        return tuple(
+            Transfer(i.to_host, i.host_bytes, self.times[c.name], self.overlapped(c, [i.name]))
+            for c in self.scheduled()
+            for i in c.instructions.values()
+            if i.host_bytes
+        )
+
+    def work_of(self, scope: str) -> Work:
+        """Returns the work of a scope's instructions, and of all instructions of its loops.
+
+        Args:
+          scope: a name of `jax.named_scope`.
+        """
+        name = re.compile(rf"\b{scope}\b")
+        inside: set[str] = set()
+
+        def enter(computation: str) -> None:
+            if computation in inside or computation not in self.computations:
+                return
+            inside.add(computation)
+            for instruction in self.computations[computation].instructions.values():
+                for called in instruction.calls:
+                    enter(called)
+
+        every = [(c, i) for c in self.computations.values() for i in c.instructions.values()]
+        for _, instruction in every:
+            if instruction.opcode == "while" and name.search(instruction.source):
+                for called in instruction.calls:
+                    enter(called)
+        scheduled = {computation.name for computation in self.scheduled()}
+        flops = memory_bytes = 0.0
+        for computation, instruction in every:
+            if computation.name in inside or name.search(instruction.source):
+                times = self.times[computation.name]
+                flops += times * flops_of(instruction, computation)
+                if computation.name in scheduled:
+                    memory_bytes += times * self.bytes_of(instruction, computation)
+        return Work(flops, memory_bytes)
 
     @staticmethod
     def _inner(instruction: Instruction) -> tuple[str, ...]:
@@ -206,8 +295,6 @@ class Program:
             devices,
             self.times[scheduled.name],
             self.overlapped(scheduled, callers),
-            scheduled.name,
-            instruction.source,
         )
 
     def _between(self, send: Instruction, scheduled: Computation) -> Collective:
@@ -226,8 +313,6 @@ class Program:
             0,
             self.times[scheduled.name],
             any(self._works(i) for i in every[every.index(send) + 1 : max(ends, default=0)]),
-            scheduled.name,
-            send.source,
         )
 
     def scheduled(self) -> Iterator[Computation]:
@@ -311,7 +396,7 @@ class Program:
             return total + sum(shape.size for shape in instruction.shapes[1:2] if shape.in_hbm)
         if inner is None:
             return total + changed(instruction, computation, written)
-        return total + min(written, self._written(inner))
+        return total + min(written, self._written_by(inner, inner.root))
 
     def _read(self, computation: Computation, index: int) -> float:
         """Returns the bytes of its operand that a fusion reads."""
@@ -364,9 +449,6 @@ class Program:
         returned = user.opcode in ("tuple", "bitcast") and user.is_root and unchanged
         return updated or returned or is_continued(user, computation)
 
-    def _written(self, computation: Computation) -> float:
-        return self._written_by(computation, computation.root)
-
     def _written_by(self, computation: Computation, result: Instruction) -> float:
         """Returns the bytes of a result that a fusion writes: of an updated stack, the update."""
         if result.opcode == "dynamic-update-slice":
@@ -389,5 +471,6 @@ class Program:
                 shape.size for name in result.operands for shape in computation.instructions[name].shapes
             )
         if result.opcode == "fusion" and result.calls[0] in self.computations:
-            return self._written(self.computations[result.calls[0]])
+            called = self.computations[result.calls[0]]
+            return self._written_by(called, called.root)
         return sum(shape.size for shape in result.shapes)

@@ -1,82 +1,354 @@
-"""Devices and processes: the mesh, array shardings, global batches and multi-host runs.
+"""The mesh of a run and its global batches: axes "data", "fsdp", "context", "tensor" over all processes' devices.
 
-Names of the mesh's axes are in `nalora_jax.layout.mesh`.
+A mesh has the axis "context" only if it splits the tokens of rows (`nalora_jax.ops.split_rows`). A
+sweep's mesh has an outermost axis "run": its groups of devices train different adapters.
 """
 
-from nalora_jax.layout.batches import (
-    global_batches,
-    make_global_batch,
-    process_rows,
-    rows_of_processes,
-)
-from nalora_jax.layout.compiler import compiler_options
-from nalora_jax.layout.mesh import (
-    batch_shards,
-    check_axes,
-    check_heads,
-    check_tensor,
-    context_of,
-    context_size,
-    devices_per_run,
-    make_mesh,
-    platform_of,
-    platform_of_step,
-    resolve_sizes,
-    row_sharding,
-    shown_axes,
-    smallest_mesh,
-    unless_single,
-)
-from nalora_jax.layout.processes import (
-    check_lost_peer,
-    fetch,
-    initialize_distributed,
-    lost_peers_named,
-    on_first_process,
-    tell_all,
-)
-from nalora_jax.layout.sharding import (
-    PARAM_RULES,
-    STATE_RULES,
-    STEP_RULES,
-    Rules,
-    bytes_per_device,
-    fit_spec,
-    shardings,
-)
+from __future__ import annotations
 
-__all__ = [
-    "PARAM_RULES",
-    "STATE_RULES",
-    "STEP_RULES",
-    "Rules",
-    "batch_shards",
-    "bytes_per_device",
-    "check_axes",
-    "check_heads",
-    "check_lost_peer",
-    "check_tensor",
-    "compiler_options",
-    "context_of",
-    "context_size",
-    "devices_per_run",
-    "fetch",
-    "fit_spec",
-    "global_batches",
-    "initialize_distributed",
-    "lost_peers_named",
-    "make_global_batch",
-    "make_mesh",
-    "on_first_process",
-    "platform_of",
-    "platform_of_step",
-    "process_rows",
-    "resolve_sizes",
-    "row_sharding",
-    "rows_of_processes",
-    "shardings",
-    "shown_axes",
-    "smallest_mesh",
-    "tell_all",
-    "unless_single",
-]
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax.common.axes import AXES, BATCH_AXES, CONTEXT, RUN
+from nalora_jax.common.devices import domains, kind_of, platform_name, process_of, slice_count, torus
+from nalora_jax.config import MeshConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.layout.compiler import compiler_options as compiler_options
+from nalora_jax.layout.processes import check_lost_peer as check_lost_peer
+from nalora_jax.layout.processes import fetch as fetch
+from nalora_jax.layout.processes import initialize_distributed as initialize_distributed
+from nalora_jax.layout.processes import lost_peers_named as lost_peers_named
+from nalora_jax.layout.processes import on_first_process as on_first_process
+from nalora_jax.layout.processes import tell_all as tell_all
+from nalora_jax.layout.sharding import PARAM_RULES as PARAM_RULES
+from nalora_jax.layout.sharding import STATE_RULES as STATE_RULES
+from nalora_jax.layout.sharding import STEP_RULES as STEP_RULES
+from nalora_jax.layout.sharding import Rules as Rules
+from nalora_jax.layout.sharding import bytes_per_device as bytes_per_device
+from nalora_jax.layout.sharding import fit_spec as fit_spec
+from nalora_jax.layout.sharding import shardings as shardings
+from nalora_jax.ops.dispatch import Platform
+
+
+def platform_of(mesh: Mesh | None = None) -> Platform:
+    """Returns the platform of a mesh; by default of this process's devices."""
+    devices = jax.devices() if mesh is None else list(mesh.devices.flat)
+    tensor = 1 if mesh is None else int(mesh.shape.get("tensor", 1))
+    return Platform(platform_name(devices[0]), kind_of(devices[0]), len(devices), tensor)
+
+
+def platform_of_step(mesh: Mesh) -> Platform:
+    """Returns the platform of a training step: one device if each run of a sweep has one.
+
+    Simulated devices of a CPU share the threads of its kernels, and keep the plain functions.
+    """
+    platform = platform_of(mesh)
+    if platform.name == "cpu" or devices_per_run(mesh) > 1:
+        return platform
+    return replace(platform, devices=1)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the run's mesh over ``devices`` (default: all devices of all processes).
+
+    Neighbours on an axis are neighbours on a TPU's torus; an axis takes part of a torus dimension if the sizes require
+    it. On GPUs the axis "tensor" stays within a node as long as its size divides the node's. Open axes (0) get the
+    simplest sizes that work, all devices on "data" and one on the others; a run asks `nalora_jax.layout.layouts` first.
+    TPU slices, joined by a data-centre network, split the axis "data" and no other: only gradients of the adapters
+    travel between them. Axis types are Auto; JAX's default may be Explicit, which these programs do not support.
+
+    With ``config.run`` above 1 the other axes describe one group of devices.
+
+    Raises:
+      NaloraError: more than one axis is -1, an axis is below -1, the product is not the number of
+        devices, the groups of "run" are not equal, or the slices do not divide the axis "data".
+    """
+    available = list(devices or jax.devices())
+    groups = max(config.run, 1)
+    if len(available) % groups:
+        fits = [n for n in range(1, len(available) + 1) if len(available) % n == 0]
+        expected = f"a divisor of the {len(available)} device(s): {', '.join(map(str, fits))}"
+        raise NaloraError("--mesh.run", expected=expected, found=groups)
+    sizes = dict(zip(AXES, resolve_sizes(config, len(available) // groups), strict=True))
+    check_slices(groups * sizes["data"], slice_count(available))
+    if sizes[CONTEXT] == 1:
+        del sizes[CONTEXT]
+    data, *inner_sizes = sizes.values()
+    axes: tuple[str, ...] = tuple(sizes)
+    grid = _placed(available, (groups * data, *inner_sizes))
+    if groups > 1:
+        grid, axes = grid.reshape(groups, data, *inner_sizes), (RUN, *axes)
+    return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def _placed(available: list[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
+    """Returns the devices in the order of the mesh's axes, "data" first."""
+    groups = domains(available)
+    boxes: set[tuple[int, ...] | None] = {None}
+    if platform_name(available[0]) == "tpu":
+        boxes = set(map(torus, groups))
+    # Not TPUs, or slices that are not equal and complete boxes of chips.
+    if len(boxes) > 1 or None in boxes:
+        grid = np.empty(len(available), dtype=object)
+        grid[:] = [device for group in groups for device in group]
+        return grid.reshape(sizes)
+    if len(groups) == 1:
+        return mesh_utils.create_device_mesh(sizes, available, allow_split_physical_axes=True)
+    data, *inner_sizes = sizes
+    per_slice = (data // len(groups), *inner_sizes)
+    return mesh_utils.create_hybrid_device_mesh(
+        per_slice, (len(groups), *[1] * len(inner_sizes)), available, allow_split_physical_axes=True
+    )
+
+
+def smallest_mesh(config: MeshConfig) -> Mesh:
+    """Returns the mesh over the devices that its axes need: all if "data" is open or an axis is -1."""
+    sizes = [int(getattr(config, name)) for name in AXES]
+    required = None
+    if min(sizes) >= 0 and config.data > 0:
+        required = math.prod(max(size, 1) for size in [*sizes, config.run])
+    return make_mesh(config, jax.devices()[:required])
+
+
+def unless_single(mesh: Mesh) -> Mesh | None:
+    """Returns ``mesh``; None if it has one device."""
+    if mesh.size == 1:
+        return None
+    return mesh
+
+
+def check_axes(config: MeshConfig, n_devices: int, slices: int) -> None:
+    """Checks the axes that have a size; open ones (0) are chosen later.
+
+    Raises:
+      NaloraError: the axes do not divide ``n_devices``, or the slices do not divide the axis "data".
+    """
+    sizes = {name: int(getattr(config, name)) for name in AXES}
+    sizes[CONTEXT] = context_of(config)
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    is_open = min(sizes.values()) < 1
+    if n_devices % fixed or (not is_open and fixed != n_devices):
+        raise _product_error(sizes, n_devices, is_open=is_open)
+    check_slices(config.data if config.data > 0 else n_devices // fixed, slices)
+
+
+def context_of(config: MeshConfig) -> int:
+    """Returns the size of the axis "context"; if open (0) next to sized axes, 1."""
+    if config.context == 0 and min(config.data, config.fsdp, config.tensor) > 0:
+        return 1
+    return config.context
+
+
+def check_slices(data: int, slices: int) -> None:
+    """Checks that every slice gets an equal part of the axis "data".
+
+    Raises:
+      NaloraError: the parts are not equal.
+    """
+    if data % slices:
+        raise NaloraError(
+            "--mesh.data",
+            expected=f"a multiple of the {slices} slices, because fsdp and tensor stay within a slice",
+            found=data,
+            remedy=f"use --mesh.data {slices} --mesh.fsdp -1",
+        )
+
+
+def resolve_sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
+    """Returns the axis sizes with 0 and -1 replaced by what remains of ``n_devices``."""
+    sizes = {name: int(getattr(config, name)) for name in AXES}
+    if sizes["data"] == 0 and -1 not in sizes.values():
+        sizes = {**sizes, "data": -1}
+    sizes = {name: size or 1 for name, size in sizes.items()}
+    axes = shown_axes(sizes)
+    if any(size < -1 for size in sizes.values()):
+        raise NaloraError(
+            "--mesh", expected="axis sizes of 1 or more, 0 (chosen), or -1 (what is left)", found=axes
+        )
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise NaloraError(
+            "--mesh", expected="at most one axis of -1", found=axes, remedy="give the others a size"
+        )
+    if (free and n_devices % fixed) or (not free and fixed != n_devices):
+        raise _product_error(sizes, n_devices, is_open=bool(free))
+    sizes |= dict.fromkeys(free, n_devices // fixed)
+    return tuple(sizes.values())
+
+
+def _product_error(sizes: Mapping[str, int], n_devices: int, *, is_open: bool) -> NaloraError:
+    axes = shown_axes(sizes)
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    relation, remedy = "equals", "set one axis to -1 to take what is left"
+    if is_open:
+        relation, remedy = "divides", "change the sizes of the other axes"
+    return NaloraError(
+        "--mesh",
+        expected=f"a product that {relation} the {n_devices} device(s)",
+        found=f"{axes} (product of the fixed axes: {fixed})",
+        remedy=remedy,
+    )
+
+
+def shown_axes(sizes: Mapping[str, int]) -> str:
+    """Returns the axes with a size, e.g. ``data 2 x fsdp 4 x tensor 1``; "context" only above 1."""
+    return " x ".join(
+        f"{name} {size}" for name, size in sizes.items() if size and (name, size) != (CONTEXT, 1)
+    )
+
+
+def context_size(mesh: Mesh | None) -> int:
+    """Returns the number of parts that the tokens of a row are split into."""
+    if mesh is None:
+        return 1
+    return mesh.shape.get(CONTEXT, 1)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Returns the number of parts that the tokens of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES) * context_size(mesh)
+
+
+def row_sharding(mesh: Mesh | None) -> NamedSharding | None:
+    """Returns the sharding of ``[batch, seq, d_model]`` by rows; None if each run has one device.
+
+    The parts of split rows are rows of this array (`nalora_jax.ops.split_rows`).
+    """
+    if mesh is None or devices_per_run(mesh) == 1:
+        return None
+    axes: tuple[str, ...] = BATCH_AXES
+    if CONTEXT in mesh.shape:
+        axes = (CONTEXT, *axes)
+    return NamedSharding(mesh, P(axes))
+
+
+def devices_per_run(mesh: Mesh) -> int:
+    """Returns the number of devices that train a run together."""
+    return mesh.size // mesh.shape.get(RUN, 1)
+
+
+def check_heads(mesh: Mesh, *, n_heads: int, n_kv_heads: int) -> None:
+    """Checks that a mesh's axis "tensor" does not split an attention head; see `check_tensor`."""
+    check_tensor(mesh.shape["tensor"], n_heads=n_heads, n_kv_heads=n_kv_heads)
+
+
+def check_tensor(size: int, *, n_heads: int, n_kv_heads: int) -> None:
+    """Checks that an axis "tensor" of ``size`` does not split an attention head.
+
+    Any other dimension that an axis does not divide is replicated (see `shardings`). The halves of
+    a split head would move between devices in every layer.
+
+    Raises:
+      NaloraError: ``size`` does not divide the query heads or the key/value heads.
+    """
+    if n_heads % size or n_kv_heads % size:
+        fits = [n for n in range(1, n_kv_heads + 1) if n_heads % n == 0 and n_kv_heads % n == 0]
+        raise NaloraError(
+            "--mesh.tensor",
+            expected=f"a divisor of the model's {n_heads} query heads and {n_kv_heads} key/value heads",
+            found=size,
+            remedy=f"use {' or '.join(map(str, fits))}, and --mesh.fsdp for the rest of the devices",
+        )
+
+
+# ---------------------------------------------------------------- batches
+
+
+def rows_of_processes(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
+    """Returns the rows of a global batch on each process's devices, ascending, by process index.
+
+    A mesh over TPU chips follows their torus, so a process's rows are in general not contiguous;
+    processes whose devices differ only along "context" or "tensor" have the same rows.
+
+    Example (v6e:16x16 with fsdp 256: each host has a square of two by two chips):
+      >>> rows_of_processes(mesh, 256)[0]
+      array([ 0,  1, 16, 17])
+    """
+    processes = np.vectorize(process_of, otypes=[int])(mesh.devices)
+    data, fsdp = (mesh.shape[axis] for axis in BATCH_AXES)
+    groups = mesh.shape.get(RUN, 1)
+    # [run, data, fsdp, others] -> [data, fsdp, others x run]: a process reads one set of rows.
+    processes = np.moveaxis(processes.reshape(groups, data, fsdp, -1), 0, -1).reshape(data, fsdp, -1)
+    _check_rows(rows, data * fsdp)
+    # [data x fsdp, rows of one part]: parts of a batch are in the order of the axes that split it.
+    parts = np.arange(rows).reshape(data * fsdp, -1)
+    of_part = processes.reshape(data * fsdp, -1)
+    return {
+        int(process): parts[(of_part == process).any(axis=1)].ravel() for process in np.unique(processes)
+    }
+
+
+def process_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """Returns the rows of a global batch that this process has to read, ascending.
+
+    They depend on the mesh, not on the process index.
+
+    Example (two processes of four devices, mesh 8 x 1 x 1, 16 rows, on process 1):
+      >>> process_rows(mesh, 16)
+      array([ 8,  9, 10, 11, 12, 13, 14, 15])
+    """
+    return rows_of_processes(mesh, rows)[jax.process_index()]
+
+
+def make_global_batch(
+    batch: Mapping[str, np.ndarray], mesh: Mesh, *, rows_axis: int = 0
+) -> dict[str, jax.Array]:
+    """Returns global arrays, split over ("data", "fsdp"), from the rows of each process.
+
+    Args:
+      batch: numpy arrays whose axis ``rows_axis`` has the rows of `process_rows`, in that order.
+      rows_axis: 0 for ``[rows, seq]``, 1 for micro-batches ``[accumulate, rows, seq]``, 2 for a sweep's
+        ``[runs, accumulate, rows, seq]``, whose first axis is split over the mesh's axis "run".
+
+    Raises:
+      NaloraError: the rows cannot be split evenly.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    local_parts = len(process_rows(mesh, parts))
+    lead: list[str | None] = [None] * rows_axis
+    if rows_axis == 2 and RUN in mesh.shape:
+        lead[0] = RUN
+    sharding = NamedSharding(mesh, P(*lead, BATCH_AXES))
+
+    def whole(value: np.ndarray) -> jax.Array:
+        rows = value.shape[rows_axis] * parts // local_parts
+        _check_rows(rows, parts)
+        shape = (*value.shape[:rows_axis], rows, *value.shape[rows_axis + 1 :])
+        held = process_rows(mesh, rows)
+
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            # A device's rows are contiguous in the global batch, and so in this process's rows.
+            start, stop, _ = index[rows_axis].indices(rows)
+            first = int(np.searchsorted(held, start))
+            return value[(*index[:rows_axis], slice(first, first + stop - start), *index[rows_axis + 1 :])]
+
+        return jax.make_array_from_callback(shape, sharding, shard)
+
+    return {name: whole(value) for name, value in batch.items()}
+
+
+def global_batches(
+    batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields the global arrays of micro-batches ``[accumulate, rows, ...]``; see `make_global_batch`."""
+    for batch in batches:
+        yield make_global_batch(batch, mesh, rows_axis=1)
+
+
+def _check_rows(rows: int, parts: int) -> None:
+    if rows % parts:
+        raise NaloraError(
+            "--train.batch-size",
+            expected=f"rows per micro-batch in multiples of {parts} (mesh axes data x fsdp)",
+            found=rows,
+            remedy="change the batch size or --train.accumulate, or move devices to --mesh.context or --mesh.tensor",
+        )

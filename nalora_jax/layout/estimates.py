@@ -1,4 +1,4 @@
-"""Estimates of bytes and flops of a decoder's layers on one chip, which `plan.layouts` combines.
+"""Flops of a decoder, and estimates of its bytes and flops on one chip, which `layouts.estimate` combines.
 
 The constants are fitted to compiled programs (docs/pods.md).
 """
@@ -8,30 +8,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
+from nalora_jax.config import RunConfig
 from nalora_jax.layout.machines import Topology
-from nalora_jax.layout.roofline import (
-    active_parameters,
-    active_size,
-    attention_flops,
-    causal_flops,
-    mixer_flops,
-    splash_flops,
-    uniform,
-    useful_flops,
-)
+from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.expert_exchange import SLACK, block_rows
 from nalora_jax.models.remat import of_position
-from nalora_jax.models.stacks import groups, param_shapes, projection_shapes
+from nalora_jax.models.stacks import groups, param_shapes, projection_shapes, stacks
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops import split_triton
 from nalora_jax.ops.cross_entropy import rows_of_chunk
 from nalora_jax.ops.cudnn_attention import CUDNN, fits_as_bias
 from nalora_jax.ops.cudnn_attention import takes as cudnn_takes
-from nalora_jax.ops.splash_attention import LANES, SPLASH, takes
+from nalora_jax.ops.splash_attention import LANES, SPLASH, block_sizes, computed_pairs, takes
 from nalora_jax.ops.triton_attention import TRITON
+from nalora_jax.ops.triton_attention import computed_pairs as triton_pairs
 from nalora_jax.ops.triton_attention import takes as triton_takes
 
 _GATHERED = 3  # kernels that are gathered at once, each as large as the largest of a layer
@@ -61,6 +55,111 @@ _SAVED_HEADS = {
 }
 # Float32 arrays as wide as the FFN that are live within a layer.
 _WIDE, _WIDE_ON_TPUS = 4, 3
+
+
+def decoder_alone(config: RunConfig, base: ModelConfig) -> tuple[ModelConfig, AdapterSpec]:
+    """Returns a model and its adapters without the image tower and projector, which estimates ignore as small."""
+    spec = adapter_spec(config, base)
+    targets = tuple((path, target) for path, target in spec.targets if path.startswith("layers/"))
+    return replace(base, sight=None), replace(spec, targets=targets)
+
+
+# ---------------------------------------------------------------- flops of a model
+
+
+def attention_flops(base: ModelConfig, seq: int) -> float:
+    """Returns the forward flops of scores and weighted sums for one row, over all layers.
+
+    Only pairs within causality and windows count. The mixers of layers without attention count with
+    all their flops outside of projections.
+    """
+    total = 0.0
+    for config in uniform(base):
+        if config.mixer is not None and not config.mixer.attends:
+            total += config.n_layers * config.mixer.flops(config, seq)
+            continue
+        for window in config.layer_windows:
+            span = min(window, seq)
+            pairs = seq * span - span * (span - 1) / 2
+            total += 4.0 * pairs * config.n_heads * config.head_dim
+    return total
+
+
+def mixer_flops(base: ModelConfig, seq: int) -> float:
+    """Returns the part of `attention_flops` in layers without attention."""
+    return sum(c.n_layers * c.mixer.flops(c, seq) for c in uniform(base) if c.mixer is not None)
+
+
+def uniform(base: ModelConfig) -> list[ModelConfig]:
+    """Returns the uniform config of every stack."""
+    return [stack.config for stack in stacks(base)]
+
+
+def splash_flops(base: ModelConfig, seq: int, *, forward: float, backward: float = 1.0) -> float:
+    """Returns the flops of splash attention's kernels for one row, over all layers.
+
+    All computed blocks count.
+
+    A forward pass takes 2 matmuls; a backward pass takes 5 with one fused kernel and 7 with two
+    kernels.
+    """
+    total = 0.0
+    for config in attending(base):
+        for window in config.layer_windows:
+            fused = "use_fused_bwd_kernel" in block_sizes(seq, window, config.head_dim)
+            products = 2 * forward + (5 if fused else 7) * backward
+            pairs = computed_pairs(seq, window, config.head_dim)
+            total += products * 2.0 * pairs * config.n_heads * config.head_dim
+    return total
+
+
+def causal_flops(base: ModelConfig, seq: int, products: float) -> float:
+    """Returns the flops of ``products`` attention matmuls for one row on GPUs, over all layers.
+
+    Kernels compute all blocks of 128 queries and keys that causality touches, for any window.
+    """
+    widths = sum(config.n_layers * config.n_heads * config.head_dim for config in attending(base))
+    return products * 2.0 * triton_pairs(seq) * widths
+
+
+def attending(base: ModelConfig) -> list[ModelConfig]:
+    """Returns the uniform config of every stack with attention."""
+    return [config for config in uniform(base) if config.attends]
+
+
+def active_parameters(base: ModelConfig) -> float:
+    """Returns the weights that multiply every token: with the head, without the embedding."""
+    total = float(base.d_model * base.vocab_size)
+    for config in uniform(base):
+        layer = sum(active_size(config, shape) for shape in projection_shapes(config).values())
+        total += config.n_layers * (layer + config.d_model * config.n_experts)
+    return total
+
+
+def active_size(config: ModelConfig, shape: tuple[int, ...]) -> float:
+    """Returns the weights of a projection that multiply one token.
+
+    ``shape`` comes from `projection_shapes`: experts have a leading axis, and a token reaches
+    ``config.experts_per_token`` of them.
+    """
+    chosen = config.experts_per_token if len(shape) == 3 else 1
+    return float(shape[-1] * shape[-2] * chosen)
+
+
+def useful_flops(base: ModelConfig, spec: AdapterSpec, rows: float, seq: int) -> float:
+    """Returns the useful flops of a step of ``rows`` rows.
+
+    They are 4 per frozen weight and token (the forward pass and the gradient of the input; a frozen
+    weight has no gradient), 6 per adapter weight and token, attention, and its gradient (twice the
+    forward pass).
+    """
+    shapes = projection_shapes(base)
+    adapters = sum(sum(shapes[path][-2:]) * rank for path, target in spec.targets for rank in target.ranks)
+    tokens = rows * seq
+    return tokens * (4 * active_parameters(base) + 6 * adapters) + 3 * rows * attention_flops(base, seq)
+
+
+# ---------------------------------------------------------------- bytes and flops of a chip
 
 
 def weight_bytes(base: ModelConfig, narrow: float, wide: float, pattern: str) -> tuple[float, float]:

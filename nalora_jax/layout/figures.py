@@ -1,4 +1,10 @@
-"""Figures of a compiled step, cached by its text so that each program is compiled once."""
+"""Figures of a compiled step, cached by its text, and the upper bound of its speed by a roofline.
+
+The time of a step is the longest of the matrix unit's time (at 75% of its peak), HBM's time, and
+the times of the interconnect and of the host link for transfers that the schedule overlaps with
+matmuls. The time of all other collectives and transfers is added. The bound is computed from the
+program and the data sheet, not measured.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +22,28 @@ from nalora_jax.common import downloads
 from nalora_jax.common.devices import kind_of
 from nalora_jax.common.digests import FIELD, digest_of, seal, unseal
 from nalora_jax.common.files import write_atomically
-from nalora_jax.layout.accounting import Program
-from nalora_jax.layout.collectives import Collective
-from nalora_jax.layout.machines import Chip
-from nalora_jax.layout.scopes import Work, works
-from nalora_jax.layout.transfers import Transfer, transfers
+from nalora_jax.config import RunConfig
+from nalora_jax.layout.accounting import Collective, Program, Transfer, Work
+from nalora_jax.layout.estimates import attending, causal_flops, decoder_alone, splash_flops, useful_flops
+from nalora_jax.layout.machines import Chip, Topology
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.ops import split_triton
+from nalora_jax.ops.delta_rule import SCOPE as DELTA_RULE
 
 log = logging.getLogger(__name__)
-_ACCOUNTING = "19"  # version of the accounting; cached figures of other versions are ignored
+SCOPES = (DELTA_RULE,)  # of which `nalora plan` prints a roofline
+_ACCOUNTING = "20"  # version of the accounting; cached figures of other versions are ignored
+
+# Matmuls of attention kernels on GPUs, in one layer. The backward pass recomputes the scores;
+# Triton's does so twice. cuDNN's tiles are assumed to be as large as Triton's; it skips blocks by
+# causality, not by window.
+_ON_GPUS = {
+    "mha_forward": 2,
+    "mha_backward": 7,
+    "cudnn_attention_forward": 2,
+    "cudnn_attention_backward": 5,
+    **split_triton.PRODUCTS,
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +114,7 @@ def of_compiled(compiled: Any) -> Figures:
     if memory.peak_memory_in_bytes:
         # libtpu 0.0.42 adds up temporary arrays of which some are never live together.
         temporary = min(temporary, memory.peak_memory_in_bytes - arguments)
+    scopes = {scope: program.work_of(scope) for scope in SCOPES}
     return Figures(
         arguments,
         temporary,
@@ -102,8 +123,8 @@ def of_compiled(compiled: Any) -> Figures:
         program.custom_calls,
         program.collectives,
         memory.host_temp_size_in_bytes,
-        tuple(transfers(program)),
-        works(program),
+        program.transfers,
+        {scope: work for scope, work in scopes.items() if work.flops},
     )
 
 
@@ -128,3 +149,94 @@ def _version(name: str) -> str:
         return f"{name} {version(name)}"
     except PackageNotFoundError:
         return ""
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds of one step on each chip, by resource."""
+
+    matrix: float
+    hbm: float
+    hidden: float  # interconnect, overlapped with matmuls
+    exposed: float  # interconnect, not overlapped
+    useful_flops: float  # per chip
+    peak: float  # flops a second
+    host: float = 0.0  # host link, overlapped with matmuls
+    host_exposed: float = 0.0  # host link, not overlapped
+
+    @property
+    def seconds(self) -> float:
+        """The lower bound of the step's time."""
+        return max(self.matrix, self.hbm, self.hidden, self.host) + self.exposed + self.host_exposed
+
+    @property
+    def mfu(self) -> float:
+        """The implied model flops utilization: useful flops over the chip's peak in that time."""
+        return self.useful_flops / (self.peak * self.seconds)
+
+
+def kernel_flops(
+    program: Figures, base: ModelConfig, rows: float, seq: int, n_tensor: int, accumulate: int = 1
+) -> float:
+    """Returns the flops of attention kernels in a step, which XLA does not count."""
+    calls = program.custom_calls
+    if any(name in calls for name in _ON_GPUS):
+        layers = sum(config.n_layers for config in attending(base))
+        products = sum(count * calls.get(name, 0.0) for name, count in _ON_GPUS.items()) / layers
+        return rows / accumulate * causal_flops(base, seq, products) / n_tensor
+    # Every window is a branch, and each layer runs one of them.
+    layers = accumulate * sum(
+        len(set(config.layer_windows)) * config.n_layers for config in attending(base)
+    )
+    runs = {
+        direction: sum(
+            times for name, times in calls.items() if "splash" in name and f"_{direction}" in name
+        )
+        for direction in ("fwd", "dkv")
+    }
+    if not runs["fwd"]:
+        return 0.0
+    each = splash_flops(base, seq, forward=runs["fwd"] / layers, backward=runs["dkv"] / layers)
+    return rows * each / n_tensor
+
+
+def roofline(program: Figures, config: RunConfig, base: ModelConfig, where: Topology) -> Roofline:
+    """Returns the bound of a compiled training step.
+
+    Args:
+      program: figures of the step of a run, or of the runs of a sweep that share a program.
+      config: settings of a run, with a concrete mesh; its rows have ``data.max_length`` tokens.
+      base: the model; only the work of its decoder counts.
+      where: the machine.
+    """
+    base, spec = decoder_alone(config, base)
+    mesh, seq, chip = config.mesh, config.data.max_length, where.chip
+    rows = config.train.batch_size * max(mesh.run, 1) * max(mesh.runs_per_device, 1)
+    n_tensor = max(mesh.tensor, 1)
+    share = rows / where.size * n_tensor
+    flops = program.flops + kernel_flops(program, base, share, seq, n_tensor, config.train.accumulate)
+    times = [(c.total / _inbound(c, where), c.overlapped) for c in program.collectives]
+    hidden, exposed = (
+        sum(seconds for seconds, behind in times if behind == which) for which in (True, False)
+    )
+    links = [(transfer.total / chip.host_link, transfer.overlapped) for transfer in program.transfers]
+    host, host_exposed = (
+        sum(seconds for seconds, behind in links if behind == which) for which in (True, False)
+    )
+    return Roofline(
+        flops / chip.matrix_rate,
+        program.memory_bytes / chip.bandwidth,
+        hidden,
+        exposed,
+        useful_flops(base, spec, rows, seq) / where.size,
+        chip.flops,
+        host,
+        host_exposed,
+    )
+
+
+def _inbound(collective: Collective, where: Topology) -> float:
+    """Returns the bytes per second that reach a chip in a collective."""
+    if collective.between_slices:
+        return where.chip.network
+    return where.inbound(collective.devices)

@@ -1,4 +1,4 @@
-"""A parser of scheduled HLO, the text of a compiled program, into computations and instructions."""
+"""Scheduled HLO, the text of a compiled program: its computations, and flops and bytes of instructions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from nalora_jax.ops.triton_grouped_matmul import NAME as GROUPED_MATMUL
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+STARTS = 'custom_call_target="AsyncCollectiveStart"'  # ends the first part of a collective
+# Defaults of window settings along an axis.
+_PLAIN = {"stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}
 _DTYPE_BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
     "u64": 8, "f64": 8, "s4": 0.5, "u4": 0.5, "token": 0, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8,
@@ -191,3 +204,176 @@ def _closing(text: str, opening: int) -> int:
         if depth == 0:
             return index
     return len(text)
+
+
+# ---------------------------------------------------------------- flops
+
+
+def flops_of(instruction: Instruction, computation: Computation) -> float:
+    """Returns the flops of an instruction; 0 unless it is a matmul or a known kernel."""
+    if instruction.opcode in ("convolution", "dot"):
+        return _product_flops(instruction, computation)
+    if _is_grouped(instruction):
+        return _grouped_flops(instruction, computation)
+    return 0.0
+
+
+def kernel_name(instruction: Instruction) -> str:
+    """Returns the name of a custom call's kernel.
+
+    It is the direction of cuDNN's attention, the name of a Pallas kernel on a GPU, or the
+    instruction's name without its number.
+    """
+    attention = re.search(r'custom_call_target="__cudnn\$fmha(\w*)"', instruction.attributes)
+    if attention:
+        if "Backward" in attention[1]:
+            return "cudnn_attention_backward"
+        return "cudnn_attention_forward"
+    name = re.sub(r"[.\d]+$", "", instruction.name)
+    pallas_name = re.search(r'op_name="(?:[^"]*/)?(\w+)/pallas_call"', instruction.attributes)
+    if pallas_name and name.startswith("pallas_call"):
+        return pallas_name[1]
+    return name
+
+
+def _is_grouped(instruction: Instruction) -> bool:
+    """Returns True for a grouped matmul: XLA's on a TPU, or this library's kernel on a GPU."""
+    name = ""
+    if instruction.opcode == "custom-call":
+        name = kernel_name(instruction)
+    return name == GROUPED_MATMUL or (name.startswith("ragged-dot") and "metadata" not in name)
+
+
+def _grouped_flops(instruction: Instruction, computation: Computation) -> float:
+    """Returns the flops of a grouped matmul of rows ``[m, k]``.
+
+    The result is ``[m, n]``, or, with second operand ``[m, n]``, ``[groups, k, n]``.
+    """
+    result = instruction.shapes[0].dims
+    operands = [computation.instructions[name].shapes[0].dims for name in instruction.operands]
+    # The first operand with two axes (lists of groups have one, kernels three) shares a side with
+    # the result.
+    first, second = next((dims for dims in operands if len(dims) == 2), (0, 0))
+    inner = second if len(result) == 2 else first * second / result[-2]
+    return 2.0 * result[-2] * result[-1] * inner
+
+
+def _product_flops(instruction: Instruction, computation: Computation) -> float:
+    """Returns twice the multiply-adds of a ``dot`` or ``convolution``."""
+    result = math.prod(instruction.shapes[0].dims)
+    first, second = (computation.instructions[name].shapes[0].dims for name in instruction.operands[:2])
+    if instruction.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        axes = []
+        if contracted:
+            axes = [int(axis) for axis in contracted.group(1).split(",") if axis]
+        return 2.0 * result * math.prod(first[axis] for axis in axes)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    assert labels is not None
+    dims = (first, second, instruction.shapes[0].dims)
+    data, kernel, out = (
+        dict(zip(names, sizes, strict=True)) for names, sizes in zip(labels.groups(), dims, strict=True)
+    )
+    axes = sorted(kernel.keys() - {"i", "o"})
+    met = [_met(data[axis], kernel[axis], out[axis], _window(instruction, int(axis))) for axis in axes]
+    return 2.0 * out["b"] * out["f"] * kernel["i"] * math.prod(met)
+
+
+def _window(instruction: Instruction, axis: int) -> dict[str, int]:
+    """Returns stride, first padding and dilations of a convolution along an axis of its window."""
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    settings = {}
+    if window:
+        settings = dict(entry.split("=") for entry in window[1].split())
+    sizes = {name: int(text.split("x")[axis].split("_")[0]) for name, text in settings.items()}
+    return {name: sizes.get(name, default) for name, default in _PLAIN.items()}
+
+
+def _met(data: int, kernel: int, out: int, window: dict[str, int]) -> int:
+    """Returns how often an element of the kernel meets the data along an axis, without padding.
+
+    The TPU compiler writes a matmul whose columns have two axes as a convolution that slides the
+    kernel over a single element. All but one in ``kernel`` of its multiply-adds are with padding
+    and are not executed.
+    """
+    places = range(-window["pad"], -window["pad"] + out * window["stride"], window["stride"])
+    inside = range(0, (data - 1) * window["lhs_dilate"] + 1, window["lhs_dilate"])
+    return sum(place + tap * window["rhs_dilate"] in inside for place in places for tap in range(kernel))
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def origin(instruction: Instruction, computation: Computation) -> Instruction:
+    """Returns the instruction that a value comes from, without bitcasts."""
+    while instruction.opcode == "bitcast" and instruction.operands[0] in computation.instructions:
+        instruction = computation.instructions[instruction.operands[0]]
+    return instruction
+
+
+def is_between_slices(instruction: Instruction) -> bool:
+    """Returns True for a transfer between TPU slices."""
+    return "megascale" in instruction.attributes
+
+
+def is_continued(instruction: Instruction, computation: Computation) -> bool:
+    """Returns True if a fusion has a later part of a collective that the TPU compiler has split.
+
+    Every part lists the entire gathered array. Its bytes are counted once, in the first part.
+    """
+    if 'custom_call_target="AsyncCollectiveDone"' in instruction.attributes:
+        return True
+    return instruction.opcode in COLLECTIVES and STARTS not in computation.root.attributes
+
+
+def used(instruction: Instruction, index: int, held: float) -> float:
+    """Returns the bytes that an instruction reads of an operand of ``held`` bytes."""
+    if instruction.opcode in ("dynamic-slice", "slice", "gather", "slice-start") and index == 0:
+        return min(held, instruction.shapes[-1 if instruction.opcode != "slice-start" else 1].size)
+    if instruction.opcode == "dynamic-update-slice" and index == 0:
+        return 0.0
+    return held
+
+
+def changed(instruction: Instruction, computation: Computation, written: float) -> float:
+    """Returns the bytes that an instruction changes of a result of ``written`` bytes."""
+    if instruction.opcode == "dynamic-update-slice":
+        update = computation.instructions.get(instruction.operands[1])
+        if update is None:
+            return written
+        return sum(shape.size for shape in update.shapes)
+    return written
+
+
+def received(kind: str, instruction: Instruction, computation: Computation, devices: int) -> float:
+    """Returns the bytes that reach a device in a ring.
+
+    For large arrays this is the minimum over all algorithms.
+    """
+    shapes = instruction.shapes
+    if instruction.opcode.endswith("-start") and len(shapes) > 1:
+        shapes = shapes[len(shapes) // 2 :] if kind != "collective-permute" else shapes[1:2]
+    size = sum(shape.size for shape in shapes)
+    share = (devices - 1) / devices if devices else 1.0
+    if kind == "all-reduce":
+        return 2 * size * share
+    if kind == "reduce-scatter":
+        return size * (devices - 1)
+    if kind.startswith("collective"):
+        return size
+    return size * share
+
+
+def group_size(attributes: str) -> int:
+    """Returns the devices in one group of a collective, from any of HLO's notations for groups."""
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[[^{]*)? \{([^}]*)\}", attributes)
+    if mesh:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh.group(2)))
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
+    if iota:
+        return int(iota.group(2))
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+    if not listed:
+        return 1
+    return len(listed.group(1).split(","))

@@ -1,4 +1,4 @@
-"""The mesh and the rematerialization policy of a run: the fastest by roofline that fits.
+"""The mesh and the rematerialization policy of runs and sweeps: the fastest by roofline that fits.
 
 A frozen base has no gradients and no optimizer state, so the best layout is not the one for
 full training. A model of 16 GB may be replicated on chips of 32 GB, which then gather no weights. A
@@ -12,8 +12,13 @@ are.
 from __future__ import annotations
 
 import itertools
+import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import jax
 
 from nalora_jax.common.axes import AXES
 from nalora_jax.config import MeshConfig, RunConfig
@@ -22,8 +27,10 @@ from nalora_jax.layout import distributed
 from nalora_jax.layout.estimates import (
     WIDTHS,
     activation_traffic,
+    attending,
     attention_kernel,
     copied_experts,
+    decoder_alone,
     executed_flops,
     gathered_keys,
     hidden_share,
@@ -32,18 +39,21 @@ from nalora_jax.layout.estimates import (
     summed_bytes,
     trained_bytes,
     transposed_bytes,
+    uniform,
+    useful_flops,
     values_for_backward,
     weight_bytes,
     weight_passes,
     working_bytes,
 )
-from nalora_jax.layout.machines import Topology
-from nalora_jax.layout.roofline import uniform, useful_flops
+from nalora_jax.layout.machines import Topology, of_devices
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.remat import DOTS_LAST, OFFLOAD
 from nalora_jax.models.stacks import groups, key_heads
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.quantize import kernels
+
+log = logging.getLogger(__name__)
 
 # Policies ordered by the amount that they save, most first; on the chip, then in the host's memory.
 _POLICIES = tuple(name + where for where in ("", OFFLOAD) for name in ("dots", "attention", "full"))
@@ -52,34 +62,38 @@ _MOST_TENSOR = 8
 # Usable share of the memory, a margin for the error of the estimates (docs/pods.md).
 _USABLE = {"tpu": 0.97, "gpu": 0.9}
 _USABLE_OF_HOST = 0.5  # the rest is for processes that read data, for loading, and for the system
-_LEAST_BLOCK = (
-    1024  # tokens of a block of a split row (`nalora_jax.ops.split_rows`), if --mesh auto splits it
-)
+# Tokens of a block of a split row (`nalora_jax.ops.split_rows`), if --mesh auto splits it.
+_LEAST_BLOCK = 1024
 # Periods of layers whose activations are on the chip while all others are in the host's memory.
 _UNDER_WAY = 2
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh with a rematerialization policy, and its estimated resources on each chip."""
+    """A mesh with a rematerialization policy, and its estimated resources on each chip.
+
+    Sizes and policies are those of `nalora_jax.config.MeshConfig` and `nalora_jax.config.ComputeConfig`.
+    """
 
     data: int
     fsdp: int
     tensor: int
     remat: str
-    experts: str  # "gather" or "send" (`nalora_jax.config.ComputeConfig`)
-    weights: float  # bytes of the frozen base
-    state: float  # bytes of adapters and optimizer
-    activations: float  # bytes saved for the backward pass
-    working: float  # bytes of gathered kernels, of one layer's arrays and of the loss
-    host: float  # bytes saved for the backward pass in the host's memory
+    experts: str
+    weights: float = 0.0  # bytes of the frozen base
+    state: float = 0.0  # bytes of adapters and optimizer
+    activations: float = 0.0  # bytes saved for the backward pass
+    working: float = 0.0  # bytes of gathered kernels, of one layer's arrays and of the loss
+    host: float = 0.0  # bytes saved for the backward pass in the host's memory
     # seconds per step to gather kernels, overlapped with matmuls if the compiler can
-    gathers: float
+    gathers: float = 0.0
     # seconds per step to offload activations and load them again, overlapped with matmuls
-    transfers: float
-    seconds: float  # duration of a step, by roofline
-    mfu: float
+    transfers: float = 0.0
+    seconds: float = 0.0  # duration of a step, by roofline; of a sweep: of a step of all its runs
+    mfu: float = 0.0
     context: int = 1
+    run: int = 0  # 0 and 1: not of a sweep
+    runs_per_device: int = 0
 
     @property
     def memory(self) -> float:
@@ -95,11 +109,41 @@ class Layout:
         return *sizes, self.context
 
     @property
+    def together(self) -> int:
+        """The runs of one program."""
+        return max(self.run, 1) * max(self.runs_per_device, 1)
+
+    def into(self, config: RunConfig) -> RunConfig:
+        """Returns ``config`` with the mesh and the policies of the layout."""
+        mesh = replace(
+            config.mesh,
+            data=self.data,
+            fsdp=self.fsdp,
+            tensor=self.tensor,
+            context=self.context if self.context > 1 else config.mesh.context,
+            run=self.run,
+            runs_per_device=self.runs_per_device,
+        )
+        compute: Any = replace(config.compute, remat=cast(Any, self.remat), experts=cast(Any, self.experts))
+        return replace(config, mesh=mesh, compute=compute)
+
+    def record(self) -> dict[str, Any]:
+        """Returns the fields for JSON, without the axes of sweeps."""
+        return {name: value for name, value in asdict(self).items() if not name.startswith("run")}
+
+    @property
+    def axes(self) -> str:
+        """The sizes of the axes as text."""
+        if self.run and self.runs_per_device:
+            sizes = f"run {self.run} x fsdp {self.fsdp} x tensor {self.tensor}"
+            return f"{sizes}, {self.runs_per_device} a group"
+        return distributed.shown_axes({name: getattr(self, name) for name in AXES})
+
+    @property
     def short(self) -> str:
         """The layout without its estimates."""
         sends = ", rows sent to experts" if self.experts == "send" else ""
-        axes = distributed.shown_axes({name: getattr(self, name) for name in AXES})
-        return f"{axes}, remat {self.remat}{sends}"
+        return f"{self.axes}, remat {self.remat}{sends}"
 
     def __str__(self) -> str:
         """Returns one line for the log and for `nalora plan`."""
@@ -110,20 +154,39 @@ class Layout:
         )
 
 
-def choose(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int) -> Layout:
-    """Returns the layout with the best estimate; see `fitting`."""
-    return preferred(fitting(config, base, spec, where, seq))
+def laid_out(
+    config: RunConfig, base: ModelConfig, devices: Sequence[jax.Device] | None = None
+) -> RunConfig:
+    """Returns ``config`` with all mesh axes set to the layout with the best estimate.
+
+    On TPUs and GPUs the rematerialization policy is set, too. On a CPU or an unknown chip
+    ``config`` is returned unchanged.
+
+    Args:
+      config: the run; axes of 0 and a remat of "auto" are chosen by this function.
+      base: architecture of the base model.
+      devices: default: all devices of all processes.
+
+    Raises:
+      NaloraError: no layout fits, or the axes do not fit the devices, the batch or the heads.
+    """
+    where = of_devices(list(devices or jax.devices()))
+    if where is None:  # `make_mesh` takes the simplest mesh
+        return config
+    layout = preferred(fitting(config, base, where))
+    log.info("mesh: %s", layout)
+    return layout.into(config)
 
 
-def fitting(
-    config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int
-) -> list[Layout]:
+def fitting(config: RunConfig, base: ModelConfig, where: Topology) -> list[Layout]:
     """Returns layouts that are estimated to fit and match the axes and policy of ``config``.
+
+    Image towers and projectors are ignored as small.
 
     Raises:
       NaloraError: no layout fits, or no mesh divides the batch.
     """
-    layouts = list(candidates(config, base, spec, where, seq))
+    layouts = list(candidates(config, base, where))
     if not layouts:
         micro = config.train.batch_size // config.train.accumulate
         raise NaloraError(
@@ -135,7 +198,7 @@ def fitting(
         )
     fits = usable(layouts, where)
     if not fits:
-        raise _too_large(layouts, base, where, seq)
+        raise _too_large(layouts, base, where, config.data.max_length)
     return fits
 
 
@@ -189,10 +252,9 @@ def preferred(
     )
 
 
-def candidates(
-    config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int
-) -> Iterator[Layout]:
+def candidates(config: RunConfig, base: ModelConfig, where: Topology) -> Iterator[Layout]:
     """Yields every layout that divides the devices, the batch and the heads."""
+    base, spec = decoder_alone(config, base)
     micro = config.train.batch_size // config.train.accumulate
     policies = policies_of(config, base)
     # libtpu 0.0.42 aborts with both on most meshes of one slice (`nalora_jax.models.remat.chosen_experts`).
@@ -215,13 +277,17 @@ def candidates(
             pairs = (mesh.data, data), (mesh.fsdp, fsdp), (mesh.context, context), (mesh.tensor, tensor)
             fits = all(requested in (0, size) for requested, size in pairs) and micro % (data * fsdp) == 0
             if context > 1 and not mesh.context:
-                fits = fits and _splits_well(base, where, seq, context) and micro == data * fsdp
+                fits = (
+                    fits
+                    and _splits_well(base, where, config.data.max_length, context)
+                    and micro == data * fsdp
+                )
             if fits and data % where.slices == 0:
                 for remat, experts in itertools.product(policies, _ways(config, base, where, fsdp)):
                     if experts == "send" and remat.endswith(OFFLOAD) and not asked_for_both:
                         continue
-                    layout = (data, fsdp, tensor), remat, experts, context
-                    yield estimate(config, base, spec, where, seq, *layout)
+                    layout = Layout(data, fsdp, tensor, remat, experts, context=context)
+                    yield estimate(layout.into(config), base, spec, where)
 
 
 def policies_of(config: RunConfig, base: ModelConfig) -> tuple[str, ...]:
@@ -244,9 +310,8 @@ def _splits_well(base: ModelConfig, where: Topology, seq: int, context: int) -> 
     """Returns True if ``--mesh auto`` may split rows: long rows whose parts the platform's kernels take."""
     mixers = (stack.mixer for stack in uniform(base) if stack.mixer is not None)
     can_split = not base.attn_dropout and all(mixer.splits_rows for mixer in mixers)
-    attending = [of_stack for of_stack in uniform(base) if of_stack.attends]
     has_kernel = where.chip.platform == "tpu" or all(
-        attention_kernel(where, of_stack, 1, seq, context) for of_stack in attending
+        attention_kernel(where, of_stack, 1, seq, context) for of_stack in attending(base)
     )
     return can_split and has_kernel and seq >= 2 * context * _LEAST_BLOCK
 
@@ -263,21 +328,22 @@ def _ways(config: RunConfig, base: ModelConfig, where: Topology, fsdp: int) -> t
     return ("gather", "send")
 
 
-def estimate(
-    config: RunConfig,
-    base: ModelConfig,
-    spec: AdapterSpec,
-    where: Topology,
-    seq: int,
-    sizes: tuple[int, int, int],
-    remat: str,
-    experts: str = "gather",
-    context: int = 1,
-) -> Layout:
-    """Returns the memory and time of one layout; ``sizes`` has data, fsdp and tensor."""
-    data, fsdp, tensor = sizes
+def estimate(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology) -> Layout:
+    """Returns the memory and time of a layout.
+
+    Args:
+      config: a run with a concrete mesh and a concrete policy, or a run of a sweep; its rows have
+        ``data.max_length`` tokens.
+      base: architecture of the base model.
+      spec: the adapters.
+      where: the machine.
+    """
+    mesh, remat, seq = config.mesh, config.compute.remat, config.data.max_length
+    data, fsdp, tensor, context, runs = (
+        max(size, 1) for size in (mesh.data, mesh.fsdp, mesh.tensor, mesh.context, mesh.runs_per_device)
+    )
     split = fsdp * context  # devices that share the weights
-    micro = config.train.batch_size // config.train.accumulate
+    micro = runs * config.train.batch_size // config.train.accumulate
     rows = micro / (data * split)  # of a chip, which may have part of one
     tokens = rows * seq
     wide, narrow = _widths(config)
@@ -296,7 +362,9 @@ def estimate(
     passes = 2.3 if saves == "full" else 2.0
     weights = layer * base.n_layers
     copied = transposed_bytes(where, base, narrow) + copied_experts(base, fsdp, context, narrow)
-    stay, sent = rows_for_experts(base, tokens, fsdp, narrow, wide) if experts == "send" else (0.0, 0.0)
+    stay, sent = 0.0, 0.0
+    if config.compute.experts == "send" and fsdp > 1:
+        stay, sent = rows_for_experts(base, tokens, fsdp, narrow, wide)
     received = passes * (weights - stay + ends / 2) / tensor * (split - 1) / split
     gathered = received / where.inbound(split * tensor)
     traffic = activation_traffic(where, base, rows, seq, tensor, saved, sends=stay > 0)
@@ -308,21 +376,30 @@ def estimate(
     exposed += sums + sent / where.inbound(fsdp)
     exposed += received_keys / tensor / where.inbound(context)
     seconds = times * (max(products, hbm, overlapped) + exposed) + gradients
+    shared = 2 * trained.tables + copied / (split * tensor) if split > 1 else 0.0
+    working = working_bytes(
+        where, base, tokens, (split, tensor), wide=wide, offloads=offloads, recomputed=recomputed
+    )
+    useful = useful_flops(base, spec, micro, seq) / where.size
     return Layout(
-        data, fsdp, tensor, remat, experts,
+        data,
+        fsdp,
+        tensor,
+        remat,
+        config.compute.experts,
         weights=(weights + ends) / (split * tensor),
-        state=state_bytes(trained, split, tensor),
+        state=runs * state_bytes(trained, split, tensor),
         activations=_under_way(base, saved_bytes) if offloads else saved,
-        working=working_bytes(
-            where, base, tokens, (split, tensor), wide=wide, offloads=offloads, recomputed=recomputed
-        )
-        + (2 * trained.tables + copied / (split * tensor) if split > 1 else 0.0)
-        + live_keys / tensor,
-        host=host, gathers=times * gathered, transfers=2 * times * out,
+        working=working + shared + live_keys / tensor,
+        host=host,
+        gathers=times * gathered,
+        transfers=2 * times * out,
         seconds=seconds,
-        mfu=times * (useful_flops(base, spec, micro, seq) / where.size) / (where.chip.flops * seconds),
+        mfu=times * useful / (where.chip.flops * seconds) * max(mesh.run, 1),
         context=context,
-    )  # fmt: skip
+        run=mesh.run,
+        runs_per_device=mesh.runs_per_device,
+    )
 
 
 def _widths(config: RunConfig) -> tuple[float, float]:
@@ -383,11 +460,72 @@ def _matmul_seconds(where: Topology, once: float, executed: float, transfer: flo
     return max(ahead, transfer) + max(matrix - ahead, transfer)
 
 
-def decoder_alone(base: ModelConfig, spec: AdapterSpec) -> tuple[ModelConfig, AdapterSpec]:
-    """Returns a model without its image tower and projector, which estimates ignore as small."""
-    targets = tuple((path, target) for path, target in spec.targets if path.startswith("layers/"))
-    return replace(base, sight=None), replace(spec, targets=targets)
-
-
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+def fitting_sweep(config: RunConfig, base: ModelConfig, where: Topology, runs: int) -> list[Layout]:
+    """Returns the layouts of a sweep that are estimated to fit.
+
+    Their seconds are of a step of all runs, in programs after each other.
+
+    Args:
+      config: settings of a run, whose rows belong to one run; ``mesh.run`` and
+        ``mesh.runs_per_device`` are chosen if they are 0, the policy if it is "auto".
+      base: the model.
+      where: the machine.
+      runs: number of runs.
+
+    Raises:
+      NaloraError: no layout fits.
+    """
+    layouts = list(sweep_candidates(config, base, where, runs))
+    if not layouts:
+        raise NaloraError(
+            "--mesh.run",
+            expected="groups of devices that can share the rows and heads of a run, or one device a run",
+            found=config.mesh.run,
+        )
+    fits = usable(layouts, where)
+    if not fits:
+        smallest = min(layouts, key=lambda layout: layout.memory)
+        raise NaloraError(
+            "--sweep",
+            expected=f"runs that fit in {usable_memory(where) / 1e9:.2f} GB a chip",
+            found=f"{smallest.memory / 1e9:.2f} GB ({smallest.axes})",
+            remedy="use shorter rows, --compute.quantize int8, or fewer runs on a device (--mesh.runs-per-device)",
+        )
+    return fits
+
+
+def sweep_candidates(config: RunConfig, base: ModelConfig, where: Topology, runs: int) -> Iterator[Layout]:
+    """Yields layouts from the smallest group of devices to all, each with fewer and fewer runs.
+
+    Within a group, "fsdp" splits as many rows as there are, and "tensor" takes the other devices.
+    Mixtures of experts need one device a run, or all devices for one. A run stays within a slice.
+    """
+    decoder, spec = decoder_alone(config, base)
+    rows, size = config.train.batch_size // config.train.accumulate, where.size
+    groups = [size // n for n in range(1, size + 1) if size % n == 0 and size // n <= runs]
+    if config.mesh.run:
+        groups = [config.mesh.run]
+    for run in groups:
+        fsdp = math.gcd(rows, size // run)
+        tensor = size // run // fsdp
+        if base.n_heads % tensor or base.n_kv_heads % tensor:
+            continue
+        if run % where.slices or (base.n_experts and 1 < run < size):
+            continue
+        shared = config.mesh.runs_per_device or math.ceil(runs / run)
+        while shared >= 1:
+            for remat in policies_of(config, base):
+                experts, sizes = config.compute.experts, {"run": run, "runs_per_device": shared}
+                layout = Layout(1, fsdp, tensor, remat, experts, **sizes)
+                layout = estimate(layout.into(config), decoder, spec, where)
+                yield replace(layout, seconds=layout.seconds * math.ceil(runs / layout.together))
+            if config.mesh.runs_per_device:
+                break
+            shared //= 2

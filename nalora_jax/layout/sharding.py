@@ -20,13 +20,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common import trees
 from nalora_jax.common.axes import CONTEXT, WEIGHT_AXES
 from nalora_jax.errors import NaloraError
+from nalora_jax.method.low_rank import Adapted, Dense, adapted_dense, parallel_dense
 from nalora_jax.method.statistics import CHECK, COUNTS
+from nalora_jax.ops.dispatch import Implementation, Numerics
 
 Rules = Sequence[tuple[str, P]]
 
@@ -214,3 +217,39 @@ def _names(axis: Any) -> tuple[str, ...]:
     if isinstance(axis, str):
         return (axis,)
     return tuple(axis or ())
+
+
+# ---------------------------------------------------------------- split outputs
+
+
+def split_outputs(x: jax.Array, layers: Sequence[Dense], numerics: Numerics) -> list[Adapted]:
+    """Computes `parallel_dense` on a mesh with "tensor": one sum over devices in the backward pass.
+
+    Devices split the outputs of the layers, which have one input.
+    """
+    if numerics.platform.tensor == 1:
+        return NotImplemented
+    x, inner = _forked(x)
+    return [adapted_dense(x, layer._replace(inner=inner), numerics) for layer in layers]
+
+
+for platform in ("tpu", "gpu"):
+    Implementation(f"split_outputs_{platform}", platform).implements(parallel_dense)(split_outputs)
+
+
+@jax.custom_vjp
+def _forked(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns x for frozen matmuls, in float32, and for adapters; their gradients are summed separately.
+
+    If devices split outputs, the gradients of the frozen matmuls are partial sums. The compiler adds
+    them before it reduces them over devices only without roundings and other summands in between.
+    """
+    return x.astype(jnp.float32), x
+
+
+def _joined(_: None, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array]:
+    of_frozen, of_adapters = gradients
+    return (of_frozen.astype(of_adapters.dtype) + of_adapters,)
+
+
+_forked.defvjp(lambda x: (_forked(x), None), _joined)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from nalora_jax.method import activations, statistics
-from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.router import Routing
 from nalora_jax.ops.reductions import sampled as sampled_positions
 
@@ -68,7 +67,6 @@ def expert_statistics(
     dz: jax.Array,
     samples: tuple[SampledRows, SampledRows],
     activation: activations.Activation,
-    config: GateStatsConfig,
     names: Iterable[str],
 ) -> dict[str, jax.Array]:
     """Returns `nalora_jax.method.measurement.gate_statistics` of every expert over its tokens.
@@ -79,13 +77,12 @@ def expert_statistics(
       dz: ``[probed, d_ff]`` the adapter's change of them.
       samples: rows for the gate's statistics and rows for the probe.
       activation: the gate's.
-      config: tolerance.
       names: statistics of the forward pass.
 
     Returns:
       The same names with a leading ``[experts]`` axis.
     """
-    partition = activations.partition(activation.name, config.tolerance)
+    partition = activations.partition(activation.name)
 
     def one(of_gate: jax.Array, of_probe: jax.Array) -> dict[str, jax.Array]:
         stats = statistics.channel_statistics(z, of_gate, activation, partition, names)

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from nalora_jax.method import activations, statistics
-from nalora_jax.method.checks import NAMES, GateChecks, Live
 from nalora_jax.method.ffn import gated_product, up_factor
 from nalora_jax.method.low_rank import Adapter, column_norm, moved_from
-from nalora_jax.method.measurement import GateStatsConfig
+from nalora_jax.method.measurement import CHECKS, GateStatsConfig, Live
 from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, grouped_residual
 from nalora_jax.models.expert_statistics import (
     SampledRows,
@@ -81,7 +80,7 @@ class RoutedConfig:
         """The names of the forward pass's sums and checks."""
         if not self.names:
             return ()
-        return (*statistics.COUNTS, *self.names, *(NAMES if self.stats.checks else ()))
+        return (*statistics.COUNTS, *self.names, *(CHECKS if self.stats.checks else ()))
 
 
 def _unchanged(x: jax.Array, axis: str | None = None) -> jax.Array:
@@ -211,12 +210,9 @@ def expert_rows(
     measured: dict[str, jax.Array] = {}
     if config.names:
         start, dz = _probed(layer.gate, rows, inner, z, delta, groups, samples[1], numerics)
-        measured = expert_statistics(
-            samples[0].take(z), start, dz, samples, activation, config.stats, config.names
-        )
+        measured = expert_statistics(samples[0].take(z), start, dz, samples, activation, config.names)
         if config.stats.checks is not None:
             live = Live(z, base, delta, up_factor(u.astype(numerics.residual), config.up_limit), hidden)
-            assert isinstance(config.stats.checks, GateChecks)
             faults = config.stats.checks.arrays(live, activation, numerics.residual)
             if axis is not None:
                 faults = {name: lax.pmax(worst, axis) for name, worst in faults.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from nalora_jax.common.fields import Fields
-from nalora_jax.models.builtin_activations import clamped_swish
+from nalora_jax.method.activations import clamped_swish
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family_fields import (
     alternating,

@@ -23,7 +23,7 @@ from jax import lax
 from nalora_jax.ops.dispatch import Numerics, operation
 
 CHUNK = 64  # tokens; a shorter row takes the next power of two
-SCOPE = "delta_rule"  # of all operations, for `nalora_jax.layout.scopes`
+SCOPE = "delta_rule"  # of all operations, for `nalora_jax.layout.figures`
 _EPS = 1e-6  # added to the squared norm of queries and keys
 
 

@@ -42,7 +42,7 @@ AUTO, XLA = "auto", "xla"
 IMPLEMENTATIONS: dict[str, Implementation] = {}  # by name
 _PLATFORMS: dict[str, PlatformHooks] = {}
 # Modules that register implementations and platforms. The package cpu may be deleted.
-_REGISTERING = ("ops.accelerators", "layout.split_outputs", "cpu.register")
+_REGISTERING = ("ops.accelerators", "layout.sharding", "cpu.register")
 
 
 # ---------------------------------------------------------------- platforms

@@ -32,8 +32,7 @@ from nalora_jax.study.provenance import (
 )
 from nalora_jax.study.records import Record, Records, hours, plain
 from nalora_jax.study.resources import Resources
-from nalora_jax.study.sweeps.loop import RunLoop, StatesMetrics, fit_all
-from nalora_jax.study.sweeps.program import SweepProgram
+from nalora_jax.study.sweeps.program import RunLoop, StatesMetrics, SweepProgram, fit_all
 from nalora_jax.train.compilation import use_compilation_cache
 from nalora_jax.train.loop import Follower
 from nalora_jax.train.machine import describe_device, peak_memory, versions

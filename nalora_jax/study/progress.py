@@ -21,7 +21,7 @@ from nalora_jax.study.provenance import code_version
 from nalora_jax.study.records import plain, read_snapshot, write_snapshot
 from nalora_jax.study.resources import Resources
 from nalora_jax.study.subject import Items
-from nalora_jax.train.loop import Follower, LoopEvaluation, Schedule, fit
+from nalora_jax.train.loop import Follower, LoopEvaluation, Schedule, run_steps
 from nalora_jax.train.optimizers import make_schedule
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class RunInProgress:
         try:
             rows = distributed.global_batches(batches, assembly.mesh)
             follower = Follower(self, self.schedule, self.rate, state, start, params)
-            result = fit(assembly.step, params, state, rows, follower)
+            result = run_steps(assembly.step, params, state, rows, follower)
         finally:
             batches.close()
             self.training_seconds += time.perf_counter() - began

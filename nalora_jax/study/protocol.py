@@ -30,11 +30,11 @@ import json
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from nalora_jax.common.imports import import_files
 from nalora_jax.config import DataConfig, LoRARule, RunConfig, VisionConfig, check
-from nalora_jax.config.structured import INTERNAL, structured
+from nalora_jax.config.structured import AMOUNT, COUNT, INTERNAL, SIZE, Range, check_ranges, structured
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.rules import make
 
@@ -69,11 +69,11 @@ class Task:
     validation: str = "validation"
     test: str = "test"
     # Largest number of items of each, drawn once by a fixed seed (0: all).
-    validation_items: int = 1000
-    test_items: int = 1000
+    validation_items: Annotated[int, COUNT] = 1000
+    test_items: Annotated[int, COUNT] = 1000
     # Number of test items whose choices are scored for the accuracy, drawn by a fixed seed (0:
     # all). A choice takes as long as the loss of the correct completion.
-    accuracy_items: int = 0
+    accuracy_items: Annotated[int, COUNT] = 0
     # Other settings of the data, fields of DataConfig, e.g. {max_length = 256}.
     data: dict[str, Any] = field(default_factory=dict)
     # Settings of images, fields of VisionConfig, e.g. {task = "classify", shots = 4}.
@@ -86,7 +86,7 @@ class ForgettingProbe:
 
     dataset: str
     split: str = "validation"
-    items: int = 1000
+    items: Annotated[int, COUNT] = 1000
 
 
 @dataclass(frozen=True)
@@ -129,18 +129,18 @@ class Protocol:
     # Primary metric, which chooses learning rates; accuracy and recall count as 1 - value.
     metric: Literal["loss", "accuracy", "recall"] = "loss"
     # Steps between evaluations on the validation items.
-    evaluate_every: int = 100
+    evaluate_every: Annotated[int, SIZE] = 100
     # Largest number of rates added at either end of the grid while the best rate is there.
-    extend: int = 2
+    extend: Annotated[int, COUNT] = 2
     # Multiples of the chosen rate at which each method is tested, including 1.
     test_multiples: tuple[float, ...] = (1.0,)
     # Margin of equivalence as a share of the training gain: of the fall of the validation loss (or 1 -
     # metric) from the base model to the baseline's tuning runs at its chosen rate.
-    margin_share: float = 0.05
+    margin_share: Annotated[float, Range("a share", "(0, 1)")] = 0.05
     # Margin in the metric's unit (nats per token or image), in place of a share; 0: by the share.
-    margin: float = 0.0
+    margin: Annotated[float, AMOUNT] = 0.0
     # Total hours of all runs after which no further run starts (0: no limit).
-    budget_hours: float = 0.0
+    budget_hours: Annotated[float, AMOUNT] = 0.0
     # sha256 of this protocol in earlier spellings of the same settings, which the records' history in the
     # repository has; the tables show them.
     respelled_from: tuple[str, ...] = ()
@@ -244,6 +244,7 @@ def read_protocol(path: str | Path) -> Protocol:
 def _check(protocol: Protocol) -> None:
     """Raises an error unless all values are consistent and every run's settings are in range."""
     p = protocol
+    check_ranges(p, "")
     for name in ("models", "tasks", "methods", "rates", "tuning_seeds", "test_seeds"):
         _require(name, bool(getattr(p, name)), "at least one", "none")
         value = getattr(p, name)
@@ -252,11 +253,6 @@ def _check(protocol: Protocol) -> None:
         "rates", list(p.rates) == sorted(p.rates) and p.rates[0] > 0, "ascending rates above 0", p.rates
     )
     _require("rates", p.extend == 0 or len(p.rates) > 1, "two rates, to extend the grid", p.rates)
-    _require("extend", p.extend >= 0, "0 or more", p.extend)
-    _require("evaluate_every", p.evaluate_every >= 1, "1 or more", p.evaluate_every)
-    _require("margin_share", 0 < p.margin_share < 1, "a share between 0 and 1", p.margin_share)
-    _require("margin", p.margin >= 0, "0 (by margin_share) or more", p.margin)
-    _require("budget_hours", p.budget_hours >= 0, "0 or more", p.budget_hours)
     _require(
         "test_multiples",
         1.0 in p.test_multiples and min(p.test_multiples) > 0,
@@ -285,8 +281,8 @@ def _check(protocol: Protocol) -> None:
 
 
 def _check_task(p: Protocol, name: str, task: Task) -> None:
+    check_ranges(task, f"[tasks.{name}] ")
     where, count = f"[tasks.{name}] accuracy_items", task.accuracy_items
-    _require(where, count >= 0, "0 (all) or more", count)
     _require(where, not (count and task.vision), "none for images: one pass scores all classes", count)
     if p.preference:
         _require(where, count == 0, "none for pairs: the loss scores both completions", count)

@@ -80,9 +80,9 @@ class Resources:
             tests = len(protocol.test_seeds) * len(protocol.test_multiples)
             most = max(len(protocol.rates) * len(protocol.tuning_seeds), tests)
             fits = Fitting.of(run.config, base, min(most, self._together or most))
-            mesh = replace(fits.mesh, runs_per_device=0)
+            layout = replace(fits.layout, runs_per_device=0)
             capacity = min(fits.capacity, self._together or fits.capacity)
-            self._fitting[run.cell.model] = replace(fits, mesh=mesh, capacity=capacity)
+            self._fitting[run.cell.model] = replace(fits, layout=layout, capacity=capacity)
             log.info("%s", fits.describe(capacity))
         return self._fitting[run.cell.model]
 
@@ -94,7 +94,7 @@ class Resources:
     def placed(self, run: Run) -> Run:
         """Returns the run on the mesh of programs of several runs, if there are any."""
         fits = self.fitting(run)
-        return run if fits is None else replace(run, mesh=fits.mesh)
+        return run if fits is None else replace(run, mesh=fits.layout.into(run.config).mesh)
 
     def prepared(self, run: Run) -> Prepared:
         """Returns the run's method, compiled once for all its learning rates and seeds.

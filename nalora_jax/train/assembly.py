@@ -15,14 +15,14 @@ from nalora_jax.common import trees
 from nalora_jax.config import RunConfig
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Step, TrainState
-from nalora_jax.method.transform import Mechanisms, find_gates
+from nalora_jax.method.transform import find_gates
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.storage import prepare
 from nalora_jax.train.decoder_program import MakeObjective, check_decoder, decoder_program
-from nalora_jax.train.program import Program, PureStep
+from nalora_jax.train.program import Program
 from nalora_jax.train.state_metrics import StateMetrics
 from nalora_jax.weights.allocated import remaining_ranks
 from nalora_jax.weights.nonzero_start import difference_as_lora, lower_kernels
@@ -30,22 +30,15 @@ from nalora_jax.weights.pissa import pissa_split
 
 
 @dataclass(frozen=True)
-class Assembly:
-    """A compiled training run: model, optimizer, step function and initial state."""
+class Assembly(Program):
+    """A compiled training run: a program with weights and an initial state."""
 
-    config: RunConfig
-    model: Decoder
-    spec: AdapterSpec
-    mesh: Mesh
-    mechanisms: Mechanisms
-    optimizer: optax.GradientTransformationExtraArgs
     state: TrainState  # before the first step, on the mesh
     params: Any  # frozen base weights, minus the initial update of adapters with B != 0
     step: Step  # compiled on first use; donates the state
     begin: Callable[[Any, int], TrainState]  # initial state for an adapter and a seed
     state_metrics: StateMetrics  # compiled on first use
     initial: Any = None  # adapters before the first step in host memory, if B != 0
-    pure: PureStep | None = None  # builds the step that is not compiled
 
     @property
     def eval_model(self) -> Decoder:
@@ -125,19 +118,13 @@ def assembled(program: Program, params: Any, lora: Any, initial: Any = None) -> 
         return compiled(lora, jax.random.key_data(jax.random.key(seed)))
 
     return Assembly(
-        program.config,
-        program.model,
-        program.spec,
-        program.mesh,
-        program.mechanisms,
-        program.optimizer,
-        begin(lora, seed),
-        params,
-        program.step(places),
-        begin,
-        StateMetrics(program.mechanisms, program.spec, program.mesh),
-        initial,
-        program.pure,
+        **vars(program),
+        state=begin(lora, seed),
+        params=params,
+        step=program.compiled_step(places),
+        begin=begin,
+        state_metrics=StateMetrics(program.mechanisms, program.spec, program.mesh),
+        initial=initial,
     )
 
 

@@ -41,7 +41,7 @@ def use_compilation_cache() -> None:
         log.warning("compiled programs are not kept: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update(_SECONDS, 1.0)
+    jax.config.update(_SECONDS, 0.1)  # also those of tiny models, so that a second run compiles little
     _write_digests(folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -18,8 +19,7 @@ from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
-from nalora_jax.method.checks import NAMES, GateChecks, require_compensated
-from nalora_jax.method.measurement import GateStatsConfig
+from nalora_jax.method.measurement import CHECKS, GateChecks, GateStatsConfig, require_sound
 from nalora_jax.method.step import Objective, Step, StepConfig, make_train_step
 from nalora_jax.method.transform import Mechanisms, find_gates, nalora
 from nalora_jax.models.adapters import init_lora
@@ -215,14 +215,15 @@ def make_step(
     assert objective is not None or config.preference.loss == "none", "a preference loss has its objective"
     platform = distributed.platform_of_step(mesh)
     model = model.clone(numerics=dataclasses.replace(model.numerics, platform=platform))
+    verify = partial(require_sound, config=model.stats or GateStatsConfig())
     settings = StepConfig(
         mechanisms=mechanisms,
         blocks=measured_blocks(base, model.adapters),
         stats_sharding=distributed.row_sharding(mesh),
         **_step_shardings(base, model.adapters, mesh),
         metrics=layer_metrics(mechanisms),
-        checks=tuple(NAMES) if config.debug.check_gates else (),
-        verify=require_compensated if config.debug.check_gates else None,
+        checks=tuple(CHECKS) if config.debug.check_gates else (),
+        verify=verify if config.debug.check_gates else None,
     )
     plain = next_token(base, model, config.compute, mesh)
     return make_train_step(optimizer, settings, plain if objective is None else objective(plain))

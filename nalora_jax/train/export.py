@@ -46,7 +46,7 @@ def original(loaded: RunBase) -> str:
     return (loaded.origin and loaded.origin.copy_of) or loaded.source
 
 
-def card(
+def run_card(
     config: RunConfig,
     loaded: RunBase,
     assembly: Assembly,

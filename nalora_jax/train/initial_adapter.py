@@ -153,7 +153,7 @@ def _spec(folder: Path, digest: str, base: ModelConfig) -> AdapterSpec:
     return import_adapter(folder, base)[1]
 
 
-def rules_of(spec: AdapterSpec, base: ModelConfig) -> tuple[LoRARule, ...]:
+def lora_rules(spec: AdapterSpec, base: ModelConfig) -> tuple[LoRARule, ...]:
     """Returns rules that select exactly the adapters of ``spec`` on a model.
 
     Example:
@@ -224,7 +224,7 @@ def _lora(spec: AdapterSpec, base: ModelConfig, folder: Path) -> LoRAConfig:
     """Returns settings whose adapters on a model are those of ``spec``."""
     saved: Any = spec.saved
     lora = LoRAConfig(
-        rules=rules_of(spec, base),
+        rules=lora_rules(spec, base),
         rslora=spec.rslora,
         dora=spec.dora,
         modules_to_save=saved,

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 _EVAL_EVERY = 50
 
 
-def check_data(data: DataConfig, source: Mapping[str, Source] | None = None) -> tuple[Source, Source]:
+def open_records(data: DataConfig, source: Mapping[str, Source] | None = None) -> tuple[Source, Source]:
     """Opens the training and the held-out records, reads the first of each and logs their form.
 
     Raises:

@@ -87,11 +87,13 @@ class Kind(Protocol):
     """A kind of run: a module with these four functions."""
 
     @property
-    def read(self) -> Callable[[RunConfig, Mapping[str, Source] | None], Inputs]:
+    def open_inputs(self) -> Callable[[RunConfig, Mapping[str, Source] | None], Inputs]:
         """Returns the function that opens a run's files and data and settles its settings."""
 
     @property
-    def build(self) -> Callable[[Inputs, RunConfig, Mesh, Output, Job | None], tuple[Any, Assembly, Any]]:
+    def build_step(
+        self,
+    ) -> Callable[[Inputs, RunConfig, Mesh, Output, Job | None], tuple[Any, Assembly, Any]]:
         """Returns the function that loads the base and builds the step and this process's rows.
 
         Its arguments are the inputs, the settings with a concrete layout, the mesh, the run's folder,
@@ -103,7 +105,7 @@ class Kind(Protocol):
         """Returns the function that makes the evaluators of the held-out examples."""
 
     @property
-    def export(self) -> Callable[[Job, Path, TrainState, Callable[[str], None]], None]:
+    def export_run(self) -> Callable[[Job, Path, TrainState, Callable[[str], None]], None]:
         """Returns the function that writes the adapter of a state to a folder and verifies it by reloading.
 
         Its last argument makes a folder of the first process readable in all processes.

@@ -22,7 +22,7 @@ _ALPHA, _POWER = 16, 1 / 2
 _GRADIENT_ALPHA, _GRADIENT = 128, 1 / 2
 # Image and text encoders: best rate of plain LoRA in each task of studies/few_shot_seeds.
 _ENCODERS = 1e-3
-# Factors on these rates. For preference losses: a guess, without evidence (docs/preference.md).
+# Factors on these rates. For preference losses: a guess, without evidence (docs/data.md).
 _PAIRS = 1 / 8
 # Non-zero initializations of A and B, with lowered kernels: best rates 5e-4 and 1e-3 in
 # studies/full_ffn_table, compared with 4e-3 of plain LoRA.

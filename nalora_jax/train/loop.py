@@ -76,7 +76,7 @@ class FitResult:
     interrupted: bool = False  # stopped by request; the state was saved, but not evaluated
 
 
-def fit(
+def run_steps(
     step_fn: Callable[[Any, TrainState, Any], tuple[TrainState, dict[str, Any]]],
     params: Any,
     state: TrainState,
@@ -158,7 +158,7 @@ class Follower:
           state: returns the state after it.
 
         Raises:
-          TrainingDivergedError: see `fit`.
+          TrainingDivergedError: see `run_steps`.
         """
         hooks, schedule, result = self._hooks, self.schedule, self.result
         hooks.advance(step)

@@ -63,6 +63,16 @@ def host_memory(
     return min(free, max(0, limit - used)), min(total, limit)
 
 
+def device_memory() -> float:
+    """Returns the bytes of a device's memory; devices of a CPU share the memory of `host_memory`."""
+    devices = jax.local_devices()
+    limit = memory_statistics(devices[0]).get("bytes_limit")
+    if limit:
+        return float(limit)
+    _, total = host_memory()
+    return total / len(devices)
+
+
 def _number(path: Path) -> int | None:
     text = _text(path).strip()
     return int(text) if text.isdecimal() else None  # "max" without a limit

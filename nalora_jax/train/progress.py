@@ -70,7 +70,7 @@ class Progress:
             numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
             self._write({"step": step, "total": self.total} | numbers | {"seconds_left": left})
             return
-        line = "".join(f"  {column}" for column in describe(values))
+        line = "".join(f"  {column}" for column in step_columns(values))
         if left is not None:
             line += f"  {duration(left)} left"
         self.say(f"step {step}/{self.total}{line}")
@@ -122,11 +122,11 @@ class Progress:
             self._bar.stop()
 
 
-def describe(values: Mapping[str, float | None]) -> list[str]:
+def step_columns(values: Mapping[str, float | None]) -> list[str]:
     """Returns the numbers of a log step, each with its name or unit.
 
     Example:
-      >>> describe({"loss": 3.21, "learning_rate": 1e-3, "tokens_per_second": 1234.0, "misalignment": 0.26})
+      >>> step_columns({"loss": 3.21, "learning_rate": 1e-3, "tokens_per_second": 1234.0, "misalignment": 0.26})
       ['loss 3.210', 'lr 1.0e-03', '1,234 tok/s', 'misalignment 0.260']
     """
     formats = {

@@ -1,6 +1,6 @@
 """The way of a fine-tuning run, in order of execution.
 
-checked -> session -> prepare -> restore -> evaluate -> fit -> finish
+settings -> session -> inputs -> job -> restore -> evaluate the base -> fit -> finish
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from nalora_jax.ops.numerics import check_implementation
 from nalora_jax.train import loop
 from nalora_jax.train.callbacks import Callback, Ended, make_callbacks
 from nalora_jax.train.compilation import use_compilation_cache
-from nalora_jax.train.export import card
+from nalora_jax.train.export import run_card
 from nalora_jax.train.initial_adapter import with_adapter
 from nalora_jax.train.job import Inputs, Job, Kind
 from nalora_jax.train.located import ADAPTER
@@ -102,7 +102,7 @@ def fine_tune(
     for flag, size in (("run", config.mesh.run), ("runs-per-device", config.mesh.runs_per_device)):
         if size > 1:
             raise NaloraError(f"--mesh.{flag}", expected="0 or 1 without --sweep", found=size)
-    config, source = checked(config, data, format, source)
+    config, source = checked_settings(config, data, format, source)
     listeners = [*make_callbacks(config.callbacks), *callbacks]
     with (
         attended() as stop,
@@ -111,7 +111,7 @@ def fine_tune(
     ):
         spent = Stages()
         inputs = read_inputs(config, kind, session, source)
-        job = prepare(inputs, kind, session, choose_layout)
+        job = prepare_job(inputs, kind, session, choose_layout)
         state = restore(job, session)
         spent.end("preparing")
         with session.reporting_errors():
@@ -123,7 +123,7 @@ def fine_tune(
             return finish(job, state, result.step, session, spent, write_report)
 
 
-def checked(
+def checked_settings(
     config: RunConfig,
     data: Data | None,
     format: Format | None,
@@ -164,7 +164,7 @@ def read_inputs(
     """
     if config.compute.compilation_cache:
         use_compilation_cache()
-    inputs = kind.read(with_adapter(config, session.recorded or None), source)
+    inputs = kind.open_inputs(with_adapter(config, session.recorded or None), source)
     session.check_continues(inputs.config)
     return inputs
 
@@ -172,12 +172,12 @@ def read_inputs(
 # ---------------------------------------------------------------- layout, weights, adapters, step
 
 
-def prepare(inputs: Inputs, kind: Kind, session: Session, choose_layout: ChooseLayout) -> Job:
+def prepare_job(inputs: Inputs, kind: Kind, session: Session, choose_layout: ChooseLayout) -> Job:
     """Returns the run in the layout that `choose_layout` accepts; encoders have the simplest one."""
 
     def build(placed: RunConfig) -> Job:
         # `inputs.config`, which is recorded, keeps its automatic fields; only `placed` has concrete ones.
-        return built(inputs, kind, placed, mesh_of(placed), session.output)
+        return built(inputs, kind, placed, checked_mesh(placed), session.output)
 
     if inputs.base is None:
         return build(inputs.config)
@@ -188,11 +188,11 @@ def built(
     inputs: Inputs, kind: Kind, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None = None
 ) -> Job:
     """Loads the base and builds step and evaluators; ``like`` is a job with the same program, to share."""
-    loaded, assembly, data = kind.build(inputs, placed, mesh, output, like)
+    loaded, assembly, data = kind.build_step(inputs, placed, mesh, output, like)
     return Job(kind, inputs, loaded, assembly, data, *kind.evaluators(inputs, loaded, assembly, like))
 
 
-def mesh_of(placed: RunConfig) -> Mesh:
+def checked_mesh(placed: RunConfig) -> Mesh:
     """Returns the mesh, after checking that its devices support the settings."""
     mesh = distributed.make_mesh(placed.mesh)
     check_implementation(placed.compute.implementation, platform_of(mesh).name)
@@ -309,7 +309,9 @@ def fit(job: Job, state: TrainState, session: Session) -> loop.FitResult:
     batches = distributed.global_batches(session.batches, assembly.mesh)
     profile = Profile(job.config.debug.profiled, session.output.common)
     with session.stop.between_steps(), profile:
-        result = loop.fit(assembly.step, params, state, batches, session.follower(state), profile=profile)
+        result = loop.run_steps(
+            assembly.step, params, state, batches, session.follower(state), profile=profile
+        )
     if result.interrupted:
         raise session.stopped(result)
     return result
@@ -357,8 +359,8 @@ def finish(
         log.warning(message, best, first)
     spent.end("evaluating the result")
     adapter, after = folder / ADAPTER, after | {"step": best}
-    job.kind.export(job, adapter, state, session.output.share)
-    readme = card(job.config, job.loaded, job.assembly, state.lora, before, after)
+    job.kind.export_run(job, adapter, state, session.output.share)
+    readme = run_card(job.config, job.loaded, job.assembly, state.lora, before, after)
     distributed.on_first_process(lambda: write_card(adapter, readme))
     spent.end("exporting")
     session.callbacks.end(Ended(last, best, seconds=spent.seconds))

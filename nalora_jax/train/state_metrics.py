@@ -77,7 +77,7 @@ class StateMetrics:
             factors = own_factors(state.gate, self.mechanisms)
         bins = {label: mechanism.bins for label, mechanism in self.mechanisms.entries}
         counts = {
-            label: jnp.concatenate([histogram(factor, bins[label]) for factor in of_blocks.values()])
+            label: jnp.concatenate([factor_histogram(factor, bins[label]) for factor in of_blocks.values()])
             for label, of_blocks in factors.items()
         }
         used = {}
@@ -94,7 +94,7 @@ def _rows(leaf: jax.Array) -> jax.Array:
     return leaf.reshape(leaf.shape[0], -1)
 
 
-def histogram(factor: jax.Array, edges: tuple[float, ...]) -> jax.Array:
+def factor_histogram(factor: jax.Array, edges: tuple[float, ...]) -> jax.Array:
     """Counts each layer's channels below the first edge, between edges, and at or above the last.
 
     Args:

@@ -8,7 +8,7 @@ import pytest
 
 from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import Rendered, render, render_chat
-from nalora_jax.data.tokenize import Example, fit, tokenize
+from nalora_jax.data.tokenize import Example, fit_example, tokenize
 from nalora_jax.errors import NaloraError
 
 CONFIG = DataConfig()
@@ -274,7 +274,7 @@ def example(prompt: int, answer: int) -> Example:
     ],
 )
 def test_truncation_keeps_answers(prompt, answer, bos, expected):
-    cut = fit(example(prompt, answer), 4, bos)
+    cut = fit_example(example(prompt, answer), 4, bos)
     assert cut.ids.tolist() == expected
     assert cut.answer.tolist() == [index > prompt for index in expected]
     assert cut.has_target

@@ -22,7 +22,7 @@ from nalora_jax.data.source import RecordsSource
 from nalora_jax.data.sources import open_pair, open_source, register_source, split_to_measure
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.train.inputs import check_data
+from nalora_jax.train.inputs import open_records
 
 
 def records(name: str, count: int) -> list[dict[str, str]]:
@@ -114,7 +114,7 @@ def test_what_is_held_out_is_said(
 ) -> None:
     a, b = write_jsonl(*records("a", 40), name="a.jsonl"), write_jsonl(*records("b", 20), name="b.jsonl")
     with caplog.at_level(logging.INFO, "nalora_jax"):
-        check_data(DataConfig(dataset=f"{a}*3,{b}"))
+        open_records(DataConfig(dataset=f"{a}*3,{b}"))
     said = "\n".join(record.getMessage() for record in caplog.records)
     assert "prompt and completion (prompt, completion)" in said
     assert f"{a}[train], 32 of 40 records 96 (86%), {b}[train], 16 of 20 records 16 (14%)" in said

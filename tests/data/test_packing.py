@@ -65,7 +65,7 @@ def test_assembled_rows_hold_every_token_and_its_successor(sizes, seed):
     pattern = packing.pack(lengths, 12)
     plan = packing.plan(pattern, lengths, seed, 0)
     rows = [plan.row(index) for index in range(pattern.rows)]
-    batch = packing.assemble(rows, np.concatenate(examples), np.concatenate(answers), offsets, 12)
+    batch = packing.fill_rows(rows, np.concatenate(examples), np.concatenate(answers), offsets, 12)
     for index, row in enumerate(rows):
         end = 0
         for segment, example in enumerate(row, start=1):
@@ -87,7 +87,7 @@ def test_assembled_rows_hold_every_token_and_its_successor(sizes, seed):
 
 
 def test_documented_rows():
-    batch = packing.assemble(
+    batch = packing.fill_rows(
         [np.array([0, 1])], np.array([7, 8, 9, 4, 5]), np.array([0, 0, 1, 0, 1]), np.array([0, 3, 5]), 4
     )
     assert {name: value[0].tolist() for name, value in batch.items()} == {

@@ -12,16 +12,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from nalora_jax.cli.planning.auto import laid_out
-from nalora_jax.cli.planning.models import architecture
-from nalora_jax.config import DataConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
+from nalora_jax.cli.planning.program import architecture
+from nalora_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
-from nalora_jax.layout.layouts import choose
+from nalora_jax.layout.layouts import fitting, laid_out, preferred
 from nalora_jax.layout.machines import of_devices, topology
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.stacks import projection_shapes
-from nalora_jax.models.targets import resolve
 from tests.doubles.machines import NAMES, machine
 
 ROOT = Path(__file__).parents[2]
@@ -188,8 +185,8 @@ def test_nalora_plan_and_training_choose_the_same_layout(name):
     assert where is not None
     assert (where.chip, where.size, where.slices) == (planned.chip, planned.size, planned.slices)
     config = run(MeshConfig(), 2 * where.size)
-    spec = resolve(LoRAConfig(), projection_shapes(small()), small().n_layers)
-    assert choose(config, small(), spec, where, 1024) == choose(config, small(), spec, planned, 1024)
+    found, expected = (preferred(fitting(config, small(), machine)) for machine in (where, planned))
+    assert found == expected
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.layout.accounting import Program
-from nalora_jax.layout.transfers import transfers
+from nalora_jax.layout.accounting import Program, Work
 from nalora_jax.models.expert_exchange import UNEVEN
 from nalora_jax.ops.cross_entropy import cross_entropy
+from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule
 
 LAYERS, D, ROWS = 5, 64, 32
 
@@ -569,11 +569,51 @@ def test_what_goes_to_the_host_s_memory_and_comes_back():
     """As compilers write it for TPUs and GPUs: a layer into the stack behind a product, a copy, a layer out of it."""
     program = Program(OFFLOADED)
     layer, array = 8 * 16 * 2, 32 * 4
-    found = [(one.to_host, one.moved, one.times, one.overlapped) for one in transfers(program)]
+    found = [(one.to_host, one.moved, one.times, one.overlapped) for one in program.transfers]
     assert sorted(found) == [(False, layer, 1, False), (True, array, 1, False), (True, layer, 4, True)]
     gpu = OFFLOADED.replace("dynamic-update-slice-start(", "fusion-start(").replace(
         "dynamic-slice-start(", "fusion-start("
     )
-    assert list(transfers(Program(gpu))) == list(transfers(program))
+    assert Program(gpu).transfers == program.transfers
     # In HBM: each of them once, the product's operands and result, and 9 bytes that the loop compares.
     assert program.memory_bytes == 4 * (layer + 3 * layer + 9) + array + layer
+
+
+# ---------------------------------------------------------------- scopes
+
+SCOPE_ROWS, CHUNKS, HEADS, WIDTH, D_IN = 2, 3, 2, 16, 40
+
+
+def loss(kernel: jax.Array, heads: DeltaInputs) -> jax.Array:
+    """Returns a sum over outputs of the rule, whose values come from one matmul."""
+    values = (heads.v.reshape(SCOPE_ROWS, CHUNKS * CHUNK, D_IN) @ kernel).reshape(heads.q.shape)[
+        ..., None, :
+    ]
+    out, _ = gated_delta_rule(heads._replace(v=values), jnp.ones((1, CHUNKS * CHUNK), jnp.int32))
+    return jnp.sum(out)
+
+
+@pytest.fixture(scope="module")
+def with_delta_rule() -> Program:
+    keys, rates = (
+        jnp.ones((SCOPE_ROWS, CHUNKS * CHUNK, HEADS, WIDTH)),
+        jnp.ones((SCOPE_ROWS, CHUNKS * CHUNK, HEADS, 1)),
+    )
+    heads = DeltaInputs(keys, keys, jnp.ones((SCOPE_ROWS, CHUNKS * CHUNK, D_IN)), -rates, rates)
+    step = jax.jit(jax.value_and_grad(loss))
+    return Program(step.lower(jnp.ones((D_IN, HEADS * WIDTH)), heads).compile().as_text())
+
+
+def test_a_scope_has_all_work_but_that_of_other_matmuls(with_delta_rule):
+    rule = with_delta_rule.work_of("delta_rule")
+    others = (
+        2 * 2.0 * SCOPE_ROWS * CHUNKS * CHUNK * D_IN * HEADS * WIDTH
+    )  # the matmul and its kernel's gradient
+    assert 0 < rule.flops == with_delta_rule.flops - others
+    arrays = 4.0 * SCOPE_ROWS * CHUNKS * CHUNK * HEADS * WIDTH
+    assert 3 * arrays < rule.memory_bytes < with_delta_rule.memory_bytes - arrays
+
+
+def test_a_program_without_a_scope_has_no_work_of_it(with_delta_rule):
+    assert with_delta_rule.work_of("no_such_scope") == Work(0.0, 0.0)
+    assert compiled(jnp.dot, jnp.ones((2, 2)), jnp.ones((2, 2))).work_of("delta_rule") == Work(0.0, 0.0)

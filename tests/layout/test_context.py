@@ -359,9 +359,9 @@ def test_an_interrupted_run_resumes_with_whole_rows(
 
         return fit(interrupted, *arguments, **options)
 
-    fit = loop.fit
+    fit = loop.run_steps
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "fit", three_steps)
+        patch.setattr(loop, "run_steps", three_steps)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     with tiny.on_one_device(tmp_path / "other"):

@@ -8,13 +8,11 @@ from collections.abc import Callable
 import jax
 import pytest
 
-from nalora_jax.cli.planning.models import architecture
-from nalora_jax.config import RunConfig, TrainConfig
+from nalora_jax.cli.planning.program import architecture
+from nalora_jax.config import DataConfig, RunConfig, TrainConfig
 from nalora_jax.layout.decide import EXHAUSTED, MOST, Compiled, Search, decide
-from nalora_jax.layout.layouts import Layout, choose, fitting
+from nalora_jax.layout.layouts import Layout, fitting, preferred
 from nalora_jax.layout.machines import topology
-from nalora_jax.models.stacks import projection_shapes
-from nalora_jax.models.targets import resolve
 
 LIMIT = 16e9
 
@@ -134,7 +132,6 @@ def test_at_most_four_layouts_are_compiled_and_the_refusal_names_them():
 
 def test_estimates_rank_the_layouts():
     base, machine = architecture("llama-3.1-8b"), topology("v5e:16x16")
-    config = RunConfig(train=TrainConfig(batch_size=256))
-    spec = resolve(config.lora, projection_shapes(base), base.n_layers)
-    search = Search(fitting(config, base, spec, machine, 4096), machine.chip.memory)
-    assert search.next() == choose(config, base, spec, machine, 4096)
+    config = RunConfig(train=TrainConfig(batch_size=256), data=DataConfig(max_length=4096))
+    layouts = fitting(config, base, machine)
+    assert Search(layouts, machine.chip.memory).next() == preferred(layouts)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import jax
 import pytest
 
 from nalora_jax.cli.planning import program
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.machines import CHIPS, shapes, topology
+from nalora_jax.layout.machines import CHIPS, of_devices, shapes, topology
+from tests.doubles.machines import machine as devices_of
 
 
 @pytest.mark.parametrize(
@@ -110,3 +112,28 @@ def test_a_rack_is_one_node():
     assert where.inbound(8) == where.chip.interconnect
     assert where.inbound(16) == 8 * where.chip.network
     assert type(where)("", chip, "gb200", (2, 72)).inbound(72) == chip.interconnect
+
+
+@pytest.mark.parametrize(
+    ("name", "chip", "dims", "slices"),
+    [
+        ("v5litepod-256", "v5e", (16, 16, 1), 1),
+        ("v5p-2048", "v5p", (8, 8, 16), 1),
+        ("2 x v6e-16", "v6e", (4, 4, 1), 2),
+        ("2 x 8 H100", "h100", (2, 8), 1),
+        ("2 x 8 H100, a process a GPU", "h100", (2, 8), 1),
+        ("2 x 8 A100", "a100-40", (2, 8), 1),
+        ("8 A100 80GB", "a100-80", (1, 8), 1),
+        ("L4", "l4", (1, 1), 1),
+        ("GB200 NVL72", "gb200", (1, 72), 1),
+    ],
+)
+def test_a_machine_is_recognised_by_its_devices(name, chip, dims, slices):
+    where = of_devices(devices_of(name))
+    assert where is not None
+    assert (where.kind, where.dims, where.slices) == (chip, dims, slices)
+
+
+def test_chips_without_a_data_sheet_are_not_recognised():
+    assert of_devices(devices_of("T4")) is None
+    assert of_devices(jax.devices()) is None

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.cli.planning.models import architecture
+from nalora_jax.cli.planning.program import architecture
 from nalora_jax.common.axes import BATCH_AXES
 from nalora_jax.config import ComputeConfig, MeshConfig
 from nalora_jax.layout import distributed

@@ -22,11 +22,9 @@ from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig
 from nalora_jax.evaluate.generate.programs import place_batch
 from nalora_jax.evaluate.likelihood import target_log_probs
 from nalora_jax.layout import distributed
-from nalora_jax.method import checks as gate_checks
 from nalora_jax.method import statistics
-from nalora_jax.method.checks import GateChecks
 from nalora_jax.method.ffn import Adapters
-from nalora_jax.method.measurement import GateStatsConfig
+from nalora_jax.method.measurement import CHECKS, GateChecks, GateStatsConfig
 from nalora_jax.models import expert_exchange, moe
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
@@ -69,7 +67,7 @@ def block(
 
 def over_shards(sums: Any, axis: int) -> Any:
     def reduced(path: str, value: Any) -> Any:
-        return (np.max if path.rpartition("/")[2] in gate_checks.NAMES else np.sum)(value, axis=axis)
+        return (np.max if path.rpartition("/")[2] in CHECKS else np.sum)(value, axis=axis)
 
     return trees.map_named(reduced, sums)
 
@@ -142,9 +140,7 @@ def assert_close(spread: Any, single: Any) -> None:
     assert set(ours) == set(theirs)
     for path, value in theirs.items():
         limit = 3e-6 * max(1.0, float(np.max(np.abs(value))))
-        if (
-            path.rpartition("/")[2] in gate_checks.NAMES
-        ):  # largest error of a part of the tokens, not of all
+        if path.rpartition("/")[2] in CHECKS:  # largest error of a part of the tokens, not of all
             assert np.all(ours[path] <= 1), path
             continue
         np.testing.assert_allclose(ours[path], value, rtol=1e-4, atol=limit, err_msg=path)

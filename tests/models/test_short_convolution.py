@@ -13,7 +13,7 @@ import numpy as np
 from nalora_jax.common import trees
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, OptimizerConfig, RunConfig
 from nalora_jax.layout import distributed
-from nalora_jax.layout.roofline import attention_flops
+from nalora_jax.layout.estimates import attention_flops
 from nalora_jax.method.transform import find_gates
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import gate_blocks

@@ -125,7 +125,7 @@ def test_a_run_is_the_run_that_its_settings_alone_make(pairs: Resources) -> None
         pairs.protocol.models[0], "pairs", "lora", record["rate"], record["seed"]
     )
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    pieces = built(dual.read(config, None), dual, config, mesh, None)
+    pieces = built(dual.open_inputs(config, None), dual, config, mesh, None)
     state, losses, batches = pieces.assembly.state, [], pieces.data.batches()
     for _ in range(4):
         batch = make_global_batch(next(batches), pieces.assembly.mesh, rows_axis=1)

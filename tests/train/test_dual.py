@@ -63,7 +63,7 @@ def steps(settings: RunConfig, mesh, count: int = 3, repeat_first: bool = False)
 
     With ``repeat_first`` one more step takes the first batch again.
     """
-    pieces = built(dual.read(settings, None), dual, settings, mesh, None)
+    pieces = built(dual.open_inputs(settings, None), dual, settings, mesh, None)
     state, params = pieces.assembly.state, pieces.assembly.view(pieces.assembly.params)
     source = pieces.data.batches()
     batches = [distributed.make_global_batch(next(source), mesh, rows_axis=1) for _ in range(count)]
@@ -158,4 +158,4 @@ def test_towers_that_never_met_train_their_projections(dual_folder, tower_folder
             assert np.abs(moved[path] - trees.flatten(pieces.loaded.params)[path]).max() > 0, path
     settings = config(dual_folder("clip"), colours, lora=LoRAConfig(rules=(LoRARule("ffn", 0),)))
     with pytest.raises(NaloraError, match="at least one adapter"):
-        dual.read(settings, None)
+        dual.open_inputs(settings, None)

@@ -21,7 +21,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.train.export import write_adapter
-from nalora_jax.train.initial_adapter import read_initial, rules_of, warn_if_changed, with_adapter
+from nalora_jax.train.initial_adapter import lora_rules, read_initial, warn_if_changed, with_adapter
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.model_files import LoadedModel
 from nalora_jax.weights.new_tokens import with_added
@@ -164,7 +164,7 @@ def test_rules_select_exactly_the_adapters_that_they_were_made_of(hf: dict[str, 
             alphas = [float(rng.choice([1, 2.5, 22.6274169979695])) if rank else 1.0 for rank in ranks]
             targets[path] = TargetSpec(tuple(map(int, ranks)), tuple(alphas))
         spec = AdapterSpec(tuple((path, t) for path, t in sorted(targets.items()) if max(t.ranks)))
-        found = adapter_spec(RunConfig(lora=LoRAConfig(rules_of(spec, base))), base)
+        found = adapter_spec(RunConfig(lora=LoRAConfig(lora_rules(spec, base))), base)
         for (path, meant), (path_of_found, resolved) in zip(spec.targets, found.targets, strict=True):
             assert (path, meant.ranks) == (path_of_found, resolved.ranks)
             np.testing.assert_allclose(resolved.scales(rslora=False), meant.scales(rslora=False), rtol=1e-7)

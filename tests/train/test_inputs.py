@@ -11,7 +11,7 @@ from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.inputs import check_data
+from nalora_jax.train.inputs import open_records
 from nalora_jax.weights.hub import ResolvedSource
 from tests import tiny
 
@@ -42,7 +42,7 @@ def data(tmp_path: Path) -> Path:
 
 def test_data_and_splits_are_opened(data: Path, tmp_path: Path) -> None:
     config = DataConfig(dataset=str(data), train_split="train[:10]", eval_split="train[10:]")
-    train, held_out = check_data(config)
+    train, held_out = open_records(config)
     assert (len(train), len(held_out)) == (10, 10)
     (tmp_path / "broken.jsonl").write_text("no JSON\n")
     for changed, said in [
@@ -53,7 +53,7 @@ def test_data_and_splits_are_opened(data: Path, tmp_path: Path) -> None:
         ({"dataset": "socialqia"}, "--data.dataset: .*did you mean socialiqa"),
     ]:
         with pytest.raises(NaloraError, match=said):
-            check_data(DataConfig(**(vars(config) | changed)))
+            open_records(DataConfig(**(vars(config) | changed)))
 
 
 def test_evaluation_on_what_is_trained_on_is_warned_of(
@@ -64,5 +64,5 @@ def test_evaluation_on_what_is_trained_on_is_warned_of(
     other.write_text(data.read_text().replace('"x"', '"y"'))
     for eval_split, warned in (("train", True), (str(copy), True), (str(other), False), ("auto", False)):
         caplog.clear()
-        check_data(DataConfig(dataset=str(data), train_split="train", eval_split=eval_split))
+        open_records(DataConfig(dataset=str(data), train_split="train", eval_split=eval_split))
         assert ("holds the records that are trained on" in caplog.text) == warned

@@ -12,7 +12,7 @@ import pytest
 
 from nalora_jax.errors import Interrupted, TrainingDivergedError
 from nalora_jax.method.step import TrainState
-from nalora_jax.train.loop import FitResult, Follower, LoopEvaluation, Schedule, fit
+from nalora_jax.train.loop import FitResult, Follower, LoopEvaluation, Schedule, run_steps
 from nalora_jax.train.preemption import stop_signals
 from nalora_jax.train.state_metrics import non_finite
 
@@ -77,7 +77,7 @@ def run(
     state = TrainState(jnp.int32(start), {"a": jnp.ones(3)}, moments, jnp.zeros(2, jnp.uint32))
     batches = itertools.repeat(jnp.zeros(1))
     follower = Follower(hooks, schedule, lambda _: 0.1, state, start, params or {}, begun)
-    return fit(step, params or {}, state, batches, follower)
+    return run_steps(step, params or {}, state, batches, follower)
 
 
 def test_it_evaluates_and_saves_at_its_intervals_and_after_the_last_step() -> None:

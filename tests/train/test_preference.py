@@ -38,7 +38,7 @@ from nalora_jax.ops.cross_entropy import Head, cross_entropy
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.target_losses import target_losses
 from nalora_jax.train.assembly import assemble
-from nalora_jax.train.kinds.preference import dpo, parts, read
+from nalora_jax.train.kinds.preference import dpo, open_inputs, parts
 from tests import tiny
 from tests.param_trees import init_params
 
@@ -353,8 +353,8 @@ def test_epochs_of_pairs_become_steps(tmp_path):
     data, train = DataConfig(max_length=24, pack=False), TrainConfig(batch_size=2)
     config = tiny.make_config(tmp_path, preference=DPO, epochs=2.0, data=data, train=train)
     source = dict.fromkeys(("train", "validation"), RecordsSource("pairs", RECORDS))
-    assert read(config, source).config.steps == 5  # twice 5 pairs, 2 in a step
-    automatic = read(replace(config, data=replace(data, max_length=0)), source)
+    assert open_inputs(config, source).config.steps == 5  # twice 5 pairs, 2 in a step
+    automatic = open_inputs(replace(config, data=replace(data, max_length=0)), source)
     assert automatic.config.data.max_length > 0
 
 

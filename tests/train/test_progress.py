@@ -8,7 +8,7 @@ import json
 from rich.console import Console
 
 from nalora_jax.common import notes
-from nalora_jax.train.progress import Progress, describe, duration
+from nalora_jax.train.progress import Progress, duration, step_columns
 
 VALUES = {"loss": 3.21, "learning_rate": 1e-3, "tokens_per_second": 1234.0, "misalignment": 0.26}
 
@@ -60,7 +60,7 @@ def test_the_last_step_has_no_time_left():
 
 
 def test_numbers_that_are_missing_are_left_out():
-    assert describe({"loss": 1.0, "tokens_per_second": None}) == ["loss 1.000"]
+    assert step_columns({"loss": 1.0, "tokens_per_second": None}) == ["loss 1.000"]
 
 
 def test_the_bar_shows_the_numbers_and_lines_go_above_it():

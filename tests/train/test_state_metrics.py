@@ -7,14 +7,14 @@ import numpy as np
 
 from nalora_jax.method.rules import Mechanism
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.train.state_metrics import adapter_norms, histogram
+from nalora_jax.train.state_metrics import adapter_norms, factor_histogram
 
 
 def test_channels_are_counted_as_numpy_counts_them() -> None:
     rng = np.random.default_rng(0)
     factor = np.exp(rng.normal(0, 1.5, (3, 2, 500))).astype(np.float32)
     factor[0, 0, :4] = 0, 1, 0.125, 8  # on edges, and below the first
-    counts = np.asarray(histogram(jnp.asarray(factor), Mechanism.bins))
+    counts = np.asarray(factor_histogram(jnp.asarray(factor), Mechanism.bins))
     edges = np.array([-np.inf, *np.float32(Mechanism.bins), np.inf])
     expected = [np.histogram(rows, edges)[0] for rows in factor.reshape(3, -1)]
     np.testing.assert_array_equal(counts, expected)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from nalora_jax.method import activations, ffn, low_rank
 from nalora_jax.method.step import Evaluated, StepConfig, init_state, make_train_step
 from nalora_jax.method.transform import make_mechanisms, own_factors, with_gate_state
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import Decoder
 from nalora_jax.train import decoder_program, program
 from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.loop import _Meter
@@ -301,7 +303,7 @@ def test_the_debug_check_catches_injected_faults(
         )
     else:
         monkeypatch.setattr(low_rank.Factors, "of", scaled)
-    with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
+    with pytest.raises(NaloraError, match=r"check-gates.*gate check failed in layers/ffn"):
         _run_checked(implementation=implementation)
 
 
@@ -320,8 +322,54 @@ def test_the_debug_check_catches_a_wrong_rho_and_a_wrong_gate(
     wrong: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(activations.ACTIVATIONS._values, "silu", replace(SILU, **WRONG[wrong]))
-    with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
+    with pytest.raises(NaloraError, match=r"check-gates.*gate check failed in layers/ffn"):
         _run_checked(dtype=dtype)
+
+
+def _run_masked(**compute: Any) -> None:
+    """Takes three steps with checks; the masks of the last two differ between layers."""
+    masked = replace(CHECKED, lora=FFN_ONLY, mechanisms=("squared:warmup=1",))
+    _train(*_assemble(replace(masked, compute=replace(CONFIG.compute, **compute))))
+
+
+@pytest.mark.parametrize(
+    "compute", [{"stats_stride": 2, "probe_stride": 2}, {"dtype": "bfloat16"}], ids=["float32", "bfloat16"]
+)
+def test_the_debug_check_passes_masks_and_samples_without_padding(compute: dict[str, Any]) -> None:
+    _run_masked(**compute)
+
+
+def _masks(variables: Any, change: Callable[[jax.Array], jax.Array]) -> Any:
+    return variables | {"gate_mask": jax.tree.map(change, variables.get("gate_mask", {}))}
+
+
+# What each planted fault changes in the model's variables or options, and the check that finds it.
+PLANTED: dict[str, tuple[str, Callable[[Any, Any], tuple[Any, Any]]]] = {
+    "statistics of padding": (
+        "sums over the sampled tokens",
+        lambda v, o: (v, o | {"token_weights": jnp.ones(o["segment_ids"].shape, bool)}),
+    ),
+    "mask of the layer before": (
+        "gated by this block's mask",
+        lambda v, o: (_masks(v, lambda mask: jnp.roll(mask, 1, axis=0)), o),
+    ),
+    "no mask": ("gated by this block's mask", lambda v, o: (_masks(v, jnp.ones_like), o)),
+}
+
+
+@pytest.mark.parametrize(("fault", "dtype"), [*product(PLANTED, ["float32"]), ("no mask", "bfloat16")])
+def test_the_debug_check_catches_padding_and_the_mask_of_another_layer(
+    fault: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (meaning, planted), sound = PLANTED[fault], Decoder.apply
+
+    def apply(self: Any, variables: Any, tokens: Any, **options: Any) -> Any:
+        variables, options = planted(variables, options)
+        return sound(self, variables, tokens, **options)
+
+    monkeypatch.setattr(Decoder, "apply", apply)
+    with pytest.raises(NaloraError, match=f"check-gates.*in layers/ffn: .*{meaning}"):
+        _run_masked(dtype=dtype)
 
 
 def test_the_check_runs_on_the_program_that_trains() -> None:

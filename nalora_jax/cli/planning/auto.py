@@ -1,4 +1,4 @@
-"""The choice of a run's layout on the devices of this process."""
+"""The choice of a run's layout by its compiled and its first step on the devices of this process."""
 
 from __future__ import annotations
 
@@ -6,47 +6,21 @@ import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import jax
 
-from nalora_jax.config import MeshConfig, RunConfig
+from nalora_jax.config import RunConfig
 from nalora_jax.layout import distributed
 from nalora_jax.layout.decide import Compiled, Search, decide
-from nalora_jax.layout.figures import of_compiled
-from nalora_jax.layout.layouts import Layout, decoder_alone, fitting, preferred
+from nalora_jax.layout.figures import of_compiled, roofline
+from nalora_jax.layout.layouts import Layout, fitting
 from nalora_jax.layout.machines import Topology, of_devices
-from nalora_jax.layout.roofline import bound_of
-from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.compilation import compile_ahead
 from nalora_jax.train.job import Job
 
 log = logging.getLogger(__name__)
-
-
-def laid_out(
-    config: RunConfig, base: ModelConfig, devices: Sequence[jax.Device] | None = None
-) -> RunConfig:
-    """Returns ``config`` with all mesh axes set to the layout with the best estimate.
-
-    On TPUs and GPUs the rematerialization policy is set, too. On a CPU or an unknown chip
-    ``config`` is returned unchanged.
-
-    Args:
-      config: the run; axes of 0 and a remat of "auto" are chosen by this function.
-      base: architecture of the base model.
-      devices: default: all devices of all processes.
-
-    Raises:
-      NaloraError: no layout fits, or the axes do not fit the devices, the batch or the heads.
-    """
-    where = of_devices(list(devices or jax.devices()))
-    if where is None:  # a CPU or an unknown chip: the simplest mesh
-        return config
-    layout = preferred(_candidates(config, base, where))
-    log.info("mesh: %s", layout)
-    return with_layout(config, layout)
 
 
 def accepted(
@@ -72,9 +46,12 @@ def accepted(
       NaloraError: no layout fits, or ``build`` raises it.
     """
     where = of_devices(list(devices or jax.devices()))
-    candidates = [] if where is None else _candidates(config, base, where)
-    if where is None or len(candidates) == 1:  # the layout is fixed by the settings
-        return build(laid_out(config, base, devices))
+    if where is None:  # a CPU or an unknown chip: the simplest mesh
+        return build(config)
+    candidates = fitting(config, base, where)
+    if len(candidates) == 1:  # the layout is fixed by the settings
+        log.info("mesh: %s", candidates[0])
+        return build(candidates[0].into(config))
     search = Search(candidates, where.chip.memory)
     attempt = _Attempt(config, base, where, build)
     layout, result = decide(search, attempt)
@@ -99,7 +76,7 @@ class _Attempt:
     def __call__(self, layout: Layout) -> Compiled:
         self.job = None
         gc.collect()  # frees the last layout's arrays on the devices
-        config = with_layout(self._config, layout)
+        config = layout.into(self._config)
         job = self._build(config)
         assembly, batches = job.assembly, job.data.batches()
         batch = distributed.make_global_batch(next(batches), assembly.mesh, rows_axis=1)
@@ -116,17 +93,5 @@ class _Attempt:
 
     def _judged(self, program: Any, config: RunConfig) -> Compiled:
         figures = of_compiled(program)
-        decoder = decoder_alone(self._base, adapter_spec(config, self._base))
-        bound = bound_of(figures, self._where, *decoder, config, config.data.max_length)
+        bound = roofline(figures, config, self._base, self._where)
         return Compiled(figures.memory, figures.fits(self._where.chip), bound.seconds)
-
-
-def _candidates(config: RunConfig, base: ModelConfig, where: Topology) -> list[Layout]:
-    return fitting(config, *decoder_alone(base, adapter_spec(config, base)), where, config.data.max_length)
-
-
-def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
-    """Returns ``config`` with the mesh and the rematerialization policy of ``layout``."""
-    mesh = MeshConfig(*layout.mesh)
-    compute: Any = replace(config.compute, remat=cast(Any, layout.remat), experts=cast(Any, layout.experts))
-    return replace(config, mesh=mesh, compute=compute)

@@ -1,4 +1,4 @@
-"""The training step of a run, compiled for absent hardware."""
+"""The training step of a run for absent hardware: architectures by name, abstract devices, and arguments."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from nalora_jax.common import trees
 from nalora_jax.common.axes import BATCH_AXES, WEIGHT_AXES
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.layout.machines import Topology
@@ -28,16 +30,67 @@ from nalora_jax.method.step import init_state
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.paths import leaf_dtype
+from nalora_jax.models.rope_scaling import with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import gathered, kernels, quantize
-from nalora_jax.study.sweeps.program import step_of_runs
-from nalora_jax.study.sweeps.stack import stacked_sharding
-from nalora_jax.train.decoder_program import build_optimizer, decoder_program, make_step
+from nalora_jax.study.sweeps.program import stacked_sharding, step_of_runs
+from nalora_jax.train.decoder_program import decoder_program
 from nalora_jax.train.kinds import decoder_parts
 
 _BATCH = {
     "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32",
 }  # fmt: skip
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FOLDER = Path(__file__).parent / "released"  # its README.md states the sources
+# ``config.json`` of released checkpoints, by lower-case name.
+CONFIGS: dict[str, dict[str, Any]] = {
+    file.stem.lower(): read_json(file)
+    for file in sorted(_FOLDER.glob("*.json"), key=lambda file: file.stem.lower())
+}
+
+
+def architecture(name: str, *, images: bool = False, rope_scaling: str = "") -> ModelConfig:
+    """Returns the architecture called ``name``.
+
+    A name is a key of `CONFIGS`, a ``config.json``, a Hugging Face folder, or a hub id: its last
+    part is a key of `CONFIGS`, or its ``config.json`` is read from the hub's cache or downloaded.
+    With ``images`` a multimodal model includes its image tower and projector; by default only its
+    text model is returned. ``rope_scaling`` replaces the model's (`nalora_jax.models.rope_scaling`).
+
+    Raises:
+      NaloraError: the name is unknown, or its config or its new RoPE scaling is not supported.
+    """
+    raw, where = _raw_config(name)
+    return ModelConfig.from_hf(with_rope_scaling(raw, rope_scaling, where), where, images=images)
+
+
+def _raw_config(name: str) -> tuple[dict[str, Any], str]:
+    """Returns the fields of the ``config.json`` of a model, and their source for messages."""
+    file = Path(name)
+    if file.is_dir():
+        file /= "config.json"
+    if file.suffix == ".json" and file.exists():
+        return read_json(file), str(file)
+    on_hub = _HUB_ID.fullmatch(name) is not None
+    known = name.rpartition("/")[2].lower() if on_hub else name.lower()
+    if known in CONFIGS:
+        return CONFIGS[known], name
+    found, remedy = repr(name), "download the model's config.json: planning needs nothing else"
+    if on_hub:
+        from nalora_jax.weights.hub_snapshots import cached_snapshot, download_snapshot
+
+        try:
+            folder = cached_snapshot(name, "config.json") or download_snapshot(name, "config.json")
+            return read_json(folder / "config.json"), name
+        except NaloraError as error:
+            found, remedy = f"{error.found} ({name} on the hub)", error.remedy or remedy
+    raise NaloraError(
+        "--model",
+        expected="a config.json, a folder that contains one, a hub id, or one of " + ", ".join(CONFIGS),
+        found=found,
+        remedy=remedy,
+    )
 
 
 def devices(where: Topology) -> Sequence[jax.Device]:
@@ -92,15 +145,15 @@ def _quiet_tpu() -> Iterator[None]:
 
 
 def step_and_arguments(
-    config: RunConfig, base: ModelConfig, mesh: Mesh, *, seq: int, images: int = 0, runs: int = 0
+    config: RunConfig, base: ModelConfig, mesh: Mesh, *, images: int = 0, runs: int = 0
 ) -> tuple[Any, tuple[Any, ...]]:
     """Returns the jitted training step of ``config`` and the shapes of its arguments on ``mesh``.
 
     Args:
-      config: the run; its batch size is the number of rows over all devices.
+      config: the run; its batch size is the number of rows over all devices, and a row has
+        ``data.max_length`` tokens.
       base: architecture of the base model.
       mesh: real or abstract devices.
-      seq: tokens of a row.
       images: images per row, for a vision-language model.
       runs: of a sweep, which differ in their learning rates; 0: the step of one run.
     """
@@ -115,37 +168,26 @@ def step_and_arguments(
     weights = {path: _weight(path, shape, config.compute) for path, shape in param_shapes(base).items()}
     params = gathered(placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], WEIGHT_AXES)
     state, places = placed(jax.eval_shape(fresh, trees.unflatten(weights)), mesh, distributed.STATE_RULES)
-    batch = _batch(config, base, mesh, seq, images)
+    batch = _batch(config, base, mesh, images)
     if not runs:
-        return program.step(places), (params, state, batch)
+        return program.compiled_step(places), (params, state, batch)
 
     def one(params: Any, state: Any, batch: Any, rates: jax.Array) -> Any:
-        mechanisms = program.mechanisms
-        trained = build_optimizer(config, base, spec, mechanisms, numbers={"rate_of_step": rates})
-        objective = parts.get("objective")
-        step = make_step(config, base, program.model, trained, mechanisms, mesh, objective)
-        return step(params, state, batch)
+        return program.pure(spec, program.mechanisms, {"rate_of_step": rates})(params, state, batch)
 
     def of_runs(leaf: Any) -> Any:
         place = stacked_sharding(mesh, leaf.sharding)
         return jax.ShapeDtypeStruct((runs, *leaf.shape), leaf.dtype, sharding=place)
 
     states, batches = jax.tree.map(of_runs, (state, batch))
-    out = (
-        jax.tree.map(lambda leaf: leaf.sharding, states),
-        stacked_sharding(mesh, NamedSharding(mesh, P())),
-    )
-    replicated = NamedSharding(mesh, P())
-    rates = of_runs(jax.ShapeDtypeStruct((config.steps,), jnp.float32, sharding=replicated))
-    active = of_runs(jax.ShapeDtypeStruct((), jnp.bool_, sharding=replicated))
-    options = distributed.compiler_options(mesh)
-    compiled = jax.jit(
-        step_of_runs(one, mesh), donate_argnums=1, out_shardings=out, compiler_options=options
-    )
-    return compiled, ({"params": params}, states, batches, rates, active)
+    everywhere = NamedSharding(mesh, P())
+    rates = of_runs(jax.ShapeDtypeStruct((config.steps,), jnp.float32, sharding=everywhere))
+    active = of_runs(jax.ShapeDtypeStruct((), jnp.bool_, sharding=everywhere))
+    step = step_of_runs(one, mesh, jax.tree.map(lambda leaf: leaf.sharding, states))
+    return step, ({"params": params}, states, batches, rates, active)
 
 
-def _batch(config: RunConfig, base: ModelConfig, mesh: Mesh, seq: int, images: int) -> dict[str, Any]:
+def _batch(config: RunConfig, base: ModelConfig, mesh: Mesh, images: int) -> dict[str, Any]:
     """Returns the shapes of a step's batch."""
     by_rows = NamedSharding(mesh, P(None, BATCH_AXES))
     lead = (config.train.accumulate, config.train.batch_size // config.train.accumulate)
@@ -153,7 +195,7 @@ def _batch(config: RunConfig, base: ModelConfig, mesh: Mesh, seq: int, images: i
     def of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*lead, *shape), jnp.dtype(dtype), sharding=by_rows)
 
-    batch = {name: of((seq,), dtype) for name, dtype in _BATCH.items()}
+    batch = {name: of((config.data.max_length,), dtype) for name, dtype in _BATCH.items()}
     if config.preference.loss != "none":
         batch["pairs"] = of((1,), "float32")
     if base.sight is not None:

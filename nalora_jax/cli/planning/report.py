@@ -1,24 +1,23 @@
-"""``nalora plan``: the resources of a run on absent hardware, as text and as JSON."""
+"""``nalora plan``: the resources of a run or a sweep on absent hardware, as text and as JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
 
-from nalora_jax.cli.planning.auto import with_layout
 from nalora_jax.cli.planning.program import devices, step_and_arguments
 from nalora_jax.config import RunConfig
 from nalora_jax.layout import distributed
+from nalora_jax.layout.accounting import Collective
 from nalora_jax.layout.decide import Compiled, Search, decide
-from nalora_jax.layout.figures import Figures, figures
-from nalora_jax.layout.layouts import Layout, decoder_alone, fitting
+from nalora_jax.layout.figures import Figures, Roofline, figures, roofline
+from nalora_jax.layout.layouts import Layout, fitting, fitting_sweep, preferred
 from nalora_jax.layout.machines import Topology
-from nalora_jax.layout.roofline import Roofline, bound_of
 from nalora_jax.method.transform import with_gate_state
-from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 
 
@@ -31,7 +30,6 @@ class Plan:
     layout: Layout
     rows: int
     seq: int
-    accumulate: int
     nalora: Figures
     lora: Figures  # the same run without the mechanisms and their statistics
     bound: Roofline  # of a micro-batch of NA-LoRA
@@ -63,7 +61,7 @@ class Plan:
             "topology": self.where.name,
             "rows": self.rows,
             "seq": self.seq,
-            "layout": asdict(self.layout),
+            "layout": self.layout.record(),
             "fits": self.fits,
             "memory": self.nalora.memory,
             "limit": self.where.chip.memory,
@@ -81,41 +79,142 @@ class Plan:
         }
 
 
-def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int, images: int = 0) -> Plan:
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep on a topology."""
+
+    model: str
+    where: Topology
+    runs: int  # of the sweep
+    layout: Layout
+    rows: int  # of each run and step
+    seq: int
+    memory: float  # bytes of a chip
+    seconds: float  # of a step of all runs of a program, by roofline
+    mfu: float
+    collectives: tuple[Collective, ...] | None  # of the compiled step; None for an estimate
+
+    @property
+    def programs(self) -> int:
+        """The number of times that the program runs from start to end."""
+        return math.ceil(self.runs / self.layout.together)
+
+    def hours(self, steps: int) -> float:
+        """Returns the least hours of all runs of ``steps`` steps."""
+        return self.programs * steps * self.seconds / 3600
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values for JSON."""
+        return {
+            "model": self.model,
+            "topology": self.where.name,
+            "runs": self.runs,
+            "mesh": {name: getattr(self.layout, name) for name in ("run", "runs_per_device", "fsdp")},
+            "remat": self.layout.remat,
+            "programs": self.programs,
+            "rows": self.rows,
+            "seq": self.seq,
+            "memory": self.memory,
+            "collectives": None if self.collectives is None else len(self.collectives),
+            "seconds": self.seconds,
+            "mfu": self.mfu,
+        }
+
+
+def plan(config: RunConfig, base: ModelConfig, where: Topology, images: int = 0) -> Plan:
     """Decides a layout by compiled steps of NA-LoRA, compiles LoRA's step and bounds the time.
 
     Args:
-      config: the run; open settings of its mesh and remat are chosen.
+      config: the run, whose rows have ``data.max_length`` tokens; open settings of its mesh and remat
+        are chosen.
       base: the model.
       where: the machine.
-      seq: tokens of a row.
       images: images per row, for a vision-language model; bounds and MFU count only the decoder's
         work.
 
     Raises:
       NaloraError: no layout fits, or the compiler is missing.
     """
-    spec = adapter_spec(config, base)
-    decoder, chips = decoder_alone(base, spec), devices(where)
-
-    def compiled(layout: Layout) -> Compiled:
-        concrete = with_layout(config, layout)
-        mesh = distributed.make_mesh(concrete.mesh, chips)
-        measured = figures(*step_and_arguments(concrete, base, mesh, seq=seq, images=images))
-        bound = bound_of(measured, where, *decoder, concrete, seq)
-        return Compiled(
-            measured.memory, measured.fits(where.chip), bound.seconds, (concrete, mesh, measured, bound)
-        )
-
-    search = Search(fitting(config, *decoder, where, seq), where.chip.memory)
-    layout, result = decide(search, compiled)
+    search, layout, result = _decided(config, base, where, fitting(config, base, where), images=images)
     if result.program is None:
         raise search.refusal()
-    concrete, mesh, ours, bound = result.program
-    step, arguments = step_and_arguments(concrete.without_mechanisms(), base, mesh, seq=seq, images=images)
+    ours, bound = result.program
+    concrete = layout.into(config).without_mechanisms()
+    mesh = distributed.make_mesh(concrete.mesh, devices(where))
+    step, arguments = step_and_arguments(concrete, base, mesh, images=images)
     other = figures(without_statistics(step, mesh), arguments)
-    rows, accumulate = config.train.batch_size, config.train.accumulate
-    return Plan(config.model, where, layout, rows, seq, accumulate, ours, other, bound)
+    rows, seq = config.train.batch_size, config.data.max_length
+    return Plan(config.model, where, layout, rows, seq, ours, other, bound)
+
+
+def plan_sweep(
+    config: RunConfig, base: ModelConfig, where: Topology, runs: int, *, compiles: bool = True
+) -> SweepPlan:
+    """Compiles the step of a sweep in the fastest layout that fits, as `nalora_jax.layout.decide` does.
+
+    Args:
+      config: settings of a run, whose rows belong to one run; ``mesh.run`` and
+        ``mesh.runs_per_device`` are chosen if they are 0, the rematerialization policy if it is "auto".
+      base: the model.
+      where: the machine.
+      runs: number of runs.
+      compiles: if False, the layout and its figures are those of the estimates.
+
+    Raises:
+      NaloraError: no layout fits, or the compiler is missing.
+    """
+    layouts = fitting_sweep(config, base, where, runs)
+    facts = config.train.batch_size, config.data.max_length
+    if not compiles:
+        layout = preferred(layouts)
+        seconds = layout.seconds / math.ceil(runs / layout.together)
+        return SweepPlan(
+            config.model, where, runs, layout, *facts, layout.memory, seconds, layout.mfu, None
+        )
+    search, layout, result = _decided(config, base, where, layouts, runs=runs)
+    if not result.fits:
+        raise search.refusal()
+    measured, bound = result.program
+    return SweepPlan(
+        config.model,
+        where,
+        runs,
+        layout,
+        *facts,
+        measured.memory,
+        bound.seconds,
+        bound.mfu,
+        measured.collectives,
+    )
+
+
+def _decided(
+    config: RunConfig,
+    base: ModelConfig,
+    where: Topology,
+    layouts: Sequence[Layout],
+    *,
+    images: int = 0,
+    runs: int = 0,
+) -> tuple[Search, Layout, Compiled]:
+    """Returns the layout that the compiler accepts, with figures and roofline of its step."""
+    chips = devices(where)
+
+    def compiled(layout: Layout) -> Compiled:
+        concrete = layout.into(config)
+        mesh = distributed.make_mesh(concrete.mesh, chips)
+        together, programs = 0, 1
+        if runs:
+            together = layout.together
+            programs = math.ceil(runs / together)
+        measured = figures(*step_and_arguments(concrete, base, mesh, images=images, runs=together))
+        bound = roofline(measured, concrete, base, where)
+        return Compiled(
+            measured.memory, measured.fits(where.chip), bound.seconds * programs, (measured, bound)
+        )
+
+    search = Search(layouts, where.chip.memory)
+    return search, *decide(search, compiled)
 
 
 def without_statistics(step: Any, mesh: Any) -> Any:
@@ -187,6 +286,31 @@ def describe(plan: Plan, *, steps: int = 0, price: float | None = None) -> Itera
         yield f"  {line}"
 
 
+def describe_sweep(plan: SweepPlan, *, steps: int = 0, price: float | None = None) -> Iterator[str]:
+    """Yields the plan as lines of text.
+
+    Args:
+      plan: the plan.
+      steps: of each run; 0: hours and price are not shown.
+      price: of one chip and hour, in any currency.
+    """
+    chip = plan.where.chip
+    work = f"{plan.runs} runs of {plan.rows} x {plan.seq} tokens a step"
+    yield f"{plan.model} on {plan.where.name} ({plan.where.size} x {chip.name}), {work}"
+    yield f"  mesh        {plan.layout.short}; {plan.programs} program(s) after each other"
+    yield f"  memory      {plan.memory / 1e9:.2f} GB a chip of {chip.memory / 1e9:.1f}"
+    if plan.collectives is None:
+        yield "  by estimates, not compiled"
+    else:
+        joined = max((each.devices for each in plan.collectives), default=1)
+        yield f"  collectives {len(plan.collectives)} in a step, of at most {joined} chip(s)"
+    rate = plan.layout.together * plan.rows * plan.seq / plan.seconds
+    yield f"  at most     {rate:,.0f} tokens/s, {plan.seconds:.3g} s a step"
+    yield f"  implied MFU {plan.mfu:.1%}"
+    if steps:
+        yield "  " + describe_hours(plan.where, plan.hours(steps), f"{steps} steps of every run", price)
+
+
 def describe_costs(
     where: Topology, tokens_per_second: float, seconds: float, steps: int, price: float | None
 ) -> Iterator[str]:
@@ -214,17 +338,18 @@ def describe_hours(where: Topology, hours: float, work: str, price: float | None
     return f"time        at least {hours:.2f} hours for {work}{cost}"
 
 
-def estimate_record(model: str, where: Topology, layout: Layout, rows: int, seq: int) -> dict[str, Any]:
+def estimate_record(config: RunConfig, where: Topology, layout: Layout) -> dict[str, Any]:
     """Returns the estimate of a run for JSON, from its layout only.
 
     The names are the same as in `Plan.to_dict`.
     """
+    rows, seq = config.train.batch_size, config.data.max_length
     return {
-        "model": model,
+        "model": config.model,
         "topology": where.name,
         "rows": rows,
         "seq": seq,
-        "layout": asdict(layout),
+        "layout": layout.record(),
         "estimate": True,
         "memory": layout.memory,
         "limit": where.chip.memory,

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeVar
 import numpy as np
 from jax.sharding import Mesh
 
-from nalora_jax.config.structured import COUNT, PENALTY, POSITIVE_SHARE, SHARE, TEMPERATURE, TOKENS, ranges
+from nalora_jax.config.structured import AMOUNT, COUNT, POSITIVE, POSITIVE_SHARE, SHARE, TOKENS, ranges
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
@@ -42,7 +42,7 @@ class Settings:
     # Maximum number of generated tokens; fewer at the end of the context.
     max_new_tokens: Annotated[int, TOKENS] = 128
     # 0 selects the most likely token; otherwise logits are divided by it.
-    temperature: Annotated[float, TEMPERATURE] = 0.0
+    temperature: Annotated[float, AMOUNT] = 0.0
     # Sample from this many most likely tokens; 0: from all.
     top_k: Annotated[int, COUNT] = 0
     # Sample from the smallest set of tokens with at least this total probability.
@@ -51,7 +51,7 @@ class Settings:
     min_p: Annotated[float, SHARE] = 0.0
     # Penalty of tokens that occur in the prompt or the completion, also for greedy decoding;
     # 1: none, above 1: fewer repetitions.
-    repetition_penalty: Annotated[float, PENALTY] = 1.0
+    repetition_penalty: Annotated[float, POSITIVE] = 1.0
     # Samples are a function of seed, prompt and weights; a sequence has one seed per prompt.
     seed: int | Sequence[int] = 0
     # Texts that end the completion and are not part of it. If a text starts with a special token,

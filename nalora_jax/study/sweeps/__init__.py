@@ -3,10 +3,8 @@
 The frozen base has no such axis, so all runs on a device share one copy and one read of it.
 
     grid      the configs of ``--sweep`` options
-    groups    runs that share a program
-    values    values in which the runs of a program differ
-    stack     states of runs, padded to common ranks and stacked
-    program   the compiled step of several runs
-    loop      the training loop over several runs
-    run       `nalora_jax.sweep`: run folders, checkpoints, evaluation and export of every run
+    values    runs that share a program, and the values in which they differ
+    fit       the mesh of a program and the number of its runs, by memory
+    program   stacked states, the compiled step and the training loop of several runs
+    run       `nalora_jax.sweep`: run folders, checkpoints, evaluation, export and comparison of all runs
 """

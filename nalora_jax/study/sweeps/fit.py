@@ -7,32 +7,31 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from nalora_jax.common.devices import memory_statistics
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
-from nalora_jax.layout.layouts import decoder_alone, estimate, preferred
-from nalora_jax.layout.machines import Topology, of_devices, topology
-from nalora_jax.layout.sweep_layouts import fitting_sweep
-from nalora_jax.models.adapters import adapter_spec
+from nalora_jax.layout.estimates import decoder_alone
+from nalora_jax.layout.layouts import Layout, estimate, fitting_sweep, preferred
+from nalora_jax.layout.machines import of_devices, topology
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.machine import host_memory
+from nalora_jax.train.machine import device_memory
 
 _USABLE = 0.9  # share of a device's memory
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """The mesh of a group of runs and the number of runs that fit on it at the same time."""
+    """The layout of a group of runs and the number of runs that fit in it at the same time."""
 
-    mesh: MeshConfig
+    layout: Layout
     capacity: int
     width: int  # d_model; 0 for image and text encoders
-    remat: str = "auto"  # the rematerialization policy
 
     @classmethod
     def of(cls, config: RunConfig, base: ModelConfig | None, count: int) -> Fitting:
         """Returns the fitting of ``count`` runs.
+
+        On chips that `nalora plan` knows it is the fastest layout that is estimated to fit.
 
         Args:
           config: settings of the first run.
@@ -47,9 +46,10 @@ class Fitting:
             raise NaloraError(
                 "--mesh.context", expected="1 in a sweep, whose rows are whole", found=config.mesh.context
             )
-        where = of_devices(jax.devices())
-        if base is not None and where is not None and _is_open(config.mesh):
-            return cls._estimated(config, base, where, count)
+        where, mesh = of_devices(jax.devices()), config.mesh
+        if base is not None and where is not None and mesh.data == mesh.fsdp == mesh.tensor == 0:
+            layout = preferred(fitting_sweep(config, base, where, count))
+            return cls(layout, layout.together, base.d_model)
         limit = _USABLE * device_memory()
         weights, run, width = 0.0, 1.0, 0
         if base is not None:
@@ -69,16 +69,11 @@ class Fitting:
                 found=requested,
             )
         per_group = requested or min(fits, math.ceil(count / groups))
-        mesh = replace(mesh, runs_per_device=per_group)
-        return cls(mesh, groups * per_group, width, config.compute.remat)
-
-    @classmethod
-    def _estimated(cls, config: RunConfig, base: ModelConfig, where: Topology, count: int) -> Fitting:
-        """Returns the fastest layout that `nalora_jax.layout` estimates to fit on known chips."""
-        layouts = fitting_sweep(config, base, where, config.data.max_length, count)
-        layout = preferred(list(layouts))
-        mesh = layouts[layout]
-        return cls(mesh, mesh.run * mesh.runs_per_device, base.d_model, layout.remat)
+        policies = config.compute.remat, config.compute.experts
+        layout = Layout(
+            mesh.data, mesh.fsdp, mesh.tensor, *policies, run=mesh.run, runs_per_device=per_group
+        )
+        return cls(layout, groups * per_group, width)
 
     def next(self, left: int) -> int:
         """Returns the number of runs of the next program; programs have equal sizes."""
@@ -86,18 +81,13 @@ class Fitting:
 
     def slots(self, count: int) -> int:
         """Returns the length of the axis ``[runs]`` for ``count`` runs: a multiple of the groups."""
-        groups = max(self.mesh.run, 1)
+        groups = max(self.layout.run, 1)
         return math.ceil(count / groups) * groups
 
     def describe(self, count: int) -> str:
         """Returns a text for the log."""
-        groups = max(self.mesh.run, 1)
+        groups = max(self.layout.run, 1)
         return f"{count} runs in one program: {groups} group(s) of devices with {self.slots(count) // groups} each"
-
-
-def _is_open(mesh: MeshConfig) -> bool:
-    """Returns True if the devices of a run are not divided by the user."""
-    return mesh.data == mesh.fsdp == mesh.tensor == 0
 
 
 def _check_experts(mesh: MeshConfig) -> None:
@@ -113,23 +103,14 @@ def _check_experts(mesh: MeshConfig) -> None:
     )
 
 
-def device_memory() -> float:
-    """Returns the bytes of a device's memory; devices of a CPU share the host's."""
-    device = jax.local_devices()[0]
-    limit = memory_statistics(device).get("bytes_limit")
-    if limit:
-        return float(limit)
-    _, total = host_memory()
-    return total / len(jax.local_devices())
-
-
 def _bytes(config: RunConfig, base: ModelConfig) -> tuple[float, float]:
     """Returns the estimated bytes of the base, and of each run: state and saved activations."""
-    decoder, remat = decoder_alone(base, adapter_spec(config, base)), config.compute.remat
+    remat = config.compute.remat
     if remat == "auto":
         remat = "none"
+    whole = Layout(1, 1, 1, remat, config.compute.experts).into(config)
     # Bytes do not depend on the machine.
-    layout = estimate(config, *decoder, topology("v5e:1x1"), config.data.max_length, (1, 1, 1), remat)
+    layout = estimate(whole, *decoder_alone(config, base), topology("v5e:1x1"))
     return layout.weights, layout.state + layout.activations
 
 

@@ -1,9 +1,16 @@
-"""The compiled step of several runs: `jax.vmap` of a run's step, with the frozen base unbatched."""
+"""The program of several runs: their stacked states, the compiled step, and the training loop.
+
+The step is `jax.vmap` of a run's step, with the frozen base unbatched. States are padded with zeros to
+common shapes and stacked on an axis ``[runs]``. Padding a smaller rank is exact: columns of A and rows
+of B that are both zero have no gradient. Each run logs, evaluates and saves as a solo run does. A run
+that is finished, stopped early or diverged keeps its state while the others train.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, lru_cache, partial
+from signal import Signals
 from typing import Any
 
 import jax
@@ -14,20 +21,109 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common import trees
 from nalora_jax.common.axes import RUN
+from nalora_jax.common.notes import counting
+from nalora_jax.errors import TrainingDivergedError
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch, TrainState
-from nalora_jax.study.sweeps.groups import widest
-from nalora_jax.study.sweeps.stack import common_shapes, shared, stack, stacked_sharding, take, unpadded
-from nalora_jax.study.sweeps.values import Values, mechanisms_with, spec_with, values_of
+from nalora_jax.study.sweeps.values import Values, mechanisms_with, spec_with, values_of, widest
 from nalora_jax.train.assembly import Assembly
+from nalora_jax.train.loop import FitResult, Follower
+from nalora_jax.train.preemption import StopSignals
 from nalora_jax.train.state_metrics import StateMetrics
+
+Shapes = dict[str, tuple[int, ...]]  # by path
+
+
+# ---------------------------------------------------------------- states and batches
+
+
+def common_shapes(runs: Sequence[Any]) -> Shapes:
+    """Returns the largest size of every axis by path, over trees of equal structure."""
+    flat = [trees.flatten(run) for run in runs]
+    return {
+        path: tuple(map(max, zip(*(tree[path].shape for tree in flat), strict=True))) for path in flat[0]
+    }
+
+
+def stacked_sharding(mesh: Mesh, solo: NamedSharding) -> NamedSharding:
+    """Returns the sharding of ``[runs, ...]`` for the sharding of one run's array."""
+    return NamedSharding(mesh, P(RUN if RUN in mesh.shape else None, *solo.spec))
+
+
+def stack(runs: Sequence[Any], shapes: Shapes, places: Any) -> Any:
+    """Returns the trees of all runs as arrays ``[runs, ...]``.
+
+    Args:
+      runs: trees of arrays, on devices or in host memory; all processes must call it.
+      shapes: `common_shapes` of them.
+      places: a tree of shardings of ``[runs, ...]``.
+    """
+    flat = [
+        {path: np.asarray(distributed.fetch(leaf)) for path, leaf in trees.flatten(run).items()}
+        for run in runs
+    ]
+
+    def join(path: str, place: NamedSharding) -> jax.Array:
+        stacked = np.stack([_padded(np, tree[path], shapes[path]) for tree in flat])
+        return jax.make_array_from_callback(stacked.shape, place, stacked.__getitem__)
+
+    return trees.map_named(join, places)
+
+
+def take(states: Any, index: jax.Array) -> Any:
+    """Returns the state of one run, still padded."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), states)
+
+
+def batch_of(rows: Sequence[Mapping[str, np.ndarray]], mesh: Mesh) -> dict[str, jax.Array]:
+    """Returns global arrays ``[runs, accumulate, rows, ...]`` of the host batches of all runs.
+
+    Args:
+      rows: by run, the arrays ``[accumulate, rows, ...]`` of `nalora_jax.layout.distributed.process_rows`.
+      mesh: the sweep's devices.
+    """
+    stacked = {name: np.stack([run[name] for run in rows]) for name in rows[0]}
+    batch: dict[str, jax.Array] = distributed.make_global_batch(stacked, mesh, rows_axis=2)
+    return batch
+
+
+def _padded(numpy: Any, array: Any, shape: tuple[int, ...]) -> Any:
+    """Returns ``array`` with zeros up to ``shape``, by `numpy` or `jax.numpy`."""
+    if array.shape == shape:
+        return array
+    return numpy.pad(array, [(0, target - size) for size, target in zip(array.shape, shape, strict=True)])
+
+
+def shared(runs: Sequence[Any], mesh: Mesh) -> tuple[Any, Any]:
+    """Returns the frozen weights of all runs and the axis ``[runs]`` of each array, 0 or None.
+
+    Arrays that all runs share are not copied. Kernels that an initialization lowered differ by run.
+    """
+    if all(run is runs[0] for run in runs):
+        return runs[0], None
+    flat = [trees.flatten(run) for run in runs]
+    differing = {path for path, leaf in flat[0].items() if any(tree[path] is not leaf for tree in flat)}
+    shapes = common_shapes([{path: tree[path] for path in differing} for tree in flat])
+
+    def join(path: str, leaf: jax.Array) -> jax.Array:
+        if path not in differing:
+            return leaf
+        stacked = jnp.stack([_padded(jnp, jnp.asarray(tree[path]), shapes[path]) for tree in flat])
+        sharding: Any = leaf.sharding
+        return jax.device_put(stacked, stacked_sharding(mesh, sharding))
+
+    axes = trees.map_named(lambda path, leaf: 0 if path in differing else None, runs[0])
+    return trees.map_named(join, runs[0]), axes
+
+
+# ---------------------------------------------------------------- step
 
 
 class SweepProgram:
     """The runs of one program and their compiled step.
 
     Args:
-      runs: assemblies on one mesh, with one `nalora_jax.study.sweeps.groups.program_key`.
+      runs: assemblies on one mesh, with one `nalora_jax.study.sweeps.values.program_key`.
       width: of the model, for automatic learning rates; 0 for image and text encoders.
       slots: length of the axis ``[runs]``, if larger; the last run fills it and does not change.
 
@@ -57,12 +153,7 @@ class SweepProgram:
             self.params = first.view(weights)
         else:
             self.params, of_params = {"params": weights}, {"params": axes}
-        self._compiled: Any = jax.jit(
-            step_of_runs(self._one, self.mesh, of_params),
-            donate_argnums=(1,),
-            out_shardings=(self._places, self._by_run),
-            compiler_options=distributed.compiler_options(self.mesh),
-        )
+        self._compiled = step_of_runs(self._one, self.mesh, self._places, of_params)
         self._trains = lru_cache(maxsize=2)(self._trained)  # changes when a run ends
         self._take = jax.jit(take, out_shardings=self._solo)
         self._measure: Any = jax.jit(jax.vmap(self._metrics_of_one), out_shardings=self._by_run)
@@ -92,9 +183,13 @@ class SweepProgram:
 
     def state_of(self, states: TrainState, index: int) -> TrainState:
         """Returns the state of one run, with the shapes of its solo run."""
-        padded = self._take(states, jnp.int32(index))
-        shapes = {path: leaf.shape for path, leaf in trees.flatten(self.runs[index].state).items()}
-        state: TrainState = unpadded(padded, shapes)
+        solo = trees.flatten(self.runs[index].state)
+
+        def without_padding(path: str, leaf: jax.Array) -> jax.Array:
+            shape = solo[path].shape
+            return leaf if leaf.shape == shape else leaf[tuple(map(slice, shape))]
+
+        state: TrainState = trees.map_named(without_padding, self._take(states, jnp.int32(index)))
         return state
 
     def measure(self, states: TrainState) -> list[dict[str, Any]]:
@@ -121,18 +216,18 @@ class SweepProgram:
     def _one(self, params: Any, state: TrainState, batch: Batch, values: Mapping[str, Any]) -> Any:
         """Returns the step of one run."""
         first = self.runs[0]
-        assert first.pure is not None
         mechanisms = mechanisms_with(first.mechanisms, values)
         step = first.pure(spec_with(self._spec, values["scales"]), mechanisms, values["numbers"])
         return step(params, state, batch)
 
 
-def step_of_runs(step: Callable[..., Any], mesh: Mesh, params_axes: Any = None) -> Callable[..., Any]:
-    """Returns the step ``(params, states, batch, values, active) -> (states, metrics)`` of all runs.
+def step_of_runs(step: Callable[..., Any], mesh: Mesh, places: Any, params_axes: Any = None) -> Any:
+    """Returns the jitted step ``(params, states, batch, values, active) -> (states, metrics)`` of all runs.
 
     Args:
       step: of one run, ``(params, state, batch, values) -> (state, metrics)``.
       mesh: the sweep's devices.
+      places: shardings of the states, which are donated.
       params_axes: axis ``[runs]`` of each array of the params, 0 or None; None: no array has it.
     """
 
@@ -145,22 +240,166 @@ def step_of_runs(step: Callable[..., Any], mesh: Mesh, params_axes: Any = None) 
     def by_axis(of_axis: Callable[..., Any], *trees_of_params: Any) -> Any:
         return jax.tree.map(of_axis, params_axes, *trees_of_params, is_leaf=lambda axis: axis is None)
 
-    def together(params: Any, *of_runs: Any) -> Any:
+    def together(params: Any, *stacked: Any) -> Any:
         """Returns the step of all runs; one run alone has the program of a solo run."""
-        if of_runs[-1].shape[0] > 1:
-            return jax.vmap(one, in_axes)(params, *of_runs)
-        of_run = jax.tree.map(lambda x: x[0], of_runs)
+        if stacked[-1].shape[0] > 1:
+            return jax.vmap(one, in_axes)(params, *stacked)
+        of_run = jax.tree.map(lambda x: x[0], stacked)
         results = one(by_axis(lambda axis, x: x if axis is None else x[0], params), *of_run)
         return jax.tree.map(lambda x: x[None], results)
 
-    if RUN not in mesh.shape:
-        return together
-    if distributed.devices_per_run(mesh) > 1:
-        return jax.vmap(one, in_axes, spmd_axis_name=RUN)
-    # Every device runs the program of one device, so no collective crosses the axis.
-    of_params = by_axis(lambda axis: P() if axis is None else P(RUN))
-    in_specs = (of_params, P(RUN), P(RUN), P(RUN), P(RUN))
-    mapped: Callable[..., Any] = jax.shard_map(
-        together, mesh=mesh, in_specs=in_specs, out_specs=P(RUN), check_vma=False
+    of_runs: Callable[..., Any] = together
+    if RUN in mesh.shape and distributed.devices_per_run(mesh) > 1:
+        of_runs = jax.vmap(one, in_axes, spmd_axis_name=RUN)
+    elif RUN in mesh.shape:
+        # Every device runs the program of one device, so no collective crosses the axis.
+        of_params = by_axis(lambda axis: P() if axis is None else P(RUN))
+        in_specs = (of_params, P(RUN), P(RUN), P(RUN), P(RUN))
+        of_runs = jax.shard_map(together, mesh=mesh, in_specs=in_specs, out_specs=P(RUN), check_vma=False)
+    return jax.jit(
+        of_runs,
+        donate_argnums=1,
+        out_shardings=(places, stacked_sharding(mesh, NamedSharding(mesh, P()))),
+        compiler_options=distributed.compiler_options(mesh),
     )
-    return mapped
+
+
+# ---------------------------------------------------------------- loop
+
+
+class RunLoop:
+    """A run in the loop.
+
+    Args:
+      follower: its actions after each step.
+      batches: its host batches, starting at its next step.
+      start: steps completed before.
+      steps: steps of the run.
+
+    Attributes:
+      error: set if the run diverged.
+    """
+
+    def __init__(
+        self, follower: Follower, batches: Iterator[Mapping[str, np.ndarray]], *, start: int, steps: int
+    ) -> None:
+        self.follower, self.step, self.active = follower, start, start < steps
+        self.error: TrainingDivergedError | None = None
+        self._batches = batches
+        self._batch: Mapping[str, np.ndarray] | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        """True if a stop request ended the run."""
+        return self.follower.result.interrupted
+
+    def batch(self) -> Mapping[str, np.ndarray]:
+        """Returns the next batch; of a run that has ended, the last one again."""
+        if self.active or self._batch is None:
+            self._batch = next(self._batches)
+        return self._batch
+
+    def after(self, metrics: Mapping[str, Any], state: Callable[[], TrainState]) -> None:
+        """Acts after a step of the program."""
+        if not self.active:
+            return
+        self.step += 1
+        try:
+            self.active = self.follower.after(self.step, metrics, state)
+        except TrainingDivergedError as error:
+            self.active, self.error = False, error
+
+
+class StopOfAll(StopSignals):
+    """The stop request of several runs, asked once after each step, so that all end together."""
+
+    def __init__(self, signals: StopSignals) -> None:
+        super().__init__()
+        self._signals, self._asked = signals, False
+
+    @property
+    def signal(self) -> Signals:
+        """Returns the signal that stopped the runs."""
+        return self._signals.signal
+
+    def ask(self, step: int) -> None:
+        """Reads the request after ``step`` steps of the program; all processes call it."""
+        self._asked = self._signals.asked(step)
+
+    def asked(self, step: int) -> bool:
+        """Returns True if the runs have to stop."""
+        del step
+        return self._asked
+
+
+def fit_all(
+    program: SweepProgram, runs: Sequence[RunLoop], measured: StatesMetrics, stop: StopOfAll | None = None
+) -> list[FitResult]:
+    """Runs all steps of all runs, and returns their results.
+
+    Args:
+      program: the compiled program.
+      runs: in the program's order.
+      measured: the metrics of states that the runs' hooks read.
+      stop: the stop request that the runs' hooks read.
+    """
+    states, step = program.begin([run.follower.result.state for run in runs]), 0
+    while any(run.active for run in runs):
+        rows = [run.batch() for run in runs]
+        batch = batch_of([*rows, *rows[-1:] * (len(program.runs) - len(rows))], program.mesh)
+        if not step:
+            with counting("compiling the step"):
+                program.lower(states, batch).compile()
+        states, metrics = program.step(states, batch, [run.active for run in runs])
+        step += 1
+        if stop is not None:
+            stop.ask(step)
+        fetched = cache(partial(jax.tree.map, distributed.fetch, metrics))
+        measured.of(program, states)
+        for index, run in enumerate(runs):
+            run.after(_OfRun(fetched, index), partial(program.state_of, states, index))
+    return [run.follower.result for run in runs]
+
+
+class StatesMetrics:
+    """`nalora_jax.train.state_metrics.StateMetrics` of several runs, computed by one program."""
+
+    def __init__(self) -> None:
+        self.of_all: Callable[[], list[dict[str, Any]]] = list
+
+    def of(self, program: SweepProgram, states: TrainState) -> None:
+        """Sets the states that are measured when the first run asks."""
+        self.of_all = cache(partial(program.measure, states))
+
+    def run(self, index: int) -> _StateMetricsOfRun:
+        """Returns the metrics of one run."""
+        return _StateMetricsOfRun(self, index)
+
+
+class _StateMetricsOfRun:
+    def __init__(self, shared: StatesMetrics, index: int) -> None:
+        self._shared, self._index = shared, index
+
+    def compile_ahead(self, state: TrainState) -> None:
+        """Returns at once: the program of all runs compiles at the first log step."""
+
+    def measure(self, state: TrainState) -> dict[str, Any]:
+        """Returns the metrics of the run's current state."""
+        del state
+        return self._shared.of_all()[self._index]
+
+
+class _OfRun(Mapping[str, Any]):
+    """The metrics of one run, of those of all runs ``[runs, ...]``, which are fetched when they are first read."""
+
+    def __init__(self, fetched: Callable[[], Mapping[str, Any]], index: int) -> None:
+        self._fetched, self._index = fetched, index
+
+    def __getitem__(self, name: str) -> Any:
+        return jax.tree.map(lambda leaf: leaf[self._index], self._fetched()[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fetched())
+
+    def __len__(self) -> int:
+        return len(self._fetched())

@@ -35,12 +35,11 @@ from nalora_jax.report.history import read_history
 from nalora_jax.report.html import write_report
 from nalora_jax.study.sweeps.fit import Fitting
 from nalora_jax.study.sweeps.grid import FILE, axes_of, check_names, grid
-from nalora_jax.study.sweeps.groups import grouped, program_key
-from nalora_jax.study.sweeps.loop import RunLoop, StatesMetrics, StopOfAll, fit_all
-from nalora_jax.study.sweeps.program import SweepProgram
+from nalora_jax.study.sweeps.program import RunLoop, StatesMetrics, StopOfAll, SweepProgram, fit_all
+from nalora_jax.study.sweeps.values import grouped, program_key
 from nalora_jax.train.callbacks import make_callbacks
 from nalora_jax.train.job import Inputs, Job
-from nalora_jax.train.kinds import kind_of
+from nalora_jax.train.kinds import run_kind
 from nalora_jax.train.output import write_text
 from nalora_jax.train.preemption import StopSignals
 from nalora_jax.train.progress import Stages
@@ -50,10 +49,10 @@ from nalora_jax.train.run import (
     attended,
     best_state,
     built,
-    checked,
+    checked_mesh,
+    checked_settings,
     evaluate_base,
     finish,
-    mesh_of,
     read_inputs,
     restore,
 )
@@ -61,6 +60,7 @@ from nalora_jax.train.session import Session, open_session, way_on
 
 log = logging.getLogger(__name__)
 PAGE = "comparison.html"  # in the folder of a sweep
+_MOST = 7  # settings on a page
 
 
 @dataclass(frozen=True)
@@ -160,11 +160,11 @@ def _opened(
     config: RunConfig, data: Data | None, format: Format | None, stop: StopSignals, stack: ExitStack
 ) -> _Run:
     """Locks the folder of a run and reads its settings, files and data."""
-    config, source = checked(config, data, format, None)
+    config, source = checked_settings(config, data, format, None)
     resume: bool | Literal["auto"] = "auto" if config.resume else False
     console, callbacks = _Named(Path(config.output).name), make_callbacks(config.callbacks)
     session = stack.enter_context(open_session(replace(config, resume=resume), stop, callbacks, console))
-    return _Run(read_inputs(config, kind_of(config), session, source), session)
+    return _Run(read_inputs(config, run_kind(config), session, source), session)
 
 
 def _common_folder(configs: Sequence[RunConfig]) -> str:
@@ -199,9 +199,8 @@ class _Group:
     def train(self) -> dict[str, RunResult | TrainingDivergedError]:
         """Trains all runs of the group; returns results or errors by folder."""
         config = self._runs[0].config
-        compute: Any = replace(config.compute, remat=cast(Any, self._fits.remat))
-        concrete = replace(config, mesh=self._fits.mesh, compute=compute)
-        mesh = mesh_of(concrete)
+        concrete = self._fits.layout.into(config)
+        mesh = checked_mesh(concrete)
         results: dict[str, RunResult | TrainingDivergedError] = {}
         left = self._runs
         while left:
@@ -248,7 +247,7 @@ class _Group:
     def _built(self, run: _Run, concrete: RunConfig, mesh: Mesh) -> Job:
         """Builds a run on the group's base."""
         placed = replace(run.config, mesh=concrete.mesh, compute=concrete.compute)
-        kind = kind_of(placed)
+        kind = run_kind(placed)
         job = built(run.inputs, kind, placed, mesh, run.session.output, self._first)
         self._first = self._first or job
         return job

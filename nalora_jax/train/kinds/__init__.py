@@ -10,7 +10,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.job import Kind
 
 
-def kind_of(config: RunConfig) -> Kind:
+def run_kind(config: RunConfig) -> Kind:
     """Returns the kind of a run, imported only now: runs on images need Pillow, an extra."""
     if config.vision.task in DUAL:
         from nalora_jax.train.kinds import dual

@@ -82,7 +82,7 @@ def trained_on(config: RunConfig, source: ImageSource, classes: tuple[str, ...])
     return ImageRecords(source, readable(source, indices, vision), classes, labels)
 
 
-def read(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
+def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
     """Opens the images and settles the settings.
 
     Raises:
@@ -96,7 +96,7 @@ def read(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
     return Inputs(config, None, None, records, (images[0], images[1]), questions)
 
 
-def build(
+def build_step(
     inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None
 ) -> tuple[LoadedDual, Assembly, ImageData]:
     """Loads both towers, and builds adapters, step and this process's rows.
@@ -139,7 +139,7 @@ def evaluators(
     return reported, selecting
 
 
-def export(job: Job, folder: Path, state: TrainState, share: Callable[[str], None]) -> None:
+def export_run(job: Job, folder: Path, state: TrainState, share: Callable[[str], None]) -> None:
     """Writes PEFT files of the trained adapter and verifies that a reload is bitwise equal."""
     del share
     loaded, assembly = cast(LoadedDual, job.loaded), job.assembly

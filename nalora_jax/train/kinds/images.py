@@ -27,7 +27,7 @@ from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch
 from nalora_jax.models.vision.decoder import SeeingDecoder
 from nalora_jax.train.assembly import Assembly
-from nalora_jax.train.inputs import check_data
+from nalora_jax.train.inputs import open_records
 from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.kinds import text
 from nalora_jax.train.objectives import NextToken
@@ -37,7 +37,7 @@ from nalora_jax.weights.hub import resolve
 from nalora_jax.weights.model_files import LoadedModel, open_files
 
 
-def read(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
+def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
     """Opens the model's files and the conversations, tokenizes them and settles the settings.
 
     Raises:
@@ -47,7 +47,7 @@ def read(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
     if files.config.sight is not None:
         files = seeing_files(files)
     tokens = files.tokenizer.images
-    train, held = check_data(config.data, seen_sources(config.data, config.vision, tokens, source))
+    train, held = open_records(config.data, seen_sources(config.data, config.vision, tokens, source))
     inputs = text.tokenized(config, files, train, held)
     assert tokens is not None
     assert files.processor is not None
@@ -56,12 +56,12 @@ def read(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
     return replace(inputs, data=replace(data, images=images), in_turns=True)
 
 
-def build(
+def build_step(
     inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None
 ) -> tuple[LoadedModel, Assembly, TrainData]:
     """Loads the base with its image tower, and builds adapters, step and this process's rows."""
     assert inputs.files is not None
-    return text.build(inputs, placed, mesh, output, like, **parts(inputs.files.processor))
+    return text.build_step(inputs, placed, mesh, output, like, **parts(inputs.files.processor))
 
 
 def evaluators(
@@ -79,7 +79,7 @@ def evaluators(
     return reported, selecting
 
 
-export = text.export
+export_run = text.export_run
 
 
 def parts(processor: ImageProcessor | None) -> dict[str, Any]:

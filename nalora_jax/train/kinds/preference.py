@@ -36,7 +36,7 @@ from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.split_rows import joined
 from nalora_jax.ops.target_losses import target_losses
 from nalora_jax.train.assembly import Assembly
-from nalora_jax.train.inputs import check_data, settled, stream_shape
+from nalora_jax.train.inputs import open_records, settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.kinds import text
 from nalora_jax.train.objectives import NextToken
@@ -45,7 +45,7 @@ from nalora_jax.weights.hub import resolve
 from nalora_jax.weights.model_files import LoadedModel, open_files
 
 
-def read(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
+def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
     """Opens the model's files and the pairs, tokenizes them and settles the settings.
 
     Raises:
@@ -56,7 +56,7 @@ def read(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
     base, tokenizer = files.described(added), files.tokenizer_with(added)
     adapter_spec(config, base)  # raises for rules that match nothing, before data is tokenized
     context = base.max_positions
-    train, held = check_data(config.data, source)
+    train, held = open_records(config.data, source)
     turns = in_turns(train.read([0])[0], config.data, preference.chosen_field)
     measure = partial(pair_sizes, preference=preference)
     config = replace(config, data=with_length(config.data, train, tokenizer, context, measure))
@@ -76,11 +76,11 @@ def read(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
     return Inputs(config, base, files, data, pairs, questions, turns)
 
 
-def build(
+def build_step(
     inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None
 ) -> tuple[LoadedModel, Assembly, PairData]:
     """Loads the base, and builds adapters, step and this process's rows of pairs."""
-    loaded, assembly, data = text.build(inputs, placed, mesh, output, like, **parts(placed.preference))
+    loaded, assembly, data = text.build_step(inputs, placed, mesh, output, like, **parts(placed.preference))
     rows: Any = data
     return loaded, assembly, rows
 
@@ -100,7 +100,7 @@ def evaluators(
     return reported, selecting
 
 
-export = text.export
+export_run = text.export_run
 
 
 def parts(config: PreferenceConfig) -> dict[str, Any]:

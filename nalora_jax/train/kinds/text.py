@@ -29,7 +29,7 @@ from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.train.assembly import Assembly, assemble, exportable_adapter
 from nalora_jax.train.export import write_adapter
-from nalora_jax.train.inputs import check_data, check_layout, check_longest, settled, stream_shape
+from nalora_jax.train.inputs import check_layout, check_longest, open_records, settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.output import Output
 from nalora_jax.train.start import with_start
@@ -41,14 +41,14 @@ from nalora_jax.weights.peft import import_adapter, max_logit_difference
 log = logging.getLogger(__name__)
 
 
-def read(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
+def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
     """Opens the model's files and the data, tokenizes the data and settles the settings.
 
     Raises:
       NaloraError: a model or data that cannot be read, or settings that do not fit them.
     """
     files = open_files(replace(resolve(config.model), rope_scaling=config.rope_scaling))
-    return tokenized(config, files, *check_data(config.data, source))
+    return tokenized(config, files, *open_records(config.data, source))
 
 
 def tokenized(config: RunConfig, files: ModelFiles, train: Source, held: Source) -> Inputs:
@@ -67,7 +67,7 @@ def tokenized(config: RunConfig, files: ModelFiles, train: Source, held: Source)
     return Inputs(config, base, files, data, items, questions, turns)
 
 
-def build(
+def build_step(
     inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None, **parts: Any
 ) -> tuple[LoadedModel, Assembly, TrainData]:
     """Loads the base, and builds adapters, step and this process's rows.
@@ -124,7 +124,7 @@ def evaluators(
     return reported, selecting
 
 
-def export(job: Job, folder: Path, state: TrainState, share: Callable[[str], None]) -> None:
+def export_run(job: Job, folder: Path, state: TrainState, share: Callable[[str], None]) -> None:
     """Writes PEFT files of the adapter and verifies them by reloading.
 
     Args:

@@ -1,60 +1,187 @@
-"""Layouts of runs on devices, simulated and abstract."""
+"""Layouts of training runs, accepted by a compiled step and by the first step on (simulated) devices."""
 
 from __future__ import annotations
 
+import importlib
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from nalora_jax.cli.planning.auto import laid_out
-from nalora_jax.cli.planning.models import architecture
-from nalora_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
+from nalora_jax.cli.planning import auto
+from nalora_jax.cli.planning.auto import accepted
+from nalora_jax.cli.planning.program import architecture
+from nalora_jax.config import ComputeConfig, DataConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.machines import of_devices
-from tests.doubles.machines import machine
+from nalora_jax.layout import distributed
+from nalora_jax.layout.figures import of_compiled
+from nalora_jax.layout.machines import CHIPS, Topology
+from tests import tiny
+
+nalora_run = importlib.import_module("nalora_jax.cli.training")
+V6E = Topology("eight simulated chips", CHIPS["v6e"], "v6e", (2, 4))
+EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes"
 
 
-@pytest.mark.parametrize(
-    ("name", "chip", "dims", "slices"),
-    [
-        ("v5litepod-256", "v5e", (16, 16, 1), 1),
-        ("v5p-2048", "v5p", (8, 8, 16), 1),
-        ("2 x v6e-16", "v6e", (4, 4, 1), 2),
-        ("2 x 8 H100", "h100", (2, 8), 1),
-        ("2 x 8 H100, a process a GPU", "h100", (2, 8), 1),
-        ("2 x 8 A100", "a100-40", (2, 8), 1),
-        ("8 A100 80GB", "a100-80", (1, 8), 1),
-        ("L4", "l4", (1, 1), 1),
-        ("GB200 NVL72", "gb200", (1, 72), 1),
-    ],
+@dataclass(frozen=True)
+class State:
+    lora: Any
+
+
+jax.tree_util.register_dataclass(State, data_fields=["lora"], meta_fields=[])
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """As much of `nalora_jax.train.assembly.Assembly` as the search for a layout needs."""
+
+    mesh: Any
+    step: Any
+    state: State
+    params: Any
+
+    def view(self, params: Any) -> Any:
+        return params
+
+    def begin(self, lora: Any, seed: int) -> State:
+        return State(jax.device_put(lora, NamedSharding(self.mesh, P())))
+
+
+@dataclass(frozen=True)
+class Data:
+    closed: list[bool]
+
+    def batches(self) -> Any:
+        yield {"tokens": np.ones((1, 8, 4), np.float32)}
+        self.closed.append(True)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    assembly: Assembly
+    data: Data
+    config: RunConfig
+
+
+class Builder:
+    """Builds pieces whose step adds up a batch; ``fails`` decides by the mesh whether and where memory is short."""
+
+    def __init__(self, fails: dict[MeshConfig, str]) -> None:
+        self.fails, self.meshes = fails, []
+
+    def __call__(self, config: RunConfig) -> Any:
+        self.meshes.append(config.mesh)
+        where = self.fails.get(config.mesh, "")
+        if where == "weights":
+            raise jax.errors.JaxRuntimeError(EXHAUSTED)
+        mesh = distributed.make_mesh(config.mesh)
+        step = jax.jit(
+            lambda params, state, batch: (State(state.lora + batch["tokens"].sum()), {}), donate_argnums=1
+        )
+        state = State(jax.device_put(jnp.arange(3.0), NamedSharding(mesh, P())))
+        return Pieces(
+            Assembly(mesh, _Short(step) if where == "step" else step, state, ()), Data([]), config
+        )
+
+
+class _Short:
+    """A step for which the device has no memory."""
+
+    def __init__(self, step: Any) -> None:
+        self.lower = step.lower
+
+    def __call__(self, *_: Any) -> Any:
+        raise jax.errors.JaxRuntimeError(EXHAUSTED)
+
+
+@pytest.fixture
+def on_chips(monkeypatch):
+    monkeypatch.setattr(auto, "of_devices", lambda _: V6E)
+
+
+CONFIG = RunConfig(
+    train=TrainConfig(batch_size=8), data=DataConfig(max_length=512), compute=ComputeConfig(remat="dots")
 )
-def test_a_machine_is_recognised_by_its_devices(name, chip, dims, slices):
-    where = of_devices(machine(name))
-    assert where is not None
-    assert (where.kind, where.dims, where.slices) == (chip, dims, slices)
+BASE = architecture("llama-3.1-8b")
 
 
-def test_chips_without_a_data_sheet_are_left_alone():
-    assert of_devices(machine("T4")) is None
-    config = RunConfig(train=TrainConfig(batch_size=4))
-    assert laid_out(config, architecture("llama-3.1-8b"), machine("T4")) == config
+def test_the_first_layout_is_built_once_and_its_state_is_that_before_the_first_step(on_chips):
+    builder = Builder({})
+    pieces: Any = accepted(CONFIG, BASE, builder)
+    assert builder.meshes == [MeshConfig(8, 1, 1)]
+    np.testing.assert_array_equal(
+        pieces.assembly.state.lora, [0, 1, 2]
+    )  # the trial step has donated the first one
 
 
-def test_a_pod_s_run_is_laid_out_by_what_fits():
-    config = RunConfig(train=TrainConfig(batch_size=256), data=DataConfig(max_length=4096))
-    found = laid_out(config, architecture("llama-3.1-8b"), machine("v6e-256"))
-    assert found.mesh == MeshConfig(256, 1, 1)
-    assert found.compute.remat == "dots"
-    fixed = laid_out(
-        RunConfig(train=config.train, data=config.data, mesh=MeshConfig(fsdp=64)),
-        architecture("llama-3.1-8b"),
-        machine("v6e-256"),
+@pytest.mark.parametrize("where", ["weights", "step"])
+def test_too_little_memory_on_the_device_leads_to_the_next_layout(on_chips, caplog, where):
+    builder = Builder({MeshConfig(8, 1, 1): where})
+    with caplog.at_level(logging.INFO, logger="nalora_jax.layout"):
+        pieces: Any = accepted(CONFIG, BASE, builder)
+    assert len(builder.meshes) == 2
+    assert pieces.config.mesh == builder.meshes[1] != MeshConfig(8, 1, 1)
+    np.testing.assert_array_equal(pieces.assembly.state.lora, [0, 1, 2])
+    assert "instead of data 8 x fsdp 1 x tensor 1, remat dots (out of memory)" in caplog.text
+
+
+def test_a_program_too_large_by_its_memory_analysis_is_not_run(on_chips, monkeypatch):
+    large = iter([1e12])
+    monkeypatch.setattr(
+        auto, "of_compiled", lambda program: replace(of_compiled(program), temporary=next(large, 0.0))
     )
-    assert fixed.mesh == MeshConfig(4, 64, 1)
-    with pytest.raises(NaloraError, match=r"to fit in 16\.40 GB a chip"):
-        laid_out(config, architecture("llama-3.1-70b"), machine("v5litepod-16")[:4])
+    builder = Builder({MeshConfig(8, 1, 1): "step"})
+    pieces: Any = accepted(CONFIG, BASE, builder)
+    assert pieces.config.mesh == builder.meshes[1]
 
 
-def test_cpus_take_the_simplest_mesh():
-    assert of_devices(jax.devices()) is None
-    found = laid_out(RunConfig(), architecture("llama-3.1-8b"))
-    assert found == RunConfig()  # left open: `make_mesh` takes the simplest mesh
+def test_no_memory_in_any_layout_is_an_error_that_names_them(on_chips, monkeypatch):
+    monkeypatch.setattr(auto, "of_compiled", lambda program: replace(of_compiled(program), temporary=1e12))
+    with pytest.raises(
+        NaloraError, match=r"--mesh: expected a layout whose .* fits in 33\.6 GB .*data 8.*1000\.0 GB"
+    ):
+        accepted(CONFIG, BASE, Builder({}))
+
+
+def test_other_errors_are_not_taken_for_too_little_memory(on_chips):
+    def build(config: RunConfig) -> Any:
+        raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):
+        accepted(CONFIG, BASE, build)
+
+
+def test_a_layout_given_in_full_and_a_cpu_compile_nothing_ahead(on_chips, monkeypatch):
+    monkeypatch.setattr(auto, "compile_ahead", None)
+    builder = Builder({})
+    accepted(replace(CONFIG, mesh=MeshConfig(4, 2, 1)), BASE, builder)
+    monkeypatch.setattr(auto, "of_devices", lambda _: None)
+    accepted(CONFIG, BASE, builder)
+    assert builder.meshes == [MeshConfig(4, 2, 1), CONFIG.mesh]
+
+
+def test_a_run_compiles_its_step_once_for_each_layout_that_is_tried(
+    on_chips, monkeypatch, tmp_path: Path, caplog
+):
+    """Training finds the accepted one compiled."""
+    large = iter([1e12])
+    monkeypatch.setattr(
+        auto, "of_compiled", lambda program: replace(of_compiled(program), temporary=next(large, 0.0))
+    )
+    monkeypatch.setenv("NALORA_CACHE", tiny.new_cache(tmp_path / "cache"))
+    config = tiny.make_config(tmp_path, mesh=MeshConfig(), steps=1)
+    config = replace(config, compute=replace(config.compute, remat="dots"))
+    with jax.log_compiles(), caplog.at_level(logging.INFO):
+        nalora_run.run(config)
+    compiled = [
+        text for text in caplog.messages if text.startswith("Finished XLA compilation of jit(train_step)")
+    ]
+    assert len(compiled) == 2, caplog.messages
+    assert sum("instead of" in text for text in caplog.messages) == 1

@@ -12,6 +12,7 @@ from nalora_jax.cli.planning.report import without_statistics
 from nalora_jax.config import (
     AdaLoRAConfig,
     ComputeConfig,
+    DataConfig,
     LoRAConfig,
     LoRARule,
     MeshConfig,
@@ -24,7 +25,8 @@ from nalora_jax.layout import distributed
 from nalora_jax.layout.figures import figures
 from nalora_jax.models.config import ModelConfig
 
-LAYERS, D, D_FF, VOCAB, SEQ, RANK = 3, 64, 128, 1024, 32, 4
+LAYERS, D, D_FF, VOCAB, RANK = 3, 64, 128, 1024, 4
+ROWS = DataConfig(max_length=32)
 BASE = {
     "model_type": "llama",
     "vocab_size": VOCAB,
@@ -47,10 +49,11 @@ def compiled(
         lora=LoRAConfig(rules=(LoRARule("ffn/", RANK),)),
         mesh=mesh,
         train=TrainConfig(batch_size=16 * accumulate, accumulate=accumulate),
+        data=ROWS,
         compute=ComputeConfig(**{"dtype": "float32", "loss_chunk": chunk, "remat": "full", **compute}),
     )
     base = ModelConfig.from_hf(BASE | {"tie_word_embeddings": tied})
-    step, arguments = step_and_arguments(config, base, distributed.make_mesh(mesh), seq=SEQ)
+    step, arguments = step_and_arguments(config, base, distributed.make_mesh(mesh))
     return figures(step, arguments, cache=tmp_path)
 
 
@@ -67,8 +70,8 @@ def compiled(
 )
 def test_steps_of_all_methods_of_a_run_have_arguments(changes):
     mesh = distributed.make_mesh(MeshConfig(data=2, fsdp=4, tensor=1))
-    config = RunConfig(train=TrainConfig(batch_size=8), **changes)
-    step, arguments = step_and_arguments(config, ModelConfig.from_hf(BASE), mesh, seq=SEQ)
+    config = RunConfig(train=TrainConfig(batch_size=8), data=ROWS, **changes)
+    step, arguments = step_and_arguments(config, ModelConfig.from_hf(BASE), mesh)
     state, metrics = jax.eval_shape(step, *arguments)
     assert jax.tree.structure(state) == jax.tree.structure(arguments[1])
     assert metrics["loss"].shape == ()
@@ -122,11 +125,12 @@ def test_lora_is_the_same_step_without_what_measures_gates(tmp_path, monkeypatch
             lora=LoRAConfig(rules=(LoRARule("ffn/", RANK),)),
             mesh=MeshConfig(2, 4, 1),
             train=TrainConfig(batch_size=32, accumulate=2),
+            data=ROWS,
             compute=ComputeConfig(dtype="float32", remat="full"),
             mechanisms=mechanisms,
         )
         mesh = distributed.make_mesh(config.mesh)
-        step, arguments = step_and_arguments(config, ModelConfig.from_hf(BASE), mesh, seq=SEQ)
+        step, arguments = step_and_arguments(config, ModelConfig.from_hf(BASE), mesh)
         found.append(
             figures(step if mechanisms else without_statistics(step, mesh), arguments, cache=tmp_path)
         )
@@ -175,12 +179,11 @@ def test_the_step_of_a_model_that_sees_takes_images():
     config = RunConfig(
         lora=LoRAConfig(rules=(LoRARule("ffn/", RANK),)),
         train=TrainConfig(batch_size=16),
+        data=ROWS,
         compute=ComputeConfig(dtype="float32", loss_chunk=16, remat="full"),
     )
     mesh = distributed.make_mesh(MeshConfig(2, 4, 1))
-    step, arguments = step_and_arguments(
-        config, ModelConfig.from_hf(raw, images=True), mesh, seq=SEQ, images=2
-    )
+    step, arguments = step_and_arguments(config, ModelConfig.from_hf(raw, images=True), mesh, images=2)
     _, state, batch = arguments
     assert batch["pixels"].shape == (1, 16, 2, 16, 16, 3)
     assert batch["pixels"].sharding.spec == batch["tokens"].sharding.spec

@@ -9,28 +9,27 @@ import jax
 import pytest
 
 from nalora_jax.cli.planning import report
-from nalora_jax.cli.planning.models import architecture
+from nalora_jax.cli.planning.program import architecture
 from nalora_jax.cli.planning.report import Plan, describe
-from nalora_jax.config import ComputeConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
+from nalora_jax.config import ComputeConfig, DataConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.figures import Figures
+from nalora_jax.layout.accounting import Transfer, Work
+from nalora_jax.layout.figures import Figures, roofline
 from nalora_jax.layout.layouts import estimate
 from nalora_jax.layout.machines import topology
-from nalora_jax.layout.roofline import roofline
-from nalora_jax.layout.scopes import Work
-from nalora_jax.layout.transfers import Transfer
-from nalora_jax.models.stacks import projection_shapes
-from nalora_jax.models.targets import resolve
+from nalora_jax.models.adapters import adapter_spec
+
+ROWS = DataConfig(max_length=4096)
 
 
 def planned(kernels: dict[str, float], **more: Any) -> Plan:
     base, machine = architecture("llama-3.1-8b"), topology("v6e:16x16")
-    config = RunConfig(train=TrainConfig(batch_size=256))
-    spec = resolve(LoRAConfig(), projection_shapes(base), base.n_layers)
-    layout = estimate(config, base, spec, machine, 4096, (256, 1, 1), "dots")
+    mesh, compute = MeshConfig(256, 1, 1), ComputeConfig(remat="dots")
+    config = RunConfig(train=TrainConfig(batch_size=256), data=ROWS, mesh=mesh, compute=compute)
+    layout = estimate(config, base, adapter_spec(config, base), machine)
     found = Figures(16e9, 12e9, 1e14, 1e11, kernels, (), **more)
-    bound = roofline(found, machine, base, spec, 256, 4096)
-    return Plan("llama-3.1-8b", machine, layout, 256, 4096, 1, found, found, bound)
+    bound = roofline(found, config, base, machine)
+    return Plan("llama-3.1-8b", machine, layout, 256, 4096, found, found, bound)
 
 
 def test_the_delta_rule_has_a_roofline_of_its_own():
@@ -74,8 +73,8 @@ def decided(monkeypatch: pytest.MonkeyPatch, temporary: Callable[[Any], float], 
     monkeypatch.setattr(report, "step_and_arguments", lambda config, base, mesh, **_: (mesh, ()))
     monkeypatch.setattr(report, "without_statistics", lambda step, mesh: step)
     monkeypatch.setattr(report, "figures", compiled)
-    config = RunConfig(train=TrainConfig(batch_size=8), **options)
-    return report.plan(config, architecture("llama-3.1-8b"), topology("v6e:2x4"), 4096)
+    config = RunConfig(train=TrainConfig(batch_size=8), data=ROWS, **options)
+    return report.plan(config, architecture("llama-3.1-8b"), topology("v6e:2x4"))
 
 
 def test_a_plan_is_of_the_layout_whose_program_fits(monkeypatch):

@@ -7,98 +7,88 @@ from typing import Any
 
 import pytest
 
-from nalora_jax.cli.planning.models import CONFIGS
-from nalora_jax.cli.planning.program import step_and_arguments
-from nalora_jax.cli.planning.sweep import (
-    SweepPlan,
-    describe_sweep,
-    estimate_sweep,
-)
-from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
+from nalora_jax.cli.planning.program import CONFIGS, step_and_arguments
+from nalora_jax.cli.planning.report import SweepPlan, describe_sweep, plan_sweep
+from nalora_jax.config import ComputeConfig, DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.layout.figures import of_compiled
-from nalora_jax.layout.layouts import preferred
+from nalora_jax.layout.layouts import Layout, fitting_sweep, preferred, sweep_candidates
 from nalora_jax.layout.machines import topology
-from nalora_jax.layout.sweep_layouts import fitting_sweep, meshes
 from nalora_jax.models.config import ModelConfig
 from tests import tiny
 
 LLAMA = ModelConfig.from_hf(CONFIGS["llama-3.1-8b"])
 
 
-def _planned(config: RunConfig, base: Any, where: Any, seq: int, runs: int) -> SweepPlan:
-    """A plan of one second a step, without a compiler."""
-    mesh = MeshConfig(data=1, fsdp=2, tensor=1, run=2, runs_per_device=2)
-    rows = config.train.batch_size
-    return SweepPlan(config.model, where, runs, mesh, "full", rows, seq, 1e9, 1.0, 0.1, ())
+def run(rows: int, seq: int, **options: Any) -> RunConfig:
+    return RunConfig(train=TrainConfig(batch_size=rows), data=DataConfig(max_length=seq), **options)
 
 
-def test_meshes_go_from_the_smallest_groups_to_the_largest() -> None:
-    config = RunConfig(train=TrainConfig(batch_size=4))
-    found = list(meshes(config, LLAMA, 16, 8))
-    shapes = [(mesh.run, mesh.fsdp, mesh.tensor, mesh.runs_per_device) for mesh in found]
+def test_groups_of_devices_grow_from_the_smallest_to_all() -> None:
+    found = sweep_candidates(run(4, 128), LLAMA, topology("v6e:4x4"), 8)
+    shapes = [(layout.run, layout.fsdp, layout.tensor, layout.runs_per_device) for layout in found]
+    shapes = list(dict.fromkeys(shapes))  # each with several policies
     assert shapes[:4] == [(8, 2, 1, 1), (4, 4, 1, 2), (4, 4, 1, 1), (2, 4, 2, 4)]
     assert shapes[-1] == (1, 4, 4, 1)
 
 
-def fastest(
-    config: RunConfig, base: ModelConfig, machine: str, seq: int, runs: int
-) -> tuple[str, MeshConfig]:
-    """The policy and the mesh of the fastest layout by estimates."""
-    layouts = fitting_sweep(config, base, topology(machine), seq, runs)
-    layout = preferred(list(layouts))
-    return layout.remat, layouts[layout]
+def fastest(config: RunConfig, machine: str, runs: int) -> Layout:
+    """The fastest layout by estimates."""
+    return preferred(fitting_sweep(config, LLAMA, topology(machine), runs))
 
 
 def test_every_run_has_a_device_and_saves_as_much_as_fits() -> None:
-    config = RunConfig(train=TrainConfig(batch_size=1))
-    remat, mesh = fastest(config, LLAMA, "v6e:16x16", 4096, runs=256)
-    assert (remat, mesh.run, mesh.runs_per_device) == ("dots", 256, 1)
-    remat, mesh = fastest(config, LLAMA, "v6e:16x16", 8192, runs=256)
-    assert (remat, mesh.run) == ("attention", 256)
-    asked = replace(config, compute=replace(config.compute, remat="full"))
-    assert fastest(asked, LLAMA, "v6e:16x16", 4096, runs=256)[0] == "full"
+    layout = fastest(run(1, 4096), "v6e:16x16", runs=256)
+    assert (layout.remat, layout.run, layout.runs_per_device) == ("dots", 256, 1)
+    layout = fastest(run(1, 8192), "v6e:16x16", runs=256)
+    assert (layout.remat, layout.run) == ("attention", 256)
+    asked = run(1, 4096, compute=ComputeConfig(remat="full"))
+    assert fastest(asked, "v6e:16x16", runs=256).remat == "full"
 
 
 def test_experts_get_one_device_a_run_or_all_of_them() -> None:
     mixtral = ModelConfig.from_hf(CONFIGS["mixtral-8x7b"])
-    config = RunConfig(train=TrainConfig(batch_size=8))
-    groups = {mesh.run for mesh in meshes(config, mixtral, 8, 8)}
-    assert groups == {1, 8}
+    found = sweep_candidates(run(8, 128), mixtral, topology("v6e:2x4"), 8)
+    assert {layout.run for layout in found} == {1, 8}
 
 
 def test_a_run_stays_within_a_slice() -> None:
-    config = RunConfig(train=TrainConfig(batch_size=8))
-    assert {mesh.run for mesh in meshes(config, LLAMA, 8, 8, slices=2)} == {8, 4, 2}
+    found = sweep_candidates(run(8, 128), LLAMA, topology("2xv6e:2x2"), 8)
+    assert {layout.run for layout in found} == {8, 4, 2}
 
 
 def test_a_sweep_that_fits_in_no_layout_is_refused_with_the_smallest() -> None:
-    config = RunConfig(train=TrainConfig(batch_size=1), mesh=MeshConfig(run=4, runs_per_device=1))
+    config = run(1, 4096, mesh=MeshConfig(run=4, runs_per_device=1))
     with pytest.raises(
         NaloraError, match=r"--sweep: expected runs that fit in 16\.40 GB a chip, found 1\d\.\d\d GB"
     ):
-        fitting_sweep(config, LLAMA, topology("v5e:2x2"), 4096, 4)
+        fitting_sweep(config, LLAMA, topology("v5e:2x2"), 4)
 
 
 def test_groups_that_cannot_share_a_run_are_refused() -> None:
-    config = RunConfig(train=TrainConfig(batch_size=1), mesh=MeshConfig(run=1))
+    config = run(1, 128, mesh=MeshConfig(run=1))
     with pytest.raises(NaloraError, match="--mesh.run: expected groups of devices that can share"):
-        fitting_sweep(config, LLAMA, topology("v6e:4x4"), 128, 4)
+        fitting_sweep(config, LLAMA, topology("v6e:4x4"), 4)
 
 
 def test_a_sweep_is_estimated_without_a_compiler() -> None:
-    config = RunConfig(train=TrainConfig(batch_size=1))
-    plan = estimate_sweep(config, LLAMA, topology("v6e:16x16"), 4096, 512)
-    assert (plan.programs, plan.remat, plan.collectives) == (2, "dots", None)
+    plan = plan_sweep(run(1, 4096), LLAMA, topology("v6e:16x16"), 512, compiles=False)
+    assert (plan.programs, plan.layout.remat, plan.collectives) == (2, "dots", None)
     # Compiled with the TPU's compiler: 0.207 s and 71.8% for a program.
     assert (plan.seconds, plan.mfu) == pytest.approx((0.207, 0.718), rel=0.05)
-    assert "by estimates, not compiled" in "\n".join(describe_sweep(plan))
+    text = "\n".join(describe_sweep(plan))
+    assert (
+        "  mesh        run 256 x fsdp 1 x tensor 1, 1 a group, remat dots; 2 program(s) after each other"
+        in text
+    )
+    assert "by estimates, not compiled" in text
 
 
 def test_hours_count_every_program_of_a_sweep() -> None:
-    plan = _planned(RunConfig(), LLAMA, topology("v6e:2x2"), 128, runs=9)
-    assert (plan.together, plan.programs) == (4, 3)
+    layout = Layout(1, 2, 1, "full", "auto", run=2, runs_per_device=2)
+    plan = SweepPlan("llama", topology("v6e:2x2"), 9, layout, 1, 128, 1e9, 1.0, 0.1, ())
+    assert (layout.together, plan.programs) == (4, 3)
     assert plan.hours(1200) == pytest.approx(3 * 1200 * plan.seconds / 3600)
     text = "\n".join(describe_sweep(plan, steps=1200, price=2.0))
     assert f"{plan.hours(1200) * 4 * 2:,.2f} at 2 a chip and hour" in text
@@ -107,10 +97,6 @@ def test_hours_count_every_program_of_a_sweep() -> None:
 def test_the_planned_program_of_one_run_a_device_has_no_collective() -> None:
     base = replace(ModelConfig.from_hf(tiny.HF), n_layers=1)
     mesh = distributed.make_mesh(MeshConfig(run=8))
-    config = RunConfig(
-        steps=5,
-        train=TrainConfig(batch_size=1),
-        optimizer=replace(RunConfig().optimizer, learning_rate=1e-3),
-    )
-    step, arguments = step_and_arguments(config, base, mesh, seq=8, runs=8)
+    config = run(1, 8, steps=5, optimizer=OptimizerConfig(learning_rate=1e-3))
+    step, arguments = step_and_arguments(config, base, mesh, runs=8)
     assert of_compiled(step.lower(*arguments).compile()).collectives == ()

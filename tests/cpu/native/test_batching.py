@@ -13,7 +13,7 @@ import pytest
 
 from nalora_jax.cpu import native
 from nalora_jax.cpu.native import Heads, Logistic, Slice, Sum, Term
-from nalora_jax.study.sweeps.stack import batch_of
+from nalora_jax.study.sweeps.program import batch_of
 from tests.cpu.native.test_kernels import draw
 from tests.study.sweeps.test_program import CONFIG, EIGHT, _assembled, _batch, _difference, _solo, _together
 

@@ -489,5 +489,5 @@ def test_gates_are_checked_on_the_live_model(monkeypatch: pytest.MonkeyPatch) ->
         return (1.1 * h).astype(h.dtype), sums
 
     monkeypatch.setattr(native, "gate_measured", wrong)
-    with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
+    with pytest.raises(NaloraError, match=r"check-gates.*gate check failed in layers/ffn"):
         steps(debug, 1)

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from nalora_jax.cli.planning.models import CONFIGS
+from nalora_jax.cli.planning.program import CONFIGS
 from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.layout.layouts import Layout
 from nalora_jax.layout.machines import topology
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.study.sweeps import fit
@@ -28,20 +29,20 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_run_gets_the_fewest_devices_that_hold_the_base() -> None:
     fitting = Fitting.of(CONFIG, BASE, count=6)
-    assert (fitting.mesh.run, fitting.mesh.fsdp) == (4, 2)  # 16 GB of weights on two devices
-    assert fitting.mesh.runs_per_device == 2
+    assert (fitting.layout.run, fitting.layout.fsdp) == (4, 2)  # 16 GB of weights on two devices
+    assert fitting.layout.runs_per_device == 2
     assert (fitting.capacity, fitting.slots(6), fitting.next(6)) == (8, 8, 6)
 
 
 def test_few_runs_of_few_rows_leave_groups_idle() -> None:
     config = replace(CONFIG, train=TrainConfig(batch_size=2))
     fitting = Fitting.of(config, BASE, count=2)
-    assert (fitting.mesh.run, fitting.mesh.fsdp) == (4, 2)  # two rows cannot be split over four devices
+    assert (fitting.layout.run, fitting.layout.fsdp) == (4, 2)  # two rows cannot be split over four devices
     assert fitting.slots(2) == 4
 
 
 def test_more_runs_than_fit_train_after_each_other_in_equal_parts() -> None:
-    fitting = Fitting(MeshConfig(run=4, runs_per_device=2), capacity=8, width=1)
+    fitting = Fitting(Layout(1, 1, 1, "auto", "auto", run=4, runs_per_device=2), capacity=8, width=1)
     assert [fitting.next(left) for left in (20, 13, 6)] == [7, 7, 6]
     assert fitting.slots(7) == 8
 
@@ -72,18 +73,18 @@ def test_experts_need_one_device_a_run(mesh: MeshConfig) -> None:
 def test_groups_for_experts_are_chosen_with_one_device_or_all() -> None:
     small = replace(EXPERTS, n_layers=2)
     for count in (2, 4, 20):
-        assert Fitting.of(CONFIG, small, count=count).mesh.run == 8
+        assert Fitting.of(CONFIG, small, count=count).layout.run == 8
     eight_rows = replace(CONFIG, train=TrainConfig(batch_size=8))
-    mesh = Fitting.of(eight_rows, EXPERTS, count=4).mesh
-    assert (mesh.run, mesh.data, mesh.fsdp, mesh.tensor) == (1, 1, 8, 1)  # 93 GB
+    layout = Fitting.of(eight_rows, EXPERTS, count=4).layout
+    assert (layout.run, layout.mesh) == (1, (1, 8, 1))  # 93 GB
     for mesh in (MeshConfig(run=8), MeshConfig(run=1, fsdp=8)):
-        assert Fitting.of(replace(CONFIG, mesh=mesh), small, count=4).mesh.run == mesh.run
+        assert Fitting.of(replace(CONFIG, mesh=mesh), small, count=4).layout.run == mesh.run
 
 
 def test_known_chips_get_the_layout_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, "of_devices", lambda _: topology("v6e:2x4"))
     fitting = Fitting.of(CONFIG, BASE, count=16)
-    assert (fitting.mesh.run, fitting.mesh.runs_per_device, fitting.remat) == (8, 1, "dots")
+    assert (fitting.layout.run, fitting.layout.runs_per_device, fitting.layout.remat) == (8, 1, "dots")
     few_tokens = replace(CONFIG, train=TrainConfig(batch_size=1))
     fitting = Fitting.of(few_tokens, BASE, count=16)
-    assert (fitting.mesh.run, fitting.mesh.runs_per_device, fitting.capacity) == (8, 2, 16)
+    assert (fitting.layout.run, fitting.layout.runs_per_device, fitting.capacity) == (8, 2, 16)

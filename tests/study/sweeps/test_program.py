@@ -30,9 +30,8 @@ from nalora_jax.config import (
 )
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.study.sweeps.groups import program_key
-from nalora_jax.study.sweeps.program import SweepProgram
-from nalora_jax.study.sweeps.stack import batch_of
+from nalora_jax.study.sweeps.program import SweepProgram, batch_of
+from nalora_jax.study.sweeps.values import program_key
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
 from nalora_jax.train.kinds import dual
 from nalora_jax.train.run import built
@@ -290,7 +289,7 @@ def test_both_towers_of_a_dual_encoder(dual_folder: Any, tmp_path: Path) -> None
         train=TrainConfig(batch_size=4),
         vision=VisionConfig("contrast", augment="none"),
     )
-    mesh, inputs = distributed.make_mesh(MeshConfig(), jax.devices()[:1]), dual.read(config, None)
+    mesh, inputs = distributed.make_mesh(MeshConfig(), jax.devices()[:1]), dual.open_inputs(config, None)
     first = built(inputs, dual, config, mesh, None)
     other = replace(config, seed=1, optimizer=replace(config.optimizer, learning_rate=0.2))
     pieces = [first, built(inputs, dual, other, mesh, None, first)]

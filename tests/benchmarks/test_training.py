@@ -9,13 +9,13 @@ from nalora_jax.method.rules import Mechanism, make
 
 
 @pytest.fixture(scope="module")
-def methods(script):
-    return script("methods")
+def training(script):
+    return script("training")
 
 
-def test_each_method_has_the_mechanisms_of_its_name_and_other_settings_stay(methods):
+def test_each_method_has_the_mechanisms_of_its_name_and_other_settings_stay(training):
     given = RunConfig(steps=7)
-    lora, nalora, default = (methods.with_method(given, name) for name in methods.METHODS)
+    lora, nalora, default = (training.with_method(given, name) for name in training.METHODS)
     assert lora.mechanisms == ()
     assert nalora.mechanisms == ("soft:power=2,warmup=0", "homogeneity:warmup=0")
     assert default.mechanisms == tuple(f"{rule}:warmup=0" for rule in given.mechanisms)
@@ -24,9 +24,9 @@ def test_each_method_has_the_mechanisms_of_its_name_and_other_settings_stay(meth
 
 @pytest.mark.parametrize("method", ["nalora", "default"])
 def test_mechanisms_act_from_the_first_timed_step_unless_the_library_s_warm_up_is_asked_for(
-    methods, method
+    training, method
 ):
-    at_once, later = (methods.with_method(RunConfig(), method, warmup=warmup) for warmup in (0, None))
+    at_once, later = (training.with_method(RunConfig(), method, warmup=warmup) for warmup in (0, None))
     rules = [list(map(make, config.mechanisms)) for config in (at_once, later)]
     assert all(rule.warmup == 0 for rule in rules[0])
     assert rules[0] == [dataclasses.replace(rule, warmup=0) for rule in rules[1]]

@@ -1,4 +1,4 @@
-"""Which runs share a program, and the widest adapters of a group."""
+"""Which runs share a program, and the widest adapters of a program."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nalora_jax.cli.planning.models import CONFIGS
+from nalora_jax.cli.planning.program import CONFIGS
 from nalora_jax.config import (
     AdaLoRAConfig,
     LoRAConfig,
@@ -18,7 +18,7 @@ from nalora_jax.config import (
 )
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.study.sweeps.groups import grouped, program_key, widest
+from nalora_jax.study.sweeps.values import grouped, program_key, widest
 
 BASE = ModelConfig.from_hf(CONFIGS["llama-3.1-8b"])
 CONFIG = RunConfig(mechanisms=("soft", "curvature_cap"), optimizer=OptimizerConfig(learning_rate=1e-3))
