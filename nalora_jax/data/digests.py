@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from nalora_jax.common import buckets
+from nalora_jax.common.digests import digest_of, file_digest
 from nalora_jax.errors import NaloraError
 
 
-def file_digest(path: Path | str) -> str:
+def data_digest(path: Path | str) -> str:
     """Returns the sha256 of a file, or of the checksum that the bucket of a URL stores.
 
     Raises:
       NaloraError: the file cannot be read.
     """
     if isinstance(path, str):
-        return hashlib.sha256(buckets.version(path).encode()).hexdigest()
-    with readable(path), path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return digest
+        return digest_of(buckets.version(path))
+    with readable(path):
+        return file_digest(path)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.common import buckets
-from nalora_jax.data.digests import file_digest
+from nalora_jax.data.digests import data_digest
 from nalora_jax.data.source import Record, TableRecord, foreign_errors
 
 _OPEN_GROUPS = 2  # decoded row groups of a Parquet file that stay in memory
@@ -27,7 +27,7 @@ class TableRows:
 
     def __init__(self, path: Path | str, name: str = "") -> None:
         self._name = name or str(path)
-        self.sha256 = file_digest(path)
+        self.sha256 = data_digest(path)
         self._open: OrderedDict[int, Any] = OrderedDict()
         with self._errors():
             sizes, self._groups = _parquet(path) if self._kind == ".parquet" else _arrow(Path(path))

@@ -14,7 +14,7 @@ from nalora_jax.evaluate.statistics import compare, paired_bootstrap
 SAMPLES = 4  # examples that are shown with generated completions
 SAMPLE_TOKENS = 96  # length limit of a sample completion
 
-Record = Mapping[str, Any]
+ItemRecord = Mapping[str, Any]
 
 
 def variables_of(params: Any, lora: Any | None) -> dict[str, Any]:
@@ -41,11 +41,11 @@ class Evaluator:
         """Returns one record of JSON values per example, in order (``lora`` None: the base alone)."""
         raise NotImplementedError
 
-    def summary(self, records: Sequence[Record]) -> dict[str, Any]:
+    def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns metrics of `records`: the headline metric, ``low`` and ``high`` (95%), ``loss``, ``n``."""
         raise NotImplementedError
 
-    def samples(self, params: Any, lora: Any | None, records: Sequence[Record]) -> dict[str, Any]:
+    def samples(self, params: Any, lora: Any | None, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns ``samples``, a few examples with the model's answers, and what else a report shows."""
         raise NotImplementedError
 
@@ -89,7 +89,7 @@ def describe(values: Mapping[str, Any]) -> str:
     return f"held-out loss {values['loss']:.3f} ({interval})"
 
 
-def compare_records(other: Sequence[Record], model: Sequence[Record]) -> dict[str, Any]:
+def compare_records(other: Sequence[ItemRecord], model: Sequence[ItemRecord]) -> dict[str, Any]:
     """Compares two models on the same items in the same order: ``model`` minus ``other``.
 
     Returns:

@@ -15,7 +15,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, Mesh
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax import distributed
+from nalora_jax.layout import distributed
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.output import CHECKPOINTS, check_shared, open_output
 
