@@ -32,7 +32,7 @@ from nalora_jax.data.prompts import Prompt, PromptData, held_out_prompts, prompt
 from nalora_jax.data.source import Source
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.evaluator import SAMPLES, Evaluator, Record, variables_of
+from nalora_jax.evaluate.evaluator import SAMPLES, Evaluator, ItemRecord, variables_of
 from nalora_jax.evaluate.generate import Generator
 from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.layout import distributed
@@ -428,7 +428,7 @@ class RewardEvaluator(Evaluator):
             for prompt, answer, total, each in rows
         ]
 
-    def summary(self, records: Sequence[Record]) -> dict[str, Any]:
+    def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns the mean ``reward``, its 95% interval ``low`` and ``high``, ``n``, and the mean of each reward."""
         known = [record["reward"] for record in records if not math.isnan(record["reward"])]
         if not known:
@@ -445,7 +445,7 @@ class RewardEvaluator(Evaluator):
                 values[name] = float(np.nanmean([record[name] for record in records]))
         return values
 
-    def samples(self, params: Any, lora: Any | None, records: Sequence[Record]) -> dict[str, Any]:
+    def samples(self, params: Any, lora: Any | None, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns a few prompts with their completions and the reference completions."""
         pairs = zip(self._prompts[:SAMPLES], records, strict=False)
         shown = [
