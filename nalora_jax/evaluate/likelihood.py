@@ -16,8 +16,7 @@ from nalora_jax.common.notes import counting
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.shapes import batch_shards, place_batch
 from nalora_jax.evaluate.plan import Pair, ScoringBatch, Split, choose_layout, make_batches, split_group
-from nalora_jax.evaluate.split_rows import for_rows
-from nalora_jax.layout.distributed import fetch
+from nalora_jax.layout.distributed import context_size, fetch, row_sharding
 from nalora_jax.models.cache import Cache, grow, init_cache, repeat
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
@@ -198,3 +197,16 @@ def target_log_probs(
     start = jnp.zeros((n,), jnp.float32), jnp.zeros((n,), bool)
     log_probs, greedy = lax.fori_loop(0, chunks, body, start)
     return jnp.where(scored, log_probs, 0.0).reshape(shape), (scored & greedy).reshape(shape)
+
+
+_LEAST_BLOCK = 128  # tokens; shorter rows are computed on every device
+
+
+def for_rows(model: Decoder, mesh: Mesh | None, seq: int) -> Decoder:
+    """Returns ``model`` for rows of ``seq`` tokens without a cache; its result has parts of long rows."""
+    splits = all(
+        stack.config.mixer is None or stack.config.mixer.splits_rows for stack in stacks(model.config)
+    )
+    if context_size(mesh) == 1 or not splits or seq < 2 * context_size(mesh) * _LEAST_BLOCK:
+        return model
+    return model.clone(activation_sharding=row_sharding(mesh))

@@ -26,13 +26,12 @@ from nalora_jax.models.vision.config import TOWERS, DualConfig
 from nalora_jax.models.vision.dual import DualEncoder, init_lora
 from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.train.assembly import Assembly, assembled
+from nalora_jax.train.decoder_program import context_error
 from nalora_jax.train.dual_objectives import Classify, Contrast, Towers
-from nalora_jax.train.gate_metrics import layer_metrics
 from nalora_jax.train.learning_rate import with_learning_rate
-from nalora_jax.train.mechanisms import mechanisms_of
+from nalora_jax.train.mechanisms import layer_metrics, mechanisms_of
 from nalora_jax.train.optimizers import make_optimizer
 from nalora_jax.train.program import Program, gate_checks_of
-from nalora_jax.train.split_rows import context_error
 
 
 def check_dual(config: RunConfig, base: DualConfig, mesh: Mesh) -> None:

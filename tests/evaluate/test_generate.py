@@ -19,10 +19,10 @@ from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import Generator, Settings
+from nalora_jax.evaluate.generate.generator import TextStream
 from nalora_jax.evaluate.generate.programs import decode, prefill
 from nalora_jax.evaluate.generate.sampling import kept_tokens, make_sampling, next_tokens
 from nalora_jax.evaluate.generate.shapes import bucket
-from nalora_jax.evaluate.generate.text import TextStream
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder

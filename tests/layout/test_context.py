@@ -28,7 +28,7 @@ from nalora_jax.config import (
 )
 from nalora_jax.data.items import CompletionItem
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate import split_rows
+from nalora_jax.evaluate import likelihood
 from nalora_jax.evaluate.perplexity import completion_loss
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
@@ -36,8 +36,8 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.short_convolution import ShortConvolution
 from nalora_jax.train import loop
 from nalora_jax.train.assembly import Assembly, assemble
+from nalora_jax.train.decoder_program import check_context
 from nalora_jax.train.kinds import decoder_parts
-from nalora_jax.train.split_rows import check_context
 from nalora_jax.weights.base import load_model
 from tests import tiny
 from tests.param_trees import init_params
@@ -293,7 +293,7 @@ def test_rows_that_the_axis_does_not_divide_are_padded(caplog: pytest.LogCapture
 
 
 def test_held_out_losses_of_split_rows_are_those_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_rows, "_LEAST_BLOCK", 4)
+    monkeypatch.setattr(likelihood, "_LEAST_BLOCK", 4)
     base, results = ModelConfig.from_hf(RAWS["dense"]), []
     params, items = (
         init_params(base, jax.random.key(1)),

@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.evaluate.generate.sampling import Array, Sampling, next_tokens, seen_tokens, with_token
 from nalora_jax.models.cache import Cache, grow, init_cache
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.storage import prepare
+
+if TYPE_CHECKING:
+    from nalora_jax.data.images.processor import ImageProcessor
 
 # Parameters of the logits, tied or not.
 _HEAD = ("embed", "lm_head")
