@@ -261,3 +261,14 @@ def test_a_kind_of_run_is_a_module_with_four_functions() -> None:
         module = importlib.import_module(f"nalora_jax.train.kinds.{path.stem}")
         for name in ("open_inputs", "build_step", "evaluators", "export_run"):
             assert callable(getattr(module, name)), f"{path.stem}: {name}"
+
+
+def test_names_of_the_trainer_have_one_meaning() -> None:
+    """No class or function of `train` is called as one of another room, with three older exceptions."""
+    rooms: dict[str, set[str]] = {}
+    for name, source in _modules():
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                rooms.setdefault(node.name, set()).add(_room(name))
+    shared = {name for name, found in rooms.items() if "train" in found and len(found) > 1}
+    assert shared == {"locate", "open_store", "plain"}

@@ -37,7 +37,7 @@ from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.train.mechanisms import layer_metrics, mechanisms_of
 from nalora_jax.train.objectives import NextToken
 from nalora_jax.train.optimizers import make_optimizer
-from nalora_jax.train.program import Program, gate_checks_of
+from nalora_jax.train.program import RunProgram, gate_checks_of
 
 # Returns a kind's objective, given the cross-entropy of the next token.
 MakeObjective = Callable[[NextToken], Objective]
@@ -66,7 +66,7 @@ def decoder_program(
     objective: MakeObjective | None = None,
     module: type[Decoder] = Decoder,
     model: Decoder | None = None,
-) -> Program:
+) -> RunProgram:
     """Returns the program of a decoder.
 
     Args:
@@ -85,7 +85,7 @@ def decoder_program(
         trained = build_optimizer(config, base, model.adapters, mechanisms, last, numbers)
         return make_step(config, base, model.clone(adapters=adapters), trained, mechanisms, mesh, objective)
 
-    return Program(config, model, spec, mesh, mechanisms, optimizer, blocks, pure)
+    return RunProgram(config, model, spec, mesh, mechanisms, optimizer, blocks, pure)
 
 
 def build_model(

@@ -31,7 +31,7 @@ from nalora_jax.train.dual_objectives import Classify, Contrast, Towers
 from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.train.mechanisms import layer_metrics, mechanisms_of
 from nalora_jax.train.optimizers import make_optimizer
-from nalora_jax.train.program import Program, gate_checks_of
+from nalora_jax.train.program import RunProgram, gate_checks_of
 
 
 def check_dual(config: RunConfig, base: DualConfig, mesh: Mesh) -> None:
@@ -80,7 +80,7 @@ def dual_program(
     processor: ImageProcessor,
     *,
     last: optax.GradientTransformation | None = None,
-) -> Program:
+) -> RunProgram:
     """Returns the program of a dual encoder.
 
     Args:
@@ -128,7 +128,7 @@ def dual_program(
         )
         return make_train_step(optimizer_of(mechanisms, numbers), settings, objective)
 
-    return Program(config, model, spec, mesh, mechanisms, optimizer, shapes, pure)
+    return RunProgram(config, model, spec, mesh, mechanisms, optimizer, shapes, pure)
 
 
 def _model(config: RunConfig, base: DualConfig, spec: AdapterSpec, mesh: Mesh) -> DualEncoder:
