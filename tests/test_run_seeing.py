@@ -231,7 +231,10 @@ def test_a_language_model_is_shown_nothing(seeing_folder, chats, monkeypatch, ca
     model = seeing_folder("llava")
     assert chat._sees(chat.ChatArgs(str(model)))
     textual = Located(str(model), None, {"vision": {"task": ""}})
-    monkeypatch.setattr(importlib.import_module("nalora_jax.train.adapted"), "locate", lambda *_: textual)
+    for module in ("adapted", "located"):
+        monkeypatch.setattr(
+            importlib.import_module(f"nalora_jax.train.{module}"), "locate", lambda *_: textual
+        )
     assert not chat._sees(chat.ChatArgs(str(model)))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {chats.parent / '1.png'}\n"))
     assert main(["chat", str(model), "--dtype", "float32"]) == 0

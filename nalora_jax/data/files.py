@@ -12,17 +12,19 @@ import glob
 import hashlib
 import io
 import json
+import mmap
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
+import numpy as np
+
 from nalora_jax.common import buckets
 from nalora_jax.common.files import expand_user
-from nalora_jax.data.array_records import ArrayRecords, is_array_record
 from nalora_jax.data.digests import readable
-from nalora_jax.data.jsonl import JsonLines
-from nalora_jax.data.source import Record
+from nalora_jax.data.source import Record, foreign_errors
 from nalora_jax.data.table_rows import TableRows
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
@@ -290,3 +292,135 @@ def _begins_with(path: Path, mark: bytes) -> bool:
     with readable(path), path.open("rb") as file:
         begins = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == mark
     return begins
+
+
+def is_array_record(name: str) -> bool:
+    """Returns True for the name of an ArrayRecord file: ``train.array_record-00000-of-00004``."""
+    return re.search(r"\.array_?record(-\d+-of-\d+)?$", name) is not None
+
+
+class ArrayRecords:
+    """Records of one ArrayRecord file of JSON objects.
+
+    ArrayRecord files written by TFDS hold serialized examples instead, which only the folder's
+    description can decode.
+
+    Args:
+      path: path of the file.
+      name: name of the file in messages.
+
+    Raises:
+      NaloraError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        self._name = name
+        with foreign_errors(name, "a readable ArrayRecord file", "write it again"):
+            with path.open("rb") as file:
+                self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            self._reader = ArrayRecordReader(str(path))
+            self._count = self._reader.num_records()
+
+    def __len__(self) -> int:
+        return int(self._count)
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """Returns the objects at ``indices``.
+
+        Raises:
+          NaloraError: a record is not a JSON object.
+        """
+        with foreign_errors(self._name, "a readable ArrayRecord file", "write it again"):
+            data = self._reader.read(list(map(int, indices)))
+        return [self._parsed(index, record) for index, record in zip(indices, data, strict=True)]
+
+    def _parsed(self, index: int, data: bytes) -> Record:
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            expected, actual = "a JSON object", f"{len(data)} bytes of another format"
+            remedy = "name a data set of TFDS by its folder (with dataset_info.json), or by tfds:<name>"
+            raise NaloraError(self.where(index), expected=expected, found=actual, remedy=remedy)
+        return value
+
+    def where(self, index: int) -> str:
+        """Returns ``path, record n``, counted from 1."""
+        return f"{self._name}, record {range(len(self))[index] + 1}"
+
+
+class JsonLines:
+    """Objects of a JSON Lines file, by index; blank lines are skipped.
+
+    One pass over the file computes the line offsets and the sha256; memory is 8 bytes a line.
+
+    Args:
+      path: path of the file.
+      name: name of the file in messages, its path by default.
+
+    Raises:
+      NaloraError: on opening, if the file is missing or has no lines.
+    """
+
+    def __init__(self, path: str | Path, name: str = "") -> None:
+        self.path, self.name = Path(path), name or str(path)
+        try:
+            self._starts, self._blanks, self.sha256 = _index(self.path)
+            if not len(self._starts):
+                raise NaloraError(self.name, expected="at least one JSON line", found="an empty file")
+            with self.path.open("rb") as handle:
+                self._bytes = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            expected, actual = "a readable file of JSON lines", error.strerror or error
+            remedy = "check the path"
+            raise NaloraError(self.name, expected=expected, found=actual, remedy=remedy) from error
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns the object on line ``index``.
+
+        Raises:
+          NaloraError: the line is not a JSON object; the message names the line.
+        """
+        start = int(self._starts[index])
+        end = self._bytes.find(b"\n", start)
+        try:
+            value = json.loads(self._bytes[start : len(self._bytes) if end < 0 else end])
+        except (ValueError, RecursionError) as error:  # ValueError: bad JSON or bad UTF-8
+            raise NaloraError(
+                self.where(index),
+                expected="a JSON object",
+                found=error,
+                remedy="fix or remove this line",
+            ) from error
+        if not isinstance(value, dict):
+            kind = type(value).__name__
+            expected, actual = "a JSON object", f"a {kind}"
+            remedy = "fix this line"
+            raise NaloraError(self.where(index), expected=expected, found=actual, remedy=remedy)
+        return value
+
+    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Returns the objects at ``indices``."""
+        return [self[index] for index in indices]
+
+    def where(self, index: int) -> str:
+        """Returns ``path:line``, with lines counted from 1 as in editors."""
+        skipped = int(np.searchsorted(self._blanks, self._starts[index]))
+        return f"{self.name}:{range(len(self))[index] + skipped + 1}"
+
+
+def _index(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
+    """Returns the byte offsets of lines with text and of blank lines, and the file's sha256."""
+    starts, blanks, digest, position = array("q"), array("q"), hashlib.sha256(), 0
+    with path.open("rb") as handle:
+        for line in handle:
+            (starts if line.strip() else blanks).append(position)
+            position += len(line)
+            digest.update(line)
+    return np.array(starts, np.int64), np.array(blanks, np.int64), digest.hexdigest()

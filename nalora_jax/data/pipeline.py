@@ -14,12 +14,11 @@ import grain
 import numpy as np
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.cut import cut_store
 from nalora_jax.data.lengths import SAMPLE, with_length
 from nalora_jax.data.packing import PackingPlan, Pattern, fill_rows, pack, plan
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_train
-from nalora_jax.data.store import Counts, TokenStore, open_store
+from nalora_jax.data.store import Counts, TokenStore, cut_store, open_store
 from nalora_jax.data.too_long import UNLIMITED
 from nalora_jax.errors import NaloraError
 

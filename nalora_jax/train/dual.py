@@ -26,13 +26,12 @@ from nalora_jax.models.vision.config import TOWERS, DualConfig
 from nalora_jax.models.vision.dual import DualEncoder, init_lora
 from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.train.assembly import Assembly, assembled
+from nalora_jax.train.decoder_program import context_error
 from nalora_jax.train.dual_objectives import Classify, Contrast, Towers
-from nalora_jax.train.gate_metrics import layer_metrics
 from nalora_jax.train.learning_rate import with_learning_rate
-from nalora_jax.train.mechanisms import mechanisms_of
+from nalora_jax.train.mechanisms import layer_metrics, mechanisms_of
 from nalora_jax.train.optimizers import make_optimizer
-from nalora_jax.train.program import Program, gate_checks_of
-from nalora_jax.train.split_rows import context_error
+from nalora_jax.train.program import RunProgram, gate_checks_of
 
 
 def check_dual(config: RunConfig, base: DualConfig, mesh: Mesh) -> None:
@@ -81,7 +80,7 @@ def dual_program(
     processor: ImageProcessor,
     *,
     last: optax.GradientTransformation | None = None,
-) -> Program:
+) -> RunProgram:
     """Returns the program of a dual encoder.
 
     Args:
@@ -130,7 +129,7 @@ def dual_program(
         )
         return make_train_step(optimizer_of(mechanisms, numbers), settings, objective)
 
-    return Program(config, model, spec, mesh, mechanisms, optimizer, shapes, pure)
+    return RunProgram(config, model, spec, mesh, mechanisms, optimizer, shapes, pure)
 
 
 def _model(config: RunConfig, base: DualConfig, spec: AdapterSpec, mesh: Mesh) -> DualEncoder:

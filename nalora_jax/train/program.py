@@ -39,7 +39,7 @@ class PureStep(Protocol):
 
 
 @dataclass(frozen=True)
-class Program:
+class RunProgram:
     """The parts of a run that compute nothing, so that devices may be abstract."""
 
     config: RunConfig

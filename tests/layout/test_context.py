@@ -31,8 +31,8 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.short_convolution import ShortConvolution
 from nalora_jax.train.assembly import Assembly, assemble
+from nalora_jax.train.decoder_program import check_context
 from nalora_jax.train.kinds import decoder_parts
-from nalora_jax.train.split_rows import check_context
 from nalora_jax.weights.base import load_model
 from tests.param_trees import init_params
 

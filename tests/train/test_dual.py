@@ -157,4 +157,4 @@ def test_towers_that_never_met_train_their_projections(dual_folder, tower_folder
         assert np.abs(moved[path] - trees.flatten(pieces.loaded.params)[path]).max() > 0, path
     settings = config(dual_folder("clip"), colours, lora=lora)
     with pytest.raises(NaloraError, match="at least one adapter"):
-        dual.open_inputs(settings, None)
+        built(dual.open_inputs(settings, None), dual, settings, one_device(), None)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.axes import BATCH_AXES
-from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.sampling import Array, Sampling, next_tokens, seen_tokens, with_token
 from nalora_jax.models.cache import Cache, grow, repeat
 from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.ops.storage import prepare
+
+if TYPE_CHECKING:
+    from nalora_jax.data.images.processor import ImageProcessor
 
 # Parameters of the logits, tied or not.
 _HEAD = ("embed", "lm_head")
