@@ -46,20 +46,20 @@ def register_reward(name: str) -> Callable[[Kind], Kind]:
 
 
 @register_reward("exact")
-def exact(prompt: str, completion: str, record: Record) -> float:
+def exact_reward(prompt: str, completion: str, record: Record) -> float:
     """Returns 1 if the completion is the answer, apart from case, punctuation, articles and white space."""
     return float(plain_text(completion) == plain_text(str(record["answer"])))
 
 
 @register_reward("number")
-def number(prompt: str, completion: str, record: Record) -> float:
+def number_reward(prompt: str, completion: str, record: Record) -> float:
     """Returns 1 if the last number of the completion is the last number of the answer."""
     last = last_number(completion)
     return float(last != "" and last == last_number(str(record["answer"])))
 
 
 @register_reward("choice")
-def choice(prompt: str, completion: str, record: Record) -> float:
+def choice_reward(prompt: str, completion: str, record: Record) -> float:
     """Returns 1 if the completion names the right choice: by its letter, or by its text.
 
     Of several letters or texts of choices that stand alone, the first counts; "A" before a word in lower

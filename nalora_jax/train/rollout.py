@@ -237,7 +237,7 @@ class _Store:
         files.write_atomically(self._path, buffer.getvalue())
 
 
-def batch_of(
+def sample_batch(
     prompts: Sequence[Sequence[int]], samples: Samples, length: int, *, masks_cut: bool = False
 ) -> dict[str, np.ndarray]:
     """Returns the arrays ``[rows, ...]`` that `nalora_jax.train.policy` reads, except for the advantages.

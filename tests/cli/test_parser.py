@@ -316,6 +316,11 @@ ZERO |= {
     "--images",
     "--preference.label-smoothing",
     "--added-tokens",
+    "--rl.beta",
+    "--rl.clip-low",
+    "--rl.clip-high",
+    "--rl.resample",
+    "--rl.reward-seconds",
 }
 ALLOWED = {"0": ZERO, "-1": {"--mesh.data", "--mesh.fsdp", "--mesh.context", "--mesh.tensor"}}
 ALLOWED["-1"].add("--train.eval-every")

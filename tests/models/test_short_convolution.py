@@ -34,7 +34,7 @@ BASE = ModelConfig.from_hf(
     }
 )
 CONFIG = RunConfig(lora=LoRAConfig(rules=(LoRARule("ffn/(gate|down)_proj", 4), LoRARule("conv/", 3))))
-RELEASED = Path(__file__).parents[2] / "nalora_jax/plan/released/LFM2-1.2B.json"
+RELEASED = Path(__file__).parents[2] / "nalora_jax/cli/planning/released/LFM2-1.2B.json"
 
 
 def test_gates_are_those_of_the_feed_forward_blocks():

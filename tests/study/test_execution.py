@@ -282,7 +282,7 @@ def test_a_run_that_diverges_has_a_record_that_says_so(
     def diverge(*_: Any, **__: Any) -> None:
         raise TrainingDivergedError("step 3: loss", expected="a finite number", found="nan")
 
-    monkeypatch.setattr("nalora_jax.study.progress.fit", diverge)
+    monkeypatch.setattr("nalora_jax.study.progress.run_steps", diverge)
     record = execution.perform(wanted(resources.protocol, {})[0], resources, tmp_path / "x.npz")
     assert record["diverged"]
     assert record["validation"] == {"loss": None}

@@ -17,7 +17,7 @@ from nalora_jax.ops.policy_losses import PolicyLoss
 from nalora_jax.train.decoder_program import next_token
 from nalora_jax.train.policy import Policy
 from nalora_jax.train.rewards import Scorer
-from nalora_jax.train.rollout import Sampler, Samples, batch_of
+from nalora_jax.train.rollout import Sampler, Samples, sample_batch
 from tests import tiny
 from tests.train.test_preference import BASE, assembled
 
@@ -74,7 +74,7 @@ def test_log_probabilities_of_generator_and_training_agree(sampler, tokenizer) -
     samples = sampler(state.lora, 0, asked)
     assert samples.tokens.shape == (len(asked) * SAMPLES, LIMIT)
     ids = [prompt.ids for prompt in asked for _ in range(SAMPLES)]
-    batch = batch_of(ids, samples, 6 + LIMIT)
+    batch = sample_batch(ids, samples, 6 + LIMIT)
     assert batch["loss_weights"].sum() == samples.lengths.sum()
     text = next_token(BASE, made.eval_model, ComputeConfig(dtype="float32"), made.mesh)
     objective = Policy(text, PolicyLoss("grpo", 0.2, 0.2, LIMIT), 0.9)
@@ -126,10 +126,10 @@ def test_groups_that_are_complete_are_not_sampled_again(sampler, tokenizer, tmp_
 def test_samples_that_the_limit_cut_can_be_left_out() -> None:
     tokens = np.array([[5, 6, NO_TOKEN], [5, 6, 7]], np.int32)
     samples = Samples(tokens, np.zeros((2, 3), np.float32), np.zeros((2, 1)), np.array([False, True]))
-    batch = batch_of([[1, 2], [3]], samples, 6, masks_cut=True)
+    batch = sample_batch([[1, 2], [3]], samples, 6, masks_cut=True)
     np.testing.assert_array_equal(batch["tokens"], [[1, 2, 5, 6, 0, 0], [3, 5, 6, 7, 0, 0]])
     np.testing.assert_array_equal(batch["loss_weights"], [[0, 1, 1, 0, 0, 0], [0] * 6])
-    assert batch_of([[1, 2], [3]], samples, 6)["loss_weights"].sum() == 5
+    assert sample_batch([[1, 2], [3]], samples, 6)["loss_weights"].sum() == 5
 
 
 def test_rows_must_fit_the_context(sampler) -> None:

@@ -44,13 +44,13 @@ def decoder_parts(config: RunConfig, base: ModelConfig, processor: Any = None) -
     if base.sight is not None:
         from nalora_jax.train.kinds import images
 
-        return images.parts(processor)
+        return images.program_parts(processor)
     if config.preference.loss != "none":
         from nalora_jax.train.kinds import preference
 
-        return preference.parts(config.preference)
+        return preference.program_parts(config.preference)
     if config.rl.rewards:
         from nalora_jax.train.kinds import rl
 
-        return rl.parts(config.rl)
+        return rl.program_parts(config.rl)
     return {}

@@ -80,7 +80,9 @@ def build_step(
     inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None
 ) -> tuple[LoadedModel, Assembly, PairData]:
     """Loads the base, and builds adapters, step and this process's rows of pairs."""
-    loaded, assembly, data = text.build_step(inputs, placed, mesh, output, like, **parts(placed.preference))
+    loaded, assembly, data = text.build_step(
+        inputs, placed, mesh, output, like, **program_parts(placed.preference)
+    )
     rows: Any = data
     return loaded, assembly, rows
 
@@ -103,7 +105,7 @@ def evaluators(
 export_run = text.export_run
 
 
-def parts(config: PreferenceConfig) -> dict[str, Any]:
+def program_parts(config: PreferenceConfig) -> dict[str, Any]:
     """Returns the objective of a preference loss, for `nalora_jax.train.assembly.assemble`."""
     return {"objective": partial(Preference, config=config)}
 

@@ -47,7 +47,7 @@ from nalora_jax.train.objectives import NextToken
 from nalora_jax.train.output import Output
 from nalora_jax.train.policy import Policy
 from nalora_jax.train.rewards import Scorer, make_rewards
-from nalora_jax.train.rollout import Sampler, Samples, batch_of
+from nalora_jax.train.rollout import Sampler, Samples, sample_batch
 from nalora_jax.weights.hub import resolve
 from nalora_jax.weights.model_files import LoadedModel, open_files
 
@@ -74,7 +74,7 @@ def scorer_of(rl: RLConfig) -> Scorer:
     return Scorer(rl.rewards, rewards, rl.reward_seconds, rl.ignore_reward_errors)
 
 
-def summed(rl: RLConfig, rewards: np.ndarray) -> np.ndarray:
+def weighted_sum(rl: RLConfig, rewards: np.ndarray) -> np.ndarray:
     """Returns the weighted sum of rewards ``[..., rewards]``; NaN if none of a sample's is known."""
     weights = np.array(rl.reward_weights or [1.0] * len(rl.rewards))
     known = ~np.isnan(rewards)
@@ -82,7 +82,7 @@ def summed(rl: RLConfig, rewards: np.ndarray) -> np.ndarray:
     return np.where(known.any(-1), total, np.nan)
 
 
-def parts(rl: RLConfig) -> dict[str, Any]:
+def program_parts(rl: RLConfig) -> dict[str, Any]:
     """Returns the arguments of `nalora_jax.train.assembly.assemble` for a run with rewards."""
 
     def objective(plain: NextToken) -> Policy:
@@ -121,12 +121,12 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
 
 def build_step(
     inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None
-) -> tuple[LoadedModel, Assembly, Prompts]:
+) -> tuple[LoadedModel, Assembly, PromptRows]:
     """Loads the base, and builds adapters and the step with its rollouts; see `text.build_step`."""
     stream = inputs.data
-    loaded, assembly, _ = text.build_step(inputs, placed, mesh, output, like, **parts(placed.rl))
+    loaded, assembly, _ = text.build_step(inputs, placed, mesh, output, like, **program_parts(placed.rl))
     rows = distributed.process_rows(mesh, stream.batch_size // stream.accumulate)
-    data = Prompts(replace(stream, rows=tuple(rows.tolist())), Rollout())
+    data = PromptRows(replace(stream, rows=tuple(rows.tolist())), Rollout())
     sampler = Sampler(
         assembly.eval_model,
         assembly.params,
@@ -142,7 +142,7 @@ def build_step(
     )
     assert inputs.base is not None
     plain = next_token(inputs.base, assembly.model, placed.compute, mesh)
-    scoring: Policy = parts(placed.rl)["objective"](plain)
+    scoring: Policy = program_parts(placed.rl)["objective"](plain)
     step = RolloutStep(placed, assembly, scoring, sampler, data, output.folder / FILE)
     return loaded, replace(assembly, step=step), data
 
@@ -203,7 +203,7 @@ class RolloutBatches(BatchIterator):
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PromptRows:
     """The training rows of a run: prompts, and the rollout in progress."""
 
     stream: PromptData
@@ -236,7 +236,7 @@ class RolloutStep:
         assembly: Assembly,
         scoring: Policy,
         sampler: Sampler,
-        data: Prompts,
+        data: PromptRows,
         file: Path,
     ) -> None:
         self._config, self._sampler, self._data, self._file = config, sampler, data, file
@@ -272,7 +272,7 @@ class RolloutStep:
         samples = self._sampler(state.lora, number, prompts)
         replaced = 0
         for attempt in range(rl.resample):
-            flat = np.flatnonzero(_is_flat(summed(rl, samples.rewards), rl.samples))
+            flat = np.flatnonzero(_is_flat(weighted_sum(rl, samples.rewards), rl.samples))
             if not len(flat):
                 break
             replaced += len(flat)
@@ -281,7 +281,7 @@ class RolloutStep:
             samples = samples.replaced(flat, drawn, rl.samples)
             for place, other in zip(flat, others, strict=False):
                 prompts[place] = other
-        total = summed(rl, samples.rewards)
+        total = weighted_sum(rl, samples.rewards)
         ids = [prompt.ids for prompt in prompts for _ in range(rl.samples)]
         flat_share = float(_is_flat(total, rl.samples).mean())
         figures = {
@@ -296,7 +296,7 @@ class RolloutStep:
             "length": float(samples.lengths.mean()),
             "cut": float(samples.cut.mean()),
         }
-        whole = batch_of(ids, samples, stream.length, masks_cut=rl.mask_cut)
+        whole = sample_batch(ids, samples, stream.length, masks_cut=rl.mask_cut)
         if rl.updates > 1 or (rl.loss == "rloo" and rl.beta):
             whole |= self._by_training_program(params, state, whole)
         if rl.loss == "rloo" and rl.beta:
@@ -417,7 +417,9 @@ class RewardEvaluator(Evaluator):
         texts, records, places = zip(*((p.text, p.record, p.where) for p in prompts), strict=True)
         rewards = self._scorer(texts, answers, records, places)
         named = [f"reward_{name.partition(':')[0]}" for name in self._rl.rewards]
-        rows = zip(prompts, answers, summed(self._rl, rewards).tolist(), rewards.tolist(), strict=True)
+        rows = zip(
+            prompts, answers, weighted_sum(self._rl, rewards).tolist(), rewards.tolist(), strict=True
+        )
         return [
             {
                 "prompt": prompt.text,
