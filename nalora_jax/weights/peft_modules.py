@@ -9,6 +9,11 @@ An adapter of a fused module is exact: with parts of rank r1, r2, ... it has ran
 
     A = [A1; A2]           [r1 + r2, d_in]       (torch layout)
     B = [[B1, 0], [0, B2]] [d_out1 + d_out2, r1 + r2]
+
+Parts with the same A (an adapter that PEFT trained on the fused module) need it once::
+
+    A = A1                 [r, d_in]
+    B = [B1; B2]           [d_out1 + d_out2, r]
 """
 
 from __future__ import annotations
@@ -247,24 +252,27 @@ def fuse(
     present = [adapter for adapter in parts if adapter is not None]
     if len(parts) == 1 or not present:
         return parts[0]
-    scale = present[0].scale
-    rank, lead = sum(adapter.rank for adapter in present), present[0].b.shape[:-2]
-    b = np.zeros((*lead, rank, sum(widths)), np.float32)
+    a, scale, lead = present[0].a, present[0].scale, present[0].b.shape[:-2]
+    shared = all(np.array_equal(a, adapter.a) for adapter in present)
+    if not shared:
+        a = np.concatenate([adapter.a for adapter in present], axis=-1)
+    b = np.zeros((*lead, a.shape[-1], sum(widths)), np.float32)
     row = column = 0
     for adapter, width in zip(parts, widths, strict=True):
         if adapter is not None:
             block = adapter.b * np.float32(adapter.scale / scale)
             b[..., row : row + adapter.rank, column : column + width] = block
-            row += adapter.rank
+            if not shared:
+                row += adapter.rank
         column += width
     if alternates:
-        b = b.reshape(*lead, rank, len(parts), -1).swapaxes(-1, -2).reshape(b.shape)
+        b = b.reshape(*lead, a.shape[-1], len(parts), -1).swapaxes(-1, -2).reshape(b.shape)
     magnitude = None
     if present[0].magnitude is not None and len(present) == len(parts):
         magnitude = np.concatenate(
             [adapter.magnitude for adapter in present if adapter.magnitude is not None]
         )
-    return ModuleAdapter(np.concatenate([adapter.a for adapter in present], axis=-1), b, scale, magnitude)
+    return ModuleAdapter(a, b, scale, magnitude)
 
 
 def split(

@@ -52,6 +52,11 @@ _MIXERS = dict.fromkeys(
     if path.partition("/")[0] not in ("attn", "ffn", "tail")
 )
 _OUTPUTS = _pattern(["attn/o_proj", *_MIXERS])
+# transformers' stacks of all experts of a layer; the slash in front keeps shared experts out.
+_STACKS = {
+    "gate_up_proj": "/ffn/(experts_ffn/)?(gate|up)_proj",
+    "down_proj": "/ffn/(experts_ffn/)?down_proj",
+}
 _NAME = re.compile(r"[\w.]+")
 
 
@@ -64,12 +69,15 @@ def rules_of(
     layers: Sequence[int] | int | None = None,
     ranks: Mapping[str, int] | None = None,
     alphas: Mapping[str, float] | None = None,
+    parameters: Sequence[str] | None = None,
 ) -> list[str]:
     """Returns rules ``PATTERN:RANK:ALPHA`` that target the same modules as PEFT's settings.
 
     Example:
       >>> rules_of(rank=8, alpha=16, targets=["q_proj", "v_proj"], ranks={"v_proj": 4})
       ['attn/v_proj:4:16', 'attn/q_proj:8:16', 'attn/v_proj:8:16']
+      >>> rules_of(rank=8, alpha=16, targets=None, parameters=["mlp.experts.down_proj"])
+      ['/ffn/(experts_ffn/)?down_proj:8:16']
 
     Raises:
       NaloraError: a regular expression, a name that no supported model has, no names at all, or a
@@ -79,6 +87,9 @@ def rules_of(
         if not isinstance(pattern, Mapping | None):
             raise NaloraError(where, expected="values by name", found=shown(pattern))
     ranks, alphas = dict(ranks or {}), dict(alphas or {})
+    stacks = [_stack_path(name) for name in _names(listed(parameters), "target_parameters")]
+    if targets is None and stacks:
+        targets = []
     everything, targets = isinstance(targets, str), _target_names(targets)
     if isinstance(excluded, str):
         raise NaloraError("exclude_modules", expected="names", found=f"the expression {excluded!r}")
@@ -94,19 +105,18 @@ def rules_of(
             raise NaloraError("layers_to_transform", expected="layer numbers", found=shown(layers))
         within = f"layers/({'|'.join(map(str, numbers))})/"
     paths = {_path(name, "target_modules") for name in plain}
-    named = {name: _path(name, "rank_pattern, alpha_pattern") for name in [*ranks, *alphas]}
-    # PEFT ignores a pattern for a module that is not targeted.
-    special = [name for name, path in named.items() if re.sub(r"^layers/\d+/", "", path) in paths]
-    rules = [
-        _rule(
-            _path(name, "rank_pattern, alpha_pattern"),
-            ranks.get(name, rank),
-            alphas.get(name, alpha),
-            within,
-        )
-        for name in special
-    ]
+    rules = []
+    for name in dict.fromkeys([*ranks, *alphas]):
+        path = _path(name, "rank_pattern, alpha_pattern")
+        values = (ranks.get(name, rank), alphas.get(name, alpha))
+        # PEFT ignores a pattern for a module that is not targeted.
+        if _may_be_stack(name) and _without_layer(_stack_path(name)) in map(_without_layer, stacks):
+            rules.append(_rule(_stack_path(name), *values, ""))
+        if _without_layer(path) in paths:
+            rules.append(_rule(path, *values, within))
     rules += [_rule(_path(name, "target_modules"), rank, alpha, within) for name in plain]
+    # PEFT applies neither exclude_modules nor layers_to_transform to target_parameters.
+    rules += [_rule(path, rank, alpha, "") for path in stacks]
     if everything:
         rules = [rule.replace(MODULES["o_proj"], _OUTPUTS) for rule in rules]
     return list(dict.fromkeys(rules))
@@ -154,7 +164,7 @@ def _rule(path: str, rank: Any, alpha: Any, within: str) -> str:
 
 def _path(name: str, where: str) -> str:
     """Returns the pattern of a module: in every layer, or in the layer that its name contains."""
-    bare = name.removeprefix("^").removesuffix("$")
+    bare = _bare(name)
     last = bare.rpartition(".")[2]
     if last in TABLES:
         raise NaloraError(
@@ -168,3 +178,32 @@ def _path(name: str, where: str) -> str:
         raise NaloraError(where, expected=expected, found=repr(name), remedy=remedy)
     layer = re.search(r"layers\.(\d+)\.", bare)
     return f"layers/{layer[1]}/{MODULES[last]}" if layer else MODULES[last]
+
+
+def _stack_path(name: str) -> str:
+    """Returns the pattern of a stack of experts: in every layer, or in the layer that its name contains."""
+    if not _may_be_stack(name):
+        stacks = ", ".join(f"experts.{stack}" for stack in _STACKS)
+        remedy = "name a Linear module in target_modules; routers and biases are not adapted here"
+        raise NaloraError("target_parameters", expected=stacks, found=repr(name), remedy=remedy)
+    bare = _bare(name)
+    layer = re.search(r"layers\.(\d+)\.", bare)
+    path = _STACKS[bare.rpartition(".")[2]]
+    return f"layers/{layer[1]}{path}" if layer else path
+
+
+def _may_be_stack(name: str) -> bool:
+    """Returns True for names that end like a stack of experts, and for a stack's bare name."""
+    module, _, last = _bare(name).rpartition(".")
+    return last in _STACKS and module.rpartition(".")[2] in ("", "experts")
+
+
+def _bare(name: str) -> str:
+    """Returns a name without the marks of an expression that PEFT itself writes for experts."""
+    name = name.removeprefix("^").removesuffix("$")
+    return name.removeprefix(r".*\.").replace(r"\.", ".")
+
+
+def _without_layer(path: str) -> str:
+    """Returns a pattern for every layer instead of one."""
+    return re.sub(r"^layers/\d+", "", path).removeprefix("/")

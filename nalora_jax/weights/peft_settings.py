@@ -22,6 +22,10 @@ _RESIZED = (
     "if the tokenizer got new tokens: name them in data.add_tokens or data.add_special_tokens, in their order; the "
     "embedding is resized for them"
 )
+_DENSE = (
+    "target_parameters: dense layers of a mixture have the same paths as experts; leave them out with a first rule "
+    "such as layers/0/ffn/:0"
+)
 
 
 @dataclass(frozen=True)
@@ -146,10 +150,7 @@ PEFT: dict[str, Field] = {
         _indices,
     ),
     "target_parameters": Field(
-        "",
-        "experts are projections here",
-        only(because="name experts by patterns such as ffn/gate_proj instead"),
-        in_files=True,
+        "lora.rules", "stacks of experts; the two parts of gate_up_proj have one A each"
     ),
     "layer_replication": Field("", "", only(because="layers are not repeated here")),
     "lora_bias": Field("", "", only(False, because="adapters have no bias here")),
@@ -199,6 +200,7 @@ def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
         layers=values.get("layers_to_transform"),
         ranks=values.get("rank_pattern"),
         alphas=values.get("alpha_pattern"),
+        parameters=values.get("target_parameters"),
     ))  # fmt: skip
     return settings, notes
 
@@ -233,6 +235,8 @@ def _converted(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
         raise NaloraError(
             "LoraConfig", expected=expected, found="; ".join(refused), remedy="remove or change them"
         )
+    if values.get("target_parameters"):
+        notes.append(_DENSE)
     lora = settings.get("lora", {})
     if "embed_tokens" in lora.get("modules_to_save", ()) or "trainable_token_indices" in lora:
         notes.append(_RESIZED)

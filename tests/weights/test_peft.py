@@ -12,9 +12,11 @@ from safetensors.numpy import load_file, save_file
 from nalora_jax.common.trees import flatten, map_named
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import locate, projection_shapes
 from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
 from nalora_jax.weights.peft_modules import layers_with, module_layout
+from tests.tiny import logits_of
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -463,6 +465,38 @@ def test_import_experts_from_peft(family, style, tiny_model, deltas, tmp_path):
     lora, spec = import_adapter(tmp_path, config)
 
     assert_same(deltas(lora, spec), peft_deltas(wrapped, module_layout(config), config))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("names", [("gate_up_proj", "down_proj"), ("gate_up_proj",)])
+def test_adapters_of_stacks_compute_the_logits_of_peft(
+    names, family, tiny_model, params_of, random_lora, tmp_path
+):
+    """Gate and up read from one parameter share A, so they are written again with PEFT's own rank."""
+    model, config = tiny_model(family)
+    params = params_of(model, config)
+    stacks = [f"mlp.experts.{name}" for name in names]
+    wrapped = wrap(model, r=3, lora_alpha=5, target_modules=["q_proj"], target_parameters=stacks)
+    wrapped.save_pretrained(tmp_path / "theirs")
+
+    lora, spec = import_adapter(tmp_path / "theirs", config)
+    ours = logits_of(Decoder(config, spec), {"params": params, "lora": lora}, TOKENS)
+    export_adapter(lora, spec, config, tmp_path / "ours", base_model_name="org/base")
+
+    expected = logits(wrapped)
+    np.testing.assert_allclose(ours, expected, atol=2e-5 * np.abs(expected).max())
+    theirs, written = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours")
+    )
+    assert theirs.keys() == written.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(written[name], tensor, err_msg=name)
+    # Gate and up with an A each need the sum of their ranks.
+    trained, trained_spec = random_lora(config, MIXED)
+    ours = logits_of(Decoder(config, trained_spec), {"params": params, "lora": trained}, TOKENS)
+    export_adapter(trained, trained_spec, config, tmp_path / "trained", base_model_name="org/base")
+    expected = logits(load(tiny_model(family)[0], tmp_path / "trained"))
+    np.testing.assert_allclose(ours, expected, atol=2e-5 * np.abs(expected).max())
 
 
 def test_import_experts_of_transformers_4(tiny_model, random_lora, deltas, tmp_path):

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,63 @@ def test_the_adapters_are_those_that_peft_makes(settings: dict[str, Any]) -> Non
         assert found[name][0] == rank
         assert found[name][1] / (rank**0.5 if theirs.use_rslora else rank) == pytest.approx(scale)
     assert not [note for note in notes if "not known" in note]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+        {"target_parameters": ["model.layers.1.mlp.experts.down_proj"], "target_modules": ["q_proj"]},
+        {
+            "target_parameters": ["experts.gate_up_proj"],
+            "rank_pattern": {r".*\.mlp\.experts\.gate_up_proj": 6},
+        },
+        {"target_parameters": ["down_proj"], "alpha_pattern": {"down_proj": 2, "mlp.down_proj": 3}},
+        {"target_parameters": ["experts.down_proj"], "rank_pattern": {"layers.2.mlp.experts.down_proj": 2}},
+    ],
+)
+def test_stacks_of_experts_are_those_that_peft_targets(settings, family, tiny_model) -> None:
+    """Settings of target_modules beside them, such as exclude_modules, do not apply to parameters."""
+    peft = pytest.importorskip("peft")
+    model, base = tiny_model(family)
+    theirs = {"target_modules": [], "r": 4, "lora_alpha": 8, "exclude_modules": ["experts"]} | settings
+    theirs |= {"layers_to_transform": [0]}
+    expected = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*(rank|alpha)_pattern", RuntimeWarning)
+        injected = peft.inject_adapter_in_model(peft.LoraConfig(**theirs), model)
+    for name, module in injected.named_modules():
+        if hasattr(module, "parameter_name"):
+            layer = name.split(".")[2]
+            for part in {"gate_up_proj": ("gate_proj", "up_proj")}.get(
+                module.parameter_name, ("down_proj",)
+            ):
+                expected[layer, part] = (module.r["default"], float(module.scaling["default"]))
+
+    settings_, notes = from_peft(json.loads(json.dumps(theirs)) | {"exclude_modules": None})
+    lora = settings_of(settings_, Path("mine.yaml")).lora
+    spec = resolve(lora, projection_shapes(base), base.n_layers)
+    found = {
+        (str(layer), path.rpartition("/")[2]): (rank, alpha / rank)
+        for path, target in spec.targets
+        for layer, (rank, alpha) in enumerate(zip(target.ranks, target.alphas, strict=True))
+        if rank and "ffn" in path
+    }
+    assert not any("shared" in path for path, _ in spec.targets)
+    assert found == expected
+    assert any("layers/0/ffn/:0" in note for note in notes)
+
+
+def test_parameters_that_are_no_stacks_are_refused() -> None:
+    for name in (
+        "mlp.gate.weight",
+        "q_proj.weight",
+        "mlp.experts.gate_up_proj_bias",
+        "self_attn.down_proj",
+    ):
+        with pytest.raises(NaloraError, match="target_parameters: expected experts.gate_up_proj"):
+            from_peft({"target_modules": ["q_proj"], "target_parameters": [name]})
 
 
 def test_patterns_of_modules_that_are_not_targeted_mean_nothing() -> None:
