@@ -295,8 +295,9 @@ def execute(world: World, page: str, monkeypatch: pytest.MonkeyPatch, folder: st
 
 
 def test_files_of_a_page_have_tests_of_their_own() -> None:
-    """In tests/test_change_one_thing.py and tests/method/test_adapt.py."""
-    assert {block.page for block in BLOCKS if block.title} == {"change_one_thing.md", "own_models.md"}
+    """In tests/test_change_one_thing.py, tests/method/test_adapt.py and tests/train/test_rewards.py."""
+    pages = {block.page for block in BLOCKS if block.title}
+    assert pages == {"change_one_thing.md", "own_models.md", "rl.md"}
 
 
 def test_the_callback_of_the_page_listens(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -64,6 +65,13 @@ def test_functions_of_modules_are_rewards() -> None:
         make_rewards(["rewards_of_a_test:once"])
     with pytest.raises(NaloraError, match="expected one of choice, exact, format, length, number, regex"):
         make_rewards(["nmber"])
+
+
+def test_the_reward_of_the_page_is_registered_by_its_file() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rl.md").read_text(encoding="utf-8")
+    exec(page.split('title="my_rewards.py"\n')[1].split("```")[0], {"__name__": "my_rewards"})
+    (reward,) = make_rewards(["short"])
+    assert reward("a prompt", "x" * 50, {"answer": "y"}) == -0.5
 
 
 def _slow(prompt: str, completion: str, record: Any) -> float:
