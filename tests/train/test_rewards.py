@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.train import rewards
 from nalora_jax.train.rewards import Scorer, make_rewards
 
 CHOICES = {"choices": ["a red fox", "no one", "an owl"], "gold": 2, "answer": "an owl"}
@@ -57,8 +58,8 @@ def _module(**functions: Any) -> None:
 
 def test_functions_of_modules_are_rewards() -> None:
     _module(twice=lambda prompt, completion, record: 2 * len(completion))
-    rewards = make_rewards(["rewards_of_a_test:twice", "exact"])
-    scorer = Scorer(("twice", "exact"), tuple(rewards))
+    made = make_rewards(["rewards_of_a_test:twice", "exact"])
+    scorer = Scorer(("twice", "exact"), tuple(made))
     values = scorer(["p"] * 2, ["ab", "c"], [{"answer": "c"}] * 2, ["file:1", "file:2"])
     np.testing.assert_array_equal(values, [[4, 0], [2, 1]])
     with pytest.raises(NaloraError, match="MODULE:FUNCTION that can be imported, found .*once"):
@@ -67,7 +68,9 @@ def test_functions_of_modules_are_rewards() -> None:
         make_rewards(["nmber"])
 
 
-def test_the_reward_of_the_page_is_registered_by_its_file() -> None:
+def test_the_reward_of_the_page_is_registered_by_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = {name: reward for name, reward in rewards._REWARDS._values.items() if name != "short"}
+    monkeypatch.setattr(rewards._REWARDS, "_values", registered)
     page = (Path(__file__).parents[2] / "docs" / "rl.md").read_text(encoding="utf-8")
     exec(page.split('title="my_rewards.py"\n')[1].split("```")[0], {"__name__": "my_rewards"})
     (reward,) = make_rewards(["short"])
@@ -102,6 +105,6 @@ def test_a_reward_that_fails_names_itself_and_the_record_or_is_nan(reward: Any, 
 
 
 def test_a_regular_expression_that_backtracks_is_stopped() -> None:
-    rewards = make_rewards(["regex:pattern=^(a+)+$"])
+    made = make_rewards(["regex:pattern=^(a+)+$"])
     with pytest.raises(NaloraError, match="no value after"):
-        Scorer(("regex",), tuple(rewards), seconds=0.2)(["p"], ["a" * 40 + "b"], [{}], ["r"])
+        Scorer(("regex",), tuple(made), seconds=0.2)(["p"], ["a" * 40 + "b"], [{}], ["r"])
