@@ -20,7 +20,7 @@ from nalora_jax.study.records import Records
 from nalora_jax.study.report import render
 from nalora_jax.study.resources import Resources
 from nalora_jax.train.assembly import assemble
-from nalora_jax.train.kinds.preference import parts
+from nalora_jax.train.kinds.preference import program_parts
 from tests.study.conftest import filled
 
 PROTOCOL = """
@@ -100,7 +100,7 @@ def alone(protocol: Protocol, run: Run) -> float:
         batch_size=4,
         seed=config.seed,
     )
-    made = assemble(config, model.config, model.params, mesh, **parts(config.preference))
+    made = assemble(config, model.config, model.params, mesh, **program_parts(config.preference))
     state, losses = made.state, []
     for row in range(0, 4 * config.steps, 4):
         batch = make_global_batch(pairs.batch_at(row), mesh, rows_axis=1)

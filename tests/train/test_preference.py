@@ -38,7 +38,7 @@ from nalora_jax.ops.cross_entropy import Head, cross_entropy
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.target_losses import target_losses
 from nalora_jax.train.assembly import assemble
-from nalora_jax.train.kinds.preference import dpo, open_inputs, parts
+from nalora_jax.train.kinds.preference import dpo, open_inputs, program_parts
 from tests import tiny
 from tests.param_trees import init_params
 
@@ -91,7 +91,7 @@ def assembled(preference, mesh=None):
     params = jax.tree.map(lambda leaf: 2 * leaf, init_params(BASE, jax.random.key(0)))
     mesh = mesh or distributed.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     params = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
-    made = assemble(settings(preference), BASE, params, mesh, **parts(preference))
+    made = assemble(settings(preference), BASE, params, mesh, **program_parts(preference))
     moved = {
         path: leaf + 0.3 * jax.random.normal(jax.random.key(i), leaf.shape)
         for i, (path, leaf) in enumerate(trees.flatten(made.state.lora).items())
