@@ -24,9 +24,12 @@ from nalora_jax.ops.storage import prepare
 from nalora_jax.train.decoder_program import MakeObjective, check_decoder, decoder_program
 from nalora_jax.train.program import Program
 from nalora_jax.train.state_metrics import StateMetrics
-from nalora_jax.weights.allocated import remaining_ranks
-from nalora_jax.weights.nonzero_start import difference_as_lora, lower_kernels
-from nalora_jax.weights.pissa import pissa_split
+from nalora_jax.weights.adapted_kernels import (
+    difference_as_lora,
+    lower_kernels,
+    pissa_split,
+    remaining_ranks,
+)
 
 
 @dataclass(frozen=True)

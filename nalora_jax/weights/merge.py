@@ -28,11 +28,12 @@ from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.sight import contains_text_model, text_part
 from nalora_jax.ops.storage import Kernel, Stored, expand
+from nalora_jax.weights.adapted_kernels import merged_kernel
 from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.keymaps import Slot
 from nalora_jax.weights.keytables import Source
-from nalora_jax.weights.peft_write import layer_adapter
-from nalora_jax.weights.saved_modules import refuse_saved
+from nalora_jax.weights.peft import layer_adapter
+from nalora_jax.weights.peft_tables import refuse_saved
 from nalora_jax.weights.shards import TensorInfo, write_shards
 from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_tokenizer
 from nalora_jax.weights.vision.sight import file_name, model_keymap
@@ -62,7 +63,7 @@ def merge(params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec)
       lora: adapters, stacked.
       spec: their ranks, alphas and variant.
     """
-    refuse_saved(spec, "merge", "fold them in first (weights.saved_modules.fold_saved)")
+    refuse_saved(spec, "merge", "fold them in first (weights.peft_tables.fold_saved)")
     leaves, adapters = flatten(params, _is_stored), flatten(lora)
     for path, _ in spec.targets:
         a, b = (jnp.asarray(adapters[f"{path}/{name}"]) for name in ("a", "b"))
@@ -83,11 +84,8 @@ def _merge_stack(
     def one(layer: tuple[Any, ...]) -> jax.Array:
         stored, a, b, s, m = layer
         w = expand(stored)
-        merged = w.astype(jnp.float32) + s * jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
-        if m is not None:
-            scaled = merged * jnp.expand_dims(m / jnp.linalg.norm(merged, axis=-2), -2)
-            merged = jnp.where(s == 0, merged, scaled)  # scale 0 means rank 0: no adapter
-        return merged.astype(w.dtype)
+        merged: jax.Array = merged_kernel(w, a, b, s, m).astype(w.dtype)
+        return merged
 
     merged: jax.Array = lax.map(one, (kernel, a, b, scale, magnitude))
     return merged
@@ -112,7 +110,7 @@ def merged_tensors(
       dtype: of every tensor; by default its parameter's dtype, for quantized ones the embedding's.
       source: format of names and layouts: transformers' ("hf") or llama.cpp's ("gguf").
     """
-    refuse_saved(spec, "merge", "fold them in first (weights.saved_modules.fold_saved)")
+    refuse_saved(spec, "merge", "fold them in first (weights.peft_tables.fold_saved)")
     leaves, adapters = flatten(params, _is_stored), flatten(lora or {})
     for tensor in model_keymap(config, source).tensors:
         parts = [_slot_value(leaves, adapters, spec, slot, dtype) for slot in tensor.slots]
@@ -138,13 +136,11 @@ def _slot_value(
         adapter = layer_adapter(adapters, spec, slot.path.removesuffix("/kernel"), slot.layer)
     if adapter is not None:
         expert = slot.index[1:]
-        merged = value.astype(np.float32) + np.float32(adapter.scale) * (
-            adapter.a[expert] @ adapter.b[expert]
-        )
+        magnitude = None
         if adapter.magnitude is not None:
-            norm = np.linalg.norm(merged, axis=-2)
-            merged *= np.expand_dims(adapter.magnitude[expert] / norm, -2)
-        value = merged
+            magnitude = adapter.magnitude[expert]
+        factors = (adapter.a[expert], adapter.b[expert], np.float32(adapter.scale))
+        value = merged_kernel(value, *factors, magnitude)
     return value.astype(target)
 
 

@@ -43,7 +43,7 @@ from nalora_jax.train.assembly import assemble
 from nalora_jax.weights.adapter_slot import AdapterSlot
 from nalora_jax.weights.merge import merge
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
-from nalora_jax.weights.saved_modules import fold_saved
+from nalora_jax.weights.peft_tables import fold_saved
 from tests import tiny
 from tests.weights.test_saved_modules import TOKENS, load_in_peft, our_logits, save, torch_logits
 from tests.weights.test_saved_modules import wrap as wrap_plain
