@@ -23,9 +23,8 @@ from pathlib import Path
 
 from nalora_jax.common.digests import file_digest
 from nalora_jax.common.downloads import cache_dir
-from nalora_jax.data.file_source import FileSource
 from nalora_jax.data.source import Source
-from nalora_jax.data.sources import register_source
+from nalora_jax.data.sources import FileSource, register_source
 from nalora_jax.errors import NaloraError
 
 PACKAGE, VERSION = "llamafactory", "0.9.5"

@@ -12,18 +12,21 @@ import glob
 import hashlib
 import io
 import json
+import mmap
 import re
-from collections.abc import Mapping, Sequence
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
+import numpy as np
+
 from nalora_jax.common import buckets
 from nalora_jax.common.files import expand_user
-from nalora_jax.data.array_records import ArrayRecords, is_array_record
-from nalora_jax.data.digests import readable
-from nalora_jax.data.jsonl import JsonLines
-from nalora_jax.data.source import Record
-from nalora_jax.data.table_rows import TableRows
+from nalora_jax.data.source import Record, TableRecord, foreign_errors
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 
@@ -290,3 +293,282 @@ def _begins_with(path: Path, mark: bytes) -> bool:
     with readable(path), path.open("rb") as file:
         begins = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == mark
     return begins
+
+
+# ---------------------------------------------------------------- JSON Lines
+#
+# An index of line starts in memory, the file on disk.
+
+
+class JsonLines:
+    """Objects of a JSON Lines file, by index; blank lines are skipped.
+
+    One pass over the file computes the line offsets and the sha256; memory is 8 bytes a line.
+
+    Args:
+      path: path of the file.
+      name: name of the file in messages, its path by default.
+
+    Raises:
+      NaloraError: on opening, if the file is missing or has no lines.
+    """
+
+    def __init__(self, path: str | Path, name: str = "") -> None:
+        self.path, self.name = Path(path), name or str(path)
+        try:
+            self._starts, self._blanks, self.sha256 = _index(self.path)
+            if not len(self._starts):
+                raise NaloraError(self.name, expected="at least one JSON line", found="an empty file")
+            with self.path.open("rb") as handle:
+                self._bytes = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            expected, actual = "a readable file of JSON lines", error.strerror or error
+            remedy = "check the path"
+            raise NaloraError(self.name, expected=expected, found=actual, remedy=remedy) from error
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns the object on line ``index``.
+
+        Raises:
+          NaloraError: the line is not a JSON object; the message names the line.
+        """
+        start = int(self._starts[index])
+        end = self._bytes.find(b"\n", start)
+        try:
+            value = json.loads(self._bytes[start : len(self._bytes) if end < 0 else end])
+        except (ValueError, RecursionError) as error:  # ValueError: bad JSON or bad UTF-8
+            raise NaloraError(
+                self.where(index),
+                expected="a JSON object",
+                found=error,
+                remedy="fix or remove this line",
+            ) from error
+        if not isinstance(value, dict):
+            kind = type(value).__name__
+            expected, actual = "a JSON object", f"a {kind}"
+            remedy = "fix this line"
+            raise NaloraError(self.where(index), expected=expected, found=actual, remedy=remedy)
+        return value
+
+    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Returns the objects at ``indices``."""
+        return [self[index] for index in indices]
+
+    def where(self, index: int) -> str:
+        """Returns ``path:line``, with lines counted from 1 as in editors."""
+        skipped = int(np.searchsorted(self._blanks, self._starts[index]))
+        return f"{self.name}:{range(len(self))[index] + skipped + 1}"
+
+
+def _index(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
+    """Returns the byte offsets of lines with text and of blank lines, and the file's sha256."""
+    starts, blanks, digest, position = array("q"), array("q"), hashlib.sha256(), 0
+    with path.open("rb") as handle:
+        for line in handle:
+            (starts if line.strip() else blanks).append(position)
+            position += len(line)
+            digest.update(line)
+    return np.array(starts, np.int64), np.array(blanks, np.int64), digest.hexdigest()
+
+
+# ---------------------------------------------------------------- Parquet and Arrow
+
+
+_OPEN_GROUPS = 2  # decoded row groups of a Parquet file that stay in memory
+
+
+class TableRows:
+    """Rows of a Parquet file, decoded by row group on demand, or of a memory-mapped Arrow file.
+
+    Args:
+      path: path of the file, or the URL of a Parquet file in a bucket.
+      name: name of the file in messages.
+    """
+
+    def __init__(self, path: Path | str, name: str = "") -> None:
+        self._name = name or str(path)
+        self.sha256 = file_digest(path)
+        self._open: OrderedDict[int, Any] = OrderedDict()
+        with self._errors():
+            sizes, self._groups = _parquet(path) if self._kind == ".parquet" else _arrow(Path(path))
+        self._ends = np.cumsum([0, *sizes])
+
+    @property
+    def _kind(self) -> str:
+        return PurePath(self._name).suffix.lower()
+
+    def _errors(self) -> Any:
+        return foreign_errors(self._name, f"a readable {self._kind[1:]} file", "write it again")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """Returns the rows at ``indices``; each row group is decoded once per call."""
+        import pyarrow as pa
+
+        places = np.asarray(indices, np.int64)
+        groups = np.searchsorted(self._ends, places, side="right") - 1
+        records: list[Record] = [{}] * len(places)
+        for group in np.unique(groups).tolist():
+            at = np.flatnonzero(groups == group)
+            with self._errors():
+                rows = self._group(group).take(pa.array(places[at] - self._ends[group])).to_pylist()
+            for position, row in zip(at.tolist(), rows, strict=True):
+                records[position] = TableRecord(row)
+        return records
+
+    def _group(self, number: int) -> Any:
+        if number not in self._open:
+            rows = self._groups[number]()
+            # Arrow trusts a file's offsets: without validation, a damaged file causes reads outside
+            # its memory.
+            rows.validate(full=True)
+            self._open[number] = rows
+            if len(self._open) > _OPEN_GROUPS:
+                self._open.popitem(last=False)
+        return self._open[number]
+
+    def where(self, index: int) -> str:
+        """Returns ``path, row n``, counted from 1."""
+        return f"{self._name}, row {range(len(self))[index] + 1}"
+
+
+Groups = tuple[list[int], list[Callable[[], Any]]]
+
+
+def _parquet(path: Path | str) -> Groups:
+    """Returns the sizes of a Parquet file's row groups, and the functions that decode them."""
+    import pyarrow.parquet as pq
+
+    source = buckets.opened(path) if isinstance(path, str) else path
+    about = pq.read_metadata(source, memory_map=True)
+    file = pq.ParquetFile(source, metadata=about, memory_map=True, read_dictionary=_coded_texts(about))
+    count = file.num_row_groups
+    return [about.row_group(i).num_rows for i in range(count)], [
+        partial(file.read_row_group, i) for i in range(count)
+    ]
+
+
+def _coded_texts(about: Any) -> list[str]:
+    """Returns the paths of the dictionary-encoded text columns, which stay encoded in memory.
+
+    Decoding would repeat a text for every row that has it: a file of 2 kB can expand to gigabytes.
+    """
+    groups = [about.row_group(i) for i in range(about.num_row_groups)]
+    columns = [(number, about.schema.column(number)) for number in range(len(about.schema))]
+    return [
+        column.path
+        for number, column in columns
+        if column.physical_type == "BYTE_ARRAY"
+        and column.logical_type.type in ("STRING", "NONE")
+        and any(group.column(number).has_dictionary_page for group in groups)
+    ]
+
+
+def _arrow(path: Path) -> Groups:
+    """Returns the record batches of an Arrow file or a stream written by datasets, as `Groups`."""
+    import pyarrow as pa
+
+    mapped = pa.memory_map(str(path))
+    try:
+        reader: Any = pa.ipc.open_file(mapped)
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    except pa.ArrowInvalid:
+        mapped.seek(0)
+        batches = list(pa.ipc.open_stream(mapped))
+    return [batch.num_rows for batch in batches], [
+        partial(pa.Table.from_batches, [batch]) for batch in batches
+    ]
+
+
+# ---------------------------------------------------------------- ArrayRecord
+#
+# Files of JSON objects. Those written by TFDS hold serialized examples instead, which only the
+# folder's description can decode.
+
+
+def is_array_record(name: str) -> bool:
+    """Returns True for the name of an ArrayRecord file: ``train.array_record-00000-of-00004``."""
+    return re.search(r"\.array_?record(-\d+-of-\d+)?$", name) is not None
+
+
+class ArrayRecords:
+    """Records of one ArrayRecord file.
+
+    Args:
+      path: path of the file.
+      name: name of the file in messages.
+
+    Raises:
+      NaloraError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        self._name = name
+        with foreign_errors(name, "a readable ArrayRecord file", "write it again"):
+            with path.open("rb") as file:
+                self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            self._reader = ArrayRecordReader(str(path))
+            self._count = self._reader.num_records()
+
+    def __len__(self) -> int:
+        return int(self._count)
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """Returns the objects at ``indices``.
+
+        Raises:
+          NaloraError: a record is not a JSON object.
+        """
+        with foreign_errors(self._name, "a readable ArrayRecord file", "write it again"):
+            data = self._reader.read(list(map(int, indices)))
+        return [self._parsed(index, record) for index, record in zip(indices, data, strict=True)]
+
+    def _parsed(self, index: int, data: bytes) -> Record:
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            expected, actual = "a JSON object", f"{len(data)} bytes of another format"
+            remedy = "name a data set of TFDS by its folder (with dataset_info.json), or by tfds:<name>"
+            raise NaloraError(self.where(index), expected=expected, found=actual, remedy=remedy)
+        return value
+
+    def where(self, index: int) -> str:
+        """Returns ``path, record n``, counted from 1."""
+        return f"{self._name}, record {range(len(self))[index] + 1}"
+
+
+# ---------------------------------------------------------------- digests and errors
+
+
+def file_digest(path: Path | str) -> str:
+    """Returns the sha256 of a file, or of the checksum that the bucket of a URL stores.
+
+    Raises:
+      NaloraError: the file cannot be read.
+    """
+    if isinstance(path, str):
+        return hashlib.sha256(buckets.version(path).encode()).hexdigest()
+    with readable(path), path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return digest
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raises file system errors about a path as errors of this library."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise NaloraError(
+            str(path), expected="a readable file", found=reason, remedy="check the path"
+        ) from error

@@ -6,25 +6,28 @@ A record is a plain dict: text as ``str``, numbers as ``int`` or ``float``, sequ
 from __future__ import annotations
 
 import difflib
+import hashlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from nalora_jax.common.buckets import is_url
 from nalora_jax.common.downloads import cache_dir
+from nalora_jax.common.files import expand_user
 from nalora_jax.common.registry import Registry
 from nalora_jax.config import DataConfig
 from nalora_jax.data import tasks
-from nalora_jax.data.file_source import FileSource
-from nalora_jax.data.files import is_path
-from nalora_jax.data.hub_source import open_hub
+from nalora_jax.data.files import RecordFile, is_path, open_rows, splits_of
 from nalora_jax.data.mixture import MixedSource, Part, components
-from nalora_jax.data.selected import draw_held_out
-from nalora_jax.data.source import Source, require_some
+from nalora_jax.data.packing import permutation
+from nalora_jax.data.source import Record, Source, Span, foreign_errors, require_some
 from nalora_jax.data.tfds_source import (
     TfdsSource,
+    absolute_of,
     folder_source,
     is_tfds_folder,
     needle_source,
@@ -122,7 +125,7 @@ def open_pair(
     """Returns the training records and the held-out records.
 
     If ``config.eval_split`` is "auto", the held-out records are the data set's split "validation"
-    or, without one, a fixed draw from ``config.train_split`` (`nalora_jax.data.selected`). Each
+    or, without one, a fixed draw from ``config.train_split`` (`nalora_jax.data.sources`). Each
     data set of a mixture is divided separately; weights apply only to training.
 
     Args: as of `open_source`.
@@ -253,3 +256,220 @@ def _meant(name: str) -> str:
     """Returns the start of a remedy that suggests the task with a similar name."""
     near = difflib.get_close_matches(name, tasks.NAMES, 1)
     return f"did you mean {near[0]}? " if near else ""
+
+
+# ---------------------------------------------------------------- files
+
+
+class FileSource(Source):
+    """Records of files, or the subset that a split expression selects.
+
+    Args:
+      path: a file, a pattern or a folder, also in a bucket; see `nalora_jax.data.files`.
+      split: an expression over the splits that `files.splits_of` returns for the path; a single
+        file has one split, "train".
+
+    Raises:
+      NaloraError: on opening, if a file is missing, broken or empty, or the expression is invalid
+        or selects no records.
+    """
+
+    def __init__(self, path: str | Path, split: str = "train") -> None:
+        files = splits_of(str(path))
+        self.siblings = tuple(files)
+        self.dataset = str(path) if is_url(path) else str(expand_user(path).resolve())
+        self.name = f"{path}[{split}]"
+        asked = {piece.split("[")[0].strip() for piece in split.split("+")}
+        chosen = [name for name in files if {name, "all"} & asked]
+        opened = {name: [open_rows(file) for file in files[name]] for name in chosen}
+        self._spans = self._parse(split, opened, files)
+        self._rows = [rows_of_file for rows in opened.values() for rows_of_file in rows]
+        self._ends = np.cumsum([0, *map(len, self._rows)])
+        sizes = [sum(map(len, rows)) for rows in opened.values()]
+        first = dict(zip(opened, np.cumsum([0, *sizes]).tolist(), strict=False))
+        self._index = np.concatenate(
+            [first[name] + np.arange(start, stop) for name, start, stop in self._spans]
+        )
+        self.fingerprint = f"files:{':'.join(rows_of_file.sha256 for rows_of_file in self._rows)}:{split}"
+        require_some(self)
+
+    def _parse(
+        self, split: str, opened: Mapping[str, Sequence[RecordFile]], files: Mapping[str, Any]
+    ) -> list[Span]:
+        only = 'one split, "train", or' if list(files) == ["train"] else f"{', '.join(files)}, or"
+        with foreign_errors(
+            self.name, f'{only} slices such as "train[-5%:]"', "name a split that is there"
+        ):
+            return absolute_of(split, {name: sum(map(len, rows)) for name, rows in opened.items()})
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """Returns the records at ``indices``; all records of one file are read in one call."""
+        records: list[Record] = [{}] * len(indices)
+        places = [self._place(index) for index in indices]
+        for number in {file for file, _ in places}:
+            at = [position for position, (file, _) in enumerate(places) if file == number]
+            for position, record in zip(
+                at, self._rows[number].read([places[p][1] for p in at]), strict=True
+            ):
+                records[position] = record
+        return records
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Returns the number of the file and the row in it."""
+        row = int(self._index[index])
+        file = int(np.searchsorted(self._ends, row, side="right")) - 1
+        return file, row - int(self._ends[file])
+
+    @property
+    def spans(self) -> list[Span]:
+        """Returns parts of the files' splits."""
+        return self._spans
+
+    def where(self, index: int) -> str:
+        """Returns ``path:line``, or the file format's equivalent."""
+        file, row = self._place(index)
+        return self._rows[file].where(row)
+
+
+# ---------------------------------------------------------------- the hub
+#
+# Read with the library `datasets` (extra `datasets`).
+
+
+class HubSource(Source):
+    """One split expression of a data set that `datasets` has loaded.
+
+    Args:
+      name: for messages.
+      split: a split expression in the syntax that TFDS and `datasets` share.
+      data: a `datasets.Dataset`.
+      siblings: splits of the data set.
+    """
+
+    def __init__(self, name: str, split: str, data: Any, siblings: Sequence[str]) -> None:
+        self._data = data
+        self.dataset, self.name, self.siblings = name, f"{name}[{split}]", tuple(siblings)
+        self.fingerprint = f"hf:{data._fingerprint}"  # covers files and transformations
+        self._split = split
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """Returns the records at ``indices``."""
+        columns = self._data[list(map(int, indices))]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    @property
+    def spans(self) -> list[Span]:
+        """Returns parts of the data set's splits."""
+        from nalora_jax.data.tfds_source import absolute_of
+
+        splits = self._data.info.splits or {}
+        sizes = {name: splits[name].num_examples for name in splits} or {self._split: len(self)}
+        return absolute_of(self._split, sizes)
+
+
+def open_hub(argument: str, split: str) -> Source:
+    """Opens a split of ``ORG/NAME[:CONFIG]``, downloaded on first use into the cache of `datasets`.
+
+    Code of a data set is never executed.
+
+    Raises:
+      NaloraError: the extra is not installed, or the data set is not available.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        remedy = "pip install datasets (or nalora_jax with its extra `datasets`)"
+        raise NaloraError(
+            f"hf:{argument}", expected="the library datasets", found="none", remedy=remedy
+        ) from error
+    name, _, config = argument.partition(":")
+    remedy = (
+        "check the id, its config (hf:ORG/NAME:CONFIG) and the split; a private data set needs HF_TOKEN"
+    )
+    with foreign_errors(f"hf:{argument}[{split}]", "a data set that can be loaded from the hub", remedy):
+        names = datasets.get_dataset_split_names(name, config or None)
+        data = datasets.load_dataset(name, config or None, split=split)
+    return HubSource(f"hf:{argument}", split, data, names)
+
+
+# ---------------------------------------------------------------- subsets
+#
+# Also the draw of held-out records if no evaluation split is set.
+
+
+SHARE, MOST = 0.05, 500  # share and maximum of held-out records without a split
+ENOUGH, LARGEST_SHARE = 20, 0.2  # few records: at least 20, at most a fifth of them
+_FEWEST = 4
+# The same draw in every run, so that runs with different seeds are evaluated on the same records.
+_SEED = 20260101
+
+
+class SelectedSource(Source):
+    """Subset of another source.
+
+    Args:
+      base: the other source.
+      indices: ascending indices of the records.
+      what: description of the subset, for messages.
+    """
+
+    def __init__(self, base: Source, indices: np.ndarray, what: str) -> None:
+        self._base, self._indices = base, indices
+        self.dataset, self.name, self.siblings = base.dataset, f"{base.name}, {what}", base.siblings
+        self.fingerprint = (
+            f"{base.fingerprint}:{hashlib.sha256(indices.astype('<i8').tobytes()).hexdigest()}"
+        )
+
+    def __str__(self) -> str:
+        """Returns the name for the log."""
+        return self.name
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """Returns the records at ``indices``."""
+        return self._base.read(self._indices[np.asarray(indices, np.int64)].tolist())
+
+    @property
+    def spans(self) -> list[Span]:
+        """Returns the spans of the other source."""
+        return self._base.spans
+
+    def where(self, index: int) -> str:
+        """Returns the other source's name of the record."""
+        return self._base.where(int(self._indices[index]))
+
+
+def held_out_count(records: int) -> int:
+    """Returns the number of held-out records: 5%, at most 500; at least 20, but at most a fifth.
+
+    Example: 12 of 60, 20 of 100 and of 400, 50 of 1,000, 500 of 10,000 and more; at least two.
+    """
+    few = min(ENOUGH, round(LARGEST_SHARE * records))
+    return min(max(round(SHARE * records), few, 2), MOST)
+
+
+def draw_held_out(source: Source) -> tuple[Source, Source]:
+    """Divides ``whole`` into training and evaluation records, with the size of `held_out_count`.
+
+    Raises:
+      NaloraError: fewer than four records.
+    """
+    if len(source) < _FEWEST:
+        expected = f"at least {_FEWEST} records, of which two are held out"
+        remedy = "add records, or name others to measure on by --data.eval-split"
+        raise NaloraError(source.name, expected=expected, found=len(source), remedy=remedy)
+    count = held_out_count(len(source))
+    order = permutation(len(source), _SEED)
+    parts = np.sort(order[count:]), np.sort(order[:count])
+    remaining, held = (
+        SelectedSource(source, indices, f"{len(indices)} of {len(source)} records") for indices in parts
+    )
+    return remaining, held

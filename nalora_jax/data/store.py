@@ -1,6 +1,6 @@
 """Tokenized examples on disk, written once per data set, tokenizer and options, and memory-mapped.
 
-Examples are stored uncut. `nalora_jax.data.cut` applies the row length and ``too_long`` later, so
+Examples are stored uncut. `nalora_jax.data.pipeline` applies the row length and ``too_long`` later, so
 that changing either does not tokenize again.
 """
 

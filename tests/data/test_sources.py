@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.jsonl import JsonLines
+from nalora_jax.data.files import JsonLines
 from nalora_jax.data.pipeline import train_data
 from nalora_jax.data.questions import held_out
 from nalora_jax.data.source import RecordsSource

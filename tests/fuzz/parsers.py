@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.chat import render
-from nalora_jax.data.jsonl import JsonLines
+from nalora_jax.data.files import JsonLines
 from nalora_jax.data.tokenize import tokenize
 from nalora_jax.data.tokenizer import Tokenizer, read_json
 from nalora_jax.evaluate.run_log import read_evaluation, recorded_settings
