@@ -149,7 +149,9 @@ def test_changed_rows_or_missing_ones_are_found_and_vllm_gets_none(tiny_model, p
     settings = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     settings["trainable_token_indices"]["lm_head"] = [8]  # which would put the row elsewhere
     (tmp_path / "b" / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(NaloraError, match="trainable_token_indices: expected the adapter that was exported"):
+    with pytest.raises(
+        NaloraError, match="trainable_token_indices: expected the adapter that was exported"
+    ):
         verify_export(tmp_path / "b", trees.unflatten(leaves), spec, config)
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
