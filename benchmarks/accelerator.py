@@ -1,21 +1,20 @@
-"""Training on your accelerators: tokens/s, MFU and memory, compared with PEFT on a GPU and with Tunix on a TPU.
+"""Training on your accelerators: tokens/s, MFU and memory, compared with PEFT on a GPU.
 
     pip install '.[cuda]' torch transformers peft && python benchmarks/accelerator.py        # GPUs of one machine
-    pip install '.[tpu]' google-tunix qwix && python benchmarks/accelerator.py               # TPU chips of one host
-    python benchmarks/accelerator.py --model qwen3-32b --seq 8192 --publish
+    pip install '.[tpu]' && python benchmarks/accelerator.py               # TPU chips of one host
+    python benchmarks/accelerator.py --model qwen3-32b --seq 8192
     python benchmarks/accelerator.py --tiny                                                  # on any device, one minute
     python benchmarks/accelerator.py --report                                                # a block for an issue
 
 Random weights of a published shape, rank 8 on gate, up and down, AdamW, loss on all tokens, full
 sequences, bfloat16. This library runs as `python train.py` does, with automatic mesh and
-rematerialization, on all chips, as NA-LoRA and as plain LoRA. PEFT and Tunix run on one chip and
-rematerialize every layer; speeds are per chip. Each run is a separate process. The record names
+rematerialization, on all chips, as NA-LoRA and as plain LoRA. PEFT runs on one GPU and rematerializes
+every layer; speeds are per chip. Each run is a separate process. The record names
 every comparison that was not possible, with the reason. MFU is useful flops (4 per frozen weight
 and token, 6 per adapter weight, attention with causality used) over the data sheet's peak.
 
---peer-python names a Python that has the peer, if it is not this one. --publish adds the figures to
-the committed ones and updates docs/benchmarks.md. --report prints, in place of the table, a
-Markdown block to paste into an issue about docs/hardware_status.md: hardware, versions and figures,
+--peer-python names a Python that has PEFT, if it is not this one. --report prints, in place of the
+table, a Markdown block to paste into an issue about docs/hardware_status.md: hardware, versions and figures,
 without host names and paths.
 """
 
@@ -24,9 +23,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -35,20 +32,12 @@ from typing import Any
 import common
 import machines
 import numpy as np
-from common import peak_rss_mb, random_tokens, script, values
+from common import markdown, peak_rss_mb, random_tokens, script, spread, values
 from machines import versions
-from methods import with_method
-from tables import Row, at_most, compared, markdown, spread
+from training import with_method
 
-TITLE = "Training on accelerators"
-SHORT = "Accelerator"
 OURS, LORA = "nalora_jax", "nalora_jax, plain LoRA"
-# By platform: the peer, and the packages that it needs.
-PEERS = {
-    "gpu": ("PEFT", ("torch", "transformers", "peft")),
-    "cpu": ("PEFT", ("torch", "transformers", "peft")),
-    "tpu": ("Tunix", ("tunix", "qwix")),
-}
+PEFT_PACKAGES = ("torch", "transformers", "peft")
 TINY = {
     "model_type": "llama",
     "vocab_size": 512,
@@ -175,21 +164,11 @@ def train_peft(options: argparse.Namespace) -> dict[str, Any]:
     return {**record, "chips": 1, "memory_gb": peak, "memory_of": "the GPU" if cuda else "the process"}
 
 
-def train_tunix(options: argparse.Namespace) -> dict[str, Any]:
-    """Trains Tunix with Qwix's adapters on one chip."""
-    import peers
-
-    shape = shape_of(options.model)
-    step = peers.tunix_step(options.dtype, "DECODER", shape)
-    return {**timed(step, options, options.rows, shape["vocab_size"], "int32"), "chips": 1, **jax_memory()}
-
-
 def timed(
     step: Callable[[np.ndarray], float],
     options: argparse.Namespace,
     rows: int,
     vocab: int,
-    dtype: str = "int64",
 ) -> dict[str, Any]:
     """Returns seconds and speeds of the steps after two warm-up steps.
 
@@ -198,7 +177,7 @@ def timed(
     seconds, losses = [], []
     for tokens in random_tokens(options.steps + 2, rows, options.seq, vocab):
         start = time.perf_counter()
-        losses.append(step(tokens.astype(dtype)))
+        losses.append(step(tokens))
         seconds.append(time.perf_counter() - start)
     speeds = [rows * options.seq / s for s in seconds[2:]]
     return {"seconds": seconds[2:], "tokens_per_second": speeds, "losses": losses, "versions": versions()}
@@ -239,30 +218,11 @@ def one(options: argparse.Namespace) -> dict[str, Any]:
         OURS: lambda: train_ours(options, "nalora"),
         LORA: lambda: train_ours(options, "lora"),
         "PEFT": lambda: train_peft(options),
-        "Tunix": lambda: train_tunix(options),
     }
     return runs[options.one]()
 
 
-# ---------------------------------------------------------------- the page
-
-
-def rows(record: dict[str, Any]) -> list[Row]:
-    """Returns the comparisons: NA-LoRA over plain LoRA, and speed and memory against the peer."""
-    found_rows = []
-    for case, result in record["cases"].items():
-        runs = result["runs"]
-        if LORA in runs:
-            steps = [values(runs[name], "seconds") for name in (OURS, LORA)]
-            found_rows.append(
-                compared(f"step over plain LoRA's, {case}", *steps, at_most(1.02), digits=3, unit="s")
-            )
-        for peer in (name for name in runs if name not in (OURS, LORA)):
-            ours, theirs = (values(runs[name], "tokens_per_second") for name in (OURS, peer))
-            found_rows.append(compared(f"tokens/s a chip, {case}, {peer}", ours, theirs, None))
-            ours, theirs = (values(runs[name], "memory_gb") for name in (OURS, peer))
-            found_rows.append(compared(f"memory, {case}, {peer}", ours, theirs, None, digits=1, unit="GB"))
-    return found_rows
+# ---------------------------------------------------------------- the report
 
 
 def table(record: dict[str, Any]) -> str:
@@ -306,17 +266,14 @@ def report(record: dict[str, Any], case: str) -> str:
     return "\n\n".join(["Paste this into a new issue:", *parts])
 
 
-def not_measured(platform: str, kind: str, mfu: object, other: str) -> dict[str, str]:
+def not_measured(platform: str, kind: str, mfu: object) -> dict[str, str]:
     """Returns the comparisons that this machine cannot make, independent of installed packages."""
-    notes = {
-        name: f"it is for {'TPUs' if name == 'Tunix' else 'GPUs'}"
-        for name in ("PEFT", "Tunix")
-        if name != other
-    }
+    notes = {"PEFT": "it is for GPUs"} if platform == "tpu" else {}
     if mfu is None:
-        notes["MFU"] = (
-            f"no data sheet of {kind} is known here" if platform != "cpu" else "a CPU's peak is not known"
+        no_peak = (
+            "a CPU's peak is not known" if platform == "cpu" else f"no data sheet of {kind} is known here"
         )
+        notes["MFU"] = no_peak
     return notes
 
 
@@ -334,26 +291,18 @@ def main() -> None:
     )
     for name, value in defaults.items():
         setattr(options, name, getattr(options, name) or value)
-    work = [
-        "--model",
-        options.model,
-        "--rows",
-        options.rows,
-        "--seq",
-        options.seq,
-        "--steps",
-        options.steps,
-    ]
-    work += ["--dtype", options.dtype]
-    peer, packages = PEERS.get(here["platform"], ("PEFT", PEERS["gpu"][1]))
+    names = ("model", "rows", "seq", "steps", "dtype")
+    work = [word for name in names for word in (f"--{name}", getattr(options, name))]
     commands = {name: script("accelerator.py", "--one", name, *work) for name in (OURS, LORA)}
-    asked = script("accelerator.py", "--one", "has:" + ",".join(packages), python=options.peer_python)
-    missing = common.run_process(asked).record["missing"]
     reasons: dict[str, str] = {}
-    if missing:
-        reasons[peer] = f"{', '.join(missing)} not installed"
-    else:
-        commands[peer] = script("accelerator.py", "--one", peer, *work, python=options.peer_python)
+    if here["platform"] != "tpu":
+        asked = script(
+            "accelerator.py", "--one", "has:" + ",".join(PEFT_PACKAGES), python=options.peer_python
+        )
+        if missing := common.run_process(asked).record["missing"]:
+            reasons["PEFT"] = f"{', '.join(missing)} not installed"
+        else:
+            commands["PEFT"] = script("accelerator.py", "--one", "PEFT", *work, python=options.peer_python)
     runs: dict[str, list[dict[str, Any]]] = {}
     for name, command in commands.items():
         print(f"running {name} ...", flush=True)
@@ -363,28 +312,21 @@ def main() -> None:
             if name == OURS:  # nothing to compare without it
                 raise
             reasons[name] = f"it failed ({str(error).strip().splitlines()[-1][:200]})"
-    reasons |= not_measured(here["platform"], here["kind"], runs[OURS][0]["mfu"], peer)
+    reasons |= not_measured(here["platform"], here["kind"], runs[OURS][0]["mfu"])
     case = f"{options.model} {options.dtype}, {options.rows} x {options.seq} a chip"
-    settings = {
-        name: value for name, value in vars(options).items() if name not in ("one", "publish", "report")
-    }
+    settings = {name: value for name, value in vars(options).items() if name not in ("one", "report")}
     result = {"settings": settings, "accelerator": here, "runs": runs, "not_compared": reasons}
-    record = save(case, result, here, publish=options.publish)
+    record = save(case, result, here)
     print(report(record, case) if options.report else table(record))
 
 
-def save(case: str, result: dict[str, Any], here: Mapping[str, Any], *, publish: bool) -> dict[str, Any]:
+def save(case: str, result: dict[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
     """Records a case under the accelerator's name; a CPU's under its kind of machine."""
     described = machines.machine()
     if here["platform"] != "cpu":
         described["accelerator"] = f"{here['chips']} x {here['kind']}"
-    root = common.QUICK if os.environ.get("NALORA_BENCH_QUICK") else common.OWN
-    record = common.save(
-        "accelerator", case, {"machine": described, **result}, root / machines.machine_name(described)
-    )
-    if publish:
-        subprocess.run(script("run.py", "--publish", "--only", "accelerator"), check=True)
-    return record
+    folder = common.OWN / machines.machine_name(described)
+    return common.save("accelerator", case, {"machine": described, **result}, folder)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -400,8 +342,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1, help="processes of each library")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--tiny", action="store_true", help="a model of two narrow layers")
-    parser.add_argument("--peer-python", default=sys.executable, help="a Python that has PEFT or Tunix")
-    parser.add_argument("--publish", action="store_true", help="put the figures among the committed ones")
+    parser.add_argument("--peer-python", default=sys.executable, help="a Python that has PEFT")
     parser.add_argument("--report", action="store_true", help="print a block to paste into an issue")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: paired timing, process measurements, and the JSON files.
+"""Shared by all benchmarks: paired timing, process measurements, JSON files and Markdown tables.
 
 The module imports no heavy packages at the top, so that a measured process pays only for its own
 work.
@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,9 @@ from typing import Any
 import numpy as np
 from machines import machine, machine_name, proc_fields, processor
 
-# The committed figures, in a folder per kind of machine. New measurements are written to separate
-# folders that git ignores, until `run.py --publish`; short trial runs (run.py --quick) have
-# another.
+# The committed figures, in a folder per kind of machine; git ignores new measurements.
 PUBLISHED = Path(__file__).parent / "results"
 OWN = PUBLISHED / "own"
-QUICK = PUBLISHED / "quick"
 
 # Environment of both sides of every comparison: large pages for glibc's buffers (8 to 12% faster
 # steps of either library on an idle machine).
@@ -75,27 +72,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3.5": _QWEN35,
 }
 
-# CLIP ViT-B/16, the model of the image figures, with transformers' names; other values are CLIP's
-# defaults.
-CLIP_B16: dict[str, Any] = {
-    "model_type": "clip",
-    "projection_dim": 512,
-    "vision_config": {
-        **{
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-        },
-        **{"image_size": 224, "patch_size": 16},
-    },
-    "text_config": {
-        **{"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
-    },
-}
-
-
-RESULTS = (QUICK if os.environ.get("NALORA_BENCH_QUICK") else OWN) / machine_name(processor())
+RESULTS = OWN / machine_name(processor())
 
 
 def architecture(options: argparse.Namespace) -> dict[str, Any]:
@@ -325,51 +302,31 @@ def compare(
     return save(benchmark, case, {"settings": vars(options), "runs": runs, **(more or {})})
 
 
-def search(
-    benchmark: str, case: str, commands: Mapping[str, Sequence[str]], key: str, options: argparse.Namespace
-) -> None:
-    """Runs a peer under each of its settings, prints speeds (field ``key``), and records them.
-
-    `fastest` reads the record. Speeds of other settings of this case in ``<part>_search.json`` are
-    kept, so that a search can be done in several calls.
-    """
-    runs_by_name = alternate_processes(commands, rounds=options.rounds)
-    speeds = load(f"{benchmark}_search")["cases"].get(case, {}).get("speeds", {})
-    speeds |= {name: values([run.record for run in runs], key) for name, runs in runs_by_name.items()}
-    for name, measured in sorted(speeds.items(), key=lambda item: -statistics.median(item[1])):
-        print(f"{name:28}", summary(measured))
-    save(f"{benchmark}_search", case, {"settings": vars(options), "speeds": speeds})
-
-
-def fastest(benchmark: str, case: str, default: str, folder: Path = RESULTS) -> str:
-    """Returns the setting with the highest median speed that `search` recorded of a case.
-
-    It reads new and committed figures of this kind of machine; without any it returns ``default``.
-    """
-    for where in (folder, PUBLISHED / folder.name):
-        if speeds := load(f"{benchmark}_search", where)["cases"].get(case, {}).get("speeds", {}):
-            return max(speeds, key=lambda name: statistics.median(speeds[name]))
-    return default
-
-
 def values(runs: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     """Returns field ``key`` of every run; a list of measurements counts as separate runs."""
     numbers = [run[key] for run in runs]
     return [x for item in numbers for x in (item if isinstance(item, list) else [item])]
 
 
-def save_batches(path: Path, batches: Sequence[Mapping[str, np.ndarray]]) -> None:
-    """Writes batches of several named arrays to one file; see `load_batches`."""
-    np.savez(
-        path, **{f"{i}/{name}": value for i, batch in enumerate(batches) for name, value in batch.items()}
-    )
+# ---------------------------------------------------------------- tables
 
 
-def load_batches(path: Path) -> list[dict[str, np.ndarray]]:
-    """Returns the batches that `save_batches` wrote."""
-    batches: dict[int, dict[str, np.ndarray]] = {}
-    with np.load(path) as file:
-        for key in file.files:
-            index, name = key.split("/")
-            batches.setdefault(int(index), {})[name] = file[key]
-    return [batches[i] for i in sorted(batches)]
+def spread(measured: Sequence[float], digits: int = 0, unit: str = "") -> str:
+    """Returns the median with minimum and maximum, "630 (612 to 655)"; a single value alone."""
+    middle, low, high = (f"{f(measured):,.{digits}f}" for f in (statistics.median, min, max))
+    unit = f" {unit}" if unit else ""
+    return f"{middle}{unit}" if low == high else f"{middle}{unit} ({low} to {high})"
+
+
+def compared(
+    what: str, ours: Sequence[float], other: Sequence[float], digits: int = 0, unit: str = ""
+) -> tuple[str, ...]:
+    """Returns the cells of two sets of repeated measurements, with the ratio of their medians."""
+    ratio = statistics.median(ours) / statistics.median(other)
+    return what, spread(ours, digits, unit), spread(other, digits, unit), f"{ratio:.3f}"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

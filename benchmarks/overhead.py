@@ -11,14 +11,9 @@ mechanisms act from the first step; LoRA computes no statistics. Prints the medi
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from common import alternate, random_tokens, save
-from tables import Row, at_most, requirements, spread
 from training import base_model, batch_of, parse, run_config, without_statistics
-
-TITLE = "What the mechanisms cost: NA-LoRA over LoRA"
-SHORT = "NA-LoRA over LoRA"
 
 
 def options() -> argparse.Namespace:
@@ -63,24 +58,11 @@ def main() -> None:
         "" if chosen.method == "nalora" else f", {chosen.method}"
     )
     record = {"settings": vars(chosen), **pairs.to_dict()}
-    print(table(save("overhead", case, record)))
-
-
-def rows(record: dict[str, Any]) -> list[Row]:
-    """Returns one row per dtype and shape."""
-    return [_row(case, result) for case, result in record["cases"].items()]
-
-
-def _row(case: str, result: dict[str, Any]) -> Row:
-    ratio = result["ratio"]
-    ours, other = (spread(result["seconds"][name], 2, "s") for name in ("first", "second"))
-    interval = f"{ratio['low']:.3f} to {ratio['high']:.3f}, {ratio['pairs']} pairs"
-    return Row(f"step, {case}", ours, other, ratio["median"], at_most(1.02), interval)
-
-
-def table(record: dict[str, Any]) -> str:
-    """Returns the section's Markdown."""
-    return requirements(rows(record), ours="NA-LoRA", other="LoRA")
+    save("overhead", case, record)
+    ratio = record["ratio"]
+    print(
+        f"{case}: {ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}, {ratio['pairs']} pairs)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """One LoRA training process of transformers + PEFT on torch, the baseline of this library.
 
     python benchmarks/peft_baseline.py --dtype bfloat16 --batch 8 --seq 128 --steps 8
-    python benchmarks/peft_baseline.py --search --dtype bfloat16      # find PEFT's fastest setting here
 
 Rank 8 on gate, up and down, AdamW, loss on all tokens, SmolLM2-135M (random weights, or real ones
 with --model). The last line printed is a JSON object: tokens per second of each step, losses, peak
@@ -9,8 +8,8 @@ memory, settings.
 
 The defaults are the fastest settings found at 8 x 128 on a CPU with AVX512-BF16: scaled-dot-product
 attention for float32, which compilation does not make faster; all-bfloat16, eager attention and
-torch.compile for bfloat16. --search repeats that comparison, every setting in a separate process,
-alternating: other machines and shapes may differ.
+torch.compile for bfloat16. Other
+machines and shapes may differ.
 """
 
 from __future__ import annotations
@@ -19,23 +18,11 @@ import argparse
 import contextlib
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from common import (
-    add_architecture,
-    alternate_processes,
-    architecture,
-    load_batches,
-    peak_rss_mb,
-    random_tokens,
-    save,
-    summary,
-    values,
-)
+from common import add_architecture, architecture, peak_rss_mb, random_tokens
 
 # Modes of bfloat16: "pure" stores base and adapters in bfloat16; "mixed" is PEFT's default for a
 # bfloat16 base (float32 adapters, casts around them); "autocast" adds torch.autocast to it;
@@ -70,14 +57,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model", type=Path, help="folder of real weights; default: random ones of the same shape"
     )
-    parser.add_argument(
-        "--batches", type=Path, help="file of `common.save_batches`; default: random tokens"
-    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--search", action="store_true", help="compare PEFT's settings instead of running once"
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="of --search")
     options = parser.parse_args(arguments)
     half = options.dtype == "bfloat16"
     options.attention = options.attention or ("eager" if half else "sdpa")
@@ -124,27 +104,9 @@ def inputs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns the model's arguments of each step, the warm-up's first."""
     import torch
 
-    if options.batches:
-        return [_given(batch, options) for batch in load_batches(options.batches)]
     shape = (options.warmup + options.steps, options.batch, options.seq)
     random = torch.from_numpy(random_tokens(*shape, architecture(options)["vocab_size"], options.seed))
     return [{"input_ids": tokens, "labels": tokens} for tokens in random]
-
-
-def _given(batch: dict[str, np.ndarray], options: argparse.Namespace) -> dict[str, Any]:
-    """Returns a recorded batch as tensors, with a pairwise mask as a bias of attention scores."""
-    import torch
-
-    tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
-    if tensors["attention_mask"].ndim == 4:
-        dtype = (
-            torch.bfloat16 if options.dtype == "bfloat16" and options.bf16_mode == "pure" else torch.float32
-        )
-        mask = tensors["attention_mask"]
-        tensors["attention_mask"] = torch.zeros(mask.shape, dtype=dtype).masked_fill(
-            ~mask, torch.finfo(dtype).min
-        )
-    return tensors
 
 
 def train(model: Any, options: argparse.Namespace) -> tuple[list[float], list[float], list[float], float]:
@@ -204,51 +166,5 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def search(options: argparse.Namespace) -> dict[str, Any]:
-    """Trains under each of PEFT's settings, alternating, and returns their speeds."""
-    variants = {
-        f"{attention}{' compiled' if compiled else ''}": [
-            "--attention",
-            attention,
-            f"--{'' if compiled else 'no-'}compile",
-        ]
-        for attention in ("sdpa", "eager")
-        for compiled in (False, True)
-    }
-    variants["foreach"] = ["--optimizer", "foreach"]
-    if options.dtype == "bfloat16":
-        variants |= {mode: ["--bf16-mode", mode] for mode in BF16_MODES[1:]}
-    shared = ["--dtype", options.dtype, "--batch", str(options.batch), "--seq", str(options.seq)]
-    shared += ["--steps", str(options.steps), "--architecture", options.architecture]
-    shared += ["--layers", str(options.layers)] if options.layers else []
-    shared += ["--checkpointing"] if options.checkpointing else []
-    commands = {name: [sys.executable, __file__, *shared, *extra] for name, extra in variants.items()}
-    measured = alternate_processes(commands, rounds=options.rounds)
-    return {
-        name: {
-            "tokens_per_second": summary(values([run.record for run in runs], "tokens_per_second")),
-            "peak_rss_mb": summary([run.record["peak_rss_mb"] for run in runs]),
-        }
-        for name, runs in measured.items()
-    }
-
-
-def main() -> None:
-    options = parse()
-    if not options.search:
-        print(json.dumps(run(options)))
-        return
-    table = search(options)
-    for name, row in sorted(table.items(), key=lambda item: -item[1]["tokens_per_second"]["median"]):
-        rate, memory = row["tokens_per_second"], row["peak_rss_mb"]
-        print(
-            f"{name:22} {rate['min']:6.0f} {rate['median']:6.0f} {rate['max']:6.0f} tokens/s {memory['max']:7.0f} MB"
-        )
-    case = f"{options.dtype} {options.batch}x{options.seq}"
-    case += ", checkpointing" if options.checkpointing else ""
-    case += "" if options.architecture == "smollm2" else f", {options.architecture}"
-    save("peft_search", case, {"search": table})
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps(run(parse())))

@@ -206,31 +206,28 @@ def measure(name: str, server: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def table(published: dict[str, Any]) -> str:
-    """Returns the page's Markdown: machine and versions, a row for each case, and the refusals."""
+    """Returns the page's Markdown: machine and versions, the families by what vLLM served, and its refusals."""
     total = TOKENS * len(LENGTHS)
-    rows = published["rows"]
-    sentences = dict.fromkeys(row["measured"] for row in rows.values())
-    lines = [*sentences, "", "| family | features | served | equal tokens |", "|---|---|---|---|"]
-    refusals = []
-    for name in (name for name in CASES if name in rows):
-        row, cell = rows[name], "-"
+    groups: dict[str, list[str]] = {}
+    refusals: dict[str, list[str]] = {}
+    rows = [published["rows"][name] for name in CASES if name in published["rows"]]
+    families = [row["family"] for row in rows]
+    for row in rows:
+        name, served = row["family"], row["served"] or "refused"
+        name += f" ({row['features']})" if families.count(name) > 1 else ""
         if row["served"]:
-            cell = "; ".join([f"{row['equal']} of {total}", *map(described, row["differences"])])
-        if row["served"] == "adapter" and row["differences"]:
-            cell += f"; of the base alone {row['base equal to transformers']} equal transformers'"
-        lines.append(f"| {row['family']} | {row['features']} | {row['served'] or 'nothing'} | {cell} |")
-        refusals += [
-            f"- {row['family']} ({row['features']}), {run}: {why}" for run, why in row["refusals"].items()
-        ]
+            equal_all = row["equal"] == total
+            served += f", all {total} tokens equal" if equal_all else ", tokens differ"
+            name += "" if equal_all else f": {row['equal']} of {total} equal"
+        groups.setdefault(served, []).append(name)
+        for run, why in row["refusals"].items():
+            refusals.setdefault(f"{run}: `{why}`", []).append(row["family"])
+    lines = [*dict.fromkeys(row["measured"] for row in rows), "", "| served | families |", "|---|---|"]
+    lines += [f"| {served} | {', '.join(names)} |" for served, names in groups.items()]
     if refusals:
-        lines += ["", "vLLM's refusals:", "", *refusals]
+        lines += ["", "vLLM's refusals:", ""]
+        lines += [f"- {why} ({', '.join(dict.fromkeys(names))})" for why, names in refusals.items()]
     return "\n".join(lines)
-
-
-def described(difference: dict[str, Any]) -> str:
-    """Returns a first difference in words."""
-    where = f"prompt {difference['prompt'] + 1} differs at token {difference['token'] + 1}"
-    return f"{where} (gap {difference['gap']:.1e}, transformers agrees with {difference['judge']})"
 
 
 def measured(versions: dict[str, str]) -> str:

@@ -11,14 +11,30 @@ memory, settings.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import add_architecture, architecture, load_batches, peak_rss_mb, random_tokens, summary
-from methods import METHODS, with_method
+from common import add_architecture, architecture, peak_rss_mb, random_tokens, summary
+
+# Plain LoRA, mask and step scale by homogeneity, the library's default.
+METHODS = ("lora", "nalora", "default")
+
+
+def with_method(config: Any, method: str, *, warmup: int | None = 0) -> Any:
+    """Returns a `RunConfig` with one of `METHODS`.
+
+    ``warmup`` is the number of steps before the mechanisms act: 0 for timed steps, which are few;
+    None for the library's default.
+    """
+    rules = {"lora": (), "nalora": ("soft:power=2", "homogeneity"), "default": type(config).mechanisms}[
+        method
+    ]
+    if warmup is not None:
+        rules = tuple(f"{rule}{',' if ':' in rule else ':'}warmup={warmup}" for rule in rules)
+    return dataclasses.replace(config, mechanisms=rules)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -37,9 +53,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--remat", choices=("auto", "none", "full", "attention", "dots"), default="auto")
     parser.add_argument("--model", help="real weights by name; default: random ones of the same shape")
     parser.add_argument(
-        "--batches", type=Path, help="file of `common.save_batches`; default: random tokens"
-    )
-    parser.add_argument(
         "--compilation-cache", action="store_true", help="keep compiled programs, as a run does"
     )
     parser.add_argument("--seed", type=int, default=0)
@@ -47,7 +60,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def run_config(options: argparse.Namespace, *, method: str | None = None) -> Any:
-    """Returns the settings of this work, with one of `methods.METHODS`."""
+    """Returns the settings of this work, with one of `METHODS`."""
     from nalora_jax import config as c
 
     config = c.RunConfig(
@@ -108,20 +121,14 @@ def batch_of(tokens: np.ndarray, mesh: Any) -> Any:
         "segment_ids": np.ones((rows, seq), np.int32),
         "positions": np.broadcast_to(np.arange(seq, dtype=np.int32), (rows, seq)).copy(),
     }
-    return placed({k: v[None] for k, v in flat.items()}, mesh)
-
-
-def placed(batch: dict[str, np.ndarray], mesh: Any) -> Any:
-    """Returns a batch of the library's pipeline, [micro-batches, rows, seq], on the mesh."""
     from nalora_jax.layout import distributed
 
+    batch = {name: value[None] for name, value in flat.items()}  # [micro-batches, rows, seq]
     return distributed.make_global_batch(batch, mesh, rows_axis=1)
 
 
 def batches_of(options: argparse.Namespace, vocab: int, mesh: Any) -> list[Any]:
     """Returns the batches of all steps, the warm-up's first."""
-    if options.batches:
-        return [placed(batch, mesh) for batch in load_batches(options.batches)]
     steps = options.warmup + options.steps
     return [
         batch_of(rows, mesh)
@@ -164,9 +171,7 @@ def main() -> None:
         "losses": losses,
         "done_at": done_at,
         "peak_rss_mb": peak_rss_mb(),
-        "settings": {
-            name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
-        },
+        "settings": vars(options),
     }
     print(json.dumps(record))
 

@@ -19,58 +19,29 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from common import ARCHITECTURES, add_rounds, alternate_processes, compare, script
-from tables import Limit, Row, at_least, at_most, compared_runs, has_amx, paired_runs, requirements
+from common import (
+    ARCHITECTURES,
+    add_rounds,
+    alternate_processes,
+    compare,
+    compared,
+    markdown,
+    script,
+    values,
+)
 
-TITLE = "Training against transformers + PEFT"
-SHORT = "Training, PEFT"
 # How bfloat16 is used by PEFT, and the words for it in a case's name (see peft_baseline.py).
 PEFT_MODES = {"pure": "", "mixed": ", PEFT's float32 adapters", "autocast32": ", PEFT's autocast"}
 
 
-def rows(record: dict[str, Any]) -> list[Row]:
-    """Returns speeds first, then memory."""
-    speeds, memory = [], []
-    for case, result in record["cases"].items():
-        # The requirement is against the fastest of PEFT's settings.
-        slower = result["settings"]["checkpointing"] or result["settings"].get("bf16_mode") == "mixed"
-        fast = None if slower else _speed_limit(result)
-        runs, small = result["runs"], _memory_limit(result)
-        speed = compared_runs if _is_smollm2(result) else paired_runs
-        speeds.append(speed(f"tokens/s, {case}", runs, "peft", "tokens_per_second", fast))
-        memory.append(compared_runs(f"peak memory, {case}", runs, "peft", "peak_rss_mb", small, unit="MB"))
-    return speeds + memory
-
-
-def _is_smollm2(result: dict[str, Any]) -> bool:
-    return result["settings"].get("architecture", "smollm2") == "smollm2"
-
-
-def _speed_limit(result: dict[str, Any]) -> Limit:
-    if not _is_smollm2(result):
-        return at_least(0.8)
-    if not has_amx(result):
-        return at_least(1.2)
-    small = result["settings"]["shape"] == "8x128"
-    if result["settings"]["dtype"] == "float32":
-        return at_least(1.05 if small else 1.0)
-    return at_least(1.4 if small else 1.25)
-
-
-def _memory_limit(result: dict[str, Any]) -> Limit | None:
-    settings = result["settings"]
-    if not _is_smollm2(result):
-        return None
-    if settings["checkpointing"]:
-        return at_most(0.75) if settings["dtype"] == "bfloat16" else None
-    if has_amx(result):
-        return at_most(0.5) if settings["dtype"] == "bfloat16" else None
-    return at_most(0.5 if settings["shape"] == "8x256" else 0.8)
-
-
 def table(record: dict[str, Any]) -> str:
-    """Returns the section's Markdown."""
-    return requirements(rows(record), other="PEFT")
+    """Returns Markdown with speed and memory of each case."""
+    rows = []
+    for case, result in record["cases"].items():
+        for what, key, unit in (("tokens/s", "tokens_per_second", ""), ("memory", "peak_rss_mb", "MB")):
+            measured = [values(result["runs"][name], key) for name in ("nalora_jax", "peft")]
+            rows.append(compared(f"{what}, {case}", *measured, unit=unit))
+    return markdown(("what", "nalora_jax", "PEFT", "ratio"), rows)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The main job with the mechanisms of the paper's abstract: mask, step scale by homogeneity.
 
 Expected result: near the main job's, with 11% less selection misalignment (0.227 instead of 0.256
-over six seeds, studies/full_ffn_table); docs/when.md summarizes the paired studies.
+over six seeds, studies/full_ffn_table); docs/studies.md summarizes the paired studies.
 Cost: equal to the main job's.
 Command: python train.py --config configs/nalora.py
 """

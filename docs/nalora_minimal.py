@@ -1,8 +1,9 @@
 """NA-LoRA on one page: a tiny gated Transformer, LoRA, the channel statistics, three rules, training.
 
-This file needs only jax and optax and is not used by the library; its functions have the names of
-those in `nalora_jax.method`. Its updates equal those of
-`nalora_jax` over 12 steps in float32 (tests/test_minimal.py). Run it: python docs/nalora_minimal.py
+This file needs only jax and optax and is not used by the library. The functions of the method have
+the names that they have in `nalora_jax.method`, and the rules those of `--mechanisms`. Its updates
+equal those of `nalora_jax` over 12 steps in float32 (tests/test_minimal.py).
+Run it: python docs/nalora_minimal.py
 
 Shapes: B rows, T tokens, D model width, F feed-forward width, L layers, R rank, V vocabulary.
 """
@@ -25,7 +26,7 @@ class Config(NamedTuple):
     alpha: float = 8.0
     rope_theta: float = 10_000.0
     eps: float = 1e-5
-    rule: str = "curvature_cap"  # "none", "mask", "step_scale" or "curvature_cap"
+    rule: str = "curvature_cap"  # "none", "squared", "homogeneity" or "curvature_cap"
     warmup: int = 3  # steps before the rule acts
     decay: float = 0.95  # of the moving averages
 
@@ -40,7 +41,7 @@ dphi = lambda z: rho(z) + z * drho(z)  # noqa: E731
 
 # phi'(z0) = 0, and h(z) = z phi'(z) / phi(z) is within 0.05 of 1 above z1. They cut the line into the
 # regions inverted, contracting, expanding and linear.
-Z0, Z1 = -1.2784645, 4.4847136
+Z0, Z1 = -1.2784645, 4.4853354
 
 
 # ---------------------------------------------------------------- LoRA with the gated gradient of A
@@ -105,20 +106,18 @@ def relative(x):
     return jnp.where(mean > 0, x / jnp.where(mean > 0, mean, 1), 1)
 
 
-def soft_mask(averages):
+def soft_mask(importance, power=2.0, low=0.0, high=4.0):
     """Mechanism 1: responsive channels take longer steps."""
-    return jnp.clip(relative(averages["slope"]) ** 2, 0, 4)
+    return jnp.clip(relative(importance) ** power, low, high)
 
 
-def homogeneity_scale(averages):
+def homogeneity_scale(occupancy, gains=(0.5, 0.75, 1.0, 1.0)):
     """Mechanism 2: the mean gain of the occupied regions; smaller where phi is far from linear."""
-    gains = jnp.array([0.5, 0.75, 1.0, 1.0])
-    return relative(jnp.einsum("k,lkf->lf", gains, averages["occupancy"]))
+    return relative(jnp.einsum("k,lkf->lf", jnp.array(gains), occupancy))
 
 
-def curvature_cap(averages, tau=0.1):
+def curvature_cap(excess, response, tau=0.1):
     """The default: shorter steps where the response of the update is no longer linear."""
-    excess, response = averages["excess"], averages["response"]
     responds = (excess > 0) & (response > 0)
     return jnp.where(responds, jnp.minimum(1, tau * response / jnp.where(responds, excess, 1)), 1)
 
@@ -131,12 +130,12 @@ def equalized(factor):
 def channel_factors(averages, step, config):
     """Returns the factor of B's columns and the mask of A's gradient, [L, F] each."""
     factor = mask = ones = jnp.ones_like(averages["slope"])
-    if config.rule == "mask":
-        factor = mask = equalized(soft_mask(averages))
-    elif config.rule == "step_scale":
-        factor = equalized(homogeneity_scale(averages))
+    if config.rule == "squared":
+        factor = mask = equalized(soft_mask(averages["slope"]))
+    elif config.rule == "homogeneity":
+        factor = equalized(homogeneity_scale(averages["occupancy"]))
     elif config.rule == "curvature_cap":
-        factor = curvature_cap(averages)
+        factor = curvature_cap(averages["excess"], averages["response"])
     acts = step >= config.warmup
     return jnp.where(acts, factor, ones), jnp.where(acts, mask, ones)
 

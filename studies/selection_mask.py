@@ -13,8 +13,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jax import Array
 
-from nalora_jax.mechanism import Context, register_mechanism
-from nalora_jax.method.rules import SoftMask, soft_mask
+from nalora_jax.method.rules import Context, SoftMask, register_mechanism, soft_mask
 from nalora_jax.method.statistics import Statistic, register_statistic
 
 register_statistic(Statistic("selection_slope", "gate", lambda gate: jnp.abs(gate.drho)))

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.mechanism import Context, Mechanism, register_mechanism
-from nalora_jax.method.rules import relative
+from nalora_jax.method.rules import Context, Mechanism, register_mechanism, relative
 
 _LEAST = 0.05  # lowest probability: rarer channels would take steps over 20 times as long
 

@@ -1,4 +1,4 @@
-"""What happens to a run when something breaks: each fault is made many times; docs/reliability.md gets the outcomes.
+"""What happens to a run when something breaks: each fault is made many times; docs/checkpoints.md gets the outcomes.
 
     python -m tests.faults --times 5        # some 20 minutes on two cores
 
@@ -33,7 +33,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.train.checkpoint import Checkpointer
 from tests import emulator, tiny
 
-PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
+PAGE = Path(__file__).parent.parent / "docs" / "checkpoints.md"
 BEGIN, END = "<!-- faults: python -m tests.faults -->", "<!-- end of faults -->"
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 STEPS = 40
@@ -69,12 +69,12 @@ class Place:
         """Continue the run and compare what it exports."""
         status, error = self.train(config)
         if status:
-            return f"FAILED to go on: {error.splitlines()[-1]}"
+            return f"FAILED to resume: {error.splitlines()[-1]}"
         pairs = [(Path(run.output) / "adapter" / name for run in (config, self.whole)) for name in ADAPTER]
         return (
-            "went on, identical"
+            "resumed, identical"
             if all(a.read_bytes() == b.read_bytes() for a, b in pairs)
-            else "went on, DIFFERENT"
+            else "resumed, DIFFERENT"
         )
 
 
@@ -105,7 +105,9 @@ def terminated(place: Place, rng: random.Random) -> str:
         process.send_signal(signal.SIGTERM)
     ((status, _, error),) = tiny.finish([process])
     said = re.search(r"interrupted by SIGTERM; saved step \d+; continue with", error)
-    return f"status {status}, {'said how to go on' if said else 'SILENT'}, {place.verdict(config)}"
+    return (
+        f"status {status}, {'printed the command to resume' if said else 'SILENT'}, {place.verdict(config)}"
+    )
 
 
 def second(place: Place, rng: random.Random) -> str:
@@ -117,8 +119,8 @@ def second(place: Place, rng: random.Random) -> str:
     status, error = place.train(config)
     named = f"process {process.pid} on" in error and error.count("error:") == 1
     tiny.finish([process])
-    outcome = f"second one: status {status}, {'names the first' if named else 'NAMES NOBODY'}"
-    return f"{outcome}; first one {place.verdict(config)}"
+    outcome = f"second: status {status}, {'names the first' if named else 'NAMES NOBODY'}"
+    return f"{outcome}; first: {place.verdict(config)}"
 
 
 def lost(place: Place, rng: random.Random) -> str:
@@ -196,7 +198,9 @@ def _restored(folder: Path) -> str:
         return f"REFUSED: {error}"
     step = int(state["step"])
     right = data == {"row": step} and np.all(np.asarray(state["a"]) == step)
-    return f"{'the one before taken' if step == 1 else 'RESTORED'}, {'right' if right else 'WRONG'}"
+    return (
+        f"{'previous checkpoint restored' if step == 1 else 'RESTORED'}, {'correct' if right else 'WRONG'}"
+    )
 
 
 def _file(folder: Path, rng: random.Random) -> Path:

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from nalora_jax.common import trees
-from nalora_jax.method import checks as gate_checks
 from nalora_jax.method import statistics
-from nalora_jax.method.measurement import GateStatsConfig
+from nalora_jax.method.measurement import CHECKS, GateStatsConfig
 from nalora_jax.models.stacks import gate_blocks
 from nalora_jax.ops.reductions import count
 
@@ -28,7 +27,7 @@ def taps_of(module: Any, names: tuple[str, ...] = statistics.STANDARD) -> dict[s
         lead, channels = (channels[:1], channels[1:]) if prefix else ((), channels)
         zeros = statistics.taps(names, (*lead, *shards, *channels))
         if stats.checks is not None:
-            zeros |= {name: jnp.zeros((*lead, *shards)) for name in gate_checks.NAMES}
+            zeros |= {name: jnp.zeros((*lead, *shards)) for name in CHECKS}
         flat |= {f"{prefix}{name}": zero for name, zero in zeros.items()}
     return trees.unflatten(flat)
 

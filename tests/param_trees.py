@@ -1,4 +1,4 @@
-"""Complete parameter trees of small models from tensors in memory, and back, by the library's key maps."""
+"""Complete parameter trees of small models from tensors in memory, and back, by the library's key maps; their sizes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import scaled_noise
+from nalora_jax.models.families.tensors import Source
 from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.weights.keymaps import KeyMap, keymap_for
-from nalora_jax.weights.keytables import Source
 from nalora_jax.weights.vision.keymaps import keymap_of
 
 
@@ -68,3 +68,12 @@ def _tree(
         for slot, leaf in zip(tensor.slots, tensor.split(np.asarray(get_tensor(tensor.name))), strict=True):
             leaves[slot.path][slot.index] = leaf
     return unflatten(leaves)
+
+
+def bytes_per_device(tree: Any) -> dict[jax.Device, int]:
+    """Returns the bytes of the arrays of ``tree`` on each of this process's devices."""
+    totals: dict[jax.Device, int] = {}
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            totals[shard.device] = totals.get(shard.device, 0) + shard.data.nbytes
+    return totals

@@ -33,10 +33,9 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import recorded_settings
 from nalora_jax.layout import distributed
 from nalora_jax.method import activations, rules, statistics
-from nalora_jax.models import families, registered
+from nalora_jax.models import families
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.assembly import assemble
-from nalora_jax.weights import keytables
 from tests import tiny
 from tests.param_trees import init_params
 
@@ -50,8 +49,7 @@ LLAMA = tiny.HF | {"vocab_size": 40, "intermediate_size": 24}
 @pytest.fixture
 def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Imports a file of the page; afterwards the registries are as they were."""
-    activations.get("silu")  # registers the built-in activations
-    registries = (rules.MECHANISMS, statistics.TABLE, activations.ACTIVATIONS, registered.FAMILIES)
+    registries = (rules.MECHANISMS, statistics.TABLE, activations.ACTIVATIONS, families.REGISTERED)
     for registry in (*registries, sources._OPENERS):
         monkeypatch.setattr(registry, "_values", dict(registry._values))
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -63,7 +61,7 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield use
     for name in FILES:
         sys.modules.pop(name, None)
-    activations.partition_of.cache_clear()
+    activations.partition.cache_clear()
 
 
 def train(base: ModelConfig, *mechanisms: str, steps: int = 3) -> tuple[Any, dict[str, Any]]:
@@ -176,7 +174,7 @@ def test_a_family(use: Any) -> None:
     raw = {**LLAMA, "model_type": "my_llama", "depth_scale": 0.5}
     base = ModelConfig.from_hf(raw)
     assert (base.n_kv_heads, base.qkv_bias, base.residual_scale) == (2, True, 0.5)
-    assert keytables.table(base, "hf").rows == keytables.HF["llama"]
+    assert families.family_of("my_llama").tensors == families.family_of("llama").tensors
     _, metrics = train(base)
     assert np.isfinite(metrics["loss"])
     with pytest.raises(NaloraError, match="'llama': expected a name that is free"):

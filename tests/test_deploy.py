@@ -20,15 +20,6 @@ ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
 
 
-@pytest.mark.parametrize("path", sorted(DEPLOY.iterdir()), ids=lambda path: path.name)
-def test_each_states_its_versions_and_that_it_was_not_run_on_hardware(path: Path) -> None:
-    text = path.read_text()
-    assert re.search(r"Not (built and not )?run on hardware\.", text)
-    assert "Python 3.11" in text
-    assert "0.10.2" in text
-    assert f"`{path.name}`" in (ROOT / "docs" / "deploy.md").read_text()
-
-
 # Runs the tasks of a step one after another; returns the highest status, as srun does.
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do echo "$1" >>"$HOME/options"; shift; done

@@ -31,7 +31,7 @@ from nalora_jax.data import sources
 from nalora_jax.data.chat import messages_of
 from nalora_jax.data.forms import canonical
 from nalora_jax.method import activations, rules, statistics
-from nalora_jax.models import registered
+from nalora_jax.models import families
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -200,7 +200,7 @@ def test_settings_of_a_page_are_settings(block: Block, tmp_path: Path) -> None:
 def test_entry_points_of_a_page_are_groups_of_this_library(block: Block) -> None:
     groups = tomllib.loads(block.text)["project"]["entry-points"]
     activations.get("silu")  # registers the built-in activations
-    registries = (rules.MECHANISMS, statistics.TABLE, activations.ACTIVATIONS, registered.FAMILIES)
+    registries = (rules.MECHANISMS, statistics.TABLE, activations.ACTIVATIONS, families.REGISTERED)
     known = {registry._group for registry in (*registries, sources._OPENERS)}
     assert set(groups) <= known
 
@@ -302,7 +302,7 @@ def test_files_of_a_page_have_tests_of_their_own() -> None:
 def test_the_callback_of_the_page_listens(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    best = execute(world, "callbacks.md", monkeypatch)["Best"]
+    best = execute(world, "change_one_thing.md", monkeypatch)["Best"]
     assert re.search(r"step \d: \d\.\d{3} is the best so far", capsys.readouterr().out)
     assert best.lowest == float("inf")
 
@@ -331,11 +331,12 @@ def test_data_from_python_and_new_tokens_in_transformers(
     )
 
 
-def test_the_quick_start_and_what_it_leaves_is_served_by_peft(
-    world: World, monkeypatch: pytest.MonkeyPatch
+def test_the_quick_start_generates_and_its_adapter_is_served_by_peft(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     assert execute(world, "quick_start.md", monkeypatch)["result"].adapter == Path("runs/mine/adapter")
+    assert re.search(r"^\['.*'\]$", capsys.readouterr().out, re.MULTILINE)
     load = transformers.AutoModelForCausalLM.from_pretrained
     local = staticmethod(lambda name: load(world.folder / "model"))
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", local)
@@ -345,14 +346,6 @@ def test_the_quick_start_and_what_it_leaves_is_served_by_peft(
     served = space["peft_model"]
     assert isinstance(served, peft.PeftModel)
     assert any(float(p.abs().max()) > 0 for name, p in served.named_parameters() if "lora_B" in name)
-
-
-def test_the_page_on_the_command_line_trains_and_generates(
-    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    execute(world, "command_line.md", monkeypatch)
-    assert Path("runs/python/adapter/adapter_model.safetensors").exists()
-    assert re.search(r"^\['.*'\]$", capsys.readouterr().out, re.MULTILINE)
 
 
 # -------------------------------------------------------------------- notebooks
@@ -367,7 +360,7 @@ def test_notebooks_hold_no_outputs(path: Path) -> None:
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             assert (cell["outputs"], cell["execution_count"]) == ([], None), cell["id"]
-    assert f"notebooks/{path.name}" in (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8")
+    assert f"notebooks/{path.name}" in (ROOT / "docs" / "quick_start.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,14 +26,15 @@ from nalora_jax.config import (
     TrainConfig,
 )
 from nalora_jax.layout import distributed
+from nalora_jax.method import activations, ffn, low_rank, rules, statistics, step, transform
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.assembly import assemble
 
 STEPS, ROWS, TOKENS, RATE, WARMUP = 12, 4, 17, 4e-3, 3
 RULES: dict[str, tuple[str, ...]] = {
     "none": (),
-    "mask": (f"soft:power=2,warmup={WARMUP}",),
-    "step_scale": (f"homogeneity:warmup={WARMUP}",),
+    "squared": (f"squared:warmup={WARMUP}",),
+    "homogeneity": (f"homogeneity:warmup={WARMUP}",),
     "curvature_cap": (f"curvature_cap:warmup={WARMUP}",),
 }
 
@@ -107,6 +109,26 @@ def test_the_page_makes_the_updates_of_the_library(minimal: ModuleType, rule: st
         start = trees.flatten(lora)[path]
         change = np.abs(np.asarray(value) - start).max()
         np.testing.assert_allclose(ours[path], value, rtol=0, atol=2e-3 * change, err_msg=path)
+
+
+def test_functions_have_the_names_of_the_library(minimal: ModuleType) -> None:
+    """Those of the method; the others are the page's model, loss, gradient and random weights."""
+    of_the_page = {
+        "rms_norm",
+        "rope",
+        "attention",
+        "loss_and_statistics",
+        "train_step",
+        "init",
+        "low_rank_bwd",
+    }
+    modules = (activations, ffn, low_rank, rules, statistics, step, transform)
+    of_the_library = {name for module in modules for name in vars(module)}
+    functions = {name for name, value in vars(minimal).items() if inspect.isfunction(value)}
+    activation = {"drho", "phi", "dphi"}  # formulas of the page's only activation
+    assert functions - of_the_page - activation <= of_the_library
+    silu = activations.partition("silu")
+    np.testing.assert_allclose((minimal.Z0, minimal.Z1), (silu.z0, silu.z1), atol=1e-5)
 
 
 def test_rules_differ_after_the_warm_up(minimal: ModuleType) -> None:

@@ -15,16 +15,17 @@ import pytest
 from safetensors.numpy import load_file
 
 from nalora_jax.__main__ import main
+from nalora_jax.cli import training
 from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 from nalora_jax.evaluate.run_log import recorded_settings
 from nalora_jax.report import html
 from nalora_jax.study.sweeps.run import sweep
-from nalora_jax.train import job
 from nalora_jax.train.adapted import load
 from nalora_jax.train.callbacks import Callback
 from nalora_jax.train.initial_adapter import with_adapter
+from nalora_jax.train.kinds import text
 from nalora_jax.train.output import open_output
-from nalora_jax.train.run import RunResult
+from nalora_jax.train.run import RunResult, checked_mesh
 from tests import tiny
 
 torch = pytest.importorskip("torch")
@@ -109,13 +110,13 @@ def test_an_adapter_goes_from_peft_to_a_run_and_back(config: RunConfig, tmp_path
     run = replace(config, adapter=str(tmp_path / "theirs"), output=str(tmp_path / "run"))
     settled = with_adapter(run)
     with open_output(tmp_path / "start", resume=False) as output:
-        inputs = job.inputs_of(settled, None)
-        assembly = inputs.pieces(inputs.config, output, job.mesh_of(inputs.config)).assembly
+        inputs = text.open_inputs(settled, None)
+        _, assembly, _ = text.build_step(inputs, inputs.config, checked_mesh(inputs.config), output, None)
     variables = {"params": assembly.params, "lora": assembly.state.lora}
     ours = tiny.logits_of(assembly.eval_model, variables, jnp.asarray(TOKENS))
     np.testing.assert_allclose(ours, their_logits(theirs), rtol=2e-4, atol=2e-4)
     # ---------------------------------------------------------------- 50 steps here
-    result = job.run(run)
+    result = training.run(run)
     loaded = load(run.output, dtype="float32")
     ours = tiny.logits_of(loaded.module, loaded.variables, jnp.asarray(TOKENS))
     # ---------------------------------------------------------------- back to PEFT
@@ -134,7 +135,7 @@ def earlier(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunR
     folder = tmp_path_factory.mktemp("earlier") / "run"
     rules = (LoRARule("gate_proj", 4), LoRARule("ffn", 2, 8.0))
     lora = LoRAConfig(rules, dropout=0.1)
-    return job.run(replace(config, steps=4, lora=lora, output=str(folder)))
+    return training.run(replace(config, steps=4, lora=lora, output=str(folder)))
 
 
 class _Killed(BaseException):
@@ -158,12 +159,12 @@ def test_a_killed_run_resumes_from_its_checkpoint_though_its_adapter_has_changed
     train = TrainConfig(batch_size=8, log_every=1, eval_every=0, save_every=3)
     run = replace(config, steps=8, train=train, adapter=str(tmp_path / "earlier"))
     whole, parts = (replace(run, output=str(tmp_path / name)) for name in ("whole", "parts"))
-    job.run(whole)
+    training.run(whole)
     with pytest.raises(_Killed):
-        job.run(parts, callbacks=[_Kill()])
+        training.run(parts, callbacks=[_Kill()])
     tensors = tmp_path / "earlier" / "adapter" / "adapter_model.safetensors"
     tensors.write_bytes(tensors.read_bytes() + b" ")
-    job.run(replace(parts, resume=True))
+    training.run(replace(parts, resume=True))
     assert "has changed since the run started from it (SHA-256" in caplog.text
     first, second = (load_file(Path(one.output) / "adapter" / tensors.name) for one in (whole, parts))
     assert all(np.array_equal(first[name], second[name]) for name in first)

@@ -11,7 +11,6 @@ import jax
 import pytest
 
 from nalora_jax import run
-from nalora_jax.__main__ import main
 from nalora_jax.config import DataConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
@@ -88,10 +87,3 @@ def test_a_run_on_records_of_a_program(tmp_path: Path, monkeypatch: pytest.Monke
     other = {"prompt": "a b", "completion": " y", "choices": ["c", "y"], "gold": 1}
     with pytest.raises(NaloraError, match="data position"):
         run(replace(again, epochs=0.0, steps=12), data=[{"inner": other} for _ in records], format=example)
-
-
-def test_a_run_goes_on_with_nothing_but_its_folder(tmp_path: Path) -> None:
-    config = replace(tiny.make_config(tmp_path), steps=2)
-    run(config)
-    assert main(["train", "--resume", config.output, "--steps", "4"]) == 0
-    assert sorted(tiny.losses(config.output)) == [1, 2, 3, 4]

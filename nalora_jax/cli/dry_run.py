@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from nalora_jax.cli import config_files
 from nalora_jax.common import trees
@@ -25,6 +26,7 @@ from nalora_jax.method.rules import make
 from nalora_jax.method.transform import find_gates
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import init_cache
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec
@@ -36,6 +38,7 @@ from nalora_jax.train.kinds import run_kind
 from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.train.machine import device_memory
 from nalora_jax.train.mechanisms import first_step, log_first_step, mechanisms_of
+from nalora_jax.train.rollout import ROWS
 from nalora_jax.train.session import say_counts
 
 
@@ -118,11 +121,27 @@ def _describe(inputs: Inputs, runs: Sequence[RunConfig]) -> list[str]:
         f"adapters: {adapter_parameters(base, spec):,} trained parameters, {len(spec.targets)} projections a layer",
         f"mechanisms: {mechanisms_text(config, base.activation, spec)}",
         f"training data: {stream_text(data.describe())}",
+        *_rollouts(concrete, base, mesh),
         f"rows: {config.data.max_length:,} tokens; {_context(config, base)}",
         f"held out: {len(reported)} examples that results are reported on, {len(selecting)} that choose the checkpoint",
         f"steps: {config.steps} of {config.train.batch_size} rows, {epochs:.2f} epochs",
         *_memory(concrete, base, spec, mesh),
         *_differences(settings),
+    ]
+
+
+def _rollouts(config: RunConfig, base: ModelConfig, mesh: Mesh) -> list[str]:
+    """Returns a line on the samples of a step and on the cache that draws them; none without rewards."""
+    rl, rows = config.rl, config.train.batch_size
+    if not rl.rewards:
+        return []
+    at_once = min(rows, max(ROWS // rl.samples, 1) * rl.samples * distributed.batch_shards(mesh))
+    numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
+    make = partial(init_cache, base, at_once, config.data.max_length, numerics)
+    cache = trees.size_bytes(jax.eval_shape(make)) / distributed.batch_shards(mesh)
+    return [
+        f"rollouts: {rl.samples} samples of each of {rows // rl.samples} prompts, at most {rl.max_new_tokens} tokens, "
+        f"{at_once} rows at once with {cache / 1e9:.2f} GB of keys and values on a device"
     ]
 
 
@@ -186,10 +205,10 @@ def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) 
     numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
     remat = chosen_remat(config.compute.remat, base.d_model, numerics)
     data, fsdp, context, tensor = sizes.values()
-    placed = Layout(data, fsdp, tensor, remat, config.compute.experts, context=context).into(config)
+    placed = Layout(data, fsdp, tensor, remat, config.compute.experts, context=context)
     # Bytes do not depend on the machine; times of an unknown machine are not shown.
     where = of_devices(list(mesh.devices.flat)) or topology("v5e:1x1")
-    layout = estimate(placed, base, spec, where)
+    layout = estimate(placed, config, base, spec, where)
     parts = {
         "weights": layout.weights,
         "adapters and optimizer": layout.state,

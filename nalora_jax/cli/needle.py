@@ -28,12 +28,12 @@ def evaluate_needle(args: EvalArgs) -> None:
     from nalora_jax.evaluate.evaluator import compare_records, describe_paired
     from nalora_jax.evaluate.generate import Generator
     from nalora_jax.evaluate.needle import (
+        needle_answers,
         needle_items,
-        needle_records,
         needle_summary,
     )
     from nalora_jax.report.sections import needle_cells
-    from nalora_jax.report.tables import aligned
+    from nalora_jax.report.tables import text_table
     from nalora_jax.train.located import locate
 
     lengths = _lengths(args)
@@ -54,11 +54,11 @@ def evaluate_needle(args: EvalArgs) -> None:
     for label, side, module, variables in sides:
         questions = needle_items(side.base.tokenizer, lengths, per_cell=args.limit or _PER_CELL, chat=chat)
         generator = Generator(module, variables, side.base.tokenizer, mesh=mesh)
-        results.append(needle_records(generator, questions))
+        results.append(needle_answers(generator, questions))
         grid = needle_summary(results[-1])
         summaries.append(grid)
         title = labelled("needle retrieval", label)
-        print(f"{title}: {_summary(grid)}\n{aligned(*needle_cells(grid))}", flush=True)
+        print(f"{title}: {_summary(grid)}\n{text_table(*needle_cells(grid))}", flush=True)
         records += [{"model": label, **record} for record in results[-1]]
     grids: dict[str, Any] = {"after" if against else "before": summaries[0]}
     if against is not None:

@@ -73,7 +73,7 @@ class PlanArgs:
         if task in DUAL:
             expected = "a language model: dual encoders are not planned"
             raise NaloraError("--vision.task", expected=expected, found=task)
-        check_ranges(replace(self.run, train=replace(train, batch_size=1)))  # of what rows are counted by
+        check_ranges(replace(self.run, train=replace(train, batch_size=1)))  # before rows are counted
         rows = self.batch or train.batch_size or chips * train.accumulate
         data = replace(self.run.data, max_length=self.seq or self.run.data.max_length)
         return check(replace(self.run, data=data, train=replace(train, batch_size=rows)))

@@ -294,7 +294,7 @@ def from_peft(args: cli.FromPeftArgs) -> None:
     fields = set(values) if isinstance(values, Mapping) else set()
     if not fields & set(PEFT):
         found = ", ".join(map(str, fields)) or "none"
-        remedy = "settings of TRL have a table in docs/from_trl.md"
+        remedy = "settings of TRL have a table in docs/from_peft.md"
         raise NaloraError(str(path), expected="settings of PEFT", found=found, remedy=remedy)
     settings, notes = convert(values)
     config = check(config_files.settings_of(settings, path))

@@ -13,14 +13,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
 from etils import epath
 
 from nalora_jax.errors import NaloraError
 
 _LINKED = (errno.ELOOP, errno.EMLINK)  # of open(2) with O_NOFOLLOW: Linux and macOS, FreeBSD
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def open_unlinked(path: str | Path, mode: str, encoding: str | None = None) -> IO[Any]:
@@ -141,6 +143,8 @@ def write_array(path: Path, array: np.ndarray) -> None:
     Raises:
       OSError: the system refused; it names the file, which may be truncated.
     """
+    import numpy as np  # not earlier: the command line reads this module before its options
+
     buffer = io.BytesIO()
     np.save(buffer, array)
     with naming(path):

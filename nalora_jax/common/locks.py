@@ -95,17 +95,32 @@ class RunLock:
     def __init__(self, path: Path) -> None:
         self.path, self._stop = path, threading.Event()
         self._lock = FileLock(path, timeout=0, thread_local=False)
-        holder = _process_of(path)  # before: early versions of filelock empty the file
-        if _acquire(path, self._lock) is False:
-            raise _held(path, holder)
+        while not self._acquired():
+            pass
         try:
-            _wait_for_other_host(path, holder)
             with open_unlinked(path, "w", encoding="utf-8") as file:
                 file.write(json.dumps(_this_process()))
         except BaseException:
             self._lock.release()
             raise
         threading.Thread(target=self._beat, name="output lock", daemon=True).start()
+
+    def _acquired(self) -> bool:
+        """Returns True with the lock of the file at the path, False if its holder removed it meanwhile."""
+        if _acquire(self.path, self._lock) is False:
+            if self.path.exists():
+                raise _held(self.path, _process_of(self.path))
+            return False
+        try:
+            if _is_touched_by_another_host(self.path):
+                raise _held(self.path, _process_of(self.path))
+            if self.path.exists():
+                return True
+        except BaseException:
+            self._lock.release()
+            raise
+        self._lock.release()
+        return False
 
     def release(self) -> None:
         """Releases the lock; later calls have no effect."""
@@ -124,17 +139,19 @@ class RunLock:
                 return
 
 
-def _wait_for_other_host(path: Path, holder: dict[str, Any]) -> None:
-    """Raises an error if a holder on another host still touches the file."""
+def _is_touched_by_another_host(path: Path) -> bool:
+    """Returns True if a holder on another host, whose lock the kernel may not see, touches the file."""
+    holder = _process_of(path)
     if not holder or holder.get("host") == socket.gethostname():
-        return
-    touched, until = path.stat().st_mtime_ns, time.monotonic() + _STALE
-    while time.monotonic() < until:
-        time.sleep(0.2)
-        if not path.exists():  # the other host has released its lock
-            return
-        if path.stat().st_mtime_ns != touched:
-            raise _held(path, holder)
+        return False
+    until = time.monotonic() + _STALE
+    with suppress(FileNotFoundError):  # the other host has released its lock
+        touched = path.stat().st_mtime_ns
+        while time.monotonic() < until:
+            time.sleep(0.2)
+            if path.stat().st_mtime_ns != touched:
+                return True
+    return False
 
 
 def _process_of(path: Path) -> dict[str, Any]:
@@ -226,3 +243,4 @@ def scratch_folder(parent: Path, suffix: str) -> Iterator[Path]:
     finally:
         remove_owned(folder)
         lock.release()
+        shutil.rmtree(folder, ignore_errors=True)  # on NFS only possible once the file is closed

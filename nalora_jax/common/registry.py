@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
@@ -29,14 +28,10 @@ class Registry(Generic[T]):
       kind: the noun for a value in errors, e.g. "mechanism".
       group: group of entry points, e.g. "nalora_jax.mechanisms".
       flag: the setting in errors about unknown names, e.g. "--mechanisms".
-      modules: modules of this package by the name that they register, imported on first use.
     """
 
-    def __init__(
-        self, kind: str, group: str, flag: str = "", modules: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, kind: str, group: str, flag: str = "") -> None:
         self._kind, self._group, self.flag = kind, group, flag
-        self._modules = dict(modules or {})
         self._values: dict[str, T] = {}
 
     def add(self, name: str, value: T, *, replace: bool = False) -> T:
@@ -73,16 +68,12 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """Returns all known names, entry points included, sorted."""
-        return sorted({*self._values, *self._modules, *entry_points(group=self._group).names})
+        return sorted({*self._values, *entry_points(group=self._group).names})
 
     def __contains__(self, name: object) -> bool:
-        registered = name in self._values or name in self._modules
-        return registered or name in entry_points(group=self._group).names
+        return name in self._values or name in entry_points(group=self._group).names
 
     def _load(self, name: str) -> bool:
-        if name in self._modules:
-            import_module(self._modules[name])
-            return name in self._values
         for point in entry_points(group=self._group, name=name):
             where = f"entry point {name} = {point.value!r} of {self._group}"
             try:

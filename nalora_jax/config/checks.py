@@ -84,9 +84,43 @@ def check(config: RunConfig) -> RunConfig:
     _check_saved(config)
     _check_added(config)
     _check_preference(config.preference, init=config.lora.init, task=config.vision.task)
+    if config.rl.rewards:
+        _check_rl(config)
     if config.adapter:
         _check_adapter(config)
     return config
+
+
+def _check_rl(config: RunConfig) -> None:
+    """Checks that a run with rewards has groups of samples, and settings that reinforcement learning has."""
+    rl, batch = config.rl, config.train.batch_size
+    require(
+        "--train.batch-size", batch % rl.samples == 0, f"a multiple of --rl.samples ({rl.samples})", batch
+    )
+    count = len(rl.reward_weights)
+    require("--rl.reward-weights", count in (0, len(rl.rewards)), f"{len(rl.rewards)}, one a reward", count)
+    fits = UNCHANGED if rl.beta else (*UNCHANGED, "pissa")
+    require(
+        "--lora.init",
+        config.lora.init in fits,
+        f"one of {', '.join(fits)} with --rl.rewards",
+        config.lora.init,
+    )
+    for flag, value, fit in (
+        ("--preference.loss", config.preference.loss, "none"),
+        ("--vision.task", config.vision.task, ""),
+        ("--adalora.target-rank", config.adalora.target_rank, 0),
+        ("--lora.dropout", config.lora.dropout, 0.0),
+        ("--data.loss-last", config.data.loss_last, 0.0),
+    ):
+        require(flag, value == fit, f"{fit if fit != '' else 'a language model'} with --rl.rewards", value)
+    if config.adapter and rl.beta:
+        raise NaloraError(
+            "--rl.beta",
+            expected="0 with --adapter",
+            found=rl.beta,
+            remedy="its reference is the base without an adapter: merge this one first (nalora merge)",
+        )
 
 
 def _check_adapter(config: RunConfig) -> None:

@@ -363,7 +363,8 @@ class DebugConfig:
 
     # Check the gates of the live model in every step, channel by channel (chexify): the
     # pre-activation, the gate-compensation identity, Activation.gate against rho and its
-    # derivative, and the input of the down projection.
+    # derivative, the input of the down projection, padding in the statistics, and the mask in the
+    # gradient of A.
     check_gates: bool = False
     # Tolerance of that check, relative to |F| + |S|; bfloat16 rounding is allowed in addition.
     tolerance: Annotated[float, Range("a number", "(0, 1]")] = 1e-4
@@ -450,6 +451,48 @@ class PreferenceConfig:
 
 @documented
 @dataclass(frozen=True)
+class RLConfig:
+    """Reinforcement learning with verifiable rewards: the policy samples, rewards are computed, and it is updated.
+
+    ``train.batch_size`` counts samples, and ``data.max_length`` is the limit of prompt plus sample.
+    """
+
+    # Rewards of a sample, NAME, NAME:setting=value,... or MODULE:FUNCTION; of "exact", "number",
+    # "choice", "regex", "format", "length" and those that --import files register; none: training on
+    # the data set's responses.
+    rewards: tuple[str, ...] = ()
+    # Weight of each reward in the sum; 1 without.
+    reward_weights: tuple[float, ...] = ()
+    # The loss: "grpo" (arXiv 2402.03300), "dr_grpo" (2503.20783), "dapo" (2503.14476), "gspo"
+    # (2507.18071) or "rloo" (2402.14740).
+    loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo"] = "grpo"
+    # Samples of a prompt; their rewards are compared with each other.
+    samples: Annotated[int, Range("a whole number", "[2, 4096]")] = 8
+    # Largest number of tokens of a sample.
+    max_new_tokens: Annotated[int, SIZE] = 256
+    # Temperature of the samples.
+    temperature: Annotated[float, Range("a number", "(0, 10]")] = 1.0
+    # Weight of the divergence from the base (the adapter off).
+    beta: Annotated[float, Range("a number", "[0, 1000]")] = 0.0
+    # Distance below 1 at which a probability ratio is clipped; 0: the loss's own.
+    clip_low: Annotated[float, BELOW_ONE] = 0.0
+    # Distance above 1; 0: the loss's own.
+    clip_high: Annotated[float, Range("a number", "[0, 1000]")] = 0.0
+    # Optimizer steps on the samples of one rollout.
+    updates: Annotated[int, Range("a whole number", "[1, 1024]")] = 1
+    # Replace groups whose rewards are all equal by those of other prompts, up to so many times
+    # (dynamic sampling of DAPO).
+    resample: Annotated[int, Range("a whole number", "[0, 64]")] = 0
+    # Leave samples that the limit of tokens cut out of the loss.
+    mask_cut: bool = False
+    # Time limit of a reward in seconds; 0: none.
+    reward_seconds: Annotated[float, Range("a number", "[0, 1e5]")] = 30.0
+    # Train on without the reward of a sample for which it fails or takes too long.
+    ignore_reward_errors: bool = False
+
+
+@documented
+@dataclass(frozen=True)
 class RunConfig:
     """All settings of one fine-tuning run; the defaults are the main job of the README."""
 
@@ -477,7 +520,7 @@ class RunConfig:
     # Seed of adapters, data order and dropout.
     seed: Annotated[int, SEED] = 0
     # Further outputs of the log: NAME or NAME:setting=value,... of tensorboard, wandb, mlflow
-    # (docs/callbacks.md).
+    # (docs/quick_start.md).
     callbacks: tuple[str, ...] = ()
     # Rules that weigh the gates' gradients and updates, in this order: NAME or
     # NAME:setting=value,... (docs/method.md lists them); "none" on the command line: plain LoRA.
@@ -498,6 +541,7 @@ class RunConfig:
     debug: DebugConfig = field(default_factory=DebugConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain dicts, for JSON and the checkpoint's fingerprint."""

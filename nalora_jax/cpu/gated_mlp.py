@@ -61,10 +61,7 @@ def gated_mlp(
         return NotImplemented
     z, u = together(NativeProducts(within), x, [gate, up])
     z = z._replace(y=tapped(z.y, measurement))
-    config = GateStatsConfig()
-    if measurement is not None:
-        config = measurement.config
-    partition = activations.partition(activation.name, config.tolerance)
+    partition = activations.partition(activation.name)
     gating = Gating(Logistic(*activation.logistic), (partition.z0, partition.z1))
     measured = None
     if measurement is not None:
@@ -73,9 +70,8 @@ def gated_mlp(
     if measured is None or measurement is None or sums is None:
         return add_bias(y, down.bias), None
     values = _named(sums, measured.weights, measured.probe_weights)
-    if config.checks is not None:
-        live = z.y, u.y, h
-        sharding = config.sharding
+    if (config := measurement.config).checks is not None:
+        live, sharding = (z.y, u.y, h), config.sharding
         values |= config.checks.block(x, gate, live, z.delta, activation, numerics, sharding)
     return add_bias(y, down.bias), values
 
@@ -239,7 +235,7 @@ def gate_statistics(
         return NotImplemented
     chex.assert_shape(weights, z.shape[:-1])
     z, probe, weights = lax.stop_gradient((z, probe, weights.astype(jnp.float32)))
-    partition = activations.partition(activation.name, config.tolerance)
+    partition = activations.partition(activation.name)
     rows = jnp.arange(weights.size // weights.shape[-1], dtype=jnp.int32).reshape(*weights.shape[:-1], 1)
 
     def taken(stride: int) -> tuple[jax.Array, jax.Array]:

@@ -16,8 +16,8 @@ from nalora_jax.cpu.storage import Bits
 from nalora_jax.ops.dispatch import Numerics, Platform, PlatformHooks, register_platform
 from nalora_jax.ops.storage import Kernel, Stored
 
-# Largest d_model at which recomputing tiled matmuls is faster than saving their results
-# (benchmarks/notes/versus_peft.md).
+# Largest d_model at which recomputing tiled matmuls is faster than saving their results (measured
+# with benchmarks/versus_peft.py).
 _WIDEST_RECOMPUTED = 1024
 _INSTRUCTIONS = {"tiles": " with AMX", "vectors": " with AVX512-BF16", "floats": " with AVX2"}
 
@@ -52,7 +52,7 @@ class CPUHooks(PlatformHooks):
 
         The time of a matmul per byte of its result grows with d_model, the time to save a byte does
         not. A block with one wide matmul has half as much to save: CLIP ViT-B/16 is 6% faster with
-        "dots" (benchmarks/few_shot.py).
+        "dots".
         """
         tiles = numerics.operand == "bfloat16" and usable(numerics) and native.multiplies_on_tiles()
         if tiles and gated and d_model <= _WIDEST_RECOMPUTED:

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nalora_jax.common import buckets
+from nalora_jax.common.digests import digest_of, file_digest
 from nalora_jax.common.files import expand_user
 from nalora_jax.data.source import Record, TableRecord, foreign_errors
 from nalora_jax.data.tokenizer import read_json
@@ -295,9 +296,62 @@ def _begins_with(path: Path, mark: bytes) -> bool:
     return begins
 
 
-# ---------------------------------------------------------------- JSON Lines
-#
-# An index of line starts in memory, the file on disk.
+def is_array_record(name: str) -> bool:
+    """Returns True for the name of an ArrayRecord file: ``train.array_record-00000-of-00004``."""
+    return re.search(r"\.array_?record(-\d+-of-\d+)?$", name) is not None
+
+
+class ArrayRecords:
+    """Records of one ArrayRecord file of JSON objects.
+
+    ArrayRecord files written by TFDS hold serialized examples instead, which only the folder's
+    description can decode.
+
+    Args:
+      path: path of the file.
+      name: name of the file in messages.
+
+    Raises:
+      NaloraError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        self._name = name
+        with foreign_errors(name, "a readable ArrayRecord file", "write it again"):
+            with path.open("rb") as file:
+                self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            self._reader = ArrayRecordReader(str(path))
+            self._count = self._reader.num_records()
+
+    def __len__(self) -> int:
+        return int(self._count)
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """Returns the objects at ``indices``.
+
+        Raises:
+          NaloraError: a record is not a JSON object.
+        """
+        with foreign_errors(self._name, "a readable ArrayRecord file", "write it again"):
+            data = self._reader.read(list(map(int, indices)))
+        return [self._parsed(index, record) for index, record in zip(indices, data, strict=True)]
+
+    def _parsed(self, index: int, data: bytes) -> Record:
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            expected, actual = "a JSON object", f"{len(data)} bytes of another format"
+            remedy = "name a data set of TFDS by its folder (with dataset_info.json), or by tfds:<name>"
+            raise NaloraError(self.where(index), expected=expected, found=actual, remedy=remedy)
+        return value
+
+    def where(self, index: int) -> str:
+        """Returns ``path, record n``, counted from 1."""
+        return f"{self._name}, record {range(len(self))[index] + 1}"
 
 
 class JsonLines:
@@ -390,7 +444,7 @@ class TableRows:
 
     def __init__(self, path: Path | str, name: str = "") -> None:
         self._name = name or str(path)
-        self.sha256 = file_digest(path)
+        self.sha256 = data_digest(path)
         self._open: OrderedDict[int, Any] = OrderedDict()
         with self._errors():
             sizes, self._groups = _parquet(path) if self._kind == ".parquet" else _arrow(Path(path))
@@ -485,81 +539,19 @@ def _arrow(path: Path) -> Groups:
     ]
 
 
-# ---------------------------------------------------------------- ArrayRecord
-#
-# Files of JSON objects. Those written by TFDS hold serialized examples instead, which only the
-# folder's description can decode.
-
-
-def is_array_record(name: str) -> bool:
-    """Returns True for the name of an ArrayRecord file: ``train.array_record-00000-of-00004``."""
-    return re.search(r"\.array_?record(-\d+-of-\d+)?$", name) is not None
-
-
-class ArrayRecords:
-    """Records of one ArrayRecord file.
-
-    Args:
-      path: path of the file.
-      name: name of the file in messages.
-
-    Raises:
-      NaloraError: the file cannot be read.
-    """
-
-    def __init__(self, path: Path, name: str) -> None:
-        from array_record.python.array_record_module import ArrayRecordReader
-
-        self._name = name
-        with foreign_errors(name, "a readable ArrayRecord file", "write it again"):
-            with path.open("rb") as file:
-                self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            self._reader = ArrayRecordReader(str(path))
-            self._count = self._reader.num_records()
-
-    def __len__(self) -> int:
-        return int(self._count)
-
-    def read(self, indices: Sequence[int]) -> list[Record]:
-        """Returns the objects at ``indices``.
-
-        Raises:
-          NaloraError: a record is not a JSON object.
-        """
-        with foreign_errors(self._name, "a readable ArrayRecord file", "write it again"):
-            data = self._reader.read(list(map(int, indices)))
-        return [self._parsed(index, record) for index, record in zip(indices, data, strict=True)]
-
-    def _parsed(self, index: int, data: bytes) -> Record:
-        try:
-            value = json.loads(data)
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            expected, actual = "a JSON object", f"{len(data)} bytes of another format"
-            remedy = "name a data set of TFDS by its folder (with dataset_info.json), or by tfds:<name>"
-            raise NaloraError(self.where(index), expected=expected, found=actual, remedy=remedy)
-        return value
-
-    def where(self, index: int) -> str:
-        """Returns ``path, record n``, counted from 1."""
-        return f"{self._name}, record {range(len(self))[index] + 1}"
-
-
 # ---------------------------------------------------------------- digests and errors
 
 
-def file_digest(path: Path | str) -> str:
+def data_digest(path: Path | str) -> str:
     """Returns the sha256 of a file, or of the checksum that the bucket of a URL stores.
 
     Raises:
       NaloraError: the file cannot be read.
     """
     if isinstance(path, str):
-        return hashlib.sha256(buckets.version(path).encode()).hexdigest()
-    with readable(path), path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return digest
+        return digest_of(buckets.version(path))
+    with readable(path):
+        return file_digest(path)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # The same draw in every run, so that runs with different seeds are evaluated on the same examples.
 _SEED = 20260101
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,19 @@ def examples_of(read: Source, config: DataConfig, tokenizer: Tokenizer, limit: i
     Raises:
       NaloraError: bad records.
     """
-    indices = np.sort(permutation(len(read), _SEED)[: limit or None]).tolist()
+    return examples_at(read, drawn(len(read), limit), config, tokenizer)
+
+
+def drawn(count: int, limit: int) -> list[int]:
+    """Returns the indices of held-out records, ascending: the same draw in all runs; 0 means all."""
+    indices: list[int] = np.sort(permutation(count, _SEED)[: limit or None]).tolist()
+    return indices
+
+
+def examples_at(
+    read: Source, indices: Sequence[int], config: DataConfig, tokenizer: Tokenizer
+) -> list[Item]:
+    """Returns the examples of the records at ``indices``; see `examples_of`."""
 
     def convert(record: dict[str, Any], where: str) -> _Question:
         return _question(record, config, tokenizer, where)
@@ -135,7 +148,7 @@ def held_out(records: Source, config: DataConfig, tokenizer: Tokenizer) -> tuple
     return split_questions(items, config.eval_limit, config.select_limit)
 
 
-def split_questions(items: Sequence[Item], reported: int, selecting: int) -> tuple[list[Item], list[Item]]:
+def split_questions(items: Sequence[T], reported: int, selecting: int) -> tuple[list[T], list[T]]:
     """Splits examples into reported examples and others that choose a checkpoint, without overlap.
 
     Args:

@@ -21,7 +21,7 @@ SIZES: dict[str, dict[str, int]] = {
     "winogrande": {"train": 40398, "validation": 1267},
     "csqa": {"train": 9741, "validation": 1221},
 }
-# Licence of each task's questions; docs/data.md links each statement.
+# Licence of each task's questions; docs/data.md names each statement.
 LICENCES = {
     "boolq": "CC-BY-SA-3.0",
     "piqa": "not stated",

@@ -14,7 +14,7 @@ from nalora_jax.evaluate.statistics import compare, paired_bootstrap
 SAMPLES = 4  # examples that are shown with generated completions
 SAMPLE_TOKENS = 96  # length limit of a sample completion
 
-Record = Mapping[str, Any]
+ItemRecord = Mapping[str, Any]
 
 
 def variables_of(params: Any, lora: Any | None) -> dict[str, Any]:
@@ -34,18 +34,18 @@ class Evaluator:
       mode: "max" if a larger value of it is better, "min" if a smaller one is.
     """
 
-    metric: Literal["accuracy", "recall", "loss"]
+    metric: Literal["accuracy", "recall", "reward", "loss"]
     mode: Literal["max", "min"]
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
         """Returns one record of JSON values per example, in order (``lora`` None: the base alone)."""
         raise NotImplementedError
 
-    def summary(self, records: Sequence[Record]) -> dict[str, Any]:
+    def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns metrics of `records`: the headline metric, ``low`` and ``high`` (95%), ``loss``, ``n``."""
         raise NotImplementedError
 
-    def samples(self, params: Any, lora: Any | None, records: Sequence[Record]) -> dict[str, Any]:
+    def samples(self, params: Any, lora: Any | None, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns ``samples``, a few examples with the model's answers, and what else a report shows."""
         raise NotImplementedError
 
@@ -76,12 +76,20 @@ def describe(values: Mapping[str, Any]) -> str:
             f"reward margin {values['rewards_margin']:+.3f}, preferred {values['rewards_accuracy']:.1%}"
         )
         return f"held-out preference loss {values['loss']:.4f} ({interval}), {rewards}"
+    if "reward" in values:
+        each = [
+            f"{name.removeprefix('reward_')} {values[name]:.3f}"
+            for name in values
+            if name.startswith("reward_")
+        ]
+        more = f": {', '.join(each)}" if len(each) > 1 else ""
+        return f"held-out reward {values['reward']:.3f} ({interval}){more}"
     if "accuracy" in values:
         return f"held-out accuracy {values['accuracy']:.3f} ({interval}), loss {values['loss']:.3f}"
     return f"held-out loss {values['loss']:.3f} ({interval})"
 
 
-def compare_records(other: Sequence[Record], model: Sequence[Record]) -> dict[str, Any]:
+def compare_records(other: Sequence[ItemRecord], model: Sequence[ItemRecord]) -> dict[str, Any]:
     """Compares two models on the same items in the same order: ``model`` minus ``other``.
 
     Returns:

@@ -265,7 +265,7 @@ def run_harness(
             f"--harness {','.join(tasks)}",
             expected="tasks that the harness can load and run",
             found=f"{type(error).__name__}: {error}",
-            remedy="tasks come from the hub unless their YAML names local files; see docs/evaluate.md",
+            remedy="tasks come from the hub unless their YAML names local files; see docs/serving.md",
         ) from error
     assert results is not None, "the harness returns None on other processes only"
     samples = {task: [_record(sample) for sample in rows] for task, rows in results["samples"].items()}

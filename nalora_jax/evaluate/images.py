@@ -19,7 +19,7 @@ from nalora_jax.data.images.files import Limits, open_image
 from nalora_jax.data.images.processor import ImageProcessor, resized_to
 from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.images.text import TextTokenizer
-from nalora_jax.evaluate.evaluator import Evaluator, Record, variables_of
+from nalora_jax.evaluate.evaluator import Evaluator, ItemRecord, variables_of
 from nalora_jax.evaluate.statistics import bootstrap, wilson
 from nalora_jax.layout import distributed
 from nalora_jax.models.vision.dual import DualEncoder, normalised
@@ -175,7 +175,7 @@ class ClassEvaluator(Evaluator):
             )
         ]
 
-    def summary(self, records: Sequence[Record]) -> dict[str, Any]:
+    def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns ``accuracy`` with ``low`` and ``high`` (95%), ``loss``, ``n`` and ``chance``."""
         right, count = sum(record["correct"] for record in records), len(records)
         low, high = wilson(right, count)
@@ -183,7 +183,7 @@ class ClassEvaluator(Evaluator):
         values = {"accuracy": right / count, "low": low, "high": high, "loss": loss, "n": count}
         return values | {"chance": 1 / len(self._classes)}
 
-    def samples(self, params: Any, lora: Any | None, records: Sequence[Record]) -> dict[str, Any]:
+    def samples(self, params: Any, lora: Any | None, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns a few images with their predictions, and ``right`` of every image.
 
         For up to 60 classes also ``classes`` with the ``confusion`` matrix ``[true, predicted]``.
@@ -247,7 +247,7 @@ class RetrievalEvaluator(Evaluator):
             for place, caption, best, of_image, of_text, loss in columns
         ]
 
-    def summary(self, records: Sequence[Record]) -> dict[str, Any]:
+    def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns the retrieval metrics.
 
         Returns:
@@ -263,7 +263,7 @@ class RetrievalEvaluator(Evaluator):
         values = {"recall": float(hits.mean()), "low": low, "high": high, **recalls, "n": len(hits)}
         return values | {"loss": float(np.mean([record["loss"] for record in records]))}
 
-    def samples(self, params: Any, lora: Any | None, records: Sequence[Record]) -> dict[str, Any]:
+    def samples(self, params: Any, lora: Any | None, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns a few images with their best captions."""
         del params, lora
         return {"samples": _shown(self._images, records)}
@@ -276,7 +276,7 @@ def _losses(logits: np.ndarray, targets: np.ndarray) -> list[float]:
     return losses
 
 
-def _shown(images: Images, records: Sequence[Record]) -> list[dict[str, Any]]:
+def _shown(images: Images, records: Sequence[ItemRecord]) -> list[dict[str, Any]]:
     """Returns a few images, evenly spaced, with their answers as an evaluation reports them."""
     places = np.linspace(0, len(records) - 1, min(_SAMPLES, len(records))).astype(int).tolist()
     return [

@@ -31,9 +31,9 @@ from nalora_jax.common.notes import counting
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import batch_shards, place_batch
 from nalora_jax.layout.distributed import context_size, fetch, row_sharding
-from nalora_jax.models.cache import Cache, grow, init_cache, repeat
+from nalora_jax.models.cache import Cache, grow, repeat
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.models.ropes import sharing_length
 from nalora_jax.models.stacks import stacks
 from nalora_jax.ops.split_rows import joined

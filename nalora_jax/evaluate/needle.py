@@ -195,7 +195,7 @@ def _items(records: list[dict[str, Any]], tokenizer: Tokenizer, data: DataConfig
     return [item for item in items if isinstance(item, CompletionItem)]
 
 
-def needle_records(generator: Generator, questions: NeedleItems) -> list[dict[str, Any]]:
+def needle_answers(generator: Generator, questions: NeedleItems) -> list[dict[str, Any]]:
     """Answers every question greedily; an answer is correct if its first number is the needle's.
 
     Returns:

@@ -12,7 +12,7 @@ from nalora_jax.config import PreferenceConfig
 from nalora_jax.data.preference import Pair
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.evaluator import SAMPLE_TOKENS, SAMPLES, Evaluator, Record, variables_of
+from nalora_jax.evaluate.evaluator import SAMPLE_TOKENS, SAMPLES, Evaluator, ItemRecord, variables_of
 from nalora_jax.evaluate.generate import Generator
 from nalora_jax.evaluate.likelihood import score_groups
 from nalora_jax.evaluate.statistics import bootstrap
@@ -70,7 +70,7 @@ class PreferenceEvaluator(Evaluator):
             )
         ]
 
-    def summary(self, records: Sequence[Record]) -> dict[str, Any]:
+    def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns means over pairs.
 
         Returns:
@@ -94,7 +94,7 @@ class PreferenceEvaluator(Evaluator):
             "rewards_accuracy": float((chosen > rejected).mean()),
         }
 
-    def samples(self, params: Any, lora: Any | None, records: Sequence[Record]) -> dict[str, Any]:
+    def samples(self, params: Any, lora: Any | None, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns a few prompts with the model's completion and the chosen one."""
         del records
         sampled = self._pairs[:SAMPLES]

@@ -27,7 +27,7 @@ from nalora_jax.ops.storage import prepare
 _BATCH = 8  # items
 
 
-class LoadedModel(Protocol):
+class TextModel(Protocol):
     """A loaded model, as far as evaluation needs it."""
 
     @property
@@ -81,7 +81,7 @@ class SeeingEvaluator(TextEvaluator):
 
 
 def evaluator_of(
-    loaded: LoadedModel, model: Decoder, items: Sequence[Item], mesh: Mesh | None = None
+    loaded: TextModel, model: Decoder, items: Sequence[Item], mesh: Mesh | None = None
 ) -> TextEvaluator:
     """Returns the evaluator of a loaded model: with images if it has an image processor."""
     if loaded.processor is None:

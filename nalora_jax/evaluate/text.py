@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from nalora_jax.data.items import ChoiceItem, CompletionItem, Item
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.evaluator import SAMPLE_TOKENS, SAMPLES, Evaluator, Record, variables_of
+from nalora_jax.evaluate.evaluator import SAMPLE_TOKENS, SAMPLES, Evaluator, ItemRecord, variables_of
 from nalora_jax.evaluate.generate import Completion, Generator
 from nalora_jax.evaluate.likelihood import Score, score_groups
 from nalora_jax.evaluate.statistics import bootstrap, wilson
@@ -60,11 +60,11 @@ class TextEvaluator(Evaluator):
             return choice_records(self._model, variables, self.choices, per="character", mesh=self._mesh)
         return self._completion_records(variables)
 
-    def summary(self, records: Sequence[Record]) -> dict[str, Any]:
+    def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns `text_summary`."""
         return text_summary(records)
 
-    def samples(self, params: Any, lora: Any | None, records: Sequence[Record]) -> dict[str, Any]:
+    def samples(self, params: Any, lora: Any | None, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns answers to some items; of multiple choice also ``right``, a bool for every item."""
         if self.choices:
             samples = [
@@ -181,7 +181,7 @@ def of_completions(
     ]
 
 
-def text_summary(records: Sequence[Record]) -> dict[str, Any]:
+def text_summary(records: Sequence[ItemRecord]) -> dict[str, Any]:
     """Returns the metrics of records of one kind.
 
     Returns:

@@ -30,7 +30,7 @@ from nalora_jax.layout.hlo import (
     received,
     used,
 )
-from nalora_jax.models.expert_exchange import UNEVEN
+from nalora_jax.models.moe import UNEVEN
 
 BETWEEN = " between slices"  # suffix of the kind of a collective between slices
 
@@ -124,7 +124,7 @@ class Program:
         """Executions of each computation in one call of the program.
 
         Every branch counts as executed, except the gather of all experts that only uneven routing
-        requires (`nalora_jax.models.expert_exchange`).
+        requires (`nalora_jax.models.moe`).
         """
         counts = dict.fromkeys(self.computations, 0.0)
 

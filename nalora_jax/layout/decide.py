@@ -124,17 +124,21 @@ class Search:
         return layout.seconds * max((result.seconds / other.seconds for other, result in same), default=1.0)
 
 
-def decide(search: Search, compiled: Callable[[Layout], Compiled]) -> tuple[Layout, Compiled]:
+def decide(
+    search: Search, compiled: Callable[[Layout], Compiled], *, must_fit: bool = True
+) -> tuple[Layout, Compiled]:
     """Returns the chosen layout and its program.
 
-    It is the fastest compiled layout that fits, or the smallest if none fits.
+    It is the fastest compiled layout that fits, or the smallest if none fits and none must.
 
     Args:
       search: candidates; layouts that were tried before count.
       compiled: compiles the step of a layout; may raise that the compiler or a device ran out of memory, or
         an internal error of the compiler, which excludes the layout's mesh.
+      must_fit: if False, a program that does not fit is enough.
 
     Raises:
+      NaloraError: no compiled layout fits, or none has a program.
       JaxRuntimeError: another error, or such internal errors for all layouts.
     """
     while (layout := search.next()) is not None:
@@ -151,6 +155,8 @@ def decide(search: Search, compiled: Callable[[Layout], Compiled]) -> tuple[Layo
             else:
                 raise
     layout, result = search.best()
+    if result.memory is None or (must_fit and not result.fits):
+        raise search.refusal()
     tried = [f"{other.short} ({program})" for other, program in search.tried if other is not layout]
     if tried:
         log.info("mesh: %s (%s) instead of %s", layout.short, result, "; ".join(tried))

@@ -31,7 +31,6 @@ from nalora_jax.layout.sharding import PARAM_RULES as PARAM_RULES
 from nalora_jax.layout.sharding import STATE_RULES as STATE_RULES
 from nalora_jax.layout.sharding import STEP_RULES as STEP_RULES
 from nalora_jax.layout.sharding import Rules as Rules
-from nalora_jax.layout.sharding import bytes_per_device as bytes_per_device
 from nalora_jax.layout.sharding import fit_spec as fit_spec
 from nalora_jax.layout.sharding import shardings as shardings
 from nalora_jax.ops.dispatch import Platform
@@ -124,26 +123,25 @@ def unless_single(mesh: Mesh) -> Mesh | None:
     return mesh
 
 
-def check_axes(config: MeshConfig, n_devices: int, slices: int) -> None:
-    """Checks the axes that have a size; open ones (0) are chosen later.
+def requested_axes(config: MeshConfig, n_devices: int, slices: int) -> MeshConfig:
+    """Returns the axes that have a size, -1 replaced by it; open ones (0) are chosen later.
+
+    An open axis "context" next to sized axes is 1.
 
     Raises:
       NaloraError: the axes do not divide ``n_devices``, or the slices do not divide the axis "data".
     """
     sizes = {name: int(getattr(config, name)) for name in AXES}
-    sizes[CONTEXT] = context_of(config)
+    if -1 in sizes.values():  # no axis is left to choose
+        sizes = dict(zip(AXES, resolve_sizes(config, n_devices), strict=True))
+    if sizes[CONTEXT] == 0 and min(size for name, size in sizes.items() if name != CONTEXT) > 0:
+        sizes[CONTEXT] = 1
     fixed = math.prod(size for size in sizes.values() if size > 0)
     is_open = min(sizes.values()) < 1
     if n_devices % fixed or (not is_open and fixed != n_devices):
         raise _product_error(sizes, n_devices, is_open=is_open)
-    check_slices(config.data if config.data > 0 else n_devices // fixed, slices)
-
-
-def context_of(config: MeshConfig) -> int:
-    """Returns the size of the axis "context"; if open (0) next to sized axes, 1."""
-    if config.context == 0 and min(config.data, config.fsdp, config.tensor) > 0:
-        return 1
-    return config.context
+    check_slices(sizes["data"] if sizes["data"] > 0 else n_devices // fixed, slices)
+    return MeshConfig(**sizes)
 
 
 def check_slices(data: int, slices: int) -> None:

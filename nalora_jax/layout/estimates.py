@@ -15,7 +15,7 @@ from nalora_jax.config import RunConfig
 from nalora_jax.layout.machines import Topology
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.expert_exchange import SLACK, block_rows
+from nalora_jax.models.moe import SLACK, block_rows
 from nalora_jax.models.remat import of_position
 from nalora_jax.models.stacks import groups, param_shapes, projection_shapes, stacks
 from nalora_jax.models.targets import AdapterSpec
@@ -277,14 +277,15 @@ def activation_traffic(
     if not base.n_experts:
         return 8 * saved + mixers
     slack = SLACK if sends else 1.0
-    sorted_rows = sum(sorted_row_bytes(of_stack, rows * seq, tensor) for of_stack in uniform(base))
+    # Of rows sorted by expert (from two compiled mixtures).
+    sorted_rows = sum(
+        config.n_layers
+        * (rows * seq)
+        * config.experts_per_token
+        * (_READ_NARROW * config.d_model + _READ_WIDE * config.d_ff / tensor)
+        for config in uniform(base)
+    )
     return slack * sorted_rows + mixers
-
-
-def sorted_row_bytes(base: ModelConfig, tokens: float, tensor: int) -> float:
-    """Returns the HBM traffic of a step for rows sorted by expert (from two compiled mixtures)."""
-    each = _READ_NARROW * base.d_model + _READ_WIDE * base.d_ff / tensor
-    return base.n_layers * tokens * base.experts_per_token * each
 
 
 def weight_passes(base: ModelConfig, split: int, passes: float) -> float:
@@ -299,7 +300,7 @@ def rows_for_experts(
 ) -> tuple[float, float]:
     """Returns the bytes of experts that are not gathered, and of rows that reach a chip in a step.
 
-    All rows are sent to their experts (`nalora_jax.models.expert_exchange`).
+    All rows are sent to their experts (`nalora_jax.models.moe`).
     """
     stay = sent = 0.0
     for config in uniform(base):
@@ -346,10 +347,19 @@ def state_bytes(trained: Trained, split: int, tensor: int) -> float:
 
 
 def values_for_backward(base: ModelConfig, saves: str, tensor: int, kernel: str) -> tuple[float, float]:
-    """Returns numbers a token: saved by a layer in the mean, and recomputed for one layer at a time."""
+    """Returns numbers a token: saved by a layer in the mean, and recomputed for one layer at a time.
+
+    If only inputs are saved, a backward pass recomputes the results that "attention" saves. They are
+    live while the FFN's gradients are computed.
+    """
     stacks = stack_policies(base, saves)
     saved = sum(config.n_layers * saved_values(config, policy, tensor, kernel) for config, policy in stacks)
-    return saved / base.n_layers, recomputed_values(base, saves, tensor, kernel)
+    recomputed = 0.0
+    if saves == "full":
+        recomputed = max(
+            saved_values(config, "attention", tensor, kernel) - config.d_model for config in uniform(base)
+        )
+    return saved / base.n_layers, recomputed
 
 
 def stack_policies(base: ModelConfig, remat: str) -> Iterator[tuple[ModelConfig, str]]:
@@ -390,19 +400,6 @@ def _saved_with(base: ModelConfig, remat: str, tensor: int, heads: float) -> flo
         "dots": residuals + heads + wide,
         "none": 6 * base.d_model + 3 * heads + 4 * wide,
     }[remat]
-
-
-def recomputed_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> float:
-    """Returns the values per token of a layer that its backward pass recomputes and reads to its end.
-
-    If only inputs are saved, these are the results that "attention" saves. They are live while the
-    FFN's gradients are computed.
-    """
-    if remat != "full":
-        return 0.0
-    return max(
-        saved_values(config, "attention", tensor, kernel) - config.d_model for config in uniform(base)
-    )
 
 
 def working_bytes(

@@ -21,7 +21,7 @@ from typing import Any, cast
 import jax
 
 from nalora_jax.common.axes import AXES
-from nalora_jax.config import MeshConfig, RunConfig
+from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.layout.estimates import (
@@ -259,12 +259,7 @@ def candidates(config: RunConfig, base: ModelConfig, where: Topology) -> Iterato
     policies = policies_of(config, base)
     # libtpu 0.0.42 aborts with both on most meshes of one slice (`nalora_jax.models.remat.chosen_experts`).
     asked_for_both = "auto" not in (config.compute.remat, config.compute.experts)
-    mesh = config.mesh
-    if -1 in (mesh.data, mesh.fsdp, mesh.context, mesh.tensor):  # no axis is left to choose
-        sizes = distributed.resolve_sizes(mesh, where.size)
-        mesh = MeshConfig(**dict(zip(AXES, sizes, strict=True)))
-    distributed.check_axes(mesh, where.size, where.slices)
-    mesh = replace(mesh, context=distributed.context_of(mesh))
+    mesh = distributed.requested_axes(config.mesh, where.size, where.slices)
     distributed.check_tensor(max(mesh.tensor, 1), n_heads=base.n_heads, n_kv_heads=key_heads(base))
     for tensor in _divisors(where.size):
         if mesh.tensor == 0 and (
@@ -287,7 +282,7 @@ def candidates(config: RunConfig, base: ModelConfig, where: Topology) -> Iterato
                     if experts == "send" and remat.endswith(OFFLOAD) and not asked_for_both:
                         continue
                     layout = Layout(data, fsdp, tensor, remat, experts, context=context)
-                    yield estimate(layout.into(config), base, spec, where)
+                    yield estimate(layout, config, base, spec, where)
 
 
 def policies_of(config: RunConfig, base: ModelConfig) -> tuple[str, ...]:
@@ -328,23 +323,23 @@ def _ways(config: RunConfig, base: ModelConfig, where: Topology, fsdp: int) -> t
     return ("gather", "send")
 
 
-def estimate(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology) -> Layout:
-    """Returns the memory and time of a layout.
+def estimate(
+    layout: Layout, config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology
+) -> Layout:
+    """Returns ``layout`` with its memory and time.
 
     Args:
-      config: a run with a concrete mesh and a concrete policy, or a run of a sweep; its rows have
-        ``data.max_length`` tokens.
+      layout: sizes and policies.
+      config: a run, or a run of a sweep, whose rows have ``data.max_length`` tokens.
       base: architecture of the base model.
       spec: the adapters.
       where: the machine.
     """
-    mesh, remat, seq = config.mesh, config.compute.remat, config.data.max_length
-    data, fsdp, tensor, context, runs = (
-        max(size, 1) for size in (mesh.data, mesh.fsdp, mesh.tensor, mesh.context, mesh.runs_per_device)
-    )
+    fsdp, tensor, context, remat = layout.fsdp, layout.tensor, layout.context, layout.remat
+    runs, seq = max(layout.runs_per_device, 1), config.data.max_length
     split = fsdp * context  # devices that share the weights
     micro = runs * config.train.batch_size // config.train.accumulate
-    rows = micro / (data * split)  # of a chip, which may have part of one
+    rows = micro / (layout.data * split)  # of a chip, which may have part of one
     tokens = rows * seq
     wide, narrow = _widths(config)
     layer, ends = _weight_bytes(base, config, narrow, wide)
@@ -354,6 +349,9 @@ def estimate(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Top
     saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
     saved_bytes, recomputed = (wide * tokens * n for n in values_for_backward(base, saves, tensor, kernel))
     saved = saved_bytes * base.n_layers
+    on_chip = base.n_layers  # layers whose activations are on the chip
+    if offloads:
+        on_chip = _UNDER_WAY * max(map(len, groups(base)))
     host = saved if offloads else 0.0
     times = config.train.accumulate
     once, executed = (executed_flops(base, spec, policy, rows, seq, kernel) for policy in ("dots", saves))
@@ -363,42 +361,37 @@ def estimate(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Top
     weights = layer * base.n_layers
     copied = transposed_bytes(where, base, narrow) + copied_experts(base, fsdp, context, narrow)
     stay, sent = 0.0, 0.0
-    if config.compute.experts == "send" and fsdp > 1:
+    if layout.experts == "send" and fsdp > 1:
         stay, sent = rows_for_experts(base, tokens, fsdp, narrow, wide)
     received = passes * (weights - stay + ends / 2) / tensor * (split - 1) / split
     gathered = received / where.inbound(split * tensor)
     traffic = activation_traffic(where, base, rows, seq, tensor, saved, sends=stay > 0)
     moved = _weight_traffic(base, config, split, passes, weights - stay * (1 - 1 / split) + ends)
     hbm = (moved / tensor + traffic) / where.chip.bandwidth
-    gradients = 2 * sum(trained) / where.inbound(data * split) if data * split > 1 else 0.0
-    overlapped, exposed = _overlap(where, base, gathered)
+    replicas = layout.data * split
+    gradients = 2 * sum(trained) / where.inbound(replicas) if replicas > 1 else 0.0
+    share = hidden_share(where, base)
+    exposed = (1 - share) * gathered
     sums = summed_bytes(base, tokens, tensor, saves, wide) / where.inbound(tensor)
     exposed += sums + sent / where.inbound(fsdp)
     exposed += received_keys / tensor / where.inbound(context)
-    seconds = times * (max(products, hbm, overlapped) + exposed) + gradients
+    seconds = times * (max(products, hbm, share * gathered) + exposed) + gradients
     shared = 2 * trained.tables + copied / (split * tensor) if split > 1 else 0.0
     working = working_bytes(
         where, base, tokens, (split, tensor), wide=wide, offloads=offloads, recomputed=recomputed
     )
     useful = useful_flops(base, spec, micro, seq) / where.size
-    return Layout(
-        data,
-        fsdp,
-        tensor,
-        remat,
-        config.compute.experts,
+    return replace(
+        layout,
         weights=(weights + ends) / (split * tensor),
         state=runs * state_bytes(trained, split, tensor),
-        activations=_under_way(base, saved_bytes) if offloads else saved,
+        activations=saved_bytes * min(on_chip, base.n_layers),
         working=working + shared + live_keys / tensor,
         host=host,
         gathers=times * gathered,
         transfers=2 * times * out,
         seconds=seconds,
-        mfu=times * useful / (where.chip.flops * seconds) * max(mesh.run, 1),
-        context=context,
-        run=mesh.run,
-        runs_per_device=mesh.runs_per_device,
+        mfu=times * useful / (where.chip.flops * seconds) * max(layout.run, 1),
     )
 
 
@@ -419,17 +412,6 @@ def _weight_traffic(base: ModelConfig, config: RunConfig, split: int, passes: fl
     reads = weight_passes(base, split, passes)
     # Quantized kernels are written as floats in every pass, and read by the matmuls.
     return reads * held + (passes + reads) * _expanded_bytes(base, config)
-
-
-def _overlap(where: Topology, base: ModelConfig, gathered: float) -> tuple[float, float]:
-    """Returns the seconds of gathers that matmuls overlap, and of all other gathers."""
-    share = hidden_share(where, base)
-    return share * gathered, (1 - share) * gathered
-
-
-def _under_way(base: ModelConfig, saved: float) -> float:
-    """Returns the saved activations on the chip if others are in the host's memory; a layer saves ``saved`` bytes."""
-    return saved * min(_UNDER_WAY * max(map(len, groups(base))), base.n_layers)
 
 
 def _expanded_bytes(base: ModelConfig, config: RunConfig) -> float:
@@ -522,9 +504,10 @@ def sweep_candidates(config: RunConfig, base: ModelConfig, where: Topology, runs
         shared = config.mesh.runs_per_device or math.ceil(runs / run)
         while shared >= 1:
             for remat in policies_of(config, base):
-                experts, sizes = config.compute.experts, {"run": run, "runs_per_device": shared}
-                layout = Layout(1, fsdp, tensor, remat, experts, **sizes)
-                layout = estimate(layout.into(config), decoder, spec, where)
+                layout = Layout(
+                    1, fsdp, tensor, remat, config.compute.experts, run=run, runs_per_device=shared
+                )
+                layout = estimate(layout, config, decoder, spec, where)
                 yield replace(layout, seconds=layout.seconds * math.ceil(runs / layout.together))
             if config.mesh.runs_per_device:
                 break

@@ -203,15 +203,6 @@ def _fit_axis(axis: Any, size: int, mesh: Mesh) -> Any:
     return None
 
 
-def bytes_per_device(tree: Any) -> dict[jax.Device, int]:
-    """Returns the bytes of the arrays of ``tree`` on each of this process's devices."""
-    totals: dict[jax.Device, int] = {}
-    for leaf in jax.tree.leaves(tree):
-        for shard in leaf.addressable_shards:
-            totals[shard.device] = totals.get(shard.device, 0) + shard.data.nbytes
-    return totals
-
-
 def _names(axis: Any) -> tuple[str, ...]:
     """Returns the mesh axes of an entry of a spec: a name, several names, or None."""
     if isinstance(axis, str):

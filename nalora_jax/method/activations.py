@@ -2,10 +2,10 @@
 
 Every function is elementwise, finite for |z| up to 1e7, and computed in float32 for narrower inputs;
 the result has the input's dtype. phi and rho have closed-form derivatives, so ``jax.grad`` never
-differentiates their formulas (`nalora_jax.models.builtin_activations`).
+differentiates their formulas.
 
-Accuracy in float32 against float64: phi' within 1e-5 |phi'| + 2^-21 |rho| (the second term is the
-rounding of a sum that vanishes at z0), h within 1e-5 |h| + 2^-21.
+Accuracy in float32 against float64: phi' within 2e-5 |phi'| + 2^-21 |rho| (the second term is the
+rounding of a sum that vanishes at z0).
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 
 from nalora_jax.common.registry import Registry
 from nalora_jax.errors import NaloraError
@@ -31,7 +32,7 @@ Selection = Callable[[Array], tuple[Array, Array]]
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation and its derivatives; all functions are elementwise and keep shape and dtype.
+    """An activation; all functions are elementwise and keep shape and dtype.
 
     ``gate(z)`` is ``(rho(z), rho'(z))``. From it follow phi = z rho, phi' = rho + z rho' and the
     local homogeneity h = z phi' / phi = 1 + z rho' / rho.
@@ -40,18 +41,67 @@ class Activation:
     name: str
     phi: Elementwise
     rho: Elementwise
-    dphi: Elementwise
-    drho: Elementwise
-    homogeneity: Elementwise  # by convention 1 where phi is identically 0
     gate: Selection
-    self_gated: bool  # rho is a smooth selection weight; otherwise the partition has no meaning
+    self_gated: bool = True  # rho is a smooth selection weight; otherwise the partition has no meaning
     logistic: tuple[float, float] | None = None  # (a, b) if rho(z) = sigmoid(a z + b z^3)
     flat_above: float = math.inf  # phi is constant above it
-    # h - 1 of a Python float, in float64, for the partition; None if the only degree is ``degree``.
-    excess64: Callable[[float], float] | None = None
-    degree: float = 1.0
-    # Returns the activation with other numbers, for names such as "clamped_swish(1.702,7.0)".
-    variant: Callable[..., Activation] | None = None
+    degree: float = 1.0  # the only homogeneity of an activation that is not self-gated
+
+
+def activation_of(
+    name: str,
+    gate: Selection,
+    *,
+    self_gated: bool = True,
+    logistic: tuple[float, float] | None = None,
+    flat_above: float = math.inf,
+    degree: float = 1.0,
+) -> Activation:
+    """Returns the activation of a function ``z -> (rho(z), rho'(z))``; see `Activation`."""
+
+    def gate_in_float32(z: Array) -> tuple[Array, Array]:
+        rho, slope = gate(_at_least_float32(z))
+        return rho.astype(jnp.result_type(z)), slope.astype(jnp.result_type(z))
+
+    functools.update_wrapper(gate_in_float32, gate, assigned=())  # records of studies name its file
+    value, slope = _in_float32(lambda z: z * gate(z)[0]), _in_float32(lambda z: _derivative(gate, z))
+    rho, drho = _in_float32(lambda z: gate(z)[0]), _in_float32(lambda z: gate(z)[1])
+    return Activation(
+        name,
+        _with_derivative(value, slope),
+        _with_derivative(rho, drho),
+        gate_in_float32,
+        self_gated,
+        logistic,
+        flat_above,
+        degree,
+    )
+
+
+def _at_least_float32(z: Array) -> Array:
+    z = jnp.asarray(z)
+    return z.astype(jnp.promote_types(z.dtype, jnp.float32))
+
+
+def _in_float32(f: Elementwise) -> Elementwise:
+    """Returns ``f`` evaluated in float32 or wider, with the result in the input's dtype."""
+    return lambda z: f(_at_least_float32(z)).astype(jnp.result_type(z))
+
+
+def _with_derivative(f: Elementwise, derivative: Elementwise) -> Elementwise:
+    differentiable = jax.custom_jvp(f)
+    differentiable.defjvps(lambda tangent, value, z: derivative(z) * tangent)
+    return differentiable
+
+
+def _derivative(gate: Selection, z: Array) -> Array:
+    rho, drho = gate(z)
+    return rho + z * drho
+
+
+# ---------------------------------------------------------------- homogeneity
+
+_LINEAR = 1.05  # h at which the linear region starts
 
 
 class Partition(NamedTuple):
@@ -87,75 +137,160 @@ def regions(z: Array, partition: Partition) -> Regions:
     return Regions(below0, (below & ~below0) | flat, below1 & ~below & ~flat, ~below1 & ~flat)
 
 
-def partition(name: str, tol: float = 0.05) -> Partition:
-    """Returns the cut points z0 < 0 < z1 with phi'(z0) = 0 and h(z) - 1 <= tol for all z >= z1.
+def homogeneity(z: Array, activation: Activation) -> Array:
+    """Returns ``h = z phi'(z) / phi(z) = 1 + z rho'(z) / rho(z)``; by convention 1 where rho is 0."""
+    rho, drho = activation.gate(_at_least_float32(z))
+    return 1 + jnp.where(rho == 0, 0.0, z * drho / jnp.where(rho == 0, 1.0, rho))
+
+
+@functools.lru_cache(maxsize=64)
+def partition(name: str) -> Partition:
+    """Returns the cut points z0 < 0 < z1 with phi'(z0) = 0 and h(z) - 1 <= 0.05 for all z >= z1.
 
     ReLU, squared ReLU and the identity have a single degree; their partition has no meaning
     (z0 = -inf, z1 = 0).
 
-    Args:
-      name: of the activation.
-      tol: |h - 1| at which the linear region starts.
-
     Raises:
-      NaloraError: unknown name, or a tolerance that is not above 0.
+      NaloraError: unknown name, or a phi that does not fall anywhere below 0.
     """
-    if not tol > 0:
-        raise NaloraError("partition tolerance", expected="a number above 0", found=tol)
-    return partition_of(get(name).name, float(tol))
-
-
-@functools.lru_cache(maxsize=64)
-def partition_of(name: str, tol: float) -> Partition:
-    """Returns `partition` of checked arguments."""
     activation = get(name)
-    excess = activation.excess64
-    if excess is None:
-        return Partition(name, -math.inf, 0.0, (activation.degree,) * 4, meaningful=False)
-    z0 = _bisect(lambda z: excess(z) + 1, _first_below(excess, name), 0.0)
-    peak, z1 = _argmax(excess, 0.0, 10.0), 0.0
-    if excess(peak) > tol:
-        z1 = _bisect(lambda z: tol - excess(z), peak, 700.0)
+    if not activation.self_gated:
+        return Partition(activation.name, -math.inf, 0.0, (activation.degree,) * 4, meaningful=False)
+
+    compiled = jax.jit(functools.partial(homogeneity, activation=activation))
+
+    def degree(z: np.ndarray) -> np.ndarray:
+        with jax.ensure_compile_time_eval():
+            return np.asarray(compiled(z.astype(np.float32)), np.float64)
+
+    below, z1 = _grid(-20.0, 0.0), 0.0
+    if not (falling := below[degree(below) < 0]).size:
+        actual, remedy = "no such place above -20", "register it with self_gated=False"
+        expected = "phi to fall somewhere below 0, as that of a self-gated activation does"
+        raise NaloraError(f"activation {name!r}", expected=expected, found=actual, remedy=remedy)
+    z0 = _crossing(degree, falling[-1], 0.0)
+    above = _grid(0.0, 10.0)
+    if degree(above).max() > _LINEAR:
+        peak = above[np.argmax(degree(above))]
+        z1 = _crossing(lambda z: _LINEAR - degree(z), peak, 700.0)
     bounds = ((z0 - 8, z0), (z0, 0.0), (0.0, z1), (z1, z1 + 8))
-    inverted, contracting, expanding, linear = (1 + _normal_mean(excess, *b) for b in bounds)
+    inverted, contracting, expanding, linear = (_normal_mean(degree, *b) for b in bounds)
     degrees = (inverted, contracting, expanding, linear)
-    return Partition(name, z0, z1, degrees, meaningful=True, flat_above=activation.flat_above)
+    return Partition(activation.name, z0, z1, degrees, meaningful=True, flat_above=activation.flat_above)
 
 
-def _first_below(excess: Callable[[float], float], name: str) -> float:
-    """Returns the first of -1/4, -1/2, ... with h < 0; farther out rho underflows in float32."""
-    for quarter in range(1, 81):
-        if excess(-quarter / 4) < -1:
-            return -quarter / 4
-    actual, remedy = "no such place above -20", "register it with self_gated=False"
-    expected = "phi to fall somewhere below 0, as that of a self-gated activation does"
-    raise NaloraError(f"activation {name!r}", expected=expected, found=actual, remedy=remedy)
+def _grid(low: float, high: float) -> np.ndarray:
+    return np.linspace(low, high, 1001)  # always so many points, so that one program evaluates them
 
 
-def _bisect(f: Callable[[float], float], low: float, high: float) -> float:
-    """Returns the root of an f that is negative at ``low`` and positive at ``high``."""
-    while True:
-        middle = 0.5 * (low + high)
-        if not low < middle < high:
-            return middle
-        low, high = (middle, high) if f(middle) < 0 else (low, middle)
+def _crossing(f: Callable[[np.ndarray], np.ndarray], low: float, high: float) -> float:
+    """Returns the root of an f that is negative at ``low`` and positive at ``high``, to float32's precision."""
+    for _ in range(4):  # each takes a thousandth of the interval
+        grid = _grid(low, high)
+        above = max(1, int(np.argmax(f(grid) > 0)))
+        low, high = grid[above - 1], grid[above]
+    return float(high)
 
 
-def _argmax(f: Callable[[float], float], low: float, high: float) -> float:
-    """Returns the maximum of a unimodal f, by ternary search."""
-    for _ in range(100):
-        left, right = low + (high - low) / 3, high - (high - low) / 3
-        low, high = (left, high) if f(left) < f(right) else (low, right)
-    return 0.5 * (low + high)
-
-
-def _normal_mean(f: Callable[[float], float], low: float, high: float, points: int = 500) -> float:
-    """Returns the mean of f over [low, high] under N(0, 1), by the midpoint rule; 0 if empty."""
+def _normal_mean(f: Callable[[np.ndarray], np.ndarray], low: float, high: float) -> float:
+    """Returns the mean of f over [low, high] under N(0, 1) by the midpoint rule; 1 if empty."""
     if high <= low:
-        return 0.0
-    nodes = [low + (high - low) * (i + 0.5) / points for i in range(points)]
-    weights = [math.exp(-0.5 * (z * z - low * low)) for z in nodes]
-    return sum(w * f(z) for w, z in zip(weights, nodes, strict=True)) / sum(weights)
+        return 1.0
+    half = (high - low) / 2002
+    z = _grid(low + half, high - half)
+    return float(np.average(f(z), weights=np.exp(-0.5 * (z * z - low * low))))
+
+
+# ---------------------------------------------------------------- formulas of released models
+
+_TANH_SLOPE = 2 * math.sqrt(2 / math.pi)
+_TANH_CUBIC = _TANH_SLOPE * 0.044715
+_QUICK_SLOPE = 1.702
+_DENSITY_AT_0 = 1 / math.sqrt(2 * math.pi)
+# Phi(-x) = exp(-x^2 / 2) P(x) / Q(x) for x >= 0, relative error below 6e-8: a rational minimax fit,
+# computed for this module by reweighted least squares on [0, inf) against scipy.special.erfcx.
+# Coefficients start at the constant term. All are positive, so float32 evaluation loses no digits
+# by cancellation.
+_TAIL_P = (0.5, 0.47534456, 0.211904713, 0.0506340449, 0.00568704371)
+_TAIL_Q = (1.0, 1.74857559, 1.31894819, 0.545403915, 0.126920933, 0.0142553046)
+
+
+def _silu(z: Array) -> tuple[Array, Array]:
+    """Returns (rho, rho') of SiLU."""
+    s = lax.logistic(z)
+    return s, s * (1 - s)
+
+
+def _quick_gelu(z: Array) -> tuple[Array, Array]:
+    """Returns (rho, rho') of QuickGELU."""
+    s = lax.logistic(_QUICK_SLOPE * z)
+    return s, _QUICK_SLOPE * (s * (1 - s))
+
+
+@functools.lru_cache(maxsize=16)
+def clamped_swish(slope: float, limit: float) -> Activation:
+    """Returns ``y sigmoid(slope y)`` with ``y = min(z, limit)``, the gate of gpt-oss.
+
+    Its name, e.g. "clamped_swish(1.702,7.0)", contains both numbers; they are above 0. Above the limit
+    phi is constant, so that ``rho = phi(limit) / z``.
+    """
+    top = limit / (1 + math.exp(-slope * limit))
+
+    def gate(z: Array) -> tuple[Array, Array]:
+        s, flat, high = lax.logistic(slope * z), z > limit, jnp.maximum(z, limit)
+        return jnp.where(flat, top / high, s), jnp.where(flat, -top / (high * high), slope * (s * (1 - s)))
+
+    return activation_of(f"clamped_swish({slope!r},{limit!r})", gate, flat_above=limit)
+
+
+def _gelu_tanh(z: Array) -> tuple[Array, Array]:
+    """Returns (rho, rho') of the tanh form of GELU."""
+    square = z * z
+    s = lax.logistic(z * (_TANH_SLOPE + _TANH_CUBIC * square))
+    return s, s * (1 - s) * (_TANH_SLOPE + 3 * _TANH_CUBIC * square)
+
+
+def _gelu(z: Array) -> tuple[Array, Array]:
+    """Returns (rho, rho') of GELU."""
+    density = jnp.exp(-0.5 * (z * z))
+    tail = density * _tail_ratio(z)
+    return jnp.where(z > 0, 1 - tail, tail), _DENSITY_AT_0 * density
+
+
+def _tail_ratio(z: Array) -> Array:
+    """Returns Phi(-|z|) exp(z^2 / 2), a scaled complementary error function."""
+    x = jnp.minimum(jnp.where(z > 0, z, -z), 1e7)
+    return _polynomial(_TAIL_P, x) / _polynomial(_TAIL_Q, x)
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
+    return functools.reduce(
+        lambda total, c: total * x + c, coefficients[-2::-1], jnp.full_like(x, coefficients[-1])
+    )
+
+
+def _mish(z: Array) -> tuple[Array, Array]:
+    """Returns (rho, rho') of Mish."""
+    # tanh(softplus(z)) = n / (n + 2) with n = e^2 + 2 e and e = exp(z); above 20 it is 1 in float32.
+    e = jnp.exp(jnp.minimum(z, 20.0))
+    n = e * (e + 2)
+    inverse = 1 / (n + 2)
+    return n * inverse, 4 * e * (e + 1) * inverse * inverse
+
+
+def _relu(z: Array) -> tuple[Array, Array]:
+    """Returns (rho, rho') of ReLU."""
+    return (z > 0).astype(z.dtype), jnp.zeros_like(z)
+
+
+def _relu2(z: Array) -> tuple[Array, Array]:
+    """Returns (rho, rho') of squared ReLU."""
+    return jnp.maximum(z, 0), (z > 0).astype(z.dtype)
+
+
+def _identity(z: Array) -> tuple[Array, Array]:
+    """Returns (rho, rho') of the identity."""
+    return jnp.ones_like(z), jnp.zeros_like(z)
 
 
 # ---------------------------------------------------------------- registry
@@ -171,11 +306,21 @@ ALIASES = {
     "gelu_python_tanh": "gelu_tanh",
     "linear": "identity",
 }
-BUILT_IN = ("silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "relu", "relu2", "identity", "clamped_swish")
-_MODULES = dict.fromkeys(BUILT_IN, "nalora_jax.models.builtin_activations")
-ACTIVATIONS: Registry[Activation] = Registry("activation", "nalora_jax.activations", modules=_MODULES)
+_BUILT_IN = (
+    activation_of("silu", _silu, logistic=(1.0, 0.0)),
+    activation_of("gelu", _gelu),
+    activation_of("gelu_tanh", _gelu_tanh, logistic=(_TANH_SLOPE, _TANH_CUBIC)),
+    activation_of("quick_gelu", _quick_gelu, logistic=(_QUICK_SLOPE, 0.0)),
+    activation_of("mish", _mish),
+    activation_of("relu", _relu, self_gated=False),
+    activation_of("relu2", _relu2, self_gated=False, degree=2.0),
+    activation_of("identity", _identity, self_gated=False),
+)
+ACTIVATIONS: Registry[Activation] = Registry("activation", "nalora_jax.activations")
+for _activation in _BUILT_IN:
+    ACTIVATIONS.add(_activation.name, _activation)
 _NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
-_NAME = re.compile(rf"([^()]+)(?:\({_NUMBER},{_NUMBER}\))?")
+_CLAMPED = re.compile(rf"clamped_swish(?:\({_NUMBER},{_NUMBER}\))?")
 
 
 def get(name: str) -> Activation:
@@ -184,84 +329,15 @@ def get(name: str) -> Activation:
     Raises:
       NaloraError: the name is unknown; the message lists the known names.
     """
-    match = _NAME.fullmatch(str(name))
-    if match is not None and (canonical := ALIASES.get(match[1], match[1])) in ACTIVATIONS:
-        activation, numbers = ACTIVATIONS.get(canonical), match.groups()[1:]
-        if numbers == (None, None):
-            return activation
-        if activation.variant is not None:
-            return activation.variant(*map(float, numbers))
-    names = ", ".join(
-        sorted({*ALIASES, *ACTIVATIONS.names()} - {"clamped_swish"} | {"clamped_swish(slope,limit)"})
-    )
+    clamped = _CLAMPED.fullmatch(str(name))
+    if clamped is not None:
+        slope, limit = clamped[1] or _QUICK_SLOPE, clamped[2] or 7.0  # without numbers: gpt-oss's
+        return clamped_swish(float(slope), float(limit))
+    canonical = ALIASES.get(str(name), str(name))
+    if canonical in ACTIVATIONS:
+        return ACTIVATIONS.get(canonical)
+    names = ", ".join(sorted({*ALIASES, *ACTIVATIONS.names(), "clamped_swish(slope,limit)"}))
     raise NaloraError("activation", expected=f"one of {names}", found=repr(name))
-
-
-# ---------------------------------------------------------------- construction
-
-
-def _at_least_float32(z: Array) -> Array:
-    z = jnp.asarray(z)
-    return z.astype(jnp.promote_types(z.dtype, jnp.float32))
-
-
-def _in_float32(f: Elementwise) -> Elementwise:
-    """Returns ``f`` evaluated in float32 or wider, with the result in the input's dtype."""
-    return lambda z: f(_at_least_float32(z)).astype(jnp.result_type(z))
-
-
-def _with_derivative(f: Elementwise, derivative: Elementwise) -> Elementwise:
-    differentiable = jax.custom_jvp(f)
-    differentiable.defjvps(lambda tangent, value, z: derivative(z) * tangent)
-    return differentiable
-
-
-def _derivative(gate: Selection, z: Array) -> Array:
-    rho, drho = gate(z)
-    return rho + z * drho
-
-
-def activation_of(
-    name: str,
-    gate: Selection,
-    excess: Elementwise,
-    *,
-    precise: Selection | None = None,
-    self_gated: bool = True,
-    logistic: tuple[float, float] | None = None,
-    flat_above: float = math.inf,
-    excess64: Callable[[float], float] | None = None,
-    degree: float = 1.0,
-    variant: Callable[..., Activation] | None = None,
-) -> Activation:
-    """Returns an activation; ``precise`` is a slower ``gate`` for derivatives outside of the model."""
-    reference = precise or gate
-
-    def gate_in_float32(z: Array) -> tuple[Array, Array]:
-        rho, slope = gate(_at_least_float32(z))
-        return rho.astype(jnp.result_type(z)), slope.astype(jnp.result_type(z))
-
-    functools.update_wrapper(gate_in_float32, gate, assigned=())  # records of studies name its file
-    value, slope = _in_float32(lambda z: z * gate(z)[0]), _in_float32(lambda z: _derivative(gate, z))
-    rho, drho = _in_float32(lambda z: gate(z)[0]), _in_float32(lambda z: gate(z)[1])
-    return Activation(
-        name=name,
-        phi=_with_derivative(value, slope),
-        rho=_with_derivative(rho, drho),
-        dphi=_in_float32(lambda z: _derivative(reference, z)),
-        drho=_in_float32(lambda z: reference(z)[1]),
-        homogeneity=_in_float32(lambda z: 1 + excess(z)),
-        gate=gate_in_float32,
-        self_gated=self_gated,
-        logistic=logistic,
-        flat_above=flat_above,
-        excess64=excess64,
-        degree=degree,
-        variant=variant,
-    )
-
-
-# ---------------------------------------------------------------- registration
 
 
 def register_activation(
@@ -282,28 +358,14 @@ def register_activation(
     """
 
     def register(gate: Selection) -> Selection:
-        if name in (*ALIASES, *BUILT_IN):
+        if name in (*ALIASES, *(activation.name for activation in _BUILT_IN)) or _CLAMPED.fullmatch(name):
             actual = "a built-in activation"
             raise NaloraError(f"activation {name!r}", expected="a name that is free", found=actual)
-
-        def excess(z: Array) -> Array:
-            rho, slope = gate(z)
-            return jnp.where(rho == 0, 0.0, z * slope / jnp.where(rho == 0, 1.0, rho))
-
-        numeric = jax.jit(excess)
-
-        def excess64(z: float) -> float:
-            with jax.ensure_compile_time_eval():
-                return float(numeric(jnp.float32(z)))
-
         if self_gated:
             _require_derivative(name, gate)
-            options: dict[str, Any] = {"excess64": excess64}
-        else:
-            options = {"self_gated": False, "degree": degree}
-        activation = activation_of(name, gate, excess, **options)
+        activation = activation_of(name, gate, self_gated=self_gated, degree=degree)
         ACTIVATIONS.add(name, activation, replace=True)
-        partition_of.cache_clear()
+        partition.cache_clear()
         return gate
 
     return register

@@ -84,27 +84,10 @@ def gated_mlp(
         (z, delta), u = adapted_dense(x, gate, numerics.within()), None
     else:
         (z, delta), (u, _) = parallel_dense(x, [gate, up], numerics.within())
-    return _output(x, gate, z, delta, u, down, activation, numerics, measurement)
+    return _after_gate(x, gate, z, delta, u, down, activation, numerics, measurement)
 
 
-def factored_mlp(
-    x: jax.Array,
-    gate: Dense,
-    factor: jax.Array,
-    down: Dense,
-    activation: Activation,
-    numerics: Numerics,
-    measurement: Measurement | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-    """Returns ``(phi(x W_gate) * factor) W_down`` for a given ``factor [batch, seq, d_ff]``.
-
-    For the other arguments and the results see `gated_mlp`.
-    """
-    z, delta = adapted_dense(x, gate, numerics.within())
-    return _output(x, gate, z, delta, factor.astype(z.dtype), down, activation, numerics, measurement)
-
-
-def _output(
+def _after_gate(
     x: jax.Array,
     gate: Dense,
     z: jax.Array,
@@ -252,26 +235,15 @@ class LoRADense(nn.Module):
         b = self.variable("lora", "b", jnp.zeros, (*lead, self.rank, self.features), jnp.float32).value
         if self.has_variable("lora", "singular"):  # AdaLoRA, in training
             a = a * self.get_variable("lora", "singular")[..., None, :]
-        start = initial_factors(self)
-        magnitude = magnitude_of(self, kernel) if self.dora else None
-        dropout = None
+        start = magnitude = dropout = None
+        if self.has_variable("params", "start_a"):
+            start = self.get_variable("params", "start_a"), self.get_variable("params", "start_b")
+        if self.dora:
+            norms = lambda: jnp.linalg.norm(expand(kernel).astype(jnp.float32), axis=-2)  # noqa: E731
+            magnitude = self.variable("lora", "magnitude", norms).value
         if self.dropout > 0 and not deterministic:
             dropout = nn.Dropout(self.dropout, deterministic=False)
         return Dense(kernel, Adapter(a, b, scale, mask, magnitude, start), bias, dropout, name)
-
-
-def initial_factors(module: nn.Module) -> tuple[jax.Array, jax.Array] | None:
-    """Returns A and B at the first step, if the parameters of a module contain them."""
-    if not module.has_variable("params", "start_a"):
-        return None
-    return module.get_variable("params", "start_a"), module.get_variable("params", "start_b")
-
-
-def magnitude_of(module: nn.Module, kernel: Kernel) -> jax.Array:
-    """Returns DoRA's magnitudes of a module; they start as the norms of the kernel's columns."""
-    norms = lambda: jnp.linalg.norm(expand(kernel).astype(jnp.float32), axis=-2)  # noqa: E731
-    magnitude: jax.Array = module.variable("lora", "magnitude", norms).value
-    return magnitude
 
 
 def frozen_kernel(
@@ -348,7 +320,10 @@ class AdaptedBlock(nn.Module):
         token_weights: jax.Array | SampledWeights | None,
         factor: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns the block's output; statistics are the gradients of its ``gate_taps``."""
+        """Returns the block's output; statistics are the gradients of its ``gate_taps``.
+
+        ``factor [batch, seq, d_ff]`` replaces the result of ``up``.
+        """
         measurement, taps = None, self.variables.get("gate_taps", {})
         if taps and not self.is_initializing():
             if token_weights is None:
@@ -358,7 +333,9 @@ class AdaptedBlock(nn.Module):
         if factor is None:
             y, measured = gated_mlp(x, gate, up, down, phi, self.numerics, measurement)
         else:
-            y, measured = factored_mlp(x, gate, factor, down, phi, self.numerics, measurement)
+            z, delta = adapted_dense(x, gate, self.numerics.within())
+            u = factor.astype(z.dtype)
+            y, measured = _after_gate(x, gate, z, delta, u, down, phi, self.numerics, measurement)
         if measured is None:
             return y
         return statistics.emit_measured(y, taps, measured)

@@ -1,8 +1,19 @@
-"""The measurement of a gated block: which arrays and positions its channel statistics are taken of.
+"""The measurement of a gated block in a live program: its channel statistics, and checks of its arrays.
 
-Statistics read the arrays of the program that trains and change neither values nor gradients. They
-are taken on a sample of positions (`GateStatsConfig`). The probe splits z into the frozen part and
-the adapter's part on a thinner sample.
+Statistics and checks read the arrays of the program that trains and change neither values nor
+gradients. Statistics are taken on a sample of positions (`GateStatsConfig`). The probe splits z into
+the frozen part and the adapter's part on a thinner sample.
+
+The checks of ``--debug.check-gates`` are taken on all positions. Each is the ratio of an error to its
+allowance, both summed over tokens, at its largest over channels; a ratio above 1 is a fault:
+
+    check_preactivation   z = x W + s (x A) B, with both terms computed separately
+    check_identity        phi(z) - phi(z - dz) = F + S, and phi(z) = rho(z) z
+    check_gate            `Activation.gate` returns rho and its derivative
+    check_product         the input of the down projection is phi(z) u
+
+Identity and gate are evaluated in float32 at the program's z, so rounding cannot hide a wrong function.
+`require_sound` asserts them, and compares the sums of a step with its batch and its masks.
 """
 
 from __future__ import annotations
@@ -10,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -18,15 +29,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
+from nalora_jax.common import trees
 from nalora_jax.method import activations, statistics
 from nalora_jax.method.activations import Activation
-from nalora_jax.method.low_rank import Dense, LowRankHidden, moved_from
+from nalora_jax.method.low_rank import Dense, LowRankHidden, adapted_dense, moved_from
+from nalora_jax.method.transform import find_gates
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.matmul import dot
-from nalora_jax.ops.reductions import by_shard, count, sampled
-
-if TYPE_CHECKING:
-    from nalora_jax.method.checks import GateChecks  # which imports this module
+from nalora_jax.ops.reductions import by_shard, count, sampled, sampled_weights
 
 
 @dataclass(frozen=True)
@@ -36,8 +46,7 @@ class GateStatsConfig:
     stride: int = 1  # gate statistics use one in n positions of a row (`reductions.sampled`)
     probe_stride: int = 8  # probe statistics use one in n positions
     positions: int = 0  # most positions of a row: longer rows have larger strides; 0: no limit
-    tolerance: float = 0.05  # |h - 1| at which the linear region starts
-    checks: GateChecks | None = None  # of live arrays, see `nalora_jax.method.checks`
+    checks: GateChecks | None = None
     # Of [batch, seq, d_model]. If it splits the rows, sums have a leading axis [shards].
     sharding: NamedSharding | None = None
 
@@ -114,7 +123,7 @@ def gate_statistics(
       probe: frozen and adapter part on one in ``config.probe_stride`` positions.
       weights: ``[batch, seq]``, 0 for padding.
       activation: the gate's.
-      config: strides and tolerance.
+      config: strides.
       numerics: selects the implementation; sums are float32.
       names: statistics of the forward pass.
 
@@ -124,7 +133,7 @@ def gate_statistics(
     """
     chex.assert_shape(weights, z.shape[:-1])
     z, probe, weights = lax.stop_gradient((z, probe, weights.astype(jnp.float32)))
-    partition = activations.partition(activation.name, config.tolerance)
+    partition = activations.partition(activation.name)
     of_probe = weights if probe.weights is None else probe.weights
     of_gate, probed = _taken(weights, config.stride), _taken(of_probe, config.probe_stride)
     z = sampled(z, weights, config.stride)
@@ -248,3 +257,185 @@ def _movement(
         return left, jnp.concatenate([b, b - b0])
     current = sampled(lax.stop_gradient(delta), weights, stride)
     return moved_from(current, project(start, b0).astype(current.dtype).reshape(current.shape))
+
+
+# ---------------------------------------------------------------- checks
+
+_EPS = float(jnp.finfo(jnp.float32).eps)
+_STEP = 1e-2  # of the finite difference that rho' is compared with
+# Largest relative error of A's gradient: bfloat16 rounds it by 0.006, a mask of another layer changes it by 0.5.
+_GRADIENT = 0.1
+# Start of the message of a failed check.
+CHECK_FAILED = "gate check failed"
+CHECKS = {
+    "check_preactivation": "the gate's pre-activation is not x W + s (x A) B",
+    "check_identity": "phi(z + dz) - phi(z) is not F + S: phi and rho of the activation do not match",
+    "check_gate": "Activation.gate is not (rho, rho')",
+    "check_product": "the gate's output is not phi(z + dz)",
+}
+_PADDING = "its statistics are not sums over the sampled tokens, without padding"
+_MASK = "the gradient of A is not gated by this block's mask"
+
+
+class Live(NamedTuple):
+    """Arrays of a block, ``[..., d_ff]``."""
+
+    z: Array  # the full pre-activation of the program
+    base: Array  # the frozen layer's part, computed separately
+    dz: Array | None  # the adapter's part, computed separately
+    u: Array | None  # the factor of phi(z); None in a self-gated block
+    product: Array  # phi(z) u of the program
+
+
+@dataclass(frozen=True)
+class GateChecks:
+    """The checks with their tolerance, an error relative to ``|F| + |S|`` or to the compared value."""
+
+    tolerance: float
+
+    def block(
+        self,
+        x: Array,
+        gate: Dense,
+        live: tuple[Array, Array | None, Array],
+        delta: Array | LowRankHidden | None,
+        activation: Activation,
+        numerics: Numerics,
+        sharding: NamedSharding | None,
+    ) -> dict[str, Array]:
+        """Returns the checks of a block's ``(z, u, phi(z) u)``, by shard if ``sharding`` splits rows."""
+        z, u, product = live
+        # Both parts are computed apart from z: in one matmul the same fault would cancel.
+        base = adapted_dense(x, gate._replace(adapter=None), numerics.within()).y
+        ones = jnp.ones(z.shape[:-1], bool)
+        dz = take_probe(z.astype(numerics.result), delta, ones, 1, numerics).delta
+        check = partial(self.arrays, activation=activation, residual=numerics.residual)
+        ratios: dict[str, Array] = by_shard(check, sharding, Live(z, base, dz, u, product))
+        return ratios
+
+    def arrays(self, live: Live, activation: Activation, residual: str) -> dict[str, Array]:
+        """Returns the checks of arrays: float32 scalars.
+
+        Args:
+          live: arrays of the program, without gradients.
+          activation: the block's.
+          residual: dtype that z and u are rounded to before the product.
+        """
+        live, tolerance = jax.tree.map(lax.stop_gradient, live), self.tolerance
+        dtypes = (live.z.dtype, live.product.dtype, jnp.dtype(residual))
+        rounding = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+        z = live.z.astype(residual).astype(jnp.float32)
+        base = live.base.astype(jnp.float32)
+        dz = jnp.zeros_like(z) if live.dz is None else live.dz.astype(jnp.float32)
+        want = activation.phi(z)
+        if live.u is not None:
+            want = want * live.u.astype(residual).astype(jnp.float32)
+        slack = max(rounding, 0.1 * tolerance)
+        allowed = tolerance * jnp.abs(dz) + slack * (jnp.abs(base) + jnp.abs(dz) + jnp.abs(z))
+        error = live.product.astype(jnp.float32) - want
+        return {
+            "check_preactivation": _worst(z - base - dz, allowed),
+            "check_identity": _identity(z, dz, activation, tolerance),
+            "check_gate": _gate(z, activation, tolerance),
+            "check_product": _worst(error, slack * jnp.abs(want) + _EPS),
+        }
+
+
+def _identity(z: Array, dz: Array, activation: Activation, tolerance: float) -> Array:
+    start = z - dz
+    feature, selection = statistics.gate_decomposition(start, dz, activation)
+    error = activation.phi(z) - activation.phi(start) - feature - selection
+    rounding = 16 * _EPS * (jnp.abs(z) + jnp.abs(start)) + _EPS
+    allowed = tolerance * (jnp.abs(feature) + jnp.abs(selection)) + rounding
+    self_gated = _worst(activation.phi(z) - activation.rho(z) * z, rounding)
+    return jnp.maximum(_worst(error, allowed), self_gated)
+
+
+def _gate(z: Array, activation: Activation, tolerance: float) -> Array:
+    (rho, drho), exact = activation.gate(z), activation.rho(z)
+    smooth = jnp.ones_like(z)
+    if not activation.self_gated:  # an activation with a jump at 0 has no derivative there
+        smooth = (jnp.abs(z) > 2 * _STEP).astype(jnp.float32)
+    smooth = smooth * (jnp.abs(z - activation.flat_above) > 2 * _STEP)  # rho has a kink there
+    difference = (activation.rho(z + _STEP) - activation.rho(z - _STEP)) / (2 * _STEP)
+    slopes = _worst(smooth * (drho - difference), 0.01 * jnp.abs(difference) + 2e-4)
+    return jnp.maximum(_worst(rho - exact, tolerance * jnp.abs(exact) + 16 * _EPS), slopes)
+
+
+def _worst(error: Array, allowed: Array) -> Array:
+    """Returns the largest ratio over channels of the errors to the allowances, summed over tokens."""
+    sums = [jnp.sum(jnp.abs(x).reshape(-1, x.shape[-1]), axis=0) for x in (error, allowed)]
+    return jnp.max(sums[0] / (sums[1] + 1e-30))
+
+
+def require_sound(
+    batch: Mapping[str, Array],
+    lora: Any,
+    masks: Mapping[str, Array],
+    sums: Mapping[str, Any],
+    config: GateStatsConfig,
+    readers: Iterable[str] = (),
+) -> None:
+    """Asserts all checks with chex; the caller must be chexified.
+
+    It runs outside of the model, because a check inside a differentiated scan is dropped silently.
+
+    Args:
+      batch: arrays ``[micro_batches, rows, ...]``.
+      lora: the adapters.
+      masks: the weights of A's gradient by block, ``[..., d_ff]``; 1 by default.
+      sums: the step's ``stats`` by block and its ``grads``, before any division.
+      config: of the blocks.
+      readers: paths of the blocks that read every token of the batch, whose segment is 0 in padding.
+    """
+    stats = sums["stats"]
+    for path, measured in stats.items():
+        for name, meaning in CHECKS.items():
+            _require(measured[name] - 1.0, path, meaning)
+    if readers:
+        require_real_tokens(batch["segment_ids"] > 0, {path: stats[path] for path in readers}, config)
+    require_gated_gradients(lora, sums["grads"], masks)
+
+
+def require_real_tokens(
+    real: Array, stats: Mapping[str, Mapping[str, Array]], config: GateStatsConfig
+) -> None:
+    """Asserts that counts and occupancy sum over the sampled tokens of ``real [..., rows, seq]`` alone."""
+    config = config.of_rows(real.shape[-1])
+    of_gate, of_probe = (
+        jnp.sum(sampled_weights(real, stride)) for stride in (config.stride, config.probe_stride)
+    )
+    for path, sums in stats.items():
+        layers, *_, d_ff = sums["occupancy"].shape
+        occupied = jnp.sum(sums["occupancy"].reshape(layers, -1, d_ff), axis=1)
+        gate, probe = (jnp.sum(sums[name].reshape(layers, -1), axis=1) for name in statistics.COUNTS)
+        for counted, total in ((gate, of_gate), (probe, of_probe), (occupied, of_gate)):
+            _require(jnp.abs(counted - total) - 1e-4 * total, path, _PADDING)
+
+
+def require_gated_gradients(lora: Any, grads: Any, masks: Mapping[str, Array]) -> None:
+    """Asserts ``A^T dA = dB diag(m) B^T`` for every gate: both are ``s (x A)^T (g (B * m)^T)``.
+
+    Args:
+      lora: the adapters, of a gate ``a [..., d_in, r]``, ``b [..., r, d_ff]`` and, in AdaLoRA,
+        ``singular [..., r]``, which multiplies the columns of A.
+      grads: their gradients.
+      masks: m by block, ``[..., d_ff]``; 1 by default.
+    """
+    gates, lora, grads = find_gates(lora), trees.flatten(lora), trees.flatten(grads)
+    exact = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    for gate, path in gates.items():
+        a, b = lora[f"{gate}/a"], lora[f"{gate}/b"]
+        sigma = lora.get(f"{gate}/singular", jnp.ones((*a.shape[:-2], a.shape[-1])))
+        masked = b * masks[path][..., None, :] if path in masks else b
+        of_a = sigma[..., :, None] * exact(jnp.swapaxes(a, -1, -2), grads[f"{gate}/a"])
+        of_b = exact(grads[f"{gate}/b"], jnp.swapaxes(masked, -1, -2)) * sigma[..., None, :]
+        error, size = (jnp.linalg.norm(x, axis=(-2, -1)) for x in (of_a - of_b, of_b))
+        _require(error - _GRADIENT * size, path, _MASK)
+
+
+def _require(excess: Array, path: str, meaning: str) -> None:
+    """Asserts that no ``excess`` is above 0."""
+    message, excess = f"{CHECK_FAILED} in {path}: {meaning}", jnp.maximum(excess, 0.0)
+    zeros = jnp.zeros_like(excess)
+    chex.assert_trees_all_close(excess, zeros, rtol=0.0, atol=0.0, custom_message=message)

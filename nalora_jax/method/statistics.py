@@ -148,7 +148,7 @@ COUNTS = ("tokens", "probe_tokens")
 # Ratios of sums: name -> (numerator, denominator). "limit" is the misalignment for small dz.
 RATIOS = {"misalignment": ("selection", "feature"), "limit": ("linear", "feature")}
 RATIOS |= {"nonlinearity": ("excess", "response")}
-# Prefix of the outputs of `nalora_jax.method.checks`: the largest ratios, not sums.
+# Prefix of the checks of `nalora_jax.method.measurement`: the largest ratios, not sums.
 CHECK = "check_"
 
 
@@ -426,20 +426,3 @@ def ratio(name: str, sums: Mapping[str, Array]) -> Array:
     """Returns an entry of `RATIOS` of any sums; 0 if the denominator is 0."""
     above, below = (sums[name_of_sum] for name_of_sum in RATIOS[name])
     return jnp.where(below > 0, above / jnp.where(below > 0, below, 1.0), 0.0)
-
-
-def misalignment(z: Array, dz: Array, weights: Array, activation: Activation) -> Array:
-    """Returns ``E|S| / E|F|`` per channel over weighted tokens, float32 [d_ff]; 0 if dz is 0.
-
-    Args:
-      z: [..., d_ff].
-      dz: [..., d_ff].
-      weights: [...], 1 for a real token and 0 for padding.
-      activation: the gate's.
-    """
-    return ratio("misalignment", probe_statistics(z, dz, weights, activation))
-
-
-def misalignment_limit(z: Array, dz: Array, weights: Array, activation: Activation) -> Array:
-    """Returns the limit of `misalignment` for small dz, ``E|z rho'(z) dz| / E|rho(z) dz|``."""
-    return ratio("limit", probe_statistics(z, dz, weights, activation))

@@ -91,7 +91,8 @@ class StepConfig:
     # Log metrics from a block's statistics, the mechanisms' own factors and their products.
     metrics: Callable[[BlockStats, BlockStats, Factors], Any] | None = None
     checks: tuple[str, ...] = ()  # names of the blocks' checks
-    verify: Callable[[BlockStats], None] | None = None  # asserts with chex
+    # Asserts with chex: batch, adapters, masks by block, sums of the step.
+    verify: Callable[[Batch, Any, Mapping[str, Array], Mapping[str, Any]], None] | None = None
 
 
 Step = Callable[[Any, TrainState, Batch], tuple[TrainState, dict[str, Any]]]
@@ -142,7 +143,7 @@ def make_train_step(
             masks = jax.tree.map(place, masks)
         sums = accumulate(lambda b, k: evaluate(params, lora, masks, b, k), batch, key)
         if config.verify is not None:
-            config.verify(sums["stats"])
+            config.verify(batch, lora, factors.get("gradient_a", {}), sums)
         targets = jnp.maximum(sums["target_tokens"], 1.0)
         grads = jax.tree.map(lambda g: g / targets, sums["grads"])
         stats = {path: statistics.per_target(s, targets) for path, s in sums["stats"].items()}

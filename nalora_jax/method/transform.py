@@ -42,7 +42,6 @@ class Mechanisms:
 
     entries: tuple[tuple[str, Mechanism], ...]
     activation: str
-    tolerance: float = 0.05  # |h - 1| at which the linear region starts
     total_steps: int = 0  # of the run; 0 if unknown
     seed: int = 0  # of the run
     others: tuple[tuple[str, str], ...] = ()  # blocks with another activation: (path, its name)
@@ -74,7 +73,7 @@ class Mechanisms:
 
     def context(self, count: Array, block: str) -> Context:
         """Returns the arguments of the rules at a step."""
-        partition = activations.partition(self.activation_of(block), self.tolerance)
+        partition = activations.partition(self.activation_of(block))
         return Context(count, self.total_steps, partition, block, self.seed)
 
 

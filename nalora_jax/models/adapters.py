@@ -131,3 +131,30 @@ def _fresh(
         leaves[f"{path}/a"] = jnp.where(used[..., None, :], init_a(key_a, shape), 0.0)
         leaves[f"{path}/b"] = jnp.zeros((*lead, target.rank, d_out), jnp.float32)
     return leaves
+
+
+def merged_kernel(kernel: Any, a: Any, b: Any, scale: Any, magnitude: Any = None) -> Any:
+    """Returns ``W + s A B`` in float32; with DoRA's magnitude m, ``m (W + s A B) / |W + s A B|``.
+
+    Arguments are arrays of NumPy or of JAX, and so is the result.
+
+    Args:
+      kernel: W, ``[..., d_in, d_out]``.
+      a: ``[..., d_in, r]``.
+      b: ``[..., r, d_out]``.
+      scale: s.
+      magnitude: None or ``[..., d_out]``; the norm is over the inputs of each output.
+    """
+    arrays: Any = np if isinstance(a, np.ndarray) else jnp
+    product = a @ b if arrays is np else jnp.matmul(a, b, precision="highest")
+    merged = kernel.astype(np.float32) + scale * product
+    if magnitude is None:
+        return merged
+    return merged * arrays.expand_dims(magnitude / arrays.linalg.norm(merged, axis=-2), -2)
+
+
+def pad_rank(a: Any, b: Any, rank: int) -> tuple[Any, Any]:
+    """Zero-pads ``a [..., d_in, r]`` and ``b [..., r, d_out]``, of NumPy or of JAX, to ``rank``."""
+    arrays: Any = np if isinstance(a, np.ndarray) else jnp
+    lead, missing = [(0, 0)] * (a.ndim - 2), (0, rank - a.shape[-1])
+    return arrays.pad(a, [*lead, (0, 0), missing]), arrays.pad(b, [*lead, missing, (0, 0)])

@@ -3,26 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nalora_jax.method.ffn import LoRADense
-from nalora_jax.method.low_rank import Dense, adapted_dense, parallel_dense
+from nalora_jax.method.low_rank import adapted_dense, parallel_dense
 from nalora_jax.models.cache import KeyValues
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
-from nalora_jax.models.layers import RMSNorm, apply_rope, query_scales
-from nalora_jax.models.parts import LayerInputs, PartOptions, SharedInputs
+from nalora_jax.models.layers import RMSNorm, apply_rope, halves_from_adjacent, query_scales
+from nalora_jax.models.parts import AttentionMixer, LayerInputs, PartOptions, Shapes, SharedInputs
 from nalora_jax.ops.attention import CachedKeys, Keys, attention
 from nalora_jax.ops.blockwise_attention import AttentionConfig
+from nalora_jax.ops.residual_norm import rms_norm
 from nalora_jax.ops.split_attention import split_attention
 from nalora_jax.ops.split_rows import shards_of
 from nalora_jax.ops.storage import round_and_save
 
 NewKeys = tuple[jax.Array, jax.Array]
 Heads = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
+
+
+@dataclass(frozen=True)
+class SoftmaxAttention(AttentionMixer):
+    """Attention as the fields of the config describe it."""
+
+    def param_shapes(self, config: ModelConfig) -> Shapes:
+        """Returns the shapes of one layer's parameters."""
+        shapes: Shapes = {}
+        if config.qk_norm:
+            heads = {"q": 1, "k": 1}
+            if config.qk_norm == "projection":
+                heads = {"q": config.n_heads, "k": config.n_kv_heads}
+            shapes = {f"{name}_norm/scale": (n * config.head_dim,) for name, n in heads.items()}
+        if config.attn_sinks:
+            shapes["sinks"] = (config.n_heads,)
+        return shapes | _dense_shapes(self.projections(config), config)
+
+    def projections(self, config: ModelConfig) -> Shapes:
+        """Returns the kernel shapes of the projections."""
+        d, q, kv = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        return {
+            "q_proj": (d, (1 + config.attn_gate) * q),
+            "k_proj": (d, kv),
+            "v_proj": (d, kv),
+            "o_proj": (q, d),
+        }
+
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """Returns the module."""
+        return Attention(config, options, name=self.name)
+
+
+def _dense_shapes(projections: Shapes, config: ModelConfig) -> Shapes:
+    """Returns the shapes of kernels and biases."""
+    shapes: Shapes = {}
+    for name, shape in projections.items():
+        shapes[f"{name}/kernel"] = shape
+        if config.has_bias(name):
+            shapes[f"{name}/bias"] = shape[-1:]
+    return shapes
 
 
 class Attention(nn.Module):
@@ -39,7 +81,9 @@ class Attention(nn.Module):
         out = self._attend(q, k, v, layer, shared).reshape(*x.shape[:-1], -1)
         if gate is not None:
             out = out * jax.nn.sigmoid(round_and_save(gate, self.options.numerics)).astype(out.dtype)
-        o_proj = self._dense("o_proj", c.n_heads * c.head_dim, c.d_model, c.o_bias, layer, shared)
+        o_proj = self.options.dense(
+            "o_proj", c.n_heads * c.head_dim, c.d_model, layer, shared, bias=c.o_bias
+        )
         return adapted_dense(out, o_proj, self.options.numerics).y, (k, v)
 
     def _heads(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> Heads:
@@ -62,7 +106,11 @@ class Attention(nn.Module):
         if c.qk_norm == "head":
             q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
         table = self._rope_table(layer, shared)
+        if c.rope_adjacent:  # scores do not depend on the order of dimensions
+            q, k = halves_from_adjacent(q, table), halves_from_adjacent(k, table)
         q, k = apply_rope(q, table), apply_rope(k, table)
+        if c.qk_norm == "rotated":
+            q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
         if c.query_growth:
             q = q * query_scales(shared.positions, c.query_growth, c.growth_length)[..., None, None]
         return q, k, v, gate
@@ -73,7 +121,7 @@ class Attention(nn.Module):
         """Returns ``[batch, seq, heads * head_dim]`` of projections, for heads by name."""
         c = self.config
         layers = [
-            self._dense(name, c.d_model, heads * c.head_dim, c.qkv_bias, layer, shared)
+            self.options.dense(name, c.d_model, heads * c.head_dim, layer, shared, bias=c.qkv_bias)
             for name, heads in widths.items()
         ]
         return [projection.y for projection in parallel_dense(x, layers, self.options.numerics)]
@@ -84,15 +132,6 @@ class Attention(nn.Module):
 
     def _rope_table(self, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
         return shared.tables[self.options.prefix][0 if layer.rope is None else layer.rope]
-
-    def _dense(
-        self, name: str, d_in: int, d_out: int, bias: bool, layer: LayerInputs, shared: SharedInputs
-    ) -> Dense:
-        adapters, scale = self.options.adapters, layer.scales.get("attn", {}).get(name, 1.0)
-        rank, numerics = adapters.rank(name), self.options.numerics
-        module = LoRADense(d_out, rank, bias, adapters.dora, adapters.dropout, numerics, name=name)
-        dense: Dense = module.dense(d_in, scale, deterministic=shared.deterministic)
-        return dense
 
     def _norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, name=name)
@@ -142,3 +181,85 @@ def cached_keys(cached: Any, prefix: str, shared: SharedInputs) -> CachedKeys:
     assert shared.cache is not None
     k, v = (stack.layer(cached) for stack in shared.cache[prefix])
     return CachedKeys(k, v, *integers)
+
+
+@dataclass(frozen=True)
+class NormedAttention(AttentionMixer):
+    """Attention with RMS norms per head.
+
+    The norms of queries and keys have a scale, the norm of values has none. Norms precede RoPE.
+
+    Attributes:
+      keys_as_values: there is no ``v_proj``; values are the norm of k_proj's output.
+      hands: see `Mixer.hands`.
+      reads: see `Mixer.reads`; there is no ``k_proj`` and no ``v_proj``.
+    """
+
+    keys_as_values: bool = False
+    hands: str = ""
+    reads: str = ""
+
+    def param_shapes(self, config: ModelConfig) -> Shapes:
+        """Returns the shapes of one layer's parameters."""
+        shapes = _dense_shapes(self.projections(config), config)
+        normed = ["q_norm"]
+        if not self.reads:
+            normed.append("k_norm")
+        return shapes | {f"{name}/scale": (config.head_dim,) for name in normed}
+
+    def projections(self, config: ModelConfig) -> Shapes:
+        """Returns the kernel shapes of the projections."""
+        d, q = config.d_model, config.n_heads * config.head_dim
+        heads: Shapes = {name: (d, n * config.head_dim) for name, n in self.heads(config).items()}
+        return heads | {"o_proj": (q, d)}
+
+    def heads(self, config: ModelConfig) -> dict[str, int]:
+        """Returns the number of heads of every projection of the input."""
+        heads = {"q_proj": config.n_heads}
+        if not self.reads:
+            heads |= {"k_proj": config.n_kv_heads}
+        if not self.reads and not self.keys_as_values:
+            heads |= {"v_proj": config.n_kv_heads}
+        return heads
+
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """Returns the module."""
+        module = _ReadingHeads if self.reads else _NormedHeads
+        return module(config, options, self, name=self.name)
+
+
+class _NormedHeads(Attention):
+    part: NormedAttention
+
+    def _heads(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> Heads:
+        c, numerics = self.config, self.options.numerics
+        projected = self._projected(x, self.part.heads(c), layer, shared)
+        # [batch, seq, heads, head_dim]
+        split = [round_and_save(y, numerics).reshape(*y.shape[:-1], -1, c.head_dim) for y in projected]
+        values = rms_norm(split[-1], jnp.ones((c.head_dim,), jnp.float32), c.norm_eps)
+        q, k = self._norm("q_norm")(split[0]), self._norm("k_norm")(split[1])
+        table = self._rope_table(layer, shared)
+        return apply_rope(q, table), apply_rope(k, table), values, None
+
+    def _recomputed(self) -> str:
+        return "qkv"
+
+
+class _ReadingHeads(Attention):
+    part: NormedAttention
+
+    def _heads(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> Heads:
+        c = self.config
+        (q,) = self._projected(x, self.part.heads(c), layer, shared)
+        q = round_and_save(q, self.options.numerics).reshape(*q.shape[:-1], -1, c.head_dim)
+        keys = shared.handed[self.part.reads]
+        return apply_rope(self._norm("q_norm")(q), self._rope_table(layer, shared)), keys.k, keys.v, None
+
+    def _recomputed(self) -> str:
+        return "qkv"  # keys and values are inputs of the layer
+
+    def _cached_keys(self, layer: LayerInputs, shared: SharedInputs) -> CachedKeys | None:
+        keys = shared.handed[self.part.reads]
+        if keys.cached is None:
+            return None
+        return cached_keys(keys.cached, keys.prefix, shared)

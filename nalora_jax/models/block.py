@@ -10,14 +10,20 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
-from nalora_jax.method.ffn import GatedFFN, SelfGatedFFN
 from nalora_jax.method.measurement import GateStatsConfig
-from nalora_jax.models.attention import Attention
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.layers import ResidualNorm, RMSNorm
-from nalora_jax.models.moe import MoEFFN
-from nalora_jax.models.parts import LayerInputs, PartOptions, SharedInputs, constrain, part_adapters
-from nalora_jax.models.router import RouterSpec
+from nalora_jax.models.parts import (
+    FeedForward,
+    LayerInputs,
+    Mixer,
+    PartOptions,
+    SharedInputs,
+    Tail,
+    constrain,
+    part_adapters,
+)
+from nalora_jax.models.stacks import parts
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import LAYER_INPUT, round_and_save
@@ -45,28 +51,36 @@ class Block(nn.Module):
         c = self.config
         x = checkpoint_name(x, LAYER_INPUT)
         x, normed = self._added("attn_norm", x, None)
-        y, update = self._mixer()(normed, layer, shared)
+        mixer, feed_forward = parts(c)
+        y, update = self._module(mixer)(normed, layer, shared)
+        y = self._dropped(y, shared)
         if c.post_norm:
             y = self._norm("attn_post_norm", round_and_save(y, self.numerics))
         x, normed = self._added("ffn_norm", x, y)
-        ffn, stream = self._ffn(), {}
-        if c.ffn is not None and c.ffn.reads_stream:
-            stream["stream"] = x
-        y = ffn(
+        stream = {"stream": x} if feed_forward.reads_stream else {}
+        y = self._module(feed_forward)(
             normed,
-            layer.scales.get(ffn.name, {}),
+            layer.scales.get(feed_forward.name, {}),
             token_weights=shared.token_weights,
             deterministic=shared.deterministic,
             **stream,
         )
+        y = self._dropped(y, shared)
         if c.post_norm:
             y = self._norm("ffn_post_norm", round_and_save(y, self.numerics))
         x = self._add(x, y)
         if c.tail is not None:
-            x = c.tail.module(c, self._options(c.tail.name))(x, layer, shared)
+            x = self._module(c.tail)(x, layer, shared)
         if layer.cached is None and not c.hands:
             update = None
         return constrain(x, self.activation_sharding), update
+
+    def _dropped(self, y: jax.Array, shared: SharedInputs) -> jax.Array:
+        """Returns a part's output with the family's dropout."""
+        if not self.config.residual_dropout or shared.deterministic:
+            return y
+        dropped: jax.Array = nn.Dropout(self.config.residual_dropout, deterministic=False)(y)
+        return dropped
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, self.numerics.result, name=name)(x)
@@ -93,44 +107,11 @@ class Block(nn.Module):
             y = y * jnp.asarray(scale, y.dtype)
         return x + y.astype(x.dtype)
 
-    def _options(self, name: str) -> PartOptions:
-        adapters = part_adapters(self.adapters, f"{self.prefix}/{name}")
+    def _module(self, part: Mixer | FeedForward | Tail) -> Any:
+        adapters = part_adapters(self.adapters, f"{self.prefix}/{part.name}")
         routing = self.routing_sharding or self.activation_sharding
         shardings = self.activation_sharding, routing
-        return PartOptions(self.prefix, adapters, self.numerics, self.stats, *shardings, self.experts)
-
-    def _mixer(self) -> Any:
-        mixer = self.config.mixer
-        if mixer is not None:
-            return mixer.module(self.config, self._options(mixer.name))
-        return Attention(self.config, self._options("attn"), name="attn")
-
-    def _ffn(self) -> Any:
-        c = self.config
-        if c.ffn is not None:
-            return c.ffn.module(c, self._options(c.ffn.name))
-        options = self._options("ffn")
-        shared: dict[str, Any] = {
-            "d_model": c.d_model,
-            "d_ff": c.d_ff,
-            "activation": c.activation,
-            "adapters": options.adapters,
-            "use_bias": c.ffn_bias,
-            "numerics": options.numerics,
-            "stats": options.stats,
-            "name": "ffn",
-        }
-        if c.n_experts:
-            return MoEFFN(
-                **shared,
-                n_experts=c.n_experts,
-                top_k=c.experts_per_token,
-                routing=RouterSpec(normalize=c.norm_topk),
-                router_bias=c.router_bias,
-                up_limit=c.up_limit,
-                sharding=options.routing,
-                experts=options.experts,
-            )
-        if c.gated:
-            return GatedFFN(**shared)
-        return SelfGatedFFN(**shared)
+        options = PartOptions(
+            self.prefix, part.name, adapters, self.numerics, self.stats, *shardings, self.experts
+        )
+        return part.module(self.config, options)

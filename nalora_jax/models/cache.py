@@ -14,8 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.stacks import stacks
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import Kernel, Stored
 
@@ -85,42 +83,6 @@ class Cache:
     segments: jax.Array  # int32 [batch, slots]; 0: an empty or a padding slot
     lengths: jax.Array  # int32 [batch]: real tokens so far, the position of the next one
     index: jax.Array  # int32 []: slots used so far; index of the next write
-
-
-def init_cache(config: ModelConfig, batch: int, length: int, numerics: Numerics = Numerics()) -> Cache:  # noqa: B008
-    """Returns an empty cache of ``numerics.operand`` with ``length`` slots.
-
-    The slots must hold the tokens of all calls, padding included. With ``length`` 0 the first call
-    attends to its own tokens only and allocates slots for exactly those; `grow` adds more.
-
-    A compiled program does not detect writes beyond the last slot: they overwrite the last slots.
-    The caller must choose ``length`` accordingly.
-    """
-    slots = jnp.zeros((batch, length), jnp.int32)
-    return Cache(
-        states={
-            stack.prefix: _init_state(stack.config, batch, length, numerics)
-            for stack in stacks(config)
-            if not stack.config.reads
-        },
-        positions=slots,
-        segments=slots,
-        lengths=jnp.zeros((batch,), jnp.int32),
-        index=jnp.zeros((), jnp.int32),
-    )
-
-
-def _init_state(config: ModelConfig, batch: int, length: int, numerics: Numerics) -> Any:
-    state = None
-    if config.mixer is not None:
-        state = config.mixer.init_state(config, batch, numerics)
-    if state is not None:
-        return state
-    lead, store = (config.n_layers, batch, config.n_kv_heads), numerics.hooks.store
-    return KeyValues(
-        store(jnp.zeros((*lead, config.head_dim, length), numerics.operand)),
-        store(jnp.zeros((*lead, length, config.head_dim), numerics.operand)),
-    )
 
 
 def grow(cache: Cache, length: int) -> Cache:

@@ -1,6 +1,6 @@
 """The architecture of a decoder as one frozen dataclass, read from a ``config.json``.
 
-`families.py` has one reader per ``model_type``. This module defines the fields that the readers
+`families` has one record per ``model_type``. This module defines the fields that the readers
 set and does not import them.
 """
 
@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
+from nalora_jax.common.fields import Fields
+from nalora_jax.errors import NaloraError
+from nalora_jax.method import activations
 from nalora_jax.models.layers import RopeSpec
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ GLOBAL_WINDOW = 2**30
 class ModelConfig:
     """A decoder-only transformer. Every default means "the feature is absent"."""
 
-    model_type: str  # the family, e.g. "llama", "gemma3_text"
+    model_type: str  # the family (`nalora_jax.models.families`)
     vocab_size: int
     d_model: int
     n_layers: int
@@ -40,6 +43,7 @@ class ModelConfig:
     norm_eps: float
     ropes: tuple[RopeSpec, ...]  # the distinct rotary embeddings
     rope_index: tuple[int, ...] = ()  # per layer: its entry of `ropes`, -1: none; (): 0
+    rope_adjacent: bool = False  # dimension 2 i is rotated with 2 i + 1, not i with i + dim / 2
     # Per layer: keys seen, the token included; () means GLOBAL_WINDOW everywhere.
     windows: tuple[int, ...] = ()
     tie_embeddings: bool = False  # the head is the transposed embedding
@@ -48,9 +52,8 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     ffn_bias: bool = False
-    qk_norm: Literal["", "head", "projection"] = (
-        ""  # RMS norm of queries and keys, per head or over all heads
-    )
+    # RMS norm of queries and keys: per head, per head after RoPE, or over all heads.
+    qk_norm: Literal["", "head", "rotated", "projection"] = ""
     pre_norm: bool = True  # norms of the inputs of attention and FFN
     post_norm: bool = False  # norms of their outputs, before the residual sum
     norm_offset: float = 0.0  # 1 if the checkpoint stores w of the norm scale 1 + w
@@ -62,6 +65,7 @@ class ModelConfig:
     attn_gate: bool = False  # q_proj also computes gates: each head's output is multiplied by sigmoid(gate)
     attn_sinks: bool = False  # a learned score per head that every query sees and that has no value
     attn_dropout: float = 0.0  # rate on attention probabilities, in training only
+    residual_dropout: float = 0.0  # rate on the outputs of attention and FFN, in training only
     embed_scale: float = 1.0  # multiplies the embeddings
     residual_scale: float = 1.0  # multiplies the outputs of attention and FFN
     logit_scale: float = 1.0  # multiplies the logits
@@ -150,3 +154,11 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, for JSON and fingerprints."""
         return dataclasses.asdict(self)
+
+
+def activation_name(f: Fields, name: str) -> str:
+    """Returns the registered activation that the field ``name`` names."""
+    try:
+        return activations.get(f.text(name)).name
+    except NaloraError as error:
+        raise f.error(name, error.expected, error.found) from error

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding
 
 from nalora_jax.common.trees import flatten, unflatten
@@ -25,14 +26,13 @@ from nalora_jax.models.embedding import Embedding, LMHead
 from nalora_jax.models.layers import RMSNorm, rope_tables
 from nalora_jax.models.parts import HandedKeys, LayerInputs, SharedInputs, constrain
 from nalora_jax.models.paths import leaf_dtype
-from nalora_jax.models.places import with_images
 from nalora_jax.models.remat import of_position, rematerialized, scanned, stacked
 from nalora_jax.models.split_statistics import sampled_as_whole
-from nalora_jax.models.stacks import Stack, groups, param_shapes, stacks
+from nalora_jax.models.stacks import Stack, groups, param_shapes, parts, stacks
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import dot
-from nalora_jax.ops.split_rows import Row, block_length, padded, shards_of, split
+from nalora_jax.ops.split_rows import Row, block_length, padded, repeated, shards_of, split
 from nalora_jax.ops.storage import LayerStack
 
 
@@ -126,7 +126,7 @@ class Decoder(nn.Module):
         if self.config.layer_embeddings is not None:
             embedded = self.layer_embeddings(tokens, x, self.numerics)
         if features is not None:
-            x, shared = with_images(x, shared, features, rows, self.config, sharding)
+            x, shared = _with_images(x, shared, features, rows, self.config, sharding)
         x, updates = self._through_layers(constrain(x, sharding), cache, shared, embedded)
         hidden = self.final_norm(x)
         if self.is_initializing():
@@ -346,6 +346,104 @@ def _shared_inputs(
         deterministic=deterministic,
         **of_cache,
     )
+
+
+# ---------------------------------------------------------------- cache
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, numerics: Numerics = Numerics()) -> Cache:  # noqa: B008
+    """Returns an empty cache of ``numerics.operand`` with ``length`` slots.
+
+    The slots must hold the tokens of all calls, padding included. With ``length`` 0 the first call
+    attends to its own tokens only and allocates slots for exactly those; `grow` adds more.
+
+    A compiled program does not detect writes beyond the last slot: they overwrite the last slots.
+    The caller must choose ``length`` accordingly.
+    """
+    slots = jnp.zeros((batch, length), jnp.int32)
+    return Cache(
+        states={
+            stack.prefix: _init_state(stack.config, batch, length, numerics)
+            for stack in stacks(config)
+            if not stack.config.reads
+        },
+        positions=slots,
+        segments=slots,
+        lengths=jnp.zeros((batch,), jnp.int32),
+        index=jnp.zeros((), jnp.int32),
+    )
+
+
+def _init_state(config: ModelConfig, batch: int, length: int, numerics: Numerics) -> Any:
+    state = parts(config)[0].init_state(config, batch, numerics)
+    if state is not None:
+        return state
+    lead, store = (config.n_layers, batch, config.n_kv_heads), numerics.hooks.store
+    return KeyValues(
+        store(jnp.zeros((*lead, config.head_dim, length), numerics.operand)),
+        store(jnp.zeros((*lead, length, config.head_dim), numerics.operand)),
+    )
+
+
+# ---------------------------------------------------------------- images in rows of tokens
+
+
+def _with_images(
+    x: jax.Array,
+    shared: SharedInputs,
+    features: jax.Array,
+    tokens: jax.Array,
+    config: ModelConfig,
+    sharding: NamedSharding | None,
+) -> tuple[jax.Array, SharedInputs]:
+    """Returns ``x`` with the images' features, and the inputs of layers in which their tokens see each other.
+
+    Features and tokens are of whole rows, x may have their parts.
+    """
+    sight = config.sight
+    assert sight is not None
+    places = tokens == sight.image_token
+    x = _with_features(x, features, places, sharding)
+    if sight.mutual:
+        shared = _with_starts(shared, places, sharding)
+    return x, shared
+
+
+def _with_features(
+    x: jax.Array, features: jax.Array, places: jax.Array, sharding: NamedSharding | None
+) -> jax.Array:
+    """Returns ``x [batch, seq, d]`` with each row's features at its ``places``, in order.
+
+    Features and places are of whole rows, x may have their parts.
+    """
+    index = split(jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0), sharding)
+    features, places = repeated(features, sharding), split(places, sharding)
+    # A row with more places than features gets NaN there, so that the error is visible.
+    rows = jnp.take_along_axis(features.astype(x.dtype), index[..., None], axis=1, mode="fill")
+    return jnp.where(places[..., None], rows, x)
+
+
+def _with_starts(shared: SharedInputs, places: jax.Array, sharding: NamedSharding | None) -> SharedInputs:
+    """Returns the inputs of layers in which runs of ``places`` in whole rows see each other."""
+    row = shared.row
+    if row is None:
+        return replace(shared, starts=run_starts(places, shared.positions, shared.segments))
+    starts = run_starts(padded(places, sharding), row.positions, row.segments)
+    return replace(shared, row=row._replace(starts=starts))
+
+
+def run_starts(places: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+    """Returns the position of the first token of each run of ``places``: int ``[batch, seq]``.
+
+    A token outside of ``places`` keeps its own position.
+
+    Example: places ``[[0, 1, 1, 1, 0]]``, positions ``[[0, 1, 2, 3, 4]]`` -> ``[[0, 1, 1, 1, 4]]``.
+    """
+    positions, segments = (jnp.broadcast_to(x, places.shape) for x in (positions, segments))
+    index = jnp.broadcast_to(jnp.arange(places.shape[1])[None], places.shape)
+    goes_on = places[:, 1:] & places[:, :-1] & (segments[:, 1:] == segments[:, :-1])
+    first = jnp.concatenate([jnp.ones_like(places[:, :1]), ~goes_on], axis=1)
+    return positions - (index - lax.cummax(jnp.where(first, index, 0), axis=1))
 
 
 # ---------------------------------------------------------------- fresh trees

@@ -1,6 +1,6 @@
 """The arithmetic of a mixture of gated experts: pure functions of one device's tokens.
 
-Rows of tokens are sorted by expert, so every projection is one grouped matmul (`expert_products`)
+Rows of tokens are sorted by expert, so every projection is one grouped matmul (`nalora_jax.models.routing`)
 over exactly the tokens of each expert. No token is dropped and there is no capacity limit. The
 mechanisms work per expert channel. `nalora_jax.models.moe` runs these functions on a mesh.
 """
@@ -17,20 +17,25 @@ import jax.numpy as jnp
 from jax import lax
 
 from nalora_jax.method import activations, statistics
-from nalora_jax.method.checks import NAMES, GateChecks, Live
 from nalora_jax.method.ffn import gated_product, up_factor
 from nalora_jax.method.low_rank import Adapter, column_norm, moved_from
-from nalora_jax.method.measurement import GateStatsConfig
-from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, grouped_residual
-from nalora_jax.models.expert_statistics import (
+from nalora_jax.method.measurement import CHECKS, GateStatsConfig, Live
+from nalora_jax.models.routing import (
+    Groups,
+    Places,
+    RouterSpec,
+    Routing,
     SampledRows,
     expert_cotangent_statistics,
     expert_statistics,
+    frozen_grouped_matmul,
+    grouped_residual,
+    route,
     sample,
+    spread,
+    summed,
 )
-from nalora_jax.models.router import RouterSpec, Routing, route
 from nalora_jax.models.split_statistics import samples_of_parts
-from nalora_jax.models.token_rows import Places, spread, summed
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import Kernel, expand
 
@@ -81,7 +86,7 @@ class RoutedConfig:
         """The names of the forward pass's sums and checks."""
         if not self.names:
             return ()
-        return (*statistics.COUNTS, *self.names, *(NAMES if self.stats.checks else ()))
+        return (*statistics.COUNTS, *self.names, *(CHECKS if self.stats.checks else ()))
 
 
 def _unchanged(x: jax.Array, axis: str | None = None) -> jax.Array:
@@ -211,12 +216,9 @@ def expert_rows(
     measured: dict[str, jax.Array] = {}
     if config.names:
         start, dz = _probed(layer.gate, rows, inner, z, delta, groups, samples[1], numerics)
-        measured = expert_statistics(
-            samples[0].take(z), start, dz, samples, activation, config.stats, config.names
-        )
+        measured = expert_statistics(samples[0].take(z), start, dz, samples, activation, config.names)
         if config.stats.checks is not None:
             live = Live(z, base, delta, up_factor(u.astype(numerics.residual), config.up_limit), hidden)
-            assert isinstance(config.stats.checks, GateChecks)
             faults = config.stats.checks.arrays(live, activation, numerics.residual)
             if axis is not None:
                 faults = {name: lax.pmax(worst, axis) for name, worst in faults.items()}

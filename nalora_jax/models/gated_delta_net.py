@@ -20,8 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.method import activations
-from nalora_jax.method.ffn import LoRADense
-from nalora_jax.method.low_rank import Dense, adapted_dense, parallel_dense
+from nalora_jax.method.low_rank import adapted_dense, parallel_dense
 from nalora_jax.models.cache import Recurrent
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.layers import RMSNorm
@@ -125,7 +124,8 @@ class GatedDeltaNetLayer(nn.Module):
         """Returns ``[batch, seq, d_model]``, and the new convolution inputs and state if there is a cache."""
         sizes, numerics = self.sizes, self.options.numerics
         inputs = [
-            self._dense(name, x.shape[-1], width, layer, shared) for name, width in sizes.inputs().items()
+            self.options.dense(name, x.shape[-1], width, layer, shared)
+            for name, width in sizes.inputs().items()
         ]
         projected = [round_and_save(dense.y, numerics) for dense in parallel_dense(x, inputs, numerics)]
         qkv, z, b, a = _by_key_head(projected, sizes) if sizes.fused else projected
@@ -142,18 +142,11 @@ class GatedDeltaNetLayer(nn.Module):
         normed = RMSNorm(self.config.norm_eps, name="norm")(out.reshape(*x.shape[:-1], -1, sizes.value_dim))
         gate = jax.nn.silu(z.astype(jnp.float32)).reshape(normed.shape)
         y = (normed * gate).reshape(*x.shape[:-1], sizes.values).astype(numerics.result)
-        out_proj = self._dense("out_proj", sizes.values, x.shape[-1], layer, shared)
+        out_proj = self.options.dense("out_proj", sizes.values, x.shape[-1], layer, shared)
         y = adapted_dense(y, out_proj, numerics).y
         if convolved is None or state is None:
             return y, None
         return y, {"conv": convolved, "state": state}
-
-    def _dense(self, name: str, d_in: int, d_out: int, layer: LayerInputs, shared: SharedInputs) -> Dense:
-        adapters, scale = self.options.adapters, layer.scales.get(self.sizes.name, {}).get(name, 1.0)
-        rank, numerics = adapters.rank(name), self.options.numerics
-        module = LoRADense(d_out, rank, False, adapters.dora, adapters.dropout, numerics, name=name)
-        dense: Dense = module.dense(d_in, scale, deterministic=shared.deterministic)
-        return dense
 
     def _recur(
         self, inputs: DeltaInputs, shared: SharedInputs, before: jax.Array | None

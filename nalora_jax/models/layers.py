@@ -213,6 +213,20 @@ def rope_tables(
     return jnp.stack(tables)
 
 
+def halves_from_adjacent(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Reorders the rotated dimensions of heads whose pairs are adjacent to the order of `apply_rope`.
+
+    Example, ``dim`` of 4: ``[0, 1, 2, 3, 4] -> [0, 2, 1, 3, 4]``.
+
+    Args:
+      x: ``[batch, seq, heads, head_dim]``.
+      table: ``[2, batch, seq, dim / 2]``.
+    """
+    half = table.shape[-1]
+    pairs = x[..., : 2 * half].reshape(*x.shape[:-1], half, 2).swapaxes(-1, -2)
+    return jnp.concatenate([pairs.reshape(*x.shape[:-1], 2 * half), x[..., 2 * half :]], axis=-1)
+
+
 def query_scales(positions: jax.Array, growth: float, length: int) -> jax.Array:
     """Returns factors of queries beyond the original context (Llama 4, Ministral 3).
 

@@ -1,8 +1,8 @@
 """The parts of a layer and their inputs: a mixer of tokens, and a feed-forward block.
 
-Attention, the gated block and the mixture of experts are described by fields of `ModelConfig`. Any
-other part is a frozen dataclass of its sizes, in a module of its own, that `ModelConfig.mixer` or
-`ModelConfig.ffn` holds: it names its parameters and returns its Linen module.
+A part is a frozen dataclass: it names its parameters and returns its Linen module. `ModelConfig.mixer`
+and `ModelConfig.ffn` hold parts with sizes of their own; without them the fields of the config
+describe attention, a gated block or a mixture of experts (`nalora_jax.models.stacks.parts`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import NamedSharding
 
-from nalora_jax.method.ffn import Adapters
+from nalora_jax.method.ffn import Adapters, GatedFFN, LoRADense, SelfGatedFFN
+from nalora_jax.method.low_rank import Dense
 from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
@@ -105,12 +106,30 @@ class PartOptions:
     """Options of a part's module that are not sizes of the model."""
 
     prefix: str  # of the stack: "layers", or "layers/group0/block1"
+    part: str  # name of the part
     adapters: Adapters
     numerics: Numerics
     stats: GateStatsConfig
     sharding: NamedSharding | None  # of [batch, seq, d_model] between layers
     routing: NamedSharding | None  # the same for tokens that are routed to experts
     experts: str = "auto"  # see `nalora_jax.config.ComputeConfig`
+
+    def dense(
+        self,
+        name: str,
+        d_in: int,
+        d_out: int,
+        layer: LayerInputs,
+        shared: SharedInputs,
+        *,
+        bias: bool = False,
+    ) -> Dense:
+        """Returns the arrays of an adapted projection, in the module of the part that calls it."""
+        adapters, scale = self.adapters, layer.scales.get(self.part, {}).get(name, 1.0)
+        rank, numerics = adapters.rank(name), self.numerics
+        module = LoRADense(d_out, rank, bias, adapters.dora, adapters.dropout, numerics, name=name)
+        dense: Dense = module.dense(d_in, scale, deterministic=shared.deterministic)
+        return dense
 
 
 class Part(ABC):
@@ -186,6 +205,52 @@ class FeedForward(Part):
     @abstractmethod
     def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns channel shape and activation of each gated block, by its path within the part."""
+
+
+@dataclass(frozen=True)
+class GatedBlock(FeedForward):
+    """The block that the config describes: ``(phi(x W_gate) * x W_up) W_down``, or ``phi(x W_in) W_out``."""
+
+    name: ClassVar[str] = "ffn"
+
+    def param_shapes(self, config: ModelConfig) -> Shapes:
+        """See `Part`."""
+        shapes: Shapes = {}
+        for name, shape in self.projections(config).items():
+            shapes[f"{name}/kernel"] = shape
+            if config.ffn_bias:
+                shapes[f"{name}/bias"] = shape[-1:]
+        return shapes
+
+    def projections(self, config: ModelConfig) -> Shapes:
+        """See `Part`."""
+        d, f = config.d_model, config.d_ff
+        if config.gated:
+            return {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+        return {"in_proj": (d, f), "out_proj": (f, d)}
+
+    def saved(self, config: ModelConfig) -> float:
+        """See `Part`."""
+        return (1.0 + config.gated) * config.d_ff
+
+    def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+        """See `FeedForward`."""
+        return {"": ((config.d_ff,), config.activation)}
+
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """See `FeedForward`."""
+        block: Any = GatedFFN if config.gated else SelfGatedFFN
+        module: nn.Module = block(
+            config.d_model,
+            config.d_ff,
+            config.activation,
+            options.adapters,
+            config.ffn_bias,
+            options.numerics,
+            options.stats,
+            name=self.name,
+        )
+        return module
 
 
 class Tail(Part):

@@ -17,9 +17,9 @@ from typing import Any
 from nalora_jax.config.rope_scaling import FIELDS, FLAG, ORIGINAL, WITH_ORIGINAL, parse_rope_scaling
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
-from nalora_jax.models.layers import RopeSpec
+from nalora_jax.models.families import contains_text_model, family_of, text_part
+from nalora_jax.models.layers import ROPE_KINDS, RopeSpec
 from nalora_jax.models.stacks import stacks
-from nalora_jax.models.vision.sight import contains_text_model, text_part
 
 _FULL = "full_attention"
 _SCALING = {"type", "rope_type", ORIGINAL, "short_factor", "long_factor"}.union(*FIELDS.values())
@@ -94,11 +94,12 @@ def _rescalable(base: ModelConfig, text: str, where: str) -> RopeSpec:
     full = {spec for is_full, spec in layers if is_full}
     specs = full or {spec for _, spec in layers}
     kinds = sorted({spec.kind for spec in specs})
-    if len(specs) == 1 and kinds[0] in ("default", *FIELDS) and base.model_type != "phi3":
+    accepted = family_of(base.model_type).ropes.kinds
+    if len(specs) == 1 and kinds[0] in ("default", *FIELDS) and accepted == ROPE_KINDS:
         return specs.pop()
     problem = "no layer with RoPE"
-    if base.model_type == "phi3":
-        problem = "phi3, which has no scaling except LongRoPE"
+    if accepted != ROPE_KINDS:
+        problem = f"{base.model_type}, whose files have no scaling except {', '.join(accepted[1:])}"
     elif specs:
         problem = f"{base.model_type} with {len(specs)} RoPEs of {', '.join(kinds)}"
     raise NaloraError(

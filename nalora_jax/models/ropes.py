@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from nalora_jax.common.fields import Fields
@@ -24,12 +25,22 @@ _KEYS = {kind: set(names) for kind, names in FIELDS.items()} | {
 }
 
 
+@dataclass(frozen=True)
+class RopeRules:
+    """What a family's files may state on rotary embeddings."""
+
+    kinds: tuple[str, ...] = ROPE_KINDS
+    names: tuple[tuple[str, str], ...] = ()  # other names of kinds
+    defaults: tuple[tuple[str, Any], ...] = ()  # of parameters that the file leaves out
+
+
 def read_ropes(
     f: Fields,
     head_dim: int,
     kinds: list[str] | None,
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
     further: Collection[str] = (),
+    rules: RopeRules = RopeRules(),
 ) -> tuple[tuple[RopeSpec, ...], tuple[int, ...]]:
     """Returns a model's distinct rotary embeddings and each layer's index into them.
 
@@ -40,6 +51,7 @@ def read_ropes(
       defaults: parameters by kind of layer, for a family whose kinds differ; scaling then applies
         to full attention only.
       further: names of other parameters, which the caller reads.
+      rules: of the family.
 
     Returns:
       The specs, and indices into them (empty if there is one spec).
@@ -51,7 +63,7 @@ def read_ropes(
             "rope_parameters", "one rotary embedding", f"one per kind of layer ({', '.join(nested)})"
         )
     if kinds is None or (defaults is None and not nested):
-        return (_spec(f, "rope_parameters", flat, head_dim, further),), ()
+        return (_spec(f, "rope_parameters", flat, head_dim, further, rules),), ()
     specs = []
     for kind in sorted(set(kinds)):
         rope: Any = flat
@@ -67,7 +79,7 @@ def read_ropes(
             **theta,
             **{k: v for k, v in rope.items() if v is not None},
         }
-        specs.append(_spec(f, f"rope_parameters: {kind}", rope, head_dim, further))
+        specs.append(_spec(f, f"rope_parameters: {kind}", rope, head_dim, further, rules))
     order = {kind: i for i, kind in enumerate(sorted(set(kinds)))}
     return tuple(specs), tuple(order[kind] for kind in kinds)
 
@@ -95,21 +107,26 @@ def context_length(ropes: Sequence[RopeSpec], positions: int) -> int:
 
 
 def _spec(
-    f: Fields, name: str, raw_rope: Mapping[str, Any], head_dim: int, further: Collection[str]
+    f: Fields,
+    name: str,
+    raw_rope: Mapping[str, Any],
+    head_dim: int,
+    further: Collection[str],
+    rules: RopeRules,
 ) -> RopeSpec:
-    rope = Fields(raw_rope, {"rope_theta": f.get("rope_theta") or 10_000.0}, f"{f.where}: {name}")
+    defaults = {"rope_theta": f.get("rope_theta") or 10_000.0, **dict(rules.defaults)}
+    rope = Fields(raw_rope, defaults, f"{f.where}: {name}")
     kind = raw_rope.get("rope_type") or raw_rope.get("type") or "default"
-    phi3 = f.raw.get("model_type") == "phi3"
-    if phi3 and kind in ("su", "yarn"):  # LongRoPE under its earlier names
-        kind = "longrope"
-    if kind not in ROPE_KINDS or (phi3 and kind not in ("default", "longrope")):
+    if isinstance(kind, str):
+        kind = dict(rules.names).get(kind, kind)
+    if not isinstance(kind, str) or kind not in rules.kinds:
         raise rope.error(
-            "rope_type", f"one of {', '.join(ROPE_KINDS)}", repr(kind), "this scaling is not implemented"
+            "rope_type", f"one of {', '.join(rules.kinds)}", repr(kind), "this scaling is not implemented"
         )
     for key in sorted(raw_rope.keys() - _ALWAYS - _KEYS[kind] - set(further)):
         rope.refuse(key, f"rope_type {kind!r} has no such parameter here")
     partial = rope.number("partial_rotary_factor", default=f.number("partial_rotary_factor", default=1.0))
-    allowed = phi3 or kind == "proportional" or "partial_rotary_factor" in f.defaults
+    allowed = kind == "proportional" or "partial_rotary_factor" in f.defaults
     if partial != 1.0 and not allowed:
         raise rope.error("partial_rotary_factor", "1: this family rotates all dimensions", partial)
     dim = head_dim if kind == "proportional" else int(head_dim * partial)
@@ -145,9 +162,7 @@ def _original(f: Fields, rope: Fields) -> int:
 
     A field outside the scaling's object wins, as in transformers.
     """
-    fallback = 4096
-    if f.raw.get("model_type") != "phi3":
-        fallback = f.integer("max_position_embeddings", high=2**30)
+    fallback = f.integer("max_position_embeddings", high=2**30)
     inner = rope.integer("original_max_position_embeddings", low=2, high=2**30, default=fallback)
     return f.integer("original_max_position_embeddings", low=2, high=2**30, default=inner)
 

@@ -1,11 +1,13 @@
-"""A mixture of experts with a shared expert: a gated block that every token passes.
+"""Mixtures of experts with a gated block that every token passes.
 
     y = experts(x) + shared(x)                       GLM-4.5, DeepSeek-V3
     y = experts(x) + sigmoid(x w) * shared(x)        Qwen2-MoE, Qwen3-Next
+    y = norm(dense(n(x))) + norm(experts(norm(x)))   Gemma 4; n: the layer's norm of the residual stream x
 
-A layer has two gates, ``ffn/experts_ffn`` (channels ``[experts, d_ff]``) and ``ffn/shared_ffn``
-(``[d_shared]``), each with separate adapters, masks and statistics. Both names end in "ffn", so
-that the rule ``ffn/gate_proj`` matches both, and the gates of dense layers.
+A layer has two gates: ``ffn/experts_ffn`` (channels ``[experts, d_ff]``), and ``ffn/shared_ffn`` or
+``ffn/dense_ffn`` (``[width]``), each with separate adapters, masks and statistics. Both names end in
+"ffn", so that the rule ``ffn/gate_proj`` matches both, and the gates of dense layers. Gemma 4's
+router reads a third norm of x.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ from jax import lax
 
 from nalora_jax.method.ffn import GatedFFN
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.layers import RMSNorm
 from nalora_jax.models.moe import MoEFFN
 from nalora_jax.models.parts import FeedForward, PartOptions, Shapes, adapters_below, scales_below
-from nalora_jax.models.router import RouterSpec
+from nalora_jax.models.routing import RouterSpec
+from nalora_jax.ops.storage import round_and_save
 
 
 class WithExperts(FeedForward):
@@ -139,3 +143,62 @@ class Gate(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], 1))
         frozen = lax.stop_gradient(kernel).astype(jnp.float32)
         return jax.nn.sigmoid(jnp.dot(x.astype(jnp.float32), frozen, precision=lax.Precision.HIGHEST))
+
+
+_NORMS = ("dense_norm", "experts_norm", "experts_post_norm", "router_norm")
+
+
+@dataclass(frozen=True)
+class DenseAndExperts(WithExperts):
+    """Sizes of the part."""
+
+    d_dense: int
+    block: ClassVar[str] = "dense_ffn"
+    reads_stream: ClassVar[bool] = True
+
+    @property
+    def width(self) -> int:
+        """The channels of the dense block."""
+        return self.d_dense
+
+    def param_shapes(self, config: ModelConfig) -> Shapes:
+        """See `Part`."""
+        shapes: Shapes = {f"{name}/scale": (config.d_model,) for name in _NORMS}
+        shapes["experts_ffn/router/kernel"] = (config.d_model, config.n_experts)
+        shapes["experts_ffn/router/scale"] = (config.n_experts,)
+        return shapes | {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
+
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """See `FeedForward`."""
+        return DenseAndExpertsFFN(config, self, options, name=self.name)
+
+
+class DenseAndExpertsFFN(nn.Module):
+    """Both branches, with the call signature of `GatedFFN` and the residual stream."""
+
+    config: ModelConfig
+    part: DenseAndExperts
+    options: PartOptions
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        scales: Mapping[str, jax.Array | float] | None = None,
+        *,
+        stream: jax.Array,
+        **inputs: Any,
+    ) -> jax.Array:
+        """Returns ``[batch, seq, d_model]`` of ``x``, the layer's norm of ``stream``."""
+        c, options = self.config, self.options
+        experts, dense = self.part.modules(c, options, RouterSpec(expert_scale=True))
+        stream = round_and_save(stream, options.numerics)
+        routed_by = self._norm("router_norm", stream, "float32") * c.d_model**-0.5
+        of_dense = dense(x, scales_below(scales, "dense_ffn/"), **inputs)
+        normed = self._norm("experts_norm", stream)
+        of_experts = experts(normed, scales_below(scales, "experts_ffn/"), routed_by=routed_by, **inputs)
+        return self._norm("dense_norm", of_dense) + self._norm("experts_post_norm", of_experts)
+
+    def _norm(self, name: str, x: jax.Array, dtype: str | None = None) -> jax.Array:
+        c = self.config
+        return RMSNorm(c.norm_eps, c.norm_offset, dtype or self.options.numerics.result, name=name)(x)

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nalora_jax.method.ffn import LoRADense
+from nalora_jax.method.low_rank import adapted_dense
 from nalora_jax.models.cache import Recurrent
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.parts import LayerInputs, Mixer, PartOptions, Shapes, SharedInputs
@@ -100,9 +100,5 @@ class GatedConvolution(nn.Module):
     def _project(
         self, name: str, x: jax.Array, d_out: int, layer: LayerInputs, shared: SharedInputs
     ) -> jax.Array:
-        adapters, numerics = self.options.adapters, self.options.numerics
-        scale = layer.scales.get(self.part.name, {}).get(name, 1.0)
-        dense = LoRADense(
-            d_out, adapters.rank(name), self.part.bias, adapters.dora, adapters.dropout, numerics, name=name
-        )
-        return dense(x, scale, deterministic=shared.deterministic).y
+        dense = self.options.dense(name, x.shape[-1], d_out, layer, shared, bias=self.part.bias)
+        return adapted_dense(x, dense, self.options.numerics).y

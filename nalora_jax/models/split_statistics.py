@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
-from nalora_jax.models.expert_statistics import SampledRows, by_expert, sample
-from nalora_jax.models.router import Routing
+from nalora_jax.models.routing import Routing, SampledRows, by_expert, sample
 from nalora_jax.ops.reductions import RUN, sampled_weights
 from nalora_jax.ops.split_rows import block_numbers, gathered
 

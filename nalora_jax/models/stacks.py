@@ -20,9 +20,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from nalora_jax.models.attention import SoftmaxAttention
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.parts import Part
+from nalora_jax.models.moe import Mixture
+from nalora_jax.models.parts import FeedForward, GatedBlock, Mixer, Part
 from nalora_jax.models.paths import uniform_path
+from nalora_jax.models.routing import RouterSpec
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -177,6 +180,18 @@ def gate_blocks(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
 # ---------------------------------------------------------------- one layer of a uniform config
 
 
+def parts(config: ModelConfig) -> tuple[Mixer, FeedForward]:
+    """Returns the mixer and the feed-forward block of a layer."""
+    mixer, ffn = config.mixer or SoftmaxAttention(), config.ffn
+    if ffn is None and config.n_experts:
+        ffn = Mixture(RouterSpec(normalize=config.norm_topk))
+    return mixer, ffn or GatedBlock()
+
+
+def _with_tail(config: ModelConfig) -> list[Part]:
+    return [*parts(config), *filter(None, [config.tail])]
+
+
 def _layer_shapes(config: ModelConfig) -> Shapes:
     norms = []
     if config.pre_norm:
@@ -184,85 +199,23 @@ def _layer_shapes(config: ModelConfig) -> Shapes:
     if config.post_norm:
         norms += ["attn_post_norm", "ffn_post_norm"]
     shapes: Shapes = {f"{name}/scale": (config.d_model,) for name in norms}
-    for component in _parts(config):
-        shapes |= {
-            f"{component.name}/{path}": shape for path, shape in component.param_shapes(config).items()
-        }
-    if config.mixer is None:
-        shapes |= _qk_norm_shapes(config)
-        if config.attn_sinks:
-            shapes["attn/sinks"] = (config.n_heads,)
-    if config.n_experts and config.ffn is None:
-        shapes["ffn/router/kernel"] = (config.d_model, config.n_experts)
-        if config.router_bias:
-            shapes["ffn/router/bias"] = (config.n_experts,)
-    for path, shape in (_attention(config) | _feed_forward(config)).items():
-        shapes[f"{path}/kernel"] = shape
-        if _has_bias(config, path):
-            shapes[f"{path}/bias"] = (*shape[:-2], shape[-1])
+    for part in _with_tail(config):
+        shapes |= {f"{part.name}/{path}": shape for path, shape in part.param_shapes(config).items()}
     return shapes
-
-
-def _qk_norm_shapes(config: ModelConfig) -> Shapes:
-    if not config.qk_norm:
-        return {}
-    heads = {"q": config.n_heads, "k": config.n_kv_heads}
-    if config.qk_norm == "head":
-        heads = dict.fromkeys(heads, 1)
-    return {f"attn/{name}_norm/scale": (count * config.head_dim,) for name, count in heads.items()}
-
-
-def _has_bias(config: ModelConfig, path: str) -> bool:
-    if path.startswith("ffn/"):
-        return config.ffn_bias
-    return config.has_bias(path.removeprefix("attn/"))
 
 
 def _projections(config: ModelConfig) -> Shapes:
-    shapes = _attention(config) | _feed_forward(config)
-    for component in _parts(config):
-        shapes |= {
-            f"{component.name}/{name}": shape for name, shape in component.projections(config).items()
-        }
+    shapes: Shapes = {}
+    for part in _with_tail(config):
+        shapes |= {f"{part.name}/{name}": shape for name, shape in part.projections(config).items()}
     return shapes
-
-
-def _parts(config: ModelConfig) -> list[Part]:
-    return [component for component in (config.mixer, config.ffn, config.tail) if component is not None]
-
-
-def _attention(config: ModelConfig) -> Shapes:
-    if config.mixer is not None:
-        return {}
-    d, q, kv = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    gated = 1 + config.attn_gate
-    shapes = {"q_proj": (d, gated * q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
-    return {f"attn/{name}": shape for name, shape in shapes.items()}
-
-
-def _feed_forward(config: ModelConfig) -> Shapes:
-    if config.ffn is not None:
-        return {}
-    d, f = config.d_model, config.d_ff
-    shapes = {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
-    if not config.gated:
-        shapes = {"in_proj": (d, f), "out_proj": (f, d)}
-    return {f"ffn/{name}": (*_experts(config), *shape) for name, shape in shapes.items()}
-
-
-def _experts(config: ModelConfig) -> tuple[int, ...]:
-    if not config.n_experts:
-        return ()
-    return (config.n_experts,)
 
 
 def _gates(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
     """Returns channel shape and activation of each gated block of a layer, by path."""
-    gates = {}
-    if config.ffn is None:
-        gates = {"ffn": ((*_experts(config), config.d_ff), config.activation)}
-    for component in (config.ffn, config.tail):
-        if component is not None:
-            of_component = component.gates(config).items()
-            gates |= {f"{component.name}/{name}".removesuffix("/"): gate for name, gate in of_component}
+    gates: dict[str, tuple[tuple[int, ...], str]] = {}
+    for part in (parts(config)[1], config.tail):
+        if part is not None:
+            of_part = part.gates(config).items()
+            gates |= {f"{part.name}/{name}".removesuffix("/"): gate for name, gate in of_part}
     return gates

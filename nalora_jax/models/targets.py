@@ -12,14 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nalora_jax.common.trees import match_rules
-from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.paths import layer_path, uniform_path
+
+if TYPE_CHECKING:
+    from nalora_jax.config import LoRAConfig, LoRARule
 
 # Tables that can be trained entirely, by PEFT's module name: their path in ``params`` and ``lora``.
 TABLES = {"embed_tokens": "embed/embedding", "lm_head": "lm_head/kernel"}

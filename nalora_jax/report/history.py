@@ -18,6 +18,7 @@ REGIONS = ("inverted", "contracting", "expanding", "linear")
 # Headline metrics by preference: key in an evaluation, its name, and True if more is better.
 METRICS = (
     ("accuracy", "accuracy", True),
+    ("reward", "reward", True),
     ("recall", "recall at 1", True),
     ("exact_match", "exact match", True),
     ("loss", "held-out loss", False),

@@ -1,4 +1,4 @@
-"""Tables and numbers as text: in Markdown, aligned for a terminal, and as cells of a page."""
+"""Tables and numbers as text: in Markdown, text_table for a terminal, and as cells of a page."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def number(value: float | None, digits: int = 4, *, missing: str = "–") -> str
     return f"{value + 0.0:.{digits}f}"
 
 
-def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a Markdown table with its first column left-aligned and the others right-aligned."""
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a Markdown table with its first column left-text_table and the others right-text_table."""
     lines = [heads, ["---", *["--:"] * (len(heads) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def aligned(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a table for a terminal with its first column left-aligned and the others right-aligned.
+def text_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table for a terminal with its first column left-text_table and the others right-text_table.
 
     Example:
-      >>> print(aligned(["tokens", "0%", "all"], [["512", "1.00", "0.98"]]))
+      >>> print(text_table(["tokens", "0%", "all"], [["512", "1.00", "0.98"]]))
       tokens        0%    all
       512         1.00   0.98
     """

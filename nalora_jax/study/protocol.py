@@ -266,6 +266,8 @@ def _check(protocol: Protocol) -> None:
         _check_method(p, name, method)
     for name, task in p.tasks.items():
         _check_task(p, name, task)
+    for name, probe in p.probes.items():
+        check_ranges(probe, f"[probes.{name}] ")
     kinds = set()
     for model in p.models:
         for name in p.tasks:

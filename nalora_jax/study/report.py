@@ -15,7 +15,7 @@ from nalora_jax.common.files import make_unlinked_folder, write_atomically
 from nalora_jax.config.structured import dotted
 from nalora_jax.errors import NaloraError
 from nalora_jax.report import tables
-from nalora_jax.report.tables import markdown
+from nalora_jax.report.tables import markdown_table
 from nalora_jax.study.analysis import (
     CommonRate,
     MethodComparison,
@@ -134,7 +134,7 @@ def _runs(protocol: Protocol, records: Mapping[str, Record]) -> str:
         ["records without digests of base, data and rules", _old(records)],
         ["devices", _distinct(records, "device")],
     ]
-    return "## Runs\n\n" + markdown(["", ""], [row for row in rows if row[1]])
+    return "## Runs\n\n" + markdown_table(["", ""], [row for row in rows if row[1]])
 
 
 def _not_done(protocol: Protocol, records: Mapping[str, Record]) -> str:
@@ -188,7 +188,7 @@ def _methods(protocol: Protocol) -> str:
         ]
         for name, method in protocol.methods.items()
     ]
-    return "## Methods\n\n" + markdown(["method", "description", "settings", "placebo of"], rows)
+    return "## Methods\n\n" + markdown_table(["method", "description", "settings", "placebo of"], rows)
 
 
 def _named(method: Method) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def _learning_rates(protocol: Protocol, cell_results: Sequence[MethodResult]) ->
             for result in group
         ]
         parts.append(
-            f"{title}\n\n" + markdown(["method", *(f"{rate:g}" for rate in rates), "at an end"], rows)
+            f"{title}\n\n" + markdown_table(["method", *(f"{rate:g}" for rate in rates), "at an end"], rows)
         )
     return "\n\n".join(parts)
 
@@ -250,7 +250,7 @@ def _tests(protocol: Protocol, cell_results: Sequence[MethodResult]) -> str:
         rows = [_test_row(result, names) for result in group if result.tests]
         columns = [*(name.replace("_", " ") for name in names), *_MOVEMENT.values(), "seconds a run"]
         if rows:
-            parts.append(f"{heading}\n\n" + markdown([*header, *columns], rows))
+            parts.append(f"{heading}\n\n" + markdown_table([*header, *columns], rows))
     if len(parts) == 1:
         return ""
     return "\n\n".join(parts)
@@ -305,7 +305,7 @@ def common_rate_tables(protocol: Protocol, cell_results: Sequence[MethodResult])
         rows = [
             [method, *(_common(common.get(rate)) for rate in rates)] for method, common in by_method.items()
         ]
-        parts.append(f"{title}\n\n" + markdown(["method", *header], rows))
+        parts.append(f"{title}\n\n" + markdown_table(["method", *header], rows))
     if not parts:
         return ""
     text = (
@@ -336,7 +336,7 @@ def primary_table(protocol: Protocol, compared: Sequence[MethodComparison]) -> s
     header = [*_BRIEF, "Wilcoxon p (Holm)", "sign p", "effect", "equivalent", "deviation", "seeds needed"]
     rows = [_primary_row(protocol, comparison) for comparison in primary]
     title = f"## Paired differences of the test {named(protocol.metric)}"
-    parts = [title, _explained(protocol, compared), markdown([*header, "margin (of the gain)"], rows)]
+    parts = [title, _explained(protocol, compared), markdown_table([*header, "margin (of the gain)"], rows)]
     return "\n\n".join([*parts, *_skewed(primary)])
 
 
@@ -414,7 +414,7 @@ def _brief(protocol: Protocol, compared: Sequence[MethodComparison], kind: str, 
     ]
     if not rows:
         return ""
-    return markdown([lead, *_BRIEF], rows)
+    return markdown_table([lead, *_BRIEF], rows)
 
 
 def other_measures(protocol: Protocol, compared: Sequence[MethodComparison]) -> str:
@@ -443,7 +443,7 @@ def multiples(
             for result in group
             if result.tests
         ]
-        parts.append(f"{heading}\n\n" + markdown(["method", *(f"x {m:g}" for m in factors)], rows))
+        parts.append(f"{heading}\n\n" + markdown_table(["method", *(f"x {m:g}" for m in factors)], rows))
     if differences := _brief(protocol, compared, "multiple", "rate"):
         parts.append(f"Paired differences of the test {named(protocol.metric)} there:\n\n{differences}")
     return "\n\n".join(parts)
@@ -462,7 +462,7 @@ def probes(
         rows = [
             [method, *(_probe(records, name) for name in names)] for method, records in finite if records
         ]
-        parts.append(f"{heading}\n\n" + markdown(["method", *names], rows))
+        parts.append(f"{heading}\n\n" + markdown_table(["method", *names], rows))
     if differences := _brief(protocol, compared, "probe", "data"):
         parts.append(f"Paired differences of these changes:\n\n{differences}")
     return "\n\n".join(parts)

@@ -92,7 +92,7 @@ def _explained(record: Record, repeated: Record) -> str:
     others = [name for name in ("code", "versions", "device") if record.get(name) != repeated.get(name)]
     if not others:
         return "code, versions and device are the record's: the record or its data were changed"
-    commit = record.get("commit", "")[:12] or "of an unknown commit"
+    commit = str(record.get("commit") or "")[:12] or "of an unknown commit"
     return (
         f"{' and '.join(others)} differ from the record's, so sums may be rounded in another order; "
         f"repeat it with the code {commit} on the same kind of machine"

@@ -22,18 +22,13 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.storage import prepare
 from nalora_jax.train.decoder_program import MakeObjective, check_decoder, decoder_program
-from nalora_jax.train.program import Program
+from nalora_jax.train.program import RunProgram
 from nalora_jax.train.state_metrics import StateMetrics
-from nalora_jax.weights.adapted_kernels import (
-    difference_as_lora,
-    lower_kernels,
-    pissa_split,
-    remaining_ranks,
-)
+from nalora_jax.weights.nonzero_start import difference_as_lora, lower_kernels, pissa_split, remaining_ranks
 
 
 @dataclass(frozen=True)
-class Assembly(Program):
+class Assembly(RunProgram):
     """A compiled training run: a program with weights and an initial state."""
 
     state: TrainState  # before the first step, on the mesh
@@ -108,7 +103,7 @@ def assemble(
     return replace(like, config=config, **changes)
 
 
-def assembled(program: Program, params: Any, lora: Any, initial: Any = None) -> Assembly:
+def assembled(program: RunProgram, params: Any, lora: Any, initial: Any = None) -> Assembly:
     """Returns the assembly of a program with weights and initial adapters.
 
     ``initial`` are the adapters in host memory if their B is not 0.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -18,26 +20,24 @@ from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
-from nalora_jax.method.checks import NAMES, GateChecks, require_compensated
-from nalora_jax.method.measurement import GateStatsConfig
+from nalora_jax.method.measurement import CHECKS, GateChecks, GateStatsConfig, require_sound
 from nalora_jax.method.step import Objective, Step, StepConfig, make_train_step
 from nalora_jax.method.transform import Mechanisms, find_gates, nalora
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.remat import chosen_experts, chosen_remat
-from nalora_jax.models.stacks import gate_blocks, key_heads
+from nalora_jax.models.stacks import gate_blocks, key_heads, stacks
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.ops.split_rows import block_length
 from nalora_jax.train.adalora import adalora
-from nalora_jax.train.gate_metrics import layer_metrics
 from nalora_jax.train.learning_rate import with_learning_rate
-from nalora_jax.train.mechanisms import mechanisms_of
+from nalora_jax.train.mechanisms import layer_metrics, mechanisms_of
 from nalora_jax.train.objectives import NextToken
 from nalora_jax.train.optimizers import make_optimizer
-from nalora_jax.train.program import Program, gate_checks_of
-from nalora_jax.train.split_rows import check_context
+from nalora_jax.train.program import RunProgram, gate_checks_of
 
 # Returns a kind's objective, given the cross-entropy of the next token.
 MakeObjective = Callable[[NextToken], Objective]
@@ -66,7 +66,7 @@ def decoder_program(
     objective: MakeObjective | None = None,
     module: type[Decoder] = Decoder,
     model: Decoder | None = None,
-) -> Program:
+) -> RunProgram:
     """Returns the program of a decoder.
 
     Args:
@@ -85,7 +85,7 @@ def decoder_program(
         trained = build_optimizer(config, base, model.adapters, mechanisms, last, numbers)
         return make_step(config, base, model.clone(adapters=adapters), trained, mechanisms, mesh, objective)
 
-    return Program(config, model, spec, mesh, mechanisms, optimizer, blocks, pure)
+    return RunProgram(config, model, spec, mesh, mechanisms, optimizer, blocks, pure)
 
 
 def build_model(
@@ -215,14 +215,18 @@ def make_step(
     assert objective is not None or config.preference.loss == "none", "a preference loss has its objective"
     platform = distributed.platform_of_step(mesh)
     model = model.clone(numerics=dataclasses.replace(model.numerics, platform=platform))
+    blocks = measured_blocks(base, model.adapters)
+    # Experts count their own tokens, and blocks of other towers read images.
+    readers = [path for path, shape in blocks.items() if path.startswith("layers/") and len(shape) == 2]
+    verify = partial(require_sound, config=model.stats or GateStatsConfig(), readers=readers)
     settings = StepConfig(
         mechanisms=mechanisms,
-        blocks=measured_blocks(base, model.adapters),
+        blocks=blocks,
         stats_sharding=distributed.row_sharding(mesh),
         **_step_shardings(base, model.adapters, mesh),
         metrics=layer_metrics(mechanisms),
-        checks=tuple(NAMES) if config.debug.check_gates else (),
-        verify=require_compensated if config.debug.check_gates else None,
+        checks=tuple(CHECKS) if config.debug.check_gates else (),
+        verify=verify if config.debug.check_gates else None,
     )
     plain = next_token(base, model, config.compute, mesh)
     return make_train_step(optimizer, settings, plain if objective is None else objective(plain))
@@ -239,4 +243,42 @@ def next_token(base: ModelConfig, model: Decoder, compute: ComputeConfig, mesh: 
         head_shardings(base, mesh),
         distributed.row_sharding(mesh),
         RUN in mesh.shape and distributed.devices_per_run(mesh) > 1,
+    )
+
+
+log = logging.getLogger(__name__)
+
+
+def check_context(config: RunConfig, base: ModelConfig, mesh: Mesh) -> None:
+    """Checks that an axis "context" can split the rows of a run; logs a line if it pads them.
+
+    Raises:
+      NaloraError: a part of the model or of the run needs whole rows, or rows are too short.
+    """
+    shards = distributed.context_size(mesh)
+    if shards == 1:
+        return
+    mixers = {stack.config.mixer for stack in stacks(base)} - {None}
+    whole = sorted(mixer.name for mixer in mixers if mixer is not None and not mixer.splits_rows)
+    if whole:
+        raise context_error(shards, f"the layers {', '.join(whole)} of {base.model_type}")
+    if base.attn_dropout:
+        raise context_error(shards, f"the attention dropout of {base.model_type} ({base.attn_dropout})")
+    seq = config.data.max_length
+    if seq and (padded := 2 * shards * block_length(seq, shards)) != seq:
+        log.info(
+            "rows of %d tokens are padded to %d: two blocks on each of --mesh.context %d",
+            seq,
+            padded,
+            shards,
+        )
+
+
+def context_error(shards: int, cause: str) -> NaloraError:
+    """Returns the error of a run that cannot split rows."""
+    return NaloraError(
+        "--mesh.context",
+        expected=f"1: {cause} cannot be split along the tokens of a row",
+        found=shards,
+        remedy="use --mesh.fsdp or --mesh.tensor for these devices",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,8 +17,7 @@ from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
-from nalora_jax.method.checks import NAMES, require_compensated
-from nalora_jax.method.measurement import GateStatsConfig
+from nalora_jax.method.measurement import CHECKS, GateStatsConfig, require_sound
 from nalora_jax.method.step import Step, StepConfig, make_train_step
 from nalora_jax.method.transform import Mechanisms, find_gates, nalora
 from nalora_jax.models.remat import chosen_remat
@@ -26,13 +26,12 @@ from nalora_jax.models.vision.config import TOWERS, DualConfig
 from nalora_jax.models.vision.dual import DualEncoder, init_lora
 from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.train.assembly import Assembly, assembled
+from nalora_jax.train.decoder_program import context_error
 from nalora_jax.train.dual_objectives import Classify, Contrast, Towers
-from nalora_jax.train.gate_metrics import layer_metrics
 from nalora_jax.train.learning_rate import with_learning_rate
-from nalora_jax.train.mechanisms import mechanisms_of
+from nalora_jax.train.mechanisms import layer_metrics, mechanisms_of
 from nalora_jax.train.optimizers import make_optimizer
-from nalora_jax.train.program import Program, gate_checks_of
-from nalora_jax.train.split_rows import context_error
+from nalora_jax.train.program import RunProgram, gate_checks_of
 
 
 def check_dual(config: RunConfig, base: DualConfig, mesh: Mesh) -> None:
@@ -81,7 +80,7 @@ def dual_program(
     processor: ImageProcessor,
     *,
     last: optax.GradientTransformation | None = None,
-) -> Program:
+) -> RunProgram:
     """Returns the program of a dual encoder.
 
     Args:
@@ -118,18 +117,19 @@ def dual_program(
         module = model.clone(adapters=adapters, numerics=numerics)
         towers = Towers(module, processor, shared)
         objective = Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
+        verify = partial(require_sound, config=model.stats or GateStatsConfig())
         settings = StepConfig(
             mechanisms,
             shapes,
             stats_sharding=distributed.row_sharding(mesh),
             **_shardings(lora, mesh),
             metrics=layer_metrics(mechanisms),
-            checks=tuple(NAMES) if config.debug.check_gates else (),
-            verify=require_compensated if config.debug.check_gates else None,
+            checks=tuple(CHECKS) if config.debug.check_gates else (),
+            verify=verify if config.debug.check_gates else None,
         )
         return make_train_step(optimizer_of(mechanisms, numbers), settings, objective)
 
-    return Program(config, model, spec, mesh, mechanisms, optimizer, shapes, pure)
+    return RunProgram(config, model, spec, mesh, mechanisms, optimizer, shapes, pure)
 
 
 def _model(config: RunConfig, base: DualConfig, spec: AdapterSpec, mesh: Mesh) -> DualEncoder:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
-from nalora_jax.method.checks import BROKEN, GateChecks
+from nalora_jax.method.measurement import CHECK_FAILED, GateChecks
 from nalora_jax.method.step import Step, TrainState, init_state
 from nalora_jax.method.transform import Mechanisms
 from nalora_jax.models.targets import AdapterSpec
@@ -39,7 +39,7 @@ class PureStep(Protocol):
 
 
 @dataclass(frozen=True)
-class Program:
+class RunProgram:
     """The parts of a run that compute nothing, so that devices may be abstract."""
 
     config: RunConfig
@@ -109,13 +109,13 @@ def _checked(step: Step) -> Step:
         try:
             return armed(params, state, batch)
         except AssertionError as error:
-            if BROKEN not in str(error):
+            if CHECK_FAILED not in str(error):
                 raise
             raise NaloraError(
                 "--debug.check-gates",
-                expected="phi(z + dz) - phi(z) = F + S in every layer",
+                expected="the formulas of docs/method.md in every gate",
                 found=str(error).split("[failed at")[0].strip(),
-                remedy="a gate computes something else than its activation says; report this with the model's name",
+                remedy="report this with the model's name and the settings of the run",
             ) from error
 
     return run

@@ -108,6 +108,7 @@ def fine_tune(
         attended() as stop,
         open_session(config, stop, listeners) as session,
         session.naming_checkpoints(config),
+        session.closing,
     ):
         spent = Stages()
         inputs = read_inputs(config, kind, session, source)

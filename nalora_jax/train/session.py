@@ -42,10 +42,10 @@ class Session:
       output: its locked folder.
       stop: stop requests.
       callbacks: its callbacks.
-      closing: closes what the run opens.
       console: of its messages; the terminal, with a progress bar, by default.
 
     Attributes:
+      closing: closes what the run opens: checkpoints, callbacks, progress bar.
       recorded: last recorded settings of a resumed run; {} otherwise.
       before: held-out metrics of the base model, once they are known.
       waits_for_writes: True if a checkpoint is written before the next step, not during it.
@@ -61,10 +61,10 @@ class Session:
         output: Output,
         stop: StopSignals,
         callbacks: Sequence[Callback],
-        closing: ExitStack,
         console: Console | None = None,
     ) -> None:
-        self.output, self.stop, self.closing, self.console = output, stop, closing, console
+        self.output, self.stop, self.console = output, stop, console
+        self.closing = ExitStack()
         self.recorded: Mapping[str, Any] = {}
         if output.resumes:
             self.recorded = recorded_settings(output.folder)
@@ -212,7 +212,7 @@ class Session:
 def open_session(
     config: RunConfig, stop: StopSignals, callbacks: Sequence[Callback], console: Console | None = None
 ) -> Iterator[Session]:
-    """Locks the folder of a run, and closes at the end all that the run opened.
+    """Locks the folder of a run. Its stages open more, which the caller closes by ``closing``.
 
     Args:
       config: the run's settings, with the folder.
@@ -221,8 +221,8 @@ def open_session(
     Raises:
       NaloraError: see `nalora_jax.train.output.open_output`.
     """
-    with open_output(config.output, config.resume) as output, ExitStack() as closing:
-        yield Session(output, stop, callbacks, closing, console)
+    with open_output(config.output, config.resume) as output:
+        yield Session(output, stop, callbacks, console)
 
 
 def way_on(config: RunConfig) -> str:

@@ -6,20 +6,48 @@ Therefore a resumed run reads the initial adapters:
 
     <output>/start/adapter.safetensors   the adapters before the first step, by path
                   /digests.json          SHA-256 of that file
+
+Gradient-subspace initialization (``--lora.init gradient`` and ``lora_ga``):
+
+The gradient of an adapted kernel over the first batches is ``G = sum over tokens of x^T delta``,
+``[d_in, d_out]``, with ``delta`` the cotangent of the projection's output. Among all A of rank r
+with orthogonal columns of a fixed length, the top r left singular vectors of G give B the largest
+gradient, ``A^T G``. With "gradient", B starts at zero. So the model starts as the base, the kernels
+are not lowered, and the trained adapter is plain LoRA.
+
+LoRA-GA (arXiv 2407.05000) uses both sides of the decomposition ``G = U S V^T``: ``A = c U[:, :r]``
+of the first r triplets and ``B = c V[:, r:2r]^T`` of the next r, ``c = d_out^(1/4) / gamma^(1/2)``.
+Up to its length, the first gradient step then changes ``A B`` by the best approximation of rank 2r
+to G. The kernel is lowered by ``s A B`` (`nalora_jax.train.assembly.starting_at`), so that this
+model, too, starts as the base.
+
+G is never formed. An adapter (A, B) at scale 1 has the gradients ``dB = A^T G`` and ``dA = G B^T``,
+and does not change the model's outputs as long as A or B is zero. So subspace iteration (Halko,
+Martinsson and Tropp, arXiv 0909.4061) needs only the training step's gradients, and the memory of
+an adapter that is a few columns wider:
+
+    A = random, B = 0         dB = A^T G           Q = orth(dB^T)
+    A = 0,      B = Q^T       dA = G Q             P = orth(dA)        } twice
+    A = P,      B = 0         dB = P^T G           Q = orth(dB^T)      }
+    P^T G = U S V^T           left singular vectors of G: P U
+
+Cost: five passes over the batches, each about a training step per batch.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -28,10 +56,16 @@ from nalora_jax.common import digests, trees
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
+from nalora_jax.method import statistics
+from nalora_jax.method.step import Batch, Objective, StepConfig, accumulate, micro_gradients, over_shards
+from nalora_jax.method.transform import Mechanisms, find_gates
+from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import depths, projection_shapes
+from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.train.assembly import Assembly, starting_at
+from nalora_jax.train.decoder_program import measured_blocks, next_token
 from nalora_jax.train.initial_adapter import read_initial, warn_if_changed
-from nalora_jax.train.initialise import gradient_adapters
 from nalora_jax.train.output import START, Output
 from nalora_jax.weights.model_files import LoadedModel
 
@@ -137,3 +171,176 @@ def _read(folder: Path, assembly: Assembly) -> dict[str, Any]:
             remedy="restore that folder from a copy; without it the run cannot go on",
         )
     return trees.unflatten({path: jax.numpy.asarray(leaf) for path, leaf in leaves.items()})
+
+
+_ITERATIONS = 2
+# Mean length of A's columns in default LoRA: d_in entries, uniform in +-1/sqrt(d_in).
+_COLUMN_NORM = 1 / math.sqrt(3.0)
+# LoRA-GA's gamma ("stable_gamma") in its authors' code and in PEFT.
+_STABLE_GAMMA = 16.0
+
+Matrices = dict[str, jax.Array]  # by path of the projection, ``[layers, (experts,) rows, columns]``
+
+
+def gradient_adapters(
+    assembly: Assembly, base: ModelConfig, batches: Sequence[Batch], seed: int
+) -> dict[str, Any]:
+    """Returns new adapters whose A holds the gradient's top left singular vectors.
+
+    With ``--lora.init gradient``, the columns have the mean length of LoRA's columns, and B is
+    zero. With ``lora_ga``, B holds right singular vectors, and the caller has to lower the kernels
+    (`nalora_jax.train.assembly.starting_at`).
+
+    Args:
+      assembly: the run's assembly.
+      base: architecture of its base model.
+      batches: batches that the gradient is summed over, on the run's mesh.
+      seed: seed of the initial random subspace and of the permuted weights.
+
+    Returns:
+      A tree like the result of `nalora_jax.models.adapters.init_lora`.
+    """
+    spec, lora_config = assembly.spec, assembly.config.lora
+    shapes = projection_shapes(base)
+    ranks = {
+        path: target.rank * (2 if lora_config.init == "lora_ga" else 1) for path, target in spec.targets
+    }
+    wide = {path: min(count + max(8, count // 2), *shapes[path][-2:]) for path, count in ranks.items()}
+    search = _Search(assembly, base, wide, batches)
+    key = jax.random.key(seed)
+    layers = depths(base)
+    a = {
+        path: jax.random.normal(jax.random.fold_in(key, i), (layers[path], *shapes[path][:-1], width))
+        for i, (path, width) in enumerate(wide.items())
+    }
+    rows, slopes = search.rows(a)
+    weights = _weights(lora_config.gradient_weights, slopes, spec, jax.random.fold_in(key, len(wide)))
+    rows = _weighted(rows, weights)
+    for _ in range(_ITERATIONS):
+        columns = search.columns(
+            _weighted({path: _orthonormal_rows(row) for path, row in rows.items()}, weights)
+        )
+        a = {path: jnp.linalg.qr(column)[0] for path, column in columns.items()}
+        rows = _weighted(search.rows(a)[0], weights)
+    parts = {path: jnp.linalg.svd(row, full_matrices=False) for path, row in rows.items()}
+    left = {path: jnp.matmul(a[path], u, precision="highest") for path, (u, _, _) in parts.items()}
+    return _place(left, {path: vt for path, (_, _, vt) in parts.items()}, assembly, base, seed)
+
+
+def make_gradients(config: StepConfig, objective: Objective) -> Callable[[Any, Any, Batch], dict[str, Any]]:
+    """Returns the first half of a step, without dropout: ``(params, lora, batch) -> sums``.
+
+    The sums contain ``grads`` (of ``lora``, summed over target tokens), ``stats`` (by block) and
+    ``target_tokens``. Arguments and batches are as for `make_train_step`.
+    """
+    evaluate = micro_gradients(objective, config)
+
+    def gradients(params: Any, lora: Any, batch: Batch) -> dict[str, Any]:
+        key = jax.random.key(0)
+        sums = accumulate(lambda b, k: evaluate(params, lora, {}, b, k), batch, key)
+        stats = over_shards(sums["stats"], statistics.STANDARD, config.stats_sharding)
+        return sums | {"stats": stats}
+
+    return gradients
+
+
+class _Search:
+    """Matmuls with G, computed as gradients of adapters at scale 1 with A = 0 or B = 0."""
+
+    def __init__(
+        self, assembly: Assembly, base: ModelConfig, wide: Mapping[str, int], batches: Sequence[Batch]
+    ) -> None:
+        layers = depths(base)
+        targets = tuple((path, TargetSpec.even(width, layers[path])) for path, width in wide.items())
+        self._spec, self._batches = AdapterSpec(targets), batches
+        self._params = assembly.view(assembly.params)
+        model = assembly.model.clone(adapters=self._spec)
+        mesh = assembly.mesh
+        none, blocks = Mechanisms((), base.activation), measured_blocks(base, self._spec)
+        config = StepConfig(none, blocks, stats_sharding=model.stats.sharding)
+        objective = next_token(base, model, assembly.config.compute, mesh)
+        self._sums: Callable[..., dict[str, Any]] = jax.jit(
+            make_gradients(config, objective), compiler_options=distributed.compiler_options(mesh)
+        )
+        self._zeros = trees.flatten(init_lora(base, self._spec, jax.random.key(0)))
+        self._zeros = {path: jnp.zeros_like(leaf) for path, leaf in self._zeros.items()}
+
+    def rows(self, a: Matrices) -> tuple[Matrices, dict[str, jax.Array]]:
+        """Returns ``A^T G``, and the mean slope of every gate channel by block."""
+        total = self._total({f"{path}/a": value for path, value in a.items()})
+        slopes = {
+            block: sums["slope"] / jnp.maximum(sums["tokens"], 1.0)[..., None]
+            for block, sums in total["stats"].items()
+        }
+        grads = trees.flatten(total["grads"])
+        return {path: grads[f"{path}/b"] for path in a}, slopes
+
+    def columns(self, b: Matrices) -> Matrices:
+        """Returns ``G B^T``."""
+        grads = trees.flatten(self._total({f"{path}/b": value for path, value in b.items()})["grads"])
+        return {path: grads[f"{path}/a"] for path in b}
+
+    def _total(self, leaves: Mapping[str, jax.Array]) -> dict[str, Any]:
+        lora = trees.unflatten(self._zeros | dict(leaves))
+        total: dict[str, Any] = {}
+        for batch in self._batches:
+            sums = self._sums(self._params, lora, batch)
+            sums = {name: sums[name] for name in ("grads", "stats", "target_tokens")}
+            if total:
+                sums = jax.tree.map(jnp.add, total, sums)
+            total = sums
+        tokens = jnp.maximum(total["target_tokens"], 1.0)
+        return total | {"grads": jax.tree.map(lambda g: g / tokens, total["grads"])}
+
+
+def _weights(kind: str, slopes: Mapping[str, jax.Array], spec: AdapterSpec, key: jax.Array) -> Matrices:
+    """Returns weights of the gates' output channels, mean 1 per layer; no entry: weight 1."""
+    if kind == "ones":
+        return {}
+    gates = find_gates(trees.unflatten({f"{path}/b": 0 for path, _ in spec.targets}))
+    weights = {}
+    for index, (gate, block) in enumerate(gates.items()):
+        weight = slopes[block] / jnp.maximum(jnp.mean(slopes[block], axis=-1, keepdims=True), 1e-30)
+        if kind == "permuted":
+            weight = jax.random.permutation(
+                jax.random.fold_in(key, index), weight, axis=-1, independent=True
+            )
+        weights[gate] = weight
+    return weights
+
+
+def _weighted(rows: Matrices, weights: Matrices) -> Matrices:
+    """Multiplies the columns of ``[..., k, d_out]`` by their weights."""
+    return rows | {path: rows[path] * weight[..., None, :] for path, weight in weights.items()}
+
+
+def _orthonormal_rows(matrix: jax.Array) -> jax.Array:
+    return jnp.swapaxes(jnp.linalg.qr(jnp.swapaxes(matrix, -1, -2))[0], -1, -2)
+
+
+def _place(
+    left: Matrices, right: Matrices, assembly: Assembly, base: ModelConfig, seed: int
+) -> dict[str, Any]:
+    """Puts the vectors into new adapters, with zeros beyond each layer's rank.
+
+    Args:
+      left: ``[layers, ..., d_in, k]``, most important first.
+      right: ``[layers, ..., k, d_out]``.
+    """
+    leaves = trees.flatten(init_lora(base, assembly.spec, jax.random.key(seed), assembly.params))
+    lora_ga = assembly.config.lora.init == "lora_ga"
+    for path, target in assembly.spec.targets:
+        a, b = leaves[f"{path}/a"], leaves[f"{path}/b"]
+        used = target.used((*a.shape[:-2], target.rank))
+        length = _COLUMN_NORM
+        if lora_ga:
+            length = b.shape[-1] ** 0.25 / math.sqrt(_STABLE_GAMMA)
+        leaves[f"{path}/a"] = jnp.where(used[..., None, :], length * left[path][..., : target.rank], 0.0)
+        if lora_ga:
+            second = np.array(target.ranks)[:, None] + np.arange(
+                target.rank
+            )  # triplets r to 2r of each layer
+            second = second.reshape(len(target.ranks), *(1,) * (a.ndim - 3), target.rank, 1)
+            rows = jnp.take_along_axis(right[path], second, axis=-2)
+            leaves[f"{path}/b"] = jnp.where(used[..., None], length * rows, 0.0)
+    return trees.unflatten(leaves)

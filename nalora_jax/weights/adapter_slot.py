@@ -20,6 +20,7 @@ import numpy as np
 
 from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.adapters import pad_rank
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import TABLES, AdapterSpec, TargetSpec
@@ -86,8 +87,10 @@ class AdapterSlot:
         for path, target in self.spec.targets:
             *lead, d_in, d_out = (len(target.ranks), *projection_shapes(self.config)[path])
             a, b = scales.get(path) or (jnp.zeros((*lead, d_in, 0)), jnp.zeros((*lead, 0, d_out)))
-            leaves[f"{path}/a"] = padded(a, target.rank, -1, path)
-            leaves[f"{path}/b"] = padded(b, target.rank, -2, path)
+            if a.shape[-1] > target.rank:
+                expected, remedy = f"at most {target.rank}", "make the slot with a larger rank"
+                raise NaloraError(f"{path}: rank", expected=expected, found=a.shape[-1], remedy=remedy)
+            leaves[f"{path}/a"], leaves[f"{path}/b"] = pad_rank(a, b, target.rank)
         tables = trees.flatten(lora)
         leaves |= {TABLES[name]: tables[TABLES[name]] for name in spec.saved}
         return trees.unflatten(leaves)
@@ -102,15 +105,3 @@ def folded_scales(lora: Mapping[str, Any], spec: AdapterSpec) -> dict[str, tuple
         scales = np.reshape(spec.scales(path), (-1,) + (1,) * (b.ndim - 1))
         folded[path] = (jnp.asarray(flat[f"{path}/a"], jnp.float32), b * scales)
     return folded
-
-
-def padded(value: Any, rank: int, axis: int, where: str) -> Any:
-    """Zero-pads ``value`` to ``rank`` along its rank axis."""
-    if value.shape[axis] > rank:
-        remedy = "make the slot with a larger rank"
-        raise NaloraError(
-            f"{where}: rank", expected=f"at most {rank}", found=value.shape[axis], remedy=remedy
-        )
-    widths = [(0, 0)] * value.ndim
-    widths[axis] = (0, rank - value.shape[axis])
-    return jnp.pad(value, widths)

@@ -7,31 +7,16 @@ architecture instead of storing them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.families import BUILT_IN, nearest
 from nalora_jax.models.layers import RopeSpec, inverse_frequencies
 from nalora_jax.weights.gguf import GGUFFile
 
-# architecture -> (model_type, class of transformers)
-_FAMILIES = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-    "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
-    "gemma": ("gemma", "GemmaForCausalLM"),
-    "gemma2": ("gemma2", "Gemma2ForCausalLM"),
-    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
-    "phi3": ("phi3", "Phi3ForCausalLM"),
-    "olmo2": ("olmo2", "Olmo2ForCausalLM"),
-    "mistral3": ("ministral3", "Ministral3ForCausalLM"),
-    "smollm3": ("smollm3", "SmolLM3ForCausalLM"),
-    "granite": ("granite", "GraniteForCausalLM"),
-}
 _SPECIAL = {
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
@@ -47,17 +32,24 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         type.
     """
     architecture = file.get("general.architecture", str)
-    if architecture not in _FAMILIES:
+    formats = {family.name: family.gguf for family in BUILT_IN.values() if family.gguf}
+    known = {form.architecture: name for name, form in formats.items()}
+    if architecture not in known:
         raise NaloraError(
             f"{file.path}: general.architecture",
-            expected=f"one of {', '.join(_FAMILIES)}",
+            expected=f"one of {', '.join(known)}",
             found=repr(architecture),
-            remedy="this architecture is not supported",
+            remedy=nearest(architecture, known),
         )
     reader = _Reader(file, architecture)
-    model_type, class_name = _FAMILIES[architecture]
+    model_type, form = next(
+        (name, form)
+        for name, form in formats.items()
+        if form.architecture == architecture and form.matches(reader)
+    )
+    class_name = BUILT_IN[model_type].class_name
     raw = {"architectures": [class_name], "model_type": model_type, **_shape(reader), **_rope(reader)}
-    raw |= _EXTRAS.get(architecture, _no_extras)(reader)
+    raw |= form.settings(reader)
     for key, theirs in _SPECIAL.items():
         if f"tokenizer.ggml.{theirs}" in file.metadata:
             raw[key] = file.get(f"tokenizer.ggml.{theirs}", int)
@@ -96,6 +88,36 @@ class _Reader:
             where, actual = f"{self.file.path}: {name}", str(value)[:60]
             raise NaloraError(where, expected=f"{length} booleans", found=actual)
         return value.tolist()
+
+    def scaling(self) -> dict[str, Any] | None:
+        """Returns the scaling of RoPE that the file names, or None."""
+        kind = self.number("rope.scaling.type", str, "none")
+        if kind == "none":
+            return None
+        scaling = {"rope_type": kind, "factor": self.number("rope.scaling.factor", float)}
+        if kind == "yarn":
+            scaling["original_max_position_embeddings"] = self.number(
+                "rope.scaling.original_context_length", int
+            )
+            for key in ("beta_fast", "beta_slow"):
+                if self.has(f"rope.scaling.yarn_{key}"):
+                    scaling[key] = self.number(f"rope.scaling.yarn_{key}", float)
+            if self.has("rope.scaling.yarn_log_multiplier"):  # llama.cpp assumes mscale 1
+                scaling |= {
+                    "mscale": 1.0,
+                    "mscale_all_dim": self.number("rope.scaling.yarn_log_multiplier", float),
+                }
+        return scaling
+
+    def refuse_window(self) -> None:
+        """Raises an error if the file has a sliding window."""
+        if self.number("attention.sliding_window", int, 0):
+            raise NaloraError(
+                f"{self.file.path}: {self.architecture}.attention.sliding_window",
+                expected="no sliding window for this architecture",
+                found=self.number("attention.sliding_window", int),
+                remedy="this variant is not supported",
+            )
 
     def tensor(self, name: str) -> np.ndarray | None:
         """Returns a small tensor as float64, or None."""
@@ -151,28 +173,10 @@ def _rope(r: _Reader) -> dict[str, Any]:
     raw: dict[str, Any] = {"rope_theta": theta}
     if head_dim and rotated != head_dim:
         raw["partial_rotary_factor"] = rotated / head_dim
-    scaling = _long_factors(r) or _frequency_factors(r, theta) or _named_scaling(r)
+    scaling = _long_factors(r) or _frequency_factors(r, theta) or r.scaling()
     if scaling:
         raw["rope_scaling"] = scaling
     return raw
-
-
-def _named_scaling(r: _Reader) -> dict[str, Any] | None:
-    kind = r.number("rope.scaling.type", str, "none")
-    if kind == "none":
-        return None
-    scaling = {"rope_type": kind, "factor": r.number("rope.scaling.factor", float)}
-    if kind == "yarn":
-        scaling["original_max_position_embeddings"] = r.number("rope.scaling.original_context_length", int)
-        for key in ("beta_fast", "beta_slow"):
-            if r.has(f"rope.scaling.yarn_{key}"):
-                scaling[key] = r.number(f"rope.scaling.yarn_{key}", float)
-        if r.has("rope.scaling.yarn_log_multiplier"):  # llama.cpp assumes mscale 1
-            scaling |= {
-                "mscale": 1.0,
-                "mscale_all_dim": r.number("rope.scaling.yarn_log_multiplier", float),
-            }
-    return scaling
 
 
 def _long_factors(r: _Reader) -> dict[str, Any] | None:
@@ -218,120 +222,3 @@ def _frequency_factors(r: _Reader, theta: float) -> dict[str, Any] | None:
         "original_max_position_embeddings": length,
         **both,
     }
-
-
-# ---------------------------------------------------------------- settings of single architectures
-
-
-def _no_extras(r: _Reader) -> dict[str, Any]:
-    if r.number("attention.sliding_window", int, 0):
-        raise NaloraError(
-            f"{r.file.path}: {r.architecture}.attention.sliding_window",
-            expected="no sliding window for this architecture",
-            found=r.number("attention.sliding_window", int),
-            remedy="this variant is not supported",
-        )
-    return {}
-
-
-def _llama(r: _Reader) -> dict[str, Any]:
-    if not r.number("expert_count", int, 0):
-        return _no_extras(r)
-    return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "num_local_experts": r.number("expert_count", int),
-        "num_experts_per_tok": r.number("expert_used_count", int),
-        "sliding_window": None,
-    }
-
-
-def _qwen3moe(r: _Reader) -> dict[str, Any]:
-    return {
-        "moe_intermediate_size": r.number("expert_feed_forward_length", int),
-        "num_experts": r.number("expert_count", int),
-        "num_experts_per_tok": r.number("expert_used_count", int),
-        "norm_topk_prob": True,  # not stored: llama.cpp always does
-    }
-
-
-def _gemma2(r: _Reader) -> dict[str, Any]:
-    return {
-        "sliding_window": r.number("attention.sliding_window", int, 4096),
-        "query_pre_attn_scalar": _query_scalar(r, largest=46),
-        "attn_logit_softcapping": r.number("attn_logit_softcapping", float, 50.0),
-        "final_logit_softcapping": r.number("final_logit_softcapping", float, 30.0),
-    }
-
-
-def _gemma3(r: _Reader) -> dict[str, Any]:
-    return {
-        "sliding_window": r.number("attention.sliding_window", int),
-        "rope_local_base_freq": r.number("rope.freq_base_swa", float, 10_000.0),
-        "query_pre_attn_scalar": _query_scalar(r, largest=62),
-    }
-
-
-def _query_scalar(r: _Reader, *, largest: int) -> int:
-    """Returns query_pre_attn_scalar, which is not stored.
-
-    llama.cpp uses the head's width or, in the family's 27B model, the model's width per head.
-    """
-    if r.number("block_count", int) == largest:
-        return int(r.number("embedding_length", int) // r.number("attention.head_count", int))
-    return int(r.number("attention.key_length", int))
-
-
-def _phi3(r: _Reader) -> dict[str, Any]:
-    return {"sliding_window": r.number("attention.sliding_window", int, 0) or None}
-
-
-def _olmo2(r: _Reader) -> dict[str, Any]:
-    """Returns OLMo 3's settings if the file has windows."""
-    if not r.has("attention.sliding_window"):
-        return {}
-    slides = r.flags("attention.sliding_window_pattern", r.number("block_count", int))
-    theta = {"rope_theta": r.number("rope.freq_base", float, 10_000.0)}
-    return {
-        "architectures": ["Olmo3ForCausalLM"],
-        "model_type": "olmo3",
-        "sliding_window": r.number("attention.sliding_window", int),
-        "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
-        "rope_scaling": None,  # not for sliding layers, as in llama.cpp
-        "rope_parameters": {
-            "sliding_attention": {"rope_type": "default"} | theta,
-            "full_attention": (_named_scaling(r) or {"rope_type": "default"}) | theta,
-        },
-    }
-
-
-def _mistral3(r: _Reader) -> dict[str, Any]:
-    scaling = _named_scaling(r)
-    if scaling is None:
-        return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
-    return {
-        "rope_scaling": scaling
-        | {"llama_4_scaling_beta": r.number("attention.temperature_scale", float, 0.0)}
-    }
-
-
-def _granite(r: _Reader) -> dict[str, Any]:
-    names = {
-        "embedding_multiplier": "embedding_scale",
-        "residual_multiplier": "residual_scale",
-        "attention_multiplier": "attention.scale",
-        "logits_scaling": "logit_scale",
-    }
-    return {ours: r.number(theirs, float) for ours, theirs in names.items()}
-
-
-_EXTRAS: dict[str, Callable[[_Reader], dict[str, Any]]] = {
-    "llama": _llama,
-    "qwen3moe": _qwen3moe,
-    "gemma2": _gemma2,
-    "gemma3": _gemma3,
-    "phi3": _phi3,
-    "olmo2": _olmo2,
-    "mistral3": _mistral3,
-    "granite": _granite,
-}

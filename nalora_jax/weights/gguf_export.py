@@ -22,20 +22,10 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.folders import new_file
 from nalora_jax.weights.gguf import GGUFFile
-from nalora_jax.weights.keymaps import SourceTensor, keymap_for
+from nalora_jax.weights.keymaps import SourceTensor, gguf_of, keymap_for
 from nalora_jax.weights.peft import layer_adapter
 from nalora_jax.weights.peft_modules import ModuleAdapter, fuse
 from nalora_jax.weights.peft_tables import refuse_saved
-
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "mixtral": "llama",
-    "gemma3_text": "gemma3",
-    "qwen3_moe": "qwen3moe",
-    "olmo3": "olmo2",
-    "ministral3": "mistral3",
-} | {name: name for name in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "smollm3", "granite")}
 
 
 def write_adapter_gguf(
@@ -72,7 +62,7 @@ def write_adapter_gguf(
         # also a regrouping of rows)
         tensors[f"{tensor.name}.lora_b"] = np.asarray(tensor.transform.back(b))
     with new_file(path) as scratch:
-        writer = GGUFWriter(scratch, ARCHITECTURES[config.model_type])
+        writer = GGUFWriter(scratch, gguf_of(config).architecture)
         writer.add_type(GGUFType.ADAPTER)
         writer.add_string(Keys.Adapter.TYPE, "lora")
         writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)

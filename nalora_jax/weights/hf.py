@@ -25,7 +25,8 @@ from nalora_jax.weights.shards import DTYPES as WRITTEN
 from nalora_jax.weights.slices import Index
 from nalora_jax.weights.tensors import FileTensor
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
 DTYPES = WRITTEN | _FLOAT8  # supported for reading
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

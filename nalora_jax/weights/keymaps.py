@@ -1,6 +1,6 @@
-"""Maps a file's tensors to leaves of the parameter tree, by a table per family and format.
+"""Maps a file's tensors to leaves of the parameter tree, by the rows of a family's record.
 
-A row of a table names a tensor, the leaves that it fills (several for a fused projection), and the
+A row names a tensor, the leaves that it fills (several for a fused projection), and the
 transformation of each. Shapes follow from the model's config, so a `KeyMap` lists exactly the
 tensors that a file must contain::
 
@@ -20,15 +20,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.families import BUILT_IN, family_of
+from nalora_jax.models.families.record import GGUF
+from nalora_jax.models.families.tensors import Source, TensorRow
 from nalora_jax.models.stacks import param_shapes, stacks
-from nalora_jax.weights import keytables
-from nalora_jax.weights.keytables import TensorRow
 
 Array = Any  # numpy or jax arrays: conversions use only methods that both have
 T = TypeVar("T")
@@ -177,7 +178,19 @@ class KeyMap:
         return "only tensors that config.json asks for" + (f" (here {', '.join(near)})" if near else "")
 
 
-def keymap_for(config: ModelConfig, source: Literal["hf", "gguf"]) -> KeyMap:
+_ROTARY = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$")
+# Vision tensors that a multimodal model has next to the text model.
+SIGHT = (r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")
+HF_RENAMES = (
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^(model\.)?language_model\.(model\.)?(?=(embed_tokens|layers|norm)\.)", "model."),
+)
+# Frequency factors (llama3, LongRoPE) are tensors there: the loader reads them into the config,
+# not into parameters.
+GGUF_IGNORED = (r"^rope_freqs\.weight$", r"^(blk\.\d+\.)?rope_factors_(long|short)\.weight$")
+
+
+def keymap_for(config: ModelConfig, source: Source) -> KeyMap:
     """Returns the key map of a model's files.
 
     Args:
@@ -187,12 +200,43 @@ def keymap_for(config: ModelConfig, source: Literal["hf", "gguf"]) -> KeyMap:
     Raises:
       NaloraError: llama.cpp's names of this family are not known here.
     """
-    table = keytables.table(config, source)
-    shapes = param_shapes(config)
-    tensors = tuple(tensor for row in table.rows for tensor in _tensors(row, shapes, config))
+    family, shapes = family_of(config.model_type), param_shapes(config)
+    names = {
+        "hf": ("lm_head.weight", "model.embed_tokens.weight"),
+        "gguf": ("output.weight", "token_embd.weight"),
+    }
+    aliases = (names[source],) if config.tie_embeddings else ()
+    if source == "hf":
+        rows = family.tensors
+        own = (expression.replace("{n_layers}", str(config.n_layers)) for expression in family.ignored)
+        ignored = (*_ROTARY, *SIGHT, *own, *_unread_keys(config))
+    else:
+        rows, ignored = gguf_of(config).tensors, GGUF_IGNORED
+    tensors = tuple(tensor for row in rows for tensor in _tensors(row, shapes, config))
     covered = {slot.path for tensor in tensors for slot in tensor.slots}
     assert covered == set(shapes), f"{config.model_type}: {covered ^ set(shapes)}"
-    return KeyMap(tensors, table.ignored, table.aliases, table.renames)
+    return KeyMap(tensors, ignored, aliases, HF_RENAMES if source == "hf" else ())
+
+
+def gguf_of(config: ModelConfig) -> GGUF:
+    """Returns llama.cpp's names of a model.
+
+    Raises:
+      NaloraError: they are not known here.
+    """
+    form = family_of(config.model_type).gguf
+    if form is None:
+        names = [name for name, family in BUILT_IN.items() if family.gguf]
+        raise NaloraError("GGUF", expected=f"one of {', '.join(names)}", found=config.model_type)
+    return form
+
+
+def _unread_keys(config: ModelConfig) -> tuple[str, ...]:
+    """Returns the pattern of keys and values of layers that read an earlier layer's."""
+    layers = [str(layer) for stack in stacks(config) if stack.config.reads for layer in stack.layers]
+    if not layers:
+        return ()
+    return (rf"^model\.layers\.({'|'.join(layers)})\.self_attn\.[kv]_(proj|norm)\.",)
 
 
 def _tensors(

@@ -23,30 +23,21 @@ from jax import lax
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.adapters import merged_kernel
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.families import contains_text_model, family_of, text_part
+from nalora_jax.models.families.tensors import Source
 from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.models.vision.sight import contains_text_model, text_part
 from nalora_jax.ops.storage import Kernel, Stored, expand
-from nalora_jax.weights.adapted_kernels import merged_kernel
 from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.keymaps import Slot
-from nalora_jax.weights.keytables import Source
 from nalora_jax.weights.peft import layer_adapter
 from nalora_jax.weights.peft_tables import refuse_saved
 from nalora_jax.weights.shards import TensorInfo, write_shards
 from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_tokenizer
 from nalora_jax.weights.vision.sight import file_name, model_keymap
 
-# Class names of the text models of multimodal models.
-_TEXT_CLASSES = {
-    "gemma3_text": "Gemma3ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-}
-_TEXT_CLASSES |= {"qwen2": "Qwen2ForCausalLM", "ministral3": "Ministral3ForCausalLM"}
-_TEXT_CLASSES |= {"qwen3_5_text": "Qwen3_5ForCausalLM", "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"}
-_TEXT_CLASSES |= {"gemma4_text": "Gemma4ForCausalLM", "gemma4_unified_text": "Gemma4UnifiedForCausalLM"}
 DTYPES = {
     "float32": np.dtype("float32"),
     "float16": np.dtype("float16"),
@@ -84,8 +75,10 @@ def _merge_stack(
     def one(layer: tuple[Any, ...]) -> jax.Array:
         stored, a, b, s, m = layer
         w = expand(stored)
-        merged: jax.Array = merged_kernel(w, a, b, s, m).astype(w.dtype)
-        return merged
+        merged = merged_kernel(w, a, b, s, m)
+        if m is not None:
+            merged = jnp.where(s == 0, w.astype(jnp.float32), merged)  # scale 0 means rank 0: no adapter
+        return merged.astype(w.dtype)
 
     merged: jax.Array = lax.map(one, (kernel, a, b, scale, magnitude))
     return merged
@@ -136,11 +129,10 @@ def _slot_value(
         adapter = layer_adapter(adapters, spec, slot.path.removesuffix("/kernel"), slot.layer)
     if adapter is not None:
         expert = slot.index[1:]
-        magnitude = None
-        if adapter.magnitude is not None:
-            magnitude = adapter.magnitude[expert]
-        factors = (adapter.a[expert], adapter.b[expert], np.float32(adapter.scale))
-        value = merged_kernel(value, *factors, magnitude)
+        magnitude = None if adapter.magnitude is None else adapter.magnitude[expert]
+        value = merged_kernel(
+            value, adapter.a[expert], adapter.b[expert], np.float32(adapter.scale), magnitude
+        )
     return value.astype(target)
 
 
@@ -229,7 +221,7 @@ def _settings(raw: Mapping[str, Any], config: ModelConfig, infos: list[TensorInf
         raw.get("model_type"), images=False
     ):  # only the text model is here
         settings = text_part(raw, "config.json")
-        named = _TEXT_CLASSES.get(settings["model_type"])
+        named = family_of(settings["model_type"]).class_name
         settings["architectures"] = [named] if named else []
     described = ModelConfig.from_hf(settings, images=config.sight is not None)
     if described != config:

@@ -15,15 +15,17 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.tensors import WORKERS, TensorSource
+
+if TYPE_CHECKING:
+    from nalora_jax.weights.hub import ResolvedSource
 
 # Prefix of the current fingerprints. Earlier fingerprints were bare hexadecimal and covered a few
 # rows of each tensor.

@@ -31,11 +31,11 @@ from nalora_jax.weights.peft_modules import (
     compact,
     copies_for_values,
     decoder_settings,
+    fold,
     fuse,
     layers_with,
     layout_for,
     module_shape,
-    pad_rank,
     part_widths,
     same_array,
     short_name,
@@ -213,9 +213,7 @@ def _even_stacks(entries: list[Entry]) -> list[Entry]:
         return entries
     rank = max(entry.adapter.rank for entry in parameters)
     scale = common(entry.adapter.scale for entry in parameters)
-    even = {
-        entry.name: replace(entry, adapter=pad_rank(entry.adapter, rank, scale)) for entry in parameters
-    }
+    even = {entry.name: replace(entry, adapter=fold(entry.adapter, rank, scale)) for entry in parameters}
     return [even.get(entry.name, entry) for entry in entries]
 
 
@@ -284,7 +282,7 @@ def _one_rank(entries: list[Entry], config: ModelConfig, layout: ModuleLayout, l
         remedy = f"start vLLM with --max-lora-rank {rank} or more and export with the same max_lora_rank"
         raise NaloraError("--for vllm: rank", expected=expected, found=rank, remedy=remedy)
     scale = common(entry.adapter.scale for entry in entries)
-    folded = {entry.name: pad_rank(entry.adapter, rank, scale) for entry in entries}
+    folded = {entry.name: fold(entry.adapter, rank, scale) for entry in entries}
     lasts = {short_name(entry.module.name) for entry in entries}
     adapted = {
         module.name: module

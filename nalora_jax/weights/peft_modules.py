@@ -28,11 +28,11 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax.models.adapters import pad_rank
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.families import contains_text_model, family_of
 from nalora_jax.models.stacks import locate, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, scale_divisor
-from nalora_jax.models.vision.sight import contains_text_model
-from nalora_jax.weights import keytables
 from nalora_jax.weights.peft_tables import token_settings
 from nalora_jax.weights.vision.sight import sight_modules
 
@@ -92,7 +92,7 @@ def module_layout(config: ModelConfig) -> ModuleLayout:
     ]
     experts: dict[str, str] = {}
     stacks: list[HostModule] = []
-    for row in keytables.table(config, "hf").rows:
+    for row in family_of(config.model_type).tensors:
         paths = tuple(path.removesuffix("/kernel") for path in row.paths)
         name = row.name.partition(_LAYER)[2].removesuffix(".weight")
         if not row.paths[0].endswith("/kernel"):
@@ -107,7 +107,8 @@ def module_layout(config: ModelConfig) -> ModuleLayout:
     prefix = _TEXT_PART
     if config.sight is None:
         prefix = "model.layers"
-    return ModuleLayout(tuple(modules), _stacks(experts) or tuple(stacks), experts, prefix)
+    fused = _stacks(experts, family_of(config.model_type).experts)
+    return ModuleLayout(tuple(modules), fused or tuple(stacks), experts, prefix)
 
 
 def layout_for(target: str, config: ModelConfig, raw: Mapping[str, Any] | None = None) -> ModuleLayout:
@@ -115,16 +116,16 @@ def layout_for(target: str, config: ModelConfig, raw: Mapping[str, Any] | None =
 
     vLLM reads experts one by one, except gpt-oss's. If a text model is part of a multimodal one,
     vLLM serves the latter and ignores adapters of unknown modules, so their names must be the
-    multimodal model's. Its Qwen3.5-MoE of that kind reads stacks of experts.
+    multimodal model's. Of some families it then reads stacks of experts (`Family.stacks_in_vllm`).
     """
-    layout, model_type = module_layout(config), (raw or {}).get("model_type")
+    layout = module_layout(config)
     if target != "vllm":
         return layout
     layout = _expert_by_expert(layout)
-    if contains_text_model(model_type, images=False):
+    if contains_text_model((raw or {}).get("model_type"), images=False):
         layout = replace(layout, prefix=_TEXT_PART)
-    if model_type == "qwen3_5_moe":
-        layout = replace(layout, experts={})
+        if family_of(config.model_type).stacks_in_vllm:
+            layout = replace(layout, experts={})
     return layout
 
 
@@ -143,11 +144,11 @@ def _expert_by_expert(layout: ModuleLayout) -> ModuleLayout:
     return replace(layout, experts=names)
 
 
-def _stacks(experts: Iterable[str]) -> tuple[HostModule, ...]:
+def _stacks(experts: Iterable[str], module: str) -> tuple[HostModule, ...]:
     """Returns the two parameters that hold all experts of a layer in transformers 5."""
     folders = dict.fromkeys(path.rpartition("/")[0] for path in experts)
     return tuple(
-        HostModule(f"mlp.experts.{name}", tuple(f"{folder}/{path_of_part}" for path_of_part in parts))
+        HostModule(f"{module}.{name}", tuple(f"{folder}/{path_of_part}" for path_of_part in parts))
         for folder in folders
         for name, parts in {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.items()
     )
@@ -302,13 +303,10 @@ def split(
     return parts
 
 
-def pad_rank(adapter: ModuleAdapter, rank: int, scale: float) -> ModuleAdapter:
+def fold(adapter: ModuleAdapter, rank: int, scale: float) -> ModuleAdapter:
     """Zero-pads an adapter to ``rank`` and multiplies B by the ratio of its scale to ``scale``."""
-    pad = (0, rank - adapter.rank)
     b = adapter.b * np.float32(adapter.scale / scale)
-    still = [(0, 0)] * (b.ndim - 2)
-    a = np.pad(adapter.a, [*still, (0, 0), pad])
-    return ModuleAdapter(a, np.pad(b, [*still, pad, (0, 0)]), scale, adapter.magnitude)
+    return ModuleAdapter(*pad_rank(adapter.a, b, rank), scale, adapter.magnitude)
 
 
 def compact(adapter: ModuleAdapter) -> ModuleAdapter:

@@ -27,10 +27,10 @@ from nalora_jax.weights.peft_modules import (
     ModuleLayout,
     alpha_for,
     compact,
+    fold,
     layers_with,
     layout_of,
     module_shape,
-    pad_rank,
     part_widths,
     split,
     without_copies,
@@ -395,7 +395,7 @@ def adapter_of(
 def _join_experts(members: list[ModuleAdapter]) -> ModuleAdapter:
     """Stacks experts' adapters: ranks padded, scales folded relative to the first expert's."""
     rank, scale = max(member.rank for member in members), members[0].scale
-    padded = [pad_rank(member, rank, scale) for member in members]
+    padded = [fold(member, rank, scale) for member in members]
     a, b = (np.stack([getattr(member, name) for member in padded]) for name in "ab")
     return ModuleAdapter(a, b, scale)
 
@@ -426,7 +426,7 @@ def stack_adapters(
         for i, adapter in layers.items():
             ranks[i] = adapter.rank
             alphas[i] = alpha_for(adapter.scale, adapter.rank, rslora=peft.rslora)
-            padded = pad_rank(adapter, rank, adapter.scale)
+            padded = fold(adapter, rank, adapter.scale)
             a[i], b[i] = padded.a, padded.b
             if adapter.magnitude is not None:
                 magnitudes[i] = adapter.magnitude

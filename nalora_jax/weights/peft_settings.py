@@ -8,11 +8,13 @@ this library's projections.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nalora_jax.errors import NaloraError, shown
+from nalora_jax.models.families import BUILT_IN
+from nalora_jax.models.families.record import Family
 from nalora_jax.models.targets import ROWS, TABLES
 
 # Settings as nested dicts, by the names of `nalora_jax.config`.
@@ -118,8 +120,8 @@ PEFT: dict[str, Field] = {
         only(because="layers are found by their number alone"),
         in_files=True,
     ),
-    "rank_pattern": Field("lora.rules", "rules of their own, in front"),
-    "alpha_pattern": Field("lora.rules", "rules of their own, in front"),
+    "rank_pattern": Field("lora.rules", "separate rules, listed first"),
+    "alpha_pattern": Field("lora.rules", "separate rules, listed first"),
     "lora_dropout": Field("lora.dropout"),
     "use_rslora": Field("lora.rslora"),
     "use_dora": Field("lora.dora"),
@@ -301,25 +303,52 @@ def _put(settings: Settings, name: str, value: Any) -> None:
 # ---------------------------------------------------------------- rules of names
 
 
+_PATH = re.compile(r"layers/(\w+)/(?:\w+/)?(\w*_proj\w*)/kernel")
+
+
+def _paths_of(families: Iterable[Family]) -> dict[str, list[str]]:
+    """Returns the paths of every projection by transformers' name of its module.
+
+    Example: ``{"q_proj": ["attn/q_proj"], "qkv_proj": ["attn/q_proj", "attn/k_proj", "attn/v_proj"], ...}``
+    """
+    paths: dict[str, list[str]] = {}
+    for row in (row for family in families for row in family.tensors):
+        name = row.name.removesuffix(".weight").rpartition(".")[2]
+        for match in filter(None, map(_PATH.fullmatch, row.paths)):
+            path = f"{match[1]}/{match[2]}"  # also matches parts of a part: ffn/experts_ffn/gate_proj
+            if path not in paths.setdefault(name, []):
+                paths[name].append(path)
+    return paths
+
+
+def _pattern(paths: Sequence[str]) -> str:
+    """Returns an expression that is found in these paths only."""
+    longer = {path for others in _PATHS.values() for path in others}
+    exact = [path + "$" * any(p != path and p.startswith(path) for p in longer) for path in paths]
+    if len(exact) == 1:
+        return exact[0]
+    return f"({'|'.join(exact)})"
+
+
+_PATHS = _paths_of(BUILT_IN.values())
 # transformers' name of each projection, and its pattern in the paths that rules are searched in.
-MODULES = {name: f"attn/{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-MODULES |= {name: f"ffn/{name}" for name in ("gate_proj", "up_proj", "down_proj")}
-# Fused projections, and the projections of Mixtral's experts.
-MODULES |= {"qkv_proj": "attn/(q|k|v)_proj", "gate_up_proj": "ffn/(gate|up)_proj"}
-MODULES |= {"w1": "ffn/gate_proj", "w3": "ffn/up_proj", "w2": "ffn/down_proj"}
-MODULES |= {"per_layer_input_gate": "tail/gate_proj", "per_layer_projection": "tail/down_proj"}
-# Linear attention. "all-linear" has it and convolutions in the rule of o_proj, because a rule must match in
+MODULES = {name: _pattern(paths) for name, paths in _PATHS.items()}
+# The projections that every model of gated blocks has.
+_COMMON = tuple(_paths_of([BUILT_IN["llama"]]))
+# "all-linear" has linear attention and convolutions in the rule of o_proj, because a rule must match in
 # every model.
-_DELTA_NET = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "in_proj_qkvz", "in_proj_ba")
-MODULES |= {name: f"linear_attn/{name}$" for name in _DELTA_NET}
-# The convolution and the attention of LFM2; linear attention has an out_proj, too.
-MODULES |= {"in_proj": "conv/bcx_proj", "out_proj": "((attn|conv)/o_proj|linear_attn/out_proj)$"}
+_MIXERS = dict.fromkeys(
+    path
+    for paths in _PATHS.values()
+    for path in paths
+    if path.partition("/")[0] not in ("attn", "ffn", "tail")
+)
+_OUTPUTS = _pattern(["attn/o_proj", *_MIXERS])
 # transformers' stacks of all experts of a layer; the slash in front keeps shared experts out.
 _STACKS = {
     "gate_up_proj": "/ffn/(experts_ffn/)?(gate|up)_proj",
     "down_proj": "/ffn/(experts_ffn/)?down_proj",
 }
-_OUTPUTS = r"(attn/(o_proj|out_proj|in_proj_\w+)|conv/(bcx|o)_proj)"
 _NAME = re.compile(r"[\w.]+")
 
 
@@ -409,8 +438,7 @@ def _target_names(targets: Sequence[str] | str | None) -> Sequence[str]:
         expected, actual = 'names, or "all-linear"', f"the expression {targets!r}"
         remedy = "write it as --lora.rules: patterns are searched in paths such as layers/3/ffn/gate_proj"
         raise NaloraError("target_modules", expected=expected, found=actual, remedy=remedy)
-    fused_or_own = (*_DELTA_NET, "qkv_proj", "gate_up_proj", "in_proj", "out_proj")
-    return [name for name in MODULES if name.endswith("_proj") and name not in fused_or_own]
+    return _COMMON
 
 
 def _names(value: Any, where: str) -> Sequence[str]:

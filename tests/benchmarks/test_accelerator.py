@@ -1,9 +1,9 @@
-"""The command for owners of GPUs and TPUs, on a CPU: every library trains a tiny model, and the page takes it in."""
+"""The command for owners of GPUs and TPUs, on a CPU: every library trains a tiny model."""
 
 from __future__ import annotations
 
-import importlib
 import json
+import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,7 +19,6 @@ def accelerator(monkeypatch, tmp_path, script):
     """The script, whose measured processes are calls, and whose figures go elsewhere."""
     module = script("accelerator")
     monkeypatch.setattr(module.common, "OWN", tmp_path / "own")
-    monkeypatch.delenv("NALORA_BENCH_QUICK", raising=False)
 
     def run(command: list[str]) -> Any:
         return SimpleNamespace(record=json.loads(json.dumps(module.one(module.parse(command[2:])))))
@@ -30,6 +29,7 @@ def accelerator(monkeypatch, tmp_path, script):
 
 def call(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]:
     monkeypatch.setattr(sys, "argv", ["benchmarks/accelerator.py", *arguments])
+    shutil.rmtree(module.common.OWN, ignore_errors=True)
     module.main()
     (file,) = module.common.OWN.glob("*/accelerator.json")
     (found,) = json.loads(file.read_text())["cases"].values()
@@ -48,74 +48,36 @@ def test_it_runs_on_a_cpu_and_says_what_that_cannot_tell(accelerator, monkeypatc
         assert run["losses"][0] == pytest.approx(np.log(512), rel=0.1)
         assert len(run["tokens_per_second"]) == 1
         assert run["memory_gb"] > 0
-    assert set(found["not_compared"]) == {"Tunix", "MFU"}
+    assert set(found["not_compared"]) == {"MFU"}
     shown = capsys.readouterr().out
-    assert "Tunix was not compared: it is for TPUs." in shown
     assert "MFU was not compared: a CPU's peak is not known." in shown
 
 
 RUN = {"seconds": [1.0], "tokens_per_second": [5.0], "memory_gb": 1.0, "memory_of": "a chip", "mfu": 0.5}
 
 
-def test_a_missing_or_failing_peer_is_said_and_kept_in_the_record(accelerator, monkeypatch, capsys):
+def test_a_missing_or_failing_peer_is_recorded_with_its_reason(accelerator, monkeypatch, capsys):
+    mesh = {"mesh": {"data": 4, "fsdp": 1, "tensor": 1}}
     tpu = {"platform": "tpu", "kind": "TPU v6 lite", "chips": 4}
     monkeypatch.setattr(accelerator, "describe", lambda: tpu)
-    monkeypatch.setattr(
-        accelerator, "train_ours", lambda *_: {**RUN, "mesh": {"data": 4, "fsdp": 1, "tensor": 1}}
-    )
-    monkeypatch.setattr(
-        accelerator, "has", lambda packages: {"missing": [p for p in packages if p == "qwix"]}
-    )
-    found = call(accelerator, monkeypatch)
-    assert found["not_compared"] == {"Tunix": "qwix not installed", "PEFT": "it is for GPUs"}
-    assert found["machine"]["accelerator"] == "4 x TPU v6 lite"
-    assert found["settings"]["model"] == "llama-3.1-8b"
+    monkeypatch.setattr(accelerator, "train_ours", lambda *_: {**RUN, **mesh})
+    record = call(accelerator, monkeypatch)
+    assert record["not_compared"] == {"PEFT": "it is for GPUs"}
+    assert record["machine"]["accelerator"] == "4 x TPU v6 lite"
+    assert record["settings"]["model"] == "llama-3.1-8b"
+    assert "| 4 x 1 x 1 | 5 | 50% | 1.0 (a chip) |" in capsys.readouterr().out
 
     def fails(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
+    gpu = {"platform": "gpu", "kind": "NVIDIA H100", "chips": 4}
+    monkeypatch.setattr(accelerator, "describe", lambda: gpu)
+    monkeypatch.setattr(accelerator, "has", lambda packages: {"missing": ["peft"]})
+    assert call(accelerator, monkeypatch, "--rows", "2")["not_compared"] == {"PEFT": "peft not installed"}
     monkeypatch.setattr(accelerator, "has", lambda packages: {"missing": []})
-    monkeypatch.setattr(accelerator, "train_tunix", fails)
-    found = call(accelerator, monkeypatch)
-    assert found["not_compared"]["Tunix"] == "it failed (out of memory)"
-    assert "| 4 x 1 x 1 | 5 | 50% | 1.0 (a chip) |" in capsys.readouterr().out
-
-
-def test_the_page_takes_the_figures_in(accelerator, tmp_path):
-    pages = importlib.import_module("pages")
-    run = {
-        "seconds": [1.0],
-        "tokens_per_second": [500.0],
-        "memory_gb": 30.0,
-        "memory_of": "a chip",
-        "mfu": 0.5,
-    }
-    runs = {"nalora_jax": [run], "nalora_jax, plain LoRA": [{**run, "seconds": [0.995]}]}
-    runs["PEFT"] = [{**run, "tokens_per_second": [400.0], "memory_gb": 40.0}]
-    machine = {
-        "cpu": "Abacus",
-        "cores": 8,
-        "flags": {},
-        "memory_gb": 64.0,
-        "python": "3.11",
-        "versions": {"jax": "0"},
-    }
-    case = {
-        "machine": {**machine, "accelerator": "8 x H100"},
-        "command": "x",
-        "runs": runs,
-        "not_compared": {},
-    }
-    folder = tmp_path / accelerator.machines.machine_name(case["machine"])
-    folder.mkdir()
-    assert folder.name == "8-x-h100"
-    (folder / "accelerator.json").write_text(json.dumps({"cases": {"llama": case}}))
-    parts = [part.name for part in importlib.import_module("run").PARTS]
-    page = pages.render(parts, tmp_path).split("## 8 x H100\n")[1]
-    assert "| step over plain LoRA's, llama | 1.000 s | 0.995 s | 1.005 | at most 1.02 | met |" in page
-    assert "| tokens/s a chip, llama, PEFT | 500 | 400 | 1.25 |" in page
-    assert "Not measured here" not in page
-    assert "PEFT" in pages.details(parts, tmp_path)
+    monkeypatch.setattr(accelerator, "train_peft", fails)
+    record = call(accelerator, monkeypatch, "--rows", "2")
+    assert record["not_compared"] == {"PEFT": "it failed (out of memory)"}
 
 
 def test_the_report_has_hardware_versions_and_figures_and_no_paths(
@@ -127,7 +89,6 @@ def test_the_report_has_hardware_versions_and_figures_and_no_paths(
     monkeypatch.setattr(
         accelerator, "train_ours", lambda *_: {**run, "mesh": {"data": 8, "fsdp": 1, "tensor": 1}}
     )
-    monkeypatch.setattr(accelerator, "has", lambda packages: {"missing": ["tunix"]})
     call(accelerator, monkeypatch, "--report")
     shown = capsys.readouterr().out.split("Paste this into a new issue:\n\n")[1]
     assert shown.startswith("### Hardware report: 8 x TPU v5 lite (tpu)\n")
@@ -135,5 +96,5 @@ def test_the_report_has_hardware_versions_and_figures_and_no_paths(
     assert "- versions: jax 0.10.2, libtpu 0.0.42\n" in shown
     assert "- losses: 6.2000 to 6.1000 in 2 steps\n" in shown
     assert "| nalora_jax | 8 x 1 x 1 | 5 | 50% | 1.0 (a chip) |" in shown
-    assert "Tunix was not compared: tunix not installed." in shown
+    assert "PEFT was not compared: it is for GPUs." in shown
     assert str(tmp_path) not in shown

@@ -101,28 +101,13 @@ def test_seconds_until_a_moment_count_from_the_start_of_the_process(common):
     assert 0.2 < measured.record["seconds_until_done"] < measured.seconds - 0.29
 
 
-def test_batches_come_back_in_order(common, tmp_path):
-    batches = [{"tokens": np.full((1, 2), i), "mask": np.ones(i + 1, bool)} for i in range(12)]
-    common.save_batches(tmp_path / "b.npz", batches)
-    found = common.load_batches(tmp_path / "b.npz")
-    assert [int(batch["tokens"][0, 0]) for batch in found] == list(range(12))
-    assert found[3]["mask"].shape == (4,)
+def test_new_figures_are_written_to_a_folder_that_git_ignores(common):
+    assert common.RESULTS.parent == common.OWN
+    root = common.PUBLISHED.parents[1]
+    assert f"{common.OWN.relative_to(root)}/" in (root / ".gitignore").read_text().split()
 
 
-def test_a_part_s_figures_lie_beside_the_committed_ones(common):
-    assert common.RESULTS.parent in (common.OWN, common.QUICK)
-    ignored = (common.PUBLISHED.parents[1] / ".gitignore").read_text().split()
-    for folder in (common.OWN, common.QUICK):
-        assert f"{folder.relative_to(common.PUBLISHED.parents[1])}/" in ignored
-
-
-def test_a_peer_s_fastest_setting_is_looked_up_here_and_then_among_the_committed(
-    common, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(common, "PUBLISHED", tmp_path / "published")
-    here, there = tmp_path / "own" / "abacus", tmp_path / "published" / "abacus"
-    assert common.fastest("part", "case", "none", here) == "none"
-    common.save("part_search", "case", {"speeds": {"slow": [1.0], "fast": [2.0]}}, there)
-    assert common.fastest("part", "case", "none", here) == "fast"
-    common.save("part_search", "case", {"speeds": {"slow": [3.0], "fast": [2.0]}}, here)
-    assert common.fastest("part", "case", "none", here) == "slow"
+def test_a_comparison_shows_medians_and_their_ratio(common):
+    cells = common.compared("memory", [2.0, 1.0, 6.0], [4.0], unit="MB")
+    assert cells == ("memory", "2 MB (1 to 6)", "4 MB", "0.500")
+    assert common.markdown(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"

@@ -7,7 +7,6 @@ import errno
 import importlib.metadata
 import json
 import logging
-import pydoc
 import re
 import subprocess
 import sys
@@ -120,41 +119,6 @@ def test_every_flag_of_a_verb_has_help(capsys, monkeypatch, verb):
         assert re.fullmatch(HELP, shown.get(f"--{name}", shown.get(name.upper(), several))), name
 
 
-def test_groups_are_described_by_their_own_docstring(capsys, monkeypatch):
-    text = help_of(capsys, monkeypatch, "train")
-    for field in dataclasses.fields(RunConfig):
-        if dataclasses.is_dataclass(field.default_factory):
-            summary = field.default_factory.__doc__.partition("Attributes:")[0]
-            assert " ".join(summary.split()) in " ".join(text.replace("│", " ").split())
-
-
-def described(text):
-    """Title and description of every group of flags that has one; boxes only where the output has them."""
-    lines = [line.strip("│╭╮╰╯─ -") for line in text.splitlines()]
-    found = {}
-    for at, line in enumerate(lines):
-        if line.endswith(" options") and line != "options":
-            said = [one for one in lines[at + 1 :] if one]
-            end = next(
-                i for i, one in enumerate(said) if one.startswith(line.removesuffix(" options") + ".")
-            )
-            found[line.removesuffix(" options")] = " ".join(said[:end])
-    return found
-
-
-@pytest.mark.parametrize("verb", ["eval", "generate"])
-def test_no_group_has_the_text_of_another_flag(capsys, monkeypatch, verb):
-    found = described(help_of(capsys, monkeypatch, verb))
-    assert found == {"mesh": "Devices along each axis of the mesh; -1 or 0 takes whatever is left."}
-
-
-@pytest.mark.parametrize("verb", KINDS)
-def test_every_flag_has_a_text_of_its_own(verb):
-    texts = [flag.text for flag in usage.flags(KINDS[verb])]
-    assert len(set(texts)) == len(texts)
-    assert all(len(text) > 10 for text in texts)
-
-
 def test_the_short_help_shows_what_most_need_and_where_the_rest_is(capsys, monkeypatch):
     text = help_of(capsys, monkeypatch, "train", flag="--help")
     whole = help_of(capsys, monkeypatch, "train")
@@ -170,12 +134,6 @@ def test_the_short_help_shows_what_most_need_and_where_the_rest_is(capsys, monke
     assert "use only files that you trust." in " ".join(text.split())
     for group in ("lora", "optimizer", "data", "mesh", "train", "compute", "debug"):
         assert re.search(rf"^  --{group}\.\* +[A-Z]", text, flags=re.MULTILINE)
-
-
-def test_help_says_that_python_files_are_executed(capsys, monkeypatch):
-    for flag in ("--help", "--help-all"):
-        said = " ".join(help_of(capsys, monkeypatch, "train", flag=flag).replace("│", " ").split())
-        assert "which is executed: use only files that you trust" in said
 
 
 def test_the_version_is_the_distributions(capsys):
@@ -358,6 +316,11 @@ ZERO |= {
     "--images",
     "--preference.label-smoothing",
     "--added-tokens",
+    "--rl.beta",
+    "--rl.clip-low",
+    "--rl.clip-high",
+    "--rl.resample",
+    "--rl.reward-seconds",
 }
 ALLOWED = {"0": ZERO, "-1": {"--mesh.data", "--mesh.fsdp", "--mesh.context", "--mesh.tensor"}}
 ALLOWED["-1"].add("--train.eval-every")
@@ -529,12 +492,6 @@ def test_the_configs_of_the_repository_are_valid_and_say_their_command(path):
     assert "Cost" in text.split('"""')[1]
 
 
-def test_there_are_configs():
-    assert {"socialiqa_smollm2", "commonsense_smollm2", "lora_baseline", "nalora", "jsonl_chat"} <= {
-        path.stem for path in CONFIGS
-    }
-
-
 def test_the_main_job_is_the_defaults():
     config = cli.load_config(ROOT / "configs" / "socialiqa_smollm2.py")
     assert config.data.max_length == lengths.SHORTEST  # which rows of short questions come to
@@ -549,24 +506,6 @@ def test_ranks_by_other_names_suggest_rules(flag):
         command.parse(["train", flag, "16"])
     _, args = command.parse(["train", "--lora.rules", "ffn:16:32"])  # the example
     assert args.run.lora.rules == (LoRARule("ffn", 16, 32.0),)
-
-
-@pytest.mark.parametrize("columns", [50, 80, 200])
-def test_help_fits_the_terminal(capsys, monkeypatch, columns):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    for argv in (["--help"], ["train", "--help"]):
-        with pytest.raises(SystemExit):
-            command.parse(argv)
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.count(" ") > 8]
-        assert 40 < max(map(len, lines)) <= max(min(columns, 100), 68)
-
-
-def test_python_s_help_explains_every_setting():
-    assert "rank: Rank r of the adapter" in pydoc.render_doc(LoRARule)
-    text = " ".join(pydoc.render_doc(RunConfig).split())
-    for flag in usage.flags(cli.TrainArgs):
-        if flag.owner is RunConfig:
-            assert f"{flag.field.name}: {flag.text}"[:60] in text.replace("| ", "")
 
 
 # ---------------------------------------------------------------- how a command ends
@@ -603,11 +542,6 @@ def test_an_interrupt_is_status_130(monkeypatch, capsys):
 def test_what_the_machine_refuses_is_one_line(capsys):
     assert guarded(raising(OSError(errno.ENOSPC, "No space left on device", "runs/a"))) == 2
     assert capsys.readouterr().err == "error: runs/a: No space left on device\n"
-
-
-def test_a_path_that_cannot_be_is_one_line(capsys):
-    assert guarded(raising(OSError(errno.ENAMETOOLONG, "File name too long", "a" * 9))) == 2
-    assert capsys.readouterr().err == "error: aaaaaaaaa: File name too long\n"
 
 
 def test_lines_are_json_where_that_is_asked_for(monkeypatch, capsys, tmp_path):
@@ -663,13 +597,3 @@ def test_train_py_takes_the_same_flags():
     assert done.returncode == 2
     assert done.stderr == "error: --mechanisms hard:keep=x: expected keep of type float, found 'x'\n"
     assert "Traceback" not in done.stderr
-
-
-def test_settings_out_of_range_end_the_run_before_anything_is_written(tmp_path):
-    argv = ["-m", "nalora_jax", "train", "--mechanisms", "hard:keep=0", "--output", str(tmp_path / "run")]
-    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert (done.returncode, done.stderr) == (
-        2,
-        "error: mechanism hard: keep: expected a share in (0, 1], found 0.0\n",
-    )
-    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.common.digests import DIGESTS, file_digest, find_damage, write_digests
-from nalora_jax.common.files import expand_user, naming, open_unlinked, refuse_link_out, write_atomically
+from nalora_jax.common.files import expand_user, open_unlinked, refuse_link_out, write_atomically
 from nalora_jax.common.locks import RunLock
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.records import CLAIMS, Records, write_snapshot
@@ -86,10 +85,6 @@ def planted(tmp_path: Path) -> Path:
 
 def acquire(folder: Path) -> None:
     RunLock(folder / "run.lock")
-
-
-def append_metrics(folder: Path) -> None:
-    MetricsLog(folder, resume=0).close()
 
 
 def append_record(folder: Path) -> None:
@@ -185,15 +180,6 @@ def test_a_folder_of_a_study_that_is_a_link_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NaloraError, match="found a symbolic link"), Records(tmp_path).claim("x"):
         pass
     assert not any((tmp_path / "elsewhere").iterdir())
-
-
-def test_a_full_disk_is_reported_with_the_file() -> None:
-    with pytest.raises(OSError, match="a/file") as caught, naming("a/file"):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert caught.value.filename == "a/file"
-    with pytest.raises(OSError, match="another") as caught, naming("a/file"):
-        raise OSError(errno.ENOSPC, "No space left on device", "another")
-    assert caught.value.filename == "another"
 
 
 def test_a_home_folder_of_nobody_stays_as_it_is_written() -> None:

@@ -12,7 +12,6 @@ from nalora_jax.common.imports import import_file
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import rules
 from nalora_jax.study.protocol import read_protocol
-from nalora_jax.train import mechanisms
 
 pytestmark = pytest.mark.usefixtures("registries")
 
@@ -58,7 +57,7 @@ def test_a_file_is_executed_once_and_recorded_with_its_digest(tmp_path):
     first = import_file(str(path))
     assert import_file(f"{path}@{first.digest[:12]}") is first
     assert str(first) == f"{path}@{first.digest[:12]}"
-    assert mechanisms.make("plain_of_file:share=0.25").share == 0.25
+    assert rules.make("plain_of_file:share=0.25").share == 0.25
     assert not (tmp_path / "__pycache__").exists()
 
 
@@ -119,12 +118,12 @@ def test_an_unknown_rule_names_the_imported_files(tmp_path):
     with pytest.raises(
         NaloraError, match=r"--import FILE registers a mechanism of your own \(imported: none\)"
     ):
-        mechanisms.make("absent")
+        rules.make("absent")
     import_file(str(path))
     with pytest.raises(
         NaloraError, match=r"--mechanisms: .*'absent'; .*\(imported: .*mine.py@[0-9a-f]{12}\)"
     ):
-        mechanisms.make("absent")
+        rules.make("absent")
 
 
 def test_settings_files_and_recorded_runs_execute_no_files(tmp_path, monkeypatch):
@@ -146,4 +145,4 @@ def test_a_protocol_imports_files_next_to_it(tmp_path):
     protocol = read_protocol(tmp_path)
     assert [file.path for file in imports.imported()] == ["rules/mine.py"]
     config = protocol.config("m", "t", "mine", 1e-3, 1)
-    assert mechanisms.make(config.mechanisms[0]).name == "plain_of_study"
+    assert rules.make(config.mechanisms[0]).name == "plain_of_study"

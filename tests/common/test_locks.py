@@ -42,6 +42,22 @@ def test_a_file_system_without_locks_does_not_stop_the_work(
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_lock_that_another_host_gives_up_is_taken_and_its_file_is_the_one_that_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.lock"
+    path.write_text('{"host": "elsewhere", "pid": 1}')
+    monkeypatch.setattr(
+        "time.sleep", lambda seconds: path.unlink(missing_ok=True)
+    )  # while this process waits
+    lock = RunLock(path)
+    assert f'"pid": {os.getpid()}' in path.read_text()
+    with pytest.raises(NaloraError, match=f"found process {os.getpid()} on "):
+        RunLock(path)
+    lock.release()
+    assert not path.exists()
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -50,7 +50,7 @@ def rendered(draw) -> Rendered:
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(rendered(), min_size=1, max_size=3))
 def test_division_at_seams_keeps_every_token_and_boundary(name, texts):
     tokenizer = TRAINED[name]

@@ -50,20 +50,6 @@ def test_bad_utf8_is_named(tmp_path):
         JsonLines(tmp_path / "x.jsonl")[0]
 
 
-@pytest.mark.parametrize("text", ["", "\n \n\n"])
-def test_empty_file(tmp_path, text):
-    (tmp_path / "x.jsonl").write_text(text)
-    with pytest.raises(NaloraError, match=r"x.jsonl: expected at least one JSON line, found an empty file"):
-        open_source(DataConfig(dataset=str(tmp_path / "x.jsonl")), "train")
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(
-        NaloraError, match=r"no.jsonl: expected a readable file of JSON lines, found No such file"
-    ):
-        open_source(DataConfig(dataset=str(tmp_path / "no.jsonl")), "train")
-
-
 def test_unknown_name_lists_the_tasks():
     with pytest.raises(
         NaloraError, match=r"--data.dataset: expected a task.*found 'socialqa'; .*socialiqa_mc"

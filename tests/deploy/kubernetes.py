@@ -1,20 +1,15 @@
-"""Stands in for kubectl and for the controllers of Jobs and JobSets: pods are sandboxes.
+"""What the API of Kubernetes accepts, and what the controllers of Jobs and JobSets do with exit statuses.
 
 `violations` states what the custom resource definition and the webhook of JobSet accept (kubernetes-sigs/jobset at
 08dfbdf: config/components/crd, pkg/webhooks/jobset_webhook.go), and what the Job API requires of podFailurePolicy.
-`run` does what the controllers do when pods end (pkg/controllers/failure_policy.go).
+`run` does what the controllers do when a pod ends (pkg/controllers/failure_policy.go).
 """
 
 from __future__ import annotations
 
 import re
-import signal
-import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
-
-from tests.deploy.sandbox import send
 
 REASONS = {
     "BackoffLimitExceeded",
@@ -105,55 +100,26 @@ def job_violations(name: str, replicated: dict[str, Any]) -> Iterator[str]:
             yield f"podFailurePolicy: no container {codes['containerName']}"
 
 
-def run(
-    resource: dict[str, Any], start: Callable[[int, int, list[str]], subprocess.Popen]
-) -> tuple[str, int]:
-    """Runs a JobSet to its end.
+def run(resource: dict[str, Any], statuses: Sequence[int]) -> tuple[str, int]:
+    """Returns the outcome of a JobSet of one pod ("Completed" or "Failed"), and the number of restarts.
 
     Args:
       resource: the JobSet.
-      start: starts a pod, given the index of its job, its index in the job and the container's arguments.
-
-    Returns:
-      ``"Completed"`` or ``"Failed"``, and the number of restarts.
+      statuses: the exit status of the pod at each start.
     """
-    policy, restarts = resource["spec"]["failurePolicy"], 0
-    while True:
-        reason = attempt(resource["spec"]["replicatedJobs"], start)
-        if reason is None:
+    policy = resource["spec"]["failurePolicy"]
+    spec = resource["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert spec["backoffLimit"] == 0
+    for restarts, status in enumerate(statuses):
+        if status == 0:
             return "Completed", restarts
-        actions = [
-            rule["action"] for rule in policy.get("rules", []) if reason in rule["onJobFailureReasons"]
-        ]
-        action = actions[0] if actions else "RestartJobSet"
+        reason = reason_of(spec, status)
+        rules = [rule for rule in policy.get("rules", []) if reason in rule["onJobFailureReasons"]]
+        action = rules[0]["action"] if rules else "RestartJobSet"
         assert action in ("FailJobSet", "RestartJobSet")
         if action == "FailJobSet" or restarts == policy["maxRestarts"]:
             return "Failed", restarts
-        restarts += 1
-
-
-def attempt(
-    jobs: list[dict[str, Any]], start: Callable[[int, int, list[str]], subprocess.Popen]
-) -> str | None:
-    """Runs all pods once; returns the reason of the first job that fails, None if all complete."""
-    pods: dict[subprocess.Popen, dict[str, Any]] = {}
-    for replicated in jobs:
-        spec = replicated["template"]["spec"]
-        assert spec["backoffLimit"] == 0
-        (container,) = spec["template"]["spec"]["containers"]
-        for job in range(replicated["replicas"]):
-            for index in range(spec["completions"]):
-                pods[start(job, index, container["args"])] = spec
-    reason = None
-    while pods:
-        time.sleep(0.01)
-        for pod in [pod for pod in pods if pod.poll() is not None]:
-            spec = pods.pop(pod)
-            if pod.returncode and reason is None:
-                reason = reason_of(spec, pod.returncode)
-                for other in pods:  # a failed job's pods are terminated
-                    send(other, signal.SIGTERM)
-    return reason
+    raise AssertionError("expected more statuses")
 
 
 def reason_of(spec: dict[str, Any], status: int) -> str:

@@ -99,16 +99,6 @@ class Machine:
         return ["bwrap", *binds, "/usr/bin/env", "-i", "-C", HOME, *assigned, *words]
 
 
-def send(process: subprocess.Popen, number: int) -> None:
-    """Sends a signal to the program that runs on a machine: bubblewrap, which waits for it, passes none on."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    pids = [process.pid]
-    if has_bubblewrap():
-        pids = [int(pid) for pid in children.read_text().split()] if children.exists() else []
-    for pid in pids:
-        os.kill(pid, number)
-
-
 def make_commands(folder: Path, **stand_ins: str) -> Path:
     """Fills ``folder`` with the image's commands and with ``stand_ins``: modules of tests/deploy by command name."""
     folder.mkdir(parents=True)

@@ -19,7 +19,7 @@ def rows() -> dict[str, list[str]]:
 
 
 def test_a_machine_is_marked_as_run_if_it_has_results() -> None:
-    folders = {path.name for path in RESULTS.iterdir() if path.is_dir()}
+    folders = {path.name for path in RESULTS.iterdir() if path.is_dir()} - {"own"}  # new measurements
     assert {name for name, cells in rows().items() if cells[0].startswith("yes")} == folders
 
 

@@ -13,7 +13,7 @@ import yaml
 from nalora_jax.cli.command import parse
 from nalora_jax.config import check
 from nalora_jax.layout.machines import topology
-from tests.deploy import kubernetes, sandbox, slurm
+from tests.deploy import kubernetes, sandbox
 
 PAGE = sandbox.ROOT / "docs" / "tpu_from_zero.md"
 README = sandbox.ROOT / "README.md"
@@ -84,8 +84,9 @@ def check_call(call: list[str]) -> None:
     if name == "nalora":
         parse(words)
     elif name == "sbatch":
-        _, (script, *flags) = slurm.options_of(words)
-        assert script == "deploy/slurm.sbatch"
+        place = words.index("deploy/slurm.sbatch")
+        assert set(words[:place:2]) <= {"--nodes", "--ntasks-per-node", "--gpus-per-node"}
+        flags = words[place + 1 :]
         check_train(["train", "--resume", "auto", *flags])
     elif name == "docker" and words[0] == "run":
         check_train(words[words.index("train") :])

@@ -54,10 +54,17 @@ def test_a_usage_error_fails_the_job_and_a_lost_pod_is_replaced(job: dict[str, A
     assert kubernetes.reason_of(spec, 143) == "BackoffLimitExceeded"
 
 
-def test_each_task_of_the_array_runs_the_study_on_one_node() -> None:
-    text = (ROOT / "deploy" / "study.sbatch").read_text()
+@pytest.mark.parametrize("name", ["study.sbatch", "slurm.sbatch"])
+def test_a_job_is_requeued_and_each_of_its_tasks_has_one_gpu_or_the_node(name: str) -> None:
+    text = (ROOT / "deploy" / name).read_text()
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", text, re.MULTILINE))
-    assert (options["nodes"], options["ntasks-per-node"]) == ("1", "1")
-    assert {"array", "requeue"} <= options.keys()
+    assert "requeue" in options
     assert options["signal"].startswith("TERM@")  # the time limit, too, ends with status 143
-    assert '"$nalora" study run "$@"' in text
+    if name == "slurm.sbatch":
+        assert (
+            options["ntasks-per-node"] == options["gpus-per-node"]
+        )  # JAX gives task i of a node its GPU i
+    else:
+        assert (options["nodes"], options["ntasks-per-node"]) == ("1", "1")
+        assert "array" in options
+        assert '"$nalora" study run "$@"' in text

@@ -30,10 +30,3 @@ def test_devices_have_the_attributes_of_their_platform_and_no_others(name):
         assert hasattr(device, "partition_index") == (device.platform == "gpu" and "old client" not in name)
         assert (device.local_hardware_id is None) == (device.process_index > 0)
     assert not hasattr(jax.devices("cpu")[0], "slice_index")
-
-
-def test_memory_is_known_of_local_devices_alone():
-    first, *_, last = machine("v5litepod-16")
-    assert first.memory_stats()["bytes_limit"] > 15 * 2**30
-    with pytest.raises(RuntimeError, match="addressable"):
-        last.memory_stats()

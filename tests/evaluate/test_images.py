@@ -69,8 +69,8 @@ def test_recall_is_of_the_own_caption_both_ways(scene) -> None:
     for way, matrix in (("image_to_text", cosines), ("text_to_image", cosines.T)):
         ahead = matrix - np.diagonal(matrix)[:, None]
         for count in (1, 5):
-            # Captions that repeat tie, in an order that the rounding of each program decides.
-            least, most = (((ahead > t) & others).sum(axis=1) < count for t in (-1e-6, 1e-6))
+            # Captions that repeat tie, and others nearly: the rounding of each program decides their order.
+            least, most = (((ahead > t) & others).sum(axis=1) < count for t in (-1e-4, 1e-4))
             assert least.mean() - 1e-6 <= found[f"{way}_recall_{count}"] <= most.mean() + 1e-6
     np.testing.assert_allclose(
         found["recall"], (found["image_to_text_recall_1"] + found["text_to_image_recall_1"]) / 2

@@ -13,14 +13,14 @@ from nalora_jax.evaluate.needle import (
     exact_match,
     last_number,
     matches,
+    needle_answers,
     needle_items,
-    needle_records,
     needle_summary,
     plain_text,
 )
 from nalora_jax.evaluate.statistics import wilson
 from nalora_jax.report.sections import needle_cells
-from nalora_jax.report.tables import aligned
+from nalora_jax.report.tables import text_table
 from tests.data.test_needle import HAYSTACK
 
 LENGTHS = (520, 800)
@@ -60,12 +60,12 @@ def test_prompts_have_the_length_in_tokens(questions, tokenizer):
 
 
 def test_accuracy_by_length_and_depth(questions, tokenizer):
-    records = needle_records(Deep(tokenizer, questions, 2), questions)
+    records = needle_answers(Deep(tokenizer, questions, 2), questions)
     grid = needle_summary(records)
     assert [row["cells"] for row in grid["rows"]] == [[0, 0, 1, 1, 1]] * 2
     assert (grid["accuracy"], grid["n"], grid["depths"]) == (0.6, 20, [0, 25, 50, 75, 100])
     assert (grid["low"], grid["high"]) == wilson(12, 20)
-    assert aligned(*needle_cells(grid)).splitlines() == [
+    assert text_table(*needle_cells(grid)).splitlines() == [
         "tokens        0%    25%    50%    75%   100%    all",
         "520         0.00   0.00   1.00   1.00   1.00   0.60",
         "800         0.00   0.00   1.00   1.00   1.00   0.60",
@@ -73,7 +73,7 @@ def test_accuracy_by_length_and_depth(questions, tokenizer):
     assert [record["depth"] for record in records[:4]] == [0, 0, 25, 25]
     assert records[-1]["correct"] is True
     assert records[0]["answer"] == " 7654321."
-    better = compare_records(records, needle_records(Deep(tokenizer, questions, 0), questions))["accuracy"]
+    better = compare_records(records, needle_answers(Deep(tokenizer, questions, 0), questions))["accuracy"]
     assert (better["gained"], better["lost"], better["difference"]) == (8, 0, 0.4)
 
 
@@ -85,7 +85,7 @@ def test_lengths_fit_the_question_and_the_context(questions, tokenizer):
     with pytest.raises(
         NaloraError, match=r"--needle: expected lengths of at most 784 tokens, .*; a run with --model.rope"
     ):
-        needle_records(short, questions)
+        needle_answers(short, questions)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Every parser on damaged files, each in a process of its own that may hang or fill memory without harm.
 
-    python -m tests.fuzz --inputs 10000 --publish        # into docs/reliability.md; hours on two cores
+    python -m tests.fuzz --inputs 10000 --publish        # into docs/checkpoints.md; hours on two cores
     python -m tests.fuzz --inputs 300 --only GGUF JSONL
 
 Prints a table: parser, inputs, untyped errors, hangs (10 seconds of the processor, or a minute that passes, so
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ _PROCESSOR_SECONDS = 10.0
 _SECONDS = 60.0
 _START_SECONDS = 300.0
 _MAX_MB = 1000
-PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 BEGIN, END = "<!-- fuzz: python -m tests.fuzz --publish -->", "<!-- end of fuzz -->"
 
 
@@ -59,7 +60,7 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parsers that run at a time")
     parser.add_argument(
-        "--publish", action="store_true", help="put the table of all parsers into docs/reliability.md"
+        "--publish", action="store_true", help="put a summary of all parsers into docs/checkpoints.md"
     )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
@@ -89,13 +90,26 @@ def main() -> int:
             rows.append(f"| {' | '.join(map(str, cells))} |")
             print(rows[-1], flush=True)
     if args.publish:
-        write_between(PAGE, BEGIN, END, "\n" + "\n".join(rows) + "\n")
+        write_between(PAGE, BEGIN, END, summary(tallies))
     for name, tally in tallies.items():
         for error, count in tally.untyped.most_common(20):
             print(f"{name}: {count} x {error}", file=sys.stderr)
         for number in tally.hangs:
             print(f"{name}: input {number} of seed {args.seed} hangs", file=sys.stderr)
     return int(any(tally.failed for tally in tallies.values()))
+
+
+def summary(tallies: Mapping[str, Tally]) -> str:
+    """Returns the lines of the page: totals over all parsers, their names, and those that failed."""
+    inputs = sum(tally.inputs for tally in tallies.values())
+    untyped = sum(tally.untyped.total() for tally in tallies.values())
+    hangs = {name: len(tally.hangs) for name, tally in tallies.items() if tally.hangs}
+    listed = "; ".join(f"{count} of {name}" for name, count in hangs.items()) or "none"
+    return (
+        f"{inputs:,} inputs: {untyped} untyped errors; hangs: {listed}; "
+        f"at most {max(tally.memory_mb for tally in tallies.values())} MB.\n"
+        f"Parsers: {', '.join(tallies)}."
+    )
 
 
 def run(parser: Parser, seed: int, count: int) -> Tally:

@@ -10,6 +10,7 @@ import pytest
 
 from nalora_jax.cli.planning.program import architecture
 from nalora_jax.config import DataConfig, RunConfig, TrainConfig
+from nalora_jax.errors import NaloraError
 from nalora_jax.layout.decide import EXHAUSTED, MOST, Compiled, Search, decide
 from nalora_jax.layout.layouts import Layout, fitting, preferred
 from nalora_jax.layout.machines import topology
@@ -120,14 +121,14 @@ def test_internal_errors_for_all_layouts_are_raised():
 def test_at_most_four_layouts_are_compiled_and_the_refusal_names_them():
     candidates = [layout(14 - index, 1 + index, fsdp=1 << index) for index in range(4)] * 2
     search = Search(candidates, LIMIT)
-    taken, result = decide(search, lambda one: compiled(17 + one.fsdp, 1.0))
+    taken, result = decide(search, lambda one: compiled(17 + one.fsdp, 1.0), must_fit=False)
     assert len(search.tried) == MOST
     assert not result.fits
     assert taken is candidates[0]
     with pytest.raises(
-        Exception, match=r"fits in 16\.0 GB a chip, found .*18\.0 GB.*25\.0 GB.*; use more chips"
+        NaloraError, match=r"fits in 16\.0 GB a chip, found .*18\.0 GB.*25\.0 GB.*; use more chips"
     ):
-        raise search.refusal()
+        decide(search, without_routes)
 
 
 def test_estimates_rank_the_layouts():

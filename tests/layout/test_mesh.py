@@ -13,6 +13,7 @@ from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.method.transform import init_gate_state, make_mechanisms
+from tests.param_trees import bytes_per_device
 
 L, D, F, V, R = 3, 64, 128, 256, 8
 HEADS, KV, HEAD_DIM, EXPERTS = 8, 4, 16, 2
@@ -238,7 +239,7 @@ def test_bytes_per_device_show_shards_not_replicas(mesh):
     placed = jax.device_put(arrays, distributed.shardings(shapes, mesh, distributed.PARAM_RULES))
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     expected = (whole - replicated - bias) // (fsdp * tensor) + bias // tensor + replicated
-    assert distributed.bytes_per_device(placed) == dict.fromkeys(jax.devices(), expected)
+    assert bytes_per_device(placed) == dict.fromkeys(jax.devices(), expected)
     if fsdp * tensor == 8:
         assert expected < 0.2 * whole
 

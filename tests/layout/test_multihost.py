@@ -1,6 +1,12 @@
-"""Two real processes over loopback: what a pod does, at its smallest."""
+"""Two real processes over loopback with a shared folder and a bucket."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests import tiny
+from tests.emulator import emulator, variables
 
 WORKER = """
 import sys, time
@@ -9,7 +15,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, Mesh
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax import distributed
+from nalora_jax.layout import distributed
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.output import CHECKPOINTS, check_shared, open_output
 
@@ -58,6 +64,33 @@ try:
 except NaloraError as error:
     print("DONE", error)
 
+mesh = distributed.make_mesh(MeshConfig(data=1, fsdp=-1))  # each process holds a part of the state
+where = distributed.shardings(state, mesh, distributed.STATE_RULES)
+
+def times(factor):
+    values = lambda x, at: jax.make_array_from_callback(x.shape, at, lambda index: factor * x[index])
+    return jax.tree.map(values, state, where)
+
+with open_output("gs://bucket/run", resume=False) as output:
+    assert not output.resumes
+    with Checkpointer(output.checkpoints, fingerprint="f", config={}, keep=1) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, times(step), {"row": step})
+    if jax.process_index() == 0:
+        (output.folder / "adapter").mkdir()
+        (output.folder / "adapter" / "weights").write_text("trained")
+    output.share("adapter")
+    assert (output.folder / "adapter" / "weights").read_text() == "trained"
+with open_output("gs://bucket/run", resume="auto") as output:
+    assert output.resumes
+    assert (output.folder / "adapter" / "weights").read_text() == "trained"
+    with Checkpointer(output.checkpoints, fingerprint="f", config={}) as checkpoints:
+        restored, position = checkpoints.restore("latest", times(1))
+assert position == {"row": 2}
+for before, after in zip(jax.tree.leaves(times(2)), jax.tree.leaves(restored)):
+    for one, other in zip(before.addressable_shards, after.addressable_shards):
+        np.testing.assert_array_equal(one.data, other.data)
+
 for name in ("shared", f"own-{jax.process_index()}"):
     folder = Path(sys.argv[1]).parent / name
     folder.mkdir(exist_ok=True)
@@ -69,14 +102,22 @@ for name in ("shared", f"own-{jax.process_index()}"):
 """
 
 
-def test_two_processes_share_a_batch_a_checkpoint_and_a_verdict_on_folders(tmp_path, two_processes):
-    finished = two_processes(["-c", WORKER, str(tmp_path / "run")], devices=2)
+def test_two_processes_share_a_batch_checkpoints_a_bucket_and_a_verdict_on_folders(
+    tmp_path: Path, two_processes: Any
+) -> None:
+    with emulator(tmp_path / "objects") as (held, address):
+        cache = tiny.new_cache(tmp_path / "cache")
+        command = ["-c", WORKER, str(tmp_path / "run")]
+        finished = two_processes(command, devices=2, NALORA_CACHE=cache, **variables(address))
     for (status, out, error), said in zip(finished, ("--output", "process 0"), strict=True):
         assert status == 0, error
         assert f"DONE {said}" in out
         assert "shared seen []" in out
-        assert (
-            "a folder that all 2 processes share, found one that process 1 does not see; name a folder on"
-            in out
-        )
+        assert "that all 2 processes share, found one that process 1 does not see; name a folder on" in out
         assert out.rstrip().endswith("[]")
+    names = {name.removeprefix("run/") for name in held.objects["bucket"]}
+    assert {"adapter/weights", "checkpoints/2/commit_success.txt"} <= names
+    assert "checkpoints/2/state/digests.json" in names
+    assert {f"checkpoints/2/state/ocdbt.process_{i}/manifest.ocdbt" for i in (0, 1)} <= names
+    # One checkpoint is kept, and no lock or mark is left.
+    assert not [name for name in names if name.startswith(("checkpoints/1/", ".", "remote.lock"))]

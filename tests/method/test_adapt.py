@@ -24,6 +24,10 @@ from nalora_jax.method.transform import gate_state, make_mechanisms
 
 PAGE = (Path(__file__).parents[2] / "docs" / "own_models.md").read_text(encoding="utf-8")
 PROGRAMS = dict(re.findall(r"```python title=\"(\w+)\.py\"\n(.*?)```", PAGE, re.DOTALL))
+# The page shows the optimizer and the training step once, in the Linen program.
+_STEP = re.search(r"^optimizer = .*?(?=^merged)", PROGRAMS["own_linen"], re.MULTILINE | re.DOTALL)
+assert _STEP is not None
+PROGRAMS["own_block"] += _STEP[0]
 RULES = sorted(MECHANISMS.names(), key=lambda name: (name != "curvature_cap", name))
 D, F = 8, 12
 

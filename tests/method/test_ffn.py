@@ -12,10 +12,8 @@ import pytest
 from scipy import special
 
 from nalora_jax.method import activations, ffn, low_rank
-from nalora_jax.method import checks as gate_checks
-from nalora_jax.method.checks import GateChecks
 from nalora_jax.method.ffn import Adapters, GatedFFN, SelfGatedFFN, gated_product
-from nalora_jax.method.measurement import GateStatsConfig
+from nalora_jax.method.measurement import CHECKS, GateChecks, GateStatsConfig
 from nalora_jax.models.moe import MoEFFN
 from nalora_jax.models.tail import FactoredFFN
 from nalora_jax.ops.dispatch import Numerics
@@ -235,7 +233,7 @@ FAULTS = {
 
 def _worst_check(block: Any, variables: dict, x: jax.Array) -> float:
     _, stats = observed(block, variables, x, SCALES)
-    return float(np.max([stats[name] for name in gate_checks.NAMES]))
+    return float(np.max([stats[name] for name in CHECKS]))
 
 
 @pytest.mark.parametrize("kind", [GatedFFN, SelfGatedFFN])

@@ -15,7 +15,7 @@ from scipy import special
 
 from nalora_jax.method import activations, statistics
 from nalora_jax.ops import reductions
-from nalora_jax.train.gate_metrics import layer_means
+from nalora_jax.train.mechanisms import layer_means
 
 NAMES = ("silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "relu", "relu2", "identity")
 SILU, PARTITION = activations.get("silu"), activations.partition("silu")
@@ -60,20 +60,28 @@ def test_decomposition_agrees_with_float64():
     np.testing.assert_allclose(moved, expected, rtol=1e-4, atol=1e-6)
 
 
+def misalignment(z, dz, weights, activation):
+    return statistics.ratio("misalignment", statistics.probe_statistics(z, dz, weights, activation))
+
+
+def limit_of(z, dz, weights, activation):
+    return statistics.ratio("limit", statistics.probe_statistics(z, dz, weights, activation))
+
+
 def test_misalignment_of_a_normal_gate():
     # Design: 0.275 in the limit, 0.297 at dz of deviation 0.3, for SiLU with z ~ N(0, 1) and an independent dz.
     z, dz = normal(4, 400_000, 1), normal(5, 400_000, 1, scale=0.3)
     weights = jnp.ones(400_000, bool)
-    assert float(statistics.misalignment(z, dz, weights, SILU)[0]) == pytest.approx(0.297, abs=0.002)
-    assert float(statistics.misalignment_limit(z, dz, weights, SILU)[0]) == pytest.approx(0.275, abs=0.002)
+    assert float(misalignment(z, dz, weights, SILU)[0]) == pytest.approx(0.297, abs=0.002)
+    assert float(limit_of(z, dz, weights, SILU)[0]) == pytest.approx(0.275, abs=0.002)
 
 
 def test_misalignment_tends_to_its_limit():
     z, weights = normal(6, 2000, 3), jnp.ones(2000)
     direction = normal(7, 2000, 3)
-    limit = statistics.misalignment_limit(z, direction, weights, SILU)
+    limit = limit_of(z, direction, weights, SILU)
     gaps = [
-        float(jnp.abs(statistics.misalignment(z, size * direction, weights, SILU) - limit).max())
+        float(jnp.abs(misalignment(z, size * direction, weights, SILU) - limit).max())
         for size in (1.0, 0.1, 0.01)
     ]
     assert gaps[0] > 10 * gaps[1] > 10 * gaps[2]
@@ -83,10 +91,10 @@ def test_misalignment_tends_to_its_limit():
 @pytest.mark.parametrize("name", ["relu", "identity", "silu"])
 def test_nothing_moves_nothing_misaligned(name):
     z = jnp.abs(normal(8, 20, 4))
-    zero = statistics.misalignment(z, jnp.zeros_like(z), jnp.ones(20), activations.get(name))
+    zero = misalignment(z, jnp.zeros_like(z), jnp.ones(20), activations.get(name))
     np.testing.assert_array_equal(zero, jnp.zeros(4))
     # ReLU above 0 and the identity select nothing anew.
-    moved = statistics.misalignment(z, z, jnp.ones(20), activations.get(name))
+    moved = misalignment(z, z, jnp.ones(20), activations.get(name))
     assert (moved == 0).all() == (name != "silu")
 
 

@@ -20,11 +20,13 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import nalora_jax
 from nalora_jax.common.trees import flatten, unflatten
-from nalora_jax.models.cache import init_cache
+from nalora_jax.models import families
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.models.stacks import depths, param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.weights.keymaps import keymap_for
@@ -246,6 +248,57 @@ CASES = (
         },
     ),
     Case(
+        "olmoe",
+        "8 experts, top-3, not normalised, qk-norm over projections, biases",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": False,
+            "attention_bias": True,
+            "intermediate_size": 24,
+        },
+    ),
+    Case(
+        "exaone4",
+        "post-norms only, qk-norm, windows with llama3 RoPE, no RoPE in full layers, tied",
+        {
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "sliding_window_pattern": 3,
+            "rope_parameters": LLAMA3,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Case(
+        "exaone4",
+        "no windows, RoPE in all layers",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 4},
+    ),
+    Case(
+        "hunyuan_v1_dense",
+        "qk-norm after RoPE, dynamic RoPE with a fixed alpha, biases",
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e3, "alpha": 50.0, "factor": 1.0},
+        },
+    ),
+    Case(
+        "seed_oss",
+        "biases of queries, keys and values, of outputs and of the FFN, YaRN",
+        {
+            "head_dim": 16,
+            "attention_out_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": YARN,
+        },
+    ),
+    Case(
+        "ernie4_5",
+        "RoPE of adjacent dimensions, biases, untied",
+        {"head_dim": 16, "use_bias": True, "tie_word_embeddings": False, "rope_parameters": YARN},
+    ),
+    Case(
         "ministral3",
         "YaRN with mscale, query scale by position, sliding window, MHA",
         {
@@ -345,6 +398,23 @@ CASES = (
             "norm_eps": 1e-3,
             "block_multiple_of": 20,
             "block_ffn_dim_multiplier": 1.3,
+        },
+    ),
+    Case(
+        "lfm2_moe",
+        "gated short convolutions of width 4 and attention, two dense layers, top-3 of 8 experts, scores corrected, "
+        "scaled, qk-norm, untied",
+        {
+            "num_hidden_layers": 5,
+            "layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"],
+            "conv_L_cache": 4,
+            "norm_eps": 1e-3,
+            "num_dense_layers": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "routed_scaling_factor": 1.5,
+            "tie_word_embeddings": False,
         },
     ),
     Case(
@@ -496,7 +566,7 @@ def build(case: Case) -> Pair:
             centre = float(of_scale and not offset)
             parameter.copy_(torch.randn_like(parameter) * spread + centre)
         for name, buffer in theirs.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.copy_(torch.randn_like(buffer) * 0.1)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
@@ -513,7 +583,7 @@ def random_tokens(rows: int, length: int) -> np.ndarray:
 
 def reset_rope(pair: Pair) -> None:
     """Dynamic RoPE in transformers remembers the longest sequence that it has seen: each comparison starts afresh."""
-    rope = pair.theirs.model.rotary_emb
+    rope = getattr(pair.theirs.model, "rotary_emb", None)
     if getattr(rope, "rope_type", None) == "dynamic":
         rope.inv_freq, rope.max_seq_len_cached = rope.original_inv_freq, rope.original_max_seq_len
 
@@ -710,6 +780,20 @@ GREEDY = tuple({case.family: case for case in reversed(CASES)}.values()) + tuple
 )
 
 
+# The gradients of one family for each kind of layer; those of Gemma 4 are in test_gemma4.py.
+KINDS = (
+    "llama",
+    "gemma2",
+    "gpt_oss",
+    "mixtral",
+    "glm4_moe",
+    "qwen2_moe",
+    "qwen3_next",
+    "lfm2",
+    "gemma4_text",
+)
+
+
 def by_name(case: Case) -> str:
     return f"{case.family}: {case.features}"
 
@@ -746,19 +830,46 @@ class TestFamily:
 
 @pytest.mark.parametrize("case", GREEDY, ids=by_name)
 def test_greedy_continuation_with_cache_is_identical(case):
-    assert measure_greedy(case) == 64
+    assert measure_greedy(case, 32) == 32
 
 
-@pytest.mark.parametrize("case", GREEDY, ids=by_name)
+@pytest.mark.parametrize("case", [case for case in GREEDY if case.family in KINDS], ids=by_name)
 def test_adapters_get_the_gradients_of_transformers(case):
     error, rounding = measure_gradients(case)
     assert error <= max(1e-4, 4 * rounding)
 
 
 def test_every_family_has_a_case():
-    from nalora_jax.models.families import supported
+    assert {case.family for case in CASES} == set(families.supported())
 
-    assert {case.family for case in CASES} == set(supported())
+
+# Default of `register_family`, llama.cpp's architecture of Mistral and Mixtral, PEFT's "all-linear", and the text
+# models of LLaVA 1.5 and of Gemma 3 with images.
+ELSEWHERE = {
+    "llama": {"models/families/__init__.py", "models/families/mistral.py", "weights/peft_settings.py"}
+    | {"models/vision/sight.py"},
+    "gemma3_text": {"models/vision/sight.py"},
+}
+
+
+@pytest.mark.parametrize("family", families.BUILT_IN)
+def test_a_family_is_named_in_its_record_alone(family):
+    package = Path(nalora_jax.__file__).parent
+    (group,) = (group for group in families._GROUPS if families.BUILT_IN[family] in group.FAMILIES)
+    named = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if f'"{family}"' in path.read_text(encoding="utf-8")
+    }
+    named -= {"weights/gguf_tokenizer.py"}  # llama.cpp's names of pre-tokenizers
+    assert named - ELSEWHERE.get(family, set()) == {Path(group.__file__).relative_to(package).as_posix()}
+
+
+@pytest.mark.parametrize("family", families.BUILT_IN.values(), ids=lambda family: family.name)
+def test_a_class_is_the_one_of_transformers_and_in_the_documentation(family):
+    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.name] == family.class_name
+    page = Path(__file__).parents[2] / "docs" / "parity.md"
+    assert f"| {family.name} | {family.class_name} |" in page.read_text(encoding="utf-8")
 
 
 NO_CAPS = Case(

@@ -9,9 +9,8 @@ import pytest
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.likelihood import score_groups
-from nalora_jax.models.cache import init_cache
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.models.stacks import layer_numbers, projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule

@@ -13,14 +13,11 @@ import pytest
 import torch
 
 from nalora_jax.method import activations, statistics
-from nalora_jax.method import checks as gate_checks
-from nalora_jax.method.checks import GateChecks
 from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.low_rank import low_rank
-from nalora_jax.method.measurement import GateStatsConfig, Probe, gate_statistics
-from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, grouped_residual
+from nalora_jax.method.measurement import CHECKS, GateChecks, GateStatsConfig, Probe, gate_statistics
 from nalora_jax.models.moe import MoEFFN
-from nalora_jax.models.router import RouterSpec, route
+from nalora_jax.models.routing import Groups, RouterSpec, frozen_grouped_matmul, grouped_residual, route
 from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.ops.matmul import matmul
 from tests.observed import observed
@@ -189,7 +186,7 @@ def test_statistics_are_the_same_where_adapters_lie_side_by_side(stride):
 def test_identity_check_measures_the_live_gate():
     module, x = block(stats=GateStatsConfig(checks=GateChecks(1e-5))), normal(2, 5, D)
     _, stats = jax.jit(lambda v: observed(module, v, x))(variables_of(module))
-    for name in gate_checks.NAMES:
+    for name in CHECKS:
         assert stats[name] < 1, name
 
 

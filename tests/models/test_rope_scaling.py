@@ -163,7 +163,11 @@ def test_settings_for_other_tools_are_the_changed_fields():
         (LLAMA, "yarn", "a factor, as in yarn:factor=4"),
         (LLAMA, "llama3:factor=2", "low_freq_factor"),
         (LLAMA31, "yarn:factor=2", "a context of at least 64 tokens, the model's, found 32"),
-        ({**LLAMA, "model_type": "phi3"}, "yarn:factor=2", "phi3, which has no scaling except LongRoPE"),
+        (
+            {**LLAMA, "model_type": "phi3"},
+            "yarn:factor=2",
+            "phi3, whose files have no scaling except longrope",
+        ),
         (
             {
                 **LLAMA,

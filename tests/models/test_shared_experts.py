@@ -7,7 +7,7 @@ import numpy as np
 
 from nalora_jax.config import LoRAConfig
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.router import RouterSpec, choose
+from nalora_jax.models.routing import RouterSpec, choose
 from nalora_jax.models.stacks import gate_blocks, layer_numbers, projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.weights.peft_settings import rules_of

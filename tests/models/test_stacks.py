@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.cache import init_cache
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.models.paths import layer_path, uniform_path
 from nalora_jax.models.stacks import (
     depths,

@@ -14,7 +14,7 @@ from nalora_jax.config import MeshConfig
 from nalora_jax.layout import distributed
 from nalora_jax.method import statistics
 from nalora_jax.ops.reductions import by_shard, count, first_alone
-from nalora_jax.train.gate_metrics import layer_means
+from nalora_jax.train.mechanisms import layer_means
 
 SEQ, D_FF = 3, 6
 

@@ -91,12 +91,3 @@ def test_runs_of_different_tasks_are_marked(folders: list[Path], tmp_path: Path)
         [*runs, read_history(write_run(tmp_path / "other", list(fake_records(40, layers=4)), other))]
     )
     assert "These runs differ in model, data.dataset: their numbers are of different tasks" in page
-
-
-def test_every_number_carries_its_head_for_narrow_screens(folders: list[Path]) -> None:
-    page = render_comparison([read_history(folder) for folder in folders])
-    assert '<td data-head="runs">2 (seeds 0, 1)</td>' in page
-    assert "Held-out held-out" not in page
-    assert (
-        page.count('<i class="key"') == 2 * 2
-    )  # in the table and, instead of legends over lines, above the pictures

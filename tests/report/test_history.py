@@ -78,3 +78,26 @@ def test_a_log_without_a_run_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"something": 1}\n')
     with pytest.raises(NaloraError, match="expected the lines of a run, found none"):
         read_history(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("initial", "along", "final", "ends"),
+    [
+        (0, [0, 5, 10], 5, ["initial", "final"]),  # both on the reported examples
+        (0, [0], None, ["initial"]),  # a run that has just begun
+        (0, [0, 5, 10], None, [0, 10]),  # not finished: the examples that select the checkpoint
+        (None, [0, 5], 5, [0, "final"]),  # a log without the base's evaluation
+        (None, [5], None, [5]),
+        (None, [], 5, ["final"]),
+        (None, [], None, []),
+    ],
+)
+def test_the_ends_of_a_run_are_its_reported_evaluations_or_the_first_and_last(initial, along, final, ends):
+    def at(step, **kind):
+        return {"step": step, **kind, "eval": {"loss": float(step)}}
+
+    records = [at(step) for step in along]
+    records += [at(0, initial=True)] if initial == 0 else []
+    records += [at(final, final=True)] if final else []
+    kinds = [next((k for k in ("initial", "final") if k in r), r["step"]) for r in history_of(records).ends]
+    assert kinds == ends

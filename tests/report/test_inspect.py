@@ -73,6 +73,18 @@ def test_responsive_channels_reach_half_of_their_layers_mean():
     np.testing.assert_allclose(responsive_share(slope, np.array([[10.0], [10.0]])), [2 / 3, 1.0])
 
 
+def test_a_share_is_relative_to_the_layer_and_weighs_experts_by_their_tokens():
+    slope = np.array([[[1.0, 3.0, 4.0, 8.0], [1.0, 1.0, 1.0, 1.0]]])  # means over 10 and over 30 tokens
+    tokens = np.array([[10.0, 30.0]])
+    # Expert 0: mean slope 4, three of four channels reach 2; channel 0 does not. Expert 1: all reach half of 1.
+    np.testing.assert_allclose(
+        responsive_share(slope * tokens[..., None], tokens), [(0.75 * 10 + 1.0 * 30) / 40]
+    )
+    at_half = np.array([[[2.0, 6.0]]])  # a channel at exactly half of the mean responds
+    np.testing.assert_allclose(responsive_share(at_half, np.array([[1.0]])), [1.0])
+    np.testing.assert_allclose(responsive_share(1e-9 * slope[:, :1], np.array([[10.0]])), [0.75])
+
+
 def test_layers_that_no_adapter_moves_take_the_limit_of_the_probe(sums):
     probe = sums
     still = sums | {name: sums[name] * [[1.0], [0.0], [1.0]] for name in ("feature", "selection", "linear")}

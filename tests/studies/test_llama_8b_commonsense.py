@@ -1,4 +1,4 @@
-"""The protocol for Llama-3.1-8B, performed with SmolLM2-135M: 20 steps of short rows of its smallest tasks."""
+"""The protocol for Llama-3.1-8B, performed with a tiny Llama: 20 steps of questions that it learns."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ from nalora_jax.study.execution import run_study
 from nalora_jax.study.protocol import Protocol, read_protocol
 from nalora_jax.study.records import Record, Records
 from nalora_jax.study.report import render
-
-pytestmark = [pytest.mark.network, pytest.mark.optimised]
+from tests import tiny
 
 STUDY = Path(__file__).parents[2] / "studies" / "llama_8b_commonsense"
-TASKS = ("arc_easy", "arc_challenge")  # those with the fewest records
-METHODS = ("lora", "nalora", "nalora_placebo")  # the question's; each takes 10 seconds
+METHODS = ("lora", "nalora", "nalora_placebo")  # the question's
+HF = tiny.GROUPED | {"vocab_size": len(tiny.WORDS), "hidden_size": 64, "intermediate_size": 96}
 
 
 def shortened(protocol: Protocol, folder: Path) -> Protocol:
-    """The same methods and measures on a small base, with one rate and one seed of each stage."""
+    """The same methods and measures on a tiny base, with one rate and one seed of each stage."""
+    model, questions = tiny.make_model(folder / "model", HF), tiny.make_questions(folder / "z.jsonl", 100)
     run = protocol.run | {
         "steps": 20,
-        "train": {"batch_size": 2, "log_every": 10},
-        "data": {"max_length": 48},
+        "train": {"batch_size": 8, "log_every": 10},
+        "data": {"max_length": 16},
         "mesh": {"data": 1},
     }
     (task,) = protocol.tasks.values()
-    task = replace(task, dataset=",".join(TASKS), validation_items=4, test_items=4, accuracy_items=2)
-    probes = {"arc_easy": replace(protocol.probes["arc_easy"], items=4)}
+    splits = {"train": "train[:60%]", "validation": "train[60%:80%]", "test": "train[80%:]"}
+    items = {"validation_items": 4, "test_items": 4, "accuracy_items": 2}
+    task = replace(task, dataset=str(questions), **splits, **items)
+    probe = replace(protocol.probes["arc_easy"], dataset=str(questions), split="train[70%:80%]", items=4)
     return replace(
         protocol,
-        **{"models": ("smollm2-135m-instruct",), "rates": (2e-3,), "extend": 0, "evaluate_every": 20},
+        **{"models": (str(model),), "rates": (1e-2,), "extend": 0, "evaluate_every": 20},
         **{"tuning_seeds": (0,), "test_seeds": (2,), "run": run, "tasks": {"commonsense": task}},
-        **{"probes": probes, "path": folder / "protocol.toml"},
+        **{"probes": {"arc_easy": probe}, "path": folder / "protocol.toml"},
     )
 
 

@@ -28,10 +28,6 @@ def test_the_committed_tables_are_those_of_the_records(folder: Path) -> None:
     assert (folder / "results.md").read_text().startswith(render(protocol, records))
 
 
-def test_there_are_studies() -> None:
-    assert FOLDERS
-
-
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_a_committed_study_can_be_read_and_its_records_are_its_own(folder: Path) -> None:
     protocol, records = read_protocol(folder), Records(folder).read()

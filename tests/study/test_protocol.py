@@ -63,6 +63,7 @@ def test_the_digest_is_of_the_content_not_of_its_layout(study: Path) -> None:
         ("^question.*", "", "question: expected a value, found none"),
         ("^extend.*", "margin = -0.1", r"margin: expected a number in \[0, 1e6\], found -0.1"),
         ("^extend.*", "margin_share = 5.0", "margin_share: expected a share in \\(0, 1\\), found 5.0"),
+        ("^items = 20", "items = -1", r"\[probes.z_again\] items: expected a whole number in .*, found -1"),
         ("^margin|^extend", "margins", r"margins: expected a field of Protocol, .*; did you mean margin\?"),
         (
             "^test_items.*",

@@ -55,6 +55,7 @@ def run_and_record() -> tuple[Run, Record]:
         (lambda r: r.update(diverged=True), "diverged True in the record"),
         (lambda r: r.update(base="another"), "base another in the record"),
         (lambda r: r["items"].update(test="another"), "items test another in the record"),
+        (lambda r: r.update(base="another", code="c", commit=None), "the code of an unknown commit"),
     ],
 )
 def test_every_recorded_measure_and_digest_is_compared(change: Callable[[Record], Any], place: str) -> None:

@@ -21,10 +21,11 @@ from orbax.checkpoint import path as ocp_path
 from nalora_jax.common import trees
 from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import LostPeerError, NaloraError
-from nalora_jax.layout.distributed import STATE_RULES, bytes_per_device, make_mesh, shardings
+from nalora_jax.layout.distributed import STATE_RULES, make_mesh, shardings
 from nalora_jax.train.checkpoint import Checkpointer, _reason
 from nalora_jax.train.output import CHECKPOINTS as FOLDER
 from nalora_jax.train.snapshot import check_arrays, check_run
+from tests.param_trees import bytes_per_device
 
 
 class State(NamedTuple):
@@ -306,32 +307,6 @@ def test_a_write_that_fails_in_the_background_surfaces_and_spares_earlier_checkp
     checkpoints.save(5, state, DATA)
     checkpoints.close()
     assert [entry.name for entry in tmp_path.iterdir()] == ["5"]
-
-
-FULL = """
-import resource, signal, sys, time
-import jax.numpy as jnp
-from nalora_jax.errors import NaloraError
-from nalora_jax.train.checkpoint import Checkpointer
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-state = {f"x{i}": jnp.arange(1 << 18) * i for i in range(48)}
-try:
-    with Checkpointer(sys.argv[1], fingerprint="f", config={}) as checkpoints:
-        checkpoints.save(1, state, {})
-        time.sleep(0.5)
-        checkpoints.wait()
-except NaloraError as error:
-    print(error)
-"""
-
-
-def test_a_disk_that_is_full_gives_one_error_and_no_traceback(tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": ""}
-    command = [sys.executable, "-c", FULL, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "found File too large" in done.stdout
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("behind", ["os_error_code='27'", 'tensorstore_spec=\'{"driver":"zarr"}\''])

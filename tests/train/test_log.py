@@ -170,21 +170,6 @@ def test_a_missing_log_says_what_to_give(tmp_path):
         read_metrics(tmp_path / "metrics.jsonl")
 
 
-def test_a_full_disk_is_said_in_one_error(tmp_path):
-    class Full:
-        def write(self, text):
-            raise OSError(28, "No space left on device")
-
-        def close(self):
-            pass
-
-    log = MetricsLog(tmp_path)
-    log.close()
-    log._file = Full()
-    with pytest.raises(NaloraError, match=r"metrics\.jsonl: .*No space left on device; free some space"):
-        log.write({"step": 1})
-
-
 def test_a_failed_replacement_leaves_the_old_file_and_no_scratch(tmp_path):
     path = tmp_path / "page"
     write_atomically(path, "old")

@@ -8,7 +8,7 @@ import json
 from rich.console import Console
 
 from nalora_jax.common import notes
-from nalora_jax.train.progress import Progress, duration, step_columns
+from nalora_jax.train.progress import Progress, step_columns
 
 VALUES = {"loss": 3.21, "learning_rate": 1e-3, "tokens_per_second": 1234.0, "misalignment": 0.26}
 
@@ -50,15 +50,6 @@ def test_time_left_leaves_out_what_came_before_the_first_log_step():
     assert progress.seconds_left(70) == 30.0
 
 
-def test_the_last_step_has_no_time_left():
-    console, clock = plain(), Clock()
-    progress = Progress(20, console=console, clock=clock)
-    for step in (10, 20):
-        clock.now += 1
-        progress.log(step, {"loss": 1.0})
-    assert console.file.getvalue().splitlines()[-1] == "step 20/20  loss 1.000"
-
-
 def test_numbers_that_are_missing_are_left_out():
     assert step_columns({"loss": 1.0, "tokens_per_second": None}) == ["loss 1.000"]
 
@@ -72,17 +63,6 @@ def test_the_bar_shows_the_numbers_and_lines_go_above_it():
     shown = console.file.getvalue()
     assert "50/100  loss 3.210  lr 1.0e-03  1,234 tok/s  misalignment 0.260" in shown
     assert "[saved] checkpoint" in shown  # brackets are text, not markup
-
-
-def test_step_lines_stay_above_the_bar():
-    console, clock = Console(file=io.StringIO(), force_terminal=True, width=120), Clock()
-    with Progress(100, console=console, clock=clock) as progress:
-        for step in (10, 20):
-            clock.now += 5.0
-            progress.log(step, {"loss": float(step)})
-    shown = console.file.getvalue()
-    for line in ("step 10/100  loss 10.000", "step 20/100  loss 20.000  0:40 left"):
-        assert f"{line}\n" in shown.replace("\r", "")
 
 
 def test_the_bar_says_what_else_is_done_and_then_the_numbers_again():
@@ -132,7 +112,3 @@ def test_the_bar_fits_eighty_columns():
         clock.now += 60.0
         progress.log(50, VALUES)
     assert "1:15 left" in console.file.getvalue()
-
-
-def test_durations():
-    assert [duration(seconds) for seconds in (0, 59.6, 125.4, 3725)] == ["0:00", "1:00", "2:05", "1:02:05"]

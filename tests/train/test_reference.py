@@ -23,7 +23,7 @@ from nalora_jax.method.step import StepConfig, init_state, make_train_step
 from nalora_jax.method.transform import find_gates, make_mechanisms, nalora, with_gate_state
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.train.gate_metrics import layer_metrics
+from nalora_jax.train.mechanisms import layer_metrics
 from nalora_jax.train.objectives import NextToken
 
 LAYERS, D, F, R, V = 2, 6, 10, 3, 17

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +35,7 @@ def test_a_write_ends_before_another_runs_write_begins(waits: bool) -> None:
         save=lambda *_: calls.append("save"), wait=lambda: calls.append("wait"), folder=Path("run")
     )
     silent: Any = SimpleNamespace(save=lambda *_: None, get_state=dict, resumes=False)
-    session = Session(silent, silent, (), ExitStack())
+    session = Session(silent, silent, ())
     session.checkpointer, session.batches, session.callbacks = checkpointer, silent, silent
     session.job, session.waits_for_writes = SimpleNamespace(config=RunConfig()), waits  # type: ignore[assignment]
     state: Any = None

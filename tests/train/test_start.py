@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ from tests import tiny
 from tests.param_trees import init_params
 
 BASE = ModelConfig.from_hf(tiny.HF)
+
+LOADED: Any = SimpleNamespace(config=BASE)
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +49,12 @@ def begun(assembly: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     found = iter([lora])
     monkeypatch.setattr(start, "first_adapters", lambda *_: next(found))
     rows: Any = None
-    return start.gradient_start(assembly, BASE, rows, Output(tmp_path, resumes=False))
+    return start.with_start(assembly, LOADED, rows, Output(tmp_path, resumes=False))
 
 
 def continued(assembly: Assembly, folder: Path) -> Assembly:
     rows: Any = None
-    return start.gradient_start(assembly, BASE, rows, Output(folder, resumes=True))
+    return start.with_start(assembly, LOADED, rows, Output(folder, resumes=True))
 
 
 def test_a_continuation_has_the_start_to_the_bit(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import jax
@@ -30,12 +31,13 @@ from nalora_jax.method import activations, ffn, low_rank
 from nalora_jax.method.step import Evaluated, StepConfig, init_state, make_train_step
 from nalora_jax.method.transform import make_mechanisms, own_factors, with_gate_state
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import Decoder
 from nalora_jax.train import decoder_program, program
 from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.loop import _Meter
 from nalora_jax.train.optimizers import make_optimizer
 from tests import tiny
-from tests.param_trees import init_params
+from tests.param_trees import bytes_per_device, init_params
 
 BASE = ModelConfig.from_hf(tiny.GROUPED | {"num_hidden_layers": 3})
 CONFIG = RunConfig(
@@ -195,7 +197,7 @@ def test_a_mesh_is_one_device(mesh: MeshConfig, accumulate: int, capfd: pytest.C
     # Norms are replicated.
     sizes = mesh.fsdp * mesh.tensor, min(mesh.fsdp, mesh.tensor)
     for tree, parts in zip((params, {"lora": state.lora, "opt": state.opt_state}), sizes, strict=True):
-        per_device = distributed.bytes_per_device(tree)
+        per_device = bytes_per_device(tree)
         assert len(per_device) == 8
         assert max(per_device.values()) < (1 / parts + 0.05) * trees.size_bytes(tree)
 
@@ -276,18 +278,14 @@ def _run_checked(**compute: str) -> None:
     _train(*_assemble(replace(CHECKED, lora=FFN_ONLY, mechanisms=(), compute=chosen)), steps=1)
 
 
-@pytest.mark.parametrize("compute", [{"implementation": "xla"}, {"dtype": "bfloat16"}], ids=str)
-def test_the_debug_check_passes_the_sound_model(compute: dict[str, str]) -> None:
-    _run_checked(**compute)
+def test_the_debug_check_passes_the_sound_model() -> None:
+    _run_checked(dtype="bfloat16")  # of float32 `test_the_check_runs_on_the_program_that_trains`
 
 
-@pytest.mark.parametrize(
-    ("fault", "implementation"), [("activation", "xla"), ("scale", "auto"), ("sign", "xla")]
-)
-def test_the_debug_check_catches_injected_faults(
-    fault: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("factor", "implementation"), [(1.1, "auto"), (-1.0, "xla")])
+def test_the_debug_check_catches_adapters_of_another_scale_or_sign(
+    factor: float, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    factor = 1.1 if fault == "scale" else -1.0
     sound = low_rank.Factors.of
 
     def scaled(adapter: Any, kernel: Any = None) -> Any:
@@ -295,13 +293,8 @@ def test_the_debug_check_catches_injected_faults(
         made = sound(adapter, kernel)
         return made if made.a is None else made._replace(b=factor * made.b)
 
-    if fault == "activation":
-        monkeypatch.setattr(
-            ffn, "gated_product", lambda z, u, *_, **__: (jax.nn.gelu(z) * u, jax.nn.gelu(z))
-        )
-    else:
-        monkeypatch.setattr(low_rank.Factors, "of", scaled)
-    with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
+    monkeypatch.setattr(low_rank.Factors, "of", scaled)
+    with pytest.raises(NaloraError, match=r"check-gates.*gate check failed in layers/ffn"):
         _run_checked(implementation=implementation)
 
 
@@ -320,8 +313,54 @@ def test_the_debug_check_catches_a_wrong_rho_and_a_wrong_gate(
     wrong: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(activations.ACTIVATIONS._values, "silu", replace(SILU, **WRONG[wrong]))
-    with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
+    with pytest.raises(NaloraError, match=r"check-gates.*gate check failed in layers/ffn"):
         _run_checked(dtype=dtype)
+
+
+def _run_masked(**compute: Any) -> None:
+    """Takes three steps with checks; the masks of the last two differ between layers."""
+    masked = replace(CHECKED, lora=FFN_ONLY, mechanisms=("squared:warmup=1",))
+    _train(*_assemble(replace(masked, compute=replace(CONFIG.compute, **compute))))
+
+
+@pytest.mark.parametrize(
+    "compute", [{"stats_stride": 2, "probe_stride": 2}, {"dtype": "bfloat16"}], ids=["float32", "bfloat16"]
+)
+def test_the_debug_check_passes_masks_and_samples_without_padding(compute: dict[str, Any]) -> None:
+    _run_masked(**compute)
+
+
+def _masks(variables: Any, change: Callable[[jax.Array], jax.Array]) -> Any:
+    return variables | {"gate_mask": jax.tree.map(change, variables.get("gate_mask", {}))}
+
+
+# What each planted fault changes in the model's variables or options, and the check that finds it.
+PLANTED: dict[str, tuple[str, Callable[[Any, Any], tuple[Any, Any]]]] = {
+    "statistics of padding": (
+        "sums over the sampled tokens",
+        lambda v, o: (v, o | {"token_weights": jnp.ones(o["segment_ids"].shape, bool)}),
+    ),
+    "mask of the layer before": (
+        "gated by this block's mask",
+        lambda v, o: (_masks(v, lambda mask: jnp.roll(mask, 1, axis=0)), o),
+    ),
+    "no mask": ("gated by this block's mask", lambda v, o: (_masks(v, jnp.ones_like), o)),
+}
+
+
+@pytest.mark.parametrize(("fault", "dtype"), [*product(PLANTED, ["float32"]), ("no mask", "bfloat16")])
+def test_the_debug_check_catches_padding_and_the_mask_of_another_layer(
+    fault: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (meaning, planted), sound = PLANTED[fault], Decoder.apply
+
+    def apply(self: Any, variables: Any, tokens: Any, **options: Any) -> Any:
+        variables, options = planted(variables, options)
+        return sound(self, variables, tokens, **options)
+
+    monkeypatch.setattr(Decoder, "apply", apply)
+    with pytest.raises(NaloraError, match=f"check-gates.*in layers/ffn: .*{meaning}"):
+        _run_masked(dtype=dtype)
 
 
 def test_the_check_runs_on_the_program_that_trains() -> None:

@@ -70,6 +70,20 @@ FEATURES: dict[str, dict[str, Any]] = {
     },
     "granite_swa": {"sliding_window": 4, "layer_rope_theta": [1e4, 0.0, 1e3], "attention_multiplier": 0.3},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_dense_layers": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+    },
+    "seed_oss": {"attention_out_bias": True},
+    "ernie4_5": {"use_bias": True},
+    "exaone4": {"sliding_window": 4, "sliding_window_pattern": 2},
+    "hunyuan_v1_dense": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}
+    },
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 4},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {
         "num_local_experts": 4,

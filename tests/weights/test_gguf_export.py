@@ -11,11 +11,11 @@ from nalora_jax.__main__ import main
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.families import BUILT_IN
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.gguf_export import (
-    ARCHITECTURES,
     verify_adapter_gguf,
     write_adapter_gguf,
 )
@@ -99,7 +99,7 @@ def test_adapter_file_is_the_difference_of_merged_and_base(family, tiny_model, r
     reader = gguf.GGUFReader(tmp_path / "a.gguf")
     assert reader.fields["general.type"].contents() == "adapter"
     assert reader.fields["adapter.type"].contents() == "lora"
-    assert reader.fields["general.architecture"].contents() == ARCHITECTURES[family]
+    assert reader.fields["general.architecture"].contents() == BUILT_IN[family].gguf.architecture
     alpha = reader.fields["adapter.lora.alpha"].contents()
     stored = {tensor.name: tensor.data for tensor in reader.tensors}
     before = dict(merged_tensors(config, params, None, AdapterSpec(), source="gguf"))

@@ -8,10 +8,9 @@ import pytest
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families import supported
+from nalora_jax.models.families import BUILT_IN, supported
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.weights.keymaps import Slot, halves_from_pairs, keymap_for, pairs_from_halves
-from nalora_jax.weights.keytables import GGUF
 from tests.param_trees import params_from_tensors, tensors_from_params
 
 SIZES = {
@@ -26,21 +25,19 @@ SIZES = {
     "moe_intermediate_size": 8,
     "sliding_window": None,
 }
-ARCHITECTURES = {
-    "mistral": "llama",
-    "mixtral": "llama",
-    "gemma3_text": "gemma3",
-    "qwen3_moe": "qwen3moe",
-    "olmo3": "olmo2",
-    "ministral3": "mistral3",
-}
+GGUF = {name: family.gguf for name, family in BUILT_IN.items() if family.gguf}
 
 
 def config_of(family: str, **changes) -> ModelConfig:
     raw = {**SIZES, "model_type": family, **changes}
-    if family in ("gemma2", "gemma3_text", "olmo3", "gpt_oss", "granite_swa") or family.startswith(
-        "gemma4"
-    ):
+    if family in (
+        "gemma2",
+        "gemma3_text",
+        "olmo3",
+        "exaone4",
+        "gpt_oss",
+        "granite_swa",
+    ) or family.startswith("gemma4"):
         raw["sliding_window"] = 8
     if family == "gemma4_text":
         raw |= {"vocab_size_per_layer_input": 32, "hidden_size_per_layer_input": 4}
@@ -78,8 +75,8 @@ def test_every_leaf_is_filled_and_goes_back(family, source, tied):
 @pytest.mark.parametrize("family", sorted(GGUF))
 def test_gguf_names_are_llama_cpps(family):
     """llama.cpp's converter renames transformers' tensors by this table."""
-    name = ARCHITECTURES.get(family, family)
-    arch = next(arch for arch, text in gguf.MODEL_ARCH_NAMES.items() if text == name)
+    architecture = GGUF[family].architecture
+    arch = next(arch for arch, text in gguf.MODEL_ARCH_NAMES.items() if text == architecture)
     tied = gguf.MODEL_TENSOR.OUTPUT not in gguf.MODEL_TENSORS[arch]
     config = config_of(family, tie_word_embeddings=tied, attention_bias=True)
     theirs = gguf.get_tensor_name_map(arch, config.n_layers)

@@ -52,6 +52,14 @@ LFM2 = {
     "group0/block2/conv/o_proj": ((4,), (3.0,)),
     "group0/block2/ffn/gate_proj": ((2,), (2.0,)),
 }
+# LFM2 with a dense layer, one of attention and one of convolution, both with experts.
+LFM2_MOE = {
+    "group0/block0/conv/bcx_proj": ((3,), (8.0,)),
+    "group0/block0/ffn/up_proj": ((2,), (3.0,)),
+    "group0/block1/attn/o_proj": ((2,), (5.0,)),
+    "group0/block1/ffn/gate_proj": ((4,), (8.0,)),
+    "group0/block2/ffn/down_proj": ((3,), (2.0,)),
+}
 # GLM-4.5 with a dense layer and two with experts.
 GLM = {
     f"{stack}/{name}_proj": (ranks, tuple(map(float, ranks)))
@@ -196,6 +204,12 @@ FAMILIES = {
     "granite": (ALL, {"rslora": True}),
     "granite_swa": (TARGETS, {"dora": True}),
     "lfm2": (LFM2, {"dora": True}),
+    "lfm2_moe": (LFM2_MOE, {}),
+    "seed_oss": (ALL, {}),
+    "ernie4_5": (TARGETS, {"dora": True}),
+    "exaone4": (ALL, {"rslora": True}),
+    "hunyuan_v1_dense": (TARGETS, {}),
+    "olmoe": (ALL, {}),
     "mixtral": (TARGETS, {}),
     "qwen3_moe": (ALL, {"rslora": True}),
     "qwen2_moe": (SHARED, {}),

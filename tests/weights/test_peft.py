@@ -49,6 +49,14 @@ LFM2 = {
     "group0/block1/ffn/up_proj": ((2,), (3.0,)),
     "group0/block2/conv/o_proj": ((4,), (3.0,)),
 }
+# LFM2 with a dense layer, one of attention and one of convolution, both with experts.
+LFM2_MOE = {
+    "group0/block0/conv/bcx_proj": ((3,), (8.0,)),
+    "group0/block0/ffn/up_proj": ((2,), (3.0,)),
+    "group0/block1/attn/o_proj": ((2,), (5.0,)),
+    "group0/block1/ffn/gate_proj": ((4,), (8.0,)),
+    "group0/block2/ffn/down_proj": ((3,), (2.0,)),
+}
 # Qwen3.5 with two layers of linear attention and one of attention.
 DELTA_NET = {
     "group0/block0/linear_attn/in_proj_qkv": ((4, 2), (8.0, 3.0)),
@@ -321,29 +329,24 @@ def test_import_converted_pissa(tiny_model, deltas, tmp_path):
 # ---------------------------------------------------------------- here -> PEFT
 
 
+# tests/weights/test_merge.py has the other families.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "llama ffn": ("llama", FFN, {}),
     "llama rslora": ("llama", FFN | ATTENTION, {"rslora": True}),
     "llama mixed": ("llama", MIXED, {"dropout": 0.25}),
-    "llama mixed rslora": ("llama", MIXED, {"rslora": True}),
     "llama dora": ("llama", MIXED, {"dora": True}),
-    "qwen2": ("qwen2", FFN | ATTENTION, {}),
-    "gemma2": ("gemma2", FFN, {}),
-    "olmo2": ("olmo2", FFN | ATTENTION, {}),
-    "olmo3": ("olmo3", MIXED, {}),
-    "ministral3": ("ministral3", FFN | ATTENTION, {}),
     "lfm2": ("lfm2", LFM2, {}),
-    "phi3": ("phi3", FFN | ATTENTION, {}),
+    "lfm2_moe": ("lfm2_moe", LFM2_MOE, {}),
+    "seed_oss": ("seed_oss", MIXED, {}),
+    "ernie4_5": ("ernie4_5", FFN | ATTENTION, {"dora": True}),
+    "exaone4": ("exaone4", MIXED, {"rslora": True}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", FFN | ATTENTION, {}),
+    "olmoe": ("olmoe", MIXED, {}),
     "phi3 mixed": ("phi3", MIXED, {}),
     "phi3 rslora": ("phi3", MIXED, {"rslora": True}),
     "phi3 dora": ("phi3", FFN | ATTENTION, {"dora": True}),
-    "mixtral": ("mixtral", FFN | ATTENTION, {}),
     "mixtral mixed": ("mixtral", MIXED, {"rslora": True}),
-    "qwen3_moe": ("qwen3_moe", FFN, {}),
-    "gpt_oss": ("gpt_oss", FFN | ATTENTION, {}),
     "gpt_oss mixed": ("gpt_oss", MIXED, {"rslora": True}),
     "qwen3_moe gate": ("qwen3_moe", {"ffn/gate_proj": FFN["ffn/gate_proj"]}, {"dropout": 0.5}),
-    "qwen3_moe mixed": ("qwen3_moe", MIXED, {}),
     "qwen3_moe dense layer": ("qwen3_moe", DENSE_BETWEEN, {}),
     "qwen2_moe": ("qwen2_moe", SHARED, {}),
     "glm4_moe": ("glm4_moe", GLM, {}),

@@ -25,21 +25,26 @@ from nalora_jax.weights.peft import import_adapter
 from nalora_jax.weights.peft_settings import PEFT, Field, Refused, from_peft, rules_of
 
 
-def table_of(fields: Mapping[str, Field]) -> Iterator[str]:
-    """Yields the rows of a Markdown table: their field, our setting, and a note."""
+def text_of(fields: Mapping[str, Field]) -> Iterator[str]:
+    """Yields the lines of the page: a table of converted fields, then refused and ignored fields."""
     yield "| field | here | |"
     yield "|---|---|---|"
+    refused: dict[str, list[str]] = {}
     for name, field in fields.items():
         if field.ours:
-            here = f"`{field.ours}`"
-        elif field.ignored:
-            here = "left out"
-        else:
-            refusal = field.value(object())  # a value that is accepted nowhere
-            here = "the same"
-            if isinstance(refusal, Refused):
-                here = f"refused: {refusal.reason}"
-        yield f"| `{name}` | {here} | {field.note} |"
+            yield f"| `{name}` | `{field.ours}` | {field.note} |"
+        elif not field.ignored:
+            refusal = field.value(object())  # a value that no field accepts
+            assert isinstance(refusal, Refused)
+            refused.setdefault(refusal.reason, []).append(f"`{name}`")
+    yield ""
+    yield "Refused, unless they have PEFT's default:"
+    yield ""
+    for reason, names in refused.items():
+        yield f"- {', '.join(names)}: {reason}"
+    yield ""
+    ignored = [f"`{name}`" for name, field in fields.items() if field.ignored]
+    yield f"Left out, since they do not change the training here: {', '.join(ignored)}."
 
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -60,8 +65,8 @@ def test_every_field_of_peft_is_in_the_table() -> None:
     assert {one.name for one in dataclasses.fields(peft.LoraConfig)} == set(PEFT)
 
 
-def test_the_page_holds_the_table() -> None:
-    assert "\n".join(table_of(PEFT)) in (DOCS / "from_peft.md").read_text(encoding="utf-8")
+def test_the_page_lists_every_field() -> None:
+    assert "\n".join(text_of(PEFT)) in (DOCS / "from_peft.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

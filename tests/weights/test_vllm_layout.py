@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from safetensors.numpy import load_file
 
+from nalora_jax.models import families
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.weights.peft import export_adapter, verify_export
 from nalora_jax.weights.peft_modules import layout_for
@@ -30,9 +33,8 @@ GEMMA4 = {
 TARGETS = dict.fromkeys(("attn/q_proj", "ffn/down_proj"), ((2, 2, 2), (4.0, 4.0, 4.0)))
 
 
-def names_of(folder, tiny_model, random_lora, family, raw, target="vllm"):
+def names_of(folder, config, random_lora, raw, target="vllm"):
     """The modules of an exported adapter, which is read back."""
-    _, config = tiny_model(family)
     lora, spec = random_lora(config, TARGETS)
     layout = layout_for(target, config, raw)
     export_adapter(lora, spec, config, folder, base_model_name="base", target=target, layout=layout)
@@ -46,16 +48,23 @@ def test_a_text_part_has_its_names_in_the_multimodal_model(model_type, tiny_mode
     """Prefixes as in Gemma3ForConditionalGeneration and Gemma3ForCausalLM of transformers 5."""
     raw = {"model_type": model_type}
     prefix = {"gemma3": "model.language_model.layers", "gemma3_text": "model.layers"}[model_type]
-    names = names_of(tmp_path / "vllm", tiny_model, random_lora, "gemma3_text", raw)
+    _, config = tiny_model("gemma3_text")
+    names = names_of(tmp_path / "vllm", config, random_lora, raw)
     ends = ("self_attn.q_proj", "mlp.down_proj")
     assert names == {f"{prefix}.{layer}.{end}" for layer in range(3) for end in ends}
-    of_peft = names_of(tmp_path / "peft", tiny_model, random_lora, "gemma3_text", raw, "peft")
+    of_peft = names_of(tmp_path / "peft", config, random_lora, raw, "peft")
     assert all(name.startswith("model.layers.") for name in of_peft)
 
 
-def test_multimodal_qwen3_5_moe_gets_stacks_of_experts(tiny_model, random_lora, tmp_path):
+def test_multimodal_qwen3_5_moe_gets_stacks_of_experts(tiny_model, random_lora, tmp_path, monkeypatch):
     """vLLM's class of the released folders reads both stacks (its is_3d_moe_weight)."""
-    names = names_of(tmp_path / "a", tiny_model, random_lora, "qwen3_moe", {"model_type": "qwen3_5_moe"})
+    of_qwen3_5 = families.family_of("qwen3_5_moe_text")
+    assert of_qwen3_5.multimodal == "qwen3_5_moe"
+    assert of_qwen3_5.stacks_in_vllm
+    stacked = replace(families.family_of("qwen3_moe"), stacks_in_vllm=True)
+    monkeypatch.setitem(families.BUILT_IN, "qwen3_moe", stacked)  # which has uniform layers
+    _, config = tiny_model("qwen3_moe")
+    names = names_of(tmp_path / "a", config, random_lora, {"model_type": of_qwen3_5.multimodal})
     layers = [f"model.language_model.layers.{layer}" for layer in range(3)]
     ends = ("self_attn.q_proj", "mlp.experts", "mlp.experts.base_layer")
     assert names == {f"{layer}.{end}" for layer in layers for end in ends}

@@ -54,9 +54,7 @@ def accepted(
         return build(candidates[0].into(config))
     search = Search(candidates, where.chip.memory)
     attempt = _Attempt(config, base, where, build)
-    layout, result = decide(search, attempt)
-    if not result.fits:
-        raise search.refusal()
+    layout, _ = decide(search, attempt)
     if layout is not search.tried[-1][0]:
         attempt(layout)
     log.info("mesh: %s", layout)

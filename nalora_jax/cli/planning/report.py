@@ -25,11 +25,9 @@ from nalora_jax.models.config import ModelConfig
 class Plan:
     """A run on a topology: the chosen layout and the figures of the compiled program."""
 
-    model: str
+    config: RunConfig
     where: Topology
     layout: Layout
-    rows: int
-    seq: int
     nalora: Figures
     lora: Figures  # the same run without the mechanisms and their statistics
     bound: Roofline  # of a micro-batch of NA-LoRA
@@ -42,7 +40,7 @@ class Plan:
     @property
     def tokens_per_second(self) -> float:
         """An upper bound of the tokens per second of all chips."""
-        return self.rows * self.seq / self.bound.seconds
+        return self.config.train.batch_size * self.config.data.max_length / self.bound.seconds
 
     def ratios(self) -> dict[str, float]:
         """Returns the ratios of NA-LoRA to LoRA."""
@@ -57,10 +55,10 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON."""
         return {
-            "model": self.model,
+            "model": self.config.model,
             "topology": self.where.name,
-            "rows": self.rows,
-            "seq": self.seq,
+            "rows": self.config.train.batch_size,
+            "seq": self.config.data.max_length,
             "layout": self.layout.record(),
             "fits": self.fits,
             "memory": self.nalora.memory,
@@ -83,12 +81,10 @@ class Plan:
 class SweepPlan:
     """A sweep on a topology."""
 
-    model: str
+    config: RunConfig  # of each run
     where: Topology
     runs: int  # of the sweep
     layout: Layout
-    rows: int  # of each run and step
-    seq: int
     memory: float  # bytes of a chip
     seconds: float  # of a step of all runs of a program, by roofline
     mfu: float
@@ -106,14 +102,14 @@ class SweepPlan:
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON."""
         return {
-            "model": self.model,
+            "model": self.config.model,
             "topology": self.where.name,
             "runs": self.runs,
             "mesh": {name: getattr(self.layout, name) for name in ("run", "runs_per_device", "fsdp")},
             "remat": self.layout.remat,
             "programs": self.programs,
-            "rows": self.rows,
-            "seq": self.seq,
+            "rows": self.config.train.batch_size,
+            "seq": self.config.data.max_length,
             "memory": self.memory,
             "collectives": None if self.collectives is None else len(self.collectives),
             "seconds": self.seconds,
@@ -135,16 +131,13 @@ def plan(config: RunConfig, base: ModelConfig, where: Topology, images: int = 0)
     Raises:
       NaloraError: no layout fits, or the compiler is missing.
     """
-    search, layout, result = _decided(config, base, where, fitting(config, base, where), images=images)
-    if result.program is None:
-        raise search.refusal()
-    ours, bound = result.program
+    layouts = fitting(config, base, where)
+    layout, ours, bound = _decided(config, base, where, layouts, images=images, must_fit=False)
     concrete = layout.into(config).without_mechanisms()
     mesh = distributed.make_mesh(concrete.mesh, devices(where))
     step, arguments = step_and_arguments(concrete, base, mesh, images=images)
     other = figures(without_statistics(step, mesh), arguments)
-    rows, seq = config.train.batch_size, config.data.max_length
-    return Plan(config.model, where, layout, rows, seq, ours, other, bound)
+    return Plan(config, where, layout, ours, other, bound)
 
 
 def plan_sweep(
@@ -164,28 +157,13 @@ def plan_sweep(
       NaloraError: no layout fits, or the compiler is missing.
     """
     layouts = fitting_sweep(config, base, where, runs)
-    facts = config.train.batch_size, config.data.max_length
     if not compiles:
         layout = preferred(layouts)
         seconds = layout.seconds / math.ceil(runs / layout.together)
-        return SweepPlan(
-            config.model, where, runs, layout, *facts, layout.memory, seconds, layout.mfu, None
-        )
-    search, layout, result = _decided(config, base, where, layouts, runs=runs)
-    if not result.fits:
-        raise search.refusal()
-    measured, bound = result.program
-    return SweepPlan(
-        config.model,
-        where,
-        runs,
-        layout,
-        *facts,
-        measured.memory,
-        bound.seconds,
-        bound.mfu,
-        measured.collectives,
-    )
+        return SweepPlan(config, where, runs, layout, layout.memory, seconds, layout.mfu, None)
+    layout, measured, bound = _decided(config, base, where, layouts, runs=runs)
+    resources = measured.memory, bound.seconds, bound.mfu, measured.collectives
+    return SweepPlan(config, where, runs, layout, *resources)
 
 
 def _decided(
@@ -196,7 +174,8 @@ def _decided(
     *,
     images: int = 0,
     runs: int = 0,
-) -> tuple[Search, Layout, Compiled]:
+    must_fit: bool = True,
+) -> tuple[Layout, Figures, Roofline]:
     """Returns the layout that the compiler accepts, with figures and roofline of its step."""
     chips = devices(where)
 
@@ -213,8 +192,8 @@ def _decided(
             measured.memory, measured.fits(where.chip), bound.seconds * programs, (measured, bound)
         )
 
-    search = Search(layouts, where.chip.memory)
-    return search, *decide(search, compiled)
+    layout, result = decide(Search(layouts, where.chip.memory), compiled, must_fit=must_fit)
+    return layout, *result.program
 
 
 def without_statistics(step: Any, mesh: Any) -> Any:
@@ -241,7 +220,8 @@ def describe(plan: Plan, *, steps: int = 0, price: float | None = None) -> Itera
       price: of one chip and hour, in any currency.
     """
     chip, nalora, bound, where = plan.where.chip, plan.nalora, plan.bound, plan.where
-    yield f"{plan.model} on {where.name} ({where.size} x {chip.name}), {plan.rows} rows of {plan.seq} tokens a step"
+    rows, seq = plan.config.train.batch_size, plan.config.data.max_length
+    yield f"{plan.config.model} on {where.name} ({where.size} x {chip.name}), {rows} rows of {seq} tokens a step"
     yield f"  layout      {plan.layout}"
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     yield f"  memory      {nalora.memory / 1e9:.2f} GB a chip of {chip.memory / 1e9:.1f}: {verdict}"
@@ -294,9 +274,9 @@ def describe_sweep(plan: SweepPlan, *, steps: int = 0, price: float | None = Non
       steps: of each run; 0: hours and price are not shown.
       price: of one chip and hour, in any currency.
     """
-    chip = plan.where.chip
-    work = f"{plan.runs} runs of {plan.rows} x {plan.seq} tokens a step"
-    yield f"{plan.model} on {plan.where.name} ({plan.where.size} x {chip.name}), {work}"
+    chip, rows, seq = plan.where.chip, plan.config.train.batch_size, plan.config.data.max_length
+    work = f"{plan.runs} runs of {rows} x {seq} tokens a step"
+    yield f"{plan.config.model} on {plan.where.name} ({plan.where.size} x {chip.name}), {work}"
     yield f"  mesh        {plan.layout.short}; {plan.programs} program(s) after each other"
     yield f"  memory      {plan.memory / 1e9:.2f} GB a chip of {chip.memory / 1e9:.1f}"
     if plan.collectives is None:
@@ -304,7 +284,7 @@ def describe_sweep(plan: SweepPlan, *, steps: int = 0, price: float | None = Non
     else:
         joined = max((each.devices for each in plan.collectives), default=1)
         yield f"  collectives {len(plan.collectives)} in a step, of at most {joined} chip(s)"
-    rate = plan.layout.together * plan.rows * plan.seq / plan.seconds
+    rate = plan.layout.together * rows * seq / plan.seconds
     yield f"  at most     {rate:,.0f} tokens/s, {plan.seconds:.3g} s a step"
     yield f"  implied MFU {plan.mfu:.1%}"
     if steps:

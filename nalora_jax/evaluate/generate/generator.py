@@ -6,13 +6,12 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from jax.sharding import Mesh
 
 from nalora_jax.config.structured import AMOUNT, COUNT, POSITIVE, POSITIVE_SHARE, SHARE, TOKENS, ranges
-from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import (
@@ -33,6 +32,9 @@ from nalora_jax.evaluate.generate.sampling import make_sampling
 from nalora_jax.layout.distributed import fetch
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import switch_length
+
+if TYPE_CHECKING:
+    from nalora_jax.data.images.processor import ImageProcessor
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The two compiled programs of generation: prefill, then decoding of several tokens a call.
+"""The compiled programs of generation: prefill, then decoding of several tokens a call; or whole groups of samples.
 
 Both take weights, adapters, settings and the number of steps as arguments, so that a change of
 these does not compile another program. Programs are specialised to shapes only, and `bucket` keeps
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.axes import BATCH_AXES
-from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.sampling import Array, Sampling, next_tokens, seen_tokens, with_token
-from nalora_jax.models.cache import Cache, grow, init_cache
-from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.cache import Cache, grow, repeat
+from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.ops.storage import prepare
+
+if TYPE_CHECKING:
+    from nalora_jax.data.images.processor import ImageProcessor
 
 # Parameters of the logits, tied or not.
 _HEAD = ("embed", "lm_head")
@@ -227,6 +229,68 @@ def decode(
     state = replace(state, done=state.done | finished)
     _, state, new_tokens = lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state, new_tokens))
     return state, new_tokens
+
+
+@partial(jax.jit, static_argnames=("model", "samples", "limit", "chunk"))
+def sample_groups(
+    model: Decoder,
+    weights: Weights,
+    prompts: Prompts,
+    *,
+    samples: int,
+    limit: int,
+    chunk: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """Samples several completions of every prompt in one call.
+
+    A prompt is processed once: the samples of its group start from copies of its cache. The call
+    ends early if every sample has ended.
+
+    Args:
+      model: the decoder.
+      weights: from `view_weights`.
+      prompts: ``[prompts]`` of the arrays, except for ``sampling``, which has ``[prompts * samples]``;
+        its temperatures are above 0, and it has no repetition penalty.
+      samples: completions of each prompt.
+      limit: maximum number of tokens of a completion.
+      chunk: as for `prefill`.
+
+    Returns:
+      int32 ``[prompts * samples, limit]``, samples of one prompt next to each other: tokens with the
+      stop token, then `NO_TOKEN`; and float32 of the same shape: the log-probability of each token
+      at its temperature, before top-k, top-p and min-p; 0 after the end.
+    """
+    slots = jnp.asarray(prompts.tokens).shape[1] + limit
+    if chunk:
+        last, cache = _in_chunks(model, weights, prompts, slots, chunk)
+    else:
+        last, cache = _at_once(model, weights, prompts)
+    cache = grow(repeat(cache, samples), slots)
+    logits = model.apply(weights.head, jnp.repeat(last, samples, axis=0), method="unembed")
+    done = ~jnp.repeat(jnp.asarray(prompts.live), samples)
+    tokens = jnp.full((done.shape[0], limit), NO_TOKEN, jnp.int32)
+    log_probs = jnp.zeros((done.shape[0], limit), jnp.float32)
+
+    def body(carry: Any) -> Any:
+        i, cache, logits, done, tokens, log_probs = carry
+        token = next_tokens(logits, prompts.sampling, i)
+        scaled = logits.astype(jnp.float32) / jnp.asarray(prompts.sampling.temperature)[:, None]
+        picked = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0]
+        log_prob = picked - jax.nn.logsumexp(scaled, axis=1)
+        at = (jnp.zeros_like(i), i)
+        tokens = lax.dynamic_update_slice(tokens, jnp.where(done, NO_TOKEN, token)[:, None], at)
+        log_probs = lax.dynamic_update_slice(log_probs, jnp.where(done, 0.0, log_prob)[:, None], at)
+        done = done | _stops(token, prompts.stop_ids)
+        hidden, cache = model.apply(weights.body, token[:, None], cache=cache)
+        logits = model.apply(weights.head, hidden[:, 0], method="unembed")
+        return i + 1, cache, logits, done, tokens, log_probs
+
+    def unfinished(carry: Any) -> jax.Array:
+        return (carry[0] < limit) & ~jnp.all(carry[3])
+
+    start = (jnp.zeros((), jnp.int32), cache, logits, done, tokens, log_probs)
+    *_, tokens, log_probs = lax.while_loop(unfinished, body, start)
+    return tokens, log_probs
 
 
 def _stops(token: jax.Array, stop_ids: Array) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.family_fields import activation_name
+from nalora_jax.models.config import activation_name
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 
 

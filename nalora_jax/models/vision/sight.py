@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from nalora_jax.common.fields import Fields
-from nalora_jax.models.family_fields import activation_name
+from nalora_jax.models.config import activation_name
 from nalora_jax.models.vision.config import EncoderConfig
 from nalora_jax.models.vision.families import read_encoder
 
@@ -118,23 +118,6 @@ def read_sight(raw: Mapping[str, Any], text: ModelConfig, where: str) -> Sight:
             "image_token_index", f"a token below {text.vocab_size}, the rows of the embedding", "another"
         )
     return sight
-
-
-def text_part(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns the ``config.json`` of the text model within a multimodal one.
-
-    A multimodal file lists only the differences from the text model's defaults.
-    """
-    name = raw["model_type"]
-    defaults = TEXT_ONLY.get(name) or MULTIMODAL[name][2]
-    text_config = Fields(raw, {}, where).mapping("text_config")
-    tied = raw.get("tie_word_embeddings")
-    if tied is None or (tied is False and text_config.get("tie_word_embeddings")):
-        tied = text_config.get("tie_word_embeddings", defaults["tie_word_embeddings"])
-    if raw["model_type"] == "gemma3":
-        text_config["model_type"] = "gemma3_text"
-        tied = raw.get("tie_word_embeddings", True)
-    return {**defaults, **text_config, "tie_word_embeddings": tied}
 
 
 def _tower(f: Fields, defaults: Mapping[str, Any]) -> EncoderConfig:
@@ -248,19 +231,6 @@ MULTIMODAL: dict[str, tuple[Reader, dict[str, Any], dict[str, Any]]] = {
     "gemma3": (
         _gemma3,
         {"mm_tokens_per_image": 256, "image_token_index": 262_144},
-        {"tie_word_embeddings": True},
+        {"model_type": "gemma3_text", "tie_word_embeddings": True},
     ),
 }
-# Multimodal models of which only the text model is supported, with its defaults.
-TEXT_ONLY: dict[str, dict[str, Any]] = {
-    "mistral3": {"model_type": "mistral", "tie_word_embeddings": False},
-    "gemma4": {"model_type": "gemma4_text", "tie_word_embeddings": True},
-    "gemma4_unified": {"model_type": "gemma4_unified_text", "tie_word_embeddings": True},
-    "qwen3_5": {"model_type": "qwen3_5_text", "tie_word_embeddings": False},
-    "qwen3_5_moe": {"model_type": "qwen3_5_moe_text", "tie_word_embeddings": False},
-}
-
-
-def contains_text_model(name: object, *, images: bool) -> bool:
-    """Returns True for the ``model_type`` of a multimodal model, with ``images`` only if they are supported."""
-    return isinstance(name, str) and (name in MULTIMODAL or (name in TEXT_ONLY and not images))

@@ -108,9 +108,9 @@ def _bytes(config: RunConfig, base: ModelConfig) -> tuple[float, float]:
     remat = config.compute.remat
     if remat == "auto":
         remat = "none"
-    whole = Layout(1, 1, 1, remat, config.compute.experts).into(config)
+    whole = Layout(1, 1, 1, remat, config.compute.experts)
     # Bytes do not depend on the machine.
-    layout = estimate(whole, *decoder_alone(config, base), topology("v5e:1x1"))
+    layout = estimate(whole, config, *decoder_alone(config, base), topology("v5e:1x1"))
     return layout.weights, layout.state + layout.activations
 
 

@@ -198,19 +198,17 @@ class _Group:
 
     def train(self) -> dict[str, RunResult | TrainingDivergedError]:
         """Trains all runs of the group; returns results or errors by folder."""
-        config = self._runs[0].config
-        concrete = self._fits.layout.into(config)
-        mesh = checked_mesh(concrete)
+        mesh = checked_mesh(self._fits.layout.into(self._runs[0].config))
         results: dict[str, RunResult | TrainingDivergedError] = {}
         left = self._runs
         while left:
             count = self._fits.next(len(left))
-            results |= self._train_together(left[:count], concrete, mesh)
+            results |= self._train_together(left[:count], mesh)
             left = left[count:]
         return results
 
     def _train_together(
-        self, runs: Sequence[_Run], concrete: RunConfig, mesh: Mesh
+        self, runs: Sequence[_Run], mesh: Mesh
     ) -> dict[str, RunResult | TrainingDivergedError]:
         spent = Stages()
         results: dict[str, RunResult | TrainingDivergedError] = {}
@@ -218,7 +216,7 @@ class _Group:
             jobs, states = [], []
             for run in runs:
                 stack.enter_context(run.session.closing)
-                jobs.append(self._built(run, concrete, mesh))
+                jobs.append(self._built(run, mesh))
                 states.append(restore(jobs[-1], run.session))
             for run in runs:
                 stack.enter_context(run.session.reporting_errors())
@@ -244,9 +242,9 @@ class _Group:
                 )
         return results
 
-    def _built(self, run: _Run, concrete: RunConfig, mesh: Mesh) -> Job:
+    def _built(self, run: _Run, mesh: Mesh) -> Job:
         """Builds a run on the group's base."""
-        placed = replace(run.config, mesh=concrete.mesh, compute=concrete.compute)
+        placed = self._fits.layout.into(run.config)
         kind = run_kind(placed)
         job = built(run.inputs, kind, placed, mesh, run.session.output, self._first)
         self._first = self._first or job
@@ -294,9 +292,6 @@ class _Named(Console):
 
 
 # ---------------------------------------------------------------- comparison of the runs
-
-
-_MOST = 7  # settings on a page
 
 
 def render_page(results: Mapping[str, RunResult]) -> str:

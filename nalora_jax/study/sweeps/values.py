@@ -128,12 +128,16 @@ def values_of(runs: Sequence[Assembly], width: int) -> Values:
       (label, field), ``orders`` of permuted channels by (label, path), and ``facts``: seed and total steps.
     """
     mechanisms = [run.mechanisms for run in runs]
+    settings = [
+        {(label, name): getattr(m, name) for label, m in each.entries for name in numeric_settings(m)}
+        for each in mechanisms
+    ]
     return {
         "numbers": _differing([_numbers(run, width) for run in runs]) | _rates(runs, width),
         "scales": _differing(
             [{path: run.spec.scales(path) for path, _ in run.spec.targets} for run in runs]
         ),
-        "settings": _differing([_settings(each) for each in mechanisms]),
+        "settings": _differing(settings),
         "orders": _orders(runs),
         "facts": _differing([{"seed": each.seed, "total_steps": each.total_steps} for each in mechanisms]),
     }
@@ -188,11 +192,12 @@ def accepts_traced(mechanism: Mechanism, name: str, activation: str) -> bool:
 def numeric_settings(mechanism: Mechanism) -> list[str]:
     """Returns the names of the settings that are numbers or tuples of numbers, except `permute`."""
     names = [field.name for field in fields(mechanism) if field.name != "permute"]
-    return [name for name in names if all(map(_is_number, jax.tree.leaves(getattr(mechanism, name))))]
 
+    def is_numeric(value: Any) -> bool:
+        leaves = jax.tree.leaves(value)
+        return all(isinstance(leaf, int | float) and not isinstance(leaf, bool) for leaf in leaves)
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return [name for name in names if is_numeric(getattr(mechanism, name))]
 
 
 def _with_settings(label: str, mechanism: Mechanism, settings: Mapping[tuple[str, str], Any]) -> Mechanism:
@@ -206,12 +211,8 @@ def _with_settings(label: str, mechanism: Mechanism, settings: Mapping[tuple[str
 
 def _differing(runs: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
     """Returns stacked values of the names whose values differ between runs."""
-    names = [name for name in runs[0] if any(not _equal(run[name], runs[0][name]) for run in runs)]
+    names = [name for name in runs[0] if any(not np.array_equal(run[name], runs[0][name]) for run in runs)]
     return {name: _stacked([run[name] for run in runs]) for name in names}
-
-
-def _equal(first: Any, other: Any) -> bool:
-    return np.shape(first) == np.shape(other) and bool(np.all(np.asarray(first) == np.asarray(other)))
 
 
 def _stacked(values: Sequence[Any]) -> Any:
@@ -237,12 +238,6 @@ def _rates(runs: Sequence[Assembly], width: int) -> dict[str, np.ndarray]:
     if np.all(rates == rates[0]):
         return {}
     return {"rate_of_step": rates.astype(np.float32)}
-
-
-def _settings(mechanisms: Mechanisms) -> dict[tuple[str, str], Any]:
-    return {
-        (label, name): getattr(m, name) for label, m in mechanisms.entries for name in numeric_settings(m)
-    }
 
 
 def _orders(runs: Sequence[Assembly]) -> dict[tuple[str, str], np.ndarray]:

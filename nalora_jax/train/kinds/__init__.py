@@ -24,6 +24,10 @@ def run_kind(config: RunConfig) -> Kind:
         from nalora_jax.train.kinds import preference
 
         return preference
+    if config.rl.rewards:
+        from nalora_jax.train.kinds import rl
+
+        return rl
     from nalora_jax.train.kinds import text
 
     return text
@@ -40,9 +44,13 @@ def decoder_parts(config: RunConfig, base: ModelConfig, processor: Any = None) -
     if base.sight is not None:
         from nalora_jax.train.kinds import images
 
-        return images.parts(processor)
+        return images.program_parts(processor)
     if config.preference.loss != "none":
         from nalora_jax.train.kinds import preference
 
-        return preference.parts(config.preference)
+        return preference.program_parts(config.preference)
+    if config.rl.rewards:
+        from nalora_jax.train.kinds import rl
+
+        return rl.program_parts(config.rl)
     return {}

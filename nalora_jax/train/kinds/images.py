@@ -61,7 +61,7 @@ def build_step(
 ) -> tuple[LoadedModel, Assembly, TrainData]:
     """Loads the base with its image tower, and builds adapters, step and this process's rows."""
     assert inputs.files is not None
-    return text.build_step(inputs, placed, mesh, output, like, **parts(inputs.files.processor))
+    return text.build_step(inputs, placed, mesh, output, like, **program_parts(inputs.files.processor))
 
 
 def evaluators(
@@ -82,7 +82,7 @@ def evaluators(
 export_run = text.export_run
 
 
-def parts(processor: ImageProcessor | None) -> dict[str, Any]:
+def program_parts(processor: ImageProcessor | None) -> dict[str, Any]:
     """Returns the module and the objective of a model that sees, for `nalora_jax.train.assembly.assemble`."""
 
     def objective(plain: NextToken) -> SeenNextToken:

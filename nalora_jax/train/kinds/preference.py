@@ -80,7 +80,9 @@ def build_step(
     inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None
 ) -> tuple[LoadedModel, Assembly, PairData]:
     """Loads the base, and builds adapters, step and this process's rows of pairs."""
-    loaded, assembly, data = text.build_step(inputs, placed, mesh, output, like, **parts(placed.preference))
+    loaded, assembly, data = text.build_step(
+        inputs, placed, mesh, output, like, **program_parts(placed.preference)
+    )
     rows: Any = data
     return loaded, assembly, rows
 
@@ -103,13 +105,13 @@ def evaluators(
 export_run = text.export_run
 
 
-def parts(config: PreferenceConfig) -> dict[str, Any]:
+def program_parts(config: PreferenceConfig) -> dict[str, Any]:
     """Returns the objective of a preference loss, for `nalora_jax.train.assembly.assemble`."""
     return {"objective": partial(Preference, config=config)}
 
 
 # Collections that the policy has in addition to the base's.
-_ADAPTED = ("lora", "gate_mask", "gate_taps")
+ADAPTED = ("lora", "gate_mask", "gate_taps")
 
 
 class Pairs(NamedTuple):
@@ -147,7 +149,7 @@ class Preference:
         The batch has the arrays of text and ``pairs [rows, pairs]``.
         """
         hidden = self.policy.hidden(variables, batch, key)
-        base = {name: tree for name, tree in variables.items() if name not in _ADAPTED}
+        base = {name: tree for name, tree in variables.items() if name not in ADAPTED}
         reference = self.policy.model.clone(adapters=AdapterSpec()).apply(
             base, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
         )

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.common.trees import flatten
+from nalora_jax.models.families.tensors import TensorRow
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.weights.keymaps import Array, KeyMap, Slot, SourceTensor, Transform, same, swap
-from nalora_jax.weights.keytables import TensorRow
 
 
 def _dense(name: str, path: str) -> tuple[TensorRow, TensorRow]:

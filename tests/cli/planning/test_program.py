@@ -60,9 +60,7 @@ def compiled(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"lora": LoRAConfig(dora=True)},
-        {"lora": LoRAConfig(init="lora_ga")},
-        {"lora": LoRAConfig(trainable_token_indices=(1, 2))},
+        {"lora": LoRAConfig(dora=True, trainable_token_indices=(1, 2))},
         {"adalora": AdaLoRAConfig(target_rank=4)},
         {"optimizer": OptimizerConfig("adafactor")},
         {"preference": PreferenceConfig("dpo")},

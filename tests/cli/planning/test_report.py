@@ -15,7 +15,7 @@ from nalora_jax.config import ComputeConfig, DataConfig, MeshConfig, RunConfig, 
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.accounting import Transfer, Work
 from nalora_jax.layout.figures import Figures, roofline
-from nalora_jax.layout.layouts import estimate
+from nalora_jax.layout.layouts import Layout, estimate
 from nalora_jax.layout.machines import topology
 from nalora_jax.models.adapters import adapter_spec
 
@@ -24,12 +24,12 @@ ROWS = DataConfig(max_length=4096)
 
 def planned(kernels: dict[str, float], **more: Any) -> Plan:
     base, machine = architecture("llama-3.1-8b"), topology("v6e:16x16")
-    mesh, compute = MeshConfig(256, 1, 1), ComputeConfig(remat="dots")
-    config = RunConfig(train=TrainConfig(batch_size=256), data=ROWS, mesh=mesh, compute=compute)
-    layout = estimate(config, base, adapter_spec(config, base), machine)
+    config = RunConfig(train=TrainConfig(batch_size=256), data=ROWS, mesh=MeshConfig(256, 1, 1))
+    layout = Layout(256, 1, 1, "dots", "gather")
+    layout = estimate(layout, config, base, adapter_spec(config, base), machine)
     found = Figures(16e9, 12e9, 1e14, 1e11, kernels, (), **more)
     bound = roofline(found, config, base, machine)
-    return Plan("llama-3.1-8b", machine, layout, 256, 4096, found, found, bound)
+    return Plan(config, machine, layout, found, found, bound)
 
 
 def test_the_delta_rule_has_a_roofline_of_its_own():

@@ -53,15 +53,6 @@ def test_greedy_tokens_across_the_switch_equal_transformers(pair, prompts):
     assert complete(pair, prompts, batch_size=6) == [theirs(pair, prompt) for prompt in prompts]
 
 
-def test_greedy_tokens_across_the_switch_equal_uncached_decoding(pair, prompts):
-    for prompt, ids in zip(prompts[::4], complete(pair, prompts[::4]), strict=True):
-        text = np.zeros((1, 48), np.int32)
-        text[0, : len(prompt) + len(ids)] = [*prompt, *ids]
-        for end in range(len(prompt), len(prompt) + len(ids)):
-            logits = pair.logits(text, (np.arange(48) < end).astype(np.int32)[None])
-            assert int(logits[0, end - 1].argmax()) == text[0, end]
-
-
 def test_a_stream_across_the_switch_equals_the_batch(pair, prompts):
     generator = Generator(pair.model, {"params": pair.params}, byte_tokenizer())
     settings = {"max_new_tokens": NEW_TOKENS, "stop_ids": (), "temperature": 1.0, "seed": 5}

@@ -33,7 +33,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.study.sweeps.program import SweepProgram, batch_of
 from nalora_jax.study.sweeps.values import program_key
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
-from nalora_jax.train.kinds import dual
+from nalora_jax.train.kinds import decoder_parts, dual
 from nalora_jax.train.run import built
 from tests import tiny
 from tests.param_trees import init_params
@@ -70,7 +70,7 @@ def _assembled(configs: Sequence[RunConfig], base: ModelConfig = BASE, mesh: Any
     mesh = mesh or distributed.make_mesh(MeshConfig(), jax.devices()[:1])
     params = init_params(base, jax.random.key(1))
     params = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
-    return [assemble(config, base, params, mesh) for config in configs]
+    return [assemble(config, base, params, mesh, **decoder_parts(config, base)) for config in configs]
 
 
 def _solo(run: Assembly, steps: int, batches: Any = None) -> Any:
@@ -193,7 +193,7 @@ def on_one_device() -> Any:
 
 @pytest.mark.parametrize(
     "sizes",
-    [MeshConfig(run=8), MeshConfig(run=4, fsdp=2), MeshConfig(run=2, data=1, fsdp=2, tensor=2)],
+    [MeshConfig(run=8), MeshConfig(run=2, data=1, fsdp=2, tensor=2)],
     ids=str,
 )
 def test_runs_on_a_mesh_equal_those_on_one_device(sizes: MeshConfig, on_one_device: Any) -> None:

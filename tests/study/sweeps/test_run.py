@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file
 
 from nalora_jax.__main__ import main
 from nalora_jax.config import MeshConfig, RunConfig
@@ -21,6 +21,7 @@ from nalora_jax.study.sweeps.run import SweepResult, sweep
 from nalora_jax.train.kinds import text
 from nalora_jax.train.progress import Progress
 from tests import tiny
+from tests.emulator import emulator, stored, variables
 
 pytestmark = pytest.mark.usefixtures("surroundings")
 
@@ -65,7 +66,10 @@ def _adapter(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _assert_equal(one: Path, other: Path) -> None:
-    first, second = _adapter(one), _adapter(other)
+    _assert_close(_adapter(one), _adapter(other))
+
+
+def _assert_close(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> None:
     assert first.keys() == second.keys()
     for name, leaf in first.items():
         np.testing.assert_allclose(
@@ -130,18 +134,35 @@ def test_a_sweep_that_sigterm_stopped_continues_with_other_programs(
     assert (tmp_path / "out" / "comparison.html").exists()
 
 
-def test_two_processes_train_a_run_each(
-    swept: SweepResult, base: RunConfig, tmp_path: Path, two_processes: Any
+def test_two_processes_train_a_run_each_into_a_bucket_and_one_resumes_them(
+    swept: SweepResult,
+    base: RunConfig,
+    tmp_path: Path,
+    two_processes: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = replace(base, output=str(tmp_path / "out"), mesh=MeshConfig(data=1, fsdp=1, tensor=1, run=2))
+    url, rates = "gs://bucket/rates", ("0.02", "0.01")
+    config = replace(base, output=url, mesh=MeshConfig(data=1, fsdp=1, tensor=1, run=2))
     settings = tiny.write_settings(config, tmp_path / "settings.py")
     command = ["-m", "nalora_jax", "train", "--config", str(settings)]
     command += ["--sweep", "optimizer.learning-rate=2e-2,1e-2"]
-    for status, _, error in two_processes(command, devices=1, JAX_DEFAULT_MATMUL_PRECISION="highest"):
-        assert status == 0, error
-    for folder, rate in zip(swept.runs, ("0.02", "0.01"), strict=True):
-        _assert_equal(tmp_path / "out" / f"learning-rate-{rate}", Path(folder))
-    assert (tmp_path / "out" / "comparison.html").exists()
+    with emulator(tmp_path / "objects") as (held, address):
+        environment = variables(address) | {"NALORA_CACHE": tiny.new_cache(tmp_path / "cache")}
+        precision = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+        for status, _, error in two_processes(command, devices=1, **precision, **environment):
+            assert status == 0, error
+        files = stored(held, "rates")
+        assert {"sweep.json", "comparison.html"} <= files.keys()
+        for folder, rate in zip(swept.runs, rates, strict=True):
+            adapter = load(files[f"learning-rate-{rate}/adapter/adapter_model.safetensors"])
+            _assert_close(adapter, _adapter(Path(folder)))
+            assert f"learning-rate-{rate}/report.html" in files
+        # Options and settings are read from the bucket, and each run from its checkpoint there.
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert main(["train", "--resume", url, "--steps", "7", "--mesh.run", "1"]) == 0
+        for rate in rates:
+            assert f"learning-rate-{rate}/checkpoints/7/commit_success.txt" in stored(held, "rates")
 
 
 def test_bad_sweeps_are_refused_before_the_weights_are_read(

@@ -1,0 +1,238 @@
+"""Prompts of reinforcement learning: an endless stream of groups, each row a sample that is still to be drawn.
+
+Row r of a batch belongs to the prompt ``r // samples``; all samples of a prompt are next to each other. With
+several updates on a rollout, as many batches follow with the same prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nalora_jax.common.notes import counting
+from nalora_jax.config import DataConfig, RLConfig
+from nalora_jax.data.items import ChoiceItem, CompletionItem
+from nalora_jax.data.packing import permutation
+from nalora_jax.data.pipeline import HostBatch, Stream
+from nalora_jax.data.questions import drawn, examples_at, split_questions
+from nalora_jax.data.source import Source
+from nalora_jax.errors import NaloraError
+
+if TYPE_CHECKING:
+    from nalora_jax.data.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 1024  # records that are rendered and tokenized together
+_OTHERS = 7  # key of the prompts that replace groups without variance
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and its record."""
+
+    ids: Sequence[int]
+    text: str
+    record: Mapping[str, Any]  # of the data set; ``answer`` is the reference completion unless it has one
+    where: str  # for errors
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PromptData(Stream):
+    """Prompts of a run as an endless stream.
+
+    Attributes:
+      source: the records.
+      indices: record of each prompt.
+      items: prompts with reference completions.
+      samples: rows of a prompt.
+      updates: batches in a row with the same prompts.
+      length: positions of a row, those of the longest prompt plus the sample.
+      dropped: records whose prompt is too long.
+      seed: of the order.
+    """
+
+    source: Source
+    indices: np.ndarray
+    items: Sequence[CompletionItem | ChoiceItem]
+    samples: int
+    updates: int
+    length: int
+    dropped: int
+    seed: int
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Returns the number of rows with every prompt once."""
+        return len(self.items) * self.samples * self.updates
+
+    @property
+    def longest(self) -> int:
+        """Returns the tokens of the longest prompt."""
+        return max(len(item.prompt_ids) for item in self.items)
+
+    @property
+    def fingerprint(self) -> str:
+        """Returns the identity of the stream, which does not depend on hosts."""
+        content = hashlib.sha256()
+        for item in self.items:
+            content.update(np.array([len(item.prompt_ids), *item.prompt_ids], np.int32).tobytes())
+        return f"{content.hexdigest()}:{self.samples}:{self.updates}:{self.seed}"
+
+    def describe(self) -> dict[str, Any]:
+        """Returns figures for the log."""
+        steps = round(self.rows_per_epoch / self.batch_size, 2)
+        return {"prompts": len(self.items), "dropped": self.dropped, "steps_per_epoch": steps}
+
+    def arrays(self, rows: list[int]) -> HostBatch:
+        """Returns ``prompt [len(rows)]``, and the rows' tokens, positions and segments ``[len(rows), length]``."""
+        places = [self._place(row) for row in rows]
+        tokens = np.zeros((len(rows), self.length), np.int32)
+        segments = np.zeros_like(tokens)
+        for row, place in enumerate(places):
+            ids = self.items[place].prompt_ids
+            tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+        positions = np.arange(self.length, dtype=np.int32)[None] * segments
+        prompt = np.array(places, np.int32)
+        return {"prompt": prompt, "tokens": tokens, "positions": positions, "segment_ids": segments}
+
+    def prompts(self, places: Sequence[int]) -> list[Prompt]:
+        """Returns the prompts at ``places``, which ``prompt`` of the arrays holds."""
+        indices = [int(self.indices[place]) for place in places]
+        return _with_records(self.source, indices, [self.items[place] for place in places])
+
+    def others(self, step: int, attempt: int, count: int) -> np.ndarray:
+        """Returns places of prompts that replace others in a step; ``attempt`` counts the replacements."""
+        return permutation(len(self.items), self.seed, _OTHERS, step, attempt)[:count]
+
+    def _place(self, row: int) -> int:
+        """Returns the prompt of a row of the stream."""
+        batch, row_of_batch = divmod(row, self.batch_size)
+        number = (batch // self.updates * self.batch_size + row_of_batch) // self.samples
+        epoch, place = divmod(number, len(self.items))
+        return int(self._order(epoch)[place])
+
+    @cached_property
+    def _order(self) -> Callable[[int], np.ndarray]:
+        return lru_cache(maxsize=2)(lambda epoch: permutation(len(self.items), self.seed, epoch))
+
+
+def answer_of(item: CompletionItem | ChoiceItem) -> str:
+    """Returns the reference completion of an example."""
+    if isinstance(item, ChoiceItem):
+        return item.choices[item.gold]
+    return item.completion
+
+
+def prompt_data(
+    records: Source,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    rl: RLConfig,
+    context: int,
+    batch_size: int,
+    accumulate: int,
+    seed: int,
+) -> PromptData:
+    """Tokenizes the prompts of records.
+
+    Args:
+      records: with a prompt and a reference completion, as for training on text.
+      config: names of the fields; ``max_length`` is the limit of prompt plus sample. Longer prompts are left
+        out, with ``too_long`` "error" refused.
+      tokenizer: tokenizer of the model.
+      rl: number and limit of the samples.
+      context: maximum tokens of the model.
+      batch_size: samples of a step.
+      accumulate: micro-batches of a step.
+      seed: of the order.
+
+    Raises:
+      NaloraError: bad records, or no prompt that fits.
+    """
+    order = permutation(len(records), seed, 0)[: config.train_limit or None].tolist()
+    limit = min(config.max_length or context, context) - rl.max_new_tokens
+    indices, items = _fitting(records, sorted(order), config, tokenizer, limit)
+    longest = max(len(item.prompt_ids) for item in items)
+    length = config.max_length or min(-(-(longest + rl.max_new_tokens) // 8) * 8, context)
+    return PromptData(
+        batch_size=batch_size,
+        accumulate=accumulate,
+        rows=tuple(range(batch_size // accumulate)),
+        workers=config.workers,
+        source=records,
+        indices=np.array(indices),
+        items=items,
+        samples=rl.samples,
+        updates=rl.updates,
+        length=length,
+        dropped=len(order) - len(items),
+        seed=seed,
+    )
+
+
+def held_out_prompts(
+    records: Source, config: DataConfig, tokenizer: Tokenizer, limit: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Returns held-out prompts in two lists: for reported results, and to choose a checkpoint.
+
+    Args:
+      records: the held-out records.
+      config: names of the fields, ``eval_limit`` and ``select_limit``.
+      tokenizer: tokenizer of the model.
+      limit: tokens of a prompt.
+
+    Raises:
+      NaloraError: bad records, or fewer than two.
+    """
+    count = config.eval_limit + config.select_limit if config.eval_limit else 0
+    indices, items = _fitting(records, drawn(len(records), count), config, tokenizer, limit)
+    prompts = _with_records(records, indices, items)
+    return split_questions(prompts, config.eval_limit, config.select_limit)
+
+
+def _fitting(
+    records: Source, indices: Sequence[int], config: DataConfig, tokenizer: Tokenizer, limit: int
+) -> tuple[list[int], list[Any]]:
+    """Returns the records whose prompts have at most ``limit`` tokens, and their examples."""
+    whole = replace(config, max_length=0, loss_last=0.0)  # an example is not divided
+    kept, items = [], []
+    with counting("tokenizing", len(indices)) as done:
+        for start in range(0, len(indices), _CHUNK):
+            chunk = indices[start : start + _CHUNK]
+            for index, item in zip(chunk, examples_at(records, chunk, whole, tokenizer), strict=True):
+                if len(item.prompt_ids) <= limit:
+                    kept.append(index)
+                    items.append(item)
+                elif config.too_long == "error":
+                    raise NaloraError(
+                        records.where(index),
+                        expected=f"a prompt of at most {limit} tokens, --data.max-length minus --rl.max-new-tokens",
+                        found=len(item.prompt_ids),
+                        remedy='raise --data.max-length, or leave such prompts out with --data.too-long "drop"',
+                    )
+            done(len(chunk))
+    if not items:
+        remedy = "raise --data.max-length or lower --rl.max-new-tokens"
+        raise NaloraError(
+            records.name, expected=f"prompts of at most {limit} tokens", found="none", remedy=remedy
+        )
+    if len(items) < len(indices):
+        text = "%s: left out %d of %d prompts, longer than %d tokens"
+        log.warning(text, records.name, len(indices) - len(items), len(indices), limit)
+    return kept, items
+
+
+def _with_records(records: Source, indices: Sequence[int], items: Sequence[Any]) -> list[Prompt]:
+    read = zip(indices, records.read(list(indices)), items, strict=True)
+    return [
+        Prompt(item.prompt_ids, item.prompt, {"answer": answer_of(item), **record}, records.where(index))
+        for index, record, item in read
+    ]

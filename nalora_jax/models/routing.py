@@ -1,0 +1,415 @@
+"""Rows of tokens sorted by expert: the router's choice, the rows' way in and out, matmuls and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nalora_jax.method import activations, statistics
+from nalora_jax.method.low_rank import Adapter, Factors, Products, gated
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.grouped_matmul import (
+    from_all,
+    grouped_matmul,
+    outer_of_all,
+    own_of_all,
+    ragged,
+    ragged_outer,
+)
+from nalora_jax.ops.reductions import sampled as sampled_positions
+from nalora_jax.ops.storage import Kernel, expand
+
+
+class Places(NamedTuple):
+    """Places for the rows of tokens; every row has one place, and a place at most one row."""
+
+    token: jax.Array  # int [places], the token of each place
+    of_rows: jax.Array  # int [tokens * top_k], the place of each row, top_k rows of token 0 first
+    used: jax.Array | None = None  # bool [places], places with a row; None: all
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def spread(x: jax.Array, places: Places, top_k: int) -> jax.Array:
+    """Returns the token of each place, ``[places, d]``, zeros in unused places.
+
+    Args:
+      x: ``[tokens, d]``.
+      places: places of the rows.
+      top_k: rows of each token.
+    """
+    rows = _taken(x, places.token)
+    if places.used is None:
+        return rows
+    return jnp.where(places.used[:, None], rows, 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def summed(y: jax.Array, places: Places, top_k: int) -> jax.Array:
+    """Returns the sum of each token's rows, ``[tokens, d]``; arguments as for `spread`, ``y [places, d]``."""
+    return jnp.sum(_taken(y, places.of_rows).reshape(-1, top_k, y.shape[-1]), axis=1)
+
+
+def _spread_fwd(x: jax.Array, places: Places, top_k: int) -> tuple[jax.Array, Places]:
+    return spread(x, places, top_k), places
+
+
+def _spread_bwd(top_k: int, places: Places, g: jax.Array) -> tuple[jax.Array, None]:
+    return summed(g, places, top_k), None
+
+
+def _summed_fwd(y: jax.Array, places: Places, top_k: int) -> tuple[jax.Array, Places]:
+    return summed(y, places, top_k), places
+
+
+def _summed_bwd(top_k: int, places: Places, g: jax.Array) -> tuple[jax.Array, None]:
+    return spread(g, places, top_k), None
+
+
+spread.defvjp(_spread_fwd, _spread_bwd)
+summed.defvjp(_summed_fwd, _summed_bwd)
+
+
+@jax.custom_vjp
+def permuted(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Returns the rows ``x[order]`` of a permutation with the given inverse."""
+    return _taken(x, order)
+
+
+permuted.defvjp(
+    lambda x, order, inverse: (permuted(x, order, inverse), (order, inverse)),
+    lambda orders, g: (permuted(g, *orders[::-1]), None, None),
+)
+
+
+def _taken(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns ``x[rows]``; without a promise, XLA writes the rows again to mask those out of bounds."""
+    return jnp.asarray(x).at[rows].get(mode="promise_in_bounds")
+
+
+class Groups(NamedTuple):
+    """The groups of rows that are sorted by expert."""
+
+    sizes: jax.Array  # int [experts], rows of each
+    expert: jax.Array  # int [rows], ascending
+
+
+def frozen_grouped_matmul(x: jax.Array, kernels: Kernel, sizes: jax.Array, numerics: Numerics) -> jax.Array:
+    """Multiplies every row by its expert's frozen kernel; the kernels receive no gradient.
+
+    Args:
+      x: ``[rows, d_in]`` sorted by expert.
+      kernels: ``[experts, d_in, d_out]``, as they are stored.
+      sizes: int ``[experts]``.
+      numerics: dtypes of operands and result.
+
+    Returns:
+      ``[rows, d_out]`` in ``numerics.result``.
+    """
+    chex.assert_rank([x, sizes], [2, 1])
+    assert kernels.ndim == 3
+    return _frozen(x, kernels, sizes, numerics)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _frozen(x: jax.Array, kernels: Any, sizes: jax.Array, numerics: Numerics) -> jax.Array:
+    return grouped_matmul(x, expand(kernels, numerics.operand), sizes, numerics)
+
+
+def _frozen_fwd(x: jax.Array, kernels: Any, sizes: jax.Array, numerics: Numerics) -> tuple[jax.Array, Any]:
+    return _frozen(x, kernels, sizes, numerics), (kernels, sizes, jnp.zeros((0,), x.dtype))
+
+
+def _frozen_bwd(numerics: Numerics, residuals: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
+    kernels, sizes, like_x = residuals
+    numerics = replace(numerics, result=like_x.dtype.name)
+    floats = expand(kernels, numerics.operand)
+    return grouped_matmul(g, floats, sizes, numerics, transposed=True), None, None
+
+
+_frozen.defvjp(_frozen_fwd, _frozen_bwd)
+
+
+def grouped_residual(
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    scale: jax.Array | float,
+    groups: Groups,
+    numerics: Numerics,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """Returns ``s (x A_e) B_e`` per expert, with the gated gradient.
+
+    This is `nalora_jax.method.low_rank.low_rank` over grouped rows.
+
+    Args:
+      x: ``[rows, d_in]`` sorted by expert.
+      a: ``[experts, d_in, r]`` float32.
+      b: ``[experts, r, d_out]`` float32.
+      scale: scalar.
+      groups: the rows' experts.
+      numerics: its ``adapter`` is the dtype of the operands.
+      mask: ``[experts, d_out]`` or None.
+
+    Returns:
+      ``[rows, d_out]`` float32, or the platform's dtype of grouped results.
+    """
+    chex.assert_rank([x, a, b], [2, 3, 3])
+    joined = numerics.hooks.joins_expert_factors(a.shape[0], a.shape[-1])
+    wide = numerics.hooks.grouped_result(numerics.adapter)
+    products = GroupedProducts(groups, numerics.adapter, joined, wide)
+    (y,), _ = gated(products, x, (Factors.of(Adapter(a, b, scale, mask)),))
+    out: jax.Array = y
+    return out
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GroupedProducts(Products):
+    """Matmuls of every row with its expert's adapter; factors have a leading axis ``[experts]``."""
+
+    groups: Groups
+    operand: str = field(metadata={"static": True})
+    joined: bool = field(metadata={"static": True})  # the factors of all experts are concatenated
+    wide: str = field(metadata={"static": True})  # dtype of results ``[rows, d]`` that are not joined
+
+    def _to_rank(self, x: jax.Array, factors: jax.Array) -> jax.Array:
+        """Returns ``[rows, r]`` of ``[rows, d]`` times ``[experts, d, r]``."""
+        if self.joined:
+            return own_of_all(x, factors, self.groups.expert, self.operand)
+        return ragged(x, factors, self.groups.sizes, self.operand)
+
+    def _from_rank(self, hidden: jax.Array, factors: jax.Array) -> jax.Array:
+        """Returns ``[rows, d]`` of ``[rows, r]`` times ``[experts, r, d]``."""
+        if self.joined:
+            return from_all(hidden, factors, self.groups.expert, self.operand)
+        return ragged(hidden, factors, self.groups.sizes, self.operand, self.wide)
+
+    def _per_expert(self, x: jax.Array, g: jax.Array, like: jax.Array) -> jax.Array:
+        """Returns ``x_e^T g_e`` of all experts, the transpose of the grouped matmul."""
+        if self.joined:
+            return outer_of_all(x, g, self.groups.expert, like.shape[0], self.operand)
+        return ragged_outer(x, g, self.groups.sizes, self.operand)
+
+    def forward(self, x: jax.Array, layers: Sequence[Factors]) -> tuple[list[jax.Array], list[jax.Array]]:
+        """See `Products`."""
+        (layer,) = layers
+        hidden = layer.scale * self._to_rank(x, layer.a)
+        return [self._from_rank(hidden, layer.b)], [hidden]
+
+    def narrow(
+        self, gs: Sequence[jax.Array], layers: Sequence[Factors], wides: Sequence[jax.Array]
+    ) -> tuple[list[jax.Array], None]:
+        """See `Products`."""
+        (g,), (wide,) = gs, wides
+        return [self._to_rank(g, wide.swapaxes(1, 2))], None
+
+    def gradients(
+        self,
+        x: jax.Array,
+        gs: Sequence[jax.Array],
+        layers: Sequence[Factors],
+        hidden: Sequence[Any],
+        exact: Sequence[Any],
+        masked: Sequence[Any],
+        extra: Any,
+    ) -> tuple[jax.Array, list[Any], list[Any]]:
+        """See `Products`."""
+        (layer,), (g,) = layers, gs
+        dx = self._from_rank(exact[0], layer.a.swapaxes(1, 2)).astype(x.dtype)
+        return dx, [self._per_expert(x, masked[0], layer.a)], [self._per_expert(hidden[0], g, layer.b)]
+
+
+_GROUP_TOP = 2  # a group's score is the sum of its highest expert scores (DeepSeek-V3, arXiv 2412.19437)
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """Scores of a router and its choice of experts."""
+
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = True  # scale the chosen experts' scores to sum to 1
+    correction: bool = False  # a bias per expert is added to scores for the choice only
+    groups: int = 1  # groups of consecutive experts
+    groups_kept: int = 1  # experts are chosen from the groups with the highest scores
+    scale: float = 1.0  # multiplies the weights
+    expert_scale: bool = False  # the model has a factor of each expert's weights
+
+
+class Routing(NamedTuple):
+    """Rows sorted by expert: row i is token ``token[i]`` in expert ``expert[i]``."""
+
+    # int [tokens * top_k], sorts the rows (top_k of token 0, of token 1, ...) by expert
+    order: jax.Array
+    token: jax.Array  # int [tokens * top_k]
+    expert: jax.Array  # int [tokens * top_k], ascending
+    sizes: jax.Array  # int [experts], rows of each expert
+    weight: jax.Array  # float32 [tokens * top_k]
+    back: jax.Array  # int [tokens * top_k], inverse of ``order``
+
+    @property
+    def groups(self) -> Groups:
+        """The rows' experts, without tokens and weights."""
+        return Groups(self.sizes, self.expert)
+
+
+def route(logits: jax.Array, top_k: int, spec: RouterSpec, *of_experts: jax.Array | None) -> Routing:
+    """Returns the ``top_k`` experts of every token and their weights.
+
+    Args:
+      logits: float32 ``[tokens, experts]``.
+      top_k: experts per token.
+      spec: the choice of experts and their weights.
+      of_experts: correction and scale, float32 ``[experts]`` or None, see `RouterSpec`.
+    """
+    n_experts = logits.shape[-1]
+    weights, chosen = choose(logits, top_k, spec, *of_experts)
+    flat = chosen.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    return Routing(
+        order=order,
+        token=order // top_k,
+        expert=flat[order],
+        sizes=jnp.bincount(flat, length=n_experts).astype(jnp.int32),
+        weight=weights.reshape(-1)[order],
+        back=jnp.argsort(order),
+    )
+
+
+def choose(
+    logits: jax.Array,
+    top_k: int,
+    spec: RouterSpec,
+    correction: jax.Array | None = None,
+    expert_scale: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns weights and indices of every token's experts, ``[tokens, top_k]``.
+
+    Args:
+      logits: float32 ``[tokens, experts]``.
+      top_k: experts per token.
+      spec: scores, groups and scale.
+      correction: float32 ``[experts]``, if ``spec.correction``.
+      expert_scale: float32 ``[experts]``, if ``spec.expert_scale``.
+    """
+    scores = jax.nn.softmax(logits, axis=-1) if spec.scores == "softmax" else jax.nn.sigmoid(logits)
+    if correction is None and spec.groups == spec.groups_kept:
+        weights, chosen = lax.top_k(scores, top_k)
+    else:
+        ranked = scores
+        if correction is not None:
+            ranked = ranked + correction[None]
+        chosen = lax.top_k(_within_groups(lax.stop_gradient(ranked), spec), top_k)[1]
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    if spec.normalize:  # sigmoids may underflow
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    if expert_scale is not None:
+        weights = weights * expert_scale[chosen]
+    if spec.scale != 1.0:
+        weights = weights * spec.scale
+    return weights, chosen
+
+
+def _within_groups(ranked: jax.Array, spec: RouterSpec) -> jax.Array:
+    """Returns ``ranked [tokens, experts]`` with -inf outside of each token's kept groups."""
+    if spec.groups == spec.groups_kept:
+        return ranked
+    grouped = ranked.reshape(ranked.shape[0], spec.groups, -1)
+    of_groups = jnp.sum(lax.top_k(grouped, _GROUP_TOP)[0], axis=-1)
+    inside = jax.nn.one_hot(lax.top_k(of_groups, spec.groups_kept)[1], spec.groups, dtype=bool)
+    return jnp.where(jnp.any(inside, axis=1)[..., None], grouped, -jnp.inf).reshape(ranked.shape)
+
+
+class SampledRows(NamedTuple):
+    """Sorted rows that statistics are computed from."""
+
+    rows: jax.Array | None  # int [taken]; None: all rows
+    # float32 [experts, taken]: the row's token weight in its own expert, 0 in the others
+    weights: jax.Array
+
+    def take(self, x: jax.Array) -> jax.Array:
+        """Returns ``[taken, ...]`` of ``[rows, ...]``."""
+        if self.rows is None:
+            return x
+        return x.at[self.rows].get(mode="promise_in_bounds")
+
+
+def sample(routing: Routing, token_weights: jax.Array, stride: int) -> SampledRows:
+    """Samples one in ``stride`` rows of every sequence, with real tokens preferred to padding.
+
+    Single rows are sampled instead of runs, because an expert may have few. The rows of each
+    sequence are sorted by expert separately, so that a sequence counts the same in any batch.
+
+    Args:
+      routing: of all tokens of the batch.
+      token_weights: ``[batch, seq]``, 0 for padding.
+      stride: 1 or more.
+    """
+    token_weights = lax.stop_gradient(token_weights).astype(jnp.float32)
+    rows, expert = None, routing.expert
+    weights = jnp.take(token_weights.reshape(-1), routing.token)
+    if stride > 1:
+        batch = token_weights.shape[0]
+        experts = routing.expert[routing.back].reshape(batch, -1)
+        # [batch, seq * top_k]: indices of a sequence's rows among all sorted rows, by expert
+        places = jnp.take_along_axis(
+            routing.back.reshape(batch, -1), jnp.argsort(experts, axis=1, stable=True), axis=1
+        )
+        positions = sampled_positions(places[..., None], jnp.take(weights, places), stride, run=1)
+        rows = positions.reshape(-1)
+        weights, expert = jnp.take(weights, rows), jnp.take(expert, rows)
+    return SampledRows(rows, by_expert(weights, expert, routing))
+
+
+def by_expert(weights: jax.Array, expert: jax.Array, routing: Routing) -> jax.Array:
+    """Returns the weights ``[experts, taken]`` of `SampledRows`."""
+    reached = expert[None, :] == jnp.arange(routing.sizes.shape[0])[:, None]
+    return jnp.where(reached, weights[None, :], 0.0)
+
+
+def expert_statistics(
+    z: jax.Array,
+    start: jax.Array,
+    dz: jax.Array,
+    samples: tuple[SampledRows, SampledRows],
+    activation: activations.Activation,
+    names: Iterable[str],
+) -> dict[str, jax.Array]:
+    """Returns `nalora_jax.method.measurement.gate_statistics` of every expert over its tokens.
+
+    Args:
+      z: ``[taken, d_ff]`` full pre-activations of the first sample's rows.
+      start: ``[probed, d_ff]`` frozen pre-activations of the second sample's rows.
+      dz: ``[probed, d_ff]`` the adapter's change of them.
+      samples: rows for the gate's statistics and rows for the probe.
+      activation: the gate's.
+      names: statistics of the forward pass.
+
+    Returns:
+      The same names with a leading ``[experts]`` axis.
+    """
+    partition = activations.partition(activation.name)
+
+    def one(of_gate: jax.Array, of_probe: jax.Array) -> dict[str, jax.Array]:
+        stats = statistics.channel_statistics(z, of_gate, activation, partition, names)
+        return stats | statistics.probe_statistics(start, dz, of_probe, activation, names)
+
+    return jax.vmap(one)(samples[0].weights, samples[1].weights)
+
+
+def expert_cotangent_statistics(
+    delta: jax.Array, of: SampledRows, names: Iterable[str]
+) -> dict[str, jax.Array]:
+    """Returns `nalora_jax.method.statistics.cotangent_statistics` by expert.
+
+    ``delta`` is ``[rows, d_ff]``; the results have a leading axis ``[experts]``.
+    """
+    sampled = of.take(delta)
+    return jax.vmap(lambda weights: statistics.cotangent_statistics(sampled, weights, names))(of.weights)

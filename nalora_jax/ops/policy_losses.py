@@ -1,0 +1,147 @@
+"""Losses of policy gradients with verifiable rewards, as pure functions of log-probabilities.
+
+A prompt has a group of samples. Its rewards become advantages (`advantages`); a loss weighs each
+token's probability ratio ``exp(log p - log p_old)`` with the advantage of its sample, clipped so
+that one update does not move far from the policy that sampled (`policy_loss`):
+
+| name | advantage | ratio | clipped at | mean over |
+|---|---|---|---|---|
+| grpo (arXiv 2402.03300) | (r - mean) / std of the group | token | 0.8, 1.2 | tokens of a sample, then samples |
+| dr_grpo (2503.20783) | r - mean | token | 0.8, 1.2 | samples, tokens / limit of tokens |
+| dapo (2503.14476) | (r - mean) / std | token | 0.8, 1.28 | all tokens |
+| gspo (2507.18071) | (r - mean) / std | exp of the mean log-ratio of a sample | 0.9997, 1.0004 | samples |
+| rloo (2402.14740) | r - mean of the others | product over a sample | 0.8, 1.2 | samples |
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Name = Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo"]
+# Distances of the clipped ratio below and above 1, from the papers.
+CLIPS = {
+    "grpo": (0.2, 0.2),
+    "dr_grpo": (0.2, 0.2),
+    "dapo": (0.2, 0.28),
+    "gspo": (3e-4, 4e-4),
+    "rloo": (0.2, 0.2),
+}
+_SMALLEST = 1e-4  # added to a group's standard deviation, as TRL does
+
+
+class PolicyLoss(NamedTuple):
+    """The static settings of a loss."""
+
+    name: Name
+    low: float  # the ratio is clipped at 1 - low
+    high: float  # and at 1 + high
+    length: int  # limit of the tokens of a sample, which "dr_grpo" divides by
+    beta: float = 0.0  # weight of the divergence from the base
+
+
+class Losses(NamedTuple):
+    """Results for a batch, float32."""
+
+    loss: jax.Array  # [], summed
+    divergence: jax.Array  # [samples, tokens], from the base
+    clipped: jax.Array  # [samples, tokens], 1 for tokens without a gradient because of the clip
+
+
+def advantages(rewards: np.ndarray, name: Name) -> np.ndarray:
+    """Returns the advantage of each sample over its group, ``[prompts, samples]``.
+
+    A NaN is a sample without a reward: it is in no mean and its advantage is 0. A group with fewer
+    than two rewards has no advantages.
+
+    Args:
+      rewards: float ``[prompts, samples]``, of at least two samples.
+      name: the loss that the advantages are for.
+    """
+    known = ~np.isnan(rewards)
+    count = known.sum(1, keepdims=True)
+    values = np.where(known, rewards, 0.0)
+    mean = values.sum(1, keepdims=True) / np.maximum(count, 1)
+    centered = np.where(known & (count > 1), values - mean, 0.0)
+    if name == "rloo":  # r - (sum - r) / (n - 1)
+        return centered * count / np.maximum(count - 1, 1)
+    if name == "dr_grpo":
+        return centered
+    deviation = np.sqrt((centered**2).sum(1, keepdims=True) / np.maximum(count - 1, 1))
+    return centered / (deviation + _SMALLEST)
+
+
+def denominator(mask: jax.Array, real: jax.Array, settings: PolicyLoss) -> jax.Array:
+    """Returns what a batch's sum of losses is divided by: tokens with "dapo", otherwise samples; float32.
+
+    Args:
+      mask: ``[samples, tokens]``, 1 for tokens in the loss.
+      real: ``[samples]``, 0 for padding; a sample without tokens in the loss counts.
+      settings: of the loss.
+    """
+    return jnp.sum(mask if settings.name == "dapo" else real, dtype=jnp.float32)
+
+
+def policy_loss(
+    log_probs: jax.Array,
+    old: jax.Array,
+    base: jax.Array | None,
+    mask: jax.Array,
+    advantage: jax.Array,
+    settings: PolicyLoss,
+) -> Losses:
+    """Returns the sum of the losses of samples.
+
+    The divergence is ``p_base / p - log(p_base / p) - 1``, an unbiased estimate that is never
+    negative (http://joschu.net/blog/kl-approx.html); it is added to each token's loss. With "rloo" it
+    has its place in the rewards, see `divergence_penalty`.
+
+    Args:
+      log_probs: of the tokens, by the policy: ``[samples, tokens]``; the loss is differentiable by these.
+      old: by the policy that sampled.
+      base: by the base without adapters; None if ``settings.beta`` is 0.
+      mask: 1 for tokens of the samples, 0 for padding.
+      advantage: ``[samples]``.
+      settings: of the loss.
+    """
+    tokens = jnp.sum(mask, axis=1, keepdims=True)
+    log_ratio = (log_probs - old) * mask
+    if settings.name == "gspo":
+        log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True) / jnp.maximum(tokens, 1.0)
+    elif settings.name == "rloo":
+        log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True)
+    ratio, gain = jnp.exp(log_ratio), advantage[:, None]
+    bounded = jnp.clip(ratio, 1 - settings.low, 1 + settings.high)
+    # [samples, tokens], or [samples, 1] if all tokens of a sample have one ratio.
+    loss = -jnp.minimum(ratio * gain, bounded * gain)
+    clipped = mask * (
+        ((ratio < 1 - settings.low) & (gain < 0)) | ((ratio > 1 + settings.high) & (gain > 0))
+    )
+    divergence = jnp.zeros_like(mask)
+    if base is not None and settings.name != "rloo":
+        divergence = mask * (jnp.exp(base - log_probs) - (base - log_probs) - 1)
+        loss = loss + settings.beta * divergence
+    if settings.name == "rloo":
+        per_sample = loss[:, 0]
+    elif settings.name == "dapo":
+        per_sample = jnp.sum(loss * mask, axis=1)
+    elif settings.name == "dr_grpo":
+        per_sample = jnp.sum(loss * mask, axis=1) / settings.length
+    else:
+        per_sample = jnp.sum(loss * mask, axis=1) / jnp.maximum(tokens[:, 0], 1.0)
+    return Losses(jnp.sum(per_sample), divergence, clipped)
+
+
+def divergence_penalty(old: np.ndarray, base: np.ndarray, mask: np.ndarray, beta: float) -> np.ndarray:
+    """Returns what "rloo" subtracts from rewards: beta times the log-ratio of each sample, ``[samples]``.
+
+    Args:
+      old: log-probabilities of tokens by the policy that sampled, ``[samples, tokens]``.
+      base: by the base without adapters.
+      mask: 1 for tokens of the samples.
+      beta: weight of the divergence.
+    """
+    return beta * ((old - base) * mask).sum(1)

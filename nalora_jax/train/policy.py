@@ -1,0 +1,120 @@
+"""Policy gradients (`nalora_jax.ops.policy_losses`) as an objective of the training step.
+
+As in `nalora_jax.train.kinds.preference`, the loss depends on tokens only through their log-probabilities, so
+its gradient is that of a cross-entropy whose weights are the derivatives of the loss by the
+log-probabilities, and logits are computed in chunks. The base is the same weights with the adapter off.
+
+A batch has the arrays of text, one sample a row, whose loss weights are 1 for the sample's tokens, and
+
+    advantages  [rows]
+    real        [rows]       0 for rows of padding
+    sampled     [rows, seq]  log-probability of each target when it was sampled, by the generator
+    old, base   [rows, seq]  the same by the training program before the first of several updates, and
+                             by the base; absent if there is one update, which computes both
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nalora_jax.method.step import Batch, Evaluated
+from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.ops.policy_losses import Losses, PolicyLoss, denominator, policy_loss
+from nalora_jax.ops.split_rows import joined
+from nalora_jax.ops.target_losses import target_losses
+from nalora_jax.train.kinds.preference import ADAPTED
+from nalora_jax.train.objectives import NextToken
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`nalora_jax.method.step.Objective` of samples with advantages.
+
+    Attributes:
+      text: the objective of the same model on text.
+      settings: of the loss.
+      temperature: at which the samples were drawn.
+    """
+
+    text: NextToken
+    settings: PolicyLoss
+    temperature: float = 1.0
+
+    @property
+    def policy(self) -> NextToken:
+        """The objective whose logits are divided by the temperature: c tanh(s x / c) / T has scale s / T, cap c / T."""
+        head, t = self.text.head, self.temperature
+        return replace(self.text, head=head._replace(scale=head.scale / t, softcap=head.softcap / t))
+
+    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
+        """Returns the loss, see `nalora_jax.method.step.Objective`, and metrics of the samples.
+
+        Metrics are means over the same tokens as the loss: ``entropy`` (of the policy, estimated by minus
+        the log-probability of its own samples), ``divergence`` from the base, ``clipped`` (share of tokens
+        without a gradient) and ``mismatch`` (absolute difference between the log-probabilities of
+        generator and training program).
+        """
+        mask = batch["loss_weights"]
+        hidden = self.policy.hidden(variables, batch, key)
+        log_probs = self._log_probs(hidden, params, batch)
+        old, base = batch.get("old", log_probs), batch.get("base")
+        if self.settings.beta and base is None and self.settings.name != "rloo":
+            base = self.base_log_probs(variables, params, batch)
+
+        def total(log_probs: jax.Array) -> tuple[jax.Array, Losses]:
+            losses = policy_loss(log_probs, old, base, mask, batch["advantages"], self.settings)
+            return losses.loss, losses
+
+        (value, losses), slope = jax.value_and_grad(total, has_aux=True)(log_probs)
+        surrogate = self.policy.cross_entropy(hidden, params, batch, -slope)
+        share = mask
+        if self.settings.name != "dapo":
+            share = mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0)
+        measured = {
+            "entropy": -jnp.sum(share * log_probs),
+            "clipped": jnp.sum(share * losses.clipped),
+            "mismatch": jnp.sum(share * jnp.abs(log_probs - batch["sampled"])),
+        }
+        if base is not None:
+            measured["divergence"] = jnp.sum(share * losses.divergence)
+        # Value of the loss, gradient of the surrogate.
+        return Evaluated(lax.stop_gradient(value - surrogate) + surrogate, lax.stop_gradient(measured))
+
+    def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Returns the numbers of real tokens, and of what the loss is a mean over."""
+        return self.text.counts(batch)[0], denominator(batch["loss_weights"], batch["real"], self.settings)
+
+    def log_probs(
+        self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array
+    ) -> jax.Array:
+        """Returns the policy's log-probabilities of the targets, ``[rows, seq]``; 0 without a loss weight."""
+        return self._log_probs(self.policy.hidden(variables, batch, key), params, batch)
+
+    def base_log_probs(self, variables: Mapping[str, Any], params: Any, batch: Batch) -> jax.Array:
+        """Returns the log-probabilities of the model without the adapter."""
+        base = {name: tree for name, tree in variables.items() if name not in ADAPTED}
+        hidden = self.text.model.clone(adapters=AdapterSpec()).apply(
+            base, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+        )
+        return self._log_probs(hidden, params, batch)
+
+    def _log_probs(self, hidden: jax.Array, params: Any, batch: Batch) -> jax.Array:
+        policy = self.policy
+        losses = target_losses(
+            hidden,
+            policy.kernel(params),
+            policy.parts(batch["targets"]),
+            policy.parts(batch["loss_weights"]),
+            policy.head,
+            policy.numerics,
+            chunk=policy.loss_chunk,
+            compact=policy.is_compact,
+            shards=policy.batch_shards,
+        )
+        return -joined(losses, policy.row_sharding, batch["tokens"].shape[1])

@@ -1,0 +1,223 @@
+"""Rewards of completions: built in, registered by name, or any function of a module.
+
+    @register_reward("short")
+    def short(prompt, completion, record):
+        return -len(completion) / 100
+
+``--rl.rewards number short my_package.rewards:judge`` adds three; ``--rl.reward-weights`` weighs them.
+A reward is a function ``(prompt, completion, record) -> float``: the texts of the prompt and of the
+sample, and the record of the data set, in which ``answer`` is the reference completion unless the record
+has a field of that name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+
+from nalora_jax.common.registry import Registry, from_text
+from nalora_jax.errors import NaloraError, described
+from nalora_jax.evaluate.needle import last_number, plain_text
+
+Record = Mapping[str, Any]
+Reward = Callable[[str, str, Record], float]
+Kind = TypeVar("Kind", bound=Callable[..., Any])
+
+_REWARDS: Registry[Any] = Registry("reward", "nalora_jax.rewards", "--rl.rewards")
+
+
+def register_reward(name: str) -> Callable[[Kind], Kind]:
+    """Returns a decorator that registers a reward under ``name``.
+
+    It decorates a function ``(prompt, completion, record) -> float``, or a dataclass whose instances are
+    such functions: ``name:field=value`` sets its fields.
+    """
+    return _REWARDS.decorator(name)
+
+
+@register_reward("exact")
+def exact_reward(prompt: str, completion: str, record: Record) -> float:
+    """Returns 1 if the completion is the answer, apart from case, punctuation, articles and white space."""
+    return float(plain_text(completion) == plain_text(str(record["answer"])))
+
+
+@register_reward("number")
+def number_reward(prompt: str, completion: str, record: Record) -> float:
+    """Returns 1 if the last number of the completion is the last number of the answer."""
+    last = last_number(completion)
+    return float(last != "" and last == last_number(str(record["answer"])))
+
+
+@register_reward("choice")
+def choice_reward(prompt: str, completion: str, record: Record) -> float:
+    """Returns 1 if the completion names the right choice: by its letter, or by its text.
+
+    Of several letters or texts of choices that stand alone, the first counts; "A" before a word in lower
+    case is an article. The right choice is ``record["gold"]``, an index of ``record["choices"]``, else the
+    letter in ``record["answer"]``.
+    """
+    texts = [str(text) for text in record.get("choices", ())]
+    letters = [chr(ord("A") + index) for index in range(len(texts) or 26)]
+    gold = letters[record["gold"]] if texts else str(record["answer"]).strip().upper()[:1]
+    named = {"A(?! [a-z])" if letter == "A" else letter: letter for letter in letters}
+    named |= {re.escape(text): letter for letter, text in zip(letters, texts, strict=False)}
+    places = [
+        (match.start(), -len(match.group()), letter)
+        for text, letter in named.items()
+        for match in [re.search(rf"(?<!\w){text}(?!\w)", completion)]
+        if match
+    ]
+    return float(bool(places) and min(places)[2] == gold)
+
+
+@register_reward("regex")
+@dataclass(frozen=True)
+class Regex:
+    """Reward of a pattern."""
+
+    pattern: str = ""
+
+    def __call__(self, prompt: str, completion: str, record: Record) -> float:
+        """Returns 1 if the pattern occurs in the completion."""
+        return float(re.search(self.pattern, completion, re.DOTALL) is not None)
+
+
+@register_reward("format")
+@dataclass(frozen=True)
+class Format:
+    """Reward of thoughts in tags."""
+
+    tag: str = "think"
+
+    def __call__(self, prompt: str, completion: str, record: Record) -> float:
+        """Returns 1 if the completion is one block of thoughts in tags, then an answer."""
+        opening, closing = f"<{self.tag}>", f"</{self.tag}>"
+        thought, _, answer = completion.strip().removeprefix(opening).partition(closing)
+        once = completion.count(opening) == completion.count(closing) == 1
+        return float(
+            once and completion.strip().startswith(opening) and bool(thought.strip() and answer.strip())
+        )
+
+
+@register_reward("length")
+@dataclass(frozen=True)
+class Length:
+    """Penalty of long completions, "soft overlong punishment" of arXiv 2503.14476 over characters."""
+
+    limit: int = 400
+
+    def __call__(self, prompt: str, completion: str, record: Record) -> float:
+        """Returns 0 up to the limit of characters, then falls linearly to -1 at twice the limit."""
+        return -min(max(len(completion) / self.limit - 1.0, 0.0), 1.0)
+
+
+def make_rewards(names: Sequence[str]) -> list[Reward]:
+    """Returns rewards by name: ``NAME``, ``NAME:setting=value,...`` or ``MODULE:FUNCTION``.
+
+    Raises:
+      NaloraError: an unknown name or setting, or a module or function that cannot be imported.
+    """
+    return [_reward(name) for name in names]
+
+
+def _reward(text: str) -> Reward:
+    name, _, rest = text.partition(":")
+    if name not in _REWARDS and rest and "=" not in rest:
+        try:
+            reward = getattr(importlib.import_module(name), rest)
+        except (Exception, SystemExit) as error:
+            expected = "MODULE:FUNCTION that can be imported"
+            raise NaloraError(f"--rl.rewards {text}", expected=expected, found=described(error)) from error
+        return reward
+    kind = _REWARDS.get(name)
+    reward = from_text(_REWARDS, text) if isinstance(kind, type) else kind
+    return reward
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Computes rewards of samples.
+
+    Args:
+      names: of the rewards, as in settings.
+      seconds: time limit of one call; 0: none. A call is interrupted in the main thread of a process on
+        systems with interval timers, and code that never returns to Python is not.
+      ignore_errors: a reward that fails is NaN in place of an error.
+    """
+
+    names: tuple[str, ...]
+    rewards: tuple[Reward, ...]
+    seconds: float = 0.0
+    ignore_errors: bool = False
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        records: Sequence[Record],
+        where: Sequence[str],
+    ) -> np.ndarray:
+        """Returns float64 ``[samples, rewards]``; NaN for a reward that failed.
+
+        Args:
+          prompts: text of each sample's prompt.
+          completions: text of each sample.
+          records: of the data set, of each sample.
+          where: name of each record in errors.
+
+        Raises:
+          NaloraError: a reward raises, takes too long or returns no finite number.
+        """
+        values = np.full((len(completions), len(self.rewards)), np.nan)
+        for row, sample in enumerate(zip(prompts, completions, records, strict=True)):
+            for column, (name, reward) in enumerate(zip(self.names, self.rewards, strict=True)):
+                try:
+                    values[row, column] = self._value(reward, *sample)
+                except Exception as error:
+                    if self.ignore_errors:
+                        continue
+                    raise NaloraError(
+                        f"reward {name} of {where[row]}",
+                        expected=f"a finite number within {self.seconds:g} s"
+                        if self.seconds
+                        else "a finite number",
+                        found=f"{described(error)} for the completion {sample[1][:80]!r}",
+                        remedy="mend the reward, or pass --rl.ignore-reward-errors: such samples have no reward",
+                    ) from error
+        return values
+
+    def _value(self, reward: Reward, prompt: str, completion: str, record: Record) -> float:
+        with _time_limit(self.seconds):
+            value = float(reward(prompt, completion, record))
+        if not math.isfinite(value):
+            raise ValueError(f"the value {value}")
+        return value
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the block after ``seconds``; 0: never."""
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> NoReturn:
+        raise TimeoutError(f"no value after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,270 @@
+"""Rollouts: groups of samples of the current policy, with their rewards, and the batch they become.
+
+The generator has the frozen weights and the mesh of the training step; nothing is copied. A rollout is a
+pure function of seed, step, weights and adapter: each row has its key. Groups that are complete are stored
+in the run's folder, so that a run that was killed within a rollout repeats at most one group of programs:
+
+    <output>/rollouts/<step>-<attempt>-<digest of the adapter>.npz
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from nalora_jax.common import files, trees
+from nalora_jax.data.prompts import Prompt
+from nalora_jax.data.tokenizer import Tokenizer
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.generate.programs import (
+    NO_TOKEN,
+    Prompts,
+    batch_shards,
+    bucket,
+    padded_rows,
+    place_batch,
+    sample_groups,
+    view_weights,
+)
+from nalora_jax.evaluate.generate.sampling import make_sampling
+from nalora_jax.layout.distributed import fetch
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.ropes import switch_length
+from nalora_jax.train.rewards import Scorer
+
+# Rows that are generated at once on each shard of a batch.
+ROWS = 64
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Completions of prompts, those of one prompt next to each other."""
+
+    tokens: np.ndarray  # int32 [prompts * samples, limit], with the stop token; NO_TOKEN after it
+    log_probs: np.ndarray  # float32, same shape, by the generator
+    rewards: np.ndarray  # float64 [prompts * samples, rewards]; NaN for a reward that failed
+    cut: np.ndarray  # bool [prompts * samples], True for samples without a stop token
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Returns the number of tokens of each sample, with its stop token."""
+        lengths: np.ndarray = (self.tokens != NO_TOKEN).sum(1)
+        return lengths
+
+    @staticmethod
+    def joined(parts: Sequence[Samples]) -> Samples:
+        """Returns the samples of several parts."""
+        return Samples(*(np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS))
+
+    def replaced(self, prompts: np.ndarray, by: Samples, samples: int) -> Samples:
+        """Returns the samples with those of ``prompts`` replaced by others.
+
+        Args:
+          prompts: places of the prompts, int ``[n]``.
+          by: the samples of n other prompts.
+          samples: of a prompt.
+        """
+        arrays = [getattr(self, name).copy() for name in _ARRAYS]
+        for array, name in zip(arrays, _ARRAYS, strict=True):
+            array.reshape(-1, samples, *array.shape[1:])[prompts] = getattr(by, name).reshape(
+                -1, samples, *array.shape[1:]
+            )
+        return Samples(*arrays)
+
+
+_ARRAYS = tuple(field.name for field in fields(Samples))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws groups of samples and computes their rewards.
+
+    Attributes:
+      model: the decoder without rematerialization.
+      params: its frozen weights.
+      tokenizer: of the model.
+      mesh: of the weights.
+      scorer: of the rewards.
+      samples: number of samples of a prompt, at least 2.
+      limit: maximum number of tokens of a sample.
+      temperature: above 0.
+      seed: of the run.
+      longest: tokens of the longest prompt of the data set.
+      folder: for complete groups; None: they are not stored.
+      rows: rows that are generated at once on each shard of a batch.
+    """
+
+    model: Decoder
+    params: Any
+    tokenizer: Tokenizer
+    mesh: Mesh
+    scorer: Scorer
+    samples: int
+    limit: int
+    temperature: float
+    seed: int
+    longest: int
+    folder: Path | None = None
+    rows: int = ROWS
+    _stops: np.ndarray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        context, switch = self.model.config.max_positions, switch_length(self.model.config.ropes)
+        if switch is not None and switch < context:
+            context = switch  # cached keys are invalid beyond
+        if self.longest + self.limit > context:
+            raise NaloraError(
+                "--rl.max-new-tokens",
+                expected=f"at most {context - self.longest} with prompts of up to {self.longest} tokens",
+                found=self.limit,
+                remedy="lower it, or leave long prompts out with --data.max-length",
+            )
+        stops = sorted(self.tokenizer.eos_ids)
+        object.__setattr__(
+            self, "_stops", np.array(stops + [NO_TOKEN] * (bucket(len(stops), minimum=8) - len(stops)))
+        )
+
+    @property
+    def prompts_at_once(self) -> int:
+        """Returns the number of prompts of one program: full groups, as many on every shard."""
+        shards = batch_shards(self.mesh)
+        return max(self.rows // self.samples, 1) * shards
+
+    def __call__(self, lora: Any, step: int, prompts: Sequence[Prompt], *, attempt: int = 0) -> Samples:
+        """Returns the samples of ``prompts``.
+
+        Args:
+          lora: the current adapter.
+          step: the training step that the samples are for; with the run's seed it determines the keys.
+          prompts: any number; a row's key depends on its place in the list.
+          attempt: number of the rollout within the step; its keys differ.
+
+        Raises:
+          NaloraError: a reward fails.
+        """
+        weights = view_weights(self.model, {"params": self.params, "lora": lora})
+        seeds = np.random.SeedSequence((self.seed, step, attempt)).generate_state(
+            len(prompts) * self.samples
+        )
+        store = _Store(self.folder, f"{step}-{attempt}", lora)
+        parts: list[Samples] = []
+        for start in range(0, len(prompts), self.prompts_at_once):
+            group = prompts[start : start + self.prompts_at_once]
+            if (part := store.read(start)) is None:
+                rows = slice(start * self.samples, (start + len(group)) * self.samples)
+                part = self._scored(group, *self._generated(weights, group, seeds[rows].tolist()))
+                store.write(start, part)
+            parts.append(part)
+        return Samples.joined(parts)
+
+    def _generated(
+        self, weights: Any, prompts: Sequence[Prompt], seeds: list[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        count, n = self.prompts_at_once, len(prompts) * self.samples
+        padded = padded_rows([*(prompt.ids for prompt in prompts), [0] * self.longest], count + 1)
+        rows = {name: value[:count] for name, value in padded.items()}
+        rows["lengths"][len(prompts) :] = 1
+        rows["live"] = np.arange(count) < len(prompts)
+        sampling = make_sampling(count * self.samples, temperature=self.temperature, seeds=seeds)
+        placed = place_batch({**rows, "sampling": sampling}, self.mesh)
+        results = sample_groups(
+            self.model,
+            weights,
+            Prompts(**placed, stop_ids=self._stops),
+            samples=self.samples,
+            limit=self.limit,
+        )
+        tokens, log_probs = (np.asarray(fetch(x))[:n] for x in results)
+        return tokens, log_probs
+
+    def _scored(self, prompts: Sequence[Prompt], tokens: np.ndarray, log_probs: np.ndarray) -> Samples:
+        texts = [self.tokenizer.decode(row[row != NO_TOKEN].tolist()) for row in tokens]
+        of_rows = [prompt for prompt in prompts for _ in range(self.samples)]
+        rewards = self.scorer(
+            [p.text for p in of_rows], texts, [p.record for p in of_rows], [p.where for p in of_rows]
+        )
+        if jax.process_count() > 1:  # a reward may not be the same in every process
+            rewards = multihost_utils.broadcast_one_to_all(rewards)
+        cut = (tokens[:, -1] != NO_TOKEN) & ~np.isin(tokens[:, -1], self._stops)
+        return Samples(tokens, log_probs, np.asarray(rewards, np.float64), cut)
+
+
+class _Store:
+    """Complete groups of the current rollout; one process reads and writes them."""
+
+    def __init__(self, folder: Path | None, name: str, lora: Any) -> None:
+        self._path: Path | None = None
+        self._parts: dict[str, np.ndarray] = {}
+        if folder is None or jax.process_count() > 1:
+            return
+        digest = hashlib.sha256()
+        for path, leaf in trees.flatten(lora).items():
+            digest.update(path.encode() + np.asarray(leaf).tobytes())
+        self._path = folder / f"{name}-{digest.hexdigest()[:16]}.npz"
+        with suppress(OSError, ValueError, BadZipFile):  # absent or damaged: sampled again
+            self._parts = dict(np.load(io.BytesIO(self._path.read_bytes())))
+        if not self._parts and name.endswith("-0"):  # a new step: remove the files of earlier ones
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def read(self, start: int) -> Samples | None:
+        """Returns the samples of the prompts starting at ``start``, if they are stored."""
+        names = [f"{start}-{name}" for name in _ARRAYS]
+        if not set(names) <= set(self._parts):
+            return None
+        return Samples(*(self._parts[name] for name in names))
+
+    def write(self, start: int, part: Samples) -> None:
+        """Adds samples to the file."""
+        if self._path is None:
+            return
+        for name in _ARRAYS:
+            self._parts[f"{start}-{name}"] = getattr(part, name)
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **self._parts)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(self._path, buffer.getvalue())
+
+
+def sample_batch(
+    prompts: Sequence[Sequence[int]], samples: Samples, length: int, *, masks_cut: bool = False
+) -> dict[str, np.ndarray]:
+    """Returns the arrays ``[rows, ...]`` that `nalora_jax.train.policy` reads, except for the advantages.
+
+    Each row has a sample.
+
+    Args:
+      prompts: token ids of each row's prompt.
+      samples: of the rows.
+      length: positions of a row, at least those of the longest prompt and sample.
+      masks_cut: leave samples that the limit cut out of the loss.
+    """
+    rows = len(prompts)
+    ids, sampled = np.zeros((rows, length + 1), np.int32), np.zeros((rows, length + 1), np.float32)
+    mask, segments = np.zeros_like(sampled), np.zeros_like(ids)
+    lengths = samples.lengths
+    for row, (prompt, count) in enumerate(zip(prompts, lengths, strict=True)):
+        new = slice(len(prompt), len(prompt) + count)
+        ids[row, : len(prompt)], ids[row, new] = prompt, samples.tokens[row, :count]
+        sampled[row, new] = samples.log_probs[row, :count]
+        mask[row, new], segments[row, : new.stop] = not (masks_cut and samples.cut[row]), 1
+    return {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)) * segments[:, :-1],
+        "segment_ids": segments[:, :-1],
+        "loss_weights": mask[:, 1:],
+        "sampled": sampled[:, 1:],
+        "real": np.ones(rows, np.float32),
+    }

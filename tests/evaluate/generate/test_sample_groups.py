@@ -1,0 +1,74 @@
+"""Groups of samples: every kind of cache, log-probabilities, keys and ends."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax.evaluate.generate.programs import (
+    NO_TOKEN,
+    Prompts,
+    padded_rows,
+    sample_groups,
+    view_weights,
+)
+from nalora_jax.evaluate.generate.sampling import make_sampling
+from tests.evaluate.generate.test_prefill import KINDS
+from tests.models.test_families import Case, build, by_name
+
+SAMPLES, LIMIT = 3, 6
+
+
+def sampled(
+    case: Case, rows: list[list[int]], seeds: list[int], stop: int = NO_TOKEN, **more: float
+) -> tuple:
+    pair = build(case)
+    settings = make_sampling(len(seeds), **{"temperature": 1.0} | more, seeds=seeds)
+    prompts = Prompts(
+        **padded_rows(rows, len(rows)),
+        live=np.ones(len(rows), bool),
+        stop_ids=np.array([stop]),
+        sampling=settings,
+    )
+    weights = view_weights(pair.model, {"params": pair.params})
+    return tuple(
+        np.asarray(x) for x in sample_groups(pair.model, weights, prompts, samples=SAMPLES, limit=LIMIT)
+    )
+
+
+@pytest.mark.parametrize(
+    "case", KINDS[:-1], ids=by_name
+)  # not LongRoPE, which rollouts refuse across its switch
+def test_log_probabilities_are_those_of_whole_texts(case: Case) -> None:
+    """At temperature 0.7, of prompts of three lengths; each sample depends on its seed, not on its neighbors."""
+    pair = build(case)
+    rng = np.random.default_rng(4)
+    rows = [rng.integers(1, 128, length).tolist() for length in (5, 11, 8)]
+    seeds = list(range(len(rows) * SAMPLES))
+    tokens, log_probs = sampled(case, rows, seeds, temperature=0.7)
+    assert len({tuple(row) for row in tokens}) == len(seeds)
+    for number, (new, found) in enumerate(zip(tokens, log_probs, strict=True)):
+        text = jnp.array([[*rows[number // SAMPLES], *new]])
+        logits = pair.model.apply(
+            {"params": pair.params}, pair.model.apply({"params": pair.params}, text), method="unembed"
+        )
+        of_text = jax.nn.log_softmax(logits[0, -LIMIT - 1 : -1] / 0.7)
+        np.testing.assert_allclose(found, of_text[np.arange(LIMIT), new], rtol=2e-4, atol=2e-4)
+    alone, _ = sampled(case, rows[1:2], seeds[SAMPLES : 2 * SAMPLES], temperature=0.7)
+    np.testing.assert_array_equal(alone, tokens[SAMPLES : 2 * SAMPLES])
+
+
+def test_a_sample_ends_with_its_stop_token() -> None:
+    case = KINDS[0]
+    rows = [[3, 1, 4, 1, 5]] * 2
+    free, log_probs = sampled(case, rows, list(range(6)))
+    stop = int(free[0, 2])
+    stopped, stopped_log_probs = sampled(case, rows, list(range(6)), stop=stop)
+    for row in range(6):
+        ends = np.flatnonzero(free[row] == stop)
+        length = int(ends[0]) + 1 if len(ends) else LIMIT
+        np.testing.assert_array_equal(stopped[row], [*free[row, :length], *[NO_TOKEN] * (LIMIT - length)])
+        np.testing.assert_allclose(stopped_log_probs[row, :length], log_probs[row, :length], rtol=1e-6)
+        assert not stopped_log_probs[row, length:].any()

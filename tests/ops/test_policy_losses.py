@@ -1,0 +1,50 @@
+"""Losses and advantages of policy gradients equal those of TRL's trainers; see trl_policy_losses.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax.ops.policy_losses import (
+    CLIPS,
+    PolicyLoss,
+    advantages,
+    denominator,
+    divergence_penalty,
+    policy_loss,
+)
+
+TRL = json.loads(Path(__file__).with_name("trl_policy_losses.json").read_text())
+
+
+@pytest.mark.parametrize("case", TRL["cases"], ids=lambda case: f"{case['name']}-{case['beta']}")
+def test_loss_gradient_and_advantages_are_those_of_trl(case: dict[str, Any]) -> None:
+    name, beta = case["name"], case["beta"]
+    rewards = np.array(case["rewards"], float)
+    with jax.enable_x64(True):
+        log_probs, old, base, mask = (
+            jnp.array(case[key], float) for key in ("log_probs", "old", "base", "mask")
+        )
+        if name == "rloo":
+            rewards = rewards - divergence_penalty(*map(np.array, (old, base, mask)), beta).reshape(
+                rewards.shape
+            )
+        gains = advantages(rewards, name)
+        settings = PolicyLoss(name, *CLIPS[name], TRL["length"], beta)
+
+        def mean(log_probs: jax.Array) -> jax.Array:
+            losses = policy_loss(
+                log_probs, old, base if beta else None, mask, jnp.array(gains.ravel()), settings
+            )
+            return losses.loss / denominator(mask, jnp.ones(len(mask)), settings)
+
+        loss, gradient = jax.value_and_grad(mean)(log_probs)
+    np.testing.assert_allclose(gains, case["advantages"], rtol=1e-7, atol=1e-12)  # TRL sums in float32
+    np.testing.assert_allclose(loss, case["loss"], rtol=1e-6)  # "dapo" divides by a float32
+    np.testing.assert_allclose(gradient, case["gradient"], rtol=1e-6, atol=1e-12)

@@ -1,0 +1,169 @@
+"""A whole run with rewards: it learns, resumes to the bit within a rollout, and names rewards that fail."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from nalora_jax import RunConfig, run
+from nalora_jax.__main__ import main
+from nalora_jax.config import DataConfig, OptimizerConfig, RLConfig, TrainConfig, check
+from nalora_jax.errors import NaloraError
+from tests import tiny
+
+RL = RLConfig(rewards=("rewards_of_a_run:letters",), samples=4, max_new_tokens=6, updates=2)
+TRAIN = TrainConfig(batch_size=16, log_every=3, eval_every=0, save_every=3)
+
+
+class Letters:
+    """The share of words before m in a completion; may end the process at a given call."""
+
+    def __init__(self, ends_at: int = 0) -> None:
+        self.calls, self.ends_at = 0, ends_at
+
+    def __call__(self, prompt: str, completion: str, record: Any) -> float:
+        self.calls += 1
+        if self.calls == self.ends_at:
+            raise KeyboardInterrupt
+        assert record["answer"].strip() == "z"
+        words = completion.split()
+        return sum(word < "m" for word in words) / max(len(words), 1)
+
+
+@pytest.fixture
+def rewards(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = ModuleType("rewards_of_a_run")
+    vars(module)["letters"] = Letters()
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+@pytest.fixture
+def config(tmp_path: Path, rewards: ModuleType) -> RunConfig:
+    config = tiny.make_config(tmp_path, rl=RL, train=TRAIN, steps=8, mechanisms=("curvature_cap:warmup=2",))
+    return replace(config, data=replace(config.data, max_length=0))
+
+
+def lines(folder: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_with_rewards_learns_and_shows_its_samples(config: RunConfig, tmp_path: Path) -> None:
+    with tiny.on_one_device(tmp_path / "cache"):
+        rl = replace(RL, updates=1, loss="dr_grpo", beta=0.01)
+        result = run(replace(config, steps=24, rl=rl, optimizer=OptimizerConfig(learning_rate=0.1)))
+    assert result.after["reward"] >= result.before["reward"]  # of four prompts
+    logged = [line for line in lines(result.folder) if "loss" in line]
+    assert logged[-1]["reward"] > logged[0]["reward"] + 0.05  # logits of this model stay near zero
+    assert logged[0]["mismatch"] < 1e-4  # float32: generator and training program agree
+    assert {"entropy", "divergence", "clipped", "length", "cut", "groups_alike", "reward_std"} <= logged[
+        0
+    ].keys()
+    shown = [json.loads(line) for line in (result.folder / "rollouts.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in shown} == set(range(3, 25, 3))
+    assert shown[0]["rewards"].keys() == {RL.rewards[0]}
+    assert "reward" in (result.folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_run_that_was_killed_in_a_reward_resumes_to_the_bit(
+    config: RunConfig, rewards: ModuleType, tmp_path: Path, updates: int
+) -> None:
+    """With two updates on a rollout, the checkpoint of step 3 is between them."""
+    config = replace(config, rl=replace(RL, updates=updates))
+    whole, parts = (replace(config, output=str(tmp_path / name)) for name in ("whole", "parts"))
+    with tiny.on_one_device(tmp_path / "cache"):
+        run(whole)
+        held_out = config.data.eval_limit + config.data.select_limit
+        vars(rewards)["letters"] = Letters(ends_at=held_out + 16 * (5 // updates) + 3)
+        with pytest.raises(KeyboardInterrupt):
+            run(parts)
+        vars(rewards)["letters"] = Letters()
+        run(replace(parts, resume=True))
+    first, second = (
+        load_file(Path(one.output) / "adapter/adapter_model.safetensors") for one in (whole, parts)
+    )
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+    of_steps = [
+        {line["step"]: line["reward"] for line in lines(one.output) if "loss" in line}
+        for one in (whole, parts)
+    ]
+    assert of_steps[0] == of_steps[1]
+
+
+def test_groups_without_a_difference_are_replaced(
+    config: RunConfig, rewards: ModuleType, tmp_path: Path
+) -> None:
+    vars(rewards)["letters"] = lambda prompt, completion, record: float(prompt < "f")
+    with tiny.on_one_device(tmp_path / "cache"):
+        run(
+            replace(
+                config, steps=2, rl=replace(RL, updates=1, resample=2), train=replace(TRAIN, log_every=1)
+            )
+        )
+    logged = [line for line in lines(config.output) if "loss" in line]
+    assert [line["groups_replaced"] for line in logged] == [8, 8]  # every group is alike, twice
+    assert [line["grad_norm"] for line in logged] == [0, 0]
+
+
+def test_a_reward_that_fails_ends_the_run_with_its_record(
+    config: RunConfig, rewards: ModuleType, tmp_path: Path
+) -> None:
+    vars(rewards)["letters"] = lambda prompt, completion, record: record["nothing"]
+    with tiny.on_one_device(tmp_path / "cache"), pytest.raises(NaloraError) as raised:
+        run(config)
+    assert "reward rewards_of_a_run:letters of" in str(raised.value)
+    assert "questions.jsonl" in str(raised.value)
+    assert "'nothing'" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"train": TrainConfig(batch_size=6)},
+            r"--train.batch-size: expected a multiple of --rl.samples \(4\), found 6",
+        ),
+        (
+            {"rl": replace(RL, reward_weights=(1.0, 2.0))},
+            "--rl.reward-weights: expected 1, one a reward, found 2",
+        ),
+        ({"rl": replace(RL, samples=1)}, r"--rl.samples: expected a whole number in \[2, 4096\], found 1"),
+        (
+            {"rl": replace(RL, rewards=("length",), beta=0.1), "adapter": "a"},
+            "--rl.beta: expected 0 with --adapter",
+        ),
+        ({"data": DataConfig(loss_last=2.0)}, "--data.loss-last: expected 0.0 with --rl.rewards"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(
+    config: RunConfig, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(NaloraError, match=message):
+        check(replace(config, **changes))
+
+
+def test_prompts_that_leave_no_room_for_a_sample_are_named(config: RunConfig, tmp_path: Path) -> None:
+    with (
+        tiny.on_one_device(tmp_path / "cache"),
+        pytest.raises(NaloraError, match="expected prompts of at most 1 tokens"),
+    ):
+        run(replace(config, data=replace(config.data, max_length=7)))
+
+
+def test_a_dry_run_prints_the_rollouts(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tiny.write_settings(config, tmp_path / "settings.py")
+    with tiny.on_one_device(tmp_path / "cache"):
+        assert main(["train", "--config", str(settings), "--dry-run"]) == 0
+    assert "4 samples of each of 4 prompts" in capsys.readouterr().out

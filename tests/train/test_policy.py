@@ -1,0 +1,115 @@
+"""Policy gradients: the objective against its formula over whole tables of log-probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax.config import ComputeConfig, PreferenceConfig
+from nalora_jax.ops.policy_losses import CLIPS, Name, PolicyLoss, denominator, policy_loss
+from nalora_jax.train.decoder_program import next_token
+from nalora_jax.train.policy import Policy
+from tests.train.test_preference import BASE, assembled
+
+ROWS, SEQ, PROMPT, T = 4, 10, 3, 0.8
+
+
+@pytest.fixture(scope="module")
+def assembly():
+    return assembled(PreferenceConfig("none"))
+
+
+def batch_of(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Samples of 2, 4, 7 and 0 tokens (the last is a row of padding) after prompts of 3 tokens."""
+    lengths = np.array([2, 4, 7, 0])
+    ids = rng.integers(1, BASE.vocab_size, (ROWS, SEQ + 1))
+    place = np.arange(SEQ)[None]
+    mask = ((place >= PROMPT - 1) & (place < PROMPT - 1 + lengths[:, None])).astype(np.float32)
+    within = place < PROMPT + lengths[:, None]
+    return {
+        "tokens": ids[:, :-1] * within,
+        "targets": ids[:, 1:],
+        "positions": np.broadcast_to(place, within.shape).astype(np.int32),
+        "segment_ids": within.astype(np.int32),
+        "loss_weights": mask,
+        "advantages": np.array([1.2, -0.7, 0.4, 0.0], np.float32),
+        "real": np.array([1, 1, 1, 0], np.float32),
+        "sampled": np.zeros((ROWS, SEQ), np.float32),
+    }
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("updates", ["first", "later"])
+def test_loss_and_gradient_are_those_of_the_formula(assembly, name: Name, updates: str) -> None:
+    made, state = assembly
+    settings = PolicyLoss(name, *CLIPS[name], length=8, beta=0.0 if name == "rloo" else 0.1)
+    text = next_token(BASE, made.eval_model, ComputeConfig(dtype="float32"), made.mesh)
+    objective = Policy(text, settings, T)
+    batch = batch_of(np.random.default_rng(1))
+
+    def table(model, variables, batch) -> jax.Array:
+        hidden = model.apply(variables, batch["tokens"], segment_ids=batch["segment_ids"])
+        logits = model.apply(variables, hidden, method="unembed") / T
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=2)[
+            ..., 0
+        ]
+        return picked * batch["loss_weights"]
+
+    params = {"params": made.params}
+    base = table(made.eval_model.clone(adapters=type(made.eval_model.adapters)()), params, batch)
+    now = table(made.eval_model, params | {"lora": state.lora}, batch)
+    old = now
+    if updates == "later":
+        spread = 1e-3 if name == "gspo" else 0.3
+        old = now + spread * jax.random.normal(jax.random.key(0), now.shape) * batch["loss_weights"]
+        batch |= {"old": np.asarray(old), "base": np.asarray(base)}
+
+    def plain(lora) -> jax.Array:
+        log_probs = table(made.eval_model, params | {"lora": lora}, batch)
+        of = partial(policy_loss, old=old, base=base if settings.beta else None, mask=batch["loss_weights"])
+        return of(log_probs, advantage=batch["advantages"], settings=settings).loss
+
+    def ours(lora) -> tuple[jax.Array, dict[str, jax.Array]]:
+        evaluated = objective.loss(params | {"lora": lora}, made.params, batch, jax.random.key(0))
+        return evaluated.loss, dict(evaluated.measured)
+
+    expected, gradient = jax.value_and_grad(plain)(state.lora)
+    (value, measured), found = jax.value_and_grad(ours, has_aux=True)(state.lora)
+    np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
+    norm = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradient))
+    assert norm > 1e-4
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * norm), found, gradient
+    )
+    _, count = objective.counts(batch)
+    assert (
+        count
+        == denominator(batch["loss_weights"], batch["real"], settings)
+        == (13 if name == "dapo" else 3)
+    )
+    share = batch["loss_weights"]
+    if name != "dapo":
+        share = share / np.maximum(share.sum(1, keepdims=True), 1)
+    np.testing.assert_allclose(measured["entropy"], -(share * now).sum(), rtol=1e-4)
+    np.testing.assert_allclose(measured["mismatch"], np.abs(share * now).sum(), rtol=1e-4)
+    if settings.beta:
+        ratio = np.asarray(base - now)
+        np.testing.assert_allclose(
+            measured["divergence"], (share * (np.exp(ratio) - ratio - 1)).sum(), rtol=1e-3
+        )
+    if name == "grpo":
+        assert (float(measured["clipped"]) > 0) == (updates == "later")
+
+
+def test_temperature_acts_after_the_cap(assembly) -> None:
+    text = next_token(BASE, assembly[0].eval_model, ComputeConfig(dtype="float32"), assembly[0].mesh)
+    head = Policy(
+        replace(text, head=text.head._replace(softcap=5.0, scale=0.5)), PolicyLoss("grpo", 0.2, 0.2, 8), T
+    ).policy.head
+    products = np.linspace(-40, 40, 9)
+    np.testing.assert_allclose(head.logits(products)[0], 5.0 * np.tanh(0.5 * products / 5.0) / T, rtol=1e-5)

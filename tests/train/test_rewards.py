@@ -1,0 +1,99 @@
+"""Rewards: values of those built in, and errors that name reward and record."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.train.rewards import Scorer, make_rewards
+
+CHOICES = {"choices": ["a red fox", "no one", "an owl"], "gold": 2, "answer": "an owl"}
+
+
+@pytest.mark.parametrize(
+    ("name", "completion", "record", "value"),
+    [
+        ("exact", " The Owl.\n", {"answer": "owl"}, 1),
+        ("exact", "owls", {"answer": "owl"}, 0),
+        ("number", "3 + 4 is 7, so 1,007.50", {"answer": "#### 1007.5"}, 1),
+        ("number", "no number", {"answer": "none"}, 0),
+        ("number", "7 or 8", {"answer": "7"}, 0),
+        ("choice", "The answer is C.", CHOICES, 1),
+        ("choice", "an owl, not a red fox", CHOICES, 1),
+        ("choice", "a red fox, not an owl", CHOICES, 0),
+        ("choice", "Bats", CHOICES, 0),
+        ("choice", "A bird: an owl", CHOICES, 1),
+        ("choice", "(B)", {"answer": "b"}, 1),
+        ("regex:pattern=^\\d+$", "42", {}, 1),
+        ("regex:pattern=^\\d+$", "42 ", {}, 0),
+        ("format", "<think>two\nlines</think> 7", {}, 1),
+        ("format", "<think></think> 7", {}, 0),
+        ("format", "<think>a</think>", {}, 0),
+        ("format:tag=plan", "<plan>a</plan>b", {}, 1),
+        ("length:limit=4", "1234", {}, 0),
+        ("length:limit=4", "123456", {}, -0.5),
+        ("length:limit=4", "1234567890", {}, -1),
+    ],
+)
+def test_values_of_built_in_rewards(
+    name: str, completion: str, record: dict[str, Any], value: float
+) -> None:
+    (reward,) = make_rewards([name])
+    assert reward("a prompt", completion, record) == value
+
+
+def _module(**functions: Any) -> None:
+    module = ModuleType("rewards_of_a_test")
+    vars(module).update(functions)
+    sys.modules[module.__name__] = module
+
+
+def test_functions_of_modules_are_rewards() -> None:
+    _module(twice=lambda prompt, completion, record: 2 * len(completion))
+    rewards = make_rewards(["rewards_of_a_test:twice", "exact"])
+    scorer = Scorer(("twice", "exact"), tuple(rewards))
+    values = scorer(["p"] * 2, ["ab", "c"], [{"answer": "c"}] * 2, ["file:1", "file:2"])
+    np.testing.assert_array_equal(values, [[4, 0], [2, 1]])
+    with pytest.raises(NaloraError, match="MODULE:FUNCTION that can be imported, found .*once"):
+        make_rewards(["rewards_of_a_test:once"])
+    with pytest.raises(NaloraError, match="expected one of choice, exact, format, length, number, regex"):
+        make_rewards(["nmber"])
+
+
+def _slow(prompt: str, completion: str, record: Any) -> float:
+    time.sleep(5)
+    return 0.0
+
+
+def _raises(prompt: str, completion: str, record: Any) -> float:
+    return record["missing"]
+
+
+@pytest.mark.parametrize(
+    ("reward", "found"),
+    [
+        (_raises, "missing"),
+        (_slow, "no value after 0.05 s"),
+        (lambda *_: float("nan"), "the value nan"),
+        (lambda *_: "x", "x"),
+    ],
+)
+def test_a_reward_that_fails_names_itself_and_the_record_or_is_nan(reward: Any, found: str) -> None:
+    arguments = ["p", "p"], ["ok", "ok"], [{}, {}], ["train.jsonl:7", "train.jsonl:8"]
+    with pytest.raises(
+        NaloraError, match=f"reward judge of train.jsonl:7: expected a finite number .*{found}"
+    ):
+        Scorer(("judge",), (reward,), seconds=0.05)(*arguments)
+    assert np.isnan(Scorer(("judge",), (reward,), seconds=0.05, ignore_errors=True)(*arguments)).all()
+
+
+def test_a_regular_expression_that_backtracks_is_stopped() -> None:
+    rewards = make_rewards(["regex:pattern=^(a+)+$"])
+    with pytest.raises(NaloraError, match="no value after"):
+        Scorer(("regex",), tuple(rewards), seconds=0.2)(["p"], ["a" * 40 + "b"], [{}], ["r"])

@@ -1,0 +1,139 @@
+"""Rollouts: keys, stored groups, and agreement of generator and training program."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from nalora_jax.config import ComputeConfig, PreferenceConfig
+from nalora_jax.data.prompts import Prompt
+from nalora_jax.data.tokenizer import Tokenizer
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.generate.programs import NO_TOKEN
+from nalora_jax.ops.policy_losses import PolicyLoss
+from nalora_jax.train.decoder_program import next_token
+from nalora_jax.train.policy import Policy
+from nalora_jax.train.rewards import Scorer
+from nalora_jax.train.rollout import Sampler, Samples, sample_batch
+from tests import tiny
+from tests.train.test_preference import BASE, assembled
+
+SAMPLES, LIMIT = 4, 5
+TEXTS = ("a b c", "d", "e f g h", "i j", "k l")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    return Tokenizer.from_folder(tiny.make_model(tmp_path_factory.mktemp("model") / "base"))
+
+
+class Counting:
+    """A reward that counts its calls, and fails at a given one."""
+
+    def __init__(self, fails_at: int = 0) -> None:
+        self.calls, self.fails_at = 0, fails_at
+
+    def __call__(self, prompt, completion, record) -> float:
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise KeyboardInterrupt
+        return len(completion) + record["answer"] / 100
+
+
+@pytest.fixture(scope="module")
+def sampler(tokenizer) -> Sampler:
+    made, _ = assembled(PreferenceConfig("none"))
+    scorer = Scorer(("counting",), (Counting(),))
+    return Sampler(
+        made.eval_model,
+        made.params,
+        tokenizer,
+        made.mesh,
+        scorer,
+        SAMPLES,
+        LIMIT,
+        temperature=0.9,
+        seed=3,
+        longest=6,
+        rows=8,
+    )
+
+
+def prompts(tokenizer: Tokenizer) -> list[Prompt]:
+    return [
+        Prompt(tokenizer.encode(text), text, {"answer": i}, f"file:{i}") for i, text in enumerate(TEXTS)
+    ]
+
+
+def test_log_probabilities_of_generator_and_training_agree(sampler, tokenizer) -> None:
+    made, state = assembled(PreferenceConfig("none"))
+    asked = prompts(tokenizer)
+    samples = sampler(state.lora, 0, asked)
+    assert samples.tokens.shape == (len(asked) * SAMPLES, LIMIT)
+    ids = [prompt.ids for prompt in asked for _ in range(SAMPLES)]
+    batch = sample_batch(ids, samples, 6 + LIMIT)
+    assert batch["loss_weights"].sum() == samples.lengths.sum()
+    text = next_token(BASE, made.eval_model, ComputeConfig(dtype="float32"), made.mesh)
+    objective = Policy(text, PolicyLoss("grpo", 0.2, 0.2, LIMIT), 0.9)
+    variables = {"params": made.params, "lora": state.lora}
+    found = objective.log_probs(variables, made.params, batch, jax.random.key(0))
+    np.testing.assert_allclose(found, batch["sampled"], atol=2e-4)
+    assert np.abs(batch["sampled"]).max() > 1
+
+
+def test_a_rollout_is_a_function_of_seed_step_and_adapter(sampler, tokenizer) -> None:
+    _, state = assembled(PreferenceConfig("none"))
+    asked = prompts(tokenizer)
+    first = sampler(state.lora, 7, asked)
+    again = replace(sampler, rows=16)(state.lora, 7, asked)  # other groups of prompts in a program
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    np.testing.assert_array_equal(first.rewards, again.rewards)
+    for other in (sampler(state.lora, 8, asked), replace(sampler, seed=4)(state.lora, 7, asked)):
+        assert (first.tokens != other.tokens).mean() > 0.2
+    texts = [tokenizer.decode(row[row != NO_TOKEN].tolist()) for row in first.tokens]
+    expected = [len(text) + row // SAMPLES / 100 for row, text in enumerate(texts)]
+    np.testing.assert_allclose(first.rewards[:, 0], expected)
+
+
+def test_groups_that_are_complete_are_not_sampled_again(sampler, tokenizer, tmp_path) -> None:
+    """A run is interrupted in the reward of the second program's third sample."""
+    _, state = assembled(PreferenceConfig("none"))
+    asked, folder = prompts(tokenizer), tmp_path / "rollouts"
+    whole = sampler(state.lora, 2, asked)
+
+    def stored(reward: Counting) -> Sampler:
+        return replace(sampler, folder=folder, scorer=Scorer(("counting",), (reward,)))
+
+    with pytest.raises(KeyboardInterrupt):
+        stored(Counting(fails_at=2 * SAMPLES + 3))(state.lora, 2, asked)
+    reward = Counting()
+    resumed = stored(reward)(state.lora, 2, asked)
+    assert reward.calls == 3 * SAMPLES
+    for name in ("tokens", "log_probs", "rewards"):
+        np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
+    (file,) = folder.iterdir()
+    file.write_bytes(file.read_bytes()[:-40])
+    stored(Counting())(state.lora, 2, asked)  # a damaged file
+    moved = jax.tree.map(lambda leaf: leaf + 1e-3, state.lora)
+    stored(reward := Counting())(moved, 2, asked)  # another adapter
+    assert reward.calls == len(asked) * SAMPLES
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_samples_that_the_limit_cut_can_be_left_out() -> None:
+    tokens = np.array([[5, 6, NO_TOKEN], [5, 6, 7]], np.int32)
+    samples = Samples(tokens, np.zeros((2, 3), np.float32), np.zeros((2, 1)), np.array([False, True]))
+    batch = sample_batch([[1, 2], [3]], samples, 6, masks_cut=True)
+    np.testing.assert_array_equal(batch["tokens"], [[1, 2, 5, 6, 0, 0], [3, 5, 6, 7, 0, 0]])
+    np.testing.assert_array_equal(batch["loss_weights"], [[0, 1, 1, 0, 0, 0], [0] * 6])
+    assert sample_batch([[1, 2], [3]], samples, 6)["loss_weights"].sum() == 5
+
+
+def test_rows_must_fit_the_context(sampler) -> None:
+    with pytest.raises(
+        NaloraError, match=r"--rl.max-new-tokens: expected at most \d+ with prompts of up to 6 tokens"
+    ):
+        replace(sampler, limit=10_000)
