@@ -605,7 +605,7 @@ def test_a_full_disk_while_exporting_loses_nothing(
     shutil.copytree(finished[0].output, config.output)  # of a run that has taken its steps
     shutil.rmtree(Path(config.output) / "adapter")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nalora_jax.weights.peft_write.write_tensors", full)
+        patch.setattr("nalora_jax.weights.peft.write_tensors", full)
         with pytest.raises(NaloraError, match="No space left"):
             nalora_run.run(replace(config, resume=True))
     assert not (Path(config.output) / "adapter" / "adapter_config.json").exists()

@@ -166,7 +166,7 @@ def merge(args: cli.MergeArgs) -> None:
     from nalora_jax.train.located import locate
     from nalora_jax.weights import hub
     from nalora_jax.weights.merge import write_merged
-    from nalora_jax.weights.saved_modules import fold_saved
+    from nalora_jax.weights.peft_tables import fold_saved
     from nalora_jax.weights.shards import parse_size
 
     shard_bytes = parse_size(args.shard_size)

@@ -6,6 +6,7 @@ A record is a plain dict: text as ``str``, numbers as ``int`` or ``float``, sequ
 from __future__ import annotations
 
 import difflib
+import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data import tasks
 from nalora_jax.data.files import RecordFile, is_path, open_rows, splits_of
 from nalora_jax.data.mixture import MixedSource, Part, components
-from nalora_jax.data.selected import draw_held_out
+from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Record, Source, Span, foreign_errors, require_some
 from nalora_jax.data.tfds_source import (
     TfdsSource,
@@ -124,7 +125,7 @@ def open_pair(
     """Returns the training records and the held-out records.
 
     If ``config.eval_split`` is "auto", the held-out records are the data set's split "validation"
-    or, without one, a fixed draw from ``config.train_split`` (`nalora_jax.data.selected`). Each
+    or, without one, a fixed draw from ``config.train_split`` (`draw_held_out`). Each
     data set of a mixture is divided separately; weights apply only to training.
 
     Args: as of `open_source`.
@@ -387,3 +388,80 @@ class FileSource(Source):
         """Returns ``path:line``, or the file format's equivalent."""
         file, row = self._place(index)
         return self._rows[file].where(row)
+
+
+# ---------------------------------------------------------------- subsets
+#
+# Also the draw of held-out records if no evaluation split is set.
+
+
+SHARE, MOST = 0.05, 500  # share and maximum of held-out records without a split
+ENOUGH, LARGEST_SHARE = 20, 0.2  # few records: at least 20, at most a fifth of them
+_FEWEST = 4
+# The same draw in every run, so that runs with different seeds are evaluated on the same records.
+_SEED = 20260101
+
+
+class SelectedSource(Source):
+    """Subset of another source.
+
+    Args:
+      base: the other source.
+      indices: ascending indices of the records.
+      what: description of the subset, for messages.
+    """
+
+    def __init__(self, base: Source, indices: np.ndarray, what: str) -> None:
+        self._base, self._indices = base, indices
+        self.dataset, self.name, self.siblings = base.dataset, f"{base.name}, {what}", base.siblings
+        self.fingerprint = (
+            f"{base.fingerprint}:{hashlib.sha256(indices.astype('<i8').tobytes()).hexdigest()}"
+        )
+
+    def __str__(self) -> str:
+        """Returns the name for the log."""
+        return self.name
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """Returns the records at ``indices``."""
+        return self._base.read(self._indices[np.asarray(indices, np.int64)].tolist())
+
+    @property
+    def spans(self) -> list[Span]:
+        """Returns the spans of the other source."""
+        return self._base.spans
+
+    def where(self, index: int) -> str:
+        """Returns the other source's name of the record."""
+        return self._base.where(int(self._indices[index]))
+
+
+def held_out_count(records: int) -> int:
+    """Returns the number of held-out records: 5%, at most 500; at least 20, but at most a fifth.
+
+    Example: 12 of 60, 20 of 100 and of 400, 50 of 1,000, 500 of 10,000 and more; at least two.
+    """
+    few = min(ENOUGH, round(LARGEST_SHARE * records))
+    return min(max(round(SHARE * records), few, 2), MOST)
+
+
+def draw_held_out(source: Source) -> tuple[Source, Source]:
+    """Divides ``whole`` into training and evaluation records, with the size of `held_out_count`.
+
+    Raises:
+      NaloraError: fewer than four records.
+    """
+    if len(source) < _FEWEST:
+        expected = f"at least {_FEWEST} records, of which two are held out"
+        remedy = "add records, or name others to measure on by --data.eval-split"
+        raise NaloraError(source.name, expected=expected, found=len(source), remedy=remedy)
+    count = held_out_count(len(source))
+    order = permutation(len(source), _SEED)
+    parts = np.sort(order[count:]), np.sort(order[:count])
+    remaining, held = (
+        SelectedSource(source, indices, f"{len(indices)} of {len(source)} records") for indices in parts
+    )
+    return remaining, held

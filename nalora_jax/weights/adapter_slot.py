@@ -24,7 +24,7 @@ from nalora_jax.models.adapters import pad_rank
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import TABLES, AdapterSpec, TargetSpec
-from nalora_jax.weights.saved_modules import with_whole_tables
+from nalora_jax.weights.peft_tables import with_whole_tables
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.folders import new_file
 from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.keymaps import SourceTensor, gguf_of, keymap_for
+from nalora_jax.weights.peft import layer_adapter
 from nalora_jax.weights.peft_modules import ModuleAdapter, fuse
-from nalora_jax.weights.peft_write import layer_adapter
-from nalora_jax.weights.saved_modules import refuse_saved
+from nalora_jax.weights.peft_tables import refuse_saved
 
 
 def write_adapter_gguf(

@@ -32,8 +32,8 @@ from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.storage import Kernel, Stored, expand
 from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.keymaps import Slot
-from nalora_jax.weights.peft_write import layer_adapter
-from nalora_jax.weights.saved_modules import refuse_saved
+from nalora_jax.weights.peft import layer_adapter
+from nalora_jax.weights.peft_tables import refuse_saved
 from nalora_jax.weights.shards import TensorInfo, write_shards
 from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_tokenizer
 from nalora_jax.weights.vision.sight import file_name, model_keymap
@@ -54,7 +54,7 @@ def merge(params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec)
       lora: adapters, stacked.
       spec: their ranks, alphas and variant.
     """
-    refuse_saved(spec, "merge", "fold them in first (weights.saved_modules.fold_saved)")
+    refuse_saved(spec, "merge", "fold them in first (weights.peft_tables.fold_saved)")
     leaves, adapters = flatten(params, _is_stored), flatten(lora)
     for path, _ in spec.targets:
         a, b = (jnp.asarray(adapters[f"{path}/{name}"]) for name in ("a", "b"))
@@ -103,7 +103,7 @@ def merged_tensors(
       dtype: of every tensor; by default its parameter's dtype, for quantized ones the embedding's.
       source: format of names and layouts: transformers' ("hf") or llama.cpp's ("gguf").
     """
-    refuse_saved(spec, "merge", "fold them in first (weights.saved_modules.fold_saved)")
+    refuse_saved(spec, "merge", "fold them in first (weights.peft_tables.fold_saved)")
     leaves, adapters = flatten(params, _is_stored), flatten(lora or {})
     for tensor in model_keymap(config, source).tensors:
         parts = [_slot_value(leaves, adapters, spec, slot, dtype) for slot in tensor.slots]

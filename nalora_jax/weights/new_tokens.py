@@ -36,7 +36,7 @@ from nalora_jax.models.targets import TABLES
 from nalora_jax.weights.model_files import LoadedModel
 from nalora_jax.weights.peft_config import CONFIG_NAME
 from nalora_jax.weights.peft_read import TENSORS_NAME, recorded_rope_scaling
-from nalora_jax.weights.saved_modules import rows_of_indices, table_rows
+from nalora_jax.weights.peft_tables import rows_of_indices, table_rows
 from nalora_jax.weights.tokenizer_files import write_extended, write_tokenizer
 
 log = logging.getLogger(__name__)

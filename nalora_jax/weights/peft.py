@@ -1,21 +1,339 @@
-"""Exports and imports PEFT adapter files, and verifies exports by reloading them."""
+"""PEFT adapters on disk: writes a stacked tree as PEFT's files, and verifies what was written.
+
+Example: `export_adapter` writes a folder that PEFT and vLLM load, `import_adapter` (of
+`weights.peft_read`) reads one, and `verify_export` compares both.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from nalora_jax.common.trees import flatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.stacks import depths
-from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
-from nalora_jax.weights.peft_modules import ModuleAdapter, ModuleLayout, compact, same_array
-from nalora_jax.weights.peft_read import import_adapter
-from nalora_jax.weights.peft_write import export_adapter, layer_adapter
+from nalora_jax.models.paths import uniform_path
+from nalora_jax.models.stacks import depths, locate
+from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, adapter_scale
+from nalora_jax.weights.folders import new_folder, write_json
+from nalora_jax.weights.peft_config import CONFIG_NAME
+from nalora_jax.weights.peft_modules import (
+    Entry,
+    HostModule,
+    ModuleAdapter,
+    ModuleLayout,
+    adapter_tensors,
+    common,
+    compact,
+    copies_for_values,
+    decoder_settings,
+    fold,
+    fuse,
+    layers_with,
+    layout_for,
+    module_shape,
+    part_widths,
+    same_array,
+    short_name,
+)
+from nalora_jax.weights.peft_read import BASE_KEY, FINGERPRINT_KEY, ROPE_KEY, TENSORS_NAME, import_adapter
+from nalora_jax.weights.peft_tables import refuse_saved, saved_tensors, token_row_tensors
+from nalora_jax.weights.shards import write_tensors
+from nalora_jax.weights.tokenizer_files import FILES
+
+OWN_FILES = frozenset({CONFIG_NAME, TENSORS_NAME, "README.md", *FILES})
+
+
+def export_adapter(
+    lora: Mapping[str, Any],
+    spec: AdapterSpec,
+    config: ModelConfig,
+    folder: str | Path,
+    *,
+    base_model_name: str,
+    target: Literal["peft", "vllm"] = "peft",
+    max_lora_rank: int = 16,
+    base_weights: str = "",
+    fingerprint: str | None = None,
+    rope_scaling: str = "",
+    extra: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    layout: ModuleLayout | None = None,
+    write_extra: Callable[[Path], object] | None = None,
+) -> Path:
+    """Writes an adapter that PEFT (and, with ``target="vllm"``, vLLM) loads unmodified.
+
+    Ranks are trimmed to each layer's rank. For PEFT, values that differ between layers or modules
+    are written to rank_pattern and alpha_pattern. vLLM ignores these fields, so for vLLM ranks are
+    zero-padded to the largest and scales are folded into B, under one r and alpha. Projections
+    that the family fuses get one exact adapter of the fused module. Experts are written as PEFT's
+    target_parameters for transformers 5, and expert by expert for vLLM, unless the family's own
+    files stack them (gpt-oss), whose target_parameters vLLM reads.
+
+    Args:
+      lora: stacked tree, e.g. ``layers/ffn/gate_proj/{a, b}``.
+      spec: ranks, alphas and variant of every projection in ``lora``.
+      config: the base model.
+      folder: new or empty; the two files appear in it together or not at all.
+      base_model_name: hub id or path that other tools load as the base.
+      target: the tool that must be able to load the files.
+      max_lora_rank: vLLM's setting of that name.
+      base_weights: name by which this library loads a copy of that model, if the adapter was trained
+        on one; recorded in the file, from which `loading.adapted.base_of` reads it.
+      fingerprint: of the base weights; recorded in the file, checked by `import_adapter`.
+      rope_scaling: RoPE scaling of the base if it is not its files'; recorded in the file, from which
+        `loading.adapted.load` reads it.
+      extra: more fields of ``adapter_config.json``, e.g. ``{"revision": "main"}``.
+      overwrite: allow ``folder`` to contain an earlier adapter (its two files, a README.md and a
+        tokenizer's files), which is replaced.
+      layout: module names, for a model outside the known families.
+      write_extra: function that writes further files into the folder, such as a tokenizer with
+        added tokens.
+
+    Raises:
+      NaloraError: the tool does not support a property of the adapter (the message names it); the
+        folder has other content; or a write fails.
+    """
+    layout = layout or layout_for(target, config)
+    settings, tensors = _contents(lora, spec, config, layout, target, max_lora_rank)
+    settings |= {"base_model_name_or_path": base_model_name}
+    metadata = file_metadata(fingerprint, rope_scaling, base_weights)
+    with new_folder(folder, replaces=OWN_FILES, overwrite=overwrite) as scratch:
+        write_json(scratch / CONFIG_NAME, settings | dict(extra or {}))
+        write_tensors(scratch / TENSORS_NAME, tensors, metadata)
+        if write_extra is not None:
+            write_extra(scratch)
+    return Path(folder)
+
+
+def file_metadata(
+    fingerprint: str | None, rope_scaling: str = "", base_weights: str = ""
+) -> dict[str, str]:
+    """Returns the metadata of an adapter's file: properties of its base."""
+    base = {FINGERPRINT_KEY: fingerprint, ROPE_KEY: rope_scaling, BASE_KEY: base_weights}
+    return {"format": "pt"} | {name: value for name, value in base.items() if value}
+
+
+def _contents(
+    lora: Mapping[str, Any],
+    spec: AdapterSpec,
+    config: ModelConfig,
+    layout: ModuleLayout,
+    target: Literal["peft", "vllm"],
+    max_lora_rank: int,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns the settings, without the base model's name, and the tensors of an adapter's files."""
+    if target == "vllm":
+        _check_vllm(spec)
+        entries = list(_entries(lora, spec, config, layout, per_expert=True))
+        entries = _one_rank(entries, config, layout, max_lora_rank)
+    else:
+        entries = _even_stacks(list(_entries(lora, spec, config, layout, per_expert=False)))
+    if any(entry.parameter or _is_expert(entry.module) for entry in entries):
+        # Dropout acts in training only, and PEFT refuses to load it for experts.
+        spec = replace(spec, dropout=0.0)
+    rslora = spec.rslora and target == "peft"
+    settings = decoder_settings(entries, config, layout, spec, rslora=rslora)
+    if target == "vllm":
+        entries += copies_for_values(entries, config)
+    tensors = dict(adapter_tensors(entries, layout))
+    if spec.saved or spec.token_indices:
+        tensors |= saved_tensors(lora, spec, config) | token_row_tensors(lora, spec, config)
+    return settings, tensors
+
+
+def layer_adapter(
+    leaves: Mapping[str, Any], spec: AdapterSpec, path: str, layer: int
+) -> ModuleAdapter | None:
+    """Returns one layer's adapter of ``path`` without padding; None if the layer has none.
+
+    Args:
+      leaves: the flattened ``lora`` tree.
+      spec: its spec.
+      path: stacked path of the projection.
+      layer: index on the stack.
+    """
+    target = spec.target(path)
+    if target is None or target.ranks[layer] == 0:
+        return None
+    rank = target.ranks[layer]
+    a, b = (np.asarray(leaves[f"{path}/{name}"][layer], np.float32) for name in ("a", "b"))
+    magnitude = None
+    if spec.dora:
+        magnitude = np.asarray(leaves[f"{path}/magnitude"][layer], np.float32)
+    scale = adapter_scale(target.alphas[layer], rank, rslora=spec.rslora)
+    return ModuleAdapter(a[..., :rank], b[..., :rank, :], scale, magnitude)
+
+
+# ---------------------------------------------------------------- adapters by module
+
+
+def _entries(
+    lora: Mapping[str, Any],
+    spec: AdapterSpec,
+    config: ModelConfig,
+    layout: ModuleLayout,
+    *,
+    per_expert: bool,
+) -> Iterator[Entry]:
+    """Yields every adapted module, fused if the family fuses it."""
+    leaves = flatten(lora)
+    _check_known(spec, layout)
+    places = locate(config)
+    for layer in range(1 + max(layer for _, layer in places)):
+        for module in (*layout.modules, *layout.parameters):
+            stacked = module in layout.parameters
+            parameter = stacked or (layout.weight_only(module) and not per_expert)
+            if layer not in layers_with(config, module.parts[0], experts=stacked):
+                continue
+            parts = [layer_adapter(leaves, spec, *places[path, layer]) for path in module.parts]
+            if stacked and per_expert and layout.experts:
+                yield from _expert_entries(layout, config, module, layer, parts)
+                continue
+            adapter = fuse(parts, part_widths(config, module, layer), alternates=module.alternates)
+            if adapter is None:
+                continue
+            name = layout.full_name(layer, module)
+            _check_dora(spec, name, adapter, parameter=parameter)
+            yield Entry(name, layer, module, adapter, stacked, parameter)
+
+
+def _even_stacks(entries: list[Entry]) -> list[Entry]:
+    """Returns the same adapters, with one rank and one scale in all parameters.
+
+    PEFT applies rank_pattern to parameters too, but warns that the keys "were ignored". With equal
+    ranks no pattern is needed.
+    """
+    parameters = [entry for entry in entries if entry.parameter]
+    if not parameters:
+        return entries
+    rank = max(entry.adapter.rank for entry in parameters)
+    scale = common(entry.adapter.scale for entry in parameters)
+    even = {entry.name: replace(entry, adapter=fold(entry.adapter, rank, scale)) for entry in parameters}
+    return [even.get(entry.name, entry) for entry in entries]
+
+
+def _expert_entries(
+    layout: ModuleLayout,
+    config: ModelConfig,
+    module: HostModule,
+    layer: int,
+    parts: list[ModuleAdapter | None],
+) -> Iterator[Entry]:
+    for path, adapter in zip(module.parts, parts, strict=True):
+        if adapter is None:
+            continue
+        pattern = layout.experts[path]
+        for expert in range(config.n_experts):
+            name = layout.full_name(layer, pattern.format(expert))
+            of_expert = ModuleAdapter(adapter.a[expert], adapter.b[expert], adapter.scale)
+            yield Entry(name, layer, HostModule(pattern, (path,)), of_expert)
+
+
+def _check_known(spec: AdapterSpec, layout: ModuleLayout) -> None:
+    paths = {path for module in (*layout.modules, *layout.parameters) for path in module.parts}
+    for path, _ in spec.targets:
+        if uniform_path(path) not in paths:
+            raise NaloraError(
+                f"adapter at {path}", expected=f"one of {', '.join(sorted(paths))}", found=path
+            )
+
+
+def _check_dora(spec: AdapterSpec, name: str, adapter: ModuleAdapter, *, parameter: bool) -> None:
+    if not spec.dora or (adapter.magnitude is not None and not parameter):
+        return
+    expected, actual = "a Linear module (PEFT has no DoRA for experts)", "experts"
+    if not parameter:
+        expected = (
+            "an adapter on every projection that the family fuses into this module, for its column norms"
+        )
+        actual = "some without"
+    remedy = "merge the adapter instead"
+    raise NaloraError(f"DoRA at {name}", expected=expected, found=actual, remedy=remedy)
+
+
+# ---------------------------------------------------------------- vLLM
+
+
+def _check_vllm(spec: AdapterSpec) -> None:
+    remedy = "vLLM takes no modules_to_save and no trainable_token_indices: merge it into the base instead"
+    refuse_saved(spec, "--for vllm", remedy)
+    if spec.dora:
+        rule = "no DoRA (vLLM's rule: use_dora is refused)"
+        raise NaloraError(
+            "--for vllm", expected=rule, found="a DoRA adapter", remedy="merge it into the base instead"
+        )
+    unsupported = [path for path, _ in spec.targets if not path.startswith("layers/")]
+    if unsupported:
+        rule = "adapters of the language model alone (vLLM's rule)"
+        place, remedy = f"one at {unsupported[0]}", "merge it into the base"
+        raise NaloraError("--for vllm", expected=rule, found=place, remedy=remedy)
+
+
+def _one_rank(entries: list[Entry], config: ModelConfig, layout: ModuleLayout, limit: int) -> list[Entry]:
+    """Returns the adapters with one rank and scale, on every layer of each adapted module."""
+    rank = max(entry.adapter.rank for entry in entries)
+    if rank > limit:
+        expected = f"at most {limit} (vLLM's rule: max_lora_rank)"
+        remedy = f"start vLLM with --max-lora-rank {rank} or more and export with the same max_lora_rank"
+        raise NaloraError("--for vllm: rank", expected=expected, found=rank, remedy=remedy)
+    scale = common(entry.adapter.scale for entry in entries)
+    folded = {entry.name: fold(entry.adapter, rank, scale) for entry in entries}
+    lasts = {short_name(entry.module.name) for entry in entries}
+    adapted = {
+        module.name: module
+        for module in layout.modules
+        if short_name(module.name) in lasts and not module.whole
+    }
+    adapted |= {entry.module.name: entry.module for entry in entries}
+    stacks = {module.name for module in layout.parameters}
+    # vLLM requires all three projections of the experts or none.
+    if any(_is_expert(module) for module in adapted.values()):
+        adapted |= {name: HostModule(name, (path,)) for path, name in layout.experts.items()}
+    if stacks.intersection(adapted):  # and all stacks of experts or none
+        adapted |= {module.name: module for module in layout.parameters}
+
+    def entry(name: str, layer: int, module: HostModule) -> Entry:
+        stacked = module.name in stacks
+        adapter = folded.get(name) or _zeros(config, module, layer, rank, scale, stacked=stacked)
+        return Entry(name, layer, module, adapter, stacked, stacked)
+
+    return [
+        entry(name, layer, module)
+        for layer in range(config.n_layers)
+        for module in adapted.values()
+        if layer
+        in layers_with(config, module.parts[0], experts=_is_expert(module) or module.name in stacks)
+        for name in _names(config, layout, layer, module)
+    ]
+
+
+def _names(config: ModelConfig, layout: ModuleLayout, layer: int, module: HostModule) -> list[str]:
+    """Returns the full names of ``module`` in a layer: one, or one per expert."""
+    count = config.n_experts if _is_expert(module) else 1
+    return [layout.full_name(layer, module.name.format(expert)) for expert in range(count)]
+
+
+def _is_expert(module: HostModule) -> bool:
+    """Returns True for the pattern of one expert's modules, "experts.{}.w1"."""
+    return "{}" in module.name
+
+
+def _zeros(
+    config: ModelConfig, module: HostModule, layer: int, rank: int, scale: float, *, stacked: bool
+) -> ModuleAdapter:
+    *lead, d_in, d_out = module_shape(config, module, layer)[0 if stacked else -2 :]
+    return ModuleAdapter(
+        np.zeros((*lead, d_in, rank), np.float32), np.zeros((*lead, rank, d_out), np.float32), scale
+    )
+
+
+# ---------------------------------------------------------------- verification
+
 
 __all__ = ["export_adapter", "import_adapter", "max_logit_difference", "verify_export"]
 

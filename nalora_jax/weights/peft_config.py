@@ -13,9 +13,7 @@ from nalora_jax.common.fields import Fields
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.targets import ROWS
-from nalora_jax.weights import peft_adalora
-from nalora_jax.weights.peft_rules import listed
-from nalora_jax.weights.peft_settings import PEFT, ids_by_table
+from nalora_jax.weights.peft_settings import PEFT, ids_by_table, listed
 
 CONFIG_NAME = "adapter_config.json"
 _MAX_CONFIG_BYTES = 4 << 20
@@ -54,7 +52,6 @@ class PeftConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
     dora: bool = False
-    adalora: bool = False  # the tensors have AdaLoRA's form; these fields describe plain LoRA
     dropout: float = 0.0
     modules_to_save: tuple[str, ...] = ()
     tied: bool = False  # ensure_weight_tying
@@ -145,9 +142,6 @@ def read_peft_config(folder: Path) -> PeftConfig:
     """
     path = folder / CONFIG_NAME
     raw = _read_json(path)
-    adalora = raw.get("peft_type") == peft_adalora.KIND
-    if adalora:
-        raw = peft_adalora.as_lora_config(raw, str(path))
     fields = _Fields(raw, str(path))
     _refuse_unsupported(fields)
     targets = _targets(fields)
@@ -164,7 +158,6 @@ def read_peft_config(folder: Path) -> PeftConfig:
         alpha_pattern=fields.pattern("alpha_pattern", lambda sub, key: sub.number(key)),
         rslora=fields.flag("use_rslora"),
         dora=fields.flag("use_dora"),
-        adalora=adalora,
         dropout=fields.probability("lora_dropout"),
         modules_to_save=fields.strings("modules_to_save"),
         tied=fields.flag("ensure_weight_tying"),
@@ -194,7 +187,8 @@ def _targets(fields: _Fields) -> tuple[str, ...] | str:
 def _refuse_unsupported(fields: _Fields) -> None:
     kind = fields.raw.get("peft_type")
     if kind != "LORA":
-        raise NaloraError(f"{fields.where}: peft_type", expected='"LORA" or "ADALORA"', found=repr(kind))
+        remedy = "merge it in PEFT (merge_and_unload) and use the merged folder as the base"
+        raise NaloraError(f"{fields.where}: peft_type", expected='"LORA"', found=repr(kind), remedy=remedy)
     task = fields.raw.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise NaloraError(f"{fields.where}: task_type", expected='"CAUSAL_LM"', found=repr(task))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,27 +19,31 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, locate, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale
-from nalora_jax.weights.keys_as_values import without_copies
-from nalora_jax.weights.peft_adalora import as_lora_tensors
+from nalora_jax.weights.origin import is_comparable
 from nalora_jax.weights.peft_config import PeftConfig, read_peft_config
-from nalora_jax.weights.peft_digest import BASE_KEY, ROPE_KEY, check_digest, check_fingerprint
 from nalora_jax.weights.peft_modules import (
     HostModule,
     ModuleAdapter,
     ModuleLayout,
     alpha_for,
     compact,
+    fold,
     layers_with,
     layout_of,
     module_shape,
     part_widths,
     split,
+    without_copies,
 )
-from nalora_jax.weights.saved_modules import take_saved
-from nalora_jax.weights.table_adapters import fold_table_adapters
-from nalora_jax.weights.token_rows import take_token_rows
+from nalora_jax.weights.peft_tables import take_saved, take_token_rows, tensor_names
+
+log = logging.getLogger(__name__)
 
 TENSORS_NAME = "adapter_model.safetensors"
+# Metadata of an adapter's file: properties of its base.
+FINGERPRINT_KEY = "nalora.base_fingerprint"
+BASE_KEY = "nalora.base"  # name of the base's weights if the settings name their original
+ROPE_KEY = "nalora.rope_scaling"  # `ResolvedSource.rope_scaling` of the base
 _PREFIX = "base_model.model."
 _KEY = re.compile(
     r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
@@ -54,15 +59,14 @@ def import_adapter(
     fingerprint: str | None = None,
     layout: ModuleLayout | None = None,
 ) -> tuple[dict[str, Any], AdapterSpec]:
-    """Reads a PEFT LoRA or AdaLoRA adapter as this library's ``lora`` tree.
+    """Reads a PEFT LoRA adapter as this library's ``lora`` tree.
 
     Supports rank_pattern, alpha_pattern, rsLoRA, DoRA, target lists, regular expressions and
     "all-linear" (matched exactly as in PEFT), target_parameters, layers_to_transform,
-    exclude_modules, modules_to_save, trainable_token_indices, adapters on the embedding and the
-    head (as full tables), fused projections, mixtures of experts and multimodal models as PEFT
-    writes them for transformers 4 and 5, and float32, float16 and bfloat16 files. Every tensor is
-    consumed and every targeted module must have its tensors, so no part of an adapter is dropped
-    silently.
+    exclude_modules, modules_to_save, trainable_token_indices, fused projections, mixtures of
+    experts and multimodal models as PEFT writes them for transformers 4 and 5, and float32, float16
+    and bfloat16 files. Every tensor is consumed and every targeted module must have its tensors, so
+    no part of an adapter is dropped silently.
 
     Args:
       folder: contains ``adapter_config.json`` and ``adapter_model.safetensors``; may be in a bucket.
@@ -82,7 +86,7 @@ def import_adapter(
     folder = buckets.local_path(folder)
     peft, tensors = read_adapter(folder, fingerprint)
     where = str(folder / TENSORS_NAME)
-    fold_table_adapters(config, tensors, peft, where)
+    _refuse_table_adapters(config, tensors, where)
     rows, token_indices = take_token_rows(config, tensors, peft, where)
     tables, saved = take_saved(config, tensors, peft.modules_to_save, tied=peft.tied, where=where)
     modules = by_module(tensors, folder / TENSORS_NAME, dora=peft.dora)
@@ -96,15 +100,43 @@ def import_adapter(
 
 
 def read_adapter(folder: Path, fingerprint: str | None) -> tuple[PeftConfig, dict[str, np.ndarray]]:
-    """Returns the settings of an adapter and its checked tensors, those of AdaLoRA as plain LoRA."""
+    """Returns the settings of an adapter and its checked tensors."""
     path = folder / TENSORS_NAME
     peft = read_peft_config(folder)
     tensors, metadata = read_tensors(folder)
-    check_digest(path, tensors, metadata)
     check_fingerprint(path, metadata, fingerprint)
-    if peft.adalora:
-        tensors = as_lora_tensors(tensors, str(path))
     return peft, tensors
+
+
+def _refuse_table_adapters(config: ModelConfig, tensors: Mapping[str, np.ndarray], where: str) -> None:
+    modules = [name.removesuffix(".weight") for name in tensor_names(config).values()]
+    for key in tensors:
+        if any(key.startswith(f"{_PREFIX}{module}.lora_") for module in modules):
+            remedy = "train the table with modules_to_save, or merge the adapter in PEFT (merge_and_unload)"
+            expected, actual = "adapters of a model's layers", "an adapter of the embedding or the head"
+            raise NaloraError(f"{where}: {key}", expected=expected, found=actual, remedy=remedy)
+
+
+def check_fingerprint(path: Path, metadata: Mapping[str, str], fingerprint: str | None) -> None:
+    """Raises an error if the file's base fingerprint belongs to another base model."""
+    noted = metadata.get(FINGERPRINT_KEY)
+    if not noted or not fingerprint or noted == fingerprint:
+        return
+    where = str(path)
+    if not is_comparable(noted, fingerprint):
+        log.warning(
+            "%s: made with an earlier version, whose digest of the base covered a part of its weights and cannot be "
+            "compared; check that the base is the one that adapter_config.json names",
+            where,
+        )
+        return
+    raise NaloraError(
+        where,
+        expected=f"an adapter of the base model {fingerprint}",
+        found=f"one of the base model {noted}",
+        remedy="load exactly the weights that the adapter was trained on (named in adapter_config.json); the same "
+        "model in another precision is another base",
+    )
 
 
 def recorded_rope_scaling(folder: Path) -> str:
@@ -363,11 +395,8 @@ def adapter_of(
 def _join_experts(members: list[ModuleAdapter]) -> ModuleAdapter:
     """Stacks experts' adapters: ranks padded, scales folded relative to the first expert's."""
     rank, scale = max(member.rank for member in members), members[0].scale
-    a = np.zeros((len(members), members[0].a.shape[0], rank), np.float32)
-    b = np.zeros((len(members), rank, members[0].b.shape[1]), np.float32)
-    for index, member in enumerate(members):
-        a[index, :, : member.rank] = member.a
-        b[index, : member.rank] = member.b * np.float32(member.scale / scale)
+    padded = [fold(member, rank, scale) for member in members]
+    a, b = (np.stack([getattr(member, name) for member in padded]) for name in "ab")
     return ModuleAdapter(a, b, scale)
 
 
@@ -397,7 +426,8 @@ def stack_adapters(
         for i, adapter in layers.items():
             ranks[i] = adapter.rank
             alphas[i] = alpha_for(adapter.scale, adapter.rank, rslora=peft.rslora)
-            a[i, ..., : adapter.rank], b[i, ..., : adapter.rank, :] = adapter.a, adapter.b
+            padded = fold(adapter, rank, adapter.scale)
+            a[i], b[i] = padded.a, padded.b
             if adapter.magnitude is not None:
                 magnitudes[i] = adapter.magnitude
         leaves |= {f"{path}/a": a, f"{path}/b": b}

@@ -206,7 +206,7 @@ def test_results_are_written_to_a_bucket_and_read_from_there(
 
 @pytest.mark.parametrize(
     ("verb", "writes"),
-    [("merge", "merge.write_shards"), ("export", "peft_write.write_tensors")],
+    [("merge", "merge.write_shards"), ("export", "peft.write_tensors")],
 )
 def test_sigterm_leaves_no_unfinished_output(verb, writes, run, tmp_path, monkeypatch, capsys):
     def stop(*_, **__):

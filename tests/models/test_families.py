@@ -846,7 +846,7 @@ def test_every_family_has_a_case():
 # Default of `register_family`, llama.cpp's architecture of Mistral and Mixtral, PEFT's "all-linear", and the text
 # models of LLaVA 1.5 and of Gemma 3 with images.
 ELSEWHERE = {
-    "llama": {"models/families/__init__.py", "models/families/mistral.py", "weights/peft_rules.py"}
+    "llama": {"models/families/__init__.py", "models/families/mistral.py", "weights/peft_settings.py"}
     | {"models/vision/sight.py"},
     "gemma3_text": {"models/vision/sight.py"},
 }

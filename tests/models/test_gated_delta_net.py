@@ -14,7 +14,7 @@ from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.models.stacks import layer_numbers, projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule
-from nalora_jax.weights.peft_rules import rules_of
+from nalora_jax.weights.peft_settings import rules_of
 from tests.param_trees import init_params
 
 RAW = {

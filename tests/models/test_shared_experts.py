@@ -10,7 +10,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.routing import RouterSpec, choose
 from nalora_jax.models.stacks import gate_blocks, layer_numbers, projection_shapes
 from nalora_jax.models.targets import resolve
-from nalora_jax.weights.peft_rules import rules_of
+from nalora_jax.weights.peft_settings import rules_of
 
 GLM = ModelConfig.from_hf(
     {

@@ -223,7 +223,7 @@ def test_folder_is_whole_or_absent(tiny_model, random_lora, tmp_path, monkeypatc
         export_adapter(lora, spec, config, tmp_path / "a", base_model_name="b", **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("nalora_jax.weights.peft_write.write_tensors", disk_full)
+        patch.setattr("nalora_jax.weights.peft.write_tensors", disk_full)
         with pytest.raises(NaloraError, match="No space left"):
             export()
     assert list(tmp_path.iterdir()) == []
@@ -233,7 +233,7 @@ def test_folder_is_whole_or_absent(tiny_model, random_lora, tmp_path, monkeypatc
         export()
     lora = map_named(lambda _, leaf: leaf * 2, lora)
     with monkeypatch.context() as patch:
-        patch.setattr("nalora_jax.weights.peft_write.write_tensors", disk_full)
+        patch.setattr("nalora_jax.weights.peft.write_tensors", disk_full)
         with pytest.raises(NaloraError):
             export(overwrite=True)
     assert (tmp_path / "a/adapter_model.safetensors").read_bytes() == before

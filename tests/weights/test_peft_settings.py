@@ -16,13 +16,13 @@ import pytest
 
 from nalora_jax.__main__ import main
 from nalora_jax.cli.config_files import settings_of
-from nalora_jax.config import check
+from nalora_jax.config import AdaLoRAConfig, check
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
-from nalora_jax.weights.peft_rules import rules_of
-from nalora_jax.weights.peft_settings import PEFT, Field, Refused, from_peft
+from nalora_jax.weights.peft import import_adapter
+from nalora_jax.weights.peft_settings import PEFT, Field, Refused, from_peft, rules_of
 
 
 def text_of(fields: Mapping[str, Field]) -> Iterator[str]:
@@ -244,6 +244,28 @@ def test_no_value_of_any_field_is_another_error(convert: Any, table: Any, fine: 
 def test_a_value_of_another_type_is_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(NaloraError, match=message):
         from_peft({"target_modules": ["q_proj"]} | values)
+
+
+ADALORA = {"peft_type": "ADALORA", "init_r": 4, "target_r": 1, "lora_alpha": 12, "tinit": 1, "tfinal": 2}
+
+
+def test_settings_of_adalora_are_taken_over_and_its_files_are_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    theirs = peft.AdaLoraConfig(**ADALORA, total_step=8, target_modules=["q_proj"])
+    values = json.loads(json.dumps(theirs.to_dict(), default=sorted))
+    settings, notes = from_peft(values)
+    config = check(settings_of(settings, tmp_path))
+    assert config.adalora == AdaLoRAConfig(1, 1 / 8, 2 / 8, interval=1)
+    assert (config.steps, config.adalora.steps(8)) == (8, (1, 6))
+    assert {(rule.rank, rule.alpha) for rule in config.lora.rules} == {(4, 12.0)}
+    assert not any("not known" in note for note in notes)
+    with pytest.raises(NaloraError, match="total_step"):
+        from_peft(values | {"total_step": None})
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    with pytest.raises(
+        NaloraError, match="peft_type: expected \"LORA\", found 'ADALORA'; merge it in PEFT"
+    ):
+        import_adapter(tmp_path, ModelConfig.from_hf(LLAMA))
 
 
 def test_tables_that_are_trained_as_a_whole_are_kept(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ from nalora_jax.train.assembly import assemble
 from nalora_jax.weights.adapter_slot import AdapterSlot
 from nalora_jax.weights.merge import merge
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
-from nalora_jax.weights.saved_modules import fold_saved
+from nalora_jax.weights.peft_tables import fold_saved
 from tests import tiny
 from tests.weights.test_saved_modules import TOKENS, load_in_peft, our_logits, save, torch_logits
 from tests.weights.test_saved_modules import wrap as wrap_plain
@@ -149,8 +149,10 @@ def test_changed_rows_or_missing_ones_are_found_and_vllm_gets_none(tiny_model, p
     settings = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     settings["trainable_token_indices"]["lm_head"] = [8]  # which would put the row elsewhere
     (tmp_path / "b" / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(NaloraError, match="expected the adapter that was written"):
-        import_adapter(tmp_path / "b", config)
+    with pytest.raises(
+        NaloraError, match="trainable_token_indices: expected the adapter that was exported"
+    ):
+        verify_export(tmp_path / "b", trees.unflatten(leaves), spec, config)
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {key: value[:-1] for key, value in tensors.items() if "embed_tokens" in key}, file)

@@ -21,11 +21,16 @@ from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.models.vision.dual import trained_shapes
 from nalora_jax.weights.folders import new_folder, write_json
-from nalora_jax.weights.peft import difference_of, differs
+from nalora_jax.weights.peft import difference_of, differs, file_metadata, layer_adapter
 from nalora_jax.weights.peft_config import CONFIG_NAME, PeftConfig
-from nalora_jax.weights.peft_digest import check_digest, file_metadata
-from nalora_jax.weights.peft_files import Entry, adapter_settings, adapter_tensors
-from nalora_jax.weights.peft_modules import HostModule, ModuleAdapter, ModuleLayout
+from nalora_jax.weights.peft_modules import (
+    Entry,
+    HostModule,
+    ModuleAdapter,
+    ModuleLayout,
+    adapter_settings,
+    adapter_tensors,
+)
 from nalora_jax.weights.peft_read import (
     TENSORS_NAME,
     Slot,
@@ -35,7 +40,6 @@ from nalora_jax.weights.peft_read import (
     read_adapter,
     stack_adapters,
 )
-from nalora_jax.weights.peft_write import layer_adapter
 from nalora_jax.weights.shards import write_tensors
 from nalora_jax.weights.vision.keymaps import module_names
 
@@ -87,9 +91,9 @@ def export_dual_adapter(
     settings = adapter_settings(entries, spec, targets, rslora=spec.rslora)
     with new_folder(folder, replaces=OWN_FILES, overwrite=overwrite) as scratch:
         write_json(scratch / CONFIG_NAME, settings | {"base_model_name_or_path": base_model_name})
-        write_tensors(scratch / TENSORS_NAME, tensors, file_metadata(tensors, settings, fingerprint))
+        write_tensors(scratch / TENSORS_NAME, tensors, file_metadata(fingerprint))
         if complete:
-            write_tensors(scratch / TRAINED, complete, file_metadata(complete, settings, fingerprint))
+            write_tensors(scratch / TRAINED, complete, file_metadata(fingerprint))
     return Path(folder)
 
 
@@ -187,7 +191,6 @@ def _read_whole(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework="np") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-            check_digest(path, tensors, dict(handle.metadata() or {}))
     except (OSError, SafetensorError) as error:
         raise NaloraError(
             str(path), expected="projections and temperature of the pair", found=error

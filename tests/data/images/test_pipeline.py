@@ -7,9 +7,8 @@ import pytest
 from PIL import Image
 
 from nalora_jax.config import DataConfig, VisionConfig
-from nalora_jax.data.images.augment import augmented, crop_box, generator
 from nalora_jax.data.images.opened import open_images, readable
-from nalora_jax.data.images.pipeline import ImageData, draw_shots
+from nalora_jax.data.images.pipeline import ImageData, augmented, crop_box, draw_shots, generator
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.errors import NaloraError
 

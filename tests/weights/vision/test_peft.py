@@ -11,7 +11,6 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file, save_file
 
 from nalora_jax.common import trees
 from nalora_jax.config import LoRAConfig, LoRARule
@@ -121,12 +120,8 @@ def test_what_peft_would_drop_silently_is_refused(dual_folder, tmp_path) -> None
     )
     with pytest.raises(NaloraError, match="an adapter of the base model two"):
         import_dual_adapter(tmp_path / "a", loaded.config, fingerprint="two")
-    path, file = tmp_path / "a" / "adapter_config.json", tmp_path / "a" / "adapter_model.safetensors"
+    path = tmp_path / "a" / "adapter_config.json"
     settings = json.loads(path.read_text())
-    path.write_text(json.dumps(settings | {"lora_alpha": 99}))
-    with pytest.raises(NaloraError, match="damaged or edited"):
-        import_dual_adapter(tmp_path / "a", loaded.config)
-    save_file(load_file(file), file)  # as another tool would have written it: without our digest
     for change, message in (
         ({"target_modules": settings["target_modules"][1:]}, "to cover"),
         ({"target_modules": ["fc1", "fc2", "q_proj"]}, "every module that target_modules names"),

@@ -1,15 +1,12 @@
-"""Exported adapters are the same bytes each time, and a changed bit in one is found."""
+"""Exported adapters are the same bytes each time, and a cut file is refused."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
@@ -31,11 +28,6 @@ def export(folder: Path) -> Path:
     return export_adapter(lora, spec, CONFIG, folder, base_model_name="base", fingerprint="f" * 64)
 
 
-def edit(folder: Path, **changes: Any) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def test_equal_adapters_are_equal_bytes(tmp_path: Path) -> None:
     written = [
         export(tmp_path / str(i)) for i in range(6)
@@ -50,31 +42,12 @@ def test_equal_adapters_are_equal_bytes(tmp_path: Path) -> None:
     }
 
 
-def test_any_flipped_bit_of_the_tensors_file_is_found(tmp_path: Path) -> None:
+def test_a_cut_file_is_refused(tmp_path: Path) -> None:
     path = export(tmp_path / "adapter") / TENSORS
     whole = path.read_bytes()
-    for bit in np.random.default_rng(0).integers(0, 8 * len(whole), 150).tolist():
-        content = bytearray(whole)
-        content[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(content)
-        with pytest.raises(NaloraError):
+    for length in (0, 7, 100, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(NaloraError, match="truncated or damaged"):
             import_adapter(path.parent, CONFIG, fingerprint="f" * 64)
     path.write_bytes(whole)
     import_adapter(path.parent, CONFIG, fingerprint="f" * 64)
-
-
-def test_an_edited_scale_is_found_and_another_name_of_the_base_is_not_an_error(tmp_path: Path) -> None:
-    folder = export(tmp_path / "adapter")
-    edit(folder, base_model_name_or_path="/models/base", inference_mode=False)
-    import_adapter(folder, CONFIG)
-    edit(folder, lora_alpha=13)
-    with pytest.raises(
-        NaloraError, match=r"expected the adapter that was written \(sha256 .*damaged or edited"
-    ):
-        import_adapter(folder, CONFIG)
-
-
-def test_adapters_without_a_digest_are_read(tmp_path: Path) -> None:
-    folder = export(tmp_path / "adapter")
-    save_file(load_file(folder / TENSORS), folder / TENSORS)
-    import_adapter(folder, CONFIG)
