@@ -16,10 +16,10 @@ import torch
 import transformers
 
 from nalora_jax.__main__ import main
+from nalora_jax.cli import training
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.evaluate import needle as evaluate_needle
 from nalora_jax.evaluate.run_log import recorded_settings
-from nalora_jax.train import job
 from nalora_jax.train.adapted import load
 from tests import tiny
 
@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
     data = DataConfig(str(folder / "questions.jsonl"), max_length=112, eval_limit=4, select_limit=2)
     with tiny.on_one_device(folder / "cache"):
         config = tiny.make_config(folder, data=data, rope_scaling=SCALING, steps=2, mechanisms=())
-        job.run(config)
+        training.run(config)
         yield config
 
 

@@ -84,7 +84,7 @@ def on_one_device(folder: Path) -> Iterator[None]:
     make = distributed.make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NALORA_CACHE", new_cache(folder))
-        patch.setattr(distributed, "make_mesh", lambda mesh: make(mesh, jax.devices()[:1]))
+        patch.setattr(distributed, "make_mesh", lambda mesh, devices=None: make(mesh, jax.devices()[:1]))
         yield
 
 
