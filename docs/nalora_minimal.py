@@ -1,8 +1,8 @@
 """NA-LoRA on one page: a tiny gated Transformer, LoRA, the channel statistics, three rules, training.
 
-This file needs only jax and optax and is not used by the library. The functions of the method have
-the names that they have in `nalora_jax.method`, and the rules those of `--mechanisms`. Its updates
-equal those of `nalora_jax` over 12 steps in float32 (tests/test_minimal.py).
+This file needs only jax and optax and is not used by the library. Its functions have the
+same names as in `nalora_jax.method`, and its rules the same names as in `--mechanisms`. Over 12 steps in
+float32 its updates equal the library's (tests/test_minimal.py).
 Run it: python docs/nalora_minimal.py
 
 Shapes: B rows, T tokens, D model width, F feed-forward width, L layers, R rank, V vocabulary.

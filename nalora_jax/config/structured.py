@@ -95,7 +95,7 @@ def check_ranges(values: object, where: str = "--") -> None:
 
     Args:
       values: the dataclass.
-      where: start of the place in messages; ``--`` for flags, which have dashes in their names.
+      where: prefix of a field's name in messages; ``--`` for flags, which have dashes in their names.
 
     Raises:
       NaloraError: names the flag or field, the range and the value.
@@ -207,7 +207,7 @@ def structured(
     Args:
       kind: the dataclass. Fields that are not in the table have their default.
       table: nested mappings.
-      where: start of the place in messages, as ``"--config run.yaml: "``.
+      where: prefix of a field's name in messages, as ``"--config run.yaml: "``.
       base: an instance whose values the missing fields have, in place of the defaults.
       ignore_unknown: skip names that are no field, as files of other versions have them.
 

@@ -106,7 +106,7 @@ def with_stops(
     tokenizer: Tokenizer,
     tools: Sequence[Message] | None = None,
 ) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """Adds the stop token with which the next message begins to completions without an end of their own.
+    """Adds the stop token with which the next message begins to completions that have no end token.
 
     GLM-4.5 writes no end of a turn: the next role's token ends it, ``<|user|>``, or
     ``<|observation|>`` after a tool call. A completion at the end of the text gets the token that
@@ -185,7 +185,7 @@ class _Place:
 
 
 def _place(messages: Sequence[Message], turn: int, text: str, render: Render) -> _Place | None:
-    """Returns the place of ``turn`` in ``text``, the text of ``messages``; None if it is unknown.
+    """Returns where ``turn`` is in ``text``, the text of ``messages``; None if it is unknown.
 
     The texts between the message before the turn and the turn's words are compared:
 

@@ -31,7 +31,7 @@ class Places(NamedTuple):
     """Places for the rows of tokens; every row has one place, and a place at most one row."""
 
     token: jax.Array  # int [places], the token of each place
-    of_rows: jax.Array  # int [tokens * top_k], the place of each row, top_k rows of token 0 first
+    of_rows: jax.Array  # int [tokens * top_k], each row's place, top_k rows of token 0 first
     used: jax.Array | None = None  # bool [places], places with a row; None: all
 
 

@@ -17,11 +17,15 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from nalora_jax.method.step import Batch, Evaluated
-from nalora_jax.models.targets import ROWS
+from nalora_jax.models.targets import ROWS, AdapterSpec
 from nalora_jax.ops.cross_entropy import Head, cross_entropy, rows_of_chunk
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.split_rows import shards_of, split
+from nalora_jax.ops.split_rows import joined, shards_of, split
+from nalora_jax.ops.target_losses import target_losses
 from nalora_jax.ops.trained_head import HeadRows, WholeHead, trained_cross_entropy
+
+# Collections that the adapted model has in addition to the base's.
+_ADAPTED = ("lora", "gate_mask", "gate_taps")
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,14 @@ class NextToken:
         )
         return hidden
 
+    def base_hidden(self, variables: Mapping[str, Any], batch: Batch) -> jax.Array:
+        """Returns the hidden states of the base: the same weights with the adapter off, without dropout."""
+        base = {name: tree for name, tree in variables.items() if name not in _ADAPTED}
+        hidden: jax.Array = self.model.clone(adapters=AdapterSpec()).apply(
+            base, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+        )
+        return hidden
+
     def parts(self, values: jax.Array) -> jax.Array:
         """Returns values of tokens ``[rows, seq]`` in the layout of the hidden states."""
         return split(values, self.row_sharding)
@@ -120,6 +132,21 @@ class NextToken:
             shards=self.batch_shards,
         )
 
+    def target_losses(self, hidden: jax.Array, params: Any, batch: Batch) -> jax.Array:
+        """Returns each token's loss times its weight, ``[rows, seq]``, without a gradient; hidden is of `parts`."""
+        losses = target_losses(
+            hidden,
+            self.kernel(params),
+            self.parts(batch["targets"]),
+            self.parts(batch["loss_weights"]),
+            self.head,
+            self.numerics,
+            chunk=self.loss_chunk,
+            compact=self.is_compact,
+            shards=self.batch_shards,
+        )
+        return joined(losses, self.row_sharding, batch["tokens"].shape[1])
+
     def _chunk(self, hidden: jax.Array) -> int:
         """Returns the rows of a chunk of logits on a device; 0 leaves it to the loss.
 
@@ -134,3 +161,10 @@ class NextToken:
         """Returns the numbers of real tokens and of loss tokens."""
         tokens = jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
         return tokens, jnp.sum(batch["loss_weights"], dtype=jnp.float32)
+
+
+def through_surrogate(
+    value: jax.Array, surrogate: jax.Array, measured: Mapping[str, jax.Array]
+) -> Evaluated:
+    """Returns a loss with one value and the gradient of another, and metrics without a gradient."""
+    return Evaluated(lax.stop_gradient(value - surrogate) + surrogate, lax.stop_gradient(measured))

@@ -21,15 +21,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from nalora_jax.method.step import Batch, Evaluated
-from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.policy_losses import Losses, PolicyLoss, denominator, policy_loss
-from nalora_jax.ops.split_rows import joined
-from nalora_jax.ops.target_losses import target_losses
-from nalora_jax.train.kinds.preference import ADAPTED
-from nalora_jax.train.objectives import NextToken
+from nalora_jax.train.objectives import NextToken, through_surrogate
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class Policy:
         """
         mask = batch["loss_weights"]
         hidden = self.policy.hidden(variables, batch, key)
-        log_probs = self._log_probs(hidden, params, batch)
+        log_probs = -self.policy.target_losses(hidden, params, batch)
         old, base = batch.get("old", log_probs), batch.get("base")
         if self.settings.beta and base is None and self.settings.name != "rloo":
             base = self.base_log_probs(variables, params, batch)
@@ -83,8 +78,7 @@ class Policy:
         }
         if base is not None:
             measured["divergence"] = jnp.sum(share * losses.divergence)
-        # Value of the loss, gradient of the surrogate.
-        return Evaluated(lax.stop_gradient(value - surrogate) + surrogate, lax.stop_gradient(measured))
+        return through_surrogate(value, surrogate, measured)
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Returns the numbers of real tokens, and of what the loss is a mean over."""
@@ -94,27 +88,10 @@ class Policy:
         self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array
     ) -> jax.Array:
         """Returns the policy's log-probabilities of the targets, ``[rows, seq]``; 0 without a loss weight."""
-        return self._log_probs(self.policy.hidden(variables, batch, key), params, batch)
+        hidden = self.policy.hidden(variables, batch, key)
+        return -self.policy.target_losses(hidden, params, batch)
 
     def base_log_probs(self, variables: Mapping[str, Any], params: Any, batch: Batch) -> jax.Array:
         """Returns the log-probabilities of the model without the adapter."""
-        base = {name: tree for name, tree in variables.items() if name not in ADAPTED}
-        hidden = self.text.model.clone(adapters=AdapterSpec()).apply(
-            base, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
-        )
-        return self._log_probs(hidden, params, batch)
-
-    def _log_probs(self, hidden: jax.Array, params: Any, batch: Batch) -> jax.Array:
-        policy = self.policy
-        losses = target_losses(
-            hidden,
-            policy.kernel(params),
-            policy.parts(batch["targets"]),
-            policy.parts(batch["loss_weights"]),
-            policy.head,
-            policy.numerics,
-            chunk=policy.loss_chunk,
-            compact=policy.is_compact,
-            shards=policy.batch_shards,
-        )
-        return -joined(losses, policy.row_sharding, batch["tokens"].shape[1])
+        hidden = self.text.base_hidden(variables, batch)
+        return -self.policy.target_losses(hidden, params, batch)

@@ -14,7 +14,8 @@ import io
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -118,7 +119,6 @@ class Sampler:
     longest: int
     folder: Path | None = None
     rows: int = ROWS
-    _stops: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         context, switch = self.model.config.max_positions, switch_length(self.model.config.ropes)
@@ -131,10 +131,12 @@ class Sampler:
                 found=self.limit,
                 remedy="lower it, or leave long prompts out with --data.max-length",
             )
+
+    @cached_property
+    def _stops(self) -> np.ndarray:
+        """The stop tokens, padded."""
         stops = sorted(self.tokenizer.eos_ids)
-        object.__setattr__(
-            self, "_stops", np.array(stops + [NO_TOKEN] * (bucket(len(stops), minimum=8) - len(stops)))
-        )
+        return np.array(stops + [NO_TOKEN] * (bucket(len(stops), minimum=8) - len(stops)))
 
     @property
     def prompts_at_once(self) -> int:

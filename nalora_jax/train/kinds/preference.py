@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import Mesh
 
 from nalora_jax.config import PreferenceConfig, RunConfig
@@ -32,14 +31,11 @@ from nalora_jax.evaluate.preference import PreferenceEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.adapters import adapter_spec
-from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.ops.split_rows import joined
-from nalora_jax.ops.target_losses import target_losses
 from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.inputs import open_records, settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.kinds import text
-from nalora_jax.train.objectives import NextToken
+from nalora_jax.train.objectives import NextToken, through_surrogate
 from nalora_jax.train.output import Output
 from nalora_jax.weights.hub import resolve
 from nalora_jax.weights.model_files import LoadedModel, open_files
@@ -110,10 +106,6 @@ def program_parts(config: PreferenceConfig) -> dict[str, Any]:
     return {"objective": partial(Preference, config=config)}
 
 
-# Collections that the policy has in addition to the base's.
-ADAPTED = ("lora", "gate_mask", "gate_taps")
-
-
 class Pairs(NamedTuple):
     """Loss and rewards of pairs, each float32 with the shape of the log-ratios."""
 
@@ -149,11 +141,10 @@ class Preference:
         The batch has the arrays of text and ``pairs [rows, pairs]``.
         """
         hidden = self.policy.hidden(variables, batch, key)
-        base = {name: tree for name, tree in variables.items() if name not in ADAPTED}
-        reference = self.policy.model.clone(adapters=AdapterSpec()).apply(
-            base, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+        reference = self.policy.base_hidden(variables, batch)
+        policy_losses, reference_losses = (
+            self.policy.target_losses(h, params, batch) for h in (hidden, reference)
         )
-        policy_losses, reference_losses = (self._losses(h, params, batch) for h in (hidden, reference))
         # [rows, pairs, 2]: log-ratios of the completions, chosen first, and their token counts.
         ratios = self._by_answer(reference_losses - policy_losses, batch)
         tokens = jnp.maximum(self._by_answer(batch["loss_weights"], batch), 1.0)
@@ -172,27 +163,11 @@ class Preference:
             "rewards_margin": jnp.sum(real * (losses.chosen - losses.rejected)),
             "rewards_accuracy": jnp.sum(real * (losses.chosen > losses.rejected)),
         }
-        # Value of the loss, gradient of the surrogate.
-        return Evaluated(lax.stop_gradient(value - surrogate) + surrogate, lax.stop_gradient(measured))
+        return through_surrogate(value, surrogate, measured)
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Returns the numbers of real tokens and of pairs."""
         return self.policy.counts(batch)[0], jnp.sum(batch["pairs"])
-
-    def _losses(self, hidden: jax.Array, params: Any, batch: Batch) -> jax.Array:
-        policy = self.policy
-        losses = target_losses(
-            hidden,
-            policy.kernel(params),
-            policy.parts(batch["targets"]),
-            policy.parts(batch["loss_weights"]),
-            policy.head,
-            policy.numerics,
-            chunk=policy.loss_chunk,
-            compact=policy.is_compact,
-            shards=policy.batch_shards,
-        )
-        return joined(losses, policy.row_sharding, batch["tokens"].shape[1])
 
     def _by_answer(self, values: jax.Array, batch: Batch) -> jax.Array:
         """Sums ``[rows, seq]`` over each segment to ``[rows, pairs, 2]``; segment 0 is padding."""

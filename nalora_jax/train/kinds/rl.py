@@ -74,6 +74,11 @@ def scorer_of(rl: RLConfig) -> Scorer:
     return Scorer(rl.rewards, rewards, rl.reward_seconds, rl.ignore_reward_errors)
 
 
+def metric_names(rl: RLConfig) -> list[str]:
+    """Returns the names of the rewards in log and records."""
+    return [f"reward_{name.partition(':')[0]}" for name in rl.rewards]
+
+
 def weighted_sum(rl: RLConfig, rewards: np.ndarray) -> np.ndarray:
     """Returns the weighted sum of rewards ``[..., rewards]``; NaN if none of a sample's is known."""
     weights = np.array(rl.reward_weights or [1.0] * len(rl.rewards))
@@ -283,26 +288,25 @@ class RolloutStep:
                 prompts[place] = other
         total = weighted_sum(rl, samples.rewards)
         ids = [prompt.ids for prompt in prompts for _ in range(rl.samples)]
-        flat_share = float(_is_flat(total, rl.samples).mean())
         figures = {
-            **{
-                f"reward_{name.partition(':')[0]}": float(np.nanmean(samples.rewards[:, i]))
-                for i, name in enumerate(rl.rewards)
-            },
+            **{name: float(np.nanmean(samples.rewards[:, i])) for i, name in enumerate(metric_names(rl))},
             "reward": float(np.nanmean(total)),
             "reward_std": float(np.nanstd(total)),
-            "groups_alike": flat_share,
+            "groups_alike": float(_is_flat(total, rl.samples).mean()),
             "groups_replaced": float(replaced),
             "length": float(samples.lengths.mean()),
             "cut": float(samples.cut.mean()),
         }
         whole = sample_batch(ids, samples, stream.length, masks_cut=rl.mask_cut)
-        if rl.updates > 1 or (rl.loss == "rloo" and rl.beta):
-            whole |= self._by_training_program(params, state, whole)
-        if rl.loss == "rloo" and rl.beta:
-            total = total - divergence_penalty(whole["old"], whole["base"], whole["loss_weights"], rl.beta)
-        if rl.updates == 1:
-            whole = {name: value for name, value in whole.items() if name not in ("old", "base")}
+        has_penalty, scores = rl.loss == "rloo" and rl.beta > 0, {}
+        if rl.updates > 1 or has_penalty:
+            scores = self._by_training_program(params, state, whole)
+        if has_penalty:
+            total = total - divergence_penalty(
+                scores["old"], scores["base"], whole["loss_weights"], rl.beta
+            )
+        if rl.updates > 1:
+            whole |= scores
         whole["advantages"] = advantages(total.reshape(-1, rl.samples), rl.loss).ravel().astype(np.float32)
         figures["rollout_seconds"] = time.perf_counter() - started
         self._write(number + 1, prompts, samples)
@@ -321,10 +325,10 @@ class RolloutStep:
     ) -> dict[str, np.ndarray]:
         """Returns log-probabilities before the first update by the training program, of policy and base."""
         found: list[Any] = []
+        batch = distributed.make_global_batch(self._rows(whole), self._mesh, rows_axis=1)
         for micro in range(self._data.stream.accumulate):
-            rows = {name: value[micro : micro + 1] for name, value in self._rows(whole).items()}
-            batch = distributed.make_global_batch(rows, self._mesh, rows_axis=1)
-            of_micro = self._scores(params, state.lora, {name: value[0] for name, value in batch.items()})
+            rows = {name: value[micro] for name, value in batch.items()}
+            of_micro = self._scores(params, state.lora, rows)
             found.append([np.asarray(distributed.fetch(x)) for x in of_micro])
         old, base = (np.concatenate(rows) for rows in zip(*found, strict=True))
         return {"old": old, "base": base}
@@ -416,7 +420,7 @@ class RewardEvaluator(Evaluator):
         answers = generator.generate([p.ids for p in prompts], max_new_tokens=self._rl.max_new_tokens)
         texts, records, places = zip(*((p.text, p.record, p.where) for p in prompts), strict=True)
         rewards = self._scorer(texts, answers, records, places)
-        named = [f"reward_{name.partition(':')[0]}" for name in self._rl.rewards]
+        named = metric_names(self._rl)
         rows = zip(
             prompts, answers, weighted_sum(self._rl, rewards).tolist(), rewards.tolist(), strict=True
         )
