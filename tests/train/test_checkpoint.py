@@ -210,18 +210,6 @@ def test_another_base_model_is_refused_by_both_names(tmp_path):
         assert part in str(caught.value)
 
 
-def test_a_digest_of_an_earlier_version_is_said_not_to_be_comparable(tmp_path):
-    with opened(tmp_path) as checkpoints:
-        checkpoints.save(1, {"x": jnp.ones(3)}, {})
-    with (
-        opened(tmp_path, fingerprint="all:" + "0" * 64) as checkpoints,
-        pytest.raises(
-            NaloraError, match="found one of an earlier version, whose digest covered a part of them"
-        ),
-    ):
-        checkpoints.restore("latest", {"x": jnp.ones(3)})
-
-
 def test_settings_that_change_the_result_are_refused_with_both_values(tmp_path):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, {"x": jnp.ones(3)}, {})
