@@ -25,7 +25,7 @@ from nalora_jax.data.sources import open_pair, open_source
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.train.located import locate
-from nalora_jax.weights import streamed
+from nalora_jax.weights import hf
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hub import resolve
 from tests import emulator, tiny
@@ -180,9 +180,9 @@ def test_an_adapter_in_a_bucket_is_copied_with_its_run(google: Any, tmp_path: Pa
 def test_a_process_fetches_the_rows_that_its_devices_hold(
     google: Any, model: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(streamed, "CHUNK", 256)
+    monkeypatch.setattr(hf, "CHUNK", 256)
     found = resolve(put_model(model, "rows"))
-    folder = streamed.StreamedFolder(found.path, found.streamed)
+    folder = hf.StreamedFolder(found.path, found.streamed)
     (name,) = (
         name for name, shape in folder.shapes().items() if shape == (28, 16)
     )  # of float32: 64 bytes a row
