@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nalora_jax import run
-from nalora_jax.data import rendered
+from nalora_jax.data import tokenize
 from nalora_jax.data.sources import FileSource
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.models.config import ModelConfig
@@ -41,7 +41,7 @@ def test_a_run_opens_sources_tokenizer_and_model_config_once(
     for owner, name in ((Tokenizer, "from_folder"), (ModelConfig, "from_hf")):
         monkeypatch.setattr(owner, name, staticmethod(_counted(counts, name, getattr(owner, name))))
     monkeypatch.setattr(FileSource, "__init__", _counted(counts, "source", FileSource.__init__))
-    monkeypatch.setattr(rendered, "render", _counted(counts, "rendered", rendered.render))
+    monkeypatch.setattr(tokenize, "render", _counted(counts, "rendered", tokenize.render))
     resolve = _counted(counts, "rate", learning_rate.with_learning_rate)
     monkeypatch.setattr(inputs, "with_learning_rate", resolve)
     config = replace(

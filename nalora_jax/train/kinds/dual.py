@@ -13,9 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nalora_jax.config import RunConfig, VisionConfig
-from nalora_jax.data.images.opened import open_images, readable
+from nalora_jax.data.images.opened import ImageSource, open_images, readable
 from nalora_jax.data.images.pipeline import ImageData, caption_tokens, draw_shots
-from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO, check_disjoint
