@@ -31,7 +31,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import read_metrics
 from nalora_jax.train import loop
 from nalora_jax.train.adapted_dual import load_adapted_dual
-from nalora_jax.weights.vision.peft import import_dual_adapter
+from nalora_jax.weights.peft_dual import import_dual_adapter
 
 pytestmark = pytest.mark.pictures  # of runs' reports
 

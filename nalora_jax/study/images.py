@@ -25,7 +25,7 @@ from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.dual import assemble_dual
 from nalora_jax.train.dual_objectives import CLASSES
 from nalora_jax.train.kinds.dual import drawn_images, image_data, image_evaluator, trained_on, with_classes
-from nalora_jax.weights.vision.model import JOIN, LoadedDual, LoadedEncoder, join, load_dual, load_encoder
+from nalora_jax.weights.dual import JOIN, LoadedDual, LoadedEncoder, join, load_dual, load_encoder
 
 
 @dataclass(frozen=True, eq=False)

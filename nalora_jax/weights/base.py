@@ -17,9 +17,9 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.vision.sight import Sight
 from nalora_jax.ops.quantize import Kind
 from nalora_jax.weights import hub
+from nalora_jax.weights.encoders import model_keymap
 from nalora_jax.weights.model_files import LoadedModel, ModelFiles, load_weights, open_files
 from nalora_jax.weights.tensors import DTYPES
-from nalora_jax.weights.vision.sight import model_keymap
 
 
 def load_model(

@@ -122,7 +122,7 @@ def test_other_hub_ids_are_read_from_the_hubs_cache(monkeypatch, tmp_path, capsy
         asked.append((name, file))
         return tmp_path
 
-    monkeypatch.setattr("nalora_jax.weights.hub_snapshots.cached_snapshot", cached)
+    monkeypatch.setattr("nalora_jax.weights.hub.cached_snapshot", cached)
     command("--model somebody/a-llama --topology v6e:2x2")
     assert asked == [("somebody/a-llama", "config.json")]
     assert "somebody/a-llama on v6e:2x2" in capsys.readouterr().out
@@ -132,8 +132,8 @@ def test_a_hub_that_does_not_answer_is_named_with_the_known_models(monkeypatch):
     def refused(name, file):
         raise NaloraError(name, expected="the hub", found="no network", remedy="check the network")
 
-    monkeypatch.setattr("nalora_jax.weights.hub_snapshots.cached_snapshot", lambda *_: None)
-    monkeypatch.setattr("nalora_jax.weights.hub_snapshots.download_snapshot", refused)
+    monkeypatch.setattr("nalora_jax.weights.hub.cached_snapshot", lambda *_: None)
+    monkeypatch.setattr("nalora_jax.weights.hub.download_snapshot", refused)
     message = "--model: .*one of .*llama-3.1-8b.*found no network .somebody/a-llama on the hub.; check the network"
     with pytest.raises(NaloraError, match=message):
         command("--model somebody/a-llama --topology v6e:2x2")

@@ -27,10 +27,9 @@ from nalora_jax.data.tfds_source import prepared
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.train.located import locate
-from nalora_jax.weights import streamed
+from nalora_jax.weights import hf
 from nalora_jax.weights.base import load_model
-from nalora_jax.weights.hub import resolve
-from nalora_jax.weights.vision.hub import resolve_folder
+from nalora_jax.weights.hub import resolve, resolve_folder
 from tests import emulator, tiny
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -222,9 +221,9 @@ def test_an_encoder_s_folder_in_a_bucket_is_copied_to_the_cache(google: Any, mod
 def test_a_process_fetches_the_rows_that_its_devices_hold(
     google: Any, model: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(streamed, "CHUNK", 256)
+    monkeypatch.setattr(hf, "CHUNK", 256)
     found = resolve(put_model(model, "rows"))
-    folder = streamed.StreamedFolder(found.path, found.streamed)
+    folder = hf.StreamedFolder(found.path, found.streamed)
     (name,) = (
         name for name, shape in folder.shapes().items() if shape == (28, 16)
     )  # of float32: 64 bytes a row

@@ -16,8 +16,8 @@ import pytest
 from gcp_storage_emulator.storage import Storage
 
 from nalora_jax.common import buckets, uploads
+from nalora_jax.common.folders import new_file, new_folder
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.folders import new_file, new_folder
 from tests import emulator
 from tests.common.test_buckets import InMemory
 
@@ -28,7 +28,7 @@ FILES = {"README.md": b"card", "config.json": b"{}", "model.safetensors": bytes(
 Requests = list[tuple[str, str]]
 WRITE = """
 import os, sys
-from nalora_jax.weights.folders import new_folder
+from nalora_jax.common.folders import new_folder
 from nalora_jax.cli.outputs import removed_if_stopped
 from nalora_jax.__main__ import guarded
 

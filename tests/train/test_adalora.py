@@ -19,7 +19,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.train.adalora import adalora
-from nalora_jax.weights.nonzero_start import remaining_ranks
+from nalora_jax.weights.adapter_forms import remaining_ranks
 from tests import tiny
 from tests.param_trees import init_params
 

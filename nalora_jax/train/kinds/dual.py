@@ -32,8 +32,8 @@ from nalora_jax.train.dual_objectives import CLASSES
 from nalora_jax.train.inputs import settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.output import Output
-from nalora_jax.weights.vision.model import JOIN, LoadedDual, load_dual
-from nalora_jax.weights.vision.peft import export_dual_adapter, verify_dual_export
+from nalora_jax.weights.dual import JOIN, LoadedDual, load_dual
+from nalora_jax.weights.peft_dual import export_dual_adapter, verify_dual_export
 
 log = logging.getLogger(__name__)
 

@@ -23,12 +23,12 @@ from nalora_jax.layout import distributed
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.models.vision.dual import init_params
 from nalora_jax.models.vision.families import compose, read_encoder
+from nalora_jax.weights import hub
+from nalora_jax.weights.encoders import dual_keymap, encoder_keymap
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.origin import Origin, fingerprint, origin
 from nalora_jax.weights.tensors import DTYPES, load_leaves
-from nalora_jax.weights.vision import hub
-from nalora_jax.weights.vision.keymaps import dual_keymap, encoder_keymap
 
 # Separates the names of two towers that were trained separately.
 JOIN = "+"
