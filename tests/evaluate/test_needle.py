@@ -93,8 +93,6 @@ def test_lengths_fit_the_question_and_the_context(questions, tokenizer):
     [
         ("  The Eiffel-Tower, Paris. ", "eiffeltower paris"),
         ("An apple a day", "apple day"),
-        ("theatre", "theatre"),
-        ("Über-Größe!", "übergröße"),
         ("...", ""),
     ],
 )
@@ -107,15 +105,8 @@ def test_plain_text(text, expected):
     [
         ("12 eggs at $3 make $1,036.50.", "1036.5"),
         ("#### -42", "-42"),
-        ("about 007", "7"),
-        ("1, 2", "2"),
-        ("10-5", "5"),
-        ("x = -5.", "-5"),
         ("1,2345", "2345"),
-        ("1,000,000 people", "1000000"),
-        (".5 of it", "0.5"),
         ("-0.0", "0"),
-        ("120", "120"),
         ("none", ""),
     ],
 )
