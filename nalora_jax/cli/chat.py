@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nalora_jax.evaluate.generate import Generator
     from nalora_jax.evaluate.generate.conversation import Conversation
     from nalora_jax.train.adapted import AdaptedModel
-    from nalora_jax.weights.adapter_slot import AdapterSlot
+    from nalora_jax.weights.adapter_forms import AdapterSlot
 
 HELP = """\
 /image PATH      show an image with the next message, to a model that sees; several one after another
@@ -142,7 +142,7 @@ class _Adapters:
 
         from nalora_jax.evaluate.generate import Generator
         from nalora_jax.layout import distributed
-        from nalora_jax.weights.adapter_slot import AdapterSlot
+        from nalora_jax.weights.adapter_forms import AdapterSlot
 
         model, rank = self._model, AdapterSlot.rank_of(spec)
         if spec.dora:

@@ -26,9 +26,9 @@ from nalora_jax.cli.outputs import (
     shown_output,
 )
 from nalora_jax.common import buckets, uploads
+from nalora_jax.common.folders import refuse_claimed
 from nalora_jax.config import DataConfig, check, config_from_dict
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.folders import refuse_claimed
 
 if TYPE_CHECKING:
     from nalora_jax.data.tokenizer import Tokenizer
@@ -108,10 +108,10 @@ def generate(args: cli.GenerateArgs) -> None:
 def export(args: cli.ExportArgs) -> None:
     """Writes an adapter for another tool, and verifies it by reloading."""
     from nalora_jax.common.files import write_atomically
+    from nalora_jax.common.folders import new_file, new_folder
     from nalora_jax.train.adapted import load
     from nalora_jax.train.export import write_adapter
     from nalora_jax.train.located import locate
-    from nalora_jax.weights.folders import new_file, new_folder
     from nalora_jax.weights.peft_modules import layout_for
 
     if args.target == "gguf":

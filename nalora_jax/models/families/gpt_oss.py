@@ -2,7 +2,7 @@
 
 Attention has a sink per head, biases and alternating windows. Experts and router have biases; the
 gate is the clamped swish, and its factor is ``1 + clip(x W_up)``. The released files store the
-experts' kernels in MXFP4 (`nalora_jax.weights.mxfp4`).
+experts' kernels in MXFP4 (`nalora_jax.weights.expert_tensors`).
 """
 
 from __future__ import annotations

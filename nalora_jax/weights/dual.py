@@ -11,20 +11,24 @@ import jax
 from jax.sharding import Mesh
 
 from nalora_jax.common import trees
-from nalora_jax.data.images.processor import ImageProcessor, read_processor
-from nalora_jax.data.images.text import TextTokenizer, read_text_tokenizer
+from nalora_jax.data.images.processor import (
+    ImageProcessor,
+    TextTokenizer,
+    read_processor,
+    read_text_tokenizer,
+)
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.models.vision.dual import init_params
 from nalora_jax.models.vision.families import compose, read_encoder
+from nalora_jax.weights import hub
+from nalora_jax.weights.encoders import dual_keymap, encoder_keymap
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.origin import Origin, fingerprint, origin
 from nalora_jax.weights.tensors import DTYPES, load_leaves
-from nalora_jax.weights.vision import hub
-from nalora_jax.weights.vision.keymaps import dual_keymap, encoder_keymap
 
 # Separates the names of two towers that were trained separately.
 JOIN = "+"

@@ -15,12 +15,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nalora_jax.common import buckets
+from nalora_jax.common.folders import new_folder, write_json
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.models.vision.dual import trained_shapes
-from nalora_jax.weights.folders import new_folder, write_json
+from nalora_jax.weights.encoders import module_names
 from nalora_jax.weights.peft import difference_of, differs, file_metadata, layer_adapter
 from nalora_jax.weights.peft_config import CONFIG_NAME, PeftConfig
 from nalora_jax.weights.peft_modules import (
@@ -41,7 +42,6 @@ from nalora_jax.weights.peft_read import (
     stack_adapters,
 )
 from nalora_jax.weights.shards import write_tensors
-from nalora_jax.weights.vision.keymaps import module_names
 
 TRAINED = "trained.safetensors"
 OWN_FILES = frozenset({CONFIG_NAME, TENSORS_NAME, TRAINED, "README.md"})

@@ -13,7 +13,7 @@ from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import MeshConfig
 from nalora_jax.layout import distributed
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.weights.nonzero_start import lower_kernels
+from nalora_jax.weights.adapter_forms import lower_kernels
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from nalora_jax.common.folders import new_file, new_folder, refuse_claimed
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.folders import new_file, new_folder, refuse_claimed
 
 
 def test_a_disk_that_fills_up_under_safetensors_own_writer_leaves_nothing(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_a_disk_that_fills_up_under_safetensors_own_writer_leaves_nothing(tmp_pa
 
 KILLED = """
 import os, signal, sys
-from nalora_jax.weights.folders import new_folder
+from nalora_jax.common.folders import new_folder
 with new_folder(sys.argv[1]) as folder:
     (folder / "model.safetensors").write_bytes(bytes(1000))
     os.kill(os.getpid(), signal.SIGKILL)

@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from nalora_jax.models.vision.encoder import Encoder
-from nalora_jax.weights.vision import hub
-from nalora_jax.weights.vision.model import load_encoder
+from nalora_jax.weights import hub
+from nalora_jax.weights.dual import load_encoder
 
 pytestmark = pytest.mark.network
 

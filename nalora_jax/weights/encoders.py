@@ -1,21 +1,34 @@
 """Tensor names of every encoder family in transformers' files; see `nalora_jax.weights.keymaps`.
 
 A tower's table has the names in a folder with this tower only; in a dual encoder's file the names
-have a prefix.
+have a prefix, and so they do in a multimodal model's.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from nalora_jax.common.trees import flatten
-from nalora_jax.models.families.tensors import TensorRow
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.families.tensors import Source, TensorRow
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
-from nalora_jax.weights.keymaps import Array, KeyMap, Slot, SourceTensor, Transform, same, swap
+from nalora_jax.models.vision.sight import UNUSED, Sight
+from nalora_jax.weights.keymaps import (
+    SIGHT,
+    Array,
+    KeyMap,
+    Slot,
+    SourceTensor,
+    Transform,
+    keymap_for,
+    same,
+    swap,
+)
 
 
 def _dense(name: str, path: str) -> tuple[TensorRow, TensorRow]:
@@ -303,3 +316,102 @@ def _in_memory(tower: EncoderConfig, name: str) -> str:
         name = name.replace("intermediate.dense", "mlp.fc1").replace("output.dense", "mlp.fc2")
         name = name.replace("encoder.layer.", "layers.")
     return name
+
+
+# ---------------------------------------------------------------- multimodal models
+
+
+_TOWER, _PROJECTOR = "vision_tower.", "multi_modal_projector."
+# Prefixes in files of transformers 4 and 5, and in the models' original repositories.
+_RENAMES = (
+    (r"^(model\.)?vision_tower\.(vision_model\.)?", _TOWER),
+    (r"^(model\.)?multi_modal_projector\.", _PROJECTOR),
+)
+_PROJECTORS: dict[str, tuple[TensorRow, ...]] = {
+    "mlp": (
+        TensorRow("multi_modal_projector.linear_1.weight", ("projector/ffn/in_proj/kernel",), "transpose"),
+        TensorRow("multi_modal_projector.linear_1.bias", ("projector/ffn/in_proj/bias",)),
+        TensorRow("multi_modal_projector.linear_2.weight", ("projector/ffn/out_proj/kernel",), "transpose"),
+        TensorRow("multi_modal_projector.linear_2.bias", ("projector/ffn/out_proj/bias",)),
+    ),
+    "pooled": (
+        TensorRow("multi_modal_projector.mm_soft_emb_norm.weight", ("projector/norm/scale",)),
+        TensorRow("multi_modal_projector.mm_input_projection_weight", ("projector/projection/kernel",)),
+    ),
+}
+
+
+def model_keymap(config: ModelConfig, source: Source) -> KeyMap:
+    """Returns the key map of a model's files, including vision tower and projector.
+
+    llama.cpp's files have the text model only.
+
+    Raises:
+      NaloraError: see `nalora_jax.weights.keymaps.keymap_for`.
+    """
+    text = keymap_for(replace(config, sight=None), source)
+    if config.sight is None or source != "hf":
+        return text
+    tensors = (*text.tensors, *_tower(config.sight), *_projector(config.sight))
+    ignored = (*(pattern for pattern in text.ignored if pattern not in SIGHT), r"position_ids$")
+    return KeyMap(tensors, ignored, text.aliases, (*text.renames, *_RENAMES))
+
+
+def file_name(config: ModelConfig, name: str) -> str:
+    """Returns a tensor's name in the models' original repositories.
+
+    Every transformers release can read these names.
+    """
+    if config.sight is None:
+        return name
+    name = re.sub(r"^(lm_head|model)\.", r"language_model.\1.", name)
+    if name.startswith(_TOWER):
+        return name.replace(_TOWER, f"{_TOWER}vision_model.", 1)
+    return name
+
+
+def sight_modules(sight: Sight | None) -> dict[str, str]:
+    """Returns transformers' module of each projection outside the decoder, by stacked path.
+
+    Module names contain ``{layer}``.
+    """
+    if sight is None:
+        return {}
+    modules = {}
+    for path in sight.projection_shapes():
+        head, _, tail = path.partition("/")
+        rows = TABLES[sight.tower.model_type] if head == "image" else _PROJECTORS[sight.projector]
+        prefix, ours = (_TOWER, tail) if head == "image" else ("", path)
+        (name,) = (row.name for row in rows if row.paths == (f"{ours}/kernel",))
+        modules[path] = f"model.{prefix}{name.removesuffix('.weight')}"
+    return modules
+
+
+def _tower(sight: Sight) -> Iterator[SourceTensor]:
+    """Yields the tower's tensors; weights of layers that are not run get a separate branch."""
+    run = sight.running.param_shapes()
+
+    def place(slot: Slot) -> Slot:
+        path = slot.path.removeprefix("image/")
+        if path not in run:
+            return replace(slot, path=f"{UNUSED}/{path}")
+        if slot.layer is not None and slot.layer >= sight.used_layers:
+            return replace(slot, path=f"{UNUSED}/{path}", layer=slot.layer - sight.used_layers)
+        return slot
+
+    for tensor in tower_tensors(sight.tower, "image/", _TOWER):
+        yield replace(tensor, slots=tuple(place(slot) for slot in tensor.slots))
+
+
+def _projector(sight: Sight) -> Iterator[SourceTensor]:
+    """Yields the projector's tensors; its two matmuls are a stack of one layer."""
+    shapes = sight.param_shapes()
+    for row in _PROJECTORS[sight.projector]:
+        (path,) = row.paths
+        if path not in shapes:
+            continue
+        if sight.projector == "pooled":
+            yield from row_tensors(row, shapes, sight.tower)
+            continue
+        for tensor in row_tensors(row, {path: shapes[path][1:]}, sight.tower):
+            yield replace(tensor, slots=(Slot(path, 0),))

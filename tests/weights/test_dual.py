@@ -19,7 +19,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.models.vision.encoder import Encoder
-from nalora_jax.weights.vision.model import load_dual, load_encoder
+from nalora_jax.weights.dual import load_dual, load_encoder
 
 TEXTS = ["a photo of a red square", "a green circle"]
 

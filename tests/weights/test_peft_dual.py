@@ -19,8 +19,8 @@ from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.models.vision.dual import DualEncoder, init_lora
 from nalora_jax.models.vision.families import compose
-from nalora_jax.weights.vision.model import LoadedDual, load_dual
-from nalora_jax.weights.vision.peft import export_dual_adapter, import_dual_adapter, verify_dual_export
+from nalora_jax.weights.dual import LoadedDual, load_dual
+from nalora_jax.weights.peft_dual import export_dual_adapter, import_dual_adapter, verify_dual_export
 
 EVERYTHING = (
     LoRARule("image/layers/0/ffn/in_proj", rank=3, alpha=5.0),

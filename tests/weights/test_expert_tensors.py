@@ -25,9 +25,9 @@ from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.ops import mxfp4
 from nalora_jax.ops.quantize import dequantize, quantize
 from nalora_jax.weights.base import load_model
+from nalora_jax.weights.expert_tensors import with_floats
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.merge import merge, write_merged
-from nalora_jax.weights.mxfp4 import with_floats
 
 RELEASED = {
     "modules_to_not_convert": [
