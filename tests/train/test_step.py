@@ -33,7 +33,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.train.loop import _Meter
 from nalora_jax.train.optimizers import make_optimizer
-from nalora_jax.train.program import Assembly, assemble
+from nalora_jax.train.program import Assembly, assemble, next_token
 from tests import tiny
 from tests.param_trees import bytes_per_device, init_params
 
@@ -413,7 +413,7 @@ def test_without_a_cotangent_statistic_the_program_is_the_same(monkeypatch: pyte
     def program(config: RunConfig) -> str:
         made, _ = _assemble(config)
         mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
-        objective = program.next_token(BASE, made.model, config.compute, mesh)
+        objective = next_token(BASE, made.model, config.compute, mesh)
         step = make_train_step(
             made.optimizer, StepConfig(made.mechanisms, {"layers/ffn": (3, 64)}), objective
         )

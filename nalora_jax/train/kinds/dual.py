@@ -19,10 +19,9 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.config import RunConfig, VisionConfig
-from nalora_jax.data.images.opened import open_images, readable
+from nalora_jax.data.images.opened import ImageSource, open_images, readable
 from nalora_jax.data.images.pipeline import ImageData, caption_tokens, draw_shots
 from nalora_jax.data.images.processor import ImageProcessor
-from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO, check_disjoint
