@@ -27,8 +27,7 @@ from nalora_jax.models.adapters import merged_kernel
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families import contains_text_model, family_of, text_part
 from nalora_jax.models.families.tensors import Source
-from nalora_jax.models.paths import leaf_dtype
-from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.models.targets import AdapterSpec, leaf_dtype
 from nalora_jax.ops.storage import Kernel, Stored, expand
 from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.keymaps import Slot

@@ -28,8 +28,8 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.stacks import param_shapes
+from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.ops.quantize import Kind, kernels
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor
 from nalora_jax.weights.quantized_tensors import quantized_leaf

@@ -29,7 +29,7 @@ from nalora_jax.evaluate.text import completion_records, text_summary
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.short_convolution import ShortConvolution
+from nalora_jax.models.recurrent import ShortConvolution
 from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.decoder_program import check_context
 from nalora_jax.train.kinds import decoder_parts

@@ -15,7 +15,7 @@ from nalora_jax.method import activations, ffn, low_rank
 from nalora_jax.method.ffn import Adapters, GatedFFN, SelfGatedFFN, gated_product
 from nalora_jax.method.measurement import CHECKS, GateChecks, GateStatsConfig
 from nalora_jax.models.moe import MoEFFN
-from nalora_jax.models.tail import FactoredFFN
+from nalora_jax.models.parts import FactoredFFN
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.reductions import sampled, sampled_positions
 from tests.observed import observed, taps_of

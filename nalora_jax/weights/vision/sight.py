@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families.tensors import Source, TensorRow
-from nalora_jax.models.vision.sight import UNUSED, Sight
+from nalora_jax.models.vision.config import UNUSED, Sight
 from nalora_jax.weights.keymaps import SIGHT, KeyMap, Slot, SourceTensor, keymap_for
 from nalora_jax.weights.vision.keymaps import TABLES, row_tensors, tower_tensors
 
