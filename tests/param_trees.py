@@ -18,8 +18,8 @@ from nalora_jax.models.families.tensors import Source
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
+from nalora_jax.weights.encoders import keymap_of
 from nalora_jax.weights.keymaps import KeyMap, keymap_for
-from nalora_jax.weights.vision.keymaps import keymap_of
 
 
 @partial(jax.jit, static_argnums=(0, 2))

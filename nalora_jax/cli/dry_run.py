@@ -72,7 +72,7 @@ def _describe_images(inputs: Inputs) -> list[str]:
     """
     from nalora_jax.models.vision.dual import init_lora as init_dual  # Pillow is an extra
     from nalora_jax.train.dual import resolve_dual
-    from nalora_jax.weights.vision.model import read_dual
+    from nalora_jax.weights.dual import read_dual
 
     config, records, (reported, selecting) = inputs.config, inputs.data, inputs.held_out
     base = read_dual(config.model, d_out=config.vision.features, loss=config.vision.loss)

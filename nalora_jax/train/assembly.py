@@ -24,7 +24,7 @@ from nalora_jax.ops.storage import prepare
 from nalora_jax.train.decoder_program import MakeObjective, check_decoder, decoder_program
 from nalora_jax.train.program import RunProgram
 from nalora_jax.train.state_metrics import StateMetrics
-from nalora_jax.weights.nonzero_start import difference_as_lora, lower_kernels, pissa_split, remaining_ranks
+from nalora_jax.weights.adapter_forms import difference_as_lora, lower_kernels, pissa_split, remaining_ranks
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.forms import form_of
-from nalora_jax.data.mixture import MixedSource
-from nalora_jax.data.source import Source
+from nalora_jax.data.source import MixedSource, Source
 from nalora_jax.data.sources import SelectedSource, have_same_records, open_pair
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError

@@ -78,7 +78,7 @@ def _raw_config(name: str) -> tuple[dict[str, Any], str]:
         return CONFIGS[known], name
     found, remedy = repr(name), "download the model's config.json: planning needs nothing else"
     if on_hub:
-        from nalora_jax.weights.hub_snapshots import cached_snapshot, download_snapshot
+        from nalora_jax.weights.hub import cached_snapshot, download_snapshot
 
         try:
             folder = cached_snapshot(name, "config.json") or download_snapshot(name, "config.json")

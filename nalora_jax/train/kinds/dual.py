@@ -13,9 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nalora_jax.config import RunConfig, VisionConfig
-from nalora_jax.data.images.opened import open_images, readable
+from nalora_jax.data.images.opened import ImageSource, open_images, readable
 from nalora_jax.data.images.pipeline import ImageData, caption_tokens, draw_shots
-from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO, check_disjoint
@@ -33,8 +32,8 @@ from nalora_jax.train.dual_objectives import CLASSES
 from nalora_jax.train.inputs import settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.output import Output
-from nalora_jax.weights.vision.model import JOIN, LoadedDual, load_dual
-from nalora_jax.weights.vision.peft import export_dual_adapter, verify_dual_export
+from nalora_jax.weights.dual import JOIN, LoadedDual, load_dual
+from nalora_jax.weights.peft_dual import export_dual_adapter, verify_dual_export
 
 log = logging.getLogger(__name__)
 

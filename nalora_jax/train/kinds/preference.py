@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.config import PreferenceConfig, RunConfig
 from nalora_jax.data.forms import in_turns
-from nalora_jax.data.lengths import with_length
+from nalora_jax.data.pipeline import with_length
 from nalora_jax.data.preference import PairData, held_out_pairs, pair_data, pair_sizes, pairs_digest
 from nalora_jax.data.source import Source
 from nalora_jax.data.tokenizer import AddedTokens

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -75,8 +76,19 @@ def scorer_of(rl: RLConfig) -> Scorer:
 
 
 def metric_names(rl: RLConfig) -> list[str]:
-    """Returns the names of the rewards in log and records."""
-    return [f"reward_{name.partition(':')[0]}" for name in rl.rewards]
+    """Returns the name of each reward in log and records: ``reward_`` with its name or its function's.
+
+    Names differ, also from those of their standard deviations: the second of two has ``_2``.
+    """
+    names: list[str] = []
+    used = {"reward", "reward_std"}
+    for reward in rl.rewards:
+        name, _, rest = reward.partition(":")
+        short = f"reward_{rest if rest and '=' not in rest else name}"
+        several = itertools.chain([short], (f"{short}_{number}" for number in itertools.count(2)))
+        names.append(next(name for name in several if used.isdisjoint((name, f"{name}_std"))))
+        used |= {names[-1], f"{names[-1]}_std"}
+    return names
 
 
 def weighted_sum(rl: RLConfig, rewards: np.ndarray) -> np.ndarray:

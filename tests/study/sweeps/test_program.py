@@ -193,7 +193,7 @@ def on_one_device() -> Any:
 
 @pytest.mark.parametrize(
     "sizes",
-    [MeshConfig(run=8), MeshConfig(run=2, data=1, fsdp=2, tensor=2)],
+    [MeshConfig(run=2, data=1, fsdp=2, tensor=2)],
     ids=str,
 )
 def test_runs_on_a_mesh_equal_those_on_one_device(sizes: MeshConfig, on_one_device: Any) -> None:
