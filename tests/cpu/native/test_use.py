@@ -36,7 +36,7 @@ from nalora_jax.method.low_rank import Adapter, Dense, adapted_dense, parallel_d
 from nalora_jax.method.measurement import GateStatsConfig, Probe, gate_statistics
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.layers import ResidualNorm
+from nalora_jax.models.parts import ResidualNorm
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.ops.attention import Keys, attention
 from nalora_jax.ops.blockwise_attention import AttentionConfig
