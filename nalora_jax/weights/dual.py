@@ -11,8 +11,12 @@ import jax
 from jax.sharding import Mesh
 
 from nalora_jax.common import trees
-from nalora_jax.data.images.processor import ImageProcessor, read_processor
-from nalora_jax.data.images.text import TextTokenizer, read_text_tokenizer
+from nalora_jax.data.images.processor import (
+    ImageProcessor,
+    TextTokenizer,
+    read_processor,
+    read_text_tokenizer,
+)
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed

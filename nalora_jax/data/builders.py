@@ -1,9 +1,11 @@
-"""Builder of nine commonsense question-answering tasks, read from one pinned package.
+"""TFDS builders of this library's data sets, read from one pinned package.
 
-The package stores each task as evaluation requests: one row per choice, with worked examples
-(shots) before the question. A record here contains only the question. Every task has two configs:
-the completions of ``<task>`` are full texts; the prompt of ``<task>_mc`` lists the choices and its
-completions are letters.
+`Commonsense` has nine question-answering tasks. The package stores each task as evaluation requests: one
+row per choice, with worked examples (shots) before the question. A record here contains only the question.
+Every task has two configs: the completions of ``<task>`` are full texts; the prompt of ``<task>_mc`` lists
+the choices and its completions are letters. `Needle` hides numbers in paragraphs of Wikipedia; its config
+is the largest number of words, ``needle/4000``, and training texts and held-out texts come from different
+passages.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ _TAIL_BYTES = 260
 _UNCONDITIONED = 1_000_000
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
+class Commonsense(tfds.core.GeneratorBasedBuilder):
     """``commonsense/<task>`` and ``commonsense/<task>_mc``; records in the order of the source."""
 
     VERSION = tfds.core.Version(tasks.VERSION)
@@ -57,7 +59,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         return tfds.core.DatasetInfo(
             builder=self,
-            description=f"{__doc__}\nThis config: {config.description}.",
+            description=f"Commonsense question answering. This config: {config.description}.",
             features=tfds.features.FeaturesDict(features),
             supervised_keys=("prompt", "completion"),
             license=tasks.LICENCES[tasks.task_of(config.name)[0]],
@@ -131,3 +133,38 @@ def _fill_in(sentence: str, options: list[str], gold: int) -> dict[str, Any]:
         "choices": options,
         "choice_prompts": prompts,
     }
+
+
+class Needle(tfds.core.GeneratorBasedBuilder):
+    """``needle/<words>``; records in the order of their numbers."""
+
+    VERSION = tfds.core.Version(tasks.NEEDLE_VERSION)
+    RELEASE_NOTES = {tasks.NEEDLE_VERSION: "First release."}  # noqa: RUF012 (TFDS reads this class attribute)
+    BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS reads this class attribute)
+        tfds.core.BuilderConfig(name=str(length), description=f"texts of at most {length} words")
+        for length in tasks.LENGTHS
+    ]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text, number = tfds.features.Text, tfds.features.Scalar
+        features = {
+            "prompt": text(doc="text with the needle, and the question"),
+            "completion": text(doc="the number, with its leading space"),
+            "depth": number(np.int32, doc="percent of the text before the needle"),
+            "length": number(np.int32, doc="largest number of words of the text"),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=f"Needle retrieval in paragraphs of Wikipedia. This config: {self.builder_config.description}.",
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("prompt", "completion"),
+            license=tasks.LICENCES["boolq"],
+            disable_shuffling=True,  # readers shuffle
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+        del dl_manager  # downloads.fetch downloads, with its checksum
+        return {split: self._generate_examples(split) for split in tasks.NEEDLE_SIZES}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        yield from enumerate(tasks.needle_records(split, int(self.builder_config.name)))
