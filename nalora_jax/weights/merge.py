@@ -28,8 +28,7 @@ from nalora_jax.models.adapters import merged_kernel
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families import contains_text_model, family_of, text_part
 from nalora_jax.models.families.tensors import Source
-from nalora_jax.models.paths import leaf_dtype
-from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.models.targets import AdapterSpec, leaf_dtype
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.ops.storage import Kernel, Stored, expand
 from nalora_jax.weights.encoders import dual_keymap, file_name, model_keymap, tensors_from_params

@@ -11,12 +11,11 @@ import jax
 from jax.sharding import Mesh
 
 from nalora_jax.common import trees
-from nalora_jax.common.axes import WEIGHT_AXES
+from nalora_jax.common.devices import WEIGHT_AXES
 from nalora_jax.data.tokenizer import NO_TOKENS, AddedTokens, Tokenizer, read_json
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families import contains_text_model
-from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
+from nalora_jax.models.families import contains_text_model, rope_settings, with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import Kind, gathered
 from nalora_jax.weights.expert_tensors import with_experts, with_floats

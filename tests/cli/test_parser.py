@@ -30,7 +30,7 @@ def flags(kind, prefix=""):
         default = (
             field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         )
-        inner = "" if field.name == "run" and kind in (cli.TrainArgs, KINDS["plan"]) else f"{field.name}."
+        inner = "" if field.name in ("run", "sampling") else f"{field.name}."
         if dataclasses.is_dataclass(default):
             yield from flags(type(default), f"{prefix}{inner}")
         else:

@@ -1,4 +1,4 @@
-"""Qwen2 to Qwen3.5: biases, norms of queries and keys, experts, Gated DeltaNet with gated attention."""
+"""Families whose layers have different mixers: Qwen3-Next, Qwen3.5 and LFM2, with or without experts."""
 
 from __future__ import annotations
 
@@ -6,162 +6,38 @@ from typing import Any
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families.record import GGUF, Family, Metadata
-from nalora_jax.models.families.shared import (
+from nalora_jax.models.families.mixtures import QWEN_SHARED, qwen_experts
+from nalora_jax.models.families.record import (
     FULL,
+    Family,
     Overrides,
     attention_bias,
     base_config,
-    expert_fields,
+    dense_layer,
     fields_of_layers,
     first_present,
     head_dim_of,
-    optional_windows,
+    layer_count,
 )
 from nalora_jax.models.families.tensors import (
-    GATED,
-    GGUF_ATTENTION,
-    GGUF_EXPERTS,
-    GGUF_PRE,
-    GGUF_QK,
-    GGUF_QWEN2,
     HF_ATTENTION,
-    HF_DENSE_LAYERS,
     HF_ENDS,
     HF_FFN,
-    HF_LLAMA,
     HF_PRE_NORMS,
     HF_QK_NORMS,
     TensorRow,
-    gguf_ends,
-    gguf_norms,
     hf_dense,
+    hf_ends,
     hf_experts,
-    hf_kernel,
+    hf_norms,
+    hf_row,
 )
-from nalora_jax.models.gated_delta_net import GatedDeltaNet
+from nalora_jax.models.moe import Mixture, SharedExperts
+from nalora_jax.models.recurrent import GatedDeltaNet, ShortConvolution
 from nalora_jax.models.ropes import read_ropes
 from nalora_jax.models.routing import RouterSpec
-from nalora_jax.models.shared_experts import SharedExperts
 
-_DEFAULTS = {"sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32_768}
-
-
-def _qwen2(f: Fields, name: str) -> ModelConfig:
-    first = f.integer("max_window_layers", low=0)
-    return base_config(f, name, windows=optional_windows(f, lambda i: i >= first), qkv_bias=True)
-
-
-QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _qwen2, HF_LLAMA, _DEFAULTS, GGUF("qwen2", GGUF_QWEN2))
-
-
-def _qwen3(f: Fields, name: str) -> ModelConfig:
-    first = f.integer("max_window_layers", low=0)
-    windows = optional_windows(f, lambda i: i >= first)
-    return base_config(f, name, windows=windows, qk_norm="head", **attention_bias(f))
-
-
-QWEN3 = Family(
-    "qwen3",
-    "Qwen3ForCausalLM",
-    _qwen3,
-    (*HF_LLAMA, *HF_QK_NORMS),
-    _DEFAULTS | {"head_dim": 128},
-    GGUF("qwen3", (*GGUF_QWEN2, *gguf_norms(GGUF_QK))),
-)
-
-# ---------------------------------------------------------------- experts
-
-
-def _experts(f: Fields) -> tuple[dict[str, Any], list[Overrides]]:
-    """See `expert_fields`."""
-    n_layers, step = f.integer("num_hidden_layers", high=2**10), f.integer("decoder_sparse_step")
-    listed = f.get("mlp_only_layers") or []
-    if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < n_layers for i in listed):
-        raise f.error("mlp_only_layers", f"numbers of layers from 0 to {n_layers - 1}", repr(listed)[:60])
-    n_experts = f.integer(first_present(f, "num_experts", "num_local_experts"), high=2**12)
-    return expert_fields(f, n_experts, [i in listed or (i + 1) % step != 0 for i in range(n_layers)])
-
-
-def _qwen3_moe(f: Fields, name: str) -> ModelConfig:
-    experts, layers = _experts(f)
-    return base_config(
-        f,
-        name,
-        windows=optional_windows(f, lambda _: True),
-        qk_norm="head",
-        norm_topk=f.flag("norm_topk_prob"),
-        **(experts | fields_of_layers(layers)),
-        **attention_bias(f),
-    )
-
-
-def _qwen3_moe_settings(r: Metadata) -> dict[str, Any]:
-    return {
-        "moe_intermediate_size": r.number("expert_feed_forward_length", int),
-        "num_experts": r.number("expert_count", int),
-        "num_experts_per_tok": r.number("expert_used_count", int),
-        "norm_topk_prob": True,  # not stored: llama.cpp always does
-    }
-
-
-QWEN3_MOE = Family(
-    "qwen3_moe",
-    "Qwen3MoeForCausalLM",
-    _qwen3_moe,
-    (*HF_ENDS, *HF_PRE_NORMS, *HF_ATTENTION, *HF_QK_NORMS, *hf_experts("mlp"), *HF_DENSE_LAYERS),
-    _DEFAULTS
-    | {
-        "num_key_value_heads": 4,
-        "moe_intermediate_size": 768,
-        "num_experts_per_tok": 8,
-        "decoder_sparse_step": 1,
-    },
-    GGUF(
-        "qwen3moe",
-        (*gguf_ends(), *gguf_norms(GGUF_PRE | GGUF_QK), *GGUF_ATTENTION, *GGUF_EXPERTS),
-        _qwen3_moe_settings,
-    ),
-)
-
-
-def _qwen2_moe(f: Fields, name: str) -> ModelConfig:
-    first = f.integer("max_window_layers", low=0)
-    router = RouterSpec(normalize=f.flag("norm_topk_prob"))
-    experts, layers = _experts(f)
-    experts["ffn"] = SharedExperts(f.integer("shared_expert_intermediate_size"), router, gated=True)
-    return base_config(
-        f,
-        name,
-        windows=optional_windows(f, lambda i: i % 2 == 0 and i < first),
-        qkv_bias=f.flag("qkv_bias"),
-        **(experts | fields_of_layers(layers)),
-    )
-
-
-_SHARED = (
-    *hf_experts("mlp", GATED, "ffn/experts_ffn"),
-    *hf_dense("mlp.shared_expert", "ffn/shared_ffn", GATED),
-    hf_kernel("mlp.shared_expert_gate", "ffn/shared_gate"),
-    *HF_DENSE_LAYERS,
-)
-QWEN2_MOE = Family(
-    "qwen2_moe",
-    "Qwen2MoeForCausalLM",
-    _qwen2_moe,
-    (*HF_ENDS, *HF_PRE_NORMS, *HF_ATTENTION, *_SHARED),
-    _DEFAULTS
-    | {
-        "num_key_value_heads": 16,
-        "moe_intermediate_size": 1408,
-        "shared_expert_intermediate_size": 5632,
-        "num_experts_per_tok": 4,
-        "decoder_sparse_step": 1,
-        "qkv_bias": True,
-    },
-)
-
-# ---------------------------------------------------------------- linear attention
+# ---------------------------------------------------------------- Qwen3-Next and Qwen3.5
 
 _LINEAR = "linear_attention"
 
@@ -186,7 +62,7 @@ def _qwen3_next(f: Fields, name: str) -> ModelConfig:
 def _with_experts(f: Fields, name: str, *, normalize: bool, fused: bool = False) -> ModelConfig:
     """Returns the config of a model with experts and a gated shared expert, or dense layers."""
     features, mixers = _mixers(f, fused=fused)
-    experts, ffns = _experts(f)
+    experts, ffns = qwen_experts(f)
     shared = SharedExperts(
         f.integer("shared_expert_intermediate_size"), RouterSpec(normalize=normalize), gated=True
     )
@@ -198,7 +74,7 @@ def _mixers(f: Fields, *, fused: bool = False) -> tuple[dict[str, Any], list[Ove
     """Returns the fields of attention, and of every layer: of attention or of linear attention."""
     if f.get("attn_output_gate") is False:
         raise f.error("attn_output_gate", "true: attention of this family has output gates", False)
-    n_layers = f.integer("num_hidden_layers", high=2**10)
+    n_layers = layer_count(f)
     kinds = f.items("layer_types", n_layers, str)
     if kinds is None:
         interval = f.integer("full_attention_interval")
@@ -286,7 +162,7 @@ QWEN3_5_MOE = Family(
     "qwen3_5_moe_text",
     "Qwen3_5MoeForCausalLM",
     _qwen3_5_moe,
-    (*_QWEN3_5_ROWS, *_SHARED),
+    (*_QWEN3_5_ROWS, *QWEN_SHARED),
     _QWEN3_5_MOE_DEFAULTS,
     ignored=_UNUSED,
     multimodal="qwen3_5_moe",
@@ -296,9 +172,140 @@ QWEN3_NEXT = Family(
     "qwen3_next",
     "Qwen3NextForCausalLM",
     _qwen3_next,
-    (*_HYBRID_ROWS, *_delta_net_rows("in_proj_qkvz", "in_proj_ba"), *_SHARED),
+    (*_HYBRID_ROWS, *_delta_net_rows("in_proj_qkvz", "in_proj_ba"), *QWEN_SHARED),
     _QWEN3_NEXT_DEFAULTS,
     ignored=_UNUSED,
 )
 
-FAMILIES = (QWEN2, QWEN3, QWEN3_MOE, QWEN2_MOE, QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT)
+
+# ---------------------------------------------------------------- LFM2
+
+_CONV = "conv"
+_FFN = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+_LFM2_ROWS = (
+    *hf_ends("embedding_norm"),
+    *hf_norms({"attn_norm": "operator_norm", "ffn_norm": "ffn_norm"}),
+    *hf_norms({"attn/q_norm": "self_attn.q_layernorm", "attn/k_norm": "self_attn.k_layernorm"}),
+    *hf_dense(
+        "self_attn", "attn", {f"{name}_proj": f"{name}_proj" for name in "qkv"} | {"o_proj": "out_proj"}
+    ),
+    *hf_dense("conv", "conv", {"bcx_proj": "in_proj", "o_proj": "out_proj"}),
+    hf_row("conv.conv.weight", "conv/taps"),
+    hf_row("conv.conv.bias", "conv/taps_bias"),
+)
+_LFM2: dict[str, Any] = {
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 128_000,
+    "norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "rope_theta": 1e6,
+    "conv_L_cache": 3,
+}
+
+
+def _base(f: Fields, name: str, **features: Any) -> ModelConfig:
+    return base_config(
+        f,
+        name,
+        activation="silu",
+        norm_eps=f.number("norm_eps", zero=True),
+        tie_embeddings=f.flag(first_present(f, "tie_embedding", "tie_word_embeddings")),
+        ropes=read_ropes(f, head_dim_of(f), None)[0],
+        qk_norm="head",
+        attn_dropout=0.0,
+        **features,
+    )
+
+
+def _convolutions(f: Fields) -> list[Overrides]:
+    """Returns the fields of attention and of convolutions, by layer."""
+    n_layers = layer_count(f)
+    attending = f.get("full_attn_idxs")
+    if attending is not None and not (
+        isinstance(attending, list) and set(attending) <= set(range(n_layers))
+    ):
+        raise f.error("full_attn_idxs", f"a list of layers below {n_layers}", repr(attending)[:60])
+    names = f.items("layer_types", n_layers, str)
+    if names is None:
+        names = [FULL if attending is None or i in attending else _CONV for i in range(n_layers)]
+    unknown = sorted(set(names) - {FULL, _CONV})
+    if unknown:
+        raise f.error("layer_types", f"{FULL!r} or {_CONV!r}", repr(unknown[0]))
+    mixer = ShortConvolution(f.integer("conv_L_cache", low=2, high=2**8), f.flag("conv_bias"))
+    return [(("mixer", mixer),) if name == _CONV else () for name in names]
+
+
+def _lfm2(f: Fields, name: str) -> ModelConfig:
+    # Variants that the released files could name and that transformers does not have.
+    for field in ("block_use_swiglu", "use_pos_enc"):
+        if f.get(field) is False:
+            raise f.error(field, "true", "false")
+    d_model = f.integer("hidden_size")
+    for field in ("block_dim", "conv_dim", "conv_dim_out"):
+        if f.get(field) not in (None, d_model):
+            raise f.error(field, f"hidden_size ({d_model})", f.get(field))
+    return _base(f, name, d_ff=_width(f), **fields_of_layers(_convolutions(f)))
+
+
+def _width(f: Fields) -> int:
+    """Returns the channels of the feed-forward block, by default two thirds of its field."""
+    width = f.integer(first_present(f, "block_ff_dim", "intermediate_size"))
+    if not f.flag("block_auto_adjust_ff_dim"):
+        return width
+    multiple = f.integer("block_multiple_of")
+    width = int(f.number("block_ffn_dim_multiplier") * int(2 * width / 3))
+    return multiple * -(-width // multiple)
+
+
+LFM2 = Family(
+    "lfm2",
+    "Lfm2ForCausalLM",
+    _lfm2,
+    (*_LFM2_ROWS, *hf_dense("feed_forward", "ffn", _FFN)),
+    _LFM2
+    | {
+        "block_multiple_of": 256,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": True,
+    },
+)
+
+
+def _lfm2_moe(f: Fields, name: str) -> ModelConfig:
+    mixers, n_dense = _convolutions(f), f.integer("num_dense_layers", low=0, high=2**10)
+    dense = dense_layer(f.integer("intermediate_size"))
+    scale, normalize = f.number("routed_scaling_factor"), f.flag("norm_topk_prob")
+    features = {
+        "d_ff": f.integer("moe_intermediate_size"),
+        "n_experts": f.integer("num_experts", high=2**12),
+        "experts_per_token": f.integer("num_experts_per_tok", high=2**12),
+        "ffn": Mixture(RouterSpec("sigmoid", normalize, f.flag("use_expert_bias"), scale=scale)),
+    }
+    layers = [(*mixer, *dense) if i < n_dense else mixer for i, mixer in enumerate(mixers)]
+    return _base(f, name, **(features | fields_of_layers(layers)))
+
+
+LFM2_MOE = Family(
+    "lfm2_moe",
+    "Lfm2MoeForCausalLM",
+    _lfm2_moe,
+    (
+        *_LFM2_ROWS,
+        *hf_dense("feed_forward", "ffn", _FFN, experts=False),
+        *hf_experts("feed_forward", tuple(_FFN.values())),
+        hf_row("feed_forward.expert_bias", "ffn/router/correction"),
+    ),
+    _LFM2
+    | {
+        "moe_intermediate_size": 1792,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "num_dense_layers": 2,
+        "use_expert_bias": True,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+    },
+    experts="feed_forward.experts",
+)
+
+FAMILIES = (QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT, LFM2, LFM2_MOE)
