@@ -107,7 +107,11 @@ def loaded(folder: Any, config: ModelConfig, mesh: MeshConfig) -> Any:
     )
     places = flatten(distributed.shardings(shapes, distributed.make_mesh(mesh), distributed.PARAM_RULES))
     return load_params(
-        config, SafetensorsFolder(folder), keymap_for(config, "hf"), dtype="float32", shardings=places
+        param_shapes(config),
+        SafetensorsFolder(folder),
+        keymap_for(config, "hf"),
+        dtype="float32",
+        shardings=places,
     )
 
 
