@@ -98,6 +98,7 @@ class Sampler:
       tokenizer: of the model.
       mesh: of the weights.
       scorer: of the rewards.
+      prompts: number of prompts of a step.
       samples: number of samples of a prompt, at least 2.
       limit: maximum number of tokens of a sample.
       temperature: above 0.
@@ -112,6 +113,7 @@ class Sampler:
     tokenizer: Tokenizer
     mesh: Mesh
     scorer: Scorer
+    prompts: int
     samples: int
     limit: int
     temperature: float
@@ -138,11 +140,10 @@ class Sampler:
         stops = sorted(self.tokenizer.eos_ids)
         return np.array(stops + [NO_TOKEN] * (bucket(len(stops), minimum=8) - len(stops)))
 
-    @property
-    def prompts_at_once(self) -> int:
-        """Returns the number of prompts of one program: full groups, as many on every shard."""
-        shards = batch_shards(self.mesh)
-        return max(self.rows // self.samples, 1) * shards
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Returns `program_shape` on this mesh."""
+        return program_shape(self.prompts, self.samples, batch_shards(self.mesh), self.rows)
 
     def __call__(self, lora: Any, step: int, prompts: Sequence[Prompt], *, attempt: int = 0) -> Samples:
         """Returns the samples of ``prompts``.
@@ -162,8 +163,8 @@ class Sampler:
         )
         store = _Store(self.folder, f"{step}-{attempt}", lora)
         parts: list[Samples] = []
-        for start in range(0, len(prompts), self.prompts_at_once):
-            group = prompts[start : start + self.prompts_at_once]
+        for start in range(0, len(prompts), self.shape[0]):
+            group = prompts[start : start + self.shape[0]]
             if (part := store.read(start)) is None:
                 rows = slice(start * self.samples, (start + len(group)) * self.samples)
                 part = self._scored(group, *self._generated(weights, group, seeds[rows].tolist()))
@@ -174,21 +175,22 @@ class Sampler:
     def _generated(
         self, weights: Any, prompts: Sequence[Prompt], seeds: list[int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        count, n = self.prompts_at_once, len(prompts) * self.samples
-        padded = padded_rows([*(prompt.ids for prompt in prompts), [0] * self.longest], count + 1)
+        _, count, samples = self.shape
+        parts = [prompt.ids for prompt in prompts for _ in range(self.samples // samples)]
+        padded = padded_rows([*parts, [0] * self.longest], count + 1)
         rows = {name: value[:count] for name, value in padded.items()}
-        rows["lengths"][len(prompts) :] = 1
-        rows["live"] = np.arange(count) < len(prompts)
-        sampling = make_sampling(count * self.samples, temperature=self.temperature, seeds=seeds)
+        rows["lengths"][len(parts) :] = 1
+        rows["live"] = np.arange(count) < len(parts)
+        sampling = make_sampling(count * samples, temperature=self.temperature, seeds=seeds)
         placed = place_batch({**rows, "sampling": sampling}, self.mesh)
         results = sample_groups(
             self.model,
             weights,
             Prompts(**placed, stop_ids=self._stops),
-            samples=self.samples,
+            samples=samples,
             limit=self.limit,
         )
-        tokens, log_probs = (np.asarray(fetch(x))[:n] for x in results)
+        tokens, log_probs = (np.asarray(fetch(x))[: len(prompts) * self.samples] for x in results)
         return tokens, log_probs
 
     def _scored(self, prompts: Sequence[Prompt], tokens: np.ndarray, log_probs: np.ndarray) -> Samples:
@@ -201,6 +203,30 @@ class Sampler:
             rewards = multihost_utils.broadcast_one_to_all(rewards)
         cut = (tokens[:, -1] != NO_TOKEN) & ~np.isin(tokens[:, -1], self._stops)
         return Samples(tokens, log_probs, np.asarray(rewards, np.float64), cut)
+
+
+def program_shape(prompts: int, samples: int, shards: int, rows: int = ROWS) -> tuple[int, int, int]:
+    """Returns how groups are divided among programs and shards.
+
+    A mesh with more shards than prompts divides each group into parts, which process the same prompt.
+
+    Args:
+      prompts: of a step.
+      samples: of a prompt.
+      shards: parts that the mesh splits a batch into.
+      rows: that are generated at once on each shard.
+
+    Returns:
+      Prompts of one program, its prompts with repetitions, a multiple of ``shards``, and samples of each.
+
+    Example:
+      >>> program_shape(64, 16, 256), program_shape(64, 16, 8), program_shape(8, 8, 1)
+      ((64, 256, 4), (32, 32, 16), (8, 8, 8))
+    """
+    divisors = (n for n in range(1, samples + 1) if samples % n == 0)
+    parts = next((n for n in divisors if n * prompts >= shards), samples)
+    of_shard = min(max(rows * parts // samples, 1), -(-prompts * parts // shards))
+    return of_shard * shards // parts, of_shard * shards, samples // parts
 
 
 class _Store:
