@@ -38,17 +38,6 @@ class Assembly(RunProgram):
     state_metrics: StateMetrics  # compiled on first use
     initial: Any = None  # adapters before the first step in host memory, if B != 0
 
-    @property
-    def eval_model(self) -> Decoder:
-        """Returns the decoder for evaluation and generation.
-
-        It has no rematerialization and no sharding constraints except for the expert routing.
-        """
-        stats = None
-        if self.model.stats:
-            stats = replace(self.model.stats, sharding=None)
-        return self.model.clone(remat="none", stats=stats, activation_sharding=None)
-
     def view(self, params: Any) -> Any:
         """Returns ``params`` in the layout that the step runs fastest on, without a copy.
 

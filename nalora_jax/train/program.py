@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import chex
@@ -50,6 +50,17 @@ class RunProgram:
     optimizer: optax.GradientTransformationExtraArgs
     blocks: dict[str, tuple[int, ...]]  # channel shape of each measured block
     pure: PureStep  # builds the step that is not compiled
+
+    @property
+    def eval_model(self) -> Any:
+        """Returns the decoder for evaluation and generation.
+
+        It has no rematerialization and no sharding constraints except for the expert routing.
+        """
+        stats = None
+        if self.model.stats:
+            stats = replace(self.model.stats, sharding=None)
+        return self.model.clone(remat="none", stats=stats, activation_sharding=None)
 
     def fresh(self, lora: Any, key: jax.Array) -> TrainState:
         """Returns the state before the first step, for adapters and the data of a random key."""
