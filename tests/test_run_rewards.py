@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -235,4 +236,6 @@ def test_a_dry_run_prints_the_rollouts(
     settings = tiny.write_settings(config, tmp_path / "settings.py")
     with tiny.on_one_device(tmp_path / "cache"):
         assert main(["train", "--config", str(settings), "--dry-run"]) == 0
-    assert "4 samples of each of 4 prompts" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "4 samples of each of 4 prompts, at most 6 tokens, 16 rows at once with 0.00 GB" in out
+    assert re.search(r"# memory of a device, estimated: .*\n# time of a step, estimated: \S+ s for a rollout", out)

@@ -41,12 +41,10 @@ from nalora_jax.evaluate.generate.programs import (
 )
 from nalora_jax.evaluate.generate.sampling import make_sampling
 from nalora_jax.layout.distributed import fetch
+from nalora_jax.layout.rollouts import ROWS, program_shape
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import switch_length
 from nalora_jax.train.rewards import Scorer
-
-# Rows that are generated at once on each shard of a batch.
-ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -203,30 +201,6 @@ class Sampler:
             rewards = multihost_utils.broadcast_one_to_all(rewards)
         cut = (tokens[:, -1] != NO_TOKEN) & ~np.isin(tokens[:, -1], self._stops)
         return Samples(tokens, log_probs, np.asarray(rewards, np.float64), cut)
-
-
-def program_shape(prompts: int, samples: int, shards: int, rows: int = ROWS) -> tuple[int, int, int]:
-    """Returns how groups are divided among programs and shards.
-
-    A mesh with more shards than prompts divides each group into parts, which process the same prompt.
-
-    Args:
-      prompts: of a step.
-      samples: of a prompt.
-      shards: parts that the mesh splits a batch into.
-      rows: that are generated at once on each shard.
-
-    Returns:
-      Prompts of one program, its prompts with repetitions, a multiple of ``shards``, and samples of each.
-
-    Example:
-      >>> program_shape(64, 16, 256), program_shape(64, 16, 8), program_shape(8, 8, 1)
-      ((64, 256, 4), (32, 32, 16), (8, 8, 8))
-    """
-    divisors = (n for n in range(1, samples + 1) if samples % n == 0)
-    parts = next((n for n in divisors if n * prompts >= shards), samples)
-    of_shard = min(max(rows * parts // samples, 1), -(-prompts * parts // shards))
-    return of_shard * shards // parts, of_shard * shards, samples // parts
 
 
 class _Store:

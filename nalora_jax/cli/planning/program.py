@@ -36,6 +36,7 @@ from nalora_jax.evaluate.generate.sampling import make_sampling
 from nalora_jax.layout import distributed
 from nalora_jax.layout.figures import Figures
 from nalora_jax.layout.machines import Topology
+from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.method.step import init_state
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
@@ -48,7 +49,6 @@ from nalora_jax.train.decoder_program import decoder_program
 from nalora_jax.train.kinds import decoder_parts
 from nalora_jax.train.kinds.rl import updates_with_base
 from nalora_jax.train.program import RunProgram
-from nalora_jax.train.rollout import program_shape
 
 _BATCH = {
     "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32",

@@ -24,9 +24,9 @@ from nalora_jax.layout.estimates import decoder_alone
 from nalora_jax.layout.figures import Figures, Roofline, bounded, figures, kernel_flops, roofline
 from nalora_jax.layout.layouts import Layout, fitting, fitting_sweep, preferred
 from nalora_jax.layout.machines import Topology
+from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.method.transform import with_gate_state
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.rollout import program_shape
 
 
 @dataclass(frozen=True)
@@ -252,9 +252,8 @@ def _decided(
             programs = math.ceil(runs / together)
         measured = figures(*step_and_arguments(concrete, base, mesh, images=images, runs=together))
         bound = roofline(measured, concrete, base, where)
-        return Compiled(
-            measured.memory, measured.fits(where.chip), bound.seconds * programs, (measured, bound)
-        )
+        seconds = bound.seconds * programs + layout.rollout
+        return Compiled(measured.memory, measured.fits(where.chip), seconds, (measured, bound))
 
     layout, result = decide(Search(layouts, where.chip.memory), compiled, must_fit=must_fit)
     return layout, *result.program
