@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nalora_jax.config import RunConfig
-from nalora_jax.layout.estimates import active_parameters, attending
+from nalora_jax.layout.estimates import active_parameters, attending, summed_bytes
 from nalora_jax.layout.machines import Topology
 from nalora_jax.models.config import ModelConfig
 
@@ -68,7 +68,9 @@ def rollout_estimate(
 
     def seconds(tokens: float, read: float) -> float:
         flops = 2 * active_parameters(base) * tokens / tensor
-        return max(flops / chip.matrix_rate, (weights + read) / chip.bandwidth) + gathering
+        # Each layer sums the results of attention and of the FFN: two of the four sums of an update.
+        sums = summed_bytes(base, tokens, tensor, "dots", config.compute.itemsize) / 2 / where.inbound(tensor)
+        return max(flops / chip.matrix_rate, (weights + read) / chip.bandwidth) + gathering + sums
 
     longest = config.data.max_length - rl.max_new_tokens
     program = seconds(count / shards * longest, 0.0) + rl.max_new_tokens * seconds(rows, cache)
