@@ -15,7 +15,7 @@ import numpy as np
 
 from nalora_jax.common.trees import flatten
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families.tensors import Source, TensorRow
+from nalora_jax.models.family import Source, TensorRow
 from nalora_jax.models.vision.config import UNUSED, DualConfig, EncoderConfig, Sight
 from nalora_jax.weights.keymaps import (
     SIGHT,

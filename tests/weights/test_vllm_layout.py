@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from safetensors.numpy import load_file
 
-from nalora_jax.models import families
+from nalora_jax.models import family
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.weights.peft import export_adapter, verify_export
 from nalora_jax.weights.peft_modules import layout_for
@@ -58,11 +58,11 @@ def test_a_text_part_has_its_names_in_the_multimodal_model(model_type, tiny_mode
 
 def test_multimodal_qwen3_5_moe_gets_stacks_of_experts(tiny_model, random_lora, tmp_path, monkeypatch):
     """vLLM's class of the released folders reads both stacks (its is_3d_moe_weight)."""
-    of_qwen3_5 = families.family_of("qwen3_5_moe_text")
+    of_qwen3_5 = family.family_of("qwen3_5_moe_text")
     assert of_qwen3_5.multimodal == "qwen3_5_moe"
     assert of_qwen3_5.stacks_in_vllm
-    stacked = replace(families.family_of("qwen3_moe"), stacks_in_vllm=True)
-    monkeypatch.setitem(families.BUILT_IN, "qwen3_moe", stacked)  # which has uniform layers
+    stacked = replace(family.family_of("qwen3_moe"), stacks_in_vllm=True)
+    monkeypatch.setitem(family.BUILT_IN, "qwen3_moe", stacked)  # which has uniform layers
     _, config = tiny_model("qwen3_moe")
     names = names_of(tmp_path / "a", config, random_lora, {"model_type": of_qwen3_5.multimodal})
     layers = [f"model.language_model.layers.{layer}" for layer in range(3)]

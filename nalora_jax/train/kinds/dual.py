@@ -29,9 +29,10 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
+from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.measurement import CHECKS, GateStatsConfig, require_sound
 from nalora_jax.method.step import Batch, Evaluated, Step, StepConfig, TrainState, make_train_step
-from nalora_jax.method.transform import Mechanisms, find_gates, nalora
+from nalora_jax.method.transform import Mechanisms, nalora
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.config import TOWERS, DualConfig
