@@ -238,4 +238,6 @@ def test_a_dry_run_prints_the_rollouts(
         assert main(["train", "--config", str(settings), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "4 samples of each of 4 prompts, at most 6 tokens, 16 rows at once with 0.00 GB" in out
-    assert re.search(r"# memory of a device, estimated: .*\n# time of a step, estimated: \S+ s for a rollout", out)
+    assert re.search(
+        r"# memory of a device, estimated: .*\n# time of a step, estimated: \S+ s for a rollout", out
+    )

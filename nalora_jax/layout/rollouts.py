@@ -69,7 +69,9 @@ def rollout_estimate(
     def seconds(tokens: float, read: float) -> float:
         flops = 2 * active_parameters(base) * tokens / tensor
         # Each layer sums the results of attention and of the FFN: two of the four sums of an update.
-        sums = summed_bytes(base, tokens, tensor, "dots", config.compute.itemsize) / 2 / where.inbound(tensor)
+        sums = (
+            summed_bytes(base, tokens, tensor, "dots", config.compute.itemsize) / 2 / where.inbound(tensor)
+        )
         return max(flops / chip.matrix_rate, (weights + read) / chip.bandwidth) + gathering + sums
 
     longest = config.data.max_length - rl.max_new_tokens

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common import trees
-from nalora_jax.common.axes import BATCH_AXES, WEIGHT_AXES
+from nalora_jax.common.devices import BATCH_AXES, WEIGHT_AXES
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.data.tokenizer import read_json
@@ -40,15 +40,14 @@ from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.method.step import init_state
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.rope_scaling import with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
+from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.ops.quantize import gathered, kernels, quantize
 from nalora_jax.study.sweeps.program import stacked_sharding, step_of_runs
-from nalora_jax.train.decoder_program import decoder_program
 from nalora_jax.train.kinds import decoder_parts
 from nalora_jax.train.kinds.rl import updates_with_base
-from nalora_jax.train.program import RunProgram
+from nalora_jax.train.program import RunProgram, decoder_program
 
 _BATCH = {
     "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32",
@@ -69,7 +68,7 @@ def architecture(name: str, *, images: bool = False, rope_scaling: str = "") -> 
     A name is a key of `CONFIGS`, a ``config.json``, a Hugging Face folder, or a hub id: its last
     part is a key of `CONFIGS`, or its ``config.json`` is read from the hub's cache or downloaded.
     With ``images`` a multimodal model includes its image tower and projector; by default only its
-    text model is returned. ``rope_scaling`` replaces the model's (`nalora_jax.models.rope_scaling`).
+    text model is returned. ``rope_scaling`` replaces the model's (`nalora_jax.models.rope_scaling.with_rope_scaling`).
 
     Raises:
       NaloraError: the name is unknown, or its config or its new RoPE scaling is not supported.

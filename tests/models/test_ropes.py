@@ -10,8 +10,8 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.layers import (
-    RMSNorm,
+from nalora_jax.models.parts import RMSNorm
+from nalora_jax.models.ropes import (
     RopeSpec,
     apply_rope,
     identity_table,
