@@ -24,7 +24,7 @@ from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.config import TOWERS, DualConfig
 from nalora_jax.models.vision.dual import DualEncoder, init_lora
-from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.train.assembly import Assembly, assembled
 from nalora_jax.train.decoder_program import context_error
 from nalora_jax.train.dual_objectives import Classify, Contrast, Towers

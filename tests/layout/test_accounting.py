@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.layout.accounting import Program, Work
 from nalora_jax.models.moe import UNEVEN
-from nalora_jax.ops.cross_entropy import cross_entropy
 from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule
+from nalora_jax.ops.losses import cross_entropy
 
 LAYERS, D, ROWS = 5, 64, 32
 

@@ -26,7 +26,7 @@ from nalora_jax.layout.distributed import platform_of
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.dual import DualEncoder
-from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.dual import assemble_dual, resolve_dual, trains_text
 from nalora_jax.train.dual_objectives import CLASSES
