@@ -187,7 +187,8 @@ def _sums(
 
     def summed(total: Callable[[jax.Array], jax.Array], h: jax.Array, t: Any, w: jax.Array) -> Any:
         losses, back = chunk(h, kernel, t, w, grad)
-        return total(losses), back.astype(h.dtype) if grad else None
+        gradient = back.astype(h.dtype) if grad else None
+        return total(losses), gradient
 
     if tiles.compact:
         start = jnp.zeros((), jnp.float32), jnp.zeros_like(hidden) if grad else None
