@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from nalora_jax.common.downloads import PackageFile, cache_dir, fetch
 from nalora_jax.common.locks import scratch_folder
-from nalora_jax.weights.vision.hub import register_encoder
+from nalora_jax.weights.hub import register_encoder
 
 NAME = "vit-s-focus"
 # The package's metadata states the licence MIT, without a licence file.

@@ -15,11 +15,11 @@ from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import scaled_noise
 from nalora_jax.models.families.tensors import Source
-from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.stacks import param_shapes
+from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
+from nalora_jax.weights.encoders import keymap_of
 from nalora_jax.weights.keymaps import KeyMap, keymap_for
-from nalora_jax.weights.vision.keymaps import keymap_of
 
 
 @partial(jax.jit, static_argnums=(0, 2))

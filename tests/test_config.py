@@ -103,35 +103,6 @@ def test_a_batch_that_micro_batches_do_not_divide_is_refused():
         check(with_field("train.accumulate", 3))
 
 
-@pytest.mark.parametrize("init", ["pissa", "lora_ga"])
-def test_lowered_kernels_are_not_quantized(init):
-    compute = dataclasses.replace(RunConfig().compute, quantize="int8")
-    with pytest.raises(
-        NaloraError, match=rf'--compute\.quantize: expected none with --lora\.init "{init}"'
-    ):
-        check(RunConfig(lora=LoRAConfig(init=init), compute=compute))
-
-
-def test_lora_ga_has_no_weights():
-    with pytest.raises(NaloraError, match=r"--lora\.gradient-weights: expected ones"):
-        check(RunConfig(lora=LoRAConfig(init="lora_ga", gradient_weights="slope")))
-
-
-def test_to_dict_is_nested_plain_data_that_json_takes():
-    config = RunConfig()
-    plain = json.loads(json.dumps(config.to_dict()))
-    assert plain["mechanisms"] == list(config.mechanisms)
-    assert plain["lora"]["rules"][0] == {"pattern": config.lora.rules[0].pattern, "rank": 8, "alpha": None}
-
-
-def test_a_config_comes_back_from_json():
-    rules = (LoRARule("a", 4, 2.0), LoRARule("b", 0))
-    config = RunConfig(
-        steps=7, lora=LoRAConfig(rules=rules), mechanisms=("homogeneity:gains=0.1/0.2/0.3/0.4",)
-    )
-    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
-
-
 def test_every_setting_comes_back_from_json():
     def changed(value, hint):
         if dataclasses.is_dataclass(value):

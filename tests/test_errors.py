@@ -37,11 +37,6 @@ def test_messages_are_bounded(long: object) -> None:
         assert all(text in message for name, text in parts.items() if name != place)
 
 
-def test_a_message_of_long_parts_only_is_bounded() -> None:
-    long = "🙂" * 5000
-    assert len(str(NaloraError(long, expected=long, found=long, remedy=long)).encode()) <= 2000
-
-
 def test_beginning_and_end_are_kept() -> None:
     assert shorten("abcdefghijklmnop", 11) == "abc ... nop"
     assert shorten("abc", 3) == "abc"
@@ -102,11 +97,3 @@ def test_what_jax_cannot_start_with_is_one_line(variable: str, value: str, line:
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"error: {line}")
     assert "Traceback" not in done.stderr
-
-
-def test_an_error_of_another_module_keeps_its_traceback() -> None:
-    def fail() -> None:
-        raise AssertionError("a bug")
-
-    with pytest.raises(AssertionError, match="a bug"):
-        guarded(fail)

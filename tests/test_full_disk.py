@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax.common.files import write_array
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule
 from nalora_jax.data.pipeline import train_data
 from nalora_jax.data.tokenizer import Tokenizer
@@ -22,10 +19,8 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.report.html import write_report
-from nalora_jax.report.inspect import LayerSummary, save_picture
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.log import MetricsLog
-from nalora_jax.weights.gguf_export import write_adapter_gguf
 from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny
@@ -36,15 +31,6 @@ FULL = r"No space left on device|File too large"
 
 def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def fill(disk: Path, *, room: int) -> None:
-    """Leaves ``room`` bytes of a disk, or of each file where it is files that have a limit."""
-    if disk.is_mount():
-        about = os.statvfs(disk)
-        (disk / "filler").write_bytes(bytes(about.f_bavail * about.f_frsize - room))
-    else:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 # A model of some 300 kB.
@@ -90,35 +76,6 @@ def test_merged_model(small_disk: Path, tmp_path: Path) -> None:
     with pytest.raises(NaloraError, match=rf"{small_disk}/merged: .*({FULL})"):
         write_merged(small_disk / "merged", config, params, None, AdapterSpec(), **options)
     assert list(small_disk.iterdir()) == []
-
-
-# 340 kB in F16, or as adapters of rank 8, in tensors that each fit the buffer of a C stream: 1 or 2 kB.
-NARROW = tiny.HF | {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 24}
-
-
-def test_adapter_gguf(small_disk: Path) -> None:
-    config = ModelConfig.from_hf(NARROW)
-    spec = resolve(LoRAConfig(rules=(LoRARule("_proj", 8),)), projection_shapes(config), config.n_layers)
-    lora = init_lora(config, spec, jax.random.key(0), None)
-    with pytest.raises(NaloraError, match=rf"{small_disk}/a.gguf: .*({FULL})"):
-        write_adapter_gguf(small_disk / "a.gguf", config, lora, spec)
-    assert list(small_disk.iterdir()) == []
-
-
-def test_picture(small_disk: Path) -> None:
-    fill(small_disk, room=4096)
-    before = files(small_disk)
-    values = np.linspace(0.1, 0.9, 8)
-    summary = LayerSummary(values, values, np.ones((8, 4)) / 4, values, values)
-    with pytest.raises(NaloraError, match=rf"{small_disk}/p.png: .*({FULL})"):
-        save_picture(summary, small_disk / "p.png")
-    assert files(small_disk) == before
-
-
-def test_array(small_disk: Path) -> None:
-    fill(small_disk, room=4096)
-    with pytest.raises(OSError, match=FULL):
-        write_array(small_disk / "a.npy", np.zeros(500))  # 4000 bytes, in a C stream's buffer until its end
 
 
 def test_token_cache(small_disk: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import inspect
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,9 +25,8 @@ from nalora_jax.config import (
     TrainConfig,
 )
 from nalora_jax.layout import distributed
-from nalora_jax.method import activations, ffn, low_rank, rules, statistics, step, transform
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.assembly import assemble
+from nalora_jax.train.program import assemble
 
 STEPS, ROWS, TOKENS, RATE, WARMUP = 12, 4, 17, 4e-3, 3
 RULES: dict[str, tuple[str, ...]] = {
@@ -109,34 +107,3 @@ def test_the_page_makes_the_updates_of_the_library(minimal: ModuleType, rule: st
         start = trees.flatten(lora)[path]
         change = np.abs(np.asarray(value) - start).max()
         np.testing.assert_allclose(ours[path], value, rtol=0, atol=2e-3 * change, err_msg=path)
-
-
-def test_functions_have_the_names_of_the_library(minimal: ModuleType) -> None:
-    """Those of the method; the others are the page's model, loss, gradient and random weights."""
-    of_the_page = {
-        "rms_norm",
-        "rope",
-        "attention",
-        "loss_and_statistics",
-        "train_step",
-        "init",
-        "low_rank_bwd",
-    }
-    modules = (activations, ffn, low_rank, rules, statistics, step, transform)
-    of_the_library = {name for module in modules for name in vars(module)}
-    functions = {name for name, value in vars(minimal).items() if inspect.isfunction(value)}
-    activation = {"drho", "phi", "dphi"}  # formulas of the page's only activation
-    assert functions - of_the_page - activation <= of_the_library
-    silu = activations.partition("silu")
-    np.testing.assert_allclose((minimal.Z0, minimal.Z1), (silu.z0, silu.z1), atol=1e-5)
-
-
-def test_rules_differ_after_the_warm_up(minimal: ModuleType) -> None:
-    averages = {"slope": jnp.array([[1.0, 3.0]]), "occupancy": jnp.ones((1, 4, 2))}
-    averages |= {"excess": jnp.array([[1.0, 0.0]]), "response": jnp.array([[2.0, 1.0]])}
-    page = minimal.Config(rule="curvature_cap", warmup=WARMUP)
-    with jax.numpy_rank_promotion("allow"):
-        before, _ = minimal.channel_factors(averages, WARMUP - 1, page)
-        after, _ = minimal.channel_factors(averages, WARMUP, page)
-    np.testing.assert_array_equal(before, [[1.0, 1.0]])
-    np.testing.assert_allclose(after, [[0.2, 1.0]])

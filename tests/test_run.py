@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import json
 import shutil
@@ -31,13 +30,9 @@ from nalora_jax.config import (
     RunConfig,
     TrainConfig,
 )
-from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.layout import distributed
-from nalora_jax.models.config import ModelConfig
-from nalora_jax.train import loop, start
+from nalora_jax.train import loop
 from nalora_jax.train.adapted import load
-from nalora_jax.train.kinds import text
-from nalora_jax.weights.peft import import_adapter
 from tests import emulator, tiny
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -98,21 +93,6 @@ def settings(base: Path, questions: Path) -> RunConfig:
     )
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"data": DataConfig(dataset="none.jsonl")}, "none.jsonl: expected a readable file"),
-        ({"lora": LoRAConfig(rules=(LoRARule("nothing"),))}, "which matches nothing"),
-    ],
-)
-def test_inputs_are_judged_before_the_weights_are_read(
-    settings: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
-) -> None:
-    monkeypatch.setattr(text, "load_weights", lambda *args, **options: pytest.fail("it was loaded"))
-    with pytest.raises(NaloraError, match=said):
-        nalora_run.run(replace(settings, output=str(tmp_path / "run"), **changes))
-
-
 @pytest.fixture(scope="module")
 def finished(settings: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Any]:
     """A run that other tests read, and what it returned."""
@@ -159,32 +139,6 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[R
     assert min(last["mask_mean"]) != 1
     assert lines[-1]["done"]["step"] == 40
     assert list(lines[-1]["done"]["seconds"])[::2] == ["preparing", "training", "exporting"]
-
-
-def test_the_log_counts_factors_and_measures_adapters(finished: tuple[RunConfig, Any]) -> None:
-    config, _ = finished
-    logged = [line for line in _lines(config.output) if "histograms" in line]
-    assert [line["step"] for line in logged] == [
-        line["step"] for line in _lines(config.output) if "loss" in line
-    ]
-    for label in ("mask", "step_scale"):
-        first, last = (np.array(line["histograms"][label]["counts"]) for line in (logged[0], logged[-1]))
-        np.testing.assert_array_equal(last.sum(1), [HF["intermediate_size"]] * HF["num_hidden_layers"])
-        assert ((last > 0).sum(1) > 3).all()
-        assert first.shape == last.shape == (2, len(logged[-1]["histograms"][label]["edges"]) + 1)
-    best = _lines(config.output)[-1]["done"]["best_step"]
-    norms = next(line["adapters"] for line in logged if line["step"] == best)
-    saved = _adapter(config.output)
-    scale = (lambda one: one["lora_alpha"] / one["r"])(
-        json.loads((Path(config.output) / "adapter" / "adapter_config.json").read_text())
-    )
-    for name in ("gate_proj", "up_proj"):
-        whole = [
-            np.linalg.norm(scale * saved[f"{prefix}.lora_B.weight"] @ saved[f"{prefix}.lora_A.weight"])
-            for prefix in (f"base_model.model.model.layers.{layer}.mlp.{name}" for layer in range(2))
-        ]
-        np.testing.assert_allclose(norms[f"layers/ffn/{name}"], whole, rtol=1e-4)
-    assert logged[-1]["peak_memory"] > 10**8
 
 
 def test_every_file_names_the_very_weights_that_were_trained_on(finished: tuple[RunConfig, Any]) -> None:
@@ -309,21 +263,6 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
     assert dict(whole)[40] == dict(resumed)[40]
 
 
-def test_lora_ga_goes_on_from_the_start_that_it_kept(
-    config: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lora = LoRAConfig(rules=(LoRARule("ffn", 4),), init="lora_ga", gradient_batches=2)
-    config = replace(config, steps=8, lora=lora, train=TrainConfig(batch_size=8, log_every=1, eval_every=0))
-    first = nalora_run.run(config)
-    assert first.after["loss"] < first.before["loss"]
-    monkeypatch.delattr(start, "gradient_adapters")  # it is not taken again
-    # That what is exported computes what was trained, on the base as it is, the run compares by itself.
-    result = nalora_run.run(replace(config, steps=10, resume=True))
-    assert result.after["loss"] < first.before["loss"]
-    _, spec = import_adapter(result.adapter, ModelConfig.from_hf(HF))
-    assert {target.rank for _, target in spec.targets} == {8}
-
-
 def test_two_processes_run_like_one_with_model_and_data_from_a_bucket(
     config: RunConfig, tmp_path: Path, two_processes: Any
 ) -> None:
@@ -362,16 +301,6 @@ def test_two_processes_run_like_one_with_model_and_data_from_a_bucket(
     assert not list((tmp_path / "cache" / "buckets").rglob("*.safetensors"))  # weights are streamed
 
 
-def test_a_run_that_ends_before_mechanisms_act_is_called_plain_lora(
-    config: RunConfig, caplog: pytest.LogCaptureFixture
-) -> None:
-    train = TrainConfig(batch_size=8, eval_every=0, save_every=0)
-    result = nalora_run.run(replace(config, steps=2, train=train))
-    assert "mechanisms act from step 4, and the run ends at step 2: it is plain LoRA" in caplog.text
-    assert "the exported adapter of step 2 is that of plain LoRA: mechanisms act from" in caplog.text
-    assert "It is plain LoRA: mechanisms act from step 4." in result.report.read_text()
-
-
 def test_adalora_leaves_the_ranks_that_were_asked_for(config: RunConfig) -> None:
     """Of the last allocation on: no earlier state is exported, however good it was."""
     rules = (LoRARule("ffn", 6),)
@@ -393,33 +322,6 @@ def test_adalora_leaves_the_ranks_that_were_asked_for(config: RunConfig) -> None
     assert sum(map(sum, logged[0].values())) == 25  # 12 + 24 (10 / 12)^3, rounded down
     assert {path: tuple(rows) for path, rows in logged[-1].items() if any(rows)} == ranks
     assert "AdaLoRA" in (result.adapter / "README.md").read_text()
-
-
-def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
-    config: RunConfig, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fit = loop.run_steps
-
-    def poisoned(step_fn: Any, *args: Any, **options: Any) -> Any:
-        done = 0
-
-        def step(params: Any, state: Any, batch: Any) -> Any:
-            nonlocal done
-            done += 1
-            state, metrics = step_fn(params, state, batch)
-            return state, metrics | {"loss": metrics["loss"] * (np.nan if done >= 17 else 1.0)}
-
-        return fit(step, *args, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "run_steps", poisoned)
-        with pytest.raises(
-            TrainingDivergedError,
-            match=r"step 17: loss.*nan.*earlier steps are kept; start anew",
-        ):
-            nalora_run.run(config)
-    assert sorted(int(p.name) for p in (Path(config.output) / "checkpoints").iterdir()) == [10]
-    assert "step 17" in _lines(config.output)[-1]["done"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -580,35 +482,3 @@ def _refused(capsys: pytest.CaptureFixture[str], message: str, output: Path, *fl
     assert [line.startswith("error: ") for line in error.splitlines()].count(True) == 1
     assert "Traceback" not in error
     assert not [path for path in output.rglob("*") if path.is_file()]
-
-
-def test_another_runs_folder_is_refused_and_left_alone(finished: tuple[RunConfig, Any]) -> None:
-    config, _ = finished
-    before = {p: p.read_bytes() for p in Path(config.output).rglob("*") if p.is_file()}
-    with pytest.raises(NaloraError, match="--output.*--resume"):
-        nalora_run.run(config)
-    assert before == {p: p.read_bytes() for p in Path(config.output).rglob("*") if p.is_file()}
-
-
-def test_resuming_with_other_settings_names_them(finished: tuple[RunConfig, Any]) -> None:
-    config, _ = finished
-    with pytest.raises(NaloraError, match=r"optimizer\.learning_rate"):
-        nalora_run.run(replace(config, resume=True, optimizer=OptimizerConfig(learning_rate=1e-3)))
-
-
-def test_a_full_disk_while_exporting_loses_nothing(
-    finished: tuple[RunConfig, Any], config: RunConfig
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    shutil.copytree(finished[0].output, config.output)  # of a run that has taken its steps
-    shutil.rmtree(Path(config.output) / "adapter")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nalora_jax.weights.peft.write_tensors", full)
-        with pytest.raises(NaloraError, match="No space left"):
-            nalora_run.run(replace(config, resume=True))
-    assert not (Path(config.output) / "adapter" / "adapter_config.json").exists()
-    nalora_run.run(replace(config, resume=True))
-    for name, tensor in _adapter(finished[0].output).items():
-        np.testing.assert_array_equal(tensor, _adapter(config.output)[name], err_msg=name)

@@ -16,10 +16,8 @@ from safetensors.numpy import load_file
 
 from nalora_jax.__main__ import main
 from nalora_jax.cli import training
-from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
-from nalora_jax.evaluate.run_log import recorded_settings
+from nalora_jax.config import LoRAConfig, LoRARule, OptimizerConfig, RunConfig, TrainConfig
 from nalora_jax.report import html
-from nalora_jax.study.sweeps.run import sweep
 from nalora_jax.train.adapted import load
 from nalora_jax.train.callbacks import Callback
 from nalora_jax.train.initial_adapter import with_adapter
@@ -171,25 +169,6 @@ def test_a_killed_run_resumes_from_its_checkpoint_though_its_adapter_has_changed
     for run in (whole, parts):  # both start where the earlier run ended
         before = json.loads((Path(run.output) / "before.json").read_text())
         np.testing.assert_allclose(before["loss"], earlier.after["loss"], rtol=1e-6)
-
-
-def test_runs_of_a_sweep_start_from_one_adapter(
-    config: RunConfig, earlier: RunResult, tmp_path: Path
-) -> None:
-    mesh = MeshConfig(data=1, fsdp=1, tensor=1, run=1)
-    train = replace(config.train, log_every=1)
-    run = replace(config, steps=2, train=train, mesh=mesh, adapter=str(earlier.folder))
-    runs = [
-        replace(run, output=str(tmp_path / f"{rate}"), optimizer=OptimizerConfig(learning_rate=rate))
-        for rate in (1e-3, 2e-3)
-    ]
-    sweep(runs)
-    recorded = [recorded_settings(one.output) for one in runs]
-    assert recorded[0]["adapter_sha256"] == recorded[1]["adapter_sha256"] != ""
-    assert recorded[0]["lora"] == recorded[1]["lora"]
-    first, second = (tiny.losses(one.output) for one in runs)
-    assert first[1] == second[1]
-    assert first[2] != second[2]
 
 
 def test_words_of_the_command_line_about_an_adapter(

@@ -5,17 +5,15 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file
 
 from nalora_jax.__main__ import main
-from nalora_jax.cli.config_files import as_yaml, load_config
+from nalora_jax.cli.config_files import load_config
 from nalora_jax.cli.training import run
 from nalora_jax.config import (
     ComputeConfig,
@@ -31,7 +29,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import read_metrics
 from nalora_jax.train import loop
 from nalora_jax.train.adapted_dual import load_adapted_dual
-from nalora_jax.weights.vision.peft import import_dual_adapter
+from nalora_jax.weights.peft_dual import import_dual_adapter
 
 pytestmark = pytest.mark.pictures  # of runs' reports
 
@@ -119,25 +117,6 @@ def test_a_run_leaves_an_adapter_metrics_and_a_report(trained) -> None:
     assert json.loads((folder / "adapter" / "adapter_config.json").read_text())[
         "base_model_name_or_path"
     ] == str(model)
-
-
-def test_a_dry_run_says_what_would_run_and_loads_no_weight(trained, pictures, tmp_path, capsys) -> None:
-    model, folder = trained
-    sizes = [np.prod(leaf.shape, dtype=int) for leaf in load_file(model / "model.safetensors").values()]
-    bare = shutil.copytree(model, tmp_path / "model")
-    (bare / "model.safetensors").write_bytes(b"no weights")
-    config = few_shot(bare, pictures, tmp_path / "run", epochs=4.0)
-    (tmp_path / "run.yaml").write_text(as_yaml(config))
-    assert main(["train", "--config", str(tmp_path / "run.yaml"), "--dry-run"]) == 0
-    assert not (tmp_path / "run").exists()
-    text = capsys.readouterr().out
-    (tmp_path / "resolved.yaml").write_text(text)
-    assert load_config(str(tmp_path / "resolved.yaml")) == replace(config, steps=6)
-    assert f"# base model: {sum(sizes):,} parameters" in text
-    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
-    assert f"# trained parameters: {sum(leaf.size for leaf in adapter.values()):,}, on" in text
-    assert re.search(r"# training data: 3 classes, 1[12] images of 22\n", text)
-    assert "# held out: 9 images that results are reported on, 4 that choose the checkpoint" in text
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(trained, pictures, tmp_path) -> None:

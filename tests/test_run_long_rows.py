@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import string
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,33 +116,3 @@ def test_the_command_line_takes_the_scaling_and_resumes_with_it(
         main(["train", "--model", run.model, "--model.rope-scaling", "yarn:factor=0.5", "--dry-run"]) == 2
     )
     assert "expected a context of at least 64 tokens, the model's, found 32" in capsys.readouterr().err
-
-
-def test_a_dry_run_shows_the_memory_of_long_rows(
-    run: RunConfig, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = [
-        "train",
-        "--resume",
-        "no",
-        "--model",
-        run.model,
-        "--data.dataset",
-        run.data.dataset,
-        "--dry-run",
-    ]
-    command += ["--lora.rules", "ffn:4", "--mesh.data", "1", "--mesh.fsdp", "1", "--mesh.tensor", "1"]
-    assert main([*command, "--data.max-length", "112"]) == 2
-    assert "at most 64 tokens, the model's context, found one of 101" in capsys.readouterr().err
-    activations = []
-    for length in ("128", "131072"):
-        assert (
-            main([*command, "--model.rope-scaling", "yarn:factor=2048", "--data.max-length", length]) == 0
-        )
-        out = capsys.readouterr().out
-        assert (
-            f"# rows: {int(length):,} tokens; the model's context has 131,072, with RoPE scaling yarn"
-            in out
-        )
-        activations.append(float(re.search(r"activations ([\d.]+)", out)[1]))
-    assert activations[1] > 0.1 > activations[0]

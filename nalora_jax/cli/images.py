@@ -53,9 +53,9 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
 def export(args: ExportArgs, card: Callable[[Any, Literal["adapter", "merged"]], str]) -> None:
     """Writes an adapter of a dual encoder for PEFT, and verifies it by reloading."""
     from nalora_jax.common.files import write_atomically
+    from nalora_jax.common.folders import new_folder
     from nalora_jax.train.adapted_dual import load_adapted_dual
     from nalora_jax.train.kinds.dual import write_dual_adapter
-    from nalora_jax.weights.folders import new_folder
 
     if args.target != "peft":
         raise NaloraError("--for", expected="peft for image and text encoders", found=args.target)
@@ -71,9 +71,9 @@ def export(args: ExportArgs, card: Callable[[Any, Literal["adapter", "merged"]],
 def merge(args: MergeArgs, card: Callable[[Any, Literal["adapter", "merged"]], str]) -> None:
     """Writes a dual encoder merged with its adapter as one Hugging Face folder."""
     from nalora_jax.train.adapted_dual import load_adapted_dual
+    from nalora_jax.weights.hub import resolve_folder
+    from nalora_jax.weights.merge import write_merged_dual
     from nalora_jax.weights.shards import parse_size
-    from nalora_jax.weights.vision.hub import resolve_folder
-    from nalora_jax.weights.vision.merge import write_merged_dual
 
     # Merged in float32 and rounded once.
     model = load_adapted_dual(str(args.model), adapter=args.adapter, dtype="float32")

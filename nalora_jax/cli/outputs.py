@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nalora_jax.common import buckets, uploads
+from nalora_jax.common.folders import refuse_claimed
 from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
 from nalora_jax.config.checks import check_path
 from nalora_jax.errors import Interrupted, NaloraError
-from nalora_jax.weights.folders import refuse_claimed
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,10 +26,9 @@ from nalora_jax.cli.outputs import (
     shown_output,
 )
 from nalora_jax.common import buckets, uploads
+from nalora_jax.common.folders import refuse_claimed
 from nalora_jax.config import DataConfig, check, config_from_dict
-from nalora_jax.config.structured import ranges
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.folders import refuse_claimed
 
 if TYPE_CHECKING:
     from nalora_jax.data.tokenizer import Tokenizer
@@ -64,7 +63,7 @@ def generate(args: cli.GenerateArgs) -> None:
     """Prints the response while it is generated."""
     from nalora_jax.data.images.chat import asked
     from nalora_jax.data.images.files import open_image
-    from nalora_jax.evaluate.generate import Generator, Settings
+    from nalora_jax.evaluate.generate import Generator
     from nalora_jax.evaluate.generate.conversation import chat_tokens, read_messages
     from nalora_jax.train.adapted import load
     from nalora_jax.train.located import trained_in_turns
@@ -77,7 +76,7 @@ def generate(args: cli.GenerateArgs) -> None:
         messages = read_messages(args.messages)
     if prompt == "-":
         prompt = _standard_input()
-    settings = {name: getattr(args, name) for name in (*ranges(Settings), "seed")}
+    settings = asdict(args.sampling) | {"seed": args.seed}
     mesh = mesh_of(args.mesh)
     pictures = [open_image(path) for path in args.image]  # fails before a model is loaded
     if args.chat and not pictures:
@@ -109,10 +108,10 @@ def generate(args: cli.GenerateArgs) -> None:
 def export(args: cli.ExportArgs) -> None:
     """Writes an adapter for another tool, and verifies it by reloading."""
     from nalora_jax.common.files import write_atomically
+    from nalora_jax.common.folders import new_file, new_folder
     from nalora_jax.train.adapted import load
     from nalora_jax.train.export import write_adapter
     from nalora_jax.train.located import locate
-    from nalora_jax.weights.folders import new_file, new_folder
     from nalora_jax.weights.peft_modules import layout_for
 
     if args.target == "gguf":

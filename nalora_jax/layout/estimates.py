@@ -15,7 +15,7 @@ from nalora_jax.config import RunConfig
 from nalora_jax.layout.machines import Topology
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.moe import SLACK, block_rows
+from nalora_jax.models.experts import SLACK, block_rows
 from nalora_jax.models.remat import of_position
 from nalora_jax.models.stacks import groups, param_shapes, projection_shapes, stacks
 from nalora_jax.models.targets import AdapterSpec

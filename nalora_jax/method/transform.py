@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -184,16 +185,23 @@ def _leaf(flat: Mapping[str, Array], path: str, name: str) -> Array:
 # ---------------------------------------------------------------- factors
 
 
-def own_factors(state: GateState, mechanisms: Mechanisms) -> dict[str, dict[str, Array]]:
+def own_factors(
+    state: GateState, mechanisms: Mechanisms, updates_of: Mapping[str, Array] = MappingProxyType({})
+) -> dict[str, dict[str, Array]]:
     """Returns each mechanism's factors for the next step by label and block, not normalized.
 
     They are [..., d_ff] float32, and 1 during a warm-up and for layers without a token so far.
+
+    Args:
+      state: after the step before.
+      mechanisms: of the run.
+      updates_of: by block, the preconditioned update of the gate's B (`Context.update`).
     """
     factors: dict[str, dict[str, Array]] = {}
     for label, mechanism in mechanisms.entries:
         factors[label] = {}
         for path, updates in state.updates.items():
-            context = mechanisms.context(state.count, path)
+            context = mechanisms.context(state.count, path)._replace(update=updates_of.get(path))
             factor = mechanism.factor(state.memory[label][path], context)
             factor = mechanism.permuted(factor, context, mechanisms.orders.get((label, path)))
             active = (state.count >= mechanism.warmup) & (updates > 0)
@@ -317,7 +325,9 @@ def scale_by_gates(
             expected = f"the statistics of {', '.join(state.updates)}"
             raise NaloraError("optimizer.update(..., gate_stats=)", expected=expected, found="no argument")
         chosen = _gates_of(updates) if gates is None else gates
-        factors = channel_factors(state, mechanisms).get("update_b", {})
+        flat = _named(updates)
+        own = own_factors(state, mechanisms, {block: flat[f"{gate}/b"] for gate, block in chosen.items()})
+        factors = channel_factors(state, mechanisms, own).get("update_b", {})
         if factors:
             updates = multiply_columns(updates, factors, chosen)
         return updates, update_gate_state(state, gate_stats, mechanisms)

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from nalora_jax.common.fields import Fields
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import activations
-from nalora_jax.models.layers import RopeSpec
+from nalora_jax.models.ropes import RopeSpec
 
 if TYPE_CHECKING:
     from nalora_jax.models.embedding import LayerEmbeddings
     from nalora_jax.models.parts import FeedForward, Mixer, Tail
-    from nalora_jax.models.vision.sight import Sight
+    from nalora_jax.models.vision.config import Sight
 
 # A window longer than any sequence: global attention as an integer that can be scanned over layers.
 GLOBAL_WINDOW = 2**30

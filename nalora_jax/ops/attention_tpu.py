@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common.axes import CONTEXT
+from nalora_jax.common.devices import CONTEXT
 from nalora_jax.ops.attention import AttentionConfig, CachedKeys, Keys, attention, drops, saved_heads
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.split_attention import Spread, on_shards, reach, split_attention

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common.axes import BATCH_AXES
+from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.ops.attention import UNSEEN, AttentionConfig, capped, product, visibility, with_sinks
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.split_rows import Row, block_numbers, by_block, by_part, gathered, with_preceding

@@ -13,8 +13,8 @@ from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.train.located import Located, locate
-from nalora_jax.weights.vision.model import LoadedDual, load_dual
-from nalora_jax.weights.vision.peft import import_dual_adapter
+from nalora_jax.weights.dual import LoadedDual, load_dual
+from nalora_jax.weights.peft_dual import import_dual_adapter
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def load_adapted_dual(
     """Loads the dual encoder called ``model`` and applies its adapter.
 
     Args:
-      model: a name for `nalora_jax.weights.vision.model.load_dual`; or the folder of a run or of
+      model: a name for `nalora_jax.weights.dual.load_dual`; or the folder of a run or of
         an adapter.
       adapter: folder of a run or of an adapter; allowed only if ``model`` is a base.
       dtype: of the base weights; by default the run's, otherwise float32.

@@ -10,16 +10,16 @@ from typing import Any
 from jax.sharding import Mesh
 
 from nalora_jax.common.fields import Fields
-from nalora_jax.data.image_tokens import ImageTokens
+from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.images.processor import ImageProcessor, read_processor
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.vision.sight import Sight
+from nalora_jax.models.vision.config import Sight
 from nalora_jax.ops.quantize import Kind
 from nalora_jax.weights import hub
+from nalora_jax.weights.encoders import model_keymap
 from nalora_jax.weights.model_files import LoadedModel, ModelFiles, load_weights, open_files
 from nalora_jax.weights.tensors import DTYPES
-from nalora_jax.weights.vision.sight import model_keymap
 
 
 def load_model(

@@ -22,8 +22,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.slices import Index
-from nalora_jax.weights.tensors import FileTensor
+from nalora_jax.weights.tensors import FileTensor, Index
 
 T = TypeVar("T")
 

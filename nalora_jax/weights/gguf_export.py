@@ -16,11 +16,11 @@ from gguf import (
     LlamaFileType,
 )
 
+from nalora_jax.common.folders import new_file
 from nalora_jax.common.trees import flatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.weights.folders import new_file
 from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.keymaps import SourceTensor, gguf_of, keymap_for
 from nalora_jax.weights.peft import layer_adapter

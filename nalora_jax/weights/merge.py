@@ -20,23 +20,23 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
+from nalora_jax.common.folders import new_folder, write_json
 from nalora_jax.common.trees import flatten, unflatten
-from nalora_jax.data.tokenizer import Tokenizer
+from nalora_jax.data.tokenizer import Tokenizer, read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import merged_kernel
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families import contains_text_model, family_of, text_part
 from nalora_jax.models.families.tensors import Source
-from nalora_jax.models.paths import leaf_dtype
-from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.models.targets import AdapterSpec, leaf_dtype
+from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.ops.storage import Kernel, Stored, expand
-from nalora_jax.weights.folders import new_folder, write_json
+from nalora_jax.weights.encoders import dual_keymap, file_name, model_keymap, tensors_from_params
 from nalora_jax.weights.keymaps import Slot
 from nalora_jax.weights.peft import layer_adapter
 from nalora_jax.weights.peft_tables import refuse_saved
 from nalora_jax.weights.shards import TensorInfo, write_shards
 from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_tokenizer
-from nalora_jax.weights.vision.sight import file_name, model_keymap
 
 DTYPES = {
     "float32": np.dtype("float32"),
@@ -236,3 +236,61 @@ def _settings(raw: Mapping[str, Any], config: ModelConfig, infos: list[TensorInf
     settings.pop("quantization_config", None)  # floats are written
     settings["dtype"] = settings["torch_dtype"] = largest.dtype.name  # transformers 5 and 4 read one each
     return settings
+
+
+# ---------------------------------------------------------------- dual encoders
+
+
+def write_merged_dual(
+    folder: str | Path,
+    config: DualConfig,
+    params: Mapping[str, Any],
+    lora: Mapping[str, Any],
+    spec: AdapterSpec,
+    *,
+    source: Path,
+    dtype: str = "float32",
+    shard_bytes: int = 5 * 10**9,
+    card: str | None = None,
+) -> Path:
+    """Writes the merged pair, tokenizer and image processor; a folder appears only if complete.
+
+    Args:
+      folder: new or empty.
+      config: the pair.
+      params: its weights.
+      lora: the trained tree.
+      spec: its spec.
+      source: the base's folder, whose config.json, tokenizer and processor are copied.
+      dtype: "float32", "float16" or "bfloat16".
+      shard_bytes: largest file.
+      card: text of README.md.
+
+    Raises:
+      NaloraError: separately trained towers, which no format of transformers describes; an unknown
+        dtype, a folder with other content, or a failed write.
+    """
+    if config.trained:
+        raise NaloraError(
+            "merge",
+            expected="a pair that is one model, such as CLIP or SigLIP",
+            found="two towers that were joined for the run",
+            remedy="use the run's folder itself: load_adapted_dual reads it (docs/images.md)",
+        )
+    if dtype not in DTYPES:
+        raise NaloraError("dtype", expected=f"one of {', '.join(DTYPES)}", found=repr(dtype))
+    leaves = flatten(merge(params, lora, spec))
+    merged = unflatten(leaves)
+    infos = [TensorInfo(tensor.name, tensor.shape, DTYPES[dtype]) for tensor in dual_keymap(config).tensors]
+    settings = read_json(source / "config.json") | {"dtype": dtype, "torch_dtype": dtype}
+    tensors = (
+        (name, np.asarray(array).astype(DTYPES[dtype]))
+        for name, array in tensors_from_params(config, merged)
+    )
+    with new_folder(folder) as scratch:
+        write_json(scratch / "config.json", settings)
+        copy_tokenizer(source, scratch, images=True)
+        if card is not None:
+            (scratch / "README.md").write_text(card, encoding="utf-8")
+        write_shards(scratch, infos, tensors, shard_bytes=shard_bytes)
+    return Path(folder)

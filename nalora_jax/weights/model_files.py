@@ -11,24 +11,21 @@ import jax
 from jax.sharding import Mesh
 
 from nalora_jax.common import trees
-from nalora_jax.common.axes import WEIGHT_AXES
+from nalora_jax.common.devices import WEIGHT_AXES
 from nalora_jax.data.tokenizer import NO_TOKENS, AddedTokens, Tokenizer, read_json
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families import contains_text_model
-from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
+from nalora_jax.models.families import contains_text_model, rope_settings, with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import Kind, gathered
-from nalora_jax.weights.fused_experts import with_experts
+from nalora_jax.weights.expert_tensors import with_experts, with_floats
 from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.gguf_config import hf_config
 from nalora_jax.weights.gguf_tokenizer import read_tokenizer
-from nalora_jax.weights.hf import SafetensorsFolder
+from nalora_jax.weights.hf import SafetensorsFolder, StreamedFolder
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.keymaps import KeyMap, keymap_for
-from nalora_jax.weights.mxfp4 import with_floats
 from nalora_jax.weights.origin import Origin, origin
-from nalora_jax.weights.streamed import StreamedFolder
 from nalora_jax.weights.tensors import TensorSource, load_params
 
 if TYPE_CHECKING:

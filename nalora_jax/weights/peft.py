@@ -13,13 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from nalora_jax.common.folders import new_folder, write_json
 from nalora_jax.common.trees import flatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.paths import uniform_path
 from nalora_jax.models.stacks import depths, locate
-from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, adapter_scale
-from nalora_jax.weights.folders import new_folder, write_json
+from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, adapter_scale, uniform_path
 from nalora_jax.weights.peft_config import CONFIG_NAME
 from nalora_jax.weights.peft_modules import (
     Entry,

@@ -33,8 +33,8 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families import contains_text_model, family_of
 from nalora_jax.models.stacks import locate, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, scale_divisor
+from nalora_jax.weights.encoders import sight_modules
 from nalora_jax.weights.peft_tables import token_settings
-from nalora_jax.weights.vision.sight import sight_modules
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from nalora_jax.common.folders import write_json
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.folders import write_json
 
 # NumPy dtypes by their names in safetensors, restricted to the dtypes of model files.
 DTYPES = {

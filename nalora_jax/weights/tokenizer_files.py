@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from nalora_jax.common.files import refuse_link_out
+from nalora_jax.common.folders import write_json
 from nalora_jax.data.chat_templates import (
     DEFAULT_FILE,
     PROCESSOR_FILE,
@@ -19,7 +20,6 @@ from nalora_jax.data.chat_templates import (
 )
 from nalora_jax.data.tokenizer import Tokenizer, read_json
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.folders import write_json
 
 # All files except the weights that a causal language model's folder may have for its text side.
 FILES = (

@@ -56,30 +56,6 @@ def test_it_runs_on_a_cpu_and_says_what_that_cannot_tell(accelerator, monkeypatc
 RUN = {"seconds": [1.0], "tokens_per_second": [5.0], "memory_gb": 1.0, "memory_of": "a chip", "mfu": 0.5}
 
 
-def test_a_missing_or_failing_peer_is_recorded_with_its_reason(accelerator, monkeypatch, capsys):
-    mesh = {"mesh": {"data": 4, "fsdp": 1, "tensor": 1}}
-    tpu = {"platform": "tpu", "kind": "TPU v6 lite", "chips": 4}
-    monkeypatch.setattr(accelerator, "describe", lambda: tpu)
-    monkeypatch.setattr(accelerator, "train_ours", lambda *_: {**RUN, **mesh})
-    record = call(accelerator, monkeypatch)
-    assert record["not_compared"] == {"PEFT": "it is for GPUs"}
-    assert record["machine"]["accelerator"] == "4 x TPU v6 lite"
-    assert record["settings"]["model"] == "llama-3.1-8b"
-    assert "| 4 x 1 x 1 | 5 | 50% | 1.0 (a chip) |" in capsys.readouterr().out
-
-    def fails(*_: Any) -> None:
-        raise RuntimeError("out of memory")
-
-    gpu = {"platform": "gpu", "kind": "NVIDIA H100", "chips": 4}
-    monkeypatch.setattr(accelerator, "describe", lambda: gpu)
-    monkeypatch.setattr(accelerator, "has", lambda packages: {"missing": ["peft"]})
-    assert call(accelerator, monkeypatch, "--rows", "2")["not_compared"] == {"PEFT": "peft not installed"}
-    monkeypatch.setattr(accelerator, "has", lambda packages: {"missing": []})
-    monkeypatch.setattr(accelerator, "train_peft", fails)
-    record = call(accelerator, monkeypatch, "--rows", "2")
-    assert record["not_compared"] == {"PEFT": "it failed (out of memory)"}
-
-
 def test_the_report_has_hardware_versions_and_figures_and_no_paths(
     accelerator, monkeypatch, capsys, tmp_path
 ):

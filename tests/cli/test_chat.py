@@ -125,17 +125,6 @@ def _counting(stream, counts):
     return wrapped
 
 
-def test_the_adapter_is_switched_with_the_turns_kept(base, adapters, monkeypatch, capsys):
-    said, _ = talk(monkeypatch, capsys, base, ["a b", f"/adapter {adapters[1]}", "c"])
-    asked = [("user", "a b"), ("assistant", said[0]), ("user", "c")]
-    assert said[1] == answer(base, asked, adapters[1])
-
-
-def test_an_adapter_above_the_rank_that_was_asked_for_is_taken_too(base, adapters, monkeypatch, capsys):
-    said, _ = talk(monkeypatch, capsys, base, [f"/adapter {adapters[1]}", "a b c"], "--max-lora-rank", "2")
-    assert said == [answer(base, [("user", "a b c")], adapters[1])]
-
-
 def test_what_is_wrong_is_said_and_the_conversation_goes_on(base, adapters, tmp_path, monkeypatch, capsys):
     lines = ["/adapter nowhere", "/adaptr x", "/help", "a " * 200, "a b c", "/exit", "never said"]
     said, err = talk(monkeypatch, capsys, base, lines)

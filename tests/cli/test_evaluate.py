@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -96,14 +93,6 @@ def test_several_tasks_are_measured_as_each_alone_and_every_item_is_written(plac
         assert record["loss"] == pytest.approx(-record["log_probs"][record["gold"]])
 
 
-def test_an_adapter_that_names_no_base_is_compared_on_the_model_s_own(place, tmp_path):
-    nameless = shutil.copytree(place / "adapter1", tmp_path / "nameless")
-    config = json.loads((nameless / "adapter_config.json").read_text())
-    (nameless / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
-    flags = ["--tasks", f"{place}/choices.jsonl", "--against", str(nameless), "--limit", "4"]
-    assert main(["eval", str(place / "adapter0"), *flags]) == 0
-
-
 @pytest.mark.parametrize("against", ["base", "adapter1", "model"])
 def test_two_models_are_compared_item_by_item(place, capsys, against):
     other = against if against == "base" else str(place / against)
@@ -170,77 +159,3 @@ def test_the_interval_of_a_difference_in_loss_is_scipys():
 def test_bad_requests_are_one_line(place, capsys, flags, said):
     assert main(["eval", str(place / "model"), *(flag.format(place=place) for flag in flags)]) == 2
     assert said in capsys.readouterr().err
-
-
-def test_a_model_to_compare_with_that_is_not_there_is_said_before_one_is_loaded(place, capsys, monkeypatch):
-    monkeypatch.setattr(sys.modules["nalora_jax.train.adapted"], "load_model", None)
-    assert (
-        main(["eval", str(place / "model"), "--tasks", f"{place}/choices.jsonl", "--against", "nowhere"])
-        == 2
-    )
-    assert "nowhere" in capsys.readouterr().err
-
-
-def test_a_missing_harness_is_said_before_a_model_is_loaded(monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval.api.model", None)
-    assert main(["eval", "no/model", "--harness", "hellaswag"]) == 2
-    assert "pip install 'nalora_jax[eval]'" in capsys.readouterr().err
-
-
-def harness_task(folder: Path, count: int) -> Path:
-    """A multiple-choice task of the harness on a local file of questions, as its YAML describes it."""
-    data = tiny.make_questions(folder / "items.jsonl", count)
-    text = f"""\
-task: letters
-dataset_path: json
-dataset_kwargs: {{data_files: {{validation: {data}}}}}
-output_type: multiple_choice
-validation_split: validation
-doc_to_text: prompt
-doc_to_choice: choices
-doc_to_target: gold
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
-"""
-    (folder / "tasks").mkdir()
-    (folder / "tasks" / "letters.yaml").write_text(text)
-    return folder / "tasks"
-
-
-@pytest.mark.lm_eval
-@pytest.mark.filterwarnings("default")  # the harness and `datasets` have some of their own
-def test_the_harness_says_of_200_items_what_it_says_of_its_own_model(place, tmp_path, capsys, monkeypatch):
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    tasks = harness_task(tmp_path, 200)
-    merged = tmp_path / "merged"
-    assert main(["merge", str(place / "adapter0"), "--output", str(merged), "--dtype", "float32"]) == 0
-    flags = ["--harness", "letters", "--harness-tasks", tasks, "--against", "base"]
-    lines, found, records = evaluate(place, capsys, place / "adapter0", *flags)
-    theirs = simple_evaluate(
-        "hf",
-        model_args={"pretrained": str(merged), "dtype": "float32", "device": "cpu", "batch_size": 8},
-        tasks=["letters"],
-        task_manager=TaskManager(include_path=str(tasks)),
-        bootstrap_iters=0,
-    )
-    mine = sorted((r for r in records if r["model"] == ""), key=lambda r: r["doc_id"])
-    other = sorted(theirs["samples"]["letters"], key=lambda r: r["doc_id"])
-    assert len(mine) == len(other) == 200
-    for a, b in zip(mine, other, strict=True):
-        assert a["metrics"] == {"acc": b["acc"], "acc_norm": b["acc_norm"]}
-        ours, hf = ([float(r[0]) for r in one["filtered_resps"]] for one in (a, b))
-        np.testing.assert_allclose(ours, hf, rtol=1e-3, atol=1e-3)
-    assert found["harness"]["results"]["letters"]["acc,none"] == theirs["results"]["letters"]["acc,none"]
-    paired = found["harness"]["comparison"]["letters"]["acc"]
-    assert paired["n"] == 200
-    assert any("McNemar p" in line for line in lines)
-
-
-@pytest.mark.lm_eval
-def test_an_unknown_task_of_the_harness_is_refused(place, capsys):
-    assert main(["eval", str(place / "model"), "--harness", "no_such_task"]) == 2
-    assert "expected tasks of lm-evaluation-harness, found no_such_task" in capsys.readouterr().err

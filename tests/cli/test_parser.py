@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import importlib.metadata
 import json
 import logging
 import re
@@ -18,7 +17,7 @@ from nalora_jax.__main__ import guarded, main
 from nalora_jax.cli import command, usage
 from nalora_jax.cli import parser as cli
 from nalora_jax.config import LoRARule, RunConfig, check
-from nalora_jax.data import lengths
+from nalora_jax.data import pipeline
 from nalora_jax.errors import ListedError, NaloraError
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +30,7 @@ def flags(kind, prefix=""):
         default = (
             field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         )
-        inner = "" if field.name == "run" and kind in (cli.TrainArgs, KINDS["plan"]) else f"{field.name}."
+        inner = "" if field.name in ("run", "sampling") else f"{field.name}."
         if dataclasses.is_dataclass(default):
             yield from flags(type(default), f"{prefix}{inner}")
         else:
@@ -119,30 +118,6 @@ def test_every_flag_of_a_verb_has_help(capsys, monkeypatch, verb):
         assert re.fullmatch(HELP, shown.get(f"--{name}", shown.get(name.upper(), several))), name
 
 
-def test_the_short_help_shows_what_most_need_and_where_the_rest_is(capsys, monkeypatch):
-    text = help_of(capsys, monkeypatch, "train", flag="--help")
-    whole = help_of(capsys, monkeypatch, "train")
-    assert len(text.splitlines()) < len(whole.splitlines()) / 3
-    shown = set(re.findall(r"^  (--[\w.-]+)$", text, flags=re.MULTILINE))
-    headings = command.VERBS["train"].shown
-    assert shown == {name for names in headings.values() for name in names} <= set(flags(cli.TrainArgs))
-    assert {"--data.loss-on", "--sweep", "--train.eval-every"} <= shown
-    assert all(f"\n{heading}:\n" in text for heading in headings)
-    assert "--model.rope-scaling RoPE scaling" in " ".join(text.split())  # a group of one
-    assert f"All {len(list(flags(cli.TrainArgs)))} flags: nalora train --help-all" in text
-    assert "Optimizer steps. (default: 100)" in text
-    assert "use only files that you trust." in " ".join(text.split())
-    for group in ("lora", "optimizer", "data", "mesh", "train", "compute", "debug"):
-        assert re.search(rf"^  --{group}\.\* +[A-Z]", text, flags=re.MULTILINE)
-
-
-def test_the_version_is_the_distributions(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["--version"])
-    assert exit_.value.code == 0
-    assert capsys.readouterr().out == f"nalora_jax {importlib.metadata.version('nalora_jax')}\n"
-
-
 # ---------------------------------------------------------------- flags
 
 
@@ -166,13 +141,6 @@ def test_flags_override_nested_settings():
     assert args.run.lora == RunConfig().lora
 
 
-def test_positional_and_renamed_arguments():
-    verb, args = command.parse(["export", "runs/a", "--output", "out", "--for", "vllm"])
-    assert (verb, args.run, args.target) == ("export", Path("runs/a"), "vllm")
-    verb, args = command.parse(["generate", "a-model", "--prompt", "Hello", "--no-chat"])
-    assert (verb, args.model, args.prompt, args.chat) == ("generate", "a-model", "Hello", False)
-
-
 OF_TRAIN = "expected a flag of nalora train, found none of that name"
 
 
@@ -180,25 +148,11 @@ OF_TRAIN = "expected a flag of nalora train, found none of that name"
     ("argv", "said"),
     [
         (["train", "--stepz", "3"], f"--stepz: {OF_TRAIN}; did you mean --steps?"),
-        (["train", "--step", "3"], f"--step: {OF_TRAIN}; did you mean --steps?"),
-        (["train", "--step=3"], f"--step: {OF_TRAIN}; did you mean --steps?"),
-        (["train", "--mechanism", "soft"], f"--mechanism: {OF_TRAIN}; did you mean --mechanisms?"),
         (["train", "--batch_size", "1"], f"--batch-size: {OF_TRAIN}; did you mean --train.batch-size?"),
-        (
-            ["train", "--learning-rate", "1"],
-            f"--learning-rate: {OF_TRAIN}; did you mean --optimizer.learning-rate?",
-        ),
-        (["train", "--data", "x.jsonl"], f"--data: {OF_TRAIN}; did you mean --data.dataset?"),
         (["train", "--lora", "ffn:4"], f"--lora: {OF_TRAIN}; did you mean --lora.rules?"),
         (["train", "--xyzzy"], f"--xyzzy: {OF_TRAIN}; see nalora train --help-all"),
         (["train", "--steps", "many"], "--steps: expected INT, found 'many'"),
-        (["train", "--steps", "1.5"], "--steps: expected INT, found '1.5'"),
         (["train", "--steps"], "--steps: expected a value, found none"),
-        (["eval", "m", "--limit", "x"], "--limit: expected INT, found 'x'"),
-        (
-            ["train", "--optimizer.learning-rate=fast"],
-            "--optimizer.learning-rate: expected FLOAT, found 'fast'",
-        ),
         (
             ["train", "--lora.init", "pisa"],
             "--lora.init: expected one of default, pissa, lora_ga, gradient, zero_a, found 'pisa'",
@@ -213,72 +167,27 @@ OF_TRAIN = "expected a flag of nalora train, found none of that name"
             "nalora train: expected arguments that fit, found Unrecognized options: extra; see",
         ),
         (["fly"], f"fly: expected a verb: {', '.join(KINDS)}, found none of that name; see nalora --help"),
-        (["trian"], "did you mean train?"),
         (["report"], "nalora report: expected the folder of a run, found none"),
-        (["generate", "m"], "nalora generate: expected --prompt or --messages, found neither"),
         (["train", "--log-format", "xml"], "--log-format: expected text or json, found xml"),
         (["generate", "m", "--prompt", "\udcff"], r"--prompt: expected text in UTF-8, found b'\xff'"),
-        (["generate", "m", "--prompt=\udcff"], r"--prompt: expected text in UTF-8, found"),
-        (["train", "--config", "a" * 300], "--config: expected a path whose parts have 1 to 255 bytes"),
-        (["train", "--resume", "a" * 300], "--output: expected a path whose parts have 1 to 255 bytes"),
-        (
-            ["generate", "m", "--prompt", "x", "--image", "a" * 300],
-            "--image: expected a path whose parts have",
-        ),
-        (["export", "a" * 300, "--output", "x"], "RUN: expected a path whose parts have"),
-        (["eval", "m", "--harness-tasks", "a" * 300], "--harness-tasks: expected a path whose parts have"),
         (
             ["train", "--optimizer.rates", "x"],
             "--optimizer.rates: expected [STR FLOAT [STR FLOAT ...]], found 'x'",
         ),
         (
-            ["train", "--lora.trainable-token-indices", "x"],
-            "--lora.trainable-token-indices: expected [INT [INT ...]], found 'x'",
-        ),
-        (
-            ["eval", "m", "--dataset", "a" * 300],
-            "--dataset: expected a path whose parts have 1 to 255 bytes",
-        ),
-        (
             ["train", "--data.dataset", "a" * 300],
             "--data.dataset: expected a path whose parts have 1 to 255 bytes",
         ),
-        (
-            ["train", "--data.pack", "maybe"],
-            "nalora train: expected arguments that fit, found Unrecognized options: maybe",
-        ),
         (["export", "m", "--output", str(ROOT)], f"--output: expected a new or empty folder, found {ROOT}"),
-        (
-            ["train", "--output", "a" * 300],
-            "--output: expected a path whose parts have 1 to 255 bytes, found 'aaa",
-        ),
         (
             ["eval", "m", "--output", "/etc/passwd/x"],
             "--output: expected a path in a folder, found /etc/passwd/x",
         ),
-        (
-            ["export", "m", "--output", "/etc/passwd/x"],
-            "--output: expected a path in a folder, found /etc/passwd/x",
-        ),
         (["eval", "m", "--dataset", "socialqia"], "--dataset: expected a task of this library"),
-        (["eval", "m", "--dataset", "socialqia"], "did you mean socialiqa?"),
     ],
 )
 def test_what_is_typed_wrongly_is_one_line_with_what_was_meant(capsys, argv, said):
     assert said in refused(capsys, *argv)
-
-
-def test_what_stands_behind_a_flag():
-    argv = ["--a", "1", "--b", "--c=2", "--d", "3", "-4", "--a=5"]
-    found = {flag: cli.values_of(argv, flag) for flag in ("--a", "--b", "--c", "--d", "--e")}
-    assert found == {"--a": ["5"], "--b": [], "--c": ["2"], "--d": ["3", "-4"], "--e": None}
-
-
-def test_nothing_at_all_says_what_there_is(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main([])
-    assert exit_.value.code == 2
-    assert "usage: nalora VERB" in capsys.readouterr().err
 
 
 def numbers():
@@ -351,17 +260,6 @@ def test_every_number_has_a_range(verb, flag, bad):
     assert len(str(caught.value)) < 200
 
 
-def test_a_number_out_of_range_is_refused_before_heavy_imports():
-    code = (
-        "import sys\nfrom nalora_jax.__main__ import main\n"
-        "print(main(['train', '--optimizer.eps', 'inf']), sorted({'jax', 'numpy', 'flax'} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    assert done.stdout == "2 []\n"
-
-
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
@@ -378,14 +276,6 @@ def test_adapter_rules_are_typed_as_text(text, rule):
     _, args = command.parse(["train", "--lora.rules", text, "down:1", "--steps", "5"])
     assert args.run.lora.rules == (rule, LoRARule("down", 1))
     assert args.run.steps == 5
-
-
-@pytest.mark.parametrize(
-    "text", ["ffn", "ffn:", ":8", "ffn:x", "ffn:8:", "ffn:8:x", "ffn:-1", "ffn:1.5", ""]
-)
-def test_broken_adapter_rules_are_refused(text):
-    with pytest.raises(ValueError, match=r"expected PATTERN:RANK\[:ALPHA\]"):
-        LoRARule.from_text(text)
 
 
 # ---------------------------------------------------------------- config files
@@ -416,40 +306,19 @@ def test_a_config_file_gives_the_defaults_of_all_flags(tmp_path, capsys, monkeyp
     [
         ("def config(:", "a Python file that can be executed, found SyntaxError"),
         ("1 / 0", "a Python file that can be executed, found ZeroDivisionError: division by zero"),
-        ("import sys\nsys.exit(0)", "a Python file that can be executed, found SystemExit: 0"),
-        (
-            "class Own(BaseException): pass\nraise Own('x')",
-            "a Python file that can be executed, found Own: x",
-        ),
         (
             "class Own(BaseException): pass\ndef config():\n    raise Own",
             r"config\(\) to return a RunConfig, found Own",
         ),
-        ("def config():\n    raise SystemExit", r"config\(\) to return a RunConfig, found SystemExit"),
         ("", r"a function config\(\) that returns a RunConfig, found none"),
-        ("config = 3", r"a function config\(\)"),
         ("def config():\n    return 3", r"config\(\) to return a RunConfig, found int"),
         (
             "def config():\n    return RunConfig(step=3)",
             r"config\(\) to return a RunConfig, found TypeError.*'step'",
         ),
-        ("def config():\n    return RunConfig(steps='3')", "steps of type int, found '3'"),
-        (
-            "def config():\n    return RunConfig(lora=LoRAConfig(init='Pissa'))",
-            r"lora\.init of type Literal.*'Pissa'",
-        ),
-        ("def config():\n    return RunConfig(data=None)", r"data of type DataConfig, found None"),
-        (
-            "def config():\n    return RunConfig(mechanisms='soft')",
-            r"mechanisms of type tuple.*, found 'soft'",
-        ),
         (
             "def config():\n    return RunConfig(lora=LoRAConfig(rules=(LoRARule('a'), LoRARule('b', rank=1.5))))",
             r"lora\.rules\[1\]\.rank of type int, found 1\.5",
-        ),
-        (
-            "def config():\n    return RunConfig(lora=LoRAConfig(rules=[('a', 8)]))",
-            r"lora\.rules of type tuple",
         ),
     ],
 )
@@ -460,27 +329,6 @@ def test_a_broken_config_file_is_one_error(tmp_path, capsys, body, said):
     assert error.startswith(f"error: --config {path}: expected ")
     assert re.search(said, error)
     assert error.count("\n") == 1
-
-
-def test_whole_numbers_pass_for_real_ones_and_errors_of_ours_pass_through(tmp_path):
-    path = write_config(
-        tmp_path, "def config():\n    return RunConfig(optimizer=OptimizerConfig(clip_norm=1))"
-    )
-    assert cli.load_config(path).optimizer.clip_norm == 1
-    path = write_config(
-        tmp_path, "from nalora_jax.errors import *\nraise NaloraError('x', expected='y', found='z')"
-    )
-    with pytest.raises(NaloraError, match=r"^x: expected y, found z$"):
-        cli.load_config(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "found"), [("none.py", "no such file"), ("", "a folder"), ("a.txt", "a.txt")]
-)
-def test_what_is_not_a_python_file_is_refused(tmp_path, name, found):
-    (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(NaloraError, match=f"expected a Python file.*found {re.escape(found)}"):
-        cli.load_config(tmp_path / name)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
@@ -494,7 +342,7 @@ def test_the_configs_of_the_repository_are_valid_and_say_their_command(path):
 
 def test_the_main_job_is_the_defaults():
     config = cli.load_config(ROOT / "configs" / "socialiqa_smollm2.py")
-    assert config.data.max_length == lengths.SHORTEST  # which rows of short questions come to
+    assert config.data.max_length == pipeline.SHORTEST  # which rows of short questions come to
     assert dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=0)) == RunConfig()
 
 
@@ -516,14 +364,6 @@ def raising(error):
         raise error
 
     return run
-
-
-def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
-    assert main(["report", str(tmp_path)]) == 2
-    out, error = capsys.readouterr()
-    assert out == ""
-    assert error.startswith(f"error: {tmp_path / 'metrics.jsonl'}: expected the log of a run, found ")
-    assert error.count("\n") == 1
 
 
 def test_an_error_of_many_lines_becomes_one(capsys):
@@ -579,11 +419,6 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
     error = writer.stderr.read()
     writer.stderr.close()
     assert (writer.wait(), error) == (141, b"")
-
-
-def test_the_librarys_notes_reach_standard_error_as_plain_lines(capsys):
-    guarded(lambda: logging.getLogger("nalora_jax.some.module").info("a note"))
-    assert capsys.readouterr() == ("", "a note\n")
 
 
 def test_train_py_takes_the_same_flags():

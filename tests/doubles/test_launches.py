@@ -39,7 +39,6 @@ PLANNED = {
     "2 x v6e-16": "2xv6e:4x4",
     "4 x v5litepod-16": "4xv5e:4x4",
 } | {name: f"{len(machine(name))}xh100" for name in NAMES if "H100" in name}
-NODES = {"2 x 8 A100": (2, 8), "8 A100 80GB": (1, 8), "L4": (1, 1), "GB200 NVL72": (1, 72)}
 SMALL = {
     "model_type": "llama", "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4,
     "num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
@@ -108,10 +107,6 @@ CASES = [
 ]
 
 
-def test_the_documented_meshes_are_found():
-    assert {MeshConfig(), MeshConfig(fsdp=8), MeshConfig(2, -1)} <= set(_documented())
-
-
 @pytest.mark.parametrize(("name", "form"), CASES)
 def test_every_documented_mesh_holds_every_device_or_names_the_axis(name, form):
     devices = machine(name)
@@ -167,18 +162,6 @@ def test_the_shards_of_a_checkpoint_are_the_state_once(name, form):
         assert set().union(*holders.values()) == {device.process_index for device in machine(name)}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_machine_has_as_many_chips_as_devices(name):
-    where = of_devices(machine(name))
-    if name == "T4":  # no bfloat16 units
-        assert where is None
-        return
-    assert where is not None
-    assert where.size == len(machine(name))
-    if name in NODES:
-        assert (where.dims, where.slices) == (NODES[name], 1)
-
-
 @pytest.mark.parametrize("name", PLANNED)
 def test_nalora_plan_and_training_choose_the_same_layout(name):
     where, planned = of_devices(machine(name)), topology(PLANNED[name])
@@ -187,34 +170,6 @@ def test_nalora_plan_and_training_choose_the_same_layout(name):
     config = run(MeshConfig(), 2 * where.size)
     found, expected = (preferred(fitting(config, small(), machine)) for machine in (where, planned))
     assert found == expected
-
-
-@pytest.mark.parametrize(
-    "name", ["2 x 8 H100, a process a GPU", "2 x 8 H100, cyclic", "2 x 8 H100, old client"]
-)
-def test_a_process_a_gpu_has_the_layout_of_a_process_a_node(name):
-    """Mixtral needs the axis tensor, which exists within a node alone."""
-    base = architecture("mixtral-8x7b")
-    assert laid(name, MeshConfig(), base).shape == laid("2 x 8 H100", MeshConfig(), base).shape
-    assert laid(name, MeshConfig(), base).shape["tensor"] > 1
-
-
-def test_nodes_of_different_sizes_count_as_smaller_ones():
-    gpus = [*machine("2 x 8 H100")[:8], *machine("2 x 8 H100")[8:12]]
-    where = of_devices(gpus)
-    assert where is not None
-    assert (where.dims, where.size) == ((3, 4), 12)
-
-
-def test_a_part_of_a_slice_is_a_mesh_as_well():
-    """`smallest_mesh` takes the first devices, which need not fill a box of the torus."""
-    for count in (1, 2, 3, 5, 8):
-        mesh = distributed.make_mesh(MeshConfig(data=count), machine("v5litepod-16")[:count])
-        assert set(mesh.devices.flat) == set(machine("v5litepod-16")[:count])
-    assert of_devices(machine("v5litepod-16")[:3]) is None
-    uneven = machine("2 x v6e-16")[:24]
-    assert distributed.make_mesh(MeshConfig(data=2, fsdp=12), uneven).size == 24
-    assert of_devices(uneven) is None
 
 
 def test_a_sweep_with_a_run_a_device_compiles_a_program_of_one_device():

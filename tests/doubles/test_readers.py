@@ -55,8 +55,3 @@ def test_a_step_is_compiled_for_the_platform_of_its_mesh(devices):
         assert prefixes == {"gpu"}
     else:
         assert bool(prefixes) == (mesh.shape["fsdp"] > 1)
-
-
-def test_the_smallest_mesh_is_the_first_device(devices):
-    mesh = distributed.smallest_mesh(MeshConfig(1, 1, 1))
-    assert list(mesh.devices.flat) == devices[:1]

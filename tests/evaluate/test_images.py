@@ -11,7 +11,7 @@ from nalora_jax.data.images.opened import open_images
 from nalora_jax.evaluate.evaluator import describe
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator, own_ranks
 from nalora_jax.models.vision.dual import DualEncoder
-from nalora_jax.weights.vision.model import load_dual
+from nalora_jax.weights.dual import load_dual
 
 
 def test_ranks_count_what_beats_the_own_one() -> None:

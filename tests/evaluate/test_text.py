@@ -7,7 +7,6 @@ import math
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
 from nalora_jax.common.trees import unflatten
 from nalora_jax.data.items import ChoiceItem, CompletionItem
@@ -124,21 +123,6 @@ def test_loss_equals_transformers_and_is_weighted_by_tokens(
     assert [record["tokens"] for record in records] == counts.tolist()
     assert summary["n"] == 6
     np.testing.assert_allclose((summary["low"], summary["high"]), bootstrap(sums, counts), rtol=1e-4)
-
-
-def test_items_on_a_mesh_give_the_same_loss(model, variables, documents):
-    items = [CompletionItem(d[:1], d[1:], "", "") for d in documents]
-    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices())
-    sharded, single = (
-        text_summary(completion_records(model, variables, items, mesh=one)) for one in (mesh, None)
-    )
-    np.testing.assert_allclose(sharded["loss"], single["loss"], rtol=1e-6)
-    assert sharded["n"] == single["n"] == 6
-
-
-def test_nothing_to_predict_is_an_error(model, variables):
-    with pytest.raises(NaloraError, match="at least one target token"):
-        text_summary(completion_records(model, variables, []))
 
 
 def test_logits_of_a_long_row_are_never_held_together():

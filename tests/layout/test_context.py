@@ -29,11 +29,8 @@ from nalora_jax.evaluate.text import completion_records, text_summary
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.short_convolution import ShortConvolution
-from nalora_jax.train.assembly import Assembly, assemble
-from nalora_jax.train.decoder_program import check_context
 from nalora_jax.train.kinds import decoder_parts
-from nalora_jax.weights.base import load_model
+from nalora_jax.train.program import Assembly, assemble, check_context
 from tests.param_trees import init_params
 
 RAW = {
@@ -60,8 +57,6 @@ DELTA_NET = {
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
 RAWS: dict[str, dict[str, Any]] = {
     "dense": {**RAW, "model_type": "llama"},
-    "pairs, windows and soft caps": {**RAW, "model_type": "gemma2", **WINDOWS},
-    "windows in every layer": {**RAW, "model_type": "mistral", "sliding_window": 4},
     "sinks and experts": {
         **RAW,
         "model_type": "gpt_oss",
@@ -175,7 +170,6 @@ CASES = [
     ("sinks and experts", WITH_TENSOR),
     ("delta rule", WITH_TENSOR),
     ("short convolution", MeshConfig(1, 2, 2, 2)),
-    ("pairs, windows and soft caps", WITH_FSDP),
 ]
 
 
@@ -186,46 +180,6 @@ def test_split_rows_train_as_whole_rows(
     spread = trained(name, mesh)
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
     assert_equal_runs(spread, on_one_device(name))
-
-
-def test_a_run_in_micro_batches_of_split_rows_resumes_on_one_device() -> None:
-    state, history = trained("dense", MeshConfig(1, 1, 1, 4), range(3), accumulate=2)
-    state, later = trained("dense", MeshConfig(1, 1, 1), range(3, STEPS), start=state)
-    assert_equal_runs((state, history + later), on_one_device("dense"))
-
-
-def test_split_rows_with_images_train_as_whole_rows(seeing_folder: Any) -> None:
-    """Two steps of Gemma 3; an image of four tokens that see each other is in two blocks of its row."""
-    folder = seeing_folder("gemma3", vision={"num_hidden_layers": 1})
-    loaded = load_model(str(folder), dtype="float32", images=True)
-    sight, rules = loaded.config.sight, (LoRARule("image/.*ffn", 2), LoRARule("ffn", 4))
-    assert sight is not None
-    config, runs = replace(CONFIG, lora=LoRAConfig(rules=rules)), []
-    for mesh in (MeshConfig(1, 1, 1, 2), MeshConfig(1, 1, 1)):
-        assembly, params = assembled_from(
-            loaded.config, loaded.params, config, mesh, processor=loaded.processor
-        )
-        state, history = assembly.state, []
-        for step in range(2):
-            batch = batch_of(step)
-            tokens = np.where(batch["tokens"] == sight.image_token, 3, batch["tokens"]) % 48
-            images = np.array([2, 1], np.int32)
-            for row, place in ((0, 14), (0, 40), (1, 30)):  # blocks have 16 tokens
-                batch["segment_ids"][row, place - 1 : place + 5] = batch["segment_ids"][row, place]
-                tokens[row, place : place + sight.tokens] = sight.image_token
-            pixels = np.random.default_rng(step).integers(0, 256, (ROWS, 2, 16, 16, 3)).astype(np.uint8)
-            batch |= {
-                "tokens": tokens,
-                "targets": batch["targets"] % 48,
-                "pixels": pixels,
-                "images": images,
-            }
-            batch = {name: array[None] for name, array in batch.items()}
-            placed = distributed.make_global_batch(batch, assembly.mesh, rows_axis=1)
-            state, metrics = assembly.step(params, state, placed)
-            history.append(jax.device_get(metrics))
-        runs.append((jax.device_get(state), history))
-    assert_equal_runs(*runs)
 
 
 def test_layers_of_split_rows_exchange_keys_and_values_only() -> None:
@@ -265,13 +219,6 @@ def test_models_and_rows_that_cannot_be_split_are_refused(
     config = replace(CONFIG, data=replace(CONFIG.data, max_length=12))
     with pytest.raises(NaloraError, match=message):
         check_context(config, base, made)
-
-
-def test_mixers_that_need_whole_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ShortConvolution, "splits_rows", False)
-    base, made = ModelConfig.from_hf(RAWS["short convolution"]), distributed.make_mesh(ALONE)
-    with pytest.raises(NaloraError, match="--mesh.context: expected 1: the layers conv of lfm2"):
-        check_context(CONFIG, base, made)
 
 
 def test_rows_that_the_axis_does_not_divide_are_padded(caplog: pytest.LogCaptureFixture) -> None:

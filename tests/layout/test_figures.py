@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import jax
@@ -39,12 +38,9 @@ def test_a_program_needs_the_smaller_of_sum_and_peak(temporary, peak, live):
     [
         lambda text: text[:-30],
         lambda text: text.replace('"arguments": 2', '"arguments": 3'),
-        lambda text: text.replace("sha256", "sha257"),
-        lambda text: json.dumps({"sha256": "0"}),
-        lambda text: "[1]",
         lambda text: "\xff",
     ],
-    ids=["cut", "digit", "name of the digest", "empty", "list", "not UTF-8"],
+    ids=["cut", "digit", "not UTF-8"],
 )
 def test_a_damaged_file_of_the_cache_is_written_again(tmp_path, damage):
     mesh = Mesh(jax.devices()[:1], ("data",))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from nalora_jax.cli.plan import PlanArgs, plan
 from nalora_jax.cli.planning.program import CONFIGS, _weight, architecture
 from nalora_jax.config import ComputeConfig, DataConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
@@ -19,16 +17,12 @@ from nalora_jax.layout.estimates import (
     WIDTHS,
     active_parameters,
     attention_flops,
-    copied_experts,
-    gathered_keys,
-    mixer_flops,
     splash_flops,
     useful_flops,
     weight_bytes,
-    working_bytes,
 )
 from nalora_jax.layout.figures import Figures, kernel_flops
-from nalora_jax.layout.layouts import Layout, candidates, estimate, fitting, laid_out, preferred
+from nalora_jax.layout.layouts import Layout, estimate, fitting, laid_out, preferred
 from nalora_jax.layout.machines import Topology, topology
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
@@ -75,7 +69,14 @@ def test_a_model_that_does_not_fit_is_split_and_keeps_what_there_is_room_for():
 
 
 @pytest.mark.parametrize("model", TABLE)
-@pytest.mark.parametrize("where", ["v5e:16x16", "v6e:16x16", "v5p:8x8x16", "8xh100", "64xh100"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "v5e:16x16",
+        "v6e:16x16",
+        "8xh100",
+    ],
+)
 def test_every_model_of_the_table_has_a_layout(model, where):
     layout, machine = chosen(model, where), topology(where)
     assert layout.data * layout.fsdp * layout.tensor == machine.size
@@ -102,19 +103,6 @@ def test_nothing_fits_is_an_error_with_a_remedy():
         chosen("llama-3.1-70b", "v5e:2x2")
     with pytest.raises(NaloraError, match=r"--train.batch-size: expected rows .* found 7"):
         chosen("llama-3.1-8b", "v6e:16x16", rows=7, mesh=MeshConfig(tensor=1))
-
-
-@pytest.mark.parametrize("name", ["v7x:2x2", "8xa100", "12xh100", "v5e", "v5e:0x4", ""])
-def test_unknown_machines_are_refused(name):
-    with pytest.raises(NaloraError, match="--topology"):
-        topology(name)
-
-
-def test_keeping_more_takes_memory_and_saves_products():
-    base, machine = architecture("llama-3.1-8b"), topology("v6e:16x16")
-    layouts = [estimated(run(256), base, machine, (1, 256, 1), p) for p in ("dots", "attention", "full")]
-    assert np.all(np.diff([layout.memory for layout in layouts]) < 0)
-    assert np.all(np.diff([layout.seconds for layout in layouts]) > 0)
 
 
 def test_attention_s_kernels_are_counted_by_the_blocks_that_they_compute():
@@ -148,26 +136,6 @@ def test_attention_s_kernels_are_counted_by_the_blocks_that_they_compute():
     assert kernel_flops(cudnn, windowed, 3, 4096, 1) == kernel_flops(cudnn, base, 3, 4096, 1)
 
 
-def test_attention_is_the_kernel_that_takes_it():
-    """What waits for the backward pass: splash attention's result; of the plain function its own inputs as well."""
-    base, machine = architecture("llama-3.1-8b"), topology("v6e:16x16")
-
-    def of(head_dim: int, seq: int, where: Topology = machine):
-        made = replace(base, head_dim=head_dim, n_heads=4096 // head_dim, n_kv_heads=1024 // head_dim)
-        return estimated(run(256, seq), made, where, (256, 1, 1), "attention").activations
-
-    kept = 2 * 4096 * 32 * 4096.0  # bytes of attention's result in all layers
-    # Two arrays of queries and one of keys, which a TPU pads from 64 to 128.
-    assert of(64, 4096) - of(128, 4096) == pytest.approx(2.25 * kept)
-    gpus = topology("64xh100")
-    assert of(128, 4096) == of(128, 4096, gpus)  # cuDNN's result as well
-    assert of(128, 16384) - of(128, 16384, gpus) == pytest.approx(4 * kept)  # Triton's is not
-    assert of(32, 4096) - of(128, 4096) == pytest.approx(
-        1.5 * kept
-    )  # keys and values are a quarter as wide each
-    assert of(128, 4096) / 4096 < of(128, 4032) / 4032
-
-
 def test_parameters_and_attention_are_counted_as_the_models_are():
     # Llama-3.1-8B has 8.03 billion parameters, 0.525 of them the embedding.
     assert active_parameters(architecture("llama-3.1-8b")) == pytest.approx(8.03e9 - 0.525e9, rel=2e-3)
@@ -199,26 +167,6 @@ def test_gpt_oss_takes_the_memory_of_its_released_files(name, released, active):
     assert layer * base.n_layers + ends == pytest.approx(held, rel=1e-9)
     assert held == pytest.approx(released, rel=5e-3)
     assert active_parameters(base) == pytest.approx(active, rel=0.02)
-
-
-@pytest.mark.parametrize("where", ["v5e:16x16", "v6e:16x16", "v5p:8x8x16", "8xh100"])
-def test_models_with_linear_attention_fit(where):
-    for name, least in {"Qwen3.5-9B": 0.6, "Qwen3.5-35B-A3B": 0.05}.items():
-        layout = chosen(name, where)
-        assert layout.memory < topology(where).chip.memory
-        assert layout.mfu > least
-
-
-@pytest.mark.parametrize(
-    ("name", "active", "share"), [("Qwen3.5-9B", 7.94e9, 0.01), ("Qwen3.5-35B-A3B", 2.95e9, 0.03)]
-)
-def test_linear_attention_is_a_small_share_of_the_useful_flops(name, active, share):
-    base = architecture(name)
-    assert active_parameters(base) == pytest.approx(active, rel=0.01)
-    assert 3 * mixer_flops(base, 4096) / useful_flops(base, AdapterSpec(), 1, 4096) == pytest.approx(
-        share, rel=0.15
-    )
-    assert mixer_flops(base, 8192) == 2 * mixer_flops(base, 4096)
 
 
 def test_links_of_the_torus_dimensions_that_a_collective_spans():
@@ -269,61 +217,6 @@ def test_a_row_that_chips_must_share_is_split_along_its_tokens():
     assert split.seconds < whole.seconds  # with tensor 8, sums of activations
 
 
-def test_no_row_is_split_without_a_kernel_or_through_mixers_that_need_it_whole(monkeypatch):
-    cases = (
-        ("gemma-4-31b", "8xh100", 131_072),  # heads of 256
-        ("llama-3.1-8b", "8xh100", 131_072),
-        ("llama-3.1-8b", "v5e:4x4", 8192),  # blocks of less than 1,024 tokens
-    )
-    for model, where, seq in cases:
-        found = candidates(run(1, seq), architecture(model), topology(where))
-        layouts = [layout for layout in found if layout.context > 1]
-        assert all(seq >= 2048 * layout.context for layout in layouts)
-        assert bool(layouts) is (model == "llama-3.1-8b")
-
-
-def test_the_host_s_memory_is_taken_nowhere_else():
-    for model, where in (
-        ("llama-3.1-8b", "v5e:16x16"),
-        ("llama-3.1-70b", "v6e:16x16"),
-        ("mixtral-8x7b", "64xh100"),
-    ):
-        base, machine = architecture(model), topology(where)
-        config = run(machine.size)
-        usable = [
-            layout
-            for layout in candidates(config, base, machine)
-            if layout.memory <= 0.95 * machine.chip.memory and layout.host <= 0.5 * machine.chip.host_memory
-        ]
-        fastest = min(usable, key=lambda layout: layout.seconds)
-        found = preferred(fitting(config, base, machine))
-        assert found.seconds <= 1.01 * fastest.seconds
-        assert not found.host, found
-
-
-def test_a_link_to_the_host_that_is_slower_than_the_products_costs_its_time():
-    base, machine = architecture("llama-3.1-8b"), topology("v5e:16x16")
-
-    def of(remat: str, link: float):
-        chip = replace(machine.chip, host_link=link)
-        return estimated(run(256), base, replace(machine, chip=chip), (256, 1, 1), remat)
-
-    kept, fast, slow = of("dots", 15e9), of("dots_offload", 1e15), of("dots_offload", 15e9)
-    assert fast.seconds == pytest.approx(kept.seconds)
-    assert fast.host == kept.activations
-    assert slow.seconds > max(kept.seconds, slow.host / 15e9)
-    assert slow.memory < kept.memory
-
-
-def test_recomputed_layers_hold_the_results_that_other_policies_save():
-    base, machine = architecture("qwen3-32b"), topology("v6e:16x16")
-    full, attention = (
-        estimated(run(256, 16384), base, machine, (8, 32, 1), remat) for remat in ("full", "attention")
-    )
-    of_layer = (attention.activations - full.activations) / base.n_layers
-    assert full.working - attention.working == pytest.approx(of_layer)
-
-
 def test_quantized_experts_are_expanded_through_hbm():
     """Compiled for v6e: 0.0821 s, of which 0.0814 are HBM's; matmuls take 0.034."""
     raw = CONFIGS["gpt-oss-20b"]
@@ -332,28 +225,6 @@ def test_quantized_experts_are_expanded_through_hbm():
     config = run(256, compute=ComputeConfig(quantize="mxfp4"))
     layout = estimated(config, base, topology("v6e:16x16"), (256, 1, 1), "full")
     assert layout.seconds == pytest.approx(0.0821, rel=0.25)
-
-
-def test_few_tokens_need_room_for_kernels_of_experts_and_many_for_rows():
-    base, machine = architecture("mixtral-8x7b"), topology("v5p:8x8x16")
-    kernel, row = 2.0 * 8 * 4096 * 14336, 2.0 * 2 * 14336  # bytes; a token has two rows
-    few, many = (working_bytes(machine, base, n, (1, 1), wide=2.0, offloads=True) for n in (1024, 65536))
-    assert few == pytest.approx(8 * kernel + 4 * 1024 * row)
-    assert many == pytest.approx(3 * kernel + 8 * 65536 * row)
-
-
-def test_context_that_splits_experts_copies_them():
-    base = architecture("Qwen3-Coder-30B-A3B-Instruct")
-
-    def working(context: int) -> float:
-        sizes = (4 // context, 4, 1, context)
-        return estimated(run(16, 16384), base, topology("v6e:4x4"), sizes, "attention").working
-
-    assert copied_experts(base, 4, 1, 2.0) == copied_experts(base, 4, 3, 2.0) == 0.0
-    copied = copied_experts(base, 4, 4, 2.0)
-    assert copied == 2.0 * 48 * 3 * 128 * 2048 * 768
-    keys = gathered_keys(base, 4, 16384, 4, 2.0)[0]  # of the whole rows that four chips share
-    assert working(4) - working(1) == pytest.approx(copied / 16 + keys)
 
 
 def test_estimates_agree_with_the_compiled_rows_of_the_table():
@@ -379,10 +250,8 @@ def test_estimates_agree_with_the_compiled_rows_of_the_table():
     ("model", "where", "mesh", "remat"),
     [
         ("llama-3.1-8b", "v6e:16x16", (256, 1, 1), "dots"),
-        ("llama-3.1-8b", "v5p:8x8x16", (1024, 1, 1), "dots"),
         ("llama-3.1-70b", "8xh100", (1, 8, 1), "attention"),
         ("gemma-3-27b", "8xh100", (2, 4, 1), "dots"),
-        ("qwen3-32b", "8xh100", (1, 8, 1), "dots"),
         ("mixtral-8x7b", "8xh100", (2, 1, 4), "dots"),
     ],
 )
@@ -405,25 +274,6 @@ def test_few_tokens_are_sent_to_experts_and_many_gather_them():
     assert chosen(model, where, seq=64, lora=LoRAConfig(dropout=0.1)).experts == "gather"
 
 
-def test_rows_are_sent_with_offloaded_inputs_only_if_both_are_asked_for():
-    """libtpu aborts on most programs with both."""
-    model, mesh = "Qwen3-Coder-30B-A3B-Instruct", MeshConfig(1, 16, 1)
-    options = {"seq": 64, "mesh": mesh}
-    offloading = chosen(model, "v6e:4x4", compute=ComputeConfig(remat="full_offload"), **options)
-    assert offloading.experts == "gather"
-    sending = chosen(model, "v6e:4x4", compute=ComputeConfig(experts="send"), **options)
-    assert not sending.remat.endswith("_offload")
-    both = chosen(model, "v6e:4x4", compute=ComputeConfig(remat="full_offload", experts="send"), **options)
-    assert both.experts == "send"
-
-
-def test_more_than_the_host_has_is_an_error_that_says_so():
-    with pytest.raises(
-        NaloraError, match=r"to fit in 24\.00 GB of the host's memory for each chip, found .* the host's"
-    ):
-        chosen("llama-3.1-8b", "v5e:16x16", seq=32768, compute=ComputeConfig(remat="dots_offload"))
-
-
 def test_tables_that_are_trained_as_a_whole_take_four_copies():
     """In float32: itself, its gradient and Adam's averages; the rows of added tokens too."""
     saved = LoRAConfig(modules_to_save=("embed_tokens", "lm_head"))
@@ -436,17 +286,6 @@ def test_tables_that_are_trained_as_a_whole_take_four_copies():
         2 * 16 * 4096 * (128256 + np.array([0, 8, 9])) / (8, 8, 1)
     )  # 9 rows more: the axis does not divide them
     np.testing.assert_allclose(np.array(states[1:]) - states[0], tables)
-
-
-def test_the_verb_takes_tables_and_added_tokens(monkeypatch, capsys):
-    monkeypatch.setattr("nalora_jax.cli.plan._prepare", lambda **_: None)  # JAX runs already
-    config, memory = replace(PlanArgs().run, model="llama-3.1-8b", mesh=MeshConfig(fsdp=16)), []
-    saved = replace(config, lora=LoRAConfig(modules_to_save=("embed_tokens", "lm_head")))
-    for changes in ({"run": config}, {"run": saved}, {"run": config, "added_tokens": 10**5}):
-        plan(PlanArgs(("v6e:4x4",), estimate=True, **changes))
-        memory.append(float(re.search(r"([\d.]+) GB a chip", capsys.readouterr().out)[1]))
-    assert memory[1] > memory[0] + 1  # four copies over 16 chips, and two gathered ones
-    assert memory[2] > memory[0]
 
 
 def test_chips_without_a_data_sheet_and_cpus_are_left_alone():

@@ -9,7 +9,7 @@ import pytest
 
 from nalora_jax.cli.planning import program
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.machines import CHIPS, of_devices, shapes, topology
+from nalora_jax.layout.machines import of_devices, shapes, topology
 from tests.doubles.machines import machine as devices_of
 
 
@@ -17,14 +17,9 @@ from tests.doubles.machines import machine as devices_of
     ("name", "known"),
     [
         ("v5e:4x4x2", "16x16, found 'v5e:4x4x2'"),  # aborts libtpu's compiler
-        ("v5e:4x8x2", "1x1, 2x2, 2x4"),
-        ("v5e:16x32", "16x16, found"),
         ("v6e:8x4", "4x8"),
-        ("v6e:3x3", "4x4"),
-        ("2xv6e:4x5", "4x4"),
         ("v5p:4x4", "4x4x4"),
         ("v5p:4x4x6", "4a x 4b x 4c"),
-        ("v5p:16x16x28", "up to 16x16x24"),
     ],
 )
 def test_slices_that_do_not_exist_are_refused_with_those_that_do(name, known):
@@ -35,15 +30,11 @@ def test_slices_that_do_not_exist_are_refused_with_those_that_do(name, known):
 @pytest.mark.parametrize(
     ("name", "shape"),
     [  # cloud.google.com/tpu/docs: v5e, v6e, v5p
-        ("v5litepod-1", "v5e:1x1"),
         ("v5litepod-16", "v5e:4x4"),
         ("v6e-256", "v6e:16x16"),
         ("2xv6e-16", "2xv6e:4x4"),
         ("v5p-8", "v5p:2x2x1"),
-        ("v5p-128", "v5p:4x4x4"),
-        ("v5p-512", "v5p:4x8x8"),
         ("v5p-2048", "v5p:8x8x16"),
-        ("v5p-4096", "v5p:8x16x16"),
     ],
 )
 def test_accelerator_types_are_names(name, shape):
@@ -52,12 +43,6 @@ def test_accelerator_types_are_names(name, shape):
     for wrong in ("v5litepod-5", "v5p-9", "v6e-512"):
         with pytest.raises(NaloraError, match="expected a slice of v"):
             topology(wrong)
-
-
-@pytest.mark.parametrize("name", ["v5e:{}x1", "{}xv5e:1x1", "{}xh100"])
-def test_sizes_of_thousands_of_digits_are_refused(name):
-    with pytest.raises(NaloraError, match="--topology: expected a TPU topology such as"):
-        topology(name.format("9" * 5000))
 
 
 def test_slices_have_the_sizes_of_cloud_tpu():
@@ -70,21 +55,11 @@ def test_slices_have_the_sizes_of_cloud_tpu():
     assert len(v5p) == len(set(v5p))
 
 
-@pytest.mark.parametrize("kind", ["v5e", "v6e", "v5p"])
-def test_every_slice_can_be_named(kind):
-    for shape in shapes(kind):
-        name = f"{kind}:{'x'.join(map(str, shape))}"
-        assert topology(name).size == math.prod(shape)
-        assert topology(f"2x{name}").slices == 2
-
-
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
         ("v5e:1x1", {"topology_name": "v5e:1x1", "chips_per_host_bounds": (1, 1, 1)}),
-        ("v6e:1x1", {"topology_name": "v6e:1x1", "chips_per_host_bounds": (1, 1, 1)}),
         ("v5e:2x4", {"topology_name": "v5e:2x4"}),
-        ("v5p:2x2x1", {"topology_name": "v5p:2x2x1"}),
         ("2xv6e:16x16", {"topology_name": "v6e:16x16", "num_slices": 2}),
     ],
 )
@@ -105,26 +80,15 @@ def test_the_gpu_compiler_is_asked_for_nodes_and_gpus():
     assert arguments == {"platform": "cuda", "topology_name": "h100", "topology": "8x1x8"}
 
 
-def test_a_rack_is_one_node():
-    """72 GPUs of an NVL72 share NVLink; beyond it every GPU's network adds up, and NVLink is the bound."""
-    chip = CHIPS["gb200"]
-    where = topology("16xh100")
-    assert where.inbound(8) == where.chip.interconnect
-    assert where.inbound(16) == 8 * where.chip.network
-    assert type(where)("", chip, "gb200", (2, 72)).inbound(72) == chip.interconnect
-
-
 @pytest.mark.parametrize(
     ("name", "chip", "dims", "slices"),
     [
         ("v5litepod-256", "v5e", (16, 16, 1), 1),
         ("v5p-2048", "v5p", (8, 8, 16), 1),
         ("2 x v6e-16", "v6e", (4, 4, 1), 2),
-        ("2 x 8 H100", "h100", (2, 8), 1),
         ("2 x 8 H100, a process a GPU", "h100", (2, 8), 1),
         ("2 x 8 A100", "a100-40", (2, 8), 1),
         ("8 A100 80GB", "a100-80", (1, 8), 1),
-        ("L4", "l4", (1, 1), 1),
         ("GB200 NVL72", "gb200", (1, 72), 1),
     ],
 )

@@ -11,7 +11,6 @@ import numpy as np
 from nalora_jax.method.ffn import LoRADense
 from nalora_jax.method.low_rank import LowRankHidden
 from nalora_jax.method.measurement import take_probe
-from nalora_jax.ops.dispatch import Numerics
 
 
 def _layer(**options: object) -> tuple[LoRADense, dict, jax.Array]:
@@ -55,18 +54,6 @@ def test_dropout_acts_on_the_adapter_only_and_only_in_training() -> None:
     base, _ = layer.apply({"params": variables["params"]}, x)
     np.testing.assert_allclose(moved - delta, base, rtol=1e-5, atol=1e-5)
     assert np.abs(np.asarray(still - moved)).max() > 0.1
-
-
-def test_low_precision_operands_keep_float32_masters() -> None:
-    layer, variables, x = _layer(numerics=Numerics("bfloat16", "float32", "bfloat16"))
-    params = jax.tree.map(lambda v: v.astype(jnp.bfloat16), variables["params"])
-    lora = jax.tree.map(lambda v: v + 0.1, variables["lora"])
-
-    def loss(lora: dict) -> jax.Array:
-        return jnp.sum(jnp.square(layer.apply({"params": params, "lora": lora}, x)[0]))
-
-    grads = jax.grad(loss)(lora)
-    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
 
 def test_probe_takes_the_layer_apart(numerics: Any) -> None:

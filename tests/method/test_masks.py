@@ -46,20 +46,6 @@ def test_hard_mask_keeps_exactly_the_top_share(levels, keep):
     np.testing.assert_array_equal(mask, expected)
 
 
-def test_hard_mask_ranks_within_each_layer_and_expert():
-    importance = jnp.asarray(np.random.default_rng(0).uniform(size=(3, 2, 10)), jnp.float32) * jnp.array(
-        [1.0, 10.0, 100.0]
-    ).reshape(3, 1, 1)
-    mask = hard_mask(importance, 0.5)
-    np.testing.assert_array_equal(mask.sum(-1), jnp.full((3, 2), 5.0))
-    low, high = (
-        jnp.where(mask > 0, jnp.inf, importance).max(-1),
-        jnp.where(mask > 0, importance, jnp.inf).min(-1),
-    )
-    assert low.shape == high.shape == (3, 2)
-    assert (jnp.where(mask > 0, -jnp.inf, importance).max(-1) < high).all()
-
-
 def test_soft_mask_is_the_clipped_power_of_the_ratio_to_the_mean():
     importance = np.random.default_rng(1).uniform(size=(2, 50)) ** 2
     ratio = importance / importance.mean(-1, keepdims=True)
@@ -79,14 +65,6 @@ def test_no_mask_during_warmup(kind):
         mask = masks(state_with(importance, count))[PATH]
         assert (mask == 1).all() == (count < 3)
         assert mask.dtype == jnp.float32
-
-
-def test_rule_and_its_settings_are_the_config_s():
-    importance = jnp.asarray(np.random.default_rng(3).uniform(size=(2, 8)), jnp.float32)
-    state = state_with(importance)
-    hard, soft = "hard:keep=0.25", "soft:power=0.5,low=0.9,high=1.1"
-    np.testing.assert_array_equal(gate_masks(state, hard)[PATH], hard_mask(importance, 0.25))
-    np.testing.assert_array_equal(gate_masks(state, soft)[PATH], soft_mask(importance, 0.5, 0.9, 1.1))
 
 
 def test_off_and_unseen_layers_are_not_masked():

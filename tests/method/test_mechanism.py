@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.method import activations, statistics
+from nalora_jax.method import statistics
 from nalora_jax.method.rules import (
     MECHANISMS,
     Mechanism,
-    curvature_cap,
     delta_importance,
     make,
     register_mechanism,
@@ -151,11 +150,6 @@ def test_importance_by_delta_is_a_power_of_its_second_moment() -> None:
     np.testing.assert_allclose(dead, [[10.0, 0.5**0.5]], rtol=1e-5)
 
 
-def test_the_cap_acts_where_the_response_is_curved() -> None:
-    excess, response = jnp.asarray([[0.0, 0.05, 0.4, 0.0]]), jnp.asarray([[1.0, 1.0, 1.0, 0.0]])
-    np.testing.assert_allclose(curvature_cap(excess, response, 0.1), [[1.0, 1.0, 0.25, 1.0]], rtol=1e-6)
-
-
 def test_settings_are_read_by_type_and_refused_by_name() -> None:
     one = make("homogeneity:gains=0.1/0.2/0.3/0.4,warmup=7")
     assert (one.gains, one.warmup) == ((0.1, 0.2, 0.3, 0.4), 7)
@@ -245,7 +239,3 @@ def test_unknown_statistics_and_places_are_refused(scratch_registry: None) -> No
     register_mechanism("elsewhere", statistics=("slope",), places=("forward",))(lambda a, c: a["slope"])
     with pytest.raises(NaloraError, match="mechanism elsewhere: expected places of"):
         only("elsewhere")
-
-
-def test_partition_of_the_context_is_the_activations() -> None:
-    assert only().context(jnp.int32(0), PATH).partition == activations.partition("silu")

@@ -51,15 +51,6 @@ def test_gate_compensation_identity(z, dz, name, dtype):
     assert feature.dtype == moved.dtype == dtype
 
 
-def test_decomposition_agrees_with_float64():
-    z, dz = normal(0, 500), normal(1, 500)
-    z64, dz64 = np.asarray(z, np.float64), np.asarray(dz, np.float64)
-    feature, moved = statistics.gate_decomposition(z, dz, SILU)
-    np.testing.assert_allclose(feature, special.expit(z64) * dz64, rtol=1e-6)
-    expected = (special.expit(z64 + dz64) - special.expit(z64)) * (z64 + dz64)
-    np.testing.assert_allclose(moved, expected, rtol=1e-4, atol=1e-6)
-
-
 def misalignment(z, dz, weights, activation):
     return statistics.ratio("misalignment", statistics.probe_statistics(z, dz, weights, activation))
 
@@ -74,28 +65,6 @@ def test_misalignment_of_a_normal_gate():
     weights = jnp.ones(400_000, bool)
     assert float(misalignment(z, dz, weights, SILU)[0]) == pytest.approx(0.297, abs=0.002)
     assert float(limit_of(z, dz, weights, SILU)[0]) == pytest.approx(0.275, abs=0.002)
-
-
-def test_misalignment_tends_to_its_limit():
-    z, weights = normal(6, 2000, 3), jnp.ones(2000)
-    direction = normal(7, 2000, 3)
-    limit = limit_of(z, direction, weights, SILU)
-    gaps = [
-        float(jnp.abs(misalignment(z, size * direction, weights, SILU) - limit).max())
-        for size in (1.0, 0.1, 0.01)
-    ]
-    assert gaps[0] > 10 * gaps[1] > 10 * gaps[2]
-    assert gaps[2] < 1e-3
-
-
-@pytest.mark.parametrize("name", ["relu", "identity", "silu"])
-def test_nothing_moves_nothing_misaligned(name):
-    z = jnp.abs(normal(8, 20, 4))
-    zero = misalignment(z, jnp.zeros_like(z), jnp.ones(20), activations.get(name))
-    np.testing.assert_array_equal(zero, jnp.zeros(4))
-    # ReLU above 0 and the identity select nothing anew.
-    moved = misalignment(z, z, jnp.ones(20), activations.get(name))
-    assert (moved == 0).all() == (name != "silu")
 
 
 def expected_statistics(z, weights, name, partition):
@@ -182,37 +151,6 @@ def test_cotangents_are_those_of_the_mean_loss():
         np.testing.assert_allclose(got, of_mean[name], rtol=1e-6)
 
 
-def test_statistics_are_float32_constants_of_differentiation():
-    def total(z):
-        stats = channel_statistics(z, jnp.ones(8), SILU, PARTITION)
-        stats |= probe_statistics(z, z, jnp.ones(8), SILU)
-        assert all(leaf.dtype == jnp.float32 for leaf in stats.values())
-        return sum(jnp.sum(leaf) for leaf in stats.values())
-
-    z = normal(16, 8, 3).astype(jnp.bfloat16)
-    assert total(z) > 0
-    np.testing.assert_array_equal(jax.grad(total)(z), jnp.zeros_like(z))
-
-
-def test_one_exponential_serves_all_channel_statistics():
-    def sums(z, mask):
-        return statistics.channel_statistics(z, mask, SILU, PARTITION)
-
-    program = str(jax.make_jaxpr(sums)(jnp.ones((4, 6, 8)), jnp.ones((4, 6), bool)))
-    assert program.count("logistic") == 1
-    assert program.count(" exp ") == 0
-
-
-def test_micro_batches_merge_into_the_whole():
-    z, weights = normal(17, 12, 4), jnp.asarray(np.random.default_rng(18).uniform(size=12), jnp.float32)
-    whole = channel_statistics(z, weights, SILU, PARTITION)
-    parts = [
-        channel_statistics(z[i:j], weights[i:j], SILU, PARTITION) for i, j in ((0, 2), (2, 7), (7, 12))
-    ]
-    merged = jax.tree.map(lambda *sums: sum(sums[1:], start=sums[0]), *parts)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, merged)
-
-
 def test_means_divide_by_their_own_count():
     # Two layers, of which the second saw no token, but one on the probe.
     stats = {
@@ -234,16 +172,6 @@ def test_means_divide_by_their_own_count():
     np.testing.assert_allclose(layer["limit"], [1.5 / 6, 0.05], rtol=1e-6)
 
 
-def test_shapes_are_checked():
-    z = jnp.ones((4, 3))
-    with pytest.raises(AssertionError, match="shape"):
-        statistics.gate_decomposition(z, jnp.ones(3), SILU)
-    with pytest.raises(AssertionError, match="shape"):
-        channel_statistics(z, jnp.ones(3), SILU, PARTITION)
-    with pytest.raises(AssertionError, match="shape"):
-        probe_statistics(z, jnp.ones((4, 2)), jnp.ones(4), SILU)
-
-
 def taken(weights, stride):
     return np.asarray(reductions.sampled_positions(jnp.asarray(weights), stride)[0])
 
@@ -253,12 +181,6 @@ def test_positions_are_sampled_in_runs_from_the_middle_of_their_group():
     np.testing.assert_array_equal(taken(full, 1), range(64))
     np.testing.assert_array_equal(taken(full, 4), [*range(16, 24), *range(48, 56)])
     np.testing.assert_array_equal(taken(full, 8), range(32, 40))
-
-
-def test_lengths_that_groups_do_not_divide_are_sampled_by_position():
-    np.testing.assert_array_equal(taken(np.ones(48), 4), range(0, 48, 4))
-    np.testing.assert_array_equal(taken(np.ones(5), 8), [0])
-    np.testing.assert_array_equal(taken(np.ones(10), 4), [0, 4, 8])
 
 
 @partial(jax.jit, static_argnums=1)
@@ -293,16 +215,6 @@ def test_every_row_that_has_a_real_token_is_measured(lengths, start, width, stri
     assert all(len(set(row)) == len(row) for row in positions)
     np.testing.assert_array_equal(positions[:1], alone)
     np.testing.assert_array_equal(thinned.sum(1), counted.sum(1))
-
-
-@pytest.mark.parametrize("length", [32, 30])
-def test_values_and_their_weights_are_sampled_alike(length):
-    weights = jnp.abs(normal(0, 3, length)) * (jnp.arange(length) < 20)[None, :]
-    values = jnp.broadcast_to(weights[..., None], (3, length, 5))
-    _, counted = reductions.sampled_positions(weights, 2)
-    assert counted.shape == (3, length // 2)
-    got = reductions.sampled(values, weights, 2)
-    np.testing.assert_array_equal(got, np.broadcast_to(counted[..., None], (*counted.shape, 5)))
 
 
 def test_sampling_of_rows_on_a_mesh_gathers_nothing():

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nalora_jax.config import RunConfig
 from nalora_jax.method import activations, rules
 from nalora_jax.method.rules import CurvatureCap, HomogeneityStep, degrees_vary, homogeneity_scale, make
 from nalora_jax.method.transform import GateState, make_mechanisms, own_factors
@@ -42,11 +41,6 @@ def test_the_rule_by_curvature_is_the_cap_with_the_scales_settings():
     np.testing.assert_allclose(own[PATH], [[1.0, 1.0, 0.25]])
 
 
-def test_by_default_it_is_the_rule_by_curvature_and_no_mask_is_on():
-    (entry,) = make_mechanisms(RunConfig().mechanisms, activation="silu").entries
-    assert entry == ("step_scale", CurvatureCap(tau=0.1))
-
-
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 1000), gains=st.tuples(*[st.floats(0.1, 5.0)] * 4))
 def test_scale_is_the_normalised_mean_gain(seed, gains):
@@ -55,19 +49,6 @@ def test_scale_is_the_normalised_mean_gain(seed, gains):
     scale = homogeneity_scale(jnp.asarray(occupancy, jnp.float32), gains)
     np.testing.assert_allclose(scale, raw / raw.mean(-1, keepdims=True), rtol=1e-5)
     np.testing.assert_allclose(scale.mean(-1), np.ones(3), rtol=1e-6)
-
-
-def test_default_gains_fall_with_the_degree():
-    order = np.argsort(SILU.degrees)
-    assert (np.diff(np.array(RULE.gains)[order]) >= 0).all()
-    occupancy = np.zeros((1, 4, 3))
-    occupancy[0, 0, 0] = occupancy[0, 1, 1] = occupancy[0, 2, 2] = 1  # inverted, contracting, expanding
-    inverted, contracting, expanding = homogeneity_scale(jnp.asarray(occupancy, jnp.float32), RULE.gains)[0]
-    assert inverted < contracting < expanding
-
-
-def test_an_empty_layer_is_not_scaled():
-    np.testing.assert_array_equal(homogeneity_scale(jnp.zeros((2, 4, 3)), RULE.gains), jnp.ones((2, 3)))
 
 
 def test_scales_of_a_state_and_warmup():

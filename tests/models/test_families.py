@@ -843,12 +843,12 @@ def test_every_family_has_a_case():
     assert {case.family for case in CASES} == set(families.supported())
 
 
-# Default of `register_family`, llama.cpp's architecture of Mistral and Mixtral, PEFT's "all-linear", and the text
+# Default of `register_family`, llama.cpp's architecture of Mixtral, PEFT's "all-linear", and the text
 # models of LLaVA 1.5 and of Gemma 3 with images.
 ELSEWHERE = {
-    "llama": {"models/families/__init__.py", "models/families/mistral.py", "weights/peft_settings.py"}
-    | {"models/vision/sight.py"},
-    "gemma3_text": {"models/vision/sight.py"},
+    "llama": {"models/families/__init__.py", "models/families/mixtures.py", "weights/peft_settings.py"}
+    | {"models/vision/families.py"},
+    "gemma3_text": {"models/vision/families.py"},
 }
 
 

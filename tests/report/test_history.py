@@ -36,13 +36,6 @@ def test_lines_are_told_apart_by_their_keys():
     assert (history.last_step, history.total_steps) == (30, 30)
 
 
-def test_logs_of_earlier_versions_call_a_number_otherwise():
-    old = history_of([{"step": 10, "layers": {"responsive": [0.5, 0.6]}}])
-    new = history_of([{"step": 10, "layers": {"favoured": [0.5, 0.6]}}])
-    for history in (old, new):
-        np.testing.assert_array_equal(history.layers("favoured")[1], [[0.5, 0.6]])
-
-
 def test_columns_leave_out_missing_numbers_and_turn_null_into_nan():
     history = history_of(RECORDS)
     steps, loss = history.column("loss")
@@ -54,16 +47,6 @@ def test_columns_leave_out_missing_numbers_and_turn_null_into_nan():
     assert history.layers("occupancy")[1].shape == (1, 2, 4)
     assert history.layers("feature")[1].size == 0
     assert history.total("seconds") == 12.0
-
-
-def test_the_headline_metric_is_the_first_that_was_measured():
-    history = history_of(RECORDS)
-    assert history.metric == ("accuracy", "accuracy", True)
-    before, last = history.scores
-    assert (before.value, before.low, before.high, before.n) == (0.4, 0.3, 0.5, 100)
-    assert (last.value, last.low, last.n) == (0.6, None, None)
-    only_loss = history_of([{"step": 0, "eval": {"loss": 5.0, "accuracy": None}}])
-    assert only_loss.metric == ("loss", "held-out loss", False)
 
 
 def test_the_outcome_is_that_of_the_exported_adapter():
@@ -84,10 +67,9 @@ def test_a_log_without_a_run_is_refused(tmp_path):
     ("initial", "along", "final", "ends"),
     [
         (0, [0, 5, 10], 5, ["initial", "final"]),  # both on the reported examples
-        (0, [0], None, ["initial"]),  # a run that has just begun
+        # a run that has just begun
         (0, [0, 5, 10], None, [0, 10]),  # not finished: the examples that select the checkpoint
         (None, [0, 5], 5, [0, "final"]),  # a log without the base's evaluation
-        (None, [5], None, [5]),
         (None, [], 5, ["final"]),
         (None, [], None, []),
     ],

@@ -80,28 +80,6 @@ def test_the_page_says_what_the_run_did(page):
     assert "device 2 x cpu" in words
 
 
-def test_every_picture_is_there_and_described(page):
-    labels = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
-    assert labels == [
-        "Held-out accuracy over the steps",
-        "training loss over the steps",
-        "Held-out loss over the steps",
-        "learning rate over the steps",
-        "tokens per second over the steps",
-        "gradient norm over the steps",
-        "Norms of the adapters over the steps, and of every layer",
-        "Misalignment and its linear limit over the steps",
-        "Misalignment of every layer over the steps, beside its linear limit",
-        "Misalignment above its linear limit, of every layer",
-        "Feature movement over the steps",
-        "Importance and mask of every layer",
-        "Region occupancy of every layer at the first and the last step",
-        "Range of the step scale of every layer",
-        "Factors of mask over channels, and in every layer",
-        "Factors of step_scale over channels, and in every layer",
-    ]
-
-
 def test_the_page_is_small_and_loads_nothing(written, text, page):
     assert written.stat().st_size < 1_500_000
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "img", "object", "form"}
@@ -111,14 +89,6 @@ def test_the_page_is_small_and_loads_nothing(written, text, page):
     policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'")
     assert not re.search(r"url\((?!#)|@import", text)
-
-
-def test_ids_are_unique_in_the_page_and_references_resolve(page):
-    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    used = {attributes["xlink:href"][1:] for tag, attributes in page.tags if tag == "use"}
-    used |= {a["clip-path"][5:-1] for _, a in page.tags if "clip-path" in a}
-    assert used <= set(ids)
 
 
 def test_text_from_the_log_is_escaped(make_run):
@@ -136,22 +106,12 @@ def test_text_from_the_log_is_escaped(make_run):
     assert page.words.count("<script>alert(1)</script>") >= 7
 
 
-def test_how_to_use_the_adapter_is_said_where_there_is_one(make_run):
-    folder = make_run([])
-    assert "nalora generate" not in page_of(folder).words
-    (folder / "adapter").mkdir()
-    (folder / "adapter" / "adapter_config.json").write_text("{}")
-    assert 'nalora generate runs/default --prompt "..."' in page_of(folder).words
-
-
 @pytest.mark.parametrize(
     "records",
     [
         [],
         [{"step": 0, "eval": {"accuracy": 0.5}}],
         [{"step": 0, "eval": {"loss": 2.0, "n": 5}}, {"step": 5, "eval": {"loss": 2.5, "n": 5}}],
-        [{"step": 0, "eval": {"accuracy": 0.5, "low": 0.5, "high": 0.5}}] * 2,
-        [{"step": 1, "loss": 2.0}],
         [
             {
                 "step": 1,
@@ -161,9 +121,6 @@ def test_how_to_use_the_adapter_is_said_where_there_is_one(make_run):
                 "layers": {"limit": [None]},
             }
         ],
-        [{"step": step, "loss": None, "layers": {"feature": [None, None]}} for step in (1, 2)],
-        [{"step": 1, "misalignment": 0.2, "layers": {"misalignment": [0.2], "importance": [0.1]}}],
-        [{"step": 1, "layers": {"occupancy": [[0.25] * 4], "step_scale_min": [1], "step_scale_max": [1]}}],
         [
             {
                 "step": 1,
@@ -176,7 +133,6 @@ def test_how_to_use_the_adapter_is_said_where_there_is_one(make_run):
             {"step": s, "histograms": {"x": {"edges": [1, s + 2], "counts": [[5, s, 0]] * s}}}
             for s in (1, 2)
         ],
-        [{"step": s, "adapters": {"q": [0.1] * s, "v": [[1]], "o": None}} for s in (1, 2)],
         [
             {
                 "step": 1,
@@ -203,11 +159,6 @@ def test_a_long_run_stays_small(make_run):
             {"accuracy": 0.45, "low": 0.35, "high": 0.55},
             "-0.050, worse",
         ),
-        (
-            {"accuracy": 0.5, "low": 0.4, "high": 0.6},
-            {"accuracy": 0.55, "low": 0.45, "high": 0.65},
-            "intervals overlap",
-        ),
         *(
             (
                 {"accuracy": 0.5, "low": 0.4, "high": 0.6},
@@ -217,30 +168,11 @@ def test_a_long_run_stays_small(make_run):
             for value, said in ((0.65, "intervals overlap"), (0.75, "intervals do not overlap"))
         ),
         ({"loss": 3.0}, {"loss": 2.5}, "-0.500, better."),
-        ({"loss": 3.0}, {"loss": 3.0}, "No change."),
     ],
 )
 def test_the_verdict_is_honest(make_run, before, after, said):
     words = page_of(make_run([{"step": 0, "eval": before}, {"step": 9, "eval": after}])).words
     assert said in words
-
-
-def test_a_comparison_item_by_item_is_said_where_there_is_one(make_run):
-    paired = {
-        "difference": 0.12,
-        "low": 0.071,
-        "high": 0.17,
-        "p_value": 0.00031,
-        "gained": 61,
-        "lost": 12,
-        "n": 400,
-    }
-    final = {"step": 9, "final": True, "eval": {"accuracy": 0.62, "n": 400, "paired": paired}}
-    words = page_of(make_run([{"step": 0, "eval": {"accuracy": 0.5, "n": 400}}, final])).words
-    assert (
-        "+0.120, better (95% of the difference, item by item: +0.071 to +0.170; 61 gained, 12 lost, p = 0.00031)."
-        in words
-    )
 
 
 def answered(*corrects):
@@ -319,7 +251,6 @@ def test_an_adapter_exported_before_mechanisms_act_is_called_plain_lora(make_run
     ("last", "done", "said"),
     [
         (20, None, "step 20 of 100, not finished"),
-        (100, {"step": 100, "best_step": 100}, "run · 100 steps smollm2"),
         (100, {"step": 100, "best_step": 50}, "100 steps, best at step 50"),
         (60, {"step": 60, "best_step": 40}, "stopped early, step 60 of 100, best at step 40"),
         (60, {"step": 60, "message": "the loss became NaN"}, "the loss became NaN"),
@@ -334,21 +265,6 @@ def test_a_folder_without_a_run_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(NaloraError, match=r"metrics\.jsonl: expected the log of a run"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_long_prompt_shows_both_ends_and_unfolds(make_run):
-    prompt = "Begin. " + "word " * 400 + "The end?"
-    sample = {"prompt": prompt, "answer": "Yes.", "cut": False, "expected": "Yes."}
-    values = {"loss": 5.0, "low": 4.0, "high": 6.0, "n": 4, "samples": [sample]}
-    page = write_report(make_run([{"step": 0, "initial": True, "eval": values}])).read_text(
-        encoding="utf-8"
-    )
-    shown = page[page.index('<div class="prompt">') : page.index("<details")]
-    assert "Begin." in shown
-    assert "The end?" in shown
-    assert f"[… {len(prompt) - 640:,} characters …]" in shown
-    assert f'<summary>The prompt in full</summary><div class="prompt">{prompt}</div>' in page
-    assert 'Yes.<span class="end">stopped by itself</span>' in page
 
 
 def test_a_conversation_is_shown_by_role_and_what_is_cut_is_marked(make_run):

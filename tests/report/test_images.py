@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nalora_jax.report.history import history_of
 from nalora_jax.report.html import render
-from nalora_jax.report.sections import confusions, layer_labels, picture
+from nalora_jax.report.sections import confusions, picture
 
 PICTURE = "data:image/png;base64,iVBORw0KGgo="
 EVAL = {
@@ -51,9 +51,3 @@ def test_nothing_but_a_picture_comes_from_a_log() -> None:
     assert picture({"image": PICTURE}) == PICTURE
     for found in ("https://example.org/a.png", "data:text/html;base64,AA==", 3, None):
         assert picture({"image": found}) == ""
-
-
-def test_layers_without_towers_are_numbers() -> None:
-    assert layer_labels(history_of(RECORDS[:2]), 3) == ["0", "1", "2"]
-    assert layer_labels(history_of(RECORDS), 3) == ["image 0", "image 1", "text 0"]
-    assert layer_labels(history_of(RECORDS), 4) == ["0", "1", "2", "3"]

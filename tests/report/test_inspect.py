@@ -10,7 +10,6 @@ from rich.console import Console
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.report.inspect import (
-    LayerSummary,
     by_layer,
     layer_summary,
     layer_table,
@@ -58,14 +57,6 @@ def test_means_per_layer(sums):
         summary.misalignment, sums["selection"].sum(1) / sums["feature"].sum(1), rtol=1e-12
     )
     np.testing.assert_allclose(summary.limit, sums["linear"].sum(1) / sums["feature"].sum(1), rtol=1e-12)
-
-
-def test_the_limit_of_standard_normal_silu_is_what_the_design_page_measured():
-    rng = np.random.default_rng(1)
-    z = rng.standard_normal((4000, 1, 64))
-    summary = layer_summary(silu_sums(z, 1e-4 * rng.standard_normal(z.shape)))
-    assert summary.limit[0] == pytest.approx(0.275, abs=0.003)
-    assert summary.misalignment[0] == pytest.approx(summary.limit[0], abs=1e-3)
 
 
 def test_responsive_channels_reach_half_of_their_layers_mean():
@@ -117,11 +108,6 @@ def test_every_gate_of_a_layer_has_its_row(sums):
     np.testing.assert_array_equal(rows.slope[2::3], summary.slope)
 
 
-def test_no_tokens_is_an_error(sums):
-    with pytest.raises(NaloraError, match="expected real tokens in every layer, found none"):
-        layer_summary(sums | {"tokens": np.array([1.0, 0.0, 1.0])})
-
-
 def printed(summary):
     console = Console(file=io.StringIO(), width=80)
     console.print(layer_table(summary, "gates"))
@@ -142,25 +128,16 @@ def test_the_table_fits_eighty_columns_and_states_its_definitions(sums):
     assert "at least half" in " ".join(printed(summary).split())
 
 
-def test_the_table_leaves_out_what_was_not_measured(sums):
-    summary = layer_summary(sums | {"feature": np.zeros((3, 16))})
-    heads = printed(summary).splitlines()[1].split()
-    assert "misalignment" not in heads
-    assert "limit" not in heads
-
-
 @pytest.mark.parametrize(
-    ("name", "start"), [("a.png", b"\x89PNG"), ("sub/a.svg", b"<?xml"), ("a.pdf", b"%PDF")]
+    ("name", "start"),
+    [
+        ("a.png", b"\x89PNG"),
+        ("sub/a.svg", b"<?xml"),
+    ],
 )
 def test_the_picture_is_what_its_suffix_says(tmp_path, sums, name, start):
     path = save_picture(layer_summary(sums), tmp_path / name, "gates")
     assert path.read_bytes().startswith(start)
-
-
-def test_a_picture_without_an_adapter(tmp_path):
-    nan = np.full(2, np.nan)
-    summary = LayerSummary(np.ones(2), np.ones(2), np.full((2, 4), 0.25), nan, nan)
-    assert save_picture(summary, tmp_path / "a.svg").read_text().count("misalignment") == 0
 
 
 def test_other_suffixes_are_refused(tmp_path, sums):

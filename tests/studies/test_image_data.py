@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from nalora_jax.common import imports
@@ -34,14 +33,6 @@ def test_emoji_is_unknown_without_the_helper() -> None:
         open_images(DataConfig(dataset="emoji"), PLAIN, "train")
 
 
-def test_a_damaged_archive_is_refused(helper, tmp_path) -> None:
-    path = helper["archive_path"](helper["EMOJI"], tmp_path)
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"damaged")
-    with pytest.raises(NaloraError, match="expected sha256 f64a530c.*delete it and run again"):
-        helper["fetch"](helper["EMOJI"], tmp_path)
-
-
 @pytest.mark.network
 def test_emoji(helper, tmp_path) -> None:
     sizes = {}
@@ -62,14 +53,3 @@ def test_emoji(helper, tmp_path) -> None:
         DataConfig(dataset="emoji"), VisionConfig(label_field="subcategory"), "train", cache=tmp_path
     )
     assert "face-smiling" in fine.classes()
-
-
-@pytest.mark.network
-def test_fashion_mnist(helper, tmp_path, monkeypatch) -> None:
-    splits = {"test": helper["FASHION_SPLITS"]["test"]}  # the other 60,000 pictures are read the same way
-    monkeypatch.setitem(helper, "FASHION_SPLITS", splits)
-    source = open_images(DataConfig(dataset="fashion_mnist"), PLAIN, "test", cache=tmp_path)
-    labels = source.labels(source.classes())
-    np.testing.assert_array_equal(np.bincount(labels), [1000] * 10)
-    assert source.classes()[labels[0]] == "ankle boot"
-    assert open_image(source.image(*source.read([0]), "")).size == (28, 28)

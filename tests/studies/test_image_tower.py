@@ -11,8 +11,8 @@ import pytest
 
 from nalora_jax.common import downloads, imports
 from nalora_jax.models.vision.encoder import Encoder
-from nalora_jax.weights.vision.hub import ENCODERS
-from nalora_jax.weights.vision.model import load_encoder
+from nalora_jax.weights.dual import load_encoder
+from nalora_jax.weights.hub import ENCODERS
 
 HELPER = Path(__file__).parents[2] / "studies" / "image_tower.py"
 pytestmark = pytest.mark.network

@@ -68,25 +68,6 @@ def test_repeated_and_long_instructions_are_left_out(write: Callable[..., Path])
     assert outputs("alpaca_demo", "train[-1:]") == ["4" * 50]
 
 
-def test_slices_that_overlap_are_refused(write: Callable[..., Path]) -> None:
-    write(RECORDS)
-    tuned, tested = (
-        open_source(DataConfig(dataset="alpaca_demo"), split) for split in ("train[:2]", "train[1:]")
-    )
-    with pytest.raises(NaloraError, match="alpaca"):
-        sources.check_disjoint(tuned, tested)
-
-
-def test_another_archive_is_refused(write: Callable[..., Path], helper: dict[str, Any]) -> None:
-    helper_sha = helper["SHA256"]
-    write(RECORDS)
-    helper["SHA256"] = helper_sha
-    with pytest.raises(
-        NaloraError, match=r"llamafactory-0.9.5.tar.gz: expected sha256 1702c0bf.*delete it"
-    ):
-        open_source(DataConfig(dataset="alpaca_demo"), "train")
-
-
 def test_a_limit_that_is_no_number_is_refused(helper: dict[str, Any]) -> None:
     with pytest.raises(
         NaloraError, match="alpaca_demo:short: expected a number of characters, found short"

@@ -17,7 +17,7 @@ from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images
 from nalora_jax.layout.distributed import make_global_batch, make_mesh
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.study import execution
-from nalora_jax.study.plan import Cell, Run, wanted
+from nalora_jax.study.plan import Cell, Run
 from nalora_jax.study.protocol import Method, Protocol, read_protocol
 from nalora_jax.study.records import Record, Records
 from nalora_jax.study.report import write_report
@@ -200,19 +200,6 @@ def test_tasks_of_one_shape_share_programs_but_not_their_classes(shots: Resource
         np.testing.assert_array_equal(tokens, loaded.tokenizer(prompts)["tokens"])
 
 
-def test_the_metric_chooses_the_rate(shots: Resources, tmp_path: Path) -> None:
-    """By accuracy, though the loss would choose the other one."""
-    from nalora_jax.study.plan import tuning, tuning_runs
-
-    protocol, cell = shots.protocol, run_of(shots, "two").cell
-    runs = {run.rate: run for run in tuning_runs(protocol, cell, protocol.rates)}
-    measured = {1e-2: {"loss": 3.0, "accuracy": 0.8}, 2e-2: {"loss": 2.0, "accuracy": 0.7}}
-    records = {run.id: {"diverged": False, "validation": measured[rate]} for rate, run in runs.items()}
-    grid = tuning(protocol, cell, records)
-    assert grid.chosen == 1e-2
-    assert grid.losses == pytest.approx((0.2, 0.3))
-
-
 @pytest.mark.parametrize(
     ("vision", "metric", "message"),
     [
@@ -227,11 +214,6 @@ def test_the_metric_chooses_the_rate(shots: Resources, tmp_path: Path) -> None:
             r"metric: expected a metric that \[tasks.t\] measures during training",
         ),
         (
-            'task = "classify", shot = 1',
-            "",
-            r"\[tasks.t\] vision.shot: expected a field of VisionConfig.*did you mean shots",
-        ),
-        (
             "image_size = 12",
             "",
             "--vision.image-size: expected 0 with any --vision.task but classify and contrast",
@@ -241,23 +223,3 @@ def test_the_metric_chooses_the_rate(shots: Resources, tmp_path: Path) -> None:
 def test_what_does_not_fit_is_named(tmp_path: Path, vision: str, metric: str, message: str) -> None:
     with pytest.raises(NaloraError, match=message):
         write_protocol(tmp_path, (tmp_path, tmp_path), tmp_path, {"t": vision}, metric)
-
-
-def test_text_and_images_are_studies_of_their_own(tmp_path: Path) -> None:
-    tasks = {"seen": 'task = "classify"', "read": ""}
-    with pytest.raises(NaloraError, match="tasks: expected tasks of text only or of images only"):
-        write_protocol(tmp_path, (tmp_path, tmp_path), tmp_path, tasks, "")
-
-
-def test_splits_that_overlap_are_refused(
-    tmp_path: Path, tower_folders: tuple[Path, Path], colours: Path, shots: Resources
-) -> None:
-    protocol = write_protocol(tmp_path, tower_folders, colours, {"t": 'task = "classify"'}, "")
-    text = (tmp_path / "protocol.toml").read_text().replace('test = "train[75%:]"', 'test = "train[70%:]"')
-    (tmp_path / "protocol.toml").write_text(text)
-    protocol = read_protocol(tmp_path)
-    resources = Resources(protocol)
-    resources._subjects["images"] = shots.subject(run_of(shots, "two").config)
-    (run, *_) = wanted(protocol, {})
-    with pytest.raises(NaloraError, match="shares 2 with it"):
-        resources.test_items(run)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nalora_jax.config import RunConfig
-from nalora_jax.study.plan import Cell, Run, canonical, cells, pending, tuning, wanted
+from nalora_jax.study.plan import Cell, Run, pending, tuning, wanted
 from nalora_jax.study.protocol import Method, Protocol, Task
 from nalora_jax.study.records import Record
 
@@ -105,13 +105,6 @@ def test_a_rate_at_which_one_seed_diverges_is_not_chosen() -> None:
     assert all(run.stage == "tune" for run in wanted(PROTOCOL, done(PROTOCOL, lambda _: math.inf)))
 
 
-def test_tests_at_multiples_of_the_chosen_rate() -> None:
-    protocol = replace(PROTOCOL, test_multiples=(1.0, 4.0))
-    records = done(protocol, lambda run: abs(run.rate - 2e-3))
-    found = {(run.cell.method, run.multiple, run.rate) for run in pending(protocol, records)}
-    assert found == {(method, times, canonical(2e-3 * times)) for method in "ab" for times in (1.0, 4.0)}
-
-
 def test_an_id_says_everything_that_decides_a_result_and_nothing_else() -> None:
     def run(protocol: Protocol = PROTOCOL, stage: str = "test", rate: float = 1e-3, seed: int = 5) -> str:
         return Run(protocol, stage, CELL, rate, seed).id
@@ -131,8 +124,3 @@ def test_an_id_says_everything_that_decides_a_result_and_nothing_else() -> None:
     # What only a test reads does not concern a tuning run.
     tuned = run(stage="tune")
     assert tuned == run(replace(PROTOCOL, tasks={"t": Task("socialiqa", test_items=7)}), stage="tune")
-
-
-def test_every_combination_is_a_cell() -> None:
-    protocol = replace(PROTOCOL, models=("m", "n"))
-    assert cells(protocol) == [Cell(m, "t", method) for m in "mn" for method in "ab"]

@@ -18,9 +18,8 @@ from nalora_jax.study.preferences import Preferences
 from nalora_jax.study.protocol import Protocol, read_protocol
 from nalora_jax.study.records import Records
 from nalora_jax.study.report import render
-from nalora_jax.study.resources import Resources
-from nalora_jax.train.assembly import assemble
 from nalora_jax.train.kinds.preference import program_parts
+from nalora_jax.train.program import assemble
 from tests.study.conftest import filled
 
 PROTOCOL = """
@@ -77,15 +76,6 @@ def test_a_study_of_pairs_measures_starts_and_devices(pairs_study: Path) -> None
     assert "1 - accuracy" in text
     tuned = next(run for run in wanted(protocol, records) if run.cell.method == "a_zero")
     assert by["tune", "a_zero"]["training"][-1]["loss"] == pytest.approx(alone(protocol, tuned), rel=1e-5)
-
-
-def test_methods_with_another_mesh_keep_it(pairs_study: Path) -> None:
-    protocol = read_protocol(pairs_study)
-    resources = Resources(protocol, together=4)
-    devices = {run.cell.method: resources.placed(run).config.mesh.data for run in wanted(protocol, {})}
-    assert devices == {"b_zero": 1, "b_zero_2": 2, "a_zero": 1}
-    assert {resources.capacity(run) for run in wanted(protocol, {})} == {1}
-    assert isinstance(resources.subject(wanted(protocol, {})[0].config), Preferences)
 
 
 def alone(protocol: Protocol, run: Run) -> float:

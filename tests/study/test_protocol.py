@@ -60,56 +60,21 @@ def test_the_digest_is_of_the_content_not_of_its_layout(study: Path) -> None:
 @pytest.mark.parametrize(
     ("pattern", "text", "message"),
     [
-        ("^question.*", "", "question: expected a value, found none"),
         ("^extend.*", "margin = -0.1", r"margin: expected a number in \[0, 1e6\], found -0.1"),
-        ("^extend.*", "margin_share = 5.0", "margin_share: expected a share in \\(0, 1\\), found 5.0"),
         ("^items = 20", "items = -1", r"\[probes.z_again\] items: expected a whole number in .*, found -1"),
-        ("^margin|^extend", "margins", r"margins: expected a field of Protocol, .*; did you mean margin\?"),
         (
             "^test_items.*",
             "accuracy_items = -1",
             r"\[tasks.z\] accuracy_items: expected a whole number in \[0, \d+\], found -1",
         ),
         (
-            "^test_items.*",
-            'accuracy_items = 5\nvision = {task = "classify"}',
-            "accuracy_items: expected none for images",
-        ),
-        (
-            r"^\[tasks.z\]",
-            'preference.loss = "dpo"\n\n[tasks.z]\naccuracy_items = 5',
-            "accuracy_items: expected none for pairs",
-        ),
-        (
-            r"^\[tasks.z\]",
-            'preference.loss = "dpo"\ndata.train_limit = 5\n\n[tasks.z]',
-            r"\[tasks.z\] data train_limit: expected 0 for pairs",
-        ),
-        (
             "^steps = 8",
             "stepz = 8",
             r"\[run\] stepz: expected a field of RunConfig, .*did you mean steps\?",
         ),
-        ("^steps = 8", 'steps = "8"', r"\[run\] steps: expected a whole number, found '8'"),
-        ("^steps = 8", "steps = 0", "--steps: expected .*, found 0"),
-        (
-            "^lora.rules.*",
-            "lora.rules = [2]",
-            r"\[run\] lora.rules\[0\]: expected settings by name, found 2",
-        ),
-        (
-            '"gate_proj", 0.5',
-            '"gate_proj"',
-            r"\[methods.half\] settings.optimizer.rates\[0\]: expected a list of 2 values, found \['gate_proj'\]",
-        ),
         (
             "^settings.*",
             "settings.steps = 9",
-            r"\[methods.half\] settings: expected no setting that belongs in \[run\]",
-        ),
-        (
-            "^settings.*",
-            'settings.preference.loss = "dpo"',
             r"\[methods.half\] settings: expected no setting that belongs in \[run\]",
         ),
         ("^settings.*", "settings.optimizer.learning_rate = 1", "no learning rate, which the grid gives"),
@@ -126,9 +91,6 @@ def test_the_digest_is_of_the_content_not_of_its_layout(study: Path) -> None:
         ("^rates.*", "rates = [2e-2, 1e-2]", "rates: expected ascending rates"),
         ("^rates.*", "rates = [1e-2]", "rates: expected two rates, to extend the grid"),
         ("^test_seeds.*", "test_seeds = [0, 1]", "test_seeds: expected no seed that tunes"),
-        ("^test_seeds.*", "test_seeds = []", "test_seeds: expected at least one"),
-        ("^test_seeds.*", "test_seeds = [1, 1]", "test_seeds: expected no value twice"),
-        ("^extend.*", "test_multiples = [2.0]", "test_multiples: expected 1 among them"),
         (
             "^validation =",
             "valid =",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,12 +26,6 @@ def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
     records.append({"id": "a", "loss": 0.1, "nan": float("nan")})
     records.append({"id": "b"})
     assert records.read() == {"a": {"id": "a", "loss": 0.1, "nan": None}, "b": {"id": "b"}}
-
-
-def test_many_writers_leave_whole_lines(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: Records(tmp_path).append({"id": str(i), "text": "x" * 5000}), range(40)))
-    assert set(Records(tmp_path).read()) == {str(i) for i in range(40)}
 
 
 def test_half_a_line_of_a_crash_is_left_out_and_then_cut(tmp_path: Path) -> None:

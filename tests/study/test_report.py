@@ -14,9 +14,7 @@ import pytest
 from scipy import stats
 
 from nalora_jax.__main__ import main
-from nalora_jax.errors import NaloraError
 from nalora_jax.study.analysis import comparisons, results
-from nalora_jax.study.pictures import draw
 from nalora_jax.study.plan import Run, pending
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Record, Records
@@ -153,17 +151,6 @@ def test_the_margin_is_a_share_of_what_training_gains(told: Path) -> None:
     assert row(render(protocol, records), "half", "lora", "z")[14] == "0.005 (no gain)"
 
 
-def test_the_tables_warn_of_skewed_differences(told: Path) -> None:
-    protocol, records = read_protocol(told), Records(told).read()
-    skewed = stats.skew(losses(told, "half") - losses(told, "lora"))
-    assert skewed > 1  # seed 3
-    assert abs(stats.skew(losses(told, "again") - losses(told, "lora"))) < 1
-    text = render(protocol, records)
-    (warning,) = [line for line in text.splitlines() if line.startswith("**Skewed differences.**")]
-    assert f"`half` - `lora` on z ({skewed:+.1f})" in warning
-    assert "`again` - `lora`" not in warning
-
-
 def test_differences_above_the_chosen_rate_and_on_other_data_are_paired(told: Path) -> None:
     write_report(read_protocol(told))
     text = (told / "results.md").read_text()
@@ -209,16 +196,6 @@ def test_pictures_are_whole_and_name_every_method(told: Path) -> None:
         assert f"](pictures/{path.name})" in (told / "results.md").read_text()
 
 
-def test_a_picture_of_an_unfinished_study_names_its_methods_and_the_tasks_without_runs(told: Path) -> None:
-    protocol = read_protocol(told)
-    (task,) = protocol.tasks.values()
-    unfinished = replace(protocol, tasks={"later": task, **protocol.tasks})
-    picture = draw(unfinished, Records(told).read())["loss_by_rate.svg"]
-    text = " ".join(ElementTree.fromstring(picture).itertext())
-    assert text.count("no run yet") == 1
-    assert all(name in text for name in ("lora", "half", "again"))
-
-
 def test_a_report_of_tuning_alone_has_no_tests(told: Path) -> None:
     path = told / "records.jsonl"
     path.write_text("".join(line + "\n" for line in path.read_text().splitlines() if '"tune"' in line))
@@ -246,24 +223,6 @@ def test_p_values_are_corrected_over_all_comparisons_with_the_baseline(told: Pat
     )
 
 
-def test_methods_are_compared_at_each_common_rate_with_the_movement_of_their_gates(told: Path) -> None:
-    path = told / "records.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines:
-        if line["method"] == "half":
-            line["training"][-1]["mean_feature"] = 0.0131
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    losses = {(r["method"], r["rate"]): r["validation"]["loss"] for r in lines if r["stage"] == "tune"}
-    section = render(read_protocol(told), Records(told).read()).partition(
-        "## Differences at each common rate"
-    )[2]
-    expected = [
-        f"{losses['half', rate] - losses['lora', rate]:+.4f} (1.31 x)" for rate in (0.01, 0.02, 0.04)
-    ]
-    assert row(section.partition("## Test")[0], "half") == ["half", *expected]
-    assert "| method | 0.01 | **0.02** | 0.04 |" in section
-
-
 def test_the_tables_show_settings_commits_and_missing_tests(told: Path) -> None:
     path = told / "records.jsonl"
     lines = path.read_text().splitlines()
@@ -278,10 +237,3 @@ def test_the_tables_show_settings_commits_and_missing_tests(told: Path) -> None:
     assert row(text, "half", "half the rate on the gate")[2] == '`optimizer.rates = [["gate_proj", 0.5]]`'
     assert row(text, "again", "the same method from another start")[2] == "`reseed = 1000`"
     assert "`steps = 8`" in row(text, "settings of every run")[1]
-
-
-def test_there_is_no_report_of_nothing(study: Path) -> None:
-    with pytest.raises(
-        NaloraError, match=r"records.jsonl: expected records of finished runs, found none; run it first"
-    ):
-        write_report(read_protocol(study))

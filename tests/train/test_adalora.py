@@ -1,4 +1,4 @@
-"""AdaLoRA beside float64 arithmetic; PEFT's own is compared in tests/train/test_peft_training.py."""
+"""AdaLoRA on experts, on a mesh and in files; its steps are those of PEFT in tests/train/test_peft_training.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.train.adalora import adalora
-from nalora_jax.weights.nonzero_start import remaining_ranks
+from nalora_jax.weights.adapter_forms import remaining_ranks
 from tests import tiny
 from tests.param_trees import init_params
 
@@ -48,77 +48,6 @@ def random_tree(seed: int, scale: float = 1.0) -> dict[str, Any]:
         leaves[f"{path}/singular"] = rng.normal(size=(*lead, rank)) * used
     leaves["embed/embedding"] = rng.normal(size=(7, 5))
     return trees.unflatten({path: (scale * leaf).astype(np.float32) for path, leaf in leaves.items()})
-
-
-def reference(
-    params: dict[str, np.ndarray], grads: list[dict[str, np.ndarray]], rate: float
-) -> dict[str, np.ndarray]:
-    """The whole of it with plain gradient descent, one adapter and one weight at a time, in float64."""
-    params = {path: leaf.astype(np.float64) for path, leaf in params.items()}
-    moments = {path: np.zeros((2, *leaf.shape)) for path, leaf in params.items()}
-    places = [  # every adapter: its path, its index and its rank
-        (path, index, target.ranks[index[0]])
-        for path, target in SPEC.targets
-        for index in np.ndindex(*SHAPES[path][:-3])
-        if target.ranks[index[0]]
-    ]
-    first, last, kept = sum(rank for *_, rank in places), len(places), {}
-    for step, gradient in enumerate(grads, start=1):
-        total = {path: leaf.astype(np.float64) for path, leaf in gradient.items()}
-        for path, index, rank in places:
-            for name, turned in (("a", False), ("b", True)):
-                factor = params[f"{path}/{name}"][index]
-                columns = (factor.T if turned else factor)[:, :rank]
-                away = columns.T @ columns - np.eye(rank)
-                slope = CONFIG.orthogonality / (2 * len(places)) * 2 * columns @ away / np.linalg.norm(away)
-                part = total[f"{path}/{name}"][index]
-                (part.T if turned else part)[:, :rank] += slope
-        for path, leaf in params.items():
-            leaf -= rate * total[path]
-            if step < 14:
-                now, (mean, spread) = np.abs(leaf * total[path]), moments[path]
-                mean[...] = 0.85 * mean + 0.15 * now
-                spread[...] = 0.85 * spread + 0.15 * np.abs(now - mean)
-        scores = {}
-        for path, index, rank in places:
-            scores_of = {
-                name: np.prod(moments[f"{path}/{name}"], axis=0)[index] for name in ("a", "b", "singular")
-            }
-            for r in range(rank):
-                parts = scores_of["singular"][r], scores_of["a"][:, r].mean(), scores_of["b"][r].mean()
-                scores[path, index, r] = sum(parts)
-        if step == 14 or (2 < step < 14 and step % CONFIG.interval == 0):
-            budget = int((first - last) * ((14 - step) / 12) ** 3 + last)
-            best = sorted(scores, key=lambda one: -scores[one])[:budget]
-            kept = {one: one in best for one in scores}
-        if step >= 14 or (step > 2 and step % CONFIG.interval == 0):
-            for (path, index, r), stays in kept.items():
-                if not stays:
-                    params[f"{path}/singular"][(*index, r)] = 0.0
-    return params
-
-
-def test_steps_are_those_of_the_formulas() -> None:
-    """Other ranks by layer, experts, what is trained beside adapters, and all phases."""
-    params, rate = random_tree(0), 0.05
-    grads = [random_tree(seed) for seed in range(1, STEPS + 1)]
-    optimizer = adalora(optax.with_extra_args_support(optax.sgd(rate)), CONFIG, SPEC, STEPS)
-    state, update = optimizer.init(params), jax.jit(optimizer.update)
-    now, counts = params, []
-    for step, gradient in enumerate(grads, start=1):
-        updates, state = update(gradient, state, now)
-        now = optax.apply_updates(now, updates)
-        expected = reference(trees.flatten(params), list(map(trees.flatten, grads[:step])), rate)
-        found = trees.flatten(now)
-        for path, value in expected.items():
-            np.testing.assert_allclose(
-                found[path], value, rtol=1e-4, atol=1e-5, err_msg=f"{path}, step {step}"
-            )
-        counts.append(sum(int(leaf.sum()) for leaf in trees.flatten(state.kept).values()))
-    assert counts[:3] == [24] * 3  # 4 + 2, and 3 ranks of 6 experts
-    assert counts[3] > counts[5] > counts[7] > counts[13]
-    assert counts[13:] == [8] * 7  # a mean rank of 1
-    assert sum(int((found[f"{path}/singular"] != 0).sum()) for path, _ in SPEC.targets) == 8
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -9,7 +9,6 @@ import jax
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from nalora_jax.train import compilation
 from nalora_jax.train.compilation import use_compilation_cache
 
 pytestmark = pytest.mark.usefixtures("as_before")
@@ -80,25 +79,3 @@ def test_a_flipped_bit_costs_a_compilation(compiled: Path, caplog: pytest.LogCap
     use_compilation_cache()
     assert names(compiled) == []
     assert caplog.messages == [f"compiled programs in {compiled} were damaged (1): compiling them again"]
-
-
-@pytest.mark.parametrize("part", [0, 1])
-def test_an_entry_and_its_digest_go_together(
-    compiled: Path, part: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    (compiled / names(compiled)[part]).unlink()
-    use_compilation_cache()
-    assert names(compiled) == []
-    assert caplog.messages == []
-
-
-def test_another_process_may_remove_an_entry_meanwhile(
-    compiled: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def removed(path: Path) -> str:
-        path.unlink()
-        raise FileNotFoundError(path)
-
-    monkeypatch.setattr(compilation, "file_digest", removed)
-    use_compilation_cache()
-    assert names(compiled) == []

@@ -7,30 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, RunConfig
+from nalora_jax.config import DataConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.adapters import adapter_spec
-from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.inputs import open_records
-from nalora_jax.weights.hub import ResolvedSource
-from tests import tiny
-
-
-@pytest.fixture
-def described(tmp_path: Path) -> ResolvedSource:
-    """A model of which there is nothing but the description."""
-    (tmp_path / "config.json").write_text(json.dumps(tiny.HF))
-    return ResolvedSource("hf", tmp_path, "org/name")
-
-
-def test_rules_are_judged_without_weights(described: ResolvedSource) -> None:
-    base = ModelConfig.from_hf(json.loads((described.path / "config.json").read_text()))
-    spec = adapter_spec(RunConfig(lora=LoRAConfig(rules=(LoRARule("ffn/gate_proj", 4),))), base)
-    assert [path for path, _ in spec.targets] == ["layers/ffn/gate_proj"]
-    with pytest.raises(NaloraError, match="which matches nothing"):
-        adapter_spec(RunConfig(lora=LoRAConfig(rules=(LoRARule("mlp/"),))), base)
-    with pytest.raises(NaloraError, match="rank"):
-        adapter_spec(RunConfig(lora=LoRAConfig(rules=(LoRARule("ffn/gate_proj", 17),))), base)
 
 
 @pytest.fixture

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import signal
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from nalora_jax.errors import Interrupted, TrainingDivergedError
+from nalora_jax.errors import TrainingDivergedError
 from nalora_jax.method.step import TrainState
 from nalora_jax.train.loop import FitResult, Follower, LoopEvaluation, Schedule, run_steps
-from nalora_jax.train.preemption import stop_signals
-from nalora_jax.train.state_metrics import non_finite
 
 
 class Hooks:
@@ -155,41 +152,9 @@ def test_a_state_that_has_diverged_is_not_saved_though_its_loss_is_finite(poison
     assert [step for step, _ in hooks.saved] == [2]
 
 
-def test_integers_and_keys_are_not_asked_whether_they_are_finite() -> None:
-    state = {
-        "count": jnp.int32(3),
-        "key": jnp.zeros(2, jnp.uint32),
-        "ok": jnp.ones(2),
-        "bad": jnp.array([1, jnp.nan]),
-    }
-    assert non_finite(state) == ["bad"]
-
-
 def test_where_it_is_asked_to_stop_it_saves_that_step_without_evaluating_it() -> None:
     hooks = Hooks(stop_at=4)
     result = run(hooks, Schedule(steps=8, log_every=3, eval_every=4, save_every=0))
     assert (result.step, result.interrupted) == (4, True)
     assert hooks.saved == [(4, None)]
     assert hooks.evaluated == []
-
-
-def test_asked_to_stop_at_its_last_step_it_ends_as_always() -> None:
-    hooks = Hooks(stop_at=3)
-    assert not run(hooks, Schedule(steps=3, log_every=1, eval_every=0, save_every=0)).interrupted
-    assert hooks.evaluated == [3]
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_between_steps_a_signal_waits_and_elsewhere_it_stops_at_once(
-    number: signal.Signals, status: int
-) -> None:
-    before = signal.getsignal(number)
-    with stop_signals() as stop, stop.between_steps():
-        assert not stop.asked(1)
-        signal.raise_signal(number)
-        assert stop.asked(2)
-        assert stop.signal == number
-    with stop_signals(), pytest.raises(Interrupted, match=f"interrupted by {number.name}") as caught:
-        signal.raise_signal(number)
-    assert caught.value.status == status
-    assert signal.getsignal(number) == before

@@ -25,7 +25,6 @@ from nalora_jax.config import (
     PreferenceConfig,
     RunConfig,
     TrainConfig,
-    check,
 )
 from nalora_jax.data.preference import pair_data
 from nalora_jax.data.source import RecordsSource
@@ -36,8 +35,8 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import Head, cross_entropy, target_losses
-from nalora_jax.train.assembly import assemble
 from nalora_jax.train.kinds.preference import dpo, open_inputs, program_parts
+from nalora_jax.train.program import assemble
 from tests import tiny
 from tests.param_trees import init_params
 
@@ -135,13 +134,6 @@ def plain_loss(lora, model, params, data, preference, which):
     return total / len(which)
 
 
-def test_rows_that_micro_batches_do_not_divide(tokenizer):
-    with pytest.raises(
-        NaloraError, match=r"--train.batch-size: expected a multiple of the 3 micro-batches, found 2"
-    ):
-        pairs(tokenizer, accumulate=3)
-
-
 @pytest.mark.parametrize(
     "preference",
     [
@@ -170,24 +162,6 @@ def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(toke
     np.testing.assert_allclose(metrics["loss"], np.log(2), rtol=1e-5)
     for name in ("rewards_chosen", "rewards_rejected", "rewards_margin"):
         np.testing.assert_allclose(metrics["measured"][name], 0.0, atol=1e-5)
-
-
-def test_micro_batches_and_a_mesh_change_nothing(tokenizer):
-    preference = PreferenceConfig("dpo", beta=0.5)
-    whole = pairs(tokenizer, batch_size=4, records=RECORDS * 3)
-    split = replace(whole, accumulate=2, rows=(0, 1))
-    results = []
-    meshed = distributed.make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4])
-    for data, mesh in ((whole, None), (split, meshed)):
-        made, state = assembled(preference, mesh)
-        batch = distributed.make_global_batch(data.batch_at(0), made.mesh, rows_axis=1)
-        _, metrics = made.step(made.view(made.params), state, batch)
-        results.append(jax.device_get((metrics["loss"], metrics["grad_norm"], metrics["measured"])))
-    for loss, norm, measured in results[1:]:
-        np.testing.assert_allclose(loss, results[0][0], rtol=1e-5)
-        np.testing.assert_allclose(norm, results[0][1], rtol=1e-4)
-        for name, value in measured.items():
-            np.testing.assert_allclose(value, results[0][2][name], rtol=1e-4, atol=1e-6)
 
 
 def test_every_target_s_loss_adds_up_to_the_cross_entropy():
@@ -282,12 +256,6 @@ def test_chat_pairs_go_through_the_template(tokenizer, record):
     assert [count for side in sides(data)[0] for _, count in [side]] == [2, 2]  # the answer and the end
 
 
-def test_a_question_with_choices_is_its_right_one_against_the_next(tokenizer):
-    question = {"prompt": "x", "completion": " c", "choices": ["a", "b", "c"], "gold": 2}
-    ((chosen, _), (rejected, _)) = sides(pairs(tokenizer, records=[question]))[0]
-    assert (tokenizer.decode(chosen), tokenizer.decode(rejected)) == ("x c", "x a")
-
-
 @pytest.mark.parametrize(
     ("choices", "gold"), [(["b", "c", "c"], 1), (["c", "b", "c"], 2), (["c", "c", "b"], 0)]
 )
@@ -327,22 +295,6 @@ def test_records_that_are_no_pairs_name_themselves(tokenizer, record, said):
     with pytest.raises(NaloraError, match="pairs, record 1.*") as error:
         pairs(tokenizer, records=[RECORDS[0], record])
     assert said in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"lora": LoRAConfig(init="pissa")}, "--lora.init: expected default"),
-        ({"preference": PreferenceConfig("dpo", beta=0.0)}, "--preference.beta: expected a number in"),
-        (
-            {"preference": PreferenceConfig("dpo", label_smoothing=0.5)},
-            "--preference.label-smoothing: expected a share",
-        ),
-    ],
-)
-def test_settings_that_do_not_go_together_are_refused(changes, said):
-    with pytest.raises(NaloraError, match=said):
-        check(replace(RunConfig(preference=PreferenceConfig("dpo")), **changes))
 
 
 # ---------------------------------------------------------------- a whole run

@@ -52,12 +52,6 @@ def test_a_run_that_resumes_and_stops_within_the_steps_is_traced_as_far_as_it_go
     assert traced_steps(file) == {6, 7}
 
 
-def test_nothing_is_written_without_steps_to_trace(tmp_path: Path) -> None:
-    run_steps(Profile(range(3, 5), tmp_path), 6, 8)
-    run_steps(Profile(), 1, 2)
-    assert not list(tmp_path.iterdir())
-
-
 def test_another_trace_of_the_process_is_named(tmp_path: Path) -> None:
     with jax.profiler.trace(str(tmp_path / "other")):
         with pytest.raises(NaloraError, match=r"--debug.profile: expected a profiler that is free"):
@@ -69,8 +63,3 @@ def test_another_trace_of_the_process_is_named(tmp_path: Path) -> None:
 def test_other_forms_and_steps_are_refused(profile: str) -> None:
     with pytest.raises(NaloraError, match=r"--debug.profile: expected"):
         check(replace(RunConfig(), debug=DebugConfig(profile=profile)))
-
-
-def test_the_setting_names_a_range_of_steps() -> None:
-    assert check(RunConfig(debug=DebugConfig(profile="10:5"))).debug.profiled == range(10, 15)
-    assert not RunConfig().debug.profiled

@@ -8,7 +8,7 @@ import json
 from rich.console import Console
 
 from nalora_jax.common import notes
-from nalora_jax.train.progress import Progress, step_columns
+from nalora_jax.train.progress import Progress
 
 VALUES = {"loss": 3.21, "learning_rate": 1e-3, "tokens_per_second": 1234.0, "misalignment": 0.26}
 
@@ -48,10 +48,6 @@ def test_time_left_leaves_out_what_came_before_the_first_log_step():
     assert progress.seconds_left(60) is None
     clock.now += 10.0
     assert progress.seconds_left(70) == 30.0
-
-
-def test_numbers_that_are_missing_are_left_out():
-    assert step_columns({"loss": 1.0, "tokens_per_second": None}) == ["loss 1.000"]
 
 
 def test_the_bar_shows_the_numbers_and_lines_go_above_it():
@@ -102,13 +98,3 @@ def test_as_json_every_line_is_an_object(monkeypatch):
     }
     assert second["seconds_left"] == 5.0
     assert third == {"message": "[before] held-out accuracy 0.5"}
-
-
-def test_the_bar_fits_eighty_columns():
-    console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    clock = Clock()
-    with Progress(100, console=console, clock=clock) as progress:
-        progress.log(10, VALUES)
-        clock.now += 60.0
-        progress.log(50, VALUES)
-    assert "1:15 left" in console.file.getvalue()

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import product
 from typing import Any
 
 import jax
@@ -32,10 +31,9 @@ from nalora_jax.method.step import Evaluated, StepConfig, init_state, make_train
 from nalora_jax.method.transform import make_mechanisms, own_factors, with_gate_state
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.train import decoder_program, program
-from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.loop import _Meter
 from nalora_jax.train.optimizers import make_optimizer
+from nalora_jax.train.program import Assembly, assemble, next_token
 from tests import tiny
 from tests.param_trees import bytes_per_device, init_params
 
@@ -127,16 +125,6 @@ SGD = replace(
 FOUR_HEADS = replace(BASE, n_kv_heads=4)
 
 
-def test_the_same_run_again_in_one_process_is_the_same_program() -> None:
-    """So that the compilation cache has it, whichever run of its process compiled it."""
-
-    def program() -> str:
-        assembly, params = _assemble(CONFIG)
-        return str(assembly.step.lower(params, assembly.state, _batch(0)).as_text())
-
-    assert program() == program()
-
-
 def test_a_step_holds_one_forward_and_backward_pass_however_many_micro_batches_it_takes() -> None:
     def products(accumulate: int) -> int:
         assembly, params = _assemble(CONFIG)
@@ -184,13 +172,11 @@ def test_a_split_into_micro_batches_is_the_same_step() -> None:
     _assert_as_alone(*_train(*_assemble(SGD, base=FOUR_HEADS), accumulate=4))
 
 
-@pytest.mark.parametrize(
-    ("mesh", "accumulate"), [(MeshConfig(1, 2, 4), 1), (MeshConfig(2, 2, 2), 2)], ids=str
-)
-def test_a_mesh_is_one_device(mesh: MeshConfig, accumulate: int, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_mesh_is_one_device(capfd: pytest.CaptureFixture[str]) -> None:
     """Also weights and state are split: over fsdp and tensor, and the adapters over the axis of their wide side."""
+    mesh = MeshConfig(2, 2, 2)
     assembly, params = _assemble(SGD, mesh, FOUR_HEADS)
-    state, history = _train(assembly, params, accumulate=accumulate)
+    state, history = _train(assembly, params, accumulate=2)
     # What XLA's partitioner says where it makes an array whole on every device to lay it out anew.
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
     _assert_as_alone(jax.device_get(state), history)
@@ -278,37 +264,27 @@ def _run_checked(**compute: str) -> None:
     _train(*_assemble(replace(CHECKED, lora=FFN_ONLY, mechanisms=(), compute=chosen)), steps=1)
 
 
-def test_the_debug_check_passes_the_sound_model() -> None:
-    _run_checked(dtype="bfloat16")  # of float32 `test_the_check_runs_on_the_program_that_trains`
-
-
-@pytest.mark.parametrize(("factor", "implementation"), [(1.1, "auto"), (-1.0, "xla")])
-def test_the_debug_check_catches_adapters_of_another_scale_or_sign(
-    factor: float, implementation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_debug_check_catches_adapters_of_another_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     sound = low_rank.Factors.of
 
     def scaled(adapter: Any, kernel: Any = None) -> Any:
-        """Factors of adapters that add ``factor`` of what they should, whatever computes the products."""
+        """Factors of adapters that add 1.1 of what they should, whatever computes the products."""
         made = sound(adapter, kernel)
-        return made if made.a is None else made._replace(b=factor * made.b)
+        return made if made.a is None else made._replace(b=1.1 * made.b)
 
     monkeypatch.setattr(low_rank.Factors, "of", scaled)
     with pytest.raises(NaloraError, match=r"check-gates.*gate check failed in layers/ffn"):
-        _run_checked(implementation=implementation)
+        _run_checked()
 
 
 SILU = activations.get("silu")
 WRONG: dict[str, dict[str, Any]] = {
     "rho": {"rho": lambda z: 1.02 * SILU.rho(z)},
-    "value": {"gate": lambda z: (1.02 * SILU.gate(z)[0], SILU.gate(z)[1])},
     "derivative": {"gate": lambda z: (SILU.gate(z)[0], 1.05 * SILU.gate(z)[1])},
 }
 
 
-@pytest.mark.parametrize(
-    ("wrong", "dtype"), [("rho", "bfloat16"), ("value", "float32"), ("derivative", "bfloat16")]
-)
+@pytest.mark.parametrize(("wrong", "dtype"), [("rho", "bfloat16"), ("derivative", "float32")])
 def test_the_debug_check_catches_a_wrong_rho_and_a_wrong_gate(
     wrong: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,11 +299,8 @@ def _run_masked(**compute: Any) -> None:
     _train(*_assemble(replace(masked, compute=replace(CONFIG.compute, **compute))))
 
 
-@pytest.mark.parametrize(
-    "compute", [{"stats_stride": 2, "probe_stride": 2}, {"dtype": "bfloat16"}], ids=["float32", "bfloat16"]
-)
-def test_the_debug_check_passes_masks_and_samples_without_padding(compute: dict[str, Any]) -> None:
-    _run_masked(**compute)
+def test_the_debug_check_passes_masks_and_samples_without_padding() -> None:
+    _run_masked(stats_stride=2, probe_stride=2)
 
 
 def _masks(variables: Any, change: Callable[[jax.Array], jax.Array]) -> Any:
@@ -344,11 +317,12 @@ PLANTED: dict[str, tuple[str, Callable[[Any, Any], tuple[Any, Any]]]] = {
         "gated by this block's mask",
         lambda v, o: (_masks(v, lambda mask: jnp.roll(mask, 1, axis=0)), o),
     ),
-    "no mask": ("gated by this block's mask", lambda v, o: (_masks(v, jnp.ones_like), o)),
 }
 
 
-@pytest.mark.parametrize(("fault", "dtype"), [*product(PLANTED, ["float32"]), ("no mask", "bfloat16")])
+@pytest.mark.parametrize(
+    ("fault", "dtype"), [("statistics of padding", "float32"), ("mask of the layer before", "bfloat16")]
+)
 def test_the_debug_check_catches_padding_and_the_mask_of_another_layer(
     fault: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,19 +340,6 @@ def test_the_debug_check_catches_padding_and_the_mask_of_another_layer(
 def test_the_check_runs_on_the_program_that_trains() -> None:
     plain, checked_state = _alone(CONFIG)[0], _run(CHECKED)[0]
     _assert_close(plain.lora, checked_state.lora, atol=1e-6)
-
-
-def test_other_assertions_stay_what_they_are(caplog: pytest.LogCaptureFixture) -> None:
-    def step(params: Any, state: Any, batch: Any) -> Any:
-        raise AssertionError("something else")
-
-    with pytest.raises(AssertionError, match="something else") as caught:
-        program._checked(step)({}, {}, {})
-    assert not isinstance(caught.value, NaloraError)
-    logging.getLogger("absl").warning(
-        "[Chex] Some of chexify assertion statuses were not inspected due to async exec"
-    )
-    assert not caplog.records
 
 
 def test_short_rows_count() -> None:
@@ -452,7 +413,7 @@ def test_without_a_cotangent_statistic_the_program_is_the_same(monkeypatch: pyte
     def program(config: RunConfig) -> str:
         made, _ = _assemble(config)
         mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
-        objective = decoder_program.next_token(BASE, made.model, config.compute, mesh)
+        objective = next_token(BASE, made.model, config.compute, mesh)
         step = make_train_step(
             made.optimizer, StepConfig(made.mechanisms, {"layers/ffn": (3, 64)}), objective
         )

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from nalora_jax.common.trees import flatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.weights.fused_experts import with_experts
+from nalora_jax.weights.expert_tensors import with_experts
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.tensors import load_params

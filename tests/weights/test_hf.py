@@ -25,8 +25,7 @@ from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hf import INDEX, SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.origin import fingerprint
-from nalora_jax.weights.slices import Index
-from nalora_jax.weights.tensors import load_params
+from nalora_jax.weights.tensors import Index, load_params
 from tests.param_trees import bytes_per_device, params_from_tensors
 
 RAW: dict[str, Any] = {

@@ -21,8 +21,7 @@ from nalora_jax.common.digests import file_digest
 from nalora_jax.common.downloads import PackageFile
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights import hub
-from nalora_jax.weights.hub import Alias, resolve
-from nalora_jax.weights.vision.hub import resolve_folder
+from nalora_jax.weights.hub import Alias, resolve, resolve_folder
 
 pytestmark = pytest.mark.usefixtures("offline")
 

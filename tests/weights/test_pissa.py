@@ -9,7 +9,7 @@ import pytest
 
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.weights.nonzero_start import difference_as_lora, pissa_init
+from nalora_jax.weights.adapter_forms import difference_as_lora, pissa_init
 from nalora_jax.weights.peft import export_adapter, import_adapter
 
 

@@ -22,7 +22,7 @@ from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.ops.quantize import quantize, quantize_params
 from nalora_jax.weights.base import load_model
-from nalora_jax.weights.quantized_tensors import quantized_parts
+from nalora_jax.weights.tensors import quantized_parts
 from tests.param_trees import init_params, tensors_from_params
 
 RAW = {

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common import trees
-from nalora_jax.common.axes import BATCH_AXES, WEIGHT_AXES
+from nalora_jax.common.devices import BATCH_AXES, WEIGHT_AXES
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.data.tokenizer import read_json
@@ -29,13 +29,13 @@ from nalora_jax.layout.machines import Topology
 from nalora_jax.method.step import init_state
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.paths import leaf_dtype
-from nalora_jax.models.rope_scaling import with_rope_scaling
+from nalora_jax.models.families import with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
+from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.ops.quantize import gathered, kernels, quantize
 from nalora_jax.study.sweeps.program import stacked_sharding, step_of_runs
-from nalora_jax.train.decoder_program import decoder_program
 from nalora_jax.train.kinds import decoder_parts
+from nalora_jax.train.program import decoder_program
 
 _BATCH = {
     "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32",
@@ -56,7 +56,7 @@ def architecture(name: str, *, images: bool = False, rope_scaling: str = "") -> 
     A name is a key of `CONFIGS`, a ``config.json``, a Hugging Face folder, or a hub id: its last
     part is a key of `CONFIGS`, or its ``config.json`` is read from the hub's cache or downloaded.
     With ``images`` a multimodal model includes its image tower and projector; by default only its
-    text model is returned. ``rope_scaling`` replaces the model's (`nalora_jax.models.rope_scaling`).
+    text model is returned. ``rope_scaling`` replaces the model's (`nalora_jax.models.families.with_rope_scaling`).
 
     Raises:
       NaloraError: the name is unknown, or its config or its new RoPE scaling is not supported.
@@ -78,7 +78,7 @@ def _raw_config(name: str) -> tuple[dict[str, Any], str]:
         return CONFIGS[known], name
     found, remedy = repr(name), "download the model's config.json: planning needs nothing else"
     if on_hub:
-        from nalora_jax.weights.hub_snapshots import cached_snapshot, download_snapshot
+        from nalora_jax.weights.hub import cached_snapshot, download_snapshot
 
         try:
             folder = cached_snapshot(name, "config.json") or download_snapshot(name, "config.json")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -38,14 +39,13 @@ from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch, Step, TrainState
 from nalora_jax.ops.policy_losses import CLIPS, PolicyLoss, advantages, divergence_penalty
-from nalora_jax.train.assembly import Assembly
-from nalora_jax.train.decoder_program import next_token
 from nalora_jax.train.inputs import open_records, settled
 from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.kinds import text
 from nalora_jax.train.objectives import NextToken
 from nalora_jax.train.output import Output
 from nalora_jax.train.policy import Policy
+from nalora_jax.train.program import Assembly, next_token
 from nalora_jax.train.rewards import Scorer, make_rewards
 from nalora_jax.train.rollout import Sampler, Samples, sample_batch
 from nalora_jax.weights.hub import resolve
@@ -75,8 +75,19 @@ def scorer_of(rl: RLConfig) -> Scorer:
 
 
 def metric_names(rl: RLConfig) -> list[str]:
-    """Returns the names of the rewards in log and records."""
-    return [f"reward_{name.partition(':')[0]}" for name in rl.rewards]
+    """Returns the name of each reward in log and records: ``reward_`` with its name or its function's.
+
+    Names differ, also from those of their standard deviations: the second of two has ``_2``.
+    """
+    names: list[str] = []
+    used = {"reward", "reward_std"}
+    for reward in rl.rewards:
+        name, _, rest = reward.partition(":")
+        short = f"reward_{rest if rest and '=' not in rest else name}"
+        several = itertools.chain([short], (f"{short}_{number}" for number in itertools.count(2)))
+        names.append(next(name for name in several if used.isdisjoint((name, f"{name}_std"))))
+        used |= {names[-1], f"{names[-1]}_std"}
+    return names
 
 
 def weighted_sum(rl: RLConfig, rewards: np.ndarray) -> np.ndarray:
@@ -88,7 +99,7 @@ def weighted_sum(rl: RLConfig, rewards: np.ndarray) -> np.ndarray:
 
 
 def program_parts(rl: RLConfig) -> dict[str, Any]:
-    """Returns the arguments of `nalora_jax.train.assembly.assemble` for a run with rewards."""
+    """Returns the arguments of `nalora_jax.train.program.assemble` for a run with rewards."""
 
     def objective(plain: NextToken) -> Policy:
         return Policy(plain, policy_loss_of(rl), rl.temperature)

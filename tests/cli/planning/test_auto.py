@@ -40,7 +40,7 @@ jax.tree_util.register_dataclass(State, data_fields=["lora"], meta_fields=[])
 
 @dataclass(frozen=True)
 class Assembly:
-    """As much of `nalora_jax.train.assembly.Assembly` as the search for a layout needs."""
+    """As much of `nalora_jax.train.program.Assembly` as the search for a layout needs."""
 
     mesh: Any
     step: Any
@@ -112,15 +112,6 @@ CONFIG = RunConfig(
 BASE = architecture("llama-3.1-8b")
 
 
-def test_the_first_layout_is_built_once_and_its_state_is_that_before_the_first_step(on_chips):
-    builder = Builder({})
-    pieces: Any = accepted(CONFIG, BASE, builder)
-    assert builder.meshes == [MeshConfig(8, 1, 1)]
-    np.testing.assert_array_equal(
-        pieces.assembly.state.lora, [0, 1, 2]
-    )  # the trial step has donated the first one
-
-
 @pytest.mark.parametrize("where", ["weights", "step"])
 def test_too_little_memory_on_the_device_leads_to_the_next_layout(on_chips, caplog, where):
     builder = Builder({MeshConfig(8, 1, 1): where})
@@ -148,23 +139,6 @@ def test_no_memory_in_any_layout_is_an_error_that_names_them(on_chips, monkeypat
         NaloraError, match=r"--mesh: expected a layout whose .* fits in 33\.6 GB .*data 8.*1000\.0 GB"
     ):
         accepted(CONFIG, BASE, Builder({}))
-
-
-def test_other_errors_are_not_taken_for_too_little_memory(on_chips):
-    def build(config: RunConfig) -> Any:
-        raise jax.errors.JaxRuntimeError("INTERNAL: broken")
-
-    with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):
-        accepted(CONFIG, BASE, build)
-
-
-def test_a_layout_given_in_full_and_a_cpu_compile_nothing_ahead(on_chips, monkeypatch):
-    monkeypatch.setattr(auto, "compile_ahead", None)
-    builder = Builder({})
-    accepted(replace(CONFIG, mesh=MeshConfig(4, 2, 1)), BASE, builder)
-    monkeypatch.setattr(auto, "of_devices", lambda _: None)
-    accepted(CONFIG, BASE, builder)
-    assert builder.meshes == [MeshConfig(4, 2, 1), CONFIG.mesh]
 
 
 def test_a_run_compiles_its_step_once_for_each_layout_that_is_tried(

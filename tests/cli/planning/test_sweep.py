@@ -47,29 +47,12 @@ def test_every_run_has_a_device_and_saves_as_much_as_fits() -> None:
     assert fastest(asked, "v6e:16x16", runs=256).remat == "full"
 
 
-def test_experts_get_one_device_a_run_or_all_of_them() -> None:
-    mixtral = ModelConfig.from_hf(CONFIGS["mixtral-8x7b"])
-    found = sweep_candidates(run(8, 128), mixtral, topology("v6e:2x4"), 8)
-    assert {layout.run for layout in found} == {1, 8}
-
-
-def test_a_run_stays_within_a_slice() -> None:
-    found = sweep_candidates(run(8, 128), LLAMA, topology("2xv6e:2x2"), 8)
-    assert {layout.run for layout in found} == {8, 4, 2}
-
-
 def test_a_sweep_that_fits_in_no_layout_is_refused_with_the_smallest() -> None:
     config = run(1, 4096, mesh=MeshConfig(run=4, runs_per_device=1))
     with pytest.raises(
         NaloraError, match=r"--sweep: expected runs that fit in 16\.40 GB a chip, found 1\d\.\d\d GB"
     ):
         fitting_sweep(config, LLAMA, topology("v5e:2x2"), 4)
-
-
-def test_groups_that_cannot_share_a_run_are_refused() -> None:
-    config = run(1, 128, mesh=MeshConfig(run=1))
-    with pytest.raises(NaloraError, match="--mesh.run: expected groups of devices that can share"):
-        fitting_sweep(config, LLAMA, topology("v6e:4x4"), 4)
 
 
 def test_a_sweep_is_estimated_without_a_compiler() -> None:

@@ -53,21 +53,6 @@ def test_greedy_tokens_across_the_switch_equal_transformers(pair, prompts):
     assert complete(pair, prompts, batch_size=6) == [theirs(pair, prompt) for prompt in prompts]
 
 
-def test_a_stream_across_the_switch_equals_the_batch(pair, prompts):
-    generator = Generator(pair.model, {"params": pair.params}, byte_tokenizer())
-    settings = {"max_new_tokens": NEW_TOKENS, "stop_ids": (), "temperature": 1.0, "seed": 5}
-    texts = generator.generate(prompts[::3], **settings)
-    assert ["".join(generator.stream(prompt, **settings)) for prompt in prompts[::3]] == texts
-
-
-def test_rows_that_end_before_the_switch_stay_as_they_are(pair, prompts):
-    alone = complete(pair, [prompts[0]])[0]
-    stop = alone[3]
-    generator = Generator(pair.model, {"params": pair.params}, byte_tokenizer())
-    rows = generator.complete([prompts[0], prompts[10]], max_new_tokens=NEW_TOKENS, stop_ids=[stop])
-    assert (list(rows[0].ids), rows[0].reason) == (alone[: alone.index(stop)], "stop")
-
-
 def test_choices_that_cross_the_switch_score_as_transformers_scores_them(pair):
     rng = np.random.default_rng(4)
     context = rng.integers(1, SIZES["vocab_size"], ORIGINAL - 2).tolist()

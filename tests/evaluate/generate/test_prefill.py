@@ -50,7 +50,7 @@ def test_greedy_tokens_do_not_depend_on_chunks(case, short_blocks):
     assert all(len(set(row)) >= 3 for row in whole[:1]), "a continuation that proves little"
 
 
-@pytest.mark.parametrize(("family", "chunk"), [("llava", 12), ("gemma3", 10)])
+@pytest.mark.parametrize(("family", "chunk"), [("gemma3", 10)])
 def test_prompts_with_images_are_processed_in_chunks(
     family, chunk, seeing_folder, short_blocks, monkeypatch
 ):
@@ -134,19 +134,3 @@ def test_lengths_of_long_prompts_are_few_and_close():
         for size, length in zip(padded, lengths, strict=True)
     )
     assert len(set(padded)) < 50
-
-
-def test_chunks_have_tokens():
-    config = ModelConfig.from_hf(
-        {
-            "model_type": "llama",
-            "vocab_size": 257,
-            "hidden_size": 16,
-            "num_hidden_layers": 1,
-            "intermediate_size": 16,
-            "num_attention_heads": 2,
-            "rms_norm_eps": 1e-5,
-        }
-    )
-    with pytest.raises(NaloraError, match="prefill_chunk: expected at least 1"):
-        Generator(Decoder(config), {"params": {}}, byte_tokenizer(), prefill_chunk=0)

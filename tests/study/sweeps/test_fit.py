@@ -34,13 +34,6 @@ def test_each_run_gets_the_fewest_devices_that_hold_the_base() -> None:
     assert (fitting.capacity, fitting.slots(6), fitting.next(6)) == (8, 8, 6)
 
 
-def test_few_runs_of_few_rows_leave_groups_idle() -> None:
-    config = replace(CONFIG, train=TrainConfig(batch_size=2))
-    fitting = Fitting.of(config, BASE, count=2)
-    assert (fitting.layout.run, fitting.layout.fsdp) == (4, 2)  # two rows cannot be split over four devices
-    assert fitting.slots(2) == 4
-
-
 def test_more_runs_than_fit_train_after_each_other_in_equal_parts() -> None:
     fitting = Fitting(Layout(1, 1, 1, "auto", "auto", run=4, runs_per_device=2), capacity=8, width=1)
     assert [fitting.next(left) for left in (20, 13, 6)] == [7, 7, 6]
@@ -59,7 +52,11 @@ EXPERTS = ModelConfig.from_hf(CONFIGS["mixtral-8x7b"])
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(run=4), MeshConfig(run=4, fsdp=2, data=1, tensor=1), MeshConfig(run=2)]
+    "mesh",
+    [
+        MeshConfig(run=4),
+        MeshConfig(run=4, fsdp=2, data=1, tensor=1),
+    ],
 )
 def test_experts_need_one_device_a_run(mesh: MeshConfig) -> None:
     """Also if the other axes are open: two devices of each of four groups would compute one run."""
@@ -68,17 +65,6 @@ def test_experts_need_one_device_a_run(mesh: MeshConfig) -> None:
     )
     with pytest.raises(NaloraError, match=message):
         Fitting.of(replace(CONFIG, mesh=mesh), EXPERTS, count=4)
-
-
-def test_groups_for_experts_are_chosen_with_one_device_or_all() -> None:
-    small = replace(EXPERTS, n_layers=2)
-    for count in (2, 4, 20):
-        assert Fitting.of(CONFIG, small, count=count).layout.run == 8
-    eight_rows = replace(CONFIG, train=TrainConfig(batch_size=8))
-    layout = Fitting.of(eight_rows, EXPERTS, count=4).layout
-    assert (layout.run, layout.mesh) == (1, (1, 8, 1))  # 93 GB
-    for mesh in (MeshConfig(run=8), MeshConfig(run=1, fsdp=8)):
-        assert Fitting.of(replace(CONFIG, mesh=mesh), small, count=4).layout.run == mesh.run
 
 
 def test_known_chips_get_the_layout_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:

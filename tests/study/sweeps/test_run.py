@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load, load_file
+from safetensors.numpy import load_file
 
 from nalora_jax.__main__ import main
 from nalora_jax.config import MeshConfig, RunConfig
@@ -21,7 +21,6 @@ from nalora_jax.study.sweeps.run import SweepResult, sweep
 from nalora_jax.train.kinds import text
 from nalora_jax.train.progress import Progress
 from tests import tiny
-from tests.emulator import emulator, stored, variables
 
 pytestmark = pytest.mark.usefixtures("surroundings")
 
@@ -132,37 +131,6 @@ def test_a_sweep_that_sigterm_stopped_continues_with_other_programs(
         _assert_equal(resumed, Path(folder))
         assert tiny.losses(resumed) == pytest.approx(tiny.losses(folder), rel=1e-5)
     assert (tmp_path / "out" / "comparison.html").exists()
-
-
-def test_two_processes_train_a_run_each_into_a_bucket_and_one_resumes_them(
-    swept: SweepResult,
-    base: RunConfig,
-    tmp_path: Path,
-    two_processes: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    url, rates = "gs://bucket/rates", ("0.02", "0.01")
-    config = replace(base, output=url, mesh=MeshConfig(data=1, fsdp=1, tensor=1, run=2))
-    settings = tiny.write_settings(config, tmp_path / "settings.py")
-    command = ["-m", "nalora_jax", "train", "--config", str(settings)]
-    command += ["--sweep", "optimizer.learning-rate=2e-2,1e-2"]
-    with emulator(tmp_path / "objects") as (held, address):
-        environment = variables(address) | {"NALORA_CACHE": tiny.new_cache(tmp_path / "cache")}
-        precision = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-        for status, _, error in two_processes(command, devices=1, **precision, **environment):
-            assert status == 0, error
-        files = stored(held, "rates")
-        assert {"sweep.json", "comparison.html"} <= files.keys()
-        for folder, rate in zip(swept.runs, rates, strict=True):
-            adapter = load(files[f"learning-rate-{rate}/adapter/adapter_model.safetensors"])
-            _assert_close(adapter, _adapter(Path(folder)))
-            assert f"learning-rate-{rate}/report.html" in files
-        # Options and settings are read from the bucket, and each run from its checkpoint there.
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        assert main(["train", "--resume", url, "--steps", "7", "--mesh.run", "1"]) == 0
-        for rate in rates:
-            assert f"learning-rate-{rate}/checkpoints/7/commit_success.txt" in stored(held, "rates")
 
 
 def test_bad_sweeps_are_refused_before_the_weights_are_read(

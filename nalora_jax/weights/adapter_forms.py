@@ -1,0 +1,337 @@
+"""Equivalent forms of an adapter: of non-zero starts (PiSSA, LoRA-GA), allocated ranks (AdaLoRA) and slots.
+
+A kernel is split as ``W = W_low + s A0 B0``; training changes A and B on the frozen ``W_low``.
+Tools that load the original kernel need ``s (A B - A0 B0)``, a plain adapter of twice the rank.
+PiSSA (arXiv 2404.02948) takes ``A0 B0`` from the kernel's principal components.
+
+A program is compiled for the shapes and scales of an adapter. In a slot every projection has an
+adapter of one rank, zero if the current adapter has none there, with its scale folded into B:
+
+    slot = AdapterSlot.on(config, rank=16)
+    variables = {"params": params, "lora": slot.fill(None, None)}
+    generator = Generator(Decoder(config, slot.spec, ...), variables, tokenizer)
+    generator = generator.with_lora(slot.fill(lora, spec))  # another adapter, the same programs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nalora_jax.common.trees import flatten, unflatten
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.adapters import merged_kernel, pad_rank
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import depths, projection_shapes
+from nalora_jax.models.targets import TABLES, AdapterSpec, TargetSpec, scale_divisor
+from nalora_jax.weights.peft_tables import with_whole_tables
+
+
+def lower_kernels(params: Mapping[str, Any], start: Mapping[str, Any], spec: AdapterSpec) -> dict[str, Any]:
+    """Subtracts the adapters' initial contribution from a model's weights.
+
+    Args:
+      params: base weights, layers stacked; they are not changed.
+      start: the adapters before the first step, in float32.
+      spec: of the adapters.
+
+    Returns:
+      ``params`` with ``W - s A0 B0`` instead of every adapted kernel, in its dtype (rounded once)
+      and with its sharding.
+    """
+    leaves, adapters = flatten(params), flatten(start)
+    for path, _ in spec.targets:
+        kernel = leaves[f"{path}/kernel"]
+        lower = jax.jit(_lower, out_shardings=kernel.sharding)
+        leaves[f"{path}/kernel"] = lower(
+            kernel, adapters[f"{path}/a"], adapters[f"{path}/b"], spec.scales(path)
+        )
+    return unflatten(leaves)
+
+
+def _lower(kernel: jax.Array, a: jax.Array, b: jax.Array, scales: jax.Array) -> jax.Array:
+    """Computes one layer at a time, so that at most one layer is in memory in float32."""
+
+    def one(layer: tuple[jax.Array, ...]) -> jax.Array:
+        w, a, b, scale = layer
+        lowered: jax.Array = merged_kernel(w, a, b, -scale)
+        return lowered.astype(w.dtype)
+
+    lowered: jax.Array = jax.lax.map(one, (kernel, a, b, scales))
+    return lowered
+
+
+def difference_as_lora(
+    lora: Mapping[str, Any], start: Mapping[str, Any], spec: AdapterSpec
+) -> tuple[dict[str, Any], AdapterSpec]:
+    """Converts a trained adapter of the adjusted kernels to one of the original kernels.
+
+    ``s (A B - A0 B0) = s [A | A0] [B ; -B0]``: every rank doubles, and alpha with it (times
+    sqrt(2) with rsLoRA), so that the scale stays the same. DoRA's magnitudes are unchanged:
+    ``|W_low + s A B|`` is the norm of the same sum.
+
+    Args:
+      lora: the trained tree, stacked (``layers/ffn/gate_proj/{a, b}``).
+      start: the tree before training, same shapes.
+      spec: the trained adapter's spec.
+    """
+    now, before = flatten(lora), flatten(start)
+    factor = scale_divisor(2.0, rslora=spec.rslora)
+    targets, leaves = [], {}
+    for path, target in spec.targets:
+        ranks = tuple(2 * rank for rank in target.ranks)
+        targets.append((path, TargetSpec(ranks, tuple(factor * alpha for alpha in target.alphas))))
+        pairs = ((np.asarray(now[f"{path}/{n}"]), np.asarray(before[f"{path}/{n}"])) for n in ("a", "b"))
+        (a, a0), (b, b0) = pairs
+        leaves[f"{path}/a"] = _join(a, a0, target, axis=-1)
+        leaves[f"{path}/b"] = _join(b, -b0, target, axis=-2)
+    magnitudes = {path: leaf for path, leaf in now.items() if path.endswith("/magnitude")}
+    plain = AdapterSpec(tuple(targets), rslora=spec.rslora, dora=spec.dora, dropout=spec.dropout)
+    return unflatten(leaves | magnitudes), plain
+
+
+def _join(trained: np.ndarray, start: np.ndarray, target: TargetSpec, axis: int) -> np.ndarray:
+    """Concatenates both factors on the rank axis, layer by layer, without padding in between."""
+    joined = np.zeros_like(np.concatenate([trained, start], axis=axis))
+    for layer, rank in enumerate(target.ranks):
+        place, first, second = (np.moveaxis(leaf[layer], axis, 0) for leaf in (joined, trained, start))
+        place[:rank], place[rank : 2 * rank] = first[:rank], second[:rank]
+    return joined
+
+
+def remaining_ranks(lora: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[str, Any], AdapterSpec]:
+    """Converts ``s A diag(e) B`` to plain adapters without the ranks whose ``e`` is 0.
+
+    A layer's alpha decreases with its rank, so that its scale stays the same; a layer with no
+    remaining rank has no adapter. Experts of one layer share a rank, the largest of their ranks.
+
+    Args:
+      lora: the trained tree in host memory, stacked (``layers/ffn/gate_proj/{a, b, singular}``),
+        float32.
+      spec: of these adapters.
+
+    Returns:
+      The tree, zero-padded to the largest rank of each projection, and its spec; both omit
+      projections with no remaining rank.
+    """
+    leaves, targets = flatten(lora), []
+    for path, target in spec.targets:
+        a, b, singular = (np.asarray(leaves.pop(f"{path}/{name}")) for name in ("a", "b", "singular"))
+        nonzero = singular != 0
+        ranks = tuple(int(layer.sum(-1).max()) for layer in nonzero)
+        if not max(ranks):
+            continue
+        # Remaining ranks first, then zeros.
+        first = np.argsort(~nonzero, axis=-1, kind="stable")[..., : max(ranks)]
+        leaves[f"{path}/a"] = np.take_along_axis(a * singular[..., None, :], first[..., None, :], axis=-1)
+        rows = np.take_along_axis(b * nonzero[..., None], first[..., None], axis=-2)
+        leaves[f"{path}/b"] = rows
+        shares = [rank / max(before, 1) for rank, before in zip(ranks, target.ranks, strict=True)]
+        falls = [scale_divisor(share, rslora=spec.rslora) for share in shares]
+        alphas = tuple(alpha * fall or 1.0 for alpha, fall in zip(target.alphas, falls, strict=True))
+        targets.append((path, TargetSpec(ranks, alphas)))
+    plain = AdapterSpec(
+        tuple(targets),
+        rslora=spec.rslora,
+        dropout=spec.dropout,
+        saved=spec.saved,
+        token_indices=spec.token_indices,
+    )
+    return unflatten(leaves), plain
+
+
+def pissa_init(
+    kernel: jax.Array,
+    rank: int,
+    scale: float,
+    *,
+    iterations: int | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Splits a kernel into its principal factors and the residual.
+
+    Args:
+      kernel: ``[d_in, d_out]``, or ``[..., d_in, d_out]``: each matrix is split separately.
+      rank: number of components, at most ``min(d_in, d_out)``.
+      scale: the adapter's ``s``; ``s A B`` is the best rank-``rank`` approximation of the kernel.
+      iterations: None for the exact decomposition; otherwise the number of subspace iterations of
+        a randomized one, which costs ``O(d_in d_out rank)`` instead of ``O(d_in d_out min(d_in,
+        d_out))`` (PEFT's ``pissa_niter_<iterations>``).
+      key: source of the random subspace, with ``iterations``; ``jax.random.key(0)`` if None.
+
+    Returns:
+      ``(a [..., d_in, rank], b [..., rank, d_out], residual)``: factors in float32, the residual
+      in the kernel's dtype, rounded once (in bfloat16 that rounding is the only difference between
+      residual + adapter and the kernel).
+    """
+    w = kernel.astype(jnp.float32)
+    if iterations is None:
+        u, s, vt = (factor[..., :rank] for factor in _svd(w))
+    else:
+        u, s, vt = _randomized_svd(w, rank, iterations, jax.random.key(0) if key is None else key)
+    root = jnp.sqrt(s / scale)
+    a, b = u * root[..., None, :], jnp.swapaxes(vt * root[..., None, :], -1, -2)
+    return a, b, merged_kernel(w, a, b, -scale).astype(kernel.dtype)
+
+
+def pissa_split(
+    params: Mapping[str, Any], spec: AdapterSpec, *, iterations: int = 4
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Moves every adapted kernel's principal components from the weights to the adapters.
+
+    Args:
+      params: base weights, layers stacked; they are not changed.
+      spec: of the adapters; the number of components of each layer is its rank.
+      iterations: of the randomized decomposition (deterministic: the same weights give the same
+        split).
+
+    Returns:
+      ``(params, lora)``; together they compute the same as the original ``params``, up to the
+      rounding of the residual's dtype.
+    """
+    leaves: dict[str, Any] = flatten(params)
+    adapters: dict[str, Any] = {}
+    for path, target in spec.targets:
+        kernel, scales = leaves[f"{path}/kernel"], spec.scales(path)
+        parts = [
+            _padded_init(kernel[layer], rank, target.rank, float(scale), iterations)
+            for layer, (rank, scale) in enumerate(zip(target.ranks, scales, strict=True))
+        ]
+        a, b, residual = (jnp.stack(factors) for factors in zip(*parts, strict=True))
+        adapters |= {f"{path}/a": a, f"{path}/b": b}
+        leaves[f"{path}/kernel"] = jax.device_put(residual, kernel.sharding)
+        if spec.dora:
+            adapters[f"{path}/magnitude"] = jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2)
+    return unflatten(leaves), unflatten(adapters)
+
+
+_init = jax.jit(pissa_init, static_argnums=(1,), static_argnames=("iterations",))
+
+
+def _padded_init(
+    kernel: jax.Array, rank: int, stored: int, scale: float, iterations: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Runs `pissa_init` on one layer and zero-pads its factors to the stack's rank."""
+    if rank == 0:
+        lead = kernel.shape[:-2]
+        zeros = (
+            jnp.zeros((*lead, kernel.shape[-2], stored)),
+            jnp.zeros((*lead, stored, kernel.shape[-1])),
+        )
+        return (*zeros, kernel)
+    a, b, residual = _init(kernel, rank, scale, iterations=iterations)
+    return *pad_rank(a, b, stored), residual
+
+
+def _svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns ``u [..., d_in, k], s [..., k], v [..., d_out, k]`` of k singular values."""
+    u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+    return u, s, jnp.swapaxes(vt, -1, -2)
+
+
+def _randomized_svd(
+    w: jax.Array, rank: int, iterations: int, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Implements a randomized SVD with QR at every half step.
+
+    Source: Halko, Martinsson and Tropp (arXiv 0909.4061), algorithms 4.4 and 5.1.
+    """
+    # Oversampling: the subspace is wider than the result.
+    width = min(rank + max(8, rank // 2), *w.shape[-2:])
+    q = jax.random.normal(key, (*w.shape[:-2], w.shape[-1], width), jnp.float32)
+    q = jnp.linalg.qr(jnp.matmul(w, q, precision="highest"))[0]
+    wt = jnp.swapaxes(w, -1, -2)
+    for _ in range(iterations):
+        p = jnp.linalg.qr(jnp.matmul(wt, q, precision="highest"))[0]
+        q = jnp.linalg.qr(jnp.matmul(w, p, precision="highest"))[0]
+    u, s, v = _svd(jnp.matmul(jnp.swapaxes(q, -1, -2), w, precision="highest"))
+    u = jnp.matmul(q, u, precision="highest")
+    return u[..., :rank], s[..., :rank], v[..., :rank]
+
+
+# ---------------------------------------------------------------- slots
+
+
+@dataclass(frozen=True)
+class AdapterSlot:
+    """Fixed shapes for adapters of one base.
+
+    Attributes:
+      config: the base.
+      spec: of the slot, for the decoder: every projection, every scale 1.
+    """
+
+    config: ModelConfig
+    spec: AdapterSpec
+
+    @staticmethod
+    def on(config: ModelConfig, *, rank: int) -> AdapterSlot:
+        """Returns the slot of a base for adapters of at most ``rank``."""
+        targets = []
+        for path, shape in sorted(projection_shapes(config).items()):
+            targets.append((path, TargetSpec.even(min(rank, *shape[-2:]), depths(config)[path])))
+        return AdapterSlot(config, AdapterSpec(tuple(targets)))
+
+    @staticmethod
+    def rank_of(spec: AdapterSpec) -> int:
+        """Returns the slot rank that an adapter needs."""
+        return max((target.rank for _, target in spec.targets), default=0)
+
+    def fill(
+        self,
+        lora: Mapping[str, Any] | None,
+        spec: AdapterSpec | None,
+        params: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Returns the adapter in the slot's shapes; zeros if there is no adapter.
+
+        Fully trained tables are included; programs are compiled once with them and once without.
+        Trained rows are converted to full tables, because a program would be compiled for their
+        ids.
+
+        Args:
+          lora: float32 tree of the adapter.
+          spec: its ranks and scales.
+          params: of the base, needed if rows of its tables were trained.
+
+        Raises:
+          NaloraError: a rank is larger than the slot's, the adapter is DoRA, whose update is not
+            linear, or it has trained rows and there are no ``params``.
+        """
+        lora, spec = lora or {}, spec or AdapterSpec()
+        if spec.dora:
+            remedy = "merge it instead"
+            raise NaloraError("adapter", expected="a linear adapter", found="DoRA", remedy=remedy)
+        if spec.token_indices:
+            if params is None:
+                actual = "trained rows of the base's tables"
+                raise NaloraError("adapter", expected="the base's weights beside it", found=actual)
+            lora, spec = with_whole_tables(self.config, params, lora, spec)
+        scales = folded_scales(lora, spec)
+        leaves: dict[str, Any] = {}
+        for path, target in self.spec.targets:
+            *lead, d_in, d_out = (len(target.ranks), *projection_shapes(self.config)[path])
+            a, b = scales.get(path) or (jnp.zeros((*lead, d_in, 0)), jnp.zeros((*lead, 0, d_out)))
+            if a.shape[-1] > target.rank:
+                expected, remedy = f"at most {target.rank}", "make the slot with a larger rank"
+                raise NaloraError(f"{path}: rank", expected=expected, found=a.shape[-1], remedy=remedy)
+            leaves[f"{path}/a"], leaves[f"{path}/b"] = pad_rank(a, b, target.rank)
+        tables = flatten(lora)
+        leaves |= {TABLES[name]: tables[TABLES[name]] for name in spec.saved}
+        return unflatten(leaves)
+
+
+def folded_scales(lora: Mapping[str, Any], spec: AdapterSpec) -> dict[str, tuple[Any, Any]]:
+    """Returns A and ``s B`` by path, ``[layers, ...]`` each."""
+    flat = flatten(lora)
+    folded = {}
+    for path, _ in spec.targets:
+        b = jnp.asarray(flat[f"{path}/b"], jnp.float32)
+        scales = np.reshape(spec.scales(path), (-1,) + (1,) * (b.ndim - 1))
+        folded[path] = (jnp.asarray(flat[f"{path}/a"], jnp.float32), b * scales)
+    return folded

@@ -1,0 +1,247 @@
+"""Loads a dual encoder or one tower by name, with tokenizer and image processor."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from nalora_jax.common import trees
+from nalora_jax.data.images.processor import (
+    ImageProcessor,
+    TextTokenizer,
+    read_processor,
+    read_text_tokenizer,
+)
+from nalora_jax.data.tokenizer import read_json
+from nalora_jax.errors import NaloraError
+from nalora_jax.layout import distributed
+from nalora_jax.models.vision.config import DualConfig, EncoderConfig
+from nalora_jax.models.vision.dual import init_params
+from nalora_jax.models.vision.families import compose, read_encoder
+from nalora_jax.weights import hub
+from nalora_jax.weights.encoders import dual_keymap, encoder_keymap
+from nalora_jax.weights.hf import SafetensorsFolder
+from nalora_jax.weights.hub import ResolvedSource
+from nalora_jax.weights.origin import Origin, fingerprint, origin
+from nalora_jax.weights.tensors import DTYPES, load_leaves
+
+# Separates the names of two towers that were trained separately.
+JOIN = "+"
+
+
+@dataclass(frozen=True)
+class LoadedDual:
+    """An image tower and a text tower, ready to run."""
+
+    config: DualConfig
+    params: dict[str, Any]
+    tokenizer: TextTokenizer
+    processor: ImageProcessor
+    source: str  # the base's name in its adapters
+    fingerprint: str
+    origin: Origin | None = None  # source of the weights, if they come from one folder
+
+
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """One tower, with the tokenizer or image processor for its inputs."""
+
+    config: EncoderConfig
+    params: dict[str, Any]
+    tokenizer: TextTokenizer | None
+    processor: ImageProcessor | None
+    source: str
+    fingerprint: str
+
+
+def load_dual(
+    source: str,
+    *,
+    dtype: str,
+    mesh: Mesh | None = None,
+    cache: Path | None = None,
+    d_out: int = 0,
+    loss: str = "softmax",
+    seed: int = 0,
+    image_size: int = 0,
+) -> LoadedDual:
+    """Loads a dual encoder.
+
+    Args:
+      source: a Hugging Face folder or hub id of CLIP, SigLIP, SigLIP 2 or a VisionTextDualEncoder;
+        or two towers, ``image+text``, each a folder, a hub id or an alias of `hub.ENCODERS`, which
+        get fresh projections.
+      dtype: of the parameters, "bfloat16" or "float32".
+      mesh: devices that share the parameters; the first device by default.
+      cache: folder for downloaded packages.
+      d_out: features of two towers' projections; 0: the smaller tower's width.
+      loss: training loss of two towers, "softmax" or "sigmoid".
+      seed: of the projections.
+      image_size: side of the images in pixels; 0: the model's size.
+
+    Raises:
+      NaloraError: the model cannot be found, read or understood; the message names the file and
+        the field.
+    """
+    _check_dtype(dtype)
+    image, plus, text = source.partition(JOIN)
+    if plus and not Path(source).exists():
+        towers = [
+            load_encoder(name.strip(), dtype=dtype, mesh=mesh, cache=cache, prefix=prefix)
+            for name, prefix in ((image, "image/"), (text, "text/"))
+        ]
+        return join(*towers, mesh=mesh, d_out=d_out, loss=loss, seed=seed, image_size=image_size)
+    folder, name = hub.resolve_folder(source, cache)
+    where = folder / "config.json"
+    config = DualConfig.from_hf(read_json(where), str(where))
+    tensors = SafetensorsFolder(folder)
+    params = load_leaves(
+        config.param_shapes(), tensors, dual_keymap(config), dtype=dtype, shardings=_shardings(config, mesh)
+    )
+    tokenizer = _tokenizer(folder, config.text)
+    processor = _of_side(read_processor(folder), config.image, image_size)
+    source_of = origin(config, ResolvedSource("hf", folder, name), tensors, together=mesh is not None)
+    return LoadedDual(config, params, tokenizer, processor, name, source_of.fingerprint, source_of)
+
+
+def read_dual(
+    source: str, *, cache: Path | None = None, d_out: int = 0, loss: str = "softmax"
+) -> DualConfig:
+    """Returns a dual encoder's description, without weights; arguments as in `load_dual`."""
+    image, plus, text = source.partition(JOIN)
+    if plus and not Path(source).exists():
+        image_config, read = (_description(name.strip(), cache)[0] for name in (image, text))
+        return compose(image_config, read, d_out or min(image_config.d_model, read.d_model), loss)
+    where = hub.resolve_folder(source, cache)[0] / "config.json"
+    return DualConfig.from_hf(read_json(where), str(where))
+
+
+def _description(source: str, cache: Path | None) -> tuple[EncoderConfig, Path, str]:
+    """Returns a tower's architecture, folder and name."""
+    folder, name = hub.resolve_folder(source, cache)
+    where = folder / "config.json"
+    return _pooled(read_encoder(read_json(where), str(where)), folder), folder, name
+
+
+def load_encoder(
+    source: str, *, dtype: str, mesh: Mesh | None = None, cache: Path | None = None, prefix: str = ""
+) -> LoadedEncoder:
+    """Loads one tower: an encoder's folder or hub id, or an alias of `hub.ENCODERS`.
+
+    Args:
+      source, dtype, mesh, cache: as in `load_dual`.
+      prefix: path of the tower in the tree that it will be part of, for the layout on the mesh.
+
+    Raises:
+      NaloraError: see `load_dual`.
+    """
+    _check_dtype(dtype)
+    config, folder, name = _description(source, cache)
+    tokenizer = _tokenizer(folder, config) if config.kind == "text" else None
+    processor = read_processor(folder) if config.kind == "image" else None
+    tensors = SafetensorsFolder(folder)
+    shardings = _shardings(config, mesh, prefix)
+    params = load_leaves(
+        config.param_shapes(), tensors, encoder_keymap(config), dtype=dtype, shardings=shardings
+    )
+    return LoadedEncoder(config, params, tokenizer, processor, name, fingerprint(config, tensors))
+
+
+def join(
+    image: LoadedEncoder,
+    text: LoadedEncoder,
+    *,
+    mesh: Mesh | None = None,
+    d_out: int = 0,
+    loss: str = "softmax",
+    seed: int = 0,
+    image_size: int = 0,
+) -> LoadedDual:
+    """Combines two separately trained towers with fresh projections; arguments as in `load_dual`.
+
+    Raises:
+      NaloraError: a tower is of the other kind, or its images cannot be resized to that size.
+    """
+    width = d_out or min(tower.config.d_model for tower in (image, text))
+    config = compose(image.config, text.config, width, loss)
+    assert image.processor is not None
+    assert text.tokenizer is not None
+    projections = _fresh(config, seed, mesh)
+    params = {
+        name: {**tower.params, **projections.pop(name)}
+        for name, tower in (("image", image), ("text", text))
+    }
+    digest = hashlib.sha256(
+        f"{image.fingerprint} {text.fingerprint} {width} {loss} {seed}".encode()
+    ).hexdigest()
+    name = f"{image.source}{JOIN}{text.source}"
+    processor = _of_side(image.processor, image.config, image_size)
+    return LoadedDual(config, params | projections, text.tokenizer, processor, name, digest)
+
+
+def _of_side(processor: ImageProcessor, config: EncoderConfig, side: int) -> ImageProcessor:
+    """Returns the processor for squares of ``side`` pixels; unchanged if ``side`` is 0."""
+    if not side:
+        return processor
+    if config.any_shape:
+        remedy = "the number of patches is max_num_patches of its preprocessor_config.json"
+        expected = "0 for a model that takes images of any shape"
+        raise NaloraError("--vision.image-size", expected=expected, found=side, remedy=remedy)
+    if side % config.patch_size:
+        expected = f"a multiple of the patch size, {config.patch_size}"
+        raise NaloraError("--vision.image-size", expected=expected, found=side)
+    if not (processor.shortest or processor.resize):
+        where = "preprocessor_config.json: do_resize"
+        raise NaloraError(where, expected="true, with --vision.image-size", found="false")
+    return processor.of_side(side)
+
+
+def _fresh(config: DualConfig, seed: int, mesh: Mesh | None) -> dict[str, Any]:
+    """Initializes projections and temperature of separately trained towers.
+
+    They are float32 because they are trained.
+    """
+    projections = ("image/projection/kernel", "text/projection/kernel", "logit_scale", "logit_bias")
+    leaves = trees.flatten(init_params(config, jax.random.key(seed)))
+    shardings = _shardings(config, mesh)
+    fresh = {path: leaf for path, leaf in leaves.items() if path in projections}
+    if shardings is not None:
+        fresh = {path: jax.device_put(leaf, shardings[path]) for path, leaf in fresh.items()}
+    return trees.unflatten(fresh)
+
+
+def _tokenizer(folder: Path, config: EncoderConfig) -> TextTokenizer:
+    fixed = config.pooling == "last"
+    return read_text_tokenizer(
+        folder, max_length=config.max_positions, vocab_size=config.vocab_size, fixed=fixed
+    )
+
+
+def _pooled(config: EncoderConfig, folder: Path) -> EncoderConfig:
+    """Applies the pooling that sentence-transformers records for a BERT."""
+    settings = read_json(folder / "1_Pooling" / "config.json", missing={})
+    if config.model_type == "bert" and settings.get("pooling_mode_cls_token"):
+        return replace(config, pooling="first")
+    return config
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:  # checked before the download
+        raise NaloraError("dtype", expected=" or ".join(DTYPES), found=repr(dtype))
+
+
+def _shardings(
+    config: DualConfig | EncoderConfig, mesh: Mesh | None, prefix: str = ""
+) -> dict[str, Any] | None:
+    if mesh is None:
+        return None
+    shapes = {
+        prefix + path: jax.ShapeDtypeStruct(s, "float32") for path, s in config.param_shapes().items()
+    }
+    shardings = trees.flatten(distributed.shardings(trees.unflatten(shapes), mesh, distributed.PARAM_RULES))
+    return {path.removeprefix(prefix): sharding for path, sharding in shardings.items()}

@@ -1,1 +1,0 @@
-"""Files of dual encoders and their towers: weights, tokenizer, image processor, adapters."""

@@ -1,0 +1,226 @@
+"""Experts in MXFP4 against transformers' dequantization, as floats and stored again in the same format."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from nalora_jax.common.trees import unflatten
+from nalora_jax.config import MeshConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.layout.distributed import make_mesh
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.targets import AdapterSpec, TargetSpec
+from nalora_jax.ops import mxfp4
+from nalora_jax.ops.quantize import dequantize, quantize
+from nalora_jax.weights.base import load_model
+from nalora_jax.weights.expert_tensors import with_floats
+from nalora_jax.weights.hf import SafetensorsFolder
+from nalora_jax.weights.merge import merge, write_merged
+
+RELEASED = {
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+    "quant_method": "mxfp4",
+}
+SIZES: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small gpt-oss in the released form: experts in MXFP4, the rest in bf16."""
+    folder = tmp_path_factory.mktemp("gpt-oss")
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**SIZES)).to(torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.2 + float("norm" in name))
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.randint(
+            0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8
+        )
+        tensors[f"{name}_scales"] = torch.randint(
+            118, 126, (experts, outputs, inputs // 32), dtype=torch.uint8
+        )
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": RELEASED}))
+    vocabulary = {"<unk>": 0} | {f"t{i}": i for i in range(1, 48)}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<unk>"}))
+    return folder
+
+
+def transformers_floats(folder: Path, layer: int, name: str) -> np.ndarray:
+    """``[E, d_in, d_out]`` by transformers' own conversion."""
+    tensors = load_file(folder / "model.safetensors")
+    stem = f"model.layers.{layer}.mlp.experts.{name}"
+    return convert_moe_packed_tensors(tensors[f"{stem}_blocks"], tensors[f"{stem}_scales"]).float().numpy()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [None, "mxfp4"])
+@pytest.mark.parametrize("sizes", [None, (1, 4, 2)])
+def test_floats_are_exactly_transformers(released: Path, dtype: str, kind: Any, sizes: Any) -> None:
+    mesh = None if sizes is None else make_mesh(MeshConfig(*sizes))
+    params = load_model(str(released), dtype=dtype, quantized=kind, mesh=mesh).params["layers"]
+    if kind:  # 4.25 bits; attention stays in floats
+        kernel = params["ffn"]["gate_proj"]["kernel"]
+        assert 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(kernel)) == 4.25 * 2 * 4 * 64 * 96
+        assert params["attn"]["q_proj"]["kernel"].dtype == dtype
+    for layer in range(2):
+        both = transformers_floats(released, layer, "gate_up_proj")
+        wanted = {"gate_proj": both[..., ::2], "up_proj": both[..., 1::2]}
+        wanted["down_proj"] = transformers_floats(released, layer, "down_proj")
+        for name, want in wanted.items():
+            kernel = params["ffn"][name]["kernel"]
+            floats = dequantize(kernel) if kind else kernel
+            np.testing.assert_array_equal(np.asarray(floats[layer], np.float32), want, err_msg=name)
+
+
+def test_the_quantized_model_has_transformers_logits(released: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = (
+            transformers.AutoModelForCausalLM.from_pretrained(released, attn_implementation="eager")
+            .float()
+            .eval()
+        )
+    tokens = np.random.default_rng(0).integers(1, 48, (2, 20))
+    with torch.no_grad():
+        want = theirs(torch.tensor(tokens)).logits.numpy()
+    found = load_model(str(released), dtype="float32", quantized="mxfp4")
+    model, variables = Decoder(found.config), {"params": found.params}
+    ours = jax.jit(lambda t: model.apply(variables, model.apply(variables, t), method="unembed"))(tokens)
+    assert np.abs(ours - want).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_the_quantized_model_is_merged_as_its_floats(released: Path, tmp_path: Path) -> None:
+    base = load_model(str(released), dtype="bfloat16")
+    stored = load_model(str(released), dtype="bfloat16", quantized="mxfp4")
+    rng, path, spec = np.random.default_rng(0), "layers/ffn/down_proj", TargetSpec((2, 2), (4.0, 4.0))
+    leaves = {
+        f"{path}/{name}": rng.normal(0, 0.1, (2, 4, *shape)).astype(np.float32)
+        for name, shape in {"a": (96, 2), "b": (2, 64)}.items()
+    }
+    lora, spec = unflatten(leaves), AdapterSpec(((path, spec),))
+    for name, adapters in (("base", None), ("merged", lora)):
+        files = []
+        for source, model in (("floats", base), ("stored", stored)):
+            folder = tmp_path / f"{name}-{source}"
+            options: dict[str, Any] = {"hf_config": model.hf_config, "tokenizer": released}
+            write_merged(folder, model.config, model.params, adapters, spec, **options)
+            files.append(load_file(folder / "model.safetensors"))
+        want, found = files
+        assert want.keys() == found.keys()
+        for tensor, value in want.items():
+            assert found[tensor].dtype == value.dtype == torch.bfloat16
+            assert torch.equal(found[tensor], value), (name, tensor)
+    stem = "model.layers.1.mlp.experts.gate_up_proj"
+    np.testing.assert_array_equal(found[stem].float(), transformers_floats(released, 1, "gate_up_proj"))
+    merged = merge(stored.params, lora, spec)["layers"]["ffn"]["down_proj"]["kernel"]
+    floats = transformers_floats(released, 1, "down_proj")
+    np.testing.assert_allclose(
+        merged[1], floats + 2 * leaves[f"{path}/a"][1] @ leaves[f"{path}/b"][1], atol=1e-5
+    )
+
+
+def test_any_slice_reads_the_same_floats(released: Path) -> None:
+    source, name = with_floats(SafetensorsFolder(released)), "model.layers.1.mlp.experts.gate_up_proj"
+    want = transformers_floats(released, 1, "gate_up_proj")
+    assert source.shapes()[name] == want.shape
+    for index in (
+        np.s_[0:4, 0:64, 0:192],
+        np.s_[1:2, 31:33, 5:192:2],
+        np.s_[2:4, 40:41, 0:1],
+        np.s_[0:1, 32:64, 7:9],
+    ):
+        np.testing.assert_array_equal(source.read(name, index), want[index])
+
+
+def test_scales_of_all_sizes_are_exact() -> None:
+    """Also the smallest and largest, as transformers' ldexp."""
+    scales = torch.arange(2, 253, dtype=torch.uint8).reshape(1, -1, 1)
+    blocks = torch.arange(16, dtype=torch.uint8).mul(17).expand(1, scales.shape[1], 1, 16).contiguous()
+    want = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).numpy()
+    stored = quantize(want[0], "mxfp4")
+    np.testing.assert_array_equal(dequantize(stored), want[0])
+
+
+def test_rounding_is_to_the_nearest_level_and_to_even_codes() -> None:
+    levels = np.asarray(mxfp4.LEVELS[:8])
+    middles = (levels[1:] + levels[:-1]) / 2
+    numbers = np.concatenate([[4.0], middles, -middles, np.linspace(-7.9, 7.9, 17)]).astype(np.float32)
+    column = np.resize(numbers, 32)[:, None]
+    found = np.asarray(dequantize(quantize(column, "mxfp4")))[:, 0]
+    distance = np.abs(np.abs(column) - levels)
+    nearest = levels[distance.argmin(axis=1)]
+    even = levels[7 - distance[:, ::-1].argmin(axis=1)]  # the upper of two
+    codes = np.searchsorted(levels, np.abs(found))
+    assert np.all((np.abs(found) == nearest) | (np.abs(found) == even))
+    ties = nearest != even
+    assert ties.sum() >= 7
+    assert np.all(codes[ties] % 2 == 0)
+    np.testing.assert_array_equal(np.sign(found), np.sign(np.where(found == 0, 0, column[:, 0])))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quant_method": "fp8"}, "quant_method: expected 'mxfp4'.*found 'fp8'"),
+        ({"modules_to_not_convert": ["model.layers.0.mlp.experts"]}, "modules_to_not_convert"),
+        ({"bits": 4}, "bits"),
+    ],
+)
+def test_other_quantization_is_refused_by_name(
+    released: Path, tmp_path: Path, change: Any, message: str
+) -> None:
+    raw = json.loads((released / "config.json").read_text())
+    raw["quantization_config"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(NaloraError, match=f"quantization_config: {message}"):
+        load_model(str(tmp_path), dtype="float32")
+
+
+def test_blocks_without_scales_are_refused(released: Path, tmp_path: Path) -> None:
+    tensors = load_file(released / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_proj"
+    del tensors[f"{name}_scales"]
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_text((released / file).read_text())
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(NaloraError, match=f"{name}_blocks.*no scales"):
+        load_model(str(tmp_path), dtype="float32")
