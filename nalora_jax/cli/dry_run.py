@@ -22,8 +22,8 @@ from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
 from nalora_jax.layout.layouts import Layout, estimate, laid_out
 from nalora_jax.layout.machines import of_devices, topology
+from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.rules import make
-from nalora_jax.method.transform import find_gates
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_cache

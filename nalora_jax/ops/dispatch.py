@@ -37,7 +37,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 AUTO, XLA = "auto", "xla"
 # By platform, in the order of choice: names of implementations.
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu",),
     "gpu": ("cudnn", "triton", "split_outputs"),
     "tpu": ("splash", "split_outputs"),
@@ -121,6 +121,23 @@ class Operation(Generic[P, R]):
 
 
 operation = Operation  # decorates a function that has a parameter `numerics`
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """An implementation of your own: creating one registers its name, the last choice on its platform."""
+
+    name: str
+    platform: str  # "cpu", "gpu" or "tpu"
+
+    def __post_init__(self) -> None:
+        register_all()
+        if self.name not in IMPLEMENTATIONS[self.platform]:
+            IMPLEMENTATIONS[self.platform] = (*IMPLEMENTATIONS[self.platform], self.name)
+
+    def implements(self, op: Operation[Any, Any]) -> Callable[[F], F]:
+        """Registers the decorated function, see `Operation.implements`."""
+        return op.implements(self.name)
 
 
 def _candidates(numerics: Numerics) -> tuple[str, ...]:

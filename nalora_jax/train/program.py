@@ -28,9 +28,10 @@ from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
+from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.measurement import CHECK_FAILED, CHECKS, GateChecks, GateStatsConfig, require_sound
 from nalora_jax.method.step import Objective, Step, StepConfig, TrainState, init_state, make_train_step
-from nalora_jax.method.transform import Mechanisms, find_gates, nalora
+from nalora_jax.method.transform import Mechanisms, nalora
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder

@@ -29,7 +29,7 @@ from nalora_jax.layout.machines import Topology
 from nalora_jax.method.step import init_state
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families import with_rope_scaling
+from nalora_jax.models.rope_scaling import with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.ops.quantize import gathered, kernels, quantize
@@ -56,7 +56,7 @@ def architecture(name: str, *, images: bool = False, rope_scaling: str = "") -> 
     A name is a key of `CONFIGS`, a ``config.json``, a Hugging Face folder, or a hub id: its last
     part is a key of `CONFIGS`, or its ``config.json`` is read from the hub's cache or downloaded.
     With ``images`` a multimodal model includes its image tower and projector; by default only its
-    text model is returned. ``rope_scaling`` replaces the model's (`nalora_jax.models.families.with_rope_scaling`).
+    text model is returned. ``rope_scaling`` replaces the model's (`nalora_jax.models.rope_scaling.with_rope_scaling`).
 
     Raises:
       NaloraError: the name is unknown, or its config or its new RoPE scaling is not supported.

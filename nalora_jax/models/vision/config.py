@@ -202,6 +202,14 @@ class DualConfig:
         """Returns the number of stacked layers by path of `projection_shapes`."""
         return {path: self.towers[path.partition("/")[0]].n_layers for path in self.projection_shapes()}
 
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of every base parameter that is trained entirely, by path."""
+        return {
+            path: shape
+            for path, shape in self.param_shapes().items()
+            if path in self.trained or path.rpartition("/")[0] in self.trained
+        }
+
     @staticmethod
     def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
         """Returns the config described by a parsed ``config.json`` of a dual encoder.
