@@ -27,7 +27,7 @@ from nalora_jax.layout.accounting import Collective, Program, Transfer, Work
 from nalora_jax.layout.estimates import attending, causal_flops, decoder_alone, splash_flops, useful_flops
 from nalora_jax.layout.machines import Chip, Topology
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.ops import split_triton
+from nalora_jax.ops import attention_gpu
 from nalora_jax.ops.delta_rule import SCOPE as DELTA_RULE
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ _ON_GPUS = {
     "mha_backward": 7,
     "cudnn_attention_forward": 2,
     "cudnn_attention_backward": 5,
-    **split_triton.PRODUCTS,
+    **attention_gpu.PRODUCTS,
 }
 
 

@@ -38,8 +38,8 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.remat import chosen_experts, chosen_remat
 from nalora_jax.models.stacks import gate_blocks, key_heads, stacks
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
-from nalora_jax.ops.cross_entropy import Head
-from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.ops.dispatch import numerics_for
+from nalora_jax.ops.losses import Head
 from nalora_jax.ops.split_rows import block_length
 from nalora_jax.ops.storage import prepare
 from nalora_jax.train.adalora import adalora

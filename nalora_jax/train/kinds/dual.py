@@ -37,7 +37,7 @@ from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.config import TOWERS, DualConfig
 from nalora_jax.models.vision.dual import DualEncoder, init_lora, normalised
-from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.train.inputs import settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.mechanisms import layer_metrics, mechanisms_of
