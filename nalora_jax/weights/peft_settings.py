@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from nalora_jax.errors import NaloraError, shown
-from nalora_jax.models import families  # noqa: F401  (enters the families whose paths the settings name)
 from nalora_jax.models.family import BUILT_IN, Family
 from nalora_jax.models.targets import ROWS, TABLES
 
