@@ -45,8 +45,8 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_on_records_of_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nalora_jax.data.lengths.SHORTEST", 1)
-    monkeypatch.setattr("nalora_jax.data.lengths.FULL", 0.7)
+    monkeypatch.setattr("nalora_jax.data.pipeline.SHORTEST", 1)
+    monkeypatch.setattr("nalora_jax.data.pipeline.FULL", 0.7)
     config = tiny.make_config(tmp_path)
     records = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     config = replace(

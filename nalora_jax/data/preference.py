@@ -27,14 +27,11 @@ from nalora_jax.data.chat import (
     render_chat,
     text_field,
 )
-from nalora_jax.data.lengths import drawn
 from nalora_jax.data.packing import fill_rows, pack, permutation
-from nalora_jax.data.pipeline import HostBatch, PackedStream, rows_read, stream_figures
-from nalora_jax.data.rendered import broken_records
+from nalora_jax.data.pipeline import HostBatch, PackedStream, drawn, rows_read, stream_figures
 from nalora_jax.data.source import Source
-from nalora_jax.data.store import Counts
-from nalora_jax.data.tokenize import Example, fit_example, tokenize
-from nalora_jax.data.too_long import UNLIMITED, advice, report_dropped
+from nalora_jax.data.store import UNLIMITED, Counts, advice, report_dropped
+from nalora_jax.data.tokenize import Example, broken_records, fit_example, tokenize
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ import numpy as np
 
 from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import (
+    THOUGHT_END,
     Message,
     Rendered,
     as_messages,
@@ -23,11 +24,9 @@ from nalora_jax.data.chat import (
 from nalora_jax.data.forms import IMAGES, Parts, canonical, tools_of
 from nalora_jax.data.items import ChoiceItem, CompletionItem, Item, SeenItem
 from nalora_jax.data.packing import permutation
-from nalora_jax.data.rendered import broken_records
 from nalora_jax.data.source import Source, require_some
 from nalora_jax.data.sources import open_held_out, open_pair
-from nalora_jax.data.tokenize import Example, divided, tokenize, with_loss_last
-from nalora_jax.data.turns import THOUGHT_END
+from nalora_jax.data.tokenize import Example, broken_records, divided, tokenize, with_loss_last
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:

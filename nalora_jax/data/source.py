@@ -1,14 +1,29 @@
-"""The interface of record sources, and the simplest source: records in memory."""
+"""The interface of record sources, records in memory, and mixtures of sources.
+
+    --data.dataset a.jsonl*3,b.parquet*0.5,socialiqa
+
+A weight is the number of times that an epoch contains each record of a data set. 3 means three
+times; 0.5 means half of the records, drawn once by a fixed seed; the default is 1. A mixture is
+therefore a fixed list of records, and shuffling, packing, limits and resuming work as for any other
+source.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from nalora_jax.config.checks import check_path, is_path
+from nalora_jax.data.packing import permutation
 from nalora_jax.errors import NaloraError
 
 Record = dict[str, Any]
@@ -114,3 +129,109 @@ def foreign_errors(where: str, expected: str, remedy: str) -> Iterator[None]:
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise NaloraError(where, expected=expected, found=lines[0], remedy=remedy) from error
+
+
+_SEED = 20260102  # of the draw of part of a data set: the same in every run
+_MOST = 1000.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source and the number of times that an epoch contains each of its records."""
+
+    source: Source
+    weight: float = 1.0
+
+
+class MixedSource(Source):
+    """Records of several sources, each repeated or sampled by its weight.
+
+    Raises:
+      NaloraError: a weight leaves no records of a source.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._sources = [component.source for component in parts]
+        chosen = [_chosen(component) for component in parts]
+        self._counts = [len(indices) for indices in chosen]
+        self._of = np.repeat(np.arange(len(parts)), self._counts)
+        self._index = np.concatenate(chosen)
+        self.name = self.dataset = " + ".join(
+            component.source.name + (f" * {component.weight:g}" if component.weight != 1 else "")
+            for component in parts
+        )
+        weighted = (f"{component.source.fingerprint}*{component.weight:g}" for component in parts)
+        self.fingerprint = "mixture:" + "|".join(weighted)
+
+    def describe(self) -> str:
+        """Returns the number and share of records of each source.
+
+        Example:
+          ``"a.jsonl[train] 300 (60%), b.parquet[train] 200 (40%)"``
+        """
+        pairs = zip(self._sources, self._counts, strict=True)
+        return ", ".join(f"{source.name} {count} ({count / len(self):.0%})" for source, count in pairs)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """Returns the records at ``indices``, with one read per source."""
+        places = np.asarray(indices, np.int64)
+        rows: list[Record] = [{}] * len(places)
+        for number in np.unique(self._of[places]).tolist():
+            at = np.flatnonzero(self._of[places] == number)
+            records = self._sources[number].read(self._index[places[at]].tolist())
+            for position, record in zip(at.tolist(), records, strict=True):
+                rows[position] = record
+        return rows
+
+    @property
+    def spans(self) -> list[Span]:
+        """Returns one span over the mixture; `parts` has the spans of the sources."""
+        return [("mixture", 0, len(self))]
+
+    @property
+    def parts(self) -> list[Source]:
+        """Returns the sources that are mixed."""
+        return self._sources
+
+    def where(self, index: int) -> str:
+        """Returns the record's name in its source."""
+        return self._sources[self._of[index]].where(int(self._index[index]))
+
+
+def _chosen(component: Part) -> np.ndarray:
+    """Returns the indices of a source's records, each repeated by the weight."""
+    size = len(component.source)
+    repeats, share = divmod(component.weight, 1)
+    drawn = np.sort(permutation(size, _SEED)[: round(share * size)])
+    indices = np.concatenate([np.tile(np.arange(size), int(repeats)), drawn])
+    if not len(indices):
+        name, weight = component.source.name, f"{component.weight:g}"
+        raise NaloraError(name, expected="a weight that leaves a record", found=weight)
+    return indices
+
+
+def components(dataset: str) -> list[tuple[str, float]]:
+    """Returns the data sets in ``--data.dataset``, with their weights.
+
+    Example:
+      >>> components("a.jsonl*3, b.parquet")
+      [('a.jsonl', 3.0), ('b.parquet', 1.0)]
+
+    Raises:
+      NaloraError: a name is empty or not valid in a file system, or a weight is out of range.
+    """
+    for text in filter(str.strip, dataset.split(",")):
+        check_path("--data.dataset", text)
+    if (is_path(dataset) and Path(dataset).exists()) or ("," not in dataset and "*" not in dataset):
+        return [(dataset, 1.0)]
+    names = []
+    for text in dataset.split(","):
+        match = re.fullmatch(r"\s*(.+?)(?:\*(\d+\.?\d*|\.\d+))?\s*", text)
+        if match is None or not 0 < float(match[2] or 1) <= _MOST:
+            expected = f"data sets with weights in (0, {_MOST:g}], such as a.jsonl*3,b.parquet"
+            raise NaloraError("--data.dataset", expected=expected, found=repr(dataset))
+        names.append((match[1], float(match[2] or 1)))
+    return names

@@ -22,9 +22,17 @@ from nalora_jax.common.registry import Registry
 from nalora_jax.config import DataConfig
 from nalora_jax.data import tasks
 from nalora_jax.data.files import RecordFile, is_path, open_rows, splits_of
-from nalora_jax.data.mixture import MixedSource, Part, components
 from nalora_jax.data.packing import permutation
-from nalora_jax.data.source import Record, Source, Span, foreign_errors, require_some
+from nalora_jax.data.source import (
+    MixedSource,
+    Part,
+    Record,
+    Source,
+    Span,
+    components,
+    foreign_errors,
+    require_some,
+)
 from nalora_jax.data.tfds_source import (
     TfdsSource,
     absolute_of,
@@ -66,7 +74,7 @@ def open_source(
         ``"tfds:<name>"`` with any name that TFDS accepts, ``"hf:<org>/<name>"`` of the hub, the
         path or URL (``gs://``, ``s3://``) of a file, a folder or a pattern, or ``NAME`` or
         ``NAME:ARGUMENT`` of a registered source (`register_source`); or several of these with
-        weights (`nalora_jax.data.mixture`).
+        weights (`nalora_jax.data.source`).
       split: a TFDS split expression; for files also the path of another file.
       cache: folder in which the library's tasks are prepared; `downloads.cache_dir` by default.
       source: sources by split, in place of the data set in ``config``.

@@ -24,20 +24,19 @@ from nalora_jax.common.files import write_array
 from nalora_jax.common.locks import scratch_folder
 from nalora_jax.common.notes import counting
 from nalora_jax.config import DataConfig
+from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.forms import IMAGES
-from nalora_jax.data.image_tokens import ImageTokens
 from nalora_jax.data.packing import permutation
-from nalora_jax.data.rendered import rendered
 from nalora_jax.data.source import Source, require_some
-from nalora_jax.data.tokenize import Example, divided, fit_example, tokenize, with_loss_last
-from nalora_jax.data.too_long import UNLIMITED, advice, mostly_too_long, report_dropped, too_long
+from nalora_jax.data.tokenize import Example, divided, fit_example, rendered, tokenize, with_loss_last
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
     from nalora_jax.data.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
 
-_LOG = logging.getLogger(__name__)
+UNLIMITED = 2**24  # context of a model that is not known
 # Increase it when the same records and tokenizer would produce other tokens.
 _FORMAT = 5
 # Records that are checked before the others are tokenized, and the share of too long records at
@@ -132,7 +131,7 @@ def open_store(
         began = time.perf_counter()
         write_store(folder, _examples(source, indices, config, tokenizer))
         seconds = time.perf_counter() - began
-        _LOG.info("tokenized %s: %d examples in %.1f s", source.name, len(indices), seconds)
+        log.info("tokenized %s: %d examples in %.1f s", source.name, len(indices), seconds)
     return load_store(folder)
 
 
@@ -278,7 +277,7 @@ def is_whole(folder: Path) -> bool:
         damage = "it has no digests"
     if damage is None:
         return True
-    _LOG.warning("the cached tokens in %s are damaged (%s): making them again", folder, damage)
+    log.warning("the cached tokens in %s are damaged (%s): making them again", folder, damage)
     shutil.rmtree(folder, ignore_errors=True)
     return False
 
@@ -383,3 +382,69 @@ def rows_of(example: Example, config: DataConfig, bos_id: int | None, where: str
         )
     rows = (with_loss_last(row, config.loss_last) for row in divided(example, config.max_length, bos_id))
     return [row for row in rows if row.has_target]
+
+
+def advice(longest: int, context: int, ways: str = "split or truncate") -> str:
+    """Returns advice on records of up to ``longest`` positions in a model with ``context`` positions."""
+    keeps = f"--data.max-length {longest} keeps all"
+    if longest > context:
+        keeps = f"some are longer than the {context:,} tokens that a row may have with this model"
+    return f"{keeps}, --data.too-long {ways} shortens them"
+
+
+def report_dropped(
+    name: str,
+    counts: Counts,
+    config: DataConfig,
+    context: int = UNLIMITED,
+    ways: str = "split or truncate",
+) -> None:
+    """Logs the number of records split or dropped as too long; refuses data if most are dropped.
+
+    Training on only the short half of a data set is not the task that its user specified.
+
+    Args:
+      name: of the data.
+      counts: numbers of records, and the longest.
+      config: gives the row length.
+      context: maximum tokens of a row.
+      ways: values of ``too_long`` that keep long records.
+    """
+    if counts.split:
+        actual = f"{counts.split} records longer than a row of {config.max_length} tokens"
+        log.info("%s: %s are split; rows of examples: %d", name, actual, counts.examples)
+    if not counts.dropped:
+        return
+    total = counts.examples + counts.dropped
+    share = f"{counts.dropped / total:.0%}"
+    actual = (
+        f"{counts.dropped} of {total} records ({share}), longer than --data.max-length {config.max_length}"
+    )
+    if 2 * counts.dropped > total:
+        remedy = advice(counts.longest - 1, context, ways)
+        raise mostly_too_long(name, counts.dropped, f"{total} records", config, remedy)
+    log.warning("%s: left out %s; %s", name, actual, advice(counts.longest - 1, context, ways))
+
+
+def mostly_too_long(name: str, count: int, of: str, config: DataConfig, remedy: str) -> NaloraError:
+    """Returns the error for data of which ``count`` out of ``of`` records are longer than a row."""
+    share = count / int(of.split()[0])
+    return NaloraError(
+        name,
+        expected="records most of which fit",
+        found=f"{count} of {of} ({share:.0%}), longer than --data.max-length {config.max_length}",
+        remedy=remedy,
+    )
+
+
+def too_long(where: str, size: int, config: DataConfig, context: int) -> NaloraError:
+    """Returns the error for a record of ``size`` tokens that does not fit a row."""
+    remedy = "raise --data.max-length, or choose --data.too-long drop, split or truncate"
+    if size - 1 > context:
+        remedy = f"choose --data.too-long drop, split or truncate: the model has {context:,} positions"
+    return NaloraError(
+        where,
+        expected=f"at most --data.max-length {config.max_length} tokens and the one after them",
+        found=f"{size} tokens",
+        remedy=remedy,
+    )

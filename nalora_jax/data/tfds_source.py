@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.common import buckets
-from nalora_jax.data import needle, tasks
+from nalora_jax.data import tasks
 from nalora_jax.data.files import ENDINGS
 from nalora_jax.data.source import Record, Source, Span, foreign_errors
 from nalora_jax.errors import NaloraError
@@ -125,27 +125,27 @@ def task_source(name: str, split: str, cache: Path) -> Source:
 
 
 def needle_source(words: str, split: str, cache: Path) -> Source:
-    """Returns the needle-retrieval texts of at most ``words`` words (`nalora_jax.data.needle`).
+    """Returns the needle-retrieval texts of at most ``words`` words (`nalora_jax.data.tasks`).
 
     Raises:
       NaloraError: there are no texts of this length, or there is no such split.
     """
     name = f"needle:{words}"
-    if words not in map(str, needle.LENGTHS):
-        expected = f"needle:WORDS, with WORDS one of {', '.join(map(str, needle.LENGTHS))}"
+    if words not in map(str, tasks.LENGTHS):
+        expected = f"needle:WORDS, with WORDS one of {', '.join(map(str, tasks.LENGTHS))}"
         raise NaloraError("--data.dataset", expected=expected, found=repr(name))
-    _check_splits(name, split, needle.SIZES)
-    fingerprint = f"{name}:{needle.VERSION}:{tasks.WHEEL_SHA256}:{split}"
+    _check_splits(name, split, tasks.NEEDLE_SIZES)
+    fingerprint = f"{name}:{tasks.NEEDLE_VERSION}:{tasks.WHEEL_SHA256}:{split}"
     return TfdsSource(
-        name, split, lambda: _open_needle(words, split, cache), fingerprint, tuple(needle.SIZES)
+        name, split, lambda: _open_needle(words, split, cache), fingerprint, tuple(tasks.NEEDLE_SIZES)
     )
 
 
 def _open_needle(words: str, split: str, cache: Path) -> Any:
-    from nalora_jax.data.builders.needle import Builder
+    from nalora_jax.data.builders import Needle
 
     def builder() -> Any:
-        return Builder(config=words, data_dir=cache / "tfds", file_format="array_record")
+        return Needle(config=words, data_dir=cache / "tfds", file_format="array_record")
 
     return prepared(builder).as_data_source(split=split)
 
@@ -160,10 +160,10 @@ def _check_splits(name: str, split: str, sizes: Mapping[str, int]) -> None:
 
 def _open_task(name: str, split: str, cache: Path) -> Any:
     """Prepares a task on first use (seconds), atomically by a rename, and opens one split."""
-    from nalora_jax.data.builders.commonsense import Builder
+    from nalora_jax.data.builders import Commonsense
 
     def builder() -> Any:
-        return Builder(config=name, data_dir=cache / "tfds", file_format="array_record")
+        return Commonsense(config=name, data_dir=cache / "tfds", file_format="array_record")
 
     return prepared(builder).as_data_source(split=split)
 

@@ -16,9 +16,8 @@ import numpy as np
 
 from nalora_jax.common.digests import digest_of
 from nalora_jax.data.images.files import Limits, open_image
-from nalora_jax.data.images.processor import ImageProcessor, resized_to
-from nalora_jax.data.images.sources import ImageSource
-from nalora_jax.data.images.text import TextTokenizer
+from nalora_jax.data.images.opened import ImageSource
+from nalora_jax.data.images.processor import ImageProcessor, TextTokenizer, resized_to
 from nalora_jax.evaluate.evaluator import Evaluator, ItemRecord, variables_of
 from nalora_jax.evaluate.statistics import bootstrap, wilson
 from nalora_jax.layout import distributed

@@ -14,18 +14,23 @@ from jax.sharding import Mesh
 
 from nalora_jax.common.digests import digest_of
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig
-from nalora_jax.data.images.opened import open_images
+from nalora_jax.data.images.opened import ImageSource, open_images
 from nalora_jax.data.images.pipeline import ImageData
-from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.sources import check_disjoint
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.models.vision.dual import init_lora
 from nalora_jax.study.plan import MEASURES
-from nalora_jax.train.assembly import Assembly
-from nalora_jax.train.dual import assemble_dual
-from nalora_jax.train.dual_objectives import CLASSES
-from nalora_jax.train.kinds.dual import drawn_images, image_data, image_evaluator, trained_on, with_classes
+from nalora_jax.train.kinds.dual import (
+    CLASSES,
+    assemble_dual,
+    drawn_images,
+    image_data,
+    image_evaluator,
+    trained_on,
+    with_classes,
+)
+from nalora_jax.train.program import Assembly
 from nalora_jax.weights.dual import JOIN, LoadedDual, LoadedEncoder, join, load_dual, load_encoder
 
 

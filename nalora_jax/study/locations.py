@@ -10,7 +10,7 @@ from nalora_jax.common.files import expand_user
 from nalora_jax.config import RunConfig
 from nalora_jax.config.settings import DUAL
 from nalora_jax.data.files import ENDINGS
-from nalora_jax.data.mixture import components
+from nalora_jax.data.source import components
 from nalora_jax.errors import NaloraError
 
 

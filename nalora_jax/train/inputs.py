@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.forms import form_of
-from nalora_jax.data.mixture import MixedSource
-from nalora_jax.data.source import Source
+from nalora_jax.data.source import MixedSource, Source
 from nalora_jax.data.sources import SelectedSource, have_same_records, open_pair
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
@@ -22,8 +21,8 @@ from nalora_jax.models.adapters import adapter_spec, check_token_indices
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import key_heads
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.train.decoder_program import check_context
-from nalora_jax.train.learning_rate import with_learning_rate
+from nalora_jax.train.optimizers import with_learning_rate
+from nalora_jax.train.program import check_context
 from nalora_jax.weights.model_files import ModelFiles
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from nalora_jax.data import tokenizer as ours
-from nalora_jax.data.tokenizer_backend import is_foreign
+from nalora_jax.data.tokenizer import is_foreign
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.gguf import GGUFFile
 

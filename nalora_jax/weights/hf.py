@@ -26,8 +26,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nalora_jax.common import buckets
-from nalora_jax.data.tokenizer import read_json
-from nalora_jax.data.tokenizer_backend import is_unicode
+from nalora_jax.data.tokenizer import is_unicode, read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.shards import DTYPES as WRITTEN
 from nalora_jax.weights.tensors import WORKERS, FileTensor, Index

@@ -28,8 +28,7 @@ import tokenizers
 from jax import lax
 from jax.sharding import Mesh
 
-from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
-from nalora_jax.data.tokenizer_backend import read_backend
+from nalora_jax.data.tokenizer import AddedTokens, Tokenizer, read_backend
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.models.targets import TABLES

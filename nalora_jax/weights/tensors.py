@@ -29,8 +29,8 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.paths import leaf_dtype
 from nalora_jax.models.stacks import param_shapes
+from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.ops.quantize import Kind, Quantized, kernels, quantize
 from nalora_jax.ops.reductions import mesh_axes
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor

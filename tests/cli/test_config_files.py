@@ -115,7 +115,7 @@ def test_a_dry_run_says_what_would_run_and_loads_no_weight(
     import jax
 
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("nalora_jax.data.lengths.SHORTEST", 1)
+    monkeypatch.setattr("nalora_jax.data.pipeline.SHORTEST", 1)
     config = tiny.make_config(tmp_path, mesh=MeshConfig())
     config = replace(
         config,

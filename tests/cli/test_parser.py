@@ -18,7 +18,7 @@ from nalora_jax.cli import command, usage
 from nalora_jax.cli import parser as cli
 from nalora_jax.config import LoRARule, RunConfig, check
 from nalora_jax.config.structured import ranges
-from nalora_jax.data import lengths
+from nalora_jax.data import pipeline
 from nalora_jax.errors import ListedError, NaloraError
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ def flags(kind, prefix=""):
         default = (
             field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         )
-        inner = "" if field.name == "run" and kind in (cli.TrainArgs, KINDS["plan"]) else f"{field.name}."
+        inner = "" if field.name in ("run", "sampling") else f"{field.name}."
         if dataclasses.is_dataclass(default):
             yield from flags(type(default), f"{prefix}{inner}")
         else:
@@ -299,7 +299,7 @@ def test_the_configs_of_the_repository_are_valid_and_say_their_command(path):
 
 def test_the_main_job_is_the_defaults():
     config = cli.load_config(ROOT / "configs" / "socialiqa_smollm2.py")
-    assert config.data.max_length == lengths.SHORTEST  # which rows of short questions come to
+    assert config.data.max_length == pipeline.SHORTEST  # which rows of short questions come to
     assert dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=0)) == RunConfig()
 
 

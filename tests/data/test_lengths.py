@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.config import DataConfig, PreferenceConfig
-from nalora_jax.data.lengths import example_lengths, with_length
-from nalora_jax.data.pipeline import stream_text
+from nalora_jax.data.pipeline import example_lengths, stream_text, with_length
 from nalora_jax.data.preference import pair_sizes
 from nalora_jax.data.source import RecordsSource
 

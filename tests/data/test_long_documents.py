@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nalora_jax.config import DataConfig, PreferenceConfig, RunConfig, check
-from nalora_jax.data import long_chats, rendered
+from nalora_jax.data import chat, tokenize
 from nalora_jax.data.chat import render
 from nalora_jax.data.pipeline import train_data
 from nalora_jax.data.questions import eval_examples
@@ -152,9 +152,9 @@ def test_plain_text_is_learned_and_evaluated_without_a_prompt(open_data, tokeniz
 
 
 def test_long_records_are_tokenized_few_at_a_time(monkeypatch):
-    monkeypatch.setattr(rendered, "_CHARACTERS", 1000)
+    monkeypatch.setattr(tokenize, "_CHARACTERS", 1000)
     records = [{"text": "x" * size} for size in [10] * 20 + [600] * 6 + [10] * 20]
-    chunks = list(rendered.batches(RecordsSource("sizes", records), np.arange(46)))
+    chunks = list(tokenize.batches(RecordsSource("sizes", records), np.arange(46)))
     assert list(chain.from_iterable(chunk for chunk, _ in chunks)) == list(range(46))
     sizes = [[len(record["text"]) for record in found] for _, found in chunks]
     assert max(map(sum, sizes)) <= 1000
@@ -186,7 +186,7 @@ def test_masks_of_long_chats_do_not_depend_on_short_contents(tokenizer, monkeypa
     config, record = DataConfig(loss_on="assistant"), {"messages": talk(thought)}
     results = []
     for most in (10**9, 0):
-        monkeypatch.setattr(long_chats, "_MOST", most)
+        monkeypatch.setattr(chat, "_MOST", most)
         try:
             results.append(render(record, config, ours, "here"))
         except NaloraError as error:
@@ -203,7 +203,7 @@ def test_a_long_chat_is_rendered_in_full_once(tokenizer, monkeypatch):
             rendered.extend(map(len, texts))
             return texts
 
-    monkeypatch.setattr(long_chats, "_MOST", 0)
+    monkeypatch.setattr(chat, "_MOST", 0)
     values = {field.name: getattr(tokenizer, field.name) for field in dataclasses.fields(tokenizer)}
     result = render({"messages": talk()}, DataConfig(loss_on="assistant"), Counting(**values), "here")
     assert len(result.answers) == 4

@@ -14,10 +14,9 @@ import pytest
 
 from nalora_jax.config import DataConfig, RunConfig, check
 from nalora_jax.data.given import NAME, FormattedSource, given_sources
-from nalora_jax.data.mixture import components
 from nalora_jax.data.pipeline import train_data
 from nalora_jax.data.questions import held_out
-from nalora_jax.data.source import RecordsSource
+from nalora_jax.data.source import RecordsSource, components
 from nalora_jax.data.sources import MOST, open_pair, open_source, register_source, split_to_measure
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError

@@ -10,9 +10,9 @@ from itertools import pairwise
 import pytest
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data import needle
-from nalora_jax.data.needle import DEPTHS, OTHERS, needle_record, words
+from nalora_jax.data import tasks
 from nalora_jax.data.sources import open_source
+from nalora_jax.data.tasks import DEPTHS, OTHERS, needle_record, words
 from nalora_jax.errors import NaloraError
 
 HAYSTACK = [f"Sentence {i} of the text has a few more words than {i // 3}." for i in range(90)]
@@ -66,11 +66,11 @@ def test_the_data_set_is_real_text_with_other_passages_held_out(tmp_path):
         open_source(DataConfig(dataset="needle:250"), split, cache=tmp_path)
         for split in ("train", "validation")
     )
-    assert (len(train), len(held)) == (needle.SIZES["train"], needle.SIZES["validation"])
+    assert (len(train), len(held)) == (tasks.NEEDLE_SIZES["train"], tasks.NEEDLE_SIZES["validation"])
     for source in (train, held):
         for record in source.read(range(0, len(source), 40)):
             assert record["completion"].strip(" .") in record["prompt"]
             assert 200 < words(record["prompt"]) <= 250 + 17
     assert [record["depth"] for record in held.read(range(5))] == list(DEPTHS)
     assert len({record["depth"] for record in train.read(range(200))}) > 50
-    assert not set(needle.sentences("train")) & set(needle.sentences("validation"))
+    assert not set(tasks.sentences("train")) & set(tasks.sentences("validation"))

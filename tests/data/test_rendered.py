@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.rendered import rendered
 from nalora_jax.data.sources import FileSource
+from nalora_jax.data.tokenize import rendered
 from nalora_jax.errors import NaloraError
 
 GOOD = {"messages": [{"role": "user", "content": "up"}, {"role": "assistant", "content": "the sky"}]}

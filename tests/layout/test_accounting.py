@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.layout.accounting import Program
-from nalora_jax.models.moe import UNEVEN
+from nalora_jax.models.experts import UNEVEN
 from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule
 
 LAYERS, D, ROWS = 5, 64, 32

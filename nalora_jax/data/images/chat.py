@@ -12,6 +12,8 @@ LLaVA's form, and records without messages, whose image comes before their promp
     {"image": "cat.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                            {"from": "gpt", "value": "A cat."}]}
     {"image": "cat.png", "prompt": "What is this?", "completion": " A cat."}
+
+Also the images of packed sequences: their records, image slots per sequence, and pixels.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +31,15 @@ import numpy as np
 from nalora_jax.common.files import expand_user
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.chat import text_field
+from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.forms import IMAGES, ROLES, Parts, canonical
-from nalora_jax.data.image_tokens import ImageTokens
 from nalora_jax.data.images.files import Limits, open_image
-from nalora_jax.data.images.opened import IMAGE_SETS, open_images, places_without_error
-from nalora_jax.data.images.sources import ImageSource
-from nalora_jax.data.mixture import components
-from nalora_jax.data.source import Record, Source, Span
+from nalora_jax.data.images.opened import IMAGE_SETS, ImageSource, open_images, places_without_error
+from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.data.packing import Pattern
+from nalora_jax.data.source import Record, Source, Span, components
 from nalora_jax.data.sources import open_source
+from nalora_jax.data.store import TokenStore
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -353,3 +357,67 @@ def _from_url(value: str, where: str) -> bytes:
         raise NaloraError(
             where, expected="data:image/...;base64,...", found=f"{head[:40]}: {error}"
         ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class RowImages:
+    """Images of batches of packed sequences.
+
+    A batch has uint8 ``pixels`` and int32 ``images``, the number of images in each row. The images
+    of a row are in the order of its image tokens; slots after the first ``images`` are black and
+    unused.
+    """
+
+    source: Source  # with images in its records (`nalora_jax.data.images.chat`)
+    records: np.ndarray  # int64 [examples], indices into the source
+    processor: ImageProcessor
+    limits: Limits
+    places: int
+
+    def batch(self, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns the images of rows, each of which is an array of examples."""
+        shape = self.processor.output
+        assert shape is not None
+        pixels = np.zeros((len(rows), self.places, *shape, 3), np.uint8)
+        counts = np.zeros(len(rows), np.int32)
+        for row, examples in enumerate(rows):
+            for example in examples.tolist():
+                record = int(self.records[example])
+                for encoded in self.source.read([record])[0][IMAGES]:
+                    image = opened(encoded, self.source.where(record), self.limits)
+                    pixels[row, counts[row]] = self.processor(image)["pixels"]
+                    counts[row] += 1
+        return {"pixels": pixels, "images": counts}
+
+
+def row_images(
+    source: Source,
+    store: TokenStore,
+    pattern: Pattern,
+    tokens: ImageTokens,
+    processor: ImageProcessor,
+    limits: Limits,
+) -> RowImages:
+    """Returns the images of the rows that ``pattern`` packs from ``store``.
+
+    ``store`` has the tokens of ``source``.
+    """
+    places = places_of(pattern, store.lengths, images_of(store, tokens))
+    return RowImages(source, store.records, processor, limits, places)
+
+
+def images_of(store: TokenStore, tokens: ImageTokens) -> np.ndarray:
+    """Returns the number of images of each example: int ``[examples]``."""
+    sums = np.add.reduceat((store.tokens == tokens.token_id).astype(np.int64), store.offsets[:-1])
+    return sums // tokens.count
+
+
+def places_of(pattern: Pattern, lengths: np.ndarray, images: np.ndarray) -> int:
+    """Returns the maximum number of images of a row over all epochs, at least 1.
+
+    The slots of a row have fixed lengths; every epoch draws another example of that length for each
+    slot.
+    """
+    most = np.zeros(int(lengths.max()) + 1, np.int64)
+    np.maximum.at(most, lengths, images)
+    return max(1, int(np.add.reduceat(most[pattern.lengths], pattern.starts[:-1]).max()))

@@ -1,12 +1,18 @@
-"""Opens sources of images by name, and finds their usable records."""
+"""Sources of images: data sets of this library and of TFDS, and folders with captions or classes.
+
+The image of a record is encoded or the path of a file, and is decoded on use.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +20,293 @@ from nalora_jax.common.downloads import cache_dir
 from nalora_jax.common.files import expand_user
 from nalora_jax.common.registry import Registry
 from nalora_jax.config import DataConfig, VisionConfig
-from nalora_jax.data.images.files import Limits, open_image
-from nalora_jax.data.images.sources import ImageSource, ListedImages, TfdsImages
-from nalora_jax.data.tfds_source import open_tfds
-from nalora_jax.errors import NaloraError
+from nalora_jax.data.files import DELIMITERS, open_rows
+from nalora_jax.data.images.files import ENDINGS, Limits, open_image
+from nalora_jax.data.source import Span
+from nalora_jax.data.tfds_source import absolute, absolute_of, open_tfds, plain, tfds_errors
+from nalora_jax.errors import NaloraError, shown
+
+# Files that list a folder's images, by precedence; metadata.* are from Hugging Face's ImageFolder.
+LISTS = ("captions.jsonl", "metadata.jsonl", "metadata.csv", "captions.csv")
+_NAMES = ("file_name", "image", "file", "path")
+_CHUNK = 4096
+
+
+class ImageSource(ABC):
+    """Records of one split expression, by index.
+
+    Attributes:
+      name: for messages, e.g. ``"emoji[train]"``.
+      dataset: data set to which the splits belong.
+      fingerprint: changes whenever the records could have changed.
+      fields: names of a record's image, class and caption fields.
+    """
+
+    name: str
+    dataset: str
+    fingerprint: str
+    fields: VisionConfig
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Returns the records at ``indices``; one call for many indices is fastest."""
+
+    @property
+    @abstractmethod
+    def spans(self) -> list[Span]:
+        """Returns the parts of the underlying splits that this source reads."""
+
+    @abstractmethod
+    def own_classes(self) -> tuple[str, ...]:
+        """Returns the names of the classes by label, as the data set lists them; () if labels are texts."""
+
+    def where(self, index: int) -> str:
+        """Returns the name of a record in messages."""
+        return f"{self.name}, record {index}"
+
+    def image(self, record: Mapping[str, Any], where: str) -> bytes | Path:
+        """Returns the encoded image of a record, or its file."""
+        value = record.get(self.fields.image_field)
+        if isinstance(value, bytes | Path):
+            return value
+        raise NaloraError(
+            f"{where}: {self.fields.image_field}",
+            expected="an image",
+            found="nothing" if value is None else type(value).__name__,
+            remedy=f"name the field by --vision.image-field (there are {', '.join(record)})",
+        )
+
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        """Returns the captions of the records at ``indices``."""
+        return [self._caption(row, index) for index, row in zip(indices, self.read(indices), strict=True)]
+
+    def _caption(self, record: Mapping[str, Any], index: int) -> str:
+        field = self.fields.caption_field
+        value = record.get(field)
+        if not isinstance(value, str) or not value.strip():
+            raise NaloraError(
+                f"{self.where(index)}: {field}",
+                expected="a text",
+                found=shown(value),
+                remedy=f"name the field by --vision.caption-field (there are {', '.join(record)})",
+            )
+        return value
+
+    @cached_property
+    def _raw_labels(self) -> list[Any]:
+        field, labels = self.fields.label_field, []
+        for start in range(0, len(self), _CHUNK):
+            rows = range(start, min(start + _CHUNK, len(self)))
+            for index, record in zip(rows, self.read(rows), strict=True):
+                value = record.get(field)
+                if not isinstance(value, int | str) or isinstance(value, bool):
+                    raise NaloraError(
+                        f"{self.where(index)}: {field}",
+                        expected="a class: a number or a name",
+                        found=shown(value),
+                        remedy=f"name the field by --vision.label-field (there are {', '.join(record)})",
+                    )
+                labels.append(value)
+        return labels
+
+    def labels(self, classes: Sequence[str]) -> np.ndarray:
+        """Returns the index in ``classes`` (names, by label) of every record's class: int32 ``[len(self)]``."""
+        class_names = self.own_classes()
+        places = {name: i for i, name in enumerate(class_names or classes)}
+        labels = np.empty(len(self), np.int32)
+        for index, value in enumerate(self._raw_labels):
+            place = value if isinstance(value, int) else places.get(value, -1)
+            if not 0 <= place < len(classes):
+                raise NaloraError(
+                    f"{self.where(index)}: {self.fields.label_field}",
+                    expected=f"one of {len(classes)} classes",
+                    found=repr(value)[:80],
+                    remedy="name every class by --vision.classes, in the order of the labels",
+                )
+            labels[index] = place
+        return labels
+
+    def classes(self) -> tuple[str, ...]:
+        """Returns the names of the classes from the config, else the data set, else the records.
+
+        Names that are collected from the records are sorted.
+
+        Raises:
+          NaloraError: labels are numbers without names, or names and labels differ in number.
+        """
+        configured, listed = self.fields.classes, self.own_classes()
+        if configured:
+            if listed and len(listed) != len(configured):
+                raise NaloraError(
+                    "--vision.classes", expected=f"{len(listed)} names", found=len(configured)
+                )
+            return configured
+        if listed:
+            return listed
+        names = set(self._raw_labels)
+        if not all(isinstance(name, str) for name in names):
+            raise NaloraError(
+                f"{self.name}: classes",
+                expected="names",
+                found="numbers that the data set does not name",
+                remedy="name them by --vision.classes, in the order of the labels",
+            )
+        return tuple(sorted(names))
+
+
+class TfdsImages(ImageSource):
+    """One split expression of a TFDS data set, with images left encoded."""
+
+    def __init__(self, name: str, split: str, opener: Any, fields: VisionConfig) -> None:
+        self.dataset, self.name, self.fields = name, f"{name}[{split}]", fields
+        with tfds_errors(
+            self.name, "check the name, its config and the split (tensorflow.org/datasets/splits)"
+        ):
+            import tensorflow_datasets as tfds
+
+            self._data = opener(decoders={fields.image_field: tfds.decode.SkipDecoding()})
+            self._info = self._data.dataset_info
+            self._spans = absolute(split, self._info.splits)
+        if fields.image_field not in self._info.features:
+            raise NaloraError(
+                f"{name}: {fields.image_field}",
+                expected="an image",
+                found=f"only the fields {', '.join(self._info.features)}",
+                remedy="name it by --vision.image-field",
+            )
+        path = Path(self._info.data_dir) / "dataset_info.json"
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.fingerprint = f"tfds:{self._info.full_name}:{digest}:{split}"
+        _require_some(self)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    @property
+    def spans(self) -> list[Span]:
+        """Returns parts of the data set's splits."""
+        return self._spans
+
+    def own_classes(self) -> tuple[str, ...]:
+        """Returns the class names of the label's feature, or ()."""
+        features, field = self._info.features, self.fields.label_field
+        # TFDS's features have no `get`.
+        if field in features:
+            return tuple(getattr(features[field], "names", ()) or ())
+        return ()
+
+    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Returns the records, with texts decoded and images as bytes."""
+        with tfds_errors(self.name, "prepare the data set again"):
+            rows = self._data.__getitems__([int(i) for i in indices])
+        return [{name: self._plain(name, value) for name, value in row.items()} for row in rows]
+
+    def _plain(self, name: str, value: Any) -> Any:
+        if name == self.fields.image_field:
+            return value if isinstance(value, bytes) else bytes(np.asarray(value).item())
+        return plain(value)
+
+
+class ListedImages(ImageSource):
+    """Images of a folder, listed in a CSV or JSONL file or stored in one subfolder per class.
+
+    Args:
+      path: the list, or the folder (with one of `LISTS` in it, or with subfolders).
+      split: "train", or a slice of it such as "train[:80%]".
+      fields: see `VisionConfig`; the file name is in ``image_field`` or in file_name, file or path.
+    """
+
+    def __init__(self, path: Path, split: str, fields: VisionConfig) -> None:
+        self.dataset, self.name, self.fields = str(path.resolve()), f"{path}[{split}]", fields
+        self._root, lists = path, [path / name for name in LISTS if (path / name).is_file()]
+        if path.is_file():
+            self._root, lists = path.parent, [path]
+        self._rows = _listed(lists[0]) if lists else _by_folder(path, fields)
+        digest = hashlib.sha256(repr(self._rows).encode())
+        with tfds_errors(
+            self.name,
+            'an image folder has one split, "train", or slices of it such as "train[-20%:]"',
+        ):
+            self._spans = absolute_of(split, {"train": len(self._rows)})
+        self._index = np.concatenate([np.arange(start, stop) for _, start, stop in self._spans])
+        self.fingerprint = f"images:{digest.hexdigest()}:{split}"
+        _require_some(self)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def spans(self) -> list[Span]:
+        """Returns parts of the list, as lines of its split "train"."""
+        return self._spans
+
+    def own_classes(self) -> tuple[str, ...]:
+        """Returns (), since labels are texts."""
+        return ()
+
+    def where(self, index: int) -> str:
+        """Returns the image's name."""
+        row = self._rows[int(self._index[index])]
+        return str(
+            next((row[name] for name in (self.fields.image_field, *_NAMES) if name in row), self.name)
+        )
+
+    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Returns the rows, with images as paths."""
+        return [self._record(int(i)) for i in indices]
+
+    def _record(self, index: int) -> dict[str, Any]:
+        row = dict(self._rows[int(self._index[index])])
+        name = next(
+            (row[n] for n in (self.fields.image_field, *_NAMES) if isinstance(row.get(n), str)),
+            None,
+        )
+        if name is not None:
+            row[self.fields.image_field] = self._inside(name)
+        return row
+
+    def _inside(self, name: str) -> Path:
+        """Returns the path of ``name``, which must be in the list's folder.
+
+        A list may come from an untrusted author.
+        """
+        path = (self._root / name).resolve()
+        if not path.is_relative_to(self._root.resolve()):
+            expected = "a file in the list's folder"
+            raise NaloraError(f"{self.name}: {name}", expected=expected, found="one outside of it")
+        return path
+
+
+def _listed(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a CSV file with a header, or of a JSONL file."""
+    if path.suffix.lower() not in (".jsonl", ".json", ".ndjson", *DELIMITERS):
+        expected = "a .csv or .jsonl file, or a folder"
+        raise NaloraError(str(path), expected=expected, found=path.suffix or "no ending")
+    rows = open_rows(path)
+    return rows.read(range(len(rows)))
+
+
+def _by_folder(path: Path, fields: VisionConfig) -> list[dict[str, Any]]:
+    """Returns every image below ``path``, with the name of its folder as the class."""
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+    return [
+        {
+            fields.image_field: str(p.relative_to(path)),
+            fields.label_field: p.relative_to(path).parts[0],
+        }
+        for p in files
+        if p.parent != path
+    ]
+
+
+def _require_some(source: ImageSource) -> None:
+    if len(source) == 0:
+        remedy = f"a folder holds one of {', '.join(LISTS)}, or a subfolder of images per class"
+        raise NaloraError(source.name, expected="at least one image", found="none", remedy=remedy)
+
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,8 @@ import numpy as np
 
 from nalora_jax.config import VisionConfig
 from nalora_jax.data.images.files import Limits, open_image, pillow
-from nalora_jax.data.images.processor import ImageProcessor
-from nalora_jax.data.images.sources import ImageSource
-from nalora_jax.data.images.text import TextTokenizer
+from nalora_jax.data.images.opened import ImageSource
+from nalora_jax.data.images.processor import ImageProcessor, TextTokenizer
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.pipeline import HostBatch, Stream
 from nalora_jax.errors import NaloraError

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.config import PreferenceConfig, RunConfig
 from nalora_jax.data.forms import in_turns
-from nalora_jax.data.lengths import with_length
+from nalora_jax.data.pipeline import with_length
 from nalora_jax.data.preference import PairData, held_out_pairs, pair_data, pair_sizes, pairs_digest
 from nalora_jax.data.source import Source
 from nalora_jax.data.tokenizer import AddedTokens
@@ -31,12 +31,12 @@ from nalora_jax.evaluate.preference import PreferenceEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.adapters import adapter_spec
-from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.inputs import open_records, settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.kinds import text
 from nalora_jax.train.objectives import NextToken, through_surrogate
 from nalora_jax.train.output import Output
+from nalora_jax.train.program import Assembly
 from nalora_jax.weights.hub import resolve
 from nalora_jax.weights.model_files import LoadedModel, open_files
 
@@ -102,7 +102,7 @@ export_run = text.export_run
 
 
 def program_parts(config: PreferenceConfig) -> dict[str, Any]:
-    """Returns the objective of a preference loss, for `nalora_jax.train.assembly.assemble`."""
+    """Returns the objective of a preference loss, for `nalora_jax.train.program.assemble`."""
     return {"objective": partial(Preference, config=config)}
 
 

@@ -13,10 +13,9 @@ import pytest
 from PIL import Image
 
 from nalora_jax.config import DataConfig, VisionConfig
+from nalora_jax.data.chat_templates import ImageTokens, as_parts
 from nalora_jax.data.forms import IMAGES
-from nalora_jax.data.image_tokens import ImageTokens, as_parts
-from nalora_jax.data.images.chat import open_chats
-from nalora_jax.data.images.rows import places_of
+from nalora_jax.data.images.chat import open_chats, places_of
 from nalora_jax.data.packing import pack, plan
 from nalora_jax.errors import NaloraError
 

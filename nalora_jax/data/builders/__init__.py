@@ -1,1 +1,0 @@
-"""TFDS builders of this library; importing one registers its name with TFDS."""
