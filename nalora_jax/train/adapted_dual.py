@@ -11,7 +11,7 @@ from nalora_jax.evaluate.images import Encoders
 from nalora_jax.layout.distributed import platform_of
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.dual import DualEncoder
-from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.train.located import Located, locate
 from nalora_jax.weights.dual import LoadedDual, load_dual
 from nalora_jax.weights.peft import import_adapter

@@ -14,6 +14,7 @@ from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.images.processor import ImageProcessor, read_processor
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
+from nalora_jax.models import families  # noqa: F401  (enters the families that can be loaded)
 from nalora_jax.models.vision.config import Sight
 from nalora_jax.ops.quantize import Kind
 from nalora_jax.weights import hub

@@ -41,7 +41,7 @@ class Card:
     device: str = ""  # hardware of the training run
     origin: Origin | None = None  # the base's file, number formats and digest
     resized: int = 0  # rows of the embedding if tokens were added to the base; otherwise 0
-    # RoPE fields of the base's config.json if the run changed them (`models.families.rope_settings`).
+    # RoPE fields of the base's config.json if the run changed them (`models.rope_scaling.rope_settings`).
     rope: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families.tensors import Change, Source, TensorRow
+from nalora_jax.models.family import Change, Source, TensorRow
 from nalora_jax.models.vision.config import UNUSED, DualConfig, EncoderConfig, Sight
 from nalora_jax.weights.keymaps import (
     ONCE,

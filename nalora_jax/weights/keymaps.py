@@ -26,9 +26,7 @@ import numpy as np
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families import BUILT_IN, family_of
-from nalora_jax.models.families.record import GGUF
-from nalora_jax.models.families.tensors import Source, TensorRow
+from nalora_jax.models.family import BUILT_IN, GGUF, Source, TensorRow, family_of
 from nalora_jax.models.stacks import param_shapes, stacks
 
 Array = Any  # numpy or jax arrays: conversions use only methods that both have

@@ -26,8 +26,7 @@ from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import merged_kernel
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families import contains_text_model, family_of, text_part
-from nalora_jax.models.families.tensors import Source
+from nalora_jax.models.family import Source, contains_text_model, family_of, text_part
 from nalora_jax.models.targets import AdapterSpec, leaf_dtype
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.ops.storage import Kernel, Stored, expand

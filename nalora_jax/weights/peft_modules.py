@@ -30,7 +30,7 @@ import numpy as np
 
 from nalora_jax.models.adapters import pad_rank
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families import contains_text_model, family_of
+from nalora_jax.models.family import contains_text_model, family_of
 from nalora_jax.models.stacks import depths, locate, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, scale_divisor
 from nalora_jax.models.vision.config import DualConfig

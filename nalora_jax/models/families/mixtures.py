@@ -8,24 +8,9 @@ from nalora_jax.common.fields import Fields
 from nalora_jax.method.activations import clamped_swish
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families.dense import QWEN
-from nalora_jax.models.families.record import (
-    GGUF,
-    Family,
-    Metadata,
-    Overrides,
-    attention_bias,
-    base_config,
-    expert_fields,
-    fields_of_layers,
-    first_present,
-    layer_count,
-    optional_windows,
-    periodic,
-    same_window,
-    windows_of,
-)
-from nalora_jax.models.families.tensors import (
+from nalora_jax.models.family import (
     GATED,
+    GGUF,
     GGUF_ATTENTION,
     GGUF_EXPERTS,
     GGUF_PAIRED,
@@ -37,13 +22,26 @@ from nalora_jax.models.families.tensors import (
     HF_PRE_NORMS,
     HF_QK_NORMS,
     HF_SINKS,
+    Family,
+    Metadata,
+    Overrides,
     TensorRow,
+    attention_bias,
+    base_config,
+    expert_fields,
+    fields_of_layers,
+    first_present,
     gguf_ends,
     gguf_norms,
     hf_dense,
     hf_experts,
     hf_kernel,
     hf_row,
+    layer_count,
+    optional_windows,
+    periodic,
+    same_window,
+    windows_of,
 )
 from nalora_jax.models.moe import SharedExperts
 from nalora_jax.models.routing import RouterSpec

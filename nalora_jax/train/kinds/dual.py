@@ -29,14 +29,15 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
+from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.measurement import CHECKS, GateStatsConfig, require_sound
 from nalora_jax.method.step import Batch, Evaluated, Step, StepConfig, TrainState, make_train_step
-from nalora_jax.method.transform import Mechanisms, find_gates, nalora
+from nalora_jax.method.transform import Mechanisms, nalora
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.config import TOWERS, DualConfig
 from nalora_jax.models.vision.dual import DualEncoder, init_lora, normalised
-from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.train.inputs import settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.mechanisms import layer_metrics, mechanisms_of
