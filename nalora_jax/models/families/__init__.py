@@ -17,7 +17,7 @@ from nalora_jax.config.rope_scaling import FIELDS, FLAG, ORIGINAL, WITH_ORIGINAL
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.families import dense, gemma, hybrids, mixtures
-from nalora_jax.models.families.record import Family, Reader
+from nalora_jax.models.families.record import FULL, Family, Reader
 from nalora_jax.models.families.record import base_config as base_config
 from nalora_jax.models.families.tensors import Rows
 from nalora_jax.models.ropes import ROPE_KINDS, RopeSpec
@@ -193,7 +193,6 @@ def register_family(
 #   {"max_position_embeddings": 131072, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6,
 #    "factor": 4.0, "original_max_position_embeddings": 32768}}
 
-_FULL = "full_attention"
 _SCALING = {"type", "rope_type", ORIGINAL, "short_factor", "long_factor"}.union(*FIELDS.values())
 _GROWTH = "llama_4_scaling_beta"
 # These follow from the factor if they are absent.
@@ -224,7 +223,7 @@ def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str
         changed = with_rope_scaling(text_model, text, f"{where}: text_config")
         differing = {name: value for name, value in changed.items() if value != text_model.get(name)}
         return {**raw, "text_config": {**(raw.get("text_config") or {}), **differing}}
-    base = ModelConfig.from_hf(raw, where)
+    base = read(raw, where)
     spec = _rescalable(base, text, where)
     unscaled = _unscaled_length(base, spec)
     if settings["rope_type"] in WITH_ORIGINAL:
@@ -241,7 +240,7 @@ def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str
     changed = _changed(raw, settings)
     # transformers computes dynamic scaling from max_position_embeddings.
     changed["max_position_embeddings"] = unscaled if settings["rope_type"] == "dynamic" else context
-    ModelConfig.from_hf(changed, f"{FLAG} {text}")
+    read(changed, f"{FLAG} {text}")
     return changed
 
 
@@ -297,10 +296,10 @@ def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, A
     if raw.get("rope_parameters") and not raw.get("rope_scaling"):
         name = "rope_parameters"
     held = dict(raw.get(name) or {})
-    nested = isinstance(held.get(_FULL), Mapping)
+    nested = isinstance(held.get(FULL), Mapping)
     rope = dict(held)
     if nested:
-        rope = dict(held[_FULL])
+        rope = dict(held[FULL])
     scaling = {field: rope.pop(field) for field in _SCALING & rope.keys()}
     if (scaling.get("rope_type") or scaling.get("type")) == settings["rope_type"]:
         rope |= {
@@ -312,7 +311,7 @@ def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, A
         rope[ORIGINAL] = scaling[ORIGINAL]
     rope |= settings
     if nested:
-        rope = held | {_FULL: rope}
+        rope = held | {FULL: rope}
     changed = {**raw, name: rope}
     if ORIGINAL in raw and ORIGINAL in settings:  # outside of the scaling, it would win
         changed[ORIGINAL] = settings[ORIGINAL]

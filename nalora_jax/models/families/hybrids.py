@@ -14,6 +14,7 @@ from nalora_jax.models.families.record import (
     attention_bias,
     base_config,
     dense_layer,
+    experts_of,
     fields_of_layers,
     first_present,
     head_dim_of,
@@ -277,8 +278,7 @@ def _lfm2_moe(f: Fields, name: str) -> ModelConfig:
     scale, normalize = f.number("routed_scaling_factor"), f.flag("norm_topk_prob")
     features = {
         "d_ff": f.integer("moe_intermediate_size"),
-        "n_experts": f.integer("num_experts", high=2**12),
-        "experts_per_token": f.integer("num_experts_per_tok", high=2**12),
+        **experts_of(f, "num_experts"),
         "ffn": Mixture(RouterSpec("sigmoid", normalize, f.flag("use_expert_bias"), scale=scale)),
     }
     layers = [(*mixer, *dense) if i < n_dense else mixer for i, mixer in enumerate(mixers)]

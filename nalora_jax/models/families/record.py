@@ -206,15 +206,19 @@ def dense_layer(d_ff: int) -> Overrides:
     return (("d_ff", d_ff), ("n_experts", 0), ("experts_per_token", 0), ("ffn", None))
 
 
-def expert_fields(
-    f: Fields, n_experts: int, dense: Sequence[bool]
-) -> tuple[dict[str, Any], list[Overrides]]:
-    """Returns the fields of narrow experts, and of every layer: ``dense`` marks layers without experts."""
-    fields = {
-        "d_ff": f.integer("moe_intermediate_size"),
-        "n_experts": n_experts,
+def experts_of(f: Fields, *names: str, default: int | None = None) -> dict[str, int]:
+    """Returns the number of experts, by the first of the field's names in the file, and of a token's experts."""
+    return {
+        "n_experts": f.integer(first_present(f, *names), high=2**12, default=default),
         "experts_per_token": f.integer("num_experts_per_tok", high=2**12),
     }
+
+
+def expert_fields(
+    f: Fields, experts: Mapping[str, int], dense: Sequence[bool]
+) -> tuple[dict[str, Any], list[Overrides]]:
+    """Returns the fields of narrow experts, and of every layer: ``dense`` marks layers without experts."""
+    fields = {"d_ff": f.integer("moe_intermediate_size"), **experts}
     if not any(dense):
         return fields, [()] * len(dense)
     layer = dense_layer(f.integer("intermediate_size"))
