@@ -35,7 +35,7 @@ from nalora_jax.layout import distributed
 from nalora_jax.method import activations, rules, statistics
 from nalora_jax.models import families
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.assembly import assemble
+from nalora_jax.train.program import assemble
 from tests import tiny
 from tests.param_trees import init_params
 

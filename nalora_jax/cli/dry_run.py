@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.cli import config_files
 from nalora_jax.common import trees
-from nalora_jax.common.axes import AXES
+from nalora_jax.common.devices import AXES
 from nalora_jax.config import RunConfig
 from nalora_jax.config.structured import dotted
 from nalora_jax.data.pipeline import stream_text
@@ -35,9 +35,9 @@ from nalora_jax.train.initial_adapter import with_adapter
 from nalora_jax.train.inputs import check_layout
 from nalora_jax.train.job import Inputs
 from nalora_jax.train.kinds import run_kind
-from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.train.machine import device_memory
 from nalora_jax.train.mechanisms import first_step, log_first_step, mechanisms_of
+from nalora_jax.train.optimizers import with_learning_rate
 from nalora_jax.train.rollout import ROWS
 from nalora_jax.train.session import say_counts
 
@@ -71,7 +71,7 @@ def _describe_images(inputs: Inputs) -> list[str]:
       NaloraError: any error that a run would raise before it reads weights.
     """
     from nalora_jax.models.vision.dual import init_lora as init_dual  # Pillow is an extra
-    from nalora_jax.train.dual import resolve_dual
+    from nalora_jax.train.kinds.dual import resolve_dual
     from nalora_jax.weights.dual import read_dual
 
     config, records, (reported, selecting) = inputs.config, inputs.data, inputs.held_out

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import jax
 
-from nalora_jax.common.axes import AXES
+from nalora_jax.common.devices import AXES
 from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common import trees
-from nalora_jax.common.axes import CONTEXT, WEIGHT_AXES
+from nalora_jax.common.devices import CONTEXT, WEIGHT_AXES
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.low_rank import Adapted, Dense, adapted_dense, parallel_dense
 from nalora_jax.method.statistics import CHECK, COUNTS

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common.axes import BATCH_AXES, CONTEXT, WEIGHT_AXES
+from nalora_jax.common.devices import BATCH_AXES, CONTEXT, WEIGHT_AXES
 from nalora_jax.method.ffn import frozen_kernel
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.parts import RMSNorm, constrain

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common.axes import BATCH_AXES
+from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.ops.blockwise_attention import AttentionConfig, with_sinks
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.split_rows import Row, block_numbers, by_block, by_part, gathered, with_preceding

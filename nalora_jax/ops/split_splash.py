@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common.axes import CONTEXT
+from nalora_jax.common.devices import CONTEXT
 from nalora_jax.ops.blockwise_attention import AttentionConfig, saved_heads
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.splash_attention import LANES, LARGEST, SPLASH, largest_block, takes

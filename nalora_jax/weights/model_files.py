@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from nalora_jax.common import trees
-from nalora_jax.common.axes import WEIGHT_AXES
+from nalora_jax.common.devices import WEIGHT_AXES
 from nalora_jax.data.tokenizer import NO_TOKENS, AddedTokens, Tokenizer, read_json
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common import trees
-from nalora_jax.common.axes import BATCH_AXES
+from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig
 from nalora_jax.evaluate.generate.programs import place_batch
 from nalora_jax.evaluate.likelihood import target_log_probs
@@ -36,8 +36,7 @@ from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.ops.quantize import quantize
 from nalora_jax.ops.reductions import count
 from nalora_jax.train.adapted import load
-from nalora_jax.train.assembly import Assembly
-from nalora_jax.train.decoder_program import build_model
+from nalora_jax.train.program import Assembly, build_model
 from tests.observed import taps_of
 from tests.param_trees import init_params
 

@@ -27,7 +27,7 @@ from nalora_jax.study.records import Record, Records, plain
 from nalora_jax.study.report import status
 from nalora_jax.study.resources import Resources
 from nalora_jax.study.verification import verify
-from nalora_jax.train.assembly import assemble
+from nalora_jax.train.program import assemble
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ import torch
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common.axes import BATCH_AXES
+from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.config import MeshConfig
 from nalora_jax.layout.distributed import make_mesh
-from nalora_jax.train.dual_objectives import sigmoid_contrastive, softmax_contrastive
+from nalora_jax.train.kinds.dual import sigmoid_contrastive, softmax_contrastive
 
 ROWS, WIDTH = 16, 32
 

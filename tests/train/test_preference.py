@@ -36,8 +36,8 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.cross_entropy import Head, cross_entropy
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.target_losses import target_losses
-from nalora_jax.train.assembly import assemble
 from nalora_jax.train.kinds.preference import dpo, open_inputs, program_parts
+from nalora_jax.train.program import assemble
 from tests import tiny
 from tests.param_trees import init_params
 

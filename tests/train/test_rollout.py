@@ -14,8 +14,8 @@ from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import NO_TOKEN
 from nalora_jax.ops.policy_losses import PolicyLoss
-from nalora_jax.train.decoder_program import next_token
 from nalora_jax.train.policy import Policy
+from nalora_jax.train.program import next_token
 from nalora_jax.train.rewards import Scorer
 from nalora_jax.train.rollout import Sampler, Samples, sample_batch
 from tests import tiny

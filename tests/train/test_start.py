@@ -19,8 +19,8 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train import start
-from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.output import START, Output
+from nalora_jax.train.program import Assembly, assemble
 from tests import tiny
 from tests.param_trees import init_params
 

@@ -31,10 +31,9 @@ from nalora_jax.method.step import Evaluated, StepConfig, init_state, make_train
 from nalora_jax.method.transform import make_mechanisms, own_factors, with_gate_state
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.train import decoder_program
-from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.loop import _Meter
 from nalora_jax.train.optimizers import make_optimizer
+from nalora_jax.train.program import Assembly, assemble, next_token
 from tests import tiny
 from tests.param_trees import bytes_per_device, init_params
 
@@ -414,7 +413,7 @@ def test_without_a_cotangent_statistic_the_program_is_the_same(monkeypatch: pyte
     def program(config: RunConfig) -> str:
         made, _ = _assemble(config)
         mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
-        objective = decoder_program.next_token(BASE, made.model, config.compute, mesh)
+        objective = next_token(BASE, made.model, config.compute, mesh)
         step = make_train_step(
             made.optimizer, StepConfig(made.mechanisms, {"layers/ffn": (3, 64)}), objective
         )

@@ -31,7 +31,7 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.trained_head import WholeHead, trained_cross_entropy
-from nalora_jax.train.assembly import assemble
+from nalora_jax.train.program import assemble
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 from tests import tiny
 

@@ -39,7 +39,7 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.trained_head import HeadRows, trained_cross_entropy
 from nalora_jax.train import snapshot
 from nalora_jax.train.adapted import load, put_on
-from nalora_jax.train.assembly import assemble
+from nalora_jax.train.program import assemble
 from nalora_jax.weights.adapter_forms import AdapterSlot
 from nalora_jax.weights.merge import merge
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export

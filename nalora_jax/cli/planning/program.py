@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common import trees
-from nalora_jax.common.axes import BATCH_AXES, WEIGHT_AXES
+from nalora_jax.common.devices import BATCH_AXES, WEIGHT_AXES
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.data.tokenizer import read_json
@@ -34,8 +34,8 @@ from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.ops.quantize import gathered, kernels, quantize
 from nalora_jax.study.sweeps.program import stacked_sharding, step_of_runs
-from nalora_jax.train.decoder_program import decoder_program
 from nalora_jax.train.kinds import decoder_parts
+from nalora_jax.train.program import decoder_program
 
 _BATCH = {
     "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32",

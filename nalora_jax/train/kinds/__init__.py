@@ -34,7 +34,7 @@ def run_kind(config: RunConfig) -> Kind:
 
 
 def decoder_parts(config: RunConfig, base: ModelConfig, processor: Any = None) -> dict[str, Any]:
-    """Returns the objective and the module of a kind on a decoder, for `nalora_jax.train.assembly.assemble`.
+    """Returns the objective and the module of a kind on a decoder, for `nalora_jax.train.program.assemble`.
 
     Args:
       config: the run's settings.

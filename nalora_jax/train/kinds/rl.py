@@ -39,14 +39,13 @@ from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch, Step, TrainState
 from nalora_jax.ops.policy_losses import CLIPS, PolicyLoss, advantages, divergence_penalty
-from nalora_jax.train.assembly import Assembly
-from nalora_jax.train.decoder_program import next_token
 from nalora_jax.train.inputs import open_records, settled
 from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.kinds import text
 from nalora_jax.train.objectives import NextToken
 from nalora_jax.train.output import Output
 from nalora_jax.train.policy import Policy
+from nalora_jax.train.program import Assembly, next_token
 from nalora_jax.train.rewards import Scorer, make_rewards
 from nalora_jax.train.rollout import Sampler, Samples, sample_batch
 from nalora_jax.weights.hub import resolve
@@ -100,7 +99,7 @@ def weighted_sum(rl: RLConfig, rewards: np.ndarray) -> np.ndarray:
 
 
 def program_parts(rl: RLConfig) -> dict[str, Any]:
-    """Returns the arguments of `nalora_jax.train.assembly.assemble` for a run with rewards."""
+    """Returns the arguments of `nalora_jax.train.program.assemble` for a run with rewards."""
 
     def objective(plain: NextToken) -> Policy:
         return Policy(plain, policy_loss_of(rl), rl.temperature)

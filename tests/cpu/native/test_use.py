@@ -46,7 +46,7 @@ from nalora_jax.ops.matmul import matmul
 from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.ops.reductions import sampled
 from nalora_jax.ops.storage import STACKS, prepare
-from nalora_jax.train.assembly import assemble
+from nalora_jax.train.program import assemble
 from tests import tiny
 from tests.cpu.native.conftest import KINDS
 from tests.observed import taps_of
