@@ -32,8 +32,6 @@ from nalora_jax.method.rules import PLACES, Context, Mechanism, Memory, make
 # By place (`nalora_jax.method.rules.PLACES`), then by block: [..., d_ff] float32.
 Factors = dict[str, dict[str, Array]]
 DEFAULT = ("curvature_cap",)
-# Projections that compute a gate's pre-activation, in a gated and in a self-gated block.
-_GATE_NAMES = ("gate_proj", "in_proj")
 TAPS, MASK = "taps", "mask"  # names of the leaves of a gate next to A and B
 
 
@@ -259,20 +257,6 @@ def equalized(factor: Array) -> Array:
 # ---------------------------------------------------------------- the transform
 
 
-def find_gates(lora: Any, *, leaf: str = "b") -> dict[str, str]:
-    """Returns the block of each adapted gate of a LoRA tree with this library's names.
-
-    Example:
-      >>> adapter = {"a": a, "b": b}
-      >>> find_gates({"layers": {"ffn": {"gate_proj": adapter, "up_proj": adapter}}})
-      {'layers/ffn/gate_proj': 'layers/ffn'}
-    """
-    suffix = f"/{leaf}"
-    paths = (path.removesuffix(suffix) for path in trees.flatten(lora) if path.endswith(suffix))
-    split = {path: path.rpartition("/") for path in sorted(paths)}
-    return {path: block for path, (block, _, name) in split.items() if name in _GATE_NAMES}
-
-
 def gate_leaves(mechanisms: Mechanisms, channels: tuple[int, ...]) -> dict[str, Any]:
     """Returns the leaves of a gate next to its A and B: zeros ``taps`` and, for masks, ones.
 
@@ -295,8 +279,9 @@ def scale_by_gates(
 
     Args:
       mechanisms: the rules (`make_mechanisms`).
-      gates: block of each gate, e.g. ``{"layers/ffn/gate_proj": "layers/ffn"}`` (`find_gates`): the
-        gate's B is ``<gate>/b [..., r, d_ff]``, and ``gate_stats`` has the statistics of the block.
+      gates: block of each gate, e.g. ``{"layers/ffn/gate_proj": "layers/ffn"}``
+        (`nalora_jax.method.low_rank.find_gates`): the gate's B is ``<gate>/b [..., r, d_ff]``, and
+        ``gate_stats`` has the statistics of the block.
         By default the nodes with ``taps`` (`gate_leaves`), each of which is its own block.
 
     Returns:

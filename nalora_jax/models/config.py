@@ -1,7 +1,7 @@
 """The architecture of a decoder as one frozen dataclass, read from a ``config.json``.
 
-`families` has one record per ``model_type``. This module defines the fields that the readers
-set and does not import them.
+`nalora_jax.models.family` reads it by the record of its ``model_type``. This module defines the fields
+that the readers set and does not import them.
 """
 
 from __future__ import annotations
@@ -141,8 +141,9 @@ class ModelConfig:
           NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is
             not implemented.
         """
-        families = import_module("nalora_jax.models.families")  # which imports this module
-        config: ModelConfig = families.read(raw, where, images)
+        import_module("nalora_jax.models.families")  # which imports this module, as the next one does
+        family = import_module("nalora_jax.models.family")
+        config: ModelConfig = family.read(raw, where, images)
         return config
 
     def to_dict(self) -> dict[str, Any]:

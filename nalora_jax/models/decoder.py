@@ -33,7 +33,7 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.reductions import RUN, sampled_weights
 from nalora_jax.ops.split_rows import Row, block_length, padded, repeated, shards_of, split
-from nalora_jax.ops.storage import LayerStack
+from nalora_jax.ops.storage import LayerStack, reads_cache_in_place
 
 
 class Decoder(nn.Module):
@@ -299,7 +299,7 @@ def _with_cache(shared: SharedInputs, cache: Cache | None, seq: int, numerics: N
         return shared
     stacks_in_place = {}
     for prefix, state in cache.states.items():
-        if isinstance(state, KeyValues) and numerics.hooks.reads_cache_in_place(seq, state.k, numerics):
+        if isinstance(state, KeyValues) and reads_cache_in_place(seq, state.k, numerics):
             assert isinstance(state.k, LayerStack)
             assert isinstance(state.v, LayerStack)
             stacks_in_place[prefix] = state.k, state.v

@@ -46,6 +46,7 @@ from nalora_jax.models.routing import (
     summed,
 )
 from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.grouped_matmul import recomputes_probe
 from nalora_jax.ops.storage import Kernel, expand
 
 
@@ -311,7 +312,7 @@ def _probed(
     if adapter is None or delta is None:
         return probed_z, jnp.zeros_like(probed_z)
     plain = adapter.magnitude is None and adapter.start is None
-    if plain and numerics.hooks.recomputes_expert_probe(*adapter.a.shape[::2]):
+    if plain and recomputes_probe(adapter.a.shape[0], adapter.a.shape[-1], numerics):
         # Joined factors do not read the sizes.
         few = Groups(groups.sizes, probe.take(groups.expert))
         dz = grouped_residual(probe.take(inner), *adapter[:3], few, numerics).astype(delta.dtype)

@@ -58,7 +58,7 @@ from nalora_jax.models.routing import RouterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.quantize import Quantized
 from nalora_jax.ops.reductions import count, first_alone
-from nalora_jax.ops.storage import Kernel, round_and_save
+from nalora_jax.ops.storage import Kernel, in_stored_layout, round_and_save
 
 _AXIS = "tensor"  # the mesh axis that splits the experts' channels
 _OVER = "fsdp"  # the mesh axis that splits the experts
@@ -207,19 +207,19 @@ def on_mesh(
         return y, {name: first_alone(value, config.stats.sharding) for name, value in measured.items()}
     rows, mesh = sharding.spec[0], sharding.mesh
     axis = _AXIS if _splits(layer, mesh.shape.get(_AXIS, 1)) else None
-    over, store = _OVER if _shares(sharding, layer) else None, config.numerics.hooks.in_stored_layout
+    over = _OVER if _shares(sharding, layer) else None
     sends = over and keys is None and _sends(sharding, x, layer, config, experts)
 
     def local(
         x: jax.Array, weights: jax.Array, keys: jax.Array | None, layer: Layer, routed_by: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        x, layer = store(x), _of_shard(layer, config)
+        x, layer = in_stored_layout(x, config.numerics), _of_shard(layer, config)
         if over and sends:
             y, measured = exchanged_ffn(x, weights, layer, config, over, axis, routed_by)
         else:
             layer = gathered(layer, over) if over else layer
             y, measured = routed_ffn(x, weights, keys, layer, config, axis, routed_by)
-        return store(y), {name: value[None] for name, value in measured.items()}
+        return in_stored_layout(y, config.numerics), {name: value[None] for name, value in measured.items()}
 
     names, taps = config.measured, (rows,) if by_shard else ()
     y, parts = jax.shard_map(
@@ -258,8 +258,12 @@ def _sends(sharding: NamedSharding, x: jax.Array, layer: Layer, config: RoutedCo
 
 def _of_shard(layer: Layer, config: RoutedConfig) -> Layer:
     """Returns ``layer`` with one shard's taps and with kernels in the layout of their stack."""
-    store = config.numerics.hooks.in_stored_layout
-    layer = of_each(layer, lambda experts: experts._replace(kernel=jax.tree.map(store, experts.kernel)))
+
+    def stored(experts: Experts) -> Experts:
+        kernel = jax.tree.map(lambda x: in_stored_layout(x, config.numerics), experts.kernel)
+        return experts._replace(kernel=kernel)
+
+    layer = of_each(layer, stored)
     if count(config.stats.sharding) == 1:
         return layer
     # On a device these are the first.

@@ -25,7 +25,7 @@ from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.residual_norm import residual_norm, rms_norm
 from nalora_jax.ops.split_rows import Row
-from nalora_jax.ops.storage import LayerStack, round_and_save
+from nalora_jax.ops.storage import LayerStack, round_and_save, store
 
 if TYPE_CHECKING:
     from nalora_jax.models.config import ModelConfig
@@ -235,10 +235,10 @@ class AttentionMixer(Mixer):
 
     def init_state(self, config: ModelConfig, batch: int, length: int, numerics: Numerics) -> KeyValues:
         """Returns empty slots for keys and values."""
-        lead, store = (config.n_layers, batch, config.n_kv_heads), numerics.hooks.store
+        lead = (config.n_layers, batch, config.n_kv_heads)
         return KeyValues(
-            store(jnp.zeros((*lead, config.head_dim, length), numerics.operand)),
-            store(jnp.zeros((*lead, length, config.head_dim), numerics.operand)),
+            store(jnp.zeros((*lead, config.head_dim, length), numerics.operand), numerics),
+            store(jnp.zeros((*lead, length, config.head_dim), numerics.operand), numerics),
         )
 
 

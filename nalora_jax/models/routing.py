@@ -18,6 +18,8 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.grouped_matmul import (
     from_all,
     grouped_matmul,
+    grouped_result,
+    joins_factors,
     outer_of_all,
     own_of_all,
     ragged,
@@ -163,8 +165,8 @@ def grouped_residual(
       ``[rows, d_out]`` float32, or the platform's dtype of grouped results.
     """
     chex.assert_rank([x, a, b], [2, 3, 3])
-    joined = numerics.hooks.joins_expert_factors(a.shape[0], a.shape[-1])
-    wide = numerics.hooks.grouped_result(numerics.adapter)
+    joined = joins_factors(a.shape[0], a.shape[-1], numerics)
+    wide = grouped_result(numerics, numerics.adapter)
     products = GroupedProducts(groups, numerics.adapter, joined, wide)
     (y,), _ = gated(products, x, (Factors.of(Adapter(a, b, scale, mask)),))
     out: jax.Array = y

@@ -28,17 +28,18 @@ from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
+from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.measurement import CHECK_FAILED, CHECKS, GateChecks, GateStatsConfig, require_sound
 from nalora_jax.method.step import Objective, Step, StepConfig, TrainState, init_state, make_train_step
-from nalora_jax.method.transform import Mechanisms, find_gates, nalora
+from nalora_jax.method.transform import Mechanisms, nalora
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.remat import chosen_experts, chosen_remat
 from nalora_jax.models.stacks import gate_blocks, key_heads, stacks
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
-from nalora_jax.ops.cross_entropy import Head
-from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.ops.dispatch import numerics_for
+from nalora_jax.ops.losses import Head
 from nalora_jax.ops.split_rows import block_length
 from nalora_jax.ops.storage import prepare
 from nalora_jax.train.adalora import adalora
@@ -76,6 +77,17 @@ class RunProgram:
     optimizer: optax.GradientTransformationExtraArgs
     blocks: dict[str, tuple[int, ...]]  # channel shape of each measured block
     pure: PureStep  # builds the step that is not compiled
+
+    @property
+    def eval_model(self) -> Any:
+        """Returns the decoder for evaluation and generation.
+
+        It has no rematerialization and no sharding constraints except for the expert routing.
+        """
+        stats = None
+        if self.model.stats:
+            stats = replace(self.model.stats, sharding=None)
+        return self.model.clone(remat="none", stats=stats, activation_sharding=None)
 
     def fresh(self, lora: Any, key: jax.Array) -> TrainState:
         """Returns the state before the first step, for adapters and the data of a random key."""
@@ -402,17 +414,6 @@ class Assembly(RunProgram):
     begin: Callable[[Any, int], TrainState]  # initial state for an adapter and a seed
     state_metrics: StateMetrics  # compiled on first use
     initial: Any = None  # adapters before the first step in host memory, if B != 0
-
-    @property
-    def eval_model(self) -> Decoder:
-        """Returns the decoder for evaluation and generation.
-
-        It has no rematerialization and no sharding constraints except for the expert routing.
-        """
-        stats = None
-        if self.model.stats:
-            stats = replace(self.model.stats, sharding=None)
-        return self.model.clone(remat="none", stats=stats, activation_sharding=None)
 
     def view(self, params: Any) -> Any:
         """Returns ``params`` in the layout that the step runs fastest on, without a copy.

@@ -57,8 +57,9 @@ from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.method import statistics
+from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.step import Batch, Objective, StepConfig, accumulate, micro_gradients, over_shards
-from nalora_jax.method.transform import Mechanisms, find_gates
+from nalora_jax.method.transform import Mechanisms
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes

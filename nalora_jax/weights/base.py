@@ -14,10 +14,11 @@ from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.images.processor import ImageProcessor, read_processor
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
+from nalora_jax.models import families  # noqa: F401  (enters the families that can be loaded)
 from nalora_jax.models.vision.config import Sight
 from nalora_jax.ops.quantize import Kind
 from nalora_jax.weights import hub
-from nalora_jax.weights.encoders import model_keymap
+from nalora_jax.weights.encoders import keymap_of
 from nalora_jax.weights.model_files import LoadedModel, ModelFiles, load_weights, open_files
 from nalora_jax.weights.tensors import DTYPES
 
@@ -72,7 +73,7 @@ def seeing_files(files: ModelFiles) -> ModelFiles:
         files,
         tokenizer=replace(files.tokenizer, images=tokens),
         processor=_processor(folder, sight),
-        keymap=model_keymap(files.config, files.resolved.kind),
+        keymap=keymap_of(files.config, files.resolved.kind),
     )
 
 

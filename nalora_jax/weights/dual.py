@@ -24,7 +24,7 @@ from nalora_jax.models.vision import families
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.models.vision.dual import init_params
 from nalora_jax.weights import hub
-from nalora_jax.weights.encoders import dual_keymap, encoder_keymap
+from nalora_jax.weights.encoders import keymap_of
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.origin import Origin, fingerprint, origin
@@ -101,7 +101,7 @@ def load_dual(
     config = families.read_dual(read_json(where), str(where))
     tensors = SafetensorsFolder(folder)
     params = load_leaves(
-        config.param_shapes(), tensors, dual_keymap(config), dtype=dtype, shardings=_shardings(config, mesh)
+        config.param_shapes(), tensors, keymap_of(config), dtype=dtype, shardings=_shardings(config, mesh)
     )
     tokenizer = _tokenizer(folder, config.text)
     processor = _of_side(read_processor(folder), config.image, image_size)
@@ -147,7 +147,7 @@ def load_encoder(
     tensors = SafetensorsFolder(folder)
     shardings = _shardings(config, mesh, prefix)
     params = load_leaves(
-        config.param_shapes(), tensors, encoder_keymap(config), dtype=dtype, shardings=shardings
+        config.param_shapes(), tensors, keymap_of(config), dtype=dtype, shardings=shardings
     )
     return LoadedEncoder(config, params, tokenizer, processor, name, fingerprint(config, tensors))
 

@@ -44,7 +44,7 @@ class ResolvedSource:
     name: str  # of the base in an adapter's config: hub id, package's file, or path as given
     copy_of: str = ""  # hub id of the model that a package's community GGUF file was converted from
     streamed: str = ""  # bucket folder whose safetensors are read by ranges; the rest is at `path`
-    rope_scaling: str = ""  # in place of the config's: see `models.families.with_rope_scaling`
+    rope_scaling: str = ""  # in place of the config's: see `models.rope_scaling.with_rope_scaling`
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from transformers.models.ministral3.modeling_ministral3 import (
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families import rope_settings, with_rope_scaling
 from nalora_jax.models.parts import RMSNorm
+from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
 from nalora_jax.models.ropes import (
     inverse_frequencies,
     query_scales,

@@ -33,9 +33,8 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.ops.cross_entropy import Head, cross_entropy
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.target_losses import target_losses
+from nalora_jax.ops.losses import Head, cross_entropy, target_losses
 from nalora_jax.train.kinds.preference import dpo, open_inputs, program_parts
 from nalora_jax.train.program import assemble
 from tests import tiny

@@ -182,16 +182,6 @@ def test_bad_tensors_are_refused_by_name(change, message, good, tmp_path):
         import_adapter(tmp_path / "bad", config)
 
 
-def test_a_base_noted_by_an_earlier_version_is_said_not_to_be_comparable(good, caplog):
-    config, folder, *_ = good
-    with caplog.at_level("WARNING"):
-        import_adapter(folder, config, fingerprint="all:" + "0" * 64)
-    assert (
-        "made with an earlier version, whose digest of the base covered a part of its weights"
-        in caplog.text
-    )
-
-
 def test_bad_files_are_refused(good, tiny_model, tmp_path):
     config, folder, *_ = good
     with pytest.raises(NaloraError, match="abc"):

@@ -34,9 +34,8 @@ from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
-from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.trained_head import HeadRows, trained_cross_entropy
+from nalora_jax.ops.losses import Head, HeadRows, trained_cross_entropy
 from nalora_jax.train import snapshot
 from nalora_jax.train.adapted import load, put_on
 from nalora_jax.train.program import assemble

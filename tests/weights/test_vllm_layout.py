@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from safetensors.numpy import load_file
 
-from nalora_jax.models import families
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import depths
 from nalora_jax.weights.peft import export_adapter, verify_export
 from nalora_jax.weights.peft_modules import layout_for
+from tests.weights.conftest import DELTA_NET
 
 GEMMA4 = {
     "model_type": "gemma4_text",
@@ -29,6 +28,20 @@ GEMMA4 = {
     "num_experts": 4,
     "top_k_experts": 2,
     "moe_intermediate_size": 20,
+}
+QWEN3_5 = {
+    "model_type": "qwen3_5_moe_text",
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 12,
+    **DELTA_NET,
 }
 TARGETS = dict.fromkeys(("attn/q_proj", "ffn/down_proj"), ((2, 2, 2), (4.0, 4.0, 4.0)))
 
@@ -56,18 +69,27 @@ def test_a_text_part_has_its_names_in_the_multimodal_model(model_type, tiny_mode
     assert all(name.startswith("model.layers.") for name in of_peft)
 
 
-def test_multimodal_qwen3_5_moe_gets_stacks_of_experts(tiny_model, random_lora, tmp_path, monkeypatch):
-    """vLLM's class of the released folders reads both stacks (its is_3d_moe_weight)."""
-    of_qwen3_5 = families.family_of("qwen3_5_moe_text")
-    assert of_qwen3_5.multimodal == "qwen3_5_moe"
-    assert of_qwen3_5.stacks_in_vllm
-    stacked = replace(families.family_of("qwen3_moe"), stacks_in_vllm=True)
-    monkeypatch.setitem(families.BUILT_IN, "qwen3_moe", stacked)  # which has uniform layers
-    _, config = tiny_model("qwen3_moe")
-    names = names_of(tmp_path / "a", config, random_lora, {"model_type": of_qwen3_5.multimodal})
-    layers = [f"model.language_model.layers.{layer}" for layer in range(3)]
-    ends = ("self_attn.q_proj", "mlp.experts", "mlp.experts.base_layer")
-    assert names == {f"{layer}.{end}" for layer in layers for end in ends}
+@pytest.mark.parametrize("model_type", ["qwen3_5_moe", "qwen3_5_moe_text"])
+@pytest.mark.parametrize("adapted", ["experts_ffn/down_proj", "shared_ffn", "ffn", "attn"])
+def test_adapters_of_qwen3_5_moe_are_read_back(model_type, adapted, random_lora, tmp_path):
+    """vLLM's class of the released, multimodal folders reads both stacks of experts (its is_3d_moe_weight)."""
+    config = ModelConfig.from_hf(QWEN3_5)
+    chosen = {path: depth for path, depth in depths(config).items() if adapted in path}
+    targets = {
+        path.removeprefix("layers/"): ((2,) * depth, (4.0,) * depth) for path, depth in chosen.items()
+    }
+    lora, spec = random_lora(config, targets)
+    layout = layout_for("vllm", config, {"model_type": model_type})
+    export_adapter(lora, spec, config, tmp_path / "a", base_model_name="b", target="vllm", layout=layout)
+    assert verify_export(tmp_path / "a", lora, spec, config) == 0.0
+    if adapted.startswith("experts"):
+        layers = ("mlp.experts", "mlp.experts.base_layer")
+        if model_type == "qwen3_5_moe_text":
+            layers = tuple(f"mlp.experts.{e}.{n}_proj" for e in range(4) for n in ("gate", "up", "down"))
+        prefix = {"qwen3_5_moe": "model.language_model"}.get(model_type, "model")
+        keys = load_file(tmp_path / "a/adapter_model.safetensors")
+        names = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in keys}
+        assert {f"{prefix}.layers.{i}.{name}" for i in range(3) for name in layers} <= names
 
 
 def test_gemma_4_gets_one_module_for_each_expert(random_lora, tmp_path):

@@ -8,23 +8,9 @@ from typing import Any
 from nalora_jax.common.fields import Fields
 from nalora_jax.config.rope_scaling import ORIGINAL, WITH_ORIGINAL
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families.record import (
+from nalora_jax.models.family import (
     FULL,
     GGUF,
-    SLIDING,
-    Family,
-    Metadata,
-    attention_bias,
-    base_config,
-    head_dim_of,
-    layer_count,
-    layer_types,
-    optional_windows,
-    periodic,
-    same_window,
-    windows_of,
-)
-from nalora_jax.models.families.tensors import (
     GGUF_ATTENTION,
     GGUF_FFN,
     GGUF_LLAMA,
@@ -40,11 +26,23 @@ from nalora_jax.models.families.tensors import (
     HF_PRE_NORMS,
     HF_QK_NORMS,
     HF_SINKS,
+    SLIDING,
+    Family,
+    Metadata,
+    attention_bias,
+    base_config,
     gguf_ends,
     gguf_kernel,
     gguf_norms,
+    head_dim_of,
     hf_kernel,
     hf_norms,
+    layer_count,
+    layer_types,
+    optional_windows,
+    periodic,
+    same_window,
+    windows_of,
 )
 from nalora_jax.models.ropes import RopeRules, RopeSpec, read_ropes
 

@@ -15,22 +15,10 @@ from nalora_jax.common.fields import Fields
 from nalora_jax.models.attention import NormedAttention
 from nalora_jax.models.config import ModelConfig, activation_name
 from nalora_jax.models.embedding import LayerEmbeddings
-from nalora_jax.models.families.record import (
+from nalora_jax.models.family import (
     FULL,
-    GGUF,
-    SLIDING,
-    Family,
-    Metadata,
-    Overrides,
-    attention_bias,
-    base_config,
-    first_present,
-    layer_types,
-    periodic,
-    windows_of,
-)
-from nalora_jax.models.families.tensors import (
     GATED,
+    GGUF,
     GGUF_ATTENTION,
     GGUF_FFN,
     GGUF_POST,
@@ -42,13 +30,23 @@ from nalora_jax.models.families.tensors import (
     HF_FOUR_NORMS,
     HF_LLAMA,
     HF_QK_NORMS,
+    SLIDING,
+    Family,
+    Metadata,
+    Overrides,
     Rows,
     TensorRow,
+    attention_bias,
+    base_config,
+    first_present,
     gguf_ends,
     gguf_norms,
     hf_dense,
     hf_kernel,
     hf_norms,
+    layer_types,
+    periodic,
+    windows_of,
 )
 from nalora_jax.models.moe import DenseAndExperts
 from nalora_jax.models.parts import ScaledTail

@@ -7,31 +7,28 @@ from typing import Any
 from nalora_jax.common.fields import Fields
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families.mixtures import QWEN_SHARED, qwen_experts
-from nalora_jax.models.families.record import (
+from nalora_jax.models.family import (
     FULL,
-    Family,
-    Overrides,
-    attention_bias,
-    base_config,
-    dense_layer,
-    experts_of,
-    fields_of_layers,
-    first_present,
-    head_dim_of,
-    layer_count,
-)
-from nalora_jax.models.families.tensors import (
     HF_ATTENTION,
     HF_ENDS,
     HF_FFN,
     HF_PRE_NORMS,
     HF_QK_NORMS,
+    Family,
+    Overrides,
     TensorRow,
+    attention_bias,
+    base_config,
+    dense_layer,
+    fields_of_layers,
+    first_present,
+    head_dim_of,
     hf_dense,
     hf_ends,
     hf_experts,
     hf_norms,
     hf_row,
+    layer_count,
 )
 from nalora_jax.models.moe import Mixture, SharedExperts
 from nalora_jax.models.recurrent import GatedDeltaNet, ShortConvolution
@@ -278,7 +275,8 @@ def _lfm2_moe(f: Fields, name: str) -> ModelConfig:
     scale, normalize = f.number("routed_scaling_factor"), f.flag("norm_topk_prob")
     features = {
         "d_ff": f.integer("moe_intermediate_size"),
-        **experts_of(f, "num_experts"),
+        "n_experts": f.integer("num_experts", high=2**12),
+        "experts_per_token": f.integer("num_experts_per_tok", high=2**12),
         "ffn": Mixture(RouterSpec("sigmoid", normalize, f.flag("use_expert_bias"), scale=scale)),
     }
     layers = [(*mixer, *dense) if i < n_dense else mixer for i, mixer in enumerate(mixers)]

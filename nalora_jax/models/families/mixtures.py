@@ -8,25 +8,9 @@ from nalora_jax.common.fields import Fields
 from nalora_jax.method.activations import clamped_swish
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families.dense import QWEN
-from nalora_jax.models.families.record import (
-    GGUF,
-    Family,
-    Metadata,
-    Overrides,
-    attention_bias,
-    base_config,
-    expert_fields,
-    experts_of,
-    fields_of_layers,
-    first_present,
-    layer_count,
-    optional_windows,
-    periodic,
-    same_window,
-    windows_of,
-)
-from nalora_jax.models.families.tensors import (
+from nalora_jax.models.family import (
     GATED,
+    GGUF,
     GGUF_ATTENTION,
     GGUF_EXPERTS,
     GGUF_PAIRED,
@@ -38,13 +22,26 @@ from nalora_jax.models.families.tensors import (
     HF_PRE_NORMS,
     HF_QK_NORMS,
     HF_SINKS,
+    Family,
+    Metadata,
+    Overrides,
     TensorRow,
+    attention_bias,
+    base_config,
+    expert_fields,
+    fields_of_layers,
+    first_present,
     gguf_ends,
     gguf_norms,
     hf_dense,
     hf_experts,
     hf_kernel,
     hf_row,
+    layer_count,
+    optional_windows,
+    periodic,
+    same_window,
+    windows_of,
 )
 from nalora_jax.models.moe import SharedExperts
 from nalora_jax.models.routing import RouterSpec
@@ -57,7 +54,8 @@ def _mixtral(f: Fields, name: str) -> ModelConfig:
         f,
         name,
         windows=same_window(f),
-        **experts_of(f, "num_local_experts"),
+        n_experts=f.integer("num_local_experts", high=2**12),
+        experts_per_token=f.integer("num_experts_per_tok", high=2**12),
     )
 
 
@@ -96,8 +94,9 @@ def _olmoe(f: Fields, name: str) -> ModelConfig:
         f,
         name,
         qk_norm="projection",
+        n_experts=f.integer(first_present(f, "num_experts", "num_local_experts"), high=2**12),
+        experts_per_token=f.integer("num_experts_per_tok", high=2**12),
         norm_topk=f.flag("norm_topk_prob"),
-        **experts_of(f, "num_experts", "num_local_experts"),
         **attention_bias(f),
     )
 
@@ -125,8 +124,8 @@ def qwen_experts(f: Fields) -> tuple[dict[str, Any], list[Overrides]]:
     listed = f.get("mlp_only_layers") or []
     if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < n_layers for i in listed):
         raise f.error("mlp_only_layers", f"numbers of layers from 0 to {n_layers - 1}", repr(listed)[:60])
-    experts = experts_of(f, "num_experts", "num_local_experts")
-    return expert_fields(f, experts, [i in listed or (i + 1) % step != 0 for i in range(n_layers)])
+    n_experts = f.integer(first_present(f, "num_experts", "num_local_experts"), high=2**12)
+    return expert_fields(f, n_experts, [i in listed or (i + 1) % step != 0 for i in range(n_layers)])
 
 
 def _qwen3_moe(f: Fields, name: str) -> ModelConfig:
@@ -218,24 +217,24 @@ def _glm4_moe(f: Fields, name: str) -> ModelConfig:
             "num_nextn_predict_layers", "0 or 1: a layer that predicts further tokens is not loaded", mtp
         )
     first = f.integer("first_k_dense_replace", low=0, high=2**10)
-    experts = experts_of(f, "n_routed_experts", "num_local_experts")
+    n_experts = f.integer(first_present(f, "n_routed_experts", "num_local_experts"), high=2**12)
     d_shared = f.integer("n_shared_experts", high=2**10) * f.integer("moe_intermediate_size")
-    features, layers = expert_fields(f, experts, [i < first for i in range(layer_count(f))])
+    features, layers = expert_fields(f, n_experts, [i < first for i in range(layer_count(f))])
     features |= {
         "qkv_bias": f.flag("attention_bias"),
         "qk_norm": "head" if f.flag("use_qk_norm") else "",
-        "ffn": SharedExperts(d_shared, _sigmoid_router(f, **experts)),
+        "ffn": SharedExperts(d_shared, _sigmoid_router(f, n_experts)),
     }
     return base_config(f, name, **(features | fields_of_layers(layers)))
 
 
-def _sigmoid_router(f: Fields, n_experts: int, experts_per_token: int) -> RouterSpec:
-    groups = f.integer("n_group", high=2**12)
+def _sigmoid_router(f: Fields, n_experts: int) -> RouterSpec:
+    groups, top_k = f.integer("n_group", high=2**12), f.integer("num_experts_per_tok", high=2**12)
     if n_experts % groups or n_experts // groups < 2:
         raise f.error("n_group", f"equal groups of 2 or more of the {n_experts} experts", groups)
     top_groups = f.integer("topk_group", high=2**12)
-    if top_groups > groups or top_groups * (n_experts // groups) < experts_per_token:
-        expected = f"at most {groups} groups that hold num_experts_per_tok ({experts_per_token}) experts"
+    if top_groups > groups or top_groups * (n_experts // groups) < top_k:
+        expected = f"at most {groups} groups that hold num_experts_per_tok ({top_k}) experts"
         raise f.error("topk_group", expected, top_groups)
     scale = f.number("routed_scaling_factor")
     return RouterSpec("sigmoid", f.flag("norm_topk_prob"), True, groups, top_groups, scale)
@@ -317,7 +316,8 @@ def _gpt_oss(f: Fields, name: str) -> ModelConfig:
         ffn_bias=True,
         router_bias=True,
         windows=windows_of(f, periodic(f, 2)),
-        **experts_of(f, "num_local_experts", "num_experts", default=128),
+        n_experts=f.integer(first_present(f, "num_local_experts", "num_experts"), high=2**12, default=128),
+        experts_per_token=f.integer("num_experts_per_tok", high=2**12),
         **attention_bias(f),
     )
 

@@ -200,6 +200,14 @@ class DualConfig:
         """Returns the number of stacked layers by path of `projection_shapes`."""
         return {path: self.towers[path.partition("/")[0]].n_layers for path in self.projection_shapes()}
 
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of every base parameter that is trained entirely, by path."""
+        return {
+            path: shape
+            for path, shape in self.param_shapes().items()
+            if path in self.trained or path.rpartition("/")[0] in self.trained
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, for JSON and fingerprints."""
         return dataclasses.asdict(self)

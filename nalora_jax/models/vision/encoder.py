@@ -26,8 +26,8 @@ from nalora_jax.models.parts import constrain, part_adapters
 from nalora_jax.models.remat import stacked
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import EncoderConfig
+from nalora_jax.ops.attention import full_attention
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.full_attention import full_attention
 from nalora_jax.ops.matmul import matmul
 from nalora_jax.ops.storage import LAYER_INPUT, expand, round_and_save
 

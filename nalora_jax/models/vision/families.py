@@ -14,6 +14,7 @@ from nalora_jax.models.vision.config import DualConfig, EncoderConfig, Sight
 
 if TYPE_CHECKING:
     from nalora_jax.models.config import ModelConfig
+    from nalora_jax.models.family import SightReader
 
 
 def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
@@ -277,23 +278,6 @@ DUAL = ("clip", "siglip", "siglip2", "vision-text-dual-encoder")
 # ---------------------------------------------------------------- image towers of decoders
 
 
-def read_sight(raw: Mapping[str, Any], text: ModelConfig, where: str) -> Sight:
-    """Returns the image tower and projector that a multimodal ``config.json`` describes.
-
-    Raises:
-      NaloraError: a missing or ill-typed field, or a feature that is not implemented.
-    """
-    name = raw["model_type"]
-    reader, defaults = MULTIMODAL[name][:2]
-    f = Fields(raw, defaults, where)
-    sight = reader(f, text)
-    if not 0 <= sight.image_token < text.vocab_size:
-        raise f.error(
-            "image_token_index", f"a token below {text.vocab_size}, the rows of the embedding", "another"
-        )
-    return sight
-
-
 def _tower(f: Fields, defaults: Mapping[str, Any]) -> EncoderConfig:
     settings = {**defaults, **f.mapping("vision_config")}
     headless = settings.pop("vision_use_head", None) is False
@@ -398,9 +382,8 @@ _LLAVA = {
     "multimodal_projector_bias": True,
 }
 
-SightReader = Callable[[Fields, "ModelConfig"], Sight]
 # By ``model_type``: the reader, transformers' defaults of missing fields, and the text model's.
-MULTIMODAL: dict[str, tuple[SightReader, dict[str, Any], dict[str, Any]]] = {
+SIGHTS: dict[str, tuple[SightReader, dict[str, Any], dict[str, Any]]] = {
     "llava": (_llava, _LLAVA, _LLAMA),
     "gemma3": (
         _gemma3,

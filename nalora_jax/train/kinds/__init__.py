@@ -6,6 +6,7 @@ from typing import Any
 
 from nalora_jax.config import RunConfig
 from nalora_jax.config.settings import DUAL
+from nalora_jax.models import families  # noqa: F401  (enters the families that can be trained)
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.job import Kind
 

@@ -29,14 +29,15 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
+from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.measurement import CHECKS, GateStatsConfig, require_sound
 from nalora_jax.method.step import Batch, Evaluated, Step, StepConfig, TrainState, make_train_step
-from nalora_jax.method.transform import Mechanisms, find_gates, nalora
+from nalora_jax.method.transform import Mechanisms, nalora
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.config import TOWERS, DualConfig
 from nalora_jax.models.vision.dual import DualEncoder, init_lora, normalised
-from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.train.inputs import settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.mechanisms import layer_metrics, mechanisms_of
@@ -44,7 +45,7 @@ from nalora_jax.train.optimizers import make_optimizer, with_learning_rate
 from nalora_jax.train.output import Output
 from nalora_jax.train.program import Assembly, RunProgram, assembled, context_error, gate_checks_of
 from nalora_jax.weights.dual import JOIN, LoadedDual, load_dual
-from nalora_jax.weights.peft_dual import export_dual_adapter, verify_dual_export
+from nalora_jax.weights.peft import export_adapter, verify_export
 
 log = logging.getLogger(__name__)
 
@@ -259,10 +260,10 @@ def write_dual_adapter(
 ) -> None:
     """Writes PEFT files of an adapter and verifies that a reload is bitwise equal."""
     config, mark = loaded.config, loaded.fingerprint
-    export_dual_adapter(
+    export_adapter(
         lora, spec, config, folder, base_model_name=loaded.source, fingerprint=mark, overwrite=overwrite
     )
-    verify_dual_export(folder, lora, spec, config, mark)
+    verify_export(folder, lora, spec, config, fingerprint=mark)
 
 
 def check_dual(config: RunConfig, base: DualConfig, mesh: Mesh) -> None:

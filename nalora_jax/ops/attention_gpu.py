@@ -1,37 +1,296 @@
-"""Attention of rows that are split over GPUs (`nalora_jax.ops.split_attention`): Pallas kernels for Triton.
+"""Attention on a GPU: cuDNN's flash attention, and Pallas kernels for Triton for long and for split rows.
 
-JAX's kernel (`nalora_jax.ops.triton_attention`) takes queries and keys of the same tokens. A shard's
-queries are two distant runs of tokens, an early and a late one, so these kernels take the index of
-each tile of queries in its row. They are flash attention (arXiv 2307.08691): one kernel for the forward
-pass, one for the gradient of queries, one for the gradients of keys and values. Each visits only pairs
-of tiles with a visible key by causality and window, and no tile of keys before the queries' segments.
+cuDNN, through `jax.nn.dot_product_attention`, has priority. It stores no ``[seq, seq]``
+probabilities, but visibility is passed as a bf16 mask of that size: 2 GB for a row of 32,768 tokens.
+If the mask is larger than 256 MB, JAX's kernel for Triton is used, which compares segments while it
+computes scores. Cached keys, dropout, and shapes that neither supports use the plain function, which
+stores no such array either.
+
+Pallas is imported inside functions, because it costs every process 5 MB and a tenth of a second.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
+from jax.sharding import SingleDeviceSharding
 
-from nalora_jax.ops.blockwise_attention import UNSEEN, AttentionConfig
-from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.split_attention import split_attention
+from nalora_jax.common.devices import kind_of
+from nalora_jax.ops.attention import (
+    UNSEEN,
+    AttentionConfig,
+    CachedKeys,
+    Keys,
+    attention,
+    drops,
+    saved_heads,
+    visibility,
+)
+from nalora_jax.ops.dispatch import AUTO, Numerics
+from nalora_jax.ops.split_attention import Integers, Kernels, Options, on_shard, on_shards, split_attention
 from nalora_jax.ops.split_rows import Row
-from nalora_jax.ops.split_shard import Integers, Kernels, Options, on_shard, on_shards
-from nalora_jax.ops.triton_attention import TRITON
 
-# The kernels' names, by which `nalora plan` recognises them, and their matmuls of a pair of tiles.
+log = logging.getLogger(__name__)
+
+CUDNN, TRITON = "cudnn", "triton"
+# bytes of a mask; for longer rows a kernel that compares segments is faster
+_LARGEST_BIAS = 256 << 20
+# Positions and columns that hold a sink. cuDNN takes even lengths and widths that 8 divides.
+_SINK_POSITIONS, _SINK_COLUMNS = 2, 8
+# Queries and keys per block of JAX's kernel; the backward pass stores four gradients and uses half of it.
+_BLOCK = 128
+# The names of the kernels for split rows, by which `nalora plan` recognises them, and their matmuls of a
+# pair of tiles.
 FORWARD, QUERIES, KEYS = "split_attention_forward", "split_attention_queries", "split_attention_keys"
 PRODUCTS = {FORWARD: 2, QUERIES: 3, KEYS: 4}
-NAME = "split_triton"  # of the three kernels in estimates
+SPLIT_TRITON = "split_triton"  # the three kernels in estimates
 HEAD_DIMS = (32, 64, 128)
 _LARGEST, _LEAST = 64, 16  # tokens of a tile
 
 
-@TRITON.implements(split_attention)
+# ---------------------------------------------------------------- cuDNN
+
+
+@attention.implements(CUDNN)
+def cudnn_attention(
+    q: jax.Array,
+    keys: Keys,
+    window: jax.Array | int,
+    config: AttentionConfig,
+    numerics: Numerics,
+    *,
+    cached: CachedKeys | None = None,
+    dropout_rng: jax.Array | None = None,
+    starts: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """Computes `attention` if cuDNN supports the arguments."""
+    fits = numerics.operand == "bfloat16" and cudnn_takes(q.shape[1], q.shape[-1], config.softcap)
+    if not fits or cached is not None or drops(config, dropout_rng) or starts is not None:
+        return NotImplemented
+    if numerics.implementation == AUTO and not fits_as_bias(_rows(q, config), q.shape[1]):
+        return NotImplemented
+    shapes = [x.shape if sinks is None else _with_sink(x.shape) for x in (q, keys.k)]
+    if not compiles(*shapes, config.scale, numerics.platform.kind):
+        return NotImplemented
+    visible = visibility(keys.positions, keys.segments, keys.positions, keys.segments, window)
+    q, k, v = saved_heads(q, keys.k, keys.v, config, numerics)
+    attend = partial(dot_product, scale=config.scale, operand=numerics.operand, implementation="cudnn")
+    if sinks is None:
+        return attend(q, k, v, visible).astype(numerics.result)
+    operands = with_sink_key(q, k, v, visible, sinks, config.scale)
+    out = attend(*operands)[:, _SINK_POSITIONS:, :, : q.shape[-1]]
+    return out.astype(numerics.result)
+
+
+def with_sink_key(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, sinks: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns the operands of `dot_product` with one more key, whose score is the sink and whose value is 0.
+
+    The key is the first position, which all queries see. The second position is hidden and makes the length
+    even. Sinks differ between the query heads that share a key head. Queries therefore hold the sink, as the
+    sum of two bf16 numbers, in columns in which only the new key is not 0.
+
+    Args:
+      q: ``[batch, seq, heads, head_dim]``.
+      k: ``[batch, seq, kv_heads, head_dim]``.
+      v: the same.
+      visible: bool ``[batch or 1, seq, seq]``.
+      sinks: ``[heads]``.
+      scale: multiplies q . k.
+
+    Returns:
+      The same with ``seq + 2`` and ``head_dim + 8``; the results of `dot_product` start at position 2.
+    """
+    scores = lax.stop_gradient(sinks) / scale
+    high = lax.reduce_precision(scores, exponent_bits=8, mantissa_bits=7)
+    columns = slice(q.shape[-1], q.shape[-1] + 2)
+    before = (_SINK_POSITIONS, 0)
+    q, k, v = (jnp.pad(x, ((0, 0), before, (0, 0), (0, _SINK_COLUMNS))) for x in (q, k, v))
+    in_columns = jnp.stack([high, scores - high], axis=-1).astype(q.dtype)
+    q = q.at[:, _SINK_POSITIONS:, :, columns].set(in_columns)
+    k = k.at[:, 0, :, columns].set(1)
+    visible = jnp.pad(visible, ((0, 0), before, before)).at[:, :, 0].set(True)
+    return q, k, v, visible
+
+
+def _with_sink(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of queries or keys with the positions and columns of a sink."""
+    rows, seq, heads, dim = shape
+    return rows, seq + _SINK_POSITIONS, heads, dim + _SINK_COLUMNS
+
+
+def cudnn_takes(seq: int, head_dim: int, softcap: float | None) -> bool:
+    """Returns True if cuDNN may support rows of ``seq`` tokens; `compiles` tests it."""
+    return not softcap and seq % 2 == 0 and head_dim % 8 == 0
+
+
+def fits_as_bias(rows: float, seq: int) -> bool:
+    """Returns True if the bf16 mask of a device's rows is small enough.
+
+    Its shape is ``[rows, 1, seq, seq]``.
+    """
+    return 2 * rows * seq**2 <= _LARGEST_BIAS
+
+
+def _rows(q: jax.Array, config: AttentionConfig) -> int:
+    """Returns the rows of q on each device."""
+    return q.shape[0] if config.sharding is None else config.sharding.shard_shape((q.shape[0], 1, 1))[0]
+
+
+@lru_cache(maxsize=64)
+def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, kind: str) -> bool:
+    """Returns True if cuDNN accepts these shapes on GPUs of a kind.
+
+    The answer depends on cuDNN's version and on the kind. The program is always lowered for a GPU,
+    and compiled if this process has a GPU of the kind.
+    """
+    device = _device(kind)
+    place = None if device is None else SingleDeviceSharding(device)
+    q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in (q_shape, k_shape))
+    visible = jax.ShapeDtypeStruct((q_shape[0], q_shape[1], q_shape[1]), jnp.bool_, sharding=place)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+        return jnp.sum(dot_product(q, k, v, visible, scale, "bfloat16", "cudnn"))
+
+    try:
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k, visible)
+        lowered = traced.lower(lowering_platforms=("cuda",))
+        if device is not None:
+            lowered.compile()
+    except Exception as error:  # cuDNN's refusals have no common type
+        log.warning("cuDNN attention does not apply to %s (%s); XLA's is used", q_shape, error)
+        return False
+    return True
+
+
+def _device(kind: str) -> jax.Device | None:
+    """Returns a GPU of this process of the given kind, or None."""
+    try:
+        devices = jax.local_devices(backend="gpu")
+    except RuntimeError:  # this process has no GPU backend
+        return None
+    return next((device for device in devices if kind_of(device) == kind), None)
+
+
+def dot_product(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    scale: float,
+    operand: str,
+    implementation: str,
+) -> jax.Array:
+    """Calls `jax.nn.dot_product_attention` with the conventions of `attention`.
+
+    Args:
+      q: ``[batch, seq, heads, head_dim]``.
+      k: ``[batch, seq, kv_heads, head_dim]``.
+      v: the same.
+      visible: bool ``[batch or 1, seq, seq]``.
+      scale: multiplies q . k.
+      operand: dtype of the operands.
+      implementation: "cudnn" or "xla".
+
+    Returns:
+      ``[batch, seq, heads, head_dim]`` float32.
+    """
+    q, k, v = (x.astype(operand) for x in (q, k, v))
+    attend = partial(jax.nn.dot_product_attention, scale=scale, implementation=implementation)
+    # Causality is implied by `visible`, but only the flag lets the kernel skip the upper triangle.
+    return attend(q, k, v, mask=visible[:, None], is_causal=True).astype(jnp.float32)
+
+
+# ---------------------------------------------------------------- JAX's kernel for Triton
+
+
+@attention.implements(TRITON)
+def triton_attention(
+    q: jax.Array,
+    keys: Keys,
+    window: jax.Array | int,
+    config: AttentionConfig,
+    numerics: Numerics,
+    *,
+    cached: CachedKeys | None = None,
+    dropout_rng: jax.Array | None = None,
+    starts: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """Computes `attention` of every example.
+
+    On a mesh, each device computes its own examples and heads.
+
+    Positions must grow by one along each segment, and no window of ``config.windows`` may be
+    shorter than the row.
+    """
+    fits = triton_takes(q.shape[1], q.shape[-1], config.windows, config.softcap) and sinks is None
+    # The compiler does not partition a Pallas call: on several devices it is mapped over the
+    # sharding.
+    mapped = config.sharding is not None or numerics.platform.devices == 1
+    if not (fits and mapped) or cached is not None or drops(config, dropout_rng) or starts is not None:
+        return NotImplemented
+    del window
+    inputs = saved_heads(q, keys.k, keys.v, config, numerics)
+    q, k, v = (x.astype(numerics.operand) for x in inputs)
+    segments = jnp.broadcast_to(keys.segments, q.shape[:2])
+    attend: Callable[..., jax.Array] = partial(_one_device, config=config)
+    if config.sharding is not None:
+        mesh, (rows, *_) = config.sharding.mesh, (*config.sharding.spec, None)
+        heads = P(rows, None, config.head_axis)
+        specs = (heads, heads, heads, P(rows))
+        attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    return attend(q, k, v, segments).astype(numerics.result)
+
+
+def triton_takes(seq: int, head_dim: int, windows: Sequence[int], softcap: float | None) -> bool:
+    """Returns True if the kernel supports rows of ``seq`` tokens.
+
+    It needs whole blocks, and no window may be shorter than the row.
+    """
+    far = bool(windows) and min(windows) >= seq
+    return far and seq % _BLOCK == 0 and head_dim in (32, 64, 128) and not softcap
+
+
+def triton_pairs(seq: int) -> float:
+    """Returns the number of query-key pairs in the blocks that causality touches, for one row."""
+    return seq * (seq + _BLOCK) / 2
+
+
+def _one_device(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, config: AttentionConfig
+) -> jax.Array:
+    """Computes one device's part: ``[batch, seq, heads, head_dim]`` in q's dtype."""
+    with warnings.catch_warnings():
+        # JAX 0.12 deprecates it in favour of a separate package (tokamax), which has no stable
+        # version yet.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
+
+    half = _BLOCK // 2
+    sizes = BlockSizes(_BLOCK, _BLOCK, half, half, half, half)
+    # The kernel does not group heads: a key head is repeated for every query head that reads it.
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    out: jax.Array = mha(
+        q, k, v, segments, sm_scale=config.scale, causal=True, block_sizes=sizes, interpret=config.interpret
+    )
+    return out
+
+
+# ---------------------------------------------------------------- rows split over devices
+
+
+@split_attention.implements(TRITON)
 def triton_split_attention(
     q: jax.Array,
     k: jax.Array,
@@ -183,7 +442,6 @@ class _Call(NamedTuple):
     def _run(
         self, kernel: Any, name: str, grid: Any, arrays: list[jax.Array], blocks: Any, *, segments: Any
     ) -> Any:
-        # Imported here, because Pallas costs every process 5 MB and a tenth of a second.
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import triton
 

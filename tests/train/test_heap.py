@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system."""
+"""Freed memory goes back to the system, and a step's buffers do not."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from nalora_jax.cpu import heap
+from nalora_jax.train import compilation
 
 HOLDS = """
-from nalora_jax.cpu import heap
+from nalora_jax.train.compilation import release_heap, retain_heap
 
 def held():
     return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) // 1024
@@ -20,7 +20,7 @@ above = bytes(100_000)  # keeps the heap from shrinking by itself
 for i in range(len(blocks)):
     blocks[i] = None
 before = held()
-heap.release()
+release_heap()
 print(before - held())
 """
 
@@ -32,7 +32,7 @@ def test_freed_blocks_below_a_used_one_are_handed_back() -> None:
 
 
 KEEPS = """
-from nalora_jax.cpu import heap
+from nalora_jax.train.compilation import release_heap, retain_heap
 
 def faults():
     import resource
@@ -45,7 +45,7 @@ def fill():
 
 fill()
 handed_back = fill()
-heap.retain()
+retain_heap()
 fill(), fill()
 print(handed_back, fill())
 """
@@ -59,6 +59,6 @@ def test_a_large_block_is_kept_for_the_next_of_its_size() -> None:
 
 
 def test_a_c_library_without_trimming_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: object())
-    heap.release()
-    heap.retain()
+    monkeypatch.setattr(compilation.ctypes, "CDLL", lambda _: object())
+    compilation.release_heap()
+    compilation.retain_heap()

@@ -1,0 +1,147 @@
+"""Changes the RoPE scaling in a ``config.json``, to train and run beyond the model's context.
+
+The result is an ordinary ``config.json``: `nalora_jax.models.family.read` reads it, a merged model is
+written with it, and transformers computes the same from it.
+
+    {"max_position_embeddings": 32768, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+        yarn:factor=4 ->
+    {"max_position_embeddings": 131072, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6,
+     "factor": 4.0, "original_max_position_embeddings": 32768}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nalora_jax.config.rope_scaling import FIELDS, FLAG, ORIGINAL, WITH_ORIGINAL, parse_rope_scaling
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
+from nalora_jax.models.family import contains_text_model, family_of, read, text_part
+from nalora_jax.models.ropes import ROPE_KINDS, RopeSpec
+from nalora_jax.models.stacks import stacks
+
+_FULL = "full_attention"
+_SCALING = {"type", "rope_type", ORIGINAL, "short_factor", "long_factor"}.union(*FIELDS.values())
+_GROWTH = "llama_4_scaling_beta"
+# These follow from the factor if they are absent.
+_DERIVED = {"factor", "attention_factor"}
+
+
+def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str, Any]:
+    """Returns a ``config.json`` with another RoPE scaling and the context length that follows from it.
+
+    Fields that ``text`` leaves out keep their value if the type stays the same. The original
+    context is the model's context without its present scaling. In a model with windowed layers that
+    have another RoPE, only the layers with full attention change.
+
+    Args:
+      raw: the parsed file.
+      text: see `parse_rope_scaling`; "" returns the file as it is.
+      where: the file's name, for messages.
+
+    Raises:
+      NaloraError: an invalid ``text``, a family that cannot be rescaled, or a context that is
+        shorter than the model's.
+    """
+    if not text:
+        return dict(raw)
+    settings = parse_rope_scaling(text)
+    if contains_text_model(raw.get("model_type"), images=False):
+        text_model = text_part(raw, where)
+        changed = with_rope_scaling(text_model, text, f"{where}: text_config")
+        differing = {name: value for name, value in changed.items() if value != text_model.get(name)}
+        return {**raw, "text_config": {**(raw.get("text_config") or {}), **differing}}
+    base = read(raw, where)
+    spec = _rescalable(base, text, where)
+    unscaled = _unscaled_length(base, spec)
+    if settings["rope_type"] in WITH_ORIGINAL:
+        settings = {ORIGINAL: unscaled} | settings
+    context = int(settings.get(ORIGINAL, unscaled) * settings["factor"])
+    if context < base.max_positions:
+        least = base.max_positions / settings.get(ORIGINAL, unscaled)
+        raise NaloraError(
+            f"{FLAG} {text}",
+            expected=f"a context of at least {base.max_positions} tokens, the model's",
+            found=f"{context}, {settings['factor']:g} times {settings.get(ORIGINAL, unscaled)}",
+            remedy=f"a factor above {least:g}: it multiplies the context before any scaling",
+        )
+    changed = _changed(raw, settings)
+    # transformers computes dynamic scaling from max_position_embeddings.
+    changed["max_position_embeddings"] = unscaled if settings["rope_type"] == "dynamic" else context
+    read(changed, f"{FLAG} {text}")
+    return changed
+
+
+def rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a ``config.json`` that hold its RoPE and its context length."""
+    text = raw.get("text_config")
+    if not isinstance(text, Mapping):
+        text = raw
+    names = ("rope_scaling", "rope_parameters", "rope_theta", "max_position_embeddings")
+    return {name: text[name] for name in names if text.get(name)}
+
+
+def _rescalable(base: ModelConfig, text: str, where: str) -> RopeSpec:
+    """Returns the RoPE of the layers with full attention, or of all layers if every layer has a window."""
+    layers = [
+        (window == GLOBAL_WINDOW, stack.config.ropes[rope])
+        for stack in stacks(base)
+        if stack.config.attends
+        for window, rope in zip(stack.config.layer_windows, stack.config.layer_ropes, strict=True)
+        if rope < len(stack.config.ropes)
+    ]
+    full = {spec for is_full, spec in layers if is_full}
+    specs = full or {spec for _, spec in layers}
+    kinds = sorted({spec.kind for spec in specs})
+    accepted = family_of(base.model_type).ropes.kinds
+    if len(specs) == 1 and kinds[0] in ("default", *FIELDS) and accepted == ROPE_KINDS:
+        return specs.pop()
+    problem = "no layer with RoPE"
+    if accepted != ROPE_KINDS:
+        problem = f"{base.model_type}, whose files have no scaling except {', '.join(accepted[1:])}"
+    elif specs:
+        problem = f"{base.model_type} with {len(specs)} RoPEs of {', '.join(kinds)}"
+    raise NaloraError(
+        f"{FLAG} {text}",
+        expected=f"a model whose full-attention layers have one RoPE of {', '.join(('default', *FIELDS))}",
+        found=f"{problem} ({where})",
+        remedy="leave the flag out and keep --data.max-length within the model's context",
+    )
+
+
+def _unscaled_length(base: ModelConfig, spec: RopeSpec) -> int:
+    """Returns the context length of a model without its present scaling."""
+    if spec.kind == "linear":
+        return round(base.max_positions / spec.factor)
+    if spec.kind == "default":
+        return base.max_positions
+    return spec.max_positions
+
+
+def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the file with the scaling in the field that the file uses."""
+    name = "rope_scaling"
+    if raw.get("rope_parameters") and not raw.get("rope_scaling"):
+        name = "rope_parameters"
+    held = dict(raw.get(name) or {})
+    nested = isinstance(held.get(_FULL), Mapping)
+    rope = dict(held)
+    if nested:
+        rope = dict(held[_FULL])
+    scaling = {field: rope.pop(field) for field in _SCALING & rope.keys()}
+    if (scaling.get("rope_type") or scaling.get("type")) == settings["rope_type"]:
+        rope |= {
+            field: scaling[field]
+            for field in FIELDS[settings["rope_type"]]
+            if field in scaling.keys() - _DERIVED
+        }
+    if ORIGINAL in scaling and _GROWTH in rope:  # Ministral 3's queries grow from the original context
+        rope[ORIGINAL] = scaling[ORIGINAL]
+    rope |= settings
+    if nested:
+        rope = held | {_FULL: rope}
+    changed = {**raw, name: rope}
+    if ORIGINAL in raw and ORIGINAL in settings:  # outside of the scaling, it would win
+        changed[ORIGINAL] = settings[ORIGINAL]
+    return changed
