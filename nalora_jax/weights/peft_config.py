@@ -114,7 +114,7 @@ PEFT: dict[str, Field] = {
     "use_rslora": Field("lora.rslora"),
     "use_dora": Field("lora.dora"),
     "init_lora_weights": Field(
-        "lora.init", "True and PiSSA (an exact decomposition instead of its iterations)", _init
+        "lora.init", "True and PiSSA (four iterations of a randomized decomposition)", _init
     ),
     "base_model_name_or_path": Field("model"),
     "bias": Field(

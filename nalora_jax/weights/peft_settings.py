@@ -29,18 +29,6 @@ _DENSE = (
     "such as layers/0/ffn/:0"
 )
 
-
-_ADALORA = (
-    "beta1",
-    "beta2",
-    "deltaT",
-    "init_r",
-    "orth_reg_weight",
-    "target_r",
-    "tfinal",
-    "tinit",
-    "total_step",
-)
 # Settings of the allocation: PEFT's name, our name, and PEFT's default.
 _ALLOCATION = (
     ("target_r", "target_rank", 8),
@@ -50,6 +38,8 @@ _ALLOCATION = (
     ("orth_reg_weight", "orthogonality", 0.5),
 )
 _SHARES = (("tinit", "warmup"), ("tfinal", "final"))  # steps in PEFT, shares of them here
+# Fields of AdaLoraConfig alone.
+_ADALORA = {"init_r", "total_step", *(theirs for theirs, *_ in (*_ALLOCATION, *_SHARES))}
 
 
 def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
@@ -98,7 +88,7 @@ def _training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
         if not isinstance(steps, int) or not 0 <= steps <= total:
             raise NaloraError(theirs, expected=f"a number of steps up to {total}", found=shown(steps))
         shares[f"{name}_share"] = steps / total
-    plain = {name: value for name, value in values.items() if name not in (*_ADALORA, "rank_pattern")}
+    plain = {name: value for name, value in values.items() if name not in {*_ADALORA, "rank_pattern"}}
     plain |= {"peft_type": "LORA", "r": values.get("init_r", 12)}
     return plain, {"steps": total, "adalora": ours | shares}
 
