@@ -104,6 +104,54 @@ class RecordsSource(Source):
         return [("records", 0, len(self))]
 
 
+class SourceView(Source):
+    """Records of another source, selected and possibly changed.
+
+    Args:
+      base: the other source.
+      indices: indices of the records; all by default.
+    """
+
+    def __init__(self, base: Source, indices: np.ndarray | None = None) -> None:
+        self._base = base
+        self._indices = np.arange(len(base)) if indices is None else indices
+        self.dataset, self.name, self.siblings = base.dataset, base.name, base.siblings
+        self.fingerprint = base.fingerprint
+        if indices is not None:
+            self.fingerprint += f":{hashlib.sha256(indices.astype('<i8').tobytes()).hexdigest()}"
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """Returns the records at ``indices``."""
+        places = self._indices[np.asarray(indices, np.int64)].tolist()
+        records = zip(places, self._base.read(places), strict=True)
+        return [self._changed(index, record) for index, record in records]
+
+    def _changed(self, index: int, record: Record) -> Record:
+        """Returns the record ``index`` of the other source as this source has it."""
+        del index
+        return record
+
+    @property
+    def spans(self) -> list[Span]:
+        """Returns the spans of the other source."""
+        return self._base.spans
+
+    def where(self, index: int) -> str:
+        """Returns the other source's name of the record."""
+        return self._base.where(int(self._indices[index]))
+
+
+class SelectedSource(SourceView):
+    """Subset of another source; ``what`` describes it in messages."""
+
+    def __init__(self, base: Source, indices: np.ndarray, what: str) -> None:
+        super().__init__(base, indices)
+        self.name += f", {what}"
+
+
 def require_some(source: Source) -> None:
     """Refuses a source without records.
 

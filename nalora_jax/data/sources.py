@@ -6,7 +6,6 @@ A record is a plain dict: text as ``str``, numbers as ``int`` or ``float``, sequ
 from __future__ import annotations
 
 import difflib
-import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ from nalora_jax.data.source import (
     MixedSource,
     Part,
     Record,
+    SelectedSource,
     Source,
     Span,
     components,
@@ -38,7 +38,6 @@ from nalora_jax.data.tfds_source import (
     absolute_of,
     folder_source,
     is_tfds_folder,
-    needle_source,
     open_tfds,
     task_source,
 )
@@ -106,10 +105,8 @@ def _open_one(config: DataConfig, split: str, cache: Path | None) -> Source:
         opened = open_hub(argument, split)
     elif scheme == "tfds":
         opened = TfdsSource(name, split, lambda: open_tfds(argument, split, config.data_dir))
-    elif name in tasks.NAMES:
+    elif name in tasks.NAMES or scheme == "needle":
         return task_source(name, split, cache or cache_dir())
-    elif scheme == "needle":
-        return needle_source(argument, split, cache or cache_dir())
     elif is_path(split):
         return FileSource(split)
     elif is_tfds_folder(name):
@@ -332,21 +329,29 @@ class FileSource(Source):
       path: a file, a pattern or a folder, also in a bucket; see `nalora_jax.data.files`.
       split: an expression over the splits that `files.splits_of` returns for the path; a single
         file has one split, "train".
+      opened: files by split in place of the path's.
 
     Raises:
       NaloraError: on opening, if a file is missing, broken or empty, or the expression is invalid
         or selects no records.
     """
 
-    def __init__(self, path: str | Path, split: str = "train") -> None:
-        files = splits_of(str(path))
-        self.siblings = tuple(files)
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "train",
+        opened: Mapping[str, Sequence[RecordFile]] | None = None,
+    ) -> None:
+        self.siblings = ("train",)
+        if opened is None:
+            files = splits_of(str(path))
+            self.siblings = tuple(files)
+            asked = {piece.split("[")[0].strip() for piece in split.split("+")}
+            chosen = [name for name in files if {name, "all"} & asked]
+            opened = {name: [open_rows(file) for file in files[name]] for name in chosen}
         self.dataset = str(path) if is_url(path) else str(expand_user(path).resolve())
         self.name = f"{path}[{split}]"
-        asked = {piece.split("[")[0].strip() for piece in split.split("+")}
-        chosen = [name for name in files if {name, "all"} & asked]
-        opened = {name: [open_rows(file) for file in files[name]] for name in chosen}
-        self._spans = self._parse(split, opened, files)
+        self._spans = self._parse(split, opened)
         self._rows = [rows_of_file for rows in opened.values() for rows_of_file in rows]
         self._ends = np.cumsum([0, *map(len, self._rows)])
         sizes = [sum(map(len, rows)) for rows in opened.values()]
@@ -357,10 +362,9 @@ class FileSource(Source):
         self.fingerprint = f"files:{':'.join(rows_of_file.sha256 for rows_of_file in self._rows)}:{split}"
         require_some(self)
 
-    def _parse(
-        self, split: str, opened: Mapping[str, Sequence[RecordFile]], files: Mapping[str, Any]
-    ) -> list[Span]:
-        only = 'one split, "train", or' if list(files) == ["train"] else f"{', '.join(files)}, or"
+    def _parse(self, split: str, opened: Mapping[str, Sequence[RecordFile]]) -> list[Span]:
+        names = ", ".join(self.siblings)
+        only = 'one split, "train", or' if names == "train" else f"{names}, or"
         with foreign_errors(
             self.name, f'{only} slices such as "train[-5%:]"', "name a split that is there"
         ):
@@ -398,9 +402,7 @@ class FileSource(Source):
         return self._rows[file].where(row)
 
 
-# ---------------------------------------------------------------- subsets
-#
-# Also the draw of held-out records if no evaluation split is set.
+# ---------------------------------------------------------------- held-out records
 
 
 SHARE, MOST = 0.05, 500  # share and maximum of held-out records without a split
@@ -408,43 +410,6 @@ ENOUGH, LARGEST_SHARE = 20, 0.2  # few records: at least 20, at most a fifth of 
 _FEWEST = 4
 # The same draw in every run, so that runs with different seeds are evaluated on the same records.
 _SEED = 20260101
-
-
-class SelectedSource(Source):
-    """Subset of another source.
-
-    Args:
-      base: the other source.
-      indices: ascending indices of the records.
-      what: description of the subset, for messages.
-    """
-
-    def __init__(self, base: Source, indices: np.ndarray, what: str) -> None:
-        self._base, self._indices = base, indices
-        self.dataset, self.name, self.siblings = base.dataset, f"{base.name}, {what}", base.siblings
-        self.fingerprint = (
-            f"{base.fingerprint}:{hashlib.sha256(indices.astype('<i8').tobytes()).hexdigest()}"
-        )
-
-    def __str__(self) -> str:
-        """Returns the name for the log."""
-        return self.name
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def read(self, indices: Sequence[int]) -> list[Record]:
-        """Returns the records at ``indices``."""
-        return self._base.read(self._indices[np.asarray(indices, np.int64)].tolist())
-
-    @property
-    def spans(self) -> list[Span]:
-        """Returns the spans of the other source."""
-        return self._base.spans
-
-    def where(self, index: int) -> str:
-        """Returns the other source's name of the record."""
-        return self._base.where(int(self._indices[index]))
 
 
 def held_out_count(records: int) -> int:

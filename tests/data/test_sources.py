@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -42,12 +41,6 @@ def test_broken_line_is_named(write_jsonl, line, found):
     path = write_jsonl({"prompt": "a", "completion": "b"}, "", line)
     with pytest.raises(NaloraError, match=rf"data.jsonl:3: expected a JSON object, .*{found}"):
         JsonLines(path)[1]
-
-
-def test_bad_utf8_is_named(tmp_path):
-    (tmp_path / "x.jsonl").write_bytes(b'{"a": "\xff"}\n')
-    with pytest.raises(NaloraError, match=r"x.jsonl:1: .*utf-8"):
-        JsonLines(tmp_path / "x.jsonl")[0]
 
 
 def test_unknown_name_lists_the_tasks():
@@ -179,16 +172,6 @@ def test_users_own_tfds_data_set(tmp_path):
     assert "tfds:pond_talk[valid]: expected a readable TFDS data set" in unknown
     assert "train" in unknown
     assert "tfds:pond_talk[train[oops]" in malformed
-
-
-def test_unknown_tfds_name(tmp_path):
-    with pytest.raises(NaloraError, match=r"tfds:no_such_pond\[train\]: expected a readable TFDS data set"):
-        open_source(DataConfig(dataset="tfds:no_such_pond", data_dir=str(tmp_path)), "train")
-
-
-def test_records_survive_json(write_jsonl):
-    source = open_source(DataConfig(dataset=write_jsonl(*RECORDS)), "train")
-    assert json.loads(json.dumps(source[3])) == RECORDS[3]
 
 
 def test_sources_by_split_take_the_place_of_a_data_set(tokenizer, tmp_path):

@@ -395,7 +395,7 @@ def test_tokens_without_a_row_of_the_embedding_are_refused_where_they_are_used(t
     tokenizer_files(tmp_path, 50)
     tokenizer = load_model(str(tmp_path), dtype="float32").tokenizer
     assert tokenizer.encode("t47") == [47]
-    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["t1", text])):
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_with_offsets(["t1", text])):
         with pytest.raises(
             NaloraError, match="expected tokens below 48, the rows .*found 't49', which is token 49"
         ):

@@ -59,7 +59,7 @@ def image_records(config: RunConfig) -> tuple[ImageRecords, ImageSource]:
     data, vision = config.data, config.vision
     source = open_images(data, vision, data.train_split)
     held = open_images(data, vision, "validation" if data.eval_split == AUTO else data.eval_split)
-    check_disjoint(source, held)  # type: ignore[arg-type]  # name, dataset and spans are all that it reads
+    check_disjoint(source, held)
     classes: tuple[str, ...] = ()
     if vision.task == "classify":
         classes = source.classes()
