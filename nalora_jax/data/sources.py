@@ -24,7 +24,6 @@ from nalora_jax.data.files import RecordFile, is_path, open_rows, splits_of
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import (
     MixedSource,
-    Part,
     Record,
     SelectedSource,
     Source,
@@ -91,7 +90,7 @@ def open_source(
     several = components(config.dataset)
     if len(several) > 1 and not is_path(split):
         opened = [open_source(replace(config, dataset=name), split, cache=cache) for name, _ in several]
-        return MixedSource([Part(source_of_set) for source_of_set in opened])
+        return MixedSource(opened)
     return _open_one(replace(config, dataset=several[0][0]), split, cache)
 
 
@@ -145,19 +144,20 @@ def open_pair(
             for trained, other in itertools.product(train.parts, held.parts):
                 check_disjoint(trained, other)
         return train, held
-    several = _components(config, source)
-    pairs = [_divided(replace(config, dataset=name), cache, source) for name, _ in several]
-    if several[0][1] == len(several) == 1:
-        return pairs[0]
-    parts = [Part(train, weight) for (train, _), (_, weight) in zip(pairs, several, strict=True)]
-    return MixedSource(parts), MixedSource([Part(held) for _, held in pairs])
+    names, weights = _components(config, source)
+    pairs = [_divided(replace(config, dataset=name), cache, source) for name in names]
+    held_out = _mixed([pair[1] for pair in pairs], [1.0] * len(names))
+    return _mixed([pair[0] for pair in pairs], weights), held_out
 
 
-def _components(config: DataConfig, source: Mapping[str, Source] | None) -> list[tuple[str, float]]:
+def _components(config: DataConfig, source: Mapping[str, Source] | None) -> tuple[list[str], list[float]]:
     """Returns names and weights of the data sets; sources in place of ``config.dataset`` are one."""
-    if source is not None:
-        return [(config.dataset, 1.0)]
-    return components(config.dataset)
+    several = [(config.dataset, 1.0)] if source is not None else components(config.dataset)
+    return [name for name, _ in several], [weight for _, weight in several]
+
+
+def _mixed(sources: Sequence[Source], weights: list[float]) -> Source:
+    return sources[0] if weights == [1.0] else MixedSource(sources, weights)
 
 
 def open_train(
@@ -166,14 +166,9 @@ def open_train(
     """Returns the training records of `open_pair`, without opening a separate evaluation split."""
     if config.eval_split == AUTO:
         return open_pair(config, cache=cache, source=source)[0]
-    several = _components(config, source)
-    sources = [
-        open_source(replace(config, dataset=name), config.train_split, cache=cache, source=source)
-        for name, _ in several
-    ]
-    if several[0][1] == len(several) == 1:
-        return sources[0]
-    return MixedSource([Part(opened, weight) for opened, (_, weight) in zip(sources, several, strict=True)])
+    names, weights = _components(config, source)
+    configs = [replace(config, dataset=name) for name in names]
+    return _mixed([open_source(c, c.train_split, cache=cache, source=source) for c in configs], weights)
 
 
 def open_held_out(

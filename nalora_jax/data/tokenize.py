@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import tokenizers
@@ -23,6 +23,8 @@ from nalora_jax.errors import ListedError, NaloraError, shorten
 if TYPE_CHECKING:
     from nalora_jax.data.tokenizer import Tokenizer
 
+T = TypeVar("T")
+
 # Records read, rendered and tokenized together, and their characters: enough to use every core with
 # little memory.
 _CHUNK, _CHARACTERS = 2048, 8_000_000
@@ -34,16 +36,32 @@ _SHOWN = 170  # characters of each error in a message about several
 def rendered(
     source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer
 ) -> Iterator[tuple[list[int], list[Record], list[Rendered]]]:
-    """Yields indices, records and texts to tokenize together: fewer if records are long.
-
-    Raises:
-      NaloraError: a record cannot be read or rendered; see `broken_records`.
-    """
-    done = 0
+    """Yields `converted` records as texts to tokenize together."""
 
     def convert(record: Record, where: str) -> Rendered:
         return render(record, config, tokenizer, where)
 
+    return converted(source, indices, convert, config)
+
+
+def converted(
+    source: Source,
+    indices: Sequence[int] | np.ndarray,
+    convert: Callable[[Record, str], T],
+    config: DataConfig | None = None,
+) -> Iterator[tuple[list[int], list[Record], list[T]]]:
+    """Yields indices, records and the results of ``convert`` in batches: fewer if records are long.
+
+    Args:
+      source: the records.
+      indices: of the records.
+      convert: called with a record and its name; raises a NaloraError for a broken record.
+      config: names the fields of text records; None for others.
+
+    Raises:
+      NaloraError: a record cannot be read or converted; see `broken_records`.
+    """
+    done, indices = 0, np.asarray(indices, np.int64)
     try:
         for chunk, records in batches(source, indices):
             pairs = zip(chunk, records, strict=True)

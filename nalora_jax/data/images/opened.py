@@ -61,19 +61,18 @@ class ImageSource(Source):
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         """Returns the captions of the records at ``indices``."""
-        return [self._caption(row, index) for index, row in zip(indices, self.read(indices), strict=True)]
-
-    def _caption(self, record: Mapping[str, Any], index: int) -> str:
-        field = self.fields.caption_field
-        value = record.get(field)
-        if not isinstance(value, str) or not value.strip():
-            raise NaloraError(
-                f"{self.where(index)}: {field}",
-                expected="a text",
-                found=shown(value),
-                remedy=f"name the field by --vision.caption-field (there are {', '.join(record)})",
-            )
-        return value
+        field, captions = self.fields.caption_field, []
+        for index, record in zip(indices, self.read(indices), strict=True):
+            value = record.get(field)
+            if not isinstance(value, str) or not value.strip():
+                raise NaloraError(
+                    f"{self.where(index)}: {field}",
+                    expected="a text",
+                    found=shown(value),
+                    remedy=f"name the field by --vision.caption-field (there are {', '.join(record)})",
+                )
+            captions.append(value)
+        return captions
 
     @cached_property
     def _raw_labels(self) -> list[Any]:
