@@ -114,13 +114,6 @@ def test_begin_of_sequence_comes_from_the_post_processor(tmp_path: Path) -> None
     assert ours.encode("Paris")[1:] == ours.encode("Paris", special=False)
 
 
-def test_begin_of_sequence_setting_wins(tmp_path: Path) -> None:
-    ours = Tokenizer.from_folder(save(tmp_path, add_bos_token=True))
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert ours.encode("Paris") == theirs.encode("Paris")
-    assert ours.encode("Paris")[0] == ours.bos_id
-
-
 def test_truncation_and_padding_of_the_saver_are_dropped(tmp_path: Path) -> None:
     backend = byte_level()
     save(tmp_path, backend)
@@ -246,26 +239,19 @@ def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- bad folders
 
-
-def test_missing_tokenizer_file(tmp_path: Path) -> None:
-    with pytest.raises(NaloraError, match=r"tokenizer\.json.*save_pretrained"):
-        Tokenizer.from_folder(tmp_path)
+PANIC = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
 
 
-@pytest.mark.parametrize("content", ["", '{"model": 3}', '{"version": "1.0", "model": {"type": "BPE"}}'])
-def test_damaged_tokenizer_file(tmp_path: Path, content: str) -> None:
-    save(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(content)
+@pytest.mark.parametrize("change", [None, "", '{"model": 3}', PANIC])
+def test_a_missing_or_damaged_tokenizer_is_named(tmp_path: Path, change: str | dict | None) -> None:
+    path = save(tmp_path) / "tokenizer.json"
+    if isinstance(change, dict):  # the library panics
+        edit(path, **change)
+    else:
+        path.unlink()
+    if isinstance(change, str):
+        path.write_text(change)
     with pytest.raises(NaloraError, match=r"tokenizer\.json"):
-        Tokenizer.from_folder(tmp_path)
-
-
-def test_a_panic_of_the_tokenizers_library_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    save(tmp_path)
-    raw = json.loads((tmp_path / "tokenizer.json").read_text())
-    raw["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(NaloraError, match=r"tokenizer\.json: expected a tokenizer, found Precompiled"):
         Tokenizer.from_folder(tmp_path)
 
 
