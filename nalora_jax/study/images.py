@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.common.digests import digest_of
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig
-from nalora_jax.data.images.opened import ImageSource, open_images
-from nalora_jax.data.images.pipeline import ImageData
+from nalora_jax.data.images.opened import ImageData, ImageSource, open_images
 from nalora_jax.data.sources import check_disjoint
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.layout import distributed

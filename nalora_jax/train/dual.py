@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.config import RunConfig
-from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.data.images.files import ImageProcessor
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.axes import BATCH_AXES
-from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.data.images.files import ImageProcessor
 from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.vision.dual import DualEncoder, normalised
 

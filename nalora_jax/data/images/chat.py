@@ -32,9 +32,8 @@ from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.chat import text_field
 from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.forms import IMAGES, Parts, canonical, spoken
-from nalora_jax.data.images.files import Limits, open_image
+from nalora_jax.data.images.files import ImageProcessor, Limits, open_image
 from nalora_jax.data.images.opened import IMAGE_SETS, open_images, places_without_error
-from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.data.packing import Pattern
 from nalora_jax.data.source import Record, Source, SourceView, components
 from nalora_jax.data.sources import open_source

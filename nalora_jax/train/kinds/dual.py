@@ -13,8 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nalora_jax.config import RunConfig, VisionConfig
-from nalora_jax.data.images.opened import ImageSource, open_images, readable
-from nalora_jax.data.images.pipeline import ImageData, caption_tokens, draw_shots
+from nalora_jax.data.images.opened import (
+    ImageData,
+    ImageSource,
+    caption_tokens,
+    draw_shots,
+    open_images,
+    readable,
+)
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO, check_disjoint

@@ -7,9 +7,8 @@ import pytest
 from PIL import Image
 
 from nalora_jax.config import DataConfig, VisionConfig
-from nalora_jax.data.images.opened import open_images
-from nalora_jax.data.images.pipeline import ImageData, augmented, crop_box, draw_shots, generator
-from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.data.images.files import ImageProcessor
+from nalora_jax.data.images.opened import ImageData, augmented, crop_box, draw_shots, generator, open_images
 from nalora_jax.errors import NaloraError
 
 PROCESSOR = ImageProcessor(resize=(12, 12))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import transformers
 
-from nalora_jax.data.images.processor import read_text_tokenizer
+from nalora_jax.data.images.files import read_text_tokenizer
 from nalora_jax.errors import NaloraError
 
 TEXTS = ["a photo of a red square", "A Green circle", "", "dress " * 30]
