@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -361,12 +361,10 @@ def cut_store(
     last = f"-last-{config.loss_last:g}" if config.loss_last else ""
     folder = store.folder.with_name(f"{store.folder.name}-{config.max_length}-{config.too_long}{last}")
     if not is_whole(folder):
-        short = replace(config, max_length=config.max_length // group)
-        configs = [short if each else config for each in np.repeat(long, group)]
         kept = np.flatnonzero(np.repeat(~(long & drop), group))
         names = {"drop": "dropped", "truncate": "truncated", "split": "split"}
         counts = {name: count for how, name in names.items() if how == config.too_long}
-        write_store(folder, _cut_examples(store, kept, source, configs, bos_id), **counts)
+        write_store(folder, _cut_examples(store, kept, source, config, bos_id, long), **counts)
     cut = load_store(folder)
     counts_cut = replace(cut.counts, examples=cut.counts.examples // group, longest=longest + 1)
     report_dropped(source.name, counts_cut, config, context, ways)
@@ -377,13 +375,18 @@ def _cut_examples(
     store: TokenStore,
     indices: np.ndarray,
     source: Source,
-    configs: Sequence[DataConfig],
+    config: DataConfig,
     bos_id: int | None,
+    long: np.ndarray,
 ) -> Iterator[tuple[int, Example]]:
+    """Yields the examples at ``indices``; those of ``long`` groups have an equal share of a row."""
+    group = len(store.records) // len(long)
+    short = replace(config, max_length=config.max_length // group)
     for index in indices:
         place, record = slice(store.offsets[index], store.offsets[index + 1]), int(store.records[index])
         example = Example(np.asarray(store.tokens[place]), np.asarray(store.answer[place]).astype(bool))
-        for row in rows_of(example, configs[index], bos_id, source.where(record)):
+        shape = short if long[index // group] else config
+        for row in rows_of(example, shape, bos_id, source.where(record)):
             yield record, row
 
 
