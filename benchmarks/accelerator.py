@@ -81,7 +81,7 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
     from nalora_jax.models.decoder import init_params
     from nalora_jax.models.stacks import projection_shapes
     from nalora_jax.models.targets import resolve
-    from nalora_jax.train.assembly import assemble
+    from nalora_jax.train.program import assemble
 
     devices, base = jax.devices(), ModelConfig.from_hf(shape_of(options.model), options.model)
     rows = options.rows * len(devices)

@@ -33,7 +33,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     from nalora_jax.config import MeshConfig
     from nalora_jax.layout import distributed
-    from nalora_jax.train.assembly import assemble
+    from nalora_jax.train.program import assemble
 
     chosen = options()
     shared = parse(["--dtype", chosen.dtype, "--layers", str(chosen.layers), "--remat", chosen.remat])

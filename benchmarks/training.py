@@ -140,8 +140,8 @@ def main() -> None:
     options = parse()
     from nalora_jax.config import MeshConfig
     from nalora_jax.layout import distributed
-    from nalora_jax.train.assembly import assemble
     from nalora_jax.train.compilation import compile_ahead
+    from nalora_jax.train.program import assemble
 
     if options.compilation_cache:
         from nalora_jax.train.compilation import use_compilation_cache

@@ -64,7 +64,7 @@ def load_tests() -> ModuleType:
 
 def names() -> str:
     """The table of the families' names."""
-    from nalora_jax.models.families import BUILT_IN
+    from nalora_jax.models.family import BUILT_IN
 
     lines = (
         f"| {name} | {family.class_name} | {family.gguf.architecture if family.gguf else '-'} | "

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 # Before a test replaces the table of implementations; others find it when their first operation runs.
 HAS_CPU = importlib.util.find_spec("nalora_jax.cpu") is not None
 if HAS_CPU:
-    importlib.import_module("nalora_jax.cpu.register")
+    importlib.import_module("nalora_jax.cpu")
 
 # By default an example of 200 ms fails, and ten that take a second to draw: on a busy machine any does.
 BUSY = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
@@ -138,8 +138,7 @@ def pytest_collection_finish() -> None:
 def _garbage() -> Iterator[None]:
     """Runs collect no garbage after they compiled: in a process of many tests that takes half a second each time."""
     with pytest.MonkeyPatch.context() as patch:
-        if HAS_CPU:
-            patch.setattr("nalora_jax.cpu.heap.gc", SimpleNamespace(collect=lambda: 0))
+        patch.setattr("nalora_jax.train.compilation.gc", SimpleNamespace(collect=lambda: 0))
         yield
 
 
@@ -169,7 +168,7 @@ def _programs(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(params=["xla", *(["cpu", "cpu without kernels"] if HAS_CPU else [])])
 def numerics(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Numerics]:
     """Makes the numerics of a dtype, in every implementation that the machine has, for a program on one device."""
-    from nalora_jax.ops.numerics import numerics_for
+    from nalora_jax.ops.dispatch import numerics_for
 
     name, _, without = request.param.partition(" without ")
     if without:

@@ -14,9 +14,9 @@ import numpy as np
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import scaled_noise
-from nalora_jax.models.families.tensors import Source
-from nalora_jax.models.paths import leaf_dtype
+from nalora_jax.models.family import Source
 from nalora_jax.models.stacks import param_shapes
+from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.weights.encoders import keymap_of
 from nalora_jax.weights.keymaps import KeyMap, keymap_for
@@ -44,12 +44,13 @@ def params_from_tensors(
 
 
 def tensors_from_params(
-    config: ModelConfig, params: Mapping[str, Any], source: Source = "hf"
+    config: ModelConfig | DualConfig, params: Mapping[str, Any], source: Source = "hf"
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Names and tensors of a model's file: the inverse of `params_from_tensors`."""
     leaves = flatten(params)
-    for tensor in keymap_for(config, source).tensors:
-        yield tensor.name, tensor.join([leaves[slot.path][slot.index] for slot in tensor.slots])
+    for tensor in keymap_of(config, source).tensors:
+        joined = tensor.join([leaves[slot.path][slot.index] for slot in tensor.slots])
+        yield tensor.name, joined.reshape(tensor.shape)
 
 
 def encoder_params(config: DualConfig | EncoderConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,9 +33,9 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import recorded_settings
 from nalora_jax.layout import distributed
 from nalora_jax.method import activations, rules, statistics
-from nalora_jax.models import families
+from nalora_jax.models import family
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.assembly import assemble
+from nalora_jax.train.program import assemble
 from tests import tiny
 from tests.param_trees import init_params
 
@@ -49,7 +49,7 @@ LLAMA = tiny.HF | {"vocab_size": 40, "intermediate_size": 24}
 @pytest.fixture
 def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Imports a file of the page; afterwards the registries are as they were."""
-    registries = (rules.MECHANISMS, statistics.TABLE, activations.ACTIVATIONS, families.REGISTERED)
+    registries = (rules.MECHANISMS, statistics.TABLE, activations.ACTIVATIONS, family.REGISTERED)
     for registry in (*registries, sources._OPENERS):
         monkeypatch.setattr(registry, "_values", dict(registry._values))
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -174,11 +174,11 @@ def test_a_family(use: Any) -> None:
     raw = {**LLAMA, "model_type": "my_llama", "depth_scale": 0.5}
     base = ModelConfig.from_hf(raw)
     assert (base.n_kv_heads, base.qkv_bias, base.residual_scale) == (2, True, 0.5)
-    assert families.family_of("my_llama").tensors == families.family_of("llama").tensors
+    assert family.family_of("my_llama").tensors == family.family_of("llama").tensors
     _, metrics = train(base)
     assert np.isfinite(metrics["loss"])
     with pytest.raises(NaloraError, match="'llama': expected a name that is free"):
-        families.register_family("llama")(lambda fields, name: base)
+        family.register_family("llama")(lambda fields, name: base)
 
 
 def test_a_data_source(use: Any) -> None:

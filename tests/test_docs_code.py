@@ -31,7 +31,7 @@ from nalora_jax.data import sources
 from nalora_jax.data.chat import messages_of
 from nalora_jax.data.forms import canonical
 from nalora_jax.method import activations, rules, statistics
-from nalora_jax.models import families
+from nalora_jax.models import family
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -200,7 +200,7 @@ def test_settings_of_a_page_are_settings(block: Block, tmp_path: Path) -> None:
 def test_entry_points_of_a_page_are_groups_of_this_library(block: Block) -> None:
     groups = tomllib.loads(block.text)["project"]["entry-points"]
     activations.get("silu")  # registers the built-in activations
-    registries = (rules.MECHANISMS, statistics.TABLE, activations.ACTIVATIONS, families.REGISTERED)
+    registries = (rules.MECHANISMS, statistics.TABLE, activations.ACTIVATIONS, family.REGISTERED)
     known = {registry._group for registry in (*registries, sources._OPENERS)}
     assert set(groups) <= known
 

@@ -26,7 +26,7 @@ from nalora_jax.config import (
 )
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.assembly import assemble
+from nalora_jax.train.program import assemble
 
 STEPS, ROWS, TOKENS, RATE, WARMUP = 12, 4, 17, 4e-3, 3
 RULES: dict[str, tuple[str, ...]] = {

@@ -29,7 +29,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import read_metrics
 from nalora_jax.train import loop
 from nalora_jax.train.adapted_dual import load_adapted_dual
-from nalora_jax.weights.peft_dual import import_dual_adapter
+from nalora_jax.weights.peft import import_adapter
 
 pytestmark = pytest.mark.pictures  # of runs' reports
 
@@ -109,7 +109,7 @@ def test_a_run_leaves_an_adapter_metrics_and_a_report(trained) -> None:
     assert len(logged[-1]["layers"]["importance"]) == 2  # the image tower's layers alone
     assert len(list((folder / "checkpoints").iterdir())) >= 1
     adapted = load_adapted_dual(str(folder))
-    lora, spec = import_dual_adapter(
+    lora, spec = import_adapter(
         folder / "adapter", adapted.base.config, fingerprint=adapted.base.fingerprint
     )
     assert {path for path, _ in spec.targets} == {"image/layers/ffn/in_proj", "image/layers/ffn/out_proj"}

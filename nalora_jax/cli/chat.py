@@ -6,25 +6,16 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from nalora_jax.cli.outputs import mesh_of, shown_model
 from nalora_jax.config import MeshConfig
-from nalora_jax.config.structured import (
-    AMOUNT,
-    COUNT,
-    MAX_RANK,
-    POSITIVE,
-    POSITIVE_SHARE,
-    SEED,
-    SHARE,
-    TOKENS,
-    ranges,
-)
+from nalora_jax.config.settings import GenerationConfig
+from nalora_jax.config.structured import MAX_RANK, SEED
 from nalora_jax.errors import NaloraError, visible
 
 if TYPE_CHECKING:
@@ -42,6 +33,11 @@ HELP = """\
 /exit            end (so does the end of input)"""
 
 
+def _chat_sampling() -> GenerationConfig:
+    """Returns the defaults of a conversation."""
+    return GenerationConfig(max_new_tokens=512, temperature=0.7, top_p=0.95)
+
+
 @dataclass(frozen=True)
 class ChatArgs:
     """Chat with a model, or with a model and an adapter; /help lists the other inputs."""
@@ -52,18 +48,7 @@ class ChatArgs:
     adapter: Path | None = None
     # System prompt.
     system: str | None = None
-    # Maximum tokens of a response.
-    max_new_tokens: Annotated[int, TOKENS] = 512
-    # Sampling temperature; 0 takes the likeliest token each time.
-    temperature: Annotated[float, AMOUNT] = 0.7
-    # Sample from the k likeliest tokens only (0: from all).
-    top_k: Annotated[int, COUNT] = 0
-    # Sample from the likeliest tokens that together have this probability.
-    top_p: Annotated[float, POSITIVE_SHARE] = 0.95
-    # Sample from tokens with at least this share of the highest probability (0: from all).
-    min_p: Annotated[float, SHARE] = 0.0
-    # Penalty of tokens that occur in the conversation; 1: none, above 1 repeats less.
-    repetition_penalty: Annotated[float, POSITIVE] = 1.0
+    sampling: Annotated[GenerationConfig, arg(name="")] = field(default_factory=_chat_sampling)
     # Seed of the sampling; the n-th response uses this seed plus n.
     seed: Annotated[int, SEED] = 0
     # Adapters up to this rank can be switched without compilation.
@@ -244,11 +229,8 @@ class _Talk:
         _say("a new conversation")
 
     def _answer(self, text: str) -> None:
-        from nalora_jax.evaluate.generate import Settings
-
-        args = self.args
-        settings = {name: getattr(args, name) for name in ranges(Settings)}
-        seed = (args.seed + self.answers) % 2**32
+        seed = (self.args.seed + self.answers) % 2**32
+        settings = asdict(self.args.sampling)
         pieces = self.conversation.ask(
             text, self.adapters.generator, images=self.pictures, seed=seed, **settings
         )

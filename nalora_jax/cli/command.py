@@ -148,6 +148,8 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
         remedy = "leave one of them out"
         raise NaloraError("--steps", expected="steps or epochs", found="both", remedy=remedy)
     check_ranges(args)
+    if name in ("generate", "chat"):
+        check_ranges(args.sampling)  # a group without a prefix
     flags = {
         flag.field.name: flag.name for flag in usage.flags(verb.arguments) if flag.owner is verb.arguments
     }

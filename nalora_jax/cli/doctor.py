@@ -105,12 +105,12 @@ def _devices() -> tuple[dict[str, str], list[str]]:
 def _kernels() -> tuple[dict[str, str], list[str]]:
     if importlib.util.find_spec("nalora_jax.cpu") is None:
         return {"kernels": "none: nalora_jax.cpu is not installed"}, []
-    from nalora_jax.cpu import processor
+    from nalora_jax.common import processor
     from nalora_jax.cpu.native import library
     from nalora_jax.train.machine import host_memory
 
     free, total = host_memory()
-    rows = {"name": processor.name(), "cores": str(os.cpu_count()), "kernels": ", ".join(library.kinds())}
+    rows = {"name": processor.name(), "cores": str(os.cpu_count()), "kernels": ", ".join(processor.kinds())}
     rows["memory"] = f"{_size(free)} free of {_size(total)}"
     problems = []
     try:
@@ -120,7 +120,7 @@ def _kernels() -> tuple[dict[str, str], list[str]]:
         problems.append(str(error))
     except RuntimeError as error:
         rows["compiler"] = "none"
-        if rows["in use"] in library.kinds():
+        if rows["in use"] in processor.kinds():
             problems.append(f"the kernels for this CPU cannot be compiled: {error}")
     kernel = ""
     if HUGE_PAGES.exists():

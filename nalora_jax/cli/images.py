@@ -70,19 +70,20 @@ def export(args: ExportArgs, card: Callable[[Any, Literal["adapter", "merged"]],
 
 def merge(args: MergeArgs, card: Callable[[Any, Literal["adapter", "merged"]], str]) -> None:
     """Writes a dual encoder merged with its adapter as one Hugging Face folder."""
+    from nalora_jax.data.tokenizer import read_json
     from nalora_jax.train.adapted_dual import load_adapted_dual
     from nalora_jax.weights.hub import resolve_folder
-    from nalora_jax.weights.merge import write_merged_dual
+    from nalora_jax.weights.merge import write_merged
     from nalora_jax.weights.shards import parse_size
 
     # Merged in float32 and rounded once.
     model = load_adapted_dual(str(args.model), adapter=args.adapter, dtype="float32")
     assert model.lora is not None
     config, base = model.base.config, model.base
-    source = Path()
+    options: dict[str, Any] = {"dtype": args.dtype, "shard_bytes": parse_size(args.shard_size)}
+    options |= {"card": card(model, "merged"), "hf_config": {}, "tokenizer": Path()}
     if not config.trained:
         source = resolve_folder(model.located.base)[0]
-    options: dict[str, Any] = {"dtype": args.dtype, "shard_bytes": parse_size(args.shard_size)}
-    options["card"] = card(model, "merged")
-    write_merged_dual(args.output, config, base.params, model.lora, model.spec, source=source, **options)
+        options |= {"hf_config": read_json(source / "config.json"), "tokenizer": source}
+    write_merged(args.output, config, base.params, model.lora, model.spec, **options)
     print(f"{shown_output(args.output)}: merged model in {args.dtype}")

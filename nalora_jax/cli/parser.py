@@ -18,16 +18,8 @@ from nalora_jax.cli.config_files import load_config
 from nalora_jax.cli.usage import until_flag
 from nalora_jax.config import LoRARule, MeshConfig, RunConfig, config_from_dict
 from nalora_jax.config.checks import check_path
-from nalora_jax.config.structured import (
-    AMOUNT,
-    COUNT,
-    MAX_RANK,
-    POSITIVE,
-    POSITIVE_SHARE,
-    SEED,
-    SHARE,
-    TOKENS,
-)
+from nalora_jax.config.settings import GenerationConfig
+from nalora_jax.config.structured import COUNT, MAX_RANK, SEED, TOKENS
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.sweeps.grid import recorded_sweep
 
@@ -69,18 +61,7 @@ class GenerateArgs:
     messages: Path | None = None
     # Adapter folder in PEFT's format, or the folder of a run.
     adapter: Path | None = None
-    # Maximum number of generated tokens.
-    max_new_tokens: Annotated[int, TOKENS] = 128
-    # Sampling temperature; 0 takes the likeliest token each time.
-    temperature: Annotated[float, AMOUNT] = 0.0
-    # Sample from the k likeliest tokens only (0: from all).
-    top_k: Annotated[int, COUNT] = 0
-    # Sample from the likeliest tokens that together have this probability.
-    top_p: Annotated[float, POSITIVE_SHARE] = 1.0
-    # Sample from tokens with at least this share of the highest probability (0: from all).
-    min_p: Annotated[float, SHARE] = 0.0
-    # Penalty of tokens that occur in the prompt or the response; 1: none, above 1 repeats less.
-    repetition_penalty: Annotated[float, POSITIVE] = 1.0
+    sampling: Annotated[GenerationConfig, arg(name="")] = field(default_factory=GenerationConfig)
     # Seed of the sampling.
     seed: Annotated[int, SEED] = 0
     # Wrap the prompt in the model's chat template. By default as in the run, else not; with images,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +28,6 @@ from nalora_jax.cli.outputs import (
 from nalora_jax.common import buckets, uploads
 from nalora_jax.common.folders import refuse_claimed
 from nalora_jax.config import DataConfig, check, config_from_dict
-from nalora_jax.config.structured import ranges
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def generate(args: cli.GenerateArgs) -> None:
     """Prints the response while it is generated."""
     from nalora_jax.data.images.chat import asked
     from nalora_jax.data.images.files import open_image
-    from nalora_jax.evaluate.generate import Generator, Settings
+    from nalora_jax.evaluate.generate import Generator
     from nalora_jax.evaluate.generate.conversation import chat_tokens, read_messages
     from nalora_jax.train.adapted import load
     from nalora_jax.train.located import trained_in_turns
@@ -77,7 +76,7 @@ def generate(args: cli.GenerateArgs) -> None:
         messages = read_messages(args.messages)
     if prompt == "-":
         prompt = _standard_input()
-    settings = {name: getattr(args, name) for name in (*ranges(Settings), "seed")}
+    settings = asdict(args.sampling) | {"seed": args.seed}
     mesh = mesh_of(args.mesh)
     pictures = [open_image(path) for path in args.image]  # fails before a model is loaded
     if args.chat and not pictures:

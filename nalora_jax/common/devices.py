@@ -21,6 +21,13 @@ from typing import Any
 
 import jax
 
+# Axes of meshes.
+AXES = ("data", "fsdp", "context", "tensor")
+RUN = "run"
+CONTEXT = "context"
+BATCH_AXES = ("data", "fsdp")  # both split the rows of a batch; fsdp also splits weights
+WEIGHT_AXES = ("fsdp", CONTEXT)  # both split weights, which are gathered layer by layer
+
 
 def platform_name(device: jax.Device) -> str:
     """Returns "tpu", "gpu" or "cpu"."""

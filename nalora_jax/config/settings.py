@@ -30,6 +30,7 @@ from nalora_jax.config.structured import (
     SEED,
     SHARE,
     SIZE,
+    TOKENS,
     Range,
     documented,
     structured,
@@ -489,6 +490,26 @@ class RLConfig:
     reward_seconds: Annotated[float, Range("a number", "[0, 1e5]")] = 30.0
     # Train on without the reward of a sample for which it fails or takes too long.
     ignore_reward_errors: bool = False
+
+
+@documented
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How a completion is sampled, by the definitions of transformers."""
+
+    # Maximum number of generated tokens; fewer at the end of the context.
+    max_new_tokens: Annotated[int, TOKENS] = 128
+    # Sampling temperature; 0 takes the likeliest token each time.
+    temperature: Annotated[float, AMOUNT] = 0.0
+    # Sample from the k likeliest tokens only (0: from all).
+    top_k: Annotated[int, COUNT] = 0
+    # Sample from the likeliest tokens that together have this probability.
+    top_p: Annotated[float, POSITIVE_SHARE] = 1.0
+    # Sample from tokens with at least this share of the highest probability (0: from all).
+    min_p: Annotated[float, SHARE] = 0.0
+    # Penalty of tokens that occur in the prompt or the response, also at temperature 0; 1: none,
+    # above 1 repeats less.
+    repetition_penalty: Annotated[float, POSITIVE] = 1.0
 
 
 @documented

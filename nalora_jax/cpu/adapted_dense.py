@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from nalora_jax.cpu import native
-from nalora_jax.cpu.implementation import CPU
 from nalora_jax.cpu.matmul import is_native, native_sums
 from nalora_jax.cpu.native import Sum, Term
 from nalora_jax.cpu.storage import bf16_bits, from_bits
@@ -27,7 +26,7 @@ from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.storage import Kernel, expand, read_residual, rounded, save_residual
 
 
-@CPU.implements(ops.adapted_dense)
+@ops.adapted_dense.implements("cpu")
 def adapted_dense(x: jax.Array, dense: Dense, numerics: Numerics) -> Adapted:
     """Computes a layer with one adapter, without DoRA or dropout."""
     if dense.adapter is None or not dense.is_plain:
@@ -39,7 +38,7 @@ def adapted_dense(x: jax.Array, dense: Dense, numerics: Numerics) -> Adapted:
     return NotImplemented
 
 
-@CPU.implements(ops.parallel_dense)
+@ops.parallel_dense.implements("cpu")
 def parallel_dense(x: jax.Array, layers: Sequence[Dense], numerics: Numerics) -> list[Adapted]:
     """Computes the layers natively, in one call per direction.
 

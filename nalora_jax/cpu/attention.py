@@ -13,16 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from nalora_jax.cpu import native
-from nalora_jax.cpu.implementation import CPU, usable
+from nalora_jax.cpu.implementation import usable
 from nalora_jax.ops import attention as ops
-from nalora_jax.ops.attention import CachedKeys, Keys, drops
-from nalora_jax.ops.blockwise_attention import AttentionConfig, with_sinks
+from nalora_jax.ops.attention import AttentionConfig, CachedKeys, Keys, drops, with_sinks
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.full_attention import full_attention as whole_rows
 from nalora_jax.ops.storage import read_residual, rounded, save_residual
 
 
-@CPU.implements(ops.attention)
+@ops.attention.implements("cpu")
 def attention(
     q: jax.Array,
     keys: Keys,
@@ -51,7 +49,7 @@ def attention(
     return NotImplemented
 
 
-@CPU.implements(whole_rows)
+@ops.full_attention.implements("cpu")
 def full_attention(
     q: jax.Array,
     k: jax.Array,

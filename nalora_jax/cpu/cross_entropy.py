@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from nalora_jax.cpu import native
-from nalora_jax.cpu.implementation import CPU, usable
+from nalora_jax.cpu.implementation import usable
 from nalora_jax.cpu.storage import Bits, bits_of, from_bits, slice_rows
-from nalora_jax.ops import cross_entropy as ops
-from nalora_jax.ops.cross_entropy import PLAIN_HEAD, Head, Tiles, in_chunks
+from nalora_jax.ops import losses as ops
 from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.losses import PLAIN_HEAD, Head, Tiles, in_chunks
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.storage import Kernel, expand, rounded
 
@@ -30,7 +30,7 @@ BLOCK = 2048
 _ROWS = (512, 128)
 
 
-@CPU.implements(ops.cross_entropy)
+@ops.cross_entropy.implements("cpu")
 def cross_entropy(
     hidden: jax.Array,
     kernel: Kernel,
@@ -149,7 +149,7 @@ def _blocks(
     head: Head,
     numerics: Numerics,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes one chunk of rows (`nalora_jax.ops.cross_entropy.Chunk`), block by block."""
+    """Computes one chunk of rows (`nalora_jax.ops.losses.Chunk`), block by block."""
     sums = over_vocabulary(hidden, kernel, head, numerics, grad)
     return _joined(sums, hidden, target_rows, weights, head, numerics, grad)
 

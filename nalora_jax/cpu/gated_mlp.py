@@ -22,7 +22,7 @@ from jax import lax
 
 from nalora_jax.cpu import native
 from nalora_jax.cpu.adapted_dense import NativeProducts, together
-from nalora_jax.cpu.implementation import CPU, usable
+from nalora_jax.cpu.implementation import usable
 from nalora_jax.cpu.matmul import is_native, native_sums
 from nalora_jax.cpu.native import Logistic, Measured, Sum, Term
 from nalora_jax.method import activations, statistics
@@ -36,7 +36,7 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import SAVED_WIDE, read_residual, save_residual
 
 
-@CPU.implements(ops.gated_mlp)
+@ops.gated_mlp.implements("cpu")
 def gated_mlp(
     x: jax.Array,
     gate: Dense,
@@ -184,7 +184,7 @@ def _logistic(z: jax.Array, activation: Activation, numerics: Numerics) -> Logis
     return Logistic(*activation.logistic)
 
 
-@CPU.implements(ops.gated_product)
+@ops.gated_product.implements("cpu")
 def gated_product(
     z: jax.Array, u: jax.Array | None, activation: Activation, numerics: Numerics, up_limit: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
@@ -219,7 +219,7 @@ def _read(saved: Any) -> tuple[jax.Array, jax.Array | None]:
 _gated_product.defvjp(_gated_product_fwd, _gated_product_bwd)
 
 
-@CPU.implements(measurement_module.gate_statistics)
+@measurement_module.gate_statistics.implements("cpu")
 def gate_statistics(
     z: jax.Array,
     probe: Probe,

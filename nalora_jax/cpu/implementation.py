@@ -1,14 +1,9 @@
-"""The implementation "cpu"; the other modules of this package register functions with it.
-
-See `nalora_jax.ops.dispatch`.
-"""
+"""Whether native kernels support a program."""
 
 from __future__ import annotations
 
 from nalora_jax.cpu import native
-from nalora_jax.ops.dispatch import Implementation, Numerics
-
-CPU = Implementation("cpu", platform="cpu")
+from nalora_jax.ops.dispatch import Numerics
 
 
 def usable(numerics: Numerics) -> bool:

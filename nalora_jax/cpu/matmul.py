@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nalora_jax.cpu import native
-from nalora_jax.cpu.implementation import CPU, usable
+from nalora_jax.cpu.implementation import usable
 from nalora_jax.cpu.storage import Bits
 from nalora_jax.ops import matmul
 from nalora_jax.ops.dispatch import Numerics
@@ -41,7 +41,7 @@ def native_sums(numerics: Numerics, *sums: native.Sum) -> list[jax.Array]:
     return native.products(*(native.Sum(t, s.dtype) for t, s in zip(terms, sums, strict=True)))
 
 
-@CPU.implements(matmul.dot)
+@matmul.dot.implements("cpu")
 def dot(
     x: jax.Array,
     y: Kernel,

@@ -11,14 +11,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from nalora_jax.cpu import native
-from nalora_jax.cpu.implementation import CPU
 from nalora_jax.cpu.matmul import is_native
 from nalora_jax.ops import residual_norm as ops
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import SAVED
 
 
-@CPU.implements(ops.residual_norm)
+@ops.residual_norm.implements("cpu")
 def residual_norm(
     x: jax.Array,
     y: jax.Array | None,

@@ -13,14 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from nalora_jax.cpu.implementation import CPU
 from nalora_jax.cpu.storage import Bits, bf16_bits
 from nalora_jax.ops import storage
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import SAVED, Stored
 
 
-@CPU.implements(storage.rounded)
+@storage.rounded.implements("cpu")
 def rounded(x: jax.Array, dtype: Any, numerics: Numerics) -> jax.Array:
     """Rounds float32 to bf16."""
     if (jnp.dtype(dtype), x.dtype) == (jnp.bfloat16, jnp.float32):
@@ -46,7 +45,7 @@ def _upper_bits(x: jax.Array) -> jax.Array:
     return ((bits + jnp.uint32(0x7FFF) + odd) >> 16).astype(jnp.uint16)
 
 
-@CPU.implements(storage.save_residual)
+@storage.save_residual.implements("cpu")
 def save_residual(x: jax.Array, dtype: str, numerics: Numerics, name: str = SAVED) -> jax.Array | Stored:
     """Saves bf16 as its bits."""
     x = rounded(x, dtype, numerics)

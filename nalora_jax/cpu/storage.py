@@ -18,7 +18,7 @@ from jax import lax
 
 from nalora_jax.common.trees import map_named, unflatten
 from nalora_jax.cpu import native
-from nalora_jax.cpu.implementation import CPU, usable
+from nalora_jax.cpu.implementation import usable
 from nalora_jax.ops import storage
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import STACKS, Kernel, LayerStack, Stored
@@ -62,7 +62,8 @@ def from_bits(x: jax.Array) -> jax.Array:
     return x
 
 
-def store(x: jax.Array) -> jax.Array | Stored:
+@storage.store.implements("cpu")
+def store(x: jax.Array, numerics: Numerics) -> Kernel:
     """Returns bf16 as its bits."""
     if x.dtype == jnp.bfloat16:
         return Bits(bf16_bits(x))
@@ -76,7 +77,7 @@ def bits_of(table: Kernel) -> jax.Array:
     return bf16_bits(storage.expand(table))
 
 
-@CPU.implements(storage.take_rows)
+@storage.take_rows.implements("cpu")
 def take_rows(table: Kernel, rows: jax.Array, numerics: Numerics, axis: int = 0) -> jax.Array:
     """Reads rows of the bits."""
     if isinstance(table, Stored) and not isinstance(table, Bits):
@@ -89,6 +90,7 @@ def slice_rows(table: Kernel, start: jax.Array, size: int, axis: int) -> jax.Arr
     return from_bits(lax.dynamic_slice_in_dim(bits_of(table), start, size, axis=axis))
 
 
+@storage.prepare.implements("cpu")
 def prepare(variables: Mapping[str, Any], numerics: Numerics, *, tables: bool = True) -> dict[str, Any]:
     """Returns variables with bf16 kernels of layers, and tables, as views of their bits.
 

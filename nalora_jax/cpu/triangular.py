@@ -8,12 +8,11 @@ from __future__ import annotations
 import jax
 from jax import lax
 
-from nalora_jax.cpu.implementation import CPU
 from nalora_jax.ops import delta_rule as ops
 from nalora_jax.ops.dispatch import Numerics
 
 
-@CPU.implements(ops.solve_unit)
+@ops.solve_unit.implements("cpu")
 def solve_unit(lower: jax.Array, target: jax.Array, numerics: Numerics) -> jax.Array:
     """Solves by substitution on one device; several would gather the systems."""
     if numerics.platform.devices > 1:

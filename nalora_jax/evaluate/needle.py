@@ -7,10 +7,8 @@ question included. Every model with the same tokenizer gets the same texts.
 from __future__ import annotations
 
 import re
-import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -22,23 +20,16 @@ from nalora_jax.data.source import RecordsSource
 from nalora_jax.data.tasks import DEPTHS, needle_record, sentences
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.answers import Normalise, matches
 from nalora_jax.evaluate.generate import Generator
 from nalora_jax.evaluate.statistics import wilson
-
-Normalise = Callable[[str], str]
-
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-# A sign belongs to the number unless it is a subtraction ("10-5" contains 5); a comma only between
-# groups of three digits.
-_NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 
 
 def exact_match(
     generator: Generator,
     items: Sequence[CompletionItem],
     *,
-    normalise: Normalise | None = None,
+    normalise: Normalise,
     batch_size: int = 16,
     **settings: Any,
 ) -> list[dict[str, Any]]:
@@ -47,8 +38,7 @@ def exact_match(
     Args:
       generator: the model.
       items: prompts with reference completions.
-      normalise: applied to both before the comparison; `plain_text` by default, `last_number` for
-        arithmetic.
+      normalise: applied to both before the comparison, such as `nalora_jax.evaluate.answers.plain_text`.
       batch_size: prompts per batch.
       **settings: generation settings, the fields of `nalora_jax.evaluate.generate.Settings`.
 
@@ -60,53 +50,16 @@ def exact_match(
     """
     if not items:
         raise NaloraError("evaluation data", expected="at least one question", found="none")
-    clean = normalise or plain_text
     answers = generator.generate([item.prompt_ids for item in items], batch_size=batch_size, **settings)
     return [
         {
             "prompt": item.prompt,
             "expected": item.completion,
             "answer": answer,
-            "correct": matches(answer, item.completion, clean),
+            "correct": matches(answer, item.completion, normalise),
         }
         for item, answer in zip(items, answers, strict=True)
     ]
-
-
-def matches(answer: str, reference: str, normalise: Normalise) -> bool:
-    """Returns True if both are equal and not empty after normalisation.
-
-    If they are empty after normalisation, they must be equal without it.
-    """
-    expected = normalise(reference)
-    normalised = normalise(answer)
-    return normalised == expected and (bool(normalised) or answer.strip() == reference.strip())
-
-
-def plain_text(text: str) -> str:
-    """Returns the text in lower case, without punctuation, English articles and repeated spaces.
-
-    This is SQuAD's normalisation.
-
-    Example:
-      >>> plain_text("  The Eiffel-Tower, Paris. ")
-      'eiffeltower paris'
-    """
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
-
-
-def last_number(text: str) -> str:
-    """Returns the last number in a text in its shortest form, or "" if there is none.
-
-    Example:
-      >>> last_number("12 eggs at $3 make $1,036.50. #### 1,036.50")
-      '1036.5'
-    """
-    numbers = _NUMBER.findall(text)
-    if not numbers:
-        return ""
-    number = format(Decimal(numbers[-1].replace(",", "")).normalize(), "f")
-    return "0" if number in ("-0", "+0") else number
 
 
 # ---------------------------------------------------------------- needles

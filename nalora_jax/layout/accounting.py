@@ -30,7 +30,7 @@ from nalora_jax.layout.hlo import (
     received,
     used,
 )
-from nalora_jax.models.moe import UNEVEN
+from nalora_jax.models.experts import UNEVEN
 
 BETWEEN = " between slices"  # suffix of the kind of a collective between slices
 

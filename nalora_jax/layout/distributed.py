@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,11 +18,21 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common.axes import AXES, BATCH_AXES, CONTEXT, RUN
-from nalora_jax.common.devices import domains, kind_of, platform_name, process_of, slice_count, torus
+from nalora_jax.common.devices import (
+    AXES,
+    BATCH_AXES,
+    CONTEXT,
+    RUN,
+    WEIGHT_AXES,
+    domains,
+    kind_of,
+    platform_name,
+    process_of,
+    slice_count,
+    torus,
+)
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.compiler import compiler_options as compiler_options
 from nalora_jax.layout.processes import check_lost_peer as check_lost_peer
 from nalora_jax.layout.processes import fetch as fetch
 from nalora_jax.layout.processes import initialize_distributed as initialize_distributed
@@ -350,3 +362,82 @@ def _check_rows(rows: int, parts: int) -> None:
             found=rows,
             remedy="change the batch size or --train.accumulate, or move devices to --mesh.context or --mesh.tensor",
         )
+
+
+_GPU_ALWAYS: dict[str, Any] = {
+    # Do not merge small matmuls into larger ones with the same operand: the merged matmul has the
+    # more precise of both dtypes. With merging, the misalignment probe made a gate's matmuls
+    # float32, 2% of a step's HBM traffic.
+    "xla_gpu_dot_merger_threshold_mb": 0,
+    # Percentage of the memory that XLA's rematerialization and scheduler may plan with. They
+    # estimate 1.5 times the memory that a step over scanned layers needs; at the default of 95 they
+    # recompute matmuls and delay gathers although memory is free.
+    "xla_gpu_memory_limit_slop_factor": 200,
+}
+# Multiply gathered kernels as a whole. By default the partitioner turns matmuls with large kernels
+# into loops that multiply one shard and permute the next: on v5e:4x8, three kernels of 178 MB
+# became 110 GB of exposed permutes, with float32 sums in between.
+_WHOLE_KERNELS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+# Overlap gathers of kernels with matmuls: without these options, v5e's compiler overlaps only some
+# of them. On other TPUs, libtpu rejects the first option starting at version 0.0.50, because of
+# wrong results and hangs.
+_V5E = _WHOLE_KERNELS | {
+    "xla_tpu_enable_async_collective_fusion": "true",  # fuse steps of a collective into matmuls
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",  # also of gathers
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",  # over several matmuls
+    "xla_tpu_overlap_compute_collective_tc": "true",  # on the same core
+    "xla_enable_async_all_gather": "true",
+}
+# The same on v5p and v6e, whose SparseCores gather while the TensorCore computes.
+_SPARSE_CORES = (
+    _WHOLE_KERNELS
+    | {
+        "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",  # over two dimensions of the torus
+        "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": "true",
+        "xla_tpu_enable_all_gather_offload_tracing": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
+        "xla_enable_async_all_gather": "true",
+        "xla_tpu_use_tc_device_shape_on_sc": "true",
+        "xla_sc_disable_megacore_partitioning": "true",
+    }
+)
+# Keys are JAX's names of device kinds.
+_TPU = {"tpu v5 lite": _V5E, "tpu v5e": _V5E} | dict.fromkeys(
+    ("tpu v5", "tpu v5p", "tpu v6 lite", "tpu v6e"), _SPARSE_CORES
+)
+# Schedule by latency, so that a layer's kernels are gathered while the previous layer is computed.
+_GPU: dict[str, Any] = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_enable_while_loop_double_buffering": True,  # two layers in one iteration of the scan
+}
+# One option, with its names in the XLA of JAX 0.10 and of 0.12.
+_PIPELINED: dict[str, Any] = {
+    "xla_gpu_enable_pipelined_all_gather": True,
+    "xla_gpu_pipeline_all_gather": "COLLECTIVE_PIPELINING_MODE_ON",
+}
+
+
+def compiler_options(mesh: Mesh) -> dict[str, Any]:
+    """Returns the ``compiler_options`` of `jax.jit` for a step on ``mesh``."""
+    device, gathers = mesh.devices.flat[0], any(mesh.shape.get(axis, 1) > 1 for axis in WEIGHT_AXES)
+    if platform_name(device) == "gpu":
+        if not gathers:
+            return dict(_GPU_ALWAYS)
+        pipelined = {name: value for name, value in _PIPELINED.items() if _is_known(name, value)}
+        return _GPU_ALWAYS | _GPU | pipelined
+    if platform_name(device) != "tpu" or not gathers:
+        return {}
+    return dict(_TPU.get(kind_of(device).lower(), {}))
+
+
+@cache
+def _is_known(name: str, value: Any) -> bool:
+    """Returns True if the installed XLA has this option; it rejects unknown options."""
+    try:
+        jax.jit(lambda: 0.0, compiler_options={name: value}).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" in str(error):
+            return False
+        raise
+    return True

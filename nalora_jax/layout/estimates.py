@@ -15,18 +15,22 @@ from nalora_jax.config import RunConfig
 from nalora_jax.layout.machines import Topology
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.moe import SLACK, block_rows
+from nalora_jax.models.experts import SLACK, block_rows
 from nalora_jax.models.remat import of_position
 from nalora_jax.models.stacks import groups, param_shapes, projection_shapes, stacks
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.ops import split_triton
-from nalora_jax.ops.cross_entropy import rows_of_chunk
-from nalora_jax.ops.cudnn_attention import CUDNN, fits_as_bias
-from nalora_jax.ops.cudnn_attention import takes as cudnn_takes
-from nalora_jax.ops.splash_attention import LANES, SPLASH, block_sizes, computed_pairs, takes
-from nalora_jax.ops.triton_attention import TRITON
-from nalora_jax.ops.triton_attention import computed_pairs as triton_pairs
-from nalora_jax.ops.triton_attention import takes as triton_takes
+from nalora_jax.ops.attention_gpu import (
+    CUDNN,
+    HEAD_DIMS,
+    SPLIT_TRITON,
+    TRITON,
+    cudnn_takes,
+    fits_as_bias,
+    triton_pairs,
+    triton_takes,
+)
+from nalora_jax.ops.attention_tpu import LANES, SPLASH, block_sizes, computed_pairs, takes
+from nalora_jax.ops.losses import rows_of_chunk
 
 _GATHERED = 3  # kernels that are gathered at once, each as large as the largest of a layer
 # Kernels of experts in memory at once, gathered or not: of two layers, with copies for the backward
@@ -48,10 +52,10 @@ _KEYS_SENT = 3
 WIDTHS = {"int8": 1.0, "nf4": 0.55, "mxfp4": 0.53125}
 # Arrays as wide as queries, and as keys, that a layer saves, by kernel of attention.
 _SAVED_HEADS = {
-    SPLASH.name: (2, 2),
-    CUDNN.name: (2, 2),
-    split_triton.NAME: (2, 2),
-    TRITON.name: (1, 2),
+    SPLASH: (2, 2),
+    CUDNN: (2, 2),
+    SPLIT_TRITON: (2, 2),
+    TRITON: (1, 2),
 }
 # Float32 arrays as wide as the FFN that are live within a layer.
 _WIDE, _WIDE_ON_TPUS = 4, 3
@@ -214,18 +218,18 @@ def gathered_keys(
 
 def attention_kernel(where: Topology, base: ModelConfig, rows: float, seq: int, context: int = 1) -> str:
     """Returns attention's implementation for rows of a shard; "" for the plain function."""
-    if context > 1 and where.chip.platform == TRITON.platform:
-        return split_triton.NAME if base.head_dim in split_triton.HEAD_DIMS else ""
-    if where.chip.platform == SPLASH.platform and takes(seq, base.head_dim):
-        return SPLASH.name
+    if context > 1 and where.chip.platform == "gpu":
+        return SPLIT_TRITON if base.head_dim in HEAD_DIMS else ""
+    if where.chip.platform == "tpu" and takes(seq, base.head_dim):
+        return SPLASH
     by_cudnn = cudnn_takes(seq, base.head_dim, base.attn_softcap) and fits_as_bias(rows, seq)
-    if where.chip.platform == CUDNN.platform and by_cudnn:
-        return CUDNN.name
+    if where.chip.platform == "gpu" and by_cudnn:
+        return CUDNN
     if base.attn_sinks:
         return ""
     shape = (base.head_dim, base.layer_windows, base.attn_softcap)
-    if where.chip.platform == TRITON.platform and triton_takes(seq, *shape):
-        return TRITON.name
+    if where.chip.platform == "gpu" and triton_takes(seq, *shape):
+        return TRITON
     return ""
 
 
@@ -378,9 +382,9 @@ def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> flo
     # also saves its inputs.
     queries, keys = _SAVED_HEADS.get(kernel, (3, 4))
     # Query and key norms save their inputs; their results are saved as well, except by kernels.
-    normed = bool(base.qk_norm) and kernel in ("", split_triton.NAME)
+    normed = bool(base.qk_norm) and kernel in ("", SPLIT_TRITON)
     # A TPU pads narrow heads to whole tiles, except of values, whose tokens are the last axis.
-    padded = max(base.head_dim, LANES) if kernel == SPLASH.name else base.head_dim
+    padded = max(base.head_dim, LANES) if kernel == SPLASH else base.head_dim
     of_queries = (queries + normed + base.attn_gate) * base.n_heads * padded
     of_keys = base.n_kv_heads * ((keys - 1 + normed) * padded + base.head_dim)
     return _saved_with(base, remat, tensor, (of_queries + of_keys) / tensor)
@@ -473,14 +477,14 @@ def executed_flops(
     # it for the others. The backward pass takes five matmuls for the plain function and cuDNN,
     # seven for Triton, against two in the forward pass.
     passes = 2 if remat == "full" else 1
-    if kernel == SPLASH.name:
+    if kernel == SPLASH:
         kernels = rows * (splash_flops(base, seq, forward=passes) + 4 * mixer_flops(base, seq))
-    elif kernel == CUDNN.name:
+    elif kernel == CUDNN:
         kernels = rows * causal_flops(base, seq, 2 * passes + 5)
-    elif kernel == split_triton.NAME:
+    elif kernel == SPLIT_TRITON:
         kernels = (passes + 3.5) * flops
     else:
-        kernels = (5.5 if kernel == TRITON.name else 4.5) * flops
+        kernels = (5.5 if kernel == TRITON else 4.5) * flops
     return tokens * (4 * active_parameters(base) + 2 * again) + adapters + kernels
 
 

@@ -25,11 +25,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common import trees
-from nalora_jax.common.axes import CONTEXT, WEIGHT_AXES
+from nalora_jax.common.devices import CONTEXT, WEIGHT_AXES
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.low_rank import Adapted, Dense, adapted_dense, parallel_dense
 from nalora_jax.method.statistics import CHECK, COUNTS
-from nalora_jax.ops.dispatch import Implementation, Numerics
+from nalora_jax.ops.dispatch import Numerics
 
 Rules = Sequence[tuple[str, P]]
 
@@ -213,6 +213,7 @@ def _names(axis: Any) -> tuple[str, ...]:
 # ---------------------------------------------------------------- split outputs
 
 
+@parallel_dense.implements("split_outputs")
 def split_outputs(x: jax.Array, layers: Sequence[Dense], numerics: Numerics) -> list[Adapted]:
     """Computes `parallel_dense` on a mesh with "tensor": one sum over devices in the backward pass.
 
@@ -222,10 +223,6 @@ def split_outputs(x: jax.Array, layers: Sequence[Dense], numerics: Numerics) -> 
         return NotImplemented
     x, inner = _forked(x)
     return [adapted_dense(x, layer._replace(inner=inner), numerics) for layer in layers]
-
-
-for platform in ("tpu", "gpu"):
-    Implementation(f"split_outputs_{platform}", platform).implements(parallel_dense)(split_outputs)
 
 
 @jax.custom_vjp

@@ -30,9 +30,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from nalora_jax.common import trees
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.matmul import dot, matmul
 from nalora_jax.ops.storage import SAVED, Kernel, expand
+
+# Projections that compute a gate's pre-activation, in a gated and in a self-gated block.
+_GATE_NAMES = ("gate_proj", "in_proj")
 
 
 class Adapter(NamedTuple):
@@ -336,3 +340,17 @@ def _dora(base: jax.Array, delta: jax.Array, kernel: Kernel, adapter: Adapter) -
     ratio = jnp.where(jnp.asarray(adapter.scale) == 0, 1.0, ratio)  # rank 0: the magnitude is unused
     ratio = jnp.broadcast_to(ratio, base.shape)
     return (ratio - 1.0) * base.astype(jnp.float32) + ratio * delta
+
+
+def find_gates(lora: Any, *, leaf: str = "b") -> dict[str, str]:
+    """Returns the block of each adapted gate of a LoRA tree with this library's names.
+
+    Example:
+      >>> adapter = {"a": a, "b": b}
+      >>> find_gates({"layers": {"ffn": {"gate_proj": adapter, "up_proj": adapter}}})
+      {'layers/ffn/gate_proj': 'layers/ffn'}
+    """
+    suffix = f"/{leaf}"
+    paths = (path.removesuffix(suffix) for path in trees.flatten(lora) if path.endswith(suffix))
+    split = {path: path.rpartition("/") for path in sorted(paths)}
+    return {path: block for path, (block, _, name) in split.items() if name in _GATE_NAMES}

@@ -32,8 +32,7 @@ from jax.sharding import NamedSharding
 from nalora_jax.common import trees
 from nalora_jax.method import activations, statistics
 from nalora_jax.method.activations import Activation
-from nalora_jax.method.low_rank import Dense, LowRankHidden, adapted_dense, moved_from
-from nalora_jax.method.transform import find_gates
+from nalora_jax.method.low_rank import Dense, LowRankHidden, adapted_dense, find_gates, moved_from
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.reductions import by_shard, count, sampled, sampled_weights

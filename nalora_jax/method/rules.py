@@ -53,6 +53,9 @@ class Context(NamedTuple):
     partition: Partition  # of the gates' activation
     block: str  # path, e.g. "layers/ffn"
     seed: int  # of the run
+    # The gate's update of B after the preconditioner, [..., r, d_ff], where "update_b" multiplies it;
+    # None where factors are computed before it, for the gradient of A and for the log.
+    update: Array | None = None
 
 
 @dataclass(frozen=True)

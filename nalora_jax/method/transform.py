@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -31,8 +32,6 @@ from nalora_jax.method.rules import PLACES, Context, Mechanism, Memory, make
 # By place (`nalora_jax.method.rules.PLACES`), then by block: [..., d_ff] float32.
 Factors = dict[str, dict[str, Array]]
 DEFAULT = ("curvature_cap",)
-# Projections that compute a gate's pre-activation, in a gated and in a self-gated block.
-_GATE_NAMES = ("gate_proj", "in_proj")
 TAPS, MASK = "taps", "mask"  # names of the leaves of a gate next to A and B
 
 
@@ -184,16 +183,23 @@ def _leaf(flat: Mapping[str, Array], path: str, name: str) -> Array:
 # ---------------------------------------------------------------- factors
 
 
-def own_factors(state: GateState, mechanisms: Mechanisms) -> dict[str, dict[str, Array]]:
+def own_factors(
+    state: GateState, mechanisms: Mechanisms, updates_of: Mapping[str, Array] = MappingProxyType({})
+) -> dict[str, dict[str, Array]]:
     """Returns each mechanism's factors for the next step by label and block, not normalized.
 
     They are [..., d_ff] float32, and 1 during a warm-up and for layers without a token so far.
+
+    Args:
+      state: after the step before.
+      mechanisms: of the run.
+      updates_of: by block, the preconditioned update of the gate's B (`Context.update`).
     """
     factors: dict[str, dict[str, Array]] = {}
     for label, mechanism in mechanisms.entries:
         factors[label] = {}
         for path, updates in state.updates.items():
-            context = mechanisms.context(state.count, path)
+            context = mechanisms.context(state.count, path)._replace(update=updates_of.get(path))
             factor = mechanism.factor(state.memory[label][path], context)
             factor = mechanism.permuted(factor, context, mechanisms.orders.get((label, path)))
             active = (state.count >= mechanism.warmup) & (updates > 0)
@@ -251,20 +257,6 @@ def equalized(factor: Array) -> Array:
 # ---------------------------------------------------------------- the transform
 
 
-def find_gates(lora: Any, *, leaf: str = "b") -> dict[str, str]:
-    """Returns the block of each adapted gate of a LoRA tree with this library's names.
-
-    Example:
-      >>> adapter = {"a": a, "b": b}
-      >>> find_gates({"layers": {"ffn": {"gate_proj": adapter, "up_proj": adapter}}})
-      {'layers/ffn/gate_proj': 'layers/ffn'}
-    """
-    suffix = f"/{leaf}"
-    paths = (path.removesuffix(suffix) for path in trees.flatten(lora) if path.endswith(suffix))
-    split = {path: path.rpartition("/") for path in sorted(paths)}
-    return {path: block for path, (block, _, name) in split.items() if name in _GATE_NAMES}
-
-
 def gate_leaves(mechanisms: Mechanisms, channels: tuple[int, ...]) -> dict[str, Any]:
     """Returns the leaves of a gate next to its A and B: zeros ``taps`` and, for masks, ones.
 
@@ -287,8 +279,9 @@ def scale_by_gates(
 
     Args:
       mechanisms: the rules (`make_mechanisms`).
-      gates: block of each gate, e.g. ``{"layers/ffn/gate_proj": "layers/ffn"}`` (`find_gates`): the
-        gate's B is ``<gate>/b [..., r, d_ff]``, and ``gate_stats`` has the statistics of the block.
+      gates: block of each gate, e.g. ``{"layers/ffn/gate_proj": "layers/ffn"}``
+        (`nalora_jax.method.low_rank.find_gates`): the gate's B is ``<gate>/b [..., r, d_ff]``, and
+        ``gate_stats`` has the statistics of the block.
         By default the nodes with ``taps`` (`gate_leaves`), each of which is its own block.
 
     Returns:
@@ -317,7 +310,9 @@ def scale_by_gates(
             expected = f"the statistics of {', '.join(state.updates)}"
             raise NaloraError("optimizer.update(..., gate_stats=)", expected=expected, found="no argument")
         chosen = _gates_of(updates) if gates is None else gates
-        factors = channel_factors(state, mechanisms).get("update_b", {})
+        flat = _named(updates)
+        own = own_factors(state, mechanisms, {block: flat[f"{gate}/b"] for gate, block in chosen.items()})
+        factors = channel_factors(state, mechanisms, own).get("update_b", {})
         if factors:
             updates = multiply_columns(updates, factors, chosen)
         return updates, update_gate_state(state, gate_stats, mechanisms)

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from nalora_jax.method.low_rank import adapted_dense, parallel_dense
 from nalora_jax.models.cache import KeyValues
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
-from nalora_jax.models.layers import RMSNorm, apply_rope, halves_from_adjacent, query_scales
-from nalora_jax.models.parts import AttentionMixer, LayerInputs, PartOptions, Shapes, SharedInputs
-from nalora_jax.ops.attention import CachedKeys, Keys, attention
-from nalora_jax.ops.blockwise_attention import AttentionConfig
+from nalora_jax.models.parts import AttentionMixer, LayerInputs, PartOptions, RMSNorm, Shapes, SharedInputs
+from nalora_jax.models.ropes import apply_rope, halves_from_adjacent, query_scales
+from nalora_jax.ops.attention import AttentionConfig, CachedKeys, Keys, attention
 from nalora_jax.ops.residual_norm import rms_norm
 from nalora_jax.ops.split_attention import split_attention
 from nalora_jax.ops.split_rows import shards_of

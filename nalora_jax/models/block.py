@@ -12,12 +12,13 @@ from jax.sharding import NamedSharding
 
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.layers import ResidualNorm, RMSNorm
 from nalora_jax.models.parts import (
     FeedForward,
     LayerInputs,
     Mixer,
     PartOptions,
+    ResidualNorm,
+    RMSNorm,
     SharedInputs,
     Tail,
     constrain,

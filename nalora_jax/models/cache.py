@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.storage import Kernel, Stored
+from nalora_jax.ops.storage import Kernel, Stored, store
 
 
 @jax.tree_util.register_dataclass
@@ -146,8 +146,11 @@ def _repeated(x: Any, count: int) -> Any:
 
 def _written(stack: Kernel, new: jax.Array, axis: int, index: jax.Array, numerics: Numerics) -> Kernel:
     """Returns ``stack`` with ``new`` at ``index`` along ``axis``."""
-    store = numerics.hooks.store
-    same = store(new.astype(numerics.operand)) if isinstance(stack, Stored) else new.astype(stack.dtype)
+    same = (
+        store(new.astype(numerics.operand), numerics)
+        if isinstance(stack, Stored)
+        else new.astype(stack.dtype)
+    )
     start = [jnp.zeros((), jnp.int32)] * stack.ndim
     start[axis] = index
     written: Kernel = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, start), stack, same)

@@ -1,7 +1,7 @@
 """The architecture of a decoder as one frozen dataclass, read from a ``config.json``.
 
-`families` has one record per ``model_type``. This module defines the fields that the readers
-set and does not import them.
+`nalora_jax.models.family` reads it by the record of its ``model_type``. This module defines the fields
+that the readers set and does not import them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from nalora_jax.common.fields import Fields
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import activations
-from nalora_jax.models.layers import RopeSpec
+from nalora_jax.models.ropes import RopeSpec
 
 if TYPE_CHECKING:
     from nalora_jax.models.embedding import LayerEmbeddings
     from nalora_jax.models.parts import FeedForward, Mixer, Tail
-    from nalora_jax.models.vision.sight import Sight
+    from nalora_jax.models.vision.config import Sight
 
 # A window longer than any sequence: global attention as an integer that can be scanned over layers.
 GLOBAL_WINDOW = 2**30
@@ -147,8 +147,9 @@ class ModelConfig:
           NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is
             not implemented.
         """
-        families = import_module("nalora_jax.models.families")  # which imports this module
-        config: ModelConfig = families.read(raw, where, images)
+        import_module("nalora_jax.models.families")  # which imports this module, as the next one does
+        family = import_module("nalora_jax.models.family")
+        config: ModelConfig = family.read(raw, where, images)
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Families differ by their `ModelConfig` only.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,22 +19,21 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from nalora_jax.common.trees import flatten, unflatten
-from nalora_jax.method.measurement import GateStatsConfig
+from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.models.block import Block
 from nalora_jax.models.cache import Cache, KeyValues, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.embedding import Embedding, LMHead
-from nalora_jax.models.layers import RMSNorm, rope_tables
-from nalora_jax.models.parts import HandedKeys, LayerInputs, SharedInputs, constrain
-from nalora_jax.models.paths import leaf_dtype
+from nalora_jax.models.parts import HandedKeys, LayerInputs, RMSNorm, SharedInputs, constrain
 from nalora_jax.models.remat import of_position, rematerialized, scanned, stacked
-from nalora_jax.models.split_statistics import sampled_as_whole
+from nalora_jax.models.ropes import rope_tables
 from nalora_jax.models.stacks import Stack, groups, param_shapes, parts, stacks
-from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
+from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, leaf_dtype
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import dot
+from nalora_jax.ops.reductions import RUN, sampled_weights
 from nalora_jax.ops.split_rows import Row, block_length, padded, repeated, shards_of, split
-from nalora_jax.ops.storage import LayerStack
+from nalora_jax.ops.storage import LayerStack, reads_cache_in_place, store
 
 
 class Decoder(nn.Module):
@@ -299,7 +299,7 @@ def _with_cache(shared: SharedInputs, cache: Cache | None, seq: int, numerics: N
         return shared
     stacks_in_place = {}
     for prefix, state in cache.states.items():
-        if isinstance(state, KeyValues) and numerics.hooks.reads_cache_in_place(seq, state.k, numerics):
+        if isinstance(state, KeyValues) and reads_cache_in_place(seq, state.k, numerics):
             assert isinstance(state.k, LayerStack)
             assert isinstance(state.v, LayerStack)
             stacks_in_place[prefix] = state.k, state.v
@@ -348,6 +348,35 @@ def _shared_inputs(
     )
 
 
+def sampled_as_whole(
+    weights: jax.Array, config: GateStatsConfig, block: int, parts: Callable[[jax.Array], jax.Array]
+) -> SampledWeights:
+    """Returns the weights of parts of rows for the positions that are sampled of the whole rows.
+
+    Args:
+      weights: ``[batch, seq]`` of whole rows.
+      config: strides.
+      block: tokens of the blocks that parts consist of.
+      parts: returns the parts of rows ``[batch, seq]``.
+    """
+    length = weights.shape[-1]
+    config = config.of_rows(length)
+    strides = config.stride, config.probe_stride
+    of_gate, of_probe = (parts(sampled_weights(weights, stride)) for stride in strides)
+    gate, probe = (_within_blocks(stride, length, block) for stride in strides)
+    return SampledWeights(parts(weights), of_gate, of_probe, (gate, probe), length)
+
+
+def _within_blocks(stride: int, length: int, block: int) -> int:
+    """Returns the largest stride at which samples of blocks contain the sample of their row.
+
+    A group of the row consists of whole groups of a block, which take the group's run if the weights
+    of all others are 0. If the row's positions are taken singly, or blocks divide runs, all are taken.
+    """
+    singly = length % (RUN * stride) or block % RUN
+    return 1 if singly else math.gcd(stride, block // RUN)
+
+
 # ---------------------------------------------------------------- cache
 
 
@@ -378,10 +407,10 @@ def _init_state(config: ModelConfig, batch: int, length: int, numerics: Numerics
     state = parts(config)[0].init_state(config, batch, numerics)
     if state is not None:
         return state
-    lead, store = (config.n_layers, batch, config.n_kv_heads), numerics.hooks.store
+    lead = (config.n_layers, batch, config.n_kv_heads)
     return KeyValues(
-        store(jnp.zeros((*lead, config.head_dim, length), numerics.operand)),
-        store(jnp.zeros((*lead, length, config.head_dim), numerics.operand)),
+        store(jnp.zeros((*lead, config.head_dim, length), numerics.operand), numerics),
+        store(jnp.zeros((*lead, length, config.head_dim), numerics.operand), numerics),
     )
 
 

@@ -13,11 +13,10 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common.axes import BATCH_AXES, CONTEXT, WEIGHT_AXES
+from nalora_jax.common.devices import BATCH_AXES, CONTEXT, WEIGHT_AXES
 from nalora_jax.method.ffn import frozen_kernel
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.layers import RMSNorm
-from nalora_jax.models.parts import constrain
+from nalora_jax.models.parts import RMSNorm, constrain
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.split_rows import shards_of

@@ -1,21 +1,24 @@
-"""A mixture of gated experts as a Linen module: router, top-k and gated FFNs.
+"""Mixtures of gated experts as parts of a layer: router, top-k, gated FFNs and blocks that every token passes.
+
+    y = experts(x)                                   Mixtral, OLMoE, Qwen3-MoE, gpt-oss, LFM2-MoE
+    y = experts(x) + shared(x)                       GLM-4.5, DeepSeek-V3
+    y = experts(x) + sigmoid(x w) * shared(x)        Qwen2-MoE, Qwen3-Next
+    y = norm(dense(n(x))) + norm(experts(norm(x)))   Gemma 4; n: the layer's norm of the residual stream x
 
 On a mesh every device routes its own tokens, in training and in evaluation. The axis "tensor"
 splits the channels of every expert, so that all devices have the same work for any routing. "fsdp"
 splits the experts: they are gathered for the layer, or rows are sent to them, whichever moves fewer
 bytes. The arithmetic is in `nalora_jax.models.experts`.
 
-Experts that are split over devices: every device of the mesh axis holds the same number of
-consecutive experts, with their adapters. A device sorts the rows of its tokens by expert, sends each
-block of rows to its device, and receives the experts' outputs in the same places. Statistics of an
-expert are computed on its device. The blocks have a fixed size, `SLACK` times an even share and at
-least `LEAST` rows. If a device has more rows for another, all devices of the axis gather the experts
-instead (`lax.cond`), so that no token is dropped.
+A layer of experts with another block has two gates: ``ffn/experts_ffn`` (channels ``[experts, d_ff]``),
+and ``ffn/shared_ffn`` or ``ffn/dense_ffn`` (``[width]``), each with separate adapters, masks and
+statistics. Both names end in "ffn", so that the rule ``ffn/gate_proj`` matches both, and the gates of
+dense layers. Gemma 4's router reads a third norm of x.
 """
 
 from __future__ import annotations
 
-import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,7 +31,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.method import statistics
-from nalora_jax.method.ffn import Adapters, LoRADense
+from nalora_jax.method.ffn import Adapters, GatedFFN, LoRADense
 from nalora_jax.method.low_rank import Adapter, Dense
 from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.models.config import ModelConfig
@@ -36,160 +39,18 @@ from nalora_jax.models.experts import (
     Experts,
     Layer,
     RoutedConfig,
-    expert_rows,
+    exchanged_ffn,
+    exchanges_less,
+    gathered,
     of_each,
-    of_tokens,
-    routed,
     routed_ffn,
-    routed_rows,
-    samples_of,
 )
-from nalora_jax.models.parts import FeedForward, PartOptions, Shapes
-from nalora_jax.models.routing import Groups, Places, RouterSpec, Routing, SampledRows, permuted, spread
+from nalora_jax.models.parts import FeedForward, PartOptions, RMSNorm, Shapes, adapters_below, scales_below
+from nalora_jax.models.routing import RouterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.quantize import Quantized
 from nalora_jax.ops.reductions import count, first_alone
-from nalora_jax.ops.storage import Kernel
-
-SLACK = 1.5  # rows of a block over the rows of an even distribution
-LEAST = 64  # rows of a block, if there are as many: few rows, in generation, are never evenly distributed
-UNEVEN = "uneven_experts"  # scope of the branch for more rows than a block holds
-# Collectives of a step move a kernel, or the rows there and back, once per pass.
-_WAYS = 2
-
-Measured = dict[str, jax.Array]
-
-
-def exchanges_less(rows: int, d_model: int, kernel_bytes: float, wide: float, devices: int) -> bool:
-    """Returns True if sending rows moves fewer bytes to a device than gathering the experts.
-
-    Args:
-      rows: rows of a device's tokens, ``tokens * top_k``.
-      d_model: numbers in a row.
-      kernel_bytes: of all experts of a layer, on a device after the gather.
-      wide: bytes of a number in a row.
-      devices: number of devices that share the experts.
-    """
-    return devices > 1 and _WAYS * block_rows(rows, devices) * devices * d_model * wide < kernel_bytes
-
-
-def block_rows(rows: int, devices: int) -> int:
-    """Returns the rows of the block that a device sends to each device."""
-    return min(rows, max(LEAST, math.ceil(SLACK * rows / devices)))
-
-
-def exchanged_ffn(
-    x: jax.Array,
-    token_weights: jax.Array,
-    layer: Layer,
-    config: RoutedConfig,
-    over: str,
-    axis: str | None = None,
-    routed_by: jax.Array | None = None,
-) -> tuple[jax.Array, Measured]:
-    """Computes `routed_ffn` without dropout, with experts that are split over a mapped mesh axis.
-
-    Args:
-      x, token_weights, config, axis, routed_by: as for `routed_ffn`.
-      layer: the device's experts; taps are of all experts.
-      over: the mapped mesh axis that splits the experts.
-
-    Returns:
-      As `routed_ffn`; statistics have all experts, with zeros for the experts of other devices.
-    """
-    routing = routed(x, layer, config, routed_by)
-    samples = samples_of(routing, token_weights, config)
-    devices, local = lax.axis_size(over), layer.gate.kernel.shape[0]
-    counts = jnp.sum(routing.sizes.reshape(devices, local), axis=1)
-    block = block_rows(routing.token.shape[0], devices)
-    fits = lax.pmax(jnp.max(counts), over) <= block
-
-    def exchanged(x: jax.Array, layer: Layer, routing: Routing) -> tuple[jax.Array, Measured]:
-        return _exchanged(x, layer, routing, samples, counts, block, config, over, axis)
-
-    @jax.checkpoint  # saves no gathered kernel
-    def all_here(x: jax.Array, layer: Layer, routing: Routing) -> tuple[jax.Array, Measured]:
-        with jax.named_scope(UNEVEN):
-            return routed_rows(x, gathered(layer, over), routing, samples, config, axis)
-
-    y, measured = lax.cond(fits, exchanged, all_here, x, layer, routing)
-    return y, measured
-
-
-def gathered(layer: Layer, over: str) -> Layer:
-    """Returns the layer with all experts, which the devices of a mapped mesh axis share."""
-
-    def gather(leaf: jax.Array) -> jax.Array:
-        if leaf.ndim == 0:
-            return leaf
-        return lax.all_gather(leaf, over, tiled=True)
-
-    return of_each(layer, lambda experts: jax.tree.map(gather, experts))
-
-
-def _exchanged(
-    x: jax.Array,
-    layer: Layer,
-    routing: Routing,
-    samples: tuple[SampledRows, SampledRows],
-    counts: jax.Array,
-    block: int,
-    config: RoutedConfig,
-    over: str,
-    axis: str | None,
-) -> tuple[jax.Array, Measured]:
-    devices, local = counts.shape[0], layer.gate.kernel.shape[0]
-    starts = jnp.cumsum(counts) - counts
-    place = jnp.arange(block)
-    # [devices * block]: the row in each place of the blocks
-    real = (place[None] < counts[:, None]).reshape(-1)
-    row = jnp.where(real, (starts[:, None] + place[None]).reshape(-1), 0)
-    target = routing.expert // local
-    place_of_row = target * block + jnp.arange(target.shape[0]) - starts[target]
-    places = Places(jnp.take(routing.token, row), place_of_row[routing.back], real)
-    received = _to_devices(spread(x.reshape(-1, x.shape[-1]), places, config.top_k), over)
-    # Unused places count as zeros of the last expert, with weight 0 in statistics.
-    labels = jnp.where(real, jnp.take(routing.expert, row) % local, local - 1).astype(jnp.float32)
-    all_weights = routing.weight, *(_row_weights(routing, rows) for rows in samples)
-    weights = [jnp.where(real, jnp.take(weight, row), 0.0) for weight in all_weights]
-    labelled = jnp.stack([labels, *weights], axis=1)
-    labelled = _to_devices(labelled, over)
-    order = jnp.argsort(labelled[:, 0], stable=True)
-    expert, weight, *weights = jnp.unstack(jnp.take(labelled, order, axis=0), axis=1)
-    expert = expert.astype(jnp.int32)
-    groups = Groups(jnp.bincount(expert, length=local).astype(jnp.int32), expert)
-    reached = expert[None, :] == jnp.arange(local)[:, None]
-    of_gate, of_probe = (SampledRows(None, jnp.where(reached, w[None], 0.0)) for w in weights)
-    first = lax.axis_index(over) * local
-    taps = {name: lax.dynamic_slice_in_dim(tap, first, local) for name, tap in layer.taps.items()}
-    layer = layer._replace(taps=taps)
-    inverse = jnp.argsort(order)
-    received = permuted(received, order, inverse)
-    y, measured = expert_rows(received, weight, layer, groups, (of_gate, of_probe), config, axis)
-    y = of_tokens(_to_devices(permuted(y, inverse, order), over), places, config, x.shape, axis)
-    return y, {name: _of_all(value, first, local, devices) for name, value in measured.items()}
-
-
-def _to_devices(blocks: jax.Array, over: str) -> jax.Array:
-    """Sends block i of ``[devices * block, n]`` to device i, and returns the received blocks in order."""
-    return lax.all_to_all(blocks, over, split_axis=0, concat_axis=0, tiled=True)
-
-
-def _row_weights(routing: Routing, sampled: SampledRows) -> jax.Array:
-    """Returns the weight of every sorted row in statistics, float32 ``[rows]``, 0 if it is not sampled."""
-    weights = jnp.sum(sampled.weights, axis=0)
-    if sampled.rows is None:
-        return weights
-    return jnp.zeros(routing.token.shape, jnp.float32).at[sampled.rows].add(weights)
-
-
-def _of_all(value: jax.Array, first: jax.Array, local: int, devices: int) -> jax.Array:
-    """Returns a statistic ``[local, ...]`` among zeros of other experts; a check is a scalar and stays."""
-    if value.ndim == 0:
-        return value
-    zeros = jnp.zeros((devices * local, *value.shape[1:]), value.dtype)
-    return lax.dynamic_update_slice_in_dim(zeros, value, first, axis=0)
-
+from nalora_jax.ops.storage import Kernel, in_stored_layout, round_and_save
 
 _AXIS = "tensor"  # the mesh axis that splits the experts' channels
 _OVER = "fsdp"  # the mesh axis that splits the experts
@@ -281,60 +142,6 @@ class MoEFFN(nn.Module):
         return Experts(dense.kernel, dense.adapter, dense.bias)
 
 
-@dataclass(frozen=True)
-class Mixture(FeedForward):
-    """A mixture of experts; number, width and biases of the experts are fields of the config."""
-
-    router: RouterSpec
-    name: ClassVar[str] = "ffn"
-
-    def param_shapes(self, config: ModelConfig) -> Shapes:
-        """See `Part`."""
-        shapes: Shapes = {"router/kernel": (config.d_model, config.n_experts)}
-        if config.router_bias:
-            shapes["router/bias"] = (config.n_experts,)
-        if self.router.correction:
-            shapes["router/correction"] = (config.n_experts,)
-        for name, shape in self.projections(config).items():
-            shapes[f"{name}/kernel"] = shape
-            if config.ffn_bias:
-                shapes[f"{name}/bias"] = (shape[0], shape[-1])
-        return shapes
-
-    def projections(self, config: ModelConfig) -> Shapes:
-        """See `Part`."""
-        n, d, f = config.n_experts, config.d_model, config.d_ff
-        return {"gate_proj": (n, d, f), "up_proj": (n, d, f), "down_proj": (n, f, d)}
-
-    def saved(self, config: ModelConfig) -> float:
-        """See `Part`."""
-        return 2.0 * config.experts_per_token * config.d_ff
-
-    def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-        """See `FeedForward`."""
-        return {"": ((config.n_experts, config.d_ff), config.activation)}
-
-    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
-        """See `FeedForward`."""
-        return MoEFFN(
-            config.d_model,
-            config.d_ff,
-            config.n_experts,
-            config.experts_per_token,
-            self.router,
-            config.activation,
-            options.adapters,
-            use_bias=config.ffn_bias,
-            numerics=options.numerics,
-            stats=options.stats,
-            router_bias=config.router_bias,
-            up_limit=config.up_limit,
-            sharding=options.routing,
-            experts=options.experts,
-            name=self.name,
-        )
-
-
 class Router(nn.Module):
     """The frozen arrays of a router."""
 
@@ -392,19 +199,19 @@ def on_mesh(
         return y, {name: first_alone(value, config.stats.sharding) for name, value in measured.items()}
     rows, mesh = sharding.spec[0], sharding.mesh
     axis = _AXIS if _splits(layer, mesh.shape.get(_AXIS, 1)) else None
-    over, store = _OVER if _shares(sharding, layer) else None, config.numerics.hooks.in_stored_layout
+    over = _OVER if _shares(sharding, layer) else None
     sends = over and keys is None and _sends(sharding, x, layer, config, experts)
 
     def local(
         x: jax.Array, weights: jax.Array, keys: jax.Array | None, layer: Layer, routed_by: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        x, layer = store(x), _of_shard(layer, config)
+        x, layer = in_stored_layout(x, config.numerics), _of_shard(layer, config)
         if over and sends:
             y, measured = exchanged_ffn(x, weights, layer, config, over, axis, routed_by)
         else:
             layer = gathered(layer, over) if over else layer
             y, measured = routed_ffn(x, weights, keys, layer, config, axis, routed_by)
-        return store(y), {name: value[None] for name, value in measured.items()}
+        return in_stored_layout(y, config.numerics), {name: value[None] for name, value in measured.items()}
 
     names, taps = config.measured, (rows,) if by_shard else ()
     y, parts = jax.shard_map(
@@ -443,8 +250,12 @@ def _sends(sharding: NamedSharding, x: jax.Array, layer: Layer, config: RoutedCo
 
 def _of_shard(layer: Layer, config: RoutedConfig) -> Layer:
     """Returns ``layer`` with one shard's taps and with kernels in the layout of their stack."""
-    store = config.numerics.hooks.in_stored_layout
-    layer = of_each(layer, lambda experts: experts._replace(kernel=jax.tree.map(store, experts.kernel)))
+
+    def stored(experts: Experts) -> Experts:
+        kernel = jax.tree.map(lambda x: in_stored_layout(x, config.numerics), experts.kernel)
+        return experts._replace(kernel=kernel)
+
+    layer = of_each(layer, stored)
     if count(config.stats.sharding) == 1:
         return layer
     # On a device these are the first.
@@ -506,3 +317,233 @@ def _by_channel(name: str, axis: str | None) -> P:
         return P()
     rank = len(statistics.get(name).shape((1, 1)))
     return P(*[None] * (rank - 1), axis)
+
+
+# ---------------------------------------------------------------- parts of a layer
+
+
+@dataclass(frozen=True)
+class Mixture(FeedForward):
+    """A mixture of experts; number, width and biases of the experts are fields of the config."""
+
+    router: RouterSpec
+    name: ClassVar[str] = "ffn"
+
+    def param_shapes(self, config: ModelConfig) -> Shapes:
+        """See `Part`."""
+        shapes: Shapes = {"router/kernel": (config.d_model, config.n_experts)}
+        if config.router_bias:
+            shapes["router/bias"] = (config.n_experts,)
+        if self.router.correction:
+            shapes["router/correction"] = (config.n_experts,)
+        for name, shape in self.projections(config).items():
+            shapes[f"{name}/kernel"] = shape
+            if config.ffn_bias:
+                shapes[f"{name}/bias"] = (shape[0], shape[-1])
+        return shapes
+
+    def projections(self, config: ModelConfig) -> Shapes:
+        """See `Part`."""
+        n, d, f = config.n_experts, config.d_model, config.d_ff
+        return {"gate_proj": (n, d, f), "up_proj": (n, d, f), "down_proj": (n, f, d)}
+
+    def saved(self, config: ModelConfig) -> float:
+        """See `Part`."""
+        return 2.0 * config.experts_per_token * config.d_ff
+
+    def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+        """See `FeedForward`."""
+        return {"": ((config.n_experts, config.d_ff), config.activation)}
+
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """See `FeedForward`."""
+        return MoEFFN(
+            config.d_model,
+            config.d_ff,
+            config.n_experts,
+            config.experts_per_token,
+            self.router,
+            config.activation,
+            options.adapters,
+            use_bias=config.ffn_bias,
+            numerics=options.numerics,
+            stats=options.stats,
+            router_bias=config.router_bias,
+            up_limit=config.up_limit,
+            sharding=options.routing,
+            experts=options.experts,
+            name=self.name,
+        )
+
+
+class WithExperts(FeedForward):
+    """A mixture of experts, ``experts_ffn``, with a gated block that every token passes.
+
+    Number and width of the experts are fields of the config.
+    """
+
+    name: ClassVar[str] = "ffn"
+    block: ClassVar[str]  # name of the gated block
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """The channels of the gated block."""
+
+    def projections(self, config: ModelConfig) -> Shapes:
+        """See `Part`."""
+        d, experts = config.d_model, _gated(config.d_model, config.d_ff)
+        shapes: Shapes = {f"experts_ffn/{name}": (config.n_experts, *s) for name, s in experts.items()}
+        return shapes | {f"{self.block}/{name}": s for name, s in _gated(d, self.width).items()}
+
+    def saved(self, config: ModelConfig) -> float:
+        """See `Part`."""
+        return 2.0 * (config.experts_per_token * config.d_ff + self.width)
+
+    def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+        """See `FeedForward`."""
+        channels = {"experts_ffn": (config.n_experts, config.d_ff), self.block: (self.width,)}
+        return {name: (channels[name], config.activation) for name in sorted(channels)}
+
+    def modules(self, config: ModelConfig, options: PartOptions, routing: RouterSpec) -> tuple[Any, Any]:
+        """Returns the mixture and the gated block."""
+        common: dict[str, Any] = {
+            "d_model": config.d_model,
+            "activation": config.activation,
+            "numerics": options.numerics,
+            "stats": options.stats,
+        }
+        experts = MoEFFN(
+            d_ff=config.d_ff,
+            n_experts=config.n_experts,
+            top_k=config.experts_per_token,
+            routing=routing,
+            sharding=options.routing,
+            experts=options.experts,
+            adapters=adapters_below(options.adapters, "experts_ffn/"),
+            name="experts_ffn",
+            **common,
+        )
+        adapters = adapters_below(options.adapters, f"{self.block}/")
+        return experts, GatedFFN(d_ff=self.width, adapters=adapters, name=self.block, **common)
+
+
+def _gated(d_model: int, d_ff: int) -> Shapes:
+    return {"gate_proj": (d_model, d_ff), "up_proj": (d_model, d_ff), "down_proj": (d_ff, d_model)}
+
+
+@dataclass(frozen=True)
+class SharedExperts(WithExperts):
+    """Sizes of the part."""
+
+    d_shared: int
+    router: RouterSpec
+    gated: bool = False  # sigmoid(x w) multiplies the shared expert's output
+    block: ClassVar[str] = "shared_ffn"
+
+    @property
+    def width(self) -> int:
+        """The channels of the shared expert."""
+        return self.d_shared
+
+    def param_shapes(self, config: ModelConfig) -> Shapes:
+        """See `Part`."""
+        shapes: Shapes = {"experts_ffn/router/kernel": (config.d_model, config.n_experts)}
+        if self.router.correction:
+            shapes["experts_ffn/router/correction"] = (config.n_experts,)
+        if self.gated:
+            shapes["shared_gate/kernel"] = (config.d_model, 1)
+        return shapes | {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
+
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """See `FeedForward`."""
+        return SharedExpertsFFN(config, self, options, name=self.name)
+
+
+class SharedExpertsFFN(nn.Module):
+    """The mixture and the shared expert, with the call signature of `GatedFFN`."""
+
+    config: ModelConfig
+    part: SharedExperts
+    options: PartOptions
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, scales: Mapping[str, jax.Array | float] | None = None, **inputs: Any
+    ) -> jax.Array:
+        """Returns ``[batch, seq, d_model]`` as ``x``; for ``inputs`` see `GatedFFN`."""
+        experts, shared = self.part.modules(self.config, self.options, self.part.router)
+        y = shared(x, scales_below(scales, "shared_ffn/"), **inputs)
+        if self.part.gated:
+            y = y * Gate(name="shared_gate")(x).astype(y.dtype)
+        return experts(x, scales_below(scales, "experts_ffn/"), **inputs) + y
+
+
+class Gate(nn.Module):
+    """A frozen gate per token."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[..., d]`` -> float32 ``[..., 1]``, ``sigmoid(x w)``."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], 1))
+        frozen = lax.stop_gradient(kernel).astype(jnp.float32)
+        return jax.nn.sigmoid(jnp.dot(x.astype(jnp.float32), frozen, precision=lax.Precision.HIGHEST))
+
+
+_NORMS = ("dense_norm", "experts_norm", "experts_post_norm", "router_norm")
+
+
+@dataclass(frozen=True)
+class DenseAndExperts(WithExperts):
+    """Sizes of the part."""
+
+    d_dense: int
+    block: ClassVar[str] = "dense_ffn"
+    reads_stream: ClassVar[bool] = True
+
+    @property
+    def width(self) -> int:
+        """The channels of the dense block."""
+        return self.d_dense
+
+    def param_shapes(self, config: ModelConfig) -> Shapes:
+        """See `Part`."""
+        shapes: Shapes = {f"{name}/scale": (config.d_model,) for name in _NORMS}
+        shapes["experts_ffn/router/kernel"] = (config.d_model, config.n_experts)
+        shapes["experts_ffn/router/scale"] = (config.n_experts,)
+        return shapes | {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
+
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """See `FeedForward`."""
+        return DenseAndExpertsFFN(config, self, options, name=self.name)
+
+
+class DenseAndExpertsFFN(nn.Module):
+    """Both branches, with the call signature of `GatedFFN` and the residual stream."""
+
+    config: ModelConfig
+    part: DenseAndExperts
+    options: PartOptions
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        scales: Mapping[str, jax.Array | float] | None = None,
+        *,
+        stream: jax.Array,
+        **inputs: Any,
+    ) -> jax.Array:
+        """Returns ``[batch, seq, d_model]`` of ``x``, the layer's norm of ``stream``."""
+        c, options = self.config, self.options
+        experts, dense = self.part.modules(c, options, RouterSpec(expert_scale=True))
+        stream = round_and_save(stream, options.numerics)
+        routed_by = self._norm("router_norm", stream, "float32") * c.d_model**-0.5
+        of_dense = dense(x, scales_below(scales, "dense_ffn/"), **inputs)
+        normed = self._norm("experts_norm", stream)
+        of_experts = experts(normed, scales_below(scales, "experts_ffn/"), routed_by=routed_by, **inputs)
+        return self._norm("dense_norm", of_dense) + self._norm("experts_post_norm", of_experts)
+
+    def _norm(self, name: str, x: jax.Array, dtype: str | None = None) -> jax.Array:
+        c = self.config
+        return RMSNorm(c.norm_eps, c.norm_offset, dtype or self.options.numerics.result, name=name)(x)

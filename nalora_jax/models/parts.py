@@ -1,4 +1,4 @@
-"""The parts of a layer and their inputs: a mixer of tokens, and a feed-forward block.
+"""The parts of a layer and their inputs: a mixer of tokens, a feed-forward block, norms and the layer's end.
 
 A part is a frozen dataclass: it names its parameters and returns its Linen module. `ModelConfig.mixer`
 and `ModelConfig.ffn` hold parts with sizes of their own; without them the fields of the config
@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from nalora_jax.method.ffn import Adapters, GatedFFN, LoRADense, SelfGatedFFN
+from nalora_jax.method.ffn import AdaptedBlock, Adapters, GatedFFN, LoRADense, Scales, SelfGatedFFN
 from nalora_jax.method.low_rank import Dense
 from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.residual_norm import residual_norm, rms_norm
 from nalora_jax.ops.split_rows import Row
-from nalora_jax.ops.storage import LayerStack
+from nalora_jax.ops.storage import LayerStack, round_and_save
 
 if TYPE_CHECKING:
     from nalora_jax.models.config import ModelConfig
@@ -263,3 +265,142 @@ class Tail(Part):
     @abstractmethod
     def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns the part's gated blocks, as `FeedForward.gates`."""
+
+
+# ---------------------------------------------------------------- norms
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis.
+
+    Attributes:
+      eps: added to the mean square.
+      offset: added to the stored scale; 1 for Gemma, whose files store w of ``1 + w``.
+      dtype: dtype of the result.
+    """
+
+    eps: float
+    offset: float = 0.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns the norm of ``x``, ``[..., d]``."""
+        scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],))
+        return rms_norm(x, scale.astype(jnp.float32) + self.offset, self.eps).astype(self.dtype)
+
+
+class ResidualNorm(nn.Module):
+    """Residual addition followed by a frozen root-mean-square norm (`residual_norm`).
+
+    Attributes:
+      eps: added to the mean square.
+      offset: added to the stored scale, as for `RMSNorm`.
+      numerics: dtypes.
+      recomputed: the summands follow from saved arrays without a matmul.
+    """
+
+    eps: float
+    offset: float
+    numerics: Numerics
+    recomputed: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, y: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Returns ``x + y`` (``x`` if y is None) and its norm, both ``[..., d]``."""
+        scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],))
+        added: tuple[jax.Array, jax.Array] = residual_norm(
+            x, y, scale.astype(jnp.float32) + self.offset, self.eps, self.numerics, self.recomputed
+        )
+        return added
+
+
+# ---------------------------------------------------------------- the end of a layer
+
+
+@dataclass(frozen=True)
+class ScaledTail(Tail):
+    """``(x + norm((phi(x W_gate) * embedded) W_down)) * scale``.
+
+    Attributes:
+      width: of the layer's embeddings; 0 leaves the block out.
+    """
+
+    width: int = 0
+    name = "tail"
+
+    def param_shapes(self, config: ModelConfig) -> Shapes:
+        """Returns the shapes of one layer's parameters."""
+        shapes: Shapes = {"scale": (1,)}
+        if self.width:
+            shapes["norm/scale"] = (config.d_model,)
+        return shapes | {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
+
+    def projections(self, config: ModelConfig) -> Shapes:
+        """Returns the kernel shapes of the projections."""
+        d, width = config.d_model, self.width
+        if not width:
+            return {}
+        return {"gate_proj": (d, width), "down_proj": (width, d)}
+
+    def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns the block's channels and activation, at the part's own path."""
+        if not self.width:
+            return {}
+        return {"": ((self.width,), config.activation)}
+
+    def saved(self, config: ModelConfig) -> float:
+        """Returns the saved values: z and its factor."""
+        return 2.0 * self.width
+
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """Returns the module."""
+        return _ScaledTail(
+            config.d_model,
+            self.width,
+            config.activation,
+            options.adapters,
+            numerics=options.numerics,
+            stats=options.stats,
+            eps=config.norm_eps,
+            name=self.name,
+        )
+
+
+class FactoredFFN(AdaptedBlock):
+    """``(phi(x W_gate) * factor) W_down`` with adapters on gate_proj and down_proj."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        factor: jax.Array,
+        scales: Scales | None = None,
+        *,
+        token_weights: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Returns ``[batch, seq, d_model]`` for ``factor [batch, seq, d_ff]``; see `GatedFFN`."""
+        options: dict[str, Any] = {"deterministic": deterministic}
+        gate = self._dense("gate_proj", self.d_model, self.d_ff, scales, mask=self._mask(), **options)
+        down = self._dense("down_proj", self.d_ff, self.d_model, scales, **options)
+        return self._output(x, gate, None, down, token_weights, factor)
+
+
+class _ScaledTail(FactoredFFN):
+    eps: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
+        if self.d_ff:
+            assert layer.embedded is not None
+            y = super().__call__(
+                round_and_save(x, self.numerics),
+                layer.embedded,
+                layer.scales.get("tail", {}),
+                token_weights=shared.token_weights,
+                deterministic=shared.deterministic,
+            )
+            x = x + RMSNorm(self.eps, dtype=self.numerics.result, name="norm")(y).astype(x.dtype)
+        scale = self.param("scale", nn.initializers.ones_init(), (1,))
+        return x * jax.lax.stop_gradient(scale).astype(x.dtype)[0]

@@ -14,9 +14,8 @@ import flax.linen as nn
 import jax
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.ops import cudnn_attention
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.storage import LAYER_INPUT, SAVED, SAVED_WIDE, STACKS, SUMS
+from nalora_jax.ops.storage import LAYER_INPUT, SAVED, SAVED_WIDE, STACKS, SUMS, best_remat
 
 OFFLOAD = "_offload"
 # Activations saved for the backward pass: "none" saves all, "full" the layer's input only, "dots"
@@ -29,7 +28,7 @@ _WITH_HOST_MEMORY = ("tpu", "gpu")  # platforms whose devices have memory separa
 
 
 def chosen_remat(asked: str, d_model: int, numerics: Numerics, *, gated: bool = True) -> str:
-    """Returns ``asked``, or the platform's policy for "auto" (`PlatformHooks.best_remat`).
+    """Returns ``asked``, or the platform's policy for "auto" (`best_remat`).
 
     Raises:
       NaloraError: see `check_remat`.
@@ -37,7 +36,7 @@ def chosen_remat(asked: str, d_model: int, numerics: Numerics, *, gated: bool = 
     check_remat(asked, numerics.platform.name)
     if asked != "auto":
         return asked
-    return numerics.hooks.best_remat(d_model, numerics, gated=gated)
+    return best_remat(d_model, numerics, gated=gated)
 
 
 def chosen_experts(asked: str, remat: str) -> str:
@@ -114,5 +113,10 @@ def _policy(remat: str) -> Callable[..., Any]:
     else:
         policy = policies.save_only_these_names(SUMS, *saved)
         if saved:
-            policy = policies.save_from_both_policies(policy, cudnn_attention.is_forward_pass)
+            policy = policies.save_from_both_policies(policy, _is_cudnn_forward_pass)
     return policy
+
+
+def _is_cudnn_forward_pass(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Returns True for the forward pass of cuDNN's attention, to whose results JAX gives no name."""
+    return bool(primitive.name == "dot_product_attention_fwd_wrapper")

@@ -18,12 +18,15 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.grouped_matmul import (
     from_all,
     grouped_matmul,
+    grouped_result,
+    joins_factors,
     outer_of_all,
     own_of_all,
     ragged,
     ragged_outer,
 )
 from nalora_jax.ops.reductions import sampled as sampled_positions
+from nalora_jax.ops.split_rows import block_numbers, gathered
 from nalora_jax.ops.storage import Kernel, expand
 
 
@@ -162,8 +165,8 @@ def grouped_residual(
       ``[rows, d_out]`` float32, or the platform's dtype of grouped results.
     """
     chex.assert_rank([x, a, b], [2, 3, 3])
-    joined = numerics.hooks.joins_expert_factors(a.shape[0], a.shape[-1])
-    wide = numerics.hooks.grouped_result(numerics.adapter)
+    joined = joins_factors(a.shape[0], a.shape[-1], numerics)
+    wide = grouped_result(numerics, numerics.adapter)
     products = GroupedProducts(groups, numerics.adapter, joined, wide)
     (y,), _ = gated(products, x, (Factors.of(Adapter(a, b, scale, mask)),))
     out: jax.Array = y
@@ -413,3 +416,103 @@ def expert_cotangent_statistics(
     """
     sampled = of.take(delta)
     return jax.vmap(lambda weights: statistics.cotangent_statistics(sampled, weights, names))(of.weights)
+
+
+# ---------------------------------------------------------------- samples of rows whose tokens are split over devices
+
+
+class _PlacedRows(NamedTuple):
+    """The rows of a shard's blocks, sorted by expert, ``[blocks, rows]``.
+
+    A place counts the rows of a whole sequence, sorted by expert and then by token.
+    """
+
+    row: jax.Array  # int, among all sorted rows of the shard
+    expert: jax.Array  # int
+    weight: jax.Array  # float32, 0 for padding
+    place: jax.Array  # int
+    before: jax.Array  # int, place of the last row with weight before this row; -1 for none
+
+
+def samples_of_parts(
+    routing: Routing, token_weights: jax.Array, strides: tuple[int, int], length: int
+) -> tuple[SampledRows, SampledRows]:
+    """Samples rows of parts of sequences (`nalora_jax.ops.split_rows`) as `sample` does of whole ones.
+
+    Within a shard. The rows of an expert in a block have consecutive places, so the number of these
+    rows and the last with weight, two integers by block and expert, are all that shards exchange.
+
+    Args:
+      routing: of the shard's tokens.
+      token_weights: ``[batch, 2 * block]``, 0 for padding.
+      strides: of both samples.
+      length: tokens of a whole sequence, without the padding to whole blocks.
+    """
+    weights = lax.stop_gradient(token_weights).astype(jnp.float32)
+    rows = _placed(routing, weights, length)
+
+    def of_stride(stride: int) -> SampledRows:
+        return sample(routing, weights, stride) if stride == 1 else _one_in(stride, rows, routing)
+
+    return of_stride(strides[0]), of_stride(strides[1])
+
+
+def _one_in(stride: int, rows: _PlacedRows, routing: Routing) -> SampledRows:
+    """Returns the first row with weight in every ``stride`` places of a sequence."""
+    chosen = (rows.weight > 0) & (rows.place // stride != rows.before // stride)
+    # The rows of an expert are in at most rows / stride + 2 groups of places.
+    most = min(chosen.shape[1], chosen.shape[1] // stride + 2 * routing.sizes.shape[0])
+    taken = jnp.argsort(~chosen, axis=1, stable=True)[:, :most]
+    weight = jnp.where(chosen, rows.weight, 0.0)
+    of_taken = (jnp.take_along_axis(x, taken, axis=1) for x in (rows.row, weight, rows.expert))
+    index, weight, expert = (x.reshape(-1) for x in of_taken)
+    return SampledRows(index, by_expert(weight, expert, routing))
+
+
+def _placed(routing: Routing, weights: jax.Array, length: int) -> _PlacedRows:
+    """Returns a shard's rows with their places; arguments as for `samples_of_parts`."""
+    batch, block = weights.shape[0], weights.shape[1] // 2
+    natural = routing.expert[routing.back].reshape(2 * batch, -1)
+    order = jnp.argsort(natural, axis=1, stable=True)
+    in_order = partial(jnp.take_along_axis, indices=order, axis=1)
+    index, expert = in_order(routing.back.reshape(order.shape)), in_order(natural)
+    weight = jnp.take(weights.reshape(-1), jnp.take(routing.token, index))
+    # Rows of the padding to whole blocks have no place.
+    tokens = jnp.clip(length - jnp.stack(block_numbers()) * block, 0, block)
+    exists = order // (order.shape[1] // block) < jnp.tile(tokens, batch)[:, None]
+    reached = jax.nn.one_hot(expert, routing.sizes.shape[0], dtype=bool)
+    number, sizes = jnp.arange(order.shape[1])[None], jnp.sum(reached, axis=1)
+    first = jnp.cumsum(sizes, axis=1) - sizes  # [blocks, experts]
+    last = jnp.max(jnp.where(reached & (weight > 0)[..., None], number[..., None], -1), axis=1) - first
+    counts = jnp.sum(reached & exists[..., None], axis=1)
+    start, before = _of_sequence(counts.reshape(batch, 2, -1), last.reshape(batch, 2, -1))
+    of_expert = partial(jnp.take_along_axis, indices=expert, axis=1)
+    place = number + of_expert(start - first)
+    preceding = lax.cummax(jnp.where(weight > 0, place, -1), axis=1)
+    preceding = jnp.pad(preceding[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return _PlacedRows(index, expert, weight, place, jnp.maximum(preceding, of_expert(before)))
+
+
+def _of_sequence(counts: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the first place of every expert's rows in a shard's blocks, and the last before it with weight.
+
+    Args:
+      counts: int ``[batch, 2, experts]``, rows of every expert in the shard's two blocks.
+      last: the last of these with weight; negative for none.
+
+    Returns:
+      Two arrays ``[2 * batch, experts]``.
+    """
+    batch, _, experts = counts.shape
+    # [batch, experts, blocks of the sequence]
+    counts, last = jnp.moveaxis(gathered(jnp.stack([counts, last], axis=-1)), (3, 2), (0, 2))
+    flat = counts.reshape(batch, -1)
+    start = jnp.cumsum(flat, axis=1) - flat
+    ends = lax.cummax(jnp.where(last.reshape(batch, -1) >= 0, start + last.reshape(batch, -1), -1), axis=1)
+    before = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+
+    def of_blocks(x: jax.Array) -> jax.Array:
+        x = x.reshape(batch, experts, -1)[:, :, jnp.stack(block_numbers())]
+        return jnp.moveaxis(x, 2, 1).reshape(2 * batch, experts)
+
+    return of_blocks(start), of_blocks(before)

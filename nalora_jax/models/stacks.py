@@ -24,8 +24,8 @@ from nalora_jax.models.attention import SoftmaxAttention
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.moe import Mixture
 from nalora_jax.models.parts import FeedForward, GatedBlock, Mixer, Part
-from nalora_jax.models.paths import uniform_path
 from nalora_jax.models.routing import RouterSpec
+from nalora_jax.models.targets import uniform_path
 
 Shapes = dict[str, tuple[int, ...]]
 

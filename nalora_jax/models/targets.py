@@ -10,6 +10,7 @@ Sources: LoRA, arXiv 2106.09685; rsLoRA, 2312.03732; AdaLoRA, 2303.10512.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,10 @@ import numpy as np
 
 from nalora_jax.common.trees import match_rules
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.paths import layer_path, uniform_path
 
 if TYPE_CHECKING:
     from nalora_jax.config import LoRAConfig, LoRARule
+
 
 # Tables that can be trained entirely, by PEFT's module name: their path in ``params`` and ``lora``.
 TABLES = {"embed_tokens": "embed/embedding", "lm_head": "lm_head/kernel"}
@@ -217,3 +218,34 @@ def resolve(
         saved=saved,
         token_indices=rows,
     )
+
+
+# ---------------------------------------------------------------- paths
+
+_STACK = re.compile(r"(?<=layers/)group\d+/block\d+/")
+_EXACT = "router/correction"  # rounding it would choose other experts
+
+
+def leaf_dtype(path: str, dtype: Any) -> Any:
+    """Returns the dtype in which a model of ``dtype`` holds an array."""
+    if path.endswith(_EXACT):
+        return "float32"
+    return dtype
+
+
+def uniform_path(path: str) -> str:
+    """Returns a path without the names of group and block.
+
+    Example: ``layers/group0/block1/ffn/gate_proj`` -> ``layers/ffn/gate_proj``.
+    """
+    return _STACK.sub("", path)
+
+
+def layer_path(path: str, number: int) -> str:
+    """Returns the path of one layer's array, which rules are searched in.
+
+    Example: ``layers/group0/block1/ffn/gate_proj`` of layer 5 -> ``layers/5/ffn/gate_proj``; a
+    prefix before ``layers`` is kept.
+    """
+    head, _, tail = uniform_path(path).partition("layers/")
+    return f"{head}layers/{number}/{tail}"

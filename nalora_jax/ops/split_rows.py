@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common.axes import BATCH_AXES, CONTEXT
+from nalora_jax.common.devices import BATCH_AXES, CONTEXT
 from nalora_jax.errors import NaloraError
 from nalora_jax.ops.reductions import with_zeros
 

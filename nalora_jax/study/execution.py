@@ -15,10 +15,10 @@ from typing import Any
 
 import jax
 
+from nalora_jax.common import processor
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import TrainState
-from nalora_jax.ops.dispatch import Platform, hooks_of
 from nalora_jax.study.plan import Run, pending
 from nalora_jax.study.progress import RunInProgress
 from nalora_jax.study.protocol import Protocol
@@ -236,7 +236,7 @@ def _environment() -> dict[str, Any]:
     """Returns the versions, the machine and the time of a record."""
     return {
         "versions": versions(),
-        "processor": hooks_of(Platform("cpu")).processor_name(),
+        "processor": processor.name(),
         "device": describe_device(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -20,10 +20,16 @@ from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, Retriev
 from nalora_jax.layout import distributed
 from nalora_jax.models.vision.dual import init_lora
 from nalora_jax.study.plan import MEASURES
-from nalora_jax.train.assembly import Assembly
-from nalora_jax.train.dual import assemble_dual
-from nalora_jax.train.dual_objectives import CLASSES
-from nalora_jax.train.kinds.dual import drawn_images, image_data, image_evaluator, trained_on, with_classes
+from nalora_jax.train.kinds.dual import (
+    CLASSES,
+    assemble_dual,
+    drawn_images,
+    image_data,
+    image_evaluator,
+    trained_on,
+    with_classes,
+)
+from nalora_jax.train.program import Assembly
 from nalora_jax.weights.dual import JOIN, LoadedDual, LoadedEncoder, join, load_dual, load_encoder
 
 

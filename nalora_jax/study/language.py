@@ -23,10 +23,10 @@ from nalora_jax.evaluate.text import choice_records, completion_records, text_su
 from nalora_jax.layout import distributed
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.assembly import Assembly, assemble, starting_at
 from nalora_jax.train.initial_adapter import read_initial
 from nalora_jax.train.inputs import stream_shape
 from nalora_jax.train.kinds import decoder_parts
+from nalora_jax.train.program import Assembly, assemble, starting_at
 from nalora_jax.train.start import first_adapters
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hub import ResolvedSource, resolve

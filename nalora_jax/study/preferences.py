@@ -17,8 +17,8 @@ from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.evaluate.preference import PreferenceEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.study.language import Language
-from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.inputs import stream_shape
+from nalora_jax.train.program import Assembly
 
 _SEED = 20260101  # of the held-out draw: the same in every run
 

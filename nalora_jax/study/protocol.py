@@ -55,7 +55,7 @@ _OF_THE_STUDY = (
     "debug",
 )
 
-_GATES = "ffn/(gate|in)_proj"  # as `nalora_jax.method.optimizer.find_gates`
+_GATES = "ffn/(gate|in)_proj"  # as `nalora_jax.method.low_rank.find_gates`
 
 
 @dataclass(frozen=True)

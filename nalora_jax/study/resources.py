@@ -25,7 +25,7 @@ from nalora_jax.study.protocol import Protocol, data_of
 from nalora_jax.study.provenance import rule_files
 from nalora_jax.study.subject import Items, StudyRows, Subject
 from nalora_jax.study.sweeps.fit import Fitting
-from nalora_jax.train.assembly import Assembly
+from nalora_jax.train.program import Assembly
 
 log = logging.getLogger(__name__)
 

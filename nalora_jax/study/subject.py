@@ -10,7 +10,7 @@ import optax
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.assembly import Assembly
+from nalora_jax.train.program import Assembly
 
 
 class StudyRows(Protocol):

@@ -16,7 +16,7 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import key_heads
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.decoder import decoder_for
-from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.train.located import Located, found_adapter, locate, run_config
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hub import ResolvedSource, resolve

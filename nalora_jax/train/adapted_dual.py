@@ -11,10 +11,10 @@ from nalora_jax.evaluate.images import Encoders
 from nalora_jax.layout.distributed import platform_of
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.dual import DualEncoder
-from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.train.located import Located, locate
 from nalora_jax.weights.dual import LoadedDual, load_dual
-from nalora_jax.weights.peft_dual import import_dual_adapter
+from nalora_jax.weights.peft import import_adapter
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,6 @@ def load_adapted_dual(
     )
     lora, spec = None, AdapterSpec()
     if located.adapter is not None:
-        lora, spec = import_dual_adapter(located.adapter, base.config, fingerprint=base.fingerprint)
+        lora, spec = import_adapter(located.adapter, base.config, fingerprint=base.fingerprint)
     module = DualEncoder(base.config, replace(spec, dropout=0.0), numerics_for(dtype, platform_of()))
     return AdaptedDual(base, Encoders(module, base.processor, base.tokenizer), lora, located, spec)

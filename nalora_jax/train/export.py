@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from nalora_jax.config import RunConfig
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.train.assembly import Assembly, exportable_adapter
 from nalora_jax.train.job import RunBase
 from nalora_jax.train.machine import describe_device, versions
+from nalora_jax.train.program import Assembly, exportable_adapter
 from nalora_jax.weights.card import Card
 from nalora_jax.weights.hub import alias_of
 from nalora_jax.weights.model_files import LoadedModel, rope_of

@@ -20,9 +20,8 @@ from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.paths import layer_path
 from nalora_jax.models.stacks import layer_numbers
-from nalora_jax.models.targets import AdapterSpec, TargetSpec
+from nalora_jax.models.targets import AdapterSpec, TargetSpec, layer_path
 from nalora_jax.train.located import adapter_folder, locate
 from nalora_jax.weights.hub import ResolvedSource, resolve
 from nalora_jax.weights.model_files import LoadedModel, open_files

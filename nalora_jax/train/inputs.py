@@ -21,8 +21,8 @@ from nalora_jax.models.adapters import adapter_spec, check_token_indices
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import key_heads
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.train.decoder_program import check_context
-from nalora_jax.train.learning_rate import with_learning_rate
+from nalora_jax.train.optimizers import with_learning_rate
+from nalora_jax.train.program import check_context
 from nalora_jax.weights.model_files import ModelFiles
 
 log = logging.getLogger(__name__)

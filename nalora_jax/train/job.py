@@ -14,8 +14,8 @@ from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.data.source import Source
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.output import Output
+from nalora_jax.train.program import Assembly
 from nalora_jax.weights.model_files import ModelFiles
 from nalora_jax.weights.origin import Origin
 

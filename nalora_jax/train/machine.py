@@ -9,15 +9,16 @@ from pathlib import Path
 
 import jax
 
+from nalora_jax.common import processor
 from nalora_jax.common.devices import memory_statistics
 from nalora_jax.layout.distributed import platform_of
-from nalora_jax.ops.dispatch import hooks_of
 
 
 def describe_device() -> str:
     """Returns number and kind of the devices, with the processor name of CPU devices."""
     platform = platform_of()
-    return f"{platform.devices} x {platform.name} ({hooks_of(platform).device_name(platform)})"
+    kind = processor.described() if platform.name == "cpu" else platform.kind
+    return f"{platform.devices} x {platform.name} ({kind})"
 
 
 def versions() -> dict[str, str]:

@@ -26,7 +26,7 @@ def mechanisms_of(
       config: the run's settings.
       activation: of most blocks.
       blocks: activation of each measured block, by path.
-      gates: see `nalora_jax.method.transform.find_gates`.
+      gates: see `nalora_jax.method.low_rank.find_gates`.
     """
     steps, seed = config.steps, config.seed
     mechanisms = make_mechanisms(config.mechanisms, activation=activation, total_steps=steps, seed=seed)

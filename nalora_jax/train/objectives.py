@@ -18,11 +18,18 @@ from jax.sharding import NamedSharding
 
 from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.targets import ROWS, AdapterSpec
-from nalora_jax.ops.cross_entropy import Head, cross_entropy, rows_of_chunk
 from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.losses import (
+    Head,
+    HeadRows,
+    WholeHead,
+    cross_entropy,
+    rows_of_chunk,
+    target_losses,
+    trained_cross_entropy,
+)
 from nalora_jax.ops.split_rows import joined, shards_of, split
-from nalora_jax.ops.target_losses import target_losses
-from nalora_jax.ops.trained_head import HeadRows, WholeHead, trained_cross_entropy
+from nalora_jax.ops.storage import in_stored_layout
 
 # Collections that the adapted model has in addition to the base's.
 _ADAPTED = ("lora", "gate_mask", "gate_taps")
@@ -110,7 +117,7 @@ class NextToken:
         for sharding in self.head_shardings:  # gathered once, for all chunks
             kernel = lax.with_sharding_constraint(kernel, sharding)
             if sharding is not self.head_shardings[-1]:
-                kernel = jax.tree.map(self.numerics.hooks.in_stored_layout, kernel)
+                kernel = jax.tree.map(lambda x: in_stored_layout(x, self.numerics), kernel)
         return kernel
 
     @property

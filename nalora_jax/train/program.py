@@ -1,26 +1,53 @@
-"""The program of a run: model, mechanisms, optimizer and compiled step, built without weights."""
+"""The program of a run: model, mechanisms, optimizer and step; its assembly adds weights and a state.
+
+A program computes nothing, so that its devices may be abstract. Kinds of runs give the program of a
+decoder their objective and their module.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import chex
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.config import RunConfig
+from nalora_jax.common import trees
+from nalora_jax.common.devices import RUN, WEIGHT_AXES
+from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
-from nalora_jax.method.measurement import CHECK_FAILED, GateChecks
-from nalora_jax.method.step import Step, TrainState, init_state
-from nalora_jax.method.transform import Mechanisms
-from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.layout.distributed import platform_of
+from nalora_jax.method.low_rank import find_gates
+from nalora_jax.method.measurement import CHECK_FAILED, CHECKS, GateChecks, GateStatsConfig, require_sound
+from nalora_jax.method.step import Objective, Step, StepConfig, TrainState, init_state, make_train_step
+from nalora_jax.method.transform import Mechanisms, nalora
+from nalora_jax.models.adapters import adapter_spec, init_lora
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.remat import chosen_experts, chosen_remat
+from nalora_jax.models.stacks import gate_blocks, key_heads, stacks
+from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
+from nalora_jax.ops.dispatch import numerics_for
+from nalora_jax.ops.losses import Head
+from nalora_jax.ops.split_rows import block_length
+from nalora_jax.ops.storage import prepare
+from nalora_jax.train.adalora import adalora
+from nalora_jax.train.mechanisms import layer_metrics, mechanisms_of
+from nalora_jax.train.objectives import NextToken
+from nalora_jax.train.optimizers import make_optimizer, with_learning_rate
+from nalora_jax.train.state_metrics import StateMetrics
+from nalora_jax.weights.adapter_forms import difference_as_lora, lower_kernels, pissa_split, remaining_ranks
 
 _STEPS = itertools.count()
 
@@ -50,6 +77,17 @@ class RunProgram:
     optimizer: optax.GradientTransformationExtraArgs
     blocks: dict[str, tuple[int, ...]]  # channel shape of each measured block
     pure: PureStep  # builds the step that is not compiled
+
+    @property
+    def eval_model(self) -> Any:
+        """Returns the decoder for evaluation and generation.
+
+        It has no rematerialization and no sharding constraints except for the expert routing.
+        """
+        stats = None
+        if self.model.stats:
+            stats = replace(self.model.stats, sharding=None)
+        return self.model.clone(remat="none", stats=stats, activation_sharding=None)
 
     def fresh(self, lora: Any, key: jax.Array) -> TrainState:
         """Returns the state before the first step, for adapters and the data of a random key."""
@@ -119,3 +157,377 @@ def _checked(step: Step) -> Step:
             ) from error
 
     return run
+
+
+# Returns a kind's objective, given the cross-entropy of the next token.
+MakeObjective = Callable[[NextToken], Objective]
+
+
+def check_decoder(config: RunConfig, base: ModelConfig, mesh: Mesh) -> None:
+    """Raises an error if an axis splits what must be whole, or for another start of a model that sees."""
+    distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=key_heads(base))
+    check_context(config, base, mesh)
+    if base.sight is None:
+        return
+    if config.lora.init != "default":
+        expected = "default for a model that sees"
+        raise NaloraError("--lora.init", expected=expected, found=config.lora.init)
+    heads = base.sight.tower.n_heads
+    distributed.check_heads(mesh, n_heads=heads, n_kv_heads=heads)
+
+
+def decoder_program(
+    config: RunConfig,
+    base: ModelConfig,
+    spec: AdapterSpec,
+    mesh: Mesh,
+    *,
+    last: optax.GradientTransformation | None = None,
+    objective: MakeObjective | None = None,
+    module: type[Decoder] = Decoder,
+    model: Decoder | None = None,
+) -> RunProgram:
+    """Returns the program of a decoder.
+
+    Args:
+      config, base, mesh, last, objective, module: see `nalora_jax.train.program.assemble`.
+      spec: the adapters.
+      model: of another program that this one shares it with.
+    """
+    blocks, gates = measured_blocks(base, spec), _gates(base, spec)
+    names = {path: name for path, (_, name) in gate_blocks(base).items() if path in blocks}
+    mechanisms = mechanisms_of(config, base.activation, names, gates)
+    if model is None:
+        model = build_model(base, spec, config.compute, mesh, checks=gate_checks_of(config), module=module)
+    optimizer = build_optimizer(config, base, spec, mechanisms, last)
+
+    def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
+        trained = build_optimizer(config, base, model.adapters, mechanisms, last, numbers)
+        return make_step(config, base, model.clone(adapters=adapters), trained, mechanisms, mesh, objective)
+
+    return RunProgram(config, model, spec, mesh, mechanisms, optimizer, blocks, pure)
+
+
+def build_model(
+    base: ModelConfig,
+    spec: AdapterSpec,
+    compute: ComputeConfig,
+    mesh: Mesh,
+    *,
+    checks: GateChecks | None = None,
+    module: type[Decoder] = Decoder,
+) -> Decoder:
+    """Builds the decoder for training steps.
+
+    Args:
+      base, spec, compute, mesh: architecture, adapters, compute settings and devices.
+      checks: value checks of the gates.
+      module: its class, with an image tower for a ``base`` with one.
+    """
+    numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
+    return module(
+        base,
+        spec,
+        numerics,
+        remat=chosen_remat(compute.remat, base.d_model, numerics),
+        stats=GateStatsConfig(
+            compute.stats_stride,
+            compute.probe_stride,
+            compute.stats_positions,
+            checks=checks,
+            sharding=distributed.row_sharding(mesh),
+        ),
+        activation_sharding=distributed.row_sharding(mesh),
+        routing_sharding=distributed.row_sharding(mesh) if base.n_experts else None,
+        experts=chosen_experts(compute.experts, compute.remat),
+    )
+
+
+def build_optimizer(
+    config: RunConfig,
+    base: ModelConfig,
+    spec: AdapterSpec,
+    mechanisms: Mechanisms,
+    last: optax.GradientTransformation | None = None,
+    numbers: Mapping[str, Any] = MappingProxyType({}),
+) -> optax.GradientTransformationExtraArgs:
+    """Chains inner optimizer, mechanisms on gates, ``last``, and AdaLoRA's rank allocation."""
+    settings = with_learning_rate(config, base.d_model).optimizer
+    inner = make_optimizer(settings, config.steps, config.lora.plus_ratio, numbers)
+    optimizer = nalora(inner, mechanisms, _gates(base, spec))
+    if last is not None:
+        optimizer = optax.with_extra_args_support(optax.chain(optimizer, last))
+    if spec.adalora:
+        return adalora(optimizer, config.adalora, spec, config.steps, clip_norm=settings.clip_norm)
+    return optimizer
+
+
+def _gates(base: ModelConfig, spec: AdapterSpec) -> dict[str, str]:
+    # `spec.linear` leaves out DoRA's magnitudes, which need the weights and are not gates.
+    return find_gates(jax.eval_shape(lambda key: init_lora(base, spec.linear, key), jax.random.key(0)))
+
+
+def measured_blocks(base: ModelConfig, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+    """Returns channel shapes by block, of the decoder and of other blocks with adapters."""
+    adapted = {path.rpartition("/")[0] for path, _ in spec.targets}
+    blocks = gate_blocks(base).items()
+    return {path: shape for path, (shape, _) in blocks if path.startswith("layers/") or path in adapted}
+
+
+def head_shardings(base: ModelConfig, mesh: Mesh) -> tuple[NamedSharding, ...]:
+    """Returns the layouts that the head's kernel takes before the loss; none on one device.
+
+    The loss reads a kernel that only "tensor" splits, along the vocabulary: it processes the batch in
+    chunks, and a kernel that is split over "fsdp" would be gathered in each of them. An embedding,
+    whose columns "fsdp" splits, is first split by rows: gathered columns would be padded to a TPU's
+    tiles and transposed, 6.7 GB for the 2.8 GB of Gemma 4 31B over 32 chips.
+    """
+    if distributed.devices_per_run(mesh) == 1:
+        return ()
+    shape, layouts = (base.d_model, base.vocab_size), [P(None, "tensor")]
+    if base.tie_embeddings:
+        weights = tuple(axis for axis in ("tensor", *WEIGHT_AXES) if axis in mesh.shape)
+        shape, layouts = shape[::-1], [P(weights, None), P("tensor", None)]
+    return tuple(NamedSharding(mesh, distributed.fit_spec(spec, shape, mesh)) for spec in layouts)
+
+
+def _step_shardings(base: ModelConfig, spec: AdapterSpec, mesh: Mesh) -> dict[str, Any]:
+    """Returns the layouts of adapters and masks within a step; empty on one device."""
+    if distributed.devices_per_run(mesh) == 1:
+        return {}
+    shapes = trees.flatten(jax.eval_shape(lambda key: init_lora(base, spec.linear, key), jax.random.key(0)))
+    for name in spec.saved:
+        sizes = (base.vocab_size, base.d_model)
+        shapes[TABLES[name]] = jax.ShapeDtypeStruct(
+            sizes if name == "embed_tokens" else sizes[::-1], "float32"
+        )
+    for name, ids in spec.own_rows(tied=base.tie_embeddings).items():
+        shapes[ROWS[name]] = jax.ShapeDtypeStruct((len(ids), base.d_model), "float32")
+    if spec.dora:
+        for path, _ in spec.targets:
+            b = shapes[f"{path}/b"].shape
+            shapes[f"{path}/magnitude"] = jax.ShapeDtypeStruct((*b[:-2], b[-1]), "float32")
+    return {
+        "lora_sharding": distributed.shardings(trees.unflatten(shapes), mesh, distributed.STEP_RULES),
+        "mask_sharding": NamedSharding(mesh, _mask_spec(measured_blocks(base, spec), mesh)),
+    }
+
+
+def _mask_spec(blocks: dict[str, tuple[int, ...]], mesh: Mesh) -> P:
+    """Returns one layout for the masks of all blocks."""
+    specs = {distributed.fit_spec(P("tensor"), shape, mesh) for shape in blocks.values()}
+    return specs.pop() if len(specs) == 1 else P()
+
+
+def make_step(
+    config: RunConfig,
+    base: ModelConfig,
+    model: Decoder,
+    optimizer: optax.GradientTransformationExtraArgs,
+    mechanisms: Mechanisms,
+    mesh: Mesh,
+    objective: MakeObjective | None = None,
+) -> Step:
+    """Builds the step of a decoder, not compiled.
+
+    In a sweep whose runs have a device each, the step is a program of one device.
+    """
+    assert objective is not None or config.preference.loss == "none", "a preference loss has its objective"
+    platform = distributed.platform_of_step(mesh)
+    model = model.clone(numerics=dataclasses.replace(model.numerics, platform=platform))
+    blocks = measured_blocks(base, model.adapters)
+    # Experts count their own tokens, and blocks of other towers read images.
+    readers = [path for path, shape in blocks.items() if path.startswith("layers/") and len(shape) == 2]
+    verify = partial(require_sound, config=model.stats or GateStatsConfig(), readers=readers)
+    settings = StepConfig(
+        mechanisms=mechanisms,
+        blocks=blocks,
+        stats_sharding=distributed.row_sharding(mesh),
+        **_step_shardings(base, model.adapters, mesh),
+        metrics=layer_metrics(mechanisms),
+        checks=tuple(CHECKS) if config.debug.check_gates else (),
+        verify=verify if config.debug.check_gates else None,
+    )
+    plain = next_token(base, model, config.compute, mesh)
+    return make_train_step(optimizer, settings, plain if objective is None else objective(plain))
+
+
+def next_token(base: ModelConfig, model: Decoder, compute: ComputeConfig, mesh: Mesh) -> NextToken:
+    """Returns the cross-entropy of a model's next tokens, with the layout of the loss on a mesh."""
+    return NextToken(
+        model,
+        Head(base.tie_embeddings, base.final_softcap, base.logit_scale),
+        model.numerics,
+        compute.loss_chunk,
+        distributed.batch_shards(mesh),
+        head_shardings(base, mesh),
+        distributed.row_sharding(mesh),
+        RUN in mesh.shape and distributed.devices_per_run(mesh) > 1,
+    )
+
+
+log = logging.getLogger(__name__)
+
+
+def check_context(config: RunConfig, base: ModelConfig, mesh: Mesh) -> None:
+    """Checks that an axis "context" can split the rows of a run; logs a line if it pads them.
+
+    Raises:
+      NaloraError: a part of the model or of the run needs whole rows, or rows are too short.
+    """
+    shards = distributed.context_size(mesh)
+    if shards == 1:
+        return
+    mixers = {stack.config.mixer for stack in stacks(base)} - {None}
+    whole = sorted(mixer.name for mixer in mixers if mixer is not None and not mixer.splits_rows)
+    if whole:
+        raise context_error(shards, f"the layers {', '.join(whole)} of {base.model_type}")
+    if base.attn_dropout:
+        raise context_error(shards, f"the attention dropout of {base.model_type} ({base.attn_dropout})")
+    seq = config.data.max_length
+    if seq and (padded := 2 * shards * block_length(seq, shards)) != seq:
+        log.info(
+            "rows of %d tokens are padded to %d: two blocks on each of --mesh.context %d",
+            seq,
+            padded,
+            shards,
+        )
+
+
+def context_error(shards: int, cause: str) -> NaloraError:
+    """Returns the error of a run that cannot split rows."""
+    return NaloraError(
+        "--mesh.context",
+        expected=f"1: {cause} cannot be split along the tokens of a row",
+        found=shards,
+        remedy="use --mesh.fsdp or --mesh.tensor for these devices",
+    )
+
+
+@dataclass(frozen=True)
+class Assembly(RunProgram):
+    """A compiled training run: a program with weights and an initial state."""
+
+    state: TrainState  # before the first step, on the mesh
+    params: Any  # frozen base weights, minus the initial update of adapters with B != 0
+    step: Step  # compiled on first use; donates the state
+    begin: Callable[[Any, int], TrainState]  # initial state for an adapter and a seed
+    state_metrics: StateMetrics  # compiled on first use
+    initial: Any = None  # adapters before the first step in host memory, if B != 0
+
+    def view(self, params: Any) -> Any:
+        """Returns ``params`` in the layout that the step runs fastest on, without a copy.
+
+        See `nalora_jax.ops.storage.prepare`.
+        """
+        return prepare({"params": params}, self.model.numerics)
+
+
+def assemble(
+    config: RunConfig,
+    base: ModelConfig,
+    params: Any,
+    mesh: Mesh,
+    *,
+    last: optax.GradientTransformation | None = None,
+    objective: MakeObjective | None = None,
+    module: type[Decoder] = Decoder,
+    like: Assembly | None = None,
+) -> Assembly:
+    """Builds adapters, optimizer and step of a run on a decoder.
+
+    Args:
+      config: the run's settings, checked.
+      base: architecture of the base model.
+      params: its weights on ``mesh``.
+      mesh: the run's devices.
+      last: transform applied to the updates after all transforms of the config.
+      objective: makes the run's objective of the cross-entropy of the next token, which is the
+        objective by default.
+      module: class of the model.
+      like: an assembly with the same program. With the same adapters, its compiled functions are
+        shared.
+
+    Raises:
+      NaloraError: rules that match nothing or ask for impossible ranks, a variant that the model
+        does not have, rows that the tables do not have, or a tensor axis that splits a head.
+    """
+    check_decoder(config, base, mesh)
+    spec = adapter_spec(config, base)
+    initial = None
+    if config.lora.init == "pissa":
+        params, lora = pissa_split(params, spec)
+        params, initial = _with_starts(params, lora, mesh), jax.tree.map(distributed.fetch, lora)
+    else:
+        lora = init_lora(base, spec, jax.random.key(config.seed), params)
+    if like is None or like.spec != spec or initial is not None:
+        program = decoder_program(config, base, spec, mesh, last=last, objective=objective, module=module)
+        return assembled(program, params, lora, initial)
+    program = decoder_program(config, base, spec, mesh, last=last, objective=objective, model=like.model)
+    changes: dict[str, Any] = {"state": like.begin(lora, config.seed), "params": params}
+    changes |= {"mechanisms": program.mechanisms, "pure": program.pure, "initial": None}
+    return replace(like, config=config, **changes)
+
+
+def assembled(program: RunProgram, params: Any, lora: Any, initial: Any = None) -> Assembly:
+    """Returns the assembly of a program with weights and initial adapters.
+
+    ``initial`` are the adapters in host memory if their B is not 0.
+    """
+    places, seed = program.places(lora), program.config.seed
+    compiled = jax.jit(program.fresh, out_shardings=places)
+
+    def begin(lora: Any, seed: int) -> TrainState:
+        # The seed is an argument, so that all seeds share one program.
+        return compiled(lora, jax.random.key_data(jax.random.key(seed)))
+
+    return Assembly(
+        **vars(program),
+        state=begin(lora, seed),
+        params=params,
+        step=program.compiled_step(places),
+        begin=begin,
+        state_metrics=StateMetrics(program.mechanisms, program.spec, program.mesh),
+        initial=initial,
+    )
+
+
+def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:
+    """Adds the gates' initial adapters to ``params``; the probe measures updates from them."""
+    leaves, adapters = trees.flatten(params), trees.flatten(lora)
+    starts = {
+        f"{gate}/start_{name}": adapters[f"{gate}/{name}"] for gate in find_gates(lora) for name in "ab"
+    }
+    starts = {
+        path: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf for path, leaf in starts.items()
+    }
+    start_shardings = distributed.shardings(starts, mesh, distributed.PARAM_RULES)
+    return trees.unflatten(leaves | jax.device_put(starts, start_shardings))
+
+
+def starting_at(assembly: Assembly, lora: Any) -> Assembly:
+    """Returns the assembly with initial adapters ``lora``, non-zero B, on lowered kernels.
+
+    The kernels are lowered by the initial update of ``lora``, so the model's outputs stay the same.
+    The step function is shared, and must not be compiled yet: its params now include the initial
+    adapters of the gates.
+    """
+    initial = jax.tree.map(distributed.fetch, lora)  # a resumed run must start from the same bits
+    params = _with_starts(lower_kernels(assembly.params, initial, assembly.spec), initial, assembly.mesh)
+    return replace(
+        assembly, params=params, state=assembly.begin(initial, assembly.config.seed), initial=initial
+    )
+
+
+def exportable_adapter(assembly: Assembly, lora: Any) -> tuple[Any, AdapterSpec]:
+    """Returns the trained adapter as plain LoRA of the original base, in host memory.
+
+    It is the adapter, its difference from its non-zero initialization, or the components that
+    AdaLoRA kept.
+    """
+    lora = jax.tree.map(distributed.fetch, lora)
+    if assembly.spec.adalora:
+        return remaining_ranks(lora, assembly.spec)
+    if assembly.initial is None:
+        return lora, assembly.spec
+    return difference_as_lora(lora, assembly.initial, assembly.spec)

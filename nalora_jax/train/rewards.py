@@ -27,7 +27,7 @@ import numpy as np
 
 from nalora_jax.common.registry import Registry, from_text
 from nalora_jax.errors import NaloraError, described
-from nalora_jax.evaluate.needle import last_number, plain_text
+from nalora_jax.evaluate.answers import last_number, matches, plain_text
 
 Record = Mapping[str, Any]
 Reward = Callable[[str, str, Record], float]
@@ -48,14 +48,13 @@ def register_reward(name: str) -> Callable[[Kind], Kind]:
 @register_reward("exact")
 def exact_reward(prompt: str, completion: str, record: Record) -> float:
     """Returns 1 if the completion is the answer, apart from case, punctuation, articles and white space."""
-    return float(plain_text(completion) == plain_text(str(record["answer"])))
+    return float(matches(completion, str(record["answer"]), plain_text))
 
 
 @register_reward("number")
 def number_reward(prompt: str, completion: str, record: Record) -> float:
     """Returns 1 if the last number of the completion is the last number of the answer."""
-    last = last_number(completion)
-    return float(last != "" and last == last_number(str(record["answer"])))
+    return float(matches(completion, str(record["answer"]), last_number))
 
 
 @register_reward("choice")

@@ -35,7 +35,7 @@ from nalora_jax.method.rules import make
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.remat import check_remat
-from nalora_jax.ops.numerics import check_implementation
+from nalora_jax.ops.dispatch import check_implementation
 from nalora_jax.train import loop
 from nalora_jax.train.callbacks import Callback, Ended, make_callbacks
 from nalora_jax.train.compilation import use_compilation_cache

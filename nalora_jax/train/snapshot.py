@@ -17,7 +17,6 @@ from nalora_jax.common import trees
 from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.rules import make
-from nalora_jax.weights.origin import is_comparable
 
 # Settings that may change on resume: they affect location, length, speed and output of the run, but
 # not the result of a step (except for summation order). The model's name is included because the
@@ -101,13 +100,6 @@ def _settings(config: Any) -> dict[str, Any]:
 
 def check_run(where: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises an error for a checkpoint of another base model or of incompatible settings."""
-    if not is_comparable(saved["base"], now["base"]):
-        raise NaloraError(
-            where,
-            expected="a checkpoint of this version, whose digest of the base model covers all of its weights",
-            found="one of an earlier version, whose digest covered a part of them and cannot be compared",
-            remedy="finish that run with the version that began it, or start a new run in another --output",
-        )
     if saved["base"] != now["base"]:
         raise NaloraError(
             where,

@@ -18,7 +18,7 @@ are not lowered, and the trained adapter is plain LoRA.
 LoRA-GA (arXiv 2407.05000) uses both sides of the decomposition ``G = U S V^T``: ``A = c U[:, :r]``
 of the first r triplets and ``B = c V[:, r:2r]^T`` of the next r, ``c = d_out^(1/4) / gamma^(1/2)``.
 Up to its length, the first gradient step then changes ``A B`` by the best approximation of rank 2r
-to G. The kernel is lowered by ``s A B`` (`nalora_jax.train.assembly.starting_at`), so that this
+to G. The kernel is lowered by ``s A B`` (`nalora_jax.train.program.starting_at`), so that this
 model, too, starts as the base.
 
 G is never formed. An adapter (A, B) at scale 1 has the gradients ``dB = A^T G`` and ``dA = G B^T``,
@@ -57,16 +57,16 @@ from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.method import statistics
+from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.step import Batch, Objective, StepConfig, accumulate, micro_gradients, over_shards
-from nalora_jax.method.transform import Mechanisms, find_gates
+from nalora_jax.method.transform import Mechanisms
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.train.assembly import Assembly, starting_at
-from nalora_jax.train.decoder_program import measured_blocks, next_token
 from nalora_jax.train.initial_adapter import read_initial, warn_if_changed
 from nalora_jax.train.output import START, Output
+from nalora_jax.train.program import Assembly, measured_blocks, next_token, starting_at
 from nalora_jax.weights.model_files import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ def gradient_adapters(
 
     With ``--lora.init gradient``, the columns have the mean length of LoRA's columns, and B is
     zero. With ``lora_ga``, B holds right singular vectors, and the caller has to lower the kernels
-    (`nalora_jax.train.assembly.starting_at`).
+    (`nalora_jax.train.program.starting_at`).
 
     Args:
       assembly: the run's assembly.

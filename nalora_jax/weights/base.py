@@ -14,12 +14,13 @@ from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.images.files import ImageProcessor, read_processor
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.vision.sight import Sight
+from nalora_jax.models import families  # noqa: F401  (enters the families that can be loaded)
+from nalora_jax.models.vision.config import Sight
 from nalora_jax.ops.quantize import Kind
 from nalora_jax.weights import hub
-from nalora_jax.weights.encoders import model_keymap
+from nalora_jax.weights.encoders import keymap_of
 from nalora_jax.weights.model_files import LoadedModel, ModelFiles, load_weights, open_files
-from nalora_jax.weights.tensors import DTYPES
+from nalora_jax.weights.tensors import require_dtype
 
 
 def load_model(
@@ -49,8 +50,7 @@ def load_model(
       NaloraError: the model cannot be found, read or understood; the message names the file and
         the field.
     """
-    if dtype not in DTYPES:  # checked before the download
-        raise NaloraError("dtype", expected=" or ".join(DTYPES), found=repr(dtype))
+    require_dtype(dtype)  # before the download
     resolved = hub.resolve(source, cache) if isinstance(source, str) else source
     files = open_files(resolved, images=images)
     if files.config.sight is not None:
@@ -72,7 +72,7 @@ def seeing_files(files: ModelFiles) -> ModelFiles:
         files,
         tokenizer=replace(files.tokenizer, images=tokens),
         processor=_processor(folder, sight),
-        keymap=model_keymap(files.config, files.resolved.kind),
+        keymap=keymap_of(files.config, files.resolved.kind),
     )
 
 

@@ -9,25 +9,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from nalora_jax.common.trees import flatten
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families.tensors import Source, TensorRow
-from nalora_jax.models.vision.config import DualConfig, EncoderConfig
-from nalora_jax.models.vision.sight import UNUSED, Sight
+from nalora_jax.models.family import Change, Source, TensorRow
+from nalora_jax.models.vision.config import UNUSED, DualConfig, EncoderConfig, Sight
 from nalora_jax.weights.keymaps import (
+    ONCE,
     SIGHT,
+    TRANSPOSED,
+    UNCHANGED,
     Array,
     KeyMap,
+    Layers,
     Slot,
     SourceTensor,
     Transform,
     keymap_for,
-    same,
-    swap,
+    row_tensors,
 )
 
 
@@ -170,19 +170,32 @@ TABLES: dict[str, tuple[TensorRow, ...]] = {
 # unused pooler.
 _IGNORED = (r"position_ids$", r"^classifier\.", r"^cls\.", r"mask_token$")
 _POOLER_UNUSED = r"(^|\.)pooler\.dense\."
+_WRAPPERS = (
+    (r"^(clip\.|siglip\.)?(vision_model|text_model)\.", ""),
+    (r"^(bert|vit|dinov2)\.", ""),
+)
+_PREFIXES = {"image": "vision_model.", "text": "text_model."}  # of towers in a pair's file
 
 
-def encoder_keymap(config: EncoderConfig) -> KeyMap:
-    """Returns the key map of a folder with one tower.
+def keymap_of(config: ModelConfig | DualConfig | EncoderConfig, source: Source = "hf") -> KeyMap:
+    """Returns the key map of a model's files: a decoder's, a dual encoder's, or those of one tower.
 
-    The prefixes of wrappers (``bert.``, ``vision_model.``) are optional.
+    A decoder's has vision tower and projector, except in llama.cpp's files, which have the text
+    model only. The prefixes of wrappers (``bert.``, ``vision_model.``) of one tower are optional.
+
+    Raises:
+      NaloraError: see `nalora_jax.weights.keymaps.keymap_for`.
     """
-    tensors = tuple(tower_tensors(config, "", ""))
-    renames = (
-        (r"^(clip\.|siglip\.)?(vision_model|text_model)\.", ""),
-        (r"^(bert|vit|dinov2)\.", ""),
-    )
-    return KeyMap(tensors, _ignored(config), (), renames)
+    if isinstance(config, DualConfig):
+        return KeyMap(tuple(_pair(config)), _ignored(config.image, config.text))
+    if isinstance(config, EncoderConfig):
+        return KeyMap(tuple(_tower_tensors(config, "", "")), _ignored(config), (), _WRAPPERS)
+    text = keymap_for(replace(config, sight=None), source)
+    if config.sight is None or source != "hf":
+        return text
+    tensors = (*text.tensors, *_tower(config.sight), *_projector(config.sight))
+    ignored = (*(pattern for pattern in text.ignored if pattern not in SIGHT), r"position_ids$")
+    return KeyMap(tensors, ignored, text.aliases, (*text.renames, *_RENAMES))
 
 
 def _ignored(*towers: EncoderConfig) -> tuple[str, ...]:
@@ -192,25 +205,22 @@ def _ignored(*towers: EncoderConfig) -> tuple[str, ...]:
     return (*_IGNORED, _POOLER_UNUSED)
 
 
-def dual_keymap(config: DualConfig) -> KeyMap:
-    """Returns the key map of a dual encoder's folder."""
-    tensors = [
-        *tower_tensors(config.image, "image/", "vision_model."),
-        *tower_tensors(config.text, "text/", "text_model."),
-    ]
-    shapes = config.param_shapes()
+def _pair(config: DualConfig) -> Iterator[SourceTensor]:
+    """Yields the tensors of both towers, their projections, and the temperature."""
+    for name, tower in config.towers.items():
+        yield from _tower_tensors(tower, f"{name}/", _PREFIXES[name])
+    rows = []
     if config.model_type in ("clip", "vision-text-dual-encoder"):
-        for name, tower in (("visual_projection", "image"), ("text_projection", "text")):
-            row = TensorRow(f"{name}.weight", (f"{tower}/projection/kernel",), "transpose")
-            tensors += row_tensors(row, shapes, config.towers[tower])
-    lone = (1,) if config.model_type.startswith("siglip") else ()
-    into = Transform(lambda x: x.reshape(()), lambda x: x.reshape(lone), mixes_rows=True)
-    for name in [path for path in shapes if path.startswith("logit_")]:
-        tensors.append(SourceTensor(name, lone, (Slot(name),), lone or (1,), into))
-    return KeyMap(tuple(tensors), _ignored(config.image, config.text))
+        for name, path in (("visual_projection", "image"), ("text_projection", "text")):
+            rows.append(TensorRow(f"{name}.weight", (f"{path}/projection/kernel",), "transpose"))
+    shapes = config.param_shapes()
+    change: Change = "lead" if config.model_type.startswith("siglip") else ""
+    rows += [TensorRow(path, (path,), change) for path in shapes if path.startswith("logit_")]
+    for row in rows:
+        yield from _row_tensors(row, shapes, config.image)
 
 
-def tower_tensors(config: EncoderConfig, path: str, prefix: str) -> Iterator[SourceTensor]:
+def _tower_tensors(config: EncoderConfig, path: str, prefix: str) -> Iterator[SourceTensor]:
     """Yields a tower's tensors, under a prefix in the file and a path in the tree."""
     shapes = {f"{path}{name}": shape for name, shape in config.param_shapes().items()}
     covered: set[str] = set()
@@ -218,49 +228,37 @@ def tower_tensors(config: EncoderConfig, path: str, prefix: str) -> Iterator[Sou
         ours = TensorRow(prefix + row.name, tuple(path + name for name in row.paths), row.change)
         if all(name in shapes for name in ours.paths):
             covered |= set(ours.paths)
-            yield from row_tensors(ours, shapes, config)
-    # The projections of a pair have other names, see `dual_keymap`.
+            yield from _row_tensors(ours, shapes, config)
+    # The projections of a pair have other names, see `_pair`.
     left = {name for name in set(shapes) - covered if not name.endswith("projection/kernel")}
     assert not left, f"{config.model_type}: {left}"
 
 
-def row_tensors(
+def _row_tensors(
     row: TensorRow, shapes: Mapping[str, tuple[int, ...]], config: EncoderConfig
 ) -> Iterator[SourceTensor]:
-    """Yields the tensors of one row: one, or one per layer."""
-    layers = range(config.n_layers) if "{layer}" in row.name else [None]
-    ours = [shapes[path]["{layer}" in row.name :] for path in row.paths]
-    shape, rows, transform = _turned(row.change, ours, config)
-    if row.change == "lead" and row.name.endswith(("cls_token", "probe")):
-        shape, rows = (1, *shape), [1]
-    for layer in layers:
-        slots = tuple(Slot(path, layer) for path in row.paths)
-        yield SourceTensor(row.name.format(layer=layer), shape, slots, tuple(rows), transform)
+    layers: Layers = ONCE
+    if "{layer}" in row.name:
+        layers = [(layer, layer) for layer in range(config.n_layers)]
+    leaf = shapes[row.paths[0]]["{layer}" in row.name :]
+    yield from row_tensors(row, row.paths, shapes, _transform(row, leaf, config), layers)
 
 
-def _turned(
-    change: str, ours: list[tuple[int, ...]], config: EncoderConfig
-) -> tuple[tuple[int, ...], list[int], Transform]:
-    """Returns the shape of the file's tensor, its rows per part, and the transformation."""
-    first = ours[0]
-    if change == "transpose":
-        rows = [shape[-1] for shape in ours]
-        return (sum(rows), first[0]), rows, Transform(swap, swap, swaps=True)
-    if change == "patches":
-        p, d = config.patch_size, first[-1]
-        return (
-            (d, config.channels, p, p),
-            [d],
-            Transform(_from_conv, lambda x: _to_conv(x, p), mixes_rows=True),
-        )
-    if change == "lead":
-        shape = (1, *first)
-        into = Transform(
-            lambda x: x.reshape(first), lambda x: np.asarray(x).reshape(1, *first), mixes_rows=True
-        )
-        return shape, [1], into
-    rows = [shape[0] for shape in ours]
-    return (sum(rows), *first[1:]), rows, Transform(same, same)
+def _transform(row: TensorRow, leaf: tuple[int, ...], config: EncoderConfig) -> Transform:
+    if row.change == "transpose":
+        return TRANSPOSED
+    shape = leaf
+    if row.change == "patches":
+        p = config.patch_size
+        shape = (leaf[-1], config.channels, p, p)
+        return Transform(_from_conv, lambda x: _to_conv(x, p), mixes_rows=True, shape=shape)
+    if leaf and row.change != "lead":
+        return UNCHANGED
+    if row.change == "lead":
+        shape = (1, 1, *leaf) if row.name.endswith(("cls_token", "probe")) else (1, *leaf)
+    return Transform(
+        lambda x: x.reshape(leaf), lambda x: np.asarray(x).reshape(shape), mixes_rows=True, shape=shape
+    )
 
 
 def _from_conv(kernel: Array) -> Array:
@@ -275,35 +273,33 @@ def _to_conv(kernel: Array, patch: int) -> Array:
     return kernel.reshape(patch, patch, -1, kernel.shape[-1]).transpose(3, 2, 0, 1)
 
 
-def tensors_from_params(
-    config: DualConfig | EncoderConfig, params: Mapping[str, Any]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields names and tensors of a model's file."""
-    leaves = flatten(params)
-    for tensor in keymap_of(config).tensors:
-        parts = [np.asarray(leaves[slot.path])[slot.index] for slot in tensor.slots]
-        yield tensor.name, tensor.join(parts).reshape(tensor.shape)
+def encoder_modules(config: ModelConfig | DualConfig) -> dict[str, str]:
+    """Returns transformers' module of each projection outside a decoder, by stacked path.
 
-
-def keymap_of(config: DualConfig | EncoderConfig) -> KeyMap:
-    """Returns the key map of an encoder's folder."""
+    Module names contain ``{layer}``.
+    """
     if isinstance(config, DualConfig):
-        return dual_keymap(config)
-    return encoder_keymap(config)
-
-
-def module_names(config: DualConfig | EncoderConfig, path: str) -> str:
-    """Returns transformers' module of the stacked projection ``path``, with ``{layer}`` in it."""
-    if isinstance(config, EncoderConfig):
-        tower, prefix, name = config, "", path
+        towers = {name: (tower, _PREFIXES[name]) for name, tower in config.towers.items()}
+        paths, projector = config.projection_shapes(), ""
+    elif config.sight is not None:
+        towers = {"image": (config.sight.tower, f"model.{_TOWER}")}
+        paths, projector = config.sight.projection_shapes(), config.sight.projector
     else:
-        tower_name, _, name = path.partition("/")
-        tower = config.towers[tower_name]
-        prefix = {"image": "vision_model.", "text": "text_model."}[tower_name]
-    for row in TABLES[tower.model_type]:
-        if row.paths == (f"{name}/kernel",):
-            return prefix + _in_memory(tower, row.name.removesuffix(".weight"))
-    raise KeyError(path)
+        return {}
+    modules = {}
+    for path in paths:
+        head, _, tail = path.partition("/")
+        if head in towers:
+            tower, prefix = towers[head]
+            modules[path] = prefix + _in_memory(tower, _module(TABLES[tower.model_type], tail))
+        else:
+            modules[path] = f"model.{_module(_PROJECTORS[projector], path)}"
+    return modules
+
+
+def _module(rows: tuple[TensorRow, ...], path: str) -> str:
+    (name,) = (row.name for row in rows if row.paths == (f"{path}/kernel",))
+    return name.removesuffix(".weight")
 
 
 def _in_memory(tower: EncoderConfig, name: str) -> str:
@@ -341,50 +337,17 @@ _PROJECTORS: dict[str, tuple[TensorRow, ...]] = {
 }
 
 
-def model_keymap(config: ModelConfig, source: Source) -> KeyMap:
-    """Returns the key map of a model's files, including vision tower and projector.
-
-    llama.cpp's files have the text model only.
-
-    Raises:
-      NaloraError: see `nalora_jax.weights.keymaps.keymap_for`.
-    """
-    text = keymap_for(replace(config, sight=None), source)
-    if config.sight is None or source != "hf":
-        return text
-    tensors = (*text.tensors, *_tower(config.sight), *_projector(config.sight))
-    ignored = (*(pattern for pattern in text.ignored if pattern not in SIGHT), r"position_ids$")
-    return KeyMap(tensors, ignored, text.aliases, (*text.renames, *_RENAMES))
-
-
-def file_name(config: ModelConfig, name: str) -> str:
+def file_name(config: ModelConfig | DualConfig, name: str) -> str:
     """Returns a tensor's name in the models' original repositories.
 
     Every transformers release can read these names.
     """
-    if config.sight is None:
+    if isinstance(config, DualConfig) or config.sight is None:
         return name
     name = re.sub(r"^(lm_head|model)\.", r"language_model.\1.", name)
     if name.startswith(_TOWER):
         return name.replace(_TOWER, f"{_TOWER}vision_model.", 1)
     return name
-
-
-def sight_modules(sight: Sight | None) -> dict[str, str]:
-    """Returns transformers' module of each projection outside the decoder, by stacked path.
-
-    Module names contain ``{layer}``.
-    """
-    if sight is None:
-        return {}
-    modules = {}
-    for path in sight.projection_shapes():
-        head, _, tail = path.partition("/")
-        rows = TABLES[sight.tower.model_type] if head == "image" else _PROJECTORS[sight.projector]
-        prefix, ours = (_TOWER, tail) if head == "image" else ("", path)
-        (name,) = (row.name for row in rows if row.paths == (f"{ours}/kernel",))
-        modules[path] = f"model.{prefix}{name.removesuffix('.weight')}"
-    return modules
 
 
 def _tower(sight: Sight) -> Iterator[SourceTensor]:
@@ -399,19 +362,17 @@ def _tower(sight: Sight) -> Iterator[SourceTensor]:
             return replace(slot, path=f"{UNUSED}/{path}", layer=slot.layer - sight.used_layers)
         return slot
 
-    for tensor in tower_tensors(sight.tower, "image/", _TOWER):
+    for tensor in _tower_tensors(sight.tower, "image/", _TOWER):
         yield replace(tensor, slots=tuple(place(slot) for slot in tensor.slots))
 
 
 def _projector(sight: Sight) -> Iterator[SourceTensor]:
     """Yields the projector's tensors; its two matmuls are a stack of one layer."""
-    shapes = sight.param_shapes()
+    shapes, stacked = sight.param_shapes(), sight.projector == "mlp"
     for row in _PROJECTORS[sight.projector]:
         (path,) = row.paths
-        if path not in shapes:
-            continue
-        if sight.projector == "pooled":
-            yield from row_tensors(row, shapes, sight.tower)
-            continue
-        for tensor in row_tensors(row, {path: shapes[path][1:]}, sight.tower):
-            yield replace(tensor, slots=(Slot(path, 0),))
+        if path in shapes:
+            leaf = shapes[path][stacked:]
+            layers: Layers = [(0, None)] if stacked else ONCE
+            transform = _transform(row, leaf, sight.tower)
+            yield from row_tensors(row, row.paths, {path: leaf}, transform, layers)

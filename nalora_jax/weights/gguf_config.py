@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.families import BUILT_IN, nearest
-from nalora_jax.models.layers import RopeSpec, inverse_frequencies
+from nalora_jax.models.family import BUILT_IN, nearest
+from nalora_jax.models.ropes import RopeSpec, inverse_frequencies
 from nalora_jax.weights.gguf import GGUFFile
 
 _SPECIAL = {

@@ -17,7 +17,7 @@ tensors that a file must contain::
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -26,9 +26,7 @@ import numpy as np
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families import BUILT_IN, family_of
-from nalora_jax.models.families.record import GGUF
-from nalora_jax.models.families.tensors import Source, TensorRow
+from nalora_jax.models.family import BUILT_IN, GGUF, Source, TensorRow, family_of
 from nalora_jax.models.stacks import param_shapes, stacks
 
 Array = Any  # numpy or jax arrays: conversions use only methods that both have
@@ -61,6 +59,7 @@ class Transform:
     swaps: bool = False  # exchanges the last two axes
     mixes_rows: bool = False  # a slice of the result needs more than the same slice of the tensor
     alternates: bool = False  # the slots' columns alternate along the last axis
+    shape: tuple[int, ...] | None = None  # of the file's tensor, if it is not a reordered leaf's
 
     def reordered(self, axes: tuple[T, ...]) -> tuple[T, ...]:
         """Converts a shape or an index between the file's order of axes and ours."""
@@ -243,42 +242,66 @@ def _tensors(
     row: TensorRow, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig
 ) -> Iterator[SourceTensor]:
     """Yields the tensors of one row: one, one per layer, or one per layer and expert."""
-    if "{layer}" not in row.name:
-        yield from _of_stack(row, row.paths, shapes, config, [(None, None)])
-        return
-    for stack in stacks(config):
-        paths = tuple(path.replace("layers", stack.prefix, 1) for path in row.paths)
-        yield from _of_stack(row, paths, shapes, stack.config, enumerate(stack.layers))
+    places: list[tuple[tuple[str, ...], ModelConfig, Layers]] = [(row.paths, config, ONCE)]
+    if "{layer}" in row.name:
+        places = [
+            (
+                tuple(path.replace("layers", stack.prefix, 1) for path in row.paths),
+                stack.config,
+                list(enumerate(stack.layers)),
+            )
+            for stack in stacks(config)
+        ]
+    for paths, of_stack, layers in places:
+        if any(path in shapes for path in paths) and row.experts in (None, of_stack.n_experts > 0):
+            transform = _transform(row, of_stack)
+            yield from row_tensors(row, paths, shapes, transform, layers, of_stack.n_experts)
 
 
-def _of_stack(
+# Index on a stack and number in the file of each layer.
+Layers = list[tuple[int | None, int | None]]
+ONCE: Layers = [(None, None)]
+
+
+def row_tensors(
     row: TensorRow,
     paths: tuple[str, ...],
     shapes: Mapping[str, tuple[int, ...]],
-    config: ModelConfig,
-    layers: Iterable[tuple[int | None, int | None]],
+    transform: Transform,
+    layers: Layers,
+    n_experts: int = 0,
 ) -> Iterator[SourceTensor]:
-    """Yields the tensors of a row in a stack, for pairs of index and number of its layers."""
-    if not any(path in shapes for path in paths) or row.experts not in (None, config.n_experts > 0):
-        return
-    experts = range(config.n_experts) if "{expert}" in row.name else [None]
+    """Yields the tensors of a row in a stack: one per layer, or one per layer and expert.
+
+    Args:
+      row: the row.
+      paths: its leaves in this stack.
+      shapes: shape of every leaf by path.
+      transform: the conversion of each tensor.
+      layers: the stack's layers; `ONCE` for a tensor outside layers.
+      n_experts: of a layer, for rows with one tensor per expert.
+    """
+    experts = range(n_experts) if "{expert}" in row.name else [None]
     lead = ("{layer}" in row.name) + ("{expert}" in row.name)
-    transform = _transform(row, config)
-    ours = [shapes[path][lead:] for path in paths]
-    theirs = [transform.reordered(shape) for shape in ours]
-    axis = max(len(theirs[0]) - 2 + transform.alternates, 0)
-    shape = (*theirs[0][:axis], sum(s[axis] for s in theirs), *theirs[0][axis + 1 :])
-    outputs = tuple(s[max(len(s) - 2, 0)] for s in theirs)
+    theirs = [transform.reordered(shapes[path][lead:]) for path in paths]
+    rows: tuple[int, ...] = (1,)
+    shape = transform.shape
+    if shape is None:
+        axis = max(len(theirs[0]) - 2 + transform.alternates, 0)
+        shape = (*theirs[0][:axis], sum(s[axis] for s in theirs), *theirs[0][axis + 1 :])
+        rows = tuple(s[max(len(s) - 2, 0)] for s in theirs)
+    elif shape:
+        rows = shape[:1]
     for index, number in layers:
         for expert in experts:
             slots = tuple(Slot(path, index, expert) for path in paths)
             name = row.name.format(layer=number, expert=expert)
-            yield SourceTensor(name, shape, slots, outputs, transform)
+            yield SourceTensor(name, shape, slots, rows, transform)
 
 
 def _transform(row: TensorRow, config: ModelConfig) -> Transform:
     if row.change == "transpose":
-        return Transform(swap, swap, swaps=True)
+        return TRANSPOSED
     if row.change == "columns":
         return Transform(same, same, alternates=True)
     if row.change == "minus_one":
@@ -297,7 +320,7 @@ def _transform(row: TensorRow, config: ModelConfig) -> Transform:
             swaps=True,
             mixes_rows=True,
         )
-    return Transform(same, same)
+    return UNCHANGED
 
 
 def same(array: Array) -> Array:
@@ -308,6 +331,9 @@ def same(array: Array) -> Array:
 def swap(array: Array) -> Array:
     """Exchanges the last two axes."""
     return array.swapaxes(-1, -2)
+
+
+TRANSPOSED, UNCHANGED = Transform(swap, swap, swaps=True), Transform(same, same)
 
 
 def halves_from_pairs(rows: Array, heads: int) -> Array:

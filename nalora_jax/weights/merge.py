@@ -22,17 +22,15 @@ from jax import lax
 
 from nalora_jax.common.folders import new_folder, write_json
 from nalora_jax.common.trees import flatten, unflatten
-from nalora_jax.data.tokenizer import Tokenizer, read_json
+from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import merged_kernel
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families import contains_text_model, family_of, text_part
-from nalora_jax.models.families.tensors import Source
-from nalora_jax.models.paths import leaf_dtype
-from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.models.family import Source, contains_text_model, family_of, text_part
+from nalora_jax.models.targets import AdapterSpec, leaf_dtype
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.ops.storage import Kernel, Stored, expand
-from nalora_jax.weights.encoders import dual_keymap, file_name, model_keymap, tensors_from_params
+from nalora_jax.weights.encoders import file_name, keymap_of
 from nalora_jax.weights.keymaps import Slot
 from nalora_jax.weights.peft import layer_adapter
 from nalora_jax.weights.peft_tables import refuse_saved
@@ -86,7 +84,7 @@ def _merge_stack(
 
 
 def merged_tensors(
-    config: ModelConfig,
+    config: ModelConfig | DualConfig,
     params: Mapping[str, Any],
     lora: Mapping[str, Any] | None,
     spec: AdapterSpec,
@@ -106,7 +104,7 @@ def merged_tensors(
     """
     refuse_saved(spec, "merge", "fold them in first (weights.peft_tables.fold_saved)")
     leaves, adapters = flatten(params, _is_stored), flatten(lora or {})
-    for tensor in model_keymap(config, source).tensors:
+    for tensor in keymap_of(config, source).tensors:
         parts = [_slot_value(leaves, adapters, spec, slot, dtype) for slot in tensor.slots]
         name = file_name(config, tensor.name) if source == "hf" else tensor.name
         yield name, tensor.join(parts).reshape(tensor.shape)
@@ -139,7 +137,7 @@ def _slot_value(
 
 def write_merged(
     folder: str | Path,
-    config: ModelConfig,
+    config: ModelConfig | DualConfig,
     params: Mapping[str, Any],
     lora: Mapping[str, Any] | None,
     spec: AdapterSpec,
@@ -158,7 +156,7 @@ def write_merged(
 
     Args:
       folder: new or empty.
-      config: the model.
+      config: the model, or a dual encoder.
       params: base parameters, on any device.
       lora: adapters, or None to write the base.
       spec: their spec.
@@ -171,12 +169,22 @@ def write_merged(
       card: text of README.md (`nalora_jax.weights.card`).
 
     Raises:
-      NaloraError: an unknown dtype, a ``config.json`` that describes another model, a folder with
-        other content, or a failed write (temporary files are removed).
+      NaloraError: an unknown dtype, a ``config.json`` that describes another model, separately
+        trained towers, which no format of transformers describes, a folder with other content, or
+        a failed write (temporary files are removed).
     """
     chosen = _dtype(dtype)
+    if isinstance(config, DualConfig):
+        if config.trained:
+            raise NaloraError(
+                "merge",
+                expected="a pair that is one model, such as CLIP or SigLIP",
+                found="two towers that were joined for the run",
+                remedy="use the run's folder itself: load_adapted_dual reads it (docs/images.md)",
+            )
+        params, lora = merge(params, lora or {}, spec), None
     leaves = flatten(params, _is_stored)
-    tensors = model_keymap(config, "hf").tensors
+    tensors = keymap_of(config).tensors
     infos = [
         TensorInfo(file_name(config, t.name), t.shape, _file_dtype(leaves, t.slots[0], chosen))
         for t in tensors
@@ -185,9 +193,11 @@ def write_merged(
     with new_folder(folder) as scratch:
         write_json(scratch / "config.json", settings)
         if isinstance(tokenizer, Tokenizer):
+            assert isinstance(config, ModelConfig)
             write_tokenizer(tokenizer, scratch, max_length=config.max_positions)
         elif isinstance(tokenizer, Path):
-            copy_tokenizer(tokenizer, scratch, images=config.sight is not None)
+            images = isinstance(config, DualConfig) or config.sight is not None
+            copy_tokenizer(tokenizer, scratch, images=images)
         else:
             tokenizer(scratch)
         if card is not None:
@@ -215,15 +225,24 @@ def _is_stored(leaf: Any) -> bool:
     return isinstance(leaf, Stored)
 
 
-def _settings(raw: Mapping[str, Any], config: ModelConfig, infos: list[TensorInfo]) -> dict[str, Any]:
+def _settings(
+    raw: Mapping[str, Any], config: ModelConfig | DualConfig, infos: list[TensorInfo]
+) -> dict[str, Any]:
     """Returns the merged model's ``config.json``, in the written dtype."""
     settings = dict(raw)
-    if config.sight is None and contains_text_model(
-        raw.get("model_type"), images=False
-    ):  # only the text model is here
-        settings = text_part(raw, "config.json")
-        named = family_of(settings["model_type"]).class_name
-        settings["architectures"] = [named] if named else []
+    if isinstance(config, ModelConfig):
+        if config.sight is None and contains_text_model(raw.get("model_type"), images=False):
+            settings = text_part(raw, "config.json")  # only the text model is here
+            named = family_of(settings["model_type"]).class_name
+            settings["architectures"] = [named] if named else []
+        _check_described(settings, config)
+    largest = max(infos, key=lambda info: info.nbytes)
+    settings.pop("quantization_config", None)  # floats are written
+    settings["dtype"] = settings["torch_dtype"] = largest.dtype.name  # transformers 5 and 4 read one each
+    return settings
+
+
+def _check_described(settings: Mapping[str, Any], config: ModelConfig) -> None:
     described = ModelConfig.from_hf(settings, images=config.sight is not None)
     if described != config:
         fields = [name for name, value in described.to_dict().items() if value != config.to_dict()[name]]
@@ -233,65 +252,3 @@ def _settings(raw: Mapping[str, Any], config: ModelConfig, infos: list[TensorInf
             found=str([described.to_dict()[name] for name in fields]),
             remedy="pass the config.json of the model whose parameters these are",
         )
-    largest = max(infos, key=lambda info: info.nbytes)
-    settings.pop("quantization_config", None)  # floats are written
-    settings["dtype"] = settings["torch_dtype"] = largest.dtype.name  # transformers 5 and 4 read one each
-    return settings
-
-
-# ---------------------------------------------------------------- dual encoders
-
-
-def write_merged_dual(
-    folder: str | Path,
-    config: DualConfig,
-    params: Mapping[str, Any],
-    lora: Mapping[str, Any],
-    spec: AdapterSpec,
-    *,
-    source: Path,
-    dtype: str = "float32",
-    shard_bytes: int = 5 * 10**9,
-    card: str | None = None,
-) -> Path:
-    """Writes the merged pair, tokenizer and image processor; a folder appears only if complete.
-
-    Args:
-      folder: new or empty.
-      config: the pair.
-      params: its weights.
-      lora: the trained tree.
-      spec: its spec.
-      source: the base's folder, whose config.json, tokenizer and processor are copied.
-      dtype: "float32", "float16" or "bfloat16".
-      shard_bytes: largest file.
-      card: text of README.md.
-
-    Raises:
-      NaloraError: separately trained towers, which no format of transformers describes; an unknown
-        dtype, a folder with other content, or a failed write.
-    """
-    if config.trained:
-        raise NaloraError(
-            "merge",
-            expected="a pair that is one model, such as CLIP or SigLIP",
-            found="two towers that were joined for the run",
-            remedy="use the run's folder itself: load_adapted_dual reads it (docs/images.md)",
-        )
-    if dtype not in DTYPES:
-        raise NaloraError("dtype", expected=f"one of {', '.join(DTYPES)}", found=repr(dtype))
-    leaves = flatten(merge(params, lora, spec))
-    merged = unflatten(leaves)
-    infos = [TensorInfo(tensor.name, tensor.shape, DTYPES[dtype]) for tensor in dual_keymap(config).tensors]
-    settings = read_json(source / "config.json") | {"dtype": dtype, "torch_dtype": dtype}
-    tensors = (
-        (name, np.asarray(array).astype(DTYPES[dtype]))
-        for name, array in tensors_from_params(config, merged)
-    )
-    with new_folder(folder) as scratch:
-        write_json(scratch / "config.json", settings)
-        copy_tokenizer(source, scratch, images=True)
-        if card is not None:
-            (scratch / "README.md").write_text(card, encoding="utf-8")
-        write_shards(scratch, infos, tensors, shard_bytes=shard_bytes)
-    return Path(folder)

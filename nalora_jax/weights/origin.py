@@ -27,9 +27,7 @@ from nalora_jax.weights.tensors import WORKERS, TensorSource
 if TYPE_CHECKING:
     from nalora_jax.weights.hub import ResolvedSource
 
-# Prefix of the current fingerprints. Earlier fingerprints were bare hexadecimal and covered a few
-# rows of each tensor.
-FINGERPRINT_PREFIX = "all:"
+_PREFIX = "all:"  # of fingerprints: they cover all weights
 _CHUNK = 4 << 20  # bytes hashed at once, by one worker
 _SHARE = 0.005  # share of the weights below which a number format is not listed
 
@@ -142,15 +140,7 @@ def fingerprint(config: Any, source: TensorSource, *, together: bool = False) ->
     for name in names:
         sha256.update(f"\n{name} {shapes[name]} {source.stored(name).format}".encode())
     sha256.update(digests.tobytes())
-    return FINGERPRINT_PREFIX + sha256.hexdigest()
-
-
-def is_comparable(noted: str, now: str) -> bool:
-    """Returns True if two fingerprints are of the same kind.
-
-    Fingerprints of earlier versions covered a part of the weights.
-    """
-    return noted.startswith(FINGERPRINT_PREFIX) == now.startswith(FINGERPRINT_PREFIX)
+    return _PREFIX + sha256.hexdigest()
 
 
 def _digest(source: TensorSource, name: str, start: int) -> bytes:

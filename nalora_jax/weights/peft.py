@@ -17,41 +17,49 @@ from nalora_jax.common.folders import new_folder, write_json
 from nalora_jax.common.trees import flatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.paths import uniform_path
-from nalora_jax.models.stacks import depths, locate
-from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, adapter_scale
+from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, adapter_scale, uniform_path
+from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.weights.peft_config import CONFIG_NAME
 from nalora_jax.weights.peft_modules import (
     Entry,
+    Host,
     HostModule,
     ModuleAdapter,
     ModuleLayout,
+    adapter_settings,
     adapter_tensors,
     common,
     compact,
     copies_for_values,
-    decoder_settings,
     fold,
     fuse,
     layers_with,
     layout_for,
     module_shape,
     part_widths,
+    places_of,
     same_array,
     short_name,
+    stack_depths,
 )
 from nalora_jax.weights.peft_read import BASE_KEY, FINGERPRINT_KEY, ROPE_KEY, TENSORS_NAME, import_adapter
-from nalora_jax.weights.peft_tables import refuse_saved, saved_tensors, token_row_tensors
+from nalora_jax.weights.peft_tables import (
+    TRAINED,
+    refuse_saved,
+    saved_tensors,
+    token_row_tensors,
+    trained_tensors,
+)
 from nalora_jax.weights.shards import write_tensors
 from nalora_jax.weights.tokenizer_files import FILES
 
-OWN_FILES = frozenset({CONFIG_NAME, TENSORS_NAME, "README.md", *FILES})
+OWN_FILES = frozenset({CONFIG_NAME, TENSORS_NAME, TRAINED, "README.md", *FILES})
 
 
 def export_adapter(
     lora: Mapping[str, Any],
     spec: AdapterSpec,
-    config: ModelConfig,
+    config: Host,
     folder: str | Path,
     *,
     base_model_name: str,
@@ -72,13 +80,14 @@ def export_adapter(
     zero-padded to the largest and scales are folded into B, under one r and alpha. Projections
     that the family fuses get one exact adapter of the fused module. Experts are written as PEFT's
     target_parameters for transformers 5, and expert by expert for vLLM, unless the family's own
-    files stack them (gpt-oss), whose target_parameters vLLM reads.
+    files stack them (gpt-oss), whose target_parameters vLLM reads. Parameters of a dual encoder that
+    were trained as a whole are in a third file, which this library reads.
 
     Args:
       lora: stacked tree, e.g. ``layers/ffn/gate_proj/{a, b}``.
       spec: ranks, alphas and variant of every projection in ``lora``.
-      config: the base model.
-      folder: new or empty; the two files appear in it together or not at all.
+      config: the base model, or a dual encoder.
+      folder: new or empty; the files appear in it together or not at all.
       base_model_name: hub id or path that other tools load as the base.
       target: the tool that must be able to load the files.
       max_lora_rank: vLLM's setting of that name.
@@ -88,7 +97,7 @@ def export_adapter(
       rope_scaling: RoPE scaling of the base if it is not its files'; recorded in the file, from which
         `loading.adapted.load` reads it.
       extra: more fields of ``adapter_config.json``, e.g. ``{"revision": "main"}``.
-      overwrite: allow ``folder`` to contain an earlier adapter (its two files, a README.md and a
+      overwrite: allow ``folder`` to contain an earlier adapter (its files, a README.md and a
         tokenizer's files), which is replaced.
       layout: module names, for a model outside the known families.
       write_extra: function that writes further files into the folder, such as a tokenizer with
@@ -101,27 +110,22 @@ def export_adapter(
     layout = layout or layout_for(target, config)
     settings, tensors = _contents(lora, spec, config, layout, target, max_lora_rank)
     settings |= {"base_model_name_or_path": base_model_name}
-    metadata = file_metadata(fingerprint, rope_scaling, base_weights)
+    base = {FINGERPRINT_KEY: fingerprint, ROPE_KEY: rope_scaling, BASE_KEY: base_weights}
+    metadata = {"format": "pt"} | {name: value for name, value in base.items() if value}
     with new_folder(folder, replaces=OWN_FILES, overwrite=overwrite) as scratch:
         write_json(scratch / CONFIG_NAME, settings | dict(extra or {}))
         write_tensors(scratch / TENSORS_NAME, tensors, metadata)
+        if isinstance(config, DualConfig) and config.trained:
+            write_tensors(scratch / TRAINED, trained_tensors(lora, config), metadata)
         if write_extra is not None:
             write_extra(scratch)
     return Path(folder)
 
 
-def file_metadata(
-    fingerprint: str | None, rope_scaling: str = "", base_weights: str = ""
-) -> dict[str, str]:
-    """Returns the metadata of an adapter's file: properties of its base."""
-    base = {FINGERPRINT_KEY: fingerprint, ROPE_KEY: rope_scaling, BASE_KEY: base_weights}
-    return {"format": "pt"} | {name: value for name, value in base.items() if value}
-
-
 def _contents(
     lora: Mapping[str, Any],
     spec: AdapterSpec,
-    config: ModelConfig,
+    config: Host,
     layout: ModuleLayout,
     target: Literal["peft", "vllm"],
     max_lora_rank: int,
@@ -137,11 +141,11 @@ def _contents(
         # Dropout acts in training only, and PEFT refuses to load it for experts.
         spec = replace(spec, dropout=0.0)
     rslora = spec.rslora and target == "peft"
-    settings = decoder_settings(entries, config, layout, spec, rslora=rslora)
+    settings = adapter_settings(entries, config, layout, spec, rslora=rslora)
     if target == "vllm":
         entries += copies_for_values(entries, config)
     tensors = dict(adapter_tensors(entries, layout))
-    if spec.saved or spec.token_indices:
+    if isinstance(config, ModelConfig):
         tensors |= saved_tensors(lora, spec, config) | token_row_tensors(lora, spec, config)
     return settings, tensors
 
@@ -175,7 +179,7 @@ def layer_adapter(
 def _entries(
     lora: Mapping[str, Any],
     spec: AdapterSpec,
-    config: ModelConfig,
+    config: Host,
     layout: ModuleLayout,
     *,
     per_expert: bool,
@@ -183,7 +187,7 @@ def _entries(
     """Yields every adapted module, fused if the family fuses it."""
     leaves = flatten(lora)
     _check_known(spec, layout)
-    places = locate(config)
+    places = places_of(config)
     for layer in range(1 + max(layer for _, layer in places)):
         for module in (*layout.modules, *layout.parameters):
             stacked = module in layout.parameters
@@ -192,7 +196,7 @@ def _entries(
                 continue
             parts = [layer_adapter(leaves, spec, *places[path, layer]) for path in module.parts]
             if stacked and per_expert and layout.experts:
-                yield from _expert_entries(layout, config, module, layer, parts)
+                yield from _expert_entries(layout, module, layer, parts)
                 continue
             adapter = fuse(parts, part_widths(config, module, layer), alternates=module.alternates)
             if adapter is None:
@@ -219,7 +223,6 @@ def _even_stacks(entries: list[Entry]) -> list[Entry]:
 
 def _expert_entries(
     layout: ModuleLayout,
-    config: ModelConfig,
     module: HostModule,
     layer: int,
     parts: list[ModuleAdapter | None],
@@ -228,9 +231,9 @@ def _expert_entries(
         if adapter is None:
             continue
         pattern = layout.experts[path]
-        for expert in range(config.n_experts):
+        for expert, (a, b) in enumerate(zip(adapter.a, adapter.b, strict=True)):
             name = layout.full_name(layer, pattern.format(expert))
-            of_expert = ModuleAdapter(adapter.a[expert], adapter.b[expert], adapter.scale)
+            of_expert = ModuleAdapter(a, b, adapter.scale)
             yield Entry(name, layer, HostModule(pattern, (path,)), of_expert)
 
 
@@ -274,7 +277,7 @@ def _check_vllm(spec: AdapterSpec) -> None:
         raise NaloraError("--for vllm", expected=rule, found=place, remedy=remedy)
 
 
-def _one_rank(entries: list[Entry], config: ModelConfig, layout: ModuleLayout, limit: int) -> list[Entry]:
+def _one_rank(entries: list[Entry], config: Host, layout: ModuleLayout, limit: int) -> list[Entry]:
     """Returns the adapters with one rank and scale, on every layer of each adapted module."""
     rank = max(entry.adapter.rank for entry in entries)
     if rank > limit:
@@ -283,7 +286,7 @@ def _one_rank(entries: list[Entry], config: ModelConfig, layout: ModuleLayout, l
         raise NaloraError("--for vllm: rank", expected=expected, found=rank, remedy=remedy)
     scale = common(entry.adapter.scale for entry in entries)
     folded = {entry.name: fold(entry.adapter, rank, scale) for entry in entries}
-    lasts = {short_name(entry.module.name) for entry in entries}
+    lasts = {short_name(entry.module.name) for entry in entries if not entry.stacked}
     adapted = {
         module.name: module
         for module in layout.modules
@@ -304,7 +307,7 @@ def _one_rank(entries: list[Entry], config: ModelConfig, layout: ModuleLayout, l
 
     return [
         entry(name, layer, module)
-        for layer in range(config.n_layers)
+        for layer in range(1 + max(layer for _, layer in places_of(config)))
         for module in adapted.values()
         if layer
         in layers_with(config, module.parts[0], experts=_is_expert(module) or module.name in stacks)
@@ -312,9 +315,9 @@ def _one_rank(entries: list[Entry], config: ModelConfig, layout: ModuleLayout, l
     ]
 
 
-def _names(config: ModelConfig, layout: ModuleLayout, layer: int, module: HostModule) -> list[str]:
+def _names(config: Host, layout: ModuleLayout, layer: int, module: HostModule) -> list[str]:
     """Returns the full names of ``module`` in a layer: one, or one per expert."""
-    count = config.n_experts if _is_expert(module) else 1
+    count = module_shape(config, module, layer)[0] if _is_expert(module) else 1
     return [layout.full_name(layer, module.name.format(expert)) for expert in range(count)]
 
 
@@ -324,7 +327,7 @@ def _is_expert(module: HostModule) -> bool:
 
 
 def _zeros(
-    config: ModelConfig, module: HostModule, layer: int, rank: int, scale: float, *, stacked: bool
+    config: Host, module: HostModule, layer: int, rank: int, scale: float, *, stacked: bool
 ) -> ModuleAdapter:
     *lead, d_in, d_out = module_shape(config, module, layer)[0 if stacked else -2 :]
     return ModuleAdapter(
@@ -345,7 +348,7 @@ def verify_export(
     folder: str | Path,
     lora: Mapping[str, Any],
     spec: AdapterSpec,
-    config: ModelConfig,
+    config: Host,
     *,
     fingerprint: str | None = None,
     layout: ModuleLayout | None = None,
@@ -367,26 +370,28 @@ def verify_export(
     ours, theirs = flatten(lora), flatten(loaded)
     worst = 0.0
     if loaded_spec.token_indices != spec.token_indices:
-        raise differs(folder, "trainable_token_indices")
-    for name in sorted({*spec.saved, *loaded_spec.saved, *dict(spec.token_indices)}):
-        for path in (TABLES[name], ROWS[name]):
-            trained, read = (np.asarray(leaves.get(path, 0.0), np.float32) for leaves in (ours, theirs))
-            if not np.array_equal(trained, read):
-                raise differs(folder, name)
+        raise _differs(folder, "trainable_token_indices")
+    tables = {
+        path: name
+        for name in sorted({*spec.saved, *loaded_spec.saved, *dict(spec.token_indices)})
+        for path in (TABLES[name], ROWS[name])
+    }
+    if isinstance(config, DualConfig):
+        tables = {path: path for path in config.trained_shapes()}
+    for path, name in tables.items():
+        trained, read = (np.asarray(leaves.get(path, 0.0), np.float32) for leaves in (ours, theirs))
+        if not np.array_equal(trained, read):
+            raise _differs(folder, name)
     for path in sorted({path for path, _ in (*spec.targets, *loaded_spec.targets)}):
-        for layer in range(depths(config)[path]):
+        for layer in range(stack_depths(config)[path]):
             meant = layer_adapter(ours, spec, path, layer)
             reloaded = layer_adapter(theirs, loaded_spec, path, layer)
-            worst = max(worst, difference_of(folder, f"{path}, layer {layer}", meant, reloaded))
+            worst = max(worst, _difference_of(folder, f"{path}, layer {layer}", meant, reloaded))
     return worst
 
 
-def difference_of(
-    folder: str | Path,
-    place: str,
-    meant: ModuleAdapter | None,
-    reloaded: ModuleAdapter | None,
-    tolerance: float = _FOLD_TOLERANCE,
+def _difference_of(
+    folder: str | Path, place: str, meant: ModuleAdapter | None, reloaded: ModuleAdapter | None
 ) -> float:
     """Returns the relative difference of ``scale * B`` of a projection in one layer.
 
@@ -397,15 +402,15 @@ def difference_of(
     if a is None and b is None:
         return 0.0
     if a is None or b is None or a.b.shape != b.b.shape:
-        raise differs(folder, place)
+        raise _differs(folder, place)
     difference = _relative(a, b)
     same = np.array_equal(a.a, b.a) and same_array(a.magnitude, b.magnitude)
-    if not same or difference > tolerance:
-        raise differs(folder, place)
+    if not same or difference > _FOLD_TOLERANCE:
+        raise _differs(folder, place)
     return difference
 
 
-def differs(folder: str | Path, place: str) -> NaloraError:
+def _differs(folder: str | Path, place: str) -> NaloraError:
     """Returns the error for a file that differs from the exported adapter."""
     return NaloraError(
         f"{folder}: {place}",

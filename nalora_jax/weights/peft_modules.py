@@ -30,11 +30,14 @@ import numpy as np
 
 from nalora_jax.models.adapters import pad_rank
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.families import contains_text_model, family_of
-from nalora_jax.models.stacks import locate, projection_shapes
+from nalora_jax.models.family import contains_text_model, family_of
+from nalora_jax.models.stacks import depths, locate, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, scale_divisor
-from nalora_jax.weights.encoders import sight_modules
+from nalora_jax.models.vision.config import DualConfig
+from nalora_jax.weights.encoders import encoder_modules
 from nalora_jax.weights.peft_tables import token_settings
+
+Host = ModelConfig | DualConfig
 
 
 @dataclass(frozen=True)
@@ -81,15 +84,15 @@ _TEXT_PART = "model.language_model.layers"  # prefix in multimodal models
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
-def module_layout(config: ModelConfig) -> ModuleLayout:
+def module_layout(config: Host) -> ModuleLayout:
     """Returns the layout of a family: the modules whose weights are in its checkpoints.
 
     Example: the row ``model.layers.{layer}.mlp.gate_up_proj.weight`` of Phi-3's table is the
     module ``mlp.gate_up_proj`` with the parts ``layers/ffn/gate_proj`` and ``layers/ffn/up_proj``.
     """
-    modules: list[HostModule] = [
-        HostModule(name, (path,), whole=True) for path, name in sight_modules(config.sight).items()
-    ]
+    modules = [HostModule(name, (path,), whole=True) for path, name in encoder_modules(config).items()]
+    if isinstance(config, DualConfig):
+        return ModuleLayout(tuple(modules))
     experts: dict[str, str] = {}
     stacks: list[HostModule] = []
     for row in family_of(config.model_type).tensors:
@@ -111,7 +114,7 @@ def module_layout(config: ModelConfig) -> ModuleLayout:
     return ModuleLayout(tuple(modules), fused or tuple(stacks), experts, prefix)
 
 
-def layout_for(target: str, config: ModelConfig, raw: Mapping[str, Any] | None = None) -> ModuleLayout:
+def layout_for(target: str, config: Host, raw: Mapping[str, Any] | None = None) -> ModuleLayout:
     """Returns the layout that a tool expects for a base with this ``config.json``.
 
     vLLM reads experts one by one, except gpt-oss's. If a text model is part of a multimodal one,
@@ -119,7 +122,7 @@ def layout_for(target: str, config: ModelConfig, raw: Mapping[str, Any] | None =
     multimodal model's. Of some families it then reads stacks of experts (`Family.stacks_in_vllm`).
     """
     layout = module_layout(config)
-    if target != "vllm":
+    if target != "vllm" or isinstance(config, DualConfig):
         return layout
     layout = _expert_by_expert(layout)
     if contains_text_model((raw or {}).get("model_type"), images=False):
@@ -154,12 +157,39 @@ def _stacks(experts: Iterable[str], module: str) -> tuple[HostModule, ...]:
     )
 
 
+def kernel_shapes(config: Host) -> Mapping[str, tuple[int, ...]]:
+    """Returns the kernel's shape in one layer of every projection, by stacked path."""
+    if isinstance(config, DualConfig):
+        return config.projection_shapes()
+    return projection_shapes(config)
+
+
+def stack_depths(config: Host) -> Mapping[str, int]:
+    """Returns the number of stacked layers of every projection, by stacked path."""
+    if isinstance(config, DualConfig):
+        return config.depths()
+    return depths(config)
+
+
+def places_of(config: Host) -> Mapping[tuple[str, int], tuple[str, int]]:
+    """Returns stacked path and index of every projection by its uniform path and layer number."""
+    if isinstance(config, DualConfig):
+        return {
+            (path, layer): (path, layer)
+            for path, count in config.depths().items()
+            for layer in range(count)
+        }
+    return locate(config)
+
+
 @functools.cache
-def layers_with(config: ModelConfig, path: str, *, experts: bool) -> frozenset[int]:
+def layers_with(config: Host, path: str, *, experts: bool) -> frozenset[int]:
     """Returns the layers that have a projection at a uniform path, of experts or not."""
-    shapes = projection_shapes(config)
+    shapes = kernel_shapes(config)
     places = (
-        (layer, shapes[stacked]) for (name, layer), (stacked, _) in locate(config).items() if name == path
+        (layer, shapes[stacked])
+        for (name, layer), (stacked, _) in places_of(config).items()
+        if name == path
     )
     return frozenset(layer for layer, shape in places if (len(shape) == 3) == experts)
 
@@ -177,7 +207,7 @@ _EARLIER: tuple[dict[str, str], ...] = (
 )
 
 
-def layout_of(config: ModelConfig, modules: Iterable[str]) -> ModuleLayout:
+def layout_of(config: Host, modules: Iterable[str]) -> ModuleLayout:
     """Returns `module_layout` with the names of the transformers release that wrote ``modules``.
 
     If several releases match equally well, the latest is used. The modules of a text model may have
@@ -185,6 +215,8 @@ def layout_of(config: ModelConfig, modules: Iterable[str]) -> ModuleLayout:
     """
     latest, written = module_layout(config), set(modules)
     layout = latest
+    if isinstance(config, DualConfig):
+        return latest
     if config.sight is not None:
         layouts = [latest, *(_renamed(latest, names) for names in _EARLIER)]
         layout = max(layouts, key=lambda layout: len(written & _names(layout, config)))
@@ -205,20 +237,20 @@ def _renamed(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:
     return replace(layout, modules=modules, prefix=earlier(layout.prefix))
 
 
-def _names(layout: ModuleLayout, config: ModelConfig) -> set[str]:
+def _names(layout: ModuleLayout, config: Host) -> set[str]:
     modules = layout.modules
     return {layout.full_name(i, m) for m in modules for i in layers_with(config, m.parts[0], experts=False)}
 
 
-def part_widths(config: ModelConfig, module: HostModule, layer: int) -> list[int]:
+def part_widths(config: Host, module: HostModule, layer: int) -> list[int]:
     """Returns ``d_out`` of every part of a layer's ``module``."""
-    shapes, places = projection_shapes(config), locate(config)
+    shapes, places = kernel_shapes(config), places_of(config)
     return [shapes[places[path, layer][0]][-1] for path in module.parts]
 
 
-def module_shape(config: ModelConfig, module: HostModule, layer: int) -> tuple[int, ...]:
+def module_shape(config: Host, module: HostModule, layer: int) -> tuple[int, ...]:
     """Returns the kernel shape ``(..., d_in, d_out)`` of a layer's complete ``module``."""
-    shape = projection_shapes(config)[locate(config)[module.parts[0], layer][0]]
+    shape = kernel_shapes(config)[places_of(config)[module.parts[0], layer][0]]
     return (*shape[:-1], sum(part_widths(config, module, layer)))
 
 
@@ -377,24 +409,12 @@ def adapter_tensors(entries: list[Entry], layout: ModuleLayout) -> Iterator[tupl
             )
 
 
-def decoder_settings(
-    entries: list[Entry], config: ModelConfig, layout: ModuleLayout, spec: AdapterSpec, *, rslora: bool
+def adapter_settings(
+    entries: list[Entry], config: Host, layout: ModuleLayout, spec: AdapterSpec, *, rslora: bool
 ) -> dict[str, Any]:
-    """Returns ``adapter_config.json`` of a decoder's adapter without the base model's name."""
+    """Returns ``adapter_config.json`` without the base model's name."""
     modules = [entry for entry in entries if not entry.parameter]
     parameters = [entry for entry in entries if entry.parameter]
-    targets = _target_modules(modules, config, layout)
-    settings = adapter_settings(entries, spec, targets, rslora=rslora)
-    settings |= {"task_type": "CAUSAL_LM"} | token_settings(spec)
-    if parameters:
-        settings["target_parameters"] = _target_parameters(parameters, config)
-    return settings
-
-
-def adapter_settings(
-    entries: list[Entry], spec: AdapterSpec, targets: list[str], *, rslora: bool
-) -> dict[str, Any]:
-    """Returns the fields of ``adapter_config.json`` that adapters of all kinds of models have."""
     ranks = {entry.name: entry.adapter.rank for entry in entries}
     alphas = {
         entry.name: _number(alpha_for(entry.adapter.scale, entry.adapter.rank, rslora=rslora))
@@ -402,7 +422,7 @@ def adapter_settings(
     }
     rank, rank_pattern = _pattern(ranks, entries)
     alpha, alpha_pattern = _pattern(alphas, entries)
-    return {
+    settings = {
         "alpha_pattern": alpha_pattern,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -414,11 +434,14 @@ def adapter_settings(
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": rank_pattern,
-        "target_modules": targets,
-        "task_type": None,
+        "target_modules": _target_modules(modules, config, layout),
+        "task_type": "CAUSAL_LM" if isinstance(config, ModelConfig) else None,
         "use_dora": spec.dora,
         "use_rslora": rslora,
     }
+    if parameters:
+        settings["target_parameters"] = _target_parameters(parameters, config)
+    return settings | token_settings(spec)
 
 
 def _number(value: float) -> int | float:
@@ -448,7 +471,7 @@ def _pattern(values: Mapping[str, Any], entries: list[Entry]) -> tuple[Any, dict
     return usual, dict(sorted(pattern.items()))
 
 
-def _target_modules(entries: list[Entry], config: ModelConfig, layout: ModuleLayout) -> list[str]:
+def _target_modules(entries: list[Entry], config: Host, layout: ModuleLayout) -> list[str]:
     """Returns short names of modules that are adapted in all layers, full names of the others."""
     adapted: dict[str, set[str]] = {}
     for entry in entries:
@@ -457,10 +480,16 @@ def _target_modules(entries: list[Entry], config: ModelConfig, layout: ModuleLay
     for module in layout.modules:
         for layer in layers_with(config, module.parts[0], experts=False):
             names_of.setdefault(short_name(module.name), set()).add(layout.full_name(layer, module))
+    # A short name would target the experts too, which a file of their stacks does not hold one by one.
+    for path, pattern in module_layout(config).experts.items():
+        for layer in layers_with(config, path, experts=True):
+            name = layout.full_name(layer, pattern.format(0))
+            names_of.setdefault(short_name(name), set()).add(name)
     names: set[str] = set()
+    # A vision tower has modules with the same short names as a decoder or a text tower.
+    unique = isinstance(config, ModelConfig) and config.sight is None
     for last, members in adapted.items():
-        # A vision tower has modules with the same short names as the decoder.
-        if config.sight is None and members >= names_of.get(last, set()):
+        if unique and members >= names_of.get(last, set()):
             members = {last}
         names |= members
     return sorted(names)
@@ -471,7 +500,7 @@ def short_name(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _target_parameters(entries: list[Entry], config: ModelConfig) -> list[str]:
+def _target_parameters(entries: list[Entry], config: Host) -> list[str]:
     """Returns names within the layer of parameters adapted in all layers, full names of the others."""
     names: set[str] = set()
     for module in {entry.module for entry in entries}:
@@ -495,7 +524,7 @@ def _target_parameters(entries: list[Entry], config: ModelConfig) -> list[str]:
 _KEYS, _VALUES = "layers/attn/k_proj", "layers/attn/v_proj"
 
 
-def copies_for_values(entries: list[Entry], config: ModelConfig) -> list[Entry]:
+def copies_for_values(entries: list[Entry], config: Host) -> list[Entry]:
     """Returns the adapters of ``k_proj`` under the name ``v_proj``, in layers without a ``v_proj``."""
     layers = _layers(config)
     keys = [entry for entry in entries if entry.module.parts == (_KEYS,) and entry.layer in layers]
@@ -503,7 +532,7 @@ def copies_for_values(entries: list[Entry], config: ModelConfig) -> list[Entry]:
 
 
 def without_copies(
-    modules: Mapping[str, dict[str, np.ndarray]], config: ModelConfig, layout: ModuleLayout
+    modules: Mapping[str, dict[str, np.ndarray]], config: Host, layout: ModuleLayout
 ) -> dict[str, dict[str, np.ndarray]]:
     """Returns a file's modules without the copies of `copies_for_values`, which equal their original."""
     names = [
@@ -516,7 +545,7 @@ def without_copies(
     return {name: tensors for name, tensors in modules.items() if name not in copies}
 
 
-def _layers(config: ModelConfig) -> frozenset[int]:
+def _layers(config: Host) -> frozenset[int]:
     return layers_with(config, _KEYS, experts=False) - layers_with(config, _VALUES, experts=False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,27 +16,28 @@ from nalora_jax.common import buckets
 from nalora_jax.common.trees import unflatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.stacks import depths, locate, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale
-from nalora_jax.weights.origin import is_comparable
+from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.weights.peft_config import PeftConfig, read_peft_config
 from nalora_jax.weights.peft_modules import (
+    Host,
     HostModule,
     ModuleAdapter,
     ModuleLayout,
     alpha_for,
     compact,
     fold,
+    kernel_shapes,
     layers_with,
     layout_of,
     module_shape,
     part_widths,
+    places_of,
     split,
+    stack_depths,
     without_copies,
 )
-from nalora_jax.weights.peft_tables import take_saved, take_token_rows, tensor_names
-
-log = logging.getLogger(__name__)
+from nalora_jax.weights.peft_tables import read_trained, take_saved, take_token_rows, tensor_names
 
 TENSORS_NAME = "adapter_model.safetensors"
 # Metadata of an adapter's file: properties of its base.
@@ -54,7 +54,7 @@ _FLOATS = ("F32", "F16", "BF16", "F64")
 
 def import_adapter(
     folder: str | Path,
-    config: ModelConfig,
+    config: Host,
     *,
     fingerprint: str | None = None,
     layout: ModuleLayout | None = None,
@@ -70,7 +70,7 @@ def import_adapter(
 
     Args:
       folder: contains ``adapter_config.json`` and ``adapter_model.safetensors``; may be in a bucket.
-      config: the base model.
+      config: the base model, or a dual encoder.
       fingerprint: of the base model's weights; compared with the fingerprint recorded by
         `export_adapter`, if any.
       layout: module names, for a model outside the known families.
@@ -84,28 +84,40 @@ def import_adapter(
         or tensor.
     """
     folder = buckets.local_path(folder)
-    peft, tensors = read_adapter(folder, fingerprint)
-    where = str(folder / TENSORS_NAME)
-    _refuse_table_adapters(config, tensors, where)
-    rows, token_indices = take_token_rows(config, tensors, peft, where)
-    tables, saved = take_saved(config, tensors, peft.modules_to_save, tied=peft.tied, where=where)
-    modules = by_module(tensors, folder / TENSORS_NAME, dora=peft.dora)
+    path = folder / TENSORS_NAME
+    where = str(path)
+    peft = read_peft_config(folder)
+    tensors, metadata = read_tensors(folder)
+    _check_fingerprint(path, metadata, fingerprint)
+    trained = AdapterSpec()
+    if isinstance(config, DualConfig):
+        _refuse_text_tables(peft)
+        tables = read_trained(folder, config)
+    else:
+        _refuse_table_adapters(config, tensors, where)
+        rows, indices = take_token_rows(config, tensors, peft, where)
+        tables, saved = take_saved(config, tensors, peft.modules_to_save, tied=peft.tied, where=where)
+        tables |= rows
+        trained = AdapterSpec(saved=saved, token_indices=indices)
+    modules = _by_module(tensors, path, dora=peft.dora)
     layout = layout or layout_of(config, modules)
     modules = without_copies(modules, config, layout)
     slots = {slot.key: slot for slot in _slots(layout, config, peft)}
-    check_complete(peft, folder / TENSORS_NAME, slots, modules)
-    pieces = _pieces(config, peft, folder / TENSORS_NAME, [(slots[key], modules[key]) for key in modules])
-    leaves, spec = stack_adapters(projection_shapes(config), depths(config), peft, pieces)
-    return unflatten(leaves | tables | rows), replace(spec, saved=saved, token_indices=token_indices)
+    _check_complete(peft, path, slots, modules)
+    pieces = _pieces(config, peft, path, [(slots[key], modules[key]) for key in modules])
+    leaves, spec = _stack_adapters(config, peft, pieces)
+    spec = replace(spec, saved=trained.saved, token_indices=trained.token_indices)
+    return unflatten(leaves | tables), spec
 
 
-def read_adapter(folder: Path, fingerprint: str | None) -> tuple[PeftConfig, dict[str, np.ndarray]]:
-    """Returns the settings of an adapter and its checked tensors."""
-    path = folder / TENSORS_NAME
-    peft = read_peft_config(folder)
-    tensors, metadata = read_tensors(folder)
-    check_fingerprint(path, metadata, fingerprint)
-    return peft, tensors
+def _refuse_text_tables(peft: PeftConfig) -> None:
+    for field, listed in (
+        ("modules_to_save", peft.modules_to_save),
+        ("trainable_token_indices", peft.token_indices),
+    ):
+        if listed:
+            expected, actual = "null for image and text encoders", ", ".join(map(str, listed))
+            raise NaloraError(f"{peft.where}: {field}", expected=expected, found=actual)
 
 
 def _refuse_table_adapters(config: ModelConfig, tensors: Mapping[str, np.ndarray], where: str) -> None:
@@ -117,26 +129,17 @@ def _refuse_table_adapters(config: ModelConfig, tensors: Mapping[str, np.ndarray
             raise NaloraError(f"{where}: {key}", expected=expected, found=actual, remedy=remedy)
 
 
-def check_fingerprint(path: Path, metadata: Mapping[str, str], fingerprint: str | None) -> None:
+def _check_fingerprint(path: Path, metadata: Mapping[str, str], fingerprint: str | None) -> None:
     """Raises an error if the file's base fingerprint belongs to another base model."""
     noted = metadata.get(FINGERPRINT_KEY)
-    if not noted or not fingerprint or noted == fingerprint:
-        return
-    where = str(path)
-    if not is_comparable(noted, fingerprint):
-        log.warning(
-            "%s: made with an earlier version, whose digest of the base covered a part of its weights and cannot be "
-            "compared; check that the base is the one that adapter_config.json names",
-            where,
+    if noted and fingerprint and noted != fingerprint:
+        raise NaloraError(
+            str(path),
+            expected=f"an adapter of the base model {fingerprint}",
+            found=f"one of the base model {noted}",
+            remedy="load exactly the weights that the adapter was trained on (named in adapter_config.json); the same "
+            "model in another precision is another base",
         )
-        return
-    raise NaloraError(
-        where,
-        expected=f"an adapter of the base model {fingerprint}",
-        found=f"one of the base model {noted}",
-        remedy="load exactly the weights that the adapter was trained on (named in adapter_config.json); the same "
-        "model in another precision is another base",
-    )
 
 
 def recorded_rope_scaling(folder: Path) -> str:
@@ -212,8 +215,8 @@ class Slot:
     stacked: bool = False
 
 
-def _slots(layout: ModuleLayout, config: ModelConfig, peft: PeftConfig) -> Iterator[Slot]:
-    most = 1 + max(layer for _, layer in locate(config))
+def _slots(layout: ModuleLayout, config: Host, peft: PeftConfig) -> Iterator[Slot]:
+    most = 1 + max(layer for _, layer in places_of(config))
     linear = [place for layer in range(most) for place in _linear_modules(layout, config, layer)]
     stacks: dict[int, list[tuple[str, HostModule]]] = {}
     for stack in layout.parameters:
@@ -246,7 +249,7 @@ def _slots(layout: ModuleLayout, config: ModelConfig, peft: PeftConfig) -> Itera
 
 
 def _linear_modules(
-    layout: ModuleLayout, config: ModelConfig, layer: int
+    layout: ModuleLayout, config: Host, layer: int
 ) -> Iterator[tuple[str, int, HostModule, int | None]]:
     """Yields name, layer, module and expert of every Linear module of a layer."""
     for module in layout.modules:
@@ -254,12 +257,12 @@ def _linear_modules(
             yield layout.full_name(layer, module), layer, module, None
     for path, pattern in layout.experts.items():
         if layer in layers_with(config, path, experts=True):
-            for expert in range(config.n_experts):
-                name = layout.full_name(layer, pattern.format(expert))
-                yield name, layer, HostModule(pattern, (path,)), expert
+            module = HostModule(pattern, (path,))
+            for expert in range(module_shape(config, module, layer)[0]):
+                yield layout.full_name(layer, pattern.format(expert)), layer, module, expert
 
 
-def by_module(
+def _by_module(
     tensors: Mapping[str, np.ndarray], path: Path, *, dora: bool
 ) -> dict[str, dict[str, np.ndarray]]:
     """Groups tensors by module and kind: ``{"model.layers.0.mlp.up_proj": {"a": ...}}``."""
@@ -284,7 +287,7 @@ def by_module(
     return modules
 
 
-def check_complete(
+def _check_complete(
     peft: PeftConfig, path: Path, slots: Mapping[str, Slot], modules: Mapping[str, dict[str, np.ndarray]]
 ) -> None:
     """Checks that the file's modules and the targeted modules are the same."""
@@ -319,15 +322,14 @@ def check_complete(
 
 
 def _pieces(
-    config: ModelConfig, peft: PeftConfig, path: Path, filled: list[tuple[Slot, dict[str, np.ndarray]]]
+    config: Host, peft: PeftConfig, path: Path, filled: list[tuple[Slot, dict[str, np.ndarray]]]
 ) -> dict[str, dict[int, ModuleAdapter]]:
     """Returns adapters by stacked path and layer."""
     pieces: dict[str, dict[int, ModuleAdapter]] = {}
     experts: dict[tuple[str, int], dict[int, ModuleAdapter]] = {}
-    places = locate(config)
+    places = places_of(config)
     for slot, parts in filled:
-        shape = module_shape(config, slot.module, slot.layer)
-        adapter = adapter_of(shape, config.n_experts, peft, path, slot, parts)
+        adapter = _adapter_of(module_shape(config, slot.module, slot.layer), peft, path, slot, parts)
         if slot.expert is not None:
             experts.setdefault((slot.module.parts[0], slot.layer), {})[slot.expert] = adapter
             continue
@@ -339,17 +341,17 @@ def _pieces(
                 stacked, index = places[part_path, slot.layer]
                 pieces.setdefault(stacked, {})[index] = piece
     for (part_path, layer), members in experts.items():
-        if len(members) != config.n_experts:
-            expected, actual = f"adapters on all {config.n_experts}", len(members)
-            raise NaloraError(f"{path}: experts of layer {layer}", expected=expected, found=actual)
         stacked, index = places[part_path, layer]
-        pieces.setdefault(stacked, {})[index] = _join_experts([members[e] for e in range(config.n_experts)])
+        count = kernel_shapes(config)[stacked][0]
+        if len(members) != count:
+            expected, actual = f"adapters on all {count}", len(members)
+            raise NaloraError(f"{path}: experts of layer {layer}", expected=expected, found=actual)
+        pieces.setdefault(stacked, {})[index] = _join_experts([members[e] for e in range(count)])
     return pieces
 
 
-def adapter_of(
+def _adapter_of(
     shape: tuple[int, ...],
-    experts: int,
     peft: PeftConfig,
     path: Path,
     slot: Slot,
@@ -359,7 +361,6 @@ def adapter_of(
 
     Args:
       shape: of the module's kernel.
-      experts: number of experts in a stack.
       peft: settings of the adapter.
       path: file of the tensors.
       slot: their location.
@@ -367,7 +368,7 @@ def adapter_of(
     """
     d_in, d_out = shape[-2:]
     rank = slot.rank
-    count = experts if slot.stacked else 1
+    count = shape[0] if slot.stacked else 1
     shapes = {"a": (count * rank, d_in), "b": (d_out, count * rank), "magnitude": (d_out,)}
     for kind, tensor in parts.items():
         if tensor.shape != shapes[kind]:
@@ -400,20 +401,17 @@ def _join_experts(members: list[ModuleAdapter]) -> ModuleAdapter:
     return ModuleAdapter(a, b, scale)
 
 
-def stack_adapters(
-    shapes: Mapping[str, tuple[int, ...]],
-    depths: Mapping[str, int],
-    peft: PeftConfig,
-    adapters: Mapping[str, Mapping[int, ModuleAdapter]],
+def _stack_adapters(
+    config: Host, peft: PeftConfig, adapters: Mapping[str, Mapping[int, ModuleAdapter]]
 ) -> tuple[dict[str, np.ndarray], AdapterSpec]:
     """Stacks adapters over layers with zero-padding; returns leaves by path and their spec.
 
     Args:
-      shapes: kernel shape of each projection, by stacked path.
-      depths: length of each stack.
+      config: the base model.
       peft: the adapter's settings.
       adapters: by stacked path and layer.
     """
+    shapes, depths = kernel_shapes(config), stack_depths(config)
     leaves: dict[str, np.ndarray] = {}
     targets = []
     for path, layers in sorted(adapters.items()):

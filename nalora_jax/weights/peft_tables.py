@@ -21,6 +21,10 @@ other indices.
 An embedding that was resized before training is also written in full
 (``token_adapter.base_layer``), because no base has the rows of the other new tokens. Such tables
 are read like ``modules_to_save``, with the trained rows inserted.
+
+Parameters of dual encoders that are trained as a whole (projections between separately trained
+towers, the temperature) have no place in PEFT's files. They are written to ``trained.safetensors``,
+under transformers' names.
 """
 
 from __future__ import annotations
@@ -33,12 +37,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file
 
 from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import check_token_indices
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
+from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.peft_config import PeftConfig, read_peft_config
 
@@ -323,3 +329,50 @@ def token_settings(spec: AdapterSpec) -> dict[str, Any]:
     if set(listed) == {"embed_tokens"}:
         return {"trainable_token_indices": listed["embed_tokens"]}
     return {"trainable_token_indices": listed} if listed else {}
+
+
+# ---------------------------------------------------------------- dual encoders
+
+
+TRAINED = "trained.safetensors"
+# Leaves that may be fully trained, with transformers' names; kernels are transposed there.
+_WHOLE = {
+    "image/projection/kernel": "visual_projection.weight",
+    "text/projection/kernel": "text_projection.weight",
+    "logit_scale": "logit_scale",
+    "logit_bias": "logit_bias",
+}
+
+
+def trained_tensors(lora: Mapping[str, Any], config: DualConfig) -> dict[str, np.ndarray]:
+    """Returns the fully trained parameters by transformers' names, in the layout of its files."""
+    leaves = trees.flatten(lora)
+    return {
+        _WHOLE[path]: np.array(np.asarray(leaves[path], np.float32).T, order="C")
+        for path in config.trained_shapes()
+    }
+
+
+def read_trained(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:
+    """Reads the leaves that were fully trained.
+
+    Raises:
+      NaloraError: the file is missing or damaged, or has other tensors.
+    """
+    shapes, path = config.trained_shapes(), folder / TRAINED
+    leaves: dict[str, np.ndarray] = {}
+    if not shapes:
+        return leaves
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        expected = "projections and temperature of the pair"
+        raise NaloraError(str(path), expected=expected, found=error) from error
+    for name, shape in shapes.items():
+        value = tensors.get(_WHOLE[name])
+        if value is None or value.T.shape != shape:
+            actual = "nothing" if value is None else f"shape {value.shape}"
+            expected = f"a tensor for {name} {shape}"
+            raise NaloraError(f"{path}: {_WHOLE[name]}", expected=expected, found=actual)
+        leaves[name] = np.array(value.T, order="C")
+    return leaves

@@ -10,8 +10,7 @@ import pytest
 from nalora_jax.cpu import adapted_dense as module
 from nalora_jax.cpu.adapted_dense import worthwhile
 from nalora_jax.method.low_rank import Adapter, Dense, adapted_dense
-from nalora_jax.ops.dispatch import Platform
-from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.ops.dispatch import Platform, numerics_for
 
 
 @pytest.mark.parametrize("operand", ["float32", "bfloat16"])

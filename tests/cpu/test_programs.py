@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from nalora_jax.cpu import native, processor
-from nalora_jax.cpu.native import library
+from nalora_jax.common import processor
+from nalora_jax.cpu import native
 from nalora_jax.models.remat import chosen_remat
-from nalora_jax.ops.dispatch import Platform, hooks_of
-from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.ops.dispatch import numerics_for
 
 
 @pytest.mark.parametrize(
@@ -36,6 +35,5 @@ def test_products_are_computed_again_where_that_is_sooner(tiles, d_model, gated,
 )
 def test_a_device_is_named_with_its_fastest_instructions(monkeypatch, kinds, named):
     monkeypatch.setattr(processor, "name", lambda: "Xeon")
-    monkeypatch.setattr(library, "kinds", lambda: kinds)
-    platform = Platform("cpu")
-    assert hooks_of(platform).device_name(platform).startswith(named)
+    monkeypatch.setattr(processor, "kinds", lambda: kinds)
+    assert processor.described().startswith(named)

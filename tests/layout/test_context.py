@@ -29,9 +29,8 @@ from nalora_jax.evaluate.text import completion_records, text_summary
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.train.assembly import Assembly, assemble
-from nalora_jax.train.decoder_program import check_context
 from nalora_jax.train.kinds import decoder_parts
+from nalora_jax.train.program import Assembly, assemble, check_context
 from tests.param_trees import init_params
 
 RAW = {

@@ -20,12 +20,11 @@ from nalora_jax.models.block import Block
 from nalora_jax.models.cache import default_positions
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_cache
-from nalora_jax.models.layers import rope_tables
 from nalora_jax.models.parts import LayerInputs, SharedInputs
+from nalora_jax.models.ropes import rope_tables
 from nalora_jax.models.stacks import param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, resolve
-from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.ops.dispatch import Numerics, numerics_for
 from nalora_jax.ops.storage import prepare
 from tests.observed import observed
 from tests.param_trees import init_params

@@ -14,13 +14,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.cli.planning.program import architecture
-from nalora_jax.common.axes import BATCH_AXES
+from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.config import ComputeConfig, MeshConfig
 from nalora_jax.layout import distributed
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.embedding import Embedding
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.train.decoder_program import next_token
+from nalora_jax.train.program import next_token
 
 VOCAB, D, ROWS, SEQ = 4096, 64, 16, 32  # a table larger than its lookups, as in every model
 COLLECTIVE = re.compile(

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import nalora_jax
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.models import families
+from nalora_jax.models import family as records
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.models.stacks import depths, param_shapes, projection_shapes
@@ -840,22 +841,22 @@ def test_adapters_get_the_gradients_of_transformers(case):
 
 
 def test_every_family_has_a_case():
-    assert {case.family for case in CASES} == set(families.supported())
+    assert {case.family for case in CASES} == set(records.supported())
 
 
-# Default of `register_family`, llama.cpp's architecture of Mistral and Mixtral, PEFT's "all-linear", and the text
+# Default of `register_family`, llama.cpp's architecture of Mixtral, PEFT's "all-linear", and the text
 # models of LLaVA 1.5 and of Gemma 3 with images.
 ELSEWHERE = {
-    "llama": {"models/families/__init__.py", "models/families/mistral.py", "weights/peft_settings.py"}
-    | {"models/vision/sight.py"},
-    "gemma3_text": {"models/vision/sight.py"},
+    "llama": {"models/family.py", "models/families/mixtures.py", "weights/peft_settings.py"}
+    | {"models/vision/families.py"},
+    "gemma3_text": {"models/vision/families.py"},
 }
 
 
-@pytest.mark.parametrize("family", families.BUILT_IN)
+@pytest.mark.parametrize("family", records.BUILT_IN)
 def test_a_family_is_named_in_its_record_alone(family):
     package = Path(nalora_jax.__file__).parent
-    (group,) = (group for group in families._GROUPS if families.BUILT_IN[family] in group.FAMILIES)
+    (group,) = (group for group in families._GROUPS if records.BUILT_IN[family] in group.FAMILIES)
     named = {
         path.relative_to(package).as_posix()
         for path in package.rglob("*.py")
@@ -865,7 +866,7 @@ def test_a_family_is_named_in_its_record_alone(family):
     assert named - ELSEWHERE.get(family, set()) == {Path(group.__file__).relative_to(package).as_posix()}
 
 
-@pytest.mark.parametrize("family", families.BUILT_IN.values(), ids=lambda family: family.name)
+@pytest.mark.parametrize("family", records.BUILT_IN.values(), ids=lambda family: family.name)
 def test_a_class_is_the_one_of_transformers_and_in_the_documentation(family):
     assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.name] == family.class_name
     page = Path(__file__).parents[2] / "docs" / "parity.md"

@@ -17,7 +17,7 @@ import transformers
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common.axes import BATCH_AXES
+from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import MeshConfig
 from nalora_jax.layout import distributed
@@ -107,7 +107,11 @@ def loaded(folder: Any, config: ModelConfig, mesh: MeshConfig) -> Any:
     )
     places = flatten(distributed.shardings(shapes, distributed.make_mesh(mesh), distributed.PARAM_RULES))
     return load_params(
-        config, SafetensorsFolder(folder), keymap_for(config, "hf"), dtype="float32", shardings=places
+        param_shapes(config),
+        SafetensorsFolder(folder),
+        keymap_for(config, "hf"),
+        dtype="float32",
+        shardings=places,
     )
 
 

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common import trees
-from nalora_jax.common.axes import BATCH_AXES
+from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig
 from nalora_jax.evaluate.generate.programs import place_batch
 from nalora_jax.evaluate.likelihood import target_log_probs
@@ -25,7 +25,7 @@ from nalora_jax.layout import distributed
 from nalora_jax.method import statistics
 from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.measurement import CHECKS, GateChecks, GateStatsConfig
-from nalora_jax.models import moe
+from nalora_jax.models import experts, moe
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
@@ -36,8 +36,7 @@ from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.ops.quantize import quantize
 from nalora_jax.ops.reductions import count
 from nalora_jax.train.adapted import load
-from nalora_jax.train.assembly import Assembly
-from nalora_jax.train.decoder_program import build_model
+from nalora_jax.train.program import Assembly, build_model
 from tests.observed import taps_of
 from tests.param_trees import init_params
 
@@ -178,8 +177,8 @@ def test_eight_devices_are_one(mesh, kind, options):
     ids=str,
 )
 def test_experts_that_rows_are_sent_to_are_those_of_one_device(mesh, kind, slack, options, monkeypatch):
-    monkeypatch.setattr(moe, "SLACK", slack)
-    monkeypatch.setattr(moe, "LEAST", 1)
+    monkeypatch.setattr(experts, "SLACK", slack)
+    monkeypatch.setattr(experts, "LEAST", 1)
     single = block(**options)
     variables = variables_of(single, kind)
     spread = results(
@@ -205,7 +204,7 @@ def test_fewer_bytes_decide_between_rows_and_experts():
     """Qwen3-30B-A3B over 16 devices: 1.2 GB of experts a layer, rows of 4,096 tokens, of 16 times as many, of one."""
     kernels, least = (
         128 * 3 * 2048 * 768 * 2.0,
-        partial(moe.exchanges_less, d_model=2048, wide=2.0),
+        partial(experts.exchanges_less, d_model=2048, wide=2.0),
     )
     assert least(8 * 4096, kernel_bytes=kernels, devices=16)
     assert not least(8 * 16 * 4096, kernel_bytes=kernels, devices=16)

@@ -20,10 +20,9 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.remat import OFFLOAD, REMAT, check_remat, chosen_experts
 from nalora_jax.models.stacks import layer_numbers, projection_shapes
 from nalora_jax.models.targets import resolve
-from nalora_jax.ops import cudnn_attention
-from nalora_jax.ops.cudnn_attention import CUDNN
-from nalora_jax.ops.dispatch import Platform
-from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.ops import attention_gpu
+from nalora_jax.ops.attention_gpu import CUDNN
+from nalora_jax.ops.dispatch import Platform, numerics_for
 from tests.param_trees import init_params
 
 ROWS, SEQ, D, F, HEADS, KV_HEADS, LAYERS = 2, 8, 64, 48, 4, 2, 3
@@ -143,8 +142,8 @@ def test_attention_of_cudnn_and_its_projections_are_made_again_by_full_alone(
     traced, monkeypatch, remat, times
 ):
     """Keys and values are the matmuls of this width: two in a layer."""
-    monkeypatch.setattr(cudnn_attention, "dot_product", traced_cudnn)
-    monkeypatch.setattr(cudnn_attention, "compiles", lambda *_: True)
+    monkeypatch.setattr(attention_gpu, "dot_product", traced_cudnn)
+    monkeypatch.setattr(attention_gpu, "compiles", lambda *_: True)
     text = str(traced(remat, Platform("gpu", "NVIDIA H100 80GB HBM3", 1), "auto").jaxpr)
     assert text.count(f"= {FORWARD.name} ") == times
     assert text.count(f"= {BACKWARD.name} ") == 1
@@ -182,16 +181,16 @@ FAMILIES = {
 @pytest.mark.parametrize("remat", ["full", "attention", "dots"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_estimated_values_are_those_that_a_layer_saves(traced, monkeypatch, family, remat):
-    monkeypatch.setattr(cudnn_attention, "dot_product", traced_cudnn)
-    monkeypatch.setattr(cudnn_attention, "compiles", lambda *_: True)
+    monkeypatch.setattr(attention_gpu, "dot_product", traced_cudnn)
+    monkeypatch.setattr(attention_gpu, "compiles", lambda *_: True)
     base = small(family, **FAMILIES[family])
     program = traced(remat, Platform("gpu", "NVIDIA H100 80GB HBM3", 1), "auto", base, "_proj")
-    assert saved_by_layer(program.jaxpr) == saved_values(base, remat, 1, CUDNN.name)
+    assert saved_by_layer(program.jaxpr) == saved_values(base, remat, 1, CUDNN)
 
 
 def test_the_last_layer_of_a_period_may_save_more_than_the_others(traced, monkeypatch):
-    monkeypatch.setattr(cudnn_attention, "dot_product", traced_cudnn)
-    monkeypatch.setattr(cudnn_attention, "compiles", lambda *_: True)
+    monkeypatch.setattr(attention_gpu, "dot_product", traced_cudnn)
+    monkeypatch.setattr(attention_gpu, "compiles", lambda *_: True)
     period = ["sliding_attention", "full_attention"]
     base = small(
         "gemma4_text",
@@ -207,7 +206,7 @@ def test_the_last_layer_of_a_period_may_save_more_than_the_others(traced, monkey
 
     assert of_period("dots_last") - of_period("attention") == 2 * F
     assert of_period("dots") - of_period("dots_last") == 2 * F
-    estimated = [values_for_backward(base, remat, 1, CUDNN.name)[0] for remat in ("dots_last", "attention")]
+    estimated = [values_for_backward(base, remat, 1, CUDNN)[0] for remat in ("dots_last", "attention")]
     assert estimated[0] - estimated[1] == 2 * F / len(period)
 
 

@@ -16,8 +16,8 @@ from nalora_jax.config.rope_scaling import parse_rope_scaling
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.layers import query_scales, rope_table, sequence_lengths
 from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
+from nalora_jax.models.ropes import query_scales, rope_table, sequence_lengths
 from tests.models.test_families import LONGROPE, SIZES, Case, build, difference, random_tokens
 
 LLAMA = {**SIZES, "model_type": "llama", "hidden_act": "silu", "max_position_embeddings": 16}

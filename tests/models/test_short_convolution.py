@@ -13,11 +13,11 @@ from nalora_jax.common import trees
 from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, RunConfig
 from nalora_jax.layout import distributed
 from nalora_jax.layout.estimates import attention_flops
-from nalora_jax.method.transform import find_gates
+from nalora_jax.method.low_rank import find_gates
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import gate_blocks
 from nalora_jax.ops.causal_conv import causal_conv
-from nalora_jax.train.assembly import assemble
+from nalora_jax.train.program import assemble
 from tests.param_trees import init_params
 
 BASE = ModelConfig.from_hf(

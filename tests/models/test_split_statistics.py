@@ -12,8 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.config import MeshConfig
 from nalora_jax.layout import distributed
-from nalora_jax.models.routing import RouterSpec, route, sample
-from nalora_jax.models.split_statistics import samples_of_parts
+from nalora_jax.models.routing import RouterSpec, route, sample, samples_of_parts
 from nalora_jax.ops.split_rows import split
 
 BATCH, EXPERTS, TOP_K = 2, 6, 3

@@ -16,7 +16,6 @@ from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_cache
-from nalora_jax.models.paths import layer_path, uniform_path
 from nalora_jax.models.stacks import (
     depths,
     gate_blocks,
@@ -26,7 +25,7 @@ from nalora_jax.models.stacks import (
     projection_shapes,
     stacks,
 )
-from nalora_jax.models.targets import resolve
+from nalora_jax.models.targets import layer_path, resolve, uniform_path
 from tests.observed import taps_of
 from tests.param_trees import init_params
 

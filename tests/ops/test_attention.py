@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 
 from nalora_jax.ops import attention as module
-from nalora_jax.ops import blockwise_attention
-from nalora_jax.ops.attention import CachedKeys, Keys, attention
-from nalora_jax.ops.blockwise_attention import AttentionConfig
-from nalora_jax.ops.dispatch import Numerics, Platform
-from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.ops.attention import AttentionConfig, CachedKeys, Keys, attention
+from nalora_jax.ops.dispatch import Numerics, Platform, numerics_for
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 2, 8
 FAR = 2**30
@@ -185,8 +182,8 @@ def test_long_blocks_go_in_pieces(monkeypatch, softcap):
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
 
     whole = value_and_gradients()
-    monkeypatch.setattr(blockwise_attention, "PIECE", 16)
-    assert list(blockwise_attention.blocks(300)) == [
+    monkeypatch.setattr(module, "PIECE", 16)
+    assert list(module.blocks(300)) == [
         *((start, start + 64) for start in (0, 64, 128, 192)),
         (256, 288),
         (288, 300),

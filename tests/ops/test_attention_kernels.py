@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 from dataclasses import replace
 
 import jax
@@ -15,13 +13,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.models.config import GLOBAL_WINDOW
-from nalora_jax.ops import cudnn_attention
-from nalora_jax.ops.attention import Keys, attention
-from nalora_jax.ops.blockwise_attention import AttentionConfig, visibility
-from nalora_jax.ops.cudnn_attention import compiles, dot_product
-from nalora_jax.ops.dispatch import Numerics, Platform
-from nalora_jax.ops.numerics import numerics_for
-from nalora_jax.ops.splash_attention import block_sizes, computed_pairs
+from nalora_jax.ops import attention_gpu
+from nalora_jax.ops.attention import AttentionConfig, Keys, attention, visibility
+from nalora_jax.ops.attention_gpu import compiles, dot_product
+from nalora_jax.ops.attention_tpu import block_sizes, computed_pairs
+from nalora_jax.ops.dispatch import Numerics, Platform, numerics_for
 from nalora_jax.ops.storage import SAVED
 
 FAR = 2**30
@@ -142,9 +138,9 @@ def test_what_cudnn_is_given_equals_the_plain_function(window):
 def test_cudnn_with_sinks_equals_the_plain_function(monkeypatch, window):
     """Results and gradients, with JAX's own function on its XLA implementation in place of cuDNN."""
     shapes = []
-    monkeypatch.setattr(cudnn_attention, "compiles", lambda q, k, *_: shapes.append((q, k)) or True)
+    monkeypatch.setattr(attention_gpu, "compiles", lambda q, k, *_: shapes.append((q, k)) or True)
     monkeypatch.setattr(
-        cudnn_attention,
+        attention_gpu,
         "dot_product",
         lambda *operands, **_: dot_product(*operands, 0.125, "float32", "xla"),
     )
@@ -178,9 +174,9 @@ def test_cudnn_with_sinks_equals_the_plain_function(monkeypatch, window):
 @pytest.mark.parametrize("devices", [1, 8])
 def test_the_numerics_platform_chooses(monkeypatch, platform, seq, softcap, dropout, expected, devices):
     """Whatever this machine has: the program is traced for the platform of its mesh."""
-    monkeypatch.setattr(cudnn_attention, "compiles", lambda *_: True)
+    monkeypatch.setattr(attention_gpu, "compiles", lambda *_: True)
     asked = []
-    monkeypatch.setattr(cudnn_attention, "dot_product", lambda q, *_, **__: asked.append("cudnn") or q)
+    monkeypatch.setattr(attention_gpu, "dot_product", lambda q, *_, **__: asked.append("cudnn") or q)
     q, k = jnp.zeros((1, seq, HEADS, DIM)), jnp.zeros((1, seq, KV_HEADS, DIM))
     keys = Keys(k, k, jnp.zeros((1, seq), int), jnp.zeros((1, seq), int))
     numerics = numerics_for("bfloat16", Platform(platform, "", devices), "auto")
@@ -199,7 +195,7 @@ def test_the_numerics_platform_chooses(monkeypatch, platform, seq, softcap, drop
 
 
 def test_float32_is_not_cudnns(monkeypatch):
-    monkeypatch.setattr(cudnn_attention, "compiles", lambda *_: pytest.fail("cuDNN was asked"))
+    monkeypatch.setattr(attention_gpu, "compiles", lambda *_: pytest.fail("cuDNN was asked"))
     values_and_gradients("cudnn", FAR, AttentionConfig(0.125))
 
 
@@ -231,15 +227,6 @@ def test_triton_equals_the_plain_function():
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.parametrize("first", ["triton_attention", "split_triton", "triton_grouped_matmul"])
-def test_cudnn_is_asked_before_triton_whichever_is_imported_first(first):
-    program = f"import nalora_jax.ops.{first}\nfrom nalora_jax.ops import dispatch\nprint(*dispatch.IMPLEMENTATIONS)"
-    names = subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, text=True
-    ).stdout.split()
-    assert names.index("cudnn") < names.index("triton")
-
-
 def test_triton_on_a_mesh_equals_the_plain_function():
     mesh = jax.make_mesh(
         (2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
@@ -262,9 +249,9 @@ def test_triton_on_a_mesh_equals_the_plain_function():
     ],
 )
 def test_long_rows_are_not_given_visibility_as_an_array(monkeypatch, seq, windows, named, expected):
-    monkeypatch.setattr(cudnn_attention, "compiles", lambda *_: True)
+    monkeypatch.setattr(attention_gpu, "compiles", lambda *_: True)
     asked = []
-    monkeypatch.setattr(cudnn_attention, "dot_product", lambda q, *_, **__: asked.append("cudnn") or q)
+    monkeypatch.setattr(attention_gpu, "dot_product", lambda q, *_, **__: asked.append("cudnn") or q)
     q, k = (jax.ShapeDtypeStruct((1, seq, heads, DIM), jnp.bfloat16) for heads in (HEADS, KV_HEADS))
     segments = jax.ShapeDtypeStruct((1, seq), jnp.int32)
     numerics = numerics_for("bfloat16", Platform("gpu", "NVIDIA H100 80GB HBM3", 1), named)

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.ops import attention as module
-from nalora_jax.ops import cached_attention
-from nalora_jax.ops.attention import CachedKeys, Keys, attention
-from nalora_jax.ops.blockwise_attention import AttentionConfig
+from nalora_jax.ops.attention import AttentionConfig, CachedKeys, Keys, attention
 from tests.ops.test_attention import FAR, PLAIN, SINKS, draw, layout, plain
 
 
@@ -17,8 +15,7 @@ from tests.ops.test_attention import FAR, PLAIN, SINKS, draw, layout, plain
 )
 def test_blocks_of_a_cache_equal_the_plain_loop(monkeypatch, window, softcap, sinks):
     """A cache of 24 slots in blocks of 10; the last 4 slots are empty and hold anything."""
-    for place in (module, cached_attention):
-        monkeypatch.setattr(place, "BLOCK", 10)
+    monkeypatch.setattr(module, "CACHE_BLOCK", 10)
     q, k, v = draw(90)
     positions, segments = layout(90)
     want = plain(q, k, v, positions, segments, window, 0.4, softcap, sinks)

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax.ops.cross_entropy import Head, cross_entropy
-from nalora_jax.ops.dispatch import Platform
-from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.ops.dispatch import Platform, numerics_for
+from nalora_jax.ops.losses import Head, cross_entropy
 from nalora_jax.ops.storage import prepare
 
 

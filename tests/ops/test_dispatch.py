@@ -9,14 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nalora_jax.ops.dispatch import Implementation, Numerics, operation
+from nalora_jax.ops.dispatch import Numerics, operation
 from tests.tiny import HAS_CPU
 
 
 def test_an_implementation_with_other_parameters_is_refused_where_it_is_registered(monkeypatch) -> None:
     """A call with the parameter that it lacks would fail on its own platform only, which no test here runs on."""
-    monkeypatch.setattr("nalora_jax.ops.dispatch.IMPLEMENTATIONS", {})
-    mine = Implementation("mine", platform="gpu")
 
     @operation
     def double(x: jax.Array, numerics: Numerics, *, times: int = 2) -> jax.Array:
@@ -24,11 +22,11 @@ def test_an_implementation_with_other_parameters_is_refused_where_it_is_register
 
     with pytest.raises(TypeError, match=r"mine: narrow has the parameters .*, not .*'times'"):
 
-        @mine.implements(double)
+        @double.implements("mine")
         def narrow(x: jax.Array, numerics: Numerics) -> jax.Array:
             return 2 * x
 
-    @mine.implements(double)
+    @double.implements("mine")
     def whole(x: jax.Array, numerics: Numerics, *, times: int = 2) -> jax.Array:
         return x + x if times == 2 else NotImplemented
 
@@ -39,9 +37,9 @@ def test_an_implementation_with_other_parameters_is_refused_where_it_is_register
 def test_own_implementations_are_found_without_being_asked_for() -> None:
     """By whoever runs an operation, such as a script, a notebook or a study."""
     program = (
-        "import sys; from nalora_jax.ops.dispatch import IMPLEMENTATIONS, Numerics, Platform; "
-        "assert 'nalora_jax.cpu.register' not in sys.modules; "
-        "Numerics(platform=Platform('cpu')).hooks; print(*IMPLEMENTATIONS)"
+        "import sys; from nalora_jax.ops.dispatch import Numerics, Platform, preferred; "
+        "assert 'nalora_jax.cpu' not in sys.modules; "
+        "preferred(Numerics(platform=Platform('cpu'))); print(*preferred.implementations)"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax.ops.full_attention import full_attention
+from nalora_jax.ops.attention import full_attention
 
 SCALE = 0.3
 

@@ -7,8 +7,14 @@ import numpy as np
 import pytest
 
 from nalora_jax.ops.dispatch import Numerics, Platform
-from nalora_jax.ops.grouped_matmul import grouped_matmul, outer_of_all
-from nalora_jax.ops.triton_grouped_matmul import _visits, tiled, triton_grouped_matmul
+from nalora_jax.ops.grouped_matmul import (
+    _visits,
+    grouped_matmul,
+    joins_factors,
+    outer_of_all,
+    tiled,
+    triton_grouped_matmul,
+)
 
 BF16 = Numerics("bfloat16", "float32", "bfloat16", "bfloat16")
 # Groups that begin and end within a tile of 128 rows, at its edges, that are empty, and several in one tile.
@@ -81,10 +87,10 @@ def test_float32_and_the_cpu_use_the_plain_function():
         triton_grouped_matmul(jnp.zeros((256, 192)), jnp.zeros((2, 192, 128)), sizes, float32)
         is NotImplemented
     )
-    assert float32.hooks.joins_expert_factors(8, 8)
-    assert not Numerics(platform=Platform("cpu")).hooks.joins_expert_factors(8, 8)
-    assert Numerics(platform=Platform("tpu")).hooks.joins_expert_factors(8, 16)
-    assert not Numerics(platform=Platform("tpu")).hooks.joins_expert_factors(128, 8)
+    assert joins_factors(8, 8, float32)
+    assert not joins_factors(8, 8, Numerics(platform=Platform("cpu")))
+    assert joins_factors(8, 16, Numerics(platform=Platform("tpu")))
+    assert not joins_factors(128, 8, Numerics(platform=Platform("tpu")))
 
 
 @pytest.mark.parametrize("narrow", ["left", "right"])

@@ -11,9 +11,8 @@ import pytest
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import platform_of
-from nalora_jax.ops.dispatch import Numerics, Platform
+from nalora_jax.ops.dispatch import Numerics, Platform, numerics_for
 from nalora_jax.ops.matmul import matmul
-from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.ops.storage import round_and_save, rounded
 
 

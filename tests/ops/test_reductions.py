@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common.axes import BATCH_AXES
+from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.config import MeshConfig
 from nalora_jax.layout import distributed
 from nalora_jax.method import statistics

@@ -15,10 +15,8 @@ from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.method.measurement import GateStatsConfig
-from nalora_jax.models.decoder import run_starts
-from nalora_jax.models.split_statistics import sampled_as_whole
-from nalora_jax.ops.attention import Keys, attention
-from nalora_jax.ops.blockwise_attention import AttentionConfig
+from nalora_jax.models.decoder import run_starts, sampled_as_whole
+from nalora_jax.ops.attention import AttentionConfig, Keys, attention
 from nalora_jax.ops.dispatch import Numerics, Platform, register_all
 from nalora_jax.ops.reductions import sampled, sampled_weights
 from nalora_jax.ops.split_attention import split_attention

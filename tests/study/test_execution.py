@@ -27,7 +27,7 @@ from nalora_jax.study.records import Record, Records, plain
 from nalora_jax.study.report import status
 from nalora_jax.study.resources import Resources
 from nalora_jax.study.verification import verify
-from nalora_jax.train.assembly import assemble
+from nalora_jax.train.program import assemble
 
 
 @pytest.fixture(scope="module")
@@ -249,16 +249,6 @@ def test_the_budget_and_the_limit_end_a_study_early(quick: Protocol) -> None:
     assert execution.run_study(replace(quick, budget_hours=0.045)) == 3  # 36 seconds each
     assert "5 done" in status(quick)
     assert "of 0.045 h" in status(replace(quick, budget_hours=0.045))
-
-
-def test_a_process_may_do_the_runs_of_some_methods_only(quick: Protocol) -> None:
-    first, *others = quick.methods
-    done = execution.run_study(quick, methods=[first])
-    assert done
-    assert {record["method"] for record in Records(quick.folder).read().values()} == {first}
-    assert {run.cell.method for run in pending(quick, Records(quick.folder).read())} == set(others)
-    with pytest.raises(NaloraError, match=f"--methods: expected methods of .*{first}, .*found nonesuch"):
-        execution.run_study(quick, methods=[first, "nonesuch"])
 
 
 @pytest.mark.parametrize(

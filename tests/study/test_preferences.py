@@ -18,8 +18,8 @@ from nalora_jax.study.preferences import Preferences
 from nalora_jax.study.protocol import Protocol, read_protocol
 from nalora_jax.study.records import Records
 from nalora_jax.study.report import render
-from nalora_jax.train.assembly import assemble
 from nalora_jax.train.kinds.preference import program_parts
+from nalora_jax.train.program import assemble
 from tests.study.conftest import filled
 
 PROTOCOL = """

@@ -15,8 +15,7 @@ from nalora_jax.config import (
     RunConfig,
 )
 from nalora_jax.errors import NaloraError
-from nalora_jax.train.learning_rate import with_learning_rate
-from nalora_jax.train.optimizers import make_schedule
+from nalora_jax.train.optimizers import make_schedule, with_learning_rate
 
 LEFT = RunConfig(optimizer=OptimizerConfig(learning_rate=0.0))
 

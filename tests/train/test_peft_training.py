@@ -23,7 +23,7 @@ from nalora_jax.config import (
 )
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.assembly import Assembly, assemble, starting_at
+from nalora_jax.train.program import Assembly, assemble, starting_at
 from nalora_jax.train.start import gradient_adapters
 from tests import tiny
 from tests.param_trees import params_from_tensors

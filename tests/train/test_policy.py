@@ -12,8 +12,8 @@ import pytest
 
 from nalora_jax.config import ComputeConfig, PreferenceConfig
 from nalora_jax.ops.policy_losses import CLIPS, Name, PolicyLoss, denominator, policy_loss
-from nalora_jax.train.decoder_program import next_token
 from nalora_jax.train.policy import Policy
+from nalora_jax.train.program import next_token
 from tests.train.test_preference import BASE, assembled
 
 ROWS, SEQ, PROMPT, T = 4, 10, 3, 0.8

@@ -12,8 +12,8 @@ from nalora_jax.data.source import RecordsSource
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
-from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.losses import Head
 from nalora_jax.train.adapted import load
 from nalora_jax.train.kinds.preference import Preference
 from nalora_jax.train.objectives import NextToken

@@ -17,12 +17,13 @@ import pytest
 
 from nalora_jax.method import activations
 from nalora_jax.method.ffn import Adapters, GatedFFN
+from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.method.rules import HomogeneityStep, SoftMask
 from nalora_jax.method.step import StepConfig, init_state, make_train_step
-from nalora_jax.method.transform import find_gates, make_mechanisms, nalora, with_gate_state
-from nalora_jax.ops.cross_entropy import Head
+from nalora_jax.method.transform import make_mechanisms, nalora, with_gate_state
 from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.losses import Head
 from nalora_jax.train.mechanisms import layer_metrics
 from nalora_jax.train.objectives import NextToken
 

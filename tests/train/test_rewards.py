@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nalora_jax.config import RLConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.train import rewards
+from nalora_jax.train.kinds.rl import metric_names
 from nalora_jax.train.rewards import Scorer, make_rewards
 
 CHOICES = {"choices": ["a red fox", "no one", "an owl"], "gold": 2, "answer": "an owl"}
@@ -66,6 +68,15 @@ def test_functions_of_modules_are_rewards() -> None:
         make_rewards(["rewards_of_a_test:once"])
     with pytest.raises(NaloraError, match="expected one of choice, exact, format, length, number, regex"):
         make_rewards(["nmber"])
+
+
+def test_metrics_of_rewards_have_names_of_their_own() -> None:
+    names = ("number", "judges:first", "judges:second", "other:first", "judges:std")
+    patterns = ("regex:pattern=a", "regex:pattern=b", "judges:first_std", "judges:regex_2")
+    assert metric_names(RLConfig(rewards=(*names, *patterns))) == [
+        *("reward_number", "reward_first", "reward_second", "reward_first_2", "reward_std_2"),
+        *("reward_regex", "reward_regex_2", "reward_first_std_2", "reward_regex_2_2"),
+    ]
 
 
 def test_the_reward_of_the_page_is_registered_by_its_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,8 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train import start
-from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.output import START, Output
+from nalora_jax.train.program import Assembly, assemble
 from tests import tiny
 from tests.param_trees import init_params
 
@@ -92,11 +92,3 @@ def test_a_start_that_is_not_there_or_damaged_is_refused(
     harm(tmp_path / START)
     with pytest.raises(NaloraError, match=f"the adapters that the run started from.*{found}"):
         continued(assembly, tmp_path)
-
-
-@pytest.mark.usefixtures("begun")
-def test_a_start_of_other_adapters_is_refused(assembly: Assembly, tmp_path: Path) -> None:
-    lora = jax.tree.map(lambda leaf: leaf[:1], assembly.state.lora)
-    other = replace(assembly, state=assembly.state._replace(lora=lora))
-    with pytest.raises(NaloraError, match="other projections or shapes"):
-        continued(other, tmp_path)

@@ -20,7 +20,7 @@ from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.models.vision.dual import DualEncoder, init_lora
 from nalora_jax.models.vision.families import compose
 from nalora_jax.weights.dual import LoadedDual, load_dual
-from nalora_jax.weights.peft_dual import export_dual_adapter, import_dual_adapter, verify_dual_export
+from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 
 EVERYTHING = (
     LoRARule("image/layers/0/ffn/in_proj", rank=3, alpha=5.0),
@@ -64,7 +64,7 @@ def test_peft_computes_the_same(dual_folder, tmp_path, case) -> None:
     folder = dual_folder(family)
     loaded = load_dual(str(folder), dtype="float32")
     lora, spec = adapted(loaded, lora_config)
-    export_dual_adapter(
+    export_adapter(
         lora,
         spec,
         loaded.config,
@@ -72,7 +72,7 @@ def test_peft_computes_the_same(dual_folder, tmp_path, case) -> None:
         base_model_name=str(folder),
         fingerprint=loaded.fingerprint,
     )
-    verify_dual_export(tmp_path / "adapter", lora, spec, loaded.config, loaded.fingerprint)
+    verify_export(tmp_path / "adapter", lora, spec, loaded.config, fingerprint=loaded.fingerprint)
     rng = np.random.default_rng(0)
     pixels, tokens = rng.standard_normal((2, 16, 16, 3)).astype(np.float32), rng.integers(4, 30, (3, 12))
     tokens[:, -1] = 2
@@ -103,23 +103,21 @@ def test_what_was_trained_as_a_whole_lies_beside(dual_folder, tmp_path) -> None:
         lora["image"]["projection"]["kernel"], loaded.params["image"]["projection"]["kernel"]
     )
     lora["logit_scale"] = lora["logit_scale"] + 0.5
-    export_dual_adapter(lora, spec, config, tmp_path / "adapter", base_model_name="two towers")
-    back, _ = import_dual_adapter(tmp_path / "adapter", config)
+    export_adapter(lora, spec, config, tmp_path / "adapter", base_model_name="two towers")
+    back, _ = import_adapter(tmp_path / "adapter", config)
     for path, leaf in trees.flatten(lora).items():
         np.testing.assert_array_equal(leaf, trees.flatten(back)[path], err_msg=path)
     (tmp_path / "adapter" / "trained.safetensors").unlink()
     with pytest.raises(NaloraError, match="projections and temperature"):
-        import_dual_adapter(tmp_path / "adapter", config)
+        import_adapter(tmp_path / "adapter", config)
 
 
 def test_what_peft_would_drop_silently_is_refused(dual_folder, tmp_path) -> None:
     loaded = load_dual(str(dual_folder("clip")), dtype="float32")
     lora, spec = adapted(loaded, LoRAConfig(rules=(LoRARule("ffn", 2),)))
-    export_dual_adapter(
-        lora, spec, loaded.config, tmp_path / "a", base_model_name="clip", fingerprint="one"
-    )
+    export_adapter(lora, spec, loaded.config, tmp_path / "a", base_model_name="clip", fingerprint="one")
     with pytest.raises(NaloraError, match="an adapter of the base model two"):
-        import_dual_adapter(tmp_path / "a", loaded.config, fingerprint="two")
+        import_adapter(tmp_path / "a", loaded.config, fingerprint="two")
     path = tmp_path / "a" / "adapter_config.json"
     settings = json.loads(path.read_text())
     for change, message in (
@@ -129,4 +127,4 @@ def test_what_peft_would_drop_silently_is_refused(dual_folder, tmp_path) -> None
     ):
         path.write_text(json.dumps(settings | change))
         with pytest.raises(NaloraError, match=message):
-            import_dual_adapter(tmp_path / "a", loaded.config)
+            import_adapter(tmp_path / "a", loaded.config)

@@ -28,10 +28,9 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.trained_head import WholeHead, trained_cross_entropy
-from nalora_jax.train.assembly import assemble
+from nalora_jax.ops.losses import Head, WholeHead, trained_cross_entropy
+from nalora_jax.train.program import assemble
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 from tests import tiny
 

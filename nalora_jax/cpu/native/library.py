@@ -17,9 +17,9 @@ from pathlib import Path
 import jax
 import jaxlib.version
 
+from nalora_jax.common import processor
 from nalora_jax.common.digests import digest_of, file_digest
 from nalora_jax.common.downloads import cache_dir, private_dir
-from nalora_jax.cpu import processor
 from nalora_jax.errors import NaloraError
 
 _log = logging.getLogger(__name__)
@@ -49,13 +49,6 @@ _FLAGS = {
     "floats": ("-DNALORA_FLOATS", "-mavx2", "-mfma"),
     "plain": (),
 }
-# CPU features that each way needs, named as in Linux.
-_VECTOR_FEATURES = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "fma"}
-_FEATURES = {
-    "tiles": {"amx_tile", "amx_bf16", *_VECTOR_FEATURES},
-    "vectors": _VECTOR_FEATURES,
-    "floats": {"avx2", "fma"},
-}
 _FUNCTIONS = (
     "products",
     "attention",
@@ -77,19 +70,9 @@ def name_of(function: str) -> str:
     return f"nalora_{function}_{_wanted()}"
 
 
-@cache
-def kinds() -> tuple[str, ...]:
-    """Returns the kinds of kernels that this CPU can run, fastest first.
-
-    They are "tiles" (AMX), "vectors" (AVX512-BF16), "floats" (AVX2) and "plain".
-    """
-    has = processor.features()
-    return *(kind for kind, features in _FEATURES.items() if features <= has), "plain"
-
-
 def has_tiles() -> bool:
     """Returns True if the CPU has matrix tiles for bf16."""
-    return "tiles" in kinds()
+    return "tiles" in processor.kinds()
 
 
 def kind(choice: str) -> str | None:
@@ -104,14 +87,16 @@ def kind(choice: str) -> str | None:
     if choice == "0":
         return None
     if choice in ("", "1"):
-        fastest = kinds()[0]
+        fastest = processor.kinds()[0]
         slow = fastest == "plain" or (fastest == "floats" and "avx512f" in processor.features())
         if slow:
             return None
         return fastest
-    if choice not in kinds():
+    if choice not in processor.kinds():
         raise NaloraError(
-            "NALORA_NATIVE", expected=f"0, 1 or, on this CPU, {' or '.join(kinds())}", found=choice
+            "NALORA_NATIVE",
+            expected=f"0, 1 or, on this CPU, {' or '.join(processor.kinds())}",
+            found=choice,
         )
     return choice
 
@@ -184,7 +169,7 @@ def build(compiler: str, kind: str) -> Path:
 
     Args:
       compiler: a C++17 compiler.
-      kind: one of `kinds`.
+      kind: one of `nalora_jax.common.processor.kinds`.
 
     Raises:
       OSError: other users could write into the cache folder, whose content is executed.

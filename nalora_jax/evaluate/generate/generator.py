@@ -6,12 +6,13 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from jax.sharding import Mesh
 
-from nalora_jax.config.structured import AMOUNT, COUNT, POSITIVE, POSITIVE_SHARE, SHARE, TOKENS, ranges
+from nalora_jax.config.settings import GenerationConfig
+from nalora_jax.config.structured import ranges
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import (
@@ -38,22 +39,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(GenerationConfig):
     """Settings of generation."""
 
-    # Maximum number of generated tokens; fewer at the end of the context.
-    max_new_tokens: Annotated[int, TOKENS] = 128
-    # 0 selects the most likely token; otherwise logits are divided by it.
-    temperature: Annotated[float, AMOUNT] = 0.0
-    # Sample from this many most likely tokens; 0: from all.
-    top_k: Annotated[int, COUNT] = 0
-    # Sample from the smallest set of tokens with at least this total probability.
-    top_p: Annotated[float, POSITIVE_SHARE] = 1.0
-    # Sample from tokens with at least this fraction of the maximum probability; 0: from all.
-    min_p: Annotated[float, SHARE] = 0.0
-    # Penalty of tokens that occur in the prompt or the completion, also for greedy decoding;
-    # 1: none, above 1: fewer repetitions.
-    repetition_penalty: Annotated[float, POSITIVE] = 1.0
     # Samples are a function of seed, prompt and weights; a sequence has one seed per prompt.
     seed: int | Sequence[int] = 0
     # Texts that end the completion and are not part of it. If a text starts with a special token,

@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common.axes import BATCH_AXES
+from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.sampling import Array, Sampling, next_tokens, seen_tokens, with_token
 from nalora_jax.models.cache import Cache, grow, repeat

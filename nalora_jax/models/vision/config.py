@@ -1,4 +1,4 @@
-"""The architectures of encoders: one frozen dataclass for a tower and one for a pair of towers.
+"""The architectures of encoders: one frozen dataclass for a tower, for a pair, and for a decoder's image tower.
 
 `families.py` fills them in from a Hugging Face ``config.json``.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Literal
 
@@ -202,6 +202,14 @@ class DualConfig:
         """Returns the number of stacked layers by path of `projection_shapes`."""
         return {path: self.towers[path.partition("/")[0]].n_layers for path in self.projection_shapes()}
 
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of every base parameter that is trained entirely, by path."""
+        return {
+            path: shape
+            for path, shape in self.param_shapes().items()
+            if path in self.trained or path.rpartition("/")[0] in self.trained
+        }
+
     @staticmethod
     def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
         """Returns the config described by a parsed ``config.json`` of a dual encoder.
@@ -217,3 +225,84 @@ class DualConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, for JSON and fingerprints."""
         return dataclasses.asdict(self)
+
+
+# Prefix of weights that are in the files but never used; they are kept so that a merged model is
+# complete.
+UNUSED = "unused"
+
+
+@dataclass(frozen=True)
+class Sight:
+    """The image tower and projector of a decoder; each image becomes ``tokens`` embeddings."""
+
+    model_type: str  # of the multimodal model: "llava", "gemma3"
+    tower: EncoderConfig  # as stored in the files
+    used_layers: int  # number of the tower's layers that are used, starting at the first
+    final_norm: bool  # True if the tower's last norm is applied
+    drop_first: bool  # leave out the class token's features
+    d_model: int  # of the decoder
+    tokens: int  # tokens per image
+    image_token: int  # id of the token that image features replace
+    # "mlp": phi(x W_in) W_out; "pooled": means over squares of patches, a norm and one matmul.
+    projector: Literal["mlp", "pooled"]
+    activation: str = "gelu"  # of the projector
+    bias: bool = True
+    mutual: bool = False  # tokens of one image attend to each other in both directions
+
+    @property
+    def running(self) -> EncoderConfig:
+        """The tower as it is used: without layers after the features and without pooling."""
+        return replace(self.tower, n_layers=self.used_layers, final_norm=self.final_norm, pooling="none")
+
+    def param_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of every parameter by path.
+
+        Paths are ``image/...``, ``projector/...`` and, for weights that are not used,
+        ``unused/...``.
+        """
+        run, of_tower = self.running.param_shapes(), self.tower.param_shapes()
+        shapes = {f"image/{path}": shape for path, shape in run.items()} | self._projector_shapes()
+        for path, shape in of_tower.items():
+            if path not in run:
+                shapes[f"{UNUSED}/{path}"] = shape
+            elif shape != run[path]:
+                shapes[f"{UNUSED}/{path}"] = (shape[0] - self.used_layers, *shape[1:])
+        return shapes
+
+    def _projector_shapes(self) -> dict[str, tuple[int, ...]]:
+        wide, d = self.tower.d_model, self.d_model
+        if self.projector == "pooled":
+            return {"projector/norm/scale": (wide,), "projector/projection/kernel": (wide, d)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path, shape in self._mlp().items():
+            shapes[f"{path}/kernel"] = (1, *shape)
+            if self.bias:
+                shapes[f"{path}/bias"] = (1, d)
+        return shapes
+
+    def _mlp(self) -> dict[str, tuple[int, ...]]:
+        if self.projector != "mlp":
+            return {}
+        wide, d = self.tower.d_model, self.d_model
+        return {"projector/ffn/in_proj": (wide, d), "projector/ffn/out_proj": (d, d)}
+
+    def projection_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns per-layer kernel shapes of all adaptable projections, by stacked path."""
+        return {
+            f"image/{path}": shape for path, shape in self.running.projection_shapes().items()
+        } | self._mlp()
+
+    def depths(self) -> dict[str, int]:
+        """Returns the number of stacked layers by path of `projection_shapes`."""
+        of_tower = dict.fromkeys(self.projection_shapes(), self.used_layers)
+        return of_tower | dict.fromkeys(self._mlp(), 1)
+
+    def gate_blocks(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns the FFN blocks; see `nalora_jax.models.stacks.gate_blocks`."""
+        blocks: dict[str, tuple[tuple[int, ...], str]] = {
+            "image/layers/ffn": ((self.used_layers, self.tower.d_ff), self.tower.activation)
+        }
+        if self.projector == "mlp":
+            blocks["projector/ffn"] = ((1, self.d_model), self.activation)
+        return blocks

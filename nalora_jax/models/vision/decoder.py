@@ -17,12 +17,12 @@ from nalora_jax.method.ffn import Adapters, SelfGatedFFN
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.layers import RMSNorm
+from nalora_jax.models.parts import RMSNorm
 from nalora_jax.models.remat import stacked
 from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.models.vision.config import Sight
 from nalora_jax.models.vision.dual import tower_adapters
 from nalora_jax.models.vision.encoder import Encoder, PlainDense
-from nalora_jax.models.vision.sight import Sight
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.split_rows import of_whole_rows
 

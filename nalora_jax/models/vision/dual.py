@@ -160,17 +160,8 @@ def init_lora(
             leaves[f"{path}/magnitude"] = jnp.linalg.norm(
                 base[f"{path}/kernel"].astype(jnp.float32), axis=-2
             )
-    for path, shape in trained_shapes(config).items():
+    for path, shape in config.trained_shapes().items():
         leaves[path] = jnp.zeros(shape)
         if path in base:
             leaves[path] = base[path].astype(jnp.float32)
     return unflatten(leaves)
-
-
-def trained_shapes(config: DualConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every base parameter that is trained entirely, by path."""
-    return {
-        path: shape
-        for path, shape in config.param_shapes().items()
-        if path in config.trained or path.rpartition("/")[0] in config.trained
-    }

@@ -1,16 +1,20 @@
-"""Readers of the ``config.json`` of encoders and dual encoders, one function per ``model_type``."""
+"""Readers of the ``config.json`` of encoders, dual encoders and decoders with an image tower."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import activation_name
-from nalora_jax.models.vision.config import DualConfig, EncoderConfig
+from nalora_jax.models.vision.config import DualConfig, EncoderConfig, Sight
+
+if TYPE_CHECKING:
+    from nalora_jax.models.config import ModelConfig
+    from nalora_jax.models.family import SightReader
 
 
 def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
@@ -264,3 +268,121 @@ ENCODERS: dict[str, tuple[Reader, dict[str, Any]]] = {
     "bert": (_bert, _SIZES | _GELU | _BERT),
 }
 DUAL = ("clip", "siglip", "siglip2", "vision-text-dual-encoder")
+
+
+# ---------------------------------------------------------------- image towers of decoders
+
+
+def _tower(f: Fields, defaults: Mapping[str, Any]) -> EncoderConfig:
+    settings = {**defaults, **f.mapping("vision_config")}
+    headless = settings.pop("vision_use_head", None) is False
+    tower = read_encoder(settings, f"{f.where}: vision_config")
+    if headless:
+        tower = replace(tower, pooling="none")
+    if tower.kind != "image" or tower.any_shape:
+        raise f.error("vision_config: model_type", "a tower of images of one size", tower.model_type)
+    return tower
+
+
+def _image_token(f: Fields) -> int:
+    name = "image_token_index"
+    if f.raw.get("image_token_id") is not None:
+        name = "image_token_id"
+    return f.integer(name, low=0)
+
+
+def _llava(f: Fields, text: ModelConfig) -> Sight:
+    tower = _tower(f, _CLIP_LARGE)
+    layer = f.get("vision_feature_layer")
+    if isinstance(layer, list) and len(layer) == 1:
+        layer = layer[0]
+    if type(layer) is not int or not -tower.n_layers - 1 <= layer <= tower.n_layers:
+        expected = f"one layer of the {tower.n_layers} (several are not implemented)"
+        raise f.error("vision_feature_layer", expected, repr(layer)[:60])
+    used = layer % (tower.n_layers + 1)  # a negative number counts from the last layer
+    if used < 1:
+        raise f.error("vision_feature_layer", "a layer's output, not the tower's input", layer)
+    strategy = f.get("vision_feature_select_strategy")
+    if strategy not in ("default", "full"):
+        raise f.error("vision_feature_select_strategy", "'default' or 'full'", repr(strategy))
+    drop = strategy == "default"
+    if drop and not tower.class_token:
+        expected = "'full' for a tower without a class token"
+        raise f.error("vision_feature_select_strategy", expected, repr(strategy))
+    bias = f.get("multimodal_projector_bias")
+    if not isinstance(bias, bool):
+        raise f.error("multimodal_projector_bias", "true or false", repr(bias)[:60])
+    return Sight(
+        "llava",
+        tower,
+        used_layers=used,
+        final_norm=False,
+        drop_first=drop,
+        d_model=text.d_model,
+        tokens=tower.grid**2 + (tower.class_token and not drop),
+        image_token=_image_token(f),
+        projector="mlp",
+        activation=activation_name(f, "projector_hidden_act"),
+        bias=bias,
+    )
+
+
+def _gemma3(f: Fields, text: ModelConfig) -> Sight:
+    tower = _tower(f, _SIGLIP_SO400M)
+    tokens = f.integer("mm_tokens_per_image", high=2**20)
+    side = math.isqrt(tokens)
+    if side * side != tokens or tower.grid % side:
+        raise f.error(
+            "mm_tokens_per_image", f"the square of a divisor of {tower.grid} patches a side", tokens
+        )
+    return Sight(
+        "gemma3",
+        tower,
+        used_layers=tower.n_layers,
+        final_norm=True,
+        drop_first=False,
+        d_model=text.d_model,
+        tokens=tokens,
+        image_token=_image_token(f),
+        projector="pooled",
+        bias=False,
+        mutual=True,
+    )
+
+
+_CLIP_LARGE: dict[str, Any] = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+_SIGLIP_SO400M: dict[str, Any] = {"model_type": "siglip_vision_model"}
+_LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "tie_word_embeddings": False,
+}
+_LLAVA = {
+    "image_token_index": 32_000,
+    "projector_hidden_act": "gelu",
+    "vision_feature_select_strategy": "default",
+    "vision_feature_layer": -2,
+    "multimodal_projector_bias": True,
+}
+
+# By ``model_type``: the reader, transformers' defaults of missing fields, and the text model's.
+SIGHTS: dict[str, tuple[SightReader, dict[str, Any], dict[str, Any]]] = {
+    "llava": (_llava, _LLAVA, _LLAMA),
+    "gemma3": (
+        _gemma3,
+        {"mm_tokens_per_image": 256, "image_token_index": 262_144},
+        {"model_type": "gemma3_text", "tie_word_embeddings": True},
+    ),
+}

@@ -20,15 +20,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common import trees
-from nalora_jax.common.axes import RUN
+from nalora_jax.common.devices import RUN
 from nalora_jax.common.notes import counting
 from nalora_jax.errors import TrainingDivergedError
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch, TrainState
 from nalora_jax.study.sweeps.values import Values, mechanisms_with, spec_with, values_of, widest
-from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.loop import FitResult, Follower
 from nalora_jax.train.preemption import StopSignals
+from nalora_jax.train.program import Assembly
 from nalora_jax.train.state_metrics import StateMetrics
 
 Shapes = dict[str, tuple[int, ...]]  # by path

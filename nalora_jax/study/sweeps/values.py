@@ -24,9 +24,8 @@ from nalora_jax.method import statistics
 from nalora_jax.method.rules import Mechanism
 from nalora_jax.method.transform import Mechanisms, make_mechanisms, own_factors
 from nalora_jax.models.targets import AdapterSpec, ScaledTarget
-from nalora_jax.train.assembly import Assembly
-from nalora_jax.train.learning_rate import with_learning_rate
-from nalora_jax.train.optimizers import NUMBERS, make_schedule
+from nalora_jax.train.optimizers import NUMBERS, make_schedule, with_learning_rate
+from nalora_jax.train.program import Assembly
 
 T = TypeVar("T")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from nalora_jax.config import RunConfig
 from nalora_jax.config.settings import DUAL
+from nalora_jax.models import families  # noqa: F401  (enters the families that can be trained)
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.job import Kind
 
@@ -34,7 +35,7 @@ def run_kind(config: RunConfig) -> Kind:
 
 
 def decoder_parts(config: RunConfig, base: ModelConfig, processor: Any = None) -> dict[str, Any]:
-    """Returns the objective and the module of a kind on a decoder, for `nalora_jax.train.assembly.assemble`.
+    """Returns the objective and the module of a kind on a decoder, for `nalora_jax.train.program.assemble`.
 
     Args:
       config: the run's settings.

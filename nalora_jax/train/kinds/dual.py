@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.config import RunConfig, VisionConfig
+from nalora_jax.data.images.files import ImageProcessor
 from nalora_jax.data.images.opened import (
     ImageData,
     ImageSource,
@@ -28,18 +35,23 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
-from nalora_jax.method.step import TrainState
-from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.models.vision.dual import DualEncoder
-from nalora_jax.ops.numerics import numerics_for
-from nalora_jax.train.assembly import Assembly
-from nalora_jax.train.dual import assemble_dual, resolve_dual, trains_text
-from nalora_jax.train.dual_objectives import CLASSES
+from nalora_jax.method.low_rank import find_gates
+from nalora_jax.method.measurement import CHECKS, GateStatsConfig, require_sound
+from nalora_jax.method.step import Batch, Evaluated, Step, StepConfig, TrainState, make_train_step
+from nalora_jax.method.transform import Mechanisms, nalora
+from nalora_jax.models.remat import chosen_remat
+from nalora_jax.models.targets import AdapterSpec, resolve
+from nalora_jax.models.vision.config import TOWERS, DualConfig
+from nalora_jax.models.vision.dual import DualEncoder, init_lora, normalised
+from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.train.inputs import settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
+from nalora_jax.train.mechanisms import layer_metrics, mechanisms_of
+from nalora_jax.train.optimizers import make_optimizer, with_learning_rate
 from nalora_jax.train.output import Output
+from nalora_jax.train.program import Assembly, RunProgram, assembled, context_error, gate_checks_of
 from nalora_jax.weights.dual import JOIN, LoadedDual, load_dual
-from nalora_jax.weights.peft_dual import export_dual_adapter, verify_dual_export
+from nalora_jax.weights.peft import export_adapter, verify_export
 
 log = logging.getLogger(__name__)
 
@@ -254,7 +266,308 @@ def write_dual_adapter(
 ) -> None:
     """Writes PEFT files of an adapter and verifies that a reload is bitwise equal."""
     config, mark = loaded.config, loaded.fingerprint
-    export_dual_adapter(
+    export_adapter(
         lora, spec, config, folder, base_model_name=loaded.source, fingerprint=mark, overwrite=overwrite
     )
-    verify_dual_export(folder, lora, spec, config, mark)
+    verify_export(folder, lora, spec, config, fingerprint=mark)
+
+
+def check_dual(config: RunConfig, base: DualConfig, mesh: Mesh) -> None:
+    """Raises an error if an axis splits a head or a row, or for another start of the adapters."""
+    if (shards := distributed.context_size(mesh)) > 1:
+        raise context_error(shards, "encoders of images and texts")
+    for tower in base.towers.values():
+        distributed.check_heads(mesh, n_heads=tower.n_heads, n_kv_heads=tower.n_heads)
+    if config.lora.init != "default":
+        expected = "default for image and text encoders"
+        raise NaloraError("--lora.init", expected=expected, found=config.lora.init)
+
+
+def assemble_dual(
+    config: RunConfig,
+    base: DualConfig,
+    params: Any,
+    mesh: Mesh,
+    processor: ImageProcessor,
+    *,
+    last: optax.GradientTransformation | None = None,
+) -> Assembly:
+    """Builds adapters, optimizer and step of a run on a dual encoder.
+
+    Args:
+      config, base, mesh, last: see `nalora_jax.train.program.assemble`.
+      params: both towers' weights on ``mesh``, with the class prompts
+        (`nalora_jax.train.kinds.dual.Classify`).
+      processor: its image processor.
+
+    Raises:
+      NaloraError: see `check_dual` and `resolve_dual`.
+    """
+    check_dual(config, base, mesh)
+    spec = resolve_dual(config, base)
+    lora = init_lora(base, spec, jax.random.key(config.seed), params)
+    return assembled(dual_program(config, base, spec, lora, mesh, processor, last=last), params, lora)
+
+
+def dual_program(
+    config: RunConfig,
+    base: DualConfig,
+    spec: AdapterSpec,
+    lora: Any,
+    mesh: Mesh,
+    processor: ImageProcessor,
+    *,
+    last: optax.GradientTransformation | None = None,
+) -> RunProgram:
+    """Returns the program of a dual encoder.
+
+    Args:
+      config, base, mesh, processor, last: see `assemble_dual`; ``config.vision.task`` chooses the
+        objective.
+      spec: the adapters.
+      lora: the trained leaves, or their shapes.
+    """
+    adapted = adapted_towers(spec)
+    gates = find_gates(lora)
+    names = {f"{tower}/layers/ffn": base.towers[tower].activation for tower in adapted}
+    activation = base.towers[next(iter(adapted), "image")].activation
+    mechanisms = mechanisms_of(config, activation, names, gates)
+    model = _model(config, base, spec, mesh)
+
+    def optimizer_of(
+        mechanisms: Mechanisms, numbers: Mapping[str, Any]
+    ) -> optax.GradientTransformationExtraArgs:
+        inner = make_optimizer(
+            with_learning_rate(config).optimizer, config.steps, config.lora.plus_ratio, numbers
+        )
+        optimizer = nalora(inner, mechanisms, gates)
+        if last is None:
+            return optimizer
+        return optax.with_extra_args_support(optax.chain(optimizer, last))
+
+    optimizer = optimizer_of(mechanisms, {})
+    parts = {tower: base.towers[tower] for tower in adapted}
+    shapes: dict[str, tuple[int, ...]] = {f"{t}/layers/ffn": (c.n_layers, c.d_ff) for t, c in parts.items()}
+
+    def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
+        shared = mesh if distributed.devices_per_run(mesh) > 1 else None
+        numerics = replace(model.numerics, platform=distributed.platform_of_step(mesh))
+        module = model.clone(adapters=adapters, numerics=numerics)
+        towers = Towers(module, processor, shared)
+        objective = Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
+        verify = partial(require_sound, config=model.stats or GateStatsConfig())
+        settings = StepConfig(
+            mechanisms,
+            shapes,
+            stats_sharding=distributed.row_sharding(mesh),
+            **_shardings(lora, mesh),
+            metrics=layer_metrics(mechanisms),
+            checks=tuple(CHECKS) if config.debug.check_gates else (),
+            verify=verify if config.debug.check_gates else None,
+        )
+        return make_train_step(optimizer_of(mechanisms, numbers), settings, objective)
+
+    return RunProgram(config, model, spec, mesh, mechanisms, optimizer, shapes, pure)
+
+
+def _model(config: RunConfig, base: DualConfig, spec: AdapterSpec, mesh: Mesh) -> DualEncoder:
+    """Builds the module of both towers for training."""
+    compute = config.compute
+    numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
+    return DualEncoder(
+        base,
+        spec,
+        numerics,
+        remat=chosen_remat(compute.remat, base.image.d_model, numerics, gated=base.image.gated),
+        stats=GateStatsConfig(
+            compute.stats_stride,
+            compute.probe_stride,
+            compute.stats_positions,
+            checks=gate_checks_of(config),
+            sharding=distributed.row_sharding(mesh),
+        ),
+        activation_sharding=distributed.row_sharding(mesh),
+    )
+
+
+def resolve_dual(config: RunConfig, base: DualConfig) -> AdapterSpec:
+    """Returns both towers' adapters; none if every rule has rank 0 and projections are trained."""
+    if base.trained and all(rule.rank == 0 for rule in config.lora.rules):
+        return AdapterSpec()
+    numbers = {path: range(depth) for path, depth in base.depths().items()}
+    return resolve(config.lora, base.projection_shapes(), numbers)
+
+
+def adapted_towers(spec: AdapterSpec) -> tuple[str, ...]:
+    """Returns the towers that have adapters."""
+    return tuple(tower for tower in TOWERS if any(path.startswith(f"{tower}/") for path, _ in spec.targets))
+
+
+def trains_text(spec: AdapterSpec, base: DualConfig) -> bool:
+    """Returns True if training changes the output of the text tower."""
+    return "text" in adapted_towers(spec) or "text/projection" in base.trained
+
+
+def _shardings(lora: Any, mesh: Mesh) -> dict[str, Any]:
+    """Returns the layouts of adapters and masks within a step; empty on one device."""
+    if distributed.devices_per_run(mesh) == 1:
+        return {}
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lora)
+    return {
+        "lora_sharding": distributed.shardings(shapes, mesh, distributed.STEP_RULES),
+        "mask_sharding": NamedSharding(mesh, P()),
+    }
+
+
+# Key of the class prompts in ``params``, next to the weights.
+CLASSES = "classes"
+
+
+@dataclass(frozen=True)
+class Towers:
+    """Both towers of a dual encoder, as the losses call them."""
+
+    model: DualEncoder
+    processor: ImageProcessor
+    mesh: Mesh | None = None
+
+    def images(self, variables: Mapping[str, Any], batch: Batch, key: jax.Array) -> jax.Array:
+        """Returns normalised features ``[rows, features]`` of uint8 ``pixels``."""
+        inputs = {name: batch[name] for name in ("shapes", "mask") if name in batch}
+        inputs["pixels"] = self.processor.normalise(batch["pixels"])
+        return self._encode("image", variables, inputs, key)
+
+    def texts(self, variables: Mapping[str, Any], batch: Batch, key: jax.Array) -> jax.Array:
+        """Returns normalised features ``[rows, features]`` of ``tokens``."""
+        return self._encode("text", variables, {n: batch[n] for n in ("tokens", "token_weights")}, key)
+
+    def temperature(self, variables: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        """Returns the scale and the offset of the cosine similarities."""
+        temperature: tuple[jax.Array, jax.Array] = self.model.apply(variables, method="temperature")
+        return temperature
+
+    def _encode(self, tower: str, variables: Mapping[str, Any], inputs: Batch, key: jax.Array) -> jax.Array:
+        options: dict[str, Any] = {"method": f"encode_{tower}", "rngs": {"dropout": key}}
+        return normalised(self.model.apply(variables, inputs, deterministic=False, **options))
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Cross-entropy of an image's class among the prompts of all classes.
+
+    If training does not change the text tower, ``params["classes"]`` holds ``features [classes,
+    features]``, computed once. Otherwise it holds ``tokens`` and ``token_weights`` ``[classes,
+    prompts, seq]``, which every step encodes.
+    """
+
+    towers: Towers
+
+    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
+        """Returns the loss, see `nalora_jax.method.step.Objective`.
+
+        The batch has ``pixels`` and ``labels [rows]``.
+        """
+        first, second = jax.random.split(key)
+        images = self.towers.images(variables, batch, first)
+        classes = class_features(self.towers, variables, params[CLASSES], second)
+        scale, _ = self.towers.temperature(variables)
+        logits = scale * jnp.einsum("if,cf->ic", images, classes, precision="highest")
+        chosen = jnp.take_along_axis(logits, batch["labels"][:, None], axis=1)[:, 0]
+        return Evaluated(jnp.sum(jax.nn.logsumexp(logits, axis=1) - chosen))
+
+    def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Returns the number of images, twice."""
+        rows = jnp.float32(batch["labels"].shape[0])
+        return rows, rows
+
+
+def class_features(
+    towers: Towers, variables: Mapping[str, Any], classes: Mapping[str, jax.Array], key: jax.Array
+) -> jax.Array:
+    """Returns normalised features ``[classes, features]``.
+
+    The features of several prompts are averaged and normalised again.
+    """
+    if "features" in classes:
+        return classes["features"]
+    count, prompts, _ = classes["tokens"].shape
+    flat = {name: value.reshape(count * prompts, -1) for name, value in classes.items()}
+    features = towers.texts(variables, flat, key)
+    return normalised(jnp.mean(features.reshape(count, prompts, -1), axis=1))
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Contrastive loss of images and captions over all rows of the global batch."""
+
+    towers: Towers
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+
+    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
+        """Returns the loss, see `nalora_jax.method.step.Objective`.
+
+        The batch has ``pixels``, ``tokens`` and ``token_weights``.
+        """
+        del params
+        first, second = jax.random.split(key)
+        images = self.towers.images(variables, batch, first)
+        texts = self.towers.texts(variables, batch, second)
+        scale, bias = self.towers.temperature(variables)
+        function = sigmoid_contrastive
+        if self.kind == "softmax":
+            function = softmax_contrastive
+        return Evaluated(function(images, texts, scale, bias, self.towers.mesh))
+
+    def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Returns the number of pairs, twice."""
+        rows = jnp.float32(batch["tokens"].shape[0])
+        return rows, rows
+
+
+def softmax_contrastive(
+    images: jax.Array, texts: jax.Array, scale: jax.Array, bias: jax.Array, mesh: Mesh | None = None
+) -> jax.Array:
+    """Returns CLIP's loss (arXiv 2103.00020), summed over rows: the mean of both cross-entropies.
+
+    Args:
+      images, texts: normalised ``[rows, features]``; row i of one belongs to row i of the other.
+      scale: scale of the cosine similarities.
+      bias: unused; a softmax does not depend on it.
+      mesh: devices that the rows are split over; each compares its rows with all rows.
+    """
+    del bias
+    own_images, own_texts = (_rows(x, mesh) for x in (images, texts))
+    total = jnp.zeros((), jnp.float32)
+    for anchors, candidates, pair in ((own_images, texts, own_texts), (own_texts, images, own_images)):
+        logits = scale * jnp.einsum(
+            "if,jf->ij", anchors, _everybodys(candidates, mesh), precision="highest"
+        )
+        total += jnp.sum(jax.nn.logsumexp(logits, axis=1) - scale * jnp.sum(anchors * pair, axis=1))
+    return total / 2
+
+
+def sigmoid_contrastive(
+    images: jax.Array, texts: jax.Array, scale: jax.Array, bias: jax.Array, mesh: Mesh | None = None
+) -> jax.Array:
+    """Returns SigLIP's loss (arXiv 2303.15343), summed over rows: binary cross-entropy by pair."""
+    own_images, own_texts = (_rows(x, mesh) for x in (images, texts))
+    logits = (
+        scale * jnp.einsum("if,jf->ij", own_images, _everybodys(texts, mesh), precision="highest") + bias
+    )
+    matching = scale * jnp.sum(own_images * own_texts, axis=1) + bias
+    # -log sigmoid(-x) = softplus(x) of all pairs; matching ones: softplus(-x) = softplus(x) - x.
+    return jnp.sum(jax.nn.softplus(logits)) - jnp.sum(matching)
+
+
+def _rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Constrains the rows of ``x`` to be split over the batch axes."""
+    if mesh is None:
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
+
+
+def _everybodys(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Constrains ``x`` to be replicated on every device."""
+    if mesh is None:
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, P()))

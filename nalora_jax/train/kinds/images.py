@@ -24,12 +24,12 @@ from nalora_jax.evaluate.text import TextEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch
 from nalora_jax.models.vision.decoder import SeeingDecoder
-from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.inputs import open_records
 from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.kinds import text
 from nalora_jax.train.objectives import NextToken
 from nalora_jax.train.output import Output
+from nalora_jax.train.program import Assembly
 from nalora_jax.weights.base import seeing_files
 from nalora_jax.weights.hub import resolve
 from nalora_jax.weights.model_files import LoadedModel, open_files
@@ -81,7 +81,7 @@ export_run = text.export_run
 
 
 def program_parts(processor: ImageProcessor | None) -> dict[str, Any]:
-    """Returns the module and the objective of a model that sees, for `nalora_jax.train.assembly.assemble`."""
+    """Returns the module and the objective of a model that sees, for `nalora_jax.train.program.assemble`."""
 
     def objective(plain: NextToken) -> SeenNextToken:
         fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}

@@ -31,12 +31,12 @@ from nalora_jax.evaluate.preference import PreferenceEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.adapters import adapter_spec
-from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.inputs import open_records, settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.kinds import text
 from nalora_jax.train.objectives import NextToken, through_surrogate
 from nalora_jax.train.output import Output
+from nalora_jax.train.program import Assembly
 from nalora_jax.weights.hub import resolve
 from nalora_jax.weights.model_files import LoadedModel, open_files
 
@@ -102,7 +102,7 @@ export_run = text.export_run
 
 
 def program_parts(config: PreferenceConfig) -> dict[str, Any]:
-    """Returns the objective of a preference loss, for `nalora_jax.train.assembly.assemble`."""
+    """Returns the objective of a preference loss, for `nalora_jax.train.program.assemble`."""
     return {"objective": partial(Preference, config=config)}
 
 

@@ -27,11 +27,11 @@ from nalora_jax.layout import distributed
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.train.assembly import Assembly, assemble, exportable_adapter
 from nalora_jax.train.export import write_adapter
 from nalora_jax.train.inputs import check_layout, check_longest, open_records, settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.output import Output
+from nalora_jax.train.program import Assembly, assemble, exportable_adapter
 from nalora_jax.train.start import with_start
 from nalora_jax.weights.hub import resolve
 from nalora_jax.weights.model_files import LoadedModel, ModelFiles, load_weights, open_files
@@ -78,7 +78,7 @@ def build_step(
       mesh: its devices.
       output: its folder.
       like: a job with the same program, whose base and programs are shared.
-      parts: of another kind's program; see `nalora_jax.train.assembly.assemble`.
+      parts: of another kind's program; see `nalora_jax.train.program.assemble`.
 
     Raises:
       NaloraError: the model does not fit the mesh or the rules, or its weights are damaged.

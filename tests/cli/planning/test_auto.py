@@ -40,7 +40,7 @@ jax.tree_util.register_dataclass(State, data_fields=["lora"], meta_fields=[])
 
 @dataclass(frozen=True)
 class Assembly:
-    """As much of `nalora_jax.train.assembly.Assembly` as the search for a layout needs."""
+    """As much of `nalora_jax.train.program.Assembly` as the search for a layout needs."""
 
     mesh: Any
     step: Any

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from nalora_jax.common import processor
 from nalora_jax.cpu import native
 from nalora_jax.cpu.native import library
 
 EMULATED = Path(__file__).with_name("emulated_tiles.h")
 QUICK = "-O1"  # -O3 takes 10 s more
 KINDS = [
-    *library.kinds(),
-    *(["emulated"] if "vectors" in library.kinds() and not library.has_tiles() else []),
+    *processor.kinds(),
+    *(["emulated"] if "vectors" in processor.kinds() and not library.has_tiles() else []),
 ]
 
 

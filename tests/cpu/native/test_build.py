@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from nalora_jax.common import processor
 from nalora_jax.common.digests import file_digest
-from nalora_jax.cpu import processor
 from nalora_jax.cpu.native import library
 from nalora_jax.errors import NaloraError
 from tests import tiny
@@ -39,7 +39,7 @@ def test_another_copy_of_the_library_is_not_registered_again(
     monkeypatch.delenv("NALORA_NATIVE", raising=False)
     assert library.available()
     monkeypatch.setenv("NALORA_CACHE", tiny.new_cache(tmp_path))
-    monkeypatch.setenv("NALORA_NATIVE", library.kinds()[0])
+    monkeypatch.setenv("NALORA_NATIVE", processor.kinds()[0])
     assert library.available()
 
 
@@ -130,7 +130,7 @@ def test_kinds_are_those_that_the_cpu_has(
         about.write_text(f"processor\t: 0\nvmx flags\t: none\nflags\t\t: {flags}\n\nprocessor\t: 1\n")
     monkeypatch.setattr(processor, "_DESCRIPTION", about)
     monkeypatch.setattr(processor.platform, "machine", lambda: machine)
-    assert library.kinds.__wrapped__() == expected
+    assert processor.kinds.__wrapped__() == expected
 
 
 @pytest.mark.parametrize(

@@ -36,17 +36,15 @@ from nalora_jax.method.low_rank import Adapter, Dense, adapted_dense, parallel_d
 from nalora_jax.method.measurement import GateStatsConfig, Probe, gate_statistics
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.layers import ResidualNorm
+from nalora_jax.models.parts import ResidualNorm
 from nalora_jax.models.stacks import projection_shapes
-from nalora_jax.ops.attention import Keys, attention
-from nalora_jax.ops.blockwise_attention import AttentionConfig
-from nalora_jax.ops.cross_entropy import Head, cross_entropy
-from nalora_jax.ops.dispatch import Numerics, Platform
+from nalora_jax.ops.attention import AttentionConfig, Keys, attention
+from nalora_jax.ops.dispatch import Numerics, Platform, numerics_for
+from nalora_jax.ops.losses import Head, cross_entropy
 from nalora_jax.ops.matmul import matmul
-from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.ops.reductions import sampled
 from nalora_jax.ops.storage import STACKS, prepare
-from nalora_jax.train.assembly import assemble
+from nalora_jax.train.program import assemble
 from tests import tiny
 from tests.cpu.native.conftest import KINDS
 from tests.observed import taps_of

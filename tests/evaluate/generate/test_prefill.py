@@ -16,7 +16,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.vision.decoder import decoder_for
-from nalora_jax.ops import attention, cached_attention
+from nalora_jax.ops import attention
 from nalora_jax.weights.base import load_model
 from tests.evaluate.generate.test_longrope import PHI3
 from tests.evaluate.test_generate import byte_tokenizer
@@ -30,8 +30,7 @@ KINDS = [BY_FAMILY["gpt_oss"], BY_FAMILY["gemma4_text"], BY_FAMILY["qwen3_5_text
 
 @pytest.fixture
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (attention, cached_attention):
-        monkeypatch.setattr(module, "BLOCK", 24)
+    monkeypatch.setattr(attention, "CACHE_BLOCK", 24)
 
 
 def complete(case: Case, prompts: list[list[int]], chunk: int) -> list[tuple[int, ...]]:

@@ -18,8 +18,7 @@ from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.models.vision.encoder import Encoder
 from nalora_jax.models.vision.families import read_encoder
-from nalora_jax.weights.encoders import tensors_from_params
-from tests.param_trees import encoder_params
+from tests.param_trees import encoder_params, tensors_from_params
 
 TOLERANCE = 1e-5  # largest absolute difference of features and logits
 DUAL = {

@@ -1,0 +1,576 @@
+"""Families of models: the record of one ``model_type``, its tensor names, and the reading of a ``config.json``.
+
+Both forms of ``config.json`` are read: transformers 4 (``rope_theta``, ``rope_scaling``) and 5
+(``rope_parameters``). Features that are not implemented raise an error that names them.
+`nalora_jax.models.families` has this library's records.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from nalora_jax.common.fields import Fields
+from nalora_jax.common.registry import Registry
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, activation_name
+from nalora_jax.models.ropes import RopeRules, context_length, read_ropes
+
+if TYPE_CHECKING:
+    from nalora_jax.models.vision.config import Sight
+
+# ---------------------------------------------------------------- names of tensors
+
+# Rows of a family's tables: tensor names in transformers' and in llama.cpp's files. A row is (name, leaves, change).
+# ``{layer}`` and ``{expert}`` in a name run over the stack. Rows whose leaves a config does not have (biases, an untied
+# head) are dropped, so one table serves every variant of its family. `nalora_jax.weights.keymaps` reads and writes
+# files by these rows.
+
+Change = Literal["", "transpose", "minus_one", "pairs", "pairs_transpose", "columns", "patches", "lead"]
+
+
+Source = Literal["hf", "gguf"]  # names of transformers or of llama.cpp
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One kind of tensor."""
+
+    name: str
+    paths: tuple[str, ...]  # several if the file fuses them along its first axis
+    # "transpose": kernels; "minus_one": norms stored as 1 + w; "pairs...": llama.cpp's order of rotated rows;
+    # "columns": the last axis of the paths' arrays alternates: first, second, first, ...; of encoders also
+    # "patches": kernel of a convolution, and "lead": axes of length 1.
+    change: Change = ""
+    experts: bool | None = None  # True: only in layers with a mixture of experts; False: only in the others
+
+
+Rows = tuple[TensorRow, ...]
+
+
+def _kernel(stem: str, module: str, *paths: str) -> TensorRow:
+    """Returns the kernel of a layer's module, which may fuse several projections."""
+    leaves = tuple(f"layers/{path}/kernel" for path in paths)
+    return TensorRow(f"{stem}.{module}.weight", leaves, "transpose")
+
+
+def _norms(stem: str, names: Mapping[str, str], change: Change = "") -> Rows:
+    """Returns the norms of a layer: the file's name by ours."""
+    return tuple(
+        TensorRow(f"{stem}.{theirs}.weight", (f"layers/{ours}/scale",), change)
+        for ours, theirs in names.items()
+    )
+
+
+# ---------------------------------------------------------------- transformers
+
+_HF_LAYER = "model.layers.{layer}"
+GATED = ("gate_proj", "up_proj", "down_proj")
+hf_kernel = partial(_kernel, _HF_LAYER)
+hf_norms = partial(_norms, _HF_LAYER)
+
+
+def hf_row(name: str, path: str) -> TensorRow:
+    """Returns a tensor of a layer that is stored as it is."""
+    return TensorRow(f"{_HF_LAYER}.{name}", (f"layers/{path}",))
+
+
+def hf_dense(
+    module: str, folder: str, names: tuple[str, ...] | Mapping[str, str], experts: bool | None = None
+) -> Rows:
+    """Returns kernels and biases of projections; ``names`` maps our names to transformers' if they differ."""
+    if not isinstance(names, Mapping):
+        names = {name: name for name in names}
+    stem, leaf = f"{_HF_LAYER}.{module}", f"layers/{folder}"
+    return (
+        *(
+            TensorRow(f"{stem}.{theirs}.weight", (f"{leaf}/{ours}/kernel",), "transpose", experts)
+            for ours, theirs in names.items()
+        ),
+        *(
+            TensorRow(f"{stem}.{theirs}.bias", (f"{leaf}/{ours}/bias",), "", experts)
+            for ours, theirs in names.items()
+        ),
+    )
+
+
+def hf_experts(module: str, names: tuple[str, ...] = GATED, folder: str = "ffn") -> Rows:
+    """Returns router and experts; ``names`` are transformers' names of gate, up and down."""
+    stem = f"{_HF_LAYER}.{module}.experts.{{expert}}"
+    experts = (
+        TensorRow(f"{stem}.{theirs}.weight", (f"layers/{folder}/{ours}/kernel",), "transpose", True)
+        for ours, theirs in zip(GATED, names, strict=True)
+    )
+    return (hf_kernel(f"{module}.gate", f"{folder}/router"), *experts)
+
+
+def hf_ends(norm: str = "norm") -> Rows:
+    """Returns embedding, final norm and head."""
+    return (
+        TensorRow("model.embed_tokens.weight", ("embed/embedding",)),
+        TensorRow(f"model.{norm}.weight", ("final_norm/scale",)),
+        TensorRow("lm_head.weight", ("lm_head/kernel",), "transpose"),
+    )
+
+
+HF_ENDS = hf_ends()
+HF_ATTENTION = hf_dense("self_attn", "attn", ("q_proj", "k_proj", "v_proj", "o_proj"))
+HF_FFN = hf_dense("mlp", "ffn", GATED)
+HF_DENSE_LAYERS = hf_dense("mlp", "ffn", GATED, experts=False)
+HF_QK_NORMS = hf_norms({"attn/q_norm": "self_attn.q_norm", "attn/k_norm": "self_attn.k_norm"})
+HF_PRE_NORMS = hf_norms({"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"})
+HF_POST_NORMS = hf_norms(
+    {"attn_post_norm": "post_attention_layernorm", "ffn_post_norm": "post_feedforward_layernorm"}
+)
+HF_FOUR_NORMS = HF_POST_NORMS + hf_norms(
+    {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
+)
+HF_SINKS = hf_row("self_attn.sinks", "attn/sinks")
+HF_LLAMA = (*HF_ENDS, *HF_PRE_NORMS, *HF_ATTENTION, *HF_FFN)
+# Norms of outputs, and of queries and keys.
+HF_OLMO2 = (*HF_ENDS, *HF_POST_NORMS, *HF_ATTENTION, *HF_QK_NORMS, *HF_FFN)
+
+# ---------------------------------------------------------------- llama.cpp
+
+_GGUF_NAMES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+_GGUF_FFN_NAMES = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+# Changes of a kernel and a bias, without and with llama.cpp's order of rotated rows.
+_TRANSPOSED: tuple[Change, Change] = ("transpose", "")
+_PAIRED: tuple[Change, Change] = ("pairs_transpose", "pairs")
+gguf_kernel = partial(_kernel, "blk.{layer}")
+gguf_norms = partial(_norms, "blk.{layer}")
+
+
+def _gguf_dense(folder: str, names: Mapping[str, str], pairs: tuple[str, ...] = ()) -> Rows:
+    rows = []
+    for ours, theirs in names.items():
+        stem, leaf = f"blk.{{layer}}.{theirs}", f"layers/{folder}/{ours}"
+        kernel, bias = _TRANSPOSED
+        if ours in pairs:
+            kernel, bias = _PAIRED
+        rows.append(TensorRow(f"{stem}.weight", (f"{leaf}/kernel",), kernel))
+        rows.append(TensorRow(f"{stem}.bias", (f"{leaf}/bias",), bias))
+    return tuple(rows)
+
+
+def gguf_ends(change: Change = "") -> Rows:
+    """Returns embedding, final norm and head."""
+    return (
+        TensorRow("token_embd.weight", ("embed/embedding",)),
+        TensorRow("output_norm.weight", ("final_norm/scale",), change),
+        TensorRow("output.weight", ("lm_head/kernel",), "transpose"),
+    )
+
+
+GGUF_PRE = {"attn_norm": "attn_norm", "ffn_norm": "ffn_norm"}
+GGUF_POST = {"attn_post_norm": "post_attention_norm", "ffn_post_norm": "post_ffw_norm"}
+GGUF_QK = {"attn/q_norm": "attn_q_norm", "attn/k_norm": "attn_k_norm"}
+GGUF_FFN = _gguf_dense("ffn", _GGUF_FFN_NAMES)
+GGUF_ATTENTION = _gguf_dense("attn", _GGUF_NAMES)
+# Families for which llama.cpp rotates adjacent pairs; in others it pairs channels half a head
+# apart, like transformers.
+GGUF_PAIRED = _gguf_dense("attn", _GGUF_NAMES, pairs=("q_proj", "k_proj"))
+GGUF_LLAMA = (*gguf_ends(), *gguf_norms(GGUF_PRE), *GGUF_PAIRED, *GGUF_FFN)
+GGUF_QWEN2 = (*gguf_ends(), *gguf_norms(GGUF_PRE), *GGUF_ATTENTION, *GGUF_FFN)
+GGUF_EXPERTS = (
+    gguf_kernel("ffn_gate_inp", "ffn/router"),
+    *(gguf_kernel(f"{theirs}_exps", f"ffn/{ours}") for ours, theirs in _GGUF_FFN_NAMES.items()),
+)
+
+
+# ---------------------------------------------------------------- records
+
+Reader = Callable[[Fields, str], ModelConfig]
+SightReader = Callable[[Fields, ModelConfig], "Sight"]
+
+
+class Metadata(Protocol):
+    """Metadata of a GGUF file, by the part of a key after the name of the architecture."""
+
+    def has(self, key: str) -> bool:
+        """Returns True if the file has the key."""
+        ...
+
+    def number(self, key: str, kind: type[Any], default: Any = None) -> Any:
+        """Returns a number or a text; a list with one value per layer counts if all values are equal."""
+        ...
+
+    def flags(self, key: str, length: int) -> list[bool]:
+        """Returns a list of ``length`` booleans."""
+        ...
+
+    def scaling(self) -> dict[str, Any] | None:
+        """Returns the scaling of RoPE that the file names, or None."""
+        ...
+
+    def refuse_window(self) -> None:
+        """Raises an error if the file has a sliding window."""
+        ...
+
+
+def without_window(r: Metadata) -> dict[str, Any]:
+    """Returns no further settings; a sliding window is refused."""
+    r.refuse_window()
+    return {}
+
+
+@dataclass(frozen=True)
+class GGUF:
+    """A family's files for llama.cpp."""
+
+    architecture: str
+    tensors: Rows  # llama.cpp's names
+    # Returns fields of config.json that other architectures do not store, or that llama.cpp hard-codes.
+    settings: Callable[[Metadata], dict[str, Any]] = without_window
+    # True if a file of the architecture, which several families may share, is of this one.
+    matches: Callable[[Metadata], bool] = lambda r: True
+
+
+@dataclass(frozen=True)
+class Family:
+    """The facts of one ``model_type``."""
+
+    name: str  # the ``model_type``
+    class_name: str  # of transformers' causal model; "" if unknown
+    read: Reader  # returns the config of the fields of a config.json
+    tensors: Rows  # transformers' names; PEFT's names follow from them
+    # transformers' defaults of fields that a file may omit.
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    gguf: GGUF | None = None  # None: llama.cpp's names are not known here
+    checks: tuple[str, ...] = ()  # fields that other families must not use and that `read` checks
+    ignored: tuple[str, ...] = ()  # expressions of further tensors; "{n_layers}" is the number of layers
+    ropes: RopeRules = field(default_factory=RopeRules)
+    experts: str = "mlp.experts"  # transformers' module of all experts of a layer
+    multimodal: str = ""  # ``model_type`` of multimodal models of which only this text model is supported
+    stacks_in_vllm: bool = False  # vLLM reads adapters of such a model's experts as stacks, not one by one
+
+
+# Families by ``model_type``: this library's, which `nalora_jax.models.families` enters, and those from outside the
+# package, added by `register_family` or by an entry point, whose module calls it.
+BUILT_IN: dict[str, Family] = {}
+REGISTERED: Registry[Family] = Registry("family", "nalora_jax.families")
+# Multimodal models by ``model_type``: the reader of tower and projector, and defaults of fields of the file and of
+# its text model.
+MULTIMODAL: dict[str, tuple[SightReader, dict[str, Any], dict[str, Any]]] = {}
+_COMMON: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+# Features that no family has, except those that check the field; with the remedy.
+_REFUSED = {
+    "use_bidirectional_attention": "",
+    "output_router_logits": "",
+    "router_jitter_noise": "",
+    "quantization_config": "load the unquantized model",
+}
+
+
+def family_of(model_type: str) -> Family:
+    """Returns the record of a family, built-in or registered."""
+    if model_type in BUILT_IN:
+        return BUILT_IN[model_type]
+    return REGISTERED.get(model_type)
+
+
+def supported() -> tuple[str, ...]:
+    """Returns the supported values of ``model_type``."""
+    return tuple(sorted({*BUILT_IN, *REGISTERED.names()}))
+
+
+def nearest(name: object, names: Mapping[str, Any] | tuple[str, ...]) -> str:
+    """Returns the remedy of an error on a name that is not in a table: the three nearest names."""
+    near = difflib.get_close_matches(str(name), list(names), 3, 0.0)
+    return f"no model is loaded as a similar one; the nearest names are {', '.join(near)}"
+
+
+def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfig:
+    """Returns the `ModelConfig` of a parsed ``config.json``; see `ModelConfig.from_hf`."""
+    if not isinstance(raw, Mapping):
+        raise NaloraError(where, expected="a JSON object", found=type(raw).__name__)
+    if not raw.get("is_causal", True):  # transformers then attends in both directions, also for null
+        raise NaloraError(
+            f"{where}: is_causal",
+            expected="true, or no such field: attention to later tokens is not implemented",
+            found=repr(raw["is_causal"])[:60],
+            remedy="use a causal language model",
+        )
+    name = raw.get("model_type")
+    if contains_text_model(name, images=images):  # the text model is one of its parts
+        text = read(text_part(raw, where), f"{where}: text_config", False)
+        if not images:
+            return text
+        return replace(text, sight=read_sight(raw, text, where))
+    if images:
+        raise NaloraError(
+            f"{where}: model_type",
+            expected=f"a model that sees images: one of {', '.join(MULTIMODAL)}",
+            found=repr(name),
+            remedy="use such a model, or leave --vision.task (or --image) out",
+        )
+    if not isinstance(name, str) or (name not in BUILT_IN and name not in REGISTERED):
+        raise NaloraError(
+            f"{where}: model_type",
+            expected=f"one of {', '.join(supported())}",
+            found=repr(name),
+            remedy=nearest(name, supported()),
+        )
+    family = family_of(name)
+    fields = Fields(raw, {**_COMMON, **family.defaults}, where)
+    for feature, remedy in _REFUSED.items():
+        if feature not in family.checks:
+            fields.refuse(feature, remedy)
+    config = family.read(fields, name)
+    _check(config, fields)
+    return config
+
+
+def _check(config: ModelConfig, f: Fields) -> None:
+    if config.n_heads % config.n_kv_heads:
+        raise f.error(
+            "num_key_value_heads", f"a divisor of num_attention_heads ({config.n_heads})", config.n_kv_heads
+        )
+    if config.attn_dropout >= 1:
+        raise f.error("attention_dropout", "a rate in [0, 1)", config.attn_dropout)
+    if config.n_experts * config.n_layers > 2**16:
+        raise f.error(
+            "num_experts", "at most 65,536 experts in all layers", config.n_experts * config.n_layers
+        )
+    if config.experts_per_token > config.n_experts:
+        raise f.error(
+            "num_experts_per_tok", f"at most {config.n_experts} experts", config.experts_per_token
+        )
+
+
+# ---------------------------------------------------------------- text models of multimodal models
+
+
+def _text_only() -> dict[str, Family]:
+    """Returns the text model's family of multimodal models of which only the text model is supported."""
+    return {family.multimodal: family for family in BUILT_IN.values() if family.multimodal}
+
+
+def contains_text_model(name: object, *, images: bool) -> bool:
+    """Returns True for the ``model_type`` of a multimodal model, with ``images`` only if they are supported."""
+    return isinstance(name, str) and (name in MULTIMODAL or (name in _text_only() and not images))
+
+
+def text_part(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns the ``config.json`` of the text model within a multimodal one.
+
+    A multimodal file lists only the differences from the text model's defaults.
+    """
+    name = raw["model_type"]
+    if name in _text_only():
+        family = _text_only()[name]
+        tie = family.defaults.get("tie_word_embeddings", False)
+        defaults = {"model_type": family.name, "tie_word_embeddings": tie}
+    else:
+        defaults = MULTIMODAL[name][2]
+    text_config = Fields(raw, {}, where).mapping("text_config")
+    tied = raw.get("tie_word_embeddings")
+    if tied is None or (tied is False and text_config.get("tie_word_embeddings")):
+        tied = text_config.get("tie_word_embeddings", defaults["tie_word_embeddings"])
+    if raw["model_type"] == "gemma3":
+        text_config["model_type"] = defaults["model_type"]
+        tied = raw.get("tie_word_embeddings", True)
+    return {**defaults, **text_config, "tie_word_embeddings": tied}
+
+
+# ---------------------------------------------------------------- families from outside the package
+
+
+def register_family(
+    model_type: str, *, defaults: Mapping[str, Any] | None = None, tensors: str | Rows = "llama"
+) -> Callable[[Reader], Reader]:
+    """Returns a decorator that registers a reader of configs for a ``model_type``.
+
+    The reader receives the file's `nalora_jax.common.fields.Fields` and the name, and returns a
+    `ModelConfig`; `base_config` reads the fields that all families share.
+
+    Args:
+      model_type: the value in the ``config.json``.
+      defaults: values of fields that a file may omit.
+      tensors: the built-in family whose tensor names its files use, or rows of its own.
+
+    Raises:
+      NaloraError: the name is a built-in family.
+    """
+
+    def register(reader: Reader) -> Reader:
+        if model_type in BUILT_IN:
+            raise NaloraError(
+                f"family {model_type!r}", expected="a name that is free", found="one of this library's"
+            )
+        family = Family(model_type, "", reader, (), dict(defaults or {}))
+        if isinstance(tensors, str):
+            like = family_of(tensors)
+            family = replace(family, tensors=like.tensors, gguf=like.gguf)
+        else:
+            family = replace(family, tensors=tuple(tensors))
+        REGISTERED.add(model_type, family, replace=True)
+        return reader
+
+    return register
+
+
+def read_sight(raw: Mapping[str, Any], text: ModelConfig, where: str) -> Sight:
+    """Returns the image tower and projector that a multimodal ``config.json`` describes.
+
+    Raises:
+      NaloraError: a missing or ill-typed field, or a feature that is not implemented.
+    """
+    name = raw["model_type"]
+    reader, defaults = MULTIMODAL[name][:2]
+    f = Fields(raw, defaults, where)
+    sight = reader(f, text)
+    if not 0 <= sight.image_token < text.vocab_size:
+        raise f.error(
+            "image_token_index", f"a token below {text.vocab_size}, the rows of the embedding", "another"
+        )
+    return sight
+
+
+# ---------------------------------------------------------------- fields that families share
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+Overrides = tuple[tuple[str, Any], ...]  # fields of `ModelConfig` of one kind of layer
+
+
+def base_config(f: Fields, name: str, **features: Any) -> ModelConfig:
+    """Returns the config with the fields that all families share, updated with ``features``.
+
+    The features are fields of `ModelConfig`.
+    """
+    heads, d_model = f.integer("num_attention_heads", high=2**16), f.integer("hidden_size")
+    if f.get("head_dim") is None and "head_dim" not in features and d_model % heads:
+        raise f.error("hidden_size", f"a multiple of num_attention_heads ({heads})", d_model)
+    values: dict[str, Any] = {
+        "model_type": name,
+        "vocab_size": f.integer("vocab_size"),
+        "d_model": d_model,
+        "n_layers": layer_count(f),
+        "n_heads": heads,
+        "n_kv_heads": f.integer("num_key_value_heads", high=2**16, default=heads),
+        "head_dim": f.integer("head_dim", high=2**16, default=d_model // heads),
+        "max_positions": f.integer("max_position_embeddings", high=2**30),
+        "norm_eps": f.number("rms_norm_eps", zero=True),
+        "tie_embeddings": f.flag("tie_word_embeddings"),
+        "attn_dropout": f.number("attention_dropout", default=0.0, zero=True),
+    }
+    if "d_ff" not in features:
+        values["d_ff"] = f.integer("intermediate_size")
+    if "activation" not in features:
+        values["activation"] = activation_name(f, "hidden_act")
+    values |= features
+    if "ropes" not in values:
+        ropes, index = read_ropes(f, values["head_dim"], layer_types(f))
+        values |= {"ropes": ropes, "rope_index": index}
+    values["max_positions"] = context_length(values["ropes"], values["max_positions"])
+    return ModelConfig(**values)
+
+
+def attention_bias(f: Fields) -> dict[str, bool]:
+    """Returns the biases of families with one switch for all projections of attention."""
+    bias = f.flag("attention_bias")
+    return {"qkv_bias": bias, "o_bias": bias}
+
+
+# ---------------------------------------------------------------- windows
+
+
+def layer_count(f: Fields) -> int:
+    """Returns the number of layers."""
+    return f.integer("num_hidden_layers", high=2**10)
+
+
+def layer_types(f: Fields) -> list[str] | None:
+    """Returns the kind of every layer, or None if the file has no list."""
+    kinds = f.items("layer_types", layer_count(f), str)
+    for kind in kinds or ():
+        if kind not in (SLIDING, FULL):
+            raise f.error("layer_types", f"{FULL!r} or {SLIDING!r}", repr(kind))
+    return kinds
+
+
+def windows_of(f: Fields, kinds: list[str]) -> tuple[int, ...]:
+    """Returns the window of each layer from the layers' kinds."""
+    if SLIDING not in kinds:
+        return ()
+    window = f.integer("sliding_window", high=GLOBAL_WINDOW)
+    return tuple(window if kind == SLIDING else GLOBAL_WINDOW for kind in kinds)
+
+
+def same_window(f: Fields) -> tuple[int, ...]:
+    """Returns one window for all layers, the only arrangement of these families in transformers."""
+    expected = FULL if f.get("sliding_window") is None else SLIDING
+    kinds = layer_types(f) or [expected] * layer_count(f)
+    if set(kinds) != {expected}:
+        raise f.error(
+            "layer_types", f"{expected!r} in every layer, as sliding_window says", sorted(set(kinds))
+        )
+    return windows_of(f, kinds)
+
+
+def optional_windows(f: Fields, slides: Callable[[int], bool]) -> tuple[int, ...]:
+    """Returns the windows of families with the switch ``use_sliding_window``.
+
+    ``slides`` tests whether a layer slides; ``layer_types`` takes precedence.
+    """
+    on = f.flag("use_sliding_window") and f.get("sliding_window") is not None
+    kinds = layer_types(f)
+    if kinds is None:
+        kinds = [SLIDING if on and slides(i) else FULL for i in range(layer_count(f))]
+    if SLIDING in kinds and not on:
+        raise f.error("layer_types", "no sliding layers, as use_sliding_window says", SLIDING)
+    return windows_of(f, kinds)
+
+
+def periodic(f: Fields, period: int) -> list[str]:
+    """Returns the layers' kinds; without a list, the last layer of every period attends globally."""
+    return layer_types(f) or [SLIDING if (i + 1) % period else FULL for i in range(layer_count(f))]
+
+
+def head_dim_of(f: Fields, absent: int | None = None) -> int:
+    """Returns the dimensions of a head; ``absent`` if the file has no such field, not even null."""
+    if absent is not None and "head_dim" not in f.raw:
+        return absent
+    heads = f.integer("num_attention_heads", high=2**16)
+    return f.integer("head_dim", high=2**16, default=f.integer("hidden_size") // heads)
+
+
+def first_present(f: Fields, *names: str) -> str:
+    """Returns the first of a field's names in the file; transformers 5 renamed some fields."""
+    return next((name for name in names if f.get(name) is not None), names[0])
+
+
+# ---------------------------------------------------------------- layers of several kinds
+
+
+def fields_of_layers(layers: Sequence[Overrides]) -> dict[str, Any]:
+    """Returns the fields of a config each of whose layers has the given fields; () is the first kind."""
+    kinds = tuple(sorted(dict.fromkeys(layers), key=bool))
+    if len(kinds) == 1:
+        return dict(kinds[0])
+    return {"kinds": kinds, "layer_kinds": tuple(kinds.index(layer) for layer in layers)}
+
+
+def dense_layer(d_ff: int) -> Overrides:
+    """Returns the fields of a dense layer in a model with experts."""
+    return (("d_ff", d_ff), ("n_experts", 0), ("experts_per_token", 0), ("ffn", None))
+
+
+def expert_fields(
+    f: Fields, n_experts: int, dense: Sequence[bool]
+) -> tuple[dict[str, Any], list[Overrides]]:
+    """Returns the fields of narrow experts, and of every layer: ``dense`` marks layers without experts."""
+    fields = {
+        "d_ff": f.integer("moe_intermediate_size"),
+        "n_experts": n_experts,
+        "experts_per_token": f.integer("num_experts_per_tok", high=2**12),
+    }
+    if not any(dense):
+        return fields, [()] * len(dense)
+    layer = dense_layer(f.integer("intermediate_size"))
+    return fields, [layer if is_dense else () for is_dense in dense]

@@ -1,0 +1,321 @@
+"""Mixers whose state has one size for any number of tokens.
+
+Gated DeltaNet, the linear attention of Qwen3-Next and Qwen3.5 (arXiv 2412.06464)::
+
+    q, k, v = phi(conv(x W_qkv))      g = -exp(a_log) softplus(x W_a + dt_bias)      b = sigmoid(x W_b)
+    o = gated_delta_rule(q, k, v, g, b)
+    y = (norm(o) * silu(x W_z)) W_out
+
+The gated short convolution of LFM2, a causal depthwise convolution between two gates::
+
+    [B, C, u] = W_in x      y = W_out (C * conv(B * u))
+
+Taps do not read across segments, so packed sequences do not mix. In generation the state includes the
+last ``width - 1`` inputs of the convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax.method import activations
+from nalora_jax.method.low_rank import adapted_dense, parallel_dense
+from nalora_jax.models.cache import Recurrent
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.parts import (
+    LayerInputs,
+    Mixer,
+    PartOptions,
+    RMSNorm,
+    Shapes,
+    SharedInputs,
+    constrain,
+)
+from nalora_jax.ops.causal_conv import causal_conv, causal_conv_after
+from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.split_mixers import split_conv, split_delta_rule
+from nalora_jax.ops.storage import round_and_save
+
+
+@dataclass(frozen=True)
+class GatedDeltaNet(Mixer):
+    """Sizes of a Gated DeltaNet."""
+
+    key_heads: int  # of queries and keys
+    value_heads: int  # a multiple of key_heads
+    key_dim: int  # of a head
+    value_dim: int  # of a head
+    conv_width: int
+    # True if one projection computes q, k, v, z and another one b, a, both ordered by key head
+    # (Qwen3-Next); False if z, b and a have projections each (Qwen3.5).
+    fused: bool = False
+
+    name: ClassVar[str] = "linear_attn"
+    splits_rows: ClassVar[bool] = True
+
+    @property
+    def keys(self) -> int:
+        """Width of all keys."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        """Width of all values."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution."""
+        return 2 * self.keys + self.values
+
+    def inputs(self) -> dict[str, int]:
+        """Returns the widths of the projections of a layer's input."""
+        if self.fused:
+            return {"in_proj_qkvz": self.channels + self.values, "in_proj_ba": 2 * self.value_heads}
+        heads = self.value_heads
+        return {
+            "in_proj_qkv": self.channels,
+            "in_proj_z": self.values,
+            "in_proj_b": heads,
+            "in_proj_a": heads,
+        }
+
+    def param_shapes(self, config: ModelConfig) -> Shapes:  # noqa: D102
+        kernels = {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
+        heads = (self.value_heads,)
+        # The convolution's weight has torch's shape.
+        conv = {"conv/weight": (self.channels, 1, self.conv_width)}
+        return kernels | conv | {"a_log": heads, "dt_bias": heads, "norm/scale": (self.value_dim,)}
+
+    def projections(self, config: ModelConfig) -> Shapes:  # noqa: D102
+        d = config.d_model
+        shapes: Shapes = {name: (d, width) for name, width in self.inputs().items()}
+        return shapes | {"out_proj": (self.values, d)}
+
+    def flops(self, config: ModelConfig, seq: int) -> float:
+        """Returns the forward flops of one layer and row, without projections and triangular inverses."""
+        chunk = min(CHUNK, seq)
+        of_key_head = 4.0 * chunk * self.key_dim  # scores of queries and of keys
+        # The state is read twice and written once; corrections are solved for and summed.
+        of_value_head = 6.0 * self.key_dim * self.value_dim + 4.0 * chunk * self.value_dim
+        of_conv = 2.0 * self.conv_width * self.channels
+        return seq * (self.key_heads * of_key_head + self.value_heads * of_value_head + of_conv)
+
+    def saved(self, config: ModelConfig) -> float:  # noqa: D102
+        states = self.value_heads * self.key_dim * self.value_dim / CHUNK  # float32, of one chunk each
+        return sum(self.inputs().values()) + 2 * states
+
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:  # noqa: D102
+        return GatedDeltaNetLayer(self, config, options, name=self.name)
+
+    def init_state(self, config: ModelConfig, batch: int, numerics: Numerics) -> Recurrent:  # noqa: D102
+        lead, per_key = (config.n_layers, batch), self.value_heads // self.key_heads
+        state = (*lead, self.key_heads, per_key, self.key_dim, self.value_dim)
+        conv = (*lead, self.conv_width - 1, self.channels)
+        return Recurrent({"conv": jnp.zeros(conv, numerics.result), "state": jnp.zeros(state, jnp.float32)})
+
+
+class GatedDeltaNetLayer(nn.Module):
+    """Adapted projections, convolution, delta rule and gated norm."""
+
+    sizes: GatedDeltaNet
+    config: ModelConfig
+    options: PartOptions
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, layer: LayerInputs, shared: SharedInputs
+    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+        """Returns ``[batch, seq, d_model]``, and the new convolution inputs and state if there is a cache."""
+        sizes, numerics = self.sizes, self.options.numerics
+        inputs = [
+            self.options.dense(name, x.shape[-1], width, layer, shared)
+            for name, width in sizes.inputs().items()
+        ]
+        projected = [round_and_save(dense.y, numerics) for dense in parallel_dense(x, inputs, numerics)]
+        qkv, z, b, a = _by_key_head(projected, sizes) if sizes.fused else projected
+        before = {}
+        if isinstance(layer.cached, Recurrent):
+            before = layer.cached.arrays
+        qkv, convolved = self._convolve(qkv, shared, before.get("conv"))
+        q, k, v = jnp.split(qkv, (sizes.keys, 2 * sizes.keys), axis=-1)
+        # [batch, seq, key heads, (value heads of a key,) width]
+        q, k = (self._heads(y, sizes.key_dim) for y in (q, k))
+        v = self._heads(v, sizes.value_heads // sizes.key_heads, sizes.value_dim)
+        decay, beta = (self._heads(y, sizes.value_heads // sizes.key_heads) for y in self._rates(a, b))
+        out, state = self._recur(DeltaInputs(q, k, v, decay, beta), shared, before.get("state"))
+        normed = RMSNorm(self.config.norm_eps, name="norm")(out.reshape(*x.shape[:-1], -1, sizes.value_dim))
+        gate = jax.nn.silu(z.astype(jnp.float32)).reshape(normed.shape)
+        y = (normed * gate).reshape(*x.shape[:-1], sizes.values).astype(numerics.result)
+        out_proj = self.options.dense("out_proj", sizes.values, x.shape[-1], layer, shared)
+        y = adapted_dense(y, out_proj, numerics).y
+        if convolved is None or state is None:
+            return y, None
+        return y, {"conv": convolved, "state": state}
+
+    def _recur(
+        self, inputs: DeltaInputs, shared: SharedInputs, before: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the outputs of the delta rule, and the state if rows are whole."""
+        sharding = self.options.sharding
+        if sharding is None or shared.row is None:
+            return gated_delta_rule(inputs, shared.segments, before, numerics=self.options.numerics)
+        return split_delta_rule(inputs, shared.row, sharding), None
+
+    def _convolve(
+        self, qkv: jax.Array, shared: SharedInputs, before: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns ``phi(conv(qkv))`` in the dtype of ``qkv``, and the inputs that the next call needs."""
+        convolution = Convolution(
+            self.sizes.channels, self.sizes.conv_width, self.options.sharding, name="conv"
+        )
+        out, inputs = convolution(qkv, shared, before)
+        return activations.get(self.config.activation).phi(out).astype(qkv.dtype), inputs
+
+    def _rates(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns log decays and betas, float32 ``[batch, seq, value heads]``."""
+        a_log = self._per_head("a_log", nn.initializers.zeros_init())[None, None]
+        bias = self._per_head("dt_bias", nn.initializers.ones_init())[None, None]
+        return -jnp.exp(a_log) * jax.nn.softplus(a.astype(jnp.float32) + bias), jax.nn.sigmoid(
+            b.astype(jnp.float32)
+        )
+
+    def _per_head(self, name: str, init: Callable[..., jax.Array]) -> jax.Array:
+        values: jax.Array = self.param(name, init, (self.sizes.value_heads,))
+        return jax.lax.stop_gradient(values).astype(jnp.float32)
+
+    def _heads(self, x: jax.Array, *shape: int) -> jax.Array:
+        """Returns ``[batch, seq, key heads, *shape]``, its heads split over the mesh axis "tensor"."""
+        x = x.reshape(*x.shape[:2], self.sizes.key_heads, *shape)
+        return constrain(x, _head_sharding(self.options.sharding, self.sizes.key_heads))
+
+
+class Convolution(nn.Module):
+    """A frozen causal convolution of every channel."""
+
+    channels: int
+    width: int
+    sharding: NamedSharding | None  # of ``[batch, seq, d_model]`` on a mesh
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, shared: SharedInputs, before: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns float32 ``[batch, seq, channels]``, and the last inputs if there are earlier ones."""
+        weight = self.param("weight", nn.initializers.lecun_normal(), (self.channels, 1, self.width))
+        kernel = jax.lax.stop_gradient(weight)[:, 0].T.astype(jnp.float32)
+        if self.sharding is not None and shared.row is not None:
+            return split_conv(x, kernel, shared.row, self.sharding), None
+        if before is None:
+            return causal_conv(x, kernel, shared.segments), None
+        return causal_conv_after(x, kernel, shared.segments, before)
+
+
+def _by_key_head(projected: Sequence[jax.Array], sizes: GatedDeltaNet) -> tuple[jax.Array, ...]:
+    """Returns qkv, z, b and a of the fused projections, whose outputs are ordered by key head."""
+    n = sizes.value_heads // sizes.key_heads
+    qkvz, ba = (y.reshape(*y.shape[:-1], sizes.key_heads, -1) for y in projected)
+    widths = sizes.key_dim, 2 * sizes.key_dim, 2 * sizes.key_dim + n * sizes.value_dim
+    q, k, v, z = (y.reshape(*y.shape[:-2], -1) for y in jnp.split(qkvz, widths, axis=-1))
+    b, a = (y.reshape(*y.shape[:-2], -1) for y in jnp.split(ba, 2, axis=-1))
+    return jnp.concatenate([q, k, v], axis=-1), z, b, a
+
+
+def _head_sharding(sharding: NamedSharding | None, heads: int) -> NamedSharding | None:
+    """Returns the sharding of ``[batch, seq, heads, ...]`` on the mesh of ``[batch, seq, d_model]``."""
+    if sharding is None:
+        return None
+    split = None
+    if heads % sharding.mesh.shape.get("tensor", 1) == 0:
+        split = "tensor"
+    return NamedSharding(sharding.mesh, P(sharding.spec[0], None, split))
+
+
+@dataclass(frozen=True)
+class ShortConvolution(Mixer):
+    """Sizes of a gated short convolution."""
+
+    name: ClassVar[str] = "conv"
+    splits_rows: ClassVar[bool] = True
+    width: int  # taps of a channel
+    bias: bool = False  # of the convolution and both projections
+
+    def param_shapes(self, config: ModelConfig) -> Shapes:
+        """Returns the shapes of kernels, biases and the taps, which have torch's layout."""
+        d = config.d_model
+        shapes: Shapes = {"taps": (d, 1, self.width)}
+        shapes |= {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
+        if self.bias:
+            shapes |= {"taps_bias": (d,), "bcx_proj/bias": (3 * d,), "o_proj/bias": (d,)}
+        return shapes
+
+    def projections(self, config: ModelConfig) -> Shapes:
+        """Returns the kernels of the projections to B, C and u, and of the output."""
+        d = config.d_model
+        return {"bcx_proj": (d, 3 * d), "o_proj": (d, d)}
+
+    def flops(self, config: ModelConfig, seq: int) -> float:
+        """Returns the flops of the taps and of both gates for one layer and row."""
+        return seq * config.d_model * (2.0 * self.width + 1)
+
+    def saved(self, config: ModelConfig) -> float:
+        """Returns the values per token of B, C and u."""
+        return 3.0 * config.d_model
+
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """Returns the Linen module."""
+        return GatedConvolution(self, config.d_model, options, name=self.name)
+
+    def init_state(self, config: ModelConfig, batch: int, numerics: Numerics) -> Recurrent:
+        """Returns zeros: the inputs of the convolution before the first token."""
+        shape = (config.n_layers, batch, self.width - 1, config.d_model)
+        return Recurrent({"inputs": jnp.zeros(shape, jnp.float32)})
+
+
+class GatedConvolution(nn.Module):
+    """Adapted projections, two gates and the convolution."""
+
+    part: ShortConvolution
+    d_model: int
+    options: PartOptions
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, layer: LayerInputs, shared: SharedInputs
+    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+        """Returns ``[batch, seq, d_model]``, and with a cache the new state."""
+        bcx = round_and_save(
+            self._project("bcx_proj", x, 3 * self.d_model, layer, shared), self.options.numerics
+        )
+        before, after, u = jnp.split(bcx.astype(jnp.float32), 3, axis=-1)
+        taps = self.param("taps", nn.initializers.lecun_normal(), (self.d_model, 1, self.part.width))
+        kernel = taps[:, 0].T.astype(jnp.float32)
+        state: dict[str, jax.Array] | None = None
+        if self.options.sharding is not None and shared.row is not None:
+            mixed = split_conv(before * u, kernel, shared.row, self.options.sharding)
+        elif layer.cached is None:
+            mixed = causal_conv(before * u, kernel, shared.segments)
+        else:
+            inputs = layer.cached.arrays["inputs"]
+            mixed, inputs = causal_conv_after(before * u, kernel, shared.segments, inputs)
+            state = {"inputs": inputs}
+        if self.part.bias:
+            bias = self.param("taps_bias", nn.initializers.zeros_init(), (self.d_model,))
+            mixed = mixed + jnp.broadcast_to(bias.astype(jnp.float32), mixed.shape)
+        y = (after * mixed).astype(x.dtype)
+        return self._project("o_proj", y, self.d_model, layer, shared), state
+
+    def _project(
+        self, name: str, x: jax.Array, d_out: int, layer: LayerInputs, shared: SharedInputs
+    ) -> jax.Array:
+        dense = self.options.dense(name, x.shape[-1], d_out, layer, shared, bias=self.part.bias)
+        return adapted_dense(x, dense, self.options.numerics).y

@@ -1,0 +1,586 @@
+"""Attention on a GPU: cuDNN's flash attention, and Pallas kernels for Triton for long and for split rows.
+
+cuDNN, through `jax.nn.dot_product_attention`, has priority. It stores no ``[seq, seq]``
+probabilities, but visibility is passed as a bf16 mask of that size: 2 GB for a row of 32,768 tokens.
+If the mask is larger than 256 MB, JAX's kernel for Triton is used, which compares segments while it
+computes scores. Cached keys, dropout, and shapes that neither supports use the plain function, which
+stores no such array either.
+
+Pallas is imported inside functions, because it costs every process 5 MB and a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jax.sharding import SingleDeviceSharding
+
+from nalora_jax.common.devices import kind_of
+from nalora_jax.ops.attention import (
+    UNSEEN,
+    AttentionConfig,
+    CachedKeys,
+    Keys,
+    attention,
+    drops,
+    saved_heads,
+    visibility,
+)
+from nalora_jax.ops.dispatch import AUTO, Numerics
+from nalora_jax.ops.split_attention import Integers, Kernels, Options, on_shard, on_shards, split_attention
+from nalora_jax.ops.split_rows import Row
+
+log = logging.getLogger(__name__)
+
+CUDNN, TRITON = "cudnn", "triton"
+# bytes of a mask; for longer rows a kernel that compares segments is faster
+_LARGEST_BIAS = 256 << 20
+# Positions and columns that hold a sink. cuDNN takes even lengths and widths that 8 divides.
+_SINK_POSITIONS, _SINK_COLUMNS = 2, 8
+# Queries and keys per block of JAX's kernel; the backward pass stores four gradients and uses half of it.
+_BLOCK = 128
+# The names of the kernels for split rows, by which `nalora plan` recognises them, and their matmuls of a
+# pair of tiles.
+FORWARD, QUERIES, KEYS = "split_attention_forward", "split_attention_queries", "split_attention_keys"
+PRODUCTS = {FORWARD: 2, QUERIES: 3, KEYS: 4}
+SPLIT_TRITON = "split_triton"  # the three kernels in estimates
+HEAD_DIMS = (32, 64, 128)
+_LARGEST, _LEAST = 64, 16  # tokens of a tile
+
+
+# ---------------------------------------------------------------- cuDNN
+
+
+@attention.implements(CUDNN)
+def cudnn_attention(
+    q: jax.Array,
+    keys: Keys,
+    window: jax.Array | int,
+    config: AttentionConfig,
+    numerics: Numerics,
+    *,
+    cached: CachedKeys | None = None,
+    dropout_rng: jax.Array | None = None,
+    starts: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """Computes `attention` if cuDNN supports the arguments."""
+    fits = numerics.operand == "bfloat16" and cudnn_takes(q.shape[1], q.shape[-1], config.softcap)
+    if not fits or cached is not None or drops(config, dropout_rng) or starts is not None:
+        return NotImplemented
+    if numerics.implementation == AUTO and not fits_as_bias(_rows(q, config), q.shape[1]):
+        return NotImplemented
+    shapes = [x.shape if sinks is None else _with_sink(x.shape) for x in (q, keys.k)]
+    if not compiles(*shapes, config.scale, numerics.platform.kind):
+        return NotImplemented
+    visible = visibility(keys.positions, keys.segments, keys.positions, keys.segments, window)
+    q, k, v = saved_heads(q, keys.k, keys.v, config, numerics)
+    attend = partial(dot_product, scale=config.scale, operand=numerics.operand, implementation="cudnn")
+    if sinks is None:
+        return attend(q, k, v, visible).astype(numerics.result)
+    operands = with_sink_key(q, k, v, visible, sinks, config.scale)
+    out = attend(*operands)[:, _SINK_POSITIONS:, :, : q.shape[-1]]
+    return out.astype(numerics.result)
+
+
+def with_sink_key(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, sinks: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns the operands of `dot_product` with one more key, whose score is the sink and whose value is 0.
+
+    The key is the first position, which all queries see. The second position is hidden and makes the length
+    even. Sinks differ between the query heads that share a key head. Queries therefore hold the sink, as the
+    sum of two bf16 numbers, in columns in which only the new key is not 0.
+
+    Args:
+      q: ``[batch, seq, heads, head_dim]``.
+      k: ``[batch, seq, kv_heads, head_dim]``.
+      v: the same.
+      visible: bool ``[batch or 1, seq, seq]``.
+      sinks: ``[heads]``.
+      scale: multiplies q . k.
+
+    Returns:
+      The same with ``seq + 2`` and ``head_dim + 8``; the results of `dot_product` start at position 2.
+    """
+    scores = lax.stop_gradient(sinks) / scale
+    high = lax.reduce_precision(scores, exponent_bits=8, mantissa_bits=7)
+    columns = slice(q.shape[-1], q.shape[-1] + 2)
+    before = (_SINK_POSITIONS, 0)
+    q, k, v = (jnp.pad(x, ((0, 0), before, (0, 0), (0, _SINK_COLUMNS))) for x in (q, k, v))
+    in_columns = jnp.stack([high, scores - high], axis=-1).astype(q.dtype)
+    q = q.at[:, _SINK_POSITIONS:, :, columns].set(in_columns)
+    k = k.at[:, 0, :, columns].set(1)
+    visible = jnp.pad(visible, ((0, 0), before, before)).at[:, :, 0].set(True)
+    return q, k, v, visible
+
+
+def _with_sink(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of queries or keys with the positions and columns of a sink."""
+    rows, seq, heads, dim = shape
+    return rows, seq + _SINK_POSITIONS, heads, dim + _SINK_COLUMNS
+
+
+def cudnn_takes(seq: int, head_dim: int, softcap: float | None) -> bool:
+    """Returns True if cuDNN may support rows of ``seq`` tokens; `compiles` tests it."""
+    return not softcap and seq % 2 == 0 and head_dim % 8 == 0
+
+
+def fits_as_bias(rows: float, seq: int) -> bool:
+    """Returns True if the bf16 mask of a device's rows is small enough.
+
+    Its shape is ``[rows, 1, seq, seq]``.
+    """
+    return 2 * rows * seq**2 <= _LARGEST_BIAS
+
+
+def _rows(q: jax.Array, config: AttentionConfig) -> int:
+    """Returns the rows of q on each device."""
+    return q.shape[0] if config.sharding is None else config.sharding.shard_shape((q.shape[0], 1, 1))[0]
+
+
+@lru_cache(maxsize=64)
+def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, kind: str) -> bool:
+    """Returns True if cuDNN accepts these shapes on GPUs of a kind.
+
+    The answer depends on cuDNN's version and on the kind. The program is always lowered for a GPU,
+    and compiled if this process has a GPU of the kind.
+    """
+    device = _device(kind)
+    place = None if device is None else SingleDeviceSharding(device)
+    q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in (q_shape, k_shape))
+    visible = jax.ShapeDtypeStruct((q_shape[0], q_shape[1], q_shape[1]), jnp.bool_, sharding=place)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+        return jnp.sum(dot_product(q, k, v, visible, scale, "bfloat16", "cudnn"))
+
+    try:
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k, visible)
+        lowered = traced.lower(lowering_platforms=("cuda",))
+        if device is not None:
+            lowered.compile()
+    except Exception as error:  # cuDNN's refusals have no common type
+        log.warning("cuDNN attention does not apply to %s (%s); XLA's is used", q_shape, error)
+        return False
+    return True
+
+
+def _device(kind: str) -> jax.Device | None:
+    """Returns a GPU of this process of the given kind, or None."""
+    try:
+        devices = jax.local_devices(backend="gpu")
+    except RuntimeError:  # this process has no GPU backend
+        return None
+    return next((device for device in devices if kind_of(device) == kind), None)
+
+
+def dot_product(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    scale: float,
+    operand: str,
+    implementation: str,
+) -> jax.Array:
+    """Calls `jax.nn.dot_product_attention` with the conventions of `attention`.
+
+    Args:
+      q: ``[batch, seq, heads, head_dim]``.
+      k: ``[batch, seq, kv_heads, head_dim]``.
+      v: the same.
+      visible: bool ``[batch or 1, seq, seq]``.
+      scale: multiplies q . k.
+      operand: dtype of the operands.
+      implementation: "cudnn" or "xla".
+
+    Returns:
+      ``[batch, seq, heads, head_dim]`` float32.
+    """
+    q, k, v = (x.astype(operand) for x in (q, k, v))
+    attend = partial(jax.nn.dot_product_attention, scale=scale, implementation=implementation)
+    # Causality is implied by `visible`, but only the flag lets the kernel skip the upper triangle.
+    return attend(q, k, v, mask=visible[:, None], is_causal=True).astype(jnp.float32)
+
+
+# ---------------------------------------------------------------- JAX's kernel for Triton
+
+
+@attention.implements(TRITON)
+def triton_attention(
+    q: jax.Array,
+    keys: Keys,
+    window: jax.Array | int,
+    config: AttentionConfig,
+    numerics: Numerics,
+    *,
+    cached: CachedKeys | None = None,
+    dropout_rng: jax.Array | None = None,
+    starts: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """Computes `attention` of every example.
+
+    On a mesh, each device computes its own examples and heads.
+
+    Positions must grow by one along each segment, and no window of ``config.windows`` may be
+    shorter than the row.
+    """
+    fits = triton_takes(q.shape[1], q.shape[-1], config.windows, config.softcap) and sinks is None
+    # The compiler does not partition a Pallas call: on several devices it is mapped over the
+    # sharding.
+    mapped = config.sharding is not None or numerics.platform.devices == 1
+    if not (fits and mapped) or cached is not None or drops(config, dropout_rng) or starts is not None:
+        return NotImplemented
+    del window
+    inputs = saved_heads(q, keys.k, keys.v, config, numerics)
+    q, k, v = (x.astype(numerics.operand) for x in inputs)
+    segments = jnp.broadcast_to(keys.segments, q.shape[:2])
+    attend: Callable[..., jax.Array] = partial(_one_device, config=config)
+    if config.sharding is not None:
+        mesh, (rows, *_) = config.sharding.mesh, (*config.sharding.spec, None)
+        heads = P(rows, None, config.head_axis)
+        specs = (heads, heads, heads, P(rows))
+        attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    return attend(q, k, v, segments).astype(numerics.result)
+
+
+def triton_takes(seq: int, head_dim: int, windows: Sequence[int], softcap: float | None) -> bool:
+    """Returns True if the kernel supports rows of ``seq`` tokens.
+
+    It needs whole blocks, and no window may be shorter than the row.
+    """
+    far = bool(windows) and min(windows) >= seq
+    return far and seq % _BLOCK == 0 and head_dim in (32, 64, 128) and not softcap
+
+
+def triton_pairs(seq: int) -> float:
+    """Returns the number of query-key pairs in the blocks that causality touches, for one row."""
+    return seq * (seq + _BLOCK) / 2
+
+
+def _one_device(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, config: AttentionConfig
+) -> jax.Array:
+    """Computes one device's part: ``[batch, seq, heads, head_dim]`` in q's dtype."""
+    with warnings.catch_warnings():
+        # JAX 0.12 deprecates it in favour of a separate package (tokamax), which has no stable
+        # version yet.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
+
+    half = _BLOCK // 2
+    sizes = BlockSizes(_BLOCK, _BLOCK, half, half, half, half)
+    # The kernel does not group heads: a key head is repeated for every query head that reads it.
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    out: jax.Array = mha(
+        q, k, v, segments, sm_scale=config.scale, causal=True, block_sizes=sizes, interpret=config.interpret
+    )
+    return out
+
+
+# ---------------------------------------------------------------- rows split over devices
+
+
+@split_attention.implements(TRITON)
+def triton_split_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    row: Row,
+    window: jax.Array | int,
+    config: AttentionConfig,
+    numerics: Numerics,
+    *,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """Computes `split_attention` if tiles divide the blocks and images have no tokens in the row."""
+    tile = _tile(q.shape[1] // 2)
+    if tile < _LEAST or q.shape[-1] not in HEAD_DIMS or row.starts is not None:
+        return NotImplemented
+    attend = partial(on_shard, config=config, numerics=numerics, kernels=_KERNELS, tile=tile)
+    return on_shards(attend, q, k, v, row, window, config, sinks)
+
+
+def _tile(block: int) -> int:
+    """Returns the largest tile that divides a block: a power of two."""
+    return min(block & -block, _LARGEST)
+
+
+class _Visits(NamedTuple):
+    """The pairs of tiles with visible keys."""
+
+    first: jax.Array  # int32 [tiles], index of a tile's first query among the keys
+    of_queries: jax.Array  # int32 [batch, 2, tiles], first tile of keys and the end of the last one
+    of_keys: jax.Array  # int32 [batch, 2, runs, tiles of keys], first tile of queries and the end, by run
+
+
+def _forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, integers: Integers, options: Options
+) -> tuple[jax.Array, jax.Array]:
+    """Computes `Kernels.forward`."""
+    batch, queries, heads, _ = query.shape
+    shapes = (_float32(query.shape), _float32((batch, heads, queries)))
+    call = _Call.of(query, key, integers, options)
+    out, logsumexp = call.by_queries(_forward_kernel, FORWARD, [query, key, value], shapes)
+    return out, logsumexp.swapaxes(1, 2)
+
+
+def _backward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    g: jax.Array,
+    logsumexp: jax.Array,
+    inner: jax.Array,
+    integers: Integers,
+    options: Options,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes `Kernels.backward`."""
+    by_head = [x.swapaxes(1, 2) for x in (logsumexp, inner)]
+    arrays = [query, key, value, g.astype(query.dtype), *by_head]
+    call = _Call.of(query, key, integers, options)
+    (dq,) = call.by_queries(_queries_kernel, QUERIES, arrays, (_like(query),))
+    dk, dv = call.by_keys(_keys_kernel, KEYS, arrays, (_like(key), _like(value)))
+    return dq, dk, dv
+
+
+_KERNELS = Kernels(_forward, _backward)
+
+
+def _float32(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _visits(integers: Integers, size: int) -> _Visits:
+    """Returns the visited pairs of tiles of ``size`` tokens."""
+    queries, window = integers.queries, integers.window
+    batch, of_keys = integers.keys.segments.shape
+    runs = queries.first.shape[0]
+    first, tile = queries.first_of_tiles(size)[None], jnp.arange(of_keys // size)[None, None]
+    # Of a tile, the first query sees the earliest key: positions grow by one along a segment.
+    earliest = jnp.maximum(first - queries.positions[:, ::size], first - window + 1)
+    low = jnp.maximum(earliest, 0) // size
+    end = jnp.broadcast_to((first + size - 1) // size + 1, low.shape)
+    visited = (low[..., None] <= tile) & (tile < end[..., None])  # [batch, tiles, tiles of keys]
+    visited = visited.reshape(batch, runs, -1, of_keys // size)
+    # The queries that see a tile of keys are neighbours.
+    begin = jnp.argmax(visited, axis=2) + (visited.shape[2] * jnp.arange(runs))[None, :, None]
+    visitors = jnp.stack([begin, begin + jnp.sum(visited, axis=2)], axis=1)
+    return _Visits(first[0], jnp.stack([low, end], axis=1), visitors)
+
+
+# ---------------------------------------------------------------- kernels
+
+
+class _Call(NamedTuple):
+    """Shapes, integers and options of the calls of one shard."""
+
+    query: jax.Array  # [batch, queries, heads, head_dim]
+    key: jax.Array  # [batch, keys, kv_heads, head_dim]
+    of_example: list[jax.Array]  # int32 [batch, ...]: segments of queries, of keys; visits of each
+    shared: list[jax.Array]  # int32: `_Visits.first`, window [1]
+    options: Options
+
+    @classmethod
+    def of(cls, query: jax.Array, key: jax.Array, integers: Integers, options: Options) -> _Call:
+        """Returns the calls for a shard's arrays."""
+        visits = _visits(integers, options.size)
+        of_example = [
+            integers.queries.segments,
+            integers.keys.segments,
+            visits.of_queries,
+            visits.of_keys,
+        ]
+        shared = [visits.first, integers.window[None]]
+        of_example, shared = jax.tree.map(lambda x: x.astype(jnp.int32), (of_example, shared))
+        return cls(query, key, of_example, shared, options)
+
+    def by_queries(self, kernel: Any, name: str, arrays: list[jax.Array], shapes: Any) -> Any:
+        """Runs a kernel for each tile of queries, example and head."""
+        from jax.experimental import pallas as pl
+
+        size, (batch, queries, heads, dim) = self.options.size, self.query.shape
+        groups, keys = heads // self.key.shape[2], self.key.shape[1]
+        tile = pl.BlockSpec((None, size, None, dim), lambda i, b, h: (b, i, h, 0))
+        all_keys = pl.BlockSpec((None, keys, None, dim), lambda i, b, h: (b, 0, h // groups, 0))
+        number = pl.BlockSpec((None, None, size), lambda i, b, h: (b, h, i))  # one per query
+        specs = [tile, all_keys, all_keys, tile, number, number][: len(arrays)]
+        segments = pl.BlockSpec((None, size), lambda i, b, h: (b, i))
+        out_specs = (tile, number)[: len(shapes)]
+        grid = (queries // size, batch, heads)
+        return self._run(kernel, name, grid, arrays, (specs, out_specs, shapes), segments=(segments, None))
+
+    def by_keys(self, kernel: Any, name: str, arrays: list[jax.Array], shapes: Any) -> Any:
+        """Runs a kernel for each tile of keys, example and head of keys."""
+        from jax.experimental import pallas as pl
+
+        size, (batch, keys, kv_heads, dim) = self.options.size, self.key.shape
+        queries, groups = self.query.shape[1], self.query.shape[2] // kv_heads
+        tile = pl.BlockSpec((None, size, None, dim), lambda i, b, h: (b, i, h, 0))
+        all_queries = pl.BlockSpec((None, queries, groups, dim), lambda i, b, h: (b, 0, h, 0))
+        numbers = pl.BlockSpec((None, groups, queries), lambda i, b, h: (b, h, 0))
+        specs = [all_queries, tile, tile, all_queries, numbers, numbers]
+        segments = pl.BlockSpec((None, size), lambda i, b, h: (b, i))
+        grid = (keys // size, batch, kv_heads)
+        return self._run(
+            kernel, name, grid, arrays, (specs, (tile, tile), shapes), segments=(None, segments)
+        )
+
+    def _run(
+        self, kernel: Any, name: str, grid: Any, arrays: list[jax.Array], blocks: Any, *, segments: Any
+    ) -> Any:
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import triton
+
+        in_specs, out_specs, out_shape = blocks
+        config = self.options.config
+
+        def whole(x: jax.Array) -> Any:
+            return pl.BlockSpec((None, *x.shape[1:]), lambda i, b, h: (b, *(0,) * (x.ndim - 1)))
+
+        specs = [whole(x) for x in self.of_example]
+        specs[:2] = [given or spec for given, spec in zip(segments, specs[:2], strict=True)]
+        specs += [pl.BlockSpec(x.shape, lambda i, b, h: (0,)) for x in self.shared]
+        options: dict[str, Any] = {"name": name, "interpret": config.interpret}
+        return pl.pallas_call(
+            partial(kernel, size=self.options.size, softcap=config.softcap),
+            grid=grid,
+            in_specs=[*specs, *in_specs],
+            out_specs=out_specs,
+            out_shape=out_shape,
+            compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+            **options,
+        )(*self.of_example, *self.shared, *arrays)
+
+
+class _Tile(NamedTuple):
+    """Places and segments of a tile of tokens."""
+
+    places: jax.Array  # int [size], in the order of the keys
+    segments: jax.Array  # int [size]
+
+
+def _seen(query: _Tile, key: _Tile, window: jax.Array) -> jax.Array:
+    """Returns whether each query sees each key, bool ``[size, size]``."""
+    ahead = query.places[:, None] - key.places[None, :]
+    return (query.segments[:, None] == key.segments[None, :]) & (ahead >= 0) & (ahead < window)
+
+
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return lax.dot(x, y, preferred_element_type=jnp.float32)
+
+
+def _scores(q: jax.Array, k: jax.Array, softcap: float) -> jax.Array:
+    scores = _product(q, k.T)
+    return softcap * jnp.tanh(scores / softcap) if softcap else scores
+
+
+def _gradients(
+    q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, logsumexp: jax.Array, inner: jax.Array, seen: Any,
+    softcap: float,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Returns the probabilities of a pair of tiles and the gradients of its scores, ``[size, size]``."""
+    scores = _scores(q, k, softcap)
+    weights = jnp.where(seen, jnp.exp(scores - logsumexp[:, None]), 0.0)
+    slope = weights * (_product(g, v.T) - inner[:, None])
+    if softcap:
+        slope = slope * (1 - (scores / softcap) * (scores / softcap))
+    return weights, slope
+
+
+def _forward_kernel(
+    segments: Any, key_segments: Any, visits: Any, visitors: Any, first: Any, window: Any,
+    q: Any, k: Any, v: Any, out: Any, logsumexp: Any, *, size: int, softcap: float,
+) -> None:  # fmt: skip
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    del visitors
+    number, span = pl.program_id(0), jnp.arange(size)
+    query, reach = triton.load(q), window[0]
+    queries = _Tile(first[number] + span, triton.load(segments))
+
+    def body(tile: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        top, total, mean = carry
+        tokens = pl.ds(tile * size, size)
+        key, value = triton.load(k.at[tokens, :]), triton.load(v.at[tokens, :])
+        seen = _seen(queries, _Tile(tile * size + span, triton.load(key_segments.at[tokens])), reach)
+        scores = jnp.where(seen, _scores(query, key, softcap), UNSEEN)
+        new = jnp.maximum(top, jnp.max(scores, axis=1))
+        weights, before = jnp.exp(scores - new[:, None]), jnp.exp(top - new)
+        mean = mean * before[:, None] + _product(weights.astype(value.dtype), value)
+        return new, total * before + jnp.sum(weights, axis=1), mean
+
+    column = jnp.zeros((size,), jnp.float32)
+    start = column + UNSEEN, column, jnp.zeros(query.shape, jnp.float32)
+    top, total, mean = lax.fori_loop(visits[0, number], visits[1, number], body, start)
+    triton.store(out, mean / total[:, None])
+    triton.store(logsumexp, top + jnp.log(total))
+
+
+def _queries_kernel(
+    segments: Any, key_segments: Any, visits: Any, visitors: Any, first: Any, window: Any,
+    q: Any, k: Any, v: Any, g: Any, logsumexp: Any, inner: Any, dq: Any, *, size: int, softcap: float,
+) -> None:  # fmt: skip
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    del visitors
+    number, span = pl.program_id(0), jnp.arange(size)
+    query, gradient, total, mean = (triton.load(x) for x in (q, g, logsumexp, inner))
+    queries, reach = _Tile(first[number] + span, triton.load(segments)), window[0]
+
+    def body(tile: jax.Array, sums: jax.Array) -> jax.Array:
+        tokens = pl.ds(tile * size, size)
+        key, value = triton.load(k.at[tokens, :]), triton.load(v.at[tokens, :])
+        seen = _seen(queries, _Tile(tile * size + span, triton.load(key_segments.at[tokens])), reach)
+        _, slope = _gradients(query, key, value, gradient, total, mean, seen, softcap)
+        return sums + _product(slope.astype(key.dtype), key)
+
+    sums = lax.fori_loop(visits[0, number], visits[1, number], body, jnp.zeros(query.shape, jnp.float32))
+    triton.store(dq, sums.astype(dq.dtype))
+
+
+def _keys_kernel(
+    segments: Any, key_segments: Any, visits: Any, visitors: Any, first: Any, window: Any,
+    q: Any, k: Any, v: Any, g: Any, logsumexp: Any, inner: Any, dk: Any, dv: Any, *, size: int, softcap: float,
+) -> None:  # fmt: skip
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    del visits
+    number, span, reach = pl.program_id(0), jnp.arange(size), window[0]
+    key, value = triton.load(k), triton.load(v)
+    keys = _Tile(number * size + span, triton.load(key_segments))
+
+    def body(step: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        tile, head = lax.div(step, groups), lax.rem(step, groups)
+        tokens = pl.ds(tile * size, size)
+        query, gradient = triton.load(q.at[tokens, head, :]), triton.load(g.at[tokens, head, :])
+        total, mean = triton.load(logsumexp.at[head, tokens]), triton.load(inner.at[head, tokens])
+        queries = _Tile(first[tile] + span, triton.load(segments.at[tokens]))
+        seen = _seen(queries, keys, reach)
+        weights, slope = _gradients(query, key, value, gradient, total, mean, seen, softcap)
+        to_key = sums[0] + _product(slope.T.astype(query.dtype), query)
+        return to_key, sums[1] + _product(weights.T.astype(gradient.dtype), gradient)
+
+    groups = q.shape[1]
+    sums = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
+    for run in range(visitors.shape[1]):
+        begin, end = visitors[0, run, number], visitors[1, run, number]
+        sums = lax.fori_loop(begin * groups, end * groups, body, sums)
+    triton.store(dk, sums[0].astype(dk.dtype))
+    triton.store(dv, sums[1].astype(dv.dtype))

@@ -1,0 +1,356 @@
+"""Attention on a TPU by JAX's Pallas kernel splash attention, of whole rows and of rows split over devices.
+
+The kernel skips blocks by segment, causality and window, and stores no ``[seq, seq]``
+probabilities. Rematerialized layers that save the results of matmuls also save its result and
+log-sum-exps, so that the backward pass does not run the forward kernel again. Cached keys, dropout,
+and shapes that the kernel does not support use the plain functions.
+
+Pallas is imported inside functions, because it costs every process 5 MB and a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax.common.devices import CONTEXT
+from nalora_jax.ops.attention import AttentionConfig, CachedKeys, Keys, attention, drops, saved_heads
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.split_attention import Spread, on_shards, reach, split_attention
+from nalora_jax.ops.split_rows import (
+    Row,
+    by_block,
+    by_part,
+    gathered,
+    gathered_exactly,
+    shards_of,
+    with_preceding,
+)
+from nalora_jax.ops.storage import SAVED
+
+SPLASH = "splash"
+LANES = 128  # width of a TPU register; block sizes must be multiples of it
+# Queries and keys per block. A block is computed entirely if any of its pairs is seen: large blocks
+# waste work along the diagonal, small blocks cost time between them. Tunix uses 1,024 and MaxText
+# 1,024 to 2,048 at these lengths.
+BLOCKS = (1024, 512, 256, LANES)
+# Most numbers in a block of queries, keys or values: the backward pass holds several blocks in a TPU's
+# vector memory, and with 1,024 queries and heads of 256 v5p has too little of it.
+LARGEST = 1024 * LANES
+# The fused kernel writes one partial gradient of the queries per block of keys. With more parts
+# they take gigabytes.
+_MOST_PARTS = 8
+_SUMS_ENTIRE_ARRAYS = ("TPU v5 lite", "TPU v5e")  # see `gathered_exactly`
+
+
+@attention.implements(SPLASH)
+def splash_attention(
+    q: jax.Array,
+    keys: Keys,
+    window: jax.Array | int,
+    config: AttentionConfig,
+    numerics: Numerics,
+    *,
+    cached: CachedKeys | None = None,
+    dropout_rng: jax.Array | None = None,
+    starts: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """Computes `attention` of every example.
+
+    On a mesh, each device computes its own examples and heads.
+
+    Positions must grow by one along each segment, and the window must be one of ``config.windows``:
+    each is compiled as a branch, and a traced window selects one.
+    """
+    # The compiler does not partition a Pallas call: on several devices it is mapped over the
+    # sharding.
+    mapped = config.sharding is not None or numerics.platform.devices == 1
+    fits = takes(q.shape[1], q.shape[-1]) and mapped
+    if not fits or cached is not None or drops(config, dropout_rng) or starts is not None:
+        return NotImplemented
+    q, k, v = saved_heads(q, keys.k, keys.v, config, numerics)
+    # [batch, heads, seq, head_dim]; splash attention has no scale parameter
+    arrays = [x.astype(numerics.operand).swapaxes(1, 2) for x in (q * config.scale, k, v)]
+    segments = jnp.broadcast_to(keys.segments, q.shape[:2])
+    windows = np.asarray(config.windows[:-1], np.int32)
+    choice = jnp.sum(jnp.asarray(window) > windows)  # 0 if there is one window
+    attend: Callable[..., jax.Array] = partial(_one_device, config=config)
+    if config.sharding is not None:
+        mesh, (rows, *_) = config.sharding.mesh, (*config.sharding.spec, None)
+        heads = P(rows, config.head_axis)
+        specs = (heads, heads, heads, P(rows), P(), P(heads[1]))
+        attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    return (
+        attend(*arrays, segments, choice, sinks).swapaxes(1, 2).astype(jnp.float32).astype(numerics.result)
+    )
+
+
+def takes(seq: int, head_dim: int) -> bool:
+    """Returns True if the kernels support rows of ``seq`` tokens and heads of size ``head_dim``."""
+    return seq % LANES == 0 and head_dim % 64 == 0
+
+
+def _one_device(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    choice: jax.Array,
+    sinks: jax.Array | None,
+    *,
+    config: AttentionConfig,
+) -> jax.Array:
+    """Computes one device's part: ``[batch, heads, seq, head_dim]``."""
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
+
+    branches = [
+        _for_window(q.shape[1:], window, config.softcap, config.interpret)
+        for window in config.windows or (q.shape[2],)
+    ]
+    ids = SegmentIds(segments, segments)
+    mapped = [jax.vmap(branch, in_axes=(0, 0, 0, 0, None)) for branch in branches]
+    return lax.switch(choice, mapped, q, k, v, ids, sinks)
+
+
+def _for_window(
+    shape: tuple[int, ...], window: int, softcap: float, interpret: bool
+) -> Callable[..., jax.Array]:
+    """Returns the kernel for queries ``[heads, seq, head_dim]``."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    heads, seq, head_dim = shape
+    mask: Any = masks.CausalMask((seq, seq))
+    if window < seq:
+        mask = masks.LocalMask((seq, seq), window_size=(window - 1, 0), offset=0)
+    return splash_attention_kernel.make_splash_mha_single_device(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=splash_attention_kernel.BlockSizes(**block_sizes(seq, window, head_dim)),
+        attn_logits_soft_cap=softcap or None,
+        residual_checkpoint_name=SAVED,
+        interpret=interpret,
+    )
+
+
+def block_sizes(seq: int, window: int, head_dim: int) -> dict[str, Any]:
+    """Returns the kernels' block sizes for rows of ``seq`` tokens, a multiple of 128.
+
+    Blocks are at most a quarter of the row and half of the ``window``, and smaller for heads of more
+    than 128. One fused kernel computes all gradients with five matmuls instead of the seven of two
+    kernels. It is not used with more than `_MOST_PARTS` blocks of keys, or with windows, which leave
+    fewer matmuls but as many partial gradients to sum.
+    """
+    span = min(window, seq)
+    most = min(seq // 4, LARGEST // head_dim)
+    if span < seq:
+        most = min(most, span // 2)
+    block = largest_block(seq, most)
+    names = (
+        "block_q",
+        "block_kv",
+        "block_kv_compute",
+        "block_q_dkv",
+        "block_kv_dkv",
+        "block_kv_dkv_compute",
+    )
+    if span == seq and seq // block <= _MOST_PARTS:
+        return dict.fromkeys(names, block) | {"use_fused_bwd_kernel": True}
+    return dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block)
+
+
+def largest_block(length: int, most: int) -> int:
+    """Returns the largest block size that divides ``length`` and is at most ``most``; at least 128."""
+    return max((size for size in BLOCKS if length % size == 0 and size <= most), default=LANES)
+
+
+def computed_pairs(seq: int, window: int, head_dim: int) -> float:
+    """Returns the number of query-key pairs that the kernels compute for a row.
+
+    These are all pairs of every block of which any pair is seen.
+    """
+    block = block_sizes(seq, window, head_dim)["block_q"]
+    # Blocks of keys before the diagonal block that a block of queries sees.
+    before = -(-(min(window, seq) - 1) // block)
+    return float(sum(min(i, before) + 1 for i in range(seq // block)) * block * block)
+
+
+# ---------------------------------------------------------------- rows split over devices
+
+
+@split_attention.implements(SPLASH)
+def split_splash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    row: Row,
+    window: jax.Array | int,
+    config: AttentionConfig,
+    numerics: Numerics,
+    *,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """Computes `split_attention` if the kernels support the blocks.
+
+    Every shard has its queries' part of the causal mask of the row, so that it skips the blocks that
+    its early and its late queries do not see. Each window is compiled as a branch, as in `splash_attention`.
+    """
+    sharding, block = config.sharding, q.shape[1] // 2
+    assert sharding is not None
+    if not takes(block, q.shape[-1]) or row.starts is not None:
+        return NotImplemented
+    scaled = saved_heads(q * config.scale, k, v, config, numerics)
+    q, k, v = (x.astype(numerics.operand) for x in scaled)
+    shards = shards_of(sharding)
+    heads = q.shape[2] // sharding.mesh.shape.get("tensor", 1)
+    windows = config.windows or (2 * shards * block,)
+    far = [size for size in windows if not reach((size,), block, row)]
+    kernels = tuple(_of_row((heads, q.shape[3]), block, shards, size, config) for size in far)
+    by_query = NamedSharding(sharding.mesh, P(None, CONTEXT))
+    specs = tuple(kernel.manual_sharding_spec(by_query) for kernel in kernels)
+    spread = gathered_exactly if numerics.platform.kind in _SUMS_ENTIRE_ARRAYS else gathered
+    attend = partial(_on_shard, config=config, windows=windows, far=tuple(far), spread=spread)
+    out = on_shards(attend, q, k, v, row, window, config, sinks, *kernels, more_specs=specs)
+    return out.astype(jnp.float32).astype(numerics.result)
+
+
+def _on_shard(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    row: Row,
+    window: jax.Array,
+    sinks: jax.Array | None,
+    *kernels: Any,
+    config: AttentionConfig,
+    windows: tuple[int, ...],
+    far: tuple[int, ...],
+    spread: Spread,
+) -> jax.Array:
+    """Computes a shard's part ``[batch, 2 * block, heads, head_dim]``."""
+    by_size = dict(zip(far, kernels, strict=True))
+
+    def branch(size: int) -> Any:
+        if size in by_size:
+            return partial(_attend_row, by_size[size], row, sinks, spread)
+        return partial(_attend_near, size, config, row, sinks)
+
+    choice = jnp.sum(window > np.asarray(windows[:-1], np.int32))  # 0 if there is one window
+    out: jax.Array = lax.switch(choice, [branch(size) for size in windows], q, k, v)
+    return out
+
+
+def _attend_row(
+    kernel: Any, row: Row, sinks: jax.Array | None, spread: Spread, q: jax.Array, k: jax.Array, v: jax.Array
+) -> jax.Array:
+    """Computes attention to the keys of the whole row."""
+    return _called(kernel, q, spread(k), spread(v), by_part(row.slices(0).segments), row.segments, sinks)
+
+
+def _attend_near(
+    window: int,
+    config: AttentionConfig,
+    row: Row,
+    sinks: jax.Array | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+) -> jax.Array:
+    """Computes attention to the keys that a window within a block reaches."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    block = q.shape[1] // 2
+    ahead = -(-(window - 1) // LANES) * LANES
+    segments = row.slices(ahead).segments
+    mask = masks.LocalMask((block, ahead + block), window_size=(window - 1, 0), offset=ahead)
+    kernel = _kernel(mask, q.shape[2], 1, _sizes(block, ahead + block, window, q.shape[3]), config)
+    keys, values = (with_preceding(x, ahead) for x in (k, v))
+    return by_part(_called(kernel, by_block(q), keys, values, segments[:, ahead:], segments, sinks))
+
+
+def _called(
+    kernel: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    of_queries: jax.Array,
+    of_keys: jax.Array,
+    sinks: jax.Array | None,
+) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
+
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    attend = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
+    out: jax.Array = attend(q, k, v, SegmentIds(of_queries, of_keys), sinks)
+    return out.swapaxes(1, 2)
+
+
+def _of_row(heads: tuple[int, int], block: int, shards: int, window: int, config: AttentionConfig) -> Any:
+    """Returns the kernel of all shards' queries; ``heads`` are their number and size."""
+    seq = 2 * shards * block
+    mask = _parts_mask()(block, shards, window if window < seq else None)
+    return _kernel(mask, heads[0], shards, _sizes(block, block, window, heads[1]), config)
+
+
+@functools.cache
+def _parts_mask() -> Any:
+    """Returns a subclass of Pallas's mask, which is defined on first use."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    class PartsMask(masks.LocalMask):
+        """Causal mask of the queries of all shards, in the order of the shards, and the keys of the row.
+
+        The kernel computes the mask of a block from the queries' indices. On the host only two facts of
+        a block are used: whether it has a seen pair, and whether it has an unseen pair. They follow from
+        the ends of the block, so that its pairs need not be enumerated.
+        """
+
+        def __init__(self, block: int, shards: int, window: int | None) -> None:
+            """Creates the mask of rows of ``2 * shards`` blocks; ``window`` is None without a limit."""
+            seq = 2 * shards * block
+            super().__init__((seq, seq), (None if window is None else window - 1, 0), 0)
+            shard = np.arange(shards)
+            blocks = np.stack([shard, 2 * shards - 1 - shard], axis=1).reshape(-1, 1)
+            self.q_sequence = (blocks * block + np.arange(block)).reshape(-1).astype(np.int32)
+
+        def __getitem__(self, index: Any) -> np.ndarray:
+            """Returns an array whose ``any()`` and ``all()`` are those of the mask of neighbouring tokens."""
+            queries, keys = self.q_sequence[index[0]], range(self.shape[1])[index[1]]
+            left = self.shape[1] if self.window_size[0] is None else self.window_size[0]
+            some = keys[0] <= queries[-1] and keys[-1] >= queries[0] - left
+            return np.array([[some, keys[-1] <= queries[0] and keys[0] >= queries[-1] - left]])
+
+    return PartsMask
+
+
+def _kernel(mask: Any, heads: int, shards: int, sizes: dict[str, Any], config: AttentionConfig) -> Any:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    return splash_attention_kernel.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=splash_attention_kernel.BlockSizes(**sizes),
+        head_shards=1,
+        q_seq_shards=shards,
+        attn_logits_soft_cap=config.softcap or None,
+        residual_checkpoint_name=SAVED,
+        interpret=config.interpret,
+    )
+
+
+def _sizes(queries: int, keys: int, window: int, head_dim: int) -> dict[str, Any]:
+    """Returns the kernels' block sizes, which divide the lengths; at most half of the window."""
+    most = min(LARGEST // head_dim, max(window // 2, LANES))
+    of_queries = ("block_q", "block_q_dkv", "block_q_dq")
+    of_keys = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq")
+    sizes = dict.fromkeys(of_queries, largest_block(queries, most))
+    return sizes | dict.fromkeys(of_keys, largest_block(keys, most))

@@ -1,0 +1,531 @@
+"""Losses over the vocabulary without the logits of all tokens in memory.
+
+    loss = sum over tokens of  weight * (log sum exp l - l[target])
+    l = cap tanh(scale h E^T / cap)
+
+Logits exist for one chunk of rows at a time. The gradients of the hidden states, and of a head that is
+trained (`trained_cross_entropy`), are computed in the same pass from the chunk's probabilities. Every
+value is computed once, and no array of size ``[tokens, vocab]`` is saved for the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nalora_jax.ops.dispatch import Numerics, operation
+from nalora_jax.ops.matmul import dot
+from nalora_jax.ops.storage import Kernel
+
+# Floats of one chunk of logits on a device: 512 MB. Each chunk reads the whole head twice, so an
+# accelerator needs some thousand rows per chunk to be limited by its matrix unit.
+_CHUNK_FLOATS, _LEAST_ROWS = 1 << 27, 1024
+# The same without a backward pass, and with a trained head, whose gradient each chunk adds to.
+_SMALL_CHUNK_FLOATS = 1 << 25
+
+# ``(hidden [rows, d_model], kernel, targets [rows], weights [rows], with_gradient)`` -> each row's
+# loss ``[rows]`` and the gradient of hidden, of shape ``[rows, 0]`` if it is not requested.
+Chunk = Callable[[jax.Array, Kernel, Any, jax.Array, bool], tuple[jax.Array, jax.Array]]
+
+
+class Head(NamedTuple):
+    """The static options of the map from hidden states to logits."""
+
+    transposed: bool = False  # the kernel is an embedding [vocab, d_model]
+    softcap: float = 0.0  # c tanh(logits / c); 0: none
+    scale: float = 1.0  # factor of the logits, before the cap
+
+    @property
+    def axis(self) -> int:
+        """The vocabulary's axis in the kernel; the other axis is the model's."""
+        return int(not self.transposed)
+
+    def logits(self, products: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns logits of products ``h E^T``, and their derivative by the products."""
+        logits = products * self.scale
+        slope = jnp.full_like(logits, self.scale)
+        if self.softcap:
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
+            slope = slope * (1 - jnp.square(logits / self.softcap))
+        return logits, slope
+
+
+PLAIN_HEAD = Head()
+
+
+@operation
+def cross_entropy(
+    hidden: jax.Array,
+    kernel: Kernel,
+    targets: jax.Array,
+    weights: jax.Array,
+    head: Head = PLAIN_HEAD,
+    numerics: Numerics = Numerics(),  # noqa: B008
+    *,
+    chunk: int = 0,
+    compact: bool = True,
+    shards: int = 1,
+) -> jax.Array:
+    """Returns the sum of ``weights * -log p(target)``.
+
+    Args:
+      hidden: ``[batch, seq, d_model]`` after the final norm.
+      kernel: frozen ``[d_model, vocab]``, or ``[vocab, d_model]`` with ``head.transposed``, as it
+        is stored. It receives no gradient.
+      targets: int ``[batch, seq]``.
+      weights: ``[batch, seq]``, 0 for positions without a target.
+      head: static options.
+      numerics: dtype of the operands; logits are float32.
+      chunk: rows of logits at a time, on each device; 0 derives it from the size of the vocabulary.
+      compact: gather the rows that have a target and compute logits for those only. On a mesh that
+        splits the batch this would move rows between devices; there, chunks run along the sequence
+        instead.
+      shards: parts that a mesh splits the batch into. If the mesh also splits the kernel, gather it
+        before the call, because otherwise every chunk gathers it again.
+
+    Returns:
+      float32 scalar; differentiable with respect to ``hidden`` only.
+    """
+    rows = chunk or rows_of_chunk(kernel.shape[head.axis])
+    rows_chunk = partial(chunk_of_rows, head=head, numerics=numerics)
+    return in_chunks(hidden, kernel, targets, weights, Tiles((rows,), compact, shards), rows_chunk)
+
+
+def rows_of_chunk(vocab: int) -> int:
+    """Returns the default number of rows in a chunk of logits on each device."""
+    # A multiple of 128, the rows that a TPU's matrix unit processes at once.
+    return max(_CHUNK_FLOATS // vocab // 128 * 128, _LEAST_ROWS)
+
+
+def chunk_of_rows(
+    hidden: jax.Array,
+    kernel: Kernel,
+    targets: jax.Array,
+    weights: jax.Array,
+    grad: bool,
+    *,
+    head: Head,
+    numerics: Numerics,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the formula for one chunk of rows; see `Chunk`."""
+    logits, slope = head.logits(dot(hidden, kernel, numerics, dims=(1, 1 - head.axis)))
+    # The comparison is fused into existing passes. A gather would cross devices that split the
+    # vocabulary, and taking columns of an untied head would create a transposed copy of it: 1 GB
+    # for 128k entries of 4,096 values.
+    hit = jnp.arange(logits.shape[1], dtype=targets.dtype)[None, :] == targets[:, None]
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    exps = jnp.exp(shifted)
+    total = jnp.sum(exps, axis=-1, keepdims=True)
+    picked = jnp.sum(jnp.where(hit, shifted, 0.0), axis=-1)
+    loss = weights * (jnp.log(total[:, 0]) - picked)
+    if not grad:
+        return loss, jnp.zeros((hidden.shape[0], 0), jnp.float32)
+    probabilities = exps / total
+    return loss, weights[:, None] * dot(
+        (probabilities - hit) * slope, kernel, numerics, dims=(1, head.axis)
+    )
+
+
+# ---------------------------------------------------------------- chunk by chunk
+
+
+class Tiles(NamedTuple):
+    """The static chunk sizes."""
+
+    # Rows per chunk, from large to small; smaller chunks process the remainder of larger ones.
+    rows: tuple[int, ...]
+    compact: bool = True  # only rows that have a target
+    shards: int = 1  # parts of the batch, each of which has ``rows`` rows in a chunk
+
+
+def in_chunks(
+    hidden: jax.Array, kernel: Kernel, targets: Any, weights: jax.Array, tiles: Tiles, chunk: Chunk
+) -> jax.Array:
+    """Returns the sum of ``chunk`` over all rows, one chunk at a time.
+
+    Args:
+      hidden: ``[batch, seq, d_model]``.
+      kernel: as ``chunk`` takes it; no gradient.
+      targets: arrays ``[batch, seq, ...]`` with the facts about every row's target that ``chunk``
+        needs.
+      weights: ``[batch, seq]``.
+      tiles: sizes.
+      chunk: a hashable function of some rows.
+    """
+    chex.assert_rank(hidden, 3)
+    for leaf in (*jax.tree.leaves(targets), weights):
+        chex.assert_equal_shape_prefix([hidden, leaf], 2)
+    weights = lax.stop_gradient(weights.astype(jnp.float32))
+    return _in_chunks(hidden, lax.stop_gradient(kernel), targets, weights, tiles, chunk)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _in_chunks(
+    hidden: jax.Array, kernel: Kernel, targets: Any, weights: jax.Array, tiles: Tiles, chunk: Chunk
+) -> jax.Array:
+    return _sums(False, hidden, kernel, targets, weights, tiles, chunk)[0]
+
+
+def _sums(
+    grad: bool,
+    hidden: jax.Array,
+    kernel: Kernel,
+    targets: Any,
+    weights: jax.Array,
+    tiles: Tiles,
+    chunk: Chunk,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the loss, and the gradient of hidden if ``grad``."""
+
+    def summed(total: Callable[[jax.Array], jax.Array], h: jax.Array, t: Any, w: jax.Array) -> Any:
+        losses, back = chunk(h, kernel, t, w, grad)
+        gradient = back.astype(h.dtype) if grad else None
+        return total(losses), gradient
+
+    if tiles.compact:
+        start = jnp.zeros((), jnp.float32), jnp.zeros_like(hidden) if grad else None
+        return _of_targets(partial(summed, jnp.sum), hidden, targets, weights, tiles.rows, start)
+    # Sums per example, so that shards of the batch are reduced once, after the loop.
+    by_example = partial(summed, lambda losses: jnp.sum(losses.reshape(hidden.shape[0], -1), axis=1))
+    rows, zeros = tiles.rows[0] * tiles.shards, jnp.zeros(hidden.shape[:1], jnp.float32)
+    losses, gradient = _along_sequence(by_example, hidden, targets, weights, rows, zeros)
+    return jnp.sum(losses), gradient
+
+
+def _bwd(
+    tiles: Tiles, chunk: Chunk, gradient: jax.Array, g: jax.Array
+) -> tuple[jax.Array, None, None, None]:
+    return gradient * g.astype(gradient.dtype), None, None, None
+
+
+_in_chunks.defvjp(partial(_sums, True), _bwd)
+
+
+# ``(hidden [rows, d_model], targets [rows, ...], weights [rows])`` -> sums over rows, arrays ``[rows, ...]``
+RowsChunk = Callable[[jax.Array, Any, jax.Array], tuple[Any, Any]]
+
+
+def _of_targets(
+    chunk: RowsChunk, hidden: jax.Array, targets: Any, weights: jax.Array, rows: tuple[int, ...], start: Any
+) -> Any:
+    """Runs chunks over the rows that have a target, in as many iterations as those need.
+
+    Args:
+      chunk: function of some rows.
+      hidden, targets, weights: as for `in_chunks`.
+      rows: see `Tiles`.
+      start: sums and arrays ``[batch, seq, ...]`` that the chunks add to and write into.
+    """
+    n = weights.size
+    flat, weights = hidden.reshape(n, -1), weights.reshape(n)
+    by_row = partial(jax.tree.map, lambda x: x.reshape(n, *x.shape[2:]))
+    targets = by_row(targets)
+    # Rows with a target first; the last chunk is padded with rows of weight zero.
+    order = jnp.argsort(weights == 0, stable=True)
+    sizes = sorted({min(size, n) for size in rows}, reverse=True)
+    order = jnp.pad(order, (0, sizes[0]), constant_values=n)
+
+    def chunks(rows: int, most: int, start: jax.Array, count: jax.Array, carry: Any) -> Any:
+        def body(i: jax.Array, carry: Any) -> Any:
+            sums, outputs = carry
+            index = lax.dynamic_slice(order, (start + i * rows,), (rows,))
+            take = partial(jnp.take, indices=index, axis=0, mode="clip")
+            h, w, t = take(flat), take(weights), jax.tree.map(take, targets)
+            more, parts = chunk(h, t, jnp.where(index < n, w, 0.0))
+            write = lambda whole, part: whole.at[index].set(part, mode="drop")  # noqa: E731
+            return jax.tree.map(jnp.add, sums, more), jax.tree.map(write, outputs, parts)
+
+        return _loop(count, most, body, carry)
+
+    carry = start[0], by_row(start[1])
+    first, left, most = jnp.zeros((), jnp.int32), jnp.sum(weights != 0, dtype=jnp.int32), n
+    for size in sizes:
+        count = -(-left // size)
+        # Leave a remainder that fits in one of the smallest chunks to that chunk.
+        if size > sizes[-1]:
+            count = jnp.where(left - (count - 1) * size > sizes[-1], count, count - 1)
+        carry = chunks(size, -(-most // size), first, count, carry)
+        first, left, most = first + count * size, jnp.maximum(left - count * size, 0), size
+    sums, outputs = carry
+    return sums, jax.tree.map(lambda x: x.reshape(*hidden.shape[:2], *x.shape[1:]), outputs)
+
+
+def _loop(count: jax.Array, most: int, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
+    """Runs ``body(i, carry)`` ``count`` times.
+
+    The compiled condition contains ``most``, the largest count, so that `nalora_jax.layout` can count
+    the iterations of a full batch.
+    """
+
+    def more(state: tuple[jax.Array, Any]) -> jax.Array:
+        return (state[0] < most) & (state[0] < count)
+
+    def step(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        return state[0] + 1, body(*state)
+
+    return lax.while_loop(more, step, (jnp.zeros((), jnp.int32), carry))[1]
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Chunks of whole columns of a batch ``[batch, seq, ...]``, the last padded with zeros."""
+
+    seq: int
+    chunks: int
+    step: int  # positions of each example in a chunk
+
+    @classmethod
+    def of(cls, batch: int, seq: int, rows: int) -> _Columns:
+        """Returns chunks of at most ``rows`` rows each, or of one column."""
+        chunks = -(-seq // max(1, rows // max(batch, 1)))
+        return cls(seq, chunks, -(-seq // chunks))
+
+    def split(self, arrays: Any) -> Any:
+        """Returns ``[chunks, batch, step, ...]`` of arrays ``[batch, seq, ...]``."""
+
+        def one(x: jax.Array) -> jax.Array:
+            padded = jnp.pad(
+                x, ((0, 0), (0, self.chunks * self.step - self.seq)) + ((0, 0),) * (x.ndim - 2)
+            )
+            return jnp.moveaxis(padded.reshape(x.shape[0], self.chunks, self.step, *x.shape[2:]), 1, 0)
+
+        return jax.tree.map(one, arrays)
+
+    def join(self, parts: jax.Array) -> jax.Array:
+        """Returns ``[batch, seq, ...]`` of ``[chunks, batch, step, ...]``."""
+        joined = jnp.moveaxis(parts, 0, 1)
+        return joined.reshape(joined.shape[0], self.chunks * self.step, *joined.shape[3:])[:, : self.seq]
+
+
+def _along_sequence(
+    chunk: RowsChunk, hidden: jax.Array, targets: Any, weights: jax.Array, rows: int, start: Any
+) -> Any:
+    """Runs chunks of whole columns of the batch, so that every shard processes its own rows.
+
+    ``rows`` is the most rows of a chunk; sums are added to ``start``.
+    """
+    batch, seq = weights.shape
+    columns = _Columns.of(batch, seq, rows)
+
+    def body(sums: Any, columns_of: Any) -> tuple[Any, Any]:
+        h, w, t = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), columns_of)
+        more, parts = chunk(h, t, w)
+        parts = jax.tree.map(lambda x: x.reshape(batch, columns.step, *x.shape[1:]), parts)
+        return jax.tree.map(jnp.add, sums, more), parts
+
+    sums, parts = lax.scan(body, start, columns.split((hidden, weights, targets)))
+    return sums, jax.tree.map(columns.join, parts)
+
+
+# ---------------------------------------------------------------- the loss of every target
+
+
+def target_losses(
+    hidden: jax.Array,
+    kernel: Kernel,
+    targets: jax.Array,
+    weights: jax.Array,
+    head: Head = PLAIN_HEAD,
+    numerics: Numerics = Numerics(),  # noqa: B008
+    *,
+    chunk: int = 0,
+    compact: bool = True,
+    shards: int = 1,
+) -> jax.Array:
+    """Returns ``weights * -log p(target)`` of every position, float32 ``[batch, seq]``.
+
+    The result has no gradient.
+
+    Args:
+      hidden: ``[batch, seq, d_model]`` after the final norm.
+      kernel: the head's kernel, as it is stored.
+      targets: int ``[batch, seq]``.
+      weights: ``[batch, seq]``, 0 for positions without a target.
+      head: static options.
+      numerics: dtype of the operands.
+      chunk: rows of logits at a time, on each device; 0 derives it from the size of the vocabulary.
+      compact: with one shard, compute positions with a target only; see `cross_entropy`.
+      shards: parts that a mesh splits the batch into.
+    """
+    hidden, kernel, weights = lax.stop_gradient((hidden, kernel, weights.astype(jnp.float32)))
+    rows = chunk or max(_SMALL_CHUNK_FLOATS // kernel.shape[head.axis] // 128 * 128, 128)
+
+    def losses(h: jax.Array, t: jax.Array, w: jax.Array) -> tuple[None, jax.Array]:
+        return None, chunk_of_rows(h, kernel, t, w, False, head=head, numerics=numerics)[0]
+
+    if compact and shards == 1:
+        start = None, jnp.zeros(weights.shape, jnp.float32)
+        return _of_targets(losses, hidden, targets, weights, (rows,), start)[1]
+    return _along_sequence(losses, hidden, targets, weights, rows * shards, None)[1]
+
+
+# ---------------------------------------------------------------- a trained head
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WholeHead:
+    """A head that is trained entirely; also the type of its gradient.
+
+    Attributes:
+      kernel: float32 ``[d_model, vocab]``.
+    """
+
+    kernel: jax.Array
+
+    @property
+    def vocab_size(self) -> int:
+        """The size of the vocabulary."""
+        return self.kernel.shape[1]
+
+    def zeros(self) -> WholeHead:
+        """Returns a zero gradient."""
+        return WholeHead(jnp.zeros(self.kernel.shape, jnp.float32))
+
+    def products(self, hidden: jax.Array, numerics: Numerics) -> jax.Array:
+        """Returns float32 ``[rows, vocab]`` of ``[rows, d_model]``."""
+        return dot(hidden, self.kernel, numerics)
+
+    def pull(self, hidden: jax.Array, delta: jax.Array, numerics: Numerics) -> tuple[jax.Array, WholeHead]:
+        """Returns the gradients of hidden states and head.
+
+        ``delta [rows, vocab]`` is the gradient of `products`.
+        """
+        back = dot(delta, self.kernel, numerics, dims=(1, 1))
+        return back, WholeHead(dot(hidden, delta, numerics, dims=(0, 0)))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HeadRows:
+    """A frozen head with trained rows, one per token id.
+
+    Its gradient has the same type, without a kernel.
+
+    Attributes:
+      rows: float32 ``[ids, d_model]``, which replace rows of the kernel.
+      kernel: frozen, as it is stored; see ``transposed``.
+      ids: token ids of the rows, all different.
+      transposed: the kernel is an embedding ``[vocab, d_model]``; else ``[d_model, vocab]``.
+    """
+
+    rows: jax.Array
+    kernel: Kernel | None
+    ids: tuple[int, ...] = field(metadata={"static": True})
+    transposed: bool = field(metadata={"static": True})
+
+    @property
+    def axis(self) -> int:
+        """The vocabulary's axis in the kernel; the other axis is the model's."""
+        return int(not self.transposed)
+
+    @property
+    def vocab_size(self) -> int:
+        """The size of the vocabulary."""
+        assert self.kernel is not None
+        return self.kernel.shape[self.axis]
+
+    def zeros(self) -> HeadRows:
+        """Returns a zero gradient."""
+        return replace(self, rows=jnp.zeros(self.rows.shape, jnp.float32), kernel=None)
+
+    def products(self, hidden: jax.Array, numerics: Numerics) -> jax.Array:
+        """Returns float32 ``[rows, vocab]`` of ``[rows, d_model]``."""
+        assert self.kernel is not None
+        frozen = dot(hidden, self.kernel, numerics, dims=(1, 1 - self.axis))
+        return frozen.at[:, np.array(self.ids)].set(dot(hidden, self.rows, numerics, dims=(1, 1)))
+
+    def pull(self, hidden: jax.Array, delta: jax.Array, numerics: Numerics) -> tuple[jax.Array, HeadRows]:
+        """Returns the gradients of hidden states and trained rows.
+
+        ``delta [rows, vocab]`` is the gradient of `products`.
+        """
+        assert self.kernel is not None
+        columns = np.array(self.ids)
+        of_rows = delta[:, columns]
+        of_others = delta.at[:, columns].set(0.0)  # the kernel's rows of these tokens are not used
+        back = dot(of_others, self.kernel, numerics, dims=(1, self.axis))
+        back = back + dot(of_rows, self.rows, numerics)
+        return back, replace(self, rows=dot(of_rows, hidden, numerics, dims=(0, 0)), kernel=None)
+
+
+def trained_cross_entropy(
+    hidden: jax.Array,
+    trained: WholeHead | HeadRows,
+    targets: jax.Array,
+    weights: jax.Array,
+    head: Head,
+    numerics: Numerics,
+    *,
+    chunk: int = 0,
+    shards: int = 1,
+) -> jax.Array:
+    """Returns the sum of ``weights * -log p(target)``.
+
+    It is differentiable with respect to ``hidden`` and the trained part of the head.
+
+    Args:
+      hidden: ``[batch, seq, d_model]`` after the final norm.
+      trained: the head, trained entirely or by rows.
+      targets: int ``[batch, seq]``.
+      weights: ``[batch, seq]``, 0 for positions without a target.
+      head: soft cap and scale.
+      numerics: dtype of the operands; logits and gradients are float32.
+      chunk: rows of logits at a time, on each device; 0 derives it from the size of the vocabulary.
+      shards: parts that a mesh splits the batch into.
+    """
+    rows = (chunk or max(_SMALL_CHUNK_FLOATS // trained.vocab_size // 128 * 128, 128)) * shards
+    weights = lax.stop_gradient(weights.astype(jnp.float32))
+    return _loss(hidden, trained, targets, weights, head, numerics, rows)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _loss(
+    hidden: jax.Array,
+    trained: WholeHead | HeadRows,
+    targets: jax.Array,
+    weights: jax.Array,
+    head: Head,
+    numerics: Numerics,
+    rows: int,
+) -> jax.Array:
+    return _forward(hidden, trained, targets, weights, head, numerics, rows)[0]
+
+
+def _forward(
+    hidden: Any, trained: Any, targets: Any, weights: Any, head: Head, numerics: Numerics, rows: int
+) -> Any:
+    """Returns the loss, and the gradients of hidden states and head.
+
+    Chunks are whole columns of the batch.
+    """
+
+    def chunk(h: jax.Array, t: jax.Array, w: jax.Array) -> tuple[tuple[jax.Array, Any], jax.Array]:
+        logits, slope = head.logits(trained.products(h, numerics))
+        log_total = jax.nn.logsumexp(logits, axis=-1)
+        hit = jnp.arange(logits.shape[1], dtype=t.dtype)[None, :] == t[:, None]
+        losses = w * (log_total - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1))
+        delta = w[:, None] * (jnp.exp(logits - log_total[:, None]) - hit) * slope
+        back, of_head = trained.pull(h, delta, numerics)
+        return (jnp.sum(losses), of_head), back.astype(h.dtype)
+
+    start = jnp.zeros((), jnp.float32), trained.zeros()
+    (loss, gradient), back = _along_sequence(chunk, hidden, targets, weights, rows, start)
+    return loss, (back, gradient)
+
+
+def _backward(head: Head, numerics: Numerics, rows: int, gradients: Any, g: jax.Array) -> Any:
+    del head, numerics, rows
+    hidden, trained = gradients
+    return hidden * g.astype(hidden.dtype), jax.tree.map(lambda x: x * g, trained), None, None
+
+
+_loss.defvjp(_forward, _backward)
