@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from nalora_jax.common import trees
-from nalora_jax.data.images.processor import (
+from nalora_jax.data.images.files import (
     ImageProcessor,
     TextTokenizer,
     read_processor,
@@ -19,9 +19,9 @@ from nalora_jax.data.images.processor import (
 )
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.vision import families
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.models.vision.dual import init_params
-from nalora_jax.models.vision.families import compose, read_encoder
 from nalora_jax.weights import hub
 from nalora_jax.weights.encoders import keymap_of
 from nalora_jax.weights.hf import SafetensorsFolder
@@ -97,7 +97,7 @@ def load_dual(
         return join(*towers, mesh=mesh, d_out=d_out, loss=loss, seed=seed, image_size=image_size)
     folder, name = hub.resolve_folder(source, cache)
     where = folder / "config.json"
-    config = DualConfig.from_hf(read_json(where), str(where))
+    config = families.read_dual(read_json(where), str(where))
     tensors = SafetensorsFolder(folder)
     params = load_params(
         config.param_shapes(),
@@ -119,16 +119,16 @@ def read_dual(
     image, plus, text = source.partition(JOIN)
     if plus and not Path(source).exists():
         image_config, read = (_description(name.strip(), cache)[0] for name in (image, text))
-        return compose(image_config, read, d_out or min(image_config.d_model, read.d_model), loss)
+        return families.compose(image_config, read, d_out or min(image_config.d_model, read.d_model), loss)
     where = hub.resolve_folder(source, cache)[0] / "config.json"
-    return DualConfig.from_hf(read_json(where), str(where))
+    return families.read_dual(read_json(where), str(where))
 
 
 def _description(source: str, cache: Path | None) -> tuple[EncoderConfig, Path, str]:
     """Returns a tower's architecture, folder and name."""
     folder, name = hub.resolve_folder(source, cache)
     where = folder / "config.json"
-    return _pooled(read_encoder(read_json(where), str(where)), folder), folder, name
+    return _pooled(families.read_encoder(read_json(where), str(where)), folder), folder, name
 
 
 def load_encoder(
@@ -171,7 +171,7 @@ def join(
       NaloraError: a tower is of the other kind, or its images cannot be resized to that size.
     """
     width = d_out or min(tower.config.d_model for tower in (image, text))
-    config = compose(image.config, text.config, width, loss)
+    config = families.compose(image.config, text.config, width, loss)
     assert image.processor is not None
     assert text.tokenizer is not None
     projections = _fresh(config, seed, mesh)
