@@ -256,7 +256,7 @@ GLM4_MOE = {
 
 
 def test_a_decoder_s_loss_gradients_and_statistics():
-    """Through the scan over layers and rematerialization; tests/distributed/test_context.py has other families."""
+    """Through the scan over layers and rematerialization; tests/layout/test_context.py has other families."""
     base = ModelConfig.from_hf(MIXTRAL | GLM4_MOE)
     rules = LoRARule("ffn/", RANK), LoRARule("", 0)
     spec = resolve(LoRAConfig(rules=rules), projection_shapes(base), layer_numbers(base))
