@@ -58,7 +58,6 @@ _FUNCTIONS = (
     "gate",
     "gate_gradient",
     "gate_statistics",
-    "gate_measured",
     "add_rms",
     "normalise",
     "norm_gradient",
