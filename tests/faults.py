@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.markers import write_between
-from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
+from nalora_jax.config import ComputeConfig, MeshConfig, RLConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.checkpoint import Checkpointer
 from tests import emulator, tiny
@@ -37,6 +37,47 @@ PAGE = Path(__file__).parent.parent / "docs" / "checkpoints.md"
 BEGIN, END = "<!-- faults: python -m tests.faults -->", "<!-- end of faults -->"
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 STEPS = 40
+# Imported by a run with rewards: ends the process a given time after a given call of a phase has begun.
+KILLER = """
+import os, signal, threading
+from functools import partial
+
+from nalora_jax.train import checkpoint, rollout
+from nalora_jax.train.kinds import rl
+from nalora_jax.train.rewards import register_reward
+
+phase, at, delay = os.environ.get("NALORA_FAULT", "none 0 0").split()
+calls = 0
+
+
+def dying(function, name):
+    def wrapped(*arguments, **options):
+        global calls
+        calls += name == phase
+        if name == phase and calls == int(at):
+            threading.Timer(float(delay), os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return function(*arguments, **options)
+    return wrapped
+
+
+def letters(prompt, completion, record):
+    words = completion.split()
+    return sum(word < "m" for word in words) / max(len(words), 1)
+
+
+class Step(rl.RolloutStep):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._update = dying(self._update, "update")
+
+
+register_reward("letters")(dying(letters, "reward"))
+rl.RolloutStep, rl.Sampler = Step, partial(rl.Sampler, rows=4)  # a prompt in each program
+rollout.sample_groups = dying(rollout.sample_groups, "rollout")
+checkpoint.Checkpointer.save = dying(checkpoint.Checkpointer.save, "save")
+"""
+# Calls of each phase in such a run of 12 steps, 6 rollouts of 4 prompts with 4 samples, and 4 checkpoints.
+CALLS = {"rollout": 24, "reward": 100, "update": 12, "save": 4}
 
 
 class Place:
@@ -55,22 +96,27 @@ class Place:
         self.count += 1
         return replace(self.config, output=str(self.folder / f"run-{self.count}"), resume="auto", **changes)
 
-    def start(self, config: RunConfig, count: int = 1) -> list[subprocess.Popen]:
+    def start(self, config: RunConfig, count: int = 1, **variables: str) -> list[subprocess.Popen]:
         settings = tiny.write_settings(config, self.folder / f"{Path(config.output).name}.py")
         command = ["-m", "nalora_jax", "train", "--config", str(settings)]
-        return tiny.start(command, count=count, NALORA_HEARTBEAT_TIMEOUT="10")
+        if config.rl.rewards:
+            command += ["--import", str(self.folder / "killer.py")]
+        return tiny.start(command, count=count, NALORA_HEARTBEAT_TIMEOUT="10", **variables)
 
     def train(self, config: RunConfig) -> tuple[int, str]:
         """Exit status and standard error of the run to its end."""
         ((status, _, error),) = tiny.finish(self.start(config))
         return status, error
 
-    def verdict(self, config: RunConfig) -> str:
-        """Continue the run and compare what it exports."""
+    def verdict(
+        self, config: RunConfig, whole: RunConfig | None = None, files: tuple[str, ...] = ()
+    ) -> str:
+        """Continue the run and compare what it exports, and ``files``, with those of a whole run."""
         status, error = self.train(config)
         if status:
             return f"FAILED to resume: {error.splitlines()[-1]}"
-        pairs = [(Path(run.output) / "adapter" / name for run in (config, self.whole)) for name in ADAPTER]
+        names = (*(f"adapter/{name}" for name in ADAPTER), *files)
+        pairs = [(Path(run.output) / name for run in (config, whole or self.whole)) for name in names]
         return (
             "resumed, identical"
             if all(a.read_bytes() == b.read_bytes() for a, b in pairs)
@@ -108,6 +154,29 @@ def terminated(place: Place, rng: random.Random) -> str:
     return (
         f"status {status}, {'printed the command to resume' if said else 'SILENT'}, {place.verdict(config)}"
     )
+
+
+def rewards(place: Place, rng: random.Random) -> str:
+    """SIGKILL in a rollout, reward, update or save of a run with rewards, then the same command again"""
+    killer = place.folder / "killer.py"
+    changes = {
+        "rl": RLConfig(rewards=("letters",), samples=4, max_new_tokens=6, updates=2),
+        "train": TrainConfig(batch_size=16, log_every=1, eval_every=0, save_every=3),
+        "data": replace(place.config.data, max_length=0),
+        "compute": ComputeConfig(dtype="float32"),
+        "steps": 12,
+    }
+    whole = replace(place.config, output=str(place.folder / "rewards"), **changes)
+    if not killer.exists():
+        killer.write_text(KILLER)
+        _expect(place.train(whole)[0], 0)
+    config = place.new_run(**changes)
+    phase = rng.choice(list(CALLS))
+    fault = f"{phase} {rng.randrange(1, CALLS[phase])} {rng.random() / 50}"
+    (process,) = place.start(config, NALORA_FAULT=fault)
+    ((status, _, _),) = tiny.finish([process])
+    killed = "killed" if status == -signal.SIGKILL else "NOT KILLED"
+    return f"{killed} in {phase}, {place.verdict(config, whole, ('rollouts.jsonl',))}"
 
 
 def second(place: Place, rng: random.Random) -> str:
@@ -245,6 +314,7 @@ def full(place: Place, rng: random.Random) -> str:
 FAULTS: tuple[tuple[Callable[[Place, random.Random], str], int], ...] = (
     (killed, 1),
     (terminated, 1),
+    (rewards, 6),
     (flipped, 30),
     (truncated, 30),
     (full, 1),
@@ -263,7 +333,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[fault.__name__ for fault, _ in FAULTS])
     given = parser.parse_args()
     logging.disable()
-    rows, failed = ["| fault | times | outcome |", "|---|---|---|"], False
+    earlier = PAGE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].splitlines()
+    rows, failed = {line.split(" | ")[0]: line for line in earlier if line.startswith("| ")}, False
     with tempfile.TemporaryDirectory() as scratch:
         place = Place(Path(scratch))
         for fault, factor in FAULTS:
@@ -272,10 +343,13 @@ def main() -> int:
             rng = random.Random(0)
             outcomes = Counter(" ".join(fault(place, rng).split()) for _ in range(given.times * factor))
             told = "; ".join(f"{count}: {outcome}" for outcome, count in outcomes.most_common())
-            rows.append(f"| {fault.__doc__} | {given.times * factor} | {told} |")
+            key = f"| {fault.__doc__}"
+            rows[key] = f"{key} | {given.times * factor} | {told} |"
             failed |= any(re.search(r"\b[A-Z]{2,}\b", outcome) for outcome in outcomes)
-            print(rows[-1], flush=True)
-    write_between(PAGE, BEGIN, END, "\n" + "\n".join(rows) + "\n")
+            print(rows[key], flush=True)
+    table = ["| fault | times | outcome |", "|---|---|---|"]
+    table += [rows[key] for fault, _ in FAULTS if (key := f"| {fault.__doc__}") in rows]
+    write_between(PAGE, BEGIN, END, "\n" + "\n".join(table) + "\n")
     print(f"{PAGE}, JAX {jax.__version__}")
     return int(failed)
 

@@ -29,7 +29,7 @@ from nalora_jax.weights.merge import write_merged
 
 pytestmark = pytest.mark.network
 
-QUESTIONS, LAYERS = 1, 3
+QUESTIONS, LAYERS = 1, 1
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pa
     config = RunConfig(
         model=str(base),
         output=str(root / "run"),
-        steps=3,
+        steps=2,
         optimizer=OptimizerConfig(learning_rate=8e-3),
         data=DataConfig(max_length=64, train_limit=100, eval_limit=2, select_limit=2),
         train=TrainConfig(batch_size=4, eval_every=0, save_every=0),

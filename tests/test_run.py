@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-import string
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from safetensors.numpy import load_file, save_file
 
 from nalora_jax.__main__ import main
@@ -191,13 +191,6 @@ def test_the_run_folder_is_a_model_for_every_verb(
         ),
         (
             {
-                "lora": LoRAConfig(rules=FFN, rslora=True, dropout=0.1, plus_ratio=4.0),
-                "compute": ComputeConfig(quantize="int8", compilation_cache=False),
-            },
-            [],
-        ),
-        (
-            {
                 "lora": LoRAConfig(rules=(LoRARule("attn", 4),)),
                 "compute": ComputeConfig(compilation_cache=False),
                 "mesh": MeshConfig(1, 2, 1),
@@ -205,7 +198,7 @@ def test_the_run_folder_is_a_model_for_every_verb(
             ["--mesh.fsdp", "2"],
         ),
     ],
-    ids=["dora, check-gates, float32", "rslora, int8", "no gates, bfloat16 on a mesh"],
+    ids=["dora, check-gates, float32", "no gates, bfloat16 on a mesh"],
 )
 def test_every_variant_learns_and_eval_gives_its_numbers_to_the_bit(
     config: RunConfig, changes: dict[str, Any], flags: list[str]
@@ -263,7 +256,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
     assert dict(whole)[40] == dict(resumed)[40]
 
 
-def test_two_processes_run_like_one_with_model_and_data_from_a_bucket(
+def test_two_processes_run_like_one_with_model_data_and_output_in_a_bucket(
     config: RunConfig, tmp_path: Path, two_processes: Any
 ) -> None:
     train = TrainConfig(batch_size=8, accumulate=2, log_every=5, eval_every=5, save_every=5)
@@ -272,31 +265,33 @@ def test_two_processes_run_like_one_with_model_and_data_from_a_bucket(
     mesh, debug = MeshConfig(data=1, fsdp=2), DebugConfig(profile="3:1")
     config = replace(config, steps=10, mesh=mesh, train=train, lora=lora, debug=debug)
     alone = nalora_run.run(replace(config, output=str(tmp_path / "alone")))
-    with emulator.emulator(tmp_path / "objects") as (_, address):
+    with emulator.emulator(tmp_path / "objects") as (held, address):
         for file in Path(config.model).iterdir():
             emulator.put(address, f"llama/{file.name}", file.read_bytes())
         dataset = emulator.put(address, "questions.jsonl", Path(config.data.dataset).read_bytes())
         remote = replace(config, model="gs://bucket/llama", data=replace(config.data, dataset=dataset))
+        remote = replace(remote, output="gs://bucket/run")
         settings = tiny.write_settings(remote, tmp_path / "settings.py")
         variables = emulator.variables(address) | {"NALORA_CACHE": tiny.new_cache(tmp_path / "cache")}
         command = ["-m", "nalora_jax", "train", "--config", str(settings)]
         finished = two_processes(command, devices=1, JAX_DEFAULT_MATMUL_PRECISION="highest", **variables)
+        written = emulator.stored(held, "run")
     (first, out, error), (second, *silence) = finished
     assert (first, second) == (0, 0), error + silence[1]
     assert "after (step" in out
     assert "parameters in float32" in error
     assert [line for line in silence[0].splitlines() if not line.startswith("[Gloo]")] == []
     assert "parameters in float32" not in silence[1]
-    for name, tensor in _adapter(config.output).items():
-        expected = _adapter(str(tmp_path / "alone"))[name]
-        np.testing.assert_allclose(tensor, expected, rtol=1e-3, atol=1e-5, err_msg=name)
-    ours, theirs = (_lines(str(folder)) for folder in (config.output, tmp_path / "alone"))
+    expected = _adapter(str(alone.folder))
+    for name, tensor in safetensors.numpy.load(written["adapter/adapter_model.safetensors"]).items():
+        np.testing.assert_allclose(tensor, expected[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    ours = [json.loads(line) for line in written["metrics.jsonl"].splitlines()]
+    theirs = _lines(str(alone.folder))
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
     done = [{name: line["done"][name] for name in ("step", "best_step")} for line in (ours[-1], theirs[-1])]
     assert done == [{"step": 10, "best_step": alone.best_step}] * 2
-    folder = Path(config.output)
-    assert {path.name for path in folder.iterdir()} == {path.name for path in alone.folder.iterdir()}
-    traces = {path.name for path in (folder / "profile" / "plugins" / "profile" / "steps_3-3").iterdir()}
+    assert {name.partition("/")[0] for name in written} == {path.name for path in alone.folder.iterdir()}
+    traces = {name.rpartition("/")[2] for name in written if "/steps_3-3/" in name}
     assert traces == {"process_0.xplane.pb", "process_1.xplane.pb"}
     assert not list((tmp_path / "cache" / "buckets").rglob("*.safetensors"))  # weights are streamed
 
@@ -324,64 +319,6 @@ def test_adalora_leaves_the_ranks_that_were_asked_for(config: RunConfig) -> None
     assert "AdaLoRA" in (result.adapter / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--lora.rules", "nothing:4"], "'nothing', which matches nothing"),
-        (["--lora.rules", "ffn:17"], "rank"),
-        (["--mechanisms", "hard:keep=0"], "mechanism hard: keep: expected a share in (0, 1], found 0"),
-        (["--data.dataset", "missing.jsonl"], "missing.jsonl"),
-        (["--model", "missing-folder/model.gguf"], "missing-folder/model.gguf"),
-        (["--mesh.data", "3"], "--mesh"),
-        (["--resume"], "--resume: expected a checkpoint"),
-        (["--data.max-length", "1", "--data.too-long", "error"], "expected at most"),
-        (
-            ["--data.dataset", "LONG", "--data.max-length", "128"],
-            "the model's context, found one of 81",
-        ),
-        (["--train.batch-size", "9", "--train.accumulate", "2"], "--train.batch-size"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(
-    config: RunConfig,
-    base: Path,
-    tmp_path: Path,
-    flags: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    data = config.data
-    common = ["--model", str(base), "--output", config.output, "--steps", "1", "--compute.dtype", "float32"]
-    common += ["--data.dataset", data.dataset, "--data.train-split", data.train_split]
-    common += [
-        "--data.eval-split",
-        data.eval_split,
-        "--data.max-length",
-        "16",
-        "--compute.no-compilation-cache",
-    ]
-    long = tmp_path / "long.jsonl"
-    records = [{"prompt": f"{letter} a", "completion": " z"} for letter in string.ascii_lowercase]
-    long.write_text(
-        "".join(json.dumps(one) + "\n" for one in [{"prompt": "a " * 80, "completion": " z"}, *records])
-    )
-    flags = [str(long) if flag == "LONG" else flag for flag in flags]
-    assert main(["train", *common, *flags]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert "Traceback" not in error
-    assert not (Path(config.output) / "adapter").exists()
-
-
-def _truncate(folder: Path) -> None:
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-
-
-def _foreign(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(200)))
-
-
 def _weights(change: Any) -> Any:
     def damage(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
@@ -399,6 +336,11 @@ def _settings_of(name: str, **changes: Any) -> Any:
     return damage
 
 
+def _truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
 def _larger_tokenizer(folder: Path) -> None:
     path = folder / "tokenizer.json"
     values = json.loads(path.read_text())
@@ -407,76 +349,72 @@ def _larger_tokenizer(folder: Path) -> None:
 
 
 GATE = "model.layers.0.mlp.gate_proj.weight"
+EXAMPLE = {"prompt": "a more", "completion": " z"}
+FLAGS = [
+    (["--lora.rules", "nothing:4"], "'nothing', which matches nothing"),
+    (["--lora.rules", "ffn:17"], "rank"),
+    (["--mechanisms", "hard:keep=0"], "mechanism hard: keep: expected a share in (0, 1], found 0"),
+    (["--data.dataset", "missing.jsonl"], "missing.jsonl"),
+    (["--mesh.data", "3"], "--mesh"),
+    (["--resume"], "--resume: expected a checkpoint"),
+    (["--data.max-length", "1", "--data.too-long", "error"], "expected at most"),
+    (["--train.batch-size", "9", "--train.accumulate", "2"], "--train.batch-size"),
+]
+MODELS = [
+    (_truncate, "model.safetensors: expected a complete safetensors file"),
+    (_weights(lambda tensors: tensors.pop(GATE)), f"found no {GATE}"),
+    (
+        _weights(lambda tensors: tensors.update(more=np.zeros(2, np.float32))),
+        "the unknown tensor more (2,)",
+    ),
+    (
+        _weights(lambda tensors: tensors.update({GATE: tensors[GATE][1:]})),
+        "expected the shape (64, 16), found",
+    ),
+    (lambda folder: (folder / "model.safetensors").unlink(), "found no safetensors file"),
+    (_settings_of("config.json", hidden_act="frobnicate"), "'frobnicate'"),
+    (_settings_of("config.json", model_type="mystery"), "'mystery'"),
+    (_larger_tokenizer, "found 'more', which is token 28"),
+]
+DATA = [
+    ([], "data.jsonl: expected at least one JSON line"),
+    (['{"prompt": "a"'], "data.jsonl:9: "),
+    ([{"prompt": "a", "completion": ""}], "data.jsonl:9: completion: expected an answer"),
+    ([{"prompt": "a " * 20, "completion": " z"}], "data.jsonl:9: "),
+    ([{"prompt": "a " * 80, "completion": " z"}], "the model's context, found one of 81"),
+]
+LONG = ["--data.max-length", "128"]
+REFUSED = [
+    *((flags, None, [EXAMPLE], message) for flags, message in FLAGS),
+    *(([], damage, [EXAMPLE], message) for damage, message in MODELS),
+    *((LONG if "context" in message else [], None, lines, message) for lines, message in DATA),
+]
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (_truncate, "model.safetensors: expected a complete safetensors file"),
-        (_foreign, "model.safetensors: expected a complete safetensors file"),
-        (_weights(lambda tensors: tensors.pop(GATE)), f"found no {GATE}"),
-        (
-            _weights(lambda tensors: tensors.update(more=np.zeros(2, np.float32))),
-            "the unknown tensor more (2,)",
-        ),
-        (
-            _weights(lambda tensors: tensors.update({GATE: tensors[GATE][1:]})),
-            "expected the shape (64, 16), found",
-        ),
-        (lambda folder: (folder / "model.safetensors").unlink(), "found no safetensors file"),
-        (_settings_of("config.json", hidden_act="frobnicate"), "'frobnicate'"),
-        (_settings_of("config.json", model_type="mystery"), "'mystery'"),
-        (_larger_tokenizer, "found 'more', which is token 28"),
-    ],
-)
-def test_a_model_that_cannot_be_is_one_line_and_exit_code_2(
-    base: Path, tmp_path: Path, damage: Any, message: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("flags", "damage", "lines", "message"), REFUSED)
+def test_what_cannot_run_is_one_line_and_exit_code_2(
+    base: Path,
+    tmp_path: Path,
+    flags: list[str],
+    damage: Any,
+    lines: list[Any],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    damage(shutil.copytree(base, tmp_path / "model"))
-    data = ["--data.dataset", str(tmp_path / "data.jsonl"), "--data.train-split", "train[:80%]"]
-    data += ["--data.eval-split", "train[80%:]"]
-    records = [{"prompt": f"{letter} more", "completion": " z"} for letter in string.ascii_lowercase]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
-    _refused(capsys, message, tmp_path / "out", "--model", str(tmp_path / "model"), *data)
-
-
-EXAMPLE = {"prompt": "a b", "completion": " z"}
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ([], "data.jsonl: expected at least one JSON line"),
-        (['{"prompt": "a"'], "data.jsonl:9: "),
-        ([{"prompt": "a"}], "data.jsonl:9: "),
-        ([{"prompt": "a", "completion": ""}], "data.jsonl:9: completion: expected an answer"),
-        ([{"prompt": "a " * 20, "completion": " z"}], "data.jsonl:9: "),
-    ],
-    ids=["empty", "broken", "field", "no-target", "too-long"],
-)
-def test_bad_data_is_one_line_and_exit_code_2(
-    base: Path, tmp_path: Path, lines: list[Any], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = tmp_path / "data.jsonl"
-    written = [EXAMPLE] * 8 + lines + [EXAMPLE] * 3 if lines else []
+    """A flag, a damaged model, or what follows eight good examples in the data."""
+    model, output, data = base, tmp_path / "out", tmp_path / "data.jsonl"
+    if damage is not None:
+        model = shutil.copytree(base, tmp_path / "model")
+        damage(model)
+    written = [EXAMPLE] * 8 + lines + [EXAMPLE] * 13 if lines else []
     data.write_text(
         "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in written)
     )
-    flags = [
-        "--data.train-split",
-        "train[:90%]",
-        "--data.eval-split",
-        "train[90%:]",
-        "--data.max-length",
-        "16",
-    ]
-    flags += ["--data.dataset", str(data), "--data.too-long", "error"]
-    _refused(capsys, message, tmp_path / "out", "--model", str(base), *flags)
-
-
-def _refused(capsys: pytest.CaptureFixture[str], message: str, output: Path, *flags: str) -> None:
-    mesh = ["--mesh.data", "1", "--train.batch-size", "2", "--steps", "1", "--compute.no-compilation-cache"]
-    assert main(["train", "--output", str(output), *mesh, *flags]) == 2
+    common = ["--model", str(model), "--output", str(output), "--steps", "1", "--mesh.data", "1"]
+    common += ["--compute.no-compilation-cache", "--train.batch-size", "2", "--data.dataset", str(data)]
+    common += ["--data.train-split", "train[:90%]", "--data.eval-split", "train[90%:]"]
+    common += ["--data.max-length", "16", "--data.too-long", "error"]
+    assert main(["train", *common, *flags]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert [line.startswith("error: ") for line in error.splitlines()].count(True) == 1

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from nalora_jax import RunConfig, run
 from nalora_jax.__main__ import main
-from nalora_jax.config import DataConfig, OptimizerConfig, RLConfig, TrainConfig, check
+from nalora_jax.config import DataConfig, MeshConfig, OptimizerConfig, RLConfig, TrainConfig, check
 from nalora_jax.errors import NaloraError
+from nalora_jax.layout import distributed
+from nalora_jax.train.kinds.rl import EarlyWarnings
 from tests import tiny
 
 RL = RLConfig(rewards=("rewards_of_a_run:letters",), samples=4, max_new_tokens=6, updates=2)
@@ -64,13 +69,21 @@ def test_a_run_with_rewards_learns_and_shows_its_samples(config: RunConfig, tmp_
     logged = [line for line in lines(result.folder) if "loss" in line]
     assert logged[-1]["reward"] > logged[0]["reward"] + 0.05  # logits of this model stay near zero
     assert logged[0]["mismatch"] < 1e-4  # float32: generator and training program agree
-    assert {"entropy", "divergence", "clipped", "length", "cut", "groups_alike", "reward_std"} <= logged[
-        0
-    ].keys()
+    figures = {"entropy", "divergence", "clipped", "length", "cut", "groups_alike", "reward_std"}
+    figures |= {"reward_letters", "reward_letters_std"}
+    figures |= {
+        f"{phase}_{figure}"
+        for phase in ("rollout", "update")
+        for figure in ("seconds", "tokens_per_second")
+    }
+    assert all(logged[-1][name] >= 0 for name in figures)
+    assert logged[-1]["divergence"] > logged[0]["divergence"]
     shown = [json.loads(line) for line in (result.folder / "rollouts.jsonl").read_text().splitlines()]
     assert {line["step"] for line in shown} == set(range(3, 25, 3))
     assert shown[0]["rewards"].keys() == {RL.rewards[0]}
-    assert "reward" in (result.folder / "report.html").read_text()
+    report = (result.folder / "report.html").read_text()
+    assert report.count("<summary>Step ") == 8
+    assert report.count("<dt>rewards_of_a_run:letters</dt>") == 8 * 4
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -98,6 +111,54 @@ def test_a_run_that_was_killed_in_a_reward_resumes_to_the_bit(
         for one in (whole, parts)
     ]
     assert of_steps[0] == of_steps[1]
+    samples = [(Path(one.output) / "rollouts.jsonl").read_bytes() for one in (whole, parts)]
+    assert samples[0] == samples[1]
+    assert all(
+        line["divergence"] > 0
+        for line in lines(parts.output)[-4:]
+        if line.get("step", 0) > 3 and "loss" in line
+    )
+
+
+def test_a_run_resumes_on_another_mesh_within_float_noise(
+    config: RunConfig, rewards: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On four devices, two prompts of four samples are four parts of groups."""
+    train = replace(TRAIN, batch_size=8, save_every=2, log_every=1)
+    config = replace(config, steps=3, rl=replace(RL, updates=1), train=train)
+    whole, parts = (replace(config, output=str(tmp_path / name)) for name in ("whole", "parts"))
+    with tiny.on_one_device(tmp_path / "cache"):
+        run(whole)
+        vars(rewards)["letters"] = Letters(
+            ends_at=config.data.eval_limit + config.data.select_limit + 2 * 8 + 3
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run(parts)
+    vars(rewards)["letters"] = Letters()
+    make = distributed.make_mesh
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(distributed, "make_mesh", lambda mesh, devices=None: make(mesh, jax.devices()[:4]))
+    run(replace(parts, resume=True, mesh=MeshConfig(data=4, fsdp=1, tensor=1)))
+    first, second = (
+        load_file(Path(one.output) / "adapter/adapter_model.safetensors") for one in (whole, parts)
+    )
+    for name in first:
+        np.testing.assert_allclose(first[name], second[name], atol=1e-4, err_msg=name)
+    assert tiny.logged(whole.output, "reward") == tiny.logged(parts.output, "reward")
+
+
+def test_early_warnings_are_in_plain_words_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    warn = EarlyWarnings(100, "rollouts.jsonl")
+    usual = {"groups_alike": 0.5, "length": 20.0, "entropy": 2.0}
+    for figures in [usual] * 12 + [usual | {"groups_alike": 1.0}] * 9 + [usual]:
+        warn(figures)
+    assert not caplog.records
+    for _ in range(12):
+        warn({"groups_alike": 1.0, "length": 81.0, "entropy": 0.1})
+    grown, collapsed, alike = (record.getMessage() for record in caplog.records)
+    assert grown == "samples have grown from 20 to 81 tokens, of at most 100"
+    assert collapsed.startswith("the entropy of the policy fell from 2.000 to 0.100: samples hardly differ")
+    assert alike.startswith("the rewards of each group were all equal in 10 steps: nothing is learned")
 
 
 def test_groups_without_a_difference_are_replaced(
@@ -124,6 +185,15 @@ def test_a_reward_that_fails_ends_the_run_with_its_record(
     assert "reward rewards_of_a_run:letters of" in str(raised.value)
     assert "questions.jsonl" in str(raised.value)
     assert "'nothing'" in str(raised.value)
+    calls = itertools.count(1)
+    vars(rewards)["letters"] = lambda *sample: sample[2]["nothing" if next(calls) % 3 == 0 else "gold"]
+    ignoring = replace(
+        config, steps=2, output=str(tmp_path / "ignoring"), rl=replace(RL, ignore_reward_errors=True)
+    )
+    with tiny.on_one_device(tmp_path / "again"):
+        result = run(ignoring)
+    assert result.after["n"] == config.data.eval_limit - 1
+    assert tiny.logged(result.folder, "reward") == {2: 1.0}
 
 
 @pytest.mark.parametrize(
@@ -166,4 +236,8 @@ def test_a_dry_run_prints_the_rollouts(
     settings = tiny.write_settings(config, tmp_path / "settings.py")
     with tiny.on_one_device(tmp_path / "cache"):
         assert main(["train", "--config", str(settings), "--dry-run"]) == 0
-    assert "4 samples of each of 4 prompts" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "4 samples of each of 4 prompts, at most 6 tokens, 16 rows at once with 0.00 GB" in out
+    assert re.search(
+        r"# memory of a device, estimated: .*\n# time of a step, estimated: \S+ s for a rollout", out
+    )

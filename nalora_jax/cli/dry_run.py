@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nalora_jax.cli import config_files
@@ -17,11 +20,13 @@ from nalora_jax.config import RunConfig
 from nalora_jax.config.structured import dotted
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
+from nalora_jax.evaluate.generate.programs import batch_shards
 from nalora_jax.evaluate.run_log import recorded_settings
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
 from nalora_jax.layout.layouts import Layout, estimate, laid_out
-from nalora_jax.layout.machines import of_devices, topology
+from nalora_jax.layout.machines import Topology, of_devices, topology
+from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.rules import make
 from nalora_jax.models.adapters import adapter_spec, init_lora
@@ -31,6 +36,8 @@ from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import numerics_for
+from nalora_jax.ops.matmul import matmul
+from nalora_jax.ops.storage import prepare
 from nalora_jax.train.initial_adapter import with_adapter
 from nalora_jax.train.inputs import check_layout
 from nalora_jax.train.job import Inputs
@@ -38,7 +45,6 @@ from nalora_jax.train.kinds import run_kind
 from nalora_jax.train.machine import device_memory
 from nalora_jax.train.mechanisms import first_step, log_first_step, mechanisms_of
 from nalora_jax.train.optimizers import with_learning_rate
-from nalora_jax.train.rollout import ROWS
 from nalora_jax.train.session import say_counts
 
 
@@ -132,17 +138,38 @@ def _describe(inputs: Inputs, runs: Sequence[RunConfig]) -> list[str]:
 
 def _rollouts(config: RunConfig, base: ModelConfig, mesh: Mesh) -> list[str]:
     """Returns a line on the samples of a step and on the cache that draws them; none without rewards."""
-    rl, rows = config.rl, config.train.batch_size
+    rl, shards = config.rl, batch_shards(mesh)
     if not rl.rewards:
         return []
-    at_once = min(rows, max(ROWS // rl.samples, 1) * rl.samples * distributed.batch_shards(mesh))
+    prompts = config.train.batch_size // rl.samples
+    _, count, samples = program_shape(prompts, rl.samples, shards)
     numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
-    make = partial(init_cache, base, at_once, config.data.max_length, numerics)
-    cache = trees.size_bytes(jax.eval_shape(make)) / distributed.batch_shards(mesh)
+    make = partial(init_cache, base, count * samples, config.data.max_length, numerics)
+    cache = trees.size_bytes(jax.eval_shape(make)) / shards
     return [
-        f"rollouts: {rl.samples} samples of each of {rows // rl.samples} prompts, at most {rl.max_new_tokens} tokens, "
-        f"{at_once} rows at once with {cache / 1e9:.2f} GB of keys and values on a device"
+        f"rollouts: {rl.samples} samples of each of {prompts} prompts, at most {rl.max_new_tokens} tokens, "
+        f"{count * samples} rows at once with {cache / 1e9:.2f} GB of keys and values on a device"
     ]
+
+
+def _this_machine(config: RunConfig, mesh: Mesh) -> Topology:
+    """Returns a machine with the measured speeds of a matmul and of reading weights on a device of the mesh."""
+    numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
+
+    def seconds(rows: int, columns: int) -> float:
+        x, kernel = jnp.ones((rows, 2048), numerics.result), jnp.ones((2048, columns), config.compute.dtype)
+        kernel = prepare({"params": {"kernel": kernel}}, numerics)["params"]["kernel"]
+        product, times = jax.jit(partial(matmul, numerics=numerics)), []
+        for _ in range(4):  # the first one compiles
+            started = time.perf_counter()
+            jax.block_until_ready(product(x, kernel))
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    flops = 2.0 * 1024 * 2048**2 / seconds(1024, 2048)
+    bandwidth = 2048 * 16384 * config.compute.itemsize / seconds(1, 16384)
+    sheet = topology("v5e:1x1")
+    return replace(sheet, chip=replace(sheet.chip, flops=flops / 0.75, bandwidth=bandwidth))
 
 
 def _differences(runs: Sequence[RunConfig]) -> list[str]:
@@ -206,8 +233,10 @@ def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) 
     remat = chosen_remat(config.compute.remat, base.d_model, numerics)
     data, fsdp, context, tensor = sizes.values()
     placed = Layout(data, fsdp, tensor, remat, config.compute.experts, context=context)
-    # Bytes do not depend on the machine; times of an unknown machine are not shown.
-    where = of_devices(list(mesh.devices.flat)) or topology("v5e:1x1")
+    # Bytes do not depend on the machine; times of an unknown machine are measured, for rewards only.
+    where = of_devices(list(mesh.devices.flat))
+    if where is None:
+        where = _this_machine(config, mesh) if config.rl.rewards else topology("v5e:1x1")
     layout = estimate(placed, config, base, spec, where)
     parts = {
         "weights": layout.weights,
@@ -220,6 +249,10 @@ def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) 
         f"mesh: {distributed.shown_axes(sizes)}, remat {remat}",
         f"memory of a device, estimated: {layout.memory / 1e9:.2f} GB ({listed})",
     ]
+    if config.rl.rewards:
+        update = layout.seconds - layout.rollout
+        times = f"{layout.rollout:.2g} s for a rollout without an early end, {update:.2g} s for an update"
+        lines.append(f"time of a step, estimated: {times}")
     room = device_memory()
     if layout.memory > room:
         lines += [

@@ -32,7 +32,7 @@ from nalora_jax.ops.delta_rule import SCOPE as DELTA_RULE
 
 log = logging.getLogger(__name__)
 SCOPES = (DELTA_RULE,)  # of which `nalora plan` prints a roofline
-_ACCOUNTING = "20"  # version of the accounting; cached figures of other versions are ignored
+_ACCOUNTING = "21"  # version of the accounting; cached figures of other versions are ignored
 
 # Matmuls of attention kernels on GPUs, in one layer. The backward pass recomputes the scores;
 # Triton's does so twice. cuDNN's tiles are assumed to be as large as Triton's; it skips blocks by
@@ -59,6 +59,7 @@ class Figures:
     host: float = 0.0  # bytes of the host's memory
     transfers: tuple[Transfer, ...] = ()  # between the host's and the device's memory
     scopes: Mapping[str, Work] = field(default_factory=dict)  # by name
+    inputs: tuple[str, ...] = ()  # shardings of the arguments' arrays, as compiled; "None" of unused ones
 
     @property
     def memory(self) -> float:
@@ -115,6 +116,7 @@ def of_compiled(compiled: Any) -> Figures:
         # libtpu 0.0.42 adds up temporary arrays of which some are never live together.
         temporary = min(temporary, memory.peak_memory_in_bytes - arguments)
     scopes = {scope: program.work_of(scope) for scope in SCOPES}
+    inputs = jax.tree.leaves(compiled.input_shardings, is_leaf=lambda sharding: sharding is None)
     return Figures(
         arguments,
         temporary,
@@ -125,6 +127,7 @@ def of_compiled(compiled: Any) -> Figures:
         memory.host_temp_size_in_bytes,
         program.transfers,
         {scope: work for scope, work in scopes.items() if work.flops},
+        tuple(str(getattr(sharding, "spec", None)) for sharding in inputs),
     )
 
 
@@ -141,7 +144,8 @@ def _read(file: Path) -> Figures:
     collectives = tuple(Collective(**entry) for entry in record.pop("collectives"))
     transfers = tuple(Transfer(**entry) for entry in record.pop("transfers"))
     scopes = {name: Work(**entry) for name, entry in record.pop("scopes").items()}
-    return Figures(**record, collectives=collectives, transfers=transfers, scopes=scopes)
+    inputs = tuple(record.pop("inputs"))
+    return Figures(**record, collectives=collectives, transfers=transfers, scopes=scopes, inputs=inputs)
 
 
 def _version(name: str) -> str:
@@ -210,11 +214,17 @@ def roofline(program: Figures, config: RunConfig, base: ModelConfig, where: Topo
       where: the machine.
     """
     base, spec = decoder_alone(config, base)
-    mesh, seq, chip = config.mesh, config.data.max_length, where.chip
+    mesh, seq = config.mesh, config.data.max_length
     rows = config.train.batch_size * max(mesh.run, 1) * max(mesh.runs_per_device, 1)
     n_tensor = max(mesh.tensor, 1)
     share = rows / where.size * n_tensor
     flops = program.flops + kernel_flops(program, base, share, seq, n_tensor, config.train.accumulate)
+    return bounded(program, flops, useful_flops(base, spec, rows, seq) / where.size, where)
+
+
+def bounded(program: Figures, flops: float, useful: float, where: Topology) -> Roofline:
+    """Returns the bound of a compiled program with ``flops`` on each chip, of which ``useful`` count for the MFU."""
+    chip = where.chip
     times = [(c.total / _inbound(c, where), c.overlapped) for c in program.collectives]
     hidden, exposed = (
         sum(seconds for seconds, behind in times if behind == which) for which in (True, False)
@@ -228,7 +238,7 @@ def roofline(program: Figures, config: RunConfig, base: ModelConfig, where: Topo
         program.memory_bytes / chip.bandwidth,
         hidden,
         exposed,
-        useful_flops(base, spec, rows, seq) / where.size,
+        useful,
         chip.flops,
         host,
         host_exposed,

@@ -47,6 +47,7 @@ from nalora_jax.layout.estimates import (
     working_bytes,
 )
 from nalora_jax.layout.machines import Topology, of_devices
+from nalora_jax.layout.rollouts import rollout_estimate
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.remat import DOTS_LAST, OFFLOAD
 from nalora_jax.models.stacks import groups, key_heads
@@ -83,14 +84,18 @@ class Layout:
     weights: float = 0.0  # bytes of the frozen base
     state: float = 0.0  # bytes of adapters and optimizer
     activations: float = 0.0  # bytes saved for the backward pass
-    working: float = 0.0  # bytes of gathered kernels, of one layer's arrays and of the loss
+    # bytes of gathered kernels, of one layer's arrays and of the loss; or what keys and values of a
+    # rollout take more than the activations of an update
+    working: float = 0.0
     host: float = 0.0  # bytes saved for the backward pass in the host's memory
     # seconds per step to gather kernels, overlapped with matmuls if the compiler can
     gathers: float = 0.0
     # seconds per step to offload activations and load them again, overlapped with matmuls
     transfers: float = 0.0
-    seconds: float = 0.0  # duration of a step, by roofline; of a sweep: of a step of all its runs
-    mfu: float = 0.0
+    # Duration of a step, by roofline, with its part of a rollout; of a sweep: of a step of all its runs.
+    seconds: float = 0.0
+    rollout: float = 0.0  # the part of a rollout
+    mfu: float = 0.0  # of the update
     context: int = 1
     run: int = 0  # 0 and 1: not of a sweep
     runs_per_device: int = 0
@@ -148,9 +153,10 @@ class Layout:
     def __str__(self) -> str:
         """Returns one line for the log and for `nalora plan`."""
         of_host = f" and {self.host / 1e9:.1f} of the host's" if self.host else ""
+        sampling = f", {self.rollout:.3g} of them for its rollout" if self.rollout else ""
         return (
             f"{self.short}: {self.memory / 1e9:.1f} GB a chip{of_host}, "
-            f"at least {self.seconds:.3g} s a step (MFU at most {self.mfu:.0%})"
+            f"at least {self.seconds:.3g} s a step{sampling} (MFU at most {self.mfu:.0%})"
         )
 
 
@@ -381,16 +387,24 @@ def estimate(
         where, base, tokens, (split, tensor), wide=wide, offloads=offloads, recomputed=recomputed
     )
     useful = useful_flops(base, spec, micro, seq) / where.size
+    rollout, cache = 0.0, 0.0
+    if config.rl.rewards:
+        held = (weights + ends) / tensor
+        gathering = held * (split - 1) / split / where.inbound(split * tensor)
+        shares = {"shards": layout.data * fsdp, "tensor": tensor}
+        rollout, cache = rollout_estimate(config, base, where, **shares, weights=held, gathering=gathering)
+    activations = saved_bytes * min(on_chip, base.n_layers)
     return replace(
         layout,
         weights=(weights + ends) / (split * tensor),
         state=runs * state_bytes(trained, split, tensor),
-        activations=saved_bytes * min(on_chip, base.n_layers),
-        working=working + shared + live_keys / tensor,
+        activations=activations,
+        working=max(working + shared + live_keys / tensor, cache - activations),
         host=host,
         gathers=times * gathered,
         transfers=2 * times * out,
-        seconds=seconds,
+        seconds=seconds + rollout,
+        rollout=rollout,
         mfu=times * useful / (where.chip.flops * seconds) * max(layout.run, 1),
     )
 

@@ -47,7 +47,7 @@ class Losses(NamedTuple):
     """Results for a batch, float32."""
 
     loss: jax.Array  # [], summed
-    divergence: jax.Array  # [samples, tokens], from the base
+    divergence: jax.Array  # [samples, tokens], from the base; 0 without its log-probabilities
     clipped: jax.Array  # [samples, tokens], 1 for tokens without a gradient because of the clip
 
 
@@ -96,13 +96,13 @@ def policy_loss(
     """Returns the sum of the losses of samples.
 
     The divergence is ``p_base / p - log(p_base / p) - 1``, an unbiased estimate that is never
-    negative (http://joschu.net/blog/kl-approx.html); it is added to each token's loss. With "rloo" it
-    has its place in the rewards, see `divergence_penalty`.
+    negative (http://joschu.net/blog/kl-approx.html); times beta it is added to each token's loss. With
+    "rloo" it has its place in the rewards, see `divergence_penalty`.
 
     Args:
       log_probs: of the tokens, by the policy: ``[samples, tokens]``; the loss is differentiable by these.
       old: by the policy that sampled.
-      base: by the base without adapters; None if ``settings.beta`` is 0.
+      base: by the base without adapters; None, with a beta of 0, leaves out the divergence.
       mask: 1 for tokens of the samples, 0 for padding.
       advantage: ``[samples]``.
       settings: of the loss.
@@ -121,8 +121,9 @@ def policy_loss(
         ((ratio < 1 - settings.low) & (gain < 0)) | ((ratio > 1 + settings.high) & (gain > 0))
     )
     divergence = jnp.zeros_like(mask)
-    if base is not None and settings.name != "rloo":
+    if base is not None:
         divergence = mask * (jnp.exp(base - log_probs) - (base - log_probs) - 1)
+    if settings.beta and settings.name != "rloo":
         loss = loss + settings.beta * divergence
     if settings.name == "rloo":
         per_sample = loss[:, 0]

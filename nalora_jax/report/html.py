@@ -29,6 +29,7 @@ from nalora_jax.report.sections import (
     headline,
     layer_labels,
     read_needle,
+    read_rollouts,
     sampled_after,
     samples,
     tiles,
@@ -73,6 +74,24 @@ TRAINING = (
         plots.rewards,
         "Rewards",
         "Beta times the log-ratio to the base, of chosen and of rejected responses; the margin is their difference.",
+    ),
+    Picture(
+        plots.sampled_rewards,
+        "Rewards of samples",
+        "Mean over the samples of the rollouts between two log steps: of the weighted sum with the standard deviation "
+        "of its samples, and of each of several rewards.",
+    ),
+    Picture(
+        plots.entropy,
+        "Entropy",
+        "Mean negative log-probability of the policy's samples. Near 0 they hardly differ, and nothing is learned.",
+    ),
+    Picture(plots.divergence, "Divergence", "Of the policy from the base, the adapter off, by token."),
+    Picture(plots.length, "Length of samples", "Mean tokens of a sample."),
+    Picture(
+        plots.groups_alike,
+        "Groups without a difference",
+        "Share of the groups whose rewards are all equal. They contribute nothing to the update.",
     ),
     Picture(plots.learning_rate, "Learning rate", "The schedule, as applied."),
     Picture(
@@ -146,18 +165,26 @@ def write_report(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     has_adapter = (folder / "adapter" / "adapter_config.json").exists()
-    page = render(read_history(folder), has_adapter=has_adapter, needle=read_needle(folder))
+    files = {"needle": read_needle(folder), "rollouts": read_rollouts(folder)}
+    page = render(read_history(folder), has_adapter=has_adapter, **files)
     write_atomically(folder / FILE, page)
     return folder / FILE
 
 
-def render(history: History, *, has_adapter: bool = False, needle: Sequence[Mapping[str, Any]] = ()) -> str:
+def render(
+    history: History,
+    *,
+    has_adapter: bool = False,
+    needle: Sequence[Mapping[str, Any]] = (),
+    rollouts: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """Returns the page as text.
 
     Args:
       history: the run's log.
       has_adapter: the run's folder has an exported adapter, so the page explains how to use it.
       needle: tables of `nalora_jax.report.sections.read_needle`.
+      rollouts: samples by step of `nalora_jax.report.sections.read_rollouts`.
     """
     config = history.config
     return template("page.html.j2").render(
@@ -175,6 +202,7 @@ def render(history: History, *, has_adapter: bool = False, needle: Sequence[Mapp
         changes=changes(history),
         confusion=confusions(history),
         needle=needle,
+        rollouts=rollouts,
         task=config.get("vision", {}).get("task", ""),
         folder=shlex.quote(str(config.get("output", "RUN"))) if has_adapter else None,
         config=_config_rows(config),

@@ -90,6 +90,47 @@ def rewards(history: History) -> str | None:
         return to_svg(figure, "rewards", "Rewards of chosen and rejected responses over the steps")
 
 
+def sampled_rewards(history: History) -> str | None:
+    """Plots a run with rewards: mean and standard deviation of the sum, and the means of several rewards."""
+    steps, total = history.column("reward")
+    deviation = history.column("reward_std")[1]
+    if not np.isfinite(total).any() or len(deviation) != len(total):
+        return None
+    logged = {name for record in history.steps for name in record if name.startswith("reward_")}
+    several = sorted(name for name in logged if f"{name}_std" in logged)
+    with style():
+        figure, axis = new_figure()
+        at, low, high = *thin(steps, total - deviation), thin(steps, total + deviation)[1]
+        axis.fill_between(at, low, high, color=COLOURS["c1"], alpha=0.2, linewidth=0)
+        axis.plot(*thin(steps, total), color=COLOURS["c1"], label="reward")
+        for name, colour in zip(several if len(several) > 1 else [], _LINES[1:], strict=False):
+            label = name.removeprefix("reward_").replace("_", " ")
+            axis.plot(*thin(*history.column(name)), color=COLOURS[colour], linewidth=1.2, label=label)
+        axis.set(xlabel="step", ylabel="reward")
+        legend(axis)
+        return to_svg(figure, "sampled-rewards", "Rewards of samples over the steps")
+
+
+def entropy(history: History) -> str | None:
+    """Plots the policy's entropy."""
+    return _single_line(history, "entropy", "nats a token", "c2", zero=True, noisy=True)
+
+
+def divergence(history: History) -> str | None:
+    """Plots the policy's divergence from the base."""
+    return _single_line(history, "divergence", "nats a token", "c3", zero=True, noisy=True)
+
+
+def length(history: History) -> str | None:
+    """Plots the length of samples."""
+    return _single_line(history, "length", "tokens a sample", "c1", zero=True, noisy=True)
+
+
+def groups_alike(history: History) -> str | None:
+    """Plots the share of groups whose rewards are all equal."""
+    return _single_line(history, "groups_alike", "share of groups", "c3", zero=True, noisy=True)
+
+
 def learning_rate(history: History) -> str | None:
     """Plots the learning rate."""
     return _single_line(history, "learning_rate", "learning rate", "c1")

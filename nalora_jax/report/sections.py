@@ -11,6 +11,7 @@ import numpy as np
 
 from nalora_jax.data.items import FEW
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.run_log import ROLLOUTS
 from nalora_jax.report.history import EvaluationScore, History
 from nalora_jax.train.progress import duration
 
@@ -272,6 +273,39 @@ def _turns(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         (str(turn["role"]), _ends(str(turn["text"]))) for turn in turns if {"role", "text"} <= turn.keys()
     ]
+
+
+def read_rollouts(folder: Path) -> list[dict[str, Any]]:
+    """Returns samples of at most `SHOWN` logged steps of a run with rewards, evenly spaced with the last one.
+
+    Each step has ``step`` and ``samples`` with ``prompt``, ``completion`` and ``rewards``, pairs of texts.
+
+    Raises:
+      NaloraError: the file is damaged.
+    """
+    path = folder / ROLLOUTS
+    if not path.is_file():
+        return []
+    steps: dict[int, list[dict[str, Any]]] = {}
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            rewards = [
+                (str(name), "none" if value is None else f"{value:.3g}")
+                for name, value in record["rewards"].items()
+            ]
+            sample = {
+                "prompt": _ends(str(record["prompt"])),
+                "completion": _clip(record["completion"]),
+                "rewards": rewards,
+            }
+            steps.setdefault(int(record["step"]), []).append(sample)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        remedy = "delete it: the report then has no samples of rollouts"
+        raise NaloraError(str(path), expected="samples by step", found=error, remedy=remedy) from error
+    numbers = sorted(steps)
+    shown = {numbers[round(i)] for i in np.linspace(0, len(numbers) - 1, min(SHOWN, len(numbers)))}
+    return [{"step": step, "samples": steps[step]} for step in sorted(shown)]
 
 
 def _end(sample: Mapping[str, Any]) -> str:

@@ -286,7 +286,11 @@ class _Meter:
             "seconds": spent,
         }
         for name in sorted({*rows[0]} - {*names}):
-            record[name] = sum(row[name] * row["target_tokens"] for row in rows) / max(targets, 1.0)
+            known = [row for row in rows if not math.isnan(row[name])]  # NaN: not measured in this step
+            weight = sum(row["target_tokens"] for row in known)
+            record[name] = math.nan
+            if known:
+                record[name] = sum(row[name] * row["target_tokens"] for row in known) / max(weight, 1.0)
         record |= summarise_layers(fetched[1])
         if not complete:
             record["target_tokens"] = targets

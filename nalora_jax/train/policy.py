@@ -9,8 +9,9 @@ A batch has the arrays of text, one sample a row, whose loss weights are 1 for t
     advantages  [rows]
     real        [rows]       0 for rows of padding
     sampled     [rows, seq]  log-probability of each target when it was sampled, by the generator
-    old, base   [rows, seq]  the same by the training program before the first of several updates, and
-                             by the base; absent if there is one update, which computes both
+    old         [rows, seq]  the same by the training program before the first of several updates; absent if
+                             there is one update, which computes it
+    base        [rows, seq]  the same by the base; absent if the update computes it for its loss
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Policy:
         hidden = self.policy.hidden(variables, batch, key)
         log_probs = -self.policy.target_losses(hidden, params, batch)
         old, base = batch.get("old", log_probs), batch.get("base")
-        if self.settings.beta and base is None and self.settings.name != "rloo":
+        if base is None:
             base = self.base_log_probs(variables, params, batch)
 
         def total(log_probs: jax.Array) -> tuple[jax.Array, Losses]:
@@ -73,11 +74,10 @@ class Policy:
             share = mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0)
         measured = {
             "entropy": -jnp.sum(share * log_probs),
+            "divergence": jnp.sum(share * losses.divergence),
             "clipped": jnp.sum(share * losses.clipped),
             "mismatch": jnp.sum(share * jnp.abs(log_probs - batch["sampled"])),
         }
-        if base is not None:
-            measured["divergence"] = jnp.sum(share * losses.divergence)
         return through_surrogate(value, surrogate, measured)
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -78,6 +78,17 @@ class RunProgram:
     blocks: dict[str, tuple[int, ...]]  # channel shape of each measured block
     pure: PureStep  # builds the step that is not compiled
 
+    @property
+    def eval_model(self) -> Any:
+        """Returns the decoder for evaluation and generation.
+
+        It has no rematerialization and no sharding constraints except for the expert routing.
+        """
+        stats = None
+        if self.model.stats:
+            stats = replace(self.model.stats, sharding=None)
+        return self.model.clone(remat="none", stats=stats, activation_sharding=None)
+
     def fresh(self, lora: Any, key: jax.Array) -> TrainState:
         """Returns the state before the first step, for adapters and the data of a random key."""
         return init_state(lora, self.optimizer, 0)._replace(key=key)
@@ -403,17 +414,6 @@ class Assembly(RunProgram):
     begin: Callable[[Any, int], TrainState]  # initial state for an adapter and a seed
     state_metrics: StateMetrics  # compiled on first use
     initial: Any = None  # adapters before the first step in host memory, if B != 0
-
-    @property
-    def eval_model(self) -> Decoder:
-        """Returns the decoder for evaluation and generation.
-
-        It has no rematerialization and no sharding constraints except for the expert routing.
-        """
-        stats = None
-        if self.model.stats:
-            stats = replace(self.model.stats, sharding=None)
-        return self.model.clone(remat="none", stats=stats, activation_sharding=None)
 
     def view(self, params: Any) -> Any:
         """Returns ``params`` in the layout that the step runs fastest on, without a copy.

@@ -41,12 +41,10 @@ from nalora_jax.evaluate.generate.programs import (
 )
 from nalora_jax.evaluate.generate.sampling import make_sampling
 from nalora_jax.layout.distributed import fetch
+from nalora_jax.layout.rollouts import ROWS, program_shape
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import switch_length
 from nalora_jax.train.rewards import Scorer
-
-# Rows that are generated at once on each shard of a batch.
-ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -98,6 +96,7 @@ class Sampler:
       tokenizer: of the model.
       mesh: of the weights.
       scorer: of the rewards.
+      prompts: number of prompts of a step.
       samples: number of samples of a prompt, at least 2.
       limit: maximum number of tokens of a sample.
       temperature: above 0.
@@ -112,6 +111,7 @@ class Sampler:
     tokenizer: Tokenizer
     mesh: Mesh
     scorer: Scorer
+    prompts: int
     samples: int
     limit: int
     temperature: float
@@ -138,11 +138,10 @@ class Sampler:
         stops = sorted(self.tokenizer.eos_ids)
         return np.array(stops + [NO_TOKEN] * (bucket(len(stops), minimum=8) - len(stops)))
 
-    @property
-    def prompts_at_once(self) -> int:
-        """Returns the number of prompts of one program: full groups, as many on every shard."""
-        shards = batch_shards(self.mesh)
-        return max(self.rows // self.samples, 1) * shards
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Returns `program_shape` on this mesh."""
+        return program_shape(self.prompts, self.samples, batch_shards(self.mesh), self.rows)
 
     def __call__(self, lora: Any, step: int, prompts: Sequence[Prompt], *, attempt: int = 0) -> Samples:
         """Returns the samples of ``prompts``.
@@ -162,8 +161,8 @@ class Sampler:
         )
         store = _Store(self.folder, f"{step}-{attempt}", lora)
         parts: list[Samples] = []
-        for start in range(0, len(prompts), self.prompts_at_once):
-            group = prompts[start : start + self.prompts_at_once]
+        for start in range(0, len(prompts), self.shape[0]):
+            group = prompts[start : start + self.shape[0]]
             if (part := store.read(start)) is None:
                 rows = slice(start * self.samples, (start + len(group)) * self.samples)
                 part = self._scored(group, *self._generated(weights, group, seeds[rows].tolist()))
@@ -174,21 +173,22 @@ class Sampler:
     def _generated(
         self, weights: Any, prompts: Sequence[Prompt], seeds: list[int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        count, n = self.prompts_at_once, len(prompts) * self.samples
-        padded = padded_rows([*(prompt.ids for prompt in prompts), [0] * self.longest], count + 1)
+        _, count, samples = self.shape
+        parts = [prompt.ids for prompt in prompts for _ in range(self.samples // samples)]
+        padded = padded_rows([*parts, [0] * self.longest], count + 1)
         rows = {name: value[:count] for name, value in padded.items()}
-        rows["lengths"][len(prompts) :] = 1
-        rows["live"] = np.arange(count) < len(prompts)
-        sampling = make_sampling(count * self.samples, temperature=self.temperature, seeds=seeds)
+        rows["lengths"][len(parts) :] = 1
+        rows["live"] = np.arange(count) < len(parts)
+        sampling = make_sampling(count * samples, temperature=self.temperature, seeds=seeds)
         placed = place_batch({**rows, "sampling": sampling}, self.mesh)
         results = sample_groups(
             self.model,
             weights,
             Prompts(**placed, stop_ids=self._stops),
-            samples=self.samples,
+            samples=samples,
             limit=self.limit,
         )
-        tokens, log_probs = (np.asarray(fetch(x))[:n] for x in results)
+        tokens, log_probs = (np.asarray(fetch(x))[: len(prompts) * self.samples] for x in results)
         return tokens, log_probs
 
     def _scored(self, prompts: Sequence[Prompt], tokens: np.ndarray, log_probs: np.ndarray) -> Samples:

@@ -7,6 +7,7 @@ this library's projections.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -322,27 +323,39 @@ def _paths_of(families: Iterable[Family]) -> dict[str, list[str]]:
 
 def _pattern(paths: Sequence[str]) -> str:
     """Returns an expression that is found in these paths only."""
-    longer = {path for others in _PATHS.values() for path in others}
+    longer = {path for others in _known_paths().values() for path in others}
     exact = [path + "$" * any(p != path and p.startswith(path) for p in longer) for path in paths]
     if len(exact) == 1:
         return exact[0]
     return f"({'|'.join(exact)})"
 
 
-_PATHS = _paths_of(BUILT_IN.values())
-# transformers' name of each projection, and its pattern in the paths that rules are searched in.
-MODULES = {name: _pattern(paths) for name, paths in _PATHS.items()}
-# The projections that every model of gated blocks has.
-_COMMON = tuple(_paths_of([BUILT_IN["llama"]]))
-# "all-linear" has linear attention and convolutions in the rule of o_proj, because a rule must match in
-# every model.
-_MIXERS = dict.fromkeys(
-    path
-    for paths in _PATHS.values()
-    for path in paths
-    if path.partition("/")[0] not in ("attn", "ffn", "tail")
-)
-_OUTPUTS = _pattern(["attn/o_proj", *_MIXERS])
+@functools.cache
+def _known_paths() -> dict[str, list[str]]:
+    """Returns `_paths_of` all families."""
+    return _paths_of(BUILT_IN.values())
+
+
+@functools.cache
+def _modules() -> dict[str, str]:
+    """Returns transformers' name of each projection, and its pattern in the paths that rules are searched in."""
+    return {name: _pattern(paths) for name, paths in _known_paths().items()}
+
+
+def _outputs() -> str:
+    """Returns the pattern of o_proj in "all-linear", with linear attention and convolutions.
+
+    They are in one rule, because a rule must match in every model.
+    """
+    mixers = dict.fromkeys(
+        path
+        for paths in _known_paths().values()
+        for path in paths
+        if path.partition("/")[0] not in ("attn", "ffn", "tail")
+    )
+    return _pattern(["attn/o_proj", *mixers])
+
+
 # transformers' stacks of all experts of a layer; the slash in front keeps shared experts out.
 _STACKS = {
     "gate_up_proj": "/ffn/(experts_ffn/)?(gate|up)_proj",
@@ -409,7 +422,7 @@ def rules_of(
     # PEFT applies neither exclude_modules nor layers_to_transform to target_parameters.
     rules += [_rule(path, rank, alpha, "") for path in stacks]
     if everything:
-        rules = [rule.replace(MODULES["o_proj"], _OUTPUTS) for rule in rules]
+        rules = [rule.replace(_modules()["o_proj"], _outputs()) for rule in rules]
     return list(dict.fromkeys(rules))
 
 
@@ -437,7 +450,7 @@ def _target_names(targets: Sequence[str] | str | None) -> Sequence[str]:
         expected, actual = 'names, or "all-linear"', f"the expression {targets!r}"
         remedy = "write it as --lora.rules: patterns are searched in paths such as layers/3/ffn/gate_proj"
         raise NaloraError("target_modules", expected=expected, found=actual, remedy=remedy)
-    return _COMMON
+    return tuple(_paths_of([BUILT_IN["llama"]]))  # the projections that every model of gated blocks has
 
 
 def _names(value: Any, where: str) -> Sequence[str]:
@@ -464,11 +477,11 @@ def _path(name: str, where: str) -> str:
             found=f"{name!r}, which is trained as a whole here",
             remedy=f"leave it out, and add --lora.modules-to-save {last}",
         )
-    if not _NAME.fullmatch(bare) or last not in MODULES:
-        expected, remedy = f"modules of {', '.join(MODULES)}", "write it as --lora.rules by hand"
+    if not _NAME.fullmatch(bare) or last not in _modules():
+        expected, remedy = f"modules of {', '.join(_modules())}", "write it as --lora.rules by hand"
         raise NaloraError(where, expected=expected, found=repr(name), remedy=remedy)
     layer = re.search(r"layers\.(\d+)\.", bare)
-    return f"layers/{layer[1]}/{MODULES[last]}" if layer else MODULES[last]
+    return f"layers/{layer[1]}/{_modules()[last]}" if layer else _modules()[last]
 
 
 def _stack_path(name: str) -> str:

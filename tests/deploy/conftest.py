@@ -22,14 +22,7 @@ ZONE = ("--zone", "us-west4-a")
 class Cloud:
     """Runs deploy/tpu_pod.sh on a laptop whose gcloud is tests/deploy/gcloud.py."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        nodes: tuple[str, ...] = ("pod",),
-        program: str = "",
-        root: Path | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, *, nodes: tuple[str, ...] = ("pod",), program: str = "") -> None:
         self.folder = folder / "cloud"
         self.shared = folder / "shared"
         self.laptop = folder / "laptop"
@@ -43,7 +36,6 @@ class Cloud:
             "workers": self._workers(nodes, program),
             "shared": str(self.shared),
             "commands": str(commands),
-            "root": "" if root is None else str(root),
         }
         self.save()
 

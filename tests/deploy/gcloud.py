@@ -1,7 +1,8 @@
 """Stands in for gcloud: slices are lists of sandboxes, and what is sent to a worker is executed there.
 
-Commands and options are those of the gcloud reference (compute tpus tpu-vm, compute tpus queued-resources); others end
-in status 2, as gcloud's do. The state is in the folder CLOUD: a file for each slice, and a home for each worker.
+Commands and options are those of the gcloud reference (compute tpus tpu-vm, compute tpus queued-resources) that deploy/
+uses; others end in status 2, as gcloud's do. The state is in the folder CLOUD: a file for each slice, and a home for
+each worker.
 """
 
 from __future__ import annotations
@@ -40,45 +41,19 @@ COMMANDS: dict[tuple[str, str], tuple[tuple[str, dict], ...]] = {
         ("--spot", {"action": "store_true"}),
     ),
 }
-# Other commands, with the options that they may have.
-OTHERS: dict[tuple[str, ...], set[str]] = {
-    ("auth", "login"): set(),
-    ("config", "set", "project"): set(),
-    ("projects", "create"): set(),
-    ("projects", "describe"): {"--format"},
-    ("billing", "accounts", "list"): set(),
-    ("billing", "projects", "link"): {"--billing-account"},
-    ("artifacts", "repositories", "create"): {"--repository-format", "--location"},
-    ("auth", "configure-docker"): set(),
-    ("services", "enable"): set(),
-    ("storage", "buckets", "create"): {"--location", "--uniform-bucket-level-access"},
-    ("storage", "buckets", "add-iam-policy-binding"): {"--member", "--role"},
-    ("storage", "cp"): {"--recursive"},
-    ("storage", "ls"): set(),
-    ("projects", "add-iam-policy-binding"): {"--member", "--role"},
-}
 
 
 def main(program: str, *words: str) -> int:
     """Executes one gcloud command; returns its exit status."""
     from_environment().add(program, words)
     if words[:2] != ("compute", "tpus"):
-        return other(*words)
+        return 0
     parser = argparse.ArgumentParser(prog=program, allow_abbrev=False)
     if words[3] != "list":
         parser.add_argument("name")
     for name, options in COMMANDS[words[2], words[3]]:
         parser.add_argument(name, **options)
     return globals()[f"{words[2]}_{words[3]}".replace("-", "_")](parser.parse_args(words[4:]))
-
-
-def other(*words: str) -> int:
-    """Checks a command that is not about TPUs."""
-    command = next((start for start in OTHERS if words[: len(start)] == start), None)
-    assert command is not None, words
-    options = {word for word in words[len(command) :] if word.startswith("--")}
-    assert options <= OTHERS[command], options
-    return 0
 
 
 def cloud() -> Path:
@@ -98,8 +73,7 @@ def workers(node: str, which: str) -> list[Machine]:
     for name in chosen:
         home = cloud() / name
         home.mkdir(exist_ok=True)
-        root = Path(settings["root"]) if settings["root"] else None
-        machines.append(Machine(home, shared, commands, settings["workers"][name], root))
+        machines.append(Machine(home, shared, commands, settings["workers"][name]))
     return machines
 
 

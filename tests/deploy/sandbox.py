@@ -36,10 +36,6 @@ IMAGE = (
     ),
     *("sed", "setsid", "sha256sum", "sleep", "tail", "tar"),
 )
-# A clean root: the home and the shared folder in it, the path of a login shell, and what the network needs of the host.
-HOME, SHARED = "/home/me", "/shared"
-ROOT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-NETWORK = ("/etc/resolv.conf", "/etc/ssl/certs")
 
 
 @functools.cache
@@ -63,20 +59,16 @@ class Machine:
       home: the user's home folder, empty at first.
       shared: a folder that all machines of the test see, in place of a bucket.
       commands: the folder of all commands that the machine has.
-      variables: the environment besides HOME, USER and PATH; in a clean root, also the PATH.
-      root: a root file system to run in instead of this machine's, with `HOME` and `SHARED` as mount points.
+      variables: the environment besides HOME, USER and PATH.
     """
 
     home: Path
     shared: Path
     commands: Path
     variables: Mapping[str, str] = field(default_factory=dict)
-    root: Path | None = None
 
     def command(self, words: Sequence[str]) -> list[str]:
         """Returns the command that runs ``words`` on this machine."""
-        if self.root is not None:
-            return self._in_root(self.root, words)
         variables = {"HOME": str(self.home), "USER": "me", "PATH": str(self.commands), "LANG": "C.UTF-8"}
         assigned = [f"{name}={value}" for name, value in (variables | dict(self.variables)).items()]
         inner = ["/usr/bin/env", "-i", "-C", str(self.home), *assigned, *words]
@@ -86,17 +78,6 @@ class Machine:
         for kind, folder in (("--bind", self.home), ("--bind", self.shared), ("--ro-bind", self.commands)):
             binds += [kind, str(folder), str(folder)]
         return ["bwrap", *binds, "--ro-bind", str(ROOT), str(ROOT), *inner]
-
-    def _in_root(self, root: Path, words: Sequence[str]) -> list[str]:
-        variables = {"HOME": HOME, "USER": "me", "PATH": ROOT_PATH, "LANG": "C.UTF-8"} | dict(
-            self.variables
-        )
-        binds = ["--ro-bind", str(root), "/", "--dev-bind", "/dev", "/dev", "--ro-bind", "/proc", "/proc"]
-        binds += ["--tmpfs", "/tmp", "--bind", str(self.home), HOME, "--bind", str(self.shared), SHARED]
-        for path in NETWORK:
-            binds += ["--ro-bind", path, path]
-        assigned = [f"{name}={value}" for name, value in variables.items()]
-        return ["bwrap", *binds, "/usr/bin/env", "-i", "-C", HOME, *assigned, *words]
 
 
 def make_commands(folder: Path, **stand_ins: str) -> Path:

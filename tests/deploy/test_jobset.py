@@ -22,7 +22,10 @@ def load(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_jobset_is_accepted(name: str) -> None:
-    assert list(kubernetes.violations(load(name))) == []
+    resource = load(name)
+    assert (resource["apiVersion"], resource["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    for replicated in resource["spec"]["replicatedJobs"]:
+        assert list(kubernetes.job_violations(resource["metadata"]["name"], replicated)) == []
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -24,7 +24,7 @@ ENDS = "#!/bin/bash\nexit {status}\n"
 RUN = ("--", "--output", "gs://bucket/run", "--model", "a model")
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], Any], seconds: float = 300) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "timed out"
@@ -135,6 +135,9 @@ def test_the_slice_is_deleted_when_the_run_has_ended(make_cloud, status: int) ->
 @pytest.mark.parametrize("next_action", ["stop", "start"])
 def test_a_slice_whose_run_is_stopped_or_started_anew_is_not_deleted(make_cloud, next_action: str) -> None:
     cloud = make_cloud(program=SAVES)
+    for worker in cloud.settings["workers"].values():
+        worker["NALORA_DELETE_AFTER"] = "60"  # longer than the killed run waits for its successor
+    cloud.save()
     cloud.pod("create", "pod", *ZONE, "--type", "v6e-8")
     cloud.pod("start", "pod", *ZONE, "--delete-when-done", *RUN)
     deleter = int((cloud.home("pod-0") / "nalora-run" / "deleter").read_text())

@@ -9,7 +9,7 @@ from tests.fuzz.parsers import PARSERS, Parser
 
 pytestmark = pytest.mark.pictures  # of runs' reports
 
-INPUTS = 40
+INPUTS = 20
 
 
 CASES = [

@@ -29,7 +29,7 @@ def test_a_program_needs_the_smaller_of_sum_and_peak(temporary, peak, live):
         peak_memory_in_bytes=peak,
         host_temp_size_in_bytes=0,
     )
-    program = SimpleNamespace(memory_analysis=lambda: analysis, as_text=lambda: text)
+    program = SimpleNamespace(memory_analysis=lambda: analysis, as_text=lambda: text, input_shardings=())
     assert of_compiled(program).memory == live
 
 

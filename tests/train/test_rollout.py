@@ -13,6 +13,7 @@ from nalora_jax.data.prompts import Prompt
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import NO_TOKEN
+from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.ops.policy_losses import PolicyLoss
 from nalora_jax.train.policy import Policy
 from nalora_jax.train.program import next_token
@@ -53,6 +54,7 @@ def sampler(tokenizer) -> Sampler:
         tokenizer,
         made.mesh,
         scorer,
+        len(TEXTS),
         SAMPLES,
         LIMIT,
         temperature=0.9,
@@ -88,7 +90,7 @@ def test_a_rollout_is_a_function_of_seed_step_and_adapter(sampler, tokenizer) ->
     _, state = assembled(PreferenceConfig("none"))
     asked = prompts(tokenizer)
     first = sampler(state.lora, 7, asked)
-    again = replace(sampler, rows=16)(state.lora, 7, asked)  # other groups of prompts in a program
+    again = replace(sampler, rows=16)(state.lora, 7, asked)  # more prompts in a program
     np.testing.assert_array_equal(first.tokens, again.tokens)
     np.testing.assert_array_equal(first.rewards, again.rewards)
     for other in (sampler(state.lora, 8, asked), replace(sampler, seed=4)(state.lora, 7, asked)):
@@ -96,6 +98,11 @@ def test_a_rollout_is_a_function_of_seed_step_and_adapter(sampler, tokenizer) ->
     texts = [tokenizer.decode(row[row != NO_TOKEN].tolist()) for row in first.tokens]
     expected = [len(text) + row // SAMPLES / 100 for row, text in enumerate(texts)]
     np.testing.assert_allclose(first.rewards[:, 0], expected)
+
+
+def test_groups_are_divided_among_the_shards_of_a_mesh() -> None:
+    shapes = {shape: program_shape(*shape) for shape in ((8, 8, 1), (64, 16, 8), (64, 16, 256), (3, 6, 8))}
+    assert list(shapes.values()) == [(8, 8, 8), (32, 32, 16), (64, 256, 4), (5, 16, 2)]
 
 
 def test_groups_that_are_complete_are_not_sampled_again(sampler, tokenizer, tmp_path) -> None:

@@ -81,7 +81,7 @@ class _Attempt:
         batches.close()
         params = assembly.view(assembly.params)
         program = compile_ahead(assembly.step, params, assembly.state, batch)
-        result = Compiled(0.0, True, 0.0) if program is None else self._judged(program, config)
+        result = Compiled(0.0, True, 0.0) if program is None else self._judged(program, config, layout)
         if result.fits:
             lora = jax.tree.map(distributed.fetch, assembly.state.lora)
             jax.block_until_ready(assembly.step(params, assembly.state, batch))  # donates the state
@@ -89,7 +89,7 @@ class _Attempt:
         self.job = job
         return result
 
-    def _judged(self, program: Any, config: RunConfig) -> Compiled:
+    def _judged(self, program: Any, config: RunConfig, layout: Layout) -> Compiled:
         figures = of_compiled(program)
         bound = roofline(figures, config, self._base, self._where)
-        return Compiled(figures.memory, figures.fits(self._where.chip), bound.seconds)
+        return Compiled(figures.memory, figures.fits(self._where.chip), bound.seconds + layout.rollout)

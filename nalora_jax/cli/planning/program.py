@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import warnings
@@ -24,8 +25,18 @@ from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.generate.programs import (
+    Prompts,
+    batch_shards,
+    padded_length,
+    sample_groups,
+    view_weights,
+)
+from nalora_jax.evaluate.generate.sampling import make_sampling
 from nalora_jax.layout import distributed
+from nalora_jax.layout.figures import Figures
 from nalora_jax.layout.machines import Topology
+from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.method.step import init_state
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
@@ -35,7 +46,8 @@ from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.ops.quantize import gathered, kernels, quantize
 from nalora_jax.study.sweeps.program import stacked_sharding, step_of_runs
 from nalora_jax.train.kinds import decoder_parts
-from nalora_jax.train.program import decoder_program
+from nalora_jax.train.kinds.rl import updates_with_base
+from nalora_jax.train.program import RunProgram, decoder_program
 
 _BATCH = {
     "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32",
@@ -157,23 +169,13 @@ def step_and_arguments(
       images: images per row, for a vision-language model.
       runs: of a sweep, which differ in their learning rates; 0: the step of one run.
     """
-    spec = adapter_spec(config, base)
-    parts = decoder_parts(config, base, ImageProcessor())
-    program = decoder_program(config, base, spec, mesh, **parts)
-
-    def fresh(params: Any) -> Any:
-        lora = init_lora(base, spec, jax.random.key(0), params)
-        return init_state(lora, program.optimizer, 0)
-
-    weights = {path: _weight(path, shape, config.compute) for path, shape in param_shapes(base).items()}
-    params = gathered(placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], WEIGHT_AXES)
-    state, places = placed(jax.eval_shape(fresh, trees.unflatten(weights)), mesh, distributed.STATE_RULES)
+    program, params, state, places = _program_and_state(config, base, mesh)
     batch = _batch(config, base, mesh, images)
     if not runs:
         return program.compiled_step(places), (params, state, batch)
 
     def one(params: Any, state: Any, batch: Any, rates: jax.Array) -> Any:
-        return program.pure(spec, program.mechanisms, {"rate_of_step": rates})(params, state, batch)
+        return program.pure(program.spec, program.mechanisms, {"rate_of_step": rates})(params, state, batch)
 
     def of_runs(leaf: Any) -> Any:
         place = stacked_sharding(mesh, leaf.sharding)
@@ -187,6 +189,72 @@ def step_and_arguments(
     return step, ({"params": params}, states, batches, rates, active)
 
 
+def _program_and_state(
+    config: RunConfig, base: ModelConfig, mesh: Mesh
+) -> tuple[RunProgram, Any, Any, Any]:
+    """Returns the program of a run, the shapes of its weights and state, and the state's shardings."""
+    spec = adapter_spec(config, base)
+    program = decoder_program(config, base, spec, mesh, **decoder_parts(config, base, ImageProcessor()))
+
+    def fresh(params: Any) -> Any:
+        lora = init_lora(base, spec, jax.random.key(0), params)
+        return init_state(lora, program.optimizer, 0)
+
+    weights = {path: _weight(path, shape, config.compute) for path, shape in param_shapes(base).items()}
+    params = gathered(placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], WEIGHT_AXES)
+    state, places = placed(jax.eval_shape(fresh, trees.unflatten(weights)), mesh, distributed.STATE_RULES)
+    return program, params, state, places
+
+
+def rollout_and_arguments(
+    config: RunConfig, base: ModelConfig, mesh: Mesh
+) -> tuple[Any, tuple[Any, ...], float]:
+    """Returns the jitted program that draws samples in a run with rewards, and the shapes of its arguments.
+
+    Prompts fill the rows that samples leave. The last result are the bytes of a device for the optimizer, which
+    stay in its memory.
+    """
+    rl = config.rl
+    program, params, state, _ = _program_and_state(config, base, mesh)
+    prompts = config.train.batch_size // rl.samples
+    _, count, samples = program_shape(prompts, rl.samples, batch_shards(mesh))
+    longest = padded_length(config.data.max_length - rl.max_new_tokens, minimum=16)
+
+    def of(shape: tuple[int, ...], dtype: Any, spec: P = P(BATCH_AXES)) -> Any:  # noqa: B008
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))
+
+    sampling = make_sampling(count * samples, temperature=rl.temperature)
+    rows = Prompts(
+        tokens=of((count, longest), "int32"),
+        lengths=of((count,), "int32"),
+        live=of((count,), "bool"),
+        stop_ids=of((8,), "int32", P()),
+        sampling=jax.tree.map(lambda x: of(x.shape, x.dtype), sampling),
+    )
+    model, resident = program.eval_model, 0.0
+    for leaf in jax.tree.leaves(state.opt_state):
+        resident += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    weights = view_weights(model, {"params": params, "lora": state.lora})
+    draw = jax.jit(partial(sample_groups, model, samples=samples, limit=rl.max_new_tokens))
+    return draw, (weights, rows), resident
+
+
+def moved_weights(update: Figures, arguments: Any, rollout: Figures, drawn: Any) -> float:
+    """Returns the bytes of weights that two compiled programs read in different shardings.
+
+    Args:
+      update, rollout: figures of the programs.
+      arguments, drawn: their arguments, of `step_and_arguments` and `rollout_and_arguments`.
+    """
+    places = [
+        jax.tree.unflatten(jax.tree.structure(of, is_leaf=lambda leaf: leaf is None), figures.inputs)[0]
+        for of, figures in ((arguments, update), (drawn, rollout))
+    ]
+    weights, first, second = map(trees.flatten, (arguments[0], places[0], places[1].body["params"]))
+    moved = [path for path in weights if len({first[path], second[path]} - {"None"}) > 1]
+    return sum(float(weights[path].size * weights[path].dtype.itemsize) for path in moved)
+
+
 def _batch(config: RunConfig, base: ModelConfig, mesh: Mesh, images: int) -> dict[str, Any]:
     """Returns the shapes of a step's batch."""
     by_rows = NamedSharding(mesh, P(None, BATCH_AXES))
@@ -196,6 +264,14 @@ def _batch(config: RunConfig, base: ModelConfig, mesh: Mesh, images: int) -> dic
         return jax.ShapeDtypeStruct((*lead, *shape), jnp.dtype(dtype), sharding=by_rows)
 
     batch = {name: of((config.data.max_length,), dtype) for name, dtype in _BATCH.items()}
+    if config.rl.rewards:
+        names = [
+            "sampled",
+            *["old"] * (config.rl.updates > 1),
+            *["base"] * (not updates_with_base(config.rl)),
+        ]
+        batch |= {name: of((config.data.max_length,), "float32") for name in names}
+        batch |= {name: of((), "float32") for name in ("advantages", "real")}
     if config.preference.loss != "none":
         batch["pairs"] = of((1,), "float32")
     if base.sight is not None:

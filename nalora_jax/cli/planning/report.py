@@ -9,16 +9,45 @@ from typing import Any
 
 import jax
 
-from nalora_jax.cli.planning.program import devices, step_and_arguments
+from nalora_jax.cli.planning.program import (
+    devices,
+    moved_weights,
+    rollout_and_arguments,
+    step_and_arguments,
+)
 from nalora_jax.config import RunConfig
+from nalora_jax.evaluate.generate.programs import batch_shards
 from nalora_jax.layout import distributed
 from nalora_jax.layout.accounting import Collective
 from nalora_jax.layout.decide import Compiled, Search, decide
-from nalora_jax.layout.figures import Figures, Roofline, figures, roofline
+from nalora_jax.layout.estimates import decoder_alone
+from nalora_jax.layout.figures import Figures, Roofline, bounded, figures, kernel_flops, roofline
 from nalora_jax.layout.layouts import Layout, fitting, fitting_sweep, preferred
 from nalora_jax.layout.machines import Topology
+from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.method.transform import with_gate_state
 from nalora_jax.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """The program that draws the samples of a run with rewards."""
+
+    figures: Figures
+    bound: Roofline  # of one execution, in which every sample has the largest length
+    programs: int  # executions in a step
+    resident: float  # bytes of a chip for the optimizer, which the program does not read
+    moved: float  # bytes of weights that are in other places than in the update
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a chip during a rollout."""
+        return self.figures.memory + self.resident
+
+    @property
+    def seconds(self) -> float:
+        """An upper bound of the speed: the least seconds of a step's samples."""
+        return self.programs * self.bound.seconds
 
 
 @dataclass(frozen=True)
@@ -31,16 +60,24 @@ class Plan:
     nalora: Figures
     lora: Figures  # the same run without the mechanisms and their statistics
     bound: Roofline  # of a micro-batch of NA-LoRA
+    rollout: RolloutPlan | None = None  # of a run with rewards
 
     @property
     def fits(self) -> bool:
         """True if the chip and its share of the host have enough memory."""
-        return self.nalora.fits(self.where.chip)
+        drawn = 0.0 if self.rollout is None else self.rollout.memory
+        return self.nalora.fits(self.where.chip) and drawn <= self.where.chip.memory
+
+    @property
+    def seconds(self) -> float:
+        """The least seconds of a step; with rewards, of an update and its share of a rollout."""
+        drawn = 0.0 if self.rollout is None else self.rollout.seconds / self.config.rl.updates
+        return self.bound.seconds + drawn
 
     @property
     def tokens_per_second(self) -> float:
         """An upper bound of the tokens per second of all chips."""
-        return self.config.train.batch_size * self.config.data.max_length / self.bound.seconds
+        return self.config.train.batch_size * self.config.data.max_length / self.seconds
 
     def ratios(self) -> dict[str, float]:
         """Returns the ratios of NA-LoRA to LoRA."""
@@ -54,7 +91,12 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON."""
-        return {
+        rollout = {}
+        if self.rollout is not None:
+            names = ("programs", "memory", "seconds", "moved")
+            rollout = {name: getattr(self.rollout, name) for name in names}
+            rollout = {"rollout": rollout | {"bound": asdict(self.rollout.bound)}}
+        return rollout | {
             "model": self.config.model,
             "topology": self.where.name,
             "rows": self.config.train.batch_size,
@@ -137,7 +179,29 @@ def plan(config: RunConfig, base: ModelConfig, where: Topology, images: int = 0)
     mesh = distributed.make_mesh(concrete.mesh, devices(where))
     step, arguments = step_and_arguments(concrete, base, mesh, images=images)
     other = figures(without_statistics(step, mesh), arguments)
-    return Plan(config, where, layout, ours, other, bound)
+    rollout = None
+    if config.rl.rewards:
+        rollout = _plan_rollout(layout.into(config), base, where, ours, arguments)
+    return Plan(config, where, layout, ours, other, bound, rollout)
+
+
+def _plan_rollout(
+    config: RunConfig, base: ModelConfig, where: Topology, update: Figures, arguments: Any
+) -> RolloutPlan:
+    """Compiles the program of the samples in the layout of the update and bounds its time."""
+    mesh, rl = distributed.make_mesh(config.mesh, devices(where)), config.rl
+    draw, drawn, resident = rollout_and_arguments(config, base, mesh)
+    found = figures(draw, drawn)
+    prompts, count, _ = program_shape(config.train.batch_size // rl.samples, rl.samples, batch_shards(mesh))
+    programs = math.ceil(config.train.batch_size / rl.samples / prompts)
+    decoder, _ = decoder_alone(config, base)
+    shape = (
+        count / batch_shards(mesh),
+        config.data.max_length - rl.max_new_tokens,
+        max(config.mesh.tensor, 1),
+    )
+    bound = bounded(found, found.flops + kernel_flops(found, decoder, *shape), 0.0, where)
+    return RolloutPlan(found, bound, programs, resident, moved_weights(update, arguments, found, drawn))
 
 
 def plan_sweep(
@@ -188,9 +252,8 @@ def _decided(
             programs = math.ceil(runs / together)
         measured = figures(*step_and_arguments(concrete, base, mesh, images=images, runs=together))
         bound = roofline(measured, concrete, base, where)
-        return Compiled(
-            measured.memory, measured.fits(where.chip), bound.seconds * programs, (measured, bound)
-        )
+        seconds = bound.seconds * programs + layout.rollout
+        return Compiled(measured.memory, measured.fits(where.chip), seconds, (measured, bound))
 
     layout, result = decide(Search(layouts, where.chip.memory), compiled, must_fit=must_fit)
     return layout, *result.program
@@ -258,12 +321,30 @@ def describe(plan: Plan, *, steps: int = 0, price: float | None = None) -> Itera
             f"{bound.host_exposed * 1e3:.0f} ms not, at {chip.host_link / 1e9:.0f} GB/s "
             f"({chip.host_source})"
         )
+    if plan.rollout is not None:
+        yield from _describe_rollout(plan, plan.rollout)
     rate = plan.tokens_per_second
-    yield f"  at most     {rate:,.0f} tokens/s ({rate / where.size:,.0f} a chip), {bound.seconds:.3g} s a step"
+    yield f"  at most     {rate:,.0f} tokens/s ({rate / where.size:,.0f} a chip), {plan.seconds:.3g} s a step"
     yield f"  implied MFU {bound.mfu:.1%}"
     yield "  over LoRA   " + ", ".join(f"{name} {ratio:.4f}" for name, ratio in plan.ratios().items())
-    for line in describe_costs(where, rate, bound.seconds, steps, price):
+    for line in describe_costs(where, rate, plan.seconds, steps, price):
         yield f"  {line}"
+
+
+def _describe_rollout(plan: Plan, rollout: RolloutPlan) -> Iterator[str]:
+    rl, bound, chip = plan.config.rl, rollout.bound, plan.where.chip
+    prompts = plan.config.train.batch_size // rl.samples
+    yield f"  update      at least {plan.bound.seconds:.3g} s, as above"
+    yield (
+        f"  rollout     at least {rollout.seconds:.3g} s for {prompts} prompts x {rl.samples} samples x "
+        f"{rl.max_new_tokens:,} tokens, {rollout.programs} program(s) after each other"
+    )
+    yield (
+        f"              {rollout.memory / 1e9:.2f} GB a chip of {chip.memory / 1e9:.1f}; a program takes "
+        f"{bound.matrix:.3g} s of the matrix unit's and {bound.hbm:.3g} s of HBM's time, "
+        f"{bound.hidden + bound.exposed:.3g} s of the interconnect's"
+    )
+    yield f"  between     {rollout.moved:,.0f} bytes of weights moved, by the weights' shardings in both programs"
 
 
 def describe_sweep(plan: SweepPlan, *, steps: int = 0, price: float | None = None) -> Iterator[str]:

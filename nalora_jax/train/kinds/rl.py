@@ -26,7 +26,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from nalora_jax.common.files import write_atomically
 from nalora_jax.config import RLConfig, RunConfig
+from nalora_jax.config.settings import UNCHANGED
 from nalora_jax.data.forms import in_turns
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.data.prompts import Prompt, PromptData, held_out_prompts, prompt_data
@@ -35,6 +37,7 @@ from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.evaluator import SAMPLES, Evaluator, ItemRecord, variables_of
 from nalora_jax.evaluate.generate import Generator
+from nalora_jax.evaluate.run_log import ROLLOUTS
 from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch, Step, TrainState
@@ -53,8 +56,7 @@ from nalora_jax.weights.model_files import LoadedModel, open_files
 
 log = logging.getLogger(__name__)
 
-FILE = "rollouts.jsonl"  # in a run's folder: some samples of every logged step
-_SHOWN = 4  # samples of a step in that file
+_SHOWN = 4  # samples of a step in the run's file of samples
 _PATIENCE = 10  # rollouts in a row without a difference between rewards, before a warning
 
 
@@ -96,6 +98,15 @@ def weighted_sum(rl: RLConfig, rewards: np.ndarray) -> np.ndarray:
     known = ~np.isnan(rewards)
     total = np.where(known, rewards * weights, 0.0).sum(-1)
     return np.where(known.any(-1), total, np.nan)
+
+
+def updates_with_base(rl: RLConfig) -> bool:
+    """Returns True if the update computes the base's log-probabilities, which its loss needs.
+
+    Otherwise they are an argument: of several updates and of "rloo" they are computed before, and without beta
+    they only show the divergence at log steps.
+    """
+    return rl.beta > 0 and rl.updates == 1 and rl.loss != "rloo"
 
 
 def program_parts(rl: RLConfig) -> dict[str, Any]:
@@ -149,6 +160,7 @@ def build_step(
         loaded.tokenizer,
         mesh,
         scorer_of(placed.rl),
+        prompts=stream.batch_size // placed.rl.samples,
         samples=placed.rl.samples,
         limit=placed.rl.max_new_tokens,
         temperature=placed.rl.temperature,
@@ -159,7 +171,7 @@ def build_step(
     assert inputs.base is not None
     plain = next_token(inputs.base, assembly.model, placed.compute, mesh)
     scoring: Policy = program_parts(placed.rl)["objective"](plain)
-    step = RolloutStep(placed, assembly, scoring, sampler, data, output.folder / FILE)
+    step = RolloutStep(placed, assembly, scoring, sampler, data, output.folder / ROLLOUTS)
     return loaded, replace(assembly, step=step), data
 
 
@@ -240,7 +252,7 @@ class RolloutStep:
     Args:
       config: the run's settings.
       assembly: with the compiled update.
-      scoring: the objective, for log-probabilities before the first of several updates.
+      scoring: the objective, for log-probabilities before the update.
       sampler: draws the samples.
       data: the prompts of a batch.
       file: receives some samples.
@@ -257,14 +269,16 @@ class RolloutStep:
     ) -> None:
         self._config, self._sampler, self._data, self._file = config, sampler, data, file
         self._update: Step = assembly.step
-        self._mesh, self._alike = assembly.mesh, deque[bool](maxlen=_PATIENCE)
-        self._scores = jax.jit(partial(_scored, scoring))
-        self._said: set[str] = set()
-        self._first: dict[str, float] = {}
+        self._mesh, self._warn = assembly.mesh, EarlyWarnings(config.rl.max_new_tokens, file.name)
+        self._scores = jax.jit(partial(_scored, scoring), static_argnames="of_base")
+        self._begun = False
 
     def __call__(self, params: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """Returns the state after one update, on a new rollout or on the one in progress."""
         rl, rollout, number = self._config.rl, self._data.rollout, int(state.step)
+        if not self._begun:
+            self._begun = True
+            _forget_samples(self._file, number)
         if number % rl.updates == 0 or not rollout.arrays:
             rollout.arrays, rollout.figures = self._new(params, state, batch, number)
         started = time.perf_counter()
@@ -273,9 +287,13 @@ class RolloutStep:
         jax.block_until_ready(metrics["loss"])
         if (number + 1) % rl.updates == 0:
             rollout.arrays = {}
-        measured = dict(metrics["measured"]) | {"update_seconds": time.perf_counter() - started}
-        self._warn(measured | rollout.figures)
-        return state, metrics | {"measured": measured | rollout.figures}
+        seconds = time.perf_counter() - started
+        measured = dict(metrics["measured"]) | rollout.figures | {"update_seconds": seconds}
+        measured["update_tokens_per_second"] = float(metrics["tokens"]) / seconds
+        if not self._needs_base(number // rl.updates * rl.updates):
+            measured["divergence"] = math.nan
+        self._warn(measured)
+        return state, metrics | {"measured": measured}
 
     def _new(
         self, params: Any, state: TrainState, batch: Batch, number: int
@@ -286,7 +304,7 @@ class RolloutStep:
         places = np.asarray(distributed.fetch(batch["prompt"])).ravel()[:: rl.samples]
         prompts = stream.prompts(places.tolist())
         samples = self._sampler(state.lora, number, prompts)
-        replaced = 0
+        drawn_tokens, replaced = samples.lengths.sum(), 0
         for attempt in range(rl.resample):
             flat = np.flatnonzero(_is_flat(weighted_sum(rl, samples.rewards), rl.samples))
             if not len(flat):
@@ -294,34 +312,62 @@ class RolloutStep:
             replaced += len(flat)
             others = stream.prompts(stream.others(number, attempt, len(flat)).tolist())
             drawn = self._sampler(state.lora, number, others, attempt=attempt + 1)
-            samples = samples.replaced(flat, drawn, rl.samples)
+            samples, drawn_tokens = (
+                samples.replaced(flat, drawn, rl.samples),
+                drawn_tokens + drawn.lengths.sum(),
+            )
             for place, other in zip(flat, others, strict=False):
                 prompts[place] = other
+        seconds = time.perf_counter() - started
         total = weighted_sum(rl, samples.rewards)
         ids = [prompt.ids for prompt in prompts for _ in range(rl.samples)]
         figures = {
-            **{name: float(np.nanmean(samples.rewards[:, i])) for i, name in enumerate(metric_names(rl))},
-            "reward": float(np.nanmean(total)),
-            "reward_std": float(np.nanstd(total)),
             "groups_alike": float(_is_flat(total, rl.samples).mean()),
             "groups_replaced": float(replaced),
             "length": float(samples.lengths.mean()),
             "cut": float(samples.cut.mean()),
+            "rollout_seconds": seconds,
+            "rollout_tokens_per_second": float(drawn_tokens) / seconds,
         }
+        for name, values in zip(["reward", *metric_names(rl)], [total, *samples.rewards.T], strict=True):
+            known = values[~np.isnan(values)]
+            figures[name], figures[f"{name}_std"] = math.nan, math.nan
+            if len(known):
+                figures[name], figures[f"{name}_std"] = float(known.mean()), float(known.std())
         whole = sample_batch(ids, samples, stream.length, masks_cut=rl.mask_cut)
-        has_penalty, scores = rl.loss == "rloo" and rl.beta > 0, {}
+        has_penalty = rl.loss == "rloo" and rl.beta > 0
+        old = whole["sampled"]
         if rl.updates > 1 or has_penalty:
-            scores = self._by_training_program(params, state, whole)
+            old = self._by_training_program(params, state, whole, of_base=False)
+        base = whole["sampled"]  # a placeholder at steps whose divergence is not shown
+        if self._needs_base(number) and not updates_with_base(rl):
+            base = self._by_training_program(params, state, whole, of_base=True)
         if has_penalty:
-            total = total - divergence_penalty(
-                scores["old"], scores["base"], whole["loss_weights"], rl.beta
-            )
+            total = total - divergence_penalty(old, base, whole["loss_weights"], rl.beta)
         if rl.updates > 1:
-            whole |= scores
+            whole["old"] = old
+        if not updates_with_base(rl):
+            whole["base"] = base
         whole["advantages"] = advantages(total.reshape(-1, rl.samples), rl.loss).ravel().astype(np.float32)
-        figures["rollout_seconds"] = time.perf_counter() - started
-        self._write(number + 1, prompts, samples)
+        if self._is_shown(number):
+            self._write(number + 1, prompts, samples)
         return self._rows(whole), figures
+
+    def _is_shown(self, number: int) -> bool:
+        """Returns True if a step of the rollout that starts after ``number`` steps is logged."""
+        train, steps = self._config.train, self._config.steps
+        intervals = [every for every in (train.log_every, train.eval_every, train.save_every) if every > 0]
+        served = range(number + 1, number + self._config.rl.updates + 1)
+        return any(step == steps or any(step % every == 0 for every in intervals) for step in served)
+
+    def _needs_base(self, number: int) -> bool:
+        """Returns True if such a rollout needs the base's log-probabilities, for its loss or to show the divergence.
+
+        With a start that changes the base's weights, the base is not the model with the adapter off.
+        """
+        if self._config.lora.init not in UNCHANGED:
+            return False
+        return self._config.rl.beta > 0 or self._is_shown(number)
 
     def _rows(self, whole: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns this process's rows ``[accumulate, rows, ...]``."""
@@ -332,58 +378,82 @@ class RolloutStep:
         return {name: value[:, list(stream.rows)] for name, value in micro.items()}
 
     def _by_training_program(
-        self, params: Any, state: TrainState, whole: Mapping[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
-        """Returns log-probabilities before the first update by the training program, of policy and base."""
-        found: list[Any] = []
+        self, params: Any, state: TrainState, whole: Mapping[str, np.ndarray], *, of_base: bool
+    ) -> np.ndarray:
+        """Returns log-probabilities ``[rows, seq]`` of policy or base before the update, by the training program."""
         batch = distributed.make_global_batch(self._rows(whole), self._mesh, rows_axis=1)
+        log_probs = []
         for micro in range(self._data.stream.accumulate):
             rows = {name: value[micro] for name, value in batch.items()}
-            of_micro = self._scores(params, state.lora, rows)
-            found.append([np.asarray(distributed.fetch(x)) for x in of_micro])
-        old, base = (np.concatenate(rows) for rows in zip(*found, strict=True))
-        return {"old": old, "base": base}
+            scores = self._scores(params, state.lora, rows, of_base=of_base)
+            log_probs.append(np.asarray(distributed.fetch(scores)))
+        return np.concatenate(log_probs)
 
     def _write(self, step: int, prompts: Sequence[Prompt], samples: Samples) -> None:
-        """Appends some samples to the run's file at log steps."""
-        if jax.process_index() or step % self._config.train.log_every:
+        """Appends some samples to the run's file."""
+        if jax.process_index():
             return
         rl, tokenizer = self._config.rl, self._sampler.tokenizer
         with self._file.open("a", encoding="utf-8") as file:
             for row in range(min(_SHOWN, len(prompts))):
-                sample = row * rl.samples
+                tokens, rewards = (
+                    samples.tokens[row * rl.samples],
+                    samples.rewards[row * rl.samples].tolist(),
+                )
+                known = [None if math.isnan(reward) else reward for reward in rewards]
                 shown = {
                     "step": step,
                     "prompt": prompts[row].text,
-                    "completion": tokenizer.decode(
-                        samples.tokens[sample][samples.tokens[sample] >= 0].tolist()
-                    ),
-                    "rewards": dict(zip(rl.rewards, samples.rewards[sample].tolist(), strict=True)),
+                    "completion": tokenizer.decode(tokens[tokens >= 0].tolist()),
+                    "rewards": dict(zip(rl.rewards, known, strict=True)),
                 }
                 file.write(json.dumps(shown) + "\n")
 
-    def _warn(self, figures: Mapping[str, Any]) -> None:
-        """Logs once each that rewards are all equal, that samples grow, or that the policy has no entropy left."""
-        rl, names = self._config.rl, ("groups_alike", "length", "entropy")
-        now = {name: float(figures[name]) for name in names}
+
+def _forget_samples(file: Path, step: int) -> None:
+    """Removes the samples of later steps, which a resumed run repeats, and a line that was cut off."""
+    if jax.process_index() or not file.exists():
+        return
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    write_atomically(file, "".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
+class EarlyWarnings:
+    """Logs once each that all rewards are equal, that samples grow, or that the policy has no entropy left.
+
+    Args:
+      limit: largest number of tokens of a sample.
+      file: name of the file with samples.
+    """
+
+    def __init__(self, limit: int, file: str) -> None:
+        self._limit, self._file = limit, file
+        self._alike = deque[bool](maxlen=_PATIENCE)
+        self._first: dict[str, float] = {}
+        self._logged: set[str] = set()
+
+    def __call__(self, figures: Mapping[str, Any]) -> None:
+        """Reads the figures of a step: ``groups_alike``, ``length`` and ``entropy``."""
+        now = {name: float(figures[name]) for name in ("groups_alike", "length", "entropy")}
         first = self._first = self._first or now
         self._alike.append(now["groups_alike"] == 1)
         if len(self._alike) == _PATIENCE and all(self._alike):
-            self._say(
+            self._once(
                 "the rewards of each group were all equal in %d steps: nothing is learned; look at %s, take easier or "
                 "harder prompts, or more --rl.samples",
-                *(_PATIENCE, self._file.name),
+                *(_PATIENCE, self._file),
             )
-        if now["length"] > max(2 * first["length"], 0.8 * rl.max_new_tokens):
+        if now["length"] > max(2 * first["length"], 0.8 * self._limit):
             text_of = "samples have grown from %.0f to %.0f tokens, of at most %d"
-            self._say(text_of, first["length"], now["length"], rl.max_new_tokens)
+            self._once(text_of, first["length"], now["length"], self._limit)
         if now["entropy"] < 0.1 * first["entropy"]:
             text_of = "the entropy of the policy fell from %.3f to %.3f: samples hardly differ; lower the learning rate"
-            self._say(text_of, first["entropy"], now["entropy"])
+            self._once(text_of, first["entropy"], now["entropy"])
 
-    def _say(self, message: str, *values: Any) -> None:
-        if message not in self._said:
-            self._said.add(message)
+    def _once(self, message: str, *values: Any) -> None:
+        if message not in self._logged:
+            self._logged.add(message)
             log.warning(message, *values)
 
 
@@ -393,12 +463,13 @@ def _is_flat(rewards: np.ndarray, samples: int) -> np.ndarray:
     return np.nanmax(groups, 1, initial=-np.inf) <= np.nanmin(groups, 1, initial=np.inf)
 
 
-def _scored(objective: Policy, params: Any, lora: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def _scored(objective: Policy, params: Any, lora: Any, batch: Batch, *, of_base: bool) -> jax.Array:
     frozen = params if "params" in params else {"params": params}
     variables = {**frozen, "lora": lora}
+    if of_base:
+        return objective.base_log_probs(variables, frozen["params"], batch)
     key = jax.random.key(0)  # of dropout, which a run with rewards does not have
-    now = objective.log_probs(variables, frozen["params"], batch, key)
-    return now, objective.base_log_probs(variables, frozen["params"], batch)
+    return objective.log_probs(variables, frozen["params"], batch, key)
 
 
 # ---------------------------------------------------------------- held-out prompts

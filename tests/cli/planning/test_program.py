@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import jax
 import pytest
 
-from nalora_jax.cli.planning.program import step_and_arguments
+from nalora_jax.cli.planning.program import moved_weights, rollout_and_arguments, step_and_arguments
 from nalora_jax.cli.planning.report import without_statistics
 from nalora_jax.config import (
     AdaLoRAConfig,
@@ -17,6 +18,7 @@ from nalora_jax.config import (
     LoRARule,
     MeshConfig,
     PreferenceConfig,
+    RLConfig,
     RunConfig,
     TrainConfig,
 )
@@ -154,3 +156,26 @@ def test_quantized_kernels_are_gathered_as_codes(tmp_path, kind, least, most):
     in_loops = sum(c.total for c in found.collectives if c.times > 1 and c.kind == "all-gather") / LAYERS
     # Once forward and once backward, where the layer is made again from what has been gathered.
     assert 2 * least * weights <= in_loops < 2 * most * weights
+
+
+def test_update_and_rollout_read_the_weights_in_the_same_places(tmp_path):
+    mesh = MeshConfig(2, 2, 2)
+    config = RunConfig(
+        lora=LoRAConfig(rules=(LoRARule("ffn/", RANK),)),
+        mesh=mesh,
+        train=TrainConfig(batch_size=16),
+        data=ROWS,
+        compute=ComputeConfig(dtype="float32", loss_chunk=16, remat="full"),
+        rl=RLConfig(rewards=("number",), samples=8, max_new_tokens=12),
+    )
+    base, devices = ModelConfig.from_hf(BASE), distributed.make_mesh(mesh)
+    step, arguments = step_and_arguments(config, base, devices)
+    draw, drawn, resident = rollout_and_arguments(config, base, devices)
+    update, rollout = figures(step, arguments, cache=tmp_path), figures(draw, drawn, cache=tmp_path)
+    assert moved_weights(update, arguments, rollout, drawn) == 0
+    assert drawn[1].tokens.shape == (4, 24)  # two prompts, each on two shards, which draw four samples each
+    assert resident > 0
+    head = 2.0 * 4 * D * VOCAB / 2  # flops of the logits of a shard's samples
+    assert rollout.flops > 12 * head  # the loop counts as often as the limit says
+    elsewhere = replace(rollout, inputs=("PartitionSpec()",) * len(rollout.inputs))
+    assert moved_weights(update, arguments, elsewhere, drawn) > 4 * D * VOCAB
