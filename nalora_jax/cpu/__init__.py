@@ -9,7 +9,7 @@ from __future__ import annotations
 import nalora_jax.cpu.adapted_dense
 import nalora_jax.cpu.attention
 import nalora_jax.cpu.cross_entropy
-import nalora_jax.cpu.gates
+import nalora_jax.cpu.gated_mlp
 import nalora_jax.cpu.matmul
 import nalora_jax.cpu.programs
 import nalora_jax.cpu.residual_norm

@@ -29,6 +29,7 @@ __all__ = [
     "Cached",
     "Heads",
     "Logistic",
+    "Measured",
     "Sampled",
     "Slice",
     "Sum",
@@ -40,6 +41,7 @@ __all__ = [
     "cached_attention",
     "gate",
     "gate_gradient",
+    "gate_measured",
     "gate_statistics",
     "has_tiles",
     "multiplies_few_rows",
@@ -52,6 +54,8 @@ __all__ = [
 ]
 
 
+# Largest number of parts of the rows with separate sums, and so of threads.
+_PARTS = 8
 # Queries whose weights the gradient of attention stores at once, kQueries in the sources.
 _AT_ONCE = 256
 # Place of the window among the operands of attention.
@@ -248,18 +252,20 @@ def gate(z: jax.Array, u: jax.Array | None, logistic: Logistic) -> jax.Array:
 
 
 def gate_gradient(
-    z: jax.Array, u: jax.Array | None, g: jax.Array, logistic: Logistic
-) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the gradients of z and u from ``g``, the gradient of the result of `gate`.
+    z: jax.Array, u: jax.Array | None, g: jax.Array, logistic: Logistic, *, product: bool = False
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Returns the gradients of z and u, and with ``product`` also the result of `gate`.
 
-    All arrays are bf16 of one shape.
+    ``g`` is the gradient of that result. All arrays are bf16 of one shape.
     """
     chex.assert_equal_shape([z, g])
     flat = bits(z).reshape(-1), _factor(u, z), bits(g).reshape(-1)
-    shapes = [jax.ShapeDtypeStruct((size,), jnp.uint16) for size in (z.size, flat[1].size)]
+    sizes = z.size, flat[1].size, z.size if product else 0
+    shapes = [jax.ShapeDtypeStruct((size,), jnp.uint16) for size in sizes]
     results = row_call("gate_gradient", shapes, **logistic.attributes())(*flat)
-    dz, du = (lax.bitcast_convert_type(x, jnp.bfloat16) for x in results)
-    return dz.reshape(z.shape), None if u is None else du.reshape(z.shape)
+    dz, du, out = (lax.bitcast_convert_type(x, jnp.bfloat16) for x in results)
+    of_u = None if u is None else du.reshape(z.shape)
+    return dz.reshape(z.shape), of_u, out.reshape(z.shape) if product else None
 
 
 def _factor(u: jax.Array | None, z: jax.Array) -> jax.Array:
@@ -299,6 +305,34 @@ def gate_statistics(sampled: Sampled, logistic: Logistic, cuts: tuple[float, flo
         *arguments
     )[0]
     return result
+
+
+class Measured(NamedTuple):
+    """Inputs of the statistics over all tokens of a block; a weight of 0 excludes a token."""
+
+    weights: jax.Array  # float32 [tokens]
+    probe_weights: jax.Array  # float32 [tokens], for the adapter's output
+    hidden: jax.Array  # float32 [tokens, r]; hidden times b is the adapter's part of z
+    b: jax.Array  # float32 [r, d_ff]
+
+
+def gate_measured(
+    z: jax.Array, u: jax.Array, measured: Measured, logistic: Logistic, cuts: tuple[float, float]
+) -> tuple[jax.Array, jax.Array]:
+    """Computes `gate` of z and u and the sums of `gate_statistics` in one pass.
+
+    z and u are ``[tokens, d_ff]``.
+    """
+    chex.assert_equal_shape([z, u])
+    shapes = [
+        jax.ShapeDtypeStruct(z.shape, jnp.uint16),
+        jax.ShapeDtypeStruct((7, z.shape[1]), jnp.float32),
+        # Scratch memory.
+        jax.ShapeDtypeStruct((max(1, min(_PARTS, z.shape[0])), 7, z.shape[1]), jnp.float32),
+    ]
+    attributes = {**logistic.attributes(), **_regions(cuts)}
+    out, sums, _ = call("gate_measured", shapes, **attributes)(bits(z), bits(u), *measured)
+    return lax.bitcast_convert_type(out, jnp.bfloat16), sums
 
 
 def _regions(cuts: tuple[float, float]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ namespace nalora {
 constexpr int64_t kElements = 1 << 15;  // of a product that a thread takes at a time
 constexpr int64_t kChannels = 384;      // whose sums a thread takes at a time
 constexpr int64_t kRowsTogether = 16;   // that are added while sums are in registers
+constexpr int64_t kRunOfRows = 8;       // that have weights together (selection.py)
 constexpr int64_t kStatistics = 7;      // numbers of a channel
 
 template <bool kCubic>  // whether b is not 0
@@ -83,15 +84,20 @@ INLINED void widen_or_ones(const Bits* u, int64_t at, int64_t n, float* to) {
   }
 }
 
-// phi(z) u of at most 32 numbers.
+// phi(z) u of at most 32 numbers; `x` and `rho`, if given, get z and its selection weights.
 template <typename Gate>
-INLINED void multiply(const Gate& gate, const Bits* z, const Bits* u, int64_t n, Bits* to) {
+INLINED void multiply(const Gate& gate, const Bits* z, const Bits* u, int64_t n, Bits* to, float* x = nullptr,
+                      float* rho = nullptr) {
   float of_z[kSide], of_u[kSide], h[kSide];
   widen_row(z, n, of_z);
   widen_or_ones(u, 0, n, of_u);
   for (int64_t j = 0; j < kSide; j += kLanes) {
-    const Lanes one = lanes(of_z + j);
-    put(h + j, one * gate.rho(one) * lanes(of_u + j));
+    const Lanes one = lanes(of_z + j), selected = gate.rho(one);
+    put(h + j, one * selected * lanes(of_u + j));
+    if (rho != nullptr) {
+      put(x + j, one);
+      put(rho + j, selected);
+    }
   }
   round_row(h, n, to);
 }
@@ -108,28 +114,32 @@ inline ffi::Error gate(ffi::ThreadPool pool, Bits1 z, Bits1 u, ffi::Result<Bits1
   });
 }
 
-// The gradient of u is wanted where there is a u.
+// `out`, the product once more, is wanted where there is room for it; the gradient of u where there is a u.
 inline ffi::Error gate_gradient(ffi::ThreadPool pool, Bits1 z, Bits1 u, Bits1 g, ffi::Result<Bits1> dz,
-                                ffi::Result<Bits1> du, float a, float b) {
-  const size_t count = z.element_count();
-  if (!fits(z, u) || g.element_count() != count || du->element_count() != u.element_count()) {
+                                ffi::Result<Bits1> du, ffi::Result<Bits1> out, float a, float b) {
+  const size_t count = z.element_count(), wanted = out->element_count();
+  if (!fits(z, u) || g.element_count() != count || du->element_count() != u.element_count() ||
+      (wanted > 0 && wanted != count)) {
     return ffi::Error::InvalidArgument("nalora_gate_gradient: shapes do not fit");
   }
   const Bits *of_z = z.typed_data(), *of_u = u.element_count() > 0 ? u.typed_data() : nullptr, *of_g = g.typed_data();
-  Bits *to_z = dz->typed_data(), *to_u = du->typed_data();
+  Bits *to_z = dz->typed_data(), *to_u = du->typed_data(), *to = out->typed_data();
   return with_gate(a, b, [&](auto gate) {
     by_elements(pool, count, [=](int64_t at, int64_t n) {
-      float x[kSide], y[kSide], back[kSide], one[kSide], other[kSide];
+      float x[kSide], y[kSide], back[kSide], one[kSide], other[kSide], h[kSide];
       widen_row(of_z + at, n, x);
       widen_or_ones(of_u, at, n, y);
       widen_row(of_g + at, n, back);
       for (int64_t j = 0; j < kSide; j += kLanes) {
         const Lanes of_z = lanes(x + j), of_u = lanes(y + j), of_g = lanes(back + j), rho = gate.rho(of_z);
+        const Lanes selected = of_z * rho;
         put(one + j, of_g * of_u * (rho + of_z * gate.derivative(of_z, rho)));
-        put(other + j, of_g * of_z * rho);
+        put(other + j, of_g * selected);
+        put(h + j, selected * of_u);
       }
       round_row(one, n, to_z + at);
       if (of_u != nullptr) round_row(other, n, to_u + at);
+      if (wanted > 0) round_row(h, n, to + at);
     });
     return ffi::Error::Success();
   });
@@ -227,6 +237,103 @@ inline ffi::Error gate_statistics(ffi::ThreadPool pool, Matrix z, Indices rows, 
         });
       });
     });
+    return ffi::Error::Success();
+  });
+}
+
+// The product of a gate, and the sums of `gate_statistics` over rows whose weights are not 0: the selection weights of
+// the one serve the other. dz = hidden b of every row. Each part of the rows has sums of its own, joined in their order.
+inline ffi::Error gate_measured(ffi::ThreadPool pool, Matrix z, Matrix u, Row weights, Row probe_weights, Rows hidden,
+                                Rows factor, ffi::Result<Matrix> out, ffi::Result<Rows> statistics,
+                                ffi::Result<Totals> by_part, float a, float b, float low, float high) {
+  const Response response{low, high};
+  const int64_t rows = z.dimensions()[0], channels = z.dimensions()[1], rank = hidden.dimensions()[1];
+  if (!is_of(u, rows, channels) || !is_of(*out, rows, channels) || !is_of(hidden, rows, rank) ||
+      !is_of(factor, rank, channels) || !is_of(*statistics, kStatistics, channels) ||
+      weights.dimensions()[0] != rows || probe_weights.dimensions()[0] != rows ||
+      by_part->dimensions()[1] != kStatistics || by_part->dimensions()[2] != channels) {
+    return ffi::Error::InvalidArgument("nalora_gate_measured: shapes do not fit");
+  }
+  const Bits *of_z = z.typed_data(), *of_u = u.typed_data();
+  const float *w = weights.typed_data(), *pw = probe_weights.typed_data();
+  const float *of_hidden = hidden.typed_data(), *of_factor = factor.typed_data();
+  Bits* to = out->typed_data();
+  float* to_parts = by_part->typed_data();
+  const int64_t parts = by_part->dimensions()[0], size = kStatistics * channels;
+  const int64_t most = up(ceil_div(rows, parts), kRunOfRows);  // whole runs, which have weights together
+  return with_gate(a, b, [&](auto gate) {
+    const bool done = share(pool, parts, [=](int64_t part, Block&, Scratch& scratch) {
+      const int64_t blocks = ceil_div(channels, kSide), start = std::min(rows, part * most);
+      const int64_t end = std::min(rows, start + most);
+      scratch.reserve(Scratch::room<ChannelSums<4>>(blocks) + Scratch::room<ChannelSums<3>>(blocks) +
+                      Scratch::room<float>(rank * kSide));
+      auto* responses = scratch.take<ChannelSums<4>>(blocks);
+      auto* movements = scratch.take<ChannelSums<3>>(blocks);
+      std::fill_n(responses, blocks, ChannelSums<4>{});
+      std::fill_n(movements, blocks, ChannelSums<3>{});
+      // The factor of the last channels, where they are fewer than 32.
+      const int64_t edge = channels / kSide * kSide;
+      float* of_edge = scratch.take<float>(rank * kSide);
+      std::fill_n(of_edge, rank * kSide, 0.0f);
+      for (int64_t k = 0; k < rank; k++) std::copy_n(of_factor + k * channels + edge, channels - edge, of_edge + k * kSide);
+      for (int64_t first = start; first < end; first += kRunOfRows) {
+        const int64_t last = std::min(end, first + kRunOfRows);
+        const auto weighs = [=](const float* weights) {
+          return std::any_of(weights + first, weights + last, [](float weight) { return weight != 0; });
+        };
+        const bool respond = weighs(w), move = weighs(pw);
+        if (!respond && !move) {
+          const int64_t stop = last * channels;
+          for (int64_t at = first * channels; at < stop; at += kSide) {
+            multiply(gate, of_z + at, of_u + at, std::min(kSide, stop - at), to + at);
+          }
+          continue;
+        }
+        for (int64_t at = 0; at < channels; at += kSide) {
+          const int64_t n = std::min(kSide, channels - at), place = first * channels + at;
+          float x[kRunOfRows * kSide], rho[kRunOfRows * kSide];
+          for (int64_t i = 0; i < last - first; i++) {
+            const int64_t one = place + i * channels;
+            multiply(gate, of_z + one, of_u + one, n, to + one, x + i * kSide, rho + i * kSide);
+          }
+          if (respond) {
+            ChannelSums<4> sums = responses[at / kSide];
+            for (int64_t i = 0; i < last - first; i++) {
+              const float weight = w[first + i], *z = x + i * kSide, *selected = rho + i * kSide;
+              sums.add([&](int64_t j, Lanes* more) { response.of(gate, lanes(z + j), lanes(selected + j), weight, more); });
+            }
+            responses[at / kSide] = sums;
+          }
+          if (move) {
+            const float* from = at < edge ? of_factor + at : of_edge;
+            const int64_t stride = at < edge ? channels : kSide;
+            ChannelSums<3> sums = movements[at / kSide];
+            for (int64_t i = 0; i < last - first; i++) {
+              const float weight = pw[first + i], *z = x + i * kSide, *selected = rho + i * kSide;
+              const float* share = of_hidden + (first + i) * rank;
+              sums.add([&](int64_t j, Lanes* more) {
+                Lanes dz{};
+                for (int64_t k = 0; k < rank; k++) dz += share[k] * lanes(from + k * stride + j);
+                movement(gate, lanes(z + j), lanes(selected + j), dz, weight, more);
+              });
+            }
+            movements[at / kSide] = sums;
+          }
+        }
+      }
+      float* own = to_parts + part * size;
+      for (int64_t at = 0; at < channels; at += kSide) {
+        const int64_t n = std::min(kSide, channels - at);
+        responses[at / kSide].write(own + at, channels, n);
+        movements[at / kSide].write(own + 4 * channels + at, channels, n);
+      }
+    });
+    if (!done) return ffi::Error::Internal("nalora_gate_measured: out of memory");
+    float* total = statistics->typed_data();
+    std::copy_n(to_parts, size, total);
+    for (int64_t part = 1; part < parts; part++) {
+      for (int64_t i = 0; i < size; i++) total[i] += to_parts[part * size + i];
+    }
     return ffi::Error::Success();
   });
 }

@@ -85,6 +85,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_gate_gradient, nalora::gate_gradient,
                                   .Arg<nalora::Bits1>()
                                   .Ret<nalora::Bits1>()
                                   .Ret<nalora::Bits1>()
+                                  .Ret<nalora::Bits1>()
                                   .Attr<float>("a")
                                   .Attr<float>("b"));
 
@@ -100,6 +101,23 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_gate_statistics, nalora::gate_statistics,
                                   .Arg<nalora::Rows>()
                                   .Arg<nalora::Row>()
                                   .Ret<nalora::Rows>()
+                                  .Attr<float>("a")
+                                  .Attr<float>("b")
+                                  .Attr<float>("low")
+                                  .Attr<float>("high"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_gate_measured, nalora::gate_measured,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<nalora::Matrix>()
+                                  .Arg<nalora::Matrix>()
+                                  .Arg<nalora::Row>()
+                                  .Arg<nalora::Row>()
+                                  .Arg<nalora::Rows>()
+                                  .Arg<nalora::Rows>()
+                                  .Ret<nalora::Matrix>()
+                                  .Ret<nalora::Rows>()
+                                  .Ret<nalora::Totals>()
                                   .Attr<float>("a")
                                   .Attr<float>("b")
                                   .Attr<float>("low")

@@ -58,6 +58,7 @@ _FUNCTIONS = (
     "gate",
     "gate_gradient",
     "gate_statistics",
+    "gate_measured",
     "add_rms",
     "normalise",
     "norm_gradient",

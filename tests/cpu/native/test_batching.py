@@ -85,7 +85,7 @@ def test_gates_and_norms() -> None:
     z, u = draw(rng, RUNS, ROWS, 64), draw(rng, RUNS, ROWS, 64)
     _assert_one_call(lambda z, u: native.gate(z, u, Logistic(1.0, 0.0)), z, u)
     _assert_one_call(lambda z: native.gate(z, None, Logistic(1.0, 0.0)), z)
-    _assert_one_call(lambda z, u: native.gate_gradient(z, u, u, Logistic(1.0, 0.0)), z, u)
+    _assert_one_call(lambda z, u: native.gate_gradient(z, u, u, Logistic(1.0, 0.0), product=True), z, u)
     x = z.astype(jnp.float32)
     _assert_one_call(lambda x: native.add_rms(x, None, 1e-5), x)
     held, inverse = z.view(jnp.uint16), jnp.abs(x[..., 0])

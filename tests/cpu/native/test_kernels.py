@@ -246,12 +246,9 @@ def test_gates_with_their_statistics(
     hidden = jax.device_put(rng.standard_normal((rows, rank), np.float32))
     b = jnp.asarray(0.1 * rng.standard_normal((rank, columns)), jnp.float32)
     cuts = (-1.0, 2.5)
-    every = jnp.arange(rows, dtype=jnp.int32)
-    sampled = native.Sampled(z, every, weights, every, (hidden, b), probe_weights)
-    out, sums = (
-        compiled(native.gate, z, u, logistic),
-        compiled(native.gate_statistics, sampled, logistic, cuts),
-    )
+    measured = native.Measured(weights, probe_weights, hidden, b)
+    out, sums = compiled(native.gate_measured, z, u, measured, logistic, cuts)
+    np.testing.assert_array_equal(out, compiled(native.gate, z, u, logistic))
 
     z64, dz = exact(z), exact(hidden) @ exact(b)
     rho, slope = gate64(z64, *coefficients)
@@ -264,9 +261,12 @@ def test_gates_with_their_statistics(
     for got, right in zip(sums, want, strict=True):
         np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-4)
 
-    dz, du = compiled(native.gate_gradient, z, u, g, logistic)
+    dz, du, again = compiled(native.gate_gradient, z, u, g, logistic, product=True)
+    np.testing.assert_array_equal(again, out)
     assert worst(dz, exact(g) * exact(u) * (rho + z64 * slope)) < 2**-8
     assert worst(du, exact(g) * z64 * rho) < 2**-8
+    for one, same in zip((dz, du, None), compiled(native.gate_gradient, z, u, g, logistic), strict=True):
+        np.testing.assert_array_equal(one, same)
 
 
 def test_a_gate_that_multiplies_nothing_multiplies_ones() -> None:
@@ -275,9 +275,19 @@ def test_a_gate_that_multiplies_nothing_multiplies_ones() -> None:
     z, g = draw(rng, 9, 35, scale=4), draw(rng, 9, 35)
     ones = jnp.ones_like(z)
     np.testing.assert_array_equal(native.gate(z, None, logistic), native.gate(z, ones, logistic))
-    dz, du = native.gate_gradient(z, None, g, logistic)
+    dz, du, again = native.gate_gradient(z, None, g, logistic, product=True)
+    with_ones = native.gate_gradient(z, ones, g, logistic, product=True)
     assert du is None
-    np.testing.assert_array_equal(dz, native.gate_gradient(z, ones, g, logistic)[0])
+    np.testing.assert_array_equal(dz, with_ones[0])
+    np.testing.assert_array_equal(again, with_ones[2])
+
+
+def test_statistics_do_not_read_what_has_no_weight() -> None:
+    z = jnp.zeros((16, 32), jnp.bfloat16).at[:8].set(jnp.nan)
+    weights, hidden = jnp.ones(16).at[:8].set(0), jnp.ones((16, 1))
+    measured = native.Measured(weights, weights, hidden, jnp.ones((1, 32)))
+    _, sums = native.gate_measured(z, z, measured, native.Logistic(1.0, 0.0), (-1.0, 1.0))
+    assert bool(jnp.isfinite(sums).all())
 
 
 def test_gates_far_from_zero_are_steps() -> None:

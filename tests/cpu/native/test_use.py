@@ -358,7 +358,7 @@ def test_a_gated_block_at_once(adapted: str, use_bias: bool, name: str, both: An
 def test_a_rematerialised_step_measures_once(remat: str) -> None:
     """Statistics and h are made in the forward pass alone; the backward pass makes h with the gradients."""
     text = lowered(replace(CONFIG, compute=replace(CONFIG.compute, remat=remat)))
-    assert [text.count(f"nalora_{name}_") for name in ("gate_statistics", "gate_gradient", "gate")] == [
+    assert [text.count(f"nalora_{name}_") for name in ("gate_measured", "gate_gradient", "gate")] == [
         1,
         1,
         2,
@@ -477,12 +477,12 @@ def test_generated_text(kernels: str, both: Any, called: list[str]) -> None:
 
 def test_gates_are_checked_on_the_live_model(monkeypatch: pytest.MonkeyPatch) -> None:
     debug = replace(CONFIG, debug=DebugConfig(check_gates=True))  # test_step.py: the sound model passes
-    sound = native.gate
+    sound = native.gate_measured
 
-    def wrong(*arguments: Any) -> jax.Array:
-        h = sound(*arguments)
-        return (1.1 * h).astype(h.dtype)
+    def wrong(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+        h, sums = sound(*arguments)
+        return (1.1 * h).astype(h.dtype), sums
 
-    monkeypatch.setattr(native, "gate", wrong)
+    monkeypatch.setattr(native, "gate_measured", wrong)
     with pytest.raises(NaloraError, match=r"check-gates.*gate check failed in layers/ffn"):
         steps(debug, 1)
