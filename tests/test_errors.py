@@ -9,14 +9,7 @@ import sys
 import pytest
 
 from nalora_jax.__main__ import guarded
-from nalora_jax.errors import NaloraError, TrainingDivergedError, bounded_text, shorten, visible
-
-
-def test_a_short_message_is_whole() -> None:
-    error = NaloraError("--lora.dropout", expected="a number in [0, 1)", found=1, remedy="use e.g. 0.5")
-    assert str(error) == "--lora.dropout: expected a number in [0, 1), found 1; use e.g. 0.5"
-    assert (error.where, error.found, error.remedy) == ("--lora.dropout", 1, "use e.g. 0.5")
-
+from nalora_jax.errors import NaloraError, TrainingDivergedError
 
 LONG = {
     "ascii": "x" * 10**6,
@@ -37,12 +30,6 @@ def test_messages_are_bounded(long: object) -> None:
         assert all(text in message for name, text in parts.items() if name != place)
 
 
-def test_beginning_and_end_are_kept() -> None:
-    assert shorten("abcdefghijklmnop", 11) == "abc ... nop"
-    assert shorten("abc", 3) == "abc"
-    assert len(shorten("x" * 100, 3)) <= 8
-
-
 CONTROLS = "\x00 \x07 \x1b[31m \x7f \x9b2J \r \u202e \u2028"
 
 
@@ -52,11 +39,6 @@ def test_control_characters_of_a_message_are_escaped(place: str) -> None:
     message = str(NaloraError(**{**parts, place: CONTROLS}))
     assert r"\x00 \x07 \x1b[31m \x7f \x9b2J \r \u202e \u2028" in message
     assert message.isprintable()
-
-
-def test_text_that_a_terminal_shows_is_not_changed() -> None:
-    text = "tab\tand\nline, Ünïcode, 東京, 👩\u200d🚀"
-    assert visible(text) == bounded_text(text) == text
 
 
 def test_the_command_line_prints_no_control_character(capsys: pytest.CaptureFixture[str]) -> None:

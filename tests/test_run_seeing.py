@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 from dataclasses import replace
@@ -31,7 +30,6 @@ from nalora_jax.data.images.chat import asked
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import read_metrics
 from nalora_jax.train.adapted import load
-from nalora_jax.train.located import Located
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -219,23 +217,6 @@ def test_a_conversation_shows_images(seeing_folder, chats, monkeypatch, capsys) 
             ]
         assert processor.decode(made, skip_special_tokens=True) == answer
         turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-
-
-def test_a_language_model_is_shown_nothing(seeing_folder, chats, monkeypatch, capsys) -> None:
-    """A run that trained the text model alone made an adapter of that: the model is loaded as it was."""
-    from nalora_jax.cli import chat
-
-    model = seeing_folder("llava")
-    assert chat._sees(chat.ChatArgs(str(model)))
-    textual = Located(str(model), None, {"vision": {"task": ""}})
-    for module in ("adapted", "located"):
-        monkeypatch.setattr(
-            importlib.import_module(f"nalora_jax.train.{module}"), "locate", lambda *_: textual
-        )
-    assert not chat._sees(chat.ChatArgs(str(model)))
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {chats.parent / '1.png'}\n"))
-    assert main(["chat", str(model), "--dtype", "float32"]) == 0
-    assert "error: /image: expected a model that sees images, found" in capsys.readouterr().err
 
 
 def test_settings_that_do_not_fit_are_refused(seeing_folder, chats, tmp_path) -> None:

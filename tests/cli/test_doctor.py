@@ -8,7 +8,6 @@ import platform
 import pytest
 
 from nalora_jax.__main__ import main
-from nalora_jax.cli.doctor import huge_pages
 from tests import tiny
 
 
@@ -40,24 +39,3 @@ def test_what_is_wrong_is_named_and_ends_with_status_1(monkeypatch, tmp_path, ca
     if tiny.HAS_CPU:
         assert "! NALORA_NATIVE: expected 0, 1 or" in problems
     assert "! compiled CPU kernels are not kept: " in problems
-
-
-HUGE = {"GLIBC_TUNABLES": "glibc.pthread.rseq=0:glibc.malloc.hugetlb=1"}
-
-
-@pytest.mark.parametrize(
-    ("environ", "libc", "kernel", "shown"),
-    [
-        (HUGE, ("glibc", "2.41"), "always [madvise] never", "on"),
-        (
-            {},
-            ("glibc", "2.35"),
-            "[always] madvise never",
-            "off; faster on CPUs with: export GLIBC_TUNABLES=",
-        ),
-        (HUGE, ("glibc", "2.41"), "always madvise [never]", "not available"),
-        (HUGE, ("glibc", "2.41"), "", "not available"),
-    ],
-)
-def test_huge_pages_are_recommended_if_the_system_has_them(environ, libc, kernel, shown):
-    assert huge_pages(environ, libc, kernel).startswith(shown)

@@ -108,15 +108,6 @@ def test_generate_reads_standard_input(base, monkeypatch, capsys):
     assert answers[0] == answers[1]
 
 
-def test_generate_on_a_mesh_says_the_same(run, capsys):
-    arguments = ["generate", str(run), "--prompt", "a b c", "--max-new-tokens", "5", "--dtype", "float32"]
-    answers = []
-    for flags in ([], ["--mesh.data", "-1"], ["--mesh.fsdp", "2"]):
-        assert main([*arguments, *flags]) == 0
-        answers.append(capsys.readouterr().out)
-    assert len(set(answers)) == 1
-
-
 @pytest.mark.parametrize("verb", [["eval"], ["generate", "--prompt", "a"]])
 @pytest.mark.parametrize(
     ("flags", "said"),
@@ -310,15 +301,6 @@ def test_inspect_measures_what_the_blocks_compute(base):
         np.testing.assert_allclose(getattr(summary, name), getattr(expected, name), rtol=1e-5)
     assert np.isnan(summary.misalignment).all()
     assert ((summary.limit > 0.05) & (summary.limit < 1)).all()
-
-
-def test_inspect_prints_a_table_and_draws_a_picture(run, tmp_path, capsys):
-    picture = tmp_path / "gates.svg"
-    assert main(["inspect", str(run), "--texts", "a b c", "x y", "--picture", str(picture)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "silu gates on 2 texts" in " ".join(line.strip() for line in lines[:4])
-    assert [line.split()[0] for line in lines if line.strip()[:1].isdigit()] == ["0", "1", "2"]
-    assert picture.exists()
 
 
 def test_data_settings_come_from_the_run_unless_asked_otherwise():

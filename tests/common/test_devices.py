@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import jax
 import pytest
 
 from nalora_jax.common import devices
-from nalora_jax.layout.machines import of_devices
 from tests.doubles.machines import machine
 
 # Machine: fast domains, slices of a data-centre network, devices.
@@ -30,32 +28,6 @@ def test_domains_are_slices_nodes_or_racks(name):
     assert [len(group) for group in groups] == [count // domains] * domains
     assert devices.slice_count(machine(name)) == slices
     assert {device for group in groups for device in group} == set(machine(name))
-
-
-def test_gpus_without_a_domain_are_grouped_by_process():
-    gpus = [type("Gpu", (), {"id": i, "platform": "gpu", "process_index": i // 4})() for i in range(8)]
-    assert [[gpu.id for gpu in group] for group in devices.domains(gpus)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-
-
-@pytest.mark.parametrize("platform", ["tpu", "gpu"])
-def test_a_domain_without_a_number_counts_as_none(platform):
-    names = {
-        "platform": platform,
-        "slice_index": None,
-        "partition_index": None,
-        "device_kind": "TPU v5 lite",
-    }
-    chips = [
-        type("Chip", (), {"id": i, "process_index": 0, "coords": (i, 0, 0), **names})() for i in range(4)
-    ]
-    assert devices.domains(chips) == [chips]
-    assert of_devices(chips).dims == (4, 1, 1)
-
-
-def test_cpus_are_one_domain():
-    assert devices.domains(jax.devices()) == [jax.devices()]
-    assert devices.slice_count(jax.devices()) == 1
-    assert devices.memory_statistics(jax.devices()[0]) == {}
 
 
 def test_a_torus_has_no_holes():

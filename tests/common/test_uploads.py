@@ -184,21 +184,3 @@ def test_a_second_machine_is_refused_until_the_first_is_silent(
     with pytest.raises(NaloraError, match="found those of another process"):
         first()
     assert emulator.stored(google[0], "two") == FILES
-
-
-@pytest.mark.parametrize(
-    "mark",
-    [
-        b"{",
-        b"[]",
-    ],
-)
-def test_a_damaged_mark_has_no_owner(google: Any, mark: bytes) -> None:
-    emulator.put(os.environ["STORAGE_EMULATOR_HOST"], f"damaged/{uploads.MARK}", mark)
-    emulator.put(os.environ["STORAGE_EMULATOR_HOST"], f"own/{uploads.MARK}", mark)
-    own = emulator.put(os.environ["STORAGE_EMULATOR_HOST"], "own/notes.txt", b"mine")
-    with new_folder("gs://bucket/damaged") as folder:
-        fill(folder)
-    assert emulator.stored(google[0], "damaged") == FILES
-    with pytest.raises(NaloraError, match="found one that holds notes.txt"):
-        uploads.require_free(own.rpartition("/")[0])

@@ -212,15 +212,6 @@ def test_a_seen_token_becomes_less_likely_whatever_the_sign_of_its_logit():
     assert drawn.tolist() == [1, 1]
 
 
-def test_a_penalty_acts_on_draws_and_on_streams_too(generator):
-    options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3, "repetition_penalty": 1000.0}
-    prompt = prompts_of([9])[0]
-    (made,) = generator.complete([prompt], stop_ids=(), **options)
-    assert not set(made.ids) & set(prompt)
-    assert len(set(made.ids)) == 12
-    assert "".join(generator.stream(prompt, stop_ids=(), **options)) == made.text
-
-
 def test_tokens_are_drawn_as_often_as_the_tempered_softmax_says():
     logits = np.array([2.0, 1.0, 0.0, -1.0, -30.0], np.float32)
     rows = 4000

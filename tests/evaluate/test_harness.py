@@ -12,7 +12,7 @@ import tokenizers
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import Generator
-from nalora_jax.evaluate.harness import Requests, generation_settings, harness_model, run_harness
+from nalora_jax.evaluate.harness import Requests, generation_settings, harness_model
 
 END = 256  # the tokenizer's end-of-text token, which begins texts here
 
@@ -126,21 +126,6 @@ def test_settings_of_generation_reach_the_model(requests):
     assert sampled == {"max_new_tokens": 256, "stop": (), "temperature": 1.0, "min_p": 0.1}
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"until": 5}, "generation_kwargs: stop"),
-        ({"max_gen_toks": "many"}, "generation_kwargs: max_new_tokens"),
-        ({"repetition_penalty": [1.2]}, "generation_kwargs: repetition_penalty"),
-        (["until"], "generation_kwargs"),
-    ],
-)
-def test_settings_of_other_types_are_named(requests, options, named):
-    with pytest.raises(NaloraError) as caught:
-        requests.generate_until([request("one", options)])
-    assert caught.value.where == named
-
-
 def test_a_missing_harness_says_what_to_install(monkeypatch, model, variables, tokenizer):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(NaloraError, match=r"pip install 'nalora_jax\[eval\]'"):
@@ -173,28 +158,3 @@ def test_the_harness_gets_the_same_from_this_model_as_from_its_own(llama, model,
     options = {"until": ["e"], "max_gen_toks": 10, "do_sample": False}
     prompts = instances("generate_until", [("one", options), ("two", options)])
     assert ours.generate_until(prompts) == theirs.generate_until(prompts)
-
-
-@pytest.fixture
-def run_tasks(monkeypatch, requests):
-    """Makes `run_harness` evaluate with a function in place of the harness."""
-
-    def run(evaluate):
-        tasks = SimpleNamespace(TaskManager=lambda include_path: SimpleNamespace(all_tasks=["mine"]))
-        api = SimpleNamespace(LM=object)
-        for name, module in (("lm_eval.api.model", api), ("lm_eval.tasks", tasks)):
-            monkeypatch.setitem(sys.modules, name, module)
-        monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=evaluate))
-        return run_harness(requests, ["mine"])
-
-    return run
-
-
-def test_errors_of_a_broken_task_are_one_error_line(run_tasks):
-    """For broken task files the harness raises KeyError, TypeError and errors of Jinja."""
-
-    def evaluate(model, **options):
-        raise TypeError("TaskConfig.__init__() got an unexpected keyword argument 'toc_to_text'")
-
-    with pytest.raises(NaloraError, match="--harness mine: expected tasks .* TypeError: TaskConfig"):
-        run_tasks(evaluate)

@@ -37,11 +37,6 @@ def test_bootstrap_of_a_ratio_weighs_units_by_their_size():
     np.testing.assert_allclose((low, high), (ratio - 1.96 * error, ratio + 1.96 * error), atol=0.15 * error)
 
 
-def test_bootstrap_of_nothing_is_unknown_and_of_one_unit_its_value():
-    assert all(map(math.isnan, bootstrap([])))
-    assert bootstrap([3.0], [2.0]) == (1.5, 1.5)
-
-
 def test_bootstrap_is_the_percentile_interval_of_resampled_sums():
     rng = np.random.default_rng(5)
     values, weights = rng.exponential(size=37), rng.integers(1, 9, 37).astype(float)

@@ -10,12 +10,10 @@ import pytest
 
 from nalora_jax.common.trees import unflatten
 from nalora_jax.data.items import ChoiceItem, CompletionItem
-from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate import likelihood
 from nalora_jax.evaluate.likelihood import Score
 from nalora_jax.evaluate.statistics import bootstrap, wilson
 from nalora_jax.evaluate.text import (
-    TextEvaluator,
     choice_records,
     completion_records,
     predict,
@@ -58,17 +56,6 @@ def test_accuracy_and_loss_equal_transformers(model, variables, torch_log_probs)
     assert text_summary(by_token)["accuracy_per_choice"] == summary["accuracy"]
 
 
-def test_samples_are_the_first_questions_with_answers_per_character(model, variables, tokenizer):
-    evaluator = TextEvaluator(model, tokenizer, QUESTIONS)
-    measured = evaluator.measure(variables["params"], None, samples=True)
-    records = choice_records(model, variables, QUESTIONS, per="character")
-    first = measured["samples"][0]
-    assert (first["prompt"], first["expected"]) == ("Which way is up?", "up")
-    assert first["answer"] == QUESTIONS[0].choices[records[0]["answer"]].strip()
-    assert measured["right"] == [record["correct"] for record in records]
-    assert {name: measured[name] for name in text_summary(records)} == text_summary(records)
-
-
 def test_choices_with_prompts_of_their_own(model, variables, torch_log_probs):
     prompts = [list(f"The trophy is too {x}".encode()) for x in ("big", "small")]
     ending = list(b" for the case")
@@ -90,13 +77,6 @@ def test_normalisation_divides_by_what_it_says():
     # -4 / 2, -5 / 4, -9 / 6: an umlaut has two bytes
     longer = [[scores[0][0], scores[0][1], Score(-9.0, 1, False)]]
     assert predict([item], longer, "byte").tolist() == [1]
-
-
-def test_items_of_no_kind_or_of_both_are_errors(model, tokenizer):
-    with pytest.raises(NaloraError, match="found no questions"):
-        TextEvaluator(model, tokenizer, [])
-    with pytest.raises(NaloraError, match="found both"):
-        TextEvaluator(model, tokenizer, [QUESTIONS[0], CompletionItem([1], [2], "", "")])
 
 
 @pytest.fixture

@@ -8,12 +8,9 @@ from collections.abc import Callable
 import jax
 import pytest
 
-from nalora_jax.cli.planning.program import architecture
-from nalora_jax.config import DataConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.decide import MOST, Compiled, Search, decide
-from nalora_jax.layout.layouts import Layout, fitting, preferred
-from nalora_jax.layout.machines import topology
+from nalora_jax.layout.layouts import Layout
 
 LIMIT = 16e9
 
@@ -109,10 +106,3 @@ def test_at_most_four_layouts_are_compiled_and_the_refusal_names_them():
         NaloraError, match=r"fits in 16\.0 GB a chip, found .*18\.0 GB.*25\.0 GB.*; use more chips"
     ):
         decide(search, without_routes)
-
-
-def test_estimates_rank_the_layouts():
-    base, machine = architecture("llama-3.1-8b"), topology("v5e:16x16")
-    config = RunConfig(train=TrainConfig(batch_size=256), data=DataConfig(max_length=4096))
-    layouts = fitting(config, base, machine)
-    assert Search(layouts, machine.chip.memory).next() == preferred(layouts)

@@ -168,27 +168,6 @@ def test_gradients_are_those_of_the_function(name):
     np.testing.assert_allclose(second, curvature64(z64), rtol=1e-4, atol=2e-5)
 
 
-def test_a_clamp_is_flat_and_contracting():
-    clamped = activations.get("clamped_swish")
-    assert clamped.name == "clamped_swish(1.702,7.0)"
-    assert activations.get(clamped.name) is clamped
-    z = np.array([2.7, 6.999, 7.001, 9.0, 1e4])
-    step = 1e-6 * z
-
-    def rho64(z):
-        below = np.minimum(z, 7.0)
-        return below * special.expit(1.702 * below) / z
-
-    rho, drho = clamped.gate(jnp.float32(z))
-    np.testing.assert_allclose(rho, rho64(z), rtol=1e-6)
-    np.testing.assert_allclose(drho, (rho64(z + step) - rho64(z - step)) / (2 * step), rtol=1e-4, atol=1e-7)
-    np.testing.assert_allclose(jax.vmap(jax.grad(clamped.phi))(jnp.float32(z))[2:], 0, atol=1e-7)
-    np.testing.assert_allclose(activations.homogeneity(jnp.float32(z), clamped)[2:], 0, atol=1e-6)
-    regions = activations.regions(jnp.float32(z), activations.partition("clamped_swish"))
-    np.testing.assert_array_equal(regions.linear, [1, 1, 0, 0, 0])
-    np.testing.assert_array_equal(regions.contracting, [0, 0, 1, 1, 1])
-
-
 @pytest.mark.parametrize(
     ("name", "zero", "peak_at", "peak", "linear_from"),
     [
@@ -209,26 +188,6 @@ def test_constants_of_the_design(name, zero, peak_at, peak, linear_from):
     h = activations.homogeneity(z, activations.get(name))
     assert float(h.max()) == pytest.approx(peak, abs=1e-4)
     assert float(z[h.argmax()]) == pytest.approx(peak_at, abs=2e-3)
-
-
-@pytest.mark.parametrize("name", SELF_GATED)
-def test_cut_points_do_what_they_say(name):
-    partition = activations.partition(name)
-    z = np.linspace(-8, 12, 4001)
-    excess = reference(name, z)[1]
-    assert (excess[z < partition.z0] < -1).all()
-    assert (excess[(z >= partition.z0) & (z < 0)] >= -1).all()
-    assert (excess[(z > 0) & (z < partition.z1)] > 0).all()
-    assert (excess[z >= partition.z1] <= 0.05).all()
-    assert reference(name, np.array(partition.z1 - 1e-3))[1] > 0.05
-    assert reference(name, np.array(partition.z0))[1] == pytest.approx(-1, abs=1e-6)
-
-
-@pytest.mark.parametrize(("name", "degree"), [("relu", 1.0), ("relu2", 2.0), ("identity", 1.0)])
-def test_no_meaningful_partition_of_one_degree(name, degree):
-    partition = activations.partition(name)
-    assert not partition.meaningful
-    assert partition.degrees == (degree,) * 4
 
 
 @settings(max_examples=40, deadline=None)

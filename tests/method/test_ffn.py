@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ from nalora_jax.method.ffn import Adapters, GatedFFN, SelfGatedFFN, gated_produc
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.moe import MoEFFN
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.reductions import sampled, sampled_positions
 from tests.observed import observed, taps_of
 
 D, F, R = 8, 20, 3
@@ -81,30 +79,6 @@ def test_statistics_are_sums_over_real_tokens(kind: type, numerics: Any) -> None
     np.testing.assert_allclose(stats["feature"], np.abs(rho * dz).sum(0), rtol=1e-4)
     np.testing.assert_allclose(stats["selection"], np.abs((moved - rho) * z).sum(0), rtol=1e-4)
     np.testing.assert_allclose(stats["linear"], np.abs(base * rho * (1 - rho) * dz).sum(0), rtol=1e-4)
-
-
-@pytest.mark.parametrize("length", [5, 64])
-def test_strides_take_one_in_n_positions(length: int) -> None:
-    variables, _, _ = _build(GatedFFN(D, F, "silu", GATED))
-    x = jax.random.normal(jax.random.key(2), (2, length, D))
-    weights = jax.random.bernoulli(jax.random.key(3), 0.8, x.shape[:2])
-    full = GateStatsConfig(probe_stride=1)
-    dense = GatedFFN(D, F, "silu", GATED, stats=full)
-    thin = GatedFFN(D, F, "silu", GATED, stats=GateStatsConfig(stride=2, probe_stride=4))
-
-    @partial(jax.jit, static_argnums=0)
-    def measured(block: GatedFFN, x: jax.Array, weights: jax.Array) -> Any:
-        return observed(block, variables, x, SCALES, token_weights=weights)[1]
-
-    got = measured(thin, x, weights)
-    for stride, names in {
-        2: ("tokens", "slope", "occupancy"),
-        4: ("probe_tokens", "feature", "selection"),
-    }.items():
-        picked, counted = sampled(x, weights, stride), sampled_positions(weights, stride)[1]
-        want = measured(dense, picked, counted)
-        for name in names:
-            np.testing.assert_allclose(got[name], want[name], rtol=1e-5)
 
 
 @pytest.mark.parametrize("experts", [0, 3])

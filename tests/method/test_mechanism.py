@@ -18,12 +18,10 @@ from nalora_jax.method.rules import (
     make,
     register_mechanism,
 )
-from nalora_jax.method.step import idle
 from nalora_jax.method.transform import (
     GateState,
     Mechanisms,
     channel_factors,
-    equalized,
     init_gate_state,
     make_mechanisms,
     own_factors,
@@ -106,12 +104,6 @@ def test_factors_that_reallocate_are_normalised_together_and_the_others_are_not(
     np.testing.assert_allclose(factors["gradient_a"][PATH], mask, rtol=1e-5)
 
 
-def test_what_cannot_be_reallocated_is_left_alone() -> None:
-    factor = jnp.asarray([[0.0, 0.0, 0.0], [0.3, 0.3, 0.3], [1.0, 1.0, 1.0], [0.0, 0.0, 2.0]])
-    want = [[1, 1, 1], [1, 1, 1], [1, 1, 1], [0, 0, np.sqrt(3)]]
-    np.testing.assert_allclose(equalized(factor), want, rtol=1e-6)
-
-
 def test_a_placebo_has_the_same_factors_on_other_channels() -> None:
     plain, placebo = only("squared:warmup=0"), only("squared:warmup=0,permute=4")
     (rule,) = own_factors(state_after(plain), plain).values()
@@ -129,14 +121,6 @@ def test_a_placebo_has_the_same_factors_on_other_channels() -> None:
     orders = [mechanism.permutation((L, 64), block, 0) for block in (PATH, f"{PATH}/shared_ffn")]
     assert len({tuple(order) for order in np.concatenate(orders)}) == 2 * L
     np.testing.assert_array_equal(np.sort(orders[0], axis=-1), np.tile(np.arange(64), (L, 1)))
-
-
-def test_a_mechanism_that_has_measured_nothing_is_idle() -> None:
-    mechanisms = make_mechanisms(("soft:power=2,warmup=2", "homogeneity:warmup=30"), activation="silu")
-    for count, expected in ((11, [False, False]), (12, [True, False]), (40, [True, True])):
-        state = init_gate_state({PATH: (L, F)}, mechanisms)._replace(count=jnp.int32(count))
-        assert [bool(x) for x in idle(state, mechanisms).values()] == expected
-    assert not any(bool(x) for x in idle(state_after(mechanisms, 60), mechanisms).values())
 
 
 def test_importance_by_delta_is_a_power_of_its_second_moment() -> None:

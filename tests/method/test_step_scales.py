@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nalora_jax.method import activations, rules
-from nalora_jax.method.rules import CurvatureCap, HomogeneityStep, degrees_vary, homogeneity_scale, make
+from nalora_jax.method.rules import HomogeneityStep, homogeneity_scale
 from nalora_jax.method.transform import GateState, make_mechanisms, own_factors
 
 PATH, SILU = "layers/ffn", activations.partition("silu")
@@ -29,16 +29,6 @@ def state_with(occupancy, count=100):
 
 def step_scales(state, rule, activation="silu"):
     return own_factors(state, make_mechanisms((rule,), activation=activation))["step_scale"]
-
-
-def test_the_rule_by_curvature_is_the_cap_with_the_scales_settings():
-    cap = make("curvature_cap:tau=0.25,decay=0.5,warmup=3,permute=2")
-    assert cap == CurvatureCap(tau=0.25, decay=0.5, warmup=3, permute=2)
-    excess, response = jnp.array([[0.0, 1.0, 4.0]]), jnp.array([[1.0, 8.0, 4.0]])
-    memory = {"step_scale": {PATH: {"excess": excess, "response": response}}}
-    state = GateState(memory, {PATH: jnp.array([9], jnp.int32)}, jnp.int32(9))
-    own = step_scales(state, CurvatureCap(tau=0.25, warmup=3))
-    np.testing.assert_allclose(own[PATH], [[1.0, 1.0, 0.25]])
 
 
 @settings(max_examples=30, deadline=None)
@@ -87,18 +77,3 @@ def test_constant_without_a_meaningful_partition_and_said_once(name, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         f"step scale: {name} has no meaningful effective-homogeneity partition, so the scale is 1"
     ]
-
-
-def test_degrees_vary_needs_two_occupied_regions_of_different_degree():
-    def rows_of(*rows):
-        return jnp.broadcast_to(jnp.array(rows)[..., None], (len(rows), 4, 6))
-
-    occupancy = rows_of(
-        [0.0, 0.0, 1.0, 0.0], [0.0, 0.01, 0.99, 0.0], [0.1, 0.0, 0.0, 0.9], [0.0, 0.0, 0.0, 0.0]
-    )
-    np.testing.assert_array_equal(degrees_vary(occupancy, SILU, 0.02), [False, False, True, False])
-    np.testing.assert_array_equal(degrees_vary(occupancy, SILU, 0.0), [False, True, True, False])
-    relu = activations.partition("relu")
-    assert not degrees_vary(occupancy, relu, 0.02).any()
-    with pytest.raises(AssertionError, match="dimension"):
-        degrees_vary(jnp.ones((3, 6)), SILU, 0.02)

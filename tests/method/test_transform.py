@@ -231,17 +231,6 @@ def test_columns_masked_out_keep_length_and_direction():
     assert 0 < kept.sum() < kept.size
 
 
-def test_both_off_is_the_plain_chain_to_the_bit():
-    params = random_tree(0)
-    plain, off = make_optimizer(ADAMW, 20), nalora(make_optimizer(ADAMW, 20), OFF, GATES)
-    assert jax.tree.structure(plain.init(params)) == jax.tree.structure(off.init(params))
-    for left, right in zip(run(plain, params, 4)[0], run(off, params, 4, **EXTRA)[0], strict=True):
-        assert_same(left, right)
-    by_hand = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.3))
-    for left, right in zip(run(by_hand, params, 4)[0], run(plain, params, 4)[0], strict=True):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), left, right)
-
-
 def test_gates_are_those_of_the_tree():
     assert find_gates(random_tree(0)) == GATES
     assert find_gates({"vision": {"in_proj": {"b": 0}}, "q_proj": {"b": 0}}) == {"vision/in_proj": "vision"}

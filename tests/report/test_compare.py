@@ -81,13 +81,3 @@ def test_the_verb_writes_one_page(
     error = capsys.readouterr().err
     assert "expected the folder of a run, found a folder of 4 runs; give one of them" in error
     assert error.endswith(f"nalora report {tmp_path}/lora-0 {tmp_path}/lora-1 ...\n")
-
-
-def test_runs_of_different_tasks_are_marked(folders: list[Path], tmp_path: Path) -> None:
-    runs = [read_history(folder) for folder in folders]
-    assert 'class="differ"' not in render_comparison(runs)
-    other = replace(LORA, model="another", data=replace(LORA.data, dataset="other.jsonl"))
-    page = render_comparison(
-        [*runs, read_history(write_run(tmp_path / "other", list(fake_records(40, layers=4)), other))]
-    )
-    assert "These runs differ in model, data.dataset: their numbers are of different tasks" in page

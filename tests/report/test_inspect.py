@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from nalora_jax.errors import NaloraError
 from nalora_jax.report.inspect import (
-    by_layer,
     layer_summary,
     layer_table,
     responsive_share,
@@ -99,15 +97,6 @@ def test_experts_count_by_the_tokens_that_reached_them():
         np.testing.assert_allclose(getattr(routed, name), getattr(whole, name), rtol=1e-12)
 
 
-def test_every_gate_of_a_layer_has_its_row(sums):
-    prefix, summary = "layers/group0/block0", layer_summary(sums)
-    blocks = {f"{prefix}/{name}": summary for name in ("ffn/dense_ffn", "ffn/experts_ffn", "tail")}
-    rows = by_layer(blocks, {prefix: (1, 4, 7)})
-    gates = ("dense_ffn", "experts_ffn", "tail")
-    assert rows.names == tuple(f"{layer} {gate}" for layer in (1, 4, 7) for gate in gates)
-    np.testing.assert_array_equal(rows.slope[2::3], summary.slope)
-
-
 def printed(summary):
     console = Console(file=io.StringIO(), width=80)
     console.print(layer_table(summary, "gates"))
@@ -138,8 +127,3 @@ def test_the_table_fits_eighty_columns_and_states_its_definitions(sums):
 def test_the_picture_is_what_its_suffix_says(tmp_path, sums, name, start):
     path = save_picture(layer_summary(sums), tmp_path / name, "gates")
     assert path.read_bytes().startswith(start)
-
-
-def test_other_suffixes_are_refused(tmp_path, sums):
-    with pytest.raises(NaloraError, match=r"--picture: expected a name that ends in \.png, \.svg or \.pdf"):
-        save_picture(layer_summary(sums), tmp_path / "a.jpeg")

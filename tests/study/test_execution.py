@@ -251,16 +251,6 @@ def test_the_budget_and_the_limit_end_a_study_early(quick: Protocol) -> None:
     assert "of 0.045 h" in status(replace(quick, budget_hours=0.045))
 
 
-def test_a_process_may_do_the_runs_of_some_methods_only(quick: Protocol) -> None:
-    first, *others = quick.methods
-    done = execution.run_study(quick, methods=[first])
-    assert done
-    assert {record["method"] for record in Records(quick.folder).read().values()} == {first}
-    assert {run.cell.method for run in pending(quick, Records(quick.folder).read())} == set(others)
-    with pytest.raises(NaloraError, match=f"--methods: expected methods of .*{first}, .*found nonesuch"):
-        execution.run_study(quick, methods=[first, "nonesuch"])
-
-
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

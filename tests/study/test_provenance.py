@@ -85,18 +85,6 @@ def test_a_protocol_that_changes_after_the_tests_is_refused_by_run_report_and_ve
     assert results.read_text() == "as it was"
 
 
-def test_deleting_the_tests_does_not_free_the_study_for_another_protocol(quick: Protocol) -> None:
-    execution.run_study(quick)
-    store = Records(quick.folder)
-    lines = store.path.read_text().splitlines(keepends=True)
-    store.path.write_text("".join(line for line in lines if '"stage": "tune"' in line))
-    with pytest.raises(NaloraError, match=r"record of every finished test in tests.jsonl, found 6 missing"):
-        execution.run_study(quick)
-    changed = edit(quick, "test_seeds = [1, 2]", "test_seeds = [3, 4]")
-    with pytest.raises(NaloraError, match=OTHER_PROTOCOL):
-        execution.run_study(changed)
-
-
 def test_tests_that_a_repository_remembers_count_after_all_their_files_were_deleted(
     quick: Protocol,
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -187,24 +186,6 @@ def test_a_report_is_made_from_protocol_and_records_alone_to_the_byte(
         ),  # importance: lines within 1%
         "differences.svg",
     }
-
-
-def test_pictures_are_whole_and_name_every_method(told: Path) -> None:
-    for path in write_report(read_protocol(told))[1:]:
-        text = " ".join(ElementTree.parse(path).getroot().itertext())
-        assert all(name in text for name in ("lora", "half", "again")), path
-        assert f"](pictures/{path.name})" in (told / "results.md").read_text()
-
-
-def test_a_report_of_tuning_alone_has_no_tests(told: Path) -> None:
-    path = told / "records.jsonl"
-    path.write_text("".join(line + "\n" for line in path.read_text().splitlines() if '"tune"' in line))
-    (told / "tests.jsonl").unlink()
-    names = {path.name for path in write_report(read_protocol(told))}
-    assert names == {"results.md", "loss_by_rate.svg"}
-    text = (told / "results.md").read_text()
-    assert "## Test" not in text
-    assert row(text, "protocol committed in")[1] == "not yet tested"
 
 
 def test_p_values_are_corrected_over_all_comparisons_with_the_baseline(told: Path) -> None:

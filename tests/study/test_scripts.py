@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -47,21 +46,3 @@ def test_stochastic_masks_are_unbiased_and_a_frozen_gate_rests() -> None:
         assert (freeze.factor(averages, context._replace(step=np.int32(step))) == expected).all()
     with pytest.raises(NaloraError, match="total_steps"):
         freeze.factor(averages, context._replace(total_steps=0))
-
-
-def test_a_width_is_the_doublings_around_the_best_rate() -> None:
-    width = runpy.run_path(str(STUDIES / "starts" / "widths.py"))["width"]
-    rates = [1, 2, 4, 8, 16]
-    assert width(rates, [0.4, 0.2, 0.0, 0.1, 0.2], 0.05) == (pytest.approx(0.75, abs=1e-3), True)
-    assert width(rates, [0.0, 0.2, 0.4, 0.4, 0.0], 0.05) == (pytest.approx(0.25, abs=1e-3), False)
-    assert width(rates, [0.4, 0.2, 0.0, 0.01, np.inf], 0.05) == (pytest.approx(1.25, abs=1e-3), True)
-
-
-def test_an_optimum_is_the_vertex_over_the_logarithm_of_the_rate() -> None:
-    script = runpy.run_path(str(STUDIES / "rate_by_rank" / "optima.py"))
-    rates = 1e-3 * 2.0 ** np.arange(5)
-    losses = 0.1 * (np.log2(rates) - np.log2(3e-3)) ** 2
-    assert script["optimum"](rates, losses) == pytest.approx(3e-3)
-    assert np.isnan(script["optimum"](rates, rates))  # the best rate is an end of the grid
-    assert script["excess"]([1, 4], [0.3, 0.1], 2) == pytest.approx(0.1)
-    assert np.isnan(script["excess"]([1, 4], [0.3, 0.1], 8))

@@ -76,14 +76,6 @@ def test_what_is_left_is_a_plain_adapter_of_fewer_ranks(rslora: bool) -> None:
         assert after[f"{path}/a"].shape[-1] == max(dict(plain.targets)[path].ranks)
 
 
-def test_a_projection_of_which_nothing_is_left_has_no_adapter() -> None:
-    lora = random_tree(3)
-    lora["layers"]["ffn"]["up_proj"]["singular"][:] = 0
-    left, plain = remaining_ranks(lora, SPEC)
-    assert [path for path, _ in plain.targets] == [DENSE]
-    assert not any(EXPERTS in path for path in trees.flatten(left))
-
-
 @pytest.mark.parametrize(
     "more", [{}, {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}]
 )

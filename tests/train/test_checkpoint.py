@@ -291,17 +291,6 @@ def test_one_flipped_bit_anywhere_in_the_newest_is_found_and_the_one_before_take
             assert (tmp_path / str(number) / f"{FOLDER}.damaged" / "2").is_dir()
 
 
-def test_a_truncated_checkpoint_is_set_aside_and_its_step_can_be_written_again(tmp_path):
-    saved_twice(tmp_path / FOLDER)
-    files = [path for path in (tmp_path / FOLDER / "2" / "state").rglob("*") if path.is_file()]
-    largest = max(files, key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:100])
-    with opened(tmp_path / FOLDER) as checkpoints:
-        assert int(checkpoints.restore("latest", make_state(0, width=8))[0].step) == 1
-        assert checkpoints.save(2, make_state(2, width=8), {"row": 16}, {"accuracy": 0.5})
-        assert int(checkpoints.restore("best", make_state(0, width=8))[0].step) == 2
-
-
 def test_without_a_whole_checkpoint_the_last_one_is_named_and_kept(tmp_path):
     saved_twice(tmp_path / FOLDER)
     for step in (1, 2):

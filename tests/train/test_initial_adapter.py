@@ -116,11 +116,6 @@ def test_settings_that_differ_from_the_adapter_are_one_error(
         with_adapter(replace(RunConfig(adapter=str(adapter)), **changes))
 
 
-def test_a_default_that_is_named_is_not_replaced(adapter: Path) -> None:
-    with pytest.raises(NaloraError, match=r"--lora\.rslora: expected True"):
-        with_adapter(RunConfig(adapter=str(adapter)), named={"lora.rslora"})
-
-
 def test_a_resumed_run_has_its_recorded_settings_without_its_adapter(
     adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import read_metrics, to_json
-from nalora_jax.train.callbacks import Ended, Started
 from nalora_jax.train.log import MetricsLog, scalars
 
 MACHINE = {"versions": {"jax": "0.10"}, "device": "cpu"}
@@ -123,15 +122,6 @@ def test_a_line_that_a_crash_tore_is_dropped(tmp_path):
     assert steps_of(tmp_path) == [10, 30]
 
 
-def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
-    write_steps(tmp_path, [10, 20])
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(path.read_bytes()[:-1])
-    with MetricsLog(tmp_path, resume=20) as log:
-        log.write({"step": 30})
-    assert steps_of(tmp_path) == [10, 20, 30]
-
-
 @pytest.mark.parametrize("line", [b'{"step": 1', b"[1]", b"\xff\xfe", b"NaN {"])
 def test_a_broken_line_before_the_last_is_named_and_nothing_is_changed(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
@@ -152,26 +142,3 @@ def test_scalars_name_layers_and_leave_out_what_is_not_a_number():
     }
     assert scalars(record) == [("train/loss", 2.0), ("limit/layer_00", 0.2)]
     assert scalars({"step": 5, "eval": {"accuracy": 0.5, "samples": [1]}}) == [("eval/accuracy", 0.5)]
-
-
-def test_the_log_is_a_callback(tmp_path):
-    with MetricsLog(tmp_path) as log:
-        log.on_start(Started(tmp_path, {"steps": 9}, more={"base": {"name": "x"}}))
-        log.on_eval(0, {"loss": 2.0, "n": 4, "right": [True]}, "initial")
-        log.on_log(7, {"loss": 1.5, "layers": {"limit": [0.25]}})
-        log.on_eval(7, {"loss": 1.0, "n": 2}, "")
-        log.on_end(Ended(9, 7))
-    first, *rest = read_metrics(tmp_path / "metrics.jsonl")
-    assert (first["run"], first["base"]) == ({"steps": 9}, {"name": "x"})
-    assert rest == [
-        {"step": 0, "initial": True, "eval": {"loss": 2.0, "n": 4}},
-        {"step": 7, "loss": 1.5, "layers": {"limit": [0.25]}},
-        {"step": 7, "eval": {"loss": 1.0, "n": 2}},
-        {"done": {"step": 9, "best_step": 7}},
-    ]
-    with MetricsLog(tmp_path, resume=7) as log:
-        log.on_start(Started(tmp_path, {"steps": 12}, 7))
-        log.on_end(Ended(message="stopped"))
-    resumed, done = read_metrics(tmp_path / "metrics.jsonl")[-2:]
-    assert (resumed["resumed"]["step"], resumed["resumed"]["settings"]) == (7, {"steps": 12})
-    assert done == {"done": {"message": "stopped"}}

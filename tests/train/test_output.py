@@ -21,16 +21,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 from orbax.checkpoint import path as ocp_path
 
 from nalora_jax.common import buckets, locks
-from nalora_jax.common.digests import seal
 from nalora_jax.common.locks import RUN_LOCK as LOCK
-from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.run_log import recorded_settings
-from nalora_jax.study.sweeps.grid import recorded_sweep
 from nalora_jax.train import output as output_module
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.output import CHECKPOINTS as FOLDER
-from nalora_jax.train.output import HOLDER, Mirror, Resume, open_output, write_text
+from nalora_jax.train.output import HOLDER, Mirror, Resume, open_output
 from tests import tiny
 
 
@@ -92,27 +88,6 @@ def test_output_that_is_or_lies_under_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NaloraError, match=r"which holds notes.txt"):
         opened(tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-def test_an_interrupted_first_save_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / FOLDER / f"5{ocp_path.atomicity_types.TMP_DIR_SUFFIX}").mkdir(parents=True)
-    with pytest.raises(NaloraError, match="stopped before its first checkpoint: delete the folder"):
-        opened(tmp_path, True)
-    with pytest.raises(NaloraError, match="choose another folder$"):
-        opened(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["s3://bucket/run", "s3:/bucket/run"])
-def test_a_url_is_refused_with_several_processes_and_no_folder_of_that_name_appears(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jax.process_count", lambda: 2)
-    with pytest.raises(
-        NaloraError, match=r"--output: .*found ..://bucket/run; mount the bucket on every host"
-    ):
-        opened(Path(name) if "//" not in name else name)  # type: ignore[arg-type]
-    assert list(tmp_path.iterdir()) == []
 
 
 HOLDING = """
@@ -298,18 +273,3 @@ def test_a_store_that_is_not_known_is_refused():
         pass
     assert buckets.url("runs/gs") is None
     assert buckets.url("C:/runs") is None
-
-
-@pytest.mark.parametrize("folder", [URL, f"{URL}/"])
-def test_settings_of_a_run_and_of_a_sweep_are_read_from_the_store(store, folder):
-    config = RunConfig(steps=7)
-    assert recorded_settings(folder) == {}
-    assert recorded_sweep(folder) is None
-    write_text(folder, "sweep.json", json.dumps({"sweep": ["seed=0,1"], "run": config.to_dict()}))
-    write_text(folder, "metrics.jsonl", json.dumps(seal({"run": config.to_dict()})) + "\n")
-    assert names(store) == {"sweep.json", "metrics.jsonl"}
-    assert recorded_settings(folder)["steps"] == 7
-    assert recorded_sweep(folder) == (("seed=0,1",), config)
-    write_text(folder, "sweep.json", "{")
-    with pytest.raises(NaloraError, match="s3://bucket/run/sweep.json: expected the options of a sweep"):
-        recorded_sweep(folder)

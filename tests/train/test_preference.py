@@ -35,7 +35,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import Head, cross_entropy, target_losses
-from nalora_jax.train.kinds.preference import dpo, open_inputs, program_parts
+from nalora_jax.train.kinds.preference import dpo, program_parts
 from nalora_jax.train.program import assemble
 from tests import tiny
 from tests.param_trees import init_params
@@ -99,8 +99,9 @@ def assembled(preference, mesh=None):
 
 def sides(data):
     """Ids and number of answer tokens of every chosen and rejected text."""
-    rows = zip(data.offsets[:-1], data.offsets[1:], strict=True)
-    texts = [(data.tokens[a:b], int(data.answer[a + 1 : b].sum())) for a, b in rows]
+    store = data.store
+    rows = zip(store.offsets[:-1], store.offsets[1:], strict=True)
+    texts = [(store.tokens[a:b], int(store.answer[a + 1 : b].sum())) for a, b in rows]
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
@@ -216,21 +217,6 @@ def test_rows_hold_every_pair_once_and_as_two_segments(tokenizer):
     assert sorted(seen) == sorted((r["prompt"] + r["chosen"], r["prompt"] + r["rejected"]) for r in RECORDS)
 
 
-def test_a_position_belongs_to_its_pairs_and_seed(tokenizer):
-    data, other = pairs(tokenizer), pairs(tokenizer, seed=4)
-    batches = data.batches()
-    first, state = next(batches), batches.get_state()
-    second = next(batches)
-    again = data.batches()
-    again.set_state(state)
-    jax.tree.map(np.testing.assert_array_equal, next(again), second)
-    assert not np.array_equal(first["tokens"], second["tokens"])
-    with pytest.raises(NaloraError, match="checkpoint: data position"):
-        other.batches().set_state(state)
-    for one in (batches, again):
-        one.close()
-
-
 @pytest.mark.parametrize(
     "record",
     [
@@ -254,15 +240,6 @@ def test_chat_pairs_go_through_the_template(tokenizer, record):
     ]
     assert texts == ["u x a y", "u x a z"]
     assert [count for side in sides(data)[0] for _, count in [side]] == [2, 2]  # the answer and the end
-
-
-@pytest.mark.parametrize(
-    ("choices", "gold"), [(["b", "c", "c"], 1), (["c", "b", "c"], 2), (["c", "c", "b"], 0)]
-)
-def test_a_question_with_repeated_choices_is_its_right_one_against_another_text(tokenizer, choices, gold):
-    question = {"prompt": "x", "completion": " c", "choices": choices, "gold": gold}
-    ((chosen, _), (rejected, _)) = sides(pairs(tokenizer, records=[question]))[0]
-    assert (tokenizer.decode(chosen), tokenizer.decode(rejected)) == ("x c", "x b")
 
 
 def test_long_pairs_are_dropped_cut_or_refused(tokenizer, caplog):
@@ -298,15 +275,6 @@ def test_records_that_are_no_pairs_name_themselves(tokenizer, record, said):
 
 
 # ---------------------------------------------------------------- a whole run
-
-
-def test_epochs_of_pairs_become_steps(tmp_path):
-    data, train = DataConfig(max_length=24, pack=False), TrainConfig(batch_size=2)
-    config = tiny.make_config(tmp_path, preference=DPO, epochs=2.0, data=data, train=train)
-    source = dict.fromkeys(("train", "validation"), RecordsSource("pairs", RECORDS))
-    assert open_inputs(config, source).config.steps == 5  # twice 5 pairs, 2 in a step
-    automatic = open_inputs(replace(config, data=replace(data, max_length=0)), source)
-    assert automatic.config.data.max_length > 0
 
 
 @pytest.mark.usefixtures("one_device")

@@ -52,13 +52,6 @@ def test_a_run_that_resumes_and_stops_within_the_steps_is_traced_as_far_as_it_go
     assert traced_steps(file) == {6, 7}
 
 
-def test_another_trace_of_the_process_is_named(tmp_path: Path) -> None:
-    with jax.profiler.trace(str(tmp_path / "other")):
-        with pytest.raises(NaloraError, match=r"--debug.profile: expected a profiler that is free"):
-            run_steps(Profile(range(1, 3), tmp_path), 1, 2)
-        assert not (tmp_path / "profile").exists()
-
-
 @pytest.mark.parametrize("profile", ["5", "0:5", "5:0", "a:b", "5:5:5", "200:1", "-1:2"])
 def test_other_forms_and_steps_are_refused(profile: str) -> None:
     with pytest.raises(NaloraError, match=r"--debug.profile: expected"):

@@ -41,15 +41,6 @@ def test_without_a_terminal_each_log_step_is_one_plain_line():
     ]
 
 
-def test_time_left_leaves_out_what_came_before_the_first_log_step():
-    clock = Clock()
-    progress = Progress(100, start=50, console=plain(), clock=clock)
-    clock.now += 1000.0  # compiling
-    assert progress.seconds_left(60) is None
-    clock.now += 10.0
-    assert progress.seconds_left(70) == 30.0
-
-
 def test_the_bar_shows_the_numbers_and_lines_go_above_it():
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with Progress(100, start=40, console=console) as progress:

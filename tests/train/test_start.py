@@ -92,11 +92,3 @@ def test_a_start_that_is_not_there_or_damaged_is_refused(
     harm(tmp_path / START)
     with pytest.raises(NaloraError, match=f"the adapters that the run started from.*{found}"):
         continued(assembly, tmp_path)
-
-
-@pytest.mark.usefixtures("begun")
-def test_a_start_of_other_adapters_is_refused(assembly: Assembly, tmp_path: Path) -> None:
-    lora = jax.tree.map(lambda leaf: leaf[:1], assembly.state.lora)
-    other = replace(assembly, state=assembly.state._replace(lora=lora))
-    with pytest.raises(NaloraError, match="other projections or shapes"):
-        continued(other, tmp_path)
